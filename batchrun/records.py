@@ -1,0 +1,253 @@
+"""The frozen values that travel between the stages. Hot ones are msgspec structs: a fifth of a dataclass's cost."""
+
+from collections.abc import Mapping
+from datetime import datetime
+from decimal import Decimal
+from enum import StrEnum
+
+import msgspec
+
+from batchrun.errors import APIConnectionError
+
+JsonValue = None | bool | int | float | str | list["JsonValue"] | dict[str, "JsonValue"]
+"""What JSON can say, as msgspec and the standard library decode it."""
+
+
+class Verdict(StrEnum):
+    """What one attempt's outcome asks of the run. docs/guarantees.md has the whole table."""
+
+    OK = "ok"
+    """A usable answer: settle the row by its finish_reason."""
+    ROW = "row"
+    """The row's own, final: no retry."""
+    FREE = "free"
+    """Certainly not billed: try again."""
+    MAYBE = "maybe"
+    """May have been billed although no answer was kept: try again, rarely, and count it."""
+    SLOW = "slow"
+    """Too fast for the server: everyone waits, no row is charged an attempt."""
+    PAUSE = "pause"
+    """The key, balance or quota: no row can succeed now; the run can be resumed."""
+    STOP = "stop"
+    """The URL, certificate or route is wrong: no row can succeed until the job is changed."""
+
+
+class Status(StrEnum):
+    """How a row ended: the `status` column."""
+
+    OK = "ok"
+    TRUNCATED = "truncated"
+    FILTERED = "filtered"
+    EMPTY = "empty"
+    INVALID = "invalid"
+    ERROR = "error"
+
+
+FAILURES = frozenset({Status.EMPTY, Status.INVALID, Status.ERROR})
+"""What counts against `max_failures`; `truncated` and `filtered` are answers."""
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Tokens of one answer. cached ⊂ prompt, reasoning ⊂ completion; None where the server did not say."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    cached_tokens: int | None = None
+    reasoning_tokens: int | None = None
+
+
+class Row(msgspec.Struct, frozen=True):
+    """One accepted input record: its position in the input, from 0, and its columns by name."""
+
+    row: int
+    columns: Mapping[str, object]
+
+
+class Request(msgspec.Struct, frozen=True):
+    """The body made from a row and a job, encoded once.
+
+    `key` is the identity of the question (BLAKE2b-128, docs/design.md); `body` goes to the wire as it is.
+    `max_output_tokens` is the most that the server may answer, for the money bound; None = the model's maximum.
+    """
+
+    row: int
+    key: bytes
+    body: bytes
+    model: str
+    max_output_tokens: int | None
+
+
+class Attempt(msgspec.Struct, frozen=True):
+    """One HTTP exchange as it ended: either `http_status` with `body`, or `error` with whatever bytes had come.
+
+    `body` is decompressed and redacted; `started_at` is wall time; durations are monotonic seconds.
+    """
+
+    started_at: float
+    latency_s: float
+    http_status: int | None
+    headers: Mapping[str, str]
+    body: bytes
+    error: APIConnectionError | None = None
+    time_to_first_token_s: float | None = None
+
+    @property
+    def request_id(self) -> str | None:
+        """The server's id for this exchange, to reconcile an invoice."""
+        return self.headers.get("x-request-id")
+
+
+class FunctionCall(msgspec.Struct, frozen=True):
+    """The model's wish to call a function; `arguments` is a JSON string as the server gave it, unchecked."""
+
+    name: str | None
+    arguments: str | None
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """What a 2xx body says, as far as it could be read. `flagged` = only the lenient reading worked.
+
+    `completion` is False when there is no first choice with a message. `error_*` is an error object in the body.
+    """
+
+    completion: bool = False
+    flagged: bool = False
+    completion_id: str | None = None
+    created: int | None = None
+    model: str | None = None
+    content: str | None = None
+    function_call: FunctionCall | None = None
+    finish_reason: str | None = None
+    usage: Usage | None = None
+    error_message: str | None = None
+    error_code: str | None = None
+
+
+class RowError(msgspec.Struct, frozen=True):
+    """The `error` column: why a row has no usable answer. `message` is bounded and redacted."""
+
+    kind: str
+    http_status: int | None = None
+    code: str | None = None
+    message: str | None = None
+
+
+class Discarded(msgspec.Struct, frozen=True):
+    """An attempt that was not its row's last: what it was and what it cost. `counted` = against the row's caps."""
+
+    row: int
+    n: int
+    verdict: Verdict
+    counted: bool
+    http_status: int | None
+    error_kind: str | None
+    message: str | None
+    request_id: str | None
+    at: float
+    model: str
+    usage: Usage | None
+    cost_usd: Decimal | None
+    possibly_billed_usd: Decimal | None
+    key: bytes
+
+
+class Completion(msgspec.Struct, frozen=True):
+    """The final record of a row. `cost_usd` is of all its attempts; None where one could not be priced.
+
+    `last_cost_usd` is the last attempt's alone: what the totals still lack.
+    """
+
+    row: int
+    key: bytes
+    status: Status
+    attempts: int
+    http_status: int | None
+    error: RowError | None
+    request_id: str | None
+    finished_at: float
+    latency_s: float
+    time_to_first_token_s: float | None
+    model: str
+    answered_model: str | None
+    usage: Usage | None
+    cost_usd: Decimal | None
+    last_cost_usd: Decimal | None
+    possibly_billed_usd: Decimal | None
+    raw: bytes
+    variant: int = 0
+
+
+Ending = Completion | Discarded
+"""How an attempt ends for the checkpoint: with its row settled, or with the row still to be asked."""
+
+
+class PossiblyBilled(msgspec.Struct, frozen=True):
+    """An attempt whose end is unknown: it may have been billed up to `upper_bound_usd` (None: price unknown)."""
+
+    row: int
+    n: int
+    key: str
+    upper_bound_usd: Decimal | None
+    cause: str
+    invocation: int
+
+
+class TotalsLine(msgspec.Struct, frozen=True):
+    """What one invocation spent on one model with one outcome. `status` is a row status, or `discarded`.
+
+    `unpriced` counts attempts whose price is unknown, `without_usage` answers that brought no usage;
+    neither adds to `cost_usd`.
+    """
+
+    invocation: int
+    model: str
+    status: str
+    rows: int = 0
+    attempts: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    reasoning_tokens: int = 0
+    total_tokens: int = 0
+    cost_usd: Decimal = Decimal(0)
+    unpriced: int = 0
+    without_usage: int = 0
+
+
+class Summary(msgspec.Struct, frozen=True):
+    """`summary.json`: what is known of a run, from its first second to its last. Its schema is in docs/output.md."""
+
+    version: int
+    job: str
+    run_id: str
+    state: str
+    exit_code: int | None
+    reason: str | None
+    complete: bool
+    rows: int
+    rows_in_output: int
+    rejected: int
+    by_status: dict[str, int]
+    pending: int
+    totals: list[TotalsLine]
+    cost_usd: Decimal
+    wasted_usd: Decimal
+    unpriced: int
+    without_usage: int
+    possibly_billed: list[PossiblyBilled]
+    possibly_billed_count: int
+    possibly_billed_usd: Decimal
+    models: dict[str, int]
+    price: str | None
+    invocation: int
+    started_at: datetime
+    updated_at: datetime
+    elapsed_s: float
+    rows_per_minute: float
+    requests_per_minute: float
+    tokens_per_minute: float
+    limited_by: str
+    pid: int
+    host: str
+    files: dict[str, str]
