@@ -1,0 +1,370 @@
+"""One frozen, typed `Job` from a TOML file and overrides; a mistake names its path and the nearest known name.
+
+Every setting is documented in docs/job.md; a test holds that page and this module together.
+"""
+
+import difflib
+import hashlib
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
+
+import msgspec
+from msgspec import Meta
+
+from batchrun.errors import JobError
+
+Positive = Annotated[float, Meta(gt=0)]
+AtLeastZero = Annotated[float, Meta(ge=0)]
+AtLeastOne = Annotated[int, Meta(ge=1)]
+Count = Annotated[int, Meta(ge=0)]
+Text = Annotated[str, Meta(min_length=1)]
+Effort = Literal["low", "medium", "high", "xhigh"]
+Role = Literal["user", "assistant", "system", "developer"]
+
+SIMULATOR = "simulator"
+
+
+class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A table of the job file: frozen, and strict about names."""
+
+
+class Endpoint(Table, frozen=True):
+    url: Text
+    name: Text | None = None
+    api_key_env: Text | None = None
+    api_key_file: Text | None = None
+    headers: dict[str, str] = {}
+    ca_file: Text | None = None
+    proxy: Text | None = None
+    connect_timeout_s: Positive = 10.0
+    attempt_timeout_s: Positive = 900.0  # long reasoning calls; counted from the send, not from queueing
+    max_answer_bytes: AtLeastOne = 64_000_000
+    client_request_id: bool = True
+
+
+class Input(Table, frozen=True):
+    path: Text | None = None
+    id: Text | None = None
+    dialect: Literal["auto", "columns", "messages", "openai-batch"] = "auto"
+    max_line_bytes: AtLeastOne = 64_000_000
+
+
+class MessageTemplate(Table, frozen=True):
+    role: Role
+    content: str | list[dict[str, Any]]
+
+
+class ResponseFormat(Table, frozen=True):
+    type: Literal["text", "json_object", "json_schema"]
+    file: Text | None = None
+    name: Text = "answer"
+    schema: dict[str, Any] | None = None
+    strict: bool = True
+
+
+class Function(Table, frozen=True):
+    name: Text
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class FunctionName(Table, frozen=True):
+    name: Text
+
+
+class RequestTemplate(Table, frozen=True):
+    model: Text | None = None
+    system: Text | None = None
+    prompt: Text | None = None
+    messages: Text | Annotated[list[MessageTemplate], Meta(min_length=1)] | None = None
+    reasoning_effort: Effort | None = None
+    max_tokens: Annotated[int, Meta(ge=1, le=128_000)] | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    stream: bool = False
+    functions: list[Function] | None = None
+    function_call: str | FunctionName | None = None
+    response_format: ResponseFormat | None = None
+    extra: dict[str, Any] = {}
+    from_columns: dict[str, str] = {}
+
+
+class Limits(Table, frozen=True):
+    requests_per_minute: Positive | None = None
+    tokens_per_minute: Positive | None = None
+    max_in_flight: Annotated[int, Meta(ge=1, le=4096)] = 64
+    max_output_tokens: AtLeastOne = 128_000  # the model's own maximum; the bound of a request without max_tokens
+
+
+class Retry(Table, frozen=True):
+    max_attempts: AtLeastOne = 6
+    max_5xx: AtLeastOne = 4
+    max_maybe_billed: Count = 1
+    max_wait_s: Positive = 900.0  # the longest Retry-After obeyed; beyond it the run pauses
+    max_outage_s: Positive = 7200.0
+    backoff_base_s: Positive = 1.0
+    backoff_cap_s: Positive = 60.0
+
+
+class Budget(Table, frozen=True):
+    max_cost_usd: Decimal | None = None
+
+
+class Output(Table, frozen=True):
+    path: Text = "runs/{job}/{date}"
+    columns: Literal["all"] | list[str] = "all"
+    prefix: str = ""
+    raw: Literal["failed", "always"] = "failed"
+    layout: Literal["file", "parts"] = "file"
+    compression: Literal["zstd", "snappy", "gzip", "none"] = "zstd"
+    chunk_rows: Annotated[int, Meta(ge=1, le=1_000_000)] = 8192
+    chunk_bytes: AtLeastOne = 32_000_000
+    max_failures: Count = 0
+
+
+class Price(Table, frozen=True):
+    """USD per million tokens."""
+
+    input: Decimal
+    output: Decimal
+    cached_input: Decimal | None = None
+
+
+class Simulator(Table, frozen=True):
+    latency_s: AtLeastZero = 0.4
+    requests_per_minute: Positive | None = None
+    tokens_per_minute: Positive | None = None
+    faults: str = ""
+    seed: int = 0
+    ledger: Text | None = None
+
+
+class Job(Table, frozen=True):
+    """What to ask, of whom, within which limits. Holds no secret. `name` is the job file's stem."""
+
+    endpoint: Endpoint
+    request: RequestTemplate = RequestTemplate()
+    name: Text = "job"
+    input: Input = Input()
+    limits: Limits = Limits()
+    retry: Retry = Retry()
+    budget: Budget = Budget()
+    output: Output = Output()
+    pricing: dict[str, Price] = {}
+    simulator: Simulator = Simulator()
+
+    @property
+    def simulated(self) -> bool:
+        """True when the job asks for the built-in simulator."""
+        return self.endpoint.url == SIMULATOR
+
+    @property
+    def url(self) -> str:
+        """The whole URL that requests go to: a base such as `…/v1` gets `/chat/completions` appended."""
+        parts = urlsplit(self.endpoint.url)
+        path = parts.path.rstrip("/")
+        whole = path if path.endswith("/chat/completions") else f"{path}/chat/completions"
+        return parts._replace(path=whole).geturl()
+
+    @property
+    def endpoint_name(self) -> str:
+        """Whose answers these are: part of every request_key. Two URLs of one server may share a name."""
+        if self.endpoint.name is not None:
+            return self.endpoint.name
+        if self.simulated:
+            return SIMULATOR
+        parts = urlsplit(self.url)
+        return f"{parts.scheme}://{parts.netloc}{parts.path}"
+
+    def question(self) -> dict[str, Any]:
+        """What decides the questions, as plain values by setting: a change here means other answers."""
+        settings = flatten(msgspec.to_builtins(self.request, str_keys=True), "request")
+        settings["endpoint.name"] = self.endpoint_name
+        settings["input.dialect"] = self.input.dialect
+        settings.pop("request.stream", None)  # how an answer travels is not what was asked
+        return settings
+
+    def fingerprint(self) -> str:
+        """The digest of `question()`: equal fingerprints ask equal questions of equal rows."""
+        return hashlib.blake2b(msgspec.json.encode(self.question(), order="sorted"), digest_size=16).hexdigest()
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Job:
+    """The job in the TOML file at `path`, with `a.b=c` overrides laid over it.
+
+    Raises:
+        JobError: unreadable, not TOML, or a setting that does not fit; the message names its path.
+    """
+    try:
+        tables = tomllib.loads(path.read_text("utf-8"), parse_float=Decimal)
+    except OSError as error:
+        raise JobError(f"{path}: can't read the job file: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise JobError(f"{path}: not valid TOML: {error}") from error
+    for override in overrides:
+        _override(tables, override)
+    tables.setdefault("name", path.stem)
+    try:
+        return from_tables(tables)
+    except JobError as error:
+        raise JobError(f"{path}: {error}") from error
+
+
+def from_tables(tables: Mapping[str, Any]) -> Job:
+    """The checked Job that `tables` (as TOML gives them) describe."""
+    try:
+        job = msgspec.convert(tables, Job)
+    except msgspec.ValidationError as error:
+        raise JobError(_explain(str(error), tables)) from error
+    if problem := next(_problems(job), None):
+        raise JobError(problem)
+    response_format = job.request.response_format
+    if response_format is not None and response_format.file is not None:
+        resolved = msgspec.structs.replace(response_format, schema=_read_schema(response_format.file), file=None)
+        job = msgspec.structs.replace(job, request=msgspec.structs.replace(job.request, response_format=resolved))
+    return job
+
+
+def settings() -> Iterator[tuple[str, object]]:
+    """Every setting a job file can hold, as (path, default); `msgspec.NODEFAULT` where one is required."""
+    for table in msgspec.structs.fields(Job):
+        structs = [t for t in (table.type, *get_args(table.type)) if isinstance(t, type)]
+        inner = next((t for t in structs if issubclass(t, Table)), None)
+        if inner is None:
+            yield table.name, table.default
+            continue
+        path = f"{table.name}.MODEL" if inner is Price else table.name
+        for field in msgspec.structs.fields(inner):
+            default = {} if field.default_factory is dict else field.default
+            yield f"{path}.{field.name}", default
+
+
+def flatten(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Nested tables as one level of dotted paths; lists stay whole."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        path = f"{prefix}.{name}" if prefix else name
+        if isinstance(value, dict):
+            flat.update(flatten(value, path))
+        else:
+            flat[path] = value
+    return flat
+
+
+_SECRET = re.compile(r"(^|[._-])(api_?key|key|token|secret|password|authorization)$", re.IGNORECASE)
+
+
+def _override(tables: dict[str, Any], override: str) -> None:
+    """Lay one `a.b=c` over the tables; the value is read as TOML, else as a plain string."""
+    path, equals, text = override.partition("=")
+    if not equals or not path.strip():
+        raise JobError(f"--set {override!r}: expected table.setting=value")
+    if _SECRET.search(path.strip()):
+        raise JobError(f"--set {path}: a secret does not belong on a command line; use endpoint.api_key_env")
+    try:
+        value = tomllib.loads(f"value = {text}", parse_float=Decimal)["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, last = path.strip().split(".")
+    table = tables
+    for parent in parents:
+        table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
+            raise JobError(f"--set {path}: {parent} is no table")
+    table[last] = value
+
+
+_UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>[^`]*)`(?: - at `\$\.?(?P<at>.*)`)?$")
+_AT = re.compile(r"^(?P<what>.*?)(?: - at `\$\.?(?P<at>.*)`)?$", re.DOTALL)
+
+
+def _explain(message: str, tables: Mapping[str, Any]) -> str:
+    """msgspec's message as `path: what was expected`, with the nearest known name for an unknown one."""
+    if unknown := _UNKNOWN.match(message):
+        path = ".".join(part for part in (unknown["at"], unknown["name"]) if part)
+        known = [name for name, _ in settings()] + [field.name for field in msgspec.structs.fields(Job)]
+        near = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
+        hint = f"did you mean {near[0]}?" if near else "docs/job.md lists every setting"
+        return f"{path}: no such setting: {hint}"
+    match = _AT.match(message)
+    what, at = (match["what"], match["at"]) if match else (message, None)
+    what = what[0].lower() + what[1:]
+    value = _at_path(tables, at) if at else None
+    shown = f" (is {value!r})" if isinstance(value, str | int | float | Decimal) else ""
+    return f"{at or 'job'}: {what}{shown}"
+
+
+def _at_path(tables: Mapping[str, Any], path: str) -> object:
+    value: Any = tables
+    for part in path.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _problems(job: Job) -> Iterator[str]:
+    """What types can't say. The first one is told."""
+    request = job.request
+    yield from _endpoint_problems(job.endpoint)
+    if request.prompt is not None and request.messages is not None:
+        yield "request.prompt: can't stand beside request.messages; keep one of them"
+    if request.system is not None and isinstance(request.messages, list):
+        yield "request.system: put it into request.messages as a message with role = 'system'"
+    if request.response_format is not None and request.response_format.type == "json_schema":
+        given = (request.response_format.file is not None) + (request.response_format.schema is not None)
+        if given != 1:
+            yield "request.response_format: a json_schema needs one of `file` or `schema`"
+    if isinstance(request.function_call, str) and request.function_call not in ("none", "auto"):
+        yield 'request.function_call: expected "none", "auto" or { name = "…" }'
+    own = set(RequestTemplate.__struct_fields__) - {"extra", "from_columns"}
+    for name in request.extra.keys() & own:
+        yield f"request.extra.{name}: this one has a setting of its own, request.{name}"
+    for name in request.from_columns.keys() - FROM_COLUMNS:
+        yield f"request.from_columns.{name}: expected one of {', '.join(sorted(FROM_COLUMNS))}"
+    if job.budget.max_cost_usd is not None and job.budget.max_cost_usd <= 0:
+        yield "budget.max_cost_usd: expected more than 0"
+    for model, price in job.pricing.items():
+        if min(price.input, price.output, price.cached_input or Decimal(0)) < 0:
+            yield f"pricing.{model}: a price can't be negative"
+
+
+FROM_COLUMNS = frozenset({"model", "reasoning_effort", "max_tokens", "temperature", "top_p"})
+"""The parameters that a column can set row by row."""
+
+_LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+
+
+def _endpoint_problems(endpoint: Endpoint) -> Iterator[str]:
+    if endpoint.url == SIMULATOR:
+        return
+    parts = urlsplit(endpoint.url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        yield f'endpoint.url: expected an http(s) URL or "simulator" (is {endpoint.url!r})'
+    if parts.username or parts.password or "key=" in parts.query:
+        yield "endpoint.url: holds a secret; use endpoint.api_key_env"
+    if endpoint.api_key_env and endpoint.api_key_file:
+        yield "endpoint.api_key_file: can't stand beside endpoint.api_key_env; keep one of them"
+    if not endpoint.api_key_env and not endpoint.api_key_file and not endpoint.headers:
+        yield "endpoint.api_key_env: name the environment variable that holds the key (or api_key_file)"
+    if parts.scheme == "http" and parts.hostname not in _LOOPBACK:
+        yield f"endpoint.url: the key would travel unencrypted to {parts.hostname}; use https://"
+    for name, value in endpoint.headers.items():
+        if _SECRET.search(name) and not value.startswith("env:"):
+            yield f'endpoint.headers.{name}: a job file holds no secret; write "env:NAME"'
+
+
+def _read_schema(file: str) -> dict[str, Any]:
+    """The JSON schema in `file`, as the request carries it."""
+    try:
+        schema = msgspec.json.decode(Path(file).read_bytes())
+    except OSError as error:
+        raise JobError(f"request.response_format.file: can't read {file}: {error.strerror}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise JobError(f"request.response_format.file: {file} is not JSON: {error}") from error
+    if not isinstance(schema, dict):
+        raise JobError(f"request.response_format.file: {file} holds no JSON object")
+    return schema
