@@ -68,14 +68,16 @@ class Request(msgspec.Struct, frozen=True):
     """The body made from a row and a job, encoded once.
 
     `key` is the identity of the question (BLAKE2b-128, docs/design.md); `body` goes to the wire as it is.
-    `max_output_tokens` is the most that the server may answer, for the money bound; None = the model's maximum.
+    `max_prompt_tokens` and `max_output_tokens` bound what one attempt can be billed for; no tokenizer makes more
+    tokens than the body has bytes.
     """
 
     row: int
     key: bytes
     body: bytes
     model: str
-    max_output_tokens: int | None
+    max_prompt_tokens: int
+    max_output_tokens: int
 
 
 class Attempt(msgspec.Struct, frozen=True):

@@ -1,0 +1,117 @@
+"""The API key: read from the environment or a file, sent as a header, and kept out of everything written.
+
+Redaction is by value: whatever repeats the key (a server's error body, an exception's text) is cleaned before it is
+stored or shown, in the forms the key can take on the way: plain, URL-encoded, base64, escaped as JSON.
+"""
+
+import base64
+import json
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from urllib.parse import quote
+
+from batchrun.errors import JobError
+from batchrun.job import Endpoint
+
+REDACTED = "[redacted]"
+
+MIN_SECRET_CHARS = 6
+"""Shorter values than this would redact ordinary words; no real key is."""
+
+
+class Credentials:
+    """The headers that authenticate, and the cleaning of whatever might repeat them. Its repr shows nothing."""
+
+    def __init__(self, headers: Mapping[str, str], secrets: frozenset[str], warning: str | None = None) -> None:
+        self.headers = dict(headers)
+        self.warning = warning
+        forms = sorted({form for secret in secrets for form in _forms(secret)}, key=len, reverse=True)
+        self._pattern = re.compile(b"|".join(map(re.escape, forms))) if forms else None
+
+    def __repr__(self) -> str:
+        return "Credentials(…)"
+
+    def clean(self, raw: bytes) -> bytes:
+        """`raw` with every form of every secret replaced."""
+        return raw if self._pattern is None else self._pattern.sub(REDACTED.encode(), raw)
+
+    def clean_text(self, text: str) -> str:
+        """The same for text."""
+        if self._pattern is None:
+            return text
+        return self.clean(text.encode("utf-8", "surrogatepass")).decode("utf-8", "surrogatepass")
+
+
+def read(endpoint: Endpoint, environ: Mapping[str, str]) -> Credentials:
+    """The credentials that the job names.
+
+    Raises:
+        JobError: the variable is not set, or the file can't be read or can be written by others.
+    """
+    headers: dict[str, str] = {}
+    secrets: set[str] = set()
+    warning = None
+    for name, value in endpoint.headers.items():
+        if value.startswith("env:"):
+            value = _from_environ(f"endpoint.headers.{name}", value.removeprefix("env:"), environ)
+            secrets.add(value)
+        headers[name] = value
+    key = None
+    if endpoint.api_key_env is not None:
+        key = _from_environ("endpoint.api_key_env", endpoint.api_key_env, environ)
+    elif endpoint.api_key_file is not None:
+        key, warning = _from_file(Path(endpoint.api_key_file))
+    if key is not None:
+        if not key.isascii() or any(char.isspace() or not char.isprintable() for char in key):
+            raise JobError("endpoint: the API key holds blanks or characters that no header can carry")
+        secrets.add(key)
+        headers["Authorization"] = f"Bearer {key}"
+    return Credentials(headers, frozenset(secrets), warning)
+
+
+def _from_environ(setting: str, name: str, environ: Mapping[str, str]) -> str:
+    value = environ.get(name, "").strip()
+    if not value:
+        raise JobError(f"{setting}: the environment variable {name} is not set; export {name}=… and run again")
+    return value
+
+
+def _from_file(path: Path) -> tuple[str, str | None]:
+    """The key and a warning, if others may read the file. (Mounted secrets are commonly 0444.)"""
+    try:
+        mode = path.stat().st_mode
+        key = path.read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise JobError(f"endpoint.api_key_file: can't read {path}: {error}") from error
+    if mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise JobError(f"endpoint.api_key_file: others may write {path}; chmod 600 {path}")
+    if not key:
+        raise JobError(f"endpoint.api_key_file: {path} is empty")
+    return key, f"{path} can be read by everyone on this machine" if mode & stat.S_IROTH else None
+
+
+def _forms(secret: str) -> Iterator[bytes]:
+    """The forms in which a secret can come back."""
+    if len(secret) < MIN_SECRET_CHARS:
+        return
+    raw = secret.encode()
+    yield raw
+    yield quote(secret, safe="").encode()
+    yield quote(secret, safe="").lower().encode()
+    yield json.dumps(secret)[1:-1].encode()
+    yield json.dumps(secret)[1:-1].replace("/", "\\/").encode()
+    yield from _base64_forms(raw)
+
+
+def _base64_forms(raw: bytes) -> Iterator[bytes]:
+    """The base64 digits that the secret alone decides, at each of its three alignments, in both alphabets."""
+    for lead in range(3):
+        padded = base64.b64encode(bytes(lead) + raw)
+        first = (lead * 8 + 5) // 6
+        whole_digits = (lead + len(raw)) * 8 // 6
+        digits = padded[first:whole_digits]
+        if len(digits) >= MIN_SECRET_CHARS:
+            yield digits
+            yield digits.replace(b"+", b"-").replace(b"/", b"_")

@@ -1,0 +1,258 @@
+"""What an attempt's outcome means and what to do next. PURE: a table, not a ladder of ifs.
+
+docs/guarantees.md explains each line; tests/test_policy.py walks the table.
+"""
+
+import email.utils
+import re
+from collections.abc import Mapping
+from enum import StrEnum
+
+import msgspec
+
+from batchrun.answer import MAX_MESSAGE_CHARS, decode
+from batchrun.job import Retry
+from batchrun.records import Answer, Attempt, RowError, Status, Verdict
+
+
+class Fault(StrEnum):
+    """Why no whole answer came: the `kind` of an APIConnectionError."""
+
+    DNS = "dns"
+    REFUSED = "refused"
+    CONNECT = "connect"
+    TLS = "tls"
+    CERTIFICATE = "certificate"
+    STALE = "stale_connection"
+    UNSENT = "lost_before_send"
+    TIMEOUT = "timeout"
+    RESET = "reset"
+    CUT = "cut"
+    TOO_LARGE = "answer_too_large"
+    ENCODING = "bad_encoding"
+    MALFORMED = "malformed_http"
+
+
+FAULT_VERDICTS: Mapping[str, Verdict] = {
+    Fault.DNS: Verdict.FREE,
+    Fault.REFUSED: Verdict.FREE,
+    Fault.CONNECT: Verdict.FREE,
+    Fault.TLS: Verdict.FREE,
+    Fault.CERTIFICATE: Verdict.STOP,
+    Fault.STALE: Verdict.FREE,
+    Fault.UNSENT: Verdict.FREE,
+    Fault.TIMEOUT: Verdict.MAYBE,
+    Fault.RESET: Verdict.MAYBE,
+    Fault.CUT: Verdict.MAYBE,
+    Fault.TOO_LARGE: Verdict.MAYBE,
+    Fault.ENCODING: Verdict.MAYBE,
+    Fault.MALFORMED: Verdict.MAYBE,
+}
+
+STATUS_VERDICTS: Mapping[int, Verdict] = {
+    **dict.fromkeys((400, 413, 415, 422), Verdict.ROW),
+    **dict.fromkeys((408, 409, 425, 500, 502), Verdict.FREE),
+    **dict.fromkeys((499, 504, 520, 521, 522, 523, 524), Verdict.MAYBE),
+    **dict.fromkeys((429, 529), Verdict.SLOW),
+    **dict.fromkeys((401, 402, 403), Verdict.PAUSE),
+    **dict.fromkeys((404, 405), Verdict.STOP),
+}
+"""By status alone. 403, 429 and 503 depend on the body as well; 520 to 524 are Cloudflare's "origin" errors."""
+
+KINDS: Mapping[int, str] = {
+    400: "bad_request",
+    401: "authentication",
+    402: "payment_required",
+    403: "forbidden",
+    404: "not_found",
+    429: "rate_limit",
+    529: "overloaded",
+}
+
+_QUOTA = re.compile(r"quota|credit|balance|billing|spend|payment|insufficient[_ ]funds|arrear", re.IGNORECASE)
+_OVERLOAD = re.compile(
+    r"overload|capacity|too busy|temporarily|unavailable|try again|upstream|timed? ?out", re.IGNORECASE
+)
+_MODERATION = re.compile(r"content[_ -]?(policy|filter|violation)|moderation|safety|flagged|prohibited", re.IGNORECASE)
+
+
+class Judgement(msgspec.Struct, frozen=True):
+    """What one attempt came to. `error` is None exactly when the verdict is OK."""
+
+    verdict: Verdict
+    error: RowError | None = None
+    filtered: bool = False
+    retry_after_s: float | None = None
+
+
+_ANSWERED = Judgement(Verdict.OK)
+
+
+def judge(attempt: Attempt, answer: Answer, retry: Retry) -> Judgement:
+    """The verdict on one attempt, with what the `error` column and the gate need of it."""
+    if attempt.error is not None:
+        error = RowError(attempt.error.kind, attempt.http_status, None, str(attempt.error)[:MAX_MESSAGE_CHARS])
+        return Judgement(FAULT_VERDICTS[attempt.error.kind], error)
+    status = attempt.http_status
+    assert status is not None
+    if 200 <= status < 300:
+        if answer.completion:
+            return _ANSWERED
+        if answer.error_message is None:
+            return Judgement(Verdict.MAYBE, RowError("unreadable", status, None, _why_unreadable(attempt.body)))
+        status = _embedded_status(answer, status)
+    return _judge_status(status, attempt, answer, retry)
+
+
+def _judge_status(status: int, attempt: Attempt, answer: Answer, retry: Retry) -> Judgement:
+    words = f"{answer.error_code or ''} {answer.error_message or ''}"
+    verdict, kind, filtered = _by_status_and_body(status, attempt, words)
+    message = answer.error_message or f"HTTP {status}: {_excerpt(attempt.body)}".rstrip(": ")
+    wait_s = retry_after_s(attempt.headers, attempt.started_at + attempt.latency_s)
+    if verdict is Verdict.SLOW and wait_s is not None and wait_s > retry.max_wait_s:
+        verdict, message = Verdict.PAUSE, f"asked to wait {wait_s:.0f} s: {message}"
+    verdict = _should_retry(attempt.headers.get("x-should-retry"), verdict)
+    error = RowError(kind, attempt.http_status, answer.error_code, message[:MAX_MESSAGE_CHARS])
+    return Judgement(verdict, error, filtered and verdict is Verdict.ROW, wait_s)
+
+
+def _by_status_and_body(status: int, attempt: Attempt, words: str) -> tuple[Verdict, str, bool]:
+    """(verdict, kind, filtered): the three statuses that need the body, then the table, then the century."""
+    if status == 429 and _QUOTA.search(words):
+        return Verdict.PAUSE, "insufficient_quota", False
+    if status == 403 and _MODERATION.search(words):
+        return Verdict.ROW, "content_policy", True
+    if status == 503:
+        # this vendor's code for "Content Policy Violation"; gateways use it for overload: the body decides
+        if _is_overload(attempt, words):
+            return Verdict.SLOW, "overloaded", False
+        return Verdict.ROW, "content_policy", True
+    if status < 400:
+        return (
+            Verdict.STOP if status >= 300 else Verdict.MAYBE,
+            "redirect" if status >= 300 else "error_in_answer",
+            False,
+        )
+    fallback = Verdict.FREE if status >= 500 else Verdict.ROW
+    kind = KINDS.get(status, "server_error" if status >= 500 else "bad_request")
+    return STATUS_VERDICTS.get(status, fallback), kind, False
+
+
+def _is_overload(attempt: Attempt, words: str) -> bool:
+    """A 503 is trouble of the server's unless it is a JSON object that speaks of neither load nor a wait."""
+    if "retry-after" in attempt.headers or "retry-after-ms" in attempt.headers:
+        return True
+    decoded, _ = decode(attempt.body)
+    if not isinstance(decoded, dict):
+        return True
+    return _OVERLOAD.search(words) is not None and _MODERATION.search(words) is None
+
+
+def _should_retry(header: str | None, verdict: Verdict) -> Verdict:
+    """`x-should-retry`, as the reference SDK's servers send it, has the last word on a row's retry."""
+    if header == "true" and verdict is Verdict.ROW:
+        return Verdict.FREE
+    if header == "false" and verdict in (Verdict.FREE, Verdict.MAYBE):
+        return Verdict.ROW
+    return verdict
+
+
+def _embedded_status(answer: Answer, status: int) -> int:
+    """The status that an error object inside a 200 names as its code, as some gateways do; else the 200."""
+    code = answer.error_code or ""
+    return int(code) if code.isascii() and code.isdigit() and 400 <= int(code) < 600 else status
+
+
+def _excerpt(body: bytes) -> str:
+    return " ".join(body[:300].decode("utf-8", "replace").split())
+
+
+def _why_unreadable(body: bytes) -> str:
+    return f"the answer is no chat completion: {_excerpt(body)}" if body else "the answer is empty"
+
+
+def settle_status(answer: Answer, *, json_wanted: bool) -> Status:
+    """The status of a row whose answer is usable, by its finish_reason (docs/api.md, "Response")."""
+    if answer.finish_reason == "content_filter":
+        return Status.FILTERED
+    if answer.finish_reason == "length":
+        return Status.TRUNCATED
+    if answer.function_call is not None or answer.finish_reason == "tool_calls":
+        return Status.OK
+    if not answer.content:
+        return Status.EMPTY
+    if json_wanted and decode(answer.content.encode("utf-8", "replace"))[1]:
+        return Status.INVALID
+    return Status.OK
+
+
+class History(msgspec.Struct, frozen=True):
+    """What a row has been through: attempts made, and those that count against its caps."""
+
+    attempts: int = 0
+    counted: int = 0
+    counted_5xx: int = 0
+    maybe_billed: int = 0
+
+
+def after(history: History, judgement: Judgement, *, corroborated: bool) -> History:
+    """`history` with one attempt more. An attempt counts only if another row succeeded meanwhile
+    (`corroborated`), so that an outage burns no row; a wait for the gate never counts.
+    """
+    counts = corroborated and judgement.verdict in (Verdict.FREE, Verdict.MAYBE)
+    status = judgement.error.http_status if judgement.error is not None else None
+    return History(
+        attempts=history.attempts + 1,
+        counted=history.counted + counts,
+        counted_5xx=history.counted_5xx + (counts and status is not None and status >= 500),
+        maybe_billed=history.maybe_billed + (counts and judgement.verdict is Verdict.MAYBE),
+    )
+
+
+def exhausted(history: History, retry: Retry) -> bool:
+    """True when the row has used up one of its caps and is settled as `error`."""
+    return (
+        history.counted >= retry.max_attempts
+        or history.counted_5xx >= retry.max_5xx
+        or history.maybe_billed > retry.max_maybe_billed
+    )
+
+
+def backoff_s(history: History, floor_s: float | None, retry: Retry, uniform: float) -> float:
+    """Seconds until the next attempt: full jitter below a doubling ceiling; a Retry-After is a floor under it.
+
+    `uniform` is a random number in [0, 1). The ceiling is clamped first and jittered then, so late delays differ too.
+    """
+    ceiling_s = min(retry.backoff_cap_s, retry.backoff_base_s * 2 ** min(history.attempts - 1, 30))
+    return min(floor_s or 0.0, retry.max_wait_s) + uniform * ceiling_s
+
+
+def retry_after_s(headers: Mapping[str, str], now: float) -> float | None:
+    """Seconds that the server asks to wait: `retry-after-ms`, or `Retry-After` in seconds or as an HTTP date.
+
+    None where absent or meaningless (negative, no number, a date in the past). RFC 9110, section 10.2.3. A date is
+    read against the server's own `Date` where it sends one, so a skewed clock does no harm.
+    """
+    for name, scale in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        if (seconds := _number(headers.get(name))) is not None:
+            return seconds * scale
+    then = _date(headers.get("retry-after"))
+    if then is None:
+        return None
+    wait_s = then - (_date(headers.get("date")) or now)
+    return wait_s if wait_s > 0 else None
+
+
+def _number(text: str | None) -> float | None:
+    if text is None or not re.fullmatch(r"\s*\d{1,18}(\.\d{1,9})?\s*", text):
+        return None
+    return float(text)
+
+
+def _date(text: str | None) -> float | None:
+    if text is None:
+        return None
+    try:
+        return float(email.utils.parsedate_to_datetime(text).timestamp())
+    except (ValueError, OverflowError):
+        return None

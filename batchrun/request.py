@@ -1,0 +1,326 @@
+"""Row + job → body and key. PURE. Three dialects of input, one encode per row.
+
+The body is built in the API's field order and encoded once; the same bytes are hashed into the `request_key` and sent.
+What only decides how an answer travels (`stream`, `stream_options`) is appended after the hash.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import jinja2
+import jinja2.sandbox
+import msgspec
+
+from batchrun.errors import InputError, JobError
+from batchrun.job import Job, MessageTemplate, RequestTemplate
+from batchrun.records import Request, Row
+
+ROLES = ("user", "assistant", "system", "developer")
+EFFORTS = ("low", "medium", "high", "xhigh")
+MAX_TOKENS = 128_000
+
+IMAGE_TOKENS = 6_000
+"""More than any image costs in the upstream's own table of tile and patch counts: for the money bound only."""
+
+Columns = Mapping[str, Any]
+Body = dict[str, Any]
+
+
+def detect_dialect(job: Job, columns: Collection[str]) -> str:
+    """How the rows become messages: the job's word, else what the job asks, else what the columns say.
+
+    Raises:
+        InputError: neither says.
+    """
+    request = job.request
+    if job.input.dialect != "auto":
+        return job.input.dialect
+    if request.prompt is not None or isinstance(request.messages, list):
+        return "columns"
+    if isinstance(request.messages, str):
+        return "messages"
+    if {"custom_id", "body"} <= set(columns):
+        return "openai-batch"
+    if "messages" in columns:
+        return "messages"
+    shown = ", ".join(list(columns)[:12]) or "none"
+    raise InputError(f"can't tell what to ask: set request.prompt to a template over the columns ({shown})")
+
+
+class RequestBuilder:
+    """Makes the request of each row. Built once per invocation: templates are compiled, constants laid out."""
+
+    def __init__(self, job: Job, dialect: str) -> None:
+        self.dialect = dialect
+        self._request = job.request
+        self._endpoint_name = b"\0" + job.endpoint_name.encode()
+        self._max_output_tokens = job.limits.max_output_tokens
+        self._from_columns = tuple(job.request.from_columns.items())
+        self._parameters = _parameters(job.request)
+        self._stream = _stream_fields(job.request)
+        self._messages = _message_maker(job.request, dialect)
+        self.json_wanted = job.request.response_format is not None and job.request.response_format.type != "text"
+        if dialect != "openai-batch" and job.request.model is None and "model" not in job.request.from_columns:
+            raise JobError('request.model: name the model, for example "vtrix-gpt-5.3-codex"')
+
+    def build(self, row: Row) -> Request:
+        """The request of one row.
+
+        Raises:
+            InputError: the row can't be asked; the message says why, without the place.
+        """
+        body = self._batch_body(row.columns) if self.dialect == "openai-batch" else self._body(row.columns)
+        encoded = msgspec.json.encode(body)
+        images, canonical = _images(body["messages"]), encoded
+        if images and b'"data:' in encoded:
+            canonical = msgspec.json.encode({**body, "messages": _with_digests(body["messages"])})
+        key = hashlib.blake2b(canonical, digest_size=16)
+        key.update(self._endpoint_name)
+        limit = body.get("max_completion_tokens") or body.get("max_tokens") or self._max_output_tokens
+        choices = body.get("n") or 1
+        return Request(
+            row=row.row,
+            key=key.digest(),
+            body=encoded[:-1] + self._stream if self._stream else encoded,
+            model=body["model"],
+            max_prompt_tokens=len(encoded) + images * IMAGE_TOKENS,
+            max_output_tokens=limit * choices if isinstance(limit, int) and isinstance(choices, int) else limit,
+        )
+
+    def _body(self, columns: Columns) -> Body:
+        body: Body = {"model": self._request.model, "messages": self._messages(columns), **self._parameters}
+        for name, column in self._from_columns:
+            if column not in columns:
+                raise InputError(f"column {column!r}, which request.from_columns.{name} names, is missing")
+            if (value := columns[column]) is not None:
+                body[name] = check_parameter(name, value)
+        if body["model"] is None:
+            raise InputError(f"column {self._request.from_columns['model']!r} names no model, nor does request.model")
+        return body
+
+    def _batch_body(self, columns: Columns) -> Body:
+        """The body of a provider batch line; what it leaves open the job fills in."""
+        given = as_json(columns.get("body"))
+        if not isinstance(given, dict):
+            raise InputError("`body` is no JSON object")
+        url = columns.get("url")
+        if url is not None and not str(url).rstrip("/").endswith("/chat/completions"):
+            raise InputError(f"`url` is {url!r}: only chat/completions can be asked")
+        given = without_nulls(given)
+        body: Body = {
+            "model": given.get("model") or self._request.model,
+            "messages": check_messages(given.get("messages")),
+        }
+        if body["model"] is None:
+            raise InputError("`body` names no model, nor does request.model")
+        own = {name: value for name, value in given.items() if name not in _NOT_PARAMETERS}
+        for name, value in sorted({**self._parameters, **own}.items(), key=_field_order):
+            body[name] = check_parameter(name, value)
+        return body
+
+
+_NOT_PARAMETERS = frozenset({"model", "messages", "stream", "stream_options"})
+_FIELDS = ("reasoning_effort", "max_tokens", "temperature", "top_p", "functions", "function_call", "response_format")
+
+
+def _field_order(item: tuple[str, object]) -> tuple[int, str]:
+    name = item[0]
+    return (_FIELDS.index(name) if name in _FIELDS else len(_FIELDS), name)
+
+
+def _parameters(request: RequestTemplate) -> Body:
+    """The constant fields of every body, in the API's order, then the extra ones as the job gives them."""
+    fields: Body = {name: msgspec.to_builtins(getattr(request, name)) for name in _FIELDS}
+    if (wanted := request.response_format) is not None:
+        fields["response_format"] = {"type": wanted.type}
+        if wanted.type == "json_schema":
+            schema = {"name": wanted.name, "schema": wanted.schema, "strict": wanted.strict}
+            fields["response_format"]["json_schema"] = schema
+    extra = {name: value for name, value in request.extra.items() if name not in _NOT_PARAMETERS}
+    return {name: value for name, value in fields.items() if value is not None} | extra
+
+
+def _stream_fields(request: RequestTemplate) -> bytes:
+    """The bytes that end a streamed body in place of its brace; empty when the answer comes whole."""
+    if not request.stream:
+        return b""
+    options = request.extra.get("stream_options", {"include_usage": True})
+    return b',"stream":true,"stream_options":' + msgspec.json.encode(options) + b"}"
+
+
+def _message_maker(request: RequestTemplate, dialect: str) -> Callable[[Columns], list[Any]]:
+    """The function from a row's columns to its messages."""
+    if dialect == "openai-batch":
+        return lambda columns: []  # the body brings its own
+    if dialect == "messages":
+        return _messages_from_column(request)
+    if isinstance(request.messages, list):
+        return _from_templates(request.messages)
+    if request.prompt is None:
+        raise JobError("request.prompt: the columns dialect needs a template, for example '{{ text }}'")
+    templates = [MessageTemplate("user", request.prompt)]
+    if request.system is not None:
+        templates.insert(0, MessageTemplate("system", request.system))
+    return _from_templates(templates)
+
+
+def _messages_from_column(request: RequestTemplate) -> Callable[[Columns], list[Any]]:
+    """Messages as the column holds them; the job's `system` comes first where a row has none of its own."""
+    column = request.messages if isinstance(request.messages, str) else "messages"
+    system = None if request.system is None else _text_template(request.system, "request.system")
+
+    def make(columns: Columns) -> list[Any]:
+        if column not in columns:
+            raise InputError(f"column {column!r}, which holds the messages, is missing")
+        messages = check_messages(without_nulls(as_json(columns[column])))
+        if system is not None and messages[0]["role"] not in ("system", "developer"):
+            return [{"role": "system", "content": system(columns)}, *messages]
+        return messages
+
+    return make
+
+
+def _from_templates(templates: list[MessageTemplate]) -> Callable[[Columns], list[Any]]:
+    makers = [
+        (template.role, _template(template.content, f"request.messages[{place}].content"))
+        for place, template in enumerate(templates)
+    ]
+    return lambda columns: [{"role": role, "content": make(columns)} for role, make in makers]
+
+
+def _template(tree: Any, place: str) -> Callable[[Columns], Any]:
+    """A function that renders every string in `tree`, a text or a list of content parts."""
+    if isinstance(tree, str):
+        return _text_template(tree, place)
+    if isinstance(tree, list):
+        parts = [_template(item, place) for item in tree]
+        return lambda columns: [part(columns) for part in parts]
+    if isinstance(tree, dict):
+        fields = {name: _template(value, place) for name, value in tree.items()}
+        return lambda columns: {name: field(columns) for name, field in fields.items()}
+    return lambda columns: tree
+
+
+def _refuse_null(value: object) -> object:
+    """A null must not reach a paid prompt as the word "None"."""
+    if value is None:
+        raise jinja2.UndefinedError("a value in the template is null; write {{ name or '' }} where that may be")
+    return value
+
+
+_ENVIRONMENT = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    undefined=jinja2.StrictUndefined, finalize=_refuse_null, keep_trailing_newline=True, autoescape=False
+)
+
+
+def _text_template(text: str, place: str) -> Callable[[Columns], str]:
+    """The template compiled. `root_render_func` on a fresh context costs a third of `render()` (measured: 2.5 µs)."""
+    try:
+        template = _ENVIRONMENT.from_string(text)
+    except jinja2.TemplateSyntaxError as error:
+        raise JobError(f"{place}: template error in line {error.lineno}: {error.message}") from error
+    new_context, render = template.new_context, template.root_render_func
+
+    def make(columns: Columns) -> str:
+        try:
+            return "".join(render(new_context(dict(columns))))
+        except jinja2.UndefinedError as error:
+            raise InputError(f"{place}: {error.message}") from error
+        except Exception as error:  # a template runs user code over user data: whatever it raises is the row's
+            raise InputError(f"{place}: {type(error).__name__}: {error}") from error
+
+    return make
+
+
+def as_json(value: Any) -> Any:
+    """A value that a column holds as JSON text (mixed types, or a text column of JSON), decoded; others as they are."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return msgspec.json.decode(value)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise InputError(f"a column that should hold JSON does not: {error}") from error
+
+
+def without_nulls(value: Any) -> Any:
+    """`value` without the null fields of its objects: Parquet pads every struct with them."""
+    if isinstance(value, dict):
+        return {name: without_nulls(item) for name, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
+
+
+def check_messages(messages: Any) -> list[Any]:
+    """The messages, if they are such by docs/api.md; an InputError names what is not."""
+    if not isinstance(messages, list) or not messages:
+        raise InputError("messages: expected at least one message")
+    for place, message in enumerate(messages):
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            role = message.get("role") if isinstance(message, dict) else message
+            raise InputError(f"messages[{place}].role: expected one of {', '.join(ROLES)} (is {role!r:.80})")
+        content = message.get("content")
+        calls = "function_call" in message or "tool_calls" in message
+        if not isinstance(content, str | list) and not (content is None and calls):
+            raise InputError(f"messages[{place}].content: expected text or a list of parts")
+    return messages
+
+
+def check_parameter(name: str, value: Any) -> Any:
+    """The value, if docs/api.md allows it for this field; fields that page does not know pass unchanged."""
+    if isinstance(value, float) and value.is_integer() and name == "max_tokens":
+        value = int(value)  # a Parquet integer column with nulls often comes as double
+    if (check := _CHECKS.get(name)) is not None:
+        allowed, expected = check
+        if not allowed(value):
+            raise InputError(f"{name}: expected {expected} (is {value!r:.80})")
+    return value
+
+
+def _number_within(value: Any, low: float, high: float) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value) and low <= value <= high
+
+
+_CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "model": (lambda v: isinstance(v, str) and v != "", "a model id"),
+    "reasoning_effort": (lambda v: v in EFFORTS, f"one of {', '.join(EFFORTS)}"),
+    "max_tokens": (lambda v: isinstance(v, int) and _number_within(v, 1, MAX_TOKENS), "an integer from 1 to 128,000"),
+    "temperature": (lambda v: _number_within(v, 0, 2), "a number from 0 to 2"),
+    "top_p": (lambda v: _number_within(v, 0, 1), "a number from 0 to 1"),
+    "functions": (
+        lambda v: isinstance(v, list) and all(isinstance(f, dict) and isinstance(f.get("name"), str) for f in v),
+        "a list of functions with names",
+    ),
+    "function_call": (
+        lambda v: v in ("none", "auto") or (isinstance(v, dict) and isinstance(v.get("name"), str)),
+        '"none", "auto" or an object with a name',
+    ),
+    "response_format": (
+        lambda v: isinstance(v, dict) and v.get("type") in ("text", "json_object", "json_schema"),
+        "an object with type text, json_object or json_schema",
+    ),
+}
+
+
+def _images(messages: list[Any]) -> int:
+    """How many image parts there are."""
+    return sum(
+        isinstance(part, dict) and part.get("type") == "image_url"
+        for message in messages
+        if isinstance(message.get("content"), list)
+        for part in message["content"]
+    )
+
+
+def _with_digests(value: Any) -> Any:
+    """The messages with every data URL replaced by its digest: the same picture is the same question."""
+    if isinstance(value, str) and value.startswith("data:"):
+        return "digest:" + hashlib.blake2b(value.encode(), digest_size=16).hexdigest()
+    if isinstance(value, list):
+        return [_with_digests(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _with_digests(item) for name, item in value.items()}
+    return value
