@@ -223,7 +223,7 @@ def backoff_s(history: History, floor_s: float | None, retry: Retry, uniform: fl
 
     `uniform` is a random number in [0, 1). The ceiling is clamped first and jittered then, so late delays differ too.
     """
-    ceiling_s = min(retry.backoff_cap_s, retry.backoff_base_s * 2 ** min(history.attempts - 1, 30))
+    ceiling_s = min(retry.backoff_cap_s, retry.backoff_base_s * 2.0 ** min(history.attempts - 1, 30))
     return min(floor_s or 0.0, retry.max_wait_s) + uniform * ceiling_s
 
 
@@ -250,9 +250,7 @@ def _number(text: str | None) -> float | None:
 
 
 def _date(text: str | None) -> float | None:
-    if text is None:
-        return None
     try:
-        return float(email.utils.parsedate_to_datetime(text).timestamp())
+        return None if text is None else email.utils.parsedate_to_datetime(text).timestamp()
     except (ValueError, OverflowError):
         return None

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from decimal import Decimal
 from enum import StrEnum
+from typing import Any
 
 import msgspec
 
@@ -61,7 +62,7 @@ class Row(msgspec.Struct, frozen=True):
     """One accepted input record: its position in the input, from 0, and its columns by name."""
 
     row: int
-    columns: Mapping[str, object]
+    columns: dict[str, Any]
 
 
 class Request(msgspec.Struct, frozen=True):

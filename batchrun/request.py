@@ -24,7 +24,7 @@ MAX_TOKENS = 128_000
 IMAGE_TOKENS = 6_000
 """More than any image costs in the upstream's own table of tile and patch counts: for the money bound only."""
 
-Columns = Mapping[str, Any]
+Columns = dict[str, Any]
 Body = dict[str, Any]
 
 
@@ -216,7 +216,13 @@ _ENVIRONMENT = jinja2.sandbox.ImmutableSandboxedEnvironment(
 
 
 def _text_template(text: str, place: str) -> Callable[[Columns], str]:
-    """The template compiled. `root_render_func` on a fresh context costs a third of `render()` (measured: 2.5 µs)."""
+    """The template compiled; a text without markers is itself.
+
+    `root_render_func` on a context that shares the row's columns costs a quarter of `render()` (measured: 4 µs for 16);
+    the price is that Jinja's global functions are not there, which a template over columns does not need.
+    """
+    if "{" not in text:
+        return lambda columns: text
     try:
         template = _ENVIRONMENT.from_string(text)
     except jinja2.TemplateSyntaxError as error:
@@ -225,7 +231,7 @@ def _text_template(text: str, place: str) -> Callable[[Columns], str]:
 
     def make(columns: Columns) -> str:
         try:
-            return "".join(render(new_context(dict(columns))))
+            return "".join(render(new_context(columns, True)))
         except jinja2.UndefinedError as error:
             raise InputError(f"{place}: {error.message}") from error
         except Exception as error:  # a template runs user code over user data: whatever it raises is the row's

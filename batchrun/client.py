@@ -1,0 +1,287 @@
+"""One attempt over HTTP, and nothing else: no retry, no pace, no meaning. Sole importer of the aiohttp client.
+
+aiohttp's defaults that are wrong for a batch are set here: its total timeout of 300 s, its pool of 100 connections,
+redirects followed (a 307 would carry prompt and key headers to another origin), no TCP keepalive (NAT drops a socket
+that is silent during a long reasoning call), bodies without a bound.
+"""
+
+import asyncio
+import contextvars
+import errno
+import socket
+import ssl
+import time
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+import aiohttp
+from aiohttp.client_reqrep import ClientRequest
+
+from batchrun import __version__
+from batchrun.credentials import Credentials
+from batchrun.errors import APIConnectionError, APITimeoutError, JobError
+from batchrun.job import Endpoint
+from batchrun.records import Attempt, Request
+
+STALE_WITHIN_S = 0.1
+"""A reused connection that ends so soon after the write, without a byte, was closed by the server while it was idle."""
+
+READ_BUFFER_BYTES = 65_536
+KEEPALIVE_S = 30.0
+TCP_KEEPALIVE_S = 60  # below the 350 s and more after which common NAT gateways forget an idle flow
+
+
+@dataclass(slots=True)
+class _Exchange:
+    """What is known of the attempt that one worker makes just now. One a worker, used again and again."""
+
+    task: "asyncio.Task[object]"
+    sent_at: float | None = None
+    reused: bool = False
+    expired: bool = False
+    first_byte_s: float | None = None
+    received: list[bytes] = field(default_factory=list)
+
+
+_EXCHANGE: contextvars.ContextVar[_Exchange | None] = contextvars.ContextVar("exchange", default=None)
+
+
+class _Connector(aiohttp.TCPConnector):
+    """A connector that tells the worker's exchange whether its connection had carried a request before."""
+
+    def __init__(self, *, ssl_context: ssl.SSLContext, force_close: bool) -> None:
+        super().__init__(
+            ssl=ssl_context,
+            limit=0,  # the gate is the limit; a second one would queue where nobody counts
+            force_close=force_close,
+            keepalive_timeout=None if force_close else KEEPALIVE_S,
+            socket_factory=_open_socket,
+        )
+        self._carried: weakref.WeakSet[object] = weakref.WeakSet()
+
+    async def connect(
+        self,
+        req: ClientRequest,
+        traces: list[aiohttp.tracing.Trace],
+        timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109  (aiohttp's signature)
+    ) -> aiohttp.connector.Connection:
+        connection = await super().connect(req, traces, timeout)
+        exchange = _EXCHANGE.get()
+        if exchange is not None:
+            protocol = connection.protocol
+            exchange.reused = protocol in self._carried
+            self._carried.add(protocol)
+            exchange.sent_at = time.monotonic()
+        return connection
+
+
+class Client:
+    """Sends requests of one endpoint. Close it, or use it as a context manager.
+
+    Workers call `send`; somebody calls `expire` about once a second, which ends attempts beyond their deadline: one
+    sweep costs less than a timeout object for each of a million requests (measured: 6 to 11 µs each).
+    """
+
+    def __init__(self, url: str, endpoint: Endpoint, credentials: Credentials) -> None:
+        self._url = url
+        self._proxy = endpoint.proxy
+        self._deadline_s = endpoint.attempt_timeout_s
+        self._max_bytes = endpoint.max_answer_bytes
+        self._name_requests = endpoint.client_request_id
+        self._credentials = credentials
+        self._exchanges: dict[asyncio.Task[object], _Exchange] = {}
+        context = _ssl_context(endpoint)
+        headers = {
+            "Content-Type": "application/json",
+            "Accept": "application/json, text/event-stream",
+            "User-Agent": f"batchrun/{__version__}",
+            **credentials.headers,
+        }
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=endpoint.connect_timeout_s)
+        self._pooled, self._fresh = (
+            aiohttp.ClientSession(
+                connector=_Connector(ssl_context=context, force_close=force_close),
+                headers=headers,
+                timeout=timeout,
+                cookie_jar=aiohttp.DummyCookieJar(),
+                read_bufsize=READ_BUFFER_BYTES,
+            )
+            for force_close in (False, True)
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._pooled.close()
+        await self._fresh.close()
+
+    async def send(self, request: Request, client_request_id: str) -> Attempt:
+        """How one exchange ended, as a value, whatever happened on the wire.
+
+        A pooled connection that turns out to be closed is tried once more on a fresh one within the same attempt: the
+        server can't have read the request.
+        """
+        attempt = await self._exchange(self._pooled, request, client_request_id)
+        if attempt.error is not None and attempt.error.kind == "stale_connection":
+            return await self._exchange(self._fresh, request, client_request_id)
+        return attempt
+
+    def expire(self) -> int:
+        """Ends every attempt that is older than the deadline; returns how many."""
+        oldest = time.monotonic() - self._deadline_s
+        late = [exchange for exchange in self._exchanges.values() if (exchange.sent_at or oldest) < oldest]
+        for exchange in late:
+            exchange.expired = True
+            exchange.task.cancel()
+        return len(late)
+
+    async def _exchange(self, session: aiohttp.ClientSession, request: Request, client_request_id: str) -> Attempt:
+        exchange = self._begin()
+        started_at, started = time.time(), time.monotonic()
+        http_status: int | None = None
+        headers: Mapping[str, str] = {}
+        error: APIConnectionError | None = None
+        own_headers = {"X-Client-Request-Id": client_request_id} if self._name_requests else None
+        try:
+            async with session.post(
+                self._url, data=request.body, headers=own_headers, allow_redirects=False, proxy=self._proxy
+            ) as response:
+                http_status, headers = response.status, response.headers
+                error = await self._receive(response, exchange, started)
+        except asyncio.CancelledError:
+            if not exchange.expired:
+                raise
+            exchange.task.uncancel()
+            message = f"no whole answer within {self._deadline_s:g} s"
+            error = APITimeoutError(message, kind="timeout", sent=exchange.sent_at is not None)
+        except Exception as raised:  # translate() knows every exception of aiohttp's; a test walks them
+            error = self._translated(raised, exchange)
+        finally:
+            del self._exchanges[exchange.task]
+        body = b"".join(exchange.received) if len(exchange.received) != 1 else exchange.received[0]
+        return Attempt(
+            started_at=started_at,
+            latency_s=time.monotonic() - started,
+            http_status=http_status,
+            headers=headers,
+            body=self._credentials.clean(body),
+            error=error,
+            time_to_first_token_s=exchange.first_byte_s if _is_stream(headers) else None,
+        )
+
+    def _begin(self) -> _Exchange:
+        task = asyncio.current_task()
+        assert task is not None
+        exchange = _EXCHANGE.get()
+        if exchange is None or exchange.task is not task:
+            exchange = _Exchange(task)
+            _EXCHANGE.set(exchange)
+        exchange.sent_at, exchange.first_byte_s, exchange.received = None, None, []
+        exchange.reused = exchange.expired = False
+        self._exchanges[task] = exchange
+        return exchange
+
+    async def _receive(
+        self, response: aiohttp.ClientResponse, exchange: _Exchange, started: float
+    ) -> APIConnectionError | None:
+        """Reads the body into the exchange; bounded in decoded bytes, so a gzip bomb ends here."""
+        size = 0
+        while chunk := await response.content.readany():
+            if not size:
+                exchange.first_byte_s = time.monotonic() - started
+            size += len(chunk)
+            if size > self._max_bytes:
+                response.close()
+                message = f"the answer is larger than endpoint.max_answer_bytes ({self._max_bytes:,})"
+                return APIConnectionError(message, kind="answer_too_large", sent=True)
+            exchange.received.append(chunk)
+        return None
+
+    def _translated(self, raised: Exception, exchange: _Exchange) -> APIConnectionError:
+        error = translate(raised, sent=exchange.sent_at is not None)
+        if (
+            error.kind == "reset"
+            and exchange.reused
+            and not exchange.received
+            and exchange.sent_at is not None
+            and time.monotonic() - exchange.sent_at < STALE_WITHIN_S
+        ):
+            error = APIConnectionError(str(error), kind="stale_connection", sent=False)
+        error.args = (self._credentials.clean_text(str(error)),)
+        return error
+
+
+def translate(raised: Exception, *, sent: bool) -> APIConnectionError:
+    """aiohttp's exception as ours. `sent`: a connection was there, so the request may have left.
+
+    Anything unknown is taken for a broken transfer after sending: the careful reading, since it may have been billed.
+    """
+    message = f"{type(raised).__name__}: {raised}"[:1000]
+    for types, kind, timeout in _KINDS:
+        if isinstance(raised, types):
+            if kind == "reset" and not sent:
+                kind = "connect"
+            if isinstance(raised, aiohttp.ClientConnectorError) and kind == "connect":
+                kind = _connect_kind(raised)
+            error_type = APITimeoutError if timeout else APIConnectionError
+            return error_type(message, kind=kind, sent=sent)
+    return APIConnectionError(message, kind="reset" if sent else "connect", sent=sent)
+
+
+_KINDS: tuple[tuple[tuple[type[Exception], ...], str, bool], ...] = (
+    ((aiohttp.ClientConnectorDNSError,), "dns", False),
+    (
+        (aiohttp.ClientConnectorCertificateError, aiohttp.ServerFingerprintMismatch, ssl.SSLCertVerificationError),
+        "certificate",
+        False,
+    ),
+    ((aiohttp.ClientConnectorSSLError,), "tls", False),
+    ((aiohttp.ClientProxyConnectionError, aiohttp.ClientConnectorError), "connect", False),
+    ((aiohttp.ConnectionTimeoutError,), "connect", True),
+    ((aiohttp.ServerTimeoutError, asyncio.TimeoutError), "timeout", True),
+    ((aiohttp.ServerDisconnectedError, aiohttp.ClientConnectionResetError, ConnectionError), "reset", False),
+    ((aiohttp.ClientPayloadError,), "cut", False),
+    ((aiohttp.ClientHttpProxyError,), "connect", False),
+    ((aiohttp.InvalidURL, aiohttp.TooManyRedirects), "malformed_http", False),
+    ((aiohttp.ClientResponseError,), "malformed_http", False),
+    ((aiohttp.ClientOSError, OSError, aiohttp.ClientConnectionError), "reset", False),
+)
+"""First match wins; (types, kind, is a timeout)."""
+
+
+def _connect_kind(raised: aiohttp.ClientConnectorError) -> str:
+    if isinstance(raised.os_error, ssl.SSLCertVerificationError):
+        return "certificate"
+    return "refused" if raised.os_error.errno == errno.ECONNREFUSED else "connect"
+
+
+def _is_stream(headers: Mapping[str, str]) -> bool:
+    return headers.get("Content-Type", "").startswith("text/event-stream")
+
+
+def _ssl_context(endpoint: Endpoint) -> ssl.SSLContext:
+    """One verified TLS context for all connections: building it costs 20 ms and more."""
+    try:
+        return ssl.create_default_context(cafile=endpoint.ca_file)
+    except OSError as error:
+        raise JobError(f"endpoint.ca_file: can't load {endpoint.ca_file}: {error}") from error
+
+
+AddressInfo = tuple[int | socket.AddressFamily, int | socket.SocketKind, int, str, tuple[object, ...]]
+
+
+def _open_socket(address: AddressInfo) -> socket.socket:
+    """A socket with TCP keepalive, and without Nagle's delay."""
+    family, kind, protocol, _, _ = address
+    opened = socket.socket(family, kind, protocol)
+    opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option in ("TCP_KEEPIDLE", "TCP_KEEPINTVL"):
+        if hasattr(socket, option):
+            opened.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), TCP_KEEPALIVE_S)
+    return opened
