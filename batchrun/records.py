@@ -137,7 +137,10 @@ class RowError(msgspec.Struct, frozen=True):
 
 
 class Discarded(msgspec.Struct, frozen=True):
-    """An attempt that was not its row's last: what it was and what it cost. `counted` = against the row's caps."""
+    """An attempt that was not its row's last: what it was and what it cost. `counted` = against the row's caps.
+
+    `maybe_billed`: no answer came, yet it may have been billed, at most `possibly_billed_usd` (None: price unknown).
+    """
 
     row: int
     n: int
@@ -151,6 +154,7 @@ class Discarded(msgspec.Struct, frozen=True):
     model: str
     usage: Usage | None
     cost_usd: Decimal | None
+    maybe_billed: bool
     possibly_billed_usd: Decimal | None
     key: bytes
 
@@ -176,6 +180,7 @@ class Completion(msgspec.Struct, frozen=True):
     usage: Usage | None
     cost_usd: Decimal | None
     last_cost_usd: Decimal | None
+    maybe_billed: bool
     possibly_billed_usd: Decimal | None
     raw: bytes
     variant: int = 0

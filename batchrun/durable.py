@@ -1,0 +1,67 @@
+"""Files that are there whole or not at all, also after power loss: temp name, fsync, rename, fsync of the directory."""
+
+import contextlib
+import errno
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from batchrun.errors import DiskError
+
+TEMP_SUFFIX = ".tmp"
+READ_BYTES = 1 << 20
+
+
+@contextlib.contextmanager
+def told(path: Path) -> Iterator[None]:
+    """A refusal of the disk inside becomes a DiskError that names `path`, the cause and the next step."""
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(f"{path}: {error.strerror or error}; {next_step(error)}") from error
+
+
+def next_step(error: OSError) -> str:
+    """What to do about a disk's refusal."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "make room and run the same command again"
+    return "mend the disk or choose another directory with -o, then run again"
+
+
+def replace(path: Path, write: Callable[[Path], None]) -> None:
+    """`path` holds what `write` wrote to the temp name it is given; on any error the old file stays."""
+    temporary = path.with_name(path.name + TEMP_SUFFIX)
+    with told(path):
+        write(temporary)
+        fsync(temporary)
+        temporary.rename(path)
+        fsync(path.parent)
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """`path` holds `content`. The file is private: what it says is data."""
+
+    def write(temporary: Path) -> None:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            file.write(content)
+
+    replace(path, write)
+
+
+def fsync(path: Path) -> None:
+    """What was written to the file or directory is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def digest(path: Path) -> str:
+    """BLAKE2b-128 of the file's bytes, in hexadecimal."""
+    hasher = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while block := file.read(READ_BYTES):
+            hasher.update(block)
+    return hasher.hexdigest()

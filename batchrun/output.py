@@ -1,0 +1,275 @@
+"""Completions → Parquet: parts of sealed chunks, the final file, the usage table. The schemas are constants.
+
+Parts are contiguous and ordered, so the final file is their concatenation: no sort, ever. Every file gets a temp name,
+page checksums, fsync, its footer and row count read back, a digest, and only then its name.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import msgspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchrun import answer as answers
+from batchrun.durable import digest, fsync, replace, told
+from batchrun.errors import CheckpointError, JobError
+from batchrun.job import Output
+from batchrun.records import Answer, Completion, Status, TotalsLine
+
+BATCH_ROWS = 1000
+ROW_GROUP_BYTES = 16_000_000  # what one reader must hold, and what we do while writing
+ROW_GROUP_ROWS = 65_536
+
+UTC_MICROSECONDS = pa.timestamp("us", tz="UTC")
+USD = pa.decimal128(20, 12)
+
+_OWN: list[tuple[str, pa.DataType]] = [
+    ("row", pa.int64()),
+    ("status", pa.string()),
+    ("content", pa.large_string()),
+    ("parsed", pa.large_string()),
+    ("function_call", pa.struct([("name", pa.string()), ("arguments", pa.large_string())])),
+    ("finish_reason", pa.string()),
+    ("model", pa.string()),
+    ("completion_id", pa.string()),
+    ("request_id", pa.string()),
+    ("created", UTC_MICROSECONDS),
+    ("finished_at", UTC_MICROSECONDS),
+    ("prompt_tokens", pa.int64()),
+    ("cached_tokens", pa.int64()),
+    ("completion_tokens", pa.int64()),
+    ("reasoning_tokens", pa.int64()),
+    ("total_tokens", pa.int64()),
+    ("cost_usd", USD),
+    ("attempts", pa.int32()),
+    ("latency_s", pa.float64()),
+    ("time_to_first_token_s", pa.float64()),
+    (
+        "error",
+        pa.struct(
+            [("kind", pa.string()), ("http_status", pa.int32()), ("code", pa.string()), ("message", pa.string())]
+        ),
+    ),
+    ("request_key", pa.binary(16)),
+    ("reused", pa.bool_()),
+    ("variant", pa.int32()),
+    ("raw", pa.large_binary()),
+]
+OWN_COLUMNS = pa.schema(_OWN)
+"""Our columns, after the input's; docs/output.md explains each. Fixed whatever the data."""
+
+_USAGE: list[tuple[str, pa.DataType]] = [
+    ("invocation", pa.int32()),
+    ("model", pa.string()),
+    ("status", pa.string()),
+    ("rows", pa.int64()),
+    ("attempts", pa.int64()),
+    ("prompt_tokens", pa.int64()),
+    ("cached_tokens", pa.int64()),
+    ("completion_tokens", pa.int64()),
+    ("reasoning_tokens", pa.int64()),
+    ("total_tokens", pa.int64()),
+    ("cost_usd", USD),
+    ("unpriced", pa.int64()),
+    ("without_usage", pa.int64()),
+]
+USAGE_COLUMNS = pa.schema(_USAGE)
+"""The columns of usage.parquet: the fields of `TotalsLine`."""
+
+Compression = Literal["zstd", "snappy", "gzip", "none"]
+
+FOOTER_KEY = "batchrun"
+"""The footer's key-value entry that holds the run's totals as JSON: a file that was moved still knows its bill."""
+
+
+def output_schema(input_schema: pa.Schema, output: Output) -> pa.Schema:
+    """The input's chosen columns as they are, then ours.
+
+    Raises:
+        JobError: a chosen column is not there, or bears a name of ours.
+    """
+    chosen = input_schema.names if output.columns == "all" else list(output.columns)
+    if missing := [name for name in chosen if name not in input_schema.names]:
+        raise JobError(f"output.columns: {missing[0]!r} is no input column ({', '.join(input_schema.names)})")
+    own = own_schema(output.prefix)
+    if clash := [name for name in chosen if name in own.names]:
+        raise JobError(
+            f"input column {clash[0]!r} bears a name of the output's own; set output.prefix, for example "
+            '"batchrun_", or leave it out by output.columns'
+        )
+    fields = [input_schema.field(name) for name in chosen]
+    return pa.schema([*fields, *own])
+
+
+def own_schema(prefix: str) -> pa.Schema:
+    """Our columns under the names they get in the file."""
+    return pa.schema([field.with_name(prefix + field.name) for field in OWN_COLUMNS])
+
+
+def own_arrays(completions: Sequence[Completion], *, keep_raw: bool, json_wanted: bool) -> list[pa.Array[Any]]:
+    """The completions as our columns, in `OWN_COLUMNS` order. Answers are read from `raw` here."""
+    read = [answers.read(completion.raw) if completion.raw else Answer() for completion in completions]
+    pairs = list(zip(completions, read, strict=True))
+    usages = [answer.usage for answer in read]
+
+    def tokens(name: str) -> list[int | None]:
+        return [None if usage is None else getattr(usage, name) for usage in usages]
+
+    values: dict[str, list[object]] = {
+        "row": [c.row for c in completions],
+        "status": [str(c.status) for c in completions],
+        "content": [a.content for a in read],
+        "parsed": [a.content if json_wanted and c.status is Status.OK else None for c, a in pairs],
+        "function_call": [None if a.function_call is None else msgspec.to_builtins(a.function_call) for a in read],
+        "finish_reason": [a.finish_reason for a in read],
+        "model": [a.model or c.model for c, a in pairs],
+        "completion_id": [a.completion_id for a in read],
+        "request_id": [c.request_id for c in completions],
+        "created": [None if a.created is None else a.created * 1_000_000 for a in read],
+        "finished_at": [int(c.finished_at * 1_000_000) for c in completions],
+        **{name: list(tokens(name)) for name in OWN_COLUMNS.names if name.endswith("_tokens")},
+        "cost_usd": [c.cost_usd for c in completions],
+        "attempts": [c.attempts for c in completions],
+        "latency_s": [c.latency_s for c in completions],
+        "time_to_first_token_s": [c.time_to_first_token_s for c in completions],
+        "error": [None if c.error is None else msgspec.to_builtins(c.error) for c in completions],
+        "request_key": [c.key for c in completions],
+        "reused": [False] * len(completions),
+        "variant": [c.variant for c in completions],
+        "raw": [c.raw if keep_raw or c.status is not Status.OK or a.flagged else None for c, a in pairs],
+    }
+    return [pa.array(values[field.name], field.type) for field in OWN_COLUMNS]
+
+
+class ParquetFile:
+    """A Parquet file that is being written batch by batch. Leave the block to have it complete."""
+
+    def __init__(self, path: Path, schema: pa.Schema, compression: Compression) -> None:
+        self._schema = schema
+        self._pending: list[pa.RecordBatch] = []
+        self._pending_bytes = self._pending_rows = 0
+        self.rows = 0
+        path.touch(mode=0o600)
+        self._writer = pq.ParquetWriter(path, schema, compression=compression, write_page_checksum=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._flush()
+        self._writer.close()
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        """The batch is in the file, or in the row group that is being gathered."""
+        self._pending.append(batch)
+        self._pending_bytes += batch.nbytes
+        self._pending_rows += batch.num_rows
+        if self._pending_bytes >= ROW_GROUP_BYTES or self._pending_rows >= ROW_GROUP_ROWS:
+            self._flush()
+
+    def write_metadata(self, metadata: Mapping[str, str]) -> None:
+        """The footer will hold these."""
+        self._writer.add_key_value_metadata(dict(metadata))
+
+    def _flush(self) -> None:
+        if self._pending:
+            self._writer.write_table(pa.Table.from_batches(self._pending, self._schema), row_group_size=ROW_GROUP_ROWS)
+        self.rows += self._pending_rows
+        self._pending, self._pending_bytes, self._pending_rows = [], 0, 0
+
+
+def write_part(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch], output: Output, rows: int) -> str:
+    """The part is on disk, whole and read back; returns its digest."""
+
+    def write(temporary: Path) -> None:
+        with ParquetFile(temporary, schema, output.compression) as file:
+            for batch in batches:
+                file.write(batch)
+        _read_back(temporary, rows)
+
+    replace(path, write)
+    return digest(path)
+
+
+def assemble(
+    parts: Sequence[tuple[Path, str, int]],
+    to: Path,
+    schema: pa.Schema,
+    compression: Compression,
+    metadata: Mapping[str, str],
+) -> str:
+    """The final file is on disk: the parts (path, digest, rows) one after another; returns its digest.
+
+    Raises:
+        CheckpointError: a part is not what was sealed.
+    """
+
+    def write(temporary: Path) -> None:
+        with ParquetFile(temporary, schema, compression) as file:
+            for path, expected, rows in parts:
+                for batch in _part_batches(path, expected, rows):
+                    file.write(batch)
+            file.write_metadata(metadata)
+        _read_back(temporary, sum(rows for _, _, rows in parts))
+
+    replace(to, write)
+    return digest(to)
+
+
+def move_parts(parts: Sequence[tuple[Path, str, int]], folder: Path) -> None:
+    """The parts are the result: `folder/part-000000.parquet` and on. Safe to repeat after a crash in the middle."""
+    with told(folder):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        for number, (path, expected, _) in enumerate(parts):
+            target = folder / f"part-{number:06d}.parquet"
+            if path.exists():
+                _check_digest(path, expected)
+                path.rename(target)
+        fsync(folder)
+
+
+def write_usage(path: Path, lines: Iterable[TotalsLine]) -> None:
+    """usage.parquet: one line for each invocation, model and status."""
+    rows = [msgspec.structs.asdict(line) for line in lines]
+    table = pa.Table.from_pylist(rows, schema=USAGE_COLUMNS)
+    replace(path, lambda temporary: pq.write_table(table, temporary, write_page_checksum=True))
+    path.chmod(0o600)
+
+
+def read_footer(path: Path) -> dict[str, object] | None:
+    """The totals in the footer of a completions file; None where it holds none of ours."""
+    try:
+        metadata = pq.read_metadata(path).metadata or {}
+    except (OSError, pa.ArrowException) as error:
+        raise CheckpointError(f"{path}: no readable Parquet file: {error}") from error
+    entry = metadata.get(FOOTER_KEY.encode())
+    return None if entry is None else msgspec.json.decode(entry, type=dict[str, object])
+
+
+def _part_batches(path: Path, expected: str, rows: int) -> Iterator[pa.RecordBatch]:
+    _check_digest(path, expected)
+    with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
+        if file.metadata.num_rows != rows:
+            raise CheckpointError(f"{path}: holds {file.metadata.num_rows:,} rows, {rows:,} were sealed")
+        yield from file.iter_batches(batch_size=8 * BATCH_ROWS)
+
+
+def _check_digest(path: Path, expected: str) -> None:
+    try:
+        found = digest(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: a sealed part can't be read: {error.strerror}") from error
+    if found != expected:
+        raise CheckpointError(f"{path}: damaged: its digest is not the one it was sealed with")
+
+
+def _read_back(path: Path, rows: int) -> None:
+    found = pq.read_metadata(path).num_rows
+    if found != rows:
+        raise CheckpointError(f"{path}: {found:,} rows written where {rows:,} were due")

@@ -1,0 +1,171 @@
+"""The run directory: its place by `{job}` and `{date}`, its files, and the lock that one process holds."""
+
+import contextlib
+import fcntl
+import os
+import re
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+import msgspec
+
+from batchrun.durable import told
+from batchrun.errors import JobError, RunLockedError
+
+NETWORK_FILE_SYSTEMS = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "fuse.sshfs", "ceph", "lustre"})
+"""Their locks and fsync do not hold what SQLite needs (sqlite.org, "How To Corrupt", section 2.1)."""
+
+
+class RunDirectory:
+    """The files of one run. Paths only; `lock()` takes it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.completions = path / "completions.parquet"
+        self.completions_folder = path / "completions"  # layout = "parts"
+        self.usage = path / "usage.parquet"
+        self.summary = path / "summary.json"
+        self.checkpoint = path / "checkpoint.db"
+        self.inflight = path / "inflight.bin"
+        self.reserve = path / "reserve.bin"
+        self.parts = path / "parts"
+        self.rejects = path / "rejects.jsonl"
+        self.spool = path / "input.jsonl"
+        self.log = path / "run.log"
+
+    def input_of(self, chunk: int) -> Path:
+        """Where the input rows of an open chunk are."""
+        return self.parts / f"{chunk:06d}.input.arrow"
+
+    def part_of(self, chunk: int, generation: int) -> Path:
+        """Where a sealed chunk is."""
+        return self.parts / f"{chunk:06d}.g{generation}.parquet"
+
+    def create(self) -> None:
+        """The directory is there, private, and on a file system that can be trusted.
+
+        Raises:
+            JobError: a file is in the way, it can't be written, or it lies on a network file system.
+        """
+        try:
+            for directory in (self.path, self.parts):
+                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise JobError(f"{self.path}: a file is in the way; choose another directory with -o") from error
+        except OSError as error:
+            raise JobError(
+                f"{self.path}: can't make the run directory: {error.strerror}; choose another with -o"
+            ) from error
+        if not os.access(self.path, os.W_OK | os.X_OK):
+            raise JobError(f"{self.path}: can't be written; choose another directory with -o")
+        if (kind := file_system(self.path)) in NETWORK_FILE_SYSTEMS:
+            raise JobError(f"{self.path}: lies on a network file system ({kind}); choose a local directory with -o")
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """This process alone works in the directory until the block ends, or the process does.
+
+        The kernel holds the lock (flock on the directory itself), so none is left behind by `kill -9`.
+
+        Raises:
+            RunLockedError: another process has it; the message names pid, host and since when.
+        """
+        with told(self.path):
+            descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise RunLockedError(f"{self.path}: another run works here ({self._holder()}); nothing was sent") from error
+        try:
+            yield
+        finally:
+            os.close(descriptor)
+
+    def locked(self) -> bool:
+        """True while some process holds the lock."""
+        try:
+            with self.lock():
+                return False
+        except RunLockedError:
+            return True
+
+    def _holder(self) -> str:
+        summary = self.read_summary() or {}
+        pid, host, since = summary.get("pid"), summary.get("host"), summary.get("started_at")
+        return f"pid {pid} on {host}, since {since}" if pid else "it has just started"
+
+    def read_summary(self) -> dict[str, object] | None:
+        """summary.json as it stands, or None where there is none to be read."""
+        try:
+            summary = msgspec.json.decode(self.summary.read_bytes())
+        except (OSError, msgspec.DecodeError):
+            return None
+        return summary if isinstance(summary, dict) else None
+
+
+def file_system(path: Path) -> str:
+    """The type of the file system that `path` lies on, as the kernel names it; "" where it does not say."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    device = path.stat().st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    for line in lines:
+        fields = line.split()
+        if fields[2] == wanted:
+            return fields[fields.index("-") + 1]
+    return ""
+
+
+_DATE = r"\d{4}-\d{2}-\d{2}(?:-\d+)?"
+
+
+def place(pattern: str, job: str, *, date: str | None, now: datetime, new: bool) -> tuple[Path, str | None]:
+    """The run directory for this start, and the date of an earlier unfinished run that it resumes instead of today's.
+
+    `{date}` is `date` where given. Else the newest directory of the pattern, if its run is unfinished; else the local
+    date. With `new` a directory that is not there yet, `2026-11-22-2` beside `2026-11-22`.
+    """
+    if date is not None and not re.fullmatch(_DATE, date):
+        raise JobError(f"--date {date}: expected YYYY-MM-DD")
+    fixed = str(Path(pattern.replace("{job}", job)))
+    if unknown := re.search(r"\{(?!date\})[^}]*\}", fixed):
+        raise JobError(f"output.path: {unknown[0]} is not known; {{job}} and {{date}} are")
+    wanted = date or now.date().isoformat()
+    path = Path(fixed.replace("{date}", wanted))
+    if new:
+        return _unused(fixed, wanted, path), None
+    if date is None and "{date}" in fixed and (newest := _newest(fixed)) is not None and newest[0] != wanted:
+        summary = RunDirectory(newest[1]).read_summary()
+        if summary is not None and not summary.get("complete") and summary.get("job") == job:
+            return newest[1], newest[0]
+    return path, None
+
+
+def _unused(pattern: str, date: str, path: Path) -> Path:
+    if "{date}" not in pattern and path.exists():
+        raise JobError(f"--new: {path} is there already and output.path has no {{date}}; name another with -o")
+    number = 1
+    while path.exists():
+        number += 1
+        path = Path(pattern.replace("{date}", f"{date}-{number}"))
+    return path
+
+
+def _newest(pattern: str) -> tuple[str, Path] | None:
+    """The last date, and its directory, among those that fit the pattern."""
+    before, _, after = pattern.partition("{date}")
+    base = Path(before) if before.endswith("/") or not before else Path(before).parent
+    expression = re.compile(re.escape(before) + f"(?P<date>{_DATE})" + re.escape(after))
+    found = []
+    for entry in base.glob("*" + after) if base.is_dir() else ():
+        if match := expression.fullmatch(str(entry)):
+            found.append((match["date"], entry))
+    return max(found, key=lambda pair: _by_date(pair[0]), default=None)
+
+
+def _by_date(date: str) -> tuple[str, int]:
+    return date[:10], int(date[11:] or 1)

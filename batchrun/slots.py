@@ -1,0 +1,87 @@
+"""`inflight.bin`: who is in flight right now, in a file that outlives the process.
+
+One slot of 64 bytes for each request that may be in flight, mapped into memory: written before the request goes to the
+socket, cleared after the commit of its end. The page cache keeps it through `kill -9`; after power loss names may be
+missing, but never more than the slots there are.
+"""
+
+import mmap
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import NamedTuple
+
+from batchrun.durable import told
+from batchrun.prices import PICO
+
+_FIELDS = struct.Struct("<qi16sq")  # row, attempt, request_key, upper bound in 10⁻¹² USD (−1: price unknown)
+_CRC = struct.Struct("<I")
+SLOT_BYTES = 64
+_EMPTY = bytes(SLOT_BYTES)
+_PADDING = bytes(SLOT_BYTES - _FIELDS.size - _CRC.size)
+_MAX_PICO = 2**63 - 1
+
+
+class InFlight(NamedTuple):
+    """One request whose end is not known. `row` is −1 where the slot itself can't be read."""
+
+    row: int
+    n: int
+    key: bytes
+    upper_bound_usd: Decimal | None
+
+
+UNREADABLE = InFlight(-1, 0, b"", None)
+
+
+class Slots:
+    """The open slot file. Close it."""
+
+    def __init__(self, path: Path, count: int) -> None:
+        """Opens a file of `count` empty slots; what an earlier file held is gone, so read it first."""
+        with told(path):
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+            os.posix_fallocate(self._file, 0, count * SLOT_BYTES)  # a hole could fail later, as a SIGBUS
+            self._map = mmap.mmap(self._file, count * SLOT_BYTES)
+
+    def take(self, slot: int, row: int, n: int, key: bytes, upper_bound_usd: Decimal | None) -> None:
+        """The slot names the attempt that is about to be sent."""
+        pico = -1 if upper_bound_usd is None else min(int(upper_bound_usd / PICO), _MAX_PICO)
+        fields = _FIELDS.pack(row, n, key, pico)
+        start = slot * SLOT_BYTES
+        self._map[start : start + SLOT_BYTES] = fields + _CRC.pack(zlib.crc32(fields)) + _PADDING
+
+    def clear(self, slot: int) -> None:
+        """The attempt's end is durable: the slot is free."""
+        start = slot * SLOT_BYTES
+        self._map[start : start + SLOT_BYTES] = _EMPTY
+
+    def taken(self) -> list[InFlight]:
+        """Who is in flight now."""
+        return list(_occupied(self._map[:]))
+
+    def close(self) -> None:
+        self._map.close()
+        os.close(self._file)
+
+
+def read(path: Path) -> list[InFlight]:
+    """The attempts without an end that a dead process left behind; none where there is no file."""
+    with told(path):
+        return list(_occupied(path.read_bytes())) if path.exists() else []
+
+
+def _occupied(content: bytes) -> Iterator[InFlight]:
+    for start in range(0, len(content), SLOT_BYTES):
+        slot = content[start : start + SLOT_BYTES]
+        if slot == _EMPTY:
+            continue
+        fields, crc = slot[: _FIELDS.size], slot[_FIELDS.size : _FIELDS.size + _CRC.size]
+        if len(slot) < SLOT_BYTES or crc != _CRC.pack(zlib.crc32(fields)):
+            yield UNREADABLE
+            continue
+        row, n, key, pico = _FIELDS.unpack(fields)
+        yield InFlight(row, n, key, None if pico < 0 else pico * PICO)

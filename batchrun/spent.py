@@ -1,0 +1,92 @@
+"""The run's account: what its attempts used and cost, folded ending by ending. PURE.
+
+Bill = Σ of the totals' lines, discarded attempts included. What may have been billed without an answer stands apart.
+"""
+
+from collections.abc import Sequence
+from decimal import Decimal
+
+import msgspec
+
+from batchrun.records import Completion, Discarded, Ending, PossiblyBilled, TotalsLine, Usage
+
+DISCARDED = "discarded"
+"""The totals' status of attempts that were not their row's last: what they cost was spent in vain."""
+
+MAX_NAMED = 1000
+"""Possibly billed attempts that are listed one by one; all of them are counted and added."""
+
+
+class Spent(msgspec.Struct, frozen=True):
+    """What is durable of the run's account: replaced as a whole after each commit, so any thread may read it."""
+
+    totals: dict[tuple[int, str, str], TotalsLine] = {}
+    answered_as: dict[str, int] = {}
+    possibly_billed: tuple[PossiblyBilled, ...] = ()
+    possibly_billed_count: int = 0
+    possibly_billed_usd: Decimal = Decimal(0)
+
+    def settled(self) -> int:
+        """Rows that have their completion."""
+        return sum(line.rows for line in self.totals.values())
+
+    def cost_usd(self) -> Decimal:
+        """What was billed for certain."""
+        return sum((line.cost_usd for line in self.totals.values()), Decimal(0))
+
+
+def doubt(ending: Ending, invocation: int) -> PossiblyBilled | None:
+    """The ending's entry on the list of what may have been billed without an answer, if it belongs there."""
+    if not ending.maybe_billed:
+        return None
+    n = ending.attempts if isinstance(ending, Completion) else ending.n
+    kind = ending.error.kind if isinstance(ending, Completion) and ending.error else None
+    cause = (ending.error_kind if isinstance(ending, Discarded) else kind) or "no answer"
+    return PossiblyBilled(ending.row, n, ending.key.hex(), ending.possibly_billed_usd, cause, invocation)
+
+
+def with_possibly_billed(spent: Spent, entries: Sequence[PossiblyBilled]) -> Spent:
+    if not entries:
+        return spent
+    return msgspec.structs.replace(
+        spent,
+        possibly_billed=(*spent.possibly_billed, *entries)[:MAX_NAMED],
+        possibly_billed_count=spent.possibly_billed_count + len(entries),
+        possibly_billed_usd=sum((e.upper_bound_usd or Decimal(0) for e in entries), spent.possibly_billed_usd),
+    )
+
+
+def fold(spent: Spent, endings: Sequence[Ending], invocation: int) -> Spent:
+    """The account with the endings added; lines that no ending touches stay the same objects."""
+    totals = dict(spent.totals)
+    answered_as = spent.answered_as
+    for ending in endings:
+        settled = isinstance(ending, Completion)
+        status = str(ending.status) if isinstance(ending, Completion) else DISCARDED
+        cost = ending.last_cost_usd if isinstance(ending, Completion) else ending.cost_usd
+        key = (invocation, ending.model, status)
+        totals[key] = _add(totals.get(key) or TotalsLine(*key), ending.usage, cost, rows=int(settled))
+        if isinstance(ending, Completion) and ending.answered_model is not None:
+            if answered_as is spent.answered_as:
+                answered_as = dict(answered_as)
+            answered_as[ending.answered_model] = answered_as.get(ending.answered_model, 0) + 1
+    return msgspec.structs.replace(spent, totals=totals, answered_as=answered_as)
+
+
+def _add(line: TotalsLine, usage: Usage | None, cost: Decimal | None, *, rows: int) -> TotalsLine:
+    used = usage or Usage(0, 0, 0)
+    return TotalsLine(
+        invocation=line.invocation,
+        model=line.model,
+        status=line.status,
+        rows=line.rows + rows,
+        attempts=line.attempts + 1,
+        prompt_tokens=line.prompt_tokens + used.prompt_tokens,
+        cached_tokens=line.cached_tokens + (used.cached_tokens or 0),
+        completion_tokens=line.completion_tokens + used.completion_tokens,
+        reasoning_tokens=line.reasoning_tokens + (used.reasoning_tokens or 0),
+        total_tokens=line.total_tokens + used.total_tokens,
+        cost_usd=line.cost_usd + (cost or 0),
+        unpriced=line.unpriced + (usage is not None and cost is None),
+        without_usage=line.without_usage + (usage is None),
+    )

@@ -1,0 +1,121 @@
+"""The checkpoint's tables, and each value as the record that a table holds. PURE; no SQL but the tables themselves.
+
+The last field of every record is its CRC; the functions here speak of the fields before it, in the tables' order.
+"""
+
+from decimal import Decimal
+from typing import Any
+
+import msgspec
+
+from batchrun.records import Completion, Discarded, PossiblyBilled, RowError, Status, TotalsLine, Usage, Verdict
+
+TABLES = """
+CREATE TABLE manifest (name TEXT PRIMARY KEY, value TEXT, crc INTEGER) WITHOUT ROWID;
+CREATE TABLE invocations (invocation INTEGER PRIMARY KEY, started_at REAL, pid INTEGER, host TEXT, version TEXT,
+    crc INTEGER);
+CREATE TABLE chunks (chunk INTEGER PRIMARY KEY, first_row INTEGER, rows INTEGER, end_position TEXT, input_digest TEXT,
+    generation INTEGER, part_digest TEXT, crc INTEGER);
+CREATE TABLE rows (row INTEGER PRIMARY KEY, request_key BLOB, status TEXT, attempts INTEGER, http_status INTEGER,
+    error_kind TEXT, error_http_status INTEGER, error_code TEXT, error_message TEXT, request_id TEXT, finished_at REAL,
+    latency_s REAL, time_to_first_token_s REAL, model TEXT, cost_usd TEXT, raw BLOB, variant INTEGER, crc INTEGER);
+CREATE TABLE attempts (row INTEGER, n INTEGER, verdict TEXT, counted INTEGER, http_status INTEGER, error_kind TEXT,
+    message TEXT, request_id TEXT, at REAL, model TEXT, prompt_tokens INTEGER, completion_tokens INTEGER,
+    total_tokens INTEGER, cached_tokens INTEGER, reasoning_tokens INTEGER, cost_usd TEXT, crc INTEGER,
+    PRIMARY KEY (row, n)) WITHOUT ROWID;
+CREATE TABLE possibly_billed (row INTEGER, n INTEGER, request_key TEXT, upper_bound_usd TEXT, cause TEXT,
+    invocation INTEGER, crc INTEGER);
+CREATE TABLE totals (invocation INTEGER, model TEXT, status TEXT, rows INTEGER, attempts INTEGER, prompt_tokens INTEGER,
+    cached_tokens INTEGER, completion_tokens INTEGER, reasoning_tokens INTEGER, total_tokens INTEGER, cost_usd TEXT,
+    unpriced INTEGER, without_usage INTEGER, crc INTEGER, PRIMARY KEY (invocation, model, status)) WITHOUT ROWID;
+CREATE TABLE answered_as (model TEXT PRIMARY KEY, rows INTEGER, crc INTEGER) WITHOUT ROWID;
+"""
+
+Record = tuple[Any, ...]
+
+
+class Chunk(msgspec.Struct, frozen=True):
+    """A window of consecutive rows. `generation` 0: open; else the part `chunk.g<generation>` holds it, sealed."""
+
+    chunk: int
+    first_row: int
+    rows: int
+    end_position: str
+    input_digest: str
+    generation: int = 0
+    part_digest: str | None = None
+
+    @property
+    def end_row(self) -> int:
+        """One past the last row."""
+        return self.first_row + self.rows
+
+
+def _usd(text: str | None) -> Decimal | None:
+    return None if text is None else Decimal(text)
+
+
+def _text(amount: Decimal | None) -> str | None:
+    return None if amount is None else str(amount)
+
+
+def completion_record(c: Completion) -> Record:
+    error = c.error or RowError("")
+    kind = c.error.kind if c.error is not None else None
+    return (
+        c.row, c.key, str(c.status), c.attempts, c.http_status, kind, error.http_status, error.code, error.message,
+        c.request_id, c.finished_at, c.latency_s, c.time_to_first_token_s, c.model, _text(c.cost_usd), c.raw, c.variant,
+    )  # fmt: skip
+
+
+def completion(record: Record) -> Completion:
+    row, key, status, attempts, http_status, kind, error_status, code, message, *rest = record
+    request_id, finished_at, latency_s, first_token_s, model, cost, raw, variant = rest
+    return Completion(
+        row=row, key=key, status=Status(status), attempts=attempts, http_status=http_status,
+        error=None if kind is None else RowError(kind, error_status, code, message),
+        request_id=request_id, finished_at=finished_at, latency_s=latency_s, time_to_first_token_s=first_token_s,
+        model=model, answered_model=None, usage=None, cost_usd=_usd(cost), last_cost_usd=None, maybe_billed=False,
+        possibly_billed_usd=None, raw=raw, variant=variant,
+    )  # fmt: skip
+
+
+def discarded_record(d: Discarded) -> Record:
+    u = d.usage
+    usage = (None,) * 5 if u is None else msgspec.structs.astuple(u)
+    return (
+        d.row, d.n, str(d.verdict), int(d.counted), d.http_status, d.error_kind, d.message, d.request_id, d.at, d.model,
+        *usage, _text(d.cost_usd),
+    )  # fmt: skip
+
+
+def discarded(record: Record) -> Discarded:
+    row, n, verdict, counted, http_status, kind, message, request_id, at, model, *rest = record
+    prompt, completion, total, cached, reasoning, cost = rest
+    return Discarded(
+        row=row, n=n, verdict=Verdict(verdict), counted=bool(counted), http_status=http_status, error_kind=kind,
+        message=message, request_id=request_id, at=at, model=model,
+        usage=None if prompt is None else Usage(prompt, completion, total, cached, reasoning),
+        cost_usd=_usd(cost), possibly_billed_usd=None, maybe_billed=False, key=b"",
+    )  # fmt: skip
+
+
+def possibly_billed_record(p: PossiblyBilled) -> Record:
+    return (p.row, p.n, p.key, _text(p.upper_bound_usd), p.cause, p.invocation)
+
+
+def possibly_billed(record: Record) -> PossiblyBilled:
+    row, n, key, bound, cause, invocation = record
+    return PossiblyBilled(row, n, key, _usd(bound), cause, invocation)
+
+
+def totals_record(line: TotalsLine) -> Record:
+    fields = list(msgspec.structs.astuple(line))
+    fields[10] = str(line.cost_usd)
+    return tuple(fields)
+
+
+def totals_line(record: Record) -> TotalsLine:
+    fields = list(record)
+    fields[10] = Decimal(record[10])
+    return TotalsLine(*fields)

@@ -1,0 +1,60 @@
+"""The stored input of an open chunk: written once when it opens; dispatch and sealing read it, never the source again.
+
+(Compressed sources can't seek, row groups are large, and files get overwritten while a run works.)
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+
+from batchrun.durable import digest, replace, told
+from batchrun.errors import CheckpointError
+from batchrun.json_columns import ColumnTypes, lines_to_table
+from batchrun.records import Row
+from batchrun.source import rows_of
+
+BATCH_ROWS = 1000
+
+
+def write(path: Path, table: pa.Table) -> str:
+    """The window's rows are on disk in batches of 1,000; returns the file's digest."""
+
+    def write_batches(temporary: Path) -> None:
+        temporary.touch(mode=0o600)
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            for batch in table.combine_chunks().to_batches(max_chunksize=BATCH_ROWS):
+                writer.write_batch(batch)
+
+    replace(path, write_batches)
+    return digest(path)
+
+
+class StoredWindow:
+    """An open chunk's input, mapped into memory: row `first_row` and on."""
+
+    def __init__(self, path: Path, expected_digest: str, first_row: int) -> None:
+        with told(path):
+            found = digest(path) if path.exists() else None
+        if found != expected_digest:
+            what = "missing" if found is None else "damaged"
+            raise CheckpointError(f"{path}: the input of an open chunk is {what}")
+        self._first_row = first_row
+        self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
+
+    def rows(self) -> Iterator[list[Row]]:
+        """The rows in order, up to 1,000 at a time."""
+        row = self._first_row
+        for number in range(self._reader.num_record_batches):
+            batch = [Row(row + place, columns) for place, columns in enumerate(rows_of(self._reader.get_batch(number)))]
+            row += len(batch)
+            yield batch
+
+    def tables(self, types: ColumnTypes | None) -> Iterator[pa.Table]:
+        """The same rows as typed columns, up to 1,000 at a time; `types` are those of JSONL input."""
+        for number in range(self._reader.num_record_batches):
+            batch = self._reader.get_batch(number)
+            if types is None:
+                yield pa.Table.from_batches([batch])
+            else:
+                yield lines_to_table(batch.column("line").to_pylist(), types)
