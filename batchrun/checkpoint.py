@@ -36,20 +36,19 @@ T = TypeVar("T")
 
 
 class Checkpoint:
-    """An open checkpoint. `on_durable` and `on_failure` are called in the database's own thread. Close it."""
+    """An open checkpoint. Close it."""
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        on_durable: Callable[[Sequence[Ending]], None],
-        on_failure: Callable[[BatchrunError], None],
-        free_reserve: Callable[[], bool],
-    ) -> None:
+    def __init__(self, path: Path, *, free_reserve: Callable[[], bool]) -> None:
+        """`free_reserve` makes room on a full disk, once, and says whether it did.
+
+        Raises:
+            CheckpointError: damaged, or of another version.
+            DiskError: the file can't be opened or made.
+        """
         self._path = path
-        self._on_durable = on_durable
-        self._on_failure = on_failure
         self._free_reserve = free_reserve
+        self._on_durable: Callable[[Sequence[Ending]], None] = lambda endings: None
+        self._on_failure: Callable[[BatchrunError], None] = lambda error: None
         self._queue: queue.SimpleQueue[Ending | Callable[[], None]] = queue.SimpleQueue()
         self._failed: BatchrunError | None = None
         self._closing = False
@@ -65,6 +64,15 @@ class Checkpoint:
         self._thread.start()
 
     # ── what any thread may call ──────────────────────────────────────────────────────────────────────────────────
+
+    def listen(
+        self, on_durable: Callable[[Sequence[Ending]], None], on_failure: Callable[[BatchrunError], None]
+    ) -> None:
+        """From now on each commit's endings go to `on_durable`, and the first failure to `on_failure`.
+
+        Both are called in the database's own thread. After a failure nothing more is written.
+        """
+        self._on_durable, self._on_failure = on_durable, on_failure
 
     def put(self, ending: Ending) -> None:
         """The ending is on its way to the disk; `on_durable` names it when it is there."""
@@ -142,6 +150,15 @@ class Checkpoint:
             return any(cursor.fetchone() is not None for cursor in (settled, dropped, sealed))
 
         return self._call(find)
+
+    def last_attempts_lost(self, chunk: Chunk) -> dict[int, int]:
+        """For the rows of a chunk: the number of the last attempt whose end nobody knows."""
+        query = "SELECT row, max(n) FROM possibly_billed WHERE row >= ? AND row < ? GROUP BY row"
+        return self._call(lambda: dict(self._database.execute(query, (chunk.first_row, chunk.end_row)).fetchall()))
+
+    def flush(self) -> None:
+        """Everything that was put before is durable, or the failure that prevented it is raised."""
+        self._call(lambda: None)
 
     def name_possibly_billed(self, entries: Sequence[PossiblyBilled]) -> None:
         """The attempts are on the permanent list."""

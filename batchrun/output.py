@@ -144,6 +144,15 @@ def own_arrays(completions: Sequence[Completion], *, keep_raw: bool, json_wanted
     return [pa.array(values[field.name], field.type) for field in OWN_COLUMNS]
 
 
+def joined(
+    table: pa.Table, completions: Sequence[Completion], schema: pa.Schema, settings: Output, *, json_wanted: bool
+) -> pa.RecordBatch:
+    """The rows of `table` with their completions beside them, in the schema of the output."""
+    own = own_arrays(completions, keep_raw=settings.raw == "always", json_wanted=json_wanted)
+    chosen = [table.column(name).combine_chunks() for name in schema.names[: len(schema) - len(own)]]
+    return pa.RecordBatch.from_arrays([*chosen, *own], schema=schema)
+
+
 class ParquetFile:
     """A Parquet file that is being written batch by batch. Leave the block to have it complete."""
 

@@ -1,0 +1,163 @@
+"""Everything about the input that can be known before the first request: each record is read and its request built.
+
+Nothing is kept but counts, the first problems and the rejected ordinals: ten million rows take no more memory than ten.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+
+from batchrun.errors import InputError
+from batchrun.ids import IdIndex
+from batchrun.job import Job
+from batchrun.json_columns import ColumnTypes
+from batchrun.records import Request, Row
+from batchrun.request import RequestBuilder, detect_dialect
+from batchrun.source import Record, Source
+
+SHOWN = 20
+"""Problems that are told one by one; all are counted."""
+
+PROGRESS_EVERY = 5000
+
+
+class Problem(msgspec.Struct, frozen=True):
+    """Why one record can't be asked, and where it stands. `record` is None where it could not be read."""
+
+    ordinal: int
+    place: str
+    problem: str
+    record: dict[str, object] | None
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.problem}"
+
+
+class Survey(msgspec.Struct, frozen=True):
+    """What the input holds. `rows` are accepted records; `rejected` the ordinals of the others, ascending.
+
+    `models` counts rows by model; the token figures are upper bounds, over all rows and for the largest request.
+    """
+
+    dialect: str
+    rows: int
+    rejected: tuple[int, ...]
+    first_problems: tuple[Problem, ...]
+    models: dict[str, int]
+    body_bytes: int
+    max_request: dict[str, tuple[int, int]]
+    types: ColumnTypes | None
+
+
+class _Tally:
+    """The survey while it is being made."""
+
+    def __init__(self, keep: Callable[[Problem], None]) -> None:
+        self.rows = self.body_bytes = 0
+        self.rejected: list[int] = []
+        self.first_problems: list[Problem] = []
+        self.models: dict[str, int] = {}
+        self.max_request: dict[str, tuple[int, int]] = {}
+        self._keep = keep
+
+    def accept(self, request: Request) -> None:
+        self.rows += 1
+        self.body_bytes += len(request.body)
+        self.models[request.model] = self.models.get(request.model, 0) + 1
+        prompt, output = self.max_request.get(request.model, (0, 0))
+        largest = (max(prompt, request.max_prompt_tokens), max(output, request.max_output_tokens))
+        self.max_request[request.model] = largest
+
+    def reject(self, problem: Problem) -> None:
+        self.rejected.append(problem.ordinal)
+        if len(self.first_problems) < SHOWN:
+            self.first_problems.append(problem)
+        self._keep(problem)
+
+
+def survey(
+    source: Source,
+    job: Job,
+    scratch: Path,
+    *,
+    keep: Callable[[Problem], None] = lambda problem: None,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> Survey:
+    """The whole input, read once. `keep` gets every problem, `progress` the count of rows now and then.
+
+    `scratch` is a directory for what does not fit into memory.
+
+    Raises:
+        InputError: the input can't be read on, or says nothing of what to ask.
+        JobError: the template is none.
+    """
+    tally = _Tally(keep)
+    types = ColumnTypes() if source.format == "jsonl" else None
+    builder: RequestBuilder | None = None
+    with IdIndex(scratch) as ids:
+        for record in source.records():
+            if record.problem is not None:
+                tally.reject(Problem(record.ordinal, record.place, record.problem, None))
+                continue
+            if builder is None:
+                builder = RequestBuilder(job, detect_dialect(job, record.columns))
+                id_column = job.input.id or ("custom_id" if builder.dialect == "openai-batch" else None)
+            if (problem := _take(record, builder, ids, id_column, tally)) is not None:
+                tally.reject(Problem(record.ordinal, record.place, problem, record.columns))
+            elif types is not None:
+                types.observe(record.columns)
+            if record.ordinal % PROGRESS_EVERY == 0:
+                progress(tally.rows)
+        _reject_repeated(source, ids, tally)
+    return Survey(
+        dialect=job.input.dialect if builder is None else builder.dialect,
+        rows=tally.rows,
+        rejected=tuple(sorted(tally.rejected)),
+        first_problems=tuple(tally.first_problems),
+        models=tally.models,
+        body_bytes=tally.body_bytes,
+        max_request=tally.max_request,
+        types=types,
+    )
+
+
+def _take(record: Record, builder: RequestBuilder, ids: IdIndex, id_column: str | None, tally: _Tally) -> str | None:
+    """Counts the record if it can be asked; else the reason why not."""
+    try:
+        request = builder.build(Row(tally.rows, record.columns))
+    except InputError as error:
+        return str(error)
+    if id_column is not None:
+        if id_column not in record.columns:
+            return f"column {id_column!r}, which input.id names, is missing"
+        if (problem := ids.add(record.ordinal, record.columns[id_column])) is not None:
+            return f"{id_column}: {problem}"
+    tally.accept(request)
+    return None
+
+
+def _reject_repeated(source: Source, ids: IdIndex, tally: _Tally) -> None:
+    """Records whose id an earlier one bears are no rows. Their places take a second reading, only if there are any."""
+    repeated = dict(ids.duplicates())
+    if not repeated:
+        return
+    wanted = set(repeated) | set(repeated.values())
+    places: dict[int, str] = {}
+    for record in _those(source, wanted):
+        places[record.ordinal] = record.place
+        if (first := repeated.get(record.ordinal)) is not None:
+            tally.rows -= 1
+            tally.reject(
+                Problem(record.ordinal, record.place, f"its id stands at {places[first]} already", record.columns)
+            )
+
+
+def _those(source: Source, ordinals: set[int]) -> Iterator[Record]:
+    left = len(ordinals)
+    for record in source.records():
+        if record.ordinal in ordinals:
+            yield record
+            left -= 1
+            if not left:
+                return

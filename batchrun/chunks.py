@@ -1,0 +1,154 @@
+"""The life of a chunk: its window is read and stored, its rows are asked, and it is sealed into a part.
+
+What blocks (reading, writing, waiting for the database) is in `open_next` and `seal`, which run in threads.
+"""
+
+from collections.abc import Iterator
+
+import msgspec
+import pyarrow as pa
+
+from batchrun import output
+from batchrun.checkpoint import Checkpoint
+from batchrun.errors import CheckpointError, InputError
+from batchrun.job import Output
+from batchrun.json_columns import ColumnTypes
+from batchrun.records import Discarded, Row
+from batchrun.rundir import RunDirectory
+from batchrun.source import START, FileIdentity, Position, Source, Window, changed
+from batchrun.tables import Chunk
+from batchrun.window import StoredWindow, write
+
+
+class OpenChunk:
+    """A chunk whose rows are being asked. `left` counts those without a completion."""
+
+    def __init__(
+        self,
+        chunk: Chunk,
+        window: StoredWindow,
+        settled: set[int] | None = None,
+        discarded: dict[int, list[Discarded]] | None = None,
+        lost: dict[int, int] | None = None,
+    ) -> None:
+        """`discarded` are earlier attempts by row, `lost` the last attempt without a known end by row."""
+        self.chunk = chunk
+        self.window = window
+        self.discarded = discarded or {}
+        self.lost = lost or {}
+        self._settled = settled or set()
+        self.left = chunk.rows - len(self._settled)
+
+    def rows(self) -> Iterator[list[Row]]:
+        """The rows still to be asked, in order, up to 1,000 at a time."""
+        for batch in self.window.rows():
+            yield [row for row in batch if row.row not in self._settled] if self._settled else batch
+
+
+class Chunks:
+    """All chunks of a run, in order: those on record first, then what the source still has."""
+
+    def __init__(
+        self,
+        directory: RunDirectory,
+        checkpoint: Checkpoint,
+        source: Source,
+        *,
+        identities: tuple[FileIdentity, ...],
+        rejected: frozenset[int],
+        types: ColumnTypes | None,
+        schema: pa.Schema,
+        settings: Output,
+        json_wanted: bool,
+    ) -> None:
+        self._directory = directory
+        self._checkpoint = checkpoint
+        self._source = source
+        self._identities = identities
+        self._types = types
+        self._schema = schema
+        self._settings = settings
+        self._json_wanted = json_wanted
+        on_record = checkpoint.chunks()
+        self.sealed = {chunk.chunk: chunk for chunk in on_record if chunk.generation}
+        self._reopened = iter([chunk for chunk in on_record if not chunk.generation])
+        self._next = len(on_record)
+        self._next_row = on_record[-1].end_row if on_record else 0
+        start = msgspec.json.decode(on_record[-1].end_position, type=Position) if on_record else START
+        self._windows = source.windows(start, settings.chunk_rows, settings.chunk_bytes, rejected)
+
+    def open_next(self) -> OpenChunk | None:
+        """The next chunk with rows to ask, its input stored; None when there is no more.
+
+        Raises:
+            InputError: the input has changed since the run began.
+        """
+        for chunk in self._reopened:
+            reopened = self._reopen(chunk)
+            if reopened.left:
+                return reopened
+            self.seal(reopened)  # the process died between the last row's commit and the seal
+        self._check_unchanged()
+        window_read = next(self._windows, None)
+        if window_read is None:
+            return None
+        self._check_unchanged()
+        return self._open(window_read)
+
+    def seal(self, open_chunk: OpenChunk) -> None:
+        """The chunk's rows are in a part, on record, and out of the database; its stored input is gone."""
+        chunk = open_chunk.chunk
+        generation = chunk.generation + 1
+        part = self._directory.part_of(chunk.chunk, generation)
+        part_digest = output.write_part(part, self._schema, self._batches(open_chunk), self._settings, chunk.rows)
+        sealed = msgspec.structs.replace(chunk, generation=generation, part_digest=part_digest)
+        self._checkpoint.seal_chunk(sealed)
+        self.sealed[chunk.chunk] = sealed
+        self._directory.input_of(chunk.chunk).unlink(missing_ok=True)
+
+    def remove_orphans(self) -> None:
+        """Files in `parts/` that no chunk on record names are gone: what a kill left half done."""
+        known = {self._directory.part_of(chunk.chunk, chunk.generation) for chunk in self.sealed.values()}
+        known |= {self._directory.input_of(chunk.chunk) for chunk in self._checkpoint.chunks() if not chunk.generation}
+        for path in self._directory.parts.iterdir():
+            if path not in known:
+                path.unlink()
+
+    def _check_unchanged(self) -> None:
+        if (what := changed(self._source.files, self._identities)) is not None:
+            raise InputError(f"the input changed while the run works: {what}; put it back, or start another with --new")
+
+    def _reopen(self, chunk: Chunk) -> OpenChunk:
+        discarded: dict[int, list[Discarded]] = {}
+        for attempt in self._checkpoint.discarded(chunk):
+            discarded.setdefault(attempt.row, []).append(attempt)
+        return OpenChunk(
+            chunk,
+            StoredWindow(self._directory.input_of(chunk.chunk), chunk.input_digest, chunk.first_row),
+            self._checkpoint.settled_rows(chunk),
+            discarded,
+            self._checkpoint.last_attempts_lost(chunk),
+        )
+
+    def _open(self, window: Window) -> OpenChunk:
+        path = self._directory.input_of(self._next)
+        chunk = Chunk(
+            chunk=self._next,
+            first_row=self._next_row,
+            rows=window.rows,
+            end_position=msgspec.json.encode(window.end).decode(),
+            input_digest=write(path, window.table),
+        )
+        self._checkpoint.open_chunk(chunk)
+        self._next += 1
+        self._next_row = chunk.end_row
+        return OpenChunk(chunk, StoredWindow(path, chunk.input_digest, chunk.first_row))
+
+    def _batches(self, open_chunk: OpenChunk) -> Iterator[pa.RecordBatch]:
+        row = open_chunk.chunk.first_row
+        for table in open_chunk.window.tables(self._types):
+            completions = self._checkpoint.completions(row, row + table.num_rows)
+            if len(completions) != table.num_rows:
+                raise CheckpointError(f"chunk {open_chunk.chunk.chunk}: rows are missing from the checkpoint")
+            row += table.num_rows
+            yield output.joined(table, completions, self._schema, self._settings, json_wanted=self._json_wanted)
