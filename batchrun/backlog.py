@@ -19,7 +19,7 @@ MAX_WAITING = 4096
 class Pending(msgspec.Struct, frozen=True):
     """A row still to be asked, with what it has been through. `cost_usd` None: an earlier attempt has no price.
 
-    `successes` is the gate's count of good answers when the row was first asked, None before that.
+    `successes` is the gate's count of good answers when the row was last sent, None before that.
     """
 
     request: Request

@@ -74,6 +74,11 @@ class Checkpoint:
         """
         self._on_durable, self._on_failure = on_durable, on_failure
 
+    @property
+    def broken(self) -> bool:
+        """True after a failure. A failed file is never written again: its next fsync may lie."""
+        return self._failed is not None
+
     def put(self, ending: Ending) -> None:
         """The ending is on its way to the disk; `on_durable` names it when it is there."""
         self._queue.put(ending)
@@ -223,7 +228,7 @@ class Checkpoint:
 
     def _commit(self, endings: list[Ending]) -> None:
         if not endings or self._failed is not None:
-            return  # a failed file is never written again: its next fsync may lie. The slots keep the names
+            return  # the slots keep the names
         try:
             spent = self._write(endings)
         except sqlite3.Error as error:
@@ -235,7 +240,7 @@ class Checkpoint:
             except sqlite3.Error as again:
                 self._fail(self._translated(again))
                 return
-            self._fail(self._translated(error))
+            self._on_failure(self._translated(error))  # what is in flight may still land in the room that was freed
         self.spent = spent
         self._on_durable(endings)
 

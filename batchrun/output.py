@@ -109,7 +109,7 @@ def own_schema(prefix: str) -> pa.Schema:
     return pa.schema([field.with_name(prefix + field.name) for field in OWN_COLUMNS])
 
 
-def own_arrays(completions: Sequence[Completion], *, keep_raw: bool, json_wanted: bool) -> list[pa.Array[Any]]:
+def own_arrays(completions: Sequence[Completion], *, keep_raw: bool, json_wanted: bool) -> "list[pa.Array[Any]]":
     """The completions as our columns, in `OWN_COLUMNS` order. Answers are read from `raw` here."""
     read = [answers.read(completion.raw) if completion.raw else Answer() for completion in completions]
     pairs = list(zip(completions, read, strict=True))

@@ -196,15 +196,21 @@ class History(msgspec.Struct, frozen=True):
 
 
 def after(history: History, judgement: Judgement, *, corroborated: bool) -> History:
-    """`history` with one attempt more. An attempt counts only if another row succeeded meanwhile
-    (`corroborated`), so that an outage burns no row; a wait for the gate never counts.
+    """`history` with one attempt more.
+
+    It counts against the row only if another row succeeded meanwhile (`corroborated`), so that an outage burns no row.
+    A wait that a 429 asked for never counts; an overload that only this row meets does.
     """
-    counts = corroborated and judgement.verdict in (Verdict.FREE, Verdict.MAYBE)
     status = judgement.error.http_status if judgement.error is not None else None
+    chargeable = judgement.verdict in (Verdict.FREE, Verdict.MAYBE) or (
+        judgement.verdict is Verdict.SLOW and status != 429
+    )
+    counts = corroborated and chargeable
+    server_error = status is not None and status >= 500 and judgement.verdict is not Verdict.SLOW
     return History(
         attempts=history.attempts + 1,
         counted=history.counted + counts,
-        counted_5xx=history.counted_5xx + (counts and status is not None and status >= 500),
+        counted_5xx=history.counted_5xx + (counts and server_error),
         maybe_billed=history.maybe_billed + (counts and judgement.verdict is Verdict.MAYBE),
     )
 

@@ -49,6 +49,11 @@ def detect_dialect(job: Job, columns: Collection[str]) -> str:
     raise InputError(f"can't tell what to ask: set request.prompt to a template over the columns ({shown})")
 
 
+def wants_json(job: Job) -> bool:
+    """True when the job asks for answers in JSON."""
+    return job.request.response_format is not None and job.request.response_format.type != "text"
+
+
 class RequestBuilder:
     """Makes the request of each row. Built once per invocation: templates are compiled, constants laid out."""
 
@@ -61,7 +66,6 @@ class RequestBuilder:
         self._parameters = _parameters(job.request)
         self._stream = _stream_fields(job.request)
         self._messages = _message_maker(job.request, dialect)
-        self.json_wanted = job.request.response_format is not None and job.request.response_format.type != "text"
         if dialect != "openai-batch" and job.request.model is None and "model" not in job.request.from_columns:
             raise JobError('request.model: name the model, for example "vtrix-gpt-5.3-codex"')
 

@@ -88,5 +88,5 @@ def _add(line: TotalsLine, usage: Usage | None, cost: Decimal | None, *, rows: i
         total_tokens=line.total_tokens + used.total_tokens,
         cost_usd=line.cost_usd + (cost or 0),
         unpriced=line.unpriced + (usage is not None and cost is None),
-        without_usage=line.without_usage + (usage is None),
+        without_usage=line.without_usage + (usage is None and cost is None),
     )

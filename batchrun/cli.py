@@ -1,0 +1,335 @@
+"""The command line: flags → job → run → echo → exit code. Sole importer of click and tqdm.
+
+Everything heavy is imported by the command that needs it: `batchrun --help` answers in a twentieth of a second.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from batchrun import __version__
+from batchrun.errors import BatchrunError, ExitCode
+
+if TYPE_CHECKING:
+    from batchrun.job import Job
+    from batchrun.records import Summary
+
+JOB = click.argument("job", type=click.Path(dir_okay=False, path_type=Path))
+INPUT = click.option("-i", "--input", "input_path", metavar="PATH", help="Input instead of input.path; - is stdin.")
+SET = click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Lay one setting over the job.")
+OUT = click.argument("out", type=click.Path(path_type=Path))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="batchrun")
+def cli() -> None:
+    """Run a file of prompts against a chat-completions API; get a Parquet file of answers and their cost."""
+
+
+@cli.command()
+@JOB
+@INPUT
+@click.option("-o", "--output", "output_path", metavar="DIR", help="Run directory instead of output.path.")
+@click.option("--date", metavar="YYYY-MM-DD", help="The logical date for {date}; default: the first start's.")
+@click.option("--new", is_flag=True, help="Start another run instead of going on with the last.")
+@click.option("--max-cost", "max_cost_usd", metavar="USD", help="Hard cap for the whole run, in USD.")
+@click.option("--max-failures", type=int, metavar="N", help="Failed rows that still exit 0.")
+@click.option("--skip-invalid", is_flag=True, help="Set bad records aside in rejects.jsonl.")
+@click.option("--grace", "grace_s", type=float, metavar="SECONDS", help="Time to drain after the first signal.")
+@SET
+def run(
+    job: Path,
+    input_path: str | None,
+    output_path: str | None,
+    date: str | None,
+    new: bool,
+    max_cost_usd: str | None,
+    max_failures: int | None,
+    skip_invalid: bool,
+    grace_s: float | None,
+    overrides: tuple[str, ...],
+) -> None:
+    """Ask every row of the input. The same command again goes on where the last one stopped."""
+    from batchrun import run as running
+    from batchrun import rundir, simulated
+    from batchrun.plan import Asked
+
+    flags = {"budget.max_cost_usd": max_cost_usd, "output.max_failures": max_failures}
+    loaded = _load(job, input_path, output_path, overrides, flags)
+    now = datetime.now().astimezone()
+    path, earlier = rundir.place(loaded.output.path, loaded.name, date=date, now=now, new=new)
+    if earlier is not None:
+        _note(f"going on with the unfinished run of {earlier} ({path}); --new starts another")
+    with simulated.endpoint_of(loaded) as pointed, _Progress(loaded) as progress:
+        summary = running.run(
+            pointed,
+            rundir.RunDirectory(path),
+            _credentials(loaded),
+            Asked(skip_invalid, sys.stdin.buffer, _note, progress.checked),
+            running.Hooks(progress.show, _note),
+            grace_s=running.GRACE_S if grace_s is None else grace_s,
+            loop_factory=_loop_factory(),
+        )
+    _tell(summary, loaded)
+    sys.exit(summary.exit_code or 0)
+
+
+@cli.command()
+@JOB
+@INPUT
+@SET
+def check(job: Path, input_path: str | None, overrides: tuple[str, ...]) -> None:
+    """Check the job, every input record and its request. Sends nothing."""
+    import tempfile
+
+    from batchrun import plan
+    from batchrun.check import survey
+    from batchrun.errors import JobError
+    from batchrun.source import find_files, open_source
+
+    loaded = _load(job, input_path, None, overrides, {})
+    if loaded.input.path in (None, "-"):
+        raise JobError("check needs a file: name it in input.path or with -i")
+    source = open_source(find_files(str(loaded.input.path)))
+    with tempfile.TemporaryDirectory(prefix="batchrun-") as scratch, _Progress(loaded) as progress:
+        found = survey(source, loaded, Path(scratch), progress=progress.checked)
+    if found.rejected:
+        plan.raise_problems(found, _note)
+    models = ", ".join(f"{model} ({rows:,})" for model, rows in found.models.items())
+    click.echo(f"{found.rows:,} rows in {len(source.files)} files, read as {found.dialect}; {models or 'no model'}")
+
+
+@cli.command()
+@OUT
+def status(out: Path) -> None:
+    """Where a run stands, also while it runs."""
+    from batchrun import report
+    from batchrun.rundir import RunDirectory
+
+    for line in report.status_lines(RunDirectory(out)):
+        click.echo(line)
+
+
+@cli.command()
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--by", default="job,model", metavar="KEYS", help="Group by: day, job, model, status, run.")
+@click.option("--format", "form", type=click.Choice(["table", "csv", "json"]), default="table")
+@click.option("-o", "--output", "target", type=click.Path(path_type=Path), help="A file instead of stdout.")
+def report(paths: tuple[Path, ...], by: str, form: str, target: Path | None) -> None:
+    """The bill over run directories and completions files."""
+    from batchrun import report as reporting
+
+    text = reporting.render(reporting.collect(paths, tuple(by.split(","))), form)
+    if target is None:
+        click.echo(text, nl=False)
+    else:
+        target.write_text(text, "utf-8")
+
+
+@cli.command()
+@click.argument("file", type=click.Path(path_type=Path))
+def new(file: Path) -> None:
+    """Write a commented job file to start from."""
+    from importlib.resources import files
+
+    from batchrun.errors import JobError
+
+    try:
+        with file.open("x", encoding="utf-8") as target:
+            target.write(files("batchrun").joinpath("new_job.toml").read_text("utf-8"))
+    except FileExistsError as error:
+        raise JobError(f"{file} is there already; name another file") from error
+    except OSError as error:
+        raise JobError(f"{file}: can't be written: {error.strerror}") from error
+    click.echo(f"wrote {file}; set the input and the prompt, then: batchrun check {file}")
+
+
+@cli.command()
+@click.option("--port", type=int, default=0, help="0: a free one.")
+@click.option("--latency", "latency_s", type=float, default=0.4, metavar="SECONDS", help="Median time to an answer.")
+@click.option("--rpm", "requests_per_minute", type=int, metavar="N", help="Requests a minute that it allows.")
+@click.option("--tpm", "tokens_per_minute", type=int, metavar="N", help="Tokens a minute that it allows.")
+@click.option("--faults", default="", metavar="MIX", help='For example "500=0.1,429=0.05,content_policy=0.02".')
+@click.option("--seed", type=int, default=0)
+@click.option("--ledger", metavar="FILE", help="A JSON line for each exchange served.")
+def simulate(
+    port: int,
+    latency_s: float,
+    requests_per_minute: int | None,
+    tokens_per_minute: int | None,
+    faults: str,
+    seed: int,
+    ledger: str | None,
+) -> None:
+    """A local stand-in for the API, until Ctrl-C."""
+    from batchrun.simulator import SimulatorConfig, parse_faults
+    from batchrun.simulator.process import run as serve
+
+    config = SimulatorConfig(
+        port=port,
+        latency_s=latency_s,
+        requests_per_minute=requests_per_minute,
+        tokens_per_minute=tokens_per_minute,
+        faults=parse_faults(faults),
+        seed=seed,
+        ledger=ledger,
+    )
+    serve(config, lambda url: click.echo(f"listening on {url}"))
+
+
+def main() -> None:
+    """The process: what the commands do, and the documented exit code whatever happens."""
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # gives memory back; must be set before pyarrow loads
+    try:
+        cli(standalone_mode=False)
+        sys.stdout.flush()
+    except BatchrunError as error:
+        _end(f"Error: {error}", error.exit_code)
+    except click.UsageError as error:
+        error.show()
+        sys.exit(ExitCode.USAGE)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(ExitCode.USAGE)
+    except (click.Abort, KeyboardInterrupt):
+        _end("Stopped.", ExitCode.SIGINT)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter's last flush must not complain
+        sys.exit(ExitCode.SIGPIPE)
+    except Exception as error:
+        if os.environ.get("BATCHRUN_TRACEBACK"):
+            raise
+        _end(
+            f"Internal error, a bug in batchrun: {type(error).__name__}: {error} "
+            "(set BATCHRUN_TRACEBACK=1 for the traceback)",
+            ExitCode.INTERNAL_ERROR,
+        )
+
+
+def _end(line: str, exit_code: ExitCode) -> None:
+    _note(line)
+    sys.exit(exit_code)
+
+
+def _load(
+    path: Path,
+    input_path: str | None,
+    output_path: str | None,
+    overrides: tuple[str, ...],
+    flags: dict[str, str | int | None],
+) -> "Job":
+    """The job with the command line's settings over it."""
+    from batchrun import job
+
+    said = {"input.path": input_path, "output.path": output_path, **flags}
+    own = [f"{name}={_toml(value)}" for name, value in said.items() if value is not None]
+    return job.load(path, [*overrides, *own])
+
+
+def _toml(value: str | int) -> str:
+    """A flag's value as TOML: text in quotes, unless it is a number."""
+    if isinstance(value, int) or value.replace(".", "", 1).isdigit():
+        return str(value)
+    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _credentials(job: "Job") -> Any:
+    from batchrun import credentials, simulated
+
+    return simulated.credentials() if job.simulated else credentials.read(job.endpoint, os.environ)
+
+
+def _loop_factory() -> Callable[[], Any] | None:
+    """uvloop's event loop where it is installed: half the CPU per request."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
+def _note(line: str) -> None:
+    """A line for people, on stderr; model text in it can't steer the terminal."""
+    with contextlib.suppress(BrokenPipeError):
+        from tqdm import tqdm
+
+        tqdm.write(harmless(line), file=sys.stderr)
+
+
+def harmless(text: str) -> str:
+    """The text with control and bidirectional characters made visible: what a model or server wrote is only text."""
+    return "".join(char if char.isprintable() or char == "\n" else f"\\x{ord(char):02x}" for char in text)
+
+
+def _tell(summary: "Summary", job: "Job") -> None:
+    from batchrun.summary import in_words
+
+    lines = in_words(summary, requests_per_minute=job.limits.requests_per_minute, max_failures=job.output.max_failures)
+    for line in lines:
+        click.echo(harmless(line))
+
+
+class _Progress:
+    """On a terminal one bar; elsewhere a line every 30 seconds, without carriage returns."""
+
+    LINE_EVERY_S = 30.0
+
+    def __init__(self, job: "Job") -> None:
+        self._job = job
+        self._bar: Any = None
+        self._told_s = 0.0
+        self._terminal = sys.stderr.isatty()
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def checked(self, rows: int) -> None:
+        """How far the check pass is."""
+        if self._terminal:
+            from tqdm import tqdm
+
+            if self._bar is None:
+                self._bar = tqdm(unit=" rows", desc="checking", dynamic_ncols=True, leave=False)
+            self._bar.n = rows
+            self._bar.refresh()
+
+    def show(self, summary: "Summary") -> None:
+        """Where the run stands."""
+        if self._terminal:
+            self._show_bar(summary)
+        elif summary.elapsed_s - self._told_s >= self.LINE_EVERY_S:
+            self._told_s = summary.elapsed_s
+            done = summary.rows - summary.pending
+            _note(f"{done:,}/{summary.rows:,} rows, {_particulars(summary)}")
+
+    def _show_bar(self, summary: "Summary") -> None:
+        from tqdm import tqdm
+
+        done = summary.rows - summary.pending
+        if self._bar is None or self._bar.desc.startswith("checking"):
+            if self._bar is not None:
+                self._bar.close()
+            self._bar = tqdm(
+                total=summary.rows, initial=done, unit=" rows", desc=summary.job, dynamic_ncols=True, leave=False
+            )
+        self._bar.n = done
+        self._bar.set_postfix_str(_particulars(summary), refresh=False)
+        self._bar.refresh()
+
+
+def _particulars(summary: "Summary") -> str:
+    failed = sum(summary.by_status.get(status, 0) for status in ("error", "invalid", "empty"))
+    return (
+        f"{failed:,} failed, {summary.tokens_per_minute:,.0f} tokens/min, ${summary.cost_usd:,.4f}, "
+        f"limited by {summary.limited_by}"
+    )

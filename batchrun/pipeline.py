@@ -1,0 +1,335 @@
+"""The path of one attempt, and the workers that walk it: backlog → gate → client → answer → policy → checkpoint.
+
+A fixed set of workers pulls rows; there is no task, future or timeout object per row. Each attempt, retries too, pays
+the gate again. A slot is taken before the bytes leave and given back when the commit of the attempt's end is durable.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from decimal import Decimal
+
+import msgspec
+
+from batchrun import answer as answers
+from batchrun import policy, prices
+from batchrun.admission import Ask, Outcome
+from batchrun.backlog import Backlog, Pending
+from batchrun.checkpoint import Checkpoint
+from batchrun.chunks import OpenChunk
+from batchrun.client import Client
+from batchrun.errors import InputError
+from batchrun.gate import Gate, GateClosed
+from batchrun.job import Job
+from batchrun.plan import Plan
+from batchrun.policy import History, Judgement
+from batchrun.records import Answer, Attempt, Completion, Discarded, Ending, Request, Row, RowError, Status, Verdict
+from batchrun.request import RequestBuilder, wants_json
+from batchrun.slots import Slots
+
+TOKENS_PER_BYTE = 0.3
+"""Where the estimate of a prompt starts: English prose has 4 to 5 bytes a token, code and JSON about 3."""
+
+UNKNOWN_OUTPUT_TOKENS = 1000
+"""The estimate of an answer whose length nobody bounds; the usage corrects it when it comes."""
+
+NOTHING = Decimal(0)
+
+
+class _Ended(msgspec.Struct, frozen=True):
+    """How one attempt of a row ended, with all that settling or asking again needs.
+
+    `cost_usd` is this attempt's alone; None where an answer came whose price or usage is unknown.
+    """
+
+    pending: Pending
+    attempt: Attempt
+    answer: Answer
+    judgement: Judgement
+    history: History
+    bound_usd: Decimal | None
+    cost_usd: Decimal | None
+
+
+class _Flight(msgspec.Struct, frozen=True):
+    """What happens when an ending is durable: `again` None settles the row, else it is asked again at `due_s`."""
+
+    slot: int | None
+    spent_usd: Decimal | None
+    chunk: OpenChunk
+    again: Pending | None = None
+    due_s: float = 0.0
+
+
+class Pipeline:
+    """Asks every row of the backlog. `work` is what each worker runs; the rest is called back."""
+
+    def __init__(
+        self,
+        job: Job,
+        plan: Plan,
+        *,
+        gate: Gate,
+        client: Client,
+        checkpoint: Checkpoint,
+        slots: Slots,
+        open_next: Callable[[], OpenChunk | None],
+        on_settled: Callable[[OpenChunk], None],
+        clock: Callable[[], float],
+        uniform: Callable[[], float],
+    ) -> None:
+        """`on_settled` gets each chunk whose last row is durable; `clock` is the event loop's."""
+        self._job = job
+        self._plan = plan
+        self._gate = gate
+        self._client = client
+        self._checkpoint = checkpoint
+        self._slots = slots
+        self._on_settled = on_settled
+        self._clock = clock
+        self._uniform = uniform
+        self._builder = RequestBuilder(job, plan.facts.dialect) if plan.facts.rows else None
+        self._flights: dict[tuple[int, int], _Flight] = {}
+        self._json_wanted = wants_json(job)
+        self._held: dict[int, _Ended] = {}
+        self.backlog = Backlog(open_next, self._prepare, clock)
+        self.sent = 0
+
+    async def work(self) -> None:
+        """Asks rows until none is left or the gate closes."""
+        while (pending := await self.backlog.next()) is not None:
+            bound_usd = self._bound_usd(pending.request)
+            try:
+                slot = await self._gate.admit(Ask(self._estimated_tokens(pending.request), bound_usd))
+            except GateClosed:
+                self.backlog.close()
+                return
+            await self._attempt(pending, slot, bound_usd)
+
+    async def _attempt(self, pending: Pending, slot: int, bound_usd: Decimal | None) -> None:
+        request, n = pending.request, pending.history.attempts + 1
+        if (held := self._held.pop(request.row, None)) is not None:
+            self._checkpoint.put(self._discarded(held))
+        successes = self._gate.successes
+        self._slots.take(slot, request.row, n, request.key, bound_usd)
+        self.sent += 1
+        attempt = await self._client.send(request, f"{self._plan.facts.run_id}-{request.row}-{n}")
+        answer = answers.read(attempt.body)
+        judgement = policy.judge(attempt, answer, self._job.retry)
+        self._gate.settle(slot, _used_tokens(answer, judgement))
+        ruling = self._gate.observe(slot, _outcome(request, judgement))
+        witnessed = self._gate.successes > (successes if pending.successes is None else pending.successes)
+        reached = attempt.error is None or attempt.error.sent
+        history = policy.after(pending.history, judgement, corroborated=reached and (witnessed or self.backlog.alone))
+        cost_usd = self._cost_usd(request, answer, judgement)
+        ended = _Ended(pending, attempt, answer, judgement, history, bound_usd, cost_usd)
+        for row in ruling.own:
+            self._settle_held(row)
+        if ruling.hold:
+            self._hold(ended, slot)
+        elif judgement.verdict in (Verdict.OK, Verdict.ROW) or policy.exhausted(history, self._job.retry):
+            self._settle(ended, slot)
+        else:
+            self._ask_again(ended, slot, successes)
+
+    def durable(self, endings: Sequence[Ending]) -> None:
+        """The endings are on disk: their slots are free, and what waited for them goes on. One call a commit."""
+        for ending in endings:
+            n = ending.attempts if isinstance(ending, Completion) else ending.n
+            flight = self._flights.pop((ending.row, n), None)
+            if flight is None:
+                continue  # a held attempt's record: its slot was given back when it was held
+            if flight.slot is not None:
+                self._slots.clear(flight.slot)
+                self._gate.release(flight.slot, flight.spent_usd)
+            if flight.again is not None:
+                self.backlog.retry(flight.again, flight.due_s)
+                continue
+            self.backlog.done()
+            flight.chunk.left -= 1
+            if not flight.chunk.left:
+                self._on_settled(flight.chunk)
+
+    def record_held(self) -> None:
+        """The attempts of rows that are still held are on their way to the disk; the rows stay pending."""
+        for ended in self._held.values():
+            self._checkpoint.put(self._discarded(ended))
+        self._held.clear()
+
+    def _prepare(self, row: Row, chunk: OpenChunk) -> Pending:
+        """The row's request, with what earlier invocations did for it."""
+        assert self._builder is not None
+        try:
+            request = self._builder.build(row)
+        except InputError as error:  # the check pass built this very request: only a changed input gets here
+            raise InputError(f"row {row.row}: {error}") from error
+        earlier = chunk.discarded.get(row.row, ())
+        attempts = max([attempt.n for attempt in earlier] + [chunk.lost.get(row.row, 0)])
+        if not attempts:
+            return Pending(request, chunk)
+        counted = [attempt for attempt in earlier if attempt.counted]
+        history = History(
+            attempts=attempts,
+            counted=len(counted),
+            counted_5xx=sum((attempt.http_status or 0) >= 500 for attempt in counted),
+            maybe_billed=sum(attempt.verdict is Verdict.MAYBE for attempt in counted),
+        )
+        return Pending(request, chunk, history, _total([attempt.cost_usd for attempt in earlier]))
+
+    def _settle(self, ended: _Ended, slot: int | None) -> None:
+        """The row's completion is on its way to the disk."""
+        status, judgement = Status.ERROR, ended.judgement
+        if judgement.verdict is Verdict.OK:
+            status = policy.settle_status(ended.answer, json_wanted=self._json_wanted)
+        elif judgement.filtered:
+            status = Status.FILTERED
+        self._finish(ended, slot, status)
+
+    def _settle_held(self, row: int) -> None:
+        """A verdict on the run that turned out to be this row's own: 403 and 503 are about its content."""
+        ended = self._held.pop(row, None)
+        if ended is None:
+            return
+        self.backlog.release(row)
+        content = ended.attempt.http_status in (403, 503)
+        self._finish(ended, None, Status.FILTERED if content else Status.ERROR)
+
+    def _finish(self, ended: _Ended, slot: int | None, status: Status) -> None:
+        pending, attempt, answer = ended.pending, ended.attempt, ended.answer
+        completion = Completion(
+            row=pending.request.row,
+            key=pending.request.key,
+            status=status,
+            attempts=ended.history.attempts,
+            http_status=attempt.http_status,
+            error=ended.judgement.error or _status_error(status, attempt),
+            request_id=attempt.request_id,
+            finished_at=attempt.started_at + attempt.latency_s,
+            latency_s=attempt.latency_s,
+            time_to_first_token_s=attempt.time_to_first_token_s,
+            model=pending.request.model,
+            answered_model=answer.model if ended.judgement.verdict is Verdict.OK else None,
+            usage=answer.usage,
+            cost_usd=_total([pending.cost_usd, ended.cost_usd]),
+            last_cost_usd=ended.cost_usd,
+            maybe_billed=self._maybe_billed(ended),
+            possibly_billed_usd=ended.bound_usd,
+            raw=attempt.body,
+        )
+        spent = self._spent_usd(ended)
+        self._flights[completion.row, completion.attempts] = _Flight(slot, spent, pending.chunk)
+        self._checkpoint.put(completion)
+
+    def _ask_again(self, ended: _Ended, slot: int, successes: int) -> None:
+        """The attempt's record is on its way to the disk; once it is there, the row waits for its next turn."""
+        history, judgement = ended.history, ended.judgement
+        again = msgspec.structs.replace(
+            ended.pending,
+            history=history,
+            cost_usd=_total([ended.pending.cost_usd, ended.cost_usd]),
+            successes=successes,
+        )
+        due_s = self._clock()
+        if not _rate_limited(judgement):  # after a 429 the gate itself waits, for everyone
+            due_s += policy.backoff_s(history, judgement.retry_after_s, self._job.retry, self._uniform())
+        flight = _Flight(slot, self._spent_usd(ended), ended.pending.chunk, again, due_s)
+        self._flights[ended.pending.request.row, history.attempts] = flight
+        self._checkpoint.put(self._discarded(ended))
+
+    def _hold(self, ended: _Ended, slot: int) -> None:
+        """The refusal is kept in memory until its meaning is clear. It cost nothing, so its slot is free at once."""
+        row = ended.pending.request.row
+        self._held[row] = ended
+        self._slots.clear(slot)
+        self._gate.release(slot, NOTHING)
+        self.backlog.hold(msgspec.structs.replace(ended.pending, history=ended.history))
+
+    def _discarded(self, ended: _Ended) -> Discarded:
+        error = ended.judgement.error or RowError("unknown")
+        request = ended.pending.request
+        return Discarded(
+            row=request.row,
+            n=ended.history.attempts,
+            verdict=ended.judgement.verdict,
+            counted=ended.history.counted > ended.pending.history.counted,
+            http_status=ended.attempt.http_status,
+            error_kind=error.kind,
+            message=error.message,
+            request_id=ended.attempt.request_id,
+            at=ended.attempt.started_at,
+            model=request.model,
+            usage=ended.answer.usage,
+            cost_usd=ended.cost_usd,
+            maybe_billed=self._maybe_billed(ended),
+            possibly_billed_usd=ended.bound_usd,
+            key=request.key,
+        )
+
+    def _bound_usd(self, request: Request) -> Decimal | None:
+        table = self._plan.prices.get(request.model)
+        return prices.upper_bound(request.max_prompt_tokens, request.max_output_tokens, table)
+
+    def _estimated_tokens(self, request: Request) -> int:
+        output = min(request.max_output_tokens, UNKNOWN_OUTPUT_TOKENS)
+        return int(len(request.body) * TOKENS_PER_BYTE) + output
+
+    def _cost_usd(self, request: Request, answer: Answer, judgement: Judgement) -> Decimal | None:
+        """What the attempt cost for certain: 0 where no answer came, None where one came that can't be priced."""
+        if answer.usage is None:
+            return None if judgement.verdict is Verdict.OK else NOTHING
+        return prices.cost(answer.usage, self._plan.prices.get(request.model))
+
+    def _maybe_billed(self, ended: _Ended) -> bool:
+        """True when the attempt may have cost something that no usage states. An answer without usage is on the list
+        only under a cap, which must hold across invocations; elsewhere it is counted as `without_usage`.
+        """
+        if ended.answer.usage is not None:
+            return False
+        capped = self._job.budget.max_cost_usd is not None
+        return ended.judgement.verdict is Verdict.MAYBE or (ended.judgement.verdict is Verdict.OK and capped)
+
+    def _spent_usd(self, ended: _Ended) -> Decimal | None:
+        """What to book against the budget; None books the whole reservation."""
+        return None if self._maybe_billed(ended) else ended.cost_usd
+
+
+def _total(costs: Sequence[Decimal | None]) -> Decimal | None:
+    """The sum, or None where a part of it is unknown."""
+    total = NOTHING
+    for cost in costs:
+        if cost is None:
+            return None
+        total += cost
+    return total
+
+
+def _outcome(request: Request, judgement: Judgement) -> Outcome:
+    return Outcome(request.row, judgement.verdict, judgement.error, judgement.retry_after_s)
+
+
+def _used_tokens(answer: Answer, judgement: Judgement) -> int | None:
+    """What the attempt used of the token limit; None, unknown, leaves the estimate."""
+    if answer.usage is not None:
+        return answer.usage.total_tokens
+    return 0 if judgement.verdict in (Verdict.SLOW, Verdict.FREE) else None
+
+
+def _rate_limited(judgement: Judgement) -> bool:
+    return judgement.verdict is Verdict.SLOW and judgement.error is not None and judgement.error.http_status == 429
+
+
+def _status_error(status: Status, attempt: Attempt) -> RowError | None:
+    """Why an answer that came is not one that was wanted."""
+    match status:
+        case Status.EMPTY:
+            return RowError("empty", attempt.http_status, None, "the answer has no content")
+        case Status.INVALID:
+            return RowError("invalid_json", attempt.http_status, None, "the answer is not the JSON that was asked for")
+        case _:
+            return None
+
+
+async def settle_all(pipeline: Pipeline, workers: int) -> None:
+    """Every pending row is settled, or the gate has closed; an exception of one worker ends the others."""
+    async with asyncio.TaskGroup() as tasks:
+        for number in range(workers):
+            tasks.create_task(pipeline.work(), name=f"worker-{number}")

@@ -1,0 +1,28 @@
+"""`run.log`: what happened to the run, as JSON lines. Never one per row; rotated at 50 MB, one old file kept."""
+
+import logging
+import logging.handlers
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+
+MAX_BYTES = 50_000_000
+
+
+class RunLog:
+    """An open log. Close it."""
+
+    def __init__(self, path: Path) -> None:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
+        self._handler = logging.handlers.RotatingFileHandler(path, maxBytes=MAX_BYTES, backupCount=1, encoding="utf-8")
+        self._handler.setFormatter(logging.Formatter("%(message)s"))
+
+    def write(self, event: str, **fields: object) -> None:
+        """One line: the time, what happened, and its particulars."""
+        line = msgspec.json.encode({"at": datetime.now(UTC), "event": event, **fields}, enc_hook=str).decode()
+        self._handler.emit(logging.LogRecord("batchrun", logging.INFO, "", 0, line, None, None))
+
+    def close(self) -> None:
+        self._handler.close()

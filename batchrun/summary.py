@@ -1,0 +1,177 @@
+"""`summary.json`, from the first second to the last, and the same in words a person reads in five seconds. PURE."""
+
+from collections.abc import Iterator
+from datetime import datetime
+from decimal import Decimal
+
+import msgspec
+
+from batchrun.admission import Binding, Limit
+from batchrun.plan import Facts
+from batchrun.prices import PriceTable
+from batchrun.records import FAILURES, Status, Summary, TotalsLine
+from batchrun.rundir import RunDirectory
+from batchrun.spent import DISCARDED, Spent
+
+VERSION = 1
+"""The schema of summary.json; docs/output.md describes it. A field that goes or changes its meaning raises this."""
+
+
+class Moment(msgspec.Struct, frozen=True):
+    """Where the run stands besides its account. Times are wall time; `elapsed_s` and `sent` are this invocation's."""
+
+    state: str
+    invocation: int
+    started_at: datetime
+    now: datetime
+    elapsed_s: float
+    sent: int
+    limited_by: str
+    pid: int
+    host: str
+    exit_code: int | None = None
+    reason: str | None = None
+    complete: bool = False
+
+
+def starting(job: str, moment: Moment, directory: RunDirectory) -> Summary:
+    """The summary of a start that has not read its input yet."""
+    return _summary(job, "", 0, 0, {}, Spent(), moment, directory)
+
+
+def summarise(
+    facts: Facts, tables: dict[str, PriceTable | None], spent: Spent, moment: Moment, directory: RunDirectory
+) -> Summary:
+    """What is known of the run now: everything in it is durable."""
+    return _summary(facts.job, facts.run_id, facts.rows, len(facts.rejected), tables, spent, moment, directory)
+
+
+def _summary(
+    job: str,
+    run_id: str,
+    rows: int,
+    rejected: int,
+    tables: dict[str, PriceTable | None],
+    spent: Spent,
+    moment: Moment,
+    directory: RunDirectory,
+) -> Summary:
+    lines = list(spent.totals.values())
+    settled = spent.settled()
+    mine = [line for line in lines if line.invocation == moment.invocation]
+    minutes = max(moment.elapsed_s, 1e-9) / 60
+    names = [table.describe() for table in tables.values() if table is not None]
+    return Summary(
+        version=VERSION,
+        job=job,
+        run_id=run_id,
+        state=moment.state,
+        exit_code=moment.exit_code,
+        reason=moment.reason,
+        complete=moment.complete,
+        rows=rows,
+        rows_in_output=settled if moment.complete else 0,
+        rejected=rejected,
+        by_status={str(status): n for status in Status if (n := _rows(lines, status))},
+        pending=rows - settled,
+        totals=lines,
+        cost_usd=spent.cost_usd(),
+        wasted_usd=sum((line.cost_usd for line in lines if line.status == DISCARDED), Decimal(0)),
+        unpriced=sum(line.unpriced for line in lines),
+        without_usage=sum(line.without_usage for line in lines),
+        possibly_billed=list(spent.possibly_billed),
+        possibly_billed_count=spent.possibly_billed_count,
+        possibly_billed_usd=spent.possibly_billed_usd,
+        models=spent.answered_as,
+        price="; ".join(names) or None,
+        invocation=moment.invocation,
+        started_at=moment.started_at,
+        updated_at=moment.now,
+        elapsed_s=round(moment.elapsed_s, 3),
+        rows_per_minute=round(sum(line.rows for line in mine) / minutes, 1),
+        requests_per_minute=round(moment.sent / minutes, 1),
+        tokens_per_minute=round(sum(line.total_tokens for line in mine) / minutes, 1),
+        limited_by=moment.limited_by,
+        pid=moment.pid,
+        host=moment.host,
+        files=_files(directory, moment.complete),
+    )
+
+
+def _rows(lines: list[TotalsLine], status: Status) -> int:
+    return sum(line.rows for line in lines if line.status == status)
+
+
+def _files(directory: RunDirectory, complete: bool) -> dict[str, str]:
+    if not complete:
+        return {}
+    result = directory.completions if directory.completions.exists() else directory.completions_folder
+    return {"completions": str(result), "usage": str(directory.usage)}
+
+
+def failures(summary: Summary) -> int:
+    """Rows that count against `max_failures`."""
+    return sum(summary.by_status.get(str(status), 0) for status in FAILURES)
+
+
+def limiting_factor(binding: Binding, wall_offset_s: float) -> str:
+    """The binding limit in the progress line's words; `wall_offset_s` makes wall time of the gate's clock."""
+    if binding.limit is Limit.COOLING and binding.until_s is not None:
+        until = datetime.fromtimestamp(binding.until_s + wall_offset_s).astimezone()
+        return f"cooling down until {until:%H:%M:%S}"
+    return str(binding.limit)
+
+
+def in_words(summary: Summary, *, requests_per_minute: float | None, max_failures: int) -> Iterator[str]:
+    """The closing lines: rows by status, tokens, cost, rate against the limit, and what to do next."""
+    done = summary.rows - summary.pending
+    counts = ", ".join(f"{n:,} {status}" for status, n in summary.by_status.items()) or "none"
+    yield f"rows      {done:,} of {summary.rows:,} done: {counts}" + (
+        f"; {summary.rejected:,} input records set aside in rejects.jsonl" if summary.rejected else ""
+    )
+    prompt, cached, completion, reasoning = (
+        sum(getattr(line, name) for line in summary.totals)
+        for name in ("prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens")
+    )
+    yield f"tokens    {prompt:,} in ({cached:,} cached), {completion:,} out ({reasoning:,} reasoning)"
+    yield f"cost      {cost_in_words(summary)}"
+    if summary.price:
+        yield f"          {summary.price}"
+    limit = f" of {requests_per_minute:,.0f} allowed" if requests_per_minute else ""
+    yield (
+        f"rate      {summary.requests_per_minute:,.0f} requests/min{limit}, "
+        f"{summary.tokens_per_minute:,.0f} tokens/min, {summary.elapsed_s:,.1f} s"
+    )
+    for name, rows in summary.models.items():
+        if all(line.model != name for line in summary.totals):
+            yield f"note      {rows:,} answers name the model {name}"
+    for name, path in summary.files.items():
+        yield f"{name:<13} {path}"
+    yield from _next_steps(summary, max_failures)
+
+
+def cost_in_words(summary: Summary) -> str:
+    """The bill in one line, with what it does not cover."""
+    parts = [f"${summary.cost_usd:,.6f}"]
+    if summary.wasted_usd:
+        parts.append(f"${summary.wasted_usd:,.6f} of it for discarded attempts")
+    if summary.possibly_billed_count:
+        parts.append(
+            f"possibly billed beyond that: {summary.possibly_billed_count:,} attempts without a known end, "
+            f"at most ${summary.possibly_billed_usd:,.6f}"
+        )
+    if summary.unpriced:
+        parts.append(f"{summary.unpriced:,} attempts have no known price")
+    if summary.without_usage:
+        parts.append(f"{summary.without_usage:,} answers came without usage")
+    return "; ".join(parts)
+
+
+def _next_steps(summary: Summary, max_failures: int) -> Iterator[str]:
+    failed = failures(summary)
+    if summary.complete and failed:
+        verdict = "more than" if failed > max_failures else "within"
+        yield f"failed    {failed:,} rows, {verdict} output.max_failures = {max_failures:,}: see the column `error`"
+    if not summary.complete:
+        yield f"stopped   {summary.reason or 'before the end'}"
+        yield f"next      {summary.pending:,} rows are left; the same command goes on where this stopped"
