@@ -1,0 +1,52 @@
+"""Reading the input: which files, their records one by one, and windows of them to work on.
+
+    files = find_files("reviews/*.jsonl.gz")
+    source = open_source(files)
+    for record in source.records(): ...                      # the check pass
+    for window in source.windows(START, 8192, 32 << 20): ...  # chunks, each from where the last one ended
+
+Everything is read block by block: memory is bounded by the longest line or one batch, never by the file.
+"""
+
+from pathlib import Path
+
+from batchrun.source.files import (
+    FileIdentity,
+    changed,
+    digest,
+    find_files,
+    fingerprint,
+    is_parquet,
+    spool,
+)
+from batchrun.source.jsonl import JsonlSource
+from batchrun.source.parquet import ParquetSource
+from batchrun.source.rows import rows_of
+from batchrun.source.window import START, Position, Record, Source, Window
+
+__all__ = [
+    "find_files",
+    "open_source",
+    "rows_of",
+    "spool",
+    "START",
+    "Position",
+    "Record",
+    "Source",
+    "Window",
+    "JsonlSource",
+    "ParquetSource",
+    "FileIdentity",
+    "changed",
+    "digest",
+    "fingerprint",
+]
+
+
+def open_source(files: tuple[Path, ...]) -> Source:
+    """The source that reads `files`, all of one format, as `find_files` returned them.
+
+    Raises:
+        InputError: a file can't be read as what it is; nothing was read beyond heads and footers.
+    """
+    return ParquetSource(files) if is_parquet(files[0]) else JsonlSource(files)

@@ -1,0 +1,140 @@
+"""JSON lines: bytes → lines → rows, or in plain words what is wrong with a line. PURE."""
+
+import math
+import re
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
+
+import msgspec
+
+MAX_DEPTH = 500
+"""Levels of nesting a row may have. Python gives up between 900 and 1,000 depending on how deep its own stack
+is, so without a limit below that a row could pass the check and fail when it is sent."""
+
+_decode = msgspec.json.Decoder().decode
+
+_STRING = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
+_BRACKETS = re.compile(_STRING + rb"|([\[{])|([\]}])", re.DOTALL)
+_NOT_JSON = re.compile(_STRING + rb"|(-?\b(?:NaN|nan|Infinity|inf|None|True|False|undefined)\b)", re.DOTALL)
+_NUMBER = re.compile(_STRING + rb"|(-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)", re.DOTALL)
+_ESCAPE = re.compile(
+    rb"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|(\\u[dD][89a-fA-F]..)|\\.", re.DOTALL
+)  # a pair, half a pair, or any other
+
+
+def split_lines(blocks: Iterable[bytes], max_line_bytes: int) -> Iterator[tuple[bytes | None, int]]:
+    r"""Every line of the stream without its "\n", and its size with it; only "\n" ends a line.
+
+    A line beyond `max_line_bytes` comes as None: no more than that and one block is ever held.
+    """
+    held: list[bytes] = []
+    held_bytes = 0
+    for block in blocks:
+        first, *others = block.split(b"\n")
+        held_bytes += len(first)
+        if held_bytes <= max_line_bytes:
+            held.append(first)
+        else:
+            held.clear()
+        if not others:
+            continue
+        yield (b"".join(held) if held_bytes <= max_line_bytes else None), held_bytes + 1
+        last = others.pop()
+        for line in others:
+            yield (line if len(line) <= max_line_bytes else None), len(line) + 1
+        held, held_bytes = [last], len(last)
+    if held_bytes:
+        yield (b"".join(held) if held_bytes <= max_line_bytes else None), held_bytes
+
+
+def read_row(line: bytes) -> dict[str, object] | str:
+    """The object that `line` holds, or what is wrong with it. Bytes count from 1; "near" is msgspec's own count.
+
+    Of a repeated key the last value counts. Integers keep all their digits.
+    """
+    try:
+        row = _decode(line)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        return _problem(line, error)
+    if type(row) is not dict:
+        return f"the line holds {_NAMES[type(row)]}, not an object"
+    if len(line) > 2 * MAX_DEPTH and line.count(b"[") + line.count(b"{") > MAX_DEPTH and _depth(line) > MAX_DEPTH:
+        return _TOO_DEEP
+    return row
+
+
+_NAMES = {
+    list: "an array",
+    str: "a string",
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
+_TOO_DEEP = f"it is nested more than {MAX_DEPTH} levels deep"
+
+
+def _depth(line: bytes) -> int:
+    steps = (1 if opened else -1 if closed else 0 for opened, closed in _BRACKETS.findall(line))
+    return max(accumulate(steps), default=0)
+
+
+def _problem(line: bytes, error: Exception) -> str:
+    return (
+        _encoding_problem(line)
+        or (_TOO_DEEP if isinstance(error, RecursionError) else None)
+        or _surrogate_problem(line)
+        or _number_problem(line, error)
+        or _word_problem(line, str(error))
+        or _syntax_problem(line, str(error))
+    )
+
+
+def _encoding_problem(line: bytes) -> str | None:
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        at, bad = error.start + 1, line[error.start]
+    else:
+        return f"byte {line.index(0) + 1} is NUL; the file may be UTF-16" if 0 in line else None
+    if bad == 0xED and line[at : at + 1] >= b"\xa0":
+        return f"byte {at} begins half of a surrogate pair, which is not UTF-8"
+    guess = "Windows-1252" if any(0x80 <= byte < 0xA0 for byte in line) else "Latin-1"
+    return f"byte {at} (0x{bad:02x}) is not UTF-8; it looks like {guess}: iconv -f {guess.upper()} -t UTF-8"
+
+
+def _surrogate_problem(line: bytes) -> str | None:
+    for match in _ESCAPE.finditer(line):
+        if match[1]:
+            return f"{match[1].decode()} at byte {match.start() + 1} is half of a surrogate pair, which is no character"
+    return None
+
+
+def _number_problem(line: bytes, error: Exception) -> str | None:
+    if not isinstance(error, msgspec.ValidationError):
+        return None
+    for match in _NUMBER.finditer(line):
+        number = match[1]
+        if number and number.lstrip(b"-").isdigit() and len(number) > 4300:  # CPython's limit for int()
+            return f"the integer at byte {match.start() + 1} has {len(number):,} digits; at most 4,300 can be read"
+        if number and not number.lstrip(b"-").isdigit() and math.isinf(float(number)):
+            return f"the number {number[:20].decode()} at byte {match.start() + 1} is too large for a double"
+    return None
+
+
+def _word_problem(line: bytes, message: str) -> str | None:
+    if "invalid character" not in message and "invalid number" not in message:
+        return None  # a cut line may end inside a string that holds such a word
+    for match in _NOT_JSON.finditer(line):
+        if match[1]:
+            return f"{match[1].decode()} at byte {match.start() + 1} is not JSON"
+    return None
+
+
+def _syntax_problem(line: bytes, message: str) -> str:
+    if line.strip() in (b"[", b"{"):
+        return "the file looks like one JSON document over many lines; write one object per line (jq -c)"
+    if message == "Input data was truncated":
+        return f"the JSON ends too early, at byte {len(line)}"
+    what = message.removeprefix("JSON is malformed: ")
+    return "it is not JSON: " + re.sub(r"\(byte (\d+)\)", r"near byte \1", what)

@@ -1,0 +1,80 @@
+"""The values that reading yields, whatever the format: positions, records and windows."""
+
+from collections.abc import Container, Iterator
+from pathlib import Path
+from typing import Literal, Protocol
+
+import msgspec
+import pyarrow as pa
+
+
+class Position(msgspec.Struct, frozen=True, gc=False):
+    """A place between two records, from which reading can go on.
+
+    `file` indexes the files of the source. `offset` is in bytes of the decompressed stream (JSONL) or in rows
+    of the file (Parquet). `line` counts the lines before it in the file (0 for Parquet), `ordinal` the records
+    before it in the whole input, rejected ones included.
+    """
+
+    file: int
+    offset: int
+    line: int
+    ordinal: int
+
+
+START = Position(file=0, offset=0, line=0, ordinal=0)
+
+
+class Record(msgspec.Struct, frozen=True, gc=False):
+    """One record of the input: its columns, or the problem that makes it unreadable.
+
+    `place` is `origin` and `number` joined: "reviews.jsonl:17" (lines from 1), "reviews.parquet row 16" (from 0).
+    `columns` is empty when there is a `problem`.
+    """
+
+    ordinal: int
+    origin: str
+    number: int
+    columns: dict[str, object]
+    problem: str | None = None
+
+    @property
+    def place(self) -> str:
+        """Where a reader finds the record."""
+        return f"{self.origin}{self.number}"
+
+
+class Window(msgspec.Struct, frozen=True):
+    """Consecutive accepted records, as they are to be stored, and where the next window begins.
+
+    `table` has one chunk per column, so it can be written in batches of any size to an Arrow IPC file
+    (which can't hold a dictionary that changes between batches). JSONL: one column `line`, see `LINES`.
+    """
+
+    table: pa.Table
+    end: Position
+
+    @property
+    def rows(self) -> int:
+        """How many records the window holds; at least 1."""
+        return self.table.num_rows
+
+
+class Source(Protocol):
+    """An opened input; both methods can be called again and start from any `Window.end` of the same files."""
+
+    files: tuple[Path, ...]
+
+    @property
+    def format(self) -> Literal["jsonl", "parquet"]:
+        """The format of every file."""
+
+    def records(self, start: Position = START) -> Iterator[Record]:
+        """Every record from `start` on, unreadable ones included."""
+
+    def windows(self, start: Position, max_rows: int, max_bytes: int, skip: Container[int] = ()) -> Iterator[Window]:
+        """The records from `start` on without the ordinals in `skip`, in windows of at least one record."""
+
+
+LINES = pa.schema([pa.field("line", pa.large_binary(), nullable=False)], metadata={"batchrun.window": "jsonl lines"})
+"""The schema of a JSONL window. The metadata tells it from a Parquet file that has such a column of its own."""

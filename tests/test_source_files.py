@@ -1,0 +1,151 @@
+import os
+import socket
+import subprocess
+import sys
+from io import BytesIO
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from batchrun.errors import DiskError, InputError
+from batchrun.source import changed, digest, find_files, fingerprint, open_source, spool
+
+
+def write(path: Path, content: bytes = b'{"a": 1}\n') -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def refused(path: Path | str) -> str:
+    with pytest.raises(InputError) as error:
+        open_source(find_files(str(path)))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_directory_is_its_own_files_sorted_without_hidden_and_marker_files(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.jsonl", ".hidden", "_SUCCESS", "10.jsonl", "9.jsonl"):
+        write(tmp_path / name)
+    write(tmp_path / "sub" / "c.jsonl")
+    assert [file.name for file in find_files(str(tmp_path))] == ["10.jsonl", "9.jsonl", "a.jsonl", "b.jsonl"]
+
+
+def test_a_glob_matches_files_in_all_directories_in_path_order(tmp_path: Path) -> None:
+    for name in ("2/a.jsonl", "1/b.jsonl", "1/_SUCCESS"):
+        write(tmp_path / name)
+    files = find_files(str(tmp_path / "**" / "*"))
+    assert [str(file.relative_to(tmp_path)) for file in files] == ["1/b.jsonl", "2/a.jsonl"]
+
+
+def test_a_name_with_glob_characters_is_itself(tmp_path: Path) -> None:
+    odd = write(tmp_path / "part[1].jsonl")
+    assert find_files(str(odd)) == (odd,)
+
+
+@pytest.mark.parametrize("name", ["no.jsonl", "*.jsonl", ""])
+def test_nothing_there_is_one_line_with_what_can_be_named(tmp_path: Path, name: str) -> None:
+    assert "name a JSONL or Parquet file" in refused(tmp_path / name)
+
+
+def test_a_pipe_a_socket_and_a_device_are_refused_without_being_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")  # opening it would wait for a writer for ever
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        for path in (tmp_path / "pipe", tmp_path / "socket", Path("/dev/zero")):
+            assert "no regular file" in refused(path)
+
+
+def test_an_unreadable_file_is_named_with_the_systems_reason(tmp_path: Path) -> None:
+    loop = tmp_path / "loop.jsonl"
+    loop.symlink_to(loop)
+    dangling = tmp_path / "dangling.jsonl"
+    dangling.symlink_to(tmp_path / "gone")
+    assert str(loop) in refused(loop)
+    assert "No such file" in refused(dangling)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_a_file_without_read_permission_is_named(tmp_path: Path) -> None:
+    secret = write(tmp_path / "a.jsonl")
+    secret.chmod(0)
+    assert "Permission denied" in refused(secret)
+
+
+def test_jsonl_and_parquet_together_are_refused_naming_both(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "x.parquet")
+    write(tmp_path / "y.jsonl")
+    assert "x.parquet is Parquet but" in refused(tmp_path)
+    assert "y.jsonl is not" in refused(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("head", "said"),
+    [
+        (b"PK\x03\x04rest", "zip archive"),
+        (b"\xfd7zXZ\x00", "xz"),
+        (b"BZh91AY", "bzip2"),
+        (b"ARROW1\x00\x00", "Arrow or Feather"),
+        (b"Obj\x01", "Avro"),
+        (b"SQLite format 3\x00", "SQLite"),
+    ],
+)
+def test_a_format_that_is_not_read_is_named(tmp_path: Path, head: bytes, said: str) -> None:
+    assert said in refused(write(tmp_path / "input", head))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le"])
+def test_another_unicode_encoding_is_named_with_file_line_and_the_command_to_convert(
+    tmp_path: Path, encoding: str
+) -> None:
+    said = refused(write(tmp_path / "a.jsonl", '{"a": "ä"}\n'.encode(encoding)))
+    assert f"{tmp_path / 'a.jsonl'}:1 is UTF-{encoding[4:6]}" in said
+    assert "iconv -f UTF-" in said
+
+
+def test_the_content_decides_where_the_name_says_nothing(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "data.bin")
+    assert open_source(find_files(str(tmp_path / "data.bin"))).format == "parquet"
+    assert open_source((write(tmp_path / "lines.txt"),)).format == "jsonl"
+
+
+def test_a_file_is_unchanged_until_it_is_written_replaced_or_removed(tmp_path: Path) -> None:
+    a, b = write(tmp_path / "a.jsonl"), write(tmp_path / "b.jsonl")
+    before = fingerprint((a, b))
+    assert changed((a, b), before) is None
+    assert changed((a,), before) == f"{b} is no longer part of it"
+    write(a, b'{"a": 1}\n{"a": 2}\n')
+    assert changed((a, b), before) == f"{a} had 9 bytes and has 18"
+    write(tmp_path / "other").replace(a)
+    assert changed((a, b), before) == f"{a} was written again"
+    a.unlink()
+    assert changed((a, b), before) == f"{a} is gone"
+    assert changed((b, write(tmp_path / "c.jsonl")), before) == f"{tmp_path / 'c.jsonl'} is new"
+
+
+def test_a_digest_is_of_the_bytes_alone(tmp_path: Path) -> None:
+    a, b, c = write(tmp_path / "a"), write(tmp_path / "b"), write(tmp_path / "c", b"{}")
+    assert digest(a) == digest(b) != digest(c)
+    assert len(digest(a)) == 32
+
+
+def test_spooled_input_is_whole_and_private(tmp_path: Path) -> None:
+    data = os.urandom(3_000_000)
+    spool(BytesIO(data), tmp_path / "stdin.jsonl")
+    assert (tmp_path / "stdin.jsonl").read_bytes() == data
+    assert (tmp_path / "stdin.jsonl").stat().st_mode & 0o777 == 0o600
+    assert list(tmp_path.iterdir()) == [tmp_path / "stdin.jsonl"]
+
+
+def test_a_spool_that_hits_a_full_disk_leaves_nothing_and_says_so(tmp_path: Path) -> None:
+    script = (
+        "import io, resource, signal, pathlib; from batchrun.source import spool\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        f"spool(io.BytesIO(bytes(1_000_000)), pathlib.Path({str(tmp_path / 'in')!r}))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert f"{DiskError.__module__}.{DiskError.__name__}: {tmp_path / 'in'}" in done.stderr
+    assert list(tmp_path.iterdir()) == []
