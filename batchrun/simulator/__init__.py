@@ -1,0 +1,22 @@
+"""A strict local stand-in for the chat-completions API of docs/api.md, as a process of its own.
+
+It shares nothing with the rest of batchrun but the errors, so that it can judge it: what the simulator's ledger says
+was served and billed is the truth.
+"""
+
+from batchrun.simulator.config import SimulatorConfig, config_from_json
+from batchrun.simulator.faults import Fault, parse_faults
+from batchrun.simulator.ledger import LedgerLine, question_of, read_ledger
+from batchrun.simulator.process import run, serve
+
+__all__ = [
+    "SimulatorConfig",
+    "config_from_json",
+    "serve",
+    "run",
+    "Fault",
+    "parse_faults",
+    "LedgerLine",
+    "read_ledger",
+    "question_of",
+]

@@ -1,0 +1,138 @@
+"""What the simulated model says: a pure function of the question and the seed, never of the attempt."""
+
+import math
+from hashlib import blake2b
+from random import Random
+from typing import Literal
+
+import msgspec
+from msgspec import UNSET
+
+from batchrun.simulator.instances import instance
+from batchrun.simulator.refusal import Refused
+from batchrun.simulator.tokens import BYTES_PER_TOKEN, cached_tokens, prompt_tokens, text_tokens
+from batchrun.simulator.validate import (
+    CONTEXT_TOKENS,
+    ChatRequest,
+    Function,
+    JSONObjectFormat,
+    JSONSchemaFormat,
+    NamedFunction,
+    Question,
+)
+from batchrun.simulator.words import WORDS
+
+_WORDS_PER_ANSWER = (8, 40)
+_REASONING_TOKENS = {"low": 32, "medium": 128, "high": 512, "xhigh": 2_048}  # the middle of what an effort takes
+_CALLS_WHEN_FREE = 0.5  # how often a model that may call a function does
+
+
+class FunctionCall(msgspec.Struct, frozen=True):
+    name: str
+    arguments: str
+    """A JSON object as text; cut short when the answer ran out of tokens."""
+
+
+class Usage(msgspec.Struct, frozen=True):
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    reasoning_tokens: int = 0
+
+
+class Choice(msgspec.Struct, frozen=True):
+    """Either content or a function call."""
+
+    content: str | None
+    function_call: FunctionCall | None
+    finish_reason: Literal["stop", "length", "function_call"]
+    completion_tokens: int
+    reasoning_tokens: int
+
+
+class Answer(msgspec.Struct, frozen=True):
+    choices: tuple[Choice, ...]
+    usage: Usage
+
+
+def answer_to(question: Question, seed: int) -> Answer:
+    """The answer, with what it is billed as.
+
+    Raises:
+        Refused: 400; the prompt is longer than the context, or a schema can't be answered.
+    """
+    request = question.request
+    prompt = prompt_tokens(request)
+    if prompt > CONTEXT_TOKENS:
+        message = f"This model's maximum context length is {CONTEXT_TOKENS} tokens; the messages have {prompt}."
+        raise Refused(400, message, code="context_length_exceeded", param="messages")
+    choices = tuple(_choice(request, _random(question, seed, index)) for index in range(request.n))
+    usage = Usage(
+        prompt_tokens=prompt,
+        cached_tokens=cached_tokens(request),
+        completion_tokens=sum(choice.completion_tokens for choice in choices),
+        reasoning_tokens=sum(choice.reasoning_tokens for choice in choices),
+    )
+    return Answer(choices, usage)
+
+
+def latency_s(question: Question, seed: int, *, median_s: float, sigma: float) -> float:
+    """The time to the first byte, log-normal around its median; the same for the same question."""
+    return median_s * math.exp(_random(question, seed, -1).gauss(0, sigma)) if median_s else 0.0
+
+
+def _random(question: Question, seed: int, purpose: int) -> Random:
+    salt = seed.to_bytes(8) + purpose.to_bytes(4, signed=True)
+    return Random(int.from_bytes(blake2b(question.digest, key=salt, digest_size=8).digest()))
+
+
+def _choice(request: ChatRequest, rng: Random) -> Choice:
+    limit = request.output_limit()
+    reasoning = 0
+    if isinstance(request.reasoning_effort, str):
+        wanted = round(_REASONING_TOKENS[request.reasoning_effort] * rng.uniform(0.5, 1.5))
+        reasoning = min(wanted, limit // 2)  # some of the limit stays for the text
+    function = _function(request, rng)
+    whole = _arguments(function, request, rng) if function else _content(request, rng)
+    text = whole.encode()[: (limit - reasoning) * BYTES_PER_TOKEN].decode(errors="ignore")
+    usual: Literal["stop", "function_call"] = "function_call" if function else "stop"
+    return Choice(
+        content=None if function else text,
+        function_call=FunctionCall(function.name, text) if function else None,
+        finish_reason="length" if text != whole else usual,
+        completion_tokens=reasoning + text_tokens(text),
+        reasoning_tokens=reasoning,
+    )
+
+
+def _function(request: ChatRequest, rng: Random) -> Function | None:
+    """The function to call: the named one, or under `auto` any or none."""
+    if isinstance(request.function_call, NamedFunction):
+        name = request.function_call.name
+        return next(function for function in request.functions if function.name == name)
+    if request.functions and request.function_call == "auto" and rng.random() < _CALLS_WHEN_FREE:
+        return rng.choice(request.functions)
+    return None
+
+
+def _arguments(function: Function, request: ChatRequest, rng: Random) -> str:
+    if function.parameters is UNSET or not function.parameters:
+        return "{}"
+    assert isinstance(function.parameters, dict)
+    param = f"functions[{request.functions.index(function)}].parameters"
+    return msgspec.json.encode(instance(function.parameters, rng, param)).decode()
+
+
+def _content(request: ChatRequest, rng: Random) -> str:
+    match request.response_format:
+        case JSONSchemaFormat(json_schema=named):
+            value = instance(named.schema, rng, "response_format.json_schema.schema")
+            return msgspec.json.encode(value).decode()
+        case JSONObjectFormat():
+            return msgspec.json.encode({"answer": _prose(rng), "confidence": round(rng.random(), 2)}).decode()
+        case _:
+            return _prose(rng)
+
+
+def _prose(rng: Random) -> str:
+    return " ".join(rng.choices(WORDS, k=rng.randint(*_WORDS_PER_ANSWER))).capitalize() + "."

@@ -1,0 +1,84 @@
+"""What a simulator is told when it starts: one frozen value, every field with a default."""
+
+import ipaddress
+
+import msgspec
+
+from batchrun.errors import JobError
+from batchrun.simulator.faults import Fault
+
+# Inclusive. The upper ends only catch slips of the unit (milliseconds for seconds, tokens for requests).
+_RANGES: dict[str, tuple[float, float]] = {
+    "port": (0, 65_535),
+    "requests_per_minute": (1, 1e9),
+    "tokens_per_minute": (1, 1e12),
+    "latency_s": (0, 3_600),
+    "latency_sigma": (0, 3),
+    "tokens_per_second": (0, 1e6),
+    "seed": (0, 2**63 - 1),
+    "parent_pid": (1, 2**31 - 1),
+}
+
+
+class SimulatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One simulator's settings; docs/simulator.md lists them all.
+
+    Raises:
+        JobError: a value is out of range, or the host is not this machine.
+    """
+
+    host: str = "127.0.0.1"
+    """A loopback address: the simulator takes any key and must not be reachable from elsewhere."""
+    port: int = 0
+    """0 = the system picks a free one; the announced URL names it."""
+    api_key: str | None = None
+    """The only accepted bearer token; None accepts any that is not empty."""
+    models: tuple[str, ...] | None = None
+    """The models served, others get 404; None serves every name."""
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    headers: bool = True
+    """Send `x-ratelimit-*` for the limits that are set. `Retry-After` comes with a 429 either way."""
+    latency_s: float = 0.0
+    """The median time to the first byte of an answer."""
+    latency_sigma: float = 0.5
+    """The spread: standard deviation of the logarithm of the latency; 0.5 puts 95 % within a factor of 2.7."""
+    tokens_per_second: float = 0.0
+    """The pace of a stream; 0 sends it at once."""
+    seed: int = 0
+    faults: tuple[Fault, ...] = ()
+    omit_usage: bool = False
+    """No answer carries usage (what some gateways do). It is billed all the same."""
+    ledger: str | None = None
+    """The file to append a line per exchange to; None keeps counters only."""
+    parent_pid: int | None = None
+    """End when this process, our parent, has gone; None outlives whoever started us."""
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise JobError(f"simulator: {name} = {value} is not within {low:g} to {high:g}")
+        if not _is_loopback(self.host):
+            raise JobError(f"simulator: host = {self.host!r} is not a loopback address such as 127.0.0.1")
+        if self.api_key == "":
+            raise JobError("simulator: api_key is empty; leave it out to accept any key")
+
+
+def config_from_json(text: str | bytes) -> SimulatorConfig:
+    """The settings in a JSON object.
+
+    Raises:
+        JobError: not JSON, an unknown field, a wrong type or a value out of range.
+    """
+    try:
+        return msgspec.json.decode(text, type=SimulatorConfig)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise JobError(f"simulator: {error}") from error
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,105 @@
+"""The ledger: what was served and billed, one JSON line an exchange, the oracle for every promise of batchrun.
+
+A line is one `os.write` on a file opened to append, made when the work is done and before any byte of the answer
+leaves. So it survives `kill -9` of the client, and of the simulator: what a client saw is always in it.
+"""
+
+import os
+from collections import Counter
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+
+class LedgerLine(msgspec.Struct, frozen=True, kw_only=True):
+    """One exchange. Tokens are 0 where nothing was billed."""
+
+    ordinal: int
+    """Counted from 1 over the life of one simulator."""
+    time_s: float
+    """Unix time."""
+    request_id: str
+    """The answer's `x-request-id`."""
+    client_request_id: str | None
+    """The request's `X-Client-Request-Id`."""
+    question: str
+    """`question_of` the body, in hexadecimal."""
+    status: int | None
+    """None where no status line was sent."""
+    fault: str | None
+    """The kind of fault that was met."""
+    billed: bool
+    prompt_tokens: int
+    cached_tokens: int
+    """Part of `prompt_tokens`."""
+    completion_tokens: int
+    reasoning_tokens: int
+    """Part of `completion_tokens`."""
+    connection: int
+    """Which connection, counted from 1."""
+    connection_request: int
+    """Which request on that connection, counted from 1: above 1 it was reused."""
+
+
+class Ledger:
+    """Counts exchanges and appends them to a file, if there is one. Close it with `close`."""
+
+    def __init__(self, path: str | None) -> None:
+        self._fd = None if path is None else _open_to_append(path)
+        self._encode = msgspec.json.Encoder().encode
+        self._counts: Counter[str] = Counter()
+        self._refused: Counter[str] = Counter()
+
+    def write(self, line: LedgerLine) -> None:
+        """The exchange is on record."""
+        if self._fd is not None:
+            os.write(self._fd, self._encode(line) + b"\n")
+        self._counts["exchanges"] += 1
+        if line.billed:
+            self._counts["billed"] += 1
+            for name in ("prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens"):
+                self._counts[name] += getattr(line, name)
+        elif line.status != 200:
+            self._refused[str(line.status or "unanswered")] += 1
+
+    def totals(self) -> bytes:
+        """`{"exchanges", "billed", "prompt_tokens", …, "refused": {status: count}}` as JSON; tokens are billed ones."""
+        names = ("exchanges", "billed", "prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens")
+        counts: dict[str, object] = {name: self._counts[name] for name in names}
+        return msgspec.json.encode(counts | {"refused": dict(self._refused)})
+
+    def close(self) -> None:
+        """The file is closed; every line was written already."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+
+def read_ledger(path: Path | str) -> list[LedgerLine]:
+    """The lines in order. A last line without its newline was torn by a kill, and is left out."""
+    try:
+        whole, _, _torn = Path(path).read_bytes().rpartition(b"\n")
+    except FileNotFoundError:
+        return []
+    decode = msgspec.json.Decoder(LedgerLine).decode
+    return [decode(line) for line in whole.splitlines()]
+
+
+def question_of(body: dict[str, Any]) -> bytes:
+    """BLAKE2b-128 of the body as JSON with sorted keys, without `stream` and `stream_options`:
+    the same question however it is delivered."""
+    asked = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
+    return blake2b(msgspec.json.encode(asked, order="sorted"), digest_size=16).digest()
+
+
+def _open_to_append(path: str) -> int:
+    """A descriptor whose file ends in a newline: a torn line was never a whole record."""
+    fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    size = os.fstat(fd).st_size
+    tail = os.pread(fd, 65_536, max(0, size - 65_536))
+    torn = len(tail) - (tail.rfind(b"\n") + 1)
+    if torn:
+        os.ftruncate(fd, size - torn)
+    return fd

@@ -1,0 +1,114 @@
+"""The rate limits: continuous token buckets over a clock that is handed in. Pure."""
+
+import math
+
+from batchrun.simulator.refusal import Refused
+
+BURST_S = 2.0  # what a quiet client may send at once: small, so that a minute's limit holds within any minute
+
+_HAIR = 1e-6  # of a token: what floating point may lose, so that waiting as long as told is enough
+
+
+class Bucket:
+    """A level that refills at `per_minute` up to two seconds' worth, full at `now_s`."""
+
+    def __init__(self, per_minute: int, now_s: float) -> None:
+        self.per_minute = per_minute
+        self._per_s = per_minute / 60
+        self.capacity = max(1.0, self._per_s * BURST_S)
+        self._level = self.capacity
+        self._at_s = now_s
+
+    def level(self, now_s: float) -> float:
+        """What could be taken now; below 0 after something larger than the bucket was let through."""
+        self._level = min(self.capacity, self._level + (now_s - self._at_s) * self._per_s)
+        self._at_s = now_s
+        return self._level
+
+    def wait_s(self, amount: float, now_s: float) -> float:
+        """The time until `amount` may be taken, 0 for now. More than the bucket holds waits for a full one."""
+        missing = min(amount, self.capacity) - self.level(now_s)
+        return max(0.0, missing / self._per_s) if missing > _HAIR else 0.0
+
+    def take(self, amount: float) -> None:
+        """Lowers the level; what is larger than the bucket leaves a debt."""
+        self._level -= amount
+
+    def reset_s(self, now_s: float) -> float:
+        """The time until the bucket is full."""
+        return (self.capacity - self.level(now_s)) / self._per_s
+
+
+class Limits:
+    """Requests and tokens a minute; both or neither are taken."""
+
+    def __init__(
+        self, requests_per_minute: int | None, tokens_per_minute: int | None, *, headers: bool, now_s: float
+    ) -> None:
+        self._buckets: dict[str, Bucket] = {}
+        if requests_per_minute is not None:
+            self._buckets["requests"] = Bucket(requests_per_minute, now_s)
+        if tokens_per_minute is not None:
+            self._buckets["tokens"] = Bucket(tokens_per_minute, now_s)
+        self._headers = headers
+
+    def admit(self, tokens: int, now_s: float) -> None:
+        """Takes one request and its tokens.
+
+        Raises:
+            Refused: 429 with `Retry-After` (whole seconds, rounded up) and `retry-after-ms`; nothing was taken.
+        """
+        amounts = {"requests": 1, "tokens": tokens}
+        waits = {name: bucket.wait_s(amounts[name], now_s) for name, bucket in self._buckets.items()}
+        name = max(waits, key=lambda name: waits[name], default=None)
+        if name is not None and waits[name] > 0:
+            raise self._refusal(name, waits[name], now_s)
+        for name, bucket in self._buckets.items():
+            bucket.take(amounts[name])
+
+    def headers(self, now_s: float) -> tuple[tuple[str, str], ...]:
+        """`x-ratelimit-{limit,remaining,reset}-{requests,tokens}`: the limit a minute, what is left of the burst."""
+        if not self._headers:
+            return ()
+        return tuple(
+            (f"x-ratelimit-{field}-{name}", text)
+            for name, bucket in self._buckets.items()
+            for field, text in (
+                ("limit", str(bucket.per_minute)),
+                ("remaining", str(max(0, math.floor(bucket.level(now_s) + _HAIR)))),
+                ("reset", duration_text(bucket.reset_s(now_s))),
+            )
+        )
+
+    def _refusal(self, name: str, wait_s: float, now_s: float) -> Refused:
+        bucket = self._buckets[name]
+        waits = (
+            ("Retry-After", str(math.ceil(wait_s))),
+            ("retry-after-ms", str(_milliseconds(wait_s))),
+        )
+        return Refused(
+            429,
+            f"Rate limit reached for {name} per minute (limit {bucket.per_minute}). "
+            f"Please try again in {duration_text(wait_s)}.",
+            code="rate_limit_exceeded",
+            error_type=name,
+            headers=waits,
+        )
+
+
+def duration_text(seconds: float) -> str:
+    """`250ms`, `1s`, `1.5s`, `6m0s`, `1h0m0s`: the forms of docs/api.md, rounded up to a millisecond."""
+    milliseconds = _milliseconds(seconds)
+    if milliseconds < 1_000:
+        return f"{milliseconds}ms"
+    minutes, rest = divmod(milliseconds, 60_000)
+    seconds_text = f"{rest / 1_000:g}s"
+    if minutes == 0:
+        return seconds_text
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes}m{seconds_text}" if hours else f"{minutes}m{seconds_text}"
+
+
+def _milliseconds(seconds: float) -> int:
+    """Rounded up, but for the last bits of floating point."""
+    return max(0, math.ceil(seconds * 1_000 - 1e-6))

@@ -1,0 +1,35 @@
+"""The one way the simulator says no: a status and an OpenAI-like error body."""
+
+import msgspec
+
+
+class Refused(Exception):
+    """The request gets this answer instead of a completion; nothing is billed."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str,
+        param: str | None = None,
+        error_type: str = "invalid_request_error",
+        headers: tuple[tuple[str, str], ...] = (),
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.code = code
+        self.param = param
+        self.error_type = error_type
+        self.headers = headers
+
+    def body(self) -> bytes:
+        """The JSON error body (docs/api.md, "Errors": the shape is practice, the vendor documents none)."""
+        return error_body(self.message, error_type=self.error_type, code=self.code, param=self.param)
+
+
+def error_body(message: str, *, error_type: str, code: str | None, param: str | None = None) -> bytes:
+    """`{"error": {"message", "type", "code", "param"}}` as JSON."""
+    error = {"message": message, "type": error_type, "code": code, "param": param}
+    return msgspec.json.encode({"error": error})

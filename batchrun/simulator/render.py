@@ -1,0 +1,80 @@
+"""Answers as bytes: the completion object and the stream of docs/api.md, "Response". Pure."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from batchrun.simulator.answers import Answer, Choice, Usage
+from batchrun.simulator.tokens import BYTES_PER_TOKEN
+
+DELTA_TOKENS = 4  # how much text a chunk carries
+_DELTA_CHARACTERS = DELTA_TOKENS * BYTES_PER_TOKEN
+_encode = msgspec.json.Encoder().encode
+
+
+class Envelope(msgspec.Struct, frozen=True):
+    """What an answer is sent under; `created` is Unix time in seconds."""
+
+    id: str
+    created: int
+    model: str
+    with_usage: bool
+
+
+def completion(answer: Answer, envelope: Envelope) -> bytes:
+    """The `chat.completion` object."""
+    choices = [
+        {"index": index, "message": _message(choice), "logprobs": None, "finish_reason": choice.finish_reason}
+        for index, choice in enumerate(answer.choices)
+    ]
+    whole = _head(envelope, "chat.completion") | {"choices": choices}
+    return _encode(whole | {"usage": _usage(answer.usage)} if envelope.with_usage else whole)
+
+
+def events(answer: Answer, envelope: Envelope) -> tuple[bytes, ...]:
+    """The server-sent events: for each choice the role, its text in pieces and the finish; then usage, `[DONE]`."""
+    head = _head(envelope, "chat.completion.chunk")
+    chunks = [
+        head | {"choices": [{"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}]}
+        for index, choice in enumerate(answer.choices)
+        for delta, finish_reason in _deltas(choice)
+    ]
+    if envelope.with_usage:
+        chunks.append(head | {"choices": [], "usage": _usage(answer.usage)})
+    return (*(b"data: %b\n\n" % _encode(chunk) for chunk in chunks), b"data: [DONE]\n\n")
+
+
+def _head(envelope: Envelope, kind: str) -> dict[str, Any]:
+    return {"id": envelope.id, "object": kind, "created": envelope.created, "model": envelope.model}
+
+
+def _message(choice: Choice) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": choice.content}
+    return message | {"function_call": choice.function_call} if choice.function_call else message
+
+
+def _deltas(choice: Choice) -> Iterator[tuple[dict[str, Any], str | None]]:
+    call = choice.function_call
+    if call is None:
+        yield {"role": "assistant", "content": ""}, None
+        yield from (({"content": piece}, None) for piece in _pieces(choice.content or ""))
+    else:
+        named = {"name": call.name, "arguments": ""}
+        yield {"role": "assistant", "content": None, "function_call": named}, None
+        yield from (({"function_call": {"arguments": piece}}, None) for piece in _pieces(call.arguments))
+    yield {}, choice.finish_reason
+
+
+def _pieces(text: str) -> Iterator[str]:
+    return (text[start : start + _DELTA_CHARACTERS] for start in range(0, len(text), _DELTA_CHARACTERS))
+
+
+def _usage(usage: Usage) -> dict[str, Any]:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+    }

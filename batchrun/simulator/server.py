@@ -1,0 +1,232 @@
+"""One exchange, in order: read, refuse or answer, put on record, send."""
+
+import asyncio
+import hmac
+import time
+from hashlib import blake2b
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import msgspec
+from aiohttp import web
+
+from batchrun.simulator import trouble
+from batchrun.simulator.answers import Answer, Usage, answer_to, latency_s
+from batchrun.simulator.config import SimulatorConfig
+from batchrun.simulator.faults import SPOILING, Fault, FaultBook
+from batchrun.simulator.ledger import Ledger, LedgerLine, question_of
+from batchrun.simulator.limits import Limits
+from batchrun.simulator.refusal import Refused
+from batchrun.simulator.render import DELTA_TOKENS, Envelope, completion, events
+from batchrun.simulator.validate import Question, parse_body, parse_question
+
+DEFAULT_MODEL = "vtrix-gpt-5.3-codex"
+_MAX_BODY_BYTES = 64_000_000  # some images as data URLs; beyond it 413
+
+
+class _Turn(msgspec.Struct, frozen=True):
+    """Where an exchange stands in the life of the simulator and of its connection, both counted from 1."""
+
+    ordinal: int
+    request_id: str
+    connection: int
+    connection_request: int
+
+
+class Simulator:
+    """Answers `chat/completions` as docs/api.md has it, within limits and with faults, and keeps the ledger."""
+
+    def __init__(self, config: SimulatorConfig, ledger: Ledger) -> None:
+        self._config = config
+        self._ledger = ledger
+        self._started_s = time.monotonic()
+        self._run = f"{time.time_ns() // 1_000_000:x}"  # keeps request ids apart across restarts
+        self._faults = FaultBook(config.faults, config.seed)
+        self._limits = Limits(
+            config.requests_per_minute,
+            config.tokens_per_minute,
+            headers=config.headers,
+            now_s=self._started_s,
+        )
+        self._exchanges = 0
+        self._connections = 0
+        self._requests_on: WeakKeyDictionary[asyncio.Transport, list[int]] = WeakKeyDictionary()
+
+    async def respond(self, http: web.BaseRequest) -> web.StreamResponse:
+        """Any request is answered, if its client is still there: what was billed is on record either way."""
+        try:
+            return await self._route(http)
+        except ConnectionError:
+            return web.Response()  # reaches nobody
+
+    async def _route(self, http: web.BaseRequest) -> web.StreamResponse:
+        """A completion, the list of models, the ledger's totals, or a 404 that says what there is."""
+        if http.path.endswith("/chat/completions"):
+            if http.method == "POST":
+                return await self._exchange(http)
+            await http.content.read()
+            return _refuse(Refused(405, f"{http.method} is not allowed here: use POST", code="method_not_allowed"))
+        if http.method == "GET" and http.path == "/ledger":
+            return trouble.answer(200, self._ledger.totals(), "application/json", ())
+        if http.method == "GET" and http.path == "/v1/models":
+            return trouble.answer(200, self._models(), "application/json", ())
+        await http.content.read()
+        message = f"{http.method} {http.path} is not served: POST /v1/chat/completions, GET /v1/models, GET /ledger"
+        return _refuse(Refused(404, message, code="not_found"))
+
+    async def _exchange(self, http: web.BaseRequest) -> web.StreamResponse:
+        """One exchange of a completion. The record comes before the first byte of the answer."""
+        turn = self._take_turn(http)
+        body, fields = b"", dict[str, Any]()
+        try:
+            body = await _read(http)
+            self._check_headers(http)
+            fields = parse_body(body)
+            question = parse_question(fields)
+            reply = self._admitted_answer(question)
+        except Refused as refused:
+            digest = question_of(fields) if fields else blake2b(body, digest_size=16).digest()
+            self._record(http, turn, digest, status=refused.status)
+            return _refuse(refused, self._headers(turn))
+        fault = self._faults.meet(question.digest, body, ordinal=turn.ordinal, age_s=self._age_s())
+        spoiled = fault is not None and fault.kind in SPOILING
+        if fault is None or spoiled or fault.is_billed:
+            await asyncio.sleep(self._latency_s(question))
+        self._record_outcome(http, turn, question, reply.usage, fault)
+        if fault is not None and not spoiled:
+            return await trouble.replace(http, fault, self._headers(turn))
+        delivery = self._delivery(turn, question, reply, fault)
+        if fault is not None:
+            return await trouble.spoil(http, fault, delivery, self._headers(turn))
+        return await trouble.deliver(http, delivery, self._headers(turn))
+
+    def _take_turn(self, http: web.BaseRequest) -> _Turn:
+        self._exchanges += 1
+        if http.transport is None:
+            raise ConnectionResetError("the client left as soon as it had asked")
+        place = self._requests_on.get(http.transport)
+        if place is None:
+            self._connections += 1
+            place = self._requests_on[http.transport] = [self._connections, 0]
+        place[1] += 1
+        return _Turn(self._exchanges, f"req_{self._run}_{self._exchanges}", place[0], place[1])
+
+    def _check_headers(self, http: web.BaseRequest) -> None:
+        """The client has a key and says that it sends JSON."""
+        scheme, _, key = http.headers.get("Authorization", "").partition(" ")
+        wanted = self._config.api_key
+        if scheme.lower() != "bearer" or not key.strip():
+            raise Refused(401, "You didn't provide an API key", code="invalid_api_key")
+        if wanted is not None and not hmac.compare_digest(key.encode(errors="replace"), wanted.encode()):
+            raise Refused(401, "Incorrect API key provided", code="invalid_api_key")
+        if http.content_type != "application/json":
+            raise Refused(415, "Content-Type must be application/json", code="unsupported_media_type")
+
+    def _admitted_answer(self, question: Question) -> Answer:
+        """The answer, worked out and taken from the limits."""
+        request = question.request
+        if self._config.models is not None and request.model not in self._config.models:
+            message = f"The model {request.model!r} does not exist"
+            raise Refused(404, message, code="model_not_found", param="model")
+        reply = answer_to(question, self._config.seed)
+        tokens = reply.usage.prompt_tokens + reply.usage.completion_tokens
+        self._limits.admit(tokens, time.monotonic())
+        return reply
+
+    def _delivery(self, turn: _Turn, question: Question, reply: Answer, fault: Fault | None) -> trouble.Delivery:
+        request = question.request
+        kind = None if fault is None else fault.kind
+        asked_for_usage = not request.stream or request.stream_options.include_usage
+        envelope = Envelope(
+            id=f"chatcmpl-{question.digest.hex()[:16]}-{turn.ordinal}",
+            created=int(time.time()),
+            model=f"{request.model}-other" if kind == "wrong_model" else request.model,
+            with_usage=asked_for_usage and kind != "no_usage" and not self._config.omit_usage,
+        )
+        if not request.stream:
+            return trouble.Delivery("application/json", (completion(reply, envelope),))
+        pace = self._config.tokens_per_second
+        pause_s = DELTA_TOKENS / pace if pace else 0.0
+        return trouble.Delivery("text/event-stream", events(reply, envelope), streamed=True, pause_s=pause_s)
+
+    def _record_outcome(
+        self, http: web.BaseRequest, turn: _Turn, question: Question, usage: Usage, fault: Fault | None
+    ) -> None:
+        if fault is None:
+            self._record(http, turn, question.digest, status=200, usage=usage)
+            return
+        status = fault.http_status if fault.answers else None
+        billed = usage if fault.is_billed else None
+        self._record(http, turn, question.digest, status=status, usage=billed, fault=fault.kind)
+
+    def _record(
+        self,
+        http: web.BaseRequest,
+        turn: _Turn,
+        digest: bytes,
+        *,
+        status: int | None,
+        usage: Usage | None = None,
+        fault: str | None = None,
+    ) -> None:
+        billed = usage or Usage()
+        self._ledger.write(
+            LedgerLine(
+                ordinal=turn.ordinal,
+                time_s=time.time(),
+                request_id=turn.request_id,
+                client_request_id=http.headers.get("X-Client-Request-Id"),
+                question=digest.hex(),
+                status=status,
+                fault=fault,
+                billed=usage is not None,
+                prompt_tokens=billed.prompt_tokens,
+                cached_tokens=billed.cached_tokens,
+                completion_tokens=billed.completion_tokens,
+                reasoning_tokens=billed.reasoning_tokens,
+                connection=turn.connection,
+                connection_request=turn.connection_request,
+            )
+        )
+
+    def _headers(self, turn: _Turn) -> trouble.Headers:
+        return (("x-request-id", turn.request_id), *self._limits.headers(time.monotonic()))
+
+    def _latency_s(self, question: Question) -> float:
+        config = self._config
+        return latency_s(question, config.seed, median_s=config.latency_s, sigma=config.latency_sigma)
+
+    def _age_s(self) -> float:
+        return time.monotonic() - self._started_s
+
+    def _models(self) -> bytes:
+        names = self._config.models or (DEFAULT_MODEL,)
+        models = [{"id": name, "object": "model", "created": 0, "owned_by": "simulator"} for name in names]
+        return msgspec.json.encode({"object": "list", "data": models})
+
+
+async def _read(http: web.BaseRequest) -> bytes:
+    """The whole body. One that is too large is read to its end all the same: else the refusal meets a closed ear.
+
+    Raises:
+        Refused: 413, it is too large; 400, its encoding is broken.
+        ConnectionResetError: the client left before its end.
+    """
+    pieces: list[bytes] = []
+    size = 0
+    try:
+        async for piece in http.content.iter_any():
+            size += len(piece)
+            if size <= _MAX_BODY_BYTES:
+                pieces.append(piece)
+    except web.RequestPayloadError as error:
+        if http.transport is None:
+            raise ConnectionResetError("the client left before the end of its body") from error
+        raise Refused(400, "The body can't be decoded", code="invalid_body") from error
+    if size > _MAX_BODY_BYTES:
+        raise Refused(413, f"The body is larger than {_MAX_BODY_BYTES} bytes", code="request_too_large")
+    return b"".join(pieces)
+
+
+def _refuse(refused: Refused, headers: trouble.Headers = ()) -> web.Response:
+    return trouble.answer(refused.status, refused.body(), "application/json", headers + refused.headers)

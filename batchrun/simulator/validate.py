@@ -1,0 +1,229 @@
+"""The request as docs/api.md has it: every field by type and range, and nothing else.
+
+The types below are the validation; msgspec reads them and names the field that is wrong. `null` is no value of any
+field, and a boolean is no number.
+"""
+
+import binascii
+import re
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from batchrun.simulator.ledger import question_of
+from batchrun.simulator.refusal import Refused
+from batchrun.simulator.schemas import check_schema
+
+MAX_OUTPUT_TOKENS = 128_000  # docs/api.md, "Transport": maximum output
+CONTEXT_TOKENS = 400_000  # the same: context window
+
+_Name = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+_OutputTokens = Annotated[int, Meta(ge=1, le=MAX_OUTPUT_TOKENS)]
+_Penalty = Annotated[float, Meta(ge=-2, le=2)]
+
+
+class ImageURL(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    url: str
+    detail: Literal["auto", "low", "high"] = "auto"
+
+
+class TextPart(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="type", tag="text"):
+    text: str
+
+
+class ImagePart(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="type", tag="image_url"):
+    image_url: ImageURL
+
+
+class Message(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    role: Literal["user", "assistant", "system", "developer"]
+    content: str | Annotated[tuple[TextPart | ImagePart, ...], Meta(min_length=1)]
+    name: str | UnsetType = UNSET  # practice
+
+
+class Function(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    name: _Name
+    description: str | UnsetType = UNSET
+    parameters: dict[str, Any] | UnsetType = UNSET
+    strict: bool | UnsetType = UNSET  # practice
+
+
+class NamedFunction(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    name: str
+
+
+class Tool(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    type: Literal["function"]
+    function: Function
+
+
+class TextFormat(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="type", tag="text"):
+    pass
+
+
+class JSONObjectFormat(
+    Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="type", tag="json_object"
+):
+    pass
+
+
+class NamedSchema(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    name: _Name
+    schema: dict[str, Any]
+    description: str | UnsetType = UNSET
+    strict: bool | UnsetType = UNSET
+
+
+class JSONSchemaFormat(
+    Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="type", tag="json_schema"
+):
+    json_schema: NamedSchema
+
+
+class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    include_usage: bool = False
+
+
+class ChatRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The body. Fields of the reference first, then those that are only practice: checked, and otherwise ignored."""
+
+    model: Annotated[str, Meta(min_length=1)]
+    messages: Annotated[tuple[Message, ...], Meta(min_length=1)]
+    reasoning_effort: Literal["low", "medium", "high", "xhigh"] | UnsetType = UNSET
+    max_tokens: _OutputTokens | UnsetType = UNSET
+    temperature: Annotated[float, Meta(ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Meta(ge=0, le=1)] = 1.0
+    stream: bool = False
+    functions: Annotated[tuple[Function, ...], Meta(min_length=1)] = ()
+    function_call: Literal["none", "auto"] | NamedFunction = "auto"
+    response_format: TextFormat | JSONObjectFormat | JSONSchemaFormat = TextFormat()
+
+    max_completion_tokens: _OutputTokens | UnsetType = UNSET
+    n: Annotated[int, Meta(ge=1, le=128)] = 1
+    stream_options: StreamOptions = StreamOptions()
+    tools: tuple[Tool, ...] = ()
+    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | UnsetType = UNSET
+    parallel_tool_calls: bool | UnsetType = UNSET
+    seed: int | UnsetType = UNSET
+    stop: str | Annotated[tuple[str, ...], Meta(max_length=4)] | UnsetType = UNSET
+    logprobs: bool | UnsetType = UNSET
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | UnsetType = UNSET
+    logit_bias: dict[str, float] | UnsetType = UNSET
+    presence_penalty: _Penalty | UnsetType = UNSET
+    frequency_penalty: _Penalty | UnsetType = UNSET
+    user: str | UnsetType = UNSET
+    metadata: dict[str, str] | UnsetType = UNSET
+    store: bool | UnsetType = UNSET
+    service_tier: str | UnsetType = UNSET
+    verbosity: Literal["low", "medium", "high"] | UnsetType = UNSET
+    safety_identifier: str | UnsetType = UNSET
+    prompt_cache_key: str | UnsetType = UNSET
+
+    def output_limit(self) -> int:
+        """The most tokens a choice may have: the smaller of the two fields that say so, else the model's."""
+        limits = (self.max_tokens, self.max_completion_tokens)
+        return min((limit for limit in limits if isinstance(limit, int)), default=MAX_OUTPUT_TOKENS)
+
+
+class Question(Struct, frozen=True):
+    """A request that may be answered, and its identity."""
+
+    request: ChatRequest
+    digest: bytes
+
+
+def parse_body(body: bytes) -> dict[str, Any]:
+    """The body's JSON object.
+
+    Raises:
+        Refused: 400, it is none.
+    """
+    try:
+        value = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Refused(400, f"The body is not valid JSON: {error}", code="invalid_json") from error
+    if not isinstance(value, dict):
+        raise Refused(400, "The body is not a JSON object", code="invalid_json")
+    return value
+
+
+def parse_question(body: dict[str, Any]) -> Question:
+    """The request in a body, checked whole.
+
+    Raises:
+        Refused: 400 that names the first field that is wrong.
+    """
+    try:
+        request = msgspec.convert(body, ChatRequest)
+    except msgspec.ValidationError as error:
+        raise _refusal(str(error)) from error
+    _check_images(request)
+    _check_functions(request)
+    if isinstance(request.response_format, JSONSchemaFormat):
+        schema = request.response_format.json_schema.schema
+        check_schema(schema, "response_format.json_schema.schema")
+    return Question(request, question_of(body))
+
+
+_UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
+_MISSING = re.compile(r"Object missing required field `(.*)`", re.DOTALL)
+
+
+def _refusal(complaint: str) -> Refused:
+    """The 400 for msgspec's `complaint - at `$.path``, with the field's path as `param`."""
+    reason, _, where = complaint.rpartition(" - at `$")
+    if not reason:
+        reason, where = complaint, ""
+    path = where.removesuffix("`").removeprefix(".")
+    for pattern, code in ((_UNKNOWN, "unknown_parameter"), (_MISSING, "missing_required_parameter")):
+        if found := pattern.match(reason):
+            return Refused(400, reason, code=code, param=f"{path}.{found[1]}".removeprefix("."))
+    return Refused(400, f"Invalid value for {path}: {reason}", code="invalid_value", param=path or None)
+
+
+def _check_functions(request: ChatRequest) -> None:
+    for index, function in enumerate(request.functions):
+        if isinstance(function.parameters, dict):
+            check_schema(function.parameters, f"functions[{index}].parameters")
+    names = [function.name for function in request.functions]
+    if len(set(names)) < len(names):
+        raise Refused(400, "Two of the functions have the same name", code="invalid_value", param="functions")
+    if isinstance(request.function_call, NamedFunction) and request.function_call.name not in names:
+        message = f"function_call.name {request.function_call.name!r} is not among the functions"
+        raise Refused(400, message, code="invalid_value", param="function_call.name")
+
+
+def _check_images(request: ChatRequest) -> None:
+    for index, message in enumerate(request.messages):
+        if isinstance(message.content, str):
+            continue
+        for part_index, part in enumerate(message.content):
+            if isinstance(part, ImagePart) and (complaint := _image_complaint(part.image_url.url)):
+                param = f"messages[{index}].content[{part_index}].image_url.url"
+                raise Refused(400, f"Invalid value for {param}: {complaint}", code="invalid_image", param=param)
+
+
+_DATA_URL = re.compile(r"data:image/(png|jpeg|gif|webp);base64,")
+_SIGNATURES = {
+    "png": re.compile(rb"\x89PNG\r\n\x1a\n"),
+    "jpeg": re.compile(rb"\xff\xd8\xff"),
+    "gif": re.compile(rb"GIF8[79]a"),
+    "webp": re.compile(rb"RIFF....WEBP", re.DOTALL),
+}
+
+
+def _image_complaint(url: str) -> str | None:
+    """What is wrong with an image's URL; None for a sound one. Nothing is fetched."""
+    if re.match(r"https?://[^/\s]+", url):
+        return None
+    start = _DATA_URL.match(url)
+    if start is None:
+        return "neither an http(s) URL nor a base64 data URL of a png, jpeg, gif or webp image"
+    try:
+        image = binascii.a2b_base64(url[start.end() :], strict_mode=True)
+    except ValueError as error:  # binascii.Error, or a character outside ASCII
+        return f"the data URL is not base64: {error}"
+    if not _SIGNATURES[start[1]].match(image):
+        return f"the data is not a {start[1]} image"
+    return None

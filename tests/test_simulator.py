@@ -1,0 +1,479 @@
+"""The simulator's process: strict at its door, faulty on demand, and honest in its ledger."""
+
+import contextlib
+import gzip
+import http.client
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import msgspec
+import pytest
+
+from batchrun.simulator import Fault, SimulatorConfig, parse_faults, question_of, read_ledger
+from tests.simulator_process import RunningSimulator, running_simulator, start
+
+HEADERS = {"Authorization": "Bearer sk-canary/1", "Content-Type": "application/json"}
+
+
+@dataclass(frozen=True)
+class Reply:
+    status: int
+    headers: http.client.HTTPMessage
+    body: bytes
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+def _body(text: str = "Hello", **fields: Any) -> dict[str, Any]:
+    return {"model": "vtrix-x", "messages": [{"role": "user", "content": text}], **fields}
+
+
+def _connect(simulator: RunningSimulator, timeout_s: float = 5) -> http.client.HTTPConnection:
+    address = urlsplit(simulator.url)
+    assert address.hostname is not None
+    return http.client.HTTPConnection(address.hostname, address.port, timeout=timeout_s)
+
+
+def _send(
+    connection: http.client.HTTPConnection, body: Any, headers: dict[str, str], path: str = "/v1/chat/completions"
+) -> Reply:
+    payload = body if isinstance(body, bytes) else json.dumps(body).encode()
+    connection.request("POST", path, payload, headers)
+    response = connection.getresponse()
+    return Reply(response.status, response.headers, response.read())
+
+
+def _ask(simulator: RunningSimulator, body: Any = None, headers: dict[str, str] = HEADERS, **options: str) -> Reply:
+    connection = _connect(simulator)
+    try:
+        return _send(connection, _body() if body is None else body, headers, **options)
+    finally:
+        connection.close()
+
+
+@pytest.fixture(scope="module")
+def simulator() -> Iterator[RunningSimulator]:
+    with running_simulator() as running:
+        yield running
+
+
+# Each is met by the question that is its name.
+FAULTS: dict[str, Fault] = {
+    "500": Fault(kind="status", status=500, message="boom"),
+    "content_policy": parse_faults("content_policy=1")[0],
+    "html": Fault(kind="status", status=502, html=True),
+    "empty": Fault(kind="status", status=503, empty=True),
+    "headers": Fault(
+        kind="status",
+        status=429,
+        retry_after="-1",
+        retry_after_ms="abc",
+        headers=(("Retry-After", "7"), ("X-Long", "x" * 20_000)),
+    ),
+    "error_200": Fault(kind="error_200"),
+    "garbage": Fault(kind="garbage"),
+    "body": Fault(kind="body", body='{"choices": []}'),
+    "bytes": Fault(kind="body", status=418, body_base64=b"\xff\x00"),
+    "redirect": Fault(kind="redirect", location="http://127.0.0.1:9/x"),
+    "echo_key": Fault(kind="echo_key"),
+    "gzip_bomb": Fault(kind="gzip_bomb"),
+    "wrong_model": Fault(kind="wrong_model"),
+    "no_usage": Fault(kind="no_usage"),
+    "reset": Fault(kind="reset"),
+    "reset_billed": Fault(kind="reset", billed=True),
+    "cut": Fault(kind="cut"),
+    "hang": Fault(kind="hang"),
+    "slow_body": Fault(kind="slow_body", pause_s=0.001),
+    "close_after": Fault(kind="close_after"),
+    "wire": Fault(kind="wire", body="HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n{", pause_s=0.001),
+}
+
+
+@pytest.fixture(scope="module")
+def faulty() -> Iterator[RunningSimulator]:
+    faults = tuple(msgspec.structs.replace(fault, match=f'"{name}"') for name, fault in FAULTS.items())
+    with running_simulator(SimulatorConfig(faults=faults)) as running:
+        yield running
+
+
+@pytest.mark.parametrize(
+    ("headers", "status", "code"),
+    [
+        ({"Content-Type": "application/json"}, 401, "invalid_api_key"),
+        ({**HEADERS, "Authorization": "Bearer "}, 401, "invalid_api_key"),
+        ({**HEADERS, "Authorization": "Basic abc"}, 401, "invalid_api_key"),
+        ({"Authorization": "Bearer k"}, 415, "unsupported_media_type"),
+        ({**HEADERS, "Content-Type": "text/plain"}, 415, "unsupported_media_type"),
+    ],
+)
+def test_the_door_is_strict(simulator: RunningSimulator, headers: dict[str, str], status: int, code: str) -> None:
+    reply = _ask(simulator, headers=headers)
+    assert (reply.status, reply.json()["error"]["code"]) == (status, code)
+    line = simulator.ledger()[-1]
+    assert (line.status, line.billed, line.request_id) == (status, False, reply.headers["x-request-id"])
+
+
+def test_a_body_that_is_no_json_and_one_with_a_wrong_field_are_400(simulator: RunningSimulator) -> None:
+    assert _ask(simulator, b"{").json()["error"]["code"] == "invalid_json"
+    reply = _ask(simulator, _body(temperature=3))
+    assert reply.status == 400
+    assert set(reply.json()["error"]) == {"message", "type", "code", "param"}
+    assert reply.json()["error"]["param"] == "temperature"
+
+
+def test_a_body_whose_encoding_is_broken_is_400(simulator: RunningSimulator) -> None:
+    assert (
+        _ask(simulator, b"not gzip", {**HEADERS, "Content-Encoding": "gzip"}).json()["error"]["code"] == "invalid_body"
+    )
+
+
+def test_a_client_that_leaves_before_the_end_of_its_body_has_asked_nothing(simulator: RunningSimulator) -> None:
+    before = simulator.ledger()
+    address = urlsplit(simulator.url)
+    with socket.create_connection((address.hostname, address.port)) as raw:
+        raw.sendall(_request()[:-5])
+    _ask(simulator)
+    assert len(simulator.ledger()) == len(before) + 1
+
+
+def test_a_body_that_is_too_large_is_413(simulator: RunningSimulator) -> None:
+    assert _ask(simulator, b" " * 64_000_001).status == 413
+
+
+def test_any_path_to_chat_completions_is_served_and_no_other(simulator: RunningSimulator) -> None:
+    assert _ask(simulator, path="/llm/chat/completions").status == 200
+    assert _ask(simulator, path="/v1/embeddings").status == 404
+
+
+def test_an_answer_has_the_documented_shape(simulator: RunningSimulator) -> None:
+    completion = _ask(simulator, _body(n=2)).json()
+    assert completion["object"] == "chat.completion"
+    assert abs(completion["created"] - time.time()) < 60
+    assert [choice["index"] for choice in completion["choices"]] == [0, 1]
+    assert {choice["message"]["role"] for choice in completion["choices"]} == {"assistant"}
+    usage = completion["usage"]
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 0}
+
+
+def test_the_same_question_differs_in_nothing_but_its_id(simulator: RunningSimulator) -> None:
+    first, second = (_ask(simulator).json() for _ in range(2))
+    assert first.pop("id") != second.pop("id")
+    first.pop("created"), second.pop("created")
+    assert first == second
+
+
+def test_the_ledger_names_question_connection_and_reuse(simulator: RunningSimulator) -> None:
+    connection = _connect(simulator)
+    for number in range(3):
+        _send(connection, _body(f"Row {number}"), HEADERS)
+    connection.close()
+    _ask(simulator, _body("Row 3", stream=True))
+    lines = simulator.ledger()[-4:]
+    assert [line.question for line in lines] == [question_of(_body(f"Row {number}")).hex() for number in range(4)]
+    assert [line.connection_request for line in lines] == [1, 2, 3, 1]
+    assert [line.connection - lines[0].connection for line in lines] == [0, 0, 0, 1]
+    assert [line.ordinal - lines[0].ordinal for line in lines] == [0, 1, 2, 3]
+
+
+def test_the_totals_can_be_read(simulator: RunningSimulator) -> None:
+    connection = _connect(simulator)
+    connection.request("GET", "/ledger")
+    totals = json.loads(connection.getresponse().read())
+    connection.close()
+    billed = [line for line in simulator.ledger() if line.billed]
+    assert totals["exchanges"] == len(simulator.ledger())
+    assert totals["billed"] == len(billed)
+    assert totals["completion_tokens"] == sum(line.completion_tokens for line in billed)
+
+
+def test_a_client_that_leaves_before_its_answer_is_billed() -> None:
+    with running_simulator(SimulatorConfig(latency_s=0.6, latency_sigma=0)) as simulator:
+        connection = _connect(simulator, timeout_s=0.05)
+        with pytest.raises(TimeoutError):
+            _send(connection, _body(), HEADERS)
+        connection.close()
+        assert simulator.ledger() == []
+        _ask(simulator)
+        assert [line.billed for line in simulator.ledger()] == [True, True]
+
+
+def test_an_answer_takes_its_latency_and_a_stream_its_pace() -> None:
+    config = SimulatorConfig(latency_s=0.1, latency_sigma=0, tokens_per_second=200)
+    with running_simulator(config) as simulator:
+        started_s = time.monotonic()
+        _ask(simulator)
+        plain_s = time.monotonic() - started_s
+        _ask(simulator, _body(stream=True))
+        streamed_s = time.monotonic() - started_s - plain_s
+        tokens = simulator.ledger()[-1].completion_tokens
+    assert plain_s >= 0.1
+    assert streamed_s >= 0.1 + (tokens - 4) / 200
+
+
+def test_usage_can_be_left_out_and_is_billed_all_the_same() -> None:
+    with running_simulator(SimulatorConfig(omit_usage=True)) as simulator:
+        assert "usage" not in _ask(simulator).json()
+        stream = _ask(simulator, _body(stream=True, stream_options={"include_usage": True}))
+        assert b'"usage"' not in stream.body
+        assert all(line.billed and line.completion_tokens for line in simulator.ledger())
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "part"),
+    [
+        ("500", 500, b'"message":"boom"'),
+        ("content_policy", 503, b"Content Policy Violation"),
+        ("html", 502, b"<html>"),
+        ("empty", 503, b""),
+        ("error_200", 200, b'{"error":'),
+        ("garbage", 200, b"<html>"),
+        ("body", 200, b'{"choices": []}'),
+        ("bytes", 418, b"\xff\x00"),
+        ("redirect", 307, b""),
+        ("echo_key", 401, b"sk-canary/1"),
+        ("gzip_bomb", 200, b"\x1f\x8b"),
+    ],
+)
+def test_a_fault_that_answers_is_seen_and_not_billed(
+    faulty: RunningSimulator, name: str, status: int, part: bytes
+) -> None:
+    reply = _ask(faulty, _body(name))
+    line = faulty.ledger()[-1]
+    assert reply.status == status
+    assert part in reply.body
+    assert name != "empty" or reply.body == b""
+    assert (line.status, line.fault, line.billed, line.completion_tokens) == (status, FAULTS[name].kind, False, 0)
+    assert line.question == question_of(_body(name)).hex()
+
+
+def test_a_question_without_its_fault_is_answered(faulty: RunningSimulator) -> None:
+    assert _ask(faulty).status == 200
+    assert (faulty.ledger()[-1].fault, faulty.ledger()[-1].billed) == (None, True)
+
+
+def test_a_fault_sends_the_headers_it_was_given(faulty: RunningSimulator) -> None:
+    head = _raw_exchange(faulty, "headers", until=b"\r\n\r\n")
+    assert head.count(b"Retry-After: ") == 2
+    assert b"retry-after-ms: abc\r\n" in head
+    assert b"X-Long: " + b"x" * 20_000 in head
+
+
+def test_a_redirect_names_its_target(faulty: RunningSimulator) -> None:
+    assert _ask(faulty, _body("redirect")).headers["Location"] == "http://127.0.0.1:9/x"
+
+
+def test_a_careless_gateway_echoes_the_key_in_three_writings(faulty: RunningSimulator) -> None:
+    message = _ask(faulty, _body("echo_key")).json()["error"]["message"]
+    for writing in ("Bearer sk-canary/1", "sk-canary%2F1", "c2stY2FuYXJ5LzE="):
+        assert writing in message
+
+
+def test_a_gzip_bomb_is_small_on_the_wire_and_large_inside(faulty: RunningSimulator) -> None:
+    reply = _ask(faulty, _body("gzip_bomb"))
+    assert reply.headers["Content-Encoding"] == "gzip"
+    assert len(reply.body) < 300_000
+    assert len(gzip.decompress(reply.body)) == 200_000_000
+
+
+def test_the_wrong_model_and_missing_usage_are_billed(faulty: RunningSimulator) -> None:
+    assert _ask(faulty, _body("wrong_model")).json()["model"] == "vtrix-x-other"
+    assert "usage" not in _ask(faulty, _body("no_usage")).json()
+    assert [(line.billed, line.completion_tokens > 0) for line in faulty.ledger()[-2:]] == [(True, True)] * 2
+
+
+@pytest.mark.parametrize("name", ["reset", "reset_billed"])
+def test_a_reset_is_one_without_a_byte(faulty: RunningSimulator, name: str) -> None:
+    with pytest.raises(ConnectionResetError) as caught:
+        _ask(faulty, _body(name))
+    assert not isinstance(caught.value, http.client.RemoteDisconnected)  # that is FIN, not RST
+    line = faulty.ledger()[-1]
+    assert (line.status, line.fault, line.billed) == (None, "reset", name == "reset_billed")
+    assert bool(line.completion_tokens) == line.billed
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_cut_answer_is_billed_and_incomplete(faulty: RunningSimulator, stream: bool) -> None:
+    with pytest.raises(http.client.IncompleteRead) as caught:
+        _ask(faulty, _body("cut", stream=stream))
+    assert caught.value.partial
+    assert faulty.ledger()[-1].billed
+
+
+def test_a_hang_is_silent_until_the_client_leaves_and_not_billed(faulty: RunningSimulator) -> None:
+    served = len(faulty.ledger())
+    address = urlsplit(faulty.url)
+    with socket.create_connection((address.hostname, address.port)) as raw:
+        raw.sendall(_request("hang"))
+        while len(faulty.ledger()) == served:
+            time.sleep(0.005)
+        raw.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            raw.recv(1)
+    line = faulty.ledger()[-1]
+    assert (line.status, line.fault, line.billed) == (None, "hang", False)
+
+
+def test_a_slow_body_comes_a_byte_at_a_time(faulty: RunningSimulator) -> None:
+    started_s = time.monotonic()
+    reply = _ask(faulty, _body("slow_body"))
+    assert time.monotonic() - started_s >= 0.001 * len(reply.body)
+    assert reply.json()["object"] == "chat.completion"
+    assert faulty.ledger()[-1].billed
+
+
+def test_an_answered_connection_is_closed_without_a_word(faulty: RunningSimulator) -> None:
+    connection = _connect(faulty)
+    reply = _send(connection, _body("close_after"), HEADERS)
+    assert (reply.status, reply.headers["Connection"]) == (200, None)
+    assert connection.sock.recv(1) == b""
+    connection.close()
+    assert faulty.ledger()[-1].billed
+
+
+def test_any_bytes_can_be_put_on_the_wire(faulty: RunningSimulator) -> None:
+    assert _raw_exchange(faulty, "wire", until=None) == FAULTS["wire"].payload
+
+
+def test_an_outage_passes() -> None:
+    fault = Fault(kind="status", status=500, to_request=2)
+    with running_simulator(SimulatorConfig(faults=(fault,))) as simulator:
+        assert [_ask(simulator).status for _ in range(3)] == [500, 500, 200]
+
+
+def test_it_announces_one_line_and_leaves_at_a_signal_with_its_exchanges_cut() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process = start(SimulatorConfig(faults=parse_faults("hang=1")))
+        assert process.stdout is not None
+        url = process.stdout.readline().removeprefix("listening on ").strip()
+        address = urlsplit(url)
+        with socket.create_connection((address.hostname, address.port)) as raw:
+            raw.sendall(_request())
+            process.send_signal(number)
+            rest, _ = process.communicate(timeout=5)
+        assert (process.returncode, rest) == (0, "")
+
+
+def test_what_a_client_saw_is_on_the_ledger_of_a_simulator_killed_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.jsonl"
+    process = start(SimulatorConfig(ledger=str(path)))
+    assert process.stdout is not None
+    address = urlsplit(process.stdout.readline().removeprefix("listening on ").strip())
+    seen: list[str] = []
+
+    def ask_until_killed(worker: int) -> None:
+        assert address.hostname is not None
+        connection = http.client.HTTPConnection(address.hostname, address.port, timeout=5)
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            for number in itertools.count():
+                seen.append(_send(connection, _body(f"{worker}-{number}"), HEADERS).headers["x-request-id"])
+        connection.close()
+
+    workers = [threading.Thread(target=ask_until_killed, args=(worker,)) for worker in range(4)]
+    for worker in workers:
+        worker.start()
+    while len(seen) < 200:
+        time.sleep(0.001)
+    process.kill()
+    process.communicate()
+    for worker in workers:
+        worker.join()
+    assert set(seen) <= {line.request_id for line in read_ledger(path) if line.billed}
+
+
+def test_wrong_settings_are_one_line_and_exit_2() -> None:
+    command = [sys.executable, "-m", "batchrun.simulator", '{"port": -1}']
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "Error: simulator: port = -1 is not within 0 to 65535\n"
+
+
+def test_a_taken_port_and_a_ledger_out_of_reach_are_one_line_and_exit_2() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for settings, complaint in (({"port": port}, "can't listen"), ({"ledger": "/none/l"}, "can't be opened")):
+            command = [sys.executable, "-m", "batchrun.simulator", json.dumps(settings)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+            assert complaint in done.stderr
+
+
+@pytest.mark.parametrize("follows", [True, False])
+def test_it_ends_with_its_parent_only_when_told_to(follows: bool) -> None:
+    parent = "import os, subprocess, sys; settings = sys.argv[1].replace('\"PARENT\"', str(os.getpid()))\n"
+    parent += "subprocess.Popen([sys.executable, '-m', 'batchrun.simulator', settings]); input()"
+    settings = '{"parent_pid": "PARENT"}' if follows else "{}"
+    starter = subprocess.Popen(
+        [sys.executable, "-c", parent, settings], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert starter.stdout is not None
+    url = starter.stdout.readline().removeprefix("listening on ").strip()
+    child = _only_child(starter.pid)
+    starter.kill()
+    ended = _ends_within(child, 10.0 if follows else 1.5)
+    if not ended:
+        os.kill(child, signal.SIGTERM)
+    starter.communicate()
+    assert url.startswith("http://127.0.0.1:")
+    assert ended == follows
+
+
+def _raw_exchange(simulator: RunningSimulator, text: str, until: bytes | None) -> bytes:
+    address = urlsplit(simulator.url)
+    with socket.create_connection((address.hostname, address.port)) as raw:
+        raw.sendall(_request(text))
+        return _read_until(raw, until)
+
+
+def _request(text: str = "Hello") -> bytes:
+    body = json.dumps(_body(text)).encode()
+    lines = [
+        "POST /v1/chat/completions HTTP/1.1",
+        "Host: x",
+        f"Content-Length: {len(body)}",
+        *(f"{name}: {text}" for name, text in HEADERS.items()),
+    ]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+def _read_until(raw: socket.socket, end: bytes | None) -> bytes:
+    """What comes up to `end`, or up to the close."""
+    raw.settimeout(5)
+    got = b""
+    while end is None or end not in got:
+        piece = raw.recv(65_536)
+        if not piece:
+            break
+        got += piece
+    return got
+
+
+def _only_child(pid: int) -> int:
+    with open(f"/proc/{pid}/task/{pid}/children") as children:
+        return int(children.read())
+
+
+def _ends_within(pid: int, seconds: float) -> bool:
+    deadline_s = time.monotonic() + seconds
+    while time.monotonic() < deadline_s:
+        try:
+            with open(f"/proc/{pid}/stat") as stat:
+                if stat.read().rpartition(")")[2].split()[0] == "Z":
+                    return True
+        except FileNotFoundError:
+            return True
+        time.sleep(0.05)
+    return False

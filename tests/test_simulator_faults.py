@@ -1,0 +1,70 @@
+"""Which request meets which fault: decided by seed, question and attempt, so that a rehearsal can be repeated."""
+
+from hashlib import blake2b
+
+from batchrun.simulator import Fault
+from batchrun.simulator.faults import FaultBook
+
+QUESTIONS = [blake2b(str(number).encode(), digest_size=16).digest() for number in range(2_000)]
+
+
+def _fates(book: FaultBook, questions: list[bytes]) -> dict[bytes, bool]:
+    return {
+        question: book.meet(question, b"", ordinal=ordinal, age_s=0.0) is not None
+        for ordinal, question in enumerate(questions, start=1)
+    }
+
+
+def _meets(book: FaultBook, *, ordinal: int = 1, age_s: float = 0.0, body: bytes = b"", question: int = 0) -> bool:
+    return book.meet(QUESTIONS[question], body, ordinal=ordinal, age_s=age_s) is not None
+
+
+def test_a_share_is_met_by_that_share_in_any_order() -> None:
+    faults = (Fault(kind="status", share=0.3),)
+    forwards = _fates(FaultBook(faults, 7), QUESTIONS)
+    backwards = _fates(FaultBook(faults, 7), QUESTIONS[::-1])
+    assert forwards == backwards
+    assert 0.26 < sum(forwards.values()) / len(QUESTIONS) < 0.34
+    assert forwards != _fates(FaultBook(faults, 8), QUESTIONS)
+
+
+def test_a_retry_draws_anew_unless_the_fault_sticks() -> None:
+    free, sticky = (FaultBook((Fault(kind="status", share=0.5, sticky=on),), 0) for on in (False, True))
+    first, second = _fates(free, QUESTIONS), _fates(free, QUESTIONS)
+    assert 0.4 < sum(first[question] == second[question] for question in QUESTIONS) / len(QUESTIONS) < 0.6
+    assert _fates(sticky, QUESTIONS) == _fates(sticky, QUESTIONS)
+
+
+def test_two_rules_draw_apart() -> None:
+    rules = (Fault(kind="status", share=0.5), Fault(kind="cut", share=0.5))
+    book = FaultBook(rules, 0)
+    met = [book.meet(question, b"", ordinal=1, age_s=0.0) for question in QUESTIONS]
+    assert 0.2 < sum(fault is rules[1] for fault in met) / len(met) < 0.3
+
+
+def test_the_first_rule_that_applies_is_met() -> None:
+    rules = (Fault(kind="status", match="never there"), Fault(kind="cut"), Fault(kind="hang"))
+    assert FaultBook(rules, 0).meet(QUESTIONS[0], b"body", ordinal=1, age_s=0.0) is rules[1]
+
+
+def test_a_script_holds_from_one_request_to_another() -> None:
+    book = FaultBook((Fault(kind="status", from_request=3, to_request=4),), 0)
+    assert [_meets(book, ordinal=ordinal) for ordinal in range(1, 6)] == [False, False, True, True, False]
+
+
+def test_an_outage_has_a_beginning_and_an_end() -> None:
+    book = FaultBook((Fault(kind="status", after_s=10, until_s=20),), 0)
+    assert [_meets(book, age_s=age_s) for age_s in (0, 9.9, 10, 19.9, 20)] == [False, False, True, True, False]
+
+
+def test_a_fault_looks_for_its_text_in_the_body() -> None:
+    book = FaultBook((Fault(kind="status", match="poison"),), 0)
+    assert _meets(book, body=b'{"a": "the poison row"}')
+    assert not _meets(book, body=b'{"a": "a good row"}')
+
+
+def test_times_count_over_all_or_for_each_question() -> None:
+    over_all = FaultBook((Fault(kind="status", times=2),), 0)
+    assert [_meets(over_all, question=index) for index in (0, 1, 2)] == [True, True, False]
+    for_each = FaultBook((Fault(kind="status", times=1, per_question=True),), 0)
+    assert [_meets(for_each, question=index) for index in (0, 1, 0, 1)] == [True, True, False, False]
