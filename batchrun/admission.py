@@ -1,0 +1,95 @@
+"""The frozen values the gate is spoken to in, and answers in."""
+
+from decimal import Decimal
+from enum import StrEnum
+
+import msgspec
+
+from batchrun.errors import ExitCode
+from batchrun.records import RowError, Verdict
+
+
+class Ask(msgspec.Struct, frozen=True):
+    """What one attempt wants: `tokens`, an estimate of prompt and answer together, and the most it may cost.
+
+    `upper_bound_usd` may be None only where no `max_cost_usd` is set.
+    """
+
+    tokens: int
+    upper_bound_usd: Decimal | None = None
+
+
+class Stop(msgspec.Struct, frozen=True):
+    """Why the run admits no more, and the exit code that says so."""
+
+    exit_code: ExitCode
+    why: str
+
+
+class Open(msgspec.Struct, frozen=True):
+    """Rows are admitted, as many at once as the ramp allows."""
+
+
+class Cooling(msgspec.Struct, frozen=True):
+    """Nothing is admitted before `until_s` on the machine's clock."""
+
+    until_s: float
+    why: str
+
+
+class Probing(msgspec.Struct, frozen=True):
+    """One row at a time is admitted, to see whether `why` still holds."""
+
+    why: str
+
+
+class Stopped(msgspec.Struct, frozen=True):
+    """Nothing is admitted any more in this process."""
+
+    stop: Stop
+
+
+Phase = Open | Cooling | Probing | Stopped
+OPEN = Open()
+"""The one there is: `phase is OPEN` is the hot path's question."""
+
+
+class Limit(StrEnum):
+    """What the next row waits for, in the progress line's words."""
+
+    REQUESTS = "rpm"
+    TOKENS = "tpm"
+    IN_FLIGHT = "in flight"
+    BUDGET = "budget"
+    COOLING = "cooling down"
+    PROBING = "probing"
+    STOPPED = "stopped"
+    LATENCY = "latency"
+
+
+class Binding(msgspec.Struct, frozen=True):
+    """The limit that binds now; `until_s`, on the gate's clock, where time alone lifts it."""
+
+    limit: Limit
+    until_s: float | None = None
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """What one attempt came to, as far as the gate must know: whose, which verdict, why, and the wait asked for."""
+
+    row: int
+    verdict: Verdict
+    error: RowError | None = None
+    retry_after_s: float | None = None
+
+
+class Ruling(msgspec.Struct, frozen=True):
+    """What an outcome means for rows.
+
+    `hold`: the verdict is on the run and not yet corroborated: keep this row unsettled and ask it again only when no
+    other row is left to ask. `own`: rows held earlier whose verdict has turned out to be their own: settle them by
+    it. A row still held when the gate has closed stays pending.
+    """
+
+    hold: bool = False
+    own: tuple[int, ...] = ()

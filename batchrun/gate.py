@@ -1,0 +1,217 @@
+"""The gate: one line in which every attempt waits for all that it needs, and takes it all at once.
+
+Workers stand in one FIFO. The first in it takes pace, tokens, money and a slot together or waits for what it lacks;
+nobody overtakes, so a large prompt keeps its turn. Waiting is one timer for the first in line, and a wake-up
+whenever something is given back. Whether the endpoint may be asked at all is `GateState`'s to say.
+
+aiolimiter paces the sends and is imported nowhere else. What was measured of 1.3.0 shapes its use here: its bucket
+starts with its whole burst free, so the burst is one second of the limit; its waiters wake smallest first, so nobody
+ever waits in it; a changed `max_rate` leaves the leak as it was, so a new limit needs a new limiter.
+"""
+
+import asyncio
+from collections import deque
+from decimal import Decimal
+
+import msgspec
+from aiolimiter import AsyncLimiter
+
+from batchrun.accounts import BURST_S, Purse, TokenBucket
+from batchrun.admission import Ask, Binding, Limit, Outcome, Ruling, Stop
+from batchrun.errors import ExitCode, RunStoppedError
+from batchrun.gate_state import IN_FLIGHT, GateState
+
+TIMER_GRAIN_S = 0.001
+"""No timer is shorter: event loops count in milliseconds, and a wait of a float's rounding error would spin."""
+
+UNLIMITED = Binding(Limit.LATENCY)
+BUDGET = Binding(Limit.BUDGET)
+
+
+class GateClosed(RunStoppedError):
+    """Nothing is admitted any more; `stop` says why and with which exit code."""
+
+    def __init__(self, stop: Stop) -> None:
+        super().__init__(stop.why, stop.exit_code)
+        self.stop = stop
+
+
+class _Flight(msgspec.Struct):
+    """One admitted attempt, until its outcome is durable."""
+
+    ask: Ask
+    episode: int
+    observed: bool = False
+    settled: bool = False
+
+
+class Gate:
+    """Admits attempts, each into a slot of its own, within every limit at once. One per event loop, not thread-safe.
+
+    A slot's life: `admit`, then `settle` when the usage is known, `observe` with the outcome, `release` when that
+    outcome is durable. `release` alone is enough for an attempt that was never sent.
+    """
+
+    def __init__(
+        self,
+        state: GateState,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        requests_per_minute: float | None = None,
+        tokens_per_minute: float | None = None,
+        purse: Purse | None = None,
+    ) -> None:
+        """The loop is the clock, as it is aiolimiter's. A limit that is None costs nothing per call."""
+        self._state = state
+        self._loop = loop
+        self._pace = None if requests_per_minute is None else _limiter(requests_per_minute)
+        self._spacing_s = 60 / requests_per_minute if requests_per_minute else 0.0
+        self._paced_at_s = 0.0
+        self._bucket = None if tokens_per_minute is None else TokenBucket(tokens_per_minute, loop.time())
+        self._purse = purse
+        self._free = list(range(state.max_in_flight - 1, -1, -1))  # a stack: low slots are the ones used again
+        self._flights: dict[int, _Flight] = {}
+        self._line: deque[asyncio.Future[None]] = deque()
+        self._timer: asyncio.TimerHandle | None = None
+        self._lacking = UNLIMITED
+
+    @property
+    def in_flight(self) -> int:
+        """Attempts admitted and not yet durable."""
+        return len(self._flights)
+
+    @property
+    def successes(self) -> int:
+        """Good answers so far in this process; see `GateState`."""
+        return self._state.successes
+
+    @property
+    def stop(self) -> Stop | None:
+        """Why the gate is closed; None while it is not."""
+        return self._state.stop
+
+    @property
+    def binding(self) -> Binding:
+        """What the first in line waits for; `latency` when nobody waits."""
+        return self._lacking if self._line else UNLIMITED
+
+    async def admit(self, ask: Ask) -> int:
+        """The slot this attempt has, in [0, max_in_flight), with all it asked for taken; waits for its turn.
+
+        Raises:
+            GateClosed: nothing is admitted any more, or the budget can never hold this request.
+        """
+        if self._line or self._lack(ask) is not None:
+            await self._stand_in_line(ask)
+        if self._pace is not None:
+            await self._pace.acquire()  # never suspends: _lack has just seen the capacity, so all is taken as one
+            self._paced_at_s = self._loop.time()
+        return self._take(ask)
+
+    def settle(self, slot: int, tokens: int | None) -> None:
+        """The bucket stands as if `tokens` had been asked for; None, no usage known, leaves the estimate."""
+        flight = self._flights[slot]
+        assert not flight.settled, f"slot {slot} is settled twice"
+        flight.settled = True
+        if self._bucket is not None and tokens is not None:
+            self._bucket.settle(tokens - flight.ask.tokens)
+            self._wake_first()
+
+    def observe(self, slot: int, outcome: Outcome) -> Ruling:
+        """The attempt has ended so; what that means for its row and for rows held before it."""
+        flight = self._flights[slot]
+        assert not flight.observed, f"slot {slot} is observed twice"
+        flight.observed = True
+        ruling = self._state.observe(outcome, flight.episode, self._loop.time())
+        self._wake_first()
+        return ruling
+
+    def release(self, slot: int, spent_usd: Decimal | None) -> None:
+        """The slot is free and the money spent: the outcome is durable. None spends the whole reservation."""
+        flight = self._flights.pop(slot)
+        if not flight.observed:
+            self._state.withdraw(flight.episode)
+        if self._purse is not None and flight.ask.upper_bound_usd is not None:
+            self._purse.settle(flight.ask.upper_bound_usd, spent_usd)
+        self._free.append(slot)
+        self._wake_first()
+
+    def close(self, stop: Stop) -> None:
+        """Nothing is admitted any more: who waits and who comes gets `GateClosed`. The first reason stays."""
+        self._state.close(stop)
+        self._wake_first()
+
+    async def _stand_in_line(self, ask: Ask) -> None:
+        """Returns when this ask is first and lacks nothing; whoever is next has been woken, and runs after it took."""
+        line = self._line
+        turn = self._loop.create_future()
+        line.append(turn)
+        try:
+            if line[0] is not turn:
+                await turn
+            while (lacking := self._lack(ask)) is not None:
+                line[0] = turn = self._loop.create_future()
+                self._wait_for(lacking)
+                await turn
+        finally:
+            line.remove(turn)
+            self._wake_first()
+
+    def _lack(self, ask: Ask) -> Binding | None:
+        """What keeps this ask, first in line, from going now; None when nothing does. Takes nothing."""
+        if self._state.stop is not None:
+            raise GateClosed(self._state.stop)
+        now_s = self._loop.time()
+        if (barred := self._state.binding(now_s)) is not None:
+            return barred
+        if not self._free:
+            return IN_FLIGHT
+        if self._purse is not None and not self._purse.fits(ask.upper_bound_usd):
+            return self._wait_for_money(self._purse, ask)
+        if self._bucket is not None and (wait_s := self._bucket.ready_in_s(ask.tokens, now_s)) > 0:
+            return Binding(Limit.TOKENS, now_s + wait_s)
+        if self._pace is not None and not self._pace.has_capacity():
+            # at the latest then: what has leaked by that time beyond one request stays there for the next one
+            return Binding(Limit.REQUESTS, self._paced_at_s + self._spacing_s)
+        return None
+
+    def _wait_for_money(self, purse: Purse, ask: Ask) -> Binding:
+        """Money comes back only from what is in flight; with nothing in flight the budget is at its end."""
+        if self._flights:
+            return BUDGET
+        stop = Stop(
+            ExitCode.STOPPED,
+            f"the budget is used up: {purse.spent_usd:f} of {purse.max_cost_usd:f} USD spent, and the next request "
+            f"may cost {ask.upper_bound_usd:f}; raise budget.max_cost_usd and run again",
+        )
+        self._state.close(stop)
+        raise GateClosed(stop)
+
+    def _take(self, ask: Ask) -> int:
+        if self._bucket is not None:
+            self._bucket.take(ask.tokens, self._loop.time())
+        if self._purse is not None and ask.upper_bound_usd is not None:
+            self._purse.reserve(ask.upper_bound_usd)
+        slot = self._free.pop()
+        self._flights[slot] = _Flight(ask, self._state.admit())
+        return slot
+
+    def _wait_for(self, lacking: Binding) -> None:
+        """The first in line is woken when time alone lifts what it lacks; all else wakes it by being given back."""
+        self._lacking = lacking
+        if lacking.until_s is not None:
+            at_s = max(lacking.until_s, self._loop.time() + TIMER_GRAIN_S)
+            self._timer = self._loop.call_at(at_s, self._wake_first)
+
+    def _wake_first(self) -> None:
+        """The first in line looks again at what it lacks; no timer is left."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._line and not self._line[0].done():
+            self._line[0].set_result(None)
+
+
+def _limiter(requests_per_minute: float) -> AsyncLimiter:
+    burst = max(1.0, requests_per_minute / 60 * BURST_S)
+    return AsyncLimiter(burst, burst * 60 / requests_per_minute)

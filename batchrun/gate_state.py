@@ -1,0 +1,294 @@
+"""Whether the endpoint may be asked at all: one small state machine for every kind of trouble. PURE.
+
+    Open ──a 429, an outage──→ Cooling(until) ──time──→ Probing ──its row is answered──→ Open
+      └──a verdict on the run, met by one row only──────↗  └──more trouble──→ Cooling, for longer
+    any of them ──two rows agree, an outage without end, close()──→ Stopped(why)
+
+Probing lets one real row through at a time. Time is an argument (`now_s`, seconds of a clock that never jumps),
+chance is a function; nothing here waits, sends or knows what a row is beyond its number.
+
+An **episode** is counted up whenever what was believed of the endpoint becomes doubtful. Each attempt carries the
+episode it was admitted in, so an answer is read for what it can prove: one sent before the trouble began says
+nothing about now. That is also why a suspect is only cleared by a row sent *after* its verdict had come: when a key
+is revoked, older requests still bring good answers for minutes.
+"""
+
+from collections.abc import Callable
+from typing import assert_never
+
+import msgspec
+
+from batchrun.admission import (
+    OPEN,
+    Binding,
+    Cooling,
+    Limit,
+    Outcome,
+    Phase,
+    Probing,
+    Ruling,
+    Stop,
+    Stopped,
+)
+from batchrun.errors import ExitCode
+from batchrun.records import RowError, Verdict
+
+FIRST_IN_FLIGHT = 8
+"""Attempts in flight before anything is known: enough to fill a normal connection set, few enough to be wrong with."""
+
+OUTAGE_ROWS = 5
+"""So many different rows without an answer, and none with one between, are an outage: with 30 % random failures five
+in a row are one chance in 400, and a false alarm costs a second. Where many are in flight, half of those allowed."""
+
+ALIKE_ROWS = 10
+"""So many first rows that fail alike are the job's fault: a wrong parameter refuses ten rows as it would a million."""
+
+BACKOFF_BASE_S = 1.0
+BACKOFF_CAP_S = 60.0
+"""Probes after 1, 2, 4 … 60 s: 10 of them in five minutes of outage, and never a minute and a half without a look."""
+
+JITTER = 0.5
+"""Up to half the backoff is added, never subtracted: no probe before its time, no two processes in step."""
+
+
+IN_FLIGHT = Binding(Limit.IN_FLIGHT)
+PROCEED = Ruling()
+HOLD = Ruling(hold=True)
+
+
+class _Suspicion(msgspec.Struct, frozen=True):
+    """A verdict on the run that one row alone has met; `episode` began with it."""
+
+    verdict: Verdict
+    episode: int
+
+
+class GateState:
+    """The machine. `phase` is what is believed; `successes` counts the good answers of this process.
+
+    A row's failed attempt may count against the row only if `successes` has moved since the row was first asked:
+    then the endpoint was well, and an outage burns no row.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_in_flight: int,
+        max_outage_s: float,
+        resumed: bool,
+        uniform: Callable[[], float],
+        on_change: Callable[[Phase, Phase], None],
+    ) -> None:
+        """`uniform` draws from [0, 1). `resumed` runs have had their first ten rows."""
+        self.phase: Phase = OPEN
+        self.successes = 0
+        self.max_in_flight = max_in_flight
+        self.allowed_in_flight = min(FIRST_IN_FLIGHT, max_in_flight)
+        self._max_outage_s = max_outage_s
+        self._uniform = uniform
+        self._on_change = on_change
+        self._episode = 0
+        self._trouble = 0  # the episode in which the last cooling began; attempts before it are its stragglers
+        self._in_flight = 0  # attempts out, stragglers not counted
+        self._probe_out = False
+        self._extended = False
+        self._coolings = 0
+        self._unwell_since_s: float | None = None
+        self._unanswered: set[int] = set()
+        self._suspicions: dict[int, _Suspicion] = {}
+        self._first_failures: list[RowError | None] | None = None if resumed else []
+
+    @property
+    def stop(self) -> Stop | None:
+        """Why admission has ended; None while it has not."""
+        return self.phase.stop if isinstance(self.phase, Stopped) else None
+
+    def binding(self, now_s: float) -> Binding | None:
+        """What bars the next row; None when `admit` may be called. A cooling whose time is over becomes probing."""
+        if self.phase is OPEN:
+            return IN_FLIGHT if self._in_flight >= self.allowed_in_flight else None
+        match self.phase:
+            case Cooling(until_s=until_s) if now_s < until_s:
+                return Binding(Limit.COOLING, until_s)
+            case Cooling(why=why):
+                self._probe(why)
+            case Stopped():
+                return Binding(Limit.STOPPED)
+        return Binding(Limit.PROBING) if self._probe_out else None
+
+    def admit(self) -> int:
+        """One attempt more is out; the episode it belongs to, to be given back with its outcome."""
+        self._in_flight += 1
+        self._probe_out = True
+        return self._episode
+
+    def withdraw(self, episode: int) -> None:
+        """An admitted attempt is no longer out: it has ended, or was never sent."""
+        if episode >= self._trouble:
+            self._in_flight -= 1
+        if episode == self._episode:
+            self._probe_out = False
+
+    def close(self, stop: Stop) -> None:
+        """Nothing is admitted any more. The first reason stays the reason."""
+        if self.stop is None:
+            self._enter(Stopped(stop))
+
+    def observe(self, outcome: Outcome, episode: int, now_s: float) -> Ruling:
+        """The outcome is taken into account, once per admitted attempt; what it means for rows."""
+        self.withdraw(episode)
+        match outcome.verdict:
+            case Verdict.OK:
+                return self._succeeded(outcome.row, episode)
+            case Verdict.ROW:
+                return self._failed_alone(outcome, episode)
+            case Verdict.FREE | Verdict.MAYBE:
+                return self._failed_unanswered(outcome, episode, now_s)
+            case Verdict.SLOW:
+                return self._told_to_slow(outcome, episode, now_s)
+            case Verdict.PAUSE | Verdict.STOP:
+                return self._judged_the_run(outcome)
+            case _:
+                assert_never(outcome.verdict)
+
+    def _succeeded(self, row: int, episode: int) -> Ruling:
+        self.successes += 1
+        self._first_failures = None
+        own = self._cleared_by(row, episode) if self._suspicions else ()
+        self._answered(episode)
+        return Ruling(own=own) if own else PROCEED
+
+    def _failed_alone(self, outcome: Outcome, episode: int) -> Ruling:
+        """An answer, if a bad one: the endpoint works. It lifts no suspicion, since only a success shows a good key."""
+        self._count_alike(outcome.error)
+        self._answered(episode)
+        return PROCEED
+
+    def _failed_unanswered(self, outcome: Outcome, episode: int, now_s: float) -> Ruling:
+        if episode < self._trouble or self._outage_is_over_long(outcome, now_s):
+            return PROCEED
+        self._unanswered.add(outcome.row)
+        probe_failed = isinstance(self.phase, Probing) and episode == self._episode
+        if probe_failed or len(self._unanswered) >= max(OUTAGE_ROWS, self.allowed_in_flight // 2):
+            self._cool(f"the endpoint is not answering: {_text(outcome.error)}", now_s, 0.0)
+        return PROCEED
+
+    def _told_to_slow(self, outcome: Outcome, episode: int, now_s: float) -> Ruling:
+        """A 429 speaks for everyone. Any other overload, while all is open, may be one row's own: ask a second."""
+        floor_s = outcome.retry_after_s or 0.0
+        if episode < self._trouble:
+            self._extend_once(now_s + floor_s)
+        elif self._outage_is_over_long(outcome, now_s):
+            pass
+        elif self.phase is OPEN and (outcome.error is None or outcome.error.http_status != 429):
+            self._suspect(outcome)
+        else:
+            self._cool(_text(outcome.error), now_s, floor_s)
+        return PROCEED
+
+    def _judged_the_run(self, outcome: Outcome) -> Ruling:
+        """Two that agree end the run: another row, or the same one again, which is asked twice only when alone."""
+        if any(suspicion.verdict is outcome.verdict for suspicion in self._suspicions.values()):
+            exit_code = ExitCode.PAUSED if outcome.verdict is Verdict.PAUSE else ExitCode.USAGE
+            self.close(Stop(exit_code, _text(outcome.error)))
+        else:
+            self._suspect(outcome)
+        return HOLD
+
+    def _answered(self, episode: int) -> None:
+        """The endpoint gave an answer. Sent after the last trouble, it reopens the gate and lets one more in flight:
+        with every answer one more is twice as many per round, from 8 at the start and from 1 after a trouble.
+        """
+        self._unanswered.clear()
+        self._unwell_since_s = None
+        if episode < self._trouble:
+            return
+        if self.allowed_in_flight < self.max_in_flight and self._first_failures is None:
+            self.allowed_in_flight += 1
+        if not self._suspicions and isinstance(self.phase, Probing):
+            self._coolings = 0
+            self._enter(OPEN)
+
+    def _count_alike(self, error: RowError | None) -> None:
+        """Ten first rows with one and the same failure close the gate; the first that differs ends the count."""
+        failures = self._first_failures
+        if failures is None:
+            return
+        failures.append(error)
+        if _kind(failures[0]) != _kind(error):
+            self._first_failures = None
+        elif len(failures) == ALIKE_ROWS:
+            self.close(Stop(ExitCode.USAGE, f"the first {ALIKE_ROWS} rows all failed alike: {_text(error)}"))
+
+    def _suspect(self, outcome: Outcome) -> None:
+        """Admission stops at once but for one row, which shows whether the verdict was on the run."""
+        self._episode += 1
+        self._suspicions[outcome.row] = _Suspicion(outcome.verdict, self._episode)
+        if not isinstance(self.phase, Cooling | Stopped):
+            self._probe(_text(outcome.error))
+
+    def _cleared_by(self, row: int, episode: int) -> tuple[int, ...]:
+        """Forgets what this row's success disproves; the rows whose verdict was their own.
+
+        An overload costs its row nothing but a retry, so any good answer disproves it.
+        """
+        cleared = {
+            suspect: suspicion.verdict
+            for suspect, suspicion in self._suspicions.items()
+            if suspect == row or episode >= suspicion.episode or suspicion.verdict is Verdict.SLOW
+        }
+        for suspect in cleared:
+            del self._suspicions[suspect]
+        return tuple(suspect for suspect, verdict in cleared.items() if suspect != row and verdict is not Verdict.SLOW)
+
+    def _outage_is_over_long(self, outcome: Outcome, now_s: float) -> bool:
+        """True, and the gate closed, when nothing was answered for longer than `max_outage_s`."""
+        if self._unwell_since_s is None:
+            self._unwell_since_s = now_s
+        if now_s - self._unwell_since_s <= self._max_outage_s:
+            return False
+        self.close(
+            Stop(ExitCode.PAUSED, f"no answer for {self._max_outage_s / 60:.0f} minutes: {_text(outcome.error)}")
+        )
+        return True
+
+    def _cool(self, why: str, now_s: float, floor_s: float) -> None:
+        """Nothing goes out until the server's own wait or the backoff is over; clamped first, jittered then."""
+        backoff_s = min(BACKOFF_CAP_S, BACKOFF_BASE_S * 2 ** min(self._coolings, 30))
+        until_s = now_s + max(floor_s, backoff_s) + self._uniform() * JITTER * backoff_s
+        self._coolings += 1
+        self._episode += 1
+        self._trouble = self._episode
+        self._in_flight = 0
+        self._extended = False
+        self.allowed_in_flight = 1
+        self._unanswered.clear()
+        self._suspicions = {r: s for r, s in self._suspicions.items() if s.verdict is not Verdict.SLOW}
+        self._enter(Cooling(until_s, why))
+
+    def _extend_once(self, until_s: float) -> None:
+        """A straggler repeats no cooling; only a longer wait asked for by the server moves its end, and only once."""
+        if isinstance(self.phase, Cooling) and until_s > self.phase.until_s and not self._extended:
+            self._extended = True
+            jitter_s = self._uniform() * JITTER * BACKOFF_BASE_S
+            self._enter(Cooling(until_s + jitter_s, self.phase.why))
+
+    def _probe(self, why: str) -> None:
+        self._probe_out = False
+        self._enter(Probing(why))
+
+    def _enter(self, phase: Phase) -> None:
+        if isinstance(self.phase, Stopped):
+            return
+        before, self.phase = self.phase, phase
+        self._on_change(before, phase)
+
+
+def _kind(error: RowError | None) -> tuple[str, int | None, str | None] | None:
+    return None if error is None else (error.kind, error.http_status, error.code)
+
+
+def _text(error: RowError | None) -> str:
+    if error is None:
+        return "no reason was given"
+    return error.message or error.kind

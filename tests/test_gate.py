@@ -1,0 +1,534 @@
+"""The one line: every limit at once, nobody overtakes, nothing is lost when a worker leaves. On a clock that jumps."""
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Coroutine
+from decimal import Decimal
+from typing import NamedTuple
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batchrun.accounts import Purse
+from batchrun.admission import Ask, Binding, Limit, Outcome, Ruling, Stop
+from batchrun.errors import ExitCode
+from batchrun.gate import Gate, GateClosed
+from batchrun.gate_state import GateState
+from batchrun.records import RowError, Verdict
+from tests.moved_clock import NothingWillHappen, run_on_moved_clock
+
+SMALL = Ask(tokens=1)
+RATE_LIMIT = RowError("rate_limit", 429, None, "HTTP 429")
+SERVER_ERROR = RowError("server_error", 500, None, "HTTP 500")
+
+
+def new_gate(
+    *,
+    max_in_flight: int = 8,
+    requests_per_minute: float | None = None,
+    tokens_per_minute: float | None = None,
+    purse: Purse | None = None,
+) -> Gate:
+    state = GateState(
+        max_in_flight=max_in_flight,
+        max_outage_s=7_200.0,
+        resumed=False,
+        uniform=random.Random(1).random,
+        on_change=lambda before, after: None,
+    )
+    return Gate(
+        state,
+        asyncio.get_running_loop(),
+        requests_per_minute=requests_per_minute,
+        tokens_per_minute=tokens_per_minute,
+        purse=purse,
+    )
+
+
+def now_s() -> float:
+    return asyncio.get_running_loop().time()
+
+
+async def turns(coroutine: Coroutine[object, object, int]) -> asyncio.Task[int]:
+    """The task of a worker that has come as far as it can without time passing."""
+    task = asyncio.create_task(coroutine)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    return task
+
+
+async def use(gate: Gate, ask: Ask, *, row: int = 0, work_s: float = 0.0) -> float:
+    """One row from admission to durable, without trouble; when it was admitted."""
+    slot = await gate.admit(ask)
+    admitted_at_s = now_s()
+    if work_s:
+        await asyncio.sleep(work_s)
+    gate.settle(slot, ask.tokens)
+    gate.observe(slot, Outcome(row, Verdict.OK))
+    gate.release(slot, Decimal(0))
+    return admitted_at_s
+
+
+def on_moved_clock(test: Callable[[], Awaitable[None]]) -> Callable[[], None]:
+    """The test, run on a clock that jumps."""
+
+    async def main() -> None:
+        await test()
+
+    def run() -> None:
+        run_on_moved_clock(main())
+
+    run.__name__, run.__doc__ = test.__name__, test.__doc__
+    return run
+
+
+# pace
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.sampled_from([7.0, 60.0, 90.0, 119.0, 600.0, 6_000.0]))
+def test_the_request_rate_is_kept_and_used_from_the_first_minute_on(limit: float) -> None:
+    async def main() -> None:
+        gate = new_gate(requests_per_minute=limit)
+        admitted_at_s = [await use(gate, SMALL) for _ in range(int(limit * 5) + 1)]
+        burst = max(1.0, limit / 60)
+        for i, at_s in enumerate(admitted_at_s):
+            assert i + 1 <= burst + (at_s - admitted_at_s[0]) * limit / 60 + 1e-6
+        took_s = admitted_at_s[-1] - admitted_at_s[0]
+        assert len(admitted_at_s) >= 0.995 * took_s * limit / 60
+
+    run_on_moved_clock(main())
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, 9_000), min_size=50, max_size=100), st.sampled_from([6_000.0, 200_000.0]))
+def test_the_token_rate_is_kept_and_used_whatever_the_sizes(sizes: list[int], limit: float) -> None:
+    async def main() -> None:
+        gate = new_gate(tokens_per_minute=limit)
+        first_s = now_s()
+        taken = 0
+        for tokens in sizes:
+            at_s = await use(gate, Ask(tokens))
+            assert taken + min(tokens, limit / 60) <= limit / 60 * (1 + at_s - first_s) + 1e-3
+            taken += tokens
+        at_s = await use(gate, SMALL)
+        assert taken >= 0.995 * limit / 60 * (at_s - first_s)
+
+    run_on_moved_clock(main())
+
+
+@on_moved_clock
+async def test_a_long_answer_delays_the_next_and_a_short_one_brings_it_forward() -> None:
+    for actual, wait_s in ((100, 0.6), (40, 0.0), (160, 1.2)):
+        gate = new_gate(tokens_per_minute=6_000)
+        slot = await gate.admit(Ask(100))
+        gate.settle(slot, actual)
+        start_s = now_s()
+        await gate.admit(Ask(60))
+        assert now_s() - start_s == pytest.approx(wait_s)
+
+
+@on_moved_clock
+async def test_a_refund_lets_the_first_in_line_go_at_once() -> None:
+    gate = new_gate(tokens_per_minute=6_000)
+    slot = await gate.admit(Ask(1_000_000))
+    waiting = await turns(gate.admit(Ask(50)))
+    assert gate.binding.limit is Limit.TOKENS
+    assert gate.binding.until_s == pytest.approx(now_s() + 9_999.5)
+    start_s = now_s()
+    gate.settle(slot, 50)
+    await waiting
+    assert now_s() == start_s
+
+
+@on_moved_clock
+async def test_an_answer_without_usage_leaves_the_estimate_standing() -> None:
+    gate = new_gate(tokens_per_minute=6_000)
+    gate.settle(await gate.admit(Ask(100)), None)
+    start_s = now_s()
+    await gate.admit(Ask(50))
+    assert now_s() - start_s == pytest.approx(0.5)
+
+
+@on_moved_clock
+async def test_hours_without_a_request_save_up_one_second_of_the_limits_and_no_storm() -> None:
+    gate = new_gate(requests_per_minute=600, tokens_per_minute=6_000)
+    await use(gate, SMALL)
+    await asyncio.sleep(36_000)
+    start_s = now_s()
+    admitted_at_s = [await use(gate, SMALL) for _ in range(20)]
+    assert sum(at_s == start_s for at_s in admitted_at_s) == 10
+
+
+# slots
+
+
+@on_moved_clock
+async def test_no_more_than_max_in_flight_and_each_has_a_slot_of_its_own() -> None:
+    gate = new_gate(max_in_flight=4)
+    slots = [await gate.admit(SMALL) for _ in range(4)]
+    assert sorted(slots) == [0, 1, 2, 3]
+    waiting = await turns(gate.admit(SMALL))
+    assert (gate.in_flight, waiting.done(), gate.binding) == (4, False, Binding(Limit.IN_FLIGHT))
+    gate.observe(slots[2], Outcome(2, Verdict.OK))
+    assert not (await turns(gate.admit(SMALL))).done()
+    gate.release(slots[2], Decimal(0))
+    assert await waiting == slots[2]
+
+
+@on_moved_clock
+async def test_only_as_many_slots_are_used_as_were_ever_in_flight() -> None:
+    gate = new_gate(max_in_flight=64)
+    used = set()
+    for _ in range(50):
+        slots = [await gate.admit(SMALL) for _ in range(3)]
+        used.update(slots)
+        for slot in slots:
+            gate.release(slot, None)
+    assert used == {0, 1, 2}
+
+
+@on_moved_clock
+async def test_a_slot_is_released_and_settled_and_observed_once() -> None:
+    gate = new_gate()
+    slot = await gate.admit(SMALL)
+    gate.settle(slot, 1)
+    gate.observe(slot, Outcome(0, Verdict.OK))
+    with pytest.raises(AssertionError, match="settled twice"):
+        gate.settle(slot, 1)
+    with pytest.raises(AssertionError, match="observed twice"):
+        gate.observe(slot, Outcome(0, Verdict.OK))
+    gate.release(slot, None)
+    with pytest.raises(KeyError):
+        gate.release(slot, None)
+
+
+# the line
+
+
+class Plan(NamedTuple):
+    """What one worker does: what it asks for, how long it works, and when it is cancelled if it still waits."""
+
+    tokens: int
+    usd: Decimal
+    work_s: float
+    cancelled_after_s: float | None
+
+
+PLANS = st.lists(
+    st.builds(
+        Plan,
+        st.integers(1, 300),
+        st.integers(0, 60).map(Decimal),
+        st.floats(0, 3),
+        st.none() | st.floats(0, 3),
+    ),
+    min_size=1,
+    max_size=25,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    PLANS,
+    st.integers(1, 8),
+    st.sampled_from([None, 60.0, 6_000.0]),
+    st.sampled_from([None, 6_000.0]),
+)
+def test_nobody_overtakes_whatever_the_sizes_costs_and_cancellations(
+    plans: list[Plan], max_in_flight: int, rpm: float | None, tpm: float | None
+) -> None:
+    async def main() -> None:
+        gate = new_gate(
+            max_in_flight=max_in_flight,
+            requests_per_minute=rpm,
+            tokens_per_minute=tpm,
+            purse=Purse(Decimal(100)),
+        )
+        admitted: list[int] = []
+        cancelled: set[int] = set()
+
+        async def worker(row: int, plan: Plan) -> None:
+            slot = await gate.admit(Ask(plan.tokens, plan.usd))
+            admitted.append(row)
+            await asyncio.sleep(plan.work_s)
+            gate.observe(slot, Outcome(row, Verdict.OK))
+            gate.release(slot, Decimal(0))
+
+        def cancel(row: int) -> None:
+            if row not in admitted:
+                cancelled.add(row)
+                tasks[row].cancel()
+
+        tasks = [asyncio.create_task(worker(row, plan)) for row, plan in enumerate(plans)]
+        for row, plan in enumerate(plans):
+            if plan.cancelled_after_s is not None:
+                asyncio.get_running_loop().call_later(plan.cancelled_after_s, cancel, row)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert admitted == sorted(admitted)
+        assert set(admitted) == set(range(len(plans))) - cancelled
+        assert (gate.in_flight, gate.binding) == (0, Binding(Limit.LATENCY))
+
+    run_on_moved_clock(main())
+
+
+@on_moved_clock
+async def test_a_large_prompt_keeps_its_turn_before_smaller_ones_that_would_fit() -> None:
+    gate = new_gate(tokens_per_minute=6_000)
+    await gate.admit(Ask(50))
+    admitted: list[int] = []
+
+    async def worker(tokens: int) -> None:
+        await gate.admit(Ask(tokens))
+        admitted.append(tokens)
+
+    await asyncio.gather(worker(1_000), worker(1), worker(2))
+    assert admitted == [1_000, 1, 2]
+
+
+@on_moved_clock
+async def test_what_the_first_in_line_waits_for_is_not_taken_before_it_can_go() -> None:
+    purse = Purse(Decimal(10))
+    gate = new_gate(max_in_flight=1, requests_per_minute=60, tokens_per_minute=6_000, purse=purse)
+    slot = await gate.admit(Ask(100, Decimal(1)))
+    waiting = await turns(gate.admit(Ask(100, Decimal(2))))
+    await asyncio.sleep(10)
+    assert purse.reserved_usd == Decimal(1)
+    waiting.cancel()
+    await asyncio.sleep(0)
+    gate.release(slot, Decimal(1))
+    start_s = now_s()
+    await gate.admit(Ask(100, Decimal(3)))
+    assert now_s() == start_s
+    assert purse.reserved_usd == Decimal(3)
+
+
+@on_moved_clock
+async def test_when_the_first_in_line_leaves_the_next_one_is_served_in_its_time() -> None:
+    gate = new_gate(tokens_per_minute=6_000)
+    await gate.admit(Ask(100))
+    large = await turns(gate.admit(Ask(100)))
+    small = await turns(gate.admit(Ask(10)))
+    start_s = now_s()
+    large.cancel()
+    await small
+    assert now_s() - start_s == pytest.approx(0.1)
+
+
+def test_no_timer_is_left_when_nobody_waits() -> None:
+    left_at_s: list[float] = []
+
+    async def main() -> None:
+        gate = new_gate(requests_per_minute=1)
+        await gate.admit(SMALL)
+        waiting = await turns(gate.admit(SMALL))
+        assert gate.binding.limit is Limit.REQUESTS
+        waiting.cancel()
+        await asyncio.sleep(0)
+        assert gate.binding == Binding(Limit.LATENCY)
+        left_at_s.append(now_s())
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            left_at_s.append(now_s())
+
+    with pytest.raises(NothingWillHappen):
+        run_on_moved_clock(main())
+    assert left_at_s[0] == left_at_s[1]
+
+
+# money
+
+
+CENTS = st.integers(0, 50).map(lambda n: Decimal(n) / 100)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.tuples(CENTS, st.none() | CENTS, st.floats(0, 3)), min_size=1, max_size=20),
+    st.integers(0, 300).map(lambda n: Decimal(n) / 100),
+    CENTS,
+)
+def test_confirmed_and_possibly_billed_and_in_flight_never_pass_the_cap(
+    rows: list[tuple[Decimal, Decimal | None, float]], cap: Decimal, spent_before: Decimal
+) -> None:
+    async def main() -> None:
+        bill = min(cap, spent_before)
+        gate = new_gate(purse=Purse(cap, spent_usd=bill))
+        in_flight: dict[int, Decimal] = {}
+
+        async def worker(row: int, bound: Decimal, cost: Decimal | None, work_s: float) -> None:
+            nonlocal bill
+            slot = await gate.admit(Ask(1, bound))
+            in_flight[row] = bound
+            assert bill + sum(in_flight.values()) <= cap
+            await asyncio.sleep(work_s)
+            bill += min(in_flight.pop(row), bound if cost is None else cost)
+            gate.release(slot, None if cost is None else min(bound, cost))
+
+        ends = await asyncio.gather(*(worker(i, *row) for i, row in enumerate(rows)), return_exceptions=True)
+        stopped = [end for end in ends if end is not None]
+        assert all(isinstance(end, GateClosed) and end.exit_code is ExitCode.STOPPED for end in stopped)
+        first_refused = next((bound for (bound, _, _), end in zip(rows, ends, strict=True) if end), None)
+        assert first_refused is None or bill + first_refused > cap
+
+    run_on_moved_clock(main())
+
+
+@on_moved_clock
+async def test_a_row_that_does_not_fit_waits_for_what_is_in_flight_and_then_stops_the_run() -> None:
+    purse = Purse(Decimal("1.00"))
+    gate = new_gate(purse=purse)
+    first = await gate.admit(Ask(1, Decimal("0.60")))
+    waiting = await turns(gate.admit(Ask(1, Decimal("0.50"))))
+    assert (waiting.done(), gate.binding) == (False, Binding(Limit.BUDGET))
+    gate.release(first, Decimal("0.10"))
+    second = await waiting
+    third = await turns(gate.admit(Ask(1, Decimal("0.50"))))
+    gate.release(second, None)
+    with pytest.raises(GateClosed, match=r"0\.60 of 1\.00 USD spent, and the next request may cost 0\.50") as closed:
+        await third
+    assert closed.value.exit_code is ExitCode.STOPPED
+    with pytest.raises(GateClosed):
+        await gate.admit(Ask(1, Decimal(0)))
+
+
+@on_moved_clock
+async def test_a_budget_too_small_for_the_first_request_stops_before_it() -> None:
+    gate = new_gate(purse=Purse(Decimal("0.01")))
+    with pytest.raises(GateClosed, match="budget"):
+        await gate.admit(Ask(1, Decimal("0.02")))
+
+
+@on_moved_clock
+async def test_without_a_cap_a_known_bound_limits_nothing() -> None:
+    gate = new_gate(max_in_flight=1)
+    for _ in range(3):
+        gate.release(await gate.admit(Ask(1, Decimal(1_000_000))), None)
+    assert gate.stop is None
+
+
+# closing and trouble
+
+
+@on_moved_clock
+async def test_closing_ends_every_wait_at_once_and_later_rows_too() -> None:
+    gate = new_gate(requests_per_minute=1)
+    await gate.admit(SMALL)
+    waiting = [await turns(gate.admit(SMALL)) for _ in range(5)]
+    start_s = now_s()
+    stop = Stop(ExitCode.SIGINT, "interrupted")
+    gate.close(stop)
+    ends = await asyncio.gather(*waiting, gate.admit(SMALL), return_exceptions=True)
+    assert [end.stop for end in ends if isinstance(end, GateClosed)] == [stop] * 6
+    assert now_s() == start_s
+
+
+@on_moved_clock
+async def test_closing_ends_a_cooling_wait() -> None:
+    gate = new_gate()
+    slot = await gate.admit(SMALL)
+    gate.observe(slot, Outcome(0, Verdict.SLOW, RATE_LIMIT, retry_after_s=900.0))
+    waiting = await turns(gate.admit(SMALL))
+    assert gate.binding.limit is Limit.COOLING
+    start_s = now_s()
+    gate.close(Stop(ExitCode.SIGTERM, "terminated"))
+    with pytest.raises(GateClosed, match="terminated"):
+        await waiting
+    assert now_s() == start_s
+
+
+@on_moved_clock
+async def test_a_cooling_ends_by_itself_and_lets_one_row_try() -> None:
+    gate = new_gate()
+    slots = [await gate.admit(SMALL) for _ in range(2)]
+    gate.observe(slots[0], Outcome(0, Verdict.SLOW, RATE_LIMIT, retry_after_s=30.0))
+    start_s = now_s()
+    first, second = await turns(gate.admit(SMALL)), await turns(gate.admit(SMALL))
+    until_s = gate.binding.until_s
+    probe = await first
+    assert until_s is not None
+    assert start_s + 30 <= until_s
+    assert now_s() == pytest.approx(until_s)
+    await asyncio.sleep(100)
+    assert (second.done(), gate.binding) == (False, Binding(Limit.PROBING))
+    assert gate.observe(probe, Outcome(1, Verdict.OK)) == Ruling()
+    await second
+
+
+@on_moved_clock
+async def test_a_probe_released_unsent_lets_the_next_row_try() -> None:
+    gate = new_gate()
+    slot = await gate.admit(SMALL)
+    gate.observe(slot, Outcome(0, Verdict.SLOW, RATE_LIMIT))
+    probe = await gate.admit(SMALL)
+    waiting = await turns(gate.admit(SMALL))
+    gate.release(probe, Decimal(0))
+    await waiting
+
+
+@pytest.mark.parametrize(
+    ("verdict", "error"), [(Verdict.SLOW, RATE_LIMIT), (Verdict.FREE, SERVER_ERROR), (Verdict.MAYBE, None)]
+)
+def test_workers_send_fewer_than_thirty_requests_in_five_minutes_of_trouble_and_then_finish(
+    verdict: Verdict, error: RowError | None
+) -> None:
+    async def main() -> None:
+        gate = new_gate(max_in_flight=64)
+        well_at_s = now_s() + 300.0
+        rows = list(range(500))
+        sent: list[float] = []
+        done: list[int] = []
+
+        async def worker() -> None:
+            while rows:
+                row = rows.pop(0)
+                slot = await gate.admit(SMALL)
+                sent.append(now_s())
+                await asyncio.sleep(0.05)
+                well = now_s() > well_at_s
+                gate.observe(slot, Outcome(row, Verdict.OK) if well else Outcome(row, verdict, error))
+                gate.release(slot, Decimal(0))
+                (done if well else rows).append(row)
+
+        await asyncio.gather(*(worker() for _ in range(64)))
+        assert sum(at_s < well_at_s for at_s in sent) < 30
+        assert sorted(done) == list(range(500))
+        assert gate.stop is None
+
+    run_on_moved_clock(main())
+
+
+@on_moved_clock
+async def test_a_suspect_row_is_held_and_the_next_rows_success_gives_it_its_verdict() -> None:
+    gate = new_gate()
+    suspect = await gate.admit(SMALL)
+    forbidden = RowError("forbidden", 403, None, "HTTP 403")
+    assert gate.observe(suspect, Outcome(7, Verdict.PAUSE, forbidden)) == Ruling(hold=True)
+    gate.release(suspect, Decimal(0))
+    probe = await gate.admit(SMALL)
+    assert gate.observe(probe, Outcome(8, Verdict.OK)) == Ruling(own=(7,))
+    assert gate.successes == 1
+
+
+# the clock these tests live on
+
+
+def test_a_test_that_would_wait_for_ever_fails_instead() -> None:
+    async def main() -> None:
+        gate = new_gate(max_in_flight=1)
+        await gate.admit(SMALL)
+        await gate.admit(SMALL)
+
+    with pytest.raises(NothingWillHappen):
+        run_on_moved_clock(main())
+
+
+def test_the_moved_clock_passes_hours_without_waiting() -> None:
+    async def main() -> float:
+        start_s = now_s()
+        await asyncio.sleep(36_000)
+        return now_s() - start_s
+
+    assert run_on_moved_clock(main()) == 36_000
