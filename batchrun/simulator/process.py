@@ -42,7 +42,7 @@ async def serve(config: SimulatorConfig, announce: Callable[[str], None]) -> Non
 
 
 def run(config: SimulatorConfig, announce: Callable[[str], None]) -> None:
-    """`serve` on an event loop of its own, uvloop's where it is installed: about twice as fast."""
+    """`serve` on an event loop of its own, uvloop's where it is installed."""
     try:
         import uvloop
     except ImportError:
