@@ -144,7 +144,7 @@ class Checkpoint:
         )
 
     def has_end(self, row: int, n: int) -> bool:
-        """True when that attempt's end is on record."""
+        """True when that attempt's end is on record, or that it has none."""
 
         def find() -> bool:
             settled = self._database.execute("SELECT 1 FROM rows WHERE row = ? AND attempts >= ?", (row, n))
@@ -152,7 +152,8 @@ class Checkpoint:
             sealed = self._database.execute(
                 "SELECT 1 FROM chunks WHERE first_row <= ? AND first_row + rows > ? AND generation > 0", (row, row)
             )
-            return any(cursor.fetchone() is not None for cursor in (settled, dropped, sealed))
+            named = self._database.execute("SELECT 1 FROM possibly_billed WHERE row = ? AND n = ?", (row, n))
+            return any(cursor.fetchone() is not None for cursor in (settled, dropped, sealed, named))
 
         return self._call(find)
 
@@ -161,12 +162,18 @@ class Checkpoint:
         query = "SELECT row, max(n) FROM possibly_billed WHERE row >= ? AND row < ? GROUP BY row"
         return self._call(lambda: dict(self._database.execute(query, (chunk.first_row, chunk.end_row)).fetchall()))
 
-    def flush(self) -> None:
-        """Everything that was put before is durable, or the failure that prevented it is raised."""
-        self._call(lambda: None)
+    def flushed(self) -> bool:
+        """Everything that was put before is durable; False where a failure prevented it."""
+        try:
+            self._call(lambda: None)
+        except BatchrunError:
+            return False
+        return True
 
     def name_possibly_billed(self, entries: Sequence[PossiblyBilled]) -> None:
         """The attempts are on the permanent list."""
+        if not entries:
+            return
 
         def name() -> None:
             self._insert("possibly_billed", [tables.possibly_billed_record(entry) for entry in entries])

@@ -58,6 +58,7 @@ def run(
     """Ask every row of the input. The same command again goes on where the last one stopped."""
     from batchrun import run as running
     from batchrun import rundir, simulated
+    from batchrun.asking import GRACE_S, Hooks
     from batchrun.plan import Asked
 
     flags = {"budget.max_cost_usd": max_cost_usd, "output.max_failures": max_failures}
@@ -72,8 +73,8 @@ def run(
             rundir.RunDirectory(path),
             _credentials(loaded),
             Asked(skip_invalid, sys.stdin.buffer, _note, progress.checked),
-            running.Hooks(progress.show, _note),
-            grace_s=running.GRACE_S if grace_s is None else grace_s,
+            Hooks(progress.show, _note),
+            grace_s=GRACE_S if grace_s is None else grace_s,
             loop_factory=_loop_factory(),
         )
     _tell(summary, loaded)

@@ -61,7 +61,7 @@ class _Flight(msgspec.Struct, frozen=True):
 
 
 class Pipeline:
-    """Asks every row of the backlog. `work` is what each worker runs; the rest is called back."""
+    """Asks every row of the backlog. `work` is what each worker runs; `durable` is called back after each commit."""
 
     def __init__(
         self,
@@ -93,6 +93,12 @@ class Pipeline:
         self._held: dict[int, _Ended] = {}
         self.backlog = Backlog(open_next, self._prepare, clock)
         self.sent = 0
+
+    async def work_all(self, workers: int) -> None:
+        """Every pending row is settled, or the gate has closed; an exception of one worker ends the others."""
+        async with asyncio.TaskGroup() as tasks:
+            for number in range(workers):
+                tasks.create_task(self.work(), name=f"worker-{number}")
 
     async def work(self) -> None:
         """Asks rows until none is left or the gate closes."""
@@ -326,10 +332,3 @@ def _status_error(status: Status, attempt: Attempt) -> RowError | None:
             return RowError("invalid_json", attempt.http_status, None, "the answer is not the JSON that was asked for")
         case _:
             return None
-
-
-async def settle_all(pipeline: Pipeline, workers: int) -> None:
-    """Every pending row is settled, or the gate has closed; an exception of one worker ends the others."""
-    async with asyncio.TaskGroup() as tasks:
-        for number in range(workers):
-            tasks.create_task(pipeline.work(), name=f"worker-{number}")

@@ -16,6 +16,9 @@ from batchrun.errors import JobError, RunLockedError
 NETWORK_FILE_SYSTEMS = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "fuse.sshfs", "ceph", "lustre"})
 """Their locks and fsync do not hold what SQLite needs (sqlite.org, "How To Corrupt", section 2.1)."""
 
+RESERVE_BYTES = 16_000_000
+"""Given back when the disk is full: room for the answers that are in flight just then."""
+
 
 class RunDirectory:
     """The files of one run. Paths only; `lock()` takes it."""
@@ -61,6 +64,19 @@ class RunDirectory:
             raise JobError(f"{self.path}: can't be written; choose another directory with -o")
         if (kind := file_system(self.path)) in NETWORK_FILE_SYSTEMS:
             raise JobError(f"{self.path}: lies on a network file system ({kind}); choose a local directory with -o")
+
+    def reserve_room(self) -> None:
+        """There is a file to give back when the disk is full; without room even for it, the run goes on without."""
+        with contextlib.suppress(OSError), open(self.reserve, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, RESERVE_BYTES)
+
+    def free_room(self) -> bool:
+        """The reserved room is free; False where there was none."""
+        try:
+            self.reserve.unlink()
+        except OSError:
+            return False
+        return True
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

@@ -9,13 +9,14 @@ import mmap
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
 from batchrun.durable import told
 from batchrun.prices import PICO
+from batchrun.records import PossiblyBilled
 
 _FIELDS = struct.Struct("<qi16sq")  # row, attempt, request_key, upper bound in 10⁻¹² USD (−1: price unknown)
 _CRC = struct.Struct("<I")
@@ -59,6 +60,10 @@ class Slots:
         start = slot * SLOT_BYTES
         self._map[start : start + SLOT_BYTES] = _EMPTY
 
+    def clear_all(self) -> None:
+        """Whoever was in flight is named elsewhere."""
+        self._map[:] = bytes(len(self._map))
+
     def taken(self) -> list[InFlight]:
         """Who is in flight now."""
         return list(_occupied(self._map[:]))
@@ -72,6 +77,13 @@ def read(path: Path) -> list[InFlight]:
     """The attempts without an end that a dead process left behind; none where there is no file."""
     with told(path):
         return list(_occupied(path.read_bytes())) if path.exists() else []
+
+
+def possibly_billed(lost: Sequence[InFlight], invocation: int, cause: str) -> list[PossiblyBilled]:
+    """The attempts without an end as entries of the permanent list."""
+    return [
+        PossiblyBilled(entry.row, entry.n, entry.key.hex(), entry.upper_bound_usd, cause, invocation) for entry in lost
+    ]
 
 
 def _occupied(content: bytes) -> Iterator[InFlight]:

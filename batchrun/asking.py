@@ -1,0 +1,212 @@
+"""The event loop's share of a run: workers ask, full chunks are sealed, a heart beats, signals are heard."""
+
+import asyncio
+import random
+from collections.abc import Callable
+from typing import TypeVar
+
+import msgspec
+
+from batchrun import signals, slots
+from batchrun.accounts import Purse
+from batchrun.admission import Phase, Stop
+from batchrun.checkpoint import Checkpoint
+from batchrun.chronicle import Chronicle
+from batchrun.chunks import Chunks, OpenChunk
+from batchrun.client import Client
+from batchrun.credentials import Credentials
+from batchrun.errors import BatchrunError, ExitCode
+from batchrun.gate import Gate
+from batchrun.gate_state import GateState
+from batchrun.job import Job
+from batchrun.pipeline import Pipeline
+from batchrun.plan import Plan
+from batchrun.records import Summary
+from batchrun.rundir import RunDirectory
+
+GRACE_S = 20.0
+"""How long the first signal lets requests in flight end; Kubernetes kills after 30."""
+
+PROGRESS_S = 0.5
+SWEEP_EVERY = 2  # beats: deadlines are looked at once a second
+SUMMARY_EVERY = 10
+
+T = TypeVar("T")
+
+
+class Hooks(msgspec.Struct, frozen=True):
+    """What the caller wants to hear: `progress` twice a second, `note` for single lines."""
+
+    progress: Callable[[Summary], None] = lambda summary: None
+    note: Callable[[str], None] = lambda line: None
+
+
+class Asking:
+    """Asks every pending row, once. `ask` is the whole of it."""
+
+    def __init__(
+        self,
+        job: Job,
+        plan: Plan,
+        directory: RunDirectory,
+        credentials: Credentials,
+        checkpoint: Checkpoint,
+        chunks: Chunks,
+        chronicle: Chronicle,
+        hooks: Hooks,
+        grace_s: float,
+    ) -> None:
+        self._job = job
+        self._plan = plan
+        self._directory = directory
+        self._credentials = credentials
+        self._checkpoint = checkpoint
+        self._chunks = chunks
+        self._chronicle = chronicle
+        self._hooks = hooks
+        self._grace_s = grace_s
+        self._full: asyncio.Queue[OpenChunk | None] = asyncio.Queue()
+        self._failure: BaseException | None = None
+        self._workers: asyncio.Task[None] | None = None
+
+    async def ask(self) -> Stop | None:
+        """Every pending row is settled and every full chunk sealed; or why not.
+
+        Raises:
+            BatchrunError: the run can't go on; what was received is durable as far as the disk took it.
+        """
+        loop = asyncio.get_running_loop()
+        self._gate = gate = self._open_gate(loop)
+        flying = slots.Slots(self._directory.inflight, self._job.limits.max_in_flight)
+        async with Client(self._job.url, self._job.endpoint, self._credentials) as client:
+            self._pipeline = pipeline = self._open_pipeline(client, flying, loop)
+            self._chronicle.gate, self._chronicle.pipeline = gate, pipeline
+            self._checkpoint.listen(_in_loop(loop, pipeline.durable), _in_loop(loop, self._fail))
+            beat = asyncio.create_task(self._beat(client))
+            sealing = asyncio.create_task(self._seal())
+            self._workers = asyncio.create_task(pipeline.work_all(self._job.limits.max_in_flight))
+            for number, exit_code in signals.EXIT_CODES.items():
+                loop.add_signal_handler(number, self._on_signal, loop, number.name, exit_code)
+            await self._drained(self._workers, flying)
+            self._full.put_nowait(None)
+            await sealing
+            beat.cancel()
+        flying.close()
+        if self._failure is not None:
+            raise self._failure
+        return gate.stop
+
+    async def _drained(self, workers: "asyncio.Task[None]", flying: slots.Slots) -> None:
+        """The workers have ended, what they received is durable, and who is still in flight is named."""
+        await asyncio.wait([workers])
+        if not workers.cancelled() and (error := workers.exception()) is not None:
+            self._fail(_first(error))
+        await self._pipeline.backlog.stop()
+        self._pipeline.record_held()
+        if not await asyncio.to_thread(self._checkpoint.flushed):
+            return  # the disk failed: the slots keep the names for the next start
+        await asyncio.sleep(0)  # the last commit has called into this loop
+        lost = slots.possibly_billed(flying.taken(), self._checkpoint.invocation, "aborted")
+        await asyncio.to_thread(self._checkpoint.name_possibly_billed, lost)
+        flying.clear_all()
+
+    async def _seal(self) -> None:
+        """Full chunks become parts, one at a time, off the event loop."""
+        while (chunk := await self._full.get()) is not None:
+            try:
+                await asyncio.to_thread(self._chunks.seal, chunk)
+            except BaseException as error:
+                self._fail(error)
+                return
+            self._chronicle.log.write("sealed", chunk=chunk.chunk.chunk, rows=chunk.chunk.rows)
+
+    async def _beat(self, client: Client) -> None:
+        """Progress with every beat, deadlines every second, summary.json every five."""
+        beats = 0
+        while True:
+            await asyncio.sleep(PROGRESS_S)
+            beats += 1
+            summary = self._chronicle.summary()
+            self._hooks.progress(summary)
+            if beats % SWEEP_EVERY == 0:
+                client.expire()
+            if beats % SUMMARY_EVERY == 0:
+                await asyncio.to_thread(self._chronicle.write, summary)
+
+    def _on_signal(self, loop: asyncio.AbstractEventLoop, name: str, exit_code: ExitCode) -> None:
+        """First: no more admission, requests in flight may end within the grace. Second: now."""
+        if self._gate.stop is not None and self._gate.stop.exit_code in signals.EXIT_CODES.values():
+            self._abort()
+            return
+        flying = f"{self._gate.in_flight} requests in flight may end within {self._grace_s:g} s"
+        self._chronicle.log.write("signal", name=name, in_flight=self._gate.in_flight)
+        self._hooks.note(f"{name}: {flying}; once more to stop now")
+        self._close(Stop(exit_code, f"{name}: drained"))
+        loop.call_later(self._grace_s, self._abort)
+
+    def _fail(self, error: BaseException) -> None:
+        """The run can't go on: what is in flight may land, nothing new is sent, the error is raised at the end."""
+        if self._failure is None:
+            self._failure = error
+        self._close(Stop(error.exit_code if isinstance(error, BatchrunError) else ExitCode.INTERNAL_ERROR, str(error)))
+        if self._checkpoint.broken:
+            self._abort()  # answers that can't be kept are not waited for: the slots keep their names
+
+    def _close(self, stop: Stop) -> None:
+        self._gate.close(stop)
+        self._pipeline.backlog.close()
+
+    def _abort(self) -> None:
+        if self._workers is not None:
+            self._workers.cancel()
+
+    def _open_gate(self, loop: asyncio.AbstractEventLoop) -> Gate:
+        limits, cap, spent = self._job.limits, self._job.budget.max_cost_usd, self._checkpoint.spent
+        state = GateState(
+            max_in_flight=limits.max_in_flight,
+            max_outage_s=self._job.retry.max_outage_s,
+            resumed=self._plan.resumed,
+            uniform=random.random,
+            on_change=self._on_phase,
+        )
+        return Gate(
+            state,
+            loop,
+            requests_per_minute=limits.requests_per_minute,
+            tokens_per_minute=limits.tokens_per_minute,
+            purse=None if cap is None else Purse(cap, spent.cost_usd() + spent.possibly_billed_usd),
+        )
+
+    def _open_pipeline(self, client: Client, flying: slots.Slots, loop: asyncio.AbstractEventLoop) -> Pipeline:
+        return Pipeline(
+            self._job,
+            self._plan,
+            gate=self._gate,
+            client=client,
+            checkpoint=self._checkpoint,
+            slots=flying,
+            open_next=self._chunks.open_next,
+            on_settled=self._full.put_nowait,
+            clock=loop.time,
+            uniform=random.random,
+        )
+
+    def _on_phase(self, before: Phase, after: Phase) -> None:
+        names = {"before": type(before).__name__, "after": type(after).__name__}
+        self._chronicle.log.write("gate", **names, why=getattr(after, "why", None))
+
+
+def _in_loop(loop: asyncio.AbstractEventLoop, call: Callable[[T], None]) -> Callable[[T], None]:
+    """`call`, made in the loop's thread whichever thread calls."""
+
+    def called(argument: T) -> None:
+        loop.call_soon_threadsafe(call, argument)
+
+    return called
+
+
+def _first(error: BaseException) -> BaseException:
+    """The first exception inside a group: the others are its consequences."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
