@@ -50,7 +50,6 @@ BACKOFF_CAP_S = 60.0
 JITTER = 0.5
 """Up to half the backoff is added, never subtracted: no probe before its time, no two processes in step."""
 
-
 IN_FLIGHT = Binding(Limit.IN_FLIGHT)
 PROCEED = Ruling()
 HOLD = Ruling(hold=True)
@@ -154,13 +153,17 @@ class GateState:
     def _succeeded(self, row: int, episode: int) -> Ruling:
         self.successes += 1
         self._first_failures = None
-        own = self._cleared_by(row, episode) if self._suspicions else ()
+        own: tuple[int, ...] = ()
+        if self._suspicions:
+            self._forget_overloads()
+            own = self._cleared_by(row, episode)
         self._answered(episode)
         return Ruling(own=own) if own else PROCEED
 
     def _failed_alone(self, outcome: Outcome, episode: int) -> Ruling:
-        """An answer, if a bad one: the endpoint works. It lifts no suspicion, since only a success shows a good key."""
+        """An answer, if a bad one: the endpoint works. That the key does, only a success would show."""
         self._count_alike(outcome.error)
+        self._forget_overloads()
         self._answered(episode)
         return PROCEED
 
@@ -228,18 +231,15 @@ class GateState:
             self._probe(_text(outcome.error))
 
     def _cleared_by(self, row: int, episode: int) -> tuple[int, ...]:
-        """Forgets what this row's success disproves; the rows whose verdict was their own.
-
-        An overload costs its row nothing but a retry, so any good answer disproves it.
-        """
-        cleared = {
-            suspect: suspicion.verdict
-            for suspect, suspicion in self._suspicions.items()
-            if suspect == row or episode >= suspicion.episode or suspicion.verdict is Verdict.SLOW
-        }
+        """Forgets what this row's success disproves; the other rows whose verdict was their own."""
+        cleared = [r for r, suspicion in self._suspicions.items() if r == row or episode >= suspicion.episode]
         for suspect in cleared:
             del self._suspicions[suspect]
-        return tuple(suspect for suspect, verdict in cleared.items() if suspect != row and verdict is not Verdict.SLOW)
+        return tuple(suspect for suspect in cleared if suspect != row)
+
+    def _forget_overloads(self) -> None:
+        """No row waits for this: an overload is disproved by any answer, confirmed by a cooling, retried in both."""
+        self._suspicions = {r: s for r, s in self._suspicions.items() if s.verdict is not Verdict.SLOW}
 
     def _outage_is_over_long(self, outcome: Outcome, now_s: float) -> bool:
         """True, and the gate closed, when nothing was answered for longer than `max_outage_s`."""
@@ -262,8 +262,7 @@ class GateState:
         self._in_flight = 0
         self._extended = False
         self.allowed_in_flight = 1
-        self._unanswered.clear()
-        self._suspicions = {r: s for r, s in self._suspicions.items() if s.verdict is not Verdict.SLOW}
+        self._forget_overloads()
         self._enter(Cooling(until_s, why))
 
     def _extend_once(self, until_s: float) -> None:

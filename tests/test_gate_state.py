@@ -194,6 +194,18 @@ def test_a_longer_retry_after_of_a_straggler_extends_the_cooling_once() -> None:
     assert story.until_s() == 20.0
 
 
+def test_every_cooling_can_be_extended_and_with_jitter_of_its_own() -> None:
+    story = Story(uniform=lambda: 0.5)
+    for row in (0, 2):
+        story.send(row)
+        story.ends(row, Verdict.OK)
+        story.send(row, row + 1)
+        story.ends(row, Verdict.SLOW, SLOW_429, retry_after_s=5.0)
+        story.ends(row + 1, Verdict.SLOW, SLOW_429, retry_after_s=20.0)
+        assert story.until_s() == story.now_s + 20.0 + 0.5 * JITTER
+        story.cooled_down()
+
+
 @given(st.floats(0, 0.999), st.floats(0, 900))
 def test_a_retry_after_is_a_floor_and_jitter_only_adds(chance: float, retry_after_s: float) -> None:
     story = Story(uniform=lambda: chance)
@@ -247,6 +259,19 @@ def test_an_overload_is_disproved_by_any_good_answer_already_on_its_way() -> Non
     story.send(0, 1)
     story.ends(0, Verdict.SLOW, SLOW_503)
     story.ends(1, Verdict.OK)
+    assert story.phase() is OPEN
+
+
+@pytest.mark.parametrize("confirmed", [False, True])
+def test_an_overload_is_over_when_a_row_is_answered_even_with_a_refusal(confirmed: bool) -> None:
+    story = Story()
+    story.send(0, 1)
+    story.ends(0, Verdict.SLOW, SLOW_503)
+    if confirmed:
+        story.ends(1, Verdict.SLOW, SLOW_503)
+        story.cooled_down()
+    story.send(2)
+    story.ends(2, Verdict.ROW, BAD_400)
     assert story.phase() is OPEN
 
 
@@ -488,8 +513,7 @@ def test_an_outage_longer_than_max_outage_pauses_the_run() -> None:
             story.ends(failed, Verdict.FREE, BROKEN_500)
         if isinstance(story.phase(), Cooling):
             story.cooled_down()
-    assert story.state.stop is not None
-    assert story.state.stop.exit_code is ExitCode.PAUSED
+    assert story.state.stop == Stop(ExitCode.PAUSED, "no answer for 120 minutes: HTTP 500 server_error")
     assert MAX_OUTAGE_S < story.now_s <= MAX_OUTAGE_S + BACKOFF_CAP_S
 
 
