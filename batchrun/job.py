@@ -3,11 +3,11 @@
 Every setting is documented in docs/job.md; a test holds that page and this module together.
 """
 
-import difflib
 import hashlib
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import date, datetime, time
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -17,9 +17,10 @@ import msgspec
 from msgspec import Meta
 
 from batchrun.errors import JobError
+from batchrun.mistakes import explain
 
-Positive = Annotated[float, Meta(gt=0)]
-AtLeastZero = Annotated[float, Meta(ge=0)]
+Positive = Annotated[float, Meta(gt=0, le=1e12)]  # not inf: no clock or bucket can reckon with it
+AtLeastZero = Annotated[float, Meta(ge=0, le=1e12)]
 AtLeastOne = Annotated[int, Meta(ge=1)]
 Count = Annotated[int, Meta(ge=0)]
 Text = Annotated[str, Meta(min_length=1)]
@@ -27,6 +28,9 @@ Effort = Literal["low", "medium", "high", "xhigh"]
 Role = Literal["user", "assistant", "system", "developer"]
 
 SIMULATOR = "simulator"
+
+MAX_PRICE_USD = 100_000
+"""Per million tokens. Beyond it a cost would leave decimal128(20, 12), the column it is stored in."""
 
 
 class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -186,8 +190,8 @@ class Job(Table, frozen=True):
         settings = flatten(msgspec.to_builtins(self.request, str_keys=True), "request")
         settings["endpoint.name"] = self.endpoint_name
         settings["input.dialect"] = self.input.dialect
-        settings.pop("request.stream", None)  # how an answer travels is not what was asked
-        return settings
+        # how an answer travels is not what was asked
+        return {path: value for path, value in settings.items() if not path.startswith(_HOW_IT_TRAVELS)}
 
     def fingerprint(self) -> str:
         """The digest of `question()`: equal fingerprints ask equal questions of equal rows."""
@@ -201,7 +205,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Job:
         JobError: unreadable, not TOML, or a setting that does not fit; the message names its path.
     """
     try:
-        tables = tomllib.loads(path.read_text("utf-8"), parse_float=Decimal)
+        tables = tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
         raise JobError(f"{path}: can't read the job file: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -220,7 +224,8 @@ def from_tables(tables: Mapping[str, Any]) -> Job:
     try:
         job = msgspec.convert(tables, Job)
     except msgspec.ValidationError as error:
-        raise JobError(_explain(str(error), tables)) from error
+        known = [name for name, _ in settings()] + list(Job.__struct_fields__)
+        raise JobError(explain(str(error), tables, Job, known)) from error
     if problem := next(_problems(job), None):
         raise JobError(problem)
     response_format = job.request.response_format
@@ -244,12 +249,15 @@ def settings() -> Iterator[tuple[str, object]]:
             yield f"{path}.{field.name}", default
 
 
+_HOW_IT_TRAVELS = ("request.stream", "request.extra.stream_options")
+
+
 def flatten(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Nested tables as one level of dotted paths; lists stay whole."""
+    """Nested tables as one level of dotted paths; lists and empty tables stay whole."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         path = f"{prefix}.{name}" if prefix else name
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             flat.update(flatten(value, path))
         else:
             flat[path] = value
@@ -260,17 +268,18 @@ _SECRET = re.compile(r"(^|[._-])(api_?key|key|token|secret|password|authorizatio
 
 
 def _override(tables: dict[str, Any], override: str) -> None:
-    """Lay one `a.b=c` over the tables; the value is read as TOML, else as a plain string."""
+    """Lay one `a.b=c` over the tables; the path is read as a TOML key, the value as TOML, else as a plain string."""
     path, equals, text = override.partition("=")
-    if not equals or not path.strip():
-        raise JobError(f"--set {override!r}: expected table.setting=value")
-    if _SECRET.search(path.strip()):
+    keys = _keys(path)
+    if not equals or not keys:
+        raise JobError(f"--set {path}: expected table.setting=value")
+    if any(_SECRET.search(key) for key in keys):
         raise JobError(f"--set {path}: a secret does not belong on a command line; use endpoint.api_key_env")
     try:
-        value = tomllib.loads(f"value = {text}", parse_float=Decimal)["value"]
+        value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    *parents, last = path.strip().split(".")
+    *parents, last = keys
     table = tables
     for parent in parents:
         table = table.setdefault(parent, {})
@@ -279,31 +288,17 @@ def _override(tables: dict[str, Any], override: str) -> None:
     table[last] = value
 
 
-_UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>[^`]*)`(?: - at `\$\.?(?P<at>.*)`)?$")
-_AT = re.compile(r"^(?P<what>.*?)(?: - at `\$\.?(?P<at>.*)`)?$", re.DOTALL)
-
-
-def _explain(message: str, tables: Mapping[str, Any]) -> str:
-    """msgspec's message as `path: what was expected`, with the nearest known name for an unknown one."""
-    if unknown := _UNKNOWN.match(message):
-        path = ".".join(part for part in (unknown["at"], unknown["name"]) if part)
-        known = [name for name, _ in settings()] + [field.name for field in msgspec.structs.fields(Job)]
-        near = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
-        hint = f"did you mean {near[0]}?" if near else "docs/job.md lists every setting"
-        return f"{path}: no such setting: {hint}"
-    match = _AT.match(message)
-    what, at = (match["what"], match["at"]) if match else (message, None)
-    what = what[0].lower() + what[1:]
-    value = _at_path(tables, at) if at else None
-    shown = f" (is {value!r})" if isinstance(value, str | int | float | Decimal) else ""
-    return f"{at or 'job'}: {what}{shown}"
-
-
-def _at_path(tables: Mapping[str, Any], path: str) -> object:
-    value: Any = tables
-    for part in path.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value
+def _keys(path: str) -> list[str]:
+    """The names in a dotted TOML key, which may quote those that hold dots; [] if it is none."""
+    try:
+        tree = tomllib.loads(f"{path} = 0")
+    except tomllib.TOMLDecodeError:
+        return []
+    keys: list[str] = []
+    while isinstance(tree, dict) and len(tree) == 1:
+        ((key, tree),) = tree.items()
+        keys.append(key)
+    return keys
 
 
 def _problems(job: Job) -> Iterator[str]:
@@ -325,11 +320,22 @@ def _problems(job: Job) -> Iterator[str]:
         yield f"request.extra.{name}: this one has a setting of its own, request.{name}"
     for name in request.from_columns.keys() - FROM_COLUMNS:
         yield f"request.from_columns.{name}: expected one of {', '.join(sorted(FROM_COLUMNS))}"
-    if job.budget.max_cost_usd is not None and job.budget.max_cost_usd <= 0:
-        yield "budget.max_cost_usd: expected more than 0"
+    yield from _json_problems(request)
+    if (cap := job.budget.max_cost_usd) is not None and not (cap.is_finite() and cap > 0):
+        yield f"budget.max_cost_usd: expected more than 0 (is {cap})"
     for model, price in job.pricing.items():
-        if min(price.input, price.output, price.cached_input or Decimal(0)) < 0:
-            yield f"pricing.{model}: a price can't be negative"
+        for name in Price.__struct_fields__:
+            usd: Decimal | None = getattr(price, name)
+            if usd is not None and not (usd.is_finite() and 0 <= usd <= MAX_PRICE_USD):
+                yield f"pricing.{model}.{name}: expected 0 to {MAX_PRICE_USD:,} USD per million tokens (is {usd})"
+
+
+def _json_problems(request: RequestTemplate) -> Iterator[str]:
+    """TOML's dates, nan and inf would reach the API as texts and nulls that nobody wrote."""
+    asked = msgspec.to_builtins(request, builtin_types=(datetime, date, time))
+    for path, value in flatten(asked, "request").items():
+        if msgspec.json.decode(msgspec.json.encode(value)) != value:
+            yield f"{path}: JSON has no such value (is {value}); dates belong in quotes"
 
 
 FROM_COLUMNS = frozenset({"model", "reasoning_effort", "max_tokens", "temperature", "top_p"})
@@ -341,9 +347,14 @@ _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 def _endpoint_problems(endpoint: Endpoint) -> Iterator[str]:
     if endpoint.url == SIMULATOR:
         return
-    parts = urlsplit(endpoint.url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        parts = urlsplit(endpoint.url)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # of brackets and of a port that is none
+        usable = False
+    if not usable:
         yield f'endpoint.url: expected an http(s) URL or "simulator" (is {endpoint.url!r})'
+        return
     if parts.username or parts.password or "key=" in parts.query:
         yield "endpoint.url: holds a secret; use endpoint.api_key_env"
     if endpoint.api_key_env and endpoint.api_key_file:

@@ -1,0 +1,133 @@
+"""What is wrong in a job file, in one line: the setting's path, what was expected there, the nearest known name. PURE.
+
+msgspec's own message lacks three things that a person needs: which key of a dict it was, which values a name may have,
+and what an unknown setting was probably meant to be.
+"""
+
+import difflib
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+from msgspec.inspect import DictType, ListType, LiteralType, StructType, Type, UnionType, type_info
+
+Step = str | int
+"""One step down from a table: a name or a list's index."""
+
+_MESSAGE = re.compile(r"^(?P<what>.*?)(?: - at `\$\.?(?P<at>.*)`)?$", re.DOTALL)
+_UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>[^`]*)`$")
+_STEP = re.compile(r"\[(?P<index>\d+|\.\.\.)\]|(?P<name>[^.\[\]]+)")
+_ANY_KEY = "..."  # how msgspec writes a dict's key
+
+
+def explain(message: str, tables: Mapping[str, Any], root: type, settings: Collection[str]) -> str:
+    """`message`, from msgspec's conversion of `tables` to `root`, as `path: what was expected`."""
+    match = _MESSAGE.match(message)
+    what, at = (match["what"], match["at"] or "") if match else (message, "")
+    steps = _steps(message, at, tables, root)
+    if unknown := _UNKNOWN.match(what):
+        name = unknown["name"]
+        near = _nearest(name, steps, root, settings)
+        hint = f"did you mean {near}?" if near else "docs/job.md lists every setting"
+        return f"{_path([*steps, name])}: no such setting: {hint}"
+    value = _value_at(tables, steps)
+    choices = [f'"{choice}"' for node in _types_at(root, steps) for choice in _choices(node)]
+    if choices and isinstance(value, str):
+        what = f"expected {' or '.join(choices)}"
+    shown = f" (is {value!r})" if isinstance(value, str | int | float) else ""
+    return f"{_path(steps) or 'job'}: {what[0].lower()}{what[1:]}{shown}"
+
+
+def _path(steps: Sequence[Step]) -> str:
+    """The steps as a person would write them: `request.messages[0].role`."""
+    path = ""
+    for step in steps:
+        path += f"[{step}]" if isinstance(step, int) else f".{step}"
+    return path.removeprefix(".")
+
+
+def _steps(message: str, at: str, tables: Mapping[str, Any], root: type) -> list[Step]:
+    """msgspec's path, with the keys of dicts that it leaves open found by trial."""
+    steps: list[Step] = []
+    for match in _STEP.finditer(at):
+        if match["index"] == _ANY_KEY:
+            steps.append(_guilty_key(message, tables, steps, root))
+        else:
+            steps.append(int(match["index"]) if match["index"] else match["name"])
+    return steps
+
+
+def _guilty_key(message: str, tables: Mapping[str, Any], steps: list[Step], root: type) -> str:
+    """The first key of the dict at `steps` that alone leads to the same message."""
+    entries = _value_at(tables, steps)
+    for key, value in entries.items() if isinstance(entries, Mapping) else ():
+        try:
+            msgspec.convert(_with(tables, steps, {key: value}), root)
+        except msgspec.ValidationError as error:
+            if str(error) == message:
+                return str(key)
+    return _ANY_KEY
+
+
+def _with(tables: Mapping[str, Any], steps: Sequence[Step], value: object) -> Any:
+    """The tables with another value at `steps`, all of which are names."""
+    if not steps:
+        return value
+    first = str(steps[0])
+    return {**tables, first: _with(tables[first], steps[1:], value)}
+
+
+def _value_at(tables: object, steps: Sequence[Step]) -> object:
+    value: Any = tables
+    for step in steps:
+        if isinstance(value, Mapping):
+            value = value.get(step)
+        elif isinstance(value, list) and isinstance(step, int) and step < len(value):
+            value = value[step]
+        else:
+            return None
+    return value
+
+
+def _types_at(root: type, steps: Sequence[Step]) -> list[Type]:
+    """What may stand at `steps`, unions taken apart."""
+    nodes = list(_alternatives(type_info(root)))
+    for step in steps:
+        nodes = [each for node in nodes for below in _below(node, step) for each in _alternatives(below)]
+    return nodes
+
+
+def _alternatives(node: Type) -> Iterator[Type]:
+    if isinstance(node, UnionType):
+        yield from node.types
+    else:
+        yield node
+
+
+def _below(node: Type, step: Step) -> Iterator[Type]:
+    match node:
+        case StructType():
+            yield from (field.type for field in node.fields if field.encode_name == step)
+        case DictType():
+            yield node.value_type
+        case ListType():
+            yield node.item_type
+
+
+def _choices(node: Type) -> Iterator[str]:
+    if isinstance(node, LiteralType):
+        yield from (str(value) for value in node.values)
+
+
+def _nearest(name: str, steps: list[Step], root: type, settings: Collection[str]) -> str | None:
+    """The same name in another table, else the nearest of this table, else the nearest of all."""
+    for setting in settings:
+        if setting.rpartition(".")[2] == name:
+            return setting
+    siblings = [
+        field.encode_name for node in _types_at(root, steps) if isinstance(node, StructType) for field in node.fields
+    ]
+    if near := difflib.get_close_matches(name, siblings, n=1):
+        return _path([*steps, near[0]])
+    return next(iter(difflib.get_close_matches(_path([*steps, name]), settings, n=1)), None)
