@@ -1,12 +1,13 @@
 """Row + job → body and key. PURE. Three dialects of input, one encode per row.
 
-The body is built in the API's field order and encoded once; the same bytes are hashed into the `request_key` and sent.
-What only decides how an answer travels (`stream`, `stream_options`) is appended after the hash.
+The body is sent in the API's field order, with a row's own objects as they came. It is hashed into the `request_key` with
+all names sorted, since JSON objects have no order and Parquet gives them another than JSONL (0.7 µs, measured). What only
+decides how an answer travels (`stream`, `stream_options`) is appended to the body and left out of the key.
 """
 
 import hashlib
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -14,7 +15,7 @@ import jinja2.sandbox
 import msgspec
 
 from batchrun.errors import InputError, JobError
-from batchrun.job import Job, MessageTemplate, RequestTemplate
+from batchrun.job import Job, RequestTemplate
 from batchrun.records import Request, Row
 
 ROLES = ("user", "assistant", "system", "developer")
@@ -23,6 +24,8 @@ MAX_TOKENS = 128_000
 
 IMAGE_TOKENS = 6_000
 """More than any image costs in the upstream's own table of tile and patch counts: for the money bound only."""
+
+_canonical = msgspec.json.Encoder(order="deterministic").encode
 
 Columns = dict[str, Any]
 Body = dict[str, Any]
@@ -75,23 +78,31 @@ class RequestBuilder:
         Raises:
             InputError: the row can't be asked; the message says why, without the place.
         """
-        body = self._batch_body(row.columns) if self.dialect == "openai-batch" else self._body(row.columns)
-        encoded = msgspec.json.encode(body)
-        images, canonical = _images(body["messages"]), encoded
+        try:
+            body = self._batch_body(row.columns) if self.dialect == "openai-batch" else self._body(row.columns)
+            encoded = msgspec.json.encode(body)
+        except RecursionError as error:
+            raise InputError("the request is nested too deep") from error
+        except UnicodeEncodeError as error:
+            raise InputError(f"the request holds half a character, {error.object[error.start]!r}") from error
+        images, question = _images(body["messages"]), body
         if images and b'"data:' in encoded:
-            canonical = msgspec.json.encode({**body, "messages": _with_digests(body["messages"])})
-        key = hashlib.blake2b(canonical, digest_size=16)
+            question = {**body, "messages": _with_digests(body["messages"])}
+        key = hashlib.blake2b(_canonical(question), digest_size=16)
         key.update(self._endpoint_name)
-        limit = body.get("max_completion_tokens") or body.get("max_tokens") or self._max_output_tokens
-        choices = body.get("n") or 1
         return Request(
             row=row.row,
             key=key.digest(),
             body=encoded[:-1] + self._stream if self._stream else encoded,
             model=body["model"],
             max_prompt_tokens=len(encoded) + images * IMAGE_TOKENS,
-            max_output_tokens=limit * choices if isinstance(limit, int) and isinstance(choices, int) else limit,
+            max_output_tokens=self._max_output(body),
         )
+
+    def _max_output(self, body: Body) -> int:
+        """The most tokens that the answer can have; a limit that the server will not understand is none."""
+        limits = [_count(body.get(name)) for name in ("max_completion_tokens", "max_tokens")]
+        return max(limits) * max(_count(body.get("n")), 1) if any(limits) else self._max_output_tokens
 
     def _body(self, columns: Columns) -> Body:
         body: Body = {"model": self._request.model, "messages": self._messages(columns), **self._parameters}
@@ -112,13 +123,11 @@ class RequestBuilder:
         url = columns.get("url")
         if url is not None and not str(url).rstrip("/").endswith("/chat/completions"):
             raise InputError(f"`url` is {url!r}: only chat/completions can be asked")
-        given = without_nulls(given)
-        body: Body = {
-            "model": given.get("model") or self._request.model,
-            "messages": check_messages(given.get("messages")),
-        }
-        if body["model"] is None:
+        given = plain(given, "body")
+        model = given.get("model", self._request.model)
+        if model is None:
             raise InputError("`body` names no model, nor does request.model")
+        body: Body = {"model": check_parameter("model", model), "messages": check_messages(given.get("messages"))}
         own = {name: value for name, value in given.items() if name not in _NOT_PARAMETERS}
         for name, value in sorted({**self._parameters, **own}.items(), key=_field_order):
             body[name] = check_parameter(name, value)
@@ -136,7 +145,7 @@ def _field_order(item: tuple[str, object]) -> tuple[int, str]:
 
 def _parameters(request: RequestTemplate) -> Body:
     """The constant fields of every body, in the API's order, then the extra ones as the job gives them."""
-    fields: Body = {name: msgspec.to_builtins(getattr(request, name)) for name in _FIELDS}
+    fields: Body = {name: _same_number(msgspec.to_builtins(getattr(request, name))) for name in _FIELDS}
     if (wanted := request.response_format) is not None:
         fields["response_format"] = {"type": wanted.type}
         if wanted.type == "json_schema":
@@ -161,13 +170,16 @@ def _message_maker(request: RequestTemplate, dialect: str) -> Callable[[Columns]
     if dialect == "messages":
         return _messages_from_column(request)
     if isinstance(request.messages, list):
-        return _from_templates(request.messages)
+        templates = [
+            _template(each.content, f"request.messages[{i}].content") for i, each in enumerate(request.messages)
+        ]
+        return _from_templates([each.role for each in request.messages], templates)
     if request.prompt is None:
         raise JobError("request.prompt: the columns dialect needs a template, for example '{{ text }}'")
-    templates = [MessageTemplate("user", request.prompt)]
-    if request.system is not None:
-        templates.insert(0, MessageTemplate("system", request.system))
-    return _from_templates(templates)
+    prompt = _template(request.prompt, "request.prompt")
+    if request.system is None:
+        return _from_templates(["user"], [prompt])
+    return _from_templates(["system", "user"], [_template(request.system, "request.system"), prompt])
 
 
 def _messages_from_column(request: RequestTemplate) -> Callable[[Columns], list[Any]]:
@@ -178,7 +190,7 @@ def _messages_from_column(request: RequestTemplate) -> Callable[[Columns], list[
     def make(columns: Columns) -> list[Any]:
         if column not in columns:
             raise InputError(f"column {column!r}, which holds the messages, is missing")
-        messages = check_messages(without_nulls(as_json(columns[column])))
+        messages = check_messages(plain(as_json(columns[column]), column))
         if system is not None and messages[0]["role"] not in ("system", "developer"):
             return [{"role": "system", "content": system(columns)}, *messages]
         return messages
@@ -186,11 +198,10 @@ def _messages_from_column(request: RequestTemplate) -> Callable[[Columns], list[
     return make
 
 
-def _from_templates(templates: list[MessageTemplate]) -> Callable[[Columns], list[Any]]:
-    makers = [
-        (template.role, _template(template.content, f"request.messages[{place}].content"))
-        for place, template in enumerate(templates)
-    ]
+def _from_templates(
+    roles: Sequence[str], templates: Sequence[Callable[[Columns], Any]]
+) -> Callable[[Columns], list[Any]]:
+    makers = tuple(zip(roles, templates, strict=True))
     return lambda columns: [{"role": role, "content": make(columns)} for role, make in makers]
 
 
@@ -254,13 +265,28 @@ def as_json(value: Any) -> Any:
         raise InputError(f"a column that should hold JSON does not: {error}") from error
 
 
-def without_nulls(value: Any) -> Any:
-    """`value` without the null fields of its objects: Parquet pads every struct with them."""
+def plain(value: Any, column: str) -> Any:
+    """`value` without the null fields of its objects: Parquet pads every struct with them.
+
+    Raises:
+        InputError: JSON has no form for a value in it. The encoder would send NaN as null and bytes as base64.
+    """
     if isinstance(value, dict):
-        return {name: without_nulls(item) for name, item in value.items() if item is not None}
+        return {name: plain(item, column) for name, item in value.items() if item is not None}
     if isinstance(value, list):
-        return [without_nulls(item) for item in value]
-    return value
+        return [plain(item, column) for item in value]
+    if value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    raise InputError(f"{column}: JSON has no {type(value).__name__} such as {value!r:.80}; convert it first")
+
+
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+
+
+def _same_number(value: Any) -> Any:
+    """A whole number as an integer: Parquet makes doubles of integers beside nulls or fractions, JSONL does not."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def check_messages(messages: Any) -> list[Any]:
@@ -280,9 +306,8 @@ def check_messages(messages: Any) -> list[Any]:
 
 def check_parameter(name: str, value: Any) -> Any:
     """The value, if docs/api.md allows it for this field; fields that page does not know pass unchanged."""
-    if isinstance(value, float) and value.is_integer() and name == "max_tokens":
-        value = int(value)  # a Parquet integer column with nulls often comes as double
     if (check := _CHECKS.get(name)) is not None:
+        value = _same_number(value)
         allowed, expected = check
         if not allowed(value):
             raise InputError(f"{name}: expected {expected} (is {value!r:.80})")
@@ -291,7 +316,7 @@ def check_parameter(name: str, value: Any) -> Any:
 
 def _number_within(value: Any, low: float, high: float) -> bool:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value) and low <= value <= high
+    return number and low <= value <= high  # NaN is neither
 
 
 _CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {

@@ -1,0 +1,498 @@
+"""From a row to the very body and key: what the row says is asked, nothing else, and the same question has one key."""
+
+import json
+import uuid
+from datetime import UTC, date, datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batchrun.errors import InputError, JobError
+from batchrun.job import Job, from_tables
+from batchrun.records import Request, Row
+from batchrun.request import IMAGE_TOKENS, RequestBuilder, check_parameter, detect_dialect
+from batchrun.source import find_files, open_source
+
+MODEL = "vtrix-gpt-5.3-codex"
+HELLO = [{"role": "user", "content": "Hello"}]
+Columns = dict[str, Any]
+
+
+def a_job(endpoint: str | None = None, **request: object) -> Job:
+    tables: Columns = {"endpoint": {"url": "simulator"}, "request": {"model": MODEL, **request}}
+    if endpoint is not None:
+        tables["endpoint"]["name"] = endpoint
+    return from_tables(tables)
+
+
+def build(job: Job, columns: Columns, dialect: str | None = None) -> Request:
+    return RequestBuilder(job, dialect or detect_dialect(job, columns)).build(Row(0, columns))
+
+
+def body_of(job: Job, columns: Columns, dialect: str | None = None) -> Any:
+    return json.loads(build(job, columns, dialect).body)
+
+
+def key_of(job: Job, columns: Columns) -> bytes:
+    return build(job, columns).key
+
+
+def problem_of(job: Job, columns: Columns) -> str:
+    with pytest.raises(InputError) as caught:
+        build(job, columns)
+    return str(caught.value)
+
+
+# -- the three dialects
+
+
+@pytest.mark.parametrize(
+    ("request_table", "columns", "dialect"),
+    [
+        ({"prompt": "{{ a }}"}, {"a": "", "messages": HELLO}, "columns"),
+        ({"messages": [{"role": "user", "content": "x"}]}, {"messages": HELLO}, "columns"),
+        ({"messages": "chat"}, {"chat": HELLO}, "messages"),
+        ({}, {"custom_id": "1", "body": {}, "messages": HELLO}, "openai-batch"),
+        ({}, {"messages": HELLO}, "messages"),
+    ],
+)
+def test_the_dialect_is_what_the_job_asks_else_what_the_columns_say(
+    request_table: Columns, columns: Columns, dialect: str
+) -> None:
+    assert detect_dialect(a_job(**request_table), columns) == dialect
+
+
+def test_columns_that_say_nothing_are_named() -> None:
+    with pytest.raises(InputError, match=r"set request.prompt to a template over the columns \(id, text\)"):
+        detect_dialect(a_job(), {"id": 1, "text": "x"})
+
+
+def test_the_columns_dialect_sends_the_api_fields_in_their_order() -> None:
+    job = a_job(
+        system="You label.",
+        prompt="Label: {{ text }}",
+        max_tokens=64,
+        temperature=0.0,
+        reasoning_effort="low",
+        response_format={"type": "json_schema", "name": "label", "schema": {"type": "object"}},
+        extra={"seed": 7},
+    )
+    body = build(job, {"text": "Fine.", "other": object()}).body
+    assert body == (
+        b'{"model":"vtrix-gpt-5.3-codex","messages":[{"role":"system","content":"You label."},'
+        b'{"role":"user","content":"Label: Fine."}],"reasoning_effort":"low","max_tokens":64,"temperature":0,'
+        b'"response_format":{"type":"json_schema","json_schema":{"name":"label","schema":{"type":"object"},'
+        b'"strict":true}},"seed":7}'
+    )
+
+
+def test_a_message_template_may_be_a_list_of_parts() -> None:
+    parts = [{"type": "text", "text": "{{ ask }}"}, {"type": "image_url", "image_url": {"url": "{{ url }}"}}]
+    job = a_job(messages=[{"role": "user", "content": parts}])
+    (message,) = body_of(job, {"ask": "What?", "url": "https://h/a.png"})["messages"]
+    assert message["content"] == [
+        {"type": "text", "text": "What?"},
+        {"type": "image_url", "image_url": {"url": "https://h/a.png"}},
+    ]
+
+
+def test_a_message_column_gets_the_system_prompt_unless_it_has_its_own() -> None:
+    job = a_job(system="Be {{ tone }}.")
+    assert body_of(job, {"messages": HELLO, "tone": "brief"})["messages"] == [
+        {"role": "system", "content": "Be brief."},
+        *HELLO,
+    ]
+    own = [{"role": "developer", "content": "Own."}, *HELLO]
+    assert body_of(job, {"messages": own, "tone": "brief"})["messages"] == own
+
+
+def test_messages_may_be_json_text() -> None:
+    assert body_of(a_job(), {"messages": json.dumps(HELLO)})["messages"] == HELLO
+
+
+def test_a_batch_line_keeps_what_it_says_and_the_job_fills_the_gaps() -> None:
+    job = a_job(max_tokens=10, temperature=0.5, extra={"seed": 1})
+    given = {"messages": HELLO, "temperature": 1.5, "stop": ["x"], "logit_bias": {"5": -1}, "stream": True}
+    body = body_of(job, {"custom_id": "a", "url": "/v1/chat/completions", "body": given})
+    assert body == {
+        "model": MODEL,
+        "messages": HELLO,
+        "max_tokens": 10,
+        "temperature": 1.5,
+        "logit_bias": {"5": -1},
+        "seed": 1,
+        "stop": ["x"],
+    }
+    assert body_of(job, {"custom_id": "a", "body": {**given, "model": "m2"}})["model"] == "m2"
+
+
+@pytest.mark.parametrize(
+    ("columns", "problem"),
+    [
+        ({"body": [1]}, "`body` is no JSON object"),
+        ({"body": "{"}, "a column that should hold JSON does not"),
+        ({"body": {"messages": HELLO}, "url": "/v1/embeddings"}, "`url` is '/v1/embeddings'"),
+        ({"body": {"messages": []}}, "messages: expected at least one message"),
+        ({"body": {"messages": HELLO, "model": 5}}, "model: expected a model id (is 5)"),
+        ({"body": {"messages": HELLO, "model": ""}}, "model: expected a model id (is '')"),
+        ({"body": {"messages": HELLO, "max_tokens": 0}}, "max_tokens: expected an integer from 1 to 128,000 (is 0)"),
+    ],
+)
+def test_a_batch_line_that_cannot_be_asked_is_named(columns: Columns, problem: str) -> None:
+    assert problem_of(a_job(), {"custom_id": "a", **columns}).startswith(problem)
+
+
+def test_a_request_without_a_model_is_refused() -> None:
+    nameless = from_tables({"endpoint": {"url": "simulator"}})
+    with pytest.raises(JobError, match=r"request\.model: name the model"):
+        build(nameless, {"messages": HELLO})
+    assert "names no model" in problem_of(nameless, {"custom_id": "a", "body": {"messages": HELLO}})
+
+
+@pytest.mark.parametrize(
+    ("messages", "problem"),
+    [
+        (None, "messages: expected at least one message"),
+        ([], "messages: expected at least one message"),
+        ({}, "messages: expected at least one message"),
+        (["Hello"], "messages[0].role: expected one of user, assistant, system, developer (is 'Hello')"),
+        ([*HELLO, {"role": "robot", "content": ""}], "messages[1].role: expected one of"),
+        ([{"content": "x"}], "messages[0].role: expected one of"),
+        ([{"role": "user"}], "messages[0].content: expected text or a list of parts"),
+        ([{"role": "user", "content": 5}], "messages[0].content: expected text or a list of parts"),
+    ],
+)
+def test_messages_that_are_none_are_named(messages: object, problem: str) -> None:
+    assert problem_of(a_job(), {"messages": messages}).startswith(problem)
+
+
+def test_a_function_call_needs_no_content() -> None:
+    call = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
+    assert body_of(a_job(), {"messages": [*HELLO, call]})["messages"][1]["function_call"]["name"] == "f"
+
+
+# -- Parquet and JSONL ask the same
+
+
+def both_formats(tmp_path: Path, rows: list[Columns]) -> list[list[Request]]:
+    """The requests of the same rows from a JSONL and from a Parquet file."""
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    made = []
+    for name in ("rows.jsonl", "rows.parquet"):
+        records = list(open_source(find_files(str(tmp_path / name))).records())
+        builder = RequestBuilder(a_job(from_columns={"temperature": "t"}), detect_dialect(a_job(), records[0].columns))
+        made.append([builder.build(Row(i, record.columns)) for i, record in enumerate(records)])
+    return made
+
+
+def test_parquet_and_jsonl_of_the_same_data_ask_the_same_with_the_same_key(tmp_path: Path) -> None:
+    image = {"type": "image_url", "image_url": {"url": "https://h/a.png"}}
+    rows: list[Columns] = [
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}, image]}], "t": 1},
+        {"messages": [{"role": "user", "name": "ann", "content": [image]}], "t": 0.5},
+        {"messages": [{"content": [image], "role": "user"}], "t": None},
+    ]
+    jsonl, parquet = both_formats(tmp_path, rows)
+    assert [json.loads(request.body) for request in jsonl] == [json.loads(request.body) for request in parquet]
+    assert [request.key for request in jsonl] == [request.key for request in parquet]
+    assert len({request.key for request in jsonl}) == 3
+
+
+def test_the_order_of_an_objects_names_is_kept_in_the_body_and_is_not_in_the_key() -> None:
+    given = {"model": "m", "messages": HELLO, "response_format": {"type": "json_object", "b": 1, "a": 2}}
+    other = dict(reversed(given.items())) | {"response_format": {"a": 2, "b": 1, "type": "json_object"}}
+    first, second = (build(a_job(), {"custom_id": "x", "body": each}) for each in (given, other))
+    assert b'"b":1,"a":2' in first.body
+    assert b'"a":2,"b":1' in second.body
+    assert first.key == second.key
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        float("nan"),
+        float("inf"),
+        Decimal("1.5"),
+        b"bytes",
+        uuid.UUID(int=1),
+        datetime(2026, 1, 1, tzinfo=UTC),
+        date(2026, 1, 1),
+        ("key", "value"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_value_that_json_cannot_say_is_named_and_not_sent_as_something_else(value: object) -> None:
+    in_messages = problem_of(a_job(), {"messages": [{**HELLO[0], "weight": value}]})
+    in_body = problem_of(a_job(), {"custom_id": "a", "body": {"messages": HELLO, "metadata": {"x": [value]}}})
+    assert in_messages.startswith(f"messages: JSON has no {type(value).__name__} such as {value!r:.80}")
+    assert in_body.startswith(f"body: JSON has no {type(value).__name__}")
+
+
+def test_a_request_nested_too_deep_or_with_half_a_character_is_the_rows_own_problem() -> None:
+    deep: Any = "x"
+    for _ in range(5000):
+        deep = [deep]
+    assert (
+        problem_of(a_job(), {"custom_id": "a", "body": {"messages": HELLO, "x": deep}})
+        == "the request is nested too deep"
+    )
+    assert problem_of(a_job(), {"custom_id": "a", "body": "[" * 100_000}).startswith("a column that should hold JSON")
+    assert "half a character" in problem_of(a_job(), {"messages": [{"role": "user", "content": "\ud83d"}]})
+
+
+# -- templates
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        ("{{ missing }}", "request.prompt: 'missing' is undefined"),
+        ("{{ empty }}", "request.prompt: a value in the template is null"),
+        ("{{ struct.gone }}", "request.prompt: 'dict object' has no attribute 'gone'"),
+        ("{{ struct.empty }}", "request.prompt: a value in the template is null"),
+        ("{{ text / 2 }}", "request.prompt: TypeError"),
+        ("{{ 1 // zero }}", "request.prompt: ZeroDivisionError"),
+        ("{% include 'x' %}", "request.prompt: TypeError"),
+    ],
+)
+def test_a_missing_column_and_a_null_are_named_and_never_sent(template: str, problem: str) -> None:
+    columns = {"text": "x", "empty": None, "zero": 0, "struct": {"empty": None}}
+    assert problem_of(a_job(prompt=template), columns).startswith(problem)
+
+
+def test_a_template_problem_names_the_setting_it_stands_in() -> None:
+    assert problem_of(a_job(prompt="x", system="{{ gone }}"), {}).startswith("request.system: ")
+    messages = [{"role": "system", "content": "x"}, {"role": "user", "content": "{{ gone }}"}]
+    assert problem_of(a_job(messages=messages), {}).startswith("request.messages[1].content: ")
+    with pytest.raises(JobError, match=r"request\.prompt: template error in line 2: "):
+        build(a_job(prompt="a\n{{ text"), {"text": "x"})
+
+
+def test_a_null_may_be_provided_for() -> None:
+    job = a_job(prompt="{{ name or 'nobody' }}{% if name is none %}!{% endif %}")
+    assert body_of(job, {"name": None})["messages"][0]["content"] == "nobody!"
+
+
+@pytest.mark.parametrize("text", ["{{ 7 * 7 }}", "{% for x in y %}", "{# c #}", "{{", "%}", "{{ secret }}"])
+def test_row_text_that_looks_like_a_template_stays_text(text: str) -> None:
+    columns = {"text": text, "secret": "canary"}
+    assert body_of(a_job(prompt="{{ text }}"), columns)["messages"][0]["content"] == text
+    assert body_of(a_job(), {"messages": [{"role": "user", "content": text}]})["messages"][0]["content"] == text
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__ }}",
+        "{{ ''['__class__'] }}",
+        "{{ text|attr('__class__') }}",
+        "{{ ().__class__.__bases__[0].__subclasses__() }}",
+        "{{ [text]|map(attribute='__class__')|first }}",
+        "{{ '{0.__class__}'.format(text) }}",
+        "{{ '{a.__class__}'.format_map({'a': text}) }}",
+        "{% set f = '{0.__class__}'.format %}{{ f(text) }}",
+        "{{ ('{0.__class__}'|attr('format'))(text) }}",
+        "{{ ['{0.__class__}']|map('format', text)|first|attr('__len__') }}",
+        "{{ text.upper.__self__ }}",
+        "{{ text.upper.__func__.__globals__ }}",
+        "{{ self.__init__.__globals__ }}",
+        "{{ self._TemplateReference__context }}",
+        "{{ cycler.__init__.__globals__.os }}",
+        "{{ lipsum.__globals__['os'] }}",
+        "{{ namespace.__init__.__globals__ }}",
+        "{{ joiner.__init__ }}",
+        "{% macro m() %}{% endmacro %}{{ m.__globals__ }}",
+        "{% for x in [1] recursive %}{{ loop.__class__ }}{% endfor %}",
+        "{{ tags.append(1) }}",
+        "{{ struct.update(a=1) }}",
+        "{{ struct.pop('a') }}",
+        "{% import 'os' as os %}{{ os }}",
+        "{{ config }}",
+        "{{ request }}",
+    ],
+)
+def test_a_template_cannot_reach_internals_or_change_the_row(template: str) -> None:
+    columns: Columns = {"text": "x", "tags": ["a"], "struct": {"a": 0}}
+    with pytest.raises((InputError, JobError)):
+        build(a_job(prompt=template), columns)
+    assert columns == {"text": "x", "tags": ["a"], "struct": {"a": 0}}
+
+
+def test_what_a_template_sets_stays_in_its_row() -> None:
+    builder = RequestBuilder(a_job(prompt="{{ kept|default('no') }}{% set kept = 'yes' %}"), "columns")
+    columns: Columns = {}
+    bodies = [builder.build(Row(row, columns)).body for row in range(2)]
+    assert bodies[0] == bodies[1]
+    assert columns == {}
+
+
+# -- parameters
+
+
+def test_a_column_overrides_a_parameter_row_by_row_and_its_null_leaves_the_jobs() -> None:
+    columns_of = {"model": "m", "temperature": "t", "max_tokens": "n", "top_p": "p", "reasoning_effort": "e"}
+    job = a_job(prompt="x", temperature=0.25, from_columns=columns_of)
+    own = {"m": "m2", "t": 1.5, "n": 64.0, "p": 0.5, "e": "high"}
+    body = body_of(job, own)
+    assert body["model"] == "m2"
+    assert {name: body[name] for name in columns_of if name != "model"} == {
+        "temperature": 1.5,
+        "max_tokens": 64,
+        "top_p": 0.5,
+        "reasoning_effort": "high",
+    }
+    assert body_of(job, dict.fromkeys(own)) == {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": "x"}],
+        "temperature": 0.25,
+    }
+    assert problem_of(job, {**own, "t": 3.0}) == "temperature: expected a number from 0 to 2 (is 3)"
+    del own["e"]
+    assert "column 'e', which request.from_columns.reasoning_effort names, is missing" in problem_of(job, own)
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("name", "allowed", "refused"),
+    [
+        ("model", ["m"], ["", None, 5]),
+        ("reasoning_effort", ["low", "medium", "high", "xhigh"], ["Low", "", None, 1, [], "none"]),
+        ("max_tokens", [1, 128_000, 64.0], [0, -1, 128_001, 1.5, True, "64", None, NAN, float("inf"), 10**400]),
+        ("temperature", [0, 0.0, 1, 2.0, 2], [-0.1, 2.1, True, "1", None, NAN, float("inf"), Decimal(1), 10**400]),
+        ("top_p", [0, 0.0, 0.5, 1.0], [-0.1, 1.1, False, "1", None, NAN, [], 10**400]),
+        ("functions", [[], [{"name": "f"}], [{"name": "f", "x": 1}]], [{}, [{}], ["f"], [{"name": 1}], None]),
+        ("function_call", ["none", "auto", {"name": "f"}], ["always", {}, {"name": 1}, None, True]),
+        (
+            "response_format",
+            [{"type": "text"}, {"type": "json_object"}, {"type": "json_schema"}],
+            [{}, "text", {"type": "x"}, None],
+        ),
+        ("unknown_to_the_page", [None, 1, "x", [], {"a": None}], []),
+    ],
+)
+def test_a_parameter_is_held_to_its_documented_range(name: str, allowed: list[Any], refused: list[Any]) -> None:
+    for value in allowed:
+        assert check_parameter(name, value) == value
+    for value in refused:
+        with pytest.raises(InputError, match=f"^{name}: expected "):
+            check_parameter(name, value)
+
+
+# -- the key
+
+
+def batch(**body: object) -> Columns:
+    return {"custom_id": "a", "body": {"model": "m", "messages": HELLO, **body}}
+
+
+def test_the_key_ignores_how_the_answer_travels() -> None:
+    plain, streamed = a_job(), a_job(stream=True, extra={"stream_options": {"include_usage": False}})
+    assert key_of(plain, batch()) == key_of(streamed, batch()) == key_of(plain, batch(stream=True, stream_options={}))
+    body = body_of(streamed, batch())
+    assert (body["stream"], body["stream_options"]) == (True, {"include_usage": False})
+    assert body_of(a_job(stream=True), batch())["stream_options"] == {"include_usage": True}
+    assert "stream" not in body_of(plain, batch(stream=True))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": "m2"},
+        {"messages": [{"role": "user", "content": "Hello "}]},
+        {"messages": [{"role": "system", "content": "Hello"}]},
+        {"messages": [*HELLO, *HELLO]},
+        {"reasoning_effort": "low"},
+        {"max_tokens": 1},
+        {"temperature": 0},
+        {"top_p": 1},
+        {"functions": [{"name": "f"}]},
+        {"function_call": "none"},
+        {"response_format": {"type": "text"}},
+        {"seed": 1},
+        {"n": 2},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_the_key_depends_on_every_field_of_the_body(change: Columns) -> None:
+    assert key_of(a_job(), batch(**change)) != key_of(a_job(), batch())
+
+
+def test_the_key_depends_on_the_endpoints_name_and_not_on_row_or_other_columns() -> None:
+    assert key_of(a_job(endpoint="a"), batch()) != key_of(a_job(endpoint="b"), batch())
+    builder = RequestBuilder(a_job(prompt="{{ a }}"), "columns")
+    first, second = builder.build(Row(0, {"a": "x"})), builder.build(Row(9, {"a": "x", "b": 1}))
+    assert first.key == second.key
+    assert (first.row, second.row) == (0, 9)
+
+
+def an_image(url: str, text: str = "What?") -> Columns:
+    part = {"type": "image_url", "image_url": {"url": url}}
+    return {"messages": [{"role": "user", "content": [{"type": "text", "text": text}, part]}]}
+
+
+def test_a_picture_is_in_the_key_by_its_digest_and_in_the_body_as_it_is() -> None:
+    picture, other = "data:image/png;base64,AAAA", "data:image/png;base64,AAAB"
+    request = build(a_job(), an_image(picture))
+    assert json.loads(request.body)["messages"][0]["content"][1]["image_url"]["url"] == picture
+    assert request.key == key_of(a_job(), an_image(picture))
+    assert len({key_of(a_job(), an_image(url)) for url in (picture, other, "https://h/AAAA")}) == 3
+    assert key_of(a_job(), an_image(picture)) != key_of(a_job(), an_image(picture, "Why?"))
+
+
+# -- the bounds
+
+
+def test_the_bounds_cover_all_that_one_attempt_can_be_billed_for() -> None:
+    request = build(a_job(), batch(max_tokens=100, n=3))
+    assert request.max_output_tokens == 300
+    assert request.max_prompt_tokens == len(request.body)
+    assert build(a_job(), batch(max_tokens=100, max_completion_tokens=200)).max_output_tokens == 200
+    assert build(a_job(), batch()).max_output_tokens == 128_000
+    with_image = build(a_job(), an_image("https://h/a.png"))
+    assert with_image.max_prompt_tokens == len(with_image.body) + IMAGE_TOKENS
+
+
+@pytest.mark.parametrize("limit", [0, -5, True, "100", 100.5, [], {}])
+def test_a_limit_that_no_server_understands_is_no_bound(limit: object) -> None:
+    request = build(a_job(), batch(max_completion_tokens=limit, n=limit))
+    assert request.max_output_tokens == 128_000
+
+
+# -- any columns
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+JSON = st.recursive(
+    st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(TEXT, TEXT)
+def test_a_rendered_prompt_reaches_the_body_letter_by_letter(before: str, text: str) -> None:
+    job = a_job(prompt="<{{ before }}|{{ text }}>")
+    columns = {"before": before, "text": text}
+    assert body_of(job, columns)["messages"] == [{"role": "user", "content": f"<{before}|{text}>"}]
+    assert key_of(job, columns) == key_of(job, dict(reversed(columns.items())))
+
+
+@given(
+    st.dictionaries(
+        TEXT.filter(lambda name: name not in ("model", "messages", "stream", "stream_options")), JSON, max_size=4
+    )
+)
+def test_a_batch_body_is_sent_as_it_was_meant_and_equal_columns_have_one_key(extra: Columns) -> None:
+    extra = {name: value for name, value in extra.items() if name not in ("max_tokens", "temperature", "top_p")}
+    meant = {"model": "m", "messages": HELLO, **extra}
+    assert body_of(a_job(), {"custom_id": "a", "body": meant}) == meant
+    again = json.loads(json.dumps(dict(reversed(meant.items()))))
+    assert key_of(a_job(), {"custom_id": "b", "body": again}) == key_of(a_job(), {"custom_id": "a", "body": meant})
