@@ -15,12 +15,15 @@ from batchrun.records import Answer, FunctionCall, Usage
 MAX_MESSAGE_CHARS = 1000
 """Error messages are for people and for a column: longer ones are cut, the raw body stays."""
 
-MAX_INT64 = 2**63 - 1
+MAX_COUNT = 10**9
+"""Tokens. No request has a billion; a larger count is an error of the server's that no bill should be made of."""
+
+_STREAM = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:data|event|id|retry)?:")
 
 
 def read(body: bytes) -> Answer:
     """What `body` says: a chat completion as JSON or as server-sent events, an error object, or nothing usable."""
-    if body.startswith((b"data:", b"event:", b":", b"\xef\xbb\xbfdata:")):
+    if _STREAM.match(body):
         return _from_events(body)
     decoded, flagged = decode(body)
     return _from_object(decoded, flagged) if isinstance(decoded, dict) else Answer()
@@ -97,17 +100,26 @@ def _first_choice(body: dict[str, Any]) -> dict[str, Any]:
 def _error(body: dict[str, Any]) -> tuple[str | None, str | None]:
     """Message and code of an error object, in the shapes gateways use (docs/api.md, "Errors")."""
     error = body.get("error")
-    if isinstance(error, str):
+    if isinstance(error, str) and error:
         return error[:MAX_MESSAGE_CHARS], None
-    if isinstance(error, dict):
+    if isinstance(error, dict) and error:
         message = error.get("message")
-        text = message if isinstance(message, str) else msgspec.json.encode(error).decode()
-        code = error.get("code") or error.get("type")
-        return text[:MAX_MESSAGE_CHARS], str(code)[:200] if code is not None else None
-    if error is None and "choices" not in body and isinstance(body.get("message"), str):
-        code = body.get("code")
-        return body["message"][:MAX_MESSAGE_CHARS], str(code)[:200] if code is not None else None
+        text = message if isinstance(message, str) else _as_text(error)
+        return text[:MAX_MESSAGE_CHARS], _code(error.get("code") or error.get("type"))
+    if not error and "choices" not in body and isinstance(body.get("message"), str):
+        return body["message"][:MAX_MESSAGE_CHARS], _code(body.get("code"))
     return None, None
+
+
+def _as_text(error: dict[str, Any]) -> str:
+    try:
+        return msgspec.json.encode(error).decode()
+    except RecursionError:  # what can just be decoded can't always be encoded
+        return "an error nested too deep to show"
+
+
+def _code(value: Any) -> str | None:
+    return str(value)[:200] if isinstance(value, str | int) else None
 
 
 def _text(value: Any) -> str | None:
@@ -139,7 +151,7 @@ def _count(value: Any) -> int | None:
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     whole = isinstance(value, int) and not isinstance(value, bool)
-    return value if whole and 0 <= value <= MAX_INT64 else None
+    return value if whole and 0 <= value <= MAX_COUNT else None
 
 
 def _usage(value: Any) -> Usage | None:
@@ -164,35 +176,42 @@ def _detail(details: Any, name: str) -> int | None:
 
 
 def _from_events(body: bytes) -> Answer:
-    """A whole stream folded into the completion it spells; incomplete without a finish_reason (or `[DONE]`)."""
-    parts: list[str] = []
-    names: list[str] = []
-    arguments: list[str] = []
+    """A whole stream folded into the completion it spells; incomplete with neither a finish_reason nor `[DONE]`."""
+    deltas: list[dict[str, Any]] = []
     last: dict[str, Any] = {}
     finish_reason: str | None = None
-    flagged = False
+    flagged = done = False
     for data in events(body):
-        if data == b"[DONE]":
+        if done := data == b"[DONE]":
             break
         event, lenient = decode(data)
         flagged |= lenient
         if not isinstance(event, dict):
             continue
-        last = {**last, **{name: value for name, value in event.items() if value is not None}}
+        last |= {name: value for name, value in event.items() if value is not None and name != "choices"}
         choice = _first_choice(event)
+        if choice.get("index") not in (None, 0):
+            continue  # the further ones of n > 1 are in the raw answer only
         finish_reason = _text(choice.get("finish_reason")) or finish_reason
-        delta = choice.get("delta")
-        if isinstance(delta, dict):
-            parts.append(_content(delta.get("content")) or "")
-            if call := _function_call(delta.get("function_call")):
-                names.append(call.name or "")
-                arguments.append(call.arguments or "")
-    message: dict[str, Any] = {"content": "".join(parts) if parts else None}
-    if names:
-        message["function_call"] = {"name": "".join(names), "arguments": "".join(arguments)}
-    whole = {**last, "choices": [{"message": message, "finish_reason": finish_reason}]}
-    answer = _from_object(whole, flagged)
-    return answer if finish_reason is not None else msgspec.structs.replace(answer, completion=False)
+        if isinstance(delta := choice.get("delta"), dict):
+            deltas.append(delta)
+    if deltas:
+        last["choices"] = [{"message": _joined(deltas), "finish_reason": finish_reason}]
+    answer = _from_object(last, flagged)
+    return answer if done or finish_reason is not None else msgspec.structs.replace(answer, completion=False)
+
+
+def _joined(deltas: list[dict[str, Any]]) -> dict[str, Any]:
+    """The message that a stream's deltas add up to; what none of them has stays null."""
+    contents = [text for delta in deltas if (text := _content(delta.get("content"))) is not None]
+    calls = [call for delta in deltas if (call := _function_call(delta.get("function_call"))) is not None]
+    message: dict[str, Any] = {"content": "".join(contents) if contents else None}
+    if calls:
+        name, arguments = (
+            "".join(parts) for parts in zip(*((c.name or "", c.arguments or "") for c in calls), strict=True)
+        )
+        message["function_call"] = {"name": name, "arguments": arguments}
+    return message
 
 
 def events(body: bytes) -> Iterator[bytes]:

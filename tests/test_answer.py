@@ -1,0 +1,377 @@
+"""Whatever bytes come, they are read as far as they can be, and nothing without a message counts as a completion."""
+
+import json
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batchrun.answer import MAX_COUNT, MAX_MESSAGE_CHARS, decode, events, read
+from batchrun.records import Answer, FunctionCall, Usage
+
+USAGE = {
+    "prompt_tokens": 12,
+    "completion_tokens": 7,
+    "total_tokens": 19,
+    "prompt_tokens_details": {"cached_tokens": 4},
+    "completion_tokens_details": {"reasoning_tokens": 3},
+}
+
+
+def completion(message: object = ..., **changed: object) -> dict[str, Any]:
+    message = {"role": "assistant", "content": "Fine."} if message is ... else message
+    whole: dict[str, Any] = {
+        "id": "c-1",
+        "object": "chat.completion",
+        "created": 1_790_000_000,
+        "model": "m",
+        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+        "usage": USAGE,
+    }
+    return {name: value for name, value in (whole | changed).items() if value is not ...}
+
+
+def body(message: object = ..., **changed: object) -> bytes:
+    return json.dumps(completion(message, **changed)).encode()
+
+
+WHOLE = Answer(
+    completion=True,
+    completion_id="c-1",
+    created=1_790_000_000,
+    model="m",
+    content="Fine.",
+    finish_reason="stop",
+    usage=Usage(12, 7, 19, cached_tokens=4, reasoning_tokens=3),
+)
+
+
+def but(**changed: Any) -> Answer:
+    return msgspec.structs.replace(WHOLE, **changed)
+
+
+def test_a_completion_is_read_whole() -> None:
+    assert read(body()) == WHOLE
+
+
+NO_COMPLETION = Answer(model="m", usage=WHOLE.usage)
+DEEP = b"[" * 100_000 + b"]" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("raw", "answer"),
+    [
+        pytest.param(b"", Answer(), id="nothing"),
+        pytest.param(b"<html><body>502 Bad Gateway</body></html>", Answer(), id="HTML"),
+        pytest.param(b"\x00\xff\xfe", Answer(), id="binary"),
+        pytest.param(b"[]", Answer(), id="a list"),
+        pytest.param(b"null", Answer(), id="null"),
+        pytest.param(body()[:-20], Answer(), id="cut JSON"),
+        pytest.param(body() + b"x", Answer(), id="JSON with a tail"),
+        pytest.param(DEEP, Answer(), id="100,000 deep"),
+        pytest.param(body(choices=[]), NO_COMPLETION, id="empty choices"),
+        pytest.param(body(choices=...), NO_COMPLETION, id="no choices"),
+        pytest.param(body(choices={}), NO_COMPLETION, id="choices no list"),
+        pytest.param(body(choices=[None]), NO_COMPLETION, id="null choice"),
+        pytest.param(body(None), NO_COMPLETION, id="null message"),
+        pytest.param(body("Fine."), NO_COMPLETION, id="message is text"),
+        pytest.param(body({"content": None}), but(content=None), id="null content"),
+        pytest.param(body({}), but(content=None), id="no content"),
+        pytest.param(body({"content": 5}), but(content=None), id="content is a number"),
+        pytest.param(
+            body({"content": [{"type": "text", "text": "Fi"}, {"x": 1}, "y", {"text": "ne."}]}),
+            WHOLE,
+            id="content list",
+        ),
+        pytest.param(body({"content": "a\u2028b\u0000c"}), but(content="a\u2028b\0c"), id="NUL and U+2028"),
+        pytest.param(body(usage=...), but(usage=None), id="no usage"),
+        pytest.param(body(usage=None), but(usage=None), id="null usage"),
+        pytest.param(body(usage=[]), but(usage=None), id="usage is a list"),
+        pytest.param(body(usage={"prompt_tokens": 1}), but(usage=None), id="half a usage"),
+        pytest.param(
+            body(usage={"prompt_tokens": "12", "completion_tokens": "7"}),
+            but(usage=Usage(12, 7, 19)),
+            id="usage as strings",
+        ),
+        pytest.param(
+            body(usage={"prompt_tokens": 12.0, "completion_tokens": 7}),
+            but(usage=Usage(12, 7, 19)),
+            id="usage as floats",
+        ),
+        pytest.param(body(usage={"prompt_tokens": -1, "completion_tokens": 7}), but(usage=None), id="negative usage"),
+        pytest.param(body(usage={"prompt_tokens": True, "completion_tokens": 7}), but(usage=None), id="boolean usage"),
+        pytest.param(
+            body(usage={"prompt_tokens": MAX_COUNT + 1, "completion_tokens": 7}), but(usage=None), id="absurd usage"
+        ),
+        pytest.param(
+            body(usage={"prompt_tokens": "٣", "completion_tokens": 7}), but(usage=None), id="digits of another script"
+        ),
+        pytest.param(
+            body(usage={**USAGE, "prompt_tokens_details": 5, "completion_tokens_details": {}}),
+            but(usage=Usage(12, 7, 19)),
+            id="odd details",
+        ),
+        pytest.param(body(created="yesterday"), but(created=None), id="created is text"),
+        pytest.param(body(created=True), but(created=None), id="created is true"),
+        pytest.param(body(created=10**15), but(created=None), id="created in another unit"),
+        pytest.param(body(id=5, model=None), but(completion_id=None, model=None), id="id is a number"),
+        pytest.param(
+            body(
+                service_tier="x", choices=[{"message": {"content": "Fine.", "x": 1}, "finish_reason": "stop", "y": {}}]
+            ),
+            WHOLE,
+            id="unknown fields",
+        ),
+        pytest.param(body(error=None), WHOLE, id="null error"),
+        pytest.param(body(error={}), WHOLE, id="empty error"),
+        pytest.param(body(error=""), WHOLE, id="error is empty text"),
+        pytest.param(body(error="broken"), but(completion=False, error_message="broken"), id="choices and an error"),
+        pytest.param(
+            body({"content": None, "function_call": {"name": "f", "arguments": "{"}}),
+            but(content=None, function_call=FunctionCall("f", "{")),
+            id="function call",
+        ),
+        pytest.param(
+            body({"function_call": {"name": 5}}),
+            but(content=None, function_call=FunctionCall(None, None)),
+            id="odd function call",
+        ),
+        pytest.param(body({"function_call": "f"}), but(content=None), id="function call is text"),
+        pytest.param(
+            b'{"error":{"message":"no","code":"bad","type":"t"}}',
+            Answer(error_message="no", error_code="bad"),
+            id="error object",
+        ),
+        pytest.param(
+            b'{"error":{"message":"no","code":null,"type":"t"}}',
+            Answer(error_message="no", error_code="t"),
+            id="error type",
+        ),
+        pytest.param(
+            b'{"error":{"message":"no","code":503}}',
+            Answer(error_message="no", error_code="503"),
+            id="error code number",
+        ),
+        pytest.param(b'{"error":{"message":"no","code":{"a":1}}}', Answer(error_message="no"), id="error code object"),
+        pytest.param(b'{"error":{"reason":"x"}}', Answer(error_message='{"reason":"x"}'), id="error without message"),
+        pytest.param(b'{"error":"no"}', Answer(error_message="no"), id="error text"),
+        pytest.param(
+            b'{"message":"no","code":40301}', Answer(error_message="no", error_code="40301"), id="bare message"
+        ),
+    ],
+)
+def test_an_odd_body_is_read_as_far_as_it_can_be(raw: bytes, answer: Answer) -> None:
+    assert read(raw) == answer
+
+
+@pytest.mark.parametrize(
+    ("raw", "answer"),
+    [
+        pytest.param(body({"content": "a\ud83db"}), but(content="a\ufffdb"), id="lone surrogate"),
+        pytest.param(body().replace(b"Fine.", b"F\xffne."), but(content="F\ufffdne."), id="invalid UTF-8"),
+        pytest.param(body(x=float("nan"), y=float("-inf")), WHOLE, id="NaN and Infinity"),
+        pytest.param(body().replace(b"1790000000", b"9" * 5000), but(created=None), id="5,000 digits"),
+        pytest.param(body().replace(b"Fine.", b"a\tb\nc"), but(content="a\tb\nc"), id="raw control characters"),
+        pytest.param(b"\xef\xbb\xbf" + body(), WHOLE, id="BOM"),
+    ],
+)
+def test_what_strict_json_refuses_is_read_leniently_and_flagged(raw: bytes, answer: Answer) -> None:
+    assert read(raw) == msgspec.structs.replace(answer, flagged=True)
+
+
+def test_of_a_name_twice_the_last_counts() -> None:
+    assert read(body()[:-1] + b',"model":"m2"}').model == "m2"
+
+
+def test_an_error_message_is_bounded() -> None:
+    answer = read(json.dumps({"error": {"message": "x" * 10_000, "code": "y" * 10_000}}).encode())
+    assert (len(answer.error_message or ""), len(answer.error_code or "")) == (MAX_MESSAGE_CHARS, 200)
+
+
+@pytest.mark.parametrize("depth", range(850, 1010, 3))
+def test_an_error_nested_to_any_depth_is_no_exception(depth: int) -> None:
+    assert not read(b'{"error":{"x":' + b"[" * depth + b"]" * depth + b"}}").completion
+
+
+# -- streams
+
+
+def chunk(delta: object = None, finish_reason: str | None = None, **changed: object) -> dict[str, Any]:
+    choice = {"index": 0, "delta": {} if delta is None else delta, "finish_reason": finish_reason}
+    whole = {
+        "id": "c-1",
+        "object": "chat.completion.chunk",
+        "created": 1_790_000_000,
+        "model": "m",
+        "choices": [choice],
+    }
+    return whole | changed
+
+
+def stream(*chunks: object, end: str = "\n\n", done: bool = True) -> bytes:
+    sent = [f"data: {json.dumps(each)}{end}" for each in chunks]
+    return "".join([*sent, f"data: [DONE]{end}" if done else ""]).encode()
+
+
+FIRST = chunk({"role": "assistant", "content": ""})
+WORDS = [FIRST, chunk({"content": "Fi"}), chunk({"content": "ne."})]
+STOP = chunk({}, "stop")
+COUNTED = chunk(choices=[], usage=USAGE)
+
+
+@pytest.mark.parametrize(
+    ("raw", "answer"),
+    [
+        pytest.param(stream(*WORDS, STOP, COUNTED), WHOLE, id="whole"),
+        pytest.param(stream(*WORDS, STOP, COUNTED, end="\r\n\r\n"), WHOLE, id="CRLF"),
+        pytest.param(stream(*WORDS, STOP, COUNTED, end="\r\r"), WHOLE, id="CR"),
+        pytest.param(b"\xef\xbb\xbf" + stream(*WORDS, STOP, COUNTED), WHOLE, id="BOM"),
+        pytest.param(b"\n\n" + stream(*WORDS, STOP, COUNTED), WHOLE, id="blank lines first"),
+        pytest.param(b": keep-alive\n\n" + stream(*WORDS, STOP, COUNTED), WHOLE, id="comment first"),
+        pytest.param(b"id: 7\nevent: x\n" + stream(*WORDS, STOP, COUNTED), WHOLE, id="other fields first"),
+        pytest.param(
+            stream(*WORDS, STOP, COUNTED).replace(b"\n\n", b"\n: ping\n\nretry: 5\n\n"), WHOLE, id="comments between"
+        ),
+        pytest.param(stream(*WORDS, STOP, COUNTED).replace(b"data: ", b"data:"), WHOLE, id="no space"),
+        pytest.param(
+            stream(*WORDS, STOP, COUNTED).replace(b', "object"', b',\ndata: "object"'), WHOLE, id="data over lines"
+        ),
+        pytest.param(stream(*WORDS, STOP, COUNTED, done=False), WHOLE, id="without [DONE]"),
+        pytest.param(stream(*WORDS, STOP, COUNTED, done=False)[:-2], WHOLE, id="without a last blank line"),
+        pytest.param(stream(*WORDS, STOP), but(usage=None), id="without usage"),
+        pytest.param(stream(*WORDS, STOP | {"usage": USAGE}), WHOLE, id="usage in the last chunk"),
+        pytest.param(
+            stream(*(each | {"usage": None} for each in WORDS), STOP, COUNTED, STOP | {"usage": None}),
+            WHOLE,
+            id="null usage",
+        ),
+        pytest.param(stream(*WORDS, COUNTED), but(finish_reason=None), id="[DONE] without finish_reason"),
+        pytest.param(stream(STOP), but(content=None, usage=None), id="no content"),
+        pytest.param(
+            stream(*WORDS, COUNTED, done=False), but(completion=False, finish_reason=None), id="cut between chunks"
+        ),
+        pytest.param(b"data: [DONE]\n\n", Answer(), id="only [DONE]"),
+        pytest.param(stream(COUNTED), Answer(model="m", usage=WHOLE.usage), id="only usage"),
+        pytest.param(
+            stream({"error": {"message": "no", "code": "c"}}),
+            Answer(error_message="no", error_code="c"),
+            id="error at once",
+        ),
+        pytest.param(stream({"message": "no"}), Answer(error_message="no"), id="bare message"),
+        pytest.param(
+            stream(*WORDS, {"error": {"message": "gone"}}, done=False),
+            but(completion=False, finish_reason=None, usage=None, error_message="gone"),
+            id="error in the middle",
+        ),
+        pytest.param(
+            stream(
+                FIRST,
+                chunk({"content": "Fi"}),
+                chunk(choices=[{"index": 1, "delta": {"content": "?"}, "finish_reason": "length"}]),
+                chunk({"content": "ne."}),
+                STOP,
+                COUNTED,
+            ),
+            WHOLE,
+            id="a second choice between",
+        ),
+        pytest.param(
+            stream(
+                chunk({"function_call": {"name": "f", "arguments": ""}}),
+                chunk({"function_call": {"arguments": "{}"}}),
+                STOP,
+            ),
+            but(content=None, usage=None, function_call=FunctionCall("f", "{}")),
+            id="function call",
+        ),
+        pytest.param(stream(*WORDS, [], None, 5, STOP, COUNTED), WHOLE, id="events that are no objects"),
+    ],
+)
+def test_a_stream_is_read_as_the_completion_it_spells(raw: bytes, answer: Answer) -> None:
+    assert read(raw) == answer
+
+
+def test_a_stream_that_ends_after_any_byte_is_a_completion_only_once_its_end_was_said() -> None:
+    raw = stream(*WORDS, STOP, COUNTED)
+    said = raw.index(b'"stop"}') + len(b'"stop"}]}')
+    for length in range(len(raw)):
+        answer = read(raw[:length])
+        assert answer.completion == (length >= said), length
+        assert "Fine.".startswith(answer.content or "")
+
+
+@given(
+    st.lists(st.text(st.characters(exclude_categories=["Cs"])), max_size=8),
+    st.sampled_from(["\n\n", "\r\n\r\n", "\r\r"]),
+)
+def test_streamed_text_arrives_letter_by_letter(parts: list[str], end: str) -> None:
+    answer = read(stream(FIRST, *(chunk({"content": part}) for part in parts), STOP, end=end))
+    assert answer.content == "".join(parts)
+    assert not answer.flagged
+
+
+@given(st.lists(st.text(st.characters(exclude_characters="\r\n", exclude_categories=["Cs"])), max_size=5))
+def test_the_lines_of_an_event_are_joined(lines: list[str]) -> None:
+    raw = "".join(f"data: {line}\n" for line in lines).encode() + b"\n"
+    assert list(events(raw)) == (["\n".join(lines).encode()] if lines else [])
+
+
+# -- fuzz
+
+
+def mutated(seeds: list[bytes], rounds: int) -> Iterator[bytes]:
+    """The seeds, each cut, doubled, overwritten and spliced with others at random places."""
+    chance = random.Random(4711)
+    pieces = [
+        b'"',
+        b"}",
+        b"[",
+        b"null",
+        b"\\ud800",
+        b"\x00",
+        b"\xff",
+        b"\n\n",
+        b"data:",
+        b"NaN",
+        b"-",
+        b"9" * 400,
+        b'"error":',
+        b"1e999",
+        b"\r",
+    ]
+    for _ in range(rounds):
+        raw = bytearray(chance.choice(seeds))
+        for _ in range(chance.randint(1, 6)):
+            at, to = sorted(chance.randint(0, len(raw)) for _ in range(2))
+            other = chance.choice(seeds)
+            raw[at : chance.choice([at, at + 1, to])] = chance.choice(
+                [b"", chance.choice(pieces), raw[at:to], other[at:to]]
+            )
+        yield bytes(raw[:100_000])
+
+
+def test_2000_mutated_bodies_and_streams_raise_nothing_and_never_count_without_a_message() -> None:
+    seeds = [
+        body(),
+        body({"function_call": {"name": "f"}}),
+        b'{"error":{"message":"no","code":"c"}}',
+        stream(*WORDS, STOP, COUNTED),
+    ]
+    completions = 0
+    for raw in mutated(seeds, 2000):
+        answer = read(raw)
+        if answer.completion:
+            completions += 1
+            assert b"message" in raw or b"delta" in raw
+        msgspec.json.encode(answer)  # no half characters anywhere
+    assert 50 < completions < 1950
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_at_all_raise(raw: bytes) -> None:
+    assert not read(raw).completion
+    decode(raw)
