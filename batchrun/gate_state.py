@@ -238,7 +238,7 @@ class GateState:
         return tuple(suspect for suspect in cleared if suspect != row)
 
     def _forget_overloads(self) -> None:
-        """No row waits for this: an overload is disproved by any answer, confirmed by a cooling, retried in both."""
+        """Any answer disproves an overload; its row is not held for it, only asked again."""
         self._suspicions = {r: s for r, s in self._suspicions.items() if s.verdict is not Verdict.SLOW}
 
     def _outage_is_over_long(self, outcome: Outcome, now_s: float) -> bool:
@@ -262,7 +262,6 @@ class GateState:
         self._in_flight = 0
         self._extended = False
         self.allowed_in_flight = 1
-        self._forget_overloads()
         self._enter(Cooling(until_s, why))
 
     def _extend_once(self, until_s: float) -> None:

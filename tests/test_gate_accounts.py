@@ -55,6 +55,12 @@ def test_a_long_pause_saves_up_no_more_than_the_burst() -> None:
     assert bucket.ready_in_s(100, 86_400.0) == pytest.approx(1.0)
 
 
+def test_what_is_taken_unasked_does_not_bring_back_time_already_counted() -> None:
+    bucket = TokenBucket(6_000, now_s=0.0)
+    bucket.take(100, 5.0)
+    assert bucket.ready_in_s(100, 5.0) == pytest.approx(1.0)
+
+
 def test_a_refund_never_fills_the_bucket_beyond_its_burst() -> None:
     bucket = TokenBucket(6_000, now_s=0.0)
     bucket.settle(-1_000_000)

@@ -228,6 +228,16 @@ def test_probes_that_fail_back_off_to_a_minute_and_each_is_a_single_row() -> Non
     assert waits == [1, 2, 4, 8, 16, 32, BACKOFF_CAP_S, BACKOFF_CAP_S]
 
 
+def test_jitter_grows_with_the_backoff_and_is_not_clamped_away() -> None:
+    story = Story(uniform=lambda: 0.5)
+    for row in range(9):
+        story.send(row)
+        story.ends(row, Verdict.SLOW, SLOW_429)
+        waited_s = story.until_s() - story.now_s
+        story.cooled_down()
+    assert waited_s == BACKOFF_CAP_S * (1 + 0.5 * JITTER)
+
+
 def test_a_success_makes_the_next_backoff_short_again() -> None:
     story = Story()
     for row in (0, 1, 2):
