@@ -6,6 +6,7 @@ docs/guarantees.md explains each line; tests/test_policy.py walks the table.
 import email.utils
 import re
 from collections.abc import Mapping
+from datetime import UTC
 from enum import StrEnum
 
 import msgspec
@@ -70,10 +71,19 @@ KINDS: Mapping[int, str] = {
 }
 
 _QUOTA = re.compile(r"quota|credit|balance|billing|spend|payment|insufficient[_ ]funds|arrear", re.IGNORECASE)
+_PACE = re.compile(
+    r"rate[ _-]?limit|too many requests|(per|/) ?(second|minute|min|hour)\b|\b[rt]p[ms]\b", re.IGNORECASE
+)
+"""Words of a limit that time alone lifts. Such refusals often add how to buy more quota or where to see the billing."""
+
 _OVERLOAD = re.compile(
-    r"overload|capacity|too busy|temporarily|unavailable|try again|upstream|timed? ?out", re.IGNORECASE
+    r"overload|capacity|busy|temporar|unavailable|try again|upstream|timed? ?out|maintenance|loading|no healthy",
+    re.IGNORECASE,
 )
 _MODERATION = re.compile(r"content[_ -]?(policy|filter|violation)|moderation|safety|flagged|prohibited", re.IGNORECASE)
+
+MAX_SEARCHED_BYTES = 10_000
+"""How much of a 503's body is searched for words of overload."""
 
 
 class Judgement(msgspec.Struct, frozen=True):
@@ -105,8 +115,7 @@ def judge(attempt: Attempt, answer: Answer, retry: Retry) -> Judgement:
 
 
 def _judge_status(status: int, attempt: Attempt, answer: Answer, retry: Retry) -> Judgement:
-    words = f"{answer.error_code or ''} {answer.error_message or ''}"
-    verdict, kind, filtered = _by_status_and_body(status, attempt, words)
+    verdict, kind, filtered = _by_status_and_body(status, attempt, answer)
     message = answer.error_message or f"HTTP {status}: {_excerpt(attempt.body)}".rstrip(": ")
     wait_s = retry_after_s(attempt.headers, attempt.started_at + attempt.latency_s)
     if verdict is Verdict.SLOW and wait_s is not None and wait_s > retry.max_wait_s:
@@ -116,15 +125,16 @@ def _judge_status(status: int, attempt: Attempt, answer: Answer, retry: Retry) -
     return Judgement(verdict, error, filtered and verdict is Verdict.ROW, wait_s)
 
 
-def _by_status_and_body(status: int, attempt: Attempt, words: str) -> tuple[Verdict, str, bool]:
+def _by_status_and_body(status: int, attempt: Attempt, answer: Answer) -> tuple[Verdict, str, bool]:
     """(verdict, kind, filtered): the three statuses that need the body, then the table, then the century."""
-    if status == 429 and _QUOTA.search(words):
+    code, message = answer.error_code or "", answer.error_message or ""
+    if status == 429 and _is_quota(code, message):
         return Verdict.PAUSE, "insufficient_quota", False
-    if status == 403 and _MODERATION.search(words):
+    if status == 403 and _MODERATION.search(f"{code} {message}"):
         return Verdict.ROW, "content_policy", True
     if status == 503:
         # this vendor's code for "Content Policy Violation"; gateways use it for overload: the body decides
-        if _is_overload(attempt, words):
+        if _is_overload(attempt):
             return Verdict.SLOW, "overloaded", False
         return Verdict.ROW, "content_policy", True
     if status < 400:
@@ -138,13 +148,24 @@ def _by_status_and_body(status: int, attempt: Attempt, words: str) -> tuple[Verd
     return STATUS_VERDICTS.get(status, fallback), kind, False
 
 
-def _is_overload(attempt: Attempt, words: str) -> bool:
-    """A 503 is trouble of the server's unless it is a JSON object that speaks of neither load nor a wait."""
+def _is_quota(code: str, message: str) -> bool:
+    """A 429 that waiting does not lift: its code says so, or its words speak of money and neither of a pace."""
+    if _QUOTA.search(code):
+        return True
+    return _QUOTA.search(message) is not None and _PACE.search(f"{code} {message}") is None
+
+
+def _is_overload(attempt: Attempt) -> bool:
+    """A 503 is trouble of the server's unless it is a JSON object that speaks of neither load nor a wait.
+
+    The whole body is searched: gateways put their words under `detail`, `reason` and other names.
+    """
     if "retry-after" in attempt.headers or "retry-after-ms" in attempt.headers:
         return True
     decoded, _ = decode(attempt.body)
-    if not isinstance(decoded, dict):
+    if not isinstance(decoded, dict) or not decoded:
         return True
+    words = attempt.body[:MAX_SEARCHED_BYTES].decode("utf-8", "replace")
     return _OVERLOAD.search(words) is not None and _MODERATION.search(words) is None
 
 
@@ -256,7 +277,11 @@ def _number(text: str | None) -> float | None:
 
 
 def _date(text: str | None) -> float | None:
+    if text is None:
+        return None
     try:
-        return None if text is None else email.utils.parsedate_to_datetime(text).timestamp()
-    except (ValueError, OverflowError):
+        date = email.utils.parsedate_to_datetime(text)
+        # a date without a zone is UTC too, as in asctime's form, which RFC 9110 still allows
+        return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, TypeError, IndexError, OverflowError):
         return None

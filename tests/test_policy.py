@@ -1,0 +1,410 @@
+"""What each outcome of an attempt asks of the run, as one table, and the caps, waits and jitter that follow from it."""
+
+import email.utils
+import json
+import time
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from multidict import CIMultiDict
+
+from batchrun.answer import read
+from batchrun.errors import APIConnectionError, APITimeoutError
+from batchrun.job import Retry
+from batchrun.policy import (
+    FAULT_VERDICTS,
+    Fault,
+    History,
+    Judgement,
+    after,
+    backoff_s,
+    exhausted,
+    judge,
+    retry_after_s,
+    settle_status,
+)
+from batchrun.records import Answer, Attempt, FunctionCall, RowError, Status, Verdict
+
+OK, ROW, FREE, MAYBE, SLOW, PAUSE, STOP = Verdict
+NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC).timestamp()
+FINE = json.dumps({"choices": [{"message": {"content": "Fine."}, "finish_reason": "stop"}]}).encode()
+
+
+def attempt(
+    status: int | None,
+    body: bytes = b"",
+    headers: Mapping[str, str] | None = None,
+    error: APIConnectionError | None = None,
+) -> Attempt:
+    return Attempt(NOW - 2.0, 2.0, status, CIMultiDict(headers or {}), body, error)
+
+
+def judged(status: int, body: bytes = b"", headers: Mapping[str, str] | None = None) -> Judgement:
+    return judge(attempt(status, body, headers), read(body), Retry())
+
+
+def said(message: str, code: str | int | None = None) -> bytes:
+    return json.dumps({"error": {"message": message, "code": code}}).encode()
+
+
+# -- the table
+
+BY_STATUS: Mapping[int, tuple[Verdict, str]] = {
+    **dict.fromkeys(range(300, 400), (STOP, "redirect")),
+    **dict.fromkeys(range(400, 500), (ROW, "bad_request")),
+    **dict.fromkeys(range(500, 600), (FREE, "server_error")),
+    401: (PAUSE, "authentication"),
+    402: (PAUSE, "payment_required"),
+    403: (PAUSE, "forbidden"),
+    404: (STOP, "not_found"),
+    405: (STOP, "bad_request"),
+    408: (FREE, "bad_request"),
+    409: (FREE, "bad_request"),
+    425: (FREE, "bad_request"),
+    429: (SLOW, "rate_limit"),
+    499: (MAYBE, "bad_request"),
+    503: (SLOW, "overloaded"),
+    529: (SLOW, "overloaded"),
+    **dict.fromkeys((504, 520, 521, 522, 523, 524), (MAYBE, "server_error")),
+}
+
+
+@pytest.mark.parametrize("status", range(300, 600))
+def test_every_status_has_one_verdict(status: int) -> None:
+    judgement = judged(status)
+    assert judgement.error is not None
+    assert (judgement.verdict, judgement.error.kind) == BY_STATUS[status]
+    assert judgement.error.http_status == status
+    assert str(status) in (judgement.error.message or "")
+    assert not judgement.filtered
+
+
+FAULTS: Mapping[Fault, Verdict] = {
+    **dict.fromkeys((Fault.DNS, Fault.REFUSED, Fault.CONNECT, Fault.TLS, Fault.STALE, Fault.UNSENT), FREE),
+    **dict.fromkeys((Fault.TIMEOUT, Fault.RESET, Fault.CUT, Fault.TOO_LARGE, Fault.ENCODING, Fault.MALFORMED), MAYBE),
+    Fault.CERTIFICATE: STOP,
+}
+
+
+@pytest.mark.parametrize("fault", Fault)
+@pytest.mark.parametrize("body", [b"", FINE[:30], FINE], ids=["no body", "cut", "whole"])
+def test_every_fault_of_the_wire_has_one_verdict_whatever_had_arrived(fault: Fault, body: bytes) -> None:
+    error_type = APITimeoutError if fault is Fault.TIMEOUT else APIConnectionError
+    exchange = attempt(200 if body else None, body, error=error_type("why", kind=fault, sent=True))
+    judgement = judge(exchange, read(body), Retry())
+    assert judgement.verdict is FAULTS[fault]
+    assert judgement.error == RowError(fault, exchange.http_status, None, "why")
+    assert set(FAULT_VERDICTS) == set(Fault)
+
+
+OPENAI_RATE = "Rate limit reached for m on tokens per min (TPM). Add a payment method at https://h/account/billing."
+AZURE_RATE = (
+    "Requests have exceeded the rate limit of your tier. Please retry after 8 seconds. See https://h/quotaincrease"
+)
+QUOTA = "You exceeded your current quota, please check your plan and billing details."
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "headers", "verdict", "kind"),
+    [
+        pytest.param(200, FINE, {}, OK, None, id="200"),
+        pytest.param(201, FINE, {}, OK, None, id="201"),
+        pytest.param(200, b"", {}, MAYBE, "unreadable", id="200 empty"),
+        pytest.param(200, b"<html>", {}, MAYBE, "unreadable", id="200 HTML"),
+        pytest.param(200, FINE[:-5], {}, MAYBE, "unreadable", id="200 cut"),
+        pytest.param(200, b'{"choices":[]}', {}, MAYBE, "unreadable", id="200 no choice"),
+        pytest.param(200, said("broken"), {}, MAYBE, "error_in_answer", id="200 error"),
+        pytest.param(200, said("broken", "500"), {}, FREE, "server_error", id="200 error 500"),
+        pytest.param(200, said("slow down", 429), {}, SLOW, "rate_limit", id="200 error 429"),
+        pytest.param(200, said("key", 401), {}, PAUSE, "authentication", id="200 error 401"),
+        pytest.param(200, said("Content Policy Violation", 503), {}, ROW, "content_policy", id="200 error 503"),
+        pytest.param(200, said("odd", 200), {}, MAYBE, "error_in_answer", id="200 error 200"),
+        pytest.param(200, said("odd", 70001), {}, MAYBE, "error_in_answer", id="200 error of its own numbers"),
+        pytest.param(403, said("Insufficient balance"), {}, PAUSE, "forbidden", id="403 balance"),
+        pytest.param(403, said("No access to this model"), {}, PAUSE, "forbidden", id="403 permission"),
+        pytest.param(403, b"<html>denied</html>", {}, PAUSE, "forbidden", id="403 HTML"),
+        pytest.param(403, said("flagged by moderation"), {}, ROW, "content_policy", id="403 moderation"),
+        pytest.param(403, said("no", "content_policy_violation"), {}, ROW, "content_policy", id="403 policy code"),
+        pytest.param(
+            429, said(OPENAI_RATE, "rate_limit_exceeded"), {}, SLOW, "rate_limit", id="429 rate, with an offer"
+        ),
+        pytest.param(429, said(AZURE_RATE, "429"), {}, SLOW, "rate_limit", id="429 rate, with quota in a link"),
+        pytest.param(
+            429,
+            said("Quota exceeded for metric 'requests per minute'"),
+            {},
+            SLOW,
+            "rate_limit",
+            id="429 quota a minute",
+        ),
+        pytest.param(429, b"<html>", {}, SLOW, "rate_limit", id="429 HTML"),
+        pytest.param(429, said(QUOTA, "insufficient_quota"), {}, PAUSE, "insufficient_quota", id="429 quota"),
+        pytest.param(
+            429,
+            said("rate limit", "billing_hard_limit_reached"),
+            {},
+            PAUSE,
+            "insufficient_quota",
+            id="429 billing code",
+        ),
+        pytest.param(429, said("Your credit balance is too low"), {}, PAUSE, "insufficient_quota", id="429 credit"),
+        pytest.param(429, said("monthly spend limit"), {}, PAUSE, "insufficient_quota", id="429 spend"),
+        pytest.param(429, b"", {"retry-after": "900"}, SLOW, "rate_limit", id="429 wait allowed"),
+        pytest.param(429, b"", {"retry-after": "901"}, PAUSE, "rate_limit", id="429 wait too long"),
+        pytest.param(503, said("Content Policy Violation"), {}, ROW, "content_policy", id="503 policy"),
+        pytest.param(
+            503,
+            said("Content Policy Violation; do not try again"),
+            {},
+            ROW,
+            "content_policy",
+            id="503 policy beats load",
+        ),
+        pytest.param(503, said("blocked"), {}, ROW, "content_policy", id="503 JSON"),
+        pytest.param(
+            503, said("Content Policy Violation"), {"retry-after": "1"}, SLOW, "overloaded", id="503 with a wait"
+        ),
+        pytest.param(503, said("no"), {"retry-after-ms": "1"}, SLOW, "overloaded", id="503 with a wait in ms"),
+        pytest.param(503, said("The server is overloaded"), {}, SLOW, "overloaded", id="503 overloaded"),
+        pytest.param(503, said("x", "service_unavailable"), {}, SLOW, "overloaded", id="503 overload code"),
+        pytest.param(503, b'{"detail":"Service Unavailable"}', {}, SLOW, "overloaded", id="503 detail"),
+        pytest.param(
+            503,
+            b'{"error":{"code":503,"message":"Loading model","type":"x"}}',
+            {},
+            SLOW,
+            "overloaded",
+            id="503 loading",
+        ),
+        pytest.param(503, b'{"errors":[{"reason":"no healthy upstream"}]}', {}, SLOW, "overloaded", id="503 errors"),
+        pytest.param(503, b"no healthy upstream", {}, SLOW, "overloaded", id="503 text"),
+        pytest.param(503, b"<html>", {}, SLOW, "overloaded", id="503 HTML"),
+        pytest.param(503, b"[]", {}, SLOW, "overloaded", id="503 list"),
+        pytest.param(503, b"{}", {}, SLOW, "overloaded", id="503 says nothing"),
+        pytest.param(503, said("overloaded"), {"retry-after": "3600"}, PAUSE, "overloaded", id="503 wait too long"),
+        pytest.param(529, said("overloaded_error"), {}, SLOW, "overloaded", id="529"),
+        pytest.param(400, said("bad"), {"x-should-retry": "true"}, FREE, "bad_request", id="400 should retry"),
+        pytest.param(500, said("bad"), {"x-should-retry": "false"}, ROW, "server_error", id="500 should not retry"),
+        pytest.param(504, said("bad"), {"x-should-retry": "false"}, ROW, "server_error", id="504 should not retry"),
+        pytest.param(500, said("bad"), {"x-should-retry": "maybe"}, FREE, "server_error", id="500 odd header"),
+        pytest.param(429, b"", {"x-should-retry": "false"}, SLOW, "rate_limit", id="429 should not retry"),
+        pytest.param(401, b"", {"x-should-retry": "true"}, PAUSE, "authentication", id="401 should retry"),
+        pytest.param(503, said("blocked"), {"x-should-retry": "true"}, FREE, "content_policy", id="503 should retry"),
+        pytest.param(500, b"", {"retry-after": "3600"}, FREE, "server_error", id="500 with a long wait"),
+    ],
+)
+def test_body_and_headers_decide_where_the_status_does_not(
+    status: int, body: bytes, headers: dict[str, str], verdict: Verdict, kind: str | None
+) -> None:
+    judgement = judged(status, body, headers)
+    assert judgement.verdict is verdict
+    assert (judgement.error.kind if judgement.error else None) == kind
+    assert judgement.filtered == (verdict is ROW and kind == "content_policy")
+
+
+def test_the_error_column_says_what_the_server_said_and_is_bounded() -> None:
+    judgement = judged(400, said("context is too long", "context_length_exceeded"))
+    assert judgement.error == RowError("bad_request", 400, "context_length_exceeded", "context is too long")
+    html = judged(502, b"<html>\r\n <b>Bad   gateway</b>\xff")
+    assert html.error is not None
+    assert html.error.message == "HTTP 502: <html> <b>Bad gateway</b>\ufffd"
+    long = judged(400, said("x" * 9000))
+    assert long.error is not None
+    assert len(long.error.message or "") == 1000
+
+
+# -- Retry-After
+
+
+@pytest.fixture
+def far_from_greenwich() -> Iterator[None]:
+    """A date without a zone is not in this machine's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TZ", "Asia/Tokyo")
+        time.tzset()
+        yield
+    time.tzset()
+
+
+def http_date(at: float) -> str:
+    return email.utils.formatdate(at, usegmt=True)
+
+
+@pytest.mark.parametrize(
+    ("headers", "wait_s"),
+    [
+        ({}, None),
+        ({"retry-after": "7"}, 7.0),
+        ({"retry-after": " 7.5 "}, 7.5),
+        ({"retry-after": "0"}, 0.0),
+        ({"retry-after": "-1"}, None),
+        ({"retry-after": "abc"}, None),
+        ({"retry-after": ""}, None),
+        ({"retry-after": "1e9"}, None),
+        ({"retry-after": "1000000000"}, 1e9),
+        ({"retry-after": "9" * 30}, None),
+        ({"retry-after": "nan"}, None),
+        ({"retry-after": "inf"}, None),
+        ({"retry-after": "5, 60"}, None),
+        ({"retry-after-ms": "250"}, 0.25),
+        ({"retry-after-ms": "250", "retry-after": "7"}, 0.25),
+        ({"retry-after-ms": "soon", "retry-after": "7"}, 7.0),
+        ({"retry-after": http_date(NOW + 30)}, 30.0),
+        ({"retry-after": http_date(NOW - 30)}, None),
+        ({"retry-after": http_date(NOW)}, None),
+        ({"retry-after": http_date(NOW + 3630), "date": http_date(NOW + 3600)}, 30.0),
+        ({"retry-after": http_date(NOW - 3570), "date": http_date(NOW - 3600)}, 30.0),
+        ({"retry-after": http_date(NOW + 30), "date": "yesterday"}, 30.0),
+        ({"retry-after": "Sun Nov 22 12:00:30 2026"}, 30.0),
+        ({"retry-after": "Mon, 99 Nov 2026 25:00:00 GMT"}, None),
+        ({"retry-after": "Sun, 22 Nov 99999999999 12:00:00 GMT"}, None),
+    ],
+)
+@pytest.mark.usefixtures("far_from_greenwich")
+def test_every_form_of_retry_after_gives_a_wait_or_none(headers: dict[str, str], wait_s: float | None) -> None:
+    assert retry_after_s(CIMultiDict(headers), NOW) == wait_s
+    assert judged(429, headers=headers).retry_after_s == wait_s
+
+
+def test_of_two_retry_after_headers_the_first_counts() -> None:
+    assert retry_after_s(CIMultiDict([("Retry-After", "5"), ("Retry-After", "60")]), NOW) == 5.0
+
+
+@given(
+    st.text(max_size=60) | st.from_regex(r"\w{3}, \d{1,3} \w{3} \d{1,5} \d+:\d+:\d+ [+-]?\w{1,6}", fullmatch=True),
+    st.text(max_size=40),
+)
+def test_no_header_raises_and_no_wait_is_negative(text: str, date: str) -> None:
+    for name in ("retry-after", "retry-after-ms"):
+        wait_s = retry_after_s({name: text, "date": date}, NOW)
+        assert wait_s is None or wait_s >= 0
+
+
+# -- caps
+
+
+def told(verdict: Verdict, status: int | None = None) -> Judgement:
+    return Judgement(verdict, RowError("kind", status))
+
+
+@pytest.mark.parametrize(
+    ("judgement", "counted", "counted_5xx", "maybe_billed"),
+    [
+        (told(FREE), 1, 0, 0),
+        (told(FREE, 408), 1, 0, 0),
+        (told(FREE, 500), 1, 1, 0),
+        (told(MAYBE), 1, 0, 1),
+        (told(MAYBE, 200), 1, 0, 1),
+        (told(MAYBE, 504), 1, 1, 1),
+        (told(SLOW, 429), 0, 0, 0),
+        (told(SLOW, 503), 1, 0, 0),
+        (told(SLOW, 529), 1, 0, 0),
+        (told(PAUSE, 401), 0, 0, 0),
+        (told(STOP, 404), 0, 0, 0),
+        (told(STOP), 0, 0, 0),
+    ],
+)
+def test_an_attempt_counts_against_its_row_only_if_another_row_succeeded_meanwhile(
+    judgement: Judgement, counted: int, counted_5xx: int, maybe_billed: int
+) -> None:
+    before = History(3, 2, 1, 0)
+    assert after(before, judgement, corroborated=False) == History(4, 2, 1, 0)
+    assert after(before, judgement, corroborated=True) == History(4, 2 + counted, 1 + counted_5xx, maybe_billed)
+
+
+@pytest.mark.parametrize(
+    ("judgement", "attempts"),
+    [
+        (told(FREE), 6),
+        (told(FREE, 500), 4),
+        (told(FREE, 408), 6),
+        (told(MAYBE), 2),
+        (told(SLOW, 503), 6),
+        (told(SLOW, 429), None),
+        (told(PAUSE, 401), None),
+    ],
+)
+def test_a_row_is_given_up_at_its_cap_and_not_before(judgement: Judgement, attempts: int | None) -> None:
+    history = History()
+    for n in range(1, 100):
+        history = after(history, judgement, corroborated=True)
+        assert exhausted(history, Retry()) == (attempts is not None and n >= attempts)
+
+
+def test_an_outage_of_any_length_gives_up_no_row() -> None:
+    history = History()
+    for judgement in [told(FREE, 500), told(MAYBE), told(SLOW, 503)] * 1000:
+        history = after(history, judgement, corroborated=False)
+    assert not exhausted(history, Retry())
+    assert history.attempts == 3000
+
+
+def test_maybe_billed_zero_gives_up_at_the_first() -> None:
+    retry = Retry(max_maybe_billed=0)
+    assert exhausted(after(History(), told(MAYBE), corroborated=True), retry)
+    assert not exhausted(after(History(), told(FREE), corroborated=True), retry)
+
+
+# -- waits
+
+UNIFORM = st.floats(0, 1, exclude_max=True)
+RETRIES = st.builds(
+    Retry,
+    max_wait_s=st.floats(0.1, 1e6),
+    backoff_base_s=st.floats(0.001, 1e3),
+    backoff_cap_s=st.floats(0.001, 1e4),
+)
+
+
+@given(RETRIES, st.integers(0, 10**6), st.none() | st.floats(0, 1e12), UNIFORM)
+def test_a_wait_is_bounded_and_never_below_what_the_server_asked_for(
+    retry: Retry, attempts: int, floor_s: float | None, uniform: float
+) -> None:
+    wait_s = backoff_s(History(attempts=attempts), floor_s, retry, uniform)
+    assert min(floor_s or 0, retry.max_wait_s) <= wait_s <= retry.max_wait_s + retry.backoff_cap_s
+
+
+@pytest.mark.parametrize(("attempts", "ceiling_s"), [(1, 1), (2, 2), (3, 4), (6, 32), (7, 60), (100, 60)])
+def test_the_ceiling_doubles_up_to_its_cap(attempts: int, ceiling_s: float) -> None:
+    assert backoff_s(History(attempts=attempts), None, Retry(), 0.0) == 0
+    assert backoff_s(History(attempts=attempts), None, Retry(), 0.5) == ceiling_s / 2
+
+
+def test_late_waits_differ_because_the_ceiling_is_clamped_before_the_jitter() -> None:
+    late = History(attempts=50)
+    waits = {backoff_s(late, 10.0, Retry(), uniform / 100) for uniform in range(100)}
+    assert len(waits) == 100
+    assert min(waits) == 10.0
+    assert max(waits) < 70.0
+
+
+# -- the status of an answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "status_of_json"),
+    [
+        ({"content": "Fine.", "finish_reason": "stop"}, Status.OK, Status.INVALID),
+        ({"content": '{"a":1}', "finish_reason": "stop"}, Status.OK, Status.OK),
+        ({"content": "NaN", "finish_reason": "stop"}, Status.OK, Status.INVALID),
+        ({"content": "Fine."}, Status.OK, Status.INVALID),
+        ({"content": "Fi", "finish_reason": "length"}, Status.TRUNCATED, Status.TRUNCATED),
+        ({"content": None, "finish_reason": "length"}, Status.TRUNCATED, Status.TRUNCATED),
+        ({"content": None, "finish_reason": "content_filter"}, Status.FILTERED, Status.FILTERED),
+        ({"content": "", "finish_reason": "stop"}, Status.EMPTY, Status.EMPTY),
+        ({"content": None}, Status.EMPTY, Status.EMPTY),
+        ({"function_call": FunctionCall("f", "{}"), "finish_reason": "function_call"}, Status.OK, Status.OK),
+        ({"finish_reason": "tool_calls"}, Status.OK, Status.OK),
+    ],
+)
+def test_a_usable_answer_ends_by_its_finish_reason(
+    answer: dict[str, Any], status: Status, status_of_json: Status
+) -> None:
+    whole = msgspec.convert({"completion": True, **answer}, Answer)
+    assert settle_status(whole, json_wanted=False) is status
+    assert settle_status(whole, json_wanted=True) is status_of_json
