@@ -1,17 +1,13 @@
-"""What is known of a run, in SQLite: manifest, chunks, settled rows, attempts, totals. Sole importer of sqlite3.
+"""What is known of a run, in SQLite: manifest, chunks, settled rows, attempts, totals.
 
 One thread owns the database. Endings of attempts are handed to it by `put` and committed in groups: whatever is pending
-when the last commit has ended goes into the next (no timer), each table with one multi-row INSERT. `executemany` would
-hand the interpreter's lock back and forth once a row (measured beside a busy event loop: 75 ms a commit).
-
-Every record carries a CRC-32 of all its fields: SQLite does not notice a flipped bit in a payload, we must.
+when the last commit has ended goes into the next (no timer), each table with one multi-row INSERT.
 """
 
+import contextlib
 import queue
-import sqlite3
 import threading
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
@@ -19,19 +15,19 @@ from typing import TypeVar
 import msgspec
 
 from batchrun import tables
+from batchrun.database import Database, Record
 from batchrun.durable import fsync
-from batchrun.errors import BatchrunError, CheckpointError, DiskError
+from batchrun.errors import BatchrunError, DiskError
 from batchrun.records import Completion, Discarded, Ending, PossiblyBilled
 from batchrun.spent import Spent, doubt, fold, with_possibly_billed
-from batchrun.tables import Chunk, Record
+from batchrun.tables import Chunk
 
 FORMAT = 1
 """`PRAGMA user_version`. Another number is another version's run directory: exit 7."""
 
 MAX_GROUP = 1000
-"""Endings a commit: SQLite takes 32,766 parameters in one statement, and a row has fewer than 24."""
+"""Endings a commit: enough to amortise its fsync, few enough to keep its slots from waiting long."""
 
-Field = int | float | str | bytes | None
 T = TypeVar("T")
 
 
@@ -53,14 +49,9 @@ class Checkpoint:
         self._failed: BatchrunError | None = None
         self._closing = False
         self.invocation = 0
-        self.spent = Spent()
-        self._database = _connect(path)
+        self._database = Database.open(path, tables.TABLES, FORMAT, self._make_room)
         self._thread = threading.Thread(target=self._serve, name="checkpoint", daemon=True)
-        try:
-            self._load()
-        except BaseException:
-            self._database.close()
-            raise
+        self.spent = self._read_spent()
         self._thread.start()
 
     # ── what any thread may call ──────────────────────────────────────────────────────────────────────────────────
@@ -85,18 +76,18 @@ class Checkpoint:
 
     def manifest(self) -> dict[str, str]:
         """The run's fixed facts, by name."""
-        return dict(self._call(lambda: [record[:2] for record in self._checked("manifest", "name, value")]))
+        return dict(self._call(lambda: list(self._database.records("manifest"))))
 
     def write_manifest(self, facts: dict[str, str]) -> None:
         """The facts are durable, each replacing one of the same name."""
-        self._call(lambda: self._transaction(lambda: self._replace("manifest", list(facts.items()))))
+        self._call(lambda: self._replace("manifest", list(facts.items())))
 
     def begin_invocation(self, started_at: float, pid: int, host: str, version: str) -> int:
         """This process's number among those that worked on the run, from 1."""
 
         def begin() -> int:
-            number = self._database.execute("SELECT coalesce(max(invocation), 0) + 1 FROM invocations").fetchone()[0]
-            self._transaction(lambda: self._replace("invocations", [(number, started_at, pid, host, version)]))
+            ((number,),) = self._database.query("SELECT coalesce(max(invocation), 0) + 1 FROM invocations")
+            self._replace("invocations", [(number, started_at, pid, host, version)])
             return int(number)
 
         self.invocation = self._call(begin)
@@ -104,63 +95,49 @@ class Checkpoint:
 
     def chunks(self) -> list[Chunk]:
         """All chunks that were ever opened, in order."""
-        return self._call(lambda: [Chunk(*record) for record in self._checked("chunks", "*", "ORDER BY chunk")])
+        return self._call(lambda: [Chunk(*record) for record in self._database.records("chunks", "ORDER BY chunk")])
 
     def open_chunk(self, chunk: Chunk) -> None:
         """The chunk is on record; its input is on disk already."""
-        self._call(lambda: self._transaction(lambda: self._replace("chunks", [msgspec.structs.astuple(chunk)])))
+        self._call(lambda: self._replace("chunks", [msgspec.structs.astuple(chunk)]))
 
     def seal_chunk(self, chunk: Chunk) -> None:
         """The chunk's part, on disk already, takes the place of its rows here: one transaction."""
 
         def seal() -> None:
-            self._replace("chunks", [msgspec.structs.astuple(chunk)])
-            self._database.execute("DELETE FROM rows WHERE row >= ? AND row < ?", (chunk.first_row, chunk.end_row))
+            self._database.replace("chunks", [msgspec.structs.astuple(chunk)])
+            self._database.query("DELETE FROM rows WHERE row >= ? AND row < ?", (chunk.first_row, chunk.end_row))
 
-        self._call(lambda: self._transaction(seal))
+        self._call(lambda: self._database.transaction(seal))
 
     def settled_rows(self, chunk: Chunk) -> set[int]:
         """The rows of an open chunk that have their completion."""
-        between = "WHERE row >= ? AND row < ?"
-        return self._call(
-            lambda: {record[0] for record in self._checked("rows", "*", between, (chunk.first_row, chunk.end_row))}
-        )
+        return self._call(lambda: {record[0] for record in self._between("rows", chunk.first_row, chunk.end_row)})
 
     def completions(self, first_row: int, end_row: int) -> list[Completion]:
         """The completions of rows `first_row` to `end_row` - 1, in order; their usage is in their `raw`."""
-        between = "WHERE row >= ? AND row < ? ORDER BY row"
-        return self._call(
-            lambda: [tables.completion(record) for record in self._checked("rows", "*", between, (first_row, end_row))]
-        )
+        return self._call(lambda: [tables.completion(record) for record in self._between("rows", first_row, end_row)])
 
     def discarded(self, chunk: Chunk) -> list[Discarded]:
         """The earlier attempts of a chunk's rows, in order."""
-        between = "WHERE row >= ? AND row < ? ORDER BY row, n"
-        return self._call(
-            lambda: [
-                tables.discarded(record)
-                for record in self._checked("attempts", "*", between, (chunk.first_row, chunk.end_row))
-            ]
-        )
+        bounds = chunk.first_row, chunk.end_row
+        return self._call(lambda: [tables.discarded(record) for record in self._between("attempts", *bounds)])
 
     def has_end(self, row: int, n: int) -> bool:
         """True when that attempt's end is on record, or that it has none."""
 
-        def find() -> bool:
-            settled = self._database.execute("SELECT 1 FROM rows WHERE row = ? AND attempts >= ?", (row, n))
-            dropped = self._database.execute("SELECT 1 FROM attempts WHERE row = ? AND n = ?", (row, n))
-            sealed = self._database.execute(
-                "SELECT 1 FROM chunks WHERE first_row <= ? AND first_row + rows > ? AND generation > 0", (row, row)
-            )
-            named = self._database.execute("SELECT 1 FROM possibly_billed WHERE row = ? AND n = ?", (row, n))
-            return any(cursor.fetchone() is not None for cursor in (settled, dropped, sealed, named))
-
-        return self._call(find)
+        queries = {
+            "SELECT 1 FROM rows WHERE row = ? AND attempts >= ?": (row, n),
+            "SELECT 1 FROM attempts WHERE row = ? AND n = ?": (row, n),
+            "SELECT 1 FROM possibly_billed WHERE row = ? AND n = ?": (row, n),
+            "SELECT 1 FROM chunks WHERE first_row <= ? AND first_row + rows > ? AND generation > 0": (row, row),
+        }
+        return self._call(lambda: any(self._database.query(*query) for query in queries.items()))
 
     def last_attempts_lost(self, chunk: Chunk) -> dict[int, int]:
         """For the rows of a chunk: the number of the last attempt whose end nobody knows."""
         query = "SELECT row, max(n) FROM possibly_billed WHERE row >= ? AND row < ? GROUP BY row"
-        return self._call(lambda: dict(self._database.execute(query, (chunk.first_row, chunk.end_row)).fetchall()))
+        return self._call(lambda: dict(self._database.query(query, (chunk.first_row, chunk.end_row))))
 
     def flushed(self) -> bool:
         """Everything that was put before is durable; False where a failure prevented it."""
@@ -176,10 +153,10 @@ class Checkpoint:
             return
 
         def name() -> None:
-            self._insert("possibly_billed", [tables.possibly_billed_record(entry) for entry in entries])
+            self._database.insert("possibly_billed", [tables.possibly_billed_record(entry) for entry in entries])
 
         def call() -> None:
-            self._transaction(name)
+            self._database.transaction(name)
             self.spent = with_possibly_billed(self.spent, entries)
 
         self._call(call)
@@ -191,7 +168,7 @@ class Checkpoint:
         """
         if self._thread.is_alive():
             if finished:
-                self._call(lambda: self._database.execute("PRAGMA journal_mode = DELETE").fetchone())
+                self._call(self._database.rest)
             self._queue.put(self._stop)
             self._thread.join()
         self._database.close()
@@ -210,9 +187,9 @@ class Checkpoint:
                 return
             try:
                 future.set_result(work())
-            except sqlite3.Error as error:
-                self._fail(self._translated(error))
-                future.set_exception(self._translated(error))
+            except DiskError as error:
+                self._fail(error)
+                future.set_exception(error)
             except BaseException as error:
                 future.set_exception(error)
 
@@ -237,34 +214,18 @@ class Checkpoint:
         if not endings or self._failed is not None:
             return  # the slots keep the names
         try:
-            spent = self._write(endings)
-        except sqlite3.Error as error:
-            if not (_is_full(error) and self._free_reserve()):
-                self._fail(self._translated(error))
-                return
-            try:
-                spent = self._write(endings)
-            except sqlite3.Error as again:
-                self._fail(self._translated(again))
-                return
-            self._on_failure(self._translated(error))  # what is in flight may still land in the room that was freed
-        self.spent = spent
-        self._on_durable(endings)
+            self.spent = self._write(endings)
+        except BatchrunError as error:
+            self._fail(error)
+        except Exception as error:  # a value that SQLite has no place for: stop, but never hang those who wait
+            self._fail(BatchrunError(f"{self._path}: can't keep an answer ({type(error).__name__}: {error})"))
+        else:
+            self._on_durable(endings)
 
     def _fail(self, error: BatchrunError) -> None:
         if self._failed is None:
             self._failed = error
             self._on_failure(error)
-
-    def _translated(self, error: sqlite3.Error) -> BatchrunError:
-        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
-        if code == sqlite3.SQLITE_FULL:
-            return DiskError(f"{self._path}: the disk is full; make room and run the same command again")
-        if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
-            return DiskError(
-                f"{self._path}: the disk refused a write ({error}); mend it and run the same command again"
-            )
-        return CheckpointError(f"{self._path}: damaged ({error}); keep a copy of this directory before anything else")
 
     def _write(self, endings: Sequence[Ending]) -> Spent:
         """One commit: rows, attempts, doubts and the totals that count them stand or fall together."""
@@ -275,110 +236,40 @@ class Checkpoint:
         changed = [line for key, line in spent.totals.items() if self.spent.totals.get(key) is not line]
 
         def write() -> None:
-            self._insert("rows", [tables.completion_record(completion) for completion in completions])
-            self._insert("attempts", [tables.discarded_record(attempt) for attempt in discarded])
-            self._insert("possibly_billed", [tables.possibly_billed_record(doubt) for doubt in doubts])
-            self._replace("totals", [tables.totals_record(line) for line in changed])
-            if spent.answered_as is not self.spent.answered_as:
-                self._replace("answered_as", list(spent.answered_as.items()))
+            self._database.insert("rows", [tables.completion_record(completion) for completion in completions])
+            self._database.insert("attempts", [tables.discarded_record(attempt) for attempt in discarded])
+            self._database.insert("possibly_billed", [tables.possibly_billed_record(doubt) for doubt in doubts])
+            self._database.replace("totals", [tables.totals_record(line) for line in changed])
+            known = self.spent.answered_as.items()
+            self._database.replace("answered_as", [item for item in spent.answered_as.items() if item not in known])
 
-        self._transaction(write)
+        self._database.transaction(write)
         return with_possibly_billed(spent, doubts)
 
-    def _transaction(self, work: Callable[[], None]) -> None:
-        self._database.execute("BEGIN IMMEDIATE")
-        try:
-            work()
-            self._database.execute("COMMIT")
-        except BaseException:
-            if self._database.in_transaction:
-                self._database.execute("ROLLBACK")
-            raise
-
-    def _insert(self, table: str, records: Sequence[Record], verb: str = "INSERT") -> None:
-        if not records:
-            return
-        width = len(records[0]) + 1
-        values = ",".join([f"({','.join('?' * width)})"] * len(records))
-        parameters: list[Field] = []
-        for record in records:
-            parameters.extend(record)
-            parameters.append(_crc(record))
-        self._database.execute(f"{verb} INTO {table} VALUES {values}", parameters)
+    def _make_room(self, full: DiskError) -> bool:
+        """The reserve is given back, so that what is in flight may still land; the run hears that it must end."""
+        freed = self._free_reserve()
+        if freed:
+            self._on_failure(full)
+        return freed
 
     def _replace(self, table: str, records: Sequence[Record]) -> None:
-        self._insert(table, records, "INSERT OR REPLACE")
+        self._database.transaction(lambda: self._database.replace(table, records))
 
-    def _checked(
-        self, table: str, columns: str, clause: str = "", parameters: Iterable[Field] = ()
-    ) -> Iterator[Record]:
-        """The table's records without their CRC, each held against it."""
-        chosen = columns if columns == "*" else f"{columns}, crc"
-        statement = f"SELECT {chosen} FROM {table} {clause}"  # noqa: S608  (our own names)
-        for record in self._database.execute(statement, tuple(parameters)):
-            if record[-1] != _crc(record[:-1]):
-                raise CheckpointError(
-                    f"{self._path}: damaged: table {table}, record {record[0]!r} does not match its checksum; "
-                    "keep a copy of this directory before anything else"
-                )
-            yield record[:-1]
-
-    def _load(self) -> None:
-        """A new file gets its tables; an old one is checked, and what was spent is read."""
-        try:
-            version = self._database.execute("PRAGMA user_version").fetchone()[0]
-            if version == 0 and self._database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0:
-                self._database.executescript(f"BEGIN; {tables.TABLES} PRAGMA user_version = {FORMAT}; COMMIT;")
-                fsync(self._path.parent)
-                return
-            if version != FORMAT:
-                raise CheckpointError(
-                    f"{self._path}: of another version of batchrun (format {version}, this one reads {FORMAT}); "
-                    "finish the run with that version, or start another with --new"
-                )
-            if (found := self._database.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
-                raise CheckpointError(f"{self._path}: damaged ({found}); keep a copy of this directory")
-            self.spent = self._read_spent()
-        except sqlite3.Error as error:
-            raise self._translated(error) from error
+    def _between(self, table: str, first_row: int, end_row: int) -> Iterator[Record]:
+        return self._database.records(table, "WHERE row >= ? AND row < ? ORDER BY 1, 2", (first_row, end_row))
 
     def _read_spent(self) -> Spent:
-        lines = [tables.totals_line(record) for record in self._checked("totals", "*")]
-        doubts = [tables.possibly_billed(record) for record in self._checked("possibly_billed", "*", "ORDER BY rowid")]
+        lines = [tables.totals_line(record) for record in self._database.records("totals")]
+        doubts = self._database.records("possibly_billed", "ORDER BY rowid")
         spent = Spent(
             totals={(line.invocation, line.model, line.status): line for line in lines},
-            answered_as=dict(self._checked("answered_as", "*")),
+            answered_as=dict(self._database.records("answered_as")),
         )
-        return with_possibly_billed(spent, doubts)
+        return with_possibly_billed(spent, [tables.possibly_billed(record) for record in doubts])
 
 
 def read_finished(path: Path) -> dict[str, str]:
     """The manifest of a run that nobody works on, read without touching any file."""
-    try:
-        database = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True)
-        try:
-            return dict(database.execute("SELECT name, value FROM manifest").fetchall())
-        finally:
-            database.close()
-    except sqlite3.Error as error:
-        raise CheckpointError(f"{path}: can't be read: {error}") from error
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    try:
-        database = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=256)
-        path.chmod(0o600)
-        for pragma in ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = FULL", "temp_store = MEMORY"):
-            database.execute(f"PRAGMA {pragma}").fetchone()
-    except (sqlite3.Error, OSError) as error:
-        kind = DiskError if isinstance(error, OSError | sqlite3.OperationalError) else CheckpointError
-        raise kind(f"{path}: can't open the checkpoint: {error}") from error
-    return database
-
-
-def _is_full(error: sqlite3.Error) -> bool:
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL
-
-
-def _crc(record: Record) -> int:
-    return zlib.crc32(msgspec.msgpack.encode(record))
+    with contextlib.closing(Database.open_resting(path, tables.TABLES, FORMAT)) as database:
+        return dict(database.records("manifest"))

@@ -3,11 +3,12 @@
 The last field of every record is its CRC; the functions here speak of the fields before it, in the tables' order.
 """
 
+import re
 from decimal import Decimal
-from typing import Any
 
 import msgspec
 
+from batchrun.database import Record
 from batchrun.records import Completion, Discarded, PossiblyBilled, RowError, Status, TotalsLine, Usage, Verdict
 
 TABLES = """
@@ -30,8 +31,6 @@ CREATE TABLE totals (invocation INTEGER, model TEXT, status TEXT, rows INTEGER, 
     unpriced INTEGER, without_usage INTEGER, crc INTEGER, PRIMARY KEY (invocation, model, status)) WITHOUT ROWID;
 CREATE TABLE answered_as (model TEXT PRIMARY KEY, rows INTEGER, crc INTEGER) WITHOUT ROWID;
 """
-
-Record = tuple[Any, ...]
 
 
 class Chunk(msgspec.Struct, frozen=True):
@@ -59,12 +58,21 @@ def _text(amount: Decimal | None) -> str | None:
     return None if amount is None else str(amount)
 
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def _characters(text: str | None) -> str | None:
+    """Half surrogates as U+FFFD: headers and errors may carry them (PEP 383), SQLite and Parquet can't."""
+    return text if text is None or text.isascii() else _SURROGATE.sub("\ufffd", text)
+
+
 def completion_record(c: Completion) -> Record:
     error = c.error or RowError("")
     kind = c.error.kind if c.error is not None else None
     return (
-        c.row, c.key, str(c.status), c.attempts, c.http_status, kind, error.http_status, error.code, error.message,
-        c.request_id, c.finished_at, c.latency_s, c.time_to_first_token_s, c.model, _text(c.cost_usd), c.raw, c.variant,
+        c.row, c.key, str(c.status), c.attempts, c.http_status, kind, error.http_status, _characters(error.code),
+        _characters(error.message), _characters(c.request_id), c.finished_at, c.latency_s, c.time_to_first_token_s,
+        c.model, _text(c.cost_usd), c.raw, c.variant,
     )  # fmt: skip
 
 
@@ -84,8 +92,8 @@ def discarded_record(d: Discarded) -> Record:
     u = d.usage
     usage = (None,) * 5 if u is None else msgspec.structs.astuple(u)
     return (
-        d.row, d.n, str(d.verdict), int(d.counted), d.http_status, d.error_kind, d.message, d.request_id, d.at, d.model,
-        *usage, _text(d.cost_usd),
+        d.row, d.n, str(d.verdict), int(d.counted), d.http_status, d.error_kind, _characters(d.message),
+        _characters(d.request_id), d.at, d.model, *usage, _text(d.cost_usd),
     )  # fmt: skip
 
 

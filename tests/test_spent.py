@@ -1,0 +1,82 @@
+from collections.abc import Sequence
+from decimal import Decimal
+from random import Random
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batchrun.records import Completion, Ending, PossiblyBilled, Status
+from batchrun.spent import DISCARDED, MAX_NAMED, Spent, doubt, fold, with_possibly_billed
+from tests.endings import ENDINGS, MODEL, completion, discarded
+
+PIECES = st.lists(st.integers(1, 7), min_size=30, max_size=30)
+
+
+def in_pieces(endings: Sequence[Ending], sizes: Sequence[int]) -> Spent:
+    spent, start = Spent(), 0
+    for size in sizes:
+        spent = fold(spent, endings[start : start + size], 1)
+        start += size
+    return spent
+
+
+@given(ENDINGS, PIECES, st.randoms(use_true_random=False))
+def test_the_account_is_the_same_for_any_grouping_and_order(
+    endings: list[Ending], sizes: list[int], random: Random
+) -> None:
+    whole = fold(Spent(), endings, 1)
+    assert in_pieces(endings, sizes) == whole
+    shuffled = random.sample(endings, len(endings))
+    assert fold(Spent(), shuffled, 1) == whole
+
+
+@given(ENDINGS)
+def test_the_account_is_the_sum_of_its_endings(endings: list[Ending]) -> None:
+    spent = fold(Spent(), endings, 1)
+    completions = [ending for ending in endings if isinstance(ending, Completion)]
+    costs = [e.last_cost_usd if isinstance(e, Completion) else e.cost_usd for e in endings]
+    assert spent.settled() == len(completions)
+    assert spent.cost_usd() == sum(filter(None, costs), Decimal(0))
+    lines = spent.totals.values()
+    assert sum(line.attempts for line in lines) == len(endings)
+    assert sum(line.total_tokens for line in lines) == sum(e.usage.total_tokens for e in endings if e.usage)
+    assert sum(line.unpriced for line in lines) == sum(
+        e.usage is not None and cost is None for e, cost in zip(endings, costs, strict=True)
+    )
+    assert sum(line.without_usage for line in lines) == sum(
+        e.usage is None and cost is None for e, cost in zip(endings, costs, strict=True)
+    )
+    assert sum(line.rows for line in lines if line.status == DISCARDED) == 0
+    assert sum(spent.answered_as.values()) == sum(c.answered_model is not None for c in completions)
+
+
+def test_a_line_that_no_ending_touches_stays_the_same_object() -> None:
+    before = fold(Spent(), [completion(0), discarded(1)], 1)
+    after = fold(before, [completion(2)], 1)
+    assert after.totals[1, MODEL, DISCARDED] is before.totals[1, MODEL, DISCARDED]
+    assert after.totals[1, MODEL, "ok"].rows == 2
+    assert before.totals[1, MODEL, "ok"].rows == 1
+
+
+def test_each_invocation_has_lines_of_its_own() -> None:
+    spent = fold(fold(Spent(), [completion(0)], 1), [completion(1)], 2)
+    assert [(line.invocation, line.rows) for line in spent.totals.values()] == [(1, 1), (2, 1)]
+
+
+def test_only_an_attempt_that_may_be_billed_is_in_doubt() -> None:
+    assert doubt(completion(0), 1) is None
+    assert doubt(discarded(0), 1) is None
+    lost = discarded(3, 2, maybe_billed=True, error_kind="timeout", possibly_billed_usd=Decimal("0.5"))
+    assert doubt(lost, 4) == PossiblyBilled(3, 2, lost.key.hex(), Decimal("0.5"), "timeout", 4)
+    answered = completion(3, maybe_billed=True, attempts=2, status=Status.ERROR)
+    assert doubt(answered, 1) == PossiblyBilled(3, 2, answered.key.hex(), None, "no answer", 1)
+
+
+def test_every_doubt_is_counted_and_added_although_not_every_one_is_listed() -> None:
+    entry = PossiblyBilled(0, 1, "00", Decimal("0.01"), "crash", 1)
+    unknown = PossiblyBilled(1, 1, "01", None, "crash", 1)
+    spent = with_possibly_billed(Spent(), [entry] * MAX_NAMED)
+    spent = with_possibly_billed(spent, [unknown, entry])
+    assert spent.possibly_billed == (entry,) * MAX_NAMED
+    assert spent.possibly_billed_count == MAX_NAMED + 2
+    assert spent.possibly_billed_usd == Decimal("0.01") * (MAX_NAMED + 1)
