@@ -6,6 +6,7 @@ stored or shown, in the forms the key can take on the way: plain, URL-encoded, b
 
 import base64
 import json
+import re
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -56,7 +57,9 @@ def read(endpoint: Endpoint, environ: Mapping[str, str]) -> Credentials:
     for name, value in endpoint.headers.items():
         if value.startswith("env:"):
             value = _from_environ(f"endpoint.headers.{name}", value.removeprefix("env:"), environ)
-            secrets.add(value)
+            secrets.update((value, value.split()[-1]))  # "Bearer sk-…": the key comes back without its scheme
+        if not value.isprintable():
+            raise JobError(f"endpoint.headers.{name}: holds characters that no header can carry")
         headers[name] = value
     key = None
     if endpoint.api_key_env is not None:
@@ -93,16 +96,29 @@ def _from_file(path: Path) -> tuple[str, str | None]:
 
 
 def _forms(secret: str) -> Iterator[bytes]:
-    """The forms in which a secret can come back."""
+    """The forms in which a secret can come back: as encoders of different languages write it."""
     if len(secret) < MIN_SECRET_CHARS:
         return
     raw = secret.encode()
     yield raw
-    yield quote(secret, safe="").encode()
-    yield quote(secret, safe="").lower().encode()
-    yield json.dumps(secret)[1:-1].encode()
-    yield json.dumps(secret)[1:-1].replace("/", "\\/").encode()
+    for unescaped in ("", "/", "!*'()", "!*'()/:@&=+$,;"):  # Python's, Java's, JavaScript's two
+        quoted = quote(secret, safe=unescaped)
+        yield quoted.encode()
+        yield _PERCENT.sub(lambda escape: escape[0].lower(), quoted).encode()
+    for escaped in ("", "/", "<>&", "<>&'", "<>&'/"):  # plain, PHP's, Go's, .NET's, templates'
+        yield _json_escaped(secret, escaped)
     yield from _base64_forms(raw)
+
+
+_PERCENT = re.compile("%[0-9A-F]{2}")
+
+
+def _json_escaped(secret: str, escaped: str) -> bytes:
+    """The secret inside a JSON string of an encoder that escapes these characters too."""
+    text = json.dumps(secret)[1:-1]
+    for char in escaped:
+        text = text.replace(char, "\\/" if char == "/" else f"\\u{ord(char):04x}")
+    return text.encode()
 
 
 def _base64_forms(raw: bytes) -> Iterator[bytes]:

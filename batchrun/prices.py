@@ -107,7 +107,8 @@ def _listed(model: str, today: str) -> PriceTable | None:
     price = found.model_price
     if price.input_mtok is None or price.output_mtok is None:
         return None
-    kinds = (price.input_mtok, price.cache_read_mtok or price.input_mtok, price.output_mtok)
+    cached = price.input_mtok if price.cache_read_mtok is None else price.cache_read_mtok
+    kinds = (price.input_mtok, cached, price.output_mtok)
     starts = {0}
     for kind in kinds:
         if isinstance(kind, TieredPrices):
