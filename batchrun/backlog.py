@@ -19,7 +19,8 @@ MAX_WAITING = 4096
 class Pending(msgspec.Struct, frozen=True):
     """A row still to be asked, with what it has been through. `cost_usd` None: an earlier attempt has no price.
 
-    `successes` is the gate's count of good answers when the row was last sent, None before that.
+    `successes` is the gate's count of good answers when the row was last sent, None before that. `refused`: an
+    earlier start met a 403 that nobody could corroborate.
     """
 
     request: Request
@@ -27,6 +28,7 @@ class Pending(msgspec.Struct, frozen=True):
     history: History = History()
     cost_usd: Decimal | None = Decimal(0)
     successes: int | None = None
+    refused: bool = False
 
 
 class Backlog:

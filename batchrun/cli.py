@@ -103,7 +103,7 @@ def check(job: Path, input_path: str | None, overrides: tuple[str, ...]) -> None
     if found.rejected:
         plan.raise_problems(found, _note)
     models = ", ".join(f"{model} ({rows:,})" for model, rows in found.models.items())
-    click.echo(f"{found.rows:,} rows in {len(source.files)} files, read as {found.dialect}; {models or 'no model'}")
+    _say(f"{found.rows:,} rows in {len(source.files)} files, read as {found.dialect}; {models or 'no model'}")
 
 
 @cli.command()
@@ -114,7 +114,7 @@ def status(out: Path) -> None:
     from batchrun.rundir import RunDirectory
 
     for line in report.status_lines(RunDirectory(out)):
-        click.echo(line)
+        _say(line)
 
 
 @cli.command()
@@ -128,7 +128,7 @@ def report(paths: tuple[Path, ...], by: str, form: str, target: Path | None) -> 
 
     text = reporting.render(reporting.collect(paths, tuple(by.split(","))), form)
     if target is None:
-        click.echo(text, nl=False)
+        _say(text, nl=False)
     else:
         target.write_text(text, "utf-8")
 
@@ -148,7 +148,7 @@ def new(file: Path) -> None:
         raise JobError(f"{file} is there already; name another file") from error
     except OSError as error:
         raise JobError(f"{file}: can't be written: {error.strerror}") from error
-    click.echo(f"wrote {file}; set the input and the prompt, then: batchrun check {file}")
+    _say(f"wrote {file}; set the input and the prompt, then: batchrun check {file}")
 
 
 @cli.command()
@@ -181,7 +181,7 @@ def simulate(
         seed=seed,
         ledger=ledger,
     )
-    serve(config, lambda url: click.echo(f"listening on {url}"))
+    serve(config, lambda url: _say(f"listening on {url}"))
 
 
 def main() -> None:
@@ -200,7 +200,7 @@ def main() -> None:
         sys.exit(ExitCode.USAGE)
     except (click.Abort, KeyboardInterrupt):
         _end("Stopped.", ExitCode.SIGINT)
-    except BrokenPipeError:
+    except _StdoutClosedError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter's last flush must not complain
         sys.exit(ExitCode.SIGPIPE)
     except Exception as error:
@@ -255,6 +255,18 @@ def _loop_factory() -> Callable[[], Any] | None:
     return uvloop.new_event_loop
 
 
+class _StdoutClosedError(Exception):
+    """Nobody reads our results any more. (click would turn a BrokenPipeError into exit code 1.)"""
+
+
+def _say(text: str, *, nl: bool = True) -> None:
+    """A result, on stdout."""
+    try:
+        click.echo(text, nl=nl)
+    except BrokenPipeError as error:
+        raise _StdoutClosedError from error
+
+
 def _note(line: str) -> None:
     """A line for people, on stderr; model text in it can't steer the terminal."""
     with contextlib.suppress(BrokenPipeError):
@@ -273,7 +285,7 @@ def _tell(summary: "Summary", job: "Job") -> None:
 
     lines = in_words(summary, requests_per_minute=job.limits.requests_per_minute, max_failures=job.output.max_failures)
     for line in lines:
-        click.echo(harmless(line))
+        _say(harmless(line))
 
 
 class _Progress:

