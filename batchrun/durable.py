@@ -30,13 +30,18 @@ def next_step(error: OSError) -> str:
 
 
 def replace(path: Path, write: Callable[[Path], None]) -> None:
-    """`path` holds what `write` wrote to the temp name it is given; on any error the old file stays."""
+    """`path` holds what `write` wrote to the temp name it is given; on any error the old file stays, and no rest."""
     temporary = path.with_name(path.name + TEMP_SUFFIX)
-    with told(path):
-        write(temporary)
-        fsync(temporary)
-        temporary.rename(path)
-        fsync(path.parent)
+    try:
+        with told(path):
+            write(temporary)
+            fsync(temporary)
+            temporary.rename(path)
+            fsync(path.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)  # on a full disk it would keep the room that the run needs
+        raise
 
 
 def replace_bytes(path: Path, content: bytes) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import glob
 import os
 import re
 from collections.abc import Iterator
@@ -15,6 +16,9 @@ from batchrun.errors import JobError, RunLockedError
 
 NETWORK_FILE_SYSTEMS = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "fuse.sshfs", "ceph", "lustre"})
 """Their locks and fsync do not hold what SQLite needs (sqlite.org, "How To Corrupt", section 2.1)."""
+
+MOUNTINFO = Path("/proc/self/mountinfo")
+"""Where Linux tells what is mounted (proc_pid_mountinfo(5)); elsewhere there is no such file."""
 
 RESERVE_BYTES = 16_000_000
 """Given back when the disk is full: room for the answers that are in flight just then."""
@@ -45,7 +49,7 @@ class RunDirectory:
         """Where a sealed chunk is."""
         return self.parts / f"{chunk:06d}.g{generation}.parquet"
 
-    def create(self) -> None:
+    def create(self, mountinfo: Path = MOUNTINFO) -> None:
         """The directory is there, private, and on a file system that can be trusted.
 
         Raises:
@@ -62,7 +66,7 @@ class RunDirectory:
             ) from error
         if not os.access(self.path, os.W_OK | os.X_OK):
             raise JobError(f"{self.path}: can't be written; choose another directory with -o")
-        if (kind := file_system(self.path)) in NETWORK_FILE_SYSTEMS:
+        if (kind := file_system(self.path, mountinfo)) in NETWORK_FILE_SYSTEMS:
             raise JobError(f"{self.path}: lies on a network file system ({kind}); choose a local directory with -o")
 
     def reserve_room(self) -> None:
@@ -90,11 +94,10 @@ class RunDirectory:
         with told(self.path):
             descriptor = os.open(self.path, os.O_RDONLY)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(descriptor)
-            raise RunLockedError(f"{self.path}: another run works here ({self._holder()}); nothing was sent") from error
-        try:
+            with told(self.path):
+                taken = _flock(descriptor)
+            if not taken:
+                raise RunLockedError(f"{self.path}: another run works here ({self._holder()}); nothing was sent")
             yield
         finally:
             os.close(descriptor)
@@ -121,10 +124,18 @@ class RunDirectory:
         return summary if isinstance(summary, dict) else None
 
 
-def file_system(path: Path) -> str:
+def _flock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def file_system(path: Path, mountinfo: Path = MOUNTINFO) -> str:
     """The type of the file system that `path` lies on, as the kernel names it; "" where it does not say."""
     try:
-        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+        lines = mountinfo.read_text().splitlines()
     except OSError:
         return ""
     device = path.stat().st_dev
@@ -145,7 +156,7 @@ def place(pattern: str, job: str, *, date: str | None, now: datetime, new: bool)
     `{date}` is `date` where given. Else the newest directory of the pattern, if its run is unfinished; else the local
     date. With `new` a directory that is not there yet, `2026-11-22-2` beside `2026-11-22`.
     """
-    if date is not None and not re.fullmatch(_DATE, date):
+    if date is not None and not _is_date(date):
         raise JobError(f"--date {date}: expected YYYY-MM-DD")
     fixed = str(Path(pattern.replace("{job}", job)))
     if unknown := re.search(r"\{(?!date\})[^}]*\}", fixed):
@@ -173,14 +184,20 @@ def _unused(pattern: str, date: str, path: Path) -> Path:
 
 def _newest(pattern: str) -> tuple[str, Path] | None:
     """The last date, and its directory, among those that fit the pattern."""
-    before, _, after = pattern.partition("{date}")
-    base = Path(before) if before.endswith("/") or not before else Path(before).parent
-    expression = re.compile(re.escape(before) + f"(?P<date>{_DATE})" + re.escape(after))
-    found = []
-    for entry in base.glob("*" + after) if base.is_dir() else ():
-        if match := expression.fullmatch(str(entry)):
-            found.append((match["date"], entry))
+    parts = pattern.split("{date}")
+    first, *others = map(re.escape, parts)
+    expression = re.compile("(?P=date)".join([f"{first}(?P<date>{_DATE}){others[0]}", *others[1:]]))
+    names = glob.glob("*".join(map(glob.escape, parts)))  # noqa: PTH207  (Path.glob takes no absolute pattern)
+    found = [(match["date"], Path(name)) for name in names if (match := expression.fullmatch(name))]
     return max(found, key=lambda pair: _by_date(pair[0]), default=None)
+
+
+def _is_date(text: str) -> bool:
+    """True for a day of the calendar, and for one that --new has numbered."""
+    try:
+        return re.fullmatch(_DATE, text) is not None and bool(datetime.fromisoformat(text[:10]))
+    except ValueError:
+        return False
 
 
 def _by_date(date: str) -> tuple[str, int]:

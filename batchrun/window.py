@@ -5,6 +5,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pyarrow as pa
 
@@ -57,4 +58,4 @@ class StoredWindow:
             if types is None:
                 yield pa.Table.from_batches([batch])
             else:
-                yield lines_to_table(batch.column("line").to_pylist(), types)
+                yield lines_to_table(cast(list[bytes], batch.column("line").to_pylist()), types)
