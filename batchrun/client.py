@@ -8,6 +8,7 @@ that is silent during a long reasoning call), bodies without a bound.
 import asyncio
 import contextvars
 import errno
+import io
 import socket
 import ssl
 import time
@@ -19,6 +20,8 @@ from typing import Self
 
 import aiohttp
 from aiohttp.client_reqrep import ClientRequest
+from aiohttp.http_exceptions import ContentEncodingError
+from aiohttp.payload import TOO_LARGE_BYTES_BODY
 
 from batchrun import __version__
 from batchrun.credentials import Credentials
@@ -150,14 +153,13 @@ class Client:
         own_headers = {"X-Client-Request-Id": client_request_id} if self._name_requests else None
         try:
             async with session.post(
-                self._url, data=request.body, headers=own_headers, allow_redirects=False, proxy=self._proxy
+                self._url, data=_payload(request.body), headers=own_headers, allow_redirects=False, proxy=self._proxy
             ) as response:
                 http_status, headers = response.status, response.headers
                 error = await self._receive(response, exchange, started)
         except asyncio.CancelledError:
-            if not exchange.expired:
+            if not exchange.expired or exchange.task.uncancel():  # somebody else ends this worker as well
                 raise
-            exchange.task.uncancel()
             message = f"no whole answer within {self._deadline_s:g} s"
             error = APITimeoutError(message, kind="timeout", sent=exchange.sent_at is not None)
         except Exception as raised:  # translate() knows every exception of aiohttp's; a test walks them
@@ -217,6 +219,11 @@ class Client:
         return error
 
 
+def _payload(body: bytes) -> bytes | io.BytesIO:
+    """The body as aiohttp likes it: a large one in pieces, so that the event loop is not held up."""
+    return body if len(body) <= TOO_LARGE_BYTES_BODY else io.BytesIO(body)
+
+
 def translate(raised: Exception, *, sent: bool) -> APIConnectionError:
     """aiohttp's exception as ours. `sent`: a connection was there, so the request may have left.
 
@@ -227,6 +234,8 @@ def translate(raised: Exception, *, sent: bool) -> APIConnectionError:
         if isinstance(raised, types):
             if kind == "reset" and not sent:
                 kind = "connect"
+            if kind == "cut" and isinstance(raised.__cause__, ContentEncodingError):
+                kind = "bad_encoding"
             if isinstance(raised, aiohttp.ClientConnectorError) and kind == "connect":
                 kind = _connect_kind(raised)
             error_type = APITimeoutError if timeout else APIConnectionError

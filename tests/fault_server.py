@@ -1,0 +1,100 @@
+"""A raw TCP server on loopback whose script says, exchange by exchange, what goes wrong. It counts what it was sent."""
+
+import asyncio
+import contextlib
+import socket
+import ssl
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+
+FINE = b'{"choices":[{"message":{"content":"Fine."},"finish_reason":"stop"}]}'
+
+
+@dataclass
+class Exchange:
+    """One request as it arrived, whole, and the connection it came on. `place` counts from 0 on its connection."""
+
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    connection: int
+    place: int
+    head: bytes
+    body: bytes
+
+    async def send(self, raw: bytes) -> None:
+        self.writer.write(raw)
+        await self.writer.drain()
+
+    async def silence(self) -> None:
+        """Nothing is said until the client goes away."""
+        await self.reader.read()
+
+    def reset(self) -> None:
+        """The connection ends with RST, not FIN."""
+        opened = self.writer.get_extra_info("socket")
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.writer.transport.abort()
+
+
+Script = Callable[[Exchange], Awaitable[None]]
+
+
+@dataclass
+class FaultServer:
+    """`exchanges` are the requests that were read to their last byte; `connections` counts what was accepted."""
+
+    url: str = ""
+    connections: int = 0
+    exchanges: list[Exchange] = field(default_factory=list)
+
+
+@contextlib.asynccontextmanager
+async def serving(script: Script, tls: ssl.SSLContext | None = None) -> AsyncIterator[FaultServer]:
+    """A server that runs `script` on every exchange. A script that closes the writer ends its connection."""
+    served = FaultServer()
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connection = served.connections
+        served.connections += 1
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            for place in range(1_000_000):
+                head = await reader.readuntil(b"\r\n\r\n")
+                exchange = Exchange(reader, writer, connection, place, head, await reader.readexactly(_length(head)))
+                served.exchanges.append(exchange)
+                await script(exchange)
+                if writer.is_closing():
+                    break
+        writer.close()
+
+    server = await asyncio.start_server(connected, "127.0.0.1", 0, ssl=tls)
+    port = server.sockets[0].getsockname()[1]
+    served.url = f"{'https' if tls else 'http'}://127.0.0.1:{port}/v1/chat/completions"
+    try:
+        yield served
+    finally:
+        server.close()
+        for exchange in served.exchanges:
+            exchange.writer.transport.abort()
+        await asyncio.sleep(0)
+
+
+def _length(head: bytes) -> int:
+    for line in head.split(b"\r\n"):
+        name, _, value = line.partition(b":")
+        if name.lower() == b"content-length":
+            return int(value)
+    return 0
+
+
+def answer(body: bytes = FINE, *headers: str, status: str = "200 OK", length: int | None = None) -> bytes:
+    """The bytes of a whole response."""
+    size = len(body) if length is None else length
+    lines = [f"HTTP/1.1 {status}", "Content-Type: application/json", f"Content-Length: {size}", *headers]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+def chunked(*parts: bytes, end: bool = True) -> bytes:
+    """The bytes of a response in chunks; without `end` it stays open."""
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    return head + b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts) + (b"0\r\n\r\n" if end else b"")

@@ -1,0 +1,550 @@
+"""One attempt against real sockets: however it ends, it ends as a value of the right kind, and asks no server twice."""
+
+import asyncio
+import contextlib
+import gzip
+import inspect
+import os
+import resource
+import socket
+import ssl
+import subprocess
+import time
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import aiohttp
+import pytest
+from aiohttp.client_reqrep import ConnectionKey
+from yarl import URL
+
+from batchrun.client import Client, translate
+from batchrun.credentials import Credentials
+from batchrun.errors import APITimeoutError, JobError
+from batchrun.job import Endpoint
+from batchrun.policy import FAULT_VERDICTS
+from batchrun.records import Attempt, Request, Verdict
+from tests.fault_server import FINE, Exchange, FaultServer, Script, answer, chunked, serving
+
+KEY = "sk-canary-4711"
+T = TypeVar("T")
+
+
+def request(body: bytes = b'{"model":"m"}', row: int = 0) -> Request:
+    return Request(row, b"k" * 16, body, "m", 10, 10)
+
+
+def client_of(url: str, **endpoint: Any) -> Client:
+    return Client(
+        url,
+        Endpoint(url, api_key_env="KEY", **endpoint),
+        Credentials({"Authorization": f"Bearer {KEY}"}, frozenset({KEY})),
+    )
+
+
+@contextlib.asynccontextmanager
+async def sweeping(client: Client) -> AsyncIterator[None]:
+    """What the run's heartbeat does, more often."""
+
+    async def sweep() -> None:
+        while True:
+            await asyncio.sleep(0.01)
+            client.expire()
+
+    task = asyncio.create_task(sweep())
+    try:
+        yield
+    finally:
+        task.cancel()
+
+
+def asked(script: Script, *bodies: bytes, **endpoint: Any) -> tuple[list[Attempt], FaultServer]:
+    """The attempts for the bodies, one after another, each ended by a sweep if it takes too long."""
+
+    async def main() -> tuple[list[Attempt], FaultServer]:
+        async with serving(script) as server, client_of(server.url, **endpoint) as client, sweeping(client):
+            attempts = [await client.send(request(body), f"run-{n}-1") for n, body in enumerate(bodies or (b"{}",))]
+            return attempts, server
+
+    return asyncio.run(main())
+
+
+def ended(script: Script, **endpoint: Any) -> Attempt:
+    (attempt,), _ = asked(script, **endpoint)
+    return attempt
+
+
+def kind_of(attempt: Attempt) -> str | None:
+    return attempt.error.kind if attempt.error else None
+
+
+def sends(raw: bytes, *, then: Callable[[Exchange], Awaitable[None]] | None = None) -> Script:
+    async def script(exchange: Exchange) -> None:
+        await exchange.send(raw)
+        if then is not None:
+            await then(exchange)
+
+    return script
+
+
+async def closes(exchange: Exchange) -> None:
+    exchange.writer.close()
+
+
+async def resets(exchange: Exchange) -> None:
+    await asyncio.sleep(0.02)  # so that what was sent arrives before the RST
+    exchange.reset()
+
+
+# -- an answer
+
+
+def test_an_answer_arrives_with_status_headers_and_body() -> None:
+    (attempt,), server = asked(sends(answer(FINE, "X-Request-Id: r-1")), b'{"a":1}')
+    assert (attempt.http_status, attempt.body, attempt.error, attempt.request_id) == (200, FINE, None, "r-1")
+    assert attempt.time_to_first_token_s is None
+    assert abs(attempt.started_at - time.time()) < 60
+    assert 0 < attempt.latency_s < 10
+    (exchange,) = server.exchanges
+    head = exchange.head.decode().lower()
+    assert exchange.body == b'{"a":1}'
+    assert head.startswith("post /v1/chat/completions http/1.1\r\n")
+    for header in ("content-type: application/json", f"authorization: bearer {KEY}", "x-client-request-id: run-0-1"):
+        assert f"\r\n{header}\r\n" in head
+
+
+def test_a_request_goes_without_its_name_if_the_endpoint_says_so() -> None:
+    _, server = asked(sends(answer()), client_request_id=False)
+    assert b"x-client-request-id" not in server.exchanges[0].head.lower()
+
+
+@pytest.mark.parametrize(
+    "status", ["204 No Content", "400 Bad Request", "429 Too Many Requests", "500 Oops", "503 Busy", "999 Odd"]
+)
+def test_an_error_status_is_an_answer_too(status: str) -> None:
+    body = b"" if status.startswith("204") else b"why"
+    attempt = ended(sends(answer(body, status=status)))
+    assert (attempt.http_status, attempt.body, attempt.error) == (int(status[:3]), body, None)
+
+
+def test_a_stream_is_timed_to_its_first_byte() -> None:
+    async def script(exchange: Exchange) -> None:
+        await exchange.send(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
+        await asyncio.sleep(0.05)
+        await exchange.send(b"8\r\ndata: 1\n\r\n")
+        await asyncio.sleep(0.1)
+        await exchange.send(b"8\r\ndata: 2\n\r\n0\r\n\r\n")
+
+    attempt = ended(script)
+    assert attempt.body == b"data: 1\ndata: 2\n"
+    assert attempt.time_to_first_token_s is not None
+    assert 0.04 < attempt.time_to_first_token_s < attempt.latency_s - 0.05
+
+
+@pytest.mark.parametrize("size", [0, 1, 2_000_000, 10_000_000])
+def test_a_large_answer_and_a_large_request_arrive_whole(size: int) -> None:
+    body = os.urandom(size)
+    (attempt,), server = asked(sends(answer(body)), body)
+    assert attempt.error is None
+    assert attempt.body == body
+    assert server.exchanges[0].body == body
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+def test_a_compressed_answer_is_decompressed(encoding: str) -> None:
+    packed = gzip.compress(FINE) if encoding == "gzip" else zlib.compress(FINE)
+    attempt = ended(sends(answer(packed, f"Content-Encoding: {encoding}")))
+    assert (attempt.body, attempt.error) == (FINE, None)
+
+
+def test_the_key_that_a_server_repeats_is_not_in_the_body() -> None:
+    attempt = ended(sends(answer(f'{{"error":"wrong key: Bearer {KEY}"}}'.encode(), status="401 No")))
+    assert attempt.body == b'{"error":"wrong key: Bearer [redacted]"}'
+
+
+# -- keep-alive
+
+
+def test_a_connection_is_used_again() -> None:
+    attempts, server = asked(sends(answer()), *[b"{}"] * 5)
+    assert [kind_of(attempt) for attempt in attempts] == [None] * 5
+    assert (server.connections, len(server.exchanges)) == (1, 5)
+
+
+@pytest.mark.parametrize("pause_s", [0.0, 0.05])
+def test_a_keep_alive_that_is_closed_every_time_costs_no_answer_and_no_second_service(pause_s: float) -> None:
+    async def main() -> None:
+        async with serving(sends(answer(), then=closes)) as server, client_of(server.url) as client:
+            for n in range(20):
+                attempt = await client.send(request(b"%d" % n), "x")
+                assert (kind_of(attempt), attempt.body) == (None, FINE)
+                await asyncio.sleep(pause_s)
+            assert [exchange.body for exchange in server.exchanges] == [b"%d" % n for n in range(20)]
+
+    asyncio.run(main())
+
+
+def dropping_the_second(how: Script) -> Script:
+    """A server whose connections answer once and end, without a byte, as soon as they are used again."""
+
+    async def script(exchange: Exchange) -> None:
+        if exchange.place == 0:
+            await exchange.send(answer())
+        else:
+            await how(exchange)
+
+    return script
+
+
+@pytest.mark.parametrize("how", [closes, resets], ids=["FIN", "RST"])
+def test_a_reused_connection_that_ends_at_once_is_tried_again_on_a_fresh_one(how: Script) -> None:
+    attempts, server = asked(dropping_the_second(how), b"0", b"1", b"2")
+    assert [kind_of(attempt) for attempt in attempts] == [None] * 3
+    assert server.connections > 1
+
+
+def test_a_fresh_connection_that_ends_without_a_byte_may_have_been_billed() -> None:
+    attempt = ended(closes)
+    assert kind_of(attempt) == "reset"
+    assert attempt.error is not None
+    assert attempt.error.sent
+
+
+async def _late_close(exchange: Exchange) -> None:
+    await asyncio.sleep(0.2)
+    exchange.writer.close()
+
+
+def test_a_reused_connection_that_ends_late_may_have_been_billed() -> None:
+    attempts, server = asked(dropping_the_second(_late_close), b"0", b"1")
+    assert [kind_of(attempt) for attempt in attempts] == [None, "reset"]
+    assert len(server.exchanges) == 2
+
+
+@pytest.mark.parametrize("how", [closes, resets], ids=["FIN", "RST"])
+@pytest.mark.parametrize(
+    "part",
+    [answer(length=500)[: -len(FINE)], answer(length=500)],
+    ids=["head", "half"],
+)
+def test_a_reused_connection_that_had_begun_to_answer_is_not_asked_again(part: bytes, how: Script) -> None:
+    attempts, server = asked(dropping_the_second(sends(part, then=how)), b"0", b"1")
+    assert kind_of(attempts[1]) in ("reset", "cut")
+    assert len(server.exchanges) == 2
+
+
+# -- broken answers
+
+
+@pytest.mark.parametrize(
+    ("script", "kind", "received"),
+    [
+        pytest.param(sends(answer(length=500), then=closes), "cut", FINE, id="Content-Length too long"),
+        pytest.param(sends(answer(length=500), then=resets), "cut|reset", FINE, id="reset mid-body"),
+        pytest.param(sends(chunked(FINE, end=False), then=closes), "cut", FINE, id="chunked cut"),
+        pytest.param(sends(chunked(FINE, end=False), then=resets), "cut|reset", FINE, id="chunked reset"),
+        pytest.param(
+            sends(chunked(FINE, end=False) + b"zz\r\n", then=closes), "cut|malformed_http", None, id="chunk of no size"
+        ),
+        pytest.param(resets, "reset", b"", id="reset at once"),
+        pytest.param(sends(b"HTTP/1.1 200", then=closes), "reset|malformed_http", b"", id="half a status line"),
+        pytest.param(sends(b"SSH-2.0-OpenSSH_9\r\n", then=closes), "malformed_http", b"", id="no HTTP"),
+        pytest.param(
+            sends(b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n", then=closes), "malformed_http", b"", id="no length"
+        ),
+        pytest.param(sends(answer(FINE, "X-Long: " + "x" * 20_000)), "malformed_http", b"", id="20 KB header line"),
+        pytest.param(
+            sends(answer(FINE, *(f"X-{n}: x" for n in range(1000)))), "malformed_http", b"", id="1,000 headers"
+        ),
+        pytest.param(sends(answer(b"no gzip", "Content-Encoding: gzip")), "bad_encoding", b"", id="bad gzip"),
+    ],
+)
+def test_a_broken_answer_keeps_what_came_and_may_have_been_billed(
+    script: Script, kind: str, received: bytes | None
+) -> None:
+    attempt = ended(script)
+    assert kind_of(attempt) in kind.split("|")
+    assert received is None or attempt.body == received
+    assert attempt.error is not None
+    assert attempt.error.sent
+    assert FAULT_VERDICTS[attempt.error.kind] is Verdict.MAYBE
+    assert KEY not in str(attempt.error)
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        Exchange.silence,
+        sends(b"HTTP/1.1 200 OK\r\n", then=Exchange.silence),
+        sends(answer(length=500), then=Exchange.silence),
+        sends(chunked(FINE, end=False), then=Exchange.silence),
+    ],
+    ids=["at once", "in the head", "in the body", "between chunks"],
+)
+def test_silence_ends_at_the_deadline_with_what_had_come(script: Script) -> None:
+    attempt = ended(script, attempt_timeout_s=0.2)
+    assert isinstance(attempt.error, APITimeoutError)
+    assert (attempt.error.kind, attempt.error.sent) == ("timeout", True)
+    assert str(attempt.error) == "no whole answer within 0.2 s"
+    assert attempt.body in (b"", FINE)
+    assert 0.2 <= attempt.latency_s < 2
+
+
+@pytest.mark.parametrize("start", [b"", answer(length=10_000)], ids=["head", "body"])
+def test_a_byte_now_and_then_does_not_stretch_the_deadline(start: bytes) -> None:
+    async def script(exchange: Exchange) -> None:
+        await exchange.send(start)
+        for byte in answer():
+            await exchange.send(bytes([byte]))
+            await asyncio.sleep(0.02)
+
+    attempt = ended(script, attempt_timeout_s=0.2)
+    assert kind_of(attempt) == "timeout"
+    assert attempt.latency_s < 2
+
+
+def test_a_deadline_ends_its_own_attempt_only_and_the_worker_goes_on() -> None:
+    async def script(exchange: Exchange) -> None:
+        await (exchange.silence() if exchange.body == b"slow" else exchange.send(answer()))
+
+    attempts, _ = asked(script, b"slow", b"quick", b"slow", b"quick", attempt_timeout_s=0.2)
+    assert [kind_of(attempt) for attempt in attempts] == ["timeout", None, "timeout", None]
+
+
+def test_a_worker_that_is_cancelled_at_its_deadline_is_cancelled() -> None:
+    async def main() -> None:
+        async with serving(Exchange.silence) as server, client_of(server.url, attempt_timeout_s=0.05) as client:
+            task = asyncio.create_task(client.send(request(), "x"))
+            await asyncio.sleep(0.1)
+            assert client.expire() == 1
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    asyncio.run(main())
+
+
+def test_a_gzip_bomb_ends_at_the_bound_in_bounded_memory() -> None:
+    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
+    bomb = b"".join([*(packer.compress(bytes(1_000_000)) for _ in range(200)), packer.flush()])
+    assert len(bomb) < 250_000
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    attempt = ended(sends(answer(bomb, "Content-Encoding: gzip")), max_answer_bytes=4_000_000)
+    grown_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert kind_of(attempt) == "answer_too_large"
+    assert len(attempt.body) <= 4_000_000
+    assert grown_kb < 60_000
+
+
+def test_an_answer_without_end_stops_at_the_bound() -> None:
+    async def script(exchange: Exchange) -> None:
+        await exchange.send(chunked(end=False))
+        while not exchange.writer.is_closing():
+            await exchange.send(b"1000\r\n" + bytes(4096) + b"\r\n")
+
+    assert kind_of(ended(script, max_answer_bytes=100_000)) == "answer_too_large"
+
+
+# -- no answer
+
+
+def test_a_redirect_is_not_followed() -> None:
+    async def main() -> None:
+        async with serving(sends(answer())) as other:
+            for status in ("301 M", "302 F", "303 S", "307 T", "308 P"):
+                moved = sends(answer(b"", f"Location: {other.url}", status=status))
+                async with serving(moved) as server, client_of(server.url) as client:
+                    attempt = await client.send(request(), "x")
+                assert (attempt.http_status, attempt.error) == (int(status[:3]), None)
+            assert other.connections == 0
+
+    asyncio.run(main())
+
+
+def test_a_name_that_does_not_exist_is_dns() -> None:
+    async def main() -> Attempt:
+        async with client_of("https://api.batchrun.invalid/v1") as client:
+            return await client.send(request(), "x")
+
+    attempt = asyncio.run(main())
+    assert attempt.error is not None
+    assert (attempt.error.kind, attempt.error.sent) == ("dns", False)
+
+
+def _unused_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_port_where_nobody_listens_is_refused(scheme: str) -> None:
+    async def main() -> Attempt:
+        async with client_of(f"{scheme}://127.0.0.1:{_unused_port()}/v1") as client:
+            return await client.send(request(), "x")
+
+    attempt = asyncio.run(main())
+    assert attempt.error is not None
+    assert (attempt.error.kind, attempt.error.sent) == ("refused", False)
+
+
+def test_a_connection_that_is_never_taken_ends_at_the_connect_timeout() -> None:
+    async def main() -> Attempt:
+        with socket.socket() as full, contextlib.ExitStack() as waiting:
+            full.bind(("127.0.0.1", 0))
+            full.listen(0)
+            for _ in range(4):  # the queue of connections that nobody takes is full
+                one = waiting.enter_context(socket.socket())
+                one.setblocking(False)
+                one.connect_ex(full.getsockname())
+            async with client_of(f"http://127.0.0.1:{full.getsockname()[1]}/v1", connect_timeout_s=0.2) as client:
+                return await client.send(request(), "x")
+
+    attempt = asyncio.run(main())
+    assert attempt.error is not None
+    assert (attempt.error.kind, attempt.error.sent) == ("connect", False)
+    assert attempt.latency_s < 2
+
+
+# -- TLS
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A self-signed certificate for 127.0.0.1, and its key, in one file."""
+    file = tmp_path_factory.mktemp("tls") / "pair.pem"
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-nodes",
+        "-days",
+        "2",
+    ]
+    names = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run([*command, *names, "-keyout", file, "-out", f"{file}.crt"], check=True, capture_output=True)
+    file.write_text(file.read_text() + Path(f"{file}.crt").read_text())
+    return file
+
+
+def over_tls(certificate: Path, **endpoint: Any) -> tuple[Attempt, FaultServer]:
+    async def main() -> tuple[Attempt, FaultServer]:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        async with serving(sends(answer()), context) as server, client_of(server.url, **endpoint) as client:
+            return await client.send(request(), "x"), server
+
+    return asyncio.run(main())
+
+
+def test_a_certificate_that_nobody_vouches_for_is_refused_before_anything_is_said(certificate: Path) -> None:
+    attempt, server = over_tls(certificate)
+    assert attempt.error is not None
+    assert (attempt.error.kind, attempt.error.sent) == ("certificate", False)
+    assert server.exchanges == []
+
+
+def test_a_certificate_of_the_jobs_ca_file_is_trusted(certificate: Path) -> None:
+    attempt, _ = over_tls(certificate, ca_file=f"{certificate}.crt")
+    assert (attempt.error, attempt.body) == (None, FINE)
+
+
+@pytest.mark.parametrize("text", [None, "no certificate"])
+def test_a_ca_file_that_is_none_is_named(tmp_path: Path, text: str | None) -> None:
+    file = tmp_path / "ca.pem"
+    if text:
+        file.write_text(text)
+    with pytest.raises(JobError, match=r"endpoint\.ca_file: can't load .*ca\.pem"):
+        asyncio.run(_made(str(file)))
+
+
+async def _made(ca_file: str) -> None:
+    client_of("https://h", ca_file=ca_file)
+
+
+def test_plain_http_on_a_tls_port_is_tls_trouble() -> None:
+    async def main() -> Attempt:
+        async with serving(sends(answer())) as server:
+            client = client_of(server.url.replace("http:", "https:"), connect_timeout_s=0.5)
+            async with client:
+                return await client.send(request(), "x")
+
+    attempt = asyncio.run(main())
+    assert attempt.error is not None
+    assert attempt.error.kind in ("tls", "connect")
+    assert not attempt.error.sent
+
+
+# -- the wire below
+
+
+def test_tcp_keepalive_is_on_so_that_a_long_silence_is_not_forgotten() -> None:
+    from batchrun.client import TCP_KEEPALIVE_S, _open_socket
+
+    with _open_socket((socket.AF_INET, socket.SOCK_STREAM, 6, "", ())) as opened:
+        assert opened.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        assert opened.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == TCP_KEEPALIVE_S
+
+
+# -- every exception of aiohttp's
+
+
+def made(kind: type[Exception]) -> Exception:
+    """An instance with arguments that its constructor takes, the key among them."""
+    key = ConnectionKey("h", 443, True, True, None, None, None)
+    info = aiohttp.RequestInfo(URL("https://h"), "POST", None, URL("https://h"))  # type: ignore[arg-type]
+    certificate = ssl.SSLCertVerificationError(1, f"untrusted {KEY}")
+    arguments: dict[type[Exception], tuple[Any, ...]] = {
+        aiohttp.ClientConnectorCertificateError: (key, certificate),
+        aiohttp.ServerFingerprintMismatch: (b"a", b"b", "h", 443),
+        aiohttp.client_exceptions.UnixClientConnectorError: ("/socket", key, OSError(111, "refused")),
+        aiohttp.ClientConnectorError: (key, OSError(111, f"refused {KEY}")),
+        aiohttp.ClientResponseError: (info, ()),
+        aiohttp.InvalidURL: (f"https://{KEY}",),
+    }
+    for base in kind.__mro__:
+        if base in arguments:
+            return kind(*arguments[base])
+    return kind(KEY)
+
+
+PUBLIC = sorted(
+    {
+        each
+        for module in (aiohttp, aiohttp.client_exceptions)
+        for _, each in inspect.getmembers(module, inspect.isclass)
+        if issubclass(each, aiohttp.ClientError)
+    },
+    key=lambda each: each.__name__,
+)
+
+
+@pytest.mark.parametrize("sent", [True, False])
+@pytest.mark.parametrize(
+    "kind",
+    [*PUBLIC, ConnectionResetError, TimeoutError, OSError, ValueError, RuntimeError],
+    ids=lambda kind: kind.__name__,
+)
+def test_every_exception_of_aiohttps_has_a_kind_that_the_policy_knows(kind: type[Exception], sent: bool) -> None:
+    error = translate(made(kind), sent=sent)
+    assert error.kind in FAULT_VERDICTS
+    assert error.sent == sent
+    assert (
+        FAULT_VERDICTS[error.kind] is not Verdict.FREE or not sent or error.kind in ("dns", "refused", "connect", "tls")
+    )
+
+
+def test_the_key_is_not_in_what_an_exception_says() -> None:
+    async def main() -> Attempt:
+        async with client_of("http://127.0.0.1:1/" + KEY) as client:
+            return await client.send(request(), "x")
+
+    attempt = asyncio.run(main())
+    assert KEY not in str(attempt.error)
+    assert KEY not in repr(attempt)
