@@ -1,0 +1,156 @@
+"""Imports go one way, `cli → run → stages → job, prices → records, errors`, and each library has its one place."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "batchrun"
+
+LAYERS: tuple[frozenset[str], ...] = (
+    frozenset({"__init__", "errors"}),
+    frozenset({"records", "mistakes"}),
+    frozenset({"job"}),
+    frozenset({"prices", "credentials"}),
+    frozenset(
+        {
+            *("source", "ids", "json_columns", "window"),
+            *("request", "check"),
+            *("accounts", "admission", "gate", "gate_state"),
+            *("client", "answer", "policy"),
+            *("durable", "rundir", "runlog", "slots", "spent", "database", "tables", "checkpoint"),
+            *("chunks", "backlog", "output"),
+        }
+    ),
+    frozenset({"plan", "pipeline", "signals", "summary", "chronicle", "asking", "result", "run"}),
+    frozenset({"report", "simulated", "simulator"}),
+    frozenset({"cli"}),
+)
+"""From the ground up. A module imports those of lower layers, and of its own layer only what is listed below."""
+
+WITHIN_A_LAYER: dict[str, frozenset[str]] = {
+    # what each stage is made of
+    "gate": frozenset({"accounts", "admission", "gate_state"}),
+    "gate_state": frozenset({"admission"}),
+    "policy": frozenset({"answer"}),
+    "database": frozenset({"durable"}),
+    "tables": frozenset({"database"}),
+    "checkpoint": frozenset({"database", "durable", "spent", "tables"}),
+    "rundir": frozenset({"durable"}),
+    "slots": frozenset({"durable"}),
+    "window": frozenset({"durable", "json_columns", "source"}),
+    "check": frozenset({"ids", "json_columns", "request", "source"}),
+    "chunks": frozenset({"checkpoint", "json_columns", "output", "rundir", "source", "tables", "window"}),
+    "backlog": frozenset({"chunks", "policy"}),
+    "output": frozenset({"answer", "durable"}),
+    # how they are joined
+    "pipeline": frozenset({"plan"}),
+    "summary": frozenset({"plan"}),
+    "chronicle": frozenset({"pipeline", "plan", "summary"}),
+    "asking": frozenset({"chronicle", "pipeline", "plan", "signals"}),
+    "result": frozenset({"plan"}),
+    "run": frozenset({"asking", "chronicle", "plan", "result", "signals", "summary"}),
+    "simulated": frozenset({"simulator"}),
+}
+
+SOLE_IMPORTERS: dict[str, frozenset[str]] = {
+    "aiohttp": frozenset({"client", "simulator"}),
+    "aiolimiter": frozenset({"gate"}),
+    "sqlite3": frozenset({"database"}),
+    "click": frozenset({"cli"}),
+    "tqdm": frozenset({"cli"}),
+    "uvloop": frozenset({"cli", "simulator"}),
+    "jinja2": frozenset({"request"}),
+    "genai_prices": frozenset({"prices"}),
+    "pyarrow": frozenset({"source", "json_columns", "window", "chunks", "output", "plan"}),
+}
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    """Every file with the module it counts as: a package within the package is one."""
+    for file in sorted(PACKAGE.rglob("*.py")):
+        place = file.relative_to(PACKAGE)
+        yield place.parts[0].removesuffix(".py"), file
+
+
+def imported(file: Path) -> Iterator[str]:
+    """The dotted name of everything that the file imports, wherever in it that stands."""
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def edges() -> dict[str, set[str]]:
+    """Module → the modules of ours that it imports."""
+    graph: dict[str, set[str]] = {module: set() for module, _ in modules()}
+    for module, file in modules():
+        for name in imported(file):
+            first, _, rest = name.partition(".")
+            target = rest.partition(".")[0]
+            if first == "batchrun" and target in graph and target != module:
+                graph[module].add(target)
+    return graph
+
+
+EDGES = edges()
+
+
+def layer_of(module: str) -> int:
+    return next(place for place, layer in enumerate(LAYERS) if module in layer)
+
+
+def test_every_module_has_its_layer() -> None:
+    assert sorted(EDGES) == sorted(module for layer in LAYERS for module in layer)
+
+
+@pytest.mark.parametrize("module", sorted(EDGES))
+def test_a_module_imports_lower_layers_and_of_its_own_only_what_is_listed(module: str) -> None:
+    beside = {target for target in EDGES[module] if layer_of(target) == layer_of(module)}
+    above = {target for target in EDGES[module] if layer_of(target) > layer_of(module)}
+    assert above == set()
+    assert beside == WITHIN_A_LAYER.get(module, frozenset())
+
+
+def test_no_two_modules_import_each_other_by_any_way() -> None:
+    assert list(TopologicalSorter(EDGES).static_order())[-1] == "cli"
+
+
+def test_the_simulator_knows_nothing_of_the_client_it_judges() -> None:
+    assert EDGES["simulator"] <= {"errors"}
+    assert {module for module, targets in EDGES.items() if "simulator" in targets} == {"cli", "simulated"}
+
+
+@pytest.mark.parametrize("library", SOLE_IMPORTERS)
+def test_a_library_is_imported_only_where_it_belongs(library: str) -> None:
+    users = {module for module, file in modules() for name in imported(file) if name.partition(".")[0] == library}
+    assert users == SOLE_IMPORTERS[library]
+
+
+def test_only_the_client_opens_connections() -> None:
+    names = {name for _, file in modules() if file.name != "client.py" for name in imported(file)}
+    assert {name for name in names if name.startswith("aiohttp")} <= {"aiohttp.web"}
+
+
+def test_the_command_line_starts_without_anything_heavy() -> None:
+    heavy = (
+        "pyarrow",
+        "aiohttp",
+        "jinja2",
+        "msgspec",
+        "tqdm",
+        "sqlite3",
+        "genai_prices",
+        "aiolimiter",
+        "uvloop",
+        "asyncio",
+    )
+    code = f"import sys, batchrun.cli; print([name for name in {heavy} if name in sys.modules])"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout == "[]\n"
