@@ -89,11 +89,13 @@ def output_schema(input_schema: pa.Schema, output: Output) -> pa.Schema:
     """The input's chosen columns as they are, then ours.
 
     Raises:
-        JobError: a chosen column is not there, or bears a name of ours.
+        JobError: a chosen column is not there or chosen twice, or bears a name of ours.
     """
     chosen = input_schema.names if output.columns == "all" else list(output.columns)
     if missing := [name for name in chosen if name not in input_schema.names]:
         raise JobError(f"output.columns: {missing[0]!r} is no input column ({', '.join(input_schema.names)})")
+    if twice := [name for place, name in enumerate(chosen) if name in chosen[:place]]:
+        raise JobError(f"output.columns: {twice[0]!r} is named twice")
     own = own_schema(output.prefix)
     if clash := [name for name in chosen if name in own.names]:
         raise JobError(
@@ -176,11 +178,14 @@ class ParquetFile:
 
     def write(self, batch: pa.RecordBatch) -> None:
         """The batch is in the file, or in the row group that is being gathered."""
-        self._pending.append(batch)
-        self._pending_bytes += batch.nbytes
-        self._pending_rows += batch.num_rows
-        if self._pending_bytes >= ROW_GROUP_BYTES or self._pending_rows >= ROW_GROUP_ROWS:
-            self._flush()
+        for piece in _pieces(batch):
+            size = _size_of(piece)
+            full = self._pending_bytes + size > ROW_GROUP_BYTES or self._pending_rows + piece.num_rows > ROW_GROUP_ROWS
+            if full and self._pending:
+                self._flush()
+            self._pending.append(piece)
+            self._pending_bytes += size
+            self._pending_rows += piece.num_rows
 
     def write_metadata(self, metadata: Mapping[str, str]) -> None:
         """The footer will hold these."""
@@ -191,6 +196,21 @@ class ParquetFile:
             self._writer.write_table(pa.Table.from_batches(self._pending, self._schema), row_group_size=ROW_GROUP_ROWS)
         self.rows += self._pending_rows
         self._pending, self._pending_bytes, self._pending_rows = [], 0, 0
+
+
+def _pieces(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    """The batch in halves of halves, until each fits into a row group or is a single row."""
+    if batch.num_rows < 2 or _size_of(batch) <= ROW_GROUP_BYTES:
+        yield batch
+        return
+    half = batch.num_rows // 2
+    yield from _pieces(batch.slice(0, half))
+    yield from _pieces(batch.slice(half))
+
+
+def _size_of(batch: pa.RecordBatch) -> int:
+    """Bytes of the rows themselves: a dictionary does not get smaller with its rows."""
+    return sum((c.indices if isinstance(c, pa.DictionaryArray) else c).nbytes for c in batch.columns)
 
 
 def write_part(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch], output: Output, rows: int) -> str:
@@ -237,28 +257,32 @@ def move_parts(parts: Sequence[tuple[Path, str, int]], folder: Path) -> None:
         folder.mkdir(mode=0o700, exist_ok=True)
         for number, (path, expected, _) in enumerate(parts):
             target = folder / f"part-{number:06d}.parquet"
-            if path.exists():
-                _check_digest(path, expected)
-                path.rename(target)
+            found = path if path.exists() else target
+            _check_digest(found, expected)
+            found.rename(target)
         fsync(folder)
 
 
 def write_usage(path: Path, lines: Iterable[TotalsLine]) -> None:
     """usage.parquet: one line for each invocation, model and status."""
     rows = [msgspec.structs.asdict(line) for line in lines]
-    table = pa.Table.from_pylist(rows, schema=USAGE_COLUMNS)
-    replace(path, lambda temporary: pq.write_table(table, temporary, write_page_checksum=True))
-    path.chmod(0o600)
+
+    def write(temporary: Path) -> None:
+        with ParquetFile(temporary, USAGE_COLUMNS, "zstd") as file:
+            file.write(pa.RecordBatch.from_pylist(rows, USAGE_COLUMNS))
+
+    replace(path, write)
 
 
 def read_footer(path: Path) -> dict[str, object] | None:
     """The totals in the footer of a completions file; None where it holds none of ours."""
     try:
-        metadata = pq.read_metadata(path).metadata or {}
+        entry = (pq.read_metadata(path).metadata or {}).get(FOOTER_KEY.encode())
+        return None if entry is None else msgspec.json.decode(entry, type=dict[str, object])
     except (OSError, pa.ArrowException) as error:
         raise CheckpointError(f"{path}: no readable Parquet file: {error}") from error
-    entry = metadata.get(FOOTER_KEY.encode())
-    return None if entry is None else msgspec.json.decode(entry, type=dict[str, object])
+    except msgspec.DecodeError as error:
+        raise CheckpointError(f"{path}: its totals can't be read: {error}") from error
 
 
 def _part_batches(path: Path, expected: str, rows: int) -> Iterator[pa.RecordBatch]:
@@ -266,7 +290,8 @@ def _part_batches(path: Path, expected: str, rows: int) -> Iterator[pa.RecordBat
     with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
         if file.metadata.num_rows != rows:
             raise CheckpointError(f"{path}: holds {file.metadata.num_rows:,} rows, {rows:,} were sealed")
-        yield from file.iter_batches(batch_size=8 * BATCH_ROWS)
+        for group in range(file.num_row_groups):  # one by one: nested dictionaries can't be read across two
+            yield from file.iter_batches(batch_size=8 * BATCH_ROWS, row_groups=[group])
 
 
 def _check_digest(path: Path, expected: str) -> None:
