@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test check lint setup bench build clean
+.PHONY: quickstart test check lint setup bench build lock clean
 
 quickstart: .venv/quickstart
 	@echo
@@ -38,6 +38,7 @@ lint: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy sample_inputs/make.py sample_inputs/packages.py
+	$(BIN)/mypy benchmarks/fixed_answer.py benchmarks/throughput.py
 
 check: lint test
 
@@ -46,6 +47,12 @@ bench: .venv/test
 
 build: .venv/test
 	$(BIN)/python -m build
+
+lock:                       # newest versions of everything, pinned; the old lock is not consulted
+	rm -rf .lock && $(PYTHON) -m venv .lock
+	.lock/bin/pip install --quiet --disable-pip-version-check '.[uvloop,test]'
+	(echo "# What CI and \`make\` install: renewed by \`make lock\`."; .lock/bin/pip freeze --exclude batchrun) > requirements.lock
+	rm -rf .lock
 
 clean:
 	rm -rf .venv dist build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -222,7 +222,7 @@ class Pipeline:
             status=status,
             attempts=ended.history.attempts,
             http_status=attempt.http_status,
-            error=ended.judgement.error or _status_error(status, attempt),
+            error=ended.judgement.error or _flaw(status, attempt, answer),
             request_id=attempt.request_id,
             finished_at=attempt.started_at + attempt.latency_s,
             latency_s=attempt.latency_s,
@@ -343,12 +343,14 @@ def _rate_limited(judgement: Judgement) -> bool:
     return judgement.verdict is Verdict.SLOW and judgement.error is not None and judgement.error.http_status == 429
 
 
-def _status_error(status: Status, attempt: Attempt) -> RowError | None:
-    """Why an answer that came is not one that was wanted."""
+def _flaw(status: Status, attempt: Attempt, answer: Answer) -> RowError | None:
+    """What is wrong with an answer that came: not what was wanted, or readable only leniently (then `raw` is kept)."""
     match status:
         case Status.EMPTY:
             return RowError("empty", attempt.http_status, None, "the answer has no content")
         case Status.INVALID:
             return RowError("invalid_json", attempt.http_status, None, "the answer is not the JSON that was asked for")
+        case _ if answer.flagged:
+            return RowError("not_strict_json", attempt.http_status, None, "the answer was read leniently; see `raw`")
         case _:
             return None

@@ -123,30 +123,31 @@ def limiting_factor(binding: Binding, wall_offset_s: float) -> str:
 
 
 def in_words(summary: Summary, *, requests_per_minute: float | None, max_failures: int) -> Iterator[str]:
-    """The closing lines: rows by status, tokens, cost, rate against the limit, and what to do next."""
+    """The closing lines: rows by status, tokens, cost, rate against the limit, files, and what to do next."""
+    for label, text in _closing(summary, requests_per_minute, max_failures):
+        yield f"{label:<13}{text}"
+
+
+def _closing(summary: Summary, requests_per_minute: float | None, max_failures: int) -> Iterator[tuple[str, str]]:
     done = summary.rows - summary.pending
     counts = ", ".join(f"{n:,} {status}" for status, n in summary.by_status.items()) or "none"
-    yield f"rows      {done:,} of {summary.rows:,} done: {counts}" + (
-        f"; {summary.rejected:,} input records set aside in rejects.jsonl" if summary.rejected else ""
-    )
+    aside = f"; {summary.rejected:,} input records set aside in rejects.jsonl" if summary.rejected else ""
+    yield "rows", f"{done:,} of {summary.rows:,} done: {counts}{aside}"
     prompt, cached, completion, reasoning = (
         sum(getattr(line, name) for line in summary.totals)
         for name in ("prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens")
     )
-    yield f"tokens    {prompt:,} in ({cached:,} cached), {completion:,} out ({reasoning:,} reasoning)"
-    yield f"cost      {cost_in_words(summary)}"
+    yield "tokens", f"{prompt:,} in ({cached:,} cached), {completion:,} out ({reasoning:,} reasoning)"
+    yield "cost", cost_in_words(summary)
     if summary.price:
-        yield f"          {summary.price}"
+        yield "", summary.price
     limit = f" of {requests_per_minute:,.0f} allowed" if requests_per_minute else ""
-    yield (
-        f"rate      {summary.requests_per_minute:,.0f} requests/min{limit}, "
-        f"{summary.tokens_per_minute:,.0f} tokens/min, {summary.elapsed_s:,.1f} s"
-    )
+    requests = f"{summary.requests_per_minute:,.0f} requests/min{limit}"
+    yield "rate", f"{requests}, {summary.tokens_per_minute:,.0f} tokens/min, {summary.elapsed_s:,.1f} s"
     for name, rows in summary.models.items():
         if all(line.model != name for line in summary.totals):
-            yield f"note      {rows:,} answers name the model {name}"
-    for name, path in summary.files.items():
-        yield f"{name:<13} {path}"
+            yield "note", f"{rows:,} answers name the model {name}"
+    yield from summary.files.items()
     yield from _next_steps(summary, max_failures)
 
 
@@ -167,11 +168,11 @@ def cost_in_words(summary: Summary) -> str:
     return "; ".join(parts)
 
 
-def _next_steps(summary: Summary, max_failures: int) -> Iterator[str]:
+def _next_steps(summary: Summary, max_failures: int) -> Iterator[tuple[str, str]]:
     failed = failures(summary)
     if summary.complete and failed:
         verdict = "more than" if failed > max_failures else "within"
-        yield f"failed    {failed:,} rows, {verdict} output.max_failures = {max_failures:,}: see the column `error`"
+        yield "failed", f"{failed:,} rows, {verdict} output.max_failures = {max_failures:,}: see the column `error`"
     if not summary.complete:
-        yield f"stopped   {summary.reason or 'before the end'}"
-        yield f"next      {summary.pending:,} rows are left; the same command goes on where this stopped"
+        yield "stopped", summary.reason or "before the end"
+        yield "next", f"{summary.pending:,} rows are left; the same command goes on where this stopped"

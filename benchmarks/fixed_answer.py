@@ -1,6 +1,6 @@
 """A server that gives every request the same small answer at once: a target that is never the bottleneck.
 
-    python benchmarks/fixed_answer.py        # prints its URL, serves until killed
+python benchmarks/fixed_answer.py        # prints its URL, serves until killed
 """
 
 import asyncio

@@ -63,7 +63,9 @@ print(rows / seconds, (used.ru_utime + used.ru_stime) / rows * 1e6, used.ru_maxr
 def write_input(path: Path, rows: int) -> None:
     with path.open("w") as file:
         for row in range(rows):
-            file.write(json.dumps({"id": row, "text": f"review {row} " + "word " * (20 + row % 20), "stars": row % 5}) + "\n")
+            file.write(
+                json.dumps({"id": row, "text": f"review {row} " + "word " * (20 + row % 20), "stars": row % 5}) + "\n"
+            )
 
 
 def whole_run(url: str, rows: int, in_flight: int, folder: Path) -> str:
@@ -98,7 +100,10 @@ def main() -> None:
     url = server.stdout.readline().strip()
     try:
         bare = subprocess.run(
-            [sys.executable, "-c", BARE, url, "30000", str(arguments.in_flight)], check=True, capture_output=True, text=True
+            [sys.executable, "-c", BARE, url, "30000", str(arguments.in_flight)],
+            check=True,
+            capture_output=True,
+            text=True,
         )
         rate, cpu_us, rss = map(float, bare.stdout.split())
         print(f"     bare loop  {rate:>7,.0f} requests/s  {cpu_us:.0f} us CPU/request  {rss:.0f} MB", flush=True)

@@ -273,6 +273,42 @@ def test_one_bad_row_fails_alone_and_too_many_failures_have_their_own_exit_code(
     assert read_summary(tmp_path / "out")["by_status"]["error"] == 2
 
 
+def test_a_wrong_job_stops_after_ten_rows_that_fail_alike_and_a_resume_tries_no_guard_again(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "in.jsonl", 100)
+    faults = (Fault(kind="status", status=400, message="no such parameter"),)
+    with running_simulator(SimulatorConfig(faults=faults, ledger=str(tmp_path / "ledger"))) as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, source)
+        ended = batchrun("run", job, "-o", tmp_path / "out")
+        assert ended.exit_code == 2, ended.stderr
+        assert "the first 10 rows all failed alike: no such parameter" in ended.stdout
+        assert 10 <= len(simulator.ledger()) <= 10 + 8
+        assert batchrun("run", job, "-o", tmp_path / "out").exit_code == 3
+        assert len(simulator.ledger()) == 100
+
+
+def test_answers_that_are_no_strict_json_keep_their_bytes_in_a_valid_output(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "in.jsonl", 6)
+    choices = '"choices": [{"message": {"content": %s}, "finish_reason": "stop"}]'
+    bodies = [
+        '{"id": "a", %s}' % (choices % r'"lone \ud800 surrogate"'),
+        '{"id": "b", "x": NaN, %s}' % (choices % '"not a number"'),
+        '{"id": "c", "x": ' + "9" * 5000 + ", " + choices % '"long integer"' + "}",
+        "[" * 100_000,
+        '{"id": "d", "id": "e", %s}' % (choices % r'"twice \u0000 and \u2028"'),
+    ]
+    faults = tuple(Fault(kind="body", body=body, match=f"item {row} ") for row, body in enumerate(bodies))
+    with running_simulator(SimulatorConfig(faults=faults)) as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, source, "[retry]\nbackoff_base_s = 0.05\n")
+        ended = batchrun("run", job, "-o", tmp_path / "out")
+        assert ended.exit_code == 3, ended.stderr
+    rows = completions(tmp_path / "out", ["status", "content", "error", "raw"]).to_pylist()
+    assert [row["status"] for row in rows[:5]] == ["ok", "ok", "ok", "error", "ok"]
+    assert rows[0]["content"] == "lone \ufffd surrogate"
+    assert [row["error"]["kind"] for row in rows[:4]] == ["not_strict_json"] * 3 + ["unreadable"]
+    assert [row["raw"] for row in rows[:4]] == [body.encode() for body in bodies[:4]]
+    assert rows[4]["content"] == "twice \x00 and \u2028"
+
+
 def test_content_policy_503_is_one_request_each_and_no_outage(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "in.jsonl", 300)
     faults = parse_faults("content_policy=0.1")
