@@ -3,7 +3,10 @@
 Nothing is kept but counts, the first problems and the rejected ordinals: ten million rows take no more memory than ten.
 """
 
-from collections.abc import Callable, Iterator
+import heapq
+import itertools
+from array import array
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -42,7 +45,7 @@ class Survey(msgspec.Struct, frozen=True):
 
     dialect: str
     rows: int
-    rejected: tuple[int, ...]
+    rejected: "array[int]"
     first_problems: tuple[Problem, ...]
     models: dict[str, int]
     body_bytes: int
@@ -55,7 +58,7 @@ class _Tally:
 
     def __init__(self, keep: Callable[[Problem], None]) -> None:
         self.rows = self.body_bytes = 0
-        self.rejected: list[int] = []
+        self.unusable, self.repeated = array("Q"), array("Q")
         self.first_problems: list[Problem] = []
         self.models: dict[str, int] = {}
         self.max_request: dict[str, tuple[int, int]] = {}
@@ -69,8 +72,16 @@ class _Tally:
         largest = (max(prompt, request.max_prompt_tokens), max(output, request.max_output_tokens))
         self.max_request[request.model] = largest
 
-    def reject(self, problem: Problem) -> None:
-        self.rejected.append(problem.ordinal)
+    def withdraw(self, request: Request) -> None:
+        """It was accepted before it was known to be a repetition; the largest request stays an upper bound."""
+        self.rows -= 1
+        self.body_bytes -= len(request.body)
+        self.models[request.model] -= 1
+        if not self.models[request.model]:
+            del self.models[request.model]
+
+    def reject(self, problem: Problem, ordinals: "array[int]") -> None:
+        ordinals.append(problem.ordinal)
         if len(self.first_problems) < SHOWN:
             self.first_problems.append(problem)
         self._keep(problem)
@@ -98,22 +109,23 @@ def survey(
     with IdIndex(scratch) as ids:
         for record in source.records():
             if record.problem is not None:
-                tally.reject(Problem(record.ordinal, record.place, record.problem, None))
+                tally.reject(Problem(record.ordinal, record.place, record.problem, None), tally.unusable)
                 continue
             if builder is None:
                 builder = RequestBuilder(job, detect_dialect(job, record.columns))
                 id_column = job.input.id or ("custom_id" if builder.dialect == "openai-batch" else None)
             if (problem := _take(record, builder, ids, id_column, tally)) is not None:
-                tally.reject(Problem(record.ordinal, record.place, problem, record.columns))
+                tally.reject(Problem(record.ordinal, record.place, problem, record.columns), tally.unusable)
             elif types is not None:
                 types.observe(record.columns)
             if record.ordinal % PROGRESS_EVERY == 0:
                 progress(tally.rows)
-        _reject_repeated(source, ids, tally)
+        if builder is not None:
+            _reject_repeated(source, builder, ids, tally)
     return Survey(
         dialect=job.input.dialect if builder is None else builder.dialect,
         rows=tally.rows,
-        rejected=tuple(sorted(tally.rejected)),
+        rejected=array("Q", heapq.merge(tally.unusable, tally.repeated)),
         first_problems=tuple(tally.first_problems),
         models=tally.models,
         body_bytes=tally.body_bytes,
@@ -137,27 +149,24 @@ def _take(record: Record, builder: RequestBuilder, ids: IdIndex, id_column: str 
     return None
 
 
-def _reject_repeated(source: Source, ids: IdIndex, tally: _Tally) -> None:
-    """Records whose id an earlier one bears are no rows. Their places take a second reading, only if there are any."""
-    repeated = dict(ids.duplicates())
-    if not repeated:
+def _reject_repeated(source: Source, builder: RequestBuilder, ids: IdIndex, tally: _Tally) -> None:
+    """Records whose id an earlier one bears are no rows. Their places take a second reading, only if there are any.
+
+    A wrong input.id makes nearly every record one: a byte for each record marks them, and only the first few are told
+    with the place of the record they repeat.
+    """
+    shown = dict(heapq.nsmallest(SHOWN, ids.duplicates()))
+    if not shown:
         return
-    wanted = set(repeated) | set(repeated.values())
-    places: dict[int, str] = {}
-    for record in _those(source, wanted):
-        places[record.ordinal] = record.place
-        if (first := repeated.get(record.ordinal)) is not None:
-            tally.rows -= 1
-            tally.reject(
-                Problem(record.ordinal, record.place, f"its id stands at {places[first]} already", record.columns)
-            )
-
-
-def _those(source: Source, ordinals: set[int]) -> Iterator[Record]:
-    left = len(ordinals)
-    for record in source.records():
-        if record.ordinal in ordinals:
-            yield record
-            left -= 1
-            if not left:
-                return
+    marked = bytearray(1 + max(ordinal for ordinal, _ in ids.duplicates()))
+    for ordinal, _ in ids.duplicates():
+        marked[ordinal] = 1
+    places = dict.fromkeys(shown.values(), "")
+    for record in itertools.islice(source.records(), len(marked)):
+        if record.ordinal in places:
+            places[record.ordinal] = record.place
+        if marked[record.ordinal]:
+            tally.withdraw(builder.build(Row(0, record.columns)))
+            first = shown.get(record.ordinal)
+            problem = "an earlier record has its id" if first is None else f"its id stands at {places[first]} already"
+            tally.reject(Problem(record.ordinal, record.place, problem, record.columns), tally.repeated)

@@ -4,6 +4,8 @@ A run's facts are fixed when it first starts and kept in the manifest: which que
 shape. Later starts are held against them; limits, prices, retries and the budget may change from start to start.
 """
 
+import hashlib
+import os
 import uuid
 from collections.abc import Callable
 from decimal import Decimal
@@ -16,6 +18,7 @@ import pyarrow as pa
 from batchrun import prices
 from batchrun.check import Problem, Survey, survey
 from batchrun.checkpoint import Checkpoint
+from batchrun.durable import READ_BYTES, fsync, told
 from batchrun.errors import CheckpointError, InputError, JobError
 from batchrun.job import Job, Output
 from batchrun.json_columns import ColumnTypes
@@ -36,6 +39,10 @@ from batchrun.source import (
 
 SHAPE = ("columns", "prefix", "raw", "layout", "compression", "chunk_rows", "chunk_bytes")
 """The output settings that a run keeps from its first start: its parts are written by them."""
+
+
+NOTHING = hashlib.blake2b(digest_size=16).hexdigest()
+"""The digest of an empty input."""
 
 
 class Facts(msgspec.Struct, frozen=True):
@@ -85,7 +92,8 @@ def make(job: Job, directory: RunDirectory, checkpoint: Checkpoint, asked: Asked
     manifest = checkpoint.manifest()
     if "facts" in manifest:
         return _resume(job, directory, checkpoint, asked, manifest, today)
-    source = open_source(input_files(job, directory, asked))
+    _require_unused(directory)
+    source = open_source(input_files(job, directory, asked, begun=False))
     files = fingerprint(source.files)
     found = _survey(source, job, directory, asked)
     facts = Facts(
@@ -97,7 +105,7 @@ def make(job: Job, directory: RunDirectory, checkpoint: Checkpoint, asked: Asked
         files=files,
         digests=tuple(digest(file) for file in source.files),
         rows=found.rows,
-        rejected=found.rejected,
+        rejected=tuple(found.rejected),
         types=None if found.types is None else found.types.to_json(),
         models=found.models,
         max_request=found.max_request,
@@ -110,31 +118,46 @@ def make(job: Job, directory: RunDirectory, checkpoint: Checkpoint, asked: Asked
     return plan
 
 
-def input_files(job: Job, directory: RunDirectory, asked: Asked) -> tuple[Path, ...]:
+def _require_unused(directory: RunDirectory) -> None:
+    """Nothing, if no run has begun here: one that lost its checkpoint must not be overwritten and paid again."""
+    for path in (directory.completions, directory.inflight, *directory.parts.iterdir()):
+        if path.exists():
+            raise CheckpointError(
+                f"{path} is of a run whose checkpoint.db is gone or empty; keep a copy, and start another with --new"
+            )
+
+
+def input_files(job: Job, directory: RunDirectory, asked: Asked, *, begun: bool = True) -> tuple[Path, ...]:
     """The files of the input. Standard input is spooled into the run directory: a resume must read it again."""
     if job.input.path is None:
         raise JobError("input.path: name the input in the job or with -i")
     if job.input.path != "-":
         return find_files(job.input.path)
     if asked.stdin is not None and not asked.stdin.isatty():
-        _spool(asked.stdin, directory.spool)
+        _spool(asked.stdin, directory.spool, begun)
     if not directory.spool.exists():
         raise InputError("standard input is a terminal; pipe JSON lines into it, or name a file with -i")
     return (directory.spool,)
 
 
-def _spool(stream: BinaryIO, to: Path) -> None:
-    """Standard input is in `to`. On a resume it may be empty, or the same again; anything else is a change."""
-    if not to.exists():
-        spool(stream, to)
-        return
-    again = to.with_name(to.name + ".again")
-    spool(stream, again)
-    try:
-        if again.stat().st_size and digest(again) != digest(to):
+def _spool(stream: BinaryIO, to: Path, begun: bool) -> None:
+    """Standard input is in `to`. On a resume it may be empty, or the same again; anything else is a change.
+
+    A start that has not begun takes what it is given, and what an earlier one left only if that is nothing.
+    """
+    if begun and to.exists():
+        given = hashlib.blake2b(digest_size=16)
+        while block := stream.read(READ_BYTES):
+            given.update(block)
+        if given.hexdigest() not in (NOTHING, digest(to)):
             raise InputError("standard input is not what this run began with; start another with --new")
-    finally:
-        again.unlink()
+        return
+    given_now = to.with_name(to.name + ".new")
+    spool(stream, given_now)
+    if given_now.stat().st_size or not to.exists():
+        given_now.replace(to)
+    else:
+        given_now.unlink()
 
 
 def require_same(job: Job, facts: Facts) -> None:
@@ -183,9 +206,10 @@ def _resume(
     facts = facts_of(manifest)
     require_same(job, facts)
     files = input_files(job, directory, asked)
+    identities = fingerprint(files)  # before the content is read: what changes meanwhile is noticed later
     require_same_input(files, facts)
     known = msgspec.json.decode(manifest.get("prices", "{}"), type=dict[str, PriceTable | None])
-    facts = msgspec.structs.replace(facts, files=fingerprint(files))
+    facts = msgspec.structs.replace(facts, files=identities)
     plan = _plan(job, facts, open_source(files), known, today, resumed=True)
     if plan.prices != known:
         checkpoint.write_manifest({"prices": _encode(plan.prices)})
@@ -231,16 +255,20 @@ def _check_budget(job: Job, facts: Facts, tables: dict[str, PriceTable | None]) 
 def _survey(source: Source, job: Job, directory: RunDirectory, asked: Asked) -> Survey:
     """The input, read once; problems end the start unless they are to be set aside in rejects.jsonl."""
     rejects = directory.rejects
-    rejects.unlink(missing_ok=True)
+    with told(rejects):
+        rejects.unlink(missing_ok=True)
 
     def keep(problem: Problem) -> None:
         if asked.skip_invalid:
-            with open(rejects, "ab") as file:
+            with told(rejects), open(os.open(rejects, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as file:
                 file.write(msgspec.json.encode(problem, enc_hook=str) + b"\n")
 
     found = survey(source, job, directory.path, keep=keep, progress=asked.checked)
     if found.rejected and not asked.skip_invalid:
         raise_problems(found, asked.problem)
+    if found.rejected:
+        with told(rejects):
+            fsync(rejects)
     return found
 
 

@@ -1,0 +1,151 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from batchrun.check import SHOWN, Problem, Survey, survey
+from batchrun.errors import InputError, JobError
+from batchrun.job import Job
+from batchrun.records import Row
+from batchrun.request import RequestBuilder
+from batchrun.source import open_source
+from tests.endings import MODEL
+from tests.jobs import job_over, texts, write_lines
+
+
+def surveyed(path: Path, job: Job | None = None, keep: Callable[[Problem], None] = lambda problem: None) -> Survey:
+    return survey(open_source((path,)), job or job_over(path), path.parent, keep=keep)
+
+
+def with_id(path: Path) -> Job:
+    return job_over(path, input={"id": "id"})
+
+
+def test_every_row_is_counted_with_what_it_asks(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "in.jsonl", texts(7))
+    found = surveyed(path)
+    requests = [RequestBuilder(job_over(path), "columns").build(Row(n, row)) for n, row in enumerate(texts(7))]
+    assert (found.rows, list(found.rejected), found.first_problems) == (7, [], ())
+    assert (found.dialect, found.models) == ("columns", {MODEL: 7})
+    assert found.body_bytes == sum(len(request.body) for request in requests)
+    assert found.max_request == {MODEL: (max(request.max_prompt_tokens for request in requests), 16)}
+    assert found.types is not None
+    assert found.types.schema() == pa.schema({"id": pa.string(), "text": pa.string()})
+
+
+def test_parquet_brings_its_own_types(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist(texts(3)), tmp_path / "in.parquet")
+    found = surveyed(tmp_path / "in.parquet")
+    assert (found.rows, found.types) == (3, None)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n  \n", b"\xef\xbb\xbf\n"])
+def test_an_input_without_records_is_empty_and_no_error(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "in.jsonl").write_bytes(content)
+    found = surveyed(tmp_path / "in.jsonl")
+    assert (found.rows, len(found.rejected), found.models, found.max_request) == (0, 0, {}, {})
+    assert found.types is not None
+    assert found.types.schema() == pa.schema([])
+
+
+def test_every_unusable_record_is_named_by_its_place_and_reason(tmp_path: Path) -> None:
+    lines = [b'{"text": "a"}', b"", b'{"text": ', b"[1]", b'{"other": 1}', b'{"text": null}', b'{"text": "b"}']
+    (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
+    kept: list[Problem] = []
+    found = surveyed(tmp_path / "in.jsonl", keep=kept.append)
+    assert found.rows == 2
+    assert list(found.rejected) == [1, 2, 3, 4]
+    assert kept == list(found.first_problems)
+    told = [str(problem) for problem in kept]
+    for place, line, words in zip(told, (3, 4, 5, 6), ("ends too early", "an array", "text", "null"), strict=True):
+        assert place.startswith(f"{tmp_path}/in.jsonl:{line}: ")
+        assert words in place
+    assert [problem.record for problem in kept] == [None, None, {"other": 1}, {"text": None}]
+
+
+def test_the_first_twenty_are_told_and_all_are_counted(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "in.jsonl", [{"text": "good"}, *[{"bad": number} for number in range(50)]])
+    kept: list[Problem] = []
+    found = surveyed(path, keep=kept.append)
+    assert len(found.first_problems) == SHOWN == 20
+    assert list(found.rejected) == list(range(1, 51)) == [problem.ordinal for problem in kept]
+
+
+def test_a_record_whose_id_stands_earlier_is_no_row_and_names_the_first(tmp_path: Path) -> None:
+    rows: list[Any] = [
+        *texts(3),
+        {"id": "r1", "text": "again"},
+        {"bad": 1},
+        *texts(2, 3),
+        {"id": "r1", "text": "third"},
+    ]
+    path = write_lines(tmp_path / "in.jsonl", rows)
+    kept: list[Problem] = []
+    found = surveyed(path, with_id(path), kept.append)
+    assert (found.rows, found.models) == (5, {MODEL: 5})
+    assert list(found.rejected) == [3, 4, 7]
+    assert found.body_bytes == surveyed(write_lines(tmp_path / "good.jsonl", texts(5))).body_bytes
+    repeated = [str(problem) for problem in kept if "its id" in problem.problem]
+    assert repeated == [
+        f"{path}:4: its id stands at {path}:2 already",
+        f"{path}:8: its id stands at {path}:2 already",
+    ]
+    assert kept[1].record == {"id": "r1", "text": "again"}
+
+
+def test_a_model_that_only_repetitions_named_is_not_asked(tmp_path: Path) -> None:
+    rows = [{"id": 1, "text": "a", "m": "one"}, {"id": 1, "text": "a", "m": "two"}]
+    path = write_lines(tmp_path / "in.jsonl", rows)
+    job = job_over(path, input={"id": "id"}, request={"from_columns": {"model": "m"}})
+    assert surveyed(path, job).models == {"one": 1}
+
+
+def test_ids_that_are_none_are_problems(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "in.jsonl", [{"text": "a"}, {"text": "b", "id": None}, {"text": "c", "id": 1.5}])
+    found = surveyed(path, with_id(path))
+    assert found.rows == 0
+    problems = [problem.problem for problem in found.first_problems]
+    assert problems == [
+        "column 'id', which input.id names, is missing",
+        "id: the id is null",
+        "id: the id is a float, not a string or an integer",
+    ]
+
+
+def test_custom_ids_of_provider_batch_lines_may_not_repeat(tmp_path: Path) -> None:
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    path = write_lines(tmp_path / "in.jsonl", [line, line])
+    found = surveyed(path, job_over(path, request={"prompt": None, "model": None}))
+    assert (found.dialect, found.rows, list(found.rejected)) == ("openai-batch", 1, [1])
+
+
+def test_a_wrong_id_column_that_repeats_everywhere_is_told_by_its_first_twenty(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "in.jsonl", ({"id": "same", "text": "t"} for _ in range(4000)))
+    kept: list[Problem] = []
+    found = surveyed(path, with_id(path), kept.append)
+    assert (found.rows, list(found.rejected)) == (1, list(range(1, 4000)))
+    assert {problem.problem for problem in found.first_problems} == {f"its id stands at {path}:1 already"}
+    assert kept[SHOWN].problem == "an earlier record has its id"
+
+
+def test_a_dialect_that_nobody_says_is_asked_for(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "in.jsonl", texts(1))
+    with pytest.raises(InputError, match="can't tell what to ask"):
+        surveyed(path, job_over(path, request={"prompt": None}))
+
+
+def test_a_template_that_is_none_is_the_jobs_mistake(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "in.jsonl", texts(1))
+    with pytest.raises(JobError, match="prompt"):
+        surveyed(path, job_over(path, request={"prompt": "{{ text"}))
+
+
+def test_progress_is_told_now_and_then(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "in.jsonl", texts(10_001))
+    told: list[int] = []
+    survey(open_source((path,)), job_over(path), tmp_path, progress=told.append)
+    assert told == [1, 5001, 10_001]
