@@ -17,6 +17,7 @@ from batchrun.job import Retry, from_tables, load, settings
 from batchrun.output import OWN_COLUMNS, USAGE_COLUMNS
 from batchrun.policy import FAULT_VERDICTS, STATUS_VERDICTS, judge
 from batchrun.records import Attempt, PossiblyBilled, Status, Summary, TotalsLine, Verdict
+from batchrun.report import KEYS
 from batchrun.runlog import RunLog
 from batchrun.source import find_files, open_source
 
@@ -122,6 +123,10 @@ def test_every_status_and_every_event_is_listed() -> None:
         for event in re.findall(rf'\blog\.{RunLog.write.__name__}\(\s*"([^"]+)"', module.read_text("utf-8"))
     }
     assert listed == written | {"complete", "stopped", "failed"}
+
+
+def test_every_key_of_the_report_is_listed() -> None:
+    assert tuple(bare(row[0]) for row in rows("docs/output.md", "`--by`")) == KEYS
 
 
 def test_every_exit_code_is_listed() -> None:
