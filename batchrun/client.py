@@ -166,6 +166,7 @@ class Client:
             error = self._translated(raised, exchange)
         finally:
             del self._exchanges[exchange.task]
+        request_id = headers.get("x-request-id")
         body = b"".join(exchange.received) if len(exchange.received) != 1 else exchange.received[0]
         return Attempt(
             started_at=started_at,
@@ -175,6 +176,7 @@ class Client:
             body=self._credentials.clean(body),
             error=error,
             time_to_first_token_s=exchange.first_byte_s if _is_stream(headers) else None,
+            request_id=None if request_id is None else self._credentials.clean_text(request_id),
         )
 
     def _begin(self) -> _Exchange:

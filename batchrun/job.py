@@ -361,6 +361,8 @@ def _endpoint_problems(endpoint: Endpoint) -> Iterator[str]:
         yield "endpoint.api_key_file: can't stand beside endpoint.api_key_env; keep one of them"
     if not endpoint.api_key_env and not endpoint.api_key_file and not endpoint.headers:
         yield "endpoint.api_key_env: name the environment variable that holds the key (or api_key_file)"
+    if endpoint.proxy is not None and "@" in endpoint.proxy:
+        yield "endpoint.proxy: holds a secret; name a proxy that needs no password, such as a local one that adds it"
     if parts.scheme == "http" and parts.hostname not in _LOOPBACK:
         yield f"endpoint.url: the key would travel unencrypted to {parts.hostname}; use https://"
     for name, value in endpoint.headers.items():

@@ -84,7 +84,8 @@ class Request(msgspec.Struct, frozen=True):
 class Attempt(msgspec.Struct, frozen=True):
     """One HTTP exchange as it ended: either `http_status` with `body`, or `error` with whatever bytes had come.
 
-    `body` is decompressed and redacted; `started_at` is wall time; durations are monotonic seconds.
+    `body` is decompressed and redacted; `started_at` is wall time; durations are monotonic seconds. `request_id` is the
+    server's name for the exchange, to reconcile an invoice.
     """
 
     started_at: float
@@ -94,11 +95,7 @@ class Attempt(msgspec.Struct, frozen=True):
     body: bytes
     error: APIConnectionError | None = None
     time_to_first_token_s: float | None = None
-
-    @property
-    def request_id(self) -> str | None:
-        """The server's id for this exchange, to reconcile an invoice."""
-        return self.headers.get("x-request-id")
+    request_id: str | None = None
 
 
 class FunctionCall(msgspec.Struct, frozen=True):

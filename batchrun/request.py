@@ -1,8 +1,8 @@
 """Row + job → body and key. PURE. Three dialects of input, one encode per row.
 
-The body is sent in the API's field order, with a row's own objects as they came. It is hashed into the `request_key` with
-all names sorted, since JSON objects have no order and Parquet gives them another than JSONL (0.7 µs, measured). What only
-decides how an answer travels (`stream`, `stream_options`) is appended to the body and left out of the key.
+The body is sent in the API's field order, with a row's own objects as they came. It is hashed into the `request_key`
+with all names sorted, since JSON objects have no order and Parquet gives them another than JSONL (0.7 µs, measured).
+What only decides how an answer travels (`stream`, `stream_options`) is appended to the body and left out of the key.
 """
 
 import hashlib

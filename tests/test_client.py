@@ -115,6 +115,11 @@ def test_an_answer_arrives_with_status_headers_and_body() -> None:
         assert f"\r\n{header}\r\n" in head
 
 
+def test_a_key_that_comes_back_in_the_request_id_is_not_kept() -> None:
+    attempt = ended(sends(answer(FINE, f"X-Request-Id: for-{KEY}")))
+    assert attempt.request_id == "for-[redacted]"
+
+
 def test_a_request_goes_without_its_name_if_the_endpoint_says_so() -> None:
     _, server = asked(sends(answer()), client_request_id=False)
     assert b"x-client-request-id" not in server.exchanges[0].head.lower()

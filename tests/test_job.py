@@ -243,6 +243,11 @@ def test_a_base_url_gets_the_route_appended(url: str, whole: str) -> None:
     assert at(url).url == whole
 
 
+def test_a_proxy_with_a_password_is_refused() -> None:
+    with pytest.raises(JobError, match=r"endpoint\.proxy: holds a secret"):
+        at("https://h", proxy="http://user:word@proxy:3128")
+
+
 @pytest.mark.parametrize(
     ("url", "problem"),
     [
