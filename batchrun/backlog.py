@@ -55,7 +55,7 @@ class Backlog:
         self._busy = 0
         self._exhausted = False
         self._closed = False
-        self._changed = asyncio.Event()
+        self._waiting: set[asyncio.Future[None]] = set()
 
     @property
     def alone(self) -> bool:
@@ -81,13 +81,13 @@ class Backlog:
         """The row is to be asked again, not before `due_s` on the clock."""
         self._busy -= 1
         heapq.heappush(self._retries, (due_s, pending.request.row, pending))
-        self._changed.set()
+        self._wake_all()
 
     def hold(self, pending: Pending) -> None:
         """The row is to be asked again only when there is no other."""
         self._busy -= 1
         self._held.append(pending)
-        self._changed.set()
+        self._wake_all()
 
     def release(self, row: int) -> None:
         """A held row is being settled after all."""
@@ -98,18 +98,19 @@ class Backlog:
         """A row that was out is settled."""
         self._busy -= 1
         if not self._busy or self._closed:
-            self._changed.set()
+            self._wake_all()
 
     def close(self) -> None:
         """Nothing more is handed out."""
         self._closed = True
-        self._changed.set()
+        self._wake_all()
 
     async def stop(self) -> None:
         """No thread of ours is at work any more."""
         self.close()
         if self._opening is not None:
             await asyncio.wait([self._opening])
+            self._opening.exception()  # told to whoever waited for it; if nobody did, nobody misses the chunk
 
     def _pop(self) -> Pending | None:
         if self._retries and self._retries[0][0] <= self._clock():
@@ -129,19 +130,19 @@ class Backlog:
         if batch is None:
             opening = self._begin_opening()
             opened = await asyncio.shield(opening)
-            if self._opening is not opening:
-                return  # another worker was first
+            if self._opening is not opening or self._closed:
+                return  # another worker was first, or nobody needs the chunk now
             self._opening = None
             if opened is None:
                 self._exhausted = True
-                self._changed.set()
+                self._wake_all()
                 return
             self._batches = ((rows, opened) for rows in opened.rows())
             self._begin_opening()
             return
         rows, chunk = batch
         self._fresh.extend((row, chunk) for row in rows)
-        self._changed.set()
+        self._wake_all()
 
     def _begin_opening(self) -> "asyncio.Task[OpenChunk | None]":
         if self._opening is None:
@@ -149,10 +150,25 @@ class Backlog:
         return self._opening
 
     async def _wait(self) -> None:
-        """Returns when something has changed, or the next retry is due."""
-        self._changed.clear()
-        delay_s = max(0.0, self._retries[0][0] - self._clock()) if self._retries else None
+        """Returns when something has changed, or the next retry is due. (asyncio.wait_for would take a task each.)"""
+        loop = asyncio.get_running_loop()
+        waiter = loop.create_future()
+        self._waiting.add(waiter)
+        timer = None
+        if self._retries:
+            timer = loop.call_later(max(0.0, self._retries[0][0] - self._clock()), _wake, waiter)
         try:
-            await asyncio.wait_for(self._changed.wait(), delay_s)
-        except TimeoutError:
-            return
+            await waiter
+        finally:
+            self._waiting.discard(waiter)
+            if timer is not None:
+                timer.cancel()
+
+    def _wake_all(self) -> None:
+        for waiter in self._waiting:
+            _wake(waiter)
+
+
+def _wake(waiter: "asyncio.Future[None]") -> None:
+    if not waiter.done():
+        waiter.set_result(None)
