@@ -286,9 +286,10 @@ def test_one_chunk_is_opened_ahead_and_no_more(tmp_path: Path) -> None:
         backlog = backlog_of(source)
         for row in range(40):
             assert (await taken(backlog)).request.row == row
-            await asyncio.sleep(0.01 if row % 10 == 0 else 0)
-            assert source.opened <= row // 10 + 2
-            assert source.opened >= min(4, row // 10 + 2) or row % 10
+            ahead = min(4, row // 10 + 2)
+            while source.opened < ahead:
+                await asyncio.sleep(0.001)
+            assert source.opened == ahead
 
     in_time(test)
 
