@@ -7,7 +7,8 @@ when the last commit has ended goes into the next (no timer), each table with on
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
@@ -19,8 +20,8 @@ from batchrun.database import Database, Record
 from batchrun.durable import fsync
 from batchrun.errors import BatchrunError, DiskError
 from batchrun.records import Completion, Discarded, Ending, PossiblyBilled
-from batchrun.spent import Spent, doubt, fold, with_possibly_billed
-from batchrun.tables import Chunk
+from batchrun.spent import Spent, doubt, fold, moved, with_possibly_billed
+from batchrun.tables import Chunk, Reopened
 
 FORMAT = 1
 """`PRAGMA user_version`. Another number is another version's run directory: exit 7."""
@@ -101,14 +102,45 @@ class Checkpoint:
         """The chunk is on record; its input is on disk already."""
         self._call(lambda: self._replace("chunks", [msgspec.structs.astuple(chunk)]))
 
-    def seal_chunk(self, chunk: Chunk) -> None:
-        """The chunk's part, on disk already, takes the place of its rows here: one transaction."""
+    def seal_chunk(self, chunk: Chunk, kept: Mapping[tuple[str, str], int] | None = None) -> None:
+        """The chunk's part, on disk already, takes the place of its rows here: one transaction.
 
-        def seal() -> None:
+        `kept` counts, by (new status, old status), rows whose record in the base part was better than the new one.
+        """
+        leaving: Counter[str] = Counter()
+        coming: Counter[str] = Counter()
+        for (new, old), rows in (kept or {}).items():
+            leaving[new] += rows
+            coming[old] += rows
+
+        def seal() -> Spent:
+            bounds = chunk.first_row, chunk.end_row
             self._database.replace("chunks", [msgspec.structs.astuple(chunk)])
-            self._database.query("DELETE FROM rows WHERE row >= ? AND row < ?", (chunk.first_row, chunk.end_row))
+            self._database.query("DELETE FROM rows WHERE row >= ? AND row < ?", bounds)
+            self._database.query("DELETE FROM reopened WHERE row >= ? AND row < ?", bounds)
+            return self._stand(moved(self.spent, leaving, coming))
 
-        self._call(lambda: self._database.transaction(seal))
+        self._call(lambda: self._account(seal))
+
+    def reopen_chunks(self, chunks: Sequence[Chunk], rows: Sequence[Reopened], facts: Mapping[str, str]) -> None:
+        """The chunks are open again over their base parts, and these rows of theirs are pending: one transaction.
+
+        `facts` replace those of the same name in the manifest; the run is not finished any more.
+        """
+
+        def reopen() -> Spent:
+            self._database.replace("chunks", [msgspec.structs.astuple(chunk) for chunk in chunks])
+            self._database.insert("reopened", [msgspec.structs.astuple(row) for row in rows])
+            self._database.query("DELETE FROM manifest WHERE name = 'finished'")
+            self._database.replace("manifest", list(facts.items()))
+            return self._stand(moved(self.spent, Counter(row.status for row in rows)))
+
+        self._call(lambda: self._account(reopen))
+
+    def reopened(self, chunk: Chunk) -> dict[int, Reopened]:
+        """The rows of a chunk's base part that are asked again."""
+        bounds = chunk.first_row, chunk.end_row
+        return self._call(lambda: {record[0]: Reopened(*record) for record in self._between("reopened", *bounds)})
 
     def settled_rows(self, chunk: Chunk) -> set[int]:
         """The rows of an open chunk that have their completion."""
@@ -130,7 +162,7 @@ class Checkpoint:
             "SELECT 1 FROM rows WHERE row = ? AND attempts >= ?": (row, n),
             "SELECT 1 FROM attempts WHERE row = ? AND n = ?": (row, n),
             "SELECT 1 FROM possibly_billed WHERE row = ? AND n = ?": (row, n),
-            "SELECT 1 FROM chunks WHERE first_row <= ? AND first_row + rows > ? AND generation > 0": (row, row),
+            "SELECT 1 FROM chunks WHERE first_row <= ? AND first_row + rows > ? AND open = 0": (row, row),
         }
         return self._call(lambda: any(self._database.query(*query) for query in queries.items()))
 
@@ -240,6 +272,8 @@ class Checkpoint:
             self._database.insert("attempts", [tables.discarded_record(attempt) for attempt in discarded])
             self._database.insert("possibly_billed", [tables.possibly_billed_record(doubt) for doubt in doubts])
             self._database.replace("totals", [tables.totals_record(line) for line in changed])
+            if completions:
+                self._stand(spent)
             known = self.spent.answered_as.items()
             self._database.replace("answered_as", [item for item in spent.answered_as.items() if item not in known])
 
@@ -253,6 +287,22 @@ class Checkpoint:
             self._on_failure(full)
         return freed
 
+    def _account(self, work: Callable[[], Spent]) -> None:
+        """`work` is durable, and the account is what it returns."""
+        account = self.spent
+
+        def transact() -> None:
+            nonlocal account
+            account = work()
+
+        self._database.transaction(transact)
+        self.spent = account
+
+    def _stand(self, spent: Spent) -> Spent:
+        """The account's standing is in the database, once the transaction at hand commits."""
+        self._database.replace("standing", list(spent.standing.items()))
+        return spent
+
     def _replace(self, table: str, records: Sequence[Record]) -> None:
         self._database.transaction(lambda: self._database.replace(table, records))
 
@@ -264,6 +314,7 @@ class Checkpoint:
         doubts = self._database.records("possibly_billed", "ORDER BY rowid")
         spent = Spent(
             totals={(line.invocation, line.model, line.status): line for line in lines},
+            standing=dict(self._database.records("standing")),
             answered_as=dict(self._database.records("answered_as")),
         )
         return with_possibly_billed(spent, [tables.possibly_billed(record) for record in doubts])

@@ -38,11 +38,6 @@ class Chronicle:
         self.log = RunLog(directory.log)
         self.write(self.summary())
 
-    @property
-    def today(self) -> str:
-        """The local date of this start."""
-        return self.started_at.astimezone().date().isoformat()
-
     def summary(self, exit_code: int | None = None, reason: str | None = None) -> Summary:
         """The run as it stands now; all its figures are durable."""
         moment = Moment(

@@ -3,12 +3,14 @@
 What blocks (reading, writing, waiting for the database) is in `open_next` and `seal`, which run in threads.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 
 import msgspec
 import pyarrow as pa
 
 from batchrun import output
+from batchrun.base_part import BasePart
 from batchrun.checkpoint import Checkpoint
 from batchrun.errors import CheckpointError, InputError
 from batchrun.job import Output
@@ -16,7 +18,7 @@ from batchrun.json_columns import ColumnTypes
 from batchrun.records import Discarded, Row
 from batchrun.rundir import RunDirectory
 from batchrun.source import START, FileIdentity, Position, Source, Window, changed
-from batchrun.tables import Chunk
+from batchrun.tables import Chunk, Reopened
 from batchrun.window import StoredWindow, write
 
 
@@ -30,12 +32,14 @@ class OpenChunk:
         settled: set[int] | None = None,
         discarded: dict[int, list[Discarded]] | None = None,
         lost: dict[int, int] | None = None,
+        reopened: dict[int, Reopened] | None = None,
     ) -> None:
-        """`discarded` are earlier attempts by row, `lost` the last attempt without a known end by row."""
+        """By row: `discarded` earlier attempts, the last attempt `lost` without a known end, and who is `reopened`."""
         self.chunk = chunk
         self.window = window
         self.discarded = discarded or {}
         self.lost = lost or {}
+        self.reopened = reopened or {}
         self._settled = settled or set()
         self.left = chunk.rows - len(self._settled)
 
@@ -70,8 +74,8 @@ class Chunks:
         self._settings = settings
         self._json_wanted = json_wanted
         on_record = checkpoint.chunks()
-        self.sealed = {chunk.chunk: chunk for chunk in on_record if chunk.generation}
-        self._reopened = iter([chunk for chunk in on_record if not chunk.generation])
+        self.sealed = {chunk.chunk: chunk for chunk in on_record if not chunk.open}
+        self._opened = iter([chunk for chunk in on_record if chunk.open])
         self._next = len(on_record)
         self._next_row = on_record[-1].end_row if on_record else 0
         start = msgspec.json.decode(on_record[-1].end_position, type=Position) if on_record else START
@@ -83,7 +87,7 @@ class Chunks:
         Raises:
             InputError: the input has changed since the run began.
         """
-        for chunk in self._reopened:
+        for chunk in self._opened:
             reopened = self._reopen(chunk)
             if reopened.left:
                 return reopened
@@ -96,20 +100,25 @@ class Chunks:
         return self._open(window_read)
 
     def seal(self, open_chunk: OpenChunk) -> None:
-        """The chunk's rows are in a part, on record, and out of the database; its stored input is gone."""
+        """The chunk's rows are in a part, on record, and out of the database; input and base part are gone."""
         chunk = open_chunk.chunk
         generation = chunk.generation + 1
         part = self._directory.part_of(chunk.chunk, generation)
-        part_digest = output.write_part(part, self._schema, self._batches(open_chunk), self._settings, chunk.rows)
-        sealed = msgspec.structs.replace(chunk, generation=generation, part_digest=part_digest)
-        self._checkpoint.seal_chunk(sealed)
+        kept: Counter[tuple[str, str]] = Counter()
+        batches = self._batches(open_chunk, kept)
+        part_digest = output.write_part(part, self._schema, batches, self._settings, chunk.rows)
+        sealed = msgspec.structs.replace(chunk, generation=generation, part_digest=part_digest, open=0)
+        self._checkpoint.seal_chunk(sealed, kept)
         self.sealed[chunk.chunk] = sealed
         self._directory.input_of(chunk.chunk).unlink(missing_ok=True)
+        if chunk.generation:
+            self._directory.part_of(chunk.chunk, chunk.generation).unlink(missing_ok=True)
 
     def remove_orphans(self) -> None:
         """Files in `parts/` that no chunk on record names are gone: what a kill left half done."""
-        known = {self._directory.part_of(chunk.chunk, chunk.generation) for chunk in self.sealed.values()}
-        known |= {self._directory.input_of(chunk.chunk) for chunk in self._checkpoint.chunks() if not chunk.generation}
+        known = {self._directory.input_of(chunk.chunk) for chunk in self._checkpoint.chunks() if chunk.open}
+        for chunk in self._checkpoint.chunks():
+            known.add(self._directory.part_of(chunk.chunk, chunk.generation))
         for path in self._directory.parts.iterdir():
             if path not in known:
                 path.unlink()
@@ -122,13 +131,24 @@ class Chunks:
         discarded: dict[int, list[Discarded]] = {}
         for attempt in self._checkpoint.discarded(chunk):
             discarded.setdefault(attempt.row, []).append(attempt)
+        settled, reopened = self._checkpoint.settled_rows(chunk), self._checkpoint.reopened(chunk)
+        if (base := self._base(chunk)) is not None:
+            settled |= set(base.rows) - reopened.keys()
         return OpenChunk(
             chunk,
             StoredWindow(self._directory.input_of(chunk.chunk), chunk.input_digest, chunk.first_row),
-            self._checkpoint.settled_rows(chunk),
+            settled,
             discarded,
             self._checkpoint.last_attempts_lost(chunk),
+            reopened,
         )
+
+    def _base(self, chunk: Chunk) -> BasePart | None:
+        """The chunk's own columns as they were sealed before, if they were."""
+        if not chunk.generation:
+            return None
+        path = self._directory.part_of(chunk.chunk, chunk.generation)
+        return BasePart(path, chunk.part_digest or "", self._settings.prefix)
 
     def _open(self, window: Window) -> OpenChunk:
         path = self._directory.input_of(self._next)
@@ -144,11 +164,16 @@ class Chunks:
         self._next_row = chunk.end_row
         return OpenChunk(chunk, StoredWindow(path, chunk.input_digest, chunk.first_row))
 
-    def _batches(self, open_chunk: OpenChunk) -> Iterator[pa.RecordBatch]:
+    def _batches(self, open_chunk: OpenChunk, kept: "Counter[tuple[str, str]]") -> Iterator[pa.RecordBatch]:
+        """The chunk's rows with their completions, the newer over the base; `kept` counts where the base was better."""
         row = open_chunk.chunk.first_row
+        base = self._base(open_chunk.chunk)
         for table in open_chunk.window.tables(self._types):
             completions = self._checkpoint.completions(row, row + table.num_rows)
-            if len(completions) != table.num_rows:
+            own = output.own_table(completions, keep_raw=self._settings.raw == "always", json_wanted=self._json_wanted)
+            if base is not None:
+                own = base.under(own, row, row + table.num_rows, kept)
+            if own.num_rows != table.num_rows:
                 raise CheckpointError(f"chunk {open_chunk.chunk.chunk}: rows are missing from the checkpoint")
             row += table.num_rows
-            yield output.joined(table, completions, self._schema, self._settings, json_wanted=self._json_wanted)
+            yield output.joined(table, own, self._schema)

@@ -91,19 +91,21 @@ def check(job: Path, input_path: str | None, overrides: tuple[str, ...]) -> None
 
     from batchrun import plan
     from batchrun.check import survey
-    from batchrun.errors import JobError
-    from batchrun.source import find_files, open_source
+    from batchrun.rundir import RunDirectory
+    from batchrun.source import open_source
+    from batchrun.summary import plural
 
     loaded = _load(job, input_path, None, overrides, {})
-    if loaded.input.path in (None, "-"):
-        raise JobError("check needs a file: name it in input.path or with -i")
-    source = open_source(find_files(str(loaded.input.path)))
     with tempfile.TemporaryDirectory(prefix="batchrun-") as scratch, _Progress(loaded) as progress:
+        asked = plan.Asked(stdin=sys.stdin.buffer)
+        files = plan.input_files(loaded, RunDirectory(Path(scratch)), asked, begun=False)
+        source = open_source(files, loaded.input.max_line_bytes)
         found = survey(source, loaded, Path(scratch), progress=progress.checked)
     if found.rejected:
         plan.raise_problems(found, _note)
     models = ", ".join(f"{model} ({rows:,})" for model, rows in found.models.items())
-    _say(f"{found.rows:,} rows in {len(source.files)} files, read as {found.dialect}; {models or 'no model'}")
+    where = plural(len(source.files), "file")
+    _say(f"{found.rows:,} rows in {where}, read as {found.dialect}; {models or 'no model'}")
 
 
 @cli.command()

@@ -43,6 +43,9 @@ in a row are one chance in 400, and a false alarm costs a second. Where many are
 ALIKE_ROWS = 10
 """So many first rows that fail alike are the job's fault: a wrong parameter refuses ten rows as it would a million."""
 
+FIRST_REACH_S = 15.0
+"""How long an endpoint that never gave a byte is tried: a name server's hiccup is over by then, a wrong name is not."""
+
 BACKOFF_BASE_S = 1.0
 BACKOFF_CAP_S = 60.0
 """Probes after 1, 2, 4 … 60 s: 10 of them in five minutes of outage, and never a minute and a half without a look."""
@@ -93,6 +96,7 @@ class GateState:
         self._extended = False
         self._coolings = 0
         self._unwell_since_s: float | None = None
+        self._reached = False
         self._unanswered: set[int] = set()
         self._suspicions: dict[int, _Suspicion] = {}
         self._first_failures: list[RowError | None] | None = None if resumed else []
@@ -204,6 +208,7 @@ class GateState:
         """
         self._unanswered.clear()
         self._unwell_since_s = None
+        self._reached = True
         if episode < self._trouble:
             return
         if self.allowed_in_flight < self.max_in_flight and self._first_failures is None:
@@ -213,7 +218,12 @@ class GateState:
             self._enter(OPEN)
 
     def _count_alike(self, error: RowError | None) -> None:
-        """Ten first rows with one and the same failure close the gate; the first that differs ends the count."""
+        """Ten first rows with one and the same failure close the gate; the first that differs ends the count.
+
+        A content policy speaks of the rows: a file may well begin with ten that it refuses.
+        """
+        if error is not None and error.kind == "content_policy":
+            self._first_failures = None
         failures = self._first_failures
         if failures is None:
             return
@@ -242,14 +252,17 @@ class GateState:
         self._suspicions = {r: s for r, s in self._suspicions.items() if s.verdict is not Verdict.SLOW}
 
     def _outage_is_over_long(self, outcome: Outcome, now_s: float) -> bool:
-        """True, and the gate closed, when nothing was answered for longer than `max_outage_s`."""
+        """True, and the gate closed, when nothing was answered for longer than `max_outage_s`; an endpoint that was
+        never reached at all, in this process, is not waited for: its name or address is likely wrong.
+        """
+        self._reached |= outcome.error is None or outcome.error.http_status is not None
         if self._unwell_since_s is None:
             self._unwell_since_s = now_s
-        if now_s - self._unwell_since_s <= self._max_outage_s:
+        patience_s = self._max_outage_s if self._reached else min(FIRST_REACH_S, self._max_outage_s)
+        if now_s - self._unwell_since_s <= patience_s:
             return False
-        self.close(
-            Stop(ExitCode.PAUSED, f"no answer for {self._max_outage_s / 60:.0f} minutes: {_text(outcome.error)}")
-        )
+        what = "no answer" if self._reached else "the endpoint was never reached"
+        self.close(Stop(ExitCode.PAUSED, f"{what} for {_duration(patience_s)}: {_text(outcome.error)}"))
         return True
 
     def _cool(self, why: str, now_s: float, floor_s: float) -> None:
@@ -282,11 +295,18 @@ class GateState:
         self._on_change(before, phase)
 
 
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes"
+
+
 def _kind(error: RowError | None) -> tuple[str, int | None, str | None] | None:
     return None if error is None else (error.kind, error.http_status, error.code)
 
 
 def _text(error: RowError | None) -> str:
+    """The reason in the server's words, with its status."""
     if error is None:
         return "no reason was given"
-    return error.message or error.kind
+    words = error.message or error.kind
+    status = f"HTTP {error.http_status}"
+    return words if error.http_status is None or words.startswith(status) else f"{status}: {words}"

@@ -7,7 +7,7 @@ page checksums, fsync, its footer and row count read back, a digest, and only th
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import msgspec
 import pyarrow as pa
@@ -111,8 +111,8 @@ def own_schema(prefix: str) -> pa.Schema:
     return pa.schema([field.with_name(prefix + field.name) for field in OWN_COLUMNS])
 
 
-def own_arrays(completions: Sequence[Completion], *, keep_raw: bool, json_wanted: bool) -> "list[pa.Array[Any]]":
-    """The completions as our columns, in `OWN_COLUMNS` order. Answers are read from `raw` here."""
+def own_table(completions: Sequence[Completion], *, keep_raw: bool, json_wanted: bool) -> pa.Table:
+    """The completions as our columns, `OWN_COLUMNS`. Answers are read from `raw` here."""
     read = [answers.read(completion.raw) if completion.raw else Answer() for completion in completions]
     pairs = list(zip(completions, read, strict=True))
     usages = [answer.usage for answer in read]
@@ -143,16 +143,14 @@ def own_arrays(completions: Sequence[Completion], *, keep_raw: bool, json_wanted
         "variant": [c.variant for c in completions],
         "raw": [c.raw if keep_raw or c.status is not Status.OK or a.flagged else None for c, a in pairs],
     }
-    return [pa.array(values[field.name], field.type) for field in OWN_COLUMNS]
+    return pa.Table.from_arrays([pa.array(values[field.name], field.type) for field in OWN_COLUMNS], schema=OWN_COLUMNS)
 
 
-def joined(
-    table: pa.Table, completions: Sequence[Completion], schema: pa.Schema, settings: Output, *, json_wanted: bool
-) -> pa.RecordBatch:
-    """The rows of `table` with their completions beside them, in the schema of the output."""
-    own = own_arrays(completions, keep_raw=settings.raw == "always", json_wanted=json_wanted)
-    chosen = [table.column(name).combine_chunks() for name in schema.names[: len(schema) - len(own)]]
-    return pa.RecordBatch.from_arrays([*chosen, *own], schema=schema)
+def joined(table: pa.Table, own: pa.Table, schema: pa.Schema) -> pa.RecordBatch:
+    """The rows of `table` with our columns beside them, in the schema of the output."""
+    chosen = [table.column(name) for name in schema.names[: len(schema) - own.num_columns]]
+    arrays = [column.combine_chunks() for column in (*chosen, *own.columns)]
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
 class ParquetFile:
@@ -258,7 +256,7 @@ def move_parts(parts: Sequence[tuple[Path, str, int]], folder: Path) -> None:
         for number, (path, expected, _) in enumerate(parts):
             target = folder / f"part-{number:06d}.parquet"
             found = path if path.exists() else target
-            _check_digest(found, expected)
+            require_digest(found, expected)
             found.rename(target)
         fsync(folder)
 
@@ -286,7 +284,7 @@ def read_footer(path: Path) -> dict[str, object] | None:
 
 
 def _part_batches(path: Path, expected: str, rows: int) -> Iterator[pa.RecordBatch]:
-    _check_digest(path, expected)
+    require_digest(path, expected)
     with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
         if file.metadata.num_rows != rows:
             raise CheckpointError(f"{path}: holds {file.metadata.num_rows:,} rows, {rows:,} were sealed")
@@ -294,7 +292,12 @@ def _part_batches(path: Path, expected: str, rows: int) -> Iterator[pa.RecordBat
             yield from file.iter_batches(batch_size=8 * BATCH_ROWS, row_groups=[group])
 
 
-def _check_digest(path: Path, expected: str) -> None:
+def require_digest(path: Path, expected: str) -> None:
+    """Nothing, if the part is what was sealed.
+
+    Raises:
+        CheckpointError: it is not, or can't be read.
+    """
     try:
         found = digest(path)
     except OSError as error:

@@ -8,6 +8,7 @@ import hashlib
 import os
 import uuid
 from collections.abc import Callable
+from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import BinaryIO
@@ -49,6 +50,7 @@ class Facts(msgspec.Struct, frozen=True):
     """What is fixed when a run first starts. `types` are the column types of JSONL input, as JSON."""
 
     run_id: str
+    begun_at: datetime
     job: str
     question: dict[str, object]
     fingerprint: str
@@ -83,21 +85,22 @@ class Asked(msgspec.Struct, frozen=True):
     checked: Callable[[int], None] = lambda rows: None
 
 
-def make(job: Job, directory: RunDirectory, checkpoint: Checkpoint, asked: Asked, today: str) -> Plan:
+def make(job: Job, directory: RunDirectory, checkpoint: Checkpoint, asked: Asked, now: datetime) -> Plan:
     """The plan of this start; on a first start everything is read and checked, and the facts are durable.
 
     Raises:
         JobError, InputError: something is wrong or has changed; nothing was sent.
     """
-    manifest = checkpoint.manifest()
+    manifest, today = checkpoint.manifest(), now.astimezone().date().isoformat()
     if "facts" in manifest:
         return _resume(job, directory, checkpoint, asked, manifest, today)
     _require_unused(directory)
-    source = open_source(input_files(job, directory, asked, begun=False))
+    source = open_source(input_files(job, directory, asked, begun=False), job.input.max_line_bytes)
     files = fingerprint(source.files)
     found = _survey(source, job, directory, asked)
     facts = Facts(
         run_id=uuid.uuid4().hex[:12],
+        begun_at=now,
         job=job.name,
         question=job.question(),
         fingerprint=job.fingerprint(),
@@ -210,7 +213,7 @@ def _resume(
     require_same_input(files, facts)
     known = msgspec.json.decode(manifest.get("prices", "{}"), type=dict[str, PriceTable | None])
     facts = msgspec.structs.replace(facts, files=identities)
-    plan = _plan(job, facts, open_source(files), known, today, resumed=True)
+    plan = _plan(job, facts, open_source(files, job.input.max_line_bytes), known, today, resumed=True)
     if plan.prices != known:
         checkpoint.write_manifest({"prices": _encode(plan.prices)})
     return plan

@@ -246,6 +246,7 @@ class Summary(msgspec.Struct, frozen=True):
     models: dict[str, int]
     price: str | None
     invocation: int
+    begun_at: datetime
     started_at: datetime
     updated_at: datetime
     elapsed_s: float

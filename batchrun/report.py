@@ -61,7 +61,7 @@ class _Account(msgspec.Struct):
     totals: list[TotalsLine]
     possibly_billed_count: int
     possibly_billed_usd: Decimal
-    started_at: str = ""
+    begun_at: str = ""
 
 
 def collect(paths: Sequence[Path], by: tuple[str, ...]) -> Bill:
@@ -160,7 +160,7 @@ def _read(place: Path) -> _Account:
 def _key(key: str, account: _Account, line: TotalsLine) -> str:
     match key:
         case "day":
-            return account.started_at[:10] or "unknown"
+            return account.begun_at[:10] or "unknown"
         case "job":
             return account.job
         case "run":

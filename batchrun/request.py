@@ -69,6 +69,8 @@ class RequestBuilder:
         self._parameters = _parameters(job.request)
         self._stream = _stream_fields(job.request)
         self._messages = _message_maker(job.request, dialect)
+        if dialect == "openai-batch" and (unused := _unused_by_batch(job.request)) is not None:
+            raise JobError(f"request.{unused}: the lines of a provider's batch file bring their own; leave it out")
         if dialect != "openai-batch" and job.request.model is None and "model" not in job.request.from_columns:
             raise JobError('request.model: name the model, for example "vtrix-gpt-5.3-codex"')
 
@@ -132,6 +134,12 @@ class RequestBuilder:
         for name, value in sorted({**self._parameters, **own}.items(), key=_field_order):
             body[name] = check_parameter(name, value)
         return body
+
+
+def _unused_by_batch(request: RequestTemplate) -> str | None:
+    """A setting that would be ignored without a word where each line brings its whole body."""
+    names = ("prompt", "system", "messages", "from_columns")
+    return next((name for name in names if getattr(request, name)), None)
 
 
 _NOT_PARAMETERS = frozenset({"model", "messages", "stream", "stream_options"})

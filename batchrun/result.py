@@ -40,7 +40,7 @@ def _write_completions(plan: Plan, chunks: Chunks, directory: RunDirectory, summ
 
 def _bill(summary: Summary) -> dict[str, object]:
     """What the footer says of the run: its bill, and that it is whole. A file that was moved still knows it."""
-    names = ("job", "run_id", "started_at", "rows", "by_status", "totals", "cost_usd", "wasted_usd")
+    names = ("job", "run_id", "begun_at", "rows", "by_status", "totals", "cost_usd", "wasted_usd")
     doubts = ("unpriced", "without_usage", "possibly_billed_count", "possibly_billed_usd", "models", "price")
     bill = {name: getattr(summary, name) for name in (*names, *doubts)}
     return {"version": summary.version, "complete": True, "rows_in_output": summary.rows, **bill}

@@ -27,7 +27,7 @@ from batchrun.plan import Asked, Plan
 from batchrun.records import Summary
 from batchrun.request import wants_json
 from batchrun.rundir import RunDirectory
-from batchrun.summary import failures
+from batchrun.summary import failures, plural
 
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 
@@ -83,7 +83,7 @@ def _run(
     """Plan, ask, write: this process's share of the run."""
     chronicle.checkpoint = checkpoint
     with signals.raised():
-        plan = planning.make(job, directory, checkpoint, asked, chronicle.today)
+        plan = planning.make(job, directory, checkpoint, asked, chronicle.started_at)
     _begin(plan, directory, checkpoint, chronicle)
     lost = _name_lost(directory, checkpoint)
     for line in _told_at_start(plan, directory, checkpoint, credentials, lost):
@@ -111,7 +111,7 @@ def _finished(job: Job, directory: RunDirectory, asked: Asked) -> Summary | None
     facts = planning.facts_of(read_finished(directory.checkpoint))
     planning.require_same(job, facts)
     planning.require_same_input(planning.input_files(job, directory, asked), facts)
-    return summary
+    return msgspec.structs.replace(summary, exit_code=int(_exit_code(job, summary)))
 
 
 def _begin(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, chronicle: Chronicle) -> None:
@@ -148,7 +148,7 @@ def _told_at_start(
         lines.append(f"resuming {directory.path}: {done:,} of {facts.rows:,} rows are done, ${cost:,.6f} spent")
     else:
         aside = f", {len(facts.rejected):,} set aside" if facts.rejected else ""
-        files = "1 file" if len(plan.source.files) == 1 else f"{len(plan.source.files)} files"
+        files = plural(len(plan.source.files), "file")
         lines.append(f"input: {facts.rows:,} rows in {files}{aside}, read as {facts.dialect}")
     if lost:
         lines.append(f"{lost} requests were in flight when the last process died; they are asked again")
@@ -183,6 +183,9 @@ def _finish(
         raise CheckpointError(f"chunk {unsettled.chunk.chunk}: has pending rows that the totals count as settled")
     chronicle.state = "writing"
     result.write(plan, checkpoint, chunks, directory, chronicle.summary())
-    failed = failures(chronicle.summary())
-    code = ExitCode.TOO_MANY_FAILURES if failed > job.output.max_failures else ExitCode.COMPLETE
-    return chronicle.end("complete", code, None)
+    return chronicle.end("complete", _exit_code(job, chronicle.summary()), None)
+
+
+def _exit_code(job: Job, summary: Summary) -> ExitCode:
+    """The code of a complete run, by the failures that the job allows now."""
+    return ExitCode.TOO_MANY_FAILURES if failures(summary) > job.output.max_failures else ExitCode.COMPLETE

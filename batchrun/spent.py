@@ -3,7 +3,7 @@
 Bill = Σ of the totals' lines, discarded attempts included. What may have been billed without an answer stands apart.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 
 import msgspec
@@ -18,9 +18,14 @@ MAX_NAMED = 1000
 
 
 class Spent(msgspec.Struct, frozen=True):
-    """What is durable of the run's account: replaced as a whole after each commit, so any thread may read it."""
+    """What is durable of the run's account: replaced as a whole after each commit, so any thread may read it.
+
+    `totals` are what happened, invocation by invocation, and only grow; `standing` counts the rows that have a
+    completion now, by status: a row that is asked again leaves it until it is settled anew.
+    """
 
     totals: dict[tuple[int, str, str], TotalsLine] = {}
+    standing: dict[str, int] = {}
     answered_as: dict[str, int] = {}
     possibly_billed: tuple[PossiblyBilled, ...] = ()
     possibly_billed_count: int = 0
@@ -28,7 +33,7 @@ class Spent(msgspec.Struct, frozen=True):
 
     def settled(self) -> int:
         """Rows that have their completion."""
-        return sum(line.rows for line in self.totals.values())
+        return sum(self.standing.values())
 
     def cost_usd(self) -> Decimal:
         """What was billed for certain."""
@@ -59,6 +64,7 @@ def with_possibly_billed(spent: Spent, entries: Sequence[PossiblyBilled]) -> Spe
 def fold(spent: Spent, endings: Sequence[Ending], invocation: int) -> Spent:
     """The account with the endings added; lines that no ending touches stay the same objects."""
     totals = dict(spent.totals)
+    standing = dict(spent.standing)
     answered_as = spent.answered_as
     for ending in endings:
         settled = isinstance(ending, Completion)
@@ -66,11 +72,23 @@ def fold(spent: Spent, endings: Sequence[Ending], invocation: int) -> Spent:
         cost = ending.last_cost_usd if isinstance(ending, Completion) else ending.cost_usd
         key = (invocation, ending.model, status)
         totals[key] = _add(totals.get(key) or TotalsLine(*key), ending.usage, cost, rows=int(settled))
+        if settled:
+            standing[status] = standing.get(status, 0) + 1
         if isinstance(ending, Completion) and ending.answered_model is not None:
             if answered_as is spent.answered_as:
                 answered_as = dict(answered_as)
             answered_as[ending.answered_model] = answered_as.get(ending.answered_model, 0) + 1
-    return msgspec.structs.replace(spent, totals=totals, answered_as=answered_as)
+    return msgspec.structs.replace(spent, totals=totals, standing=standing, answered_as=answered_as)
+
+
+def moved(spent: Spent, leaving: Mapping[str, int], coming: Mapping[str, int] | None = None) -> Spent:
+    """The account with rows counted under other statuses, or under none."""
+    standing = dict(spent.standing)
+    for status, rows in leaving.items():
+        standing[status] = standing.get(status, 0) - rows
+    for status, rows in (coming or {}).items():
+        standing[status] = standing.get(status, 0) + rows
+    return msgspec.structs.replace(spent, standing=standing)
 
 
 def _add(line: TotalsLine, usage: Usage | None, cost: Decimal | None, *, rows: int) -> TotalsLine:

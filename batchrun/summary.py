@@ -9,7 +9,7 @@ import msgspec
 from batchrun.admission import Binding, Limit
 from batchrun.plan import Facts
 from batchrun.prices import PriceTable
-from batchrun.records import FAILURES, Status, Summary, TotalsLine
+from batchrun.records import FAILURES, Status, Summary
 from batchrun.rundir import RunDirectory
 from batchrun.spent import DISCARDED, Spent
 
@@ -36,19 +36,21 @@ class Moment(msgspec.Struct, frozen=True):
 
 def starting(job: str, moment: Moment, directory: RunDirectory) -> Summary:
     """The summary of a start that has not read its input yet."""
-    return _summary(job, "", 0, 0, {}, Spent(), moment, directory)
+    return _summary(job, "", moment.started_at, 0, 0, {}, Spent(), moment, directory)
 
 
 def summarise(
     facts: Facts, tables: dict[str, PriceTable | None], spent: Spent, moment: Moment, directory: RunDirectory
 ) -> Summary:
     """What is known of the run now: everything in it is durable."""
-    return _summary(facts.job, facts.run_id, facts.rows, len(facts.rejected), tables, spent, moment, directory)
+    rejected = len(facts.rejected)
+    return _summary(facts.job, facts.run_id, facts.begun_at, facts.rows, rejected, tables, spent, moment, directory)
 
 
 def _summary(
     job: str,
     run_id: str,
+    begun_at: datetime,
     rows: int,
     rejected: int,
     tables: dict[str, PriceTable | None],
@@ -72,7 +74,7 @@ def _summary(
         rows=rows,
         rows_in_output=settled if moment.complete else 0,
         rejected=rejected,
-        by_status={str(status): n for status in Status if (n := _rows(lines, status))},
+        by_status={str(status): n for status in Status if (n := spent.standing.get(status, 0))},
         pending=rows - settled,
         totals=lines,
         cost_usd=spent.cost_usd(),
@@ -85,6 +87,7 @@ def _summary(
         models=spent.answered_as,
         price="; ".join(names) or None,
         invocation=moment.invocation,
+        begun_at=begun_at,
         started_at=moment.started_at,
         updated_at=moment.now,
         elapsed_s=round(moment.elapsed_s, 3),
@@ -96,10 +99,6 @@ def _summary(
         host=moment.host,
         files=_files(directory, moment.complete),
     )
-
-
-def _rows(lines: list[TotalsLine], status: Status) -> int:
-    return sum(line.rows for line in lines if line.status == status)
 
 
 def _files(directory: RunDirectory, complete: bool) -> dict[str, str]:
@@ -176,3 +175,8 @@ def _next_steps(summary: Summary, max_failures: int) -> Iterator[tuple[str, str]
     if not summary.complete:
         yield "stopped", summary.reason or "before the end"
         yield "next", f"{summary.pending:,} rows are left; the same command goes on where this stopped"
+
+
+def plural(count: int, noun: str) -> str:
+    """ "1 file", "2 files"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

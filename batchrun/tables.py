@@ -16,7 +16,7 @@ CREATE TABLE manifest (name TEXT PRIMARY KEY, value TEXT, crc INTEGER) WITHOUT R
 CREATE TABLE invocations (invocation INTEGER PRIMARY KEY, started_at REAL, pid INTEGER, host TEXT, version TEXT,
     crc INTEGER);
 CREATE TABLE chunks (chunk INTEGER PRIMARY KEY, first_row INTEGER, rows INTEGER, end_position TEXT, input_digest TEXT,
-    generation INTEGER, part_digest TEXT, crc INTEGER);
+    generation INTEGER, part_digest TEXT, open INTEGER, crc INTEGER);
 CREATE TABLE rows (row INTEGER PRIMARY KEY, request_key BLOB, status TEXT, attempts INTEGER, http_status INTEGER,
     error_kind TEXT, error_http_status INTEGER, error_code TEXT, error_message TEXT, request_id TEXT, finished_at REAL,
     latency_s REAL, time_to_first_token_s REAL, model TEXT, cost_usd TEXT, raw BLOB, variant INTEGER, crc INTEGER);
@@ -30,11 +30,17 @@ CREATE TABLE totals (invocation INTEGER, model TEXT, status TEXT, rows INTEGER, 
     cached_tokens INTEGER, completion_tokens INTEGER, reasoning_tokens INTEGER, total_tokens INTEGER, cost_usd TEXT,
     unpriced INTEGER, without_usage INTEGER, crc INTEGER, PRIMARY KEY (invocation, model, status)) WITHOUT ROWID;
 CREATE TABLE answered_as (model TEXT PRIMARY KEY, rows INTEGER, crc INTEGER) WITHOUT ROWID;
+CREATE TABLE standing (status TEXT PRIMARY KEY, rows INTEGER, crc INTEGER) WITHOUT ROWID;
+CREATE TABLE reopened (row INTEGER PRIMARY KEY, variant INTEGER, attempts INTEGER, status TEXT, crc INTEGER);
 """
 
 
 class Chunk(msgspec.Struct, frozen=True):
-    """A window of consecutive rows. `generation` 0: open; else the part `chunk.g<generation>` holds it, sealed."""
+    """A window of consecutive rows: a base part, or none, and the rows in the database over it.
+
+    `generation` is that of the base part, `chunk.g<generation>`; 0: there is none. An open chunk (1) is being asked and
+    has its input stored; a sealed one (0) is its part alone.
+    """
 
     chunk: int
     first_row: int
@@ -43,11 +49,23 @@ class Chunk(msgspec.Struct, frozen=True):
     input_digest: str
     generation: int = 0
     part_digest: str | None = None
+    open: int = 1
 
     @property
     def end_row(self) -> int:
         """One past the last row."""
         return self.first_row + self.rows
+
+
+class Reopened(msgspec.Struct, frozen=True):
+    """A row of a base part that is asked again: by which variant of the job, after how many attempts, and how it had
+    ended. The base's record stands in the output until the new one is durable.
+    """
+
+    row: int
+    variant: int
+    attempts: int
+    status: str
 
 
 def _usd(text: str | None) -> Decimal | None:

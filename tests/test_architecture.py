@@ -23,7 +23,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             *("accounts", "admission", "gate", "gate_state"),
             *("client", "answer", "policy"),
             *("durable", "rundir", "runlog", "slots", "spent", "database", "tables", "checkpoint"),
-            *("chunks", "backlog", "output"),
+            *("chunks", "base_part", "backlog", "output"),
         }
     ),
     frozenset({"plan", "pipeline", "signals", "summary", "chronicle", "asking", "result", "run"}),
@@ -44,7 +44,8 @@ WITHIN_A_LAYER: dict[str, frozenset[str]] = {
     "slots": frozenset({"durable"}),
     "window": frozenset({"durable", "json_columns", "source"}),
     "check": frozenset({"ids", "json_columns", "request", "source"}),
-    "chunks": frozenset({"checkpoint", "json_columns", "output", "rundir", "source", "tables", "window"}),
+    "base_part": frozenset({"output"}),
+    "chunks": frozenset({"base_part", "checkpoint", "json_columns", "output", "rundir", "source", "tables", "window"}),
     "backlog": frozenset({"chunks", "policy"}),
     "output": frozenset({"answer", "durable"}),
     # how they are joined
@@ -66,7 +67,7 @@ SOLE_IMPORTERS: dict[str, frozenset[str]] = {
     "uvloop": frozenset({"cli", "simulator"}),
     "jinja2": frozenset({"request"}),
     "genai_prices": frozenset({"prices"}),
-    "pyarrow": frozenset({"source", "json_columns", "window", "chunks", "output", "plan"}),
+    "pyarrow": frozenset({"source", "json_columns", "window", "base_part", "chunks", "output", "plan"}),
 }
 
 

@@ -19,9 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from batchrun import tables
 from batchrun.checkpoint import FORMAT, MAX_GROUP, Checkpoint, read_finished
 from batchrun.errors import BatchrunError, CheckpointError, DiskError, ExitCode, RunLockedError
-from batchrun.records import Completion, Discarded, Ending, PossiblyBilled, RowError
+from batchrun.records import Completion, Discarded, Ending, PossiblyBilled, RowError, Status
 from batchrun.spent import Spent, doubt, fold, with_possibly_billed
-from batchrun.tables import Chunk
+from batchrun.tables import Chunk, Reopened
 from tests.endings import ENDINGS, completion, discarded, stored, stored_attempt
 
 SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
@@ -62,13 +62,15 @@ def filled(path: Path) -> Path:
     with opened(path) as checkpoint:
         checkpoint.write_manifest({"facts": '{"run_id":"1"}', "prices": "{}"})
         checkpoint.begin_invocation(1_795_000_000.5, 4711, "here", "0.1.0")
-        checkpoint.open_chunk(Chunk(0, 0, 50, '{"file":0}', "ab" * 16, 1, "cd" * 16))
+        checkpoint.open_chunk(Chunk(0, 0, 50, '{"file":0}', "ab" * 16, 1, "cd" * 16, open=0))
         checkpoint.open_chunk(Chunk(1, 50, 50, '{"file":0}', "ef" * 16))
         error = RowError("bad_request", 400, "too_long", "the context is too long")
         endings: list[Ending] = [completion(row) for row in range(50, 70)]
         endings.append(completion(70, error=error, time_to_first_token_s=0.25, variant=1))
         endings += [discarded(row, 1, cost_usd=None) for row in range(40, 60)]
         put(checkpoint, [*endings, discarded(71, maybe_billed=True, possibly_billed_usd=Decimal("0.5"))])
+        again = Chunk(0, 0, 50, '{"file":0}', "ab" * 16, 1, "cd" * 16)
+        checkpoint.reopen_chunks([again], [Reopened(3, 1, 2, "ok")], {})
     return path
 
 
@@ -190,13 +192,38 @@ def test_an_end_is_known_by_row_attempt_doubt_or_sealed_chunk(tmp_path: Path) ->
     with opened(tmp_path / "checkpoint.db") as checkpoint:
         put(checkpoint, [completion(0, attempts=2), discarded(1, 3)])
         checkpoint.name_possibly_billed([PossiblyBilled(2, 4, "", None, "crash", 1)])
-        checkpoint.open_chunk(Chunk(0, 10, 5, "{}", "ab", 1, "cd"))
+        checkpoint.open_chunk(Chunk(0, 10, 5, "{}", "ab", 1, "cd", open=0))
         checkpoint.open_chunk(Chunk(1, 15, 5, "{}", "ab"))
         known = [(0, 1), (0, 2), (1, 3), (2, 4), (10, 1), (14, 9)]
         unknown = [(0, 3), (1, 2), (1, 4), (2, 5), (3, 1), (9, 1), (15, 1)]
         assert [checkpoint.has_end(*attempt) for attempt in known] == [True] * len(known)
         assert [checkpoint.has_end(*attempt) for attempt in unknown] == [False] * len(unknown)
         assert checkpoint.last_attempts_lost(WHOLE) == {2: 4}
+
+
+def test_a_reopened_row_is_pending_until_it_is_sealed_again_and_what_was_better_stands(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.db"
+    with opened(path) as checkpoint:
+        chunk = Chunk(0, 0, 3, "{}", "ab")
+        checkpoint.open_chunk(chunk)
+        statuses = {0: Status.OK, 1: Status.TRUNCATED, 2: Status.ERROR}
+        put(checkpoint, [completion(row, status=status) for row, status in statuses.items()])
+        sealed = msgspec.structs.replace(chunk, generation=1, part_digest="cd", open=0)
+        checkpoint.seal_chunk(sealed)
+        assert checkpoint.spent.standing == {"ok": 1, "truncated": 1, "error": 1}
+        rows = [Reopened(1, 1, 1, "truncated"), Reopened(2, 1, 4, "error")]
+        checkpoint.write_manifest({"finished": "{}"})
+        checkpoint.reopen_chunks([msgspec.structs.replace(sealed, open=1)], rows, {"variants": "[]"})
+        assert checkpoint.manifest() == {"variants": "[]"}
+        assert checkpoint.spent.settled() == 1
+        assert checkpoint.reopened(chunk) == {1: rows[0], 2: rows[1]}
+        put(checkpoint, [completion(1, status=Status.ERROR, attempts=2), completion(2, status=Status.OK, attempts=5)])
+        checkpoint.seal_chunk(msgspec.structs.replace(sealed, generation=2), {("error", "truncated"): 1})
+        assert checkpoint.reopened(chunk) == {}
+        standing = {status: rows for status, rows in checkpoint.spent.standing.items() if rows}
+        assert standing == {"ok": 2, "truncated": 1}
+    with opened(path) as checkpoint:
+        assert {status: rows for status, rows in checkpoint.spent.standing.items() if rows} == standing
 
 
 # ── all or nothing ────────────────────────────────────────────────────────────────────────────────────────────────────

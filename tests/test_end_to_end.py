@@ -280,9 +280,11 @@ def test_a_wrong_job_stops_after_ten_rows_that_fail_alike_and_a_resume_tries_no_
         job = write_job(tmp_path / "job.toml", simulator.url, source)
         ended = batchrun("run", job, "-o", tmp_path / "out")
         assert ended.exit_code == 2, ended.stderr
-        assert "the first 10 rows all failed alike: no such parameter" in ended.stdout
+        assert "the first 10 rows all failed alike: HTTP 400: no such parameter" in ended.stdout
         assert 10 <= len(simulator.ledger()) <= 10 + 8
         assert batchrun("run", job, "-o", tmp_path / "out").exit_code == 3
+        assert len(simulator.ledger()) == 100
+        assert batchrun("run", job, "-o", tmp_path / "out", "--max-failures", "100").exit_code == 0
         assert len(simulator.ledger()) == 100
 
 
@@ -333,6 +335,18 @@ def test_the_budget_is_never_overshot_and_a_higher_one_goes_on(tmp_path: Path) -
         assert batchrun("run", job, "-o", tmp_path / "out", "--max-cost", "5").exit_code == 0
         assert len(simulator.ledger()) == 400
     assert Decimal(read_summary(tmp_path / "out")["cost_usd"]) == billed_usd(simulator.ledger())
+
+
+def test_an_endpoint_that_is_not_there_ends_the_start_quickly_and_fails_no_row(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "in.jsonl", 50)
+    for url, word in (("http://127.0.0.1:9/v1", "127.0.0.1:9"), ("https://nowhere.invalid/v1", "nowhere.invalid")):
+        job = write_job(tmp_path / "job.toml", url, source, "[retry]\nmax_outage_s = 1.5\n")
+        ended = batchrun("run", job, "-o", tmp_path / word.replace(":", "-"))
+        assert ended.exit_code == 5, ended.stderr
+        assert "the endpoint was never reached" in ended.stdout
+        assert word in ended.stdout.lower()
+        summary = read_summary(tmp_path / word.replace(":", "-"))
+        assert (summary["pending"], summary["possibly_billed_count"]) == (50, 0)
 
 
 def test_an_unfinished_run_of_an_earlier_date_is_gone_on_with(tmp_path: Path) -> None:

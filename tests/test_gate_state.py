@@ -19,7 +19,15 @@ from batchrun.admission import (
     Stopped,
 )
 from batchrun.errors import ExitCode
-from batchrun.gate_state import ALIKE_ROWS, BACKOFF_CAP_S, FIRST_IN_FLIGHT, JITTER, OUTAGE_ROWS, GateState
+from batchrun.gate_state import (
+    ALIKE_ROWS,
+    BACKOFF_CAP_S,
+    FIRST_IN_FLIGHT,
+    FIRST_REACH_S,
+    JITTER,
+    OUTAGE_ROWS,
+    GateState,
+)
 from batchrun.records import RowError, Verdict
 
 HOLD = Ruling(hold=True)
@@ -527,6 +535,28 @@ def test_an_outage_longer_than_max_outage_pauses_the_run() -> None:
     assert MAX_OUTAGE_S < story.now_s <= MAX_OUTAGE_S + BACKOFF_CAP_S
 
 
+@pytest.mark.parametrize(("heard", "patience_s"), [(False, FIRST_REACH_S), (True, MAX_OUTAGE_S)])
+def test_an_endpoint_that_was_never_reached_is_not_waited_for_as_one_that_was(heard: bool, patience_s: float) -> None:
+    story = Story()
+    if heard:
+        story.send(99)
+        story.ends(99, Verdict.FREE, error(500))
+    nowhere = RowError("dns", None, None, "no such host")
+    row = 0
+    while not isinstance(story.phase(), Stopped):
+        if story.barred():
+            story.now_s += 1
+            continue
+        story.send(row)
+        story.ends(row, Verdict.FREE, nowhere)
+        row += 1
+    assert patience_s < story.now_s <= patience_s + BACKOFF_CAP_S * (1 + JITTER)
+    assert story.state.stop is not None
+    assert story.state.stop.exit_code is ExitCode.PAUSED
+    assert ("never reached" in story.state.stop.why) is not heard
+    assert row < 200
+
+
 def test_an_answer_starts_the_outage_clock_anew() -> None:
     story = Story()
     for hour in range(10):
@@ -576,6 +606,12 @@ def test_one_row_among_the_first_ten_that_does_otherwise_lets_the_run_go_on(
     failures: list[RowError | None] = [BAD_400] * ALIKE_ROWS
     failures[position] = other
     first_rows(story, *failures, *[BAD_400] * 50)
+    assert story.phase() is OPEN
+
+
+def test_ten_first_rows_that_a_content_policy_refuses_are_no_wrong_job() -> None:
+    story = Story()
+    first_rows(story, *[error(503, "content_policy")] * 20)
     assert story.phase() is OPEN
 
 

@@ -17,7 +17,16 @@ from batchrun import output
 from batchrun.durable import digest
 from batchrun.errors import CheckpointError, JobError
 from batchrun.job import Output
-from batchrun.output import OWN_COLUMNS, ROW_GROUP_BYTES, assemble, joined, move_parts, output_schema, write_part
+from batchrun.output import (
+    OWN_COLUMNS,
+    ROW_GROUP_BYTES,
+    assemble,
+    joined,
+    move_parts,
+    output_schema,
+    own_table,
+    write_part,
+)
 from batchrun.records import Completion, RowError, Status, TotalsLine
 from tests.endings import MODEL, answer_body, completion
 from tests.test_source_parquet import COLUMNS
@@ -37,7 +46,8 @@ def table_of(count: int, first: int = 0) -> pa.Table:
 
 def batch_of(table: pa.Table, completions: Sequence[Completion], settings: Output = DEFAULT) -> pa.RecordBatch:
     schema = output_schema(table.schema, settings)
-    return joined(table, completions, schema, settings, json_wanted=False)
+    own = own_table(completions, keep_raw=settings.raw == "always", json_wanted=False)
+    return joined(table, own, schema)
 
 
 def part_of(folder: Path, number: int, table: pa.Table, first: int, settings: Output = DEFAULT) -> Part:
@@ -57,7 +67,8 @@ def values(column: "pa.ChunkedArray[Any]") -> list[Any]:
 def own(settled: Completion, settings: Output = DEFAULT, *, json_wanted: bool = False) -> dict[str, Any]:
     """What our columns say of one completion."""
     schema = output_schema(INPUT, settings)
-    batch = joined(table_of(1), [settled], schema, settings, json_wanted=json_wanted)
+    ours = own_table([settled], keep_raw=settings.raw == "always", json_wanted=json_wanted)
+    batch = joined(table_of(1), ours, schema)
     row: dict[str, Any] = batch.to_pylist()[0]
     return row
 

@@ -2,6 +2,7 @@ import io
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from batchrun.rundir import RunDirectory
 from tests.endings import MODEL
 from tests.jobs import job_over, texts, write_lines
 
-TODAY = "2026-11-22"
+NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
 PRICED = {MODEL: {"input": Decimal(2), "output": Decimal(10)}}
 NOBODY_PRICES = "model-of-nobody"
 
@@ -49,7 +50,7 @@ class Starts:
     def make(self, job: Job | None = None, **asked: Any) -> Plan:
         with opened(self.directory) as checkpoint:
             asked_for = Asked(problem=self.told.append, **asked)
-            return plan.make(job or self.job(), self.directory, checkpoint, asked_for, TODAY)
+            return plan.make(job or self.job(), self.directory, checkpoint, asked_for, NOW)
 
     def refused(self, job: Job | None = None, **asked: Any) -> str:
         with pytest.raises(BatchrunError) as error:

@@ -496,3 +496,12 @@ def test_a_batch_body_is_sent_as_it_was_meant_and_equal_columns_have_one_key(ext
     assert body_of(a_job(), {"custom_id": "a", "body": meant}) == meant
     again = json.loads(json.dumps(dict(reversed(meant.items()))))
     assert key_of(a_job(), {"custom_id": "b", "body": again}) == key_of(a_job(), {"custom_id": "a", "body": meant})
+
+
+@pytest.mark.parametrize(
+    "setting", [{"system": "be brief"}, {"prompt": "{{ body }}"}, {"from_columns": {"model": "custom_id"}}]
+)
+def test_what_a_batch_file_would_ignore_is_refused(setting: dict[str, Any]) -> None:
+    job = from_tables({"endpoint": {"url": "simulator"}, "request": {"model": "m", **setting}})
+    with pytest.raises(JobError, match=rf"request\.{next(iter(setting))}: .*bring their own"):
+        RequestBuilder(job, "openai-batch")

@@ -19,7 +19,7 @@ from batchrun.source.files import (
     is_parquet,
     spool,
 )
-from batchrun.source.jsonl import JsonlSource
+from batchrun.source.jsonl import MAX_LINE_BYTES, JsonlSource
 from batchrun.source.parquet import ParquetSource
 from batchrun.source.rows import rows_of
 from batchrun.source.window import START, Position, Record, Source, Window
@@ -43,10 +43,10 @@ __all__ = [
 ]
 
 
-def open_source(files: tuple[Path, ...]) -> Source:
-    """The source that reads `files`, all of one format, as `find_files` returned them.
+def open_source(files: tuple[Path, ...], max_line_bytes: int = MAX_LINE_BYTES) -> Source:
+    """The source that reads `files`, all of one format, as `find_files` returned them; a longer line is a problem.
 
     Raises:
         InputError: a file can't be read as what it is; nothing was read beyond heads and footers.
     """
-    return ParquetSource(files) if is_parquet(files[0]) else JsonlSource(files)
+    return ParquetSource(files) if is_parquet(files[0]) else JsonlSource(files, max_line_bytes)
