@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test check lint setup bench build lock clean
+.PHONY: quickstart test check lint setup bench crash build lock clean
 
 quickstart: .venv/quickstart
 	@echo
@@ -44,6 +44,10 @@ check: lint test
 
 bench: .venv/test
 	$(BIN)/python benchmarks/throughput.py 20000 200000
+
+N ?= 1000
+crash: .venv/test            # N processes killed and resumed, judged by the ledger (docs/crash.md)
+	$(BIN)/python -m tests.crash $(N) $(if $(SEED),--seed $(SEED))
 
 build: .venv/test
 	$(BIN)/python -m build

@@ -1,0 +1,157 @@
+"""Seeded bugs: what the harness must notice. Each is an exact replacement in a module's source, at launch, in the
+process that is to be killed only; an anchor that no longer matches exactly once fails loudly.
+"""
+
+import importlib.util
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Bug:
+    """In `module`, each first text becomes the second. `noticed` is what the harness says of it, in part.
+
+    `point` is the marked point whose kill shows it; None: it shows without a kill.
+    """
+
+    name: str
+    module: str
+    changes: tuple[tuple[str, str], ...]
+    noticed: str
+    point: str | None = None
+    passage: int = 1
+
+
+_SLOT_FREED_EARLY = Bug(
+    "the slot is free before the commit",
+    "batchrun.pipeline",
+    (
+        (
+            "        self._checkpoint.put(completion)\n",
+            "        if slot is not None:\n"
+            "            self._slots.clear(slot)\n"
+            "        self._checkpoint.put(completion)\n",
+        ),
+    ),
+    "nobody knew of the first",
+    point="after the put",
+    passage=30,
+)
+
+_COMMIT_DROPPED = Bug(
+    "the commit is dropped",
+    "batchrun.checkpoint",
+    (("        self._database.transaction(write)\n", ""),),
+    "rows are missing from the checkpoint",
+)
+
+_RENAMED_BEFORE_FSYNC = Bug(
+    "the rename comes before the fsync",
+    "batchrun.durable",
+    (
+        (
+            "            fsync(temporary)\n            temporary.rename(path)\n",
+            "            temporary.rename(path)\n            fsync(path)\n",
+        ),
+    ),
+    "got its name before its content was on disk",
+)
+
+_SEALED_BEFORE_RENAME = Bug(
+    "the chunk is sealed before the part has its name",
+    "batchrun.chunks",
+    (
+        (
+            "        part = self._directory.part_of(chunk.chunk, generation)\n",
+            "        named = self._directory.part_of(chunk.chunk, generation)\n"
+            '        part = named.with_suffix(".aside")\n',
+        ),
+        (
+            "        self.sealed[chunk.chunk] = sealed\n",
+            "        part.rename(named)\n        self.sealed[chunk.chunk] = sealed\n",
+        ),
+    ),
+    "a sealed part can't be read",
+    point="after the seal",
+    passage=3,
+)
+
+_SLOT_TAKEN_LATE = Bug(
+    "the slot is written after the send",
+    "batchrun.pipeline",
+    (
+        ("        self._slots.take(slot, request.row, n, request.key, bound_usd)\n", ""),
+        (
+            "        answer = answers.read(attempt.body)\n",
+            "        self._slots.take(slot, request.row, n, request.key, bound_usd)\n"
+            "        answer = answers.read(attempt.body)\n",
+        ),
+    ),
+    "nobody knew of the first",
+    point="after the slot is taken",
+    passage=30,
+)
+
+_OVERLAY_GONE_EARLY = Bug(
+    "the overlay is deleted before the seal",
+    "batchrun.checkpoint",
+    (
+        (
+            '            self._database.replace("chunks", [msgspec.structs.astuple(chunk)])\n',
+            '            overlay = "DELETE FROM rows WHERE row >= ? AND row < ?"\n'
+            "            self._database.query(overlay, (chunk.first_row, chunk.end_row))\n"
+            '            self._database.query("COMMIT")\n'
+            '            self._database.query("BEGIN IMMEDIATE")\n'
+            '            self._database.replace("chunks", [msgspec.structs.astuple(chunk)])\n',
+        ),
+    ),
+    "nobody knew of the first",
+    point="mid seal",
+    passage=2,  # of the two deletions there are now, the one after the early commit
+)
+
+_RETRY_UNCOUNTED = Bug(
+    "the retry is not counted",
+    "batchrun.pipeline",
+    (
+        (
+            "        self._flights[ended.pending.request.row, history.attempts] = flight\n"
+            "        self._checkpoint.put(self._discarded(ended))\n",
+            "        self._flights[ended.pending.request.row, history.attempts] = flight\n"
+            "        self.durable([self._discarded(ended)])\n",
+        ),
+    ),
+    "0 retries",
+)
+
+BUGS = {
+    bug.name: bug
+    for bug in (
+        _SLOT_FREED_EARLY,
+        _COMMIT_DROPPED,
+        _RENAMED_BEFORE_FSYNC,
+        _SEALED_BEFORE_RENAME,
+        _SLOT_TAKEN_LATE,
+        _OVERLAY_GONE_EARLY,
+        _RETRY_UNCOUNTED,
+    )
+}
+
+
+def plant(bug: Bug) -> None:
+    """The module is loaded with the bug in it, before anything else imports it."""
+    package, _, name = bug.module.rpartition(".")
+    assert bug.module not in sys.modules, f"{bug.module} is loaded already"
+    spec = importlib.util.find_spec(bug.module)
+    assert spec is not None
+    assert spec.origin is not None
+    source = Path(spec.origin).read_text("utf-8")
+    for right, wrong in bug.changes:
+        found = source.count(right)
+        assert found == 1, f"{bug.name}: an anchor is {found} times in {spec.origin}: mend tests/crash/bugs.py"
+        source = source.replace(right, wrong)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[bug.module] = module
+    setattr(sys.modules[package], name, module)
+    exec(compile(source, spec.origin, "exec"), module.__dict__)

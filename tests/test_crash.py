@@ -1,0 +1,61 @@
+"""Never lose a paid answer, never pay twice: killed at every marked point, judged by a harness that is judged too."""
+
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.crash.bugs import BUGS
+from tests.crash.campaign import Campaign
+from tests.crash.points import POINTS
+from tests.crash.schedule import Kill, Plan, drawn, every_point
+from tests.crash.trial import Calm, calm_run, killed_run
+from tests.crash.verdict import wrong_order
+
+SEED = 20261122
+RUNS = 8
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Calm:
+    return calm_run(tmp_path_factory.mktemp("calm"))
+
+
+def test_killed_at_every_marked_point_and_resumed_no_answer_is_lost_and_none_is_paid_twice_unnamed(
+    tmp_path: Path, calm: Calm
+) -> None:
+    told: list[str] = []
+    plans = every_point(random.Random(SEED), RUNS, calm.took_s)
+    campaign = Campaign(tmp_path, calm, plans, told.append)
+    campaign.run(deaths=1000, at_once=2)
+    assert told == []
+    assert {death.place for death in campaign.deaths() if death.marked} == POINTS.keys()
+    assert len(campaign.outcomes) == RUNS
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_the_harness_notices_when(name: str, tmp_path: Path, calm: Calm) -> None:
+    bug = BUGS[name]
+    kills = () if bug.point is None else (Kill(bug.point, bug.passage),)
+    outcome = killed_run(tmp_path / "run", Plan(kills, "file"), calm, bug=name)
+    assert len(outcome.deaths) == len(kills), outcome.violations
+    assert any(bug.noticed in violation for violation in outcome.violations), outcome.violations
+
+
+def test_in_a_long_campaign_each_point_has_as_many_deaths_as_any_other() -> None:
+    plans = drawn(random.Random(SEED), 3.0)
+    points = Counter(kill.point for _ in range(len(POINTS) * 4) for kill in next(plans).kills)
+    random_moments = points.pop(None)
+    assert points.keys() == POINTS.keys()
+    assert set(points.values()) <= {19, 20, 21}
+    assert random_moments > 100
+
+
+def test_a_record_of_calls_is_in_order_only_with_every_fsync_before_what_needs_it() -> None:
+    right = ["1\tfsync\t/p/x.tmp", "1\trename\t/p/x.tmp\t/p/x", "1\tfsync\t/p", "1\trecord\tthe seal"]
+    assert list(wrong_order(right)) == []
+    for missing in (0, 2):
+        assert len(list(wrong_order(right[:missing] + right[missing + 1 :]))) == 1
+    other_thread = ["2" + line[1:] if "fsync\t/p/x" in line else line for line in right]
+    assert len(list(wrong_order(other_thread))) == 1
