@@ -29,6 +29,7 @@ class Pending(msgspec.Struct, frozen=True):
     cost_usd: Decimal | None = Decimal(0)
     successes: int | None = None
     refused: bool = False
+    variant: int = 0
 
 
 class Backlog:

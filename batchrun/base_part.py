@@ -2,6 +2,7 @@
 
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import cast
 
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 
 from batchrun.output import OWN_COLUMNS, own_schema, require_digest
 from batchrun.records import FAILURES
+from batchrun.tables import Reopened
 
 
 class BasePart:
@@ -28,6 +30,17 @@ class BasePart:
         self._table = table.rename_columns(OWN_COLUMNS.names).cast(OWN_COLUMNS)
         self.rows = cast(list[int], self._table.column("row").to_pylist())
         self.statuses = cast(list[str], self._table.column("status").to_pylist())
+
+    def ended_as(self, statuses: Collection[str], variant: int) -> list[Reopened]:
+        """The rows that ended with one of the statuses, as they are asked again by `variant`."""
+        attempts = cast(list[int], self._table.column("attempts").to_pylist())
+        costs = self._table.column("cost_usd").to_pylist()
+        found = zip(self.rows, attempts, self.statuses, costs, strict=True)
+        return [
+            Reopened(row, variant, n, status, None if cost is None else str(cost))
+            for row, n, status, cost in found
+            if status in statuses
+        ]
 
     def under(self, newer: pa.Table, first_row: int, end_row: int, kept: "Counter[tuple[str, str]]") -> pa.Table:
         """Rows `first_row` to `end_row` - 1 in order: the newer record where there is one, else the base's.

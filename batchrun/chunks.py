@@ -63,7 +63,7 @@ class Chunks:
         types: ColumnTypes | None,
         schema: pa.Schema,
         settings: Output,
-        json_wanted: bool,
+        json_variants: frozenset[int],
     ) -> None:
         self._directory = directory
         self._checkpoint = checkpoint
@@ -72,7 +72,7 @@ class Chunks:
         self._types = types
         self._schema = schema
         self._settings = settings
-        self._json_wanted = json_wanted
+        self._json_variants = json_variants
         on_record = checkpoint.chunks()
         self.sealed = {chunk.chunk: chunk for chunk in on_record if not chunk.open}
         self._opened = iter([chunk for chunk in on_record if chunk.open])
@@ -167,10 +167,10 @@ class Chunks:
     def _batches(self, open_chunk: OpenChunk, kept: "Counter[tuple[str, str]]") -> Iterator[pa.RecordBatch]:
         """The chunk's rows with their completions, the newer over the base; `kept` counts where the base was better."""
         row = open_chunk.chunk.first_row
-        base = self._base(open_chunk.chunk)
+        base, keep_raw = self._base(open_chunk.chunk), self._settings.raw == "always"
         for table in open_chunk.window.tables(self._types):
             completions = self._checkpoint.completions(row, row + table.num_rows)
-            own = output.own_table(completions, keep_raw=self._settings.raw == "always", json_wanted=self._json_wanted)
+            own = output.own_table(completions, keep_raw=keep_raw, json_variants=self._json_variants)
             if base is not None:
                 own = base.under(own, row, row + table.num_rows, kept)
             if own.num_rows != table.num_rows:

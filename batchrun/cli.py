@@ -40,6 +40,8 @@ def cli() -> None:
 @click.option("--new", is_flag=True, help="Start another run instead of going on with the last.")
 @click.option("--max-cost", "max_cost_usd", metavar="USD", help="Hard cap for the whole run, in USD.")
 @click.option("--max-failures", type=int, metavar="N", help="Failed rows that still exit 0.")
+@click.option("--retry-failed", is_flag=True, help="Ask failed rows of a complete run again; --set may vary request.*.")
+@click.option("--status", "statuses", metavar="LIST", help="With --retry-failed: which, e.g. truncated,error.")
 @click.option("--skip-invalid", is_flag=True, help="Set bad records aside in rejects.jsonl.")
 @click.option("--grace", "grace_s", type=float, metavar="SECONDS", help="Time to drain after the first signal.")
 @SET
@@ -51,6 +53,8 @@ def run(
     new: bool,
     max_cost_usd: str | None,
     max_failures: int | None,
+    retry_failed: bool,
+    statuses: str | None,
     skip_invalid: bool,
     grace_s: float | None,
     overrides: tuple[str, ...],
@@ -72,7 +76,7 @@ def run(
             pointed,
             rundir.RunDirectory(path),
             _credentials(loaded),
-            Asked(skip_invalid, sys.stdin.buffer, _note, progress.checked),
+            Asked(skip_invalid, _retry_statuses(retry_failed, statuses), sys.stdin.buffer, _note, progress.checked),
             Hooks(progress.show, _note),
             grace_s=GRACE_S if grace_s is None else grace_s,
             loop_factory=_loop_factory(),
@@ -240,6 +244,21 @@ def _toml(value: str | int) -> str:
     if isinstance(value, int) or value.replace(".", "", 1).isdigit():
         return str(value)
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def _retry_statuses(retry_failed: bool, statuses: str | None) -> frozenset[str] | None:
+    """The statuses whose rows are asked again; None where no retry was asked for."""
+    from batchrun.errors import JobError
+    from batchrun.records import FAILURES, Status
+
+    if not retry_failed:
+        if statuses is not None:
+            raise JobError("--status goes with --retry-failed")
+        return None
+    chosen = frozenset(map(str, FAILURES)) if statuses is None else frozenset(statuses.split(","))
+    if unknown := sorted(chosen - {str(status) for status in Status if status is not Status.OK}):
+        raise JobError(f"--status {unknown[0]}: expected some of truncated, filtered, empty, invalid, error")
+    return chosen
 
 
 def _credentials(job: "Job") -> Any:

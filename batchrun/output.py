@@ -4,7 +4,8 @@ Parts are contiguous and ordered, so the final file is their concatenation: no s
 page checksums, fsync, its footer and row count read back, a digest, and only then its name.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
@@ -111,8 +112,11 @@ def own_schema(prefix: str) -> pa.Schema:
     return pa.schema([field.with_name(prefix + field.name) for field in OWN_COLUMNS])
 
 
-def own_table(completions: Sequence[Completion], *, keep_raw: bool, json_wanted: bool) -> pa.Table:
-    """The completions as our columns, `OWN_COLUMNS`. Answers are read from `raw` here."""
+def own_table(completions: Sequence[Completion], *, keep_raw: bool, json_variants: Container[int]) -> pa.Table:
+    """The completions as our columns, `OWN_COLUMNS`. Answers are read from `raw` here.
+
+    `json_variants`: the variants of the job that asked for JSON, whose good answers are `parsed` too.
+    """
     read = [answers.read(completion.raw) if completion.raw else Answer() for completion in completions]
     pairs = list(zip(completions, read, strict=True))
     usages = [answer.usage for answer in read]
@@ -124,7 +128,7 @@ def own_table(completions: Sequence[Completion], *, keep_raw: bool, json_wanted:
         "row": [c.row for c in completions],
         "status": [str(c.status) for c in completions],
         "content": [a.content for a in read],
-        "parsed": [a.content if json_wanted and c.status is Status.OK else None for c, a in pairs],
+        "parsed": [a.content if c.status is Status.OK and c.variant in json_variants else None for c, a in pairs],
         "function_call": [None if a.function_call is None else msgspec.to_builtins(a.function_call) for a in read],
         "finish_reason": [a.finish_reason for a in read],
         "model": [a.model or c.model for c, a in pairs],
@@ -254,11 +258,48 @@ def move_parts(parts: Sequence[tuple[Path, str, int]], folder: Path) -> None:
     with told(folder):
         folder.mkdir(mode=0o700, exist_ok=True)
         for number, (path, expected, _) in enumerate(parts):
-            target = folder / f"part-{number:06d}.parquet"
+            target = part_in(folder, number)
             found = path if path.exists() else target
             require_digest(found, expected)
             found.rename(target)
         fsync(folder)
+
+
+def part_in(folder: Path, number: int) -> Path:
+    """Where a part is when the parts themselves are the result."""
+    return folder / f"part-{number:06d}.parquet"
+
+
+def copy_part(source: Path, to: Path, expected_digest: str) -> None:
+    """`to` holds the part, byte for byte."""
+    require_digest(source, expected_digest)
+
+    def write(temporary: Path) -> None:
+        temporary.touch(mode=0o600)
+        shutil.copyfile(source, temporary)
+
+    replace(to, write)
+
+
+def cut(path: Path, expected_digest: str, rows: Sequence[int]) -> Iterator[Iterator[pa.RecordBatch]]:
+    """The file's rows in consecutive pieces of so many rows; take each piece whole before the next.
+
+    Raises:
+        CheckpointError: the file is not the one that was written.
+    """
+    batches = _part_batches(path, expected_digest, sum(rows))
+    left: list[pa.RecordBatch] = []
+
+    def piece(wanted: int) -> Iterator[pa.RecordBatch]:
+        while wanted:
+            batch = left.pop() if left else next(batches)
+            if batch.num_rows > wanted:
+                left.append(batch.slice(wanted))
+                batch = batch.slice(0, wanted)
+            wanted -= batch.num_rows
+            yield batch
+
+    return (piece(wanted) for wanted in rows)
 
 
 def write_usage(path: Path, lines: Iterable[TotalsLine]) -> None:

@@ -11,7 +11,7 @@ from decimal import Decimal
 import msgspec
 
 from batchrun import answer as answers
-from batchrun import policy, prices
+from batchrun import policy, prices, variants
 from batchrun.admission import Ask, Outcome
 from batchrun.backlog import Backlog, Pending
 from batchrun.checkpoint import Checkpoint
@@ -23,8 +23,9 @@ from batchrun.job import Job
 from batchrun.plan import Plan
 from batchrun.policy import History, Judgement
 from batchrun.records import Answer, Attempt, Completion, Discarded, Ending, Request, Row, RowError, Status, Verdict
-from batchrun.request import RequestBuilder, wants_json
+from batchrun.request import RequestBuilder
 from batchrun.slots import Slots
+from batchrun.tables import usd
 
 TOKENS_PER_BYTE = 0.3
 """Where the estimate of a prompt starts: English prose has 4 to 5 bytes a token, code and JSON about 3."""
@@ -87,9 +88,9 @@ class Pipeline:
         self._on_settled = on_settled
         self._clock = clock
         self._uniform = uniform
-        self._builder = RequestBuilder(job, plan.facts.dialect) if plan.facts.rows else None
+        self._builders = [RequestBuilder(variants.as_job(job, way), plan.facts.dialect) for way in plan.variants]
         self._flights: dict[tuple[int, int], _Flight] = {}
-        self._json_wanted = wants_json(job)
+        self._json_variants = variants.json_variants(job, plan.variants)
         self._held: dict[int, _Ended] = {}
         self.backlog = Backlog(open_next, self._prepare, clock)
         self.sent = 0
@@ -165,30 +166,31 @@ class Pipeline:
 
     def _prepare(self, row: Row, chunk: OpenChunk) -> Pending:
         """The row's request, with what earlier invocations did for it."""
-        assert self._builder is not None
+        reopened = chunk.reopened.get(row.row)
+        variant = 0 if reopened is None else reopened.variant
         try:
-            request = self._builder.build(row)
+            request = self._builders[variant].build(row)
         except InputError as error:  # the check pass built this very request: only a changed input gets here
             raise InputError(f"row {row.row}: {error}") from error
-        earlier = chunk.discarded.get(row.row, ())
-        attempts = max([attempt.n for attempt in earlier] + [chunk.lost.get(row.row, 0)])
-        if not attempts:
-            return Pending(request, chunk)
+        before = 0 if reopened is None else reopened.attempts
+        cost_usd = NOTHING if reopened is None else usd(reopened.cost_usd)
+        earlier = [attempt for attempt in chunk.discarded.get(row.row, ()) if attempt.n > before]
         counted = [attempt for attempt in earlier if attempt.counted]
         history = History(
-            attempts=attempts,
+            attempts=max([before, chunk.lost.get(row.row, 0), *(attempt.n for attempt in earlier)]),
             counted=len(counted),
             counted_5xx=sum((attempt.http_status or 0) >= 500 for attempt in counted),
             maybe_billed=sum(attempt.verdict is Verdict.MAYBE for attempt in counted),
         )
         refused = any(attempt.verdict is Verdict.PAUSE and attempt.http_status == 403 for attempt in earlier)
-        return Pending(request, chunk, history, _total([attempt.cost_usd for attempt in earlier]), refused=refused)
+        cost_usd = _total([cost_usd, *(attempt.cost_usd for attempt in earlier)])
+        return Pending(request, chunk, history, cost_usd, refused=refused, variant=variant)
 
     def _settle(self, ended: _Ended, slot: int | None) -> None:
         """The row's completion is on its way to the disk."""
         status, judgement = Status.ERROR, ended.judgement
         if judgement.verdict is Verdict.OK:
-            status = policy.settle_status(ended.answer, json_wanted=self._json_wanted)
+            status = policy.settle_status(ended.answer, json_wanted=ended.pending.variant in self._json_variants)
         elif judgement.filtered:
             status = Status.FILTERED
         elif judgement.verdict is Verdict.PAUSE:
@@ -235,6 +237,7 @@ class Pipeline:
             maybe_billed=self._maybe_billed(ended),
             possibly_billed_usd=ended.bound_usd,
             raw=attempt.body,
+            variant=pending.variant,
         )
         spent = self._spent_usd(ended)
         self._flights[completion.row, completion.attempts] = _Flight(slot, spent, pending.chunk)

@@ -16,7 +16,7 @@ from typing import BinaryIO
 import msgspec
 import pyarrow as pa
 
-from batchrun import prices
+from batchrun import prices, variants
 from batchrun.check import Problem, Survey, survey
 from batchrun.checkpoint import Checkpoint
 from batchrun.durable import READ_BYTES, fsync, told
@@ -37,6 +37,7 @@ from batchrun.source import (
     open_source,
     spool,
 )
+from batchrun.variants import Variant
 
 SHAPE = ("columns", "prefix", "raw", "layout", "compression", "chunk_rows", "chunk_bytes")
 """The output settings that a run keeps from its first start: its parts are written by them."""
@@ -52,8 +53,6 @@ class Facts(msgspec.Struct, frozen=True):
     run_id: str
     begun_at: datetime
     job: str
-    question: dict[str, object]
-    fingerprint: str
     dialect: str
     files: tuple[FileIdentity, ...]
     digests: tuple[str, ...]
@@ -66,9 +65,14 @@ class Facts(msgspec.Struct, frozen=True):
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """Everything a run works by. `prices` holds None for a model whose price nobody knows."""
+    """Everything a run works by. `prices` holds None for a model whose price nobody knows.
+
+    `variants[k]` is how rows of variant k are asked, 0 as the run began; `variant` is the one that this start's job is.
+    """
 
     facts: Facts
+    variants: tuple[Variant, ...]
+    variant: int
     resumed: bool
     source: Source
     types: ColumnTypes | None
@@ -77,9 +81,13 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 class Asked(msgspec.Struct, frozen=True):
-    """What the user asked of this start beyond the job. `stdin` is read where the input is "-"."""
+    """What the user asked of this start beyond the job. `stdin` is read where the input is "-".
+
+    `retry`: the statuses whose rows are to be asked again once every row is settled; None: no row is.
+    """
 
     skip_invalid: bool = False
+    retry: frozenset[str] | None = None
     stdin: BinaryIO | None = None
     problem: Callable[[str], None] = lambda line: None
     checked: Callable[[int], None] = lambda rows: None
@@ -102,8 +110,6 @@ def make(job: Job, directory: RunDirectory, checkpoint: Checkpoint, asked: Asked
         run_id=uuid.uuid4().hex[:12],
         begun_at=now,
         job=job.name,
-        question=job.question(),
-        fingerprint=job.fingerprint(),
         dialect=found.dialect,
         files=files,
         digests=tuple(digest(file) for file in source.files),
@@ -116,8 +122,9 @@ def make(job: Job, directory: RunDirectory, checkpoint: Checkpoint, asked: Asked
     )
     if (what := changed(source.files, files)) is not None:
         raise InputError(f"the input changed while it was read: {what}; run again when it is at rest")
-    plan = _plan(job, facts, source, {}, today, resumed=False)
-    checkpoint.write_manifest({"facts": _encode(facts), "prices": _encode(plan.prices)})
+    ways = (variants.of_job(job),)
+    plan = _plan(job, facts, ways, 0, source, {}, today, resumed=False)
+    checkpoint.write_manifest({"facts": _encode(facts), "prices": _encode(plan.prices), **variants.encode(ways)})
     return plan
 
 
@@ -163,19 +170,12 @@ def _spool(stream: BinaryIO, to: Path, begun: bool) -> None:
         given_now.unlink()
 
 
-def require_same(job: Job, facts: Facts) -> None:
-    """Nothing, if the job still asks this run's questions in this run's shape.
+def require_same_shape(job: Job, facts: Facts) -> None:
+    """Nothing, if the job wants this run's output in the shape that it has.
 
     Raises:
         JobError: names what changed, and the ways on.
     """
-    now = job.question()
-    for path in sorted(now.keys() | facts.question.keys()):
-        if msgspec.json.encode(now.get(path)) != msgspec.json.encode(facts.question.get(path)):
-            raise JobError(
-                f"{path} is not what this run began with; answers already paid for would not fit. "
-                "Put it back to go on, or start another run with --new"
-            )
     for name in SHAPE:
         if getattr(job.output, name) != getattr(facts.output, name):
             raise JobError(
@@ -207,29 +207,39 @@ def _resume(
     job: Job, directory: RunDirectory, checkpoint: Checkpoint, asked: Asked, manifest: dict[str, str], today: str
 ) -> Plan:
     facts = facts_of(manifest)
-    require_same(job, facts)
+    ways, variant = variants.choose(job, variants.read(manifest), retrying=asked.retry is not None)
+    require_same_shape(job, facts)
     files = input_files(job, directory, asked)
     identities = fingerprint(files)  # before the content is read: what changes meanwhile is noticed later
     require_same_input(files, facts)
     known = msgspec.json.decode(manifest.get("prices", "{}"), type=dict[str, PriceTable | None])
     facts = msgspec.structs.replace(facts, files=identities)
-    plan = _plan(job, facts, open_source(files, job.input.max_line_bytes), known, today, resumed=True)
+    source = open_source(files, job.input.max_line_bytes)
+    plan = _plan(job, facts, ways, variant, source, known, today, resumed=True)
     if plan.prices != known:
         checkpoint.write_manifest({"prices": _encode(plan.prices)})
     return plan
 
 
 def _plan(
-    job: Job, facts: Facts, source: Source, known: dict[str, PriceTable | None], today: str, *, resumed: bool
+    job: Job,
+    facts: Facts,
+    ways: tuple[Variant, ...],
+    variant: int,
+    source: Source,
+    known: dict[str, PriceTable | None],
+    today: str,
+    *,
+    resumed: bool,
 ) -> Plan:
     types = None if facts.types is None else ColumnTypes.from_json(facts.types)
     tables = {
         model: known.get(model) if known.get(model) and model not in job.pricing else _price(model, job, today)
-        for model in facts.models
+        for model in (*facts.models, *(way.request.model for way in ways[1:] if way.request.model is not None))
     }
     _check_budget(job, facts, tables)
     input_schema = source.schema if isinstance(source, ParquetSource) else (types or ColumnTypes()).schema()
-    return Plan(facts, resumed, source, types, output_schema(input_schema, facts.output), tables)
+    return Plan(facts, ways, variant, resumed, source, types, output_schema(input_schema, facts.output), tables)
 
 
 def _price(model: str, job: Job, today: str) -> PriceTable | None:
@@ -247,7 +257,7 @@ def _check_budget(job: Job, facts: Facts, tables: dict[str, PriceTable | None]) 
                 f"budget.max_cost_usd: the price of {model} is unknown, so a cap can't be kept; "
                 f'give it in [pricing."{model}"] or remove the cap'
             )
-        bound = prices.upper_bound(*facts.max_request[model], table) or Decimal(0)
+        bound = prices.upper_bound(*facts.max_request.get(model, (0, 0)), table) or Decimal(0)
         if bound > cap:
             raise JobError(
                 f"budget.max_cost_usd: ${cap} is less than the largest request may cost (${bound:.4f}, by its "

@@ -1,5 +1,7 @@
 """The end of a run: the parts become the result, verified; then what the run no longer needs goes."""
 
+from collections.abc import Sequence
+
 import msgspec
 
 from batchrun import output
@@ -8,6 +10,7 @@ from batchrun.chunks import Chunks
 from batchrun.plan import Plan
 from batchrun.records import Summary
 from batchrun.rundir import RunDirectory
+from batchrun.tables import Chunk
 
 FINISHED = "finished"
 """The manifest's entry that says the result is written. From then on the parts are not needed any more."""
@@ -18,7 +21,7 @@ def write(plan: Plan, checkpoint: Checkpoint, chunks: Chunks, directory: RunDire
     if FINISHED not in checkpoint.manifest():
         digest = _write_completions(plan, chunks, directory, summary)
         output.write_usage(directory.usage, checkpoint.spent.totals.values())
-        checkpoint.write_manifest({FINISHED: msgspec.json.encode({"digest": digest}).decode()})
+        checkpoint.write_manifest({FINISHED: msgspec.json.encode({"digest": digest or ""}).decode()})
     checkpoint.close(finished=True)
     for path in (*directory.parts.iterdir(), directory.reserve, directory.inflight):
         path.unlink(missing_ok=True)
@@ -44,3 +47,32 @@ def _bill(summary: Summary) -> dict[str, object]:
     doubts = ("unpriced", "without_usage", "possibly_billed_count", "possibly_billed_usd", "models", "price")
     bill = {name: getattr(summary, name) for name in (*names, *doubts)}
     return {"version": summary.version, "complete": True, "rows_in_output": summary.rows, **bill}
+
+
+def restore_parts(plan: Plan, checkpoint: Checkpoint, chunks: Sequence[Chunk], directory: RunDirectory) -> list[Chunk]:
+    """The parts of a finished run are there again, cut from its result; the chunks that name them.
+
+    The result stays where it is until a new one takes its place. Nothing is true before the chunks are on record.
+
+    Raises:
+        CheckpointError: the result is not the one that was written.
+    """
+    directory.parts.mkdir(mode=0o700, exist_ok=True)
+    settings = plan.facts.output
+    if settings.layout == "parts":
+        for chunk in chunks:
+            output.copy_part(
+                output.part_in(directory.completions_folder, chunk.chunk),
+                directory.part_of(chunk.chunk, chunk.generation),
+                chunk.part_digest or "",
+            )
+        return list(chunks)
+    digest = msgspec.json.decode(checkpoint.manifest()[FINISHED], type=dict[str, str])["digest"]
+    pieces = output.cut(directory.completions, digest, [chunk.rows for chunk in chunks])
+    restored = []
+    for chunk, batches in zip(chunks, pieces, strict=True):
+        generation = chunk.generation + 1
+        path = directory.part_of(chunk.chunk, generation)
+        part_digest = output.write_part(path, plan.schema, batches, settings, chunk.rows)
+        restored.append(msgspec.structs.replace(chunk, generation=generation, part_digest=part_digest))
+    return restored

@@ -14,18 +14,17 @@ from collections.abc import Callable
 
 import msgspec
 
-from batchrun import __version__, asking, result, signals, slots
+from batchrun import __version__, asking, result, retry, signals, slots, variants
 from batchrun import plan as planning
 from batchrun.asking import Asking, Hooks
 from batchrun.checkpoint import Checkpoint, read_finished
 from batchrun.chronicle import Chronicle
 from batchrun.chunks import Chunks
 from batchrun.credentials import Credentials
-from batchrun.errors import BatchrunError, CheckpointError, ExitCode
+from batchrun.errors import BatchrunError, CheckpointError, ExitCode, JobError
 from batchrun.job import Job
 from batchrun.plan import Asked, Plan
 from batchrun.records import Summary
-from batchrun.request import wants_json
 from batchrun.rundir import RunDirectory
 from batchrun.summary import failures, plural
 
@@ -88,6 +87,8 @@ def _run(
     lost = _name_lost(directory, checkpoint)
     for line in _told_at_start(plan, directory, checkpoint, credentials, lost):
         hooks.note(line)
+    if asked.retry is not None:
+        hooks.note(_retried(plan, directory, checkpoint, asked.retry))
     chunks = _chunks(job, plan, directory, checkpoint)
     chunks.remove_orphans()
     if checkpoint.spent.settled() < plan.facts.rows:
@@ -108,8 +109,12 @@ def _finished(job: Job, directory: RunDirectory, asked: Asked) -> Summary | None
         summary = msgspec.json.decode(directory.summary.read_bytes(), type=Summary)
     except msgspec.DecodeError as error:
         raise CheckpointError(f"{directory.summary}: can't be read: {error}") from error
-    facts = planning.facts_of(read_finished(directory.checkpoint))
-    planning.require_same(job, facts)
+    manifest = read_finished(directory.checkpoint)
+    facts = planning.facts_of(manifest)
+    variants.choose(job, variants.read(manifest), retrying=asked.retry is not None)
+    if asked.retry is not None and any(summary.by_status.get(status) for status in asked.retry):
+        return None
+    planning.require_same_shape(job, facts)
     planning.require_same_input(planning.input_files(job, directory, asked), facts)
     return msgspec.structs.replace(summary, exit_code=int(_exit_code(job, summary)))
 
@@ -161,6 +166,23 @@ def _told_at_start(
     return lines
 
 
+def _retried(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, statuses: frozenset[str]) -> str:
+    """Rows that ended with one of the statuses are pending again, unless rows are pending already; what to tell.
+
+    Raises:
+        JobError: rows are pending, and this start would ask them otherwise than was meant.
+    """
+    pending = plan.facts.rows - checkpoint.spent.settled()
+    manifest = variants.encode(plan.variants)
+    if pending and checkpoint.manifest()[variants.ENTRY] != manifest[variants.ENTRY]:
+        raise JobError(f"{pending:,} rows are still pending as they were asked before; finish the run, then retry")
+    if pending:
+        return f"{pending:,} rows are still pending; they are asked first"
+    with signals.raised():
+        rows = retry.reopen(plan, directory, checkpoint, statuses, plan.variant, manifest)
+    return f"{rows:,} rows that ended as {', '.join(sorted(statuses))} are asked again"
+
+
 def _chunks(job: Job, plan: Plan, directory: RunDirectory, checkpoint: Checkpoint) -> Chunks:
     return Chunks(
         directory,
@@ -171,7 +193,7 @@ def _chunks(job: Job, plan: Plan, directory: RunDirectory, checkpoint: Checkpoin
         types=plan.types,
         schema=plan.schema,
         settings=plan.facts.output,
-        json_wanted=wants_json(job),
+        json_variants=variants.json_variants(job, plan.variants),
     )
 
 

@@ -31,7 +31,8 @@ CREATE TABLE totals (invocation INTEGER, model TEXT, status TEXT, rows INTEGER, 
     unpriced INTEGER, without_usage INTEGER, crc INTEGER, PRIMARY KEY (invocation, model, status)) WITHOUT ROWID;
 CREATE TABLE answered_as (model TEXT PRIMARY KEY, rows INTEGER, crc INTEGER) WITHOUT ROWID;
 CREATE TABLE standing (status TEXT PRIMARY KEY, rows INTEGER, crc INTEGER) WITHOUT ROWID;
-CREATE TABLE reopened (row INTEGER PRIMARY KEY, variant INTEGER, attempts INTEGER, status TEXT, crc INTEGER);
+CREATE TABLE reopened (row INTEGER PRIMARY KEY, variant INTEGER, attempts INTEGER, status TEXT, cost_usd TEXT,
+    crc INTEGER);
 """
 
 
@@ -58,17 +59,19 @@ class Chunk(msgspec.Struct, frozen=True):
 
 
 class Reopened(msgspec.Struct, frozen=True):
-    """A row of a base part that is asked again: by which variant of the job, after how many attempts, and how it had
-    ended. The base's record stands in the output until the new one is durable.
+    """A row of a base part that is asked again, by which variant of the job; how it had ended, after how many
+    attempts, and what they cost (USD; None: unknown). The base's record stands until the new one is durable.
     """
 
     row: int
     variant: int
     attempts: int
     status: str
+    cost_usd: str | None = None
 
 
-def _usd(text: str | None) -> Decimal | None:
+def usd(text: str | None) -> Decimal | None:
+    """An amount as a table holds it."""
     return None if text is None else Decimal(text)
 
 
@@ -101,7 +104,7 @@ def completion(record: Record) -> Completion:
         row=row, key=key, status=Status(status), attempts=attempts, http_status=http_status,
         error=None if kind is None else RowError(kind, error_status, code, message),
         request_id=request_id, finished_at=finished_at, latency_s=latency_s, time_to_first_token_s=first_token_s,
-        model=model, answered_model=None, usage=None, cost_usd=_usd(cost), last_cost_usd=None, maybe_billed=False,
+        model=model, answered_model=None, usage=None, cost_usd=usd(cost), last_cost_usd=None, maybe_billed=False,
         possibly_billed_usd=None, raw=raw, variant=variant,
     )  # fmt: skip
 
@@ -122,7 +125,7 @@ def discarded(record: Record) -> Discarded:
         row=row, n=n, verdict=Verdict(verdict), counted=bool(counted), http_status=http_status, error_kind=kind,
         message=message, request_id=request_id, at=at, model=model,
         usage=None if prompt is None else Usage(prompt, completion, total, cached, reasoning),
-        cost_usd=_usd(cost), possibly_billed_usd=None, maybe_billed=False, key=b"",
+        cost_usd=usd(cost), possibly_billed_usd=None, maybe_billed=False, key=b"",
     )  # fmt: skip
 
 
@@ -132,7 +135,7 @@ def possibly_billed_record(p: PossiblyBilled) -> Record:
 
 def possibly_billed(record: Record) -> PossiblyBilled:
     row, n, key, bound, cause, invocation = record
-    return PossiblyBilled(row, n, key, _usd(bound), cause, invocation)
+    return PossiblyBilled(row, n, key, usd(bound), cause, invocation)
 
 
 def totals_record(line: TotalsLine) -> Record:

@@ -46,7 +46,7 @@ def table_of(count: int, first: int = 0) -> pa.Table:
 
 def batch_of(table: pa.Table, completions: Sequence[Completion], settings: Output = DEFAULT) -> pa.RecordBatch:
     schema = output_schema(table.schema, settings)
-    own = own_table(completions, keep_raw=settings.raw == "always", json_wanted=False)
+    own = own_table(completions, keep_raw=settings.raw == "always", json_variants=())
     return joined(table, own, schema)
 
 
@@ -67,7 +67,7 @@ def values(column: "pa.ChunkedArray[Any]") -> list[Any]:
 def own(settled: Completion, settings: Output = DEFAULT, *, json_wanted: bool = False) -> dict[str, Any]:
     """What our columns say of one completion."""
     schema = output_schema(INPUT, settings)
-    ours = own_table([settled], keep_raw=settings.raw == "always", json_wanted=json_wanted)
+    ours = own_table([settled], keep_raw=settings.raw == "always", json_variants={0} if json_wanted else ())
     batch = joined(table_of(1), ours, schema)
     row: dict[str, Any] = batch.to_pylist()[0]
     return row

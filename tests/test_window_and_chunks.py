@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,6 +91,9 @@ def test_a_stored_window_that_is_not_what_was_written_is_damage(tmp_path: Path) 
 # ── the life of chunks ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+NOW = datetime(2026, 11, 22, tzinfo=UTC)
+
+
 class Start(NamedTuple):
     """What one process has of a run."""
 
@@ -105,7 +109,7 @@ def started(path: Path, job: Job) -> Iterator[Start]:
     directory.create()
     checkpoint = Checkpoint(directory.checkpoint, free_reserve=lambda: False)
     try:
-        made = plan.make(job, directory, checkpoint, Asked(), "2026-11-22")
+        made = plan.make(job, directory, checkpoint, Asked(), NOW)
         chunks = Chunks(
             directory,
             checkpoint,
@@ -115,7 +119,7 @@ def started(path: Path, job: Job) -> Iterator[Start]:
             types=made.types,
             schema=made.schema,
             settings=made.facts.output,
-            json_wanted=False,
+            json_variants=frozenset(),
         )
         chunks.remove_orphans()
         yield Start(checkpoint, chunks, made, directory)
@@ -216,7 +220,7 @@ def test_rows_set_aside_take_no_part(tmp_path: Path) -> None:
     directory = RunDirectory(run)
     directory.create()
     checkpoint = Checkpoint(directory.checkpoint, free_reserve=lambda: False)
-    plan.make(small_chunks(path), directory, checkpoint, Asked(skip_invalid=True), "2026-11-22")
+    plan.make(small_chunks(path), directory, checkpoint, Asked(skip_invalid=True), NOW)
     checkpoint.close()
     table, _ = finish(run, small_chunks(path))
     assert table.column("text").to_pylist() == [f"text {number}" for number in range(18)]
@@ -410,6 +414,7 @@ def test_an_input_that_changes_between_chunks_ends_the_run(tmp_path: Path, chang
 
 FINISH = """
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from tests.test_window_and_chunks import finish, small_chunks
 finish(Path(sys.argv[1]), small_chunks(Path(sys.argv[2])))

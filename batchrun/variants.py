@@ -1,0 +1,82 @@
+"""The ways in which a run's rows were asked: variant 0 as the run began, others by a retry with other settings. PURE.
+
+Each row carries its variant. The templates are kept with the run, so that a row which is pending when a process dies is
+asked by the next one as it was meant, whatever the job file says by then.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from batchrun.errors import CheckpointError, JobError
+from batchrun.job import Job, RequestTemplate
+from batchrun.request import wants_json
+
+ENTRY = "variants"
+"""The manifest's entry that holds them."""
+
+
+class Variant(msgspec.Struct, frozen=True):
+    """A request template, and the settings that decide its questions."""
+
+    request: RequestTemplate
+    question: dict[str, object]
+
+
+def of_job(job: Job) -> Variant:
+    """The variant that the job is."""
+    question = msgspec.json.decode(msgspec.json.encode(job.question()), type=dict[str, object])
+    return Variant(job.request, question)
+
+
+def read(manifest: Mapping[str, str]) -> tuple[Variant, ...]:
+    """The variants on record.
+
+    Raises:
+        CheckpointError: there are none that can be read.
+    """
+    try:
+        return msgspec.json.decode(manifest[ENTRY], type=tuple[Variant, ...])
+    except (KeyError, msgspec.DecodeError) as error:
+        raise CheckpointError(f"the run's manifest can't be read: {error}; keep a copy of this directory") from error
+
+
+def encode(variants: Sequence[Variant]) -> dict[str, str]:
+    """The variants as the manifest's entry."""
+    return {ENTRY: msgspec.json.encode(variants).decode()}
+
+
+def choose(job: Job, variants: tuple[Variant, ...], *, retrying: bool) -> tuple[tuple[Variant, ...], int]:
+    """The variants with the job's among them, and its number. A retry may bring a new one, by its request alone.
+
+    Raises:
+        JobError: the job asks otherwise than the run did; the message names the setting and the ways on.
+    """
+    mine = of_job(job)
+    for number, variant in enumerate(variants):
+        if variant.question == mine.question:
+            return variants, number
+    changed = differences(variants[0], mine)
+    if retrying and all(path.startswith("request.") for path in changed):
+        return (*variants, mine), len(variants)
+    raise JobError(
+        f"{changed[0]} is not what this run began with; answers already paid for would not fit. "
+        "Put it back to go on, or start another run with --new"
+    )
+
+
+def differences(one: Variant, other: Variant) -> list[str]:
+    """The settings in which two variants ask otherwise, sorted."""
+    paths = sorted(one.question.keys() | other.question.keys())
+    return [path for path in paths if one.question.get(path) != other.question.get(path)]
+
+
+def as_job(job: Job, variant: Variant) -> Job:
+    """The job, asking as the variant does; how answers travel stays the job's own."""
+    request = msgspec.structs.replace(variant.request, stream=job.request.stream)
+    return msgspec.structs.replace(job, request=request)
+
+
+def json_variants(job: Job, variants: Sequence[Variant]) -> frozenset[int]:
+    """The numbers of the variants that ask for JSON."""
+    return frozenset(number for number, variant in enumerate(variants) if wants_json(as_job(job, variant)))
