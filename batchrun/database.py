@@ -14,6 +14,7 @@ import msgspec
 
 from batchrun.durable import fsync
 from batchrun.errors import BatchrunError, CheckpointError, DiskError, RunLockedError
+from batchrun.wal import commits_dropped
 
 MAX_PARAMETERS = 32_766
 """What SQLite takes in one statement (sqlite.org, "Implementation Limits")."""
@@ -43,6 +44,7 @@ class Database:
             DiskError: the file can't be opened or made.
         """
         with _ours(path):
+            _require_whole(path.with_name(path.name + "-wal"))
             connection = sqlite3.connect(path, BUSY_S, isolation_level=None, check_same_thread=False)
             try:
                 path.chmod(0o600)
@@ -152,6 +154,13 @@ class Database:
             raise CheckpointError(f"{self._path}: damaged (its schema); keep a copy of this directory")
         for table in found_tables:
             deque(self.records(table), maxlen=0)  # a flipped key would hide its record from whoever looks for it
+
+
+def _require_whole(log: Path) -> None:
+    if log.exists() and (dropped := commits_dropped(log.read_bytes())) > 1:
+        raise CheckpointError(
+            f"{log}: damaged ({dropped} commits can't be read); keep a copy of this directory before anything else"
+        )
 
 
 @contextlib.contextmanager
