@@ -7,6 +7,7 @@ import msgspec
 from batchrun import output
 from batchrun.checkpoint import Checkpoint
 from batchrun.chunks import Chunks
+from batchrun.errors import CheckpointError
 from batchrun.plan import Plan
 from batchrun.records import Summary
 from batchrun.rundir import RunDirectory
@@ -34,8 +35,14 @@ def _write_completions(plan: Plan, chunks: Chunks, directory: RunDirectory, summ
         for number, chunk in sorted(chunks.sealed.items())
     ]
     settings = plan.facts.output
+    if (rows := sum(rows for _, _, rows in parts)) != plan.facts.rows:
+        raise CheckpointError(
+            f"{directory.path}: {rows:,} rows are sealed, {plan.facts.rows:,} are due; nothing is written"
+        )
     if settings.layout == "parts":
         output.move_parts(parts, directory.completions_folder)
+        if not parts:  # a reader of the folder should find its columns
+            output.write_part(output.part_in(directory.completions_folder, 0), plan.schema, (), settings, 0)
         return None
     footer = {output.FOOTER_KEY: msgspec.json.encode(_bill(summary)).decode()}
     return output.assemble(parts, directory.completions, plan.schema, settings.compression, footer)

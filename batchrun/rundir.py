@@ -5,6 +5,7 @@ import fcntl
 import glob
 import os
 import re
+import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -19,6 +20,8 @@ NETWORK_FILE_SYSTEMS = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", 
 
 MOUNTINFO = Path("/proc/self/mountinfo")
 """Where Linux tells what is mounted (proc_pid_mountinfo(5)); elsewhere there is no such file."""
+
+LOOK_S = 0.05
 
 RESERVE_BYTES = 16_000_000
 """Given back when the disk is full: room for the answers that are in flight just then."""
@@ -96,6 +99,9 @@ class RunDirectory:
         try:
             with told(self.path):
                 taken = _flock(descriptor)
+                if not taken:
+                    time.sleep(LOOK_S)  # a look of `batchrun status` holds the lock for microseconds
+                    taken = _flock(descriptor)
             if not taken:
                 raise RunLockedError(f"{self.path}: another run works here ({self._holder()}); nothing was sent")
             yield

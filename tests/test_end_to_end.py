@@ -391,9 +391,11 @@ def test_an_empty_input_gives_a_clear_word_and_a_valid_empty_output(tmp_path: Pa
     ended = batchrun("run", job, "-o", tmp_path / "out")
     assert ended.exit_code == 0, ended.stderr
     assert "nothing to ask" in ended.stderr
-    table = completions(tmp_path / "out")
-    assert table.num_rows == 0
-    assert "content" in table.column_names
+    ended = batchrun("run", job, "-o", tmp_path / "parts", "--set", "output.layout=parts")
+    assert ended.exit_code == 0, ended.stderr
+    for table in (completions(tmp_path / "out"), pq.read_table(tmp_path / "parts" / "completions")):
+        assert table.num_rows == 0
+        assert "content" in table.column_names
 
 
 def test_the_key_is_in_no_file_and_no_stream_though_the_server_repeats_it(tmp_path: Path) -> None:
