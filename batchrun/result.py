@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from batchrun import output
+from batchrun import durable, output
 from batchrun.checkpoint import Checkpoint
 from batchrun.chunks import Chunks
 from batchrun.errors import CheckpointError
@@ -22,7 +22,8 @@ def write(plan: Plan, checkpoint: Checkpoint, chunks: Chunks, directory: RunDire
     if FINISHED not in checkpoint.manifest():
         digest = _write_completions(plan, chunks, directory, summary)
         output.write_usage(directory.usage, checkpoint.spent.totals.values())
-        checkpoint.write_manifest({FINISHED: msgspec.json.encode({"digest": digest or ""}).decode()})
+        digests = {"digest": digest or "", "usage": durable.digest(directory.usage)}
+        checkpoint.write_manifest({FINISHED: msgspec.json.encode(digests).decode()})
     checkpoint.close(finished=True)
     for path in (*directory.parts.iterdir(), directory.reserve, directory.inflight):
         path.unlink(missing_ok=True)
