@@ -194,6 +194,7 @@ class Asking:
             slots=flying,
             open_next=self._chunks.open_next,
             on_settled=self._full.put_nowait,
+            on_failure=self._fail,
             clock=loop.time,
             uniform=random.random,
         )

@@ -17,7 +17,7 @@ from batchrun.backlog import Backlog, Pending
 from batchrun.checkpoint import Checkpoint
 from batchrun.chunks import OpenChunk
 from batchrun.client import Client
-from batchrun.errors import InputError
+from batchrun.errors import BatchrunError, InputError
 from batchrun.gate import Gate, GateClosed
 from batchrun.job import Job
 from batchrun.plan import Plan
@@ -75,10 +75,13 @@ class Pipeline:
         slots: Slots,
         open_next: Callable[[], OpenChunk | None],
         on_settled: Callable[[OpenChunk], None],
+        on_failure: Callable[[BatchrunError], None],
         clock: Callable[[], float],
         uniform: Callable[[], float],
     ) -> None:
-        """`on_settled` gets each chunk whose last row is durable; `clock` is the event loop's."""
+        """`on_settled` gets each chunk whose last row is durable, `on_failure` why there are no more rows to be had;
+        `clock` is the event loop's.
+        """
         self._job = job
         self._plan = plan
         self._gate = gate
@@ -86,6 +89,7 @@ class Pipeline:
         self._checkpoint = checkpoint
         self._slots = slots
         self._on_settled = on_settled
+        self._on_failure = on_failure
         self._clock = clock
         self._uniform = uniform
         self._builders = [RequestBuilder(variants.as_job(job, way), plan.facts.dialect) for way in plan.variants]
@@ -103,7 +107,7 @@ class Pipeline:
 
     async def work(self) -> None:
         """Asks rows until none is left or the gate closes."""
-        while (pending := await self.backlog.next()) is not None:
+        while (pending := await self._next()) is not None:
             bound_usd = self._bound_usd(pending.request)
             try:
                 slot = await self._gate.admit(Ask(self._estimated_tokens(pending.request), bound_usd))
@@ -111,6 +115,14 @@ class Pipeline:
                 self.backlog.close()
                 return
             await self._attempt(pending, slot, bound_usd)
+
+    async def _next(self) -> Pending | None:
+        """The next row to ask. A disk or input that fails here ends admission, but who is in flight may still land."""
+        try:
+            return await self.backlog.next()
+        except BatchrunError as error:
+            self._on_failure(error)
+            return None
 
     async def _attempt(self, pending: Pending, slot: int, bound_usd: Decimal | None) -> None:
         request, n = pending.request, pending.history.attempts + 1

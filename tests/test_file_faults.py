@@ -121,6 +121,9 @@ def test_a_disk_that_fails_pauses_the_run_with_one_line_and_no_answer_is_lost(
             *notes, error = ended.stderr.splitlines()
             assert error.startswith(f"Error: {run.out}"), f"{fault}: {ended}"
             assert not any("rror" in note for note in notes), f"{fault}: {ended}"
+            if not fault.files[0].startswith("checkpoint"):
+                lost = [entry for entry in read_summary(run.out)["possibly_billed"] if entry["cause"] == "aborted"]
+                assert not lost, f"{fault}: the answers in flight could have been kept"
         recover(run, calm)
 
 
