@@ -1,6 +1,7 @@
 """The event loop's share of a run: workers ask, full chunks are sealed, a heart beats, signals are heard."""
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Callable
 from typing import TypeVar
@@ -30,6 +31,10 @@ GRACE_S = 20.0
 PROGRESS_S = 0.5
 SWEEP_EVERY = 2  # beats: deadlines are looked at once a second
 SUMMARY_EVERY = 10
+
+ASLEEP_S = 2 * PROGRESS_S
+"""A beat that took so long was a stopped process (SIGSTOP, a paused machine). Answers that came meanwhile wait to be
+read, so nothing is called late before the next sweep."""
 
 T = TypeVar("T")
 
@@ -122,13 +127,15 @@ class Asking:
 
     async def _beat(self, client: Client) -> None:
         """Progress with every beat, deadlines every second, summary.json every five."""
+        loop = asyncio.get_running_loop()
         beats = 0
         while True:
+            slept_at_s = loop.time()
             await asyncio.sleep(PROGRESS_S)
             beats += 1
             summary = self._chronicle.summary()
             self._hooks.progress(summary)
-            if beats % SWEEP_EVERY == 0:
+            if beats % SWEEP_EVERY == 0 and loop.time() - slept_at_s < ASLEEP_S:
                 client.expire()
             if beats % SUMMARY_EVERY == 0:
                 await asyncio.to_thread(self._chronicle.write, summary)
@@ -197,10 +204,11 @@ class Asking:
 
 
 def _in_loop(loop: asyncio.AbstractEventLoop, call: Callable[[T], None]) -> Callable[[T], None]:
-    """`call`, made in the loop's thread whichever thread calls."""
+    """`call`, made in the loop's thread whichever thread calls; nothing once the loop has ended."""
 
     def called(argument: T) -> None:
-        loop.call_soon_threadsafe(call, argument)
+        with contextlib.suppress(RuntimeError):  # what a closed loop raises: a disk may fail after the last row
+            loop.call_soon_threadsafe(call, argument)
 
     return called
 

@@ -17,7 +17,7 @@ import msgspec
 
 from batchrun import tables
 from batchrun.database import Database, Record
-from batchrun.durable import fsync
+from batchrun.durable import fsync, told
 from batchrun.errors import BatchrunError, DiskError
 from batchrun.records import Completion, Discarded, Ending, PossiblyBilled
 from batchrun.spent import Spent, doubt, fold, moved, with_possibly_billed
@@ -234,7 +234,8 @@ class Checkpoint:
             self._thread.join()
         self._database.close()
         if finished:
-            fsync(self._path.parent)
+            with told(self._path.parent):
+                fsync(self._path.parent)
 
     # ── the database's own thread ─────────────────────────────────────────────────────────────────────────────────
 

@@ -84,7 +84,7 @@ class Database:
         with _ours(self._path):
             statement = f"SELECT * FROM {table} {clause}"  # noqa: S608  (our own names)
             for record in self._connection.execute(statement, parameters):
-                if record[-1] != _crc(record[:-1]):
+                if record[-1] != crc_of(record[:-1]):
                     raise CheckpointError(
                         f"{self._path}: damaged: table {table}, record {record[0]!r} does not match its checksum; "
                         "keep a copy of this directory before anything else"
@@ -113,7 +113,7 @@ class Database:
             parameters: list[Field] = []
             for record in group:
                 parameters.extend(record)
-                parameters.append(_crc(record))
+                parameters.append(crc_of(record))
             self.query(f"{verb} INTO {table} VALUES {values}", parameters)
 
     def replace(self, table: str, records: Sequence[Record]) -> None:
@@ -198,5 +198,6 @@ def _code(error: sqlite3.Error) -> int:
     return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
 
 
-def _crc(record: Record) -> int:
+def crc_of(record: Record) -> int:
+    """What a record's last field is, by those before it."""
     return zlib.crc32(msgspec.msgpack.encode(record))

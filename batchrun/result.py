@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import msgspec
 import pyarrow as pa
 
-from batchrun import output
+from batchrun import durable, output
 from batchrun.checkpoint import Checkpoint
 from batchrun.chunks import Chunks
 from batchrun.errors import CheckpointError
@@ -25,7 +25,8 @@ def write(
     if FINISHED not in checkpoint.manifest():
         digest = _write_completions(facts, schema, chunks, directory, summary)
         output.write_usage(directory.usage, checkpoint.spent.totals.values())
-        checkpoint.write_manifest({FINISHED: msgspec.json.encode({"digest": digest or ""}).decode()})
+        digests = {"digest": digest or "", "usage": durable.digest(directory.usage)}
+        checkpoint.write_manifest({FINISHED: msgspec.json.encode(digests).decode()})
     checkpoint.close(finished=True)
     tidy(directory)
 

@@ -1,12 +1,15 @@
 """One run, killed again and again, resumed until it is complete, and judged."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pyarrow as pa
@@ -16,7 +19,7 @@ from batchrun import slots
 from batchrun.simulator import Fault, SimulatorConfig, parse_faults
 from batchrun.slots import InFlight
 from tests import cli_process
-from tests.cli_process import KEY, KEY_ENV, read_summary, snapshot, write_job, write_rows
+from tests.cli_process import KEY, KEY_ENV, Ended, read_summary, snapshot, write_job, write_rows
 from tests.crash.launcher import Orders
 from tests.crash.schedule import Kill, Plan
 from tests.crash.verdict import Evidence, violations, wrong_order
@@ -72,16 +75,25 @@ def simulator_config(ledger: Path) -> SimulatorConfig:
 class Trial:
     """One run directory with its job, input, simulator and ledger."""
 
-    def __init__(self, folder: Path, simulator: RunningSimulator, *, layout: str = "file", bug: str | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        simulator: RunningSimulator,
+        *,
+        rows: int = ROWS,
+        layout: str = "file",
+        bug: str | None = None,
+    ) -> None:
         folder.mkdir()
+        self._rows = rows
         self.out = folder / "out"
         self.outcome = Outcome()
         self._where = folder / "where"
         self._trace = folder / "trace"
         self._simulator = simulator
         self._bug = bug
-        source = write_rows(folder / "in.jsonl", ROWS)
-        self._job = write_job(folder / "job.toml", simulator.url, source, MORE.format(layout=layout))
+        source = write_rows(folder / "in.jsonl", rows)
+        self.job = write_job(folder / "job.toml", simulator.url, source, MORE.format(layout=layout))
         self._in_flight: list[list[InFlight]] = []
 
     def die(self, kill: Kill) -> bool:
@@ -99,6 +111,25 @@ class Trial:
         self._in_flight.append(slots.read(self.out / "inflight.bin"))
         return True
 
+    def suffer(self, prefix: Sequence[str]) -> Ended:
+        """The plain command line has run under `prefix`, a command that does it harm; how it ended is not judged."""
+        program = [sys.executable, "-c", "from batchrun.cli import main; main()", "run", self.job, "-o", self.out]
+        options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        process = subprocess.Popen(
+            [*prefix, *map(str, program)],
+            env={**os.environ, KEY_ENV: KEY},
+            text=True,
+            start_new_session=True,
+            **options,
+        )
+        try:
+            ended = cli_process.finish(process)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # what a killed strace lets go would run on
+        self._in_flight.append(slots.read(self.out / "inflight.bin"))
+        return ended
+
     def converge(self) -> bool:
         """The run is started and left alone; False, with an error on record, when it does not end well."""
         return self._ended(self._start(Kill()), 0)
@@ -106,7 +137,7 @@ class Trial:
     def start_again(self) -> None:
         """A finished run is a no-op: nothing sent, no file touched."""
         before, served = snapshot(self.out), len(self._simulator.ledger())
-        ended = cli_process.batchrun("run", self._job, "-o", self.out)
+        ended = cli_process.batchrun("run", self.job, "-o", self.out)
         if ended.exit_code != 0:
             self.outcome.violations.append(f"a finished run again: exit code {ended.exit_code}: {ended.stderr.strip()}")
         if snapshot(self.out) != before:
@@ -117,7 +148,7 @@ class Trial:
     def judge(self, undisturbed: pa.Table) -> None:
         """What the finished run leaves is held against the ledger and an undisturbed run."""
         evidence = Evidence(
-            rows=ROWS,
+            rows=self._rows,
             max_in_flight=MAX_IN_FLIGHT,
             ledger=self._simulator.ledger(),
             summary=read_summary(self.out),
@@ -142,7 +173,7 @@ class Trial:
         orders = Orders(str(self._where), str(self._trace), kill.point, kill.passage, self._bug)
         command = [sys.executable, "-m", "tests.crash.launcher", msgspec.json.encode(orders).decode()]
         return subprocess.Popen(
-            [*command, "run", str(self._job), "-o", str(self.out)],
+            [*command, "run", str(self.job), "-o", str(self.out)],
             env={**os.environ, KEY_ENV: KEY},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -172,10 +203,10 @@ class Calm:
     took_s: float
 
 
-def calm_run(folder: Path) -> Calm:
+def calm_run(folder: Path, rows: int = ROWS) -> Calm:
     """The measure of all others. It is judged itself."""
     with running_simulator(simulator_config(folder / "calm.ledger")) as simulator:
-        trial = Trial(folder / "calm", simulator)
+        trial = Trial(folder / "calm", simulator, rows=rows)
         started_s = time.monotonic()
         trial.converge()
         took_s = time.monotonic() - started_s

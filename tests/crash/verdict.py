@@ -68,14 +68,16 @@ def _exchanges(evidence: Evidence) -> Iterator[str]:
         if number > 1:
             yield f"{exchange} was sent {number} times under one number: nobody knew of the first"
     flying = {(entry.row, entry.n) for entries in evidence.in_flight for entry in entries}
+    doubts = evidence.summary["possibly_billed"]
+    aborted = sum(entry["cause"] == "aborted" for entry in doubts)  # a process that could, named them itself
     retries = sum(line["attempts"] for line in evidence.summary["totals"] if line["status"] == "discarded")
-    served = len(evidence.ledger)
-    if served > evidence.rows + len(flying) + retries:
-        yield f"{served} served: {evidence.rows} rows, {len(flying)} in flight at kills, {retries} retries"
+    served, lost = len(evidence.ledger), len(flying) + aborted
+    if served > evidence.rows + lost + retries:
+        yield f"{served} served: {evidence.rows} rows, {lost} lost in flight, {retries} retries"
     for entries in evidence.in_flight:
         if len(entries) > evidence.max_in_flight:
             yield f"{len(entries)} in flight at one kill, {evidence.max_in_flight} are allowed"
-    crashed = [entry for entry in evidence.summary["possibly_billed"] if entry["cause"] == "crash"]
+    crashed = [entry for entry in doubts if entry["cause"] == "crash"]
     for invocation, number in Counter(entry["invocation"] for entry in crashed).items():
         if number > evidence.max_in_flight:
             yield f"{number} lost by process {invocation}, {evidence.max_in_flight} are allowed"
