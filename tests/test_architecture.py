@@ -71,7 +71,9 @@ SOLE_IMPORTERS: dict[str, frozenset[str]] = {
     "uvloop": frozenset({"cli", "simulator"}),
     "jinja2": frozenset({"request"}),
     "genai_prices": frozenset({"prices"}),
-    "pyarrow": frozenset({"source", "json_columns", "window", "base_part", "chunks", "drift", "output", "plan", "result"}),
+    "pyarrow": frozenset(
+        {"source", "json_columns", "window", "base_part", "chunks", "drift", "output", "plan", "result"}
+    ),
 }
 
 
