@@ -94,8 +94,10 @@ def survey(
     *,
     keep: Callable[[Problem], None] = lambda problem: None,
     progress: Callable[[int], None] = lambda rows: None,
+    question: Callable[[int, bytes], None] = lambda ordinal, key: None,
 ) -> Survey:
-    """The whole input, read once. `keep` gets every problem, `progress` the count of rows now and then.
+    """The whole input, read once. `keep` gets every problem, `progress` the count of rows now and then, `question` each
+    record's ordinal and request_key, those included that turn out to repeat an id.
 
     `scratch` is a directory for what does not fit into memory.
 
@@ -114,7 +116,7 @@ def survey(
             if builder is None:
                 builder = RequestBuilder(job, detect_dialect(job, record.columns))
                 id_column = job.input.id or ("custom_id" if builder.dialect == "openai-batch" else None)
-            if (problem := _take(record, builder, ids, id_column, tally)) is not None:
+            if (problem := _take(record, builder, ids, id_column, tally, question)) is not None:
                 tally.reject(Problem(record.ordinal, record.place, problem, record.columns), tally.unusable)
             elif types is not None:
                 types.observe(record.columns)
@@ -134,7 +136,14 @@ def survey(
     )
 
 
-def _take(record: Record, builder: RequestBuilder, ids: IdIndex, id_column: str | None, tally: _Tally) -> str | None:
+def _take(
+    record: Record,
+    builder: RequestBuilder,
+    ids: IdIndex,
+    id_column: str | None,
+    tally: _Tally,
+    question: Callable[[int, bytes], None],
+) -> str | None:
     """Counts the record if it can be asked; else the reason why not."""
     try:
         request = builder.build(Row(tally.rows, record.columns))
@@ -146,6 +155,7 @@ def _take(record: Record, builder: RequestBuilder, ids: IdIndex, id_column: str 
         if (problem := ids.add(record.ordinal, record.columns[id_column])) is not None:
             return f"{id_column}: {problem}"
     tally.accept(request)
+    question(record.ordinal, request.key)
     return None
 
 

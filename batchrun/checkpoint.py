@@ -26,6 +26,9 @@ from batchrun.tables import Chunk, Reopened
 FORMAT = 1
 """`PRAGMA user_version`. Another number is another version's run directory: exit 7."""
 
+SINCE = "since"
+"""The manifest's entry that holds the invocation in which the rows were last laid out."""
+
 MAX_GROUP = 1000
 """Endings a commit: enough to amortise its fsync, few enough to keep its slots from waiting long."""
 
@@ -51,6 +54,8 @@ class Checkpoint:
         self._closing = False
         self.invocation = 0
         self._database = Database.open(path, tables.TABLES, FORMAT, self._make_room)
+        manifest: dict[str, str] = dict(self._database.records("manifest"))
+        self.since = int(manifest.get(SINCE, "0"))
         self._thread = threading.Thread(target=self._serve, name="checkpoint", daemon=True)
         self.spent = self._read_spent()
         self._thread.start()
@@ -137,6 +142,24 @@ class Checkpoint:
 
         self._call(lambda: self._account(reopen))
 
+    def lay_out(self, chunks: Sequence[Chunk], standing: Mapping[str, int], manifest: Mapping[str, str]) -> None:
+        """The run's rows are these chunks now, whatever they were: one transaction.
+
+        What the database held of single rows is in the chunks' parts or was given up; attempts and doubts of earlier
+        layouts stay on record, but speak of other rows. `standing` counts the rows that have a completion.
+        """
+
+        def lay_out() -> Spent:
+            for table in ("chunks", "rows", "reopened", "standing"):
+                self._database.query(f"DELETE FROM {table}")  # noqa: S608  (our own names)
+            self._database.insert("chunks", [msgspec.structs.astuple(chunk) for chunk in chunks])
+            self._database.query("DELETE FROM manifest WHERE name = 'finished'")
+            self._database.replace("manifest", [*manifest.items(), (SINCE, str(self.invocation))])
+            return self._stand(msgspec.structs.replace(self.spent, standing=dict(standing)))
+
+        self._call(lambda: self._account(lay_out))
+        self.since = self.invocation
+
     def reopened(self, chunk: Chunk) -> dict[int, Reopened]:
         """The rows of a chunk's base part that are asked again."""
         bounds = chunk.first_row, chunk.end_row
@@ -151,25 +174,30 @@ class Checkpoint:
         return self._call(lambda: [tables.completion(record) for record in self._between("rows", first_row, end_row)])
 
     def discarded(self, chunk: Chunk) -> list[Discarded]:
-        """The earlier attempts of a chunk's rows, in order."""
+        """The earlier attempts of a chunk's rows in this layout, in order."""
         bounds = chunk.first_row, chunk.end_row
-        return self._call(lambda: [tables.discarded(record) for record in self._between("attempts", *bounds)])
+
+        def read() -> list[Discarded]:
+            records = self._between("attempts", *bounds)
+            return [tables.discarded(record) for record in records if record[-1] >= self.since]
+
+        return self._call(read)
 
     def has_end(self, row: int, n: int) -> bool:
         """True when that attempt's end is on record, or that it has none."""
 
         queries = {
             "SELECT 1 FROM rows WHERE row = ? AND attempts >= ?": (row, n),
-            "SELECT 1 FROM attempts WHERE row = ? AND n = ?": (row, n),
-            "SELECT 1 FROM possibly_billed WHERE row = ? AND n = ?": (row, n),
+            "SELECT 1 FROM attempts WHERE row = ? AND n = ? AND invocation >= ?": (row, n, self.since),
+            "SELECT 1 FROM possibly_billed WHERE row = ? AND n = ? AND invocation >= ?": (row, n, self.since),
             "SELECT 1 FROM chunks WHERE first_row <= ? AND first_row + rows > ? AND open = 0": (row, row),
         }
         return self._call(lambda: any(self._database.query(*query) for query in queries.items()))
 
     def last_attempts_lost(self, chunk: Chunk) -> dict[int, int]:
-        """For the rows of a chunk: the number of the last attempt whose end nobody knows."""
-        query = "SELECT row, max(n) FROM possibly_billed WHERE row >= ? AND row < ? GROUP BY row"
-        return self._call(lambda: dict(self._database.query(query, (chunk.first_row, chunk.end_row))))
+        """For the rows of a chunk in this layout: the number of the last attempt whose end nobody knows."""
+        query = "SELECT row, max(n) FROM possibly_billed WHERE row >= ? AND row < ? AND invocation >= ? GROUP BY row"
+        return self._call(lambda: dict(self._database.query(query, (chunk.first_row, chunk.end_row, self.since))))
 
     def flushed(self) -> bool:
         """Everything that was put before is durable; False where a failure prevented it."""
@@ -199,6 +227,7 @@ class Checkpoint:
         A finished run's database leaves WAL mode, so that looking at it later touches no file.
         """
         if self._thread.is_alive():
+            finished = finished or (not self.broken and "finished" in self.manifest())
             if finished:
                 self._call(self._database.rest)
             self._queue.put(self._stop)
@@ -270,7 +299,9 @@ class Checkpoint:
 
         def write() -> None:
             self._database.insert("rows", [tables.completion_record(completion) for completion in completions])
-            self._database.insert("attempts", [tables.discarded_record(attempt) for attempt in discarded])
+            self._database.insert(
+                "attempts", [tables.discarded_record(attempt, self.invocation) for attempt in discarded]
+            )
             self._database.insert("possibly_billed", [tables.possibly_billed_record(doubt) for doubt in doubts])
             self._database.replace("totals", [tables.totals_record(line) for line in changed])
             if completions:

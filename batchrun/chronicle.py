@@ -56,7 +56,9 @@ class Chronicle:
         )
         if self.plan is None or self.checkpoint is None:
             return starting(self._job, moment, self._directory)
-        return summarise(self.plan.facts, self.plan.prices, self.checkpoint.spent, moment, self._directory)
+        return summarise(
+            self.plan.facts, self.plan.rows, self.plan.prices, self.checkpoint.spent, moment, self._directory
+        )
 
     def write(self, summary: Summary) -> None:
         """summary.json holds the summary, if the disk takes it: a heartbeat must never cost an answer."""

@@ -5,6 +5,7 @@ What blocks (reading, writing, waiting for the database) is in `open_next` and `
 
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import msgspec
 import pyarrow as pa
@@ -64,6 +65,8 @@ class Chunks:
         schema: pa.Schema,
         settings: Output,
         json_variants: frozenset[int],
+        layout: int = 0,
+        limit: int | None = None,
     ) -> None:
         self._directory = directory
         self._checkpoint = checkpoint
@@ -73,13 +76,16 @@ class Chunks:
         self._schema = schema
         self._settings = settings
         self._json_variants = json_variants
+        self._layout = layout
+        self._limit = limit
         on_record = checkpoint.chunks()
         self.sealed = {chunk.chunk: chunk for chunk in on_record if not chunk.open}
         self._opened = iter([chunk for chunk in on_record if chunk.open])
         self._next = len(on_record)
         self._next_row = on_record[-1].end_row if on_record else 0
-        start = msgspec.json.decode(on_record[-1].end_position, type=Position) if on_record else START
-        self._windows = source.windows(start, settings.chunk_rows, settings.chunk_bytes, rejected)
+        self._rejected = rejected
+        self._position = msgspec.json.decode(on_record[-1].end_position, type=Position) if on_record else START
+        self._windows = source.windows(self._position, settings.chunk_rows, settings.chunk_bytes, rejected)
 
     def open_next(self) -> OpenChunk | None:
         """The next chunk with rows to ask, its input stored; None when there is no more.
@@ -93,7 +99,7 @@ class Chunks:
                 return reopened
             self.seal(reopened)  # the process died between the last row's commit and the seal
         self._check_unchanged()
-        window_read = next(self._windows, None)
+        window_read = self._next_window()
         if window_read is None:
             return None
         self._check_unchanged()
@@ -110,18 +116,30 @@ class Chunks:
         sealed = msgspec.structs.replace(chunk, generation=generation, part_digest=part_digest, open=0)
         self._checkpoint.seal_chunk(sealed, kept)
         self.sealed[chunk.chunk] = sealed
-        self._directory.input_of(chunk.chunk).unlink(missing_ok=True)
+        self._input_of(chunk.chunk).unlink(missing_ok=True)
         if chunk.generation:
             self._directory.part_of(chunk.chunk, chunk.generation).unlink(missing_ok=True)
 
     def remove_orphans(self) -> None:
         """Files in `parts/` that no chunk on record names are gone: what a kill left half done."""
-        known = {self._directory.input_of(chunk.chunk) for chunk in self._checkpoint.chunks() if chunk.open}
+        known = {self._input_of(chunk.chunk) for chunk in self._checkpoint.chunks() if chunk.open}
         for chunk in self._checkpoint.chunks():
             known.add(self._directory.part_of(chunk.chunk, chunk.generation))
         for path in self._directory.parts.iterdir():
             if path not in known:
                 path.unlink()
+
+    def _next_window(self) -> Window | None:
+        """The rows of the next chunk; a `limit` ends the last one short."""
+        left = None if self._limit is None else self._limit - self._next_row
+        if left is not None and left <= 0:
+            return None
+        if left is not None and left < self._settings.chunk_rows:
+            self._windows = self._source.windows(self._position, left, self._settings.chunk_bytes, self._rejected)
+        return next(self._windows, None)
+
+    def _input_of(self, chunk: int) -> Path:
+        return self._directory.input_of(chunk, self._layout)
 
     def _check_unchanged(self) -> None:
         if (what := changed(self._source.files, self._identities)) is not None:
@@ -136,7 +154,7 @@ class Chunks:
             settled |= set(base.rows) - reopened.keys()
         return OpenChunk(
             chunk,
-            StoredWindow(self._directory.input_of(chunk.chunk), chunk.input_digest, chunk.first_row),
+            StoredWindow(self._input_of(chunk.chunk), chunk.input_digest, chunk.first_row),
             settled,
             discarded,
             self._checkpoint.last_attempts_lost(chunk),
@@ -151,7 +169,7 @@ class Chunks:
         return BasePart(path, chunk.part_digest or "", self._settings.prefix)
 
     def _open(self, window: Window) -> OpenChunk:
-        path = self._directory.input_of(self._next)
+        path = self._input_of(self._next)
         chunk = Chunk(
             chunk=self._next,
             first_row=self._next_row,
@@ -160,6 +178,7 @@ class Chunks:
             input_digest=write(path, window.table),
         )
         self._checkpoint.open_chunk(chunk)
+        self._position = window.end
         self._next += 1
         self._next_row = chunk.end_row
         return OpenChunk(chunk, StoredWindow(path, chunk.input_digest, chunk.first_row))

@@ -40,6 +40,8 @@ def cli() -> None:
 @click.option("--new", is_flag=True, help="Start another run instead of going on with the last.")
 @click.option("--max-cost", "max_cost_usd", metavar="USD", help="Hard cap for the whole run, in USD.")
 @click.option("--max-failures", type=int, metavar="N", help="Failed rows that still exit 0.")
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N rows; without it the run goes on.")
+@click.option("--accept-changes", is_flag=True, help="Go on over a changed input or job: what has no answer is asked.")
 @click.option("--retry-failed", is_flag=True, help="Ask failed rows of a complete run again; --set may vary request.*.")
 @click.option("--status", "statuses", metavar="LIST", help="With --retry-failed: which, e.g. truncated,error.")
 @click.option("--skip-invalid", is_flag=True, help="Set bad records aside in rejects.jsonl.")
@@ -53,6 +55,8 @@ def run(
     new: bool,
     max_cost_usd: str | None,
     max_failures: int | None,
+    limit: int | None,
+    accept_changes: bool,
     retry_failed: bool,
     statuses: str | None,
     skip_invalid: bool,
@@ -76,7 +80,16 @@ def run(
             pointed,
             rundir.RunDirectory(path),
             _credentials(loaded),
-            Asked(skip_invalid, _retry_statuses(retry_failed, statuses), sys.stdin.buffer, _note, progress.checked),
+            Asked(
+                skip_invalid=skip_invalid,
+                accept_changes=accept_changes,
+                limit=limit,
+                retry=_retry_statuses(retry_failed, statuses),
+                stdin=sys.stdin.buffer,
+                problem=_note,
+                told=_note,
+                checked=progress.checked,
+            ),
             Hooks(progress.show, _note),
             grace_s=GRACE_S if grace_s is None else grace_s,
             loop_factory=_loop_factory(),

@@ -281,6 +281,14 @@ def copy_part(source: Path, to: Path, expected_digest: str) -> None:
     replace(to, write)
 
 
+def schema_of(path: Path) -> pa.Schema:
+    """The columns of a completions file."""
+    try:
+        return pq.read_schema(path)
+    except (OSError, pa.ArrowException) as error:
+        raise CheckpointError(f"{path}: no readable Parquet file: {error}") from error
+
+
 def cut(path: Path, expected_digest: str, rows: Sequence[int]) -> Iterator[Iterator[pa.RecordBatch]]:
     """The file's rows in consecutive pieces of so many rows; take each piece whole before the next.
 

@@ -98,6 +98,8 @@ class Pipeline:
         self._held: dict[int, _Ended] = {}
         self.backlog = Backlog(open_next, self._prepare, clock)
         self.sent = 0
+        layout = plan.facts.layout  # the same row is another one after the rows were laid out anew
+        self._name = f"{plan.facts.run_id}.{layout}" if layout else plan.facts.run_id
 
     async def work_all(self, workers: int) -> None:
         """Every pending row is settled, or the gate has closed; an exception of one worker ends the others."""
@@ -131,7 +133,7 @@ class Pipeline:
         successes = self._gate.successes
         self._slots.take(slot, request.row, n, request.key, bound_usd)
         self.sent += 1
-        attempt = await self._client.send(request, f"{self._plan.facts.run_id}-{request.row}-{n}")
+        attempt = await self._client.send(request, f"{self._name}-{request.row}-{n}")
         answer = answers.read(attempt.body)
         judgement = policy.judge(attempt, answer, self._job.retry)
         self._gate.settle(slot, _used_tokens(answer, judgement))
@@ -179,7 +181,7 @@ class Pipeline:
     def _prepare(self, row: Row, chunk: OpenChunk) -> Pending:
         """The row's request, with what earlier invocations did for it."""
         reopened = chunk.reopened.get(row.row)
-        variant = 0 if reopened is None else reopened.variant
+        variant = self._plan.facts.variant if reopened is None else reopened.variant
         try:
             request = self._builders[variant].build(row)
         except InputError as error:  # the check pass built this very request: only a changed input gets here

@@ -16,13 +16,15 @@ from typing import BinaryIO
 import msgspec
 import pyarrow as pa
 
-from batchrun import prices, variants
+from batchrun import drift, facts, prices, variants
 from batchrun.check import Problem, Survey, survey
 from batchrun.checkpoint import Checkpoint
 from batchrun.durable import READ_BYTES, fsync, told
 from batchrun.errors import CheckpointError, InputError, JobError
-from batchrun.job import Job, Output
+from batchrun.facts import Facts
+from batchrun.job import Job
 from batchrun.json_columns import ColumnTypes
+from batchrun.matching import Questions
 from batchrun.output import output_schema
 from batchrun.prices import PriceTable
 from batchrun.rundir import RunDirectory
@@ -47,30 +49,15 @@ NOTHING = hashlib.blake2b(digest_size=16).hexdigest()
 """The digest of an empty input."""
 
 
-class Facts(msgspec.Struct, frozen=True):
-    """What is fixed when a run first starts. `types` are the column types of JSONL input, as JSON."""
-
-    run_id: str
-    begun_at: datetime
-    job: str
-    dialect: str
-    files: tuple[FileIdentity, ...]
-    digests: tuple[str, ...]
-    rows: int
-    rejected: tuple[int, ...]
-    types: str | None
-    models: dict[str, int]
-    max_request: dict[str, tuple[int, int]]
-    output: Output
-
-
 class Plan(msgspec.Struct, frozen=True):
     """Everything a run works by. `prices` holds None for a model whose price nobody knows.
 
-    `variants[k]` is how rows of variant k are asked, 0 as the run began; `variant` is the one that this start's job is.
+    `rows` are those that this start is to settle: all, or the first so many. `variants[k]` is how rows of variant k are
+    asked, 0 as the run began; `variant` is the one that this start's job is.
     """
 
     facts: Facts
+    rows: int
     variants: tuple[Variant, ...]
     variant: int
     resumed: bool
@@ -83,13 +70,17 @@ class Plan(msgspec.Struct, frozen=True):
 class Asked(msgspec.Struct, frozen=True):
     """What the user asked of this start beyond the job. `stdin` is read where the input is "-".
 
-    `retry`: the statuses whose rows are to be asked again once every row is settled; None: no row is.
+    `limit`: only the first so many rows, a pilot that a later start without it goes on with. `retry`: the statuses
+    whose rows are to be asked again once every row is settled; None: no row is.
     """
 
     skip_invalid: bool = False
+    accept_changes: bool = False
+    limit: int | None = None
     retry: frozenset[str] | None = None
     stdin: BinaryIO | None = None
     problem: Callable[[str], None] = lambda line: None
+    told: Callable[[str], None] = lambda line: None
     checked: Callable[[int], None] = lambda rows: None
 
 
@@ -106,13 +97,27 @@ def make(job: Job, directory: RunDirectory, checkpoint: Checkpoint, asked: Asked
     source = open_source(input_files(job, directory, asked, begun=False), job.input.max_line_bytes)
     files = fingerprint(source.files)
     found = _survey(source, job, directory, asked)
-    facts = Facts(
-        run_id=uuid.uuid4().hex[:12],
-        begun_at=now,
+    new = _new_facts(job, source, files, found, run_id=uuid.uuid4().hex[:12], begun_at=now)
+    ways = (variants.of_job(job),)
+    plan = _plan(job, new, ways, 0, source, {}, asked, today, resumed=False)
+    checkpoint.write_manifest({**facts.encode(new), "prices": _encode(plan.prices), **variants.encode(ways)})
+    return plan
+
+
+def _new_facts(
+    job: Job, source: Source, files: tuple[FileIdentity, ...], found: Survey, *, run_id: str, begun_at: datetime
+) -> Facts:
+    """The facts of a run over this input; it must not have changed since `files` was taken."""
+    digests = tuple(digest(file) for file in source.files)
+    if (what := changed(source.files, files)) is not None:
+        raise InputError(f"the input changed while it was read: {what}; run again when it is at rest")
+    return Facts(
+        run_id=run_id,
+        begun_at=begun_at,
         job=job.name,
         dialect=found.dialect,
         files=files,
-        digests=tuple(digest(file) for file in source.files),
+        digests=digests,
         rows=found.rows,
         rejected=tuple(found.rejected),
         types=None if found.types is None else found.types.to_json(),
@@ -120,12 +125,6 @@ def make(job: Job, directory: RunDirectory, checkpoint: Checkpoint, asked: Asked
         max_request=found.max_request,
         output=job.output,
     )
-    if (what := changed(source.files, files)) is not None:
-        raise InputError(f"the input changed while it was read: {what}; run again when it is at rest")
-    ways = (variants.of_job(job),)
-    plan = _plan(job, facts, ways, 0, source, {}, today, resumed=False)
-    checkpoint.write_manifest({"facts": _encode(facts), "prices": _encode(plan.prices), **variants.encode(ways)})
-    return plan
 
 
 def _require_unused(directory: RunDirectory) -> None:
@@ -170,83 +169,114 @@ def _spool(stream: BinaryIO, to: Path, begun: bool) -> None:
         given_now.unlink()
 
 
-def require_same_shape(job: Job, facts: Facts) -> None:
+def require_same_shape(job: Job, known: Facts) -> None:
     """Nothing, if the job wants this run's output in the shape that it has.
 
     Raises:
         JobError: names what changed, and the ways on.
     """
     for name in SHAPE:
-        if getattr(job.output, name) != getattr(facts.output, name):
+        if getattr(job.output, name) != getattr(known.output, name):
             raise JobError(
                 f"output.{name} can't change within a run; put it back to go on, or start another with --new"
             )
 
 
-def require_same_input(files: tuple[Path, ...], facts: Facts) -> None:
-    """Nothing, if the files are those the run began with, by identity or else by content.
-
-    Raises:
-        InputError: names the first file that is not.
-    """
-    what = changed(files, facts.files)
-    if what is None or tuple(digest(file) for file in files) == facts.digests:
-        return
-    raise InputError(f"the input changed: {what}; put it back to go on, or start another run with --new")
-
-
-def facts_of(manifest: dict[str, str]) -> Facts:
-    """The facts in a manifest."""
-    try:
-        return msgspec.json.decode(manifest["facts"], type=Facts)
-    except (KeyError, msgspec.DecodeError) as error:
-        raise CheckpointError(f"the run's manifest can't be read: {error}; keep a copy of this directory") from error
+def changed_input(files: tuple[Path, ...], known: Facts) -> str | None:
+    """What is not as the run knows its input, by identity and then by content; None where it is the same."""
+    what = changed(files, known.files)
+    return None if what is None or tuple(digest(file) for file in files) == known.digests else f"the input: {what}"
 
 
 def _resume(
     job: Job, directory: RunDirectory, checkpoint: Checkpoint, asked: Asked, manifest: dict[str, str], today: str
 ) -> Plan:
-    facts = facts_of(manifest)
-    ways, variant = variants.choose(job, variants.read(manifest), retrying=asked.retry is not None)
-    require_same_shape(job, facts)
+    known, ways = facts.read(manifest), variants.read(manifest)
+    require_same_shape(job, known)
     files = input_files(job, directory, asked)
     identities = fingerprint(files)  # before the content is read: what changes meanwhile is noticed later
-    require_same_input(files, facts)
-    known = msgspec.json.decode(manifest.get("prices", "{}"), type=dict[str, PriceTable | None])
-    facts = msgspec.structs.replace(facts, files=identities)
+    ways, variant, settings = variants.place(job, ways, known.variant, retrying=asked.retry is not None)
+    what = changed_input(files, known)
     source = open_source(files, job.input.max_line_bytes)
-    plan = _plan(job, facts, ways, variant, source, known, today, resumed=True)
-    if plan.prices != known:
+    if settings or what is not None:
+        reasons = (*settings, *([what] if what else []))
+        known = _adopt(job, directory, checkpoint, asked, known, ways, variant, source, identities, reasons)
+    else:
+        known = msgspec.structs.replace(known, files=identities)
+    prices_known = msgspec.json.decode(manifest.get("prices", "{}"), type=dict[str, PriceTable | None])
+    plan = _plan(job, known, ways, variant, source, prices_known, asked, today, resumed=True)
+    if plan.prices != prices_known:
         checkpoint.write_manifest({"prices": _encode(plan.prices)})
     return plan
 
 
+def _adopt(
+    job: Job,
+    directory: RunDirectory,
+    checkpoint: Checkpoint,
+    asked: Asked,
+    known: Facts,
+    ways: tuple[Variant, ...],
+    variant: int,
+    source: Source,
+    identities: tuple[FileIdentity, ...],
+    reasons: tuple[str, ...],
+) -> Facts:
+    """The facts of the run over the changed input or job, laid out anew, if the user accepts that or nothing is lost.
+
+    Raises:
+        JobError: what changed, and what it would cost; nothing was sent or given up.
+    """
+    with Questions(directory.path) as questions:
+        found = _survey(source, job, directory, asked, questions.add)
+        new = _new_facts(job, source, identities, found, run_id=known.run_id, begun_at=known.begun_at)
+        new = msgspec.structs.replace(new, layout=known.layout + 1, variant=variant, dialect=found.dialect)
+        answers = drift.Answers(directory, checkpoint, known, variants.json_variants(job, ways))
+        asked_now = questions.rows(found.rejected)
+        cost_usd = checkpoint.spent.cost_usd()
+        seen, matches = drift.examine(answers, asked_now, found.rows, reasons, cost_usd, directory.path)
+        with matches:
+            if not (seen.harmless or asked.accept_changes):
+                raise JobError(f"{seen}. Go on with --accept-changes, put it back, or start another run with --new")
+            asked.told(str(seen))
+            schema = _schema(source, new)
+            entries = {**facts.encode(new), **variants.encode(ways)}
+            drift.lay_out(answers, matches, source, new, schema, directory, checkpoint, entries)
+    return new
+
+
+def _schema(source: Source, known: Facts) -> pa.Schema:
+    types = ColumnTypes() if known.types is None else ColumnTypes.from_json(known.types)
+    return output_schema(source.schema if isinstance(source, ParquetSource) else types.schema(), known.output)
+
+
 def _plan(
     job: Job,
-    facts: Facts,
+    facts_: Facts,
     ways: tuple[Variant, ...],
     variant: int,
     source: Source,
     known: dict[str, PriceTable | None],
+    asked: Asked,
     today: str,
     *,
     resumed: bool,
 ) -> Plan:
-    types = None if facts.types is None else ColumnTypes.from_json(facts.types)
+    types = None if facts_.types is None else ColumnTypes.from_json(facts_.types)
     tables = {
         model: known.get(model) if known.get(model) and model not in job.pricing else _price(model, job, today)
-        for model in (*facts.models, *(way.request.model for way in ways[1:] if way.request.model is not None))
+        for model in (*facts_.models, *(way.request.model for way in ways[1:] if way.request.model is not None))
     }
-    _check_budget(job, facts, tables)
-    input_schema = source.schema if isinstance(source, ParquetSource) else (types or ColumnTypes()).schema()
-    return Plan(facts, ways, variant, resumed, source, types, output_schema(input_schema, facts.output), tables)
+    _check_budget(job, facts_, tables)
+    rows = facts_.rows if asked.limit is None else min(asked.limit, facts_.rows)
+    return Plan(facts_, rows, ways, variant, resumed, source, types, _schema(source, facts_), tables)
 
 
 def _price(model: str, job: Job, today: str) -> PriceTable | None:
     return prices.resolve(model, job.pricing, today)
 
 
-def _check_budget(job: Job, facts: Facts, tables: dict[str, PriceTable | None]) -> None:
+def _check_budget(job: Job, known: Facts, tables: dict[str, PriceTable | None]) -> None:
     """A cap must be keepable: every price known, and room for the largest single request."""
     cap = job.budget.max_cost_usd
     if cap is None:
@@ -257,7 +287,7 @@ def _check_budget(job: Job, facts: Facts, tables: dict[str, PriceTable | None]) 
                 f"budget.max_cost_usd: the price of {model} is unknown, so a cap can't be kept; "
                 f'give it in [pricing."{model}"] or remove the cap'
             )
-        bound = prices.upper_bound(*facts.max_request.get(model, (0, 0)), table) or Decimal(0)
+        bound = prices.upper_bound(*known.max_request.get(model, (0, 0)), table) or Decimal(0)
         if bound > cap:
             raise JobError(
                 f"budget.max_cost_usd: ${cap} is less than the largest request may cost (${bound:.4f}, by its "
@@ -265,7 +295,13 @@ def _check_budget(job: Job, facts: Facts, tables: dict[str, PriceTable | None]) 
             )
 
 
-def _survey(source: Source, job: Job, directory: RunDirectory, asked: Asked) -> Survey:
+def _survey(
+    source: Source,
+    job: Job,
+    directory: RunDirectory,
+    asked: Asked,
+    question: Callable[[int, bytes], None] = lambda ordinal, key: None,
+) -> Survey:
     """The input, read once; problems end the start unless they are to be set aside in rejects.jsonl."""
     rejects = directory.rejects
     with told(rejects):
@@ -276,7 +312,7 @@ def _survey(source: Source, job: Job, directory: RunDirectory, asked: Asked) -> 
             with told(rejects), open(os.open(rejects, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as file:
                 file.write(msgspec.json.encode(problem, enc_hook=str) + b"\n")
 
-    found = survey(source, job, directory.path, keep=keep, progress=asked.checked)
+    found = survey(source, job, directory.path, keep=keep, progress=asked.checked, question=question)
     if found.rejected and not asked.skip_invalid:
         raise_problems(found, asked.problem)
     if found.rejected:

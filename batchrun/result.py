@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 
 import msgspec
+import pyarrow as pa
 
 from batchrun import durable, output
 from batchrun.checkpoint import Checkpoint
 from batchrun.chunks import Chunks
 from batchrun.errors import CheckpointError
-from batchrun.plan import Plan
+from batchrun.facts import Facts
 from batchrun.records import Summary
 from batchrun.rundir import RunDirectory
 from batchrun.tables import Chunk
@@ -17,36 +18,45 @@ FINISHED = "finished"
 """The manifest's entry that says the result is written. From then on the parts are not needed any more."""
 
 
-def write(plan: Plan, checkpoint: Checkpoint, chunks: Chunks, directory: RunDirectory, summary: Summary) -> None:
+def write(
+    facts: Facts, schema: pa.Schema, checkpoint: Checkpoint, chunks: Chunks, directory: RunDirectory, summary: Summary
+) -> None:
     """The result is on disk and the checkpoint closed. Every step can be repeated after a kill in the middle."""
     if FINISHED not in checkpoint.manifest():
-        digest = _write_completions(plan, chunks, directory, summary)
+        digest = _write_completions(facts, schema, chunks, directory, summary)
         output.write_usage(directory.usage, checkpoint.spent.totals.values())
         digests = {"digest": digest or "", "usage": durable.digest(directory.usage)}
         checkpoint.write_manifest({FINISHED: msgspec.json.encode(digests).decode()})
     checkpoint.close(finished=True)
+    tidy(directory)
+
+
+def tidy(directory: RunDirectory) -> None:
+    """What only an unfinished run needs is gone."""
     for path in (*directory.parts.iterdir(), directory.reserve, directory.inflight):
         path.unlink(missing_ok=True)
 
 
-def _write_completions(plan: Plan, chunks: Chunks, directory: RunDirectory, summary: Summary) -> str | None:
+def _write_completions(
+    facts: Facts, schema: pa.Schema, chunks: Chunks, directory: RunDirectory, summary: Summary
+) -> str | None:
     """The digest of completions.parquet; None where the parts themselves are the result."""
     parts = [
         (directory.part_of(number, chunk.generation), chunk.part_digest or "", chunk.rows)
         for number, chunk in sorted(chunks.sealed.items())
     ]
-    settings = plan.facts.output
-    if (rows := sum(rows for _, _, rows in parts)) != plan.facts.rows:
+    settings = facts.output
+    if (rows := sum(rows for _, _, rows in parts)) != summary.rows:
         raise CheckpointError(
-            f"{directory.path}: {rows:,} rows are sealed, {plan.facts.rows:,} are due; nothing is written"
+            f"{directory.path}: {rows:,} rows are sealed, {summary.rows:,} are due; nothing is written"
         )
     if settings.layout == "parts":
         output.move_parts(parts, directory.completions_folder)
         if not parts:  # a reader of the folder should find its columns
-            output.write_part(output.part_in(directory.completions_folder, 0), plan.schema, (), settings, 0)
+            output.write_part(output.part_in(directory.completions_folder, 0), schema, (), settings, 0)
         return None
     footer = {output.FOOTER_KEY: msgspec.json.encode(_bill(summary)).decode()}
-    return output.assemble(parts, directory.completions, plan.schema, settings.compression, footer)
+    return output.assemble(parts, directory.completions, schema, settings.compression, footer)
 
 
 def _bill(summary: Summary) -> dict[str, object]:
@@ -57,7 +67,9 @@ def _bill(summary: Summary) -> dict[str, object]:
     return {"version": summary.version, "complete": True, "rows_in_output": summary.rows, **bill}
 
 
-def restore_parts(plan: Plan, checkpoint: Checkpoint, chunks: Sequence[Chunk], directory: RunDirectory) -> list[Chunk]:
+def restore_parts(
+    facts: Facts, checkpoint: Checkpoint, chunks: Sequence[Chunk], directory: RunDirectory
+) -> list[Chunk]:
     """The parts of a finished run are there again, cut from its result; the chunks that name them.
 
     The result stays where it is until a new one takes its place. Nothing is true before the chunks are on record.
@@ -66,7 +78,7 @@ def restore_parts(plan: Plan, checkpoint: Checkpoint, chunks: Sequence[Chunk], d
         CheckpointError: the result is not the one that was written.
     """
     directory.parts.mkdir(mode=0o700, exist_ok=True)
-    settings = plan.facts.output
+    settings = facts.output
     if settings.layout == "parts":
         for chunk in chunks:
             output.copy_part(
@@ -76,11 +88,12 @@ def restore_parts(plan: Plan, checkpoint: Checkpoint, chunks: Sequence[Chunk], d
             )
         return list(chunks)
     digest = msgspec.json.decode(checkpoint.manifest()[FINISHED], type=dict[str, str])["digest"]
+    schema = output.schema_of(directory.completions)
     pieces = output.cut(directory.completions, digest, [chunk.rows for chunk in chunks])
     restored = []
     for chunk, batches in zip(chunks, pieces, strict=True):
         generation = chunk.generation + 1
         path = directory.part_of(chunk.chunk, generation)
-        part_digest = output.write_part(path, plan.schema, batches, settings, chunk.rows)
+        part_digest = output.write_part(path, schema, batches, settings, chunk.rows)
         restored.append(msgspec.structs.replace(chunk, generation=generation, part_digest=part_digest))
     return restored

@@ -39,7 +39,7 @@ def reopen(
     if not any(checkpoint.spent.standing.get(status) for status in statuses):
         return 0
     if result.FINISHED in checkpoint.manifest():
-        chunks = result.restore_parts(plan, checkpoint, chunks, directory)
+        chunks = result.restore_parts(plan.facts, checkpoint, chunks, directory)
     rows: list[Reopened] = []
     start = START
     for place, chunk in enumerate(chunks):
@@ -58,6 +58,6 @@ def _store_input_again(plan: Plan, directory: RunDirectory, chunk: Chunk, start:
     """The chunk's input is where an open chunk has it; its digest shows that it is the same."""
     windows = plan.source.windows(start, chunk.rows, sys.maxsize, frozenset(plan.facts.rejected))
     again = next(windows, None)
-    path = directory.input_of(chunk.chunk)
+    path = directory.input_of(chunk.chunk, plan.facts.layout)
     if again is None or again.rows != chunk.rows or window.write(path, again.table) != chunk.input_digest:
         raise InputError(f"the input of rows {chunk.first_row:,} and on is not what it was; put it back, then retry")

@@ -14,14 +14,15 @@ from collections.abc import Callable
 
 import msgspec
 
-from batchrun import __version__, asking, result, retry, signals, slots, variants
+from batchrun import __version__, asking, facts, result, retry, signals, slots, variants
 from batchrun import plan as planning
 from batchrun.asking import Asking, Hooks
 from batchrun.checkpoint import Checkpoint, read_finished
 from batchrun.chronicle import Chronicle
 from batchrun.chunks import Chunks
 from batchrun.credentials import Credentials
-from batchrun.errors import BatchrunError, CheckpointError, ExitCode, JobError
+from batchrun.durable import replace_bytes
+from batchrun.errors import BatchrunError, CheckpointError, ExitCode, InputError, JobError
 from batchrun.job import Job
 from batchrun.plan import Asked, Plan
 from batchrun.records import Summary
@@ -50,6 +51,7 @@ def run(
     with directory.lock():
         if (finished := _finished(job, directory, asked)) is not None:
             return finished
+        at_rest = _at_rest(directory)
         chronicle = Chronicle(job.name, directory, credentials)
         try:
             directory.reserve_room()
@@ -60,6 +62,8 @@ def run(
                 checkpoint.close()
         except BatchrunError as error:
             chronicle.end("failed", error.exit_code, str(error))
+            if at_rest is not None and isinstance(error, JobError | InputError):
+                _rest_again(directory, at_rest)
             raise
         except BaseException as error:
             chronicle.end("failed", ExitCode.INTERNAL_ERROR, f"{type(error).__name__}: {error}")
@@ -81,17 +85,19 @@ def _run(
 ) -> Summary:
     """Plan, ask, write: this process's share of the run."""
     chronicle.checkpoint = checkpoint
+    checkpoint.begin_invocation(chronicle.started_at.timestamp(), os.getpid(), socket.gethostname(), __version__)
+    lost = _name_lost(directory, checkpoint)
     with signals.raised():
         plan = planning.make(job, directory, checkpoint, asked, chronicle.started_at)
-    _begin(plan, directory, checkpoint, chronicle)
-    lost = _name_lost(directory, checkpoint)
+        _unfinish(plan, directory, checkpoint)
+    _begin(plan, checkpoint, chronicle)
     for line in _told_at_start(plan, directory, checkpoint, credentials, lost):
         hooks.note(line)
     if asked.retry is not None:
         hooks.note(_retried(plan, directory, checkpoint, asked.retry))
     chunks = _chunks(job, plan, directory, checkpoint)
     chunks.remove_orphans()
-    if checkpoint.spent.settled() < plan.facts.rows:
+    if checkpoint.spent.settled() < plan.rows:
         rows = Asking(job, plan, directory, credentials, checkpoint, chunks, chronicle, hooks, grace_s)
         with asyncio.Runner(loop_factory=loop_factory) as runner:
             stop = runner.run(rows.ask())
@@ -99,6 +105,19 @@ def _run(
             return chronicle.end("stopped", stop.exit_code, stop.why)
     with signals.raised():
         return _finish(job, plan, directory, checkpoint, chunks, chronicle)
+
+
+def _at_rest(directory: RunDirectory) -> bytes | None:
+    """The summary of a complete run as it is, None where there is none."""
+    complete = (directory.read_summary() or {}).get("complete")
+    return directory.summary.read_bytes() if complete else None
+
+
+def _rest_again(directory: RunDirectory, summary: bytes) -> None:
+    """A complete run that this start was refused to change is complete as before."""
+    if result.FINISHED in read_finished(directory.checkpoint):
+        result.tidy(directory)
+        replace_bytes(directory.summary, summary)
 
 
 def _finished(job: Job, directory: RunDirectory, asked: Asked) -> Summary | None:
@@ -110,23 +129,29 @@ def _finished(job: Job, directory: RunDirectory, asked: Asked) -> Summary | None
     except msgspec.DecodeError as error:
         raise CheckpointError(f"{directory.summary}: can't be read: {error}") from error
     manifest = read_finished(directory.checkpoint)
-    facts = planning.facts_of(manifest)
-    variants.choose(job, variants.read(manifest), retrying=asked.retry is not None)
-    if asked.retry is not None and any(summary.by_status.get(status) for status in asked.retry):
+    known = facts.read(manifest)
+    planning.require_same_shape(job, known)
+    _, _, settings = variants.place(job, variants.read(manifest), known.variant, retrying=asked.retry is not None)
+    what = planning.changed_input(planning.input_files(job, directory, asked), known)
+    wanted = known.rows if asked.limit is None else min(asked.limit, known.rows)
+    again = asked.retry is not None and any(summary.by_status.get(status) for status in asked.retry)
+    if settings or what is not None or again or wanted > summary.rows_in_output:
         return None
-    planning.require_same_shape(job, facts)
-    planning.require_same_input(planning.input_files(job, directory, asked), facts)
     return msgspec.structs.replace(summary, exit_code=int(_exit_code(job, summary)))
 
 
-def _begin(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, chronicle: Chronicle) -> None:
-    """This invocation is on record and the run is under way."""
-    number = checkpoint.begin_invocation(
-        chronicle.started_at.timestamp(), os.getpid(), socket.gethostname(), __version__
-    )
+def _unfinish(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint) -> None:
+    """A finished pilot of the first rows is an open run again, if there are more rows to ask."""
+    if result.FINISHED in checkpoint.manifest() and checkpoint.spent.settled() < plan.rows:
+        chunks = result.restore_parts(plan.facts, checkpoint, checkpoint.chunks(), directory)
+        checkpoint.reopen_chunks(chunks, (), {})
+
+
+def _begin(plan: Plan, checkpoint: Checkpoint, chronicle: Chronicle) -> None:
+    """The run is under way."""
     chronicle.plan = plan
     chronicle.state = "running"
-    chronicle.log.write("started", invocation=number, resumed=plan.resumed, rows=plan.facts.rows)
+    chronicle.log.write("started", invocation=checkpoint.invocation, resumed=plan.resumed, rows=plan.rows)
     chronicle.write(chronicle.summary())
 
 
@@ -145,19 +170,21 @@ def _told_at_start(
     plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, credentials: Credentials, lost: int
 ) -> list[str]:
     """What a person should know before the first request."""
-    facts, lines = plan.facts, []
+    known, lines = plan.facts, []
     if credentials.warning:
         lines.append(f"warning: {credentials.warning}")
     if plan.resumed:
         done, cost = checkpoint.spent.settled(), checkpoint.spent.cost_usd()
-        lines.append(f"resuming {directory.path}: {done:,} of {facts.rows:,} rows are done, ${cost:,.6f} spent")
+        lines.append(f"resuming {directory.path}: {done:,} of {plan.rows:,} rows are done, ${cost:,.6f} spent")
     else:
-        aside = f", {len(facts.rejected):,} set aside" if facts.rejected else ""
+        aside = f", {len(known.rejected):,} set aside" if known.rejected else ""
         files = plural(len(plan.source.files), "file")
-        lines.append(f"input: {facts.rows:,} rows in {files}{aside}, read as {facts.dialect}")
+        lines.append(f"input: {known.rows:,} rows in {files}{aside}, read as {known.dialect}")
+    if plan.rows < known.rows:
+        lines.append(f"only the first {plan.rows:,} rows are asked; without --limit the run goes on")
     if lost:
         lines.append(f"{lost} requests were in flight when the last process died; they are asked again")
-    if not facts.rows:
+    if not known.rows:
         lines.append("there is nothing to ask: the output will be empty")
     unknown = [model for model, table in plan.prices.items() if table is None]
     lines += [
@@ -172,7 +199,7 @@ def _retried(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, status
     Raises:
         JobError: rows are pending, and this start would ask them otherwise than was meant.
     """
-    pending = plan.facts.rows - checkpoint.spent.settled()
+    pending = plan.rows - checkpoint.spent.settled()
     manifest = variants.encode(plan.variants)
     if pending and checkpoint.manifest()[variants.ENTRY] != manifest[variants.ENTRY]:
         raise JobError(f"{pending:,} rows are still pending as they were asked before; finish the run, then retry")
@@ -194,6 +221,8 @@ def _chunks(job: Job, plan: Plan, directory: RunDirectory, checkpoint: Checkpoin
         schema=plan.schema,
         settings=plan.facts.output,
         json_variants=variants.json_variants(job, plan.variants),
+        layout=plan.facts.layout,
+        limit=plan.rows if plan.rows < plan.facts.rows else None,
     )
 
 
@@ -204,7 +233,7 @@ def _finish(
     if (unsettled := chunks.open_next()) is not None:
         raise CheckpointError(f"chunk {unsettled.chunk.chunk}: has pending rows that the totals count as settled")
     chronicle.state = "writing"
-    result.write(plan, checkpoint, chunks, directory, chronicle.summary())
+    result.write(plan.facts, plan.schema, checkpoint, chunks, directory, chronicle.summary())
     return chronicle.end("complete", _exit_code(job, chronicle.summary()), None)
 
 

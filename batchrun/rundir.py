@@ -44,9 +44,9 @@ class RunDirectory:
         self.spool = path / "input.jsonl"
         self.log = path / "run.log"
 
-    def input_of(self, chunk: int) -> Path:
-        """Where the input rows of an open chunk are."""
-        return self.parts / f"{chunk:06d}.input.arrow"
+    def input_of(self, chunk: int, layout: int = 0) -> Path:
+        """Where the input rows of an open chunk are; `layout` counts how often the run's rows were laid out anew."""
+        return self.parts / (f"{chunk:06d}.{layout}.input.arrow" if layout else f"{chunk:06d}.input.arrow")
 
     def part_of(self, chunk: int, generation: int) -> Path:
         """Where a sealed chunk is."""

@@ -7,7 +7,7 @@ from decimal import Decimal
 import msgspec
 
 from batchrun.admission import Binding, Limit
-from batchrun.plan import Facts
+from batchrun.facts import Facts
 from batchrun.prices import PriceTable
 from batchrun.records import FAILURES, Status, Summary
 from batchrun.rundir import RunDirectory
@@ -40,11 +40,11 @@ def starting(job: str, moment: Moment, directory: RunDirectory) -> Summary:
 
 
 def summarise(
-    facts: Facts, tables: dict[str, PriceTable | None], spent: Spent, moment: Moment, directory: RunDirectory
+    facts: Facts, rows: int, tables: dict[str, PriceTable | None], spent: Spent, moment: Moment, directory: RunDirectory
 ) -> Summary:
     """What is known of the run now: everything in it is durable."""
     rejected = len(facts.rejected)
-    return _summary(facts.job, facts.run_id, facts.begun_at, facts.rows, rejected, tables, spent, moment, directory)
+    return _summary(facts.job, facts.run_id, facts.begun_at, rows, rejected, tables, spent, moment, directory)
 
 
 def _summary(

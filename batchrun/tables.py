@@ -22,8 +22,8 @@ CREATE TABLE rows (row INTEGER PRIMARY KEY, request_key BLOB, status TEXT, attem
     latency_s REAL, time_to_first_token_s REAL, model TEXT, cost_usd TEXT, raw BLOB, variant INTEGER, crc INTEGER);
 CREATE TABLE attempts (row INTEGER, n INTEGER, verdict TEXT, counted INTEGER, http_status INTEGER, error_kind TEXT,
     message TEXT, request_id TEXT, at REAL, model TEXT, prompt_tokens INTEGER, completion_tokens INTEGER,
-    total_tokens INTEGER, cached_tokens INTEGER, reasoning_tokens INTEGER, cost_usd TEXT, crc INTEGER,
-    PRIMARY KEY (row, n)) WITHOUT ROWID;
+    total_tokens INTEGER, cached_tokens INTEGER, reasoning_tokens INTEGER, cost_usd TEXT, invocation INTEGER,
+    crc INTEGER, PRIMARY KEY (row, n, invocation)) WITHOUT ROWID;
 CREATE TABLE possibly_billed (row INTEGER, n INTEGER, request_key TEXT, upper_bound_usd TEXT, cause TEXT,
     invocation INTEGER, crc INTEGER);
 CREATE TABLE totals (invocation INTEGER, model TEXT, status TEXT, rows INTEGER, attempts INTEGER, prompt_tokens INTEGER,
@@ -109,18 +109,19 @@ def completion(record: Record) -> Completion:
     )  # fmt: skip
 
 
-def discarded_record(d: Discarded) -> Record:
+def discarded_record(d: Discarded, invocation: int) -> Record:
     u = d.usage
     usage = (None,) * 5 if u is None else msgspec.structs.astuple(u)
     return (
         d.row, d.n, str(d.verdict), int(d.counted), d.http_status, d.error_kind, _characters(d.message),
         _characters(d.request_id), d.at, d.model, *usage, _text(d.cost_usd),
+        invocation,
     )  # fmt: skip
 
 
 def discarded(record: Record) -> Discarded:
     row, n, verdict, counted, http_status, kind, message, request_id, at, model, *rest = record
-    prompt, completion, total, cached, reasoning, cost = rest
+    prompt, completion, total, cached, reasoning, cost, _ = rest
     return Discarded(
         row=row, n=n, verdict=Verdict(verdict), counted=bool(counted), http_status=http_status, error_kind=kind,
         message=message, request_id=request_id, at=at, model=model,

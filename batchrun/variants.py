@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from batchrun.errors import CheckpointError, JobError
+from batchrun.errors import CheckpointError
 from batchrun.job import Job, RequestTemplate
 from batchrun.request import wants_json
 
@@ -46,23 +46,19 @@ def encode(variants: Sequence[Variant]) -> dict[str, str]:
     return {ENTRY: msgspec.json.encode(variants).decode()}
 
 
-def choose(job: Job, variants: tuple[Variant, ...], *, retrying: bool) -> tuple[tuple[Variant, ...], int]:
-    """The variants with the job's among them, and its number. A retry may bring a new one, by its request alone.
-
-    Raises:
-        JobError: the job asks otherwise than the run did; the message names the setting and the ways on.
+def place(
+    job: Job, variants: tuple[Variant, ...], current: int, *, retrying: bool
+) -> tuple[tuple[Variant, ...], int, tuple[str, ...]]:
+    """The variants with the job's among them, its number, and the settings in which it differs from `current`, the way
+    in which the run's rows are asked. A retry may ask in another way, if by the request alone; that is no difference.
     """
     mine = of_job(job)
-    for number, variant in enumerate(variants):
-        if variant.question == mine.question:
-            return variants, number
-    changed = differences(variants[0], mine)
+    known = [number for number, variant in enumerate(variants) if variant.question == mine.question]
+    number = current if current in known else known[0] if known else len(variants)
+    changed = tuple(differences(variants[current], mine))
     if retrying and all(path.startswith("request.") for path in changed):
-        return (*variants, mine), len(variants)
-    raise JobError(
-        f"{changed[0]} is not what this run began with; answers already paid for would not fit. "
-        "Put it back to go on, or start another run with --new"
-    )
+        changed = ()
+    return variants if known else (*variants, mine), number, changed
 
 
 def differences(one: Variant, other: Variant) -> list[str]:

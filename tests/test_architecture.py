@@ -23,10 +23,11 @@ LAYERS: tuple[frozenset[str], ...] = (
             *("accounts", "admission", "gate", "gate_state"),
             *("client", "answer", "policy"),
             *("durable", "rundir", "runlog", "slots", "spent", "wal", "database", "tables", "checkpoint"),
-            *("chunks", "base_part", "backlog", "output"),
+            *("chunks", "base_part", "backlog", "output", "matching"),
         }
     ),
-    frozenset({"variants", "plan", "pipeline", "signals", "summary", "chronicle", "asking", "result", "retry", "run"}),
+    frozenset({"variants", "facts", "result", "drift", "plan", "retry", "pipeline"}),
+    frozenset({"signals", "summary", "chronicle", "asking", "run"}),
     frozenset({"report", "simulated", "simulator"}),
     frozenset({"cli"}),
 )
@@ -49,14 +50,15 @@ WITHIN_A_LAYER: dict[str, frozenset[str]] = {
     "backlog": frozenset({"chunks", "policy"}),
     "output": frozenset({"answer", "durable"}),
     # how they are joined
-    "plan": frozenset({"variants"}),
-    "pipeline": frozenset({"plan", "variants"}),
-    "summary": frozenset({"plan"}),
-    "chronicle": frozenset({"pipeline", "plan", "summary"}),
-    "asking": frozenset({"chronicle", "pipeline", "plan", "signals"}),
-    "result": frozenset({"plan"}),
+    "matching": frozenset({"durable"}),
+    "result": frozenset({"facts"}),
+    "drift": frozenset({"facts", "result"}),
+    "plan": frozenset({"drift", "facts", "variants"}),
     "retry": frozenset({"plan", "result"}),
-    "run": frozenset({"asking", "chronicle", "plan", "result", "retry", "signals", "summary", "variants"}),
+    "pipeline": frozenset({"plan", "variants"}),
+    "chronicle": frozenset({"summary"}),
+    "asking": frozenset({"chronicle", "signals"}),
+    "run": frozenset({"asking", "chronicle", "signals", "summary"}),
     "simulated": frozenset({"simulator"}),
 }
 
@@ -69,7 +71,9 @@ SOLE_IMPORTERS: dict[str, frozenset[str]] = {
     "uvloop": frozenset({"cli", "simulator"}),
     "jinja2": frozenset({"request"}),
     "genai_prices": frozenset({"prices"}),
-    "pyarrow": frozenset({"source", "json_columns", "window", "base_part", "chunks", "output", "plan"}),
+    "pyarrow": frozenset(
+        {"source", "json_columns", "window", "base_part", "chunks", "drift", "output", "plan", "result"}
+    ),
 }
 
 

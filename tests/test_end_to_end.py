@@ -472,10 +472,11 @@ def test_a_changed_question_is_noticed_and_never_silently_reused(tmp_path: Path)
         ended = batchrun("run", job, "-o", tmp_path / "out", "--set", "request.temperature=0.5")
         assert ended.exit_code == 2
         assert "request.temperature" in ended.stderr
-        write_rows(source, 31)
+        write_rows(source, 29)
         ended = batchrun("run", job, "-o", tmp_path / "out")
         assert ended.exit_code == 2
-        assert "the input changed" in ended.stderr
+        assert "the input: " in ended.stderr
+        assert "--accept-changes" in ended.stderr
         assert len(simulator.ledger()) == 30
 
 

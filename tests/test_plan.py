@@ -49,7 +49,7 @@ class Starts:
 
     def make(self, job: Job | None = None, **asked: Any) -> Plan:
         with opened(self.directory) as checkpoint:
-            asked_for = Asked(problem=self.told.append, **asked)
+            asked_for = Asked(problem=self.told.append, told=self.told.append, **asked)
             return plan.make(job or self.job(), self.directory, checkpoint, asked_for, NOW)
 
     def refused(self, job: Job | None = None, **asked: Any) -> str:
@@ -173,8 +173,20 @@ CHANGES: list[tuple[str, dict[str, dict[str, Any]]]] = [
 ]
 
 
-@pytest.mark.parametrize(("setting", "tables"), CHANGES)
-def test_a_changed_question_or_shape_stops_with_its_setting(
+@pytest.mark.parametrize(("setting", "tables"), [change for change in CHANGES if not change[0].startswith("output.")])
+def test_a_changed_question_is_told_by_its_setting_and_taken_while_nothing_is_answered(
+    starts: Starts, setting: str, tables: dict[str, dict[str, Any]]
+) -> None:
+    starts.make()
+    changed = starts.make(starts.job(**tables))
+    assert starts.told == [f"{setting}: 0 answers stay, 5 rows are to be asked"]
+    assert (changed.facts.layout, changed.facts.variant, len(changed.variants)) == (1, 1, 2)
+    assert starts.make(starts.job(**tables)).facts.layout == 1
+    assert starts.make().facts.variant == 0  # put back
+
+
+@pytest.mark.parametrize(("setting", "tables"), [change for change in CHANGES if change[0].startswith("output.")])
+def test_a_changed_shape_stops_with_its_setting(
     starts: Starts, setting: str, tables: dict[str, dict[str, Any]]
 ) -> None:
     starts.make()
@@ -217,7 +229,7 @@ def test_a_price_that_becomes_known_is_used(starts: Starts) -> None:
     assert starts.make(priced).prices[NOBODY_PRICES] is not None
 
 
-def test_a_touched_or_copied_input_is_the_same_and_an_edited_one_is_not(starts: Starts) -> None:
+def test_a_touched_or_copied_input_is_the_same_and_an_edited_one_is_told(starts: Starts) -> None:
     starts.make()
     os.utime(starts.input, ns=(1, 1))
     assert starts.make().resumed
@@ -226,10 +238,13 @@ def test_a_touched_or_copied_input_is_the_same_and_an_edited_one_is_not(starts: 
     starts.input.write_bytes(content)
     resumed = starts.make()
     assert resumed.facts.files[0].inode == starts.input.stat().st_ino
+    assert starts.told == []
     starts.input.write_bytes(content.replace(b"text 3", b"TEXT 3"))
-    assert starts.refused().startswith(f"the input changed: {starts.input} was written again; put it back")
+    assert starts.make().facts.layout == 1
+    assert starts.told[0].startswith(f"the input: {starts.input} was written again: 0 answers stay, 5 rows")
     starts.input.write_bytes(content + b'{"text": "more"}\n')
-    assert "bytes and has" in starts.refused()
+    assert starts.make().facts.rows == 6
+    assert "bytes and has" in starts.told[1]
     starts.input.unlink()
     assert "no input file there" in starts.refused()
 
@@ -239,7 +254,9 @@ def test_another_file_of_the_same_content_is_the_same_input(starts: Starts, tmp_
     other = tmp_path / "moved.jsonl"
     starts.input.rename(other)
     assert starts.make(job_over(other)).resumed
-    assert "is new" in starts.refused(job_over(write_lines(tmp_path / "else.jsonl", texts(6))))
+    assert starts.told == []
+    assert starts.make(job_over(write_lines(tmp_path / "else.jsonl", texts(6)))).facts.rows == 6
+    assert "is new" in starts.told[0]
 
 
 @pytest.mark.parametrize("facts", ["{}", "[", '{"run_id": 7}'])

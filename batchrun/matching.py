@@ -1,0 +1,125 @@
+"""Which new row asks the question of which old one: the k-th equal question goes to the k-th answer.
+
+Keys of any number of rows are matched in flat memory: both sides are spread over buckets by their first bits, in files
+without a name, and matched bucket by bucket.
+"""
+
+import mmap
+import os
+import struct
+import tempfile
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Self
+
+from batchrun.durable import told
+
+NONE = -1
+"""The old row of a new question."""
+
+ROWS_A_BUCKET = 250_000
+MAX_BUCKETS = 48  # two files each: within a small limit on open files together with all else
+BUFFER_BYTES = 1 << 16
+
+_ENTRY = struct.Struct("<16sq")
+_OLD = struct.Struct("<q")
+
+
+class Matches:
+    """For each new row, in order, the old row whose answer fits, or `NONE`. Close it."""
+
+    def __init__(self, rows: int, directory: Path) -> None:
+        self.rows = rows
+        with told(directory):
+            self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115  (lives as long as this object)
+            os.posix_fallocate(self._file.fileno(), 0, max(rows, 1) * _OLD.size)
+        self._map = mmap.mmap(self._file.fileno(), max(rows, 1) * _OLD.size)
+
+    def __getitem__(self, row: int) -> int:
+        (old,) = _OLD.unpack_from(self._map, row * _OLD.size)
+        return int(old)
+
+    def __setitem__(self, row: int, old: int) -> None:
+        _OLD.pack_into(self._map, row * _OLD.size, old)
+
+    def __iter__(self) -> Iterator[int]:
+        return (self[row] for row in range(self.rows))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._map.close()
+        self._file.close()
+
+
+class Questions:
+    """The questions of an input while it is checked, in a file without a name: ordinal and key of each record."""
+
+    def __init__(self, directory: Path) -> None:
+        with told(directory):
+            self._file = tempfile.TemporaryFile(dir=directory, buffering=BUFFER_BYTES)  # noqa: SIM115
+
+    def add(self, ordinal: int, key: bytes) -> None:
+        """One record more, in the order of ordinals."""
+        self._file.write(_ENTRY.pack(key, ordinal))
+
+    def rows(self, rejected: Sequence[int]) -> Iterator[tuple[bytes, int]]:
+        """(key, row) of each record but the rejected ones, whose ordinals ascend."""
+        self._file.seek(0)
+        row, place = 0, 0
+        while block := self._file.read(_ENTRY.size * 4096):
+            for key, ordinal in _ENTRY.iter_unpack(block):
+                while place < len(rejected) and rejected[place] < ordinal:
+                    place += 1
+                if place < len(rejected) and rejected[place] == ordinal:
+                    continue
+                yield key, row
+                row += 1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def match(old: Iterable[tuple[bytes, int]], new: Iterable[tuple[bytes, int]], rows: int, directory: Path) -> Matches:
+    """The matches of `rows` new rows. Both sides give (key, row), each in the order of its rows."""
+    buckets = min(MAX_BUCKETS, 1 + rows // ROWS_A_BUCKET)
+    matches = Matches(rows, directory)
+    with _Spread(old, buckets, directory) as answers, _Spread(new, buckets, directory) as questions:
+        for bucket in range(buckets):
+            waiting: dict[bytes, deque[int]] = {}
+            for key, row in answers.entries(bucket):
+                waiting.setdefault(key, deque()).append(row)
+            for key, row in questions.entries(bucket):
+                found = waiting.get(key)
+                matches[row] = found.popleft() if found else NONE
+    return matches
+
+
+class _Spread:
+    """Entries spread over bucket files by their key."""
+
+    def __init__(self, entries: Iterable[tuple[bytes, int]], buckets: int, directory: Path) -> None:
+        self._files: list[IO[bytes]] = []
+        with told(directory):
+            for _ in range(buckets):
+                self._files.append(tempfile.TemporaryFile(dir=directory, buffering=BUFFER_BYTES))  # noqa: SIM115
+            for key, row in entries:
+                self._files[int.from_bytes(key[:4], "little") % buckets].write(_ENTRY.pack(key, row))
+
+    def entries(self, bucket: int) -> Iterator[tuple[bytes, int]]:
+        """The bucket's entries in the order in which they came."""
+        self._files[bucket].seek(0)
+        while block := self._files[bucket].read(_ENTRY.size * 4096):
+            yield from _ENTRY.iter_unpack(block)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files:
+            file.close()
