@@ -40,7 +40,8 @@ class Problem(msgspec.Struct, frozen=True):
 class Survey(msgspec.Struct, frozen=True):
     """What the input holds. `rows` are accepted records; `rejected` the ordinals of the others, ascending.
 
-    `models` counts rows by model; the token figures are upper bounds, over all rows and for the largest request.
+    By model: `models` counts rows, `max_request` bounds the (prompt, output) tokens of the largest request, and
+    `max_tokens` those of all requests together.
     """
 
     dialect: str
@@ -50,6 +51,7 @@ class Survey(msgspec.Struct, frozen=True):
     models: dict[str, int]
     body_bytes: int
     max_request: dict[str, tuple[int, int]]
+    max_tokens: dict[str, tuple[int, int]]
     types: ColumnTypes | None
 
 
@@ -62,6 +64,7 @@ class _Tally:
         self.first_problems: list[Problem] = []
         self.models: dict[str, int] = {}
         self.max_request: dict[str, tuple[int, int]] = {}
+        self.max_tokens: dict[str, tuple[int, int]] = {}
         self._keep = keep
 
     def accept(self, request: Request) -> None:
@@ -71,9 +74,11 @@ class _Tally:
         prompt, output = self.max_request.get(request.model, (0, 0))
         largest = (max(prompt, request.max_prompt_tokens), max(output, request.max_output_tokens))
         self.max_request[request.model] = largest
+        prompts, outputs = self.max_tokens.get(request.model, (0, 0))
+        self.max_tokens[request.model] = (prompts + request.max_prompt_tokens, outputs + request.max_output_tokens)
 
     def withdraw(self, request: Request) -> None:
-        """It was accepted before it was known to be a repetition; the largest request stays an upper bound."""
+        """It was accepted before it was known to be a repetition; the largest and the sums stay upper bounds."""
         self.rows -= 1
         self.body_bytes -= len(request.body)
         self.models[request.model] -= 1
@@ -132,6 +137,7 @@ def survey(
         models=tally.models,
         body_bytes=tally.body_bytes,
         max_request=tally.max_request,
+        max_tokens=tally.max_tokens,
         types=types,
     )
 

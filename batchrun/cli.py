@@ -126,6 +126,46 @@ def check(job: Path, input_path: str | None, overrides: tuple[str, ...]) -> None
 
 
 @cli.command()
+@JOB
+@INPUT
+@click.option(
+    "-o", "--output", "out", type=click.Path(path_type=Path), help="A run directory: what the rest would take."
+)
+@SET
+def estimate(job: Path, input_path: str | None, out: Path | None, overrides: tuple[str, ...]) -> None:
+    """Tokens, cost and time of a job, or of the rest of a run. Sends nothing."""
+    import tempfile
+
+    from batchrun import estimate as estimating
+    from batchrun import plan, prices
+    from batchrun.check import survey
+    from batchrun.look import look
+    from batchrun.rundir import RunDirectory
+    from batchrun.source import open_source
+
+    loaded = _load(job, input_path, None, overrides, {})
+    found = None if out is None else look(loaded, RunDirectory(out))
+    with tempfile.TemporaryDirectory(prefix="batchrun-") as scratch, _Progress(loaded) as progress:
+        files = plan.input_files(loaded, RunDirectory(Path(scratch)), plan.Asked(stdin=sys.stdin.buffer), begun=False)
+        source = open_source(files, loaded.input.max_line_bytes)
+        surveyed = survey(source, loaded, Path(scratch), progress=progress.checked)
+    if surveyed.rejected:
+        _note(f"{len(surveyed.rejected):,} input records can't be asked: batchrun check tells which")
+    tables = {
+        model: prices.resolve(model, loaded.pricing, datetime.now().astimezone().date().isoformat())
+        for model in surveyed.models
+    }
+    if found is not None:
+        for line in estimating.run_in_words(found.summary, None if found.drift is None else str(found.drift)):
+            _say(harmless(line))
+    to_ask = surveyed.rows if found is None else found.to_ask
+    done = None if found is None else found.summary
+    estimated = estimating.estimate(surveyed, loaded, tables, to_ask, done)
+    for line in estimating.in_words(estimated, tables):
+        _say(line)
+
+
+@cli.command()
 @OUT
 def status(out: Path) -> None:
     """Where a run stands, also while it runs."""
@@ -150,6 +190,24 @@ def report(paths: tuple[Path, ...], by: str, form: str, target: Path | None) -> 
         _say(text, nl=False)
     else:
         target.write_text(text, "utf-8")
+
+
+@cli.command()
+@OUT
+@click.option("--salvage", is_flag=True, help="Write what is sound into OUT.salvaged.")
+def verify(out: Path, salvage: bool) -> None:
+    """Check every record, page and digest of a run that is not at work. Touches no file, sends nothing."""
+    from batchrun import salvage as salvaging
+    from batchrun import verify as verifying
+    from batchrun.rundir import RunDirectory
+
+    if salvage:
+        findings, salvaged = salvaging.salvage(RunDirectory(out))
+    else:
+        findings, salvaged = verifying.verify(RunDirectory(out)), None
+    for line in (*verifying.in_words(findings), *(salvaging.in_words(salvaged) if salvaged else ())):
+        _say(harmless(line))
+    sys.exit(ExitCode.DAMAGED if findings.damages else ExitCode.COMPLETE)
 
 
 @cli.command()

@@ -68,7 +68,8 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 class Asked(msgspec.Struct, frozen=True):
-    """What the user asked of this start beyond the job. `stdin` is read where the input is "-".
+    """What the user asked of this start beyond the job. `stdin` is read where the input is "-"; `only_look` takes no
+    change, not even a harmless one.
 
     `limit`: only the first so many rows, a pilot that a later start without it goes on with. `retry`: the statuses
     whose rows are to be asked again once every row is settled; None: no row is.
@@ -76,6 +77,7 @@ class Asked(msgspec.Struct, frozen=True):
 
     skip_invalid: bool = False
     accept_changes: bool = False
+    only_look: bool = False
     limit: int | None = None
     retry: frozenset[str] | None = None
     stdin: BinaryIO | None = None
@@ -236,13 +238,22 @@ def _adopt(
         cost_usd = checkpoint.spent.cost_usd()
         seen, matches = drift.examine(answers, asked_now, found.rows, reasons, cost_usd, directory.path)
         with matches:
-            if not (seen.harmless or asked.accept_changes):
-                raise JobError(f"{seen}. Go on with --accept-changes, put it back, or start another run with --new")
+            if asked.only_look or not (seen.harmless or asked.accept_changes):
+                ways_on = "Go on with --accept-changes, put it back, or start another run with --new"
+                raise ChangedError(f"{seen}. {ways_on}", seen)
             asked.told(str(seen))
             schema = _schema(source, new)
             entries = {**facts.encode(new), **variants.encode(ways)}
             drift.lay_out(answers, matches, source, new, schema, directory, checkpoint, entries)
     return new
+
+
+class ChangedError(JobError):
+    """The input or the job is not what the run began with, and answers would be given up or moved; `drift` says how."""
+
+    def __init__(self, message: str, drift: drift.Drift) -> None:
+        super().__init__(message)
+        self.drift = drift
 
 
 def _schema(source: Source, known: Facts) -> pa.Schema:

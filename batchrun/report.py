@@ -14,10 +14,10 @@ import msgspec
 
 from batchrun.errors import InputError, JobError
 from batchrun.output import read_footer
-from batchrun.records import Summary, TotalsLine
+from batchrun.records import TotalsLine
 from batchrun.rundir import RunDirectory
 from batchrun.spent import DISCARDED
-from batchrun.summary import cost_in_words
+from batchrun.summary import cost_in_words, read
 
 KEYS = ("day", "job", "model", "status", "run")
 
@@ -114,9 +114,7 @@ def status_lines(directory: RunDirectory) -> Iterator[str]:
     Raises:
         InputError: there is no run.
     """
-    if directory.read_summary() is None:
-        raise InputError(f"{directory.path}: no run here (no summary.json)")
-    summary = msgspec.json.decode(directory.summary.read_bytes(), type=Summary)
+    summary = read(directory)
     alive = directory.locked()
     died = summary.exit_code is None and not alive
     state = "died; the same command goes on with it" if died else summary.state

@@ -10,7 +10,8 @@ become parts), and writes the result. Every way out leaves a summary.json that s
 import asyncio
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from decimal import Decimal
 
 import msgspec
 
@@ -25,9 +26,9 @@ from batchrun.durable import replace_bytes
 from batchrun.errors import BatchrunError, CheckpointError, ExitCode, InputError, JobError
 from batchrun.job import Job
 from batchrun.plan import Asked, Plan
-from batchrun.records import Summary
+from batchrun.records import FAILURES, Summary
 from batchrun.rundir import RunDirectory
-from batchrun.summary import failures, plural
+from batchrun.summary import failures, plural, read
 
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 
@@ -124,10 +125,7 @@ def _finished(job: Job, directory: RunDirectory, asked: Asked) -> Summary | None
     """The summary of a run that is complete already, untouched; None where there is still something to do."""
     if not (directory.read_summary() or {}).get("complete"):
         return None
-    try:
-        summary = msgspec.json.decode(directory.summary.read_bytes(), type=Summary)
-    except msgspec.DecodeError as error:
-        raise CheckpointError(f"{directory.summary}: can't be read: {error}") from error
+    summary = read(directory)
     manifest = read_finished(directory.checkpoint)
     known = facts.read(manifest)
     planning.require_same_shape(job, known)
@@ -176,6 +174,7 @@ def _told_at_start(
     if plan.resumed:
         done, cost = checkpoint.spent.settled(), checkpoint.spent.cost_usd()
         lines.append(f"resuming {directory.path}: {done:,} of {plan.rows:,} rows are done, ${cost:,.6f} spent")
+        lines.append(_rest_in_words(plan.rows - done, done, cost, checkpoint.spent.standing))
     else:
         aside = f", {len(known.rejected):,} set aside" if known.rejected else ""
         files = plural(len(plan.source.files), "file")
@@ -191,6 +190,14 @@ def _told_at_start(
         f'the price of {model} is unknown, cost_usd will be null; give it in [pricing."{model}"]' for model in unknown
     ]
     return lines
+
+
+def _rest_in_words(pending: int, done: int, cost_usd: Decimal, standing: Mapping[str, int]) -> str:
+    """What this start will ask and about what that costs, by the rows so far; and what it leaves as it is."""
+    about = f", about ${cost_usd / done * pending:,.4f}" if done else ""
+    failed = sum(standing.get(status, 0) for status in FAILURES)
+    left = f"; {failed:,} failed rows stay as they are without --retry-failed" if failed else ""
+    return f"{pending:,} rows are to be asked{about}{left}"
 
 
 def _retried(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, statuses: frozenset[str]) -> str:

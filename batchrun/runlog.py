@@ -1,5 +1,6 @@
 """`run.log`: what happened to the run, as JSON lines. Never one per row; rotated at 50 MB, one old file kept."""
 
+import contextlib
 import logging
 import logging.handlers
 import os
@@ -11,12 +12,19 @@ import msgspec
 MAX_BYTES = 50_000_000
 
 
+class _Forgiving(logging.handlers.RotatingFileHandler):
+    """A line that the disk refuses is lost without a word: the log must never cost an answer, nor print a traceback."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
 class RunLog:
     """An open log. Close it."""
 
     def __init__(self, path: Path) -> None:
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
-        self._handler = logging.handlers.RotatingFileHandler(path, maxBytes=MAX_BYTES, backupCount=1, encoding="utf-8")
+        self._handler = _Forgiving(path, maxBytes=MAX_BYTES, backupCount=1, encoding="utf-8")
         self._handler.setFormatter(logging.Formatter("%(message)s"))
 
     def write(self, event: str, **fields: object) -> None:
@@ -25,4 +33,5 @@ class RunLog:
         self._handler.emit(logging.LogRecord("batchrun", logging.INFO, "", 0, line, None, None))
 
     def close(self) -> None:
-        self._handler.close()
+        with contextlib.suppress(OSError):  # it tries once more to write what the disk has refused
+            self._handler.close()

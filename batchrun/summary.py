@@ -7,6 +7,7 @@ from decimal import Decimal
 import msgspec
 
 from batchrun.admission import Binding, Limit
+from batchrun.errors import CheckpointError, InputError
 from batchrun.facts import Facts
 from batchrun.prices import PriceTable
 from batchrun.records import FAILURES, Status, Summary
@@ -32,6 +33,24 @@ class Moment(msgspec.Struct, frozen=True):
     exit_code: int | None = None
     reason: str | None = None
     complete: bool = False
+
+
+def read(directory: RunDirectory) -> Summary:
+    """The summary of the run in the directory.
+
+    Raises:
+        InputError: there is no run.
+        CheckpointError: damaged, or of another version.
+    """
+    if directory.read_summary() is None:
+        raise InputError(f"{directory.path}: no run here (no summary.json)")
+    try:
+        summary = msgspec.json.decode(directory.summary.read_bytes(), type=Summary)
+    except msgspec.DecodeError as error:
+        raise CheckpointError(f"{directory.summary}: damaged, or of another version of batchrun: {error}") from error
+    if summary.version != VERSION:
+        raise CheckpointError(f"{directory.summary}: of another version of batchrun (schema {summary.version})")
+    return summary
 
 
 def starting(job: str, moment: Moment, directory: RunDirectory) -> Summary:

@@ -27,7 +27,7 @@ LAYERS: tuple[frozenset[str], ...] = (
         }
     ),
     frozenset({"variants", "facts", "result", "drift", "plan", "retry", "pipeline"}),
-    frozenset({"signals", "summary", "chronicle", "asking", "run"}),
+    frozenset({"signals", "summary", "chronicle", "asking", "run", "look", "estimate"}),
     frozenset({"report", "simulated", "simulator"}),
     frozenset({"cli"}),
 )
@@ -59,6 +59,8 @@ WITHIN_A_LAYER: dict[str, frozenset[str]] = {
     "chronicle": frozenset({"summary"}),
     "asking": frozenset({"chronicle", "signals"}),
     "run": frozenset({"asking", "chronicle", "signals", "summary"}),
+    "look": frozenset({"summary"}),
+    "estimate": frozenset({"summary"}),
     "simulated": frozenset({"simulator"}),
 }
 

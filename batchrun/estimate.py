@@ -1,0 +1,153 @@
+"""What a run, or the rest of one, will take: tokens, money, time. PURE; guesses are bracketed by bounds.
+
+low         prompts of as few tokens as their bytes can hold, answers of one
+expected    the mean of the answers so far; before there are any, usual ratios
+high        the upper bounds that a budget reserves: no bill can be larger, retries apart
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from decimal import Decimal
+
+import msgspec
+
+from batchrun import prices
+from batchrun.check import Survey
+from batchrun.job import Job
+from batchrun.prices import PriceTable
+from batchrun.records import Summary, Usage
+from batchrun.summary import failures
+
+FEWEST_TOKENS_PER_BYTE = 0.18  # long common words; prose of one language has about 0.23
+USUAL_TOKENS_PER_BYTE = 0.3
+USUAL_ANSWER_TOKENS = 300
+
+
+class Estimate(msgspec.Struct, frozen=True):
+    """`rows` to ask, and what they take; USD are None where a price is unknown. `basis`: what `expected` rests on."""
+
+    rows: int
+    prompt_tokens: int
+    completion_tokens: int
+    low_usd: Decimal | None
+    expected_usd: Decimal | None
+    high_usd: Decimal | None
+    minutes: float | None
+    limited_by: str
+    basis: str
+
+
+def estimate(
+    found: Survey, job: Job, tables: Mapping[str, PriceTable | None], to_ask: int, done: Summary | None
+) -> Estimate:
+    """The estimate for `to_ask` of the survey's rows, learning from what the run has done already."""
+    share = to_ask / found.rows if found.rows else 0.0
+    prompt, completion, basis = _means(found, job, done)
+    tokens = (prompt + completion) * to_ask
+    minutes, limited_by = _minutes(job, to_ask, tokens)
+    expected = _cost(
+        found, tables, share, lambda model: (prompt * found.models[model], completion * found.models[model])
+    )
+    low = _cost(
+        found, tables, share, lambda model: (FEWEST_TOKENS_PER_BYTE * _bytes(found, model), found.models[model])
+    )
+    high = _bound(found, tables, to_ask)
+    return Estimate(
+        rows=to_ask,
+        prompt_tokens=round(prompt * to_ask),
+        completion_tokens=round(completion * to_ask),
+        low_usd=low,
+        expected_usd=expected,
+        high_usd=high,
+        minutes=minutes,
+        limited_by=limited_by,
+        basis=basis,
+    )
+
+
+def run_in_words(summary: Summary, drift: str | None) -> Iterator[str]:
+    """What a run has so far: rows kept, failed and pending, and what changed."""
+    failed = failures(summary)
+    kept = summary.rows - summary.pending
+    yield f"run          {kept:,} of {summary.rows:,} rows are done, ${summary.cost_usd:,.4f} spent"
+    if failed:
+        yield f"failed       {failed:,} rows; --retry-failed asks them again"
+    if drift is not None:
+        yield f"changed      {drift}"
+
+
+def in_words(estimated: Estimate, tables: Mapping[str, PriceTable | None]) -> Iterator[str]:
+    """The estimate as lines for people."""
+    yield f"to ask       {estimated.rows:,} rows"
+    yield (
+        f"tokens       about {estimated.prompt_tokens:,} in, {estimated.completion_tokens:,} out ({estimated.basis})"
+    )
+    if estimated.expected_usd is None:
+        yield 'cost         unknown: give the price in [pricing."MODEL"]'
+    else:
+        bounds = f"at least ${estimated.low_usd:,.4f}, at most ${estimated.high_usd:,.4f} without retries"
+        yield f"cost         about ${estimated.expected_usd:,.4f}; {bounds}"
+    for table in tables.values():
+        if table is not None:
+            yield f"             {table.describe()}"
+    if estimated.minutes is None:
+        yield "time         as fast as the endpoint answers: the job sets no requests_per_minute or tokens_per_minute"
+    else:
+        yield f"time         at least {estimated.minutes:,.1f} min, limited by {estimated.limited_by}"
+
+
+def _bytes(found: Survey, model: str) -> float:
+    return found.body_bytes * found.models[model] / found.rows
+
+
+def _means(found: Survey, job: Job, done: Summary | None) -> tuple[float, float, str]:
+    """(prompt tokens, completion tokens, basis) of one row."""
+    lines = [line for line in done.totals if line.prompt_tokens] if done is not None else []
+    answered = sum(line.rows for line in lines)
+    if answered:
+        prompt = sum(line.prompt_tokens for line in lines) / answered
+        return prompt, sum(line.completion_tokens for line in lines) / answered, f"the mean of {answered:,} answers"
+    prompt = USUAL_TOKENS_PER_BYTE * found.body_bytes / found.rows if found.rows else 0.0
+    answer = min(job.request.max_tokens or USUAL_ANSWER_TOKENS, USUAL_ANSWER_TOKENS)
+    return (
+        prompt,
+        answer,
+        f"{USUAL_TOKENS_PER_BYTE} tokens a byte and {answer} an answer; a pilot tells better: --limit 20",
+    )
+
+
+def _cost(
+    found: Survey,
+    tables: Mapping[str, PriceTable | None],
+    share: float,
+    tokens: Callable[[str], tuple[float, float]],
+) -> Decimal | None:
+    total = Decimal(0)
+    for model, rows in found.models.items():
+        table = tables.get(model)
+        if table is None:
+            return None
+        prompt, completion = tokens(model)
+        each = Usage(round(prompt / rows), round(completion / rows), 0)
+        total += (prices.cost(each, table) or 0) * Decimal(rows * share)
+    return total
+
+
+def _bound(found: Survey, tables: Mapping[str, PriceTable | None], to_ask: int) -> Decimal | None:
+    """What any `to_ask` of the rows can cost at most: all of them, or that many of the largest."""
+    whole = largest = Decimal(0)
+    for model in found.models:
+        all_of_them = prices.upper_bound(*found.max_tokens[model], tables.get(model))
+        one = prices.upper_bound(*found.max_request[model], tables.get(model))
+        if all_of_them is None or one is None:
+            return None
+        whole, largest = whole + all_of_them, max(largest, one)
+    return min(whole, largest * to_ask)
+
+
+def _minutes(job: Job, rows: int, tokens: float) -> tuple[float | None, str]:
+    limits = {"rpm": (job.limits.requests_per_minute, rows), "tpm": (job.limits.tokens_per_minute, tokens)}
+    times = {name: amount / limit for name, (limit, amount) in limits.items() if limit is not None}
+    if not times:
+        return None, "latency"
+    slowest = max(times, key=lambda name: times[name])
+    return times[slowest], slowest

@@ -1,0 +1,85 @@
+"""What a run will take, before it takes it: bracketed by bounds, learned from its own answers, and nothing touched."""
+
+from array import array
+from collections.abc import Mapping
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from batchrun.check import Survey
+from batchrun.estimate import estimate
+from batchrun.job import Job, from_tables
+from batchrun.prices import PriceTable, Tier
+from batchrun.simulator import SimulatorConfig
+from tests.cli_process import batchrun, read_summary, snapshot, write_job, write_rows
+from tests.simulator_process import running_simulator
+
+PRICE = PriceTable("m", (Tier(0, Decimal(1), Decimal("0.1"), Decimal(10)),), "test", "2026-01-01")
+
+
+def surveyed(rows: int) -> Survey:
+    nobody, sums = array("Q"), {"m": (1000 * rows, 50 * rows)}
+    return Survey("columns", rows, nobody, (), {"m": rows}, 1000 * rows, {"m": (1000, 50)}, sums, None)
+        "columns", rows, [], (), {"m": rows}, 1000 * rows, {"m": (1000, 50)}, {"m": (1000 * rows, 50 * rows)}, None
+    )  # type: ignore[arg-type]
+
+
+def job(**limits: float) -> Job:
+    request = {"model": "m", "prompt": "{{ text }}", "max_tokens": 50}
+    return from_tables({"endpoint": {"url": "simulator"}, "request": request, "limits": limits})
+
+
+def test_the_expected_cost_lies_between_bounds_that_hold() -> None:
+    found = estimate(surveyed(100), job(), {"m": PRICE}, 100, None)
+    assert (found.prompt_tokens, found.completion_tokens) == (30_000, 5_000)
+    assert found.low_usd is not None
+    assert found.expected_usd == Decimal("0.08")
+    assert found.high_usd == Decimal("0.15")
+    assert found.low_usd < found.expected_usd < found.high_usd
+
+
+@pytest.mark.parametrize(
+    ("limits", "minutes", "limited_by"),
+    [
+        ({}, None, "latency"),
+        ({"requests_per_minute": 50}, 2.0, "rpm"),
+        ({"requests_per_minute": 50, "tokens_per_minute": 3500}, 10.0, "tpm"),
+    ],
+)
+def test_the_time_is_that_of_the_limit_that_binds(
+    limits: Mapping[str, float], minutes: float | None, limited_by: str
+) -> None:
+    found = estimate(surveyed(100), job(**limits), {"m": PRICE}, 100, None)
+    assert (found.minutes, found.limited_by) == (minutes, limited_by)
+
+
+def test_an_unknown_price_is_no_price_and_a_part_costs_its_part() -> None:
+    assert estimate(surveyed(100), job(), {"m": None}, 100, None).expected_usd is None
+    part = estimate(surveyed(100), job(), {"m": PRICE}, 25, None)
+    assert (part.expected_usd, part.high_usd) == (Decimal("0.02"), Decimal("0.0375"))
+
+
+def test_the_estimate_of_the_rest_learns_from_the_pilot_and_is_met(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "in.jsonl", 200)
+    with running_simulator(SimulatorConfig(ledger=str(tmp_path / "ledger"))) as simulator:
+        written = write_job(tmp_path / "job.toml", simulator.url, source)
+        assert batchrun("run", written, "-o", tmp_path / "out", "--limit", "50").exit_code == 0
+        before = snapshot(tmp_path / "out")
+        told = batchrun("estimate", written, "-o", tmp_path / "out")
+        assert told.exit_code == 0, told.stderr
+        assert "run          50 of 50 rows are done" in told.stdout
+        assert "to ask       150 rows" in told.stdout
+        assert "the mean of 50 answers" in told.stdout
+        changed = batchrun("estimate", written, "-o", tmp_path / "out", "--set", "request.max_tokens=30")
+        assert "changed      request.max_tokens: 0 answers stay, 200 rows are to be asked" in changed.stdout
+        after = snapshot(tmp_path / "out")
+        assert after.keys() == before.keys()
+        assert [name for name in after if after[name][3] != before[name][3]] in ([], ["checkpoint.db"])  # a counter
+        assert len(simulator.ledger()) == 50
+        spent = Decimal(read_summary(tmp_path / "out")["cost_usd"])
+        assert batchrun("run", written, "-o", tmp_path / "out").exit_code == 0
+        rest = Decimal(read_summary(tmp_path / "out")["cost_usd"]) - spent
+    expected = Decimal(told.stdout.split("about $")[1].split(";")[0])
+    assert abs(rest - expected) < expected * Decimal("0.25")
+    assert batchrun("estimate", written, "-o", tmp_path / "nowhere").exit_code == 2
