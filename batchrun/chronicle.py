@@ -9,7 +9,7 @@ import msgspec
 
 from batchrun.checkpoint import Checkpoint
 from batchrun.credentials import Credentials
-from batchrun.durable import replace_bytes
+from batchrun.durable import replace_bytes, told
 from batchrun.errors import DiskError, ExitCode
 from batchrun.gate import Gate
 from batchrun.pipeline import Pipeline
@@ -35,7 +35,8 @@ class Chronicle:
         self.checkpoint: Checkpoint | None = None
         self.gate: Gate | None = None
         self.pipeline: Pipeline | None = None
-        self.log = RunLog(directory.log)
+        with told(directory.log):
+            self.log = RunLog(directory.log)
         self.write(self.summary())
 
     def summary(self, exit_code: int | None = None, reason: str | None = None) -> Summary:
