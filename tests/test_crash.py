@@ -8,9 +8,9 @@ import pytest
 
 from tests.crash.bugs import BUGS
 from tests.crash.campaign import Campaign
-from tests.crash.points import POINTS
+from tests.crash.points import FIRST_ROUND
 from tests.crash.schedule import Kill, Plan, drawn, every_point
-from tests.crash.trial import Calm, calm_run, killed_run
+from tests.crash.trial import Calm, calm_run, killed_retry, killed_run
 from tests.crash.verdict import wrong_order
 
 SEED = 20261122
@@ -30,8 +30,37 @@ def test_killed_at_every_marked_point_and_resumed_no_answer_is_lost_and_none_is_
     campaign = Campaign(tmp_path, calm, plans, told.append)
     campaign.run(deaths=1000, at_once=2)
     assert told == []
-    assert {death.place for death in campaign.deaths() if death.marked} == POINTS.keys()
+    assert {death.place for death in campaign.deaths() if death.marked} == FIRST_ROUND.keys()
     assert len(campaign.outcomes) == RUNS
+
+
+AGAIN = (
+    "before the reopening is on record",
+    "after the reopening is on record",
+    "after the lost are named",
+    "after the slot is taken",
+    "between answer and put",
+    "before COMMIT",
+    "mid part",
+    "before the part's rename",
+    "between part and seal",
+    "mid seal",
+    "after the seal",
+    "mid result",
+    "before the result's rename",
+    "after the result's rename",
+    "between result and finished",
+    "before a part is removed",
+    "before the last summary",
+)
+
+
+def test_killed_while_failed_rows_are_asked_again_every_answer_stays_and_none_is_paid_twice_unnamed(
+    tmp_path: Path, calm: Calm
+) -> None:
+    outcome = killed_retry(tmp_path / "run", [Kill(name) for name in AGAIN], calm)
+    assert outcome.violations == []
+    assert [death.place for death in outcome.deaths] == list(AGAIN)
 
 
 @pytest.mark.parametrize("name", BUGS)
@@ -45,9 +74,9 @@ def test_the_harness_notices_when(name: str, tmp_path: Path, calm: Calm) -> None
 
 def test_in_a_long_campaign_each_point_has_as_many_deaths_as_any_other() -> None:
     plans = drawn(random.Random(SEED), 3.0)
-    points = Counter(kill.point for _ in range(len(POINTS) * 4) for kill in next(plans).kills)
+    points = Counter(kill.point for _ in range(len(FIRST_ROUND) * 4) for kill in next(plans).kills)
     random_moments = points.pop(None)
-    assert points.keys() == POINTS.keys()
+    assert points.keys() == FIRST_ROUND.keys()
     assert set(points.values()) <= {19, 20, 21}
     assert random_moments > 100
 

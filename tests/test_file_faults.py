@@ -225,7 +225,7 @@ def test_too_few_file_descriptors_fail_no_row(tmp_path: Path) -> None:
 WALL_CLOCKS = {"time", "time_ns", "now", "utcnow", "today"}
 
 PACES = {"accounts", "admission", "asking", "backlog", "gate", "gate_state", "pipeline", "policy"}
-"""The modules that wait, limit or give up. Their clock is the event loop's, which a jump of the system's does not move."""
+"""The modules that wait, limit or give up. Their clock is the event loop's: a jump of the system's does not move it."""
 
 
 def test_no_wait_limit_or_deadline_looks_at_the_clock_on_the_wall() -> None:
@@ -236,6 +236,6 @@ def test_no_wait_limit_or_deadline_looks_at_the_clock_on_the_wall() -> None:
             match node:
                 case ast.Attribute(value=ast.Name(id="time" | "datetime" | "date"), attr=name) if name in WALL_CLOCKS:
                     looks.add(module)
-    assert PACES < files.keys()
+    assert files.keys() > PACES
     assert "chronicle" in looks, "the search finds nothing"
     assert looks.isdisjoint(PACES)

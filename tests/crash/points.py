@@ -21,8 +21,12 @@ class Side(StrEnum):
 
 
 class Phase(StrEnum):
-    """Which part of a run passes the point: asking comes before finishing, so kills are planned in this order."""
+    """Which part of a run passes the point: asking comes before finishing, so kills are planned in this order.
 
+    Reopening is what `--retry-failed` does to a finished run.
+    """
+
+    REOPENING = "reopening"
     STARTING = "starting"
     ASKING = "asking"
     FINISHING = "finishing"
@@ -84,8 +88,10 @@ _B, _A = Side.BEFORE, Side.AFTER
 
 
 def _points() -> tuple[Point, ...]:
-    starting, asking, finishing = Phase
+    reopening, starting, asking, finishing = Phase
     return (
+        Point("before the reopening is on record", f"{_CHECKPOINT}.reopen_chunks", _B, _any, reopening, 1),
+        Point("after the reopening is on record", f"{_CHECKPOINT}.reopen_chunks", _A, _any, reopening, 1),
         Point("before the facts are on record", f"{_CHECKPOINT}.write_manifest", _B, _fact("facts"), starting, 1),
         Point("after the facts are on record", f"{_CHECKPOINT}.write_manifest", _A, _fact("facts"), starting, 1),
         Point("before the invocation is on record", f"{_CHECKPOINT}.begin_invocation", _B, _any, starting, 1),
@@ -128,6 +134,10 @@ def _points() -> tuple[Point, ...]:
 
 POINTS = {point.name: point for point in _points()}
 """All marked points by name, in the order in which a run passes them first."""
+
+
+FIRST_ROUND = {name: point for name, point in POINTS.items() if point.phase is not Phase.REOPENING}
+"""Those that a run passes without `--retry-failed`."""
 
 
 def mark(point: Point, passed: Callable[[str], None]) -> None:

@@ -4,7 +4,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tests.crash.points import POINTS, Phase, Point
+from tests.crash.points import FIRST_ROUND, Phase, Point
 
 NEEDS_ONE_FILE = frozenset({"mid result", "before a part is removed"})
 """Points that are passed only where the parts become one file."""
@@ -32,7 +32,7 @@ def drawn(rng: random.Random, whole_run_s: float, points_a_run: int = 5) -> Iter
     deck: list[Point] = []
     while True:
         while len(deck) < points_a_run:
-            fresh = list(POINTS.values())
+            fresh = list(FIRST_ROUND.values())
             rng.shuffle(fresh)
             deck = [*fresh, *deck]
         dealt = {deck.pop().name for _ in range(points_a_run)}
@@ -41,7 +41,7 @@ def drawn(rng: random.Random, whole_run_s: float, points_a_run: int = 5) -> Iter
 
 def every_point(rng: random.Random, runs: int, whole_run_s: float) -> Iterator[Plan]:
     """As many plans as `runs`: together they die at every marked point, and each once at a random moment."""
-    names = list(POINTS)
+    names = list(FIRST_ROUND)
     for number in range(runs):
         mine = set(names[number::runs])
         moments = [rng.uniform(0.1, 0.7) * whole_run_s]
@@ -50,7 +50,7 @@ def every_point(rng: random.Random, runs: int, whole_run_s: float) -> Iterator[P
 
 def _plan(rng: random.Random, dealt: set[str], moments: list[float], *, early: bool = False) -> Plan:
     """Asking comes before finishing, or the run would be complete before its deaths; moments are in between."""
-    points = [point for point in POINTS.values() if point.name in dealt]
+    points = [point for point in FIRST_ROUND.values() if point.name in dealt]
     kills = [Kill(point.name, 1 if early else _passage(rng, point)) for point in points]
     starting = sum(point.phase is Phase.STARTING for point in points)
     asked = sum(point.phase is not Phase.FINISHING for point in points)

@@ -48,7 +48,11 @@ backoff_base_s = 0.02
 [output]
 chunk_rows = {CHUNK_ROWS}
 layout = "{{layout}}"
+max_failures = {ROWS}
 """
+
+REFUSED = Fault(kind="status", status=400, share=0.2, sticky=True, times=1, per_question=True)
+"""Rows that fail for good when they are asked first, and would succeed if they were asked again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +71,9 @@ class Outcome:
     violations: list[str] = field(default_factory=list)
 
 
-def simulator_config(ledger: Path) -> SimulatorConfig:
+def simulator_config(ledger: Path, *faults: Fault) -> SimulatorConfig:
     """Answers within hundredths of a second, a few stragglers within tenths, and the faults."""
-    return SimulatorConfig(latency_s=0.025, latency_sigma=1.0, faults=FAULTS, ledger=str(ledger))
+    return SimulatorConfig(latency_s=0.025, latency_sigma=1.0, faults=(*FAULTS, *faults), ledger=str(ledger))
 
 
 class Trial:
@@ -92,6 +96,7 @@ class Trial:
         self._trace = folder / "trace"
         self._simulator = simulator
         self._bug = bug
+        self.flags: tuple[str, ...] = ()
         source = write_rows(folder / "in.jsonl", rows)
         self.job = write_job(folder / "job.toml", simulator.url, source, MORE.format(layout=layout))
         self._in_flight: list[list[InFlight]] = []
@@ -155,6 +160,7 @@ class Trial:
             output=self.completions(),
             undisturbed=undisturbed,
             in_flight=self._in_flight,
+            asked_again=sum(line.status == REFUSED.status for line in self._simulator.ledger()),
             files=frozenset(str(path.relative_to(self.out)) for path in self.out.rglob("*") if path.is_file()),
         )
         self.outcome.violations.extend(violations(evidence))
@@ -173,7 +179,7 @@ class Trial:
         orders = Orders(str(self._where), str(self._trace), kill.point, kill.passage, self._bug)
         command = [sys.executable, "-m", "tests.crash.launcher", msgspec.json.encode(orders).decode()]
         return subprocess.Popen(
-            [*command, "run", str(self.job), "-o", str(self.out)],
+            [*command, "run", str(self.job), "-o", str(self.out), *self.flags],
             env={**os.environ, KEY_ENV: KEY},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -225,6 +231,20 @@ def killed_run(folder: Path, plan: Plan, calm: Calm, *, bug: str | None = None) 
             if not trial.die(kill):
                 break
         if not trial.outcome.violations and trial.converge():
+            trial.start_again()
+            trial.judge(calm.output)
+        trial.judge_order()
+    return trial.outcome
+
+
+def killed_retry(folder: Path, kills: Sequence[Kill], calm: Calm) -> Outcome:
+    """A finished run with failed rows, in `folder`, whose `--retry-failed` dies as planned; then as `killed_run`."""
+    folder.mkdir()
+    with running_simulator(simulator_config(folder / "ledger", REFUSED)) as simulator:
+        trial = Trial(folder / "run", simulator)
+        trial.converge()
+        trial.flags = ("--retry-failed",)
+        if all(trial.die(kill) for kill in kills) and trial.converge():
             trial.start_again()
             trial.judge(calm.output)
         trial.judge_order()

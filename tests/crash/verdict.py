@@ -30,7 +30,10 @@ Exchange = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What is left of a run after its last process. `in_flight` is what inflight.bin held after each kill."""
+    """What is left of a run after its last process. `in_flight` is what inflight.bin held after each kill.
+
+    `asked_again` are rows that failed for good and were asked once more because the user said so.
+    """
 
     rows: int
     max_in_flight: int
@@ -40,6 +43,7 @@ class Evidence:
     undisturbed: pa.Table
     in_flight: Sequence[Sequence[InFlight]]
     files: frozenset[str]
+    asked_again: int = 0
 
 
 def violations(evidence: Evidence) -> Iterator[str]:
@@ -72,8 +76,9 @@ def _exchanges(evidence: Evidence) -> Iterator[str]:
     aborted = sum(entry["cause"] == "aborted" for entry in doubts)  # a process that could, named them itself
     retries = sum(line["attempts"] for line in evidence.summary["totals"] if line["status"] == "discarded")
     served, lost = len(evidence.ledger), len(flying) + aborted
-    if served > evidence.rows + lost + retries:
-        yield f"{served} served: {evidence.rows} rows, {lost} lost in flight, {retries} retries"
+    rows = evidence.rows + evidence.asked_again
+    if served > rows + lost + retries:
+        yield f"{served} served: {rows} rows, {lost} lost in flight, {retries} retries"
     for entries in evidence.in_flight:
         if len(entries) > evidence.max_in_flight:
             yield f"{len(entries)} in flight at one kill, {evidence.max_in_flight} are allowed"
