@@ -64,9 +64,15 @@ def fsync(path: Path) -> None:
 
 
 def digest(path: Path) -> str:
-    """BLAKE2b-128 of the file's bytes, in hexadecimal."""
+    """BLAKE2b-128 of the file's bytes, in hexadecimal.
+
+    Raises:
+        FileNotFoundError: there is none; callers know what that means.
+        DiskError: it is there, but can't be read.
+    """
     hasher = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
+    path.stat()
+    with told(path), open(path, "rb") as file:
         while block := file.read(READ_BYTES):
             hasher.update(block)
     return hasher.hexdigest()

@@ -28,6 +28,7 @@ RENAME = "?rename,?renameat,?renameat2"  # which of them it is depends on the pr
 
 PARTS = tuple(f"parts/{chunk:06d}.g1.parquet.tmp" for chunk in range(4))
 INPUTS = tuple(f"parts/{chunk:06d}.input.arrow.tmp" for chunk in range(4))
+NAMED_PARTS, NAMED_INPUTS = (tuple(file.removesuffix(".tmp") for file in files) for files in (PARTS, INPUTS))
 WAL = ("checkpoint.db-wal",)
 RESULT = ("completions.parquet.tmp",)
 USAGE = ("usage.parquet.tmp",)
@@ -52,12 +53,14 @@ PAUSING = {
         Fault(SYNC, INPUTS, "EIO", "2"),
         Fault("write", INPUTS, "ENOSPC", "1+"),
         Fault(RENAME, INPUTS, "EIO", "1"),
+        Fault("openat", NAMED_INPUTS, "EIO", "1"),
     ),
     "a part": (
         Fault("write", PARTS, "EIO", "30"),
         Fault(SYNC, PARTS, "EIO", "1"),
         Fault(RENAME, PARTS, "EIO", "1"),
         Fault("write", PARTS, "ENOSPC", "50+"),
+        Fault("openat", NAMED_PARTS, "EIO", "1"),
     ),
     "the result": (
         Fault("write", RESULT, "EIO", "20"),
