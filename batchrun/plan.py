@@ -71,7 +71,7 @@ class Asked(msgspec.Struct, frozen=True):
     """What the user asked of this start beyond the job. `stdin` is read where the input is "-"; `only_look` takes no
     change, not even a harmless one.
 
-    `limit`: only the first so many rows, a pilot that a later start without it goes on with. `retry`: the statuses
+    `limit`: only the first so many rows, and those begun before: a later start without it goes on. `retry`: the statuses
     whose rows are to be asked again once every row is settled; None: no row is.
     """
 
@@ -101,7 +101,7 @@ def make(job: Job, directory: RunDirectory, checkpoint: Checkpoint, asked: Asked
     found = _survey(source, job, directory, asked)
     new = _new_facts(job, source, files, found, run_id=uuid.uuid4().hex[:12], begun_at=now)
     ways = (variants.of_job(job),)
-    plan = _plan(job, new, ways, 0, source, {}, asked, today, resumed=False)
+    plan = _plan(job, new, ways, 0, source, {}, asked.limit, today, resumed=False)
     checkpoint.write_manifest({**facts.encode(new), "prices": _encode(plan.prices), **variants.encode(ways)})
     return plan
 
@@ -206,7 +206,8 @@ def _resume(
     else:
         known = msgspec.structs.replace(known, files=identities)
     prices_known = msgspec.json.decode(manifest.get("prices", "{}"), type=dict[str, PriceTable | None])
-    plan = _plan(job, known, ways, variant, source, prices_known, asked, today, resumed=True)
+    limit = None if asked.limit is None else max(asked.limit, _begun_rows(checkpoint))
+    plan = _plan(job, known, ways, variant, source, prices_known, limit, today, resumed=True)
     if plan.prices != prices_known:
         checkpoint.write_manifest({"prices": _encode(plan.prices)})
     return plan
@@ -261,6 +262,12 @@ def _schema(source: Source, known: Facts) -> pa.Schema:
     return output_schema(source.schema if isinstance(source, ParquetSource) else types.schema(), known.output)
 
 
+def _begun_rows(checkpoint: Checkpoint) -> int:
+    """The rows of chunks that were opened: a lower limit comes too late for them."""
+    chunks = checkpoint.chunks()
+    return chunks[-1].end_row if chunks else 0
+
+
 def _plan(
     job: Job,
     facts_: Facts,
@@ -268,7 +275,7 @@ def _plan(
     variant: int,
     source: Source,
     known: dict[str, PriceTable | None],
-    asked: Asked,
+    limit: int | None,
     today: str,
     *,
     resumed: bool,
@@ -279,7 +286,7 @@ def _plan(
         for model in (*facts_.models, *(way.request.model for way in ways[1:] if way.request.model is not None))
     }
     _check_budget(job, facts_, tables)
-    rows = facts_.rows if asked.limit is None else min(asked.limit, facts_.rows)
+    rows = facts_.rows if limit is None else min(limit, facts_.rows)
     return Plan(facts_, rows, ways, variant, resumed, source, types, _schema(source, facts_), tables)
 
 

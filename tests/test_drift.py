@@ -2,6 +2,7 @@
 
 import json
 import random
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -206,3 +207,19 @@ def test_a_kill_while_the_rows_are_laid_out_anew_loses_nothing(tmp_path: Path) -
         assert rows_of(out) == fresh(tmp_path, simulator, after)
     new = len({row["text"] for row in after} - {row["text"] for row in records(90)}) + 5
     assert len(served) <= 90 + new + lost
+
+
+def test_a_limit_below_what_is_begun_ends_with_that(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", records(120))
+    out = tmp_path / "out"
+    with running_simulator(SimulatorConfig(latency_s=0.1, ledger=str(tmp_path / "ledger"))) as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, source, SMALL_CHUNKS + "[limits]\nmax_in_flight = 8\n")
+        kill_when(process := start("run", job, "-o", out), lambda: len(simulator.ledger()) >= 40, signal.SIGTERM)
+        process.communicate()
+        ended = batchrun("run", job, "-o", out, "--limit", "10")
+        assert ended.exit_code == 0, ended.stderr
+        piloted = len(rows_of(out))
+        assert 40 <= piloted == len(simulator.ledger()) < 120
+        assert batchrun("run", job, "-o", out).exit_code == 0
+        assert len(simulator.ledger()) == 120
+        assert rows_of(out) == fresh(tmp_path, simulator, records(120))
