@@ -71,8 +71,8 @@ class Asked(msgspec.Struct, frozen=True):
     """What the user asked of this start beyond the job. `stdin` is read where the input is "-"; `only_look` takes no
     change, not even a harmless one.
 
-    `limit`: only the first so many rows, and those begun before: a later start without it goes on. `retry`: the statuses
-    whose rows are to be asked again once every row is settled; None: no row is.
+    `limit`: only the first so many rows, and those that are begun already: a pilot that a later start without it goes
+    on with. `retry`: the statuses whose rows are to be asked again once every row is settled; None: no row is.
     """
 
     skip_invalid: bool = False
