@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import msgspec
 
-from batchrun import tables
+from batchrun import spill, tables
 from batchrun.database import Database, Record
 from batchrun.durable import fsync, told
 from batchrun.errors import BatchrunError, DiskError
@@ -29,6 +29,8 @@ FORMAT = 1
 SINCE = "since"
 """The manifest's entry that holds the invocation in which the rows were last laid out."""
 
+SPILL = "spill.bin"
+
 MAX_GROUP = 1000
 """Endings a commit: enough to amortise its fsync, few enough to keep its slots from waiting long."""
 
@@ -41,6 +43,8 @@ class Checkpoint:
     def __init__(self, path: Path, *, free_reserve: Callable[[], bool]) -> None:
         """`free_reserve` makes room on a full disk, once, and says whether it did.
 
+        `broken` turns True when the database and the spill file have both failed: nothing can be kept any more.
+
         Raises:
             CheckpointError: damaged, or of another version.
             DiskError: the file can't be opened or made.
@@ -51,6 +55,8 @@ class Checkpoint:
         self._on_failure: Callable[[BatchrunError], None] = lambda error: None
         self._queue: queue.SimpleQueue[Ending | Callable[[], None]] = queue.SimpleQueue()
         self._failed: BatchrunError | None = None
+        self._spill = path.with_name(SPILL)
+        self.broken = False
         self._closing = False
         self.invocation = 0
         self._database = Database.open(path, tables.TABLES, FORMAT, self._make_room)
@@ -58,6 +64,7 @@ class Checkpoint:
         self.since = int(manifest.get(SINCE, "0"))
         self._thread = threading.Thread(target=self._serve, name="checkpoint", daemon=True)
         self.spent = self._read_spent()
+        self._take_in_spilled()
         self._thread.start()
 
     # ── what any thread may call ──────────────────────────────────────────────────────────────────────────────────
@@ -67,13 +74,14 @@ class Checkpoint:
     ) -> None:
         """From now on each commit's endings go to `on_durable`, and the first failure to `on_failure`.
 
-        Both are called in the database's own thread. After a failure nothing more is written.
+        Both are called in the database's own thread. After a failure the database is not written again: its next fsync
+        may lie. What still arrives is spilled, and taken in by the next start.
         """
         self._on_durable, self._on_failure = on_durable, on_failure
 
     @property
-    def broken(self) -> bool:
-        """True after a failure. A failed file is never written again: its next fsync may lie."""
+    def failed(self) -> bool:
+        """True once the database has refused a write."""
         return self._failed is not None
 
     def put(self, ending: Ending) -> None:
@@ -186,13 +194,16 @@ class Checkpoint:
     def has_end(self, row: int, n: int) -> bool:
         """True when that attempt's end is on record, or that it has none."""
 
+        return self._call(lambda: self._has_end(row, n))
+
+    def _has_end(self, row: int, n: int) -> bool:
         queries = {
             "SELECT 1 FROM rows WHERE row = ? AND attempts >= ?": (row, n),
             "SELECT 1 FROM attempts WHERE row = ? AND n = ? AND invocation >= ?": (row, n, self.since),
             "SELECT 1 FROM possibly_billed WHERE row = ? AND n = ? AND invocation >= ?": (row, n, self.since),
             "SELECT 1 FROM chunks WHERE first_row <= ? AND first_row + rows > ? AND open = 0": (row, row),
         }
-        return self._call(lambda: any(self._database.query(*query) for query in queries.items()))
+        return any(self._database.query(*query) for query in queries.items())
 
     def last_attempts_lost(self, chunk: Chunk) -> dict[int, int]:
         """For the rows of a chunk in this layout: the number of the last attempt whose end nobody knows."""
@@ -227,7 +238,7 @@ class Checkpoint:
         A finished run's database leaves WAL mode, so that looking at it later touches no file.
         """
         if self._thread.is_alive():
-            finished = finished or (not self.broken and "finished" in self.manifest())
+            finished = finished or (self._failed is None and "finished" in self.manifest())
             if finished:
                 self._call(self._database.rest)
             self._queue.put(self._stop)
@@ -273,35 +284,62 @@ class Checkpoint:
         self._closing = True
 
     def _commit(self, endings: list[Ending]) -> None:
-        if not endings or self._failed is not None:
+        if not endings or self.broken:
             return  # the slots keep the names
+        if self._failed is None:
+            try:
+                self.spent = self._write(endings, self.invocation)
+                self._on_durable(endings)
+                return
+            except BatchrunError as error:
+                self._fail(error)
+            except Exception as error:  # a value that SQLite has no place for: stop, but never hang those who wait
+                self.broken = True
+                self._fail(BatchrunError(f"{self._path}: can't keep an answer ({type(error).__name__}: {error})"))
+                return
+        self._spill_over(endings)
+
+    def _spill_over(self, endings: list[Ending]) -> None:
+        """The endings are durable beside the database that failed."""
         try:
-            self.spent = self._write(endings)
+            spill.append(self._spill, endings, self.invocation)
         except BatchrunError as error:
-            self._fail(error)
-        except Exception as error:  # a value that SQLite has no place for: stop, but never hang those who wait
-            self._fail(BatchrunError(f"{self._path}: can't keep an answer ({type(error).__name__}: {error})"))
-        else:
-            self._on_durable(endings)
+            self.broken = True
+            self._on_failure(error)
+            return
+        doubts = [entry for ending in endings if (entry := doubt(ending, self.invocation)) is not None]
+        self.spent = with_possibly_billed(fold(self.spent, endings, self.invocation), doubts)
+        self._on_durable(endings)
+
+    def _take_in_spilled(self) -> None:
+        """What an earlier start spilled is in the database. A commit that failed may have arrived after all, so each
+        ending is looked for first; and so this can be repeated.
+        """
+        frames = list(spill.read(self._spill))
+        for frame in frames:
+            completions = [c for c in frame.completions if not self._has_end(c.row, c.attempts)]
+            discarded = [d for d in frame.discarded if not self._has_end(d.row, d.n)]
+            self.spent = self._write([*completions, *discarded], frame.invocation)
+        if frames:
+            self._spill.unlink()
+            fsync(self._path.parent)
 
     def _fail(self, error: BatchrunError) -> None:
         if self._failed is None:
             self._failed = error
             self._on_failure(error)
 
-    def _write(self, endings: Sequence[Ending]) -> Spent:
+    def _write(self, endings: Sequence[Ending], invocation: int) -> Spent:
         """One commit: rows, attempts, doubts and the totals that count them stand or fall together."""
         completions = [ending for ending in endings if isinstance(ending, Completion)]
         discarded = [ending for ending in endings if isinstance(ending, Discarded)]
-        doubts = [entry for ending in endings if (entry := doubt(ending, self.invocation)) is not None]
-        spent = fold(self.spent, endings, self.invocation)
+        doubts = [entry for ending in endings if (entry := doubt(ending, invocation)) is not None]
+        spent = fold(self.spent, endings, invocation)
         changed = [line for key, line in spent.totals.items() if self.spent.totals.get(key) is not line]
 
         def write() -> None:
             self._database.insert("rows", [tables.completion_record(completion) for completion in completions])
-            self._database.insert(
-                "attempts", [tables.discarded_record(attempt, self.invocation) for attempt in discarded]
-            )
+            self._database.insert("attempts", [tables.discarded_record(attempt, invocation) for attempt in discarded])
             self._database.insert("possibly_billed", [tables.possibly_billed_record(doubt) for doubt in doubts])
             self._database.replace("totals", [tables.totals_record(line) for line in changed])
             if completions:

@@ -44,7 +44,7 @@ def main(path: str) -> None:
 
     def failure(error: BatchrunError) -> None:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        if checkpoint.broken:
+        if checkpoint.failed:
             failed.set()
 
     checkpoint.listen(durable, failure)

@@ -55,10 +55,12 @@ def write_job(path: Path, url: str, source: Path | str, more: str = "") -> Path:
     return path
 
 
-def start(*arguments: str | Path, key: str = KEY, **options: Any) -> "subprocess.Popen[str]":
-    """The command line, running."""
+def start(
+    *arguments: str | Path, key: str = KEY, before: Sequence[str] = (), **options: Any
+) -> "subprocess.Popen[str]":
+    """The command line, running; `before` is a command that runs it."""
     environ = {**os.environ, KEY_ENV: key, "PYTHONWARNINGS": "error"}
-    command = [sys.executable, "-c", "from batchrun.cli import main; main()", *map(str, arguments)]
+    command = [*before, sys.executable, "-c", "from batchrun.cli import main; main()", *map(str, arguments)]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL, **options}
     return subprocess.Popen(command, env=environ, text=True, **options)
 
