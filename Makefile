@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test check lint setup bench crash build lock clean
+.PHONY: quickstart test strace check lint setup bench crash build lock clean
 
 quickstart: .venv/quickstart
 	@echo
@@ -12,10 +12,10 @@ quickstart: .venv/quickstart
 	@$(BIN)/batchrun run jobs/quickstart.toml
 	@echo
 	@echo "Try next, after: source .venv/bin/activate"
-	@echo "  batchrun run jobs/quickstart.toml      again: the run is complete, nothing is sent"
-	@echo "  batchrun run jobs/quickstart.toml --new, Ctrl-C in the middle, then without --new: it goes on"
-	@echo "  batchrun report runs                    the bill over all runs"
-	@echo "  batchrun new my_job.toml                a commented job of your own"
+	@echo "  batchrun run jobs/quickstart.toml         again: the run is complete, nothing is sent"
+	@echo "  batchrun run jobs/quickstart.toml --new   Ctrl-C in the middle, then without --new: it goes on"
+	@echo "  batchrun report runs                      the bill over all runs"
+	@echo "  batchrun new my_job.toml                  a commented job of your own"
 
 .venv/quickstart: pyproject.toml requirements.lock
 	$(PYTHON) -m venv .venv
@@ -30,20 +30,26 @@ quickstart: .venv/quickstart
 
 setup: .venv/test
 
-test: .venv/test
+test: .venv/test strace
 	$(BIN)/python -m pytest
+
+strace:                     # the tests of failing disks inject their faults with it
+	@command -v strace > /dev/null || (apt-get update -qq && apt-get install -qq -y strace > /dev/null) || \
+		(sudo apt-get update -qq && sudo apt-get install -qq -y strace) || \
+		echo "install strace: the tests of failing disks need it"
 
 lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy sample_inputs/make.py sample_inputs/packages.py
-	$(BIN)/mypy benchmarks/fixed_answer.py benchmarks/throughput.py
+	$(BIN)/mypy benchmarks/fixed_answer.py benchmarks/throughput.py benchmarks/durability.py
 
 check: lint test
 
 bench: .venv/test
 	$(BIN)/python benchmarks/throughput.py 20000 200000
+	$(BIN)/python benchmarks/durability.py
 
 N ?= 1000
 crash: .venv/test            # N processes killed and resumed, judged by the ledger (docs/crash.md)

@@ -9,11 +9,14 @@ RSS. `bare` is the same client in a loop with nothing around it: what the machin
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -68,26 +71,65 @@ def write_input(path: Path, rows: int) -> None:
             )
 
 
-def whole_run(url: str, rows: int, in_flight: int, folder: Path) -> str:
-    source, job, out = folder / f"{rows}.jsonl", folder / "job.toml", folder / f"out-{rows}"
+@dataclass(frozen=True)
+class Measured:
+    """One whole run: seconds from the first request to the last commit, and the process's own account."""
+
+    rows: int
+    asking_s: float
+    whole_s: float
+    cpu_s: float
+    peak_mb: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.rows:>9,} rows  {self.rows / self.asking_s:>7,.0f} rows/s asking  "
+            f"{self.rows / self.whole_s:>7,.0f} rows/s whole  {self.cpu_s / self.rows * 1e6:>5.0f} us CPU/row  "
+            f"{self.peak_mb:>4.0f} MB peak RSS"
+        )
+
+
+def whole_run(url: str, rows: int, in_flight: int, folder: Path, prelude: str = "") -> Measured:
+    """A run of the command line over an input made for it; `prelude` is Python that runs before it in its process."""
+    source, job, out = folder / f"{rows}.jsonl", folder / "job.toml", folder / f"out-{rows}-{len(prelude)}"
     write_input(source, rows)
     job.write_text(JOB.format(url=url, in_flight=in_flight, out=out))
     environ = {**os.environ, "BENCH_KEY": "bench-key-000000"}
-    command = [sys.executable, "-c", "from batchrun.cli import main; main()", "run", str(job), "-i", str(source)]
+    program = f"{prelude}\nfrom batchrun.cli import main; main()"
     started = time.perf_counter()
-    process = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, "run", str(job), "-i", str(source)],
+        env=environ,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     _, status, used = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - started
+    whole_s = time.perf_counter() - started
     if status:
         raise SystemExit(f"the run ended with {os.waitstatus_to_exitcode(status)}")
     log = [json.loads(line) for line in (out / "run.log").read_text().splitlines()]
-    asked = [time.mktime(time.strptime(re.sub(r"\..*", "", line["at"]), "%Y-%m-%dT%H:%M:%S")) for line in log]
-    asking_s = max(asked[-1] - asked[0], 1.0)
-    cpu_us = (used.ru_utime + used.ru_stime) / rows * 1e6
-    return (
-        f"{rows:>9,} rows  {rows / asking_s:>7,.0f} rows/s asking  {rows / seconds:>7,.0f} rows/s whole  "
-        f"{cpu_us:>5.0f} us CPU/row  {used.ru_maxrss / 1024:>4.0f} MB peak RSS"
-    )
+    times = [datetime.fromisoformat(line["at"]).timestamp() for line in log]
+    return Measured(rows, times[-1] - times[0], whole_s, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)
+
+
+@contextmanager
+def fixed_answer_server() -> Iterator[str]:
+    """The base URL of a fixed-answer server, until the block ends."""
+    server = subprocess.Popen([sys.executable, str(HERE / "fixed_answer.py")], stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        yield server.stdout.readline().strip()
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def bare_loop(url: str, in_flight: int) -> str:
+    """The same client with nothing around it: what this machine can do at most."""
+    command = [sys.executable, "-c", BARE, url, "30000", str(in_flight)]
+    bare = subprocess.run(command, check=True, capture_output=True, text=True)
+    rate, cpu_us, rss = map(float, bare.stdout.split())
+    return f"     bare loop  {rate:>7,.0f} requests/s  {cpu_us:.0f} us CPU/request  {rss:.0f} MB"
 
 
 def main() -> None:
@@ -95,24 +137,11 @@ def main() -> None:
     parser.add_argument("rows", nargs="*", type=int, default=[20_000, 200_000])
     parser.add_argument("--in-flight", type=int, default=64)
     arguments = parser.parse_args()
-    server = subprocess.Popen([sys.executable, str(HERE / "fixed_answer.py")], stdout=subprocess.PIPE, text=True)
-    assert server.stdout is not None
-    url = server.stdout.readline().strip()
-    try:
-        bare = subprocess.run(
-            [sys.executable, "-c", BARE, url, "30000", str(arguments.in_flight)],
-            check=True,
-            capture_output=True,
-            text=True,
-        )
-        rate, cpu_us, rss = map(float, bare.stdout.split())
-        print(f"     bare loop  {rate:>7,.0f} requests/s  {cpu_us:.0f} us CPU/request  {rss:.0f} MB", flush=True)
+    with fixed_answer_server() as url:
+        print(bare_loop(url, arguments.in_flight), flush=True)
         for rows in arguments.rows:
             with tempfile.TemporaryDirectory(prefix="batchrun-bench-", dir=".") as folder:
                 print(whole_run(url, rows, arguments.in_flight, Path(folder).resolve()), flush=True)
-    finally:
-        server.terminate()
-        server.wait()
 
 
 if __name__ == "__main__":
