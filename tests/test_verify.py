@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchrun import credentials, readable, remains, run, slots
+from batchrun import credentials, readable, remains, run, slots, spill
 from batchrun import job as jobs
 from batchrun.durable import digest
 from batchrun.errors import CheckpointError, ExitCode, InputError, JobError
@@ -511,3 +511,36 @@ def test_row_groups_are_kept_one_by_one(runs: Runs, tmp_path: Path) -> None:
             assert group.select(own).to_pylist() == expected.select(own).to_pylist(), f"byte {place}, seed {seed}"
         path.write_bytes(content)
     assert some > 20
+
+
+def test_a_part_that_answers_other_questions_is_not_believed(runs: Runs, tmp_path: Path) -> None:
+    directory = runs.copy("killed", tmp_path / "run")
+    known = remains.read(directory.checkpoint)
+    part = next(chunk for chunk in known.chunks if not chunk.open)
+    table = pq.read_table(directory.part_of(part.chunk, part.generation))
+    moved = pa.array([int(row or 0) + ROWS - 2 * table.num_rows for row in table.column("row").to_pylist()], pa.int64())
+    stale = table.set_column(table.column_names.index("row"), "row", moved)
+    pq.write_table(stale, directory.part_of(ROWS // 40 - 1, 1), write_page_checksum=True)
+    flip(remains.log_of(directory.checkpoint), 5000)
+    salvaged = salvage(directory)[1]
+    assert salvaged is not None
+    assert set(kept_rows(directory).column("row").to_pylist()) <= answered(known)
+    assert equal_to_the_undisturbed(runs, kept_rows(directory))
+
+
+def test_what_was_spilled_is_kept_and_a_damaged_spill_file_is_named(runs: Runs, tmp_path: Path) -> None:
+    directory = runs.copy("killed", tmp_path / "run")
+    known = remains.read(directory.checkpoint)
+    arrived = next(iter(known.rows.values()))
+    pending = min(row for row in range(ROWS) if row not in answered(known))
+    spilled = msgspec.structs.replace(arrived, row=pending)
+    path = directory.path / "spill.bin"
+    for completion in (arrived, spilled):
+        spill.append(path, [completion], 1)
+    assert not verify(directory).damages
+    directory.inflight.unlink()
+    assert salvage(directory)[1] is not None
+    frames = list(spill.read(tmp_path / "run.salvaged" / "spill.bin"))
+    assert [row.row for frame in frames for row in frame.completions] == [pending]
+    flip(path, 20)
+    assert damaged_files(verify(directory)) == {"inflight.bin", "spill.bin"}
