@@ -16,7 +16,7 @@ from batchrun.chronicle import Chronicle
 from batchrun.chunks import Chunks, OpenChunk
 from batchrun.client import Client
 from batchrun.credentials import Credentials
-from batchrun.errors import BatchrunError, ExitCode
+from batchrun.errors import BatchrunError, DiskError, ExitCode
 from batchrun.gate import Gate
 from batchrun.gate_state import GateState
 from batchrun.job import Job
@@ -126,7 +126,7 @@ class Asking:
             self._chronicle.log.write("sealed", chunk=chunk.chunk.chunk, rows=chunk.chunk.rows)
 
     async def _beat(self, client: Client) -> None:
-        """Progress with every beat, deadlines every second, summary.json every five."""
+        """Progress and a look at the disk with every beat, deadlines every second, summary.json every five."""
         loop = asyncio.get_running_loop()
         beats = 0
         while True:
@@ -137,6 +137,8 @@ class Asking:
             self._hooks.progress(summary)
             if beats % SWEEP_EVERY == 0 and loop.time() - slept_at_s < ASLEEP_S:
                 client.expire()
+            if not self._directory.checkpoint.exists():  # SQLite would go on in a file without a name
+                self._fail(DiskError(f"{self._directory.checkpoint}: is gone; nothing more is asked"))
             if beats % SUMMARY_EVERY == 0:
                 await asyncio.to_thread(self._chronicle.write, summary)
 

@@ -88,22 +88,22 @@ def _run(
     chronicle.checkpoint = checkpoint
     checkpoint.begin_invocation(chronicle.started_at.timestamp(), os.getpid(), socket.gethostname(), __version__)
     lost = _name_lost(directory, checkpoint)
-    with signals.raised():
+    with signals.raised():  # until the event loop listens itself
         plan = planning.make(job, directory, checkpoint, asked, chronicle.started_at)
         _unfinish(plan, directory, checkpoint)
-    _begin(plan, checkpoint, chronicle)
-    for line in _told_at_start(plan, directory, checkpoint, credentials, lost):
-        hooks.note(line)
-    if asked.retry is not None:
-        hooks.note(_retried(plan, directory, checkpoint, asked.retry))
-    chunks = _chunks(job, plan, directory, checkpoint)
-    chunks.remove_orphans()
-    if checkpoint.spent.settled() < plan.rows:
-        rows = Asking(job, plan, directory, credentials, checkpoint, chunks, chronicle, hooks, grace_s)
-        with asyncio.Runner(loop_factory=loop_factory) as runner:
-            stop = runner.run(rows.ask())
-        if stop is not None:
-            return chronicle.end("stopped", stop.exit_code, stop.why)
+        _begin(plan, checkpoint, chronicle)
+        for line in _told_at_start(plan, directory, checkpoint, credentials, lost):
+            hooks.note(line)
+        if asked.retry is not None:
+            hooks.note(_retried(plan, directory, checkpoint, asked.retry))
+        chunks = _chunks(job, plan, directory, checkpoint)
+        chunks.remove_orphans()
+        if checkpoint.spent.settled() < plan.rows:
+            rows = Asking(job, plan, directory, credentials, checkpoint, chunks, chronicle, hooks, grace_s)
+            with asyncio.Runner(loop_factory=loop_factory) as runner:
+                stop = runner.run(rows.ask())
+            if stop is not None:
+                return chronicle.end("stopped", stop.exit_code, stop.why)
     with signals.raised():
         return _finish(job, plan, directory, checkpoint, chunks, chronicle)
 
@@ -212,8 +212,7 @@ def _retried(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, status
         raise JobError(f"{pending:,} rows are still pending as they were asked before; finish the run, then retry")
     if pending:
         return f"{pending:,} rows are still pending; they are asked first"
-    with signals.raised():
-        rows = retry.reopen(plan, directory, checkpoint, statuses, plan.variant, manifest)
+    rows = retry.reopen(plan, directory, checkpoint, statuses, plan.variant, manifest)
     return f"{rows:,} rows that ended as {', '.join(sorted(statuses))} are asked again"
 
 
