@@ -1,5 +1,6 @@
 """Every way out: its exit code, and the summary.json that it leaves."""
 
+import os
 import resource
 import signal
 import subprocess
@@ -50,7 +51,8 @@ class Place(NamedTuple):
 
     def served(self) -> int:
         """How many requests the endpoints have served."""
-        return len(read_ledger(self.folder / "ledger"))
+        ledger = self.folder / "ledger"
+        return len(read_ledger(ledger)) if ledger.exists() else 0
 
     def run(self, *more: str) -> Ended:
         return batchrun("run", self.job, "-o", self.out, *more)
@@ -142,6 +144,26 @@ def the_first_rows_all_fail_alike(place: Place) -> Ended:
 def the_job_has_changed(place: Place) -> Ended:
     a_signal(signal.SIGTERM)(place)
     return place.run("--set", "request.temperature=0.5")
+
+
+def a_file_is_in_the_way(place: Place) -> Ended:
+    place.simulator()
+    ended = batchrun("run", place.job, "-o", place.source)
+    assert place.served() == 0
+    return ended
+
+
+def the_directory_is_read_only(place: Place) -> Ended:
+    place.simulator()
+    disk = place.folder / "disk"
+    disk.mkdir(mode=0o500)
+    if not os.geteuid():  # whom only a read-only disk keeps from writing
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", str(disk)], capture_output=True).returncode:
+            pytest.skip("root may write everywhere, and mounting is not allowed here")
+        place.until_the_end.callback(subprocess.run, ["umount", str(disk)], check=True)
+    ended = batchrun("run", place.job, "-o", disk / "out")
+    assert place.served() == 0
+    return ended
 
 
 def the_budget_is_used_up(place: Place) -> Ended:
@@ -253,6 +275,8 @@ WAYS = {
     "the first rows all fail alike": Way(the_first_rows_all_fail_alike, 2, "stopped", "all failed alike"),
     "the job has changed": Way(the_job_has_changed, 2, "failed", "request.temperature"),
     "more rows fail than allowed": Way(more_rows_fail_than_allowed, 3, "complete"),
+    "a file is in the way": Way(a_file_is_in_the_way, 2, None, "a file is in the way"),
+    "the directory is read-only": Way(the_directory_is_read_only, 2, None, "can't make the run directory"),
     "the budget is used up": Way(the_budget_is_used_up, 4, "stopped", "budget"),
     "the key is revoked": Way(the_key_is_revoked, 5, "stopped", "Incorrect API key provided"),
     "nobody listens": Way(nobody_listens, 5, "stopped", "never reached"),
