@@ -92,12 +92,12 @@ class KeptRows:
 
     def _best(self, candidates: list[pa.Table]) -> pa.Table:
         together = pa.concat_tables([table.select(self.schema.names) for table in candidates])
-        statuses = together.column(self._prefix + "status").to_pylist()
-        attempts = together.column(self._prefix + "attempts").to_pylist()
+        statuses = cast(list[str], together.column(self._prefix + "status").to_pylist())
+        attempts = cast(list[int], together.column(self._prefix + "attempts").to_pylist())
+        ranks = [rank(*each) for each in zip(statuses, attempts, strict=True)]
         best: dict[int, int] = {}
         for place, row in enumerate(self._rows(together)):
-            other = best.setdefault(row, place)
-            if rank(statuses[place], attempts[place]) > rank(statuses[other], attempts[other]):
+            if ranks[place] > ranks[best.setdefault(row, place)]:
                 best[row] = place
         return together.take(pa.array([best[row] for row in sorted(best)], pa.int64()))
 
