@@ -1,5 +1,6 @@
 import random
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -7,7 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from batchrun import wal
 from batchrun.checkpoint import Checkpoint
 from batchrun.errors import CheckpointError, ExitCode
 from batchrun.wal import commits_dropped
@@ -90,3 +94,13 @@ def test_frames_of_an_earlier_round_are_not_missed(tmp_path: Path) -> None:
             time.sleep(random.uniform(0.6, 0.9))
             process.send_signal(signal.SIGKILL)
         assert commits_dropped(path.with_name("checkpoint.db-wal").read_bytes()) == 0
+
+
+@given(st.lists(st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1)), max_size=40), st.data())
+def test_the_sums_are_those_that_the_format_describes(pairs: list[tuple[int, int]], data: st.DataObject) -> None:
+    first, second = before = data.draw(st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1)))
+    for even, odd in pairs:  # sqlite.org, "WAL-mode File Format", section 4.2
+        first = (first + even + second) % 2**32
+        second = (second + odd + first) % 2**32
+    content = b"".join(struct.pack("<II", *pair) for pair in pairs)
+    assert wal._summed("<", content, before) == (first, second)
