@@ -197,8 +197,8 @@ def report(paths: tuple[Path, ...], by: str, form: str, target: Path | None) -> 
 @click.option("--salvage", is_flag=True, help="Write what is sound into OUT.salvaged.")
 def verify(out: Path, salvage: bool) -> None:
     """Check every record, page and digest of a run that is not at work. Touches no file, sends nothing."""
-    from batchrun import salvage as salvaging
-    from batchrun import verify as verifying
+    from batchrun.rescue import salvage as salvaging
+    from batchrun.rescue import verify as verifying
     from batchrun.rundir import RunDirectory
 
     if salvage:

@@ -24,12 +24,11 @@ LAYERS: tuple[frozenset[str], ...] = (
             *("client", "answer", "policy"),
             *("durable", "rundir", "runlog", "slots", "spent", "spill", "wal", "database", "tables", "checkpoint"),
             *("chunks", "base_part", "backlog", "output", "matching"),
-            *("carved", "remains", "readable", "kept"),
         }
     ),
     frozenset({"variants", "facts", "result", "drift", "plan", "retry", "pipeline"}),
     frozenset({"signals", "summary", "chronicle", "asking", "run", "look", "estimate"}),
-    frozenset({"audit", "verify", "rebuilt", "salvage"}),
+    frozenset({"rescue"}),
     frozenset({"report", "simulated", "simulator"}),
     frozenset({"cli"}),
 )
@@ -52,10 +51,6 @@ WITHIN_A_LAYER: dict[str, frozenset[str]] = {
     "chunks": frozenset({"base_part", "checkpoint", "json_columns", "output", "rundir", "source", "tables", "window"}),
     "backlog": frozenset({"chunks", "policy"}),
     "output": frozenset({"answer", "durable"}),
-    "carved": frozenset({"database", "wal"}),
-    "remains": frozenset({"carved", "checkpoint", "database", "durable", "spent", "tables", "wal"}),
-    "readable": frozenset({"output"}),
-    "kept": frozenset({"output", "readable", "remains", "rundir"}),
     # how they are joined
     "matching": frozenset({"durable"}),
     "result": frozenset({"facts"}),
@@ -68,8 +63,6 @@ WITHIN_A_LAYER: dict[str, frozenset[str]] = {
     "run": frozenset({"asking", "chronicle", "signals", "summary"}),
     "look": frozenset({"summary"}),
     "estimate": frozenset({"summary"}),
-    "verify": frozenset({"audit"}),
-    "salvage": frozenset({"rebuilt", "verify"}),
     "simulated": frozenset({"simulator"}),
 }
 
@@ -85,7 +78,7 @@ SOLE_IMPORTERS: dict[str, frozenset[str]] = {
     "pyarrow": frozenset(
         {
             *("source", "json_columns", "window", "base_part", "chunks", "drift", "output", "plan", "result"),
-            *("readable", "kept", "verify", "rebuilt", "salvage"),
+            "rescue",
         }
     ),
 }

@@ -12,15 +12,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchrun import credentials, readable, remains, run, slots, spill
+from batchrun import credentials, run, slots, spill
 from batchrun import job as jobs
 from batchrun.durable import digest
 from batchrun.errors import CheckpointError, ExitCode, InputError, JobError
 from batchrun.records import Summary
+from batchrun.rescue import readable, remains
+from batchrun.rescue.salvage import LOST, NAME, salvage
+from batchrun.rescue.verify import Findings, verify
 from batchrun.rundir import RunDirectory
-from batchrun.salvage import LOST, NAME, salvage
 from batchrun.simulator import Fault, SimulatorConfig, parse_faults
-from batchrun.verify import Findings, verify
 from tests.cli_process import KEY, KEY_ENV, batchrun, kill_when, snapshot, start, write_job, write_rows
 from tests.simulator_process import RunningSimulator, running_simulator
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import msgspec
 
 from batchrun import tables
-from batchrun.carved import FRAME_HEADER_BYTES, LOG_HEADER_BYTES, carve, tables_of
 from batchrun.checkpoint import FORMAT, SINCE
 from batchrun.database import Database, Record
 from batchrun.durable import told
 from batchrun.errors import CheckpointError, DiskError
 from batchrun.records import FAILURES, Completion, PossiblyBilled, Status
+from batchrun.rescue.carved import FRAME_HEADER_BYTES, LOG_HEADER_BYTES, carve, tables_of
 from batchrun.spent import Spent, with_possibly_billed
 from batchrun.tables import Chunk, Reopened
 from batchrun.wal import PAGE_BYTES

@@ -15,7 +15,7 @@ from batchrun.checkpoint import FORMAT, SINCE, SPILL
 from batchrun.database import Database, Record
 from batchrun.errors import CheckpointError
 from batchrun.records import Summary, TotalsLine
-from batchrun.remains import SALVAGED, Remains
+from batchrun.rescue.remains import SALVAGED, Remains
 from batchrun.rundir import RunDirectory
 from batchrun.slots import InFlight
 from batchrun.spill import Frame

@@ -12,10 +12,11 @@ from typing import Any, cast
 
 import pyarrow as pa
 
-from batchrun import output, readable, remains
+from batchrun import output
 from batchrun.output import own_schema
 from batchrun.records import Completion
-from batchrun.remains import Remains, rank
+from batchrun.rescue import readable, remains
+from batchrun.rescue.remains import Remains, rank
 from batchrun.rundir import RunDirectory
 
 NO_END = 2**63

@@ -11,13 +11,14 @@ from typing import Any
 import msgspec
 import pyarrow as pa
 
-from batchrun import audit, facts, output, readable, remains, result, slots, spill, variants
-from batchrun.audit import Held, Prices
+from batchrun import facts, output, result, slots, spill, variants
 from batchrun.checkpoint import SPILL
 from batchrun.durable import digest, told
 from batchrun.errors import CheckpointError, DiskError, InputError
 from batchrun.facts import Facts
-from batchrun.remains import Remains
+from batchrun.rescue import audit, readable, remains
+from batchrun.rescue.audit import Held, Prices
+from batchrun.rescue.remains import Remains
 from batchrun.rundir import RunDirectory
 from batchrun.summary import plural
 from batchrun.tables import Chunk

@@ -8,13 +8,14 @@ from typing import Any
 
 import msgspec
 
-from batchrun import output, readable, result, tables
+from batchrun import output, result, tables
 from batchrun.checkpoint import SINCE
 from batchrun.errors import CheckpointError
 from batchrun.facts import Facts
 from batchrun.prices import PriceTable
 from batchrun.records import Summary, TotalsLine
-from batchrun.remains import SALVAGED, Remains
+from batchrun.rescue import readable
+from batchrun.rescue.remains import SALVAGED, Remains
 from batchrun.rundir import RunDirectory
 from batchrun.summary import Moment, failures, summarise
 

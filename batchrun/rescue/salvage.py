@@ -16,24 +16,25 @@ from typing import NamedTuple
 import msgspec
 import pyarrow as pa
 
-from batchrun import facts, output, plan, prices, readable, rebuilt, slots, variants, window
+from batchrun import facts, output, plan, prices, slots, variants, window
 from batchrun.durable import fsync, replace, told
 from batchrun.errors import CheckpointError, InputError, JobError
 from batchrun.facts import Facts
 from batchrun.job import SIMULATOR, Endpoint, Job, Output
 from batchrun.json_columns import ColumnTypes
-from batchrun.kept import NO_END, KeptRows
 from batchrun.prices import PriceTable
-from batchrun.rebuilt import Account
 from batchrun.records import Row
-from batchrun.remains import Remains
 from batchrun.request import RequestBuilder, wants_json
+from batchrun.rescue import readable, rebuilt
+from batchrun.rescue.kept import NO_END, KeptRows
+from batchrun.rescue.rebuilt import Account
+from batchrun.rescue.remains import Remains
+from batchrun.rescue.verify import Findings, inspected
 from batchrun.rundir import RunDirectory
 from batchrun.source import START, ParquetSource, Source, Window, open_source
 from batchrun.summary import plural
 from batchrun.tables import Chunk, Reopened
 from batchrun.variants import Variant
-from batchrun.verify import Findings, inspected
 from batchrun.window import StoredWindow
 
 NAME = "salvaged.parquet"
