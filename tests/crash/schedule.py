@@ -12,7 +12,7 @@ NEEDS_ONE_FILE = frozenset({"mid result", "before a part is removed"})
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """A death that is planned: at a passage of a marked point, or `after_s` from the start."""
+    """A death that is planned: at a passage of a marked point, or `after_s` from when the product is loaded."""
 
     point: str | None = None
     passage: int = 1
@@ -36,7 +36,7 @@ def drawn(rng: random.Random, whole_run_s: float, points_a_run: int = 5) -> Iter
             rng.shuffle(fresh)
             deck = [*fresh, *deck]
         dealt = {deck.pop().name for _ in range(points_a_run)}
-        yield _plan(rng, dealt, [rng.uniform(0.02, 0.8) * whole_run_s for _ in range(rng.randint(0, 2))])
+        yield _plan(rng, dealt, [rng.uniform(0.0, 0.5) * whole_run_s for _ in range(rng.randint(1, 3))])
 
 
 def every_point(rng: random.Random, runs: int, whole_run_s: float) -> Iterator[Plan]:
@@ -44,7 +44,7 @@ def every_point(rng: random.Random, runs: int, whole_run_s: float) -> Iterator[P
     names = list(FIRST_ROUND)
     for number in range(runs):
         mine = set(names[number::runs])
-        moments = [rng.uniform(0.1, 0.7) * whole_run_s]
+        moments = [rng.uniform(0.05, 0.4) * whole_run_s]
         yield _plan(rng, mine, moments, early=True)
 
 

@@ -105,6 +105,8 @@ class Trial:
         """The run is started and killed; False when it ended by itself, with luck or with an error on record."""
         process = self._start(kill)
         if kill.point is None:
+            while not self._where.exists() and process.poll() is None:
+                time.sleep(0.005)  # imports are a third of a short process's life: dying there shows nothing
             try:
                 process.wait(kill.after_s)
             except subprocess.TimeoutExpired:
