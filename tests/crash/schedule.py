@@ -31,10 +31,10 @@ def drawn(rng: random.Random, whole_run_s: float, points_a_run: int = 5) -> Iter
     """Plans without end: the points dealt from a shuffled deck, each as often as any other, and random moments."""
     deck: list[Point] = []
     while True:
-        while len(deck) < points_a_run:
-            fresh = list(FIRST_ROUND.values())
+        if len(deck) < points_a_run:  # what is left goes first, and not twice into one run
+            fresh = [point for point in FIRST_ROUND.values() if point not in deck]
             rng.shuffle(fresh)
-            deck = [*fresh, *deck]
+            deck = [*rng.sample(deck, len(deck)), *fresh, *deck]
         dealt = {deck.pop().name for _ in range(points_a_run)}
         yield _plan(rng, dealt, [rng.uniform(0.0, 0.5) * whole_run_s for _ in range(rng.randint(1, 3))])
 
