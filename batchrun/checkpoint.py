@@ -320,9 +320,10 @@ class Checkpoint:
             completions = [c for c in frame.completions if not self._has_end(c.row, c.attempts)]
             discarded = [d for d in frame.discarded if not self._has_end(d.row, d.n)]
             self.spent = self._write([*completions, *discarded], frame.invocation)
-        if frames:
-            self._spill.unlink()
-            fsync(self._path.parent)
+        if self._spill.exists():  # without a whole frame, too: what is torn must not stand before a later frame
+            with told(self._spill):
+                self._spill.unlink()
+                fsync(self._path.parent)
 
     def _fail(self, error: BatchrunError) -> None:
         if self._failed is None:

@@ -23,7 +23,7 @@ from batchrun.json_columns import ColumnTypes
 from batchrun.matching import NONE, Matches, match
 from batchrun.records import Status
 from batchrun.rundir import RunDirectory
-from batchrun.source import START, Source
+from batchrun.source import START, Source, Window
 from batchrun.tables import Chunk
 
 
@@ -139,11 +139,13 @@ def lay_out(
     directory: RunDirectory,
     checkpoint: Checkpoint,
     manifest: dict[str, str],
+    limit: int | None,
 ) -> None:
     """The run's rows lie as the new input has them, with the answers that fit; one transaction makes it true.
 
     A window whose every row has its answer becomes a sealed chunk, one with some an open chunk over a base part.
-    Windows behind the last answer are left to be opened in their turn.
+    Windows behind the last answer are left to be opened in their turn. A `limit` opens no row that needn't be: behind
+    it and the last answer.
     """
     types = None if facts.types is None else ColumnTypes.from_json(facts.types)
     generation = 1 + max((chunk.generation for chunk in answers.chunks), default=0)
@@ -152,7 +154,9 @@ def lay_out(
     standing: Counter[str] = Counter()
     first_row = 0
     settings = facts.output
-    for read in source.windows(START, settings.chunk_rows, settings.chunk_bytes, frozenset(facts.rejected)):
+    last = max((new for new, old in enumerate(matches) if old != NONE), default=0)
+    upto = facts.rows if limit is None else max(limit, last + 1)
+    for read in _windows(source, facts, upto):
         if not left:
             break
         end_row = first_row + read.rows
@@ -182,6 +186,20 @@ def lay_out(
         chunks.append(chunk)
         first_row = end_row
     checkpoint.lay_out(chunks, standing, manifest)
+
+
+def _windows(source: Source, facts: Facts, upto: int) -> Iterator[Window]:
+    """The windows that chunks are made from; none goes beyond the first `upto` rows."""
+    settings, rejected = facts.output, frozenset(facts.rejected)
+    position, rows = START, 0
+    windows = source.windows(position, settings.chunk_rows, settings.chunk_bytes, rejected)
+    while rows < upto:
+        if upto - rows < settings.chunk_rows:
+            windows = source.windows(position, upto - rows, settings.chunk_bytes, rejected)
+        if (read := next(windows, None)) is None:
+            return
+        yield read
+        position, rows = read.end, rows + read.rows
 
 
 def _whole(tables: Iterator[pa.Table], own: pa.Table, schema: pa.Schema) -> Iterator[pa.RecordBatch]:

@@ -71,8 +71,8 @@ class Asked(msgspec.Struct, frozen=True):
     """What the user asked of this start beyond the job. `stdin` is read where the input is "-"; `only_look` takes no
     change, not even a harmless one.
 
-    `limit`: only the first so many rows, and those that are begun already: a pilot that a later start without it goes
-    on with. `retry`: the statuses whose rows are to be asked again once every row is settled; None: no row is.
+    `limit`: only the first so many rows, a pilot that a later start without it goes on with. `retry`: the statuses
+    whose rows are to be asked again once every row is settled; None: no row is.
     """
 
     skip_invalid: bool = False
@@ -204,6 +204,7 @@ def _resume(
         reasons = (*settings, *([what] if what else []))
         known = _adopt(job, directory, checkpoint, asked, known, ways, variant, source, identities, reasons)
     else:
+        _require_limit_in_time(asked.limit, checkpoint)
         known = msgspec.structs.replace(known, files=identities)
     prices_known = msgspec.json.decode(manifest.get("prices", "{}"), type=dict[str, PriceTable | None])
     limit = None if asked.limit is None else max(asked.limit, _begun_rows(checkpoint))
@@ -245,7 +246,7 @@ def _adopt(
             asked.told(str(seen))
             schema = _schema(source, new)
             entries = {**facts.encode(new), **variants.encode(ways)}
-            drift.lay_out(answers, matches, source, new, schema, directory, checkpoint, entries)
+            drift.lay_out(answers, matches, source, new, schema, directory, checkpoint, entries, asked.limit)
     return new
 
 
@@ -262,8 +263,17 @@ def _schema(source: Source, known: Facts) -> pa.Schema:
     return output_schema(source.schema if isinstance(source, ParquetSource) else types.schema(), known.output)
 
 
+def _require_limit_in_time(limit: int | None, checkpoint: Checkpoint) -> None:
+    """Nothing, unless rows behind the limit are begun and pending: an open chunk is asked whole, or not at all."""
+    begun = _begun_rows(checkpoint)
+    if limit is not None and limit < begun and checkpoint.spent.settled() < begun:
+        raise JobError(
+            f"--limit {limit}: {begun:,} rows are begun already; say at least --limit {begun}, or leave it out"
+        )
+
+
 def _begun_rows(checkpoint: Checkpoint) -> int:
-    """The rows of chunks that were opened: a lower limit comes too late for them."""
+    """The rows of chunks that were opened."""
     chunks = checkpoint.chunks()
     return chunks[-1].end_row if chunks else 0
 

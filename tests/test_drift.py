@@ -209,17 +209,34 @@ def test_a_kill_while_the_rows_are_laid_out_anew_loses_nothing(tmp_path: Path) -
     assert len(served) <= 90 + new + lost
 
 
-def test_a_limit_below_what_is_begun_ends_with_that(tmp_path: Path) -> None:
+def test_a_limit_that_comes_too_late_is_said_and_sends_nothing(tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", records(120))
     out = tmp_path / "out"
     with running_simulator(SimulatorConfig(latency_s=0.1, ledger=str(tmp_path / "ledger"))) as simulator:
         job = write_job(tmp_path / "job.toml", simulator.url, source, SMALL_CHUNKS + "[limits]\nmax_in_flight = 8\n")
-        kill_when(process := start("run", job, "-o", out), lambda: len(simulator.ledger()) >= 40, signal.SIGTERM)
+        kill_when(process := start("run", job, "-o", out), lambda: len(simulator.ledger()) >= 30, signal.SIGTERM)
         process.communicate()
+        asked = len(simulator.ledger())
         ended = batchrun("run", job, "-o", out, "--limit", "10")
+        assert ended.exit_code == 2
+        begun = ended.stderr.partition("at least --limit ")[2].partition(",")[0]
+        assert asked <= int(begun) < 120, ended.stderr
+        assert len(simulator.ledger()) == asked
+        assert batchrun("run", job, "-o", out, "--limit", begun).exit_code == 0
+        assert len(simulator.ledger()) == len(rows_of(out)) == int(begun)
+
+
+def test_a_pilot_over_a_changed_input_asks_no_more_than_its_limit(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", records(120))
+    out = tmp_path / "out"
+    with running_simulator(SimulatorConfig(ledger=str(tmp_path / "ledger"))) as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, source, SMALL_CHUNKS)
+        pilot = ("--limit", "10", "--accept-changes")
+        assert batchrun("run", job, "-o", out, *pilot).exit_code == 0
+        write(source, inserted(edited(records(120))))
+        ended = batchrun("run", job, "-o", out, *pilot)
         assert ended.exit_code == 0, ended.stderr
-        piloted = len(rows_of(out))
-        assert 40 <= piloted == len(simulator.ledger()) < 120
+        assert len(simulator.ledger()) == 10 + 2, "the new row at the top and the edited one; the tenth answer stays"
+        assert len(rows_of(out)) == 11
         assert batchrun("run", job, "-o", out).exit_code == 0
-        assert len(simulator.ledger()) == 120
-        assert rows_of(out) == fresh(tmp_path, simulator, records(120))
+        assert rows_of(out) == fresh(tmp_path, simulator, inserted(edited(records(120))))

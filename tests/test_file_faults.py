@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from batchrun.checkpoint import Checkpoint
 from batchrun.simulator import SimulatorConfig
 from tests.cli_process import batchrun, finish, kill_when, read_summary, start, write_job, write_rows
 from tests.crash.strace import MISSING, Fault, prefix
@@ -162,6 +163,13 @@ def test_after_one_failed_fsync_nothing_more_is_committed(tmp_path: Path, calm: 
         assert injected
         assert "pwrite64" not in after, "the log was written to after its fsync had failed"
         recover(run, calm)
+
+
+def test_a_torn_spill_is_gone_before_another_frame_could_follow_it(tmp_path: Path) -> None:
+    spilled = tmp_path / "spill.bin"
+    spilled.write_bytes(b"\xff\x00\x00\x00\x01\x02\x03\x04torn")
+    Checkpoint(tmp_path / "checkpoint.db", free_reserve=lambda: False).close()
+    assert not spilled.exists()
 
 
 @contextmanager
