@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test strace check lint setup bench crash build lock clean
+.PHONY: quickstart test strace check lint setup bench bench-limits crash build lock clean
 
 quickstart: .venv/quickstart
 	@echo
@@ -44,12 +44,16 @@ lint: .venv/test
 	$(BIN)/mypy
 	$(BIN)/mypy sample_inputs/make.py sample_inputs/packages.py
 	$(BIN)/mypy benchmarks/fixed_answer.py benchmarks/throughput.py benchmarks/durability.py
+	$(BIN)/mypy benchmarks/limits.py benchmarks/second_client.py
 
 check: lint test
 
 bench: .venv/test
 	$(BIN)/python benchmarks/throughput.py 20000 200000
 	$(BIN)/python benchmarks/durability.py
+
+bench-limits: .venv/test     # ONLY=told,shared: some scenarios; LONG=1: outages of ten minutes (docs/benchmarks.md)
+	$(BIN)/python benchmarks/limits.py $(if $(ONLY),--only $(ONLY)) $(if $(LONG),--long)
 
 N ?= 1000
 crash: .venv/test            # N processes killed and resumed, judged by the ledger (docs/crash.md)

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import msgspec
 import pytest
 
-from batchrun.simulator import Fault, SimulatorConfig, parse_faults, question_of, read_ledger
+from batchrun.simulator import Fault, LimitChange, SimulatorConfig, parse_faults, question_of, read_ledger
 from tests.simulator_process import RunningSimulator, running_simulator, start
 
 HEADERS = {"Authorization": "Bearer sk-canary/1", "Content-Type": "application/json"}
@@ -222,6 +222,20 @@ def test_an_answer_takes_its_latency_and_a_stream_its_pace() -> None:
         tokens = simulator.ledger()[-1].completion_tokens
     assert plain_s >= 0.1
     assert streamed_s >= 0.1 + (tokens - 4) / 200
+
+
+def test_limits_change_at_their_time_and_the_ledger_tells_when_each_request_came() -> None:
+    change = LimitChange(at_s=0.3, requests_per_minute=60)
+    config = SimulatorConfig(requests_per_minute=6_000, limit_changes=(change,), latency_s=0.2, latency_sigma=0)
+    with running_simulator(config) as running:
+        before = _ask(running)
+        time.sleep(0.3)
+        after = _ask(running)
+        ledger = running.ledger()
+    told = [reply.headers["x-ratelimit-limit-requests"] for reply in (before, after)]
+    assert told == ["6000", "60"]
+    assert all(0.2 <= line.time_s - line.arrived_s < 0.5 for line in ledger)
+    assert ledger[1].arrived_s - ledger[0].time_s >= 0.3
 
 
 def test_usage_can_be_left_out_and_is_billed_all_the_same() -> None:

@@ -9,6 +9,7 @@ import pytest
 from batchrun.errors import JobError
 from batchrun.simulator import Fault, SimulatorConfig, config_from_json, parse_faults
 from batchrun.simulator.faults import Kind
+from batchrun.simulator.limits import LimitChange
 
 DOCUMENT = (Path(__file__).parent.parent / "docs" / "simulator.md").read_text()
 
@@ -21,6 +22,11 @@ def test_every_setting_is_documented(setting: str) -> None:
 @pytest.mark.parametrize("field", Fault.__struct_fields__)
 def test_every_field_of_a_fault_is_documented(field: str) -> None:
     assert f"`{field}`" in DOCUMENT
+
+
+@pytest.mark.parametrize("field", LimitChange.__struct_fields__)
+def test_every_field_of_a_change_of_limits_is_documented(field: str) -> None:
+    assert f'"{field}"' in DOCUMENT or f"`{field}`" in DOCUMENT
 
 
 @pytest.mark.parametrize("kind", Kind.__args__)  # type: ignore[attr-defined]  # of a Literal
@@ -50,6 +56,20 @@ def test_every_kind_of_fault_is_documented(kind: str) -> None:
         ({"faults": [{"kind": "status", "from_request": 0}]}, "from_request counts from 1"),
         ({"faults": [{"kind": "slow_body", "pause_s": -1}]}, "pause_s = -1"),
         ({"faults": [{"kind": "redirect"}]}, "redirect needs a location"),
+        ({"limit_changes": [{"at_s": -1, "requests_per_minute": 5}]}, "at_s = -1"),
+        ({"limit_changes": [{"at_s": 1}]}, "the one at 1 s changes nothing"),
+        ({"limit_changes": [{"at_s": 1, "tokens_per_minute": 5}]}, "tokens_per_minute can't change"),
+        (
+            {"requests_per_minute": 5, "limit_changes": [{"at_s": 1, "requests_per_minute": 0}]},
+            "limit_changes: requests_per_minute = 0",
+        ),
+        (
+            {
+                "requests_per_minute": 5,
+                "limit_changes": [{"at_s": at_s, "requests_per_minute": 5} for at_s in (2, 1)],
+            },
+            "not in the order",
+        ),
     ],
 )
 def test_a_wrong_setting_is_named(settings: dict[str, Any], complaint: str) -> None:

@@ -13,6 +13,7 @@ from batchrun.simulator.ledger import Ledger
 def _line(ordinal: int, *, status: int | None = 200, billed: bool = True) -> LedgerLine:
     return LedgerLine(
         ordinal=ordinal,
+        arrived_s=1_000.25,
         time_s=1_000.5,
         request_id=f"req_{ordinal}",
         client_request_id="run-1-1",

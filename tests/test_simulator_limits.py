@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchrun.simulator.limits import BURST_S, Limits, duration_text
+from batchrun.simulator.limits import BURST_S, LimitChange, Limits, duration_text
 from batchrun.simulator.refusal import Refused
 
 
@@ -73,6 +73,47 @@ def test_a_refusal_says_how_long_to_wait_and_waiting_that_long_is_enough() -> No
     assert headers == {"Retry-After": "1", "retry-after-ms": "250"}
     assert not _is_admitted(limits, 1, 0.249)
     assert _is_admitted(limits, 1, 0.25)
+
+
+def test_without_headers_a_refusal_tells_whole_seconds_only() -> None:
+    limits = _limits(60, headers=False)
+    assert _is_admitted(limits, 1, 0.0)
+    assert _is_admitted(limits, 1, 0.0)
+    with pytest.raises(Refused) as caught:
+        limits.admit(1, 0.25)
+    assert caught.value.headers == (("Retry-After", "1"),)
+
+
+def test_limits_that_change_hold_from_their_time_on_for_requests_and_tokens() -> None:
+    changes = (
+        LimitChange(at_s=60, requests_per_minute=300),
+        LimitChange(at_s=120, requests_per_minute=600),
+    )
+    limits = Limits(600, None, headers=True, now_s=1_000.0, changes=changes)
+    admitted = [0, 0, 0]
+    for tick in range(180_000 // 10):
+        admitted[tick * 10 // 60_000] += _is_admitted(limits, 1, 1_000.0 + tick / 100)
+    assert 618 <= admitted[0] <= 620
+    assert 299 <= admitted[1] <= 301
+    assert 599 <= admitted[2] <= 601
+
+    tokens = LimitChange(at_s=1, tokens_per_minute=30_000)
+    limits = Limits(None, 60_000, headers=True, now_s=0.0, changes=(tokens,))
+    assert dict(limits.headers(0.9))["x-ratelimit-remaining-tokens"] == "2000"
+    assert dict(limits.headers(1.0)) == {
+        "x-ratelimit-limit-tokens": "30000",
+        "x-ratelimit-remaining-tokens": "1000",
+        "x-ratelimit-reset-tokens": "0ms",
+    }
+
+
+def test_a_change_that_nobody_saw_happen_has_happened_at_its_own_time() -> None:
+    changes = (LimitChange(at_s=1, requests_per_minute=60), LimitChange(at_s=2, requests_per_minute=6_000))
+    limits = Limits(600, None, headers=True, now_s=0.0, changes=changes)
+    while _is_admitted(limits, 1, 0.0):
+        pass
+    # by 1 s ten have come back, of which two stay, and no more find room until 2 s; then 100 a second come
+    assert dict(limits.headers(2.25))["x-ratelimit-remaining-requests"] == "27"
 
 
 def test_the_headers_tell_limit_remaining_and_reset() -> None:

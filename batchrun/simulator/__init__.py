@@ -7,6 +7,7 @@ was served and billed is the truth.
 from batchrun.simulator.config import SimulatorConfig, config_from_json
 from batchrun.simulator.faults import Fault, parse_faults
 from batchrun.simulator.ledger import LedgerLine, question_of, read_ledger
+from batchrun.simulator.limits import LimitChange
 from batchrun.simulator.process import run, serve
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "serve",
     "run",
     "Fault",
+    "LimitChange",
     "parse_faults",
     "LedgerLine",
     "read_ledger",

@@ -6,6 +6,7 @@ import msgspec
 
 from batchrun.errors import JobError
 from batchrun.simulator.faults import Fault
+from batchrun.simulator.limits import LimitChange
 
 # Inclusive. The upper ends only catch slips of the unit (milliseconds for seconds, tokens for requests).
 _RANGES: dict[str, tuple[float, float]] = {
@@ -38,7 +39,10 @@ class SimulatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
     headers: bool = True
-    """Send `x-ratelimit-*` for the limits that are set. `Retry-After` comes with a 429 either way."""
+    """Send `x-ratelimit-*` for the limits that are set, and `retry-after-ms`. `Retry-After` comes with a 429 either
+    way."""
+    limit_changes: tuple[LimitChange, ...] = ()
+    """Other limits from a certain age of the simulator on, in the order of their time."""
     latency_s: float = 0.0
     """The median time to the first byte of an answer."""
     latency_sigma: float = 0.5
@@ -59,10 +63,23 @@ class SimulatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise JobError(f"simulator: {name} = {value} is not within {low:g} to {high:g}")
+        self._check_changes()
         if not _is_loopback(self.host):
             raise JobError(f"simulator: host = {self.host!r} is not a loopback address such as 127.0.0.1")
         if self.api_key == "":
             raise JobError("simulator: api_key is empty; leave it out to accept any key")
+
+    def _check_changes(self) -> None:
+        for change in self.limit_changes:
+            for name in ("requests_per_minute", "tokens_per_minute"):
+                value, (low, high) = getattr(change, name), _RANGES[name]
+                if value is not None and getattr(self, name) is None:
+                    raise JobError(f"simulator: limit_changes: {name} can't change, since it is not set at the start")
+                if value is not None and not low <= value <= high:
+                    raise JobError(f"simulator: limit_changes: {name} = {value} is not within {low:g} to {high:g}")
+        times = [change.at_s for change in self.limit_changes]
+        if times != sorted(times):
+            raise JobError("simulator: limit_changes: they are not in the order of their at_s")
 
 
 def config_from_json(text: str | bytes) -> SimulatorConfig:

@@ -18,8 +18,10 @@ class LedgerLine(msgspec.Struct, frozen=True, kw_only=True):
 
     ordinal: int
     """Counted from 1 over the life of one simulator."""
+    arrived_s: float
+    """Unix time when the request's headers had come."""
     time_s: float
-    """Unix time."""
+    """Unix time when the work was done, just before the answer leaves."""
     request_id: str
     """The answer's `x-request-id`."""
     client_request_id: str | None

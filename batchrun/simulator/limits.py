@@ -1,7 +1,11 @@
 """The rate limits: continuous token buckets over a clock that is handed in. Pure."""
 
 import math
+from collections import deque
 
+import msgspec
+
+from batchrun.errors import JobError
 from batchrun.simulator.refusal import Refused
 
 BURST_S = 2.0  # what a quiet client may send at once: small, so that a minute's limit holds within any minute
@@ -9,15 +13,43 @@ BURST_S = 2.0  # what a quiet client may send at once: small, so that a minute's
 _HAIR = 1e-6  # of a token: what floating point may lose, so that waiting as long as told is enough
 
 
+class LimitChange(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """From `at_s` on, other limits hold; None leaves one as it is.
+
+    Raises:
+        JobError: it changes nothing, or lies before the start.
+    """
+
+    at_s: float
+    """The simulator's age, seconds."""
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.at_s <= 1e6:
+            raise JobError(f"limit_changes: at_s = {self.at_s} is not within 0 to 1e+06")
+        if self.requests_per_minute is None and self.tokens_per_minute is None:
+            raise JobError(f"limit_changes: the one at {self.at_s:g} s changes nothing")
+
+
 class Bucket:
     """A level that refills at `per_minute` up to two seconds' worth, full at `now_s`."""
 
     def __init__(self, per_minute: int, now_s: float) -> None:
+        self._set(per_minute)
+        self._level = self.capacity
+        self._at_s = now_s
+
+    def change(self, per_minute: int, now_s: float) -> None:
+        """It refills at the new rate from `now_s` on. What it holds stays, as far as there is room for it."""
+        self.level(now_s)
+        self._set(per_minute)
+        self._level = min(self.capacity, self._level)
+
+    def _set(self, per_minute: int) -> None:
         self.per_minute = per_minute
         self._per_s = per_minute / 60
         self.capacity = max(1.0, self._per_s * BURST_S)
-        self._level = self.capacity
-        self._at_s = now_s
 
     def level(self, now_s: float) -> float:
         """What could be taken now; below 0 after something larger than the bucket was let through."""
@@ -43,26 +75,37 @@ class Limits:
     """Requests and tokens a minute; both or neither are taken."""
 
     def __init__(
-        self, requests_per_minute: int | None, tokens_per_minute: int | None, *, headers: bool, now_s: float
+        self,
+        requests_per_minute: int | None,
+        tokens_per_minute: int | None,
+        *,
+        headers: bool,
+        now_s: float,
+        changes: tuple[LimitChange, ...] = (),
     ) -> None:
+        """`changes` are in the order of their time, counted from `now_s`, and only of limits that are set."""
         self._buckets: dict[str, Bucket] = {}
         if requests_per_minute is not None:
             self._buckets["requests"] = Bucket(requests_per_minute, now_s)
         if tokens_per_minute is not None:
             self._buckets["tokens"] = Bucket(tokens_per_minute, now_s)
         self._headers = headers
+        self._started_s = now_s
+        self._changes = deque(changes)
 
     def admit(self, tokens: int, now_s: float) -> None:
         """Takes one request and its tokens.
 
         Raises:
-            Refused: 429 with `Retry-After` (whole seconds, rounded up) and `retry-after-ms`; nothing was taken.
+            Refused: 429 with `Retry-After` (whole seconds, rounded up), and `retry-after-ms` if headers are sent;
+                nothing was taken.
         """
+        self._change(now_s)
         amounts = {"requests": 1, "tokens": tokens}
         waits = {name: bucket.wait_s(amounts[name], now_s) for name, bucket in self._buckets.items()}
         name = max(waits, key=lambda name: waits[name], default=None)
         if name is not None and waits[name] > 0:
-            raise self._refusal(name, waits[name], now_s)
+            raise self._refusal(name, waits[name])
         for name, bucket in self._buckets.items():
             bucket.take(amounts[name])
 
@@ -70,6 +113,7 @@ class Limits:
         """`x-ratelimit-{limit,remaining,reset}-{requests,tokens}`: the limit a minute, what is left of the burst."""
         if not self._headers:
             return ()
+        self._change(now_s)
         return tuple(
             (f"x-ratelimit-{field}-{name}", text)
             for name, bucket in self._buckets.items()
@@ -80,19 +124,29 @@ class Limits:
             )
         )
 
-    def _refusal(self, name: str, wait_s: float, now_s: float) -> Refused:
+    def _change(self, now_s: float) -> None:
+        """The changes that are due have happened, each at its own time."""
+        while self._changes and self._started_s + self._changes[0].at_s <= now_s:
+            change = self._changes.popleft()
+            for name, per_minute in (
+                ("requests", change.requests_per_minute),
+                ("tokens", change.tokens_per_minute),
+            ):
+                if per_minute is not None:
+                    self._buckets[name].change(per_minute, self._started_s + change.at_s)
+
+    def _refusal(self, name: str, wait_s: float) -> Refused:
         bucket = self._buckets[name]
-        waits = (
-            ("Retry-After", str(math.ceil(wait_s))),
-            ("retry-after-ms", str(_milliseconds(wait_s))),
-        )
+        waits = [("Retry-After", str(math.ceil(wait_s)))]
+        if self._headers:
+            waits.append(("retry-after-ms", str(_milliseconds(wait_s))))
         return Refused(
             429,
             f"Rate limit reached for {name} per minute (limit {bucket.per_minute}). "
             f"Please try again in {duration_text(wait_s)}.",
             code="rate_limit_exceeded",
             error_type=name,
-            headers=waits,
+            headers=tuple(waits),
         )
 
 

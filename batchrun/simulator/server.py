@@ -29,6 +29,7 @@ class _Turn(msgspec.Struct, frozen=True):
 
     ordinal: int
     request_id: str
+    arrived_s: float
     connection: int
     connection_request: int
 
@@ -47,6 +48,7 @@ class Simulator:
             config.tokens_per_minute,
             headers=config.headers,
             now_s=self._started_s,
+            changes=config.limit_changes,
         )
         self._exchanges = 0
         self._connections = 0
@@ -109,7 +111,7 @@ class Simulator:
             self._connections += 1
             place = self._requests_on[http.transport] = [self._connections, 0]
         place[1] += 1
-        return _Turn(self._exchanges, f"req_{self._run}_{self._exchanges}", place[0], place[1])
+        return _Turn(self._exchanges, f"req_{self._run}_{self._exchanges}", time.time(), place[0], place[1])
 
     def _check_headers(self, http: web.BaseRequest) -> None:
         """The client has a key and says that it sends JSON."""
@@ -173,6 +175,7 @@ class Simulator:
         self._ledger.write(
             LedgerLine(
                 ordinal=turn.ordinal,
+                arrived_s=turn.arrived_s,
                 time_s=time.time(),
                 request_id=turn.request_id,
                 client_request_id=http.headers.get("X-Client-Request-Id"),
