@@ -1,7 +1,7 @@
-"""Two accounts the gate draws on: tokens that come back with time, and dollars that do not.
+"""Two accounts the gate draws on: what comes back with time (requests, tokens), and dollars, which do not.
 
-Pure arithmetic. Tokens are floats, because they accrue by the second; money is `Decimal`, because it is a bill.
-Neither knows who asks, waits, or keeps the time: `now_s` is an argument, in seconds of any clock that never jumps.
+Pure arithmetic. What accrues by the second is a float; money is `Decimal`, because it is a bill. Neither knows who
+asks, waits, or keeps the time: `now_s` is an argument, in seconds of any clock that never jumps.
 """
 
 from decimal import Decimal
@@ -10,46 +10,64 @@ BURST_S = 1.0
 """How many seconds of a limit may be spent at once. Small, so that the first minute keeps the limit as the others
 do: a bucket as deep as the minute admits nearly twice the limit in its first one (measured: 119 of 60)."""
 
-NOISE_TOKENS = 1e-6
+NOISE = 1e-6
 """A shortfall this small is rounding in a float, not a token that is missing; waiting for it would never end."""
 
 
-class TokenBucket:
-    """`tokens_per_minute`, kept by a level that rises with time and falls by what is taken.
+class Bucket:
+    """A limit per minute, kept by a level that rises with time and falls by what is taken.
 
-    The level never rises above the burst and may fall below zero: an answer longer than its estimate, or one
+    The level never rises above the capacity and may fall below zero: an answer longer than its estimate, or one
     request larger than the whole bucket, leaves a debt that later ones wait out. So the long-run rate is the
     limit whatever the sizes are, and nothing is too large to ever be sent.
     """
 
-    __slots__ = ("_as_of_s", "_level", "_per_s", "capacity_tokens")
+    __slots__ = ("_as_of_s", "_level", "_per_s", "capacity")
 
-    def __init__(self, tokens_per_minute: float, now_s: float) -> None:
-        self._per_s = tokens_per_minute / 60
-        self.capacity_tokens = self._per_s * BURST_S
-        self._level = self.capacity_tokens
+    def __init__(self, per_minute: float, now_s: float, *, burst_s: float = BURST_S, least: float = 0.0) -> None:
+        """Full, with `burst_s` of the limit as its capacity, but never less than `least`."""
+        self._per_s = per_minute / 60
+        self.capacity = max(least, self._per_s * burst_s)
+        self._level = self.capacity
         self._as_of_s = now_s
 
-    def ready_in_s(self, tokens: float, now_s: float) -> float:
-        """Seconds until `tokens` may be taken; 0.0 when they may be taken now.
+    def level(self, now_s: float) -> float:
+        """What may be taken now without a debt; below zero while there is one."""
+        self._rise(now_s)
+        return self._level
+
+    def ready_in_s(self, amount: float, now_s: float) -> float:
+        """Seconds until `amount` may be taken; 0.0 when it may be taken now.
 
         More than a full bucket is never there: such a request waits for a full one, goes alone and leaves its debt.
         """
         self._rise(now_s)
-        short = min(tokens, self.capacity_tokens) - self._level
-        return short / self._per_s if short > NOISE_TOKENS else 0.0
+        short = min(amount, self.capacity) - self._level
+        return short / self._per_s if short > NOISE else 0.0
 
-    def take(self, tokens: float, now_s: float) -> None:
-        """The level is lower by `tokens`, whether or not they were there."""
+    def take(self, amount: float, now_s: float) -> None:
+        """The level is lower by `amount`, whether or not it was there."""
         self._rise(now_s)
-        self._level -= tokens
+        self._level -= amount
 
     def settle(self, actual_minus_estimate: float) -> None:
         """The level stands as if the actual number had been taken: a debt above zero, a refund below."""
-        self._level = min(self.capacity_tokens, self._level - actual_minus_estimate)
+        self._level = min(self.capacity, self._level - actual_minus_estimate)
+
+    def change(self, per_minute: float, capacity: float, now_s: float) -> None:
+        """From now on another limit holds; the level stays where it is, as far as the new capacity has room."""
+        self._rise(now_s)
+        self._per_s = per_minute / 60
+        self.capacity = capacity
+        self._level = min(capacity, self._level)
+
+    def stand_at(self, level: float, now_s: float) -> None:
+        """The level is this one: somebody who sees more of the account than we do has said so."""
+        self._level = min(self.capacity, level)
+        self._as_of_s = now_s
 
     def _rise(self, now_s: float) -> None:
-        self._level = min(self.capacity_tokens, self._level + (now_s - self._as_of_s) * self._per_s)
+        self._level = min(self.capacity, self._level + (now_s - self._as_of_s) * self._per_s)
         self._as_of_s = now_s
 
 

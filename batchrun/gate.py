@@ -4,9 +4,10 @@ Workers stand in one FIFO. The first in it takes pace, tokens, money and a slot 
 nobody overtakes, so a large prompt keeps its turn. Waiting is one timer for the first in line, and a wake-up
 whenever something is given back. Whether the endpoint may be asked at all is `GateState`'s to say.
 
-aiolimiter paces the sends and is imported nowhere else. What was measured of 1.3.0 shapes its use here: its bucket
-starts with its whole burst free, so the burst is one second of the limit; its waiters wake smallest first, so nobody
-ever waits in it; a changed `max_rate` leaves the leak as it was, so a new limit needs a new limiter.
+aiolimiter holds what the user told of requests, whatever is learned beside it, and is imported nowhere else. What was
+measured of 1.3.0 shapes its use here: its bucket starts with its whole burst free, so the burst is small; its waiters
+wake smallest first, so nobody ever waits in it; a changed `max_rate` leaves the leak as it was, so a new limit needs a
+new limiter.
 """
 
 import asyncio
@@ -16,13 +17,17 @@ from decimal import Decimal
 import msgspec
 from aiolimiter import AsyncLimiter
 
-from batchrun.accounts import BURST_S, Purse, TokenBucket
+from batchrun.accounts import Purse
 from batchrun.admission import Ask, Binding, Limit, Outcome, Ruling, Stop
 from batchrun.errors import ExitCode, RunStoppedError
 from batchrun.gate_state import IN_FLIGHT, GateState
+from batchrun.pace import Pace, PaceChange
 
 TIMER_GRAIN_S = 0.001
 """No timer is shorter: event loops count in milliseconds, and a wait of a float's rounding error would spin."""
+
+GUARD_BURST_S = 2.0
+"""The burst that a told request limit may never exceed, whatever a server's headers show to be free."""
 
 UNLIMITED = Binding(Limit.LATENCY)
 BUDGET = Binding(Limit.BUDGET)
@@ -60,16 +65,21 @@ class Gate:
         requests_per_minute: float | None = None,
         tokens_per_minute: float | None = None,
         purse: Purse | None = None,
+        on_pace: PaceChange = lambda limit, before, after, why: None,
     ) -> None:
-        """The loop is the clock, as it is aiolimiter's. A limit that is None costs nothing per call."""
+        """The loop is the clock, as it is aiolimiter's. A limit that is None costs nothing per call.
+
+        `on_pace` is told each change of a limit.
+        """
         self._state = state
         self._loop = loop
-        self._pace = None if requests_per_minute is None else _limiter(requests_per_minute)
-        self._spacing_s = 60 / requests_per_minute if requests_per_minute else 0.0
-        self._paced_at_s = 0.0
-        self._bucket = None if tokens_per_minute is None else TokenBucket(tokens_per_minute, loop.time())
+        self._guard = None if requests_per_minute is None else _limiter(requests_per_minute)
+        self._sent_at_s = loop.time()
+        self._requests = Pace(Limit.REQUESTS, requests_per_minute, loop.time(), on_pace)
+        self._tokens = Pace(Limit.TOKENS, tokens_per_minute, loop.time(), on_pace)
         self._purse = purse
-        self._free = list(range(state.max_in_flight - 1, -1, -1))  # a stack: low slots are the ones used again
+        self._slots = state.max_in_flight
+        self._free = list(range(self._slots - 1, -1, -1))  # a stack: low slots are the ones used again
         self._flights: dict[int, _Flight] = {}
         self._line: deque[asyncio.Future[None]] = deque()
         self._timer: asyncio.TimerHandle | None = None
@@ -95,6 +105,28 @@ class Gate:
         """What the first in line waits for; `latency` when nobody waits."""
         return self._lacking if self._line else UNLIMITED
 
+    def tune(
+        self,
+        *,
+        requests_per_minute: float | None = None,
+        tokens_per_minute: float | None = None,
+        max_in_flight: int | None = None,
+    ) -> None:
+        """Other limits hold from now on; None leaves one as it is. What is in flight stays so.
+
+        More in flight than at the start is never allowed, as there are no slots for them; fewer takes effect as slots
+        return.
+        """
+        now_s = self._loop.time()
+        if requests_per_minute is not None:
+            self._guard = _limiter(requests_per_minute)
+            self._requests.tell(requests_per_minute, now_s)
+        if tokens_per_minute is not None:
+            self._tokens.tell(tokens_per_minute, now_s)
+        if max_in_flight is not None:
+            self._state.limit_in_flight(min(max_in_flight, self._slots))
+        self._wake_first()
+
     async def admit(self, ask: Ask) -> int:
         """The slot this attempt has, in [0, max_in_flight), with all it asked for taken; waits for its turn.
 
@@ -103,9 +135,8 @@ class Gate:
         """
         if self._line or self._lack(ask) is not None:
             await self._stand_in_line(ask)
-        if self._pace is not None:
-            await self._pace.acquire()  # never suspends: _lack has just seen the capacity, so all is taken as one
-            self._paced_at_s = self._loop.time()
+        if self._guard is not None:
+            await self._guard.acquire()  # never suspends: _lack has just seen the capacity, so all is taken as one
         return self._take(ask)
 
     def settle(self, slot: int, tokens: int | None) -> None:
@@ -113,8 +144,8 @@ class Gate:
         flight = self._flights[slot]
         assert not flight.settled, f"slot {slot} is settled twice"
         flight.settled = True
-        if self._bucket is not None and tokens is not None:
-            self._bucket.settle(tokens - flight.ask.tokens)
+        if tokens is not None:
+            self._tokens.settle(tokens - flight.ask.tokens)
             self._wake_first()
 
     def observe(self, slot: int, outcome: Outcome) -> Ruling:
@@ -164,15 +195,17 @@ class Gate:
         now_s = self._loop.time()
         if (barred := self._state.binding(now_s)) is not None:
             return barred
-        if not self._free:
+        if len(self._flights) >= self._state.max_in_flight:
             return IN_FLIGHT
         if self._purse is not None and not self._purse.fits(ask.upper_bound_usd):
             return self._wait_for_money(self._purse, ask)
-        if self._bucket is not None and (wait_s := self._bucket.ready_in_s(ask.tokens, now_s)) > 0:
+        if (wait_s := self._tokens.ready_in_s(ask.tokens, now_s)) > 0:
             return Binding(Limit.TOKENS, now_s + wait_s)
-        if self._pace is not None and not self._pace.has_capacity():
+        if (wait_s := self._requests.ready_in_s(1, now_s)) > 0:
+            return Binding(Limit.REQUESTS, now_s + wait_s)
+        if self._guard is not None and not self._guard.has_capacity():
             # at the latest then: what has leaked by that time beyond one request stays there for the next one
-            return Binding(Limit.REQUESTS, self._paced_at_s + self._spacing_s)
+            return Binding(Limit.REQUESTS, self._sent_at_s + self._guard.time_period / self._guard.max_rate)
         return None
 
     def _wait_for_money(self, purse: Purse, ask: Ask) -> Binding:
@@ -188,8 +221,9 @@ class Gate:
         raise GateClosed(stop)
 
     def _take(self, ask: Ask) -> int:
-        if self._bucket is not None:
-            self._bucket.take(ask.tokens, self._loop.time())
+        self._sent_at_s = now_s = self._loop.time()
+        self._requests.take(1, now_s)
+        self._tokens.take(ask.tokens, now_s)
         if self._purse is not None and ask.upper_bound_usd is not None:
             self._purse.reserve(ask.upper_bound_usd)
         slot = self._free.pop()
@@ -213,5 +247,5 @@ class Gate:
 
 
 def _limiter(requests_per_minute: float) -> AsyncLimiter:
-    burst = max(1.0, requests_per_minute / 60 * BURST_S)
+    burst = max(1.0, requests_per_minute / 60 * GUARD_BURST_S)
     return AsyncLimiter(burst, burst * 60 / requests_per_minute)

@@ -106,6 +106,11 @@ class GateState:
         """Why admission has ended; None while it has not."""
         return self.phase.stop if isinstance(self.phase, Stopped) else None
 
+    def limit_in_flight(self, max_in_flight: int) -> None:
+        """No more than so many are out from now on, as attempts that are out end."""
+        self.max_in_flight = max_in_flight
+        self.allowed_in_flight = min(self.allowed_in_flight, max_in_flight)
+
     def binding(self, now_s: float) -> Binding | None:
         """What bars the next row; None when `admit` may be called. A cooling whose time is over becomes probing."""
         if self.phase is OPEN:

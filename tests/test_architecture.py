@@ -20,7 +20,7 @@ LAYERS: tuple[frozenset[str], ...] = (
         {
             *("source", "ids", "json_columns", "window"),
             *("request", "check"),
-            *("accounts", "admission", "gate", "gate_state"),
+            *("accounts", "admission", "gate", "gate_state", "pace"),
             *("client", "answer", "policy"),
             *("durable", "rundir", "runlog", "slots", "spent", "spill", "wal", "database", "tables", "checkpoint"),
             *("chunks", "base_part", "backlog", "output", "matching"),
@@ -36,7 +36,8 @@ LAYERS: tuple[frozenset[str], ...] = (
 
 WITHIN_A_LAYER: dict[str, frozenset[str]] = {
     # what each stage is made of
-    "gate": frozenset({"accounts", "admission", "gate_state"}),
+    "gate": frozenset({"accounts", "admission", "gate_state", "pace"}),
+    "pace": frozenset({"accounts", "admission"}),
     "gate_state": frozenset({"admission"}),
     "policy": frozenset({"answer"}),
     "database": frozenset({"durable", "wal"}),

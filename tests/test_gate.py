@@ -15,6 +15,7 @@ from batchrun.admission import Ask, Binding, Limit, Outcome, Ruling, Stop
 from batchrun.errors import ExitCode
 from batchrun.gate import Gate, GateClosed
 from batchrun.gate_state import GateState
+from batchrun.pace import PaceChange
 from batchrun.records import RowError, Verdict
 from tests.moved_clock import NothingWillHappen, run_on_moved_clock
 
@@ -29,6 +30,7 @@ def new_gate(
     requests_per_minute: float | None = None,
     tokens_per_minute: float | None = None,
     purse: Purse | None = None,
+    on_pace: PaceChange = lambda limit, before, after, why: None,
 ) -> Gate:
     state = GateState(
         max_in_flight=max_in_flight,
@@ -43,6 +45,7 @@ def new_gate(
         requests_per_minute=requests_per_minute,
         tokens_per_minute=tokens_per_minute,
         purse=purse,
+        on_pace=on_pace,
     )
 
 
@@ -159,6 +162,63 @@ async def test_hours_without_a_request_save_up_one_second_of_the_limits_and_no_s
     start_s = now_s()
     admitted_at_s = [await use(gate, SMALL) for _ in range(20)]
     assert sum(at_s == start_s for at_s in admitted_at_s) == 10
+
+
+# other limits while it works
+
+
+@on_moved_clock
+async def test_other_limits_hold_from_the_moment_they_are_told() -> None:
+    changes: list[tuple[Limit, float | None, float | None, str]] = []
+    gate = new_gate(requests_per_minute=6_000, on_pace=lambda *change: changes.append(change))
+    for _ in range(300):
+        await use(gate, SMALL)
+    gate.tune(requests_per_minute=600, tokens_per_minute=6_000)
+    start_s = now_s()
+    for _ in range(100):
+        await use(gate, SMALL)
+    assert now_s() - start_s == pytest.approx(10.0, abs=0.2)
+    gate.tune(requests_per_minute=6_000)
+    start_s = now_s()
+    for _ in range(100):
+        await use(gate, SMALL)
+    assert now_s() - start_s == pytest.approx(1.0, abs=0.2)
+    assert changes == [
+        (Limit.REQUESTS, 6_000, 600, "told"),
+        (Limit.TOKENS, None, 6_000, "told"),
+        (Limit.REQUESTS, 600, 6_000, "told"),
+    ]
+
+
+@on_moved_clock
+async def test_who_waits_for_a_slow_pace_goes_as_soon_as_a_faster_one_allows_it() -> None:
+    gate = new_gate(requests_per_minute=1)
+    await gate.admit(SMALL)
+    waiting = await turns(gate.admit(SMALL))
+    start_s = now_s()
+    gate.tune(requests_per_minute=6_000)
+    await waiting
+    assert now_s() - start_s == pytest.approx(0.01)
+
+
+@on_moved_clock
+async def test_fewer_in_flight_takes_effect_as_slots_return_and_never_more_than_there_are_slots() -> None:
+    gate = new_gate(max_in_flight=4)
+    slots = [await gate.admit(SMALL) for _ in range(4)]
+    gate.tune(max_in_flight=2)
+    waiting = await turns(gate.admit(SMALL))
+    for slot in slots[:2]:
+        gate.observe(slot, Outcome(slot, Verdict.OK))
+        gate.release(slot, Decimal(0))
+    assert not waiting.done()
+    gate.observe(slots[2], Outcome(2, Verdict.OK))
+    gate.release(slots[2], Decimal(0))
+    gate.release(await waiting, Decimal(0))
+    gate.tune(max_in_flight=1_000)
+    for row in range(20):
+        await use(gate, SMALL, row=row)
+    more = [await turns(gate.admit(SMALL)) for _ in range(4)]
+    assert [task.done() for task in more] == [True, True, True, False]
 
 
 # slots

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchrun.accounts import BURST_S, Purse, TokenBucket
+from batchrun.accounts import BURST_S, Bucket, Purse
 
 SIZES = st.lists(st.integers(1, 5_000), min_size=50, max_size=200)
 CENTS = st.integers(0, 500).map(lambda n: Decimal(n) / 100)
@@ -14,13 +14,13 @@ CENTS = st.integers(0, 500).map(lambda n: Decimal(n) / 100)
 
 @given(SIZES, st.sampled_from([600.0, 60_000.0, 200_000.0]))
 def test_the_long_run_token_rate_is_the_limit_whatever_the_sizes_are(sizes: list[int], limit: float) -> None:
-    bucket = TokenBucket(limit, now_s=0.0)
+    bucket = Bucket(limit, now_s=0.0)
     now_s = 0.0
     for tokens in sizes:
         while (wait_s := bucket.ready_in_s(tokens, now_s)) > 0:
             now_s += wait_s
         bucket.take(tokens, now_s)
-    paid_off_s = now_s + bucket.ready_in_s(bucket.capacity_tokens, now_s)
+    paid_off_s = now_s + bucket.ready_in_s(bucket.capacity, now_s)
     allowed = limit / 60 * paid_off_s
     assert sum(sizes) == pytest.approx(allowed, rel=1e-6, abs=1e-3)
 
@@ -28,20 +28,20 @@ def test_the_long_run_token_rate_is_the_limit_whatever_the_sizes_are(sizes: list
 @given(st.lists(st.tuples(st.integers(1, 5_000), st.integers(1, 5_000)), min_size=20, max_size=100))
 def test_what_was_estimated_wrongly_is_made_good_to_the_token(asks: list[tuple[int, int]]) -> None:
     limit = 60_000.0
-    bucket = TokenBucket(limit, now_s=0.0)
+    bucket = Bucket(limit, now_s=0.0)
     now_s = 0.0
     for estimate, actual in asks:
         while (wait_s := bucket.ready_in_s(estimate, now_s)) > 0:
             now_s += wait_s
         bucket.take(estimate, now_s)
         bucket.settle(actual - estimate)
-    paid_off_s = now_s + bucket.ready_in_s(bucket.capacity_tokens, now_s)
+    paid_off_s = now_s + bucket.ready_in_s(bucket.capacity, now_s)
     assert sum(actual for _, actual in asks) == pytest.approx(limit / 60 * paid_off_s, rel=1e-6, abs=1e-3)
 
 
 def test_an_ask_larger_than_the_bucket_waits_for_a_full_one_and_leaves_its_debt() -> None:
-    bucket = TokenBucket(6_000, now_s=0.0)
-    assert bucket.capacity_tokens == 100 * BURST_S
+    bucket = Bucket(6_000, now_s=0.0)
+    assert bucket.capacity == 100 * BURST_S
     bucket.take(1, 0.0)
     assert bucket.ready_in_s(1_000, 0.0) == pytest.approx(0.01)
     bucket.take(1_000, 0.01)
@@ -49,20 +49,20 @@ def test_an_ask_larger_than_the_bucket_waits_for_a_full_one_and_leaves_its_debt(
 
 
 def test_a_long_pause_saves_up_no_more_than_the_burst() -> None:
-    bucket = TokenBucket(6_000, now_s=0.0)
+    bucket = Bucket(6_000, now_s=0.0)
     assert bucket.ready_in_s(100, 86_400.0) == 0.0
     bucket.take(100, 86_400.0)
     assert bucket.ready_in_s(100, 86_400.0) == pytest.approx(1.0)
 
 
 def test_what_is_taken_unasked_does_not_bring_back_time_already_counted() -> None:
-    bucket = TokenBucket(6_000, now_s=0.0)
+    bucket = Bucket(6_000, now_s=0.0)
     bucket.take(100, 5.0)
     assert bucket.ready_in_s(100, 5.0) == pytest.approx(1.0)
 
 
 def test_a_refund_never_fills_the_bucket_beyond_its_burst() -> None:
-    bucket = TokenBucket(6_000, now_s=0.0)
+    bucket = Bucket(6_000, now_s=0.0)
     bucket.settle(-1_000_000)
     bucket.take(100, 0.0)
     assert bucket.ready_in_s(1, 0.0) > 0
