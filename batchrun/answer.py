@@ -1,15 +1,17 @@
-"""Raw bytes of an answer → `Answer`. PURE. Strict first, then lenient; what neither reads is not a completion.
+"""The bytes of an answer → `Answer`. PURE. Strict first, then lenient; what neither reads is not a completion.
 
 Bodies come from anywhere: the API, a proxy's HTML, a cut stream. Nothing here raises for any bytes.
 """
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import msgspec
 
+from batchrun import packed, sse
 from batchrun.records import Answer, FunctionCall, Usage
 
 MAX_MESSAGE_CHARS = 1000
@@ -18,14 +20,19 @@ MAX_MESSAGE_CHARS = 1000
 MAX_COUNT = 10**9
 """Tokens. No request has a billion; a larger count is an error of the server's that no bill should be made of."""
 
-_STREAM = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:data|event|id|retry)?:")
+_STREAM = re.compile(rb"(?:\xef\xbb\xbf)?\s*[\w-]*:")
+"""How a stream begins, and no JSON or HTML: with a field's name or none, and a colon."""
 
 
-def read(body: bytes) -> Answer:
-    """What `body` says: a chat completion as JSON or as server-sent events, an error object, or nothing usable."""
-    if _STREAM.match(body):
-        return _from_events(body)
-    decoded, flagged = decode(body)
+def read(stored: bytes) -> Answer:
+    """What a body in its stored form says: a chat completion as JSON or as server-sent events, an error object, or
+    nothing usable.
+    """
+    pieces = packed.pieces(stored)
+    first = next(pieces, b"")
+    if _STREAM.match(first):
+        return _from_events(chain((first,), pieces))
+    decoded, flagged = decode(first + b"".join(pieces))
     return _from_object(decoded, flagged) if isinstance(decoded, dict) else Answer()
 
 
@@ -175,56 +182,103 @@ def _detail(details: Any, name: str) -> int | None:
     return _count(details.get(name)) if isinstance(details, dict) else None
 
 
-def _from_events(body: bytes) -> Answer:
-    """A whole stream folded into the completion it spells; incomplete with neither a finish_reason nor `[DONE]`."""
-    deltas: list[dict[str, Any]] = []
-    last: dict[str, Any] = {}
-    finish_reason: str | None = None
-    flagged = done = False
-    for data in events(body):
-        if done := data == b"[DONE]":
-            break
-        event, lenient = decode(data)
-        flagged |= lenient
-        if not isinstance(event, dict):
-            continue
-        last |= {name: value for name, value in event.items() if value is not None and name != "choices"}
-        choice = _first_choice(event)
+def has_token(data: bytes) -> bool:
+    """True when the event's data carries something of an answer, be it text, a call or reasoning: no mere role."""
+    event, _ = decode(data)
+    choices = event.get("choices") if isinstance(event, dict) else None
+    deltas = [_delta(choice) for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
+    return any(delta.get(name) for delta in deltas if delta is not None for name in _SPOKEN)
+
+
+_SPOKEN = ("content", "function_call", "tool_calls", "reasoning_content", "reasoning", "refusal")
+"""What servers call the parts of a delta (practice)."""
+
+
+def is_done(data: bytes) -> bool:
+    """True for the data of a stream's last event."""
+    return data == b"[DONE]" or data.strip() == b"[DONE]"
+
+
+def _from_events(pieces: Iterable[bytes]) -> Answer:
+    """A stream folded into the completion it spells; incomplete with neither a finish_reason nor `[DONE]`."""
+    spelled = _Spelled()
+    for event in sse.events(pieces):
+        if is_done(event.data):
+            return spelled.answer(done=True)
+        spelled.take(event)
+    return spelled.answer(done=False)
+
+
+class _Spelled:
+    """What the events of a stream add up to."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, Any] = {}
+        self._message: _Message | None = None
+        self._finish_reason: str | None = None
+        self._flagged = self._broken = False
+
+    def take(self, event: sse.Event) -> None:
+        decoded, lenient = decode(event.data)
+        if event.name == b"error":
+            decoded = _as_error(decoded, event.data)
+        if not isinstance(decoded, dict):
+            if event.whole:  # else it was cut, which is no oddity of its own
+                self._flagged |= lenient
+                self._broken |= event.data.lstrip().startswith(b"{")  # a piece of the answer that nobody can read
+            return
+        self._flagged |= lenient
+        self._last |= {name: value for name, value in decoded.items() if value is not None and name != "choices"}
+        choice = _first_choice(decoded)
         if choice.get("index") not in (None, 0):
-            continue  # the further ones of n > 1 are in the raw answer only
-        finish_reason = _text(choice.get("finish_reason")) or finish_reason
-        if isinstance(delta := choice.get("delta"), dict):
-            deltas.append(delta)
-    if deltas:
-        last["choices"] = [{"message": _joined(deltas), "finish_reason": finish_reason}]
-    answer = _from_object(last, flagged)
-    return answer if done or finish_reason is not None else msgspec.structs.replace(answer, completion=False)
+            return  # the further ones of n > 1 are in the raw answer only
+        self._finish_reason = _text(choice.get("finish_reason")) or self._finish_reason
+        if (delta := _delta(choice)) is not None:
+            self._message = self._message or _Message()
+            self._message.add(delta)
+
+    def answer(self, *, done: bool) -> Answer:
+        whole = self._last
+        if self._message is not None:
+            whole["choices"] = [{"message": self._message.whole(), "finish_reason": self._finish_reason}]
+        answer = _from_object(whole, self._flagged)
+        ended = (done or self._finish_reason is not None) and not self._broken
+        return answer if ended else msgspec.structs.replace(answer, completion=False)
 
 
-def _joined(deltas: list[dict[str, Any]]) -> dict[str, Any]:
+def _as_error(decoded: Any, data: bytes) -> dict[str, Any]:
+    """The object that an event named `error` stands for, in whichever form it says what went wrong."""
+    if isinstance(decoded, dict):
+        return decoded if decoded.get("error") else {"error": decoded or "the stream ended with an error"}
+    return {"error": data.decode("utf-8", "replace") or "the stream ended with an error"}
+
+
+def _delta(choice: dict[str, Any]) -> dict[str, Any] | None:
+    """A choice's delta; some gateways send the whole message in one event instead."""
+    for delta in (choice.get("delta"), choice.get("message")):
+        if isinstance(delta, dict):
+            return delta
+    return None
+
+
+class _Message:
     """The message that a stream's deltas add up to; what none of them has stays null."""
-    contents = [text for delta in deltas if (text := _content(delta.get("content"))) is not None]
-    calls = [call for delta in deltas if (call := _function_call(delta.get("function_call"))) is not None]
-    message: dict[str, Any] = {"content": "".join(contents) if contents else None}
-    if calls:
-        name, arguments = (
-            "".join(parts) for parts in zip(*((c.name or "", c.arguments or "") for c in calls), strict=True)
-        )
-        message["function_call"] = {"name": name, "arguments": arguments}
-    return message
 
+    def __init__(self) -> None:
+        self._contents: list[str] = []
+        self._calls: list[FunctionCall] = []
 
-def events(body: bytes) -> Iterator[bytes]:
-    """The data of each event in a finished stream: its lines joined, comments left out.
+    def add(self, delta: dict[str, Any]) -> None:
+        if (text := _content(delta.get("content"))) is not None:
+            self._contents.append(text)
+        if (call := _function_call(delta.get("function_call"))) is not None:
+            self._calls.append(call)
 
-    Source: WHATWG HTML, "Server-sent events"; a last event without its blank line is still taken.
-    """
-    lines: list[bytes] = []
-    for line in body.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n"):
-        if not line and lines:
-            yield b"\n".join(lines)
-            lines = []
-        elif line.startswith(b"data:"):
-            lines.append(line[5:].removeprefix(b" "))
-    if lines:
-        yield b"\n".join(lines)
+    def whole(self) -> dict[str, Any]:
+        message: dict[str, Any] = {"content": "".join(self._contents) if self._contents else None}
+        if self._calls:
+            name, arguments = (
+                "".join(parts) for parts in zip(*((c.name or "", c.arguments or "") for c in self._calls), strict=True)
+            )
+            message["function_call"] = {"name": name, "arguments": arguments}
+        return message

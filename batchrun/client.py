@@ -13,6 +13,7 @@ import socket
 import ssl
 import time
 import weakref
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -23,11 +24,12 @@ from aiohttp.client_reqrep import ClientRequest
 from aiohttp.http_exceptions import ContentEncodingError
 from aiohttp.payload import TOO_LARGE_BYTES_BODY
 
-from batchrun import __version__
+from batchrun import __version__, packed
 from batchrun.credentials import Credentials
 from batchrun.errors import APIConnectionError, APITimeoutError, JobError
 from batchrun.job import Endpoint
 from batchrun.records import Attempt, Request
+from batchrun.stream import Stream
 
 STALE_WITHIN_S = 0.1
 """A reused connection that ends so soon after the write, without a byte, was closed by the server while it was idle."""
@@ -35,6 +37,9 @@ STALE_WITHIN_S = 0.1
 READ_BUFFER_BYTES = 65_536
 KEEPALIVE_S = 30.0
 TCP_KEEPALIVE_S = 60  # below the 350 s and more after which common NAT gateways forget an idle flow
+
+MAX_TAILS = 64
+"""Streams whose last event has come but not the end of their response: more of them are not waited for."""
 
 
 @dataclass(slots=True)
@@ -44,9 +49,13 @@ class _Exchange:
     task: "asyncio.Task[object]"
     sent_at: float | None = None
     reused: bool = False
-    expired: bool = False
-    first_byte_s: float | None = None
+    overdue: str | None = None
+    http_status: int | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
     received: list[bytes] = field(default_factory=list)
+    stream: Stream | None = None
+    heard_at: float = 0.0
+    first_token_at: float | None = None
 
 
 _EXCHANGE: contextvars.ContextVar[_Exchange | None] = contextvars.ContextVar("exchange", default=None)
@@ -86,16 +95,23 @@ class Client:
 
     Workers call `send`; somebody calls `expire` about once a second, which ends attempts beyond their deadline: one
     sweep costs less than a timeout object for each of a million requests (measured: 6 to 11 µs each).
+
+    A whole answer has a deadline. A stream has none while bytes come (but for `endpoint.stream_timeout_s`): it may be
+    silent for `endpoint.attempt_timeout_s` until its first token, since a model thinks before it writes, and for
+    `endpoint.idle_timeout_s` from then on.
     """
 
     def __init__(self, url: str, endpoint: Endpoint, credentials: Credentials) -> None:
         self._url = url
         self._proxy = endpoint.proxy
         self._deadline_s = endpoint.attempt_timeout_s
+        self._idle_s = endpoint.idle_timeout_s
+        self._stream_s = endpoint.stream_timeout_s
         self._max_bytes = endpoint.max_answer_bytes
         self._name_requests = endpoint.client_request_id
         self._credentials = credentials
         self._exchanges: dict[asyncio.Task[object], _Exchange] = {}
+        self._tails: deque[aiohttp.ClientResponse] = deque()
         context = _ssl_context(endpoint)
         headers = {
             "Content-Type": "application/json",
@@ -121,6 +137,7 @@ class Client:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._close_tails(0)
         await self._pooled.close()
         await self._fresh.close()
 
@@ -136,47 +153,59 @@ class Client:
         return attempt
 
     def expire(self) -> int:
-        """Ends every attempt that is older than the deadline; returns how many."""
-        oldest = time.monotonic() - self._deadline_s
-        late = [exchange for exchange in self._exchanges.values() if (exchange.sent_at or oldest) < oldest]
-        for exchange in late:
-            exchange.expired = True
-            exchange.task.cancel()
-        return len(late)
+        """Ends every attempt that has taken too long, and what streams left open; returns how many attempts."""
+        self._close_tails(0)
+        now = time.monotonic()
+        late = 0
+        for exchange in self._exchanges.values():
+            exchange.overdue = self._overdue(exchange, now)
+            if exchange.overdue is not None:
+                late += 1
+                exchange.task.cancel()
+        return late
+
+    def _overdue(self, exchange: _Exchange, now: float) -> str | None:
+        """Why the attempt has taken too long, if it has."""
+        if exchange.sent_at is None:
+            return None
+        age_s = now - exchange.sent_at
+        if exchange.stream is None:
+            return f"no whole answer within {self._deadline_s:g} s" if age_s > self._deadline_s else None
+        patience_s = self._idle_s if exchange.stream.speaks else max(self._idle_s, self._deadline_s)
+        if now - exchange.heard_at > patience_s:
+            return f"a stream that was silent for {patience_s:g} s"
+        return f"a stream without its end after {self._stream_s:g} s" if age_s > self._stream_s else None
+
+    def _close_tails(self, left: int) -> None:
+        while len(self._tails) > left:
+            self._tails.popleft().close()
 
     async def _exchange(self, session: aiohttp.ClientSession, request: Request, client_request_id: str) -> Attempt:
         exchange = self._begin()
         started_at, started = time.time(), time.monotonic()
-        http_status: int | None = None
-        headers: Mapping[str, str] = {}
         error: APIConnectionError | None = None
-        own_headers = {"X-Client-Request-Id": client_request_id} if self._name_requests else None
         try:
-            async with session.post(
-                self._url, data=_payload(request.body), headers=own_headers, allow_redirects=False, proxy=self._proxy
-            ) as response:
-                http_status, headers = response.status, response.headers
-                error = await self._receive(response, exchange, started)
+            error = await self._answered(session, request, client_request_id, exchange)
         except asyncio.CancelledError:
-            if not exchange.expired or exchange.task.uncancel():  # somebody else ends this worker as well
+            if exchange.overdue is None or exchange.task.uncancel():  # somebody else ends this worker as well
                 raise
-            message = f"no whole answer within {self._deadline_s:g} s"
-            error = APITimeoutError(message, kind="timeout", sent=exchange.sent_at is not None)
+            error = APITimeoutError(exchange.overdue, kind="timeout", sent=exchange.sent_at is not None)
         except Exception as raised:  # translate() knows every exception of aiohttp's; a test walks them
             error = self._translated(raised, exchange)
         finally:
             del self._exchanges[exchange.task]
-        request_id = headers.get("x-request-id")
-        body = b"".join(exchange.received) if len(exchange.received) != 1 else exchange.received[0]
+        request_id = exchange.headers.get("x-request-id")
+        first_token_at = exchange.first_token_at
         return Attempt(
             started_at=started_at,
             latency_s=time.monotonic() - started,
-            http_status=http_status,
-            headers=headers,
-            body=self._credentials.clean(body),
+            http_status=exchange.http_status,
+            headers=exchange.headers,
+            body=self._stored(exchange),
             error=error,
-            time_to_first_token_s=exchange.first_byte_s if _is_stream(headers) else None,
+            time_to_first_token_s=None if first_token_at is None else first_token_at - started,
             request_id=None if request_id is None else self._credentials.clean_text(request_id),
+            streamed=exchange.stream is not None,
         )
 
     def _begin(self) -> _Exchange:
@@ -186,33 +215,76 @@ class Client:
         if exchange is None or exchange.task is not task:
             exchange = _Exchange(task)
             _EXCHANGE.set(exchange)
-        exchange.sent_at, exchange.first_byte_s, exchange.received = None, None, []
-        exchange.reused = exchange.expired = False
+        exchange.sent_at = exchange.overdue = exchange.http_status = exchange.stream = exchange.first_token_at = None
+        exchange.headers, exchange.received, exchange.reused = {}, [], False
         self._exchanges[task] = exchange
         return exchange
 
-    async def _receive(
-        self, response: aiohttp.ClientResponse, exchange: _Exchange, started: float
+    async def _answered(
+        self, session: aiohttp.ClientSession, request: Request, client_request_id: str, exchange: _Exchange
     ) -> APIConnectionError | None:
+        """The request is sent and its answer read into the exchange."""
+        own_headers = {"X-Client-Request-Id": client_request_id} if self._name_requests else None
+        response = await session.post(
+            self._url, data=_payload(request.body), headers=own_headers, allow_redirects=False, proxy=self._proxy
+        )
+        exchange.http_status, exchange.headers = response.status, response.headers
+        try:
+            if _is_stream(response):
+                exchange.stream = Stream(self._credentials.cleaner())
+                return await self._receive_stream(response, exchange, exchange.stream)
+            return await self._receive(response, exchange)
+        finally:
+            if exchange.stream is not None and exchange.stream.done:
+                self._tails.append(response)  # its connection is used again if its end comes before the next sweep
+                self._close_tails(MAX_TAILS)
+            else:
+                response.release()
+                await response.wait_for_close()
+
+    async def _receive(self, response: aiohttp.ClientResponse, exchange: _Exchange) -> APIConnectionError | None:
         """Reads the body into the exchange; bounded in decoded bytes, so a gzip bomb ends here."""
         size = 0
-        while chunk := await response.content.readany():
-            if not size:
-                exchange.first_byte_s = time.monotonic() - started
-            size += len(chunk)
+        while piece := await response.content.readany():
+            size += len(piece)
             if size > self._max_bytes:
-                response.close()
-                message = f"the answer is larger than endpoint.max_answer_bytes ({self._max_bytes:,})"
-                return APIConnectionError(message, kind="answer_too_large", sent=True)
-            exchange.received.append(chunk)
+                return self._too_large(response)
+            exchange.received.append(piece)
         return None
+
+    async def _receive_stream(
+        self, response: aiohttp.ClientResponse, exchange: _Exchange, stream: Stream
+    ) -> APIConnectionError | None:
+        """Reads the stream into the exchange up to its last event: some servers leave the connection open behind it."""
+        exchange.heard_at = time.monotonic()
+        while not stream.done and (piece := await response.content.readany()):
+            room = self._max_bytes - stream.size
+            stream.take(piece[:room])
+            if len(piece) > room:
+                return self._too_large(response)
+            exchange.heard_at = time.monotonic()
+            if stream.speaks and exchange.first_token_at is None:
+                exchange.first_token_at = exchange.heard_at
+        return None
+
+    def _too_large(self, response: aiohttp.ClientResponse) -> APIConnectionError:
+        response.close()
+        message = f"the answer is larger than endpoint.max_answer_bytes ({self._max_bytes:,})"
+        return APIConnectionError(message, kind="answer_too_large", sent=True)
+
+    def _stored(self, exchange: _Exchange) -> bytes:
+        """What came, as it is stored: without the key, a stream packed."""
+        if exchange.stream is not None:
+            return exchange.stream.stored()
+        received = exchange.received
+        return packed.stored(self._credentials.clean(received[0] if len(received) == 1 else b"".join(received)))
 
     def _translated(self, raised: Exception, exchange: _Exchange) -> APIConnectionError:
         error = translate(raised, sent=exchange.sent_at is not None)
         if (
             error.kind == "reset"
             and exchange.reused
-            and not exchange.received
+            and exchange.http_status is None
             and exchange.sent_at is not None
             and time.monotonic() - exchange.sent_at < STALE_WITHIN_S
         ):
@@ -272,8 +344,10 @@ def _connect_kind(raised: aiohttp.ClientConnectorError) -> str:
     return "refused" if raised.os_error.errno == errno.ECONNREFUSED else "connect"
 
 
-def _is_stream(headers: Mapping[str, str]) -> bool:
-    return headers.get("Content-Type", "").startswith("text/event-stream")
+def _is_stream(response: aiohttp.ClientResponse) -> bool:
+    """True for an answer that comes as server-sent events; what refuses a request comes whole."""
+    content_type = response.headers.get("Content-Type", "")
+    return 200 <= response.status < 300 and content_type.lower().startswith("text/event-stream")
 
 
 def _ssl_context(endpoint: Endpoint) -> ssl.SSLContext:

@@ -44,6 +44,46 @@ class Credentials:
         """The same for text."""
         return self.clean(text.encode("utf-8", "surrogatepass")).decode("utf-8", "surrogatepass")
 
+    def cleaner(self) -> "Cleaner":
+        """For bytes that come in pieces."""
+        return Cleaner(self, self._forms)
+
+
+class Cleaner:
+    """Cleans what comes in pieces to what `Credentials.clean` makes of the whole: a key may lie across two pieces."""
+
+    def __init__(self, credentials: Credentials, forms: tuple[bytes, ...]) -> None:
+        self._credentials = credentials
+        self._forms = forms
+        self._held_bytes = max(map(len, forms), default=1) - 1  # a form that begins before them has ended
+        self._held = b""
+
+    def feed(self, piece: bytes) -> bytes:
+        """What is certain of the bytes so far, cleaned; the last of them wait for the next piece."""
+        raw = self._held + piece
+        cut = self._before_a_form(raw, max(0, len(raw) - self._held_bytes))
+        self._held = raw[cut:]
+        return self._credentials.clean(raw[:cut])
+
+    def finish(self) -> bytes:
+        """The rest, cleaned."""
+        held, self._held = self._held, b""
+        return self._credentials.clean(held)
+
+    def _before_a_form(self, raw: bytes, cut: int) -> int:
+        """The last place up to `cut` that lies in no form."""
+        while (start := self._begun_before(raw, cut)) is not None:
+            cut = start
+        return cut
+
+    def _begun_before(self, raw: bytes, cut: int) -> int | None:
+        """Where a form begins that `cut` would divide."""
+        for form in self._forms:
+            start = raw.find(form, max(0, cut - len(form) + 1), cut + len(form) - 1)
+            if start >= 0:
+                return start
+        return None
+
 
 def read(endpoint: Endpoint, environ: Mapping[str, str]) -> Credentials:
     """The credentials that the job names.

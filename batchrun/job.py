@@ -47,6 +47,8 @@ class Endpoint(Table, frozen=True):
     proxy: Text | None = None
     connect_timeout_s: Positive = 10.0
     attempt_timeout_s: Positive = 900.0  # long reasoning calls; counted from the send, not from queueing
+    idle_timeout_s: Positive = 300.0  # who writes is seldom silent for a minute, but may stop to think again
+    stream_timeout_s: Positive = 14_400.0  # 128,000 tokens at ten a second take 3.6 hours
     max_answer_bytes: AtLeastOne = 64_000_000
     client_request_id: bool = True
 

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchrun import answer as answers
+from batchrun import packed
 from batchrun.durable import digest, fsync, replace, told
 from batchrun.errors import CheckpointError, JobError
 from batchrun.job import Output
@@ -145,7 +146,7 @@ def own_table(completions: Sequence[Completion], *, keep_raw: bool, json_variant
         "request_key": [c.key for c in completions],
         "reused": [False] * len(completions),
         "variant": [c.variant for c in completions],
-        "raw": [c.raw if keep_raw or c.status is not Status.OK or a.flagged else None for c, a in pairs],
+        "raw": [packed.plain(c.raw) if keep_raw or c.status is not Status.OK or a.flagged else None for c, a in pairs],
     }
     return pa.Table.from_arrays([pa.array(values[field.name], field.type) for field in OWN_COLUMNS], schema=OWN_COLUMNS)
 

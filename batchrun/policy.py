@@ -11,6 +11,7 @@ from enum import StrEnum
 
 import msgspec
 
+from batchrun import packed
 from batchrun.answer import MAX_MESSAGE_CHARS, decode
 from batchrun.job import Retry
 from batchrun.records import Answer, Attempt, RowError, Status, Verdict
@@ -100,7 +101,7 @@ _ANSWERED = Judgement(Verdict.OK)
 
 def judge(attempt: Attempt, answer: Answer, retry: Retry) -> Judgement:
     """The verdict on one attempt, with what the `error` column and the gate need of it."""
-    if attempt.error is not None:
+    if attempt.error is not None and not (attempt.streamed and answer.completion):  # a stream says itself when it ends
         error = RowError(attempt.error.kind, attempt.http_status, None, str(attempt.error)[:MAX_MESSAGE_CHARS])
         return Judgement(FAULT_VERDICTS[attempt.error.kind], error)
     status = attempt.http_status
@@ -134,7 +135,7 @@ def _by_status_and_body(status: int, attempt: Attempt, answer: Answer) -> tuple[
         return Verdict.ROW, "content_policy", True
     if status == 503:
         # this vendor's code for "Content Policy Violation"; gateways use it for overload: the body decides
-        if _is_overload(attempt):
+        if _is_overload(attempt, answer):
             return Verdict.SLOW, "overloaded", False
         return Verdict.ROW, "content_policy", True
     if status < 400:
@@ -155,17 +156,20 @@ def _is_quota(code: str, message: str) -> bool:
     return _QUOTA.search(message) is not None and _PACE.search(f"{code} {message}") is None
 
 
-def _is_overload(attempt: Attempt) -> bool:
+def _is_overload(attempt: Attempt, answer: Answer) -> bool:
     """A 503 is trouble of the server's unless it is a JSON object that speaks of neither load nor a wait.
 
     The whole body is searched: gateways put their words under `detail`, `reason` and other names.
     """
     if "retry-after" in attempt.headers or "retry-after-ms" in attempt.headers:
         return True
-    decoded, _ = decode(attempt.body)
-    if not isinstance(decoded, dict) or not decoded:
-        return True
-    words = attempt.body[:MAX_SEARCHED_BYTES].decode("utf-8", "replace")
+    if attempt.streamed:
+        words = f"{answer.error_code} {answer.error_message}"
+    else:
+        decoded, _ = decode(attempt.body)
+        if not isinstance(decoded, dict) or not decoded:
+            return True
+        words = attempt.body[:MAX_SEARCHED_BYTES].decode("utf-8", "replace")
     return _OVERLOAD.search(words) is not None and _MODERATION.search(words) is None
 
 
@@ -185,7 +189,7 @@ def _embedded_status(answer: Answer, status: int) -> int:
 
 
 def _excerpt(body: bytes) -> str:
-    return " ".join(body[:300].decode("utf-8", "replace").split())
+    return " ".join(packed.beginning(body, 300).decode("utf-8", "replace").split())
 
 
 def _why_unreadable(body: bytes) -> str:

@@ -84,8 +84,9 @@ class Request(msgspec.Struct, frozen=True):
 class Attempt(msgspec.Struct, frozen=True):
     """One HTTP exchange as it ended: either `http_status` with `body`, or `error` with whatever bytes had come.
 
-    `body` is decompressed and redacted; `started_at` is wall time; durations are monotonic seconds. `request_id` is the
-    server's name for the exchange, to reconcile an invoice.
+    `body` is decompressed, redacted, and in its stored form (`packed`), which matters for what is `streamed`: a 2xx of
+    server-sent events. `started_at` is wall time; durations are monotonic seconds. `time_to_first_token_s`: until a
+    stream's first text, call or reasoning. `request_id` is the server's name for the exchange, to reconcile an invoice.
     """
 
     started_at: float
@@ -96,6 +97,7 @@ class Attempt(msgspec.Struct, frozen=True):
     error: APIConnectionError | None = None
     time_to_first_token_s: float | None = None
     request_id: str | None = None
+    streamed: bool = False
 
 
 class FunctionCall(msgspec.Struct, frozen=True):

@@ -164,11 +164,13 @@ def _parameters(request: RequestTemplate) -> Body:
 
 
 def _stream_fields(request: RequestTemplate) -> bytes:
-    """The bytes that end a streamed body in place of its brace; empty when the answer comes whole."""
+    """The bytes that end a streamed body in place of its brace; empty when the answer comes whole. Some servers refuse
+    `stream_options`: empty ones are not sent.
+    """
     if not request.stream:
         return b""
     options = request.extra.get("stream_options", {"include_usage": True})
-    return b',"stream":true,"stream_options":' + msgspec.json.encode(options) + b"}"
+    return b',"stream":true' + (b',"stream_options":' + msgspec.json.encode(options) if options else b"") + b"}"
 
 
 def _message_maker(request: RequestTemplate, dialect: str) -> Callable[[Columns], list[Any]]:

@@ -134,20 +134,6 @@ def test_an_error_status_is_an_answer_too(status: str) -> None:
     assert (attempt.http_status, attempt.body, attempt.error) == (int(status[:3]), body, None)
 
 
-def test_a_stream_is_timed_to_its_first_byte() -> None:
-    async def script(exchange: Exchange) -> None:
-        await exchange.send(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
-        await asyncio.sleep(0.05)
-        await exchange.send(b"8\r\ndata: 1\n\r\n")
-        await asyncio.sleep(0.1)
-        await exchange.send(b"8\r\ndata: 2\n\r\n0\r\n\r\n")
-
-    attempt = ended(script)
-    assert attempt.body == b"data: 1\ndata: 2\n"
-    assert attempt.time_to_first_token_s is not None
-    assert 0.04 < attempt.time_to_first_token_s < attempt.latency_s - 0.05
-
-
 @pytest.mark.parametrize("size", [0, 1, 2_000_000, 10_000_000])
 def test_a_large_answer_and_a_large_request_arrive_whole(size: int) -> None:
     body = os.urandom(size)

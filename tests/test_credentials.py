@@ -159,3 +159,37 @@ def test_a_key_file_that_holds_or_is_nothing_is_named(tmp_path: Path) -> None:
         read(key_file(tmp_path, 0o600, " \n"), {})
     with pytest.raises(JobError, match=r"endpoint\.api_key_file: can't read .*gone"):
         read(Endpoint(URL, api_key_file=str(tmp_path / "gone")), {})
+
+
+def in_pieces(credentials: Credentials, raw: bytes, cuts: list[int]) -> bytes:
+    cleaner = credentials.cleaner()
+    fed = [
+        cleaner.feed(raw[start:end]) for start, end in zip([0, *sorted(cuts)], [*sorted(cuts), len(raw)], strict=True)
+    ]
+    return b"".join([*fed, cleaner.finish()])
+
+
+@given(
+    key=st.one_of(KEYS, st.text("ab", min_size=MIN_SECRET_CHARS, max_size=9)),
+    words=st.lists(st.one_of(st.just("KEY"), st.text("ab", max_size=12), st.text(max_size=5)), max_size=6),
+    data=st.data(),
+)
+def test_a_key_that_comes_in_pieces_is_cut_out_as_from_the_whole(
+    key: str, words: list[str], data: st.DataObject
+) -> None:
+    raw = "".join(key if word == "KEY" else word for word in words).encode("utf-8", "replace")
+    cuts = data.draw(st.lists(st.integers(0, len(raw)), max_size=8))
+    assert in_pieces(holding(key), raw, cuts) == holding(key).clean(raw)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_form_of_the_key_survives_byte_by_byte(form: str) -> None:
+    written = FORMS[form](KEY).strip('"').encode()
+    raw = b"data: Bearer " + written + b"\n\n" + written + written
+    cleaned = in_pieces(holding(KEY), raw, list(range(len(raw))))
+    assert cleaned == b"data: Bearer [redacted]\n\n[redacted][redacted]"
+
+
+def test_without_a_key_nothing_is_held_back() -> None:
+    cleaner = Credentials({}, frozenset()).cleaner()
+    assert (cleaner.feed(b"abc"), cleaner.finish()) == (b"abc", b"")

@@ -1,0 +1,75 @@
+"""Whole runs over streams: the same answers as whole ones, and partial text where a stream was cut."""
+
+import asyncio
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from batchrun.simulator import Fault, SimulatorConfig
+from tests.cli_process import KEY, Ended, batchrun, finish, kill_when, read_summary, start, write_job, write_rows
+from tests.fault_server import Exchange, Script, serving
+from tests.simulator_process import running_simulator
+from tests.test_client import closes
+from tests.test_stream import DONE, FI, NE, ROLE, STOP, USAGE, event, streams
+
+SAME = ["id", "row", "request_key", "status", "content", "finish_reason", "model", "prompt_tokens", "completion_tokens"]
+STREAM = ("--set", "request.stream=true", "--set", "output.raw=always")
+
+
+def test_a_streamed_run_that_was_killed_brings_the_answers_of_a_whole_one_and_its_events_as_text(
+    tmp_path: Path,
+) -> None:
+    source = write_rows(tmp_path / "in.jsonl", 150)
+    config = SimulatorConfig(latency_s=0.02, faults=(Fault(kind="cut", share=0.05, times=1, per_question=True),))
+    with running_simulator(config) as simulator:
+        job = write_job(
+            tmp_path / "job.toml", simulator.url, source, "[output]\nchunk_rows = 50\n[retry]\nbackoff_base_s = 0.05\n"
+        )
+        streamed = tmp_path / "streamed"
+        process = start("run", job, "-o", streamed, *STREAM)
+        kill_when(process, lambda: len(simulator.ledger()) >= 80)
+        process.communicate()
+        assert batchrun("run", job, "-o", streamed, *STREAM).exit_code == 0
+    with running_simulator() as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, source)
+        assert batchrun("run", job, "-o", tmp_path / "whole").exit_code == 0
+    rows, whole = (pq.read_table(out / "completions.parquet") for out in (streamed, tmp_path / "whole"))
+    assert rows.select(SAME).equals(whole.select(SAME))
+    raws = [raw or b"" for raw in rows.column("raw").to_pylist()]
+    assert all(raw.startswith(b"data: {") and raw.endswith(DONE) for raw in raws)
+    assert None not in rows.column("time_to_first_token_s").to_pylist()
+    assert set(whole.column("time_to_first_token_s").to_pylist()) == {None}
+    assert read_summary(streamed)["without_usage"] == 0
+
+
+def asked(tmp_path: Path, script: Script, rows: int, *flags: str) -> tuple[Ended, Path]:
+    """A streamed run over `rows` rows against a scripted server."""
+
+    async def main() -> Ended:
+        async with serving(script) as server:
+            job = write_job(tmp_path / "job.toml", server.url, write_rows(tmp_path / "in.jsonl", rows))
+            process = start("run", job, "-o", tmp_path / "out", "--set", "request.stream=true", *flags)
+            return await asyncio.to_thread(finish, process)
+
+    return asyncio.run(main()), tmp_path / "out"
+
+
+def test_a_row_whose_stream_is_cut_every_time_fails_with_the_text_that_came(tmp_path: Path) -> None:
+    named = event({"content": f"is {KEY}."})
+
+    async def script(exchange: Exchange) -> None:
+        cut = b"item 3 " in exchange.body
+        await streams(ROLE, FI, *((named[:-30], named[-30:], 0.02, closes) if cut else (NE, STOP, USAGE, DONE)))(
+            exchange
+        )
+
+    ended, out = asked(tmp_path, script, 5)
+    assert ended.exit_code == 3
+    rows = pq.read_table(out / "completions.parquet").to_pylist()
+    assert [row["status"] for row in rows] == ["ok", "ok", "ok", "error", "ok"]
+    assert [row["content"] for row in rows] == ["Fine.", "Fine.", "Fine.", "Fiis [redacted].", "Fine."]
+    failed = rows[3]
+    assert (failed["error"]["kind"], failed["attempts"], failed["completion_tokens"]) == ("cut", 2, None)
+    assert failed["raw"] == ROLE + FI + named.replace(KEY.encode(), b"[redacted]")
+    assert [row["completion_tokens"] for row in rows if row["status"] == "ok"] == [2] * 4
+    assert [entry["cause"] for entry in read_summary(out)["possibly_billed"]] == ["cut", "cut"]
