@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests import prefork
+
 KEY = "canary-key-8d1f3b7a"
 KEY_ENV = "BATCHRUN_TEST_KEY"
 DEADLINE_S = 120.0
@@ -60,8 +62,10 @@ def start(
 ) -> "subprocess.Popen[str]":
     """The command line, running; `before` is a command that runs it."""
     environ = {**os.environ, KEY_ENV: key, "PYTHONWARNINGS": "error"}
-    command = [*before, sys.executable, "-c", "from batchrun.cli import main; main()", *map(str, arguments)]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL, **options}
+    if prefork.AVAILABLE and not before and options.keys() <= {"stdin", "stdout", "stderr", "cwd"}:
+        return prefork.Forked("batchrun.cli", [str(argument) for argument in arguments], environ, **options)
+    command = [*before, sys.executable, "-c", "from batchrun.cli import main; main()", *map(str, arguments)]
     return subprocess.Popen(command, env=environ, text=True, **options)
 
 

@@ -1,5 +1,6 @@
 """The simulator as tests use it: a real process on a port of its own, ended with the block that started it."""
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -11,6 +12,7 @@ from pathlib import Path
 import msgspec
 
 from batchrun.simulator import LedgerLine, SimulatorConfig, read_ledger
+from tests import prefork
 
 _PREFIX = "listening on "
 
@@ -47,5 +49,8 @@ def running_simulator(config: SimulatorConfig | None = None) -> Iterator[Running
 
 def start(config: SimulatorConfig) -> subprocess.Popen[str]:
     """The process itself, for tests that end it their own way; its stdout is a pipe."""
-    command = [sys.executable, "-m", "batchrun.simulator", msgspec.json.encode(config).decode()]
+    settings = msgspec.json.encode(config).decode()
+    if prefork.AVAILABLE:
+        return prefork.Forked("batchrun.simulator.__main__", [settings], os.environ, stdout=subprocess.PIPE)
+    command = [sys.executable, "-m", "batchrun.simulator", settings]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)

@@ -2,6 +2,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from io import BytesIO
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 
 from batchrun.errors import DiskError, InputError
 from batchrun.source import changed, digest, find_files, fingerprint, open_source, spool
+
+NOBODY = 65534
 
 
 def write(path: Path, content: bytes = b'{"a": 1}\n') -> Path:
@@ -67,11 +70,18 @@ def test_an_unreadable_file_is_named_with_the_systems_reason(tmp_path: Path) -> 
     assert "No such file" in refused(dangling)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_a_file_without_read_permission_is_named(tmp_path: Path) -> None:
-    secret = write(tmp_path / "a.jsonl")
-    secret.chmod(0)
-    assert "Permission denied" in refused(secret)
+def test_a_file_without_read_permission_is_named() -> None:
+    me = os.geteuid()
+    with tempfile.TemporaryDirectory() as folder:
+        secret = write(Path(folder) / "a.jsonl")
+        secret.chmod(0)
+        Path(folder).chmod(0o755)
+        if me == 0:
+            os.seteuid(NOBODY)  # root reads everything
+        try:
+            assert "Permission denied" in refused(secret)
+        finally:
+            os.seteuid(me)
 
 
 def test_jsonl_and_parquet_together_are_refused_naming_both(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,8 +89,10 @@ def test_frames_of_an_earlier_round_are_not_missed(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.db"
     command = [sys.executable, "-m", "tests.checkpoint_writer", str(path)]
     for _ in range(4):
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=Path(__file__).parents[1]) as process:
-            time.sleep(random.uniform(0.6, 0.9))
+        with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1]) as process:
+            assert process.stdout is not None
+            for _ in range(random.randrange(20, 60)):
+                process.stdout.readline()  # a commit that was told
             process.send_signal(signal.SIGKILL)
         assert commits_dropped(path.with_name("checkpoint.db-wal").read_bytes()) == 0
 

@@ -7,8 +7,9 @@ from batchrun.simulator.config import config_from_json
 from batchrun.simulator.process import run
 
 
-def main(arguments: list[str]) -> int:
+def main() -> int:
     """The exit code: 0 after a signal, 2 when the settings are wrong."""
+    arguments = sys.argv[1:]
     try:
         config = config_from_json(arguments[0] if arguments else "{}")
         run(config, lambda url: print(f"listening on {url}", flush=True))
@@ -19,4 +20,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

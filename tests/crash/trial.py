@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from batchrun import slots
 from batchrun.simulator import Fault, SimulatorConfig, parse_faults
 from batchrun.slots import InFlight
-from tests import cli_process
+from tests import cli_process, prefork
 from tests.cli_process import KEY, KEY_ENV, Ended, read_summary, snapshot, write_job, write_rows
 from tests.crash.launcher import Orders
 from tests.crash.schedule import Kill, Plan
@@ -179,15 +179,17 @@ class Trial:
     def _start(self, kill: Kill) -> "subprocess.Popen[str]":
         self._where.unlink(missing_ok=True)
         orders = Orders(str(self._where), str(self._trace), kill.point, kill.passage, self._bug)
-        command = [sys.executable, "-m", "tests.crash.launcher", msgspec.json.encode(orders).decode()]
-        return subprocess.Popen(
-            [*command, "run", str(self.job), "-o", str(self.out), *self.flags],
-            env={**os.environ, KEY_ENV: KEY},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        arguments = [msgspec.json.encode(orders).decode(), "run", str(self.job), "-o", str(self.out), *self.flags]
+        environ = {**os.environ, KEY_ENV: KEY}
+        pipes: dict[str, Any] = {
+            "stdin": subprocess.DEVNULL,
+            "stdout": subprocess.DEVNULL,
+            "stderr": subprocess.PIPE,
+        }
+        if prefork.AVAILABLE and self._bug is None:  # a bug is planted while the product is loaded
+            return prefork.Forked("tests.crash.launcher", arguments, environ, **pipes)
+        command = [sys.executable, "-m", "tests.crash.launcher", *arguments]
+        return subprocess.Popen(command, env=environ, text=True, **pipes)
 
     def _ended(self, process: "subprocess.Popen[str]", *allowed: int) -> bool:
         """The process has ended in one of the ways allowed; any other is a violation."""

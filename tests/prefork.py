@@ -1,0 +1,122 @@
+"""Processes of the product that need not import it first: forks of a process that has.
+
+Tests start some hundreds of runs and simulators, and half a second of imports was half of all their work. One process
+beside each test process has everything loaded and only forks, so each fork is a fresh process of the product: killed,
+signalled and waited for as any other. (The kernel hands it to the test process, as the nearest "subreaper", prctl(2).)
+Where the start itself is under test (limits, strace, planted bugs) and off Linux, tests start an interpreter.
+"""
+
+import atexit
+import ctypes
+import importlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+AVAILABLE = sys.platform == "linux"
+
+_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+_ORDER_BYTES = 200_000
+
+_LOADED = (
+    *("batchrun.cli", "batchrun.run", "batchrun.simulated", "batchrun.report", "batchrun.estimate", "batchrun.look"),
+    *("batchrun.simulator.process", "batchrun.simulator.__main__", "genai_prices", "tqdm", "uvloop"),
+    "tests.crash.launcher",
+)
+
+
+class Forked(subprocess.Popen[str]):
+    """`python -m MODULE ARGUMENTS…` by a fork, for a module that has a `main()`. Takes Popen's pipes and `cwd`."""
+
+    def __init__(self, module: str, arguments: Sequence[str], env: Mapping[str, str], **options: Any) -> None:
+        self._order = {"module": module, "argv": [module, *arguments], "env": dict(env)}
+        super().__init__([sys.executable, "-m", module, *arguments], text=True, **options)
+
+    def _execute_child(self, *given: Any) -> None:
+        """Popen's own method (CPython 3.11 to 3.14), with its pipes in hand: another process forks."""
+        cwd, (child_in, to_child, from_child, child_out, errors_from_child, child_err) = given[5], given[10:16]
+        standard = [own if fd == -1 else fd for own, fd in enumerate((child_in, child_out, child_err))]
+        self.pid = _forked({**self._order, "cwd": str(cwd or Path.cwd())}, standard)
+        self._child_created = True
+        self._close_pipe_fds(child_in, to_child, from_child, child_out, errors_from_child, child_err)  # type: ignore[attr-defined]
+
+
+@cache
+def _server() -> socket.socket:
+    """The connection to the process that forks; it ends with this one."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for end in (ours, theirs):
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * _ORDER_BYTES)
+    command = [sys.executable, "-m", "tests.prefork", str(theirs.fileno())]
+    with theirs:
+        process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
+    atexit.register(_end, ours, process)
+    assert ours.recv(16) == b"loaded"
+    return ours
+
+
+def _end(server: socket.socket, process: "subprocess.Popen[bytes]") -> None:
+    server.close()
+    process.wait()
+
+
+def _forked(order: Mapping[str, object], standard: Sequence[int]) -> int:
+    """The process id of the process that obeys the order, with these files as stdin, stdout and stderr."""
+    server = _server()
+    socket.send_fds(server, [json.dumps(order).encode()], list(standard))
+    return int(server.recv(16))
+
+
+def _serve(server: socket.socket) -> Callable[[], int | None]:
+    """Forks for every order until the test process has gone; returns in each fork with what that is to do."""
+    for name in _LOADED:
+        importlib.import_module(name)
+    threads = sorted(name.read_text().strip() for name in Path("/proc/self/task").glob("*/comm"))
+    # a fork keeps one thread only; jemalloc, which Arrow brings and does not use here, knows how to live with that
+    assert [name for name in threads if name != "jemalloc_bg_thd"] == [Path("/proc/self/comm").read_text().strip()]
+    server.send(b"loaded")
+    while True:
+        message, standard, _, _ = socket.recv_fds(server, _ORDER_BYTES, 3)
+        if not message:
+            os._exit(0)
+        reading, writing = os.pipe()
+        if not (between := os.fork()):
+            if child := os.fork():
+                os.write(writing, str(child).encode())
+                os._exit(0)  # so that the child is handed on
+            for descriptor in (server.detach(), reading, writing):
+                os.close(descriptor)
+            return _begin(json.loads(message), standard)
+        os.waitpid(between, 0)  # not before may the child be told of: nobody could wait for it
+        server.send(os.read(reading, 16))
+        for descriptor in (*standard, reading, writing):
+            os.close(descriptor)
+
+
+def _begin(order: Mapping[str, Any], standard: Sequence[int]) -> Callable[[], int | None]:
+    """This process has the files, folder and environment of the order."""
+    for own, descriptor in enumerate(standard):
+        os.dup2(descriptor, own)
+        os.close(descriptor)
+    os.chdir(order["cwd"])
+    os.environ.clear()
+    os.environ.update(order["env"])
+    if order["env"].get("PYTHONWARNINGS") == "error":
+        warnings.simplefilter("error")
+    sys.argv = order["argv"]
+    main: Callable[[], int | None] = importlib.import_module(order["module"]).main
+    return main
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # as batchrun.cli.main does
+    begun = _serve(socket.socket(fileno=int(sys.argv[1])))
+    sys.exit(begun())
