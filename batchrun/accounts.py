@@ -1,10 +1,8 @@
-"""Two accounts the gate draws on: what comes back with time (requests, tokens), and dollars, which do not.
+"""The account of a rate limit that the gate draws on: what comes back with time, requests or tokens.
 
-Pure arithmetic. What accrues by the second is a float; money is `Decimal`, because it is a bill. Neither knows who
-asks, waits, or keeps the time: `now_s` is an argument, in seconds of any clock that never jumps.
+Pure arithmetic, in floats, because they accrue by the second. It does not know who asks, waits, or keeps the time:
+`now_s` is an argument, in seconds of any clock that never jumps. What does not come back is in `purse`.
 """
-
-from decimal import Decimal
 
 BURST_S = 1.0
 """How many seconds of a limit may be spent at once. Small, so that the first minute keeps the limit as the others
@@ -69,37 +67,3 @@ class Bucket:
     def _rise(self, now_s: float) -> None:
         self._level = min(self.capacity, self._level + (now_s - self._as_of_s) * self._per_s)
         self._as_of_s = now_s
-
-
-class Purse:
-    """`max_cost_usd`, a hard cap: spent + reserved never exceeds it.
-
-    Spent is what was confirmed and what may have been billed; reserved is the sum of the upper bounds in flight.
-    `spent_usd` starts at what earlier invocations of the run spent: the cap covers the run, not the process.
-    """
-
-    __slots__ = ("max_cost_usd", "reserved_usd", "spent_usd")
-
-    def __init__(self, max_cost_usd: Decimal, spent_usd: Decimal = Decimal(0)) -> None:
-        self.max_cost_usd = max_cost_usd
-        self.spent_usd = spent_usd
-        self.reserved_usd = Decimal(0)
-
-    def fits(self, upper_bound_usd: Decimal | None) -> bool:
-        """Whether a request that may cost this much can be sent without any risk to the cap.
-
-        Raises:
-            ValueError: the request has no upper bound, so no cap can be kept: a caller's bug, not a row's fault.
-        """
-        if upper_bound_usd is None:
-            raise ValueError("max_cost_usd is set, but the request came without an upper bound of its cost")
-        return self.spent_usd + self.reserved_usd + upper_bound_usd <= self.max_cost_usd
-
-    def reserve(self, upper_bound_usd: Decimal) -> None:
-        """The bound is set aside until it is settled."""
-        self.reserved_usd += upper_bound_usd
-
-    def settle(self, upper_bound_usd: Decimal, spent_usd: Decimal | None) -> None:
-        """The reservation has become what was spent; None, a cost nobody knows, spends the whole of it."""
-        self.reserved_usd -= upper_bound_usd
-        self.spent_usd += upper_bound_usd if spent_usd is None else spent_usd

@@ -10,13 +10,14 @@ from batchrun.records import RowError, Verdict
 
 
 class Ask(msgspec.Struct, frozen=True):
-    """What one attempt wants: `tokens`, an estimate of prompt and answer together, and the most it may cost.
+    """What one attempt wants: `tokens`, an estimate of prompt and answer together, and the most it may cost and use.
 
     `upper_bound_usd` may be None only where no `max_cost_usd` is set.
     """
 
     tokens: int
     upper_bound_usd: Decimal | None = None
+    upper_bound_tokens: int = 0
 
 
 class Stop(msgspec.Struct, frozen=True):

@@ -9,7 +9,6 @@ from typing import TypeVar
 import msgspec
 
 from batchrun import signals, slots
-from batchrun.accounts import Purse
 from batchrun.admission import Phase, Stop
 from batchrun.checkpoint import Checkpoint
 from batchrun.chronicle import Chronicle
@@ -19,11 +18,13 @@ from batchrun.credentials import Credentials
 from batchrun.errors import BatchrunError, DiskError, ExitCode
 from batchrun.gate import Gate
 from batchrun.gate_state import GateState
-from batchrun.job import Job
+from batchrun.job import Budget, Job
 from batchrun.pipeline import Pipeline
 from batchrun.plan import Plan
+from batchrun.purse import Cap, Purse
 from batchrun.records import Summary
 from batchrun.rundir import RunDirectory
+from batchrun.spent import Spent
 
 GRACE_S = 20.0
 """How long the first signal lets requests in flight end; Kubernetes kills after 30."""
@@ -170,7 +171,7 @@ class Asking:
             self._workers.cancel()
 
     def _open_gate(self, loop: asyncio.AbstractEventLoop) -> Gate:
-        limits, cap, spent = self._job.limits, self._job.budget.max_cost_usd, self._checkpoint.spent
+        limits = self._job.limits
         state = GateState(
             max_in_flight=limits.max_in_flight,
             max_outage_s=self._job.retry.max_outage_s,
@@ -183,7 +184,7 @@ class Asking:
             loop,
             requests_per_minute=limits.requests_per_minute,
             tokens_per_minute=limits.tokens_per_minute,
-            purse=None if cap is None else Purse(cap, spent.cost_usd() + spent.possibly_billed_usd),
+            purse=_purse(self._job.budget, self._checkpoint.spent),
         )
 
     def _open_pipeline(self, client: Client, flying: slots.Slots, loop: asyncio.AbstractEventLoop) -> Pipeline:
@@ -204,6 +205,18 @@ class Asking:
     def _on_phase(self, before: Phase, after: Phase) -> None:
         names = {"before": type(before).__name__, "after": type(after).__name__}
         self._chronicle.log.write("gate", **names, why=getattr(after, "why", None))
+
+
+def _purse(budget: Budget, spent: Spent) -> Purse | None:
+    """The budget's caps over what the run has spent so far; None where it has none."""
+    if budget == Budget():
+        return None
+    cost, tokens, requests = budget.max_cost_usd, budget.max_tokens, budget.max_requests
+    return Purse(
+        cost_usd=None if cost is None else Cap(cost, spent.cost_usd() + spent.possibly_billed_usd),
+        tokens=None if tokens is None else Cap(tokens, spent.tokens()),
+        requests=None if requests is None else Cap(requests, spent.requests()),
+    )
 
 
 def _in_loop(loop: asyncio.AbstractEventLoop, call: Callable[[T], None]) -> Callable[[T], None]:

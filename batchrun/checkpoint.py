@@ -23,7 +23,7 @@ from batchrun.records import Completion, Discarded, Ending, PossiblyBilled
 from batchrun.spent import Spent, doubt, fold, moved, with_possibly_billed
 from batchrun.tables import Chunk, Reopened
 
-FORMAT = 1
+FORMAT = 2
 """`PRAGMA user_version`. Another number is another version's run directory: exit 7."""
 
 SINCE = "since"

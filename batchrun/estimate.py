@@ -12,7 +12,7 @@ import msgspec
 
 from batchrun import prices
 from batchrun.check import Survey
-from batchrun.job import Job
+from batchrun.job import Budget, Job
 from batchrun.prices import PriceTable
 from batchrun.records import Summary, Usage
 from batchrun.summary import failures
@@ -23,7 +23,9 @@ USUAL_ANSWER_TOKENS = 300
 
 
 class Estimate(msgspec.Struct, frozen=True):
-    """`rows` to ask, and what they take; USD are None where a price is unknown. `basis`: what `expected` rests on."""
+    """`rows` to ask, and what they take; USD are None where a price is unknown. `basis`: what `expected` rests on;
+    `short`: the caps of the budget that are less than that, in words.
+    """
 
     rows: int
     prompt_tokens: int
@@ -34,6 +36,7 @@ class Estimate(msgspec.Struct, frozen=True):
     minutes: float | None
     limited_by: str
     basis: str
+    short: tuple[str, ...] = ()
 
 
 def estimate(
@@ -61,6 +64,7 @@ def estimate(
         minutes=minutes,
         limited_by=limited_by,
         basis=basis,
+        short=tuple(_short(job.budget, to_ask, tokens, expected, done)),
     )
 
 
@@ -89,6 +93,7 @@ def in_words(estimated: Estimate, tables: Mapping[str, PriceTable | None]) -> It
     for table in tables.values():
         if table is not None:
             yield f"             {table.describe()}"
+    yield from (f"budget       {line}" for line in estimated.short)
     if estimated.minutes is None:
         yield "time         as fast as the endpoint answers: the job sets no requests_per_minute or tokens_per_minute"
     else:
@@ -142,6 +147,18 @@ def _bound(found: Survey, tables: Mapping[str, PriceTable | None], to_ask: int) 
             return None
         whole, largest = whole + all_of_them, max(largest, one)
     return min(whole, largest * to_ask)
+
+
+def _short(budget: Budget, rows: int, tokens: float, cost_usd: Decimal | None, done: Summary | None) -> Iterator[str]:
+    """The caps that end the run before its last row, by what is expected and what the run has taken so far."""
+    totals = done.totals if done is not None else []
+    took_usd = done.cost_usd + done.possibly_billed_usd if done is not None else Decimal(0)
+    if budget.max_cost_usd is not None and cost_usd is not None and took_usd + cost_usd > budget.max_cost_usd:
+        yield f"max_cost_usd = {budget.max_cost_usd:,f} will end the run before its last row"
+    if budget.max_tokens is not None and sum(line.total_tokens for line in totals) + tokens > budget.max_tokens:
+        yield f"max_tokens = {budget.max_tokens:,} will end the run before its last row"
+    if budget.max_requests is not None and sum(line.attempts for line in totals) + rows > budget.max_requests:
+        yield f"max_requests = {budget.max_requests:,} will end the run before its last row"
 
 
 def _minutes(job: Job, rows: int, tokens: float) -> tuple[float | None, str]:

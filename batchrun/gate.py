@@ -17,11 +17,11 @@ from decimal import Decimal
 import msgspec
 from aiolimiter import AsyncLimiter
 
-from batchrun.accounts import Purse
 from batchrun.admission import Ask, Binding, Limit, Outcome, Ruling, Stop
 from batchrun.errors import ExitCode, RunStoppedError
 from batchrun.gate_state import IN_FLIGHT, GateState
 from batchrun.pace import Pace, PaceChange
+from batchrun.purse import Purse
 
 TIMER_GRAIN_S = 0.001
 """No timer is shorter: event loops count in milliseconds, and a wait of a float's rounding error would spin."""
@@ -157,13 +157,13 @@ class Gate:
         self._wake_first()
         return ruling
 
-    def release(self, slot: int, spent_usd: Decimal | None) -> None:
-        """The slot is free and the money spent: the outcome is durable. None spends the whole reservation."""
+    def release(self, slot: int, spent_usd: Decimal | None, spent_tokens: int | None = None) -> None:
+        """The slot is free, money and tokens are spent: the outcome is durable. None spends the whole reservation."""
         flight = self._flights.pop(slot)
         if not flight.observed:
             self._state.withdraw(flight.episode)
-        if self._purse is not None and flight.ask.upper_bound_usd is not None:
-            self._purse.settle(flight.ask.upper_bound_usd, spent_usd)
+        if self._purse is not None:
+            self._purse.settle(flight.ask, spent_usd, spent_tokens)
         self._free.append(slot)
         self._wake_first()
 
@@ -197,8 +197,8 @@ class Gate:
             return barred
         if len(self._flights) >= self._state.max_in_flight:
             return IN_FLIGHT
-        if self._purse is not None and not self._purse.fits(ask.upper_bound_usd):
-            return self._wait_for_money(self._purse, ask)
+        if self._purse is not None and not self._purse.fits(ask):
+            return self._wait_for_budget(self._purse, ask)
         if (wait_s := self._tokens.ready_in_s(ask.tokens, now_s)) > 0:
             return Binding(Limit.TOKENS, now_s + wait_s)
         if (wait_s := self._requests.ready_in_s(1, now_s)) > 0:
@@ -208,15 +208,11 @@ class Gate:
             return Binding(Limit.REQUESTS, self._sent_at_s + self._guard.time_period / self._guard.max_rate)
         return None
 
-    def _wait_for_money(self, purse: Purse, ask: Ask) -> Binding:
-        """Money comes back only from what is in flight; with nothing in flight the budget is at its end."""
+    def _wait_for_budget(self, purse: Purse, ask: Ask) -> Binding:
+        """Some comes back only from what is in flight; with nothing in flight the budget is at its end."""
         if self._flights:
             return BUDGET
-        stop = Stop(
-            ExitCode.STOPPED,
-            f"the budget is used up: {purse.spent_usd:f} of {purse.max_cost_usd:f} USD spent, and the next request "
-            f"may cost {ask.upper_bound_usd:f}; raise budget.max_cost_usd and run again",
-        )
+        stop = Stop(ExitCode.STOPPED, purse.refusal(ask))
         self._state.close(stop)
         raise GateClosed(stop)
 
@@ -224,8 +220,8 @@ class Gate:
         self._sent_at_s = now_s = self._loop.time()
         self._requests.take(1, now_s)
         self._tokens.take(ask.tokens, now_s)
-        if self._purse is not None and ask.upper_bound_usd is not None:
-            self._purse.reserve(ask.upper_bound_usd)
+        if self._purse is not None:
+            self._purse.reserve(ask)
         slot = self._free.pop()
         self._flights[slot] = _Flight(ask, self._state.admit())
         return slot

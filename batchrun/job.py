@@ -119,6 +119,8 @@ class Retry(Table, frozen=True):
 
 class Budget(Table, frozen=True):
     max_cost_usd: Decimal | None = None
+    max_tokens: AtLeastOne | None = None
+    max_requests: AtLeastOne | None = None
 
 
 class Output(Table, frozen=True):

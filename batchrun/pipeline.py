@@ -56,6 +56,7 @@ class _Flight(msgspec.Struct, frozen=True):
 
     slot: int | None
     spent_usd: Decimal | None
+    spent_tokens: int | None
     chunk: OpenChunk
     again: Pending | None = None
     due_s: float = 0.0
@@ -111,8 +112,9 @@ class Pipeline:
         """Asks rows until none is left or the gate closes."""
         while (pending := await self._next()) is not None:
             bound_usd = self._bound_usd(pending.request)
+            ask = Ask(self._estimated_tokens(pending.request), bound_usd, pending.request.upper_bound_tokens)
             try:
-                slot = await self._gate.admit(Ask(self._estimated_tokens(pending.request), bound_usd))
+                slot = await self._gate.admit(ask)
             except GateClosed:
                 self.backlog.close()
                 return
@@ -131,7 +133,7 @@ class Pipeline:
         if (held := self._held.pop(request.row, None)) is not None:
             self._checkpoint.put(self._discarded(held))
         successes = self._gate.successes
-        self._slots.take(slot, request.row, n, request.key, bound_usd)
+        self._slots.take(slot, request.row, n, request.key, bound_usd, request.upper_bound_tokens)
         self.sent += 1
         attempt = await self._client.send(request, f"{self._name}-{request.row}-{n}")
         answer = answers.read(attempt.body)
@@ -163,7 +165,7 @@ class Pipeline:
                 continue  # a held attempt's record: its slot was given back when it was held
             if flight.slot is not None:
                 self._slots.clear(flight.slot)
-                self._gate.release(flight.slot, flight.spent_usd)
+                self._gate.release(flight.slot, flight.spent_usd, flight.spent_tokens)
             if flight.again is not None:
                 self.backlog.retry(flight.again, flight.due_s)
                 continue
@@ -252,9 +254,9 @@ class Pipeline:
             possibly_billed_usd=ended.bound_usd,
             raw=attempt.body,
             variant=pending.variant,
+            possibly_billed_tokens=pending.request.upper_bound_tokens,
         )
-        spent = self._spent_usd(ended)
-        self._flights[completion.row, completion.attempts] = _Flight(slot, spent, pending.chunk)
+        self._flights[completion.row, completion.attempts] = _Flight(slot, *self._spent(ended), pending.chunk)
         self._checkpoint.put(completion)
 
     def _ask_again(self, ended: _Ended, slot: int | None, successes: int) -> None:
@@ -269,7 +271,7 @@ class Pipeline:
         due_s = self._clock()
         if not _rate_limited(judgement):  # after a 429 the gate itself waits, for everyone
             due_s += policy.backoff_s(history, judgement.retry_after_s, self._job.retry, self._uniform())
-        flight = _Flight(slot, self._spent_usd(ended), ended.pending.chunk, again, due_s)
+        flight = _Flight(slot, *self._spent(ended), ended.pending.chunk, again, due_s)
         self._flights[ended.pending.request.row, history.attempts] = flight
         self._checkpoint.put(self._discarded(ended))
 
@@ -278,7 +280,7 @@ class Pipeline:
         row = ended.pending.request.row
         self._held[row] = ended
         self._slots.clear(slot)
-        self._gate.release(slot, NOTHING)
+        self._gate.release(slot, NOTHING, 0)
         self.backlog.hold(msgspec.structs.replace(ended.pending, history=ended.history))
 
     def _discarded(self, ended: _Ended) -> Discarded:
@@ -300,6 +302,7 @@ class Pipeline:
             maybe_billed=self._maybe_billed(ended),
             possibly_billed_usd=ended.bound_usd,
             key=request.key,
+            possibly_billed_tokens=request.upper_bound_tokens,
         )
 
     def _bound_usd(self, request: Request) -> Decimal | None:
@@ -318,16 +321,19 @@ class Pipeline:
 
     def _maybe_billed(self, ended: _Ended) -> bool:
         """True when the attempt may have cost something that no usage states. An answer without usage is on the list
-        only under a cap, which must hold across invocations; elsewhere it is counted as `without_usage`.
+        only under a cap that it counts in, which must hold across starts; elsewhere it is counted as `without_usage`.
         """
         if ended.answer.usage is not None:
             return False
-        capped = self._job.budget.max_cost_usd is not None
+        budget = self._job.budget
+        capped = budget.max_cost_usd is not None or budget.max_tokens is not None
         return ended.judgement.verdict is Verdict.MAYBE or (ended.judgement.verdict is Verdict.OK and capped)
 
-    def _spent_usd(self, ended: _Ended) -> Decimal | None:
-        """What to book against the budget; None books the whole reservation."""
-        return None if self._maybe_billed(ended) else ended.cost_usd
+    def _spent(self, ended: _Ended) -> tuple[Decimal | None, int | None]:
+        """USD and tokens to book against the budget; None books the whole reservation."""
+        if self._maybe_billed(ended):
+            return None, None
+        return ended.cost_usd, 0 if ended.answer.usage is None else ended.answer.usage.total_tokens
 
 
 def _total(costs: Sequence[Decimal | None]) -> Decimal | None:

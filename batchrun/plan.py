@@ -306,7 +306,13 @@ def _price(model: str, job: Job, today: str) -> PriceTable | None:
 
 def _check_budget(job: Job, known: Facts, tables: dict[str, PriceTable | None]) -> None:
     """A cap must be keepable: every price known, and room for the largest single request."""
-    cap = job.budget.max_cost_usd
+    cap, most = job.budget.max_cost_usd, job.budget.max_tokens
+    largest = max(map(sum, known.max_request.values()), default=0)
+    if most is not None and largest > most:
+        raise JobError(
+            f"budget.max_tokens: {most:,} are fewer than the largest request may use ({largest:,}, by its upper "
+            "bound); set request.max_tokens, or raise the cap"
+        )
     if cap is None:
         return
     for model, table in tables.items():

@@ -80,6 +80,11 @@ class Request(msgspec.Struct, frozen=True):
     max_prompt_tokens: int
     max_output_tokens: int
 
+    @property
+    def upper_bound_tokens(self) -> int:
+        """The most tokens that one attempt can use."""
+        return self.max_prompt_tokens + self.max_output_tokens
+
 
 class Attempt(msgspec.Struct, frozen=True):
     """One HTTP exchange as it ended: either `http_status` with `body`, or `error` with whatever bytes had come.
@@ -138,7 +143,8 @@ class RowError(msgspec.Struct, frozen=True):
 class Discarded(msgspec.Struct, frozen=True):
     """An attempt that was not its row's last: what it was and what it cost. `counted` = against the row's caps.
 
-    `maybe_billed`: no answer came, yet it may have been billed, at most `possibly_billed_usd` (None: price unknown).
+    `maybe_billed`: no answer came, yet it may have been billed, at most `possibly_billed_usd` (None: price unknown)
+    for at most `possibly_billed_tokens`.
     """
 
     row: int
@@ -156,6 +162,7 @@ class Discarded(msgspec.Struct, frozen=True):
     maybe_billed: bool
     possibly_billed_usd: Decimal | None
     key: bytes
+    possibly_billed_tokens: int = 0
 
 
 class Completion(msgspec.Struct, frozen=True):
@@ -183,6 +190,7 @@ class Completion(msgspec.Struct, frozen=True):
     possibly_billed_usd: Decimal | None
     raw: bytes
     variant: int = 0
+    possibly_billed_tokens: int = 0
 
 
 Ending = Completion | Discarded
@@ -190,12 +198,15 @@ Ending = Completion | Discarded
 
 
 class PossiblyBilled(msgspec.Struct, frozen=True):
-    """An attempt whose end is unknown: it may have been billed up to `upper_bound_usd` (None: price unknown)."""
+    """An attempt whose end is unknown: it may have been billed up to `upper_bound_usd` (None: price unknown), for up to
+    `upper_bound_tokens` (None: its slot can't be read).
+    """
 
     row: int
     n: int
     key: str
     upper_bound_usd: Decimal | None
+    upper_bound_tokens: int | None
     cause: str
     invocation: int
 

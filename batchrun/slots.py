@@ -18,7 +18,8 @@ from batchrun.durable import told
 from batchrun.prices import PICO
 from batchrun.records import PossiblyBilled
 
-_FIELDS = struct.Struct("<qi16sq")  # row, attempt, request_key, upper bound in 10⁻¹² USD (−1: price unknown)
+_FIELDS = struct.Struct("<qi16sqq")
+"""row, attempt, request_key, upper bounds in 10⁻¹² USD (−1: price unknown) and in tokens (−1: unknown)."""
 _CRC = struct.Struct("<I")
 SLOT_BYTES = 64
 _EMPTY = bytes(SLOT_BYTES)
@@ -33,9 +34,10 @@ class InFlight(NamedTuple):
     n: int
     key: bytes
     upper_bound_usd: Decimal | None
+    upper_bound_tokens: int | None
 
 
-UNREADABLE = InFlight(-1, 0, b"", None)
+UNREADABLE = InFlight(-1, 0, b"", None, None)
 
 
 class Slots:
@@ -48,10 +50,12 @@ class Slots:
             os.posix_fallocate(self._file, 0, count * SLOT_BYTES)  # a hole could fail later, as a SIGBUS
             self._map = mmap.mmap(self._file, count * SLOT_BYTES)
 
-    def take(self, slot: int, row: int, n: int, key: bytes, upper_bound_usd: Decimal | None) -> None:
+    def take(
+        self, slot: int, row: int, n: int, key: bytes, upper_bound_usd: Decimal | None, upper_bound_tokens: int | None
+    ) -> None:
         """The slot names the attempt that is about to be sent."""
         pico = -1 if upper_bound_usd is None else min(int(upper_bound_usd / PICO), _MAX_PICO)
-        fields = _FIELDS.pack(row, n, key, pico)
+        fields = _FIELDS.pack(row, n, key, pico, -1 if upper_bound_tokens is None else upper_bound_tokens)
         start = slot * SLOT_BYTES
         self._map[start : start + SLOT_BYTES] = fields + _CRC.pack(zlib.crc32(fields)) + _PADDING
 
@@ -82,7 +86,16 @@ def read(path: Path) -> list[InFlight]:
 def possibly_billed(lost: Sequence[InFlight], invocation: int, cause: str) -> list[PossiblyBilled]:
     """The attempts without an end as entries of the permanent list."""
     return [
-        PossiblyBilled(entry.row, entry.n, entry.key.hex(), entry.upper_bound_usd, cause, invocation) for entry in lost
+        PossiblyBilled(
+            row=entry.row,
+            n=entry.n,
+            key=entry.key.hex(),
+            upper_bound_usd=entry.upper_bound_usd,
+            upper_bound_tokens=entry.upper_bound_tokens,
+            cause=cause,
+            invocation=invocation,
+        )
+        for entry in lost
     ]
 
 
@@ -95,5 +108,5 @@ def _occupied(content: bytes) -> Iterator[InFlight]:
         if len(slot) < SLOT_BYTES or crc != _CRC.pack(zlib.crc32(fields)):
             yield UNREADABLE
             continue
-        row, n, key, pico = _FIELDS.unpack(fields)
-        yield InFlight(row, n, key, None if pico < 0 else pico * PICO)
+        row, n, key, pico, tokens = _FIELDS.unpack(fields)
+        yield InFlight(row, n, key, None if pico < 0 else pico * PICO, None if tokens < 0 else tokens)

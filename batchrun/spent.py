@@ -17,6 +17,10 @@ MAX_NAMED = 1000
 """Possibly billed attempts that are listed one by one; all of them are counted and added."""
 
 
+UNENDED = frozenset({"crash", "aborted"})
+"""The causes of doubts about attempts that no line of the totals counts: they were sent, and nothing came of them."""
+
+
 class Spent(msgspec.Struct, frozen=True):
     """What is durable of the run's account: replaced as a whole after each commit, so any thread may read it.
 
@@ -30,6 +34,8 @@ class Spent(msgspec.Struct, frozen=True):
     possibly_billed: tuple[PossiblyBilled, ...] = ()
     possibly_billed_count: int = 0
     possibly_billed_usd: Decimal = Decimal(0)
+    possibly_billed_tokens: int = 0
+    unended: int = 0
 
     def settled(self) -> int:
         """Rows that have their completion."""
@@ -39,6 +45,14 @@ class Spent(msgspec.Struct, frozen=True):
         """What was billed for certain."""
         return sum((line.cost_usd for line in self.totals.values()), Decimal(0))
 
+    def tokens(self) -> int:
+        """The most that attempts so far have used: what their usage says, and the bounds of those in doubt."""
+        return sum(line.total_tokens for line in self.totals.values()) + self.possibly_billed_tokens
+
+    def requests(self) -> int:
+        """Attempts so far, those without a known end included."""
+        return sum(line.attempts for line in self.totals.values()) + self.unended
+
 
 def doubt(ending: Ending, invocation: int) -> PossiblyBilled | None:
     """The ending's entry on the list of what may have been billed without an answer, if it belongs there."""
@@ -47,7 +61,15 @@ def doubt(ending: Ending, invocation: int) -> PossiblyBilled | None:
     n = ending.attempts if isinstance(ending, Completion) else ending.n
     kind = ending.error.kind if isinstance(ending, Completion) and ending.error else None
     cause = (ending.error_kind if isinstance(ending, Discarded) else kind) or "no answer"
-    return PossiblyBilled(ending.row, n, ending.key.hex(), ending.possibly_billed_usd, cause, invocation)
+    return PossiblyBilled(
+        row=ending.row,
+        n=n,
+        key=ending.key.hex(),
+        upper_bound_usd=ending.possibly_billed_usd,
+        upper_bound_tokens=ending.possibly_billed_tokens,
+        cause=cause,
+        invocation=invocation,
+    )
 
 
 def with_possibly_billed(spent: Spent, entries: Sequence[PossiblyBilled]) -> Spent:
@@ -58,6 +80,8 @@ def with_possibly_billed(spent: Spent, entries: Sequence[PossiblyBilled]) -> Spe
         possibly_billed=(*spent.possibly_billed, *entries)[:MAX_NAMED],
         possibly_billed_count=spent.possibly_billed_count + len(entries),
         possibly_billed_usd=sum((e.upper_bound_usd or Decimal(0) for e in entries), spent.possibly_billed_usd),
+        possibly_billed_tokens=spent.possibly_billed_tokens + sum(e.upper_bound_tokens or 0 for e in entries),
+        unended=spent.unended + sum(e.cause in UNENDED for e in entries),
     )
 
 

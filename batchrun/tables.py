@@ -24,8 +24,8 @@ CREATE TABLE attempts (row INTEGER, n INTEGER, verdict TEXT, counted INTEGER, ht
     message TEXT, request_id TEXT, at REAL, model TEXT, prompt_tokens INTEGER, completion_tokens INTEGER,
     total_tokens INTEGER, cached_tokens INTEGER, reasoning_tokens INTEGER, cost_usd TEXT, invocation INTEGER,
     crc INTEGER, PRIMARY KEY (row, n, invocation)) WITHOUT ROWID;
-CREATE TABLE possibly_billed (row INTEGER, n INTEGER, request_key TEXT, upper_bound_usd TEXT, cause TEXT,
-    invocation INTEGER, crc INTEGER);
+CREATE TABLE possibly_billed (row INTEGER, n INTEGER, request_key TEXT, upper_bound_usd TEXT,
+    upper_bound_tokens INTEGER, cause TEXT, invocation INTEGER, crc INTEGER);
 CREATE TABLE totals (invocation INTEGER, model TEXT, status TEXT, rows INTEGER, attempts INTEGER, prompt_tokens INTEGER,
     cached_tokens INTEGER, completion_tokens INTEGER, reasoning_tokens INTEGER, total_tokens INTEGER, cost_usd TEXT,
     unpriced INTEGER, without_usage INTEGER, crc INTEGER, PRIMARY KEY (invocation, model, status)) WITHOUT ROWID;
@@ -131,12 +131,12 @@ def discarded(record: Record) -> Discarded:
 
 
 def possibly_billed_record(p: PossiblyBilled) -> Record:
-    return (p.row, p.n, p.key, _text(p.upper_bound_usd), p.cause, p.invocation)
+    return (p.row, p.n, p.key, _text(p.upper_bound_usd), p.upper_bound_tokens, p.cause, p.invocation)
 
 
 def possibly_billed(record: Record) -> PossiblyBilled:
-    row, n, key, bound, cause, invocation = record
-    return PossiblyBilled(row, n, key, usd(bound), cause, invocation)
+    row, n, key, bound, tokens, cause, invocation = record
+    return PossiblyBilled(row, n, key, usd(bound), tokens, cause, invocation)
 
 
 def totals_record(line: TotalsLine) -> Record:

@@ -73,13 +73,21 @@ def discarded(row: int, n: int = 1, **changes: object) -> Discarded:
 def stored(ending: Completion) -> Completion:
     """What the checkpoint keeps of a completion: its usage is in `raw`, its doubts are on their own list."""
     return msgspec.structs.replace(
-        ending, answered_model=None, usage=None, last_cost_usd=None, maybe_billed=False, possibly_billed_usd=None
+        ending,
+        answered_model=None,
+        usage=None,
+        last_cost_usd=None,
+        maybe_billed=False,
+        possibly_billed_usd=None,
+        possibly_billed_tokens=0,
     )
 
 
 def stored_attempt(ending: Discarded) -> Discarded:
     """What the checkpoint keeps of a discarded attempt."""
-    return msgspec.structs.replace(ending, maybe_billed=False, possibly_billed_usd=None, key=b"")
+    return msgspec.structs.replace(
+        ending, maybe_billed=False, possibly_billed_usd=None, possibly_billed_tokens=0, key=b""
+    )
 
 
 COUNTS = st.integers(0, 10**9)
@@ -110,6 +118,7 @@ COMPLETIONS = st.builds(
     last_cost_usd=st.none() | USD,
     maybe_billed=st.booleans(),
     possibly_billed_usd=st.none() | USD,
+    possibly_billed_tokens=COUNTS,
     raw=st.binary(max_size=50),
     variant=st.integers(0, 3),
 )
@@ -129,6 +138,7 @@ DISCARDED = st.builds(
     cost_usd=st.none() | USD,
     maybe_billed=st.booleans(),
     possibly_billed_usd=st.none() | USD,
+    possibly_billed_tokens=COUNTS,
     key=KEYS,
 )
 

@@ -21,7 +21,7 @@ LAYERS: tuple[frozenset[str], ...] = (
         {
             *("source", "ids", "json_columns", "window"),
             *("request", "check"),
-            *("accounts", "admission", "gate", "gate_state", "pace"),
+            *("accounts", "admission", "gate", "gate_state", "pace", "purse"),
             *("client", "stream", "sse", "packed", "answer", "policy"),
             *("durable", "rundir", "runlog", "slots", "spent", "spill", "wal", "database", "tables", "checkpoint"),
             *("chunks", "base_part", "backlog", "output", "matching"),
@@ -37,8 +37,9 @@ LAYERS: tuple[frozenset[str], ...] = (
 
 WITHIN_A_LAYER: dict[str, frozenset[str]] = {
     # what each stage is made of
-    "gate": frozenset({"accounts", "admission", "gate_state", "pace"}),
+    "gate": frozenset({"admission", "gate_state", "pace", "purse"}),
     "pace": frozenset({"accounts", "admission"}),
+    "purse": frozenset({"admission"}),
     "gate_state": frozenset({"admission"}),
     "client": frozenset({"packed", "stream"}),
     "stream": frozenset({"answer", "packed", "sse"}),

@@ -125,7 +125,7 @@ def test_a_thousand_endings_with_every_optional_field_empty_are_one_commit(tmp_p
 def test_any_number_of_doubts_and_models_fits_into_one_commit(tmp_path: Path) -> None:
     many = 12_000  # SQLite takes 32,766 parameters in one statement
     with opened(tmp_path / "checkpoint.db") as checkpoint:
-        checkpoint.name_possibly_billed([PossiblyBilled(row, 1, "", None, "crash", 1) for row in range(many)])
+        checkpoint.name_possibly_billed([PossiblyBilled(row, 1, "", None, 9, "crash", 1) for row in range(many)])
         put(checkpoint, [completion(row, answered_model=f"model-{row}") for row in range(many)])
     with opened(tmp_path / "checkpoint.db") as checkpoint:
         assert checkpoint.spent.possibly_billed_count == many
@@ -191,7 +191,7 @@ def test_sealing_a_chunk_takes_its_rows_and_no_others(tmp_path: Path) -> None:
 def test_an_end_is_known_by_row_attempt_doubt_or_sealed_chunk(tmp_path: Path) -> None:
     with opened(tmp_path / "checkpoint.db") as checkpoint:
         put(checkpoint, [completion(0, attempts=2), discarded(1, 3)])
-        checkpoint.name_possibly_billed([PossiblyBilled(2, 4, "", None, "crash", 1)])
+        checkpoint.name_possibly_billed([PossiblyBilled(2, 4, "", None, 9, "crash", 1)])
         checkpoint.open_chunk(Chunk(0, 10, 5, "{}", "ab", 1, "cd", open=0))
         checkpoint.open_chunk(Chunk(1, 15, 5, "{}", "ab"))
         known = [(0, 1), (0, 2), (1, 3), (2, 4), (10, 1), (14, 9)]

@@ -332,6 +332,28 @@ def test_the_budget_is_never_overshot_and_a_higher_one_goes_on(tmp_path: Path) -
     assert Decimal(read_summary(tmp_path / "out")["cost_usd"]) == billed_usd(simulator.ledger())
 
 
+def test_token_and_request_budgets_hold_over_retries_and_kills_and_a_higher_one_goes_on(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "in.jsonl", 200)
+    faults = parse_faults("500=0.1")
+    config = SimulatorConfig(latency_s=0.05, faults=faults, ledger=str(tmp_path / "ledger"))
+    with running_simulator(config) as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, source, "[retry]\nbackoff_base_s = 0.01\n")
+        out = tmp_path / "out"
+        dying = start("run", job, "-o", out, "--set", "budget.max_requests=120", "--set", "limits.max_in_flight=8")
+        kill_when(dying, lambda: len(simulator.ledger()) >= 60)
+        finish(dying)
+        ended = batchrun("run", job, "-o", out, "--set", "budget.max_requests=120")
+        assert ended.exit_code == 4, ended.stderr
+        assert "120 of 120 requests sent; raise budget.max_requests and run again" in ended.stdout
+        assert 120 - 8 <= len(simulator.ledger()) <= 120  # of eight that were killed, some may not have arrived
+        capped = batchrun("run", job, "-o", out, "--set", "budget.max_tokens=9000")
+        assert capped.exit_code == 4, capped.stderr
+        assert "raise budget.max_tokens and run again" in capped.stdout
+        used = sum(line.prompt_tokens + line.completion_tokens for line in simulator.ledger() if line.billed)
+        assert 7_000 < used <= 9_000
+        assert batchrun("run", job, "-o", out).exit_code == 0
+
+
 def test_an_endpoint_that_is_not_there_ends_the_start_quickly_and_fails_no_row(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "in.jsonl", 50)
     for url, word in (("http://127.0.0.1:9/v1", "127.0.0.1:9"), ("https://nowhere.invalid/v1", "nowhere.invalid")):

@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from decimal import Decimal
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from batchrun.check import Survey
-from batchrun.estimate import estimate
-from batchrun.job import Job, from_tables
+from batchrun.estimate import estimate, in_words
+from batchrun.job import Budget, Job, from_tables
 from batchrun.prices import PriceTable, Tier
 from batchrun.simulator import SimulatorConfig
 from tests.cli_process import batchrun, read_summary, snapshot, write_job, write_rows
@@ -50,6 +51,22 @@ def test_the_time_is_that_of_the_limit_that_binds(
 ) -> None:
     found = estimate(surveyed(100), job(**limits), {"m": PRICE}, 100, None)
     assert (found.minutes, found.limited_by) == (minutes, limited_by)
+
+
+@pytest.mark.parametrize(
+    ("budget", "binds"),
+    [
+        ({"max_cost_usd": Decimal("0.08"), "max_tokens": 35_000, "max_requests": 100}, []),
+        ({"max_cost_usd": Decimal("0.07")}, ["max_cost_usd = 0.07"]),
+        ({"max_tokens": 34_999}, ["max_tokens = 34,999"]),
+        ({"max_requests": 99}, ["max_requests = 99"]),
+    ],
+)
+def test_a_budget_that_will_end_the_run_is_named(budget: Mapping[str, object], binds: list[str]) -> None:
+    asked = msgspec.structs.replace(job(), budget=Budget(**budget))  # type: ignore[arg-type]
+    found = estimate(surveyed(100), asked, {"m": PRICE}, 100, None)
+    lines = [line for line in in_words(found, {"m": PRICE}) if line.startswith("budget")]
+    assert lines == [f"budget       {cap} will end the run before its last row" for cap in binds]
 
 
 def test_an_unknown_price_is_no_price_and_a_part_costs_its_part() -> None:

@@ -171,6 +171,16 @@ def the_budget_is_used_up(place: Place) -> Ended:
     return place.run("--max-cost", "0.01")
 
 
+def the_requests_are_used_up(place: Place) -> Ended:
+    place.simulator()
+    return place.run("--set", "budget.max_requests=20")
+
+
+def the_tokens_are_used_up(place: Place) -> Ended:
+    place.simulator()
+    return place.run("--set", "budget.max_tokens=3000")
+
+
 def the_key_is_revoked(place: Place) -> Ended:
     place.simulator(Fault(kind="status", status=401, message="Incorrect API key provided", from_request=20))
     return place.run()
@@ -278,6 +288,8 @@ WAYS = {
     "a file is in the way": Way(a_file_is_in_the_way, 2, None, "a file is in the way"),
     "the directory is read-only": Way(the_directory_is_read_only, 2, None, "can't make the run directory"),
     "the budget is used up": Way(the_budget_is_used_up, 4, "stopped", "budget"),
+    "the requests are used up": Way(the_requests_are_used_up, 4, "stopped", "raise budget.max_requests"),
+    "the tokens are used up": Way(the_tokens_are_used_up, 4, "stopped", "raise budget.max_tokens"),
     "the key is revoked": Way(the_key_is_revoked, 5, "stopped", "Incorrect API key provided"),
     "nobody listens": Way(nobody_listens, 5, "stopped", "never reached"),
     "the disk is full": Way(the_disk_is_full, 5, "failed", "run the same command again"),

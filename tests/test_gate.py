@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchrun.accounts import Purse
 from batchrun.admission import Ask, Binding, Limit, Outcome, Ruling, Stop
 from batchrun.errors import ExitCode
 from batchrun.gate import Gate, GateClosed
 from batchrun.gate_state import GateState
 from batchrun.pace import PaceChange
+from batchrun.purse import Cap, Purse
 from batchrun.records import RowError, Verdict
 from tests.moved_clock import NothingWillHappen, run_on_moved_clock
 
@@ -47,6 +47,10 @@ def new_gate(
         purse=purse,
         on_pace=on_pace,
     )
+
+
+def money(cap: Decimal, spent: Decimal = Decimal(0)) -> Purse:
+    return Purse(cost_usd=Cap(cap, spent))
 
 
 def now_s() -> float:
@@ -304,7 +308,7 @@ def test_nobody_overtakes_whatever_the_sizes_costs_and_cancellations(
             max_in_flight=max_in_flight,
             requests_per_minute=rpm,
             tokens_per_minute=tpm,
-            purse=Purse(Decimal(100)),
+            purse=money(Decimal(100)),
         )
         admitted: list[int] = []
         cancelled: set[int] = set()
@@ -349,19 +353,20 @@ async def test_a_large_prompt_keeps_its_turn_before_smaller_ones_that_would_fit(
 
 @on_moved_clock
 async def test_what_the_first_in_line_waits_for_is_not_taken_before_it_can_go() -> None:
-    purse = Purse(Decimal(10))
+    purse = money(Decimal(10))
     gate = new_gate(max_in_flight=1, requests_per_minute=60, tokens_per_minute=6_000, purse=purse)
     slot = await gate.admit(Ask(100, Decimal(1)))
     waiting = await turns(gate.admit(Ask(100, Decimal(2))))
     await asyncio.sleep(10)
-    assert purse.reserved_usd == Decimal(1)
+    assert purse.cost_usd is not None
+    assert purse.cost_usd.reserved == Decimal(1)
     waiting.cancel()
     await asyncio.sleep(0)
     gate.release(slot, Decimal(1))
     start_s = now_s()
     await gate.admit(Ask(100, Decimal(3)))
     assert now_s() == start_s
-    assert purse.reserved_usd == Decimal(3)
+    assert purse.cost_usd.reserved == Decimal(3)
 
 
 @on_moved_clock
@@ -415,7 +420,7 @@ def test_confirmed_and_possibly_billed_and_in_flight_never_pass_the_cap(
 ) -> None:
     async def main() -> None:
         bill = min(cap, spent_before)
-        gate = new_gate(purse=Purse(cap, spent_usd=bill))
+        gate = new_gate(purse=money(cap, bill))
         in_flight: dict[int, Decimal] = {}
 
         async def worker(row: int, bound: Decimal, cost: Decimal | None, work_s: float) -> None:
@@ -436,9 +441,46 @@ def test_confirmed_and_possibly_billed_and_in_flight_never_pass_the_cap(
     run_on_moved_clock(main())
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 50), st.none() | st.integers(0, 50), st.floats(0, 3), st.integers(1, 4)), min_size=1
+    ),
+    st.integers(0, 600),
+    st.integers(0, 30),
+    st.integers(0, 20),
+)
+def test_tokens_and_requests_never_pass_their_caps_whatever_is_retried_or_never_known(
+    rows: list[tuple[int, int | None, float, int]], max_tokens: int, max_requests: int, before: int
+) -> None:
+    async def main() -> None:
+        used, sent, bounds = min(before, max_tokens), min(before, max_requests), 0
+        gate = new_gate(purse=Purse(tokens=Cap(max_tokens, used), requests=Cap(max_requests, sent)))
+
+        async def worker(row: int, bound: int, tokens: int | None, work_s: float, attempts: int) -> None:
+            nonlocal used, sent, bounds
+            for _ in range(attempts):
+                slot = await gate.admit(Ask(1, None, bound))
+                sent, bounds = sent + 1, bounds + bound
+                assert sent <= max_requests
+                assert used + bounds <= max_tokens
+                await asyncio.sleep(work_s)
+                took = bound if tokens is None else min(bound, tokens)
+                used, bounds = used + took, bounds - bound
+                gate.release(slot, None, None if tokens is None else took)
+
+        ends = await asyncio.gather(*(worker(i, *row) for i, row in enumerate(rows)), return_exceptions=True)
+        stopped = [end for end in ends if end is not None]
+        assert all(isinstance(end, GateClosed) and end.exit_code is ExitCode.STOPPED for end in stopped)
+        if stopped:  # as much was used as could be
+            assert sent == max_requests or used + max(bound for bound, *_ in rows) > max_tokens
+
+    run_on_moved_clock(main())
+
+
 @on_moved_clock
 async def test_a_row_that_does_not_fit_waits_for_what_is_in_flight_and_then_stops_the_run() -> None:
-    purse = Purse(Decimal("1.00"))
+    purse = money(Decimal("1.00"))
     gate = new_gate(purse=purse)
     first = await gate.admit(Ask(1, Decimal("0.60")))
     waiting = await turns(gate.admit(Ask(1, Decimal("0.50"))))
@@ -456,7 +498,7 @@ async def test_a_row_that_does_not_fit_waits_for_what_is_in_flight_and_then_stop
 
 @on_moved_clock
 async def test_a_budget_too_small_for_the_first_request_stops_before_it() -> None:
-    gate = new_gate(purse=Purse(Decimal("0.01")))
+    gate = new_gate(purse=money(Decimal("0.01")))
     with pytest.raises(GateClosed, match="budget"):
         await gate.admit(Ask(1, Decimal("0.02")))
 

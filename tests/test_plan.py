@@ -330,6 +330,12 @@ def test_without_max_tokens_a_request_may_cost_the_models_longest_answer(starts:
     starts.make(starts.job(**tables, budget={"max_cost_usd": Decimal(2)}))
 
 
+def test_a_token_cap_below_one_request_is_refused_with_what_one_may_use(starts: Starts) -> None:
+    message = starts.refused(starts.job(budget={"max_tokens": 20}))
+    assert message.startswith("budget.max_tokens: 20 are fewer than the largest request may use (1")
+    starts.make(starts.job(budget={"max_tokens": 1000, "max_requests": 1}))
+
+
 def test_a_cap_needs_a_price(starts: Starts) -> None:
     job = starts.job(request={"model": NOBODY_PRICES}, budget={"max_cost_usd": Decimal(5)})
     message = starts.refused(job)

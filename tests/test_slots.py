@@ -19,7 +19,9 @@ from batchrun.slots import SLOT_BYTES, UNREADABLE, InFlight, Slots
 
 BOUNDS = st.none() | st.decimals(0, 9_000_000, places=12)
 KEYS = st.binary(min_size=16, max_size=16)
-ENTRIES = st.builds(InFlight, st.integers(0, 2**63 - 1), st.integers(1, 1000), KEYS, BOUNDS)
+ENTRIES = st.builds(
+    InFlight, st.integers(0, 2**63 - 1), st.integers(1, 1000), KEYS, BOUNDS, st.none() | st.integers(0, 10**9)
+)
 SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 KEY = bytes(range(16))
 
@@ -60,7 +62,7 @@ def test_a_slot_has_64_bytes_that_are_on_the_disk_from_the_start(tmp_path: Path)
 def test_a_new_start_begins_with_empty_slots_however_many_there_were(tmp_path: Path) -> None:
     path = tmp_path / "inflight.bin"
     with opened(path, 64) as flying:
-        flying.take(63, 1, 1, KEY, None)
+        flying.take(63, 1, 1, KEY, None, 9)
     with opened(path, 4) as flying:
         assert flying.taken() == []
     assert path.stat().st_size == 4 * SLOT_BYTES
@@ -70,7 +72,7 @@ def test_clearing_all_leaves_nobody_in_flight(tmp_path: Path) -> None:
     path = tmp_path / "inflight.bin"
     with opened(path, 8) as flying:
         for slot in range(8):
-            flying.take(slot, slot, 1, KEY, Decimal(1))
+            flying.take(slot, slot, 1, KEY, Decimal(1), 9)
         flying.clear_all()
         assert flying.taken() == []
     assert slots.read(path) == []
@@ -78,7 +80,7 @@ def test_clearing_all_leaves_nobody_in_flight(tmp_path: Path) -> None:
 
 def test_a_bound_beyond_64_bits_is_kept_as_large_as_fits(tmp_path: Path) -> None:
     with opened(tmp_path / "inflight.bin", 1) as flying:
-        flying.take(0, 1, 1, KEY, Decimal(10**9))
+        flying.take(0, 1, 1, KEY, Decimal(10**9), 9)
         (entry,) = flying.taken()
     assert entry.upper_bound_usd == Decimal("9223372.036854775807")
 
@@ -103,20 +105,20 @@ def test_a_flipped_bit_is_reported_or_changes_nothing(tmp_path: Path, entries: l
 def test_a_slot_that_was_written_in_part_counts_as_one_in_flight(tmp_path: Path, written: int) -> None:
     path = tmp_path / "inflight.bin"
     with opened(path, 1) as flying:
-        flying.take(0, 2**63 - 1, 2**31 - 1, b"\xff" * 16, Decimal(1))
+        flying.take(0, 2**63 - 1, 2**31 - 1, b"\xff" * 16, Decimal(1), 9)
     content = path.read_bytes()
     path.write_bytes(content[:written] + bytes(SLOT_BYTES - written))
     (entry,) = slots.read(path)
-    assert entry == UNREADABLE or written >= 40  # behind its fields and their CRC a slot is only padding
+    assert entry == UNREADABLE or written >= 48  # behind its fields and their CRC a slot is only padding
 
 
 def test_a_file_cut_short_counts_the_cut_slot_as_one_in_flight(tmp_path: Path) -> None:
     path = tmp_path / "inflight.bin"
     with opened(path, 3) as flying:
         for slot in range(3):
-            flying.take(slot, slot, 1, KEY, Decimal(1))
+            flying.take(slot, slot, 1, KEY, Decimal(1), 9)
     os.truncate(path, SLOT_BYTES + 10)
-    assert slots.read(path) == [InFlight(0, 1, KEY, Decimal(1)), UNREADABLE]
+    assert slots.read(path) == [InFlight(0, 1, KEY, Decimal(1), 9), UNREADABLE]
 
 
 def test_no_file_means_nobody_in_flight(tmp_path: Path) -> None:
@@ -124,10 +126,10 @@ def test_no_file_means_nobody_in_flight(tmp_path: Path) -> None:
 
 
 def test_lost_attempts_are_named_with_cause_and_invocation() -> None:
-    known = InFlight(7, 2, KEY, Decimal("0.5"))
+    known = InFlight(7, 2, KEY, Decimal("0.5"), 40)
     assert slots.possibly_billed([known, UNREADABLE], 3, "crash") == [
-        PossiblyBilled(7, 2, KEY.hex(), Decimal("0.5"), "crash", 3),
-        PossiblyBilled(-1, 0, "", None, "crash", 3),
+        PossiblyBilled(7, 2, KEY.hex(), Decimal("0.5"), 40, "crash", 3),
+        PossiblyBilled(-1, 0, "", None, None, "crash", 3),
     ]
 
 
@@ -142,12 +144,12 @@ from pathlib import Path
 from batchrun.slots import Slots
 flying, row = Slots(Path(sys.argv[1]), 64), 0
 for slot in range(64):
-    flying.take(slot, slot, 1, bytes(16), None)
+    flying.take(slot, slot, 1, bytes(16), None, 9)
 print("taken", flush=True)
 while True:
     row += 1
     flying.clear(row % 64)
-    flying.take(row % 64, row + 63, 1, bytes(16), None)
+    flying.take(row % 64, row + 63, 1, bytes(16), None, 9)
 """
 
 

@@ -5,7 +5,7 @@ from random import Random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchrun.records import Completion, Ending, PossiblyBilled, Status
+from batchrun.records import Completion, Ending, PossiblyBilled, Status, Usage
 from batchrun.spent import DISCARDED, MAX_NAMED, Spent, doubt, fold, with_possibly_billed
 from tests.endings import ENDINGS, MODEL, completion, discarded
 
@@ -66,17 +66,30 @@ def test_each_invocation_has_lines_of_its_own() -> None:
 def test_only_an_attempt_that_may_be_billed_is_in_doubt() -> None:
     assert doubt(completion(0), 1) is None
     assert doubt(discarded(0), 1) is None
-    lost = discarded(3, 2, maybe_billed=True, error_kind="timeout", possibly_billed_usd=Decimal("0.5"))
-    assert doubt(lost, 4) == PossiblyBilled(3, 2, lost.key.hex(), Decimal("0.5"), "timeout", 4)
+    lost = discarded(
+        3, 2, maybe_billed=True, error_kind="timeout", possibly_billed_usd=Decimal("0.5"), possibly_billed_tokens=700
+    )
+    assert doubt(lost, 4) == PossiblyBilled(3, 2, lost.key.hex(), Decimal("0.5"), 700, "timeout", 4)
     answered = completion(3, maybe_billed=True, attempts=2, status=Status.ERROR)
-    assert doubt(answered, 1) == PossiblyBilled(3, 2, answered.key.hex(), None, "no answer", 1)
+    assert doubt(answered, 1) == PossiblyBilled(3, 2, answered.key.hex(), None, 0, "no answer", 1)
 
 
 def test_every_doubt_is_counted_and_added_although_not_every_one_is_listed() -> None:
-    entry = PossiblyBilled(0, 1, "00", Decimal("0.01"), "crash", 1)
-    unknown = PossiblyBilled(1, 1, "01", None, "crash", 1)
+    entry = PossiblyBilled(0, 1, "00", Decimal("0.01"), 300, "crash", 1)
+    unknown = PossiblyBilled(1, 1, "01", None, None, "timeout", 1)
     spent = with_possibly_billed(Spent(), [entry] * MAX_NAMED)
     spent = with_possibly_billed(spent, [unknown, entry])
     assert spent.possibly_billed == (entry,) * MAX_NAMED
     assert spent.possibly_billed_count == MAX_NAMED + 2
     assert spent.possibly_billed_usd == Decimal("0.01") * (MAX_NAMED + 1)
+    assert spent.possibly_billed_tokens == spent.tokens() == 300 * (MAX_NAMED + 1)
+
+
+def test_requests_and_tokens_so_far_count_every_attempt_once_and_doubts_by_their_bounds() -> None:
+    answered = completion(0, usage=Usage(10, 2, 12))
+    refused = discarded(1)
+    timed_out = discarded(2, maybe_billed=True, error_kind="timeout", possibly_billed_tokens=700)
+    doubts = [doubt(timed_out, 1), PossiblyBilled(3, 1, "00", None, 50, "crash", 1)]
+    spent = fold(Spent(), [answered, refused, timed_out], 1)
+    spent = with_possibly_billed(spent, [entry for entry in doubts if entry is not None])
+    assert (spent.requests(), spent.tokens()) == (4, 12 + 700 + 50)

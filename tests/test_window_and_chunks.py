@@ -339,7 +339,7 @@ def test_a_row_knows_its_earlier_attempts_after_a_restart(tmp_path: Path) -> Non
 
 
 def lost(row: int, n: int) -> list[PossiblyBilled]:
-    return [PossiblyBilled(row, each, "", None, "crash", 1) for each in range(1, n + 1)]
+    return [PossiblyBilled(row, each, "", None, 9, "crash", 1) for each in range(1, n + 1)]
 
 
 def test_a_sealed_chunk_leaves_no_rows_in_the_database(tmp_path: Path) -> None:
