@@ -113,12 +113,14 @@ def _error(body: dict[str, Any]) -> tuple[str | None, str | None]:
         message = error.get("message")
         text = message if isinstance(message, str) else _as_text(error)
         return text[:MAX_MESSAGE_CHARS], _code(error.get("code") or error.get("type"))
-    if not error and "choices" not in body and isinstance(body.get("message"), str):
+    if error:
+        return _as_text(error)[:MAX_MESSAGE_CHARS], None
+    if "choices" not in body and isinstance(body.get("message"), str):
         return body["message"][:MAX_MESSAGE_CHARS], _code(body.get("code"))
     return None, None
 
 
-def _as_text(error: dict[str, Any]) -> str:
+def _as_text(error: Any) -> str:
     try:
         return msgspec.json.encode(error).decode()
     except RecursionError:  # what can just be decoded can't always be encoded
@@ -209,6 +211,10 @@ def _from_events(pieces: Iterable[bytes]) -> Answer:
     return spelled.answer(done=False)
 
 
+_LAST_COUNTS = ("id", "created", "model", "message", "code")
+"""Of these the last event that has one counts; of `usage` and `error` the last that says something."""
+
+
 class _Spelled:
     """What the events of a stream add up to."""
 
@@ -228,7 +234,13 @@ class _Spelled:
                 self._broken |= event.data.lstrip().startswith(b"{")  # a piece of the answer that nobody can read
             return
         self._flagged |= lenient
-        self._last |= {name: value for name, value in decoded.items() if value is not None and name != "choices"}
+        for name in _LAST_COUNTS:
+            if (value := decoded.get(name)) is not None:
+                self._last[name] = value
+        if _usage(usage := decoded.get("usage")) is not None:
+            self._last["usage"] = usage
+        if error := decoded.get("error"):
+            self._last["error"] = error
         choice = _first_choice(decoded)
         if choice.get("index") not in (None, 0):
             return  # the further ones of n > 1 are in the raw answer only

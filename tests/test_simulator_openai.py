@@ -1,12 +1,21 @@
-"""The official `openai` client uses the simulator unchanged."""
+"""The official `openai` client uses the simulator unchanged, and reads of a stream what batchrun's reads."""
 
+import asyncio
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import jsonschema
+import msgspec
 import openai
 import pytest
+from openai.types import CompletionUsage
 
+from batchrun import answer as answers
+from batchrun.client import Client
+from batchrun.credentials import Credentials
+from batchrun.job import Endpoint
+from batchrun.records import Answer, FunctionCall, Request, Usage
 from batchrun.simulator import SimulatorConfig
 from tests.simulator_process import RunningSimulator, running_simulator
 
@@ -138,3 +147,90 @@ def test_too_many_requests_are_429_with_the_time_to_wait() -> None:
         assert 50 <= int(caught.value.response.headers["retry-after"]) <= 60
         assert 50_000 <= int(caught.value.response.headers["retry-after-ms"]) <= 60_000
         assert [(line.status, line.billed) for line in simulator.ledger()] == [(200, True), (429, False)]
+
+
+# -- batchrun's own client, beside it
+
+
+def ours(simulator: RunningSimulator, **fields: Any) -> Answer:
+    """What batchrun's client makes of the same request, streamed."""
+    asked = {"model": "vtrix-x", "messages": [{"role": "user", "content": "Hi"}], "stream": True, **fields}
+    url = f"{simulator.url}/chat/completions"
+
+    async def main() -> Answer:
+        credentials = Credentials({"Authorization": "Bearer sk-right"}, frozenset({"sk-right"}))
+        async with Client(url, Endpoint(url, api_key_env="KEY"), credentials) as client:
+            attempt = await client.send(Request(0, b"k" * 16, json.dumps(asked).encode(), "vtrix-x", 10, 10), "x")
+            assert attempt.error is None
+            assert attempt.streamed
+            assert attempt.time_to_first_token_s is not None
+            return answers.read(attempt.body)
+
+    return asyncio.run(main())
+
+
+def theirs(client: openai.OpenAI, **fields: Any) -> Answer:
+    """What the official client's chunks add up to."""
+    chunks = list(
+        client.chat.completions.create(
+            model="vtrix-x", messages=[{"role": "user", "content": "Hi"}], stream=True, **fields
+        )
+    )
+    deltas = [choice.delta for chunk in chunks for choice in chunk.choices]
+    contents = [delta.content for delta in deltas if delta.content is not None]
+    calls = [delta.function_call for delta in deltas if delta.function_call is not None]
+    called = FunctionCall("".join(c.name or "" for c in calls), "".join(c.arguments or "" for c in calls))
+    (finish_reason,) = [c.finish_reason for chunk in chunks for c in chunk.choices if c.finish_reason is not None]
+    return Answer(
+        completion=True,
+        completion_id=chunks[0].id,
+        created=chunks[0].created,
+        model=chunks[0].model,
+        content="".join(contents) if contents else None,
+        function_call=called if calls else None,
+        finish_reason=finish_reason,
+        usage=next((_usage(chunk.usage) for chunk in chunks if chunk.usage is not None), None),
+    )
+
+
+def _usage(usage: CompletionUsage) -> Usage:
+    cached, thought = usage.prompt_tokens_details, usage.completion_tokens_details
+    assert cached is not None
+    assert thought is not None
+    counts = (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens)
+    return Usage(*counts, cached.cached_tokens, thought.reasoning_tokens)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        pytest.param({}, id="no usage"),
+        pytest.param({"stream_options": {"include_usage": True}}, id="usage"),
+        pytest.param({"stream_options": {"include_usage": True}, "reasoning_effort": "xhigh"}, id="reasoning"),
+        pytest.param({"stream_options": {"include_usage": True}, "max_tokens": 3}, id="cut short"),
+        pytest.param(
+            {
+                "functions": [{"name": "rate", "parameters": SCHEMA}],
+                "function_call": {"name": "rate"},
+                "stream_options": {"include_usage": True},
+            },
+            id="function",
+        ),
+        pytest.param(
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "label", "schema": SCHEMA, "strict": True},
+                }
+            },
+            id="schema",
+        ),
+    ],
+)
+def test_a_stream_says_the_same_to_both_clients(
+    client: openai.OpenAI, simulator: RunningSimulator, fields: dict[str, Any]
+) -> None:
+    our, their = ours(simulator, **fields), theirs(client, **fields)
+    own = {"completion_id": their.completion_id, "created": their.created}
+    assert msgspec.structs.replace(our, **own) == their
+    assert (our.completion_id, our.created) != (None, None)
