@@ -18,6 +18,7 @@ from batchrun.credentials import Credentials
 from batchrun.errors import BatchrunError, DiskError, ExitCode
 from batchrun.gate import Gate
 from batchrun.gate_state import GateState
+from batchrun.image_digests import ImageDigests
 from batchrun.job import Budget, Job
 from batchrun.pipeline import Pipeline
 from batchrun.plan import Plan
@@ -84,8 +85,9 @@ class Asking:
         loop = asyncio.get_running_loop()
         self._gate = gate = self._open_gate(loop)
         flying = slots.Slots(self._directory.inflight, self._job.limits.max_in_flight)
+        checked = ImageDigests(self._directory.images_of(self._plan.facts.layout))
         async with Client(self._job.url, self._job.endpoint, self._credentials) as client:
-            self._pipeline = pipeline = self._open_pipeline(client, flying, loop)
+            self._pipeline = pipeline = self._open_pipeline(client, flying, checked, loop)
             self._chronicle.gate, self._chronicle.pipeline = gate, pipeline
             self._checkpoint.listen(_in_loop(loop, pipeline.durable), _in_loop(loop, self._fail))
             beat = asyncio.create_task(self._beat(client))
@@ -98,6 +100,7 @@ class Asking:
             await sealing
             beat.cancel()
         flying.close()
+        checked.close()
         if self._failure is not None:
             raise self._failure
         return gate.stop
@@ -187,7 +190,9 @@ class Asking:
             purse=_purse(self._job.budget, self._checkpoint.spent),
         )
 
-    def _open_pipeline(self, client: Client, flying: slots.Slots, loop: asyncio.AbstractEventLoop) -> Pipeline:
+    def _open_pipeline(
+        self, client: Client, flying: slots.Slots, checked: ImageDigests, loop: asyncio.AbstractEventLoop
+    ) -> Pipeline:
         return Pipeline(
             self._job,
             self._plan,
@@ -195,6 +200,7 @@ class Asking:
             client=client,
             checkpoint=self._checkpoint,
             slots=flying,
+            checked=checked,
             open_next=self._chunks.open_next,
             on_settled=self._full.put_nowait,
             on_failure=self._fail,

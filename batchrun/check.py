@@ -13,6 +13,7 @@ import msgspec
 
 from batchrun.errors import InputError
 from batchrun.ids import IdIndex
+from batchrun.images import Images
 from batchrun.job import Job
 from batchrun.json_columns import ColumnTypes
 from batchrun.records import Request, Row
@@ -100,9 +101,11 @@ def survey(
     keep: Callable[[Problem], None] = lambda problem: None,
     progress: Callable[[int], None] = lambda rows: None,
     question: Callable[[int, bytes], None] = lambda ordinal, key: None,
+    pictured: Callable[[int, bytes], None] = lambda ordinal, digest: None,
 ) -> Survey:
-    """The whole input, read once. `keep` gets every problem, `progress` the count of rows now and then, `question` each
-    record's ordinal and request_key, those included that turn out to repeat an id.
+    """The whole input, read once, and every image file that it names. `keep` gets every problem, `progress` the count
+    of rows now and then, `question` each record's ordinal and request_key, `pictured` ordinal and images' digest of
+    those that have images to be read; records included that turn out to repeat an id.
 
     `scratch` is a directory for what does not fit into memory.
 
@@ -113,6 +116,7 @@ def survey(
     tally = _Tally(keep)
     types = ColumnTypes() if source.format == "jsonl" else None
     builder: RequestBuilder | None = None
+    images = Images(job.input)
     with IdIndex(scratch) as ids:
         for record in source.records():
             if record.problem is not None:
@@ -121,7 +125,7 @@ def survey(
             if builder is None:
                 builder = RequestBuilder(job, detect_dialect(job, record.columns))
                 id_column = job.input.id or ("custom_id" if builder.dialect == "openai-batch" else None)
-            if (problem := _take(record, builder, ids, id_column, tally, question)) is not None:
+            if (problem := _take(record, builder, images, ids, id_column, tally, question, pictured)) is not None:
                 tally.reject(Problem(record.ordinal, record.place, problem, record.columns), tally.unusable)
             elif types is not None:
                 types.observe(record.columns)
@@ -145,14 +149,19 @@ def survey(
 def _take(
     record: Record,
     builder: RequestBuilder,
+    images: Images,
     ids: IdIndex,
     id_column: str | None,
     tally: _Tally,
     question: Callable[[int, bytes], None],
+    pictured: Callable[[int, bytes], None],
 ) -> str | None:
     """Counts the record if it can be asked; else the reason why not."""
     try:
         request = builder.build(Row(tally.rows, record.columns))
+        if request.pictures:
+            request, digest = builder.identify(Row(tally.rows, record.columns), images.read)
+            pictured(record.ordinal, digest)
     except InputError as error:
         return str(error)
     if id_column is not None:

@@ -58,6 +58,8 @@ class Input(Table, frozen=True):
     id: Text | None = None
     dialect: Literal["auto", "columns", "messages", "openai-batch"] = "auto"
     max_line_bytes: AtLeastOne = 64_000_000
+    image_root: Text | None = None
+    max_image_bytes: AtLeastOne = 20_000_000  # what common endpoints take; a larger one is mostly a mistake
 
 
 class MessageTemplate(Table, frozen=True):
@@ -88,6 +90,8 @@ class RequestTemplate(Table, frozen=True):
     system: Text | None = None
     prompt: Text | None = None
     messages: Text | Annotated[list[MessageTemplate], Meta(min_length=1)] | None = None
+    images: list[Text] = []
+    image_detail: Literal["auto", "low", "high"] | None = None
     reasoning_effort: Effort | None = None
     max_tokens: Annotated[int, Meta(ge=1, le=128_000)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
@@ -105,6 +109,7 @@ class Limits(Table, frozen=True):
     tokens_per_minute: Positive | None = None
     max_in_flight: Annotated[int, Meta(ge=1, le=4096)] = 64
     max_output_tokens: AtLeastOne = 128_000  # the model's own maximum; the bound of a request without max_tokens
+    max_image_tokens: AtLeastOne = 6_000  # above all of the upstream's own table of tile and patch counts
 
 
 class Retry(Table, frozen=True):
@@ -313,6 +318,8 @@ def _problems(job: Job) -> Iterator[str]:
         yield "request.prompt: can't stand beside request.messages; keep one of them"
     if request.system is not None and isinstance(request.messages, list):
         yield "request.system: put it into request.messages as a message with role = 'system'"
+    if request.image_detail is not None and not request.images:
+        yield "request.image_detail: names the detail of request.images, and there are none"
     if request.response_format is not None and request.response_format.type == "json_schema":
         given = (request.response_format.file is not None) + (request.response_format.schema is not None)
         if given != 1:

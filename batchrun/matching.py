@@ -55,7 +55,9 @@ class Matches:
 
 
 class Questions:
-    """The questions of an input while it is checked, in a file without a name: ordinal and key of each record."""
+    """What is known of an input's records by ordinal while it is checked, in a file without a name: their keys, or the
+    digests of their images.
+    """
 
     def __init__(self, directory: Path) -> None:
         with told(directory):
@@ -66,17 +68,16 @@ class Questions:
         self._file.write(_ENTRY.pack(key, ordinal))
 
     def rows(self, rejected: Sequence[int]) -> Iterator[tuple[bytes, int]]:
-        """(key, row) of each record but the rejected ones, whose ordinals ascend."""
+        """(key, row) of each record that was added but the rejected ones, whose ordinals ascend."""
         self._file.seek(0)
-        row, place = 0, 0
+        place = 0
         while block := self._file.read(_ENTRY.size * 4096):
             for key, ordinal in _ENTRY.iter_unpack(block):
                 while place < len(rejected) and rejected[place] < ordinal:
                     place += 1
                 if place < len(rejected) and rejected[place] == ordinal:
                     continue
-                yield key, row
-                row += 1
+                yield key, ordinal - place
 
     def __enter__(self) -> Self:
         return self

@@ -19,6 +19,8 @@ from batchrun.chunks import OpenChunk
 from batchrun.client import Client
 from batchrun.errors import BatchrunError, InputError
 from batchrun.gate import Gate, GateClosed
+from batchrun.image_digests import ImageDigests
+from batchrun.images import Images
 from batchrun.job import Job
 from batchrun.plan import Plan
 from batchrun.policy import History, Judgement
@@ -32,6 +34,9 @@ TOKENS_PER_BYTE = 0.3
 
 UNKNOWN_OUTPUT_TOKENS = 1000
 """The estimate of an answer whose length nobody bounds; the usage corrects it when it comes."""
+
+USUAL_IMAGE_TOKENS = 800
+"""The estimate of an image: the upstream counts 85 with detail low, 765 for a common size otherwise."""
 
 NOTHING = Decimal(0)
 
@@ -74,14 +79,15 @@ class Pipeline:
         client: Client,
         checkpoint: Checkpoint,
         slots: Slots,
+        checked: ImageDigests,
         open_next: Callable[[], OpenChunk | None],
         on_settled: Callable[[OpenChunk], None],
         on_failure: Callable[[BatchrunError], None],
         clock: Callable[[], float],
         uniform: Callable[[], float],
     ) -> None:
-        """`on_settled` gets each chunk whose last row is durable, `on_failure` why there are no more rows to be had;
-        `clock` is the event loop's.
+        """`checked` says what images were. `on_settled` gets each chunk whose last row is durable, `on_failure` why
+        there are no more rows to be had; `clock` is the event loop's.
         """
         self._job = job
         self._plan = plan
@@ -89,6 +95,8 @@ class Pipeline:
         self._client = client
         self._checkpoint = checkpoint
         self._slots = slots
+        self._checked = checked
+        self._images = Images(job.input)
         self._on_settled = on_settled
         self._on_failure = on_failure
         self._clock = clock
@@ -118,7 +126,16 @@ class Pipeline:
             except GateClosed:
                 self.backlog.close()
                 return
-            await self._attempt(pending, slot, bound_usd)
+            request = pending.request
+            if request.pictures:
+                try:
+                    request = await asyncio.to_thread(self._with_pictures, pending)
+                except InputError as error:
+                    self._gate.release(slot, NOTHING)
+                    self._on_failure(error)
+                    return
+                pending = _identified(pending, request.key)
+            await self._attempt(pending, request, slot, bound_usd)
 
     async def _next(self) -> Pending | None:
         """The next row to ask. A disk or input that fails here ends admission, but who is in flight may still land."""
@@ -128,8 +145,26 @@ class Pipeline:
             self._on_failure(error)
             return None
 
-    async def _attempt(self, pending: Pending, slot: int, bound_usd: Decimal | None) -> None:
-        request, n = pending.request, pending.history.attempts + 1
+    def _with_pictures(self, pending: Pending) -> Request:
+        """The request with its images, as they are now. For a thread: it reads files.
+
+        Raises:
+            InputError: they can't be had, or are not what was checked.
+        """
+        row = pending.request.row
+        try:
+            read = pending.chunk.window.row(row)
+            request, digest = self._builders[pending.variant].whole(read, self._images.read)
+            known = self._checked.of(row) if pending.variant == self._plan.facts.variant else None
+            if known not in (None, digest):
+                raise InputError("its images are not those that were checked")
+        except InputError as error:
+            ways_on = "put them back, or take the images as they are with --accept-changes"
+            raise InputError(f"row {row}: {error}: changed while the run works; {ways_on}") from error
+        return request
+
+    async def _attempt(self, pending: Pending, request: Request, slot: int, bound_usd: Decimal | None) -> None:
+        n = pending.history.attempts + 1
         if (held := self._held.pop(request.row, None)) is not None:
             self._checkpoint.put(self._discarded(held))
         successes = self._gate.successes
@@ -311,7 +346,7 @@ class Pipeline:
 
     def _estimated_tokens(self, request: Request) -> int:
         output = min(request.max_output_tokens, UNKNOWN_OUTPUT_TOKENS)
-        return int(len(request.body) * TOKENS_PER_BYTE) + output
+        return int(len(request.body) * TOKENS_PER_BYTE) + request.images * USUAL_IMAGE_TOKENS + output
 
     def _cost_usd(self, request: Request, answer: Answer, judgement: Judgement) -> Decimal | None:
         """What the attempt cost for certain: 0 where no answer came, None where one came that can't be priced."""
@@ -334,6 +369,11 @@ class Pipeline:
         if self._maybe_billed(ended):
             return None, None
         return ended.cost_usd, 0 if ended.answer.usage is None else ended.answer.usage.total_tokens
+
+
+def _identified(pending: Pending, key: bytes) -> Pending:
+    """The row with its key, and still without its images: it may have to wait again."""
+    return msgspec.structs.replace(pending, request=msgspec.structs.replace(pending.request, key=key))
 
 
 def _total(costs: Sequence[Decimal | None]) -> Decimal | None:

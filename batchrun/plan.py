@@ -16,7 +16,7 @@ from typing import BinaryIO
 import msgspec
 import pyarrow as pa
 
-from batchrun import drift, facts, prices, variants
+from batchrun import drift, facts, image_digests, prices, variants
 from batchrun.check import Problem, Survey, survey
 from batchrun.checkpoint import Checkpoint
 from batchrun.durable import READ_BYTES, fsync, told
@@ -98,8 +98,10 @@ def make(job: Job, directory: RunDirectory, checkpoint: Checkpoint, asked: Asked
     _require_unused(directory)
     source = open_source(input_files(job, directory, asked, begun=False), job.input.max_line_bytes)
     files = fingerprint(source.files)
-    found = _survey(source, job, directory, asked)
-    new = _new_facts(job, source, files, found, run_id=uuid.uuid4().hex[:12], begun_at=now)
+    with Questions(directory.path) as pictures:
+        found = _survey(source, job, directory, asked, pictured=pictures.add)
+        new = _new_facts(job, source, files, found, run_id=uuid.uuid4().hex[:12], begun_at=now)
+        _keep_digests(job, directory, new.layout, pictures, found)
     ways = (variants.of_job(job),)
     plan = _plan(job, new, ways, 0, source, {}, asked.limit, today, resumed=False)
     checkpoint.write_manifest({**facts.encode(new), "prices": _encode(plan.prices), **variants.encode(ways)})
@@ -200,6 +202,8 @@ def _resume(
     ways, variant, settings = variants.place(job, ways, known.variant, retrying=asked.retry is not None)
     what = changed_input(files, known)
     source = open_source(files, job.input.max_line_bytes)
+    if what is None and asked.accept_changes and job.input.image_root is not None:
+        what = "the images"
     if settings or what is not None:
         reasons = (*settings, *([what] if what else []))
         known = _adopt(job, directory, checkpoint, asked, known, ways, variant, source, identities, reasons)
@@ -231,8 +235,8 @@ def _adopt(
     Raises:
         JobError: what changed, and what it would cost; nothing was sent or given up.
     """
-    with Questions(directory.path) as questions:
-        found = _survey(source, job, directory, asked, questions.add)
+    with Questions(directory.path) as questions, Questions(directory.path) as pictures:
+        found = _survey(source, job, directory, asked, questions.add, pictures.add)
         new = _new_facts(job, source, identities, found, run_id=known.run_id, begun_at=known.begun_at)
         new = msgspec.structs.replace(new, layout=known.layout + 1, variant=variant, dialect=found.dialect)
         answers = drift.Answers(directory, checkpoint, known, variants.json_variants(job, ways))
@@ -246,8 +250,16 @@ def _adopt(
             asked.told(str(seen))
             schema = _schema(source, new)
             entries = {**facts.encode(new), **variants.encode(ways)}
+            _keep_digests(job, directory, new.layout, pictures, found)
             drift.lay_out(answers, matches, source, new, schema, directory, checkpoint, entries, asked.limit)
+            directory.images_of(known.layout).unlink(missing_ok=True)
     return new
+
+
+def _keep_digests(job: Job, directory: RunDirectory, layout: int, pictures: Questions, found: Survey) -> None:
+    """What the rows' images are is on disk, if they can change behind the input's back: as files of their own."""
+    if job.input.image_root is not None:
+        image_digests.write(directory.images_of(layout), pictures.rows(found.rejected))
 
 
 class ChangedError(JobError):
@@ -335,6 +347,7 @@ def _survey(
     directory: RunDirectory,
     asked: Asked,
     question: Callable[[int, bytes], None] = lambda ordinal, key: None,
+    pictured: Callable[[int, bytes], None] = lambda ordinal, digest: None,
 ) -> Survey:
     """The input, read once; problems end the start unless they are to be set aside in rejects.jsonl."""
     rejects = directory.rejects
@@ -346,7 +359,7 @@ def _survey(
             with told(rejects), open(os.open(rejects, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as file:
                 file.write(msgspec.json.encode(problem, enc_hook=str) + b"\n")
 
-    found = survey(source, job, directory.path, keep=keep, progress=asked.checked, question=question)
+    found = survey(source, job, directory.path, keep=keep, progress=asked.checked, question=question, pictured=pictured)
     if found.rejected and not asked.skip_invalid:
         raise_problems(found, asked.problem)
     if found.rejected:

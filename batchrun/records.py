@@ -70,7 +70,8 @@ class Request(msgspec.Struct, frozen=True):
 
     `key` is the identity of the question (BLAKE2b-128, docs/design.md); `body` goes to the wire as it is.
     `max_prompt_tokens` and `max_output_tokens` bound what one attempt can be billed for; no tokenizer makes more
-    tokens than the body has bytes.
+    tokens than the body has bytes. Of its `images`, `pictures` many are put in when it is sent; until then the body
+    lacks them.
     """
 
     row: int
@@ -79,6 +80,8 @@ class Request(msgspec.Struct, frozen=True):
     model: str
     max_prompt_tokens: int
     max_output_tokens: int
+    images: int = 0
+    pictures: int = 0
 
     @property
     def upper_bound_tokens(self) -> int:

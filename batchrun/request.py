@@ -3,10 +3,12 @@
 The body is sent in the API's field order, with a row's own objects as they came. It is hashed into the `request_key`
 with all names sorted, since JSON objects have no order and Parquet gives them another than JSONL (0.7 µs, measured).
 What only decides how an answer travels (`stream`, `stream_options`) is appended to the body and left out of the key.
+Images that must be read are put in only when a request is sent: until then the row has a request without them.
 """
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -14,18 +16,15 @@ import jinja2
 import jinja2.sandbox
 import msgspec
 
+from batchrun import image_parts
 from batchrun.errors import InputError, JobError
+from batchrun.image_parts import Image, Picture, Source
 from batchrun.job import Job, RequestTemplate
 from batchrun.records import Request, Row
 
 ROLES = ("user", "assistant", "system", "developer")
 EFFORTS = ("low", "medium", "high", "xhigh")
 MAX_TOKENS = 128_000
-
-IMAGE_TOKENS = 6_000
-"""More than any image costs in the upstream's own table of tile and patch counts: for the money bound only."""
-
-_canonical = msgspec.json.Encoder(order="deterministic").encode
 
 Columns = dict[str, Any]
 Body = dict[str, Any]
@@ -65,6 +64,7 @@ class RequestBuilder:
         self._request = job.request
         self._endpoint_name = b"\0" + job.endpoint_name.encode()
         self._max_output_tokens = job.limits.max_output_tokens
+        self._max_image_tokens = job.limits.max_image_tokens
         self._from_columns = tuple(job.request.from_columns.items())
         self._parameters = _parameters(job.request)
         self._stream = _stream_fields(job.request)
@@ -75,31 +75,66 @@ class RequestBuilder:
             raise JobError('request.model: name the model, for example "vtrix-gpt-5.3-codex"')
 
     def build(self, row: Row) -> Request:
-        """The request of one row.
+        """The request of one row. With `pictures`, it lacks their content, and its key is empty.
 
         Raises:
             InputError: the row can't be asked; the message says why, without the place.
         """
+        return self._made(row, None, image_parts.without)[0]
+
+    def identify(self, row: Row, read: Callable[[Source], Image]) -> tuple[Request, bytes]:
+        """The request as `build` gives it, but with its key, and the digest of its pictures as `read` finds them.
+
+        Raises:
+            InputError: as `build`, or of a picture.
+        """
+        return self._made(row, read, image_parts.without)
+
+    def whole(self, row: Row, read: Callable[[Source], Image]) -> tuple[Request, bytes]:
+        """The same with the pictures in the body: what is sent. Takes milliseconds for each megabyte.
+
+        Raises:
+            InputError: as `identify`.
+        """
+        return self._made(row, read, image_parts.whole)
+
+    def _made(
+        self, row: Row, read: Callable[[Source], Image] | None, encode: Callable[[Body], bytes]
+    ) -> tuple[Request, bytes]:
+        """The request as `encode` makes its body, and the digest of its pictures; empty without `read`."""
+        digest = b""
         try:
-            body = self._batch_body(row.columns) if self.dialect == "openai-batch" else self._body(row.columns)
-            encoded = msgspec.json.encode(body)
+            body, pictures, images = self._drawn(row)
+            if read is not None:
+                digest = _looked_at(pictures, read)
+            key = b"" if pictures and read is None else self._key(body)
+            encoded = encode(body)
         except RecursionError as error:
             raise InputError("the request is nested too deep") from error
         except UnicodeEncodeError as error:
             raise InputError(f"the request holds half a character, {error.object[error.start]!r}") from error
-        images, question = _images(body["messages"]), body
-        if images and b'"data:' in encoded:
-            question = {**body, "messages": _with_digests(body["messages"])}
-        key = hashlib.blake2b(_canonical(question), digest_size=16)
-        key.update(self._endpoint_name)
-        return Request(
+        request = Request(
             row=row.row,
-            key=key.digest(),
+            key=key,
             body=encoded[:-1] + self._stream if self._stream else encoded,
             model=body["model"],
-            max_prompt_tokens=len(encoded) + images * IMAGE_TOKENS,
+            max_prompt_tokens=len(encoded) + images * self._max_image_tokens,
             max_output_tokens=self._max_output(body),
+            images=images,
+            pictures=len(pictures),
         )
+        return request, digest
+
+    def _drawn(self, row: Row) -> tuple[Body, list[Picture], int]:
+        """The body with a picture for each image that must be read, these, and the number of images in all."""
+        body = self._batch_body(row.columns) if self.dialect == "openai-batch" else self._body(row.columns)
+        body["messages"], pictures, images = image_parts.taken(body["messages"])
+        return body, pictures, images
+
+    def _key(self, body: Body) -> bytes:
+        key = hashlib.blake2b(image_parts.canonical(body), digest_size=16)
+        key.update(self._endpoint_name)
+        return key.digest()
 
     def _max_output(self, body: Body) -> int:
         """The most tokens that the answer can have; a limit that the server will not understand is none."""
@@ -108,6 +143,8 @@ class RequestBuilder:
 
     def _body(self, columns: Columns) -> Body:
         body: Body = {"model": self._request.model, "messages": self._messages(columns), **self._parameters}
+        if self._request.images:
+            body["messages"] = self._with_images(body["messages"], columns)
         for name, column in self._from_columns:
             if column not in columns:
                 raise InputError(f"column {column!r}, which request.from_columns.{name} names, is missing")
@@ -116,6 +153,17 @@ class RequestBuilder:
         if body["model"] is None:
             raise InputError(f"column {self._request.from_columns['model']!r} names no model, nor does request.model")
         return body
+
+    def _with_images(self, messages: list[Any], columns: Columns) -> list[Any]:
+        """The messages with the images of the columns that the job names; a row that has none of them is refused."""
+        sources: list[Source] = []
+        for column in self._request.images:
+            if column not in columns:
+                raise InputError(f"column {column!r}, which request.images names, is missing")
+            sources += image_parts.sources_in(columns[column], column)
+        if not sources:
+            raise InputError(f"no image in {', '.join(self._request.images)}")
+        return image_parts.with_images(messages, sources, self._request.image_detail)
 
     def _batch_body(self, columns: Columns) -> Body:
         """The body of a provider batch line; what it leaves open the job fills in."""
@@ -138,7 +186,7 @@ class RequestBuilder:
 
 def _unused_by_batch(request: RequestTemplate) -> str | None:
     """A setting that would be ignored without a word where each line brings its whole body."""
-    names = ("prompt", "system", "messages", "from_columns")
+    names = ("prompt", "system", "messages", "images", "from_columns")
     return next((name for name in names if getattr(request, name)), None)
 
 
@@ -223,9 +271,38 @@ def _template(tree: Any, place: str) -> Callable[[Columns], Any]:
         parts = [_template(item, place) for item in tree]
         return lambda columns: [part(columns) for part in parts]
     if isinstance(tree, dict):
-        fields = {name: _template(value, place) for name, value in tree.items()}
+        fields = {name: (_url_template if name == "url" else _template)(value, place) for name, value in tree.items()}
         return lambda columns: {name: field(columns) for name, field in fields.items()}
     return lambda columns: tree
+
+
+_ONE_COLUMN = re.compile(r"\{\{\s*([A-Za-z_]\w*)\s*\}\}")
+
+
+def _url_template(tree: Any, place: str) -> Callable[[Columns], Any]:
+    """As `_template`; but a text that is one column alone gives an image in bytes as it is."""
+    render = _template(tree, place)
+    only = _ONE_COLUMN.fullmatch(tree) if isinstance(tree, str) else None
+    if only is None:
+        return render
+    column = only[1]
+
+    def make(columns: Columns) -> Any:
+        value = columns.get(column)
+        if isinstance(value, list):
+            raise InputError(f"{place}: column {column!r} holds a list; name it in request.images")
+        return next(image_parts.sources_in(value, column)) if isinstance(value, bytes | dict) else render(columns)
+
+    return make
+
+
+def _looked_at(pictures: list[Picture], read: Callable[[Source], Image]) -> bytes:
+    """Each picture has its image; the digest of all of them."""
+    digest = hashlib.blake2b(digest_size=16)
+    for picture in pictures:
+        picture.image = read(picture.source)
+        digest.update(picture.image.digest())
+    return digest.digest()
 
 
 def _refuse_null(value: object) -> object:
@@ -348,24 +425,3 @@ _CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         "an object with type text, json_object or json_schema",
     ),
 }
-
-
-def _images(messages: list[Any]) -> int:
-    """How many image parts there are."""
-    return sum(
-        isinstance(part, dict) and part.get("type") == "image_url"
-        for message in messages
-        if isinstance(message.get("content"), list)
-        for part in message["content"]
-    )
-
-
-def _with_digests(value: Any) -> Any:
-    """The messages with every data URL replaced by its digest: the same picture is the same question."""
-    if isinstance(value, str) and value.startswith("data:"):
-        return "digest:" + hashlib.blake2b(value.encode(), digest_size=16).hexdigest()
-    if isinstance(value, list):
-        return [_with_digests(item) for item in value]
-    if isinstance(value, dict):
-        return {name: _with_digests(item) for name, item in value.items()}
-    return value

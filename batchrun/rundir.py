@@ -52,6 +52,10 @@ class RunDirectory:
         """Where a sealed chunk is."""
         return self.parts / f"{chunk:06d}.g{generation}.parquet"
 
+    def images_of(self, layout: int = 0) -> Path:
+        """Where it stands what the rows' images were when they were checked."""
+        return self.path / (f"images.{layout}.bin" if layout else "images.bin")
+
     def create(self, mountinfo: Path = MOUNTINFO) -> None:
         """The directory is there, private, and on a file system that can be trusted.
 

@@ -3,6 +3,7 @@
 (Compressed sources can't seek, row groups are large, and files get overwritten while a run works.)
 """
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
@@ -42,20 +43,30 @@ class StoredWindow:
             raise CheckpointError(f"{path}: the input of an open chunk is {what}")
         self._first_row = first_row
         self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        self._reading = threading.Lock()
+
+    def row(self, row: int) -> Row:
+        """One of the rows, read anew; any thread may."""
+        number, place = divmod(row - self._first_row, BATCH_ROWS)
+        return Row(row, rows_of(self._batch(number).slice(place, 1))[0])
 
     def rows(self) -> Iterator[list[Row]]:
         """The rows in order, up to 1,000 at a time."""
         row = self._first_row
         for number in range(self._reader.num_record_batches):
-            batch = [Row(row + place, columns) for place, columns in enumerate(rows_of(self._reader.get_batch(number)))]
+            batch = [Row(row + place, columns) for place, columns in enumerate(rows_of(self._batch(number)))]
             row += len(batch)
             yield batch
 
     def tables(self, types: ColumnTypes | None) -> Iterator[pa.Table]:
         """The same rows as typed columns, up to 1,000 at a time; `types` are those of JSONL input."""
         for number in range(self._reader.num_record_batches):
-            batch = self._reader.get_batch(number)
+            batch = self._batch(number)
             if types is None:
                 yield pa.Table.from_batches([batch])
             else:
                 yield lines_to_table(cast(list[bytes], batch.column("line").to_pylist()), types)
+
+    def _batch(self, number: int) -> pa.RecordBatch:
+        with self._reading:
+            return self._reader.get_batch(number)

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-from packages import LICENSES, Function, Passage, changes, functions, passages, pictures, spread
+from packages import ICONS, LICENSES, Function, Passage, changes, functions, passages, pictures, spread
 
 HERE = Path(__file__).parent
 MODEL = "vtrix-gpt-5.3-codex"
@@ -100,6 +100,15 @@ def write_both(name: str, rows: Sequence[msgspec.Struct]) -> None:
     pq.write_table(table, HERE / f"{name}.parquet", compression="zstd", compression_level=19)
 
 
+def write_pictures(folder: Path) -> None:
+    """`pictures.jsonl` names the files in `pictures/`, which are byte for byte the package's."""
+    rows = pictures(folder)
+    (HERE / "pictures").mkdir(exist_ok=True)
+    for row in rows:
+        shutil.copyfile(folder / ICONS / row.image, HERE / "pictures" / row.image)
+    write_jsonl("pictures", rows)
+
+
 def main(folder: Path) -> None:
     """Every data file and licence text of this folder is as new."""
     function_rows = functions(folder)
@@ -107,7 +116,7 @@ def main(folder: Path) -> None:
     write_both("changes", changes(folder))
     write_both("functions", function_rows)
     write_both("passages", passage_rows)
-    write_jsonl("pictures", pictures(folder))
+    write_pictures(folder)
     write_jsonl("batch", batch(passage_rows))
     write_jsonl("chats", chats(function_rows))
     for name, source in LICENSES.items():

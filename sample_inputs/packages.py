@@ -1,7 +1,6 @@
 """What the five Debian packages hold, as rows: change-log entries, functions, passages of novels, icons."""
 
 import ast
-import base64
 import gzip
 import hashlib
 import re
@@ -62,7 +61,7 @@ class Passage(msgspec.Struct, frozen=True):
 
 
 class Picture(msgspec.Struct, frozen=True):
-    """A 32 x 32 PNG as a data URL."""
+    """A 32 x 32 PNG; `image` is its file's name."""
 
     picture_id: str
     title: str
@@ -265,10 +264,5 @@ PICTURES = (
 
 
 def pictures(packages: Path) -> list[Picture]:
-    """The named icons, titled as the icon theme names them."""
-    return [picture(packages / ICONS / f"{name}.png") for name in PICTURES]
-
-
-def picture(path: Path) -> Picture:
-    data = base64.b64encode(path.read_bytes()).decode()
-    return Picture(path.stem, path.stem.replace("-", " ").capitalize(), f"data:image/png;base64,{data}")
+    """The named icons, titled as the icon theme names them. Their files are in `packages / ICONS`."""
+    return [Picture(name, name.replace("-", " ").capitalize(), f"{name}.png") for name in PICTURES]

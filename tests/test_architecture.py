@@ -20,7 +20,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset(
         {
             *("source", "ids", "json_columns", "window"),
-            *("request", "check"),
+            *("request", "check", "image_parts", "images", "image_digests"),
             *("accounts", "admission", "gate", "gate_state", "pace", "purse"),
             *("client", "stream", "sse", "packed", "answer", "policy"),
             *("durable", "rundir", "runlog", "slots", "spent", "spill", "wal", "database", "tables", "checkpoint"),
@@ -52,7 +52,10 @@ WITHIN_A_LAYER: dict[str, frozenset[str]] = {
     "slots": frozenset({"durable"}),
     "spill": frozenset({"durable"}),
     "window": frozenset({"durable", "json_columns", "source"}),
-    "check": frozenset({"ids", "json_columns", "request", "source"}),
+    "request": frozenset({"image_parts"}),
+    "images": frozenset({"image_parts"}),
+    "image_digests": frozenset({"durable"}),
+    "check": frozenset({"ids", "images", "json_columns", "request", "source"}),
     "base_part": frozenset({"output", "tables"}),
     "chunks": frozenset({"base_part", "checkpoint", "json_columns", "output", "rundir", "source", "tables", "window"}),
     "backlog": frozenset({"chunks", "policy"}),

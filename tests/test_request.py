@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from batchrun.errors import InputError, JobError
 from batchrun.job import Job, from_tables
 from batchrun.records import Request, Row
-from batchrun.request import IMAGE_TOKENS, RequestBuilder, check_parameter, detect_dialect
+from batchrun.request import RequestBuilder, check_parameter, detect_dialect
 from batchrun.source import find_files, open_source
 
 MODEL = "vtrix-gpt-5.3-codex"
@@ -436,20 +436,6 @@ def test_the_key_depends_on_the_endpoints_name_and_not_on_row_or_other_columns()
     assert (first.row, second.row) == (0, 9)
 
 
-def an_image(url: str, text: str = "What?") -> Columns:
-    part = {"type": "image_url", "image_url": {"url": url}}
-    return {"messages": [{"role": "user", "content": [{"type": "text", "text": text}, part]}]}
-
-
-def test_a_picture_is_in_the_key_by_its_digest_and_in_the_body_as_it_is() -> None:
-    picture, other = "data:image/png;base64,AAAA", "data:image/png;base64,AAAB"
-    request = build(a_job(), an_image(picture))
-    assert json.loads(request.body)["messages"][0]["content"][1]["image_url"]["url"] == picture
-    assert request.key == key_of(a_job(), an_image(picture))
-    assert len({key_of(a_job(), an_image(url)) for url in (picture, other, "https://h/AAAA")}) == 3
-    assert key_of(a_job(), an_image(picture)) != key_of(a_job(), an_image(picture, "Why?"))
-
-
 # -- the bounds
 
 
@@ -459,8 +445,9 @@ def test_the_bounds_cover_all_that_one_attempt_can_be_billed_for() -> None:
     assert request.max_prompt_tokens == len(request.body)
     assert build(a_job(), batch(max_tokens=100, max_completion_tokens=200)).max_output_tokens == 200
     assert build(a_job(), batch()).max_output_tokens == 128_000
-    with_image = build(a_job(), an_image("https://h/a.png"))
-    assert with_image.max_prompt_tokens == len(with_image.body) + IMAGE_TOKENS
+    image = {"type": "image_url", "image_url": {"url": "https://h/a.png"}}
+    with_image = build(a_job(), {"messages": [{"role": "user", "content": [image, image]}]})
+    assert with_image.max_prompt_tokens == len(with_image.body) + 2 * 6_000
 
 
 @pytest.mark.parametrize("limit", [0, -5, True, "100", 100.5, [], {}])

@@ -132,8 +132,9 @@ def write(old: RunDirectory, known: Remains, account: Account, new: RunDirectory
         database.close()
     for frame in account.still_spilled():
         spill.append(new.checkpoint.with_name(SPILL), (*frame.completions, *frame.discarded), frame.invocation)
-    if old.spool.exists():
-        shutil.copyfile(old.spool, new.spool)
+    for kept in (old.spool, *old.path.glob("images*.bin")):
+        if kept.exists():
+            shutil.copyfile(kept, new.path / kept.name)
 
 
 def spilled(directory: RunDirectory) -> list[Frame]:

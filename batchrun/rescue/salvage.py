@@ -254,15 +254,21 @@ class Rescue:
         right = set()
         for batch in stored.rows():
             for row in batch:
-                if row.row in told and self._key_of(row, told[row.row][0]) == told[row.row][1]:
+                if row.row in told and self._is_of(row, *told[row.row]):
                     right.add(row.row)
         return kept.filter(pa.array([row in right for row in self._rows(kept)], pa.bool_()))
 
-    def _key_of(self, row: Row, variant: int) -> bytes | None:
+    def _is_of(self, row: Row, variant: int, key: bytes) -> bool:
+        """True where the key is that of the row's question. With images nobody can say here; but in rows that were
+        never laid out anew there are no answers to others.
+        """
         try:
-            return self._builders[variant].build(row).key
+            request = self._builders[variant].build(row)
         except (InputError, IndexError):
-            return None
+            return False
+        if request.pictures:
+            return self._facts is not None and not self._facts.layout
+        return request.key == key
 
     def _was_sealed(self, number: int) -> bool:
         return self._had_result() or any(chunk.chunk == number and not chunk.open for chunk in self._known.chunks)

@@ -1,0 +1,222 @@
+"""Images in a request: where they stand, and what stands for them until it is sent. PURE.
+
+An image is said by its bytes, a `data:` URL, an http(s) URL, or a path. An http(s) URL stays as it is. For the others a
+`Picture` stands in the body, so that a waiting request holds no base64; the question has the digest of its bytes, so
+that one picture is one question however it is said.
+"""
+
+import binascii
+import hashlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from batchrun.errors import InputError
+
+DETAILS = ("auto", "low", "high")
+
+Source = str | bytes
+"""What says an image that must be looked at: a path, a `data:` URL, or its bytes."""
+
+_SIGNATURES: dict[str, re.Pattern[bytes]] = {
+    "image/png": re.compile(rb"\x89PNG\r\n\x1a\n"),
+    "image/jpeg": re.compile(rb"\xff\xd8\xff"),
+    "image/gif": re.compile(rb"GIF8[79]a"),
+    "image/webp": re.compile(rb"RIFF....WEBP", re.DOTALL),
+}
+_DATA_URL = re.compile(r"data:[^,]*;base64,")
+_HTTP_URL = re.compile(r"https?://[^/\s]\S*")
+
+_SLICE_BYTES = 3 << 18
+"""Encoded at a time: the event loop gets its turn between two. A multiple of 3, so that base64 has no padding."""
+
+
+class Image(msgspec.Struct, frozen=True):
+    """The bytes of an image, and the type that they say they are."""
+
+    media_type: str
+    content: bytes
+
+    def digest(self) -> bytes:
+        """BLAKE2b-128 of the bytes."""
+        return hashlib.blake2b(self.content, digest_size=16).digest()
+
+    def data_url(self) -> msgspec.Raw:
+        """The image as a JSON string."""
+        pieces = [f'"data:{self.media_type};base64,'.encode()]
+        for start in range(0, len(self.content), _SLICE_BYTES):
+            pieces.append(binascii.b2a_base64(self.content[start : start + _SLICE_BYTES], newline=False))
+        return msgspec.Raw(b"".join((*pieces, b'"')))
+
+
+class Picture:
+    """An image in a body by name, and `image` once it was looked at. No struct: the encoder must ask what it is."""
+
+    __slots__ = ("image", "source")
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.image: Image | None = None
+
+    def looked_at(self) -> Image:
+        """The image that was read for it."""
+        assert self.image is not None, "an image is sent before it was read"
+        return self.image
+
+
+def _hook_of(form: Any) -> Any:
+    def hook(value: object) -> object:
+        if isinstance(value, Picture):
+            return form(value)
+        raise NotImplementedError(f"JSON has no {type(value).__name__}")
+
+    return hook
+
+
+without = msgspec.json.Encoder(enc_hook=_hook_of(lambda picture: "")).encode
+"""A body as JSON with an empty text for each picture."""
+
+whole = msgspec.json.Encoder(enc_hook=_hook_of(lambda picture: picture.looked_at().data_url())).encode
+"""A body as JSON with the content of its pictures, which must have been looked at."""
+
+canonical = msgspec.json.Encoder(
+    order="deterministic", enc_hook=_hook_of(lambda picture: "digest:" + picture.looked_at().digest().hex())
+).encode
+"""A body as the question it asks: names sorted, pictures by their digests."""
+
+
+def image_of(content: bytes) -> Image:
+    """The image that these bytes are, by their first ones.
+
+    Raises:
+        InputError: they are none that the endpoint takes.
+    """
+    for media_type, signature in _SIGNATURES.items():
+        if signature.match(content):
+            return Image(media_type, content)
+    raise InputError(f"no png, jpeg, gif or webp image (begins with {content[:8]!r})" if content else "is empty")
+
+
+def decoded(url: str, max_bytes: int) -> bytes:
+    """The bytes in a data URL.
+
+    Raises:
+        InputError: it is not base64, or holds more than `max_bytes`.
+    """
+    start = _DATA_URL.match(url)
+    if start is None:
+        raise InputError("the data URL is not in base64")
+    size = (len(url) - start.end()) // 4 * 3 - url.count("=", -2)
+    if size > max_bytes:
+        raise InputError(too_large(size, max_bytes))
+    try:
+        return binascii.a2b_base64(url[start.end() :], strict_mode=True)
+    except ValueError as error:  # binascii.Error, or a character outside ASCII
+        raise InputError(f"the data URL is not base64: {error}") from error
+
+
+def too_large(size: int, max_bytes: int) -> str:
+    """What to say of an image of so many bytes."""
+    return f"has {size:,} bytes, more than input.max_image_bytes ({max_bytes:,})"
+
+
+def shown(source: Source) -> str:
+    """An image by name: its path, or what it is instead."""
+    if isinstance(source, bytes):
+        return "an image in bytes"
+    return "a data URL" if source.startswith("data:") else f"{source:.200}"
+
+
+def sources_in(value: Any, column: str) -> Iterator[Source]:
+    """The images that a column's value says: none for a null, all of a list's, a struct of bytes or a path as one.
+
+    Raises:
+        InputError: it says something else.
+    """
+    match value:
+        case None:
+            return
+        case list():
+            for item in value:
+                yield from sources_in(item, column)
+        case str() | bytes():
+            yield value
+        case {"bytes": bytes() as content}:
+            yield content
+        case {"path": str() as path} | {"url": str() as path}:
+            yield path
+        case _:
+            raise InputError(f"{column}: expected a path, a URL or bytes of an image (is {value!r:.80})")
+
+
+def with_images(messages: list[Any], sources: list[Source], detail: str | None) -> list[Any]:
+    """The messages with the images behind the content of the last one by the user.
+
+    Raises:
+        InputError: no message is by the user.
+    """
+    place = max((n for n, message in enumerate(messages) if message["role"] == "user"), default=None)
+    if place is None:
+        raise InputError("request.images: there is no message by the user to put them into")
+    content = messages[place].get("content")
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content or ())
+    more = {} if detail is None else {"detail": detail}
+    parts += [{"type": "image_url", "image_url": {"url": source, **more}} for source in sources]
+    return [*messages[:place], {**messages[place], "content": parts}, *messages[place + 1 :]]
+
+
+def taken(messages: list[Any]) -> tuple[list[Any], list[Picture], int]:
+    """The messages with a picture in place of each image that is to be looked at; these; and how many images in all.
+
+    Raises:
+        InputError: an image part is none by docs/api.md.
+    """
+    pictures: list[Picture] = []
+    count = 0
+    for place, message in enumerate(messages):
+        content = message.get("content")
+        if not isinstance(content, list):
+            continue
+        at = [n for n, part in enumerate(content) if isinstance(part, dict) and part.get("type") == "image_url"]
+        if not at:
+            continue
+        if not count:
+            messages = list(messages)
+        count += len(at)
+        parts = list(content)
+        for n in at:
+            parts[n] = _taken(parts[n], f"messages[{place}].content[{n}].image_url", pictures)
+        messages[place] = {**message, "content": parts}
+    return messages, pictures, count
+
+
+def _taken(part: dict[str, Any], place: str, pictures: list[Picture]) -> dict[str, Any]:
+    """The part, with a picture in it that is also among `pictures` where its image is to be looked at."""
+    said = part.get("image_url")
+    url = said.get("url") if isinstance(said, dict) else None
+    if not isinstance(said, dict) or not isinstance(url, str | bytes):
+        raise InputError(f"{place}: expected an object with a url")
+    if said.get("detail", "auto") not in DETAILS:
+        raise InputError(f"{place}.detail: expected one of {', '.join(DETAILS)} (is {said['detail']!r:.80})")
+    if isinstance(url, str) and _is_http(url, place):
+        return part
+    picture = Picture(url)
+    pictures.append(picture)
+    return {**part, "image_url": {**said, "url": picture}}
+
+
+def _is_http(url: str, place: str) -> bool:
+    """True for an http(s) URL; False for a data URL or a path.
+
+    Raises:
+        InputError: it is neither, nor anything else that can be asked.
+    """
+    if url.startswith("data:"):
+        return False
+    if _HTTP_URL.fullmatch(url):
+        return True
+    if "://" in url or not url:
+        raise InputError(f"{place}.url: expected an http(s) URL, a data URL or a path (is {url!r:.80})")
+    return False
