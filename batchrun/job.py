@@ -254,7 +254,7 @@ def settings() -> Iterator[tuple[str, object]]:
             continue
         path = f"{table.name}.MODEL" if inner is Price else table.name
         for field in msgspec.structs.fields(inner):
-            default = {} if field.default_factory is dict else field.default
+            default = field.default_factory() if field.default_factory in (dict, list) else field.default
             yield f"{path}.{field.name}", default
 
 

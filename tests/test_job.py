@@ -334,6 +334,8 @@ OTHER_VALUES: Mapping[str, object] = {
     "request.system": "Be brief.",
     "request.prompt": "{{ other }}",
     "request.messages": "chat",
+    "request.images": ["photo"],
+    "request.image_detail": "low",
     "request.reasoning_effort": "low",
     "request.functions": [{"name": "f", "parameters": {"type": "object"}}],
     "request.function_call": "none",
@@ -376,7 +378,7 @@ def test_the_fingerprint_changes_exactly_with_what_decides_the_questions(path: s
     tables: Any = {
         "name": "night",
         "endpoint": {"url": "https://h/v1", "api_key_env": "KEY", "headers": {"X-Team": "b"}},
-        "request": {"model": "m", "prompt": "{{ text }}"},
+        "request": {"model": "m", "prompt": "{{ text }}", "images": ["front"]},
         "pricing": {"MODEL": {"input": 1, "output": 2}},
     }
     before = from_tables(tables)
