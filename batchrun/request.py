@@ -109,6 +109,7 @@ class RequestBuilder:
                 digest = _looked_at(pictures, read)
             key = b"" if pictures and read is None else self._key(body)
             encoded = encode(body)
+            without_pictures = image_parts.without(body) if pictures else encoded
         except RecursionError as error:
             raise InputError("the request is nested too deep") from error
         except UnicodeEncodeError as error:
@@ -118,7 +119,7 @@ class RequestBuilder:
             key=key,
             body=encoded[:-1] + self._stream if self._stream else encoded,
             model=body["model"],
-            max_prompt_tokens=len(encoded) + images * self._max_image_tokens,
+            max_prompt_tokens=len(without_pictures) + images * self._max_image_tokens,
             max_output_tokens=self._max_output(body),
             images=images,
             pictures=len(pictures),

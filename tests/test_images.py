@@ -366,6 +366,7 @@ def test_a_request_that_waits_holds_no_image_and_its_bound_counts_images_and_not
     assert waiting.max_prompt_tokens == len(waiting.body) + 3 * 6_000
     whole, digest = builder.whole(Row(0, columns), Images(job.input).read)
     assert len(whole.body) > 666_000
+    assert whole.max_prompt_tokens == waiting.max_prompt_tokens
     assert (whole.key, digest) == _identity(builder.identify(Row(0, columns), Images(job.input).read))
 
 

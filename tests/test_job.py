@@ -367,7 +367,15 @@ def another_value(path: str, default: object) -> object:
         return default + 1
     if isinstance(default, str):
         return f"{default}x"
-    numbers = ("requests_per_minute", "tokens_per_minute", "max_tokens", "temperature", "top_p", "max_cost_usd")
+    numbers = (
+        "requests_per_minute",
+        "tokens_per_minute",
+        "max_tokens",
+        "temperature",
+        "top_p",
+        "max_cost_usd",
+        "max_requests",
+    )
     return 1 if path.endswith(numbers) else "x"
 
 
