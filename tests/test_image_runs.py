@@ -39,6 +39,8 @@ max_in_flight = 4
 
 [retry]
 backoff_base_s = 0.01
+max_attempts = 50
+max_5xx = 50
 
 [output]
 chunk_rows = 7
@@ -89,7 +91,7 @@ def test_an_image_as_path_bytes_or_data_url_is_one_question_with_one_answer(tmp_
     pq.write_table(pa.table({"image": contents}), tmp_path / "bytes.parquet")
     urls = write_lines(tmp_path / "urls.jsonl", [{"image": data_url(content)} for content in contents])
     answers = []
-    faults = parse_faults("500=0.3")  # asked again, the image is read again
+    faults = parse_faults("500=0.2")  # asked again, the image is read again
     with running_simulator(SimulatorConfig(faults=faults)) as simulator:
         for source in (pictures, tmp_path / "bytes.parquet", urls):
             out = tmp_path / f"out-{source.stem}"
