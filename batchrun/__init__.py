@@ -1,3 +1,96 @@
-"""batchrun: a file of prompts in, a Parquet file of completions and their cost out."""
+"""batchrun: a file of prompts in, a Parquet file of completions and their cost out.
+
+What a program may use of it is named here, and described in docs/library.md. Each name loads what it needs when it is
+first used, so that `import batchrun` costs next to nothing.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from batchrun.errors import (
+        BatchrunError,
+        CheckpointError,
+        DiskError,
+        ExitCode,
+        InputError,
+        JobError,
+        RunLockedError,
+        RunStoppedError,
+    )
+    from batchrun.job import (
+        Budget,
+        Endpoint,
+        Function,
+        FunctionName,
+        Input,
+        Job,
+        Limits,
+        MessageTemplate,
+        Output,
+        Price,
+        RequestTemplate,
+        ResponseFormat,
+        Retry,
+        Simulator,
+    )
+    from batchrun.job import load as load_job
+    from batchrun.plan import ChangedError
+    from batchrun.records import Status, Summary, TotalsLine
+    from batchrun.start import Options, RunIncompleteError, run
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "run",
+    "Options",
+    "Summary",
+    "TotalsLine",
+    "Status",
+    "Job",
+    "load_job",
+    "Endpoint",
+    "Input",
+    "RequestTemplate",
+    "MessageTemplate",
+    "ResponseFormat",
+    "Function",
+    "FunctionName",
+    "Limits",
+    "Retry",
+    "Budget",
+    "Output",
+    "Price",
+    "Simulator",
+    "BatchrunError",
+    "JobError",
+    "ChangedError",
+    "InputError",
+    "CheckpointError",
+    "RunLockedError",
+    "DiskError",
+    "RunStoppedError",
+    "RunIncompleteError",
+    "ExitCode",
+    "__version__",
+]
+
+if not TYPE_CHECKING:  # a type checker would take it that every name is there
+    _ERRORS = ("BatchrunError", "CheckpointError", "DiskError", "ExitCode", "InputError", "JobError", "RunLockedError")
+    _HOMES = {
+        **dict.fromkeys((*_ERRORS, "RunStoppedError"), "errors"),
+        **dict.fromkeys(("Status", "Summary", "TotalsLine"), "records"),
+        **dict.fromkeys(("Options", "RunIncompleteError", "run"), "start"),
+        "ChangedError": "plan",
+    }
+
+    def __getattr__(name):
+        if name not in __all__:
+            raise AttributeError(f"module 'batchrun' has no attribute {name!r}")
+        from importlib import import_module
+
+        home = import_module(f"batchrun.{_HOMES.get(name, 'job')}")
+        value = globals()[name] = getattr(home, "load" if name == "load_job" else name)
+        return value
+
+    def __dir__():
+        return sorted({*globals(), *__all__})

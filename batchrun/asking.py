@@ -93,7 +93,7 @@ class Asking:
             beat = asyncio.create_task(self._beat(client))
             sealing = asyncio.create_task(self._seal())
             self._workers = asyncio.create_task(pipeline.work_all(self._job.limits.max_in_flight))
-            for number, exit_code in signals.EXIT_CODES.items():
+            for number, exit_code in signals.EXIT_CODES.items() if signals.ours() else ():
                 loop.add_signal_handler(number, self._on_signal, loop, number.name, exit_code)
             await self._drained(self._workers, flying)
             self._full.put_nowait(None)

@@ -6,7 +6,6 @@ Everything heavy is imported by the command that needs it: `batchrun --help` ans
 import contextlib
 import os
 import sys
-from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,36 +63,27 @@ def run(
     overrides: tuple[str, ...],
 ) -> None:
     """Ask every row of the input. The same command again goes on where the last one stopped."""
-    from batchrun import run as running
-    from batchrun import rundir, simulated
-    from batchrun.asking import GRACE_S, Hooks
-    from batchrun.plan import Asked
+    import batchrun
 
     flags = {"budget.max_cost_usd": max_cost_usd, "output.max_failures": max_failures}
     loaded = _load(job, input_path, output_path, overrides, flags)
-    now = datetime.now().astimezone()
-    path, earlier = rundir.place(loaded.output.path, loaded.name, date=date, now=now, new=new)
-    if earlier is not None:
-        _note(f"going on with the unfinished run of {earlier} ({path}); --new starts another")
-    with simulated.endpoint_of(loaded) as pointed, _Progress(loaded) as progress:
-        summary = running.run(
-            pointed,
-            rundir.RunDirectory(path),
-            _credentials(loaded),
-            Asked(
-                skip_invalid=skip_invalid,
-                accept_changes=accept_changes,
+    with _Progress(loaded) as progress:
+        try:
+            summary = batchrun.run(
+                loaded,
+                date=date,
+                new=new,
                 limit=limit,
-                retry=_retry_statuses(retry_failed, statuses),
-                stdin=sys.stdin.buffer,
-                problem=_note,
-                told=_note,
+                accept_changes=accept_changes,
+                retry_failed=_retry_statuses(retry_failed, statuses),
+                skip_invalid=skip_invalid,
+                grace_s=grace_s,
+                progress=progress.show,
+                note=_note,
                 checked=progress.checked,
-            ),
-            Hooks(progress.show, _note),
-            grace_s=GRACE_S if grace_s is None else grace_s,
-            loop_factory=_loop_factory(),
-        )
+            )
+        except (batchrun.RunIncompleteError, KeyboardInterrupt) as stopped:
+            summary = _where_it_stands(stopped)
     _tell(summary, loaded)
     sys.exit(summary.exit_code or 0)
 
@@ -317,34 +307,24 @@ def _toml(value: str | int) -> str:
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def _retry_statuses(retry_failed: bool, statuses: str | None) -> frozenset[str] | None:
-    """The statuses whose rows are asked again; None where no retry was asked for."""
+def _retry_statuses(retry_failed: bool, statuses: str | None) -> bool | list[str]:
+    """What is asked again: whatever failed, or the statuses that are listed."""
     from batchrun.errors import JobError
-    from batchrun.records import FAILURES, Status
 
-    if not retry_failed:
-        if statuses is not None:
-            raise JobError("--status goes with --retry-failed")
-        return None
-    chosen = frozenset(map(str, FAILURES)) if statuses is None else frozenset(statuses.split(","))
-    if unknown := sorted(chosen - {str(status) for status in Status if status is not Status.OK}):
-        raise JobError(f"--status {unknown[0]}: expected some of truncated, filtered, empty, invalid, error")
-    return chosen
+    if statuses is not None and not retry_failed:
+        raise JobError("--status goes with --retry-failed")
+    return retry_failed if statuses is None else statuses.split(",")
 
 
-def _credentials(job: "Job") -> Any:
-    from batchrun import credentials, simulated
+def _where_it_stands(stopped: BaseException) -> "Summary":
+    """The summary of a run that began and stopped; where there is none, the reason is raised."""
+    from batchrun import RunIncompleteError
 
-    return simulated.credentials() if job.simulated else credentials.read(job.endpoint, os.environ)
-
-
-def _loop_factory() -> Callable[[], Any] | None:
-    """uvloop's event loop where it is installed: half the CPU per request."""
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    return uvloop.new_event_loop
+    reason = stopped.__cause__ if isinstance(stopped, KeyboardInterrupt) else None  # after Ctrl-C
+    reason = reason or stopped
+    if isinstance(reason, RunIncompleteError):
+        return reason.summary
+    raise reason
 
 
 class _StdoutClosedError(Exception):

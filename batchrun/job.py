@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date, datetime, time
 from decimal import Decimal
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
@@ -242,6 +242,24 @@ def from_tables(tables: Mapping[str, Any]) -> Job:
         resolved = msgspec.structs.replace(response_format, schema=_read_schema(response_format.file), file=None)
         job = msgspec.structs.replace(job, request=msgspec.structs.replace(job.request, response_format=resolved))
     return job
+
+
+def checked(job: Job) -> Job:
+    """The job, built in code, as a file that says the same would give it: the same checks, messages and fingerprint.
+
+    Raises:
+        JobError: a setting does not fit; the message names its path.
+    """
+    kept = (datetime, date, time, Decimal)
+    return from_tables(msgspec.to_builtins(job, builtin_types=kept, str_keys=True, enc_hook=_plain))
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, PurePath):
+        return str(value)
+    raise JobError(
+        f"the job holds a {type(value).__name__}, which is no setting's value; docs/job.md lists every setting"
+    )
 
 
 def settings() -> Iterator[tuple[str, object]]:

@@ -163,7 +163,7 @@ def _spool(stream: BinaryIO, to: Path, begun: bool) -> None:
         while block := stream.read(READ_BYTES):
             given.update(block)
         if given.hexdigest() not in (NOTHING, digest(to)):
-            raise InputError("standard input is not what this run began with; start another with --new")
+            raise InputError("the rows given are not those that this run began with; start another with --new")
         return
     given_now = to.with_name(to.name + ".new")
     spool(stream, given_now)

@@ -15,11 +15,28 @@ EXIT_CODES = {
 }
 
 
+def ours() -> bool:
+    """True where signals may be listened for: Python lets only the main thread choose what they do."""
+    return threading.current_thread() is threading.main_thread()
+
+
+@contextlib.contextmanager
+def given_back() -> Iterator[None]:
+    """Whatever the block made the signals do, they do afterwards what they did before."""
+    before = {number: signal.getsignal(number) for number in EXIT_CODES} if ours() else {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:  # None: set by C code, which alone can give it back
+                signal.signal(number, handler)
+
+
 @contextlib.contextmanager
 def raised() -> Iterator[None]:
     """A signal ends the block at once with a RunStoppedError: while the input is checked, or a file is written."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python lets only the main thread choose; the program that runs us as a library has its own way
+    if not ours():
+        yield  # the program that runs us as a library has its own way
         return
 
     def stop(number: int, frame: FrameType | None) -> None:

@@ -26,7 +26,7 @@ _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _ORDER_BYTES = 200_000
 
 _LOADED = (
-    *("batchrun.cli", "batchrun.run", "batchrun.simulated", "batchrun.report", "batchrun.estimate", "batchrun.look"),
+    *("batchrun.cli", "batchrun.start", "batchrun.simulated", "batchrun.report", "batchrun.estimate", "batchrun.look"),
     *("batchrun.simulator.process", "batchrun.simulator.__main__", "genai_prices", "tqdm", "uvloop"),
     "tests.crash.launcher",
 )

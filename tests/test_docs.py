@@ -1,6 +1,8 @@
 """The documentation says what the code does: its tables are read back and held against it."""
 
 import re
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +11,7 @@ import msgspec
 import pyarrow as pa
 import pytest
 
+import batchrun
 from batchrun.answer import read
 from batchrun.check import survey
 from batchrun.cli import cli
@@ -258,3 +261,26 @@ def test_there_are_examples_of_all_three_dialects(tmp_path: Path, monkeypatch: p
     with_input = [(job, job.input.path) for job in jobs if job.input.path is not None]
     dialects = {survey(open_source(find_files(path)), job, tmp_path).dialect for job, path in with_input}
     assert dialects == {"columns", "messages", "openai-batch"}
+
+
+# ── the library ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_public_name_is_listed() -> None:
+    listed = [bare(name) for names, *_ in rows("docs/library.md", "name", "what it is") for name in names.split(", ")]
+    assert sorted(listed) == sorted(set(batchrun.__all__) - {"__version__"})
+
+
+def test_every_option_of_a_start_is_listed_in_order() -> None:
+    assert [bare(name) for name, *_ in rows("docs/library.md", "option", "type")] == list(
+        batchrun.Options.__annotations__
+    )
+
+
+def test_the_readmes_program_runs(tmp_path: Path) -> None:
+    (program,) = re.findall(r"^```python\n([\s\S]*?)^```", text_of("README.md"), re.MULTILINE)
+    command = [sys.executable, "-W", "error", "-c", program]
+    shown = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert shown.stdout.startswith("{'ok': 2} 0.00")
+    assert (tmp_path / "runs/labels/completions.parquet").exists()

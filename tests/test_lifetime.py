@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from batchrun import credentials, job, run
+from batchrun import credentials, invocation, job
 from batchrun.errors import JobError
 from batchrun.plan import Asked
 from batchrun.records import FAILURES
@@ -313,7 +313,9 @@ class Lifetime(RuleBasedStateMachine):
         """A start in this process; its exit code."""
         loaded = job.load(self.write(), self.overrides())
         try:
-            summary = run.run(loaded, RunDirectory(self.out), credentials.read(loaded.endpoint, {KEY_ENV: KEY}), asked)
+            summary = invocation.run(
+                loaded, RunDirectory(self.out), credentials.read(loaded.endpoint, {KEY_ENV: KEY}), asked
+            )
         except JobError as error:
             if not re.search("--accept-changes|at least --limit", str(error)):
                 raise

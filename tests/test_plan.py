@@ -288,7 +288,7 @@ def test_standard_input_is_kept_for_a_resume_that_brings_nothing_or_the_same(sta
 def test_other_standard_input_is_a_change(starts: Starts) -> None:
     starts.make(STDIN, stdin=piped(*texts(3)))
     message = starts.refused(STDIN, stdin=piped(*texts(4)))
-    assert message == "standard input is not what this run began with; start another with --new"
+    assert message == "the rows given are not those that this run began with; start another with --new"
     assert starts.make(STDIN, stdin=io.BytesIO()).facts.rows == 3
 
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchrun import credentials, run, slots, spill
+from batchrun import credentials, invocation, slots, spill
 from batchrun import job as jobs
 from batchrun.durable import digest
 from batchrun.errors import CheckpointError, ExitCode, InputError, JobError
@@ -89,7 +89,7 @@ def _kill(folder: Path, name: str, condition: Callable[[], bool], *flags: str) -
 def go_on(runs: Runs, directory: RunDirectory, layout: str = "file") -> Summary:
     """The run is gone on with in this process."""
     loaded = jobs.load(runs.folder / f"{layout}.toml")
-    return run.run(loaded, directory, credentials.read(loaded.endpoint, {KEY_ENV: KEY}))
+    return invocation.run(loaded, directory, credentials.read(loaded.endpoint, {KEY_ENV: KEY}))
 
 
 def flip(path: Path, place: int, bit: int = 4) -> None:

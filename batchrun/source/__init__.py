@@ -19,6 +19,7 @@ from batchrun.source.files import (
     is_parquet,
     spool,
 )
+from batchrun.source.given import Rows, as_file
 from batchrun.source.jsonl import MAX_LINE_BYTES, JsonlSource
 from batchrun.source.parquet import ParquetSource
 from batchrun.source.rows import rows_of
@@ -29,6 +30,8 @@ __all__ = [
     "open_source",
     "rows_of",
     "spool",
+    "Rows",
+    "as_file",
     "START",
     "Position",
     "Record",

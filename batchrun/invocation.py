@@ -1,4 +1,4 @@
-"""One run from start to end. The picture of the whole:
+"""One invocation: one start of a run, this process's share of it. The picture of the whole:
 
     source ─→ request ─→ gate ─→ client ─→ policy ─→ checkpoint ─→ output ─→ report
 

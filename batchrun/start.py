@@ -1,0 +1,187 @@
+"""A run as a program asks for it, the command line too: job, rows and options in; a complete run, or why not."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import BinaryIO, TypedDict, Unpack
+
+import msgspec
+
+from batchrun import credentials, invocation, rundir, signals, simulated
+from batchrun import job as jobs
+from batchrun.asking import GRACE_S, Hooks
+from batchrun.credentials import Credentials
+from batchrun.errors import ExitCode, JobError, RunStoppedError
+from batchrun.job import Job
+from batchrun.plan import Asked
+from batchrun.records import FAILURES, Status, Summary
+from batchrun.rundir import RunDirectory
+from batchrun.source import Rows, as_file
+
+_LOG = logging.getLogger("batchrun")
+
+RETRIED = frozenset(str(status) for status in Status if status is not Status.OK)
+"""The statuses whose rows can be asked again."""
+
+
+class Options(TypedDict, total=False):
+    """What can be asked of one start beyond its job. All are optional; docs/library.md says what each does."""
+
+    output: str | Path | None
+    date: str | None
+    new: bool
+    limit: int | None
+    accept_changes: bool
+    retry_failed: bool | Collection[str]
+    skip_invalid: bool
+    grace_s: float | None
+    environ: Mapping[str, str]
+    progress: Callable[[Summary], None]
+    note: Callable[[str], None]
+    checked: Callable[[int], None]
+
+
+class RunIncompleteError(RunStoppedError):
+    """The run began and stopped before it was complete: by its budget, by the provider, by a signal.
+
+    `summary` says where it stands, `exit_code` by whose rule it stopped. The same call goes on with it.
+    """
+
+    def __init__(self, summary: Summary) -> None:
+        super().__init__(summary.reason or "stopped before the end", ExitCode(summary.exit_code or 0))
+        self.summary = summary
+
+
+def run(job: Job | str | Path, rows: Rows | None = None, **options: Unpack[Options]) -> Summary:
+    """Every row is asked, and the result is written. The same call again goes on where this one stopped. Blocks.
+
+    `job` is a Job or a job file's path; `rows` stand in place of `input.path`. More rows that failed than the job
+    allows are no exception: `exit_code` of the summary says so, `by_status` how many.
+
+    In the main thread a first SIGINT, SIGTERM or SIGHUP drains the run, a second one ends it at once; afterwards they
+    do what they did before. Elsewhere signals are not touched.
+
+    Raises:
+        RunIncompleteError: the run stopped before it was complete; the same call goes on with it.
+        KeyboardInterrupt: the same after SIGINT; its `__cause__` is the RunIncompleteError.
+        BatchrunError: the run could not start or go on; what was received is on disk.
+        RuntimeError: an event loop runs in this thread, which this call would block.
+    """
+    if _loop_runs():
+        raise RuntimeError("an event loop runs in this thread; use `async with batchrun.Runner(…)` instead")
+    try:
+        with signals.given_back():
+            return begin(job, rows, options)
+    except RunStoppedError as stopped:
+        if stopped.exit_code is ExitCode.SIGINT:
+            raise KeyboardInterrupt from stopped
+        raise
+
+
+def begin(job: Job | str | Path, rows: Rows | None, options: Options) -> Summary:
+    """The run, started in this thread, is complete.
+
+    Raises:
+        BatchrunError: as `run` does.
+    """
+    if unknown := sorted(options.keys() - Options.__annotations__.keys()):
+        raise TypeError(f"{unknown[0]} is no option; there are {', '.join(Options.__annotations__)}")
+    note = options.get("note", _LOG.info)
+    wanted = _job(job, rows, options)
+    directory = _place(wanted, options, note)
+    environ = options.get("environ", os.environ)
+    keys = simulated.credentials() if wanted.simulated else credentials.read(wanted.endpoint, environ)
+    with simulated.endpoint_of(wanted) as pointed, _stream(wanted, rows, directory) as stream:
+        summary = _invoke(pointed, directory, keys, options, stream, note)
+    if not summary.complete:
+        raise RunIncompleteError(summary)
+    return summary
+
+
+def _invoke(
+    job: Job,
+    directory: RunDirectory,
+    keys: Credentials,
+    options: Options,
+    stream: BinaryIO | None,
+    note: Callable[[str], None],
+) -> Summary:
+    asked = Asked(
+        skip_invalid=options.get("skip_invalid", False),
+        accept_changes=options.get("accept_changes", False),
+        limit=options.get("limit"),
+        retry=_retried(options.get("retry_failed", False)),
+        stdin=stream,
+        problem=note,
+        told=note,
+        checked=options.get("checked", lambda rows: None),
+    )
+    hooks = Hooks(options.get("progress", lambda summary: None), note)
+    grace_s = options.get("grace_s")
+    patience_s = GRACE_S if grace_s is None else grace_s
+    return invocation.run(job, directory, keys, asked, hooks, grace_s=patience_s, loop_factory=_loop_factory())
+
+
+def _job(job: Job | str | Path, rows: Rows | None, options: Options) -> Job:
+    """The job, checked, with its input and output as this start has them."""
+    job = jobs.checked(job) if isinstance(job, Job) else jobs.load(Path(job))
+    if rows is not None:
+        if job.input.path not in (None, "-"):
+            raise JobError(f"input.path: rows are given instead of {job.input.path}; keep one of them")
+        job = msgspec.structs.replace(job, input=msgspec.structs.replace(job.input, path="-"))
+    if (output := options.get("output")) is not None:
+        job = msgspec.structs.replace(job, output=msgspec.structs.replace(job.output, path=str(output)))
+    return job
+
+
+def _place(job: Job, options: Options, note: Callable[[str], None]) -> RunDirectory:
+    now = datetime.now().astimezone()
+    path, earlier = rundir.place(
+        job.output.path, job.name, date=options.get("date"), now=now, new=options.get("new", False)
+    )
+    if earlier is not None:
+        note(f"going on with the unfinished run of {earlier} ({path}); --new starts another")
+    return RunDirectory(path)
+
+
+@contextlib.contextmanager
+def _stream(job: Job, rows: Rows | None, directory: RunDirectory) -> Iterator[BinaryIO | None]:
+    """What is read where the input is "-": the given rows, else standard input."""
+    if rows is None:
+        yield sys.stdin.buffer if job.input.path == "-" else None
+        return
+    directory.create()
+    with as_file(rows, directory.path) as stream:
+        yield stream
+
+
+def _retried(retry_failed: bool | Collection[str]) -> frozenset[str] | None:
+    """The statuses whose rows are asked again; None where no retry was asked for."""
+    if isinstance(retry_failed, bool):
+        return frozenset(map(str, FAILURES)) if retry_failed else None
+    chosen = frozenset(map(str, retry_failed))
+    if unknown := sorted(chosen - RETRIED):
+        raise JobError(f"--status {unknown[0]}: expected some of truncated, filtered, empty, invalid, error")
+    return chosen
+
+
+def _loop_runs() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """uvloop's event loop where it is installed: half the CPU per request."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
