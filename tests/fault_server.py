@@ -5,8 +5,11 @@ import contextlib
 import socket
 import ssl
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable
+import subprocess
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 FINE = b'{"choices":[{"message":{"content":"Fine."},"finish_reason":"stop"}]}'
 
@@ -45,14 +48,20 @@ class FaultServer:
     """`exchanges` are the requests that were read to their last byte; `connections` counts what was accepted."""
 
     url: str = ""
+    port: int = 0
     connections: int = 0
     exchanges: list[Exchange] = field(default_factory=list)
 
 
 @contextlib.asynccontextmanager
-async def serving(script: Script, tls: ssl.SSLContext | None = None) -> AsyncIterator[FaultServer]:
-    """A server that runs `script` on every exchange. A script that closes the writer ends its connection."""
-    served = FaultServer()
+async def serving(
+    script: Script, tls: ssl.SSLContext | None = None, served: FaultServer | None = None
+) -> AsyncIterator[FaultServer]:
+    """A server that runs `script` on every exchange. A script that closes the writer ends its connection.
+
+    `served` counts; where it has a port already, the server listens there.
+    """
+    served = served or FaultServer()
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = served.connections
@@ -67,9 +76,9 @@ async def serving(script: Script, tls: ssl.SSLContext | None = None) -> AsyncIte
                     break
         writer.close()
 
-    server = await asyncio.start_server(connected, "127.0.0.1", 0, ssl=tls)
-    port = server.sockets[0].getsockname()[1]
-    served.url = f"{'https' if tls else 'http'}://127.0.0.1:{port}/v1/chat/completions"
+    server = await asyncio.start_server(connected, "127.0.0.1", served.port, ssl=tls)
+    served.port = server.sockets[0].getsockname()[1]
+    served.url = f"{'https' if tls else 'http'}://127.0.0.1:{served.port}/v1/chat/completions"
     try:
         yield served
     finally:
@@ -77,6 +86,72 @@ async def serving(script: Script, tls: ssl.SSLContext | None = None) -> AsyncIte
         for exchange in served.exchanges:
             exchange.writer.transport.abort()
         await asyncio.sleep(0)
+
+
+@dataclass(frozen=True)
+class Gap:
+    """After so many requests the server is gone for a while, its open connections with it."""
+
+    after_requests: int
+    for_s: float
+    hole: bool
+    """Whether its port takes no connection meanwhile, instead of refusing each."""
+
+
+@contextlib.contextmanager
+def serving_aside(script: Script, tls: ssl.SSLContext | None = None, gap: Gap | None = None) -> Iterator[FaultServer]:
+    """The same in a thread of its own, beside a whole run in this one."""
+    ready, ended = threading.Event(), asyncio.Event()
+    served = FaultServer()
+
+    async def main() -> None:
+        async with serving(script, tls, served):
+            ready.set()
+            if gap is None:
+                await ended.wait()
+                return
+            while len(served.exchanges) < gap.after_requests and not ended.is_set():
+                await asyncio.sleep(0.001)
+        with black_hole(served.port) if gap.hole else contextlib.nullcontext():
+            await asyncio.sleep(gap.for_s)
+        async with serving(script, tls, served):
+            await ended.wait()
+
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_until_complete, args=(main(),))
+    thread.start()
+    try:
+        assert ready.wait(10)
+        yield served
+    finally:
+        loop.call_soon_threadsafe(ended.set)
+        thread.join()
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
+
+
+@contextlib.contextmanager
+def black_hole(port: int = 0) -> Iterator[int]:
+    """The port of a listener that takes no connection: its queue is full, so that SYNs are dropped, not refused."""
+    with socket.socket() as full, contextlib.ExitStack() as waiting:
+        full.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        full.bind(("127.0.0.1", port))
+        full.listen(0)
+        for _ in range(4):
+            one = waiting.enter_context(socket.socket())
+            one.setblocking(False)
+            one.connect_ex(full.getsockname())
+        yield int(full.getsockname()[1])
+
+
+def self_signed(folder: Path) -> Path:
+    """A certificate for 127.0.0.1 that nobody vouches for, and its key, in one file; alone it is `<file>.crt`."""
+    file = folder / "pair.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    names = ["-days", "2", "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run([*command, *names, "-keyout", file, "-out", f"{file}.crt"], check=True, capture_output=True)
+    file.write_text(file.read_text() + Path(f"{file}.crt").read_text())
+    return file
 
 
 def _length(head: bytes) -> int:

@@ -8,7 +8,6 @@ import os
 import resource
 import socket
 import ssl
-import subprocess
 import time
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -26,7 +25,7 @@ from batchrun.errors import APITimeoutError, JobError
 from batchrun.job import Endpoint
 from batchrun.policy import FAULT_VERDICTS
 from batchrun.records import Attempt, Request, Verdict
-from tests.fault_server import FINE, Exchange, FaultServer, Script, answer, chunked, serving
+from tests.fault_server import FINE, Exchange, FaultServer, Script, answer, black_hole, chunked, self_signed, serving
 
 KEY = "sk-canary-4711"
 T = TypeVar("T")
@@ -383,14 +382,8 @@ def test_a_port_where_nobody_listens_is_refused(scheme: str) -> None:
 
 def test_a_connection_that_is_never_taken_ends_at_the_connect_timeout() -> None:
     async def main() -> Attempt:
-        with socket.socket() as full, contextlib.ExitStack() as waiting:
-            full.bind(("127.0.0.1", 0))
-            full.listen(0)
-            for _ in range(4):  # the queue of connections that nobody takes is full
-                one = waiting.enter_context(socket.socket())
-                one.setblocking(False)
-                one.connect_ex(full.getsockname())
-            async with client_of(f"http://127.0.0.1:{full.getsockname()[1]}/v1", connect_timeout_s=0.2) as client:
+        with black_hole() as port:
+            async with client_of(f"http://127.0.0.1:{port}/v1", connect_timeout_s=0.2) as client:
                 return await client.send(request(), "x")
 
     attempt = asyncio.run(main())
@@ -404,24 +397,7 @@ def test_a_connection_that_is_never_taken_ends_at_the_connect_timeout() -> None:
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A self-signed certificate for 127.0.0.1, and its key, in one file."""
-    file = tmp_path_factory.mktemp("tls") / "pair.pem"
-    command = [
-        "openssl",
-        "req",
-        "-x509",
-        "-newkey",
-        "ec",
-        "-pkeyopt",
-        "ec_paramgen_curve:prime256v1",
-        "-nodes",
-        "-days",
-        "2",
-    ]
-    names = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
-    subprocess.run([*command, *names, "-keyout", file, "-out", f"{file}.crt"], check=True, capture_output=True)
-    file.write_text(file.read_text() + Path(f"{file}.crt").read_text())
-    return file
+    return self_signed(tmp_path_factory.mktemp("tls"))
 
 
 def over_tls(certificate: Path, **endpoint: Any) -> tuple[Attempt, FaultServer]:
