@@ -163,7 +163,7 @@ def status(out: Path) -> None:
     from batchrun.rundir import RunDirectory
 
     for line in report.status_lines(RunDirectory(out)):
-        _say(line)
+        _say(harmless(line))
 
 
 @cli.command()
@@ -177,7 +177,8 @@ def report(paths: tuple[Path, ...], by: str, form: str, target: Path | None) -> 
 
     text = reporting.render(reporting.collect(paths, tuple(by.split(","))), form)
     if target is None:
-        _say(text, nl=False)
+        for_eyes = form == "table" or sys.stdout.isatty()
+        _say(harmless(text) if for_eyes else text, nl=False)
     else:
         target.write_text(text, "utf-8")
 

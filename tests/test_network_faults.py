@@ -23,7 +23,7 @@ import pytest
 from batchrun import credentials, run
 from batchrun.records import Summary
 from batchrun.rundir import RunDirectory
-from tests.cli_process import KEY, KEY_ENV
+from tests.cli_process import KEY, KEY_ENV, holds_key
 from tests.endings import MODEL, answer_body
 from tests.fast_clock import fast_clock
 from tests.fault_server import (
@@ -63,6 +63,7 @@ def ask(folder: Path, url: str, rows: int = 12, *, speed: float = 10.0, **tables
     job = job_over(source, **{"endpoint": endpoint, "retry": QUICK_RETRY, **tables})
     key = credentials.read(job.endpoint, {KEY_ENV: KEY})
     summary = run.run(job, RunDirectory(folder / "out"), key, loop_factory=fast_clock(speed))
+    assert holds_key(folder / "out", [KEY.encode()]) == []
     result = pq.read_table(folder / "out" / "completions.parquet").to_pylist() if summary.complete else []
     return Told(summary, result)
 
@@ -446,6 +447,20 @@ def test_a_wait_longer_than_allowed_pauses_the_run_and_fails_no_row(tmp_path: Pa
     assert "asked to wait 1000000000 s" in str(told.summary.reason)
     assert (told.summary.pending, told.summary.by_status) == (12, {})
     assert len(server.exchanges) <= 9
+
+
+# ── 26: whose refusal it was ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_last_row_that_is_refused_alone_pauses_one_start_and_not_the_next(tmp_path: Path) -> None:
+    refusal = b'{"error": {"message": "not for you"}}'
+    with serving_aside(meeting(says(refusal, status="403 Forbidden"))) as server:
+        first = ask(tmp_path, server.url, 6)  # the refused row is the last
+        second = ask(tmp_path, server.url, 6)
+    assert (first.exit_code, first.summary.pending) == (5, 1)
+    assert (second.exit_code, second.summary.pending) == (0, 0)
+    assert second.rows[FAULTY]["status"] == "filtered"
+    assert asked_for(server) == Counter({**dict.fromkeys(range(5), 1), FAULTY: 3})
 
 
 # ── 22: minutes of nothing but trouble ────────────────────────────────────────────────────────────────────────────────

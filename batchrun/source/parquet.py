@@ -19,6 +19,7 @@ from batchrun.source.window import START, Position, Record, Window
 BATCH_ROWS = 1024  # more gets no faster (measured); a 40 KB text repeated by a dictionary is 40 MB then
 BATCH_BYTES = 1 << 20
 PAGE_BUFFER_BYTES = 1 << 18  # without one, a whole column chunk is read at once: 1 GB for a 1 GB row group (measured)
+DAMAGE = (OSError, pa.ArrowException, UnicodeDecodeError)  # the last for a column's name that is not UTF-8
 
 
 class _Batch(msgspec.Struct, frozen=True):
@@ -132,7 +133,7 @@ def _group(file: pq.ParquetFile, path: Path, group: int, first: int, skip: int) 
             done += batch.num_rows
             if done > skip:
                 yield batch.slice(max(0, batch.num_rows - (done - skip)))
-    except (OSError, pa.ArrowException) as error:
+    except DAMAGE as error:
         last = first + meta.num_rows - 1
         raise InputError(f"{path} rows {first + done} to {last} can't be read: {_reason(error)}") from error
 
@@ -141,7 +142,7 @@ def _group(file: pq.ParquetFile, path: Path, group: int, first: int, skip: int) 
 def _open(path: Path) -> Iterator[pq.ParquetFile]:
     try:
         file = pq.ParquetFile(path, pre_buffer=False, buffer_size=PAGE_BUFFER_BYTES, page_checksum_verification=True)
-    except (OSError, pa.ArrowException) as error:
+    except DAMAGE as error:
         raise InputError(f"{path} can't be read: {_reason(error)}") from error
     with file:
         yield file
@@ -159,10 +160,14 @@ def _reason(error: Exception) -> str:
 def _schema_of(path: Path) -> pa.Schema:
     if content_of(path) != "parquet":
         raise InputError(f"{path} is no Parquet file; an input has one format")
-    with _open(path) as file:
-        schema = file.schema_arrow.remove_metadata()
-    for name in schema.names:
-        if schema.names.count(name) > 1:
+    try:
+        with _open(path) as file:
+            schema = file.schema_arrow.remove_metadata()
+        names = schema.names
+    except DAMAGE as error:
+        raise InputError(f"{path} can't be read: {_reason(error)}") from error
+    for name in names:
+        if names.count(name) > 1:
             raise InputError(f"{path} has two columns named '{name}'; rename one")
     return schema
 
