@@ -9,7 +9,7 @@ from typing import cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchrun.output import OWN_COLUMNS, own_schema, require_digest
+from batchrun.output import as_own, own_schema, require_digest
 from batchrun.records import FAILURES
 from batchrun.tables import Reopened
 
@@ -24,10 +24,10 @@ class BasePart:
     def __init__(self, path: Path, expected_digest: str, prefix: str) -> None:
         require_digest(path, expected_digest)
         names = own_schema(prefix).names
+        empty = own_schema(prefix).empty_table()
         with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
-            groups = [file.read_row_group(group, columns=names) for group in range(file.num_row_groups)]
-        table = pa.concat_tables(groups).select(names) if groups else own_schema(prefix).empty_table()
-        self._table = table.rename_columns(OWN_COLUMNS.names).cast(OWN_COLUMNS)
+            groups = [file.read_row_group(group, columns=names).select(names) for group in range(file.num_row_groups)]
+        self._table = pa.concat_tables([as_own(group) for group in groups or [empty]])
         self.rows = cast(list[int], self._table.column("row").to_pylist())
         self.statuses = cast(list[str], self._table.column("status").to_pylist())
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 
 from batchrun.errors import InputError
+from batchrun.expected import ANYTHING, Expected
 from batchrun.ids import IdIndex
 from batchrun.images import Images
 from batchrun.job import Job
@@ -42,7 +43,8 @@ class Survey(msgspec.Struct, frozen=True):
     """What the input holds. `rows` are accepted records; `rejected` the ordinals of the others, ascending.
 
     By model: `models` counts rows, `max_request` bounds the (prompt, output) tokens of the largest request, and
-    `max_tokens` those of all requests together.
+    `max_tokens` those of all requests together. `answer_schema`: the one JSON schema that all answers in JSON are to
+    fit; None where there is none, or more than one.
     """
 
     dialect: str
@@ -54,6 +56,7 @@ class Survey(msgspec.Struct, frozen=True):
     max_request: dict[str, tuple[int, int]]
     max_tokens: dict[str, tuple[int, int]]
     types: ColumnTypes | None
+    answer_schema: str | None = None
 
 
 class _Tally:
@@ -66,6 +69,8 @@ class _Tally:
         self.models: dict[str, int] = {}
         self.max_request: dict[str, tuple[int, int]] = {}
         self.max_tokens: dict[str, tuple[int, int]] = {}
+        self.answer_schemas: set[str | None] = set()
+        self._expected = ANYTHING
         self._keep = keep
 
     def accept(self, request: Request) -> None:
@@ -77,6 +82,15 @@ class _Tally:
         self.max_request[request.model] = largest
         prompts, outputs = self.max_tokens.get(request.model, (0, 0))
         self.max_tokens[request.model] = (prompts + request.max_prompt_tokens, outputs + request.max_output_tokens)
+        if request.expected is not self._expected:
+            self._note(request.expected)
+
+    def _note(self, expected: Expected) -> None:
+        """Answers of another kind are expected than of the request before; two schemas are as good as a thousand."""
+        self._expected = expected
+        if expected.in_json and len(self.answer_schemas) < 2:
+            schema = expected.schema
+            self.answer_schemas.add(None if schema is None else msgspec.json.encode(schema).decode())
 
     def withdraw(self, request: Request) -> None:
         """It was accepted before it was known to be a repetition; the largest and the sums stay upper bounds."""
@@ -143,6 +157,7 @@ def survey(
         max_request=tally.max_request,
         max_tokens=tally.max_tokens,
         types=types,
+        answer_schema=tally.answer_schemas.pop() if len(tally.answer_schemas) == 1 else None,
     )
 
 

@@ -18,6 +18,7 @@ from batchrun.job import Output
 from batchrun.json_columns import ColumnTypes
 from batchrun.records import Discarded, Row
 from batchrun.rundir import RunDirectory
+from batchrun.schema_columns import JSON, Column
 from batchrun.source import START, FileIdentity, Position, Source, Window, changed
 from batchrun.tables import Chunk, Reopened
 from batchrun.window import StoredWindow, write
@@ -64,7 +65,7 @@ class Chunks:
         types: ColumnTypes | None,
         schema: pa.Schema,
         settings: Output,
-        json_variants: frozenset[int],
+        parsed: Column = JSON,
         layout: int = 0,
         limit: int | None = None,
     ) -> None:
@@ -75,7 +76,7 @@ class Chunks:
         self._types = types
         self._schema = schema
         self._settings = settings
-        self._json_variants = json_variants
+        self._parsed = parsed
         self._layout = layout
         self._limit = limit
         on_record = checkpoint.chunks()
@@ -189,10 +190,10 @@ class Chunks:
         base, keep_raw = self._base(open_chunk.chunk), self._settings.raw == "always"
         for table in open_chunk.window.tables(self._types):
             completions = self._checkpoint.completions(row, row + table.num_rows)
-            own = output.own_table(completions, keep_raw=keep_raw, json_variants=self._json_variants)
+            own = output.own_table(completions, keep_raw=keep_raw)
             if base is not None:
                 own = base.under(own, row, row + table.num_rows, kept)
             if own.num_rows != table.num_rows:
                 raise CheckpointError(f"chunk {open_chunk.chunk.chunk}: rows are missing from the checkpoint")
             row += table.num_rows
-            yield output.joined(table, own, self._schema)
+            yield output.joined(table, own, self._schema, self._parsed)

@@ -354,9 +354,15 @@ def harmless(text: str) -> str:
 
 
 def _tell(summary: "Summary", job: "Job") -> None:
+    from batchrun.policy import failing
     from batchrun.summary import in_words
 
-    lines = in_words(summary, requests_per_minute=job.limits.requests_per_minute, max_failures=job.output.max_failures)
+    lines = in_words(
+        summary,
+        requests_per_minute=job.limits.requests_per_minute,
+        max_failures=job.output.max_failures,
+        failing=failing(job.finish),
+    )
     for line in lines:
         _say(harmless(line))
 

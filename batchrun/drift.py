@@ -18,11 +18,12 @@ import pyarrow as pa
 from batchrun import output, result, window
 from batchrun.base_part import BasePart
 from batchrun.checkpoint import Checkpoint
-from batchrun.facts import Facts
+from batchrun.facts import Facts, parsed
 from batchrun.json_columns import ColumnTypes
 from batchrun.matching import NONE, Matches, match
 from batchrun.records import Status
 from batchrun.rundir import RunDirectory
+from batchrun.schema_columns import Column
 from batchrun.source import START, Source, Window
 from batchrun.tables import Chunk
 
@@ -56,13 +57,10 @@ class Drift(msgspec.Struct, frozen=True):
 class Answers:
     """The settled rows of a run as they lie on record, in our own columns. Open chunks and parts alike."""
 
-    def __init__(
-        self, directory: RunDirectory, checkpoint: Checkpoint, facts: Facts, json_variants: frozenset[int]
-    ) -> None:
+    def __init__(self, directory: RunDirectory, checkpoint: Checkpoint, facts: Facts) -> None:
         self._directory = directory
         self._checkpoint = checkpoint
         self._facts = facts
-        self._json_variants = json_variants
         self.chunks = checkpoint.chunks()
         if result.FINISHED in checkpoint.manifest():
             self.chunks = result.restore_parts(facts, checkpoint, self.chunks, directory)
@@ -100,7 +98,7 @@ class Answers:
         chunk = self.chunks[place]
         completions = self._checkpoint.completions(chunk.first_row, chunk.end_row)
         keep_raw = self._facts.output.raw == "always"
-        newer = output.own_table(completions, keep_raw=keep_raw, json_variants=self._json_variants)
+        newer = output.own_table(completions, keep_raw=keep_raw)
         if not chunk.generation:
             return newer
         path = self._directory.part_of(chunk.chunk, chunk.generation)
@@ -174,7 +172,8 @@ def lay_out(
         )
         part = directory.part_of(number, generation)
         if own.num_rows == read.rows:
-            batches = _whole(window.StoredWindow(stored, chunk.input_digest, first_row).tables(types), own, schema)
+            tables = window.StoredWindow(stored, chunk.input_digest, first_row).tables(types)
+            batches = _whole(tables, own, schema, parsed(facts))
             digest = output.write_part(part, schema, batches, settings, read.rows)
             chunk = msgspec.structs.replace(chunk, generation=generation, part_digest=digest, open=0)
             stored.unlink()
@@ -202,8 +201,8 @@ def _windows(source: Source, facts: Facts, upto: int) -> Iterator[Window]:
         position, rows = read.end, rows + read.rows
 
 
-def _whole(tables: Iterator[pa.Table], own: pa.Table, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+def _whole(tables: Iterator[pa.Table], own: pa.Table, schema: pa.Schema, parsed: Column) -> Iterator[pa.RecordBatch]:
     start = 0
     for table in tables:
-        yield output.joined(table, own.slice(start, table.num_rows), schema)
+        yield output.joined(table, own.slice(start, table.num_rows), schema, parsed)
         start += table.num_rows

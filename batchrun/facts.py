@@ -7,6 +7,7 @@ import msgspec
 
 from batchrun.errors import CheckpointError
 from batchrun.job import Output
+from batchrun.schema_columns import Column, column_of
 from batchrun.source import FileIdentity
 
 ENTRY = "facts"
@@ -14,7 +15,8 @@ ENTRY = "facts"
 
 
 class Facts(msgspec.Struct, frozen=True):
-    """What is fixed when a run first starts. `types` are the column types of JSONL input, as JSON.
+    """What is fixed when a run first starts. `types` are the column types of JSONL input, as JSON;
+    `answer_schema` is the JSON schema that types the column `parsed`.
 
     `layout` counts how often the rows were laid out anew over a changed input or job; `variant` is the way in which
     rows are asked since the last time.
@@ -29,6 +31,7 @@ class Facts(msgspec.Struct, frozen=True):
     rows: int
     rejected: tuple[int, ...]
     types: str | None
+    answer_schema: str | None
     models: dict[str, int]
     max_request: dict[str, tuple[int, int]]
     output: Output
@@ -42,6 +45,11 @@ def read(manifest: Mapping[str, str]) -> Facts:
         return msgspec.json.decode(manifest[ENTRY], type=Facts)
     except (KeyError, msgspec.DecodeError) as error:
         raise CheckpointError(f"the run's manifest can't be read: {error}; keep a copy of this directory") from error
+
+
+def parsed(facts: Facts) -> Column:
+    """The type of the column `parsed`."""
+    return column_of(None if facts.answer_schema is None else msgspec.json.decode(facts.answer_schema))
 
 
 def encode(facts: Facts) -> dict[str, str]:

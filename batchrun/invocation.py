@@ -10,7 +10,7 @@ become parts), and writes the result. Every way out leaves a summary.json that s
 import asyncio
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from decimal import Decimal
 
 import msgspec
@@ -26,7 +26,8 @@ from batchrun.durable import replace_bytes
 from batchrun.errors import BatchrunError, CheckpointError, ExitCode, InputError, JobError
 from batchrun.job import Job
 from batchrun.plan import Asked, Plan
-from batchrun.records import FAILURES, Summary
+from batchrun.policy import failing
+from batchrun.records import Summary
 from batchrun.rundir import RunDirectory
 from batchrun.summary import failures, plural, read
 
@@ -92,11 +93,11 @@ def _run(
         plan = planning.make(job, directory, checkpoint, asked, chronicle.started_at)
         _unfinish(plan, directory, checkpoint)
         _begin(plan, checkpoint, chronicle)
-        for line in _told_at_start(plan, directory, checkpoint, credentials, lost):
+        for line in _told_at_start(job, plan, directory, checkpoint, credentials, lost):
             hooks.note(line)
         if asked.retry is not None:
             hooks.note(_retried(plan, directory, checkpoint, asked.retry))
-        chunks = _chunks(job, plan, directory, checkpoint)
+        chunks = _chunks(plan, directory, checkpoint)
         chunks.remove_orphans()
         if checkpoint.spent.settled() < plan.rows:
             rows = Asking(job, plan, directory, credentials, checkpoint, chunks, chronicle, hooks, grace_s)
@@ -165,7 +166,7 @@ def _name_lost(directory: RunDirectory, checkpoint: Checkpoint) -> int:
 
 
 def _told_at_start(
-    plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, credentials: Credentials, lost: int
+    job: Job, plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, credentials: Credentials, lost: int
 ) -> list[str]:
     """What a person should know before the first request."""
     known, lines = plan.facts, []
@@ -173,8 +174,9 @@ def _told_at_start(
         lines.append(f"warning: {credentials.warning}")
     if plan.resumed:
         done, cost = checkpoint.spent.settled(), checkpoint.spent.cost_usd()
+        failed = sum(checkpoint.spent.standing.get(status, 0) for status in failing(job.finish))
         lines.append(f"resuming {directory.path}: {done:,} of {plan.rows:,} rows are done, ${cost:,.6f} spent")
-        lines.append(_rest_in_words(plan.rows - done, done, cost, checkpoint.spent.standing))
+        lines.append(_rest_in_words(plan.rows - done, done, cost, failed))
     else:
         aside = f", {len(known.rejected):,} set aside" if known.rejected else ""
         files = plural(len(plan.source.files), "file")
@@ -192,10 +194,9 @@ def _told_at_start(
     return lines
 
 
-def _rest_in_words(pending: int, done: int, cost_usd: Decimal, standing: Mapping[str, int]) -> str:
+def _rest_in_words(pending: int, done: int, cost_usd: Decimal, failed: int) -> str:
     """What this start will ask and about what that costs, by the rows so far; and what it leaves as it is."""
     about = f", about ${cost_usd / done * pending:,.4f}" if done else ""
-    failed = sum(standing.get(status, 0) for status in FAILURES)
     left = f"; {failed:,} failed rows stay as they are without --retry-failed" if failed else ""
     return f"{pending:,} rows are to be asked{about}{left}"
 
@@ -216,7 +217,7 @@ def _retried(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, status
     return f"{rows:,} rows that ended as {', '.join(sorted(statuses))} are asked again"
 
 
-def _chunks(job: Job, plan: Plan, directory: RunDirectory, checkpoint: Checkpoint) -> Chunks:
+def _chunks(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint) -> Chunks:
     return Chunks(
         directory,
         checkpoint,
@@ -226,7 +227,7 @@ def _chunks(job: Job, plan: Plan, directory: RunDirectory, checkpoint: Checkpoin
         types=plan.types,
         schema=plan.schema,
         settings=plan.facts.output,
-        json_variants=variants.json_variants(job, plan.variants),
+        parsed=plan.parsed,
         layout=plan.facts.layout,
         limit=plan.rows if plan.rows < plan.facts.rows else None,
     )
@@ -245,4 +246,5 @@ def _finish(
 
 def _exit_code(job: Job, summary: Summary) -> ExitCode:
     """The code of a complete run, by the failures that the job allows now."""
-    return ExitCode.TOO_MANY_FAILURES if failures(summary) > job.output.max_failures else ExitCode.COMPLETE
+    failed = failures(summary, failing(job.finish))
+    return ExitCode.TOO_MANY_FAILURES if failed > job.output.max_failures else ExitCode.COMPLETE

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Meta
 
+from batchrun import expected
 from batchrun.errors import JobError
 from batchrun.mistakes import explain
 
@@ -25,6 +26,7 @@ AtLeastOne = Annotated[int, Meta(ge=1)]
 Count = Annotated[int, Meta(ge=0)]
 Text = Annotated[str, Meta(min_length=1)]
 Effort = Literal["low", "medium", "high", "xhigh"]
+Action = Literal["accept", "fail", "retry"]
 Role = Literal["user", "assistant", "system", "developer"]
 
 SIMULATOR = "simulator"
@@ -122,6 +124,17 @@ class Retry(Table, frozen=True):
     backoff_cap_s: Positive = 60.0
 
 
+class Finish(Table, frozen=True):
+    """What an answer is worth by its finish_reason. `other`: any other reason, or none."""
+
+    stop: Action = "accept"
+    length: Action = "accept"
+    function_call: Action = "accept"
+    content_filter: Action = "accept"
+    empty: Action = "fail"
+    other: Action = "accept"
+
+
 class Budget(Table, frozen=True):
     max_cost_usd: Decimal | None = None
     max_tokens: AtLeastOne | None = None
@@ -166,6 +179,7 @@ class Job(Table, frozen=True):
     input: Input = Input()
     limits: Limits = Limits()
     retry: Retry = Retry()
+    finish: Finish = Finish()
     budget: Budget = Budget()
     output: Output = Output()
     pricing: dict[str, Price] = {}
@@ -350,6 +364,7 @@ def _problems(job: Job) -> Iterator[str]:
     for name in request.from_columns.keys() - FROM_COLUMNS:
         yield f"request.from_columns.{name}: expected one of {', '.join(sorted(FROM_COLUMNS))}"
     yield from _json_problems(request)
+    yield from _schema_problems(request)
     if (cap := job.budget.max_cost_usd) is not None and not (cap.is_finite() and cap > 0):
         yield f"budget.max_cost_usd: expected more than 0 (is {cap})"
     for model, price in job.pricing.items():
@@ -357,6 +372,16 @@ def _problems(job: Job) -> Iterator[str]:
             usd: Decimal | None = getattr(price, name)
             if usd is not None and not (usd.is_finite() and 0 <= usd <= MAX_PRICE_USD):
                 yield f"pricing.{model}.{name}: expected 0 to {MAX_PRICE_USD:,} USD per million tokens (is {usd})"
+
+
+def _schema_problems(request: RequestTemplate) -> Iterator[str]:
+    """Answers are held against the job's schemas: they must be such, and whole."""
+    schemas = {f"request.functions[{i}].parameters": each.parameters for i, each in enumerate(request.functions or ())}
+    if request.response_format is not None:
+        schemas["request.response_format.schema"] = request.response_format.schema
+    for path, schema in schemas.items():
+        if schema is not None and (problem := expected.problem(schema)) is not None:
+            yield f"{path}: {problem}"
 
 
 def _json_problems(request: RequestTemplate) -> Iterator[str]:
@@ -409,4 +434,6 @@ def _read_schema(file: str) -> dict[str, Any]:
         raise JobError(f"request.response_format.file: {file} is not JSON: {error}") from error
     if not isinstance(schema, dict):
         raise JobError(f"request.response_format.file: {file} holds no JSON object")
+    if (problem := expected.problem(schema)) is not None:
+        raise JobError(f"request.response_format.file: {file}: {problem}")
     return schema

@@ -5,13 +5,14 @@ page checksums, fsync, its footer and row count read back, a digest, and only th
 """
 
 import shutil
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Literal, Self, cast
 
 import msgspec
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batchrun import answer as answers
@@ -19,7 +20,8 @@ from batchrun import packed
 from batchrun.durable import digest, fsync, replace, told
 from batchrun.errors import CheckpointError, JobError
 from batchrun.job import Output
-from batchrun.records import Answer, Completion, Status, TotalsLine
+from batchrun.records import Answer, Completion, RowError, Status, TotalsLine
+from batchrun.schema_columns import JSON, Column, array_of
 
 BATCH_ROWS = 1000
 ROW_GROUP_BYTES = 16_000_000  # what one reader must hold, and what we do while writing
@@ -61,7 +63,12 @@ _OWN: list[tuple[str, pa.DataType]] = [
     ("raw", pa.large_binary()),
 ]
 OWN_COLUMNS = pa.schema(_OWN)
-"""Our columns, after the input's; docs/output.md explains each. Fixed whatever the data."""
+"""Our columns, after the input's; docs/output.md explains each. Fixed whatever the data, but for `parsed`: it is JSON
+text here, and gets the type that the job's schema gives it where rows are written into a file (`joined`).
+"""
+
+NOT_IN_PARSED = "not_in_parsed"
+"""The `error.kind` of a good answer of which `parsed` can't hold everything: the rest is in `content` only."""
 
 _USAGE: list[tuple[str, pa.DataType]] = [
     ("invocation", pa.int32()),
@@ -87,8 +94,8 @@ FOOTER_KEY = "batchrun"
 """The footer's key-value entry that holds the run's totals as JSON: a file that was moved still knows its bill."""
 
 
-def output_schema(input_schema: pa.Schema, output: Output) -> pa.Schema:
-    """The input's chosen columns as they are, then ours.
+def output_schema(input_schema: pa.Schema, output: Output, parsed: Column = JSON) -> pa.Schema:
+    """The input's chosen columns as they are, then ours, with `parsed` in its type.
 
     Raises:
         JobError: a chosen column is not there or chosen twice, or bears a name of ours.
@@ -98,7 +105,7 @@ def output_schema(input_schema: pa.Schema, output: Output) -> pa.Schema:
         raise JobError(f"output.columns: {missing[0]!r} is no input column ({', '.join(input_schema.names)})")
     if twice := [name for place, name in enumerate(chosen) if name in chosen[:place]]:
         raise JobError(f"output.columns: {twice[0]!r} is named twice")
-    own = own_schema(output.prefix)
+    own = own_schema(output.prefix, parsed)
     if clash := [name for name in chosen if name in own.names]:
         raise JobError(
             f"input column {clash[0]!r} bears a name of the output's own; set output.prefix, for example "
@@ -108,16 +115,14 @@ def output_schema(input_schema: pa.Schema, output: Output) -> pa.Schema:
     return pa.schema([*fields, *own])
 
 
-def own_schema(prefix: str) -> pa.Schema:
+def own_schema(prefix: str, parsed: Column = JSON) -> pa.Schema:
     """Our columns under the names they get in the file."""
-    return pa.schema([field.with_name(prefix + field.name) for field in OWN_COLUMNS])
+    typed = OWN_COLUMNS.set(OWN_COLUMNS.get_field_index("parsed"), pa.field("parsed", parsed.type()))
+    return pa.schema([field.with_name(prefix + field.name) for field in typed])
 
 
-def own_table(completions: Sequence[Completion], *, keep_raw: bool, json_variants: Container[int]) -> pa.Table:
-    """The completions as our columns, `OWN_COLUMNS`. Answers are read from `raw` here.
-
-    `json_variants`: the variants of the job that asked for JSON, whose good answers are `parsed` too.
-    """
+def own_table(completions: Sequence[Completion], *, keep_raw: bool) -> pa.Table:
+    """The completions as our columns, `OWN_COLUMNS`. Answers are read from `raw` here."""
     read = [answers.read(completion.raw) if completion.raw else Answer() for completion in completions]
     pairs = list(zip(completions, read, strict=True))
     usages = [answer.usage for answer in read]
@@ -129,7 +134,7 @@ def own_table(completions: Sequence[Completion], *, keep_raw: bool, json_variant
         "row": [c.row for c in completions],
         "status": [str(c.status) for c in completions],
         "content": [a.content for a in read],
-        "parsed": [a.content if c.status is Status.OK and c.variant in json_variants else None for c, a in pairs],
+        "parsed": [a.content if c.in_json else None for c, a in pairs],
         "function_call": [None if a.function_call is None else msgspec.to_builtins(a.function_call) for a in read],
         "finish_reason": [a.finish_reason for a in read],
         "model": [a.model or c.model for c, a in pairs],
@@ -151,11 +156,44 @@ def own_table(completions: Sequence[Completion], *, keep_raw: bool, json_variant
     return pa.Table.from_arrays([pa.array(values[field.name], field.type) for field in OWN_COLUMNS], schema=OWN_COLUMNS)
 
 
-def joined(table: pa.Table, own: pa.Table, schema: pa.Schema) -> pa.RecordBatch:
+def joined(table: pa.Table, own: pa.Table, schema: pa.Schema, parsed: Column = JSON) -> pa.RecordBatch:
     """The rows of `table` with our columns beside them, in the schema of the output."""
     chosen = [table.column(name) for name in schema.names[: len(schema) - own.num_columns]]
-    arrays = [column.combine_chunks() for column in (*chosen, *own.columns)]
+    ours = own.columns if parsed.kind == "json" else _typed(own, parsed).columns
+    arrays = [column.combine_chunks() for column in (*chosen, *ours)]
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def _typed(own: pa.Table, parsed: Column) -> pa.Table:
+    """Our columns with `parsed` in its type; rows of which it can't hold everything say so in `error`."""
+    texts = cast(list[str | None], own.column("parsed").to_pylist())
+    array, problems = array_of(parsed, texts)
+    errors = own.column("error").to_pylist()
+    for row, message in problems.items():
+        errors[row] = errors[row] or msgspec.to_builtins(RowError(NOT_IN_PARSED, None, None, message))
+    place = own.schema.get_field_index("parsed")
+    typed = own.set_column(place, pa.field("parsed", parsed.type()), array)
+    if not problems:
+        return typed
+    error = own.schema.field("error")
+    return typed.set_column(own.schema.get_field_index("error"), error, pa.array(errors, error.type))
+
+
+def as_own(ours: pa.Table) -> pa.Table:
+    """Our columns as a file has them, as `OWN_COLUMNS` has them: what was parsed is the text that `content` is."""
+    named = ours.rename_columns(OWN_COLUMNS.names)
+    if named.schema.field("parsed").type == OWN_COLUMNS.field("parsed").type:
+        return named.cast(OWN_COLUMNS)
+    error = named.column("error")
+    kinds = pc.struct_field(error, "kind")
+    noted = pc.is_in(kinds, pa.array([NOT_IN_PARSED]))
+    was_parsed = pc.or_(pc.is_valid(named.column("parsed")), noted)
+    texts = pc.if_else(was_parsed, named.column("content"), pa.scalar(None, pa.large_string()))
+    errors = pc.if_else(noted, pa.scalar(None, error.type), error)
+    place = named.schema.get_field_index
+    return (
+        named.set_column(place("parsed"), "parsed", texts).set_column(place("error"), "error", errors).cast(OWN_COLUMNS)
+    )
 
 
 class ParquetFile:

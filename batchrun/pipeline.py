@@ -23,7 +23,7 @@ from batchrun.image_digests import ImageDigests
 from batchrun.images import Images
 from batchrun.job import Job
 from batchrun.plan import Plan
-from batchrun.policy import History, Judgement
+from batchrun.policy import History, Judgement, Settlement
 from batchrun.records import Answer, Attempt, Completion, Discarded, Ending, Request, Row, RowError, Status, Verdict
 from batchrun.request import RequestBuilder
 from batchrun.slots import Slots
@@ -44,13 +44,15 @@ NOTHING = Decimal(0)
 class _Ended(msgspec.Struct, frozen=True):
     """How one attempt of a row ended, with all that settling or asking again needs.
 
-    `cost_usd` is this attempt's alone; None where an answer came whose price or usage is unknown.
+    `settlement` is what a usable answer makes of the row, None where there is none. `cost_usd` is this attempt's alone;
+    None where an answer came whose price or usage is unknown.
     """
 
     pending: Pending
     attempt: Attempt
     answer: Answer
     judgement: Judgement
+    settlement: Settlement | None
     history: History
     bound_usd: Decimal | None
     cost_usd: Decimal | None
@@ -103,7 +105,6 @@ class Pipeline:
         self._uniform = uniform
         self._builders = [RequestBuilder(variants.as_job(job, way), plan.facts.dialect) for way in plan.variants]
         self._flights: dict[tuple[int, int], _Flight] = {}
-        self._json_variants = variants.json_variants(job, plan.variants)
         self._held: dict[int, _Ended] = {}
         self.backlog = Backlog(open_next, self._prepare, clock)
         self.sent = 0
@@ -179,14 +180,17 @@ class Pipeline:
         reached = attempt.error is None or attempt.error.sent
         history = policy.after(pending.history, judgement, corroborated=reached and (witnessed or self.backlog.alone))
         cost_usd = self._cost_usd(request, answer, judgement)
-        ended = _Ended(pending, attempt, answer, judgement, history, bound_usd, cost_usd)
+        settlement = None
+        if judgement.verdict is Verdict.OK:
+            settlement = policy.settlement(answer, request.expected, self._job.finish, attempt.http_status)
+        ended = _Ended(pending, attempt, answer, judgement, settlement, history, bound_usd, cost_usd)
         for row in ruling.own:
             self._end_held(row)
         if ruling.hold and not self._refused_before(ended):
             self._hold(ended, slot)
-        elif (
-            judgement.verdict in (Verdict.OK, Verdict.ROW) or ruling.hold or policy.exhausted(history, self._job.retry)
-        ):
+        elif settlement is not None:
+            self._take(ended, settlement, slot)
+        elif judgement.verdict is Verdict.ROW or ruling.hold or policy.exhausted(history, self._job.retry):
             self._settle(ended, slot)
         else:
             self._ask_again(ended, slot, successes)
@@ -237,12 +241,18 @@ class Pipeline:
         cost_usd = _total([cost_usd, *(attempt.cost_usd for attempt in earlier)])
         return Pending(request, chunk, history, cost_usd, refused=refused, variant=variant)
 
+    def _take(self, ended: _Ended, settlement: Settlement, slot: int) -> None:
+        """The answer settles its row, unless the job wants another in its place."""
+        history = policy.asked_again(ended.history, settlement, self._job.retry)
+        if history is None:
+            self._finish(ended, slot, settlement.status)
+        else:
+            self._ask_again(msgspec.structs.replace(ended, history=history), slot, self._gate.successes)
+
     def _settle(self, ended: _Ended, slot: int | None) -> None:
-        """The row's completion is on its way to the disk."""
+        """The row's completion, without an answer, is on its way to the disk."""
         status, judgement = Status.ERROR, ended.judgement
-        if judgement.verdict is Verdict.OK:
-            status = policy.settle_status(ended.answer, json_wanted=ended.pending.variant in self._json_variants)
-        elif judgement.filtered:
+        if judgement.filtered:
             status = Status.FILTERED
         elif judgement.verdict is Verdict.PAUSE:
             status = _refusal_status(ended)
@@ -275,7 +285,7 @@ class Pipeline:
             status=status,
             attempts=ended.history.attempts,
             http_status=attempt.http_status,
-            error=ended.judgement.error or _flaw(status, attempt, answer),
+            error=_error(ended),
             request_id=attempt.request_id,
             finished_at=attempt.started_at + attempt.latency_s,
             latency_s=attempt.latency_s,
@@ -290,6 +300,7 @@ class Pipeline:
             raw=attempt.body,
             variant=pending.variant,
             possibly_billed_tokens=pending.request.upper_bound_tokens,
+            in_json=ended.settlement is not None and ended.settlement.in_json,
         )
         self._flights[completion.row, completion.attempts] = _Flight(slot, *self._spent(ended), pending.chunk)
         self._checkpoint.put(completion)
@@ -304,7 +315,7 @@ class Pipeline:
             successes=successes,
         )
         due_s = self._clock()
-        if not _rate_limited(judgement):  # after a 429 the gate itself waits, for everyone
+        if judgement.verdict is not Verdict.OK and not _rate_limited(judgement):  # a 429 makes the gate itself wait
             due_s += policy.backoff_s(history, judgement.retry_after_s, self._job.retry, self._uniform())
         flight = _Flight(slot, *self._spent(ended), ended.pending.chunk, again, due_s)
         self._flights[ended.pending.request.row, history.attempts] = flight
@@ -319,7 +330,7 @@ class Pipeline:
         self.backlog.hold(msgspec.structs.replace(ended.pending, history=ended.history))
 
     def _discarded(self, ended: _Ended) -> Discarded:
-        error = ended.judgement.error or RowError("unknown")
+        error = _error(ended) or RowError("unknown")
         request = ended.pending.request
         return Discarded(
             row=request.row,
@@ -406,14 +417,10 @@ def _rate_limited(judgement: Judgement) -> bool:
     return judgement.verdict is Verdict.SLOW and judgement.error is not None and judgement.error.http_status == 429
 
 
-def _flaw(status: Status, attempt: Attempt, answer: Answer) -> RowError | None:
-    """What is wrong with an answer that came: not what was wanted, or readable only leniently (then `raw` is kept)."""
-    match status:
-        case Status.EMPTY:
-            return RowError("empty", attempt.http_status, None, "the answer has no content")
-        case Status.INVALID:
-            return RowError("invalid_json", attempt.http_status, None, "the answer is not the JSON that was asked for")
-        case _ if answer.flagged:
-            return RowError("not_strict_json", attempt.http_status, None, "the answer was read leniently; see `raw`")
-        case _:
-            return None
+def _error(ended: _Ended) -> RowError | None:
+    """Why there is no usable answer, or what is odd about it: readable only leniently (then `raw` is kept)."""
+    settled = None if ended.settlement is None else ended.settlement.error
+    if (error := ended.judgement.error or settled) is None and ended.answer.flagged:
+        status = ended.attempt.http_status
+        return RowError("not_strict_json", status, None, "the answer was read leniently; see `raw`")
+    return error

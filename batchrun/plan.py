@@ -28,6 +28,7 @@ from batchrun.matching import Questions
 from batchrun.output import output_schema
 from batchrun.prices import PriceTable
 from batchrun.rundir import RunDirectory
+from batchrun.schema_columns import Column
 from batchrun.source import (
     FileIdentity,
     ParquetSource,
@@ -64,6 +65,7 @@ class Plan(msgspec.Struct, frozen=True):
     source: Source
     types: ColumnTypes | None
     schema: pa.Schema
+    parsed: Column
     prices: dict[str, PriceTable | None]
 
 
@@ -125,6 +127,7 @@ def _new_facts(
         rows=found.rows,
         rejected=tuple(found.rejected),
         types=None if found.types is None else found.types.to_json(),
+        answer_schema=found.answer_schema,
         models=found.models,
         max_request=found.max_request,
         output=job.output,
@@ -239,7 +242,7 @@ def _adopt(
         found = _survey(source, job, directory, asked, questions.add, pictures.add)
         new = _new_facts(job, source, identities, found, run_id=known.run_id, begun_at=known.begun_at)
         new = msgspec.structs.replace(new, layout=known.layout + 1, variant=variant, dialect=found.dialect)
-        answers = drift.Answers(directory, checkpoint, known, variants.json_variants(job, ways))
+        answers = drift.Answers(directory, checkpoint, known)
         asked_now = questions.rows(found.rejected)
         cost_usd = checkpoint.spent.cost_usd()
         seen, matches = drift.examine(answers, asked_now, found.rows, reasons, cost_usd, directory.path)
@@ -272,7 +275,9 @@ class ChangedError(JobError):
 
 def _schema(source: Source, known: Facts) -> pa.Schema:
     types = ColumnTypes() if known.types is None else ColumnTypes.from_json(known.types)
-    return output_schema(source.schema if isinstance(source, ParquetSource) else types.schema(), known.output)
+    return output_schema(
+        source.schema if isinstance(source, ParquetSource) else types.schema(), known.output, facts.parsed(known)
+    )
 
 
 def _require_limit_in_time(limit: int | None, checkpoint: Checkpoint) -> None:
@@ -309,7 +314,9 @@ def _plan(
     }
     _check_budget(job, facts_, tables)
     rows = facts_.rows if limit is None else min(limit, facts_.rows)
-    return Plan(facts_, rows, ways, variant, resumed, source, types, _schema(source, facts_), tables)
+    return Plan(
+        facts_, rows, ways, variant, resumed, source, types, _schema(source, facts_), facts.parsed(facts_), tables
+    )
 
 
 def _price(model: str, job: Job, today: str) -> PriceTable | None:

@@ -13,7 +13,8 @@ import msgspec
 
 from batchrun import packed
 from batchrun.answer import MAX_MESSAGE_CHARS, decode
-from batchrun.job import Retry
+from batchrun.expected import Expected, Flaw
+from batchrun.job import Action, Finish, Retry
 from batchrun.records import Answer, Attempt, RowError, Status, Verdict
 
 
@@ -196,19 +197,68 @@ def _why_unreadable(body: bytes) -> str:
     return f"the answer is no chat completion: {_excerpt(body)}" if body else "the answer is empty"
 
 
-def settle_status(answer: Answer, *, json_wanted: bool) -> Status:
-    """The status of a row whose answer is usable, by its finish_reason (docs/api.md, "Response")."""
-    if answer.finish_reason == "content_filter":
-        return Status.FILTERED
-    if answer.finish_reason == "length":
-        return Status.TRUNCATED
-    if answer.function_call is not None or answer.finish_reason == "tool_calls":
-        return Status.OK
-    if not answer.content:
-        return Status.EMPTY
-    if json_wanted and decode(answer.content.encode("utf-8", "replace"))[1]:
-        return Status.INVALID
-    return Status.OK
+class Settlement(msgspec.Struct, frozen=True):
+    """What a usable answer makes of its row, and what the job says of such an answer: `accept`, `fail` or `retry`.
+
+    `in_json`: the content is the JSON that was asked for.
+    """
+
+    status: Status
+    action: Action = "accept"
+    error: RowError | None = None
+    in_json: bool = False
+
+
+def settlement(answer: Answer, expected: Expected, finish: Finish, http_status: int | None = None) -> Settlement:
+    """What becomes of a row by its answer's finish_reason (docs/api.md, "Response") and by what was expected.
+
+    An answer that was cut short is neither read as JSON nor mended.
+    """
+    reason = answer.finish_reason
+    called = answer.function_call is not None or reason == "tool_calls"
+    if reason == "content_filter":
+        status, action = Status.FILTERED, finish.content_filter
+    elif reason == "length":
+        status, action = Status.TRUNCATED, finish.length
+    elif not called and not answer.content:
+        error = RowError("empty", http_status, None, "the answer has no content")
+        return Settlement(Status.EMPTY, finish.empty, error)
+    else:
+        action = _action_by(reason, finish)
+        status = Status.OK if action == "accept" else Status.INVALID
+    if action != "accept":
+        told = f"the finish_reason is {reason or 'not said'}, which the job does not accept"
+        return Settlement(status, action, RowError("finish_reason", http_status, None, told[:MAX_MESSAGE_CHARS]))
+    if status is Status.OK and (flaw := _flaw(answer, expected)) is not None:
+        return Settlement(Status.INVALID, "fail", RowError(flaw.kind, http_status, None, flaw.message))
+    return Settlement(status, in_json=status is Status.OK and expected.in_json and not called)
+
+
+def _action_by(reason: str | None, finish: Finish) -> Action:
+    match reason:
+        case "stop":
+            return finish.stop
+        case "function_call" | "tool_calls":
+            return finish.function_call
+        case _:
+            return finish.other
+
+
+def _flaw(answer: Answer, expected: Expected) -> Flaw | None:
+    if (call := answer.function_call) is not None:
+        return expected.call_flaw(call.name, call.arguments)
+    return None if answer.finish_reason == "tool_calls" else expected.content_flaw(answer.content or "")
+
+
+def failing(finish: Finish) -> frozenset[Status]:
+    """The statuses whose rows count against `max_failures`."""
+    by_reason = {
+        Status.TRUNCATED: finish.length,
+        Status.FILTERED: finish.content_filter,
+        Status.EMPTY: finish.empty,
+    }
+    refused = {status for status, action in by_reason.items() if action != "accept"}
+    return frozenset({Status.INVALID, Status.ERROR} | refused)
 
 
 class History(msgspec.Struct, frozen=True):
@@ -238,6 +288,14 @@ def after(history: History, judgement: Judgement, *, corroborated: bool) -> Hist
         counted_5xx=history.counted_5xx + (counts and server_error),
         maybe_billed=history.maybe_billed + (counts and judgement.verdict is Verdict.MAYBE),
     )
+
+
+def asked_again(history: History, settled: Settlement, retry: Retry) -> History | None:
+    """`history` with an answer set aside, where the job wants another in its place; None where this one stands."""
+    if settled.action != "retry":
+        return None
+    counted = msgspec.structs.replace(history, counted=history.counted + 1)
+    return None if exhausted(counted, retry) else counted
 
 
 def exhausted(history: History, retry: Retry) -> bool:

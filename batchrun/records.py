@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from batchrun.errors import APIConnectionError
+from batchrun.expected import ANYTHING, Expected
 
 JsonValue = None | bool | int | float | str | list["JsonValue"] | dict[str, "JsonValue"]
 """What JSON can say, as msgspec and the standard library decode it."""
@@ -71,7 +72,7 @@ class Request(msgspec.Struct, frozen=True):
     `key` is the identity of the question (BLAKE2b-128, docs/design.md); `body` goes to the wire as it is.
     `max_prompt_tokens` and `max_output_tokens` bound what one attempt can be billed for; no tokenizer makes more
     tokens than the body has bytes. Of its `images`, `pictures` many are put in when it is sent; until then the body
-    lacks them.
+    lacks them. `expected` is what the answer is held against.
     """
 
     row: int
@@ -82,6 +83,7 @@ class Request(msgspec.Struct, frozen=True):
     max_output_tokens: int
     images: int = 0
     pictures: int = 0
+    expected: Expected = ANYTHING
 
     @property
     def upper_bound_tokens(self) -> int:
@@ -171,7 +173,8 @@ class Discarded(msgspec.Struct, frozen=True):
 class Completion(msgspec.Struct, frozen=True):
     """The final record of a row. `cost_usd` is of all its attempts; None where one could not be priced.
 
-    `last_cost_usd` is the last attempt's alone: what the totals still lack.
+    `last_cost_usd` is the last attempt's alone: what the totals still lack. `in_json`: the content is the JSON that was
+    asked for, and belongs into `parsed`.
     """
 
     row: int
@@ -194,6 +197,7 @@ class Completion(msgspec.Struct, frozen=True):
     raw: bytes
     variant: int = 0
     possibly_billed_tokens: int = 0
+    in_json: bool = False
 
 
 Ending = Completion | Discarded

@@ -16,8 +16,9 @@ import jinja2
 import jinja2.sandbox
 import msgspec
 
-from batchrun import image_parts
+from batchrun import expected, image_parts
 from batchrun.errors import InputError, JobError
+from batchrun.expected import Expected
 from batchrun.image_parts import Image, Picture, Source
 from batchrun.job import Job, RequestTemplate
 from batchrun.records import Request, Row
@@ -25,6 +26,9 @@ from batchrun.records import Request, Row
 ROLES = ("user", "assistant", "system", "developer")
 EFFORTS = ("low", "medium", "high", "xhigh")
 MAX_TOKENS = 128_000
+
+MAX_EXPECTED = 64
+"""Different schemas of a batch file's lines that are kept compiled at a time."""
 
 Columns = dict[str, Any]
 Body = dict[str, Any]
@@ -51,11 +55,6 @@ def detect_dialect(job: Job, columns: Collection[str]) -> str:
     raise InputError(f"can't tell what to ask: set request.prompt to a template over the columns ({shown})")
 
 
-def wants_json(job: Job) -> bool:
-    """True when the job asks for answers in JSON."""
-    return job.request.response_format is not None and job.request.response_format.type != "text"
-
-
 class RequestBuilder:
     """Makes the request of each row. Built once per invocation: templates are compiled, constants laid out."""
 
@@ -67,6 +66,8 @@ class RequestBuilder:
         self._max_image_tokens = job.limits.max_image_tokens
         self._from_columns = tuple(job.request.from_columns.items())
         self._parameters = _parameters(job.request)
+        self._expected = expected.of(self._parameters.get("response_format"), self._parameters.get("functions"))
+        self._expected_of_lines: dict[bytes, Expected] = {}
         self._stream = _stream_fields(job.request)
         self._messages = _message_maker(job.request, dialect)
         if dialect == "openai-batch" and (unused := _unused_by_batch(job.request)) is not None:
@@ -123,6 +124,7 @@ class RequestBuilder:
             max_output_tokens=self._max_output(body),
             images=images,
             pictures=len(pictures),
+            expected=self._expected_by(body),
         )
         return request, digest
 
@@ -136,6 +138,21 @@ class RequestBuilder:
         key = hashlib.blake2b(image_parts.canonical(body), digest_size=16)
         key.update(self._endpoint_name)
         return key.digest()
+
+    def _expected_by(self, body: Body) -> Expected:
+        """What the answer to this body is held against; lines of a batch file may each bring their own."""
+        if self.dialect != "openai-batch":
+            return self._expected
+        asked = body.get("response_format"), body.get("functions")
+        known = image_parts.canonical(asked)
+        if known not in self._expected_of_lines:
+            if len(self._expected_of_lines) >= MAX_EXPECTED:
+                self._expected_of_lines.clear()
+            try:
+                self._expected_of_lines[known] = expected.of(*asked)
+            except JobError as error:
+                raise InputError(str(error)) from error
+        return self._expected_of_lines[known]
 
     def _max_output(self, body: Body) -> int:
         """The most tokens that the answer can have; a limit that the server will not understand is none."""

@@ -19,7 +19,8 @@ from batchrun.credentials import Credentials
 from batchrun.errors import ExitCode, JobError, RunStoppedError
 from batchrun.job import Job
 from batchrun.plan import Asked
-from batchrun.records import FAILURES, Status, Summary
+from batchrun.policy import failing
+from batchrun.records import Status, Summary
 from batchrun.rundir import RunDirectory
 from batchrun.source import Rows, as_file
 
@@ -115,7 +116,7 @@ def _invoke(
         skip_invalid=options.get("skip_invalid", False),
         accept_changes=options.get("accept_changes", False),
         limit=options.get("limit"),
-        retry=_retried(options.get("retry_failed", False)),
+        retry=_retried(job, options.get("retry_failed", False)),
         stdin=stream,
         problem=note,
         told=note,
@@ -160,10 +161,10 @@ def _stream(job: Job, rows: Rows | None, directory: RunDirectory) -> Iterator[Bi
         yield stream
 
 
-def _retried(retry_failed: bool | Collection[str]) -> frozenset[str] | None:
+def _retried(job: Job, retry_failed: bool | Collection[str]) -> frozenset[str] | None:
     """The statuses whose rows are asked again; None where no retry was asked for."""
     if isinstance(retry_failed, bool):
-        return frozenset(map(str, FAILURES)) if retry_failed else None
+        return frozenset(map(str, failing(job.finish))) if retry_failed else None
     chosen = frozenset(map(str, retry_failed))
     if unknown := sorted(chosen - RETRIED):
         raise JobError(f"--status {unknown[0]}: expected some of truncated, filtered, empty, invalid, error")

@@ -1,6 +1,6 @@
 """`summary.json`, from the first second to the last, and the same in words a person reads in five seconds. PURE."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from datetime import datetime
 from decimal import Decimal
 
@@ -127,9 +127,9 @@ def _files(directory: RunDirectory, complete: bool) -> dict[str, str]:
     return {"completions": str(result), "usage": str(directory.usage)}
 
 
-def failures(summary: Summary) -> int:
+def failures(summary: Summary, failing: Collection[Status] = FAILURES) -> int:
     """Rows that count against `max_failures`."""
-    return sum(summary.by_status.get(str(status), 0) for status in FAILURES)
+    return sum(summary.by_status.get(str(status), 0) for status in failing)
 
 
 def limiting_factor(binding: Binding, wall_offset_s: float) -> str:
@@ -140,13 +140,19 @@ def limiting_factor(binding: Binding, wall_offset_s: float) -> str:
     return str(binding.limit)
 
 
-def in_words(summary: Summary, *, requests_per_minute: float | None, max_failures: int) -> Iterator[str]:
+def in_words(
+    summary: Summary,
+    *,
+    requests_per_minute: float | None,
+    max_failures: int,
+    failing: Collection[Status] = FAILURES,
+) -> Iterator[str]:
     """The closing lines: rows by status, tokens, cost, rate against the limit, files, and what to do next."""
-    for label, text in _closing(summary, requests_per_minute, max_failures):
+    for label, text in (*_closing(summary, requests_per_minute), *_next_steps(summary, max_failures, failing)):
         yield f"{label:<13}{text}"
 
 
-def _closing(summary: Summary, requests_per_minute: float | None, max_failures: int) -> Iterator[tuple[str, str]]:
+def _closing(summary: Summary, requests_per_minute: float | None) -> Iterator[tuple[str, str]]:
     done = summary.rows - summary.pending
     counts = ", ".join(f"{n:,} {status}" for status, n in summary.by_status.items()) or "none"
     aside = f"; {summary.rejected:,} input records set aside in rejects.jsonl" if summary.rejected else ""
@@ -166,7 +172,6 @@ def _closing(summary: Summary, requests_per_minute: float | None, max_failures: 
         if all(line.model != name for line in summary.totals):
             yield "note", f"{rows:,} answers name the model {name}"
     yield from summary.files.items()
-    yield from _next_steps(summary, max_failures)
 
 
 def cost_in_words(summary: Summary) -> str:
@@ -186,8 +191,8 @@ def cost_in_words(summary: Summary) -> str:
     return "; ".join(parts)
 
 
-def _next_steps(summary: Summary, max_failures: int) -> Iterator[tuple[str, str]]:
-    failed = failures(summary)
+def _next_steps(summary: Summary, max_failures: int, failing: Collection[Status]) -> Iterator[tuple[str, str]]:
+    failed = failures(summary, failing)
     if summary.complete and failed:
         verdict = "more than" if failed > max_failures else "within"
         yield "failed", f"{failed:,} rows, {verdict} output.max_failures = {max_failures:,}: see the column `error`"

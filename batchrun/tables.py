@@ -19,7 +19,8 @@ CREATE TABLE chunks (chunk INTEGER PRIMARY KEY, first_row INTEGER, rows INTEGER,
     generation INTEGER, part_digest TEXT, open INTEGER, crc INTEGER);
 CREATE TABLE rows (row INTEGER PRIMARY KEY, request_key BLOB, status TEXT, attempts INTEGER, http_status INTEGER,
     error_kind TEXT, error_http_status INTEGER, error_code TEXT, error_message TEXT, request_id TEXT, finished_at REAL,
-    latency_s REAL, time_to_first_token_s REAL, model TEXT, cost_usd TEXT, raw BLOB, variant INTEGER, crc INTEGER);
+    latency_s REAL, time_to_first_token_s REAL, model TEXT, cost_usd TEXT, raw BLOB, variant INTEGER,
+    in_json INTEGER, crc INTEGER);
 CREATE TABLE attempts (row INTEGER, n INTEGER, verdict TEXT, counted INTEGER, http_status INTEGER, error_kind TEXT,
     message TEXT, request_id TEXT, at REAL, model TEXT, prompt_tokens INTEGER, completion_tokens INTEGER,
     total_tokens INTEGER, cached_tokens INTEGER, reasoning_tokens INTEGER, cost_usd TEXT, invocation INTEGER,
@@ -93,19 +94,19 @@ def completion_record(c: Completion) -> Record:
     return (
         c.row, c.key, str(c.status), c.attempts, c.http_status, kind, error.http_status, _characters(error.code),
         _characters(error.message), _characters(c.request_id), c.finished_at, c.latency_s, c.time_to_first_token_s,
-        c.model, _text(c.cost_usd), c.raw, c.variant,
+        c.model, _text(c.cost_usd), c.raw, c.variant, int(c.in_json),
     )  # fmt: skip
 
 
 def completion(record: Record) -> Completion:
     row, key, status, attempts, http_status, kind, error_status, code, message, *rest = record
-    request_id, finished_at, latency_s, first_token_s, model, cost, raw, variant = rest
+    request_id, finished_at, latency_s, first_token_s, model, cost, raw, variant, in_json = rest
     return Completion(
         row=row, key=key, status=Status(status), attempts=attempts, http_status=http_status,
         error=None if kind is None else RowError(kind, error_status, code, message),
         request_id=request_id, finished_at=finished_at, latency_s=latency_s, time_to_first_token_s=first_token_s,
         model=model, answered_model=None, usage=None, cost_usd=usd(cost), last_cost_usd=None, maybe_billed=False,
-        possibly_billed_usd=None, raw=raw, variant=variant,
+        possibly_billed_usd=None, raw=raw, variant=variant, in_json=bool(in_json),
     )  # fmt: skip
 
 

@@ -10,7 +10,6 @@ import msgspec
 
 from batchrun.errors import CheckpointError
 from batchrun.job import Job, RequestTemplate
-from batchrun.request import wants_json
 
 ENTRY = "variants"
 """The manifest's entry that holds them."""
@@ -71,8 +70,3 @@ def as_job(job: Job, variant: Variant) -> Job:
     """The job, asking as the variant does; how answers travel stays the job's own."""
     request = msgspec.structs.replace(variant.request, stream=job.request.stream)
     return msgspec.structs.replace(job, request=request)
-
-
-def json_variants(job: Job, variants: Sequence[Variant]) -> frozenset[int]:
-    """The numbers of the variants that ask for JSON."""
-    return frozenset(number for number, variant in enumerate(variants) if wants_json(as_job(job, variant)))

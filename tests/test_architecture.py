@@ -14,12 +14,13 @@ PACKAGE = Path(__file__).parents[1] / "batchrun"
 
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
+    frozenset({"expected"}),
     frozenset({"records", "mistakes"}),
     frozenset({"job"}),
     frozenset({"prices", "credentials"}),
     frozenset(
         {
-            *("source", "ids", "json_columns", "window"),
+            *("source", "ids", "json_columns", "schema_columns", "window"),
             *("request", "check", "image_parts", "images", "image_digests"),
             *("accounts", "admission", "gate", "gate_state", "pace", "purse"),
             *("client", "stream", "sse", "packed", "answer", "policy"),
@@ -58,9 +59,14 @@ WITHIN_A_LAYER: dict[str, frozenset[str]] = {
     "image_digests": frozenset({"durable"}),
     "check": frozenset({"ids", "images", "json_columns", "request", "source"}),
     "base_part": frozenset({"output", "tables"}),
-    "chunks": frozenset({"base_part", "checkpoint", "json_columns", "output", "rundir", "source", "tables", "window"}),
+    "chunks": frozenset(
+        {
+            *("base_part", "checkpoint", "json_columns", "output", "rundir", "schema_columns", "source", "tables"),
+            "window",
+        }
+    ),
     "backlog": frozenset({"chunks", "policy"}),
-    "output": frozenset({"answer", "durable", "packed"}),
+    "output": frozenset({"answer", "durable", "packed", "schema_columns"}),
     # how they are joined
     "matching": frozenset({"durable"}),
     "result": frozenset({"facts"}),
@@ -85,9 +91,21 @@ SOLE_IMPORTERS: dict[str, frozenset[str]] = {
     "uvloop": frozenset({"start", "simulator"}),
     "jinja2": frozenset({"request"}),
     "genai_prices": frozenset({"prices"}),
+    "jsonschema_rs": frozenset({"expected"}),
     "pyarrow": frozenset(
         {
-            *("source", "json_columns", "window", "base_part", "chunks", "drift", "output", "plan", "result"),
+            *(
+                "source",
+                "json_columns",
+                "schema_columns",
+                "window",
+                "base_part",
+                "chunks",
+                "drift",
+                "output",
+                "plan",
+                "result",
+            ),
             "rescue",
         }
     ),
@@ -175,6 +193,7 @@ def test_the_command_line_starts_without_anything_heavy() -> None:
         "tqdm",
         "sqlite3",
         "genai_prices",
+        "jsonschema_rs",
         "aiolimiter",
         "uvloop",
         "asyncio",

@@ -312,7 +312,14 @@ def test_a_schema_file_is_part_of_the_job_and_of_its_fingerprint(tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("text", "problem"),
-    [(None, "can't read"), ("{", "is not JSON"), ("[]", "holds no JSON object"), ("\udcff", "is not JSON")],
+    [
+        (None, "can't read"),
+        ("{", "is not JSON"),
+        ("[]", "holds no JSON object"),
+        ("\udcff", "is not JSON"),
+        ('{"type": "strin"}', r"s\.json: no JSON schema: at \$\.type: "),
+        ('{"$ref": "https://example.com/s"}', r"s\.json: no JSON schema: .*https://example\.com/s"),
+    ],
 )
 def test_a_schema_file_that_is_none_is_named(tmp_path: Path, text: str | None, problem: str) -> None:
     file = tmp_path / "s.json"
@@ -321,6 +328,16 @@ def test_a_schema_file_that_is_none_is_named(tmp_path: Path, text: str | None, p
     with pytest.raises(JobError, match=problem) as caught:
         from_tables(with_schema(file))
     assert str(caught.value).startswith("request.response_format.file: ")
+
+
+def test_a_schema_in_the_job_that_is_none_is_named(tmp_path: Path) -> None:
+    bad = {"properties": {"a": {"type": "strin"}}}
+    asked = {"response_format": {"type": "json_schema", "schema": bad}}
+    functions = {"functions": [{"name": "f"}, {"name": "g", "parameters": bad}]}
+    for request, path in ((asked, "response_format.schema"), (functions, "functions[1].parameters")):
+        with pytest.raises(JobError) as caught:
+            from_tables({"endpoint": {"url": "simulator"}, "request": request})
+        assert str(caught.value).startswith(f"request.{path}: no JSON schema: at $.properties.a.type: ")
 
 
 # -- fingerprint
@@ -343,6 +360,8 @@ OTHER_VALUES: Mapping[str, object] = {
     "request.extra": {"seed": 1},
     "request.from_columns": {"model": "m"},
     "input.dialect": "messages",
+    **dict.fromkeys(("finish.stop", "finish.length", "finish.function_call", "finish.content_filter"), "retry"),
+    **dict.fromkeys(("finish.empty", "finish.other"), "retry"),
     "output.columns": ["a"],
     "output.raw": "always",
     "output.layout": "parts",

@@ -46,7 +46,7 @@ def table_of(count: int, first: int = 0) -> pa.Table:
 
 def batch_of(table: pa.Table, completions: Sequence[Completion], settings: Output = DEFAULT) -> pa.RecordBatch:
     schema = output_schema(table.schema, settings)
-    own = own_table(completions, keep_raw=settings.raw == "always", json_variants=())
+    own = own_table(completions, keep_raw=settings.raw == "always")
     return joined(table, own, schema)
 
 
@@ -64,10 +64,10 @@ def values(column: "pa.ChunkedArray[Any]") -> list[Any]:
     return plain.to_pylist()
 
 
-def own(settled: Completion, settings: Output = DEFAULT, *, json_wanted: bool = False) -> dict[str, Any]:
+def own(settled: Completion, settings: Output = DEFAULT) -> dict[str, Any]:
     """What our columns say of one completion."""
     schema = output_schema(INPUT, settings)
-    ours = own_table([settled], keep_raw=settings.raw == "always", json_variants={0} if json_wanted else ())
+    ours = own_table([settled], keep_raw=settings.raw == "always")
     batch = joined(table_of(1), ours, schema)
     row: dict[str, Any] = batch.to_pylist()[0]
     return row
@@ -203,9 +203,8 @@ def test_raw_is_kept_for_failures_or_always() -> None:
 
 def test_parsed_is_the_json_that_was_asked_for() -> None:
     body = answer_body('{"a": 1}')
-    assert own(completion(0, raw=body), json_wanted=True)["parsed"] == '{"a": 1}'
+    assert own(completion(0, raw=body, in_json=True))["parsed"] == '{"a": 1}'
     assert own(completion(0, raw=body))["parsed"] is None
-    assert own(completion(0, raw=body, status=Status.INVALID), json_wanted=True)["parsed"] is None
 
 
 # ── parts and the final file ──────────────────────────────────────────────────────────────────────────────────────────

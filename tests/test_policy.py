@@ -15,18 +15,22 @@ from multidict import CIMultiDict
 
 from batchrun.answer import read
 from batchrun.errors import APIConnectionError, APITimeoutError
-from batchrun.job import Retry
+from batchrun.expected import ANYTHING, Expected, of
+from batchrun.job import Finish, Retry
 from batchrun.policy import (
     FAULT_VERDICTS,
     Fault,
     History,
     Judgement,
+    Settlement,
     after,
+    asked_again,
     backoff_s,
     exhausted,
+    failing,
     judge,
     retry_after_s,
-    settle_status,
+    settlement,
 )
 from batchrun.records import Answer, Attempt, FunctionCall, RowError, Status, Verdict
 
@@ -406,5 +410,71 @@ def test_a_usable_answer_ends_by_its_finish_reason(
     answer: dict[str, Any], status: Status, status_of_json: Status
 ) -> None:
     whole = msgspec.convert({"completion": True, **answer}, Answer)
-    assert settle_status(whole, json_wanted=False) is status
-    assert settle_status(whole, json_wanted=True) is status_of_json
+    assert settlement(whole, ANYTHING, Finish()).status is status
+    settled = settlement(whole, Expected(in_json=True), Finish())
+    assert settled.status is status_of_json
+    assert settled.in_json == (status_of_json is Status.OK and whole.content is not None)
+
+
+ANSWERS_BY_REASON: dict[str, tuple[dict[str, Any], Status, Status]] = {
+    # setting of [finish]: an answer, its status when it is accepted, and when it is not
+    "stop": ({"content": "Fine.", "finish_reason": "stop"}, Status.OK, Status.INVALID),
+    "length": ({"content": "Fi", "finish_reason": "length"}, Status.TRUNCATED, Status.TRUNCATED),
+    "function_call": (
+        {"function_call": FunctionCall("f", "{}"), "finish_reason": "function_call"},
+        Status.OK,
+        Status.INVALID,
+    ),
+    "content_filter": ({"content": "F", "finish_reason": "content_filter"}, Status.FILTERED, Status.FILTERED),
+    "empty": ({"content": "", "finish_reason": "stop"}, Status.EMPTY, Status.EMPTY),
+    "other": ({"content": "Fine.", "finish_reason": "eos"}, Status.OK, Status.INVALID),
+}
+
+
+@pytest.mark.parametrize("reason", Finish.__struct_fields__)
+@pytest.mark.parametrize("action", ["accept", "fail", "retry"])
+def test_what_an_answer_is_worth_is_the_jobs_word_reason_by_reason(reason: str, action: str) -> None:
+    given, accepted, refused = ANSWERS_BY_REASON[reason]
+    whole = msgspec.convert({"completion": True, **given}, Answer)
+    finish = msgspec.convert({reason: action}, Finish)
+    settled = settlement(whole, ANYTHING, finish, 200)
+    assert (settled.status, settled.action) == (accepted if action == "accept" else refused, action)
+    counts = settled.status in failing(finish)
+    assert counts == (action != "accept")
+    assert (settled.error is None) == (action == "accept" and reason != "empty")
+    for other, (text, *_) in ANSWERS_BY_REASON.items():
+        unchanged = settlement(msgspec.convert({"completion": True, **text}, Answer), ANYTHING, finish, 200)
+        assert other == reason or unchanged.action == getattr(Finish(), other)
+
+
+def test_an_answer_without_a_reason_is_any_other() -> None:
+    whole = Answer(completion=True, content="Fine.")
+    assert settlement(whole, ANYTHING, Finish(other="fail")).status is Status.INVALID
+    assert settlement(whole, ANYTHING, Finish(stop="fail", length="fail")).status is Status.OK
+
+
+def test_an_answer_set_aside_counts_as_an_attempt_until_there_are_none_left() -> None:
+    history, sent = History(attempts=1), 1
+    while (again := asked_again(history, Settlement(Status.TRUNCATED, "retry"), Retry(max_attempts=3))) is not None:
+        history, sent = msgspec.structs.replace(again, attempts=again.attempts + 1), sent + 1
+    assert sent == 3
+    assert asked_again(History(attempts=1), Settlement(Status.TRUNCATED, "fail"), Retry()) is None
+    assert asked_again(History(attempts=1), Settlement(Status.OK), Retry()) is None
+
+
+def test_an_answer_that_was_cut_short_is_not_held_against_its_schema() -> None:
+    for reason, status in (("length", Status.TRUNCATED), ("content_filter", Status.FILTERED)):
+        settled = settlement(
+            Answer(completion=True, content='{"a": 1', finish_reason=reason), Expected(in_json=True), Finish()
+        )
+        assert (settled.status, settled.error, settled.in_json) == (status, None, False)
+
+
+def test_a_call_is_held_against_the_functions_and_content_beside_it_is_not() -> None:
+    expected = of({"type": "json_object"}, [{"name": "f", "parameters": {"type": "object", "required": ["a"]}}])
+    for arguments, status in (('{"a":1}', Status.OK), ("{}", Status.INVALID), ("{", Status.INVALID)):
+        call = Answer(completion=True, content="no JSON", function_call=FunctionCall("f", arguments))
+        settled = settlement(call, expected, Finish(), 200)
+        assert settled.status is status
+        assert not settled.in_json
+        assert settled.error is None or settled.error.http_status == 200

@@ -62,11 +62,15 @@ def test_every_answer_of_a_real_model_to_a_json_schema_job_validates_whole_or_st
     with running_model() as url:
         outs = [run_job(tmp_path, url, source, stream=stream) for stream in (False, True)]
     for out in outs:
-        rows = pq.read_table(out / "completions.parquet").to_pylist()
+        table = pq.read_table(out / "completions.parquet")
+        enum = "dictionary<values=string, indices=int32, ordered=0>"
+        assert str(table.schema.field("parsed").type) == f"struct<category: {enum}, user_visible: bool>"
+        rows = table.to_pylist()
         assert len(rows) == 20
         for row in rows:
             assert row["status"] == "ok"
-            jsonschema.validate(json.loads(row["parsed"]), SCHEMA)
+            jsonschema.validate(row["parsed"], SCHEMA)
+            assert row["parsed"] == json.loads(row["content"])
             assert row["prompt_tokens"] > 0
             assert row["completion_tokens"] > 0
             assert row["cost_usd"] is None

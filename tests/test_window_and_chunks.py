@@ -119,7 +119,6 @@ def started(path: Path, job: Job) -> Iterator[Start]:
             types=made.types,
             schema=made.schema,
             settings=made.facts.output,
-            json_variants=frozenset(),
         )
         chunks.remove_orphans()
         yield Start(checkpoint, chunks, made, directory)

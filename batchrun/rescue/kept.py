@@ -25,14 +25,13 @@ NO_END = 2**63
 class KeptRows:
     """Give it spans of rows in ascending order; memory is bounded by the largest of them, and the database's rows."""
 
-    def __init__(
-        self, directory: RunDirectory, known: Remains, schema: pa.Schema, prefix: str, json_variants: frozenset[int]
-    ) -> None:
-        """`schema` is that of the output; the input's columns are null where they can't be read."""
+    def __init__(self, directory: RunDirectory, known: Remains, schema: pa.Schema, prefix: str) -> None:
+        """`schema` is that of the output, with `parsed` as JSON text; the input's columns are null where they can't be
+        read.
+        """
         self._directory = directory
         self._known = known
         self._prefix = prefix
-        self._json_variants = json_variants
         self.schema = readable.nullable(schema)
         self._result = readable.groups(directory.completions, schema, prefix, 0, NO_END)
         self._ahead: list[pa.Table] = []
@@ -75,7 +74,7 @@ class KeptRows:
 
     def _of_records(self, records: dict[int, Completion], first_row: int, end_row: int) -> pa.Table:
         found = [records[row] for row in sorted(records) if first_row <= row < end_row]
-        own = output.own_table(found, keep_raw=True, json_variants=self._json_variants)
+        own = output.own_table(found, keep_raw=True)
         named = own.rename_columns(own_schema(self._prefix).names)
         arrays: list[Any] = [
             named.column(field.name) if field.name in named.column_names else pa.nulls(len(found), field.type)

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batchrun.errors import CheckpointError
-from batchrun.output import OWN_COLUMNS, own_schema
+from batchrun.output import OWN_COLUMNS, as_own, own_schema
 from batchrun.records import Status
 
 _STATUSES = pa.array([str(status) for status in Status])
@@ -25,7 +25,7 @@ UNREADABLE = (OSError, ValueError, KeyError, IndexError, OverflowError, pa.Arrow
 """What pyarrow makes of a damaged file; a name in its footer may be no text."""
 
 Group = pa.Table
-"""A row group: the columns of the input, null where they can't be read, then ours."""
+"""A row group: the columns of the input, null where they can't be read, then ours as `OWN_COLUMNS` has them."""
 
 
 def groups(path: Path, schema: pa.Schema, prefix: str, first_row: int, end_row: int) -> Iterator[Group]:
@@ -59,8 +59,9 @@ def schema_of(path: Path) -> pa.Schema | None:
 def _group(file: pq.ParquetFile, number: int, schema: pa.Schema, prefix: str) -> Group | None:
     names = own_schema(prefix).names
     own = _columns(file, number, names)
-    if own is None or not own.num_rows or own.schema.types != OWN_COLUMNS.types:
+    if own is None or not own.num_rows or not _is_ours(own):
         return None
+    own = as_own(own).rename_columns(names)
     if not pc.all(pc.is_in(own.column(prefix + "status"), _STATUSES)).as_py():
         return None
     arrays: list[Any] = []
@@ -72,6 +73,13 @@ def _group(file: pq.ParquetFile, number: int, schema: pa.Schema, prefix: str) ->
         sound = read is not None and read.schema.types == [field.type] and read.num_rows == own.num_rows
         arrays.append(read.column(0) if read is not None and sound else pa.nulls(own.num_rows, field.type))
     return pa.Table.from_arrays(arrays, schema=nullable(schema))
+
+
+def _is_ours(table: pa.Table) -> bool:
+    """Whether these are our columns by type; `parsed` has the type that its job gave it."""
+    parsed = OWN_COLUMNS.get_field_index("parsed")
+    found = zip(table.schema.types, OWN_COLUMNS.types, strict=True)
+    return all(place == parsed or one == other for place, (one, other) in enumerate(found))
 
 
 def nullable(schema: pa.Schema) -> pa.Schema:

@@ -24,13 +24,14 @@ from batchrun.job import SIMULATOR, Endpoint, Job, Output
 from batchrun.json_columns import ColumnTypes
 from batchrun.prices import PriceTable
 from batchrun.records import Row
-from batchrun.request import RequestBuilder, wants_json
+from batchrun.request import RequestBuilder
 from batchrun.rescue import readable, rebuilt
 from batchrun.rescue.kept import NO_END, KeptRows
 from batchrun.rescue.rebuilt import Account
 from batchrun.rescue.remains import Remains
 from batchrun.rescue.verify import Findings, inspected
 from batchrun.rundir import RunDirectory
+from batchrun.schema_columns import JSON
 from batchrun.source import START, ParquetSource, Source, Window, open_source
 from batchrun.summary import plural
 from batchrun.tables import Chunk, Reopened
@@ -154,8 +155,8 @@ class Rescue:
         self._own = output.own_schema(self._prefix).names
         jobs = [] if begun is None else [_as_asked(way) for way in variants.read(known.manifest)]
         self._builders = [] if begun is None else [RequestBuilder(job, begun.dialect) for job in jobs]
-        in_json = frozenset(number for number, job in enumerate(jobs) if wants_json(job))
-        self._kept = KeptRows(old, known, self._schema, self._prefix, in_json)
+        self._parsed = JSON if begun is None else facts.parsed(begun)
+        self._kept = KeptRows(old, known, self._schema, self._prefix)
         self.account = Account(slots.read(old.inflight), rebuilt.spilled(old))
         self.missing = 0
 
@@ -164,13 +165,13 @@ class Rescue:
         lost: list[tuple[int, int, bool]] = []
 
         def write(temporary: Path) -> None:
-            with output.ParquetFile(temporary, self._kept.schema, self._settings.compression) as file:
+            schema = self._typed(self._kept.schema)
+            with output.ParquetFile(temporary, schema, self._settings.compression) as file:
                 for piece in self._pieces():
                     own = piece.kept.select(self._own).rename_columns(output.OWN_COLUMNS.names)
                     self.account.add(own, piece.chunk, piece.reopened)
                     lost.extend((*span, piece.answered) for span in self._gaps(piece))
-                    for batch in piece.kept.to_batches():
-                        file.write(batch)
+                    file.write(output.joined(piece.kept, own, schema, self._parsed))
 
         replace(self._new.path / NAME, write)
         self.missing = sum(end - first for first, end, _ in lost)
@@ -178,8 +179,15 @@ class Rescue:
         if self._source is not None:
             rebuilt.write(self._old, self._known, self.account, self._new)
 
+    def _typed(self, schema: pa.Schema) -> pa.Schema:
+        """The schema with `parsed` in its type."""
+        place = schema.get_field_index(self._prefix + "parsed")
+        return schema.set(place, schema.field(place).with_type(self._parsed.type()))
+
     def _columns(self) -> tuple[pa.Schema, str]:
-        """The output's schema and prefix: by the input, else as the first part that can be read has them."""
+        """The output's schema, with `parsed` as JSON text, and prefix: by the input, else as the first part that can be
+        read has them.
+        """
         given = self._source.schema if isinstance(self._source, ParquetSource) else None
         if given is None and self._types is not None:
             given = self._types.schema()
@@ -188,7 +196,9 @@ class Rescue:
         results = (self._old.completions, *sorted(self._old.path.glob("*/*.parquet")))
         for schema in filter(None, map(readable.schema_of, results)):
             if keys := [name for name in schema.names if name.endswith("request_key")]:
-                return schema, keys[-1].removesuffix("request_key")
+                prefix = keys[-1].removesuffix("request_key")
+                given = pa.schema([field for field in schema if field.name not in output.own_schema(prefix).names])
+                return pa.schema([*given, *output.own_schema(prefix)]), prefix
         return output.own_schema(self._settings.prefix), self._settings.prefix
 
     def _pieces(self) -> Iterator[Piece]:
@@ -235,16 +245,17 @@ class Rescue:
         rows = self._rows(kept)
         places = pa.array([row - chunk.first_row for row in rows], pa.int64())
         given = pa.concat_tables(list(stored.tables(self._types))).take(places)
-        batch = output.joined(given, kept.select(self._own), self._schema)
+        own = kept.select(self._own).rename_columns(output.OWN_COLUMNS.names)
         if rows:
-            part = self._new.part_of(chunk.chunk, 1)
-            part_digest = output.write_part(part, self._schema, [batch], self._settings, len(rows))
+            part, schema = self._new.part_of(chunk.chunk, 1), self._typed(self._schema)
+            batch = output.joined(given, own, schema, self._parsed)
+            part_digest = output.write_part(part, schema, [batch], self._settings, len(rows))
             chunk = msgspec.structs.replace(chunk, generation=1, part_digest=part_digest)
         again = self._asked_again(set(rows))
         if len(rows) == chunk.rows and not again:
             chunk = msgspec.structs.replace(chunk, open=0)
             path.unlink()
-        whole = pa.Table.from_batches([batch]).cast(self._kept.schema)
+        whole = pa.Table.from_batches([output.joined(given, own, self._schema)]).cast(self._kept.schema)
         return Piece(chunk.first_row, chunk.end_row, self._was_sealed(chunk.chunk), whole, chunk, again)
 
     def _that_answer(self, kept: pa.Table, stored: StoredWindow) -> pa.Table:

@@ -1,0 +1,216 @@
+"""An answer is held against what was asked: JSON, a schema, the functions offered. Nothing is fetched or mended."""
+
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batchrun.errors import JobError
+from batchrun.expected import ANYTHING, MAX_MESSAGE_CHARS, Expected, check_of, of, problem
+
+LABEL = {
+    "type": "object",
+    "properties": {"label": {"enum": ["bug", "feature"]}, "scores": {"type": "array", "items": {"type": "integer"}}},
+    "required": ["label"],
+    "additionalProperties": False,
+}
+
+
+def kind_of(expected: Expected, content: str) -> str | None:
+    flaw = expected.content_flaw(content)
+    return None if flaw is None else flaw.kind
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        ('{"label": "bug"}', None),
+        (' \n{"label": "bug", "scores": [1, 2.0]}\t', None),
+        ('{"label": "bug", "scores": [123456789012345678901234567890]}', None),
+        ('{"label": "Bug"}', "schema"),
+        ('{"label": "bug", "more": 1}', "schema"),
+        ("[]", "schema"),
+        ("null", "schema"),
+        ('```json\n{"label": "bug"}\n```', "invalid_json"),
+        ('{"label": "bug"} as you asked', "invalid_json"),
+        ('{"label": "bug"', "invalid_json"),
+        ('{"label": "bug", "scores": [NaN]}', "invalid_json"),
+        ('{"label": "\\ud800"}', "invalid_json"),
+        ("[" * 100_000, "invalid_json"),
+        ("", "invalid_json"),
+        ("\ud800", "invalid_json"),
+    ],
+)
+def test_content_is_json_that_fits_the_schema_or_is_told_why_not(content: str, kind: str | None) -> None:
+    expected = of({"type": "json_schema", "json_schema": {"name": "label", "schema": LABEL}}, None)
+    assert kind_of(expected, content) == kind
+    assert kind_of(ANYTHING, content) is None
+
+
+def test_json_object_asks_for_json_of_any_shape() -> None:
+    expected = of({"type": "json_object"}, None)
+    assert [kind_of(expected, text) for text in ("{}", "[1]", "no")] == [None, None, "invalid_json"]
+    assert kind_of(of({"type": "text"}, None), "no") is None
+
+
+def test_a_flaw_names_its_place_and_is_bounded() -> None:
+    expected = Expected(in_json=True, schema=LABEL)
+    flaw = expected.content_flaw(json.dumps({"label": "bug", "scores": [1, "x" * 10_000]}))
+    assert flaw is not None
+    assert "at $.scores[1]: " in flaw.message
+    assert len(flaw.message) <= MAX_MESSAGE_CHARS
+    deep = {"additionalProperties": {"type": "integer"}}
+    flaw = Expected(in_json=True, schema=deep).content_flaw(json.dumps({"k" * 10_000: "no integer"}))
+    assert flaw is not None
+    assert "no integer" in flaw.message
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "kind"),
+    [
+        ("find", '{"id": 7}', None),
+        ("find", '{"id": "7"}', "schema"),
+        ("find", '{"id": 7', "invalid_json"),
+        ("find", "", "invalid_json"),
+        ("find", None, "invalid_json"),
+        ("stop", "", None),
+        ("stop", None, None),
+        ("stop", "{}", None),
+        ("stop", "{", "invalid_json"),
+        ("other", "{}", "unknown_function"),
+        (None, "{}", "unknown_function"),
+    ],
+)
+def test_a_call_names_a_function_that_was_offered_with_arguments_that_fit(
+    name: str | None, arguments: str | None, kind: str | None
+) -> None:
+    find = {"name": "find", "parameters": {"type": "object", "properties": {"id": {"type": "integer"}}}}
+    flaw = of(None, [find, {"name": "stop"}]).call_flaw(name, arguments)
+    assert (None if flaw is None else flaw.kind) == kind
+    assert ANYTHING.call_flaw(name, arguments) is None, "where no function was offered nothing is said of calls"
+
+
+# ── schemas ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("schema", "told"),
+    [
+        ({"type": "strin"}, "at $.type"),
+        ({"properties": {"a": {"minimum": "low"}}}, "at $.properties.a.minimum"),
+        ({"$ref": "#/$defs/none"}, "/$defs/none"),
+        ({"pattern": "("}, "at $.pattern"),
+        ({"$schema": "https://example.com/own"}, "https://example.com/own"),
+        ({"required": "a"}, "at $.required"),
+    ],
+)
+def test_a_schema_that_is_none_is_told_with_its_place(schema: dict[str, Any], told: str) -> None:
+    said = problem(schema)
+    assert said is not None
+    assert said.startswith("no JSON schema: ")
+    assert told in said
+    assert "\n" not in said
+    with pytest.raises(JobError, match=r"^functions\[0\]\.parameters: no JSON schema"):
+        of(None, [{"name": "f", "parameters": schema}])
+    with pytest.raises(JobError, match=r"^response_format\.json_schema\.schema: no JSON schema"):
+        of({"type": "json_schema", "json_schema": {"schema": schema}}, None)
+
+
+class Counting(http.server.BaseHTTPRequestHandler):
+    asked = 0
+
+    def do_GET(self) -> None:
+        type(self).asked += 1
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"type": "string"}')
+
+    def log_message(self, format: str, *args: object) -> None: ...
+
+
+@contextmanager
+def counting_server() -> Iterator[str]:
+    Counting.asked = 0
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Counting) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/schema.json"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("form", ["ref", "base", "meta", "dynamic"])
+def test_nothing_is_ever_fetched_for_a_schema(form: str) -> None:
+    with counting_server() as url:
+        schemas: dict[str, dict[str, Any]] = {
+            "ref": {"properties": {"a": {"$ref": url}}},
+            "base": {"$id": url, "properties": {"a": {"$ref": "other.json"}}},
+            "meta": {"$schema": url},
+            "dynamic": {"$dynamicRef": url},
+        }
+        assert problem(schemas[form]) is not None
+        assert Counting.asked == 0
+
+
+def test_no_file_is_ever_opened_for_a_schema(tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text('{"type": "string"}')
+    assert problem({"$ref": (tmp_path / "other.json").as_uri()}) is not None
+
+
+def test_a_format_is_not_judged() -> None:
+    assert check_of({"type": "string", "format": "email"})("nobody") is None
+    draft7 = {"$schema": "http://json-schema.org/draft-07/schema#", "type": "string", "format": "date"}
+    assert check_of(draft7)("nobody") is None
+
+
+def test_a_value_nested_as_deep_as_json_is_read_is_checked_all_the_same() -> None:
+    node = {"$ref": "#/$defs/n", "$defs": {"n": {"type": "object", "properties": {"c": {"$ref": "#/$defs/n"}}}}}
+    expected = Expected(in_json=True, schema=node)
+    for depth in (10, 500, 900):
+        assert kind_of(expected, '{"c":' * depth + "{}" + "}" * depth) is None
+        assert kind_of(expected, '{"c":' * depth + "1" + "}" * depth) == "schema"
+
+
+SCALARS = st.none() | st.booleans() | st.integers(-3, 3) | st.sampled_from([0.5, 2.0, "a", "b", ""])
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("abc"), inner, max_size=3)
+)
+TYPES = st.sampled_from(["string", "integer", "number", "boolean", "null", "object", "array"])
+
+
+def deeper(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    keywords = {
+        "type": TYPES | st.lists(TYPES, min_size=1, max_size=3, unique=True),
+        "enum": st.lists(VALUES, min_size=1, max_size=3, unique_by=repr),
+        "const": SCALARS,
+        "properties": st.dictionaries(st.sampled_from("abc"), inner, max_size=3),
+        "required": st.lists(st.sampled_from("abc"), unique=True),
+        "additionalProperties": inner,
+        "items": inner,
+        "minItems": st.integers(0, 2),
+        "minimum": st.integers(-2, 2),
+        "maxLength": st.integers(0, 2),
+        "anyOf": st.lists(inner, min_size=1, max_size=3),
+        "oneOf": st.lists(inner, min_size=1, max_size=3),
+        "allOf": st.lists(inner, min_size=1, max_size=2),
+        "not": inner,
+    }
+    return st.fixed_dictionaries({}, optional=keywords)
+
+
+SCHEMAS = st.recursive(st.fixed_dictionaries({}, optional={"type": TYPES}) | st.booleans(), deeper, max_leaves=8)
+
+
+@settings(max_examples=120, deadline=None)
+@given(SCHEMAS.filter(lambda schema: isinstance(schema, dict)), st.lists(VALUES, min_size=1, max_size=5))
+def test_it_judges_as_the_reference_validator_does(schema: dict[str, Any], values: list[Any]) -> None:
+    reference = jsonschema.Draft202012Validator(schema)
+    check = check_of(schema)
+    for value in values:
+        assert (check(value) is None) == reference.is_valid(value), (schema, value)
