@@ -44,6 +44,7 @@ class Endpoint(Table, frozen=True):
     name: Text | None = None
     api_key_env: Text | None = None
     api_key_file: Text | None = None
+    auth: Literal["bearer", "none"] = "bearer"
     headers: dict[str, str] = {}
     ca_file: Text | None = None
     proxy: Text | None = None
@@ -53,6 +54,8 @@ class Endpoint(Table, frozen=True):
     stream_timeout_s: Positive = 14_400.0  # 128,000 tokens at ten a second take 3.6 hours
     max_answer_bytes: AtLeastOne = 64_000_000
     client_request_id: bool = True
+    max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    developer_role: Literal["developer", "system"] = "developer"
 
 
 class Input(Table, frozen=True):
@@ -65,8 +68,11 @@ class Input(Table, frozen=True):
 
 
 class MessageTemplate(Table, frozen=True):
-    role: Role
-    content: str | list[dict[str, Any]]
+    """One message: a role and a template; or, with `column`, as many as the row has there."""
+
+    role: Role | None = None
+    content: str | list[dict[str, Any]] | None = None
+    column: Text | None = None
 
 
 class ResponseFormat(Table, frozen=True):
@@ -350,6 +356,12 @@ def _problems(job: Job) -> Iterator[str]:
         yield "request.prompt: can't stand beside request.messages; keep one of them"
     if request.system is not None and isinstance(request.messages, list):
         yield "request.system: put it into request.messages as a message with role = 'system'"
+    for place, each in enumerate(request.messages if isinstance(request.messages, list) else ()):
+        if [each.role is None, each.content is None, each.column is None] not in (
+            [False, False, True],
+            [True, True, False],
+        ):
+            yield f"request.messages[{place}]: expected a `role` with its `content`, or a `column` that holds messages"
     if request.image_detail is not None and not request.images:
         yield "request.image_detail: names the detail of request.images, and there are none"
     if request.response_format is not None and request.response_format.type == "json_schema":
@@ -413,11 +425,18 @@ def _endpoint_problems(endpoint: Endpoint) -> Iterator[str]:
         yield "endpoint.url: holds a secret; use endpoint.api_key_env"
     if endpoint.api_key_env and endpoint.api_key_file:
         yield "endpoint.api_key_file: can't stand beside endpoint.api_key_env; keep one of them"
-    if not endpoint.api_key_env and not endpoint.api_key_file and not endpoint.headers:
-        yield "endpoint.api_key_env: name the environment variable that holds the key (or api_key_file)"
+    given = endpoint.api_key_env or endpoint.api_key_file
+    if given and endpoint.auth == "none":
+        yield 'endpoint.auth: "none" can\'t stand beside a key; keep one of them'
+    if not given and not endpoint.headers and endpoint.auth != "none":
+        yield (
+            "endpoint.api_key_env: name the environment variable that holds the key (or api_key_file); "
+            'or set endpoint.auth = "none" for a server that wants none'
+        )
     if endpoint.proxy is not None and "@" in endpoint.proxy:
         yield "endpoint.proxy: holds a secret; name a proxy that needs no password, such as a local one that adds it"
-    if parts.scheme == "http" and parts.hostname not in _LOOPBACK:
+    keyless = endpoint.auth == "none" and not any(value.startswith("env:") for value in endpoint.headers.values())
+    if parts.scheme == "http" and parts.hostname not in _LOOPBACK and not keyless:
         yield f"endpoint.url: the key would travel unencrypted to {parts.hostname}; use https://"
     for name, value in endpoint.headers.items():
         if _SECRET.search(name) and not value.startswith("env:"):

@@ -53,7 +53,7 @@ FAULT_VERDICTS: Mapping[str, Verdict] = {
 }
 
 STATUS_VERDICTS: Mapping[int, Verdict] = {
-    **dict.fromkeys((400, 413, 415, 422), Verdict.ROW),
+    **dict.fromkeys((400, 413, 415, 422, 501), Verdict.ROW),
     **dict.fromkeys((408, 409, 425, 500, 502), Verdict.FREE),
     **dict.fromkeys((499, 504, 520, 521, 522, 523, 524), Verdict.MAYBE),
     **dict.fromkeys((429, 529), Verdict.SLOW),
@@ -69,6 +69,7 @@ KINDS: Mapping[int, str] = {
     403: "forbidden",
     404: "not_found",
     429: "rate_limit",
+    501: "not_supported",
     529: "overloaded",
 }
 
@@ -83,6 +84,9 @@ _OVERLOAD = re.compile(
     re.IGNORECASE,
 )
 _MODERATION = re.compile(r"content[_ -]?(policy|filter|violation)|moderation|safety|flagged|prohibited", re.IGNORECASE)
+
+_UNABLE = re.compile(r"\bnot (supported|implemented)\b|\bunsupported\b", re.IGNORECASE)
+"""llama.cpp says so with 500 of what its model can't do, such as images: to ask again is in vain."""
 
 MAX_SEARCHED_BYTES = 10_000
 """How much of a 503's body is searched for words of overload."""
@@ -128,7 +132,7 @@ def _judge_status(status: int, attempt: Attempt, answer: Answer, retry: Retry) -
 
 
 def _by_status_and_body(status: int, attempt: Attempt, answer: Answer) -> tuple[Verdict, str, bool]:
-    """(verdict, kind, filtered): the three statuses that need the body, then the table, then the century."""
+    """(verdict, kind, filtered): the statuses that need the body, then the table, then the century."""
     code, message = answer.error_code or "", answer.error_message or ""
     if status == 429 and _is_quota(code, message):
         return Verdict.PAUSE, "insufficient_quota", False
@@ -139,6 +143,8 @@ def _by_status_and_body(status: int, attempt: Attempt, answer: Answer) -> tuple[
         if _is_overload(attempt, answer):
             return Verdict.SLOW, "overloaded", False
         return Verdict.ROW, "content_policy", True
+    if status == 500 and _UNABLE.search(message):
+        return Verdict.ROW, "not_supported", False
     if status < 400:
         return (
             Verdict.STOP if status >= 300 else Verdict.MAYBE,

@@ -2,26 +2,25 @@
 
 The body is sent in the API's field order, with a row's own objects as they came. It is hashed into the `request_key`
 with all names sorted, since JSON objects have no order and Parquet gives them another than JSONL (0.7 µs, measured).
-What only decides how an answer travels (`stream`, `stream_options`) is appended to the body and left out of the key.
+What only decides how an answer travels (`stream`, `stream_options`) is appended to the body and left out of the key;
+so are the other words in which some servers want the same question.
 Images that must be read are put in only when a request is sent: until then the row has a request without them.
 """
 
 import hashlib
 import math
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-import jinja2
-import jinja2.sandbox
 import msgspec
 
 from batchrun import expected, image_parts
 from batchrun.errors import InputError, JobError
 from batchrun.expected import Expected
 from batchrun.image_parts import Image, Picture, Source
-from batchrun.job import Job, RequestTemplate
+from batchrun.job import Endpoint, Job, MessageTemplate, RequestTemplate
 from batchrun.records import Request, Row
+from batchrun.templates import Columns, template, text_template
 
 ROLES = ("user", "assistant", "system", "developer")
 EFFORTS = ("low", "medium", "high", "xhigh")
@@ -30,7 +29,6 @@ MAX_TOKENS = 128_000
 MAX_EXPECTED = 64
 """Different schemas of a batch file's lines that are kept compiled at a time."""
 
-Columns = dict[str, Any]
 Body = dict[str, Any]
 
 
@@ -64,6 +62,7 @@ class RequestBuilder:
         self._endpoint_name = b"\0" + job.endpoint_name.encode()
         self._max_output_tokens = job.limits.max_output_tokens
         self._max_image_tokens = job.limits.max_image_tokens
+        self._in_its_words = _wording(job.endpoint)
         self._from_columns = tuple(job.request.from_columns.items())
         self._parameters = _parameters(job.request)
         self._expected = expected.of(self._parameters.get("response_format"), self._parameters.get("functions"))
@@ -109,6 +108,8 @@ class RequestBuilder:
             if read is not None:
                 digest = _looked_at(pictures, read)
             key = b"" if pictures and read is None else self._key(body)
+            if self._in_its_words is not None:
+                body = self._in_its_words(body)
             encoded = encode(body)
             without_pictures = image_parts.without(body) if pictures else encoded
         except RecursionError as error:
@@ -239,6 +240,21 @@ def _stream_fields(request: RequestTemplate) -> bytes:
     return b',"stream":true' + (b',"stream_options":' + msgspec.json.encode(options) if options else b"") + b"}"
 
 
+def _wording(endpoint: Endpoint) -> Callable[[Body], Body] | None:
+    """The function from a body to the one that says the same in this server's words; None where they are the usual."""
+    limit, role = endpoint.max_tokens_field, endpoint.developer_role
+    if (limit, role) == ("max_tokens", "developer"):
+        return None
+
+    def put(body: Body) -> Body:
+        if limit not in body:
+            body = {limit if name == "max_tokens" else name: value for name, value in body.items()}
+        messages = [{**m, "role": role} if m["role"] == "developer" else m for m in body["messages"]]
+        return {**body, "messages": messages}
+
+    return put
+
+
 def _message_maker(request: RequestTemplate, dialect: str) -> Callable[[Columns], list[Any]]:
     """The function from a row's columns to its messages."""
     if dialect == "openai-batch":
@@ -246,22 +262,19 @@ def _message_maker(request: RequestTemplate, dialect: str) -> Callable[[Columns]
     if dialect == "messages":
         return _messages_from_column(request)
     if isinstance(request.messages, list):
-        templates = [
-            _template(each.content, f"request.messages[{i}].content") for i, each in enumerate(request.messages)
-        ]
-        return _from_templates([each.role for each in request.messages], templates)
+        return _joined([_turns_of(each, f"request.messages[{i}]") for i, each in enumerate(request.messages)])
     if request.prompt is None:
         raise JobError("request.prompt: the columns dialect needs a template, for example '{{ text }}'")
-    prompt = _template(request.prompt, "request.prompt")
+    prompt = template(request.prompt, "request.prompt")
     if request.system is None:
         return _from_templates(["user"], [prompt])
-    return _from_templates(["system", "user"], [_template(request.system, "request.system"), prompt])
+    return _from_templates(["system", "user"], [template(request.system, "request.system"), prompt])
 
 
 def _messages_from_column(request: RequestTemplate) -> Callable[[Columns], list[Any]]:
     """Messages as the column holds them; the job's `system` comes first where a row has none of its own."""
     column = request.messages if isinstance(request.messages, str) else "messages"
-    system = None if request.system is None else _text_template(request.system, "request.system")
+    system = None if request.system is None else text_template(request.system, "request.system")
 
     def make(columns: Columns) -> list[Any]:
         if column not in columns:
@@ -274,44 +287,41 @@ def _messages_from_column(request: RequestTemplate) -> Callable[[Columns], list[
     return make
 
 
+Turns = Callable[[Columns], list[Any]]
+
+
+def _turns_of(given: MessageTemplate, place: str) -> Turns:
+    """The function to one message by template, or to those that a column holds, if it holds any."""
+    column = given.column
+    if column is None:
+        return _from_templates([str(given.role)], [template(given.content, f"{place}.content")])
+
+    def make(columns: Columns) -> list[Any]:
+        if column not in columns:
+            raise InputError(f"column {column!r}, which {place}.column names, is missing")
+        value = as_json(columns[column])
+        return check_messages(plain(value, column)) if value else []
+
+    return make
+
+
+def _joined(parts: Sequence[Turns]) -> Turns:
+    """All of their messages, one after the other; there must be one."""
+
+    def make(columns: Columns) -> list[Any]:
+        messages = [message for turns in parts for message in turns(columns)]
+        if not messages:
+            raise InputError("messages: expected at least one message")
+        return messages
+
+    return make
+
+
 def _from_templates(
     roles: Sequence[str], templates: Sequence[Callable[[Columns], Any]]
 ) -> Callable[[Columns], list[Any]]:
     makers = tuple(zip(roles, templates, strict=True))
     return lambda columns: [{"role": role, "content": make(columns)} for role, make in makers]
-
-
-def _template(tree: Any, place: str) -> Callable[[Columns], Any]:
-    """A function that renders every string in `tree`, a text or a list of content parts."""
-    if isinstance(tree, str):
-        return _text_template(tree, place)
-    if isinstance(tree, list):
-        parts = [_template(item, place) for item in tree]
-        return lambda columns: [part(columns) for part in parts]
-    if isinstance(tree, dict):
-        fields = {name: (_url_template if name == "url" else _template)(value, place) for name, value in tree.items()}
-        return lambda columns: {name: field(columns) for name, field in fields.items()}
-    return lambda columns: tree
-
-
-_ONE_COLUMN = re.compile(r"\{\{\s*([A-Za-z_]\w*)\s*\}\}")
-
-
-def _url_template(tree: Any, place: str) -> Callable[[Columns], Any]:
-    """As `_template`; but a text that is one column alone gives an image in bytes as it is."""
-    render = _template(tree, place)
-    only = _ONE_COLUMN.fullmatch(tree) if isinstance(tree, str) else None
-    if only is None:
-        return render
-    column = only[1]
-
-    def make(columns: Columns) -> Any:
-        value = columns.get(column)
-        if isinstance(value, list):
-            raise InputError(f"{place}: column {column!r} holds a list; name it in request.images")
-        return next(image_parts.sources_in(value, column)) if isinstance(value, bytes | dict) else render(columns)
-
-    return make
 
 
 def _looked_at(pictures: list[Picture], read: Callable[[Source], Image]) -> bytes:
@@ -321,43 +331,6 @@ def _looked_at(pictures: list[Picture], read: Callable[[Source], Image]) -> byte
         picture.image = read(picture.source)
         digest.update(picture.image.digest())
     return digest.digest()
-
-
-def _refuse_null(value: object) -> object:
-    """A null must not reach a paid prompt as the word "None"."""
-    if value is None:
-        raise jinja2.UndefinedError("a value in the template is null; write {{ name or '' }} where that may be")
-    return value
-
-
-_ENVIRONMENT = jinja2.sandbox.ImmutableSandboxedEnvironment(
-    undefined=jinja2.StrictUndefined, finalize=_refuse_null, keep_trailing_newline=True, autoescape=False
-)
-
-
-def _text_template(text: str, place: str) -> Callable[[Columns], str]:
-    """The template compiled; a text without markers is itself.
-
-    `root_render_func` on a context that shares the row's columns costs a quarter of `render()` (measured: 4 µs for 16);
-    the price is that Jinja's global functions are not there, which a template over columns does not need.
-    """
-    if "{" not in text:
-        return lambda columns: text
-    try:
-        template = _ENVIRONMENT.from_string(text)
-    except jinja2.TemplateSyntaxError as error:
-        raise JobError(f"{place}: template error in line {error.lineno}: {error.message}") from error
-    new_context, render = template.new_context, template.root_render_func
-
-    def make(columns: Columns) -> str:
-        try:
-            return "".join(render(new_context(columns, True)))
-        except jinja2.UndefinedError as error:
-            raise InputError(f"{place}: {error.message}") from error
-        except Exception as error:  # a template runs user code over user data: whatever it raises is the row's
-            raise InputError(f"{place}: {type(error).__name__}: {error}") from error
-
-    return make
 
 
 def as_json(value: Any) -> Any:

@@ -21,7 +21,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset(
         {
             *("source", "ids", "json_columns", "schema_columns", "window"),
-            *("request", "check", "image_parts", "images", "image_digests"),
+            *("request", "check", "templates", "image_parts", "images", "image_digests"),
             *("accounts", "admission", "gate", "gate_state", "pace", "purse"),
             *("client", "stream", "sse", "packed", "answer", "policy"),
             *("durable", "rundir", "runlog", "slots", "spent", "spill", "wal", "database", "tables", "checkpoint"),
@@ -54,7 +54,8 @@ WITHIN_A_LAYER: dict[str, frozenset[str]] = {
     "slots": frozenset({"durable"}),
     "spill": frozenset({"durable"}),
     "window": frozenset({"durable", "json_columns", "source"}),
-    "request": frozenset({"image_parts"}),
+    "request": frozenset({"image_parts", "templates"}),
+    "templates": frozenset({"image_parts"}),
     "images": frozenset({"image_parts"}),
     "image_digests": frozenset({"durable"}),
     "check": frozenset({"ids", "images", "json_columns", "request", "source"}),
@@ -89,7 +90,7 @@ SOLE_IMPORTERS: dict[str, frozenset[str]] = {
     "click": frozenset({"cli"}),
     "tqdm": frozenset({"cli"}),
     "uvloop": frozenset({"start", "simulator"}),
-    "jinja2": frozenset({"request"}),
+    "jinja2": frozenset({"templates"}),
     "genai_prices": frozenset({"prices"}),
     "jsonschema_rs": frozenset({"expected"}),
     "pyarrow": frozenset(

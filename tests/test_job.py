@@ -275,6 +275,17 @@ def test_a_job_names_one_place_for_its_key() -> None:
         at("https://h", api_key_file="k")
     with pytest.raises(JobError, match=r"endpoint\.api_key_env: name the environment variable"):
         at("https://h", api_key_env=None)
+    with pytest.raises(JobError, match=r'endpoint\.auth: "none" can\'t stand beside a key'):
+        at("https://h", auth="none")
+
+
+def test_a_server_without_a_key_may_be_anywhere_but_secrets_go_over_https_only() -> None:
+    keyless = {"api_key_env": None, "auth": "none"}
+    for url in ("http://127.0.0.1:8080/v1", "http://gpu-box:8000/v1", "https://h"):
+        assert at(url, **keyless).url.startswith(url)
+    assert at("http://gpu-box:8000/v1", headers={"X-Team": "night"}, **keyless).endpoint.headers
+    with pytest.raises(JobError, match="unencrypted to gpu-box"):
+        at("http://gpu-box:8000/v1", headers={"X-Pass": "env:PASS"}, **keyless)
 
 
 def test_a_job_file_holds_no_secret() -> None:
@@ -352,6 +363,9 @@ OTHER_VALUES: Mapping[str, object] = {
     "request.prompt": "{{ other }}",
     "request.messages": "chat",
     "request.images": ["photo"],
+    "endpoint.auth": "none",
+    "endpoint.max_tokens_field": "max_completion_tokens",
+    "endpoint.developer_role": "system",
     "request.image_detail": "low",
     "request.reasoning_effort": "low",
     "request.functions": [{"name": "f", "parameters": {"type": "object"}}],
@@ -369,7 +383,11 @@ OTHER_VALUES: Mapping[str, object] = {
 }
 """Values that differ from the default where one more, or one more letter, would not be allowed."""
 
-ALONE = {"request.messages": "request.prompt", "endpoint.api_key_file": "endpoint.api_key_env"}
+ALONE = {
+    "request.messages": "request.prompt",
+    "endpoint.api_key_file": "endpoint.api_key_env",
+    "endpoint.auth": "endpoint.api_key_env",
+}
 """Settings that can't stand beside another."""
 
 DECIDE_THE_QUESTIONS = {"endpoint.url", "endpoint.name", "input.dialect"} | {

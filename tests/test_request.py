@@ -7,6 +7,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -385,6 +386,87 @@ def test_a_parameter_is_held_to_its_documented_range(name: str, allowed: list[An
     for value in refused:
         with pytest.raises(InputError, match=f"^{name}: expected "):
             check_parameter(name, value)
+
+
+# -- several turns
+
+
+def test_turns_by_template_and_turns_of_a_column_come_in_the_jobs_order() -> None:
+    part = {"type": "text", "text": "{{ ask }}"}
+    job = a_job(
+        messages=[
+            {"role": "developer", "content": "Be {{ tone }}."},
+            {"role": "user", "content": "{% for e in examples %}{{ e.text }} is {{ e.label }}. {% endfor %}"},
+            {"role": "assistant", "content": "Understood."},
+            {"column": "history"},
+            {"role": "user", "content": [part, part]},
+        ]
+    )
+    columns: Columns = {
+        "tone": "brief",
+        "examples": [{"text": "Up", "label": "good"}, {"text": "Down", "label": "bad"}],
+        "history": [{"role": "user", "content": "So?"}, {"role": "assistant", "content": "{{ ask }}", "name": None}],
+        "ask": "Sideways?",
+    }
+    history = [{"role": "user", "content": "So?"}, {"role": "assistant", "content": "{{ ask }}"}]
+    before = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": "Up is good. Down is bad. "},
+        {"role": "assistant", "content": "Understood."},
+    ]
+    asked = {"role": "user", "content": [{"type": "text", "text": "Sideways?"}] * 2}
+    assert body_of(job, columns)["messages"] == [*before, *history, asked]
+    assert body_of(job, {**columns, "history": json.dumps(history)})["messages"] == [*before, *history, asked]
+    no_turns: list[object] = [None, []]
+    for nothing in no_turns:
+        assert body_of(job, {**columns, "history": nothing})["messages"] == [*before, asked]
+
+
+def test_a_column_of_turns_that_is_missing_empty_or_wrong_is_named() -> None:
+    job = a_job(messages=[{"column": "history"}])
+    assert problem_of(job, {}) == "column 'history', which request.messages[0].column names, is missing"
+    assert problem_of(job, {"history": None}) == "messages: expected at least one message"
+    assert problem_of(job, {"history": [{"role": "robot"}]}).startswith("messages[0].role: expected one of")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [{}, {"role": "user"}, {"content": "x"}, {"column": "a", "content": "x"}, {"role": "user", "column": "a"}],
+)
+def test_a_message_is_a_role_with_content_or_a_column(message: Columns) -> None:
+    with pytest.raises(JobError, match=r"request\.messages\[0\]: expected a `role` with its `content`, or a `column`"):
+        a_job(messages=[message])
+
+
+# -- other servers' words
+
+
+def worded(job: Job, **endpoint: str) -> Job:
+    return msgspec.structs.replace(job, endpoint=msgspec.structs.replace(job.endpoint, **endpoint))
+
+
+def test_another_servers_words_change_what_is_sent_and_not_what_is_asked() -> None:
+    turns = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    job = a_job(messages=turns, max_tokens=5, temperature=0.5)
+    other = worded(job, max_tokens_field="max_completion_tokens", developer_role="system")
+    assert body_of(other, {}) == {
+        "model": MODEL,
+        "messages": [{"role": "system", "content": "Be brief."}, turns[1]],
+        "max_completion_tokens": 5,
+        "temperature": 0.5,
+    }
+    assert key_of(other, {}) == key_of(job, {})
+    assert build(other, {}).max_output_tokens == 5
+    assert other.fingerprint() == job.fingerprint()
+    assert turns[0]["role"] == "developer"
+
+
+def test_a_batch_line_that_has_both_limits_keeps_them() -> None:
+    other = worded(a_job(), max_tokens_field="max_completion_tokens")
+    both = {"max_tokens": 5, "max_completion_tokens": 7}
+    sent = body_of(other, batch(**both))
+    assert {name: sent[name] for name in both} == both
+    assert body_of(other, batch(max_tokens=5))["max_completion_tokens"] == 5
 
 
 # -- the key
