@@ -13,6 +13,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from tests.cli_process import KEY
+
 MODEL = "smollm2-135m"
 
 
@@ -45,6 +47,7 @@ def serve() -> None:
     parameters = xllamacpp.CommonParams()
     parameters.model.path = str(root / "SmolLM2-135M-Instruct.Q4_1.gguf")
     parameters.model_alias = {MODEL}
+    parameters.api_keys = [KEY]
     parameters.hostnames = ["127.0.0.1"]
     parameters.port = 0
     parameters.n_parallel = 4
