@@ -84,6 +84,8 @@ _USAGE: list[tuple[str, pa.DataType]] = [
     ("cost_usd", USD),
     ("unpriced", pa.int64()),
     ("without_usage", pa.int64()),
+    ("offline_prompt_tokens", pa.int64()),
+    ("offline_completion_tokens", pa.int64()),
 ]
 USAGE_COLUMNS = pa.schema(_USAGE)
 """The columns of usage.parquet: the fields of `TotalsLine`."""

@@ -11,7 +11,7 @@ from decimal import Decimal
 import msgspec
 
 from batchrun import answer as answers
-from batchrun import policy, prices, variants
+from batchrun import offline, policy, prices, variants
 from batchrun.admission import Ask, Outcome
 from batchrun.backlog import Backlog, Pending
 from batchrun.checkpoint import Checkpoint
@@ -24,7 +24,19 @@ from batchrun.images import Images
 from batchrun.job import Job
 from batchrun.plan import Plan
 from batchrun.policy import History, Judgement, Settlement
-from batchrun.records import Answer, Attempt, Completion, Discarded, Ending, Request, Row, RowError, Status, Verdict
+from batchrun.records import (
+    Answer,
+    Attempt,
+    Completion,
+    Discarded,
+    Ending,
+    OfflineCount,
+    Request,
+    Row,
+    RowError,
+    Status,
+    Verdict,
+)
 from batchrun.request import RequestBuilder
 from batchrun.slots import Slots
 from batchrun.tables import usd
@@ -301,6 +313,7 @@ class Pipeline:
             variant=pending.variant,
             possibly_billed_tokens=pending.request.upper_bound_tokens,
             in_json=ended.settlement is not None and ended.settlement.in_json,
+            offline=_offline(ended),
         )
         self._flights[completion.row, completion.attempts] = _Flight(slot, *self._spent(ended), pending.chunk)
         self._checkpoint.put(completion)
@@ -349,6 +362,7 @@ class Pipeline:
             possibly_billed_usd=ended.bound_usd,
             key=request.key,
             possibly_billed_tokens=request.upper_bound_tokens,
+            offline=_offline(ended),
         )
 
     def _bound_usd(self, request: Request) -> Decimal | None:
@@ -395,6 +409,13 @@ def _total(costs: Sequence[Decimal | None]) -> Decimal | None:
             return None
         total += cost
     return total
+
+
+def _offline(ended: _Ended) -> OfflineCount | None:
+    """A count of our own for an answer that came without usage."""
+    if ended.answer.usage is not None or ended.judgement.verdict is not Verdict.OK:
+        return None
+    return offline.count(ended.pending.request.body, ended.answer)
 
 
 def _outcome(request: Request, judgement: Judgement) -> Outcome:

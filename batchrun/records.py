@@ -59,6 +59,13 @@ class Usage(msgspec.Struct, frozen=True):
     reasoning_tokens: int | None = None
 
 
+class OfflineCount(msgspec.Struct, frozen=True):
+    """About how many tokens an exchange had whose answer came without usage, by a count of our own."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
 class Row(msgspec.Struct, frozen=True):
     """One accepted input record: its position in the input, from 0, and its columns by name."""
 
@@ -168,6 +175,7 @@ class Discarded(msgspec.Struct, frozen=True):
     possibly_billed_usd: Decimal | None
     key: bytes
     possibly_billed_tokens: int = 0
+    offline: OfflineCount | None = None
 
 
 class Completion(msgspec.Struct, frozen=True):
@@ -198,6 +206,7 @@ class Completion(msgspec.Struct, frozen=True):
     variant: int = 0
     possibly_billed_tokens: int = 0
     in_json: bool = False
+    offline: OfflineCount | None = None
 
 
 Ending = Completion | Discarded
@@ -222,7 +231,8 @@ class TotalsLine(msgspec.Struct, frozen=True):
     """What one invocation spent on one model with one outcome. `status` is a row status, or `discarded`.
 
     `unpriced` counts attempts whose price is unknown, `without_usage` answers that brought no usage;
-    neither adds to `cost_usd`.
+    neither adds to `cost_usd`. `offline_*` are about the tokens of the latter, by a count of our own: no other figure
+    holds them.
     """
 
     invocation: int
@@ -238,6 +248,8 @@ class TotalsLine(msgspec.Struct, frozen=True):
     cost_usd: Decimal = Decimal(0)
     unpriced: int = 0
     without_usage: int = 0
+    offline_prompt_tokens: int = 0
+    offline_completion_tokens: int = 0
 
 
 class Summary(msgspec.Struct, frozen=True):

@@ -42,8 +42,19 @@ class BillLine(msgspec.Struct, frozen=True):
 FIGURES = BillLine.__struct_fields__[1:]
 
 
+class WithoutUsage(msgspec.Struct, frozen=True):
+    """A job's answers that came without usage, and about how many tokens they had by an offline count."""
+
+    job: str
+    answers: int
+    offline_prompt_tokens: int
+    offline_completion_tokens: int
+
+
 class Bill(msgspec.Struct, frozen=True):
-    """The lines in the order of their groups, their sum, and the upper bound of what may have been billed beyond it."""
+    """The lines in the order of their groups, their sum, and what is beyond it: the upper bound of what may have been
+    billed, and the answers that nobody can price.
+    """
 
     by: tuple[str, ...]
     lines: tuple[BillLine, ...]
@@ -51,6 +62,7 @@ class Bill(msgspec.Struct, frozen=True):
     runs: int
     possibly_billed: int
     possibly_billed_usd: Decimal
+    without_usage: tuple[WithoutUsage, ...]
 
 
 class _Account(msgspec.Struct):
@@ -94,7 +106,16 @@ def collect(paths: Sequence[Path], by: tuple[str, ...]) -> Bill:
         runs=len(accounts),
         possibly_billed=sum(account.possibly_billed_count for account in accounts.values()),
         possibly_billed_usd=sum((account.possibly_billed_usd for account in accounts.values()), Decimal(0)),
+        without_usage=tuple(_without_usage(list(accounts.values()))),
     )
+
+
+def _without_usage(accounts: Sequence[_Account]) -> Iterator[WithoutUsage]:
+    for job in sorted({account.job for account in accounts}):
+        lines = [line for account in accounts if account.job == job for line in account.totals]
+        if answers := sum(line.without_usage for line in lines):
+            prompt_tokens = sum(line.offline_prompt_tokens for line in lines)
+            yield WithoutUsage(job, answers, prompt_tokens, sum(line.offline_completion_tokens for line in lines))
 
 
 def render(bill: Bill, form: str) -> str:
@@ -200,7 +221,11 @@ def _tree(bill: Bill) -> dict[str, object]:
         for line in bill.lines
     ]
     total = {name: getattr(bill.total, name) for name in FIGURES}
-    doubts = {"possibly_billed": bill.possibly_billed, "possibly_billed_usd": bill.possibly_billed_usd}
+    doubts = {
+        "possibly_billed": bill.possibly_billed,
+        "possibly_billed_usd": bill.possibly_billed_usd,
+        "without_usage": bill.without_usage,
+    }
     return {"runs": bill.runs, "by": bill.by, "lines": lines, "total": total, **doubts}
 
 
@@ -236,5 +261,9 @@ def _remarks(bill: Bill) -> Iterator[str]:
         )
     if bill.total.unpriced:
         yield f"{bill.total.unpriced:,} attempts have no known price and are not in cost_usd"
-    if bill.total.without_usage:
-        yield f"{bill.total.without_usage:,} answers came without usage and are not in cost_usd"
+    for missing in bill.without_usage:
+        yield (
+            f"without usage: {missing.answers:,} answers of {missing.job}, not in cost_usd; "
+            f"about {missing.offline_prompt_tokens:,} tokens in, {missing.offline_completion_tokens:,} out "
+            "by an offline count"
+        )

@@ -8,7 +8,7 @@ from decimal import Decimal
 
 import msgspec
 
-from batchrun.records import Completion, Discarded, Ending, PossiblyBilled, TotalsLine, Usage
+from batchrun.records import Completion, Discarded, Ending, OfflineCount, PossiblyBilled, TotalsLine, Usage
 
 DISCARDED = "discarded"
 """The totals' status of attempts that were not their row's last: what they cost was spent in vain."""
@@ -95,7 +95,7 @@ def fold(spent: Spent, endings: Sequence[Ending], invocation: int) -> Spent:
         status = str(ending.status) if isinstance(ending, Completion) else DISCARDED
         cost = ending.last_cost_usd if isinstance(ending, Completion) else ending.cost_usd
         key = (invocation, ending.model, status)
-        totals[key] = _add(totals.get(key) or TotalsLine(*key), ending.usage, cost, rows=int(settled))
+        totals[key] = _add(totals.get(key) or TotalsLine(*key), ending, cost, rows=int(settled))
         if settled:
             standing[status] = standing.get(status, 0) + 1
         if isinstance(ending, Completion) and ending.answered_model is not None:
@@ -115,7 +115,8 @@ def moved(spent: Spent, leaving: Mapping[str, int], coming: Mapping[str, int] | 
     return msgspec.structs.replace(spent, standing=standing)
 
 
-def _add(line: TotalsLine, usage: Usage | None, cost: Decimal | None, *, rows: int) -> TotalsLine:
+def _add(line: TotalsLine, ending: Ending, cost: Decimal | None, *, rows: int) -> TotalsLine:
+    usage, offline = ending.usage, ending.offline or OfflineCount(0, 0)
     used = usage or Usage(0, 0, 0)
     return TotalsLine(
         invocation=line.invocation,
@@ -131,4 +132,6 @@ def _add(line: TotalsLine, usage: Usage | None, cost: Decimal | None, *, rows: i
         cost_usd=line.cost_usd + (cost or 0),
         unpriced=line.unpriced + (usage is not None and cost is None),
         without_usage=line.without_usage + (usage is None and cost is None),
+        offline_prompt_tokens=line.offline_prompt_tokens + offline.prompt_tokens,
+        offline_completion_tokens=line.offline_completion_tokens + offline.completion_tokens,
     )

@@ -29,7 +29,8 @@ CREATE TABLE possibly_billed (row INTEGER, n INTEGER, request_key TEXT, upper_bo
     upper_bound_tokens INTEGER, cause TEXT, invocation INTEGER, crc INTEGER);
 CREATE TABLE totals (invocation INTEGER, model TEXT, status TEXT, rows INTEGER, attempts INTEGER, prompt_tokens INTEGER,
     cached_tokens INTEGER, completion_tokens INTEGER, reasoning_tokens INTEGER, total_tokens INTEGER, cost_usd TEXT,
-    unpriced INTEGER, without_usage INTEGER, crc INTEGER, PRIMARY KEY (invocation, model, status)) WITHOUT ROWID;
+    unpriced INTEGER, without_usage INTEGER, offline_prompt_tokens INTEGER, offline_completion_tokens INTEGER,
+    crc INTEGER, PRIMARY KEY (invocation, model, status)) WITHOUT ROWID;
 CREATE TABLE answered_as (model TEXT PRIMARY KEY, rows INTEGER, crc INTEGER) WITHOUT ROWID;
 CREATE TABLE standing (status TEXT PRIMARY KEY, rows INTEGER, crc INTEGER) WITHOUT ROWID;
 CREATE TABLE reopened (row INTEGER PRIMARY KEY, variant INTEGER, attempts INTEGER, status TEXT, cost_usd TEXT,

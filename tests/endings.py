@@ -5,7 +5,7 @@ from decimal import Decimal
 import msgspec
 from hypothesis import strategies as st
 
-from batchrun.records import Completion, Discarded, Ending, RowError, Status, Usage, Verdict
+from batchrun.records import Completion, Discarded, Ending, OfflineCount, RowError, Status, Usage, Verdict
 
 MODEL = "vtrix-gpt-5.3-codex"
 
@@ -80,13 +80,14 @@ def stored(ending: Completion) -> Completion:
         maybe_billed=False,
         possibly_billed_usd=None,
         possibly_billed_tokens=0,
+        offline=None,
     )
 
 
 def stored_attempt(ending: Discarded) -> Discarded:
     """What the checkpoint keeps of a discarded attempt."""
     return msgspec.structs.replace(
-        ending, maybe_billed=False, possibly_billed_usd=None, possibly_billed_tokens=0, key=b""
+        ending, maybe_billed=False, possibly_billed_usd=None, possibly_billed_tokens=0, key=b"", offline=None
     )
 
 
@@ -94,6 +95,7 @@ COUNTS = st.integers(0, 10**9)
 SECONDS = st.floats(0, 1e10)
 TEXTS = st.text(max_size=20)
 USD = st.decimals(0, 10**6, places=12)
+OFFLINE = st.none() | st.builds(OfflineCount, COUNTS, COUNTS)
 USAGES = st.builds(Usage, COUNTS, COUNTS, COUNTS, st.none() | COUNTS, st.none() | COUNTS)
 MODELS = st.sampled_from([MODEL, "another", "модель"])
 ERRORS = st.builds(RowError, TEXTS, st.none() | st.integers(100, 599), st.none() | TEXTS, st.none() | TEXTS)
@@ -120,6 +122,7 @@ COMPLETIONS = st.builds(
     possibly_billed_usd=st.none() | USD,
     possibly_billed_tokens=COUNTS,
     raw=st.binary(max_size=50),
+    offline=OFFLINE,
     variant=st.integers(0, 3),
 )
 DISCARDED = st.builds(
@@ -140,6 +143,7 @@ DISCARDED = st.builds(
     possibly_billed_usd=st.none() | USD,
     possibly_billed_tokens=COUNTS,
     key=KEYS,
+    offline=OFFLINE,
 )
 
 

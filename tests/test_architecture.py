@@ -23,7 +23,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             *("source", "ids", "json_columns", "schema_columns", "window"),
             *("request", "check", "templates", "image_parts", "images", "image_digests"),
             *("accounts", "admission", "gate", "gate_state", "pace", "purse"),
-            *("client", "stream", "sse", "packed", "answer", "policy"),
+            *("client", "stream", "sse", "packed", "answer", "policy", "offline"),
             *("durable", "rundir", "runlog", "slots", "spent", "spill", "wal", "database", "tables", "checkpoint"),
             *("chunks", "base_part", "backlog", "output", "matching"),
         }
@@ -93,6 +93,7 @@ SOLE_IMPORTERS: dict[str, frozenset[str]] = {
     "jinja2": frozenset({"templates"}),
     "genai_prices": frozenset({"prices"}),
     "jsonschema_rs": frozenset({"expected"}),
+    "toktok": frozenset({"offline"}),
     "pyarrow": frozenset(
         {
             *(

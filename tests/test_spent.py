@@ -46,6 +46,9 @@ def test_the_account_is_the_sum_of_its_endings(endings: list[Ending]) -> None:
     assert sum(line.without_usage for line in lines) == sum(
         e.usage is None and cost is None for e, cost in zip(endings, costs, strict=True)
     )
+    counts = [e.offline for e in endings if e.offline is not None]
+    assert sum(line.offline_prompt_tokens for line in lines) == sum(count.prompt_tokens for count in counts)
+    assert sum(line.offline_completion_tokens for line in lines) == sum(count.completion_tokens for count in counts)
     assert sum(line.rows for line in lines if line.status == DISCARDED) == 0
     assert sum(spent.answered_as.values()) == sum(c.answered_model is not None for c in completions)
 

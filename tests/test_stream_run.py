@@ -1,16 +1,19 @@
 """Whole runs over streams: the same answers as whole ones, and partial text where a stream was cut."""
 
 import asyncio
+import json
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import toktok
 
+from batchrun.offline import ENCODING
 from batchrun.simulator import Fault, SimulatorConfig
 from tests.cli_process import KEY, Ended, batchrun, finish, kill_when, read_summary, start, write_job, write_rows
 from tests.fault_server import Exchange, Script, serving
 from tests.simulator_process import running_simulator
 from tests.test_client import closes
-from tests.test_stream import DONE, FI, NE, ROLE, STOP, USAGE, event, streams
+from tests.test_stream import DONE, FI, NE, ROLE, STOP, USAGE, ends, event, streams
 
 SAME = ["id", "row", "request_key", "status", "content", "finish_reason", "model", "prompt_tokens", "completion_tokens"]
 STREAM = ("--set", "request.stream=true", "--set", "output.raw=always")
@@ -73,3 +76,25 @@ def test_a_row_whose_stream_is_cut_every_time_fails_with_the_text_that_came(tmp_
     assert failed["raw"] == ROLE + FI + named.replace(KEY.encode(), b"[redacted]")
     assert [row["completion_tokens"] for row in rows if row["status"] == "ok"] == [2] * 4
     assert [entry["cause"] for entry in read_summary(out)["possibly_billed"]] == ["cut", "cut"]
+
+
+def test_answers_without_usage_cost_nobody_knows_what_and_are_counted_offline_in_a_line_of_the_report(
+    tmp_path: Path,
+) -> None:
+    ended, out = asked(tmp_path, streams(ROLE, FI, NE, STOP, DONE, ends), 3)
+    assert ended.exit_code == 0, ended.stderr
+    rows = pq.read_table(out / "completions.parquet").to_pylist()
+    assert [row["content"] for row in rows] == ["Fine."] * 3
+    unknown = ("prompt_tokens", "completion_tokens", "total_tokens", "cost_usd")
+    assert {row[name] for row in rows for name in unknown} == {None}
+    (line,) = read_summary(out)["totals"]
+    assert (line["without_usage"], line["total_tokens"], line["cost_usd"]) == (3, 0, "0")
+    prompts = [f"Say: item {row} " + "word " * row for row in range(3)]
+    counted = (sum(toktok.batch_count(prompts, ENCODING)), sum(toktok.batch_count(["Fine."] * 3, ENCODING)))
+    assert (line["offline_prompt_tokens"], line["offline_completion_tokens"]) == counted
+    told = "without usage: 3 answers of job, not in cost_usd; about {} tokens in, {} out by an offline count"
+    assert batchrun("report", out).stdout.splitlines()[-1] == told.format(*counted)
+    bill = json.loads(batchrun("report", out, "--format", "json").stdout)
+    names = ("job", "answers", "offline_prompt_tokens", "offline_completion_tokens")
+    assert bill["without_usage"] == [dict(zip(names, ("job", 3, *counted), strict=True))]
+    assert not any("offline" in name for name in (*bill["total"], *rows[0]))

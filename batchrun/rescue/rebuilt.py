@@ -14,7 +14,7 @@ from batchrun import facts, slots, spill, tables, variants
 from batchrun.checkpoint import FORMAT, SINCE, SPILL
 from batchrun.database import Database, Record
 from batchrun.errors import CheckpointError
-from batchrun.records import Summary, TotalsLine
+from batchrun.records import Summary, TotalsLine, Usage
 from batchrun.rescue.remains import SALVAGED, Remains
 from batchrun.rundir import RunDirectory
 from batchrun.slots import InFlight
@@ -22,7 +22,7 @@ from batchrun.spill import Frame
 from batchrun.tables import Chunk, Reopened
 
 _KEPT_FACTS = (facts.ENTRY, "prices", variants.ENTRY, SINCE)  # and not that the run is finished
-_COUNTED = [name for name in TotalsLine.__struct_fields__ if name.endswith("_tokens")]
+_COUNTED = list(Usage.__struct_fields__)
 
 
 class Account:

@@ -1,0 +1,44 @@
+"""An offline count: exact where a tokenizer is there, a quarter of the bytes elsewhere, of texts only."""
+
+from typing import Any
+
+import msgspec
+import toktok
+
+from batchrun.offline import ENCODING, count, tokenizer, tokens
+from batchrun.records import Answer, FunctionCall, OfflineCount
+
+TEXTS = ["You label product reviews.", "Größe passt, leider verspätet.", "def f(x):\n    return x"]
+
+
+def body(*contents: Any, **fields: Any) -> bytes:
+    return msgspec.json.encode({"model": "m", "messages": [{"role": "user", "content": c} for c in contents]} | fields)
+
+
+def exactly(*texts: str) -> int:
+    return sum(toktok.batch_count(list(texts), ENCODING))
+
+
+def test_with_a_tokenizer_texts_are_counted_exactly() -> None:
+    assert tokenizer() is toktok.batch_count
+    assert count(body(*TEXTS), Answer(content="Fine.")) == OfflineCount(exactly(*TEXTS), exactly("Fine."))
+
+
+def test_without_one_a_quarter_of_their_bytes_is() -> None:
+    assert tokens(["a" * 40, "ä" * 20], None) == 20
+    assert tokens([], None) == tokens([""], None) == 0
+
+
+def test_text_parts_functions_and_calls_count_and_images_do_not() -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 10_000}}
+    function = {"name": "rate", "parameters": {"type": "object"}}
+    asked = body([{"type": "text", "text": "What is it?"}, image], None, functions=[function], tools=[function])
+    described = msgspec.json.encode([function]).decode()
+    answer = Answer(function_call=FunctionCall("rate", '{"stars":5}'))
+    assert count(asked, answer) == OfflineCount(
+        exactly("What is it?", described, described), exactly("rate", '{"stars":5}')
+    )
+
+
+def test_an_answer_of_nothing_counts_nothing() -> None:
+    assert count(body("Hi"), Answer(function_call=FunctionCall(None, None))) == OfflineCount(exactly("Hi"), 0)
