@@ -7,6 +7,7 @@ first used, so that `import batchrun` costs next to nothing.
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from batchrun.completions import Completion
     from batchrun.errors import (
         BatchrunError,
         CheckpointError,
@@ -35,14 +36,19 @@ if TYPE_CHECKING:
     )
     from batchrun.job import load as load_job
     from batchrun.plan import ChangedError
-    from batchrun.records import Status, Summary, TotalsLine
+    from batchrun.records import FunctionCall, RowError, Status, Summary, TotalsLine
+    from batchrun.runner import Runner
     from batchrun.start import Options, RunIncompleteError, run
 
 __version__ = "0.1.0"
 
 __all__ = [
     "run",
+    "Runner",
     "Options",
+    "Completion",
+    "FunctionCall",
+    "RowError",
     "Summary",
     "TotalsLine",
     "Status",
@@ -78,9 +84,11 @@ if not TYPE_CHECKING:  # a type checker would take it that every name is there
     _ERRORS = ("BatchrunError", "CheckpointError", "DiskError", "ExitCode", "InputError", "JobError", "RunLockedError")
     _HOMES = {
         **dict.fromkeys((*_ERRORS, "RunStoppedError"), "errors"),
-        **dict.fromkeys(("Status", "Summary", "TotalsLine"), "records"),
+        **dict.fromkeys(("FunctionCall", "RowError", "Status", "Summary", "TotalsLine"), "records"),
         **dict.fromkeys(("Options", "RunIncompleteError", "run"), "start"),
         "ChangedError": "plan",
+        "Completion": "completions",
+        "Runner": "runner",
     }
 
     def __getattr__(name):

@@ -2,9 +2,10 @@
 
 import asyncio
 import contextlib
+import functools
 import random
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVarTuple
 
 import msgspec
 
@@ -15,6 +16,7 @@ from batchrun.chronicle import Chronicle
 from batchrun.chunks import Chunks, OpenChunk
 from batchrun.client import Client
 from batchrun.credentials import Credentials
+from batchrun.delivery import Delivery
 from batchrun.errors import BatchrunError, DiskError, ExitCode
 from batchrun.gate import Gate
 from batchrun.gate_state import GateState
@@ -38,14 +40,26 @@ ASLEEP_S = 2 * PROGRESS_S
 """A beat that took so long was a stopped process (SIGSTOP, a paused machine). Answers that came meanwhile wait to be
 read, so nothing is called late before the next sweep."""
 
-T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+
+class Host(msgspec.Struct, frozen=True):
+    """A program that runs us in a thread beside its own: how it stops the run, and what it reads of it.
+
+    `replay`: rows that earlier starts settled are handed over first.
+    """
+
+    stop: signals.StopRequest
+    delivery: Delivery
+    replay: bool
 
 
 class Hooks(msgspec.Struct, frozen=True):
-    """What the caller wants to hear: `progress` twice a second, `note` for single lines."""
+    """What the caller wants to hear: `progress` at the start and twice a second, `note` for single lines."""
 
     progress: Callable[[Summary], None] = lambda summary: None
     note: Callable[[str], None] = lambda line: None
+    host: Host | None = None
 
 
 class Asking:
@@ -74,6 +88,7 @@ class Asking:
         self._grace_s = grace_s
         self._full: asyncio.Queue[OpenChunk | None] = asyncio.Queue()
         self._failure: BaseException | None = None
+        self._leaving = False
         self._workers: asyncio.Task[None] | None = None
 
     async def ask(self) -> Stop | None:
@@ -92,6 +107,8 @@ class Asking:
             self._checkpoint.listen(_in_loop(loop, pipeline.durable), _in_loop(loop, self._fail))
             beat = asyncio.create_task(self._beat(client))
             sealing = asyncio.create_task(self._seal())
+            if self._hooks.host is not None:
+                self._serve(self._hooks.host, loop)
             self._workers = asyncio.create_task(pipeline.work_all(self._job.limits.max_in_flight))
             for number, exit_code in signals.EXIT_CODES.items() if signals.ours() else ():
                 loop.add_signal_handler(number, self._on_signal, loop, number.name, exit_code)
@@ -148,14 +165,21 @@ class Asking:
 
     def _on_signal(self, loop: asyncio.AbstractEventLoop, name: str, exit_code: ExitCode) -> None:
         """First: no more admission, requests in flight may end within the grace. Second: now."""
-        if self._gate.stop is not None and self._gate.stop.exit_code in signals.EXIT_CODES.values():
+        if self._leaving:
             self._abort()
             return
+        self._leaving = True
         flying = f"{self._gate.in_flight} requests in flight may end within {self._grace_s:g} s"
         self._chronicle.log.write("signal", name=name, in_flight=self._gate.in_flight)
         self._hooks.note(f"{name}: {flying}; once more to stop now")
         self._close(Stop(exit_code, f"{name}: drained"))
         loop.call_later(self._grace_s, self._abort)
+
+    def _serve(self, host: Host, loop: asyncio.AbstractEventLoop) -> None:
+        """The host is handed what is settled, and heard when it wants to stop."""
+        host.delivery.listen(_in_loop(loop, self._pipeline.backlog.wake), self._chunks.rows_of)
+        stop = functools.partial(self._on_signal, loop, signals.PROGRAM, ExitCode.STOPPED)
+        host.stop.listen(_in_loop(loop, stop))
 
     def _fail(self, error: BaseException) -> None:
         """The run can't go on: what is in flight may land, nothing new is sent, the error is raised at the end."""
@@ -206,6 +230,7 @@ class Asking:
             on_failure=self._fail,
             clock=loop.time,
             uniform=random.random,
+            delivery=None if self._hooks.host is None else self._hooks.host.delivery,
         )
 
     def _on_phase(self, before: Phase, after: Phase) -> None:
@@ -225,12 +250,12 @@ def _purse(budget: Budget, spent: Spent) -> Purse | None:
     )
 
 
-def _in_loop(loop: asyncio.AbstractEventLoop, call: Callable[[T], None]) -> Callable[[T], None]:
+def _in_loop(loop: asyncio.AbstractEventLoop, call: Callable[[*Ts], None]) -> Callable[[*Ts], None]:
     """`call`, made in the loop's thread whichever thread calls; nothing once the loop has ended."""
 
-    def called(argument: T) -> None:
+    def called(*arguments: *Ts) -> None:
         with contextlib.suppress(RuntimeError):  # what a closed loop raises: a disk may fail after the last row
-            loop.call_soon_threadsafe(call, argument)
+            loop.call_soon_threadsafe(call, *arguments)
 
     return called
 

@@ -43,11 +43,15 @@ class Backlog:
         open_next: Callable[[], OpenChunk | None],
         prepare: Callable[[Row, OpenChunk], Pending],
         clock: Callable[[], float],
+        room: Callable[[], bool] = lambda: True,
     ) -> None:
-        """`open_next` blocks and runs in a thread; `clock` is the event loop's."""
+        """`open_next` blocks and runs in a thread; `clock` is the event loop's. While there is no `room` for more
+        completions no row is handed out; who makes room calls `wake`.
+        """
         self._open_next = open_next
         self._prepare = prepare
         self._clock = clock
+        self._room = room
         self._fresh: deque[tuple[Row, OpenChunk]] = deque()
         self._batches: Iterator[tuple[list[Row], OpenChunk]] = iter(())
         self._opening: asyncio.Task[OpenChunk | None] | None = None
@@ -64,9 +68,17 @@ class Backlog:
         waiting = self._fresh or self._retries or self._held
         return self._exhausted and self._busy == 1 and not waiting
 
+    @property
+    def has_room(self) -> bool:
+        """False while rows wait for somebody to read what is settled."""
+        return self._room()
+
     async def next(self) -> Pending | None:
         """The next row to ask; waits while there may be one. None when every row is settled, or after `close`."""
         while not self._closed:
+            if not self._room():
+                await self._wait(timed=False)
+                continue
             if (pending := self._pop()) is not None:
                 self._busy += 1
                 return pending
@@ -104,6 +116,10 @@ class Backlog:
     def close(self) -> None:
         """Nothing more is handed out."""
         self._closed = True
+        self._wake_all()
+
+    def wake(self) -> None:
+        """Who waits looks again: there may be room."""
         self._wake_all()
 
     async def stop(self) -> None:
@@ -150,13 +166,13 @@ class Backlog:
             self._opening = asyncio.create_task(asyncio.to_thread(self._open_next))
         return self._opening
 
-    async def _wait(self) -> None:
+    async def _wait(self, *, timed: bool = True) -> None:
         """Returns when something has changed, or the next retry is due. (asyncio.wait_for would take a task each.)"""
         loop = asyncio.get_running_loop()
         waiter = loop.create_future()
         self._waiting.add(waiter)
         timer = None
-        if self._retries:
+        if timed and self._retries:
             timer = loop.call_later(max(0.0, self._retries[0][0] - self._clock()), _wake, waiter)
         try:
             await waiter

@@ -82,5 +82,7 @@ class Chronicle:
     def _limited_by(self) -> str:
         if self.gate is None or self.state != "running":
             return "checking the input" if self.state == "checking" else self.state
+        if self.pipeline is not None and not self.pipeline.backlog.has_room:
+            return "the reader of completions"
         # the gate's clock is the event loop's, which is time.monotonic()
         return limiting_factor(self.gate.binding, time.time() - time.monotonic())

@@ -4,11 +4,13 @@ What blocks (reading, writing, waiting for the database) is in `open_next` and `
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from batchrun import output
 from batchrun.base_part import BasePart
@@ -16,12 +18,12 @@ from batchrun.checkpoint import Checkpoint
 from batchrun.errors import CheckpointError, InputError
 from batchrun.job import Output
 from batchrun.json_columns import ColumnTypes
-from batchrun.records import Discarded, Row
+from batchrun.records import Completion, Discarded, Row
 from batchrun.rundir import RunDirectory
 from batchrun.schema_columns import JSON, Column
 from batchrun.source import START, FileIdentity, Position, Source, Window, changed
 from batchrun.tables import Chunk, Reopened
-from batchrun.window import StoredWindow, write
+from batchrun.window import StoredWindow, typed, write
 
 
 class OpenChunk:
@@ -187,13 +189,46 @@ class Chunks:
     def _batches(self, open_chunk: OpenChunk, kept: "Counter[tuple[str, str]]") -> Iterator[pa.RecordBatch]:
         """The chunk's rows with their completions, the newer over the base; `kept` counts where the base was better."""
         row = open_chunk.chunk.first_row
-        base, keep_raw = self._base(open_chunk.chunk), self._settings.raw == "always"
+        base = self._base(open_chunk.chunk)
         for table in open_chunk.window.tables(self._types):
-            completions = self._checkpoint.completions(row, row + table.num_rows)
-            own = output.own_table(completions, keep_raw=keep_raw)
+            own = self._own(self._checkpoint.completions(row, row + table.num_rows))
             if base is not None:
                 own = base.under(own, row, row + table.num_rows, kept)
             if own.num_rows != table.num_rows:
                 raise CheckpointError(f"chunk {open_chunk.chunk.chunk}: rows are missing from the checkpoint")
             row += table.num_rows
             yield output.joined(table, own, self._schema, self._parsed)
+
+    def _own(self, completions: Sequence[Completion]) -> pa.Table:
+        keep_raw = self._settings.raw == "always"
+        return output.own_table(completions, keep_raw=keep_raw)
+
+    # ── for a program that reads rows as they are settled ─────────────────────────────────────────────────────────────
+
+    def rows_of(self, records: Sequence[Completion], inputs: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
+        """These rows as the output will have them; `inputs` are their slices of windows. Any thread may call it."""
+        return output.joined(typed(inputs, self._types), self._own(records), self._schema, self._parsed)
+
+    def settled(self) -> Iterator[pa.RecordBatch]:
+        """The rows that have a completion, in order, as the output will have them. To be called before `open_next`."""
+        for chunk in self._checkpoint.chunks():
+            if chunk.open:
+                yield from self._settled_rows(self._reopen(chunk))
+            else:
+                part = self._directory.part_of(chunk.chunk, chunk.generation)
+                yield from output.batches_of(part)
+
+    def _settled_rows(self, open_chunk: OpenChunk) -> Iterator[pa.RecordBatch]:
+        row, base = open_chunk.chunk.first_row, self._base(open_chunk.chunk)
+        for table in open_chunk.window.tables(self._types):
+            end_row = row + table.num_rows
+            completions = self._checkpoint.completions(row, end_row)
+            own, pending = self._own(completions), open_chunk.reopened.keys() - {c.row for c in completions}
+            if base is not None:
+                own = base.under(own, row, end_row, Counter())
+            rows = [at for at in cast(list[int], own.column("row").to_pylist()) if at not in pending]
+            kept = own.filter(pc.is_in(own.column("row"), pa.array(rows, pa.int64())))
+            yield output.joined(
+                table.take(pa.array([at - row for at in rows], pa.int64())), kept, self._schema, self._parsed
+            )
+            row = end_row

@@ -397,6 +397,8 @@ class _Progress:
 
     def show(self, summary: "Summary") -> None:
         """Where the run stands."""
+        if summary.state == "checking":
+            return
         if self._terminal:
             self._show_bar(summary)
         elif summary.elapsed_s - self._told_s >= self.LINE_EVERY_S:

@@ -15,7 +15,7 @@ from decimal import Decimal
 
 import msgspec
 
-from batchrun import __version__, asking, facts, result, retry, signals, slots, variants
+from batchrun import __version__, asking, facts, replay, result, retry, signals, slots, variants
 from batchrun import plan as planning
 from batchrun.asking import Asking, Hooks
 from batchrun.checkpoint import Checkpoint, read_finished
@@ -52,9 +52,12 @@ def run(
     directory.create()
     with directory.lock():
         if (finished := _finished(job, directory, asked)) is not None:
+            if hooks.host is not None and hooks.host.replay:
+                replay.hand_over(replay.result(directory), hooks.host.delivery)
             return finished
         at_rest = _at_rest(directory)
         chronicle = Chronicle(job.name, directory, credentials)
+        hooks.progress(chronicle.summary())
         try:
             directory.reserve_room()
             checkpoint = Checkpoint(directory.checkpoint, free_reserve=directory.free_room)
@@ -99,6 +102,8 @@ def _run(
             hooks.note(_retried(plan, directory, checkpoint, asked.retry))
         chunks = _chunks(plan, directory, checkpoint)
         chunks.remove_orphans()
+        if hooks.host is not None and hooks.host.replay:
+            replay.hand_over(chunks.settled(), hooks.host.delivery)
         if checkpoint.spent.settled() < plan.rows:
             rows = Asking(job, plan, directory, credentials, checkpoint, chunks, chronicle, hooks, grace_s)
             with asyncio.Runner(loop_factory=loop_factory) as runner:

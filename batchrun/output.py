@@ -362,6 +362,13 @@ def write_usage(path: Path, lines: Iterable[TotalsLine]) -> None:
     replace(path, write)
 
 
+def batches_of(path: Path) -> Iterator[pa.RecordBatch]:
+    """The rows of a part or result in order; pages are held against their checksums."""
+    with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
+        for group in range(file.num_row_groups):
+            yield from file.iter_batches(batch_size=BATCH_ROWS, row_groups=[group])
+
+
 def read_footer(path: Path) -> dict[str, object] | None:
     """The totals in the footer of a completions file; None where it holds none of ours."""
     try:

@@ -17,6 +17,7 @@ from batchrun.backlog import Backlog, Pending
 from batchrun.checkpoint import Checkpoint
 from batchrun.chunks import OpenChunk
 from batchrun.client import Client
+from batchrun.delivery import Delivery
 from batchrun.errors import BatchrunError, InputError
 from batchrun.gate import Gate, GateClosed
 from batchrun.image_digests import ImageDigests
@@ -99,9 +100,10 @@ class Pipeline:
         on_failure: Callable[[BatchrunError], None],
         clock: Callable[[], float],
         uniform: Callable[[], float],
+        delivery: Delivery | None = None,
     ) -> None:
         """`checked` says what images were. `on_settled` gets each chunk whose last row is durable, `on_failure` why
-        there are no more rows to be had; `clock` is the event loop's.
+        there are no more rows to be had; `clock` is the event loop's. `delivery` takes settled rows to who reads them.
         """
         self._job = job
         self._plan = plan
@@ -118,7 +120,9 @@ class Pipeline:
         self._builders = [RequestBuilder(variants.as_job(job, way), plan.facts.dialect) for way in plan.variants]
         self._flights: dict[tuple[int, int], _Flight] = {}
         self._held: dict[int, _Ended] = {}
-        self.backlog = Backlog(open_next, self._prepare, clock)
+        self._delivery = delivery
+        room = {} if delivery is None else {"room": delivery.room}
+        self.backlog = Backlog(open_next, self._prepare, clock, **room)
         self.sent = 0
         layout = plan.facts.layout  # the same row is another one after the rows were laid out anew
         self._name = f"{plan.facts.run_id}.{layout}" if layout else plan.facts.run_id
@@ -220,6 +224,8 @@ class Pipeline:
             if flight.again is not None:
                 self.backlog.retry(flight.again, flight.due_s)
                 continue
+            if self._delivery is not None and isinstance(ending, Completion):
+                self._delivery.put(ending, flight.chunk)
             self.backlog.done()
             flight.chunk.left -= 1
             if not flight.chunk.left:

@@ -1,9 +1,9 @@
-"""Signals as ways out: which there are, and what they do while no event loop runs."""
+"""Signals as ways out: which there are, and what they do while no event loop runs; and a program's own word instead."""
 
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from batchrun.errors import ExitCode, RunStoppedError
@@ -49,3 +49,39 @@ def raised() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+PROGRAM = "stopped by the program"
+
+
+class StopRequest:
+    """What a signal is to the command line, for a program that runs us in a thread. Made by any thread, at any time."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._made = 0
+        self._heard: Callable[[], None] = lambda: None
+
+    def make(self) -> None:
+        """The first one drains the run, a second one ends it at once."""
+        with self._lock:
+            self._made += 1
+            heard = self._heard
+        heard()
+
+    def listen(self, heard: Callable[[], None]) -> None:
+        """`heard` is called for each request, for those made before, too."""
+        with self._lock:
+            self._heard = heard
+            made = self._made
+        for _ in range(made):
+            heard()
+
+    def raise_if_made(self) -> None:
+        """While no event loop runs: ends the run here.
+
+        Raises:
+            RunStoppedError: it was made.
+        """
+        if self._made:
+            raise RunStoppedError(PROGRAM, ExitCode.STOPPED)

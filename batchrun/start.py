@@ -14,7 +14,7 @@ import msgspec
 
 from batchrun import credentials, invocation, rundir, signals, simulated
 from batchrun import job as jobs
-from batchrun.asking import GRACE_S, Hooks
+from batchrun.asking import GRACE_S, Hooks, Host
 from batchrun.credentials import Credentials
 from batchrun.errors import ExitCode, JobError, RunStoppedError
 from batchrun.job import Job
@@ -84,8 +84,8 @@ def run(job: Job | str | Path, rows: Rows | None = None, **options: Unpack[Optio
         raise
 
 
-def begin(job: Job | str | Path, rows: Rows | None, options: Options) -> Summary:
-    """The run, started in this thread, is complete.
+def begin(job: Job | str | Path, rows: Rows | None, options: Options, host: Host | None = None) -> Summary:
+    """The run, started in this thread, is complete. `host` is the program whose loop runs in another one.
 
     Raises:
         BatchrunError: as `run` does.
@@ -98,7 +98,7 @@ def begin(job: Job | str | Path, rows: Rows | None, options: Options) -> Summary
     environ = options.get("environ", os.environ)
     keys = simulated.credentials() if wanted.simulated else credentials.read(wanted.endpoint, environ)
     with simulated.endpoint_of(wanted) as pointed, _stream(wanted, rows, directory) as stream:
-        summary = _invoke(pointed, directory, keys, options, stream, note)
+        summary = _invoke(pointed, directory, keys, options, stream, note, host)
     if not summary.complete:
         raise RunIncompleteError(summary)
     return summary
@@ -111,6 +111,7 @@ def _invoke(
     options: Options,
     stream: BinaryIO | None,
     note: Callable[[str], None],
+    host: Host | None,
 ) -> Summary:
     asked = Asked(
         skip_invalid=options.get("skip_invalid", False),
@@ -118,14 +119,27 @@ def _invoke(
         limit=options.get("limit"),
         retry=_retried(job, options.get("retry_failed", False)),
         stdin=stream,
-        problem=note,
+        problem=options.get("note", _LOG.warning),  # a program that listens to nothing should still see these
         told=note,
-        checked=options.get("checked", lambda rows: None),
+        checked=_checked(options, host),
     )
-    hooks = Hooks(options.get("progress", lambda summary: None), note)
+    hooks = Hooks(options.get("progress", lambda summary: None), note, host)
     grace_s = options.get("grace_s")
     patience_s = GRACE_S if grace_s is None else grace_s
     return invocation.run(job, directory, keys, asked, hooks, grace_s=patience_s, loop_factory=_loop_factory())
+
+
+def _checked(options: Options, host: Host | None) -> Callable[[int], None]:
+    """What the check pass calls now and then: there the host can stop it."""
+    told: Callable[[int], None] = options.get("checked", lambda rows: None)
+    if host is None:
+        return told
+
+    def checked(rows: int) -> None:
+        host.stop.raise_if_made()
+        told(rows)
+
+    return checked
 
 
 def _job(job: Job | str | Path, rows: Rows | None, options: Options) -> Job:

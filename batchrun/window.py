@@ -4,7 +4,7 @@
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -47,8 +47,12 @@ class StoredWindow:
 
     def row(self, row: int) -> Row:
         """One of the rows, read anew; any thread may."""
+        return Row(row, rows_of(self.slice(row))[0])
+
+    def slice(self, row: int) -> pa.RecordBatch:
+        """One of the rows as it is stored: a view that outlives the file's name; any thread may."""
         number, place = divmod(row - self._first_row, BATCH_ROWS)
-        return Row(row, rows_of(self._batch(number).slice(place, 1))[0])
+        return self._batch(number).slice(place, 1)
 
     def rows(self) -> Iterator[list[Row]]:
         """The rows in order, up to 1,000 at a time."""
@@ -61,12 +65,14 @@ class StoredWindow:
     def tables(self, types: ColumnTypes | None) -> Iterator[pa.Table]:
         """The same rows as typed columns, up to 1,000 at a time; `types` are those of JSONL input."""
         for number in range(self._reader.num_record_batches):
-            batch = self._batch(number)
-            if types is None:
-                yield pa.Table.from_batches([batch])
-            else:
-                yield lines_to_table(cast(list[bytes], batch.column("line").to_pylist()), types)
+            yield typed([self._batch(number)], types)
 
     def _batch(self, number: int) -> pa.RecordBatch:
         with self._reading:
             return self._reader.get_batch(number)
+
+
+def typed(batches: Sequence[pa.RecordBatch], types: ColumnTypes | None) -> pa.Table:
+    """Stored rows, at least one batch of them, as typed columns; `types` are those of JSONL input."""
+    table = pa.Table.from_batches(batches)
+    return table if types is None else lines_to_table(cast(list[bytes], table.column("line").to_pylist()), types)

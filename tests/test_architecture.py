@@ -25,14 +25,15 @@ LAYERS: tuple[frozenset[str], ...] = (
             *("accounts", "admission", "gate", "gate_state", "pace", "purse"),
             *("client", "stream", "sse", "packed", "answer", "policy", "offline"),
             *("durable", "rundir", "runlog", "slots", "spent", "spill", "wal", "database", "tables", "checkpoint"),
-            *("chunks", "base_part", "backlog", "output", "matching"),
+            *("chunks", "base_part", "backlog", "output", "matching", "completions", "delivery"),
         }
     ),
     frozenset({"variants", "facts", "result", "drift", "plan", "retry", "pipeline"}),
-    frozenset({"signals", "summary", "chronicle", "asking", "invocation", "look", "estimate"}),
+    frozenset({"signals", "summary", "chronicle", "asking", "invocation", "replay", "look", "estimate"}),
     frozenset({"rescue"}),
     frozenset({"report", "simulated", "simulator"}),
     frozenset({"start"}),
+    frozenset({"runner"}),
     frozenset({"__init__", "cli"}),
 )
 """From the ground up. A module imports those of lower layers, and of its own layer only what is listed below."""
@@ -67,6 +68,8 @@ WITHIN_A_LAYER: dict[str, frozenset[str]] = {
         }
     ),
     "backlog": frozenset({"chunks", "policy"}),
+    "completions": frozenset({"output"}),
+    "delivery": frozenset({"chunks", "completions"}),
     "output": frozenset({"answer", "durable", "packed", "schema_columns"}),
     # how they are joined
     "matching": frozenset({"durable"}),
@@ -77,7 +80,7 @@ WITHIN_A_LAYER: dict[str, frozenset[str]] = {
     "pipeline": frozenset({"plan", "variants"}),
     "chronicle": frozenset({"summary"}),
     "asking": frozenset({"chronicle", "signals"}),
-    "invocation": frozenset({"asking", "chronicle", "signals", "summary"}),
+    "invocation": frozenset({"asking", "replay", "chronicle", "signals", "summary"}),
     "look": frozenset({"summary"}),
     "estimate": frozenset({"summary"}),
     "simulated": frozenset({"simulator"}),
@@ -108,6 +111,7 @@ SOLE_IMPORTERS: dict[str, frozenset[str]] = {
                 "plan",
                 "result",
             ),
+            *("completions", "delivery", "replay"),
             "rescue",
         }
     ),

@@ -278,10 +278,13 @@ def test_every_option_of_a_start_is_listed_in_order() -> None:
     )
 
 
-def test_the_readmes_program_runs(tmp_path: Path) -> None:
-    (program,) = re.findall(r"^```python\n([\s\S]*?)^```", text_of("README.md"), re.MULTILINE)
+def test_the_readmes_programs_run(tmp_path: Path) -> None:
+    programs = re.findall(r"^```python\n([\s\S]*?)^```", text_of("README.md"), re.MULTILINE)
+    program = "\n".join([*programs, "import asyncio; asyncio.run(label([{'text': 'Fine.'}]))"])
     command = [sys.executable, "-W", "error", "-c", program]
     shown = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert (shown.returncode, shown.stderr) == (0, "")
     assert shown.stdout.startswith("{'ok': 2} 0.00")
-    assert (tmp_path / "runs/labels/completions.parquet").exists()
+    assert shown.stdout.splitlines()[1].startswith("0 ")
+    for run in ("labels", "more"):
+        assert (tmp_path / "runs" / run / "completions.parquet").exists()
