@@ -43,7 +43,7 @@ lint: .venv/test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy sample_inputs/make.py sample_inputs/packages.py
-	$(BIN)/mypy benchmarks/fixed_answer.py benchmarks/throughput.py benchmarks/durability.py
+	$(BIN)/mypy benchmarks/fixed_answer.py benchmarks/throughput.py benchmarks/durability.py benchmarks/streams.py
 	$(BIN)/mypy benchmarks/limits.py benchmarks/second_client.py
 
 check: lint test
@@ -51,6 +51,7 @@ check: lint test
 bench: .venv/test
 	$(BIN)/python benchmarks/throughput.py 20000 200000
 	$(BIN)/python benchmarks/durability.py
+	$(BIN)/python benchmarks/streams.py 64 5000000
 
 bench-limits: .venv/test     # ONLY=told,shared: some scenarios; LONG=1: outages of ten minutes (docs/benchmarks.md)
 	$(BIN)/python benchmarks/limits.py $(if $(ONLY),--only $(ONLY)) $(if $(LONG),--long)

@@ -6,8 +6,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import msgspec
-
+from batchrun.answer import decode
 from batchrun.records import Answer, OfflineCount
 
 TOKENS_PER_BYTE = 0.25
@@ -20,12 +19,14 @@ BatchCount = Callable[[Sequence[str], str], Sequence[int]]
 
 
 def count(body: bytes, answer: Answer) -> OfflineCount:
-    """About how many tokens a request had, its images not among them, and how many its answer."""
+    """About how many tokens a request had, its images not among them, and how many its answer. Raises nothing for any
+    body: an answer is at stake.
+    """
     called = answer.function_call
     answered = [answer.content, *((called.name, called.arguments) if called is not None else ())]
     batch_count = tokenizer()
     return OfflineCount(
-        tokens(list(_asked(msgspec.json.decode(body))), batch_count),
+        tokens(list(_asked(decode(body)[0])), batch_count),
         tokens([text for text in answered if text], batch_count),
     )
 
@@ -48,13 +49,27 @@ def tokens(texts: Sequence[str], batch_count: BatchCount | None) -> int:
     return round(sum(len(text.encode("utf-8", "replace")) for text in texts) * TOKENS_PER_BYTE)
 
 
-def _asked(body: dict[str, Any]) -> Iterator[str]:
-    """The texts of a request: its messages, and what describes functions and tools."""
-    for message in body.get("messages", ()):
-        content = message.get("content")
+def _asked(body: Any) -> Iterator[str]:
+    """The texts of a request: of its messages, and of what describes functions and tools."""
+    if not isinstance(body, dict):
+        return
+    messages = body.get("messages")
+    for message in messages if isinstance(messages, list) else ():
+        content = message.get("content") if isinstance(message, dict) else None
         for part in content if isinstance(content, list) else [{"text": content}]:
-            if isinstance(text := part.get("text"), str):
+            if isinstance(part, dict) and isinstance(part.get("text"), str):
+                yield part["text"]
+    yield from _texts([body.get("functions"), body.get("tools")])
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every name and text in a JSON value, however deep."""
+    left = [value]
+    while left:
+        match left.pop():
+            case str(text):
                 yield text
-    for name in ("functions", "tools"):
-        if name in body:
-            yield msgspec.json.encode(body[name]).decode()
+            case dict(fields):
+                left += [*fields, *fields.values()]
+            case list(items):
+                left += items

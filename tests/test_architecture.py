@@ -47,6 +47,7 @@ WITHIN_A_LAYER: dict[str, frozenset[str]] = {
     "client": frozenset({"packed", "stream"}),
     "stream": frozenset({"answer", "packed", "sse"}),
     "answer": frozenset({"packed", "sse"}),
+    "offline": frozenset({"answer"}),
     "policy": frozenset({"answer", "packed"}),
     "database": frozenset({"durable", "wal"}),
     "tables": frozenset({"database"}),

@@ -4,9 +4,19 @@ from typing import Any
 
 import msgspec
 import toktok
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from batchrun.offline import ENCODING, count, tokenizer, tokens
 from batchrun.records import Answer, FunctionCall, OfflineCount
+
+JSON = st.none() | st.integers(-9, 9) | st.text(max_size=5)
+encoded = msgspec.json.encode
+
+
+def fields(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.dictionaries(st.sampled_from(["messages", "content", "text", "tools", "functions"]), inner)
+
 
 TEXTS = ["You label product reviews.", "Größe passt, leider verspätet.", "def f(x):\n    return x"]
 
@@ -33,12 +43,20 @@ def test_text_parts_functions_and_calls_count_and_images_do_not() -> None:
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 10_000}}
     function = {"name": "rate", "parameters": {"type": "object"}}
     asked = body([{"type": "text", "text": "What is it?"}, image], None, functions=[function], tools=[function])
-    described = msgspec.json.encode([function]).decode()
+    described = ("name", "rate", "parameters", "type", "object")
     answer = Answer(function_call=FunctionCall("rate", '{"stars":5}'))
     assert count(asked, answer) == OfflineCount(
-        exactly("What is it?", described, described), exactly("rate", '{"stars":5}')
+        exactly("What is it?", *described, *described), exactly("rate", '{"stars":5}')
     )
 
 
 def test_an_answer_of_nothing_counts_nothing() -> None:
     assert count(body("Hi"), Answer(function_call=FunctionCall(None, None))) == OfflineCount(exactly("Hi"), 0)
+
+
+@given(
+    st.one_of(st.binary(max_size=40), st.recursive(JSON, lambda inner: st.lists(inner) | fields(inner)).map(encoded))
+)
+@example(b'{"messages":[null,{"content":[1,{"text":2}]}],"tools":' + b"[" * 2000 + b"]" * 2000 + b"}")
+def test_whatever_a_body_holds_its_count_raises_nothing(raw: bytes) -> None:
+    assert count(raw, Answer(content="Fine.")).completion_tokens == exactly("Fine.")
