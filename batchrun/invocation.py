@@ -51,6 +51,7 @@ def run(
     """
     directory.create()
     with directory.lock():
+        directory.given.unlink(missing_ok=True)  # what a start that was killed had been given
         if (finished := _finished(job, directory, asked)) is not None:
             if hooks.host is not None and hooks.host.replay:
                 replay.hand_over(replay.result(directory), hooks.host.delivery)

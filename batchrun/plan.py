@@ -4,7 +4,6 @@ A run's facts are fixed when it first starts and kept in the manifest: which que
 shape. Later starts are held against them; limits, prices, retries and the budget may change from start to start.
 """
 
-import hashlib
 import os
 import uuid
 from collections.abc import Callable
@@ -16,10 +15,10 @@ from typing import BinaryIO
 import msgspec
 import pyarrow as pa
 
-from batchrun import drift, facts, image_digests, prices, variants
+from batchrun import drift, facts, image_digests, prices, spooled, variants
 from batchrun.check import Problem, Survey, survey
 from batchrun.checkpoint import Checkpoint
-from batchrun.durable import READ_BYTES, fsync, told
+from batchrun.durable import fsync, told
 from batchrun.errors import CheckpointError, InputError, JobError
 from batchrun.facts import Facts
 from batchrun.job import Job
@@ -38,16 +37,11 @@ from batchrun.source import (
     find_files,
     fingerprint,
     open_source,
-    spool,
 )
 from batchrun.variants import Variant
 
 SHAPE = ("columns", "prefix", "raw", "layout", "compression", "chunk_rows", "chunk_bytes")
 """The output settings that a run keeps from its first start: its parts are written by them."""
-
-
-NOTHING = hashlib.blake2b(digest_size=16).hexdigest()
-"""The digest of an empty input."""
 
 
 class Plan(msgspec.Struct, frozen=True):
@@ -144,36 +138,16 @@ def _require_unused(directory: RunDirectory) -> None:
 
 
 def input_files(job: Job, directory: RunDirectory, asked: Asked, *, begun: bool = True) -> tuple[Path, ...]:
-    """The files of the input. Standard input is spooled into the run directory: a resume must read it again."""
+    """The files of the input. Standard input, and a program's rows, are kept in the run directory (`spooled`)."""
     if job.input.path is None:
         raise JobError("input.path: name the input in the job or with -i")
     if job.input.path != "-":
         return find_files(job.input.path)
     if asked.stdin is not None and not asked.stdin.isatty():
-        _spool(asked.stdin, directory.spool, begun)
+        return (spooled.take(asked.stdin, directory, begun=begun),)
     if not directory.spool.exists():
         raise InputError("standard input is a terminal; pipe JSON lines into it, or name a file with -i")
     return (directory.spool,)
-
-
-def _spool(stream: BinaryIO, to: Path, begun: bool) -> None:
-    """Standard input is in `to`. On a resume it may be empty, or the same again; anything else is a change.
-
-    A start that has not begun takes what it is given, and what an earlier one left only if that is nothing.
-    """
-    if begun and to.exists():
-        given = hashlib.blake2b(digest_size=16)
-        while block := stream.read(READ_BYTES):
-            given.update(block)
-        if given.hexdigest() not in (NOTHING, digest(to)):
-            raise InputError("the rows given are not those that this run began with; start another with --new")
-        return
-    given_now = to.with_name(to.name + ".new")
-    spool(stream, given_now)
-    if given_now.stat().st_size or not to.exists():
-        given_now.replace(to)
-    else:
-        given_now.unlink()
 
 
 def require_same_shape(job: Job, known: Facts) -> None:
@@ -200,7 +174,34 @@ def _resume(
 ) -> Plan:
     known, ways = facts.read(manifest), variants.read(manifest)
     require_same_shape(job, known)
-    files = input_files(job, directory, asked)
+    spooled.settle(directory, known)
+    files = spooled.put_in_place(input_files(job, directory, asked), directory)
+    try:
+        known, ways, variant, source = _as_it_is_now(job, directory, checkpoint, asked, known, ways, files)
+    finally:
+        spooled.settle(directory, facts.read(checkpoint.manifest()))
+    prices_known = msgspec.json.decode(manifest.get("prices", "{}"), type=dict[str, PriceTable | None])
+    limit = None if asked.limit is None else max(asked.limit, _begun_rows(checkpoint))
+    plan = _plan(job, known, ways, variant, source, prices_known, limit, today, resumed=True)
+    if plan.prices != prices_known:
+        checkpoint.write_manifest({"prices": _encode(plan.prices)})
+    return plan
+
+
+def _as_it_is_now(
+    job: Job,
+    directory: RunDirectory,
+    checkpoint: Checkpoint,
+    asked: Asked,
+    known: Facts,
+    ways: tuple[Variant, ...],
+    files: tuple[Path, ...],
+) -> tuple[Facts, tuple[Variant, ...], int, Source]:
+    """The run's facts, the ways it asks, this start's among them, and the source: as known, or as changes are adopted.
+
+    Raises:
+        JobError: something changed that the user does not accept.
+    """
     identities = fingerprint(files)  # before the content is read: what changes meanwhile is noticed later
     ways, variant, settings = variants.place(job, ways, known.variant, retrying=asked.retry is not None)
     what = changed_input(files, known)
@@ -213,12 +214,7 @@ def _resume(
     else:
         _require_limit_in_time(asked.limit, checkpoint)
         known = msgspec.structs.replace(known, files=identities)
-    prices_known = msgspec.json.decode(manifest.get("prices", "{}"), type=dict[str, PriceTable | None])
-    limit = None if asked.limit is None else max(asked.limit, _begun_rows(checkpoint))
-    plan = _plan(job, known, ways, variant, source, prices_known, limit, today, resumed=True)
-    if plan.prices != prices_known:
-        checkpoint.write_manifest({"prices": _encode(plan.prices)})
-    return plan
+    return known, ways, variant, source
 
 
 def _adopt(

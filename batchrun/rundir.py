@@ -42,6 +42,8 @@ class RunDirectory:
         self.parts = path / "parts"
         self.rejects = path / "rejects.jsonl"
         self.spool = path / "input.jsonl"
+        self.given = path / "input.given.jsonl"  # other rows than those, until they are accepted
+        self.spool_before = path / "input.before.jsonl"
         self.log = path / "run.log"
 
     def input_of(self, chunk: int, layout: int = 0) -> Path:

@@ -28,7 +28,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             *("chunks", "base_part", "backlog", "output", "matching", "completions", "delivery"),
         }
     ),
-    frozenset({"variants", "facts", "result", "drift", "plan", "retry", "pipeline"}),
+    frozenset({"variants", "facts", "result", "drift", "spooled", "plan", "retry", "pipeline"}),
     frozenset({"signals", "summary", "chronicle", "asking", "invocation", "replay", "look", "estimate"}),
     frozenset({"rescue"}),
     frozenset({"report", "simulated", "simulator"}),
@@ -76,7 +76,8 @@ WITHIN_A_LAYER: dict[str, frozenset[str]] = {
     "matching": frozenset({"durable"}),
     "result": frozenset({"facts"}),
     "drift": frozenset({"facts", "result"}),
-    "plan": frozenset({"drift", "facts", "variants"}),
+    "spooled": frozenset({"facts"}),
+    "plan": frozenset({"drift", "facts", "spooled", "variants"}),
     "retry": frozenset({"plan", "result"}),
     "pipeline": frozenset({"plan", "variants"}),
     "chronicle": frozenset({"summary"}),

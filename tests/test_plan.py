@@ -285,11 +285,28 @@ def test_standard_input_is_kept_for_a_resume_that_brings_nothing_or_the_same(sta
     assert starts.directory.spool.stat().st_mode & 0o777 == 0o600
 
 
-def test_other_standard_input_is_a_change(starts: Starts) -> None:
+def test_other_standard_input_is_a_changed_input_as_a_changed_file_is(starts: Starts) -> None:
     starts.make(STDIN, stdin=piped(*texts(3)))
-    message = starts.refused(STDIN, stdin=piped(*texts(4)))
-    assert message == "the rows given are not those that this run began with; start another with --new"
+    assert starts.make(STDIN, stdin=piped(*texts(4))).facts.rows == 4  # nothing is answered yet: no harm
+    assert starts.make(STDIN, stdin=io.BytesIO()).facts.rows == 4
+    assert "can't be asked" in starts.refused(STDIN, stdin=piped({"bad": 1}))
+    assert starts.make(STDIN, stdin=io.BytesIO()).facts.rows == 4
+    assert [path.name for path in starts.directory.path.glob("input*")] == ["input.jsonl"]
+
+
+@pytest.mark.parametrize("accepted", [False, True])
+def test_a_start_killed_while_it_changed_the_rows_given_leaves_those_the_run_knows(
+    starts: Starts, accepted: bool
+) -> None:
+    starts.make(STDIN, stdin=piped(*texts(3)))
+    spool, before = starts.directory.spool, starts.directory.spool_before
+    if accepted:  # killed when the run knew the new rows
+        write_lines(before, texts(5))
+    else:
+        spool.replace(before)
+        write_lines(spool, texts(5))
     assert starts.make(STDIN, stdin=io.BytesIO()).facts.rows == 3
+    assert (spool.exists(), before.exists()) == (True, False)
 
 
 def test_what_was_refused_can_be_mended_and_piped_again(starts: Starts) -> None:

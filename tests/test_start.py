@@ -150,6 +150,25 @@ def test_the_built_in_simulator_answers_a_program_too(tmp_path: Path) -> None:
     assert batchrun.run(job, texts(3), output=tmp_path / "out").by_status == {"ok": 3}
 
 
+def test_other_rows_are_a_changed_input_and_only_what_has_no_answer_is_asked(
+    tmp_path: Path, simulator: RunningSimulator
+) -> None:
+    job, out, served = job_at(simulator.url), tmp_path / "out", len(simulator.ledger())
+    batchrun.run(job, texts(10), output=out, environ=KEYS)
+    appended = batchrun.run(job, texts(12), output=out, environ=KEYS)
+    assert (appended.rows, len(simulator.ledger()) - served) == (12, 12)
+    before = (out / "completions.parquet").read_bytes()
+    with pytest.raises(batchrun.ChangedError, match="9 answers stay, 1 rows are to be asked") as caught:
+        batchrun.run(job, texts(10, 3), output=out, environ=KEYS)
+    assert (caught.value.drift.rows, caught.value.drift.kept) == (10, 9)
+    assert (out / "completions.parquet").read_bytes() == before
+    assert batchrun.run(job, texts(12), output=out, environ=KEYS).complete
+    changed = batchrun.run(job, texts(10, 3), output=out, environ=KEYS, accept_changes=True)
+    assert [row["id"] for row in result_of(changed)] == list(range(3, 13))
+    assert len(simulator.ledger()) - served == 13
+    assert sorted(path.name for path in out.glob("input*")) == ["input.jsonl"]
+
+
 # ── how a run ends ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
