@@ -12,12 +12,13 @@ from batchrun.records import RowError, Verdict
 class Ask(msgspec.Struct, frozen=True):
     """What one attempt wants: `tokens`, an estimate of prompt and answer together, and the most it may cost and use.
 
-    `upper_bound_usd` may be None only where no `max_cost_usd` is set.
+    `output_tokens` is the answer's part of `tokens`. `upper_bound_usd` may be None only where no `max_cost_usd` is set.
     """
 
     tokens: int
     upper_bound_usd: Decimal | None = None
     upper_bound_tokens: int = 0
+    output_tokens: int = 0
 
 
 class Stop(msgspec.Struct, frozen=True):
@@ -59,7 +60,11 @@ class Limit(StrEnum):
     """What the next row waits for, in the progress line's words."""
 
     REQUESTS = "rpm"
+    REQUESTS_PER_SECOND = "rps"
+    REQUESTS_PER_DAY = "requests per day"
     TOKENS = "tpm"
+    INPUT_TOKENS = "input tpm"
+    OUTPUT_TOKENS = "output tpm"
     IN_FLIGHT = "in flight"
     BUDGET = "budget"
     COOLING = "cooling down"

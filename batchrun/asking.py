@@ -10,7 +10,8 @@ from typing import TypeVarTuple
 import msgspec
 
 from batchrun import signals, slots
-from batchrun.admission import Phase, Stop
+from batchrun.accounts import BURST_S
+from batchrun.admission import Limit, Phase, Stop
 from batchrun.checkpoint import Checkpoint
 from batchrun.chronicle import Chronicle
 from batchrun.chunks import Chunks, OpenChunk
@@ -90,6 +91,7 @@ class Asking:
         self._failure: BaseException | None = None
         self._leaving = False
         self._workers: asyncio.Task[None] | None = None
+        self._told_in_flight = 0
 
     async def ask(self) -> Stop | None:
         """Every pending row is settled and every full chunk sealed; or why not.
@@ -156,6 +158,7 @@ class Asking:
             beats += 1
             summary = self._chronicle.summary()
             self._hooks.progress(summary)
+            self._tell_in_flight()
             if beats % SWEEP_EVERY == 0 and loop.time() - slept_at_s < ASLEEP_S:
                 client.expire()
             if not self._directory.checkpoint.exists():  # SQLite would go on in a file without a name
@@ -201,6 +204,7 @@ class Asking:
         limits = self._job.limits
         state = GateState(
             max_in_flight=limits.max_in_flight,
+            first_in_flight=int((limits.requests_per_minute or 0.0) / 60 * BURST_S),  # a told pace needs no slow start
             max_outage_s=self._job.retry.max_outage_s,
             resumed=self._plan.resumed,
             uniform=random.random,
@@ -212,6 +216,7 @@ class Asking:
             requests_per_minute=limits.requests_per_minute,
             tokens_per_minute=limits.tokens_per_minute,
             purse=_purse(self._job.budget, self._checkpoint.spent),
+            on_pace=self._on_pace,
         )
 
     def _open_pipeline(
@@ -236,6 +241,16 @@ class Asking:
     def _on_phase(self, before: Phase, after: Phase) -> None:
         names = {"before": type(before).__name__, "after": type(after).__name__}
         self._chronicle.log.write("gate", **names, why=getattr(after, "why", None))
+
+    def _on_pace(self, limit: Limit, before: float | None, after: float | None, why: str) -> None:
+        self._chronicle.log.write("pace", limit=limit, before=before, after=after, why=why)
+
+    def _tell_in_flight(self) -> None:
+        """What was allowed in flight has changed since it was told last."""
+        now, before = self._gate.allowed_in_flight, self._told_in_flight
+        if now != before:
+            self._told_in_flight = now
+            self._chronicle.log.write("in flight", before=before, after=now, why=self._gate.why_in_flight)
 
 
 def _purse(budget: Budget, spent: Spent) -> Purse | None:

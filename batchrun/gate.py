@@ -11,17 +11,21 @@ new limiter.
 """
 
 import asyncio
+import re
 from collections import deque
+from collections.abc import Mapping
 from decimal import Decimal
 
 import msgspec
 from aiolimiter import AsyncLimiter
 
-from batchrun.admission import Ask, Binding, Limit, Outcome, Ruling, Stop
+from batchrun.admission import OPEN, Ask, Binding, Limit, Outcome, Ruling, Stop
 from batchrun.errors import ExitCode, RunStoppedError
 from batchrun.gate_state import IN_FLIGHT, GateState
 from batchrun.pace import Pace, PaceChange
 from batchrun.purse import Purse
+from batchrun.rate_headers import stated
+from batchrun.records import Verdict
 
 TIMER_GRAIN_S = 0.001
 """No timer is shorter: event loops count in milliseconds, and a wait of a float's rounding error would spin."""
@@ -31,6 +35,13 @@ GUARD_BURST_S = 2.0
 
 UNLIMITED = Binding(Limit.LATENCY)
 BUDGET = Binding(Limit.BUDGET)
+
+HEAR_EVERY_S = 0.01
+"""Headers are read no more often: a limit's level is known well enough, and a busy run saves the microseconds."""
+
+_TOKENS = re.compile(r"\btokens?\b|\bTPM\b", re.IGNORECASE)
+_REQUESTS = re.compile(r"\brequests?\b|\bRPM\b", re.IGNORECASE)
+"""Words in a 429 that tell which limit it was (docs/api.md, "Errors": practice). Requests where nothing tells."""
 
 
 class GateClosed(RunStoppedError):
@@ -45,7 +56,10 @@ class _Flight(msgspec.Struct):
     """One admitted attempt, until its outcome is durable."""
 
     ask: Ask
-    episode: int
+    order: int
+    sent_s: float
+    requests_before: float
+    tokens_before: float
     observed: bool = False
     settled: bool = False
 
@@ -77,6 +91,8 @@ class Gate:
         self._sent_at_s = loop.time()
         self._requests = Pace(Limit.REQUESTS, requests_per_minute, loop.time(), on_pace)
         self._tokens = Pace(Limit.TOKENS, tokens_per_minute, loop.time(), on_pace)
+        self._refused: Pace | None = None
+        self._hear_s = loop.time()
         self._purse = purse
         self._slots = state.max_in_flight
         self._free = list(range(self._slots - 1, -1, -1))  # a stack: low slots are the ones used again
@@ -89,6 +105,16 @@ class Gate:
     def in_flight(self) -> int:
         """Attempts admitted and not yet durable."""
         return len(self._flights)
+
+    @property
+    def allowed_in_flight(self) -> int:
+        """How many attempts the ramp lets be out at once."""
+        return self._state.allowed_in_flight
+
+    @property
+    def why_in_flight(self) -> str:
+        """Why it is so many."""
+        return self._state.why_in_flight
 
     @property
     def successes(self) -> int:
@@ -148,12 +174,31 @@ class Gate:
             self._tokens.settle(tokens - flight.ask.tokens)
             self._wake_first()
 
+    def hear(self, slot: int, headers: Mapping[str, str]) -> None:
+        """What an answer's headers say of the limits is heeded. After `settle`, which they know of already."""
+        now_s = self._loop.time()
+        if now_s < self._hear_s:
+            return
+        self._hear_s = now_s + HEAR_EVERY_S
+        flight = self._flights[slot]
+        if (said := stated(headers, "requests")) is not None:
+            self._requests.hear(said, now_s, sent_s=flight.sent_s, sent_total=flight.requests_before)
+        if (said := stated(headers, "tokens")) is not None:
+            self._tokens.hear(said, now_s, sent_s=flight.sent_s, sent_total=flight.tokens_before)
+
     def observe(self, slot: int, outcome: Outcome) -> Ruling:
         """The attempt has ended so; what that means for its row and for rows held before it."""
         flight = self._flights[slot]
         assert not flight.observed, f"slot {slot} is observed twice"
         flight.observed = True
-        ruling = self._state.observe(outcome, flight.episode, self._loop.time())
+        was_open, now_s = self._state.phase is OPEN, self._loop.time()
+        ruling = self._state.observe(outcome, flight.order, now_s)
+        is_open = self._state.phase is OPEN
+        if outcome.verdict is Verdict.SLOW:
+            self._refuse(flight, outcome, now_s, first=was_open and not is_open)
+        if is_open and not was_open and self._refused is not None:
+            self._refused.reopen(now_s)
+            self._refused = None
         self._wake_first()
         return ruling
 
@@ -161,7 +206,7 @@ class Gate:
         """The slot is free, money and tokens are spent: the outcome is durable. None spends the whole reservation."""
         flight = self._flights.pop(slot)
         if not flight.observed:
-            self._state.withdraw(flight.episode)
+            self._state.withdraw(flight.order)
         if self._purse is not None:
             self._purse.settle(flight.ask, spent_usd, spent_tokens)
         self._free.append(slot)
@@ -171,6 +216,18 @@ class Gate:
         """Nothing is admitted any more: who waits and who comes gets `GateClosed`. The first reason stays."""
         self._state.close(stop)
         self._wake_first()
+
+    def _refuse(self, flight: _Flight, outcome: Outcome, now_s: float, *, first: bool) -> None:
+        """What was refused was not used; a 429 tells which limit was too high."""
+        paces = {self._requests: 1, self._tokens: 0 if flight.settled else flight.ask.tokens}
+        for pace, amount in paces.items():
+            pace.settle(-amount)
+        if outcome.error is None or outcome.error.http_status != 429:
+            return
+        if first:
+            self._refused = self._tokens if _names_tokens(outcome.error.message or "") else self._requests
+        if self._refused is not None:
+            self._refused.refuse(paces[self._refused], now_s, first=first)
 
     async def _stand_in_line(self, ask: Ask) -> None:
         """Returns when this ask is first and lacks nothing; whoever is next has been woken, and runs after it took."""
@@ -218,12 +275,13 @@ class Gate:
 
     def _take(self, ask: Ask) -> int:
         self._sent_at_s = now_s = self._loop.time()
+        before = self._requests.total, self._tokens.total
         self._requests.take(1, now_s)
         self._tokens.take(ask.tokens, now_s)
         if self._purse is not None:
             self._purse.reserve(ask)
         slot = self._free.pop()
-        self._flights[slot] = _Flight(ask, self._state.admit())
+        self._flights[slot] = _Flight(ask, self._state.admit(), now_s, *before)
         return slot
 
     def _wait_for(self, lacking: Binding) -> None:
@@ -240,6 +298,10 @@ class Gate:
             self._timer = None
         if self._line and not self._line[0].done():
             self._line[0].set_result(None)
+
+
+def _names_tokens(message: str) -> bool:
+    return _TOKENS.search(message) is not None and _REQUESTS.search(message) is None
 
 
 def _limiter(requests_per_minute: float) -> AsyncLimiter:

@@ -7,8 +7,8 @@
 Probing lets one real row through at a time. Time is an argument (`now_s`, seconds of a clock that never jumps),
 chance is a function; nothing here waits, sends or knows what a row is beyond its number.
 
-An **episode** is counted up whenever what was believed of the endpoint becomes doubtful. Each attempt carries the
-episode it was admitted in, so an answer is read for what it can prove: one sent before the trouble began says
+An **episode** begins whenever what was believed of the endpoint becomes doubtful. Each attempt carries its `order`
+among all that were admitted, so an answer is read for what it can prove: one sent before the episode began says
 nothing about now. That is also why a suspect is only cleared by a row sent *after* its verdict had come: when a key
 is revoked, older requests still bring good answers for minutes.
 """
@@ -37,8 +37,10 @@ FIRST_IN_FLIGHT = 8
 """Attempts in flight before anything is known: enough to fill a normal connection set, few enough to be wrong with."""
 
 OUTAGE_ROWS = 5
+MANY_OUTAGE_ROWS = 8
 """So many different rows without an answer, and none with one between, are an outage: with 30 % random failures five
-in a row are one chance in 400, and a false alarm costs a second. Where many are in flight, half of those allowed."""
+in a row are one chance in 400, and a false alarm costs a second. Where many are in flight, eight: one chance in 15,000,
+and still so few that ten minutes of an outage see fewer than thirty requests, with those that probe."""
 
 ALIKE_ROWS = 10
 """So many first rows that fail alike are the job's fault: a wrong parameter refuses ten rows as it would a million."""
@@ -50,8 +52,19 @@ BACKOFF_BASE_S = 1.0
 BACKOFF_CAP_S = 60.0
 """Probes after 1, 2, 4 … 60 s: 10 of them in five minutes of outage, and never a minute and a half without a look."""
 
+STILL_OUT = 3
+"""Nearly all: for each that is still out, three have failed. With 30 % random failures it is the other way about."""
+
 JITTER = 0.5
-"""Up to half the backoff is added, never subtracted: no probe before its time, no two processes in step."""
+LEAST_JITTERED_S = 0.1
+"""Up to half of the wait is added, never subtracted: no probe before its time, no two processes in step. After a short
+wait that the server asked for, only a little."""
+
+CALMER = 0.7
+"""What is left in flight after an overload or connect trouble; a 5xx says nothing of load, a 429 only of pace."""
+
+USED = 0.8
+"""More is allowed in flight only while so much of it is used: else nobody knows whether the endpoint bears it."""
 
 IN_FLIGHT = Binding(Limit.IN_FLIGHT)
 PROCEED = Ruling()
@@ -59,10 +72,21 @@ HOLD = Ruling(hold=True)
 
 
 class _Suspicion(msgspec.Struct, frozen=True):
-    """A verdict on the run that one row alone has met; `episode` began with it."""
+    """A verdict on the run that one row alone has met; attempts of order `since` and on were sent after it."""
 
     verdict: Verdict
-    episode: int
+    since: int
+
+
+class _Failing:
+    """Attempts without an answer, and no later one was answered: which rows, and how many of those sent since."""
+
+    __slots__ = ("attempts", "rows", "since")
+
+    def __init__(self, since: int) -> None:
+        self.since = since
+        self.attempts = 0
+        self.rows: set[int] = set()
 
 
 class GateState:
@@ -76,6 +100,7 @@ class GateState:
         self,
         *,
         max_in_flight: int,
+        first_in_flight: int = FIRST_IN_FLIGHT,
         max_outage_s: float,
         resumed: bool,
         uniform: Callable[[], float],
@@ -85,19 +110,25 @@ class GateState:
         self.phase: Phase = OPEN
         self.successes = 0
         self.max_in_flight = max_in_flight
-        self.allowed_in_flight = min(FIRST_IN_FLIGHT, max_in_flight)
+        self.allowed_in_flight = min(max(FIRST_IN_FLIGHT, first_in_flight), max_in_flight)
+        self.why_in_flight = "at the start"
         self._max_outage_s = max_outage_s
         self._uniform = uniform
         self._on_change = on_change
-        self._episode = 0
-        self._trouble = 0  # the episode in which the last cooling began; attempts before it are its stragglers
+        self._sent = 0  # attempts admitted so far: the order of the next one
+        self._episode = 0  # the first order of this episode
+        self._trouble = 0  # the first order after the last cooling began; attempts before it are its stragglers
         self._in_flight = 0  # attempts out, stragglers not counted
+        self._most_in_flight = 0  # since the round began
+        self._round = self._left_in_round = self.allowed_in_flight  # answers a round has, and still lacks
+        self._ramp_to = max_in_flight  # below it one more with every answer, above it with every round
         self._probe_out = False
         self._extended = False
         self._coolings = 0
         self._unwell_since_s: float | None = None
         self._reached = False
         self._unanswered: set[int] = set()
+        self._failing: _Failing | None = None
         self._suspicions: dict[int, _Suspicion] = {}
         self._first_failures: list[RowError | None] | None = None if resumed else []
 
@@ -110,6 +141,7 @@ class GateState:
         """No more than so many are out from now on, as attempts that are out end."""
         self.max_in_flight = max_in_flight
         self.allowed_in_flight = min(self.allowed_in_flight, max_in_flight)
+        self.why_in_flight = "told"
 
     def binding(self, now_s: float) -> Binding | None:
         """What bars the next row; None when `admit` may be called. A cooling whose time is over becomes probing."""
@@ -125,16 +157,19 @@ class GateState:
         return Binding(Limit.PROBING) if self._probe_out else None
 
     def admit(self) -> int:
-        """One attempt more is out; the episode it belongs to, to be given back with its outcome."""
+        """One attempt more is out; its order among all, to be given back with its outcome."""
         self._in_flight += 1
+        if self._in_flight > self._most_in_flight:
+            self._most_in_flight = self._in_flight
         self._probe_out = True
-        return self._episode
+        self._sent += 1
+        return self._sent - 1
 
-    def withdraw(self, episode: int) -> None:
+    def withdraw(self, order: int) -> None:
         """An admitted attempt is no longer out: it has ended, or was never sent."""
-        if episode >= self._trouble:
+        if order >= self._trouble:
             self._in_flight -= 1
-        if episode == self._episode:
+        if order >= self._episode:
             self._probe_out = False
 
     def close(self, stop: Stop) -> None:
@@ -142,60 +177,64 @@ class GateState:
         if self.stop is None:
             self._enter(Stopped(stop))
 
-    def observe(self, outcome: Outcome, episode: int, now_s: float) -> Ruling:
+    def observe(self, outcome: Outcome, order: int, now_s: float) -> Ruling:
         """The outcome is taken into account, once per admitted attempt; what it means for rows."""
-        self.withdraw(episode)
+        self.withdraw(order)
         match outcome.verdict:
             case Verdict.OK:
-                return self._succeeded(outcome.row, episode)
+                return self._succeeded(outcome.row, order)
             case Verdict.ROW:
-                return self._failed_alone(outcome, episode)
+                return self._failed_alone(outcome, order)
             case Verdict.FREE | Verdict.MAYBE:
-                return self._failed_unanswered(outcome, episode, now_s)
+                return self._failed_unanswered(outcome, order, now_s)
             case Verdict.SLOW:
-                return self._told_to_slow(outcome, episode, now_s)
+                return self._told_to_slow(outcome, order, now_s)
             case Verdict.PAUSE | Verdict.STOP:
                 return self._judged_the_run(outcome)
             case _:
                 assert_never(outcome.verdict)
 
-    def _succeeded(self, row: int, episode: int) -> Ruling:
+    def _succeeded(self, row: int, order: int) -> Ruling:
         self.successes += 1
         self._first_failures = None
         own: tuple[int, ...] = ()
         if self._suspicions:
             self._forget_overloads()
-            own = self._cleared_by(row, episode)
-        self._answered(episode)
+            own = self._cleared_by(row, order)
+        self._answered(order)
         return Ruling(own=own) if own else PROCEED
 
-    def _failed_alone(self, outcome: Outcome, episode: int) -> Ruling:
+    def _failed_alone(self, outcome: Outcome, order: int) -> Ruling:
         """An answer, if a bad one: the endpoint works. That the key does, only a success would show."""
         self._count_alike(outcome.error)
         self._forget_overloads()
-        self._answered(episode)
+        self._answered(order)
         return PROCEED
 
-    def _failed_unanswered(self, outcome: Outcome, episode: int, now_s: float) -> Ruling:
-        if episode < self._trouble or self._outage_is_over_long(outcome, now_s):
+    def _failed_unanswered(self, outcome: Outcome, order: int, now_s: float) -> Ruling:
+        if order < self._trouble or self._outage_is_over_long(outcome, now_s):
             return PROCEED
-        self._unanswered.add(outcome.row)
-        probe_failed = isinstance(self.phase, Probing) and episode == self._episode
-        if probe_failed or len(self._unanswered) >= max(OUTAGE_ROWS, self.allowed_in_flight // 2):
-            self._cool(f"the endpoint is not answering: {_text(outcome.error)}", now_s, 0.0)
+        probe_failed = isinstance(self.phase, Probing) and order >= self._episode
+        if self._is_outage(outcome.row, order) or probe_failed:
+            answered = outcome.error is not None and outcome.error.http_status is not None
+            self._calm_down(1.0 if answered else CALMER, _text(outcome.error))
+            self._cool(f"the endpoint is not answering: {_text(outcome.error)}", now_s, None)
         return PROCEED
 
-    def _told_to_slow(self, outcome: Outcome, episode: int, now_s: float) -> Ruling:
+    def _told_to_slow(self, outcome: Outcome, order: int, now_s: float) -> Ruling:
         """A 429 speaks for everyone. Any other overload, while all is open, may be one row's own: ask a second."""
-        floor_s = outcome.retry_after_s or 0.0
-        if episode < self._trouble:
-            self._extend_once(now_s + floor_s)
+        floor_s = outcome.retry_after_s
+        paced = outcome.error is not None and outcome.error.http_status == 429
+        if order < self._trouble:
+            self._extend_once(now_s + (floor_s or 0.0))
         elif self._outage_is_over_long(outcome, now_s):
             pass
-        elif self.phase is OPEN and (outcome.error is None or outcome.error.http_status != 429):
+        elif self.phase is OPEN and not paced:
             self._suspect(outcome)
         else:
-            self._cool(_text(outcome.error), now_s, floor_s)
+            if not paced:
+                self._calm_down(CALMER, _text(outcome.error))
+            self._cool(_text(outcome.error), now_s, floor_s, paced=paced)
         return PROCEED
 
     def _judged_the_run(self, outcome: Outcome) -> Ruling:
@@ -207,20 +246,57 @@ class GateState:
             self._suspect(outcome)
         return HOLD
 
-    def _answered(self, episode: int) -> None:
-        """The endpoint gave an answer. Sent after the last trouble, it reopens the gate and lets one more in flight:
-        with every answer one more is twice as many per round, from 8 at the start and from 1 after a trouble.
-        """
+    def _answered(self, order: int) -> None:
+        """The endpoint gave an answer. Sent after the last trouble, it reopens the gate and may let more in flight."""
         self._unanswered.clear()
+        if self._failing is not None and order > self._failing.since:
+            self._failing = None
         self._unwell_since_s = None
         self._reached = True
-        if episode < self._trouble:
+        if order < self._trouble:
             return
         if self.allowed_in_flight < self.max_in_flight and self._first_failures is None:
-            self.allowed_in_flight += 1
+            self._grow()
         if not self._suspicions and isinstance(self.phase, Probing):
             self._coolings = 0
             self._enter(OPEN)
+
+    def _grow(self) -> None:
+        """One more in flight with every answer, which doubles it with every round; after a trouble only up to what was
+        borne before, and one more a round from there. Only while what is allowed is used.
+        """
+        self._left_in_round -= 1
+        round_is_over = self._left_in_round <= 0
+        used = self._most_in_flight >= USED * self._round
+        if used and (round_is_over or self.allowed_in_flight < self._ramp_to):
+            self.allowed_in_flight += 1
+            self.why_in_flight = "what was allowed was used, without trouble"
+        if round_is_over:
+            self._round = self._left_in_round = self.allowed_in_flight
+            self._most_in_flight = self._in_flight
+
+    def _calm_down(self, share: float, why: str) -> None:
+        """Fewer in flight: one, and then a ramp up to this share of what was allowed before the trouble."""
+        if not self._coolings:
+            self._ramp_to = max(1, int(self.allowed_in_flight * share))
+        self.allowed_in_flight = self._round = self._left_in_round = 1
+        self._most_in_flight = 0
+        self.why_in_flight = f"a ramp up to {self._ramp_to} after: {why}"
+
+    def _is_outage(self, row: int, order: int) -> bool:
+        """True when so many rows in a row had no answer; or, of those sent since the first, nearly all ended so.
+
+        Where failures come at once and answers take their time, answers to older requests go on coming between them.
+        """
+        failing = self._failing = self._failing or _Failing(order)
+        failing.rows.add(row)
+        failing.attempts += order >= failing.since
+        self._unanswered.add(row)
+        many = min(MANY_OUTAGE_ROWS, max(OUTAGE_ROWS, self.allowed_in_flight // 2))
+        if len(self._unanswered) >= many:
+            return True
+        still_out = self._sent - failing.since - failing.attempts
+        return len(failing.rows) >= many and STILL_OUT * still_out <= failing.attempts
 
     def _count_alike(self, error: RowError | None) -> None:
         """Ten first rows with one and the same failure close the gate; the first that differs ends the count.
@@ -240,14 +316,14 @@ class GateState:
 
     def _suspect(self, outcome: Outcome) -> None:
         """Admission stops at once but for one row, which shows whether the verdict was on the run."""
-        self._episode += 1
+        self._episode = self._sent
         self._suspicions[outcome.row] = _Suspicion(outcome.verdict, self._episode)
         if not isinstance(self.phase, Cooling | Stopped):
             self._probe(_text(outcome.error))
 
-    def _cleared_by(self, row: int, episode: int) -> tuple[int, ...]:
+    def _cleared_by(self, row: int, order: int) -> tuple[int, ...]:
         """Forgets what this row's success disproves; the other rows whose verdict was their own."""
-        cleared = [r for r, suspicion in self._suspicions.items() if r == row or episode >= suspicion.episode]
+        cleared = [r for r, suspicion in self._suspicions.items() if r == row or order >= suspicion.since]
         for suspect in cleared:
             del self._suspicions[suspect]
         return tuple(suspect for suspect in cleared if suspect != row)
@@ -270,16 +346,24 @@ class GateState:
         self.close(Stop(ExitCode.PAUSED, f"{what} for {_duration(patience_s)}: {_text(outcome.error)}"))
         return True
 
-    def _cool(self, why: str, now_s: float, floor_s: float) -> None:
-        """Nothing goes out until the server's own wait or the backoff is over; clamped first, jittered then."""
+    def _cool(self, why: str, now_s: float, floor_s: float | None, *, paced: bool = False) -> None:
+        """Nothing goes out until the server's own wait or the backoff is over; clamped first, jittered then.
+
+        A first 429 that says how long is taken at its word (`paced`): the endpoint is well, and the pace is lowered.
+        """
         backoff_s = min(BACKOFF_CAP_S, BACKOFF_BASE_S * 2 ** min(self._coolings, 30))
-        until_s = now_s + max(floor_s, backoff_s) + self._uniform() * JITTER * backoff_s
+        if paced and floor_s is not None and not self._coolings:
+            backoff_s = min(backoff_s, max(floor_s, LEAST_JITTERED_S))
+            wait_s = floor_s
+        else:
+            wait_s = max(floor_s or 0.0, backoff_s)
+        until_s = now_s + wait_s + self._uniform() * JITTER * backoff_s
         self._coolings += 1
-        self._episode += 1
+        self._episode = self._sent
         self._trouble = self._episode
+        self._failing = None
         self._in_flight = 0
         self._extended = False
-        self.allowed_in_flight = 1
         self._enter(Cooling(until_s, why))
 
     def _extend_once(self, until_s: float) -> None:

@@ -191,6 +191,7 @@ class Pipeline:
         answer = answers.read(attempt.body)
         judgement = policy.judge(attempt, answer, self._job.retry)
         self._gate.settle(slot, _used_tokens(answer, judgement))
+        self._gate.hear(slot, attempt.headers)
         ruling = self._gate.observe(slot, _outcome(request, judgement))
         witnessed = self._gate.successes > (successes if pending.successes is None else pending.successes)
         reached = attempt.error is None or attempt.error.sent
@@ -429,10 +430,12 @@ def _outcome(request: Request, judgement: Judgement) -> Outcome:
 
 
 def _used_tokens(answer: Answer, judgement: Judgement) -> int | None:
-    """What the attempt used of the token limit; None, unknown, leaves the estimate."""
+    """What the attempt used of the token limit; None, unknown, leaves the estimate. What is refused for its pace or for
+    load, the gate gives back itself.
+    """
     if answer.usage is not None:
         return answer.usage.total_tokens
-    return 0 if judgement.verdict in (Verdict.SLOW, Verdict.FREE) else None
+    return 0 if judgement.verdict is Verdict.FREE else None
 
 
 def _refusal_status(ended: _Ended) -> Status:

@@ -22,7 +22,7 @@ LAYERS: tuple[frozenset[str], ...] = (
         {
             *("source", "ids", "json_columns", "schema_columns", "window"),
             *("request", "check", "templates", "image_parts", "images", "image_digests"),
-            *("accounts", "admission", "gate", "gate_state", "pace", "purse"),
+            *("accounts", "admission", "gate", "gate_state", "pace", "accepted", "rate_headers", "purse"),
             *("client", "stream", "sse", "packed", "answer", "policy", "offline"),
             *("durable", "rundir", "runlog", "slots", "spent", "spill", "wal", "database", "tables", "checkpoint"),
             *("chunks", "base_part", "backlog", "output", "matching", "completions", "delivery"),
@@ -40,8 +40,8 @@ LAYERS: tuple[frozenset[str], ...] = (
 
 WITHIN_A_LAYER: dict[str, frozenset[str]] = {
     # what each stage is made of
-    "gate": frozenset({"admission", "gate_state", "pace", "purse"}),
-    "pace": frozenset({"accounts", "admission"}),
+    "gate": frozenset({"admission", "gate_state", "pace", "purse", "rate_headers"}),
+    "pace": frozenset({"accepted", "accounts", "admission", "rate_headers"}),
     "purse": frozenset({"admission"}),
     "gate_state": frozenset({"admission"}),
     "client": frozenset({"packed", "stream"}),

@@ -189,7 +189,6 @@ async def test_other_limits_hold_from_the_moment_they_are_told() -> None:
     assert now_s() - start_s == pytest.approx(1.0, abs=0.2)
     assert changes == [
         (Limit.REQUESTS, 6_000, 600, "told"),
-        (Limit.TOKENS, None, 6_000, "told"),
         (Limit.REQUESTS, 600, 6_000, "told"),
     ]
 

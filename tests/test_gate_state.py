@@ -25,6 +25,7 @@ from batchrun.gate_state import (
     FIRST_IN_FLIGHT,
     FIRST_REACH_S,
     JITTER,
+    MANY_OUTAGE_ROWS,
     OUTAGE_ROWS,
     GateState,
 )
@@ -86,9 +87,10 @@ class Story:
         """Some rows have succeeded, and the ramp has reached its end."""
         row = 10_000
         while self.state.allowed_in_flight < self.state.max_in_flight or not self.state.successes:
-            self.send(row)
-            self.ends(row, Verdict.OK)
-            row += 1
+            wave = range(row, row := row + self.state.allowed_in_flight)
+            self.send(*wave)
+            for sent in wave:
+                self.ends(sent, Verdict.OK)
 
 
 SLOW_429 = error(429, "rate_limit")
@@ -122,20 +124,52 @@ def test_fewer_than_eight_in_flight_stay_fewer() -> None:
     assert story.barred()
 
 
-def test_after_a_trouble_the_gate_reopens_with_one_then_two_then_four() -> None:
+@pytest.mark.parametrize(
+    ("verdict", "failure", "then"),
+    [
+        (Verdict.SLOW, SLOW_503, (45, 46, 47)),
+        (Verdict.FREE, RowError("refused", None, None, "connection refused"), (45, 46, 47)),
+        (Verdict.FREE, BROKEN_500, (64, 64)),
+    ],
+)
+def test_after_a_trouble_the_gate_reopens_with_one_then_two_then_four_up_to_what_was_borne(
+    verdict: Verdict, failure: RowError, then: tuple[int, ...]
+) -> None:
     story = Story()
     story.all_well()
-    story.send(0)
-    story.ends(0, Verdict.SLOW, SLOW_429)
+    troubled = range(100, 100 + MANY_OUTAGE_ROWS)
+    story.send(*troubled)
+    for row in troubled:
+        story.ends(row, verdict, failure)
     story.cooled_down()
-    row = 1
-    for in_flight in (1, 2, 4, 8, 16, 32, 64):
+    row = 1_000
+    for in_flight in (1, 2, 4, 8, 16, 32, *then):
         assert story.state.allowed_in_flight == in_flight
         wave = list(range(row, row := row + in_flight))
         story.send(*wave)
         assert story.barred()
         for sent in wave:
             story.ends(sent, Verdict.OK)
+
+
+def test_a_429_leaves_as_many_in_flight_as_before_because_the_pace_is_lowered_instead() -> None:
+    story = Story()
+    story.all_well()
+    story.send(0)
+    story.ends(0, Verdict.SLOW, SLOW_429)
+    story.cooled_down()
+    story.send(1)
+    story.ends(1, Verdict.OK)
+    assert story.state.allowed_in_flight == 64
+
+
+def test_more_in_flight_is_allowed_only_while_what_is_allowed_is_used() -> None:
+    story = Story()
+    for row in range(500):
+        story.send(row, row + 1_000)
+        story.ends(row, Verdict.OK)
+        story.ends(row + 1_000, Verdict.OK)
+    assert story.state.allowed_in_flight == FIRST_IN_FLIGHT
 
 
 def test_attempts_that_are_withdrawn_unsent_give_their_place_back() -> None:
@@ -477,14 +511,14 @@ def test_an_answer_between_failures_is_no_outage(answer: Verdict) -> None:
     assert story.phase() is OPEN
 
 
-def test_with_many_in_flight_it_takes_half_of_them_to_call_it_an_outage() -> None:
+def test_with_many_in_flight_it_takes_eight_of_them_to_call_it_an_outage() -> None:
     story = Story()
     story.all_well()
     story.send(*range(64))
-    for row in range(31):
+    for row in range(MANY_OUTAGE_ROWS - 1):
         story.ends(row, Verdict.FREE, BROKEN_500)
     assert story.phase() is OPEN
-    story.ends(31, Verdict.FREE, BROKEN_500)
+    story.ends(MANY_OUTAGE_ROWS - 1, Verdict.FREE, BROKEN_500)
     assert isinstance(story.phase(), Cooling)
 
 

@@ -1,0 +1,64 @@
+"""What an answer's headers say of the limits: `x-ratelimit-{limit,remaining,reset}-{requests,tokens}`. PURE.
+
+docs/api.md, "Limits in headers": practice, not in the vendor's document. Whatever can't be meant is left out, as if it
+had not been sent: these headers come from many gateways, and some speak of a day, of nothing, or of another unit.
+"""
+
+import re
+from collections.abc import Mapping
+
+import msgspec
+
+MAX_PER_MINUTE = 1e12
+"""Beyond it a number is a mistake or "no limit", not a limit."""
+
+MAX_RESET_S = 66.0
+"""A limit per minute is whole again within a minute, give or take: a longer reset speaks of a day or a month."""
+
+_DURATION = re.compile(
+    r"(?:(\d{1,6}(?:\.\d{1,9})?)d)?(?:(\d{1,6}(?:\.\d{1,9})?)h)?(?:(\d{1,6}(?:\.\d{1,9})?)m(?!s))?"
+    r"(?:(\d{1,9}(?:\.\d{1,9})?)s)?(?:(\d{1,9}(?:\.\d{1,9})?)ms)?(?:\d{1,9}(?:\.\d{1,9})?[uµ]s)?"
+)
+_UNITS_S = (86_400.0, 3_600.0, 60.0, 1.0, 0.001)
+_NUMBER = re.compile(r"\d{1,15}(?:\.\d{1,9})?")
+
+
+class Stated(msgspec.Struct, frozen=True):
+    """One limit as the server states it: per minute, what is left of it now, and the time until it is whole again."""
+
+    per_minute: float
+    remaining: float | None = None
+    reset_s: float | None = None
+
+
+def stated(headers: Mapping[str, str], what: str) -> Stated | None:
+    """The limit on `what`, "requests" or "tokens", per minute; None where no such limit can be read."""
+    text = headers.get(f"x-ratelimit-limit-{what}")
+    if text is None:
+        return None
+    per_minute = _number(text)
+    if per_minute is None or not 0 < per_minute <= MAX_PER_MINUTE:
+        return None
+    remaining = _number(headers.get(f"x-ratelimit-remaining-{what}"))
+    if remaining is not None and remaining > per_minute:
+        remaining = None
+    reset_s = duration_s(headers.get(f"x-ratelimit-reset-{what}"))
+    if reset_s is not None and reset_s > MAX_RESET_S:
+        return None
+    return Stated(per_minute, remaining, reset_s)
+
+
+def duration_s(text: str | None) -> float | None:
+    """Seconds in `1s`, `6m0s`, `250ms`, `1h2m3.5s`, `1d`, or a plain number of seconds; None for anything else."""
+    if text is None or not (text := text.strip()):
+        return None
+    if (seconds := _number(text)) is not None:
+        return seconds
+    found = _DURATION.fullmatch(text)
+    if found is None:
+        return None
+    return sum(float(part) * unit for part, unit in zip(found.groups(), _UNITS_S, strict=True) if part)
+
+
+def _number(text: str | None) -> float | None:
+    return None if text is None or not _NUMBER.fullmatch(text.strip()) else float(text)

@@ -1,0 +1,164 @@
+"""The real gate against the simulator's own buckets, in one process on a clock that jumps: minutes in milliseconds."""
+
+import asyncio
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Any
+
+from batchrun.admission import Ask, Limit, Outcome
+from batchrun.gate import Gate
+from batchrun.gate_state import GateState
+from batchrun.policy import retry_after_s
+from batchrun.records import RowError, Verdict
+from batchrun.simulator.limits import BURST_S, Limits
+from batchrun.simulator.refusal import Refused
+
+LATENCY_S = 0.4
+LATENCY_SIGMA = 0.3
+NETWORK_S = 0.002
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One request as the server saw it."""
+
+    at_s: float
+    row: int
+    tokens: int
+    status: int
+
+
+class Server:
+    """Limits, latency and headers as the simulator has them, on the running loop's clock."""
+
+    def __init__(self, rpm: int | None = None, tpm: int | None = None, *, headers: bool = True, seed: int = 1) -> None:
+        self._rng = random.Random(seed)
+        self._headers = headers
+        self.begun_s = asyncio.get_running_loop().time()
+        self._broken = False
+        self.failing = 0.0
+        self.exchanges: list[Exchange] = []
+        self.limit(rpm, tpm)
+
+    def limit(self, rpm: int | None, tpm: int | None) -> None:
+        """Other limits from now on; their buckets are full."""
+        self._limits = Limits(rpm, tpm, headers=self._headers, now_s=_now_s())
+
+    def break_down(self, *, broken: bool) -> None:
+        """Everything is answered with 500 from now on, or nothing any more."""
+        self._broken = broken
+
+    async def ask(self, row: int, tokens: int) -> tuple[int, str, Mapping[str, str]]:
+        """Status, message and headers of the answer."""
+        await asyncio.sleep(NETWORK_S)
+        at_s = _now_s()
+        try:
+            if self._broken or self._rng.random() < self.failing:
+                raise Refused(500, "broken", code="server_error")
+            self._limits.admit(tokens, at_s)
+        except Refused as refused:
+            self.exchanges.append(Exchange(at_s, row, tokens, refused.status))
+            await asyncio.sleep(NETWORK_S)
+            headers = {name.lower(): value for name, value in (*self._limits.headers(at_s), *refused.headers)}
+            return refused.status, refused.message, headers
+        self.exchanges.append(Exchange(at_s, row, tokens, 200))
+        await asyncio.sleep(LATENCY_S * math.exp(self._rng.gauss(0, LATENCY_SIGMA)))
+        return 200, "", dict(self._limits.headers(_now_s()))
+
+    def accepted(self, since_s: float = 0.0, until_s: float = math.inf) -> list[Exchange]:
+        """What was accepted between two moments, in seconds since the start."""
+        since_s, until_s = since_s + self.begun_s, until_s + self.begun_s
+        return [e for e in self.exchanges if e.status == 200 and since_s <= e.at_s < until_s]
+
+    def refused(self) -> float:
+        """The share of refusals."""
+        return sum(e.status == 429 for e in self.exchanges) / len(self.exchanges)
+
+
+@dataclass(slots=True)
+class Run:
+    """How a run through the gate went."""
+
+    server: Server
+    took_s: float = 0.0
+    done: list[int] = field(default_factory=list)
+    sent: list[int] = field(default_factory=list)
+    changes: list[tuple[float, str]] = field(default_factory=list)
+
+
+def new_gate(run: Run, *, max_in_flight: int = 64, first_in_flight: int = 8, **limits: Any) -> Gate:
+    """A gate that tells the run its changes."""
+
+    def told(what: Limit, before: float | None, after: float | None, why: str) -> None:
+        run.changes.append((_now_s() - run.server.begun_s, f"{what}: {before} -> {after}: {why}"))
+
+    state = GateState(
+        max_in_flight=max_in_flight,
+        first_in_flight=first_in_flight,
+        max_outage_s=7_200.0,
+        resumed=False,
+        uniform=random.Random(7).random,
+        on_change=lambda before, after: run.changes.append((_now_s() - run.server.begun_s, f"{before} -> {after}")),
+    )
+    return Gate(state, asyncio.get_running_loop(), on_pace=told, **limits)
+
+
+async def ask_all(
+    run: Run,
+    gate: Gate,
+    sizes: Sequence[int],
+    *,
+    estimate: Callable[[int], int] = lambda tokens: tokens,
+    learn: Callable[[int, int], None] = lambda row, tokens: None,
+    workers: int = 64,
+) -> None:
+    """Every row is answered; rows that were refused go again, before new ones."""
+    begun_s = _now_s()
+    rows = list(enumerate(sizes))[::-1]
+
+    async def worker() -> None:
+        while rows:
+            row, tokens = rows.pop()
+            ask = Ask(estimate(row), Decimal(0))
+            slot = await gate.admit(ask)
+            run.sent.append(row)
+            status, message, headers = await run.server.ask(row, tokens)
+            if status == 200:
+                learn(row, tokens)
+                gate.settle(slot, tokens)
+            gate.hear(slot, headers)
+            gate.observe(slot, outcome(row, status, message, headers))
+            gate.release(slot, Decimal(0))
+            if status == 200:
+                run.done.append(row)
+            else:
+                rows.insert(0 if status == 500 else len(rows), (row, tokens))
+
+    await asyncio.gather(*(worker() for _ in range(workers)))
+    run.took_s = _now_s() - begun_s
+
+
+def outcome(row: int, status: int, message: str, headers: Mapping[str, str]) -> Outcome:
+    """What the policy makes of such an answer."""
+    if status == 200:
+        return Outcome(row, Verdict.OK)
+    error = RowError("refused", status, None, message)
+    return Outcome(row, Verdict.SLOW if status == 429 else Verdict.FREE, error, retry_after_s(headers, 0.0))
+
+
+def ideal_s(rows: int, tokens: int, rpm: int | None, tpm: int | None) -> float:
+    """The least time: what the limits give, less the server's burst, and one median latency."""
+    needed = max(rows / rpm if rpm else 0.0, tokens / tpm if tpm else 0.0)
+    return needed * 60 - BURST_S + LATENCY_S
+
+
+def during(seconds: float, then: Callable[[], None]) -> None:
+    """`then` happens so many seconds from now."""
+    asyncio.get_running_loop().call_later(seconds, then)
+
+
+def _now_s() -> float:
+    return asyncio.get_running_loop().time()

@@ -1,0 +1,135 @@
+"""The whole limit is used and nothing storms: the gate against the simulator's own buckets, on a moved clock."""
+
+import asyncio
+import random
+
+import pytest
+
+from tests.limited_server import Run, Server, ask_all, during, ideal_s, new_gate
+from tests.moved_clock import run_on_moved_clock
+
+RPM, TPM = 3_000, 600_000
+SIZES = [150] * 3_000
+
+
+def share_of_ideal(run: Run, sizes: list[int], rpm: int | None, tpm: int | None) -> float:
+    return ideal_s(len(sizes), sum(sizes), rpm, tpm) / run.took_s
+
+
+def test_told_its_limits_it_uses_them_to_the_last_half_per_cent_without_a_429() -> None:
+    async def main() -> None:
+        run = Run(Server(RPM, TPM))
+        gate = new_gate(run, requests_per_minute=RPM, tokens_per_minute=TPM, first_in_flight=50)
+        await ask_all(run, gate, SIZES)
+        assert share_of_ideal(run, SIZES, RPM, TPM) >= 0.993  # the slowest of the last answers costs the rest
+        assert run.server.refused() == 0
+        assert run.sent == list(range(3_000))
+
+    run_on_moved_clock(main())
+
+
+def test_untold_it_takes_the_limits_from_the_headers() -> None:
+    async def main() -> None:
+        run = Run(Server(RPM, TPM))
+        await ask_all(run, new_gate(run), SIZES)
+        assert share_of_ideal(run, SIZES, RPM, TPM) >= 0.985
+        assert run.server.refused() <= 0.001
+
+    run_on_moved_clock(main())
+
+
+@pytest.mark.parametrize("rpm", [60, 600, 3_000])
+def test_untold_and_without_headers_it_learns_the_rate_from_refusals(rpm: int) -> None:
+    async def main() -> None:
+        run = Run(Server(rpm, None, headers=False))
+        await ask_all(run, new_gate(run), sizes := [150] * rpm)
+        assert share_of_ideal(run, sizes, rpm, None) >= (0.92 if rpm > 60 else 0.85)
+        assert run.server.refused() <= (0.02 if rpm > 600 else 0.03 if rpm > 60 else 0.25)
+
+    run_on_moved_clock(main())
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_where_tokens_bind_the_largest_prompts_go_in_their_turn_and_nothing_is_wasted(told: bool) -> None:
+    rng = random.Random(5)
+    sizes = [int(50 * 400 ** rng.random()) for _ in range(300)]
+
+    async def main() -> None:
+        run = Run(Server(None, TPM))
+        gate = new_gate(run, tokens_per_minute=TPM if told else None)
+        await ask_all(run, gate, sizes, estimate=lambda row: sizes[row])
+        assert share_of_ideal(run, sizes, None, TPM) >= 0.985
+        assert run.server.refused() <= (0 if told else 0.01)
+        if told:
+            assert run.sent == list(range(len(sizes)))
+
+    run_on_moved_clock(main())
+
+
+@pytest.mark.parametrize("headers", [True, False])
+@pytest.mark.parametrize("told", [True, False])
+def test_a_limit_that_is_halved_and_restored_is_followed_within_half_a_minute(told: bool, headers: bool) -> None:
+    rpm = 1_200
+
+    async def main() -> None:
+        run = Run(Server(rpm, None, headers=headers))
+        during(40, lambda: run.server.limit(rpm // 2, None))
+        during(100, lambda: run.server.limit(rpm, None))
+        await ask_all(run, new_gate(run, requests_per_minute=rpm if told else None), [150] * 2_800)
+        halved, restored = (len(run.server.accepted(at, at + 30)) * 2 for at in (70, 130))
+        assert halved == pytest.approx(rpm / 2, rel=0.1)
+        assert restored == pytest.approx(rpm, rel=0.1)
+        assert run.server.refused() <= 0.01
+
+    run_on_moved_clock(main())
+
+
+@pytest.mark.parametrize("headers", [True, False])
+@pytest.mark.parametrize("told", [True, False])
+def test_a_second_client_on_the_same_key_gets_its_half_and_leaves_us_ours(told: bool, headers: bool) -> None:
+    async def main() -> None:
+        run = Run(Server(RPM, None, headers=headers))
+        theirs: list[int] = []
+
+        async def other() -> None:
+            while len(run.done) < 1_500:
+                await asyncio.sleep(120 / RPM)
+                asking.append(asyncio.create_task(ask_one()))
+
+        async def ask_one() -> None:
+            theirs.append((await run.server.ask(-1, 150))[0])
+
+        asking = [asyncio.create_task(other())]
+        await ask_all(run, new_gate(run, requests_per_minute=RPM if told else None), [150] * 1_500)
+        while asking:
+            await asking.pop()
+        assert run.server.refused() <= 0.01
+        assert theirs.count(429) <= 0.01 * len(theirs)
+        assert run.took_s <= 66
+
+    run_on_moved_clock(main())
+
+
+@pytest.mark.parametrize("at_s", [0.0, 20.0])
+def test_ten_minutes_of_an_outage_see_fewer_than_thirty_requests_and_every_row_is_done_after(at_s: float) -> None:
+    async def main() -> None:
+        run = Run(Server(RPM, None))
+        during(at_s, lambda: run.server.break_down(broken=True))
+        during(at_s + 600, lambda: run.server.break_down(broken=False))
+        await ask_all(run, new_gate(run), [150] * 2_000)
+        assert sum(exchange.status == 500 for exchange in run.server.exchanges) < 30
+        assert sorted(run.done) == list(range(2_000))
+
+    run_on_moved_clock(main())
+
+
+def test_failures_at_random_are_no_outage_even_where_they_come_at_once() -> None:
+    async def main() -> None:
+        run = Run(Server(RPM, None))
+        run.server.failing = 0.3
+        await ask_all(run, new_gate(run), [150] * 3_000)
+        coolings = sum("Cooling" in what.partition("->")[2] for _, what in run.changes)
+        assert coolings <= 3
+        assert sorted(run.done) == list(range(3_000))
+
+    run_on_moved_clock(main())

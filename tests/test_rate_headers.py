@@ -1,0 +1,72 @@
+"""Headers about limits: every form they come in is read, and nonsense is as if it had not been sent."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batchrun.rate_headers import Stated, duration_s, stated
+from batchrun.simulator.limits import duration_text
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("1s", 1.0),
+        ("6m0s", 360.0),
+        ("250ms", 0.25),
+        ("1.5s", 1.5),
+        ("1h2m3.5s", 3_723.5),
+        ("2m59.56s", 179.56),
+        ("1d", 86_400.0),
+        ("1m", 60.0),
+        ("12", 12.0),
+        ("0.25", 0.25),
+        (" 7s ", 7.0),
+        ("0s", 0.0),
+        ("53µs", 0.0),
+        *((text, None) for text in ("", "s", "soon", "-1s", "1e9", "nan", "1s1m", "2026-11-25T20:00:00Z", "1 s")),
+        (None, None),
+    ],
+)
+def test_a_reset_is_read_in_every_form_it_comes_in(text: str | None, seconds: float | None) -> None:
+    assert duration_s(text) == (None if seconds is None else pytest.approx(seconds))
+
+
+@given(st.integers(0, 10_000_000))
+def test_a_reset_as_the_simulator_writes_it_is_read_to_the_millisecond(milliseconds: int) -> None:
+    assert duration_s(duration_text(milliseconds / 1_000)) == pytest.approx(milliseconds / 1_000, rel=1e-5, abs=1e-6)
+
+
+@settings(max_examples=50)
+@given(st.text(max_size=30), st.text(max_size=30), st.text(max_size=30))
+def test_no_header_whatever_it_holds_raises_or_makes_a_limit_that_is_none(limit: str, left: str, reset: str) -> None:
+    said = stated(headers(limit, left, reset), "requests")
+    assert said is None or (said.per_minute > 0 and (said.remaining is None or 0 <= said.remaining <= said.per_minute))
+
+
+def headers(limit: str | None, remaining: str | None = None, reset: str | None = None) -> dict[str, str]:
+    named = {"limit": limit, "remaining": remaining, "reset": reset}
+    return {f"x-ratelimit-{name}-requests": text for name, text in named.items() if text is not None}
+
+
+@pytest.mark.parametrize(
+    ("sent", "said"),
+    [
+        (headers("3000", "99", "20ms"), Stated(3_000, 99, 0.02)),
+        (headers("3000"), Stated(3_000)),
+        (headers("3000", "nonsense", "soon"), Stated(3_000)),
+        (headers("3000", "-1"), Stated(3_000)),
+        (headers("3000", "3001"), Stated(3_000)),
+        (headers(None, "99", "20ms"), None),
+        (headers("0"), None),
+        (headers("-5"), None),
+        (headers("unlimited"), None),
+        (headers("1e6"), None),
+        (headers("99999999999999"), None),
+        (headers("14400", "14370", "2m59.56s"), None),  # a limit per day
+        ({}, None),
+    ],
+)
+def test_what_can_not_be_meant_is_as_if_it_had_not_been_sent(sent: dict[str, str], said: Stated | None) -> None:
+    assert stated(sent, "requests") == said
+    assert stated(sent, "tokens") is None
