@@ -108,6 +108,7 @@ class Asking:
             self._chronicle.gate, self._chronicle.pipeline = gate, pipeline
             self._checkpoint.listen(_in_loop(loop, pipeline.durable), _in_loop(loop, self._fail))
             beat = asyncio.create_task(self._beat(client))
+            beat.add_done_callback(self._on_last_beat)
             sealing = asyncio.create_task(self._seal())
             if self._hooks.host is not None:
                 self._serve(self._hooks.host, loop)
@@ -165,6 +166,11 @@ class Asking:
                 self._fail(DiskError(f"{self._directory.checkpoint}: is gone; nothing more is asked"))
             if beats % SUMMARY_EVERY == 0:
                 await asyncio.to_thread(self._chronicle.write, summary)
+
+    def _on_last_beat(self, beat: "asyncio.Task[None]") -> None:
+        """A heart that stopped by itself, by a bug in a `progress` say, ends the run: it keeps the deadlines."""
+        if not beat.cancelled() and (error := beat.exception()) is not None:
+            self._fail(error)
 
     def _on_signal(self, loop: asyncio.AbstractEventLoop, name: str, exit_code: ExitCode) -> None:
         """First: no more admission, requests in flight may end within the grace. Second: now."""

@@ -58,8 +58,8 @@ def run(
             return finished
         at_rest = _at_rest(directory)
         chronicle = Chronicle(job.name, directory, credentials)
-        hooks.progress(chronicle.summary())
         try:
+            hooks.progress(chronicle.summary())
             directory.reserve_room()
             checkpoint = Checkpoint(directory.checkpoint, free_reserve=directory.free_room)
             try:

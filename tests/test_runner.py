@@ -2,7 +2,10 @@
 
 import asyncio
 import dataclasses
+import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from decimal import Decimal
@@ -19,7 +22,7 @@ from batchrun.completions import OWN
 from batchrun.delivery import MAX_ROWS
 from batchrun.output import OWN_COLUMNS
 from batchrun.simulator import SimulatorConfig, parse_faults
-from tests.cli_process import kill_when, start, write_job, write_rows
+from tests.cli_process import kill_when, read_summary, start, write_job, write_rows
 from tests.simulator_process import RunningSimulator, running_simulator
 from tests.test_start import KEYS, job_at, texts
 
@@ -205,6 +208,34 @@ def test_a_task_that_is_cancelled_leaves_a_run_that_can_be_gone_on_with(tmp_path
         asyncio.run(cancel())
     assert rows_of(asyncio.run(the_whole(job, tmp_path / "out", texts(40)))) == list(range(40))
     assert len(slow.ledger()) - served == 40
+
+
+PROGRAM = """
+import asyncio, sys
+import batchrun
+
+async def main():
+    async with batchrun.Runner(sys.argv[1], output=sys.argv[2]) as runner:
+        async for completion in runner:
+            print(completion.row, flush=True)
+
+asyncio.run(main())
+"""
+
+
+def test_ctrl_c_in_a_program_drains_its_run(tmp_path: Path) -> None:
+    with running_simulator(SimulatorConfig(latency_s=0.3)) as running:
+        source, more = write_rows(tmp_path / "in.jsonl", 40), "[limits]\nmax_in_flight = 4\n"
+        file = write_job(tmp_path / "job.toml", running.url, source, more)
+        command = [sys.executable, "-c", PROGRAM, str(file), str(tmp_path / "out")]
+        environ = {**os.environ, **KEYS}
+        process = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        kill_when(process, lambda: len(running.ledger()) >= 4, signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+        assert err.splitlines()[-1] == "KeyboardInterrupt"
+        summary = read_summary(tmp_path / "out")
+        assert (summary["state"], summary["possibly_billed_count"]) == ("stopped", 0)
+        assert len(out.splitlines()) <= 40 - summary["pending"] == len(running.ledger())
 
 
 def test_a_second_stop_ends_the_run_at_once_and_names_who_was_in_flight(tmp_path: Path) -> None:

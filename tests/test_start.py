@@ -207,6 +207,22 @@ def test_failed_rows_are_data_and_no_exception(tmp_path: Path) -> None:
         batchrun.run(job_at(strict.url), texts(30), output=tmp_path / "out", environ=KEYS, retry_failed=["ok"])
 
 
+@pytest.mark.parametrize("state", ["checking", "running"])
+def test_what_a_callback_raises_ends_the_run_drained(tmp_path: Path, state: str) -> None:
+    def progress(summary: batchrun.Summary) -> None:
+        if summary.state == state:
+            raise KeyError("a bug of the program's")
+
+    with running_simulator(SimulatorConfig(latency_s=0.2)) as slow:
+        job = job_at(slow.url, limits=batchrun.Limits(max_in_flight=2))
+        with pytest.raises(KeyError):
+            batchrun.run(job, texts(40), output=tmp_path / "out", environ=KEYS, progress=progress)
+        summary = cli_process.read_summary(tmp_path / "out")
+        settled = 0 if state == "checking" else summary["rows"] - summary["pending"]
+        assert (summary["state"], summary["possibly_billed_count"]) == ("failed", 0)
+        assert settled == len(slow.ledger()) < 40
+
+
 def test_a_missing_key_is_told_before_anything_is_made(tmp_path: Path) -> None:
     with pytest.raises(batchrun.JobError, match=f"the environment variable {KEY_ENV} is not set"):
         batchrun.run(job_at("http://127.0.0.1:1/v1"), texts(1), output=tmp_path / "out", environ={})
