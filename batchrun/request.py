@@ -8,8 +8,7 @@ Images that must be read are put in only when a request is sent: until then the 
 """
 
 import hashlib
-import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import msgspec
@@ -17,14 +16,11 @@ import msgspec
 from batchrun import expected, image_parts
 from batchrun.errors import InputError, JobError
 from batchrun.expected import Expected
+from batchrun.fields import as_json, check_messages, check_parameter, plain, same_number
 from batchrun.image_parts import Image, Picture, Source
 from batchrun.job import Endpoint, Job, MessageTemplate, RequestTemplate
 from batchrun.records import Request, Row
 from batchrun.templates import Columns, template, text_template
-
-ROLES = ("user", "assistant", "system", "developer")
-EFFORTS = ("low", "medium", "high", "xhigh")
-MAX_TOKENS = 128_000
 
 MAX_EXPECTED = 64
 """Different schemas of a batch file's lines that are kept compiled at a time."""
@@ -220,7 +216,7 @@ def _field_order(item: tuple[str, object]) -> tuple[int, str]:
 
 def _parameters(request: RequestTemplate) -> Body:
     """The constant fields of every body, in the API's order, then the extra ones as the job gives them."""
-    fields: Body = {name: _same_number(msgspec.to_builtins(getattr(request, name))) for name in _FIELDS}
+    fields: Body = {name: same_number(msgspec.to_builtins(getattr(request, name))) for name in _FIELDS}
     if (wanted := request.response_format) is not None:
         fields["response_format"] = {"type": wanted.type}
         if wanted.type == "json_schema":
@@ -333,86 +329,5 @@ def _looked_at(pictures: list[Picture], read: Callable[[Source], Image]) -> byte
     return digest.digest()
 
 
-def as_json(value: Any) -> Any:
-    """A value that a column holds as JSON text (mixed types, or a text column of JSON), decoded; others as they are."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return msgspec.json.decode(value)
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise InputError(f"a column that should hold JSON does not: {error}") from error
-
-
-def plain(value: Any, column: str) -> Any:
-    """`value` without the null fields of its objects: Parquet pads every struct with them.
-
-    Raises:
-        InputError: JSON has no form for a value in it. The encoder would send NaN as null and bytes as base64.
-    """
-    if isinstance(value, dict):
-        return {name: plain(item, column) for name, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [plain(item, column) for item in value]
-    if value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
-        return value
-    raise InputError(f"{column}: JSON has no {type(value).__name__} such as {value!r:.80}; convert it first")
-
-
 def _count(value: Any) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
-
-
-def _same_number(value: Any) -> Any:
-    """A whole number as an integer: Parquet makes doubles of integers beside nulls or fractions, JSONL does not."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def check_messages(messages: Any) -> list[Any]:
-    """The messages, if they are such by docs/api.md; an InputError names what is not."""
-    if not isinstance(messages, list) or not messages:
-        raise InputError("messages: expected at least one message")
-    for place, message in enumerate(messages):
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            role = message.get("role") if isinstance(message, dict) else message
-            raise InputError(f"messages[{place}].role: expected one of {', '.join(ROLES)} (is {role!r:.80})")
-        content = message.get("content")
-        calls = "function_call" in message or "tool_calls" in message
-        if not isinstance(content, str | list) and not (content is None and calls):
-            raise InputError(f"messages[{place}].content: expected text or a list of parts")
-    return messages
-
-
-def check_parameter(name: str, value: Any) -> Any:
-    """The value, if docs/api.md allows it for this field; fields that page does not know pass unchanged."""
-    if (check := _CHECKS.get(name)) is not None:
-        value = _same_number(value)
-        allowed, expected = check
-        if not allowed(value):
-            raise InputError(f"{name}: expected {expected} (is {value!r:.80})")
-    return value
-
-
-def _number_within(value: Any, low: float, high: float) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and low <= value <= high  # NaN is neither
-
-
-_CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "model": (lambda v: isinstance(v, str) and v != "", "a model id"),
-    "reasoning_effort": (lambda v: v in EFFORTS, f"one of {', '.join(EFFORTS)}"),
-    "max_tokens": (lambda v: isinstance(v, int) and _number_within(v, 1, MAX_TOKENS), "an integer from 1 to 128,000"),
-    "temperature": (lambda v: _number_within(v, 0, 2), "a number from 0 to 2"),
-    "top_p": (lambda v: _number_within(v, 0, 1), "a number from 0 to 1"),
-    "functions": (
-        lambda v: isinstance(v, list) and all(isinstance(f, dict) and isinstance(f.get("name"), str) for f in v),
-        "a list of functions with names",
-    ),
-    "function_call": (
-        lambda v: v in ("none", "auto") or (isinstance(v, dict) and isinstance(v.get("name"), str)),
-        '"none", "auto" or an object with a name',
-    ),
-    "response_format": (
-        lambda v: isinstance(v, dict) and v.get("type") in ("text", "json_object", "json_schema"),
-        "an object with type text, json_object or json_schema",
-    ),
-}

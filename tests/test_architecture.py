@@ -21,7 +21,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset(
         {
             *("source", "ids", "json_columns", "schema_columns", "window"),
-            *("request", "check", "templates", "image_parts", "images", "image_digests"),
+            *("request", "check", "fields", "templates", "image_parts", "images", "image_digests"),
             *("accounts", "admission", "gate", "gate_state", "pace", "accepted", "rate_headers", "purse"),
             *("client", "stream", "sse", "packed", "answer", "policy", "offline"),
             *("durable", "rundir", "runlog", "slots", "spent", "spill", "wal", "database", "tables", "checkpoint"),
@@ -56,7 +56,7 @@ WITHIN_A_LAYER: dict[str, frozenset[str]] = {
     "slots": frozenset({"durable"}),
     "spill": frozenset({"durable"}),
     "window": frozenset({"durable", "json_columns", "source"}),
-    "request": frozenset({"image_parts", "templates"}),
+    "request": frozenset({"fields", "image_parts", "templates"}),
     "templates": frozenset({"image_parts"}),
     "images": frozenset({"image_parts"}),
     "image_digests": frozenset({"durable"}),

@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchrun.errors import InputError, JobError
+from batchrun.fields import check_parameter
 from batchrun.job import Job, from_tables
 from batchrun.records import Request, Row
-from batchrun.request import RequestBuilder, check_parameter, detect_dialect
+from batchrun.request import RequestBuilder, detect_dialect
 from batchrun.source import find_files, open_source
 
 MODEL = "vtrix-gpt-5.3-codex"

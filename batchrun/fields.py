@@ -1,0 +1,94 @@
+"""The API's fields as docs/api.md has them: what a row brings is held to their types and ranges. PURE."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+
+from batchrun.errors import InputError
+
+ROLES = ("user", "assistant", "system", "developer")
+EFFORTS = ("low", "medium", "high", "xhigh")
+MAX_TOKENS = 128_000
+
+
+def as_json(value: Any) -> Any:
+    """A value that a column holds as JSON text (mixed types, or a text column of JSON), decoded; others as they are."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return msgspec.json.decode(value)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise InputError(f"a column that should hold JSON does not: {error}") from error
+
+
+def plain(value: Any, column: str) -> Any:
+    """`value` without the null fields of its objects: Parquet pads every struct with them.
+
+    Raises:
+        InputError: JSON has no form for a value in it. The encoder would send NaN as null and bytes as base64.
+    """
+    if isinstance(value, dict):
+        return {name: plain(item, column) for name, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [plain(item, column) for item in value]
+    if value is None or isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    raise InputError(f"{column}: JSON has no {type(value).__name__} such as {value!r:.80}; convert it first")
+
+
+def same_number(value: Any) -> Any:
+    """A whole number as an integer: Parquet makes doubles of integers beside nulls or fractions, JSONL does not."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def check_messages(messages: Any) -> list[Any]:
+    """The messages, if they are such by docs/api.md; an InputError names what is not."""
+    if not isinstance(messages, list) or not messages:
+        raise InputError("messages: expected at least one message")
+    for place, message in enumerate(messages):
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            role = message.get("role") if isinstance(message, dict) else message
+            raise InputError(f"messages[{place}].role: expected one of {', '.join(ROLES)} (is {role!r:.80})")
+        content = message.get("content")
+        calls = "function_call" in message or "tool_calls" in message
+        if not isinstance(content, str | list) and not (content is None and calls):
+            raise InputError(f"messages[{place}].content: expected text or a list of parts")
+    return messages
+
+
+def check_parameter(name: str, value: Any) -> Any:
+    """The value, if docs/api.md allows it for this field; fields that page does not know pass unchanged."""
+    if (check := _CHECKS.get(name)) is not None:
+        value = same_number(value)
+        allowed, expected = check
+        if not allowed(value):
+            raise InputError(f"{name}: expected {expected} (is {value!r:.80})")
+    return value
+
+
+def _number_within(value: Any, low: float, high: float) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and low <= value <= high  # NaN is neither
+
+
+_CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "model": (lambda v: isinstance(v, str) and v != "", "a model id"),
+    "reasoning_effort": (lambda v: v in EFFORTS, f"one of {', '.join(EFFORTS)}"),
+    "max_tokens": (lambda v: isinstance(v, int) and _number_within(v, 1, MAX_TOKENS), "an integer from 1 to 128,000"),
+    "temperature": (lambda v: _number_within(v, 0, 2), "a number from 0 to 2"),
+    "top_p": (lambda v: _number_within(v, 0, 1), "a number from 0 to 1"),
+    "functions": (
+        lambda v: isinstance(v, list) and all(isinstance(f, dict) and isinstance(f.get("name"), str) for f in v),
+        "a list of functions with names",
+    ),
+    "function_call": (
+        lambda v: v in ("none", "auto") or (isinstance(v, dict) and isinstance(v.get("name"), str)),
+        '"none", "auto" or an object with a name',
+    ),
+    "response_format": (
+        lambda v: isinstance(v, dict) and v.get("type") in ("text", "json_object", "json_schema"),
+        "an object with type text, json_object or json_schema",
+    ),
+}
