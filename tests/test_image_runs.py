@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchrun.simulator import SimulatorConfig, parse_faults
-from tests.cli_process import batchrun, read_summary
+from tests.cli_process import batchrun, finish, kill_when, read_summary, start
 from tests.jobs import write_lines
 from tests.pictures import SAMPLES, data_url
 from tests.simulator_process import RunningSimulator, running_simulator
@@ -155,3 +155,33 @@ def test_an_image_that_changes_or_goes_after_the_check_stops_the_run_and_is_take
     assert {row["status"] for row in rows} <= {"ok", "truncated"}
     assert rows[18]["request_key"] == rows[19]["request_key"]  # the same picture by now
     assert [path.name for path in out.glob("images*.bin")] == ["images.1.bin"]
+
+
+def test_a_killed_run_over_images_goes_on_and_what_is_sound_of_a_damaged_one_is_kept(
+    tmp_path: Path, pictures: Path
+) -> None:
+    with running_simulator(SimulatorConfig(latency_s=0.1)) as simulator:
+        job, out = write_job(tmp_path, simulator, pictures), tmp_path / "out"
+        job.write_text(job.read_text().replace("chunk_rows = 7", "chunk_rows = 3"))
+        process = start("run", job, "-o", out)
+        kill_when(process, lambda: (out / "parts" / "000001.g1.parquet").exists())  # so the first is on record
+        finish(process)
+        damaged = tmp_path / "damaged"
+        shutil.copytree(out, damaged)
+        served = len(simulator.ledger())
+        assert batchrun("run", job, "-o", out).exit_code == 0
+        assert len(simulator.ledger()) <= 20 + 4  # who was in flight is asked again, and nobody else
+        first = damaged / "parts" / "000000.g1.parquet"
+        content = bytearray(first.read_bytes())
+        content[len(content) // 3] ^= 4
+        first.write_bytes(content)
+        assert batchrun("verify", damaged, "--salvage").exit_code == 7
+        asked = len(simulator.ledger())
+        ended = batchrun("run", job, "-o", tmp_path / "damaged.salvaged")
+        assert ended.exit_code == 0, ended.stderr
+        assert len(simulator.ledger()) - asked <= 20 - served + 4 + 3  # the part's rows, too
+    same = ("image", "request_key", "content", "prompt_tokens")
+    whole, salvaged = rows_of(out), rows_of(tmp_path / "damaged.salvaged")
+    assert [[row[name] for name in same] for row in salvaged] == [[row[name] for name in same] for row in whole]
+    assert (tmp_path / "damaged.salvaged" / "images.bin").read_bytes() == (out / "images.bin").read_bytes()
+    assert [path for path in (out, damaged) if holding_a_picture(path)] == []
