@@ -44,7 +44,7 @@ class Survey(msgspec.Struct, frozen=True):
 
     By model: `models` counts rows, `max_request` bounds the (prompt, output) tokens of the largest request, and
     `max_tokens` those of all requests together. `answer_schema`: the one JSON schema that all answers in JSON are to
-    fit; None where there is none, or more than one.
+    fit; None where there is none, or more than one. `image_tokens` is what all images usually count.
     """
 
     dialect: str
@@ -57,13 +57,14 @@ class Survey(msgspec.Struct, frozen=True):
     max_tokens: dict[str, tuple[int, int]]
     types: ColumnTypes | None
     answer_schema: str | None = None
+    image_tokens: int = 0
 
 
 class _Tally:
     """The survey while it is being made."""
 
     def __init__(self, keep: Callable[[Problem], None]) -> None:
-        self.rows = self.body_bytes = 0
+        self.rows = self.body_bytes = self.image_tokens = 0
         self.unusable, self.repeated = array("Q"), array("Q")
         self.first_problems: list[Problem] = []
         self.models: dict[str, int] = {}
@@ -76,6 +77,7 @@ class _Tally:
     def accept(self, request: Request) -> None:
         self.rows += 1
         self.body_bytes += len(request.body)
+        self.image_tokens += request.image_tokens
         self.models[request.model] = self.models.get(request.model, 0) + 1
         prompt, output = self.max_request.get(request.model, (0, 0))
         largest = (max(prompt, request.max_prompt_tokens), max(output, request.max_output_tokens))
@@ -96,6 +98,7 @@ class _Tally:
         """It was accepted before it was known to be a repetition; the largest and the sums stay upper bounds."""
         self.rows -= 1
         self.body_bytes -= len(request.body)
+        self.image_tokens -= request.image_tokens
         self.models[request.model] -= 1
         if not self.models[request.model]:
             del self.models[request.model]
@@ -158,6 +161,7 @@ def survey(
         max_tokens=tally.max_tokens,
         types=types,
         answer_schema=tally.answer_schemas.pop() if len(tally.answer_schemas) == 1 else None,
+        image_tokens=tally.image_tokens,
     )
 
 

@@ -111,12 +111,14 @@ def _means(found: Survey, job: Job, done: Summary | None) -> tuple[float, float,
     if answered:
         prompt = sum(line.prompt_tokens for line in lines) / answered
         return prompt, sum(line.completion_tokens for line in lines) / answered, f"the mean of {answered:,} answers"
-    prompt = USUAL_TOKENS_PER_BYTE * found.body_bytes / found.rows if found.rows else 0.0
+    tokens = USUAL_TOKENS_PER_BYTE * found.body_bytes + found.image_tokens
+    prompt = tokens / found.rows if found.rows else 0.0
+    images = ", 765 an image (85 of low detail)" if found.image_tokens else ""
     answer = min(job.request.max_tokens or USUAL_ANSWER_TOKENS, USUAL_ANSWER_TOKENS)
     return (
         prompt,
         answer,
-        f"{USUAL_TOKENS_PER_BYTE} tokens a byte and {answer} an answer; a pilot tells better: --limit 20",
+        f"{USUAL_TOKENS_PER_BYTE} tokens a byte{images} and {answer} an answer; a pilot tells better: --limit 20",
     )
 
 

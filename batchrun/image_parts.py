@@ -15,7 +15,8 @@ import msgspec
 
 from batchrun.errors import InputError
 
-DETAILS = ("auto", "low", "high")
+USUAL_TOKENS = {"auto": 765, "low": 85, "high": 765}
+"""What the upstream counts for an image of common size, by detail: for estimates only."""
 
 Source = str | bytes
 """What says an image that must be looked at: a path, a `data:` URL, or its bytes."""
@@ -167,14 +168,14 @@ def with_images(messages: list[Any], sources: list[Source], detail: str | None) 
     return [*messages[:place], {**messages[place], "content": parts}, *messages[place + 1 :]]
 
 
-def taken(messages: list[Any]) -> tuple[list[Any], list[Picture], int]:
-    """The messages with a picture in place of each image that is to be looked at; these; and how many images in all.
+def taken(messages: list[Any]) -> tuple[list[Any], list[Picture], list[str]]:
+    """The messages with a picture in place of each image that is to be looked at; these; and every image's detail.
 
     Raises:
         InputError: an image part is none by docs/api.md.
     """
     pictures: list[Picture] = []
-    count = 0
+    details: list[str] = []
     for place, message in enumerate(messages):
         content = message.get("content")
         if not isinstance(content, list):
@@ -182,14 +183,14 @@ def taken(messages: list[Any]) -> tuple[list[Any], list[Picture], int]:
         at = [n for n, part in enumerate(content) if isinstance(part, dict) and part.get("type") == "image_url"]
         if not at:
             continue
-        if not count:
+        if not details:
             messages = list(messages)
-        count += len(at)
         parts = list(content)
         for n in at:
             parts[n] = _taken(parts[n], f"messages[{place}].content[{n}].image_url", pictures)
+            details.append(parts[n]["image_url"].get("detail", "auto"))
         messages[place] = {**message, "content": parts}
-    return messages, pictures, count
+    return messages, pictures, details
 
 
 def _taken(part: dict[str, Any], place: str, pictures: list[Picture]) -> dict[str, Any]:
@@ -198,8 +199,9 @@ def _taken(part: dict[str, Any], place: str, pictures: list[Picture]) -> dict[st
     url = said.get("url") if isinstance(said, dict) else None
     if not isinstance(said, dict) or not isinstance(url, str | bytes):
         raise InputError(f"{place}: expected an object with a url")
-    if said.get("detail", "auto") not in DETAILS:
-        raise InputError(f"{place}.detail: expected one of {', '.join(DETAILS)} (is {said['detail']!r:.80})")
+    detail = said.get("detail", "auto")
+    if not isinstance(detail, str) or detail not in USUAL_TOKENS:
+        raise InputError(f"{place}.detail: expected one of {', '.join(USUAL_TOKENS)} (is {detail!r:.80})")
     if isinstance(url, str) and _is_http(url, place):
         return part
     picture = Picture(url)

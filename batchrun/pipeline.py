@@ -48,9 +48,6 @@ TOKENS_PER_BYTE = 0.3
 UNKNOWN_OUTPUT_TOKENS = 1000
 """The estimate of an answer whose length nobody bounds; the usage corrects it when it comes."""
 
-USUAL_IMAGE_TOKENS = 800
-"""The estimate of an image: the upstream counts 85 with detail low, 765 for a common size otherwise."""
-
 NOTHING = Decimal(0)
 
 
@@ -378,7 +375,7 @@ class Pipeline:
 
     def _estimated_tokens(self, request: Request) -> int:
         output = min(request.max_output_tokens, UNKNOWN_OUTPUT_TOKENS)
-        return int(len(request.body) * TOKENS_PER_BYTE) + request.images * USUAL_IMAGE_TOKENS + output
+        return int(len(request.body) * TOKENS_PER_BYTE) + request.image_tokens + output
 
     def _cost_usd(self, request: Request, answer: Answer, judgement: Judgement) -> Decimal | None:
         """What the attempt cost for certain: 0 where no answer came, None where one came that can't be priced."""

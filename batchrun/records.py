@@ -78,8 +78,8 @@ class Request(msgspec.Struct, frozen=True):
 
     `key` is the identity of the question (BLAKE2b-128, docs/design.md); `body` goes to the wire as it is.
     `max_prompt_tokens` and `max_output_tokens` bound what one attempt can be billed for; no tokenizer makes more
-    tokens than the body has bytes. Of its `images`, `pictures` many are put in when it is sent; until then the body
-    lacks them. `expected` is what the answer is held against.
+    tokens than the body has bytes. `pictures` of its images are put in when it is sent; until then the body
+    lacks them. `image_tokens` is what all its images usually count. `expected` is what the answer is held against.
     """
 
     row: int
@@ -88,8 +88,8 @@ class Request(msgspec.Struct, frozen=True):
     model: str
     max_prompt_tokens: int
     max_output_tokens: int
-    images: int = 0
     pictures: int = 0
+    image_tokens: int = 0
     expected: Expected = ANYTHING
 
     @property

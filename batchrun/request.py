@@ -100,7 +100,7 @@ class RequestBuilder:
         """The request as `encode` makes its body, and the digest of its pictures; empty without `read`."""
         digest = b""
         try:
-            body, pictures, images = self._drawn(row)
+            body, pictures, details = self._drawn(row)
             if read is not None:
                 digest = _looked_at(pictures, read)
             key = b"" if pictures and read is None else self._key(body)
@@ -117,19 +117,19 @@ class RequestBuilder:
             key=key,
             body=encoded[:-1] + self._stream if self._stream else encoded,
             model=body["model"],
-            max_prompt_tokens=len(without_pictures) + images * self._max_image_tokens,
+            max_prompt_tokens=len(without_pictures) + len(details) * self._max_image_tokens,
             max_output_tokens=self._max_output(body),
-            images=images,
+            image_tokens=sum(image_parts.USUAL_TOKENS[detail] for detail in details) if details else 0,
             pictures=len(pictures),
             expected=self._expected_by(body),
         )
         return request, digest
 
-    def _drawn(self, row: Row) -> tuple[Body, list[Picture], int]:
-        """The body with a picture for each image that must be read, these, and the number of images in all."""
+    def _drawn(self, row: Row) -> tuple[Body, list[Picture], list[str]]:
+        """The body with a picture for each image that must be read, these, and the detail of every image."""
         body = self._batch_body(row.columns) if self.dialect == "openai-batch" else self._body(row.columns)
-        body["messages"], pictures, images = image_parts.taken(body["messages"])
-        return body, pictures, images
+        body["messages"], pictures, details = image_parts.taken(body["messages"])
+        return body, pictures, details
 
     def _key(self, body: Body) -> bytes:
         key = hashlib.blake2b(image_parts.canonical(body), digest_size=16)

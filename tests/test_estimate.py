@@ -38,6 +38,13 @@ def test_the_expected_cost_lies_between_bounds_that_hold() -> None:
     assert found.low_usd < found.expected_usd < found.high_usd
 
 
+def test_images_count_as_images_and_not_as_bytes() -> None:
+    found = msgspec.structs.replace(surveyed(100), image_tokens=100 * 765)
+    estimated = estimate(found, job(), {"m": PRICE}, 50, None)
+    assert estimated.prompt_tokens == 15_000 + 50 * 765
+    assert "765 an image" in estimated.basis
+
+
 @pytest.mark.parametrize(
     ("limits", "minutes", "limited_by"),
     [

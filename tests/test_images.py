@@ -361,7 +361,7 @@ def test_a_request_that_waits_holds_no_image_and_its_bound_counts_images_and_not
     job = job_over(None, request={"prompt": "What?", "images": ["photo"]}, input={"image_root": str(root)})
     builder, columns = RequestBuilder(job, "columns"), {"photo": ["big.png", data_url(PNG), URL]}
     waiting = builder.build(Row(0, columns))
-    assert (waiting.images, waiting.pictures, waiting.key) == (3, 2, b"")
+    assert (waiting.pictures, waiting.key, waiting.image_tokens) == (2, b"", 3 * 765)
     assert len(waiting.body) < 1000
     assert waiting.max_prompt_tokens == len(waiting.body) + 3 * 6_000
     whole, digest = builder.whole(Row(0, columns), Images(job.input).read)
@@ -400,7 +400,7 @@ def test_images_in_a_parquet_binary_column_are_checked_and_counted(tmp_path: Pat
     pq.write_table(table, tmp_path / "in.parquet")
     job = job_over(tmp_path / "in.parquet", request={"prompt": "What?", "images": ["photo"]})
     found = survey(open_source((tmp_path / "in.parquet",)), job, tmp_path)
-    assert (found.rows, list(found.rejected)) == (2, [2])
+    assert (found.rows, list(found.rejected), found.image_tokens) == (2, [2], 3 * 765)
 
 
 # -- images.bin
