@@ -12,7 +12,7 @@ import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batchrun import output
+from batchrun import output, packed
 from batchrun.base_part import BasePart
 from batchrun.checkpoint import Checkpoint
 from batchrun.errors import CheckpointError, InputError
@@ -190,14 +190,16 @@ class Chunks:
         """The chunk's rows with their completions, the newer over the base; `kept` counts where the base was better."""
         row = open_chunk.chunk.first_row
         base = self._base(open_chunk.chunk)
-        for table in open_chunk.window.tables(self._types):
-            own = self._own(self._checkpoint.completions(row, row + table.num_rows))
-            if base is not None:
-                own = base.under(own, row, row + table.num_rows, kept)
-            if own.num_rows != table.num_rows:
-                raise CheckpointError(f"chunk {open_chunk.chunk.chunk}: rows are missing from the checkpoint")
-            row += table.num_rows
-            yield output.joined(table, own, self._schema, self._parsed)
+        for window in open_chunk.window.tables(self._types):
+            completions = self._checkpoint.completions(row, row + window.num_rows)
+            for first_row, end_row, settled in _by_size(row, row + window.num_rows, completions):
+                table, own = window.slice(first_row - row, end_row - first_row), self._own(settled)
+                if base is not None:
+                    own = base.under(own, first_row, end_row, kept)
+                if own.num_rows != table.num_rows:
+                    raise CheckpointError(f"chunk {open_chunk.chunk.chunk}: rows are missing from the checkpoint")
+                yield output.joined(table, own, self._schema, self._parsed)
+            row += window.num_rows
 
     def _own(self, completions: Sequence[Completion]) -> pa.Table:
         keep_raw = self._settings.raw == "always"
@@ -232,3 +234,20 @@ class Chunks:
                 table.take(pa.array([at - row for at in rows], pa.int64())), kept, self._schema, self._parsed
             )
             row = end_row
+
+
+def _by_size(
+    first_row: int, end_row: int, completions: Sequence[Completion]
+) -> Iterator[tuple[int, int, Sequence[Completion]]]:
+    """The rows in consecutive ranges whose answers have a row group's bytes at most, or are one: (first, end, theirs).
+
+    A stream takes thirty times in `raw` what it takes in the checkpoint.
+    """
+    begun, gathered_bytes = 0, 0
+    for place, completion in enumerate(completions):
+        size = packed.size(completion.raw)
+        if gathered_bytes and gathered_bytes + size > output.ROW_GROUP_BYTES:
+            yield first_row, completion.row, completions[begun:place]
+            first_row, begun, gathered_bytes = completion.row, place, 0
+        gathered_bytes += size
+    yield first_row, end_row, completions[begun:]

@@ -1,4 +1,4 @@
-"""Answers as they are stored: a whole one as it came, a stream through zlib behind `MARK`. PURE.
+"""Answers as they are stored: a whole one as it came, a stream through zlib behind `MARK` and its size. PURE.
 
 A stream repeats its envelope around every few letters: it shrinks to about a thirtieth (measured), which is what many
 long streams at once take in memory. Every reader of a stored answer reads it through here.
@@ -9,6 +9,9 @@ from collections.abc import Iterator
 
 MARK = b"\x00zlib\x00"
 """No JSON, HTML or event stream begins like this; a body that does is stored as a stream is."""
+
+SIZE_BYTES = 8
+"""The size of what is packed, big-endian."""
 
 LEVEL = 3  # a third of the time of zlib's default, for a third more bytes (measured)
 WINDOW_BITS = 13
@@ -21,14 +24,16 @@ class Packer:
 
     def __init__(self) -> None:
         self._packer = zlib.compressobj(LEVEL, zlib.DEFLATED, WINDOW_BITS, MEMORY_LEVEL)
-        self._packed = [MARK]
+        self._packed: list[bytes] = []
+        self._size = 0
 
     def feed(self, piece: bytes) -> None:
+        self._size += len(piece)
         self._packed.append(self._packer.compress(piece))
 
     def finish(self) -> bytes:
         """The stored form of all that was fed."""
-        return b"".join((*self._packed, self._packer.flush()))
+        return b"".join((MARK, self._size.to_bytes(SIZE_BYTES, "big"), *self._packed, self._packer.flush()))
 
 
 def stored(body: bytes) -> bytes:
@@ -46,7 +51,7 @@ def pieces(answer: bytes) -> Iterator[bytes]:
         yield answer
         return
     unpacker = zlib.decompressobj(WINDOW_BITS)
-    rest = answer[len(MARK) :]
+    rest = answer[len(MARK) + SIZE_BYTES :]
     try:
         while piece := unpacker.decompress(rest, PIECE_BYTES):
             yield piece
@@ -60,6 +65,13 @@ def plain(answer: bytes) -> bytes:
     return b"".join(pieces(answer)) if answer.startswith(MARK) else answer
 
 
-def beginning(answer: bytes, size: int) -> bytes:
-    """The first `size` plain bytes, at most 64 KB."""
-    return next(pieces(answer), b"")[:size]
+def size(answer: bytes) -> int:
+    """How many plain bytes a stored answer has."""
+    if not answer.startswith(MARK):
+        return len(answer)
+    return int.from_bytes(answer[len(MARK) : len(MARK) + SIZE_BYTES], "big")
+
+
+def beginning(answer: bytes, length: int) -> bytes:
+    """The first `length` plain bytes, at most 64 KB."""
+    return next(pieces(answer), b"")[:length]

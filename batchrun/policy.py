@@ -115,7 +115,7 @@ def judge(attempt: Attempt, answer: Answer, retry: Retry) -> Judgement:
         if answer.completion:
             return _ANSWERED
         if answer.error_message is None:
-            return Judgement(Verdict.MAYBE, RowError("unreadable", status, None, _why_unreadable(attempt.body)))
+            return Judgement(Verdict.MAYBE, RowError("unreadable", status, None, _why_unreadable(attempt)))
         status = _embedded_status(answer, status)
     return _judge_status(status, attempt, answer, retry)
 
@@ -199,8 +199,11 @@ def _excerpt(body: bytes) -> str:
     return " ".join(packed.beginning(body, 300).decode("utf-8", "replace").split())
 
 
-def _why_unreadable(body: bytes) -> str:
-    return f"the answer is no chat completion: {_excerpt(body)}" if body else "the answer is empty"
+def _why_unreadable(attempt: Attempt) -> str:
+    if not packed.size(attempt.body):
+        return "the answer is empty"
+    what = "the stream spells no whole answer" if attempt.streamed else "the answer is no chat completion"
+    return f"{what}: {_excerpt(attempt.body)}"
 
 
 class Settlement(msgspec.Struct, frozen=True):

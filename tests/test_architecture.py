@@ -64,8 +64,8 @@ WITHIN_A_LAYER: dict[str, frozenset[str]] = {
     "base_part": frozenset({"output", "tables"}),
     "chunks": frozenset(
         {
-            *("base_part", "checkpoint", "json_columns", "output", "rundir", "schema_columns", "source", "tables"),
-            "window",
+            *("base_part", "checkpoint", "json_columns", "output", "packed", "rundir", "schema_columns", "source"),
+            *("tables", "window"),
         }
     ),
     "backlog": frozenset({"chunks", "policy"}),

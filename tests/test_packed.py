@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from batchrun import answer
-from batchrun.packed import MARK, PIECE_BYTES, Packer, beginning, pieces, plain, stored
+from batchrun.packed import MARK, PIECE_BYTES, Packer, beginning, pieces, plain, size, stored
 
 
 def packed(*fed: bytes) -> bytes:
@@ -25,6 +25,7 @@ def packed(*fed: bytes) -> bytes:
 def test_a_packed_stream_gives_back_its_bytes(fed: list[bytes]) -> None:
     answer_ = packed(*fed)
     assert plain(answer_) == b"".join(fed)
+    assert size(answer_) == len(b"".join(fed))
     assert beginning(answer_, 10) == b"".join(fed)[:10]
     assert all(0 < len(piece) <= PIECE_BYTES for piece in pieces(answer_))
 
@@ -35,6 +36,7 @@ def test_a_packed_stream_gives_back_its_bytes(fed: list[bytes]) -> None:
 @example(packed(b"data: a\n\n"))
 def test_a_whole_body_is_stored_as_it_came_unless_it_could_be_taken_for_a_packed_one(body: bytes) -> None:
     assert plain(stored(body)) == body
+    assert size(stored(body)) == len(body)
     assert (stored(body) == body) == (not body.startswith(MARK))
 
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -22,6 +23,7 @@ from batchrun.durable import digest
 from batchrun.errors import CheckpointError, ExitCode, InputError
 from batchrun.job import Job
 from batchrun.json_columns import ColumnTypes
+from batchrun.packed import Packer
 from batchrun.plan import Asked, Plan
 from batchrun.records import PossiblyBilled
 from batchrun.rundir import RunDirectory
@@ -351,6 +353,29 @@ def test_a_sealed_chunk_leaves_no_rows_in_the_database(tmp_path: Path) -> None:
         (sealed,) = start.checkpoint.chunks()
         assert sealed == start.chunks.sealed[0]
         assert (sealed.generation, sealed.part_digest) == (1, digest(start.directory.part_of(0, 1)))
+
+
+def test_long_streams_are_sealed_as_their_events_in_bounded_memory(tmp_path: Path) -> None:
+    streamed = b'data: {"choices":[{"delta":{"content":"Fine."},"finish_reason":"stop"}]}\n\n: %s\n\n' % (
+        b"x" * 3_000_000
+    )
+    packer = Packer()
+    packer.feed(streamed)
+    raw = packer.finish()
+    job = job_over(lines_of(tmp_path, 24), output={"raw": "always"})
+    with started(tmp_path / "run", job) as start:
+        chunk = next_chunk(start)
+        for row in range(24):
+            start.checkpoint.put(completion(row, raw=raw))
+        assert start.checkpoint.flushed()
+        tracemalloc.start()
+        start.chunks.seal(chunk)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        table = assembled(start)
+    assert table.column("content").to_pylist() == ["Fine."] * 24
+    assert table.column("raw").to_pylist() == [streamed] * 24
+    assert peak_bytes < 40_000_000 < 24 * len(streamed)
 
 
 def test_a_chunk_with_a_row_missing_is_never_sealed(tmp_path: Path) -> None:
