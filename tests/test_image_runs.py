@@ -5,12 +5,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import openai
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from openai.types.chat import ChatCompletionContentPartImageParam
 
 from batchrun.simulator import SimulatorConfig, parse_faults
-from tests.cli_process import batchrun, finish, kill_when, read_summary, start
+from tests.cli_process import KEY, batchrun, finish, kill_when, read_summary, start
 from tests.jobs import write_lines
 from tests.pictures import SAMPLES, data_url
 from tests.simulator_process import RunningSimulator, running_simulator
@@ -185,3 +187,34 @@ def test_a_killed_run_over_images_goes_on_and_what_is_sound_of_a_damaged_one_is_
     assert [[row[name] for name in same] for row in salvaged] == [[row[name] for name in same] for row in whole]
     assert (tmp_path / "damaged.salvaged" / "images.bin").read_bytes() == (out / "images.bin").read_bytes()
     assert [path for path in (out, damaged) if holding_a_picture(path)] == []
+
+
+def test_the_official_client_and_batchrun_ask_the_same_about_an_image_and_a_retry_may_look_closer(
+    tmp_path: Path, pictures: Path
+) -> None:
+    name = NAMES[0]
+    with running_simulator() as simulator, openai.OpenAI(base_url=simulator.url, api_key=KEY) as client:
+        source = write_lines(tmp_path / "one.jsonl", [{"image": name}])
+        job, out = write_job(tmp_path, simulator, source), tmp_path / "out"
+        job.write_text(job.read_text().replace("max_tokens = 40", 'max_tokens = 1\nimage_detail = "low"'))
+        assert batchrun("run", job, "-o", out).exit_code == 0
+        image: ChatCompletionContentPartImageParam = {
+            "type": "image_url",
+            "image_url": {"url": data_url((SAMPLES / name).read_bytes()), "detail": "low"},
+        }
+        answer = client.chat.completions.create(
+            model="vtrix-gpt-5.3-codex",
+            messages=[{"role": "user", "content": [{"type": "text", "text": "Caption it."}, image]}],
+            max_tokens=1,
+        )
+        ours, theirs = simulator.ledger()
+        assert ours.question == theirs.question
+        (row,) = rows_of(out)
+        assert (row["status"], row["content"]) == ("truncated", answer.choices[0].message.content)
+        closer = ("--status", "truncated", "--set", "request.image_detail=high", "--set", "request.max_tokens=400")
+        ended = batchrun("run", job, "-o", out, "--retry-failed", *closer)
+        assert ended.exit_code == 0, ended.stderr
+    (again,) = rows_of(out)
+    assert (again["status"], again["variant"]) == ("ok", 1)
+    assert again["prompt_tokens"] == row["prompt_tokens"] + 765 - 85
+    assert again["request_key"] != row["request_key"]
