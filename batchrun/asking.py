@@ -17,10 +17,12 @@ from batchrun.chronicle import Chronicle
 from batchrun.chunks import Chunks, OpenChunk
 from batchrun.client import Client
 from batchrun.credentials import Credentials
+from batchrun.deadline import Deadline
 from batchrun.delivery import Delivery
-from batchrun.errors import BatchrunError, DiskError, ExitCode
+from batchrun.errors import BatchrunError, ExitCode
 from batchrun.gate import Gate
 from batchrun.gate_state import GateState
+from batchrun.heartbeat import Heartbeat
 from batchrun.image_digests import ImageDigests
 from batchrun.job import Budget, Job
 from batchrun.pipeline import Pipeline
@@ -32,14 +34,6 @@ from batchrun.spent import Spent
 
 GRACE_S = 20.0
 """How long the first signal lets requests in flight end; Kubernetes kills after 30."""
-
-PROGRESS_S = 0.5
-SWEEP_EVERY = 2  # beats: deadlines are looked at once a second
-SUMMARY_EVERY = 10
-
-ASLEEP_S = 2 * PROGRESS_S
-"""A beat that took so long was a stopped process (SIGSTOP, a paused machine). Answers that came meanwhile wait to be
-read, so nothing is called late before the next sweep."""
 
 Ts = TypeVarTuple("Ts")
 
@@ -77,6 +71,7 @@ class Asking:
         chronicle: Chronicle,
         hooks: Hooks,
         grace_s: float,
+        deadline: Deadline | None = None,
     ) -> None:
         self._job = job
         self._plan = plan
@@ -87,6 +82,9 @@ class Asking:
         self._chronicle = chronicle
         self._hooks = hooks
         self._grace_s = grace_s
+        self._deadline = deadline
+        self._deadline_came = False
+        self._purse = _purse(job.budget, checkpoint.spent)
         self._full: asyncio.Queue[OpenChunk | None] = asyncio.Queue()
         self._failure: BaseException | None = None
         self._leaving = False
@@ -107,7 +105,10 @@ class Asking:
             self._pipeline = pipeline = self._open_pipeline(client, flying, checked, loop)
             self._chronicle.gate, self._chronicle.pipeline = gate, pipeline
             self._checkpoint.listen(_in_loop(loop, pipeline.durable), _in_loop(loop, self._fail))
-            beat = asyncio.create_task(self._beat(client))
+            heart = self._open_heart(client, loop)
+            heart.warn_of_limits(self._job.limits.requests_per_minute)
+            heart.keep_deadline()
+            beat = asyncio.create_task(heart.beat())
             beat.add_done_callback(self._on_last_beat)
             sealing = asyncio.create_task(self._seal())
             if self._hooks.host is not None:
@@ -123,6 +124,8 @@ class Asking:
         checked.close()
         if self._failure is not None:
             raise self._failure
+        if self._deadline_came and self._checkpoint.spent.settled() == self._plan.rows:
+            return None  # what was in flight at the deadline were the last rows
         return gate.stop
 
     async def _drained(self, workers: "asyncio.Task[None]", flying: slots.Slots) -> None:
@@ -148,24 +151,6 @@ class Asking:
                 self._fail(error)
                 return
             self._chronicle.log.write("sealed", chunk=chunk.chunk.chunk, rows=chunk.chunk.rows)
-
-    async def _beat(self, client: Client) -> None:
-        """Progress and a look at the disk with every beat, deadlines every second, summary.json every five."""
-        loop = asyncio.get_running_loop()
-        beats = 0
-        while True:
-            slept_at_s = loop.time()
-            await asyncio.sleep(PROGRESS_S)
-            beats += 1
-            summary = self._chronicle.summary()
-            self._hooks.progress(summary)
-            self._tell_in_flight()
-            if beats % SWEEP_EVERY == 0 and loop.time() - slept_at_s < ASLEEP_S:
-                client.expire()
-            if not self._directory.checkpoint.exists():  # SQLite would go on in a file without a name
-                self._fail(DiskError(f"{self._directory.checkpoint}: is gone; nothing more is asked"))
-            if beats % SUMMARY_EVERY == 0:
-                await asyncio.to_thread(self._chronicle.write, summary)
 
     def _on_last_beat(self, beat: "asyncio.Task[None]") -> None:
         """A heart that stopped by itself, by a bug in a `progress` say, ends the run: it keeps the deadlines."""
@@ -202,6 +187,12 @@ class Asking:
         self._gate.close(stop)
         self._pipeline.backlog.close()
 
+    def _stop_by(self, loop: asyncio.AbstractEventLoop, stop: Stop, by_s: float) -> None:
+        """The deadline: nothing more is sent; what is in flight may end by then, or within the grace after it."""
+        self._deadline_came = True
+        self._close(stop)
+        loop.call_at(by_s + self._grace_s, self._abort)
+
     def _abort(self) -> None:
         if self._workers is not None:
             self._workers.cancel()
@@ -221,7 +212,7 @@ class Asking:
             loop,
             requests_per_minute=limits.requests_per_minute,
             tokens_per_minute=limits.tokens_per_minute,
-            purse=_purse(self._job.budget, self._checkpoint.spent),
+            purse=self._purse,
             on_pace=self._on_pace,
         )
 
@@ -242,6 +233,24 @@ class Asking:
             clock=loop.time,
             uniform=random.random,
             delivery=None if self._hooks.host is None else self._hooks.host.delivery,
+        )
+
+    def _open_heart(self, client: Client, loop: asyncio.AbstractEventLoop) -> Heartbeat:
+        return Heartbeat(
+            self._directory,
+            self._chronicle,
+            self._gate,
+            self._pipeline,
+            client,
+            self._deadline,
+            purse=self._purse,
+            slots=self._job.limits.max_in_flight,
+            clock=loop.time,
+            progress=self._hooks.progress,
+            note=self._hooks.note,
+            each=self._tell_in_flight,
+            fail=self._fail,
+            stop_by=functools.partial(self._stop_by, loop),
         )
 
     def _on_phase(self, before: Phase, after: Phase) -> None:

@@ -9,12 +9,14 @@ import msgspec
 
 from batchrun.checkpoint import Checkpoint
 from batchrun.credentials import Credentials
+from batchrun.deadline import Deadline
 from batchrun.durable import replace_bytes, told
 from batchrun.errors import DiskError, ExitCode
+from batchrun.forecast import Forecast, Recent, Sample
 from batchrun.gate import Gate
 from batchrun.pipeline import Pipeline
 from batchrun.plan import Plan
-from batchrun.records import Summary
+from batchrun.records import Summary, Tuned
 from batchrun.rundir import RunDirectory
 from batchrun.runlog import RunLog
 from batchrun.summary import Moment, limiting_factor, starting, summarise
@@ -35,6 +37,10 @@ class Chronicle:
         self.checkpoint: Checkpoint | None = None
         self.gate: Gate | None = None
         self.pipeline: Pipeline | None = None
+        self.deadline: Deadline | None = None
+        self.forecast: Forecast | None = None
+        self.tuned: Tuned | None = None
+        self._recent = Recent()
         with told(directory.log):
             self.log = RunLog(directory.log)
         self.write(self.summary())
@@ -54,12 +60,26 @@ class Chronicle:
             exit_code=exit_code,
             reason=None if reason is None else self._credentials.clean_text(reason),
             complete=self.state == "complete",
+            forecast=self.forecast if self.state == "running" else None,
+            deadline=self.deadline,
+            now_s=time.monotonic(),
+            limits=None if self.gate is None else self.gate.in_force,
+            tuned=self.tuned,
         )
         if self.plan is None or self.checkpoint is None:
             return starting(self._job, moment, self._directory)
         return summarise(
             self.plan.facts, self.plan.rows, self.plan.prices, self.checkpoint.spent, moment, self._directory
         )
+
+    def observe(self, now_s: float) -> None:
+        """One more moment is known, and so what will come."""
+        if self.plan is None or self.checkpoint is None or self.gate is None:
+            return
+        spent = self.checkpoint.spent
+        tokens = sum(line.total_tokens for line in spent.totals.values())
+        self._recent.add(Sample(now_s, spent.settled(), tokens, self.gate.binding.limit))
+        self.forecast = self._recent.forecast(self.plan.rows)
 
     def write(self, summary: Summary) -> None:
         """summary.json holds the summary, if the disk takes it: a heartbeat must never cost an answer."""

@@ -1,19 +1,19 @@
-"""The command line: flags → job → run → echo → exit code. Sole importer of click and tqdm.
+"""The command line: flags → job → run → echo → exit code. Sole importer of click.
 
 Everything heavy is imported by the command that needs it: `batchrun --help` answers in a twentieth of a second.
 """
 
-import contextlib
 import os
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from batchrun import __version__
 from batchrun.errors import BatchrunError, ExitCode
+from batchrun.terminal import Progress, harmless, note
 
 if TYPE_CHECKING:
     from batchrun.job import Job
@@ -39,6 +39,7 @@ def cli() -> None:
 @click.option("--new", is_flag=True, help="Start another run instead of going on with the last.")
 @click.option("--max-cost", "max_cost_usd", metavar="USD", help="Hard cap for the whole run, in USD.")
 @click.option("--max-failures", type=int, metavar="N", help="Failed rows that still exit 0.")
+@click.option("--deadline", metavar="WHEN", help="End by then: 6h, 90m, 06:00 (the next), 2026-11-26T06:00.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N rows; without it the run goes on.")
 @click.option("--accept-changes", is_flag=True, help="Go on over a changed input or job: what has no answer is asked.")
 @click.option("--retry-failed", is_flag=True, help="Ask failed rows of a complete run again; --set may vary request.*.")
@@ -54,6 +55,7 @@ def run(
     new: bool,
     max_cost_usd: str | None,
     max_failures: int | None,
+    deadline: str | None,
     limit: int | None,
     accept_changes: bool,
     retry_failed: bool,
@@ -67,19 +69,20 @@ def run(
 
     flags = {"budget.max_cost_usd": max_cost_usd, "output.max_failures": max_failures}
     loaded = _load(job, input_path, output_path, overrides, flags)
-    with _Progress(loaded) as progress:
+    with Progress() as progress:
         try:
             summary = batchrun.run(
                 loaded,
                 date=date,
                 new=new,
                 limit=limit,
+                deadline=deadline,
                 accept_changes=accept_changes,
                 retry_failed=_retry_statuses(retry_failed, statuses),
                 skip_invalid=skip_invalid,
                 grace_s=grace_s,
                 progress=progress.show,
-                note=_note,
+                note=note,
                 checked=progress.checked,
             )
         except (batchrun.RunIncompleteError, KeyboardInterrupt) as stopped:
@@ -103,13 +106,13 @@ def check(job: Path, input_path: str | None, overrides: tuple[str, ...]) -> None
     from batchrun.summary import plural
 
     loaded = _load(job, input_path, None, overrides, {})
-    with tempfile.TemporaryDirectory(prefix="batchrun-") as scratch, _Progress(loaded) as progress:
+    with tempfile.TemporaryDirectory(prefix="batchrun-") as scratch, Progress() as progress:
         asked = plan.Asked(stdin=sys.stdin.buffer)
         files = plan.input_files(loaded, RunDirectory(Path(scratch)), asked, begun=False)
         source = open_source(files, loaded.input.max_line_bytes)
         found = survey(source, loaded, Path(scratch), progress=progress.checked)
     if found.rejected:
-        plan.raise_problems(found, _note)
+        plan.raise_problems(found, note)
     models = ", ".join(f"{model} ({rows:,})" for model, rows in found.models.items())
     where = plural(len(source.files), "file")
     _say(f"{found.rows:,} rows in {where}, read as {found.dialect}; {models or 'no model'}")
@@ -135,12 +138,12 @@ def estimate(job: Path, input_path: str | None, out: Path | None, overrides: tup
 
     loaded = _load(job, input_path, None, overrides, {})
     found = None if out is None else look(loaded, RunDirectory(out))
-    with tempfile.TemporaryDirectory(prefix="batchrun-") as scratch, _Progress(loaded) as progress:
+    with tempfile.TemporaryDirectory(prefix="batchrun-") as scratch, Progress() as progress:
         files = plan.input_files(loaded, RunDirectory(Path(scratch)), plan.Asked(stdin=sys.stdin.buffer), begun=False)
         source = open_source(files, loaded.input.max_line_bytes)
         surveyed = survey(source, loaded, Path(scratch), progress=progress.checked)
     if surveyed.rejected:
-        _note(f"{len(surveyed.rejected):,} input records can't be asked: batchrun check tells which")
+        note(f"{len(surveyed.rejected):,} input records can't be asked: batchrun check tells which")
     tables = {
         model: prices.resolve(model, loaded.pricing, datetime.now().astimezone().date().isoformat())
         for model in surveyed.models
@@ -164,6 +167,25 @@ def status(out: Path) -> None:
 
     for line in report.status_lines(RunDirectory(out)):
         _say(harmless(line))
+
+
+@cli.command()
+@OUT
+@click.option("--rpm", "requests_per_minute", type=float, metavar="N", help="Requests a minute.")
+@click.option("--tpm", "tokens_per_minute", type=float, metavar="N", help="Tokens a minute.")
+@click.option("--max-in-flight", type=int, metavar="N", help="Requests at once, at most as many as at its start.")
+@click.option("--max-cost", "max_cost_usd", metavar="USD", help="The cap on cost, of a run that has one.")
+@click.option("--max-tokens", type=int, metavar="N", help="The cap on tokens, of a run that has one.")
+@click.option("--max-requests", type=int, metavar="N", help="The cap on requests, of a run that has one.")
+def tune(out: Path, **settings: float | str | None) -> None:
+    """Change the limits of the process that works in a run directory, until it ends."""
+    from batchrun import control
+    from batchrun.rundir import RunDirectory
+    from batchrun.summary import limits_in_words
+
+    wish = control.wish({name: value for name, value in settings.items() if value is not None})
+    limits = control.ask(RunDirectory(out), wish)
+    _say("taken" if limits is None else f"taken: {limits_in_words(limits)}")
 
 
 @cli.command()
@@ -282,7 +304,7 @@ def main() -> None:
 
 
 def _end(line: str, exit_code: ExitCode) -> None:
-    _note(line)
+    note(line)
     sys.exit(exit_code)
 
 
@@ -340,19 +362,6 @@ def _say(text: str, *, nl: bool = True) -> None:
         raise _StdoutClosedError from error
 
 
-def _note(line: str) -> None:
-    """A line for people, on stderr; model text in it can't steer the terminal."""
-    with contextlib.suppress(BrokenPipeError):
-        from tqdm import tqdm
-
-        tqdm.write(harmless(line), file=sys.stderr)
-
-
-def harmless(text: str) -> str:
-    """The text with control and bidirectional characters made visible: what a model or server wrote is only text."""
-    return "".join(char if char.isprintable() or char == "\n" else f"\\x{ord(char):02x}" for char in text)
-
-
 def _tell(summary: "Summary", job: "Job") -> None:
     from batchrun.policy import failing
     from batchrun.summary import in_words
@@ -365,65 +374,3 @@ def _tell(summary: "Summary", job: "Job") -> None:
     )
     for line in lines:
         _say(harmless(line))
-
-
-class _Progress:
-    """On a terminal one bar; elsewhere a line every 30 seconds, without carriage returns."""
-
-    LINE_EVERY_S = 30.0
-
-    def __init__(self, job: "Job") -> None:
-        self._job = job
-        self._bar: Any = None
-        self._told_s = 0.0
-        self._terminal = sys.stderr.isatty()
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def checked(self, rows: int) -> None:
-        """How far the check pass is."""
-        if self._terminal:
-            from tqdm import tqdm
-
-            if self._bar is None:
-                self._bar = tqdm(unit=" rows", desc="checking", dynamic_ncols=True, leave=False)
-            self._bar.n = rows
-            self._bar.refresh()
-
-    def show(self, summary: "Summary") -> None:
-        """Where the run stands."""
-        if summary.state == "checking":
-            return
-        if self._terminal:
-            self._show_bar(summary)
-        elif summary.elapsed_s - self._told_s >= self.LINE_EVERY_S:
-            self._told_s = summary.elapsed_s
-            done = summary.rows - summary.pending
-            _note(f"{done:,}/{summary.rows:,} rows, {_particulars(summary)}")
-
-    def _show_bar(self, summary: "Summary") -> None:
-        from tqdm import tqdm
-
-        done = summary.rows - summary.pending
-        if self._bar is None or self._bar.desc.startswith("checking"):
-            if self._bar is not None:
-                self._bar.close()
-            self._bar = tqdm(
-                total=summary.rows, initial=done, unit=" rows", desc=summary.job, dynamic_ncols=True, leave=False
-            )
-        self._bar.n = done
-        self._bar.set_postfix_str(_particulars(summary), refresh=False)
-        self._bar.refresh()
-
-
-def _particulars(summary: "Summary") -> str:
-    failed = sum(summary.by_status.get(status, 0) for status in ("error", "invalid", "empty"))
-    return (
-        f"{failed:,} failed, {summary.tokens_per_minute:,.0f} tokens/min, ${summary.cost_usd:,.4f}, "
-        f"limited by {summary.limited_by}"
-    )

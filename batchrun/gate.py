@@ -25,7 +25,7 @@ from batchrun.gate_state import IN_FLIGHT, GateState
 from batchrun.pace import Pace, PaceChange
 from batchrun.purse import Purse
 from batchrun.rate_headers import stated
-from batchrun.records import Verdict
+from batchrun.records import InForce, Verdict
 
 TIMER_GRAIN_S = 0.001
 """No timer is shorter: event loops count in milliseconds, and a wait of a float's rounding error would spin."""
@@ -128,8 +128,10 @@ class Gate:
 
     @property
     def binding(self) -> Binding:
-        """What the first in line waits for; `latency` when nobody waits."""
-        return self._lacking if self._line else UNLIMITED
+        """What the first in line waits for. Nobody waits where all that can be in flight is; else it is `latency`."""
+        if self._line:
+            return self._lacking
+        return IN_FLIGHT if len(self._flights) >= self._state.max_in_flight else UNLIMITED
 
     def tune(
         self,
@@ -152,6 +154,19 @@ class Gate:
         if max_in_flight is not None:
             self._state.limit_in_flight(min(max_in_flight, self._slots))
         self._wake_first()
+
+    @property
+    def in_force(self) -> InForce:
+        """The limits that hold now."""
+        caps = self._purse or Purse()
+        return InForce(
+            requests_per_minute=self._requests.per_minute,
+            tokens_per_minute=self._tokens.per_minute,
+            max_in_flight=self._state.max_in_flight,
+            max_cost_usd=None if caps.cost_usd is None else caps.cost_usd.most,
+            max_tokens=None if caps.tokens is None else caps.tokens.most,
+            max_requests=None if caps.requests is None else caps.requests.most,
+        )
 
     async def admit(self, ask: Ask) -> int:
         """The slot this attempt has, in [0, max_in_flight), with all it asked for taken; waits for its turn.

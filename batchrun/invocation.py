@@ -15,7 +15,7 @@ from decimal import Decimal
 
 import msgspec
 
-from batchrun import __version__, asking, facts, replay, result, retry, signals, slots, variants
+from batchrun import __version__, asking, control, facts, replay, result, retry, signals, slots, variants
 from batchrun import plan as planning
 from batchrun.asking import Asking, Hooks
 from batchrun.checkpoint import Checkpoint, read_finished
@@ -56,6 +56,7 @@ def run(
             if hooks.host is not None and hooks.host.replay:
                 replay.hand_over(replay.result(directory), hooks.host.delivery)
             return finished
+        control.clear(directory)
         at_rest = _at_rest(directory)
         chronicle = Chronicle(job.name, directory, credentials)
         try:
@@ -75,6 +76,7 @@ def run(
             chronicle.end("failed", ExitCode.INTERNAL_ERROR, f"{type(error).__name__}: {error}")
             raise
         finally:
+            control.clear(directory)
             chronicle.close()
 
 
@@ -106,7 +108,10 @@ def _run(
         if hooks.host is not None and hooks.host.replay:
             replay.hand_over(chunks.settled(), hooks.host.delivery)
         if checkpoint.spent.settled() < plan.rows:
-            rows = Asking(job, plan, directory, credentials, checkpoint, chunks, chronicle, hooks, grace_s)
+            chronicle.deadline = asked.deadline
+            rows = Asking(
+                job, plan, directory, credentials, checkpoint, chunks, chronicle, hooks, grace_s, asked.deadline
+            )
             with asyncio.Runner(loop_factory=loop_factory) as runner:
                 stop = runner.run(rows.ask())
             if stop is not None:

@@ -11,7 +11,7 @@ from decimal import Decimal
 import msgspec
 
 from batchrun import answer as answers
-from batchrun import offline, policy, prices, variants
+from batchrun import forecast, offline, policy, prices, variants
 from batchrun.admission import Ask, Outcome
 from batchrun.backlog import Backlog, Pending
 from batchrun.checkpoint import Checkpoint
@@ -121,6 +121,7 @@ class Pipeline:
         room = {} if delivery is None else {"room": delivery.room}
         self.backlog = Backlog(open_next, self._prepare, clock, **room)
         self.sent = 0
+        self.slow_s = 0.0  # the latency that nearly all answers keep
         layout = plan.facts.layout  # the same row is another one after the rows were laid out anew
         self._name = f"{plan.facts.run_id}.{layout}" if layout else plan.facts.run_id
 
@@ -185,6 +186,7 @@ class Pipeline:
         self._slots.take(slot, request.row, n, request.key, bound_usd, request.upper_bound_tokens)
         self.sent += 1
         attempt = await self._client.send(request, f"{self._name}-{request.row}-{n}")
+        self.slow_s = forecast.peak(self.slow_s, attempt.latency_s)
         answer = answers.read(attempt.body)
         judgement = policy.judge(attempt, answer, self._job.retry)
         self._gate.settle(slot, _used_tokens(answer, judgement))

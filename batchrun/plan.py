@@ -18,6 +18,7 @@ import pyarrow as pa
 from batchrun import drift, facts, image_digests, prices, spooled, variants
 from batchrun.check import Problem, Survey, survey
 from batchrun.checkpoint import Checkpoint
+from batchrun.deadline import Deadline
 from batchrun.durable import fsync, told
 from batchrun.errors import CheckpointError, InputError, JobError
 from batchrun.facts import Facts
@@ -75,6 +76,7 @@ class Asked(msgspec.Struct, frozen=True):
     accept_changes: bool = False
     only_look: bool = False
     limit: int | None = None
+    deadline: Deadline | None = None
     retry: frozenset[str] | None = None
     stdin: BinaryIO | None = None
     problem: Callable[[str], None] = lambda line: None

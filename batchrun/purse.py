@@ -83,6 +83,26 @@ class Purse:
         if self.requests is not None:
             self.requests.settle(1, None)
 
+    def change(self, *, cost_usd: Decimal | None, tokens: int | None, requests: int | None) -> None:
+        """Other caps hold from now on; None leaves one as it is. What was sent under the old ones stays sent.
+
+        Raises:
+            ValueError: a cap that is not kept can't begin now: not all that was spent has been counted for it.
+        """
+        for setting, cap, most in (
+            ("max_cost_usd", self.cost_usd, cost_usd),
+            ("max_tokens", self.tokens, tokens),
+            ("max_requests", self.requests, requests),
+        ):
+            if most is not None and cap is None:
+                raise ValueError(f"this start has no budget.{setting} that could be changed")
+        if self.cost_usd is not None and cost_usd is not None:
+            self.cost_usd.most = cost_usd
+        if self.tokens is not None and tokens is not None:
+            self.tokens.most = tokens
+        if self.requests is not None and requests is not None:
+            self.requests.most = requests
+
     def refusal(self, ask: Ask) -> str:
         """Why the attempt does not fit, and what to raise."""
         return f"the budget is used up: {'; '.join(self._refusals(ask))} and run again"

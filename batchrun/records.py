@@ -252,6 +252,24 @@ class TotalsLine(msgspec.Struct, frozen=True):
     offline_completion_tokens: int = 0
 
 
+class InForce(msgspec.Struct, frozen=True):
+    """The limits that hold now, by the job, by `batchrun tune`, or learned; None: no such limit."""
+
+    requests_per_minute: float | None
+    tokens_per_minute: float | None
+    max_in_flight: int
+    max_cost_usd: Decimal | None = None
+    max_tokens: int | None = None
+    max_requests: int | None = None
+
+
+class Tuned(msgspec.Struct, frozen=True):
+    """What became of the last control.json, by its id; `refused` says why it was ignored, None: it was taken."""
+
+    id: str
+    refused: str | None
+
+
 class Summary(msgspec.Struct, frozen=True):
     """`summary.json`: what is known of a run, from its first second to its last. Its schema is in docs/output.md."""
 
@@ -285,7 +303,13 @@ class Summary(msgspec.Struct, frozen=True):
     rows_per_minute: float
     requests_per_minute: float
     tokens_per_minute: float
+    tokens_per_second: float
     limited_by: str
+    limits: InForce | None
+    tuned: Tuned | None
+    eta: datetime | None
+    deadline: datetime | None
+    by_deadline: float | None
     pid: int
     host: str
     files: dict[str, str]

@@ -6,18 +6,20 @@ A run directory tells by its summary.json; a completions file that was moved els
 import csv
 import io
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from batchrun import deadline
 from batchrun.errors import InputError, JobError
 from batchrun.output import read_footer
-from batchrun.records import TotalsLine
+from batchrun.records import Summary, TotalsLine
 from batchrun.rundir import RunDirectory
 from batchrun.spent import DISCARDED
-from batchrun.summary import cost_in_words, read
+from batchrun.summary import cost_in_words, limits_in_words, read
 
 KEYS = ("day", "job", "model", "status", "run")
 
@@ -144,13 +146,27 @@ def status_lines(directory: RunDirectory) -> Iterator[str]:
     counts = ", ".join(f"{rows:,} {status}" for status, rows in summary.by_status.items())
     yield f"rows    {done:,} of {summary.rows:,} done, {summary.pending:,} pending" + (f": {counts}" if counts else "")
     yield f"cost    {cost_in_words(summary)}"
-    if alive and summary.pending and summary.rows_per_minute:
-        minutes = summary.pending / summary.rows_per_minute
-        pace = f"{summary.rows_per_minute:,.0f} rows/min, limited by {summary.limited_by}"
-        yield f"rate    {pace}; {minutes:,.0f} min left"
+    if alive:
+        yield from _outlook(summary)
     if summary.reason:
         yield f"reason  {summary.reason}"
     yield f"as of   {summary.updated_at.astimezone():%Y-%m-%d %H:%M:%S}"
+
+
+def _outlook(summary: Summary) -> Iterator[str]:
+    """What will come of a run at work: its pace, its end, and the limits that hold."""
+    if summary.pending and summary.rows_per_minute:
+        end = "" if summary.eta is None else f"; done at {_clock(summary.eta, summary)}"
+        yield f"rate    {summary.rows_per_minute:,.0f} rows/min, limited by {summary.limited_by}{end}"
+    if summary.deadline is not None:
+        share = "" if summary.by_deadline is None else f": {int(summary.by_deadline * 100)} % of the rows by then"
+        yield f"until   {_clock(summary.deadline, summary)}{share}"
+    if summary.limits is not None:
+        yield f"limits  {limits_in_words(summary.limits)}"
+
+
+def _clock(at: datetime, summary: Summary) -> str:
+    return deadline.in_words(at.astimezone().replace(microsecond=0), summary.updated_at)
 
 
 def _places(path: Path) -> Iterator[Path]:

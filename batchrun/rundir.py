@@ -45,6 +45,7 @@ class RunDirectory:
         self.given = path / "input.given.jsonl"  # other rows than those, until they are accepted
         self.spool_before = path / "input.before.jsonl"
         self.log = path / "run.log"
+        self.control = path / "control.json"
 
     def input_of(self, chunk: int, layout: int = 0) -> Path:
         """Where the input rows of an open chunk are; `layout` counts how often the run's rows were laid out anew."""

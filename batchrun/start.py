@@ -5,6 +5,7 @@ import contextlib
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -13,9 +14,11 @@ from typing import BinaryIO, TypedDict, Unpack
 import msgspec
 
 from batchrun import credentials, invocation, rundir, signals, simulated
+from batchrun import deadline as deadlines
 from batchrun import job as jobs
 from batchrun.asking import GRACE_S, Hooks, Host
 from batchrun.credentials import Credentials
+from batchrun.deadline import Deadline
 from batchrun.errors import ExitCode, JobError, RunStoppedError
 from batchrun.job import Job
 from batchrun.plan import Asked
@@ -37,6 +40,7 @@ class Options(TypedDict, total=False):
     date: str | None
     new: bool
     limit: int | None
+    deadline: str | None
     accept_changes: bool
     retry_failed: bool | Collection[str]
     skip_invalid: bool
@@ -93,12 +97,13 @@ def begin(job: Job | str | Path, rows: Rows | None, options: Options, host: Host
     if unknown := sorted(options.keys() - Options.__annotations__.keys()):
         raise TypeError(f"{unknown[0]} is no option; there are {', '.join(Options.__annotations__)}")
     note = options.get("note", _LOG.info)
+    deadline = _deadline(options.get("deadline"))
     wanted = _job(job, rows, options)
     directory = _place(wanted, options, note)
     environ = options.get("environ", os.environ)
     keys = simulated.credentials() if wanted.simulated else credentials.read(wanted.endpoint, environ)
     with simulated.endpoint_of(wanted) as pointed, _stream(wanted, rows, directory) as stream:
-        summary = _invoke(pointed, directory, keys, options, stream, note, host)
+        summary = _invoke(pointed, directory, keys, options, stream, note, deadline, host)
     if not summary.complete:
         raise RunIncompleteError(summary)
     return summary
@@ -111,12 +116,14 @@ def _invoke(
     options: Options,
     stream: BinaryIO | None,
     note: Callable[[str], None],
+    deadline: Deadline | None,
     host: Host | None,
 ) -> Summary:
     asked = Asked(
         skip_invalid=options.get("skip_invalid", False),
         accept_changes=options.get("accept_changes", False),
         limit=options.get("limit"),
+        deadline=deadline,
         retry=_retried(job, options.get("retry_failed", False)),
         stdin=stream,
         problem=options.get("note", _LOG.warning),  # a program that listens to nothing should still see these
@@ -152,6 +159,11 @@ def _job(job: Job | str | Path, rows: Rows | None, options: Options) -> Job:
     if (output := options.get("output")) is not None:
         job = msgspec.structs.replace(job, output=msgspec.structs.replace(job.output, path=str(output)))
     return job
+
+
+def _deadline(text: str | None) -> Deadline | None:
+    """Seen from now, the start of this invocation."""
+    return None if text is None else deadlines.read(text, datetime.now().astimezone(), time.monotonic())
 
 
 def _place(job: Job, options: Options, note: Callable[[str], None]) -> RunDirectory:

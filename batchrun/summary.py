@@ -1,25 +1,29 @@
 """`summary.json`, from the first second to the last, and the same in words a person reads in five seconds. PURE."""
 
 from collections.abc import Collection, Iterator
-from datetime import datetime
+from datetime import datetime, timedelta
 from decimal import Decimal
 
 import msgspec
 
 from batchrun.admission import Binding, Limit
+from batchrun.deadline import Deadline
 from batchrun.errors import CheckpointError, InputError
 from batchrun.facts import Facts
+from batchrun.forecast import Forecast
 from batchrun.prices import PriceTable
-from batchrun.records import FAILURES, Status, Summary
+from batchrun.records import FAILURES, InForce, Status, Summary, Tuned
 from batchrun.rundir import RunDirectory
 from batchrun.spent import DISCARDED, Spent
 
-VERSION = 1
+VERSION = 2
 """The schema of summary.json; docs/output.md describes it. A field that goes or changes its meaning raises this."""
 
 
 class Moment(msgspec.Struct, frozen=True):
-    """Where the run stands besides its account. Times are wall time; `elapsed_s` and `sent` are this invocation's."""
+    """Where the run stands besides its account. Times are wall time, but for `now_s`, which is `now` on the machine's
+    clock; `elapsed_s` and `sent` are this invocation's.
+    """
 
     state: str
     invocation: int
@@ -33,6 +37,24 @@ class Moment(msgspec.Struct, frozen=True):
     exit_code: int | None = None
     reason: str | None = None
     complete: bool = False
+    forecast: Forecast | None = None
+    deadline: Deadline | None = None
+    now_s: float = 0.0
+    limits: InForce | None = None
+    tuned: Tuned | None = None
+
+    @property
+    def eta(self) -> datetime | None:
+        """When every row will be settled; None where nobody can say."""
+        if self.forecast is None or self.forecast.done_in_s is None:
+            return None
+        return self.now + timedelta(seconds=round(self.forecast.done_in_s))
+
+    def by_deadline(self, settled: int, rows: int) -> float | None:
+        """The share of the rows that will be settled by the deadline."""
+        if self.forecast is None or self.deadline is None:
+            return None
+        return round(self.forecast.share_by(self.deadline.at_s - self.now_s, settled, rows), 4)
 
 
 def read(directory: RunDirectory) -> Summary:
@@ -113,7 +135,13 @@ def _summary(
         rows_per_minute=round(sum(line.rows for line in mine) / minutes, 1),
         requests_per_minute=round(moment.sent / minutes, 1),
         tokens_per_minute=round(sum(line.total_tokens for line in mine) / minutes, 1),
+        tokens_per_second=0.0 if moment.forecast is None else round(moment.forecast.tokens_per_s, 1),
         limited_by=moment.limited_by,
+        limits=moment.limits,
+        tuned=moment.tuned,
+        eta=moment.eta,
+        deadline=None if moment.deadline is None else moment.deadline.at,
+        by_deadline=moment.by_deadline(settled, rows),
         pid=moment.pid,
         host=moment.host,
         files=_files(directory, moment.complete),
@@ -138,6 +166,19 @@ def limiting_factor(binding: Binding, wall_offset_s: float) -> str:
         until = datetime.fromtimestamp(binding.until_s + wall_offset_s).astimezone()
         return f"cooling down until {until:%H:%M:%S}"
     return str(binding.limit)
+
+
+def limits_in_words(limits: InForce) -> str:
+    """The limits that hold now."""
+    parts = [
+        f"{limits.requests_per_minute:,g} requests/min" if limits.requests_per_minute is not None else "",
+        f"{limits.tokens_per_minute:,g} tokens/min" if limits.tokens_per_minute is not None else "",
+        f"{limits.max_in_flight:,} in flight",
+        f"${limits.max_cost_usd:,f} in all" if limits.max_cost_usd is not None else "",
+        f"{limits.max_tokens:,} tokens in all" if limits.max_tokens is not None else "",
+        f"{limits.max_requests:,} requests in all" if limits.max_requests is not None else "",
+    ]
+    return ", ".join(part for part in parts if part)
 
 
 def in_words(

@@ -181,6 +181,16 @@ def the_tokens_are_used_up(place: Place) -> Ended:
     return place.run("--set", "budget.max_tokens=3000")
 
 
+def the_deadline_has_come(place: Place) -> Ended:
+    place.simulator(latency_s=0.1, more="[limits]\nrequests_per_minute = 60\n")
+    return place.run("--deadline", "2s")
+
+
+def the_deadline_is_over(place: Place) -> Ended:
+    place.simulator()
+    return place.run("--deadline", "2020-01-01T06:00")
+
+
 def the_key_is_revoked(place: Place) -> Ended:
     place.simulator(Fault(kind="status", status=401, message="Incorrect API key provided", from_request=20))
     return place.run()
@@ -290,6 +300,8 @@ WAYS = {
     "the budget is used up": Way(the_budget_is_used_up, 4, "stopped", "budget"),
     "the requests are used up": Way(the_requests_are_used_up, 4, "stopped", "raise budget.max_requests"),
     "the tokens are used up": Way(the_tokens_are_used_up, 4, "stopped", "raise budget.max_tokens"),
+    "the deadline has come": Way(the_deadline_has_come, 4, "stopped", "the deadline"),
+    "the deadline is over": Way(the_deadline_is_over, 2, None, "is over already"),
     "the key is revoked": Way(the_key_is_revoked, 5, "stopped", "Incorrect API key provided"),
     "nobody listens": Way(nobody_listens, 5, "stopped", "never reached"),
     "the disk is full": Way(the_disk_is_full, 5, "failed", "run the same command again"),

@@ -1,0 +1,90 @@
+"""`--deadline`: the moment by which a start is to have ended, read once and kept on a clock that never jumps. PURE."""
+
+import re
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+
+import msgspec
+
+from batchrun.errors import JobError
+
+_DURATION = re.compile(r"(?:(?P<days>\d+(?:\.\d+)?)d)?(?:(?P<hours>\d+(?:\.\d+)?)h)?"
+                       r"(?:(?P<minutes>\d+(?:\.\d+)?)m)?(?:(?P<seconds>\d+(?:\.\d+)?)s)?")  # fmt: skip
+_TIME_OF_DAY = re.compile(r"\d{1,2}:\d{2}(?::\d{2})?")
+
+LONGEST = timedelta(days=366)
+"""Beyond it a deadline is a slip of the pen."""
+
+LEAD_SHARE = 0.5
+"""At most this share of the time is kept for what is in flight at its end, however slow the answers are."""
+
+
+class Deadline(msgspec.Struct, frozen=True):
+    """`at` is wall time, for people; `at_s` is the same moment on the machine's clock, and decides."""
+
+    at: datetime
+    started_s: float
+    at_s: float
+
+    def last_send_s(self, latency_s: float) -> float:
+        """When the last request may go, if answers take so long: what is in flight then ends by the deadline."""
+        return self.at_s - min(latency_s, LEAD_SHARE * (self.at_s - self.started_s))
+
+    def __str__(self) -> str:
+        return in_words(self.at, self.at - timedelta(seconds=self.at_s - self.started_s))
+
+
+Local = Callable[[datetime], datetime]
+"""What clocks show here → the moment. `datetime.astimezone` knows the machine's own time zone, summer time and all."""
+
+
+def read(text: str, now: datetime, now_s: float, local: Local = datetime.astimezone) -> Deadline:
+    """The deadline that the text names, seen from `now` (local time, aware), which is `now_s` on the machine's clock.
+
+    A duration (`6h`, `90m`, `1h30m`), a time of day (`06:00`: the next one), or a moment (`2026-11-26T06:00`, local
+    where it names no time zone).
+
+    Raises:
+        JobError: it is none of these, or over already.
+    """
+    at = _moment(text.strip(), now, local)
+    if at is None:
+        raise JobError(
+            f"--deadline {text}: expected a duration (6h, 90m), a time (06:00) or a moment (2026-11-26T06:00)"
+        )
+    ahead = at.astimezone(UTC) - now.astimezone(UTC)
+    if ahead <= timedelta(0):
+        raise JobError(f"--deadline {text}: is over already; name a later one")
+    if ahead > LONGEST:
+        raise JobError(f"--deadline {text}: is more than a year ahead; name an earlier one, or none")
+    return Deadline(at, now_s, now_s + ahead.total_seconds())
+
+
+def in_words(at: datetime, now: datetime) -> str:
+    """A moment as short as it is clear: the time, with its day where that is not today."""
+    seconds = ":%S" if at.second else ""
+    if at.date() == now.astimezone(at.tzinfo).date():
+        return at.strftime(f"%H:%M{seconds}")
+    return at.strftime("%a %H:%M" if at - now < timedelta(days=6) else "%Y-%m-%d %H:%M")
+
+
+def _moment(text: str, now: datetime, local: Local) -> datetime | None:
+    """None where the text names no moment."""
+    try:
+        if _TIME_OF_DAY.fullmatch(text):
+            return _next(text, now, local)
+        if text and (duration := _DURATION.fullmatch(text)):
+            ahead = timedelta(**{unit: float(number) for unit, number in duration.groupdict("0").items()})
+            return (now.astimezone(UTC) + ahead).astimezone(now.tzinfo)
+        at = datetime.fromisoformat(text)
+    except (ValueError, OverflowError):
+        return None
+    return local(at) if at.tzinfo is None else at
+
+
+def _next(time_of_day: str, now: datetime, local: Local) -> datetime:
+    """The next moment at which clocks here show that time."""
+    hour, minute, *second = map(int, time_of_day.split(":"))
+    today = now.replace(hour=hour, minute=minute, second=second[0] if second else 0, microsecond=0, tzinfo=None)
+    at = local(today)
+    return at if at > now else local(today + timedelta(days=1))

@@ -1,0 +1,82 @@
+"""What people see while a command works, on stderr. Sole importer of tqdm."""
+
+import contextlib
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from batchrun.records import Summary
+
+
+def note(line: str) -> None:
+    """A line for people; model text in it can't steer the terminal."""
+    with contextlib.suppress(BrokenPipeError):
+        from tqdm import tqdm
+
+        tqdm.write(harmless(line), file=sys.stderr)
+
+
+def harmless(text: str) -> str:
+    """The text with control and bidirectional characters made visible: what a model or server wrote is only text."""
+    return "".join(char if char.isprintable() or char == "\n" else f"\\x{ord(char):02x}" for char in text)
+
+
+class Progress:
+    """On a terminal one bar; elsewhere a line every 30 seconds, without carriage returns. Use it as a context."""
+
+    LINE_EVERY_S = 30.0
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._told_s = 0.0
+        self._terminal = sys.stderr.isatty()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def checked(self, rows: int) -> None:
+        """How far the check pass is."""
+        if self._terminal:
+            from tqdm import tqdm
+
+            if self._bar is None:
+                self._bar = tqdm(unit=" rows", desc="checking", dynamic_ncols=True, leave=False)
+            self._bar.n = rows
+            self._bar.refresh()
+
+    def show(self, summary: "Summary") -> None:
+        """Where the run stands."""
+        from batchrun import progress
+
+        if summary.state == "checking":
+            return
+        if self._terminal:
+            self._show_bar(summary)
+        elif summary.elapsed_s - self._told_s >= self.LINE_EVERY_S:
+            self._told_s = summary.elapsed_s
+            note(progress.line(summary))
+
+    def _show_bar(self, summary: "Summary") -> None:
+        from tqdm import tqdm
+
+        from batchrun import progress
+
+        if self._bar is None or self._bar.total is None:
+            if self._bar is not None:
+                self._bar.close()
+            self._bar = tqdm(total=summary.rows, dynamic_ncols=True, leave=False)
+        columns = os.get_terminal_size(sys.stderr.fileno()).columns
+        left, right, bar = progress.around_bar(summary, columns)
+        self._bar.bar_format = _escaped(left) + ("|{bar}| " if bar else " " * bool(left)) + _escaped(right)
+        self._bar.n = summary.rows - summary.pending
+        self._bar.refresh()
+
+
+def _escaped(text: str) -> str:
+    """The text as a format string that says just this; a job's name may hold braces, or worse."""
+    return harmless(text).replace("{", "{{").replace("}", "}}")

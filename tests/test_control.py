@@ -1,0 +1,193 @@
+"""A run while it works: its deadline, its limits, what is told of it. Real processes against the simulator's ledger."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchrun import control
+from batchrun.control import Control, Wishes
+from batchrun.errors import JobError
+from batchrun.rundir import RunDirectory
+from batchrun.simulator import SimulatorConfig
+from tests.cli_process import batchrun, finish, read_summary, start, wait_until, write_job, write_rows
+from tests.simulator_process import running_simulator
+
+SLOW = "[limits]\nrequests_per_minute = 600\nmax_in_flight = 8\n"
+
+
+def log(out: Path, event: str) -> list[dict[str, Any]]:
+    """The lines of run.log about one kind of event."""
+    lines = map(json.loads, (out / "run.log").read_text().splitlines())
+    return [line for line in lines if line["event"] == event]
+
+
+def has_log(out: Path, event: str) -> bool:
+    return (out / "run.log").exists() and bool(log(out, event))
+
+
+# ── the deadline ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_deadline_ends_the_start_in_time_with_everything_in_flight_answered(tmp_path: Path) -> None:
+    source, out = write_rows(tmp_path / "in.jsonl", 200), tmp_path / "out"
+    config = SimulatorConfig(latency_s=0.2, latency_sigma=0, ledger=str(tmp_path / "ledger"))
+    with running_simulator(config) as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, source, SLOW)
+        ended = batchrun("run", job, "-o", out, "--deadline", "4s")
+        assert ended.exit_code == 4, ended.stderr
+        summary = read_summary(out)
+        assert summary["reason"].startswith("the deadline (")
+        assert summary["updated_at"] <= summary["deadline"]
+        assert summary["elapsed_s"] > 4 - 0.2 - 2  # a beat and more before it, on a busy machine
+        served = len(simulator.ledger())
+        assert (summary["possibly_billed_count"], 200 - summary["pending"]) == (0, served)
+        assert ended.stderr.count("warning: at 600 requests a minute no more than") == 1
+        assert log(out, "behind")[0]["limited_by"] == "rpm"
+        finished = batchrun("run", job, "-o", out, "--deadline", "6h", "--set", "limits.requests_per_minute=60000")
+        assert finished.exit_code == 0, finished.stderr
+        assert len(simulator.ledger()) == 200
+
+
+def test_what_does_not_end_within_the_grace_after_the_deadline_is_named(tmp_path: Path) -> None:
+    source, out = write_rows(tmp_path / "in.jsonl", 20), tmp_path / "out"
+    with running_simulator(SimulatorConfig(latency_s=60, latency_sigma=0)) as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, source, "[limits]\nmax_in_flight = 4\n")
+        ended = batchrun("run", job, "-o", out, "--deadline", "3s", "--grace", "0.3")
+    assert ended.exit_code == 4, ended.stderr
+    summary = read_summary(out)
+    assert (summary["pending"], summary["possibly_billed_count"]) == (20, 4)
+    assert {entry["cause"] for entry in summary["possibly_billed"]} == {"aborted"}
+
+
+def test_a_deadline_that_is_over_before_the_first_request_sends_none(tmp_path: Path) -> None:
+    source, out = write_rows(tmp_path / "in.jsonl", 20), tmp_path / "out"
+    with running_simulator(SimulatorConfig(ledger=str(tmp_path / "ledger"))) as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, source)
+        ended = batchrun("run", job, "-o", out, "--deadline", "0.01s")
+        assert (ended.exit_code, simulator.ledger()) == (4, [])
+    refused = batchrun("run", job, "-o", out, "--deadline", "soon")
+    assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1)
+
+
+def test_a_run_that_falls_behind_its_deadline_says_so_with_the_limit_that_binds(tmp_path: Path) -> None:
+    source, out = write_rows(tmp_path / "in.jsonl", 500), tmp_path / "out"
+    with running_simulator(SimulatorConfig(latency_s=0.2, latency_sigma=0)) as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, source, "[limits]\nmax_in_flight = 4\n")
+        process = start("run", job, "-o", out, "--deadline", "15s")
+        wait_until(lambda: has_log(out, "behind"), process)
+        process.terminate()
+        ended = finish(process)
+    assert "% of the rows will be done by " in ended.stderr
+    assert "limited by in flight" in ended.stderr
+    (told,) = log(out, "behind")
+    assert 0.1 < told["share"] < 0.9
+
+
+# ── other limits ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_running_process_takes_other_limits_and_says_so(tmp_path: Path) -> None:
+    source, out = write_rows(tmp_path / "in.jsonl", 300), tmp_path / "out"
+    with running_simulator(SimulatorConfig(latency_s=0.02, ledger=str(tmp_path / "ledger"))) as simulator:
+        more = "[limits]\nrequests_per_minute = 30\nmax_in_flight = 8\n[budget]\nmax_cost_usd = 5\n"
+        job = write_job(tmp_path / "job.toml", simulator.url, source, more)
+        process = start("run", job, "-o", out)
+        wait_until(lambda: simulator.ledger(), process)
+        too_many = batchrun("tune", out, "--max-in-flight", "9")
+        assert (too_many.exit_code, too_many.stdout) == (2, "")
+        assert "max_in_flight can be at most 8" in too_many.stderr
+        tuned = batchrun("tune", out, "--rpm", "60000", "--max-in-flight", "4", "--max-cost", "6")
+        assert tuned.exit_code == 0, tuned.stderr
+        assert tuned.stdout == "taken: 60,000 requests/min, 4 in flight, $6 in all\n"
+        ended = finish(process)  # at 30 a minute it would have taken ten
+    assert ended.exit_code == 0, ended.stderr
+    assert "limits now: 60,000 requests/min, 4 in flight, $6 in all" in ended.stderr
+    assert [line["requests_per_minute"] for line in log(out, "tuned")] == [60000.0]
+    assert read_summary(out)["limits"]["max_in_flight"] == 4
+    assert not (out / "control.json").exists()
+    late = batchrun("tune", out, "--rpm", "10")
+    assert (late.exit_code, late.stderr.count("\n")) == (2, 1)
+    assert "no process is running there" in late.stderr
+
+
+def test_a_cap_that_is_lowered_below_what_is_spent_ends_the_run(tmp_path: Path) -> None:
+    source, out = write_rows(tmp_path / "in.jsonl", 300), tmp_path / "out"
+    with running_simulator(SimulatorConfig(latency_s=0.05, ledger=str(tmp_path / "ledger"))) as simulator:
+        more = "[limits]\nmax_in_flight = 4\nrequests_per_minute = 600\n[budget]\nmax_requests = 1000\n"
+        job = write_job(tmp_path / "job.toml", simulator.url, source, more)
+        process = start("run", job, "-o", out)
+        wait_until(lambda: len(simulator.ledger()) > 10, process)
+        assert batchrun("tune", out, "--max-requests", "5").exit_code == 0
+        ended = finish(process)
+        assert ended.exit_code == 4, ended.stderr
+        assert "raise budget.max_requests and run again" in ended.stdout
+        assert 200 - read_summary(out)["pending"] == len(simulator.ledger()) - 100
+
+
+def test_nonsense_in_control_json_is_one_line_and_changes_nothing(tmp_path: Path) -> None:
+    source, out = write_rows(tmp_path / "in.jsonl", 300), tmp_path / "out"
+    with running_simulator(SimulatorConfig(latency_s=0.02)) as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, source, SLOW)
+        process = start("run", job, "-o", out)
+        wait_until(lambda: has_log(out, "started"), process)
+        before = read_summary(out)["limits"]
+        for content in (b"\xff{", b'{"id": "x", "requests_per_hour": 5}', b'{"id": "x", "max_in_flight": 0}'):
+            ignored = len(log(out, "control ignored"))
+            (out / "control.json").write_bytes(content)
+            wait_until(lambda ignored=ignored: len(log(out, "control ignored")) > ignored, process)
+        time.sleep(0)
+        process.terminate()
+        ended = finish(process)
+    assert ended.exit_code == 143, ended.stderr
+    assert ended.stderr.count("control.json is ignored: ") == 3
+    assert read_summary(out)["limits"] == before or before is None
+    assert read_summary(out)["tuned"] is None
+    assert not (out / "control.json").exists()
+
+
+def test_what_was_asked_of_an_earlier_process_is_not_asked_of_the_next(tmp_path: Path) -> None:
+    source, out = write_rows(tmp_path / "in.jsonl", 20), tmp_path / "out"
+    out.mkdir()
+    (out / "control.json").write_text('{"id": "old", "requests_per_minute": 1}')
+    with running_simulator(SimulatorConfig()) as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, source)
+        assert batchrun("run", job, "-o", out).exit_code == 0
+    assert log(out, "tuned") == []
+
+
+# ── the file ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_each_file_is_read_once_however_often_it_is_looked_at(tmp_path: Path) -> None:
+    wishes = Wishes(RunDirectory(tmp_path))
+    assert wishes.newest() is None
+    (tmp_path / "control.json").write_text("1")
+    assert [wishes.newest(), wishes.newest()] == [b"1", None]
+    (tmp_path / "control.json").write_text("22")
+    assert [wishes.newest(), wishes.newest()] == [b"22", None]
+
+
+@pytest.mark.parametrize(
+    ("limits", "what"),
+    [
+        ({}, "nothing to change: name a limit"),
+        ({"requests_per_minute": 0}, "Expected `float` > 0"),
+        ({"max_in_flight": 5000}, "Expected `int` <= 4096"),
+        ({"max_cost_usd": "much"}, "max_cost_usd"),
+        ({"max_cost_usd": "NaN"}, "expected more than 0"),
+        ({"max_cost_usd": "-1"}, "expected more than 0"),
+    ],
+)
+def test_what_can_be_no_limit_is_refused_before_anybody_is_asked(limits: dict[str, float | str], what: str) -> None:
+    with pytest.raises(JobError, match=what):
+        control.wish(limits)
+
+
+def test_every_wish_has_a_name_of_its_own() -> None:
+    one, other = control.wish({"max_tokens": 5}), control.wish({"max_tokens": 5})
+    assert one.id != other.id
+    assert (one.max_tokens, one.requests_per_minute) == (5, None)
+    assert isinstance(one, Control)
