@@ -255,6 +255,11 @@ COUNTED = chunk(choices=[], usage=USAGE)
             stream(*WORDS, COUNTED, done=False), but(completion=False, finish_reason=None), id="cut between chunks"
         ),
         pytest.param(b"data: [DONE]\n\n", Answer(), id="only [DONE]"),
+        pytest.param(
+            stream(*(chunk(each["choices"][0]["delta"], "") for each in WORDS), COUNTED, done=False),
+            but(completion=False, finish_reason=None),
+            id="a finish_reason of nothing in every chunk",
+        ),
         pytest.param(stream(COUNTED), Answer(model="m", usage=WHOLE.usage), id="only usage"),
         pytest.param(
             stream({"error": {"message": "no", "code": "c"}}),

@@ -98,3 +98,23 @@ def test_answers_without_usage_cost_nobody_knows_what_and_are_counted_offline_in
     names = ("job", "answers", "offline_prompt_tokens", "offline_completion_tokens")
     assert bill["without_usage"] == [dict(zip(names, ("job", 3, *counted), strict=True))]
     assert not any("offline" in name for name in (*bill["total"], *rows[0]))
+
+
+def test_each_row_thinks_as_hard_as_it_says_and_its_reasoning_is_counted_in_its_column(tmp_path: Path) -> None:
+    efforts = ["low", "xhigh", None, "high"]
+    source = tmp_path / "in.jsonl"
+    rows = [{"id": row, "text": f"item {row}", "effort": efforts[row % 4]} for row in range(20)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    effort = ("--set", "request.reasoning_effort=medium", "--set", "request.from_columns.reasoning_effort=effort")
+    with running_simulator() as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, source)
+        room = ("--set", "request.max_tokens=20000")
+        ended = batchrun("run", job, "-o", tmp_path / "out", *STREAM, *effort, *room)
+        assert ended.exit_code == 0, ended.stderr
+        served = {int((line.client_request_id or "").split("-")[1]): line for line in simulator.ledger()}
+    told = pq.read_table(tmp_path / "out" / "completions.parquet").to_pylist()
+    assert [row["reasoning_tokens"] for row in told] == [served[row].reasoning_tokens for row in range(20)]
+    assert [row["completion_tokens"] for row in told] == [served[row].completion_tokens for row in range(20)]
+    thought = [sum(row["reasoning_tokens"] for row in told[place::4]) for place in (0, 2, 3, 1)]
+    assert thought == sorted(thought)
+    assert thought[0] < thought[-1] / 4
