@@ -44,12 +44,12 @@ class Image(msgspec.Struct, frozen=True):
         """BLAKE2b-128 of the bytes."""
         return hashlib.blake2b(self.content, digest_size=16).digest()
 
-    def data_url(self) -> msgspec.Raw:
-        """The image as a JSON string."""
-        pieces = [f'"data:{self.media_type};base64,'.encode()]
+    def data_url(self) -> Iterator[bytes]:
+        """The image as a JSON string, piece by piece."""
+        yield f'"data:{self.media_type};base64,'.encode()
         for start in range(0, len(self.content), _SLICE_BYTES):
-            pieces.append(binascii.b2a_base64(self.content[start : start + _SLICE_BYTES], newline=False))
-        return msgspec.Raw(b"".join((*pieces, b'"')))
+            yield binascii.b2a_base64(self.content[start : start + _SLICE_BYTES], newline=False)
+        yield b'"'
 
 
 class Picture:
@@ -79,13 +79,29 @@ def _hook_of(form: Any) -> Any:
 without = msgspec.json.Encoder(enc_hook=_hook_of(lambda picture: "")).encode
 """A body as JSON with an empty text for each picture."""
 
-whole = msgspec.json.Encoder(enc_hook=_hook_of(lambda picture: picture.looked_at().data_url())).encode
-"""A body as JSON with the content of its pictures, which must have been looked at."""
-
 canonical = msgspec.json.Encoder(
     order="deterministic", enc_hook=_hook_of(lambda picture: "digest:" + picture.looked_at().digest().hex())
 ).encode
 """A body as the question it asks: names sorted, pictures by their digests."""
+
+
+_HOLE = b"\0"
+"""A byte that JSON can't hold: where a picture goes."""
+
+
+def whole(body: Any) -> bytes:
+    """A body as JSON with the content of its pictures, which must have been looked at. Each byte is copied once."""
+    pictures: list[Picture] = []
+
+    def leave_a_hole(picture: Picture) -> msgspec.Raw:
+        pictures.append(picture)
+        return msgspec.Raw(_HOLE)
+
+    first, *texts = msgspec.json.encode(body, enc_hook=_hook_of(leave_a_hole)).split(_HOLE)
+    pieces = [first]
+    for picture, text in zip(pictures, texts, strict=True):
+        pieces += (*picture.looked_at().data_url(), text)
+    return b"".join(pieces)
 
 
 def image_of(content: bytes) -> Image:

@@ -421,3 +421,16 @@ def test_what_images_were_is_known_by_row_and_a_damaged_entry_says_nothing(tmp_p
             assert all(known.of(row) in (None, digests.get(row)) for row in range(6))
     with ImageDigests(tmp_path / "gone.bin") as known:
         assert known.of(0) is None
+
+
+def test_a_body_with_images_is_the_same_json_whatever_stands_around_them(root: Path) -> None:
+    (root / "big.png").write_bytes(PNG + os.urandom(2_000_000))
+    job = job_over(None, request={"prompt": "{{ text }}", "images": ["photo"]}, input={"image_root": str(root)})
+    content = (root / "big.png").read_bytes()
+    columns = {"text": 'NUL \0, "quotes", \\0 and ü', "photo": ["big.png", URL, "deep/a.png"]}
+    assert sent(job, columns) == [
+        {"type": "text", "text": columns["text"]},
+        image_part(data_url(content)),
+        image_part(URL),
+        image_part(data_url(PNG + b"inside")),
+    ]
