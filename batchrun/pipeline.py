@@ -120,6 +120,7 @@ class Pipeline:
         self._delivery = delivery
         room = {} if delivery is None else {"room": delivery.room}
         self.backlog = Backlog(open_next, self._prepare, clock, **room)
+        self._failing = 0.0  # the share of first attempts that fail
         self.sent = 0
         self.slow_s = 0.0  # the latency that nearly all answers keep
         layout = plan.facts.layout  # the same row is another one after the rows were laid out anew
@@ -195,6 +196,7 @@ class Pipeline:
         witnessed = self._gate.successes > (successes if pending.successes is None else pending.successes)
         reached = attempt.error is None or attempt.error.sent
         history = policy.after(pending.history, judgement, corroborated=reached and (witnessed or self.backlog.alone))
+        self._failing = policy.failing_share(self._failing, history, judgement)
         cost_usd = self._cost_usd(request, answer, judgement)
         settlement = None
         if judgement.verdict is Verdict.OK:
@@ -206,10 +208,13 @@ class Pipeline:
             self._hold(ended, slot)
         elif settlement is not None:
             self._take(ended, settlement, slot)
-        elif judgement.verdict is Verdict.ROW or ruling.hold or policy.exhausted(history, self._job.retry):
+        elif judgement.verdict is Verdict.ROW or ruling.hold or self._given_up(history):
             self._settle(ended, slot)
         else:
             self._ask_again(ended, slot, successes)
+
+    def _given_up(self, history: History) -> bool:
+        return policy.exhausted(history, self._job.retry, policy.stretch(self._failing))
 
     def durable(self, endings: Sequence[Ending]) -> None:
         """The endings are on disk: their slots are free, and what waited for them goes on. One call a commit."""

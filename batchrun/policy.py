@@ -4,6 +4,7 @@ docs/guarantees.md explains each line; tests/test_policy.py walks the table.
 """
 
 import email.utils
+import math
 import re
 from collections.abc import Mapping
 from datetime import UTC
@@ -87,6 +88,15 @@ _MODERATION = re.compile(r"content[_ -]?(policy|filter|violation)|moderation|saf
 
 _UNABLE = re.compile(r"\bnot (supported|implemented)\b|\bunsupported\b", re.IGNORECASE)
 """llama.cpp says so with 500 of what its model can't do, such as images: to ask again is in vain."""
+
+SHARE_OF = 50
+"""First attempts that the share of failing ones is taken over."""
+
+WELL_SHARE = 0.03
+"""So many failures are usual. Four in a row are then one row in a million."""
+
+MAX_STRETCH = 5.0
+"""Of the caps, where half and more fails: twenty 5xx instead of four."""
 
 MAX_SEARCHED_BYTES = 10_000
 """How much of a 503's body is searched for words of overload."""
@@ -307,13 +317,35 @@ def asked_again(history: History, settled: Settlement, retry: Retry) -> History 
     return None if exhausted(counted, retry) else counted
 
 
-def exhausted(history: History, retry: Retry) -> bool:
-    """True when the row has used up one of its caps and is settled as `error`."""
+def exhausted(history: History, retry: Retry, stretched: float = 1.0) -> bool:
+    """True when the row has used up one of its caps and is settled as `error`.
+
+    `stretched` lengthens the caps on what costs nothing; the one on what may have been billed stays.
+    """
     return (
-        history.counted >= retry.max_attempts
-        or history.counted_5xx >= retry.max_5xx
+        history.counted >= retry.max_attempts * stretched
+        or history.counted_5xx >= retry.max_5xx * stretched
         or history.maybe_billed > retry.max_maybe_billed
     )
+
+
+def failing_share(share: float, history: History, judgement: Judgement) -> float:
+    """The share of first attempts that fail although their row may be fine, with one attempt more; over about
+    `SHARE_OF` of them. First ones only: a row that fails for ever would show in it again and again.
+    """
+    if history.attempts > 1:
+        return share
+    failed = judgement.verdict in (Verdict.FREE, Verdict.MAYBE)
+    return share + (failed - share) / SHARE_OF
+
+
+def stretch(share: float) -> float:
+    """How much longer a row's caps are while this share of first attempts fails: so long that chance alone uses them
+    up no oftener than where the endpoint is well. With 30 % failing, four 5xx in a row are one row in 120.
+    """
+    if share <= WELL_SHARE:
+        return 1.0
+    return min(MAX_STRETCH, math.log(WELL_SHARE) / math.log(share)) if share < 1 else MAX_STRETCH
 
 
 def backoff_s(history: History, floor_s: float | None, retry: Retry, uniform: float) -> float:

@@ -28,9 +28,11 @@ from batchrun.policy import (
     backoff_s,
     exhausted,
     failing,
+    failing_share,
     judge,
     retry_after_s,
     settlement,
+    stretch,
 )
 from batchrun.records import Answer, Attempt, FunctionCall, RowError, Status, Verdict
 
@@ -349,6 +351,32 @@ def test_an_outage_of_any_length_gives_up_no_row() -> None:
         history = after(history, judgement, corroborated=False)
     assert not exhausted(history, Retry())
     assert history.attempts == 3000
+
+
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.2, 0.3, 0.4, 0.5])
+def test_chance_alone_uses_up_no_rows_caps_however_many_attempts_fail(share: float) -> None:
+    history, attempts = History(), 0
+    while not exhausted(history, Retry(), stretch(share)):
+        history, attempts = after(history, told(FREE, 500), corroborated=True), attempts + 1
+    assert 1e-8 < share**attempts <= 1e-6
+    assert stretch(0.0) == stretch(0.03) == 1.0
+    assert 1 < stretch(share) <= stretch(0.9) == stretch(1.0) == 5
+
+
+def test_what_may_have_been_billed_is_asked_no_oftener_however_many_attempts_fail() -> None:
+    twice = after(after(History(), told(MAYBE), corroborated=True), told(MAYBE), corroborated=True)
+    assert exhausted(twice, Retry(), stretch(0.9))
+
+
+def test_the_share_that_fails_is_that_of_first_attempts_lately() -> None:
+    share = 0.0
+    for n in range(1_000):
+        share = failing_share(share, History(1), told(FREE, 500) if n % 10 < 3 else told(OK))
+        share = failing_share(share, History(2), told(FREE, 500))
+    assert 0.2 < share < 0.4
+    for _ in range(200):
+        share = failing_share(share, History(1), told(OK))
+    assert share < 0.01
 
 
 def test_maybe_billed_zero_gives_up_at_the_first() -> None:
