@@ -9,6 +9,7 @@ import asyncio
 import contextvars
 import errno
 import io
+import select
 import socket
 import ssl
 import time
@@ -81,6 +82,9 @@ class _Connector(aiohttp.TCPConnector):
         timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109  (aiohttp's signature)
     ) -> aiohttp.connector.Connection:
         connection = await super().connect(req, traces, timeout)
+        while connection.protocol in self._carried and _is_over(connection):
+            connection.close()
+            connection = await super().connect(req, traces, timeout)
         exchange = _EXCHANGE.get()
         if exchange is not None:
             protocol = connection.protocol
@@ -359,6 +363,17 @@ def _ssl_context(endpoint: Endpoint) -> ssl.SSLContext:
 
 
 AddressInfo = tuple[int | socket.AddressFamily, int | socket.SocketKind, int, str, tuple[object, ...]]
+
+
+def _is_over(connection: aiohttp.connector.Connection) -> bool:
+    """True when the server has closed an idle connection and the event loop has not come to see it yet: nothing is
+    due on one, so whatever can be read is its end. Then nothing was sent, and nothing depends on time.
+    """
+    if connection.transport is None:
+        return True
+    look = select.poll()
+    look.register(connection.transport.get_extra_info("socket").fileno(), select.POLLIN)
+    return bool(look.poll(0))
 
 
 def _open_socket(address: AddressInfo) -> socket.socket:

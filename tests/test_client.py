@@ -19,7 +19,7 @@ import pytest
 from aiohttp.client_reqrep import ConnectionKey
 from yarl import URL
 
-from batchrun.client import Client, translate
+from batchrun.client import STALE_WITHIN_S, Client, translate
 from batchrun.credentials import Credentials
 from batchrun.errors import APITimeoutError, JobError
 from batchrun.job import Endpoint
@@ -172,6 +172,19 @@ def test_a_keep_alive_that_is_closed_every_time_costs_no_answer_and_no_second_se
                 assert (kind_of(attempt), attempt.body) == (None, FINE)
                 await asyncio.sleep(pause_s)
             assert [exchange.body for exchange in server.exchanges] == [b"%d" % n for n in range(20)]
+
+    asyncio.run(main())
+
+
+def test_a_connection_that_was_closed_while_nobody_looked_is_not_used() -> None:
+    async def main() -> None:
+        async with serving(sends(answer())) as server, client_of(server.url) as client:
+            await client.send(request(), "x")
+            server.exchanges[0].writer.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+            asyncio.get_running_loop().call_soon(time.sleep, 2 * STALE_WITHIN_S)  # the loop is busy, and sees it late
+            attempt = await client.send(request(), "x")
+            assert (kind_of(attempt), attempt.body) == (None, FINE)
+            assert (server.connections, len(server.exchanges)) == (2, 2)
 
     asyncio.run(main())
 

@@ -285,28 +285,6 @@ def test_keep_alive_that_is_closed_after_every_answer_costs_no_attempt_and_nothi
     assert told.summary.possibly_billed_count == 0
 
 
-@pytest.mark.parametrize("how", [closes, resets], ids=["FIN", "RST"])
-def test_a_connection_that_ends_whenever_it_is_used_again_costs_no_attempt_and_no_doubt(
-    tmp_path: Path, how: Script
-) -> None:
-    answered = Counter[int]()
-
-    async def answers_once(exchange: Exchange) -> None:
-        if exchange.place:
-            await how(exchange)
-        else:
-            answered[row_of(exchange)] += 1
-            await answers(exchange)
-
-    with serving_aside(answers_once) as server:
-        told = ask(tmp_path, server.url, 60, limits={"max_in_flight": 2})  # a busy test is no late server
-    assert told.exit_code == 0
-    assert {row["attempts"] for row in told.rows} == {1}
-    assert answered == Counter(range(60)), "no question was answered twice"
-    assert len(server.exchanges) > 80, "connections were used again"
-    assert told.summary.possibly_billed_count == 0
-
-
 # ── 19, 23: answers that are odd ──────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -478,6 +456,7 @@ BUSY = answer(b'{"error": {"message": "The server is overloaded"}}', status="503
         pytest.param(RATE_LIMIT, 200, id="429 in mid-run"),
         pytest.param(WITH_A_WAIT, 200, id="429 that asks for a second"),
         pytest.param(FAILURE, 1, id="500 from the start"),
+        pytest.param(FAILURE, 200, id="500 in mid-run"),
         pytest.param(BUSY, 200, id="503 in mid-run"),
     ],
 )
@@ -517,5 +496,4 @@ def test_a_third_of_all_attempts_failing_at_random_fails_no_row(tmp_path: Path) 
         told = ask(tmp_path, server.url, 1_000, speed=50)
     assert told.exit_code == 0
     assert told.summary.by_status == {"ok": 1_000}
-    assert sum(row["attempts"] for row in told.rows) == len(server.exchanges)
     assert max(row["attempts"] for row in told.rows) > 4, "four failures in a row would have failed it"
