@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 import pyarrow as pa
 
-from batchrun import completions
+from batchrun import completions, packed
 from batchrun.chunks import OpenChunk
 from batchrun.completions import Completion
 from batchrun.records import Completion as Record
@@ -15,7 +15,7 @@ MAX_ROWS = 256
 """Unread rows that stop the handing out of new ones: enough for a reader that looks up now and then."""
 
 MAX_BYTES = 64_000_000
-"""The same in bytes of their answers, which may be large."""
+"""The same in bytes of their answers, unpacked, which may be large."""
 
 
 RowsOf = Callable[[Sequence[Record], Sequence[pa.RecordBatch]], pa.RecordBatch]
@@ -58,7 +58,7 @@ class Delivery:
     def put(self, record: Record, chunk: OpenChunk) -> None:
         """The row, just settled, is there to take."""
         if not self._given_up:
-            self._put(Settled(record, chunk.window.slice(record.row)), len(record.raw))
+            self._put(Settled(record, chunk.window.slice(record.row)), packed.size(record.raw))
 
     def put_earlier(self, completion: Completion) -> bool:
         """The row, settled by an earlier start, is there to take; waits for room. False: nobody will take it."""

@@ -21,20 +21,11 @@ def ours() -> bool:
 
 
 @contextlib.contextmanager
-def given_back() -> Iterator[None]:
-    """Whatever the block made the signals do, they do afterwards what they did before."""
-    before = {number: signal.getsignal(number) for number in EXIT_CODES} if ours() else {}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            if handler is not None:  # None: set by C code, which alone can give it back
-                signal.signal(number, handler)
-
-
-@contextlib.contextmanager
 def raised() -> Iterator[None]:
-    """A signal ends the block at once with a RunStoppedError: while the input is checked, or a file is written."""
+    """A signal ends the block at once with a RunStoppedError: while the input is checked, or a file is written.
+
+    Whatever the block makes signals do, they do afterwards what they did before.
+    """
     if not ours():
         yield  # the program that runs us as a library has its own way
         return

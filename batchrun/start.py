@@ -13,7 +13,7 @@ from typing import BinaryIO, TypedDict, Unpack
 
 import msgspec
 
-from batchrun import credentials, invocation, rundir, signals, simulated
+from batchrun import credentials, invocation, rundir, simulated
 from batchrun import deadline as deadlines
 from batchrun import job as jobs
 from batchrun.asking import GRACE_S, Hooks, Host
@@ -80,8 +80,7 @@ def run(job: Job | str | Path, rows: Rows | None = None, **options: Unpack[Optio
     if _loop_runs():
         raise RuntimeError("an event loop runs in this thread; use `async with batchrun.Runner(…)` instead")
     try:
-        with signals.given_back():
-            return begin(job, rows, options)
+        return begin(job, rows, options)
     except RunStoppedError as stopped:
         if stopped.exit_code is ExitCode.SIGINT:
             raise KeyboardInterrupt from stopped

@@ -77,7 +77,7 @@ WITHIN_A_LAYER: dict[str, frozenset[str]] = {
     ),
     "backlog": frozenset({"chunks", "policy"}),
     "completions": frozenset({"output"}),
-    "delivery": frozenset({"chunks", "completions"}),
+    "delivery": frozenset({"chunks", "completions", "packed"}),
     "output": frozenset({"answer", "durable", "packed", "schema_columns"}),
     # how they are joined
     "matching": frozenset({"durable"}),
