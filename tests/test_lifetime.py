@@ -175,7 +175,8 @@ class Lifetime(RuleBasedStateMachine):
     def start_twice_at_once(self, chance: random.Random) -> None:
         self.change(chance)
         with self.started(accept=True, limit=None) as ended:
-            both = [self.start(accept=True) for _ in range(2)]
+            file = self.write()  # once: neither may see its input change
+            both = [self.launch(file, accept=True) for _ in range(2)]
             codes = sorted(finish(process).exit_code for process in both)
             assert codes[1] in (codes[0], 6)
             ended(codes[0])
@@ -325,8 +326,12 @@ class Lifetime(RuleBasedStateMachine):
 
     def start(self, accept: bool) -> "subprocess.Popen[str]":
         """A start in a process of its own."""
+        return self.launch(self.write(), accept)
+
+    def launch(self, file: Path, accept: bool) -> "subprocess.Popen[str]":
+        """The same for a job and an input that are on disk."""
         sets = [word for override in self.overrides() for word in ("--set", override)]
-        return start("run", self.write(), "-o", self.out, *sets, *(["--accept-changes"] if accept else []))
+        return start("run", file, "-o", self.out, *sets, *(["--accept-changes"] if accept else []))
 
     def write(self) -> Path:
         """The job and the input are on disk as the user has them now; the job."""
