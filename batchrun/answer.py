@@ -12,13 +12,16 @@ from typing import Any
 import msgspec
 
 from batchrun import packed, sse
-from batchrun.records import Answer, FunctionCall, Usage
+from batchrun.records import Answer, Choice, FunctionCall, Usage
 
 MAX_MESSAGE_CHARS = 1000
 """Error messages are for people and for a column: longer ones are cut, the raw body stays."""
 
 MAX_COUNT = 10**9
 """Tokens. No request has a billion; a larger count is an error of the server's that no bill should be made of."""
+
+MAX_CHOICES = 1024
+"""Of a stream: servers take an `n` of 128. What counts itself higher is in the raw answer only."""
 
 _STREAM = re.compile(rb"(?:\xef\xbb\xbf)?\s*[\w-]*:")
 """How a stream begins, and no JSON or HTML: with a field's name or none, and a colon."""
@@ -83,14 +86,17 @@ def _from_object(body: dict[str, Any], flagged: bool) -> Answer:
             error_message=error_message,
             error_code=error_code,
         )
+    tool_calls, shown = _tool_calls(message.get("tool_calls"))
     return Answer(
         completion=error_message is None,
-        flagged=flagged,
+        flagged=flagged or not shown,
         completion_id=_text(body.get("id")),
         created=_created(body.get("created")),
         model=_text(body.get("model")),
         content=_content(message.get("content")),
         function_call=_function_call(message.get("function_call")),
+        tool_calls=tool_calls,
+        choices=_choices(body.get("choices")),
         finish_reason=_text(choice.get("finish_reason")),
         usage=_usage(body.get("usage")),
         error_message=error_message,
@@ -146,6 +152,35 @@ def _function_call(value: Any) -> FunctionCall | None:
     if not isinstance(value, dict):
         return None
     return FunctionCall(_text(value.get("name")), _text(value.get("arguments")))
+
+
+def _tool_calls(value: Any) -> tuple[str | None, bool]:
+    """The calls as JSON text, and whether they could be shown: what can just be decoded can't always be encoded."""
+    if not value or not isinstance(value, list):
+        return None, True
+    try:
+        return msgspec.json.encode(value).decode(), True
+    except RecursionError:
+        return None, False
+
+
+def _choices(value: Any) -> tuple[Choice, ...]:
+    """All choices, where there are several."""
+    if not isinstance(value, list) or len(value) < 2:
+        return ()
+    return tuple(_choice(place, choice) for place, choice in enumerate(value) if isinstance(choice, dict))
+
+
+def _choice(place: int, choice: dict[str, Any]) -> Choice:
+    message = choice.get("message")
+    content = _content(message.get("content")) if isinstance(message, dict) else None
+    return Choice(_index(choice, place), content, _text(choice.get("finish_reason")))
+
+
+def _index(value: dict[str, Any], otherwise: int) -> int:
+    """The number that a choice or a call gives itself."""
+    index = _count(value.get("index"))
+    return otherwise if index is None else index
 
 
 def _created(value: Any) -> int | None:
@@ -220,8 +255,8 @@ class _Spelled:
 
     def __init__(self) -> None:
         self._last: dict[str, Any] = {}
-        self._message: _Message | None = None
-        self._finish_reason: str | None = None
+        self._messages: dict[int, _Message] = {}
+        self._finish_reasons: dict[int, str] = {}
         self._flagged = self._broken = False
 
     def take(self, event: sse.Event) -> None:
@@ -241,20 +276,29 @@ class _Spelled:
             self._last["usage"] = usage
         if error := decoded.get("error"):
             self._last["error"] = error
-        choice = _first_choice(decoded)
-        if choice.get("index") not in (None, 0):
-            return  # the further ones of n > 1 are in the raw answer only
-        self._finish_reason = _text(choice.get("finish_reason")) or self._finish_reason
+        choices = decoded.get("choices")
+        for choice in choices if isinstance(choices, list) else ():
+            if isinstance(choice, dict):
+                self._take_choice(choice)
+
+    def _take_choice(self, choice: dict[str, Any]) -> None:
+        index = _index(choice, 0)
+        if index >= MAX_CHOICES:
+            return
+        if (reason := _text(choice.get("finish_reason"))) is not None:
+            self._finish_reasons[index] = reason
         if (delta := _delta(choice)) is not None:
-            self._message = self._message or _Message()
-            self._message.add(delta)
+            self._messages.setdefault(index, _Message()).add(delta)
 
     def answer(self, *, done: bool) -> Answer:
         whole = self._last
-        if self._message is not None:
-            whole["choices"] = [{"message": self._message.whole(), "finish_reason": self._finish_reason}]
+        if 0 in self._messages:
+            whole["choices"] = [
+                {"index": index, "message": message.whole(), "finish_reason": self._finish_reasons.get(index)}
+                for index, message in sorted(self._messages.items())
+            ]
         answer = _from_object(whole, self._flagged)
-        ended = (done or self._finish_reason is not None) and not self._broken
+        ended = (done or 0 in self._finish_reasons) and not self._broken
         return answer if ended else msgspec.structs.replace(answer, completion=False)
 
 
@@ -279,12 +323,17 @@ class _Message:
     def __init__(self) -> None:
         self._contents: list[str] = []
         self._calls: list[FunctionCall] = []
+        self._tool_calls: dict[int, _ToolCall] = {}
 
     def add(self, delta: dict[str, Any]) -> None:
         if (text := _content(delta.get("content"))) is not None:
             self._contents.append(text)
         if (call := _function_call(delta.get("function_call"))) is not None:
             self._calls.append(call)
+        tool_calls = delta.get("tool_calls")
+        for place, piece in enumerate(tool_calls if isinstance(tool_calls, list) else ()):
+            if isinstance(piece, dict) and (index := _index(piece, place)) < MAX_CHOICES:
+                self._tool_calls.setdefault(index, _ToolCall()).add(piece)
 
     def whole(self) -> dict[str, Any]:
         message: dict[str, Any] = {"content": "".join(self._contents) if self._contents else None}
@@ -293,4 +342,25 @@ class _Message:
                 "".join(parts) for parts in zip(*((c.name or "", c.arguments or "") for c in self._calls), strict=True)
             )
             message["function_call"] = {"name": name, "arguments": arguments}
+        if self._tool_calls:
+            message["tool_calls"] = [call.whole() for _, call in sorted(self._tool_calls.items())]
         return message
+
+
+class _ToolCall:
+    """One call of a tool as a stream's deltas spell it: what is told once, and the pieces of its arguments."""
+
+    def __init__(self) -> None:
+        self._told: dict[str, Any] = {}
+        self._name: list[str] = []
+        self._arguments: list[str] = []
+
+    def add(self, piece: dict[str, Any]) -> None:
+        self._told |= {name: value for name, value in piece.items() if value is not None and name != "index"}
+        if (call := _function_call(piece.get("function"))) is not None:
+            self._name.append(call.name or "")
+            self._arguments.append(call.arguments or "")
+
+    def whole(self) -> dict[str, Any]:
+        called = {"name": "".join(self._name), "arguments": "".join(self._arguments)}
+        return self._told | {"function": called} if self._name else self._told

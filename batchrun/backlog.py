@@ -10,7 +10,7 @@ import msgspec
 
 from batchrun.chunks import OpenChunk
 from batchrun.policy import History
-from batchrun.records import Request, Row
+from batchrun.records import Attempt, Correction, Request, Row, RowError
 
 MAX_WAITING = 4096
 """Rows that wait for a retry before new ones wait too: more would only grow memory while the endpoint is unwell."""
@@ -20,7 +20,8 @@ class Pending(msgspec.Struct, frozen=True):
     """A row still to be asked, with what it has been through. `cost_usd` None: an earlier attempt has no price.
 
     `successes` is the gate's count of good answers when the row was last sent, None before that. `refused`: an
-    earlier start met a 403 that nobody could corroborate.
+    earlier start met a 403 that nobody could corroborate. `corrections` are in the request already; `invalid` is the
+    answer that the last of them is about: it stands if no better one comes.
     """
 
     request: Request
@@ -30,6 +31,8 @@ class Pending(msgspec.Struct, frozen=True):
     successes: int | None = None
     refused: bool = False
     variant: int = 0
+    corrections: tuple[Correction, ...] = ()
+    invalid: tuple[Attempt, RowError] | None = None
 
 
 class Backlog:

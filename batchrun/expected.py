@@ -29,6 +29,10 @@ class Flaw(msgspec.Struct, frozen=True):
     message: str
 
 
+KINDS = frozenset({"invalid_json", "schema", "unknown_function"})
+"""The kinds of flaws: those of an answer that another one may not have."""
+
+
 class Expected:
     """What the answer to a request must be. One is shared by all requests that expect the same.
 
@@ -120,6 +124,36 @@ def check_of(schema: Schema) -> Check:
         return None
 
     return check
+
+
+def schema_of(wanted: Any) -> dict[str, Any]:
+    """The JSON schema of `wanted`: itself, that of a Pydantic model class, or of a type that msgspec knows (its own
+    structs, dataclasses, TypedDicts). A type that is a reference to its own definition is given as that.
+
+    Raises:
+        JobError: it has no JSON schema, or no valid one.
+    """
+    if isinstance(wanted, Mapping):
+        schema = dict(wanted)
+    elif callable(told := getattr(wanted, "model_json_schema", None)):  # Pydantic, without importing it
+        schema = told()
+    else:
+        try:
+            schema = msgspec.json.schema(wanted)
+        except (TypeError, RecursionError) as error:
+            raise JobError(f"response_format: {wanted!r:.100} has no JSON schema: {error}") from error
+    if (said := problem(schema)) is not None:
+        raise JobError(f"response_format: {said}")
+    return _opened(schema)
+
+
+def _opened(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema with its definition in place of a mere reference to it: servers want an object at the top."""
+    definitions, reference = schema.get("$defs"), schema.get("$ref")
+    if not isinstance(definitions, dict) or set(schema) != {"$ref", "$defs"}:
+        return schema
+    named = next((one for name, one in definitions.items() if reference == f"#/$defs/{name}"), None)
+    return {**named, "$defs": definitions} if isinstance(named, dict) else schema
 
 
 def problem(schema: Schema) -> str | None:

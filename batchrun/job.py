@@ -124,6 +124,7 @@ class Retry(Table, frozen=True):
     max_attempts: AtLeastOne = 6
     max_5xx: AtLeastOne = 4
     max_maybe_billed: Count = 1
+    invalid: Count = 0  # each is paid for again, and a model that answers wrongly twice rarely mends it
     max_wait_s: Positive = 900.0  # the longest Retry-After obeyed; beyond it the run pauses
     max_outage_s: Positive = 7200.0
     backoff_base_s: Positive = 1.0

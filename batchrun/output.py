@@ -30,13 +30,17 @@ ROW_GROUP_ROWS = 65_536
 UTC_MICROSECONDS = pa.timestamp("us", tz="UTC")
 USD = pa.decimal128(20, 12)
 
+_CHOICE = pa.struct([("index", pa.int32()), ("content", pa.large_string()), ("finish_reason", pa.string())])
+
 _OWN: list[tuple[str, pa.DataType]] = [
     ("row", pa.int64()),
     ("status", pa.string()),
     ("content", pa.large_string()),
     ("parsed", pa.large_string()),
     ("function_call", pa.struct([("name", pa.string()), ("arguments", pa.large_string())])),
+    ("tool_calls", pa.large_string()),
     ("finish_reason", pa.string()),
+    ("choices", pa.list_(pa.field("element", _CHOICE))),
     ("model", pa.string()),
     ("completion_id", pa.string()),
     ("request_id", pa.string()),
@@ -138,7 +142,9 @@ def own_table(completions: Sequence[Completion], *, keep_raw: bool) -> pa.Table:
         "content": [a.content for a in read],
         "parsed": [a.content if c.in_json else None for c, a in pairs],
         "function_call": [None if a.function_call is None else msgspec.to_builtins(a.function_call) for a in read],
+        "tool_calls": [a.tool_calls for a in read],
         "finish_reason": [a.finish_reason for a in read],
+        "choices": [msgspec.to_builtins(a.choices) if a.choices else None for a in read],
         "model": [a.model or c.model for c, a in pairs],
         "completion_id": [a.completion_id for a in read],
         "request_id": [c.request_id for c in completions],

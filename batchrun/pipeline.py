@@ -19,6 +19,7 @@ from batchrun.chunks import OpenChunk
 from batchrun.client import Client
 from batchrun.delivery import Delivery
 from batchrun.errors import BatchrunError, InputError
+from batchrun.expected import KINDS
 from batchrun.gate import Gate, GateClosed
 from batchrun.image_digests import ImageDigests
 from batchrun.images import Images
@@ -29,6 +30,7 @@ from batchrun.records import (
     Answer,
     Attempt,
     Completion,
+    Correction,
     Discarded,
     Ending,
     OfflineCount,
@@ -38,7 +40,7 @@ from batchrun.records import (
     Status,
     Verdict,
 )
-from batchrun.request import RequestBuilder
+from batchrun.request import RequestBuilder, corrected
 from batchrun.slots import Slots
 from batchrun.tables import usd
 
@@ -177,7 +179,7 @@ class Pipeline:
         except InputError as error:
             ways_on = "put them back, or take the images as they are with --accept-changes"
             raise InputError(f"row {row}: {error}: changed while the run works; {ways_on}") from error
-        return request
+        return corrected(request, pending.corrections)
 
     async def _attempt(self, pending: Pending, request: Request, slot: int, bound_usd: Decimal | None) -> None:
         n = pending.history.attempts + 1
@@ -259,6 +261,7 @@ class Pipeline:
             counted=len(counted),
             counted_5xx=sum((attempt.http_status or 0) >= 500 for attempt in counted),
             maybe_billed=sum(attempt.verdict is Verdict.MAYBE for attempt in counted),
+            corrected=sum(attempt.verdict is Verdict.OK and attempt.error_kind in KINDS for attempt in earlier),
         )
         refused = any(attempt.verdict is Verdict.PAUSE and attempt.http_status == 403 for attempt in earlier)
         cost_usd = _total([cost_usd, *(attempt.cost_usd for attempt in earlier)])
@@ -266,11 +269,21 @@ class Pipeline:
 
     def _take(self, ended: _Ended, settlement: Settlement, slot: int) -> None:
         """The answer settles its row, unless the job wants another in its place."""
+        pending = ended.pending
         history = policy.asked_again(ended.history, settlement, self._job.retry)
+        if history is not None and settlement.correctable and settlement.error is not None:
+            new = Correction(_said(ended.answer), settlement.error.message or "")
+            if any(new.answer == each.answer for each in pending.corrections):
+                history = None  # a model that says the same again will say it a third time
+            corrections = (*pending.corrections, new)
+            invalid = ended.attempt, settlement.error
+            request = corrected(pending.request, [new])
+            pending = msgspec.structs.replace(pending, request=request, corrections=corrections, invalid=invalid)
         if history is None:
             self._finish(ended, slot, settlement.status)
         else:
-            self._ask_again(msgspec.structs.replace(ended, history=history), slot, self._gate.successes)
+            again = msgspec.structs.replace(ended, pending=pending, history=history)
+            self._ask_again(again, slot, self._gate.successes)
 
     def _settle(self, ended: _Ended, slot: int | None) -> None:
         """The row's completion, without an answer, is on its way to the disk."""
@@ -302,13 +315,16 @@ class Pipeline:
 
     def _finish(self, ended: _Ended, slot: int | None, status: Status) -> None:
         pending, attempt, answer = ended.pending, ended.attempt, ended.answer
+        error = _error(ended)
+        if ended.settlement is None and pending.invalid is not None:  # no answer is given up for none
+            (attempt, error), status = pending.invalid, Status.INVALID
         completion = Completion(
             row=pending.request.row,
             key=pending.request.key,
             status=status,
             attempts=ended.history.attempts,
             http_status=attempt.http_status,
-            error=_error(ended),
+            error=error,
             request_id=attempt.request_id,
             finished_at=attempt.started_at + attempt.latency_s,
             latency_s=attempt.latency_s,
@@ -449,6 +465,11 @@ def _refusal_status(ended: _Ended) -> Status:
 
 def _rate_limited(judgement: Judgement) -> bool:
     return judgement.verdict is Verdict.SLOW and judgement.error is not None and judgement.error.http_status == 429
+
+
+def _said(answer: Answer) -> str:
+    """What the model said, as a message of its own: a call as the JSON that it is."""
+    return answer.content or "" if answer.function_call is None else msgspec.json.encode(answer.function_call).decode()
 
 
 def _error(ended: _Ended) -> RowError | None:

@@ -219,13 +219,14 @@ def _why_unreadable(attempt: Attempt) -> str:
 class Settlement(msgspec.Struct, frozen=True):
     """What a usable answer makes of its row, and what the job says of such an answer: `accept`, `fail` or `retry`.
 
-    `in_json`: the content is the JSON that was asked for.
+    `in_json`: the content is the JSON that was asked for. `correctable`: it is not, and the model can be told why.
     """
 
     status: Status
     action: Action = "accept"
     error: RowError | None = None
     in_json: bool = False
+    correctable: bool = False
 
 
 def settlement(answer: Answer, expected: Expected, finish: Finish, http_status: int | None = None) -> Settlement:
@@ -234,7 +235,7 @@ def settlement(answer: Answer, expected: Expected, finish: Finish, http_status: 
     An answer that was cut short is neither read as JSON nor mended.
     """
     reason = answer.finish_reason
-    called = answer.function_call is not None or reason == "tool_calls"
+    called = answer.function_call is not None or answer.tool_calls is not None or reason == "tool_calls"
     if reason == "content_filter":
         status, action = Status.FILTERED, finish.content_filter
     elif reason == "length":
@@ -249,7 +250,8 @@ def settlement(answer: Answer, expected: Expected, finish: Finish, http_status: 
         told = f"the finish_reason is {reason or 'not said'}, which the job does not accept"
         return Settlement(status, action, RowError("finish_reason", http_status, None, told[:MAX_MESSAGE_CHARS]))
     if status is Status.OK and (flaw := _flaw(answer, expected)) is not None:
-        return Settlement(Status.INVALID, "fail", RowError(flaw.kind, http_status, None, flaw.message))
+        error = RowError(flaw.kind, http_status, None, flaw.message)
+        return Settlement(Status.INVALID, "fail", error, correctable=True)
     return Settlement(status, in_json=status is Status.OK and expected.in_json and not called)
 
 
@@ -266,7 +268,9 @@ def _action_by(reason: str | None, finish: Finish) -> Action:
 def _flaw(answer: Answer, expected: Expected) -> Flaw | None:
     if (call := answer.function_call) is not None:
         return expected.call_flaw(call.name, call.arguments)
-    return None if answer.finish_reason == "tool_calls" else expected.content_flaw(answer.content or "")
+    if answer.tool_calls is not None or answer.finish_reason == "tool_calls":
+        return None
+    return expected.content_flaw(answer.content or "")
 
 
 def failing(finish: Finish) -> frozenset[Status]:
@@ -281,12 +285,16 @@ def failing(finish: Finish) -> frozenset[Status]:
 
 
 class History(msgspec.Struct, frozen=True):
-    """What a row has been through: attempts made, and those that count against its caps."""
+    """What a row has been through: attempts made, and those that count against its caps.
+
+    `corrected`: how often it was asked again with what was wrong with its answer.
+    """
 
     attempts: int = 0
     counted: int = 0
     counted_5xx: int = 0
     maybe_billed: int = 0
+    corrected: int = 0
 
 
 def after(history: History, judgement: Judgement, *, corroborated: bool) -> History:
@@ -306,11 +314,14 @@ def after(history: History, judgement: Judgement, *, corroborated: bool) -> Hist
         counted=history.counted + counts,
         counted_5xx=history.counted_5xx + (counts and server_error),
         maybe_billed=history.maybe_billed + (counts and judgement.verdict is Verdict.MAYBE),
+        corrected=history.corrected,
     )
 
 
 def asked_again(history: History, settled: Settlement, retry: Retry) -> History | None:
     """`history` with an answer set aside, where the job wants another in its place; None where this one stands."""
+    if settled.correctable and history.corrected < retry.invalid:
+        return msgspec.structs.replace(history, corrected=history.corrected + 1)
     if settled.action != "retry":
         return None
     counted = msgspec.structs.replace(history, counted=history.counted + 1)

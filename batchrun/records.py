@@ -98,6 +98,13 @@ class Request(msgspec.Struct, frozen=True):
         return self.max_prompt_tokens + self.max_output_tokens
 
 
+class Correction(msgspec.Struct, frozen=True):
+    """An answer that was not what was asked for, and what is said to the model of it when it is asked again."""
+
+    answer: str
+    complaint: str
+
+
 class Attempt(msgspec.Struct, frozen=True):
     """One HTTP exchange as it ended: either `http_status` with `body`, or `error` with whatever bytes had come.
 
@@ -124,10 +131,19 @@ class FunctionCall(msgspec.Struct, frozen=True):
     arguments: str | None
 
 
+class Choice(msgspec.Struct, frozen=True):
+    """One of several answers to one request: the column `choices`."""
+
+    index: int
+    content: str | None
+    finish_reason: str | None
+
+
 class Answer(msgspec.Struct, frozen=True):
     """What a 2xx body says, as far as it could be read. `flagged` = only the lenient reading worked.
 
-    `completion` is False when there is no first choice with a message. `error_*` is an error object in the body.
+    `completion` is False when there is no first choice with a message. `tool_calls` is JSON text; `choices` are there
+    when they are several, the first one among them. `error_*` is an error object in the body.
     """
 
     completion: bool = False
@@ -137,6 +153,8 @@ class Answer(msgspec.Struct, frozen=True):
     model: str | None = None
     content: str | None = None
     function_call: FunctionCall | None = None
+    tool_calls: str | None = None
+    choices: tuple[Choice, ...] = ()
     finish_reason: str | None = None
     usage: Usage | None = None
     error_message: str | None = None

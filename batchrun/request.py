@@ -19,7 +19,7 @@ from batchrun.expected import Expected
 from batchrun.fields import as_json, check_messages, check_parameter, plain, same_number
 from batchrun.image_parts import Image, Picture, Source
 from batchrun.job import Endpoint, Job, MessageTemplate, RequestTemplate
-from batchrun.records import Request, Row
+from batchrun.records import Correction, Request, Row
 from batchrun.templates import Columns, template, text_template
 
 MAX_EXPECTED = 64
@@ -197,6 +197,25 @@ class RequestBuilder:
         for name, value in sorted({**self._parameters, **own}.items(), key=_field_order):
             body[name] = check_parameter(name, value)
         return body
+
+
+def corrected(request: Request, corrections: Sequence[Correction]) -> Request:
+    """The request with each answer that was not as asked, and what is wrong with it, as messages at its end.
+
+    It is still the same question: the key stays. The bound of its tokens grows with the body.
+    """
+    if not corrections:
+        return request
+    body = msgspec.json.decode(request.body)
+    for each in corrections:
+        complaint = f"This answer can't be used: {each.complaint}. Answer again so that it can."
+        body["messages"] += [
+            {"role": "assistant", "content": each.answer},
+            {"role": "user", "content": complaint},
+        ]
+    longer = msgspec.json.encode(body)
+    bound = request.max_prompt_tokens + len(longer) - len(request.body)
+    return msgspec.structs.replace(request, body=longer, max_prompt_tokens=bound)
 
 
 def _unused_by_batch(request: RequestTemplate) -> str | None:

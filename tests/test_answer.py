@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchrun.answer import MAX_COUNT, MAX_MESSAGE_CHARS, decode, read
-from batchrun.records import Answer, FunctionCall, Usage
+from batchrun.records import Answer, Choice, FunctionCall, Usage
 from batchrun.sse import events
 
 USAGE = {
@@ -281,7 +281,7 @@ COUNTED = chunk(choices=[], usage=USAGE)
                 STOP,
                 COUNTED,
             ),
-            WHOLE,
+            but(choices=(Choice(0, "Fine.", "stop"), Choice(1, "?", "length"))),
             id="a second choice between",
         ),
         pytest.param(
@@ -340,3 +340,65 @@ def test_the_lines_of_an_event_are_joined(lines: list[str]) -> None:
 def test_no_bytes_at_all_raise(raw: bytes) -> None:
     assert not read(raw).completion
     decode(raw)
+
+
+# ── tools, and several choices ────────────────────────────────────────────────────────────────────────────────────────
+
+
+CALLS = [
+    {"id": "call_1", "type": "function", "function": {"name": "find", "arguments": '{"id":7}'}},
+    {"id": "call_2", "type": "function", "function": {"name": "stop", "arguments": ""}},
+]
+
+
+def test_calls_of_tools_are_json_text_as_they_came_whole_or_streamed() -> None:
+    message = {"role": "assistant", "content": None, "tool_calls": CALLS}
+    whole = read(msgspec.json.encode({"choices": [{"message": message, "finish_reason": "tool_calls"}]}))
+    pieces: list[dict[str, object]] = [
+        {"content": None, "tool_calls": [{"index": 0, **CALLS[0], "function": {"name": "find", "arguments": ""}}]},
+        {"tool_calls": [{"index": 1, **CALLS[1]}]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": '{"id"'}}, {"index": 1, "function": {}}]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": ":7}"}}]},
+    ]
+    events = [{"choices": [{"index": 0, "delta": piece}]} for piece in pieces]
+    events.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "tool_calls"}]})
+    streamed = read(b"".join(b"data: %b\n\n" % msgspec.json.encode(event) for event in events))
+    for said in (whole, streamed):
+        assert said.completion
+        assert json.loads(said.tool_calls or "") == CALLS
+        assert (said.content, said.function_call) == (None, None)
+
+
+@pytest.mark.parametrize("calls", [None, [], {}, "call", 7])
+def test_what_are_no_calls_of_tools_are_none(calls: object) -> None:
+    assert read(msgspec.json.encode({"choices": [{"message": {"tool_calls": calls}}]})).tool_calls is None
+
+
+def test_several_choices_are_all_there_in_order_whole_or_streamed() -> None:
+    reasons = ["stop", "length", None]
+    whole = read(
+        msgspec.json.encode(
+            {
+                "choices": [
+                    {"index": at, "message": {"content": f"c{at}"}, "finish_reason": reason}
+                    for at, reason in enumerate(reasons)
+                ]
+            }
+        )
+    )
+    pieces = [(0, "c"), (2, "c"), (1, "c"), (1, "1"), (0, "0"), (2, "2")]
+    events = [{"choices": [{"index": at, "delta": {"content": text}}]} for at, text in pieces]
+    events += [{"choices": [{"index": at, "delta": {}, "finish_reason": reasons[at]} for at in (1, 0)]}]
+    streamed = read(b"".join(b"data: %b\n\n" % msgspec.json.encode(event) for event in events) + b"data: [DONE]\n\n")
+    for said in (whole, streamed):
+        assert [(c.index, c.content, c.finish_reason) for c in said.choices] == [
+            (at, f"c{at}", reason) for at, reason in enumerate(reasons)
+        ]
+        assert (said.content, said.finish_reason, said.completion) == ("c0", "stop", True)
+
+
+def test_one_choice_is_no_list_of_choices_and_absurd_numbers_are_left_out() -> None:
+    assert read(msgspec.json.encode({"choices": [{"message": {"content": "c"}}]})).choices == ()
+    events = [{"choices": [{"index": at, "delta": {"content": "c"}, "finish_reason": "stop"}]} for at in (0, 10**8)]
+    streamed = read(b"".join(b"data: %b\n\n" % msgspec.json.encode(event) for event in events))
+    assert (streamed.content, streamed.choices, streamed.completion) == ("c", (), True)

@@ -1,5 +1,7 @@
 """An answer is held against what was asked: JSON, a schema, the functions offered. Nothing is fetched or mended."""
 
+import dataclasses
+import enum
 import http.server
 import json
 import threading
@@ -9,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import msgspec
+import pydantic
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchrun.errors import JobError
-from batchrun.expected import ANYTHING, MAX_MESSAGE_CHARS, Expected, check_of, of, problem
+from batchrun.expected import ANYTHING, MAX_MESSAGE_CHARS, Expected, check_of, of, problem, schema_of
+from batchrun.schema_columns import column_of
 
 LABEL = {
     "type": "object",
@@ -214,3 +219,60 @@ def test_it_judges_as_the_reference_validator_does(schema: dict[str, Any], value
     check = check_of(schema)
     for value in values:
         assert (check(value) is None) == reference.is_valid(value), (schema, value)
+
+
+# ── schemas of types ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Kind(enum.Enum):
+    BUG = "bug"
+    FEATURE = "feature"
+
+
+class Part(pydantic.BaseModel):
+    name: str
+
+
+class Model(pydantic.BaseModel):
+    kind: Kind
+    score: int | None = None
+    parts: list[Part] = []
+
+
+class Struct(msgspec.Struct):
+    kind: Kind
+    score: int | None = None
+
+
+@dataclasses.dataclass
+class Data:
+    kind: Kind
+    score: int | None = None
+
+
+ENUM = "dictionary<values=string, indices=int32, ordered=0>"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "type_"),
+    [
+        (Model, f"struct<kind: {ENUM}, score: int64, parts: list<element: struct<name: large_string>>>"),
+        (Struct, f"struct<kind: {ENUM}, score: int64>"),
+        (Data, f"struct<kind: {ENUM}, score: int64>"),
+        (LABEL, f"struct<label: {ENUM}, scores: list<element: int64>>"),
+        (list[int], "large_string"),
+    ],
+)
+def test_a_type_is_as_good_as_its_schema(wanted: Any, type_: str) -> None:
+    schema = schema_of(wanted)
+    assert str(column_of(schema).type()) == type_
+    assert "$ref" not in schema
+    if wanted is not LABEL and type_.startswith("struct"):
+        assert kind_of(Expected(in_json=True, schema=schema), '{"kind": "bug"}') is None
+        assert kind_of(Expected(in_json=True, schema=schema), '{"kind": "other"}') == "schema"
+
+
+@pytest.mark.parametrize("wanted", [{"type": "strin"}, object, 7, "label.schema.json"])
+def test_what_has_no_schema_is_refused(wanted: Any) -> None:
+    with pytest.raises(JobError, match=r"^response_format: "):
+        schema_of(wanted)

@@ -493,6 +493,18 @@ def test_an_answer_set_aside_counts_as_an_attempt_until_there_are_none_left() ->
     assert asked_again(History(attempts=1), Settlement(Status.OK), Retry()) is None
 
 
+def test_an_answer_that_does_not_fit_is_asked_about_as_often_as_the_job_says() -> None:
+    wrong = settlement(Answer(completion=True, content="no"), Expected(in_json=True), Finish())
+    assert asked_again(History(attempts=1), wrong, Retry()) is None
+    again = asked_again(History(attempts=1, counted=5), wrong, Retry(invalid=2))
+    assert again == History(attempts=1, counted=5, corrected=1)
+    assert asked_again(History(attempts=3, corrected=2), wrong, Retry(invalid=2)) is None
+    refused = settlement(Answer(completion=True, content="no", finish_reason="stop"), ANYTHING, Finish(stop="fail"))
+    assert asked_again(History(attempts=1), refused, Retry(invalid=2)) is None
+    kept = after(History(corrected=1), Judgement(Verdict.FREE, RowError("reset")), corroborated=True)
+    assert kept.corrected == 1
+
+
 def test_an_answer_that_was_cut_short_is_not_held_against_its_schema() -> None:
     for reason, status in (("length", Status.TRUNCATED), ("content_filter", Status.FILTERED)):
         settled = settlement(

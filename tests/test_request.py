@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from batchrun.errors import InputError, JobError
 from batchrun.fields import check_parameter
 from batchrun.job import Job, from_tables
-from batchrun.records import Request, Row
-from batchrun.request import RequestBuilder, detect_dialect
+from batchrun.records import Correction, Request, Row
+from batchrun.request import RequestBuilder, corrected, detect_dialect
 from batchrun.source import find_files, open_source
 
 MODEL = "vtrix-gpt-5.3-codex"
@@ -587,3 +587,24 @@ def test_what_a_batch_file_would_ignore_is_refused(setting: dict[str, Any]) -> N
     job = from_tables({"endpoint": {"url": "simulator"}, "request": {"model": "m", **setting}})
     with pytest.raises(JobError, match=rf"request\.{next(iter(setting))}: .*bring their own"):
         RequestBuilder(job, "openai-batch")
+
+
+# ── asked again ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_is_asked_again_with_the_answer_and_what_is_wrong_with_it(stream: bool) -> None:
+    asked = build(a_job(prompt="Label {{ text }}", stream=stream), {"text": "this"}, "columns")
+    again = corrected(corrected(asked, [Correction("so", "no JSON")]), [Correction("{}", "no label")])
+    assert again == corrected(asked, [Correction("so", "no JSON"), Correction("{}", "no label")])
+    before, after = json.loads(asked.body), json.loads(again.body)
+    first, *added = after.pop("messages")
+    assert [first] == before.pop("messages")
+    assert after == before
+    assert [message["role"] for message in added] == ["assistant", "user"] * 2
+    assert [added[0]["content"], added[2]["content"]] == ["so", "{}"]
+    assert "no JSON" in added[1]["content"]
+    assert "no label" in added[3]["content"]
+    assert again.key == asked.key
+    assert again.max_prompt_tokens - asked.max_prompt_tokens == len(again.body) - len(asked.body) > 0
+    assert corrected(asked, []) is asked

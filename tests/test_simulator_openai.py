@@ -234,3 +234,45 @@ def test_a_stream_says_the_same_to_both_clients(
     own = {"completion_id": their.completion_id, "created": their.created}
     assert msgspec.structs.replace(our, **own) == their
     assert (our.completion_id, our.created) != (None, None)
+
+
+TOOLS: Any = [
+    {"type": "function", "function": {"name": "label", "parameters": SCHEMA}},
+    {"type": "function", "function": {"name": "stop"}},
+]
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "label"}}])
+def test_a_tool_is_called_when_asked_for_and_both_clients_read_it_alike(
+    client: openai.OpenAI, simulator: RunningSimulator, choice: Any
+) -> None:
+    asked: Any = {"model": "vtrix-x", "messages": [{"role": "user", "content": "Hi"}], "tools": TOOLS}
+    plain = client.chat.completions.create(**asked, tool_choice=choice)
+    (call,) = plain.choices[0].message.tool_calls or []
+    assert plain.choices[0].finish_reason == "tool_calls"
+    assert call.type == "function"
+    if choice != "required":
+        assert call.function.name == "label"
+    if call.function.name == "label":
+        jsonschema.validate(json.loads(call.function.arguments), SCHEMA)
+    streamed = ours(simulator, tools=TOOLS, tool_choice=choice)
+    assert json.loads(streamed.tool_calls or "") == [call.model_dump(exclude_none=True)]
+    assert streamed.finish_reason == "tool_calls"
+
+
+def test_a_tool_choice_that_leads_nowhere_is_refused(client: openai.OpenAI) -> None:
+    asked: Any = {"model": "vtrix-x", "messages": [{"role": "user", "content": "Hi"}]}
+    nowhere: Any = {"type": "function", "function": {"name": "none"}}
+    for fields in ({"tools": TOOLS, "tool_choice": nowhere}, {"tool_choice": "required"}, {"tools": TOOLS * 2}):
+        with pytest.raises(openai.BadRequestError):
+            client.chat.completions.create(**asked, **fields)
+
+
+def test_several_choices_are_read_alike(client: openai.OpenAI, simulator: RunningSimulator) -> None:
+    asked: Any = {"model": "vtrix-x", "messages": [{"role": "user", "content": "Hi"}], "n": 3}
+    plain = client.chat.completions.create(**asked)
+    said = [(choice.index, choice.message.content, choice.finish_reason) for choice in plain.choices]
+    assert len({content for _, content, _ in said}) == 3
+    streamed = ours(simulator, n=3)
+    assert [(choice.index, choice.content, choice.finish_reason) for choice in streamed.choices] == said
+    assert streamed.content == plain.choices[0].message.content

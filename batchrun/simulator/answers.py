@@ -18,6 +18,7 @@ from batchrun.simulator.validate import (
     JSONObjectFormat,
     JSONSchemaFormat,
     NamedFunction,
+    NamedTool,
     Question,
 )
 from batchrun.simulator.words import WORDS
@@ -41,13 +42,14 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 class Choice(msgspec.Struct, frozen=True):
-    """Either content or a function call."""
+    """Content, the call of a function or that of a tool."""
 
     content: str | None
     function_call: FunctionCall | None
-    finish_reason: Literal["stop", "length", "function_call"]
+    finish_reason: Literal["stop", "length", "function_call", "tool_calls"]
     completion_tokens: int
     reasoning_tokens: int
+    tool_call: FunctionCall | None = None
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -93,16 +95,40 @@ def _choice(request: ChatRequest, rng: Random) -> Choice:
         wanted = round(_REASONING_TOKENS[request.reasoning_effort] * rng.uniform(0.5, 1.5))
         reasoning = min(wanted, limit // 2)  # some of the limit stays for the text
     function = _function(request, rng)
-    whole = _arguments(function, request, rng) if function else _content(request, rng)
+    tool = _tool(request, rng) if function is None else None
+    called = function or tool
+    whole = _arguments(called, request, rng) if called else _content(request, rng)
     text = whole.encode()[: (limit - reasoning) * BYTES_PER_TOKEN].decode(errors="ignore")
-    usual: Literal["stop", "function_call"] = "function_call" if function else "stop"
+    usual: Literal["stop", "function_call", "tool_calls"] = "function_call" if function else "stop"
     return Choice(
-        content=None if function else text,
+        content=None if called else text,
         function_call=FunctionCall(function.name, text) if function else None,
-        finish_reason="length" if text != whole else usual,
+        finish_reason="length" if text != whole else "tool_calls" if tool else usual,
         completion_tokens=reasoning + text_tokens(text),
         reasoning_tokens=reasoning,
+        tool_call=FunctionCall(tool.name, text) if tool else None,
     )
+
+
+def spoiled(answer: Answer, kind: Literal["invalid_json", "unfit_json"]) -> Answer:
+    """The answer with its texts no JSON any more, or JSON of another shape: a string that holds the text."""
+
+    def spoil(text: str) -> str:
+        return f"Here it is: {text}" if kind == "invalid_json" else msgspec.json.encode(text).decode()
+
+    def call(said: FunctionCall | None) -> FunctionCall | None:
+        return None if said is None else FunctionCall(said.name, spoil(said.arguments))
+
+    choices = tuple(
+        msgspec.structs.replace(
+            choice,
+            content=None if choice.content is None else spoil(choice.content),
+            function_call=call(choice.function_call),
+            tool_call=call(choice.tool_call),
+        )
+        for choice in answer.choices
+    )
+    return msgspec.structs.replace(answer, choices=choices)
 
 
 def _function(request: ChatRequest, rng: Random) -> Function | None:
@@ -115,11 +141,24 @@ def _function(request: ChatRequest, rng: Random) -> Function | None:
     return None
 
 
+def _tool(request: ChatRequest, rng: Random) -> Function | None:
+    """The tool to call: the named one, any where one is required, under `auto` any or none."""
+    offered = [tool.function for tool in request.tools]
+    if isinstance(request.tool_choice, NamedTool):
+        name = request.tool_choice.function.name
+        return next(function for function in offered if function.name == name)
+    free = request.tool_choice in (UNSET, "auto") and bool(offered) and rng.random() < _CALLS_WHEN_FREE
+    return rng.choice(offered) if free or request.tool_choice == "required" else None
+
+
 def _arguments(function: Function, request: ChatRequest, rng: Random) -> str:
     if function.parameters is UNSET or not function.parameters:
         return "{}"
     assert isinstance(function.parameters, dict)
-    param = f"functions[{request.functions.index(function)}].parameters"
+    if function in request.functions:
+        param = f"functions[{request.functions.index(function)}].parameters"
+    else:
+        param = f"tools[{[tool.function for tool in request.tools].index(function)}].function.parameters"
     return msgspec.json.encode(instance(function.parameters, rng, param)).decode()
 
 

@@ -24,10 +24,14 @@ Kind = Literal[
     "close_after",
     "wrong_model",
     "no_usage",
+    "invalid_json",
+    "unfit_json",
 ]
 
 # These spoil an answer that was worked out, so it was paid for; all others come instead of one.
-SPOILING: frozenset[Kind] = frozenset({"cut", "slow_body", "close_after", "wrong_model", "no_usage"})
+SPOILING: frozenset[Kind] = frozenset(
+    {"cut", "slow_body", "close_after", "wrong_model", "no_usage", "invalid_json", "unfit_json"}
+)
 
 _STATUS_OF_KIND: dict[Kind, int] = {"redirect": 307, "echo_key": 401}  # others: 200, or 500 for "status"
 
@@ -131,7 +135,10 @@ _NAMED: dict[str, Fault] = {
 _STICKY_STATUSES = frozenset({400, 413, 415, 422})  # verdicts on the request itself: a retry changes nothing
 _CODE_OF_STATUS = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
 _WITHOUT_SETTINGS = frozenset(
-    {"error_200", "garbage", "gzip_bomb", "reset", "hang", "cut", "close_after", "wrong_model", "no_usage"}
+    {
+        *("error_200", "garbage", "gzip_bomb", "reset", "hang", "cut", "close_after", "wrong_model", "no_usage"),
+        *("invalid_json", "unfit_json"),
+    }
 )
 
 

@@ -1,11 +1,12 @@
 """Answers as bytes: the completion object and the stream of docs/api.md, "Response". Pure."""
 
 from collections.abc import Iterator
+from hashlib import blake2b
 from typing import Any
 
 import msgspec
 
-from batchrun.simulator.answers import Answer, Choice, Usage
+from batchrun.simulator.answers import Answer, Choice, FunctionCall, Usage
 from batchrun.simulator.tokens import BYTES_PER_TOKEN
 
 DELTA_TOKENS = 4  # how much text a chunk carries
@@ -51,12 +52,25 @@ def _head(envelope: Envelope, kind: str) -> dict[str, Any]:
 
 def _message(choice: Choice) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": choice.content}
+    if choice.tool_call:
+        return message | {"tool_calls": [_tool_call(choice.tool_call, choice.tool_call.arguments)]}
     return message | {"function_call": choice.function_call} if choice.function_call else message
+
+
+def _tool_call(call: FunctionCall, arguments: str) -> dict[str, Any]:
+    """The call as the wire has it; its id is a function of what it says, so the same answer has the same."""
+    identity = blake2b(f"{call.name} {call.arguments}".encode(), digest_size=9).hexdigest()
+    return {"id": f"call_{identity}", "type": "function", "function": {"name": call.name, "arguments": arguments}}
 
 
 def _deltas(choice: Choice) -> Iterator[tuple[dict[str, Any], str | None]]:
     call = choice.function_call
-    if call is None:
+    if (tool_call := choice.tool_call) is not None:
+        named_tool = {"index": 0, **_tool_call(tool_call, "")}
+        yield {"role": "assistant", "content": None, "tool_calls": [named_tool]}, None
+        for piece in _pieces(tool_call.arguments):
+            yield {"tool_calls": [{"index": 0, "function": {"arguments": piece}}]}, None
+    elif call is None:
         yield {"role": "assistant", "content": ""}, None
         yield from (({"content": piece}, None) for piece in _pieces(choice.content or ""))
     else:

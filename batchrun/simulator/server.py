@@ -11,7 +11,7 @@ import msgspec
 from aiohttp import web
 
 from batchrun.simulator import trouble
-from batchrun.simulator.answers import Answer, Usage, answer_to, latency_s
+from batchrun.simulator.answers import Answer, Usage, answer_to, latency_s, spoiled
 from batchrun.simulator.config import SimulatorConfig
 from batchrun.simulator.faults import SPOILING, Fault, FaultBook
 from batchrun.simulator.ledger import Ledger, LedgerLine, question_of
@@ -145,6 +145,8 @@ class Simulator:
             model=f"{request.model}-other" if kind == "wrong_model" else request.model,
             with_usage=asked_for_usage and kind != "no_usage" and not self._config.omit_usage,
         )
+        if kind == "invalid_json" or kind == "unfit_json":
+            reply = spoiled(reply, kind)
         if not request.stream:
             return trouble.Delivery("application/json", (completion(reply, envelope),))
         pace = self._config.tokens_per_second

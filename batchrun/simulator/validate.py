@@ -58,6 +58,11 @@ class Tool(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     function: Function
 
 
+class NamedTool(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    type: Literal["function"]
+    function: NamedFunction
+
+
 class TextFormat(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="type", tag="text"):
     pass
 
@@ -102,8 +107,8 @@ class ChatRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     max_completion_tokens: _OutputTokens | UnsetType = UNSET
     n: Annotated[int, Meta(ge=1, le=128)] = 1
     stream_options: StreamOptions = StreamOptions()
-    tools: tuple[Tool, ...] = ()
-    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | UnsetType = UNSET
+    tools: Annotated[tuple[Tool, ...], Meta(min_length=1)] = ()
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | UnsetType = UNSET
     parallel_tool_calls: bool | UnsetType = UNSET
     seed: int | UnsetType = UNSET
     stop: str | Annotated[tuple[str, ...], Meta(max_length=4)] | UnsetType = UNSET
@@ -160,6 +165,7 @@ def parse_question(body: dict[str, Any]) -> Question:
         raise _refusal(str(error)) from error
     _check_images(request)
     _check_functions(request)
+    _check_tools(request)
     if isinstance(request.response_format, JSONSchemaFormat):
         schema = request.response_format.json_schema.schema
         check_schema(schema, "response_format.json_schema.schema")
@@ -192,6 +198,21 @@ def _check_functions(request: ChatRequest) -> None:
     if isinstance(request.function_call, NamedFunction) and request.function_call.name not in names:
         message = f"function_call.name {request.function_call.name!r} is not among the functions"
         raise Refused(400, message, code="invalid_value", param="function_call.name")
+
+
+def _check_tools(request: ChatRequest) -> None:
+    for index, tool in enumerate(request.tools):
+        if isinstance(tool.function.parameters, dict):
+            check_schema(tool.function.parameters, f"tools[{index}].function.parameters")
+    names = [tool.function.name for tool in request.tools]
+    if len(set(names)) < len(names):
+        raise Refused(400, "Two of the tools have the same name", code="invalid_value", param="tools")
+    choice = request.tool_choice
+    if isinstance(choice, NamedTool) and choice.function.name not in names:
+        message = f"tool_choice.function.name {choice.function.name!r} is not among the tools"
+        raise Refused(400, message, code="invalid_value", param="tool_choice.function.name")
+    if choice is not UNSET and not names:
+        raise Refused(400, "tool_choice goes with tools", code="invalid_value", param="tool_choice")
 
 
 def _check_images(request: ChatRequest) -> None:

@@ -1,0 +1,138 @@
+"""A model whose answer does not fit is told so and asked again: bounded, billed, and never worse off than before."""
+
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow.parquet as pq
+
+from batchrun.simulator import Fault, SimulatorConfig
+from tests.cli_process import batchrun, kill_when, read_summary, start, write_job, write_rows
+from tests.simulator_process import RunningSimulator, running_simulator
+
+JOB = """functions = [{{ name = "label", parameters = {{ type = "object", required = ["a"] }} }}]
+function_call = {{ name = "label" }}
+[retry]
+backoff_base_s = 0.02
+invalid = {invalid}
+{more}
+"""
+UNFIT: Literal["unfit_json"] = "unfit_json"
+
+
+def ran(
+    tmp_path: Path, simulator: RunningSimulator, invalid: int, more: str = "", rows: int = 6, code: int = 3
+) -> list[dict[str, Any]]:
+    source = write_rows(tmp_path / "in.jsonl", rows)
+    job = write_job(tmp_path / "job.toml", simulator.url, source, JOB.format(invalid=invalid, more=more))
+    ended = batchrun("run", job, "-o", tmp_path / "out")
+    assert ended.exit_code == code, ended.stderr
+    return pq.read_table(tmp_path / "out" / "completions.parquet").to_pylist()
+
+
+def asked(simulator: RunningSimulator, row: int) -> int:
+    """How often the row was asked, by the ledger."""
+    return sum((line.client_request_id or "").split("-")[-2] == str(row) for line in simulator.ledger())
+
+
+def test_an_answer_that_does_not_fit_is_mended_at_its_price(tmp_path: Path) -> None:
+    faults = (
+        Fault(kind=UNFIT, match="item 1 ", times=1),
+        Fault(kind="invalid_json", match="item 2 ", times=1),
+        Fault(kind=UNFIT, match="item 2 ", times=1),
+        Fault(kind=UNFIT, match="item 3 "),
+        Fault(kind=UNFIT, match="item 4 ", times=1),
+        Fault(kind="status", status=400, match="item 4 ", message="no more"),
+    )
+    with running_simulator(SimulatorConfig(faults=faults)) as simulator:
+        rows = ran(tmp_path, simulator, 2)
+        assert [row["status"] for row in rows] == ["ok", "ok", "ok", "invalid", "invalid", "ok"]
+        # 3 is never mended; 4 is refused when it is asked again, and keeps the answer there was
+        assert [row["attempts"] for row in rows] == [1, 2, 3, 3, 2, 1]
+        assert [asked(simulator, row) for row in range(6)] == [1, 2, 3, 3, 2, 1]
+        billed = sum(line.billed for line in simulator.ledger())
+        prompt = sum(line.prompt_tokens for line in simulator.ledger())
+    assert [(row["error"] or {}).get("kind") for row in rows] == [None, None, None, "schema", "schema", None]
+    assert rows[4]["error"]["http_status"] == 200
+    assert rows[4]["function_call"] is not None
+    assert rows[4]["raw"]
+    summary = read_summary(tmp_path / "out")
+    assert sum(line["prompt_tokens"] for line in summary["totals"]) == prompt
+    assert sum(line["attempts"] for line in summary["totals"]) == billed + 1
+    assert Decimal(summary["cost_usd"]) == sum(row["cost_usd"] for row in rows)
+    assert Decimal(summary["wasted_usd"]) > 0
+    assert len({row["request_key"] for row in rows}) == 6
+    assert batchrun("verify", tmp_path / "out").exit_code == 0
+
+
+def test_a_model_that_says_the_same_again_is_not_asked_a_third_time(tmp_path: Path) -> None:
+    body = (
+        b'{"choices":[{"message":{"function_call":{"name":"other","arguments":"{}"}},"finish_reason":"function_call"}]}'
+    )
+    stubborn = Fault(kind="body", match="item 1 ", body_base64=body, billed=True)
+    with running_simulator(SimulatorConfig(faults=(stubborn,))) as simulator:
+        rows = ran(tmp_path, simulator, 5, rows=2)
+        assert asked(simulator, 1) == 2
+    assert (rows[1]["status"], rows[1]["attempts"]) == ("invalid", 2)
+    assert rows[1]["error"]["kind"] == "unknown_function"
+
+
+def test_a_start_after_a_kill_knows_how_often_the_model_was_told(tmp_path: Path) -> None:
+    slow = SimulatorConfig(faults=(Fault(kind=UNFIT),), latency_s=0.3, latency_sigma=0.0)
+    with running_simulator(slow) as simulator:
+        source = write_rows(tmp_path / "in.jsonl", 4)
+        job = write_job(tmp_path / "job.toml", simulator.url, source, JOB.format(invalid=3, more=""))
+        process = start("run", job, "-o", tmp_path / "out")
+        kill_when(process, lambda: len(simulator.ledger()) >= 9)
+        process.communicate()
+        before = len(simulator.ledger())
+        rows = ran(tmp_path, simulator, 3, rows=4)
+        served = [asked(simulator, row) for row in range(4)]
+    lost = read_summary(tmp_path / "out")["possibly_billed_count"]
+    assert before >= 9
+    assert {row["status"] for row in rows} == {"invalid"}
+    # told three times at most; an attempt whose answer was lost with the process was not told of
+    assert sum(served) <= 4 * 4 + lost
+    assert all(row["attempts"] == times for row, times in zip(rows, served, strict=True))
+
+
+def test_the_longer_request_is_within_the_budget_or_not_sent(tmp_path: Path) -> None:
+    # one request of 100 bytes and 40 tokens of output costs at most $0.0008; its correction more than is left then
+    with running_simulator(SimulatorConfig(faults=(Fault(kind=UNFIT),))) as simulator:
+        more = "[budget]\nmax_cost_usd = 0.0018\n[limits]\nmax_in_flight = 1\n"
+        source = write_rows(tmp_path / "in.jsonl", 2)
+        job = write_job(tmp_path / "job.toml", simulator.url, source, JOB.format(invalid=50, more=more))
+        ended = batchrun("run", job, "-o", tmp_path / "out")
+        assert ended.exit_code == 4, ended.stderr
+        assert len(simulator.ledger()) < 50
+    summary = read_summary(tmp_path / "out")
+    assert Decimal(summary["cost_usd"]) <= Decimal("0.0018")
+    assert summary["pending"] > 0
+
+
+FINISH = """response_format = {{ type = "text" }}
+[finish]
+length = "{length}"
+[retry]
+max_attempts = 3
+"""
+
+
+def test_a_finish_reason_that_is_not_accepted_fails_its_row_or_is_asked_again(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "in.jsonl", 3)
+    short = b'{"choices":[{"message":{"content":"Fi"},"finish_reason":"length"}]}'
+    once = Fault(kind="body", match="item 1 ", body_base64=short, billed=True, times=1)
+    always = Fault(kind="body", match="item 2 ", body_base64=short, billed=True)
+    for length, code, attempts in (("accept", 0, [1, 1, 1]), ("fail", 3, [1, 1, 1]), ("retry", 3, [1, 2, 3])):
+        with running_simulator(SimulatorConfig(faults=(once, always))) as simulator:
+            job = write_job(tmp_path / "job.toml", simulator.url, source, FINISH.format(length=length))
+            job.write_text(job.read_text().replace("max_tokens = 40", "max_tokens = 400"))
+            out = tmp_path / length
+            ended = batchrun("run", job, "-o", out)
+            assert ended.exit_code == code, ended.stderr
+            rows = pq.read_table(out / "completions.parquet").to_pylist()
+            assert [row["attempts"] for row in rows] == attempts
+            assert [asked(simulator, row) for row in range(3)] == attempts
+        assert [row["status"] for row in rows] == ["ok", "ok" if length == "retry" else "truncated", "truncated"]
+        assert rows[2]["content"] == "Fi"
+        assert (rows[2]["error"] is None) == (length == "accept")
