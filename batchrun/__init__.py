@@ -18,9 +18,11 @@ if TYPE_CHECKING:
         RunLockedError,
         RunStoppedError,
     )
+    from batchrun.expected import schema_of
     from batchrun.job import (
         Budget,
         Endpoint,
+        Finish,
         Function,
         FunctionName,
         Input,
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     )
     from batchrun.job import load as load_job
     from batchrun.plan import ChangedError
-    from batchrun.records import FunctionCall, RowError, Status, Summary, TotalsLine
+    from batchrun.records import Choice, FunctionCall, RowError, Status, Summary, TotalsLine
     from batchrun.runner import Runner
     from batchrun.start import Options, RunIncompleteError, run
 
@@ -48,6 +50,7 @@ __all__ = [
     "Options",
     "Completion",
     "FunctionCall",
+    "Choice",
     "RowError",
     "Summary",
     "TotalsLine",
@@ -59,10 +62,12 @@ __all__ = [
     "RequestTemplate",
     "MessageTemplate",
     "ResponseFormat",
+    "schema_of",
     "Function",
     "FunctionName",
     "Limits",
     "Retry",
+    "Finish",
     "Budget",
     "Output",
     "Price",
@@ -84,11 +89,12 @@ if not TYPE_CHECKING:  # a type checker would take it that every name is there
     _ERRORS = ("BatchrunError", "CheckpointError", "DiskError", "ExitCode", "InputError", "JobError", "RunLockedError")
     _HOMES = {
         **dict.fromkeys((*_ERRORS, "RunStoppedError"), "errors"),
-        **dict.fromkeys(("FunctionCall", "RowError", "Status", "Summary", "TotalsLine"), "records"),
+        **dict.fromkeys(("Choice", "FunctionCall", "RowError", "Status", "Summary", "TotalsLine"), "records"),
         **dict.fromkeys(("Options", "RunIncompleteError", "run"), "start"),
         "ChangedError": "plan",
         "Completion": "completions",
         "Runner": "runner",
+        "schema_of": "expected",
     }
 
     def __getattr__(name):

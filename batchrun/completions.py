@@ -9,7 +9,7 @@ import msgspec
 import pyarrow as pa
 
 from batchrun.output import OWN_COLUMNS
-from batchrun.records import FunctionCall, RowError, Status
+from batchrun.records import Choice, FunctionCall, RowError, Status
 
 T = TypeVar("T")
 
@@ -18,7 +18,8 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     """The final record of a row: an answer, or why there is none. The fields are the output's columns, but for `input`.
 
     `input` holds the input's columns as the output has them. `parsed` is the answer as Python values where JSON was
-    asked for and came. None where the server did not say; `cost_usd` None where the price is unknown.
+    asked for and came, `tool_calls` are those, too; `choices` are there when they are several. None where the server
+    did not say; `cost_usd` None where the price is unknown.
     """
 
     row: int
@@ -26,7 +27,9 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     content: str | None
     parsed: Any
     function_call: FunctionCall | None
+    tool_calls: Any
     finish_reason: str | None
+    choices: tuple[Choice, ...]
     model: str | None
     completion_id: str | None
     request_id: str | None
@@ -78,4 +81,7 @@ def read(rows: pa.RecordBatch) -> Iterator[Completion]:
             values["error"] = RowError(**values["error"])
         if values["function_call"] is not None:
             values["function_call"] = FunctionCall(**values["function_call"])
+        if values["tool_calls"] is not None:
+            values["tool_calls"] = msgspec.json.decode(values["tool_calls"])
+        values["choices"] = tuple(Choice(**choice) for choice in values["choices"] or ())
         yield Completion(**values)

@@ -177,6 +177,26 @@ def test_an_answers_fields_stand_in_their_columns() -> None:
     assert row["raw"] is None
 
 
+def test_calls_of_tools_and_several_choices_have_their_columns_and_unknown_fields_are_in_raw() -> None:
+    calls = [{"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+    body = answer_body(
+        choices=[
+            {"index": 0, "message": {"content": "a", "tool_calls": calls, "refusal": None}, "finish_reason": "stop"},
+            {"index": 1, "message": {"content": None}, "finish_reason": "length", "logprobs": {"odd": [1]}},
+        ],
+        service_tier="odd",
+    )
+    row = own(completion(0, raw=body), Output(raw="always"))
+    assert msgspec.json.decode(row["tool_calls"]) == calls
+    assert row["choices"] == [
+        {"index": 0, "content": "a", "finish_reason": "stop"},
+        {"index": 1, "content": None, "finish_reason": "length"},
+    ]
+    assert msgspec.json.decode(row["raw"])["service_tier"] == "odd"
+    usual = own(completion(0))
+    assert (usual["tool_calls"], usual["choices"], usual["raw"]) == (None, None, None)
+
+
 def test_a_row_without_an_answer_has_its_error_and_nulls() -> None:
     error = RowError("bad_request", 400, "too_long", "the context is too long")
     row = own(completion(0, status=Status.ERROR, error=error, raw=b"", cost_usd=None))

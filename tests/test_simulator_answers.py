@@ -6,7 +6,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from batchrun.simulator.answers import Answer, FunctionCall, answer_to, latency_s
+from batchrun.simulator.answers import Answer, FunctionCall, answer_to, latency_s, spoiled
 from batchrun.simulator.refusal import Refused
 from batchrun.simulator.tokens import text_tokens
 from batchrun.simulator.validate import Question, parse_question
@@ -129,3 +129,37 @@ def test_latency_spreads_around_its_median_and_stays_with_its_question() -> None
     assert delays[12] < 1.0 < 4.0 < delays[-12]
     assert latency_s(_question(), 0, median_s=2.0, sigma=0.5) == latency_s(_question(), 0, median_s=2.0, sigma=0.5)
     assert latency_s(_question(), 0, median_s=0.0, sigma=0.5) == 0.0
+
+
+# -- tools, and answers that were spoiled
+
+TOOLS = [{"type": "function", "function": function} for function in FUNCTIONS]
+
+
+def test_a_tool_is_called_as_tool_choice_says() -> None:
+    named = {"type": "function", "function": {"name": "weather"}}
+    for answer in _answers(20, tools=TOOLS, tool_choice=named):
+        (choice,) = answer.choices
+        assert choice.tool_call is not None
+        assert (choice.tool_call.name, choice.finish_reason, choice.content) == ("weather", "tool_calls", None)
+        jsonschema.validate(json.loads(choice.tool_call.arguments), PARAMETERS)
+    required = [answer.choices[0].tool_call for answer in _answers(tools=TOOLS, tool_choice="required")]
+    assert {call.name for call in required if call is not None} == {"weather", "time"}
+    assert None not in required
+    free = [answer.choices[0].tool_call is not None for answer in _answers(tools=TOOLS)]
+    assert 10 < sum(free) < 50
+    assert not any(answer.choices[0].tool_call for answer in _answers(tools=TOOLS, tool_choice="none"))
+
+
+def test_a_spoiled_answer_is_no_json_or_json_of_another_shape() -> None:
+    asked = {"type": "json_schema", "json_schema": {"name": "w", "schema": PARAMETERS}}
+    for fields in ({"response_format": asked}, {"functions": FUNCTIONS[:1], "function_call": {"name": "weather"}}):
+        (answer,) = _answers(1, **fields)
+        for kind, loads in (("invalid_json", False), ("unfit_json", True)):
+            (choice,) = spoiled(answer, kind).choices  # type: ignore[arg-type]
+            text = choice.function_call.arguments if choice.function_call else choice.content or ""
+            if loads:
+                assert isinstance(json.loads(text), str)
+            else:
+                with pytest.raises(json.JSONDecodeError):
+                    json.loads(text)
