@@ -93,7 +93,8 @@ def test_a_start_after_a_kill_knows_how_often_the_model_was_told(tmp_path: Path)
     assert {row["status"] for row in rows} == {"invalid"}
     # told three times at most; an attempt whose answer was lost with the process was not told of
     assert sum(served) <= 4 * 4 + lost
-    assert all(row["attempts"] == times for row, times in zip(rows, served, strict=True))
+    # one that was killed before it was sent has its number all the same
+    assert all(times <= row["attempts"] <= times + lost for row, times in zip(rows, served, strict=True))
 
 
 def test_the_longer_request_is_within_the_budget_or_not_sent(tmp_path: Path) -> None:
