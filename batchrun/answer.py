@@ -285,7 +285,7 @@ class _Spelled:
         index = _index(choice, 0)
         if index >= MAX_CHOICES:
             return
-        if (reason := _text(choice.get("finish_reason"))) is not None:
+        if reason := _text(choice.get("finish_reason")):
             self._finish_reasons[index] = reason
         if (delta := _delta(choice)) is not None:
             self._messages.setdefault(index, _Message()).add(delta)
