@@ -199,6 +199,12 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     assert f"{whole} can't be read" in refused(whole)
 
 
+def test_a_columns_name_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.parquet", pa.table({"headline": ["a", "b"]}))
+    path.write_bytes(path.read_bytes().replace(b"headline", b"head\xf4ine"))
+    assert "can't decode byte 0xf4" in refused(path)
+
+
 def test_a_flipped_bit_in_a_page_names_the_file_and_the_rows(tmp_path: Path) -> None:
     table = pa.table({"a": range(100_000)})
     path = tmp_path / "a.parquet"
