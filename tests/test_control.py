@@ -99,6 +99,7 @@ def test_a_running_process_takes_other_limits_and_says_so(tmp_path: Path) -> Non
         too_many = batchrun("tune", out, "--max-in-flight", "9")
         assert (too_many.exit_code, too_many.stdout) == (2, "")
         assert "max_in_flight can be at most 8" in too_many.stderr
+        assert "limits  30 requests/min, 8 in flight, $5 in all\n" in batchrun("status", out).stdout
         tuned = batchrun("tune", out, "--rpm", "60000", "--max-in-flight", "4", "--max-cost", "6")
         assert tuned.exit_code == 0, tuned.stderr
         assert tuned.stdout == "taken: 60,000 requests/min, 4 in flight, $6 in all\n"

@@ -235,7 +235,10 @@ def test_too_few_file_descriptors_fail_no_row(tmp_path: Path) -> None:
 
 WALL_CLOCKS = {"time", "time_ns", "now", "utcnow", "today"}
 
-PACES = {"accounts", "admission", "asking", "backlog", "gate", "gate_state", "pace", "pipeline", "policy", "purse"}
+PACES = {
+    *("accounts", "admission", "asking", "backlog", "gate", "gate_state", "pace", "pipeline", "policy", "purse"),
+    *("deadline", "forecast", "heartbeat"),
+}
 """The modules that wait, limit or give up. Their clock is the event loop's: a jump of the system's does not move it."""
 
 
