@@ -146,7 +146,7 @@ def test_an_answer_that_comes_whole_though_a_stream_was_asked_for_is_read() -> N
     ids=lambda delta: next(iter(delta)),
 )
 def test_a_stream_is_timed_to_its_first_token_and_not_to_its_first_byte(first: dict[str, Any]) -> None:
-    attempt = ended(PING, ROLE, event({"content": None}), 0.1, event(first), 0.1, NE, STOP, DONE, ends)
+    attempt = ended(PING, ROLE, event({"content": None}), 0.1, event(first), 0.3, NE, STOP, DONE, ends)
     assert attempt.time_to_first_token_s is not None
     assert 0.1 <= attempt.time_to_first_token_s <= attempt.latency_s - 0.1
 
@@ -159,15 +159,15 @@ def test_a_stream_without_a_token_has_no_time_to_it() -> None:
 
 
 def test_a_stream_lives_beyond_the_deadline_of_whole_answers_as_long_as_bytes_come() -> None:
-    thinking: tuple[Step, ...] = (ROLE, *(0.05, PING) * 10)
-    writing: tuple[Step, ...] = (FI, *(0.05, event({"content": "."})) * 10)
-    attempt = ended(*thinking, *writing, STOP, DONE, ends, attempt_timeout_s=0.3, idle_timeout_s=0.3)
-    assert (attempt.error, content(attempt)) == (None, "Fi" + "." * 10)
-    assert attempt.latency_s > 0.9
+    thinking: tuple[Step, ...] = (ROLE, *(0.1, PING) * 12)
+    writing: tuple[Step, ...] = (FI, *(0.1, event({"content": "."})) * 12)
+    attempt = ended(*thinking, *writing, STOP, DONE, ends, attempt_timeout_s=1.0, idle_timeout_s=1.0)
+    assert (attempt.error, content(attempt)) == (None, "Fi" + "." * 12)
+    assert attempt.latency_s > 2
 
 
 def test_a_model_may_think_in_silence_longer_than_it_may_pause_while_it_writes() -> None:
-    attempt = ended(ROLE, 0.3, FI, NE, STOP, DONE, ends, attempt_timeout_s=5.0, idle_timeout_s=0.1)
+    attempt = ended(ROLE, 1.2, FI, NE, STOP, DONE, ends, attempt_timeout_s=60.0, idle_timeout_s=0.6)
     assert (attempt.error, content(attempt)) == (None, "Fine.")
 
 
@@ -192,22 +192,22 @@ def test_silence_ends_a_stream_with_what_had_come(
     assert str(attempt.error) == said
     assert plain(attempt.body) == b"".join(before)
     assert judged(attempt).verdict is Verdict.MAYBE
-    assert 0.2 <= attempt.latency_s < 2
+    assert 0.2 <= attempt.latency_s < 10
 
 
 def test_a_stream_that_only_ever_pings_ends_at_last() -> None:
-    attempt = ended(ROLE, *(PING, 0.02) * 200, stream_timeout_s=0.2)
+    attempt = ended(ROLE, *(PING, 0.02) * 1000, stream_timeout_s=0.2)
     assert str(attempt.error) == "a stream without its end after 0.2 s"
-    assert attempt.latency_s < 2
+    assert attempt.latency_s < 10
 
 
 # -- how it ends
 
 
 def test_a_stream_is_done_at_its_last_event_though_the_connection_stays_open() -> None:
-    attempt = ended(*WHOLE, Exchange.silence)
+    attempt = ended(*WHOLE, Exchange.silence, attempt_timeout_s=5.0, idle_timeout_s=5.0)
     assert (attempt.error, content(attempt)) == (None, "Fine.")
-    assert attempt.latency_s < 1
+    assert attempt.latency_s < 5
 
 
 def test_the_connection_of_a_stream_that_ended_behind_its_last_event_is_used_again() -> None:
@@ -221,24 +221,33 @@ def test_the_connection_of_a_stream_that_ended_behind_its_last_event_is_used_aga
             for body in bodies:
                 attempt = await client.send(request(body), "x")
                 assert (attempt.error, content(attempt)) == (None, "Fine.")
-                await asyncio.sleep(0.02)
+                while not client._tails[-1].closed:
+                    await asyncio.sleep(0.01)
             return server.connections
 
     assert asyncio.run(main()) == 1
 
 
 def test_a_connection_that_stays_open_behind_the_last_event_is_closed_by_the_next_sweep() -> None:
-    closed: list[bool] = []
+    closed: list[bytes] = []
 
     async def script(exchange: Exchange) -> None:
         await streams(*WHOLE)(exchange)
         await exchange.silence()
-        closed.append(True)
+        closed.append(exchange.body)
 
-    attempts, server = asked(script, b"0", b"1", b"2")
-    assert [content(attempt) for attempt in attempts] == ["Fine."] * 3
-    assert server.connections == 3
-    assert len(closed) >= 2
+    async def main() -> int:
+        async with serving(script) as server, client_of(server.url) as client:
+            for body in (b"0", b"1", b"2"):
+                assert content(await client.send(request(body), "x")) == "Fine."
+            assert closed == []
+            assert client.expire() == 0
+            while len(closed) < 3:
+                await asyncio.sleep(0.01)
+            return server.connections
+
+    assert asyncio.run(asyncio.wait_for(main(), 30)) == 3
+    assert sorted(closed) == [b"0", b"1", b"2"]
 
 
 @pytest.mark.parametrize("how", [closes, resets], ids=["FIN", "RST"])
