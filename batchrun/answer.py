@@ -298,7 +298,7 @@ class _Spelled:
                 for index, message in sorted(self._messages.items())
             ]
         answer = _from_object(whole, self._flagged)
-        ended = (done or 0 in self._finish_reasons) and not self._broken
+        ended = (done or self._messages.keys() <= self._finish_reasons.keys()) and not self._broken
         return answer if ended else msgspec.structs.replace(answer, completion=False)
 
 

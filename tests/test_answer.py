@@ -260,6 +260,11 @@ COUNTED = chunk(choices=[], usage=USAGE)
             but(completion=False, finish_reason=None),
             id="a finish_reason of nothing in every chunk",
         ),
+        pytest.param(
+            stream(*WORDS, chunk(choices=[{"index": 1, "delta": {"content": "?"}}]), STOP, COUNTED, done=False),
+            but(completion=False, choices=(Choice(0, "Fine.", "stop"), Choice(1, "?", None))),
+            id="cut before a second choice has ended",
+        ),
         pytest.param(stream(COUNTED), Answer(model="m", usage=WHOLE.usage), id="only usage"),
         pytest.param(
             stream({"error": {"message": "no", "code": "c"}}),

@@ -14,7 +14,7 @@ import msgspec
 import pyarrow as pa
 
 from batchrun import packed
-from batchrun.answer import read
+from batchrun.answer import MAX_CHOICES, MAX_COUNT, read
 from batchrun.credentials import Credentials
 from batchrun.job import Retry
 from batchrun.policy import judge
@@ -42,6 +42,7 @@ STREAMS = [
         chunk({"function_call": {"name": "f", "arguments": ""}}), chunk({"function_call": {"arguments": "{}"}}), STOP
     ),
     stream(FIRST, chunk({"reasoning_content": "Hm."}), *WORDS, chunk(choices=[{"index": 1, "delta": {}}]), STOP),
+    stream(*WORDS, chunk(choices=[{"index": 1, "delta": {"content": "?"}}]), STOP, COUNTED, done=False),
     stream(*WORDS, {"error": {"message": "gone", "code": 503}}, done=False),
     stream(*WORDS, done=False) + b'event: error\ndata: {"message": "gone"}\n\n',
 ]
@@ -91,6 +92,11 @@ def text_of(message: dict[str, Any]) -> str | None:
     return re.sub("[\ud800-\udfff]", "\ufffd", content) if isinstance(content, str) else None
 
 
+def choices_of(value: dict[str, Any]) -> list[dict[str, Any]]:
+    choices = value.get("choices")
+    return [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
+
+
 def first_choice(value: dict[str, Any]) -> dict[str, Any]:
     choices = value.get("choices")
     return choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
@@ -113,12 +119,12 @@ def events_of(raw: bytes) -> Iterator[tuple[bool, bool, bytes]]:
 
 
 def said_by_a_stream(raw: bytes) -> Said:
-    ended = failed = False
-    contents: list[str] | None = None
-    spoke = False
+    done = failed = False
+    contents: dict[int, list[str | None]] = {}
+    finished: set[int] = set()
     for is_error, whole, data in events_of(raw):
         if data.strip() == b"[DONE]":
-            ended = True
+            done = True
             break
         value = decoded(data)
         failed |= is_error
@@ -126,16 +132,23 @@ def said_by_a_stream(raw: bytes) -> Said:
             failed |= whole and data.lstrip().startswith(b"{")
             continue
         failed |= bool(value.get("error"))
-        choice = first_choice(value)
-        if choice.get("index") not in (None, 0):
-            continue
-        ended |= isinstance(choice.get("finish_reason"), str) and choice["finish_reason"] != ""
-        delta = next((each for each in (choice.get("delta"), choice.get("message")) if isinstance(each, dict)), None)
-        spoke |= delta is not None
-        if delta is not None and not is_error and (text := text_of(delta)) is not None:
-            contents = [*(contents or ()), text]
-    content = None if contents is None else "".join(contents)
-    return Said(ended and spoke and not failed, content)
+        for choice in choices_of(value):
+            index = choice.get("index")
+            whole_number = isinstance(index, float) and 0 <= index <= MAX_COUNT and index.is_integer()
+            place = int(index or 0) if whole_number else 0
+            if place >= MAX_CHOICES:
+                continue
+            if isinstance(choice.get("finish_reason"), str) and choice["finish_reason"]:
+                finished.add(place)
+            for delta in (choice.get("delta"), choice.get("message")):
+                if isinstance(delta, dict):
+                    contents.setdefault(place, []).append(text_of(delta))
+                    break
+    if 0 not in contents:
+        return NOTHING
+    texts = [text for text in contents[0] if text is not None]
+    ended = done or contents.keys() <= finished
+    return Said(ended and not failed, "".join(texts) if texts else None)
 
 
 def said(raw: bytes) -> Said:
