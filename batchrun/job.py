@@ -82,6 +82,16 @@ class ResponseFormat(Table, frozen=True):
     schema: dict[str, Any] | None = None
     strict: bool = True
 
+    @classmethod
+    def of(cls, wanted: Any, *, strict: bool = True) -> "ResponseFormat":
+        """Answers of this type and no others: whatever `expected.schema_of` takes. Named as the type is.
+
+        Raises:
+            JobError: it has no JSON schema.
+        """
+        name = getattr(wanted, "__name__", "answer")
+        return cls(type="json_schema", name=name, schema=expected.schema_of(wanted), strict=strict)
+
 
 class Function(Table, frozen=True):
     name: Text

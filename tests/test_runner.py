@@ -115,15 +115,21 @@ def test_rows_that_a_killed_run_settled_come_first_and_none_comes_twice(tmp_path
 
 
 def test_json_that_was_asked_for_is_handed_out_as_values(tmp_path: Path, simulator: RunningSimulator) -> None:
-    schema = {"type": "object", "properties": {"sentiment": {"enum": ["good", "bad"]}}, "required": ["sentiment"]}
-    wanted = batchrun.ResponseFormat(type="json_schema", schema=schema)
     template = batchrun.RequestTemplate(
-        model="vtrix-gpt-5.3-codex", prompt="{{ text }}", max_tokens=400, response_format=wanted
+        model="vtrix-gpt-5.3-codex",
+        prompt="{{ text }}",
+        max_tokens=400,
+        response_format=batchrun.ResponseFormat.of(Label),
     )
     job = msgspec.structs.replace(job_at(simulator.url), request=template)
     found = asyncio.run(the_whole(job, tmp_path / "out", texts(5)))
     for completion in found:
-        assert completion.parsed["sentiment"] == completion.parse(Label).sentiment in ("good", "bad")
+        assert completion.parsed["sentiment"] == completion.parse(Label).sentiment
+        assert completion.status == "ok"
+    of_model = batchrun.ResponseFormat.of(Model)
+    assert (of_model.name, of_model.schema and list(of_model.schema["properties"])) == ("Model", ["sentiment"])
+    with pytest.raises(batchrun.JobError, match="has no JSON schema"):
+        batchrun.ResponseFormat.of(object())
 
 
 def test_failed_rows_that_are_asked_again_are_handed_out_with_their_new_end(tmp_path: Path) -> None:
