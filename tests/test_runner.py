@@ -77,7 +77,7 @@ def test_each_row_is_handed_out_once_as_the_output_has_it(tmp_path: Path, simula
         for name in OWN:
             value: Any = getattr(completion, name)
             as_written = msgspec.structs.asdict(value) if isinstance(value, msgspec.Struct) else value
-            assert as_written == row[name], name
+            assert as_written == (() if name == "choices" else row[name]), name  # of one choice: none, null in the file
     assert {str(completion.status) for completion in found} == {"ok", "truncated"}
 
 
@@ -115,11 +115,9 @@ def test_rows_that_a_killed_run_settled_come_first_and_none_comes_twice(tmp_path
 
 
 def test_json_that_was_asked_for_is_handed_out_as_values(tmp_path: Path, simulator: RunningSimulator) -> None:
+    wanted = batchrun.ResponseFormat.of(Label)
     template = batchrun.RequestTemplate(
-        model="vtrix-gpt-5.3-codex",
-        prompt="{{ text }}",
-        max_tokens=400,
-        response_format=batchrun.ResponseFormat.of(Label),
+        model="vtrix-gpt-5.3-codex", prompt="{{ text }}", max_tokens=400, response_format=wanted
     )
     job = msgspec.structs.replace(job_at(simulator.url), request=template)
     found = asyncio.run(the_whole(job, tmp_path / "out", texts(5)))
