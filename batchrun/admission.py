@@ -20,6 +20,18 @@ class Ask(msgspec.Struct, frozen=True):
     upper_bound_tokens: int = 0
     output_tokens: int = 0
 
+    @property
+    def input_tokens(self) -> int:
+        """The prompt's part of `tokens`."""
+        return self.tokens - self.output_tokens
+
+
+class Found(msgspec.Struct, frozen=True):
+    """Limits that were found, by headers or refusals; None where none was."""
+
+    requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None
+
 
 class Stop(msgspec.Struct, frozen=True):
     """Why the run admits no more, and the exit code that says so."""

@@ -11,7 +11,7 @@ import msgspec
 
 from batchrun import signals, slots
 from batchrun.accounts import BURST_S
-from batchrun.admission import Limit, Phase, Stop
+from batchrun.admission import Found, Limit, Phase, Stop
 from batchrun.checkpoint import Checkpoint
 from batchrun.chronicle import Chronicle
 from batchrun.chunks import Chunks, OpenChunk
@@ -25,6 +25,7 @@ from batchrun.gate_state import GateState
 from batchrun.heartbeat import Heartbeat
 from batchrun.image_digests import ImageDigests
 from batchrun.job import Budget, Job
+from batchrun.memory import Memory
 from batchrun.pipeline import Pipeline
 from batchrun.plan import Plan
 from batchrun.purse import Cap, Purse
@@ -98,6 +99,7 @@ class Asking:
             BatchrunError: the run can't go on; what was received is durable as far as the disk took it.
         """
         loop = asyncio.get_running_loop()
+        self._memory = Memory(self._checkpoint, self._job.limits, loop.time())
         self._gate = gate = self._open_gate(loop)
         flying = slots.Slots(self._directory.inflight, self._job.limits.max_in_flight)
         checked = ImageDigests(self._directory.images_of(self._plan.facts.layout))
@@ -117,6 +119,7 @@ class Asking:
             for number, exit_code in signals.EXIT_CODES.items() if signals.ours() else ():
                 loop.add_signal_handler(number, self._on_signal, loop, number.name, exit_code)
             await self._drained(self._workers, flying)
+            await asyncio.to_thread(self._memory.keep, gate)
             self._full.put_nowait(None)
             await sealing
             beat.cancel()
@@ -198,10 +201,11 @@ class Asking:
             self._workers.cancel()
 
     def _open_gate(self, loop: asyncio.AbstractEventLoop) -> Gate:
-        limits = self._job.limits
+        limits, known = self._job.limits, self._memory.known
+        burst = int((limits.requests_per_minute or 0.0) / 60 * BURST_S)  # a told pace needs no slow start
         state = GateState(
             max_in_flight=limits.max_in_flight,
-            first_in_flight=int((limits.requests_per_minute or 0.0) / 60 * BURST_S),  # a told pace needs no slow start
+            first_in_flight=max(burst, known.in_flight or 0),
             max_outage_s=self._job.retry.max_outage_s,
             resumed=self._plan.resumed,
             uniform=random.random,
@@ -212,6 +216,11 @@ class Asking:
             loop,
             requests_per_minute=limits.requests_per_minute,
             tokens_per_minute=limits.tokens_per_minute,
+            input_tokens_per_minute=limits.input_tokens_per_minute,
+            output_tokens_per_minute=limits.output_tokens_per_minute,
+            requests_per_second=limits.requests_per_second,
+            daily=self._memory.daily,
+            found=Found(known.requests_per_minute, known.tokens_per_minute),
             purse=self._purse,
             on_pace=self._on_pace,
         )
@@ -223,6 +232,7 @@ class Asking:
             self._job,
             self._plan,
             gate=self._gate,
+            estimates=self._memory.estimates,
             client=client,
             checkpoint=self._checkpoint,
             slots=flying,
@@ -248,6 +258,7 @@ class Asking:
             clock=loop.time,
             progress=self._hooks.progress,
             note=self._hooks.note,
+            memory=self._memory,
             each=self._tell_in_flight,
             fail=self._fail,
             stop_by=functools.partial(self._stop_by, loop),

@@ -19,7 +19,9 @@ from decimal import Decimal
 import msgspec
 from aiolimiter import AsyncLimiter
 
-from batchrun.admission import OPEN, Ask, Binding, Limit, Outcome, Ruling, Stop
+from batchrun.accounts import BURST_S
+from batchrun.admission import OPEN, Ask, Binding, Found, Limit, Outcome, Ruling, Stop
+from batchrun.daily import DailyCount
 from batchrun.errors import ExitCode, RunStoppedError
 from batchrun.gate_state import IN_FLIGHT, GateState
 from batchrun.pace import Pace, PaceChange
@@ -78,19 +80,36 @@ class Gate:
         *,
         requests_per_minute: float | None = None,
         tokens_per_minute: float | None = None,
+        input_tokens_per_minute: float | None = None,
+        output_tokens_per_minute: float | None = None,
+        requests_per_second: float | None = None,
+        daily: DailyCount | None = None,
+        found: Found = Found(),  # noqa: B008  (frozen)
         purse: Purse | None = None,
         on_pace: PaceChange = lambda limit, before, after, why: None,
     ) -> None:
         """The loop is the clock, as it is aiolimiter's. A limit that is None costs nothing per call.
 
-        `on_pace` is told each change of a limit.
+        `found` is where a pace begins that nobody tells; `on_pace` is told each change of a limit.
         """
         self._state = state
         self._loop = loop
-        self._guard = None if requests_per_minute is None else _limiter(requests_per_minute)
-        self._sent_at_s = loop.time()
-        self._requests = Pace(Limit.REQUESTS, requests_per_minute, loop.time(), on_pace)
-        self._tokens = Pace(Limit.TOKENS, tokens_per_minute, loop.time(), on_pace)
+        self._sent_at_s = now_s = loop.time()
+        self._guards: dict[Limit, AsyncLimiter] = {}
+        if requests_per_minute is not None:
+            self._guards[Limit.REQUESTS] = _limiter(requests_per_minute, GUARD_BURST_S)
+        if requests_per_second is not None:
+            self._guards[Limit.REQUESTS_PER_SECOND] = _limiter(requests_per_second * 60, BURST_S)
+        self._requests = Pace(Limit.REQUESTS, requests_per_minute, now_s, on_pace, learned=found.requests_per_minute)
+        self._tokens = Pace(Limit.TOKENS, tokens_per_minute, now_s, on_pace, learned=found.tokens_per_minute)
+        self._input, self._output = (
+            None if told is None else Pace(limit, told, now_s, on_pace)
+            for limit, told in (
+                (Limit.INPUT_TOKENS, input_tokens_per_minute),
+                (Limit.OUTPUT_TOKENS, output_tokens_per_minute),
+            )
+        )
+        self._daily = daily
         self._refused: Pace | None = None
         self._hear_s = loop.time()
         self._purse = purse
@@ -127,6 +146,11 @@ class Gate:
         return self._state.stop
 
     @property
+    def found(self) -> Found:
+        """The limits that were found where none were told; None where none was."""
+        return Found(self._requests.found, self._tokens.found)
+
+    @property
     def binding(self) -> Binding:
         """What the first in line waits for. Nobody waits where all that can be in flight is; else it is `latency`."""
         if self._line:
@@ -147,7 +171,7 @@ class Gate:
         """
         now_s = self._loop.time()
         if requests_per_minute is not None:
-            self._guard = _limiter(requests_per_minute)
+            self._guards[Limit.REQUESTS] = _limiter(requests_per_minute, GUARD_BURST_S)
             self._requests.tell(requests_per_minute, now_s)
         if tokens_per_minute is not None:
             self._tokens.tell(tokens_per_minute, now_s)
@@ -176,17 +200,19 @@ class Gate:
         """
         if self._line or self._lack(ask) is not None:
             await self._stand_in_line(ask)
-        if self._guard is not None:
-            await self._guard.acquire()  # never suspends: _lack has just seen the capacity, so all is taken as one
+        for guard in self._guards.values():
+            await guard.acquire()  # never suspends: _lack has just seen the capacity, so all is taken as one
         return self._take(ask)
 
-    def settle(self, slot: int, tokens: int | None) -> None:
-        """The bucket stands as if `tokens` had been asked for; None, no usage known, leaves the estimate."""
+    def settle(self, slot: int, tokens: int | None, output_tokens: int = 0) -> None:
+        """The buckets stand as if `tokens` had been asked for, `output_tokens` of them for the answer; None, no usage
+        known, leaves the estimate.
+        """
         flight = self._flights[slot]
         assert not flight.settled, f"slot {slot} is settled twice"
         flight.settled = True
         if tokens is not None:
-            self._tokens.settle(tokens - flight.ask.tokens)
+            self._correct(flight.ask, tokens, output_tokens)
             self._wake_first()
 
     def hear(self, slot: int, headers: Mapping[str, str]) -> None:
@@ -234,15 +260,24 @@ class Gate:
 
     def _refuse(self, flight: _Flight, outcome: Outcome, now_s: float, *, first: bool) -> None:
         """What was refused was not used; a 429 tells which limit was too high."""
-        paces = {self._requests: 1, self._tokens: 0 if flight.settled else flight.ask.tokens}
-        for pace, amount in paces.items():
-            pace.settle(-amount)
+        tokens = 0 if flight.settled else flight.ask.tokens
+        self._requests.settle(-1)
+        if tokens:
+            self._correct(flight.ask, 0, 0)
         if outcome.error is None or outcome.error.http_status != 429:
             return
         if first:
             self._refused = self._tokens if _names_tokens(outcome.error.message or "") else self._requests
         if self._refused is not None:
-            self._refused.refuse(paces[self._refused], now_s, first=first)
+            self._refused.refuse(1 if self._refused is self._requests else tokens, now_s, first=first)
+
+    def _correct(self, ask: Ask, tokens: int, output_tokens: int) -> None:
+        """What was taken by estimate is so much instead."""
+        self._tokens.settle(tokens - ask.tokens)
+        if self._input is not None:
+            self._input.settle(tokens - output_tokens - ask.input_tokens)
+        if self._output is not None:
+            self._output.settle(output_tokens - ask.output_tokens)
 
     async def _stand_in_line(self, ask: Ask) -> None:
         """Returns when this ask is first and lacks nothing; whoever is next has been woken, and runs after it took."""
@@ -271,13 +306,23 @@ class Gate:
             return IN_FLIGHT
         if self._purse is not None and not self._purse.fits(ask):
             return self._wait_for_budget(self._purse, ask)
+        return self._lack_of_pace(ask, now_s)
+
+    def _lack_of_pace(self, ask: Ask, now_s: float) -> Binding | None:
+        if self._daily is not None and self._daily.is_spent(now_s):
+            return Binding(Limit.REQUESTS_PER_DAY, self._daily.ends_s)
         if (wait_s := self._tokens.ready_in_s(ask.tokens, now_s)) > 0:
             return Binding(Limit.TOKENS, now_s + wait_s)
         if (wait_s := self._requests.ready_in_s(1, now_s)) > 0:
             return Binding(Limit.REQUESTS, now_s + wait_s)
-        if self._guard is not None and not self._guard.has_capacity():
-            # at the latest then: what has leaked by that time beyond one request stays there for the next one
-            return Binding(Limit.REQUESTS, self._sent_at_s + self._guard.time_period / self._guard.max_rate)
+        if self._input is not None and (wait_s := self._input.ready_in_s(ask.input_tokens, now_s)) > 0:
+            return Binding(Limit.INPUT_TOKENS, now_s + wait_s)
+        if self._output is not None and (wait_s := self._output.ready_in_s(ask.output_tokens, now_s)) > 0:
+            return Binding(Limit.OUTPUT_TOKENS, now_s + wait_s)
+        for limit, guard in self._guards.items():
+            if not guard.has_capacity():
+                # at the latest then: what has leaked by that time beyond one request stays there for the next one
+                return Binding(limit, self._sent_at_s + guard.time_period / guard.max_rate)
         return None
 
     def _wait_for_budget(self, purse: Purse, ask: Ask) -> Binding:
@@ -293,6 +338,12 @@ class Gate:
         before = self._requests.total, self._tokens.total
         self._requests.take(1, now_s)
         self._tokens.take(ask.tokens, now_s)
+        if self._input is not None:
+            self._input.take(ask.input_tokens, now_s)
+        if self._output is not None:
+            self._output.take(ask.output_tokens, now_s)
+        if self._daily is not None:
+            self._daily.take()
         if self._purse is not None:
             self._purse.reserve(ask)
         slot = self._free.pop()
@@ -319,6 +370,6 @@ def _names_tokens(message: str) -> bool:
     return _TOKENS.search(message) is not None and _REQUESTS.search(message) is None
 
 
-def _limiter(requests_per_minute: float) -> AsyncLimiter:
-    burst = max(1.0, requests_per_minute / 60 * GUARD_BURST_S)
+def _limiter(requests_per_minute: float, burst_s: float) -> AsyncLimiter:
+    burst = max(1.0, requests_per_minute / 60 * burst_s)
     return AsyncLimiter(burst, burst * 60 / requests_per_minute)

@@ -19,6 +19,7 @@ from batchrun.deadline import Deadline
 from batchrun.errors import DiskError, ExitCode
 from batchrun.forecast import Concern
 from batchrun.gate import Gate
+from batchrun.memory import Memory
 from batchrun.pipeline import Pipeline
 from batchrun.purse import Purse
 from batchrun.records import Summary, Tuned
@@ -48,6 +49,7 @@ class Heartbeat:
         *,
         purse: Purse | None,
         slots: int,
+        memory: Memory,
         clock: Callable[[], float],
         progress: Callable[[Summary], None],
         note: Callable[[str], None],
@@ -65,6 +67,7 @@ class Heartbeat:
         self._purse = purse or Purse()
         self._slots = slots
         self._wishes = Wishes(directory)
+        self._memory = memory
         self._clock = clock
         self._progress = progress
         self._note = note
@@ -92,6 +95,8 @@ class Heartbeat:
                 self._fail(DiskError(f"{self._directory.checkpoint}: is gone; nothing more is asked"))
             if answered or beats % SUMMARY_EVERY == 0:
                 await asyncio.to_thread(self._chronicle.write, summary)
+            if self._memory.is_due(self._gate, self._clock()):
+                await asyncio.to_thread(self._memory.keep, self._gate)
 
     def _take_wish(self) -> bool:
         """A new control.json is obeyed, or refused with one line; True where somebody waits for the answer."""

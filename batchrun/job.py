@@ -123,8 +123,12 @@ class RequestTemplate(Table, frozen=True):
 
 
 class Limits(Table, frozen=True):
+    requests_per_second: Positive | None = None
     requests_per_minute: Positive | None = None
+    requests_per_day: AtLeastOne | None = None
     tokens_per_minute: Positive | None = None
+    input_tokens_per_minute: Positive | None = None
+    output_tokens_per_minute: Positive | None = None
     max_in_flight: Annotated[int, Meta(ge=1, le=4096)] = 64
     max_output_tokens: AtLeastOne = 128_000  # the model's own maximum; the bound of a request without max_tokens
     max_image_tokens: AtLeastOne = 6_000  # above all of the upstream's own table of tile and patch counts

@@ -111,6 +111,12 @@ class Pace:
         """What was sent so far and not refused."""
         return self._accepted.total
 
+    @property
+    def found(self) -> float | None:
+        """The rate that holds although nobody has told it; None where none does, or what was told."""
+        found = _lowest(self.stated_now, self.learned)
+        return None if found is None or (self.told is not None and found >= self.told) else found
+
     def ready_in_s(self, amount: float, now_s: float) -> float:
         """Seconds until so much may be taken; 0.0 when it may be taken now."""
         if self._bucket is None:

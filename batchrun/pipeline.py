@@ -24,6 +24,7 @@ from batchrun.gate import Gate, GateClosed
 from batchrun.image_digests import ImageDigests
 from batchrun.images import Images
 from batchrun.job import Job
+from batchrun.learned import Estimates
 from batchrun.plan import Plan
 from batchrun.policy import History, Judgement, Settlement
 from batchrun.records import (
@@ -43,12 +44,6 @@ from batchrun.records import (
 from batchrun.request import RequestBuilder, corrected
 from batchrun.slots import Slots
 from batchrun.tables import usd
-
-TOKENS_PER_BYTE = 0.3
-"""Where the estimate of a prompt starts: English prose has 4 to 5 bytes a token, code and JSON about 3."""
-
-UNKNOWN_OUTPUT_TOKENS = 1000
-"""The estimate of an answer whose length nobody bounds; the usage corrects it when it comes."""
 
 NOTHING = Decimal(0)
 
@@ -90,6 +85,7 @@ class Pipeline:
         plan: Plan,
         *,
         gate: Gate,
+        estimates: Estimates,
         client: Client,
         checkpoint: Checkpoint,
         slots: Slots,
@@ -123,6 +119,7 @@ class Pipeline:
         room = {} if delivery is None else {"room": delivery.room}
         self.backlog = Backlog(open_next, self._prepare, clock, **room)
         self._failing = 0.0  # the share of first attempts that fail
+        self.estimates = estimates
         self.sent = 0
         self.slow_s = 0.0  # the latency that nearly all answers keep
         layout = plan.facts.layout  # the same row is another one after the rows were laid out anew
@@ -138,7 +135,8 @@ class Pipeline:
         """Asks rows until none is left or the gate closes."""
         while (pending := await self._next()) is not None:
             bound_usd = self._bound_usd(pending.request)
-            ask = Ask(self._estimated_tokens(pending.request), bound_usd, pending.request.upper_bound_tokens)
+            prompt, output = self.estimates.of(pending.request)
+            ask = Ask(prompt + output, bound_usd, pending.request.upper_bound_tokens, output)
             try:
                 slot = await self._gate.admit(ask)
             except GateClosed:
@@ -192,7 +190,11 @@ class Pipeline:
         self.slow_s = forecast.peak(self.slow_s, attempt.latency_s)
         answer = answers.read(attempt.body)
         judgement = policy.judge(attempt, answer, self._job.retry)
-        self._gate.settle(slot, _used_tokens(answer, judgement))
+        if answer.usage is not None:
+            self.estimates.learn(pending.request, answer.usage)
+            self._gate.settle(slot, answer.usage.total_tokens, answer.usage.completion_tokens)
+        elif judgement.verdict is Verdict.FREE:
+            self._gate.settle(slot, 0)
         self._gate.hear(slot, attempt.headers)
         ruling = self._gate.observe(slot, _outcome(request, judgement))
         witnessed = self._gate.successes > (successes if pending.successes is None else pending.successes)
@@ -396,10 +398,6 @@ class Pipeline:
         table = self._plan.prices.get(request.model)
         return prices.upper_bound(request.max_prompt_tokens, request.max_output_tokens, table)
 
-    def _estimated_tokens(self, request: Request) -> int:
-        output = min(request.max_output_tokens, UNKNOWN_OUTPUT_TOKENS)
-        return int(len(request.body) * TOKENS_PER_BYTE) + request.image_tokens + output
-
     def _cost_usd(self, request: Request, answer: Answer, judgement: Judgement) -> Decimal | None:
         """What the attempt cost for certain: 0 where no answer came, None where one came that can't be priced."""
         if answer.usage is None:
@@ -447,15 +445,6 @@ def _offline(ended: _Ended) -> OfflineCount | None:
 
 def _outcome(request: Request, judgement: Judgement) -> Outcome:
     return Outcome(request.row, judgement.verdict, judgement.error, judgement.retry_after_s)
-
-
-def _used_tokens(answer: Answer, judgement: Judgement) -> int | None:
-    """What the attempt used of the token limit; None, unknown, leaves the estimate. What is refused for its pace or for
-    load, the gate gives back itself.
-    """
-    if answer.usage is not None:
-        return answer.usage.total_tokens
-    return 0 if judgement.verdict is Verdict.FREE else None
 
 
 def _refusal_status(ended: _Ended) -> Status:

@@ -22,7 +22,8 @@ LAYERS: tuple[frozenset[str], ...] = (
         {
             *("source", "ids", "json_columns", "schema_columns", "window"),
             *("request", "check", "fields", "templates", "image_parts", "images", "image_digests"),
-            *("accounts", "admission", "gate", "gate_state", "pace", "accepted", "rate_headers", "purse"),
+            *("accounts", "admission", "gate", "gate_state", "purse"),
+            *("pace", "accepted", "rate_headers", "learned", "daily"),
             *("deadline", "forecast"),
             *("client", "stream", "sse", "packed", "answer", "policy", "offline"),
             *("durable", "rundir", "runlog", "slots", "spent", "spill", "wal", "database", "tables", "checkpoint"),
@@ -32,7 +33,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"variants", "facts", "result", "drift", "spooled", "plan", "retry", "pipeline"}),
     frozenset(
         {
-            *("signals", "summary", "progress", "control", "chronicle", "heartbeat", "asking", "invocation"),
+            *("signals", "summary", "progress", "control", "chronicle", "memory", "heartbeat", "asking", "invocation"),
             *("replay", "look", "estimate"),
         }
     ),
@@ -46,7 +47,7 @@ LAYERS: tuple[frozenset[str], ...] = (
 
 WITHIN_A_LAYER: dict[str, frozenset[str]] = {
     # what each stage is made of
-    "gate": frozenset({"admission", "gate_state", "pace", "purse", "rate_headers"}),
+    "gate": frozenset({"accounts", "admission", "daily", "gate_state", "pace", "purse", "rate_headers"}),
     "pace": frozenset({"accepted", "accounts", "admission", "rate_headers"}),
     "purse": frozenset({"admission"}),
     "gate_state": frozenset({"admission"}),
@@ -90,8 +91,8 @@ WITHIN_A_LAYER: dict[str, frozenset[str]] = {
     "chronicle": frozenset({"summary"}),
     "progress": frozenset({"summary"}),
     "control": frozenset({"summary"}),
-    "heartbeat": frozenset({"chronicle", "control", "summary"}),
-    "asking": frozenset({"chronicle", "heartbeat", "signals"}),
+    "heartbeat": frozenset({"chronicle", "control", "memory", "summary"}),
+    "asking": frozenset({"chronicle", "heartbeat", "memory", "signals"}),
     "invocation": frozenset({"asking", "replay", "chronicle", "control", "signals", "summary"}),
     "look": frozenset({"summary"}),
     "estimate": frozenset({"summary"}),

@@ -4,13 +4,14 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable, Coroutine
 from decimal import Decimal
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchrun.admission import Ask, Binding, Limit, Outcome, Ruling, Stop
+from batchrun.daily import DailyCount
 from batchrun.errors import ExitCode
 from batchrun.gate import Gate, GateClosed
 from batchrun.gate_state import GateState
@@ -31,6 +32,7 @@ def new_gate(
     tokens_per_minute: float | None = None,
     purse: Purse | None = None,
     on_pace: PaceChange = lambda limit, before, after, why: None,
+    **others: Any,
 ) -> Gate:
     state = GateState(
         max_in_flight=max_in_flight,
@@ -46,6 +48,7 @@ def new_gate(
         tokens_per_minute=tokens_per_minute,
         purse=purse,
         on_pace=on_pace,
+        **others,
     )
 
 
@@ -166,6 +169,58 @@ async def test_hours_without_a_request_save_up_one_second_of_the_limits_and_no_s
     start_s = now_s()
     admitted_at_s = [await use(gate, SMALL) for _ in range(20)]
     assert sum(at_s == start_s for at_s in admitted_at_s) == 10
+
+
+@on_moved_clock
+async def test_input_and_output_tokens_have_limits_of_their_own() -> None:
+    for limit, ask in (
+        ("input_tokens_per_minute", Ask(100, output_tokens=10)),
+        ("output_tokens_per_minute", Ask(100, output_tokens=90)),
+    ):
+        gate = new_gate(**dict[str, Any]({limit: 5_400}))
+        start_s = now_s()
+        for _ in range(60):
+            slot = await gate.admit(ask)
+            gate.settle(slot, 100, ask.output_tokens)
+            gate.observe(slot, Outcome(0, Verdict.OK))
+            gate.release(slot, None)
+        assert now_s() - start_s == pytest.approx(59.0)  # one second of the limit is there at the start
+
+
+@on_moved_clock
+async def test_what_input_and_output_were_in_fact_is_settled_apart() -> None:
+    gate = new_gate(input_tokens_per_minute=6_000, output_tokens_per_minute=6_000)
+    gate.settle(await gate.admit(Ask(100, output_tokens=50)), 160, 150)
+    waiting = await turns(gate.admit(Ask(20, output_tokens=10)))
+    assert gate.binding.limit is Limit.OUTPUT_TOKENS
+    start_s = now_s()
+    await waiting
+    assert now_s() - start_s == pytest.approx(0.6)
+
+
+@on_moved_clock
+async def test_a_limit_per_second_holds_within_every_second() -> None:
+    gate = new_gate(requests_per_second=5, requests_per_minute=6_000)
+    admitted_at_s = [await use(gate, SMALL) for _ in range(100)]
+    for first_s in admitted_at_s:
+        assert sum(first_s <= at_s < first_s + 1 for at_s in admitted_at_s) <= 10
+    assert admitted_at_s[-1] - admitted_at_s[0] == pytest.approx(19.0, abs=0.1)
+    waiting = await turns(gate.admit(SMALL))
+    assert gate.binding.limit is Limit.REQUESTS_PER_SECOND
+    await waiting
+
+
+@on_moved_clock
+async def test_a_days_requests_are_made_and_then_the_next_day_is_waited_for() -> None:
+    start_s = now_s()
+    gate = new_gate(daily=DailyCount(10, made=4, ends_s=start_s + 3_600))
+    admitted_at_s = [await use(gate, SMALL) - start_s for _ in range(27)]
+    assert admitted_at_s == [0.0] * 6 + [3_600.0] * 10 + [90_000.0] * 10 + [176_400.0]
+    for _ in range(9):
+        await use(gate, SMALL)
+    waiting = await turns(gate.admit(SMALL))
+    assert gate.binding == Binding(Limit.REQUESTS_PER_DAY, start_s + 3_600 + 3 * 86_400)
+    await waiting
 
 
 # other limits while it works

@@ -5,6 +5,9 @@ import random
 
 import pytest
 
+from batchrun.admission import Found
+from batchrun.learned import Estimates, Sizes
+from batchrun.records import Request, Usage
 from tests.limited_server import Run, Server, ask_all, during, ideal_s, new_gate
 from tests.moved_clock import run_on_moved_clock
 
@@ -131,5 +134,57 @@ def test_failures_at_random_are_no_outage_even_where_they_come_at_once() -> None
         coolings = sum("Cooling" in what.partition("->")[2] for _, what in run.changes)
         assert coolings <= 3
         assert sorted(run.done) == list(range(3_000))
+
+    run_on_moved_clock(main())
+
+
+@pytest.mark.parametrize("wrong", [0.25, 4.0])
+def test_estimates_four_times_wrong_at_the_start_cost_nothing_after_two_minutes(wrong: float) -> None:
+    rng = random.Random(3)
+    rows = [
+        (Request(row, b"", b"x" * rng.randint(400, 4_000), "m", 10_000, 4_000), rng.randint(50, 600))
+        for row in range(1_000)
+    ]
+    usages = [Usage(len(r.body) // 4, answer, len(r.body) // 4 + answer) for r, answer in rows]
+    sizes = [usage.total_tokens for usage in usages]
+    estimates = Estimates({"m": Sizes(0.25 * wrong, 1.0, 500 * wrong)})
+
+    async def main() -> None:
+        run = Run(Server(None, 200_000, headers=False))
+        await ask_all(
+            run,
+            new_gate(run, tokens_per_minute=200_000),
+            sizes,
+            estimate=lambda row: sum(estimates.of(rows[row][0])),
+            learn=lambda row, _: estimates.learn(rows[row][0], usages[row]),
+        )
+        for minute in (2, 3):
+            accepted = sum(exchange.tokens for exchange in run.server.accepted(minute * 60 - 60, minute * 60))
+            assert accepted == pytest.approx(200_000, rel=0.05)
+        assert run.server.refused() <= 0.01
+
+    run_on_moved_clock(main())
+
+
+def test_a_start_that_knows_what_was_found_before_begins_there_without_a_single_refusal() -> None:
+    async def main() -> None:
+        run = Run(Server(RPM, None, headers=False))
+        await ask_all(run, first := new_gate(run), [150] * 1_500)
+        assert first.found.requests_per_minute == pytest.approx(RPM, rel=0.1)
+        known = Found(requests_per_minute=RPM * 0.98)
+        again = Run(Server(RPM, None, headers=False))
+        await ask_all(again, new_gate(again, found=known, first_in_flight=32), [150] * 500)
+        assert again.server.refused() == 0
+        assert share_of_ideal(again, [150] * 500, RPM, None) >= 0.8
+
+    run_on_moved_clock(main())
+
+
+def test_headers_overrule_what_an_earlier_start_had_found() -> None:
+    async def main() -> None:
+        run = Run(Server(RPM, None))
+        await ask_all(run, gate := new_gate(run, found=Found(requests_per_minute=RPM / 4)), [150] * 1_500)
+        assert gate.found == Found(requests_per_minute=RPM)
+        assert share_of_ideal(run, [150] * 1_500, RPM, None) >= 0.97
 
     run_on_moved_clock(main())

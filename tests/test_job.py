@@ -405,7 +405,9 @@ def another_value(path: str, default: object) -> object:
     if isinstance(default, str):
         return f"{default}x"
     numbers = (
+        "requests_per_second",
         "requests_per_minute",
+        "requests_per_day",
         "tokens_per_minute",
         "max_tokens",
         "temperature",

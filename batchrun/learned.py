@@ -1,0 +1,126 @@
+"""What a run learns while it works, to know more the next time. PURE.
+
+How large requests are: there is no tokenizer here. A prompt is its bytes times a ratio that the API's own usage
+teaches, and its images what they usually count times another; an answer is a high quantile of the answers so far. Both
+are set right when the usage comes, so a wrong estimate costs a little time and never a limit.
+
+And how fast they may go, where headers or refusals have shown it.
+"""
+
+from collections import deque
+
+import msgspec
+
+from batchrun.records import Request, Usage
+
+ENTRY = "learned"
+"""The manifest's entry that `Learned` is kept in."""
+
+TOKENS_PER_BYTE = 0.3
+"""Where the estimate of a prompt starts: English prose has 4 to 5 bytes a token, code and JSON about 3."""
+
+OUTPUT_TOKENS = 1_000
+"""The estimate of an answer before there was one; `max_tokens` is never exceeded."""
+
+KEEP = 0.99
+"""What a ratio keeps of itself with every answer: the last hundred or so count. Inputs change along a file."""
+
+ANSWERS = 200
+QUANTILE = 0.9
+EVERY = 10
+"""An answer is estimated as one in ten is longer, of the last 200, looked at anew with every tenth: too low an estimate
+sends more than the limit bears, too high a one only waits for its refund."""
+
+
+class Sizes(msgspec.Struct, frozen=True):
+    """What is known of one model's requests."""
+
+    tokens_per_byte: float = TOKENS_PER_BYTE
+    image_share: float = 1.0
+    """What images count as, of what they usually do (`Request.image_tokens`)."""
+    output_tokens: float = OUTPUT_TOKENS
+
+
+class Learned(msgspec.Struct, frozen=True):
+    """What one process hands to the next: sizes by model, and what limits were found where none were told."""
+
+    sizes: dict[str, Sizes] = {}
+    requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None
+    in_flight: int | None = None
+
+
+class _Model:
+    """One model's running sums."""
+
+    __slots__ = ("_answers", "_bytes", "_image_tokens", "_tokens", "_usual", "count", "sizes")
+
+    def __init__(self, sizes: Sizes) -> None:
+        self.sizes = sizes
+        self.count = 0
+        self._bytes = self._tokens = self._usual = self._image_tokens = 0.0
+        self._answers: deque[int] = deque(maxlen=ANSWERS)
+
+    def learn(self, text_bytes: int, image_tokens: int, usage: Usage) -> None:
+        """One answer more is known."""
+        if image_tokens:
+            of_images = max(0.0, usage.prompt_tokens - text_bytes * self.sizes.tokens_per_byte)
+            self._usual = self._usual * KEEP + image_tokens
+            self._image_tokens = self._image_tokens * KEEP + of_images
+        else:
+            self._bytes = self._bytes * KEEP + text_bytes
+            self._tokens = self._tokens * KEEP + usage.prompt_tokens
+        self._answers.append(usage.completion_tokens)
+        self.count += 1
+        if self.count <= EVERY or self.count % EVERY == 0:
+            self._conclude()
+
+    def _conclude(self) -> None:
+        answers = sorted(self._answers)
+        self.sizes = Sizes(
+            self._tokens / self._bytes if self._bytes else self.sizes.tokens_per_byte,
+            self._image_tokens / self._usual if self._usual else self.sizes.image_share,
+            answers[int(QUANTILE * (len(answers) - 1))],
+        )
+
+
+class Estimates:
+    """Estimates the tokens of requests, better with every answer."""
+
+    def __init__(self, known: dict[str, Sizes]) -> None:
+        self._models = {model: _Model(sizes) for model, sizes in known.items()}
+
+    def of(self, request: Request) -> tuple[int, int]:
+        """(prompt tokens, completion tokens) that the request will probably be counted as."""
+        model = self._models.get(request.model)
+        sizes = _UNKNOWN if model is None else model.sizes
+        prompt = len(request.body) * sizes.tokens_per_byte + request.image_tokens * sizes.image_share
+        return int(prompt), int(min(request.max_output_tokens, sizes.output_tokens))
+
+    def learn(self, request: Request, usage: Usage) -> None:
+        """An answer has told what its request, without its pictures, was counted as. A count of nothing is none."""
+        if usage.prompt_tokens <= 0:
+            return
+        if (model := self._models.get(request.model)) is None:
+            model = self._models[request.model] = _Model(_UNKNOWN)
+        model.learn(len(request.body), request.image_tokens, usage)
+
+    def sizes(self) -> dict[str, Sizes]:
+        """What is known by now, by model."""
+        return {name: model.sizes for name, model in self._models.items()}
+
+
+_UNKNOWN = Sizes()
+
+
+def decode(entry: str | None) -> Learned:
+    """What the manifest's entry says; nothing where there is none, or one that another version wrote."""
+    try:
+        return msgspec.json.decode(entry or "{}", type=Learned)
+    except msgspec.MsgspecError:
+        return Learned()
+
+
+def encode(learned: Learned) -> str:
+    """The manifest's entry."""
+    return msgspec.json.encode(learned).decode()

@@ -1,0 +1,68 @@
+"""What a run learns of its limits outlives the process: real processes, a strict simulator, its ledger."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from batchrun import daily, learned
+from batchrun.checkpoint import Checkpoint
+from batchrun.simulator import SimulatorConfig
+from tests.cli_process import batchrun, finish, start, wait_until, write_job, write_rows
+from tests.simulator_process import running_simulator
+
+
+def logged(out: Path, event: str) -> Iterator[dict[str, Any]]:
+    """The run log's lines of an event, in order."""
+    for line in (out / "run.log").read_text().splitlines():
+        if (told := json.loads(line))["event"] == event:
+            yield told
+
+
+def manifest(out: Path) -> dict[str, str]:
+    checkpoint = Checkpoint(out / "checkpoint.db", free_reserve=lambda: False)
+    try:
+        return checkpoint.manifest()
+    finally:
+        checkpoint.close()
+
+
+def test_the_next_start_begins_with_the_limits_and_sizes_that_the_last_one_found(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "in.jsonl", 400)
+    config = SimulatorConfig(requests_per_minute=6_000, latency_s=0.02, ledger=str(tmp_path / "ledger"))
+    with running_simulator(config) as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, source)
+        out = tmp_path / "out"
+        assert batchrun("run", job, "-o", out, "--limit", "200").exit_code == 0
+        known = learned.decode(manifest(out)[learned.ENTRY])
+        assert known.requests_per_minute == 6_000
+        assert known.in_flight is not None
+        (sizes,) = known.sizes.values()
+        used = [line for line in simulator.ledger() if line.billed]
+        mean = sum(line.completion_tokens for line in used) / len(used)
+        assert mean <= sizes.output_tokens <= max(line.completion_tokens for line in used)
+        assert batchrun("run", job, "-o", out).exit_code == 0
+        assert not any(line.status == 429 for line in simulator.ledger())
+    found = [(told["limit"], told["after"], told["why"]) for told in logged(out, "pace")]
+    assert found == [("rpm", 6_000.0, "stated by the server"), ("rpm", 6_000.0, "learned by an earlier start")]
+    before = 0
+    for told in logged(out, "in flight"):
+        assert told["why"]
+        assert told["before"] in (before, 0)
+        before = told["after"]
+
+
+def test_a_days_requests_are_counted_over_all_starts_of_a_run_even_a_killed_one(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "in.jsonl", 60)
+    with running_simulator(SimulatorConfig(ledger=str(tmp_path / "ledger"))) as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, source, "[limits]\nrequests_per_day = 40\n")
+        out = tmp_path / "out"
+        assert batchrun("run", job, "-o", out, "--limit", "25").exit_code == 0
+        for number in ("KILL", "TERM"):
+            process = start("run", job, "-o", out)
+            wait_until(lambda: len(simulator.ledger()) >= 40, process)
+            wait_until(lambda: "requests per day" in (out / "summary.json").read_text(), process)
+            process.kill() if number == "KILL" else process.terminate()
+            finish(process)
+        assert len(simulator.ledger()) == 40
+    assert json.loads(manifest(out)[daily.ENTRY])["requests_before"] == 0
