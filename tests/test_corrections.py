@@ -137,3 +137,4 @@ def test_a_finish_reason_that_is_not_accepted_fails_its_row_or_is_asked_again(tm
         assert [row["status"] for row in rows] == ["ok", "ok" if length == "retry" else "truncated", "truncated"]
         assert rows[2]["content"] == "Fi"
         assert (rows[2]["error"] is None) == (length == "accept")
+        assert length != "fail" or batchrun("verify", out).exit_code == 0

@@ -13,11 +13,11 @@ from batchrun.checkpoint import SINCE
 from batchrun.errors import CheckpointError
 from batchrun.facts import Facts
 from batchrun.prices import PriceTable
-from batchrun.records import Summary, TotalsLine
+from batchrun.records import Status, Summary, TotalsLine
 from batchrun.rescue import readable
 from batchrun.rescue.remains import SALVAGED, Remains
 from batchrun.rundir import RunDirectory
-from batchrun.summary import Moment, failures, summarise
+from batchrun.summary import Moment, summarise
 
 Prices = dict[str, PriceTable | None]
 
@@ -136,7 +136,8 @@ def _agrees(name: str, summary: Summary, directory: RunDirectory, known: Remains
             begun = {record[0]: record for record in known.invocations}.get(summary.invocation)
             return begun is not None and begun[1:4] == (summary.started_at.timestamp(), summary.pid, summary.host)
         case "exit_code":
-            return told in ((0, 3) if failures(summary) else (0,))
+            # what counts as failed is the job's to say: any row that is not `ok` may
+            return told in ((0, 3) if summary.by_status.keys() - {Status.OK} else (0,))
         case "state" | "limited_by":
             return bool(told == "complete")
         case "reason":
