@@ -29,7 +29,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     function_call: FunctionCall | None
     tool_calls: Any
     finish_reason: str | None
-    choices: tuple[Choice, ...] | None
+    choices: tuple[Choice, ...]
     model: str | None
     completion_id: str | None
     request_id: str | None
@@ -83,6 +83,5 @@ def read(rows: pa.RecordBatch) -> Iterator[Completion]:
             values["function_call"] = FunctionCall(**values["function_call"])
         if values["tool_calls"] is not None:
             values["tool_calls"] = msgspec.json.decode(values["tool_calls"])
-        if values["choices"] is not None:
-            values["choices"] = tuple(Choice(**choice) for choice in values["choices"])
+        values["choices"] = tuple(Choice(**choice) for choice in values["choices"] or ())
         yield Completion(**values)
