@@ -340,7 +340,7 @@ def table_row(scenario: Scenario, served: Served) -> str:
         scenario.name,
         f"{ideal_s:.1f}",
         f"{served.took_s:.1f}",
-        f"{percent:.1f}",
+        f"{percent:.2f}",
         f"{len(served.lines):,}",
         f"{served.refused_percent:.2f}",
         f"{served.failed}" + (f" ({served.pending} pending)" if served.pending else ""),
