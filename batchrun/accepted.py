@@ -20,7 +20,7 @@ BURST_OFF = 0.85
 """What the window holds beside a burst of two seconds. A longer one makes the rate too high, but the next refusal soon
 measures it; a rate too low would be kept for many seconds."""
 
-ON_ITS_WAY_S = 0.1
+ON_ITS_WAY_S = 0.05
 """How long a request may take to where the server counts it."""
 
 

@@ -24,9 +24,9 @@ PaceChange = Callable[[Limit, float | None, float | None, str], None]
 MAX_BURST_S = 2.0
 """The burst where a server's headers show that it is free: more would break a told limit within its first minute."""
 
-MARGIN_S = 0.1
+MARGIN_S = 0.06
 """How much of its bucket the server is left with: what clocks, networks and estimates may be wrong by. Spending it
-would gain a tenth of a second once, and cost refusals for good."""
+would gain a moment once, and cost refusals for good."""
 
 RISE = 1.05
 RISE_EVERY_S = 1.0
