@@ -1,7 +1,7 @@
 """`summary.json`, from the first second to the last, and the same in words a person reads in five seconds. PURE."""
 
 from collections.abc import Collection, Iterator
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
 import msgspec
@@ -140,7 +140,7 @@ def _summary(
         limits=moment.limits,
         tuned=moment.tuned,
         eta=moment.eta,
-        deadline=None if moment.deadline is None else moment.deadline.at,
+        deadline=None if moment.deadline is None else moment.deadline.at.astimezone(UTC),
         by_deadline=moment.by_deadline(settled, rows),
         pid=moment.pid,
         host=moment.host,

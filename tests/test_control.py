@@ -49,6 +49,7 @@ def test_a_deadline_ends_the_start_in_time_with_everything_in_flight_answered(tm
         finished = batchrun("run", job, "-o", out, "--deadline", "6h", "--set", "limits.requests_per_minute=60000")
         assert finished.exit_code == 0, finished.stderr
         assert len(simulator.ledger()) == 200
+    assert batchrun("verify", out).exit_code == 0
 
 
 def test_what_does_not_end_within_the_grace_after_the_deadline_is_named(tmp_path: Path) -> None:
@@ -109,6 +110,7 @@ def test_a_running_process_takes_other_limits_and_says_so(tmp_path: Path) -> Non
     assert [line["requests_per_minute"] for line in log(out, "tuned")] == [60000.0]
     assert read_summary(out)["limits"]["max_in_flight"] == 4
     assert not (out / "control.json").exists()
+    assert batchrun("verify", out).exit_code == 0
     late = batchrun("tune", out, "--rpm", "10")
     assert (late.exit_code, late.stderr.count("\n")) == (2, 1)
     assert "no process is running there" in late.stderr
