@@ -31,16 +31,11 @@ from batchrun.admission import (
     Stopped,
 )
 from batchrun.errors import ExitCode
+from batchrun.outage import Unanswered
 from batchrun.records import RowError, Verdict
 
 FIRST_IN_FLIGHT = 8
 """Attempts in flight before anything is known: enough to fill a normal connection set, few enough to be wrong with."""
-
-OUTAGE_ROWS = 5
-MANY_OUTAGE_ROWS = 8
-"""So many different rows without an answer, and none with one between, are an outage: with 30 % random failures five
-in a row are one chance in 400, and a false alarm costs a second. Where many are in flight, eight: one chance in 15,000,
-and still so few that ten minutes of an outage see fewer than thirty requests, with those that probe."""
 
 ALIKE_ROWS = 10
 """So many first rows that fail alike are the job's fault: a wrong parameter refuses ten rows as it would a million."""
@@ -51,9 +46,6 @@ FIRST_REACH_S = 15.0
 BACKOFF_BASE_S = 1.0
 BACKOFF_CAP_S = 60.0
 """Probes after 1, 2, 4 … 60 s: 10 of them in five minutes of outage, and never a minute and a half without a look."""
-
-STILL_OUT = 3
-"""Nearly all: for each that is still out, three have failed. With 30 % random failures it is the other way about."""
 
 JITTER = 0.5
 LEAST_JITTERED_S = 0.1
@@ -76,17 +68,6 @@ class _Suspicion(msgspec.Struct, frozen=True):
 
     verdict: Verdict
     since: int
-
-
-class _Failing:
-    """Attempts without an answer, and no later one was answered: which rows, and how many of those sent since."""
-
-    __slots__ = ("attempts", "rows", "since")
-
-    def __init__(self, since: int) -> None:
-        self.since = since
-        self.attempts = 0
-        self.rows: set[int] = set()
 
 
 class GateState:
@@ -127,8 +108,7 @@ class GateState:
         self._coolings = 0
         self._unwell_since_s: float | None = None
         self._reached = False
-        self._unanswered: set[int] = set()
-        self._failing: _Failing | None = None
+        self._unanswered = Unanswered()
         self._suspicions: dict[int, _Suspicion] = {}
         self._first_failures: list[RowError | None] | None = None if resumed else []
 
@@ -215,7 +195,8 @@ class GateState:
         if order < self._trouble or self._outage_is_over_long(outcome, now_s):
             return PROCEED
         probe_failed = isinstance(self.phase, Probing) and order >= self._episode
-        if self._is_outage(outcome.row, order) or probe_failed:
+        is_outage = self._unanswered.fail(outcome.row, order, sent=self._sent, allowed_in_flight=self.allowed_in_flight)
+        if is_outage or probe_failed:
             answered = outcome.error is not None and outcome.error.http_status is not None
             self._calm_down(1.0 if answered else CALMER, _text(outcome.error))
             self._cool(f"the endpoint is not answering: {_text(outcome.error)}", now_s, None)
@@ -248,9 +229,7 @@ class GateState:
 
     def _answered(self, order: int) -> None:
         """The endpoint gave an answer. Sent after the last trouble, it reopens the gate and may let more in flight."""
-        self._unanswered.clear()
-        if self._failing is not None and order > self._failing.since:
-            self._failing = None
+        self._unanswered.answer(order)
         self._unwell_since_s = None
         self._reached = True
         if order < self._trouble:
@@ -282,21 +261,6 @@ class GateState:
         self.allowed_in_flight = self._round = self._left_in_round = 1
         self._most_in_flight = 0
         self.why_in_flight = f"a ramp up to {self._ramp_to} after: {why}"
-
-    def _is_outage(self, row: int, order: int) -> bool:
-        """True when so many rows in a row had no answer; or, of those sent since the first, nearly all ended so.
-
-        Where failures come at once and answers take their time, answers to older requests go on coming between them.
-        """
-        failing = self._failing = self._failing or _Failing(order)
-        failing.rows.add(row)
-        failing.attempts += order >= failing.since
-        self._unanswered.add(row)
-        many = min(MANY_OUTAGE_ROWS, max(OUTAGE_ROWS, self.allowed_in_flight // 2))
-        if len(self._unanswered) >= many:
-            return True
-        still_out = self._sent - failing.since - failing.attempts
-        return len(failing.rows) >= many and STILL_OUT * still_out <= failing.attempts
 
     def _count_alike(self, error: RowError | None) -> None:
         """Ten first rows with one and the same failure close the gate; the first that differs ends the count.
@@ -361,7 +325,7 @@ class GateState:
         self._coolings += 1
         self._episode = self._sent
         self._trouble = self._episode
-        self._failing = None
+        self._unanswered.forget()
         self._in_flight = 0
         self._extended = False
         self._enter(Cooling(until_s, why))

@@ -24,7 +24,7 @@ PaceChange = Callable[[Limit, float | None, float | None, str], None]
 MAX_BURST_S = 2.0
 """The burst where a server's headers show that it is free: more would break a told limit within its first minute."""
 
-MARGIN_S = 0.06
+MARGIN_S = 0.08
 """How much of its bucket the server is left with: what clocks, networks and estimates may be wrong by. Spending it
 would gain a moment once, and cost refusals for good."""
 

@@ -8,7 +8,8 @@ import pytest
 
 from batchrun.admission import OPEN, Cooling, Outcome, Phase, Stop
 from batchrun.errors import ExitCode
-from batchrun.gate_state import FIRST_IN_FLIGHT, MANY_OUTAGE_ROWS, GateState
+from batchrun.gate_state import FIRST_IN_FLIGHT, GateState
+from batchrun.outage import MANY_OUTAGE_ROWS
 from batchrun.records import RowError, Verdict
 
 LATENCY_S = 0.05

@@ -25,10 +25,9 @@ from batchrun.gate_state import (
     FIRST_IN_FLIGHT,
     FIRST_REACH_S,
     JITTER,
-    MANY_OUTAGE_ROWS,
-    OUTAGE_ROWS,
     GateState,
 )
+from batchrun.outage import MANY_OUTAGE_ROWS, OUTAGE_ROWS
 from batchrun.records import RowError, Verdict
 
 HOLD = Ruling(hold=True)
