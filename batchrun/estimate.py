@@ -164,8 +164,15 @@ def _short(budget: Budget, rows: int, tokens: float, cost_usd: Decimal | None, d
 
 
 def _minutes(job: Job, rows: int, tokens: float) -> tuple[float | None, str]:
-    limits = {"rpm": (job.limits.requests_per_minute, rows), "tpm": (job.limits.tokens_per_minute, tokens)}
-    times = {name: amount / limit for name, (limit, amount) in limits.items() if limit is not None}
+    limits = job.limits
+    per_second, per_day = limits.requests_per_second, limits.requests_per_day
+    per_minute = {
+        "rpm": (limits.requests_per_minute, rows),
+        "tpm": (limits.tokens_per_minute, tokens),
+        "rps": (None if per_second is None else per_second * 60, rows),
+        "requests per day": (None if per_day is None else per_day / 1_440, rows),
+    }
+    times = {name: amount / limit for name, (limit, amount) in per_minute.items() if limit is not None}
     if not times:
         return None, "latency"
     slowest = max(times, key=lambda name: times[name])

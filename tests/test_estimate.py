@@ -51,6 +51,8 @@ def test_images_count_as_images_and_not_as_bytes() -> None:
         ({}, None, "latency"),
         ({"requests_per_minute": 50}, 2.0, "rpm"),
         ({"requests_per_minute": 50, "tokens_per_minute": 3500}, 10.0, "tpm"),
+        ({"requests_per_minute": 50, "requests_per_second": 0.5}, 100 / 30, "rps"),
+        ({"requests_per_minute": 50, "requests_per_day": 50}, 2 * 1_440, "requests per day"),
     ],
 )
 def test_the_time_is_that_of_the_limit_that_binds(
