@@ -31,7 +31,7 @@ quickstart: .venv/quickstart
 setup: .venv/test
 
 test: .venv/test strace
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 strace:                     # the tests of failing disks inject their faults with it
 	@command -v strace > /dev/null || (apt-get update -qq && apt-get install -qq -y strace > /dev/null) || \
