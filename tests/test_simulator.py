@@ -41,7 +41,7 @@ def _body(text: str = "Hello", **fields: Any) -> dict[str, Any]:
     return {"model": "vtrix-x", "messages": [{"role": "user", "content": text}], **fields}
 
 
-def _connect(simulator: RunningSimulator, timeout_s: float = 5) -> http.client.HTTPConnection:
+def _connect(simulator: RunningSimulator, timeout_s: float = 60) -> http.client.HTTPConnection:
     address = urlsplit(simulator.url)
     assert address.hostname is not None
     return http.client.HTTPConnection(address.hostname, address.port, timeout=timeout_s)
@@ -377,7 +377,7 @@ def test_it_announces_one_line_and_leaves_at_a_signal_with_its_exchanges_cut() -
         with socket.create_connection((address.hostname, address.port)) as raw:
             raw.sendall(_request())
             process.send_signal(number)
-            rest, _ = process.communicate(timeout=5)
+            rest, _ = process.communicate(timeout=60)
         assert (process.returncode, rest) == (0, "")
 
 
@@ -390,7 +390,7 @@ def test_what_a_client_saw_is_on_the_ledger_of_a_simulator_killed_at_once(tmp_pa
 
     def ask_until_killed(worker: int) -> None:
         assert address.hostname is not None
-        connection = http.client.HTTPConnection(address.hostname, address.port, timeout=5)
+        connection = http.client.HTTPConnection(address.hostname, address.port, timeout=60)
         with contextlib.suppress(OSError, http.client.HTTPException):
             for number in itertools.count():
                 seen.append(_send(connection, _body(f"{worker}-{number}"), HEADERS).headers["x-request-id"])
