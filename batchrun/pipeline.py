@@ -11,58 +11,34 @@ from decimal import Decimal
 import msgspec
 
 from batchrun import answer as answers
-from batchrun import forecast, offline, policy, prices, variants
+from batchrun import forecast, policy, prices, variants
 from batchrun.admission import Ask, Outcome
 from batchrun.backlog import Backlog, Pending
 from batchrun.checkpoint import Checkpoint
 from batchrun.chunks import OpenChunk
 from batchrun.client import Client
 from batchrun.delivery import Delivery
+from batchrun.ended import NOTHING, Ended, cost_of, maybe_billed, remembered, total
 from batchrun.errors import BatchrunError, InputError
-from batchrun.expected import KINDS
 from batchrun.gate import Gate, GateClosed
 from batchrun.image_digests import ImageDigests
 from batchrun.images import Images
 from batchrun.job import Job
 from batchrun.learned import Estimates
 from batchrun.plan import Plan
-from batchrun.policy import History, Judgement, Settlement
+from batchrun.policy import History, Settlement
 from batchrun.records import (
-    Answer,
-    Attempt,
     Completion,
     Correction,
-    Discarded,
     Ending,
-    OfflineCount,
     Request,
     Row,
-    RowError,
     Status,
     Verdict,
 )
 from batchrun.request import RequestBuilder, corrected
 from batchrun.slots import Slots
 from batchrun.tables import usd
-
-NOTHING = Decimal(0)
-
-
-class _Ended(msgspec.Struct, frozen=True):
-    """How one attempt of a row ended, with all that settling or asking again needs.
-
-    `settlement` is what a usable answer makes of the row, None where there is none. `cost_usd` is this attempt's alone;
-    None where an answer came whose price or usage is unknown.
-    """
-
-    pending: Pending
-    attempt: Attempt
-    answer: Answer
-    judgement: Judgement
-    settlement: Settlement | None
-    history: History
-    bound_usd: Decimal | None
-    cost_usd: Decimal | None
 
 
 class _Flight(msgspec.Struct, frozen=True):
@@ -114,10 +90,12 @@ class Pipeline:
         self._uniform = uniform
         self._builders = [RequestBuilder(variants.as_job(job, way), plan.facts.dialect) for way in plan.variants]
         self._flights: dict[tuple[int, int], _Flight] = {}
-        self._held: dict[int, _Ended] = {}
+        self._held: dict[int, Ended] = {}
         self._delivery = delivery
         room = {} if delivery is None else {"room": delivery.room}
         self.backlog = Backlog(open_next, self._prepare, clock, **room)
+        budget = job.budget
+        self._capped = budget.max_cost_usd is not None or budget.max_tokens is not None
         self._failing = 0.0  # the share of first attempts that fail
         self.estimates = estimates
         self.sent = 0
@@ -182,7 +160,7 @@ class Pipeline:
     async def _attempt(self, pending: Pending, request: Request, slot: int, bound_usd: Decimal | None) -> None:
         n = pending.history.attempts + 1
         if (held := self._held.pop(request.row, None)) is not None:
-            self._checkpoint.put(self._discarded(held))
+            self._checkpoint.put(held.discarded())
         successes = self._gate.successes
         self._slots.take(slot, request.row, n, request.key, bound_usd, request.upper_bound_tokens)
         self.sent += 1
@@ -196,16 +174,18 @@ class Pipeline:
         elif judgement.verdict is Verdict.FREE:
             self._gate.settle(slot, 0)
         self._gate.hear(slot, attempt.headers)
-        ruling = self._gate.observe(slot, _outcome(request, judgement))
+        outcome = Outcome(request.row, judgement.verdict, judgement.error, judgement.retry_after_s)
+        ruling = self._gate.observe(slot, outcome)
         witnessed = self._gate.successes > (successes if pending.successes is None else pending.successes)
         reached = attempt.error is None or attempt.error.sent
         history = policy.after(pending.history, judgement, corroborated=reached and (witnessed or self.backlog.alone))
         self._failing = policy.failing_share(self._failing, history, judgement)
-        cost_usd = self._cost_usd(request, answer, judgement)
         settlement = None
         if judgement.verdict is Verdict.OK:
             settlement = policy.settlement(answer, request.expected, self._job.finish, attempt.http_status)
-        ended = _Ended(pending, attempt, answer, judgement, settlement, history, bound_usd, cost_usd)
+        cost_usd = cost_of(answer, judgement, self._plan.prices.get(request.model))
+        doubtful = maybe_billed(answer, judgement, capped=self._capped)
+        ended = Ended(pending, attempt, answer, judgement, settlement, history, bound_usd, cost_usd, doubtful)
         for row in ruling.own:
             self._end_held(row)
         if ruling.hold and not self._refused_before(ended):
@@ -243,7 +223,7 @@ class Pipeline:
     def record_held(self) -> None:
         """The attempts of rows that are still held are on their way to the disk; the rows stay pending."""
         for ended in self._held.values():
-            self._checkpoint.put(self._discarded(ended))
+            self._checkpoint.put(ended.discarded())
         self._held.clear()
 
     def _prepare(self, row: Row, chunk: OpenChunk) -> Pending:
@@ -257,24 +237,17 @@ class Pipeline:
         before = 0 if reopened is None else reopened.attempts
         cost_usd = NOTHING if reopened is None else usd(reopened.cost_usd)
         earlier = [attempt for attempt in chunk.discarded.get(row.row, ()) if attempt.n > before]
-        counted = [attempt for attempt in earlier if attempt.counted]
-        history = History(
-            attempts=max([before, chunk.lost.get(row.row, 0), *(attempt.n for attempt in earlier)]),
-            counted=len(counted),
-            counted_5xx=sum((attempt.http_status or 0) >= 500 for attempt in counted),
-            maybe_billed=sum(attempt.verdict is Verdict.MAYBE for attempt in counted),
-            corrected=sum(attempt.verdict is Verdict.OK and attempt.error_kind in KINDS for attempt in earlier),
-        )
+        begun = max(before, chunk.lost.get(row.row, 0))
         refused = any(attempt.verdict is Verdict.PAUSE and attempt.http_status == 403 for attempt in earlier)
-        cost_usd = _total([cost_usd, *(attempt.cost_usd for attempt in earlier)])
-        return Pending(request, chunk, history, cost_usd, refused=refused, variant=variant)
+        cost_usd = total([cost_usd, *(attempt.cost_usd for attempt in earlier)])
+        return Pending(request, chunk, remembered(earlier, begun), cost_usd, refused=refused, variant=variant)
 
-    def _take(self, ended: _Ended, settlement: Settlement, slot: int) -> None:
+    def _take(self, ended: Ended, settlement: Settlement, slot: int) -> None:
         """The answer settles its row, unless the job wants another in its place."""
         pending = ended.pending
         history = policy.asked_again(ended.history, settlement, self._job.retry)
         if history is not None and settlement.correctable and settlement.error is not None:
-            new = Correction(_said(ended.answer), settlement.error.message or "")
+            new = Correction(ended.said, settlement.error.message or "")
             if any(new.answer == each.answer for each in pending.corrections):
                 history = None  # a model that says the same again will say it a third time
             corrections = (*pending.corrections, new)
@@ -287,13 +260,13 @@ class Pipeline:
             again = msgspec.structs.replace(ended, pending=pending, history=history)
             self._ask_again(again, slot, self._gate.successes)
 
-    def _settle(self, ended: _Ended, slot: int | None) -> None:
+    def _settle(self, ended: Ended, slot: int | None) -> None:
         """The row's completion, without an answer, is on its way to the disk."""
         status, judgement = Status.ERROR, ended.judgement
         if judgement.filtered:
             status = Status.FILTERED
         elif judgement.verdict is Verdict.PAUSE:
-            status = _refusal_status(ended)
+            status = ended.refusal_status
         self._finish(ended, slot, status)
 
     def _end_held(self, row: int) -> None:
@@ -307,63 +280,37 @@ class Pipeline:
         if ended.attempt.http_status == 429:
             self._ask_again(ended, None, self._gate.successes)
         else:
-            self._finish(ended, None, _refusal_status(ended))
+            self._finish(ended, None, ended.refusal_status)
 
-    def _refused_before(self, ended: _Ended) -> bool:
+    def _refused_before(self, ended: Ended) -> bool:
         """True for the last row of a run when an earlier start was refused the same: with nobody left to bear witness,
         a 403 that outlives a restart is the row's own, or every start would pause for it.
         """
         return ended.pending.refused and ended.attempt.http_status == 403 and self.backlog.alone
 
-    def _finish(self, ended: _Ended, slot: int | None, status: Status) -> None:
-        pending, attempt, answer = ended.pending, ended.attempt, ended.answer
-        error = _error(ended)
-        if ended.settlement is None and pending.invalid is not None:  # no answer is given up for none
-            (attempt, error), status = pending.invalid, Status.INVALID
-        completion = Completion(
-            row=pending.request.row,
-            key=pending.request.key,
-            status=status,
-            attempts=ended.history.attempts,
-            http_status=attempt.http_status,
-            error=error,
-            request_id=attempt.request_id,
-            finished_at=attempt.started_at + attempt.latency_s,
-            latency_s=attempt.latency_s,
-            time_to_first_token_s=attempt.time_to_first_token_s,
-            model=pending.request.model,
-            answered_model=answer.model if ended.judgement.verdict is Verdict.OK else None,
-            usage=answer.usage,
-            cost_usd=_total([pending.cost_usd, ended.cost_usd]),
-            last_cost_usd=ended.cost_usd,
-            maybe_billed=self._maybe_billed(ended),
-            possibly_billed_usd=ended.bound_usd,
-            raw=attempt.body,
-            variant=pending.variant,
-            possibly_billed_tokens=pending.request.upper_bound_tokens,
-            in_json=ended.settlement is not None and ended.settlement.in_json,
-            offline=_offline(ended),
-        )
-        self._flights[completion.row, completion.attempts] = _Flight(slot, *self._spent(ended), pending.chunk)
+    def _finish(self, ended: Ended, slot: int | None, status: Status) -> None:
+        """The row's completion is on its way to the disk."""
+        completion = ended.completion(status)
+        self._flights[completion.row, completion.attempts] = _Flight(slot, *ended.spent(), ended.pending.chunk)
         self._checkpoint.put(completion)
 
-    def _ask_again(self, ended: _Ended, slot: int | None, successes: int) -> None:
+    def _ask_again(self, ended: Ended, slot: int | None, successes: int) -> None:
         """The attempt's record is on its way to the disk; once it is there, the row waits for its next turn."""
         history, judgement = ended.history, ended.judgement
         again = msgspec.structs.replace(
             ended.pending,
             history=history,
-            cost_usd=_total([ended.pending.cost_usd, ended.cost_usd]),
+            cost_usd=total([ended.pending.cost_usd, ended.cost_usd]),
             successes=successes,
         )
         due_s = self._clock()
-        if judgement.verdict is not Verdict.OK and not _rate_limited(judgement):  # a 429 makes the gate itself wait
+        if judgement.verdict is not Verdict.OK and not ended.rate_limited:  # a 429 makes the gate itself wait
             due_s += policy.backoff_s(history, judgement.retry_after_s, self._job.retry, self._uniform())
-        flight = _Flight(slot, *self._spent(ended), ended.pending.chunk, again, due_s)
+        flight = _Flight(slot, *ended.spent(), ended.pending.chunk, again, due_s)
         self._flights[ended.pending.request.row, history.attempts] = flight
-        self._checkpoint.put(self._discarded(ended))
+        self._checkpoint.put(ended.discarded())
 
-    def _hold(self, ended: _Ended, slot: int) -> None:
+    def _hold(self, ended: Ended, slot: int) -> None:
         """The refusal is kept in memory until its meaning is clear. It cost nothing, so its slot is free at once."""
         row = ended.pending.request.row
         self._held[row] = ended
@@ -371,100 +318,11 @@ class Pipeline:
         self._gate.release(slot, NOTHING, 0)
         self.backlog.hold(msgspec.structs.replace(ended.pending, history=ended.history))
 
-    def _discarded(self, ended: _Ended) -> Discarded:
-        error = _error(ended) or RowError("unknown")
-        request = ended.pending.request
-        return Discarded(
-            row=request.row,
-            n=ended.history.attempts,
-            verdict=ended.judgement.verdict,
-            counted=ended.history.counted > ended.pending.history.counted,
-            http_status=ended.attempt.http_status,
-            error_kind=error.kind,
-            message=error.message,
-            request_id=ended.attempt.request_id,
-            at=ended.attempt.started_at,
-            model=request.model,
-            usage=ended.answer.usage,
-            cost_usd=ended.cost_usd,
-            maybe_billed=self._maybe_billed(ended),
-            possibly_billed_usd=ended.bound_usd,
-            key=request.key,
-            possibly_billed_tokens=request.upper_bound_tokens,
-            offline=_offline(ended),
-        )
-
     def _bound_usd(self, request: Request) -> Decimal | None:
         table = self._plan.prices.get(request.model)
         return prices.upper_bound(request.max_prompt_tokens, request.max_output_tokens, table)
-
-    def _cost_usd(self, request: Request, answer: Answer, judgement: Judgement) -> Decimal | None:
-        """What the attempt cost for certain: 0 where no answer came, None where one came that can't be priced."""
-        if answer.usage is None:
-            return None if judgement.verdict is Verdict.OK else NOTHING
-        return prices.cost(answer.usage, self._plan.prices.get(request.model))
-
-    def _maybe_billed(self, ended: _Ended) -> bool:
-        """True when the attempt may have cost something that no usage states. An answer without usage is on the list
-        only under a cap that it counts in, which must hold across starts; elsewhere it is counted as `without_usage`.
-        """
-        if ended.answer.usage is not None:
-            return False
-        budget = self._job.budget
-        capped = budget.max_cost_usd is not None or budget.max_tokens is not None
-        return ended.judgement.verdict is Verdict.MAYBE or (ended.judgement.verdict is Verdict.OK and capped)
-
-    def _spent(self, ended: _Ended) -> tuple[Decimal | None, int | None]:
-        """USD and tokens to book against the budget; None books the whole reservation."""
-        if self._maybe_billed(ended):
-            return None, None
-        return ended.cost_usd, 0 if ended.answer.usage is None else ended.answer.usage.total_tokens
 
 
 def _identified(pending: Pending, key: bytes) -> Pending:
     """The row with its key, and still without its images: it may have to wait again."""
     return msgspec.structs.replace(pending, request=msgspec.structs.replace(pending.request, key=key))
-
-
-def _total(costs: Sequence[Decimal | None]) -> Decimal | None:
-    """The sum, or None where a part of it is unknown."""
-    total = NOTHING
-    for cost in costs:
-        if cost is None:
-            return None
-        total += cost
-    return total
-
-
-def _offline(ended: _Ended) -> OfflineCount | None:
-    """A count of our own for an answer that came without usage."""
-    if ended.answer.usage is not None or ended.judgement.verdict is not Verdict.OK:
-        return None
-    return offline.count(ended.pending.request.body, ended.answer)
-
-
-def _outcome(request: Request, judgement: Judgement) -> Outcome:
-    return Outcome(request.row, judgement.verdict, judgement.error, judgement.retry_after_s)
-
-
-def _refusal_status(ended: _Ended) -> Status:
-    """`filtered` where the refusal can be about the content: 403, and this vendor's 503."""
-    return Status.FILTERED if ended.attempt.http_status in (403, 503) else Status.ERROR
-
-
-def _rate_limited(judgement: Judgement) -> bool:
-    return judgement.verdict is Verdict.SLOW and judgement.error is not None and judgement.error.http_status == 429
-
-
-def _said(answer: Answer) -> str:
-    """What the model said, as a message of its own: a call as the JSON that it is."""
-    return answer.content or "" if answer.function_call is None else msgspec.json.encode(answer.function_call).decode()
-
-
-def _error(ended: _Ended) -> RowError | None:
-    """Why there is no usable answer, or what is odd about it: readable only leniently (then `raw` is kept)."""
-    settled = None if ended.settlement is None else ended.settlement.error
-    if (error := ended.judgement.error or settled) is None and ended.answer.flagged:
-        status = ended.attempt.http_status
-        return RowError("not_strict_json", status, None, "the answer was read leniently; see `raw`")
-    return error

@@ -27,7 +27,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             *("deadline", "forecast"),
             *("client", "stream", "sse", "packed", "answer", "policy", "offline"),
             *("durable", "rundir", "runlog", "slots", "spent", "spill", "wal", "database", "tables", "checkpoint"),
-            *("chunks", "base_part", "backlog", "output", "matching", "completions", "delivery"),
+            *("chunks", "base_part", "backlog", "ended", "output", "matching", "completions", "delivery"),
         }
     ),
     frozenset({"variants", "facts", "result", "drift", "spooled", "plan", "retry", "pipeline"}),
@@ -77,6 +77,7 @@ WITHIN_A_LAYER: dict[str, frozenset[str]] = {
         }
     ),
     "backlog": frozenset({"chunks", "policy"}),
+    "ended": frozenset({"backlog", "offline", "policy"}),
     "completions": frozenset({"output"}),
     "delivery": frozenset({"chunks", "completions", "packed"}),
     "output": frozenset({"answer", "durable", "packed", "schema_columns"}),

@@ -1,0 +1,65 @@
+"""What is on record of a row's attempts says what the process knew that made them."""
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import msgspec
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batchrun import policy
+from batchrun.backlog import Pending
+from batchrun.ended import Ended, maybe_billed, remembered
+from batchrun.expected import KINDS
+from batchrun.job import Retry
+from batchrun.policy import History, Judgement
+from batchrun.records import Answer, Attempt, Request, RowError, Verdict
+
+REQUEST = Request(7, b"k" * 16, b"{}", "m", 10, 10)
+CHUNK = cast(Any, SimpleNamespace())
+
+ATTEMPTS = st.sampled_from([200, 400, 429, 500, 502, 503, 504, 520, 529, None])
+VERDICTS = st.sampled_from([Verdict.FREE, Verdict.MAYBE, Verdict.SLOW, Verdict.PAUSE])
+
+
+def ended(pending: Pending, status: int | None, verdict: Verdict, *, corroborated: bool) -> Ended:
+    judgement = Judgement(verdict, RowError("server_error", status))
+    history = policy.after(pending.history, judgement, corroborated=corroborated)
+    attempt = Attempt(0.0, 0.1, status, {}, b"")
+    return Ended(pending, attempt, Answer(), judgement, None, history, None, None, maybe_billed=False)
+
+
+@given(st.lists(st.tuples(ATTEMPTS, VERDICTS, st.booleans()), max_size=12), st.integers(0, 12))
+def test_a_row_that_is_gone_on_with_has_been_through_what_it_had(
+    attempts: list[tuple[int | None, Verdict, bool]], known: int
+) -> None:
+    pending, records = Pending(REQUEST, CHUNK), []
+    for status, verdict, corroborated in attempts[:known]:
+        one = ended(pending, status, verdict, corroborated=corroborated)
+        records.append(one.discarded())
+        pending = msgspec.structs.replace(pending, history=one.history)
+    assert remembered(records, 0) == pending.history
+
+
+def test_an_attempt_that_was_lost_has_its_number_and_counts_for_nothing_else() -> None:
+    assert remembered([], 3) == History(attempts=3)
+
+
+def test_overloads_met_before_a_restart_leave_a_row_its_tries_after_it() -> None:
+    pending, records = Pending(REQUEST, CHUNK), []
+    for _ in range(4):
+        one = ended(pending, 503, Verdict.SLOW, corroborated=True)
+        records.append(one.discarded())
+        pending = msgspec.structs.replace(pending, history=one.history)
+    again = policy.after(
+        remembered(records, 0), Judgement(Verdict.FREE, RowError("server_error", 500)), corroborated=True
+    )
+    assert not policy.exhausted(again, Retry(max_attempts=6, max_5xx=4))
+
+
+def test_an_answer_without_usage_is_doubtful_only_under_a_cap_that_it_counts_in() -> None:
+    answered = Judgement(Verdict.OK)
+    assert maybe_billed(Answer(completion=True), answered, capped=True)
+    assert not maybe_billed(Answer(completion=True), answered, capped=False)
+    assert maybe_billed(Answer(), Judgement(Verdict.MAYBE, RowError("timeout")), capped=False)
+    assert not KINDS & {"timeout", "server_error"}, "kinds of answers that are asked for again are no others"
