@@ -106,12 +106,13 @@ def ask(directory: RunDirectory, wish: Control, patience_s: float = PATIENCE_S) 
     replace_bytes(directory.control, msgspec.json.encode(wish))
     until_s = time.monotonic() + patience_s
     while time.monotonic() < until_s:
+        works = directory.locked()  # looked at first: a cap below what is spent is taken, and ends the process
         answer = (directory.read_summary() or {}).get("tuned")
         if isinstance(answer, dict) and answer.get("id") == wish.id:
             if (refused := answer.get("refused")) is not None:
                 raise JobError(f"{directory.path}: not taken: {refused}")
             return read(directory).limits
-        if not directory.locked():
+        if not works:
             clear(directory)
             raise _nobody(directory)
         time.sleep(LOOK_S)

@@ -1,4 +1,4 @@
-"""Imports go one way, `cli → run → stages → job, prices → records, errors`, and each library has its one place."""
+"""Imports go one way, `cli → start → invocation → stages → job, prices → records, errors`, libraries to one place."""
 
 import ast
 import subprocess

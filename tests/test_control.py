@@ -1,7 +1,6 @@
 """A run while it works: its deadline, its limits, what is told of it. Real processes against the simulator's ledger."""
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +126,7 @@ def test_a_cap_that_is_lowered_below_what_is_spent_ends_the_run(tmp_path: Path) 
         ended = finish(process)
         assert ended.exit_code == 4, ended.stderr
         assert "raise budget.max_requests and run again" in ended.stdout
-        assert 200 - read_summary(out)["pending"] == len(simulator.ledger()) - 100
+        assert 300 - read_summary(out)["pending"] == len(simulator.ledger())
 
 
 def test_nonsense_in_control_json_is_one_line_and_changes_nothing(tmp_path: Path) -> None:
@@ -136,17 +135,16 @@ def test_nonsense_in_control_json_is_one_line_and_changes_nothing(tmp_path: Path
         job = write_job(tmp_path / "job.toml", simulator.url, source, SLOW)
         process = start("run", job, "-o", out)
         wait_until(lambda: has_log(out, "started"), process)
-        before = read_summary(out)["limits"]
         for content in (b"\xff{", b'{"id": "x", "requests_per_hour": 5}', b'{"id": "x", "max_in_flight": 0}'):
             ignored = len(log(out, "control ignored"))
             (out / "control.json").write_bytes(content)
             wait_until(lambda ignored=ignored: len(log(out, "control ignored")) > ignored, process)
-        time.sleep(0)
         process.terminate()
         ended = finish(process)
     assert ended.exit_code == 143, ended.stderr
     assert ended.stderr.count("control.json is ignored: ") == 3
-    assert read_summary(out)["limits"] == before or before is None
+    limits = {name: value for name, value in read_summary(out)["limits"].items() if value is not None}
+    assert limits == {"requests_per_minute": 600, "max_in_flight": 8}
     assert read_summary(out)["tuned"] is None
     assert not (out / "control.json").exists()
 

@@ -12,8 +12,10 @@ import pyarrow as pa
 import pytest
 
 import batchrun
+from batchrun.admission import Limit
 from batchrun.answer import read
 from batchrun.check import survey
+from batchrun.checkpoint import SPILL
 from batchrun.cli import cli
 from batchrun.errors import ExitCode
 from batchrun.job import Retry, from_tables, load, settings
@@ -21,6 +23,7 @@ from batchrun.output import OWN_COLUMNS, USAGE_COLUMNS
 from batchrun.policy import FAULT_VERDICTS, STATUS_VERDICTS, judge
 from batchrun.records import Attempt, PossiblyBilled, Status, Summary, TotalsLine, Verdict
 from batchrun.report import KEYS
+from batchrun.rundir import RunDirectory
 from batchrun.runlog import RunLog
 from batchrun.source import find_files, open_source
 
@@ -128,6 +131,21 @@ def test_every_status_and_every_event_is_listed() -> None:
     assert listed == written | {"complete", "stopped", "failed"}
 
 
+def test_everything_that_a_row_may_wait_for_is_listed() -> None:
+    (field,) = [row[2] for row in rows("docs/output.md", "field", "type") if row[0] == "`limited_by`"]
+    advised = " ".join(row[0] for row in rows("docs/job.md", "limited by", "what to do for more speed"))
+    wanted = {*map(str, Limit), "the reader of completions"}
+    for listed in (field, advised):
+        assert {name.partition(" until ")[0] for name in re.findall("`([^`]+)`", listed)} == wanted
+
+
+def test_every_file_of_a_run_directory_is_listed() -> None:
+    listed = set(re.findall("`([^`]+)`", " ".join(row[0] for row in rows("docs/output.md", "file", "there"))))
+    directory = RunDirectory(ROOT)
+    files = {path.name for path in vars(directory).values() if path != directory.path}
+    assert {name.rstrip("/") for name in listed} == {*files, SPILL, directory.images_of().name}
+
+
 def test_every_key_of_the_report_is_listed() -> None:
     assert tuple(bare(row[0]) for row in rows("docs/output.md", "`--by`")) == KEYS
 
@@ -177,6 +195,13 @@ def test_every_dependency_has_its_reason_in_the_design() -> None:
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"], *extras["uvloop"], *extras["tokens"]]
     assert sorted(listed) == sorted(re.match(r"[\w-]+", name)[0] for name in wanted)  # type: ignore[index]
+
+
+def test_every_package_that_only_tests_use_is_named_in_the_design() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    names = [re.split("[>=]", requirement)[0] for requirement in extras["test"]]
+    assert len(set(names)) == len(names)
+    assert [name for name in names if f"`{name}`" not in text_of("docs/design.md")] == []
 
 
 # ── what pages point to ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -254,6 +279,15 @@ def test_every_example_of_a_job_can_be_asked(example: str, tmp_path: Path, monke
         found = survey(open_source(find_files(job.input.path)), job, tmp_path)
         assert found.rows > 0
         assert len(found.rejected) == 0
+
+
+def test_every_commented_line_of_the_template_is_a_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "answer.schema.json").write_text("{}")
+    lines = text_of("batchrun/new_job.toml").replace('url = "simulator"', "", 1).splitlines()
+    uncommented = "\n".join(re.sub(r"^# (?=\w+ = |\[)", "", line) for line in lines)
+    job = from_tables(tomllib.loads(uncommented))
+    assert (job.retry.invalid, job.finish.length, job.request.stream) == (1, "fail", True)
 
 
 def test_there_are_examples_of_all_three_dialects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
