@@ -45,7 +45,7 @@ def cli() -> None:
 @click.option("--retry-failed", is_flag=True, help="Ask failed rows of a complete run again; --set may vary request.*.")
 @click.option("--status", "statuses", metavar="LIST", help="With --retry-failed: which, e.g. truncated,error.")
 @click.option("--skip-invalid", is_flag=True, help="Set bad records aside in rejects.jsonl.")
-@click.option("--grace", "grace_s", type=float, metavar="SECONDS", help="Time to drain after the first signal.")
+@click.option("--grace", "grace_s", type=float, metavar="SECONDS", help="To drain after a signal or the deadline; 20.")
 @SET
 def run(
     job: Path,
