@@ -24,7 +24,7 @@ def test_told_its_limits_it_uses_them_to_the_last_half_per_cent_without_a_429() 
         run = Run(Server(RPM, TPM))
         gate = new_gate(run, requests_per_minute=RPM, tokens_per_minute=TPM, first_in_flight=50)
         await ask_all(run, gate, SIZES)
-        assert share_of_ideal(run, SIZES, RPM, TPM) >= 0.993  # the slowest of the last answers costs the rest
+        assert share_of_ideal(run, SIZES, RPM, TPM) >= 0.995
         assert run.server.refused() == 0
         assert run.sent == list(range(3_000))
 
