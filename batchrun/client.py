@@ -175,7 +175,7 @@ class Client:
         age_s = now - exchange.sent_at
         if exchange.stream is None:
             return f"no whole answer within {self._deadline_s:g} s" if age_s > self._deadline_s else None
-        patience_s = self._idle_s if exchange.stream.speaks else max(self._idle_s, self._deadline_s)
+        patience_s = self._idle_s if exchange.stream.speaks else self._deadline_s
         if now - exchange.heard_at > patience_s:
             return f"a stream that was silent for {patience_s:g} s"
         return f"a stream without its end after {self._stream_s:g} s" if age_s > self._stream_s else None
