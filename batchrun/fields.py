@@ -8,7 +8,9 @@ import msgspec
 
 from batchrun.errors import InputError
 
-ROLES = ("user", "assistant", "system", "developer")
+ROLES = ("user", "assistant", "system", "developer", "tool")
+"""`tool`, the result of a call, is practice: it goes with `tools`, which pass unchanged."""
+
 EFFORTS = ("low", "medium", "high", "xhigh")
 MAX_TOKENS = 128_000
 
@@ -55,6 +57,8 @@ def check_messages(messages: Any) -> list[Any]:
         calls = "function_call" in message or "tool_calls" in message
         if not isinstance(content, str | list) and not (content is None and calls):
             raise InputError(f"messages[{place}].content: expected text or a list of parts")
+        if message["role"] == "tool" and not isinstance(message.get("tool_call_id"), str):
+            raise InputError(f"messages[{place}].tool_call_id: expected the id of the call that this is the result of")
     return messages
 
 
