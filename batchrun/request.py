@@ -152,9 +152,9 @@ class RequestBuilder:
         return self._expected_of_lines[known]
 
     def _max_output(self, body: Body) -> int:
-        """The most tokens that the answer can have; a limit that the server will not understand is none."""
+        """The most tokens that the answer can have, all its choices; a limit no server will understand is none."""
         limits = [_count(body.get(name)) for name in ("max_completion_tokens", "max_tokens")]
-        return max(limits) * max(_count(body.get("n")), 1) if any(limits) else self._max_output_tokens
+        return (max(limits) or self._max_output_tokens) * max(_count(body.get("n")), 1)
 
     def _body(self, columns: Columns) -> Body:
         body: Body = {"model": self._request.model, "messages": self._messages(columns), **self._parameters}

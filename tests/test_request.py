@@ -163,9 +163,11 @@ def test_a_request_without_a_model_is_refused() -> None:
         (None, "messages: expected at least one message"),
         ([], "messages: expected at least one message"),
         ({}, "messages: expected at least one message"),
-        (["Hello"], "messages[0].role: expected one of user, assistant, system, developer (is 'Hello')"),
+        (["Hello"], "messages[0].role: expected one of user, assistant, system, developer, tool (is 'Hello')"),
         ([*HELLO, {"role": "robot", "content": ""}], "messages[1].role: expected one of"),
         ([{"content": "x"}], "messages[0].role: expected one of"),
+        ([*HELLO, {"role": "tool", "content": "x"}], "messages[1].tool_call_id: expected the id of the call"),
+        ([{"role": "tool", "tool_call_id": "c"}], "messages[0].content: expected text or a list of parts"),
         ([{"role": "user"}], "messages[0].content: expected text or a list of parts"),
         ([{"role": "user", "content": 5}], "messages[0].content: expected text or a list of parts"),
     ],
@@ -177,6 +179,23 @@ def test_messages_that_are_none_are_named(messages: object, problem: str) -> Non
 def test_a_function_call_needs_no_content() -> None:
     call = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
     assert body_of(a_job(), {"messages": [*HELLO, call]})["messages"][1]["function_call"]["name"] == "f"
+
+
+def test_a_conversation_with_the_results_of_tools_is_sent_as_it_is(tmp_path: Path) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    result = {"role": "tool", "tool_call_id": "c1", "content": "7"}
+    talk = [*HELLO, {"role": "assistant", "tool_calls": [call]}, result]
+    assert body_of(a_job(), {"messages": talk})["messages"] == talk
+    assert body_of(a_job(), batch(messages=talk))["messages"] == talk
+    jsonl, parquet = both_formats(tmp_path, [{"messages": talk, "t": 1.0}])
+    assert json.loads(jsonl[0].body)["messages"] == talk
+    assert parquet[0].key == jsonl[0].key
+
+
+def test_a_larger_answer_than_the_api_knows_can_be_asked_of_other_servers_and_is_bounded() -> None:
+    request = build(a_job(extra={"max_completion_tokens": 200_000}), {"messages": HELLO})
+    assert json.loads(request.body)["max_completion_tokens"] == 200_000
+    assert request.max_output_tokens == 200_000
 
 
 # -- Parquet and JSONL ask the same
@@ -528,6 +547,8 @@ def test_the_bounds_cover_all_that_one_attempt_can_be_billed_for() -> None:
     assert request.max_prompt_tokens == len(request.body)
     assert build(a_job(), batch(max_tokens=100, max_completion_tokens=200)).max_output_tokens == 200
     assert build(a_job(), batch()).max_output_tokens == 128_000
+    assert build(a_job(), batch(n=3)).max_output_tokens == 3 * 128_000
+    assert build(a_job(extra={"n": 2}), batch()).max_output_tokens == 2 * 128_000
     image = {"type": "image_url", "image_url": {"url": "https://h/a.png"}}
     with_image = build(a_job(), {"messages": [{"role": "user", "content": [image, image]}]})
     assert with_image.max_prompt_tokens == len(with_image.body) + 2 * 6_000
