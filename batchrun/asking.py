@@ -108,7 +108,7 @@ class Asking:
             self._chronicle.gate, self._chronicle.pipeline = gate, pipeline
             self._checkpoint.listen(_in_loop(loop, pipeline.durable), _in_loop(loop, self._fail))
             heart = self._open_heart(client, loop)
-            heart.warn_of_limits(self._job.limits.requests_per_minute)
+            heart.warn_of_limits(self._job.limits, self._memory.daily)
             heart.keep_deadline()
             beat = asyncio.create_task(heart.beat())
             beat.add_done_callback(self._on_last_beat)

@@ -115,7 +115,7 @@ def check(job: Path, input_path: str | None, overrides: tuple[str, ...]) -> None
         plan.raise_problems(found, note)
     models = ", ".join(f"{model} ({rows:,})" for model, rows in found.models.items())
     where = plural(len(source.files), "file")
-    _say(f"{found.rows:,} rows in {where}, read as {found.dialect}; {models or 'no model'}")
+    _say(harmless(f"{found.rows:,} rows in {where}, read as {found.dialect}; {models or 'no model'}"))
 
 
 @cli.command()
@@ -129,8 +129,8 @@ def estimate(job: Path, input_path: str | None, out: Path | None, overrides: tup
     """Tokens, cost and time of a job, or of the rest of a run. Sends nothing."""
     import tempfile
 
+    from batchrun import daily, plan, prices
     from batchrun import estimate as estimating
-    from batchrun import plan, prices
     from batchrun.check import survey
     from batchrun.look import look
     from batchrun.rundir import RunDirectory
@@ -153,9 +153,10 @@ def estimate(job: Path, input_path: str | None, out: Path | None, overrides: tup
             _say(harmless(line))
     to_ask = surveyed.rows if found is None else found.to_ask
     done = None if found is None else found.summary
-    estimated = estimating.estimate(surveyed, loaded, tables, to_ask, done)
+    day_left_s = daily.left_s(datetime.now().astimezone())
+    estimated = estimating.estimate(surveyed, loaded, tables, to_ask, done, day_left_s)
     for line in estimating.in_words(estimated, tables):
-        _say(line)
+        _say(harmless(line))
 
 
 @cli.command()

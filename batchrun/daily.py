@@ -4,12 +4,16 @@ A day is a day of UTC. Its count survives every end of a process, as it is no co
 account says now, less what it said when the day began.
 """
 
+import math
 from datetime import UTC, datetime, timedelta
 
 import msgspec
 
 ENTRY = "day"
 """The manifest's entry that a `Day` is kept in."""
+
+
+_DAY_S = 86_400.0
 
 
 class Day(msgspec.Struct, frozen=True):
@@ -41,23 +45,34 @@ def left_s(now: datetime) -> float:
     return (midnight - now).total_seconds()
 
 
-class DailyCount:
-    """How many requests a day still has: none are left until it ends at `ends_s`, then all again."""
+def least_s(requests: int, limit: int, day_left_s: float) -> float:
+    """How long so many requests take at least, at `limit` a day, from a day that ends in `day_left_s`."""
+    midnights = -(-requests // limit) - 1
+    return day_left_s + (midnights - 1) * _DAY_S if midnights > 0 else 0.0
 
-    __slots__ = ("_limit", "_made", "ends_s")
+
+class DailyCount:
+    """How many of its `limit` requests a day still has: none are left until it ends at `ends_s`, then all again."""
+
+    __slots__ = ("_made", "ends_s", "limit")
 
     def __init__(self, limit: int, made: int, ends_s: float) -> None:
-        self._limit = limit
+        self.limit = limit
         self._made = made
         self.ends_s = ends_s
 
     def is_spent(self, now_s: float) -> bool:
         """True when no request may be made before `ends_s`."""
         while now_s >= self.ends_s:
-            self.ends_s += 86_400.0
+            self.ends_s += _DAY_S
             self._made = 0
-        return self._made >= self._limit
+        return self._made >= self.limit
 
     def take(self) -> None:
         """One request is made."""
         self._made += 1
+
+    def most(self, until_s: float) -> int:
+        """How many requests may be made until then."""
+        midnights = max(0, math.ceil((until_s - self.ends_s) / _DAY_S))
+        return max(0, self.limit - self._made) + midnights * self.limit

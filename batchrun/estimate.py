@@ -10,7 +10,9 @@ from decimal import Decimal
 
 import msgspec
 
-from batchrun import prices
+from batchrun import capacity, prices
+from batchrun.admission import Limit
+from batchrun.capacity import Size
 from batchrun.check import Survey
 from batchrun.job import Budget, Job
 from batchrun.prices import PriceTable
@@ -40,13 +42,21 @@ class Estimate(msgspec.Struct, frozen=True):
 
 
 def estimate(
-    found: Survey, job: Job, tables: Mapping[str, PriceTable | None], to_ask: int, done: Summary | None
+    found: Survey,
+    job: Job,
+    tables: Mapping[str, PriceTable | None],
+    to_ask: int,
+    done: Summary | None,
+    day_left_s: float = 0.0,
 ) -> Estimate:
-    """The estimate for `to_ask` of the survey's rows, learning from what the run has done already."""
+    """The estimate for `to_ask` of the survey's rows, learning from what the run has done already.
+
+    `day_left_s`: until the day of `limits.requests_per_day` ends.
+    """
     share = to_ask / found.rows if found.rows else 0.0
     prompt, completion, basis = _means(found, job, done)
     tokens = (prompt + completion) * to_ask
-    minutes, limited_by = _minutes(job, to_ask, tokens)
+    time = capacity.least_minutes(job.limits, to_ask, Size(prompt, completion), day_left_s)
     expected = _cost(
         found, tables, share, lambda model: (prompt * found.models[model], completion * found.models[model])
     )
@@ -61,8 +71,8 @@ def estimate(
         low_usd=low,
         expected_usd=expected,
         high_usd=high,
-        minutes=minutes,
-        limited_by=limited_by,
+        minutes=None if time is None else time[0],
+        limited_by=str(Limit.LATENCY if time is None else time[1]),
         basis=basis,
         short=tuple(_short(job.budget, to_ask, tokens, expected, done)),
     )
@@ -95,7 +105,7 @@ def in_words(estimated: Estimate, tables: Mapping[str, PriceTable | None]) -> It
             yield f"             {table.describe()}"
     yield from (f"budget       {line}" for line in estimated.short)
     if estimated.minutes is None:
-        yield "time         as fast as the endpoint answers: the job sets no requests_per_minute or tokens_per_minute"
+        yield "time         as fast as the endpoint answers: no limit of the job holds that many rows back"
     else:
         yield f"time         at least {estimated.minutes:,.1f} min, limited by {estimated.limited_by}"
 
@@ -106,11 +116,9 @@ def _bytes(found: Survey, model: str) -> float:
 
 def _means(found: Survey, job: Job, done: Summary | None) -> tuple[float, float, str]:
     """(prompt tokens, completion tokens, basis) of one row."""
-    lines = [line for line in done.totals if line.prompt_tokens] if done is not None else []
-    answered = sum(line.rows for line in lines)
-    if answered:
-        prompt = sum(line.prompt_tokens for line in lines) / answered
-        return prompt, sum(line.completion_tokens for line in lines) / answered, f"the mean of {answered:,} answers"
+    size = Size() if done is None else capacity.size_of(done.totals)
+    if size.answers:
+        return size.prompt_tokens, size.completion_tokens, f"the mean of {size.answers:,} answers"
     tokens = USUAL_TOKENS_PER_BYTE * found.body_bytes + found.image_tokens
     prompt = tokens / found.rows if found.rows else 0.0
     images = ", 765 an image (85 of low detail)" if found.image_tokens else ""
@@ -161,19 +169,3 @@ def _short(budget: Budget, rows: int, tokens: float, cost_usd: Decimal | None, d
         yield f"max_tokens = {budget.max_tokens:,} will end the run before its last row"
     if budget.max_requests is not None and sum(line.attempts for line in totals) + rows > budget.max_requests:
         yield f"max_requests = {budget.max_requests:,} will end the run before its last row"
-
-
-def _minutes(job: Job, rows: int, tokens: float) -> tuple[float | None, str]:
-    limits = job.limits
-    per_second, per_day = limits.requests_per_second, limits.requests_per_day
-    per_minute = {
-        "rpm": (limits.requests_per_minute, rows),
-        "tpm": (limits.tokens_per_minute, tokens),
-        "rps": (None if per_second is None else per_second * 60, rows),
-        "requests per day": (None if per_day is None else per_day / 1_440, rows),
-    }
-    times = {name: amount / limit for name, (limit, amount) in per_minute.items() if limit is not None}
-    if not times:
-        return None, "latency"
-    slowest = max(times, key=lambda name: times[name])
-    return times[slowest], slowest

@@ -98,6 +98,7 @@ class Gate:
         self._guards: dict[Limit, AsyncLimiter] = {}
         if requests_per_minute is not None:
             self._guards[Limit.REQUESTS] = _limiter(requests_per_minute, GUARD_BURST_S)
+        self._requests_per_second = requests_per_second
         if requests_per_second is not None:
             self._guards[Limit.REQUESTS_PER_SECOND] = _limiter(requests_per_second * 60, BURST_S)
         self._requests = Pace(Limit.REQUESTS, requests_per_minute, now_s, on_pace, learned=found.requests_per_minute)
@@ -190,6 +191,10 @@ class Gate:
             max_cost_usd=None if caps.cost_usd is None else caps.cost_usd.most,
             max_tokens=None if caps.tokens is None else caps.tokens.most,
             max_requests=None if caps.requests is None else caps.requests.most,
+            requests_per_second=self._requests_per_second,
+            requests_per_day=None if self._daily is None else self._daily.limit,
+            input_tokens_per_minute=None if self._input is None else self._input.per_minute,
+            output_tokens_per_minute=None if self._output is None else self._output.per_minute,
         )
 
     async def admit(self, ask: Ask) -> int:

@@ -10,15 +10,17 @@ from decimal import Decimal
 
 import msgspec
 
-from batchrun import control
+from batchrun import capacity, control
 from batchrun.admission import Stop
 from batchrun.chronicle import Chronicle
 from batchrun.client import Client
 from batchrun.control import Control, Wishes
+from batchrun.daily import DailyCount
 from batchrun.deadline import Deadline
 from batchrun.errors import DiskError, ExitCode
 from batchrun.forecast import Concern
 from batchrun.gate import Gate
+from batchrun.job import Limits
 from batchrun.memory import Memory
 from batchrun.pipeline import Pipeline
 from batchrun.purse import Purse
@@ -148,17 +150,21 @@ class Heartbeat:
             why = f"the deadline ({deadline}) has come; run again, with a later one or none"
             self._stop_by(Stop(ExitCode.STOPPED, why), max(deadline.at_s, now_s))
 
-    def warn_of_limits(self, requests_per_minute: float | None) -> None:
-        """Who asks for more by the deadline than the job's own limit allows has heard so, before the first request."""
-        if self._deadline is None or self._concern is None or requests_per_minute is None:
+    def warn_of_limits(self, limits: Limits, daily: DailyCount | None) -> None:
+        """Who asks for more by the deadline than the job's own limits allow has heard so, before the first request.
+
+        Limits on tokens speak once there are answers to say how many a row takes.
+        """
+        if self._deadline is None or self._concern is None:
             return
-        summary = self._chronicle.summary()
-        possible = summary.rows - summary.pending + requests_per_minute / 60 * (self._deadline.at_s - self._clock())
-        share = min(1.0, possible / summary.rows)
+        summary, left_s = self._chronicle.summary(), self._deadline.at_s - self._clock()
+        today = None if daily is None else daily.most(self._deadline.at_s)
+        most = capacity.most_rows(limits, left_s, capacity.size_of(summary.totals), today)
+        if most is None:
+            return
+        share = min(1.0, (summary.rows - summary.pending + most.rows) / summary.rows)
         if self._concern.rises(share, float("inf")):
-            self._tell_behind(
-                f"at {requests_per_minute:,g} requests a minute no more than", share, "rpm", self._deadline
-            )
+            self._tell_behind(f"at {most.pace} no more than", share, str(most.limit), self._deadline)
 
     def _warn(self, summary: Summary) -> None:
         """Who should know that the deadline will not be met has been told: once, and again when it gets worse."""

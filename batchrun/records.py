@@ -279,6 +279,10 @@ class InForce(msgspec.Struct, frozen=True):
     max_cost_usd: Decimal | None = None
     max_tokens: int | None = None
     max_requests: int | None = None
+    requests_per_second: float | None = None
+    requests_per_day: int | None = None
+    input_tokens_per_minute: float | None = None
+    output_tokens_per_minute: float | None = None
 
 
 class Tuned(msgspec.Struct, frozen=True):

@@ -170,15 +170,19 @@ def limiting_factor(binding: Binding, wall_offset_s: float) -> str:
 
 def limits_in_words(limits: InForce) -> str:
     """The limits that hold now."""
-    parts = [
-        f"{limits.requests_per_minute:,g} requests/min" if limits.requests_per_minute is not None else "",
-        f"{limits.tokens_per_minute:,g} tokens/min" if limits.tokens_per_minute is not None else "",
-        f"{limits.max_in_flight:,} in flight",
-        f"${limits.max_cost_usd:,f} in all" if limits.max_cost_usd is not None else "",
-        f"{limits.max_tokens:,} tokens in all" if limits.max_tokens is not None else "",
-        f"{limits.max_requests:,} requests in all" if limits.max_requests is not None else "",
-    ]
-    return ", ".join(part for part in parts if part)
+    told: tuple[tuple[float | Decimal | None, str], ...] = (
+        (limits.requests_per_second, "{:,g} requests/s"),
+        (limits.requests_per_minute, "{:,g} requests/min"),
+        (limits.requests_per_day, "{:,} requests/day"),
+        (limits.tokens_per_minute, "{:,g} tokens/min"),
+        (limits.input_tokens_per_minute, "{:,g} input tokens/min"),
+        (limits.output_tokens_per_minute, "{:,g} output tokens/min"),
+        (limits.max_in_flight, "{:,} in flight"),
+        (limits.max_cost_usd, "${:,f} in all"),
+        (limits.max_tokens, "{:,} tokens in all"),
+        (limits.max_requests, "{:,} requests in all"),
+    )
+    return ", ".join(form.format(limit) for limit, form in told if limit is not None)
 
 
 def in_words(

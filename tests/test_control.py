@@ -51,6 +51,19 @@ def test_a_deadline_ends_the_start_in_time_with_everything_in_flight_answered(tm
     assert batchrun("verify", out).exit_code == 0
 
 
+def test_a_day_that_has_too_few_requests_for_the_rows_by_the_deadline_is_told_before_the_first(tmp_path: Path) -> None:
+    source, out = write_rows(tmp_path / "in.jsonl", 20), tmp_path / "out"
+    with running_simulator() as simulator:
+        more = "[limits]\nrequests_per_day = 3\nrequests_per_second = 50\n"
+        job = write_job(tmp_path / "job.toml", simulator.url, source, more)
+        ended = batchrun("run", job, "-o", out, "--deadline", "2s")
+    assert ended.exit_code == 4, ended.stderr
+    assert ended.stderr.count("warning: at 3 requests a day no more than") == 1
+    assert log(out, "behind")[0]["limited_by"] == "requests per day"
+    in_force = read_summary(out)["limits"]
+    assert (in_force["requests_per_second"], in_force["requests_per_day"]) == (50, 3)
+
+
 def test_what_does_not_end_within_the_grace_after_the_deadline_is_named(tmp_path: Path) -> None:
     source, out = write_rows(tmp_path / "in.jsonl", 20), tmp_path / "out"
     with running_simulator(SimulatorConfig(latency_s=60, latency_sigma=0)) as simulator:

@@ -51,14 +51,19 @@ def test_images_count_as_images_and_not_as_bytes() -> None:
         ({}, None, "latency"),
         ({"requests_per_minute": 50}, 2.0, "rpm"),
         ({"requests_per_minute": 50, "tokens_per_minute": 3500}, 10.0, "tpm"),
-        ({"requests_per_minute": 50, "requests_per_second": 0.5}, 100 / 30, "rps"),
-        ({"requests_per_minute": 50, "requests_per_day": 50}, 2 * 1_440, "requests per day"),
+        ({"requests_per_second": 0.5}, 100 / 30, "rps"),
+        ({"requests_per_minute": 60, "input_tokens_per_minute": 3000}, 10.0, "input tpm"),
+        ({"tokens_per_minute": 35_000, "output_tokens_per_minute": 500}, 10.0, "output tpm"),
+        ({"requests_per_day": 100}, None, "latency"),
+        ({"requests_per_day": 99}, 60.0, "requests per day"),
+        ({"requests_per_day": 10, "requests_per_minute": 1}, 60.0 + 8 * 1440, "requests per day"),
+        ({"requests_per_day": 60, "requests_per_minute": 1}, 100.0, "rpm"),
     ],
 )
 def test_the_time_is_that_of_the_limit_that_binds(
     limits: Mapping[str, float], minutes: float | None, limited_by: str
 ) -> None:
-    found = estimate(surveyed(100), job(**limits), {"m": PRICE}, 100, None)
+    found = estimate(surveyed(100), job(**limits), {"m": PRICE}, 100, None, day_left_s=3600)
     assert (found.minutes, found.limited_by) == (minutes, limited_by)
 
 

@@ -18,6 +18,7 @@ from batchrun.gate_state import GateState
 from batchrun.pace import PaceChange
 from batchrun.purse import Cap, Purse
 from batchrun.records import RowError, Verdict
+from batchrun.summary import limits_in_words
 from tests.moved_clock import NothingWillHappen, run_on_moved_clock
 
 SMALL = Ask(tokens=1)
@@ -224,6 +225,22 @@ async def test_a_days_requests_are_made_and_then_the_next_day_is_waited_for() ->
 
 
 # other limits while it works
+
+
+@on_moved_clock
+async def test_every_limit_that_holds_is_in_force_and_in_words() -> None:
+    gate = new_gate(
+        requests_per_second=2,
+        requests_per_minute=60,
+        daily=DailyCount(1_000, made=0, ends_s=now_s() + 60),
+        tokens_per_minute=9_000,
+        input_tokens_per_minute=6_000,
+        output_tokens_per_minute=3_000,
+    )
+    assert limits_in_words(gate.in_force) == (
+        "2 requests/s, 60 requests/min, 1,000 requests/day, "
+        "9,000 tokens/min, 6,000 input tokens/min, 3,000 output tokens/min, 8 in flight"
+    )
 
 
 @on_moved_clock

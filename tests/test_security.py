@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import unicodedata
 from pathlib import Path
 
@@ -37,6 +38,18 @@ def test_a_hostile_servers_words_are_shown_and_steer_no_terminal(tmp_path: Path,
     said = "".join(end.stdout + end.stderr for end in ended)
     assert steering(said) == set()
     assert "gnp.exe" in said, "nothing of it was said, so nothing was tested"
+
+
+def test_a_model_that_an_input_names_steers_no_terminal(tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text(json.dumps({"text": "Hi", "kind": HOSTILE}) + "\n", "utf-8")
+    more = f'[request.from_columns]\nmodel = "kind"\n[pricing.{json.dumps(HOSTILE)}]\ninput = 1\noutput = 2\n'
+    job = write_job(tmp_path / "job.toml", "http://127.0.0.1:9/v1", source, more)
+    for command in ("check", "estimate"):
+        ended = batchrun(command, job)
+        assert ended.exit_code == 0, ended.stderr
+        assert steering(ended.stdout + ended.stderr) == set()
+        assert "gnp.exe" in ended.stdout
 
 
 def test_no_cell_of_a_report_is_a_formula(tmp_path: Path) -> None:
