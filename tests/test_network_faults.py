@@ -463,6 +463,7 @@ BUSY = answer(b'{"error": {"message": "The server is overloaded"}}', status="503
 def test_five_minutes_of_nothing_but_trouble_are_fewer_than_thirty_requests_and_all_rows_are_done_after(
     tmp_path: Path, trouble: bytes, from_request: int
 ) -> None:
+    """Who is out when the trouble begins is refused as well, and nobody can call them back: fifteen at most here."""
     speed, served, refused, well_at_s = 200.0, 0, 0, 0.0
 
     async def in_trouble(exchange: Exchange) -> None:
@@ -477,7 +478,7 @@ def test_five_minutes_of_nothing_but_trouble_are_fewer_than_thirty_requests_and_
             await answers(exchange)
 
     with serving_aside(in_trouble) as server:
-        told = ask(tmp_path, server.url, 300, speed=speed)
+        told = ask(tmp_path, server.url, 300, speed=speed, limits={"max_in_flight": 16})
     assert told.exit_code == 0
     assert told.summary.by_status == {"ok": 300}
     assert 3 <= refused < 30

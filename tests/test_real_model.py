@@ -79,9 +79,8 @@ def test_every_answer_of_a_real_model_to_a_json_schema_job_validates_whole_or_st
     tmp_path: Path, url: str
 ) -> None:
     changes = Path(__file__).parent.parent / "sample_inputs" / "changes.jsonl"
-    lines = sorted(changes.read_text("utf-8").splitlines(), key=len)[:5]
+    lines = sorted(changes.read_text("utf-8").splitlines(), key=len)
     source = tmp_path / "changes.jsonl"
-    source.write_text("\n".join(lines), "utf-8")
     (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
     request = f"""
 max_tokens = 60
@@ -89,12 +88,13 @@ system = "You label change-log entries. Answer in JSON."
 prompt = "{{{{ text }}}}"
 response_format = {{ type = "json_schema", file = "{tmp_path}/schema.json" }}
 """
-    for stream in ("stream = false", "stream = true"):
+    for stream, asked_for in (("stream = false", 20), ("stream = true", 5)):
+        source.write_text("\n".join(lines[:asked_for]), "utf-8")
         ended, out = run(tmp_path, url, source, request + stream)
         assert ended.exit_code == 0, ended.stderr
         assert read_summary(out)["without_usage"] == 0
         rows = rows_of(out)
-        assert len(rows) == 5
+        assert len(rows) == asked_for
         for row in rows:
             assert row["status"] == "ok"
             jsonschema.validate(row["parsed"], SCHEMA)

@@ -17,6 +17,7 @@ from batchrun.credentials import Credentials
 from batchrun.job import Endpoint
 from batchrun.records import Answer, FunctionCall, Request, Usage
 from batchrun.simulator import SimulatorConfig
+from tests.pictures import OF_TYPE, data_url
 from tests.simulator_process import RunningSimulator, running_simulator
 
 SCHEMA = {
@@ -171,11 +172,8 @@ def ours(simulator: RunningSimulator, **fields: Any) -> Answer:
 
 def theirs(client: openai.OpenAI, **fields: Any) -> Answer:
     """What the official client's chunks add up to."""
-    chunks = list(
-        client.chat.completions.create(
-            model="vtrix-x", messages=[{"role": "user", "content": "Hi"}], stream=True, **fields
-        )
-    )
+    asked: Any = {"model": "vtrix-x", "messages": [{"role": "user", "content": "Hi"}], "stream": True, **fields}
+    chunks = list(client.chat.completions.create(**asked))
     deltas = [choice.delta for chunk in chunks for choice in chunk.choices]
     contents = [delta.content for delta in deltas if delta.content is not None]
     calls = [delta.function_call for delta in deltas if delta.function_call is not None]
@@ -199,6 +197,17 @@ def _usage(usage: CompletionUsage) -> Usage:
     assert thought is not None
     counts = (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens)
     return Usage(*counts, cached.cached_tokens, thought.reasoning_tokens)
+
+
+WITH_IMAGE = [
+    {
+        "role": "user",
+        "content": [
+            {"type": "text", "text": "Caption it."},
+            {"type": "image_url", "image_url": {"url": data_url(OF_TYPE["image/png"]), "detail": "low"}},
+        ],
+    }
+]
 
 
 @pytest.mark.parametrize(
@@ -225,6 +234,10 @@ def _usage(usage: CompletionUsage) -> Usage:
             },
             id="schema",
         ),
+        pytest.param(
+            {"response_format": {"type": "json_object"}, "stream_options": {"include_usage": True}}, id="JSON"
+        ),
+        pytest.param({"messages": WITH_IMAGE, "stream_options": {"include_usage": True}}, id="an image"),
     ],
 )
 def test_a_stream_says_the_same_to_both_clients(
