@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import urllib.request
@@ -24,7 +25,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from batchrun import credentials, invocation, job
-from batchrun.errors import JobError
+from batchrun.errors import CheckpointError, JobError
 from batchrun.plan import Asked
 from batchrun.records import FAILURES
 from batchrun.rundir import RunDirectory
@@ -181,6 +182,34 @@ class Lifetime(RuleBasedStateMachine):
             assert codes[1] in (codes[0], 6)
             ended(codes[0])
 
+    @precondition(lambda self: self.settled == len(self.rows) and self.laid == self.rows)
+    @precondition(lambda self: self.adopted == self.settings)
+    @rule(chance=CHANCES)
+    def flip_a_bit(self, chance: random.Random) -> None:
+        """A start over other notes, which reads all that the run has, says that it is damaged or goes on as if nothing
+        were; then the directory and the notes are what they were before.
+        """
+        served, rows, fate = len(read_ledger(self.at.ledger)), self.rows, self.fate
+        aside = shutil.copytree(self.out, self.folder / "aside")
+        files = sorted(path for path in self.out.rglob("*") if path.suffix in (".db", ".parquet"))
+        self.flip(chance.choice(files), chance)
+        self.rows = self.laid = [row._replace(note=row.note + 1) for row in rows]
+        exit_code = self.run(Asked(accept_changes=True))
+        assert exit_code in (0, 7)
+        if exit_code == 0:
+            self.done(None)
+        assert len(read_ledger(self.at.ledger)) == served, "an answer that was there was asked for again"
+        self.rows = self.laid = rows
+        self.fate, self.settled = fate, len(rows)
+        shutil.rmtree(self.out)
+        aside.rename(self.out)
+
+    def flip(self, path: Path, chance: random.Random) -> None:
+        """One bit of the file is another."""
+        content = bytearray(path.read_bytes())
+        content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        path.write_bytes(content)
+
     def change(self, chance: random.Random) -> None:
         """Before half of the starts, something is another."""
         copied = chance.choice([row for row in self.rows if ODD not in row.text])
@@ -317,6 +346,8 @@ class Lifetime(RuleBasedStateMachine):
             summary = invocation.run(
                 loaded, RunDirectory(self.out), credentials.read(loaded.endpoint, {KEY_ENV: KEY}), asked
             )
+        except CheckpointError as error:
+            return error.exit_code
         except JobError as error:
             if not re.search("--accept-changes|at least --limit", str(error)):
                 raise
