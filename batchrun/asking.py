@@ -32,6 +32,7 @@ from batchrun.purse import Cap, Purse
 from batchrun.records import Summary
 from batchrun.rundir import RunDirectory
 from batchrun.spent import Spent
+from batchrun.summary import plural
 
 GRACE_S = 20.0
 """How long the first signal lets requests in flight end; Kubernetes kills after 30."""
@@ -88,7 +89,8 @@ class Asking:
         self._purse = _purse(job.budget, checkpoint.spent)
         self._full: asyncio.Queue[OpenChunk | None] = asyncio.Queue()
         self._failure: BaseException | None = None
-        self._leaving = False
+        self._leaving: str | None = None
+        self._given_up = 0
         self._workers: asyncio.Task[None] | None = None
         self._told_in_flight = 0
 
@@ -129,7 +131,14 @@ class Asking:
             raise self._failure
         if self._deadline_came and self._checkpoint.spent.settled() == self._plan.rows:
             return None  # what was in flight at the deadline were the last rows
-        return gate.stop
+        return self._as_it_ended(gate.stop)
+
+    def _as_it_ended(self, stop: Stop | None) -> Stop | None:
+        """The reason of the end, which after a signal was not known until the last request in flight had ended."""
+        if stop is None or self._leaving is None or not self._given_up:
+            return stop
+        given_up = plural(self._given_up, "request")
+        return msgspec.structs.replace(stop, why=f"{self._leaving}: stopped at once; {given_up} in flight given up")
 
     async def _drained(self, workers: "asyncio.Task[None]", flying: slots.Slots) -> None:
         """The workers have ended, what they received is durable, and who is still in flight is named."""
@@ -143,6 +152,7 @@ class Asking:
         await asyncio.sleep(0)  # the last commit has called into this loop
         lost = slots.possibly_billed(flying.taken(), self._checkpoint.invocation, "aborted")
         await asyncio.to_thread(self._checkpoint.name_possibly_billed, lost)
+        self._given_up = len(lost)
         flying.clear_all()
 
     async def _seal(self) -> None:
@@ -162,10 +172,10 @@ class Asking:
 
     def _on_signal(self, loop: asyncio.AbstractEventLoop, name: str, exit_code: ExitCode) -> None:
         """First: no more admission, requests in flight may end within the grace. Second: now."""
-        if self._leaving:
+        if self._leaving is not None:
             self._abort()
             return
-        self._leaving = True
+        self._leaving = name
         flying = f"{self._gate.in_flight} requests in flight may end within {self._grace_s:g} s"
         self._chronicle.log.write("signal", name=name, in_flight=self._gate.in_flight)
         self._hooks.note(f"{name}: {flying}; once more to stop now")

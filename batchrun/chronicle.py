@@ -11,7 +11,7 @@ from batchrun.checkpoint import Checkpoint
 from batchrun.credentials import Credentials
 from batchrun.deadline import Deadline
 from batchrun.durable import replace_bytes, told
-from batchrun.errors import DiskError, ExitCode
+from batchrun.errors import CheckpointError, DiskError, ExitCode, InputError
 from batchrun.forecast import Forecast, Recent, Sample
 from batchrun.gate import Gate
 from batchrun.pipeline import Pipeline
@@ -19,7 +19,7 @@ from batchrun.plan import Plan
 from batchrun.records import Summary, Tuned
 from batchrun.rundir import RunDirectory
 from batchrun.runlog import RunLog
-from batchrun.summary import Moment, limiting_factor, starting, summarise
+from batchrun.summary import Moment, limiting_factor, read, starting, summarise
 
 
 class Chronicle:
@@ -41,6 +41,7 @@ class Chronicle:
         self.forecast: Forecast | None = None
         self.tuned: Tuned | None = None
         self._recent = Recent()
+        self._earlier = _left_by_the_last_start(directory)
         with told(directory.log):
             self.log = RunLog(directory.log)
         self.write(self.summary())
@@ -67,7 +68,8 @@ class Chronicle:
             tuned=self.tuned,
         )
         if self.plan is None or self.checkpoint is None:
-            return starting(self._job, moment, self._directory)
+            spent = None if self.checkpoint is None else self.checkpoint.spent
+            return starting(self._job, moment, self._directory, self._earlier, spent)
         return summarise(
             self.plan.facts, self.plan.rows, self.plan.prices, self.checkpoint.spent, moment, self._directory
         )
@@ -106,3 +108,11 @@ class Chronicle:
             return "the reader of completions"
         # the gate's clock is the event loop's, which is time.monotonic()
         return limiting_factor(self.gate.binding, time.time() - time.monotonic())
+
+
+def _left_by_the_last_start(directory: RunDirectory) -> Summary | None:
+    """The run's summary until now; None where there is none that can be read."""
+    try:
+        return read(directory)
+    except (InputError, CheckpointError):
+        return None

@@ -29,7 +29,7 @@ from batchrun.plan import Asked, Plan
 from batchrun.policy import failing
 from batchrun.records import Summary
 from batchrun.rundir import RunDirectory
-from batchrun.summary import failures, plural, read
+from batchrun.summary import failures, files, plural, read
 
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 
@@ -55,6 +55,7 @@ def run(
         if (finished := _finished(job, directory, asked)) is not None:
             if hooks.host is not None and hooks.host.replay:
                 replay.hand_over(replay.result(directory), hooks.host.delivery)
+            hooks.note(f"{directory.path}: complete already; nothing is sent")
             return finished
         control.clear(directory)
         at_rest = _at_rest(directory)
@@ -99,7 +100,7 @@ def _run(
         plan = planning.make(job, directory, checkpoint, asked, chronicle.started_at)
         _unfinish(plan, directory, checkpoint)
         _begin(plan, checkpoint, chronicle)
-        for line in _told_at_start(job, plan, directory, checkpoint, credentials, lost):
+        for line in _told_at_start(job, plan, directory, checkpoint, credentials, lost, asked.retry is not None):
             hooks.note(line)
         if asked.retry is not None:
             hooks.note(_retried(plan, directory, checkpoint, asked.retry))
@@ -147,7 +148,7 @@ def _finished(job: Job, directory: RunDirectory, asked: Asked) -> Summary | None
     again = asked.retry is not None and any(summary.by_status.get(status) for status in asked.retry)
     if settings or what is not None or again or wanted > summary.rows_in_output:
         return None
-    return msgspec.structs.replace(summary, exit_code=int(_exit_code(job, summary)))
+    return msgspec.structs.replace(summary, exit_code=int(_exit_code(job, summary)), files=files(directory))
 
 
 def _unfinish(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint) -> None:
@@ -177,7 +178,13 @@ def _name_lost(directory: RunDirectory, checkpoint: Checkpoint) -> int:
 
 
 def _told_at_start(
-    job: Job, plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, credentials: Credentials, lost: int
+    job: Job,
+    plan: Plan,
+    directory: RunDirectory,
+    checkpoint: Checkpoint,
+    credentials: Credentials,
+    lost: int,
+    retrying: bool,
 ) -> list[str]:
     """What a person should know before the first request."""
     known, lines = plan.facts, []
@@ -187,11 +194,12 @@ def _told_at_start(
         done, cost = checkpoint.spent.settled(), checkpoint.spent.cost_usd()
         failed = sum(checkpoint.spent.standing.get(status, 0) for status in failing(job.finish))
         lines.append(f"resuming {directory.path}: {done:,} of {plan.rows:,} rows are done, ${cost:,.6f} spent")
-        lines.append(_rest_in_words(plan.rows - done, done, cost, failed))
+        if not retrying:  # a retry says itself what it asks again
+            lines.append(_rest_in_words(plan.rows - done, done, cost, failed))
     else:
         aside = f", {len(known.rejected):,} set aside" if known.rejected else ""
-        files = plural(len(plan.source.files), "file")
-        lines.append(f"input: {known.rows:,} rows in {files}{aside}, read as {known.dialect}")
+        where = plural(len(plan.source.files), "file")
+        lines.append(f"input: {known.rows:,} rows in {where}{aside}, read as {known.dialect}")
     if plan.rows < known.rows:
         lines.append(f"only the first {plan.rows:,} rows are asked; without --limit the run goes on")
     if lost:
@@ -207,9 +215,13 @@ def _told_at_start(
 
 def _rest_in_words(pending: int, done: int, cost_usd: Decimal, failed: int) -> str:
     """What this start will ask and about what that costs, by the rows so far; and what it leaves as it is."""
-    about = f", about ${cost_usd / done * pending:,.4f}" if done else ""
     left = f"; {failed:,} failed rows stay as they are without --retry-failed" if failed else ""
-    return f"{pending:,} rows are to be asked{about}{left}"
+    return f"{pending:,} rows are to be asked{_about(pending, done, cost_usd)}{left}"
+
+
+def _about(rows: int, done: int, cost_usd: Decimal) -> str:
+    """What so many rows will cost, by those that are done."""
+    return f", about ${cost_usd / done * rows:,.4f}" if done else ""
 
 
 def _retried(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, statuses: frozenset[str]) -> str:
@@ -224,8 +236,9 @@ def _retried(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, status
         raise JobError(f"{pending:,} rows are still pending as they were asked before; finish the run, then retry")
     if pending:
         return f"{pending:,} rows are still pending; they are asked first"
+    done, cost = checkpoint.spent.settled(), checkpoint.spent.cost_usd()
     rows = retry.reopen(plan, directory, checkpoint, statuses, plan.variant, manifest)
-    return f"{rows:,} rows that ended as {', '.join(sorted(statuses))} are asked again"
+    return f"{rows:,} rows that ended as {', '.join(sorted(statuses))} are asked again{_about(rows, done, cost)}"
 
 
 def _chunks(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint) -> Chunks:

@@ -75,9 +75,29 @@ def read(directory: RunDirectory) -> Summary:
     return summary
 
 
-def starting(job: str, moment: Moment, directory: RunDirectory) -> Summary:
-    """The summary of a start that has not read its input yet."""
-    return _summary(job, "", moment.started_at, 0, 0, {}, Spent(), moment, directory)
+_ACCOUNT = (
+    *("job", "run_id", "begun_at", "rows", "rejected", "by_status", "pending", "totals", "cost_usd", "wasted_usd"),
+    *("unpriced", "without_usage", "possibly_billed", "possibly_billed_count", "possibly_billed_usd", "models"),
+    *("price", "invocation"),
+)
+"""What a summary says of the run, whichever start says it."""
+
+
+def starting(
+    job: str, moment: Moment, directory: RunDirectory, earlier: Summary | None, spent: Spent | None
+) -> Summary:
+    """The summary of a start that has not read its input yet, and may be refused: the run's account is what it was.
+
+    `earlier` is what the last start left, `spent` the account once the checkpoint is open.
+    """
+    if earlier is None:
+        return _summary(job, "", moment.started_at, 0, 0, {}, Spent(), moment, directory)
+    account = spent or Spent()
+    now = _summary(
+        earlier.job, earlier.run_id, earlier.begun_at, earlier.rows, earlier.rejected, {}, account, moment, directory
+    )
+    kept = _ACCOUNT if spent is None else ("price",)
+    return msgspec.structs.replace(now, **{name: getattr(earlier, name) for name in kept})
 
 
 def summarise(
@@ -144,13 +164,12 @@ def _summary(
         by_deadline=moment.by_deadline(settled, rows),
         pid=moment.pid,
         host=moment.host,
-        files=_files(directory, moment.complete),
+        files=files(directory) if moment.complete else {},
     )
 
 
-def _files(directory: RunDirectory, complete: bool) -> dict[str, str]:
-    if not complete:
-        return {}
+def files(directory: RunDirectory) -> dict[str, str]:
+    """Where a complete run's files are."""
     result = directory.completions if directory.completions.exists() else directory.completions_folder
     return {"completions": str(result), "usage": str(directory.usage)}
 

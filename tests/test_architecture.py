@@ -94,7 +94,7 @@ WITHIN_A_LAYER: dict[str, frozenset[str]] = {
     "progress": frozenset({"summary"}),
     "control": frozenset({"summary"}),
     "heartbeat": frozenset({"chronicle", "control", "memory", "summary"}),
-    "asking": frozenset({"chronicle", "heartbeat", "memory", "signals"}),
+    "asking": frozenset({"chronicle", "heartbeat", "memory", "signals", "summary"}),
     "invocation": frozenset({"asking", "replay", "chronicle", "control", "signals", "summary"}),
     "look": frozenset({"summary"}),
     "estimate": frozenset({"summary"}),

@@ -188,6 +188,26 @@ def test_the_first_signal_drains_and_the_resume_repeats_nothing(tmp_path: Path) 
     assert read_summary(tmp_path / "out")["possibly_billed_count"] == 0
 
 
+@pytest.mark.parametrize("refusal", [("--limit", "20"), ("--set", "request.prompt=Other: {{ text }}"), ("-i", "gone")])
+def test_a_start_that_is_refused_leaves_the_account_of_an_unfinished_run(
+    tmp_path: Path, refusal: tuple[str, str]
+) -> None:
+    source, out = write_rows(tmp_path / "in.jsonl", 60), tmp_path / "out"
+    with running_simulator() as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, source)
+        assert batchrun("run", job, "-o", out, "--set", "budget.max_requests=25").exit_code == 4
+        before = read_summary(out)
+        assert before["pending"] == 35
+        ended = batchrun("run", job, "-o", out, *refusal)
+        assert ended.exit_code == 2, ended.stderr
+        after = read_summary(out)
+        assert after["state"] == "failed"
+        for name in ("run_id", "rows", "pending", "by_status", "totals", "cost_usd", "begun_at", "price"):
+            assert after[name] == before[name], name
+        assert batchrun("run", job, "-o", out).exit_code == 0
+    assert sum(read_summary(out)["by_status"].values()) == 60
+
+
 def test_the_second_signal_ends_at_once_and_names_who_was_in_flight(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "in.jsonl", 100)
     with running_simulator(SimulatorConfig(latency_s=30, latency_sigma=0)) as simulator:
@@ -202,6 +222,8 @@ def test_the_second_signal_ends_at_once_and_names_who_was_in_flight(tmp_path: Pa
     summary = read_summary(tmp_path / "out")
     assert 1 <= summary["possibly_billed_count"] <= 64
     assert {entry["cause"] for entry in summary["possibly_billed"]} == {"aborted"}
+    given_up = summary["possibly_billed_count"]
+    assert summary["reason"].startswith(f"SIGTERM: stopped at once; {given_up} request")
     assert Decimal(summary["possibly_billed_usd"]) > 0
 
 
@@ -511,6 +533,9 @@ def test_a_run_directory_that_was_copied_elsewhere_is_as_good(tmp_path: Path, ki
         ended = batchrun("run", job, "-o", second)
         assert ended.exit_code == 0, ended.stderr
         assert killed or snapshot(second) == before
+        assert str(second / "completions.parquet") in ended.stdout
+        assert str(first) not in ended.stdout
+        assert ("complete already; nothing is sent" in ended.stderr) is not killed
         assert len(simulator.ledger()) <= 200 + read_summary(second)["possibly_billed_count"]
     assert completions(second, ["row"]).column("row").to_pylist() == list(range(200))
     assert not first.exists()

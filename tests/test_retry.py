@@ -45,7 +45,8 @@ def test_a_retry_asks_failed_rows_only_and_leaves_the_others_as_they_are(tmp_pat
         write_job(job, simulator.url, tmp_path / "in.jsonl", more)
         ended = batchrun("run", job, "-o", out, "--retry-failed")
         assert ended.exit_code == 0, ended.stderr
-        assert "3 rows that ended as empty, error, invalid are asked again" in ended.stderr
+        assert "3 rows that ended as empty, error, invalid are asked again, about $0." in ended.stderr
+        assert "without --retry-failed" not in ended.stderr
         assert len(simulator.ledger()) == 3
     after = read(out)
     assert after.schema == before.schema
