@@ -183,7 +183,7 @@ def test_a_model_may_think_in_silence_longer_than_it_may_pause_while_it_writes()
         ),
         pytest.param(
             (ROLE, PING),
-            {"attempt_timeout_s": 0.2, "idle_timeout_s": 60.0},
+            {"attempt_timeout_s": 0.2, "idle_timeout_s": 3.0},
             "a stream that was silent for 0.2 s",
             id="while it thinks, though it might pause longer while it writes",
         ),
