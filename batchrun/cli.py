@@ -115,7 +115,8 @@ def check(job: Path, input_path: str | None, overrides: tuple[str, ...]) -> None
         plan.raise_problems(found, note)
     models = ", ".join(f"{model} ({rows:,})" for model, rows in found.models.items())
     where = plural(len(source.files), "file")
-    _say(harmless(f"{found.rows:,} rows in {where}, read as {found.dialect}; {models or 'no model'}"))
+    asks = f"{plural(found.rows, 'row')} in {where}, read as {found.dialect}; {models}"
+    _say(harmless(asks) if found.rows else f"0 rows in {where}: there is nothing to ask")
 
 
 @cli.command()
@@ -182,11 +183,10 @@ def tune(out: Path, **settings: float | str | None) -> None:
     """Change the limits of the process that works in a run directory, until it ends."""
     from batchrun import control
     from batchrun.rundir import RunDirectory
-    from batchrun.summary import limits_in_words
 
     wish = control.wish({name: value for name, value in settings.items() if value is not None})
     limits = control.ask(RunDirectory(out), wish)
-    _say("taken" if limits is None else f"taken: {limits_in_words(limits)}")
+    _say("taken" if limits is None else f"taken: {control.in_words(wish, limits)}")
 
 
 @cli.command()
@@ -210,7 +210,7 @@ def report(paths: tuple[Path, ...], by: str, form: str, target: Path | None) -> 
 @OUT
 @click.option("--salvage", is_flag=True, help="Write what is sound into OUT.salvaged.")
 def verify(out: Path, salvage: bool) -> None:
-    """Check every record, page and digest of a run that is not at work. Touches no file, sends nothing."""
+    """Check every record and digest of a run. The run must not be at work; touches no file, sends nothing."""
     from batchrun.rescue import salvage as salvaging
     from batchrun.rescue import verify as verifying
     from batchrun.rundir import RunDirectory

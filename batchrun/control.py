@@ -19,7 +19,7 @@ from batchrun.errors import InputError, JobError
 from batchrun.job import AtLeastOne, Positive
 from batchrun.records import InForce
 from batchrun.rundir import RunDirectory
-from batchrun.summary import read
+from batchrun.summary import limits_in_words, read
 
 PATIENCE_S = 15.0
 """How long `tune` waits for its answer: thirty heartbeats of a process that is not even busy."""
@@ -120,6 +120,20 @@ def ask(directory: RunDirectory, wish: Control, patience_s: float = PATIENCE_S) 
         f"{directory.path}: the process has not answered within {patience_s:g} s; it asks no rows just now, "
         "and takes what was said when it does"
     )
+
+
+def in_words(wish: Control, limits: InForce) -> str:
+    """What holds now, and why that is less than was asked for."""
+    lower = [
+        f"{asked:,.0f} {unit}"
+        for asked, now, unit in (
+            (wish.requests_per_minute, limits.requests_per_minute, "requests/min"),
+            (wish.tokens_per_minute, limits.tokens_per_minute, "tokens/min"),
+        )
+        if asked is not None and now is not None and now < asked * 0.999
+    ]
+    why = f" (what holds now: the server's headers or refusals allow less than {' and '.join(lower)})" if lower else ""
+    return limits_in_words(limits) + why
 
 
 def _nobody(directory: RunDirectory) -> InputError:

@@ -50,8 +50,19 @@ class Drift(msgspec.Struct, frozen=True):
     def __str__(self) -> str:
         asked = self.rows - self.kept
         cost = "" if self.mean_cost_usd is None else f", about ${self.mean_cost_usd * asked:,.4f}"
-        vain = f"; {self.dropped:,} answers that were paid for fit no row any more" if self.dropped else ""
-        return f"{', '.join(self.changed)}: {self.kept:,} answers stay, {asked:,} rows are to be asked{cost}{vain}"
+        what = ", ".join(each if " " in each else f"{each} has changed" for each in self.changed)  # settings: one word
+        stay = "1 answer stays" if self.kept == 1 else f"{self.kept:,} answers stay"
+        ask = "1 row is to be asked" if asked == 1 else f"{asked:,} rows are to be asked"
+        return f"{what}: {stay}, {ask}{cost}{self._in_vain()}"
+
+    def _in_vain(self) -> str:
+        match self.dropped:
+            case 0:
+                return ""
+            case 1:
+                return "; 1 answer that was paid for fits no row any more"
+            case dropped:
+                return f"; {dropped:,} answers that were paid for fit no row any more"
 
 
 class Answers:

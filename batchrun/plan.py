@@ -207,6 +207,7 @@ def _as_it_is_now(
     identities = fingerprint(files)  # before the content is read: what changes meanwhile is noticed later
     ways, variant, settings = variants.place(job, ways, known.variant, retrying=asked.retry is not None)
     what = changed_input(files, known)
+    what = None if what is None else what.replace(str(directory.spool), "standard input")
     source = open_source(files, job.input.max_line_bytes)
     if what is None and asked.accept_changes and job.input.image_root is not None:
         what = "the images"
@@ -383,9 +384,14 @@ def raise_problems(found: Survey, tell: Callable[[str], None]) -> None:
         tell(str(problem))
     count = len(found.rejected)
     shown = f"; the first {len(found.first_problems)} are above" if count > len(found.first_problems) else ""
+    if not found.rows:
+        raise InputError(
+            f"none of the input records ({count:,}) can be asked{shown}. "
+            "The job (its template, input.id, input.dialect) does not fit this input: mend one of the two"
+        )
     raise InputError(
         f"{count:,} of {count + found.rows:,} input records can't be asked{shown}. "
-        "Mend them, or set them aside with --skip-invalid"
+        "Mend them, or set them aside with batchrun run ... --skip-invalid"
     )
 
 

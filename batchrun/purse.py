@@ -111,7 +111,8 @@ class Purse:
         cost, tokens, requests = self.cost_usd, self.tokens, self.requests
         if cost is not None and not cost.fits(bound := _bound_usd(ask)):
             yield (
-                f"{cost.spent:f} of {cost.most:f} USD spent, and the next request may cost {bound:f}; "
+                f"{_in_usd(cost.spent)} of {_in_usd(cost.most)} spent, and the next request may cost "
+                f"{_in_usd(bound)}; "
                 "raise budget.max_cost_usd"
             )
         if tokens is not None and not tokens.fits(ask.upper_bound_tokens):
@@ -121,6 +122,12 @@ class Purse:
             )
         if requests is not None and not requests.fits(1):
             yield f"{requests.spent:,} of {requests.most:,} requests sent; raise budget.max_requests"
+
+
+def _in_usd(amount: Decimal) -> str:
+    """ "$0.20", "$0.194642": every digit that counts, and the cents."""
+    whole, _, part = f"{amount:,f}".partition(".")
+    return f"${whole}.{part.rstrip('0').ljust(2, '0')}"
 
 
 def _bound_usd(ask: Ask) -> Decimal:

@@ -190,18 +190,25 @@ def limiting_factor(binding: Binding, wall_offset_s: float) -> str:
 def limits_in_words(limits: InForce) -> str:
     """The limits that hold now."""
     told: tuple[tuple[float | Decimal | None, str], ...] = (
-        (limits.requests_per_second, "{:,g} requests/s"),
-        (limits.requests_per_minute, "{:,g} requests/min"),
+        (limits.requests_per_second, "{:,} requests/s"),
+        (limits.requests_per_minute, "{:,} requests/min"),
         (limits.requests_per_day, "{:,} requests/day"),
-        (limits.tokens_per_minute, "{:,g} tokens/min"),
-        (limits.input_tokens_per_minute, "{:,g} input tokens/min"),
-        (limits.output_tokens_per_minute, "{:,g} output tokens/min"),
+        (limits.tokens_per_minute, "{:,} tokens/min"),
+        (limits.input_tokens_per_minute, "{:,} input tokens/min"),
+        (limits.output_tokens_per_minute, "{:,} output tokens/min"),
         (limits.max_in_flight, "{:,} in flight"),
         (limits.max_cost_usd, "${:,f} in all"),
         (limits.max_tokens, "{:,} tokens in all"),
         (limits.max_requests, "{:,} requests in all"),
     )
-    return ", ".join(form.format(limit) for limit, form in told if limit is not None)
+    return ", ".join(form.format(_rounded(limit)) for limit, form in told if limit is not None)
+
+
+def _rounded(limit: float | Decimal) -> float | Decimal:
+    """A rate in whole numbers, but for one so low that they would say little of it."""
+    if not isinstance(limit, float):
+        return limit
+    return round(limit) if limit >= 10 or limit.is_integer() else round(limit, 3)
 
 
 def in_words(
@@ -259,7 +266,8 @@ def _next_steps(summary: Summary, max_failures: int, failing: Collection[Status]
     failed = failures(summary, failing)
     if summary.complete and failed:
         verdict = "more than" if failed > max_failures else "within"
-        yield "failed", f"{failed:,} rows, {verdict} output.max_failures = {max_failures:,}: see the column `error`"
+        allowed = f"{verdict} output.max_failures = {max_failures:,}"
+        yield "failed", f"{plural(failed, 'row')}, {allowed}: see the column `error`; --retry-failed asks them again"
     if not summary.complete:
         yield "stopped", summary.reason or "before the end"
         yield "next", f"{summary.pending:,} rows are left; the same command goes on where this stopped"

@@ -1,10 +1,12 @@
 """Templates over a row's columns. PURE. Sole importer of jinja2: its immutable sandbox; row text stays text."""
 
+import difflib
 import re
 from collections.abc import Callable
 from typing import Any
 
 import jinja2
+import jinja2.meta
 import jinja2.sandbox
 
 from batchrun import image_parts
@@ -46,10 +48,14 @@ def _url_template(tree: Any, place: str) -> Callable[[Columns], Any]:
     return make
 
 
+class _NullError(Exception):
+    """An expression in the template came to null."""
+
+
 def _refuse_null(value: object) -> object:
     """A null must not reach a paid prompt as the word "None"."""
     if value is None:
-        raise jinja2.UndefinedError("a value in the template is null; write {{ name or '' }} where that may be")
+        raise _NullError
     return value
 
 
@@ -75,9 +81,30 @@ def text_template(text: str, place: str) -> Callable[[Columns], str]:
     def make(columns: Columns) -> str:
         try:
             return "".join(render(new_context(columns, True)))
+        except _NullError as error:
+            raise InputError(f"{place}: {_null_in_words(text, columns)}") from error
         except jinja2.UndefinedError as error:
-            raise InputError(f"{place}: {error.message}") from error
+            raise InputError(f"{place}: {error.message}{_nearest(error.message or '', columns)}") from error
         except Exception as error:  # a template runs user code over user data: whatever it raises is the row's
             raise InputError(f"{place}: {type(error).__name__}: {error}") from error
 
     return make
+
+
+def _null_in_words(text: str, columns: Columns) -> str:
+    """Which column is null, or which of them hold the null, and what to write instead."""
+    used = sorted(jinja2.meta.find_undeclared_variables(_ENVIRONMENT.parse(text)) & columns.keys())
+    if nulls := [name for name in used if columns[name] is None]:
+        return f"column {' and '.join(map(repr, nulls))} is null; write {{{{ {nulls[0]} or '' }}}} where that may be"
+    where = f", in column {' or '.join(map(repr, used))}" if used else ""
+    return f"a value in the template is null{where}; write {{{{ ... or '' }}}} around it where that may be"
+
+
+_UNDEFINED = re.compile(r"'(\w+)' is undefined")
+
+
+def _nearest(message: str, columns: Columns) -> str:
+    """The column that an unknown name was probably meant to be, as a question."""
+    unknown = _UNDEFINED.fullmatch(message)
+    near = difflib.get_close_matches(unknown[1], columns, n=1) if unknown is not None else []
+    return f"; did you mean {near[0]}?" if near else ""

@@ -9,6 +9,7 @@ import pytest
 from batchrun import control
 from batchrun.control import Control, Wishes
 from batchrun.errors import JobError
+from batchrun.records import InForce
 from batchrun.rundir import RunDirectory
 from batchrun.simulator import SimulatorConfig
 from tests.cli_process import batchrun, finish, read_summary, start, wait_until, write_job, write_rows
@@ -126,6 +127,25 @@ def test_a_running_process_takes_other_limits_and_says_so(tmp_path: Path) -> Non
     late = batchrun("tune", out, "--rpm", "10")
     assert (late.exit_code, late.stderr.count("\n")) == (2, 1)
     assert "no process is running there" in late.stderr
+
+
+@pytest.mark.parametrize(
+    ("now", "words"),
+    [
+        (6000.0, "6,000 requests/min, 8 in flight"),
+        (
+            1318.44,
+            "1,318 requests/min, 8 in flight "
+            "(what holds now: the server's headers or refusals allow less than 6,000 requests/min)",
+        ),
+        (2.5, "2.5 requests/min, 8 in flight (what holds now: the server's headers or refusals allow less than 6,000"),
+    ],
+)
+def test_a_rate_below_the_one_asked_for_says_why(now: float, words: str) -> None:
+    wish = control.wish({"requests_per_minute": 6000.0})
+    limits = InForce(requests_per_minute=now, tokens_per_minute=None, max_in_flight=8)
+    assert control.in_words(wish, limits).startswith(words)
+    assert ("allow less" in control.in_words(wish, limits)) == (now < 6000)
 
 
 def test_a_cap_that_is_lowered_below_what_is_spent_ends_the_run(tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def test_another_template_asks_every_row_again_only_with_consent(tmp_path: Path)
         other = ("--set", "request.prompt=Tell: {{ text }}")
         ended = batchrun("run", job, "-o", out, *other)
         assert ended.exit_code == 2
-        assert "request.prompt: 0 answers stay, 40 rows are to be asked, about $" in ended.stderr
+        assert "request.prompt has changed: 0 answers stay, 40 rows are to be asked, about $" in ended.stderr
         assert "40 answers that were paid for fit no row any more" in ended.stderr
         assert batchrun("run", job, "-o", out, *other, "--accept-changes").exit_code == 0
         assert len(simulator.ledger()) == 80

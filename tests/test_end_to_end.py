@@ -505,6 +505,8 @@ def test_new_check_status_and_report_go_together(tmp_path: Path) -> None:
     assert batchrun("new", "mine.toml", cwd=tmp_path).exit_code == 0
     assert batchrun("new", "mine.toml", cwd=tmp_path).exit_code == 2
     assert "20 rows" in batchrun("check", "mine.toml", cwd=tmp_path).stdout
+    empty = batchrun("check", "mine.toml", "-i", write_rows(tmp_path / "none.jsonl", 0), cwd=tmp_path)
+    assert (empty.exit_code, empty.stdout) == (0, "0 rows in 1 file: there is nothing to ask\n")
     assert batchrun("run", "mine.toml", "-o", "out", "--set", "simulator.latency_s=0", cwd=tmp_path).exit_code == 0
     status = batchrun("status", "out", cwd=tmp_path)
     assert "20 of 20 done" in status.stdout

@@ -560,7 +560,7 @@ async def test_a_row_that_does_not_fit_waits_for_what_is_in_flight_and_then_stop
     second = await waiting
     third = await turns(gate.admit(Ask(1, Decimal("0.50"))))
     gate.release(second, None)
-    with pytest.raises(GateClosed, match=r"0\.60 of 1\.00 USD spent, and the next request may cost 0\.50") as closed:
+    with pytest.raises(GateClosed, match=r"\$0\.60 of \$1\.00 spent, and the next request may cost \$0\.50") as closed:
         await third
     assert closed.value.exit_code is ExitCode.STOPPED
     with pytest.raises(GateClosed):

@@ -93,7 +93,7 @@ def test_invalid_records_end_the_start_with_the_first_twenty_and_their_number(st
     message = starts.refused()
     assert message == (
         "30 of 33 input records can't be asked; the first 20 are above. "
-        "Mend them, or set them aside with --skip-invalid"
+        "Mend them, or set them aside with batchrun run ... --skip-invalid"
     )
     assert len(starts.told) == 20
     assert starts.told[0].startswith(f"{starts.input}:4: ")
@@ -179,7 +179,7 @@ def test_a_changed_question_is_told_by_its_setting_and_taken_while_nothing_is_an
 ) -> None:
     starts.make()
     changed = starts.make(starts.job(**tables))
-    assert starts.told == [f"{setting}: 0 answers stay, 5 rows are to be asked"]
+    assert starts.told == [f"{setting} has changed: 0 answers stay, 5 rows are to be asked"]
     assert (changed.facts.layout, changed.facts.variant, len(changed.variants)) == (1, 1, 2)
     assert starts.make(starts.job(**tables)).facts.layout == 1
     assert starts.make().facts.variant == 0  # put back
@@ -289,7 +289,10 @@ def test_other_standard_input_is_a_changed_input_as_a_changed_file_is(starts: St
     starts.make(STDIN, stdin=piped(*texts(3)))
     assert starts.make(STDIN, stdin=piped(*texts(4))).facts.rows == 4  # nothing is answered yet: no harm
     assert starts.make(STDIN, stdin=io.BytesIO()).facts.rows == 4
-    assert "can't be asked" in starts.refused(STDIN, stdin=piped({"bad": 1}))
+    assert starts.told[0].startswith("the input: standard input had ")
+    refused = starts.refused(STDIN, stdin=piped({"bad": 1}))
+    assert "none of the input records (1) can be asked" in refused
+    assert "--skip-invalid" not in refused
     assert starts.make(STDIN, stdin=io.BytesIO()).facts.rows == 4
     assert [path.name for path in starts.directory.path.glob("input*")] == ["input.jsonl"]
 

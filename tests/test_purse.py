@@ -68,7 +68,7 @@ def test_what_nobody_knows_spends_the_whole_reservation() -> None:
     assert not budget.fits(ask)
     budget.settle(ask, None, None)
     assert budget.refusal(ask) == (
-        "the budget is used up: 0.60 of 1 USD spent, and the next request may cost 0.60; raise budget.max_cost_usd; "
+        "the budget is used up: $0.60 of $1.00 spent, and the next request may cost $0.60; raise budget.max_cost_usd; "
         "60 of 100 tokens used, and the next request may use 60; raise budget.max_tokens and run again"
     )
 

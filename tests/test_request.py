@@ -275,9 +275,10 @@ def test_a_request_nested_too_deep_or_with_half_a_character_is_the_rows_own_prob
     ("template", "problem"),
     [
         ("{{ missing }}", "request.prompt: 'missing' is undefined"),
-        ("{{ empty }}", "request.prompt: a value in the template is null"),
+        ("{{ txet }}", "request.prompt: 'txet' is undefined; did you mean text?"),
+        ("{{ text }}{{ empty }}", "request.prompt: column 'empty' is null; write {{ empty or '' }}"),
         ("{{ struct.gone }}", "request.prompt: 'dict object' has no attribute 'gone'"),
-        ("{{ struct.empty }}", "request.prompt: a value in the template is null"),
+        ("{{ struct.empty }}", "request.prompt: a value in the template is null, in column 'struct'"),
         ("{{ text / 2 }}", "request.prompt: TypeError"),
         ("{{ 1 // zero }}", "request.prompt: ZeroDivisionError"),
         ("{% include 'x' %}", "request.prompt: TypeError"),

@@ -294,7 +294,7 @@ def test_what_keeps_a_run_from_starting_is_raised_on_entering_and_bad_rows_by_th
     job = job_at("http://127.0.0.1:1/v1")
     with pytest.raises(batchrun.JobError, match="environment variable"):
         asyncio.run(ask(job, texts(3), {}))
-    assert "1 of 1 input records can't be asked" in asyncio.run(ask(job, [{"txt": "a"}], KEYS))
+    assert "none of the input records (1) can be asked" in asyncio.run(ask(job, [{"txt": "a"}], KEYS))
 
 
 def test_waiting_hands_out_nothing_and_returns_the_summary(tmp_path: Path, simulator: RunningSimulator) -> None:

@@ -158,7 +158,7 @@ def test_other_rows_are_a_changed_input_and_only_what_has_no_answer_is_asked(
     appended = batchrun.run(job, texts(12), output=out, environ=KEYS)
     assert (appended.rows, len(simulator.ledger()) - served) == (12, 12)
     before = (out / "completions.parquet").read_bytes()
-    with pytest.raises(batchrun.ChangedError, match="9 answers stay, 1 rows are to be asked") as caught:
+    with pytest.raises(batchrun.ChangedError, match="9 answers stay, 1 row is to be asked") as caught:
         batchrun.run(job, texts(10, 3), output=out, environ=KEYS)
     assert (caught.value.drift.rows, caught.value.drift.kept) == (10, 9)
     assert (out / "completions.parquet").read_bytes() == before
