@@ -56,6 +56,7 @@ def _config(job: Job) -> SimulatorConfig:
         tokens_per_minute=None if settings.tokens_per_minute is None else int(settings.tokens_per_minute),
         faults=parse_faults(settings.faults),
         seed=settings.seed,
+        draw_by_request_id=True,  # each start has a process of its own, and a row's attempts go on from one to the next
         ledger=settings.ledger,
         parent_pid=os.getpid(),
     )

@@ -19,7 +19,7 @@ import pytest
 from batchrun import slots
 from batchrun.prices import PriceTable, Tier, cost
 from batchrun.records import Usage
-from batchrun.simulator import Fault, LedgerLine, SimulatorConfig, parse_faults
+from batchrun.simulator import Fault, LedgerLine, SimulatorConfig, parse_faults, read_ledger
 from tests.cli_process import (
     KEY,
     batchrun,
@@ -352,6 +352,26 @@ def test_the_budget_is_never_overshot_and_a_higher_one_goes_on(tmp_path: Path) -
         assert batchrun("run", job, "-o", tmp_path / "out", "--max-cost", "5").exit_code == 0
         assert len(simulator.ledger()) == 400
     assert Decimal(read_summary(tmp_path / "out")["cost_usd"]) == billed_usd(simulator.ledger())
+
+
+def test_a_rehearsal_in_two_starts_meets_the_faults_of_one_in_a_single_start(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "in.jsonl", 60)
+    more = (
+        '[simulator]\nlatency_s = 0\nfaults = "500=0.2"\nledger = "{ledger}"\n'
+        "[retry]\nbackoff_base_s = 0.3\nmax_attempts = 9\nmax_5xx = 9\n[output]\nmax_failures = 60\n"
+    )
+    fates: list[dict[str, str | None]] = []
+    for name, caps in (("one", ["1000"]), ("two", ["50", "1000"])):
+        ledger = tmp_path / f"{name}.ledger"
+        job = write_job(tmp_path / f"{name}.toml", "simulator", source, more.format(ledger=ledger))
+        for cap in caps:
+            ended = batchrun("run", job, "-o", tmp_path / name, "--set", f"budget.max_requests={cap}")
+            assert ended.exit_code == (4 if cap == "50" else 0), ended.stderr
+        lines = read_ledger(ledger)
+        fates.append({str(line.client_request_id).split("-", 1)[1]: line.fault for line in lines})
+        assert len(fates[-1]) == len(lines)
+    assert fates[0] == fates[1]
+    assert len(fates[0]) > 60
 
 
 def test_token_and_request_budgets_hold_over_retries_and_kills_and_a_higher_one_goes_on(tmp_path: Path) -> None:

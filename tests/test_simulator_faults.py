@@ -68,3 +68,24 @@ def test_times_count_over_all_or_for_each_question() -> None:
     assert [_meets(over_all, question=index) for index in (0, 1, 2)] == [True, True, False]
     for_each = FaultBook((Fault(kind="status", times=1, per_question=True),), 0)
     assert [_meets(for_each, question=index) for index in (0, 1, 0, 1)] == [True, True, False, False]
+
+
+def test_a_fate_drawn_by_the_rows_own_attempt_is_the_same_in_a_new_process_and_a_retry_there_draws_anew() -> None:
+    faults = (Fault(kind="status", share=0.5),)
+
+    def fates(book: FaultBook, attempt: int) -> list[bool]:
+        return [
+            book.meet(question, b"", ordinal=1, age_s=0.0, attempt_of_row=f"{row}-{attempt}") is not None
+            for row, question in enumerate(QUESTIONS)
+        ]
+
+    one_process = FaultBook(faults, 3)
+    first, second = fates(one_process, 1), fates(one_process, 2)
+    assert fates(FaultBook(faults, 3), 2) == second
+    assert 900 < sum(a != b for a, b in zip(first, second, strict=True)) < 1_100
+
+
+def test_a_fault_that_sticks_sticks_however_attempts_are_named() -> None:
+    book = FaultBook((Fault(kind="status", share=0.5, sticky=True),), 0)
+    named = [book.meet(QUESTIONS[0], b"", ordinal=1, age_s=0.0, attempt_of_row=f"0-{n}") for n in range(1, 20)]
+    assert len(set(named)) == 1

@@ -51,6 +51,9 @@ class SimulatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     """The pace of a stream; 0 sends it at once."""
     seed: int = 0
     faults: tuple[Fault, ...] = ()
+    draw_by_request_id: bool = False
+    """Draw from row and attempt of an `X-Client-Request-Id` of the form `run-row-attempt`, which outlive this process,
+    in place of a count of attempts, which does not. Requests without one are counted."""
     omit_usage: bool = False
     """No answer carries usage (what some gateways do). It is billed all the same."""
     ledger: str | None = None

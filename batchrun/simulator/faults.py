@@ -182,9 +182,14 @@ class FaultBook:
         # A million questions are 100 MB of counters: kept only where a rule draws anew for each attempt.
         self._counts_attempts = any(0 < fault.share < 1 and not fault.sticky for fault in faults)
 
-    def meet(self, question: bytes, body: bytes, *, ordinal: int, age_s: float) -> Fault | None:
-        """The first rule that applies to this exchange, counted as met; None for a plain answer."""
-        if self._counts_attempts:
+    def meet(
+        self, question: bytes, body: bytes, *, ordinal: int, age_s: float, attempt_of_row: str | None = None
+    ) -> Fault | None:
+        """The first rule that applies to this exchange, counted as met; None for a plain answer.
+
+        `attempt_of_row`: the client's own name of this attempt, drawn from in place of a count of the question's.
+        """
+        if self._counts_attempts and attempt_of_row is None:
             self._attempts[question] += 1
         for index, fault in enumerate(self._faults):
             counted = (index, question if fault.per_question else b"")
@@ -192,18 +197,19 @@ class FaultBook:
                 _in_range(fault, ordinal, age_s)
                 and (fault.times is None or self._met[counted] < fault.times)
                 and fault.match.encode() in body
-                and self._draw(index, fault, question) < fault.share
+                and self._draw(index, fault, question, attempt_of_row) < fault.share
             ):
                 if fault.times is not None:
                     self._met[counted] += 1
                 return fault
         return None
 
-    def _draw(self, index: int, fault: Fault, question: bytes) -> float:
+    def _draw(self, index: int, fault: Fault, question: bytes, attempt_of_row: str | None) -> float:
         """A number in [0, 1) that depends on the seed, the rule, the question and, unless sticky, the attempt."""
+        named = "" if fault.sticky or attempt_of_row is None else attempt_of_row
         attempt = 0 if fault.sticky else self._attempts[question]
         salt = self._seed + index.to_bytes(4) + attempt.to_bytes(4)
-        return int.from_bytes(blake2b(question, key=salt, digest_size=7).digest()) / 2**56
+        return int.from_bytes(blake2b(question + named.encode(), key=salt, digest_size=7).digest()) / 2**56
 
 
 def _in_range(fault: Fault, ordinal: int, age_s: float) -> bool:

@@ -90,7 +90,13 @@ class Simulator:
             digest = question_of(fields) if fields else blake2b(body, digest_size=16).digest()
             self._record(http, turn, digest, status=refused.status)
             return _refuse(refused, self._headers(turn))
-        fault = self._faults.meet(question.digest, body, ordinal=turn.ordinal, age_s=self._age_s())
+        fault = self._faults.meet(
+            question.digest,
+            body,
+            ordinal=turn.ordinal,
+            age_s=self._age_s(),
+            attempt_of_row=self._attempt_of_row(http),
+        )
         spoiled = fault is not None and fault.kind in SPOILING
         if fault is None or spoiled or fault.is_billed:
             await asyncio.sleep(self._latency_s(question))
@@ -101,6 +107,11 @@ class Simulator:
         if fault is not None:
             return await trouble.spoil(http, fault, delivery, self._headers(turn))
         return await trouble.deliver(http, delivery, self._headers(turn))
+
+    def _attempt_of_row(self, http: web.BaseRequest) -> str | None:
+        """`row-attempt` of `run-row-attempt`, where faults are drawn by it."""
+        name = http.headers.get("X-Client-Request-Id", "") if self._config.draw_by_request_id else ""
+        return "-".join(name.rsplit("-", 2)[1:]) or None
 
     def _take_turn(self, http: web.BaseRequest) -> _Turn:
         self._exchanges += 1
