@@ -110,9 +110,11 @@ def check(job: Path, input_path: str | None, overrides: tuple[str, ...]) -> None
         asked = plan.Asked(stdin=sys.stdin.buffer)
         files = plan.input_files(loaded, RunDirectory(Path(scratch)), asked, begun=False)
         source = open_source(files, loaded.input.max_line_bytes)
+        plan.require_columns(loaded, source)
         found = survey(source, loaded, Path(scratch), progress=progress.checked)
     if found.rejected:
         plan.raise_problems(found, note)
+    plan.require_columns(loaded, source, found)
     models = ", ".join(f"{model} ({rows:,})" for model, rows in found.models.items())
     where = plural(len(source.files), "file")
     asks = f"{plural(found.rows, 'row')} in {where}, read as {found.dialect}; {models}"
@@ -142,7 +144,9 @@ def estimate(job: Path, input_path: str | None, out: Path | None, overrides: tup
     with tempfile.TemporaryDirectory(prefix="batchrun-") as scratch, Progress() as progress:
         files = plan.input_files(loaded, RunDirectory(Path(scratch)), plan.Asked(stdin=sys.stdin.buffer), begun=False)
         source = open_source(files, loaded.input.max_line_bytes)
+        plan.require_columns(loaded, source)
         surveyed = survey(source, loaded, Path(scratch), progress=progress.checked)
+    plan.require_columns(loaded, source, surveyed)
     if surveyed.rejected:
         note(f"{len(surveyed.rejected):,} input records can't be asked: batchrun check tells which")
     tables = {

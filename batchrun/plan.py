@@ -279,6 +279,18 @@ def _schema(source: Source, known: Facts) -> pa.Schema:
     )
 
 
+def require_columns(job: Job, source: Source, found: Survey | None = None) -> None:
+    """Nothing, if the output can have the input's columns: Parquet knows them at once, JSON lines once it was `found`.
+
+    Raises:
+        JobError: as `output_schema`.
+    """
+    if isinstance(source, ParquetSource):
+        output_schema(source.schema, job.output)
+    elif found is not None and found.types is not None:
+        output_schema(found.types.schema(), job.output)
+
+
 def _require_limit_in_time(limit: int | None, checkpoint: Checkpoint) -> None:
     """Nothing, unless rows behind the limit are begun and pending: an open chunk is asked whole, or not at all."""
     begun = _begun_rows(checkpoint)
@@ -365,6 +377,7 @@ def _survey(
             with told(rejects), open(os.open(rejects, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as file:
                 file.write(msgspec.json.encode(problem, enc_hook=str) + b"\n")
 
+    require_columns(job, source)
     found = survey(source, job, directory.path, keep=keep, progress=asked.checked, question=question, pictured=pictured)
     if found.rejected and not asked.skip_invalid:
         raise_problems(found, asked.problem)

@@ -12,6 +12,7 @@ from batchrun.job import Job
 from batchrun.records import Row
 from batchrun.request import RequestBuilder
 from batchrun.source import open_source
+from tests.cli_process import batchrun, write_job
 from tests.endings import MODEL
 from tests.jobs import job_over, texts, write_lines
 
@@ -149,3 +150,33 @@ def test_progress_is_told_now_and_then(tmp_path: Path) -> None:
     told: list[int] = []
     survey(open_source((path,)), job_over(path), tmp_path, progress=told.append)
     assert told == [1, 5001, 10_001]
+
+
+@pytest.mark.parametrize("command", ["check", "estimate"])
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_a_column_that_bears_a_name_of_the_outputs_own_is_refused_as_run_refuses_it(
+    tmp_path: Path, command: str, form: str
+) -> None:
+    source = tmp_path / f"in.{form}"
+    rows = [{**row, "status": "new"} for row in texts(3)]
+    if form == "jsonl":
+        write_lines(source, rows)
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), source)
+    job = write_job(tmp_path / "job.toml", "simulator", source)
+    ended, ran = batchrun(command, job), batchrun("run", job, "-o", tmp_path / "out")
+    assert "input column 'status' bears a name of the output's own; set output.prefix" in ended.stderr
+    assert (ended.exit_code, ended.stdout, ended.stderr) == (2, "", ran.stderr)
+    assert batchrun(command, job, "--set", "output.prefix=batchrun_").exit_code == 0
+
+
+def test_parquet_whose_columns_the_output_cannot_have_is_refused_before_a_row_is_read(tmp_path: Path) -> None:
+    source = tmp_path / "in.parquet"
+    pq.write_table(pa.table({"text": ["a"] * 1_000, "status": [None] * 1_000}), source)
+    content = bytearray(source.read_bytes())
+    content[4:64] = bytes(60)  # its first page: whoever reads a row fails
+    source.write_bytes(content)
+    job = write_job(tmp_path / "job.toml", "simulator", source)
+    for command in (("run", job, "-o", tmp_path / "out"), ("check", job), ("estimate", job)):
+        ended = batchrun(*command)
+        assert (ended.exit_code, "bears a name of the output's own" in ended.stderr) == (2, True), ended.stderr
