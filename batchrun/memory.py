@@ -1,12 +1,14 @@
 """What a run knows from one start to the next: sizes of requests, limits that were found, the requests of a day.
 
-It is kept in the checkpoint's manifest, once a minute and at the end: a convenience, but for the day.
+It is kept in the checkpoint's manifest, once a minute, at the end, and as soon as a limit is found or proves another: a
+convenience, but for the day.
 """
 
 import contextlib
 from datetime import UTC, datetime
 
 from batchrun import daily, learned
+from batchrun.admission import Found
 from batchrun.checkpoint import Checkpoint
 from batchrun.daily import DailyCount, Day
 from batchrun.errors import BatchrunError
@@ -16,6 +18,9 @@ from batchrun.learned import Estimates, Learned
 
 KEEP_EVERY_S = 60.0
 """Each time costs the disk an fsync, and what was learned in the last minute is soon learned again."""
+
+NEWS = 0.25
+"""A limit that is off by so much from what was kept is kept at once: else a start that is killed young leaves none."""
 
 
 class Memory:
@@ -28,6 +33,7 @@ class Memory:
         manifest = checkpoint.manifest()
         self.known = learned.decode(manifest.get(learned.ENTRY))
         self.estimates = Estimates(self.known.sizes)
+        self._found = Found(self.known.requests_per_minute, self.known.tokens_per_minute)
         self._day: Day | None = None
         self.daily: DailyCount | None = None
         if limits.requests_per_day is not None:
@@ -39,14 +45,16 @@ class Memory:
             )
 
     def is_due(self, gate: Gate, now_s: float) -> bool:
-        """True, once, when a minute has passed or a new day has begun."""
+        """True, once, when a minute has passed, a new day has begun, or a limit is news."""
         day = self._day
         if day is not None:
             made = self._checkpoint.spent.requests() + gate.in_flight  # what is out belongs to the day that has ended
             self._day = daily.today(daily.encode(day), datetime.now(UTC), made)
-        if now_s - self._kept_s < KEEP_EVERY_S and self._day == day:
+        news = _is_news(self._found.requests_per_minute, gate.found.requests_per_minute)
+        news |= _is_news(self._found.tokens_per_minute, gate.found.tokens_per_minute)
+        if now_s - self._kept_s < KEEP_EVERY_S and self._day == day and not news:
             return False
-        self._kept_s = now_s
+        self._kept_s, self._found = now_s, gate.found
         return True
 
     def keep(self, gate: Gate) -> None:
@@ -62,3 +70,9 @@ class Memory:
             entries[daily.ENTRY] = daily.encode(self._day)
         with contextlib.suppress(BatchrunError):  # a disk that fails is told of by what needs it
             self._checkpoint.write_manifest(entries)
+
+
+def _is_news(kept: float | None, found: float | None) -> bool:
+    if kept is None or found is None:
+        return kept is not found
+    return abs(found - kept) > NEWS * kept

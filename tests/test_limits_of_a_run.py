@@ -1,6 +1,7 @@
 """What a run learns of its limits outlives the process: real processes, a strict simulator, its ledger."""
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,19 @@ def test_the_next_start_begins_with_the_limits_and_sizes_that_the_last_one_found
         assert told["why"]
         assert told["before"] in (before, 0)
         before = told["after"]
+
+
+def test_a_limit_that_was_found_is_kept_by_a_run_that_is_killed_within_seconds(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "in.jsonl", 2_000)
+    config = SimulatorConfig(requests_per_minute=1_200, latency_s=0.02, ledger=str(tmp_path / "ledger"))
+    with running_simulator(config) as simulator:
+        job, out = write_job(tmp_path / "job.toml", simulator.url, source), tmp_path / "out"
+        process = start("run", job, "-o", out)
+        wait_until(simulator.ledger, process)
+        time.sleep(4)  # a few heartbeats, far from the minute
+        process.kill()
+        process.communicate()
+    assert learned.decode(manifest(out).get(learned.ENTRY)).requests_per_minute == 1_200
 
 
 def test_a_days_requests_are_counted_over_all_starts_of_a_run_even_a_killed_one(tmp_path: Path) -> None:
