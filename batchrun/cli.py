@@ -379,3 +379,15 @@ def _tell(summary: "Summary", job: "Job") -> None:
     )
     for line in lines:
         _say(harmless(line))
+    if "HTTP 401:" in (summary.reason or ""):
+        _say(harmless(f"{'check':<13}the key: {_key_of(job)}"))
+
+
+def _key_of(job: "Job") -> str:
+    """Where the job says that its key is."""
+    endpoint = job.endpoint
+    if endpoint.api_key_env is not None:
+        return f"endpoint.api_key_env names {endpoint.api_key_env}"
+    if endpoint.api_key_file is not None:
+        return f"endpoint.api_key_file names {endpoint.api_key_file}"
+    return "endpoint.headers has it, if anything" if endpoint.headers else "endpoint names none"

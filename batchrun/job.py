@@ -260,7 +260,14 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Job:
     try:
         return from_tables(tables)
     except JobError as error:
-        raise JobError(f"{path}: {error}") from error
+        raise JobError(f"{_origin(path, overrides, str(error))}: {error}") from error
+
+
+def _origin(path: Path, overrides: Sequence[str], problem: str) -> str:
+    """Where the setting that the problem begins with was made: in the job file, or over it."""
+    names = (".".join(_keys(override.partition("=")[0])) for override in overrides)
+    over = any(re.match(rf"{re.escape(name)}[.:\[]", problem) for name in names)
+    return f"set over {path} (by --set or an option)" if over else str(path)
 
 
 def from_tables(tables: Mapping[str, Any]) -> Job:

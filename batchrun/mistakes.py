@@ -18,6 +18,15 @@ Step = str | int
 _MESSAGE = re.compile(r"^(?P<what>.*?)(?: - at `\$\.?(?P<at>.*)`)?$", re.DOTALL)
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>[^`]*)`$")
 _STEP = re.compile(r"\[(?P<index>\d+|\.\.\.)\]|(?P<name>[^.\[\]]+)")
+_TYPES = re.compile(r"(?<=xpected )`(?P<expected>[^`]*)`|(?<=got )`(?P<got>[^`]*)`")
+_PLAIN = {
+    **{"int": "an integer", "float": "a number", "str": "text", "bool": "true or false"},
+    **{"array": "a list", "object": "a table"},
+}
+_ABBREVIATED = {
+    **{"rps": "requests_per_second", "rpm": "requests_per_minute", "rpd": "requests_per_day"},
+    "tpm": "tokens_per_minute",
+}
 _ANY_KEY = "..."  # how msgspec writes a dict's key
 
 
@@ -35,8 +44,17 @@ def explain(message: str, tables: Mapping[str, Any], root: type, settings: Colle
     choices = [f'"{choice}"' for node in _types_at(root, steps) for choice in _choices(node)]
     if choices and isinstance(value, str):
         what = f"expected {' or '.join(choices)}"
+    if isinstance(value, str | int | float):
+        what = what.partition(", got ")[0]
+    what = _TYPES.sub(_in_plain_words, what)
     shown = f" (is {value!r})" if isinstance(value, str | int | float) else ""
     return f"{_path(steps) or 'job'}: {what[0].lower()}{what[1:]}{shown}"
+
+
+def _in_plain_words(types: re.Match[str]) -> str:
+    """msgspec's "`int | null`" as "an integer": TOML has no null that could be meant."""
+    names = [name for name in (types["expected"] or types["got"]).split(" | ") if name != "null"]
+    return " or ".join(_PLAIN.get(name, f"`{name}`") for name in names) or "nothing"
 
 
 def _path(steps: Sequence[Step]) -> str:
@@ -122,6 +140,7 @@ def _choices(node: Type) -> Iterator[str]:
 
 def _nearest(name: str, steps: list[Step], root: type, settings: Collection[str]) -> str | None:
     """The same name in another table, else the nearest of this table, else the nearest of all."""
+    name = _ABBREVIATED.get(name, name)
     for setting in settings:
         if setting.rpartition(".")[2] == name:
             return setting

@@ -76,6 +76,7 @@ class _Account(msgspec.Struct):
     possibly_billed_count: int
     possibly_billed_usd: Decimal
     begun_at: str = ""
+    by_status: dict[str, int] | None = None
 
 
 def collect(paths: Sequence[Path], by: tuple[str, ...]) -> Bill:
@@ -91,6 +92,7 @@ def collect(paths: Sequence[Path], by: tuple[str, ...]) -> Bill:
     for path in paths:
         for place in _places(path):
             account = _read(place)
+            account.totals = _as_they_stand(account)
             accounts[account.run_id or str(place)] = account
     lines: dict[tuple[str, ...], BillLine] = {}
     for account in accounts.values():
@@ -190,6 +192,23 @@ def _read(place: Path) -> _Account:
         return msgspec.json.decode(RunDirectory(place).summary.read_bytes(), type=_Account)
     except (msgspec.DecodeError, OSError) as error:
         raise InputError(f"{place}: the summary can't be read: {error}") from error
+
+
+def _as_they_stand(account: _Account) -> list[TotalsLine]:
+    """The totals with each row counted once, however often it was settled: the earliest lines of a status lose those
+    that were asked again. What was used and cost stays.
+    """
+    if account.by_status is None:
+        return account.totals
+    gone = {status: -rows for status, rows in account.by_status.items()}
+    for line in account.totals:
+        gone[line.status] = gone.get(line.status, 0) + line.rows
+    lines = []
+    for line in sorted(account.totals, key=lambda line: line.invocation):
+        lost = max(0, min(line.rows, gone[line.status]))
+        gone[line.status] -= lost
+        lines.append(msgspec.structs.replace(line, rows=line.rows - lost))
+    return lines
 
 
 def _key(key: str, account: _Account, line: TotalsLine) -> str:

@@ -1,5 +1,6 @@
 """Rows of a complete run that are asked again: only they, killed or not, and nothing that was paid for is given up."""
 
+import json
 from collections import Counter
 from decimal import Decimal
 from pathlib import Path
@@ -57,6 +58,10 @@ def test_a_retry_asks_failed_rows_only_and_leaves_the_others_as_they_are(tmp_pat
     summary = read_summary(out)
     assert summary["by_status"] == dict(Counter(new["status"] for _, new in rows))
     assert Decimal(summary["cost_usd"]) == sum(new["cost_usd"] for _, new in rows)
+    bill = json.loads(batchrun("report", out, "--by", "status", "--format", "json").stdout)
+    assert (bill["total"]["rows"], bill["total"]["attempts"]) == (150, 153)
+    assert {line["status"]: line["rows"] for line in bill["lines"] if line["rows"]} == summary["by_status"]
+    assert Decimal(bill["total"]["cost_usd"]) == Decimal(summary["cost_usd"])
     assert batchrun("run", job, "-o", out).exit_code == 0
     assert batchrun("run", job, "-o", out, "--retry-failed").exit_code == 0
 
