@@ -19,7 +19,7 @@ from batchrun.output import read_footer
 from batchrun.records import Summary, TotalsLine
 from batchrun.rundir import RunDirectory
 from batchrun.spent import DISCARDED
-from batchrun.summary import cost_in_words, limits_in_words, read
+from batchrun.summary import cost_in_words, limits_in_words, plural, read
 
 KEYS = ("day", "job", "model", "status", "run")
 
@@ -291,11 +291,11 @@ def _cells(line: BillLine) -> list[str]:
 def _remarks(bill: Bill) -> Iterator[str]:
     if bill.possibly_billed:
         yield (
-            f"possibly billed beyond that: {bill.possibly_billed:,} attempts without a known end, "
+            f"possibly billed beyond that: {plural(bill.possibly_billed, 'attempt')} without a known end, "
             f"at most ${bill.possibly_billed_usd:,.6f}"
         )
     if bill.total.unpriced:
-        yield f"{bill.total.unpriced:,} attempts have no known price and are not in cost_usd"
+        yield f"no known price for {plural(bill.total.unpriced, 'attempt')}: not in cost_usd"
     for missing in bill.without_usage:
         yield (
             f"without usage: {missing.answers:,} answers of {missing.job}, not in cost_usd; "

@@ -252,13 +252,13 @@ def cost_in_words(summary: Summary) -> str:
         parts.append(f"${summary.wasted_usd:,.6f} of it for discarded attempts")
     if summary.possibly_billed_count:
         parts.append(
-            f"possibly billed beyond that: {summary.possibly_billed_count:,} attempts without a known end, "
+            f"possibly billed beyond that: {plural(summary.possibly_billed_count, 'attempt')} without a known end, "
             f"at most ${summary.possibly_billed_usd:,.6f}"
         )
     if summary.unpriced:
-        parts.append(f"{summary.unpriced:,} attempts have no known price")
+        parts.append(f"no known price for {plural(summary.unpriced, 'attempt')}, which the sum leaves out")
     if summary.without_usage:
-        parts.append(f"{summary.without_usage:,} answers came without usage")
+        parts.append(f"{plural(summary.without_usage, 'answer')} came without usage")
     return "; ".join(parts)
 
 
