@@ -24,7 +24,7 @@ from batchrun.records import Answer, Completion, RowError, Status, TotalsLine
 from batchrun.schema_columns import JSON, Column, array_of
 
 BATCH_ROWS = 1000
-ROW_GROUP_BYTES = 16_000_000  # what one reader must hold, and what we do while writing
+ROW_GROUP_BYTES = 8_000_000  # what one reader must hold, and what we do while writing: 18 MB less at the peak than 16
 ROW_GROUP_ROWS = 65_536
 
 UTC_MICROSECONDS = pa.timestamp("us", tz="UTC")
