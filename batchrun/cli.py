@@ -184,7 +184,7 @@ def status(out: Path) -> None:
 @click.option("--max-tokens", type=int, metavar="N", help="The cap on tokens, of a run that has one.")
 @click.option("--max-requests", type=int, metavar="N", help="The cap on requests, of a run that has one.")
 def tune(out: Path, **settings: float | str | None) -> None:
-    """Change the limits of the process that works in a run directory, until it ends."""
+    """Change the limits of a run at work, until it ends."""
     from batchrun import control
     from batchrun.rundir import RunDirectory
 
