@@ -14,6 +14,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -24,6 +25,8 @@ AVAILABLE = sys.platform == "linux"
 
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _ORDER_BYTES = 200_000
+
+_ONE_AT_A_TIME = threading.Lock()
 
 _LOADED = (
     *("batchrun.cli", "batchrun.start", "batchrun.simulated", "batchrun.report", "batchrun.estimate", "batchrun.look"),
@@ -70,9 +73,10 @@ def _end(server: socket.socket, process: "subprocess.Popen[bytes]") -> None:
 
 def _forked(order: Mapping[str, object], standard: Sequence[int]) -> int:
     """The process id of the process that obeys the order, with these files as stdin, stdout and stderr."""
-    server = _server()
-    socket.send_fds(server, [json.dumps(order).encode()], list(standard))
-    return int(server.recv(16))
+    with _ONE_AT_A_TIME:  # the campaign of kills starts processes from several threads; each gets its own answer
+        server = _server()
+        socket.send_fds(server, [json.dumps(order).encode()], list(standard))
+        return int(server.recv(16))
 
 
 def _serve(server: socket.socket) -> Callable[[], int | None]:
