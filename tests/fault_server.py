@@ -43,6 +43,17 @@ class Exchange:
 Script = Callable[[Exchange], Awaitable[None]]
 
 
+def sends(raw: bytes, *, then: Callable[[Exchange], Awaitable[None]] | None = None) -> Script:
+    """Each request is answered with these bytes; `then` may go on with the connection."""
+
+    async def script(exchange: Exchange) -> None:
+        await exchange.send(raw)
+        if then is not None:
+            await then(exchange)
+
+    return script
+
+
 @dataclass
 class FaultServer:
     """`exchanges` are the requests that were read to their last byte; `connections` counts what was accepted."""

@@ -10,7 +10,7 @@ import socket
 import ssl
 import time
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +25,18 @@ from batchrun.errors import APITimeoutError, JobError
 from batchrun.job import Endpoint
 from batchrun.policy import FAULT_VERDICTS
 from batchrun.records import Attempt, Request, Verdict
-from tests.fault_server import FINE, Exchange, FaultServer, Script, answer, black_hole, chunked, self_signed, serving
+from tests.fault_server import (
+    FINE,
+    Exchange,
+    FaultServer,
+    Script,
+    answer,
+    black_hole,
+    chunked,
+    self_signed,
+    sends,
+    serving,
+)
 
 KEY = "sk-canary-4711"
 T = TypeVar("T")
@@ -77,15 +88,6 @@ def ended(script: Script, **endpoint: Any) -> Attempt:
 
 def kind_of(attempt: Attempt) -> str | None:
     return attempt.error.kind if attempt.error else None
-
-
-def sends(raw: bytes, *, then: Callable[[Exchange], Awaitable[None]] | None = None) -> Script:
-    async def script(exchange: Exchange) -> None:
-        await exchange.send(raw)
-        if then is not None:
-            await then(exchange)
-
-    return script
 
 
 async def closes(exchange: Exchange) -> None:

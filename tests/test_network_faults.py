@@ -10,7 +10,6 @@ import ssl
 import time
 import zlib
 from collections import Counter
-from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -35,6 +34,7 @@ from tests.fault_server import (
     black_hole,
     chunked,
     self_signed,
+    sends,
     serving_aside,
 )
 from tests.jobs import job_over, write_lines
@@ -95,15 +95,6 @@ def meeting(fault: Script, times: int = 1_000) -> Script:
             met += 1
             await asyncio.sleep(0.03)  # others are answered meanwhile, so that this is the row's own
             await fault(exchange)
-
-    return script
-
-
-def sends(raw: bytes, *, then: Callable[[Exchange], Awaitable[None]] | None = None) -> Script:
-    async def script(exchange: Exchange) -> None:
-        await exchange.send(raw)
-        if then is not None:
-            await then(exchange)
 
     return script
 
