@@ -7,7 +7,6 @@ first used, so that `import batchrun` costs next to nothing.
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from batchrun.completions import Completion
     from batchrun.errors import (
         BatchrunError,
         CheckpointError,
@@ -18,8 +17,8 @@ if TYPE_CHECKING:
         RunLockedError,
         RunStoppedError,
     )
-    from batchrun.expected import schema_of
-    from batchrun.job import (
+    from batchrun.job.expected import schema_of
+    from batchrun.job.job import (
         Budget,
         Endpoint,
         Finish,
@@ -36,8 +35,9 @@ if TYPE_CHECKING:
         Retry,
         Simulator,
     )
-    from batchrun.job import load as load_job
-    from batchrun.plan import ChangedError
+    from batchrun.job.job import load as load_job
+    from batchrun.output.completions import Completion
+    from batchrun.plan.plan import ChangedError
     from batchrun.records import Choice, FunctionCall, RowError, Status, Summary, TotalsLine
     from batchrun.runner import Runner
     from batchrun.start import Options, RunIncompleteError, run
@@ -91,10 +91,10 @@ if not TYPE_CHECKING:  # a type checker would take it that every name is there
         **dict.fromkeys((*_ERRORS, "RunStoppedError"), "errors"),
         **dict.fromkeys(("Choice", "FunctionCall", "RowError", "Status", "Summary", "TotalsLine"), "records"),
         **dict.fromkeys(("Options", "RunIncompleteError", "run"), "start"),
-        "ChangedError": "plan",
-        "Completion": "completions",
+        "ChangedError": "plan.plan",
+        "Completion": "output.completions",
         "Runner": "runner",
-        "schema_of": "expected",
+        "schema_of": "job.expected",
     }
 
     def __getattr__(name):
@@ -102,7 +102,7 @@ if not TYPE_CHECKING:  # a type checker would take it that every name is there
             raise AttributeError(f"module 'batchrun' has no attribute {name!r}")
         from importlib import import_module
 
-        home = import_module(f"batchrun.{_HOMES.get(name, 'job')}")
+        home = import_module(f"batchrun.{_HOMES.get(name, 'job.job')}")
         value = globals()[name] = getattr(home, "load" if name == "load_job" else name)
         return value
 

@@ -16,7 +16,7 @@ from batchrun.errors import BatchrunError, ExitCode
 from batchrun.terminal import Progress, harmless, note
 
 if TYPE_CHECKING:
-    from batchrun.job import Job
+    from batchrun.job.job import Job
     from batchrun.records import Summary
 
 JOB = click.argument("job", type=click.Path(dir_okay=False, path_type=Path))
@@ -99,11 +99,11 @@ def check(job: Path, input_path: str | None, overrides: tuple[str, ...]) -> None
     """Check the job, every input record and its request. Sends nothing."""
     import tempfile
 
-    from batchrun import plan
-    from batchrun.check import survey
+    from batchrun.plan import plan
+    from batchrun.plan.check import survey
+    from batchrun.report.summary import plural
     from batchrun.rundir import RunDirectory
     from batchrun.source import open_source
-    from batchrun.summary import plural
 
     loaded = _load(job, input_path, None, overrides, {})
     with tempfile.TemporaryDirectory(prefix="batchrun-") as scratch, Progress() as progress:
@@ -132,10 +132,12 @@ def estimate(job: Path, input_path: str | None, out: Path | None, overrides: tup
     """Tokens, cost and time of a job, or of the rest of a run. Sends nothing."""
     import tempfile
 
-    from batchrun import daily, plan, prices
-    from batchrun import estimate as estimating
-    from batchrun.check import survey
-    from batchrun.look import look
+    from batchrun import prices
+    from batchrun.gate import daily
+    from batchrun.plan import estimate as estimating
+    from batchrun.plan import plan
+    from batchrun.plan.check import survey
+    from batchrun.plan.look import look
     from batchrun.rundir import RunDirectory
     from batchrun.source import open_source
 
@@ -168,7 +170,7 @@ def estimate(job: Path, input_path: str | None, out: Path | None, overrides: tup
 @OUT
 def status(out: Path) -> None:
     """Where a run stands, also while it runs."""
-    from batchrun import report
+    from batchrun.report import bill as report
     from batchrun.rundir import RunDirectory
 
     for line in report.status_lines(RunDirectory(out)):
@@ -185,7 +187,7 @@ def status(out: Path) -> None:
 @click.option("--max-requests", type=int, metavar="N", help="The cap on requests, of a run that has one.")
 def tune(out: Path, **settings: float | str | None) -> None:
     """Change the limits of a run at work, until it ends."""
-    from batchrun import control
+    from batchrun.asking import control
     from batchrun.rundir import RunDirectory
 
     wish = control.wish({name: value for name, value in settings.items() if value is not None})
@@ -200,7 +202,7 @@ def tune(out: Path, **settings: float | str | None) -> None:
 @click.option("-o", "--output", "target", type=click.Path(path_type=Path), help="A file instead of stdout.")
 def report(paths: tuple[Path, ...], by: str, form: str, target: Path | None) -> None:
     """The bill over run directories and completions files."""
-    from batchrun import report as reporting
+    from batchrun.report import bill as reporting
 
     text = reporting.render(reporting.collect(paths, tuple(by.split(","))), form)
     if target is None:
@@ -321,7 +323,7 @@ def _load(
     flags: dict[str, str | int | None],
 ) -> "Job":
     """The job with the command line's settings over it."""
-    from batchrun import job
+    from batchrun.job import job
 
     said = {"input.path": input_path, "output.path": output_path, **flags}
     own = [f"{name}={_toml(value)}" for name, value in said.items() if value is not None]
@@ -369,7 +371,7 @@ def _say(text: str, *, nl: bool = True) -> None:
 
 def _tell(summary: "Summary", job: "Job") -> None:
     from batchrun.policy import failing
-    from batchrun.summary import in_words
+    from batchrun.report.summary import in_words
 
     lines = in_words(
         summary,

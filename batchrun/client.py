@@ -25,12 +25,13 @@ from aiohttp.client_reqrep import ClientRequest
 from aiohttp.http_exceptions import ContentEncodingError
 from aiohttp.payload import TOO_LARGE_BYTES_BODY
 
-from batchrun import __version__, packed
+from batchrun import __version__
+from batchrun.answer import packed
+from batchrun.answer.stream import Stream
 from batchrun.credentials import Credentials
 from batchrun.errors import APIConnectionError, APITimeoutError, JobError
-from batchrun.job import Endpoint
+from batchrun.job.job import Endpoint
 from batchrun.records import Attempt, Request
-from batchrun.stream import Stream
 
 STALE_WITHIN_S = 0.1
 """A reused connection that ends so soon after the write, without a byte, was closed by the server while it was idle."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from batchrun.errors import JobError
-from batchrun.job import Endpoint
+from batchrun.job.job import Endpoint
 
 REDACTED = b"[redacted]"
 

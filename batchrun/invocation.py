@@ -15,21 +15,25 @@ from decimal import Decimal
 
 import msgspec
 
-from batchrun import __version__, asking, control, facts, replay, result, retry, signals, slots, variants
-from batchrun import plan as planning
-from batchrun.asking import Asking, Hooks
-from batchrun.checkpoint import Checkpoint, read_finished
-from batchrun.chronicle import Chronicle
-from batchrun.chunks import Chunks
+from batchrun import __version__, signals
+from batchrun.asking import asking, control, replay
+from batchrun.asking.asking import Asking, Hooks
+from batchrun.asking.chronicle import Chronicle
+from batchrun.checkpoint import facts, slots, variants
+from batchrun.checkpoint.checkpoint import Checkpoint, read_finished
 from batchrun.credentials import Credentials
 from batchrun.durable import replace_bytes
 from batchrun.errors import BatchrunError, CheckpointError, ExitCode, InputError, JobError
-from batchrun.job import Job
-from batchrun.plan import Asked, Plan
+from batchrun.job.job import Job
+from batchrun.output import result
+from batchrun.output.chunks import Chunks
+from batchrun.plan import plan as planning
+from batchrun.plan import retry
+from batchrun.plan.plan import Asked, Plan
 from batchrun.policy import failing
 from batchrun.records import Summary
+from batchrun.report.summary import failures, files, plural, read
 from batchrun.rundir import RunDirectory
-from batchrun.summary import failures, files, plural, read
 
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 

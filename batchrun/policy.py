@@ -12,10 +12,10 @@ from enum import StrEnum
 
 import msgspec
 
-from batchrun import packed
-from batchrun.answer import MAX_MESSAGE_CHARS, decode
-from batchrun.expected import Expected, Flaw
-from batchrun.job import Action, Finish, Retry
+from batchrun.answer import packed
+from batchrun.answer.answer import MAX_MESSAGE_CHARS, decode
+from batchrun.job.expected import Expected, Flaw
+from batchrun.job.job import Action, Finish, Retry
 from batchrun.records import Answer, Attempt, RowError, Status, Verdict
 
 

@@ -9,7 +9,7 @@ from importlib.metadata import version
 
 import msgspec
 
-from batchrun.job import Price as Override
+from batchrun.job.job import Price as Override
 from batchrun.records import Usage
 
 PER_TOKEN = Decimal(1_000_000)

@@ -12,11 +12,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, Unpack
 
-from batchrun.asking import Host
-from batchrun.completions import Completion
-from batchrun.delivery import Delivery
+from batchrun.asking.asking import Host
+from batchrun.asking.delivery import Delivery
 from batchrun.errors import RunStoppedError
-from batchrun.job import Job
+from batchrun.job.job import Job
+from batchrun.output.completions import Completion
 from batchrun.records import Summary
 from batchrun.signals import StopRequest
 from batchrun.source import Rows

@@ -10,7 +10,7 @@ import msgspec
 
 from batchrun.credentials import Credentials
 from batchrun.errors import JobError
-from batchrun.job import SIMULATOR, Job
+from batchrun.job.job import SIMULATOR, Job
 from batchrun.simulator import SimulatorConfig, parse_faults
 
 KEY = "simulated-key"  # any bearer will do; the simulator takes it for a key that may stay in no file

@@ -14,14 +14,14 @@ from typing import BinaryIO, TypedDict, Unpack
 import msgspec
 
 from batchrun import credentials, invocation, rundir, simulated
-from batchrun import deadline as deadlines
-from batchrun import job as jobs
-from batchrun.asking import GRACE_S, Hooks, Host
+from batchrun.asking.asking import GRACE_S, Hooks, Host
 from batchrun.credentials import Credentials
-from batchrun.deadline import Deadline
 from batchrun.errors import ExitCode, JobError, RunStoppedError
-from batchrun.job import Job
-from batchrun.plan import Asked
+from batchrun.gate import deadline as deadlines
+from batchrun.gate.deadline import Deadline
+from batchrun.job import job as jobs
+from batchrun.job.job import Job
+from batchrun.plan.plan import Asked
 from batchrun.policy import failing
 from batchrun.records import Status, Summary
 from batchrun.rundir import RunDirectory

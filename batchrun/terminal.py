@@ -51,7 +51,7 @@ class Progress:
 
     def show(self, summary: "Summary") -> None:
         """Where the run stands."""
-        from batchrun import progress
+        from batchrun.report import progress
 
         if summary.state == "checking":
             return
@@ -64,7 +64,7 @@ class Progress:
     def _show_bar(self, summary: "Summary") -> None:
         from tqdm import tqdm
 
-        from batchrun import progress
+        from batchrun.report import progress
 
         if self._bar is None or self._bar.total is None:
             if self._bar is not None:

@@ -46,10 +46,10 @@ async def serve(size: int) -> None:
 
 
 async def read(port: int, streams: int) -> dict[str, float]:
-    from batchrun import answer
+    from batchrun.answer import answer
     from batchrun.client import Client
     from batchrun.credentials import Credentials
-    from batchrun.job import Endpoint
+    from batchrun.job.job import Endpoint
     from batchrun.records import Request
 
     url = f"http://127.0.0.1:{port}/v1/chat/completions"

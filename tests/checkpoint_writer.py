@@ -11,7 +11,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from batchrun.checkpoint import Checkpoint
+from batchrun.checkpoint.checkpoint import Checkpoint
 from batchrun.errors import BatchrunError
 from batchrun.records import Ending
 from tests.endings import completion

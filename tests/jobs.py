@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from batchrun.job import Job, from_tables
+from batchrun.job.job import Job, from_tables
 from tests.endings import MODEL
 
 

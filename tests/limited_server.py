@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
-from batchrun.admission import Ask, Limit, Outcome
-from batchrun.gate import Gate
-from batchrun.gate_state import GateState
+from batchrun.gate.admission import Ask, Limit, Outcome
+from batchrun.gate.gate import Gate
+from batchrun.gate.state import GateState
 from batchrun.policy import retry_after_s
 from batchrun.records import RowError, Verdict
 from batchrun.simulator.limits import BURST_S, Limits

@@ -29,7 +29,14 @@ _ORDER_BYTES = 200_000
 _ONE_AT_A_TIME = threading.Lock()
 
 _LOADED = (
-    *("batchrun.cli", "batchrun.start", "batchrun.simulated", "batchrun.report", "batchrun.estimate", "batchrun.look"),
+    *(
+        "batchrun.cli",
+        "batchrun.start",
+        "batchrun.simulated",
+        "batchrun.report.bill",
+        "batchrun.plan.estimate",
+        "batchrun.plan.look",
+    ),
     *("batchrun.simulator.process", "batchrun.simulator.__main__", "genai_prices", "tqdm", "uvloop"),
     "tests.crash.launcher",
 )

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchrun.answer import MAX_COUNT, MAX_MESSAGE_CHARS, decode, read
+from batchrun.answer.answer import MAX_COUNT, MAX_MESSAGE_CHARS, decode, read
+from batchrun.answer.sse import events
 from batchrun.records import Answer, Choice, FunctionCall, Usage
-from batchrun.sse import events
 
 USAGE = {
     "prompt_tokens": 12,

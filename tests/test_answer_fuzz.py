@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import msgspec
 import pyarrow as pa
 
-from batchrun import packed
-from batchrun.answer import MAX_CHOICES, MAX_COUNT, read
+from batchrun.answer import packed
+from batchrun.answer.answer import MAX_CHOICES, MAX_COUNT, read
+from batchrun.answer.stream import Stream
 from batchrun.credentials import Credentials
-from batchrun.job import Retry
+from batchrun.job.job import Retry
 from batchrun.policy import judge
 from batchrun.records import Answer, Attempt, Verdict
-from batchrun.stream import Stream
 from tests.test_answer import COUNTED, FIRST, STOP, USAGE, WORDS, body, chunk, stream
 
 NOTHING_SECRET = Credentials({}, frozenset())

@@ -11,14 +11,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from batchrun import backlog as backlogs
-from batchrun.backlog import Backlog, Pending
-from batchrun.chunks import OpenChunk
+from batchrun.asking import backlog as backlogs
+from batchrun.asking.backlog import Backlog, Pending
+from batchrun.checkpoint.tables import Chunk
 from batchrun.errors import InputError
+from batchrun.output.chunks import OpenChunk
+from batchrun.output.window import StoredWindow, write
 from batchrun.records import Request, Row
 from batchrun.source.window import LINES
-from batchrun.tables import Chunk
-from batchrun.window import StoredWindow, write
 from tests.moved_clock import NothingWillHappen, run_on_moved_clock
 
 T = TypeVar("T")

@@ -2,10 +2,10 @@
 
 import pytest
 
-from batchrun import daily
-from batchrun.capacity import Size, most_rows, size_of
-from batchrun.daily import DailyCount
-from batchrun.job import Limits
+from batchrun.gate import daily
+from batchrun.gate.capacity import Size, most_rows, size_of
+from batchrun.gate.daily import DailyCount
+from batchrun.job.job import Limits
 from batchrun.records import TotalsLine
 
 SIZE = Size(prompt_tokens=30, completion_tokens=20, answers=1)

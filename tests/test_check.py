@@ -6,11 +6,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchrun.check import SHOWN, Problem, Survey, survey
 from batchrun.errors import InputError, JobError
-from batchrun.job import Job
+from batchrun.job.job import Job
+from batchrun.plan.check import SHOWN, Problem, Survey, survey
 from batchrun.records import Row
-from batchrun.request import RequestBuilder
+from batchrun.request.builder import RequestBuilder
 from batchrun.source import open_source
 from tests.cli_process import batchrun, write_job
 from tests.endings import MODEL

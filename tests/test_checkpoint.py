@@ -16,12 +16,12 @@ import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from batchrun import tables
-from batchrun.checkpoint import FORMAT, MAX_GROUP, Checkpoint, read_finished
+from batchrun.checkpoint import tables
+from batchrun.checkpoint.checkpoint import FORMAT, MAX_GROUP, Checkpoint, read_finished
+from batchrun.checkpoint.spent import Spent, doubt, fold, with_possibly_billed
+from batchrun.checkpoint.tables import Chunk, Reopened
 from batchrun.errors import BatchrunError, CheckpointError, DiskError, ExitCode, RunLockedError
 from batchrun.records import Completion, Discarded, Ending, PossiblyBilled, RowError, Status
-from batchrun.spent import Spent, doubt, fold, with_possibly_billed
-from batchrun.tables import Chunk, Reopened
 from tests.endings import ENDINGS, completion, discarded, stored, stored_attempt
 
 SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)

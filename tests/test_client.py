@@ -22,7 +22,7 @@ from yarl import URL
 from batchrun.client import STALE_WITHIN_S, Client, translate
 from batchrun.credentials import Credentials
 from batchrun.errors import APITimeoutError, JobError
-from batchrun.job import Endpoint
+from batchrun.job.job import Endpoint
 from batchrun.policy import FAULT_VERDICTS
 from batchrun.records import Attempt, Request, Verdict
 from tests.fault_server import (

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from batchrun import control
-from batchrun.control import Control, Wishes
+from batchrun.asking import control
+from batchrun.asking.control import Control, Wishes
 from batchrun.errors import JobError
 from batchrun.records import InForce
 from batchrun.rundir import RunDirectory

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from batchrun import slots
+from batchrun.checkpoint import slots
 from batchrun.prices import PriceTable, Tier, cost
 from batchrun.records import Usage
 from batchrun.simulator import Fault, LedgerLine, SimulatorConfig, parse_faults, read_ledger

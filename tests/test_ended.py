@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchrun import policy
-from batchrun.backlog import Pending
-from batchrun.ended import Ended, maybe_billed, remembered
-from batchrun.expected import KINDS
-from batchrun.job import Retry
+from batchrun.asking.backlog import Pending
+from batchrun.asking.ended import Ended, maybe_billed, remembered
+from batchrun.job.expected import KINDS
+from batchrun.job.job import Retry
 from batchrun.policy import History, Judgement
 from batchrun.records import Answer, Attempt, Request, RowError, Verdict
 

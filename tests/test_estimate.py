@@ -8,9 +8,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from batchrun.check import Survey
-from batchrun.estimate import estimate, in_words
-from batchrun.job import Budget, Job, from_tables
+from batchrun.job.job import Budget, Job, from_tables
+from batchrun.plan.check import Survey
+from batchrun.plan.estimate import estimate, in_words
 from batchrun.prices import PriceTable, Tier
 from batchrun.simulator import SimulatorConfig
 from tests.cli_process import batchrun, read_summary, snapshot, write_job, write_rows

@@ -17,9 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from batchrun.columns.schema import column_of
 from batchrun.errors import JobError
-from batchrun.expected import ANYTHING, MAX_MESSAGE_CHARS, Expected, check_of, of, problem, schema_of
-from batchrun.schema_columns import column_of
+from batchrun.job.expected import ANYTHING, MAX_MESSAGE_CHARS, Expected, check_of, of, problem, schema_of
 
 LABEL = {
     "type": "object",

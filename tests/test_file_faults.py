@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from batchrun.checkpoint import Checkpoint
+from batchrun.checkpoint.checkpoint import Checkpoint
 from batchrun.simulator import SimulatorConfig
 from tests.cli_process import batchrun, finish, kill_when, read_summary, start, write_job, write_rows
 from tests.crash.strace import MISSING, Fault, prefix

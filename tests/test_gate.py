@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchrun.admission import Ask, Binding, Limit, Outcome, Ruling, Stop
-from batchrun.daily import DailyCount
 from batchrun.errors import ExitCode
-from batchrun.gate import Gate, GateClosed
-from batchrun.gate_state import GateState
-from batchrun.pace import PaceChange
-from batchrun.purse import Cap, Purse
+from batchrun.gate.admission import Ask, Binding, Limit, Outcome, Ruling, Stop
+from batchrun.gate.daily import DailyCount
+from batchrun.gate.gate import Gate, GateClosed
+from batchrun.gate.pace import PaceChange
+from batchrun.gate.purse import Cap, Purse
+from batchrun.gate.state import GateState
 from batchrun.records import RowError, Verdict
-from batchrun.summary import limits_in_words
+from batchrun.report.summary import limits_in_words
 from tests.moved_clock import NothingWillHappen, run_on_moved_clock
 
 SMALL = Ask(tokens=1)

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from batchrun.admission import OPEN, Cooling, Outcome, Phase, Stop
 from batchrun.errors import ExitCode
-from batchrun.gate_state import FIRST_IN_FLIGHT, GateState
-from batchrun.outage import MANY_OUTAGE_ROWS
+from batchrun.gate.admission import OPEN, Cooling, Outcome, Phase, Stop
+from batchrun.gate.outage import MANY_OUTAGE_ROWS
+from batchrun.gate.state import FIRST_IN_FLIGHT, GateState
 from batchrun.records import RowError, Verdict
 
 LATENCY_S = 0.05

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchrun.admission import (
+from batchrun.errors import ExitCode
+from batchrun.gate.admission import (
     OPEN,
     Binding,
     Cooling,
@@ -18,8 +19,8 @@ from batchrun.admission import (
     Stop,
     Stopped,
 )
-from batchrun.errors import ExitCode
-from batchrun.gate_state import (
+from batchrun.gate.outage import MANY_OUTAGE_ROWS, OUTAGE_ROWS
+from batchrun.gate.state import (
     ALIKE_ROWS,
     BACKOFF_CAP_S,
     FIRST_IN_FLIGHT,
@@ -27,7 +28,6 @@ from batchrun.gate_state import (
     JITTER,
     GateState,
 )
-from batchrun.outage import MANY_OUTAGE_ROWS, OUTAGE_ROWS
 from batchrun.records import RowError, Verdict
 
 HOLD = Ruling(hold=True)

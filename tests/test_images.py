@@ -12,13 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchrun.check import survey
 from batchrun.errors import InputError, JobError
-from batchrun.image_digests import ImageDigests, write
-from batchrun.images import Images, read_below
-from batchrun.job import Input, Job
+from batchrun.job.job import Input, Job
+from batchrun.plan.check import survey
 from batchrun.records import Row
-from batchrun.request import RequestBuilder
+from batchrun.request.builder import RequestBuilder
+from batchrun.request.image_digests import ImageDigests, write
+from batchrun.request.images import Images, read_below
 from batchrun.source import open_source
 from tests.jobs import job_over, write_lines
 from tests.pictures import OF_TYPE, PNG, data_url

@@ -9,9 +9,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from batchrun import job as jobs
 from batchrun.errors import JobError
-from batchrun.job import Job, from_tables, load
+from batchrun.job import job as jobs
+from batchrun.job.job import Job, from_tables, load
 
 ROOT = Path(__file__).parents[1]
 SIMULATOR = '[endpoint]\nurl = "simulator"\n'

@@ -5,9 +5,9 @@ from datetime import UTC, datetime
 
 import pytest
 
-from batchrun import daily, learned
-from batchrun.daily import Day
-from batchrun.learned import Estimates, Learned, Sizes
+from batchrun.gate import daily, learned
+from batchrun.gate.daily import Day
+from batchrun.gate.learned import Estimates, Learned, Sizes
 from batchrun.records import Request, Usage
 
 

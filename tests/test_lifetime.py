@@ -24,9 +24,10 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from batchrun import credentials, invocation, job
+from batchrun import credentials, invocation
 from batchrun.errors import CheckpointError, JobError
-from batchrun.plan import Asked
+from batchrun.job import job
+from batchrun.plan.plan import Asked
 from batchrun.records import FAILURES
 from batchrun.rundir import RunDirectory
 from batchrun.simulator import Fault, SimulatorConfig, read_ledger

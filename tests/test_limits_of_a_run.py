@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from batchrun import daily, learned
-from batchrun.checkpoint import Checkpoint
+from batchrun.checkpoint.checkpoint import Checkpoint
+from batchrun.gate import daily, learned
 from batchrun.simulator import SimulatorConfig
 from tests.cli_process import batchrun, finish, start, wait_until, write_job, write_rows
 from tests.simulator_process import running_simulator

@@ -6,8 +6,8 @@ from pathlib import Path
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from batchrun import matching
-from batchrun.matching import NONE, Questions, match
+from batchrun.plan import matching
+from batchrun.plan.matching import NONE, Questions, match
 
 KEYS = st.integers(0, 5).map(lambda number: bytes([number]) * 16)
 SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

@@ -7,7 +7,7 @@ import toktok
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from batchrun.offline import ENCODING, count, tokenizer, tokens
+from batchrun.answer.offline import ENCODING, count, tokenizer, tokens
 from batchrun.records import Answer, FunctionCall, OfflineCount
 
 JSON = st.none() | st.integers(-9, 9) | st.text(max_size=5)

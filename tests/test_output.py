@@ -13,20 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchrun import output
 from batchrun.durable import digest
 from batchrun.errors import CheckpointError, JobError
-from batchrun.job import Output
-from batchrun.output import (
-    OWN_COLUMNS,
-    ROW_GROUP_BYTES,
-    assemble,
-    joined,
-    move_parts,
-    output_schema,
-    own_table,
-    write_part,
-)
+from batchrun.job.job import Output
+from batchrun.output import files
+from batchrun.output.files import ROW_GROUP_BYTES, assemble, move_parts, write_part
+from batchrun.output.rows import OWN_COLUMNS, USAGE_COLUMNS, joined, output_schema, own_table
 from batchrun.records import Completion, RowError, Status, TotalsLine
 from tests.endings import MODEL, answer_body, completion
 from tests.test_source_parquet import COLUMNS
@@ -251,7 +243,7 @@ def test_a_column_of_every_type_comes_through_parts_and_final_file(tmp_path: Pat
 
 
 @pytest.mark.parametrize("compression", ["zstd", "snappy", "gzip", "none"])
-def test_every_compression_is_what_the_file_has(tmp_path: Path, compression: output.Compression) -> None:
+def test_every_compression_is_what_the_file_has(tmp_path: Path, compression: files.Compression) -> None:
     settings = Output(compression=compression)
     part = part_of(tmp_path, 0, table_of(4), 0, settings)
     assemble([part], tmp_path / "final", output_schema(INPUT, settings), compression, {})
@@ -269,25 +261,25 @@ def test_nothing_asked_is_a_valid_empty_file(tmp_path: Path) -> None:
 
 def test_the_bill_is_in_the_footer(tmp_path: Path) -> None:
     bill = {"rows": 4, "cost_usd": "0.5"}
-    metadata = {output.FOOTER_KEY: msgspec.json.encode(bill).decode()}
+    metadata = {files.FOOTER_KEY: msgspec.json.encode(bill).decode()}
     part = part_of(tmp_path, 0, table_of(4), 0)
     assemble([part], tmp_path / "final", output_schema(INPUT, Output()), "zstd", metadata)
-    assert output.read_footer(tmp_path / "final") == bill
-    assert output.read_footer(part[0]) is None
+    assert files.read_footer(tmp_path / "final") == bill
+    assert files.read_footer(part[0]) is None
 
 
 @pytest.mark.parametrize("content", [b"", b"no parquet at all", b"PAR1" + bytes(50) + b"PAR1"])
 def test_a_footer_that_cant_be_read_is_said(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "final").write_bytes(content)
     with pytest.raises(CheckpointError, match="no readable Parquet file"):
-        output.read_footer(tmp_path / "final")
+        files.read_footer(tmp_path / "final")
 
 
 def test_a_footer_entry_of_another_hand_is_said(tmp_path: Path) -> None:
-    metadata = {output.FOOTER_KEY: "{"}
+    metadata = {files.FOOTER_KEY: "{"}
     assemble([], tmp_path / "final", OWN_COLUMNS, "zstd", metadata)
     with pytest.raises(CheckpointError, match="final"):
-        output.read_footer(tmp_path / "final")
+        files.read_footer(tmp_path / "final")
 
 
 def test_pages_carry_checksums_that_are_checked(tmp_path: Path) -> None:
@@ -373,7 +365,7 @@ def test_files_are_private(tmp_path: Path) -> None:
     try:
         part = part_of(tmp_path, 0, table_of(1), 0)
         assemble([part], tmp_path / "final", output_schema(INPUT, Output()), "zstd", {})
-        output.write_usage(tmp_path / "usage.parquet", [])
+        files.write_usage(tmp_path / "usage.parquet", [])
     finally:
         os.umask(before)
     for path in (part[0], tmp_path / "final", tmp_path / "usage.parquet"):
@@ -384,8 +376,9 @@ ASSEMBLE_FOR_EVER = """
 import sys
 from pathlib import Path
 from tests.test_output import INPUT, part_of, table_of
-from batchrun.job import Output
-from batchrun.output import assemble, output_schema
+from batchrun.job.job import Output
+from batchrun.output.files import assemble
+from batchrun.output.rows import output_schema
 folder = Path(sys.argv[1])
 parts = [part_of(folder, number, table_of(500, 500 * number), 500 * number) for number in range(4)]
 print("ready", flush=True)
@@ -446,12 +439,12 @@ def test_usage_has_a_line_for_each_invocation_model_and_status(tmp_path: Path) -
         TotalsLine(1, MODEL, "ok", 10, 11, 100, 40, 20, 5, 120, Decimal("0.000123456789"), 1, 2),
         TotalsLine(2, MODEL, "discarded", attempts=3),
     ]
-    output.write_usage(tmp_path / "usage.parquet", lines)
+    files.write_usage(tmp_path / "usage.parquet", lines)
     table = pq.read_table(tmp_path / "usage.parquet", page_checksum_verification=True)
-    assert table.schema.equals(output.USAGE_COLUMNS)
+    assert table.schema.equals(USAGE_COLUMNS)
     assert [TotalsLine(**row) for row in table.to_pylist()] == lines
-    output.write_usage(tmp_path / "usage.parquet", [])
-    assert pq.read_table(tmp_path / "usage.parquet").schema.equals(output.USAGE_COLUMNS)
+    files.write_usage(tmp_path / "usage.parquet", [])
+    assert pq.read_table(tmp_path / "usage.parquet").schema.equals(USAGE_COLUMNS)
 
 
 def test_a_parts_digest_is_of_the_file_as_it_lies_there(tmp_path: Path) -> None:

@@ -11,12 +11,12 @@ import msgspec
 import pyarrow as pa
 import pytest
 
-from batchrun import plan
-from batchrun.checkpoint import Checkpoint
+from batchrun.checkpoint.checkpoint import Checkpoint
 from batchrun.errors import BatchrunError, CheckpointError, InputError, JobError
-from batchrun.job import Job
-from batchrun.output import OWN_COLUMNS
-from batchrun.plan import Asked, Plan
+from batchrun.job.job import Job
+from batchrun.output.rows import OWN_COLUMNS
+from batchrun.plan import plan
+from batchrun.plan.plan import Asked, Plan
 from batchrun.rundir import RunDirectory
 from tests.endings import MODEL
 from tests.jobs import job_over, texts, write_lines

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from multidict import CIMultiDict
 
-from batchrun.answer import read
+from batchrun.answer.answer import read
 from batchrun.errors import APIConnectionError, APITimeoutError
-from batchrun.expected import ANYTHING, Expected, of
-from batchrun.job import Finish, Retry
+from batchrun.job.expected import ANYTHING, Expected, of
+from batchrun.job.job import Finish, Retry
 from batchrun.policy import (
     FAULT_VERDICTS,
     Fault,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchrun.job import Price
+from batchrun.job.job import Price
 from batchrun.prices import PriceTable, Tier, cost, resolve, upper_bound
 from batchrun.records import Usage
 

@@ -15,10 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchrun.errors import InputError, JobError
-from batchrun.fields import check_parameter
-from batchrun.job import Job, from_tables
+from batchrun.job.fields import check_parameter
+from batchrun.job.job import Job, from_tables
 from batchrun.records import Correction, Request, Row
-from batchrun.request import RequestBuilder, corrected, detect_dialect
+from batchrun.request.builder import RequestBuilder, corrected, detect_dialect
 from batchrun.source import find_files, open_source
 
 MODEL = "vtrix-gpt-5.3-codex"

@@ -18,9 +18,9 @@ import pydantic
 import pytest
 
 import batchrun
-from batchrun.completions import OWN
-from batchrun.delivery import MAX_ROWS
-from batchrun.output import OWN_COLUMNS
+from batchrun.asking.delivery import MAX_ROWS
+from batchrun.output.completions import OWN
+from batchrun.output.rows import OWN_COLUMNS
 from batchrun.simulator import SimulatorConfig, parse_faults
 from tests.cli_process import kill_when, read_summary, start, write_job, write_rows
 from tests.simulator_process import RunningSimulator, running_simulator

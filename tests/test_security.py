@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from batchrun import report
+from batchrun.report import bill as report
 from tests.cli_process import batchrun, write_job, write_rows
 from tests.endings import answer_body
 from tests.fault_server import Exchange, answer, serving_aside

@@ -11,10 +11,10 @@ import openai
 import pytest
 from openai.types import CompletionUsage
 
-from batchrun import answer as answers
+from batchrun.answer import answer as answers
 from batchrun.client import Client
 from batchrun.credentials import Credentials
-from batchrun.job import Endpoint
+from batchrun.job.job import Endpoint
 from batchrun.records import Answer, FunctionCall, Request, Usage
 from batchrun.simulator import SimulatorConfig
 from tests.pictures import OF_TYPE, data_url

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from batchrun import slots
+from batchrun.checkpoint import slots
+from batchrun.checkpoint.slots import SLOT_BYTES, UNREADABLE, InFlight, Slots
 from batchrun.errors import DiskError
 from batchrun.records import PossiblyBilled
-from batchrun.slots import SLOT_BYTES, UNREADABLE, InFlight, Slots
 
 BOUNDS = st.none() | st.decimals(0, 9_000_000, places=12)
 KEYS = st.binary(min_size=16, max_size=16)
@@ -141,7 +141,7 @@ def test_a_place_without_room_is_a_disk_error(tmp_path: Path) -> None:
 TAKE_AND_CLEAR = """
 import sys
 from pathlib import Path
-from batchrun.slots import Slots
+from batchrun.checkpoint.slots import Slots
 flying, row = Slots(Path(sys.argv[1]), 64), 0
 for slot in range(64):
     flying.take(slot, slot, 1, bytes(16), None, 9)

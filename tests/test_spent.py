@@ -5,8 +5,8 @@ from random import Random
 from hypothesis import given
 from hypothesis import strategies as st
 
+from batchrun.checkpoint.spent import DISCARDED, MAX_NAMED, Spent, doubt, fold, with_possibly_billed
 from batchrun.records import Completion, Ending, PossiblyBilled, Status, Usage
-from batchrun.spent import DISCARDED, MAX_NAMED, Spent, doubt, fold, with_possibly_billed
 from tests.endings import ENDINGS, MODEL, completion, discarded
 
 PIECES = st.lists(st.integers(1, 7), min_size=30, max_size=30)

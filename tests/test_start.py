@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import batchrun
-from batchrun import job as jobs
-from batchrun.job import Job
+from batchrun.job import job as jobs
+from batchrun.job.job import Job
 from batchrun.simulator import SimulatorConfig, parse_faults
 from tests import cli_process
 from tests.cli_process import KEY, KEY_ENV, kill_when, snapshot, start, write_job, write_rows

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from batchrun import answer as answers
 from batchrun import policy
+from batchrun.answer import answer as answers
+from batchrun.answer.packed import MARK, plain
 from batchrun.errors import APITimeoutError
-from batchrun.job import Retry
-from batchrun.packed import MARK, plain
+from batchrun.job.job import Retry
 from batchrun.records import Attempt, Verdict
 from tests.fault_server import Exchange, Script, serving
 from tests.test_client import KEY, asked, client_of, closes, kind_of, request, resets

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchrun.schema_columns import column_of
+from batchrun.columns.schema import column_of
 from batchrun.simulator import Fault, SimulatorConfig
 from tests.cli_process import batchrun, kill_when, read_summary, start, write_job, write_rows
 from tests.endings import answer_body

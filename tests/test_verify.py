@@ -12,10 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchrun import credentials, invocation, slots, spill
-from batchrun import job as jobs
+from batchrun import credentials, invocation
+from batchrun.checkpoint import slots, spill
 from batchrun.durable import digest
 from batchrun.errors import CheckpointError, ExitCode, InputError, JobError
+from batchrun.job import job as jobs
 from batchrun.records import Summary
 from batchrun.rescue import readable, remains
 from batchrun.rescue.salvage import LOST, NAME, salvage

@@ -16,19 +16,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchrun import output, plan
-from batchrun.checkpoint import Checkpoint
-from batchrun.chunks import Chunks, OpenChunk
+from batchrun.answer.packed import Packer
+from batchrun.checkpoint.checkpoint import Checkpoint
+from batchrun.columns.jsonl import ColumnTypes
 from batchrun.durable import digest
 from batchrun.errors import CheckpointError, ExitCode, InputError
-from batchrun.job import Job
-from batchrun.json_columns import ColumnTypes
-from batchrun.packed import Packer
-from batchrun.plan import Asked, Plan
+from batchrun.job.job import Job
+from batchrun.output import files
+from batchrun.output.chunks import Chunks, OpenChunk
+from batchrun.output.window import StoredWindow, write
+from batchrun.plan import plan
+from batchrun.plan.plan import Asked, Plan
 from batchrun.records import PossiblyBilled
 from batchrun.rundir import RunDirectory
 from batchrun.source import START, JsonlSource, ParquetSource, rows_of
-from batchrun.window import StoredWindow, write
 from tests.endings import answer_body, completion, discarded
 from tests.jobs import job_over, texts, write_lines
 from tests.test_source_parquet import COLUMNS
@@ -154,7 +155,7 @@ def assembled(start: Start) -> pa.Table:
         (start.directory.part_of(number, chunk.generation), chunk.part_digest or "", chunk.rows)
         for number, chunk in sealed
     ]
-    output.assemble(parts, start.directory.completions, start.plan.schema, "zstd", {})
+    files.assemble(parts, start.directory.completions, start.plan.schema, "zstd", {})
     return pq.read_table(start.directory.completions)
 
 

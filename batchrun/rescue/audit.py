@@ -8,16 +8,18 @@ from typing import Any
 
 import msgspec
 
-from batchrun import output, result, tables
-from batchrun.checkpoint import SINCE
+from batchrun.checkpoint import tables
+from batchrun.checkpoint.checkpoint import SINCE
+from batchrun.checkpoint.facts import Facts
 from batchrun.errors import CheckpointError
-from batchrun.facts import Facts
+from batchrun.output import files, result
+from batchrun.output.rows import USAGE_COLUMNS
 from batchrun.prices import PriceTable
 from batchrun.records import Status, Summary, TotalsLine
+from batchrun.report.summary import Moment, summarise
 from batchrun.rescue import readable
 from batchrun.rescue.remains import SALVAGED, Remains
 from batchrun.rundir import RunDirectory
-from batchrun.summary import Moment, summarise
 
 Prices = dict[str, PriceTable | None]
 
@@ -76,8 +78,8 @@ def usage_problem(directory: RunDirectory, known: Remains) -> str | None:
     """What is wrong with the usage.parquet of a finished run; None where it has the totals' lines."""
     expected = msgspec.json.decode(known.manifest[result.FINISHED], type=dict[str, str]).get("usage", "")
     try:
-        output.require_digest(directory.usage, expected)
-        tables = [table.to_pylist() for table in readable.columns(directory.usage, output.USAGE_COLUMNS.names)]
+        files.require_digest(directory.usage, expected)
+        tables = [table.to_pylist() for table in readable.columns(directory.usage, USAGE_COLUMNS.names)]
     except CheckpointError as error:
         return str(error).removeprefix(f"{directory.usage}: ")
     lines = [TotalsLine(**row) for rows in tables for row in rows]
@@ -86,7 +88,7 @@ def usage_problem(directory: RunDirectory, known: Remains) -> str | None:
 
 def footer_problem(directory: RunDirectory, known: Remains, facts: Facts) -> str | None:
     """How the footer of a sound result disagrees with the totals; None where it agrees."""
-    footer = output.read_footer(directory.completions) or {}
+    footer = files.read_footer(directory.completions) or {}
     told = footer.get("run_id"), footer.get("rows_in_output"), footer.get("cost_usd")
     if told == (facts.run_id, rows_due(known), str(known.spent.cost_usd())):
         return None
@@ -125,7 +127,7 @@ def _agrees(name: str, summary: Summary, directory: RunDirectory, known: Remains
         case "totals":
             return _in_order(told) == _in_order(counted)
         case "files":  # the directory may have been moved, all of it
-            names = [{key: Path(path).name for key, path in files.items()} for files in (told, counted)]
+            names = [{key: Path(path).name for key, path in named.items()} for named in (told, counted)]
             return names[0] == names[1] and len({Path(path).parent for path in told.values()}) == 1
         case "rows_per_minute" | "tokens_per_minute":
             return bool(abs(told - counted) <= RATE_STEP + told * 0.001 / max(summary.elapsed_s, 0.001))

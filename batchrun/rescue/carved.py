@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import msgspec
 
-from batchrun.database import Field, Record, crc_of
-from batchrun.wal import PAGE_BYTES
+from batchrun.checkpoint.database import Field, Record, crc_of
+from batchrun.checkpoint.wal import PAGE_BYTES
 
 FIRST_PAGE_HEADER_BYTES = 100
 LOG_HEADER_BYTES, FRAME_HEADER_BYTES = 32, 24

@@ -12,8 +12,7 @@ from typing import Any, cast
 
 import pyarrow as pa
 
-from batchrun import output
-from batchrun.output import own_schema
+from batchrun.output.rows import own_schema, own_table
 from batchrun.records import Completion
 from batchrun.rescue import readable, remains
 from batchrun.rescue.remains import Remains, rank
@@ -74,7 +73,7 @@ class KeptRows:
 
     def _of_records(self, records: dict[int, Completion], first_row: int, end_row: int) -> pa.Table:
         found = [records[row] for row in sorted(records) if first_row <= row < end_row]
-        own = output.own_table(found, keep_raw=True)
+        own = own_table(found, keep_raw=True)
         named = own.rename_columns(own_schema(self._prefix).names)
         arrays: list[Any] = [
             named.column(field.name) if field.name in named.column_names else pa.nulls(len(found), field.type)

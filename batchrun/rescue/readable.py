@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from batchrun.errors import CheckpointError
-from batchrun.output import OWN_COLUMNS, as_own, own_schema
+from batchrun.output.rows import OWN_COLUMNS, as_own, own_schema
 from batchrun.records import Status
 
 _STATUSES = pa.array([str(status) for status in Status])

@@ -10,16 +10,16 @@ from typing import Any
 import msgspec
 import pyarrow as pa
 
-from batchrun import facts, slots, spill, tables, variants
-from batchrun.checkpoint import FORMAT, SINCE, SPILL
-from batchrun.database import Database, Record
+from batchrun.checkpoint import facts, slots, spill, tables, variants
+from batchrun.checkpoint.checkpoint import FORMAT, SINCE, SPILL
+from batchrun.checkpoint.database import Database, Record
+from batchrun.checkpoint.slots import InFlight
+from batchrun.checkpoint.spill import Frame
+from batchrun.checkpoint.tables import Chunk, Reopened
 from batchrun.errors import CheckpointError
 from batchrun.records import Summary, TotalsLine, Usage
 from batchrun.rescue.remains import SALVAGED, Remains
 from batchrun.rundir import RunDirectory
-from batchrun.slots import InFlight
-from batchrun.spill import Frame
-from batchrun.tables import Chunk, Reopened
 
 _KEPT_FACTS = (facts.ENTRY, "prices", variants.ENTRY, SINCE)  # and not that the run is finished
 _COUNTED = list(Usage.__struct_fields__)

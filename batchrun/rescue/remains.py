@@ -11,16 +11,16 @@ from pathlib import Path
 
 import msgspec
 
-from batchrun import tables
-from batchrun.checkpoint import FORMAT, SINCE
-from batchrun.database import Database, Record
+from batchrun.checkpoint import tables
+from batchrun.checkpoint.checkpoint import FORMAT, SINCE
+from batchrun.checkpoint.database import Database, Record
+from batchrun.checkpoint.spent import Spent, with_possibly_billed
+from batchrun.checkpoint.tables import Chunk, Reopened
+from batchrun.checkpoint.wal import PAGE_BYTES
 from batchrun.durable import told
 from batchrun.errors import CheckpointError, DiskError
 from batchrun.records import FAILURES, Completion, PossiblyBilled, Status
 from batchrun.rescue.carved import FRAME_HEADER_BYTES, LOG_HEADER_BYTES, carve, tables_of
-from batchrun.spent import Spent, with_possibly_billed
-from batchrun.tables import Chunk, Reopened
-from batchrun.wal import PAGE_BYTES
 
 SALVAGED = "salvaged"
 """The manifest's entry of a run that was salvaged: its bill may have answers that were lost."""

@@ -16,27 +16,31 @@ from typing import NamedTuple
 import msgspec
 import pyarrow as pa
 
-from batchrun import facts, output, plan, prices, slots, variants, window
+from batchrun import prices
+from batchrun.checkpoint import facts, slots, variants
+from batchrun.checkpoint.facts import Facts
+from batchrun.checkpoint.tables import Chunk, Reopened
+from batchrun.checkpoint.variants import Variant
+from batchrun.columns.jsonl import ColumnTypes
+from batchrun.columns.schema import JSON
 from batchrun.durable import fsync, replace, told
 from batchrun.errors import CheckpointError, InputError, JobError
-from batchrun.facts import Facts
-from batchrun.job import SIMULATOR, Endpoint, Job, Output
-from batchrun.json_columns import ColumnTypes
+from batchrun.job.job import SIMULATOR, Endpoint, Job, Output
+from batchrun.output import files, window
+from batchrun.output.rows import OWN_COLUMNS, joined, output_schema, own_schema
+from batchrun.output.window import StoredWindow
+from batchrun.plan import plan
 from batchrun.prices import PriceTable
 from batchrun.records import Row
-from batchrun.request import RequestBuilder
+from batchrun.report.summary import plural
+from batchrun.request.builder import RequestBuilder
 from batchrun.rescue import readable, rebuilt
 from batchrun.rescue.kept import NO_END, KeptRows
 from batchrun.rescue.rebuilt import Account
 from batchrun.rescue.remains import Remains
 from batchrun.rescue.verify import Findings, inspected
 from batchrun.rundir import RunDirectory
-from batchrun.schema_columns import JSON
 from batchrun.source import START, ParquetSource, Source, Window, open_source
-from batchrun.summary import plural
-from batchrun.tables import Chunk, Reopened
-from batchrun.variants import Variant
-from batchrun.window import StoredWindow
 
 NAME = "salvaged.parquet"
 LOST = "lost.csv"
@@ -152,7 +156,7 @@ class Rescue:
         self._types = None if begun is None or begun.types is None else ColumnTypes.from_json(begun.types)
         self._settings = Output() if begun is None else begun.output
         self._schema, self._prefix = self._columns()
-        self._own = output.own_schema(self._prefix).names
+        self._own = own_schema(self._prefix).names
         jobs = [] if begun is None else [_as_asked(way) for way in variants.read(known.manifest)]
         self._builders = [] if begun is None else [RequestBuilder(job, begun.dialect) for job in jobs]
         self._parsed = JSON if begun is None else facts.parsed(begun)
@@ -166,12 +170,12 @@ class Rescue:
 
         def write(temporary: Path) -> None:
             schema = self._typed(self._kept.schema)
-            with output.ParquetFile(temporary, schema, self._settings.compression) as file:
+            with files.ParquetFile(temporary, schema, self._settings.compression) as file:
                 for piece in self._pieces():
-                    own = piece.kept.select(self._own).rename_columns(output.OWN_COLUMNS.names)
+                    own = piece.kept.select(self._own).rename_columns(OWN_COLUMNS.names)
                     self.account.add(own, piece.chunk, piece.reopened)
                     lost.extend((*span, piece.answered) for span in self._gaps(piece))
-                    file.write(output.joined(piece.kept, own, schema, self._parsed))
+                    file.write(joined(piece.kept, own, schema, self._parsed))
 
         replace(self._new.path / NAME, write)
         self.missing = sum(end - first for first, end, _ in lost)
@@ -192,14 +196,14 @@ class Rescue:
         if given is None and self._types is not None:
             given = self._types.schema()
         if given is not None:
-            return output.output_schema(given, self._settings), self._settings.prefix
+            return output_schema(given, self._settings), self._settings.prefix
         results = (self._old.completions, *sorted(self._old.path.glob("*/*.parquet")))
         for schema in filter(None, map(readable.schema_of, results)):
             if keys := [name for name in schema.names if name.endswith("request_key")]:
                 prefix = keys[-1].removesuffix("request_key")
-                given = pa.schema([field for field in schema if field.name not in output.own_schema(prefix).names])
-                return pa.schema([*given, *output.own_schema(prefix)]), prefix
-        return output.own_schema(self._settings.prefix), self._settings.prefix
+                given = pa.schema([field for field in schema if field.name not in own_schema(prefix).names])
+                return pa.schema([*given, *own_schema(prefix)]), prefix
+        return own_schema(self._settings.prefix), self._settings.prefix
 
     def _pieces(self) -> Iterator[Piece]:
         """Every chunk that was ever opened, or of which something is left."""
@@ -245,17 +249,17 @@ class Rescue:
         rows = self._rows(kept)
         places = pa.array([row - chunk.first_row for row in rows], pa.int64())
         given = pa.concat_tables(list(stored.tables(self._types))).take(places)
-        own = kept.select(self._own).rename_columns(output.OWN_COLUMNS.names)
+        own = kept.select(self._own).rename_columns(OWN_COLUMNS.names)
         if rows:
             part, schema = self._new.part_of(chunk.chunk, 1), self._typed(self._schema)
-            batch = output.joined(given, own, schema, self._parsed)
-            part_digest = output.write_part(part, schema, [batch], self._settings, len(rows))
+            batch = joined(given, own, schema, self._parsed)
+            part_digest = files.write_part(part, schema, [batch], self._settings, len(rows))
             chunk = msgspec.structs.replace(chunk, generation=1, part_digest=part_digest)
         again = self._asked_again(set(rows))
         if len(rows) == chunk.rows and not again:
             chunk = msgspec.structs.replace(chunk, open=0)
             path.unlink()
-        whole = pa.Table.from_batches([output.joined(given, own, self._schema)]).cast(self._kept.schema)
+        whole = pa.Table.from_batches([joined(given, own, self._schema)]).cast(self._kept.schema)
         return Piece(chunk.first_row, chunk.end_row, self._was_sealed(chunk.chunk), whole, chunk, again)
 
     def _that_answer(self, kept: pa.Table, stored: StoredWindow) -> pa.Table:

@@ -11,17 +11,19 @@ from typing import Any
 import msgspec
 import pyarrow as pa
 
-from batchrun import facts, output, result, slots, spill, variants
-from batchrun.checkpoint import SPILL
+from batchrun.checkpoint import facts, slots, spill, variants
+from batchrun.checkpoint.checkpoint import SPILL
+from batchrun.checkpoint.facts import Facts
+from batchrun.checkpoint.tables import Chunk
 from batchrun.durable import digest, told
 from batchrun.errors import CheckpointError, DiskError, InputError
-from batchrun.facts import Facts
+from batchrun.output import files, result
+from batchrun.output.rows import own_schema
+from batchrun.report.summary import plural
 from batchrun.rescue import audit, readable, remains
 from batchrun.rescue.audit import Held, Prices
 from batchrun.rescue.remains import Remains
 from batchrun.rundir import RunDirectory
-from batchrun.summary import plural
-from batchrun.tables import Chunk
 
 Span = tuple[int, int]
 """Rows: the first, and one past the last."""
@@ -188,7 +190,7 @@ class Inspection:
         if chunk.generation:
             path = self.directory.part_of(chunk.chunk, chunk.generation)
             if begun.output.layout == "parts" and not path.exists():
-                path = output.part_in(self.directory.completions_folder, chunk.chunk)
+                path = files.part_in(self.directory.completions_folder, chunk.chunk)
             elsewhere = newer | self.known.reopened.keys() if chunk.open else newer
             self._rows_of(path, chunk.part_digest or "", span, begun.output.prefix, elsewhere, all_rows=not chunk.open)
         if chunk.open:
@@ -210,11 +212,11 @@ class Inspection:
         names = [prefix + column for column in ("row", "status", "cost_usd")]
         problem = None
         try:
-            output.require_digest(path, expected)
+            files.require_digest(path, expected)
             groups = readable.columns(path, names)
         except CheckpointError as error:
             problem = str(error)
-            groups = readable.groups(path, output.own_schema(prefix), prefix, *span)
+            groups = readable.groups(path, own_schema(prefix), prefix, *span)
         found: set[int] = set()
         for group in groups:
             rows = _values(group, names[0])

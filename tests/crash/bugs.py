@@ -25,7 +25,7 @@ class Bug:
 
 _SLOT_FREED_EARLY = Bug(
     "the slot is free before the commit",
-    "batchrun.pipeline",
+    "batchrun.asking.pipeline",
     (
         (
             "        self._checkpoint.put(completion)\n",
@@ -41,7 +41,7 @@ _SLOT_FREED_EARLY = Bug(
 
 _COMMIT_DROPPED = Bug(
     "the commit is dropped",
-    "batchrun.checkpoint",
+    "batchrun.checkpoint.checkpoint",
     (("        self._database.transaction(write)\n", ""),),
     "rows are missing from the checkpoint",
 )
@@ -60,7 +60,7 @@ _RENAMED_BEFORE_FSYNC = Bug(
 
 _SEALED_BEFORE_RENAME = Bug(
     "the chunk is sealed before the part has its name",
-    "batchrun.chunks",
+    "batchrun.output.chunks",
     (
         (
             "        part = self._directory.part_of(chunk.chunk, generation)\n",
@@ -79,7 +79,7 @@ _SEALED_BEFORE_RENAME = Bug(
 
 _SLOT_TAKEN_LATE = Bug(
     "the slot is written after the send",
-    "batchrun.pipeline",
+    "batchrun.asking.pipeline",
     (
         ("        self._slots.take(slot, request.row, n, request.key, bound_usd, request.upper_bound_tokens)\n", ""),
         (
@@ -95,7 +95,7 @@ _SLOT_TAKEN_LATE = Bug(
 
 _OVERLAY_GONE_EARLY = Bug(
     "the overlay is deleted before the seal",
-    "batchrun.checkpoint",
+    "batchrun.checkpoint.checkpoint",
     (
         (
             '            self._database.replace("chunks", [msgspec.structs.astuple(chunk)])\n',
@@ -113,7 +113,7 @@ _OVERLAY_GONE_EARLY = Bug(
 
 _RETRY_UNCOUNTED = Bug(
     "the retry is not counted",
-    "batchrun.pipeline",
+    "batchrun.asking.pipeline",
     (
         (
             "        self._flights[ended.pending.request.row, history.attempts] = flight\n"

@@ -57,14 +57,14 @@ def obey(orders: Orders) -> None:
 
 def cut_small() -> None:
     """Files of 15 rows have several pieces, so that there is a middle of them; a 429 cools for tenths of a second."""
-    import batchrun.gate_state
-    import batchrun.output
-    import batchrun.window
+    import batchrun.gate.state
+    import batchrun.output.files
+    import batchrun.output.window
 
     for module, name, value in (
-        (batchrun.window, "BATCH_ROWS", 4),
-        (batchrun.output, "ROW_GROUP_ROWS", 8),
-        (batchrun.gate_state, "BACKOFF_BASE_S", 0.1),
+        (batchrun.output.window, "BATCH_ROWS", 4),
+        (batchrun.output.files, "ROW_GROUP_ROWS", 8),
+        (batchrun.gate.state, "BACKOFF_BASE_S", 0.1),
     ):
         assert hasattr(module, name), f"{module.__name__}.{name} is gone: mend tests/crash/launcher.py"
         setattr(module, name, value)

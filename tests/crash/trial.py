@@ -15,9 +15,9 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchrun import slots
+from batchrun.checkpoint import slots
+from batchrun.checkpoint.slots import InFlight
 from batchrun.simulator import Fault, SimulatorConfig, parse_faults
-from batchrun.slots import InFlight
 from tests import cli_process, prefork
 from tests.cli_process import KEY, KEY_ENV, Ended, read_summary, snapshot, write_job, write_rows
 from tests.crash.launcher import Orders

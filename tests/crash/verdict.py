@@ -8,11 +8,11 @@ from typing import Any
 
 import pyarrow as pa
 
+from batchrun.checkpoint.slots import InFlight
 from batchrun.durable import TEMP_SUFFIX
 from batchrun.prices import PriceTable, Tier, cost
 from batchrun.records import Usage
 from batchrun.simulator import LedgerLine
-from batchrun.slots import InFlight
 
 SAME = ["id", "text", "score", "row", "request_key", "status", "content", "finish_reason"]
 """The columns in which a disturbed run equals an undisturbed one: the rest names attempts, times and ids."""

@@ -1,0 +1,1 @@
+"""The bytes of an answer: while they arrive, as they are stored, and what they say."""

@@ -1,0 +1,366 @@
+"""The bytes of an answer → `Answer`. PURE. Strict first, then lenient; what neither reads is not a completion.
+
+Bodies come from anywhere: the API, a proxy's HTML, a cut stream. Nothing here raises for any bytes.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any
+
+import msgspec
+
+from batchrun.answer import packed, sse
+from batchrun.records import Answer, Choice, FunctionCall, Usage
+
+MAX_MESSAGE_CHARS = 1000
+"""Error messages are for people and for a column: longer ones are cut, the raw body stays."""
+
+MAX_COUNT = 10**9
+"""Tokens. No request has a billion; a larger count is an error of the server's that no bill should be made of."""
+
+MAX_CHOICES = 1024
+"""Of a stream: servers take an `n` of 128. What counts itself higher is in the raw answer only."""
+
+_STREAM = re.compile(rb"(?:\xef\xbb\xbf)?\s*[\w-]*:")
+"""How a stream begins, and no JSON or HTML: with a field's name or none, and a colon."""
+
+
+def read(stored: bytes) -> Answer:
+    """What a body in its stored form says: a chat completion as JSON or as server-sent events, an error object, or
+    nothing usable.
+    """
+    pieces = packed.pieces(stored)
+    first = next(pieces, b"")
+    if _STREAM.match(first):
+        return _from_events(chain((first,), pieces))
+    decoded, flagged = decode(first + b"".join(pieces))
+    return _from_object(decoded, flagged) if isinstance(decoded, dict) else Answer()
+
+
+def decode(body: bytes) -> tuple[Any, bool]:
+    """The JSON value in `body` and whether only the lenient reading took it; (None, True) if neither did.
+
+    Lenient: invalid UTF-8 and lone surrogates become U+FFFD, NaN and Infinity are taken, huge integers become floats
+    or text. msgspec refuses all of those, and reports too deep a nesting as RecursionError.
+    """
+    try:
+        return msgspec.json.decode(body), False
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        pass
+    try:
+        text = body.decode("utf-8-sig", "replace")
+        return _without_surrogates(json.loads(text, strict=False, parse_int=_parse_int)), True
+    except (ValueError, RecursionError):
+        return None, True
+
+
+def _parse_int(digits: str) -> int | str:
+    # CPython refuses to convert more than 4,300 digits; no count of ours is near 20
+    return int(digits) if len(digits) < 20 else digits
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def _without_surrogates(value: Any) -> Any:
+    if isinstance(value, str):
+        return _SURROGATE.sub("\ufffd", value)
+    if isinstance(value, list):
+        return [_without_surrogates(item) for item in value]
+    if isinstance(value, dict):
+        return {_SURROGATE.sub("\ufffd", key): _without_surrogates(item) for key, item in value.items()}
+    return value
+
+
+def _from_object(body: dict[str, Any], flagged: bool) -> Answer:
+    choice = _first_choice(body)
+    message = choice.get("message")
+    error_message, error_code = _error(body)
+    if not isinstance(message, dict):
+        return Answer(
+            flagged=flagged,
+            usage=_usage(body.get("usage")),
+            model=_text(body.get("model")),
+            error_message=error_message,
+            error_code=error_code,
+        )
+    tool_calls, shown = _tool_calls(message.get("tool_calls"))
+    return Answer(
+        completion=error_message is None,
+        flagged=flagged or not shown,
+        completion_id=_text(body.get("id")),
+        created=_created(body.get("created")),
+        model=_text(body.get("model")),
+        content=_content(message.get("content")),
+        function_call=_function_call(message.get("function_call")),
+        tool_calls=tool_calls,
+        choices=_choices(body.get("choices")),
+        finish_reason=_text(choice.get("finish_reason")),
+        usage=_usage(body.get("usage")),
+        error_message=error_message,
+        error_code=error_code,
+    )
+
+
+def _first_choice(body: dict[str, Any]) -> dict[str, Any]:
+    choices = body.get("choices")
+    first = choices[0] if isinstance(choices, list) and choices else None
+    return first if isinstance(first, dict) else {}
+
+
+def _error(body: dict[str, Any]) -> tuple[str | None, str | None]:
+    """Message and code of an error object, in the shapes gateways use (docs/api.md, "Errors")."""
+    error = body.get("error")
+    if isinstance(error, str) and error:
+        return error[:MAX_MESSAGE_CHARS], None
+    if isinstance(error, dict) and error:
+        message = error.get("message")
+        text = message if isinstance(message, str) else _as_text(error)
+        return text[:MAX_MESSAGE_CHARS], _code(error.get("code") or error.get("type"))
+    if error:
+        return _as_text(error)[:MAX_MESSAGE_CHARS], None
+    if "choices" not in body and isinstance(body.get("message"), str):
+        return body["message"][:MAX_MESSAGE_CHARS], _code(body.get("code"))
+    return None, None
+
+
+def _as_text(error: Any) -> str:
+    try:
+        return msgspec.json.encode(error).decode()
+    except RecursionError:  # what can just be decoded can't always be encoded
+        return "an error nested too deep to show"
+
+
+def _code(value: Any) -> str | None:
+    return str(value)[:200] if isinstance(value, str | int) else None
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _content(value: Any) -> str | None:
+    """Text as it is; a list of text parts, as some servers answer, joined."""
+    if isinstance(value, list):
+        return "".join(part["text"] for part in value if isinstance(part, dict) and isinstance(part.get("text"), str))
+    return _text(value)
+
+
+def _function_call(value: Any) -> FunctionCall | None:
+    if not isinstance(value, dict):
+        return None
+    return FunctionCall(_text(value.get("name")), _text(value.get("arguments")))
+
+
+def _tool_calls(value: Any) -> tuple[str | None, bool]:
+    """The calls as JSON text, and whether they could be shown: what can just be decoded can't always be encoded."""
+    if not value or not isinstance(value, list):
+        return None, True
+    try:
+        return msgspec.json.encode(value).decode(), True
+    except RecursionError:
+        return None, False
+
+
+def _choices(value: Any) -> tuple[Choice, ...]:
+    """All choices, where there are several."""
+    if not isinstance(value, list) or len(value) < 2:
+        return ()
+    return tuple(_choice(place, choice) for place, choice in enumerate(value) if isinstance(choice, dict))
+
+
+def _choice(place: int, choice: dict[str, Any]) -> Choice:
+    message = choice.get("message")
+    content = _content(message.get("content")) if isinstance(message, dict) else None
+    return Choice(_index(choice, place), content, _text(choice.get("finish_reason")))
+
+
+def _index(value: dict[str, Any], otherwise: int) -> int:
+    """The number that a choice or a call gives itself."""
+    index = _count(value.get("index"))
+    return otherwise if index is None else index
+
+
+def _created(value: Any) -> int | None:
+    # the column is a timestamp: what does not fit into years 1970 to 9999 is no time
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 253_402_300_800 else None
+
+
+def _count(value: Any) -> int | None:
+    """A token count: an integer, or digits in a string as some servers send them; anything else is unknown."""
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 19:
+        value = int(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return value if whole and 0 <= value <= MAX_COUNT else None
+
+
+def _usage(value: Any) -> Usage | None:
+    """Both counts that are billed, or None: half a usage can't be priced."""
+    if not isinstance(value, dict):
+        return None
+    prompt, completion = _count(value.get("prompt_tokens")), _count(value.get("completion_tokens"))
+    if prompt is None or completion is None:
+        return None
+    total = _count(value.get("total_tokens"))
+    return Usage(
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        total_tokens=prompt + completion if total is None else total,
+        cached_tokens=_detail(value.get("prompt_tokens_details"), "cached_tokens"),
+        reasoning_tokens=_detail(value.get("completion_tokens_details"), "reasoning_tokens"),
+    )
+
+
+def _detail(details: Any, name: str) -> int | None:
+    return _count(details.get(name)) if isinstance(details, dict) else None
+
+
+def has_token(data: bytes) -> bool:
+    """True when the event's data carries something of an answer, be it text, a call or reasoning: no mere role."""
+    event, _ = decode(data)
+    choices = event.get("choices") if isinstance(event, dict) else None
+    deltas = [_delta(choice) for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
+    return any(delta.get(name) for delta in deltas if delta is not None for name in _SPOKEN)
+
+
+_SPOKEN = ("content", "function_call", "tool_calls", "reasoning_content", "reasoning", "refusal")
+"""What servers call the parts of a delta (practice)."""
+
+
+def is_done(data: bytes) -> bool:
+    """True for the data of a stream's last event."""
+    return data == b"[DONE]" or data.strip() == b"[DONE]"
+
+
+def _from_events(pieces: Iterable[bytes]) -> Answer:
+    """A stream folded into the completion it spells; incomplete with neither a finish_reason nor `[DONE]`."""
+    spelled = _Spelled()
+    for event in sse.events(pieces):
+        if is_done(event.data):
+            return spelled.answer(done=True)
+        spelled.take(event)
+    return spelled.answer(done=False)
+
+
+_LAST_COUNTS = ("id", "created", "model", "message", "code")
+"""Of these the last event that has one counts; of `usage` and `error` the last that says something."""
+
+
+class _Spelled:
+    """What the events of a stream add up to."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, Any] = {}
+        self._messages: dict[int, _Message] = {}
+        self._finish_reasons: dict[int, str] = {}
+        self._flagged = self._broken = False
+
+    def take(self, event: sse.Event) -> None:
+        decoded, lenient = decode(event.data)
+        if event.name == b"error":
+            decoded = _as_error(decoded, event.data)
+        if not isinstance(decoded, dict):
+            if event.whole:  # else it was cut, which is no oddity of its own
+                self._flagged |= lenient
+                self._broken |= event.data.lstrip().startswith(b"{")  # a piece of the answer that nobody can read
+            return
+        self._flagged |= lenient
+        for name in _LAST_COUNTS:
+            if (value := decoded.get(name)) is not None:
+                self._last[name] = value
+        if _usage(usage := decoded.get("usage")) is not None:
+            self._last["usage"] = usage
+        if error := decoded.get("error"):
+            self._last["error"] = error
+        choices = decoded.get("choices")
+        for choice in choices if isinstance(choices, list) else ():
+            if isinstance(choice, dict):
+                self._take_choice(choice)
+
+    def _take_choice(self, choice: dict[str, Any]) -> None:
+        index = _index(choice, 0)
+        if index >= MAX_CHOICES:
+            return
+        if reason := _text(choice.get("finish_reason")):
+            self._finish_reasons[index] = reason
+        if (delta := _delta(choice)) is not None:
+            self._messages.setdefault(index, _Message()).add(delta)
+
+    def answer(self, *, done: bool) -> Answer:
+        whole = self._last
+        if 0 in self._messages:
+            whole["choices"] = [
+                {"index": index, "message": message.whole(), "finish_reason": self._finish_reasons.get(index)}
+                for index, message in sorted(self._messages.items())
+            ]
+        answer = _from_object(whole, self._flagged)
+        ended = (done or self._messages.keys() <= self._finish_reasons.keys()) and not self._broken
+        return answer if ended else msgspec.structs.replace(answer, completion=False)
+
+
+def _as_error(decoded: Any, data: bytes) -> dict[str, Any]:
+    """The object that an event named `error` stands for, in whichever form it says what went wrong."""
+    if isinstance(decoded, dict):
+        return decoded if decoded.get("error") else {"error": decoded or "the stream ended with an error"}
+    return {"error": data.decode("utf-8", "replace") or "the stream ended with an error"}
+
+
+def _delta(choice: dict[str, Any]) -> dict[str, Any] | None:
+    """A choice's delta; some gateways send the whole message in one event instead."""
+    for delta in (choice.get("delta"), choice.get("message")):
+        if isinstance(delta, dict):
+            return delta
+    return None
+
+
+class _Message:
+    """The message that a stream's deltas add up to; what none of them has stays null."""
+
+    def __init__(self) -> None:
+        self._contents: list[str] = []
+        self._calls: list[FunctionCall] = []
+        self._tool_calls: dict[int, _ToolCall] = {}
+
+    def add(self, delta: dict[str, Any]) -> None:
+        if (text := _content(delta.get("content"))) is not None:
+            self._contents.append(text)
+        if (call := _function_call(delta.get("function_call"))) is not None:
+            self._calls.append(call)
+        tool_calls = delta.get("tool_calls")
+        for place, piece in enumerate(tool_calls if isinstance(tool_calls, list) else ()):
+            if isinstance(piece, dict) and (index := _index(piece, place)) < MAX_CHOICES:
+                self._tool_calls.setdefault(index, _ToolCall()).add(piece)
+
+    def whole(self) -> dict[str, Any]:
+        message: dict[str, Any] = {"content": "".join(self._contents) if self._contents else None}
+        if self._calls:
+            name, arguments = (
+                "".join(parts) for parts in zip(*((c.name or "", c.arguments or "") for c in self._calls), strict=True)
+            )
+            message["function_call"] = {"name": name, "arguments": arguments}
+        if self._tool_calls:
+            message["tool_calls"] = [call.whole() for _, call in sorted(self._tool_calls.items())]
+        return message
+
+
+class _ToolCall:
+    """One call of a tool as a stream's deltas spell it: what is told once, and the pieces of its arguments."""
+
+    def __init__(self) -> None:
+        self._told: dict[str, Any] = {}
+        self._name: list[str] = []
+        self._arguments: list[str] = []
+
+    def add(self, piece: dict[str, Any]) -> None:
+        self._told |= {name: value for name, value in piece.items() if value is not None and name != "index"}
+        if (call := _function_call(piece.get("function"))) is not None:
+            self._name.append(call.name or "")
+            self._arguments.append(call.arguments or "")
+
+    def whole(self) -> dict[str, Any]:
+        called = {"name": "".join(self._name), "arguments": "".join(self._arguments)}
+        return self._told | {"function": called} if self._name else self._told

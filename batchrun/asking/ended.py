@@ -1,0 +1,168 @@
+"""How one attempt of a row ended, and the records that are made of it. PURE."""
+
+from collections.abc import Sequence
+from decimal import Decimal
+
+import msgspec
+
+from batchrun import prices
+from batchrun.answer import offline
+from batchrun.asking.backlog import Pending
+from batchrun.job.expected import KINDS
+from batchrun.policy import History, Judgement, Settlement
+from batchrun.prices import PriceTable
+from batchrun.records import Answer, Attempt, Completion, Discarded, OfflineCount, RowError, Status, Verdict
+
+NOTHING = Decimal(0)
+
+
+class Ended(msgspec.Struct, frozen=True):
+    """One attempt's end, with all that settling its row or asking it again needs.
+
+    `settlement` is what a usable answer makes of the row, None where there is none. `cost_usd` is this attempt's alone:
+    0 where no answer came, None where one came that can't be priced. `maybe_billed`: it may have cost something that
+    no usage states.
+    """
+
+    pending: Pending
+    attempt: Attempt
+    answer: Answer
+    judgement: Judgement
+    settlement: Settlement | None
+    history: History
+    bound_usd: Decimal | None
+    cost_usd: Decimal | None
+    maybe_billed: bool
+
+    @property
+    def error(self) -> RowError | None:
+        """Why there is no usable answer, or what is odd about it: readable only leniently (then `raw` is kept)."""
+        settled = None if self.settlement is None else self.settlement.error
+        if (error := self.judgement.error or settled) is None and self.answer.flagged:
+            status = self.attempt.http_status
+            return RowError("not_strict_json", status, None, "the answer was read leniently; see `raw`")
+        return error
+
+    @property
+    def refusal_status(self) -> Status:
+        """`filtered` where the refusal can be about the content: 403, and this vendor's 503."""
+        return Status.FILTERED if self.attempt.http_status in (403, 503) else Status.ERROR
+
+    @property
+    def rate_limited(self) -> bool:
+        """True after a 429 that time lifts: the gate itself waits then."""
+        error = self.judgement.error
+        return self.judgement.verdict is Verdict.SLOW and error is not None and error.http_status == 429
+
+    @property
+    def said(self) -> str:
+        """What the model said, as a message of its own: a call as the JSON that it is."""
+        call = self.answer.function_call
+        return self.answer.content or "" if call is None else msgspec.json.encode(call).decode()
+
+    def spent(self) -> tuple[Decimal | None, int | None]:
+        """USD and tokens to book against the budget; None books the whole reservation."""
+        if self.maybe_billed:
+            return None, None
+        return self.cost_usd, 0 if self.answer.usage is None else self.answer.usage.total_tokens
+
+    def completion(self, status: Status) -> Completion:
+        """The row's final record. No answer that there was is given up for none."""
+        pending, attempt, error = self.pending, self.attempt, self.error
+        if self.settlement is None and pending.invalid is not None:
+            (attempt, error), status = pending.invalid, Status.INVALID
+        return Completion(
+            row=pending.request.row,
+            key=pending.request.key,
+            status=status,
+            attempts=self.history.attempts,
+            http_status=attempt.http_status,
+            error=error,
+            request_id=attempt.request_id,
+            finished_at=attempt.started_at + attempt.latency_s,
+            latency_s=attempt.latency_s,
+            time_to_first_token_s=attempt.time_to_first_token_s,
+            model=pending.request.model,
+            answered_model=self.answer.model if self.judgement.verdict is Verdict.OK else None,
+            usage=self.answer.usage,
+            cost_usd=total([pending.cost_usd, self.cost_usd]),
+            last_cost_usd=self.cost_usd,
+            maybe_billed=self.maybe_billed,
+            possibly_billed_usd=self.bound_usd,
+            raw=attempt.body,
+            variant=pending.variant,
+            possibly_billed_tokens=pending.request.upper_bound_tokens,
+            in_json=self.settlement is not None and self.settlement.in_json,
+            offline=self._offline(),
+        )
+
+    def discarded(self) -> Discarded:
+        """The record of an attempt that is not its row's last."""
+        error = self.error or RowError("unknown")
+        request = self.pending.request
+        return Discarded(
+            row=request.row,
+            n=self.history.attempts,
+            verdict=self.judgement.verdict,
+            counted=self.history.counted > self.pending.history.counted,
+            http_status=self.attempt.http_status,
+            error_kind=error.kind,
+            message=error.message,
+            request_id=self.attempt.request_id,
+            at=self.attempt.started_at,
+            model=request.model,
+            usage=self.answer.usage,
+            cost_usd=self.cost_usd,
+            maybe_billed=self.maybe_billed,
+            possibly_billed_usd=self.bound_usd,
+            key=request.key,
+            possibly_billed_tokens=request.upper_bound_tokens,
+            offline=self._offline(),
+        )
+
+    def _offline(self) -> OfflineCount | None:
+        """A count of our own for an answer that came without usage."""
+        if self.answer.usage is not None or self.judgement.verdict is not Verdict.OK:
+            return None
+        return offline.count(self.pending.request.body, self.answer)
+
+
+def remembered(earlier: Sequence[Discarded], begun: int) -> History:
+    """What a row has been through, by the records of its attempts: what `policy.after` made of them as they ended.
+
+    `begun` is the last attempt that is known to have been begun, ended or not.
+    """
+    counted = [attempt for attempt in earlier if attempt.counted]
+    return History(
+        attempts=max([begun, *(attempt.n for attempt in earlier)]),
+        counted=len(counted),
+        counted_5xx=sum((a.http_status or 0) >= 500 and a.verdict is not Verdict.SLOW for a in counted),
+        maybe_billed=sum(attempt.verdict is Verdict.MAYBE for attempt in counted),
+        corrected=sum(attempt.verdict is Verdict.OK and attempt.error_kind in KINDS for attempt in earlier),
+    )
+
+
+def cost_of(answer: Answer, judgement: Judgement, table: PriceTable | None) -> Decimal | None:
+    """What the attempt cost for certain: 0 where no answer came, None where one came that can't be priced."""
+    if answer.usage is None:
+        return None if judgement.verdict is Verdict.OK else NOTHING
+    return prices.cost(answer.usage, table)
+
+
+def maybe_billed(answer: Answer, judgement: Judgement, *, capped: bool) -> bool:
+    """True when the attempt may have cost something that no usage states. An answer without usage is on the list only
+    under a cap that it counts in (`capped`), which must hold across starts; elsewhere it is counted as `without_usage`.
+    """
+    if answer.usage is not None:
+        return False
+    return judgement.verdict is Verdict.MAYBE or (judgement.verdict is Verdict.OK and capped)
+
+
+def total(costs: Sequence[Decimal | None]) -> Decimal | None:
+    """The sum, or None where a part of it is unknown."""
+    known = NOTHING
+    for cost in costs:
+        if cost is None:
+            return None
+        known += cost
+    return known

@@ -1,0 +1,330 @@
+"""The path of one attempt, and the workers that walk it: backlog → gate → client → answer → policy → checkpoint.
+
+A fixed set of workers pulls rows; there is no task, future or timeout object per row. Each attempt, retries too, pays
+the gate again. A slot is taken before the bytes leave and given back when the commit of the attempt's end is durable.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from decimal import Decimal
+
+import msgspec
+
+from batchrun import policy, prices
+from batchrun.answer import answer as answers
+from batchrun.asking.backlog import Backlog, Pending
+from batchrun.asking.delivery import Delivery
+from batchrun.asking.ended import NOTHING, Ended, cost_of, maybe_billed, remembered, total
+from batchrun.checkpoint import variants
+from batchrun.checkpoint.checkpoint import Checkpoint
+from batchrun.checkpoint.slots import Slots
+from batchrun.checkpoint.tables import usd
+from batchrun.client import Client
+from batchrun.errors import BatchrunError, InputError
+from batchrun.gate import forecast
+from batchrun.gate.admission import Ask, Outcome
+from batchrun.gate.gate import Gate, GateClosed
+from batchrun.gate.learned import Estimates
+from batchrun.job.job import Job
+from batchrun.output.chunks import OpenChunk
+from batchrun.plan.plan import Plan
+from batchrun.policy import History, Settlement
+from batchrun.records import (
+    Completion,
+    Correction,
+    Ending,
+    Request,
+    Row,
+    Status,
+    Verdict,
+)
+from batchrun.request.builder import RequestBuilder, corrected
+from batchrun.request.image_digests import ImageDigests
+from batchrun.request.images import Images
+
+
+class _Flight(msgspec.Struct, frozen=True):
+    """What happens when an ending is durable: `again` None settles the row, else it is asked again at `due_s`."""
+
+    slot: int | None
+    spent_usd: Decimal | None
+    spent_tokens: int | None
+    chunk: OpenChunk
+    again: Pending | None = None
+    due_s: float = 0.0
+
+
+class Pipeline:
+    """Asks every row of the backlog. `work` is what each worker runs; `durable` is called back after each commit."""
+
+    def __init__(
+        self,
+        job: Job,
+        plan: Plan,
+        *,
+        gate: Gate,
+        estimates: Estimates,
+        client: Client,
+        checkpoint: Checkpoint,
+        slots: Slots,
+        checked: ImageDigests,
+        open_next: Callable[[], OpenChunk | None],
+        on_settled: Callable[[OpenChunk], None],
+        on_failure: Callable[[BatchrunError], None],
+        clock: Callable[[], float],
+        uniform: Callable[[], float],
+        delivery: Delivery | None = None,
+    ) -> None:
+        """`checked` says what images were. `on_settled` gets each chunk whose last row is durable, `on_failure` why
+        there are no more rows to be had; `clock` is the event loop's. `delivery` takes settled rows to who reads them.
+        """
+        self._job = job
+        self._plan = plan
+        self._gate = gate
+        self._client = client
+        self._checkpoint = checkpoint
+        self._slots = slots
+        self._checked = checked
+        self._images = Images(job.input)
+        self._on_settled = on_settled
+        self._on_failure = on_failure
+        self._clock = clock
+        self._uniform = uniform
+        self._builders = [RequestBuilder(variants.as_job(job, way), plan.facts.dialect) for way in plan.variants]
+        self._flights: dict[tuple[int, int], _Flight] = {}
+        self._held: dict[int, Ended] = {}
+        self._delivery = delivery
+        room = {} if delivery is None else {"room": delivery.room}
+        self.backlog = Backlog(open_next, self._prepare, clock, **room)
+        budget = job.budget
+        self._capped = budget.max_cost_usd is not None or budget.max_tokens is not None
+        self._failing = 0.0  # the share of first attempts that fail
+        self.estimates = estimates
+        self.sent = 0
+        self.slow_s = 0.0  # the latency that nearly all answers keep
+        layout = plan.facts.layout  # the same row is another one after the rows were laid out anew
+        self._name = f"{plan.facts.run_id}.{layout}" if layout else plan.facts.run_id
+
+    async def work_all(self, workers: int) -> None:
+        """Every pending row is settled, or the gate has closed; an exception of one worker ends the others."""
+        async with asyncio.TaskGroup() as tasks:
+            for number in range(workers):
+                tasks.create_task(self.work(), name=f"worker-{number}")
+
+    async def work(self) -> None:
+        """Asks rows until none is left or the gate closes."""
+        while (pending := await self._next()) is not None:
+            bound_usd = self._bound_usd(pending.request)
+            prompt, output = self.estimates.of(pending.request)
+            ask = Ask(prompt + output, bound_usd, pending.request.upper_bound_tokens, output)
+            try:
+                slot = await self._gate.admit(ask)
+            except GateClosed:
+                self.backlog.close()
+                return
+            request = pending.request
+            if request.pictures:
+                try:
+                    request = await asyncio.to_thread(self._with_pictures, pending)
+                except InputError as error:
+                    self._gate.release(slot, NOTHING)
+                    self._on_failure(error)
+                    return
+                pending = _identified(pending, request.key)
+            await self._attempt(pending, request, slot, bound_usd)
+
+    async def _next(self) -> Pending | None:
+        """The next row to ask. A disk or input that fails here ends admission, but who is in flight may still land."""
+        try:
+            return await self.backlog.next()
+        except BatchrunError as error:
+            self._on_failure(error)
+            return None
+
+    def _with_pictures(self, pending: Pending) -> Request:
+        """The request with its images, as they are now. For a thread: it reads files.
+
+        Raises:
+            InputError: they can't be had, or are not what was checked.
+        """
+        row = pending.request.row
+        try:
+            read = pending.chunk.window.row(row)
+            request, digest = self._builders[pending.variant].whole(read, self._images.read)
+            known = self._checked.of(row) if pending.variant == self._plan.facts.variant else None
+            if known not in (None, digest):
+                raise InputError("its images are not those that were checked")
+        except InputError as error:
+            ways_on = "put them back, or take the images as they are with --accept-changes"
+            raise InputError(f"row {row}: {error}: changed while the run works; {ways_on}") from error
+        return corrected(request, pending.corrections)
+
+    async def _attempt(self, pending: Pending, request: Request, slot: int, bound_usd: Decimal | None) -> None:
+        n = pending.history.attempts + 1
+        if (held := self._held.pop(request.row, None)) is not None:
+            self._checkpoint.put(held.discarded())
+        successes = self._gate.successes
+        self._slots.take(slot, request.row, n, request.key, bound_usd, request.upper_bound_tokens)
+        self.sent += 1
+        attempt = await self._client.send(request, f"{self._name}-{request.row}-{n}")
+        self.slow_s = forecast.peak(self.slow_s, attempt.latency_s)
+        answer = answers.read(attempt.body)
+        judgement = policy.judge(attempt, answer, self._job.retry)
+        if answer.usage is not None:
+            self.estimates.learn(pending.request, answer.usage)
+            self._gate.settle(slot, answer.usage.total_tokens, answer.usage.completion_tokens)
+        elif judgement.verdict is Verdict.FREE:
+            self._gate.settle(slot, 0)
+        self._gate.hear(slot, attempt.headers)
+        outcome = Outcome(request.row, judgement.verdict, judgement.error, judgement.retry_after_s)
+        ruling = self._gate.observe(slot, outcome)
+        witnessed = self._gate.successes > (successes if pending.successes is None else pending.successes)
+        reached = attempt.error is None or attempt.error.sent
+        history = policy.after(pending.history, judgement, corroborated=reached and (witnessed or self.backlog.alone))
+        self._failing = policy.failing_share(self._failing, history, judgement)
+        settlement = None
+        if judgement.verdict is Verdict.OK:
+            settlement = policy.settlement(answer, request.expected, self._job.finish, attempt.http_status)
+        cost_usd = cost_of(answer, judgement, self._plan.prices.get(request.model))
+        doubtful = maybe_billed(answer, judgement, capped=self._capped)
+        ended = Ended(pending, attempt, answer, judgement, settlement, history, bound_usd, cost_usd, doubtful)
+        for row in ruling.own:
+            self._end_held(row)
+        if ruling.hold and not self._refused_before(ended):
+            self._hold(ended, slot)
+        elif settlement is not None:
+            self._take(ended, settlement, slot)
+        elif judgement.verdict is Verdict.ROW or ruling.hold or self._given_up(history):
+            self._settle(ended, slot)
+        else:
+            self._ask_again(ended, slot, successes)
+
+    def _given_up(self, history: History) -> bool:
+        return policy.exhausted(history, self._job.retry, policy.stretch(self._failing))
+
+    def durable(self, endings: Sequence[Ending]) -> None:
+        """The endings are on disk: their slots are free, and what waited for them goes on. One call a commit."""
+        for ending in endings:
+            n = ending.attempts if isinstance(ending, Completion) else ending.n
+            flight = self._flights.pop((ending.row, n), None)
+            if flight is None:
+                continue  # a held attempt's record: its slot was given back when it was held
+            if flight.slot is not None:
+                self._slots.clear(flight.slot)
+                self._gate.release(flight.slot, flight.spent_usd, flight.spent_tokens)
+            if flight.again is not None:
+                self.backlog.retry(flight.again, flight.due_s)
+                continue
+            if self._delivery is not None and isinstance(ending, Completion):
+                self._delivery.put(ending, flight.chunk)
+            self.backlog.done()
+            flight.chunk.left -= 1
+            if not flight.chunk.left:
+                self._on_settled(flight.chunk)
+
+    def record_held(self) -> None:
+        """The attempts of rows that are still held are on their way to the disk; the rows stay pending."""
+        for ended in self._held.values():
+            self._checkpoint.put(ended.discarded())
+        self._held.clear()
+
+    def _prepare(self, row: Row, chunk: OpenChunk) -> Pending:
+        """The row's request, with what earlier invocations did for it."""
+        reopened = chunk.reopened.get(row.row)
+        variant = self._plan.facts.variant if reopened is None else reopened.variant
+        try:
+            request = self._builders[variant].build(row)
+        except InputError as error:  # the check pass built this very request: only a changed input gets here
+            raise InputError(f"row {row.row}: {error}") from error
+        before = 0 if reopened is None else reopened.attempts
+        cost_usd = NOTHING if reopened is None else usd(reopened.cost_usd)
+        earlier = [attempt for attempt in chunk.discarded.get(row.row, ()) if attempt.n > before]
+        begun = max(before, chunk.lost.get(row.row, 0))
+        refused = any(attempt.verdict is Verdict.PAUSE and attempt.http_status == 403 for attempt in earlier)
+        cost_usd = total([cost_usd, *(attempt.cost_usd for attempt in earlier)])
+        return Pending(request, chunk, remembered(earlier, begun), cost_usd, refused=refused, variant=variant)
+
+    def _take(self, ended: Ended, settlement: Settlement, slot: int) -> None:
+        """The answer settles its row, unless the job wants another in its place."""
+        pending = ended.pending
+        history = policy.asked_again(ended.history, settlement, self._job.retry)
+        if history is not None and settlement.correctable and settlement.error is not None:
+            new = Correction(ended.said, settlement.error.message or "")
+            if any(new.answer == each.answer for each in pending.corrections):
+                history = None  # a model that says the same again will say it a third time
+            corrections = (*pending.corrections, new)
+            invalid = ended.attempt, settlement.error
+            request = corrected(pending.request, [new])
+            pending = msgspec.structs.replace(pending, request=request, corrections=corrections, invalid=invalid)
+        if history is None:
+            self._finish(ended, slot, settlement.status)
+        else:
+            again = msgspec.structs.replace(ended, pending=pending, history=history)
+            self._ask_again(again, slot, self._gate.successes)
+
+    def _settle(self, ended: Ended, slot: int | None) -> None:
+        """The row's completion, without an answer, is on its way to the disk."""
+        status, judgement = Status.ERROR, ended.judgement
+        if judgement.filtered:
+            status = Status.FILTERED
+        elif judgement.verdict is Verdict.PAUSE:
+            status = ended.refusal_status
+        self._finish(ended, slot, status)
+
+    def _end_held(self, row: int) -> None:
+        """A verdict on the run that turned out to be this row's own: 403 and 503 are about its content, a 429 about
+        its turn.
+        """
+        ended = self._held.pop(row, None)
+        if ended is None:
+            return
+        self.backlog.release(row)
+        if ended.attempt.http_status == 429:
+            self._ask_again(ended, None, self._gate.successes)
+        else:
+            self._finish(ended, None, ended.refusal_status)
+
+    def _refused_before(self, ended: Ended) -> bool:
+        """True for the last row of a run when an earlier start was refused the same: with nobody left to bear witness,
+        a 403 that outlives a restart is the row's own, or every start would pause for it.
+        """
+        return ended.pending.refused and ended.attempt.http_status == 403 and self.backlog.alone
+
+    def _finish(self, ended: Ended, slot: int | None, status: Status) -> None:
+        """The row's completion is on its way to the disk."""
+        completion = ended.completion(status)
+        self._flights[completion.row, completion.attempts] = _Flight(slot, *ended.spent(), ended.pending.chunk)
+        self._checkpoint.put(completion)
+
+    def _ask_again(self, ended: Ended, slot: int | None, successes: int) -> None:
+        """The attempt's record is on its way to the disk; once it is there, the row waits for its next turn."""
+        history, judgement = ended.history, ended.judgement
+        again = msgspec.structs.replace(
+            ended.pending,
+            history=history,
+            cost_usd=total([ended.pending.cost_usd, ended.cost_usd]),
+            successes=successes,
+        )
+        due_s = self._clock()
+        if judgement.verdict is not Verdict.OK and not ended.rate_limited:  # a 429 makes the gate itself wait
+            due_s += policy.backoff_s(history, judgement.retry_after_s, self._job.retry, self._uniform())
+        flight = _Flight(slot, *ended.spent(), ended.pending.chunk, again, due_s)
+        self._flights[ended.pending.request.row, history.attempts] = flight
+        self._checkpoint.put(ended.discarded())
+
+    def _hold(self, ended: Ended, slot: int) -> None:
+        """The refusal is kept in memory until its meaning is clear. It cost nothing, so its slot is free at once."""
+        row = ended.pending.request.row
+        self._held[row] = ended
+        self._slots.clear(slot)
+        self._gate.release(slot, NOTHING, 0)
+        self.backlog.hold(msgspec.structs.replace(ended.pending, history=ended.history))
+
+    def _bound_usd(self, request: Request) -> Decimal | None:
+        table = self._plan.prices.get(request.model)
+        return prices.upper_bound(request.max_prompt_tokens, request.max_output_tokens, table)
+
+
+def _identified(pending: Pending, key: bytes) -> Pending:
+    """The row with its key, and still without its images: it may have to wait again."""
+    return msgspec.structs.replace(pending, request=msgspec.structs.replace(pending.request, key=key))

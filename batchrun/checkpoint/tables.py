@@ -1,0 +1,153 @@
+"""The checkpoint's tables, and each value as the record that a table holds. PURE; no SQL but the tables themselves.
+
+The last field of every record is its CRC; the functions here speak of the fields before it, in the tables' order.
+"""
+
+import re
+from decimal import Decimal
+
+import msgspec
+
+from batchrun.checkpoint.database import Record
+from batchrun.records import Completion, Discarded, PossiblyBilled, RowError, Status, TotalsLine, Usage, Verdict
+
+TABLES = """
+CREATE TABLE manifest (name TEXT PRIMARY KEY, value TEXT, crc INTEGER) WITHOUT ROWID;
+CREATE TABLE invocations (invocation INTEGER PRIMARY KEY, started_at REAL, pid INTEGER, host TEXT, version TEXT,
+    crc INTEGER);
+CREATE TABLE chunks (chunk INTEGER PRIMARY KEY, first_row INTEGER, rows INTEGER, end_position TEXT, input_digest TEXT,
+    generation INTEGER, part_digest TEXT, open INTEGER, crc INTEGER);
+CREATE TABLE rows (row INTEGER PRIMARY KEY, request_key BLOB, status TEXT, attempts INTEGER, http_status INTEGER,
+    error_kind TEXT, error_http_status INTEGER, error_code TEXT, error_message TEXT, request_id TEXT, finished_at REAL,
+    latency_s REAL, time_to_first_token_s REAL, model TEXT, cost_usd TEXT, raw BLOB, variant INTEGER,
+    in_json INTEGER, crc INTEGER);
+CREATE TABLE attempts (row INTEGER, n INTEGER, verdict TEXT, counted INTEGER, http_status INTEGER, error_kind TEXT,
+    message TEXT, request_id TEXT, at REAL, model TEXT, prompt_tokens INTEGER, completion_tokens INTEGER,
+    total_tokens INTEGER, cached_tokens INTEGER, reasoning_tokens INTEGER, cost_usd TEXT, invocation INTEGER,
+    crc INTEGER, PRIMARY KEY (row, n, invocation)) WITHOUT ROWID;
+CREATE TABLE possibly_billed (row INTEGER, n INTEGER, request_key TEXT, upper_bound_usd TEXT,
+    upper_bound_tokens INTEGER, cause TEXT, invocation INTEGER, crc INTEGER);
+CREATE TABLE totals (invocation INTEGER, model TEXT, status TEXT, rows INTEGER, attempts INTEGER, prompt_tokens INTEGER,
+    cached_tokens INTEGER, completion_tokens INTEGER, reasoning_tokens INTEGER, total_tokens INTEGER, cost_usd TEXT,
+    unpriced INTEGER, without_usage INTEGER, offline_prompt_tokens INTEGER, offline_completion_tokens INTEGER,
+    crc INTEGER, PRIMARY KEY (invocation, model, status)) WITHOUT ROWID;
+CREATE TABLE answered_as (model TEXT PRIMARY KEY, rows INTEGER, crc INTEGER) WITHOUT ROWID;
+CREATE TABLE standing (status TEXT PRIMARY KEY, rows INTEGER, crc INTEGER) WITHOUT ROWID;
+CREATE TABLE reopened (row INTEGER PRIMARY KEY, variant INTEGER, attempts INTEGER, status TEXT, cost_usd TEXT,
+    crc INTEGER);
+"""
+
+
+class Chunk(msgspec.Struct, frozen=True):
+    """A window of consecutive rows: a base part, or none, and the rows in the database over it.
+
+    `generation` is that of the base part, `chunk.g<generation>`; 0: there is none. An open chunk (1) is being asked and
+    has its input stored; a sealed one (0) is its part alone.
+    """
+
+    chunk: int
+    first_row: int
+    rows: int
+    end_position: str
+    input_digest: str
+    generation: int = 0
+    part_digest: str | None = None
+    open: int = 1
+
+    @property
+    def end_row(self) -> int:
+        """One past the last row."""
+        return self.first_row + self.rows
+
+
+class Reopened(msgspec.Struct, frozen=True):
+    """A row of a base part that is asked again, by which variant of the job; how it had ended, after how many
+    attempts, and what they cost (USD; None: unknown). The base's record stands until the new one is durable.
+    """
+
+    row: int
+    variant: int
+    attempts: int
+    status: str
+    cost_usd: str | None = None
+
+
+def usd(text: str | None) -> Decimal | None:
+    """An amount as a table holds it."""
+    return None if text is None else Decimal(text)
+
+
+def _text(amount: Decimal | None) -> str | None:
+    return None if amount is None else str(amount)
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def _characters(text: str | None) -> str | None:
+    """Half surrogates as U+FFFD: headers and errors may carry them (PEP 383), SQLite and Parquet can't."""
+    return text if text is None or text.isascii() else _SURROGATE.sub("\ufffd", text)
+
+
+def completion_record(c: Completion) -> Record:
+    error = c.error or RowError("")
+    kind = c.error.kind if c.error is not None else None
+    return (
+        c.row, c.key, str(c.status), c.attempts, c.http_status, kind, error.http_status, _characters(error.code),
+        _characters(error.message), _characters(c.request_id), c.finished_at, c.latency_s, c.time_to_first_token_s,
+        c.model, _text(c.cost_usd), c.raw, c.variant, int(c.in_json),
+    )  # fmt: skip
+
+
+def completion(record: Record) -> Completion:
+    row, key, status, attempts, http_status, kind, error_status, code, message, *rest = record
+    request_id, finished_at, latency_s, first_token_s, model, cost, raw, variant, in_json = rest
+    return Completion(
+        row=row, key=key, status=Status(status), attempts=attempts, http_status=http_status,
+        error=None if kind is None else RowError(kind, error_status, code, message),
+        request_id=request_id, finished_at=finished_at, latency_s=latency_s, time_to_first_token_s=first_token_s,
+        model=model, answered_model=None, usage=None, cost_usd=usd(cost), last_cost_usd=None, maybe_billed=False,
+        possibly_billed_usd=None, raw=raw, variant=variant, in_json=bool(in_json),
+    )  # fmt: skip
+
+
+def discarded_record(d: Discarded, invocation: int) -> Record:
+    u = d.usage
+    usage = (None,) * 5 if u is None else msgspec.structs.astuple(u)
+    return (
+        d.row, d.n, str(d.verdict), int(d.counted), d.http_status, d.error_kind, _characters(d.message),
+        _characters(d.request_id), d.at, d.model, *usage, _text(d.cost_usd),
+        invocation,
+    )  # fmt: skip
+
+
+def discarded(record: Record) -> Discarded:
+    row, n, verdict, counted, http_status, kind, message, request_id, at, model, *rest = record
+    prompt, completion, total, cached, reasoning, cost, _ = rest
+    return Discarded(
+        row=row, n=n, verdict=Verdict(verdict), counted=bool(counted), http_status=http_status, error_kind=kind,
+        message=message, request_id=request_id, at=at, model=model,
+        usage=None if prompt is None else Usage(prompt, completion, total, cached, reasoning),
+        cost_usd=usd(cost), possibly_billed_usd=None, maybe_billed=False, key=b"",
+    )  # fmt: skip
+
+
+def possibly_billed_record(p: PossiblyBilled) -> Record:
+    return (p.row, p.n, p.key, _text(p.upper_bound_usd), p.upper_bound_tokens, p.cause, p.invocation)
+
+
+def possibly_billed(record: Record) -> PossiblyBilled:
+    row, n, key, bound, tokens, cause, invocation = record
+    return PossiblyBilled(row, n, key, usd(bound), tokens, cause, invocation)
+
+
+def totals_record(line: TotalsLine) -> Record:
+    fields = list(msgspec.structs.astuple(line))
+    fields[10] = str(line.cost_usd)
+    return tuple(fields)
+
+
+def totals_line(record: Record) -> TotalsLine:
+    fields = list(record)
+    fields[10] = Decimal(record[10])
+    return TotalsLine(*fields)

@@ -1,0 +1,380 @@
+"""The gate: one line in which every attempt waits for all that it needs, and takes it all at once.
+
+Workers stand in one FIFO. The first in it takes pace, tokens, money and a slot together or waits for what it lacks;
+nobody overtakes, so a large prompt keeps its turn. Waiting is one timer for the first in line, and a wake-up
+whenever something is given back. Whether the endpoint may be asked at all is `GateState`'s to say.
+
+aiolimiter holds what the user told of requests, whatever is learned beside it, and is imported nowhere else. What was
+measured of 1.3.0 shapes its use here: its bucket starts with its whole burst free, so the burst is small; its waiters
+wake smallest first, so nobody ever waits in it; a changed `max_rate` leaves the leak as it was, so a new limit needs a
+new limiter.
+"""
+
+import asyncio
+import re
+from collections import deque
+from collections.abc import Mapping
+from decimal import Decimal
+
+import msgspec
+from aiolimiter import AsyncLimiter
+
+from batchrun.errors import ExitCode, RunStoppedError
+from batchrun.gate.accounts import BURST_S
+from batchrun.gate.admission import OPEN, Ask, Binding, Found, Limit, Outcome, Ruling, Stop
+from batchrun.gate.daily import DailyCount
+from batchrun.gate.pace import Pace, PaceChange
+from batchrun.gate.purse import Purse
+from batchrun.gate.rate_headers import stated
+from batchrun.gate.state import IN_FLIGHT, GateState
+from batchrun.records import InForce, Verdict
+
+TIMER_GRAIN_S = 0.001
+"""No timer is shorter: event loops count in milliseconds, and a wait of a float's rounding error would spin."""
+
+GUARD_BURST_S = 2.0
+"""The burst that a told request limit may never exceed, whatever a server's headers show to be free."""
+
+UNLIMITED = Binding(Limit.LATENCY)
+BUDGET = Binding(Limit.BUDGET)
+
+HEAR_EVERY_S = 0.01
+"""Headers are read no more often: a limit's level is known well enough, and a busy run saves the microseconds."""
+
+_TOKENS = re.compile(r"\btokens?\b|\bTPM\b", re.IGNORECASE)
+_REQUESTS = re.compile(r"\brequests?\b|\bRPM\b", re.IGNORECASE)
+"""Words in a 429 that tell which limit it was (docs/api.md, "Errors": practice). Requests where nothing tells."""
+
+
+class GateClosed(RunStoppedError):
+    """Nothing is admitted any more; `stop` says why and with which exit code."""
+
+    def __init__(self, stop: Stop) -> None:
+        super().__init__(stop.why, stop.exit_code)
+        self.stop = stop
+
+
+class _Flight(msgspec.Struct):
+    """One admitted attempt, until its outcome is durable."""
+
+    ask: Ask
+    order: int
+    sent_s: float
+    requests_before: float
+    tokens_before: float
+    observed: bool = False
+    settled: bool = False
+
+
+class Gate:
+    """Admits attempts, each into a slot of its own, within every limit at once. One per event loop, not thread-safe.
+
+    A slot's life: `admit`, then `settle` when the usage is known, `observe` with the outcome, `release` when that
+    outcome is durable. `release` alone is enough for an attempt that was never sent.
+    """
+
+    def __init__(
+        self,
+        state: GateState,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        requests_per_minute: float | None = None,
+        tokens_per_minute: float | None = None,
+        input_tokens_per_minute: float | None = None,
+        output_tokens_per_minute: float | None = None,
+        requests_per_second: float | None = None,
+        daily: DailyCount | None = None,
+        found: Found = Found(),  # noqa: B008  (frozen)
+        purse: Purse | None = None,
+        on_pace: PaceChange = lambda limit, before, after, why: None,
+    ) -> None:
+        """The loop is the clock, as it is aiolimiter's. A limit that is None costs nothing per call.
+
+        `found` is where a pace begins that nobody tells; `on_pace` is told each change of a limit.
+        """
+        self._state = state
+        self._loop = loop
+        self._sent_at_s = now_s = loop.time()
+        self._guards: dict[Limit, AsyncLimiter] = {}
+        if requests_per_minute is not None:
+            self._guards[Limit.REQUESTS] = _limiter(requests_per_minute, GUARD_BURST_S)
+        self._requests_per_second = requests_per_second
+        if requests_per_second is not None:
+            self._guards[Limit.REQUESTS_PER_SECOND] = _limiter(requests_per_second * 60, BURST_S)
+        self._requests = Pace(Limit.REQUESTS, requests_per_minute, now_s, on_pace, learned=found.requests_per_minute)
+        self._tokens = Pace(Limit.TOKENS, tokens_per_minute, now_s, on_pace, learned=found.tokens_per_minute)
+        self._input, self._output = (
+            None if told is None else Pace(limit, told, now_s, on_pace)
+            for limit, told in (
+                (Limit.INPUT_TOKENS, input_tokens_per_minute),
+                (Limit.OUTPUT_TOKENS, output_tokens_per_minute),
+            )
+        )
+        self._daily = daily
+        self._refused: Pace | None = None
+        self._hear_s = loop.time()
+        self._purse = purse
+        self._slots = state.max_in_flight
+        self._free = list(range(self._slots - 1, -1, -1))  # a stack: low slots are the ones used again
+        self._flights: dict[int, _Flight] = {}
+        self._line: deque[asyncio.Future[None]] = deque()
+        self._timer: asyncio.TimerHandle | None = None
+        self._lacking = UNLIMITED
+
+    @property
+    def in_flight(self) -> int:
+        """Attempts admitted and not yet durable."""
+        return len(self._flights)
+
+    @property
+    def allowed_in_flight(self) -> int:
+        """How many attempts the ramp lets be out at once."""
+        return self._state.allowed_in_flight
+
+    @property
+    def why_in_flight(self) -> str:
+        """Why it is so many."""
+        return self._state.why_in_flight
+
+    @property
+    def successes(self) -> int:
+        """Good answers so far in this process; see `GateState`."""
+        return self._state.successes
+
+    @property
+    def stop(self) -> Stop | None:
+        """Why the gate is closed; None while it is not."""
+        return self._state.stop
+
+    @property
+    def found(self) -> Found:
+        """The limits that were found where none were told; None where none was."""
+        return Found(self._requests.found, self._tokens.found)
+
+    @property
+    def binding(self) -> Binding:
+        """What the first in line waits for. Nobody waits where all that can be in flight is; else it is `latency`."""
+        if self._line:
+            return self._lacking
+        return IN_FLIGHT if len(self._flights) >= self._state.max_in_flight else UNLIMITED
+
+    def tune(
+        self,
+        *,
+        requests_per_minute: float | None = None,
+        tokens_per_minute: float | None = None,
+        max_in_flight: int | None = None,
+    ) -> None:
+        """Other limits hold from now on; None leaves one as it is. What is in flight stays so.
+
+        More in flight than at the start is never allowed, as there are no slots for them; fewer takes effect as slots
+        return.
+        """
+        now_s = self._loop.time()
+        if requests_per_minute is not None:
+            self._guards[Limit.REQUESTS] = _limiter(requests_per_minute, GUARD_BURST_S)
+            self._requests.tell(requests_per_minute, now_s)
+        if tokens_per_minute is not None:
+            self._tokens.tell(tokens_per_minute, now_s)
+        if max_in_flight is not None:
+            self._state.limit_in_flight(min(max_in_flight, self._slots))
+        self._wake_first()
+
+    @property
+    def in_force(self) -> InForce:
+        """The limits that hold now."""
+        caps = self._purse or Purse()
+        return InForce(
+            requests_per_minute=self._requests.per_minute,
+            tokens_per_minute=self._tokens.per_minute,
+            max_in_flight=self._state.max_in_flight,
+            max_cost_usd=None if caps.cost_usd is None else caps.cost_usd.most,
+            max_tokens=None if caps.tokens is None else caps.tokens.most,
+            max_requests=None if caps.requests is None else caps.requests.most,
+            requests_per_second=self._requests_per_second,
+            requests_per_day=None if self._daily is None else self._daily.limit,
+            input_tokens_per_minute=None if self._input is None else self._input.per_minute,
+            output_tokens_per_minute=None if self._output is None else self._output.per_minute,
+        )
+
+    async def admit(self, ask: Ask) -> int:
+        """The slot this attempt has, in [0, max_in_flight), with all it asked for taken; waits for its turn.
+
+        Raises:
+            GateClosed: nothing is admitted any more, or the budget can never hold this request.
+        """
+        if self._line or self._lack(ask) is not None:
+            await self._stand_in_line(ask)
+        for guard in self._guards.values():
+            await guard.acquire()  # never suspends: _lack has just seen the capacity, so all is taken as one
+        return self._take(ask)
+
+    def settle(self, slot: int, tokens: int | None, output_tokens: int = 0) -> None:
+        """The buckets stand as if `tokens` had been asked for, `output_tokens` of them for the answer; None, no usage
+        known, leaves the estimate.
+        """
+        flight = self._flights[slot]
+        assert not flight.settled, f"slot {slot} is settled twice"
+        flight.settled = True
+        if tokens is not None:
+            self._correct(flight.ask, tokens, output_tokens)
+            self._wake_first()
+
+    def hear(self, slot: int, headers: Mapping[str, str]) -> None:
+        """What an answer's headers say of the limits is heeded. After `settle`, which they know of already."""
+        now_s = self._loop.time()
+        if now_s < self._hear_s:
+            return
+        self._hear_s = now_s + HEAR_EVERY_S
+        flight = self._flights[slot]
+        if (said := stated(headers, "requests")) is not None:
+            self._requests.hear(said, now_s, sent_s=flight.sent_s, sent_total=flight.requests_before)
+        if (said := stated(headers, "tokens")) is not None:
+            self._tokens.hear(said, now_s, sent_s=flight.sent_s, sent_total=flight.tokens_before)
+
+    def observe(self, slot: int, outcome: Outcome) -> Ruling:
+        """The attempt has ended so; what that means for its row and for rows held before it."""
+        flight = self._flights[slot]
+        assert not flight.observed, f"slot {slot} is observed twice"
+        flight.observed = True
+        was_open, now_s = self._state.phase is OPEN, self._loop.time()
+        ruling = self._state.observe(outcome, flight.order, now_s)
+        is_open = self._state.phase is OPEN
+        if outcome.verdict is Verdict.SLOW:
+            self._refuse(flight, outcome, now_s, first=was_open and not is_open)
+        if is_open and not was_open and self._refused is not None:
+            self._refused.reopen(now_s)
+            self._refused = None
+        self._wake_first()
+        return ruling
+
+    def release(self, slot: int, spent_usd: Decimal | None, spent_tokens: int | None = None) -> None:
+        """The slot is free, money and tokens are spent: the outcome is durable. None spends the whole reservation."""
+        flight = self._flights.pop(slot)
+        if not flight.observed:
+            self._state.withdraw(flight.order)
+        if self._purse is not None:
+            self._purse.settle(flight.ask, spent_usd, spent_tokens)
+        self._free.append(slot)
+        self._wake_first()
+
+    def close(self, stop: Stop) -> None:
+        """Nothing is admitted any more: who waits and who comes gets `GateClosed`. The first reason stays."""
+        self._state.close(stop)
+        self._wake_first()
+
+    def _refuse(self, flight: _Flight, outcome: Outcome, now_s: float, *, first: bool) -> None:
+        """What was refused was not used; a 429 tells which limit was too high."""
+        tokens = 0 if flight.settled else flight.ask.tokens
+        self._requests.settle(-1)
+        if tokens:
+            self._correct(flight.ask, 0, 0)
+        if outcome.error is None or outcome.error.http_status != 429:
+            return
+        if first:
+            self._refused = self._tokens if _names_tokens(outcome.error.message or "") else self._requests
+        if self._refused is not None:
+            self._refused.refuse(1 if self._refused is self._requests else tokens, now_s, first=first)
+
+    def _correct(self, ask: Ask, tokens: int, output_tokens: int) -> None:
+        """What was taken by estimate is so much instead."""
+        self._tokens.settle(tokens - ask.tokens)
+        if self._input is not None:
+            self._input.settle(tokens - output_tokens - ask.input_tokens)
+        if self._output is not None:
+            self._output.settle(output_tokens - ask.output_tokens)
+
+    async def _stand_in_line(self, ask: Ask) -> None:
+        """Returns when this ask is first and lacks nothing; whoever is next has been woken, and runs after it took."""
+        line = self._line
+        turn = self._loop.create_future()
+        line.append(turn)
+        try:
+            if line[0] is not turn:
+                await turn
+            while (lacking := self._lack(ask)) is not None:
+                line[0] = turn = self._loop.create_future()
+                self._wait_for(lacking)
+                await turn
+        finally:
+            line.remove(turn)
+            self._wake_first()
+
+    def _lack(self, ask: Ask) -> Binding | None:
+        """What keeps this ask, first in line, from going now; None when nothing does. Takes nothing."""
+        if self._state.stop is not None:
+            raise GateClosed(self._state.stop)
+        now_s = self._loop.time()
+        if (barred := self._state.binding(now_s)) is not None:
+            return barred
+        if len(self._flights) >= self._state.max_in_flight:
+            return IN_FLIGHT
+        if self._purse is not None and not self._purse.fits(ask):
+            return self._wait_for_budget(self._purse, ask)
+        return self._lack_of_pace(ask, now_s)
+
+    def _lack_of_pace(self, ask: Ask, now_s: float) -> Binding | None:
+        if self._daily is not None and self._daily.is_spent(now_s):
+            return Binding(Limit.REQUESTS_PER_DAY, self._daily.ends_s)
+        if (wait_s := self._tokens.ready_in_s(ask.tokens, now_s)) > 0:
+            return Binding(Limit.TOKENS, now_s + wait_s)
+        if (wait_s := self._requests.ready_in_s(1, now_s)) > 0:
+            return Binding(Limit.REQUESTS, now_s + wait_s)
+        if self._input is not None and (wait_s := self._input.ready_in_s(ask.input_tokens, now_s)) > 0:
+            return Binding(Limit.INPUT_TOKENS, now_s + wait_s)
+        if self._output is not None and (wait_s := self._output.ready_in_s(ask.output_tokens, now_s)) > 0:
+            return Binding(Limit.OUTPUT_TOKENS, now_s + wait_s)
+        for limit, guard in self._guards.items():
+            if not guard.has_capacity():
+                # at the latest then: what has leaked by that time beyond one request stays there for the next one
+                return Binding(limit, self._sent_at_s + guard.time_period / guard.max_rate)
+        return None
+
+    def _wait_for_budget(self, purse: Purse, ask: Ask) -> Binding:
+        """Some comes back only from what is in flight; with nothing in flight the budget is at its end."""
+        if self._flights:
+            return BUDGET
+        stop = Stop(ExitCode.STOPPED, purse.refusal(ask))
+        self._state.close(stop)
+        raise GateClosed(stop)
+
+    def _take(self, ask: Ask) -> int:
+        self._sent_at_s = now_s = self._loop.time()
+        before = self._requests.total, self._tokens.total
+        self._requests.take(1, now_s)
+        self._tokens.take(ask.tokens, now_s)
+        if self._input is not None:
+            self._input.take(ask.input_tokens, now_s)
+        if self._output is not None:
+            self._output.take(ask.output_tokens, now_s)
+        if self._daily is not None:
+            self._daily.take()
+        if self._purse is not None:
+            self._purse.reserve(ask)
+        slot = self._free.pop()
+        self._flights[slot] = _Flight(ask, self._state.admit(), now_s, *before)
+        return slot
+
+    def _wait_for(self, lacking: Binding) -> None:
+        """The first in line is woken when time alone lifts what it lacks; all else wakes it by being given back."""
+        self._lacking = lacking
+        if lacking.until_s is not None:
+            at_s = max(lacking.until_s, self._loop.time() + TIMER_GRAIN_S)
+            self._timer = self._loop.call_at(at_s, self._wake_first)
+
+    def _wake_first(self) -> None:
+        """The first in line looks again at what it lacks; no timer is left."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._line and not self._line[0].done():
+            self._line[0].set_result(None)
+
+
+def _names_tokens(message: str) -> bool:
+    return _TOKENS.search(message) is not None and _REQUESTS.search(message) is None
+
+
+def _limiter(requests_per_minute: float, burst_s: float) -> AsyncLimiter:
+    burst = max(1.0, requests_per_minute / 60 * burst_s)
+    return AsyncLimiter(burst, burst * 60 / requests_per_minute)

@@ -1,0 +1,100 @@
+"""The end of a run: the parts become the result, verified; then what the run no longer needs goes."""
+
+from collections.abc import Sequence
+
+import msgspec
+import pyarrow as pa
+
+from batchrun import durable
+from batchrun.checkpoint.checkpoint import Checkpoint
+from batchrun.checkpoint.facts import Facts
+from batchrun.checkpoint.tables import Chunk
+from batchrun.errors import CheckpointError
+from batchrun.output import files
+from batchrun.output.chunks import Chunks
+from batchrun.records import Summary
+from batchrun.rundir import RunDirectory
+
+FINISHED = "finished"
+"""The manifest's entry that says the result is written. From then on the parts are not needed any more."""
+
+
+def write(
+    facts: Facts, schema: pa.Schema, checkpoint: Checkpoint, chunks: Chunks, directory: RunDirectory, summary: Summary
+) -> None:
+    """The result is on disk and the checkpoint closed. Every step can be repeated after a kill in the middle."""
+    if FINISHED not in checkpoint.manifest():
+        digest = _write_completions(facts, schema, chunks, directory, summary)
+        files.write_usage(directory.usage, checkpoint.spent.totals.values())
+        digests = {"digest": digest or "", "usage": durable.digest(directory.usage)}
+        checkpoint.write_manifest({FINISHED: msgspec.json.encode(digests).decode()})
+    checkpoint.close(finished=True)
+    tidy(directory)
+
+
+def tidy(directory: RunDirectory) -> None:
+    """What only an unfinished run needs is gone."""
+    for path in (*directory.parts.iterdir(), directory.reserve, directory.inflight):
+        path.unlink(missing_ok=True)
+
+
+def _write_completions(
+    facts: Facts, schema: pa.Schema, chunks: Chunks, directory: RunDirectory, summary: Summary
+) -> str | None:
+    """The digest of completions.parquet; None where the parts themselves are the result."""
+    parts = [
+        (directory.part_of(number, chunk.generation), chunk.part_digest or "", chunk.rows)
+        for number, chunk in sorted(chunks.sealed.items())
+    ]
+    settings = facts.output
+    if (rows := sum(rows for _, _, rows in parts)) != summary.rows:
+        raise CheckpointError(
+            f"{directory.path}: {rows:,} rows are sealed, {summary.rows:,} are due; nothing is written"
+        )
+    if settings.layout == "parts":
+        files.move_parts(parts, directory.completions_folder)
+        if not parts:  # a reader of the folder should find its columns
+            files.write_part(files.part_in(directory.completions_folder, 0), schema, (), settings, 0)
+        return None
+    footer = {files.FOOTER_KEY: msgspec.json.encode(_bill(summary)).decode()}
+    return files.assemble(parts, directory.completions, schema, settings.compression, footer)
+
+
+def _bill(summary: Summary) -> dict[str, object]:
+    """What the footer says of the run: its bill, and that it is whole. A file that was moved still knows it."""
+    names = ("job", "run_id", "begun_at", "rows", "by_status", "totals", "cost_usd", "wasted_usd")
+    doubts = ("unpriced", "without_usage", "possibly_billed_count", "possibly_billed_usd", "models", "price")
+    bill = {name: getattr(summary, name) for name in (*names, *doubts)}
+    return {"version": summary.version, "complete": True, "rows_in_output": summary.rows, **bill}
+
+
+def restore_parts(
+    facts: Facts, checkpoint: Checkpoint, chunks: Sequence[Chunk], directory: RunDirectory
+) -> list[Chunk]:
+    """The parts of a finished run are there again, cut from its result; the chunks that name them.
+
+    The result stays where it is until a new one takes its place. Nothing is true before the chunks are on record.
+
+    Raises:
+        CheckpointError: the result is not the one that was written.
+    """
+    directory.parts.mkdir(mode=0o700, exist_ok=True)
+    settings = facts.output
+    if settings.layout == "parts":
+        for chunk in chunks:
+            files.copy_part(
+                files.part_in(directory.completions_folder, chunk.chunk),
+                directory.part_of(chunk.chunk, chunk.generation),
+                chunk.part_digest or "",
+            )
+        return list(chunks)
+    digest = msgspec.json.decode(checkpoint.manifest()[FINISHED], type=dict[str, str])["digest"]
+    schema = files.schema_of(directory.completions)
+    pieces = files.cut(directory.completions, digest, [chunk.rows for chunk in chunks])
+    restored = []
+    for chunk, batches in zip(chunks, pieces, strict=True):
+        generation = chunk.generation + 1
+        path = directory.part_of(chunk.chunk, generation)
+        part_digest = files.write_part(path, schema, batches, settings, chunk.rows)
+        restored.append(msgspec.structs.replace(chunk, generation=generation, part_digest=part_digest))
+    return restored

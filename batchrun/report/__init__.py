@@ -1,0 +1,1 @@
+"""What a run tells of itself: its summary, where it stands, and the bill over many."""

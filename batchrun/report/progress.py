@@ -1,0 +1,87 @@
+"""Where a run stands, in one line: a bar that fits the terminal, or a line for a log. PURE."""
+
+from collections.abc import Callable, Iterator
+from datetime import datetime
+
+from batchrun.gate.deadline import in_words
+from batchrun.records import Summary
+from batchrun.report.summary import failures
+
+LEAST_BAR = 8
+"""Columns that a bar needs to show anything."""
+
+FRAME = 3
+"""Columns that a bar's ends take, and the space behind it."""
+
+MOST_NAME = 16
+MOST_ETA = len("ETA Thu 06:00")
+
+
+def line(summary: Summary) -> str:
+    """One line for a log, in full words."""
+    done = summary.rows - summary.pending
+    share = f" ({done / summary.rows:.0%})" if summary.rows else ""
+    parts = [
+        f"{done:,}/{summary.rows:,} rows{share}",
+        f"{failures(summary):,} failed",
+        f"{summary.tokens_per_second:,.0f} tokens/s",
+        f"${summary.cost_usd:,.4f}",
+        _eta(summary),
+    ]
+    if summary.by_deadline is not None and summary.by_deadline < 1:
+        parts.append(f"{int(summary.by_deadline * 100)} % by the deadline")
+    return ", ".join([*parts, f"limited by {summary.limited_by}"])
+
+
+def around_bar(summary: Summary, columns: int) -> tuple[str, str, bool]:
+    """What stands before a bar and behind it, and whether there is room for one between them.
+
+    The first of these that fits: all; numbers shortened; no name; no bar; figures only, without tokens. `columns` is
+    the width of the terminal, of which the last column stays free.
+    """
+    name = summary.job if len(summary.job) <= MOST_NAME else summary.job[: MOST_NAME - 1] + "…"
+    share = f"{(summary.rows - summary.pending) / summary.rows if summary.rows else 1:.0%}"
+    full, short = " ".join(_figures(summary, _whole)), " ".join(_figures(summary, short_number))
+    for left, right, bar in (
+        (f"{name} {share:>4}", full, 2 * LEAST_BAR),
+        (f"{name} {share:>4}", short, LEAST_BAR),
+        (share, short, LEAST_BAR),
+        (share, short, 0),
+    ):
+        if len(left) + (bar + FRAME if bar else 1) + len(right) < columns:
+            return left, right, bar > 0
+    return "", " ".join(_figures(summary, short_number, tight=True)), False
+
+
+def _figures(summary: Summary, number: Callable[[float], str], *, tight: bool = False) -> Iterator[str]:
+    yield f"{number(summary.rows - summary.pending)}/{number(summary.rows)}"
+    yield f"{number(failures(summary))} failed"
+    if not tight:
+        yield f"{number(summary.tokens_per_second)} tok/s"
+    yield f"${number(float(summary.cost_usd))}" if summary.cost_usd >= 1000 else f"${summary.cost_usd:.2f}"
+    eta = _eta(summary)
+    yield eta.rpartition(" ")[0] if tight and len(eta) > MOST_ETA else eta
+    yield summary.limited_by
+
+
+def _eta(summary: Summary) -> str:
+    if summary.eta is None:
+        return "ETA ?"
+    return f"ETA {in_words(_whole_minute(summary.eta.astimezone()), summary.updated_at)}"
+
+
+def _whole_minute(at: datetime) -> datetime:
+    return at.replace(second=0, microsecond=0)
+
+
+def _whole(number: float) -> str:
+    return f"{number:,.0f}"
+
+
+def short_number(number: float) -> str:
+    """Three digits and a unit: 999, 1.23k, 45.6M."""
+    for unit in ("", "k", "M", "G"):
+        if number < 999.5:
+            return f"{number:.0f}" if not unit else f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g}T"

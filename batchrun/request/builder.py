@@ -1,0 +1,353 @@
+"""Row + job → body and key. PURE. Three dialects of input, one encode per row.
+
+The body is sent in the API's field order, with a row's own objects as they came. It is hashed into the `request_key`
+with all names sorted, since JSON objects have no order and Parquet gives them another than JSONL (0.7 µs, measured).
+What only decides how an answer travels (`stream`, `stream_options`) is appended to the body and left out of the key;
+so are the other words in which some servers want the same question.
+Images that must be read are put in only when a request is sent: until then the row has a request without them.
+"""
+
+import hashlib
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import msgspec
+
+from batchrun.errors import InputError, JobError
+from batchrun.job import expected
+from batchrun.job.expected import Expected
+from batchrun.job.fields import as_json, check_messages, check_parameter, plain, same_number
+from batchrun.job.job import Endpoint, Job, MessageTemplate, RequestTemplate
+from batchrun.records import Correction, Request, Row
+from batchrun.request import image_parts
+from batchrun.request.image_parts import Image, Picture, Source
+from batchrun.request.templates import Columns, template, text_template
+
+MAX_EXPECTED = 64
+"""Different schemas of a batch file's lines that are kept compiled at a time."""
+
+Body = dict[str, Any]
+
+
+def detect_dialect(job: Job, columns: Collection[str]) -> str:
+    """How the rows become messages: the job's word, else what the job asks, else what the columns say.
+
+    Raises:
+        InputError: neither says.
+    """
+    request = job.request
+    if job.input.dialect != "auto":
+        return job.input.dialect
+    if request.prompt is not None or isinstance(request.messages, list):
+        return "columns"
+    if isinstance(request.messages, str):
+        return "messages"
+    if {"custom_id", "body"} <= set(columns):
+        return "openai-batch"
+    if "messages" in columns:
+        return "messages"
+    shown = ", ".join(list(columns)[:12]) or "none"
+    raise InputError(f"can't tell what to ask: set request.prompt to a template over the columns ({shown})")
+
+
+class RequestBuilder:
+    """Makes the request of each row. Built once per invocation: templates are compiled, constants laid out."""
+
+    def __init__(self, job: Job, dialect: str) -> None:
+        self.dialect = dialect
+        self._request = job.request
+        self._endpoint_name = b"\0" + job.endpoint_name.encode()
+        self._max_output_tokens = job.limits.max_output_tokens
+        self._max_image_tokens = job.limits.max_image_tokens
+        self._in_its_words = _wording(job.endpoint)
+        self._from_columns = tuple(job.request.from_columns.items())
+        self._parameters = _parameters(job.request)
+        self._expected = expected.of(self._parameters.get("response_format"), self._parameters.get("functions"))
+        self._expected_of_lines: dict[bytes, Expected] = {}
+        self._stream = _stream_fields(job.request)
+        self._messages = _message_maker(job.request, dialect)
+        if dialect == "openai-batch" and (unused := _unused_by_batch(job.request)) is not None:
+            raise JobError(f"request.{unused}: the lines of a provider's batch file bring their own; leave it out")
+        if dialect != "openai-batch" and job.request.model is None and "model" not in job.request.from_columns:
+            raise JobError('request.model: name the model, for example "vtrix-gpt-5.3-codex"')
+
+    def build(self, row: Row) -> Request:
+        """The request of one row. With `pictures`, it lacks their content, and its key is empty.
+
+        Raises:
+            InputError: the row can't be asked; the message says why, without the place.
+        """
+        return self._made(row, None, image_parts.without)[0]
+
+    def identify(self, row: Row, read: Callable[[Source], Image]) -> tuple[Request, bytes]:
+        """The request as `build` gives it, but with its key, and the digest of its pictures as `read` finds them.
+
+        Raises:
+            InputError: as `build`, or of a picture.
+        """
+        return self._made(row, read, image_parts.without)
+
+    def whole(self, row: Row, read: Callable[[Source], Image]) -> tuple[Request, bytes]:
+        """The same with the pictures in the body: what is sent. Takes milliseconds for each megabyte.
+
+        Raises:
+            InputError: as `identify`.
+        """
+        return self._made(row, read, image_parts.whole)
+
+    def _made(
+        self, row: Row, read: Callable[[Source], Image] | None, encode: Callable[[Body], bytes]
+    ) -> tuple[Request, bytes]:
+        """The request as `encode` makes its body, and the digest of its pictures; empty without `read`."""
+        digest = b""
+        try:
+            body, pictures, details = self._drawn(row)
+            if read is not None:
+                digest = _looked_at(pictures, read)
+            key = b"" if pictures and read is None else self._key(body)
+            if self._in_its_words is not None:
+                body = self._in_its_words(body)
+            encoded = encode(body)
+            without_pictures = image_parts.without(body) if pictures else encoded
+        except RecursionError as error:
+            raise InputError("the request is nested too deep") from error
+        except UnicodeEncodeError as error:
+            raise InputError(f"the request holds half a character, {error.object[error.start]!r}") from error
+        request = Request(
+            row=row.row,
+            key=key,
+            body=encoded[:-1] + self._stream if self._stream else encoded,
+            model=body["model"],
+            max_prompt_tokens=len(without_pictures) + len(details) * self._max_image_tokens,
+            max_output_tokens=self._max_output(body),
+            image_tokens=sum(image_parts.USUAL_TOKENS[detail] for detail in details) if details else 0,
+            pictures=len(pictures),
+            expected=self._expected_by(body),
+        )
+        return request, digest
+
+    def _drawn(self, row: Row) -> tuple[Body, list[Picture], list[str]]:
+        """The body with a picture for each image that must be read, these, and the detail of every image."""
+        body = self._batch_body(row.columns) if self.dialect == "openai-batch" else self._body(row.columns)
+        body["messages"], pictures, details = image_parts.taken(body["messages"])
+        return body, pictures, details
+
+    def _key(self, body: Body) -> bytes:
+        key = hashlib.blake2b(image_parts.canonical(body), digest_size=16)
+        key.update(self._endpoint_name)
+        return key.digest()
+
+    def _expected_by(self, body: Body) -> Expected:
+        """What the answer to this body is held against; lines of a batch file may each bring their own."""
+        if self.dialect != "openai-batch":
+            return self._expected
+        asked = body.get("response_format"), body.get("functions")
+        known = image_parts.canonical(asked)
+        if known not in self._expected_of_lines:
+            if len(self._expected_of_lines) >= MAX_EXPECTED:
+                self._expected_of_lines.clear()
+            try:
+                self._expected_of_lines[known] = expected.of(*asked)
+            except JobError as error:
+                raise InputError(str(error)) from error
+        return self._expected_of_lines[known]
+
+    def _max_output(self, body: Body) -> int:
+        """The most tokens that the answer can have, all its choices; a limit no server will understand is none."""
+        limits = [_count(body.get(name)) for name in ("max_completion_tokens", "max_tokens")]
+        return (max(limits) or self._max_output_tokens) * max(_count(body.get("n")), 1)
+
+    def _body(self, columns: Columns) -> Body:
+        body: Body = {"model": self._request.model, "messages": self._messages(columns), **self._parameters}
+        if self._request.images:
+            body["messages"] = self._with_images(body["messages"], columns)
+        for name, column in self._from_columns:
+            if column not in columns:
+                raise InputError(f"column {column!r}, which request.from_columns.{name} names, is missing")
+            if (value := columns[column]) is not None:
+                body[name] = check_parameter(name, value)
+        if body["model"] is None:
+            raise InputError(f"column {self._request.from_columns['model']!r} names no model, nor does request.model")
+        return body
+
+    def _with_images(self, messages: list[Any], columns: Columns) -> list[Any]:
+        """The messages with the images of the columns that the job names; a row that has none of them is refused."""
+        sources: list[Source] = []
+        for column in self._request.images:
+            if column not in columns:
+                raise InputError(f"column {column!r}, which request.images names, is missing")
+            sources += image_parts.sources_in(columns[column], column)
+        if not sources:
+            raise InputError(f"no image in {', '.join(self._request.images)}")
+        return image_parts.with_images(messages, sources, self._request.image_detail)
+
+    def _batch_body(self, columns: Columns) -> Body:
+        """The body of a provider batch line; what it leaves open the job fills in."""
+        given = as_json(columns.get("body"))
+        if not isinstance(given, dict):
+            raise InputError("`body` is no JSON object")
+        url = columns.get("url")
+        if url is not None and not str(url).rstrip("/").endswith("/chat/completions"):
+            raise InputError(f"`url` is {url!r}: only chat/completions can be asked")
+        given = plain(given, "body")
+        model = given.get("model", self._request.model)
+        if model is None:
+            raise InputError("`body` names no model, nor does request.model")
+        body: Body = {"model": check_parameter("model", model), "messages": check_messages(given.get("messages"))}
+        own = {name: value for name, value in given.items() if name not in _NOT_PARAMETERS}
+        for name, value in sorted({**self._parameters, **own}.items(), key=_field_order):
+            body[name] = check_parameter(name, value)
+        return body
+
+
+def corrected(request: Request, corrections: Sequence[Correction]) -> Request:
+    """The request with each answer that was not as asked, and what is wrong with it, as messages at its end.
+
+    It is still the same question: the key stays. The bound of its tokens grows with the body.
+    """
+    if not corrections:
+        return request
+    body = msgspec.json.decode(request.body)
+    for each in corrections:
+        complaint = f"This answer can't be used: {each.complaint}. Answer again so that it can."
+        body["messages"] += [
+            {"role": "assistant", "content": each.answer},
+            {"role": "user", "content": complaint},
+        ]
+    longer = msgspec.json.encode(body)
+    bound = request.max_prompt_tokens + len(longer) - len(request.body)
+    return msgspec.structs.replace(request, body=longer, max_prompt_tokens=bound)
+
+
+def _unused_by_batch(request: RequestTemplate) -> str | None:
+    """A setting that would be ignored without a word where each line brings its whole body."""
+    names = ("prompt", "system", "messages", "images", "from_columns")
+    return next((name for name in names if getattr(request, name)), None)
+
+
+_NOT_PARAMETERS = frozenset({"model", "messages", "stream", "stream_options"})
+_FIELDS = ("reasoning_effort", "max_tokens", "temperature", "top_p", "functions", "function_call", "response_format")
+
+
+def _field_order(item: tuple[str, object]) -> tuple[int, str]:
+    name = item[0]
+    return (_FIELDS.index(name) if name in _FIELDS else len(_FIELDS), name)
+
+
+def _parameters(request: RequestTemplate) -> Body:
+    """The constant fields of every body, in the API's order, then the extra ones as the job gives them."""
+    fields: Body = {name: same_number(msgspec.to_builtins(getattr(request, name))) for name in _FIELDS}
+    if (wanted := request.response_format) is not None:
+        fields["response_format"] = {"type": wanted.type}
+        if wanted.type == "json_schema":
+            schema = {"name": wanted.name, "schema": wanted.schema, "strict": wanted.strict}
+            fields["response_format"]["json_schema"] = schema
+    extra = {name: value for name, value in request.extra.items() if name not in _NOT_PARAMETERS}
+    return {name: value for name, value in fields.items() if value is not None} | extra
+
+
+def _stream_fields(request: RequestTemplate) -> bytes:
+    """The bytes that end a streamed body in place of its brace; empty when the answer comes whole. Some servers refuse
+    `stream_options`: empty ones are not sent.
+    """
+    if not request.stream:
+        return b""
+    options = request.extra.get("stream_options", {"include_usage": True})
+    return b',"stream":true' + (b',"stream_options":' + msgspec.json.encode(options) if options else b"") + b"}"
+
+
+def _wording(endpoint: Endpoint) -> Callable[[Body], Body] | None:
+    """The function from a body to the one that says the same in this server's words; None where they are the usual."""
+    limit, role = endpoint.max_tokens_field, endpoint.developer_role
+    if (limit, role) == ("max_tokens", "developer"):
+        return None
+
+    def put(body: Body) -> Body:
+        if limit not in body:
+            body = {limit if name == "max_tokens" else name: value for name, value in body.items()}
+        messages = [{**m, "role": role} if m["role"] == "developer" else m for m in body["messages"]]
+        return {**body, "messages": messages}
+
+    return put
+
+
+def _message_maker(request: RequestTemplate, dialect: str) -> Callable[[Columns], list[Any]]:
+    """The function from a row's columns to its messages."""
+    if dialect == "openai-batch":
+        return lambda columns: []  # the body brings its own
+    if dialect == "messages":
+        return _messages_from_column(request)
+    if isinstance(request.messages, list):
+        return _joined([_turns_of(each, f"request.messages[{i}]") for i, each in enumerate(request.messages)])
+    if request.prompt is None:
+        raise JobError("request.prompt: the columns dialect needs a template, for example '{{ text }}'")
+    prompt = template(request.prompt, "request.prompt")
+    if request.system is None:
+        return _from_templates(["user"], [prompt])
+    return _from_templates(["system", "user"], [template(request.system, "request.system"), prompt])
+
+
+def _messages_from_column(request: RequestTemplate) -> Callable[[Columns], list[Any]]:
+    """Messages as the column holds them; the job's `system` comes first where a row has none of its own."""
+    column = request.messages if isinstance(request.messages, str) else "messages"
+    system = None if request.system is None else text_template(request.system, "request.system")
+
+    def make(columns: Columns) -> list[Any]:
+        if column not in columns:
+            raise InputError(f"column {column!r}, which holds the messages, is missing")
+        messages = check_messages(plain(as_json(columns[column]), column))
+        if system is not None and messages[0]["role"] not in ("system", "developer"):
+            return [{"role": "system", "content": system(columns)}, *messages]
+        return messages
+
+    return make
+
+
+Turns = Callable[[Columns], list[Any]]
+
+
+def _turns_of(given: MessageTemplate, place: str) -> Turns:
+    """The function to one message by template, or to those that a column holds, if it holds any."""
+    column = given.column
+    if column is None:
+        return _from_templates([str(given.role)], [template(given.content, f"{place}.content")])
+
+    def make(columns: Columns) -> list[Any]:
+        if column not in columns:
+            raise InputError(f"column {column!r}, which {place}.column names, is missing")
+        value = as_json(columns[column])
+        return check_messages(plain(value, column)) if value else []
+
+    return make
+
+
+def _joined(parts: Sequence[Turns]) -> Turns:
+    """All of their messages, one after the other; there must be one."""
+
+    def make(columns: Columns) -> list[Any]:
+        messages = [message for turns in parts for message in turns(columns)]
+        if not messages:
+            raise InputError("messages: expected at least one message")
+        return messages
+
+    return make
+
+
+def _from_templates(
+    roles: Sequence[str], templates: Sequence[Callable[[Columns], Any]]
+) -> Callable[[Columns], list[Any]]:
+    makers = tuple(zip(roles, templates, strict=True))
+    return lambda columns: [{"role": role, "content": make(columns)} for role, make in makers]
+
+
+def _looked_at(pictures: list[Picture], read: Callable[[Source], Image]) -> bytes:
+    """Each picture has its image; the digest of all of them."""
+    digest = hashlib.blake2b(digest_size=16)
+    for picture in pictures:
+        picture.image = read(picture.source)
+        digest.update(picture.image.digest())
+    return digest.digest()
+
+
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
