@@ -35,7 +35,7 @@ if TYPE_CHECKING:
         Retry,
         Simulator,
     )
-    from batchrun.job.job import load as load_job
+    from batchrun.job.load import load as load_job
     from batchrun.output.completions import Completion
     from batchrun.plan.plan import ChangedError
     from batchrun.records import Choice, FunctionCall, RowError, Status, Summary, TotalsLine
@@ -94,6 +94,7 @@ if not TYPE_CHECKING:  # a type checker would take it that every name is there
         "ChangedError": "plan.plan",
         "Completion": "output.completions",
         "Runner": "runner",
+        "load_job": "job.load",
         "schema_of": "job.expected",
     }
 

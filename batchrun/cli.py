@@ -17,7 +17,9 @@ from batchrun.terminal import Progress, harmless, note
 
 if TYPE_CHECKING:
     from batchrun.job.job import Job
+    from batchrun.plan.check import Survey
     from batchrun.records import Summary
+    from batchrun.source import Source
 
 JOB = click.argument("job", type=click.Path(dir_okay=False, path_type=Path))
 INPUT = click.option("-i", "--input", "input_path", metavar="PATH", help="Input instead of input.path; - is stdin.")
@@ -97,24 +99,14 @@ def run(
 @SET
 def check(job: Path, input_path: str | None, overrides: tuple[str, ...]) -> None:
     """Check the job, every input record and its request. Sends nothing."""
-    import tempfile
-
-    from batchrun.plan import plan
-    from batchrun.plan.check import survey
+    from batchrun.plan import reading
     from batchrun.report.summary import plural
-    from batchrun.rundir import RunDirectory
-    from batchrun.source import open_source
 
     loaded = _load(job, input_path, None, overrides, {})
-    with tempfile.TemporaryDirectory(prefix="batchrun-") as scratch, Progress() as progress:
-        asked = plan.Asked(stdin=sys.stdin.buffer)
-        files = plan.input_files(loaded, RunDirectory(Path(scratch)), asked, begun=False)
-        source = open_source(files, loaded.input.max_line_bytes)
-        plan.require_columns(loaded, source)
-        found = survey(source, loaded, Path(scratch), progress=progress.checked)
+    source, found = _read_through(loaded)
     if found.rejected:
-        plan.raise_problems(found, note)
-    plan.require_columns(loaded, source, found)
+        reading.raise_problems(found, note)
+    reading.require_columns(loaded, source, found)
     models = ", ".join(f"{model} ({rows:,})" for model, rows in found.models.items())
     where = plural(len(source.files), "file")
     asks = f"{plural(found.rows, 'row')} in {where}, read as {found.dialect}; {models}"
@@ -130,25 +122,17 @@ def check(job: Path, input_path: str | None, overrides: tuple[str, ...]) -> None
 @SET
 def estimate(job: Path, input_path: str | None, out: Path | None, overrides: tuple[str, ...]) -> None:
     """Tokens, cost and time of a job, or of the rest of a run. Sends nothing."""
-    import tempfile
-
     from batchrun import prices
     from batchrun.gate import daily
     from batchrun.plan import estimate as estimating
-    from batchrun.plan import plan
-    from batchrun.plan.check import survey
+    from batchrun.plan import reading
     from batchrun.plan.look import look
     from batchrun.rundir import RunDirectory
-    from batchrun.source import open_source
 
     loaded = _load(job, input_path, None, overrides, {})
     found = None if out is None else look(loaded, RunDirectory(out))
-    with tempfile.TemporaryDirectory(prefix="batchrun-") as scratch, Progress() as progress:
-        files = plan.input_files(loaded, RunDirectory(Path(scratch)), plan.Asked(stdin=sys.stdin.buffer), begun=False)
-        source = open_source(files, loaded.input.max_line_bytes)
-        plan.require_columns(loaded, source)
-        surveyed = survey(source, loaded, Path(scratch), progress=progress.checked)
-    plan.require_columns(loaded, source, surveyed)
+    source, surveyed = _read_through(loaded)
+    reading.require_columns(loaded, source, surveyed)
     if surveyed.rejected:
         note(f"{len(surveyed.rejected):,} input records can't be asked: batchrun check tells which")
     tables = {
@@ -323,11 +307,28 @@ def _load(
     flags: dict[str, str | int | None],
 ) -> "Job":
     """The job with the command line's settings over it."""
-    from batchrun.job import job
+    from batchrun.job.load import load
 
     said = {"input.path": input_path, "output.path": output_path, **flags}
     own = [f"{name}={_toml(value)}" for name, value in said.items() if value is not None]
-    return job.load(path, [*overrides, *own])
+    return load(path, [*overrides, *own])
+
+
+def _read_through(job: "Job") -> "tuple[Source, Survey]":
+    """The input, each record checked; nothing is kept."""
+    import tempfile
+
+    from batchrun.plan import reading
+    from batchrun.plan.asked import Asked
+    from batchrun.plan.check import survey
+    from batchrun.rundir import RunDirectory
+    from batchrun.source import open_source
+
+    with tempfile.TemporaryDirectory(prefix="batchrun-") as scratch, Progress() as progress:
+        files = reading.input_files(job, RunDirectory(Path(scratch)), Asked(stdin=sys.stdin.buffer), begun=False)
+        source = open_source(files, job.input.max_line_bytes)
+        reading.require_columns(job, source)
+        return source, survey(source, job, Path(scratch), progress=progress.checked)
 
 
 def _toml(value: str | int) -> str:

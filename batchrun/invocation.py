@@ -11,7 +11,6 @@ import asyncio
 import os
 import socket
 from collections.abc import Callable
-from decimal import Decimal
 
 import msgspec
 
@@ -19,6 +18,7 @@ from batchrun import __version__, signals
 from batchrun.asking import asking, control, replay
 from batchrun.asking.asking import Asking, Hooks
 from batchrun.asking.chronicle import Chronicle
+from batchrun.asking.opening import about, told_at_start
 from batchrun.checkpoint import facts, slots, variants
 from batchrun.checkpoint.checkpoint import Checkpoint, read_finished
 from batchrun.credentials import Credentials
@@ -28,11 +28,12 @@ from batchrun.job.job import Job
 from batchrun.output import result
 from batchrun.output.chunks import Chunks
 from batchrun.plan import plan as planning
-from batchrun.plan import retry
-from batchrun.plan.plan import Asked, Plan
+from batchrun.plan import reading, retry
+from batchrun.plan.asked import Asked
+from batchrun.plan.plan import Plan
 from batchrun.policy import failing
 from batchrun.records import Summary
-from batchrun.report.summary import failures, files, plural, read
+from batchrun.report.summary import failures, files, read
 from batchrun.rundir import RunDirectory
 
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
@@ -104,7 +105,9 @@ def _run(
         plan = planning.make(job, directory, checkpoint, asked, chronicle.started_at)
         _unfinish(plan, directory, checkpoint)
         _begin(plan, checkpoint, chronicle)
-        for line in _told_at_start(job, plan, directory, checkpoint, credentials, lost, asked.retry is not None):
+        if credentials.warning:
+            hooks.note(f"warning: {credentials.warning}")
+        for line in told_at_start(job, plan, directory.path, checkpoint.spent, lost, retrying=asked.retry is not None):
             hooks.note(line)
         if asked.retry is not None:
             hooks.note(_retried(plan, directory, checkpoint, asked.retry))
@@ -147,7 +150,7 @@ def _finished(job: Job, directory: RunDirectory, asked: Asked) -> Summary | None
     known = facts.read(manifest)
     planning.require_same_shape(job, known)
     _, _, settings = variants.place(job, variants.read(manifest), known.variant, retrying=asked.retry is not None)
-    what = planning.changed_input(planning.input_files(job, directory, asked), known)
+    what = planning.changed_input(reading.input_files(job, directory, asked), directory, known)
     wanted = known.rows if asked.limit is None else min(asked.limit, known.rows)
     again = asked.retry is not None and any(summary.by_status.get(status) for status in asked.retry)
     if settings or what is not None or again or wanted > summary.rows_in_output:
@@ -181,53 +184,6 @@ def _name_lost(directory: RunDirectory, checkpoint: Checkpoint) -> int:
     return len(lost)
 
 
-def _told_at_start(
-    job: Job,
-    plan: Plan,
-    directory: RunDirectory,
-    checkpoint: Checkpoint,
-    credentials: Credentials,
-    lost: int,
-    retrying: bool,
-) -> list[str]:
-    """What a person should know before the first request."""
-    known, lines = plan.facts, []
-    if credentials.warning:
-        lines.append(f"warning: {credentials.warning}")
-    if plan.resumed:
-        done, cost = checkpoint.spent.settled(), checkpoint.spent.cost_usd()
-        failed = sum(checkpoint.spent.standing.get(status, 0) for status in failing(job.finish))
-        lines.append(f"resuming {directory.path}: {done:,} of {plan.rows:,} rows are done, ${cost:,.6f} spent")
-        if not retrying:  # a retry says itself what it asks again
-            lines.append(_rest_in_words(plan.rows - done, done, cost, failed))
-    else:
-        aside = f", {len(known.rejected):,} set aside" if known.rejected else ""
-        where = plural(len(plan.source.files), "file")
-        lines.append(f"input: {known.rows:,} rows in {where}{aside}, read as {known.dialect}")
-    if plan.rows < known.rows:
-        lines.append(f"only the first {plan.rows:,} rows are asked; without --limit the run goes on")
-    if lost:
-        lines.append(f"{lost} requests were in flight when the last process died; they are asked again")
-    if not known.rows:
-        lines.append("there is nothing to ask: the output will be empty")
-    unknown = [model for model, table in plan.prices.items() if table is None]
-    lines += [
-        f'the price of {model} is unknown, cost_usd will be null; give it in [pricing."{model}"]' for model in unknown
-    ]
-    return lines
-
-
-def _rest_in_words(pending: int, done: int, cost_usd: Decimal, failed: int) -> str:
-    """What this start will ask and about what that costs, by the rows so far; and what it leaves as it is."""
-    left = f"; {failed:,} failed rows stay as they are without --retry-failed" if failed else ""
-    return f"{pending:,} rows are to be asked{_about(pending, done, cost_usd)}{left}"
-
-
-def _about(rows: int, done: int, cost_usd: Decimal) -> str:
-    """What so many rows will cost, by those that are done."""
-    return f", about ${cost_usd / done * rows:,.4f}" if done else ""
-
-
 def _retried(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, statuses: frozenset[str]) -> str:
     """Rows that ended with one of the statuses are pending again, unless rows are pending already; what to tell.
 
@@ -242,7 +198,7 @@ def _retried(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, status
         return f"{pending:,} rows are still pending; they are asked first"
     done, cost = checkpoint.spent.settled(), checkpoint.spent.cost_usd()
     rows = retry.reopen(plan, directory, checkpoint, statuses, plan.variant, manifest)
-    return f"{rows:,} rows that ended as {', '.join(sorted(statuses))} are asked again{_about(rows, done, cost)}"
+    return f"{rows:,} rows that ended as {', '.join(sorted(statuses))} are asked again{about(rows, done, cost)}"
 
 
 def _chunks(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint) -> Chunks:

@@ -19,9 +19,9 @@ from batchrun.credentials import Credentials
 from batchrun.errors import ExitCode, JobError, RunStoppedError
 from batchrun.gate import deadline as deadlines
 from batchrun.gate.deadline import Deadline
-from batchrun.job import job as jobs
 from batchrun.job.job import Job
-from batchrun.plan.plan import Asked
+from batchrun.job.load import checked, load
+from batchrun.plan.asked import Asked
 from batchrun.policy import failing
 from batchrun.records import Status, Summary
 from batchrun.rundir import RunDirectory
@@ -150,7 +150,7 @@ def _checked(options: Options, host: Host | None) -> Callable[[int], None]:
 
 def _job(job: Job | str | Path, rows: Rows | None, options: Options) -> Job:
     """The job, checked, with its input and output as this start has them."""
-    job = jobs.checked(job) if isinstance(job, Job) else jobs.load(Path(job))
+    job = checked(job) if isinstance(job, Job) else load(Path(job))
     if rows is not None:
         if job.input.path not in (None, "-"):
             raise JobError(f"input.path: rows are given instead of {job.input.path}; keep one of them")

@@ -6,7 +6,8 @@ from typing import Any
 
 import msgspec
 
-from batchrun.job.job import Job, from_tables
+from batchrun.job.job import Job
+from batchrun.job.load import from_tables
 from tests.endings import MODEL
 
 

@@ -18,7 +18,8 @@ from batchrun.checkpoint.checkpoint import SPILL
 from batchrun.cli import cli
 from batchrun.errors import ExitCode
 from batchrun.gate.admission import Limit
-from batchrun.job.job import Retry, from_tables, load, settings
+from batchrun.job.job import Retry, settings
+from batchrun.job.load import from_tables, load
 from batchrun.output.rows import OWN_COLUMNS, USAGE_COLUMNS
 from batchrun.plan.check import survey
 from batchrun.policy import FAULT_VERDICTS, STATUS_VERDICTS, judge

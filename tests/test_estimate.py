@@ -8,7 +8,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from batchrun.job.job import Budget, Job, from_tables
+from batchrun.job.job import Budget, Job
+from batchrun.job.load import from_tables
 from batchrun.plan.check import Survey
 from batchrun.plan.estimate import estimate, in_words
 from batchrun.prices import PriceTable, Tier

@@ -10,8 +10,8 @@ import msgspec
 import pytest
 
 from batchrun.errors import JobError
-from batchrun.job import job as jobs
-from batchrun.job.job import Job, from_tables, load
+from batchrun.job.job import Job, settings
+from batchrun.job.load import from_tables, load
 
 ROOT = Path(__file__).parents[1]
 SIMULATOR = '[endpoint]\nurl = "simulator"\n'
@@ -159,7 +159,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "default"), list(jobs.settings()), ids=lambda value: value if isinstance(value, str) else ""
+    ("path", "default"), list(settings()), ids=lambda value: value if isinstance(value, str) else ""
 )
 def test_every_setting_refuses_a_value_of_another_kind_by_its_path(path: str, default: object) -> None:
     *tables, name = path.replace("MODEL", "m").split(".")
@@ -393,7 +393,7 @@ ALONE = {
 """Settings that can't stand beside another."""
 
 DECIDE_THE_QUESTIONS = {"endpoint.url", "endpoint.name", "input.dialect"} | {
-    path for path, _ in jobs.settings() if path.startswith("request.") and path != "request.stream"
+    path for path, _ in settings() if path.startswith("request.") and path != "request.stream"
 }
 
 
@@ -421,7 +421,7 @@ def another_value(path: str, default: object) -> object:
 
 
 @pytest.mark.parametrize(
-    ("path", "default"), list(jobs.settings()), ids=lambda value: value if isinstance(value, str) else ""
+    ("path", "default"), list(settings()), ids=lambda value: value if isinstance(value, str) else ""
 )
 def test_the_fingerprint_changes_exactly_with_what_decides_the_questions(path: str, default: object) -> None:
     tables: Any = {

@@ -26,8 +26,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from batchrun import credentials, invocation
 from batchrun.errors import CheckpointError, JobError
-from batchrun.job import job
-from batchrun.plan.plan import Asked
+from batchrun.job.load import load
+from batchrun.plan.asked import Asked
 from batchrun.records import FAILURES
 from batchrun.rundir import RunDirectory
 from batchrun.simulator import Fault, SimulatorConfig, read_ledger
@@ -342,7 +342,7 @@ class Lifetime(RuleBasedStateMachine):
 
     def run(self, asked: Asked) -> int:
         """A start in this process; its exit code."""
-        loaded = job.load(self.write(), self.overrides())
+        loaded = load(self.write(), self.overrides())
         try:
             summary = invocation.run(
                 loaded, RunDirectory(self.out), credentials.read(loaded.endpoint, {KEY_ENV: KEY}), asked

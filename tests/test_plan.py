@@ -16,7 +16,8 @@ from batchrun.errors import BatchrunError, CheckpointError, InputError, JobError
 from batchrun.job.job import Job
 from batchrun.output.rows import OWN_COLUMNS
 from batchrun.plan import plan
-from batchrun.plan.plan import Asked, Plan
+from batchrun.plan.asked import Asked
+from batchrun.plan.plan import Plan
 from batchrun.rundir import RunDirectory
 from tests.endings import MODEL
 from tests.jobs import job_over, texts, write_lines
@@ -289,7 +290,7 @@ def test_other_standard_input_is_a_changed_input_as_a_changed_file_is(starts: St
     starts.make(STDIN, stdin=piped(*texts(3)))
     assert starts.make(STDIN, stdin=piped(*texts(4))).facts.rows == 4  # nothing is answered yet: no harm
     assert starts.make(STDIN, stdin=io.BytesIO()).facts.rows == 4
-    assert starts.told[0].startswith("the input: standard input had ")
+    assert starts.told[0].startswith("standard input has other rows")
     refused = starts.refused(STDIN, stdin=piped({"bad": 1}))
     assert "none of the input records (1) can be asked" in refused
     assert "--skip-invalid" not in refused

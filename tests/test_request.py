@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from batchrun.errors import InputError, JobError
 from batchrun.job.fields import check_parameter
-from batchrun.job.job import Job, from_tables
+from batchrun.job.job import Job
+from batchrun.job.load import from_tables
 from batchrun.records import Correction, Request, Row
 from batchrun.request.builder import RequestBuilder, corrected, detect_dialect
 from batchrun.source import find_files, open_source

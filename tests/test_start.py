@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import batchrun
-from batchrun.job import job as jobs
 from batchrun.job.job import Job
+from batchrun.job.load import checked, load
 from batchrun.simulator import SimulatorConfig, parse_faults
 from tests import cli_process
 from tests.cli_process import KEY, KEY_ENV, kill_when, snapshot, start, write_job, write_rows
@@ -59,16 +59,16 @@ def test_a_job_made_in_code_is_the_job_of_the_file_that_says_the_same(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    loaded = jobs.load(file)
-    assert jobs.checked(loaded) == loaded
-    assert jobs.checked(loaded).fingerprint() == loaded.fingerprint()
+    loaded = load(file)
+    assert checked(loaded) == loaded
+    assert checked(loaded).fingerprint() == loaded.fingerprint()
 
 
 def test_a_job_in_code_and_in_a_file_ask_the_same_questions(tmp_path: Path) -> None:
     file = write_job(tmp_path / "job.toml", "http://127.0.0.1:1/v1", "in.jsonl")
     file.write_text(file.read_text().replace("max_tokens = 40", "max_tokens = 400"))
     in_code = job_at("http://127.0.0.1:1/v1", input=batchrun.Input(path="in.jsonl"))
-    assert jobs.checked(in_code) == jobs.load(file)
+    assert checked(in_code) == load(file)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_a_mistake_in_code_is_told_as_one_in_a_file_is(tmp_path: Path, change: A
 
 def test_paths_may_be_paths(tmp_path: Path) -> None:
     source: Any = write_rows(tmp_path / "in.jsonl", 1)
-    assert jobs.checked(job_at("simulator", input=batchrun.Input(path=source))).input.path == str(source)
+    assert checked(job_at("simulator", input=batchrun.Input(path=source))).input.path == str(source)
 
 
 # ── rows made in code ─────────────────────────────────────────────────────────────────────────────────────────────────

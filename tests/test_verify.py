@@ -16,7 +16,7 @@ from batchrun import credentials, invocation
 from batchrun.checkpoint import slots, spill
 from batchrun.durable import digest
 from batchrun.errors import CheckpointError, ExitCode, InputError, JobError
-from batchrun.job import job as jobs
+from batchrun.job.load import load
 from batchrun.records import Summary
 from batchrun.rescue import readable, remains
 from batchrun.rescue.salvage import LOST, NAME, salvage
@@ -89,7 +89,7 @@ def _kill(folder: Path, name: str, condition: Callable[[], bool], *flags: str) -
 
 def go_on(runs: Runs, directory: RunDirectory, layout: str = "file") -> Summary:
     """The run is gone on with in this process."""
-    loaded = jobs.load(runs.folder / f"{layout}.toml")
+    loaded = load(runs.folder / f"{layout}.toml")
     return invocation.run(loaded, directory, credentials.read(loaded.endpoint, {KEY_ENV: KEY}))
 
 

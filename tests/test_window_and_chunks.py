@@ -26,7 +26,8 @@ from batchrun.output import files
 from batchrun.output.chunks import Chunks, OpenChunk
 from batchrun.output.window import StoredWindow, write
 from batchrun.plan import plan
-from batchrun.plan.plan import Asked, Plan
+from batchrun.plan.asked import Asked
+from batchrun.plan.plan import Plan
 from batchrun.records import PossiblyBilled
 from batchrun.rundir import RunDirectory
 from batchrun.source import START, JsonlSource, ParquetSource, rows_of

@@ -9,8 +9,9 @@ from batchrun.checkpoint.checkpoint import Checkpoint
 from batchrun.job.job import Job
 from batchrun.output import result
 from batchrun.plan import plan as planning
+from batchrun.plan.asked import Asked
 from batchrun.plan.drift import Drift
-from batchrun.plan.plan import Asked, ChangedError
+from batchrun.plan.plan import ChangedError
 from batchrun.records import Summary
 from batchrun.report import summary as summaries
 from batchrun.rundir import RunDirectory

@@ -4,13 +4,10 @@ A run's facts are fixed when it first starts and kept in the manifest: which que
 shape. Later starts are held against them; limits, prices, retries and the budget may change from start to start.
 """
 
-import os
 import uuid
-from collections.abc import Callable
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import BinaryIO
 
 import msgspec
 import pyarrow as pa
@@ -22,24 +19,18 @@ from batchrun.checkpoint.facts import Facts
 from batchrun.checkpoint.variants import Variant
 from batchrun.columns.jsonl import ColumnTypes
 from batchrun.columns.schema import Column
-from batchrun.durable import fsync, told
-from batchrun.errors import CheckpointError, InputError, JobError
-from batchrun.gate.deadline import Deadline
+from batchrun.errors import CheckpointError, JobError
 from batchrun.job.job import Job
-from batchrun.output.rows import output_schema
-from batchrun.plan import drift, spooled
-from batchrun.plan.check import Problem, Survey, survey
+from batchrun.plan import drift, reading, spooled
+from batchrun.plan.asked import Asked
 from batchrun.plan.matching import Questions
 from batchrun.prices import PriceTable
-from batchrun.request import image_digests
 from batchrun.rundir import RunDirectory
 from batchrun.source import (
     FileIdentity,
-    ParquetSource,
     Source,
     changed,
     digest,
-    find_files,
     fingerprint,
     open_source,
 )
@@ -67,26 +58,6 @@ class Plan(msgspec.Struct, frozen=True):
     prices: dict[str, PriceTable | None]
 
 
-class Asked(msgspec.Struct, frozen=True):
-    """What the user asked of this start beyond the job. `stdin` is read where the input is "-"; `only_look` takes no
-    change, not even a harmless one.
-
-    `limit`: only the first so many rows, a pilot that a later start without it goes on with. `retry`: the statuses
-    whose rows are to be asked again once every row is settled; None: no row is.
-    """
-
-    skip_invalid: bool = False
-    accept_changes: bool = False
-    only_look: bool = False
-    limit: int | None = None
-    deadline: Deadline | None = None
-    retry: frozenset[str] | None = None
-    stdin: BinaryIO | None = None
-    problem: Callable[[str], None] = lambda line: None
-    told: Callable[[str], None] = lambda line: None
-    checked: Callable[[int], None] = lambda rows: None
-
-
 def make(job: Job, directory: RunDirectory, checkpoint: Checkpoint, asked: Asked, now: datetime) -> Plan:
     """The plan of this start; on a first start everything is read and checked, and the facts are durable.
 
@@ -97,40 +68,16 @@ def make(job: Job, directory: RunDirectory, checkpoint: Checkpoint, asked: Asked
     if "facts" in manifest:
         return _resume(job, directory, checkpoint, asked, manifest, today)
     _require_unused(directory)
-    source = open_source(input_files(job, directory, asked, begun=False), job.input.max_line_bytes)
+    source = open_source(reading.input_files(job, directory, asked, begun=False), job.input.max_line_bytes)
     files = fingerprint(source.files)
     with Questions(directory.path) as pictures:
-        found = _survey(source, job, directory, asked, pictured=pictures.add)
-        new = _new_facts(job, source, files, found, run_id=uuid.uuid4().hex[:12], begun_at=now)
-        _keep_digests(job, directory, new.layout, pictures, found)
+        found = reading.read(source, job, directory, asked, pictured=pictures.add)
+        new = reading.facts_of(job, source, files, found, run_id=uuid.uuid4().hex[:12], begun_at=now)
+        reading.keep_digests(job, directory, new.layout, pictures, found)
     ways = (variants.of_job(job),)
     plan = _plan(job, new, ways, 0, source, {}, asked.limit, today, resumed=False)
     checkpoint.write_manifest({**facts.encode(new), "prices": _encode(plan.prices), **variants.encode(ways)})
     return plan
-
-
-def _new_facts(
-    job: Job, source: Source, files: tuple[FileIdentity, ...], found: Survey, *, run_id: str, begun_at: datetime
-) -> Facts:
-    """The facts of a run over this input; it must not have changed since `files` was taken."""
-    digests = tuple(digest(file) for file in source.files)
-    if (what := changed(source.files, files)) is not None:
-        raise InputError(f"the input changed while it was read: {what}; run again when it is at rest")
-    return Facts(
-        run_id=run_id,
-        begun_at=begun_at,
-        job=job.name,
-        dialect=found.dialect,
-        files=files,
-        digests=digests,
-        rows=found.rows,
-        rejected=tuple(found.rejected),
-        types=None if found.types is None else found.types.to_json(),
-        answer_schema=found.answer_schema,
-        models=found.models,
-        max_request=found.max_request,
-        output=job.output,
-    )
 
 
 def _require_unused(directory: RunDirectory) -> None:
@@ -140,19 +87,6 @@ def _require_unused(directory: RunDirectory) -> None:
             raise CheckpointError(
                 f"{path} is of a run whose checkpoint.db is gone or empty; keep a copy, and start another with --new"
             )
-
-
-def input_files(job: Job, directory: RunDirectory, asked: Asked, *, begun: bool = True) -> tuple[Path, ...]:
-    """The files of the input. Standard input, and a program's rows, are kept in the run directory (`spooled`)."""
-    if job.input.path is None:
-        raise JobError("input.path: name the input in the job or with -i")
-    if job.input.path != "-":
-        return find_files(job.input.path)
-    if asked.stdin is not None and not asked.stdin.isatty():
-        return (spooled.take(asked.stdin, directory, begun=begun),)
-    if not directory.spool.exists():
-        raise InputError("standard input is a terminal; pipe JSON lines into it, or name a file with -i")
-    return (directory.spool,)
 
 
 def require_same_shape(job: Job, known: Facts) -> None:
@@ -168,10 +102,12 @@ def require_same_shape(job: Job, known: Facts) -> None:
             )
 
 
-def changed_input(files: tuple[Path, ...], known: Facts) -> str | None:
+def changed_input(files: tuple[Path, ...], directory: RunDirectory, known: Facts) -> str | None:
     """What is not as the run knows its input, by identity and then by content; None where it is the same."""
     what = changed(files, known.files)
-    return None if what is None or tuple(digest(file) for file in files) == known.digests else f"the input: {what}"
+    if what is None or tuple(digest(file) for file in files) == known.digests:
+        return None
+    return "standard input has other rows" if files == (directory.spool,) else f"the input: {what}"
 
 
 def _resume(
@@ -180,7 +116,7 @@ def _resume(
     known, ways = facts.read(manifest), variants.read(manifest)
     require_same_shape(job, known)
     spooled.settle(directory, known)
-    files = spooled.put_in_place(input_files(job, directory, asked), directory)
+    files = spooled.put_in_place(reading.input_files(job, directory, asked), directory)
     try:
         known, ways, variant, source = _as_it_is_now(job, directory, checkpoint, asked, known, ways, files)
     finally:
@@ -209,8 +145,7 @@ def _as_it_is_now(
     """
     identities = fingerprint(files)  # before the content is read: what changes meanwhile is noticed later
     ways, variant, settings = variants.place(job, ways, known.variant, retrying=asked.retry is not None)
-    what = changed_input(files, known)
-    what = None if what is None else what.replace(str(directory.spool), "standard input")
+    what = changed_input(files, directory, known)
     source = open_source(files, job.input.max_line_bytes)
     if what is None and asked.accept_changes and job.input.image_root is not None:
         what = "the images"
@@ -241,8 +176,8 @@ def _adopt(
         JobError: what changed, and what it would cost; nothing was sent or given up.
     """
     with Questions(directory.path) as questions, Questions(directory.path) as pictures:
-        found = _survey(source, job, directory, asked, questions.add, pictures.add)
-        new = _new_facts(job, source, identities, found, run_id=known.run_id, begun_at=known.begun_at)
+        found = reading.read(source, job, directory, asked, questions.add, pictures.add)
+        new = reading.facts_of(job, source, identities, found, run_id=known.run_id, begun_at=known.begun_at)
         new = msgspec.structs.replace(new, layout=known.layout + 1, variant=variant, dialect=found.dialect)
         answers = drift.Answers(directory, checkpoint, known)
         asked_now = questions.rows(found.rejected)
@@ -253,18 +188,12 @@ def _adopt(
                 ways_on = "Go on with --accept-changes, put it back, or start another run with --new"
                 raise ChangedError(f"{seen}. {ways_on}", seen)
             asked.told(str(seen))
-            schema = _schema(source, new)
+            schema = reading.schema_of(source, new)
             entries = {**facts.encode(new), **variants.encode(ways)}
-            _keep_digests(job, directory, new.layout, pictures, found)
+            reading.keep_digests(job, directory, new.layout, pictures, found)
             drift.lay_out(answers, matches, source, new, schema, directory, checkpoint, entries, asked.limit)
             directory.images_of(known.layout).unlink(missing_ok=True)
     return new
-
-
-def _keep_digests(job: Job, directory: RunDirectory, layout: int, pictures: Questions, found: Survey) -> None:
-    """What the rows' images are is on disk, if they can change behind the input's back: as files of their own."""
-    if job.input.image_root is not None:
-        image_digests.write(directory.images_of(layout), pictures.rows(found.rejected))
 
 
 class ChangedError(JobError):
@@ -273,25 +202,6 @@ class ChangedError(JobError):
     def __init__(self, message: str, drift: drift.Drift) -> None:
         super().__init__(message)
         self.drift = drift
-
-
-def _schema(source: Source, known: Facts) -> pa.Schema:
-    types = ColumnTypes() if known.types is None else ColumnTypes.from_json(known.types)
-    return output_schema(
-        source.schema if isinstance(source, ParquetSource) else types.schema(), known.output, facts.parsed(known)
-    )
-
-
-def require_columns(job: Job, source: Source, found: Survey | None = None) -> None:
-    """Nothing, if the output can have the input's columns: Parquet knows them at once, JSON lines once it was `found`.
-
-    Raises:
-        JobError: as `output_schema`.
-    """
-    if isinstance(source, ParquetSource):
-        output_schema(source.schema, job.output)
-    elif found is not None and found.types is not None:
-        output_schema(found.types.schema(), job.output)
 
 
 def _require_limit_in_time(limit: int | None, checkpoint: Checkpoint) -> None:
@@ -329,7 +239,16 @@ def _plan(
     _check_budget(job, facts_, tables)
     rows = facts_.rows if limit is None else min(limit, facts_.rows)
     return Plan(
-        facts_, rows, ways, variant, resumed, source, types, _schema(source, facts_), facts.parsed(facts_), tables
+        facts_,
+        rows,
+        ways,
+        variant,
+        resumed,
+        source,
+        types,
+        reading.schema_of(source, facts_),
+        facts.parsed(facts_),
+        tables,
     )
 
 
@@ -360,55 +279,6 @@ def _check_budget(job: Job, known: Facts, tables: dict[str, PriceTable | None]) 
                 f"budget.max_cost_usd: ${cap} is less than the largest request may cost (${bound:.4f}, by its "
                 "upper bound); set request.max_tokens, or raise the cap"
             )
-
-
-def _survey(
-    source: Source,
-    job: Job,
-    directory: RunDirectory,
-    asked: Asked,
-    question: Callable[[int, bytes], None] = lambda ordinal, key: None,
-    pictured: Callable[[int, bytes], None] = lambda ordinal, digest: None,
-) -> Survey:
-    """The input, read once; problems end the start unless they are to be set aside in rejects.jsonl."""
-    rejects = directory.rejects
-    with told(rejects):
-        rejects.unlink(missing_ok=True)
-
-    def keep(problem: Problem) -> None:
-        if asked.skip_invalid:
-            with told(rejects), open(os.open(rejects, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as file:
-                file.write(msgspec.json.encode(problem, enc_hook=str) + b"\n")
-
-    require_columns(job, source)
-    found = survey(source, job, directory.path, keep=keep, progress=asked.checked, question=question, pictured=pictured)
-    if found.rejected and not asked.skip_invalid:
-        raise_problems(found, asked.problem)
-    if found.rejected:
-        with told(rejects):
-            fsync(rejects)
-    return found
-
-
-def raise_problems(found: Survey, tell: Callable[[str], None]) -> None:
-    """Tells the first problems line by line, then raises with their count.
-
-    Raises:
-        InputError: always.
-    """
-    for problem in found.first_problems:
-        tell(str(problem))
-    count = len(found.rejected)
-    shown = f"; the first {len(found.first_problems)} are above" if count > len(found.first_problems) else ""
-    if not found.rows:
-        raise InputError(
-            f"none of the input records ({count:,}) can be asked{shown}. "
-            "The job (its template, input.id, input.dialect) does not fit this input: mend one of the two"
-        )
-    raise InputError(
-        f"{count:,} of {count + found.rows:,} input records can't be asked{shown}. "
-        "Mend them, or set them aside with batchrun run ... --skip-invalid"
-    )
 
 
 def _encode(value: object) -> str:

@@ -114,7 +114,7 @@ def _source(begun: Facts, directory: RunDirectory) -> Source:
     paths = tuple(Path(file.path) for file in begun.files)
     if [path.name for path in paths] == [directory.spool.name] and directory.spool.exists():
         paths = (directory.spool,)
-    if (what := plan.changed_input(paths, begun)) is not None:
+    if (what := plan.changed_input(paths, directory, begun)) is not None:
         raise InputError(what)
     return open_source(paths, ANY_LENGTH)
 

@@ -1,0 +1,47 @@
+"""What is told of a run before its first request. PURE"""
+
+from decimal import Decimal
+from pathlib import Path
+
+from batchrun.checkpoint.spent import Spent
+from batchrun.job.job import Job
+from batchrun.plan.plan import Plan
+from batchrun.policy import failing
+from batchrun.report.summary import plural
+
+
+def told_at_start(job: Job, plan: Plan, where: Path, spent: Spent, lost: int, *, retrying: bool) -> list[str]:
+    """What a person should know before the first request: `lost` of the run's requests died with the last process."""
+    known, lines = plan.facts, []
+    if plan.resumed:
+        done, cost = spent.settled(), spent.cost_usd()
+        failed = sum(spent.standing.get(status, 0) for status in failing(job.finish))
+        lines.append(f"resuming {where}: {done:,} of {plan.rows:,} rows are done, ${cost:,.6f} spent")
+        if not retrying:  # a retry says itself what it asks again
+            lines.append(_rest_in_words(plan.rows - done, done, cost, failed))
+    else:
+        aside = f", {len(known.rejected):,} set aside" if known.rejected else ""
+        files = plural(len(plan.source.files), "file")
+        lines.append(f"input: {known.rows:,} rows in {files}{aside}, read as {known.dialect}")
+    if plan.rows < known.rows:
+        lines.append(f"only the first {plan.rows:,} rows are asked; without --limit the run goes on")
+    if lost:
+        lines.append(f"{lost} requests were in flight when the last process died; they are asked again")
+    if not known.rows:
+        lines.append("there is nothing to ask: the output will be empty")
+    unknown = [model for model, table in plan.prices.items() if table is None]
+    lines += [
+        f'the price of {model} is unknown, cost_usd will be null; give it in [pricing."{model}"]' for model in unknown
+    ]
+    return lines
+
+
+def _rest_in_words(pending: int, done: int, cost_usd: Decimal, failed: int) -> str:
+    """What this start will ask and about what that costs, by the rows so far; and what it leaves as it is."""
+    left = f"; {failed:,} failed rows stay as they are without --retry-failed" if failed else ""
+    return f"{pending:,} rows are to be asked{about(pending, done, cost_usd)}{left}"
+
+
+def about(rows: int, done: int, cost_usd: Decimal) -> str:
+    """What so many rows will cost, by those that are done."""
+    return f", about ${cost_usd / done * rows:,.4f}" if done else ""

@@ -1,0 +1,128 @@
+"""A `Job` from a TOML file and overrides, or from code; a mistake names its path and the nearest known name."""
+
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from datetime import date, datetime, time
+from decimal import Decimal
+from pathlib import Path, PurePath
+from typing import Any
+
+import msgspec
+
+from batchrun.errors import JobError
+from batchrun.job import expected
+from batchrun.job.job import Job, settings
+from batchrun.job.mistakes import explain
+from batchrun.job.problems import SECRET, problems
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Job:
+    """The job in the TOML file at `path`, with `a.b=c` overrides laid over it.
+
+    Raises:
+        JobError: unreadable, not TOML, or a setting that does not fit; the message names its path.
+    """
+    try:
+        tables = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise JobError(f"{path}: can't read the job file: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise JobError(f"{path}: not valid TOML: {error}") from error
+    for override in overrides:
+        _override(tables, override)
+    tables.setdefault("name", path.stem)
+    try:
+        return from_tables(tables)
+    except JobError as error:
+        raise JobError(f"{_origin(path, overrides, str(error))}: {error}") from error
+
+
+def _origin(path: Path, overrides: Sequence[str], problem: str) -> str:
+    """Where the setting that the problem begins with was made: in the job file, or over it."""
+    names = (".".join(_keys(override.partition("=")[0])) for override in overrides)
+    over = any(re.match(rf"{re.escape(name)}[.:\[]", problem) for name in names)
+    return f"set over {path} (by --set or an option)" if over else str(path)
+
+
+def from_tables(tables: Mapping[str, Any]) -> Job:
+    """The checked Job that `tables` (as TOML gives them) describe."""
+    try:
+        job = msgspec.convert(tables, Job)
+    except msgspec.ValidationError as error:
+        known = [name for name, _ in settings()] + list(Job.__struct_fields__)
+        raise JobError(explain(str(error), tables, Job, known)) from error
+    if problem := next(problems(job), None):
+        raise JobError(problem)
+    response_format = job.request.response_format
+    if response_format is not None and response_format.file is not None:
+        resolved = msgspec.structs.replace(response_format, schema=_read_schema(response_format.file), file=None)
+        job = msgspec.structs.replace(job, request=msgspec.structs.replace(job.request, response_format=resolved))
+    return job
+
+
+def checked(job: Job) -> Job:
+    """The job, built in code, as a file that says the same would give it: the same checks, messages and fingerprint.
+
+    Raises:
+        JobError: a setting does not fit; the message names its path.
+    """
+    kept = (datetime, date, time, Decimal)
+    return from_tables(msgspec.to_builtins(job, builtin_types=kept, str_keys=True, enc_hook=_plain))
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, PurePath):
+        return str(value)
+    raise JobError(
+        f"the job holds a {type(value).__name__}, which is no setting's value; docs/job.md lists every setting"
+    )
+
+
+def _override(tables: dict[str, Any], override: str) -> None:
+    """Lay one `a.b=c` over the tables; the path is read as a TOML key, the value as TOML, else as a plain string."""
+    path, equals, text = override.partition("=")
+    keys = _keys(path)
+    if not equals or not keys:
+        raise JobError(f"--set {path}: expected table.setting=value")
+    if any(SECRET.search(key) for key in keys):
+        raise JobError(f"--set {path}: a secret does not belong on a command line; use endpoint.api_key_env")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, last = keys
+    table = tables
+    for parent in parents:
+        table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
+            raise JobError(f"--set {path}: {parent} is no table")
+    table[last] = value
+
+
+def _keys(path: str) -> list[str]:
+    """The names in a dotted TOML key, which may quote those that hold dots; [] if it is none."""
+    try:
+        tree = tomllib.loads(f"{path} = 0")
+    except tomllib.TOMLDecodeError:
+        return []
+    keys: list[str] = []
+    while isinstance(tree, dict) and len(tree) == 1:
+        ((key, tree),) = tree.items()
+        keys.append(key)
+    return keys
+
+
+def _read_schema(file: str) -> dict[str, Any]:
+    """The JSON schema in `file`, as the request carries it."""
+    try:
+        schema = msgspec.json.decode(Path(file).read_bytes())
+    except OSError as error:
+        raise JobError(f"request.response_format.file: can't read {file}: {error.strerror}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise JobError(f"request.response_format.file: {file} is not JSON: {error}") from error
+    if not isinstance(schema, dict):
+        raise JobError(f"request.response_format.file: {file} holds no JSON object")
+    if (problem := expected.problem(schema)) is not None:
+        raise JobError(f"request.response_format.file: {file}: {problem}")
+    return schema

@@ -1,0 +1,135 @@
+"""The input, read once from end to end: every record is checked, and the facts of a run are made of what was found."""
+
+import os
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+
+import msgspec
+import pyarrow as pa
+
+from batchrun.checkpoint import facts
+from batchrun.checkpoint.facts import Facts
+from batchrun.columns.jsonl import ColumnTypes
+from batchrun.durable import fsync, told
+from batchrun.errors import InputError, JobError
+from batchrun.job.job import Job
+from batchrun.output.rows import output_schema
+from batchrun.plan import spooled
+from batchrun.plan.asked import Asked
+from batchrun.plan.check import Problem, Survey, survey
+from batchrun.plan.matching import Questions
+from batchrun.request import image_digests
+from batchrun.rundir import RunDirectory
+from batchrun.source import FileIdentity, ParquetSource, Source, changed, digest, find_files
+
+
+def input_files(job: Job, directory: RunDirectory, asked: Asked, *, begun: bool = True) -> tuple[Path, ...]:
+    """The files of the input. Standard input, and a program's rows, are kept in the run directory (`spooled`)."""
+    if job.input.path is None:
+        raise JobError("input.path: name the input in the job or with -i")
+    if job.input.path != "-":
+        return find_files(job.input.path)
+    if asked.stdin is not None and not asked.stdin.isatty():
+        return (spooled.take(asked.stdin, directory, begun=begun),)
+    if not directory.spool.exists():
+        raise InputError("standard input is a terminal; pipe JSON lines into it, or name a file with -i")
+    return (directory.spool,)
+
+
+def read(
+    source: Source,
+    job: Job,
+    directory: RunDirectory,
+    asked: Asked,
+    question: Callable[[int, bytes], None] = lambda ordinal, key: None,
+    pictured: Callable[[int, bytes], None] = lambda ordinal, digest: None,
+) -> Survey:
+    """The input, read once; problems end the start unless they are to be set aside in rejects.jsonl."""
+    rejects = directory.rejects
+    with told(rejects):
+        rejects.unlink(missing_ok=True)
+
+    def keep(problem: Problem) -> None:
+        if asked.skip_invalid:
+            with told(rejects), open(os.open(rejects, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as file:
+                file.write(msgspec.json.encode(problem, enc_hook=str) + b"\n")
+
+    require_columns(job, source)
+    found = survey(source, job, directory.path, keep=keep, progress=asked.checked, question=question, pictured=pictured)
+    if found.rejected and not asked.skip_invalid:
+        raise_problems(found, asked.problem)
+    if found.rejected:
+        with told(rejects):
+            fsync(rejects)
+    return found
+
+
+def raise_problems(found: Survey, tell: Callable[[str], None]) -> None:
+    """Tells the first problems line by line, then raises with their count.
+
+    Raises:
+        InputError: always.
+    """
+    for problem in found.first_problems:
+        tell(str(problem))
+    count = len(found.rejected)
+    shown = f"; the first {len(found.first_problems)} are above" if count > len(found.first_problems) else ""
+    if not found.rows:
+        raise InputError(
+            f"none of the input records ({count:,}) can be asked{shown}. "
+            "The job (its template, input.id, input.dialect) does not fit this input: mend one of the two"
+        )
+    raise InputError(
+        f"{count:,} of {count + found.rows:,} input records can't be asked{shown}. "
+        "Mend them, or set them aside with batchrun run ... --skip-invalid"
+    )
+
+
+def require_columns(job: Job, source: Source, found: Survey | None = None) -> None:
+    """Nothing, if the output can have the input's columns: Parquet knows them at once, JSON lines once it was `found`.
+
+    Raises:
+        JobError: as `output_schema`.
+    """
+    if isinstance(source, ParquetSource):
+        output_schema(source.schema, job.output)
+    elif found is not None and found.types is not None:
+        output_schema(found.types.schema(), job.output)
+
+
+def facts_of(
+    job: Job, source: Source, files: tuple[FileIdentity, ...], found: Survey, *, run_id: str, begun_at: datetime
+) -> Facts:
+    """The facts of a run over this input; it must not have changed since `files` was taken."""
+    digests = tuple(digest(file) for file in source.files)
+    if (what := changed(source.files, files)) is not None:
+        raise InputError(f"the input changed while it was read: {what}; run again when it is at rest")
+    return Facts(
+        run_id=run_id,
+        begun_at=begun_at,
+        job=job.name,
+        dialect=found.dialect,
+        files=files,
+        digests=digests,
+        rows=found.rows,
+        rejected=tuple(found.rejected),
+        types=None if found.types is None else found.types.to_json(),
+        answer_schema=found.answer_schema,
+        models=found.models,
+        max_request=found.max_request,
+        output=job.output,
+    )
+
+
+def schema_of(source: Source, known: Facts) -> pa.Schema:
+    types = ColumnTypes() if known.types is None else ColumnTypes.from_json(known.types)
+    return output_schema(
+        source.schema if isinstance(source, ParquetSource) else types.schema(), known.output, facts.parsed(known)
+    )
+
+
+def keep_digests(job: Job, directory: RunDirectory, layout: int, pictures: Questions, found: Survey) -> None:
+    """What the rows' images are is on disk, if they can change behind the input's back: as files of their own."""
+    if job.input.image_root is not None:
+        image_digests.write(directory.images_of(layout), pictures.rows(found.rejected))
