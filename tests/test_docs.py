@@ -137,7 +137,7 @@ def test_everything_that_a_row_may_wait_for_is_listed() -> None:
     advised = " ".join(row[0] for row in rows("docs/job.md", "limited by", "what to do for more speed"))
     wanted = {*map(str, Limit), "the reader of completions"}
     for listed in (field, advised):
-        assert {name.partition(" until ")[0] for name in re.findall("`([^`]+)`", listed)} == wanted
+        assert {name.partition(" (")[0] for name in re.findall("`([^`]+)`", listed)} == wanted
 
 
 def test_every_file_of_a_run_directory_is_listed() -> None:

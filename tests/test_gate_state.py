@@ -199,8 +199,8 @@ def test_a_429_cools_for_everyone_and_its_stragglers_neither_repeat_nor_extend_i
     story = Story()
     story.send(*range(8))
     story.ends(0, Verdict.SLOW, SLOW_429, retry_after_s=5.0)
-    assert story.phase() == Cooling(5.0, "HTTP 429 rate_limit")
-    assert story.state.binding(story.now_s) == Binding(Limit.COOLING, 5.0)
+    assert story.phase() == Cooling(5.0, "HTTP 429 rate_limit", "429")
+    assert story.state.binding(story.now_s) == Binding(Limit.COOLING, 5.0, "429")
     story.now_s = 0.5
     for row in range(1, 5):
         story.ends(row, Verdict.SLOW, SLOW_429, retry_after_s=2.0)
@@ -334,7 +334,7 @@ def test_an_overload_that_two_rows_meet_cools_the_gate(second_is_probe: bool) ->
     if second_is_probe:
         story.send(1)
     story.ends(1, Verdict.SLOW, SLOW_503, retry_after_s=9.0)
-    assert story.phase() == Cooling(9.0, "HTTP 503 overloaded")
+    assert story.phase() == Cooling(9.0, "HTTP 503 overloaded", "503")
 
 
 def test_a_429_while_one_overload_is_in_doubt_cools_at_once() -> None:
@@ -485,7 +485,7 @@ def test_five_different_rows_without_an_answer_are_an_outage() -> None:
         story.ends(row, Verdict.FREE, BROKEN_500)
     assert story.phase() is OPEN
     story.ends(OUTAGE_ROWS - 1, Verdict.MAYBE, BROKEN_500)
-    assert story.phase() == Cooling(1.0, "the endpoint is not answering: HTTP 500 server_error")
+    assert story.phase() == Cooling(1.0, "the endpoint is not answering: HTTP 500 server_error", "500")
     story.ends(6, Verdict.FREE, BROKEN_500)
     assert story.until_s() == 1.0
 
@@ -672,7 +672,7 @@ def test_every_change_is_told_with_what_was_before() -> None:
     story.cooled_down()
     story.send(1)
     story.ends(1, Verdict.OK)
-    cooling, probing = Cooling(1.0, "HTTP 429 rate_limit"), Probing("HTTP 429 rate_limit")
+    cooling, probing = Cooling(1.0, "HTTP 429 rate_limit", "429"), Probing("HTTP 429 rate_limit")
     assert story.changes == [(OPEN, cooling), (cooling, probing), (probing, OPEN)]
 
 

@@ -21,7 +21,7 @@ from tests.cli_process import finish, start, write_job, write_rows
 from tests.simulator_process import running_simulator
 
 NOW = datetime(2026, 11, 25, 22, 30, tzinfo=UTC)
-LIMITS = ["rpm", "tpm", "in flight", "latency", "budget", "probing", "cooling down until 02:14:07"]
+LIMITS = ["rpm", "tpm", "in flight", "latency", "budget", "probing", "cooling (429) till 02:14:07"]
 
 
 def summary(**changes: object) -> Summary:
@@ -76,7 +76,7 @@ def test_a_wide_terminal_has_the_figures_in_full_and_a_narrow_one_shortens_them(
     told = summary(eta=NOW + timedelta(hours=1))
     assert around_bar(told, 200)[1].startswith("6,120/10,000 3 failed 1,234 tok/s $12.35 ETA ")
     assert around_bar(told, 80)[1].startswith("6.12k/10k 3 failed 1.23k tok/s $12.35 ETA ")
-    cooling = summary(limited_by="cooling down until 02:14:07", eta=NOW)
+    cooling = summary(limited_by="cooling (429) till 02:14:07", eta=NOW)
     assert around_bar(cooling, 80) == ("61%", around_bar(cooling, 80)[1], False)
 
 

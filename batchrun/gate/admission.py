@@ -45,10 +45,11 @@ class Open(msgspec.Struct, frozen=True):
 
 
 class Cooling(msgspec.Struct, frozen=True):
-    """Nothing is admitted before `until_s` on the machine's clock."""
+    """Nothing is admitted before `until_s` on the machine's clock. `because` is the reason in a word or two."""
 
     until_s: float
     why: str
+    because: str
 
 
 class Probing(msgspec.Struct, frozen=True):
@@ -79,17 +80,18 @@ class Limit(StrEnum):
     OUTPUT_TOKENS = "output tpm"
     IN_FLIGHT = "in flight"
     BUDGET = "budget"
-    COOLING = "cooling down"
+    COOLING = "cooling"
     PROBING = "probing"
     STOPPED = "stopped"
     LATENCY = "latency"
 
 
 class Binding(msgspec.Struct, frozen=True):
-    """The limit that binds now; `until_s`, on the gate's clock, where time alone lifts it."""
+    """The limit that binds now, and why; `until_s`, on the gate's clock, where time alone lifts it."""
 
     limit: Limit
     until_s: float | None = None
+    because: str = ""
 
 
 class Outcome(msgspec.Struct, frozen=True):

@@ -128,8 +128,8 @@ class GateState:
         if self.phase is OPEN:
             return IN_FLIGHT if self._in_flight >= self.allowed_in_flight else None
         match self.phase:
-            case Cooling(until_s=until_s) if now_s < until_s:
-                return Binding(Limit.COOLING, until_s)
+            case Cooling(until_s=until_s, because=because) if now_s < until_s:
+                return Binding(Limit.COOLING, until_s, because)
             case Cooling(why=why):
                 self._probe(why)
             case Stopped():
@@ -199,7 +199,8 @@ class GateState:
         if is_outage or probe_failed:
             answered = outcome.error is not None and outcome.error.http_status is not None
             self._calm_down(1.0 if answered else CALMER, _text(outcome.error))
-            self._cool(f"the endpoint is not answering: {_text(outcome.error)}", now_s, None)
+            why = f"the endpoint is not answering: {_text(outcome.error)}"
+            self._cool(why, _in_brief(outcome.error), now_s, None)
         return PROCEED
 
     def _told_to_slow(self, outcome: Outcome, order: int, now_s: float) -> Ruling:
@@ -215,7 +216,7 @@ class GateState:
         else:
             if not paced:
                 self._calm_down(CALMER, _text(outcome.error))
-            self._cool(_text(outcome.error), now_s, floor_s, paced=paced)
+            self._cool(_text(outcome.error), _in_brief(outcome.error), now_s, floor_s, paced=paced)
         return PROCEED
 
     def _judged_the_run(self, outcome: Outcome) -> Ruling:
@@ -310,7 +311,7 @@ class GateState:
         self.close(Stop(ExitCode.PAUSED, f"{what} for {_duration(patience_s)}: {_text(outcome.error)}"))
         return True
 
-    def _cool(self, why: str, now_s: float, floor_s: float | None, *, paced: bool = False) -> None:
+    def _cool(self, why: str, because: str, now_s: float, floor_s: float | None, *, paced: bool = False) -> None:
         """Nothing goes out until the server's own wait or the backoff is over; clamped first, jittered then.
 
         A first 429 that says how long is taken at its word (`paced`): the endpoint is well, and the pace is lowered.
@@ -328,14 +329,14 @@ class GateState:
         self._unanswered.forget()
         self._in_flight = 0
         self._extended = False
-        self._enter(Cooling(until_s, why))
+        self._enter(Cooling(until_s, why, because))
 
     def _extend_once(self, until_s: float) -> None:
         """A straggler repeats no cooling; only a longer wait asked for by the server moves its end, and only once."""
         if isinstance(self.phase, Cooling) and until_s > self.phase.until_s and not self._extended:
             self._extended = True
             jitter_s = self._uniform() * JITTER * BACKOFF_BASE_S
-            self._enter(Cooling(until_s + jitter_s, self.phase.why))
+            self._enter(msgspec.structs.replace(self.phase, until_s=until_s + jitter_s))
 
     def _probe(self, why: str) -> None:
         self._probe_out = False
@@ -354,6 +355,13 @@ def _duration(seconds: float) -> str:
 
 def _kind(error: RowError | None) -> tuple[str, int | None, str | None] | None:
     return None if error is None else (error.kind, error.http_status, error.code)
+
+
+def _in_brief(error: RowError | None) -> str:
+    """The status alone, or the kind of a failure without one: what a progress line has room for."""
+    if error is None:
+        return "no reason given"
+    return error.kind.replace("_", " ") if error.http_status is None else str(error.http_status)
 
 
 def _text(error: RowError | None) -> str:

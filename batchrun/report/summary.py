@@ -183,7 +183,7 @@ def limiting_factor(binding: Binding, wall_offset_s: float) -> str:
     """The binding limit in the progress line's words; `wall_offset_s` makes wall time of the gate's clock."""
     if binding.limit is Limit.COOLING and binding.until_s is not None:
         until = datetime.fromtimestamp(binding.until_s + wall_offset_s).astimezone()
-        return f"cooling down until {until:%H:%M:%S}"
+        return f"{binding.limit} ({binding.because}) till {until:%H:%M:%S}"
     return str(binding.limit)
 
 
