@@ -23,7 +23,7 @@ from batchrun.rescue.salvage import LOST, NAME, salvage
 from batchrun.rescue.verify import Findings, verify
 from batchrun.rundir import RunDirectory
 from batchrun.simulator import Fault, SimulatorConfig, parse_faults
-from tests.cli_process import KEY, KEY_ENV, batchrun, kill_when, snapshot, start, write_job, write_rows
+from tests.cli_process import KEY, KEY_ENV, Ended, batchrun, kill_when, snapshot, start, write_job, write_rows
 from tests.simulator_process import RunningSimulator, running_simulator
 
 ROWS = 320
@@ -286,6 +286,31 @@ def test_a_file_that_is_gone_is_named(runs: Runs, tmp_path: Path, name: str) -> 
         aside = path.rename(tmp_path / "aside")
         assert path.name in {Path(file).name for file in damaged_files(verify(directory))}
         aside.rename(path)
+
+
+@pytest.mark.parametrize(("name", "layout"), [("done", "file"), ("in-parts", "parts")])
+def test_a_complete_run_without_its_whole_result_is_not_complete_again(
+    runs: Runs, tmp_path: Path, name: str, layout: str
+) -> None:
+    directory, served = runs.copy(name, tmp_path / "run"), len(runs.simulator.ledger())
+    result = directory.completions if layout == "file" else sorted(directory.completions_folder.iterdir())[1]
+
+    def again() -> Ended:
+        return batchrun("run", runs.folder / f"{layout}.toml", "-o", directory.path)
+
+    assert again().exit_code == 0
+    for path in (result, directory.usage):
+        content = path.read_bytes()
+        path.write_bytes(content[:-9])
+        ended = again()
+        assert (ended.exit_code, str(path) in ended.stderr, len(ended.stderr.splitlines())) == (7, True, 1)
+        path.unlink()
+        ended = again()
+        assert (ended.exit_code, len(ended.stderr.splitlines())) == (7, 1)
+        assert "is gone, and the run is complete; put it back" in ended.stderr or "the result holds" in ended.stderr
+        path.write_bytes(content)
+    assert again().exit_code == 0
+    assert len(runs.simulator.ledger()) == served
 
 
 def test_another_versions_run_is_named_as_such(runs: Runs, tmp_path: Path) -> None:

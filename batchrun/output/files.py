@@ -154,6 +154,14 @@ def copy_part(source: Path, to: Path, expected_digest: str) -> None:
     replace(to, write)
 
 
+def rows_in(path: Path) -> int:
+    """The rows of a file, by its footer."""
+    try:
+        return pq.read_metadata(path).num_rows
+    except (OSError, pa.ArrowException) as error:
+        raise CheckpointError(f"{path}: no readable Parquet file: {error}") from error
+
+
 def schema_of(path: Path) -> pa.Schema:
     """The columns of a completions file."""
     try:

@@ -32,6 +32,29 @@ def write(
     tidy(directory)
 
 
+def require_there(directory: RunDirectory, layout: str, rows: int) -> None:
+    """Nothing, if the result of a finished run is where it was written. Footers tell; pages are for `verify` to read.
+
+    Raises:
+        CheckpointError: a file of it is gone, cut, or has other rows.
+    """
+    whole = [directory.completions]
+    if layout == "parts":
+        whole = sorted(directory.completions_folder.glob("*.parquet")) or [directory.completions_folder]
+    for path in (*whole, directory.usage):
+        if not path.exists():
+            raise CheckpointError(
+                f"{path} is gone, and the run is complete; put it back, or start another run with --new"
+            )
+    found = sum(map(files.rows_in, whole))
+    files.rows_in(directory.usage)
+    if found != rows:
+        raise CheckpointError(
+            f"{directory.path}: the result holds {found:,} rows where {rows:,} were written; "
+            f"batchrun verify {directory.path} tells what is damaged"
+        )
+
+
 def tidy(directory: RunDirectory) -> None:
     """What only an unfinished run needs is gone."""
     for path in (*directory.parts.iterdir(), directory.reserve, directory.inflight):
