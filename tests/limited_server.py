@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
-from batchrun.gate.admission import Ask, Limit, Outcome
+from batchrun.gate.admission import Ask, Found, Limit, Outcome
 from batchrun.gate.gate import Gate
 from batchrun.gate.state import GateState
+from batchrun.job import job
 from batchrun.policy import retry_after_s
 from batchrun.records import RowError, Verdict
 from batchrun.simulator.limits import BURST_S, Limits
@@ -89,7 +90,14 @@ class Run:
     changes: list[tuple[float, str]] = field(default_factory=list)
 
 
-def new_gate(run: Run, *, max_in_flight: int = 64, first_in_flight: int = 8, **limits: Any) -> Gate:
+def new_gate(
+    run: Run,
+    *,
+    max_in_flight: int = 64,
+    first_in_flight: int = 8,
+    found: Found = Found(),  # noqa: B008  (frozen)
+    **limits: Any,
+) -> Gate:
     """A gate that tells the run its changes."""
 
     def told(what: Limit, before: float | None, after: float | None, why: str) -> None:
@@ -103,7 +111,7 @@ def new_gate(run: Run, *, max_in_flight: int = 64, first_in_flight: int = 8, **l
         uniform=random.Random(7).random,
         on_change=lambda before, after: run.changes.append((_now_s() - run.server.begun_s, f"{before} -> {after}")),
     )
-    return Gate(state, asyncio.get_running_loop(), on_pace=told, **limits)
+    return Gate(state, asyncio.get_running_loop(), job.Limits(**limits), found=found, on_pace=told)
 
 
 async def ask_all(

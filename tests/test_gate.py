@@ -17,6 +17,7 @@ from batchrun.gate.gate import Gate, GateClosed
 from batchrun.gate.pace import PaceChange
 from batchrun.gate.purse import Cap, Purse
 from batchrun.gate.state import GateState
+from batchrun.job.job import Limits
 from batchrun.records import RowError, Verdict
 from batchrun.report.summary import limits_in_words
 from tests.moved_clock import NothingWillHappen, run_on_moved_clock
@@ -29,11 +30,10 @@ SERVER_ERROR = RowError("server_error", 500, None, "HTTP 500")
 def new_gate(
     *,
     max_in_flight: int = 8,
-    requests_per_minute: float | None = None,
-    tokens_per_minute: float | None = None,
+    daily: DailyCount | None = None,
     purse: Purse | None = None,
     on_pace: PaceChange = lambda limit, before, after, why: None,
-    **others: Any,
+    **limits: Any,
 ) -> Gate:
     state = GateState(
         max_in_flight=max_in_flight,
@@ -45,11 +45,10 @@ def new_gate(
     return Gate(
         state,
         asyncio.get_running_loop(),
-        requests_per_minute=requests_per_minute,
-        tokens_per_minute=tokens_per_minute,
+        Limits(**limits),
+        daily=daily,
         purse=purse,
         on_pace=on_pace,
-        **others,
     )
 
 

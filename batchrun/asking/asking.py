@@ -225,11 +225,7 @@ class Asking:
         return Gate(
             state,
             loop,
-            requests_per_minute=limits.requests_per_minute,
-            tokens_per_minute=limits.tokens_per_minute,
-            input_tokens_per_minute=limits.input_tokens_per_minute,
-            output_tokens_per_minute=limits.output_tokens_per_minute,
-            requests_per_second=limits.requests_per_second,
+            limits,
             daily=self._memory.daily,
             found=Found(known.requests_per_minute, known.tokens_per_minute),
             purse=self._purse,

@@ -27,6 +27,7 @@ from batchrun.gate.pace import Pace, PaceChange
 from batchrun.gate.purse import Purse
 from batchrun.gate.rate_headers import stated
 from batchrun.gate.state import IN_FLIGHT, GateState
+from batchrun.job.job import Limits
 from batchrun.records import InForce, Verdict
 
 TIMER_GRAIN_S = 0.001
@@ -77,18 +78,14 @@ class Gate:
         self,
         state: GateState,
         loop: asyncio.AbstractEventLoop,
+        limits: Limits,
         *,
-        requests_per_minute: float | None = None,
-        tokens_per_minute: float | None = None,
-        input_tokens_per_minute: float | None = None,
-        output_tokens_per_minute: float | None = None,
-        requests_per_second: float | None = None,
         daily: DailyCount | None = None,
         found: Found = Found(),  # noqa: B008  (frozen)
         purse: Purse | None = None,
         on_pace: PaceChange = lambda limit, before, after, why: None,
     ) -> None:
-        """The loop is the clock, as it is aiolimiter's. A limit that is None costs nothing per call.
+        """The loop is the clock, as it is aiolimiter's. A rate that `limits` does not tell costs nothing per call.
 
         `found` is where a pace begins that nobody tells; `on_pace` is told each change of a limit.
         """
@@ -96,18 +93,19 @@ class Gate:
         self._loop = loop
         self._sent_at_s = now_s = loop.time()
         self._guards: dict[Limit, AsyncLimiter] = {}
-        if requests_per_minute is not None:
-            self._guards[Limit.REQUESTS] = _limiter(requests_per_minute, GUARD_BURST_S)
-        self._requests_per_second = requests_per_second
-        if requests_per_second is not None:
-            self._guards[Limit.REQUESTS_PER_SECOND] = _limiter(requests_per_second * 60, BURST_S)
-        self._requests = Pace(Limit.REQUESTS, requests_per_minute, now_s, on_pace, learned=found.requests_per_minute)
-        self._tokens = Pace(Limit.TOKENS, tokens_per_minute, now_s, on_pace, learned=found.tokens_per_minute)
+        told = limits.requests_per_minute
+        if told is not None:
+            self._guards[Limit.REQUESTS] = _limiter(told, GUARD_BURST_S)
+        self._requests = Pace(Limit.REQUESTS, told, now_s, on_pace, learned=found.requests_per_minute)
+        self._requests_per_second = limits.requests_per_second
+        if limits.requests_per_second is not None:
+            self._guards[Limit.REQUESTS_PER_SECOND] = _limiter(limits.requests_per_second * 60, BURST_S)
+        self._tokens = Pace(Limit.TOKENS, limits.tokens_per_minute, now_s, on_pace, learned=found.tokens_per_minute)
         self._input, self._output = (
             None if told is None else Pace(limit, told, now_s, on_pace)
             for limit, told in (
-                (Limit.INPUT_TOKENS, input_tokens_per_minute),
-                (Limit.OUTPUT_TOKENS, output_tokens_per_minute),
+                (Limit.INPUT_TOKENS, limits.input_tokens_per_minute),
+                (Limit.OUTPUT_TOKENS, limits.output_tokens_per_minute),
             )
         )
         self._daily = daily
