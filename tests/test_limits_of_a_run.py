@@ -28,13 +28,16 @@ def manifest(out: Path) -> dict[str, str]:
         checkpoint.close()
 
 
+def limited_to(requests_per_minute: int, ledger: Path) -> SimulatorConfig:
+    return SimulatorConfig(requests_per_minute=requests_per_minute, latency_s=0.02, ledger=str(ledger))
+
+
 def test_the_next_start_begins_with_the_limits_and_sizes_that_the_last_one_found(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "in.jsonl", 400)
-    config = SimulatorConfig(requests_per_minute=6_000, latency_s=0.02, ledger=str(tmp_path / "ledger"))
-    with running_simulator(config) as simulator:
+    out, same = tmp_path / "out", ["--set", "endpoint.name=the same"]
+    with running_simulator(limited_to(6_000, tmp_path / "first")) as simulator:
         job = write_job(tmp_path / "job.toml", simulator.url, source)
-        out = tmp_path / "out"
-        assert batchrun("run", job, "-o", out, "--limit", "200").exit_code == 0
+        assert batchrun("run", job, "-o", out, "--limit", "200", *same).exit_code == 0
         known = learned.decode(manifest(out)[learned.ENTRY])
         assert known.requests_per_minute == 6_000
         assert known.in_flight is not None
@@ -42,8 +45,10 @@ def test_the_next_start_begins_with_the_limits_and_sizes_that_the_last_one_found
         used = [line for line in simulator.ledger() if line.billed]
         mean = sum(line.completion_tokens for line in used) / len(used)
         assert mean <= sizes.output_tokens <= max(line.completion_tokens for line in used)
-        assert batchrun("run", job, "-o", out).exit_code == 0
-        assert not any(line.status == 429 for line in simulator.ledger())
+    with running_simulator(limited_to(6_000, tmp_path / "second")) as simulator:  # nothing of its limit is used yet
+        job = write_job(tmp_path / "job.toml", simulator.url, source)
+        assert batchrun("run", job, "-o", out, *same).exit_code == 0
+        assert [line.status for line in simulator.ledger()] == [200] * 200
     found = [(told["limit"], told["after"], told["why"]) for told in logged(out, "pace")]
     assert found == [("rpm", 6_000.0, "stated by the server"), ("rpm", 6_000.0, "learned by an earlier start")]
     before = 0
