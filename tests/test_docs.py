@@ -192,6 +192,8 @@ def test_every_module_has_its_line_in_the_design() -> None:
     modules = {path.relative_to(package).with_suffix("") for path in package.rglob("*.py") if path.stem != "__init__"}
     wanted = {".".join(path.parts) for path in modules if len(path.parts) == 1 or path.parts[0] in within}
     assert sorted(listed) == sorted(wanted | {f"{name}/" for name in packages})
+    from_the_ground_up = [name for name in MAY_IMPORT if name != "__init__"]
+    assert [name.rstrip("/") for name in listed if "." not in name] == from_the_ground_up
 
 
 def test_every_dependency_has_its_reason_in_the_design() -> None:
