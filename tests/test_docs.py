@@ -27,6 +27,7 @@ from batchrun.records import Attempt, PossiblyBilled, Status, Summary, TotalsLin
 from batchrun.report.bill import KEYS
 from batchrun.rundir import RunDirectory
 from batchrun.source import find_files, open_source
+from tests.test_architecture import MAY_IMPORT
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
