@@ -5,6 +5,7 @@ the gate again. A slot is taken before the bytes leave and given back when the c
 """
 
 import asyncio
+import functools
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 
@@ -15,6 +16,7 @@ from batchrun.answer import answer as answers
 from batchrun.asking.backlog import Backlog, Pending
 from batchrun.asking.delivery import Delivery
 from batchrun.asking.ended import NOTHING, Ended, cost_of, maybe_billed, remembered, total
+from batchrun.asking.image_room import ImageRoom
 from batchrun.checkpoint import variants
 from batchrun.checkpoint.checkpoint import Checkpoint
 from batchrun.checkpoint.slots import Slots
@@ -86,6 +88,7 @@ class Pipeline:
         self._slots = slots
         self._checked = checked
         self._images = Images(job.input)
+        self._room = ImageRoom()
         self._on_settled = on_settled
         self._on_failure = on_failure
         self._clock = clock
@@ -122,16 +125,10 @@ class Pipeline:
             except GateClosed:
                 self.backlog.close()
                 return
-            request = pending.request
-            if request.pictures:
-                try:
-                    request = await asyncio.to_thread(self._with_pictures, pending)
-                except InputError as error:
-                    self._gate.release(slot, NOTHING)
-                    self._on_failure(error)
-                    return
-                pending = _identified(pending, request.key)
-            await self._attempt(pending, request, slot, bound_usd)
+            if pending.request.pictures:
+                await self._attempt_with_pictures(pending, slot, bound_usd)
+            else:
+                await self._attempt(pending, pending.request, slot, bound_usd)
 
     async def _next(self) -> Pending | None:
         """The next row to ask. A disk or input that fails here ends admission, but who is in flight may still land."""
@@ -140,6 +137,20 @@ class Pipeline:
         except BatchrunError as error:
             self._on_failure(error)
             return None
+
+    async def _attempt_with_pictures(self, pending: Pending, slot: int, bound_usd: Decimal | None) -> None:
+        """The same with the images in the body, which nothing holds any more when this returns."""
+        try:
+            request = await self._room.load(functools.partial(self._with_pictures, pending))
+        except InputError as error:
+            self._gate.release(slot, NOTHING)
+            self._on_failure(error)
+            return
+        if self._gate.stop is None:
+            await self._attempt(_identified(pending, request.key), request, slot, bound_usd)
+        else:  # it closed while this row waited for room
+            self._gate.release(slot, NOTHING)
+        self._room.leave(request)
 
     def _with_pictures(self, pending: Pending) -> Request:
         """The request with its images, as they are now. For a thread: it reads files.
