@@ -41,6 +41,7 @@ class Server:
         self.begun_s = asyncio.get_running_loop().time()
         self._broken = False
         self.failing = 0.0
+        self.refused_by_chance = frozenset[int]()  # which exchanges, whatever the limits say
         self.exchanges: list[Exchange] = []
         self.limit(rpm, tpm)
 
@@ -59,6 +60,8 @@ class Server:
         try:
             if self._broken or self._rng.random() < self.failing:
                 raise Refused(500, "broken", code="server_error")
+            if len(self.exchanges) in self.refused_by_chance:
+                raise Refused(429, "slow down", code="rate_limit_exceeded")
             self._limits.admit(tokens, at_s)
         except Refused as refused:
             self.exchanges.append(Exchange(at_s, row, tokens, refused.status))

@@ -166,6 +166,23 @@ def test_estimates_four_times_wrong_at_the_start_cost_nothing_after_two_minutes(
     run_on_moved_clock(main())
 
 
+def test_an_early_refusal_by_chance_costs_seconds_and_is_no_limit_to_the_next_start() -> None:
+    async def took_s(chance: frozenset[int], rows: int) -> tuple[float, Found]:
+        run = Run(Server(headers=False))
+        run.server.refused_by_chance = chance
+        await ask_all(run, gate := new_gate(run), [150] * rows)
+        return run.took_s, gate.found
+
+    async def main() -> None:
+        undisturbed_s, _ = await took_s(frozenset(), 3_000)
+        disturbed_s, _ = await took_s(frozenset({3}), 3_000)
+        assert disturbed_s - undisturbed_s < 20
+        _, handed_on = await took_s(frozenset({3}), 20)
+        assert handed_on == Found()
+
+    run_on_moved_clock(main())
+
+
 def test_a_start_that_knows_what_was_found_before_begins_there_without_a_single_refusal() -> None:
     async def main() -> None:
         run = Run(Server(RPM, None, headers=False))

@@ -6,7 +6,8 @@ Without any of them there is no limit, and it costs next to nothing.
 - What headers state holds at once where it is lower, and is approached by 5 % a second where it is higher: a limit that
   flickers does no harm, and a restored one is in use within a quarter of a minute.
 - A refusal measures (`accepted`): a little less than that rate is kept, then probed upwards, by 1 %, 2 %, 4 % … as long
-  as no refusal comes and what is allowed is used.
+  as no refusal comes and what is allowed is used. The first one only bounds it, or was chance: then 5 %, 10 %, 20 % …
+  every second, and the next start does not begin there.
 - What the server says is left in its bucket (`remaining`) moves the level of ours: up where nobody else limits us, down
   where somebody else draws on the same limit.
 """
@@ -44,6 +45,7 @@ BELOW_PACE = 0.95
 BELOW_UNMEASURED = 0.85
 """What is kept when refused again too soon to measure anything."""
 
+ROUGH_PROBE = 0.05
 PROBE = 0.01
 PROBE_EVERY_S = 4.0
 MAX_PROBE = 0.32
@@ -113,8 +115,8 @@ class Pace:
 
     @property
     def found(self) -> float | None:
-        """The rate that holds although nobody has told it; None where none does, or what was told."""
-        found = _lowest(self.stated_now, self.learned)
+        """The rate that holds although nobody has told it; None where none does, or what was told, or a rough bound."""
+        found = _lowest(self.stated_now, None if self._rough else self.learned)
         return None if found is None or (self.told is not None and found >= self.told) else found
 
     def ready_in_s(self, amount: float, now_s: float) -> float:
@@ -188,7 +190,7 @@ class Pace:
             if self.per_minute is not None:
                 self.learned = min(self.learned, self.per_minute * BELOW_ACCEPTED)
             why = f"refused; {measured.per_minute:.0f} a minute were accepted"
-        self._probe = PROBE
+        self._probe = ROUGH_PROBE if self._rough else PROBE
         self._raised_s, self._raised_total = now_s, self.total
         self._hold(why, now_s)
         if self._bucket is not None and self.per_minute is not None:
@@ -229,11 +231,8 @@ class Pace:
         self._raised_s, self._raised_total = now_s, self.total
         if not used:
             return
-        if self._rough:
-            self.learned *= RISE
-        else:
-            self.learned *= 1 + self._probe
-            self._probe = min(MAX_PROBE, 2 * self._probe)
+        self.learned *= 1 + self._probe
+        self._probe = min(MAX_PROBE, 2 * self._probe)
         others = _lowest(self.told, self.stated_now)
         if others is not None and self.learned >= others:
             self.learned = None
