@@ -5,13 +5,16 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from batchrun.credentials import Credentials
 from batchrun.errors import JobError
 from batchrun.job.job import SIMULATOR, Job
-from batchrun.simulator import SimulatorConfig, parse_faults
+
+if TYPE_CHECKING:
+    from batchrun.simulator import SimulatorConfig
 
 KEY = "simulated-key"  # any bearer will do; the simulator takes it for a key that may stay in no file
 
@@ -48,7 +51,9 @@ def credentials() -> Credentials:
     return Credentials({"Authorization": f"Bearer {KEY}"}, frozenset({KEY}))
 
 
-def _config(job: Job) -> SimulatorConfig:
+def _config(job: Job) -> "SimulatorConfig":
+    from batchrun.simulator import SimulatorConfig, parse_faults  # aiohttp's server, 90 ms: only for a job that asks
+
     settings = job.simulator
     return SimulatorConfig(
         latency_s=settings.latency_s,

@@ -198,3 +198,9 @@ def test_the_command_line_starts_without_anything_heavy() -> None:
     code = f"import sys, batchrun.cli; print([name for name in {heavy} if name in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout == "[]\n"
+
+
+def test_a_run_loads_a_server_only_where_its_job_asks_for_the_simulator() -> None:
+    code = "import sys, batchrun.start; print('aiohttp.web' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout == "False\n"
