@@ -62,6 +62,7 @@ def _refuse_null(value: object) -> object:
 _ENVIRONMENT = jinja2.sandbox.ImmutableSandboxedEnvironment(
     undefined=jinja2.StrictUndefined, finalize=_refuse_null, keep_trailing_newline=True, autoescape=False
 )
+_ENVIRONMENT.globals.clear()  # no template sees them, yet each context would list them (1.4 of 4.8 µs, measured)
 
 
 def text_template(text: str, place: str) -> Callable[[Columns], str]:
