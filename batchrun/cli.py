@@ -6,6 +6,7 @@ Everything heavy is imported by the command that needs it: `batchrun --help` ans
 import os
 import sys
 from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,10 +17,28 @@ from batchrun.errors import BatchrunError, ExitCode
 from batchrun.terminal import Progress, harmless, note
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from batchrun.job.job import Job
     from batchrun.plan.check import Survey
     from batchrun.records import Summary
     from batchrun.source import Source
+
+
+def _amount(what: str) -> "Callable[[click.Context, click.Parameter, str | None], Decimal | None]":
+    """Reads a flag as a finite number of 0 or more: click's own types take nan and inf."""
+
+    def read(context: click.Context, parameter: click.Parameter, text: str | None) -> Decimal | None:
+        try:
+            number = None if text is None else Decimal(text)
+        except ArithmeticError:
+            number = Decimal("nan")
+        if number is not None and not (number.is_finite() and number >= 0):
+            raise click.BadParameter(f"expected {what} (is {text})")
+        return number
+
+    return read
+
 
 JOB = click.argument("job", type=click.Path(dir_okay=False, path_type=Path))
 INPUT = click.option("-i", "--input", "input_path", metavar="PATH", help="Input instead of input.path; - is stdin.")
@@ -39,7 +58,12 @@ def cli() -> None:
 @click.option("-o", "--output", "output_path", metavar="DIR", help="Run directory instead of output.path.")
 @click.option("--date", metavar="YYYY-MM-DD", help="The logical date for {date}; default: the first start's.")
 @click.option("--new", is_flag=True, help="Start another run instead of going on with the last.")
-@click.option("--max-cost", "max_cost_usd", metavar="USD", help="Hard cap for the whole run, in USD.")
+@click.option(
+    *("--max-cost", "max_cost_usd"),
+    metavar="USD",
+    callback=_amount("an amount in USD"),
+    help="Hard cap for the whole run, in USD.",
+)
 @click.option("--max-failures", type=int, metavar="N", help="Failed rows that still exit 0.")
 @click.option("--deadline", metavar="WHEN", help="End by then: 6h, 90m, 06:00 (the next), 2026-11-26T06:00.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N rows; without it the run goes on.")
@@ -47,7 +71,12 @@ def cli() -> None:
 @click.option("--retry-failed", is_flag=True, help="Ask failed rows of a complete run again; --set may vary request.*.")
 @click.option("--status", "statuses", metavar="LIST", help="With --retry-failed: which, e.g. truncated,error.")
 @click.option("--skip-invalid", is_flag=True, help="Set bad records aside in rejects.jsonl.")
-@click.option("--grace", "grace_s", type=float, metavar="SECONDS", help="To drain after a signal or the deadline; 20.")
+@click.option(
+    *("--grace", "grace_s"),
+    metavar="SECONDS",
+    callback=_amount("seconds, 0 or more"),
+    help="To drain after a signal or the deadline; 20.",
+)
 @SET
 def run(
     job: Path,
@@ -55,7 +84,7 @@ def run(
     output_path: str | None,
     date: str | None,
     new: bool,
-    max_cost_usd: str | None,
+    max_cost_usd: Decimal | None,
     max_failures: int | None,
     deadline: str | None,
     limit: int | None,
@@ -63,7 +92,7 @@ def run(
     retry_failed: bool,
     statuses: str | None,
     skip_invalid: bool,
-    grace_s: float | None,
+    grace_s: Decimal | None,
     overrides: tuple[str, ...],
 ) -> None:
     """Ask every row of the input. The same command again goes on where the last one stopped."""
@@ -82,7 +111,7 @@ def run(
                 accept_changes=accept_changes,
                 retry_failed=_retry_statuses(retry_failed, statuses),
                 skip_invalid=skip_invalid,
-                grace_s=grace_s,
+                grace_s=None if grace_s is None else float(grace_s),
                 progress=progress.show,
                 note=note,
                 checked=progress.checked,
@@ -304,7 +333,7 @@ def _load(
     input_path: str | None,
     output_path: str | None,
     overrides: tuple[str, ...],
-    flags: dict[str, str | int | None],
+    flags: "Mapping[str, int | Decimal | None]",
 ) -> "Job":
     """The job with the command line's settings over it."""
     from batchrun.job.load import load
@@ -331,10 +360,10 @@ def _read_through(job: "Job") -> "tuple[Source, Survey]":
         return source, survey(source, job, Path(scratch), progress=progress.checked)
 
 
-def _toml(value: str | int) -> str:
-    """A flag's value as TOML: text in quotes, unless it is a number."""
-    if isinstance(value, int) or value.replace(".", "", 1).isdigit():
-        return str(value)
+def _toml(value: str | int | Decimal) -> str:
+    """A flag's value as TOML."""
+    if not isinstance(value, str):
+        return f"{value:f}" if isinstance(value, Decimal) else str(value)
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 

@@ -37,6 +37,10 @@ class ExitCode(IntEnum):
     SIGTERM = 143
 
 
+ANOTHER = "start another run with --new or, where output.path has no {date}, with another -o"
+"""The way on that every run has, in the words of an error's line."""
+
+
 class BatchrunError(Exception):
     """A failed run, told in one line: what, where, and what to do next."""
 

@@ -67,7 +67,6 @@ def run(
         chronicle = Chronicle(job.name, directory, credentials)
         try:
             hooks.progress(chronicle.summary())
-            directory.reserve_room()
             checkpoint = Checkpoint(directory.checkpoint, free_reserve=directory.free_room)
             try:
                 return _run(job, directory, credentials, checkpoint, chronicle, asked, hooks, grace_s, loop_factory)
@@ -103,6 +102,7 @@ def _run(
     lost = _name_lost(directory, checkpoint)
     with signals.raised():  # until the event loop listens itself
         plan = planning.make(job, directory, checkpoint, asked, chronicle.started_at)
+        directory.reserve_room()
         _unfinish(plan, directory, checkpoint)
         _begin(plan, checkpoint, chronicle)
         if credentials.warning:

@@ -41,12 +41,12 @@ class PriceTable(msgspec.Struct, frozen=True):
     upstream: str | None = None
 
     def describe(self) -> str:
-        """One line for the run's summary: the first tier, the source and its date."""
+        """For the run's summary: the first tier; then, behind "; ", the source and its date."""
         tier = self.tiers[0]
-        name = f"{self.model} at the list price of {self.upstream}" if self.upstream else self.model
-        more = ", higher beyond " + f"{self.tiers[1].above_prompt_tokens:,} tokens" if len(self.tiers) > 1 else ""
-        prices = f"${tier.input} in, ${tier.cached_input} cached, ${tier.output} out per million{more}"
-        return f"{name}: {prices} ({self.source}, {self.as_of})"
+        more = f", dearer beyond {self.tiers[1].above_prompt_tokens:,} tokens" if len(self.tiers) > 1 else ""
+        prices = f"${tier.input} in, ${tier.cached_input} cached, ${tier.output} out per million tokens{more}"
+        whose = f"the list price of {self.upstream}" if self.upstream else "the price"
+        return f"{self.model}: {prices}; {whose} by {self.source}, {self.as_of}"
 
 
 def cost(usage: Usage | None, table: PriceTable | None) -> Decimal | None:

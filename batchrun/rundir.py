@@ -81,8 +81,12 @@ class RunDirectory:
 
     def reserve_room(self) -> None:
         """There is a file to give back when the disk is full; without room even for it, the run goes on without."""
-        with contextlib.suppress(OSError), open(self.reserve, "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, RESERVE_BYTES)
+        with contextlib.suppress(OSError):
+            descriptor = os.open(self.reserve, os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                os.posix_fallocate(descriptor, 0, RESERVE_BYTES)
+            finally:
+                os.close(descriptor)
 
     def free_room(self) -> bool:
         """The reserved room is free; False where there was none."""

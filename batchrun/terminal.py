@@ -45,9 +45,8 @@ class Progress:
             from tqdm import tqdm
 
             if self._bar is None:
-                self._bar = tqdm(unit=" rows", desc="checking", dynamic_ncols=True, leave=False)
-            self._bar.n = rows
-            self._bar.refresh()
+                self._bar = tqdm(bar_format="{desc}", dynamic_ncols=True, leave=False)
+            self._bar.set_description_str(f"checking the input: {rows:,} rows so far")
 
     def show(self, summary: "Summary") -> None:
         """Where the run stands."""

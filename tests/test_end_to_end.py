@@ -188,6 +188,40 @@ def test_the_first_signal_drains_and_the_resume_repeats_nothing(tmp_path: Path) 
     assert read_summary(tmp_path / "out")["possibly_billed_count"] == 0
 
 
+@pytest.mark.parametrize("value", ["-1", "nan", "inf", "soon"])
+@pytest.mark.parametrize("flag", ["--grace", "--max-cost"])
+def test_a_flag_that_is_no_amount_is_refused(tmp_path: Path, flag: str, value: str) -> None:
+    source = write_rows(tmp_path / "in.jsonl", 1)
+    job = write_job(tmp_path / "job.toml", "http://127.0.0.1:9", source)
+    ended = batchrun("run", job, "-o", tmp_path / "out", f"{flag}={value}")
+    assert ended.exit_code == 2
+    assert f"Invalid value for '{flag}': expected " in ended.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_input_and_output_may_be_called_by_numbers(tmp_path: Path) -> None:
+    write_rows(tmp_path / "20261101", 3)
+    with running_simulator(SimulatorConfig()) as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, tmp_path / "none")
+        ended = batchrun("run", job, "-i", "20261101", "-o", "2026", "--max-cost", "1e2", cwd=tmp_path)
+        assert ended.exit_code == 0, ended.stderr
+    assert completions(tmp_path / "2026", ["row"]).num_rows == 3
+
+
+def test_every_file_of_a_run_is_its_owners_alone_and_a_start_that_is_refused_reserves_no_room(tmp_path: Path) -> None:
+    source, out = write_rows(tmp_path / "in.jsonl", 300), tmp_path / "out"
+    with running_simulator(SimulatorConfig(latency_s=0.2, ledger=str(tmp_path / "ledger"))) as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, source, "[output]\nchunk_rows = 40\n")
+        assert batchrun("run", job, "-o", out, "-i", tmp_path / "gone.jsonl").exit_code == 2
+        assert not (out / "reserve.bin").exists()
+        process = start("run", job, "-o", out)
+        kill_when(process, lambda: len(simulator.ledger()) >= 60)
+        process.communicate()
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert {"reserve.bin", "checkpoint.db", "inflight.bin", "summary.json", "run.log"} <= {path.name for path in files}
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in files} == {path.name: "0o600" for path in files}
+
+
 @pytest.mark.parametrize("refusal", [("--limit", "20"), ("--set", "request.prompt=Other: {{ text }}"), ("-i", "gone")])
 def test_a_start_that_is_refused_leaves_the_account_of_an_unfinished_run(
     tmp_path: Path, refusal: tuple[str, str]

@@ -114,14 +114,14 @@ def test_every_job_that_is_shipped_loads(file: Path, monkeypatch: pytest.MonkeyP
             "[limits]\nrequests_per_minute = inf",
             "limits.requests_per_minute: expected a number <= 1000000000000.0 (is inf)",
         ),
-        ("[budget]\nmax_cost_usd = 0", "budget.max_cost_usd: expected more than 0 (is 0)"),
-        ("[budget]\nmax_cost_usd = nan", "budget.max_cost_usd: expected more than 0 (is NaN)"),
-        ("[budget]\nmax_cost_usd = inf", "budget.max_cost_usd: expected more than 0 (is Infinity)"),
-        ('[budget]\nmax_cost_usd = "ten"', "budget.max_cost_usd: invalid decimal string (is 'ten')"),
+        ("[budget]\nmax_cost_usd = 0", "budget.max_cost_usd: expected 0 to 10,000,000 USD (is 0)"),
+        ("[budget]\nmax_cost_usd = nan", "budget.max_cost_usd: expected 0 to 10,000,000 USD (is NaN)"),
+        ("[budget]\nmax_cost_usd = inf", "budget.max_cost_usd: expected 0 to 10,000,000 USD (is Infinity)"),
+        ('[budget]\nmax_cost_usd = "ten"', "budget.max_cost_usd: expected an amount in USD (is 'ten')"),
         ("[pricing.m]\ninput = 1", "pricing.m: object missing required field `output`"),
         (
             '[pricing.a]\ninput = 1\noutput = 2\n[pricing."b.c"]\ninput = "x"\noutput = 1',
-            "pricing.b.c.input: invalid decimal string (is 'x')",
+            "pricing.b.c.input: expected an amount in USD (is 'x')",
         ),
         (
             "[pricing.m]\ninput = 1\noutput = 1\ncache_input = 1",
@@ -470,8 +470,8 @@ def test_decimals_are_money_in_prices_and_numbers_in_the_body(tmp_path: Path) ->
     assert msgspec.json.encode(job.request.extra) == b'{"a":0.1}'
 
 
-@pytest.mark.parametrize("override", ["limits.rpm=4", "limits.max_in_flight=many", "limits={rpm=4}"])
+@pytest.mark.parametrize("override", ["limits.rpm=4", "limits.max_in_flight=many", "limits={rpm=4}", "limit.x.y=1"])
 def test_a_mistake_in_a_setting_laid_over_the_job_is_not_blamed_on_the_file(tmp_path: Path, override: str) -> None:
     file = tmp_path / "night.toml"
-    assert problem_of(tmp_path, SIMULATOR, override).startswith(f"set over {file} (by --set or an option): limits.")
+    assert problem_of(tmp_path, SIMULATOR, override).startswith(f"set over {file} (by --set or an option): limit")
     assert problem_of(tmp_path, "[limits]\nrpm = 4", "limits.max_in_flight=4").startswith("limits.rpm: ")

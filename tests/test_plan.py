@@ -117,6 +117,7 @@ def test_skipped_records_are_set_aside_with_place_reason_and_content(starts: Sta
         (2, f"{starts.input}:3", None),
         (3, f"{starts.input}:4", {"id": 1, "text": "b"}),
     ]
+    assert [reject["line"] for reject in rejects] == [None, "[7]", None]
     assert rejects[2]["problem"] == f"its id stands at {starts.input}:1 already"
     assert starts.directory.rejects.stat().st_mode & 0o777 == 0o600
 

@@ -113,8 +113,8 @@ def test_the_vendors_model_has_the_upstreams_list_price_and_says_so() -> None:
     assert found.tiers == CODEX.tiers
     assert (found.model, found.upstream, found.as_of) == ("vtrix-gpt-5.3-codex", "gpt-5.3-codex", TODAY)
     assert found.describe().startswith(
-        "vtrix-gpt-5.3-codex at the list price of gpt-5.3-codex: "
-        "$1.75 in, $0.175 cached, $14 out per million (genai-prices "
+        "vtrix-gpt-5.3-codex: $1.75 in, $0.175 cached, $14 out per million tokens; "
+        "the list price of gpt-5.3-codex by genai-prices "
     )
 
 
@@ -139,7 +139,7 @@ def test_the_jobs_own_price_goes_before_any_list() -> None:
 def test_a_dearer_tier_is_told() -> None:
     found = resolve("gemini-2.5-pro", {}, TODAY)
     assert found is not None
-    assert "higher beyond 200,000 tokens" in found.describe()
+    assert "dearer beyond 200,000 tokens" in found.describe()
 
 
 @pytest.mark.parametrize("model", ["gpt-5.3-codex", "gpt-4o", "gemini-2.5-pro", "claude-sonnet-4-5"])

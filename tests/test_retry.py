@@ -66,6 +66,18 @@ def test_a_retry_asks_failed_rows_only_and_leaves_the_others_as_they_are(tmp_pat
     assert batchrun("run", job, "-o", out, "--retry-failed").exit_code == 0
 
 
+def test_a_retry_where_no_run_has_begun_asks_nothing(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "in.jsonl", 5)
+    with running_simulator(SimulatorConfig(ledger=str(tmp_path / "ledger"))) as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, source)
+        ended = batchrun("run", job, "-o", tmp_path / "typo", "--retry-failed")
+        assert ended.exit_code == 2
+        assert ended.stderr.startswith(
+            f"Error: {tmp_path}/typo: no run has begun here whose rows could be asked again;"
+        )
+        assert simulator.ledger() == []
+
+
 def test_a_retry_with_other_settings_is_a_variant_and_each_row_says_which(tmp_path: Path) -> None:
     job, out = finished(tmp_path)
     truncated = table(out).column("status").to_pylist().count("truncated")

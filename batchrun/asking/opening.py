@@ -22,7 +22,7 @@ def told_at_start(job: Job, plan: Plan, where: Path, spent: Spent, lost: int, *,
     else:
         aside = f", {len(known.rejected):,} set aside" if known.rejected else ""
         files = plural(len(plan.source.files), "file")
-        lines.append(f"input: {known.rows:,} rows in {files}{aside}, read as {known.dialect}")
+        lines.append(f"input: {plural(known.rows, 'row')} in {files}{aside}, read as {known.dialect}")
     if plan.rows < known.rows:
         lines.append(f"only the first {plan.rows:,} rows are asked; without --limit the run goes on")
     if lost:

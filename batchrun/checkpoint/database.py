@@ -14,7 +14,7 @@ import msgspec
 
 from batchrun.checkpoint.wal import commits_dropped
 from batchrun.durable import fsync
-from batchrun.errors import BatchrunError, CheckpointError, DiskError, RunLockedError
+from batchrun.errors import ANOTHER, BatchrunError, CheckpointError, DiskError, RunLockedError
 
 MAX_PARAMETERS = 32_766
 """What SQLite takes in one statement (sqlite.org, "Implementation Limits")."""
@@ -144,7 +144,7 @@ class Database:
         if found != version:
             raise CheckpointError(
                 f"{self._path}: of another version of batchrun (format {found}, this one reads {version}); "
-                "finish the run with that version, or start another with --new"
+                f"finish the run with that version, or {ANOTHER}"
             )
         ((state,),) = self.query("PRAGMA quick_check(1)")
         if state != "ok":

@@ -28,6 +28,9 @@ SIMULATOR = "simulator"
 FROM_COLUMNS = frozenset({"model", "reasoning_effort", "max_tokens", "temperature", "top_p"})
 """The parameters that a column can set row by row."""
 
+MAX_COST_USD = 10_000_000
+"""What no run costs: a cap beyond it is a slip of the finger."""
+
 MAX_PRICE_USD = 100_000
 """Per million tokens. Beyond it a cost would leave decimal128(20, 12), the column it is stored in."""
 

@@ -40,8 +40,9 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Job:
 
 def _origin(path: Path, overrides: Sequence[str], problem: str) -> str:
     """Where the setting that the problem begins with was made: in the job file, or over it."""
-    names = (".".join(_keys(override.partition("=")[0])) for override in overrides)
-    over = any(re.match(rf"{re.escape(name)}[.:\[]", problem) for name in names)
+    said = re.split(r"[:\[]", problem, maxsplit=1)[0] + "."
+    names = (".".join(_keys(override.partition("=")[0])) + "." for override in overrides)
+    over = any(name.startswith(said) or said.startswith(name) for name in names)
     return f"set over {path} (by --set or an option)" if over else str(path)
 
 

@@ -45,7 +45,7 @@ def explain(message: str, tables: Mapping[str, Any], root: type, settings: Colle
     if choices and isinstance(value, str):
         what = f"expected {' or '.join(choices)}"
     if isinstance(value, str | int | float):
-        what = what.partition(", got ")[0]
+        what = what.partition(", got ")[0].replace("Invalid decimal string", "Expected an amount in USD")
     what = _TYPES.sub(_in_plain_words, what)
     shown = f" (is {value!r})" if isinstance(value, str | int | float) else ""
     return f"{_path(steps) or 'job'}: {what[0].lower()}{what[1:]}{shown}"

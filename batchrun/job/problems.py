@@ -9,7 +9,17 @@ from urllib.parse import urlsplit
 import msgspec
 
 from batchrun.job import expected
-from batchrun.job.job import FROM_COLUMNS, MAX_PRICE_USD, SIMULATOR, Endpoint, Job, Price, RequestTemplate, flatten
+from batchrun.job.job import (
+    FROM_COLUMNS,
+    MAX_COST_USD,
+    MAX_PRICE_USD,
+    SIMULATOR,
+    Endpoint,
+    Job,
+    Price,
+    RequestTemplate,
+    flatten,
+)
 
 SECRET = re.compile(r"(^|[._-])(api_?key|key|token|secret|password|authorization)$", re.IGNORECASE)
 """Names of settings that hold a secret."""
@@ -46,8 +56,8 @@ def problems(job: Job) -> Iterator[str]:
         yield f"request.from_columns.{name}: expected one of {', '.join(sorted(FROM_COLUMNS))}"
     yield from _json_problems(request)
     yield from _schema_problems(request)
-    if (cap := job.budget.max_cost_usd) is not None and not (cap.is_finite() and cap > 0):
-        yield f"budget.max_cost_usd: expected more than 0 (is {cap})"
+    if (cap := job.budget.max_cost_usd) is not None and not (cap.is_finite() and 0 < cap <= MAX_COST_USD):
+        yield f"budget.max_cost_usd: expected 0 to {MAX_COST_USD:,} USD (is {cap})"
     for model, price in job.pricing.items():
         for name in Price.__struct_fields__:
             usd: Decimal | None = getattr(price, name)

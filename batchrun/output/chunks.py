@@ -17,7 +17,7 @@ from batchrun.checkpoint.checkpoint import Checkpoint
 from batchrun.checkpoint.tables import Chunk, Reopened
 from batchrun.columns.jsonl import ColumnTypes
 from batchrun.columns.schema import JSON, Column
-from batchrun.errors import CheckpointError, InputError
+from batchrun.errors import ANOTHER, CheckpointError, InputError
 from batchrun.job.job import Output
 from batchrun.output import files
 from batchrun.output.base_part import BasePart
@@ -148,7 +148,7 @@ class Chunks:
 
     def _check_unchanged(self) -> None:
         if (what := changed(self._source.files, self._identities)) is not None:
-            raise InputError(f"the input changed while the run works: {what}; put it back, or start another with --new")
+            raise InputError(f"the input changed while the run works: {what}; put it back, or {ANOTHER}")
 
     def _reopen(self, chunk: Chunk) -> OpenChunk:
         discarded: dict[int, list[Discarded]] = {}

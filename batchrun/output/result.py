@@ -9,7 +9,7 @@ from batchrun import durable
 from batchrun.checkpoint.checkpoint import Checkpoint
 from batchrun.checkpoint.facts import Facts
 from batchrun.checkpoint.tables import Chunk
-from batchrun.errors import CheckpointError
+from batchrun.errors import ANOTHER, CheckpointError
 from batchrun.output import files
 from batchrun.output.chunks import Chunks
 from batchrun.records import Summary
@@ -43,9 +43,7 @@ def require_there(directory: RunDirectory, layout: str, rows: int) -> None:
         whole = sorted(directory.completions_folder.glob("*.parquet")) or [directory.completions_folder]
     for path in (*whole, directory.usage):
         if not path.exists():
-            raise CheckpointError(
-                f"{path} is gone, and the run is complete; put it back, or start another run with --new"
-            )
+            raise CheckpointError(f"{path} is gone, and the run is complete; put it back, or {ANOTHER}")
     found = sum(map(files.rows_in, whole))
     files.rows_in(directory.usage)
     if found != rows:

@@ -28,12 +28,15 @@ PROGRESS_EVERY = 5000
 
 
 class Problem(msgspec.Struct, frozen=True):
-    """Why one record can't be asked, and where it stands. `record` is None where it could not be read."""
+    """Why one record can't be asked, and where it stands. `record` is None where it could not be read: then `line` is
+    the line as it stands there, unless it is too long even for that.
+    """
 
     ordinal: int
     place: str
     problem: str
     record: dict[str, object] | None
+    line: str | None = None
 
     def __str__(self) -> str:
         return f"{self.place}: {self.problem}"
@@ -137,7 +140,8 @@ def survey(
     with IdIndex(scratch) as ids:
         for record in source.records():
             if record.problem is not None:
-                tally.reject(Problem(record.ordinal, record.place, record.problem, None), tally.unusable)
+                line = None if record.line is None else record.line.decode("utf-8", "backslashreplace")
+                tally.reject(Problem(record.ordinal, record.place, record.problem, None, line), tally.unusable)
                 continue
             if builder is None:
                 builder = RequestBuilder(job, detect_dialect(job, record.columns))

@@ -103,7 +103,7 @@ def in_words(estimated: Estimate, tables: Mapping[str, PriceTable | None]) -> It
         yield f"cost         about ${estimated.expected_usd:,.4f}; {bounds}"
     for table in tables.values():
         if table is not None:
-            yield f"             {table.describe()}"
+            yield from (f"             {part}" for part in table.describe().split("; "))
     yield from (f"budget       {line}" for line in estimated.short)
     if estimated.minutes is None:
         yield "time         as fast as the endpoint answers: no limit of the job holds that many rows back"

@@ -19,7 +19,7 @@ from batchrun.checkpoint.facts import Facts
 from batchrun.checkpoint.variants import Variant
 from batchrun.columns.jsonl import ColumnTypes
 from batchrun.columns.schema import Column
-from batchrun.errors import CheckpointError, JobError
+from batchrun.errors import ANOTHER, CheckpointError, JobError
 from batchrun.job.job import Job
 from batchrun.plan import drift, reading, spooled
 from batchrun.plan.asked import Asked
@@ -67,6 +67,11 @@ def make(job: Job, directory: RunDirectory, checkpoint: Checkpoint, asked: Asked
     manifest, today = checkpoint.manifest(), now.astimezone().date().isoformat()
     if "facts" in manifest:
         return _resume(job, directory, checkpoint, asked, manifest, today)
+    if asked.retry is not None:
+        raise JobError(
+            f"{directory.path}: no run has begun here whose rows could be asked again; name its directory with -o, or "
+            "its day with --date"
+        )
     _require_unused(directory)
     source = open_source(reading.input_files(job, directory, asked, begun=False), job.input.max_line_bytes)
     files = fingerprint(source.files)
@@ -85,7 +90,7 @@ def _require_unused(directory: RunDirectory) -> None:
     for path in (directory.completions, directory.inflight, *directory.parts.iterdir()):
         if path.exists():
             raise CheckpointError(
-                f"{path} is of a run whose checkpoint.db is gone or empty; keep a copy, and start another with --new"
+                f"{path} is of a run whose checkpoint.db is gone or empty; keep a copy, and {ANOTHER}"
             )
 
 
@@ -97,9 +102,7 @@ def require_same_shape(job: Job, known: Facts) -> None:
     """
     for name in SHAPE:
         if getattr(job.output, name) != getattr(known.output, name):
-            raise JobError(
-                f"output.{name} can't change within a run; put it back to go on, or start another with --new"
-            )
+            raise JobError(f"output.{name} can't change within a run; put it back to go on, or {ANOTHER}")
 
 
 def changed_input(files: tuple[Path, ...], directory: RunDirectory, known: Facts) -> str | None:
@@ -185,7 +188,7 @@ def _adopt(
         seen, matches = drift.examine(answers, asked_now, found.rows, reasons, cost_usd, directory.path)
         with matches:
             if asked.only_look or not (seen.harmless or asked.accept_changes):
-                ways_on = "Go on with --accept-changes, put it back, or start another run with --new"
+                ways_on = f"Go on with --accept-changes, put it back, or {ANOTHER}"
                 raise ChangedError(f"{seen}. {ways_on}", seen)
             asked.told(str(seen))
             schema = reading.schema_of(source, new)

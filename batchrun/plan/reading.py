@@ -75,6 +75,10 @@ def raise_problems(found: Survey, tell: Callable[[str], None]) -> None:
         tell(str(problem))
     count = len(found.rejected)
     shown = f"; the first {len(found.first_problems)} are above" if count > len(found.first_problems) else ""
+    if not found.rows and all(problem.record is None for problem in found.first_problems):
+        raise InputError(
+            f"none of the input records ({count:,}) can be read{shown}; write the file again as JSON lines"
+        )
     if not found.rows:
         raise InputError(
             f"none of the input records ({count:,}) can be asked{shown}. "

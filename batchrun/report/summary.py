@@ -226,16 +226,18 @@ def in_words(
 def _closing(summary: Summary, requests_per_minute: float | None) -> Iterator[tuple[str, str]]:
     done = summary.rows - summary.pending
     counts = ", ".join(f"{n:,} {status}" for status, n in summary.by_status.items()) or "none"
-    aside = f"; {summary.rejected:,} input records set aside in rejects.jsonl" if summary.rejected else ""
+    aside = f"; {plural(summary.rejected, 'input record')} set aside in rejects.jsonl" if summary.rejected else ""
     yield "rows", f"{done:,} of {summary.rows:,} done: {counts}{aside}"
     prompt, cached, completion, reasoning = (
         sum(getattr(line, name) for line in summary.totals)
         for name in ("prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens")
     )
     yield "tokens", f"{prompt:,} in ({cached:,} cached), {completion:,} out ({reasoning:,} reasoning)"
-    yield "cost", cost_in_words(summary)
-    if summary.price:
-        yield "", summary.price
+    cost, *doubts = _cost(summary)
+    yield "cost", cost
+    for line in (*doubts, *(summary.price or "").split("; ")):
+        if line:
+            yield "", line
     limit = f" of {requests_per_minute:,.0f} allowed" if requests_per_minute else ""
     requests = f"{summary.requests_per_minute:,.0f} requests/min{limit}"
     yield "rate", f"{requests}, {summary.tokens_per_minute:,.0f} tokens/min, {summary.elapsed_s:,.1f} s"
@@ -247,6 +249,11 @@ def _closing(summary: Summary, requests_per_minute: float | None) -> Iterator[tu
 
 def cost_in_words(summary: Summary) -> str:
     """The bill in one line, with what it does not cover."""
+    return "; ".join(_cost(summary))
+
+
+def _cost(summary: Summary) -> list[str]:
+    """The bill, and each thing that it does not cover."""
     parts = [f"${summary.cost_usd:,.6f}"]
     if summary.wasted_usd:
         parts.append(f"${summary.wasted_usd:,.6f} of it for discarded attempts")
@@ -259,7 +266,7 @@ def cost_in_words(summary: Summary) -> str:
         parts.append(f"no known price for {plural(summary.unpriced, 'attempt')}, which the sum leaves out")
     if summary.without_usage:
         parts.append(f"{plural(summary.without_usage, 'answer')} came without usage")
-    return "; ".join(parts)
+    return parts
 
 
 def _next_steps(summary: Summary, max_failures: int, failing: Collection[Status]) -> Iterator[tuple[str, str]]:

@@ -62,7 +62,7 @@ class JsonlSource:
         for line in self._lines(start):
             row = too_long if line.text is None else read_row(line.text)
             if isinstance(row, str):
-                yield Record(line.ordinal, origins[line.file], line.number, {}, row)
+                yield Record(line.ordinal, origins[line.file], line.number, {}, row, line.text)
             else:
                 yield Record(line.ordinal, origins[line.file], line.number, row)
 

@@ -29,7 +29,7 @@ class Record(msgspec.Struct, frozen=True, gc=False):
     """One record of the input: its columns, or the problem that makes it unreadable.
 
     `place` is `origin` and `number` joined: "reviews.jsonl:17" (lines from 1), "reviews.parquet row 16" (from 0).
-    `columns` is empty when there is a `problem`.
+    `columns` is empty when there is a `problem`; `line` is what could not be read, where it is short enough to be held.
     """
 
     ordinal: int
@@ -37,6 +37,7 @@ class Record(msgspec.Struct, frozen=True, gc=False):
     number: int
     columns: dict[str, object]
     problem: str | None = None
+    line: bytes | None = None
 
     @property
     def place(self) -> str:
