@@ -5,8 +5,6 @@ Everything heavy is imported by the command that needs it: `batchrun --help` ans
 
 import os
 import sys
-from datetime import datetime
-from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +16,7 @@ from batchrun.terminal import Progress, harmless, note
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from decimal import Decimal
 
     from batchrun.job.job import Job
     from batchrun.plan.check import Survey
@@ -28,7 +27,9 @@ if TYPE_CHECKING:
 def _amount(what: str) -> "Callable[[click.Context, click.Parameter, str | None], Decimal | None]":
     """Reads a flag as a finite number of 0 or more: click's own types take nan and inf."""
 
-    def read(context: click.Context, parameter: click.Parameter, text: str | None) -> Decimal | None:
+    def read(context: click.Context, parameter: click.Parameter, text: str | None) -> "Decimal | None":
+        from decimal import Decimal
+
         try:
             number = None if text is None else Decimal(text)
         except ArithmeticError:
@@ -84,7 +85,7 @@ def run(
     output_path: str | None,
     date: str | None,
     new: bool,
-    max_cost_usd: Decimal | None,
+    max_cost_usd: "Decimal | None",
     max_failures: int | None,
     deadline: str | None,
     limit: int | None,
@@ -92,7 +93,7 @@ def run(
     retry_failed: bool,
     statuses: str | None,
     skip_invalid: bool,
-    grace_s: Decimal | None,
+    grace_s: "Decimal | None",
     overrides: tuple[str, ...],
 ) -> None:
     """Ask every row of the input. The same command again goes on where the last one stopped."""
@@ -151,6 +152,8 @@ def check(job: Path, input_path: str | None, overrides: tuple[str, ...]) -> None
 @SET
 def estimate(job: Path, input_path: str | None, out: Path | None, overrides: tuple[str, ...]) -> None:
     """Tokens, cost and time of a job, or of the rest of a run. Sends nothing."""
+    from datetime import datetime
+
     from batchrun import prices
     from batchrun.gate import daily
     from batchrun.plan import estimate as estimating
@@ -164,17 +167,14 @@ def estimate(job: Path, input_path: str | None, out: Path | None, overrides: tup
     reading.require_columns(loaded, source, surveyed)
     if surveyed.rejected:
         note(f"{len(surveyed.rejected):,} input records can't be asked: batchrun check tells which")
-    tables = {
-        model: prices.resolve(model, loaded.pricing, datetime.now().astimezone().date().isoformat())
-        for model in surveyed.models
-    }
+    now = datetime.now().astimezone()
+    tables = {model: prices.resolve(model, loaded.pricing, now.date().isoformat()) for model in surveyed.models}
     if found is not None:
         for line in estimating.run_in_words(found.summary, None if found.drift is None else str(found.drift)):
             _say(harmless(line))
     to_ask = surveyed.rows if found is None else found.to_ask
     done = None if found is None else found.summary
-    day_left_s = daily.left_s(datetime.now().astimezone())
-    estimated = estimating.estimate(surveyed, loaded, tables, to_ask, done, day_left_s)
+    estimated = estimating.estimate(surveyed, loaded, tables, to_ask, done, daily.left_s(now))
     for line in estimating.in_words(estimated, tables):
         _say(harmless(line))
 
@@ -360,10 +360,10 @@ def _read_through(job: "Job") -> "tuple[Source, Survey]":
         return source, survey(source, job, Path(scratch), progress=progress.checked)
 
 
-def _toml(value: str | int | Decimal) -> str:
+def _toml(value: "str | int | Decimal") -> str:
     """A flag's value as TOML."""
     if not isinstance(value, str):
-        return f"{value:f}" if isinstance(value, Decimal) else str(value)
+        return str(value) if isinstance(value, int) else f"{value:f}"
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 

@@ -194,6 +194,7 @@ def test_the_command_line_starts_without_anything_heavy() -> None:
         "aiolimiter",
         "uvloop",
         "asyncio",
+        "decimal",
     )
     code = f"import sys, batchrun.cli; print([name for name in {heavy} if name in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
