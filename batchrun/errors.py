@@ -37,7 +37,7 @@ class ExitCode(IntEnum):
     SIGTERM = 143
 
 
-ANOTHER = "start another run with --new or, where output.path has no {date}, with another -o"
+ANOTHER = "start another run (--new, or another -o)"
 """The way on that every run has, in the words of an error's line."""
 
 

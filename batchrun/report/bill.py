@@ -236,7 +236,8 @@ def _add(sum_: BillLine, line: TotalsLine) -> BillLine:
 def _rows(bill: Bill) -> Iterator[tuple[str, ...]]:
     yield (*bill.by, *FIGURES)
     for line in bill.lines:
-        yield (*line.group, *(str(getattr(line, name)) for name in FIGURES))
+        values = (_figure(line, name) for name in FIGURES)
+        yield (*line.group, *("" if value is None else str(value) for value in values))
 
 
 def _csv(bill: Bill) -> str:
@@ -252,10 +253,10 @@ def _guarded(cell: str) -> str:
 
 def _tree(bill: Bill) -> dict[str, object]:
     lines = [
-        {**dict(zip(bill.by, line.group, strict=True)), **{name: getattr(line, name) for name in FIGURES}}
+        {**dict(zip(bill.by, line.group, strict=True)), **{name: _figure(line, name) for name in FIGURES}}
         for line in bill.lines
     ]
-    total = {name: getattr(bill.total, name) for name in FIGURES}
+    total = {name: _figure(bill.total, name) for name in FIGURES}
     doubts = {
         "possibly_billed": bill.possibly_billed,
         "possibly_billed_usd": bill.possibly_billed_usd,
@@ -285,7 +286,19 @@ def _table(bill: Bill) -> str:
 
 
 def _cells(line: BillLine) -> list[str]:
-    return [f"{value:,.6f}" if isinstance(value := getattr(line, name), Decimal) else f"{value:,}" for name in _SHOWN]
+    return [_cell(_figure(line, name)) for name in _SHOWN]
+
+
+def _cell(value: int | Decimal | None) -> str:
+    if value is None:
+        return "unknown"
+    return f"{value:,.6f}" if isinstance(value, Decimal) else f"{value:,}"
+
+
+def _figure(line: BillLine, name: str) -> int | Decimal | None:
+    """None for a cost of which nothing is known: no attempt had a price."""
+    value: int | Decimal = getattr(line, name)
+    return None if name == "cost_usd" and line.unpriced and not value else value
 
 
 def _remarks(bill: Bill) -> Iterator[str]:

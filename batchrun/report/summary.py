@@ -254,7 +254,7 @@ def cost_in_words(summary: Summary) -> str:
 
 def _cost(summary: Summary) -> list[str]:
     """The bill, and each thing that it does not cover."""
-    parts = [f"${summary.cost_usd:,.6f}"]
+    parts = ["unknown" if summary.unpriced and not summary.cost_usd else f"${summary.cost_usd:,.6f}"]
     if summary.wasted_usd:
         parts.append(f"${summary.wasted_usd:,.6f} of it for discarded attempts")
     if summary.possibly_billed_count:
@@ -263,7 +263,7 @@ def _cost(summary: Summary) -> list[str]:
             f"at most ${summary.possibly_billed_usd:,.6f}"
         )
     if summary.unpriced:
-        parts.append(f"no known price for {plural(summary.unpriced, 'attempt')}, which the sum leaves out")
+        parts.append(f"no known price for {plural(summary.unpriced, 'attempt')}, which no sum holds")
     if summary.without_usage:
         parts.append(f"{plural(summary.without_usage, 'answer')} came without usage")
     return parts

@@ -1,0 +1,55 @@
+"""The bill over runs, from the command line: what nobody knows the price of is never shown as free."""
+
+import csv
+import io
+import json
+from decimal import Decimal
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from batchrun.simulator import SimulatorConfig
+from tests.cli_process import batchrun, read_summary, write_job, write_rows
+from tests.simulator_process import running_simulator
+
+UNKNOWN = ("--set", "request.model=mystery-model")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two complete runs of ten rows: `known` has a price, `unknown` has none."""
+    folder = tmp_path_factory.mktemp("runs")
+    source = write_rows(folder / "in.jsonl", 10)
+    with running_simulator(SimulatorConfig()) as simulator:
+        for name, more in (("known", ()), ("unknown", UNKNOWN)):
+            job = write_job(folder / f"{name}.toml", simulator.url, source)
+            ended = batchrun("run", job, "-o", folder / name, *more)
+            assert ended.exit_code == 0, ended.stderr
+            if more:
+                assert "cost         unknown\n" in ended.stdout
+                assert "no known price for 10 attempts, which no sum holds" in ended.stdout
+    return folder
+
+
+def test_an_unknown_price_is_null_in_every_row_and_unknown_in_every_bill(runs: Path) -> None:
+    assert pq.read_table(runs / "unknown" / "completions.parquet").column("cost_usd").null_count == 10
+    assert "cost    unknown; no known price for 10 attempts" in batchrun("status", runs / "unknown").stdout
+    table = batchrun("report", runs / "unknown").stdout.splitlines()
+    assert [line.split()[-2] for line in table[1:3]] == ["unknown", "unknown"]
+    assert table[3] == "no known price for 10 attempts: not in cost_usd"
+    bill = json.loads(batchrun("report", runs / "unknown", "--format", "json").stdout)
+    assert (bill["lines"][0]["cost_usd"], bill["total"]["cost_usd"], bill["total"]["unpriced"]) == (None, None, 10)
+    (line,) = csv.DictReader(io.StringIO(batchrun("report", runs / "unknown", "--format", "csv").stdout))
+    assert (line["cost_usd"], line["unpriced"]) == ("", "10")
+
+
+def test_what_has_a_price_is_summed_beside_what_has_none(runs: Path) -> None:
+    bill = json.loads(batchrun("report", runs, "--format", "json").stdout)
+    spent = Decimal(read_summary(runs / "known")["cost_usd"])
+    assert spent > 0
+    assert {line["job"]: line["cost_usd"] and Decimal(line["cost_usd"]) for line in bill["lines"]} == {
+        "known": spent,
+        "unknown": None,
+    }
+    assert (Decimal(bill["total"]["cost_usd"]), bill["total"]["unpriced"], bill["total"]["rows"]) == (spent, 10, 20)
