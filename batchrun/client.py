@@ -74,7 +74,7 @@ class _Connector(aiohttp.TCPConnector):
             keepalive_timeout=None if force_close else KEEPALIVE_S,
             socket_factory=_open_socket,
         )
-        self._carried: weakref.WeakSet[object] = weakref.WeakSet()
+        self._carried: weakref.WeakKeyDictionary[object, select.poll] = weakref.WeakKeyDictionary()
 
     async def connect(
         self,
@@ -83,14 +83,14 @@ class _Connector(aiohttp.TCPConnector):
         timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109  (aiohttp's signature)
     ) -> aiohttp.connector.Connection:
         connection = await super().connect(req, traces, timeout)
-        while connection.protocol in self._carried and _is_over(connection):
+        while (look := self._carried.get(connection.protocol)) is not None and _is_over(connection, look):
             connection.close()
             connection = await super().connect(req, traces, timeout)
         exchange = _EXCHANGE.get()
         if exchange is not None:
-            protocol = connection.protocol
-            exchange.reused = protocol in self._carried
-            self._carried.add(protocol)
+            exchange.reused = look is not None
+            if look is None:
+                self._carried[connection.protocol] = _look_at(connection)
             exchange.sent_at = time.monotonic()
         return connection
 
@@ -366,15 +366,19 @@ def _ssl_context(endpoint: Endpoint) -> ssl.SSLContext:
 AddressInfo = tuple[int | socket.AddressFamily, int | socket.SocketKind, int, str, tuple[object, ...]]
 
 
-def _is_over(connection: aiohttp.connector.Connection) -> bool:
+def _look_at(connection: aiohttp.connector.Connection) -> "select.poll":
+    """What tells whether anything can be read from the connection; kept for as long as it lives."""
+    look = select.poll()
+    if connection.transport is not None:
+        look.register(connection.transport.get_extra_info("socket").fileno(), select.POLLIN)
+    return look
+
+
+def _is_over(connection: aiohttp.connector.Connection, look: "select.poll") -> bool:
     """True when the server has closed an idle connection and the event loop has not come to see it yet: nothing is
     due on one, so whatever can be read is its end. Then nothing was sent, and nothing depends on time.
     """
-    if connection.transport is None:
-        return True
-    look = select.poll()
-    look.register(connection.transport.get_extra_info("socket").fileno(), select.POLLIN)
-    return bool(look.poll(0))
+    return connection.transport is None or bool(look.poll(0))
 
 
 def _open_socket(address: AddressInfo) -> socket.socket:
