@@ -53,3 +53,16 @@ def test_what_has_a_price_is_summed_beside_what_has_none(runs: Path) -> None:
         "unknown": None,
     }
     assert (Decimal(bill["total"]["cost_usd"]), bill["total"]["unpriced"], bill["total"]["rows"]) == (spent, 10, 20)
+
+
+def test_a_rest_whose_price_is_unknown_is_announced_without_a_cost(tmp_path: Path) -> None:
+    source, out = write_rows(tmp_path / "in.jsonl", 10), tmp_path / "out"
+    with running_simulator(SimulatorConfig()) as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, source)
+        pilot = batchrun("run", job, "-o", out, "--limit", "1", *UNKNOWN).stderr.splitlines()
+        assert pilot[:2] == [
+            "input: 10 rows in 1 file, read as columns",
+            "only 1 row of them; without --limit the run goes on",
+        ]
+        rest = batchrun("run", job, "-o", out, *UNKNOWN).stderr.splitlines()
+        assert rest[:2] == [f"resuming {out}: 1 of 10 rows are done", "9 rows are to be asked"]

@@ -16,7 +16,8 @@ def told_at_start(job: Job, plan: Plan, where: Path, spent: Spent, lost: int, *,
     if plan.resumed:
         done, cost = spent.settled(), spent.cost_usd()
         failed = sum(spent.standing.get(status, 0) for status in failing(job.finish))
-        lines.append(f"resuming {where}: {done:,} of {plan.rows:,} rows are done, ${cost:,.6f} spent")
+        spent_usd = f", ${cost:,.6f} spent" if cost else ""
+        lines.append(f"resuming {where}: {done:,} of {plan.rows:,} rows are done{spent_usd}")
         if not retrying:  # a retry says itself what it asks again
             lines.append(_rest_in_words(plan.rows - done, done, cost, failed))
     else:
@@ -24,9 +25,9 @@ def told_at_start(job: Job, plan: Plan, where: Path, spent: Spent, lost: int, *,
         files = plural(len(plan.source.files), "file")
         lines.append(f"input: {plural(known.rows, 'row')} in {files}{aside}, read as {known.dialect}")
     if plan.rows < known.rows:
-        lines.append(f"only the first {plan.rows:,} rows are asked; without --limit the run goes on")
+        lines.append(f"only {plural(plan.rows, 'row')} of them; without --limit the run goes on")
     if lost:
-        lines.append(f"{lost} requests were in flight when the last process died; they are asked again")
+        lines.append(f"{plural(lost, 'request')} in flight when the last process died: asked again")
     if not known.rows:
         lines.append("there is nothing to ask: the output will be empty")
     unknown = [model for model, table in plan.prices.items() if table is None]
@@ -43,5 +44,5 @@ def _rest_in_words(pending: int, done: int, cost_usd: Decimal, failed: int) -> s
 
 
 def about(rows: int, done: int, cost_usd: Decimal) -> str:
-    """What so many rows will cost, by those that are done."""
-    return f", about ${cost_usd / done * rows:,.4f}" if done else ""
+    """What so many rows will cost, by those that are done; nothing where these had no price."""
+    return f", about ${cost_usd / done * rows:,.4f}" if done and cost_usd else ""
