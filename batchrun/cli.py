@@ -137,6 +137,7 @@ def check(job: Path, input_path: str | None, overrides: tuple[str, ...]) -> None
     if found.rejected:
         reading.raise_problems(found, note)
     reading.require_columns(loaded, source, found)
+    reading.require_rows(loaded, found)
     models = ", ".join(f"{model} ({rows:,})" for model, rows in found.models.items())
     where = plural(len(source.files), "file")
     asks = f"{plural(found.rows, 'row')} in {where}, read as {found.dialect}; {models}"

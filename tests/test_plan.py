@@ -129,6 +129,14 @@ def test_rejects_that_cant_be_written_are_the_disks_fault(starts: Starts) -> Non
         starts.make(skip_invalid=True)
 
 
+def test_fewer_rows_than_the_job_expects_are_refused_before_anything_is_sent(starts: Starts) -> None:
+    write_lines(starts.input, texts(3))
+    job = starts.job(input={"min_rows": 4})
+    assert "the input has 3 rows, and input.min_rows expects 4 or more" in starts.refused(job)
+    write_lines(starts.input, texts(4))
+    assert starts.make(job).facts.rows == 4
+
+
 def test_a_clean_start_leaves_no_rejects_of_an_earlier_one(starts: Starts) -> None:
     starts.directory.create()
     starts.directory.rejects.write_text("old")

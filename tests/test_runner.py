@@ -235,7 +235,7 @@ asyncio.run(main())
 
 def test_ctrl_c_in_a_program_drains_its_run(tmp_path: Path) -> None:
     with running_simulator(SimulatorConfig(latency_s=0.3)) as running:
-        source, more = write_rows(tmp_path / "in.jsonl", 40), "[limits]\nmax_in_flight = 4\n"
+        source, more = write_rows(tmp_path / "in.jsonl", 400), "[limits]\nmax_in_flight = 4\n"
         file = write_job(tmp_path / "job.toml", running.url, source, more)
         command = [sys.executable, "-c", PROGRAM, str(file), str(tmp_path / "out")]
         environ = {**os.environ, **KEYS}
@@ -245,7 +245,7 @@ def test_ctrl_c_in_a_program_drains_its_run(tmp_path: Path) -> None:
         assert err.splitlines()[-1] == "KeyboardInterrupt"
         summary = read_summary(tmp_path / "out")
         assert (summary["state"], summary["possibly_billed_count"]) == ("stopped", 0)
-        assert len(out.splitlines()) <= 40 - summary["pending"] == len(running.ledger())
+        assert len(out.splitlines()) <= 400 - summary["pending"] == len(running.ledger())
 
 
 def test_a_second_stop_ends_the_run_at_once_and_names_who_was_in_flight(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_a_job_in_code_and_in_a_file_ask_the_same_questions(tmp_path: Path) -> N
     [
         ({"limits": batchrun.Limits(max_in_flight=0)}, "limits.max_in_flight: expected an integer >= 1 (is 0)"),
         ({"limits": {"max_in_flihgt": 1}}, "limits.max_in_flihgt: no such setting: did you mean limits.max_in_flight?"),
-        ({"budget": batchrun.Budget(max_cost_usd=Decimal("NaN"))}, "budget.max_cost_usd: expected more than 0"),
+        ({"budget": batchrun.Budget(max_cost_usd=Decimal("NaN"))}, "budget.max_cost_usd: expected 0 to 10,000,000 USD"),
         ({"pricing": {"m": batchrun.Price(input=MODULE, output=Decimal(1))}}, "the job holds a module, which is no"),
     ],
 )

@@ -62,6 +62,7 @@ class Input(Table, frozen=True):
     path: Text | None = None
     id: Text | None = None
     dialect: Literal["auto", "columns", "messages", "openai-batch"] = "auto"
+    min_rows: Count = 0
     max_line_bytes: AtLeastOne = 64_000_000
     image_root: Text | None = None
     max_image_bytes: AtLeastOne = 20_000_000  # what common endpoints take; a larger one is mostly a mistake

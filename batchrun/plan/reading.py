@@ -62,7 +62,21 @@ def read(
     if found.rejected:
         with told(rejects):
             fsync(rejects)
+    require_rows(job, found)
     return found
+
+
+def require_rows(job: Job, found: Survey) -> None:
+    """Nothing, if there are as many rows as the job expects at least: a pipe that broke ends like one that is done.
+
+    Raises:
+        InputError: there are fewer.
+    """
+    if found.rows < job.input.min_rows:
+        raise InputError(
+            f"the input has {found.rows:,} rows, and input.min_rows expects {job.input.min_rows:,} or more; "
+            "see whether it is whole, or lower input.min_rows"
+        )
 
 
 def raise_problems(found: Survey, tell: Callable[[str], None]) -> None:

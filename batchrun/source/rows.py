@@ -14,7 +14,8 @@ _decode = msgspec.json.Decoder(dict[str, object]).decode
 def rows_of(batch: pa.RecordBatch) -> list[dict[str, object]]:
     """The rows of a window's batch as dicts: decoded lines, or Arrow's own Python values.
 
-    A time with nanoseconds that Python's types can't hold comes as text of full precision.
+    A time with nanoseconds that Python's types can't hold comes as text of full precision, a float of less than double
+    precision as the shortest number that it is.
     0.7 µs for a JSONL row of 350 bytes and for a Parquet row of 5 columns (measured).
 
     Raises:
@@ -30,6 +31,9 @@ def rows_of(batch: pa.RecordBatch) -> list[dict[str, object]]:
 
 
 def _values(column: "pa.Array[Any]") -> list[object]:
+    if pa.types.is_float32(column.type) or pa.types.is_float16(column.type):  # 0.1 is 0.1, not 0.10000000149011612
+        texts = pc.cast(column.cast(pa.float32()), pa.string()).to_pylist()
+        return [None if text is None else float(text) for text in texts]
     try:
         return column.to_pylist()
     except (ValueError, OverflowError):  # value by value, so that a value's form does not depend on its neighbours
@@ -49,5 +53,5 @@ def _value(scalar: "pa.Scalar[Any]") -> object:
                     return [tuple(cast(dict[str, object], entry).values()) for entry in elements]
                 return elements
         if getattr(scalar.type, "unit", None) != "ns":
-            raise ValueError(f"{scalar.type} value out of Python's range: {error}") from error
+            raise ValueError(f"{scalar.type} value without a form in Python: {error}") from error
         return pc.cast(scalar, pa.string()).as_py()
