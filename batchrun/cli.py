@@ -216,6 +216,7 @@ def tune(out: Path, **settings: float | str | None) -> None:
 @click.option("-o", "--output", "target", type=click.Path(path_type=Path), help="A file instead of stdout.")
 def report(paths: tuple[Path, ...], by: str, form: str, target: Path | None) -> None:
     """The bill over run directories and completions files."""
+    from batchrun.errors import JobError
     from batchrun.report import bill as reporting
 
     text = reporting.render(reporting.collect(paths, tuple(by.split(","))), form)
@@ -223,7 +224,10 @@ def report(paths: tuple[Path, ...], by: str, form: str, target: Path | None) -> 
         for_eyes = form == "table" or sys.stdout.isatty()
         _say(harmless(text) if for_eyes else text, nl=False)
     else:
-        target.write_text(text, "utf-8")
+        try:
+            target.write_text(text, "utf-8")
+        except OSError as error:
+            raise JobError(f"-o {target}: can't be written: {error.strerror}") from error
 
 
 @cli.command()

@@ -55,6 +55,12 @@ def test_what_has_a_price_is_summed_beside_what_has_none(runs: Path) -> None:
     assert (Decimal(bill["total"]["cost_usd"]), bill["total"]["unpriced"], bill["total"]["rows"]) == (spent, 10, 20)
 
 
+def test_a_bill_that_can_not_be_written_is_told_in_one_line(runs: Path) -> None:
+    ended = batchrun("report", runs, "-o", runs / "nowhere" / "bill.csv")
+    assert ended.exit_code == 2
+    assert ended.stderr == f"Error: -o {runs}/nowhere/bill.csv: can't be written: No such file or directory\n"
+
+
 def test_a_rest_whose_price_is_unknown_is_announced_without_a_cost(tmp_path: Path) -> None:
     source, out = write_rows(tmp_path / "in.jsonl", 10), tmp_path / "out"
     with running_simulator(SimulatorConfig()) as simulator:

@@ -187,6 +187,21 @@ def test_a_pilot_of_the_first_rows_is_gone_on_with(tmp_path: Path) -> None:
         assert rows_of(out) == fresh(tmp_path, simulator, records(120))
 
 
+def test_a_shorter_input_needs_consent_though_only_rows_without_an_answer_are_gone(tmp_path: Path) -> None:
+    rows: list[Record] = [{"id": n, "text": f"item {n}", "note": ""} for n in range(60)]
+    with running_simulator(SimulatorConfig(ledger=str(tmp_path / "ledger"))) as simulator:
+        job, out = write_job(tmp_path / "job.toml", simulator.url, write(tmp_path / "in.jsonl", rows)), tmp_path / "out"
+        assert batchrun("run", job, "-o", out, "--limit", "20").exit_code == 0
+        write(tmp_path / "in.jsonl", rows[:59])
+        refused = batchrun("run", job, "-o", out)
+        assert refused.exit_code == 2
+        assert "20 answers stay, 39 rows are to be asked" in refused.stderr
+        assert "; 1 fewer than before. Go on with --accept-changes" in refused.stderr
+        assert len(simulator.ledger()) == 20
+        assert batchrun("run", job, "-o", out, "--accept-changes").exit_code == 0
+        assert len(simulator.ledger()) == 59
+
+
 def test_a_kill_while_the_rows_are_laid_out_anew_loses_nothing(tmp_path: Path) -> None:
     after = mixed(records(90))
     source = write(tmp_path / "in.jsonl", records(90))

@@ -239,7 +239,14 @@ def test_ctrl_c_in_a_program_drains_its_run(tmp_path: Path) -> None:
         file = write_job(tmp_path / "job.toml", running.url, source, more)
         command = [sys.executable, "-c", PROGRAM, str(file), str(tmp_path / "out")]
         environ = {**os.environ, **KEYS}
-        process = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command,
+            env=environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
+        )
         kill_when(process, lambda: len(running.ledger()) >= 4, signal.SIGINT)
         out, err = process.communicate(timeout=30)
         assert err.splitlines()[-1] == "KeyboardInterrupt"

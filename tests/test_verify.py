@@ -309,6 +309,14 @@ def test_a_complete_run_without_its_whole_result_is_not_complete_again(
         assert (ended.exit_code, len(ended.stderr.splitlines())) == (7, 1)
         assert "is gone, and the run is complete; put it back" in ended.stderr or "the result holds" in ended.stderr
         path.write_bytes(content)
+    content = directory.checkpoint.read_bytes()
+    for left in (b"", None):
+        directory.checkpoint.unlink()
+        if left is not None:
+            directory.checkpoint.write_bytes(left)
+        ended = again()
+        assert (ended.exit_code, f"{directory.checkpoint}: is gone or empty" in ended.stderr) == (7, True)
+        directory.checkpoint.write_bytes(content)
     assert again().exit_code == 0
     assert len(runs.simulator.ledger()) == served
 

@@ -64,6 +64,8 @@ class Database:
     @classmethod
     def open_resting(cls, path: Path, tables: str, version: int) -> Self:
         """The file at `path` that nobody works on, to be read without touching any file."""
+        if not path.exists() or not path.stat().st_size:
+            raise CheckpointError(f"{path}: is gone or empty, though its run is complete; put it back, or {ANOTHER}")
         with _ours(path):
             connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True)
             database = cls(path, connection, lambda error: False)

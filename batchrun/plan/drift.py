@@ -33,7 +33,8 @@ class Drift(msgspec.Struct, frozen=True):
     """What changed, and what it means for answers: `kept` still fit, `dropped` are asked for by nothing any more.
 
     A row that ended as `error` is no answer: it stays where its question does, and is no loss where not. `in_place`:
-    every answer stays in its row. `mean_cost_usd`: of one row, by the rows so far.
+    every answer stays in its row. `fewer`: so many rows less than before. `mean_cost_usd`: of one row, by the rows so
+    far.
     """
 
     changed: tuple[str, ...]
@@ -42,11 +43,14 @@ class Drift(msgspec.Struct, frozen=True):
     dropped: int
     in_place: bool
     mean_cost_usd: Decimal | None
+    fewer: int = 0
 
     @property
     def harmless(self) -> bool:
-        """True where no answer is given up or moved: rows appended, columns changed, or nothing answered yet."""
-        return self.in_place and not self.dropped
+        """True where no answer and no row is given up or moved: rows appended, columns changed, or nothing answered
+        yet. An export that was cut short may well have lost only rows that are still to be asked.
+        """
+        return self.in_place and not self.dropped and not self.fewer
 
     def __str__(self) -> str:
         asked = self.rows - self.kept
@@ -54,7 +58,8 @@ class Drift(msgspec.Struct, frozen=True):
         what = ", ".join(each if " " in each else f"{each} has changed" for each in self.changed)  # settings: one word
         stay = "1 answer stays" if self.kept == 1 else f"{self.kept:,} answers stay"
         ask = "1 row is to be asked" if asked == 1 else f"{asked:,} rows are to be asked"
-        return f"{what}: {stay}, {ask}{cost}{self._in_vain()}"
+        fewer = f"; {self.fewer:,} fewer than before" if self.fewer else ""
+        return f"{what}: {stay}, {ask}{cost}{fewer}{self._in_vain()}"
 
     def _in_vain(self) -> str:
         match self.dropped:
@@ -76,6 +81,7 @@ class Answers:
         self.chunks = checkpoint.chunks()
         if result.FINISHED in checkpoint.manifest():
             self.chunks = result.restore_parts(facts, checkpoint, self.chunks, directory)
+        self.rows = facts.rows
         self.settled = 0
         self.answered = bytearray()
         self._first_rows = [chunk.first_row for chunk in self.chunks]
@@ -137,7 +143,8 @@ def examine(
         in_place += answers.answered[old] and old == new
     paid = sum(answers.answered)
     mean = cost_usd / answers.settled if answers.settled else None
-    return Drift(changed, rows, kept, paid - kept_answers, in_place == paid, mean), matches
+    fewer = max(0, answers.rows - rows) if paid else 0
+    return Drift(changed, rows, kept, paid - kept_answers, in_place == paid, mean, fewer), matches
 
 
 def lay_out(
