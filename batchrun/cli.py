@@ -212,13 +212,15 @@ def tune(out: Path, **settings: float | str | None) -> None:
 @cli.command()
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--by", default="job,model", metavar="KEYS", help="Group by: day, job, model, status, run.")
-@click.option("--format", "form", type=click.Choice(["table", "csv", "json"]), default="table")
+@click.option("--format", "form", type=click.Choice(["table", "csv", "json"]))
 @click.option("-o", "--output", "target", type=click.Path(path_type=Path), help="A file instead of stdout.")
-def report(paths: tuple[Path, ...], by: str, form: str, target: Path | None) -> None:
+def report(paths: tuple[Path, ...], by: str, form: str | None, target: Path | None) -> None:
     """The bill over run directories and completions files."""
     from batchrun.errors import JobError
     from batchrun.report import bill as reporting
 
+    if form is None:
+        form = {".csv": "csv", ".json": "json"}.get("" if target is None else target.suffix, "table")
     text = reporting.render(reporting.collect(paths, tuple(by.split(","))), form)
     if target is None:
         for_eyes = form == "table" or sys.stdout.isatty()

@@ -197,9 +197,9 @@ def _retried(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, status
         raise JobError(f"{pending:,} rows are still pending as they were asked before; finish the run, then retry")
     if pending:
         return f"{pending:,} rows are still pending; they are asked first"
-    done, cost = checkpoint.spent.settled(), checkpoint.spent.cost_usd()
+    mean_cost_usd = checkpoint.spent.mean_cost_usd()
     rows = retry.reopen(plan, directory, checkpoint, statuses, plan.variant, manifest)
-    return f"{rows:,} rows that ended as {', '.join(sorted(statuses))} are asked again{about(rows, done, cost)}"
+    return f"{rows:,} rows that ended as {', '.join(sorted(statuses))} are asked again{about(rows, mean_cost_usd)}"
 
 
 def _chunks(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint) -> Chunks:

@@ -55,6 +55,12 @@ def test_what_has_a_price_is_summed_beside_what_has_none(runs: Path) -> None:
     assert (Decimal(bill["total"]["cost_usd"]), bill["total"]["unpriced"], bill["total"]["rows"]) == (spent, 10, 20)
 
 
+@pytest.mark.parametrize("form", ["csv", "json"])
+def test_a_files_ending_says_the_format(runs: Path, tmp_path: Path, form: str) -> None:
+    assert batchrun("report", runs, "-o", tmp_path / f"bill.{form}").exit_code == 0
+    assert (tmp_path / f"bill.{form}").read_text() == batchrun("report", runs, "--format", form).stdout
+
+
 def test_a_bill_that_can_not_be_written_is_told_in_one_line(runs: Path) -> None:
     ended = batchrun("report", runs, "-o", runs / "nowhere" / "bill.csv")
     assert ended.exit_code == 2

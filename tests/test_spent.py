@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchrun.checkpoint.spent import DISCARDED, MAX_NAMED, Spent, doubt, fold, with_possibly_billed
-from batchrun.records import Completion, Ending, PossiblyBilled, Status, Usage
+from batchrun.records import Completion, Ending, PossiblyBilled, Status, TotalsLine, Usage
 from tests.endings import ENDINGS, MODEL, completion, discarded
 
 PIECES = st.lists(st.integers(1, 7), min_size=30, max_size=30)
@@ -51,6 +51,17 @@ def test_the_account_is_the_sum_of_its_endings(endings: list[Ending]) -> None:
     assert sum(line.offline_completion_tokens for line in lines) == sum(count.completion_tokens for count in counts)
     assert sum(line.rows for line in lines if line.status == DISCARDED) == 0
     assert sum(spent.answered_as.values()) == sum(c.answered_model is not None for c in completions)
+
+
+def test_the_mean_is_of_rows_that_cost_something_whatever_became_of_them() -> None:
+    def line(status: str, rows: int, cost_usd: str) -> TotalsLine:
+        return TotalsLine(1, MODEL, status, rows=rows, attempts=rows, cost_usd=Decimal(cost_usd))
+
+    assert Spent().mean_cost_usd() is None
+    free = {(1, MODEL, "error"): line("error", 7, "0")}
+    assert Spent(totals=free).mean_cost_usd() is None
+    paid = {(1, MODEL, "ok"): line("ok", 20, "0.5"), (1, MODEL, DISCARDED): line(DISCARDED, 0, "0.1")}
+    assert Spent(totals=free | paid, standing={"ok": 10, "error": 7}).mean_cost_usd() == Decimal("0.03")
 
 
 def test_a_line_that_no_ending_touches_stays_the_same_object() -> None:

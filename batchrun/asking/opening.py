@@ -19,7 +19,7 @@ def told_at_start(job: Job, plan: Plan, where: Path, spent: Spent, lost: int, *,
         spent_usd = f", ${cost:,.6f} spent" if cost else ""
         lines.append(f"resuming {where}: {done:,} of {plan.rows:,} rows are done{spent_usd}")
         if not retrying:  # a retry says itself what it asks again
-            lines.append(_rest_in_words(plan.rows - done, done, cost, failed))
+            lines.append(_rest_in_words(plan.rows - done, spent.mean_cost_usd(), failed))
     else:
         aside = f", {len(known.rejected):,} set aside" if known.rejected else ""
         files = plural(len(plan.source.files), "file")
@@ -37,12 +37,12 @@ def told_at_start(job: Job, plan: Plan, where: Path, spent: Spent, lost: int, *,
     return lines
 
 
-def _rest_in_words(pending: int, done: int, cost_usd: Decimal, failed: int) -> str:
+def _rest_in_words(pending: int, mean_cost_usd: Decimal | None, failed: int) -> str:
     """What this start will ask and about what that costs, by the rows so far; and what it leaves as it is."""
     left = f"; {failed:,} failed rows stay as they are without --retry-failed" if failed else ""
-    return f"{pending:,} rows are to be asked{about(pending, done, cost_usd)}{left}"
+    return f"{pending:,} rows are to be asked{about(pending, mean_cost_usd)}{left}"
 
 
-def about(rows: int, done: int, cost_usd: Decimal) -> str:
-    """What so many rows will cost, by those that are done; nothing where these had no price."""
-    return f", about ${cost_usd / done * rows:,.4f}" if done and cost_usd else ""
+def about(rows: int, mean_cost_usd: Decimal | None) -> str:
+    """What so many rows will cost; nothing where no price is known."""
+    return "" if mean_cost_usd is None else f", about ${mean_cost_usd * rows:,.4f}"

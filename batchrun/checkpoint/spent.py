@@ -45,6 +45,13 @@ class Spent(msgspec.Struct, frozen=True):
         """What was billed for certain."""
         return sum((line.cost_usd for line in self.totals.values()), Decimal(0))
 
+    def mean_cost_usd(self) -> Decimal | None:
+        """Of one row, what its discarded attempts cost included; None where nothing had a price. Rows that cost nothing
+        are no measure of those to come, and rows that were given up since are one.
+        """
+        rows = sum(line.rows for line in self.totals.values() if line.cost_usd)
+        return self.cost_usd() / rows if rows else None
+
     def tokens(self) -> int:
         """The most that attempts so far have used: what their usage says, and the bounds of those in doubt."""
         return sum(line.total_tokens for line in self.totals.values()) + self.possibly_billed_tokens

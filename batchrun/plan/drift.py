@@ -82,7 +82,6 @@ class Answers:
         if result.FINISHED in checkpoint.manifest():
             self.chunks = result.restore_parts(facts, checkpoint, self.chunks, directory)
         self.rows = facts.rows
-        self.settled = 0
         self.answered = bytearray()
         self._first_rows = [chunk.first_row for chunk in self.chunks]
         self.of_chunk = functools.lru_cache(maxsize=4)(self._of_chunk)  # a shuffled input reads chunks again
@@ -93,7 +92,6 @@ class Answers:
             own = self.of_chunk(place)
             columns = (own.column(name).to_pylist() for name in ("request_key", "row", "status"))
             for key, row, status in cast(Iterator[tuple[bytes, int, str]], zip(*columns, strict=True)):
-                self.settled += 1
                 self.answered.extend(bytes(row + 1 - len(self.answered)))
                 self.answered[row] = status != Status.ERROR
                 yield key, row
@@ -129,7 +127,7 @@ def examine(
     questions: Iterator[tuple[bytes, int]],
     rows: int,
     changed: tuple[str, ...],
-    cost_usd: Decimal,
+    mean_cost_usd: Decimal | None,
     scratch: Path,
 ) -> tuple[Drift, Matches]:
     """What the change means, and the matches that say so. `questions` are (key, row) of the new input's rows."""
@@ -142,9 +140,8 @@ def examine(
         kept_answers += answers.answered[old]
         in_place += answers.answered[old] and old == new
     paid = sum(answers.answered)
-    mean = cost_usd / answers.settled if answers.settled else None
     fewer = max(0, answers.rows - rows) if paid else 0
-    return Drift(changed, rows, kept, paid - kept_answers, in_place == paid, mean, fewer), matches
+    return Drift(changed, rows, kept, paid - kept_answers, in_place == paid, mean_cost_usd, fewer), matches
 
 
 def lay_out(

@@ -184,8 +184,8 @@ def _adopt(
         new = msgspec.structs.replace(new, layout=known.layout + 1, variant=variant, dialect=found.dialect)
         answers = drift.Answers(directory, checkpoint, known)
         asked_now = questions.rows(found.rejected)
-        cost_usd = checkpoint.spent.cost_usd()
-        seen, matches = drift.examine(answers, asked_now, found.rows, reasons, cost_usd, directory.path)
+        mean_cost_usd = checkpoint.spent.mean_cost_usd()
+        seen, matches = drift.examine(answers, asked_now, found.rows, reasons, mean_cost_usd, directory.path)
         with matches:
             if asked.only_look or not (seen.harmless or asked.accept_changes):
                 ways_on = f"Go on with --accept-changes, put it back, or {ANOTHER}"
