@@ -4,6 +4,7 @@ Parts are contiguous and ordered, so the final file is their concatenation: no s
 page checksums, fsync, its footer and row count read back, a digest, and only then its name.
 """
 
+import contextlib
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -156,18 +157,14 @@ def copy_part(source: Path, to: Path, expected_digest: str) -> None:
 
 def rows_in(path: Path) -> int:
     """The rows of a file, by its footer."""
-    try:
+    with _readable(path):
         return pq.read_metadata(path).num_rows
-    except (OSError, pa.ArrowException) as error:
-        raise CheckpointError(f"{path}: no readable Parquet file: {error}") from error
 
 
 def schema_of(path: Path) -> pa.Schema:
     """The columns of a completions file."""
-    try:
+    with _readable(path):
         return pq.read_schema(path)
-    except (OSError, pa.ArrowException) as error:
-        raise CheckpointError(f"{path}: no readable Parquet file: {error}") from error
 
 
 def cut(path: Path, expected_digest: str, rows: Sequence[int]) -> Iterator[Iterator[pa.RecordBatch]]:
@@ -210,11 +207,10 @@ def batches_of(path: Path) -> Iterator[pa.RecordBatch]:
 
 def read_footer(path: Path) -> dict[str, object] | None:
     """The totals in the footer of a completions file; None where it holds none of ours."""
-    try:
+    with _readable(path):
         entry = (pq.read_metadata(path).metadata or {}).get(FOOTER_KEY.encode())
+    try:
         return None if entry is None else msgspec.json.decode(entry, type=dict[str, object])
-    except (OSError, pa.ArrowException) as error:
-        raise CheckpointError(f"{path}: no readable Parquet file: {error}") from error
     except msgspec.DecodeError as error:
         raise CheckpointError(f"{path}: its totals can't be read: {error}") from error
 
@@ -247,7 +243,15 @@ def require_digest(path: Path, expected: str) -> None:
         raise CheckpointError(f"{path}: damaged: its digest is not the one it was sealed with")
 
 
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        raise CheckpointError(f"{path}: no readable Parquet file: {error}") from error
+
+
 def _read_back(path: Path, rows: int) -> None:
-    found = pq.read_metadata(path).num_rows
+    found = pq.read_metadata(path).num_rows  # a failure here is the disk's: it was written just now
     if found != rows:
         raise CheckpointError(f"{path}: {found:,} rows written where {rows:,} were due")

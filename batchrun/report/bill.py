@@ -18,7 +18,7 @@ from batchrun.errors import InputError, JobError
 from batchrun.gate import deadline
 from batchrun.output.files import read_footer
 from batchrun.records import Summary, TotalsLine
-from batchrun.report.summary import cost_in_words, limits_in_words, plural, read
+from batchrun.report.summary import cost_in_words, known_cost, limits_in_words, plural, read
 from batchrun.rundir import RunDirectory
 
 KEYS = ("day", "job", "model", "status", "run")
@@ -296,9 +296,11 @@ def _cell(value: int | Decimal | None) -> str:
 
 
 def _figure(line: BillLine, name: str) -> int | Decimal | None:
-    """None for a cost of which nothing is known: no attempt had a price."""
+    """None for a cost of which nothing is known."""
+    if name == "cost_usd":
+        return known_cost(line.cost_usd, line.unpriced)
     value: int | Decimal = getattr(line, name)
-    return None if name == "cost_usd" and line.unpriced and not value else value
+    return value
 
 
 def _remarks(bill: Bill) -> Iterator[str]:

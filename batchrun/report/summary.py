@@ -247,6 +247,11 @@ def _closing(summary: Summary, requests_per_minute: float | None) -> Iterator[tu
     yield from summary.files.items()
 
 
+def known_cost(cost_usd: Decimal, unpriced: int) -> Decimal | None:
+    """A sum of what had a price; None where nothing had one: what nobody knows is not free."""
+    return None if unpriced and not cost_usd else cost_usd
+
+
 def cost_in_words(summary: Summary) -> str:
     """The bill in one line, with what it does not cover."""
     return "; ".join(_cost(summary))
@@ -254,7 +259,8 @@ def cost_in_words(summary: Summary) -> str:
 
 def _cost(summary: Summary) -> list[str]:
     """The bill, and each thing that it does not cover."""
-    parts = ["unknown" if summary.unpriced and not summary.cost_usd else f"${summary.cost_usd:,.6f}"]
+    cost_usd = known_cost(summary.cost_usd, summary.unpriced)
+    parts = ["unknown" if cost_usd is None else f"${cost_usd:,.6f}"]
     if summary.wasted_usd:
         parts.append(f"${summary.wasted_usd:,.6f} of it for discarded attempts")
     if summary.possibly_billed_count:
