@@ -10,6 +10,7 @@ from typing import Any
 
 from batchrun.gate.admission import Ask, Found, Limit, Outcome
 from batchrun.gate.gate import Gate
+from batchrun.gate.in_flight import InFlight
 from batchrun.gate.state import GateState
 from batchrun.job import job
 from batchrun.policy import retry_after_s
@@ -107,8 +108,7 @@ def new_gate(
         run.changes.append((_now_s() - run.server.begun_s, f"{what}: {before} -> {after}: {why}"))
 
     state = GateState(
-        max_in_flight=max_in_flight,
-        first_in_flight=first_in_flight,
+        in_flight=InFlight(max_in_flight, first_in_flight),
         max_outage_s=7_200.0,
         resumed=False,
         uniform=random.Random(7).random,

@@ -14,6 +14,7 @@ from batchrun.errors import ExitCode
 from batchrun.gate.admission import Ask, Binding, Limit, Outcome, Ruling, Stop
 from batchrun.gate.daily import DailyCount
 from batchrun.gate.gate import Gate, GateClosed
+from batchrun.gate.in_flight import InFlight
 from batchrun.gate.pace import PaceChange
 from batchrun.gate.purse import Cap, Purse
 from batchrun.gate.state import GateState
@@ -36,7 +37,7 @@ def new_gate(
     **limits: Any,
 ) -> Gate:
     state = GateState(
-        max_in_flight=max_in_flight,
+        in_flight=InFlight(max_in_flight),
         max_outage_s=7_200.0,
         resumed=False,
         uniform=random.Random(1).random,

@@ -8,8 +8,9 @@ import pytest
 
 from batchrun.errors import ExitCode
 from batchrun.gate.admission import OPEN, Cooling, Outcome, Phase, Stop
+from batchrun.gate.in_flight import FIRST_IN_FLIGHT, InFlight
 from batchrun.gate.outage import MANY_OUTAGE_ROWS
-from batchrun.gate.state import FIRST_IN_FLIGHT, GateState
+from batchrun.gate.state import GateState
 from batchrun.records import RowError, Verdict
 
 LATENCY_S = 0.05
@@ -67,7 +68,7 @@ def live(endpoint: Endpoint, rows: int) -> Night:
     """The rows are asked by workers, as the pipeline does it, on a clock moved by hand."""
     night, now_s = Night(), 0.0
     state = GateState(
-        max_in_flight=WORKERS,
+        in_flight=InFlight(WORKERS),
         max_outage_s=7_200.0,
         resumed=False,
         uniform=lambda: 0.5,
@@ -87,7 +88,7 @@ def live(endpoint: Endpoint, rows: int) -> Night:
             night.sent[row] = night.sent.get(row, 0) + 1
             night.in_trouble += endpoint(row, now_s)[0] is not Verdict.OK
             first_asked.setdefault(row, state.successes)
-            out.append((now_s, row, state.admit()))
+            out.append((now_s, row, state.admit(now_s)))
         if not out:
             assert isinstance(state.phase, Cooling)
             now_s = state.phase.until_s

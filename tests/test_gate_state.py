@@ -19,11 +19,12 @@ from batchrun.gate.admission import (
     Stop,
     Stopped,
 )
+from batchrun.gate.in_flight import FIRST_IN_FLIGHT, InFlight
 from batchrun.gate.outage import MANY_OUTAGE_ROWS, OUTAGE_ROWS
+from batchrun.gate.refusals import Finding
 from batchrun.gate.state import (
     ALIKE_ROWS,
     BACKOFF_CAP_S,
-    FIRST_IN_FLIGHT,
     FIRST_REACH_S,
     JITTER,
     GateState,
@@ -49,7 +50,7 @@ class Story:
         self.changes: list[tuple[Phase, Phase]] = []
         self.out: dict[int, int] = {}
         self.state = GateState(
-            max_in_flight=max_in_flight,
+            in_flight=InFlight(max_in_flight),
             max_outage_s=MAX_OUTAGE_S,
             resumed=resumed,
             uniform=uniform,
@@ -63,15 +64,24 @@ class Story:
     def send(self, *rows: int) -> None:
         for row in rows:
             assert self.state.binding(self.now_s) is None, f"row {row} is not admitted: {self.phase()}"
-            self.out[row] = self.state.admit()
+            self.out[row] = self.state.admit(self.now_s)
 
     def barred(self) -> bool:
         return self.state.binding(self.now_s) is not None
 
     def ends(
-        self, row: int, verdict: Verdict, failure: RowError | None = None, retry_after_s: float | None = None
+        self,
+        row: int,
+        verdict: Verdict,
+        failure: RowError | None = None,
+        retry_after_s: float | None = None,
+        *,
+        storm: bool = True,
     ) -> Ruling:
-        return self.state.observe(Outcome(row, verdict, failure, retry_after_s), self.out.pop(row), self.now_s)
+        """A refusal is one of a storm, after which nothing was taken, unless the test says otherwise."""
+        finding = Finding(storm=storm, taken=False)
+        outcome = Outcome(row, verdict, failure, retry_after_s)
+        return self.state.observe(outcome, self.out.pop(row), self.now_s, finding)
 
     def until_s(self) -> float:
         phase = self.phase()
@@ -85,8 +95,8 @@ class Story:
     def all_well(self) -> None:
         """Some rows have succeeded, and the ramp has reached its end."""
         row = 10_000
-        while self.state.allowed_in_flight < self.state.max_in_flight or not self.state.successes:
-            wave = range(row, row := row + self.state.allowed_in_flight)
+        while self.state.in_flight.allowed < self.state.in_flight.most or not self.state.successes:
+            wave = range(row, row := row + self.state.in_flight.allowed)
             self.send(*wave)
             for sent in wave:
                 self.ends(sent, Verdict.OK)
@@ -107,7 +117,7 @@ BAD_400 = error(400, "bad_request", "unknown_parameter")
 def test_an_invocation_starts_with_eight_in_flight_and_doubles_with_every_round_of_answers() -> None:
     story = Story()
     for in_flight in (8, 16, 32, 64, 64):
-        assert story.state.allowed_in_flight == in_flight
+        assert story.state.in_flight.allowed == in_flight
         story.send(*range(in_flight))
         assert story.state.binding(story.now_s) == Binding(Limit.IN_FLIGHT)
         for row in range(in_flight):
@@ -143,7 +153,7 @@ def test_after_a_trouble_the_gate_reopens_with_one_then_two_then_four_up_to_what
     story.cooled_down()
     row = 1_000
     for in_flight in (1, 2, 4, 8, 16, 32, *then):
-        assert story.state.allowed_in_flight == in_flight
+        assert story.state.in_flight.allowed == in_flight
         wave = list(range(row, row := row + in_flight))
         story.send(*wave)
         assert story.barred()
@@ -159,7 +169,7 @@ def test_a_429_leaves_as_many_in_flight_as_before_because_the_pace_is_lowered_in
     story.cooled_down()
     story.send(1)
     story.ends(1, Verdict.OK)
-    assert story.state.allowed_in_flight == 64
+    assert story.state.in_flight.allowed == 64
 
 
 def test_more_in_flight_is_allowed_only_while_what_is_allowed_is_used() -> None:
@@ -168,7 +178,7 @@ def test_more_in_flight_is_allowed_only_while_what_is_allowed_is_used() -> None:
         story.send(row, row + 1_000)
         story.ends(row, Verdict.OK)
         story.ends(row + 1_000, Verdict.OK)
-    assert story.state.allowed_in_flight == FIRST_IN_FLIGHT
+    assert story.state.in_flight.allowed == FIRST_IN_FLIGHT
 
 
 def test_attempts_that_are_withdrawn_unsent_give_their_place_back() -> None:
@@ -302,7 +312,7 @@ def test_an_overload_of_one_row_alone_costs_one_probe_and_no_cooling() -> None:
     assert story.barred()
     assert story.ends(1, Verdict.OK) == PROCEED
     assert story.phase() is OPEN
-    assert story.state.allowed_in_flight == 64
+    assert story.state.in_flight.allowed == 64
 
 
 def test_an_overload_is_disproved_by_any_good_answer_already_on_its_way() -> None:
@@ -383,7 +393,7 @@ def test_a_verdict_that_the_next_row_does_not_meet_was_its_rows_own(
     assert story.barred()
     assert story.ends(1, Verdict.OK) == Ruling(own=(0,))
     assert story.phase() is OPEN
-    assert story.state.allowed_in_flight == 64
+    assert story.state.in_flight.allowed == 64
     story.send(2)
     assert story.ends(2, Verdict.OK) == PROCEED
 
@@ -624,7 +634,7 @@ def test_ten_first_rows_that_fail_alike_stop_the_run() -> None:
     story = Story()
     first_rows(story, *[BAD_400] * (ALIKE_ROWS - 1))
     assert story.phase() is OPEN
-    assert story.state.allowed_in_flight == FIRST_IN_FLIGHT
+    assert story.state.in_flight.allowed == FIRST_IN_FLIGHT
     story.send(9)
     assert story.ends(9, Verdict.ROW, BAD_400) == PROCEED
     assert story.state.stop == Stop(ExitCode.USAGE, "the first 10 rows all failed alike: HTTP 400 unknown_parameter")

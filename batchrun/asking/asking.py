@@ -25,6 +25,7 @@ from batchrun.gate.accounts import BURST_S
 from batchrun.gate.admission import Found, Limit, Phase, Stop
 from batchrun.gate.deadline import Deadline
 from batchrun.gate.gate import Gate
+from batchrun.gate.in_flight import InFlight
 from batchrun.gate.purse import Cap, Purse
 from batchrun.gate.state import GateState
 from batchrun.job.job import Budget, Job
@@ -215,8 +216,7 @@ class Asking:
         limits, known = self._job.limits, self._memory.known
         burst = int((limits.requests_per_minute or 0.0) / 60 * BURST_S)  # a told pace needs no slow start
         state = GateState(
-            max_in_flight=limits.max_in_flight,
-            first_in_flight=max(burst, known.in_flight or 0),
+            in_flight=InFlight(limits.max_in_flight, max(burst, known.in_flight or 0)),
             max_outage_s=self._job.retry.max_outage_s,
             resumed=self._plan.resumed,
             uniform=random.random,
@@ -230,6 +230,7 @@ class Asking:
             found=Found(known.requests_per_minute, known.tokens_per_minute),
             purse=self._purse,
             on_pace=self._on_pace,
+            on_kind=self._on_kind,
         )
 
     def _open_pipeline(
@@ -277,6 +278,9 @@ class Asking:
 
     def _on_pace(self, limit: Limit, before: float | None, after: float | None, why: str) -> None:
         self._chronicle.log.write("pace", limit=limit, before=before, after=after, why=why)
+
+    def _on_kind(self, kind: str, why: str) -> None:
+        self._chronicle.log.write("refusals", kind=kind, why=why)
 
     def _tell_in_flight(self) -> None:
         """What was allowed in flight has changed since it was told last."""

@@ -317,7 +317,7 @@ class Pipeline:
             successes=successes,
         )
         due_s = self._clock()
-        if judgement.verdict is not Verdict.OK and not ended.rate_limited:  # a 429 makes the gate itself wait
+        if judgement.verdict is not Verdict.OK:
             due_s += policy.backoff_s(history, judgement.retry_after_s, self._job.retry, self._uniform())
         flight = _Flight(slot, *ended.spent(), ended.pending.chunk, again, due_s)
         self._flights[ended.pending.request.row, history.attempts] = flight

@@ -45,11 +45,15 @@ class Open(msgspec.Struct, frozen=True):
 
 
 class Cooling(msgspec.Struct, frozen=True):
-    """Nothing is admitted before `until_s` on the machine's clock. `because` is the reason in a word or two."""
+    """Nothing is admitted before `until_s` on the machine's clock. `because` is the reason in a word or two.
+
+    `probe`: one row goes first then, and all others when it is answered.
+    """
 
     until_s: float
     why: str
     because: str
+    probe: bool = True
 
 
 class Probing(msgspec.Struct, frozen=True):

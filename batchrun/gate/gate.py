@@ -13,7 +13,7 @@ new limiter.
 import asyncio
 import re
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from decimal import Decimal
 
 import msgspec
@@ -26,6 +26,7 @@ from batchrun.gate.daily import DailyCount
 from batchrun.gate.pace import Pace, PaceChange
 from batchrun.gate.purse import Purse
 from batchrun.gate.rate_headers import stated
+from batchrun.gate.refusals import NOTHING, Finding, Refusals
 from batchrun.gate.state import IN_FLIGHT, GateState
 from batchrun.job.job import Limits
 from batchrun.records import InForce, Verdict
@@ -61,6 +62,7 @@ class _Flight(msgspec.Struct):
     ask: Ask
     order: int
     sent_s: float
+    others: int
     requests_before: float
     tokens_before: float
     observed: bool = False
@@ -84,10 +86,12 @@ class Gate:
         found: Found = Found(),  # noqa: B008  (frozen)
         purse: Purse | None = None,
         on_pace: PaceChange = lambda limit, before, after, why: None,
+        on_kind: Callable[[str, str], None] = lambda kind, why: None,
     ) -> None:
         """The loop is the clock, as it is aiolimiter's. A rate that `limits` does not tell costs nothing per call.
 
-        `found` is where a pace begins that nobody tells; `on_pace` is told each change of a limit.
+        `found` is where a pace begins that no one tells; `on_pace` is told each change of a limit, `on_kind` what
+        refusals are taken for.
         """
         self._state = state
         self._loop = loop
@@ -108,11 +112,12 @@ class Gate:
                 (Limit.OUTPUT_TOKENS, limits.output_tokens_per_minute),
             )
         )
+        paces = {Limit.REQUESTS: self._requests, Limit.TOKENS: self._tokens}
+        self._refusals = Refusals(paces, state.in_flight, on_kind)
         self._daily = daily
-        self._refused: Pace | None = None
         self._hear_s = loop.time()
         self._purse = purse
-        self._slots = state.max_in_flight
+        self._slots = state.in_flight.most
         self._free = list(range(self._slots - 1, -1, -1))  # a stack: low slots are the ones used again
         self._flights: dict[int, _Flight] = {}
         self._line: deque[asyncio.Future[None]] = deque()
@@ -127,12 +132,12 @@ class Gate:
     @property
     def allowed_in_flight(self) -> int:
         """How many attempts the ramp lets be out at once."""
-        return self._state.allowed_in_flight
+        return self._state.in_flight.allowed
 
     @property
     def why_in_flight(self) -> str:
         """Why it is so many."""
-        return self._state.why_in_flight
+        return self._state.in_flight.why
 
     @property
     def successes(self) -> int:
@@ -147,14 +152,14 @@ class Gate:
     @property
     def found(self) -> Found:
         """The limits that were found where none were told; None where none was."""
-        return Found(self._requests.found, self._tokens.found)
+        return Found(self._found(self._requests), self._found(self._tokens))
 
     @property
     def binding(self) -> Binding:
         """What the first in line waits for. Nobody waits where all that can be in flight is; else it is `latency`."""
         if self._line:
             return self._lacking
-        return IN_FLIGHT if len(self._flights) >= self._state.max_in_flight else UNLIMITED
+        return IN_FLIGHT if len(self._flights) >= self._state.in_flight.most else UNLIMITED
 
     def tune(
         self,
@@ -172,10 +177,12 @@ class Gate:
         if requests_per_minute is not None:
             self._guards[Limit.REQUESTS] = _limiter(requests_per_minute, GUARD_BURST_S)
             self._requests.tell(requests_per_minute, now_s)
+            self._refusals.searches[Limit.REQUESTS].forget()
         if tokens_per_minute is not None:
             self._tokens.tell(tokens_per_minute, now_s)
+            self._refusals.searches[Limit.TOKENS].forget()
         if max_in_flight is not None:
-            self._state.limit_in_flight(min(max_in_flight, self._slots))
+            self._state.in_flight.limit(min(max_in_flight, self._slots))
         self._wake_first()
 
     @property
@@ -185,7 +192,7 @@ class Gate:
         return InForce(
             requests_per_minute=self._requests.per_minute,
             tokens_per_minute=self._tokens.per_minute,
-            max_in_flight=self._state.max_in_flight,
+            max_in_flight=self._state.in_flight.most,
             max_cost_usd=None if caps.cost_usd is None else caps.cost_usd.most,
             max_tokens=None if caps.tokens is None else caps.tokens.most,
             max_requests=None if caps.requests is None else caps.requests.most,
@@ -216,6 +223,7 @@ class Gate:
         flight.settled = True
         if tokens is not None:
             self._correct(flight.ask, tokens, output_tokens)
+            self._refusals.correct(tokens - flight.ask.tokens)
             self._wake_first()
 
     def hear(self, slot: int, headers: Mapping[str, str]) -> None:
@@ -236,13 +244,10 @@ class Gate:
         assert not flight.observed, f"slot {slot} is observed twice"
         flight.observed = True
         was_open, now_s = self._state.phase is OPEN, self._loop.time()
-        ruling = self._state.observe(outcome, flight.order, now_s)
-        is_open = self._state.phase is OPEN
-        if outcome.verdict is Verdict.SLOW:
-            self._refuse(flight, outcome, now_s, first=was_open and not is_open)
-        if is_open and not was_open and self._refused is not None:
-            self._refused.reopen(now_s)
-            self._refused = None
+        finding = self._learn(flight, outcome, now_s)
+        ruling = self._state.observe(outcome, flight.order, now_s, finding)
+        if not was_open and self._state.phase is OPEN:
+            self._refusals.reopened(now_s)
         self._wake_first()
         return ruling
 
@@ -251,6 +256,7 @@ class Gate:
         flight = self._flights.pop(slot)
         if not flight.observed:
             self._state.withdraw(flight.order)
+            self._refusals.ended(flight.order, self._loop.time(), reached=False)
         if self._purse is not None:
             self._purse.settle(flight.ask, spent_usd, spent_tokens)
         self._free.append(slot)
@@ -261,18 +267,36 @@ class Gate:
         self._state.close(stop)
         self._wake_first()
 
-    def _refuse(self, flight: _Flight, outcome: Outcome, now_s: float, *, first: bool) -> None:
-        """What was refused was not used; a 429 tells which limit was too high."""
-        tokens = 0 if flight.settled else flight.ask.tokens
-        self._requests.settle(-1)
-        if tokens:
+    def _learn(self, flight: _Flight, outcome: Outcome, now_s: float) -> Finding:
+        """What the attempt's end teaches of limits. What was refused was not used, so it is given back; but not where
+        the rate itself was learned from refusals: what is refused there would be sent again at once, and again.
+        """
+        if outcome.verdict is not Verdict.SLOW:
+            reached = outcome.verdict is not Verdict.FREE or _has_status(outcome)
+            if outcome.verdict is Verdict.OK:
+                self._state.in_flight.knee.answered(
+                    now_s,
+                    now_s - flight.sent_s,
+                    flight.others,
+                    self._state.in_flight.allowed,
+                    self._state.in_flight.most,
+                    free=self._requests.learned is None and self._state.in_flight.crowding.cap is None,
+                )
+            self._refusals.ended(flight.order, now_s, reached=reached)
+            return NOTHING
+        if self._requests.learned is None:
+            self._requests.settle(-1)
+        if self._tokens.learned is None and not flight.settled:
             self._correct(flight.ask, 0, 0)
-        if outcome.error is None or outcome.error.http_status != 429:
-            return
-        if first:
-            self._refused = self._tokens if _names_tokens(outcome.error.message or "") else self._requests
-        if self._refused is not None:
-            self._refused.refuse(1 if self._refused is self._requests else tokens, now_s, first=first)
+        message = "" if outcome.error is None else outcome.error.message or ""
+        limit = Limit.TOKENS if _names_tokens(message) else Limit.REQUESTS
+        return self._refusals.refused(flight.order, now_s, limit, told_when=outcome.retry_after_s is not None)
+
+    def _found(self, pace: Pace) -> float | None:
+        """The limit that holds although no one has told it; None where none does, or one that may be chance."""
+        rates = [pace.stated_now, None if pace.learned is None else self._refusals.searches[pace.limit].confirmed]
+        known = min((rate for rate in rates if rate is not None), default=None)
+        return None if known is None or (pace.told is not None and known >= pace.told) else known
 
     def _correct(self, ask: Ask, tokens: int, output_tokens: int) -> None:
         """What was taken by estimate is so much instead."""
@@ -303,15 +327,19 @@ class Gate:
         if self._state.stop is not None:
             raise GateClosed(self._state.stop)
         now_s = self._loop.time()
+        was_open = self._state.phase is OPEN
         if (barred := self._state.binding(now_s)) is not None:
             return barred
-        if len(self._flights) >= self._state.max_in_flight:
+        if not was_open and self._state.phase is OPEN:
+            self._refusals.reopened(now_s)  # after a pause all go on at once, at a lower rate
+        if len(self._flights) >= self._state.in_flight.most:
             return IN_FLIGHT
         if self._purse is not None and not self._purse.fits(ask):
             return self._wait_for_budget(self._purse, ask)
         return self._lack_of_pace(ask, now_s)
 
     def _lack_of_pace(self, ask: Ask, now_s: float) -> Binding | None:
+        self._refusals.rise(now_s)
         if self._daily is not None and self._daily.is_spent(now_s):
             return Binding(Limit.REQUESTS_PER_DAY, self._daily.ends_s)
         if (wait_s := self._tokens.ready_in_s(ask.tokens, now_s)) > 0:
@@ -338,7 +366,7 @@ class Gate:
 
     def _take(self, ask: Ask) -> int:
         self._sent_at_s = now_s = self._loop.time()
-        before = self._requests.total, self._tokens.total
+        before = self._requests.taken, self._tokens.taken
         self._requests.take(1, now_s)
         self._tokens.take(ask.tokens, now_s)
         if self._input is not None:
@@ -350,7 +378,9 @@ class Gate:
         if self._purse is not None:
             self._purse.reserve(ask)
         slot = self._free.pop()
-        self._flights[slot] = _Flight(ask, self._state.admit(), now_s, *before)
+        others = self._refusals.out
+        self._refusals.sent(now_s, ask.tokens)
+        self._flights[slot] = _Flight(ask, self._state.admit(now_s), now_s, others, *before)
         return slot
 
     def _wait_for(self, lacking: Binding) -> None:
@@ -367,6 +397,10 @@ class Gate:
             self._timer = None
         if self._line and not self._line[0].done():
             self._line[0].set_result(None)
+
+
+def _has_status(outcome: Outcome) -> bool:
+    return outcome.error is not None and outcome.error.http_status is not None
 
 
 def _names_tokens(message: str) -> bool:

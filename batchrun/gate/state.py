@@ -1,8 +1,11 @@
 """Whether the endpoint may be asked at all: one small state machine for every kind of trouble. PURE.
 
-    Open ──a 429, an outage──→ Cooling(until) ──time──→ Probing ──its row is answered──→ Open
-      └──a verdict on the run, met by one row only──────↗  └──more trouble──→ Cooling, for longer
+    Open ──a storm of refusals, an outage──→ Cooling(until) ──time──→ Probing ──its row is answered──→ Open
+      │                                        └──time, after a first storm: the rate is lowered──────↗
+      └──a verdict on the run, met by one row only──→ Probing ──more trouble──→ Cooling, for longer
     any of them ──two rows agree, an outage without end, close()──→ Stopped(why)
+
+One refusal is no trouble: its row waits, and `refusals` finds out what many of them are evidence of.
 
 Probing lets one real row through at a time. Time is an argument (`now_s`, seconds of a clock that never jumps),
 chance is a function; nothing here waits, sends or knows what a row is beyond its number.
@@ -31,11 +34,10 @@ from batchrun.gate.admission import (
     Stop,
     Stopped,
 )
+from batchrun.gate.in_flight import InFlight
 from batchrun.gate.outage import Unanswered
+from batchrun.gate.refusals import NOTHING, Finding
 from batchrun.records import RowError, Verdict
-
-FIRST_IN_FLIGHT = 8
-"""Attempts in flight before anything is known: enough to fill a normal connection set, few enough to be wrong with."""
 
 ALIKE_ROWS = 10
 """So many first rows that fail alike are the job's fault: a wrong parameter refuses ten rows as it would a million."""
@@ -54,9 +56,6 @@ wait that the server asked for, only a little."""
 
 CALMER = 0.7
 """What is left in flight after an overload or connect trouble; a 5xx says nothing of load, a 429 only of pace."""
-
-USED = 0.8
-"""More is allowed in flight only while so much of it is used: else nobody knows whether the endpoint bears it."""
 
 IN_FLIGHT = Binding(Limit.IN_FLIGHT)
 PROCEED = Ruling()
@@ -80,8 +79,7 @@ class GateState:
     def __init__(
         self,
         *,
-        max_in_flight: int,
-        first_in_flight: int = FIRST_IN_FLIGHT,
+        in_flight: InFlight,
         max_outage_s: float,
         resumed: bool,
         uniform: Callable[[], float],
@@ -90,19 +88,14 @@ class GateState:
         """`uniform` draws from [0, 1). `resumed` runs have had their first ten rows."""
         self.phase: Phase = OPEN
         self.successes = 0
-        self.max_in_flight = max_in_flight
-        self.allowed_in_flight = min(max(FIRST_IN_FLIGHT, first_in_flight), max_in_flight)
-        self.why_in_flight = "at the start"
+        self.in_flight = in_flight
         self._max_outage_s = max_outage_s
         self._uniform = uniform
         self._on_change = on_change
         self._sent = 0  # attempts admitted so far: the order of the next one
         self._episode = 0  # the first order of this episode
         self._trouble = 0  # the first order after the last cooling began; attempts before it are its stragglers
-        self._in_flight = 0  # attempts out, stragglers not counted
-        self._most_in_flight = 0  # since the round began
-        self._round = self._left_in_round = self.allowed_in_flight  # answers a round has, and still lacks
-        self._ramp_to = max_in_flight  # below it one more with every answer, above it with every round
+        self._out = 0  # attempts out, stragglers not counted
         self._probe_out = False
         self._extended = False
         self._coolings = 0
@@ -117,30 +110,32 @@ class GateState:
         """Why admission has ended; None while it has not."""
         return self.phase.stop if isinstance(self.phase, Stopped) else None
 
-    def limit_in_flight(self, max_in_flight: int) -> None:
-        """No more than so many are out from now on, as attempts that are out end."""
-        self.max_in_flight = max_in_flight
-        self.allowed_in_flight = min(self.allowed_in_flight, max_in_flight)
-        self.why_in_flight = "told"
-
     def binding(self, now_s: float) -> Binding | None:
         """What bars the next row; None when `admit` may be called. A cooling whose time is over becomes probing."""
         if self.phase is OPEN:
-            return IN_FLIGHT if self._in_flight >= self.allowed_in_flight else None
+            return self._room(now_s)
         match self.phase:
             case Cooling(until_s=until_s, because=because) if now_s < until_s:
                 return Binding(Limit.COOLING, until_s, because)
+            case Cooling(probe=False):
+                self._enter(OPEN)
+                return self._room(now_s)
             case Cooling(why=why):
                 self._probe(why)
             case Stopped():
                 return Binding(Limit.STOPPED)
         return Binding(Limit.PROBING) if self._probe_out else None
 
-    def admit(self) -> int:
+    def _room(self, now_s: float) -> Binding | None:
+        ready_s = self.in_flight.ready_s(self._out, now_s)
+        if ready_s == now_s:
+            return None
+        return IN_FLIGHT if ready_s is None else Binding(Limit.IN_FLIGHT, ready_s)
+
+    def admit(self, now_s: float) -> int:
         """One attempt more is out; its order among all, to be given back with its outcome."""
-        self._in_flight += 1
-        if self._in_flight > self._most_in_flight:
-            self._most_in_flight = self._in_flight
+        self._out += 1
+        self.in_flight.sent(self._out, now_s)
         self._probe_out = True
         self._sent += 1
         return self._sent - 1
@@ -148,7 +143,7 @@ class GateState:
     def withdraw(self, order: int) -> None:
         """An admitted attempt is no longer out: it has ended, or was never sent."""
         if order >= self._trouble:
-            self._in_flight -= 1
+            self._out -= 1
         if order >= self._episode:
             self._probe_out = False
 
@@ -157,66 +152,69 @@ class GateState:
         if self.stop is None:
             self._enter(Stopped(stop))
 
-    def observe(self, outcome: Outcome, order: int, now_s: float) -> Ruling:
-        """The outcome is taken into account, once per admitted attempt; what it means for rows."""
+    def observe(self, outcome: Outcome, order: int, now_s: float, finding: Finding = NOTHING) -> Ruling:
+        """The outcome is taken into account, once per admitted attempt; what it means for rows.
+
+        `finding` is what a refusal is evidence of.
+        """
         self.withdraw(order)
         match outcome.verdict:
             case Verdict.OK:
-                return self._succeeded(outcome.row, order)
+                return self._succeeded(outcome.row, order, now_s)
             case Verdict.ROW:
-                return self._failed_alone(outcome, order)
+                return self._failed_alone(outcome, order, now_s)
             case Verdict.FREE | Verdict.MAYBE:
                 return self._failed_unanswered(outcome, order, now_s)
             case Verdict.SLOW:
-                return self._told_to_slow(outcome, order, now_s)
+                return self._refused(outcome, order, now_s, finding)
             case Verdict.PAUSE | Verdict.STOP:
                 return self._judged_the_run(outcome)
             case _:
                 assert_never(outcome.verdict)
 
-    def _succeeded(self, row: int, order: int) -> Ruling:
+    def _succeeded(self, row: int, order: int, now_s: float) -> Ruling:
         self.successes += 1
         self._first_failures = None
-        own: tuple[int, ...] = ()
-        if self._suspicions:
-            self._forget_overloads()
-            own = self._cleared_by(row, order)
-        self._answered(order)
+        own = self._cleared_by(row, order) if self._suspicions else ()
+        self._answered(order, now_s)
         return Ruling(own=own) if own else PROCEED
 
-    def _failed_alone(self, outcome: Outcome, order: int) -> Ruling:
+    def _failed_alone(self, outcome: Outcome, order: int, now_s: float) -> Ruling:
         """An answer, if a bad one: the endpoint works. That the key does, only a success would show."""
         self._count_alike(outcome.error)
-        self._forget_overloads()
-        self._answered(order)
+        self._answered(order, now_s)
         return PROCEED
 
     def _failed_unanswered(self, outcome: Outcome, order: int, now_s: float) -> Ruling:
         if order < self._trouble or self._outage_is_over_long(outcome, now_s):
             return PROCEED
         probe_failed = isinstance(self.phase, Probing) and order >= self._episode
-        is_outage = self._unanswered.fail(outcome.row, order, sent=self._sent, allowed_in_flight=self.allowed_in_flight)
+        is_outage = self._unanswered.fail(outcome.row, order, sent=self._sent, allowed_in_flight=self.in_flight.allowed)
         if is_outage or probe_failed:
             answered = outcome.error is not None and outcome.error.http_status is not None
-            self._calm_down(1.0 if answered else CALMER, _text(outcome.error))
+            self.in_flight.calm_down(1.0 if answered else CALMER, _text(outcome.error), first=not self._coolings)
             why = f"the endpoint is not answering: {_text(outcome.error)}"
             self._cool(why, _in_brief(outcome.error), now_s, None)
         return PROCEED
 
-    def _told_to_slow(self, outcome: Outcome, order: int, now_s: float) -> Ruling:
-        """A 429 speaks for everyone. Any other overload, while all is open, may be one row's own: ask a second."""
-        floor_s = outcome.retry_after_s
-        paced = outcome.error is not None and outcome.error.http_status == 429
+    def _refused(self, outcome: Outcome, order: int, now_s: float, finding: Finding) -> Ruling:
+        """One refusal is its row's matter. A storm of them, or a probe that is refused, makes everyone wait."""
+        error, floor_s = outcome.error, outcome.retry_after_s
         if order < self._trouble:
             self._extend_once(now_s + (floor_s or 0.0))
-        elif self._outage_is_over_long(outcome, now_s):
-            pass
-        elif self.phase is OPEN and not paced:
-            self._suspect(outcome)
-        else:
-            if not paced:
-                self._calm_down(CALMER, _text(outcome.error))
-            self._cool(_text(outcome.error), _in_brief(outcome.error), now_s, floor_s, paced=paced)
+        elif not self._outage_is_over_long(outcome, now_s):
+            probing = isinstance(self.phase, Probing) and order >= self._episode
+            if finding.storm or (probing and not self._suspicions):
+                if finding.storm and finding.taken:
+                    self._coolings = 0
+                paced = error is not None and error.http_status == 429
+                if not paced:
+                    self.in_flight.calm_down(CALMER, _text(error), first=not self._coolings)
+                # the rate is lowered after a storm, so all may go on at once; but not where nothing is taken at all
+                probe = not (finding.storm and finding.taken and self.successes)
+                self._cool(_text(error), _in_brief(error), now_s, floor_s, paced=paced, probe=probe)
+            else:
+                self._unwell_since_s = None if finding.taken else self._unwell_since_s
         return PROCEED
 
     def _judged_the_run(self, outcome: Outcome) -> Ruling:
@@ -228,40 +226,18 @@ class GateState:
             self._suspect(outcome)
         return HOLD
 
-    def _answered(self, order: int) -> None:
+    def _answered(self, order: int, now_s: float) -> None:
         """The endpoint gave an answer. Sent after the last trouble, it reopens the gate and may let more in flight."""
         self._unanswered.answer(order)
         self._unwell_since_s = None
         self._reached = True
         if order < self._trouble:
             return
-        if self.allowed_in_flight < self.max_in_flight and self._first_failures is None:
-            self._grow()
+        if self._first_failures is None:
+            self.in_flight.answered(self._out, now_s)
         if not self._suspicions and isinstance(self.phase, Probing):
             self._coolings = 0
             self._enter(OPEN)
-
-    def _grow(self) -> None:
-        """One more in flight with every answer, which doubles it with every round; after a trouble only up to what was
-        borne before, and one more a round from there. Only while what is allowed is used.
-        """
-        self._left_in_round -= 1
-        round_is_over = self._left_in_round <= 0
-        used = self._most_in_flight >= USED * self._round
-        if used and (round_is_over or self.allowed_in_flight < self._ramp_to):
-            self.allowed_in_flight += 1
-            self.why_in_flight = "what was allowed was used, without trouble"
-        if round_is_over:
-            self._round = self._left_in_round = self.allowed_in_flight
-            self._most_in_flight = self._in_flight
-
-    def _calm_down(self, share: float, why: str) -> None:
-        """Fewer in flight: one, and then a ramp up to this share of what was allowed before the trouble."""
-        if not self._coolings:
-            self._ramp_to = max(1, int(self.allowed_in_flight * share))
-        self.allowed_in_flight = self._round = self._left_in_round = 1
-        self._most_in_flight = 0
-        self.why_in_flight = f"a ramp up to {self._ramp_to} after: {why}"
 
     def _count_alike(self, error: RowError | None) -> None:
         """Ten first rows with one and the same failure close the gate; the first that differs ends the count.
@@ -293,10 +269,6 @@ class GateState:
             del self._suspicions[suspect]
         return tuple(suspect for suspect in cleared if suspect != row)
 
-    def _forget_overloads(self) -> None:
-        """Any answer disproves an overload; its row is not held for it, only asked again."""
-        self._suspicions = {r: s for r, s in self._suspicions.items() if s.verdict is not Verdict.SLOW}
-
     def _outage_is_over_long(self, outcome: Outcome, now_s: float) -> bool:
         """True, and the gate closed, when nothing was answered for longer than `max_outage_s`; an endpoint that was
         never reached at all, in this process, is not waited for: its name or address is likely wrong.
@@ -311,7 +283,9 @@ class GateState:
         self.close(Stop(ExitCode.PAUSED, f"{what} for {_duration(patience_s)}: {_text(outcome.error)}"))
         return True
 
-    def _cool(self, why: str, because: str, now_s: float, floor_s: float | None, *, paced: bool = False) -> None:
+    def _cool(
+        self, why: str, because: str, now_s: float, floor_s: float | None, *, paced: bool = False, probe: bool = True
+    ) -> None:
         """Nothing goes out until the server's own wait or the backoff is over; clamped first, jittered then.
 
         A first 429 that says how long is taken at its word (`paced`): the endpoint is well, and the pace is lowered.
@@ -327,9 +301,9 @@ class GateState:
         self._episode = self._sent
         self._trouble = self._episode
         self._unanswered.forget()
-        self._in_flight = 0
+        self._out = 0
         self._extended = False
-        self._enter(Cooling(until_s, why, because))
+        self._enter(Cooling(until_s, why, because, probe))
 
     def _extend_once(self, until_s: float) -> None:
         """A straggler repeats no cooling; only a longer wait asked for by the server moves its end, and only once."""

@@ -1,0 +1,132 @@
+"""The fewest requests in flight that deliver as much: where a server never refuses, but lets requests queue. PURE.
+
+Answers that take longer than they did with fewer in flight are a suspicion only: they may just be longer. So fewer are
+tried: where as much is delivered by three quarters, it was a queue, and a row need not wait in it. Where answers take
+as long as before, it was none, and that is known after one round.
+"""
+
+from collections.abc import Callable
+
+SLOWER = 1.5
+"""Answers take so much longer than the fastest round did: what an even spread of lengths does not do by itself."""
+
+FEWER = 0.75
+AS_MUCH = 0.92
+"""Half way between what three quarters deliver where there is no queue (75 %) and where there is (100 %), and a little
+more, as a rate over some sixty answers is off by a few per cent."""
+
+AS_SLOW = 0.9
+"""Where three quarters wait in a shorter queue, their answers take three quarters of the time."""
+
+LEAST_ROUND = 20
+LEAST_COMPARED = 60
+LEAST_IN_FLIGHT = 4
+"""Below so many there is nothing to win."""
+
+AGAIN_S = 5.0
+MAX_AGAIN_S = 120.0
+"""When a suspicion may be tried again: after 5 s, and after 5, 10, 20 … 120 s where it was wrong."""
+
+
+class Knee:
+    """The cap, None while there is none."""
+
+    __slots__ = (
+        "_again_s",
+        "_before",
+        "_begun_s",
+        "_compared",
+        "_fastest_s",
+        "_latencies",
+        "_next_s",
+        "_on_change",
+        "_settling",
+        "_slow_s",
+        "cap",
+    )
+
+    def __init__(self, on_change: Callable[[int | None, int | None, str], None]) -> None:
+        """`on_change` is told each change of the cap: before, after, why."""
+        self._on_change = on_change
+        self.cap: int | None = None
+        self._fastest_s: float | None = None
+        self._latencies: list[float] = []
+        self._begun_s: float | None = None
+        self._compared: int | None = None  # the number in flight that is being measured
+        self._before: float | None = None  # answers per second with more in flight
+        self._slow_s = 0.0  # the median latency then
+        self._settling = 0  # answers still to come that were asked for under the number before
+        self._next_s = 0.0
+        self._again_s = AGAIN_S
+
+    def answered(self, now_s: float, latency_s: float, others: int, limit: int, most: int, *, free: bool) -> None:
+        """One answer came. `limit` may be in flight now, `most` at all; `free` where only that holds rows back."""
+        if self._settling:
+            self._settling -= 1
+            self._start_round(now_s)
+            return
+        if self._begun_s is None:
+            self._begun_s = now_s
+        self._latencies.append(latency_s)
+        if self._compared is None:
+            self._watch(now_s, others, limit, free=free)
+        else:
+            self._compare(now_s, self._compared, most)
+
+    def _watch(self, now_s: float, others: int, limit: int, *, free: bool) -> None:
+        if len(self._latencies) < max(LEAST_ROUND, limit):
+            return
+        median_s = self._median_s()
+        self._start_round(now_s)
+        if self._fastest_s is None or median_s < self._fastest_s:
+            self._fastest_s = median_s
+        used = others >= FEWER * limit >= FEWER * LEAST_IN_FLIGHT
+        if free and used and median_s > SLOWER * self._fastest_s and now_s >= self._next_s:
+            self._measure(limit, None, median_s)
+
+    def _compare(self, now_s: float, compared: int, most: int) -> None:
+        count = len(self._latencies)
+        one_round = self._before is not None and count == max(LEAST_ROUND, compared)
+        if one_round and self._median_s() > AS_SLOW * self._slow_s:
+            self._give_back(now_s, compared, most, "fewer in flight wait as long")
+            return
+        if count < max(LEAST_COMPARED, 3 * compared):
+            return
+        assert self._begun_s is not None
+        rate, median_s = count / max(1e-9, now_s - self._begun_s), self._median_s()
+        self._start_round(now_s)
+        if self._before is not None and rate < AS_MUCH * self._before:
+            self._give_back(now_s, compared, most, "fewer in flight deliver less")
+        elif self._fastest_s is not None and median_s > SLOWER * self._fastest_s and compared > 2:
+            fewer = max(2, int(FEWER * compared))
+            self._set(fewer, "answers wait for each other")
+            self._measure(fewer, max(rate, self._before or 0.0), median_s)
+        else:
+            self._end(now_s, AGAIN_S)
+
+    def _measure(self, in_flight: int, before: float | None, slow_s: float) -> None:
+        self._compared = self._settling = in_flight
+        self._before, self._slow_s = before, slow_s
+
+    def _give_back(self, now_s: float, compared: int, most: int, why: str) -> None:
+        earlier = int(compared / FEWER + 1)
+        self._set(None if earlier >= most else earlier, why)
+        self._end(now_s, self._again_s)
+        self._again_s = min(MAX_AGAIN_S, 2 * self._again_s)
+
+    def _end(self, now_s: float, again_s: float) -> None:
+        self._compared = self._before = None
+        self._next_s = now_s + again_s
+        self._start_round(now_s)
+
+    def _start_round(self, now_s: float) -> None:
+        self._begun_s = now_s
+        self._latencies.clear()
+
+    def _median_s(self) -> float:
+        return sorted(self._latencies)[len(self._latencies) // 2]
+
+    def _set(self, cap: int | None, why: str) -> None:
+        before, self.cap = self.cap, cap
+        if before != cap:
+            self._on_change(before, cap, why)

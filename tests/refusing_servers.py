@@ -1,0 +1,248 @@
+"""Servers that refuse for different reasons, and the real gate before them, on a clock that jumps.
+
+Each server is asked at a moment and says whether it takes the request, how long its answer (or refusal) takes, and the
+Retry-After of a refusal. Rows that are refused wait for themselves and go again, as the backlog has it.
+"""
+
+import asyncio
+import heapq
+import itertools
+import math
+import random
+from collections import deque
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Any, Protocol
+
+from batchrun.gate.admission import Ask, Limit, Outcome
+from batchrun.gate.gate import Gate
+from batchrun.gate.in_flight import InFlight
+from batchrun.gate.state import GateState
+from batchrun.job import job
+from batchrun.records import RowError, Verdict
+
+REFUSAL_S = 0.02
+RETRY_S, JITTER_S = 0.3, 0.3
+"""What a row waits that was not told how long, and what is added to each wait."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a server makes of one request."""
+
+    taken: bool
+    takes_s: float
+    retry_after_s: float | None = None
+
+
+class RefusingServer(Protocol):
+    """Decides when a request arrives."""
+
+    def ask(self, now_s: float, in_flight: int, rng: random.Random) -> Reply: ...
+
+
+def spread(latency_s: float, sigma: float, rng: random.Random) -> float:
+    return latency_s * math.exp(rng.gauss(0, sigma))
+
+
+@dataclass
+class Limited:
+    """A bucket of `per_s` with two seconds' worth saved up; `chance` refuses a share of everything whatever the pace.
+
+    `changes` are (seconds since the start, name of a field, its new value).
+    """
+
+    per_s: float = math.inf
+    latency_s: float = 0.4
+    retry_after_s: float | None = 1.0
+    chance: float = 0.0
+    refusal_s: float = REFUSAL_S
+    changes: tuple[tuple[float, str, float], ...] = ()
+    burst_s: float = 2.0
+    _level: float = field(default=math.inf, init=False)
+    _at_s: float = field(default=0.0, init=False)
+
+    def ask(self, now_s: float, in_flight: int, rng: random.Random) -> Reply:
+        while self.changes and now_s >= self.changes[0][0]:
+            (_, name, value), *rest = self.changes
+            self.changes = tuple(rest)
+            setattr(self, name, value)
+        if self.per_s < math.inf:
+            self._level = min(self.per_s * self.burst_s, self._level + (now_s - self._at_s) * self.per_s)
+        else:
+            self._level = math.inf
+        self._at_s = now_s
+        if rng.random() < self.chance or self._level < 1:
+            return Reply(False, self.refusal_s, self.retry_after_s)
+        self._level -= 1
+        return Reply(True, spread(self.latency_s, 0.25, rng))
+
+
+@dataclass
+class Crowded:
+    """Refuses while it works on `most`; its answers take `network_s` to arrive, so a client counts a few more."""
+
+    most: int
+    latency_s: float = 0.2
+    network_s: float = 0.0
+    retry_after_s: float | None = None
+    chance: float = 0.0
+    _ends: list[float] = field(default_factory=list, init=False)
+
+    def ask(self, now_s: float, in_flight: int, rng: random.Random) -> Reply:
+        arrives_s = now_s + self.network_s * rng.random()
+        while self._ends and self._ends[0] <= arrives_s:
+            heapq.heappop(self._ends)
+        if len(self._ends) >= self.most or rng.random() < self.chance:
+            return Reply(False, REFUSAL_S, self.retry_after_s)
+        works_s = spread(self.latency_s, 0.25, rng)
+        heapq.heappush(self._ends, arrives_s + works_s)
+        return Reply(True, arrives_s - now_s + works_s + self.network_s)
+
+
+@dataclass
+class Queueing:
+    """Works on `most` at a time and refuses nothing: more in flight only wait longer."""
+
+    most: int
+    latency_s: float = 0.2
+    _free_s: list[float] = field(default_factory=list, init=False)
+
+    def ask(self, now_s: float, in_flight: int, rng: random.Random) -> Reply:
+        if not self._free_s:
+            self._free_s = [now_s] * self.most
+        ends_s = max(now_s, heapq.heappop(self._free_s)) + spread(self.latency_s, 0.1, rng)
+        heapq.heappush(self._free_s, ends_s)
+        return Reply(True, ends_s - now_s)
+
+
+@dataclass(slots=True)
+class Played:
+    """How a run went: seconds until the last answer, the share refused, latencies, most in flight, what was told."""
+
+    took_s: float = 0.0
+    sent: int = 0
+    refused: int = 0
+    latencies_s: list[float] = field(default_factory=list)
+    in_flight: list[int] = field(default_factory=list)
+    answered_s: list[float] = field(default_factory=list)
+    told: list[tuple[float, str]] = field(default_factory=list)
+
+    @property
+    def share_refused(self) -> float:
+        return self.refused / self.sent
+
+    @property
+    def median_latency_s(self) -> float:
+        return sorted(self.latencies_s)[len(self.latencies_s) // 2]
+
+
+class _Rows:
+    """Rows still to be sent: due retries first."""
+
+    def __init__(self, rows: int) -> None:
+        self._fresh = deque(range(rows))
+        self._waiting: list[tuple[float, int]] = []
+        self._left = rows
+        self._changed = asyncio.Event()
+
+    async def next(self) -> int | None:
+        loop = asyncio.get_running_loop()
+        while self._left:
+            if self._waiting and self._waiting[0][0] <= loop.time():
+                return heapq.heappop(self._waiting)[1]
+            if self._fresh:
+                return self._fresh.popleft()
+            self._changed.clear()
+            until_s = self._waiting[0][0] - loop.time() if self._waiting else None
+            try:
+                async with asyncio.timeout(until_s):
+                    await self._changed.wait()
+            except TimeoutError:
+                pass
+        return None
+
+    def again(self, row: int, due_s: float) -> None:
+        heapq.heappush(self._waiting, (due_s, row))
+        self._changed.set()
+
+    def done(self) -> None:
+        self._left -= 1
+        self._changed.set()
+
+
+async def play(server: RefusingServer, rows: int, max_in_flight: int, seed: int, **limits: Any) -> Played:
+    """All rows are answered."""
+    loop, rng, played = asyncio.get_running_loop(), random.Random(seed), Played()
+    begun_s, out, waiting = loop.time(), itertools.count(), _Rows(rows)
+    in_flight = 0
+
+    def told(what: str) -> None:
+        played.told.append((loop.time() - begun_s, what))
+
+    state = GateState(
+        in_flight=InFlight(max_in_flight),
+        max_outage_s=7_200.0,
+        resumed=False,
+        uniform=random.Random(seed).random,
+        on_change=lambda before, after: told(f"{before} -> {after}"),
+    )
+    gate = Gate(
+        state,
+        loop,
+        job.Limits(max_in_flight=max_in_flight, **limits),
+        on_pace=lambda limit, before, after, why: told(f"{limit}: {before} -> {after}: {why}"),
+        on_kind=lambda kind, why: told(f"{kind}: {why}"),
+    )
+
+    async def work() -> None:
+        nonlocal in_flight
+        while (row := await waiting.next()) is not None:
+            slot = await gate.admit(Ask(100, Decimal(0)))
+            sent_s = loop.time()
+            reply = server.ask(sent_s - begun_s, in_flight, rng)
+            in_flight += 1
+            played.sent += 1
+            played.in_flight.append(in_flight)
+            await asyncio.sleep(reply.takes_s)
+            in_flight -= 1
+            if reply.taken:
+                gate.observe(slot, Outcome(row, Verdict.OK))
+                played.latencies_s.append(loop.time() - sent_s)
+                played.answered_s.append(loop.time() - begun_s)
+                waiting.done()
+            else:
+                error = RowError("rate_limit", 429, None, "refused")
+                gate.observe(slot, Outcome(row, Verdict.SLOW, error, reply.retry_after_s))
+                played.refused += 1
+                wait_s = RETRY_S if reply.retry_after_s is None else reply.retry_after_s
+                waiting.again(row, loop.time() + wait_s + rng.random() * JITTER_S)
+            gate.release(slot, Decimal(0))
+
+    next(out)
+    await asyncio.gather(*(work() for _ in range(max_in_flight)))
+    played.took_s = max(played.answered_s)
+    return played
+
+
+async def play_retry(server: RefusingServer, rows: int, max_in_flight: int, seed: int) -> Played:
+    """The same by the simplest client: it never slows down, and sends a refused row again after its own wait."""
+    loop, rng, played, waiting = asyncio.get_running_loop(), random.Random(seed), Played(), _Rows(rows)
+    begun_s = loop.time()
+
+    async def work() -> None:
+        while (row := await waiting.next()) is not None:
+            reply = server.ask(loop.time() - begun_s, 0, rng)
+            played.sent += 1
+            await asyncio.sleep(reply.takes_s)
+            if reply.taken:
+                played.answered_s.append(loop.time() - begun_s)
+                waiting.done()
+            else:
+                played.refused += 1
+                wait_s = RETRY_S if reply.retry_after_s is None else reply.retry_after_s
+                waiting.again(row, loop.time() + wait_s + rng.random() * JITTER_S)
+
+    await asyncio.gather(*(work() for _ in range(max_in_flight)))
+    played.took_s = max(played.answered_s)
+    return played
