@@ -1,6 +1,7 @@
 """The real gate against the simulator's own buckets, in one process on a clock that jumps: minutes in milliseconds."""
 
 import asyncio
+import heapq
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -126,13 +127,18 @@ async def ask_all(
     learn: Callable[[int, int], None] = lambda row, tokens: None,
     workers: int = 64,
 ) -> None:
-    """Every row is answered; rows that were refused go again, before new ones."""
+    """Every row is answered; rows that were refused wait for themselves and go again, before new ones."""
     begun_s = _now_s()
     rows = list(enumerate(sizes))[::-1]
+    waiting: list[tuple[float, int, int]] = []
 
     async def worker() -> None:
-        while rows:
-            row, tokens = rows.pop()
+        while rows or waiting:
+            if waiting and (not rows or waiting[0][0] <= _now_s()):
+                due_s, row, tokens = heapq.heappop(waiting)
+                await asyncio.sleep(max(0.0, due_s - _now_s()))
+            else:
+                row, tokens = rows.pop()
             ask = Ask(estimate(row), Decimal(0))
             slot = await gate.admit(ask)
             run.sent.append(row)
@@ -145,8 +151,10 @@ async def ask_all(
             gate.release(slot, Decimal(0))
             if status == 200:
                 run.done.append(row)
+            elif status == 429:
+                heapq.heappush(waiting, (_now_s() + (retry_after_s(headers, 0.0) or 1.0), row, tokens))
             else:
-                rows.insert(0 if status == 500 else len(rows), (row, tokens))
+                rows.insert(0, (row, tokens))
 
     await asyncio.gather(*(worker() for _ in range(workers)))
     run.took_s = _now_s() - begun_s

@@ -6,7 +6,6 @@ Retry-After of a refusal. Rows that are refused wait for themselves and go again
 
 import asyncio
 import heapq
-import itertools
 import math
 import random
 from collections import deque
@@ -14,7 +13,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, Protocol
 
-from batchrun.gate.admission import Ask, Limit, Outcome
+from batchrun.gate.admission import Ask, Found, Outcome
 from batchrun.gate.gate import Gate
 from batchrun.gate.in_flight import InFlight
 from batchrun.gate.state import GateState
@@ -127,6 +126,7 @@ class Played:
     in_flight: list[int] = field(default_factory=list)
     answered_s: list[float] = field(default_factory=list)
     told: list[tuple[float, str]] = field(default_factory=list)
+    found: Found = Found()  # noqa: RUF009  (frozen)
 
     @property
     def share_refused(self) -> float:
@@ -174,7 +174,7 @@ class _Rows:
 async def play(server: RefusingServer, rows: int, max_in_flight: int, seed: int, **limits: Any) -> Played:
     """All rows are answered."""
     loop, rng, played = asyncio.get_running_loop(), random.Random(seed), Played()
-    begun_s, out, waiting = loop.time(), itertools.count(), _Rows(rows)
+    begun_s, waiting = loop.time(), _Rows(rows)
     in_flight = 0
 
     def told(what: str) -> None:
@@ -219,9 +219,9 @@ async def play(server: RefusingServer, rows: int, max_in_flight: int, seed: int,
                 waiting.again(row, loop.time() + wait_s + rng.random() * JITTER_S)
             gate.release(slot, Decimal(0))
 
-    next(out)
     await asyncio.gather(*(work() for _ in range(max_in_flight)))
     played.took_s = max(played.answered_s)
+    played.found = gate.found
     return played
 
 

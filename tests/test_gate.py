@@ -598,11 +598,22 @@ async def test_closing_ends_every_wait_at_once_and_later_rows_too() -> None:
     assert now_s() == start_s
 
 
+STORM = 8
+"""So many refusals in a row are no chance."""
+
+
+async def storm(gate: Gate, retry_after_s: float | None = None) -> None:
+    """Everything that is sent is refused, and the gate pauses."""
+    slots = [await gate.admit(SMALL) for _ in range(STORM)]
+    for row, slot in enumerate(slots):
+        gate.observe(slot, Outcome(row, Verdict.SLOW, RATE_LIMIT, retry_after_s))
+        gate.release(slot, Decimal(0))
+
+
 @on_moved_clock
 async def test_closing_ends_a_cooling_wait() -> None:
     gate = new_gate()
-    slot = await gate.admit(SMALL)
-    gate.observe(slot, Outcome(0, Verdict.SLOW, RATE_LIMIT, retry_after_s=900.0))
+    await storm(gate, 900.0)
     waiting = await turns(gate.admit(SMALL))
     assert gate.binding.limit is Limit.COOLING
     start_s = now_s()
@@ -615,8 +626,7 @@ async def test_closing_ends_a_cooling_wait() -> None:
 @on_moved_clock
 async def test_a_cooling_ends_by_itself_and_lets_one_row_try() -> None:
     gate = new_gate()
-    slots = [await gate.admit(SMALL) for _ in range(2)]
-    gate.observe(slots[0], Outcome(0, Verdict.SLOW, RATE_LIMIT, retry_after_s=30.0))
+    await storm(gate, 30.0)
     start_s = now_s()
     first, second = await turns(gate.admit(SMALL)), await turns(gate.admit(SMALL))
     until_s = gate.binding.until_s
@@ -633,12 +643,22 @@ async def test_a_cooling_ends_by_itself_and_lets_one_row_try() -> None:
 @on_moved_clock
 async def test_a_probe_released_unsent_lets_the_next_row_try() -> None:
     gate = new_gate()
-    slot = await gate.admit(SMALL)
-    gate.observe(slot, Outcome(0, Verdict.SLOW, RATE_LIMIT))
+    await storm(gate)
     probe = await gate.admit(SMALL)
     waiting = await turns(gate.admit(SMALL))
     gate.release(probe, Decimal(0))
     await waiting
+
+
+@on_moved_clock
+async def test_one_refusal_makes_nobody_else_wait_and_gives_back_what_it_had_taken() -> None:
+    gate = new_gate(tokens_per_minute=6_000)
+    slot = await gate.admit(Ask(tokens=100))
+    gate.observe(slot, Outcome(0, Verdict.SLOW, RATE_LIMIT, retry_after_s=60.0))
+    gate.release(slot, Decimal(0))
+    start_s = now_s()
+    await gate.admit(Ask(tokens=100))
+    assert now_s() == start_s
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def test_untold_and_without_headers_it_learns_the_rate_from_refusals(rpm: int) -
         run = Run(Server(rpm, None, headers=False))
         await ask_all(run, new_gate(run), sizes := [150] * rpm)
         assert share_of_ideal(run, sizes, rpm, None) >= (0.92 if rpm > 60 else 0.85)
-        assert run.server.refused() <= (0.02 if rpm > 600 else 0.03 if rpm > 60 else 0.25)
+        assert run.server.refused() <= (0.02 if rpm > 600 else 0.035 if rpm > 60 else 0.25)
 
     run_on_moved_clock(main())
 
@@ -82,7 +82,7 @@ def test_a_limit_that_is_halved_and_restored_is_followed_within_half_a_minute(to
         halved, restored = (len(run.server.accepted(at, at + 30)) * 2 for at in (70, 130))
         assert halved == pytest.approx(rpm / 2, rel=0.1)
         assert restored == pytest.approx(rpm, rel=0.1)
-        assert run.server.refused() <= 0.01
+        assert run.server.refused() <= 0.02
 
     run_on_moved_clock(main())
 

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 import pytest
 
 from batchrun.errors import ExitCode
-from batchrun.gate.admission import OPEN, Cooling, Outcome, Phase, Stop
+from batchrun.gate.admission import OPEN, Cooling, Limit, Outcome, Phase, Stop
 from batchrun.gate.in_flight import FIRST_IN_FLIGHT, InFlight
 from batchrun.gate.outage import MANY_OUTAGE_ROWS
+from batchrun.gate.pace import Pace
+from batchrun.gate.refusals import NOTHING, Refusals
 from batchrun.gate.state import GateState
 from batchrun.records import RowError, Verdict
 
@@ -74,6 +76,8 @@ def live(endpoint: Endpoint, rows: int) -> Night:
         uniform=lambda: 0.5,
         on_change=lambda before, after: night.phases.append(after),
     )
+    paces = {limit: Pace(limit, None, 0.0, lambda *change: None) for limit in (Limit.REQUESTS, Limit.TOKENS)}
+    refusals, requests = Refusals(paces, state.in_flight), paces[Limit.REQUESTS]
     left = deque(range(rows))
     held: set[int] = set()
     counted: dict[int, int] = {}
@@ -83,20 +87,31 @@ def live(endpoint: Endpoint, rows: int) -> Night:
         if not left and not out:
             left.extend(held)  # nobody else is left to bear witness
             held.clear()
-        while left and state.binding(now_s) is None:
+        while left and state.binding(now_s) is None and not requests.ready_in_s(1, now_s):
             row = left.popleft()
+            requests.take(1, now_s)
+            refusals.sent(now_s, 1)
             night.sent[row] = night.sent.get(row, 0) + 1
             night.in_trouble += endpoint(row, now_s)[0] is not Verdict.OK
             first_asked.setdefault(row, state.successes)
             out.append((now_s, row, state.admit(now_s)))
         if not out:
-            assert isinstance(state.phase, Cooling)
-            now_s = state.phase.until_s
+            now_s = (
+                state.phase.until_s
+                if isinstance(state.phase, Cooling)
+                else now_s + max(1e-6, requests.ready_in_s(1, now_s))
+            )
             continue
         sent_s, row, order = out.popleft()
         now_s = max(now_s, sent_s + LATENCY_S)
         verdict, error = endpoint(row, sent_s)
-        ruling = state.observe(Outcome(row, verdict, error), order, now_s)
+        finding = NOTHING
+        if verdict is Verdict.SLOW:
+            finding = refusals.refused(order, now_s, Limit.REQUESTS, told_when=False)
+        else:
+            refusals.ended(order, now_s)
+        refusals.rise(now_s)
+        ruling = state.observe(Outcome(row, verdict, error), order, now_s, finding)
         night.failed |= held.intersection(ruling.own)
         held.difference_update(ruling.own)
         if ruling.hold:

@@ -77,9 +77,10 @@ class Story:
         retry_after_s: float | None = None,
         *,
         storm: bool = True,
+        taken: bool = False,
     ) -> Ruling:
         """A refusal is one of a storm, after which nothing was taken, unless the test says otherwise."""
-        finding = Finding(storm=storm, taken=False)
+        finding = Finding(storm=storm, taken=taken)
         outcome = Outcome(row, verdict, failure, retry_after_s)
         return self.state.observe(outcome, self.out.pop(row), self.now_s, finding)
 
@@ -119,7 +120,9 @@ def test_an_invocation_starts_with_eight_in_flight_and_doubles_with_every_round_
     for in_flight in (8, 16, 32, 64, 64):
         assert story.state.in_flight.allowed == in_flight
         story.send(*range(in_flight))
-        assert story.state.binding(story.now_s) == Binding(Limit.IN_FLIGHT)
+        binding = story.state.binding(story.now_s)
+        assert binding is not None
+        assert binding.limit is Limit.IN_FLIGHT
         for row in range(in_flight):
             assert story.ends(row, Verdict.OK) == PROCEED
 
@@ -302,57 +305,40 @@ def test_a_success_makes_the_next_backoff_short_again() -> None:
     assert story.until_s() - story.now_s == 1.0
 
 
-def test_an_overload_of_one_row_alone_costs_one_probe_and_no_cooling() -> None:
+@pytest.mark.parametrize("failure", [SLOW_429, SLOW_503])
+def test_one_refusal_is_its_rows_own_matter_and_all_others_go_on(failure: RowError) -> None:
     story = Story()
     story.all_well()
     story.send(0)
-    assert story.ends(0, Verdict.SLOW, SLOW_503, retry_after_s=30.0) == PROCEED
-    assert story.phase() == Probing("HTTP 503 overloaded")
-    story.send(1)
-    assert story.barred()
-    assert story.ends(1, Verdict.OK) == PROCEED
+    assert story.ends(0, Verdict.SLOW, failure, retry_after_s=30.0, storm=False) == PROCEED
     assert story.phase() is OPEN
     assert story.state.in_flight.allowed == 64
 
 
-def test_an_overload_is_disproved_by_any_good_answer_already_on_its_way() -> None:
+def test_a_storm_of_overloads_cools_and_lets_one_row_try_with_fewer_in_flight_after_it() -> None:
     story = Story()
-    story.send(0, 1)
-    story.ends(0, Verdict.SLOW, SLOW_503)
-    story.ends(1, Verdict.OK)
-    assert story.phase() is OPEN
-
-
-@pytest.mark.parametrize("confirmed", [False, True])
-def test_an_overload_is_over_when_a_row_is_answered_even_with_a_refusal(confirmed: bool) -> None:
-    story = Story()
-    story.send(0, 1)
-    story.ends(0, Verdict.SLOW, SLOW_503)
-    if confirmed:
-        story.ends(1, Verdict.SLOW, SLOW_503)
-        story.cooled_down()
-    story.send(2)
-    story.ends(2, Verdict.ROW, BAD_400)
-    assert story.phase() is OPEN
-
-
-@pytest.mark.parametrize("second_is_probe", [False, True])
-def test_an_overload_that_two_rows_meet_cools_the_gate(second_is_probe: bool) -> None:
-    story = Story()
-    story.send(*((0,) if second_is_probe else (0, 1)))
-    story.ends(0, Verdict.SLOW, SLOW_503)
-    if second_is_probe:
-        story.send(1)
-    story.ends(1, Verdict.SLOW, SLOW_503, retry_after_s=9.0)
+    story.all_well()
+    story.send(0)
+    story.ends(0, Verdict.SLOW, SLOW_503, retry_after_s=9.0)
     assert story.phase() == Cooling(9.0, "HTTP 503 overloaded", "503")
+    story.cooled_down()
+    story.send(1)
+    assert story.phase() == Probing("HTTP 503 overloaded")
+    assert story.barred()
+    story.ends(1, Verdict.ROW, BAD_400)
+    assert story.phase() is OPEN
+    assert story.state.in_flight.allowed < 64
 
 
-def test_a_429_while_one_overload_is_in_doubt_cools_at_once() -> None:
+def test_after_a_storm_of_429_all_go_on_at_once_where_rows_had_been_taken() -> None:
     story = Story()
-    story.send(0, 1)
-    story.ends(0, Verdict.SLOW, SLOW_503)
-    story.ends(1, Verdict.SLOW, SLOW_429)
-    assert isinstance(story.phase(), Cooling)
+    story.all_well()
+    story.send(0)
+    story.ends(0, Verdict.SLOW, SLOW_429, retry_after_s=9.0, taken=True)
+    assert story.phase() == Cooling(9.0, "HTTP 429 rate_limit", "429", probe=False)
+    story.cooled_down()
+    story.send(1, 2, 3)
+    assert story.phase() is OPEN
 
 
 # verdicts on the run

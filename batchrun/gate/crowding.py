@@ -18,7 +18,7 @@ OVERLAP = 0.35
 since we see an ending later than the server does."""
 
 BELOW_REFUSED = 0.85
-"""The first cap, of the least number that was refused: refused with 16 others, 15 may be too many for the same delay."""
+"""The first cap, of the least number that was refused: where 16 others are too many, for the same delay 15 may be."""
 
 TRIED = 3
 """A cap is believed after as many attempts as it allows, times this, without too many refusals."""
@@ -101,7 +101,7 @@ class Crowding:
             self._probe_s = now_s + self._wait_s
         return True
 
-    def suspect(self, now_s: float, refused: int) -> bool:
+    def suspect(self, now_s: float, refused: int, overlap: float = OVERLAP) -> bool:
         """True, and a cap on trial, where the last refusals were sent with more in flight than what was taken."""
         if now_s < self._not_before_s or self.cap is not None:
             return False
@@ -110,7 +110,7 @@ class Crowding:
         if len(taken) < LEAST_TAKEN or len(numbers) < refused:
             return False
         low = numbers[len(numbers) // 10]
-        if low < 2 or sum(others >= low for others in taken) > OVERLAP * len(taken):
+        if low < 2 or sum(others >= low for others in taken) > overlap * len(taken):
             return False
         self._tried, self._probing_from, self._step, self._wait_s = 0, None, 1, PROBE_EVERY_S
         self._lowered_s = now_s

@@ -65,6 +65,8 @@ class _Flight(msgspec.Struct):
     others: int
     requests_before: float
     tokens_before: float
+    drained: bool = False
+    """Its answer's headers show a bucket that has no room for it."""
     observed: bool = False
     settled: bool = False
 
@@ -229,13 +231,15 @@ class Gate:
     def hear(self, slot: int, headers: Mapping[str, str]) -> None:
         """What an answer's headers say of the limits is heeded. After `settle`, which they know of already."""
         now_s = self._loop.time()
-        if now_s < self._hear_s:
+        if now_s < self._hear_s and "retry-after" not in headers:
             return
         self._hear_s = now_s + HEAR_EVERY_S
         flight = self._flights[slot]
         if (said := stated(headers, "requests")) is not None:
+            flight.drained = said.remaining is not None and said.remaining < 1
             self._requests.hear(said, now_s, sent_s=flight.sent_s, sent_total=flight.requests_before)
         if (said := stated(headers, "tokens")) is not None:
+            flight.drained |= said.remaining is not None and said.remaining < flight.ask.tokens
             self._tokens.hear(said, now_s, sent_s=flight.sent_s, sent_total=flight.tokens_before)
 
     def observe(self, slot: int, outcome: Outcome) -> Ruling:
@@ -290,7 +294,8 @@ class Gate:
             self._correct(flight.ask, 0, 0)
         message = "" if outcome.error is None else outcome.error.message or ""
         limit = Limit.TOKENS if _names_tokens(message) else Limit.REQUESTS
-        return self._refusals.refused(flight.order, now_s, limit, told_when=outcome.retry_after_s is not None)
+        told_when = outcome.retry_after_s is not None
+        return self._refusals.refused(flight.order, now_s, limit, told_when=told_when, empty=flight.drained)
 
     def _found(self, pace: Pace) -> float | None:
         """The limit that holds although no one has told it; None where none does, or one that may be chance."""

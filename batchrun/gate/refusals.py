@@ -31,13 +31,13 @@ STORM_SHARE, STORM_ABOVE = 0.6, 0.3
 """A storm is 60 % refused and more, or 30 % above the ordinary share, which is taken for no less than 10 %: seven in a
 row are one, and chance of 20 % is taken for one once in thousands of requests."""
 
-EXCESS_BAR = 5.0
+EXCESS_BAR = 4.0
 LEAST_SHARE = 0.003
 EXCESS_ABOVE = 0.04
 """At a learned rate, three refusals in a hundred are an excess where none is ordinary: a false alarm costs 2 %."""
 
 TRIAL_ORDINARY, TRIAL_ABOVE = 0.05, 0.1
-LEAST_REFUSED = 10
+LEAST_REFUSED, LEAST_OVERLAP = 10, 0.1
 NONE_TAKEN = 5
 """After a storm, so many refusals and nothing taken are the next one."""
 
@@ -89,7 +89,7 @@ class Refusals:
         """`paces` of requests and tokens; `on_kind` is told what refusals are taken for, and why."""
         self.searches = {limit: RateSearch(pace) for limit, pace in paces.items()}
         self._requests = self.searches[Limit.REQUESTS]
-        self._pace = paces[Limit.REQUESTS]
+        self._paces = paces
         self._crowding = in_flight.crowding
         self._in_flight = in_flight
         self._on_kind = on_kind
@@ -213,7 +213,8 @@ class Refusals:
         """A storm whose refusals don't say when to come back, or an excess at a rate that was measured."""
         if self._is_storm:
             return not self._told_when and self._crowding.suspect(now_s, self._storm.refused)
-        return search.is_firm and self._crowding.suspect(now_s, LEAST_REFUSED)
+        stated = any(pace.stated is not None for pace in self._paces.values())
+        return search.is_firm and not stated and self._crowding.suspect(now_s, LEAST_REFUSED, LEAST_OVERLAP)
 
     def _pause(self, at_s: float, now_s: float) -> None:
         self._finding = Finding(storm=True, taken=self._taken)
@@ -235,15 +236,15 @@ class Refusals:
             self.share.add(refused, count)
 
     def _begin_slower(self, at_s: float, now_s: float) -> None:
-        share, free = float(self.share), all(search.per_s is None for search in self.searches.values())
+        share, free = float(self.share), all(pace.per_minute is None for pace in self._paces.values())
         if share < LEAST_DOUBTED or not free or self._crowding.cap is not None or now_s < self._slower_s:
             return
         per_s = self._requests.lately(at_s)
         if per_s is None or not self.share.is_known or not self._storm.is_low:
             return
         self._slower = _Slower(now_s, share, per_s)
-        self._pace.learn(SLOWER * per_s * 60, now_s, "slower on purpose: do refusals end?")
-        self._pace.stand_at(0.0, now_s)
+        self._paces[Limit.REQUESTS].learn(SLOWER * per_s * 60, now_s, "slower on purpose: do refusals end?")
+        self._paces[Limit.REQUESTS].stand_at(0.0, now_s)
         self._since = self._trail.next_order
 
     def _try_slower(self, trial: _Slower, now_s: float, *, refused: bool) -> None:

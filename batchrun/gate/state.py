@@ -210,8 +210,8 @@ class GateState:
                 paced = error is not None and error.http_status == 429
                 if not paced:
                     self.in_flight.calm_down(CALMER, _text(error), first=not self._coolings)
-                # the rate is lowered after a storm, so all may go on at once; but not where nothing is taken at all
-                probe = not (finding.storm and finding.taken and self.successes)
+                # after a storm of 429 the rate is lowered, so all may go on at once; but not where nothing is taken
+                probe = not (paced and finding.storm and finding.taken and self.successes)
                 self._cool(_text(error), _in_brief(error), now_s, floor_s, paced=paced, probe=probe)
             else:
                 self._unwell_since_s = None if finding.taken else self._unwell_since_s

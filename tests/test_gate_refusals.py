@@ -1,0 +1,176 @@
+"""What many refusals are evidence of: the real gate before servers that limit, refuse by chance, crowd or queue.
+
+Each line says how much of the ideal is reached at least, and how much is refused at most, by the worst of three seeds.
+The ideal of a limit is rows / rate - the burst + a latency; that of chance is a client which never slows down and sends
+a refused row again after its own wait.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from decimal import Decimal
+
+import pytest
+
+from batchrun.gate.admission import Ask, Limit, Outcome
+from batchrun.gate.pace import Pace
+from batchrun.gate.rate_search import RateSearch
+from batchrun.records import RowError, Verdict
+from tests.moved_clock import run_on_moved_clock
+from tests.refusing_servers import Crowded, Limited, Played, Queueing, RefusingServer, play, play_retry
+from tests.test_gate import new_gate, now_s
+
+SEEDS = 3
+
+
+def chance(share: float, **more: object) -> Callable[[], RefusingServer]:
+    return functools.partial(Limited, **{"latency_s": 0.1, "chance": share, **more})  # type: ignore[arg-type]
+
+
+def runs(server: Callable[[], RefusingServer], rows: int, allowed: int, **limits: object) -> list[Played]:
+    return [run_on_moved_clock(play(server(), rows, allowed, seed, **limits)) for seed in range(SEEDS)]
+
+
+def ideal_s(server: Callable[[], RefusingServer], rows: int, allowed: int) -> float:
+    """By the client that only retries, the median of the same seeds: the last row's wait is a matter of luck."""
+    times = sorted(run_on_moved_clock(play_retry(server(), rows, allowed, seed)).took_s for seed in range(SEEDS))
+    return times[SEEDS // 2]
+
+
+LIMITED_S = 58.4
+"""3,000 rows at 50 a second, less two seconds' burst, and one latency."""
+
+
+@pytest.mark.parametrize(
+    ("server", "rows", "allowed", "ideal_s", "percent", "refused_percent"),
+    [
+        pytest.param(lambda: Limited(50), 3_000, 256, LIMITED_S, 97, 2, id="256 allowed"),
+        pytest.param(lambda: Limited(50), 3_000, 64, LIMITED_S, 97, 2, id="64 allowed"),
+        pytest.param(lambda: Limited(50), 3_000, 24, LIMITED_S, 96, 2, id="24 allowed"),
+        pytest.param(lambda: Limited(50, retry_after_s=None), 3_000, 256, LIMITED_S, 97, 2, id="no Retry-After"),
+        pytest.param(lambda: Limited(50, refusal_s=0.4), 3_000, 64, LIMITED_S, 96, 4, id="slow refusals"),
+        pytest.param(lambda: Limited(5, latency_s=8.0), 900, 64, 186.0, 93, 6, id="answers of eight seconds"),
+        pytest.param(lambda: Limited(1), 200, 64, 198.0, 95, 12, id="one a second"),
+        pytest.param(
+            lambda: Limited(50, changes=((40, "per_s", 25), (95, "per_s", 50))), 6_000, 256, 145.4, 95, 2, id="moved"
+        ),
+        pytest.param(lambda: Limited(50, chance=0.01), 3_000, 256, LIMITED_S, 95, 4, id="and chance of 1 %"),
+        pytest.param(lambda: Limited(50, chance=0.05), 3_000, 256, LIMITED_S, 95, 12, id="and chance of 5 %"),
+        pytest.param(lambda: Limited(changes=((5, "per_s", 50),)), 5_000, 64, 89.0, 95, 2, id="from five seconds on"),
+    ],
+)
+def test_a_limit_that_is_learned_from_refusals_is_used_and_kept(
+    server: Callable[[], RefusingServer],
+    rows: int,
+    allowed: int,
+    ideal_s: float,
+    percent: float,
+    refused_percent: float,
+) -> None:
+    played = runs(server, rows, allowed)
+    assert min(100 * ideal_s / run.took_s for run in played) >= percent
+    assert max(100 * run.share_refused for run in played) <= refused_percent
+
+
+@pytest.mark.parametrize(
+    ("server", "rows", "allowed", "percent"),
+    [
+        pytest.param(chance(0.005), 6_000, 32, 92, id="0.5 %"),
+        pytest.param(chance(0.01), 6_000, 32, 92, id="1 %"),
+        pytest.param(chance(0.05), 6_000, 32, 92, id="5 %"),
+        pytest.param(chance(0.20), 6_000, 32, 90, id="20 %"),
+        pytest.param(chance(0.40), 3_000, 32, 30, id="40 %: no rate goes to nothing"),
+        pytest.param(chance(0.05, retry_after_s=None), 6_000, 32, 92, id="5 %, no Retry-After"),
+        pytest.param(chance(0.05, refusal_s=0.1), 6_000, 32, 92, id="5 %, slow refusals"),
+        pytest.param(chance(0.05, latency_s=8.0), 1_500, 64, 90, id="5 %, answers of eight seconds"),
+        pytest.param(
+            chance(0.0, changes=((5, "chance", 0.05), (15, "chance", 0.0))), 8_000, 32, 95, id="5 % for ten seconds"
+        ),
+        pytest.param(
+            chance(0.0, changes=((5, "chance", 0.2), (15, "chance", 0.0))), 8_000, 32, 95, id="20 % for ten seconds"
+        ),
+    ],
+)
+def test_chance_costs_what_it_costs_a_client_that_only_sends_the_refused_row_again(
+    server: Callable[[], RefusingServer], rows: int, allowed: int, percent: float
+) -> None:
+    ideal = ideal_s(server, rows, allowed)
+    assert min(100 * ideal / run.took_s for run in runs(server, rows, allowed)) >= percent
+
+
+@pytest.mark.parametrize(
+    ("server", "rows", "allowed", "ideal_s", "percent"),
+    [
+        pytest.param(lambda: Crowded(16), 3_000, 64, 38.6, 90, id="16 of 64"),
+        pytest.param(lambda: Crowded(16, network_s=0.01), 3_000, 64, 41.5, 90, id="16 of 64 across a network"),
+        pytest.param(lambda: Crowded(4, network_s=0.01), 1_000, 64, 55.0, 90, id="4 of 64"),
+        pytest.param(lambda: Crowded(100, latency_s=1.0), 6_000, 256, 62.0, 90, id="100 of 256"),
+        pytest.param(lambda: Crowded(16, network_s=0.01, chance=0.01), 3_000, 64, 41.5, 80, id="and chance of 1 %"),
+    ],
+)
+def test_crowding_is_met_with_fewer_in_flight_and_not_with_a_lower_rate(
+    server: Callable[[], RefusingServer], rows: int, allowed: int, ideal_s: float, percent: float
+) -> None:
+    played = runs(server, rows, allowed)
+    assert min(100 * ideal_s / run.took_s for run in played) >= percent
+    assert max(100 * run.share_refused for run in played) <= 2
+
+
+def test_where_requests_only_queue_fewer_in_flight_deliver_as_much_sooner() -> None:
+    for played in runs(lambda: Queueing(16), 3_000, 64):
+        assert 37.5 / played.took_s >= 0.97
+        assert played.median_latency_s <= 2.5 * 0.2
+        settled = sorted(played.in_flight[len(played.in_flight) // 2 :])
+        assert settled[-1] <= 2.5 * 16
+
+
+def test_answers_that_are_longer_and_do_not_queue_cost_a_trial_and_no_more() -> None:
+    longer = Limited(latency_s=0.2, changes=((5, "latency_s", 0.8),))
+    played = run_on_moved_clock(play(longer, 9_000, 64, 1))
+    assert played.took_s <= 1.1 * (5 + (9_000 - 5 * 320) / 77.5)
+
+
+def test_what_was_chance_is_not_remembered_and_a_limit_is() -> None:
+    async def found(server: RefusingServer, rows: int) -> float | None:
+        return (await play(server, rows, 32, 1)).found.requests_per_minute
+
+    assert run_on_moved_clock(found(Limited(latency_s=0.1, chance=0.05), 4_000)) is None
+    limit = run_on_moved_clock(found(Limited(50), 3_000))
+    assert limit == pytest.approx(3_000, rel=0.1)
+
+
+def test_a_limit_that_is_told_while_it_runs_lifts_what_was_learned() -> None:
+    async def main() -> None:
+        gate = new_gate(max_in_flight=32, requests_per_minute=6_000)
+        refused = RowError("rate_limit", 429, None, "HTTP 429")
+        for row in range(12):
+            slot = await gate.admit(Ask(tokens=1))
+            verdict = Verdict.OK if row < 4 else Verdict.SLOW
+            gate.observe(slot, Outcome(row, verdict, None if row < 4 else refused, 1.0))
+            gate.release(slot, Decimal(0))
+        slot = await gate.admit(Ask(tokens=1))
+        learned = gate.in_force.requests_per_minute
+        assert learned is not None
+        assert learned < 6_000
+        gate.tune(requests_per_minute=9_000)
+        assert gate.in_force.requests_per_minute == 9_000
+        before_s = now_s()
+        gate.release(slot, Decimal(0))
+        await gate.admit(Ask(tokens=1))
+        assert now_s() - before_s < 0.5
+
+    run_on_moved_clock(main())
+
+
+def test_a_rate_between_two_moments_of_an_empty_bucket_is_exact_whatever_pauses_lie_between() -> None:
+    pace = Pace(Limit.REQUESTS, None, 0.0, lambda *change: None)
+    search = RateSearch(pace)
+    for at in range(200):
+        search.count(at / 100, 1, refused=False)
+    search.storm(2.0, 2.0)
+    for at in range(100):
+        search.count(4 + at / 50, 1, refused=False)
+    search.storm(7.0, 7.0)
+    assert pace.learned is not None
+    assert pace.learned == pytest.approx(0.98 * 60 * 100 / 5)
+    assert math.isfinite(pace.level(8.0))
