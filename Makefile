@@ -44,7 +44,7 @@ lint: .venv/test
 	$(BIN)/mypy
 	$(BIN)/mypy sample_inputs/make.py sample_inputs/packages.py
 	$(BIN)/mypy benchmarks/fixed_answer.py benchmarks/throughput.py benchmarks/durability.py benchmarks/streams.py
-	$(BIN)/mypy benchmarks/limits.py benchmarks/second_client.py
+	$(BIN)/mypy benchmarks/limits.py benchmarks/second_client.py benchmarks/retry_client.py
 
 check: lint test
 

@@ -359,12 +359,19 @@ def stretch(share: float) -> float:
     return min(MAX_STRETCH, math.log(WELL_SHARE) / math.log(share)) if share < 1 else MAX_STRETCH
 
 
+LEAST_JITTER_S = 0.1
+TOLD_JITTER = 0.25
+
+
 def backoff_s(history: History, floor_s: float | None, retry: Retry, uniform: float) -> float:
     """Seconds until the next attempt: full jitter below a doubling ceiling; a Retry-After is a floor under it.
 
     `uniform` is a random number in [0, 1). The ceiling is clamped first and jittered then, so late delays differ too.
+    On top of a Retry-After comes a quarter of it at most: the server has said how long, and jitter only spreads rows.
     """
     ceiling_s = min(retry.backoff_cap_s, retry.backoff_base_s * 2.0 ** min(history.attempts - 1, 30))
+    if floor_s:
+        ceiling_s = min(ceiling_s, max(LEAST_JITTER_S, TOLD_JITTER * floor_s))
     return min(floor_s or 0.0, retry.max_wait_s) + uniform * ceiling_s
 
 

@@ -17,9 +17,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from bisect import bisect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
@@ -86,6 +87,23 @@ class Served:
     def refused_percent(self) -> float:
         return 100 * sum(line.status == 429 for line in self.lines) / len(self.lines)
 
+    def accepted_between(self, from_s: float, until_s: float) -> int:
+        """How many requests were accepted between two ages of the run."""
+        begin_s = min(line.arrived_s for line in self.lines)
+        return sum(from_s <= line.arrived_s - begin_s < until_s for line in self.accepted)
+
+    def out_at_once(self) -> float:
+        """The median number of requests at the server, over the arrivals of the second half."""
+        later = self.accepted[len(self.accepted) // 2 :]
+        ends = sorted(line.time_s for line in self.accepted)
+        out = sorted(i + len(self.accepted) // 2 - bisect(ends, line.arrived_s) for i, line in enumerate(later))
+        return out[len(out) // 2]
+
+    @property
+    def median_latency_s(self) -> float:
+        latencies = sorted(line.time_s - line.arrived_s for line in self.accepted)
+        return latencies[len(latencies) // 2]
+
     def per_minute(self, from_s: float) -> float:
         """Requests accepted a minute, over `WINDOW_S` from that age of the simulator on."""
         begin_s = self.started_s + from_s
@@ -109,10 +127,15 @@ class Scenario:
     lost_s: float = 0.0
     """What the ideal run loses, seconds: an outage."""
     second_client_rpm: float = 0.0
+    retry_ideal: int = 0
+    """In flight: the ideal is what a client takes that only sends a refused row again, with so many at once."""
+    fixed_ideal_s: float | None = None
     notes: Callable[[Served], str] = field(default=lambda served: "")
 
     def ideal_s(self, tokens: int) -> float:
         """For rows and tokens at full speed from the first second."""
+        if self.fixed_ideal_s is not None:
+            return self.fixed_ideal_s
         return 60 * max(len(self.prompts) / self.rpm, tokens / TPM) - BURST_S + LATENCY_S + self.lost_s
 
 
@@ -235,6 +258,70 @@ def outage(name: str, fault: Fault, length_s: float) -> Scenario:
     )
 
 
+def by_chance(
+    name: str, share: float, percent: float, *, retry_after: str | None = "1", until_s: float | None = None
+) -> Scenario:
+    """A share of everything is refused, whatever the pace; 32 in flight, answers of 0.1 s. `until_s`: from 5 s on."""
+    fault = Fault(
+        kind="status", status=429, code="rate_limit_exceeded", share=share, retry_after=retry_after, message="Slow down"
+    )
+    if until_s is not None:
+        fault = msgspec.structs.replace(fault, after_s=5.0, until_s=until_s)
+
+    def back(served: Served) -> float:
+        """The rate in the ten seconds after it ended, in percent of the rate before it began."""
+        before = served.accepted_between(2.0, 5.0) / 3
+        return 100 * served.accepted_between((until_s or 0) + 5, (until_s or 0) + 10) / 5 / before
+
+    return Scenario(
+        name=name,
+        server=SimulatorConfig(latency_s=0.1, latency_sigma=0.2, headers=False, faults=(fault,)),
+        limits="max_in_flight = 32",
+        prompts=[2] * 3_000 if until_s is None else [2] * 8_000,
+        target=f"≥ {percent:g} %" + ("" if until_s is None else ", back within 10 s"),
+        met=lambda served, ideal: ideal >= percent and (until_s is None or back(served) >= 90),
+        retry_ideal=32,
+        notes=lambda served: "" if until_s is None else f"{back(served):.0f} % of the rate before",
+    )
+
+
+def crowded() -> Scenario:
+    """Refuses above 16 at once, and says nothing of when to come back."""
+    rows, latency_s = 3_000, 0.2
+    return Scenario(
+        name="crowded",
+        server=SimulatorConfig(latency_s=latency_s, latency_sigma=0.2, headers=False, refuse_above=16),
+        limits="max_in_flight = 64",
+        prompts=[2] * rows,
+        target="≥ 90 % of what 16 give, ≤ 2 % 429",
+        met=full_speed(90, 2),
+        fixed_ideal_s=rows / 16 * latency_s * 1.02 + latency_s,  # the mean of the log-normal is 2 % above its median
+    )
+
+
+def queueing() -> Scenario:
+    """Refuses nothing, and works on 16 at a time."""
+    rows, latency_s = 3_000, 0.2
+
+    def met(served: Served, ideal: float) -> bool:
+        return ideal >= 97 and served.out_at_once() <= 40 and served.median_latency_s <= 2.5 * latency_s
+
+    return Scenario(
+        name="queueing",
+        server=SimulatorConfig(latency_s=latency_s, latency_sigma=0.1, headers=False, work_on=16),
+        limits="max_in_flight = 64",
+        prompts=[2] * rows,
+        target="≥ 97 %, ≤ 40 in flight, p50 ≤ 0.5 s",
+        met=met,
+        fixed_ideal_s=rows / 16 * latency_s * 1.005 + latency_s,
+        notes=lambda served: f"{served.out_at_once():.0f} in flight, p50 {served.median_latency_s:.2f} s",
+    )
+
+
+CHANCE_OF_ONE = Fault(
+    kind="status", status=429, code="rate_limit_exceeded", share=0.01, retry_after="1", message="Slow down"
+)
+
 FAILING = Fault(kind="status", status=500)
 OVERLOADED = Fault(kind="status", status=503, code="overloaded", message="The server is overloaded")
 
@@ -249,6 +336,17 @@ def scenarios(outage_s: float) -> list[Scenario]:
         moved_limits("moved", TOLD),
         moved_limits("moved-no-headers", "", headers=False),
         shared_key(),
+        by_chance("chance-0.5", 0.005, 90),
+        by_chance("chance-1", 0.01, 90),
+        by_chance("chance-5", 0.05, 90),
+        by_chance("chance-20", 0.20, 80),
+        by_chance("chance-1-not-told", 0.01, 90, retry_after=None),
+        by_chance("chance-5-not-told", 0.05, 90, retry_after=None),
+        by_chance("chance-5-for-10-s", 0.05, 90, until_s=15.0),
+        plain("told-chance-1", TOLD, 95, 3, faults=(CHANCE_OF_ONE,)),
+        plain("no-headers-chance-1", "", 95, 4, headers=False, faults=(CHANCE_OF_ONE,)),
+        crowded(),
+        queueing(),
         outage("outage-500", FAILING, outage_s),
         outage("outage-503", OVERLOADED, outage_s),
     ]
@@ -291,6 +389,22 @@ def write_input(path: Path, prompts: Sequence[int]) -> None:
     with path.open("w") as file:
         for row, words in enumerate(prompts):
             file.write(json.dumps({"text": f"row {row} " + "word " * words}) + "\n")
+
+
+def retry_ideal_s(scenario: Scenario, folder: Path) -> float:
+    """What a client takes that only sends a refused row again, against the same server."""
+    ledger = folder / "ideal.jsonl"
+    config = msgspec.structs.replace(scenario.server, ledger=str(ledger))
+    with process("-m", "batchrun.simulator", msgspec.json.encode(config).decode()) as url:
+        client = [
+            sys.executable,
+            str(HERE / "retry_client.py"),
+            url,
+            str(len(scenario.prompts)),
+            str(scenario.retry_ideal),
+        ]
+        subprocess.run(client, check=True)
+    return Served(list(read_ledger(ledger)), [], 0.0, 0, 0).took_s
 
 
 def serve(scenario: Scenario, folder: Path) -> Served:
@@ -385,6 +499,9 @@ def main() -> None:
     for scenario in known:
         if scenario.name in wanted:
             with tempfile.TemporaryDirectory(prefix="batchrun-bench-", dir=".") as folder:
+                if scenario.retry_ideal:
+                    ideal_s = retry_ideal_s(scenario, Path(folder).resolve())
+                    scenario = replace(scenario, fixed_ideal_s=ideal_s)
                 served = serve(scenario, Path(folder).resolve())
             print(table_row(scenario, served), flush=True)
             if arguments.paces:

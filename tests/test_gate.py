@@ -651,6 +651,17 @@ async def test_a_probe_released_unsent_lets_the_next_row_try() -> None:
 
 
 @on_moved_clock
+async def test_a_failure_that_cost_nothing_gives_its_tokens_back() -> None:
+    gate = new_gate(tokens_per_minute=6_000)
+    slot = await gate.admit(Ask(tokens=100))
+    gate.observe(slot, Outcome(0, Verdict.FREE, SERVER_ERROR))
+    gate.release(slot, Decimal(0))
+    start_s = now_s()
+    await gate.admit(Ask(tokens=100))
+    assert now_s() == start_s
+
+
+@on_moved_clock
 async def test_one_refusal_makes_nobody_else_wait_and_gives_back_what_it_had_taken() -> None:
     gate = new_gate(tokens_per_minute=6_000)
     slot = await gate.admit(Ask(tokens=100))

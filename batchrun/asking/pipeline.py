@@ -184,8 +184,6 @@ class Pipeline:
         if answer.usage is not None:
             self.estimates.learn(pending.request, answer.usage)
             self._gate.settle(slot, answer.usage.total_tokens, answer.usage.completion_tokens)
-        elif judgement.verdict is Verdict.FREE:
-            self._gate.settle(slot, 0)
         self._gate.hear(slot, attempt.headers)
         outcome = Outcome(request.row, judgement.verdict, judgement.error, judgement.retry_after_s)
         ruling = self._gate.observe(slot, outcome)

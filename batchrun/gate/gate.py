@@ -275,6 +275,8 @@ class Gate:
         """What the attempt's end teaches of limits. What was refused was not used, so it is given back; but not where
         the rate itself was learned from refusals: what is refused there would be sent again at once, and again.
         """
+        if outcome.verdict is Verdict.FREE and not flight.settled:
+            self._correct(flight.ask, 0, 0)  # nothing was worked out, so no tokens were used
         if outcome.verdict is not Verdict.SLOW:
             reached = outcome.verdict is not Verdict.FREE or _has_status(outcome)
             if outcome.verdict is Verdict.OK:

@@ -199,6 +199,7 @@ class Refusals:
             self._on_kind("crowding", f"at most {self._crowding.cap} in flight")
             self._start_again()
         elif search.is_chance(at_s, now_s, self.share):
+            self._slower_s = now_s + self._slower_wait_s  # that was such a trial
             self._on_kind("chance", f"{float(self.share):.1%} are refused at any rate")
             self._start_again()
         elif self._is_storm:

@@ -16,6 +16,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "latency_s": (0, 3_600),
     "latency_sigma": (0, 3),
     "tokens_per_second": (0, 1e6),
+    "refuse_above": (1, 1e6),
+    "work_on": (1, 1e6),
     "seed": (0, 2**63 - 1),
     "parent_pid": (1, 2**31 - 1),
 }
@@ -49,6 +51,10 @@ class SimulatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     """The spread: standard deviation of the logarithm of the latency; 0.5 puts 95 % within a factor of 2.7."""
     tokens_per_second: float = 0.0
     """The pace of a stream; 0 sends it at once."""
+    refuse_above: int | None = None
+    """Refuse with 429, and without a Retry-After, while so many requests are being worked on."""
+    work_on: int | None = None
+    """Work on so many requests at a time, and let the others wait in a queue."""
     seed: int = 0
     faults: tuple[Fault, ...] = ()
     draw_by_request_id: bool = False

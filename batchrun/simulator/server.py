@@ -1,6 +1,7 @@
 """One exchange, in order: read, refuse or answer, put on record, send."""
 
 import asyncio
+import contextlib
 import hmac
 import time
 from hashlib import blake2b
@@ -50,6 +51,8 @@ class Simulator:
             now_s=self._started_s,
             changes=config.limit_changes,
         )
+        self._working = 0
+        self._queue = contextlib.nullcontext() if config.work_on is None else asyncio.Semaphore(config.work_on)
         self._exchanges = 0
         self._connections = 0
         self._requests_on: WeakKeyDictionary[asyncio.Transport, list[int]] = WeakKeyDictionary()
@@ -99,7 +102,7 @@ class Simulator:
         )
         spoiled = fault is not None and fault.kind in SPOILING
         if fault is None or spoiled or fault.is_billed:
-            await asyncio.sleep(self._latency_s(question))
+            await self._work(self._latency_s(question))
         self._record_outcome(http, turn, question, reply.usage, fault)
         if fault is not None and not spoiled:
             return await trouble.replace(http, fault, self._headers(turn))
@@ -107,6 +110,15 @@ class Simulator:
         if fault is not None:
             return await trouble.spoil(http, fault, delivery, self._headers(turn))
         return await trouble.deliver(http, delivery, self._headers(turn))
+
+    async def _work(self, latency_s: float) -> None:
+        """The answer has taken its time, and before that its turn in the queue."""
+        self._working += 1
+        try:
+            async with self._queue:
+                await asyncio.sleep(latency_s)
+        finally:
+            self._working -= 1
 
     def _attempt_of_row(self, http: web.BaseRequest) -> str | None:
         """`row-attempt` of `run-row-attempt`, where faults are drawn by it."""
@@ -143,6 +155,8 @@ class Simulator:
             raise Refused(404, message, code="model_not_found", param="model")
         reply = answer_to(question, self._config.seed)
         tokens = reply.usage.prompt_tokens + reply.usage.completion_tokens
+        if self._config.refuse_above is not None and self._working >= self._config.refuse_above:
+            raise Refused(429, "Too many requests at once", code="concurrency_limit_exceeded")
         self._limits.admit(tokens, time.monotonic())
         return reply
 
