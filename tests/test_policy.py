@@ -458,7 +458,8 @@ ANSWERS_BY_REASON: dict[str, tuple[dict[str, Any], Status, Status]] = {
     ),
     "content_filter": ({"content": "F", "finish_reason": "content_filter"}, Status.FILTERED, Status.FILTERED),
     "empty": ({"content": "", "finish_reason": "stop"}, Status.EMPTY, Status.EMPTY),
-    "other": ({"content": "Fine.", "finish_reason": "eos"}, Status.OK, Status.INVALID),
+    "refusal": ({"refusal": "I can't help.", "finish_reason": "stop"}, Status.REFUSED, Status.REFUSED),
+    "other": ({"content": "Fine.", "finish_reason": "quux"}, Status.OK, Status.INVALID),
 }
 
 

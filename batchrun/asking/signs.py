@@ -1,0 +1,82 @@
+"""What the answers and settled rows of this start show that a person should know: it is told, or it stops the run. PURE.
+
+Nothing here is kept per row.
+"""
+
+from batchrun.answer.finish_reasons import Meaning, meaning_of
+from batchrun.errors import ExitCode
+from batchrun.gate.admission import Stop
+from batchrun.policy import QUOTA, Judgement
+from batchrun.records import RowError, Status, Verdict
+
+FIRST_ROWS = 40
+"""So many first rows show whether nearly everything is filtered: a file may well begin with ten that are blocked."""
+
+NEARLY_ALL = 0.95
+
+MAX_REASONS = 20
+MAX_REASON_CHARS = 100
+"""A server that makes up a reason for each answer is not listened to for ever."""
+
+
+class Signs:
+    """What was seen so far: `finish_reasons` that batchrun does not know, and the `first_error` of a row that failed."""
+
+    def __init__(self, *, quota_patience_s: float, resumed: bool) -> None:
+        """A run that is `resumed` has had its first rows; a quota without success is waited for so many seconds."""
+        self.finish_reasons: list[str] = []
+        self.first_error: str | None = None
+        self._quota_patience_s = quota_patience_s
+        self._refused_since_s: float | None = None
+        self._settled = self._filtered = 0
+        self._counts = not resumed
+
+    def judged(self, judgement: Judgement, now_s: float) -> Judgement:
+        """The judgement, but for a quota that time should have lifted: without a success since, it pauses the run."""
+        if judgement.verdict is Verdict.OK:
+            self._refused_since_s = None
+        if judgement.error is None or judgement.error.kind != QUOTA or judgement.verdict is not Verdict.SLOW:
+            return judgement
+        if self._refused_since_s is None:
+            self._refused_since_s = now_s
+        waited_s = now_s - self._refused_since_s
+        if waited_s <= self._quota_patience_s:
+            return judgement
+        message = f"no answer for {waited_s / 60:.0f} minutes: {judgement.error.message or ''}"
+        error = RowError(judgement.error.kind, judgement.error.http_status, judgement.error.code, message)
+        return Judgement(Verdict.PAUSE, error, retry_after_s=judgement.retry_after_s)
+
+    def answered(self, finish_reason: str | None) -> None:
+        """An answer ended so."""
+        if finish_reason is None or meaning_of(finish_reason) is not Meaning.OTHER:
+            return
+        reason = finish_reason[:MAX_REASON_CHARS]
+        if reason not in self.finish_reasons and len(self.finish_reasons) < MAX_REASONS:
+            self.finish_reasons.append(reason)
+
+    def settled(self, status: Status, error: RowError | None) -> Stop | None:
+        """A row ended so; why the run stops for it, if it does."""
+        if status is Status.ERROR and self.first_error is None and error is not None:
+            self.first_error = _text(error)
+        if not self._counts:
+            return None
+        self._settled += 1
+        self._filtered += status is Status.FILTERED
+        if self._settled < FIRST_ROWS:
+            return None
+        self._counts = False
+        if self._filtered < NEARLY_ALL * FIRST_ROWS:
+            return None
+        said = "" if error is None else f" ({_text(error)})"
+        return Stop(
+            ExitCode.USAGE,
+            f"{self._filtered} of the first {FIRST_ROWS} rows were filtered{said}: look at them; "
+            "where that is right, the same command asks the rest",
+        )
+
+
+def _text(error: RowError) -> str:
+    """The reason in the server's words, with its status."""
+    words = error.message or error.kind
+    status = f"HTTP {error.http_status}"
+    return words if error.http_status is None or words.startswith(status) else f"{status}: {words}"
