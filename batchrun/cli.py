@@ -415,6 +415,7 @@ def _tell(summary: "Summary", job: "Job") -> None:
         requests_per_minute=job.limits.requests_per_minute,
         max_failures=job.output.max_failures,
         failing=failing(job.finish),
+        command=("batchrun", *sys.argv[1:]),
     )
     for line in lines:
         _say(harmless(line))

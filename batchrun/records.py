@@ -177,6 +177,13 @@ class RowError(msgspec.Struct, frozen=True):
     code: str | None = None
     message: str | None = None
 
+    @property
+    def text(self) -> str:
+        """The reason in the server's words, with its status."""
+        words = self.message or self.kind
+        status = f"HTTP {self.http_status}"
+        return words if self.http_status is None or words.startswith(status) else f"{status}: {words}"
+
 
 class Discarded(msgspec.Struct, frozen=True):
     """An attempt that was not its row's last: what it was and what it cost. `counted` = against the row's caps.
@@ -324,6 +331,8 @@ class Summary(msgspec.Struct, frozen=True):
     possibly_billed_count: int
     possibly_billed_usd: Decimal
     models: dict[str, int]
+    unknown_finish_reasons: list[str]
+    first_error: str | None
     price: str | None
     invocation: int
     begun_at: datetime

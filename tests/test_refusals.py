@@ -133,7 +133,9 @@ def test_any_other_403_is_about_the_key_or_the_balance(said: object) -> None:
 RETRY_INFO = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "32s"}
 GEMINI = "You exceeded your current quota, please check your plan and billing details."
 OPENAI = "Rate limit reached for m in organization o on tokens per min (TPM): Limit 30000. Please try again in 7m12.5s."
-GROQ_DAY = "Rate limit reached for model `m` on tokens per day (TPD): Limit 100000. Please try again in 59m12.5s. Upgrade"
+GROQ_DAY = (
+    "Rate limit reached for model `m` on tokens per day (TPD): Limit 100000. Please try again in 59m12.5s. Upgrade"
+)
 
 
 def quota_failure(quota: str) -> dict[str, Any]:
@@ -143,12 +145,22 @@ def quota_failure(quota: str) -> dict[str, Any]:
 LIMITS: dict[str, tuple[int, object, dict[str, str], Verdict, str, float | None]] = {
     # status, body, headers, verdict, kind, seconds to wait
     "OpenAI, a minute": (429, error(OPENAI, "rate_limit_exceeded", "tokens"), {}, SLOW, "rate_limit", 432.5),
-    "OpenAI, empty": (429, error(GEMINI, "insufficient_quota", "insufficient_quota"), {}, PAUSE, "insufficient_quota", None),
+    "OpenAI, empty": (
+        429,
+        error(GEMINI, "insufficient_quota", "insufficient_quota"),
+        {},
+        PAUSE,
+        "insufficient_quota",
+        None,
+    ),
     "OpenAI, empty, no code": (429, error(GEMINI), {}, PAUSE, "insufficient_quota", None),
     "OpenAI, cap": (429, error("Hard limit", "billing_hard_limit_reached"), {}, PAUSE, "insufficient_quota", None),
     "Azure": (
         429,
-        error("Requests have exceeded token rate limit of your pricing tier. Please retry after 8 seconds. /quotaincrease", "429"),
+        error(
+            "Requests have exceeded token rate limit of your tier. Please retry after 8 seconds. /quotaincrease",
+            "429",
+        ),
         {},
         SLOW,
         "rate_limit",
@@ -156,7 +168,14 @@ LIMITS: dict[str, tuple[int, object, dict[str, str], Verdict, str, float | None]
     ),
     "Gemini, a minute, in a list": (
         429,
-        [error(GEMINI, 429, status="RESOURCE_EXHAUSTED", details=[quota_failure("GenerateRequestsPerMinutePerProject"), RETRY_INFO])],
+        [
+            error(
+                GEMINI,
+                429,
+                status="RESOURCE_EXHAUSTED",
+                details=[quota_failure("GenerateRequestsPerMinutePerProject"), RETRY_INFO],
+            )
+        ],
         {},
         SLOW,
         "rate_limit",
@@ -178,40 +197,185 @@ LIMITS: dict[str, tuple[int, object, dict[str, str], Verdict, str, float | None]
         "insufficient_quota",
         None,
     ),
-    "Gemini, bare": (429, error("Resource has been exhausted (e.g. check quota).", 429, status="RESOURCE_EXHAUSTED"), {}, SLOW, "quota", None),
-    "Anthropic, a minute": (429, error("This request would exceed your organization's rate limit", None, "rate_limit_error"), {"retry-after": "17"}, SLOW, "rate_limit", 17.0),
-    "Anthropic, empty": (400, error("Your credit balance is too low to access the API.", None, "invalid_request_error"), {}, PAUSE, "insufficient_quota", None),
-    "this vendor": (429, error("Request rejected by quota policy.", "quota_exceeded", "rate_limit_error"), {}, SLOW, "rate_limit", None),
-    "this vendor, empty": (402, {"status": {"code": 402, "message": "insufficient credits", "error_code": 40201}, "data": None}, {}, PAUSE, "payment_required", None),
-    "this vendor, empty in a 200": (200, {"status": {"code": 402, "message": "insufficient credits", "error_code": 40201}, "data": None}, {}, PAUSE, "payment_required", None),
+    "Gemini, bare": (
+        429,
+        error("Resource has been exhausted (e.g. check quota).", 429, status="RESOURCE_EXHAUSTED"),
+        {},
+        SLOW,
+        "quota",
+        None,
+    ),
+    "Anthropic, a minute": (
+        429,
+        error("This request would exceed your organization's rate limit", None, "rate_limit_error"),
+        {"retry-after": "17"},
+        SLOW,
+        "rate_limit",
+        17.0,
+    ),
+    "Anthropic, empty": (
+        400,
+        error("Your credit balance is too low to access the API.", None, "invalid_request_error"),
+        {},
+        PAUSE,
+        "insufficient_quota",
+        None,
+    ),
+    "this vendor": (
+        429,
+        error("Request rejected by quota policy.", "quota_exceeded", "rate_limit_error"),
+        {},
+        SLOW,
+        "rate_limit",
+        None,
+    ),
+    "this vendor, empty": (
+        402,
+        {"status": {"code": 402, "message": "insufficient credits", "error_code": 40201}, "data": None},
+        {},
+        PAUSE,
+        "payment_required",
+        None,
+    ),
+    "this vendor, empty in a 200": (
+        200,
+        {"status": {"code": 402, "message": "insufficient credits", "error_code": 40201}, "data": None},
+        {},
+        PAUSE,
+        "payment_required",
+        None,
+    ),
     "this vendor, bare text": (403, "insufficient balance", {}, PAUSE, "forbidden", None),
     "this vendor, bare key": (401, "invalid_api_key", {}, PAUSE, "authentication", None),
     "quota with a wait": (429, error("Quota exceeded, check your billing"), {"retry-after": "9"}, SLOW, "quota", 9.0),
     "quota and nothing else": (429, error("Quota exceeded"), {}, SLOW, "quota", None),
     "check quota": (429, {"message": "check quota"}, {}, SLOW, "quota", None),
     "Mistral": (429, {"message": "Requests rate limit exceeded"}, {}, SLOW, "rate_limit", None),
-    "Mistral, tier": (429, {"object": "error", "message": "Service tier capacity exceeded for this model.", "type": "invalid_request_error", "code": "3505"}, {}, SLOW, "rate_limit", None),
-    "Cohere, a minute": (429, {"message": "You are using a Trial key, which is limited to 20 API calls / minute."}, {}, SLOW, "rate_limit", None),
-    "Cohere, a month": (429, {"message": "You are using a Trial key, which is limited to 1000 API calls per month."}, {}, SLOW, "quota", None),
+    "Mistral, tier": (
+        429,
+        {
+            "object": "error",
+            "message": "Service tier capacity exceeded for this model.",
+            "type": "invalid_request_error",
+            "code": "3505",
+        },
+        {},
+        SLOW,
+        "rate_limit",
+        None,
+    ),
+    "Cohere, a minute": (
+        429,
+        {"message": "You are using a Trial key, which is limited to 20 API calls / minute."},
+        {},
+        SLOW,
+        "rate_limit",
+        None,
+    ),
+    "Cohere, a month": (
+        429,
+        {"message": "You are using a Trial key, which is limited to 1000 API calls per month."},
+        {},
+        SLOW,
+        "quota",
+        None,
+    ),
     "Groq, a day": (429, error(GROQ_DAY, "rate_limit_exceeded", "tokens"), {}, PAUSE, "rate_limit", 3552.5),
-    "DeepSeek, empty": (402, error("Insufficient Balance", "invalid_request_error"), {}, PAUSE, "payment_required", None),
+    "DeepSeek, empty": (
+        402,
+        error("Insufficient Balance", "invalid_request_error"),
+        {},
+        PAUSE,
+        "payment_required",
+        None,
+    ),
     "OpenRouter, free": (429, error("Rate limit exceeded: free-models-per-min.", 429), {}, SLOW, "rate_limit", None),
     "OpenRouter, in a 200": (200, error("Insufficient credits", 402), {}, PAUSE, "payment_required", None),
-    "xAI, empty": (429, {"code": "exhausted", "error": "Your team has used all available credits or reached its monthly spending limit."}, {}, PAUSE, "insufficient_quota", None),
-    "Moonshot, empty": (429, error("Your account is suspended, please check your plan and billing details", None, "exceeded_current_quota_error"), {}, PAUSE, "insufficient_quota", None),
-    "Moonshot, busy": (429, error("The engine is currently overloaded", None, "engine_overloaded_error"), {}, SLOW, "rate_limit", None),
+    "xAI, empty": (
+        429,
+        {
+            "code": "exhausted",
+            "error": "Your team has used all available credits or reached its monthly spending limit.",
+        },
+        {},
+        PAUSE,
+        "insufficient_quota",
+        None,
+    ),
+    "Moonshot, empty": (
+        429,
+        error(
+            "Your account is suspended, please check your plan and billing details",
+            None,
+            "exceeded_current_quota_error",
+        ),
+        {},
+        PAUSE,
+        "insufficient_quota",
+        None,
+    ),
+    "Moonshot, busy": (
+        429,
+        error("The engine is currently overloaded", None, "engine_overloaded_error"),
+        {},
+        SLOW,
+        "rate_limit",
+        None,
+    ),
     "Zhipu, empty": (429, error("您的账户已欠费，请充值后重试", "1113"), {}, PAUSE, "insufficient_quota", None),
     "Zhipu, at once": (429, error("您当前使用该API的并发数过高", "1302"), {}, SLOW, "rate_limit", None),
-    "DashScope, a minute": (429, {"code": "Throttling.RateQuota", "message": "Requests rate limit exceeded"}, {}, SLOW, "rate_limit", None),
-    "DashScope, tokens": (429, {"code": "Throttling.AllocationQuota", "message": "Allocated quota exceeded"}, {}, SLOW, "rate_limit", None),
-    "MiniMax, empty": (200, {"base_resp": {"status_code": 1008, "status_msg": "insufficient balance"}, "choices": None}, {}, PAUSE, "insufficient_quota", None),
-    "MiniMax, a minute": (200, {"base_resp": {"status_code": 1002, "status_msg": "rate limit"}}, {}, SLOW, "rate_limit", None),
-    "AWS": (400, {"__type": "com.amazonaws#ThrottlingException", "message": "Too many tokens, please wait"}, {}, SLOW, "rate_limit", None),
-    "Google, the key": (400, [error("API key not valid. Please pass a valid API key.", 400, status="INVALID_ARGUMENT")], {}, PAUSE, "authentication", None),
+    "DashScope, a minute": (
+        429,
+        {"code": "Throttling.RateQuota", "message": "Requests rate limit exceeded"},
+        {},
+        SLOW,
+        "rate_limit",
+        None,
+    ),
+    "DashScope, tokens": (
+        429,
+        {"code": "Throttling.AllocationQuota", "message": "Allocated quota exceeded"},
+        {},
+        SLOW,
+        "rate_limit",
+        None,
+    ),
+    "MiniMax, empty": (
+        200,
+        {"base_resp": {"status_code": 1008, "status_msg": "insufficient balance"}, "choices": None},
+        {},
+        PAUSE,
+        "insufficient_quota",
+        None,
+    ),
+    "MiniMax, a minute": (
+        200,
+        {"base_resp": {"status_code": 1002, "status_msg": "rate limit"}},
+        {},
+        SLOW,
+        "rate_limit",
+        None,
+    ),
+    "AWS": (
+        400,
+        {"__type": "com.amazonaws#ThrottlingException", "message": "Too many tokens, please wait"},
+        {},
+        SLOW,
+        "rate_limit",
+        None,
+    ),
+    "Google, the key": (
+        400,
+        [error("API key not valid. Please pass a valid API key.", 400, status="INVALID_ARGUMENT")],
+        {},
+        PAUSE,
+        "authentication",
+        None,
+    ),
     "HF": (503, {"error": "Model org/name is currently loading", "estimated_time": 20.5}, {}, SLOW, "overloaded", 20.5),
     "nginx": (429, b"<html>429 Too Many Requests, see billing</html>", {}, SLOW, "rate_limit", None),
     "plain": (429, b"quota exceeded", {}, SLOW, "quota", None),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", LIMITS.values(), ids=LIMITS.keys())
@@ -228,9 +392,12 @@ ROWS_OWN: dict[str, tuple[int, object]] = {
     "a parameter": (400, error("Unknown parameter: 'safety_identifier'.", "unknown_parameter")),
     "a type": (400, error("Invalid value for messages[0].content: expected a string")),
     "too long": (400, error("This model's maximum context length is 8192 tokens.", "context_length_exceeded")),
-    "FastAPI": (422, {"detail": [{"loc": ["body", "top_k"], "msg": "Extra inputs are not permitted", "type": "extra"}]}),
+    "FastAPI": (
+        422,
+        {"detail": [{"loc": ["body", "top_k"], "msg": "Extra inputs are not permitted", "type": "extra"}]},
+    ),
     "a token": (400, error("Invalid token at position 5")),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", ROWS_OWN.values(), ids=ROWS_OWN.keys())
@@ -252,10 +419,19 @@ WORDS: dict[str, tuple[object, str | None, str]] = {
     "text alone": ({"error": "Not yours"}, None, "Not yours"),
     "bare text": ("invalid_api_key", None, "invalid_api_key"),
     "OAuth": ({"error": "invalid_token", "error_description": "It expired"}, "invalid_token", "It expired"),
-    "the vendor's envelope": ({"status": {"code": 402, "message": "No.", "error_code": 40201}, "data": None}, "40201", "No."),
+    "the vendor's envelope": (
+        {"status": {"code": 402, "message": "No.", "error_code": 40201}, "data": None},
+        "40201",
+        "No.",
+    ),
     "FastAPI": ({"detail": "No."}, None, "No."),
     "FastAPI, a list": (
-        {"detail": [{"loc": ["body", "a"], "msg": "Required", "type": "missing"}, {"loc": ["body", 0], "msg": "No", "type": "x"}]},
+        {
+            "detail": [
+                {"loc": ["body", "a"], "msg": "Required", "type": "missing"},
+                {"loc": ["body", 0], "msg": "No", "type": "x"},
+            ]
+        },
         "missing",
         "body.a: Required; body.0: No",
     ),
@@ -269,11 +445,15 @@ WORDS: dict[str, tuple[object, str | None, str]] = {
     "Tencent": ({"Response": {"Error": {"Code": "A.B", "Message": "No."}, "RequestId": "r"}}, "A.B", "No."),
     "Apigee": ({"fault": {"faultstring": "No.", "detail": {"errorcode": "x.y"}}}, None, "No."),
     "Cohere": ({"message": "No."}, None, "No."),
-    "Anthropic": ({"type": "error", "error": {"type": "overloaded_error", "message": "No."}}, "overloaded_error", "No."),
+    "Anthropic": (
+        {"type": "error", "error": {"type": "overloaded_error", "message": "No."}},
+        "overloaded_error",
+        "No.",
+    ),
     "a list of errors": ({"errors": [{"message": "No.", "code": 1}, "Nor that"]}, "1", "No.; Nor that"),
     "wrapped twice": ({"error": {"error": {"message": "No.", "code": "c"}}}, "c", "No."),
     "Lambda": ({"errorType": "T", "errorMessage": "No."}, "T", "No."),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", WORDS.values(), ids=WORDS.keys())
@@ -304,7 +484,10 @@ BROKEN = {"code": 502, "message": "Provider disconnected"}
 @pytest.mark.parametrize("reason", ["error", "abort", "network_error", "insufficient_system_resource", "ERROR"])
 def test_a_choice_that_says_it_failed_is_no_answer_whole_and_streamed(reason: str) -> None:
     choice = {"index": 0, "message": {"content": "Fi"}, "finish_reason": reason}
-    for raw in (body(choices=[choice]), stream(chunk({"content": "Fi"}), chunk(choices=[{"index": 0, "delta": {}, "finish_reason": reason}]))):
+    for raw in (
+        body(choices=[choice]),
+        stream(chunk({"content": "Fi"}), chunk(choices=[{"index": 0, "delta": {}, "finish_reason": reason}])),
+    ):
         judgement = judged(200, raw)
         assert judgement.verdict is MAYBE
         assert judgement.error is not None
@@ -328,7 +511,13 @@ def test_an_error_in_the_choice_counts_whatever_its_reason_and_keeps_its_words(
         assert judgement.error.message == "Provider disconnected"
 
 
-GLUED = [b"data: [DONE]", b"\n\ndata: [DONE]\n\n", b"[DONE]", b"\r\n0\r\n\r\ndata:[DONE]\r\n", b"\n: bye\ndata: [DONE]\0"]
+GLUED = [
+    b"data: [DONE]",
+    b"\n\ndata: [DONE]\n\n",
+    b"[DONE]",
+    b"\r\n0\r\n\r\ndata:[DONE]\r\n",
+    b"\n: bye\ndata: [DONE]\0",
+]
 
 
 @pytest.mark.parametrize("tail", GLUED)

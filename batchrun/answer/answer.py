@@ -12,7 +12,6 @@ from typing import Any
 import msgspec
 
 from batchrun.answer import error_body, packed, sse
-from batchrun.answer.error_body import MAX_MESSAGE_CHARS
 from batchrun.answer.finish_reasons import Meaning, meaning_of
 from batchrun.records import Answer, Choice, FunctionCall, Usage
 

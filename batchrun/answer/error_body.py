@@ -39,7 +39,9 @@ _FINE = frozenset({"0", "200", "ok", "success", "succeeded"})
 """Codes with which an envelope says that nothing is wrong."""
 
 _SECONDS = ("retry_after", "retryAfter", "retry_after_s", "retry_after_seconds", "estimated_time", "retryDelay")
-_DURATION = re.compile(r"(?P<number>\d+(?:\.\d+)?) ?(?P<unit>ms|milliseconds?|s|sec(?:ond)?s?|m|min(?:ute)?s?|h|hours?)")
+_DURATION = re.compile(
+    r"(?P<number>\d+(?:\.\d+)?) ?(?P<unit>ms|milliseconds?|s|sec(?:ond)?s?|m|min(?:ute)?s?|h|hours?)"
+)
 _WAIT = re.compile(
     r"\b(?:try again|retry|wait|available|resets?|retried)(?: again)? (?:in|after|for) (?:about |~)?"
     r"(?P<wait>(?:\d+(?:\.\d+)? ?(?:ms|milliseconds?|sec(?:ond)?s?|min(?:ute)?s?|hours?|[smh])\b ?"

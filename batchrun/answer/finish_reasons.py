@@ -1,7 +1,7 @@
 """What a finish_reason means, whoever's word it is. PURE: one table.
 
 The API has four (docs/api.md, "Response"). The others are what vendors and servers send in the same place; docs/api.md,
-"Finish reasons", has each with its source. Upper case, hyphens and prefixes such as `FINISH_REASON_` make no difference.
+"Finish reasons", has their sources. Upper case, hyphens and prefixes such as `FINISH_REASON_` make no difference.
 """
 
 import re
@@ -32,7 +32,8 @@ class Meaning(StrEnum):
 
 _NAMES: Mapping[Meaning, str] = {
     Meaning.STOP: """
-        stop stopped stop_sequence stop_sequences stop_token stop_str stop_string stop_criteria_met stop_sequence_reached
+        stop stopped stop_sequence stop_sequences stop_token stop_str stop_string stop_criteria_met
+        stop_sequence_reached stop_trigger eog_token eot eot_id eom_id im_end end_of_message
         end eos eos_token eos_token_id end_turn end_of_turn end_of_text endoftext end_of_sequence complete completed
         completion finish finished done normal success model_end
     """,
@@ -72,7 +73,7 @@ _HUMP = re.compile(r"(?<=[a-z])(?=[A-Z])")
 def meaning_of(reason: str | None) -> Meaning:
     """What it means; OTHER where nothing is said or the word is unknown.
 
-    Of a compound such as `content_filter: RECITATION` (Gemini's compatible endpoint) the last part that is known counts.
+    Of a compound such as `content_filter: RECITATION` (Gemini's compatible endpoint) the last known part counts.
     """
     if reason is None or len(reason) > 200:
         return Meaning.OTHER

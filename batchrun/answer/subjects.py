@@ -36,7 +36,7 @@ _PATTERNS: Mapping[Subject, re.Pattern[str]] = {
     Subject.BROKE: re.compile(
         r"(insufficient|not enough|no|low|exhausted|depleted|out of)[ _-](account[ _-]|prepaid[ _-])?"
         r"(balance|credits?|funds?|money)\b"
-        r"|(balance|credits?|funds)\b.{0,20}\b(too low|insufficient|exhausted|depleted|used up|not enough|run out|empty)"
+        r"|(balance|credits?|funds)\b.{0,20}\b(too low|insufficient|exhausted|depleted|used up|not enough|run out)"
         r"|used all (available |your )?credits|spend(ing)?[ _-]limit|(billing|spend)[ _-]hard[ _-]limit|arrears?\b"
         r"|(account|organization|team|project)\b.{0,40}\b(suspended|deactivated|overdue|past due)"
         r"|payment[ _-](is[ _-])?required|\u4f59\u989d\u4e0d\u8db3|\u6b20\u8d39",
@@ -47,7 +47,9 @@ _PATTERNS: Mapping[Subject, re.Pattern[str]] = {
         r"|(check|upgrade) your plan|purchase|\u5145\u503c",
         _I,
     ),
-    Subject.QUOTA: re.compile(r"quota(?!increase)|allowance|per[ _-]?(day|month)\b|(daily|monthly)\b.{0,20}\blimit", _I),
+    Subject.QUOTA: re.compile(
+        r"quota(?!increase)|allowance|per[ _-]?(day|month)\b|(daily|monthly)\b.{0,20}\blimit", _I
+    ),
     # OpenAI, Azure, Groq (TPM, RPM), Cohere ("20 API calls / minute"), Google ("PerMinute", with 400 AWS throttling),
     # Mistral ("Requests rate limit exceeded"), Zhipu 1302 and 1305 (concurrency), DashScope ("Throttling.RateQuota")
     Subject.PACE: re.compile(
@@ -72,7 +74,7 @@ _JUDGED = re.compile(
     r"content[ _-]?(management[ _-]?)?polic(y|ies)|(content|usage|safety|use|community|moderation)[ _-]?"
     r"(policy|policies|guidelines?|violations?)|violat\w*.{0,60}\b(polic|guideline|terms)|policy[ _-]?violation"
     r"|flagged (by|as|for|in)|responsible[ _-]?ai|prohibited[ _-]?content|data[ _-]?inspection"
-    r"|(was|were|been|is|are) (blocked|flagged|filtered|rejected|moderated)\b.{0,40}(safety|moderation|content|polic|filter)"
+    r"|(was|were|been|is|are) (blocked|flagged|filtered|rejected|moderated)\b.{0,40}(safety|moderation|content|polic)"
     r"|\u654f\u611f|\u8fdd\u89c4|\u5185\u5bb9\u5b89\u5168",
     _I,
 )

@@ -1,4 +1,4 @@
-"""What the answers and settled rows of this start show that a person should know: it is told, or it stops the run. PURE.
+"""What the answers and settled rows of this start show that a person should know, or that stops the run. PURE.
 
 Nothing here is kept per row.
 """
@@ -20,7 +20,7 @@ MAX_REASON_CHARS = 100
 
 
 class Signs:
-    """What was seen so far: `finish_reasons` that batchrun does not know, and the `first_error` of a row that failed."""
+    """`finish_reasons` are those seen that batchrun does not know, `first_error` is why the first row failed."""
 
     def __init__(self, *, quota_patience_s: float, resumed: bool) -> None:
         """A run that is `resumed` has had its first rows; a quota without success is waited for so many seconds."""
@@ -57,7 +57,7 @@ class Signs:
     def settled(self, status: Status, error: RowError | None) -> Stop | None:
         """A row ended so; why the run stops for it, if it does."""
         if status is Status.ERROR and self.first_error is None and error is not None:
-            self.first_error = _text(error)
+            self.first_error = error.text
         if not self._counts:
             return None
         self._settled += 1
@@ -67,16 +67,9 @@ class Signs:
         self._counts = False
         if self._filtered < NEARLY_ALL * FIRST_ROWS:
             return None
-        said = "" if error is None else f" ({_text(error)})"
+        said = "" if error is None else f" ({error.text})"
         return Stop(
             ExitCode.USAGE,
             f"{self._filtered} of the first {FIRST_ROWS} rows were filtered{said}: look at them; "
             "where that is right, the same command asks the rest",
         )
-
-
-def _text(error: RowError) -> str:
-    """The reason in the server's words, with its status."""
-    words = error.message or error.kind
-    status = f"HTTP {error.http_status}"
-    return words if error.http_status is None or words.startswith(status) else f"{status}: {words}"
