@@ -377,7 +377,7 @@ OTHER_VALUES: Mapping[str, object] = {
     "request.from_columns": {"model": "m"},
     "input.dialect": "messages",
     **dict.fromkeys(("finish.stop", "finish.length", "finish.function_call", "finish.content_filter"), "retry"),
-    **dict.fromkeys(("finish.empty", "finish.other"), "retry"),
+    **dict.fromkeys(("finish.empty", "finish.other", "finish.refusal"), "retry"),
     "output.columns": ["a"],
     "output.raw": "always",
     "output.layout": "parts",
