@@ -3,11 +3,8 @@
 docs/guarantees.md explains each line; tests/test_policy.py walks the table.
 """
 
-import email.utils
 import math
-import re
 from collections.abc import Mapping
-from datetime import UTC
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -16,6 +13,7 @@ import msgspec
 from batchrun.answer import packed
 from batchrun.answer.error_body import MAX_MESSAGE_CHARS
 from batchrun.answer.finish_reasons import Meaning, meaning_of
+from batchrun.answer.retry_after import retry_after_s
 from batchrun.answer.subjects import Subject, speaks_of
 from batchrun.job.expected import Expected, Flaw
 from batchrun.job.job import Action, Finish, Retry
@@ -81,6 +79,8 @@ KINDS: Mapping[int, str] = {
 CONTENT_POLICY = "content_policy"
 QUOTA = "quota"
 """The `error.kind` of a quota that may be a minute's or a month's: only time tells."""
+
+RATE_KINDS = frozenset({"rate_limit", QUOTA})
 
 
 class Rule(NamedTuple):
@@ -171,7 +171,9 @@ def _judge_status(status: int, attempt: Attempt, answer: Answer, retry: Retry) -
     if verdict is Verdict.FREE and answer.content:
         verdict = Verdict.MAYBE  # the server broke off in the midst of an answer
     verdict = _should_retry(attempt.headers.get("x-should-retry"), verdict)
-    error = RowError(kind, attempt.http_status, answer.error_code, message[:MAX_MESSAGE_CHARS])
+    # a rate limit that comes with another status is a 429 to all who wait for it
+    shown = 429 if kind in RATE_KINDS else attempt.http_status
+    error = RowError(kind, shown, answer.error_code, message[:MAX_MESSAGE_CHARS])
     return Judgement(verdict, error, kind == CONTENT_POLICY and verdict is Verdict.ROW, wait_s)
 
 
@@ -382,36 +384,3 @@ def backoff_s(history: History, floor_s: float | None, retry: Retry, uniform: fl
     """
     ceiling_s = min(retry.backoff_cap_s, retry.backoff_base_s * 2.0 ** min(history.attempts - 1, 30))
     return min(floor_s or 0.0, retry.max_wait_s) + uniform * ceiling_s
-
-
-def retry_after_s(headers: Mapping[str, str], now: float) -> float | None:
-    """Seconds that the server asks to wait: `retry-after-ms`, or `Retry-After` in seconds or as an HTTP date.
-
-    None where absent or meaningless (negative, no number, a date in the past). RFC 9110, section 10.2.3. A date is
-    read against the server's own `Date` where it sends one, so a skewed clock does no harm.
-    """
-    for name, scale in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
-        if (seconds := _number(headers.get(name))) is not None:
-            return seconds * scale
-    then = _date(headers.get("retry-after"))
-    if then is None:
-        return None
-    wait_s = then - (_date(headers.get("date")) or now)
-    return wait_s if wait_s > 0 else None
-
-
-def _number(text: str | None) -> float | None:
-    if text is None or not re.fullmatch(r"\s*\d{1,18}(\.\d{1,9})?\s*", text):
-        return None
-    return float(text)
-
-
-def _date(text: str | None) -> float | None:
-    if text is None:
-        return None
-    try:
-        date = email.utils.parsedate_to_datetime(text)
-        # a date without a zone is UTC too, as in asctime's form, which RFC 9110 still allows
-        return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
-    except (ValueError, TypeError, IndexError, OverflowError):
-        return None

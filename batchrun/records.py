@@ -332,7 +332,7 @@ class Summary(msgspec.Struct, frozen=True):
     possibly_billed_usd: Decimal
     models: dict[str, int]
     unknown_finish_reasons: list[str]
-    first_error: str | None
+    example_error: str | None
     price: str | None
     invocation: int
     begun_at: datetime

@@ -165,3 +165,21 @@ def test_the_command_that_is_printed_cures_a_complete_run(name: str, tmp_path: P
         assert ended.exit_code == 3
         assert batchrun(*next_command(ended), key=KEY).exit_code == 0
     assert read_summary(tmp_path / "out")["by_status"] == {"ok": 4}
+
+
+def test_what_the_rows_bring_themselves_no_setting_cures() -> None:
+    said = "HTTP 400: Unsupported parameter: 'temperature' is not supported with this model."
+    for settings in ([], ["request.model", "request.from_columns.temperature"]):
+        cure = cure_of(said, settings)
+        assert cure is not None
+        assert (cure.setting, cure.flags) == ("temperature", ())
+        assert "the rows of the input bring it" in cure.what
+    set_by_the_job = cure_of(said, ["request.temperature"])
+    assert set_by_the_job is not None
+    assert set_by_the_job.flags == ("--set", "request.temperature=")
+    schema = cure_of("Invalid schema for response_format 'answer'", ["request.response_format.type"])
+    assert schema is not None
+    assert schema.setting == "request.response_format.strict"
+    field = cure_of("Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.", [])
+    assert field is not None
+    assert field.setting == FIELD

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from multidict import CIMultiDict
 
 from batchrun.answer.answer import read
+from batchrun.answer.retry_after import retry_after_s
 from batchrun.errors import APIConnectionError, APITimeoutError
 from batchrun.job.expected import ANYTHING, Expected, of
 from batchrun.job.job import Finish, Retry
@@ -30,7 +31,6 @@ from batchrun.policy import (
     failing,
     failing_share,
     judge,
-    retry_after_s,
     settlement,
     stretch,
 )

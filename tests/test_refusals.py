@@ -386,6 +386,7 @@ def test_a_minutes_limit_is_waited_for_and_an_empty_account_pauses(
     judgement = judged(status, said, headers)
     assert judgement.error is not None
     assert (judgement.verdict, judgement.error.kind, judgement.retry_after_s) == (verdict, kind, wait_s)
+    assert judgement.error.http_status == (429 if kind in ("rate_limit", "quota") else status)
 
 
 ROWS_OWN: dict[str, tuple[int, object]] = {
@@ -531,6 +532,7 @@ def test_a_whole_answer_with_a_streams_end_glued_to_it_is_an_answer(tail: bytes,
 @pytest.mark.parametrize(
     "raw",
     [
+        body() + b"event:0\n:" * 50_000 + b"x [DONE]",  # and it takes no time
         body()[:-1] + b"data: [DONE]",
         body() + b"x data: [DONE]",
         body() + b'{"error":"gone"}data: [DONE]',

@@ -24,8 +24,9 @@ MAX_CHOICES = 1024
 _STREAM = re.compile(rb"(?:\xef\xbb\xbf)?\s*[\w-]*:")
 """How a stream begins, and no JSON or HTML: with a field's name or none, and a colon."""
 
-_GLUE = re.compile(r"(?:\s|\0|data:|event: ?\w*|:[^\n]*|\[DONE\]|0(?=\r?\n))*")
-"""What gateways leave behind a whole JSON answer: a stream's end, its comments, the last chunk's size. No words."""
+_GLUE = re.compile(r"(?:\s|\0|data:|event: ?\w*|:[^\n]*|\[DONE\]|0(?=\r?\n))*+")
+"""What gateways leave behind a whole JSON answer: a stream's end, its comments, the last chunk's size. No words.
+Possessive: no tail of a server's makes it try again and again."""
 
 
 def read(stored: bytes) -> Answer:

@@ -148,10 +148,11 @@ def _failure(message: str, code: str | None, said: Mapping[str, Any]) -> Failure
     param = said.get("param")
     if isinstance(param, str) and param and param not in message:
         message = f"{message} (param: {param})"
+    message = _cut(message)
     known = {message, code}
     words = [word for word in _words(said, 0) if word not in known][:MAX_WORDS]
     return Failure(
-        message=_cut(message),
+        message=message,
         code=code,
         words=" ".join(words) or None,
         status=_status(said, code),

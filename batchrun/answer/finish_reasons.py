@@ -30,6 +30,10 @@ class Meaning(StrEnum):
     """A word that this table does not have, or none."""
 
 
+UNSAID = frozenset({None, "", "null", "none", "None"})
+"""What servers send where they give no reason; Qwen's say "null"."""
+
+
 _NAMES: Mapping[Meaning, str] = {
     Meaning.STOP: """
         stop stopped stop_sequence stop_sequences stop_token stop_str stop_string stop_criteria_met

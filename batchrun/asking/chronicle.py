@@ -67,7 +67,7 @@ class Chronicle:
             limits=None if self.gate is None else self.gate.in_force,
             tuned=self.tuned,
             unknown_finish_reasons=self._unknown_finish_reasons(),
-            first_error=self._first_error(),
+            example_error=self._example_error(),
         )
         if self.plan is None or self.checkpoint is None:
             spent = None if self.checkpoint is None else self.checkpoint.spent
@@ -109,10 +109,10 @@ class Chronicle:
         now = [] if self.pipeline is None else self.pipeline.signs.finish_reasons
         return tuple(dict.fromkeys((*before, *now)))
 
-    def _first_error(self) -> str | None:
+    def _example_error(self) -> str | None:
         """Why the first row of this start failed; of an earlier start where none did."""
-        now = None if self.pipeline is None else self.pipeline.signs.first_error
-        return now if now is not None or self._earlier is None else self._earlier.first_error
+        now = None if self.pipeline is None else self.pipeline.signs.example_error
+        return now if now is not None or self._earlier is None else self._earlier.example_error
 
     def _limited_by(self) -> str:
         if self.gate is None or self.state != "running":

@@ -3,7 +3,7 @@
 Nothing here is kept per row.
 """
 
-from batchrun.answer.finish_reasons import Meaning, meaning_of
+from batchrun.answer.finish_reasons import UNSAID, Meaning, meaning_of
 from batchrun.errors import ExitCode
 from batchrun.gate.admission import Stop
 from batchrun.policy import QUOTA, Judgement
@@ -20,14 +20,18 @@ MAX_REASON_CHARS = 100
 
 
 class Signs:
-    """`finish_reasons` are those seen that batchrun does not know, `first_error` is why the first row failed."""
+    """`finish_reasons` are those seen that batchrun does not know, `example_error` is why a row failed.
+
+    That is the first row which was refused for its request, which a setting may cure, else the first that failed.
+    """
 
     def __init__(self, *, quota_patience_s: float, resumed: bool) -> None:
         """A run that is `resumed` has had its first rows; a quota without success is waited for so many seconds."""
         self.finish_reasons: list[str] = []
-        self.first_error: str | None = None
+        self.example_error: str | None = None
         self._quota_patience_s = quota_patience_s
         self._refused_since_s: float | None = None
+        self._example_is_curable = False
         self._settled = self._filtered = 0
         self._counts = not resumed
 
@@ -48,7 +52,7 @@ class Signs:
 
     def answered(self, finish_reason: str | None) -> None:
         """An answer ended so."""
-        if finish_reason is None or meaning_of(finish_reason) is not Meaning.OTHER:
+        if finish_reason is None or finish_reason in UNSAID or meaning_of(finish_reason) is not Meaning.OTHER:
             return
         reason = finish_reason[:MAX_REASON_CHARS]
         if reason not in self.finish_reasons and len(self.finish_reasons) < MAX_REASONS:
@@ -56,8 +60,10 @@ class Signs:
 
     def settled(self, status: Status, error: RowError | None) -> Stop | None:
         """A row ended so; why the run stops for it, if it does."""
-        if status is Status.ERROR and self.first_error is None and error is not None:
-            self.first_error = error.text
+        if status is Status.ERROR and error is not None:
+            curable = error.kind == "bad_request" and not self._example_is_curable
+            if self.example_error is None or curable:
+                self.example_error, self._example_is_curable = error.text, error.kind == "bad_request"
         if not self._counts:
             return None
         self._settled += 1

@@ -6,7 +6,7 @@ and others. A cure is proposed only where the refusal names the parameter.
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import msgspec
 
@@ -66,12 +66,21 @@ _AT_MOST = re.compile(
 )
 
 
-def cure_of(message: str) -> Cure | None:
-    """The cure for what a server says of a request; None where its words name no parameter of ours."""
-    for look in (_limit, _role, _stream, _schema, _parameter):
-        if (cure := look(message)) is not None:
-            return cure
-    return None
+def cure_of(message: str, settings: Collection[str] | None = None) -> Cure | None:
+    """The cure for what a server says of a request; None where its words name no parameter of ours.
+
+    `settings` are the paths that the job sets: a parameter that is none of them came with the rows.
+    """
+    looks = (_limit, _role, _stream, _schema, _parameter)
+    cure = next((found for look in looks if (found := look(message)) is not None), None)
+    if cure is None or settings is None or not cure.flags or not cure.changes_the_question:
+        return cure
+    parts = cure.setting.split(".")
+    given = ".".join(parts[: 3 if parts[1] == "extra" else 2])
+    if any(path == given or path.startswith(f"{given}.") for path in settings):
+        return cure
+    parameter = cure.setting.removeprefix("request.").removeprefix("extra.")
+    return Cure(parameter, f"the rows of the input bring it, and not the job: {cure.what}")
 
 
 def command(words: Sequence[str], cure: Cure, *, retry: bool) -> list[str]:
@@ -108,7 +117,7 @@ def _limit(message: str) -> Cure | None:
     if _NOT_TAKEN.search(message):
         other = _LIMITS[named[0] == "max_tokens"]
         return Cure(setting, f"this endpoint does not take {named[0]}", _set(setting, other))
-    return Cure("request.max_tokens", "set it to what the message allows")
+    return Cure("request.max_tokens", "set it as the message says")
 
 
 def _role(message: str) -> Cure | None:

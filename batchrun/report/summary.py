@@ -46,7 +46,7 @@ class Moment(msgspec.Struct, frozen=True):
     limits: InForce | None = None
     tuned: Tuned | None = None
     unknown_finish_reasons: tuple[str, ...] = ()
-    first_error: str | None = None
+    example_error: str | None = None
 
     @property
     def eta(self) -> datetime | None:
@@ -83,7 +83,7 @@ def read(directory: RunDirectory) -> Summary:
 _ACCOUNT = (
     *("job", "run_id", "begun_at", "rows", "rejected", "by_status", "pending", "totals", "cost_usd", "wasted_usd"),
     *("unpriced", "without_usage", "possibly_billed", "possibly_billed_count", "possibly_billed_usd", "models"),
-    *("unknown_finish_reasons", "first_error", "price", "invocation"),
+    *("unknown_finish_reasons", "example_error", "price", "invocation"),
 )
 """What a summary says of the run, whichever start says it."""
 
@@ -101,7 +101,7 @@ def starting(
     now = _summary(
         earlier.job, earlier.run_id, earlier.begun_at, earlier.rows, earlier.rejected, {}, account, moment, directory
     )
-    kept = _ACCOUNT if spent is None else ("unknown_finish_reasons", "first_error", "price")
+    kept = _ACCOUNT if spent is None else ("unknown_finish_reasons", "example_error", "price")
     return msgspec.structs.replace(now, **{name: getattr(earlier, name) for name in kept})
 
 
@@ -152,7 +152,7 @@ def _summary(
         possibly_billed_usd=spent.possibly_billed_usd,
         models=spent.answered_as,
         unknown_finish_reasons=list(moment.unknown_finish_reasons),
-        first_error=moment.first_error,
+        example_error=moment.example_error,
         price="; ".join(names) or None,
         invocation=moment.invocation,
         begun_at=begun_at,
@@ -225,12 +225,14 @@ def in_words(
     max_failures: int,
     failing: Collection[Status] = FAILURES,
     command: Sequence[str] = (),
+    settings: Collection[str] | None = None,
 ) -> Iterator[str]:
     """The closing lines: rows by status, tokens, cost, rate against the limit, files, and what to do next.
 
-    `command` is the command line that was run, where there was one: the next one is made of it.
+    `command` is the command line that was run, where there was one: the next one is made of it. `settings` are the
+    paths that the job sets in `[request]`: what the rows bring themselves, no setting cures.
     """
-    next_steps = _next_steps(summary, max_failures, failing, command)
+    next_steps = _next_steps(summary, max_failures, failing, command, settings)
     for label, text in (*_closing(summary, requests_per_minute), *next_steps):
         yield f"{label:<13}{text}"
 
@@ -297,21 +299,25 @@ def _cost(summary: Summary) -> list[str]:
 
 
 def _next_steps(
-    summary: Summary, max_failures: int, failing: Collection[Status], command: Sequence[str]
+    summary: Summary,
+    max_failures: int,
+    failing: Collection[Status],
+    command: Sequence[str],
+    settings: Collection[str] | None,
 ) -> Iterator[tuple[str, str]]:
     failed = failures(summary, failing)
-    cure = None if summary.first_error is None else cure_of(summary.first_error)
+    cure = None if summary.example_error is None else cure_of(summary.example_error, settings)
     if summary.complete and failed:
         verdict = "more than" if failed > max_failures else "within"
         allowed = f"{verdict} output.max_failures = {max_failures:,}"
         yield "failed", f"{plural(failed, 'row')}, {allowed}: see the column `error`; --retry-failed asks them again"
-        if summary.first_error is not None and summary.by_status.get(Status.ERROR):
-            yield "", f"the first: {summary.first_error}"
+        if summary.example_error is not None and summary.by_status.get(Status.ERROR):
+            yield "", f"for example: {summary.example_error}"
             if cure is not None:
                 yield from _cured(cure, command, retry=True)
     if not summary.complete:
         yield "stopped", summary.reason or "before the end"
-        if cure is not None and summary.first_error is not None and summary.first_error in (summary.reason or ""):
+        if cure is not None and summary.example_error is not None and summary.example_error in (summary.reason or ""):
             yield from _cured(cure, command, retry=False)
         else:
             yield "next", f"{summary.pending:,} rows are left; the same command goes on where this stopped"
@@ -325,7 +331,8 @@ def _cured(cure: Cure, command: Sequence[str], *, retry: bool) -> Iterator[tuple
     elif cure.flags:
         yield "next", f"the same with {shlex.join(commands((), cure, retry=retry))}"
     else:
-        yield "next", "change it in the job; then the same command, with --accept-changes"
+        flag = "--retry-failed" if retry else "--accept-changes"
+        yield "next", f"change it there; then the same command, with {flag}"
 
 
 def plural(count: int, noun: str) -> str:
