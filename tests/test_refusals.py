@@ -532,7 +532,7 @@ def test_a_whole_answer_with_a_streams_end_glued_to_it_is_an_answer(tail: bytes,
 @pytest.mark.parametrize(
     "raw",
     [
-        body() + b"event:0\n:" * 50_000 + b"x [DONE]",  # and it takes no time
+        body() + b"event:0\n:" * 50_000 + b"\nx [DONE]",  # and it takes no time
         body()[:-1] + b"data: [DONE]",
         body() + b"x data: [DONE]",
         body() + b'{"error":"gone"}data: [DONE]',
