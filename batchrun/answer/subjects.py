@@ -90,12 +90,15 @@ _OF_CONTENT = re.compile(
 """Words of content, which a broken filter or a blocked address may use as well."""
 
 _OF_TROUBLE = re.compile(
-    r"unavailable|overload|capacity|busy|temporar|time[ds]?[ _-]?out|upstream|health|circuit|breaker|worker|engine"
-    r"|\bnodes?\b|backend|gateway|connect|unreachable|maintenance|loading|start(ing|up)|warm|crash|\bdead\b|\bdied\b"
-    r"|\bdown\b|out of memory|\bcuda|\bgpu|shard|replica|\bqueue|shut|restart|scal(e|ing)|throttl|rate.?limit|\bip\b"
-    r"|address|network|firewall|internal (server )?error|not ready|failed to|unable to|instance|thread|process|access",
+    r"unavailable|overload|capacity|busy|temporar|time[ds]?[ _-]?out|upstream|\b(un)?health(y|[ -]check)|circuit|breaker"
+    r"|worker|engine|\bnodes?\b|backend|gateway|disconnect|connection|to connect|unreachable|maintenance"
+    r"|loading|start(ing|up)|warm|crash|\bdead\b|\bdied\b|\bdown\b|out of memory|\bcuda|\bgpu|shard|replica|\bqueue|shut"
+    r"|restart|scal(e|ing)|throttl|rate.?limit|\bip\b|firewall|cloudflare|\bwaf\b|\bbots?\b"
+    r"|internal (server )?error|not (ready|loaded|found)|fail(ed|s|ure)? to (respond|connect|load|start|reach|get|answer|return)"
+    r"|no (available )?(instance|server)|load (balanc|shed)|too many|retry|routing",
     _I,
 )
+"""Words of machinery, which a refusal for content has no use for."""
 
 
 def speaks_of(subject: Subject, words: str) -> bool:
