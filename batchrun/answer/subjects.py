@@ -90,12 +90,12 @@ _OF_CONTENT = re.compile(
 """Words of content, which a broken filter or a blocked address may use as well."""
 
 _OF_TROUBLE = re.compile(
-    r"unavailable|overload|capacity|busy|temporar|time[ds]?[ _-]?out|upstream|\b(un)?health(y|[ -]check)|circuit|breaker"
-    r"|worker|engine|\bnodes?\b|backend|gateway|disconnect|connection|to connect|unreachable|maintenance"
-    r"|loading|start(ing|up)|warm|crash|\bdead\b|\bdied\b|\bdown\b|out of memory|\bcuda|\bgpu|shard|replica|\bqueue|shut"
-    r"|restart|scal(e|ing)|throttl|rate.?limit|\bip\b|firewall|cloudflare|\bwaf\b|\bbots?\b"
-    r"|internal (server )?error|not (ready|loaded|found)|fail(ed|s|ure)? to (respond|connect|load|start|reach|get|answer|return)"
-    r"|no (available )?(instance|server)|load (balanc|shed)|too many|retry|routing",
+    r"unavailable|overload|capacity|busy|temporar|time[ds]?[ _-]?out|upstream|\b(un)?health(y|[ -]check)|circuit"
+    r"|breaker|worker|engine|\bnodes?\b|backend|gateway|disconnect|connection|to connect|unreachable|maintenance"
+    r"|loading|start(ing|up)|warm|crash|\bdead\b|\bdied\b|\bdown\b|out of memory|\bcuda|\bgpu|shard|replica"
+    r"|\bqueue|shut|restart|scal(e|ing)|throttl|rate.?limit|\bip\b|firewall|cloudflare|\bwaf\b|\bbots?\b"
+    r"|internal (server )?error|not (ready|loaded|found)"
+    r"|fail(ed|s|ure)? to (respond|connect|load|start|reach|get|answer|return)|no (available )?(instance|server)|load (balanc|shed)|too many|retry|routing",
     _I,
 )
 """Words of machinery, which a refusal for content has no use for."""
