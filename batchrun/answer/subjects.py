@@ -95,7 +95,8 @@ _OF_TROUBLE = re.compile(
     r"|loading|start(ing|up)|warm|crash|\bdead\b|\bdied\b|\bdown\b|out of memory|\bcuda|\bgpu|shard|replica"
     r"|\bqueue|shut|restart|scal(e|ing)|throttl|rate.?limit|\bip\b|firewall|cloudflare|\bwaf\b|\bbots?\b"
     r"|internal (server )?error|not (ready|loaded|found)"
-    r"|fail(ed|s|ure)? to (respond|connect|load|start|reach|get|answer|return)|no (available )?(instance|server)|load (balanc|shed)|too many|retry|routing",
+    r"|fail(ed|s|ure)? to (respond|connect|load|start|reach|get|answer|return)"
+    r"|no (available )?(instance|server)|load (balanc|shed)|too many|retry|routing",
     _I,
 )
 """Words of machinery, which a refusal for content has no use for."""
