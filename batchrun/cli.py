@@ -407,6 +407,11 @@ def _say(text: str, *, nl: bool = True) -> None:
 
 
 def _tell(summary: "Summary", job: "Job") -> None:
+    from datetime import date, datetime, time
+
+    import msgspec
+
+    from batchrun.job.job import flatten
     from batchrun.policy import failing
     from batchrun.report.summary import in_words
 
@@ -415,6 +420,8 @@ def _tell(summary: "Summary", job: "Job") -> None:
         requests_per_minute=job.limits.requests_per_minute,
         max_failures=job.output.max_failures,
         failing=failing(job.finish),
+        command=("batchrun", *sys.argv[1:]),
+        settings=flatten(msgspec.to_builtins(job.request, builtin_types=(datetime, date, time)), "request"),
     )
     for line in lines:
         _say(harmless(line))

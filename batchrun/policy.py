@@ -3,17 +3,18 @@
 docs/guarantees.md explains each line; tests/test_policy.py walks the table.
 """
 
-import email.utils
 import math
-import re
 from collections.abc import Mapping
-from datetime import UTC
 from enum import StrEnum
+from typing import NamedTuple
 
 import msgspec
 
 from batchrun.answer import packed
-from batchrun.answer.answer import MAX_MESSAGE_CHARS, decode
+from batchrun.answer.error_body import MAX_MESSAGE_CHARS
+from batchrun.answer.finish_reasons import Meaning, meaning_of
+from batchrun.answer.retry_after import retry_after_s
+from batchrun.answer.subjects import Subject, speaks_of
 from batchrun.job.expected import Expected, Flaw
 from batchrun.job.job import Action, Finish, Retry
 from batchrun.records import Answer, Attempt, RowError, Status, Verdict
@@ -57,11 +58,11 @@ STATUS_VERDICTS: Mapping[int, Verdict] = {
     **dict.fromkeys((400, 413, 415, 422, 501), Verdict.ROW),
     **dict.fromkeys((408, 409, 425, 500, 502), Verdict.FREE),
     **dict.fromkeys((499, 504, 520, 521, 522, 523, 524), Verdict.MAYBE),
-    **dict.fromkeys((429, 529), Verdict.SLOW),
+    **dict.fromkeys((429, 503, 529), Verdict.SLOW),
     **dict.fromkeys((401, 402, 403), Verdict.PAUSE),
     **dict.fromkeys((404, 405), Verdict.STOP),
 }
-"""By status alone. 403, 429 and 503 depend on the body as well; 520 to 524 are Cloudflare's "origin" errors."""
+"""By status alone. `RULES` has those where the body has the last word; 520 to 524 are Cloudflare's "origin" errors."""
 
 KINDS: Mapping[int, str] = {
     400: "bad_request",
@@ -71,23 +72,55 @@ KINDS: Mapping[int, str] = {
     404: "not_found",
     429: "rate_limit",
     501: "not_supported",
+    503: "overloaded",
     529: "overloaded",
 }
 
-_QUOTA = re.compile(r"quota|credit|balance|billing|spend|payment|insufficient[_ ]funds|arrear", re.IGNORECASE)
-_PACE = re.compile(
-    r"rate[ _-]?limit|too many requests|(per|/) ?(second|minute|min|hour)\b|\b[rt]p[ms]\b", re.IGNORECASE
-)
-"""Words of a limit that time alone lifts. Such refusals often add how to buy more quota or where to see the billing."""
+CONTENT_POLICY = "content_policy"
+QUOTA = "quota"
+"""The `error.kind` of a quota that may be a minute's or a month's: only time tells."""
 
-_OVERLOAD = re.compile(
-    r"overload|capacity|busy|temporar|unavailable|try again|upstream|timed? ?out|maintenance|loading|no healthy",
-    re.IGNORECASE,
-)
-_MODERATION = re.compile(r"content[_ -]?(policy|filter|violation)|moderation|safety|flagged|prohibited", re.IGNORECASE)
+RATE_KINDS = frozenset({"rate_limit", QUOTA})
 
-_UNABLE = re.compile(r"\bnot (supported|implemented)\b|\bunsupported\b", re.IGNORECASE)
-"""llama.cpp says so with 500 of what its model can't do, such as images: to ask again is in vain."""
+
+class Rule(NamedTuple):
+    """Where all `subjects` are spoken of, and no rule above it fits, this is what the status means."""
+
+    subjects: frozenset[Subject]
+    verdict: Verdict
+    kind: str
+
+
+def _rule(*subjects: Subject, verdict: Verdict, kind: str) -> Rule:
+    return Rule(frozenset(subjects), verdict, kind)
+
+
+_BLOCKED = _rule(Subject.CONTENT, verdict=Verdict.ROW, kind=CONTENT_POLICY)
+_BROKE = _rule(Subject.BROKE, verdict=Verdict.PAUSE, kind="insufficient_quota")
+_TOO_FAST = _rule(Subject.PACE, verdict=Verdict.SLOW, kind="rate_limit")
+_WRONG_KEY = _rule(Subject.KEY, verdict=Verdict.PAUSE, kind="authentication")
+
+RULES: Mapping[int, tuple[Rule, ...]] = {
+    200: (_BROKE, _TOO_FAST, _WRONG_KEY, _BLOCKED),  # an error object with a code of the vendor's own: MiniMax, Baidu
+    400: (_BROKE, _TOO_FAST, _WRONG_KEY, _BLOCKED),  # Anthropic's empty balance, AWS's throttling, Google's wrong key
+    403: (_rule(Subject.BROKE, verdict=Verdict.PAUSE, kind="forbidden"), _BLOCKED, _TOO_FAST),
+    422: (_BLOCKED,),
+    429: (
+        _BROKE,
+        _TOO_FAST,
+        _rule(Subject.WAIT, Subject.ACCOUNT, verdict=Verdict.SLOW, kind=QUOTA),
+        _rule(Subject.ACCOUNT, verdict=Verdict.PAUSE, kind="insufficient_quota"),
+        _rule(Subject.QUOTA, verdict=Verdict.SLOW, kind=QUOTA),
+    ),
+    451: (_BLOCKED,),
+    500: (_rule(Subject.UNABLE, verdict=Verdict.ROW, kind="not_supported"),),
+    503: (_rule(Subject.WAIT, verdict=Verdict.SLOW, kind="overloaded"), _BLOCKED),
+}
+"""The statuses whose body has the last word, and what it may say; the first rule that fits counts. Of a 403 an empty
+account stands before content: vendors speak of both in one breath."""
+
+IN_PLAIN_TEXT = frozenset({403, 429, 503})
+"""Of these a short text that is no JSON is read as well: gateways and this vendor may answer so. HTML is a proxy's."""
 
 SHARE_OF = 50
 """First attempts that the share of failing ones is taken over."""
@@ -97,9 +130,6 @@ WELL_SHARE = 0.03
 
 MAX_STRETCH = 5.0
 """Of the caps, where half and more fails: twenty 5xx instead of four."""
-
-MAX_SEARCHED_BYTES = 10_000
-"""How much of a 503's body is searched for words of overload."""
 
 
 class Judgement(msgspec.Struct, frozen=True):
@@ -126,68 +156,52 @@ def judge(attempt: Attempt, answer: Answer, retry: Retry) -> Judgement:
             return _ANSWERED
         if answer.error_message is None:
             return Judgement(Verdict.MAYBE, RowError("unreadable", status, None, _why_unreadable(attempt)))
-        status = _embedded_status(answer, status)
+        status = _embedded_status(answer)
     return _judge_status(status, attempt, answer, retry)
 
 
 def _judge_status(status: int, attempt: Attempt, answer: Answer, retry: Retry) -> Judgement:
-    verdict, kind, filtered = _by_status_and_body(status, attempt, answer)
-    message = answer.error_message or f"HTTP {status}: {_excerpt(attempt.body)}".rstrip(": ")
     wait_s = retry_after_s(attempt.headers, attempt.started_at + attempt.latency_s)
+    if wait_s is None:
+        wait_s = answer.error_wait_s
+    verdict, kind = _by_body(status, _words(status, attempt, answer), wait_s) or _by_status(status)
+    message = answer.error_message or f"HTTP {status}: {_excerpt(attempt.body)}".rstrip(": ")
     if verdict is Verdict.SLOW and wait_s is not None and wait_s > retry.max_wait_s:
         verdict, message = Verdict.PAUSE, f"asked to wait {wait_s:.0f} s: {message}"
+    if verdict is Verdict.FREE and answer.content:
+        verdict = Verdict.MAYBE  # the server broke off in the midst of an answer
     verdict = _should_retry(attempt.headers.get("x-should-retry"), verdict)
-    error = RowError(kind, attempt.http_status, answer.error_code, message[:MAX_MESSAGE_CHARS])
-    return Judgement(verdict, error, filtered and verdict is Verdict.ROW, wait_s)
+    # a rate limit that comes with another status is a 429 to all who wait for it
+    shown = 429 if kind in RATE_KINDS else attempt.http_status
+    error = RowError(kind, shown, answer.error_code, message[:MAX_MESSAGE_CHARS])
+    return Judgement(verdict, error, kind == CONTENT_POLICY and verdict is Verdict.ROW, wait_s)
 
 
-def _by_status_and_body(status: int, attempt: Attempt, answer: Answer) -> tuple[Verdict, str, bool]:
-    """(verdict, kind, filtered): the statuses that need the body, then the table, then the century."""
-    code, message = answer.error_code or "", answer.error_message or ""
-    if status == 429 and _is_quota(code, message):
-        return Verdict.PAUSE, "insufficient_quota", False
-    if status == 403 and _MODERATION.search(f"{code} {message}"):
-        return Verdict.ROW, "content_policy", True
-    if status == 503:
-        # this vendor's code for "Content Policy Violation"; gateways use it for overload: the body decides
-        if _is_overload(attempt, answer):
-            return Verdict.SLOW, "overloaded", False
-        return Verdict.ROW, "content_policy", True
-    if status == 500 and _UNABLE.search(message):
-        return Verdict.ROW, "not_supported", False
+def _by_body(status: int, words: str, wait_s: float | None) -> tuple[Verdict, str] | None:
+    """(verdict, kind) by what the body speaks of; None where that says nothing for this status."""
+    for rule in RULES.get(status, ()):
+        named = {Subject.WAIT} if wait_s is not None else set()
+        if all(subject in named or speaks_of(subject, words) for subject in rule.subjects):
+            return rule.verdict, rule.kind
+    return None
+
+
+def _by_status(status: int) -> tuple[Verdict, str]:
+    """(verdict, kind) by the table, else by the century."""
+    if status < 300:
+        return Verdict.MAYBE, "error_in_answer"
     if status < 400:
-        return (
-            Verdict.STOP if status >= 300 else Verdict.MAYBE,
-            "redirect" if status >= 300 else "error_in_answer",
-            False,
-        )
-    fallback = Verdict.FREE if status >= 500 else Verdict.ROW
-    kind = KINDS.get(status, "server_error" if status >= 500 else "bad_request")
-    return STATUS_VERDICTS.get(status, fallback), kind, False
+        return Verdict.STOP, "redirect"
+    by_century = (Verdict.FREE, "server_error") if status >= 500 else (Verdict.ROW, "bad_request")
+    return STATUS_VERDICTS.get(status, by_century[0]), KINDS.get(status, by_century[1])
 
 
-def _is_quota(code: str, message: str) -> bool:
-    """A 429 that waiting does not lift: its code says so, or its words speak of money and neither of a pace."""
-    if _QUOTA.search(code):
-        return True
-    return _QUOTA.search(message) is not None and _PACE.search(f"{code} {message}") is None
-
-
-def _is_overload(attempt: Attempt, answer: Answer) -> bool:
-    """A 503 is trouble of the server's unless it is a JSON object that speaks of neither load nor a wait.
-
-    The whole body is searched: gateways put their words under `detail`, `reason` and other names.
-    """
-    if "retry-after" in attempt.headers or "retry-after-ms" in attempt.headers:
-        return True
-    if attempt.streamed:
-        words = f"{answer.error_code} {answer.error_message}"
-    else:
-        decoded, _ = decode(attempt.body)
-        if not isinstance(decoded, dict) or not decoded:
-            return True
-        words = attempt.body[:MAX_SEARCHED_BYTES].decode("utf-8", "replace")
-    return _OVERLOAD.search(words) is not None and _MODERATION.search(words) is None
+def _words(status: int, attempt: Attempt, answer: Answer) -> str:
+    """What the body says: the error's own words, or a short plain text."""
+    if answer.error_message is not None:
+        return f"{answer.error_code or ''} {answer.error_words or ''} {answer.error_message}"
+    text = _excerpt(attempt.body) if status in IN_PLAIN_TEXT else ""
+    return "" if text.startswith(("<", "{", "[")) else text
 
 
 def _should_retry(header: str | None, verdict: Verdict) -> Verdict:
@@ -199,10 +213,9 @@ def _should_retry(header: str | None, verdict: Verdict) -> Verdict:
     return verdict
 
 
-def _embedded_status(answer: Answer, status: int) -> int:
-    """The status that an error object inside a 200 names as its code, as some gateways do; else the 200."""
-    code = answer.error_code or ""
-    return int(code) if code.isascii() and code.isdigit() and 400 <= int(code) < 600 else status
+def _embedded_status(answer: Answer) -> int:
+    """The status that an error object inside a 200 names, as some gateways do; else the 200, whichever 2xx it was."""
+    return answer.error_status or 200
 
 
 def _excerpt(body: bytes) -> str:
@@ -234,20 +247,17 @@ def settlement(answer: Answer, expected: Expected, finish: Finish, http_status: 
 
     An answer that was cut short is neither read as JSON nor mended.
     """
-    reason = answer.finish_reason
-    called = answer.function_call is not None or answer.tool_calls is not None or reason == "tool_calls"
-    if reason == "content_filter":
-        status, action = Status.FILTERED, finish.content_filter
-    elif reason == "length":
-        status, action = Status.TRUNCATED, finish.length
-    elif not called and not answer.content:
+    meaning = Meaning.REFUSAL if answer.refusal else meaning_of(answer.finish_reason)
+    status, action = _worth(meaning, finish)
+    called = answer.function_call is not None or answer.tool_calls is not None or meaning is Meaning.TOOL_CALLS
+    if status is Status.OK and not called and not answer.content:
         error = RowError("empty", http_status, None, "the answer has no content")
         return Settlement(Status.EMPTY, finish.empty, error)
-    else:
-        action = _action_by(reason, finish)
-        status = Status.OK if action == "accept" else Status.INVALID
     if action != "accept":
-        told = f"the finish_reason is {reason or 'not said'}, which the job does not accept"
+        status = Status.INVALID if status is Status.OK else status
+        told = f"the finish_reason is {answer.finish_reason or 'not said'}, which the job does not accept"
+        if answer.refusal:
+            told = f"the model refused, which the job does not accept: {answer.refusal}"
         return Settlement(status, action, RowError("finish_reason", http_status, None, told[:MAX_MESSAGE_CHARS]))
     if status is Status.OK and (flaw := _flaw(answer, expected)) is not None:
         error = RowError(flaw.kind, http_status, None, flaw.message)
@@ -255,20 +265,27 @@ def settlement(answer: Answer, expected: Expected, finish: Finish, http_status: 
     return Settlement(status, in_json=status is Status.OK and expected.in_json and not called)
 
 
-def _action_by(reason: str | None, finish: Finish) -> Action:
-    match reason:
-        case "stop":
-            return finish.stop
-        case "function_call" | "tool_calls":
-            return finish.function_call
+def _worth(meaning: Meaning, finish: Finish) -> tuple[Status, Action]:
+    """The status of an answer that ended so, and what the job says of such."""
+    match meaning:
+        case Meaning.FILTER:
+            return Status.FILTERED, finish.content_filter
+        case Meaning.REFUSAL:
+            return Status.REFUSED, finish.refusal
+        case Meaning.LENGTH:
+            return Status.TRUNCATED, finish.length
+        case Meaning.STOP:
+            return Status.OK, finish.stop
+        case Meaning.FUNCTION_CALL | Meaning.TOOL_CALLS:
+            return Status.OK, finish.function_call
         case _:
-            return finish.other
+            return Status.OK, finish.other
 
 
 def _flaw(answer: Answer, expected: Expected) -> Flaw | None:
     if (call := answer.function_call) is not None:
         return expected.call_flaw(call.name, call.arguments)
-    if answer.tool_calls is not None or answer.finish_reason == "tool_calls":
+    if answer.tool_calls is not None or meaning_of(answer.finish_reason) is Meaning.TOOL_CALLS:
         return None
     return expected.content_flaw(answer.content or "")
 
@@ -278,6 +295,7 @@ def failing(finish: Finish) -> frozenset[Status]:
     by_reason = {
         Status.TRUNCATED: finish.length,
         Status.FILTERED: finish.content_filter,
+        Status.REFUSED: finish.refusal,
         Status.EMPTY: finish.empty,
     }
     refused = {status for status, action in by_reason.items() if action != "accept"}
@@ -373,36 +391,3 @@ def backoff_s(history: History, floor_s: float | None, retry: Retry, uniform: fl
     if floor_s:
         ceiling_s = min(ceiling_s, max(LEAST_JITTER_S, TOLD_JITTER * floor_s))
     return min(floor_s or 0.0, retry.max_wait_s) + uniform * ceiling_s
-
-
-def retry_after_s(headers: Mapping[str, str], now: float) -> float | None:
-    """Seconds that the server asks to wait: `retry-after-ms`, or `Retry-After` in seconds or as an HTTP date.
-
-    None where absent or meaningless (negative, no number, a date in the past). RFC 9110, section 10.2.3. A date is
-    read against the server's own `Date` where it sends one, so a skewed clock does no harm.
-    """
-    for name, scale in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
-        if (seconds := _number(headers.get(name))) is not None:
-            return seconds * scale
-    then = _date(headers.get("retry-after"))
-    if then is None:
-        return None
-    wait_s = then - (_date(headers.get("date")) or now)
-    return wait_s if wait_s > 0 else None
-
-
-def _number(text: str | None) -> float | None:
-    if text is None or not re.fullmatch(r"\s*\d{1,18}(\.\d{1,9})?\s*", text):
-        return None
-    return float(text)
-
-
-def _date(text: str | None) -> float | None:
-    if text is None:
-        return None
-    try:
-        date = email.utils.parsedate_to_datetime(text)
-        # a date without a zone is UTC too, as in asctime's form, which RFC 9110 still allows
-        return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
-    except (ValueError, TypeError, IndexError, OverflowError):
-        return None

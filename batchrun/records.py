@@ -40,13 +40,14 @@ class Status(StrEnum):
     OK = "ok"
     TRUNCATED = "truncated"
     FILTERED = "filtered"
+    REFUSED = "refused"
     EMPTY = "empty"
     INVALID = "invalid"
     ERROR = "error"
 
 
 FAILURES = frozenset({Status.EMPTY, Status.INVALID, Status.ERROR})
-"""What counts against `max_failures`; `truncated` and `filtered` are answers."""
+"""What counts against `max_failures`; `truncated`, `filtered` and `refused` are answers."""
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -143,7 +144,10 @@ class Answer(msgspec.Struct, frozen=True):
     """What a 2xx body says, as far as it could be read. `flagged` = only the lenient reading worked.
 
     `completion` is False when there is no first choice with a message. `tool_calls` is JSON text; `choices` are there
-    when they are several, the first one among them. `error_*` is an error object in the body.
+    when they are several, the first one among them. `refusal` is the model's own text where it declined.
+
+    `error_*` is what the body, or the first choice, says went wrong (`answer.error_body`): `error_words` is what it
+    says besides message and code, `error_status` the HTTP status it names, `error_wait_s` the seconds it asks to wait.
     """
 
     completion: bool = False
@@ -159,6 +163,10 @@ class Answer(msgspec.Struct, frozen=True):
     usage: Usage | None = None
     error_message: str | None = None
     error_code: str | None = None
+    error_words: str | None = None
+    error_status: int | None = None
+    error_wait_s: float | None = None
+    refusal: str | None = None
 
 
 class RowError(msgspec.Struct, frozen=True):
@@ -168,6 +176,13 @@ class RowError(msgspec.Struct, frozen=True):
     http_status: int | None = None
     code: str | None = None
     message: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The reason in the server's words, with its status."""
+        words = self.message or self.kind
+        status = f"HTTP {self.http_status}"
+        return words if self.http_status is None or words.startswith(status) else f"{status}: {words}"
 
 
 class Discarded(msgspec.Struct, frozen=True):
@@ -316,6 +331,8 @@ class Summary(msgspec.Struct, frozen=True):
     possibly_billed_count: int
     possibly_billed_usd: Decimal
     models: dict[str, int]
+    unknown_finish_reasons: list[str]
+    example_error: str | None
     price: str | None
     invocation: int
     begun_at: datetime

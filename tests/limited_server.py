@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
+from batchrun.answer.retry_after import retry_after_s
 from batchrun.gate.admission import Ask, Found, Limit, Outcome
 from batchrun.gate.gate import Gate
 from batchrun.gate.in_flight import InFlight
 from batchrun.gate.state import GateState
 from batchrun.job import job
-from batchrun.policy import retry_after_s
 from batchrun.records import RowError, Verdict
 from batchrun.simulator.limits import BURST_S, Limits
 from batchrun.simulator.refusal import Refused

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchrun.answer.answer import MAX_COUNT, MAX_MESSAGE_CHARS, decode, read
+from batchrun.answer.answer import MAX_COUNT, decode, read
+from batchrun.answer.error_body import MAX_MESSAGE_CHARS
 from batchrun.answer.sse import events
 from batchrun.records import Answer, Choice, FunctionCall, Usage
 
@@ -142,7 +143,7 @@ DEEP = b"[" * 100_000 + b"]" * 100_000
         pytest.param(body({"function_call": "f"}), but(content=None), id="function call is text"),
         pytest.param(
             b'{"error":{"message":"no","code":"bad","type":"t"}}',
-            Answer(error_message="no", error_code="bad"),
+            Answer(error_message="no", error_code="bad", error_words="t"),
             id="error object",
         ),
         pytest.param(
@@ -152,11 +153,11 @@ DEEP = b"[" * 100_000 + b"]" * 100_000
         ),
         pytest.param(
             b'{"error":{"message":"no","code":503}}',
-            Answer(error_message="no", error_code="503"),
+            Answer(error_message="no", error_code="503", error_status=503),
             id="error code number",
         ),
         pytest.param(b'{"error":{"message":"no","code":{"a":1}}}', Answer(error_message="no"), id="error code object"),
-        pytest.param(b'{"error":{"reason":"x"}}', Answer(error_message='{"reason":"x"}'), id="error without message"),
+        pytest.param(b'{"error":{"reason":"x"}}', Answer(error_message="x"), id="error without message"),
         pytest.param(b'{"error":"no"}', Answer(error_message="no"), id="error text"),
         pytest.param(body(error=[1]), but(completion=False, error_message="[1]"), id="error is a list"),
         pytest.param(

@@ -320,10 +320,10 @@ def test_one_bad_row_fails_alone_and_too_many_failures_have_their_own_exit_code(
         statuses = Counter(line.status for line in simulator.ledger())
     table = completions(tmp_path / "out")
     bad = [row for row in table.to_pylist() if row["status"] != "ok" and row["status"] != "truncated"]
-    assert [(row["row"], row["status"]) for row in bad] == [(7, "error"), (8, "filtered"), (9, "error")]
+    assert [(row["row"], row["status"]) for row in bad] == [(7, "error"), (8, "error"), (9, "error")]
     assert statuses[400] == 1
     assert 2 <= statuses[500] <= 6
-    assert read_summary(tmp_path / "out")["by_status"]["error"] == 2
+    assert read_summary(tmp_path / "out")["by_status"]["error"] == 3
 
 
 def test_a_wrong_job_stops_after_ten_rows_that_fail_alike_and_a_resume_tries_no_guard_again(tmp_path: Path) -> None:
@@ -495,7 +495,7 @@ def test_an_empty_input_gives_a_clear_word_and_a_valid_empty_output(tmp_path: Pa
 
 def test_the_key_is_in_no_file_and_no_stream_though_the_server_repeats_it(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "in.jsonl", 60)
-    faults = (Fault(kind="echo_key", status=400, share=0.3, sticky=True),)
+    faults = (Fault(kind="echo_key", status=422, share=0.3, sticky=True),)
     with running_simulator(SimulatorConfig(faults=faults, api_key=KEY)) as simulator:
         job = write_job(tmp_path / "job.toml", simulator.url, source, '[output]\nraw = "always"\n')
         ended = batchrun("run", job, "-o", tmp_path / "out")

@@ -245,6 +245,29 @@ def test_a_base_url_gets_the_route_appended(url: str, whole: str) -> None:
     assert at(url).url == whole
 
 
+@pytest.mark.parametrize("request_", [{"max_tokens": 5}, {"from_columns": {"max_tokens": "limit"}}])
+def test_a_second_limit_of_output_is_a_mistake(request_: dict[str, Any]) -> None:
+    tables = {"endpoint": {"url": "simulator"}, "request": {**request_, "extra": {"max_completion_tokens": 5}}}
+    with pytest.raises(
+        JobError, match=r"request\.extra\.max_completion_tokens: can't stand beside request\.max_tokens"
+    ):
+        from_tables(tables)
+    assert from_tables({**tables, "request": {"extra": {"max_completion_tokens": 5}}})
+
+
+@pytest.mark.parametrize("path", ["request.temperature", "request.extra.seed", "request.response_format", "budget.x"])
+def test_an_override_without_a_value_takes_the_setting_out(path: str, tmp_path: Path) -> None:
+    job = tmp_path / "night.toml"
+    job.write_text(
+        'endpoint.url = "simulator"\n[request]\nmodel = "m"\ntemperature = 0.5\n'
+        'extra = { seed = 1, n = 2 }\nresponse_format = { type = "json_object" }\n'
+    )
+    before, after = load(job), load(job, [f"{path}="])
+    assert (after == before) == (path == "budget.x")
+    assert after.request.temperature == (None if path == "request.temperature" else 0.5)
+    assert after.request.extra == ({"n": 2} if path == "request.extra.seed" else {"seed": 1, "n": 2})
+
+
 def test_a_proxy_with_a_password_is_refused() -> None:
     with pytest.raises(JobError, match=r"endpoint\.proxy: holds a secret"):
         at("https://h", proxy="http://user:word@proxy:3128")
@@ -377,7 +400,7 @@ OTHER_VALUES: Mapping[str, object] = {
     "request.from_columns": {"model": "m"},
     "input.dialect": "messages",
     **dict.fromkeys(("finish.stop", "finish.length", "finish.function_call", "finish.content_filter"), "retry"),
-    **dict.fromkeys(("finish.empty", "finish.other"), "retry"),
+    **dict.fromkeys(("finish.empty", "finish.other", "finish.refusal"), "retry"),
     "output.columns": ["a"],
     "output.raw": "always",
     "output.layout": "parts",

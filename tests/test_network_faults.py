@@ -427,8 +427,8 @@ def test_a_last_row_that_is_refused_alone_pauses_one_start_and_not_the_next(tmp_
         first = ask(tmp_path, server.url, 6)  # the refused row is the last
         second = ask(tmp_path, server.url, 6)
     assert (first.exit_code, first.summary.pending) == (5, 1)
-    assert (second.exit_code, second.summary.pending) == (0, 0)
-    assert second.rows[FAULTY]["status"] == "filtered"
+    assert (second.exit_code, second.summary.pending) == (3, 0)
+    assert (second.rows[FAULTY]["status"], second.rows[FAULTY]["error"]["kind"]) == ("error", "forbidden")
     assert asked_for(server) == Counter({**dict.fromkeys(range(5), 1), FAULTY: 3})
 
 

@@ -74,6 +74,7 @@ def test_our_columns_are_the_documented_ones_whatever_the_data() -> None:
         "row": "int64",
         "status": text,
         "content": "large_string",
+        "refusal": "large_string",
         "parsed": "large_string",
         "function_call": "struct<name: string, arguments: large_string>",
         "tool_calls": "large_string",

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from multidict import CIMultiDict
 
 from batchrun.answer.answer import read
+from batchrun.answer.retry_after import retry_after_s
 from batchrun.errors import APIConnectionError, APITimeoutError
 from batchrun.job.expected import ANYTHING, Expected, of
 from batchrun.job.job import Finish, Retry
@@ -30,7 +31,6 @@ from batchrun.policy import (
     failing,
     failing_share,
     judge,
-    retry_after_s,
     settlement,
     stretch,
 )
@@ -458,7 +458,8 @@ ANSWERS_BY_REASON: dict[str, tuple[dict[str, Any], Status, Status]] = {
     ),
     "content_filter": ({"content": "F", "finish_reason": "content_filter"}, Status.FILTERED, Status.FILTERED),
     "empty": ({"content": "", "finish_reason": "stop"}, Status.EMPTY, Status.EMPTY),
-    "other": ({"content": "Fine.", "finish_reason": "eos"}, Status.OK, Status.INVALID),
+    "refusal": ({"refusal": "I can't help.", "finish_reason": "stop"}, Status.REFUSED, Status.REFUSED),
+    "other": ({"content": "Fine.", "finish_reason": "quux"}, Status.OK, Status.INVALID),
 }
 
 

@@ -164,17 +164,31 @@ def test_a_request_without_a_model_is_refused() -> None:
         (None, "messages: expected at least one message"),
         ([], "messages: expected at least one message"),
         ({}, "messages: expected at least one message"),
-        (["Hello"], "messages[0].role: expected one of user, assistant, system, developer, tool (is 'Hello')"),
+        (
+            ["Hello"],
+            "messages[0].role: expected one of user, assistant, system, developer, tool, function (is 'Hello')",
+        ),
         ([*HELLO, {"role": "robot", "content": ""}], "messages[1].role: expected one of"),
         ([{"content": "x"}], "messages[0].role: expected one of"),
         ([*HELLO, {"role": "tool", "content": "x"}], "messages[1].tool_call_id: expected the id of the call"),
         ([{"role": "tool", "tool_call_id": "c"}], "messages[0].content: expected text or a list of parts"),
+        ([*HELLO, {"role": "function", "content": "x"}], "messages[1].name: expected the name of the function"),
         ([{"role": "user"}], "messages[0].content: expected text or a list of parts"),
         ([{"role": "user", "content": 5}], "messages[0].content: expected text or a list of parts"),
     ],
 )
 def test_messages_that_are_none_are_named(messages: object, problem: str) -> None:
     assert problem_of(a_job(), {"messages": messages}).startswith(problem)
+
+
+@pytest.mark.parametrize("content", ["7", [{"type": "text", "text": "7"}], None])
+def test_the_result_of_a_function_is_a_message(content: object) -> None:
+    called = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
+    result = {"role": "function", "name": "f", "content": content}
+    sent = body_of(a_job(), {"messages": [*HELLO, called, result]})["messages"]
+    assert sent[2].get("content") == content
+    assert sent[2]["name"] == "f"
+    assert body_of(a_job(), batch(messages=[*HELLO, called, result]))["messages"] == sent
 
 
 def test_a_function_call_needs_no_content() -> None:
@@ -483,12 +497,21 @@ def test_another_servers_words_change_what_is_sent_and_not_what_is_asked() -> No
     assert turns[0]["role"] == "developer"
 
 
-def test_a_batch_line_that_has_both_limits_keeps_them() -> None:
-    other = worded(a_job(), max_tokens_field="max_completion_tokens")
+def limits_of(body: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in body.items() if "max" in name}
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
+def test_no_request_has_two_limits_of_output(field: str) -> None:
     both = {"max_tokens": 5, "max_completion_tokens": 7}
-    sent = body_of(other, batch(**both))
-    assert {name: sent[name] for name in both} == both
-    assert body_of(other, batch(max_tokens=5))["max_completion_tokens"] == 5
+    jobs = [worded(job, max_tokens_field=field) for job in (a_job(), a_job(max_tokens=9))]
+    for job in jobs:
+        assert problem_of(job, batch(**both)).startswith("`body` has both max_tokens and max_completion_tokens")
+        assert limits_of(body_of(job, batch(max_completion_tokens=7))) == {"max_completion_tokens": 7}
+        assert limits_of(body_of(job, batch(max_tokens=5))) == {field: 5}
+    assert limits_of(body_of(jobs[1], batch())) == {field: 9}
+    extra = worded(a_job(extra={"max_completion_tokens": 7}), max_tokens_field=field)
+    assert limits_of(body_of(extra, batch(max_tokens=5))) == {field: 5}
 
 
 # -- the key
@@ -547,7 +570,7 @@ def test_the_bounds_cover_all_that_one_attempt_can_be_billed_for() -> None:
     request = build(a_job(), batch(max_tokens=100, n=3))
     assert request.max_output_tokens == 300
     assert request.max_prompt_tokens == len(request.body)
-    assert build(a_job(), batch(max_tokens=100, max_completion_tokens=200)).max_output_tokens == 200
+    assert build(a_job(), batch(max_completion_tokens=200)).max_output_tokens == 200
     assert build(a_job(), batch()).max_output_tokens == 128_000
     assert build(a_job(), batch(n=3)).max_output_tokens == 3 * 128_000
     assert build(a_job(extra={"n": 2}), batch()).max_output_tokens == 2 * 128_000

@@ -273,6 +273,20 @@ def test_a_tool_is_called_when_asked_for_and_both_clients_read_it_alike(
     assert streamed.finish_reason == "tool_calls"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_clients_own_round_trip_with_a_tool_is_taken(client: openai.OpenAI, stream: bool) -> None:
+    asked: Any = {"model": "vtrix-x", "messages": [{"role": "user", "content": "Hi"}], "tools": TOOLS}
+    plain = client.chat.completions.create(**asked, tool_choice="required")
+    message = plain.choices[0].message
+    (call,) = message.tool_calls or []
+    for said in (message, message.model_dump(), message.model_dump(exclude_none=True) | {"content": None}):
+        result = {"role": "tool", "tool_call_id": call.id, "content": '{"sun": true}'}
+        again: Any = {**asked, "messages": [*asked["messages"], said, result], "stream": stream}
+        told = client.chat.completions.create(**again)
+        last = list(told)[-1].choices[0] if stream else told.choices[0]
+        assert last.finish_reason == "stop"
+
+
 def test_a_tool_choice_that_leads_nowhere_is_refused(client: openai.OpenAI) -> None:
     asked: Any = {"model": "vtrix-x", "messages": [{"role": "user", "content": "Hi"}]}
     nowhere: Any = {"type": "function", "function": {"name": "none"}}

@@ -36,9 +36,23 @@ def _messages(*messages: Any) -> dict[str, Any]:
     return _body(messages=list(messages))
 
 
+CALL = {"name": "label", "arguments": "{}"}
+CALLS = {"role": "assistant", "content": None, "tool_calls": [{"id": "c1", "type": "function", "function": CALL}]}
+RESULT = {"role": "tool", "tool_call_id": "c1", "content": '{"sun":true}'}
+
+TEXT = {"type": "text", "text": "7"}
+FUNCTION_RESULT = {"role": "function", "name": "label"}
+
 ACCEPTED: list[dict[str, Any]] = [
     *(_messages({"role": role, "content": "x"}) for role in ("user", "assistant", "system", "developer")),
     _messages({"role": "user", "content": ""}),
+    _messages({"role": "user", "content": "x"}, CALLS, RESULT),  # as the npm client `openai` sends it in `runTools`
+    _messages({**CALLS, "content": "", "refusal": None, "annotations": [], "function_call": None}, RESULT),
+    _messages({"role": "assistant", "tool_calls": CALLS["tool_calls"]}, {**RESULT, "content": [TEXT]}),
+    _messages({"role": "assistant", "content": None, "function_call": CALL}, {**FUNCTION_RESULT, "content": "7"}),
+    _messages({"role": "assistant", "content": None, "function_call": CALL}, {**FUNCTION_RESULT, "content": None}),
+    _messages({"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}),
+    _messages({"role": "assistant", "content": None, "refusal": "No."}, {"role": "user", "content": "Why?"}),
     _messages({"role": "user", "content": [{"type": "text", "text": "x"}], "name": "ann"}),
     _image("https://example.com/cat.png", detail="low"),
     _image("http://example.com/cat.png"),
@@ -74,7 +88,18 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     (_body(messages="Hello"), "messages", "invalid_value"),
     (_messages("Hello"), "messages[0]", "invalid_value"),
     (_messages({"content": "x"}), "messages[0].role", "missing_required_parameter"),
-    (_messages({"role": "tool", "content": "x"}), "messages[0].role", "invalid_value"),
+    (_messages({"role": "tool", "content": "x"}), "messages[0].tool_call_id", "missing_required_parameter"),
+    (_messages(CALLS, {**RESULT, "tool_call_id": "c2"}), "messages[1].tool_call_id", "invalid_value"),
+    (_messages(CALLS), "messages", "invalid_value"),
+    (_messages(CALLS, {"role": "user", "content": "x"}), "messages[1]", "invalid_value"),
+    (_messages({**CALLS, "role": "user"}), "messages[0]", "invalid_value"),
+    (
+        _messages({**CALLS, "tool_calls": [{"id": "c1"}]}),
+        "messages[0].tool_calls[0].type",
+        "missing_required_parameter",
+    ),
+    (_messages({"role": "assistant", "content": None}), "messages[0].content", "invalid_value"),
+    (_messages({"role": "function", "content": "x"}), "messages[0].name", "missing_required_parameter"),
     (_messages({"role": "user"}), "messages[0].content", "missing_required_parameter"),
     (_messages({"role": "user", "content": None}), "messages[0].content", "invalid_value"),
     (_messages({"role": "user", "content": []}), "messages[0].content", "invalid_value"),

@@ -11,11 +11,9 @@ from typing import Any
 
 import msgspec
 
-from batchrun.answer import packed, sse
+from batchrun.answer import error_body, packed, sse
+from batchrun.answer.finish_reasons import Meaning, meaning_of
 from batchrun.records import Answer, Choice, FunctionCall, Usage
-
-MAX_MESSAGE_CHARS = 1000
-"""Error messages are for people and for a column: longer ones are cut, the raw body stays."""
 
 MAX_COUNT = 10**9
 """Tokens. No request has a billion; a larger count is an error of the server's that no bill should be made of."""
@@ -26,6 +24,10 @@ MAX_CHOICES = 1024
 _STREAM = re.compile(rb"(?:\xef\xbb\xbf)?\s*[\w-]*:")
 """How a stream begins, and no JSON or HTML: with a field's name or none, and a colon."""
 
+_GLUE = re.compile(r"(?:\s|\0|data:|event: ?\w*|:[^\n]*|\[DONE\]|0(?=\r?\n))*+")
+"""What gateways leave behind a whole JSON answer: a stream's end, its comments, the last chunk's size. No words.
+Possessive: no tail of a server's makes it try again and again."""
+
 
 def read(stored: bytes) -> Answer:
     """What a body in its stored form says: a chat completion as JSON or as server-sent events, an error object, or
@@ -35,8 +37,23 @@ def read(stored: bytes) -> Answer:
     first = next(pieces, b"")
     if _STREAM.match(first):
         return _from_events(chain((first,), pieces))
-    decoded, flagged = decode(first + b"".join(pieces))
-    return _from_object(decoded, flagged) if isinstance(decoded, dict) else Answer()
+    body = first + b"".join(pieces)
+    decoded, flagged = decode(body)
+    if decoded is None and b"[DONE]" in body[-200:]:
+        decoded, flagged = _unglued(body), True
+    if isinstance(decoded, dict):
+        return _from_object(decoded, flagged)
+    return _failed(Answer(flagged=flagged and decoded is not None), error_body.read(decoded))
+
+
+def _unglued(body: bytes) -> Any:
+    """The JSON value in front of a stream's end that was glued to it; None if anything else is behind it."""
+    try:
+        text = body.decode("utf-8-sig", "replace").lstrip()
+        value, end = json.JSONDecoder(strict=False, parse_int=_parse_int).raw_decode(text)
+    except (ValueError, RecursionError):
+        return None
+    return _without_surrogates(value) if _GLUE.fullmatch(text, end) else None
 
 
 def decode(body: bytes) -> tuple[Any, bool]:
@@ -77,64 +94,57 @@ def _without_surrogates(value: Any) -> Any:
 def _from_object(body: dict[str, Any], flagged: bool) -> Answer:
     choice = _first_choice(body)
     message = choice.get("message")
-    error_message, error_code = _error(body)
+    failure = error_body.read(body)
     if not isinstance(message, dict):
-        return Answer(
-            flagged=flagged,
-            usage=_usage(body.get("usage")),
-            model=_text(body.get("model")),
-            error_message=error_message,
-            error_code=error_code,
-        )
+        read = Answer(flagged=flagged, usage=_usage(body.get("usage")), model=_text(body.get("model")))
+        return _failed(read, failure or _choice_failure(choice))
     tool_calls, shown = _tool_calls(message.get("tool_calls"))
-    return Answer(
-        completion=error_message is None,
+    read = Answer(
+        completion=True,
         flagged=flagged or not shown,
         completion_id=_text(body.get("id")),
         created=_created(body.get("created")),
         model=_text(body.get("model")),
         content=_content(message.get("content")),
+        refusal=_refusal(message),
         function_call=_function_call(message.get("function_call")),
         tool_calls=tool_calls,
         choices=_choices(body.get("choices")),
         finish_reason=_text(choice.get("finish_reason")),
         usage=_usage(body.get("usage")),
-        error_message=error_message,
-        error_code=error_code,
     )
+    return _failed(read, failure or _choice_failure(choice))
+
+
+def _failed(answer: Answer, failure: error_body.Failure | None) -> Answer:
+    """The answer with the failure that its body tells of: it is no completion then, whatever else it says."""
+    if failure is None:
+        return answer
+    return msgspec.structs.replace(
+        answer,
+        completion=False,
+        error_message=failure.message,
+        error_code=failure.code,
+        error_words=failure.words,
+        error_status=failure.status,
+        error_wait_s=failure.wait_s,
+    )
+
+
+def _choice_failure(choice: dict[str, Any]) -> error_body.Failure | None:
+    """A choice that says that it failed: by an error of its own, as OpenRouter sends it, or by its finish_reason."""
+    if choice.get("error"):
+        return error_body.read({"error": choice["error"]})
+    reason = _text(choice.get("finish_reason"))
+    if meaning_of(reason) is not Meaning.FAILURE:
+        return None
+    return error_body.Failure(f"the answer broke off with the finish_reason {reason!r:.100}", code=reason)
 
 
 def _first_choice(body: dict[str, Any]) -> dict[str, Any]:
     choices = body.get("choices")
     first = choices[0] if isinstance(choices, list) and choices else None
     return first if isinstance(first, dict) else {}
-
-
-def _error(body: dict[str, Any]) -> tuple[str | None, str | None]:
-    """Message and code of an error object, in the shapes gateways use (docs/api.md, "Errors")."""
-    error = body.get("error")
-    if isinstance(error, str) and error:
-        return error[:MAX_MESSAGE_CHARS], None
-    if isinstance(error, dict) and error:
-        message = error.get("message")
-        text = message if isinstance(message, str) else _as_text(error)
-        return text[:MAX_MESSAGE_CHARS], _code(error.get("code") or error.get("type"))
-    if error:
-        return _as_text(error)[:MAX_MESSAGE_CHARS], None
-    if "choices" not in body and isinstance(body.get("message"), str):
-        return body["message"][:MAX_MESSAGE_CHARS], _code(body.get("code"))
-    return None, None
-
-
-def _as_text(error: Any) -> str:
-    try:
-        return msgspec.json.encode(error).decode()
-    except RecursionError:  # what can just be decoded can't always be encoded
-        return "an error nested too deep to show"
-
-
-def _code(value: Any) -> str | None:
-    return str(value)[:200] if isinstance(value, str | int) else None
 
 
 def _text(value: Any) -> str | None:
@@ -146,6 +156,14 @@ def _content(value: Any) -> str | None:
     if isinstance(value, list):
         return "".join(part["text"] for part in value if isinstance(part, dict) and isinstance(part.get("text"), str))
     return _text(value)
+
+
+def _refusal(message: dict[str, Any]) -> str | None:
+    """The words with which the model declined: `refusal`, or a content part of that type."""
+    content = message.get("content")
+    parts = [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+    texts = [message.get("refusal"), *(part.get("refusal") for part in parts)]
+    return "".join(text for text in texts if isinstance(text, str)) or None
 
 
 def _function_call(value: Any) -> FunctionCall | None:
@@ -246,7 +264,7 @@ def _from_events(pieces: Iterable[bytes]) -> Answer:
     return spelled.answer(done=False)
 
 
-_LAST_COUNTS = ("id", "created", "model", "message", "code")
+_LAST_COUNTS = ("id", "created", "model")
 """Of these the last event that has one counts; of `usage` and `error` the last that says something."""
 
 
@@ -255,6 +273,7 @@ class _Spelled:
 
     def __init__(self) -> None:
         self._last: dict[str, Any] = {}
+        self._without_choices: dict[str, Any] = {}
         self._messages: dict[int, _Message] = {}
         self._finish_reasons: dict[int, str] = {}
         self._flagged = self._broken = False
@@ -277,6 +296,8 @@ class _Spelled:
         if error := decoded.get("error"):
             self._last["error"] = error
         choices = decoded.get("choices")
+        if choices is None:
+            self._without_choices |= decoded
         for choice in choices if isinstance(choices, list) else ():
             if isinstance(choice, dict):
                 self._take_choice(choice)
@@ -287,11 +308,13 @@ class _Spelled:
             return
         if reason := _text(choice.get("finish_reason")):
             self._finish_reasons[index] = reason
+        if index == 0 and (error := choice.get("error")):
+            self._last["error"] = error
         if (delta := _delta(choice)) is not None:
             self._messages.setdefault(index, _Message()).add(delta)
 
     def answer(self, *, done: bool) -> Answer:
-        whole = self._last
+        whole = self._last if self._messages else self._without_choices | self._last
         if 0 in self._messages:
             whole["choices"] = [
                 {"index": index, "message": message.whole(), "finish_reason": self._finish_reasons.get(index)}
@@ -322,12 +345,15 @@ class _Message:
 
     def __init__(self) -> None:
         self._contents: list[str] = []
+        self._refusals: list[str] = []
         self._calls: list[FunctionCall] = []
         self._tool_calls: dict[int, _ToolCall] = {}
 
     def add(self, delta: dict[str, Any]) -> None:
         if (text := _content(delta.get("content"))) is not None:
             self._contents.append(text)
+        if (refusal := _refusal(delta)) is not None:
+            self._refusals.append(refusal)
         if (call := _function_call(delta.get("function_call"))) is not None:
             self._calls.append(call)
         tool_calls = delta.get("tool_calls")
@@ -336,7 +362,10 @@ class _Message:
                 self._tool_calls.setdefault(index, _ToolCall()).add(piece)
 
     def whole(self) -> dict[str, Any]:
-        message: dict[str, Any] = {"content": "".join(self._contents) if self._contents else None}
+        message: dict[str, Any] = {
+            "content": "".join(self._contents) if self._contents else None,
+            "refusal": "".join(self._refusals),
+        }
         if self._calls:
             name, arguments = (
                 "".join(parts) for parts in zip(*((c.name or "", c.arguments or "") for c in self._calls), strict=True)

@@ -32,7 +32,7 @@ from batchrun.job.job import Budget, Job
 from batchrun.output.chunks import Chunks, OpenChunk
 from batchrun.plan.plan import Plan
 from batchrun.records import Summary
-from batchrun.report.summary import plural
+from batchrun.report.summary import plural, unknown_reason
 from batchrun.request.image_digests import ImageDigests
 from batchrun.rundir import RunDirectory
 
@@ -95,6 +95,7 @@ class Asking:
         self._given_up = 0
         self._workers: asyncio.Task[None] | None = None
         self._told_in_flight = 0
+        self._told_reasons = 0
 
     async def ask(self) -> Stop | None:
         """Every pending row is settled and every full chunk sealed; or why not.
@@ -123,6 +124,7 @@ class Asking:
             for number, exit_code in signals.EXIT_CODES.items() if signals.ours() else ():
                 loop.add_signal_handler(number, self._on_signal, loop, number.name, exit_code)
             await self._drained(self._workers, flying)
+            self._tell_reasons()
             await asyncio.to_thread(self._memory.keep, gate)
             self._full.put_nowait(None)
             await sealing
@@ -267,7 +269,7 @@ class Asking:
             progress=self._hooks.progress,
             note=self._hooks.note,
             memory=self._memory,
-            each=self._tell_in_flight,
+            each=self._tell,
             fail=self._fail,
             stop_by=functools.partial(self._stop_by, loop),
         )
@@ -281,6 +283,19 @@ class Asking:
 
     def _on_kind(self, kind: str, why: str) -> None:
         self._chronicle.log.write("refusals", kind=kind, why=why)
+
+    def _tell(self) -> None:
+        """What has changed since the last beat is on record."""
+        self._tell_in_flight()
+        self._tell_reasons()
+
+    def _tell_reasons(self) -> None:
+        """Each finish_reason that batchrun does not know is reported once."""
+        reasons = self._pipeline.signs.finish_reasons
+        for reason in reasons[self._told_reasons :]:
+            self._chronicle.log.write("unknown finish_reason", finish_reason=reason)
+            self._hooks.note(f"warning: {unknown_reason(reason)}")
+        self._told_reasons = len(reasons)
 
     def _tell_in_flight(self) -> None:
         """What was allowed in flight has changed since it was told last."""

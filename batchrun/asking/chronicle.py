@@ -66,6 +66,8 @@ class Chronicle:
             now_s=time.monotonic(),
             limits=None if self.gate is None else self.gate.in_force,
             tuned=self.tuned,
+            unknown_finish_reasons=self._unknown_finish_reasons(),
+            example_error=self._example_error(),
         )
         if self.plan is None or self.checkpoint is None:
             spent = None if self.checkpoint is None else self.checkpoint.spent
@@ -100,6 +102,17 @@ class Chronicle:
 
     def close(self) -> None:
         self.log.close()
+
+    def _unknown_finish_reasons(self) -> tuple[str, ...]:
+        """Those of this start and of the ones before."""
+        before = [] if self._earlier is None else self._earlier.unknown_finish_reasons
+        now = [] if self.pipeline is None else self.pipeline.signs.finish_reasons
+        return tuple(dict.fromkeys((*before, *now)))
+
+    def _example_error(self) -> str | None:
+        """Why the first row of this start failed; of an earlier start where none did."""
+        now = None if self.pipeline is None else self.pipeline.signs.example_error
+        return now if now is not None or self._earlier is None else self._earlier.example_error
 
     def _limited_by(self) -> str:
         if self.gate is None or self.state != "running":

@@ -44,11 +44,6 @@ class Ended(msgspec.Struct, frozen=True):
         return error
 
     @property
-    def refusal_status(self) -> Status:
-        """`filtered` where the refusal can be about the content: 403, and this vendor's 503."""
-        return Status.FILTERED if self.attempt.http_status in (403, 503) else Status.ERROR
-
-    @property
     def rate_limited(self) -> bool:
         """True after a 429 that time lifts: the gate itself waits then."""
         error = self.judgement.error

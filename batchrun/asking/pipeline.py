@@ -17,6 +17,7 @@ from batchrun.asking.backlog import Backlog, Pending
 from batchrun.asking.delivery import Delivery
 from batchrun.asking.ended import NOTHING, Ended, cost_of, maybe_billed, remembered, total
 from batchrun.asking.image_room import ImageRoom
+from batchrun.asking.signs import Signs
 from batchrun.checkpoint import variants
 from batchrun.checkpoint.checkpoint import Checkpoint
 from batchrun.checkpoint.slots import Slots
@@ -102,6 +103,7 @@ class Pipeline:
         budget = job.budget
         self._capped = budget.max_cost_usd is not None or budget.max_tokens is not None
         self._failing = 0.0  # the share of first attempts that fail
+        self.signs = Signs(quota_patience_s=job.retry.max_wait_s, resumed=plan.resumed)
         self.estimates = estimates
         self.sent = 0
         self.slow_s = 0.0  # the latency that nearly all answers keep
@@ -180,7 +182,7 @@ class Pipeline:
         attempt = await self._client.send(request, f"{self._name}-{request.row}-{n}")
         self.slow_s = forecast.peak(self.slow_s, attempt.latency_s)
         answer = answers.read(attempt.body)
-        judgement = policy.judge(attempt, answer, self._job.retry)
+        judgement = self.signs.judged(policy.judge(attempt, answer, self._job.retry), self._clock())
         if answer.usage is not None:
             self.estimates.learn(pending.request, answer.usage)
             self._gate.settle(slot, answer.usage.total_tokens, answer.usage.completion_tokens)
@@ -194,6 +196,7 @@ class Pipeline:
         settlement = None
         if judgement.verdict is Verdict.OK:
             settlement = policy.settlement(answer, request.expected, self._job.finish, attempt.http_status)
+            self.signs.answered(answer.finish_reason)
         cost_usd = cost_of(answer, judgement, self._plan.prices.get(request.model))
         doubtful = maybe_billed(answer, judgement, capped=self._capped)
         ended = Ended(pending, attempt, answer, judgement, settlement, history, bound_usd, cost_usd, doubtful)
@@ -273,17 +276,10 @@ class Pipeline:
 
     def _settle(self, ended: Ended, slot: int | None) -> None:
         """The row's completion, without an answer, is on its way to the disk."""
-        status, judgement = Status.ERROR, ended.judgement
-        if judgement.filtered:
-            status = Status.FILTERED
-        elif judgement.verdict is Verdict.PAUSE:
-            status = ended.refusal_status
-        self._finish(ended, slot, status)
+        self._finish(ended, slot, Status.FILTERED if ended.judgement.filtered else Status.ERROR)
 
     def _end_held(self, row: int) -> None:
-        """A verdict on the run that turned out to be this row's own: 403 and 503 are about its content, a 429 about
-        its turn.
-        """
+        """A verdict on the run that turned out to be this row's own: it failed, but after a 429 it has another turn."""
         ended = self._held.pop(row, None)
         if ended is None:
             return
@@ -291,7 +287,7 @@ class Pipeline:
         if ended.attempt.http_status == 429:
             self._ask_again(ended, None, self._gate.successes)
         else:
-            self._finish(ended, None, ended.refusal_status)
+            self._finish(ended, None, Status.ERROR)
 
     def _refused_before(self, ended: Ended) -> bool:
         """True for the last row of a run when an earlier start was refused the same: with nobody left to bear witness,
@@ -304,6 +300,8 @@ class Pipeline:
         completion = ended.completion(status)
         self._flights[completion.row, completion.attempts] = _Flight(slot, *ended.spent(), ended.pending.chunk)
         self._checkpoint.put(completion)
+        if (stop := self.signs.settled(completion.status, completion.error)) is not None:
+            self._gate.close(stop)
 
     def _ask_again(self, ended: Ended, slot: int | None, successes: int) -> None:
         """The attempt's record is on its way to the disk; once it is there, the row waits for its next turn."""

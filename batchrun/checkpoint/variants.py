@@ -68,5 +68,8 @@ def differences(one: Variant, other: Variant) -> list[str]:
 
 def as_job(job: Job, variant: Variant) -> Job:
     """The job, asking as the variant does; how answers travel stays the job's own."""
-    request = msgspec.structs.replace(variant.request, stream=job.request.stream)
+    extra = {name: value for name, value in variant.request.extra.items() if name != "stream_options"}
+    if "stream_options" in job.request.extra:
+        extra["stream_options"] = job.request.extra["stream_options"]
+    request = msgspec.structs.replace(variant.request, stream=job.request.stream, extra=extra)
     return msgspec.structs.replace(job, request=request)

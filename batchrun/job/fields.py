@@ -8,8 +8,11 @@ import msgspec
 
 from batchrun.errors import InputError
 
-ROLES = ("user", "assistant", "system", "developer", "tool")
-"""`tool`, the result of a call, is practice: it goes with `tools`, which pass unchanged."""
+ROLES = ("user", "assistant", "system", "developer", "tool", "function")
+"""`tool` and `function`, the results of calls, are practice: `tool` goes with `tools`, which pass unchanged."""
+
+OUTPUT_LIMITS = ("max_tokens", "max_completion_tokens")
+"""The two names of the limit of output. No request has both: servers refuse that, or count by either."""
 
 EFFORTS = ("low", "medium", "high", "xhigh")
 MAX_TOKENS = 128_000
@@ -55,8 +58,10 @@ def check_messages(messages: Any) -> list[Any]:
             raise InputError(f"messages[{place}].role: expected one of {', '.join(ROLES)} (is {role!r:.80})")
         content = message.get("content")
         calls = "function_call" in message or "tool_calls" in message
-        if not isinstance(content, str | list) and not (content is None and calls):
+        if not isinstance(content, str | list) and not (content is None and (calls or message["role"] == "function")):
             raise InputError(f"messages[{place}].content: expected text or a list of parts")
+        if message["role"] == "function" and not isinstance(message.get("name"), str):
+            raise InputError(f"messages[{place}].name: expected the name of the function that this is the result of")
         if message["role"] == "tool" and not isinstance(message.get("tool_call_id"), str):
             raise InputError(f"messages[{place}].tool_call_id: expected the id of the call that this is the result of")
     return messages

@@ -147,12 +147,13 @@ class Retry(Table, frozen=True):
 
 
 class Finish(Table, frozen=True):
-    """What an answer is worth by its finish_reason. `other`: any other reason, or none."""
+    """What an answer is worth by what its finish_reason means. `other`: a reason that is not known, or none."""
 
     stop: Action = "accept"
     length: Action = "accept"
     function_call: Action = "accept"
     content_filter: Action = "accept"
+    refusal: Action = "accept"
     empty: Action = "fail"
     other: Action = "accept"
 

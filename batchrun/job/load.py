@@ -81,13 +81,17 @@ def _plain(value: object) -> str:
 
 
 def _override(tables: dict[str, Any], override: str) -> None:
-    """Lay one `a.b=c` over the tables; the path is read as a TOML key, the value as TOML, else as a plain string."""
+    """Lay one `a.b=c` over the tables; the path is read as a TOML key, the value as TOML, else as a plain string.
+
+    `a.b=` takes the setting out of the job, as if the file did not have it.
+    """
     path, equals, text = override.partition("=")
     keys = _keys(path)
     if not equals or not keys:
         raise JobError(f"--set {path}: expected table.setting=value")
     if any(SECRET.search(key) for key in keys):
         raise JobError(f"--set {path}: a secret does not belong on a command line; use endpoint.api_key_env")
+    value: Any = None
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -98,7 +102,10 @@ def _override(tables: dict[str, Any], override: str) -> None:
         table = table.setdefault(parent, {})
         if not isinstance(table, dict):
             raise JobError(f"--set {path}: {parent} is no table")
-    table[last] = value
+    if text.strip():
+        table[last] = value
+    else:
+        table.pop(last, None)
 
 
 def _keys(path: str) -> list[str]:

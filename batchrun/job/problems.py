@@ -52,6 +52,12 @@ def problems(job: Job) -> Iterator[str]:
     own = set(RequestTemplate.__struct_fields__) - {"extra", "from_columns"}
     for name in request.extra.keys() & own:
         yield f"request.extra.{name}: this one has a setting of its own, request.{name}"
+    limited = request.max_tokens is not None or "max_tokens" in request.from_columns
+    if limited and "max_completion_tokens" in request.extra:
+        yield (
+            "request.extra.max_completion_tokens: can't stand beside request.max_tokens, a second limit of output; "
+            'keep one of them (endpoint.max_tokens_field = "max_completion_tokens" sends max_tokens under that name)'
+        )
     for name in request.from_columns.keys() - FROM_COLUMNS:
         yield f"request.from_columns.{name}: expected one of {', '.join(sorted(FROM_COLUMNS))}"
     yield from _json_problems(request)

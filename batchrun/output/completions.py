@@ -25,6 +25,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     row: int
     status: Status
     content: str | None
+    refusal: str | None
     parsed: Any
     function_call: FunctionCall | None
     tool_calls: Any

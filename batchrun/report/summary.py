@@ -1,6 +1,7 @@
 """`summary.json`, from the first second to the last, and the same in words a person reads in five seconds. PURE."""
 
-from collections.abc import Collection, Iterator
+import shlex
+from collections.abc import Collection, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 
@@ -14,6 +15,8 @@ from batchrun.gate.deadline import Deadline
 from batchrun.gate.forecast import Forecast
 from batchrun.prices import PriceTable
 from batchrun.records import FAILURES, InForce, Status, Summary, Tuned
+from batchrun.report.cures import Cure, cure_of
+from batchrun.report.cures import command as commands
 from batchrun.rundir import RunDirectory
 
 VERSION = 2
@@ -42,6 +45,8 @@ class Moment(msgspec.Struct, frozen=True):
     now_s: float = 0.0
     limits: InForce | None = None
     tuned: Tuned | None = None
+    unknown_finish_reasons: tuple[str, ...] = ()
+    example_error: str | None = None
 
     @property
     def eta(self) -> datetime | None:
@@ -78,7 +83,7 @@ def read(directory: RunDirectory) -> Summary:
 _ACCOUNT = (
     *("job", "run_id", "begun_at", "rows", "rejected", "by_status", "pending", "totals", "cost_usd", "wasted_usd"),
     *("unpriced", "without_usage", "possibly_billed", "possibly_billed_count", "possibly_billed_usd", "models"),
-    *("price", "invocation"),
+    *("unknown_finish_reasons", "example_error", "price", "invocation"),
 )
 """What a summary says of the run, whichever start says it."""
 
@@ -96,7 +101,7 @@ def starting(
     now = _summary(
         earlier.job, earlier.run_id, earlier.begun_at, earlier.rows, earlier.rejected, {}, account, moment, directory
     )
-    kept = _ACCOUNT if spent is None else ("price",)
+    kept = _ACCOUNT if spent is None else ("unknown_finish_reasons", "example_error", "price")
     return msgspec.structs.replace(now, **{name: getattr(earlier, name) for name in kept})
 
 
@@ -146,6 +151,8 @@ def _summary(
         possibly_billed_count=spent.possibly_billed_count,
         possibly_billed_usd=spent.possibly_billed_usd,
         models=spent.answered_as,
+        unknown_finish_reasons=list(moment.unknown_finish_reasons),
+        example_error=moment.example_error,
         price="; ".join(names) or None,
         invocation=moment.invocation,
         begun_at=begun_at,
@@ -217,9 +224,16 @@ def in_words(
     requests_per_minute: float | None,
     max_failures: int,
     failing: Collection[Status] = FAILURES,
+    command: Sequence[str] = (),
+    settings: Collection[str] | None = None,
 ) -> Iterator[str]:
-    """The closing lines: rows by status, tokens, cost, rate against the limit, files, and what to do next."""
-    for label, text in (*_closing(summary, requests_per_minute), *_next_steps(summary, max_failures, failing)):
+    """The closing lines: rows by status, tokens, cost, rate against the limit, files, and what to do next.
+
+    `command` is the command line that was run, where there was one: the next one is made of it. `settings` are the
+    paths that the job sets in `[request]`: what the rows bring themselves, no setting cures.
+    """
+    next_steps = _next_steps(summary, max_failures, failing, command, settings)
+    for label, text in (*_closing(summary, requests_per_minute), *next_steps):
         yield f"{label:<13}{text}"
 
 
@@ -244,7 +258,16 @@ def _closing(summary: Summary, requests_per_minute: float | None) -> Iterator[tu
     for name, rows in summary.models.items():
         if all(line.model != name for line in summary.totals):
             yield "note", f"{rows:,} answers name the model {name}"
+    for reason in summary.unknown_finish_reasons:
+        yield "note", unknown_reason(reason)
     yield from summary.files.items()
+
+
+def unknown_reason(reason: str) -> str:
+    """What a finish_reason that batchrun does not know means for the answers that ended so."""
+    return (
+        f"answers ended with the finish_reason {reason!r}, which batchrun does not know: finish.other decides on them"
+    )
 
 
 def known_cost(cost_usd: Decimal, unpriced: int) -> Decimal | None:
@@ -275,15 +298,41 @@ def _cost(summary: Summary) -> list[str]:
     return parts
 
 
-def _next_steps(summary: Summary, max_failures: int, failing: Collection[Status]) -> Iterator[tuple[str, str]]:
+def _next_steps(
+    summary: Summary,
+    max_failures: int,
+    failing: Collection[Status],
+    command: Sequence[str],
+    settings: Collection[str] | None,
+) -> Iterator[tuple[str, str]]:
     failed = failures(summary, failing)
+    cure = None if summary.example_error is None else cure_of(summary.example_error, settings)
     if summary.complete and failed:
         verdict = "more than" if failed > max_failures else "within"
         allowed = f"{verdict} output.max_failures = {max_failures:,}"
         yield "failed", f"{plural(failed, 'row')}, {allowed}: see the column `error`; --retry-failed asks them again"
+        if summary.example_error is not None and summary.by_status.get(Status.ERROR):
+            yield "", f"for example: {summary.example_error}"
+            if cure is not None:
+                yield from _cured(cure, command, retry=True)
     if not summary.complete:
         yield "stopped", summary.reason or "before the end"
-        yield "next", f"{summary.pending:,} rows are left; the same command goes on where this stopped"
+        if cure is not None and summary.example_error is not None and summary.example_error in (summary.reason or ""):
+            yield from _cured(cure, command, retry=False)
+        else:
+            yield "next", f"{summary.pending:,} rows are left; the same command goes on where this stopped"
+
+
+def _cured(cure: Cure, command: Sequence[str], *, retry: bool) -> Iterator[tuple[str, str]]:
+    """The setting that cures what the server refuses, and the command that tries it."""
+    yield "cure", f"{cure.setting}: {cure.what}"
+    if cure.flags and command:
+        yield "next", shlex.join(commands(command, cure, retry=retry))
+    elif cure.flags:
+        yield "next", f"the same with {shlex.join(commands((), cure, retry=retry))}"
+    else:
+        flag = "--retry-failed" if retry else "--accept-changes"
+        yield "next", f"change it there; then the same command, with {flag}"
 
 
 def plural(count: int, noun: str) -> str:

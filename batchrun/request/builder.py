@@ -16,7 +16,7 @@ import msgspec
 from batchrun.errors import InputError, JobError
 from batchrun.job import expected
 from batchrun.job.expected import Expected
-from batchrun.job.fields import as_json, check_messages, check_parameter, plain, same_number
+from batchrun.job.fields import OUTPUT_LIMITS, as_json, check_messages, check_parameter, plain, same_number
 from batchrun.job.job import Endpoint, Job, MessageTemplate, RequestTemplate
 from batchrun.records import Correction, Request, Row
 from batchrun.request import image_parts
@@ -195,7 +195,11 @@ class RequestBuilder:
             raise InputError("`body` names no model, nor does request.model")
         body: Body = {"model": check_parameter("model", model), "messages": check_messages(given.get("messages"))}
         own = {name: value for name, value in given.items() if name not in _NOT_PARAMETERS}
-        for name, value in sorted({**self._parameters, **own}.items(), key=_field_order):
+        limits = [name for name in OUTPUT_LIMITS if name in own]
+        if len(limits) > 1:
+            raise InputError(f"`body` has both {' and '.join(limits)}; keep one of them")
+        ours = {n: value for n, value in self._parameters.items() if not (limits and n in OUTPUT_LIMITS)}
+        for name, value in sorted({**ours, **own}.items(), key=_field_order):
             body[name] = check_parameter(name, value)
         return body
 

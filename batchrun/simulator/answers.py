@@ -131,12 +131,17 @@ def spoiled(answer: Answer, kind: Literal["invalid_json", "unfit_json"]) -> Answ
     return msgspec.structs.replace(answer, choices=choices)
 
 
+def _calls_freely(request: ChatRequest, rng: Random) -> bool:
+    """A model that may call a function does so half of the time, and says what it makes of the result."""
+    return rng.random() < _CALLS_WHEN_FREE and request.messages[-1].role not in ("tool", "function")
+
+
 def _function(request: ChatRequest, rng: Random) -> Function | None:
     """The function to call: the named one, or under `auto` any or none."""
     if isinstance(request.function_call, NamedFunction):
         name = request.function_call.name
         return next(function for function in request.functions if function.name == name)
-    if request.functions and request.function_call == "auto" and rng.random() < _CALLS_WHEN_FREE:
+    if request.functions and request.function_call == "auto" and _calls_freely(request, rng):
         return rng.choice(request.functions)
     return None
 
@@ -147,7 +152,7 @@ def _tool(request: ChatRequest, rng: Random) -> Function | None:
     if isinstance(request.tool_choice, NamedTool):
         name = request.tool_choice.function.name
         return next(function for function in offered if function.name == name)
-    free = request.tool_choice in (UNSET, "auto") and bool(offered) and rng.random() < _CALLS_WHEN_FREE
+    free = request.tool_choice in (UNSET, "auto") and bool(offered) and _calls_freely(request, rng)
     return rng.choice(offered) if free or request.tool_choice == "required" else None
 
 

@@ -3,7 +3,7 @@
 import msgspec
 from msgspec import UNSET
 
-from batchrun.simulator.validate import ChatRequest, ImagePart, JSONSchemaFormat, Message
+from batchrun.simulator.validate import ChatRequest, ImagePart, JSONSchemaFormat, Message, RefusalPart, TextPart
 
 BYTES_PER_TOKEN = 4  # English prose under the usual vocabularies
 _MESSAGE_TOKENS = 4  # the frame around each message
@@ -40,10 +40,15 @@ def cached_tokens(request: ChatRequest) -> int:
 
 def _message_tokens(message: Message) -> int:
     name = 0 if message.name is UNSET else text_tokens(str(message.name))
-    if isinstance(message.content, str):
-        return _MESSAGE_TOKENS + name + text_tokens(message.content)
-    parts = sum(
-        _IMAGE_TOKENS[part.image_url.detail] if isinstance(part, ImagePart) else text_tokens(part.text)
-        for part in message.content
-    )
-    return _MESSAGE_TOKENS + name + parts
+    calls = sum(text_tokens(call.name) + text_tokens(call.arguments) for call in message.calls())
+    if isinstance(message.content, tuple):
+        content = sum(_part_tokens(part) for part in message.content)
+    else:
+        content = text_tokens(message.content) if isinstance(message.content, str) else 0
+    return _MESSAGE_TOKENS + name + calls + content
+
+
+def _part_tokens(part: TextPart | ImagePart | RefusalPart) -> int:
+    if isinstance(part, ImagePart):
+        return _IMAGE_TOKENS[part.image_url.detail]
+    return text_tokens(part.text if isinstance(part, TextPart) else part.refusal)

@@ -6,7 +6,7 @@ field, and a boolean is no number.
 
 import binascii
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
@@ -36,10 +36,40 @@ class ImagePart(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, t
     image_url: ImageURL
 
 
+class RefusalPart(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="type", tag="refusal"):
+    refusal: str
+
+
+class CalledFunction(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    name: str
+    arguments: str
+
+
+class ToolCall(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class Message(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    role: Literal["user", "assistant", "system", "developer"]
-    content: str | Annotated[tuple[TextPart | ImagePart, ...], Meta(min_length=1)]
-    name: str | UnsetType = UNSET  # practice
+    """One message. What only some roles have is practice: clients send an assistant's message back as it came."""
+
+    role: Literal["user", "assistant", "system", "developer", "tool", "function"]
+    content: str | Annotated[tuple[TextPart | ImagePart | RefusalPart, ...], Meta(min_length=1)] | UnsetType | None = (
+        UNSET
+    )
+    name: str | UnsetType = UNSET
+    tool_calls: tuple[ToolCall, ...] | UnsetType | None = UNSET
+    function_call: CalledFunction | UnsetType | None = UNSET
+    tool_call_id: str | UnsetType = UNSET
+    refusal: str | UnsetType | None = UNSET
+    annotations: tuple[Any, ...] | UnsetType | None = UNSET
+    audio: UnsetType | None = UNSET
+
+    def calls(self) -> tuple[CalledFunction, ...]:
+        """The calls that an assistant's message makes."""
+        tools = tuple(call.function for call in self.tool_calls) if isinstance(self.tool_calls, tuple) else ()
+        return (*tools, self.function_call) if isinstance(self.function_call, CalledFunction) else tools
 
 
 class Function(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -163,6 +193,7 @@ def parse_question(body: dict[str, Any]) -> Question:
         request = msgspec.convert(body, ChatRequest)
     except msgspec.ValidationError as error:
         raise _refusal(str(error)) from error
+    _check_messages(request)
     _check_images(request)
     _check_functions(request)
     _check_tools(request)
@@ -186,6 +217,48 @@ def _refusal(complaint: str) -> Refused:
         if found := pattern.match(reason):
             return Refused(400, reason, code=code, param=f"{path}.{found[1]}".removeprefix("."))
     return Refused(400, f"Invalid value for {path}: {reason}", code="invalid_value", param=path or None)
+
+
+def _check_messages(request: ChatRequest) -> None:
+    """Each message has what its role needs, and each call of a tool its result behind it."""
+    unanswered: set[str] = set()
+    for index, message in enumerate(request.messages):
+        place = f"messages[{index}]"
+        _check_message(message, place)
+        if message.role == "tool":
+            if message.tool_call_id not in unanswered:
+                complaint = f"{place}.tool_call_id names no call of the assistant's message before it"
+                raise Refused(400, complaint, code="invalid_value", param=f"{place}.tool_call_id")
+            unanswered.discard(str(message.tool_call_id))
+        elif unanswered:
+            _refuse_unanswered(unanswered, place)
+        elif isinstance(message.tool_calls, tuple):
+            unanswered = {call.id for call in message.tool_calls}
+    if unanswered:
+        _refuse_unanswered(unanswered, "messages")
+
+
+def _refuse_unanswered(calls: set[str], param: str) -> NoReturn:
+    complaint = f"Invalid value for {param}: no message with the role tool answers {', '.join(sorted(calls))}"
+    raise Refused(400, complaint, code="invalid_value", param=param)
+
+
+def _check_message(message: Message, place: str) -> None:
+    made = message.calls()
+    needed = {"tool": "tool_call_id", "function": "name"}.get(message.role)
+    if needed is not None and getattr(message, needed) is UNSET:
+        complaint = f"Object missing required field `{needed}`"
+        raise Refused(400, complaint, code="missing_required_parameter", param=f"{place}.{needed}")
+    if made and message.role != "assistant":
+        complaint = f"Invalid value for {place}: only the assistant makes calls"
+        raise Refused(400, complaint, code="invalid_value", param=place)
+    if message.content is UNSET and not made:
+        complaint = "Object missing required field `content`"
+        raise Refused(400, complaint, code="missing_required_parameter", param=f"{place}.content")
+    without = bool(made) or message.role == "function" or isinstance(message.refusal, str)
+    if message.content is None and not without:
+        complaint = f"Invalid value for {place}.content: Expected `str | array`, got `null`"
+        raise Refused(400, complaint, code="invalid_value", param=f"{place}.content")
 
 
 def _check_functions(request: ChatRequest) -> None:
@@ -217,7 +290,7 @@ def _check_tools(request: ChatRequest) -> None:
 
 def _check_images(request: ChatRequest) -> None:
     for index, message in enumerate(request.messages):
-        if isinstance(message.content, str):
+        if not isinstance(message.content, tuple):
             continue
         for part_index, part in enumerate(message.content):
             if isinstance(part, ImagePart) and (complaint := _image_complaint(part.image_url.url)):

@@ -1,0 +1,239 @@
+"""What an error body says, in whichever envelope a vendor or gateway puts it. PURE. One reader for all of them.
+
+The shapes (docs/api.md, "Errors"): an `error` object, text or list; `errors`; a bare string; the vendor's own
+`{"status": {"code", "message", "error_code"}, "data": null}`; FastAPI's `detail`; RFC 9457's `title` and `detail`;
+AWS's `__type`; Google's object inside a list, with `details`; `base_resp`, `fault` and other names of the same thing.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import msgspec
+
+MAX_MESSAGE_CHARS = 1000
+"""Error messages are for people and for a column: longer ones are cut, the raw body stays."""
+
+MAX_CODE_CHARS = 200
+MAX_WORDS = 30
+MAX_DEPTH = 5
+"""No envelope that was seen nests its message deeper than three."""
+
+_MESSAGE = (
+    *("message", "Message", "error_message", "error_msg", "errorMessage", "error_description", "msg", "status_msg"),
+    *("faultstring", "detail", "description", "title", "reason"),
+)
+_CODE = ("error_code", "code", "Code", "errorCode", "errcode", "status_code", "errorcode", "error_type", "type")
+_SYMBOL = ("__type", "errorType", "status")
+_INSIDE = ("error", "errors", "status", "detail", "base_resp", "fault", "Response", "Error", "err", "errorInfo")
+_STATUS = ("code", "status", "status_code", "statusCode", "http_code")
+_ECHOES = frozenset(
+    {
+        *("request", "body", "messages", "input", "prompt", "headers", "flagged_input", "data", "param"),
+        *("choices", "usage", "id", "model", "object", "request_id"),
+    }
+)
+"""Fields that repeat the question or hold an answer: what a row or a model says is no word of the server's."""
+
+_FINE = frozenset({"0", "200", "ok", "success", "succeeded"})
+"""Codes with which an envelope says that nothing is wrong."""
+
+_SECONDS = ("retry_after", "retryAfter", "retry_after_s", "retry_after_seconds", "estimated_time", "retryDelay")
+_DURATION = re.compile(
+    r"(?P<number>\d+(?:\.\d+)?) ?(?P<unit>ms|milliseconds?|s|sec(?:ond)?s?|m|min(?:ute)?s?|h|hours?)"
+)
+_WAIT = re.compile(
+    r"\b(?:try again|retry|wait|available|resets?|retried)(?: again)? (?:in|after|for) (?:about |~)?"
+    r"(?P<wait>(?:\d+(?:\.\d+)? ?(?:ms|milliseconds?|sec(?:ond)?s?|min(?:ute)?s?|hours?|[smh])\b ?"
+    r"|\d+(?:\.\d+)?[hm](?=\d))+)",
+    re.IGNORECASE,
+)
+"""A wait in words: "Please try again in 7m12.5s", "Please retry after 8 seconds" (OpenAI, Groq, Azure)."""
+
+_UNIT_S = {"ms": 0.001, "mi": 60.0, "m": 60.0, "s": 1.0, "h": 3600.0}
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """What the body says went wrong. `words` is what it says besides message and code: types, states, reasons.
+
+    `status` is the HTTP status that the body itself names, `wait_s` the seconds that it asks to wait.
+    """
+
+    message: str
+    code: str | None = None
+    words: str | None = None
+    status: int | None = None
+    wait_s: float | None = None
+
+
+def read(body: Any) -> Failure | None:
+    """The failure that a decoded body tells of; None where it tells of none.
+
+    Beside `choices` only `error` counts: an answer may have a `status` or a `message` of its own.
+    """
+    match body:
+        case str() if body.strip():
+            return _failure(body.strip(), None, {})
+        case list():
+            return next((found for item in body[:10] if isinstance(item, dict) and (found := read(item))), None)
+        case dict():
+            if not (error := body.get("error")):
+                return None if body.get("choices") else _inside(body, 0)
+            return _of_error(error, body)
+    return None
+
+
+def _of_error(error: Any, body: Mapping[str, Any]) -> Failure:
+    """The failure in `error`, with what stands beside it."""
+    if isinstance(error, str):
+        message = _first_text(body, _MESSAGE)
+        if message is None:
+            return _failure(error, _code(body), body)
+        return _failure(message, error, body)  # `error` is a name then, and `message` what it means
+    if isinstance(error, dict) and (found := _inside(error, 0)) is not None:
+        return found
+    if isinstance(error, list) and (found := _of_list(error, 0)) is not None:
+        return found
+    return _failure(_as_text(error), _code(error) if isinstance(error, dict) else None, {})
+
+
+def _inside(said: Mapping[str, Any], depth: int) -> Failure | None:
+    """The failure that an object tells of, itself or one inside it."""
+    if depth > MAX_DEPTH:
+        return None
+    code = _code(said)
+    if code is not None and code.lower() in _FINE:
+        return None
+    if (message := _first_text(said, _MESSAGE)) is not None:
+        detail, title = said.get("detail"), said.get("title")
+        if isinstance(title, str) and isinstance(detail, str) and message == detail:
+            message = f"{title}: {detail}"
+        return _failure(message, code, said)
+    for name in _INSIDE:
+        inner = said.get(name)
+        found: Failure | None = None
+        if isinstance(inner, dict):
+            found = _inside(inner, depth + 1)
+        elif isinstance(inner, list):
+            found = _of_list(inner, depth + 1)
+        elif isinstance(inner, str) and inner and name in ("error", "err", "Error"):
+            found = _failure(inner, code, said)
+        if found is not None:
+            return found if found.code is not None else msgspec.structs.replace(found, code=code)
+    return None
+
+
+def _of_list(items: list[Any], depth: int) -> Failure | None:
+    """The failures in a list as one: texts, objects, or FastAPI's `{"loc", "msg", "type"}`."""
+    found = [_item(item, depth) for item in items[:10]]
+    known = [failure for failure in found if failure is not None]
+    if not known:
+        return None
+    return msgspec.structs.replace(known[0], message=_cut("; ".join(failure.message for failure in known)))
+
+
+def _item(item: Any, depth: int) -> Failure | None:
+    if isinstance(item, str) and item:
+        return _failure(item, None, {})
+    if not isinstance(item, dict):
+        return None
+    failure = _inside(item, depth + 1)
+    place = item.get("loc")
+    if failure is None or not isinstance(place, list):
+        return failure
+    return msgspec.structs.replace(failure, message=_cut(f"{'.'.join(map(str, place[:20]))}: {failure.message}"))
+
+
+def _failure(message: str, code: str | None, said: Mapping[str, Any]) -> Failure:
+    param = said.get("param")
+    if isinstance(param, str) and param and param not in message:
+        message = f"{message} (param: {param})"
+    message = _cut(message)
+    known = {message, code}
+    words = [word for word in _words(said, 0) if word not in known][:MAX_WORDS]
+    return Failure(
+        message=message,
+        code=code,
+        words=" ".join(words) or None,
+        status=_status(said, code),
+        wait_s=_wait_s(said, message),
+    )
+
+
+def _first_text(said: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
+    return next((value for name in names if isinstance(value := said.get(name), str) and value), None)
+
+
+def _code(said: Mapping[str, Any]) -> str | None:
+    for name in (*_CODE, *_SYMBOL):
+        value = said.get(name)
+        if isinstance(value, str | int) and not isinstance(value, bool) and value != "":
+            return str(value).rpartition("#")[2][:MAX_CODE_CHARS]  # AWS: com.amazonaws.x#ThrottlingException
+    return None
+
+
+def _status(said: Mapping[str, Any], code: str | None) -> int | None:
+    """The HTTP status that the object names; the vendor's own codes begin with it (40201 is a 402)."""
+    for value in (*(said.get(name) for name in _STATUS), code):
+        text = str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
+        if text.isascii() and text.isdigit() and len(text) == 3 and 400 <= int(text) < 600:
+            return int(text)
+    vendors = "error_code" in said and "code" in said
+    if vendors and code is not None and re.fullmatch(r"[45]\d{4}", code):
+        return int(code[:3])
+    return None
+
+
+def _words(value: Any, depth: int) -> Iterator[str]:
+    """Every short text in an error object, but for what it repeats of the question."""
+    if depth > MAX_DEPTH:
+        return
+    if isinstance(value, str) and 0 < len(value) <= 300:
+        yield value
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            if name not in _ECHOES:
+                yield from _words(item, depth + 1)
+    elif isinstance(value, list):
+        for item in value[:10]:
+            yield from _words(item, depth + 1)
+
+
+def _wait_s(said: Mapping[str, Any], message: str) -> float | None:
+    """Seconds to wait: a field, Google's RetryInfo among the `details`, or the message's own words."""
+    details = said.get("details")
+    for each in (said, *(details if isinstance(details, list) else ())):
+        for name in _SECONDS:
+            if isinstance(each, dict) and (seconds := _seconds(each.get(name))) is not None:
+                return seconds
+    found = _WAIT.search(message)
+    return None if found is None else _seconds(found["wait"])
+
+
+def _seconds(value: Any) -> float | None:
+    """A number of seconds, `"32s"`, `"7m12.5s"`, `"8 seconds"`, or `{"seconds": 32}`."""
+    if isinstance(value, dict):
+        value = value.get("seconds")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value) if 0 <= value < 1e9 else None
+    if not isinstance(value, str) or len(value) > 60:
+        return None
+    if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", value):
+        return float(value)
+    total, found = 0.0, False
+    for part in _DURATION.finditer(value.lower()):
+        unit = part["unit"]
+        scale = _UNIT_S["ms"] if unit.startswith(("ms", "milli")) else _UNIT_S[unit[0]]
+        total, found = total + float(part["number"][:12]) * scale, True
+    return total if found else None
+
+
+def _as_text(error: Any) -> str:
+    try:
+        return msgspec.json.encode(error).decode()
+    except RecursionError:  # what can just be decoded can't always be encoded
+        return "an error nested too deep to show"
+
+
+def _cut(text: str) -> str:
+    return text[:MAX_MESSAGE_CHARS]

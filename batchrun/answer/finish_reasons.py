@@ -1,0 +1,90 @@
+"""What a finish_reason means, whoever's word it is. PURE: one table.
+
+The API has four (docs/api.md, "Response"). The others are what vendors and servers send in the same place; docs/api.md,
+"Finish reasons", has their sources. Upper case, hyphens and prefixes such as `FINISH_REASON_` make no difference.
+"""
+
+import re
+from collections.abc import Mapping
+from enum import StrEnum
+from functools import lru_cache
+
+
+class Meaning(StrEnum):
+    """What a finish_reason says of its answer; `[finish]` has a setting for each but FAILURE, which is retried."""
+
+    STOP = "stop"
+    """The model came to its end."""
+    LENGTH = "length"
+    """Cut short: a limit of tokens, of the context or of time."""
+    FUNCTION_CALL = "function_call"
+    TOOL_CALLS = "tool_calls"
+    """The same as FUNCTION_CALL, with calls of tools."""
+    FILTER = "content_filter"
+    """The server blocked the rest, or all of it."""
+    REFUSAL = "refusal"
+    """The model itself declined."""
+    FAILURE = "failure"
+    """The server broke off, or the model's output was unusable: what there is of it is no answer."""
+    OTHER = "other"
+    """A word that this table does not have, or none."""
+
+
+UNSAID = frozenset({None, "", "null", "none", "None"})
+"""What servers send where they give no reason; Qwen's say "null"."""
+
+
+_NAMES: Mapping[Meaning, str] = {
+    Meaning.STOP: """
+        stop stopped stop_sequence stop_sequences stop_token stop_str stop_string stop_criteria_met
+        stop_sequence_reached stop_trigger eog_token eot eot_id eom_id im_end end_of_message
+        end eos eos_token eos_token_id end_turn end_of_turn end_of_text endoftext end_of_sequence complete completed
+        completion finish finished done normal success model_end
+    """,
+    Meaning.LENGTH: """
+        length limit length_limit max_tokens max_token max_length max_len maximum_tokens maximum_length max_output
+        max_output_tokens max_new_tokens max_completion_tokens token_limit token_limit_reached tokens_limit output_limit
+        model_length context context_length context_limit context_window context_length_exceeded max_context
+        model_context_window_exceeded max_model_len truncated incomplete time_limit error_limit length_capped pause_turn
+        repetition
+    """,
+    Meaning.FUNCTION_CALL: "function_call function_calls function",
+    Meaning.TOOL_CALLS: "tool_calls tool_call tool_use tools",
+    Meaning.FILTER: """
+        content_filter content_filtered content_filter_error filter filtered safety image_safety recitation
+        image_recitation blocklist prohibited_content image_prohibited_content spii language model_armor sensitive
+        content_policy content_policy_violation content_moderation moderation moderated blocked block guardrail
+        guardrails guardrail_intervened jailbreak error_toxic toxic risk risk_control data_inspection_failed unsafe
+    """,
+    Meaning.REFUSAL: "refusal refused refuse",
+    Meaning.FAILURE: """
+        error errored failed failure abort aborted cancel canceled cancelled user_cancel interrupted interrupt timeout
+        timed_out network_error server_error internal_error unavailable overloaded insufficient_system_resource
+        insufficient_resources preempted not_finished malformed_function_call malformed_response malformed_model_output
+        malformed_tool_use unexpected_tool_call too_many_tool_calls missing_thought_signature no_image
+        disconnect disconnected exception
+    """,
+}
+
+_MEANINGS: Mapping[str, Meaning] = {name: meaning for meaning, names in _NAMES.items() for name in names.split()}
+
+_PREFIX = re.compile(r"^(?:finish_reason|stop_reason|finish|reason|response)_(?=.)")
+_COMPOUND = re.compile(r"[a-z_]+: [A-Z_]+")
+_HUMP = re.compile(r"(?<=[a-z])(?=[A-Z])")
+
+
+@lru_cache(maxsize=256)
+def meaning_of(reason: str | None) -> Meaning:
+    """What it means; OTHER where nothing is said or the word is unknown.
+
+    Of a compound such as `content_filter: RECITATION` (Gemini's compatible endpoint) the last known part counts.
+    """
+    if reason is None or len(reason) > 200:
+        return Meaning.OTHER
+    parts = reason.split(": ") if _COMPOUND.fullmatch(reason) else (reason,)
+    for part in reversed(parts):
+        name = re.sub(r"[^a-z0-9]+", "_", _HUMP.sub("_", part).lower()).strip("_")
+        for known in (name, _PREFIX.sub("", name)):
+            if known in _MEANINGS:
+                return _MEANINGS[known]
+    return Meaning.OTHER

@@ -1,0 +1,81 @@
+"""What the answers and settled rows of this start show that a person should know, or that stops the run. PURE.
+
+Nothing here is kept per row.
+"""
+
+from batchrun.answer.finish_reasons import UNSAID, Meaning, meaning_of
+from batchrun.errors import ExitCode
+from batchrun.gate.admission import Stop
+from batchrun.policy import QUOTA, Judgement
+from batchrun.records import RowError, Status, Verdict
+
+FIRST_ROWS = 40
+"""So many first rows show whether nearly everything is filtered: a file may well begin with ten that are blocked."""
+
+NEARLY_ALL = 0.95
+
+MAX_REASONS = 20
+MAX_REASON_CHARS = 100
+"""A server that makes up a reason for each answer is not listened to for ever."""
+
+
+class Signs:
+    """`finish_reasons` are those seen that batchrun does not know, `example_error` is why a row failed.
+
+    That is the first row which was refused for its request, which a setting may cure, else the first that failed.
+    """
+
+    def __init__(self, *, quota_patience_s: float, resumed: bool) -> None:
+        """A run that is `resumed` has had its first rows; a quota without success is waited for so many seconds."""
+        self.finish_reasons: list[str] = []
+        self.example_error: str | None = None
+        self._quota_patience_s = quota_patience_s
+        self._refused_since_s: float | None = None
+        self._example_is_curable = False
+        self._settled = self._filtered = 0
+        self._counts = not resumed
+
+    def judged(self, judgement: Judgement, now_s: float) -> Judgement:
+        """The judgement, but for a quota that time should have lifted: without a success since, it pauses the run."""
+        if judgement.verdict is Verdict.OK:
+            self._refused_since_s = None
+        if judgement.error is None or judgement.error.kind != QUOTA or judgement.verdict is not Verdict.SLOW:
+            return judgement
+        if self._refused_since_s is None:
+            self._refused_since_s = now_s
+        waited_s = now_s - self._refused_since_s
+        if waited_s <= self._quota_patience_s:
+            return judgement
+        message = f"no answer for {waited_s / 60:.0f} minutes: {judgement.error.message or ''}"
+        error = RowError(judgement.error.kind, judgement.error.http_status, judgement.error.code, message)
+        return Judgement(Verdict.PAUSE, error, retry_after_s=judgement.retry_after_s)
+
+    def answered(self, finish_reason: str | None) -> None:
+        """An answer ended so."""
+        if finish_reason is None or finish_reason in UNSAID or meaning_of(finish_reason) is not Meaning.OTHER:
+            return
+        reason = finish_reason[:MAX_REASON_CHARS]
+        if reason not in self.finish_reasons and len(self.finish_reasons) < MAX_REASONS:
+            self.finish_reasons.append(reason)
+
+    def settled(self, status: Status, error: RowError | None) -> Stop | None:
+        """A row ended so; why the run stops for it, if it does."""
+        if status is Status.ERROR and error is not None:
+            curable = error.kind == "bad_request" and not self._example_is_curable
+            if self.example_error is None or curable:
+                self.example_error, self._example_is_curable = error.text, error.kind == "bad_request"
+        if not self._counts:
+            return None
+        self._settled += 1
+        self._filtered += status is Status.FILTERED
+        if self._settled < FIRST_ROWS:
+            return None
+        self._counts = False
+        if self._filtered < NEARLY_ALL * FIRST_ROWS:
+            return None
+        said = "" if error is None else f" ({error.text})"
+        return Stop(
+            ExitCode.USAGE,
+            f"{self._filtered} of the first {FIRST_ROWS} rows were filtered{said}: look at them; "
+            "where that is right, the same command asks the rest",
+        )

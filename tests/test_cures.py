@@ -1,0 +1,185 @@
+"""A refusal that names a parameter names the setting that cures it, and the command that is printed works."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchrun.report.cures import cure_of
+from tests.cli_process import KEY, Ended, batchrun, read_summary, write_job, write_rows
+from tests.endings import answer_body
+from tests.fault_server import Exchange, Script, answer, serving_aside
+
+FIELD, ROLE = "endpoint.max_tokens_field", "endpoint.developer_role"
+
+CURES: list[tuple[str, str | None, str | None]] = [
+    # what the server says, the setting, the value that is tried; None: a person must choose, or there is no cure
+    (
+        "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.",
+        FIELD,
+        "max_completion_tokens",
+    ),
+    ("Unrecognized request argument supplied: max_completion_tokens", FIELD, "max_tokens"),
+    ("body.max_completion_tokens: Extra inputs are not permitted", FIELD, "max_tokens"),
+    (
+        "Use max_completion_tokens instead of max_tokens, which this model does not support",
+        FIELD,
+        "max_completion_tokens",
+    ),
+    (
+        "max_tokens is too large: 50000. This model supports at most 16384 completion tokens",
+        "request.max_tokens",
+        "16384",
+    ),
+    ("Invalid max_tokens value, the valid range of max_tokens is [1, 8192]", "request.max_tokens", "8192"),
+    ("Range of max_tokens should be [1, 2,000]", "request.max_tokens", "2000"),
+    ("`max_tokens` must be less than or equal to `8192`", "request.max_tokens", "8192"),
+    (
+        "Invalid 'max_tokens': integer above maximum value. Expected a value <= 4096, but got 5000 instead.",
+        "request.max_tokens",
+        "4096",
+    ),
+    ("'max_tokens' is too large: 5000. This model's maximum context length is 4096 tokens", "request.max_tokens", None),
+    ("max_tokens: Field required", "request.max_tokens", None),
+    (
+        "Unsupported value: 'temperature' does not support 0.0. Only the default (1) value is supported.",
+        "request.temperature",
+        "",
+    ),
+    ("Unsupported parameter: 'top_p' is not supported with this model.", "request.top_p", ""),
+    ("Unknown (param: reasoning_effort)", "request.reasoning_effort", ""),
+    ("Unsupported value: 'reasoning_effort' does not support 'xhigh'.", "request.reasoning_effort", ""),
+    (
+        "Invalid parameter: 'response_format' of type 'json_schema' is not supported with this model.",
+        "request.response_format",
+        "",
+    ),
+    (
+        "Invalid schema for response_format 'answer': 'additionalProperties' is required to be false",
+        "request.response_format.strict",
+        "false",
+    ),
+    ("Unrecognized request argument supplied: stream_options", "request.extra.stream_options", "{}"),
+    ("This model only support stream mode, please enable the stream parameter", "request.stream", "true"),
+    ("Streaming is not supported", "request.stream", "false"),
+    ("'developer' is not one of ['system', 'assistant', 'user'] - 'messages.0.role'", ROLE, "system"),
+    ("Unsupported value: 'messages[0].role' does not support 'developer' with this model.", ROLE, "system"),
+    ("Unknown parameter: 'seed'.", "request.extra.seed", ""),
+    ("body.top_k: Extra inputs are not permitted", "request.extra.top_k", ""),
+    ("Unsupported parameter: 'stop'", "request.extra.stop", ""),
+    ("This model's maximum context length is 8192 tokens", None, None),
+    ("Invalid image: stop sending such", None, None),
+    ("The model `x` does not exist", None, None),
+    ("Please set a lower temperature if you like", None, None),
+]
+
+
+@pytest.mark.parametrize(("message", "setting", "value"), CURES)
+def test_a_refusal_that_names_a_parameter_names_the_setting_that_cures_it(
+    message: str, setting: str | None, value: str | None
+) -> None:
+    cure = cure_of(f"HTTP 400: {message}")
+    assert (cure and cure.setting) == setting
+    assert (cure.flags if cure else ()) == (() if value is None else ("--set", f"{setting}={value}"))
+
+
+def refusing(parameter: str, message: str, unless: Any = ...) -> Script:
+    """Requests with the parameter, but for this value of it, are refused with the message."""
+
+    async def script(exchange: Exchange) -> None:
+        body = json.loads(exchange.body)
+        if parameter == "developer":
+            refused = any(each["role"] == "developer" for each in body["messages"])
+        else:
+            refused = parameter in body and body[parameter] != unless
+        if refused:
+            said = json.dumps({"error": {"message": message, "param": parameter, "code": "unsupported"}}).encode()
+            await exchange.send(answer(said, status="400 Bad Request"))
+        else:
+            await exchange.send(answer(answer_body()))
+
+    return script
+
+
+def next_command(ended: Ended) -> list[str]:
+    """The arguments of the command that the closing lines print."""
+    printed = re.search(r"^next +batchrun (.*)$", ended.stdout, re.MULTILINE)
+    assert printed is not None, ended.stdout
+    return shlex.split(printed[1])
+
+
+TEMPERATURE = "Unsupported value: 'temperature' does not support 0.0. Only the default (1) value is supported."
+REFUSALS: dict[str, tuple[Script, str, int]] = {
+    # the server, more of the job, how many commands until the run is complete without a failure
+    "max_tokens": (refusing("max_tokens", CURES[0][0]), "", 2),
+    "a lower limit": (refusing("max_tokens", "max_tokens is too large: 40. At most 16 here", 16), "", 1),
+    "temperature": (refusing("temperature", TEMPERATURE), "temperature = 0.0", 1),
+    "stream_options": (refusing("stream_options", CURES[17][0]), "stream = true", 2),
+    "developer": (
+        refusing("developer", "Unsupported value: 'messages[0].role' does not support 'developer'"),
+        'extra = { stop = ["x"] }',
+        2,
+    ),
+    "extra": (refusing("seed", "Unknown parameter: 'seed'."), "extra = { seed = 5 }", 1),
+}
+
+
+def job_of(folder: Path, url: str, rows: int, name: str, more: str) -> Path:
+    job = write_job(folder / "my job.toml", url, write_rows(folder / "in.jsonl", rows))
+    text = job.read_text().replace("max_tokens = 40", f"max_tokens = 40\n{more}")
+    if name == "developer":
+        message = '[[request.messages]]\nrole = "{}"\ncontent = "{}"\n'
+        text = text.replace('prompt = "Say: {{ text }}"\n', "")
+        text += message.format("developer", "Be brief.") + message.format("user", "Say: {{ text }}")
+    job.write_text(text)
+    return job
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_the_command_that_the_closing_lines_print_cures_a_run_that_the_first_rows_stopped(
+    name: str, tmp_path: Path
+) -> None:
+    script, more, commands = REFUSALS[name]
+    with serving_aside(script) as server:
+        job = job_of(tmp_path, server.url, 30, name, more)
+        ended = batchrun("run", job, "-o", tmp_path / "out")
+        assert ended.exit_code == 2, ended.stdout + ended.stderr
+        assert "cure " in ended.stdout
+        for _ in range(commands):
+            assert ended.exit_code in (2, 3), ended.stdout + ended.stderr
+            ended = batchrun(*next_command(ended))
+        assert ended.exit_code == 0, ended.stdout + ended.stderr
+        assert len(server.exchanges) <= 2 * 8 + 10 + 30
+    assert read_summary(tmp_path / "out")["by_status"] == {"ok": 30}
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "temperature"])
+def test_the_command_that_is_printed_cures_a_complete_run(name: str, tmp_path: Path) -> None:
+    script, more, _ = REFUSALS[name]
+    with serving_aside(script) as server:
+        job = job_of(tmp_path, server.url, 4, name, more)
+        ended = batchrun("run", job, "-o", tmp_path / "out")
+        assert ended.exit_code == 3
+        assert batchrun(*next_command(ended), key=KEY).exit_code == 0
+    assert read_summary(tmp_path / "out")["by_status"] == {"ok": 4}
+
+
+def test_what_the_rows_bring_themselves_no_setting_cures() -> None:
+    said = "HTTP 400: Unsupported parameter: 'temperature' is not supported with this model."
+    for settings in ([], ["request.model", "request.from_columns.temperature"]):
+        cure = cure_of(said, settings)
+        assert cure is not None
+        assert (cure.setting, cure.flags) == ("temperature", ())
+        assert "the rows of the input bring it" in cure.what
+    set_by_the_job = cure_of(said, ["request.temperature"])
+    assert set_by_the_job is not None
+    assert set_by_the_job.flags == ("--set", "request.temperature=")
+    schema = cure_of("Invalid schema for response_format 'answer'", ["request.response_format.type"])
+    assert schema is not None
+    assert schema.setting == "request.response_format.strict"
+    field = cure_of("Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.", [])
+    assert field is not None
+    assert field.setting == FIELD
