@@ -1,8 +1,10 @@
 """`summary.json`, from the first second to the last, and the same in words a person reads in five seconds. PURE."""
 
+import shlex
 from collections.abc import Collection, Iterator
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from pathlib import Path
 
 import msgspec
 
@@ -18,6 +20,13 @@ from batchrun.rundir import RunDirectory
 
 VERSION = 2
 """The schema of summary.json; docs/output.md describes it. A field that goes or changes its meaning raises this."""
+
+FIRST_S = 5.0
+"""Before so much of a start was seen, nothing is said of its end: few requests are in flight yet, and answers to the
+first ones come all at once."""
+
+RATE_S = 60.0
+"""A start that took less has no rate per minute that is worth the name: see `_rate`."""
 
 
 class Moment(msgspec.Struct, frozen=True):
@@ -42,11 +51,12 @@ class Moment(msgspec.Struct, frozen=True):
     now_s: float = 0.0
     limits: InForce | None = None
     tuned: Tuned | None = None
+    command: str | None = None
 
     @property
     def eta(self) -> datetime | None:
         """When every row will be settled; None where nobody can say."""
-        if self.forecast is None or self.forecast.done_in_s is None:
+        if self.forecast is None or self.forecast.done_in_s is None or self.forecast.seen_s < FIRST_S:
             return None
         return self.now + timedelta(seconds=round(self.forecast.done_in_s))
 
@@ -164,7 +174,8 @@ def _summary(
         by_deadline=moment.by_deadline(settled, rows),
         pid=moment.pid,
         host=moment.host,
-        files=files(directory) if moment.complete else {},
+        command=moment.command,
+        files=files(directory) if moment.complete else files_so_far(directory, moment.started_at),
     )
 
 
@@ -172,6 +183,16 @@ def files(directory: RunDirectory) -> dict[str, str]:
     """Where a complete run's files are."""
     result = directory.completions if directory.completions.exists() else directory.completions_folder
     return {"completions": str(result), "usage": str(directory.usage)}
+
+
+def files_so_far(directory: RunDirectory, since: datetime) -> dict[str, str]:
+    """What this start, begun at `since`, left to read of a run that is not complete."""
+    there = {"partial": directory.partial, "usage": directory.usage}
+    return {name: str(path) for name, path in there.items() if path.exists() and _written_at(path) >= since}
+
+
+def _written_at(path: Path) -> datetime:
+    return datetime.fromtimestamp(path.stat().st_mtime, UTC)
 
 
 def failures(summary: Summary, failing: Collection[Status] = FAILURES) -> int:
@@ -238,13 +259,39 @@ def _closing(summary: Summary, requests_per_minute: float | None) -> Iterator[tu
     for line in (*doubts, *(summary.price or "").split("; ")):
         if line:
             yield "", line
-    limit = f" of {requests_per_minute:,.0f} allowed" if requests_per_minute else ""
-    requests = f"{summary.requests_per_minute:,.0f} requests/min{limit}"
-    yield "rate", f"{requests}, {summary.tokens_per_minute:,.0f} tokens/min, {summary.elapsed_s:,.1f} s"
+    yield "rate", _rate(summary, requests_per_minute)
     for name, rows in summary.models.items():
         if all(line.model != name for line in summary.totals):
             yield "note", f"{rows:,} answers name the model {name}"
     yield from summary.files.items()
+
+
+def _rate(summary: Summary, requests_per_minute: float | None) -> str:
+    """What this start sent, against the limit; as a rate only where it sent for long enough to have one.
+
+    Over a few seconds the burst that a limit allows would read as the limit broken: 348 requests in 10 s are 2,087 a
+    minute, and within 1,500 a minute if the first of them went at once.
+    """
+    allowed = f"{_rounded(float(requests_per_minute)):,}" if requests_per_minute else ""
+    if summary.elapsed_s < RATE_S:
+        sent = plural(round(summary.requests_per_minute * summary.elapsed_s / 60), "request")
+        tokens = plural(round(summary.tokens_per_minute * summary.elapsed_s / 60), "token")
+        limit = f" ({allowed} requests/min allowed)" if allowed else ""
+        return f"{sent}, {tokens} in {summary.elapsed_s:,.1f} s{limit}"
+    limit = f" of {allowed} allowed" if allowed else ""
+    if requests_per_minute and summary.requests_per_minute > requests_per_minute:
+        changed = summary.tuned is not None and summary.tuned.refused is None
+        limit = f" ({allowed} allowed" + (", changed meanwhile)" if changed else " after the first burst)")
+    requests = f"{summary.requests_per_minute:,.0f} requests/min{limit}"
+    return f"{requests}, {summary.tokens_per_minute:,.0f} tokens/min, {summary.elapsed_s:,.1f} s"
+
+
+def pace(summary: Summary) -> str:
+    """How fast this start settles rows; as a rate only where it worked for long enough to have one."""
+    if summary.elapsed_s >= RATE_S:
+        return f"{summary.rows_per_minute:,.0f} rows/min"
+    rows = sum(line.rows for line in summary.totals if line.invocation == summary.invocation)
+    return f"{plural(rows, 'row')} in {summary.elapsed_s:,.0f} s"
 
 
 def known_cost(cost_usd: Decimal, unpriced: int) -> Decimal | None:
@@ -284,6 +331,16 @@ def _next_steps(summary: Summary, max_failures: int, failing: Collection[Status]
     if not summary.complete:
         yield "stopped", summary.reason or "before the end"
         yield "next", f"{summary.pending:,} rows are left; the same command goes on where this stopped"
+    if not summary.complete and summary.by_status and "partial" not in summary.files and "usage" in summary.files:
+        yield "rows so far", f"batchrun export {shlex.quote(str(Path(summary.files['usage']).parent))}"
+
+
+def age_in_words(age_s: float) -> str:
+    """An age in the largest unit that it has one of."""
+    for unit, size_s in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if age_s >= size_s:
+            return f"{age_s // size_s:.0f} {unit}"
+    return f"{max(0.0, age_s):.0f} s"
 
 
 def plural(count: int, noun: str) -> str:
