@@ -40,7 +40,9 @@ chunk_rows = 40
 layout = "{layout}"
 """
 
-NO_SECOND_SOURCE = ("updated_at", "limits", "requests_per_minute", "elapsed_s", "rows_per_minute", "tokens_per_minute")
+NO_SECOND_SOURCE = (
+    *("updated_at", "limits", "command", "requests_per_minute", "elapsed_s", "rows_per_minute", "tokens_per_minute"),
+)
 """Fields of summary.json that nothing else can vouch for, but for two rates to their rounding."""
 
 
