@@ -193,7 +193,7 @@ def status(paths: tuple[Path, ...], as_json: bool, exit_code: bool) -> None:
     from batchrun.report import nights, status
     from batchrun.rundir import RunDirectory
 
-    one = len(paths) == 1 and not as_json and RunDirectory(paths[0]).summary.exists()
+    one = len(paths) == 1 and not as_json and nights.is_run(paths[0])
     found = [] if one and not exit_code else nights.collect(paths, datetime.now(UTC))
     if as_json:
         _say(nights.as_json(found))

@@ -133,10 +133,6 @@ class RunDirectory:
         pid, host, since = summary.get("pid"), summary.get("host"), summary.get("started_at")
         return f"pid {pid} on {host}, since {since}" if pid else "it has just started"
 
-    def is_run(self) -> bool:
-        """True where summary.json is a run's: other programs write files of that name, too."""
-        return "run_id" in (self.read_summary() or {})
-
     def read_summary(self) -> dict[str, object] | None:
         """summary.json as it stands, or None where there is none to be read."""
         try:

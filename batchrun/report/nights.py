@@ -105,10 +105,18 @@ def _cells(night: Night) -> tuple[str, ...]:
     return (night.state, *counts, cost, age, night.path, night.next or "")
 
 
+def is_run(path: Path) -> bool:
+    """True for a run directory: other programs write a file called summary.json, too."""
+    directory = RunDirectory(path)
+    return directory.summary.exists() and (
+        directory.checkpoint.exists() or "run_id" in (directory.read_summary() or {})
+    )
+
+
 def _run_directories(path: Path) -> Iterator[Path]:
     """The run directories that `path` is or holds, at any depth; what lies in a run directory is none."""
     for folder, names, files in os.walk(path):
-        if "summary.json" in files and ("checkpoint.db" in files or RunDirectory(Path(folder)).is_run()):
+        if "summary.json" in files and is_run(Path(folder)):
             names.clear()
             yield Path(folder)
         names.sort()

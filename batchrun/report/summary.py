@@ -74,11 +74,13 @@ def read(directory: RunDirectory) -> Summary:
         InputError: there is no run.
         CheckpointError: damaged, or of another version.
     """
-    if directory.read_summary() is None:
-        raise InputError(f"{directory.path}: no run here (no summary.json)")
     try:
         summary = msgspec.json.decode(directory.summary.read_bytes(), type=Summary)
-    except msgspec.DecodeError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputError(f"{directory.path}: no run here (no summary.json)") from error
+    except OSError as error:
+        raise InputError(f"{directory.summary} can't be read: {error.strerror or error}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{directory.summary}: damaged, or of another version of batchrun: {error}") from error
     if summary.version != VERSION:
         raise CheckpointError(f"{directory.summary}: of another version of batchrun (schema {summary.version})")
@@ -340,7 +342,7 @@ def age_in_words(age_s: float) -> str:
     for unit, size_s in (("d", 86_400), ("h", 3_600), ("min", 60)):
         if age_s >= size_s:
             return f"{age_s // size_s:.0f} {unit}"
-    return f"{max(0.0, age_s):.0f} s"
+    return f"{max(0, int(age_s))} s"
 
 
 def plural(count: int, noun: str) -> str:
