@@ -148,7 +148,7 @@ def _leave(
         write_usage(directory.usage, checkpoint.spent.totals.values())
         if not job.output.partial:
             return
-        hooks.note(f"writing the rows so far: {directory.partial}")
+        hooks.note(f"writing the rows so far: {directory.partial} (a signal ends that)")
         with signals.raised():
             batches = _chunks(plan, directory, checkpoint).so_far()
             compression = plan.facts.output.compression

@@ -319,7 +319,7 @@ def test_an_export_that_is_cut_short_leaves_the_one_before(runs: Runs, tmp_path:
 STOPS = {
     "budget": (4, ["--set", "budget.max_requests=60"]),
     "cost": (4, ["--max-cost", "0.03"]),
-    "deadline": (4, ["--deadline", "1s", "--set", "limits.requests_per_minute=1200"]),
+    "deadline": (4, ["--deadline", "4s", "--set", "limits.requests_per_minute=600"]),
     "key": (5, []),
 }
 

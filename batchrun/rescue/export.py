@@ -158,7 +158,8 @@ def _source(directory: RunDirectory, known: Facts) -> tuple[Source, str | None]:
     try:
         return input_again(known, directory), None
     except InputError as error:
-        return JsonlSource(()), str(error)
+        relative = any(not Path(file.path).is_absolute() for file in known.files)
+        return JsonlSource(()), f"{error}" + ("; run this where the run was started" if relative else "")
 
 
 def _schema(
