@@ -98,6 +98,7 @@ def run(
 ) -> None:
     """Ask every row of the input. The same command again goes on where the last one stopped."""
     import batchrun
+    from batchrun.report import again
 
     flags = {"budget.max_cost_usd": max_cost_usd, "output.max_failures": max_failures}
     loaded = _load(job, input_path, output_path, overrides, flags)
@@ -116,6 +117,7 @@ def run(
                 progress=progress.show,
                 note=note,
                 checked=progress.checked,
+                command=again.command(click.get_current_context().params),
             )
         except (batchrun.RunIncompleteError, KeyboardInterrupt) as stopped:
             summary = _where_it_stands(stopped)
@@ -181,13 +183,36 @@ def estimate(job: Path, input_path: str | None, out: Path | None, overrides: tup
 
 
 @cli.command()
-@OUT
-def status(out: Path) -> None:
-    """Where a run stands, also while it runs."""
-    from batchrun.report import bill as report
+@click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="An array of an object for each run.")
+@click.option("--exit-code", is_flag=True, help="Exit 4 where a run is unfinished and no process works on it.")
+def status(paths: tuple[Path, ...], as_json: bool, exit_code: bool) -> None:
+    """Where a run stands, also while it works; or many runs, a line each, unfinished ones first."""
+    from datetime import UTC, datetime
+
+    from batchrun.report import nights, status
     from batchrun.rundir import RunDirectory
 
-    for line in report.status_lines(RunDirectory(out)):
+    one = len(paths) == 1 and not as_json and nights.is_run(paths[0])
+    found = [] if one and not exit_code else nights.collect(paths, datetime.now(UTC))
+    if as_json:
+        _say(nights.as_json(found))
+    else:
+        for line in status.lines(RunDirectory(paths[0])) if one else nights.lines(found):
+            _say(harmless(line))
+    if exit_code:
+        sys.exit(nights.exit_code(found))
+
+
+@cli.command()
+@OUT
+@click.option("-o", "--output", "target", type=click.Path(path_type=Path), help="A file instead, outside of OUT.")
+def export(out: Path, target: Path | None) -> None:
+    """Write the rows that a stopped run has so far, the others as pending. Sends nothing; the run stays as it is."""
+    from batchrun.rescue import export as exporting
+    from batchrun.rundir import RunDirectory
+
+    for line in exporting.in_words(exporting.export(RunDirectory(out), target)):
         _say(harmless(line))
 
 

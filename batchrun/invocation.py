@@ -19,14 +19,15 @@ from batchrun.asking import asking, control, replay
 from batchrun.asking.asking import Asking, Hooks
 from batchrun.asking.chronicle import Chronicle
 from batchrun.asking.opening import about, told_at_start
-from batchrun.checkpoint import facts, slots, variants
+from batchrun.checkpoint import at_rest, facts, variants
 from batchrun.checkpoint.checkpoint import Checkpoint, read_finished
 from batchrun.credentials import Credentials
 from batchrun.durable import replace_bytes
 from batchrun.errors import BatchrunError, CheckpointError, ExitCode, InputError, JobError
 from batchrun.job.job import Job
-from batchrun.output import result
+from batchrun.output import partial, result
 from batchrun.output.chunks import Chunks
+from batchrun.output.files import write_usage
 from batchrun.plan import plan as planning
 from batchrun.plan import reading, retry
 from batchrun.plan.asked import Asked
@@ -64,7 +65,7 @@ def run(
             return finished
         control.clear(directory)
         at_rest = _at_rest(directory)
-        chronicle = Chronicle(job.name, directory, credentials)
+        chronicle = Chronicle(job.name, directory, credentials, hooks.command)
         try:
             hooks.progress(chronicle.summary())
             checkpoint = Checkpoint(directory.checkpoint, free_reserve=directory.free_room)
@@ -99,7 +100,7 @@ def _run(
     """Plan, ask, write: this process's share of the run."""
     chronicle.checkpoint = checkpoint
     checkpoint.begin_invocation(chronicle.started_at.timestamp(), os.getpid(), socket.gethostname(), __version__)
-    lost = _name_lost(directory, checkpoint)
+    lost = at_rest.name_lost(directory.inflight, checkpoint)
     with signals.raised():  # until the event loop listens itself
         plan = planning.make(job, directory, checkpoint, asked, chronicle.started_at)
         directory.reserve_room()
@@ -120,12 +121,41 @@ def _run(
             rows = Asking(
                 job, plan, directory, credentials, checkpoint, chunks, chronicle, hooks, grace_s, asked.deadline
             )
-            with asyncio.Runner(loop_factory=loop_factory) as runner:
-                stop = runner.run(rows.ask())
+            try:
+                with asyncio.Runner(loop_factory=loop_factory) as runner:
+                    stop = runner.run(rows.ask())
+            except BatchrunError:
+                _leave(job, plan, directory, checkpoint, chronicle, hooks)
+                raise
             if stop is not None:
-                return chronicle.end("stopped", stop.exit_code, stop.why)
+                chronicle.end("stopped", stop.exit_code, stop.why)  # first: what follows may take long, or be killed
+                _leave(job, plan, directory, checkpoint, chronicle, hooks)
+                summary = chronicle.summary(int(stop.exit_code), stop.why)
+                chronicle.write(summary)
+                return summary
     with signals.raised():
         return _finish(job, plan, directory, checkpoint, chunks, chronicle)
+
+
+def _leave(
+    job: Job, plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, chronicle: Chronicle, hooks: Hooks
+) -> None:
+    """The bill of a run that is not complete is in usage.parquet, and its rows so far are beside it if the job says so.
+
+    A failure here, and a signal, which ends it at once, change nothing of the way out.
+    """
+    try:
+        write_usage(directory.usage, checkpoint.spent.totals.values())
+        if not job.output.partial:
+            return
+        hooks.note(f"writing the rows so far: {directory.partial} (a signal ends that)")
+        with signals.raised():
+            batches = _chunks(plan, directory, checkpoint).so_far()
+            compression = plan.facts.output.compression
+            partial.write(directory.partial, batches, plan.schema, compression, chronicle.summary())
+    except BatchrunError as error:
+        chronicle.log.write("export failed", why=str(error))
+        hooks.note(f"warning: {error}; batchrun export {directory.path} writes the rows so far")
 
 
 def _at_rest(directory: RunDirectory) -> bytes | None:
@@ -172,17 +202,6 @@ def _begin(plan: Plan, checkpoint: Checkpoint, chronicle: Chronicle) -> None:
     chronicle.state = "running"
     chronicle.log.write("started", invocation=checkpoint.invocation, resumed=plan.resumed, rows=plan.rows)
     chronicle.write(chronicle.summary())
-
-
-def _name_lost(directory: RunDirectory, checkpoint: Checkpoint) -> int:
-    """Who was in flight when an earlier process died is on the permanent list, unless their end is known; how many."""
-    lost = [
-        entry
-        for entry in slots.read(directory.inflight)
-        if entry is slots.UNREADABLE or not checkpoint.has_end(entry.row, entry.n)
-    ]
-    checkpoint.name_possibly_billed(slots.possibly_billed(lost, checkpoint.invocation - 1, "crash"))
-    return len(lost)
 
 
 def _retried(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, statuses: frozenset[str]) -> str:

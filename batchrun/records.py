@@ -351,4 +351,5 @@ class Summary(msgspec.Struct, frozen=True):
     by_deadline: float | None
     pid: int
     host: str
+    command: str | None
     files: dict[str, str]

@@ -34,6 +34,7 @@ class RunDirectory:
         self.path = path
         self.completions = path / "completions.parquet"
         self.completions_folder = path / "completions"  # layout = "parts"
+        self.partial = path / "completions.partial.parquet"  # of a run that is not complete
         self.usage = path / "usage.parquet"
         self.summary = path / "summary.json"
         self.checkpoint = path / "checkpoint.db"
@@ -189,6 +190,33 @@ def place(pattern: str, job: str, *, date: str | None, now: datetime, new: bool)
     return path, None
 
 
+def unfinished(pattern: str, job: str, chosen: Path) -> list[tuple[str, Path]]:
+    """The dates, and the directories, of this job's runs that stopped before they were complete, oldest first.
+
+    Only those of the pattern, and not the `chosen` one nor any that a process works on. Quick with thousands of them: a
+    complete run costs the reading of its summary.
+    """
+    fixed = str(Path(pattern.replace("{job}", job)))
+    if "{date}" not in fixed:
+        return []
+    return [
+        (date, path)
+        for date, path in sorted(_dated(fixed), key=lambda pair: _by_date(pair[0]))
+        if path != chosen and _stopped(RunDirectory(path), job)
+    ]
+
+
+def _stopped(directory: RunDirectory, job: str) -> bool:
+    try:
+        content = directory.summary.read_bytes()
+    except OSError:
+        return False
+    if b'"complete": true' in content:
+        return False
+    summary = directory.read_summary() or {}
+    return summary.get("complete") is False and summary.get("job") == job and not directory.locked()
+
+
 def _unused(pattern: str, date: str, path: Path) -> Path:
     if "{date}" not in pattern and path.exists():
         raise JobError(f"--new: {path} is there already and output.path has no {{date}}; name another with -o")
@@ -201,12 +229,16 @@ def _unused(pattern: str, date: str, path: Path) -> Path:
 
 def _newest(pattern: str) -> tuple[str, Path] | None:
     """The last date, and its directory, among those that fit the pattern."""
+    return max(_dated(pattern), key=lambda pair: _by_date(pair[0]), default=None)
+
+
+def _dated(pattern: str) -> list[tuple[str, Path]]:
+    """The dates, and the directories, that fit the pattern."""
     parts = pattern.split("{date}")
     first, *others = map(re.escape, parts)
     expression = re.compile("(?P=date)".join([f"{first}(?P<date>{_DATE}){others[0]}", *others[1:]]))
     names = glob.glob("*".join(map(glob.escape, parts)))  # noqa: PTH207  (Path.glob takes no absolute pattern)
-    found = [(match["date"], Path(name)) for name in names if (match := expression.fullmatch(name))]
-    return max(found, key=lambda pair: _by_date(pair[0]), default=None)
+    return [(match["date"], Path(name)) for name in names if (match := expression.fullmatch(name))]
 
 
 def _is_date(text: str) -> bool:

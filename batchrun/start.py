@@ -49,6 +49,7 @@ class Options(TypedDict, total=False):
     progress: Callable[[Summary], None]
     note: Callable[[str], None]
     checked: Callable[[int], None]
+    command: str | None
 
 
 class RunIncompleteError(RunStoppedError):
@@ -129,7 +130,7 @@ def _invoke(
         told=note,
         checked=_checked(options, host),
     )
-    hooks = Hooks(options.get("progress", lambda summary: None), note, host)
+    hooks = Hooks(options.get("progress", lambda summary: None), note, host, options.get("command"))
     grace_s = options.get("grace_s")
     patience_s = GRACE_S if grace_s is None else grace_s
     return invocation.run(job, directory, keys, asked, hooks, grace_s=patience_s, loop_factory=_loop_factory())
@@ -172,7 +173,22 @@ def _place(job: Job, options: Options, note: Callable[[str], None]) -> RunDirect
     )
     if earlier is not None:
         note(f"going on with the unfinished run of {earlier} ({path}); --new starts another")
+    if left := rundir.unfinished(job.output.path, job.name, path):
+        note(_left_in_words(left))
     return RunDirectory(path)
+
+
+MOST_DATES = 5
+"""So many dates of unfinished runs are named."""
+
+
+def _left_in_words(left: list[tuple[str, Path]]) -> str:
+    """Earlier runs of the job that are unfinished, oldest first, and what finishes them."""
+    dates = [date for date, _ in left]
+    named = ", ".join(dates[:MOST_DATES]) + (f" and {len(dates) - MOST_DATES:,} more" if dates[MOST_DATES:] else "")
+    if len(dates) == 1:
+        return f"an earlier run of this job is unfinished: {named}; this command with --date {named} finishes it"
+    return f"earlier runs of this job are unfinished: {named}; this command with --date {dates[0]} finishes the first"
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import pytest
 
 from batchrun import credentials, invocation
 from batchrun.checkpoint import slots, spill
+from batchrun.checkpoint.at_rest import log_of
 from batchrun.durable import digest
 from batchrun.errors import CheckpointError, ExitCode, InputError, JobError
 from batchrun.job.load import load
@@ -39,7 +40,9 @@ chunk_rows = 40
 layout = "{layout}"
 """
 
-NO_SECOND_SOURCE = ("updated_at", "limits", "requests_per_minute", "elapsed_s", "rows_per_minute", "tokens_per_minute")
+NO_SECOND_SOURCE = (
+    *("updated_at", "limits", "command", "requests_per_minute", "elapsed_s", "rows_per_minute", "tokens_per_minute"),
+)
 """Fields of summary.json that nothing else can vouch for, but for two rates to their rounding."""
 
 
@@ -424,7 +427,7 @@ def test_of_a_damaged_database_every_record_that_is_whole_is_kept(runs: Runs, tm
     directory = runs.copy("killed", tmp_path / "run")
     known = remains.read(directory.checkpoint)
     HARMS[harm](directory.checkpoint)
-    HARMS[harm](remains.log_of(directory.checkpoint))
+    HARMS[harm](log_of(directory.checkpoint))
     findings, salvaged = salvage(directory)
     assert findings.damages
     assert salvaged is not None
@@ -441,7 +444,7 @@ def test_of_a_damaged_database_every_record_that_is_whole_is_kept(runs: Runs, tm
 
 def test_a_flipped_bit_in_the_log_costs_one_record_at_most(runs: Runs, tmp_path: Path) -> None:
     directory = runs.copy("killed", tmp_path / "run")
-    known, log = remains.read(directory.checkpoint), remains.log_of(directory.checkpoint)
+    known, log = remains.read(directory.checkpoint), log_of(directory.checkpoint)
     content, chance = log.read_bytes(), random.Random(seed := random.randrange(2**32))
     for _ in range(15):
         flip(log, place := chance.randrange(len(content)), chance.randrange(8))
@@ -466,7 +469,7 @@ def test_a_lost_slot_file_costs_no_row(runs: Runs, tmp_path: Path) -> None:
 def test_who_was_in_flight_is_named_in_what_was_salvaged(runs: Runs, tmp_path: Path) -> None:
     directory = runs.copy("killed", tmp_path / "run")
     known, flying = remains.read(directory.checkpoint), slots.read(directory.inflight)
-    flip(remains.log_of(directory.checkpoint), 5000)
+    flip(log_of(directory.checkpoint), 5000)
     salvage(directory)
     ended = {(row.row, row.attempts) for row in known.rows.values()}
     doubts = remains.read(tmp_path / "run.salvaged" / "checkpoint.db").possibly_billed
@@ -571,7 +574,7 @@ def test_a_part_that_answers_other_questions_is_not_believed(runs: Runs, tmp_pat
     moved = pa.array([int(row or 0) + ROWS - 2 * table.num_rows for row in table.column("row").to_pylist()], pa.int64())
     stale = table.set_column(table.column_names.index("row"), "row", moved)
     pq.write_table(stale, directory.part_of(ROWS // 40 - 1, 1), write_page_checksum=True)
-    flip(remains.log_of(directory.checkpoint), 5000)
+    flip(log_of(directory.checkpoint), 5000)
     salvaged = salvage(directory)[1]
     assert salvaged is not None
     assert set(kept_rows(directory).column("row").to_pylist()) <= answered(known)

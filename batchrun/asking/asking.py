@@ -54,11 +54,15 @@ class Host(msgspec.Struct, frozen=True):
 
 
 class Hooks(msgspec.Struct, frozen=True):
-    """What the caller wants to hear: `progress` at the start and twice a second, `note` for single lines."""
+    """What the caller wants to hear: `progress` at the start and twice a second, `note` for single lines.
+
+    `command` is the command line that resumes the run, but for its directory.
+    """
 
     progress: Callable[[Summary], None] = lambda summary: None
     note: Callable[[str], None] = lambda line: None
     host: Host | None = None
+    command: str | None = None
 
 
 class Asking:

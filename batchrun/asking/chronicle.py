@@ -25,11 +25,12 @@ from batchrun.rundir import RunDirectory
 class Chronicle:
     """Knows as much of the run as there is yet: the stages are attached as they come to be. Close it."""
 
-    def __init__(self, job: str, directory: RunDirectory, credentials: Credentials) -> None:
-        """summary.json names this process from now on."""
+    def __init__(self, job: str, directory: RunDirectory, credentials: Credentials, command: str | None = None) -> None:
+        """summary.json names this process from now on, and the `command` that resumes the run."""
         self._job = job
         self._directory = directory
         self._credentials = credentials
+        self._command = None if command is None else credentials.clean_text(command)
         self.started_at = datetime.now(UTC)
         self._started_s = time.monotonic()
         self.state = "checking"
@@ -68,6 +69,7 @@ class Chronicle:
             tuned=self.tuned,
             unknown_finish_reasons=self._unknown_finish_reasons(),
             example_error=self._example_error(),
+            command=self._command,
         )
         if self.plan is None or self.checkpoint is None:
             spent = None if self.checkpoint is None else self.checkpoint.spent

@@ -1,7 +1,7 @@
 """What happens on a timer while rows are asked: never per row, so that a million rows cost what ten do.
 
 Twice a second: progress, and a look at the deadline, at control.json and at the disk. Once a second requests that take
-too long are ended; every five seconds summary.json is written.
+too long are ended; every five seconds, and at first every second, summary.json is written.
 """
 
 import asyncio
@@ -32,6 +32,9 @@ from batchrun.rundir import RunDirectory
 BEAT_S = 0.5
 SWEEP_EVERY = 2  # beats: attempts' own deadlines are looked at once a second
 SUMMARY_EVERY = 10
+FIRST_SUMMARIES = frozenset({1, 2, 4, 6, 8})
+"""Beats at which summary.json is written before the first ten are over: whoever looks at a run that has just started
+should see it work."""
 
 ASLEEP_S = 2 * BEAT_S
 """A beat that took so long was a stopped process (SIGSTOP, a paused machine). Answers that came meanwhile wait to be
@@ -96,7 +99,7 @@ class Heartbeat:
                 self._client.expire()
             if not self._directory.checkpoint.exists():  # SQLite would go on in a file without a name
                 self._fail(DiskError(f"{self._directory.checkpoint}: is gone; nothing more is asked"))
-            if answered or beats % SUMMARY_EVERY == 0:
+            if answered or beats in FIRST_SUMMARIES or beats % SUMMARY_EVERY == 0:
                 await asyncio.to_thread(self._chronicle.write, summary)
             if self._memory.is_due(self._gate, self._clock()):
                 await asyncio.to_thread(self._memory.keep, self._gate)

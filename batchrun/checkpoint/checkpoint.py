@@ -40,8 +40,9 @@ T = TypeVar("T")
 class Checkpoint:
     """An open checkpoint. Close it."""
 
-    def __init__(self, path: Path, *, free_reserve: Callable[[], bool]) -> None:
-        """`free_reserve` makes room on a full disk, once, and says whether it did.
+    def __init__(self, path: Path, *, free_reserve: Callable[[], bool], glance: bool = False) -> None:
+        """`free_reserve` makes room on a full disk, once, and says whether it did. `glance`: the file is a private
+        copy to be read at once, so only the records that are read are checked.
 
         `broken` turns True when the database and the spill file have both failed: nothing can be kept any more.
 
@@ -59,7 +60,9 @@ class Checkpoint:
         self.broken = False
         self._closing = False
         self.invocation = 0
-        self._database = Database.open(path, tables.TABLES, FORMAT, self._make_room)
+        self._database = (
+            Database.glance(path, FORMAT) if glance else Database.open(path, tables.TABLES, FORMAT, self._make_room)
+        )
         manifest: dict[str, str] = dict(self._database.records("manifest"))
         self.since = int(manifest.get(SINCE, "0"))
         self._thread = threading.Thread(target=self._serve, name="checkpoint", daemon=True)

@@ -76,6 +76,20 @@ class Database:
                 raise
         return database
 
+    @classmethod
+    def glance(cls, path: Path, version: int) -> Self:
+        """A private copy, with its log, to be read at once: a record is checked when it is read, the file is not."""
+        with _ours(path):
+            connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            database = cls(path, connection, lambda error: False)
+            try:
+                connection.execute("PRAGMA locking_mode = EXCLUSIVE").fetchone()
+                database._require_version(version)
+            except BaseException:
+                connection.close()
+                raise
+        return database
+
     def query(self, statement: str, parameters: Sequence[Field] = ()) -> list[Record]:
         """What the statement gives, unchecked."""
         with _ours(self._path):
@@ -142,12 +156,7 @@ class Database:
 
     def _require(self, tables: str, version: int) -> None:
         """The file is of this version, and sound in all its pages and records."""
-        ((found,),) = self.query("PRAGMA user_version")
-        if found != version:
-            raise CheckpointError(
-                f"{self._path}: of another version of batchrun (format {found}, this one reads {version}); "
-                f"finish the run with that version, or {ANOTHER}"
-            )
+        self._require_version(version)
         ((state,),) = self.query("PRAGMA quick_check(1)")
         if state != "ok":
             raise CheckpointError(f"{self._path}: damaged ({state}); keep a copy of this directory")
@@ -156,6 +165,14 @@ class Database:
             raise CheckpointError(f"{self._path}: damaged (its schema); keep a copy of this directory")
         for table in found_tables:
             deque(self.records(table), maxlen=0)  # a flipped key would hide its record from whoever looks for it
+
+    def _require_version(self, version: int) -> None:
+        ((found,),) = self.query("PRAGMA user_version")
+        if found != version:
+            raise CheckpointError(
+                f"{self._path}: of another version of batchrun (format {found}, this one reads {version}); "
+                f"finish the run with that version, or {ANOTHER}"
+            )
 
 
 def _require_whole(log: Path) -> None:

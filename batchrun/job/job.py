@@ -174,6 +174,7 @@ class Output(Table, frozen=True):
     chunk_rows: Annotated[int, Meta(ge=1, le=1_000_000)] = 8192
     chunk_bytes: AtLeastOne = 32_000_000
     max_failures: Count = 0
+    partial: bool = False
 
 
 class Price(Table, frozen=True):

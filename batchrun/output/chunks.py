@@ -19,10 +19,10 @@ from batchrun.columns.jsonl import ColumnTypes
 from batchrun.columns.schema import JSON, Column
 from batchrun.errors import ANOTHER, CheckpointError, InputError
 from batchrun.job.job import Output
-from batchrun.output import files
+from batchrun.output import files, pending
 from batchrun.output.base_part import BasePart
-from batchrun.output.rows import joined, own_table
-from batchrun.output.window import StoredWindow, typed, write
+from batchrun.output.rows import OWN_COLUMNS, joined, own_table
+from batchrun.output.window import BATCH_ROWS, StoredWindow, typed, write
 from batchrun.records import Completion, Discarded, Row
 from batchrun.rundir import RunDirectory
 from batchrun.source import START, FileIdentity, Position, Source, Window, changed
@@ -188,8 +188,13 @@ class Chunks:
         self._next_row = chunk.end_row
         return OpenChunk(chunk, StoredWindow(path, chunk.input_digest, chunk.first_row))
 
-    def _batches(self, open_chunk: OpenChunk, kept: "Counter[tuple[str, str]]") -> Iterator[pa.RecordBatch]:
-        """The chunk's rows with their completions, the newer over the base; `kept` counts where the base was better."""
+    def _batches(
+        self, open_chunk: OpenChunk, kept: "Counter[tuple[str, str]]", *, with_pending: bool = False
+    ) -> Iterator[pa.RecordBatch]:
+        """The chunk's rows with their completions, the newer over the base; `kept` counts where the base was better.
+
+        A row without a completion is an error, unless the batches are to be `with_pending` rows.
+        """
         row = open_chunk.chunk.first_row
         base = self._base(open_chunk.chunk)
         for window in open_chunk.window.tables(self._types):
@@ -198,6 +203,8 @@ class Chunks:
                 table, own = window.slice(first_row - row, end_row - first_row), self._own(settled)
                 if base is not None:
                     own = base.under(own, first_row, end_row, kept)
+                if with_pending:
+                    own = pending.beside(own, first_row, end_row, open_chunk.discarded, open_chunk.lost)
                 if own.num_rows != table.num_rows:
                     raise CheckpointError(f"chunk {open_chunk.chunk.chunk}: rows are missing from the checkpoint")
                 yield joined(table, own, self._schema, self._parsed)
@@ -227,13 +234,46 @@ class Chunks:
         for table in open_chunk.window.tables(self._types):
             end_row = row + table.num_rows
             completions = self._checkpoint.completions(row, end_row)
-            own, pending = self._own(completions), open_chunk.reopened.keys() - {c.row for c in completions}
+            own, again = self._own(completions), open_chunk.reopened.keys() - {c.row for c in completions}
             if base is not None:
                 own = base.under(own, row, end_row, Counter())
-            rows = [at for at in cast(list[int], own.column("row").to_pylist()) if at not in pending]
+            rows = [at for at in cast(list[int], own.column("row").to_pylist()) if at not in again]
             kept = own.filter(pc.is_in(own.column("row"), pa.array(rows, pa.int64())))
             yield joined(table.take(pa.array([at - row for at in rows], pa.int64())), kept, self._schema, self._parsed)
             row = end_row
+
+    # ── for a result of what there is so far ──────────────────────────────────────────────────────────────────────────
+
+    def so_far(self) -> Iterator[pa.RecordBatch]:
+        """Every row in order as the output has it, those without an outcome as pending. Opens no chunk.
+
+        To be called before `open_next`. A row that is sent again has its earlier record until the new one is durable.
+
+        Raises:
+            CheckpointError: a part or a stored input is damaged.
+            InputError: what is left of the input can't be read.
+        """
+        for chunk in self._checkpoint.chunks():
+            if chunk.open:
+                yield from self._batches(self._reopen(chunk), Counter(), with_pending=True)
+            else:
+                yield from files.sealed_batches(self._part_of(chunk), chunk.part_digest or "", chunk.rows)
+        while (unread := self._next_window()) is not None:
+            yield from self._unread(unread)
+            self._position, self._next_row = unread.end, self._next_row + unread.rows
+
+    def _unread(self, window: Window) -> Iterator[pa.RecordBatch]:
+        row = self._next_row
+        for batch in window.table.to_batches(max_chunksize=BATCH_ROWS):
+            own = pending.beside(OWN_COLUMNS.empty_table(), row, row + batch.num_rows)
+            yield joined(typed([batch], self._types), own, self._schema, self._parsed)
+            row += batch.num_rows
+
+    def _part_of(self, chunk: Chunk) -> Path:
+        """Where a sealed chunk is: a process that was killed at the end may have moved it to the result already."""
+        part = self._directory.part_of(chunk.chunk, chunk.generation)
+        moved = files.part_in(self._directory.completions_folder, chunk.chunk)
+        return moved if self._settings.layout == "parts" and moved.exists() and not part.exists() else part
 
 
 def _by_size(

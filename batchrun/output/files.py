@@ -96,7 +96,7 @@ def write_part(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch],
         with ParquetFile(temporary, schema, output.compression) as file:
             for batch in batches:
                 file.write(batch)
-        _read_back(temporary, rows)
+        require_rows(temporary, rows)
 
     replace(path, write)
     return digest(path)
@@ -118,10 +118,10 @@ def assemble(
     def write(temporary: Path) -> None:
         with ParquetFile(temporary, schema, compression) as file:
             for path, expected, rows in parts:
-                for batch in _part_batches(path, expected, rows):
+                for batch in sealed_batches(path, expected, rows):
                     file.write(batch)
             file.write_metadata(metadata)
-        _read_back(temporary, sum(rows for _, _, rows in parts))
+        require_rows(temporary, sum(rows for _, _, rows in parts))
 
     replace(to, write)
     return digest(to)
@@ -173,7 +173,7 @@ def cut(path: Path, expected_digest: str, rows: Sequence[int]) -> Iterator[Itera
     Raises:
         CheckpointError: the file is not the one that was written.
     """
-    batches = _part_batches(path, expected_digest, sum(rows))
+    batches = sealed_batches(path, expected_digest, sum(rows))
     left: list[pa.RecordBatch] = []
 
     def piece(wanted: int) -> Iterator[pa.RecordBatch]:
@@ -215,7 +215,12 @@ def read_footer(path: Path) -> dict[str, object] | None:
         raise CheckpointError(f"{path}: its totals can't be read: {error}") from error
 
 
-def _part_batches(path: Path, expected: str, rows: int) -> Iterator[pa.RecordBatch]:
+def sealed_batches(path: Path, expected: str, rows: int) -> Iterator[pa.RecordBatch]:
+    """The rows of a part or result in order.
+
+    Raises:
+        CheckpointError: it is not what was written.
+    """
     require_digest(path, expected)
     with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
         if file.metadata.num_rows != rows:
@@ -251,7 +256,8 @@ def _readable(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path}: no readable Parquet file: {error}") from error
 
 
-def _read_back(path: Path, rows: int) -> None:
+def require_rows(path: Path, rows: int) -> None:
+    """Nothing, if the footer of the file that was just written can be read and says so many rows."""
     found = pq.read_metadata(path).num_rows  # a failure here is the disk's: it was written just now
     if found != rows:
         raise CheckpointError(f"{path}: {found:,} rows written where {rows:,} were due")

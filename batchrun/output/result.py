@@ -55,7 +55,7 @@ def require_there(directory: RunDirectory, layout: str, rows: int) -> None:
 
 def tidy(directory: RunDirectory) -> None:
     """What only an unfinished run needs is gone."""
-    for path in (*directory.parts.iterdir(), directory.reserve, directory.inflight):
+    for path in (*directory.parts.iterdir(), directory.reserve, directory.inflight, directory.partial):
         path.unlink(missing_ok=True)
 
 
@@ -77,11 +77,11 @@ def _write_completions(
         if not parts:  # a reader of the folder should find its columns
             files.write_part(files.part_in(directory.completions_folder, 0), schema, (), settings, 0)
         return None
-    footer = {files.FOOTER_KEY: msgspec.json.encode(_bill(summary)).decode()}
+    footer = {files.FOOTER_KEY: msgspec.json.encode(bill(summary)).decode()}
     return files.assemble(parts, directory.completions, schema, settings.compression, footer)
 
 
-def _bill(summary: Summary) -> dict[str, object]:
+def bill(summary: Summary) -> dict[str, object]:
     """What the footer says of the run: its bill, and that it is whole. A file that was moved still knows it."""
     names = ("job", "run_id", "begun_at", "rows", "by_status", "totals", "cost_usd", "wasted_usd")
     doubts = ("unpriced", "without_usage", "possibly_billed_count", "possibly_billed_usd", "models", "price")

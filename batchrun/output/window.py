@@ -32,6 +32,19 @@ def write(path: Path, table: pa.Table) -> str:
     return digest(path)
 
 
+def schema_of(path: Path) -> pa.Schema:
+    """The columns of a stored window.
+
+    Raises:
+        CheckpointError: it can't be read.
+    """
+    try:
+        with pa.memory_map(str(path)) as mapped:
+            return pa.ipc.open_file(mapped).schema
+    except (OSError, pa.ArrowException) as error:
+        raise CheckpointError(f"{path}: the input of an open chunk can't be read: {error}") from error
+
+
 class StoredWindow:
     """An open chunk's input, mapped into memory: row `first_row` and on."""
 

@@ -6,7 +6,6 @@ A run directory tells by its summary.json; a completions file that was moved els
 import csv
 import io
 from collections.abc import Iterator, Sequence
-from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,9 @@ import msgspec
 
 from batchrun.checkpoint.spent import DISCARDED
 from batchrun.errors import InputError, JobError
-from batchrun.gate import deadline
 from batchrun.output.files import read_footer
-from batchrun.records import Summary, TotalsLine
-from batchrun.report.summary import cost_in_words, known_cost, limits_in_words, plural, read
+from batchrun.records import TotalsLine
+from batchrun.report.summary import known_cost, plural
 from batchrun.rundir import RunDirectory
 
 KEYS = ("day", "job", "model", "status", "run")
@@ -131,44 +129,6 @@ def render(bill: Bill, form: str) -> str:
             return msgspec.json.format(msgspec.json.encode(_tree(bill)), indent=2).decode() + "\n"
         case _:
             return _table(bill)
-
-
-def status_lines(directory: RunDirectory) -> Iterator[str]:
-    """Where a run stands, from its summary.json and its lock; the live database is not touched.
-
-    Raises:
-        InputError: there is no run.
-    """
-    summary = read(directory)
-    alive = directory.locked()
-    died = summary.exit_code is None and not alive
-    state = "died; the same command goes on with it" if died else summary.state
-    yield f"{summary.job}  {state}" + (f" (pid {summary.pid} on {summary.host})" if alive else "")
-    done = summary.rows - summary.pending
-    counts = ", ".join(f"{rows:,} {status}" for status, rows in summary.by_status.items())
-    yield f"rows    {done:,} of {summary.rows:,} done, {summary.pending:,} pending" + (f": {counts}" if counts else "")
-    yield f"cost    {cost_in_words(summary)}"
-    if alive:
-        yield from _outlook(summary)
-    if summary.reason:
-        yield f"reason  {summary.reason}"
-    yield f"as of   {summary.updated_at.astimezone():%Y-%m-%d %H:%M:%S}"
-
-
-def _outlook(summary: Summary) -> Iterator[str]:
-    """What will come of a run at work: its pace, its end, and the limits that hold."""
-    if summary.pending and summary.rows_per_minute:
-        end = "" if summary.eta is None else f"; done at {_clock(summary.eta, summary)}"
-        yield f"rate    {summary.rows_per_minute:,.0f} rows/min, limited by {summary.limited_by}{end}"
-    if summary.deadline is not None:
-        share = "" if summary.by_deadline is None else f": {int(summary.by_deadline * 100)} % of the rows by then"
-        yield f"until   {_clock(summary.deadline, summary)}{share}"
-    if summary.limits is not None:
-        yield f"limits  {limits_in_words(summary.limits)}"
-
-
-def _clock(at: datetime, summary: Summary) -> str:
-    return deadline.in_words(at.astimezone().replace(microsecond=0), summary.updated_at)
 
 
 def _places(path: Path) -> Iterator[Path]:

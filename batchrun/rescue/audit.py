@@ -98,8 +98,8 @@ def footer_problem(directory: RunDirectory, known: Remains, facts: Facts) -> str
 def summary_problem(directory: RunDirectory, known: Remains, facts: Facts, prices: Prices) -> str | None:
     """What is wrong with summary.json. While a run is incomplete its figures may be seconds old, and are not looked at.
 
-    `updated_at`, `requests_per_minute`, `limits`, `tuned`, `deadline` and, to its rounding, `elapsed_s` have no second
-    source.
+    `updated_at`, `requests_per_minute`, `limits`, `tuned`, `deadline`, `command` and, to its rounding, `elapsed_s` have
+    no second source.
     """
     if SALVAGED in known.manifest and not directory.summary.exists():
         return None  # nobody has gone on with it yet
@@ -133,7 +133,7 @@ def _agrees(name: str, summary: Summary, directory: RunDirectory, known: Remains
             return bool(abs(told - counted) <= RATE_STEP + told * 0.001 / max(summary.elapsed_s, 0.001))
         case "requests_per_minute" | "updated_at" | "elapsed_s":
             return told is not None
-        case "limits" | "tuned" | "deadline":
+        case "limits" | "tuned" | "deadline" | "command":
             return True
         case "invocation" | "started_at" | "pid" | "host":
             begun = {record[0]: record for record in known.invocations}.get(summary.invocation)

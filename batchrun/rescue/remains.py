@@ -1,24 +1,21 @@
 """All that a run's database says, read without touching it: from the sound file, or from what is left of a damaged one.
 
-A run that was killed leaves a write-ahead log, which SQLite folds into the database whenever it opens it. So a copy of
-both is opened, in a private temporary directory; a database holds open chunks only, and stays small.
+The sound file is read through a private copy (`checkpoint.at_rest`).
 """
 
 import contextlib
-import shutil
-import tempfile
 from pathlib import Path
 
 import msgspec
 
 from batchrun.checkpoint import tables
+from batchrun.checkpoint.at_rest import log_of, private_copy
 from batchrun.checkpoint.checkpoint import FORMAT, SINCE
 from batchrun.checkpoint.database import Database, Record
 from batchrun.checkpoint.spent import Spent, with_possibly_billed
 from batchrun.checkpoint.tables import Chunk, Reopened
 from batchrun.checkpoint.wal import PAGE_BYTES
 from batchrun.durable import told
-from batchrun.errors import CheckpointError, DiskError
 from batchrun.records import FAILURES, Completion, PossiblyBilled, Status
 from batchrun.rescue.carved import FRAME_HEADER_BYTES, LOG_HEADER_BYTES, carve, tables_of
 
@@ -57,20 +54,8 @@ def read(path: Path) -> Remains:
     Raises:
         CheckpointError: gone, empty, damaged, or of another version.
     """
-    with told(path):
-        if not path.exists() or not path.stat().st_size:
-            raise CheckpointError(f"{path}: gone or empty")
-        with tempfile.TemporaryDirectory(prefix="batchrun-") as scratch:
-            copy = Path(scratch) / path.name
-            for original in (path, log_of(path)):
-                if original.exists():
-                    shutil.copyfile(original, copy.with_name(original.name))
-            try:
-                return _read(copy)
-            except DiskError:
-                raise
-            except CheckpointError as error:
-                raise CheckpointError(str(error).replace(str(copy), str(path))) from error
+    with private_copy(path) as copy:
+        return _read(copy)
 
 
 def left(path: Path) -> Remains:
@@ -83,11 +68,6 @@ def left(path: Path) -> Remains:
             key = _key(name, record)
             found[name][key] = _newer(name, record, found[name].get(key, record))
     return _remains({name: list(records.values()) for name, records in found.items()}, whole=False)
-
-
-def log_of(path: Path) -> Path:
-    """Where SQLite keeps the write-ahead log."""
-    return path.with_name(path.name + "-wal")
 
 
 _STATUSES = frozenset(map(str, Status))

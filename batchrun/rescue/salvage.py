@@ -92,7 +92,7 @@ def _salvaged(directory: RunDirectory, known: Remains) -> Salvaged:
     if begun is None:
         return _built(directory, known, None, None, "what the run began with can't be read", to)
     try:
-        return _built(directory, known, begun, _source(begun, directory), None, to)
+        return _built(directory, known, begun, input_again(begun, directory), None, to)
     except InputError as error:
         return _built(directory, known, begun, None, str(error), to)
 
@@ -105,7 +105,7 @@ def _facts(known: Remains) -> Facts | None:
         return None
 
 
-def _source(begun: Facts, directory: RunDirectory) -> Source:
+def input_again(begun: Facts, directory: RunDirectory) -> Source:
     """The input as it was when the run began.
 
     Raises:

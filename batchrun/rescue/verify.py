@@ -12,6 +12,7 @@ import msgspec
 import pyarrow as pa
 
 from batchrun.checkpoint import facts, slots, spill, variants
+from batchrun.checkpoint.at_rest import log_of
 from batchrun.checkpoint.checkpoint import SPILL
 from batchrun.checkpoint.facts import Facts
 from batchrun.checkpoint.tables import Chunk
@@ -33,6 +34,7 @@ MAX_SPANS = 10
 
 SALVAGE = "keep a copy of the directory; --salvage writes what is sound into a new one"
 GO_ON = "the same command goes on all the same"
+EXPORT_AGAIN = "remove it; `batchrun export` writes it again"
 ANEW = "remove it; the same command writes it anew"
 
 
@@ -133,6 +135,7 @@ class Inspection:
             if self.directory.completions.exists():
                 self.sound.append("completions.parquet: of before, until the run is complete again; not looked at")
         self._kept_input(begun)
+        self._partial()
 
     @property
     def _finished(self) -> bool:
@@ -151,7 +154,7 @@ class Inspection:
         except CheckpointError as error:
             known = remains.left(path)
             what = str(error).partition("; keep a copy")[0]
-            broken = log if what.startswith(str(log := remains.log_of(path))) else path
+            broken = log if what.startswith(str(log := log_of(path))) else path
             self._damaged(broken, f"{what}; {plural(known.records, 'record')} can still be read one by one")
         else:
             self.sound.append(f"checkpoint.db: {plural(known.records, 'record')}, every page")
@@ -160,7 +163,7 @@ class Inspection:
     def _log(self) -> None:
         if self.known.torn:
             what = "the last commit can't be read: torn by a power cut, or damaged; its rows are asked again"
-            self._damaged(remains.log_of(self.directory.checkpoint), what, then=GO_ON)
+            self._damaged(log_of(self.directory.checkpoint), what, then=GO_ON)
 
     def _without_facts(self) -> None:
         traces = [path for path in (self.directory.completions, self.directory.inflight) if path.exists()]
@@ -252,6 +255,20 @@ class Inspection:
         if self.known.whole:
             problem = audit.summary_problem(self.directory, self.known, begun, prices)
             self._told(self.directory.summary, problem, "agrees", ANEW)
+
+    def _partial(self) -> None:
+        """A copy of the rows as they were: nothing depends on it, so it is only read."""
+        path = self.directory.partial
+        if not path.exists():
+            return
+        try:
+            rows = sum(batch.num_rows for batch in files.batches_of(path))
+            footer = files.read_footer(path) or {}
+        except (CheckpointError, *readable.UNREADABLE) as error:
+            self._damaged(path, f"can't be read: {error}".replace(f"{path}: ", ""), then=EXPORT_AGAIN)
+            return
+        whole = footer.get("complete") is False and footer.get("rows_in_output") == rows
+        self._told(path, None if whole else "its footer is of another file", "readable, of before", EXPORT_AGAIN)
 
     def _told(self, path: Path, problem: str | None, otherwise: str, then: str = SALVAGE) -> None:
         if problem is None:

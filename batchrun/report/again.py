@@ -1,0 +1,40 @@
+"""The command line that resumes a run, made from the one that started it. PURE."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+_FLAGS = {
+    "input_path": "-i",
+    "max_cost_usd": "--max-cost",
+    "max_failures": "--max-failures",
+    "skip_invalid": "--skip-invalid",
+    "retry_failed": "--retry-failed",
+    "statuses": "--status",
+    "overrides": "--set",
+}
+"""The options of `batchrun run` that a resume needs, too. Not those that choose the run (--date, --new, -o: the
+directory is named instead), nor those of one start alone (--deadline, --limit, --grace, --accept-changes)."""
+
+
+def command(options: Mapping[str, object]) -> str:
+    """`batchrun run JOB …` with the options of a start, by their names in `cli.run`; the directory is to be added."""
+    words = ["batchrun", "run", str(options["job"])]
+    for name, flag in _FLAGS.items():
+        match value := options.get(name):
+            case None | False | ():
+                pass
+            case True:
+                words.append(flag)
+            case str() | int():
+                words += [flag, str(value)]
+            case Sequence():
+                words += [word for each in value for word in (flag, str(each))]
+            case _:
+                words += [flag, f"{value:f}"]  # an amount of money
+    return shlex.join(words)
+
+
+def in_directory(command: str | None, path: Path) -> str | None:
+    """The command with the run's directory, so that it resumes this run whatever day it is."""
+    return None if command is None else f"{command} -o {shlex.quote(str(path))}"

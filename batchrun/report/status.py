@@ -1,0 +1,57 @@
+"""Where one run stands, for people."""
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+
+from batchrun.gate import deadline
+from batchrun.records import Summary
+from batchrun.report.at_rest import standing
+from batchrun.report.summary import age_in_words, cost_in_words, limits_in_words, pace
+from batchrun.rundir import RunDirectory
+
+
+def lines(directory: RunDirectory) -> Iterator[str]:
+    """Where a run stands, also while it works. The live database is not touched.
+
+    Raises:
+        InputError: there is no run.
+        CheckpointError: summary.json is damaged, or of another version.
+    """
+    found = standing(directory)
+    summary = found.summary
+    state = "died; the same command resumes it" if found.died else summary.state
+    yield f"{summary.job}  {state}" + (f" (pid {summary.pid} on {summary.host})" if found.alive else "")
+    done = summary.rows - summary.pending
+    counts = ", ".join(f"{rows:,} {status}" for status, rows in summary.by_status.items())
+    if summary.rows:
+        yield f"rows    {done:,} of {summary.rows:,} done, {summary.pending:,} pending" + (counts and f": {counts}")
+    else:  # the input has not been read to its end
+        yield "rows    not counted yet"
+    yield f"cost    {cost_in_words(summary)}"
+    if found.alive:
+        yield from _outlook(summary)
+    if found.problem is not None:
+        yield f"note    what is on disk can't be read, so this may be old: {found.problem}"
+    if summary.reason:
+        yield f"reason  {summary.reason}"
+    if not summary.complete and directory.partial.exists():
+        at = datetime.fromtimestamp(directory.partial.stat().st_mtime, UTC).astimezone()
+        yield f"rows so far, of {at:%Y-%m-%d %H:%M:%S}: {directory.partial}"
+    age_s = (datetime.now(UTC) - summary.updated_at).total_seconds()
+    yield f"as of   {summary.updated_at.astimezone():%Y-%m-%d %H:%M:%S}, {age_in_words(age_s)} ago"
+
+
+def _outlook(summary: Summary) -> Iterator[str]:
+    """What will come of a run at work: its pace, its end, and the limits that hold."""
+    if summary.pending and summary.rows_per_minute:
+        end = "" if summary.eta is None else f"; done at {_clock(summary.eta, summary)}"
+        yield f"rate    {pace(summary)}, limited by {summary.limited_by}{end}"
+    if summary.deadline is not None:
+        share = "" if summary.by_deadline is None else f": {int(summary.by_deadline * 100)} % of the rows by then"
+        yield f"until   {_clock(summary.deadline, summary)}{share}"
+    if summary.limits is not None:
+        yield f"limits  {limits_in_words(summary.limits)}"
+
+
+def _clock(at: datetime, summary: Summary) -> str:
+    return deadline.in_words(at.astimezone().replace(microsecond=0), summary.updated_at)
