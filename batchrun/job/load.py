@@ -24,7 +24,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Job:
         JobError: unreadable, not TOML, or a setting that does not fit; the message names its path.
     """
     try:
-        tables = tomllib.loads(path.read_text("utf-8"))
+        tables = tomllib.loads(path.read_text("utf-8-sig"))  # some editors put a byte order mark in front
     except OSError as error:
         raise JobError(f"{path}: can't read the job file: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -117,7 +117,7 @@ def _keys(path: str) -> list[str]:
 def _read_schema(file: str) -> dict[str, Any]:
     """The JSON schema in `file`, as the request carries it."""
     try:
-        schema = msgspec.json.decode(Path(file).read_bytes())
+        schema = msgspec.json.decode(Path(file).read_text("utf-8-sig"))
     except OSError as error:
         raise JobError(f"request.response_format.file: can't read {file}: {error.strerror}") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

@@ -21,7 +21,7 @@ from batchrun.plan.check import Problem, Survey, survey
 from batchrun.plan.matching import Questions
 from batchrun.request import image_digests
 from batchrun.rundir import RunDirectory
-from batchrun.source import FileIdentity, ParquetSource, Source, changed, digest, find_files
+from batchrun.source import FileIdentity, Source, TableSource, changed, digest, find_files
 
 
 def input_files(job: Job, directory: RunDirectory, asked: Asked, *, begun: bool = True) -> tuple[Path, ...]:
@@ -110,7 +110,7 @@ def require_columns(job: Job, source: Source, found: Survey | None = None) -> No
     Raises:
         JobError: as `output_schema`.
     """
-    if isinstance(source, ParquetSource):
+    if isinstance(source, TableSource):
         output_schema(source.schema, job.output)
     elif found is not None and found.types is not None:
         output_schema(found.types.schema(), job.output)
@@ -143,7 +143,7 @@ def facts_of(
 def schema_of(source: Source, known: Facts) -> pa.Schema:
     types = ColumnTypes() if known.types is None else ColumnTypes.from_json(known.types)
     return output_schema(
-        source.schema if isinstance(source, ParquetSource) else types.schema(), known.output, facts.parsed(known)
+        source.schema if isinstance(source, TableSource) else types.schema(), known.output, facts.parsed(known)
     )
 
 
