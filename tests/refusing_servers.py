@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, Protocol
 
-from batchrun.gate.admission import Ask, Limit, Outcome
+from batchrun.gate.admission import Ask, Outcome
 from batchrun.gate.gate import Gate
 from batchrun.gate.in_flight import InFlight
 from batchrun.gate.state import GateState

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchrun.errors import InputError
-from batchrun.source import START, find_files, open_source, rows_of
+from batchrun.source import START, as_file, find_files, open_source, rows_of
 
 LINE = b'{"a": 1}\n'
 
@@ -268,3 +268,16 @@ def test_a_name_that_is_not_utf8_is_refused_in_one_line(tmp_path: Path) -> None:
     with open(bytes(tmp_path) + b"/" + name, "wb") as file:
         file.write(LINE)
     assert r"caf\xe9.jsonl: the name holds bytes that are not UTF-8" in refused(tmp_path)
+
+
+def test_a_table_with_dictionaries_of_views_is_read_as_plain_text(tmp_path: Path) -> None:
+    words = pa.DictionaryArray.from_arrays(pa.array([0, 1, None], pa.uint32()), pa.array(["x", "y"], pa.string_view()))
+    lists = pa.ListArray.from_arrays(pa.array([0, 1, 2, 3], pa.int32()), words)
+    given = pa.table({"c": words, "v": pa.array(["x", "y", "x"], pa.string_view()), "l": lists})  # as polars has them
+    with as_file(given, tmp_path) as file:
+        path = write(tmp_path / "a.parquet", file.read())
+    assert rows(path) == [
+        {"c": "x", "v": "x", "l": ["x"]},
+        {"c": "y", "v": "y", "l": ["y"]},
+        {"c": None, "v": "x", "l": [None]},
+    ]

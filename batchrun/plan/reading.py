@@ -80,15 +80,15 @@ def require_rows(job: Job, found: Survey) -> None:
 
 
 def raise_problems(found: Survey, tell: Callable[[str], None]) -> None:
-    """Tells the first problems line by line, then raises with their count.
+    """Reports each kind of problem in one line, with its first record and its count, then raises with the total.
 
     Raises:
         InputError: always.
     """
-    for problem in found.first_problems:
-        tell(str(problem))
-    count = len(found.rejected)
-    shown = f"; the first {len(found.first_problems)} are above" if count > len(found.first_problems) else ""
+    for problem, others in found.mistakes:
+        tell(str(problem) + (f" (and {others - 1:,} more such records)" if others > 1 else ""))
+    count, named = len(found.rejected), sum(others for _, others in found.mistakes)
+    shown = f"; the first {len(found.mistakes)} kinds of problem are above" if count > named else ""
     if not found.rows and all(problem.record is None for problem in found.first_problems):
         raise InputError(
             f"none of the input records ({count:,}) can be read{shown}; write the file again as JSON lines"

@@ -46,7 +46,7 @@ def _common(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
     """The type that holds the values of both as they are; None where there is none."""
     if one == other:
         return one
-    one, other = _plain(one), _plain(other)
+    one, other = plain(one), plain(other)
     if not _reads_the_same(one, other):
         return None
     try:
@@ -57,13 +57,13 @@ def _common(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
     return unified
 
 
-def _plain(type_: pa.DataType) -> pa.DataType:
+def plain(type_: pa.DataType) -> pa.DataType:
     """The type without dictionaries and views, at every depth: Arrow can't unify these with plain ones."""
     if isinstance(type_, pa.DictionaryType):
-        return _plain(type_.value_type)
+        return plain(type_.value_type)
     if type_ == pa.string_view():
         return pa.large_string()
-    return with_members(type_, _plain)
+    return with_members(type_, plain)
 
 
 def with_members(type_: pa.DataType, change: Any) -> pa.DataType:
@@ -129,9 +129,10 @@ def fitted(rows: pa.RecordBatch, schema: pa.Schema, keys: dict[str, Any]) -> pa.
 def _cast(column: "pa.Array[Any]", to: pa.DataType) -> "pa.Array[Any]":
     if pa.types.is_floating(column.type) and pa.types.is_float64(to):
         return shortest(column)
-    if isinstance(column, pa.DictionaryArray):
-        column = column.dictionary_decode()
-    return pc.cast(column, to)
+    try:
+        return pc.cast(column, to)
+    except pa.ArrowNotImplementedError:  # views within dictionaries, dictionaries within lists: polars' Categorical
+        return pa.array(column.to_pylist(), to)
 
 
 def shortest(column: "pa.Array[Any]") -> "pa.Array[Any]":
