@@ -1,5 +1,6 @@
 """A `Job` from a TOML file and overrides, or from code; a mistake names its path and the nearest known name."""
 
+import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -31,7 +32,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Job:
         raise JobError(f"{path}: not valid TOML: {error}") from error
     for override in overrides:
         _override(tables, override)
-    tables.setdefault("name", path.stem)
+    tables.setdefault("name", os.fsencode(path.stem).decode("utf-8", "replace"))  # a name may have any bytes
     try:
         return from_tables(tables)
     except JobError as error:

@@ -67,7 +67,7 @@ def read_row(line: bytes) -> dict[str, object] | str:
 
 
 def _repeated(line: bytes) -> str | None:
-    """A key that one of the line's objects has twice, or None. 9 µs for 350 bytes (measured): by Python's own decoder."""
+    """A key that one of the line's objects has twice, or None. 9 µs for 350 bytes (measured): by Python's decoder."""
     twice: list[str] = []
 
     def note(members: list[tuple[str, object]]) -> None:
