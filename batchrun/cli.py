@@ -137,7 +137,7 @@ def check(job: Path, input_path: str | None, overrides: tuple[str, ...]) -> None
     loaded = _load(job, input_path, None, overrides, {})
     source, found = _read_through(loaded)
     if found.rejected:
-        reading.raise_problems(found, note)
+        reading.raise_problems(found, lambda text: note(_of_stdin(text, loaded, source.files[0])))
     reading.require_columns(loaded, source, found)
     reading.require_rows(loaded, found)
     models = ", ".join(f"{model} ({rows:,})" for model, rows in found.models.items())
@@ -379,6 +379,7 @@ def _read_through(job: "Job") -> "tuple[Source, Survey]":
     """The input, each record checked; nothing is kept."""
     import tempfile
 
+    from batchrun.errors import InputError
     from batchrun.plan import reading
     from batchrun.plan.asked import Asked
     from batchrun.plan.check import survey
@@ -387,9 +388,17 @@ def _read_through(job: "Job") -> "tuple[Source, Survey]":
 
     with tempfile.TemporaryDirectory(prefix="batchrun-") as scratch, Progress() as progress:
         files = reading.input_files(job, RunDirectory(Path(scratch)), Asked(stdin=sys.stdin.buffer), begun=False)
-        source = open_source(files, job.input.max_line_bytes)
-        reading.require_columns(job, source)
-        return source, survey(source, job, Path(scratch), progress=progress.checked)
+        try:
+            source = open_source(files, job.input.max_line_bytes)
+            reading.require_columns(job, source)
+            return source, survey(source, job, Path(scratch), progress=progress.checked)
+        except InputError as error:
+            raise InputError(_of_stdin(str(error), job, files[0])) from error
+
+
+def _of_stdin(text: str, job: "Job", copy: Path) -> str:
+    """The message with standard input in place of the temporary copy of it."""
+    return text.replace(str(copy), "standard input") if job.input.path == "-" else text
 
 
 def _toml(value: "str | int | Decimal") -> str:

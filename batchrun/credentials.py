@@ -125,7 +125,7 @@ def _from_file(path: Path) -> tuple[str, str | None]:
     """The key and a warning, if others may read the file. (Mounted secrets are commonly 0444.)"""
     try:
         mode = path.stat().st_mode
-        key = path.read_text("utf-8").strip()
+        key = path.read_text("utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise JobError(f"endpoint.api_key_file: can't read {path}: {error}") from error
     if mode & (stat.S_IWGRP | stat.S_IWOTH):

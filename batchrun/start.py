@@ -173,6 +173,10 @@ def _place(job: Job, options: Options, note: Callable[[str], None]) -> RunDirect
     )
     if earlier is not None:
         note(f"going on with the unfinished run of {earlier} ({path}); --new starts another")
+    if not str(path).isprintable() and "\\x" in (shown := os.fsencode(path).decode("utf-8", "backslashreplace")):
+        raise JobError(
+            f"output.path {shown}: holds bytes that are not UTF-8, as the run's log is; name another directory"
+        )
     if left := rundir.unfinished(job.output.path, job.name, path):
         note(_left_in_words(left))
     return RunDirectory(path)

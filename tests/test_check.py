@@ -9,6 +9,7 @@ import pytest
 from batchrun.errors import InputError, JobError
 from batchrun.job.job import Job
 from batchrun.plan.check import SHOWN, Problem, Survey, survey
+from batchrun.plan.reading import raise_problems
 from batchrun.records import Row
 from batchrun.request.builder import RequestBuilder
 from batchrun.source import open_source
@@ -73,6 +74,18 @@ def test_the_first_twenty_are_told_and_all_are_counted(tmp_path: Path) -> None:
     found = surveyed(path, keep=kept.append)
     assert len(found.first_problems) == SHOWN == 20
     assert list(found.rejected) == list(range(1, 51)) == [problem.ordinal for problem in kept]
+
+
+def test_one_mistake_is_one_message_with_its_count(tmp_path: Path) -> None:
+    rows: list[Any] = [{"text": "good"}, *[{"bad": number} for number in range(50)], {"text": None}]
+    found = surveyed(write_lines(tmp_path / "in.jsonl", rows))
+    told: list[str] = []
+    with pytest.raises(InputError, match=r"51 of 52 input records can't be asked\. "):
+        raise_problems(found, told.append)
+    missing, null = told
+    assert missing.startswith(f"{tmp_path}/in.jsonl:2: request.prompt: 'text' is undefined")
+    assert missing.endswith("(columns: bad) (and 49 more such records)")
+    assert null.startswith(f"{tmp_path}/in.jsonl:52: request.prompt: column 'text' is null")
 
 
 def test_a_record_whose_id_stands_earlier_is_no_row_and_names_the_first(tmp_path: Path) -> None:

@@ -233,6 +233,28 @@ def test_too_few_file_descriptors_fail_no_row(tmp_path: Path) -> None:
     assert read_summary(tmp_path / "out")["by_status"].keys() == {"ok", "truncated"}
 
 
+def test_a_name_of_any_bytes_works_or_is_refused_in_one_line(tmp_path: Path) -> None:
+    odd = os.fsdecode(b"caf\xe9")
+    source = write_rows(tmp_path / "in.jsonl", 2)
+    job = write_job(tmp_path / f"{odd}.toml", "simulator", source, "")
+    assert batchrun("run", job, "-o", tmp_path / "out").exit_code == 0
+    ended = batchrun("run", job, "-o", tmp_path / odd / "out")
+    assert ended.exit_code == 2
+    assert ended.stderr.count("\n") == 1
+    assert "not UTF-8" in ended.stderr
+    assert not (tmp_path / odd).exists()
+
+
+def test_check_names_standard_input_and_not_its_copy(tmp_path: Path) -> None:
+    job = write_job(tmp_path / "job.toml", "simulator", "-", "")
+    (tmp_path / "piped").write_text("{}\nno\n", "utf-8")
+    with (tmp_path / "piped").open("rb") as piped:
+        ended = batchrun("check", job, "-i", "-", stdin=piped)
+    assert ended.exit_code == 2
+    assert "standard input:2: the JSON ends too early" in ended.stderr
+    assert "/tmp" not in ended.stderr.replace(str(tmp_path), "")
+
+
 WALL_CLOCKS = {"time", "time_ns", "now", "utcnow", "today"}
 
 PACES = {

@@ -291,7 +291,7 @@ def test_a_request_nested_too_deep_or_with_half_a_character_is_the_rows_own_prob
     [
         ("{{ missing }}", "request.prompt: 'missing' is undefined"),
         ("{{ txet }}", "request.prompt: 'txet' is undefined; did you mean text?"),
-        ("{{ text }}{{ empty }}", "request.prompt: column 'empty' is null; write {{ empty or '' }}"),
+        ("{{ text }}{{ empty }}", "request.prompt: column 'empty' is null; write {{ '' if empty is none else empty }}"),
         ("{{ struct.gone }}", "request.prompt: 'dict object' has no attribute 'gone'"),
         ("{{ struct.empty }}", "request.prompt: a value in the template is null, in column 'struct'"),
         ("{{ text / 2 }}", "request.prompt: TypeError"),

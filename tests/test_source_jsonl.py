@@ -147,7 +147,7 @@ def test_a_window_holds_the_line_as_it_was_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("packing", ["gzip", "zstd"])
 def test_a_cut_compressed_file_is_named(tmp_path: Path, packing: str) -> None:
     data = PACKED[packing](b"".join(b'{"n": %d}\n' % (n * n) for n in range(5_000)))
-    with pytest.raises(InputError, match=r"0\.jsonl can't be read to its end: .*runcated"):
+    with pytest.raises(InputError, match=r"0\.jsonl can't be read to its end: .*(runcated|ended before)"):
         list(source(tmp_path, data[:-10]).records())
 
 

@@ -70,8 +70,16 @@ def test_a_broken_line_is_told_in_plain_words_with_the_byte(line: bytes, said: s
     assert read_row(line) == said
 
 
-def test_integers_keep_all_their_digits_and_the_last_of_repeated_keys_counts() -> None:
-    assert read_row(b'{"a": {}, "b": 123456789012345678901234567890, "a": 18446744073709551616}') == {
+@pytest.mark.parametrize(
+    "line", [b'{"a": 1, "a": 1}', b'{"b": {"a": 1, "c": ":", "a": 2}}', b'{"b": [{"a":1,"\\u0061":2}]}']
+)
+def test_a_repeated_key_is_a_problem_at_any_depth(line: bytes) -> None:
+    assert read_row(line) == "the key 'a' stands twice in one object; no one knows which value counts"
+    assert isinstance(read_row(b'{"b": {"a": "a: 1, a: 2"}, "a": [{"a": 1}, {"a": 2}]}'), dict)
+
+
+def test_integers_keep_all_their_digits() -> None:
+    assert read_row(b'{"a": 18446744073709551616, "b": 123456789012345678901234567890}') == {
         "a": 2**64,
         "b": 123456789012345678901234567890,
     }

@@ -30,7 +30,7 @@ from batchrun.plan.asked import Asked
 from batchrun.plan.plan import Plan
 from batchrun.records import PossiblyBilled
 from batchrun.rundir import RunDirectory
-from batchrun.source import START, JsonlSource, ParquetSource, rows_of
+from batchrun.source import START, JsonlSource, TableSource, rows_of
 from tests.endings import answer_body, completion, discarded
 from tests.jobs import job_over, texts, write_lines
 from tests.test_source_parquet import COLUMNS
@@ -60,7 +60,7 @@ def test_lines_come_back_from_a_stored_window_as_rows_and_as_columns(tmp_path: P
 @pytest.mark.parametrize("name", COLUMNS)
 def test_a_parquet_column_of_every_type_comes_back_from_a_stored_window(tmp_path: Path, name: str) -> None:
     pq.write_table(pa.table({"c": COLUMNS[name]}), tmp_path / "in.parquet")
-    source = ParquetSource((tmp_path / "in.parquet",))
+    source = TableSource((tmp_path / "in.parquet",))
     (window,) = source.windows(START, 10, 1 << 20)
     stored = StoredWindow(tmp_path / "input.arrow", write(tmp_path / "input.arrow", window.table), 0)
     (table,) = stored.tables(None)

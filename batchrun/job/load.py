@@ -1,5 +1,6 @@
 """A `Job` from a TOML file and overrides, or from code; a mistake names its path and the nearest known name."""
 
+import os
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -24,14 +25,14 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Job:
         JobError: unreadable, not TOML, or a setting that does not fit; the message names its path.
     """
     try:
-        tables = tomllib.loads(path.read_text("utf-8"))
+        tables = tomllib.loads(path.read_text("utf-8-sig"))  # some editors put a byte order mark in front
     except OSError as error:
         raise JobError(f"{path}: can't read the job file: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise JobError(f"{path}: not valid TOML: {error}") from error
     for override in overrides:
         _override(tables, override)
-    tables.setdefault("name", path.stem)
+    tables.setdefault("name", os.fsencode(path.stem).decode("utf-8", "replace"))  # a name may have any bytes
     try:
         return from_tables(tables)
     except JobError as error:
@@ -124,7 +125,7 @@ def _keys(path: str) -> list[str]:
 def _read_schema(file: str) -> dict[str, Any]:
     """The JSON schema in `file`, as the request carries it."""
     try:
-        schema = msgspec.json.decode(Path(file).read_bytes())
+        schema = msgspec.json.decode(Path(file).read_text("utf-8-sig"))
     except OSError as error:
         raise JobError(f"request.response_format.file: can't read {file}: {error.strerror}") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

@@ -5,6 +5,7 @@ Nothing is kept but counts, the first problems and the rejected ordinals: ten mi
 
 import heapq
 import itertools
+import re
 from array import array
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,8 @@ SHOWN = 20
 """Problems that are told one by one; all are counted."""
 
 PROGRESS_EVERY = 5000
+
+_NUMBER = re.compile(r"\d+")
 
 
 class Problem(msgspec.Struct, frozen=True):
@@ -47,7 +50,9 @@ class Survey(msgspec.Struct, frozen=True):
 
     By model: `models` counts rows, `max_request` bounds the (prompt, output) tokens of the largest request, and
     `max_tokens` those of all requests together. `answer_schema`: the one JSON schema that all answers in JSON are to
-    fit; None where there is none, or more than one. `image_tokens` is what all images usually count.
+    fit; None where there is none, or more than one. `image_tokens` is what all images usually count. `mistakes`: the
+    first problem of each kind with how many there are of that kind, at most `SHOWN`; problems that differ only in
+    numbers are of one kind.
     """
 
     dialect: str
@@ -61,6 +66,7 @@ class Survey(msgspec.Struct, frozen=True):
     types: ColumnTypes | None
     answer_schema: str | None = None
     image_tokens: int = 0
+    mistakes: "tuple[tuple[Problem, int], ...]" = ()
 
 
 class _Tally:
@@ -70,6 +76,7 @@ class _Tally:
         self.rows = self.body_bytes = self.image_tokens = 0
         self.unusable, self.repeated = array("Q"), array("Q")
         self.first_problems: list[Problem] = []
+        self.mistakes: dict[str, tuple[Problem, int]] = {}
         self.models: dict[str, int] = {}
         self.max_request: dict[str, tuple[int, int]] = {}
         self.max_tokens: dict[str, tuple[int, int]] = {}
@@ -110,6 +117,10 @@ class _Tally:
         ordinals.append(problem.ordinal)
         if len(self.first_problems) < SHOWN:
             self.first_problems.append(problem)
+        kind = _NUMBER.sub("#", problem.problem)
+        first, count = self.mistakes.get(kind, (problem, 0))
+        if count or len(self.mistakes) < SHOWN:
+            self.mistakes[kind] = (first, count + 1)
         self._keep(problem)
 
 
@@ -159,6 +170,7 @@ def survey(
         rows=tally.rows,
         rejected=array("Q", heapq.merge(tally.unusable, tally.repeated)),
         first_problems=tuple(tally.first_problems),
+        mistakes=tuple(tally.mistakes.values()),
         models=tally.models,
         body_bytes=tally.body_bytes,
         max_request=tally.max_request,

@@ -21,7 +21,7 @@ from batchrun.plan.check import Problem, Survey, survey
 from batchrun.plan.matching import Questions
 from batchrun.request import image_digests
 from batchrun.rundir import RunDirectory
-from batchrun.source import FileIdentity, ParquetSource, Source, changed, digest, find_files
+from batchrun.source import FileIdentity, Source, TableSource, changed, digest, find_files
 
 
 def input_files(job: Job, directory: RunDirectory, asked: Asked, *, begun: bool = True) -> tuple[Path, ...]:
@@ -80,15 +80,15 @@ def require_rows(job: Job, found: Survey) -> None:
 
 
 def raise_problems(found: Survey, tell: Callable[[str], None]) -> None:
-    """Tells the first problems line by line, then raises with their count.
+    """Reports each kind of problem in one line, with its first record and its count, then raises with the total.
 
     Raises:
         InputError: always.
     """
-    for problem in found.first_problems:
-        tell(str(problem))
-    count = len(found.rejected)
-    shown = f"; the first {len(found.first_problems)} are above" if count > len(found.first_problems) else ""
+    for problem, others in found.mistakes:
+        tell(str(problem) + (f" (and {others - 1:,} more such records)" if others > 1 else ""))
+    count, named = len(found.rejected), sum(others for _, others in found.mistakes)
+    shown = f"; the first {len(found.mistakes)} kinds of problem are above" if count > named else ""
     if not found.rows and all(problem.record is None for problem in found.first_problems):
         raise InputError(
             f"none of the input records ({count:,}) can be read{shown}; write the file again as JSON lines"
@@ -110,7 +110,7 @@ def require_columns(job: Job, source: Source, found: Survey | None = None) -> No
     Raises:
         JobError: as `output_schema`.
     """
-    if isinstance(source, ParquetSource):
+    if isinstance(source, TableSource):
         output_schema(source.schema, job.output)
     elif found is not None and found.types is not None:
         output_schema(found.types.schema(), job.output)
@@ -143,7 +143,7 @@ def facts_of(
 def schema_of(source: Source, known: Facts) -> pa.Schema:
     types = ColumnTypes() if known.types is None else ColumnTypes.from_json(known.types)
     return output_schema(
-        source.schema if isinstance(source, ParquetSource) else types.schema(), known.output, facts.parsed(known)
+        source.schema if isinstance(source, TableSource) else types.schema(), known.output, facts.parsed(known)
     )
 
 

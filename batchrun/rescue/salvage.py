@@ -40,7 +40,7 @@ from batchrun.rescue.rebuilt import Account
 from batchrun.rescue.remains import Remains
 from batchrun.rescue.verify import Findings, inspected
 from batchrun.rundir import RunDirectory
-from batchrun.source import START, ParquetSource, Source, Window, open_source
+from batchrun.source import START, Source, TableSource, Window, open_source
 
 NAME = "salvaged.parquet"
 LOST = "lost.csv"
@@ -192,7 +192,7 @@ class Rescue:
         """The output's schema, with `parsed` as JSON text, and prefix: by the input, else as the first part that can be
         read has them.
         """
-        given = self._source.schema if isinstance(self._source, ParquetSource) else None
+        given = self._source.schema if isinstance(self._source, TableSource) else None
         if given is None and self._types is not None:
             given = self._types.schema()
         if given is not None:

@@ -16,13 +16,13 @@ from batchrun.source.files import (
     digest,
     find_files,
     fingerprint,
-    is_parquet,
+    format_of,
     spool,
 )
 from batchrun.source.given import Rows, as_file
 from batchrun.source.jsonl import MAX_LINE_BYTES, JsonlSource
-from batchrun.source.parquet import ParquetSource
 from batchrun.source.rows import rows_of
+from batchrun.source.table import TableSource
 from batchrun.source.window import START, Position, Record, Source, Window
 
 __all__ = [
@@ -38,7 +38,7 @@ __all__ = [
     "Source",
     "Window",
     "JsonlSource",
-    "ParquetSource",
+    "TableSource",
     "FileIdentity",
     "changed",
     "digest",
@@ -52,4 +52,4 @@ def open_source(files: tuple[Path, ...], max_line_bytes: int = MAX_LINE_BYTES) -
     Raises:
         InputError: a file can't be read as what it is; nothing was read beyond heads and footers.
     """
-    return ParquetSource(files) if is_parquet(files[0]) else JsonlSource(files, max_line_bytes)
+    return JsonlSource(files, max_line_bytes) if format_of(files[0]) == "jsonl" else TableSource(files)

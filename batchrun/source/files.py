@@ -1,86 +1,128 @@
 """Which files an input path means, whether they can be read, and whether they are still the same."""
 
 import glob
+import gzip
 import hashlib
 import os
+import re
 import stat
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, cast
 
 import msgspec
+import pyarrow as pa
 
 from batchrun.errors import DiskError, InputError
+from batchrun.source import foreign
+from batchrun.source.foreign import HEAD_BYTES
 
 Content = Literal["parquet", "gzip", "zstd", "plain"]
+Format = Literal["jsonl", "parquet", "csv"]
 
 _MAGIC: dict[bytes, Content] = {b"PAR1": "parquet", b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
-_REFUSED = {
-    b"PARE": "is an encrypted Parquet file; decrypt it first",
-    b"PK\x03\x04": "is a zip archive (or a spreadsheet); unpack it or export it as JSONL or Parquet",
-    b"BZh": "is compressed with bzip2; use gzip, zstd or nothing",
-    b"\xfd7zXZ": "is compressed with xz; use gzip, zstd or nothing",
-    b"ARROW1": "is an Arrow or Feather file; write it as Parquet",
-    b"ORC": "is an ORC file; write it as Parquet",
-    b"Obj\x01": "is an Avro file; write it as Parquet or JSONL",
-    b"SQLite format 3": "is an SQLite database; export the table as JSONL",
-}
-_ENCODINGS = {  # longest first: UTF-32's mark begins with UTF-16's
-    b"\xff\xfe\x00\x00": "UTF-32LE",
-    b"\x00\x00\xfe\xff": "UTF-32BE",
-    b"\xff\xfe": "UTF-16LE",
-    b"\xfe\xff": "UTF-16BE",
-    b"{\x00\x00\x00": "UTF-32LE",
-    b"\x00\x00\x00{": "UTF-32BE",
-    b"{\x00": "UTF-16LE",
-    b"\x00{": "UTF-16BE",
-}
-HEAD_BYTES = 16
+_SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")  # a zstd frame without data, RFC 8878 3.1.2; pzstd begins with one
 COPY_BYTES = 1 << 20
+BOM = b"\xef\xbb\xbf"
 
 
 def find_files(path: str) -> tuple[Path, ...]:
-    """The input files that `path` means, sorted by path string: a file, a directory's own files, or a glob.
+    """The input files that `path` means, sorted by path string: a file, a directory, or a glob.
 
-    In directories and globs, names beginning with "." or "_" are left out, as Spark and Hive do (`_SUCCESS`).
+    A directory means its own files and those in its folders named `key=value`, at every depth. In directories and
+    globs, names that begin with "." or "_" are left out, files and folders both, as Spark and Hive do (`_SUCCESS`,
+    `_temporary`), and so are checksums (`.crc`).
 
     Raises:
         InputError: nothing matches, a file is unreadable, no regular file, or of another format than the first.
     """
     files = tuple(sorted(_matches(path), key=str))
     if not files:
-        raise InputError(f"{path}: no input file there; name a JSONL or Parquet file, a directory, or a glob")
-    formats: dict[bool, Path] = {}
-    for file in files:
-        formats.setdefault(is_parquet(file), file)
-    if len(formats) > 1:
         raise InputError(
-            f"{formats[True]} is Parquet but {formats[False]} is not; "
-            "an input has one format: name its files with a glob such as 'data/*.parquet'"
+            f"{path}: no input file there{_folders_in(path)}; name a JSONL or Parquet file, CSV, a directory, or a glob"
+        )
+    formats: dict[Format, Path] = {}
+    for file in files:
+        _require_unicode(file)
+        formats.setdefault(format_of(file), file)
+    if len(formats) > 1:
+        (one, first), (_, second) = sorted(formats.items(), reverse=True)[:2]
+        raise InputError(
+            f"{first} is {_NAMES[one]} but {second} is not; "
+            f"an input has one format: name its files with a glob such as 'data/*.{one}'"
         )
     return files
+
+
+_NAMES: dict[Format, str] = {"jsonl": "JSON lines", "parquet": "Parquet", "csv": "CSV"}
 
 
 def _matches(path: str) -> list[Path]:
     named = Path(path)
     if named.is_dir():
-        found = [child for child in named.iterdir() if not child.is_dir()]
-    elif os.path.lexists(path):
+        return list(_files_below(named))
+    if os.path.lexists(path):
         return [named]
-    else:
-        found = [Path(match) for match in glob.glob(path, recursive=True) if not Path(match).is_dir()]  # noqa: PTH207
-    return [file for file in found if not file.name.startswith((".", "_"))]
+    fixed = len(Path(glob.escape(path.partition("*")[0])).parts)  # hidden folders that are named may be read
+    found = [Path(match) for match in glob.glob(path, recursive=True) if not Path(match).is_dir()]  # noqa: PTH207
+    return [file for file in found if not any(map(_is_left_out, file.parts[min(fixed, len(file.parts) - 1) :]))]
 
 
-def is_parquet(path: Path) -> bool:
-    """Whether the file is Parquet; otherwise it is read as JSON lines.
+def _files_below(folder: Path) -> Iterator[Path]:
+    """The files of a directory, and of its folders that are named `key=value`."""
+    with reading(folder):
+        children = list(folder.iterdir())
+    for child in children:
+        if _is_left_out(child.name):
+            continue
+        if not child.is_dir():
+            yield child
+        elif "=" in child.name:
+            yield from _files_below(child)
+
+
+def _is_left_out(name: str) -> bool:
+    return name.startswith((".", "_")) or name.endswith(".crc")
+
+
+def _folders_in(path: str) -> str:
+    """What to write for a directory that holds only folders; nothing for anything else."""
+    if not Path(path).is_dir():
+        return ""
+    below = [file for file in Path(path).rglob("*") if file.is_file() and not any(map(_is_left_out, file.parts[1:]))]
+    if not below:
+        return ""
+    pattern = Path(path) / "**" / f"*{min(below).suffix}"
+    return f", only folders with {len(below):,} files (to read them all, write '{pattern}')"
+
+
+def _require_unicode(path: Path) -> None:
+    """Nothing, if the path is text: it goes into the checkpoint, the log and the result's footer, which are UTF-8."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        shown = os.fsencode(path).decode("utf-8", "backslashreplace")
+        raise InputError(f"{shown}: the name holds bytes that are not UTF-8; rename the file or its folder") from None
+
+
+def format_of(path: Path) -> Format:
+    """How the file is read: by its content, and where that is text by its name (`.csv`, `.tsv`, also compressed).
+
+    A file of that name that begins with "{" is read as JSON lines.
 
     Raises:
         InputError: the file can't be read, or its name promises a Parquet file that is not there.
     """
-    return content_of(path) == "parquet"
+    content = content_of(path)
+    if content == "parquet":
+        return "parquet"
+    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in (".gz", ".zst", ".zstd")]
+    if not suffixes or suffixes[-1] not in (".csv", ".tsv"):
+        return "jsonl"
+    return "jsonl" if next(blocks(path, 0, HEAD_BYTES), b"").lstrip(BOM).lstrip().startswith(b"{") else "csv"
 
 
 def content_of(path: Path) -> Content:
@@ -115,13 +157,54 @@ def classify(head: bytes, path: Path) -> Content:
     for magic, content in _MAGIC.items():
         if head.startswith(magic):
             return content
-    for magic, refusal in _REFUSED.items():
-        if head.startswith(magic):
-            raise InputError(f"{path} {refusal}")
-    for mark, encoding in _ENCODINGS.items():
-        if head.startswith(mark):
-            raise InputError(f"{path}:1 is {encoding}, not UTF-8; convert it with: iconv -f {encoding} -t UTF-8 {path}")
+    if _SKIPPABLE.match(head):
+        return "zstd"
+    foreign.refuse(head, path)
     return "plain"
+
+
+def blocks(file: Path, offset: int, block_bytes: int) -> Iterator[bytes]:
+    """The unpacked content of a text file from `offset` on.
+
+    Raises:
+        InputError: the file is unreadable, or a compressed stream in it is cut or damaged.
+    """
+    try:
+        with opened(file) as stream:
+            _skip(stream, offset, block_bytes)
+            while block := stream.read(block_bytes):
+                yield block
+    except DAMAGED as error:
+        raise InputError(f"{file} can't be read to its end: {error}; write or copy it again") from error
+
+
+DAMAGED = (OSError, EOFError, zlib.error)
+"""What a cut or damaged compressed stream raises."""
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[BinaryIO]:
+    """The unpacked content of a text file. gzip by Python's own module: Arrow's reader refuses zeros behind the last
+    member, with which tapes and object stores pad.
+    """
+    content = content_of(file)
+    if content == "gzip":
+        with gzip.open(file) as unpacked:
+            yield cast(BinaryIO, unpacked)
+    elif content == "zstd":
+        with pa.OSFile(str(file), "rb") as packed, pa.CompressedInputStream(packed, "zstd") as stream:
+            yield cast(BinaryIO, stream)
+    else:
+        with file.open("rb") as plain:
+            yield plain
+
+
+def _skip(stream: BinaryIO, offset: int, block_bytes: int) -> None:
+    if stream.seekable():
+        stream.seek(offset)
+        return
+    while offset and (block := stream.read(min(offset, block_bytes))):
+        offset -= len(block)
 
 
 @contextmanager

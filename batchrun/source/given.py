@@ -12,8 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchrun.errors import InputError
+from batchrun.source import unify
 
 BLOCK_BYTES = 1 << 20
+BATCH_ROWS = 1 << 14  # a polars table may come as one batch
 
 
 @runtime_checkable
@@ -38,9 +40,12 @@ def as_file(rows: Rows, scratch: Path) -> Iterator[BinaryIO]:
         yield io.BufferedReader(_Lines(rows), BLOCK_BYTES)
         return
     with tempfile.TemporaryFile(dir=scratch) as file:
-        with pa.RecordBatchReader.from_stream(rows) as batches, pq.ParquetWriter(file, batches.schema) as writer:
-            for batch in batches:
-                writer.write_batch(batch)
+        with pa.RecordBatchReader.from_stream(rows) as batches:
+            schema = pa.schema([field.with_type(unify.plain(field.type)) for field in batches.schema])
+            with pq.ParquetWriter(file, schema) as writer:
+                for batch in batches:
+                    for first in range(0, batch.num_rows, BATCH_ROWS):
+                        writer.write_batch(unify.fitted(batch.slice(first, BATCH_ROWS), schema, {}))
         file.seek(0)
         yield file
 

@@ -8,13 +8,14 @@ import msgspec
 import pyarrow as pa
 
 from batchrun.errors import InputError
-from batchrun.source.files import HEAD_BYTES, classify, content_of, reading
+from batchrun.source import hive
+from batchrun.source.files import BOM, blocks, classify
+from batchrun.source.foreign import HEAD_BYTES
 from batchrun.source.lines import read_row, split_lines
 from batchrun.source.window import LINES, START, Position, Record, Window
 
 BLOCK_BYTES = 1 << 20  # beyond it reading gets no faster (measured), only larger
 MAX_LINE_BYTES = 64 << 20
-_BOM = b"\xef\xbb\xbf"
 
 
 class _Line(msgspec.Struct, frozen=True, gc=False):
@@ -31,7 +32,9 @@ class _Line(msgspec.Struct, frozen=True, gc=False):
 
 
 class JsonlSource:
-    """Files of JSON lines, each plain, gzip or zstd whatever its name says. Blank lines are no records."""
+    """Files of JSON lines, each plain, gzip or zstd whatever its name says. Blank lines are no records.
+
+    The keys of folders named `key=value` are columns of the files in them; a row's own value stands before them."""
 
     format: Literal["jsonl"] = "jsonl"
 
@@ -46,8 +49,9 @@ class JsonlSource:
         self.files = files
         self._max_line_bytes = max_line_bytes
         self._block_bytes = block_bytes
+        self._keys = hive.keys_of(files)
         for file in files:
-            head = next(_blocks(file, 0, HEAD_BYTES), b"")
+            head = next(blocks(file, 0, HEAD_BYTES), b"")
             if classify(head, file) != "plain":
                 raise InputError(f"{file} holds another compressed or Parquet file; unpack it once")
 
@@ -61,6 +65,8 @@ class JsonlSource:
         too_long = f"the line is longer than {self._max_line_bytes:,} bytes"
         for line in self._lines(start):
             row = too_long if line.text is None else read_row(line.text)
+            if isinstance(row, dict) and self._keys[line.file]:
+                row = {**self._keys[line.file], **row}
             if isinstance(row, str):
                 yield Record(line.ordinal, origins[line.file], line.number, {}, row, line.text)
             else:
@@ -74,6 +80,7 @@ class JsonlSource:
         """
         lines: list[bytes] = []
         size, end = 0, start
+        in_front = [msgspec.json.encode(keys)[:-1] if keys else b"" for keys in self._keys]
         for line in self._lines(start):
             if line.ordinal not in skip:
                 if line.text is None:
@@ -82,8 +89,9 @@ class JsonlSource:
                     window, lines, size = _window(lines, end), [], 0
                     yield window  # after letting go of what it was made of
                     del window
-                lines.append(line.text)
-                size += len(line.text)
+                text = _with_keys(in_front[line.file], line.text) if in_front[line.file] else line.text
+                lines.append(text)
+                size += len(text)
             end = line.after()
         if lines:
             yield _window(lines, end)
@@ -91,10 +99,10 @@ class JsonlSource:
     def _lines(self, start: Position) -> Iterator[_Line]:
         offset, number, ordinal = start.offset, start.line, start.ordinal
         for index in range(start.file, len(self.files)):
-            blocks = _blocks(self.files[index], offset, self._block_bytes)
-            for text, size in split_lines(blocks, self._max_line_bytes):
-                if offset == 0 and text is not None:
-                    text = text.removeprefix(_BOM)
+            content = blocks(self.files[index], offset, self._block_bytes)
+            for text, size in split_lines(content, self._max_line_bytes):
+                if text is not None:  # files that were joined have a mark in front of each
+                    text = text.removeprefix(BOM)
                 offset += size
                 number += 1
                 if text is None or text.strip():
@@ -104,31 +112,12 @@ class JsonlSource:
             offset = number = 0
 
 
-def _blocks(file: Path, offset: int, block_bytes: int) -> Iterator[bytes]:
-    try:
-        with _open(file) as stream:
-            _skip(stream, offset, block_bytes)
-            while block := stream.read(block_bytes):
-                yield block
-    except OSError as error:
-        raise InputError(f"{file} can't be read to its end: {error}; write or copy it again") from error
-
-
-def _open(file: Path) -> pa.NativeFile:
-    content = content_of(file)
-    with reading(file):
-        stream = pa.OSFile(str(file), "rb")
-        if content == "gzip" or content == "zstd":
-            return pa.CompressedInputStream(stream, content)
-        return stream
-
-
-def _skip(stream: pa.NativeFile, offset: int, block_bytes: int) -> None:
-    if stream.seekable():
-        stream.seek(offset)
-        return
-    while offset and (block := stream.read(min(offset, block_bytes))):
-        offset -= len(block)
+def _with_keys(keys: bytes, line: bytes) -> bytes:
+    """The object in `line` with the folders' `keys` in front: `{"k":1` is what these are. The line's own value of such
+    a key comes later, and the last one counts.
+    """
+    members = line.strip()[1:]
+    return keys + (b"" if members.lstrip().startswith(b"}") else b",") + members
 
 
 def _window(lines: list[bytes], end: Position) -> Window:

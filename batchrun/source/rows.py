@@ -6,6 +6,7 @@ import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from batchrun.source.unify import shortest
 from batchrun.source.window import LINES
 
 _decode = msgspec.json.Decoder(dict[str, object]).decode
@@ -31,9 +32,7 @@ def rows_of(batch: pa.RecordBatch) -> list[dict[str, object]]:
 
 
 def _values(column: "pa.Array[Any]") -> list[object]:
-    if pa.types.is_float32(column.type) or pa.types.is_float16(column.type):  # 0.1 is 0.1, not 0.10000000149011612
-        texts = pc.cast(column.cast(pa.float32()), pa.string()).to_pylist()
-        return [None if text is None else float(text) for text in texts]
+    column = shortest(column)
     try:
         return column.to_pylist()
     except (ValueError, OverflowError):  # value by value, so that a value's form does not depend on its neighbours

@@ -67,7 +67,7 @@ class Source(Protocol):
     files: tuple[Path, ...]
 
     @property
-    def format(self) -> Literal["jsonl", "parquet"]:
+    def format(self) -> Literal["jsonl", "parquet", "csv"]:
         """The format of every file."""
 
     def records(self, start: Position = START) -> Iterator[Record]:

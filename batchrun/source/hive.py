@@ -1,0 +1,53 @@
+"""Folders named `key=value`, as Spark, Hive, DuckDB and pandas lay out data: their keys are columns. PURE over paths.
+
+The keys of a file are those of the unbroken chain of such folders right above it, however the input was named: a
+file, a folder and a glob give the same columns.
+"""
+
+import re
+from pathlib import Path
+from urllib.parse import unquote
+
+import pyarrow as pa
+
+Keys = dict[str, int | str | None]
+
+NULL = "__HIVE_DEFAULT_PARTITION__"
+_INTEGER = re.compile(r"0|-?[1-9]\d{0,17}")  # as an integer is written again: "007" stays text
+
+
+def keys_of(files: tuple[Path, ...]) -> list[Keys]:
+    """The keys of each file's folders, outermost first.
+
+    A key is an integer where all its values, in all files, are written as integers are; else it is text.
+    """
+    found = [_texts(file) for file in files]
+    for name in {name for keys in found for name in keys}:
+        values = [keys[name] for keys in found if keys.get(name) is not None]
+        if values and all(_INTEGER.fullmatch(str(value)) for value in values):
+            for keys in found:
+                if (value := keys.get(name)) is not None:
+                    keys[name] = int(value)
+    return found
+
+
+def _texts(file: Path) -> Keys:
+    keys: Keys = {}
+    for folder in file.parents:
+        name, equals, value = folder.name.partition("=")
+        if not (name and equals):
+            break
+        keys.setdefault(unquote(name), None if value == NULL else unquote(value))
+    return dict(reversed(keys.items()))
+
+
+def fields_of(all_keys: list[Keys]) -> dict[str, pa.DataType]:
+    """The keys of all files with their types, in order of appearance."""
+    types: dict[str, pa.DataType] = {}
+    for keys in all_keys:
+        for name, value in keys.items():
+            if isinstance(value, int):
+                types[name] = pa.int64()
+            else:
+                types.setdefault(name, pa.string())
+    return types

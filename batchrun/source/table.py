@@ -1,0 +1,155 @@
+"""Files that hold columns, Parquet or CSV: batches of one schema → records and windows."""
+
+from bisect import bisect_right
+from collections.abc import Container, Iterator
+from itertools import groupby
+from pathlib import Path
+
+import msgspec
+import pyarrow as pa
+
+from batchrun.errors import InputError
+from batchrun.source import csv, hive, parquet, unify
+from batchrun.source.files import Format, format_of
+from batchrun.source.rows import rows_of
+from batchrun.source.window import START, Position, Record, Window
+
+
+class _Batch(msgspec.Struct, frozen=True):
+    """Rows that follow one another in a file: `row` is the first one's place there, `ordinal` in the input."""
+
+    rows: pa.RecordBatch
+    file: int
+    row: int
+    ordinal: int
+
+    def part(self, first: int, count: int | None = None) -> "_Batch":
+        return _Batch(self.rows.slice(first, count), self.file, self.row + first, self.ordinal + first)
+
+    def cut(self, count: int) -> tuple["_Batch", "_Batch"]:
+        return self.part(0, count), self.part(count)
+
+    def after(self) -> Position:
+        count = self.rows.num_rows
+        return Position(self.file, self.row + count, 0, self.ordinal + count)
+
+
+class TableSource:
+    """Parquet or CSV files with one schema over all of them (`unify`). File metadata is left behind.
+
+    The keys of folders named `key=value` come first among the columns, where no file has a column of that name.
+    """
+
+    def __init__(self, files: tuple[Path, ...]) -> None:
+        """Every file's footer, or header, was read.
+
+        Raises:
+            InputError: a file is cut, damaged, encrypted or has a column name twice, or the schemas don't meet.
+        """
+        self.files = files
+        self.format: Format = format_of(files[0])
+        self._module = csv if self.format == "csv" else parquet
+        schemas = [self._module.schema_of(file) for file in files if self._is_like_the_first(file)]
+        for file, schema in zip(files, schemas, strict=True):
+            _require_single_names(file, schema)
+        inside = unify.schema_over(zip(files, schemas, strict=True))
+        self._keys = hive.keys_of(files)
+        keys = {name: type_ for name, type_ in hive.fields_of(self._keys).items() if name not in inside.names}
+        self.schema: pa.Schema = pa.schema([*(pa.field(name, type_) for name, type_ in keys.items()), *inside])
+
+    def _is_like_the_first(self, file: Path) -> bool:
+        if format_of(file) != self.format:
+            raise InputError(f"{file} is no {self.format.capitalize()} file; an input has one format")
+        return True
+
+    def records(self, start: Position = START) -> Iterator[Record]:
+        """Every record from `start` on; a value without a Python form is that record's problem.
+
+        Raises:
+            InputError: a page is damaged, encrypted, or of a type Arrow can't read.
+        """
+        origins = [f"{file} row " for file in self.files]
+        for batch in self._batches(start):
+            try:
+                rows = rows_of(batch.rows)
+            except ValueError:
+                yield from (_record(batch.part(i, 1), origins[batch.file]) for i in range(batch.rows.num_rows))
+            else:
+                for i, row in enumerate(rows):
+                    yield Record(batch.ordinal + i, origins[batch.file], batch.row + i, row)
+
+    def windows(self, start: Position, max_rows: int, max_bytes: int, skip: Container[int] = ()) -> Iterator[Window]:
+        """The rows from `start` on without those in `skip`; bytes are Arrow's, dictionaries not counted.
+
+        Raises:
+            InputError: as `records`.
+        """
+        parts: list[pa.RecordBatch] = []
+        rows, size, end = 0, 0, start
+        for run in self._accepted(start, skip):
+            while run.rows.num_rows:
+                fitting = _fitting(run.rows, max_rows - rows, max_bytes - size)
+                if parts and not fitting:
+                    window, parts, rows, size = self._window(parts, end), [], 0, 0
+                    yield window  # after letting go of what it was made of
+                    del window
+                    continue
+                part, run = run.cut(max(1, fitting))
+                parts.append(part.rows)
+                rows, size, end = rows + part.rows.num_rows, size + _size_of(part.rows), part.after()
+        if parts:
+            yield self._window(parts, end)
+
+    def _window(self, parts: list[pa.RecordBatch], end: Position) -> Window:
+        return Window(pa.Table.from_batches(parts, schema=self.schema).combine_chunks(), end)
+
+    def _accepted(self, start: Position, skip: Container[int]) -> Iterator[_Batch]:
+        """The longest runs within a batch that have no ordinal of `skip`."""
+        for batch in self._batches(start):
+            ordinals = range(batch.ordinal, batch.ordinal + batch.rows.num_rows)
+            for skipped, run in groupby(ordinals, skip.__contains__):
+                places = list(run)
+                if not skipped:
+                    yield batch.part(places[0] - batch.ordinal, len(places))
+
+    def _batches(self, start: Position) -> Iterator[_Batch]:
+        """The rows from `start` on, in the columns of the whole input."""
+        row, ordinal = start.offset, start.ordinal
+        for index in range(start.file, len(self.files)):
+            for rows in self._module.batches(self.files[index], row):
+                yield _Batch(self._fitted(rows.replace_schema_metadata(None), index, row), index, row, ordinal)
+                row, ordinal = row + rows.num_rows, ordinal + rows.num_rows
+            row = 0
+
+    def _fitted(self, rows: pa.RecordBatch, index: int, row: int) -> pa.RecordBatch:
+        if rows.schema == self.schema:
+            return rows
+        try:
+            return unify.fitted(rows, self.schema, self._keys[index])
+        except ValueError as error:
+            last = row + rows.num_rows - 1
+            raise InputError(f"{self.files[index]} rows {row} to {last} can't be read: {error}") from error
+
+
+def _require_single_names(path: Path, schema: pa.Schema) -> None:
+    for name in schema.names:
+        if schema.names.count(name) > 1:
+            raise InputError(f"{path} has two columns named '{name}'; rename one")
+
+
+def _record(batch: _Batch, origin: str) -> Record:
+    try:
+        return Record(batch.ordinal, origin, batch.row, rows_of(batch.rows)[0])
+    except ValueError as error:
+        return Record(batch.ordinal, origin, batch.row, {}, str(error))
+
+
+def _size_of(rows: pa.RecordBatch) -> int:
+    """Bytes of the rows themselves: a dictionary is the file's, however few of its rows are here."""
+    return sum((c.indices if isinstance(c, pa.DictionaryArray) else c).nbytes for c in rows.columns)
+
+
+def _fitting(rows: pa.RecordBatch, max_rows: int, max_bytes: int) -> int:
+    """How many of the first rows stay within both limits."""
+    counts = range(1, min(rows.num_rows, max_rows) + 1)
+    return bisect_right(counts, max_bytes, key=lambda count: _size_of(rows.slice(0, count)))

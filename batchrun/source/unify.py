@@ -1,0 +1,154 @@
+"""One schema over many files, and the batches of each file in it. PURE. Types meet only where no value is lost.
+
+| in one file | in another | column |
+| --- | --- | --- |
+| all null (Arrow's null type), or missing | any type | that type |
+| string | large_string, string_view, a dictionary of strings | string or large_string |
+| integers of different widths; `float` | `double` | the wider |
+| integers | `double` | double; an integer beyond 2^53 is refused where it stands |
+| decimals of one scale; timestamps of one zone | other precision; other unit | the finer |
+| structs, lists | others, with members that meet | members unified; an absent one is null |
+
+All else is refused: text beside numbers, text beside bytes, decimals of other scales (they would read otherwise).
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from batchrun.errors import InputError
+
+
+def schema_over(schemas: "Iterable[tuple[Path, pa.Schema]]") -> pa.Schema:
+    """The columns of all files, in order of first appearance, each with the type that holds the values of all.
+
+    Raises:
+        InputError: names a column, two of its types, their files, and the way on.
+    """
+    fields: dict[str, tuple[pa.DataType, Path]] = {}
+    for path, schema in schemas:
+        for field in schema:
+            known, first = fields.get(field.name, (field.type, path))
+            common = _common(known, field.type)
+            if common is None:
+                raise InputError(
+                    f"{path} has column '{field.name}' as {field.type}, {first} as {known}; no type holds both without "
+                    "loss: write one of the files again with the other's type, or read them as two inputs"
+                )
+            fields[field.name] = (common, path if common == field.type else first)
+    return pa.schema([(name, type_) for name, (type_, _) in fields.items()])
+
+
+def _common(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
+    """The type that holds the values of both as they are; None where there is none."""
+    if one == other:
+        return one
+    one, other = plain(one), plain(other)
+    if not _reads_the_same(one, other):
+        return None
+    try:
+        pair = [pa.schema([("column", type_)]) for type_ in (one, other)]
+        unified: pa.DataType = pa.unify_schemas(pair, promote_options="permissive").field(0).type
+    except pa.ArrowException:
+        return None
+    return unified
+
+
+def plain(type_: pa.DataType) -> pa.DataType:
+    """The type without dictionaries and views, at every depth: Arrow can't unify these with plain ones."""
+    if isinstance(type_, pa.DictionaryType):
+        return plain(type_.value_type)
+    if type_ == pa.string_view():
+        return pa.large_string()
+    return with_members(type_, plain)
+
+
+def with_members(type_: pa.DataType, change: Any) -> pa.DataType:
+    """A list, struct or map with the types of its members changed; any other type as it is."""
+    if pa.types.is_struct(type_):
+        return pa.struct([field.with_type(change(field.type)) for field in type_.fields])
+    if isinstance(type_, pa.MapType):
+        return pa.map_(type_.key_type, change(type_.item_type))
+    if isinstance(type_, pa.FixedSizeListType):
+        return pa.list_(type_.value_field.with_type(change(type_.value_type)), type_.list_size)
+    if isinstance(type_, pa.LargeListType):
+        return pa.large_list(type_.value_field.with_type(change(type_.value_type)))
+    if isinstance(type_, pa.ListType):
+        return pa.list_(type_.value_field.with_type(change(type_.value_type)))
+    return type_
+
+
+def _reads_the_same(one: pa.DataType, other: pa.DataType) -> bool:
+    """Whether a value of either type is written the same in a prompt once Arrow has unified them."""
+    if pa.types.is_null(one) or pa.types.is_null(other):
+        return True
+    if pa.types.is_decimal(one) or pa.types.is_decimal(other):
+        return pa.types.is_decimal(one) and pa.types.is_decimal(other) and one.scale == other.scale
+    if pa.types.is_struct(one) and pa.types.is_struct(other):
+        members = {field.name: field.type for field in other.fields}
+        return all(_reads_the_same(field.type, members[field.name]) for field in one.fields if field.name in members)
+    if isinstance(one, pa.ListType | pa.LargeListType) and isinstance(other, pa.ListType | pa.LargeListType):
+        return _reads_the_same(one.value_type, other.value_type)
+    return _kind(one) == _kind(other)
+
+
+def _kind(type_: pa.DataType) -> str:
+    if pa.types.is_integer(type_) or pa.types.is_floating(type_):
+        return "number"
+    if pa.types.is_string(type_) or pa.types.is_large_string(type_):
+        return "text"
+    if pa.types.is_timestamp(type_):
+        return f"timestamp {type_.tz}"
+    if pa.types.is_binary(type_) or pa.types.is_large_binary(type_):
+        return "bytes"
+    return str(type_)
+
+
+def fitted(rows: pa.RecordBatch, schema: pa.Schema, keys: dict[str, Any]) -> pa.RecordBatch:
+    """The rows in the columns of `schema`: cast, filled from the folders' `keys`, or null.
+
+    Raises:
+        ValueError: a value does not fit its column's common type; the message names the column.
+    """
+    columns = []
+    for field in schema:
+        if field.name not in rows.schema.names:
+            columns.append(pa.array([keys.get(field.name)] * rows.num_rows, field.type))
+            continue
+        column = rows.column(field.name)
+        try:
+            columns.append(column if column.type == field.type else _cast(column, field.type))
+        except pa.ArrowException as error:
+            raise ValueError(f"column '{field.name}' as {field.type}, which other files have: {error}") from error
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def _cast(column: "pa.Array[Any]", to: pa.DataType) -> "pa.Array[Any]":
+    if pa.types.is_floating(column.type) and pa.types.is_float64(to):
+        return shortest(column)
+    try:
+        return pc.cast(column, to)
+    except pa.ArrowNotImplementedError:  # views within dictionaries, dictionaries within lists: polars' Categorical
+        return pa.array(column.to_pylist(), to)
+
+
+def shortest(column: "pa.Array[Any]") -> "pa.Array[Any]":
+    """Floats of less than double precision, at any depth, as the doubles that are written the same: 0.1 stays 0.1.
+
+    A cast alone makes 0.10000000149011612 of it. By way of text, so that it is the shortest number that it is.
+    """
+    wide = _changed(column.type, pa.float32())
+    if wide == column.type and _changed(column.type, pa.float64()) == column.type:
+        return column
+    texts = pc.cast(pc.cast(column, wide), _changed(column.type, pa.string()))
+    return pc.cast(texts, _changed(column.type, pa.float64()))
+
+
+def _changed(type_: pa.DataType, to: pa.DataType) -> pa.DataType:
+    """The type with every float of less than double precision in it replaced."""
+    if pa.types.is_float32(type_) or pa.types.is_float16(type_):
+        return to
+    return with_members(type_, lambda member: _changed(member, to))

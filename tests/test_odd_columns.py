@@ -1,0 +1,76 @@
+"""Columns with any name in a template, nulls in it, and text files with a byte order mark."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from batchrun import credentials
+from batchrun.errors import InputError, JobError
+from batchrun.job.job import Endpoint
+from batchrun.job.load import load
+from batchrun.request.templates import text_template
+
+
+def rendered(text: str, columns: dict[str, Any]) -> str:
+    return text_template(text, "request.prompt")(columns)
+
+
+@pytest.mark.parametrize(
+    "name", ["customer name", "e-mail", "\U0001f600", "if", "true", "items", "self", "1st", "row", "ä"]
+)
+def test_a_column_with_any_name_is_in_reach(name: str) -> None:
+    columns = {name: "here"}
+    assert rendered("{{ row }}" if name == "row" else f'{{{{ row["{name}"] }}}}', columns) == "here"
+    assert columns == {name: "here"}
+
+
+def test_a_template_that_does_not_parse_says_how_such_a_column_is_written() -> None:
+    with pytest.raises(JobError, match=r'template error .*\{\{ row\["its name"\] \}\}'):
+        text_template("{{ customer name }}", "request.prompt")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{{ customer-name }}", 'did you mean row["customer-name"]? (columns: customer-name, text)'),
+        ("{{ txt }}", "did you mean text? (columns: customer-name, text)"),
+        ('{{ row["texts"] }}', "did you mean text? (columns: customer-name, text)"),
+    ],
+)
+def test_a_missing_column_is_told_with_those_that_there_are(text: str, said: str) -> None:
+    with pytest.raises(InputError) as error:
+        rendered(text, {"customer-name": "x", "text": "y"})
+    assert str(error.value).endswith(said)
+
+
+@pytest.mark.parametrize(("value", "text"), [(0, "0"), (False, "false"), (None, ""), ("", "")])
+def test_what_is_proposed_for_a_null_keeps_what_is_not_null(value: object, text: str) -> None:
+    with pytest.raises(InputError) as error:
+        rendered("{{ n }}", {"n": None})
+    proposed = str(error.value).partition("write ")[2].partition(" where")[0]
+    assert rendered(proposed, {"n": value}) == text
+
+
+def test_job_key_and_schema_files_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    mark = b"\xef\xbb\xbf"
+    schema, key, job = tmp_path / "s.json", tmp_path / "key", tmp_path / "job.toml"
+    schema.write_bytes(mark + b'{"type": "object"}')
+    key.write_bytes(mark + b"sk-123456789")
+    key.chmod(0o600)
+    job.write_bytes(
+        mark
+        + f"""[endpoint]
+url = "https://host/v1"
+api_key_file = "{key}"
+[request]
+model = "m"
+prompt = "x"
+response_format = {{ type = "json_schema", name = "n", file = "{schema}" }}
+""".encode()
+    )
+    loaded = load(job)
+    assert loaded.request.response_format is not None
+    assert loaded.request.response_format.schema == {"type": "object"}
+    endpoint: Endpoint = loaded.endpoint
+    assert credentials.read(endpoint, {}).headers["Authorization"] == "Bearer sk-123456789"

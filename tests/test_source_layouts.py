@@ -1,0 +1,283 @@
+"""Files as other tools leave them: folders with keys, shards of other types, CSV, padding, other formats."""
+
+import gzip
+import json
+import shlex
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.feather
+import pyarrow.orc
+import pyarrow.parquet as pq
+import pytest
+
+from batchrun.errors import InputError
+from batchrun.source import START, as_file, find_files, open_source, rows_of
+
+LINE = b'{"a": 1}\n'
+
+
+def write(path: Path, content: bytes = LINE) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def table(path: Path, columns: dict[str, Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def rows(path: Path | str) -> list[dict[str, object]]:
+    """The rows as the check sees them, which must be those that are dispatched."""
+    source = open_source(find_files(str(path)))
+    checked = [record.columns for record in source.records()]
+    sent = [row for window in source.windows(START, 100, 1 << 20) for row in rows_of(window.table.to_batches()[0])]
+    assert checked == sent
+    return checked
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(InputError) as error:
+        rows(path)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def zstd(data: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+SKIPPABLE = struct.pack("<II", 0x184D2A50, 4) + b"size"
+
+
+@pytest.mark.parametrize(
+    ("content", "count"),
+    [
+        (gzip.compress(LINE) + bytes(512), 1),
+        (gzip.compress(LINE) * 2, 2),
+        (gzip.compress(b"") + gzip.compress(LINE), 1),
+        (zstd(LINE) * 2, 2),
+        (SKIPPABLE + zstd(LINE) + SKIPPABLE + zstd(LINE), 2),
+        (b"\xef\xbb\xbf" + LINE + b"\xef\xbb\xbf" + LINE, 2),
+    ],
+    ids=["gzip padded", "gzip members", "gzip empty member", "zstd frames", "zstd skippable", "joined with marks"],
+)
+@pytest.mark.parametrize("name", ["in.jsonl", "in.gz", "in.zst"])
+def test_a_compressed_file_is_read_as_other_tools_write_it_whatever_its_name(
+    tmp_path: Path, content: bytes, count: int, name: str
+) -> None:
+    assert rows(write(tmp_path / name, content)) == [{"a": 1}] * count
+
+
+@pytest.mark.parametrize("content", [gzip.compress(LINE)[:-4], zstd(LINE)[:-3], gzip.compress(LINE) + b"rest"])
+def test_a_cut_or_spoilt_compressed_file_is_named(tmp_path: Path, content: bytes) -> None:
+    assert "can't be read to its end" in refused(write(tmp_path / "in.jsonl", content))
+
+
+FOLDERS = (("day=1/lang=de%20AT", 1, "de AT"), ("day=2/lang=__HIVE_DEFAULT_PARTITION__", 2, None))
+
+
+def test_keys_of_folders_are_columns_of_parquet_and_of_json_lines_alike(tmp_path: Path) -> None:
+    for place, day, language in (
+        ("day=1/lang=de%20AT", 1, "de AT"),
+        ("day=2/lang=__HIVE_DEFAULT_PARTITION__", 2, None),
+    ):
+        write(tmp_path / "j" / place / "a.jsonl", b' {}\n{"a": 1, "day": 9}\n')
+        table(tmp_path / "p" / place / "a.parquet", {"a": [None, 1]})
+        assert rows(tmp_path / "j" / place / "a.jsonl")[0] == {"day": day, "lang": language}
+    for leftover in ("_SUCCESS", "._SUCCESS.crc", "_temporary/day=3/a.jsonl", "day=1/.a.jsonl.crc", "day=1/a.crc"):
+        write(tmp_path / "j" / leftover, b"\x00junk")
+    assert rows(tmp_path / "j") == rows(tmp_path / "j" / "**" / "*.jsonl")
+    assert rows(tmp_path / "j")[1] == {"day": 9, "lang": "de AT", "a": 1}, "a row's own value stands"
+    assert rows(tmp_path / "p")[3] == {"day": 2, "lang": None, "a": 1}
+
+
+def test_a_key_with_leading_zeros_stays_text(tmp_path: Path) -> None:
+    for value in ("007", "8"):
+        write(tmp_path / f"id={value}" / "a.jsonl")
+    assert [row["id"] for row in rows(tmp_path)] == ["007", "8"]
+
+
+def test_a_directory_of_plain_folders_names_the_glob_that_reads_them(tmp_path: Path) -> None:
+    write(tmp_path / "monday" / "a.jsonl")
+    assert f"write '{tmp_path}/**/*.jsonl'" in refused(tmp_path)
+    assert rows(tmp_path / "**" / "*.jsonl") == [{"a": 1}]
+
+
+WORDS = pa.array(["x", "y"])
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "values"),
+    [
+        (pa.nulls(2), WORDS, [None, None, "x", "y"]),
+        (WORDS, pa.nulls(2), ["x", "y", None, None]),
+        (WORDS, WORDS.cast(pa.large_string()), ["x", "y"] * 2),
+        (WORDS, WORDS.cast(pa.string_view()), ["x", "y"] * 2),
+        (WORDS.dictionary_encode(), WORDS.cast(pa.large_string()), ["x", "y"] * 2),
+        (pa.array([1], pa.int32()), pa.array([2**40]), [1, 2**40]),
+        (pa.array([0.1], pa.float32()), pa.array([0.1]), [0.1, 0.1]),
+        (pa.array([1]), pa.array([0.5]), [1.0, 0.5]),
+        (pa.array([[]], pa.list_(pa.null())), pa.array([["x"]]), [[], ["x"]]),
+        (pa.array([{"a": 1}]), pa.array([{"b": "x"}]), [{"a": 1, "b": None}, {"a": None, "b": "x"}]),
+    ],
+)
+def test_shards_of_other_types_are_read_as_one_where_nothing_is_lost(
+    tmp_path: Path, one: Any, other: Any, values: list[object]
+) -> None:
+    table(tmp_path / "0.parquet", {"n": [0] * len(one), "c": one})
+    table(tmp_path / "1.parquet", {"c": other, "n": [0] * len(other)})
+    assert [row["c"] for row in rows(tmp_path)] == values
+
+
+def test_a_column_that_some_shards_lack_is_null_there(tmp_path: Path) -> None:
+    table(tmp_path / "0.parquet", {"a": [1]})
+    table(tmp_path / "1.parquet", {"b": ["x"]})
+    assert rows(tmp_path) == [{"a": 1, "b": None}, {"a": None, "b": "x"}]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (WORDS, pa.array([1, 2])),
+        (WORDS, pa.array([b"x"])),
+        (pa.array([True]), pa.array([1])),
+        (pa.array([1], pa.decimal128(5, 2)), pa.array([1], pa.decimal128(6, 3))),
+    ],
+)
+def test_types_that_do_not_meet_are_named_with_both_files(tmp_path: Path, one: Any, other: Any) -> None:
+    first, second = table(tmp_path / "0.parquet", {"c": one}), table(tmp_path / "1.parquet", {"c": other})
+    said = refused(tmp_path)
+    assert said.startswith(f"{second} has column 'c' as {other.type}, {first} as {one.type}")
+
+
+def test_an_integer_that_a_double_would_change_is_refused_where_it_stands(tmp_path: Path) -> None:
+    table(tmp_path / "0.parquet", {"c": [0.5]})
+    second = table(tmp_path / "1.parquet", {"c": [2**60 + 1]})
+    assert refused(tmp_path).startswith(f"{second} rows 0 to 0 can't be read: column 'c' as double")
+
+
+@pytest.mark.parametrize(
+    "type_",
+    [
+        pa.list_(pa.float32()),
+        pa.large_list(pa.float16()),
+        pa.list_(pa.float32(), 2),
+        pa.struct([("x", pa.list_(pa.float32()))]),
+    ],
+)
+def test_a_float_is_the_shortest_number_that_it_is_within_lists_and_structs(tmp_path: Path, type_: pa.DataType) -> None:
+    value: Any = {"x": [0.25, 0.1]} if pa.types.is_struct(type_) else [0.25, 0.5]
+    if pa.types.is_list(type_):
+        value = [0.1, 3.3]
+    assert rows(table(tmp_path / "a.parquet", {"c": pa.array([value, None], type_)})) == [{"c": value}, {"c": None}]
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, zstd])
+@pytest.mark.parametrize(("name", "mark"), [("in.csv", ","), ("in.csv", ";"), ("in.TSV", "\t")])
+def test_csv_is_read_with_every_column_as_the_text_that_stands_there(
+    tmp_path: Path, pack: Any, name: str, mark: str
+) -> None:
+    lines = [["id", "text", "x y"], ["007", '"a ""b""\nc, d; e"', ""], ["1.10", '""', "ü"]]
+    content = "\r\n".join(mark.join(cells) for cells in lines).encode()
+    path = write(tmp_path / (name if pack is bytes else f"{name}.gz"), pack(b"\xef\xbb\xbf" + content))
+    assert rows(path) == [
+        {"id": "007", "text": 'a "b"\nc, d; e', "x y": None},
+        {"id": "1.10", "text": "", "x y": "ü"},
+    ]
+
+
+def test_csv_goes_on_where_a_window_ended(tmp_path: Path) -> None:
+    path = write(tmp_path / "in.csv", b"n\n" + b"".join(b"%d\n" % n for n in range(3_000)))
+    source = open_source(find_files(str(path)))
+    first = next(source.windows(START, 1_500, 1 << 20))
+    again = [record.columns["n"] for record in source.records(first.end)]
+    assert again == [str(n) for n in range(1_500, 3_000)]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"a,b\n1,2\n3\n", "row 3 (the header is 1) has 1 cells, the header 2"),
+        (b"a\nm\xfcde\n", "not UTF-8"),
+        (b"a,a\n1,2\n", "two columns named 'a'"),
+        (b"", "its first line must name the columns"),
+    ],
+)
+def test_csv_that_can_not_be_read_is_one_line(tmp_path: Path, content: bytes, said: str) -> None:
+    assert said in refused(write(tmp_path / "in.csv", content))
+
+
+def test_json_lines_named_csv_are_json_lines(tmp_path: Path) -> None:
+    assert rows(write(tmp_path / "in.csv")) == [{"a": 1}]
+
+
+def converted(said: str) -> list[str]:
+    command = said.partition("convert it with: ")[2]
+    return [sys.executable if word == "python" else word for word in shlex.split(command)]
+
+
+@pytest.mark.parametrize("kind", ["feather", "stream", "orc"])
+def test_the_command_that_is_named_converts_the_file(tmp_path: Path, kind: str) -> None:
+    path, columns = tmp_path / "it's data.bin", pa.table({"a": [1]})
+    if kind == "feather":
+        pyarrow.feather.write_feather(columns, str(path))
+    elif kind == "orc":
+        pyarrow.orc.write_table(columns, str(path))
+    else:
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, columns.schema) as writer:
+            writer.write_table(columns)
+    subprocess.run(converted(refused(path)), check=True)
+    assert rows(path.with_suffix(".parquet")) == [{"a": 1}]
+
+
+@pytest.mark.parametrize("text", [json.dumps([{"a": 1}]), json.dumps([{"a": 1}], indent=2), "[]"[:1] + "\n]"])
+def test_a_json_array_is_named_with_the_command_that_makes_lines_of_it(tmp_path: Path, text: str) -> None:
+    assert "one JSON array, not JSON lines; convert it with: jq -c '.[]'" in refused(
+        write(tmp_path / "in.json", text.encode())
+    )
+
+
+@pytest.mark.parametrize(
+    ("member", "content", "said"),
+    [
+        ("xl/workbook.xml", "", "Excel workbook"),
+        ("mimetype", "application/vnd.oasis.opendocument.spreadsheet", "OpenDocument"),
+        ("a.jsonl", "", "zip archive"),
+    ],
+)
+def test_a_zip_archive_is_told_from_a_spreadsheet(tmp_path: Path, member: str, content: str, said: str) -> None:
+    path = tmp_path / "in"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(member, content)
+    assert said in refused(path)
+
+
+def test_a_name_that_is_not_utf8_is_refused_in_one_line(tmp_path: Path) -> None:
+    name = b"caf\xe9.jsonl"
+    with open(bytes(tmp_path) + b"/" + name, "wb") as file:
+        file.write(LINE)
+    assert r"caf\xe9.jsonl: the name holds bytes that are not UTF-8" in refused(tmp_path)
+
+
+def test_a_table_with_dictionaries_of_views_is_read_as_plain_text(tmp_path: Path) -> None:
+    words = pa.DictionaryArray.from_arrays(pa.array([0, 1, None], pa.uint32()), pa.array(["x", "y"], pa.string_view()))
+    lists = pa.ListArray.from_arrays(pa.array([0, 1, 2, 3], pa.int32()), words)
+    given = pa.table({"c": words, "v": pa.array(["x", "y", "x"], pa.string_view()), "l": lists})  # as polars has them
+    with as_file(given, tmp_path) as file:
+        path = write(tmp_path / "a.parquet", file.read())
+    assert rows(path) == [
+        {"c": "x", "v": "x", "l": ["x"]},
+        {"c": "y", "v": "y", "l": ["y"]},
+        {"c": None, "v": "x", "l": [None]},
+    ]
