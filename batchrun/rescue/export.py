@@ -26,7 +26,7 @@ from batchrun.report.summary import plural, read
 from batchrun.rescue.readable import nullable
 from batchrun.rescue.salvage import input_again
 from batchrun.rundir import RunDirectory
-from batchrun.source import JsonlSource, ParquetSource, Source
+from batchrun.source import JsonlSource, Source, TableSource
 
 
 class Exported(msgspec.Struct, frozen=True):
@@ -168,7 +168,7 @@ def _schema(
     """The columns of the result. Where a Parquet input is gone, its columns are those of the first chunk."""
     if types is not None:
         given = types.schema()
-    elif isinstance(source, ParquetSource):
+    elif isinstance(source, TableSource):
         given = source.schema
     elif not (chunks := checkpoint.chunks()):
         return own_schema(known.output.prefix, facts.parsed(known))
