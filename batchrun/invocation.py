@@ -99,7 +99,7 @@ def _run(
     """Plan, ask, write: this process's share of the run."""
     chronicle.checkpoint = checkpoint
     checkpoint.begin_invocation(chronicle.started_at.timestamp(), os.getpid(), socket.gethostname(), __version__)
-    lost = _name_lost(directory, checkpoint)
+    lost = _name_lost(job, directory, checkpoint)
     with signals.raised():  # until the event loop listens itself
         plan = planning.make(job, directory, checkpoint, asked, chronicle.started_at)
         directory.reserve_room()
@@ -174,14 +174,15 @@ def _begin(plan: Plan, checkpoint: Checkpoint, chronicle: Chronicle) -> None:
     chronicle.write(chronicle.summary())
 
 
-def _name_lost(directory: RunDirectory, checkpoint: Checkpoint) -> int:
+def _name_lost(job: Job, directory: RunDirectory, checkpoint: Checkpoint) -> int:
     """Who was in flight when an earlier process died is on the permanent list, unless their end is known; how many."""
     lost = [
         entry
         for entry in slots.read(directory.inflight)
         if entry is slots.UNREADABLE or not checkpoint.has_end(entry.row, entry.n)
     ]
-    checkpoint.name_possibly_billed(slots.possibly_billed(lost, checkpoint.invocation - 1, "crash"))
+    run = facts.read(checkpoint.manifest()).attempt_prefix if lost and job.endpoint.id_header else None
+    checkpoint.name_possibly_billed(slots.possibly_billed(lost, checkpoint.invocation - 1, "crash", run))
     return len(lost)
 
 

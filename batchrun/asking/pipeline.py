@@ -105,8 +105,7 @@ class Pipeline:
         self.estimates = estimates
         self.sent = 0
         self.slow_s = 0.0  # the latency that nearly all answers keep
-        layout = plan.facts.layout  # the same row is another one after the rows were laid out anew
-        self._name = f"{plan.facts.run_id}.{layout}" if layout else plan.facts.run_id
+        self._name = plan.facts.attempt_prefix
 
     async def work_all(self, workers: int) -> None:
         """Every pending row is settled, or the gate has closed; an exception of one worker ends the others."""

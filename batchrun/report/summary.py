@@ -7,7 +7,7 @@ from decimal import Decimal
 import msgspec
 
 from batchrun.checkpoint.facts import Facts
-from batchrun.checkpoint.spent import DISCARDED, Spent
+from batchrun.checkpoint.spent import DISCARDED, LOST, Spent
 from batchrun.errors import CheckpointError, InputError
 from batchrun.gate.admission import Binding, Limit
 from batchrun.gate.deadline import Deadline
@@ -119,7 +119,7 @@ def _summary(
     moment: Moment,
     directory: RunDirectory,
 ) -> Summary:
-    lines = list(spent.totals.values())
+    lines = spent.lines()
     settled = spent.settled()
     mine = [line for line in lines if line.invocation == moment.invocation]
     minutes = max(moment.elapsed_s, 1e-9) / 60
@@ -268,11 +268,18 @@ def _cost(summary: Summary) -> list[str]:
             f"possibly billed beyond that: {plural(summary.possibly_billed_count, 'attempt')} without a known end, "
             f"at most ${summary.possibly_billed_usd:,.6f}"
         )
+    if lost := sum(line.attempts for line in summary.totals if line.status == LOST):
+        parts.append(lost_in_words(lost))
     if summary.unpriced:
         parts.append(f"no known price for {plural(summary.unpriced, 'attempt')}, which no sum holds")
     if summary.without_usage:
         parts.append(f"{plural(summary.without_usage, 'answer')} came without usage")
     return parts
+
+
+def lost_in_words(attempts: int) -> str:
+    """Why more attempts were made than ended."""
+    return f"of those, {plural(attempts, 'attempt')} lost: the process died or was stopped at once"
 
 
 def _next_steps(summary: Summary, max_failures: int, failing: Collection[Status]) -> Iterator[tuple[str, str]]:
