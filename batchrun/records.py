@@ -294,6 +294,18 @@ class Tuned(msgspec.Struct, frozen=True):
     refused: str | None
 
 
+class Retrying(msgspec.Struct, frozen=True):
+    """Rows that failed and will be sent again. `first` are the lowest of them, `attempts` the most that one has had,
+    `reasons` the commonest failures, each with its rows; `next_at`: when the next one is sent, None: at once.
+    """
+
+    rows: int
+    first: list[int]
+    attempts: int
+    reasons: dict[str, int]
+    next_at: datetime | None
+
+
 class Summary(msgspec.Struct, frozen=True):
     """`summary.json`: what is known of a run, from its first second to its last. Its schema is in docs/output.md."""
 
@@ -337,3 +349,4 @@ class Summary(msgspec.Struct, frozen=True):
     pid: int
     host: str
     files: dict[str, str]
+    retrying: Retrying | None = None

@@ -33,6 +33,7 @@ from batchrun.policy import (
     retry_after_s,
     settlement,
     stretch,
+    tail_wait_s,
 )
 from batchrun.records import Answer, Attempt, FunctionCall, RowError, Status, Verdict
 
@@ -323,7 +324,29 @@ def test_an_attempt_counts_against_its_row_only_if_another_row_succeeded_meanwhi
 ) -> None:
     before = History(3, 2, 1, 0)
     assert after(before, judgement, corroborated=False) == History(4, 2, 1, 0)
-    assert after(before, judgement, corroborated=True) == History(4, 2 + counted, 1 + counted_5xx, maybe_billed)
+    charged = History(4, 2 + counted, 1 + counted_5xx, maybe_billed)
+    assert after(before, judgement, corroborated=True) == msgspec.structs.replace(charged, witnessed=counted)
+    assert after(before, judgement, corroborated=False, at_tail=True) == charged
+
+
+@pytest.mark.parametrize(
+    ("judgement", "retry", "wait_s"),
+    [
+        (told(FREE, 500), Retry(), 30.0),
+        (told(FREE, 408), Retry(), 18.0),
+        (told(SLOW, 503), Retry(), 18.0),
+        (told(MAYBE), Retry(), 90.0),
+        (told(MAYBE, 504), Retry(), 90.0),
+        (told(MAYBE), Retry(max_maybe_billed=0), 90.0),
+        (told(FREE, 500), Retry(max_outage_s=10), 5 / 3),
+        (told(FREE, 500), Retry(max_5xx=1), 90.0),
+    ],
+)
+def test_without_a_witness_a_row_has_its_attempts_over_a_minute_and_a_half(
+    judgement: Judgement, retry: Retry, wait_s: float
+) -> None:
+    assert tail_wait_s(History(1, 1), judgement, retry) == wait_s
+    assert tail_wait_s(History(2, 2, witnessed=1), judgement, retry) == 0
 
 
 @pytest.mark.parametrize(

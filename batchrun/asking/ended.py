@@ -138,6 +138,7 @@ def remembered(earlier: Sequence[Discarded], begun: int) -> History:
         counted=len(counted),
         counted_5xx=sum((a.http_status or 0) >= 500 and a.verdict is not Verdict.SLOW for a in counted),
         maybe_billed=sum(attempt.verdict is Verdict.MAYBE for attempt in counted),
+        witnessed=len(counted),
         corrected=sum(attempt.verdict is Verdict.OK and attempt.error_kind in KINDS for attempt in earlier),
     )
 

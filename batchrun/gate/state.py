@@ -58,6 +58,9 @@ CALMER = 0.7
 USED = 0.8
 """More is allowed in flight only while so much of it is used: else nobody knows whether the endpoint bears it."""
 
+UNREACHED = frozenset({"dns", "refused", "connect", "tls"})
+"""Failures before a word was said; after any other the server was there."""
+
 IN_FLIGHT = Binding(Limit.IN_FLIGHT)
 PROCEED = Ruling()
 HOLD = Ruling(hold=True)
@@ -160,6 +163,8 @@ class GateState:
     def observe(self, outcome: Outcome, order: int, now_s: float) -> Ruling:
         """The outcome is taken into account, once per admitted attempt; what it means for rows."""
         self.withdraw(order)
+        if outcome.at_tail:
+            return PROCEED
         match outcome.verdict:
             case Verdict.OK:
                 return self._succeeded(outcome.row, order)
@@ -307,7 +312,8 @@ class GateState:
         patience_s = self._max_outage_s if self._reached else min(FIRST_REACH_S, self._max_outage_s)
         if now_s - self._unwell_since_s <= patience_s:
             return False
-        what = "no answer" if self._reached else "the endpoint was never reached"
+        unreached = not self._reached and outcome.error is not None and outcome.error.kind in UNREACHED
+        what = "the endpoint was never reached" if unreached else "no answer"
         self.close(Stop(ExitCode.PAUSED, f"{what} for {_duration(patience_s)}: {_text(outcome.error)}"))
         return True
 

@@ -18,7 +18,15 @@ from batchrun.errors import InputError, JobError
 from batchrun.gate import deadline
 from batchrun.output.files import read_footer
 from batchrun.records import Summary, TotalsLine
-from batchrun.report.summary import cost_in_words, known_cost, limits_in_words, lost_in_words, plural, read
+from batchrun.report.summary import (
+    cost_in_words,
+    known_cost,
+    limits_in_words,
+    lost_in_words,
+    plural,
+    read,
+    retrying_in_words,
+)
 from batchrun.rundir import RunDirectory
 
 KEYS = ("day", "job", "model", "status", "run")
@@ -153,6 +161,8 @@ def status_lines(directory: RunDirectory) -> Iterator[str]:
     yield f"cost    {cost_in_words(summary)}"
     if alive:
         yield from _outlook(summary)
+        if summary.retrying is not None:
+            yield f"retries {retrying_in_words(summary.retrying)}"
     if summary.reason:
         yield f"reason  {summary.reason}"
     yield f"as of   {summary.updated_at.astimezone():%Y-%m-%d %H:%M:%S}"

@@ -13,7 +13,7 @@ from batchrun.gate.admission import Binding, Limit
 from batchrun.gate.deadline import Deadline
 from batchrun.gate.forecast import Forecast
 from batchrun.prices import PriceTable
-from batchrun.records import FAILURES, InForce, Status, Summary, Tuned
+from batchrun.records import FAILURES, InForce, Retrying, Status, Summary, Tuned
 from batchrun.rundir import RunDirectory
 
 VERSION = 2
@@ -42,6 +42,7 @@ class Moment(msgspec.Struct, frozen=True):
     now_s: float = 0.0
     limits: InForce | None = None
     tuned: Tuned | None = None
+    retrying: Retrying | None = None
 
     @property
     def eta(self) -> datetime | None:
@@ -165,6 +166,7 @@ def _summary(
         pid=moment.pid,
         host=moment.host,
         files=files(directory) if moment.complete else {},
+        retrying=moment.retrying,
     )
 
 
@@ -185,6 +187,22 @@ def limiting_factor(binding: Binding, wall_offset_s: float) -> str:
         until = datetime.fromtimestamp(binding.until_s + wall_offset_s).astimezone()
         return f"{binding.limit} ({binding.because}) till {until:%H:%M:%S}"
     return str(binding.limit)
+
+
+def retrying_in_words(retrying: Retrying) -> str:
+    """Which rows are retried, how often they were sent, and for what."""
+    more = "…" if retrying.rows > len(retrying.first) else ""
+    rows = f"{plural(retrying.rows, 'row')} ({', '.join(map(str, retrying.first))}{more})"
+    reasons = ", ".join(f"{reason} ({count:,})" for reason, count in retrying.reasons.items())
+    return f"{rows}, sent up to {retrying.attempts:,} times: {reasons}"
+
+
+def waiting_to_retry(retrying: Retrying) -> str:
+    """What a run waits for in which nothing is left but retries, in the progress line's words."""
+    status, _, kind = next(iter(retrying.reasons)).partition(" ")
+    reason = status if status.isdigit() else f"{status} {kind}".rstrip()
+    till = "" if retrying.next_at is None else f" till {retrying.next_at.astimezone():%H:%M:%S}"
+    return f"retries ({reason}){till}"
 
 
 def limits_in_words(limits: InForce) -> str:
