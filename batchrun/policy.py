@@ -107,12 +107,16 @@ MAX_SEARCHED_BYTES = 10_000
 
 
 class Judgement(msgspec.Struct, frozen=True):
-    """What one attempt came to. `error` is None exactly when the verdict is OK."""
+    """What one attempt came to. `error` is None exactly when the verdict is OK.
+
+    `in_doubt`: it may have been billed, whatever is done about its row now.
+    """
 
     verdict: Verdict
     error: RowError | None = None
     filtered: bool = False
     retry_after_s: float | None = None
+    in_doubt: bool = False
 
 
 _ANSWERED = Judgement(Verdict.OK)
@@ -122,14 +126,16 @@ def judge(attempt: Attempt, answer: Answer, retry: Retry) -> Judgement:
     """The verdict on one attempt, with what the `error` column and the gate need of it."""
     if attempt.error is not None and not (attempt.streamed and answer.completion):  # a stream says itself when it ends
         error = RowError(attempt.error.kind, attempt.http_status, None, str(attempt.error)[:MAX_MESSAGE_CHARS])
-        return Judgement(FAULT_VERDICTS[attempt.error.kind], error)
+        verdict = FAULT_VERDICTS[attempt.error.kind]
+        return Judgement(verdict, error, in_doubt=verdict is Verdict.MAYBE)
     status = attempt.http_status
     assert status is not None
     if 200 <= status < 300:
         if answer.completion:
             return _ANSWERED
         if answer.error_message is None:
-            return Judgement(Verdict.MAYBE, RowError("unreadable", status, None, _why_unreadable(attempt)))
+            error = RowError("unreadable", status, None, _why_unreadable(attempt))
+            return Judgement(Verdict.MAYBE, error, in_doubt=True)
         status = _embedded_status(answer, status)
     return _judge_status(status, attempt, answer, retry)
 
@@ -140,9 +146,13 @@ def _judge_status(status: int, attempt: Attempt, answer: Answer, retry: Retry) -
     wait_s = retry_after_s(attempt.headers, attempt.started_at + attempt.latency_s)
     if verdict is Verdict.SLOW and wait_s is not None and wait_s > retry.max_wait_s:
         verdict, message = Verdict.PAUSE, f"asked to wait {wait_s:.0f} s: {message}"
+    had_begun = attempt.time_to_first_token_s is not None  # tokens were made before the error stood in the stream
+    if had_begun and verdict is Verdict.FREE:
+        verdict = Verdict.MAYBE
+    in_doubt = had_begun or verdict is Verdict.MAYBE
     verdict = _should_retry(attempt.headers.get("x-should-retry"), verdict)
     error = RowError(kind, attempt.http_status, answer.error_code, message[:MAX_MESSAGE_CHARS])
-    return Judgement(verdict, error, filtered and verdict is Verdict.ROW, wait_s)
+    return Judgement(verdict, error, filtered and verdict is Verdict.ROW, wait_s, in_doubt)
 
 
 def _by_status_and_body(status: int, attempt: Attempt, answer: Answer) -> tuple[Verdict, str, bool]:

@@ -156,7 +156,7 @@ def maybe_billed(answer: Answer, judgement: Judgement, *, capped: bool) -> bool:
     """
     if answer.usage is not None:
         return False
-    return judgement.verdict is Verdict.MAYBE or (judgement.verdict is Verdict.OK and capped)
+    return judgement.in_doubt or (judgement.verdict is Verdict.OK and capped)
 
 
 def total(costs: Sequence[Decimal | None]) -> Decimal | None:
