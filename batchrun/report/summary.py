@@ -194,7 +194,8 @@ def retrying_in_words(retrying: Retrying) -> str:
     more = "…" if retrying.rows > len(retrying.first) else ""
     rows = f"{plural(retrying.rows, 'row')} ({', '.join(map(str, retrying.first))}{more})"
     reasons = ", ".join(f"{reason} ({count:,})" for reason, count in retrying.reasons.items())
-    return f"{rows}, sent up to {retrying.attempts:,} times: {reasons}"
+    times = "once" if retrying.attempts == 1 else f"up to {retrying.attempts:,} times"
+    return f"{rows}, sent {times} so far: {reasons}"
 
 
 def waiting_to_retry(retrying: Retrying) -> str:
@@ -297,7 +298,7 @@ def _cost(summary: Summary) -> list[str]:
 
 def lost_in_words(attempts: int) -> str:
     """Why more attempts were made than ended."""
-    return f"of those, {plural(attempts, 'attempt')} lost: the process died or was stopped at once"
+    return f"lost, as the process died or was stopped at once: {plural(attempts, 'attempt')} of those"
 
 
 def _next_steps(summary: Summary, max_failures: int, failing: Collection[Status]) -> Iterator[tuple[str, str]]:
