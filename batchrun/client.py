@@ -1,19 +1,16 @@
-"""One attempt over HTTP, and nothing else: no retry, no pace, no meaning. Sole importer of the aiohttp client.
+"""One attempt over HTTP, and nothing else: no retry, no pace, no meaning. With `connections`, sole importer of the
+aiohttp client.
 
 aiohttp's defaults that are wrong for a batch are set here: its total timeout of 300 s, its pool of 100 connections,
 redirects followed (a 307 would carry prompt and key headers to another origin), no TCP keepalive (NAT drops a socket
-that is silent during a long reasoning call), bodies without a bound.
+that is silent during a long reasoning call), bodies without a bound, no status for an answer that it can't unpack.
 """
 
 import asyncio
-import contextvars
 import errno
 import io
-import select
-import socket
 import ssl
 import time
-import weakref
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,24 +18,18 @@ from types import TracebackType
 from typing import Self
 
 import aiohttp
-from aiohttp.client_reqrep import ClientRequest
-from aiohttp.http_exceptions import ContentEncodingError
 from aiohttp.payload import TOO_LARGE_BYTES_BODY
 
 from batchrun import __version__
-from batchrun.answer import packed
+from batchrun.answer import encoding, packed
 from batchrun.answer.stream import Stream
+from batchrun.connections import ROUTE, Connector, Route
 from batchrun.credentials import Credentials
 from batchrun.errors import APIConnectionError, APITimeoutError, JobError
 from batchrun.job.job import Endpoint
 from batchrun.records import Attempt, Request
 
-STALE_WITHIN_S = 0.1
-"""A reused connection that ends so soon after the write, without a byte, was closed by the server while it was idle."""
-
 READ_BUFFER_BYTES = 65_536
-KEEPALIVE_S = 30.0
-TCP_KEEPALIVE_S = 60  # below the 350 s and more after which common NAT gateways forget an idle flow
 
 MAX_TAILS = 64
 """Streams whose last event has come but not the end of their response: more of them are not waited for."""
@@ -46,11 +37,11 @@ MAX_TAILS = 64
 
 @dataclass(slots=True)
 class _Exchange:
-    """What is known of the attempt that one worker makes just now. One a worker, used again and again."""
+    """What is known of one exchange while it lasts."""
 
     task: "asyncio.Task[object]"
-    sent_at: float | None = None
-    reused: bool = False
+    payload: bytes | io.BytesIO
+    route: Route = field(default_factory=Route)
     overdue: str | None = None
     http_status: int | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
@@ -59,40 +50,16 @@ class _Exchange:
     heard_at: float = 0.0
     first_token_at: float | None = None
 
+    @property
+    def sent_at(self) -> float | None:
+        """When its connection stood; None: nothing was sent."""
+        return self.route.ready_at
 
-_EXCHANGE: contextvars.ContextVar[_Exchange | None] = contextvars.ContextVar("exchange", default=None)
-
-
-class _Connector(aiohttp.TCPConnector):
-    """A connector that tells the worker's exchange whether its connection had carried a request before."""
-
-    def __init__(self, *, ssl_context: ssl.SSLContext, force_close: bool) -> None:
-        super().__init__(
-            ssl=ssl_context,
-            limit=0,  # the gate is the limit; a second one would queue where nobody counts
-            force_close=force_close,
-            keepalive_timeout=None if force_close else KEEPALIVE_S,
-            socket_factory=_open_socket,
-        )
-        self._carried: weakref.WeakKeyDictionary[object, select.poll] = weakref.WeakKeyDictionary()
-
-    async def connect(
-        self,
-        req: ClientRequest,
-        traces: list[aiohttp.tracing.Trace],
-        timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109  (aiohttp's signature)
-    ) -> aiohttp.connector.Connection:
-        connection = await super().connect(req, traces, timeout)
-        while (look := self._carried.get(connection.protocol)) is not None and _is_over(connection, look):
-            connection.close()
-            connection = await super().connect(req, traces, timeout)
-        exchange = _EXCHANGE.get()
-        if exchange is not None:
-            exchange.reused = look is not None
-            if look is None:
-                self._carried[connection.protocol] = _look_at(connection)
-            exchange.sent_at = time.monotonic()
-        return connection
+    @property
+    def unsent(self) -> bool:
+        """True where a part of the request has certainly not left."""
+        payload = self.payload
+        return isinstance(payload, io.BytesIO) and payload.tell() < payload.getbuffer().nbytes
 
 
 class Client:
@@ -113,7 +80,7 @@ class Client:
         self._idle_s = endpoint.idle_timeout_s
         self._stream_s = endpoint.stream_timeout_s
         self._max_bytes = endpoint.max_answer_bytes
-        self._name_requests = endpoint.client_request_id
+        self._id_header = endpoint.id_header
         self._credentials = credentials
         self._exchanges: dict[asyncio.Task[object], _Exchange] = {}
         self._tails: deque[aiohttp.ClientResponse] = deque()
@@ -121,19 +88,23 @@ class Client:
         headers = {
             "Content-Type": "application/json",
             "Accept": "application/json, text/event-stream",
+            "Accept-Encoding": encoding.ASKED_FOR,
             "User-Agent": f"batchrun/{__version__}",
             **credentials.headers,
         }
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=endpoint.connect_timeout_s)
+        tls = url.startswith("https:")
+        self._connectors = [Connector(ssl_context=context, tls=tls, force_close=fresh) for fresh in (False, True)]
         self._pooled, self._fresh = (
             aiohttp.ClientSession(
-                connector=_Connector(ssl_context=context, force_close=force_close),
+                connector=connector,
+                auto_decompress=False,
                 headers=headers,
                 timeout=timeout,
                 cookie_jar=aiohttp.DummyCookieJar(),
                 read_bufsize=READ_BUFFER_BYTES,
             )
-            for force_close in (False, True)
+            for connector in self._connectors
         )
 
     async def __aenter__(self) -> Self:
@@ -149,8 +120,8 @@ class Client:
     async def send(self, request: Request, client_request_id: str) -> Attempt:
         """How one exchange ended, as a value, whatever happened on the wire.
 
-        A pooled connection that turns out to be closed is tried once more on a fresh one within the same attempt: the
-        server can't have read the request.
+        Where a kept connection turns out to have been closed while it was idle, the request goes out once more, on a
+        fresh one, within the same attempt: the server can't have read it.
         """
         attempt = await self._exchange(self._pooled, request, client_request_id)
         if attempt.error is not None and attempt.error.kind == "stale_connection":
@@ -186,11 +157,11 @@ class Client:
             self._tails.popleft().close()
 
     async def _exchange(self, session: aiohttp.ClientSession, request: Request, client_request_id: str) -> Attempt:
-        exchange = self._begin()
+        exchange = self._begin(request.body)
         started_at, started = time.time(), time.monotonic()
         error: APIConnectionError | None = None
         try:
-            error = await self._answered(session, request, client_request_id, exchange)
+            error = await self._answered(session, client_request_id, exchange)
         except asyncio.CancelledError:
             if exchange.overdue is None or exchange.task.uncancel():  # somebody else ends this worker as well
                 raise
@@ -199,7 +170,10 @@ class Client:
             error = self._translated(raised, exchange)
         finally:
             del self._exchanges[exchange.task]
+            self._free(exchange, error)
         request_id = exchange.headers.get("x-request-id")
+        if request_id is None and self._id_header is not None and exchange.sent_at is not None:
+            request_id = client_request_id  # the one name by which the vendor can look for this exchange
         first_token_at = exchange.first_token_at
         return Attempt(
             started_at=started_at,
@@ -213,32 +187,46 @@ class Client:
             streamed=exchange.stream is not None,
         )
 
-    def _begin(self) -> _Exchange:
+    def _begin(self, body: bytes) -> _Exchange:
         task = asyncio.current_task()
         assert task is not None
-        exchange = _EXCHANGE.get()
-        if exchange is None or exchange.task is not task:
-            exchange = _Exchange(task)
-            _EXCHANGE.set(exchange)
-        exchange.sent_at = exchange.overdue = exchange.http_status = exchange.stream = exchange.first_token_at = None
-        exchange.headers, exchange.received, exchange.reused = {}, [], False
-        self._exchanges[task] = exchange
+        exchange = self._exchanges[task] = _Exchange(task, _payload(body))
+        ROUTE.set(exchange.route)
         return exchange
 
+    def _free(self, exchange: _Exchange, error: APIConnectionError | None) -> None:
+        """The exchange's connection is no longer in use, and what its end says of the server is known."""
+        link = exchange.route.link
+        if link is None:
+            return
+        now_s = time.monotonic()
+        read_to_its_end = exchange.stream is None or not exchange.stream.done
+        link.free_since = now_s if read_to_its_end else None
+        answered = True if exchange.http_status is not None else None
+        if error is not None and error.kind in ("reset", "stale_connection") and not answered:
+            answered = False
+        self._connectors[0].keep_alive.end(link, now_s, answered=answered)
+
     async def _answered(
-        self, session: aiohttp.ClientSession, request: Request, client_request_id: str, exchange: _Exchange
+        self, session: aiohttp.ClientSession, client_request_id: str, exchange: _Exchange
     ) -> APIConnectionError | None:
         """The request is sent and its answer read into the exchange."""
-        own_headers = {"X-Client-Request-Id": client_request_id} if self._name_requests else None
+        own_headers = {self._id_header: client_request_id} if self._id_header is not None else None
         response = await session.post(
-            self._url, data=_payload(request.body), headers=own_headers, allow_redirects=False, proxy=self._proxy
+            self._url, data=exchange.payload, headers=own_headers, allow_redirects=False, proxy=self._proxy
         )
         exchange.http_status, exchange.headers = response.status, response.headers
         try:
+            unpacker = encoding.Unpacker(response.headers.get("Content-Encoding", ""))
             if _is_stream(response):
                 exchange.stream = Stream(self._credentials.cleaner())
-                return await self._receive_stream(response, exchange, exchange.stream)
-            return await self._receive(response, exchange)
+                return await self._receive_stream(response, exchange, exchange.stream, unpacker)
+            return await self._receive(response, exchange, unpacker)
+        except encoding.EncodingError as error:
+            response.close()
+            if response.status >= 300:
+                return None  # its status says what it is
+            return APIConnectionError(str(error), kind="bad_encoding", sent=True)
         finally:
             if exchange.stream is not None and exchange.stream.done:
                 self._tails.append(response)  # its connection is used again if its end comes before the next sweep
@@ -247,10 +235,13 @@ class Client:
                 response.release()
                 await response.wait_for_close()
 
-    async def _receive(self, response: aiohttp.ClientResponse, exchange: _Exchange) -> APIConnectionError | None:
+    async def _receive(
+        self, response: aiohttp.ClientResponse, exchange: _Exchange, unpacker: encoding.Unpacker
+    ) -> APIConnectionError | None:
         """Reads the body into the exchange; bounded in decoded bytes, so a gzip bomb ends here."""
         size = 0
-        while piece := await response.content.readany():
+        while packed_piece := await response.content.readany():
+            piece = unpacker.unpack(packed_piece, self._max_bytes - size + 1)
             size += len(piece)
             if size > self._max_bytes:
                 return self._too_large(response)
@@ -258,12 +249,13 @@ class Client:
         return None
 
     async def _receive_stream(
-        self, response: aiohttp.ClientResponse, exchange: _Exchange, stream: Stream
+        self, response: aiohttp.ClientResponse, exchange: _Exchange, stream: Stream, unpacker: encoding.Unpacker
     ) -> APIConnectionError | None:
         """Reads the stream into the exchange up to its last event: some servers leave the connection open behind it."""
         exchange.heard_at = time.monotonic()
-        while not stream.done and (piece := await response.content.readany()):
+        while not stream.done and (packed_piece := await response.content.readany()):
             room = self._max_bytes - stream.size
+            piece = unpacker.unpack(packed_piece, room + 1)
             stream.take(piece[:room])
             if len(piece) > room:
                 return self._too_large(response)
@@ -285,15 +277,14 @@ class Client:
         return packed.stored(self._credentials.clean(received[0] if len(received) == 1 else b"".join(received)))
 
     def _translated(self, raised: Exception, exchange: _Exchange) -> APIConnectionError:
-        error = translate(raised, sent=exchange.sent_at is not None)
-        if (
-            error.kind == "reset"
-            and exchange.reused
-            and exchange.http_status is None
-            and exchange.sent_at is not None
-            and time.monotonic() - exchange.sent_at < STALE_WITHIN_S
-        ):
-            error = APIConnectionError(str(error), kind="stale_connection", sent=False)
+        sent_at, link = exchange.sent_at, exchange.route.link
+        error = translate(raised, sent=sent_at is not None)
+        if error.kind == "reset" and exchange.http_status is None and sent_at is not None and link is not None:
+            round_trip_s = min(connector.round_trip_s for connector in self._connectors)
+            if exchange.unsent:
+                error = APIConnectionError(str(error), kind="lost_before_send", sent=True)
+            elif link.was_stale(time.monotonic() - sent_at, round_trip_s):
+                error = APIConnectionError(str(error), kind="stale_connection", sent=False)
         error.args = (self._credentials.clean_text(str(error)),)
         return error
 
@@ -313,8 +304,8 @@ def translate(raised: Exception, *, sent: bool) -> APIConnectionError:
         if isinstance(raised, types):
             if kind == "reset" and not sent:
                 kind = "connect"
-            if kind == "cut" and isinstance(raised.__cause__, ContentEncodingError):
-                kind = "bad_encoding"
+            if sent and kind in _BEFORE_SENDING:
+                kind = "reset"  # whatever it is called: with a connection that stood, it may have been billed
             if isinstance(raised, aiohttp.ClientConnectorError) and kind == "connect":
                 kind = _connect_kind(raised)
             error_type = APITimeoutError if timeout else APIConnectionError
@@ -342,6 +333,9 @@ _KINDS: tuple[tuple[tuple[type[Exception], ...], str, bool], ...] = (
 )
 """First match wins; (types, kind, is a timeout)."""
 
+_BEFORE_SENDING = frozenset({"dns", "refused", "connect", "tls"})
+"""Kinds of which the policy says that nothing was sent."""
+
 
 def _connect_kind(raised: aiohttp.ClientConnectorError) -> str:
     if isinstance(raised.os_error, ssl.SSLCertVerificationError):
@@ -361,32 +355,3 @@ def _ssl_context(endpoint: Endpoint) -> ssl.SSLContext:
         return ssl.create_default_context(cafile=endpoint.ca_file)
     except OSError as error:
         raise JobError(f"endpoint.ca_file: can't load {endpoint.ca_file}: {error}") from error
-
-
-AddressInfo = tuple[int | socket.AddressFamily, int | socket.SocketKind, int, str, tuple[object, ...]]
-
-
-def _look_at(connection: aiohttp.connector.Connection) -> "select.poll":
-    """What tells whether anything can be read from the connection; kept for as long as it lives."""
-    look = select.poll()
-    if connection.transport is not None:
-        look.register(connection.transport.get_extra_info("socket").fileno(), select.POLLIN)
-    return look
-
-
-def _is_over(connection: aiohttp.connector.Connection, look: "select.poll") -> bool:
-    """True when the server has closed an idle connection and the event loop has not come to see it yet: nothing is
-    due on one, so whatever can be read is its end. Then nothing was sent, and nothing depends on time.
-    """
-    return connection.transport is None or bool(look.poll(0))
-
-
-def _open_socket(address: AddressInfo) -> socket.socket:
-    """A socket with TCP keepalive, and without Nagle's delay."""
-    family, kind, protocol, _, _ = address
-    opened = socket.socket(family, kind, protocol)
-    opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option in ("TCP_KEEPIDLE", "TCP_KEEPINTVL"):
-        if hasattr(socket, option):
-            opened.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), TCP_KEEPALIVE_S)
-    return opened

@@ -100,7 +100,7 @@ def _run(
     """Plan, ask, write: this process's share of the run."""
     chronicle.checkpoint = checkpoint
     checkpoint.begin_invocation(chronicle.started_at.timestamp(), os.getpid(), socket.gethostname(), __version__)
-    lost = at_rest.name_lost(directory.inflight, checkpoint)
+    lost = at_rest.name_lost(directory.inflight, checkpoint, with_ids=bool(job.endpoint.id_header))
     with signals.raised():  # until the event loop listens itself
         plan = planning.make(job, directory, checkpoint, asked, chronicle.started_at)
         directory.reserve_room()
@@ -145,7 +145,7 @@ def _leave(
     A failure here, and a signal, which ends it at once, change nothing of the way out.
     """
     try:
-        write_usage(directory.usage, checkpoint.spent.totals.values())
+        write_usage(directory.usage, checkpoint.spent.lines())
         if not job.output.partial:
             return
         hooks.note(f"writing the rows so far: {directory.partial} (a signal ends that)")

@@ -131,14 +131,22 @@ WELL_SHARE = 0.03
 MAX_STRETCH = 5.0
 """Of the caps, where half and more fails: twenty 5xx instead of four."""
 
+TAIL_S = 90.0
+"""When only rows that failed are left, nobody can tell whether they or the endpoint are at fault. Such a row has all of
+its attempts over so long at least: an outage of a minute fails none."""
+
 
 class Judgement(msgspec.Struct, frozen=True):
-    """What one attempt came to. `error` is None exactly when the verdict is OK."""
+    """What one attempt came to. `error` is None exactly when the verdict is OK.
+
+    `in_doubt`: it may have been billed, whatever is done about its row now.
+    """
 
     verdict: Verdict
     error: RowError | None = None
     filtered: bool = False
     retry_after_s: float | None = None
+    in_doubt: bool = False
 
 
 _ANSWERED = Judgement(Verdict.OK)
@@ -148,14 +156,16 @@ def judge(attempt: Attempt, answer: Answer, retry: Retry) -> Judgement:
     """The verdict on one attempt, with what the `error` column and the gate need of it."""
     if attempt.error is not None and not (attempt.streamed and answer.completion):  # a stream says itself when it ends
         error = RowError(attempt.error.kind, attempt.http_status, None, str(attempt.error)[:MAX_MESSAGE_CHARS])
-        return Judgement(FAULT_VERDICTS[attempt.error.kind], error)
+        verdict = FAULT_VERDICTS[attempt.error.kind]
+        return Judgement(verdict, error, in_doubt=verdict is Verdict.MAYBE)
     status = attempt.http_status
     assert status is not None
     if 200 <= status < 300:
         if answer.completion:
             return _ANSWERED
         if answer.error_message is None:
-            return Judgement(Verdict.MAYBE, RowError("unreadable", status, None, _why_unreadable(attempt)))
+            error = RowError("unreadable", status, None, _why_unreadable(attempt))
+            return Judgement(Verdict.MAYBE, error, in_doubt=True)
         status = _embedded_status(answer)
     return _judge_status(status, attempt, answer, retry)
 
@@ -168,13 +178,16 @@ def _judge_status(status: int, attempt: Attempt, answer: Answer, retry: Retry) -
     message = answer.error_message or f"HTTP {status}: {_excerpt(attempt.body)}".rstrip(": ")
     if verdict is Verdict.SLOW and wait_s is not None and wait_s > retry.max_wait_s:
         verdict, message = Verdict.PAUSE, f"asked to wait {wait_s:.0f} s: {message}"
-    if verdict is Verdict.FREE and answer.content:
-        verdict = Verdict.MAYBE  # the server broke off in the midst of an answer
+    # tokens were made before the error stood in the answer
+    had_begun = attempt.time_to_first_token_s is not None or bool(answer.content)
+    if had_begun and verdict is Verdict.FREE:
+        verdict = Verdict.MAYBE
+    in_doubt = had_begun or verdict is Verdict.MAYBE
     verdict = _should_retry(attempt.headers.get("x-should-retry"), verdict)
     # a rate limit that comes with another status is a 429 to all who wait for it
     shown = 429 if kind in RATE_KINDS else attempt.http_status
     error = RowError(kind, shown, answer.error_code, message[:MAX_MESSAGE_CHARS])
-    return Judgement(verdict, error, kind == CONTENT_POLICY and verdict is Verdict.ROW, wait_s)
+    return Judgement(verdict, error, kind == CONTENT_POLICY and verdict is Verdict.ROW, wait_s, in_doubt)
 
 
 def _by_body(status: int, words: str, wait_s: float | None) -> tuple[Verdict, str] | None:
@@ -305,7 +318,8 @@ def failing(finish: Finish) -> frozenset[Status]:
 class History(msgspec.Struct, frozen=True):
     """What a row has been through: attempts made, and those that count against its caps.
 
-    `corrected`: how often it was asked again with what was wrong with its answer.
+    `corrected`: how often it was asked again with what was wrong with its answer. `witnessed`: the counted ones during
+    which another row was answered.
     """
 
     attempts: int = 0
@@ -313,19 +327,19 @@ class History(msgspec.Struct, frozen=True):
     counted_5xx: int = 0
     maybe_billed: int = 0
     corrected: int = 0
+    witnessed: int = 0
 
 
-def after(history: History, judgement: Judgement, *, corroborated: bool) -> History:
+def after(history: History, judgement: Judgement, *, corroborated: bool, at_tail: bool = False) -> History:
     """`history` with one attempt more.
 
-    It counts against the row only if another row succeeded meanwhile (`corroborated`), so that an outage burns no row.
+    It counts against the row only if another row succeeded meanwhile (`corroborated`), so that an outage burns no row;
+    or where only rows that have failed are left (`at_tail`), since no other row can succeed there any more.
     A wait that a 429 asked for never counts; an overload that only this row meets does.
     """
     status = judgement.error.http_status if judgement.error is not None else None
-    chargeable = judgement.verdict in (Verdict.FREE, Verdict.MAYBE) or (
-        judgement.verdict is Verdict.SLOW and status != 429
-    )
-    counts = corroborated and chargeable
+    chargeable = is_chargeable(judgement)
+    counts = (corroborated or at_tail) and chargeable
     server_error = status is not None and status >= 500 and judgement.verdict is not Verdict.SLOW
     return History(
         attempts=history.attempts + 1,
@@ -333,7 +347,15 @@ def after(history: History, judgement: Judgement, *, corroborated: bool) -> Hist
         counted_5xx=history.counted_5xx + (counts and server_error),
         maybe_billed=history.maybe_billed + (counts and judgement.verdict is Verdict.MAYBE),
         corrected=history.corrected,
+        witnessed=history.witnessed + (corroborated and chargeable),
     )
+
+
+def is_chargeable(judgement: Judgement) -> bool:
+    """Whether such an end can count against its row: what is retried, but for the wait that a 429 asks for."""
+    if judgement.verdict is Verdict.SLOW:
+        return judgement.error is None or judgement.error.http_status != 429
+    return judgement.verdict in (Verdict.FREE, Verdict.MAYBE)
 
 
 def asked_again(history: History, settled: Settlement, retry: Retry) -> History | None:
@@ -356,6 +378,21 @@ def exhausted(history: History, retry: Retry, stretched: float = 1.0) -> bool:
         or history.counted_5xx >= retry.max_5xx * stretched
         or history.maybe_billed > retry.max_maybe_billed
     )
+
+
+def tail_wait_s(history: History, judgement: Judgement, retry: Retry) -> float:
+    """Seconds that a row waits at least before its next attempt at the tail, so that its attempts take `TAIL_S` or half
+    of the longest outage; none where another row was answered while it failed.
+    """
+    if history.witnessed:
+        return 0.0
+    status = judgement.error.http_status if judgement.error is not None else None
+    attempts = retry.max_attempts
+    if judgement.verdict is Verdict.MAYBE:
+        attempts = min(attempts, retry.max_maybe_billed + 1)
+    elif judgement.verdict is Verdict.FREE and status is not None and status >= 500:
+        attempts = min(attempts, retry.max_5xx)
+    return min(TAIL_S, retry.max_outage_s / 2) / max(1, attempts - 1)
 
 
 def failing_share(share: float, history: History, judgement: Judgement) -> float:

@@ -111,7 +111,8 @@ class Attempt(msgspec.Struct, frozen=True):
 
     `body` is decompressed, redacted, and in its stored form (`packed`), which matters for what is `streamed`: a 2xx of
     server-sent events. `started_at` is wall time; durations are monotonic seconds. `time_to_first_token_s`: until a
-    stream's first text, call or reasoning. `request_id` is the server's name for the exchange, to reconcile an invoice.
+    stream's first text, call or reasoning. `request_id` is the server's id for the exchange, to reconcile an invoice;
+    where none came, the one that we sent.
     """
 
     started_at: float
@@ -248,7 +249,7 @@ Ending = Completion | Discarded
 
 class PossiblyBilled(msgspec.Struct, frozen=True):
     """An attempt whose end is unknown: it may have been billed up to `upper_bound_usd` (None: price unknown), for up to
-    `upper_bound_tokens` (None: its slot can't be read).
+    `upper_bound_tokens` (None: its slot can't be read). `request_id` is the server's id for it, else the one we sent.
     """
 
     row: int
@@ -258,10 +259,11 @@ class PossiblyBilled(msgspec.Struct, frozen=True):
     upper_bound_tokens: int | None
     cause: str
     invocation: int
+    request_id: str | None = None
 
 
 class TotalsLine(msgspec.Struct, frozen=True):
-    """What one invocation spent on one model with one outcome. `status` is a row status, or `discarded`.
+    """What one invocation spent on one model with one outcome. `status` is a row status, `discarded` or `lost`.
 
     `unpriced` counts attempts whose price is unknown, `without_usage` answers that brought no usage;
     neither adds to `cost_usd`. `offline_*` are about the tokens of the latter, by a count of our own: no other figure
@@ -305,6 +307,18 @@ class Tuned(msgspec.Struct, frozen=True):
 
     id: str
     refused: str | None
+
+
+class Retrying(msgspec.Struct, frozen=True):
+    """Rows that failed and will be sent again. `first` are the lowest of them, `attempts` the most that one has had,
+    `reasons` the commonest failures, each with its rows; `next_at`: when the next one is sent, None: at once.
+    """
+
+    rows: int
+    first: list[int]
+    attempts: int
+    reasons: dict[str, int]
+    next_at: datetime | None
 
 
 class Summary(msgspec.Struct, frozen=True):
@@ -353,3 +367,4 @@ class Summary(msgspec.Struct, frozen=True):
     host: str
     command: str | None
     files: dict[str, str]
+    retrying: Retrying | None = None

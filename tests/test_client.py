@@ -6,6 +6,7 @@ import gzip
 import inspect
 import os
 import resource
+import select
 import socket
 import ssl
 import time
@@ -19,7 +20,9 @@ import pytest
 from aiohttp.client_reqrep import ConnectionKey
 from yarl import URL
 
-from batchrun.client import STALE_WITHIN_S, Client, translate
+from batchrun.answer.encoding import Unpacker
+from batchrun.client import Client, translate
+from batchrun.connections import TCP_KEEPALIVE_S, KeepAlive, Link, open_socket
 from batchrun.credentials import Credentials
 from batchrun.errors import APITimeoutError, JobError
 from batchrun.job.job import Endpoint
@@ -156,6 +159,73 @@ def test_the_key_that_a_server_repeats_is_not_in_the_body() -> None:
     assert attempt.body == b'{"error":"wrong key: Bearer [redacted]"}'
 
 
+@pytest.mark.parametrize("encoding", ["br", "zstd", "compress", "gzip, gzip", "x-odd"])
+@pytest.mark.parametrize("headers", [(), ("Content-Type: text/event-stream",)], ids=["whole", "streamed"])
+def test_an_encoding_that_was_not_asked_for_is_named_and_its_status_known(
+    encoding: str, headers: tuple[str, ...]
+) -> None:
+    script = sends(answer(b"\x1b\x00packed", f"Content-Encoding: {encoding}", "X-Request-Id: r-9", *headers))
+    (attempt,), server = asked(script)
+    assert b"\r\naccept-encoding: gzip, deflate\r\n" in server.exchanges[0].head.lower()
+    assert attempt.error is not None
+    assert (attempt.error.kind, attempt.error.sent, attempt.http_status) == ("bad_encoding", True, 200)
+    assert str(attempt.error) == f"the answer's encoding was not asked for: {encoding}"
+    assert (attempt.body, attempt.request_id) == (b"", "r-9")
+
+
+def test_a_refusal_in_an_encoding_that_was_not_asked_for_is_judged_by_its_status() -> None:
+    attempt = ended(sends(answer(b"\x1b\x00packed", "Content-Encoding: br", status="429 Slow Down")))
+    assert (attempt.http_status, attempt.error, attempt.body) == (429, None, b"")
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 50])
+def test_an_encoding_is_unpacked_however_it_is_cut(pieces: int) -> None:
+    text = os.urandom(3_000) + b"word " * 3_000
+    raw = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    packed = {
+        "gzip": gzip.compress(text),
+        "x-gzip": gzip.compress(text[:9]) + gzip.compress(text[9:]) + bytes(100),
+        "deflate": zlib.compress(text),
+        "Deflate": raw.compress(text) + raw.flush(),
+        "identity": text,
+    }
+    for encoding, whole in packed.items():
+        unpacker = Unpacker(encoding)
+        size = -(-len(whole) // pieces)
+        cuts = [whole[start : start + size] for start in range(0, len(whole), size)]
+        assert b"".join(unpacker.unpack(piece, 1_000_000) for piece in cuts) == text, encoding
+        assert Unpacker(encoding).unpack(whole, 100) == text[:100]
+
+
+# -- the attempt's own id
+
+
+@pytest.mark.parametrize(
+    ("url", "endpoint", "header"),
+    [
+        ("https://api.example.com/v1", {}, "X-Client-Request-Id"),
+        ("https://cloud.vtrix.ai/llm/chat/completions", {}, "X-Request-Id"),
+        ("https://vtrix.ai.example.com/v1", {}, "X-Client-Request-Id"),
+        ("https://api.example.com/v1", {"request_id_header": "X-Trace"}, "X-Trace"),
+        ("https://cloud.vtrix.ai/v1", {"client_request_id": False}, None),
+    ],
+)
+def test_the_attempts_id_goes_in_the_header_that_the_vendor_reads(
+    url: str, endpoint: dict[str, Any], header: str | None
+) -> None:
+    assert Endpoint(url, **endpoint).id_header == header
+
+
+def test_an_attempt_without_an_answer_is_known_by_its_own_id() -> None:
+    (attempt,), server = asked(closes, request_id_header="X-Request-Id")
+    assert attempt.request_id == "run-0-1"
+    assert b"\r\nx-request-id: run-0-1\r\n" in server.exchanges[0].head.lower()
+    (attempt,), _ = asked(closes, client_request_id=False)
+    assert attempt.request_id is None
+    (attempt,), _ = asked(sends(answer(FINE, "X-Request-Id: theirs")), request_id_header="X-Request-Id")
+    assert attempt.request_id == "theirs"
+
+
 # -- keep-alive
 
 
@@ -181,18 +251,19 @@ def test_a_keep_alive_that_is_closed_every_time_costs_no_answer_and_no_second_se
 def test_a_connection_that_was_closed_while_nobody_looked_is_not_used() -> None:
     async def main() -> None:
         async with serving(sends(answer())) as server, client_of(server.url) as client:
-            await client.send(request(), "x")
+            for _ in range(2):  # the second shows that the server keeps connections open
+                await client.send(request(), "x")
             server.exchanges[0].writer.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
-            asyncio.get_running_loop().call_soon(time.sleep, 2 * STALE_WITHIN_S)  # the loop is busy, and sees it late
+            asyncio.get_running_loop().call_soon(time.sleep, 0.2)  # the loop is busy, and sees it late
             attempt = await client.send(request(), "x")
             assert (kind_of(attempt), attempt.body) == (None, FINE)
-            assert (server.connections, len(server.exchanges)) == (2, 2)
+            assert (server.connections, len(server.exchanges)) == (2, 3)
 
     asyncio.run(main())
 
 
 def dropping_the_second(how: Script) -> Script:
-    """A server whose connections answer once and end, without a byte, as soon as they are used again."""
+    """A server whose connections answer once and meet `how` when they are used again."""
 
     async def script(exchange: Exchange) -> None:
         if exchange.place == 0:
@@ -203,11 +274,154 @@ def dropping_the_second(how: Script) -> Script:
     return script
 
 
-@pytest.mark.parametrize("how", [closes, resets], ids=["FIN", "RST"])
-def test_a_reused_connection_that_ends_at_once_is_tried_again_on_a_fresh_one(how: Script) -> None:
-    attempts, server = asked(dropping_the_second(how), b"0", b"1", b"2")
-    assert [kind_of(attempt) for attempt in attempts] == [None] * 3
-    assert server.connections > 1
+@pytest.mark.parametrize("how", ["FIN", "RST"])
+@pytest.mark.parametrize("after_ms", [1, 5, 20, 50, 99, 200])
+def test_a_busy_connection_that_ends_after_the_request_is_in_doubt_however_soon(after_ms: int, how: str) -> None:
+    """The server has read the request, and may have served and billed it before it ended the connection."""
+
+    async def bills_and_ends(exchange: Exchange) -> None:
+        await asyncio.sleep(after_ms / 1000)
+        exchange.reset() if how == "RST" else exchange.writer.close()
+
+    attempts, server = asked(dropping_the_second(bills_and_ends), b"0", b"1", b"2")
+    assert [kind_of(attempt) for attempt in attempts] == [None, "reset", None]
+    assert FAULT_VERDICTS["reset"] is Verdict.MAYBE
+    assert [exchange.body for exchange in server.exchanges] == [b"0", b"1", b"2"]
+
+
+@pytest.mark.parametrize("how", ["FIN", "RST"])
+def test_an_idle_connection_that_ends_later_than_two_round_trips_is_in_doubt_too(how: str) -> None:
+    async def bills_and_ends(exchange: Exchange) -> None:
+        await asyncio.sleep(0.05)
+        exchange.reset() if how == "RST" else exchange.writer.close()
+
+    async def main() -> None:
+        script = dropping_the_second(bills_and_ends)
+        async with serving(script) as server, client_of(server.url) as client:
+            await client.send(request(b"0"), "x")
+            await asyncio.sleep(1.05)
+            assert kind_of(await client.send(request(b"1"), "x")) == "reset"
+            assert len(server.exchanges) == 2
+
+    asyncio.run(main())
+
+
+@contextlib.asynccontextmanager
+async def forgetful_nat(port: int, one_way_s: float = 0.02, forgets_after_s: float = 1.0) -> AsyncIterator[int]:
+    """The port of a gateway in front of `port`: bytes take their time, and a flow that was idle is reset at its next
+    bytes, which never arrive.
+    """
+    carrying: set[asyncio.Task[None]] = set()
+
+    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, forgets: bool) -> None:
+        last_s = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            while piece := await reader.read(65_536):
+                if forgets and time.monotonic() - last_s > forgets_after_s:
+                    break
+                last_s = time.monotonic()
+                await asyncio.sleep(one_way_s)
+                writer.write(piece)
+        writer.transport.abort()
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", port)
+        way_back = asyncio.create_task(carry(far_reader, writer, forgets=False))
+        carrying.add(way_back)
+        await carry(reader, far_writer, forgets=True)
+        writer.transport.abort()
+
+    gateway = await asyncio.start_server(connected, "127.0.0.1", 0)
+    try:
+        yield int(gateway.sockets[0].getsockname()[1])
+    finally:
+        gateway.close()
+        await asyncio.gather(*carrying)
+
+
+def test_an_idle_connection_that_a_gateway_has_forgotten_is_free_and_tried_on_a_fresh_one(certificate: Path) -> None:
+    async def main() -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        async with serving(sends(answer()), context) as server, forgetful_nat(server.port) as port:
+            url = server.url.replace(str(server.port), str(port))
+            async with client_of(url, ca_file=f"{certificate}.crt") as client:
+                for n, idle_s in enumerate((0.0, 0.0, 1.1, 0.0)):
+                    await asyncio.sleep(idle_s)
+                    attempt = await client.send(request(b"%d" % n), "x")
+                    assert (kind_of(attempt), attempt.body) == (None, FINE)
+            assert [exchange.body for exchange in server.exchanges] == [b"%d" % n for n in range(4)]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("idle_s", "ended_after_s", "stale"),
+    [
+        (None, 0.001, False),  # the first request on its connection
+        (0.0, 0.0, False),
+        (0.99, 0.001, False),
+        (1.0, 0.001, True),
+        (29.0, 0.040, True),
+        (29.0, 0.041, False),
+        (29.0, 900.0, False),
+    ],
+)
+def test_only_a_connection_that_was_idle_and_ends_within_two_round_trips_is_stale(
+    idle_s: float | None, ended_after_s: float, stale: bool
+) -> None:
+    link = Link(select.poll(), idle_s)
+    assert link.was_stale(ended_after_s, round_trip_s=0.020) is stale
+
+
+@pytest.mark.parametrize("closes_after_s", [0.0, 0.001, 0.005, 0.02, 0.04])
+@pytest.mark.parametrize("workers", [1, 8])
+def test_a_server_that_closes_each_connection_behind_its_answer_leaves_nothing_in_doubt(
+    closes_after_s: float, workers: int
+) -> None:
+    """It closes whatever may be on its way then: who used the connection again at once would not know what became of
+    the request.
+    """
+
+    async def answers_and_closes(exchange: Exchange) -> None:
+        assert exchange.place == 0, "a connection was used again"
+        await exchange.send(answer())
+        await asyncio.sleep(closes_after_s)
+        exchange.writer.close()
+
+    async def main() -> None:
+        async with serving(answers_and_closes) as server, client_of(server.url) as client:
+
+            async def work() -> None:
+                for _ in range(10):
+                    attempt = await client.send(request(), "x")
+                    assert (kind_of(attempt), attempt.body) == (None, FINE)
+
+            await asyncio.gather(*(work() for _ in range(workers)))
+            assert len(server.exchanges) == 10 * workers
+
+    asyncio.run(main())
+
+
+def test_reusing_connections_begins_with_one_and_ends_when_two_in_a_row_are_dropped() -> None:
+    keep_alive, links = KeepAlive(), [Link(select.poll(), 0.1) for _ in range(4)]
+    assert keep_alive.may_try(0.0)
+    keep_alive.try_(links[0])
+    assert not keep_alive.may_try(0.0), "one at a time"
+    keep_alive.end(links[0], 1.0, answered=None)  # its own deadline says nothing of the server
+    assert keep_alive.may_try(1.0)
+    keep_alive.try_(links[1])
+    keep_alive.end(links[1], 2.0, answered=True)
+    proven = [keep_alive.proven]
+    for answered in (False, True, False, False):
+        keep_alive.end(links[2], 3.0, answered=answered)
+        proven.append(keep_alive.proven)
+    assert proven == [True, True, True, True, False]
+    assert not keep_alive.may_try(62.9)
+    assert keep_alive.may_try(63.0)
+    keep_alive.try_(links[3])
+    keep_alive.close(links[3], 63.1)  # it was closed before anything was sent
+    assert not keep_alive.may_try(64.0)
 
 
 def test_a_fresh_connection_that_ends_without_a_byte_may_have_been_billed() -> None:
@@ -217,15 +431,61 @@ def test_a_fresh_connection_that_ends_without_a_byte_may_have_been_billed() -> N
     assert attempt.error.sent
 
 
-async def _late_close(exchange: Exchange) -> None:
-    await asyncio.sleep(0.2)
-    exchange.writer.close()
+def test_a_large_request_of_which_a_part_never_left_was_certainly_not_served() -> None:
+    """A server that goes away in the midst of a body has not seen the end of the JSON."""
+
+    async def main() -> Attempt:
+        async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readexactly(10_000)
+            writer.transport.abort()
+
+        server = await asyncio.start_server(connected, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+        async with server, client_of(url) as client:
+            return await client.send(request(bytes(40_000_000)), "x")
+
+    attempt = asyncio.run(main())
+    assert attempt.error is not None
+    assert (attempt.error.kind, attempt.error.sent) == ("lost_before_send", True)
+    assert FAULT_VERDICTS["lost_before_send"] is Verdict.FREE
 
 
-def test_a_reused_connection_that_ends_late_may_have_been_billed() -> None:
-    attempts, server = asked(dropping_the_second(_late_close), b"0", b"1")
-    assert [kind_of(attempt) for attempt in attempts] == [None, "reset"]
-    assert len(server.exchanges) == 2
+def test_a_request_that_has_left_us_may_have_been_served_though_the_server_says_it_read_nothing() -> None:
+    async def main() -> Attempt:
+        async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await asyncio.sleep(0.05)
+            writer.transport.abort()
+
+        server = await asyncio.start_server(connected, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+        async with server, client_of(url) as client:
+            return await client.send(request(bytes(10_000)), "x")
+
+    assert kind_of(asyncio.run(main())) == "reset"
+
+
+@pytest.mark.parametrize("interim", [b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 103 Early Hints\r\n\r\n"])
+@pytest.mark.parametrize("then", ["an answer", "the end"])
+def test_an_interim_response_is_no_answer_and_its_connections_end_is_in_doubt(interim: bytes, then: str) -> None:
+    attempts, _ = asked(
+        dropping_the_second(sends(interim + answer()) if then == "an answer" else sends(interim, then=closes)),
+        b"0",
+        b"1",
+    )
+    assert [kind_of(attempt) for attempt in attempts] == [None, None if then == "an answer" else "reset"]
+
+
+def test_a_tls_connection_that_says_goodbye_before_its_answer_is_in_doubt(certificate: Path) -> None:
+    async def main() -> list[str | None]:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        async with (
+            serving(dropping_the_second(closes), context) as server,
+            client_of(server.url, ca_file=f"{certificate}.crt") as client,
+        ):
+            return [kind_of(await client.send(request(), "x")) for _ in range(3)]
+
+    assert asyncio.run(main()) == [None, "reset", None]
 
 
 @pytest.mark.parametrize("how", [closes, resets], ids=["FIN", "RST"])
@@ -467,9 +727,7 @@ def test_plain_http_on_a_tls_port_is_tls_trouble() -> None:
 
 
 def test_tcp_keepalive_is_on_so_that_a_long_silence_is_not_forgotten() -> None:
-    from batchrun.client import TCP_KEEPALIVE_S, _open_socket
-
-    with _open_socket((socket.AF_INET, socket.SOCK_STREAM, 6, "", ())) as opened:
+    with open_socket((socket.AF_INET, socket.SOCK_STREAM, 6, "", ())) as opened:
         assert opened.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
         assert opened.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == TCP_KEEPALIVE_S
 

@@ -136,7 +136,7 @@ def test_every_status_and_every_event_is_listed() -> None:
 def test_everything_that_a_row_may_wait_for_is_listed() -> None:
     (field,) = [row[2] for row in rows("docs/output.md", "field", "type") if row[0] == "`limited_by`"]
     advised = " ".join(row[0] for row in rows("docs/job.md", "limited by", "what to do for more speed"))
-    wanted = {*map(str, Limit), "the reader of completions"}
+    wanted = {*map(str, Limit), "the reader of completions", "retries"}
     for listed in (field, advised):
         assert {name.partition(" (")[0] for name in re.findall("`([^`]+)`", listed)} == wanted
 

@@ -61,5 +61,7 @@ def test_an_answer_without_usage_is_doubtful_only_under_a_cap_that_it_counts_in(
     answered = Judgement(Verdict.OK)
     assert maybe_billed(Answer(completion=True), answered, capped=True)
     assert not maybe_billed(Answer(completion=True), answered, capped=False)
-    assert maybe_billed(Answer(), Judgement(Verdict.MAYBE, RowError("timeout")), capped=False)
+    assert maybe_billed(Answer(), Judgement(Verdict.MAYBE, RowError("timeout"), in_doubt=True), capped=False)
+    assert maybe_billed(Answer(), Judgement(Verdict.ROW, RowError("server_error", 504), in_doubt=True), capped=False)
+    assert not maybe_billed(Answer(), Judgement(Verdict.FREE, RowError("server_error", 500)), capped=True)
     assert not KINDS & {"timeout", "server_error"}, "kinds of answers that are asked for again are no others"

@@ -33,6 +33,7 @@ from batchrun.policy import (
     judge,
     settlement,
     stretch,
+    tail_wait_s,
 )
 from batchrun.records import Answer, Attempt, FunctionCall, RowError, Status, Verdict
 
@@ -216,6 +217,45 @@ def test_body_and_headers_decide_where_the_status_does_not(
     assert judgement.filtered == (verdict is ROW and kind == "content_policy")
 
 
+@pytest.mark.parametrize(
+    ("status", "headers", "first_token_s", "code", "verdict", "in_doubt"),
+    [
+        (504, {}, None, None, MAYBE, True),
+        (504, {"x-should-retry": "false"}, None, None, ROW, True),
+        (500, {"x-should-retry": "false"}, None, None, ROW, False),
+        (500, {}, None, None, FREE, False),
+        (200, {}, None, 500, FREE, False),
+        (200, {}, 0.4, 500, MAYBE, True),  # tokens had come before the error stood in the stream
+        (200, {}, 0.4, 429, SLOW, True),
+        (200, {}, 0.4, 400, ROW, True),
+        (429, {}, None, None, SLOW, False),
+        (402, {}, None, None, PAUSE, False),
+    ],
+)
+def test_what_may_have_been_billed_is_in_doubt_whatever_is_done_about_its_row(
+    status: int,
+    headers: dict[str, str],
+    first_token_s: float | None,
+    code: int | None,
+    verdict: Verdict,
+    in_doubt: bool,
+) -> None:
+    body = said("odd", code)
+    ended = msgspec.structs.replace(attempt(status, body, headers), time_to_first_token_s=first_token_s)
+    judgement = judge(ended, read(body), Retry())
+    assert (judgement.verdict, judgement.in_doubt) == (verdict, in_doubt)
+
+
+def test_no_end_of_the_wire_is_free_that_is_not_certainly_unbilled() -> None:
+    in_doubt = {
+        fault
+        for fault in Fault
+        if judge(attempt(None, error=APIConnectionError("x", kind=fault, sent=True)), Answer(), Retry()).in_doubt
+    }
+    certain = {Fault.DNS, Fault.REFUSED, Fault.CONNECT, Fault.TLS, Fault.CERTIFICATE, Fault.STALE, Fault.UNSENT}
+    assert in_doubt == set(Fault) - certain
+
+
 def test_the_error_column_says_what_the_server_said_and_is_bounded() -> None:
     judgement = judged(400, said("context is too long", "context_length_exceeded"))
     assert judgement.error == RowError("bad_request", 400, "context_length_exceeded", "context is too long")
@@ -323,7 +363,29 @@ def test_an_attempt_counts_against_its_row_only_if_another_row_succeeded_meanwhi
 ) -> None:
     before = History(3, 2, 1, 0)
     assert after(before, judgement, corroborated=False) == History(4, 2, 1, 0)
-    assert after(before, judgement, corroborated=True) == History(4, 2 + counted, 1 + counted_5xx, maybe_billed)
+    charged = History(4, 2 + counted, 1 + counted_5xx, maybe_billed)
+    assert after(before, judgement, corroborated=True) == msgspec.structs.replace(charged, witnessed=counted)
+    assert after(before, judgement, corroborated=False, at_tail=True) == charged
+
+
+@pytest.mark.parametrize(
+    ("judgement", "retry", "wait_s"),
+    [
+        (told(FREE, 500), Retry(), 30.0),
+        (told(FREE, 408), Retry(), 18.0),
+        (told(SLOW, 503), Retry(), 18.0),
+        (told(MAYBE), Retry(), 90.0),
+        (told(MAYBE, 504), Retry(), 90.0),
+        (told(MAYBE), Retry(max_maybe_billed=0), 90.0),
+        (told(FREE, 500), Retry(max_outage_s=10), 5 / 3),
+        (told(FREE, 500), Retry(max_5xx=1), 90.0),
+    ],
+)
+def test_without_a_witness_a_row_has_its_attempts_over_a_minute_and_a_half(
+    judgement: Judgement, retry: Retry, wait_s: float
+) -> None:
+    assert tail_wait_s(History(1, 1), judgement, retry) == wait_s
+    assert tail_wait_s(History(2, 2, witnessed=1), judgement, retry) == 0
 
 
 @pytest.mark.parametrize(

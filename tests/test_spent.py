@@ -5,7 +5,7 @@ from random import Random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchrun.checkpoint.spent import DISCARDED, MAX_NAMED, Spent, doubt, fold, with_possibly_billed
+from batchrun.checkpoint.spent import DISCARDED, LOST, MAX_NAMED, Spent, doubt, fold, with_possibly_billed
 from batchrun.records import Completion, Ending, PossiblyBilled, Status, TotalsLine, Usage
 from tests.endings import ENDINGS, MODEL, completion, discarded
 
@@ -83,9 +83,9 @@ def test_only_an_attempt_that_may_be_billed_is_in_doubt() -> None:
     lost = discarded(
         3, 2, maybe_billed=True, error_kind="timeout", possibly_billed_usd=Decimal("0.5"), possibly_billed_tokens=700
     )
-    assert doubt(lost, 4) == PossiblyBilled(3, 2, lost.key.hex(), Decimal("0.5"), 700, "timeout", 4)
+    assert doubt(lost, 4) == PossiblyBilled(3, 2, lost.key.hex(), Decimal("0.5"), 700, "timeout", 4, "req-3-2")
     answered = completion(3, maybe_billed=True, attempts=2, status=Status.ERROR)
-    assert doubt(answered, 1) == PossiblyBilled(3, 2, answered.key.hex(), None, 0, "no answer", 1)
+    assert doubt(answered, 1) == PossiblyBilled(3, 2, answered.key.hex(), None, 0, "no answer", 1, answered.request_id)
 
 
 def test_every_doubt_is_counted_and_added_although_not_every_one_is_listed() -> None:
@@ -107,3 +107,6 @@ def test_requests_and_tokens_so_far_count_every_attempt_once_and_doubts_by_their
     spent = fold(Spent(), [answered, refused, timed_out], 1)
     spent = with_possibly_billed(spent, [entry for entry in doubts if entry is not None])
     assert (spent.requests(), spent.tokens()) == (4, 12 + 700 + 50)
+    assert sum(line.attempts for line in spent.lines()) == 4
+    (lost,) = (line for line in spent.lines() if line.status == LOST)
+    assert lost == TotalsLine(1, answered.model, LOST, attempts=1)

@@ -158,7 +158,8 @@ class Asking:
         if not await asyncio.to_thread(self._checkpoint.flushed):
             return  # the disk failed: the slots keep the names for the next start
         await asyncio.sleep(0)  # the last commit has called into this loop
-        lost = slots.possibly_billed(flying.taken(), self._checkpoint.invocation, "aborted")
+        run = self._plan.facts.attempt_prefix if self._job.endpoint.id_header else None
+        lost = slots.possibly_billed(flying.taken(), self._checkpoint.invocation, "aborted", run)
         await asyncio.to_thread(self._checkpoint.name_possibly_billed, lost)
         self._given_up = len(lost)
         flying.clear_all()

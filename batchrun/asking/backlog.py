@@ -1,4 +1,8 @@
-"""What is still to be asked: due retries before new rows, oldest first, so that chunks close in order."""
+"""What is still to be sent: due retries before new rows, oldest first, so that chunks close in order.
+
+But a row that failed, and after which no other was answered, lets a new one go first: that one shows whether the row or
+the endpoint is at fault.
+"""
 
 import asyncio
 import heapq
@@ -47,10 +51,12 @@ class Backlog:
         prepare: Callable[[Row, OpenChunk], Pending],
         clock: Callable[[], float],
         room: Callable[[], bool] = lambda: True,
+        successes: Callable[[], int] = lambda: 0,
     ) -> None:
         """`open_next` blocks and runs in a thread; `clock` is the event loop's. While there is no `room` for more
-        completions no row is handed out; who makes room calls `wake`.
+        completions no row is handed out; who makes room calls `wake`. `successes` is the gate's count of good answers.
         """
+        self._successes = successes
         self._open_next = open_next
         self._prepare = prepare
         self._clock = clock
@@ -70,6 +76,11 @@ class Backlog:
         """True while the one row that is out is the last there is: nobody else can bear witness for or against it."""
         waiting = self._fresh or self._retries or self._held
         return self._exhausted and self._busy == 1 and not waiting
+
+    @property
+    def drained(self) -> bool:
+        """True when no row is left but those that are out, and those that wait for a retry or are held."""
+        return self._exhausted and not self._fresh
 
     @property
     def has_room(self) -> bool:
@@ -133,13 +144,20 @@ class Backlog:
             self._opening.exception()  # told to whoever waited for it; if nobody did, nobody misses the chunk
 
     def _pop(self) -> Pending | None:
+        room_for_new = len(self._retries) < MAX_WAITING
         if self._retries and self._retries[0][0] <= self._clock():
-            return heapq.heappop(self._retries)[2]
-        if self._fresh and len(self._retries) < MAX_WAITING:
+            new_one_first = room_for_new and not self.drained and self._without_witness(self._retries[0][2])
+            if not new_one_first:
+                return heapq.heappop(self._retries)[2]
+        if self._fresh and room_for_new:
             return self._prepare(*self._fresh.popleft())
         if self._held and self._exhausted and not (self._fresh or self._retries or self._busy):
             return self._held.pop()
         return None
+
+    def _without_witness(self, pending: Pending) -> bool:
+        """Whether no other row was answered since the row was last sent."""
+        return pending.successes is not None and self._successes() <= pending.successes
 
     async def _refill(self) -> None:
         """More fresh rows, if there are: the next batch of the open chunk, or the next chunk's first.

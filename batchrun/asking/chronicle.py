@@ -13,12 +13,13 @@ from batchrun.checkpoint.checkpoint import Checkpoint
 from batchrun.credentials import Credentials
 from batchrun.durable import replace_bytes, told
 from batchrun.errors import CheckpointError, DiskError, ExitCode, InputError
+from batchrun.gate.admission import Limit
 from batchrun.gate.deadline import Deadline
 from batchrun.gate.forecast import Forecast, Recent, Sample
 from batchrun.gate.gate import Gate
 from batchrun.plan.plan import Plan
-from batchrun.records import Summary, Tuned
-from batchrun.report.summary import Moment, limiting_factor, read, starting, summarise
+from batchrun.records import Retrying, Summary, Tuned
+from batchrun.report.summary import Moment, limiting_factor, read, starting, summarise, waiting_to_retry
 from batchrun.rundir import RunDirectory
 
 
@@ -70,6 +71,7 @@ class Chronicle:
             unknown_finish_reasons=self._unknown_finish_reasons(),
             example_error=self._example_error(),
             command=self._command,
+            retrying=self._retrying() if self.state == "running" else None,
         )
         if self.plan is None or self.checkpoint is None:
             spent = None if self.checkpoint is None else self.checkpoint.spent
@@ -86,6 +88,7 @@ class Chronicle:
         tokens = sum(line.total_tokens for line in spent.totals.values())
         self._recent.add(Sample(now_s, spent.settled(), tokens, self.gate.binding.limit))
         self.forecast = self._recent.forecast(self.plan.rows)
+        self._log_retries()
 
     def write(self, summary: Summary) -> None:
         """summary.json holds the summary, if the disk takes it: a heartbeat must never cost an answer."""
@@ -116,11 +119,27 @@ class Chronicle:
         now = None if self.pipeline is None else self.pipeline.signs.example_error
         return now if now is not None or self._earlier is None else self._earlier.example_error
 
+    def _retrying(self) -> Retrying | None:
+        if self.pipeline is None:
+            return None
+        return self.pipeline.retries.stand(datetime.now(UTC))
+
+    def _log_retries(self) -> None:
+        """run.log has heard which rows are retried, and for what."""
+        pipeline, retrying = self.pipeline, self._retrying()
+        if pipeline is None or retrying is None:
+            return
+        last = pipeline.backlog.drained
+        if pipeline.retries.is_due(last=last):
+            self.log.write("retrying", nothing_else_left=last, **msgspec.to_builtins(retrying))
+
     def _limited_by(self) -> str:
         if self.gate is None or self.state != "running":
             return "checking the input" if self.state == "checking" else self.state
         if self.pipeline is not None and not self.pipeline.backlog.has_room:
             return "the reader of completions"
+        if self.gate.binding.limit is Limit.LATENCY and not self.gate.in_flight and (retrying := self._retrying()):
+            return waiting_to_retry(retrying)
         # the gate's clock is the event loop's, which is time.monotonic()
         return limiting_factor(self.gate.binding, time.time() - time.monotonic())
 

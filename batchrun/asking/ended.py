@@ -133,6 +133,7 @@ def remembered(earlier: Sequence[Discarded], begun: int) -> History:
         counted=len(counted),
         counted_5xx=sum((a.http_status or 0) >= 500 and a.verdict is not Verdict.SLOW for a in counted),
         maybe_billed=sum(attempt.verdict is Verdict.MAYBE for attempt in counted),
+        witnessed=len(counted),
         corrected=sum(attempt.verdict is Verdict.OK and attempt.error_kind in KINDS for attempt in earlier),
     )
 
@@ -150,7 +151,7 @@ def maybe_billed(answer: Answer, judgement: Judgement, *, capped: bool) -> bool:
     """
     if answer.usage is not None:
         return False
-    return judgement.verdict is Verdict.MAYBE or (judgement.verdict is Verdict.OK and capped)
+    return judgement.in_doubt or (judgement.verdict is Verdict.OK and capped)
 
 
 def total(costs: Sequence[Decimal | None]) -> Decimal | None:

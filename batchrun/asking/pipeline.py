@@ -17,6 +17,7 @@ from batchrun.asking.backlog import Backlog, Pending
 from batchrun.asking.delivery import Delivery
 from batchrun.asking.ended import NOTHING, Ended, cost_of, maybe_billed, remembered, total
 from batchrun.asking.image_room import ImageRoom
+from batchrun.asking.retries import Retries
 from batchrun.asking.signs import Signs
 from batchrun.checkpoint import variants
 from batchrun.checkpoint.checkpoint import Checkpoint
@@ -99,16 +100,21 @@ class Pipeline:
         self._held: dict[int, Ended] = {}
         self._delivery = delivery
         room = {} if delivery is None else {"room": delivery.room}
-        self.backlog = Backlog(open_next, self._prepare, clock, **room)
+        self.backlog = Backlog(open_next, self._prepare, clock, **room, successes=lambda: gate.successes)
         budget = job.budget
         self._capped = budget.max_cost_usd is not None or budget.max_tokens is not None
         self._failing = 0.0  # the share of first attempts that fail
         self.signs = Signs(quota_patience_s=job.retry.max_wait_s, resumed=plan.resumed)
+        self._untried = 0  # rows that are out, or wait at the gate, for the first time in this process
+        self._healed = 0  # rows that were answered after they had failed
+        self._answered_before = any(
+            rows for status, rows in checkpoint.spent.standing.items() if status != Status.ERROR
+        )
+        self.retries = Retries(clock)
         self.estimates = estimates
         self.sent = 0
         self.slow_s = 0.0  # the latency that nearly all answers keep
-        layout = plan.facts.layout  # the same row is another one after the rows were laid out anew
-        self._name = f"{plan.facts.run_id}.{layout}" if layout else plan.facts.run_id
+        self._name = plan.facts.attempt_prefix
 
     async def work_all(self, workers: int) -> None:
         """Every pending row is settled, or the gate has closed; an exception of one worker ends the others."""
@@ -119,6 +125,7 @@ class Pipeline:
     async def work(self) -> None:
         """Asks rows until none is left or the gate closes."""
         while (pending := await self._next()) is not None:
+            self._untried += pending.successes is None
             bound_usd = self._bound_usd(pending.request)
             prompt, output = self.estimates.of(pending.request)
             ask = Ask(prompt + output, bound_usd, pending.request.upper_bound_tokens, output)
@@ -180,6 +187,7 @@ class Pipeline:
         self._slots.take(slot, request.row, n, request.key, bound_usd, request.upper_bound_tokens)
         self.sent += 1
         attempt = await self._client.send(request, f"{self._name}-{request.row}-{n}")
+        self._untried -= pending.successes is None
         self.slow_s = forecast.peak(self.slow_s, attempt.latency_s)
         answer = answers.read(attempt.body)
         judgement = self.signs.judged(policy.judge(attempt, answer, self._job.retry), self._clock())
@@ -187,14 +195,17 @@ class Pipeline:
             self.estimates.learn(pending.request, answer.usage)
             self._gate.settle(slot, answer.usage.total_tokens, answer.usage.completion_tokens)
         self._gate.hear(slot, attempt.headers)
-        outcome = Outcome(request.row, judgement.verdict, judgement.error, judgement.retry_after_s)
+        reached = attempt.error is None or attempt.error.sent
+        at_tail = reached and self.at_tail and policy.is_chargeable(judgement)
+        outcome = Outcome(request.row, judgement.verdict, judgement.error, judgement.retry_after_s, at_tail)
         ruling = self._gate.observe(slot, outcome)
         witnessed = self._gate.successes > (successes if pending.successes is None else pending.successes)
-        reached = attempt.error is None or attempt.error.sent
-        history = policy.after(pending.history, judgement, corroborated=reached and (witnessed or self.backlog.alone))
+        history = policy.after(pending.history, judgement, corroborated=reached and witnessed, at_tail=at_tail)
         self._failing = policy.failing_share(self._failing, history, judgement)
         settlement = None
         if judgement.verdict is Verdict.OK:
+            self._healed += pending.history.attempts > 0
+            self.retries.drop(request.row)
             settlement = policy.settlement(answer, request.expected, self._job.finish, attempt.http_status)
             self.signs.answered(answer.finish_reason)
         cost_usd = cost_of(answer, judgement, self._plan.prices.get(request.model))
@@ -211,8 +222,22 @@ class Pipeline:
         else:
             self._ask_again(ended, slot, successes)
 
+    @property
+    def at_tail(self) -> bool:
+        """True when no row is left but such as have failed in this process, in a run whose endpoint has answered: no
+        other row can show then whether the endpoint is well. The only row of a run has none beside it from the start.
+        """
+        answered = self._answered_before or self._gate.successes > 0 or self.backlog.alone
+        return answered and not self._untried and self.backlog.drained
+
     def _given_up(self, history: History) -> bool:
-        return policy.exhausted(history, self._job.retry, policy.stretch(self._failing))
+        """Whether the row has used up its attempts. At the tail the rows that are left may be the reason themselves why
+        so many fail: rows that were answered in the end show there how many fail by chance.
+        """
+        share = self._failing
+        if self.at_tail:
+            share = min(share, self._healed / max(1, self._gate.successes))
+        return policy.exhausted(history, self._job.retry, policy.stretch(share))
 
     def durable(self, endings: Sequence[Ending]) -> None:
         """The endings are on disk: their slots are free, and what waited for them goes on. One call a commit."""
@@ -297,6 +322,7 @@ class Pipeline:
 
     def _finish(self, ended: Ended, slot: int | None, status: Status) -> None:
         """The row's completion is on its way to the disk."""
+        self.retries.drop(ended.pending.request.row)
         completion = ended.completion(status)
         self._flights[completion.row, completion.attempts] = _Flight(slot, *ended.spent(), ended.pending.chunk)
         self._checkpoint.put(completion)
@@ -315,6 +341,10 @@ class Pipeline:
         due_s = self._clock()
         if judgement.verdict is not Verdict.OK:
             due_s += policy.backoff_s(history, judgement.retry_after_s, self._job.retry, self._uniform())
+            if self.at_tail:
+                due_s = max(due_s, self._clock() + policy.tail_wait_s(history, judgement, self._job.retry))
+        if judgement.verdict is not Verdict.OK:
+            self.retries.put(ended.pending.request.row, history.attempts, judgement.error, due_s)
         flight = _Flight(slot, *ended.spent(), ended.pending.chunk, again, due_s)
         self._flights[ended.pending.request.row, history.attempts] = flight
         self._checkpoint.put(ended.discarded())

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from batchrun import __version__
-from batchrun.checkpoint import slots
+from batchrun.checkpoint import facts, slots
 from batchrun.checkpoint.checkpoint import SPILL, Checkpoint
 from batchrun.durable import told
 from batchrun.errors import CheckpointError, DiskError
@@ -70,12 +70,16 @@ def opened(path: Path, inflight: Path, *, glance: bool = False) -> Iterator[Chec
             checkpoint.close()
 
 
-def name_lost(inflight: Path, checkpoint: Checkpoint) -> int:
-    """Who was in flight when an earlier process died is on the permanent list, unless their end is known; how many."""
+def name_lost(inflight: Path, checkpoint: Checkpoint, *, with_ids: bool = False) -> int:
+    """Who was in flight when an earlier process died is on the permanent list, unless their end is known; how many.
+
+    `with_ids`: the ids that were sent with these attempts are listed, too.
+    """
     lost = [
         entry
         for entry in slots.read(inflight)
         if entry is slots.UNREADABLE or not checkpoint.has_end(entry.row, entry.n)
     ]
-    checkpoint.name_possibly_billed(slots.possibly_billed(lost, checkpoint.invocation - 1, "crash"))
+    run = facts.read(checkpoint.manifest()).attempt_prefix if lost and with_ids else None
+    checkpoint.name_possibly_billed(slots.possibly_billed(lost, checkpoint.invocation - 1, "crash", run))
     return len(lost)

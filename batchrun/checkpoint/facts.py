@@ -38,6 +38,11 @@ class Facts(msgspec.Struct, frozen=True):
     layout: int = 0
     variant: int = 0
 
+    @property
+    def attempt_prefix(self) -> str:
+        """What the ids of attempts begin with: after a new layout the same row number is another row."""
+        return f"{self.run_id}.{self.layout}" if self.layout else self.run_id
+
 
 def read(manifest: Mapping[str, str]) -> Facts:
     """The facts in a manifest."""

@@ -83,8 +83,10 @@ def read(path: Path) -> list[InFlight]:
         return list(_occupied(path.read_bytes())) if path.exists() else []
 
 
-def possibly_billed(lost: Sequence[InFlight], invocation: int, cause: str) -> list[PossiblyBilled]:
-    """The attempts without an end as entries of the permanent list."""
+def possibly_billed(
+    lost: Sequence[InFlight], invocation: int, cause: str, run: str | None = None
+) -> list[PossiblyBilled]:
+    """The attempts without an end as entries of the permanent list; `run` begins the ids that they were sent with."""
     return [
         PossiblyBilled(
             row=entry.row,
@@ -94,6 +96,7 @@ def possibly_billed(lost: Sequence[InFlight], invocation: int, cause: str) -> li
             upper_bound_tokens=entry.upper_bound_tokens,
             cause=cause,
             invocation=invocation,
+            request_id=None if run is None or entry is UNREADABLE else f"{run}-{entry.row}-{entry.n}",
         )
         for entry in lost
     ]

@@ -20,12 +20,19 @@ MAX_NAMED = 1000
 UNENDED = frozenset({"crash", "aborted"})
 """The causes of doubts about attempts that no line of the totals counts: they were sent, and nothing came of them."""
 
+LOST = "lost"
+"""The status of those attempts in a line of their own."""
+
+SEVERAL = "several models"
+"""In the place of a lost attempt's model, which its slot does not name, in a run that asks more than one."""
+
 
 class Spent(msgspec.Struct, frozen=True):
     """What is durable of the run's account: replaced as a whole after each commit, so any thread may read it.
 
     `totals` are what happened, invocation by invocation, and only grow; `standing` counts the rows that have a
-    completion now, by status: a row that is asked again leaves it until it is settled anew.
+    completion now, by status: a row that is asked again leaves it until it is settled anew. `lost` counts by invocation
+    the attempts of which nothing came because the process died or was stopped at once.
     """
 
     totals: dict[tuple[int, str, str], TotalsLine] = {}
@@ -35,7 +42,7 @@ class Spent(msgspec.Struct, frozen=True):
     possibly_billed_count: int = 0
     possibly_billed_usd: Decimal = Decimal(0)
     possibly_billed_tokens: int = 0
-    unended: int = 0
+    lost: dict[int, int] = {}
 
     def settled(self) -> int:
         """Rows that have their completion."""
@@ -58,7 +65,14 @@ class Spent(msgspec.Struct, frozen=True):
 
     def requests(self) -> int:
         """Attempts so far, those without a known end included."""
-        return sum(line.attempts for line in self.totals.values()) + self.unended
+        return sum(line.attempts for line in self.lines())
+
+    def lines(self) -> list[TotalsLine]:
+        """The totals with the lost attempts in lines of their own: their attempts add up to those of the rows."""
+        models = {line.model for line in self.totals.values()}
+        model = models.pop() if len(models) == 1 else SEVERAL
+        lost = [TotalsLine(invocation, model, LOST, attempts=attempts) for invocation, attempts in self.lost.items()]
+        return [*self.totals.values(), *lost]
 
 
 def doubt(ending: Ending, invocation: int) -> PossiblyBilled | None:
@@ -76,19 +90,24 @@ def doubt(ending: Ending, invocation: int) -> PossiblyBilled | None:
         upper_bound_tokens=ending.possibly_billed_tokens,
         cause=cause,
         invocation=invocation,
+        request_id=ending.request_id,
     )
 
 
 def with_possibly_billed(spent: Spent, entries: Sequence[PossiblyBilled]) -> Spent:
     if not entries:
         return spent
+    lost = dict(spent.lost)
+    for entry in entries:
+        if entry.cause in UNENDED:
+            lost[entry.invocation] = lost.get(entry.invocation, 0) + 1
     return msgspec.structs.replace(
         spent,
         possibly_billed=(*spent.possibly_billed, *entries)[:MAX_NAMED],
         possibly_billed_count=spent.possibly_billed_count + len(entries),
         possibly_billed_usd=sum((e.upper_bound_usd or Decimal(0) for e in entries), spent.possibly_billed_usd),
         possibly_billed_tokens=spent.possibly_billed_tokens + sum(e.upper_bound_tokens or 0 for e in entries),
-        unended=spent.unended + sum(e.cause in UNENDED for e in entries),
+        lost=lost,
     )
 
 

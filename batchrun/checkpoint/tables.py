@@ -26,7 +26,7 @@ CREATE TABLE attempts (row INTEGER, n INTEGER, verdict TEXT, counted INTEGER, ht
     total_tokens INTEGER, cached_tokens INTEGER, reasoning_tokens INTEGER, cost_usd TEXT, invocation INTEGER,
     crc INTEGER, PRIMARY KEY (row, n, invocation)) WITHOUT ROWID;
 CREATE TABLE possibly_billed (row INTEGER, n INTEGER, request_key TEXT, upper_bound_usd TEXT,
-    upper_bound_tokens INTEGER, cause TEXT, invocation INTEGER, crc INTEGER);
+    upper_bound_tokens INTEGER, cause TEXT, invocation INTEGER, request_id TEXT, crc INTEGER);
 CREATE TABLE totals (invocation INTEGER, model TEXT, status TEXT, rows INTEGER, attempts INTEGER, prompt_tokens INTEGER,
     cached_tokens INTEGER, completion_tokens INTEGER, reasoning_tokens INTEGER, total_tokens INTEGER, cost_usd TEXT,
     unpriced INTEGER, without_usage INTEGER, offline_prompt_tokens INTEGER, offline_completion_tokens INTEGER,
@@ -133,12 +133,13 @@ def discarded(record: Record) -> Discarded:
 
 
 def possibly_billed_record(p: PossiblyBilled) -> Record:
-    return (p.row, p.n, p.key, _text(p.upper_bound_usd), p.upper_bound_tokens, p.cause, p.invocation)
+    bound = _text(p.upper_bound_usd), p.upper_bound_tokens
+    return (p.row, p.n, p.key, *bound, p.cause, p.invocation, _characters(p.request_id))
 
 
 def possibly_billed(record: Record) -> PossiblyBilled:
-    row, n, key, bound, tokens, cause, invocation = record
-    return PossiblyBilled(row, n, key, usd(bound), tokens, cause, invocation)
+    row, n, key, bound, tokens, cause, invocation, request_id = record
+    return PossiblyBilled(row, n, key, usd(bound), tokens, cause, invocation, request_id)
 
 
 def totals_record(line: TotalsLine) -> Record:

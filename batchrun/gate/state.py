@@ -57,6 +57,9 @@ wait that the server asked for, only a little."""
 CALMER = 0.7
 """What is left in flight after an overload or connect trouble; a 5xx says nothing of load, a 429 only of pace."""
 
+UNREACHED = frozenset({"dns", "refused", "connect", "tls"})
+"""Failures before a word was said; after any other the server was there."""
+
 IN_FLIGHT = Binding(Limit.IN_FLIGHT)
 PROCEED = Ruling()
 HOLD = Ruling(hold=True)
@@ -158,6 +161,8 @@ class GateState:
         `finding` is what a refusal is evidence of.
         """
         self.withdraw(order)
+        if outcome.at_tail:
+            return PROCEED
         match outcome.verdict:
             case Verdict.OK:
                 return self._succeeded(outcome.row, order, now_s)
@@ -279,7 +284,8 @@ class GateState:
         patience_s = self._max_outage_s if self._reached else min(FIRST_REACH_S, self._max_outage_s)
         if now_s - self._unwell_since_s <= patience_s:
             return False
-        what = "no answer" if self._reached else "the endpoint was never reached"
+        unreached = not self._reached and outcome.error is not None and outcome.error.kind in UNREACHED
+        what = "the endpoint was never reached" if unreached else "no answer"
         self.close(Stop(ExitCode.PAUSED, f"{what} for {_duration(patience_s)}: {_text(outcome.error)}"))
         return True
 

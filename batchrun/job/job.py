@@ -23,7 +23,16 @@ Effort = Literal["low", "medium", "high", "xhigh"]
 Action = Literal["accept", "fail", "retry"]
 Role = Literal["user", "assistant", "system", "developer"]
 
+HeaderName = Annotated[str, Meta(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,100}$")]  # RFC 9110, section 5.6.2
+
 SIMULATOR = "simulator"
+
+ID_HEADER = "X-Client-Request-Id"
+"""The header that carries our id of each attempt: a name of its own, so that it takes the place of nobody's."""
+
+VENDOR = ".vtrix.ai"
+VENDOR_ID_HEADER = "X-Request-Id"
+"""By what the vendor lets a caller name a request (docs/api.md, "Request"): then it can be found there by our id."""
 
 FROM_COLUMNS = frozenset({"model", "reasoning_effort", "max_tokens", "temperature", "top_p"})
 """The parameters that a column can set row by row."""
@@ -54,8 +63,19 @@ class Endpoint(Table, frozen=True):
     stream_timeout_s: Positive = 14_400.0  # 128,000 tokens at ten a second take 3.6 hours
     max_answer_bytes: AtLeastOne = 64_000_000
     client_request_id: bool = True
+    request_id_header: HeaderName | None = None
     max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     developer_role: Literal["developer", "system"] = "developer"
+
+    @property
+    def id_header(self) -> str | None:
+        """The header that carries our id of each attempt; None: it is not sent."""
+        if not self.client_request_id:
+            return None
+        if self.request_id_header is not None:
+            return self.request_id_header
+        vendor = f".{urlsplit(self.url).hostname or ''}".endswith(VENDOR)
+        return VENDOR_ID_HEADER if vendor else ID_HEADER
 
 
 class Input(Table, frozen=True):

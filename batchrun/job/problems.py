@@ -117,6 +117,9 @@ def _endpoint_problems(endpoint: Endpoint) -> Iterator[str]:
     keyless = endpoint.auth == "none" and not any(value.startswith("env:") for value in endpoint.headers.values())
     if parts.scheme == "http" and parts.hostname not in _LOOPBACK and not keyless:
         yield f"endpoint.url: the key would travel unencrypted to {parts.hostname}; use https://"
+    taken = {name.lower() for name in (*endpoint.headers, "Authorization", "Content-Type", "Content-Length", "Host")}
+    if endpoint.request_id_header is not None and endpoint.request_id_header.lower() in taken:
+        yield f"endpoint.request_id_header: {endpoint.request_id_header} carries something else already"
     for name, value in endpoint.headers.items():
         if SECRET.search(name) and not value.startswith("env:"):
             yield f'endpoint.headers.{name}: a job file holds no secret; write "env:NAME"'

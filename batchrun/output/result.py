@@ -25,7 +25,7 @@ def write(
     """The result is on disk and the checkpoint closed. Every step can be repeated after a kill in the middle."""
     if FINISHED not in checkpoint.manifest():
         digest = _write_completions(facts, schema, chunks, directory, summary)
-        files.write_usage(directory.usage, checkpoint.spent.totals.values())
+        files.write_usage(directory.usage, checkpoint.spent.lines())
         digests = {"digest": digest or "", "usage": durable.digest(directory.usage)}
         checkpoint.write_manifest({FINISHED: msgspec.json.encode(digests).decode()})
     checkpoint.close(finished=True)

@@ -12,11 +12,11 @@ from typing import Any
 
 import msgspec
 
-from batchrun.checkpoint.spent import DISCARDED
+from batchrun.checkpoint.spent import DISCARDED, LOST
 from batchrun.errors import InputError, JobError
 from batchrun.output.files import read_footer
 from batchrun.records import TotalsLine
-from batchrun.report.summary import known_cost, plural
+from batchrun.report.summary import known_cost, lost_in_words, plural
 from batchrun.rundir import RunDirectory
 
 KEYS = ("day", "job", "model", "status", "run")
@@ -53,7 +53,8 @@ class WithoutUsage(msgspec.Struct, frozen=True):
 
 class Bill(msgspec.Struct, frozen=True):
     """The lines in the order of their groups, their sum, and what is beyond it: the upper bound of what may have been
-    billed, and the answers that nobody can price.
+    billed, and the answers that nobody can price. The sum's attempts include the `lost` ones, sent before the process
+    died or was stopped at once.
     """
 
     by: tuple[str, ...]
@@ -62,6 +63,7 @@ class Bill(msgspec.Struct, frozen=True):
     runs: int
     possibly_billed: int
     possibly_billed_usd: Decimal
+    lost: int
     without_usage: tuple[WithoutUsage, ...]
 
 
@@ -108,6 +110,7 @@ def collect(paths: Sequence[Path], by: tuple[str, ...]) -> Bill:
         runs=len(accounts),
         possibly_billed=sum(account.possibly_billed_count for account in accounts.values()),
         possibly_billed_usd=sum((account.possibly_billed_usd for account in accounts.values()), Decimal(0)),
+        lost=sum(line.attempts for account in accounts.values() for line in account.totals if line.status == LOST),
         without_usage=tuple(_without_usage(list(accounts.values()))),
     )
 
@@ -220,6 +223,7 @@ def _tree(bill: Bill) -> dict[str, object]:
     doubts = {
         "possibly_billed": bill.possibly_billed,
         "possibly_billed_usd": bill.possibly_billed_usd,
+        "lost": bill.lost,
         "without_usage": bill.without_usage,
     }
     return {"runs": bill.runs, "by": bill.by, "lines": lines, "total": total, **doubts}
@@ -269,6 +273,8 @@ def _remarks(bill: Bill) -> Iterator[str]:
             f"possibly billed beyond that: {plural(bill.possibly_billed, 'attempt')} without a known end, "
             f"at most ${bill.possibly_billed_usd:,.6f}"
         )
+    if bill.lost:
+        yield lost_in_words(bill.lost)
     if bill.total.unpriced:
         yield f"no known price for {plural(bill.total.unpriced, 'attempt')}: not in cost_usd"
     for missing in bill.without_usage:

@@ -24,6 +24,7 @@ def line(summary: Summary) -> str:
     parts = [
         f"{done:,}/{summary.rows:,} rows{share}",
         f"{failures(summary):,} failed",
+        *_retried(summary),
         f"{summary.tokens_per_second:,.0f} tokens/s",
         f"${summary.cost_usd:,.4f}",
         _eta(summary),
@@ -56,12 +57,20 @@ def around_bar(summary: Summary, columns: int) -> tuple[str, str, bool]:
 def _figures(summary: Summary, number: Callable[[float], str], *, tight: bool = False) -> Iterator[str]:
     yield f"{number(summary.rows - summary.pending)}/{number(summary.rows)}"
     yield f"{number(failures(summary))} failed"
+    if summary.retrying is not None:
+        yield f"{number(summary.retrying.rows)} retried"
     if not tight:
         yield f"{number(summary.tokens_per_second)} tok/s"
     yield f"${number(float(summary.cost_usd))}" if summary.cost_usd >= 1000 else f"${summary.cost_usd:.2f}"
     eta = _eta(summary)
     yield eta.rpartition(" ")[0] if tight and len(eta) > MOST_ETA else eta
     yield summary.limited_by
+
+
+def _retried(summary: Summary) -> Iterator[str]:
+    if summary.retrying is not None:
+        reasons = ", ".join(summary.retrying.reasons)
+        yield f"{summary.retrying.rows:,} retried ({reasons})"
 
 
 def _eta(summary: Summary) -> str:

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from batchrun.gate import deadline
 from batchrun.records import Summary
 from batchrun.report.at_rest import standing
-from batchrun.report.summary import age_in_words, cost_in_words, limits_in_words, pace
+from batchrun.report.summary import age_in_words, cost_in_words, limits_in_words, pace, retrying_in_words
 from batchrun.rundir import RunDirectory
 
 
@@ -30,6 +30,8 @@ def lines(directory: RunDirectory) -> Iterator[str]:
     yield f"cost    {cost_in_words(summary)}"
     if found.alive:
         yield from _outlook(summary)
+        if summary.retrying is not None:
+            yield f"retries {retrying_in_words(summary.retrying)}"
     if found.problem is not None:
         yield f"note    what is on disk can't be read, so this may be old: {found.problem}"
     if summary.reason:

@@ -9,13 +9,13 @@ from pathlib import Path
 import msgspec
 
 from batchrun.checkpoint.facts import Facts
-from batchrun.checkpoint.spent import DISCARDED, Spent
+from batchrun.checkpoint.spent import DISCARDED, LOST, Spent
 from batchrun.errors import CheckpointError, InputError
 from batchrun.gate.admission import Binding, Limit
 from batchrun.gate.deadline import Deadline
 from batchrun.gate.forecast import Forecast
 from batchrun.prices import PriceTable
-from batchrun.records import FAILURES, InForce, Status, Summary, Tuned
+from batchrun.records import FAILURES, InForce, Retrying, Status, Summary, Tuned
 from batchrun.report.cures import Cure, cure_of
 from batchrun.report.cures import command as commands
 from batchrun.rundir import RunDirectory
@@ -56,6 +56,7 @@ class Moment(msgspec.Struct, frozen=True):
     unknown_finish_reasons: tuple[str, ...] = ()
     example_error: str | None = None
     command: str | None = None
+    retrying: Retrying | None = None
 
     @property
     def eta(self) -> datetime | None:
@@ -135,7 +136,7 @@ def _summary(
     moment: Moment,
     directory: RunDirectory,
 ) -> Summary:
-    lines = list(spent.totals.values())
+    lines = spent.lines()
     settled = spent.settled()
     mine = [line for line in lines if line.invocation == moment.invocation]
     minutes = max(moment.elapsed_s, 1e-9) / 60
@@ -184,6 +185,7 @@ def _summary(
         host=moment.host,
         command=moment.command,
         files=files(directory) if moment.complete else files_so_far(directory, moment.started_at),
+        retrying=moment.retrying,
     )
 
 
@@ -214,6 +216,23 @@ def limiting_factor(binding: Binding, wall_offset_s: float) -> str:
         until = datetime.fromtimestamp(binding.until_s + wall_offset_s).astimezone()
         return f"{binding.limit} ({binding.because}) till {until:%H:%M:%S}"
     return str(binding.limit)
+
+
+def retrying_in_words(retrying: Retrying) -> str:
+    """Which rows are retried, how often they were sent, and for what."""
+    more = "…" if retrying.rows > len(retrying.first) else ""
+    rows = f"{plural(retrying.rows, 'row')} ({', '.join(map(str, retrying.first))}{more})"
+    reasons = ", ".join(f"{reason} ({count:,})" for reason, count in retrying.reasons.items())
+    times = "once" if retrying.attempts == 1 else f"up to {retrying.attempts:,} times"
+    return f"{rows}, sent {times} so far: {reasons}"
+
+
+def waiting_to_retry(retrying: Retrying) -> str:
+    """What a run waits for in which nothing is left but retries, in the progress line's words."""
+    status, _, kind = next(iter(retrying.reasons)).partition(" ")
+    reason = status if status.isdigit() else f"{status} {kind}".rstrip()
+    till = "" if retrying.next_at is None else f" till {retrying.next_at.astimezone():%H:%M:%S}"
+    return f"retries ({reason}){till}"
 
 
 def limits_in_words(limits: InForce) -> str:
@@ -339,11 +358,18 @@ def _cost(summary: Summary) -> list[str]:
             f"possibly billed beyond that: {plural(summary.possibly_billed_count, 'attempt')} without a known end, "
             f"at most ${summary.possibly_billed_usd:,.6f}"
         )
+    if lost := sum(line.attempts for line in summary.totals if line.status == LOST):
+        parts.append(lost_in_words(lost))
     if summary.unpriced:
         parts.append(f"no known price for {plural(summary.unpriced, 'attempt')}, which no sum holds")
     if summary.without_usage:
         parts.append(f"{plural(summary.without_usage, 'answer')} came without usage")
     return parts
+
+
+def lost_in_words(attempts: int) -> str:
+    """Why more attempts were made than ended."""
+    return f"lost, as the process died or was stopped at once: {plural(attempts, 'attempt')} of those"
 
 
 def _next_steps(

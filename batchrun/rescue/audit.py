@@ -83,7 +83,7 @@ def usage_problem(directory: RunDirectory, known: Remains) -> str | None:
     except CheckpointError as error:
         return str(error).removeprefix(f"{directory.usage}: ")
     lines = [TotalsLine(**row) for rows in tables for row in rows]
-    return None if _in_order(lines) == _in_order(known.spent.totals.values()) else "does not have the totals' lines"
+    return None if _in_order(lines) == _in_order(known.spent.lines()) else "does not have the totals' lines"
 
 
 def footer_problem(directory: RunDirectory, known: Remains, facts: Facts) -> str | None:

@@ -64,7 +64,7 @@ def export(directory: RunDirectory, to: Path | None = None) -> Exported:
             return _complete(directory, known, summary, msgspec.json.decode(manifest[result.FINISHED]), to)
         exported = _so_far(directory, checkpoint, known, summary, to or directory.partial)
         if to is None:
-            files.write_usage(directory.usage, checkpoint.spent.totals.values())
+            files.write_usage(directory.usage, checkpoint.spent.lines())
         return exported
 
 

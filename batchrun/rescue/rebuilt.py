@@ -14,6 +14,7 @@ from batchrun.checkpoint import facts, slots, spill, tables, variants
 from batchrun.checkpoint.checkpoint import FORMAT, SINCE, SPILL
 from batchrun.checkpoint.database import Database, Record
 from batchrun.checkpoint.slots import InFlight
+from batchrun.checkpoint.spent import LOST
 from batchrun.checkpoint.spill import Frame
 from batchrun.checkpoint.tables import Chunk, Reopened
 from batchrun.errors import CheckpointError
@@ -66,6 +67,8 @@ class Account:
         if known.whole:
             return list(lines.values())
         for line in summary:
+            if line.status == LOST:
+                continue  # counted by the list of doubts
             key = line.invocation, line.model, line.status
             lines[key] = max(lines.get(key, line), line, key=lambda line: line.attempts)
         last_known = sum((line.cost_usd for line in lines.values()), Decimal(0))

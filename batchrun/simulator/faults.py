@@ -74,7 +74,7 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """The error has no body."""
     location: str = ""
     pause_s: float = 0.0
-    """Seconds between bytes (slow_body, wire), or before the close (close_after)."""
+    """Seconds between bytes (slow_body, wire), or before the close (close_after) or the reset."""
     body: str = ""
     body_base64: bytes = b""
     """What `body` and `wire` send where text can't say it; wins over `body`."""
@@ -116,6 +116,7 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 # 503 is this vendor's code for blocked content (docs/api.md, "Errors"): a verdict on the question, so it sticks.
 _NAMED: dict[str, Fault] = {
+    "billed_reset": Fault(kind="reset", billed=True),
     "content_policy": Fault(
         kind="status", status=503, message="Content Policy Violation", code="content_policy_violation", sticky=True
     ),

@@ -72,6 +72,7 @@ async def replace(http: web.BaseRequest, fault: Fault, headers: Headers) -> web.
     """The fault's own bytes went out instead of an answer, or none did."""
     match fault.kind:
         case "reset":
+            await asyncio.sleep(fault.pause_s)
             _reset(http)
         case "hang":
             while not _has_left(http):  # noqa: ASYNC110  # aiohttp has no event for it short of cancelling

@@ -125,6 +125,27 @@ _RETRY_UNCOUNTED = Bug(
     "0 retries",
 )
 
+_BUSY_TAKEN_FOR_IDLE = Bug(
+    "the end of a busy connection is taken for an idle one's",
+    "batchrun.connections",
+    (
+        (
+            "        return idle and ended_after_s <= STALE_ROUND_TRIPS * round_trip_s\n",
+            "        return idle or (self.reused and ended_after_s < 0.1)\n",
+        ),
+    ),
+    "nobody knew of the first",
+)
+
+_LOST_UNCOUNTED = Bug(
+    "lost attempts have no line",
+    "batchrun.checkpoint.spent",
+    (("        return [*self.totals.values(), *lost]\n", "        return [*self.totals.values(), *lost[:0]]\n"),),
+    "attempts: the rows say",
+    point="after the slot is taken",
+    passage=30,
+)
+
 BUGS = {
     bug.name: bug
     for bug in (
@@ -135,6 +156,8 @@ BUGS = {
         _SLOT_TAKEN_LATE,
         _OVERLAY_GONE_EARLY,
         _RETRY_UNCOUNTED,
+        _BUSY_TAKEN_FOR_IDLE,
+        _LOST_UNCOUNTED,
     )
 }
 

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from batchrun.checkpoint import slots
 from batchrun.checkpoint.slots import InFlight
+from batchrun.report import bill
 from batchrun.simulator import Fault, SimulatorConfig, parse_faults
 from tests import cli_process, prefork
 from tests.cli_process import KEY, KEY_ENV, Ended, read_summary, snapshot, write_job, write_rows
@@ -33,6 +34,7 @@ HUNG_S = 60.0
 FAULTS = (
     Fault(kind="status", status=500, share=0.04, sticky=True, times=1, per_question=True),
     Fault(kind="cut", share=0.03, sticky=True, times=1, per_question=True),
+    Fault(kind="reset", billed=True, share=0.03, sticky=True, times=1, per_question=True),
     Fault(kind="status", status=429, from_request=120, times=1, retry_after_ms="50", code="rate_limit_exceeded"),
     *parse_faults("content_policy=0.06"),
 )
@@ -44,6 +46,7 @@ max_in_flight = {MAX_IN_FLIGHT}
 
 [retry]
 backoff_base_s = 0.02
+max_maybe_billed = 3
 
 [output]
 chunk_rows = {CHUNK_ROWS}
@@ -160,6 +163,8 @@ class Trial:
             ledger=self._simulator.ledger(),
             summary=read_summary(self.out),
             output=self.completions(),
+            usage=pq.read_table(self.out / "usage.parquet"),
+            reported=bill.collect([self.out], ("run",)),
             undisturbed=undisturbed,
             in_flight=self._in_flight,
             asked_again=sum(line.status == REFUSED.status for line in self._simulator.ledger()),

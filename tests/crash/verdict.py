@@ -12,6 +12,7 @@ from batchrun.checkpoint.slots import InFlight
 from batchrun.durable import TEMP_SUFFIX
 from batchrun.prices import PriceTable, Tier, cost
 from batchrun.records import Usage
+from batchrun.report.bill import Bill
 from batchrun.simulator import LedgerLine
 
 SAME = ["id", "text", "score", "row", "request_key", "status", "content", "finish_reason"]
@@ -40,6 +41,8 @@ class Evidence:
     ledger: Sequence[LedgerLine]
     summary: dict[str, Any]
     output: pa.Table
+    usage: pa.Table
+    reported: Bill
     undisturbed: pa.Table
     in_flight: Sequence[Sequence[InFlight]]
     files: frozenset[str]
@@ -50,6 +53,7 @@ def violations(evidence: Evidence) -> Iterator[str]:
     """Every broken promise, in words."""
     yield from _answers(evidence)
     yield from _exchanges(evidence)
+    yield from _attempts(evidence)
     yield from _money(evidence)
     yield from _files(evidence)
 
@@ -90,6 +94,23 @@ def _exchanges(evidence: Evidence) -> Iterator[str]:
         yield f"named as lost, but not in flight at any kill: {sorted(invented)}"
 
 
+def _attempts(evidence: Evidence) -> Iterator[str]:
+    """Every count of attempts is the rows' own: lost ones have a line of their own."""
+    by_rows = sum(row["attempts"] for row in evidence.output.select(["attempts"]).to_pylist())
+    counts = {
+        "summary.json": sum(line["attempts"] for line in evidence.summary["totals"]),
+        "usage.parquet": sum(row["attempts"] for row in evidence.usage.to_pylist()),
+        "the report": evidence.reported.total.attempts,
+    }
+    for where, attempts in counts.items():
+        if attempts != by_rows:
+            yield f"attempts: the rows say {by_rows}, {where} says {attempts}"
+    lost = sum(line["attempts"] for line in evidence.summary["totals"] if line["status"] == "lost")
+    named = sum(entry["cause"] in ("crash", "aborted") for entry in evidence.summary["possibly_billed"])
+    if not lost == named == evidence.reported.lost:
+        yield f"{named} attempts are named as lost, {lost} are counted, the report says {evidence.reported.lost}"
+
+
 def _money(evidence: Evidence) -> Iterator[str]:
     """The certain cost is the ledger's for the answers in the output; all else that it billed is named, and covered."""
     final = {(row["row"], row["attempts"]) for row in evidence.output.select(["row", "attempts"]).to_pylist()}
@@ -100,6 +121,8 @@ def _money(evidence: Evidence) -> Iterator[str]:
     for exchange, times in named.items():
         if times > 1:
             yield f"{exchange} is named as possibly billed {times} times"
+    if len(billed) > (most := sum(_is_answer(line, final) for line in billed) + named.total()):
+        yield f"{len(billed)} exchanges were billed, {most} are confirmed or named"
     certain, possible = (Decimal(evidence.summary[name]) for name in ("cost_usd", "possibly_billed_usd"))
     answers = sum((_cost(line) for line in billed if _is_answer(line, final)), Decimal(0))
     if certain != answers:
