@@ -141,7 +141,9 @@ class Chronicle:
         if self.gate.binding.limit is Limit.LATENCY and not self.gate.in_flight and (retrying := self._retrying()):
             return waiting_to_retry(retrying)
         # the gate's clock is the event loop's, which is time.monotonic()
-        return limiting_factor(self.gate.binding, time.time() - time.monotonic())
+        factor = limiting_factor(self.gate.binding, time.time() - time.monotonic())
+        quiet = self.gate.refusals is None or self.gate.binding.limit is Limit.COOLING
+        return factor if quiet else f"{factor}; {self.gate.refusals}"
 
 
 def _left_by_the_last_start(directory: RunDirectory) -> Summary | None:

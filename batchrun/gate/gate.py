@@ -142,6 +142,11 @@ class Gate:
         return self._state.in_flight.why
 
     @property
+    def refusals(self) -> str | None:
+        """What refusals are taken for, in words; None where hardly anything is refused."""
+        return self._refusals.in_words
+
+    @property
     def successes(self) -> int:
         """Good answers so far in this process; see `GateState`."""
         return self._state.successes

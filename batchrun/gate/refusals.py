@@ -52,6 +52,9 @@ HELPED_SHARE = 1 / 3
 """The trial lasts until six refusals are expected. It helped where there are a third of them or fewer, and so few would
 come by chance once in two hundred trials."""
 
+WORTH_A_WORD = 0.005
+"""A smaller share of refusals is not mentioned."""
+
 TRY_AGAIN_S = 60.0
 TRY_AGAIN_TIMES = 20
 """After a minute, twice as long each time, and never more than a twentieth of the time: a trial costs a fifth of it."""
@@ -107,6 +110,16 @@ class Refusals:
         self._slower_wait_s = TRY_AGAIN_S
         self._is_storm = False
         self._finding = NOTHING
+
+    @property
+    def in_words(self) -> str | None:
+        """What refusals are taken for now; None where hardly anything is refused."""
+        if self._crowding.cap is not None:
+            return "more at once are refused"
+        if any(search.per_s is not None for search in self.searches.values()):
+            return "a limit learned from refusals"
+        share = float(self.share)
+        return f"{share:.1%} refused by chance" if self.share.is_known and share >= WORTH_A_WORD else None
 
     def sent(self, now_s: float, tokens: int) -> None:
         """One attempt more is out. To be called for every one, in order."""
