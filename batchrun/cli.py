@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from batchrun import __version__
+from batchrun import __version__, streams
 from batchrun.errors import BatchrunError, ExitCode
 from batchrun.terminal import Progress, harmless, note
 
@@ -98,9 +98,11 @@ def run(
 ) -> None:
     """Ask every row of the input. The same command again goes on where the last one stopped."""
     import batchrun
+    from batchrun import open_files
 
     flags = {"budget.max_cost_usd": max_cost_usd, "output.max_failures": max_failures}
     loaded = _load(job, input_path, output_path, overrides, flags)
+    open_files.allow(2 * loaded.limits.max_in_flight)  # a stream that has ended keeps its connection for a second
     with Progress() as progress:
         try:
             summary = batchrun.run(
@@ -304,30 +306,47 @@ def simulate(
 def main() -> None:
     """The process: what the commands do, and the documented exit code whatever happens."""
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # gives memory back; must be set before pyarrow loads
+    streams.open_all()
+    stdout = sys.stdout
     try:
         cli(standalone_mode=False)
-        sys.stdout.flush()
+        streams.write_result("")
+    except SystemExit:
+        if sys.stdout is not stdout:  # after a broken pipe click puts another in its place, and ends with 1
+            streams.silence(sys.stdout)
+            sys.exit(ExitCode.SIGPIPE)
+        raise
+    except streams.StdoutClosedError as closed:
+        sys.exit(closed.exit_code)
     except BatchrunError as error:
         _end(f"Error: {error}", error.exit_code)
-    except click.UsageError as error:
-        error.show()
-        sys.exit(ExitCode.USAGE)
     except click.ClickException as error:
-        error.show()
+        with streams.for_people():
+            error.show()
         sys.exit(ExitCode.USAGE)
     except (click.Abort, KeyboardInterrupt):
         _end("Stopped.", ExitCode.SIGINT)
-    except _StdoutClosedError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter's last flush must not complain
-        sys.exit(ExitCode.SIGPIPE)
     except Exception as error:
         if os.environ.get("BATCHRUN_TRACEBACK"):
             raise
-        _end(
-            f"Internal error, a bug in batchrun: {type(error).__name__}: {error} "
-            "(set BATCHRUN_TRACEBACK=1 for the traceback)",
-            ExitCode.INTERNAL_ERROR,
-        )
+        _end(*_unexpected(error))
+
+
+def _unexpected(error: Exception) -> tuple[str, ExitCode]:
+    """The last line for an error that no code before named: the machine lacks something, or it is a bug."""
+    from batchrun.durable import lacking
+
+    try:
+        streams.write_result("")
+    except BatchrunError as refused:  # click printed its help, and the text is still in the buffer
+        return f"Error: {refused}", refused.exit_code
+    if (lack := lacking(error)) is not None:
+        return f"Error: {lack}", ExitCode.PAUSED
+    return (
+        f"Internal error, a bug in batchrun: {type(error).__name__}: {error} "
+        "(set BATCHRUN_TRACEBACK=1 for the traceback)",
+        ExitCode.INTERNAL_ERROR,
+    )
 
 
 def _end(line: str, exit_code: ExitCode) -> None:
@@ -361,7 +380,9 @@ def _read_through(job: "Job") -> "tuple[Source, Survey]":
     from batchrun.source import open_source
 
     with tempfile.TemporaryDirectory(prefix="batchrun-") as scratch, Progress() as progress:
-        files = reading.input_files(job, RunDirectory(Path(scratch)), Asked(stdin=sys.stdin.buffer), begun=False)
+        files = reading.input_files(
+            job, RunDirectory(Path(scratch)), Asked(stdin=streams.standard_input()), begun=False
+        )
         source = open_source(files, job.input.max_line_bytes)
         reading.require_columns(job, source)
         return source, survey(source, job, Path(scratch), progress=progress.checked)
@@ -394,16 +415,9 @@ def _where_it_stands(stopped: BaseException) -> "Summary":
     raise reason
 
 
-class _StdoutClosedError(Exception):
-    """Nobody reads our results any more. (click would turn a BrokenPipeError into exit code 1.)"""
-
-
 def _say(text: str, *, nl: bool = True) -> None:
     """A result, on stdout."""
-    try:
-        click.echo(text, nl=nl)
-    except BrokenPipeError as error:
-        raise _StdoutClosedError from error
+    streams.write_result(text + "\n" * nl)
 
 
 def _tell(summary: "Summary", job: "Job") -> None:

@@ -106,7 +106,9 @@ class Client:
     `endpoint.idle_timeout_s` from then on.
     """
 
-    def __init__(self, url: str, endpoint: Endpoint, credentials: Credentials) -> None:
+    def __init__(self, url: str, endpoint: Endpoint, credentials: Credentials, *, tails: int = MAX_TAILS) -> None:
+        """`tails`: how many connections of ended streams may stay open until the next sweep."""
+        self._max_tails = tails
         self._url = url
         self._proxy = endpoint.proxy
         self._deadline_s = endpoint.attempt_timeout_s
@@ -242,7 +244,7 @@ class Client:
         finally:
             if exchange.stream is not None and exchange.stream.done:
                 self._tails.append(response)  # its connection is used again if its end comes before the next sweep
-                self._close_tails(MAX_TAILS)
+                self._close_tails(self._max_tails)
             else:
                 response.release()
                 await response.wait_for_close()

@@ -37,7 +37,8 @@ def endpoint_of(job: Job) -> Iterator[Job]:
         stderr=subprocess.PIPE,
         stdin=subprocess.DEVNULL,
         start_new_session=True,  # a Ctrl-C is for the run, which drains; the simulator must still answer then
-        text=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},  # ours may name another, for what people read
     )
     try:
         yield _pointed_at(job, _url_of(process))

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from datetime import datetime
@@ -13,7 +12,7 @@ from typing import BinaryIO, TypedDict, Unpack
 
 import msgspec
 
-from batchrun import credentials, invocation, rundir, simulated
+from batchrun import credentials, invocation, rundir, simulated, streams
 from batchrun.asking.asking import GRACE_S, Hooks, Host
 from batchrun.credentials import Credentials
 from batchrun.errors import ExitCode, JobError, RunStoppedError
@@ -21,6 +20,7 @@ from batchrun.gate import deadline as deadlines
 from batchrun.gate.deadline import Deadline
 from batchrun.job.job import Job
 from batchrun.job.load import checked, load
+from batchrun.open_files import OpenFiles
 from batchrun.plan.asked import Asked
 from batchrun.policy import failing
 from batchrun.records import Status, Summary
@@ -96,6 +96,7 @@ def begin(job: Job | str | Path, rows: Rows | None, options: Options, host: Host
     if unknown := sorted(options.keys() - Options.__annotations__.keys()):
         raise TypeError(f"{unknown[0]} is no option; there are {', '.join(Options.__annotations__)}")
     note = options.get("note", _LOG.info)
+    OpenFiles().require_any()
     deadline = _deadline(options.get("deadline"))
     wanted = _job(job, rows, options)
     directory = _place(wanted, options, note)
@@ -179,7 +180,7 @@ def _place(job: Job, options: Options, note: Callable[[str], None]) -> RunDirect
 def _stream(job: Job, rows: Rows | None, directory: RunDirectory) -> Iterator[BinaryIO | None]:
     """What is read where the input is "-": the given rows, else standard input."""
     if rows is None:
-        yield sys.stdin.buffer if job.input.path == "-" else None
+        yield streams.standard_input() if job.input.path == "-" else None
         return
     directory.create()
     with as_file(rows, directory.path) as stream:

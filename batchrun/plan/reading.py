@@ -33,7 +33,7 @@ def input_files(job: Job, directory: RunDirectory, asked: Asked, *, begun: bool 
     if asked.stdin is not None and not asked.stdin.isatty():
         return (spooled.take(asked.stdin, directory, begun=begun),)
     if not directory.spool.exists():
-        raise InputError("standard input is a terminal; pipe JSON lines into it, or name a file with -i")
+        raise InputError("standard input is a terminal, or closed; pipe JSON lines into it, or name a file with -i")
     return (directory.spool,)
 
 
