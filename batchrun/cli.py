@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from batchrun.job.job import Job
     from batchrun.plan.check import Survey
+    from batchrun.prices import PriceTable
     from batchrun.records import Summary
     from batchrun.source import Source
 
@@ -44,6 +45,7 @@ def _amount(what: str) -> "Callable[[click.Context, click.Parameter, str | None]
 JOB = click.argument("job", type=click.Path(dir_okay=False, path_type=Path))
 INPUT = click.option("-i", "--input", "input_path", metavar="PATH", help="Input instead of input.path; - is stdin.")
 SET = click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Lay one setting over the job.")
+SKIP = click.option("--skip-invalid", is_flag=True, help="Set bad records aside (run: in rejects.jsonl).")
 OUT = click.argument("out", type=click.Path(path_type=Path))
 
 
@@ -71,7 +73,7 @@ def cli() -> None:
 @click.option("--accept-changes", is_flag=True, help="Go on over a changed input or job: what has no answer is asked.")
 @click.option("--retry-failed", is_flag=True, help="Ask failed rows of a complete run again; --set may vary request.*.")
 @click.option("--status", "statuses", metavar="LIST", help="With --retry-failed: which, e.g. truncated,error.")
-@click.option("--skip-invalid", is_flag=True, help="Set bad records aside in rejects.jsonl.")
+@SKIP
 @click.option(
     *("--grace", "grace_s"),
     metavar="SECONDS",
@@ -128,22 +130,23 @@ def run(
 @cli.command()
 @JOB
 @INPUT
+@SKIP
 @SET
-def check(job: Path, input_path: str | None, overrides: tuple[str, ...]) -> None:
-    """Check the job, every input record and its request. Sends nothing."""
-    from batchrun.plan import reading
+def check(job: Path, input_path: str | None, skip_invalid: bool, overrides: tuple[str, ...]) -> None:
+    """Check all that a run would refuse: the job, every input record and its request. Sends nothing."""
+    from batchrun import preflight
     from batchrun.report.summary import plural
 
     loaded = _load(job, input_path, None, overrides, {})
-    source, found = _read_through(loaded)
-    if found.rejected:
-        reading.raise_problems(found, note)
-    reading.require_columns(loaded, source, found)
-    reading.require_rows(loaded, found)
+    preflight.require_settings(loaded, preflight.place(loaded))
+    source, found = _read_through(loaded, skip_invalid=skip_invalid)
+    _require_budget(loaded, found)
     models = ", ".join(f"{model} ({rows:,})" for model, rows in found.models.items())
     where = plural(len(source.files), "file")
-    asks = f"{plural(found.rows, 'row')} in {where}, read as {found.dialect}; {models}"
+    aside = f", {len(found.rejected):,} set aside" if found.rejected else ""
+    asks = f"{plural(found.rows, 'row')} in {where}{aside}, read as {found.dialect}; {models}"
     _say(harmless(asks) if found.rows else f"0 rows in {where}: there is nothing to ask")
+    preflight.key(loaded, os.environ)
 
 
 @cli.command()
@@ -152,26 +155,26 @@ def check(job: Path, input_path: str | None, overrides: tuple[str, ...]) -> None
 @click.option(
     "-o", "--output", "out", type=click.Path(path_type=Path), help="A run directory: what the rest would take."
 )
+@SKIP
 @SET
-def estimate(job: Path, input_path: str | None, out: Path | None, overrides: tuple[str, ...]) -> None:
+def estimate(
+    job: Path, input_path: str | None, out: Path | None, skip_invalid: bool, overrides: tuple[str, ...]
+) -> None:
     """Tokens, cost and time of a job, or of the rest of a run. Sends nothing."""
     from datetime import datetime
 
-    from batchrun import prices
+    from batchrun import preflight
     from batchrun.gate import daily
     from batchrun.plan import estimate as estimating
-    from batchrun.plan import reading
     from batchrun.plan.look import look
     from batchrun.rundir import RunDirectory
 
     loaded = _load(job, input_path, None, overrides, {})
     found = None if out is None else look(loaded, RunDirectory(out))
-    source, surveyed = _read_through(loaded)
-    reading.require_columns(loaded, source, surveyed)
-    if surveyed.rejected:
-        note(f"{len(surveyed.rejected):,} input records can't be asked: batchrun check tells which")
+    preflight.require_settings(loaded, preflight.place(loaded) if out is None else RunDirectory(out))
+    _, surveyed = _read_through(loaded, skip_invalid=skip_invalid)
+    tables = _require_budget(loaded, surveyed)
     now = datetime.now().astimezone()
-    tables = {model: prices.resolve(model, loaded.pricing, now.date().isoformat()) for model in surveyed.models}
     if found is not None:
         for line in estimating.run_in_words(found.summary, None if found.drift is None else str(found.drift)):
             _say(harmless(line))
@@ -180,6 +183,7 @@ def estimate(job: Path, input_path: str | None, out: Path | None, overrides: tup
     estimated = estimating.estimate(surveyed, loaded, tables, to_ask, done, daily.left_s(now))
     for line in estimating.in_words(estimated, tables):
         _say(harmless(line))
+    preflight.key(loaded, os.environ)
 
 
 @cli.command()
@@ -369,11 +373,11 @@ def _load(
     return load(path, [*overrides, *own])
 
 
-def _read_through(job: "Job") -> "tuple[Source, Survey]":
-    """The input, each record checked; nothing is kept."""
+def _read_through(job: "Job", *, skip_invalid: bool) -> "tuple[Source, Survey]":
+    """The input, each record checked, and no reason why a run could not begin with it; nothing is kept."""
     import tempfile
 
-    from batchrun.plan import reading
+    from batchrun.plan import checks, reading
     from batchrun.plan.asked import Asked
     from batchrun.plan.check import survey
     from batchrun.rundir import RunDirectory
@@ -384,8 +388,22 @@ def _read_through(job: "Job") -> "tuple[Source, Survey]":
             job, RunDirectory(Path(scratch)), Asked(stdin=streams.standard_input()), begun=False
         )
         source = open_source(files, job.input.max_line_bytes)
-        reading.require_columns(job, source)
-        return source, survey(source, job, Path(scratch), progress=progress.checked)
+        checks.require_columns(job, source)
+        found = survey(source, job, Path(scratch), progress=progress.checked)
+    checks.require_input(job, source, found, note, skip_invalid=skip_invalid)
+    return source, found
+
+
+def _require_budget(job: "Job", found: "Survey") -> "dict[str, PriceTable | None]":
+    """The prices of the models that the rows name, by which every cap can be kept."""
+    from datetime import date
+
+    from batchrun import prices
+    from batchrun.plan import checks
+
+    tables = {model: prices.resolve(model, job.pricing, date.today().isoformat()) for model in found.models}
+    checks.require_budget(job, found.max_request, tables)
+    return tables
 
 
 def _toml(value: "str | int | Decimal") -> str:

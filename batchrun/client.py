@@ -119,7 +119,7 @@ class Client:
         self._credentials = credentials
         self._exchanges: dict[asyncio.Task[object], _Exchange] = {}
         self._tails: deque[aiohttp.ClientResponse] = deque()
-        context = _ssl_context(endpoint)
+        context = ssl_context(endpoint)
         headers = {
             "Content-Type": "application/json",
             "Accept": "application/json, text/event-stream",
@@ -357,8 +357,12 @@ def _is_stream(response: aiohttp.ClientResponse) -> bool:
     return 200 <= response.status < 300 and content_type.lower().startswith("text/event-stream")
 
 
-def _ssl_context(endpoint: Endpoint) -> ssl.SSLContext:
-    """One verified TLS context for all connections: building it costs 20 ms and more."""
+def ssl_context(endpoint: Endpoint) -> ssl.SSLContext:
+    """One verified TLS context for all connections: building it costs 20 ms and more.
+
+    Raises:
+        JobError: endpoint.ca_file can't be read.
+    """
     try:
         return ssl.create_default_context(cafile=endpoint.ca_file)
     except OSError as error:

@@ -12,7 +12,7 @@ from typing import BinaryIO, TypedDict, Unpack
 
 import msgspec
 
-from batchrun import credentials, invocation, rundir, simulated, streams
+from batchrun import invocation, preflight, rundir, simulated, streams
 from batchrun.asking.asking import GRACE_S, Hooks, Host
 from batchrun.credentials import Credentials
 from batchrun.errors import ExitCode, JobError, RunStoppedError
@@ -20,7 +20,6 @@ from batchrun.gate import deadline as deadlines
 from batchrun.gate.deadline import Deadline
 from batchrun.job.job import Job
 from batchrun.job.load import checked, load
-from batchrun.open_files import OpenFiles
 from batchrun.plan.asked import Asked
 from batchrun.policy import failing
 from batchrun.records import Status, Summary
@@ -96,12 +95,12 @@ def begin(job: Job | str | Path, rows: Rows | None, options: Options, host: Host
     if unknown := sorted(options.keys() - Options.__annotations__.keys()):
         raise TypeError(f"{unknown[0]} is no option; there are {', '.join(Options.__annotations__)}")
     note = options.get("note", _LOG.info)
-    OpenFiles().require_any()
     deadline = _deadline(options.get("deadline"))
     wanted = _job(job, rows, options)
     directory = _place(wanted, options, note)
     environ = options.get("environ", os.environ)
-    keys = simulated.credentials() if wanted.simulated else credentials.read(wanted.endpoint, environ)
+    preflight.require_settings(wanted, directory)
+    keys = preflight.key(wanted, environ)
     with simulated.endpoint_of(wanted) as pointed, _stream(wanted, rows, directory) as stream:
         summary = _invoke(pointed, directory, keys, options, stream, note, deadline, host)
     if not summary.complete:

@@ -67,10 +67,11 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "simulated": frozenset({"errors", "job", "credentials", "simulator"}),
     "terminal": frozenset({"records", "report", "streams"}),
     # who starts it
+    "preflight": frozenset({"job", "rundir", "credentials", "simulated", "open_files", "client"}),
     "start": frozenset(
         {
-            *("errors", "job", "records", "credentials", "rundir", "simulated", "streams"),
-            *("open_files", "source", "gate", "policy", "plan", "asking", "invocation"),
+            *("errors", "job", "records", "credentials", "rundir", "simulated", "streams", "preflight"),
+            *("source", "gate", "policy", "plan", "asking", "invocation"),
         }
     ),
     "runner": frozenset({"errors", "job", "records", "signals", "source", "output", "asking", "start"}),
@@ -78,7 +79,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "cli": frozenset(
         {
             *("__init__", "errors", "durable", "job", "records", "prices", "rundir", "streams", "terminal"),
-            *("open_files", "source", "gate", "policy"),
+            *("open_files", "preflight", "source", "gate", "policy"),
             *("report", "plan", "asking", "rescue", "simulator"),
         }
     ),

@@ -15,7 +15,7 @@ from batchrun.durable import fsync, told
 from batchrun.errors import InputError, JobError
 from batchrun.job.job import Job
 from batchrun.output.rows import output_schema
-from batchrun.plan import spooled
+from batchrun.plan import checks, spooled
 from batchrun.plan.asked import Asked
 from batchrun.plan.check import Problem, Survey, survey
 from batchrun.plan.matching import Questions
@@ -55,65 +55,13 @@ def read(
             with told(rejects), open(os.open(rejects, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as file:
                 file.write(msgspec.json.encode(problem, enc_hook=str) + b"\n")
 
-    require_columns(job, source)
+    checks.require_columns(job, source)
     found = survey(source, job, directory.path, keep=keep, progress=asked.checked, question=question, pictured=pictured)
-    if found.rejected and not asked.skip_invalid:
-        raise_problems(found, asked.problem)
+    checks.require_input(job, source, found, asked.problem, skip_invalid=asked.skip_invalid)
     if found.rejected:
         with told(rejects):
             fsync(rejects)
-    require_rows(job, found)
     return found
-
-
-def require_rows(job: Job, found: Survey) -> None:
-    """Nothing, if there are as many rows as the job expects at least: a pipe that broke ends like one that is done.
-
-    Raises:
-        InputError: there are fewer.
-    """
-    if found.rows < job.input.min_rows:
-        raise InputError(
-            f"the input has {found.rows:,} rows, and input.min_rows expects {job.input.min_rows:,} or more; "
-            "see whether it is whole, or lower input.min_rows"
-        )
-
-
-def raise_problems(found: Survey, tell: Callable[[str], None]) -> None:
-    """Tells the first problems line by line, then raises with their count.
-
-    Raises:
-        InputError: always.
-    """
-    for problem in found.first_problems:
-        tell(str(problem))
-    count = len(found.rejected)
-    shown = f"; the first {len(found.first_problems)} are above" if count > len(found.first_problems) else ""
-    if not found.rows and all(problem.record is None for problem in found.first_problems):
-        raise InputError(
-            f"none of the input records ({count:,}) can be read{shown}; write the file again as JSON lines"
-        )
-    if not found.rows:
-        raise InputError(
-            f"none of the input records ({count:,}) can be asked{shown}. "
-            "The job (its template, input.id, input.dialect) does not fit this input: mend one of the two"
-        )
-    raise InputError(
-        f"{count:,} of {count + found.rows:,} input records can't be asked{shown}. "
-        "Mend them, or set them aside with batchrun run ... --skip-invalid"
-    )
-
-
-def require_columns(job: Job, source: Source, found: Survey | None = None) -> None:
-    """Nothing, if the output can have the input's columns: Parquet knows them at once, JSON lines once it was `found`.
-
-    Raises:
-        JobError: as `output_schema`.
-    """
-    if isinstance(source, ParquetSource):
-        output_schema(source.schema, job.output)
-    elif found is not None and found.types is not None:
-        output_schema(found.types.schema(), job.output)
 
 
 def facts_of(
