@@ -65,7 +65,12 @@ def test_the_time_is_that_of_the_limit_that_binds(
     limits: Mapping[str, float], minutes: float | None, limited_by: str
 ) -> None:
     found = estimate(surveyed(100), job(**limits), {"m": PRICE}, 100, None, day_left_s=3600)
-    assert (found.minutes, found.limited_by) == (minutes, limited_by)
+    assert found.limited_by == limited_by
+    if minutes is None:
+        assert found.minutes is None
+    else:  # a bound: the first request waits for nobody, and two seconds of the limit may go at once
+        assert found.minutes is not None
+        assert minutes - 1.04 <= found.minutes <= minutes
 
 
 @pytest.mark.parametrize(
