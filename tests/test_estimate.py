@@ -103,7 +103,7 @@ def test_the_estimate_of_the_rest_learns_from_the_pilot_and_is_met(tmp_path: Pat
         before = snapshot(tmp_path / "out")
         told = batchrun("estimate", written, "-o", tmp_path / "out")
         assert told.exit_code == 0, told.stderr
-        assert "run          50 of 50 rows are done" in told.stdout
+        assert "run          50 of 50 rows done" in told.stdout
         assert "to ask       150 rows" in told.stdout
         assert "the mean of 50 answers" in told.stdout
         changed = batchrun("estimate", written, "-o", tmp_path / "out", "--set", "request.max_tokens=30")

@@ -179,7 +179,7 @@ class Asking:
             self._abort()
             return
         self._leaving = name
-        flying = f"{self._gate.in_flight} requests in flight may end within {self._grace_s:g} s"
+        flying = f"{plural(self._gate.in_flight, 'request')} in flight may end within {self._grace_s:g} s"
         self._chronicle.log.write("signal", name=name, in_flight=self._gate.in_flight)
         self._hooks.note(f"{name}: {flying}; once more to stop now")
         self._close(Stop(exit_code, f"{name}: drained"))

@@ -73,7 +73,7 @@ def raise_problems(found: Survey, tell: Callable[[str], None]) -> None:
             "The job (its template, input.id, input.dialect) does not fit this input: mend one of the two"
         )
     raise InputError(
-        f"{count:,} of {count + found.rows:,} input records can't be asked{shown}. "
+        f"{count:,} of {plural(count + found.rows, 'input record')} can't be asked{shown}. "
         "Mend them, or set them aside with batchrun run ... --skip-invalid"
     )
 

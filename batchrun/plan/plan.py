@@ -24,6 +24,7 @@ from batchrun.plan import checks, drift, reading, spooled
 from batchrun.plan.asked import Asked
 from batchrun.plan.matching import Questions
 from batchrun.prices import PriceTable
+from batchrun.report.summary import are, plural
 from batchrun.rundir import RunDirectory
 from batchrun.source import (
     FileIdentity,
@@ -211,7 +212,8 @@ def _require_limit_in_time(limit: int | None, checkpoint: Checkpoint) -> None:
     begun = _begun_rows(checkpoint)
     if limit is not None and limit < begun and checkpoint.spent.settled() < begun:
         raise JobError(
-            f"--limit {limit}: {begun:,} rows are begun already; say at least --limit {begun}, or leave it out"
+            f"--limit {limit}: {plural(begun, 'row')} {are(begun)} begun already; say at least --limit {begun}, or "
+            "leave it out"
         )
 
 

@@ -64,12 +64,17 @@ def read(directory: RunDirectory) -> Summary:
         InputError: there is no run.
         CheckpointError: damaged, or of another version.
     """
-    if directory.read_summary() is None:
+    if not directory.summary.exists():
         raise InputError(f"{directory.path}: no run here (no summary.json)")
     try:
         summary = msgspec.json.decode(directory.summary.read_bytes(), type=Summary)
-    except msgspec.DecodeError as error:
-        raise CheckpointError(f"{directory.summary}: damaged, or of another version of batchrun: {error}") from error
+    except OSError as error:
+        raise InputError(f"{directory.summary}: can't be read: {error.strerror}") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"{directory.summary}: damaged, or of another version of batchrun ({error}); the same command as before "
+            "writes it again, and batchrun verify looks at the rest"
+        ) from error
     if summary.version != VERSION:
         raise CheckpointError(f"{directory.summary}: of another version of batchrun (schema {summary.version})")
     return summary
@@ -243,7 +248,7 @@ def _closing(summary: Summary, requests_per_minute: float | None) -> Iterator[tu
     yield "rate", f"{requests}, {summary.tokens_per_minute:,.0f} tokens/min, {summary.elapsed_s:,.1f} s"
     for name, rows in summary.models.items():
         if all(line.model != name for line in summary.totals):
-            yield "note", f"{rows:,} answers name the model {name}"
+            yield "note", f"{plural(rows, 'answer')} {'names' if rows == 1 else 'name'} the model {name}"
     yield from summary.files.items()
 
 
@@ -280,12 +285,19 @@ def _next_steps(summary: Summary, max_failures: int, failing: Collection[Status]
     if summary.complete and failed:
         verdict = "more than" if failed > max_failures else "within"
         allowed = f"{verdict} output.max_failures = {max_failures:,}"
-        yield "failed", f"{plural(failed, 'row')}, {allowed}: see the column `error`; --retry-failed asks them again"
+        them = "it" if failed == 1 else "them"
+        yield "failed", f"{plural(failed, 'row')}, {allowed}: see the column `error`; --retry-failed asks {them} again"
     if not summary.complete:
+        left = f"{plural(summary.pending, 'row')} {are(summary.pending)} left"
         yield "stopped", summary.reason or "before the end"
-        yield "next", f"{summary.pending:,} rows are left; the same command goes on where this stopped"
+        yield "next", f"{left}; the same command goes on where this stopped"
 
 
 def plural(count: int, noun: str) -> str:
     """ "1 file", "2 files"."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def are(count: int) -> str:
+    """The verb behind `plural`."""
+    return "is" if count == 1 else "are"
