@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from batchrun import __version__
+from batchrun import __version__, streams
 from batchrun.errors import BatchrunError, ExitCode
 from batchrun.terminal import Progress, harmless, note
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from batchrun.job.job import Job
     from batchrun.plan.check import Survey
+    from batchrun.prices import PriceTable
     from batchrun.records import Summary
     from batchrun.source import Source
 
@@ -44,6 +45,7 @@ def _amount(what: str) -> "Callable[[click.Context, click.Parameter, str | None]
 JOB = click.argument("job", type=click.Path(dir_okay=False, path_type=Path))
 INPUT = click.option("-i", "--input", "input_path", metavar="PATH", help="Input instead of input.path; - is stdin.")
 SET = click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Lay one setting over the job.")
+SKIP = click.option("--skip-invalid", is_flag=True, help="Set bad records aside (run: in rejects.jsonl).")
 OUT = click.argument("out", type=click.Path(path_type=Path))
 
 
@@ -71,7 +73,7 @@ def cli() -> None:
 @click.option("--accept-changes", is_flag=True, help="Go on over a changed input or job: what has no answer is asked.")
 @click.option("--retry-failed", is_flag=True, help="Ask failed rows of a complete run again; --set may vary request.*.")
 @click.option("--status", "statuses", metavar="LIST", help="With --retry-failed: which, e.g. truncated,error.")
-@click.option("--skip-invalid", is_flag=True, help="Set bad records aside in rejects.jsonl.")
+@SKIP
 @click.option(
     *("--grace", "grace_s"),
     metavar="SECONDS",
@@ -98,10 +100,12 @@ def run(
 ) -> None:
     """Ask every row of the input. The same command again goes on where the last one stopped."""
     import batchrun
+    from batchrun import open_files
     from batchrun.report import again
 
     flags = {"budget.max_cost_usd": max_cost_usd, "output.max_failures": max_failures}
     loaded = _load(job, input_path, output_path, overrides, flags)
+    open_files.allow(2 * loaded.limits.max_in_flight)  # a stream that has ended keeps its connection for a second
     with Progress() as progress:
         try:
             summary = batchrun.run(
@@ -128,22 +132,23 @@ def run(
 @cli.command()
 @JOB
 @INPUT
+@SKIP
 @SET
-def check(job: Path, input_path: str | None, overrides: tuple[str, ...]) -> None:
-    """Check the job, every input record and its request. Sends nothing."""
-    from batchrun.plan import reading
+def check(job: Path, input_path: str | None, skip_invalid: bool, overrides: tuple[str, ...]) -> None:
+    """Check all that a run would refuse: the job, every input record and its request. Sends nothing."""
+    from batchrun import preflight
     from batchrun.report.summary import plural
 
     loaded = _load(job, input_path, None, overrides, {})
-    source, found = _read_through(loaded)
-    if found.rejected:
-        reading.raise_problems(found, lambda text: note(_of_stdin(text, loaded, source.files[0])))
-    reading.require_columns(loaded, source, found)
-    reading.require_rows(loaded, found)
+    preflight.require_settings(loaded, preflight.place(loaded))
+    source, found = _read_through(loaded, skip_invalid=skip_invalid)
+    _require_budget(loaded, found)
     models = ", ".join(f"{model} ({rows:,})" for model, rows in found.models.items())
     where = plural(len(source.files), "file")
-    asks = f"{plural(found.rows, 'row')} in {where}, read as {found.dialect}; {models}"
+    aside = f", {len(found.rejected):,} set aside" if found.rejected else ""
+    asks = f"{plural(found.rows, 'row')} in {where}{aside}, read as {found.dialect}; {models}"
     _say(harmless(asks) if found.rows else f"0 rows in {where}: there is nothing to ask")
+    preflight.key(loaded, os.environ)
 
 
 @cli.command()
@@ -152,26 +157,26 @@ def check(job: Path, input_path: str | None, overrides: tuple[str, ...]) -> None
 @click.option(
     "-o", "--output", "out", type=click.Path(path_type=Path), help="A run directory: what the rest would take."
 )
+@SKIP
 @SET
-def estimate(job: Path, input_path: str | None, out: Path | None, overrides: tuple[str, ...]) -> None:
+def estimate(
+    job: Path, input_path: str | None, out: Path | None, skip_invalid: bool, overrides: tuple[str, ...]
+) -> None:
     """Tokens, cost and time of a job, or of the rest of a run. Sends nothing."""
     from datetime import datetime
 
-    from batchrun import prices
+    from batchrun import preflight
     from batchrun.gate import daily
     from batchrun.plan import estimate as estimating
-    from batchrun.plan import reading
     from batchrun.plan.look import look
     from batchrun.rundir import RunDirectory
 
     loaded = _load(job, input_path, None, overrides, {})
     found = None if out is None else look(loaded, RunDirectory(out))
-    source, surveyed = _read_through(loaded)
-    reading.require_columns(loaded, source, surveyed)
-    if surveyed.rejected:
-        note(f"{len(surveyed.rejected):,} input records can't be asked: batchrun check tells which")
+    preflight.require_settings(loaded, preflight.place(loaded) if out is None else RunDirectory(out))
+    _, surveyed = _read_through(loaded, skip_invalid=skip_invalid)
+    tables = _require_budget(loaded, surveyed)
     now = datetime.now().astimezone()
-    tables = {model: prices.resolve(model, loaded.pricing, now.date().isoformat()) for model in surveyed.models}
     if found is not None:
         for line in estimating.run_in_words(found.summary, None if found.drift is None else str(found.drift)):
             _say(harmless(line))
@@ -180,6 +185,7 @@ def estimate(job: Path, input_path: str | None, out: Path | None, overrides: tup
     estimated = estimating.estimate(surveyed, loaded, tables, to_ask, done, daily.left_s(now))
     for line in estimating.in_words(estimated, tables):
         _say(harmless(line))
+    preflight.key(loaded, os.environ)
 
 
 @cli.command()
@@ -329,30 +335,47 @@ def simulate(
 def main() -> None:
     """The process: what the commands do, and the documented exit code whatever happens."""
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # gives memory back; must be set before pyarrow loads
+    streams.open_all()
+    stdout = sys.stdout
     try:
         cli(standalone_mode=False)
-        sys.stdout.flush()
+        streams.write_result("")
+    except SystemExit:
+        if sys.stdout is not stdout:  # after a broken pipe click puts another in its place, and ends with 1
+            streams.silence(sys.stdout)
+            sys.exit(ExitCode.SIGPIPE)
+        raise
+    except streams.StdoutClosedError as closed:
+        sys.exit(closed.exit_code)
     except BatchrunError as error:
         _end(f"Error: {error}", error.exit_code)
-    except click.UsageError as error:
-        error.show()
-        sys.exit(ExitCode.USAGE)
     except click.ClickException as error:
-        error.show()
+        with streams.for_people():
+            error.show()
         sys.exit(ExitCode.USAGE)
     except (click.Abort, KeyboardInterrupt):
         _end("Stopped.", ExitCode.SIGINT)
-    except _StdoutClosedError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter's last flush must not complain
-        sys.exit(ExitCode.SIGPIPE)
     except Exception as error:
         if os.environ.get("BATCHRUN_TRACEBACK"):
             raise
-        _end(
-            f"Internal error, a bug in batchrun: {type(error).__name__}: {error} "
-            "(set BATCHRUN_TRACEBACK=1 for the traceback)",
-            ExitCode.INTERNAL_ERROR,
-        )
+        _end(*_unexpected(error))
+
+
+def _unexpected(error: Exception) -> tuple[str, ExitCode]:
+    """The last line for an error that no code before named: the machine lacks something, or it is a bug."""
+    from batchrun.durable import lacking
+
+    try:
+        streams.write_result("")
+    except BatchrunError as refused:  # click printed its help, and the text is still in the buffer
+        return f"Error: {refused}", refused.exit_code
+    if (lack := lacking(error)) is not None:
+        return f"Error: {lack}", ExitCode.PAUSED
+    return (
+        f"Internal error, a bug in batchrun: {type(error).__name__}: {error} "
+        "(set BATCHRUN_TRACEBACK=1 for the traceback)",
+        ExitCode.INTERNAL_ERROR,
+    )
 
 
 def _end(line: str, exit_code: ExitCode) -> None:
@@ -375,30 +398,50 @@ def _load(
     return load(path, [*overrides, *own])
 
 
-def _read_through(job: "Job") -> "tuple[Source, Survey]":
-    """The input, each record checked; nothing is kept."""
+def _read_through(job: "Job", *, skip_invalid: bool) -> "tuple[Source, Survey]":
+    """The input, each record checked, and no reason why a run could not begin with it; nothing is kept."""
     import tempfile
 
     from batchrun.errors import InputError
-    from batchrun.plan import reading
+    from batchrun.plan import checks, reading
     from batchrun.plan.asked import Asked
     from batchrun.plan.check import survey
     from batchrun.rundir import RunDirectory
     from batchrun.source import open_source
 
     with tempfile.TemporaryDirectory(prefix="batchrun-") as scratch, Progress() as progress:
-        files = reading.input_files(job, RunDirectory(Path(scratch)), Asked(stdin=sys.stdin.buffer), begun=False)
+        files = reading.input_files(
+            job, RunDirectory(Path(scratch)), Asked(stdin=streams.standard_input()), begun=False
+        )
         try:
             source = open_source(files, job.input.max_line_bytes)
-            reading.require_columns(job, source)
-            return source, survey(source, job, Path(scratch), progress=progress.checked)
+            checks.require_columns(job, source)
+            found = survey(source, job, Path(scratch), progress=progress.checked)
         except InputError as error:
             raise InputError(_of_stdin(str(error), job, files[0])) from error
+
+    def tell(text: str) -> None:
+        note(_of_stdin(text, job, source.files[0]))
+
+    checks.require_input(job, source, found, tell, skip_invalid=skip_invalid)
+    return source, found
 
 
 def _of_stdin(text: str, job: "Job", copy: Path) -> str:
     """The message with standard input in place of the temporary copy of it."""
     return text.replace(str(copy), "standard input") if job.input.path == "-" else text
+
+
+def _require_budget(job: "Job", found: "Survey") -> "dict[str, PriceTable | None]":
+    """The prices of the models that the rows name, by which every cap can be kept."""
+    from datetime import date
+
+    from batchrun import prices
+    from batchrun.plan import checks
+
+    tables = {model: prices.resolve(model, job.pricing, date.today().isoformat()) for model in found.models}
+    checks.require_budget(job, found.max_request, tables)
+    return tables
 
 
 def _toml(value: "str | int | Decimal") -> str:
@@ -428,16 +471,9 @@ def _where_it_stands(stopped: BaseException) -> "Summary":
     raise reason
 
 
-class _StdoutClosedError(Exception):
-    """Nobody reads our results any more. (click would turn a BrokenPipeError into exit code 1.)"""
-
-
 def _say(text: str, *, nl: bool = True) -> None:
     """A result, on stdout."""
-    try:
-        click.echo(text, nl=nl)
-    except BrokenPipeError as error:
-        raise _StdoutClosedError from error
+    streams.write_result(text + "\n" * nl)
 
 
 def _tell(summary: "Summary", job: "Job") -> None:

@@ -73,7 +73,9 @@ class Client:
     `endpoint.idle_timeout_s` from then on.
     """
 
-    def __init__(self, url: str, endpoint: Endpoint, credentials: Credentials) -> None:
+    def __init__(self, url: str, endpoint: Endpoint, credentials: Credentials, *, tails: int = MAX_TAILS) -> None:
+        """`tails`: how many connections of ended streams may stay open until the next sweep."""
+        self._max_tails = tails
         self._url = url
         self._proxy = endpoint.proxy
         self._deadline_s = endpoint.attempt_timeout_s
@@ -84,7 +86,7 @@ class Client:
         self._credentials = credentials
         self._exchanges: dict[asyncio.Task[object], _Exchange] = {}
         self._tails: deque[aiohttp.ClientResponse] = deque()
-        context = _ssl_context(endpoint)
+        context = ssl_context(endpoint)
         headers = {
             "Content-Type": "application/json",
             "Accept": "application/json, text/event-stream",
@@ -230,7 +232,7 @@ class Client:
         finally:
             if exchange.stream is not None and exchange.stream.done:
                 self._tails.append(response)  # its connection is used again if its end comes before the next sweep
-                self._close_tails(MAX_TAILS)
+                self._close_tails(self._max_tails)
             else:
                 response.release()
                 await response.wait_for_close()
@@ -349,8 +351,12 @@ def _is_stream(response: aiohttp.ClientResponse) -> bool:
     return 200 <= response.status < 300 and content_type.lower().startswith("text/event-stream")
 
 
-def _ssl_context(endpoint: Endpoint) -> ssl.SSLContext:
-    """One verified TLS context for all connections: building it costs 20 ms and more."""
+def ssl_context(endpoint: Endpoint) -> ssl.SSLContext:
+    """One verified TLS context for all connections: building it costs 20 ms and more.
+
+    Raises:
+        JobError: endpoint.ca_file can't be read.
+    """
     try:
         return ssl.create_default_context(cafile=endpoint.ca_file)
     except OSError as error:

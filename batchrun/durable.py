@@ -23,10 +23,29 @@ def told(path: Path) -> Iterator[None]:
 
 
 def next_step(error: OSError) -> str:
-    """What to do about a disk's refusal."""
+    """What to do about a refusal of the disk, or of the kernel to open one more file."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "make room and run the same command again"
+    if error.errno == errno.EMFILE:
+        return "raise the limit with ulimit -n and run the same command again"
+    if error.errno == errno.ENFILE:
+        return "the whole machine has too many files open; run the same command again when it has fewer"
     return "mend the disk or choose another directory with -o, then run again"
+
+
+def lacking(error: BaseException) -> str | None:
+    """What the machine lacks, and what to do, where that is what the error means; None for any other error."""
+    if isinstance(error, MemoryError):
+        return "out of memory; give the process more, and run the same command again"
+    if isinstance(error, OSError) and error.errno in _LACKS:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}; {next_step(error)}"
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        return "the system starts no more threads; raise the limit with ulimit -u, and run the same command again"
+    return None
+
+
+_LACKS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EIO, errno.EROFS})
 
 
 def replace(path: Path, write: Callable[[Path], None]) -> None:

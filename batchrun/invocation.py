@@ -34,7 +34,7 @@ from batchrun.plan.asked import Asked
 from batchrun.plan.plan import Plan
 from batchrun.policy import failing
 from batchrun.records import Summary
-from batchrun.report.summary import failures, files, read
+from batchrun.report.summary import are, failures, files, plural, read
 from batchrun.rundir import RunDirectory
 
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
@@ -213,12 +213,15 @@ def _retried(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, status
     pending = plan.rows - checkpoint.spent.settled()
     manifest = variants.encode(plan.variants)
     if pending and checkpoint.manifest()[variants.ENTRY] != manifest[variants.ENTRY]:
-        raise JobError(f"{pending:,} rows are still pending as they were asked before; finish the run, then retry")
+        raise JobError(
+            f"{plural(pending, 'row')} {are(pending)} still pending as asked before; finish the run, then retry"
+        )
     if pending:
-        return f"{pending:,} rows are still pending; they are asked first"
+        return f"{plural(pending, 'row')} {are(pending)} still pending; asked first"
     mean_cost_usd = checkpoint.spent.mean_cost_usd()
     rows = retry.reopen(plan, directory, checkpoint, statuses, plan.variant, manifest)
-    return f"{rows:,} rows that ended as {', '.join(sorted(statuses))} are asked again{about(rows, mean_cost_usd)}"
+    ended = f"{plural(rows, 'row')} that ended as {', '.join(sorted(statuses))}"
+    return f"{ended} {are(rows)} asked again{about(rows, mean_cost_usd)}"
 
 
 def _chunks(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint) -> Chunks:

@@ -77,8 +77,22 @@ class RunDirectory:
             ) from error
         if not os.access(self.path, os.W_OK | os.X_OK):
             raise JobError(f"{self.path}: can't be written; choose another directory with -o")
-        if (kind := file_system(self.path, mountinfo)) in NETWORK_FILE_SYSTEMS:
-            raise JobError(f"{self.path}: lies on a network file system ({kind}); choose a local directory with -o")
+        _require_local(self.path, self.path, mountinfo)
+
+    def require_possible(self, mountinfo: Path = MOUNTINFO) -> None:
+        """Nothing, if `create` would succeed; nothing is made.
+
+        Raises:
+            JobError: as `create`.
+        """
+        there = self.path.absolute()
+        while not os.path.lexists(there):
+            there = there.parent
+        if not there.is_dir() or (self.parts.exists() and not self.parts.is_dir()):
+            raise JobError(f"{self.path}: a file is in the way; choose another directory with -o")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise JobError(f"{self.path}: can't be written; choose another directory with -o")
+        _require_local(self.path, there, mountinfo)
 
     def reserve_room(self) -> None:
         """There is a file to give back when the disk is full; without room even for it, the run goes on without."""
@@ -140,6 +154,11 @@ class RunDirectory:
         except (OSError, msgspec.DecodeError):
             return None
         return summary if isinstance(summary, dict) else None
+
+
+def _require_local(path: Path, there: Path, mountinfo: Path) -> None:
+    if (kind := file_system(there, mountinfo)) in NETWORK_FILE_SYSTEMS:
+        raise JobError(f"{path}: lies on a network file system ({kind}); choose a local directory with -o")
 
 
 def _flock(descriptor: int) -> bool:

@@ -32,12 +32,13 @@ def endpoint_of(job: Job) -> Iterator[Job]:
         yield job
         return
     process = subprocess.Popen(  # noqa: S603  (our own interpreter and module)
-        [sys.executable, "-m", "batchrun.simulator", msgspec.json.encode(_config(job)).decode()],
+        [sys.executable, "-m", "batchrun.simulator", msgspec.json.encode(config_of(job)).decode()],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         stdin=subprocess.DEVNULL,
         start_new_session=True,  # a Ctrl-C is for the run, which drains; the simulator must still answer then
-        text=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},  # ours may name another, for what people read
     )
     try:
         yield _pointed_at(job, _url_of(process))
@@ -51,15 +52,24 @@ def credentials() -> Credentials:
     return Credentials({"Authorization": f"Bearer {KEY}"}, frozenset({KEY}))
 
 
-def _config(job: Job) -> "SimulatorConfig":
+def config_of(job: Job) -> "SimulatorConfig":
+    """What the job's simulator is to be like.
+
+    Raises:
+        JobError: simulator.faults names no faults.
+    """
     from batchrun.simulator import SimulatorConfig, parse_faults  # aiohttp's server, 90 ms: only for a job that asks
 
     settings = job.simulator
+    try:
+        faults = parse_faults(settings.faults)
+    except JobError as error:
+        raise JobError(f"simulator.{error}") from error
     return SimulatorConfig(
         latency_s=settings.latency_s,
         requests_per_minute=None if settings.requests_per_minute is None else int(settings.requests_per_minute),
         tokens_per_minute=None if settings.tokens_per_minute is None else int(settings.tokens_per_minute),
-        faults=parse_faults(settings.faults),
+        faults=faults,
         seed=settings.seed,
         draw_by_request_id=True,  # each start has a process of its own, and a row's attempts go on from one to the next
         ledger=settings.ledger,

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from datetime import datetime
@@ -13,7 +12,7 @@ from typing import BinaryIO, TypedDict, Unpack
 
 import msgspec
 
-from batchrun import credentials, invocation, rundir, simulated
+from batchrun import invocation, preflight, rundir, simulated, streams
 from batchrun.asking.asking import GRACE_S, Hooks, Host
 from batchrun.credentials import Credentials
 from batchrun.errors import ExitCode, JobError, RunStoppedError
@@ -101,7 +100,8 @@ def begin(job: Job | str | Path, rows: Rows | None, options: Options, host: Host
     wanted = _job(job, rows, options)
     directory = _place(wanted, options, note)
     environ = options.get("environ", os.environ)
-    keys = simulated.credentials() if wanted.simulated else credentials.read(wanted.endpoint, environ)
+    preflight.require_settings(wanted, directory)
+    keys = preflight.key(wanted, environ)
     with simulated.endpoint_of(wanted) as pointed, _stream(wanted, rows, directory) as stream:
         summary = _invoke(pointed, directory, keys, options, stream, note, deadline, host)
     if not summary.complete:
@@ -199,7 +199,7 @@ def _left_in_words(left: list[tuple[str, Path]]) -> str:
 def _stream(job: Job, rows: Rows | None, directory: RunDirectory) -> Iterator[BinaryIO | None]:
     """What is read where the input is "-": the given rows, else standard input."""
     if rows is None:
-        yield sys.stdin.buffer if job.input.path == "-" else None
+        yield streams.standard_input() if job.input.path == "-" else None
         return
     directory.create()
     with as_file(rows, directory.path) as stream:

@@ -1,9 +1,10 @@
 """What people see while a command works, on stderr. Sole importer of tqdm."""
 
-import contextlib
 import os
 import sys
 from typing import TYPE_CHECKING, Any
+
+from batchrun import streams
 
 if TYPE_CHECKING:
     from batchrun.records import Summary
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
 
 def note(line: str) -> None:
     """A line for people; model text in it can't steer the terminal."""
-    with contextlib.suppress(BrokenPipeError):
+    with streams.for_people():
         from tqdm import tqdm
 
         tqdm.write(harmless(line), file=sys.stderr)
@@ -37,16 +38,18 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
-            self._bar.close()
+            with streams.for_people():
+                self._bar.close()
 
     def checked(self, rows: int) -> None:
         """How far the check pass is."""
         if self._terminal:
-            from tqdm import tqdm
+            from batchrun.report.summary import plural
 
-            if self._bar is None:
-                self._bar = tqdm(bar_format="{desc}", dynamic_ncols=True, leave=False)
-            self._bar.set_description_str(f"checking the input: {rows:,} rows so far")
+            with streams.for_people():
+                if self._bar is None:
+                    self._bar = _bar(bar_format="{desc}")
+                self._bar.set_description_str(f"checking the input: {plural(rows, 'row')} so far")
 
     def show(self, summary: "Summary") -> None:
         """Where the run stands."""
@@ -55,25 +58,31 @@ class Progress:
         if summary.state == "checking":
             return
         if self._terminal:
-            self._show_bar(summary)
+            with streams.for_people():
+                self._show_bar(summary)
         elif summary.elapsed_s - self._told_s >= self.LINE_EVERY_S:
             self._told_s = summary.elapsed_s
             note(progress.line(summary))
 
     def _show_bar(self, summary: "Summary") -> None:
-        from tqdm import tqdm
-
         from batchrun.report import progress
 
         if self._bar is None or self._bar.total is None:
             if self._bar is not None:
                 self._bar.close()
-            self._bar = tqdm(total=summary.rows, dynamic_ncols=True, leave=False)
+            self._bar = _bar(total=summary.rows)
         columns = os.get_terminal_size(sys.stderr.fileno()).columns
         left, right, bar = progress.around_bar(summary, columns)
         self._bar.bar_format = _escaped(left) + ("|{bar}| " if bar else " " * bool(left)) + _escaped(right)
         self._bar.n = summary.rows - summary.pending
         self._bar.refresh()
+
+
+def _bar(**options: Any) -> Any:
+    from tqdm import tqdm
+
+    tqdm.monitor_interval = 0  # its thread would write to a terminal that is gone, and no one could catch that
+    return tqdm(dynamic_ncols=True, leave=False, **options)
 
 
 def _escaped(text: str) -> str:

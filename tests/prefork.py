@@ -117,6 +117,8 @@ def _begin(order: Mapping[str, Any], standard: Sequence[int]) -> Callable[[], in
     for own, descriptor in enumerate(standard):
         os.dup2(descriptor, own)
         os.close(descriptor)
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115  (the parent's may be one that seeks)
+    sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)  # noqa: SIM115
     os.chdir(order["cwd"])
     os.environ.clear()
     os.environ.update(order["env"])

@@ -16,6 +16,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     # what everything stands on
     "errors": frozenset(),
     "signals": frozenset({"errors"}),
+    "streams": frozenset({"errors"}),
+    "open_files": frozenset({"errors"}),
     "durable": frozenset({"errors"}),
     "rundir": frozenset({"errors", "durable"}),
     "columns": frozenset({"errors"}),
@@ -45,7 +47,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     ),
     "asking": frozenset(
         {
-            *("errors", "job", "records", "prices", "credentials", "durable", "rundir", "signals"),
+            *("errors", "job", "records", "prices", "credentials", "durable", "rundir", "signals", "open_files"),
             *("request", "gate", "answer", "client", "policy", "checkpoint", "output", "report", "plan"),
         }
     ),
@@ -64,11 +66,12 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     ),
     "simulator": frozenset({"errors"}),
     "simulated": frozenset({"errors", "job", "credentials", "simulator"}),
-    "terminal": frozenset({"records", "report"}),
+    "terminal": frozenset({"records", "report", "streams"}),
     # who starts it
+    "preflight": frozenset({"job", "rundir", "credentials", "simulated", "open_files", "client"}),
     "start": frozenset(
         {
-            *("errors", "job", "records", "credentials", "rundir", "simulated"),
+            *("errors", "job", "records", "credentials", "rundir", "simulated", "streams", "preflight"),
             *("source", "gate", "policy", "plan", "asking", "invocation"),
         }
     ),
@@ -76,7 +79,8 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "__init__": frozenset({"errors", "job", "records", "output", "plan", "start", "runner"}),
     "cli": frozenset(
         {
-            *("__init__", "errors", "job", "records", "prices", "rundir", "terminal", "source", "gate", "policy"),
+            *("__init__", "errors", "durable", "job", "records", "prices", "rundir", "streams", "terminal"),
+            *("open_files", "preflight", "source", "gate", "policy"),
             *("report", "plan", "asking", "rescue", "simulator"),
         }
     ),

@@ -77,4 +77,4 @@ def test_a_rest_whose_price_is_unknown_is_announced_without_a_cost(tmp_path: Pat
             "only 1 row of them; without --limit the run goes on",
         ]
         rest = batchrun("run", job, "-o", out, *UNKNOWN).stderr.splitlines()
-        assert rest[:2] == [f"resuming {out}: 1 of 10 rows are done", "9 rows are to be asked"]
+        assert rest[:2] == [f"resuming {out}: 1 of 10 rows done", "9 rows are to be asked"]

@@ -9,7 +9,7 @@ import pytest
 from batchrun.errors import InputError, JobError
 from batchrun.job.job import Job
 from batchrun.plan.check import SHOWN, Problem, Survey, survey
-from batchrun.plan.reading import raise_problems
+from batchrun.plan.checks import raise_problems
 from batchrun.records import Row
 from batchrun.request.builder import RequestBuilder
 from batchrun.source import open_source

@@ -204,24 +204,29 @@ def test_each_file_is_read_once_however_often_it_is_looked_at(tmp_path: Path) ->
     assert [wishes.newest(), wishes.newest()] == [b"22", None]
 
 
-@pytest.mark.parametrize(
-    ("limits", "what"),
-    [
-        ({}, "nothing to change: name a limit"),
-        ({"requests_per_minute": 0}, "Expected `float` > 0"),
-        ({"max_in_flight": 5000}, "Expected `int` <= 4096"),
-        ({"max_cost_usd": "much"}, "max_cost_usd"),
-        ({"max_cost_usd": "NaN"}, "expected more than 0"),
-        ({"max_cost_usd": "-1"}, "expected more than 0"),
-    ],
-)
-def test_what_can_be_no_limit_is_refused_before_anybody_is_asked(limits: dict[str, float | str], what: str) -> None:
-    with pytest.raises(JobError, match=what):
-        control.wish(limits)
-
-
 def test_every_wish_has_a_name_of_its_own() -> None:
     one, other = control.wish({"max_tokens": 5}), control.wish({"max_tokens": 5})
     assert one.id != other.id
     assert (one.max_tokens, one.requests_per_minute) == (5, None)
     assert isinstance(one, Control)
+
+
+@pytest.mark.parametrize(
+    ("limits", "problem"),
+    [
+        ({}, "nothing to change: name a limit, such as --rpm 500 or --max-in-flight 32"),
+        ({"requests_per_minute": 0.0}, "--rpm 0.0: expected a number above 0, at most 1e12"),
+        ({"requests_per_minute": float("nan")}, "--rpm nan: expected a number above 0, at most 1e12"),
+        ({"tokens_per_minute": float("inf")}, "--tpm inf: expected a number above 0, at most 1e12"),
+        ({"max_in_flight": 0}, "--max-in-flight 0: expected a whole number from 1 to 4,096"),
+        ({"max_in_flight": 5_000}, "--max-in-flight 5000: expected a whole number from 1 to 4,096"),
+        ({"max_cost_usd": "x"}, "--max-cost x: expected an amount in USD above 0"),
+        ({"max_cost_usd": "NaN"}, "--max-cost NaN: expected an amount in USD above 0"),
+        ({"max_tokens": 0}, "--max-tokens 0: expected a whole number of 1 or more"),
+        ({"requests_per_minute": 5.0, "max_requests": -1}, "--max-requests -1: expected a whole number of 1 or more"),
+    ],
+)
+def test_a_limit_that_cannot_be_is_named_by_its_flag(limits: dict[str, float | str], problem: str) -> None:
+    with pytest.raises(JobError) as raised:
+        control.wish(limits)
+    assert str(raised.value) == problem

@@ -65,7 +65,12 @@ def test_the_time_is_that_of_the_limit_that_binds(
     limits: Mapping[str, float], minutes: float | None, limited_by: str
 ) -> None:
     found = estimate(surveyed(100), job(**limits), {"m": PRICE}, 100, None, day_left_s=3600)
-    assert (found.minutes, found.limited_by) == (minutes, limited_by)
+    assert found.limited_by == limited_by
+    if minutes is None:
+        assert found.minutes is None
+    else:  # a bound: the first request waits for nobody, and two seconds of the limit may go at once
+        assert found.minutes is not None
+        assert minutes - 1.04 <= found.minutes <= minutes
 
 
 @pytest.mark.parametrize(
@@ -98,7 +103,7 @@ def test_the_estimate_of_the_rest_learns_from_the_pilot_and_is_met(tmp_path: Pat
         before = snapshot(tmp_path / "out")
         told = batchrun("estimate", written, "-o", tmp_path / "out")
         assert told.exit_code == 0, told.stderr
-        assert "run          50 of 50 rows are done" in told.stdout
+        assert "run          50 of 50 rows done" in told.stdout
         assert "to ask       150 rows" in told.stdout
         assert "the mean of 50 answers" in told.stdout
         changed = batchrun("estimate", written, "-o", tmp_path / "out", "--set", "request.max_tokens=30")

@@ -296,7 +296,7 @@ WAYS = {
     "the job has changed": Way(the_job_has_changed, 2, "failed", "request.temperature"),
     "more rows fail than allowed": Way(more_rows_fail_than_allowed, 3, "complete"),
     "a file is in the way": Way(a_file_is_in_the_way, 2, None, "a file is in the way"),
-    "the directory is read-only": Way(the_directory_is_read_only, 2, None, "can't make the run directory"),
+    "the directory is read-only": Way(the_directory_is_read_only, 2, None, "can't be written"),
     "the budget is used up": Way(the_budget_is_used_up, 4, "stopped", "budget"),
     "the requests are used up": Way(the_requests_are_used_up, 4, "stopped", "raise budget.max_requests"),
     "the tokens are used up": Way(the_tokens_are_used_up, 4, "stopped", "raise budget.max_tokens"),

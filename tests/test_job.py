@@ -118,7 +118,10 @@ def test_every_job_that_is_shipped_loads(file: Path, monkeypatch: pytest.MonkeyP
         ("[budget]\nmax_cost_usd = nan", "budget.max_cost_usd: expected 0 to 10,000,000 USD (is NaN)"),
         ("[budget]\nmax_cost_usd = inf", "budget.max_cost_usd: expected 0 to 10,000,000 USD (is Infinity)"),
         ('[budget]\nmax_cost_usd = "ten"', "budget.max_cost_usd: expected an amount in USD (is 'ten')"),
-        ("[pricing.m]\ninput = 1", "pricing.m: object missing required field `output`"),
+        (
+            "[pricing.m]\ninput = 1",
+            "pricing.m.output: is missing; batchrun new FILE writes a job that has all it needs",
+        ),
         (
             '[pricing.a]\ninput = 1\noutput = 2\n[pricing."b.c"]\ninput = "x"\noutput = 1',
             "pricing.b.c.input: expected an amount in USD (is 'x')",
@@ -147,7 +150,7 @@ def test_a_mistake_names_its_path_what_was_expected_and_the_nearest_name(
 
 
 @pytest.mark.parametrize(
-    ("toml", "problem"), [("", "job: object missing required field `endpoint`"), ("a = ", "not valid TOML")]
+    ("toml", "problem"), [("", "endpoint: is missing; batchrun new FILE writes a job"), ("a = ", "not valid TOML")]
 )
 def test_a_file_that_is_no_job_is_named(tmp_path: Path, toml: str, problem: str) -> None:
     assert problem_of(tmp_path, toml).startswith(problem)

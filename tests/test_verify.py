@@ -4,6 +4,7 @@ import csv
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +22,21 @@ from batchrun.job.load import load
 from batchrun.records import Summary
 from batchrun.rescue import readable, remains
 from batchrun.rescue.salvage import LOST, NAME, salvage
-from batchrun.rescue.verify import Findings, verify
+from batchrun.rescue.verify import Findings, in_words, verify
 from batchrun.rundir import RunDirectory
 from batchrun.simulator import Fault, SimulatorConfig, parse_faults
-from tests.cli_process import KEY, KEY_ENV, Ended, batchrun, kill_when, snapshot, start, write_job, write_rows
+from tests.cli_process import (
+    KEY,
+    KEY_ENV,
+    Ended,
+    batchrun,
+    kill_when,
+    read_summary,
+    snapshot,
+    start,
+    write_job,
+    write_rows,
+)
 from tests.simulator_process import RunningSimulator, running_simulator
 
 ROWS = 320
@@ -289,6 +301,29 @@ def test_a_file_that_is_gone_is_named(runs: Runs, tmp_path: Path, name: str) -> 
         aside = path.rename(tmp_path / "aside")
         assert path.name in {Path(file).name for file in damaged_files(verify(directory))}
         aside.rename(path)
+
+
+def test_a_run_whose_checkpoint_is_gone_still_has_its_bill_by_its_result_or_its_summary(
+    runs: Runs, tmp_path: Path
+) -> None:
+    directory = runs.copy("done", tmp_path / "run")
+    bill = Decimal(read_summary(directory.path)["cost_usd"])
+    directory.checkpoint.unlink()
+    for place in ("completions.parquet", "summary.json"):
+        found = verify(directory)
+        assert f"{place}: {ROWS} rows, ${bill:,.6f}, by its own word alone" in found.sound
+        assert list(in_words(found))[-1] == f"1 damage: 0 rows and $0.000000 of ${bill:,.6f} can't be read"
+        directory.completions.unlink(missing_ok=True)
+
+
+def test_a_summary_that_cannot_be_read_is_damaged_and_not_no_run(runs: Runs, tmp_path: Path) -> None:
+    directory = runs.copy("done", tmp_path / "run")
+    for content in (b'{"job', b"", b"[]", b"\xff\xfe"):
+        directory.summary.write_bytes(content)
+        ended = batchrun("status", directory.path)
+        assert ended.exit_code == 7
+        assert f"{directory.summary}: damaged, or of another version of batchrun" in ended.stderr
+        assert len(ended.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(("name", "layout"), [("done", "file"), ("in-parts", "parts")])

@@ -18,7 +18,7 @@ from batchrun.asking.pipeline import Pipeline
 from batchrun.checkpoint import slots
 from batchrun.checkpoint.checkpoint import Checkpoint
 from batchrun.checkpoint.spent import Spent
-from batchrun.client import Client
+from batchrun.client import MAX_TAILS, Client
 from batchrun.credentials import Credentials
 from batchrun.errors import BatchrunError, ExitCode
 from batchrun.gate.accounts import BURST_S
@@ -29,6 +29,7 @@ from batchrun.gate.in_flight import InFlight
 from batchrun.gate.purse import Cap, Purse
 from batchrun.gate.state import GateState
 from batchrun.job.job import Budget, Job
+from batchrun.open_files import OpenFiles
 from batchrun.output.chunks import Chunks, OpenChunk
 from batchrun.plan.plan import Plan
 from batchrun.records import Summary
@@ -109,10 +110,11 @@ class Asking:
         """
         loop = asyncio.get_running_loop()
         self._memory = Memory(self._checkpoint, self._job.limits, loop.time())
+        self._in_flight, tails = self._connections()
         self._gate = gate = self._open_gate(loop)
-        flying = slots.Slots(self._directory.inflight, self._job.limits.max_in_flight)
+        flying = slots.Slots(self._directory.inflight, self._in_flight)
         checked = ImageDigests(self._directory.images_of(self._plan.facts.layout))
-        async with Client(self._job.url, self._job.endpoint, self._credentials) as client:
+        async with Client(self._job.url, self._job.endpoint, self._credentials, tails=tails) as client:
             self._pipeline = pipeline = self._open_pipeline(client, flying, checked, loop)
             self._chronicle.gate, self._chronicle.pipeline = gate, pipeline
             self._checkpoint.listen(_in_loop(loop, pipeline.durable), _in_loop(loop, self._fail))
@@ -124,7 +126,7 @@ class Asking:
             sealing = asyncio.create_task(self._seal())
             if self._hooks.host is not None:
                 self._serve(self._hooks.host, loop)
-            self._workers = asyncio.create_task(pipeline.work_all(self._job.limits.max_in_flight))
+            self._workers = asyncio.create_task(pipeline.work_all(self._in_flight))
             for number, exit_code in signals.EXIT_CODES.items() if signals.ours() else ():
                 loop.add_signal_handler(number, self._on_signal, loop, number.name, exit_code)
             await self._drained(self._workers, flying)
@@ -185,7 +187,7 @@ class Asking:
             self._abort()
             return
         self._leaving = name
-        flying = f"{self._gate.in_flight} requests in flight may end within {self._grace_s:g} s"
+        flying = f"{plural(self._gate.in_flight, 'request')} in flight may end within {self._grace_s:g} s"
         self._chronicle.log.write("signal", name=name, in_flight=self._gate.in_flight)
         self._hooks.note(f"{name}: {flying}; once more to stop now")
         self._close(Stop(exit_code, f"{name}: drained"))
@@ -219,11 +221,19 @@ class Asking:
         if self._workers is not None:
             self._workers.cancel()
 
+    def _connections(self) -> tuple[int, int]:
+        """How many requests may be in flight at once, and how many ended streams may keep their connection open."""
+        wanted, files = self._job.limits.max_in_flight, OpenFiles()
+        room = files.connections(wanted + MAX_TAILS)
+        if room < wanted:
+            self._hooks.note(files.shortage(wanted, room))
+        return min(wanted, room), max(0, room - wanted)
+
     def _open_gate(self, loop: asyncio.AbstractEventLoop) -> Gate:
         limits, known = self._job.limits, self._memory.known
         burst = int((limits.requests_per_minute or 0.0) / 60 * BURST_S)  # a told pace needs no slow start
         state = GateState(
-            in_flight=InFlight(limits.max_in_flight, max(burst, known.in_flight or 0)),
+            in_flight=InFlight(self._in_flight, max(burst, known.in_flight or 0)),
             max_outage_s=self._job.retry.max_outage_s,
             resumed=self._plan.resumed,
             uniform=random.random,
@@ -269,7 +279,7 @@ class Asking:
             client,
             self._deadline,
             purse=self._purse,
-            slots=self._job.limits.max_in_flight,
+            slots=self._in_flight,
             clock=loop.time,
             progress=self._hooks.progress,
             note=self._hooks.note,

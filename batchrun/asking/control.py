@@ -5,6 +5,7 @@ it, and says so in summary.json. It holds for that process alone: the file goes 
 """
 
 import contextlib
+import math
 import secrets
 import time
 from collections.abc import Mapping
@@ -27,13 +28,27 @@ PATIENCE_S = 15.0
 LOOK_S = 0.1
 
 
+MOST_IN_FLIGHT = 4096
+"""As `limits.max_in_flight`."""
+
+FLAGS = {
+    "requests_per_minute": "--rpm",
+    "tokens_per_minute": "--tpm",
+    "max_in_flight": "--max-in-flight",
+    "max_cost_usd": "--max-cost",
+    "max_tokens": "--max-tokens",
+    "max_requests": "--max-requests",
+}
+"""Each limit with the flag of `batchrun tune` that sets it."""
+
+
 class Control(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Limits that are to hold from now on; None leaves one as it is. `id` names this wish in the answer."""
 
     id: Annotated[str, Meta(min_length=1, max_length=64)]
     requests_per_minute: Positive | None = None
     tokens_per_minute: Positive | None = None
-    max_in_flight: Annotated[int, Meta(ge=1, le=4096)] | None = None
+    max_in_flight: Annotated[int, Meta(ge=1, le=MOST_IN_FLIGHT)] | None = None
     max_cost_usd: Decimal | None = None
     max_tokens: AtLeastOne | None = None
     max_requests: AtLeastOne | None = None
@@ -47,10 +62,23 @@ def wish(limits: Mapping[str, float | str]) -> Control:
     """
     if not limits:
         raise JobError("nothing to change: name a limit, such as --rpm 500 or --max-in-flight 32")
-    try:
-        return decode(msgspec.json.encode({"id": secrets.token_hex(8), **limits}))
-    except ValueError as error:
-        raise JobError(f"this can be no limit: {error}") from error
+    for name, limit in limits.items():
+        try:
+            msgspec.convert({"id": "a", name: limit}, Control, strict=False)
+            possible = 0 < float(limit) < math.inf
+        except ValueError:
+            possible = False
+        if not possible:
+            raise JobError(f"{FLAGS[name]} {limit}: expected {_expected(name)}")
+    return decode(msgspec.json.encode({"id": secrets.token_hex(8), **limits}))
+
+
+def _expected(name: str) -> str:
+    if name == "max_in_flight":
+        return f"a whole number from 1 to {MOST_IN_FLIGHT:,}"
+    if name == "max_cost_usd":
+        return "an amount in USD above 0"
+    return "a whole number of 1 or more" if name.startswith("max") else "a number above 0, at most 1e12"
 
 
 def decode(content: bytes) -> Control:

@@ -5,6 +5,7 @@ too long are ended; every five seconds, and at first every second, summary.json 
 """
 
 import asyncio
+import math
 from collections.abc import Callable
 from decimal import Decimal
 
@@ -168,7 +169,8 @@ class Heartbeat:
             return
         share = min(1.0, (summary.rows - summary.pending + most.rows) / summary.rows)
         if self._concern.rises(share, float("inf")):
-            self._tell_behind(f"at {most.pace} no more than", share, str(most.limit), self._deadline)
+            bound = "about" if most.by_mean else "no more than"
+            self._tell_behind(f"at {most.pace} {bound}", math.ceil(share * 100), str(most.limit), self._deadline)
 
     def _warn(self, summary: Summary) -> None:
         """Who should know that the deadline will not be met has been told: once, and again when it gets worse."""
@@ -176,8 +178,8 @@ class Heartbeat:
         if self._deadline is None or self._concern is None or forecast is None or share is None:
             return
         if self._gate.stop is None and self._concern.rises(share, forecast.seen_s):
-            self._tell_behind("at this pace", share, str(forecast.limit), self._deadline)
+            self._tell_behind("at this pace", int(share * 100), str(forecast.limit), self._deadline)
 
-    def _tell_behind(self, pace: str, share: float, limit: str, deadline: Deadline) -> None:
-        self._chronicle.log.write("behind", share=round(share, 3), deadline=deadline.at, limited_by=limit)
-        self._note(f"warning: {pace} {int(share * 100)} % of the rows will be done by {deadline}; limited by {limit}")
+    def _tell_behind(self, pace: str, percent: int, limit: str, deadline: Deadline) -> None:
+        self._chronicle.log.write("behind", share=percent / 100, deadline=deadline.at, limited_by=limit)
+        self._note(f"warning: {pace} {percent} % of the rows will be done by {deadline}; limited by {limit}")

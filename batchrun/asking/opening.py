@@ -7,7 +7,7 @@ from batchrun.checkpoint.spent import Spent
 from batchrun.job.job import Job
 from batchrun.plan.plan import Plan
 from batchrun.policy import failing
-from batchrun.report.summary import plural
+from batchrun.report.summary import are, plural
 
 
 def told_at_start(job: Job, plan: Plan, where: Path, spent: Spent, lost: int, *, retrying: bool) -> list[str]:
@@ -17,7 +17,7 @@ def told_at_start(job: Job, plan: Plan, where: Path, spent: Spent, lost: int, *,
         done, cost = spent.settled(), spent.cost_usd()
         failed = sum(spent.standing.get(status, 0) for status in failing(job.finish))
         spent_usd = f", ${cost:,.6f} spent" if cost else ""
-        lines.append(f"resuming {where}: {done:,} of {plan.rows:,} rows are done{spent_usd}")
+        lines.append(f"resuming {where}: {done:,} of {plural(plan.rows, 'row')} done{spent_usd}")
         if not retrying:  # a retry says itself what it asks again
             lines.append(_rest_in_words(plan.rows - done, spent.mean_cost_usd(), failed))
     else:
@@ -29,7 +29,7 @@ def told_at_start(job: Job, plan: Plan, where: Path, spent: Spent, lost: int, *,
     if lost:
         lines.append(f"{plural(lost, 'request')} in flight when the last process died: asked again")
     if not known.rows:
-        lines.append("there is nothing to ask: the output will be empty")
+        lines.append("there is nothing to ask: the output will be empty (input.min_rows = 1 refuses an empty input)")
     unknown = [model for model, table in plan.prices.items() if table is None]
     lines += [
         f'the price of {model} is unknown, cost_usd will be null; give it in [pricing."{model}"]' for model in unknown
@@ -39,8 +39,8 @@ def told_at_start(job: Job, plan: Plan, where: Path, spent: Spent, lost: int, *,
 
 def _rest_in_words(pending: int, mean_cost_usd: Decimal | None, failed: int) -> str:
     """What this start will ask and about what that costs, by the rows so far; and what it leaves as it is."""
-    left = f"; {failed:,} failed rows stay as they are without --retry-failed" if failed else ""
-    return f"{pending:,} rows are to be asked{about(pending, mean_cost_usd)}{left}"
+    left = f"; without --retry-failed {plural(failed, 'failed row')} will stay so" if failed else ""
+    return f"{plural(pending, 'row')} {are(pending)} to be asked{about(pending, mean_cost_usd)}{left}"
 
 
 def about(rows: int, mean_cost_usd: Decimal | None) -> str:

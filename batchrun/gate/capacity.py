@@ -1,7 +1,7 @@
 """What the job's own limits allow: how long rows take at least, and how many can be done by a moment. PURE.
 
-A row is one request of the mean size: retries come on top. The burst of the first seconds is left out, and so are
-limits that are only learned on the way.
+Both are bounds: the gate's bursts count, retries and limits that are only learned on the way don't. A limit on tokens
+holds for rows of the mean size, so its bound is as good as that mean.
 """
 
 from collections.abc import Iterable, Iterator
@@ -10,8 +10,15 @@ import msgspec
 
 from batchrun.gate import daily
 from batchrun.gate.admission import Limit
+from batchrun.gate.pace import MAX_BURST_S
 from batchrun.job.job import Limits
 from batchrun.records import TotalsLine
+
+MOST_BURST_S = MAX_BURST_S
+"""So many seconds of a limit may go at once, where the server's headers show that it has more."""
+
+ONE = 1
+"""The request that goes when a bucket holds less than it takes: it leaves a debt, but it goes."""
 
 
 class Size(msgspec.Struct, frozen=True):
@@ -23,11 +30,12 @@ class Size(msgspec.Struct, frozen=True):
 
 
 class Allowance(msgspec.Struct, frozen=True):
-    """How many rows a limit lets be done; `pace` is the limit in words."""
+    """How many rows a limit lets be done; `pace` is the limit in words. `by_mean`: rows of other sizes may be more."""
 
     limit: Limit
     rows: float
     pace: str
+    by_mean: bool = False
 
 
 def size_of(totals: Iterable[TotalsLine]) -> Size:
@@ -42,7 +50,7 @@ def size_of(totals: Iterable[TotalsLine]) -> Size:
 
 def least_minutes(limits: Limits, rows: int, size: Size, day_left_s: float) -> tuple[float, Limit] | None:
     """How long so many rows take at least, and the limit that makes it so; None where no limit does."""
-    times = [(rows / pace.rows, pace.limit) for pace in _a_minute(limits, size)]
+    times = [(max(0.0, (rows - ONE) / pace.rows - MOST_BURST_S / 60), pace.limit) for pace in _a_minute(limits, size)]
     if limits.requests_per_day is not None:
         days = daily.least_s(rows, limits.requests_per_day, day_left_s) / 60
         times += [(days, Limit.REQUESTS_PER_DAY)] if days else []
@@ -51,7 +59,8 @@ def least_minutes(limits: Limits, rows: int, size: Size, day_left_s: float) -> t
 
 def most_rows(limits: Limits, within_s: float, size: Size, day_requests: int | None) -> Allowance | None:
     """How many rows can be done within that time, `day_requests` by what the days allow; None where no limit is set."""
-    allowed = [Allowance(pace.limit, pace.rows / 60 * within_s, pace.pace) for pace in _a_minute(limits, size)]
+    time_s = within_s + MOST_BURST_S
+    allowed = [msgspec.structs.replace(pace, rows=pace.rows / 60 * time_s + ONE) for pace in _a_minute(limits, size)]
     if limits.requests_per_day is not None and day_requests is not None:
         words = f"{limits.requests_per_day:,} requests a day"
         allowed.append(Allowance(Limit.REQUESTS_PER_DAY, day_requests, words))
@@ -70,4 +79,4 @@ def _a_minute(limits: Limits, size: Size) -> Iterator[Allowance]:
     )
     for limit, told, times_a_minute, of_a_row, words in table:
         if told is not None and of_a_row:
-            yield Allowance(limit, told * times_a_minute / of_a_row, f"{told:,g} {words}")
+            yield Allowance(limit, told * times_a_minute / of_a_row, f"{told:,g} {words}", "tokens" in words)

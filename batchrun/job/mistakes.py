@@ -17,6 +17,7 @@ Step = str | int
 
 _MESSAGE = re.compile(r"^(?P<what>.*?)(?: - at `\$\.?(?P<at>.*)`)?$", re.DOTALL)
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>[^`]*)`$")
+_MISSING = re.compile(r"Object missing required field `(?P<name>[^`]*)`$")
 _STEP = re.compile(r"\[(?P<index>\d+|\.\.\.)\]|(?P<name>[^.\[\]]+)")
 _TYPES = re.compile(r"(?<=xpected )`(?P<expected>[^`]*)`|(?<=got )`(?P<got>[^`]*)`")
 _PLAIN = {
@@ -40,13 +41,15 @@ def explain(message: str, tables: Mapping[str, Any], root: type, settings: Colle
         near = _nearest(name, steps, root, settings)
         hint = f"did you mean {near}?" if near else "docs/job.md lists every setting"
         return f"{_path([*steps, name])}: no such setting: {hint}"
+    if missing := _MISSING.match(what):
+        return f"{_path([*steps, missing['name']])}: is missing; batchrun new FILE writes a job that has all it needs"
     value = _value_at(tables, steps)
     choices = [f'"{choice}"' for node in _types_at(root, steps) for choice in _choices(node)]
     if choices and isinstance(value, str):
         what = f"expected {' or '.join(choices)}"
     if isinstance(value, str | int | float):
         what = what.partition(", got ")[0].replace("Invalid decimal string", "Expected an amount in USD")
-    what = _TYPES.sub(_in_plain_words, what)
+    what = _TYPES.sub(_in_plain_words, what).replace(" of length >= 1", ", and not empty")
     shown = f" (is {value!r})" if isinstance(value, str | int | float) else ""
     return f"{_path(steps) or 'job'}: {what[0].lower()}{what[1:]}{shown}"
 

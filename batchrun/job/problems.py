@@ -62,6 +62,8 @@ def problems(job: Job) -> Iterator[str]:
         yield f"request.from_columns.{name}: expected one of {', '.join(sorted(FROM_COLUMNS))}"
     yield from _json_problems(request)
     yield from _schema_problems(request)
+    if unknown := re.search(r"\{(?!(?:job|date)\})[^}]*\}", job.output.path):
+        yield f"output.path: {unknown[0]} is not known; {{job}} and {{date}} are"
     if (cap := job.budget.max_cost_usd) is not None and not (cap.is_finite() and 0 < cap <= MAX_COST_USD):
         yield f"budget.max_cost_usd: expected 0 to {MAX_COST_USD:,} USD (is {cap})"
     for model, price in job.pricing.items():

@@ -18,7 +18,7 @@ from batchrun.job.job import Budget, Job
 from batchrun.plan.check import Survey
 from batchrun.prices import PriceTable
 from batchrun.records import Summary, Usage
-from batchrun.report.summary import failures
+from batchrun.report.summary import failures, plural
 
 FEWEST_TOKENS_PER_BYTE = 0.18  # long common words; prose of one language has about 0.23
 USUAL_TOKENS_PER_BYTE = 0.3
@@ -83,16 +83,16 @@ def run_in_words(summary: Summary, drift: str | None) -> Iterator[str]:
     """What a run has so far: rows kept, failed and pending, and what changed."""
     failed = failures(summary)
     kept = summary.rows - summary.pending
-    yield f"run          {kept:,} of {summary.rows:,} rows are done, ${summary.cost_usd:,.4f} spent"
+    yield f"run          {kept:,} of {plural(summary.rows, 'row')} done, ${summary.cost_usd:,.4f} spent"
     if failed:
-        yield f"failed       {failed:,} rows; --retry-failed asks them again"
+        yield f"failed       {plural(failed, 'row')}; --retry-failed asks {'it' if failed == 1 else 'them'} again"
     if drift is not None:
         yield f"changed      {drift}"
 
 
 def in_words(estimated: Estimate, tables: Mapping[str, PriceTable | None]) -> Iterator[str]:
     """The estimate as lines for people."""
-    yield f"to ask       {estimated.rows:,} rows"
+    yield f"to ask       {plural(estimated.rows, 'row')}"
     yield (
         f"tokens       about {estimated.prompt_tokens:,} in, {estimated.completion_tokens:,} out ({estimated.basis})"
     )
@@ -108,7 +108,17 @@ def in_words(estimated: Estimate, tables: Mapping[str, PriceTable | None]) -> It
     if estimated.minutes is None:
         yield "time         as fast as the endpoint answers: no limit of the job holds that many rows back"
     else:
-        yield f"time         at least {estimated.minutes:,.1f} min, limited by {estimated.limited_by}"
+        yield f"time         at least {duration(estimated.minutes)}, limited by {estimated.limited_by}"
+
+
+def duration(minutes: float) -> str:
+    """A time as people say it: never "0.0 min"."""
+    seconds = 60 * minutes
+    if seconds < 1:
+        return "less than a second"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{minutes:,.1f} min" if minutes < 600 else f"{minutes / 60:,.1f} h"
 
 
 def _bytes(found: Survey, model: str) -> float:
@@ -119,7 +129,11 @@ def _means(found: Survey, job: Job, done: Summary | None) -> tuple[float, float,
     """(prompt tokens, completion tokens, basis) of one row."""
     size = Size() if done is None else capacity.size_of(done.totals)
     if size.answers:
-        return size.prompt_tokens, size.completion_tokens, f"the mean of {size.answers:,} answers"
+        return (
+            size.prompt_tokens,
+            size.completion_tokens,
+            "the one answer so far" if size.answers == 1 else f"the mean of {size.answers:,} answers",
+        )
     tokens = USUAL_TOKENS_PER_BYTE * found.body_bytes + found.image_tokens
     prompt = tokens / found.rows if found.rows else 0.0
     images = ", 765 an image (85 of low detail)" if found.image_tokens else ""

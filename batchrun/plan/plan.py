@@ -6,7 +6,6 @@ shape. Later starts are held against them; limits, prices, retries and the budge
 
 import uuid
 from datetime import datetime
-from decimal import Decimal
 from pathlib import Path
 
 import msgspec
@@ -21,10 +20,11 @@ from batchrun.columns.jsonl import ColumnTypes
 from batchrun.columns.schema import Column
 from batchrun.errors import ANOTHER, CheckpointError, JobError
 from batchrun.job.job import Job
-from batchrun.plan import drift, reading, spooled
+from batchrun.plan import checks, drift, reading, spooled
 from batchrun.plan.asked import Asked
 from batchrun.plan.matching import Questions
 from batchrun.prices import PriceTable
+from batchrun.report.summary import are, plural
 from batchrun.rundir import RunDirectory
 from batchrun.source import (
     FileIdentity,
@@ -212,7 +212,8 @@ def _require_limit_in_time(limit: int | None, checkpoint: Checkpoint) -> None:
     begun = _begun_rows(checkpoint)
     if limit is not None and limit < begun and checkpoint.spent.settled() < begun:
         raise JobError(
-            f"--limit {limit}: {begun:,} rows are begun already; say at least --limit {begun}, or leave it out"
+            f"--limit {limit}: {plural(begun, 'row')} {are(begun)} begun already; say at least --limit {begun}, or "
+            "leave it out"
         )
 
 
@@ -239,7 +240,7 @@ def _plan(
         model: known.get(model) if known.get(model) and model not in job.pricing else _price(model, job, today)
         for model in (*facts_.models, *(way.request.model for way in ways[1:] if way.request.model is not None))
     }
-    _check_budget(job, facts_, tables)
+    checks.require_budget(job, facts_.max_request, tables)
     rows = facts_.rows if limit is None else min(limit, facts_.rows)
     return Plan(
         facts_,
@@ -257,31 +258,6 @@ def _plan(
 
 def _price(model: str, job: Job, today: str) -> PriceTable | None:
     return prices.resolve(model, job.pricing, today)
-
-
-def _check_budget(job: Job, known: Facts, tables: dict[str, PriceTable | None]) -> None:
-    """A cap must be keepable: every price known, and room for the largest single request."""
-    cap, most = job.budget.max_cost_usd, job.budget.max_tokens
-    largest = max(map(sum, known.max_request.values()), default=0)
-    if most is not None and largest > most:
-        raise JobError(
-            f"budget.max_tokens: {most:,} are fewer than the largest request may use ({largest:,}, by its upper "
-            "bound); set request.max_tokens, or raise the cap"
-        )
-    if cap is None:
-        return
-    for model, table in tables.items():
-        if table is None:
-            raise JobError(
-                f"budget.max_cost_usd: the price of {model} is unknown, so a cap can't be kept; "
-                f'give it in [pricing."{model}"] or remove the cap'
-            )
-        bound = prices.upper_bound(*known.max_request.get(model, (0, 0)), table) or Decimal(0)
-        if bound > cap:
-            raise JobError(
-                f"budget.max_cost_usd: ${cap} is less than the largest request may cost (${bound:.4f}, by its "
-                "upper bound); set request.max_tokens, or raise the cap"
-            )
 
 
 def _encode(value: object) -> str:

@@ -15,7 +15,7 @@ from batchrun.durable import fsync, told
 from batchrun.errors import InputError, JobError
 from batchrun.job.job import Job
 from batchrun.output.rows import output_schema
-from batchrun.plan import spooled
+from batchrun.plan import checks, spooled
 from batchrun.plan.asked import Asked
 from batchrun.plan.check import Problem, Survey, survey
 from batchrun.plan.matching import Questions
@@ -33,7 +33,7 @@ def input_files(job: Job, directory: RunDirectory, asked: Asked, *, begun: bool 
     if asked.stdin is not None and not asked.stdin.isatty():
         return (spooled.take(asked.stdin, directory, begun=begun),)
     if not directory.spool.exists():
-        raise InputError("standard input is a terminal; pipe JSON lines into it, or name a file with -i")
+        raise InputError("standard input is a terminal, or closed; pipe JSON lines into it, or name a file with -i")
     return (directory.spool,)
 
 
@@ -55,65 +55,13 @@ def read(
             with told(rejects), open(os.open(rejects, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as file:
                 file.write(msgspec.json.encode(problem, enc_hook=str) + b"\n")
 
-    require_columns(job, source)
+    checks.require_columns(job, source)
     found = survey(source, job, directory.path, keep=keep, progress=asked.checked, question=question, pictured=pictured)
-    if found.rejected and not asked.skip_invalid:
-        raise_problems(found, asked.problem)
+    checks.require_input(job, source, found, asked.problem, skip_invalid=asked.skip_invalid)
     if found.rejected:
         with told(rejects):
             fsync(rejects)
-    require_rows(job, found)
     return found
-
-
-def require_rows(job: Job, found: Survey) -> None:
-    """Nothing, if there are as many rows as the job expects at least: a pipe that broke ends like one that is done.
-
-    Raises:
-        InputError: there are fewer.
-    """
-    if found.rows < job.input.min_rows:
-        raise InputError(
-            f"the input has {found.rows:,} rows, and input.min_rows expects {job.input.min_rows:,} or more; "
-            "see whether it is whole, or lower input.min_rows"
-        )
-
-
-def raise_problems(found: Survey, tell: Callable[[str], None]) -> None:
-    """Reports each kind of problem in one line, with its first record and its count, then raises with the total.
-
-    Raises:
-        InputError: always.
-    """
-    for problem, others in found.mistakes:
-        tell(str(problem) + (f" (and {others - 1:,} more such records)" if others > 1 else ""))
-    count, named = len(found.rejected), sum(others for _, others in found.mistakes)
-    shown = f"; the first {len(found.mistakes)} kinds of problem are above" if count > named else ""
-    if not found.rows and all(problem.record is None for problem in found.first_problems):
-        raise InputError(
-            f"none of the input records ({count:,}) can be read{shown}; write the file again as JSON lines"
-        )
-    if not found.rows:
-        raise InputError(
-            f"none of the input records ({count:,}) can be asked{shown}. "
-            "The job (its template, input.id, input.dialect) does not fit this input: mend one of the two"
-        )
-    raise InputError(
-        f"{count:,} of {count + found.rows:,} input records can't be asked{shown}. "
-        "Mend them, or set them aside with batchrun run ... --skip-invalid"
-    )
-
-
-def require_columns(job: Job, source: Source, found: Survey | None = None) -> None:
-    """Nothing, if the output can have the input's columns: Parquet knows them at once, JSON lines once it was `found`.
-
-    Raises:
-        JobError: as `output_schema`.
-    """
-    if isinstance(source, TableSource):
-        output_schema(source.schema, job.output)
-    elif found is not None and found.types is not None:
-        output_schema(found.types.schema(), job.output)
 
 
 def facts_of(

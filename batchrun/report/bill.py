@@ -279,7 +279,7 @@ def _remarks(bill: Bill) -> Iterator[str]:
         yield f"no known price for {plural(bill.total.unpriced, 'attempt')}: not in cost_usd"
     for missing in bill.without_usage:
         yield (
-            f"without usage: {missing.answers:,} answers of {missing.job}, not in cost_usd; "
+            f"without usage: {plural(missing.answers, 'answer')} of {missing.job}, not in cost_usd; "
             f"about {missing.offline_prompt_tokens:,} tokens in, {missing.offline_completion_tokens:,} out "
             "by an offline count"
         )

@@ -84,9 +84,12 @@ def read(directory: RunDirectory) -> Summary:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{directory.path}: no run here (no summary.json)") from error
     except OSError as error:
-        raise InputError(f"{directory.summary} can't be read: {error.strerror or error}") from error
+        raise InputError(f"{directory.summary}: can't be read: {error.strerror}") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{directory.summary}: damaged, or of another version of batchrun: {error}") from error
+        raise CheckpointError(
+            f"{directory.summary}: damaged, or of another version of batchrun ({error}); the same command as before "
+            "writes it again, and batchrun verify looks at the rest"
+        ) from error
     if summary.version != VERSION:
         raise CheckpointError(f"{directory.summary}: of another version of batchrun (schema {summary.version})")
     return summary
@@ -296,7 +299,7 @@ def _closing(summary: Summary, requests_per_minute: float | None) -> Iterator[tu
     yield "rate", _rate(summary, requests_per_minute)
     for name, rows in summary.models.items():
         if all(line.model != name for line in summary.totals):
-            yield "note", f"{rows:,} answers name the model {name}"
+            yield "note", f"{plural(rows, 'answer')} {'names' if rows == 1 else 'name'} the model {name}"
     for reason in summary.unknown_finish_reasons:
         yield "note", unknown_reason(reason)
     yield from summary.files.items()
@@ -384,17 +387,19 @@ def _next_steps(
     if summary.complete and failed:
         verdict = "more than" if failed > max_failures else "within"
         allowed = f"{verdict} output.max_failures = {max_failures:,}"
-        yield "failed", f"{plural(failed, 'row')}, {allowed}: see the column `error`; --retry-failed asks them again"
+        them = "it" if failed == 1 else "them"
+        yield "failed", f"{plural(failed, 'row')}, {allowed}: see the column `error`; --retry-failed asks {them} again"
         if summary.example_error is not None and summary.by_status.get(Status.ERROR):
             yield "", f"for example: {summary.example_error}"
             if cure is not None:
                 yield from _cured(cure, command, retry=True)
     if not summary.complete:
+        left = f"{plural(summary.pending, 'row')} {are(summary.pending)} left"
         yield "stopped", summary.reason or "before the end"
         if cure is not None and summary.example_error is not None and summary.example_error in (summary.reason or ""):
             yield from _cured(cure, command, retry=False)
         else:
-            yield "next", f"{summary.pending:,} rows are left; the same command goes on where this stopped"
+            yield "next", f"{left}; the same command goes on where this stopped"
     if not summary.complete and summary.by_status and "partial" not in summary.files and "usage" in summary.files:
         yield "rows so far", f"batchrun export {shlex.quote(str(Path(summary.files['usage']).parent))}"
 
@@ -422,3 +427,8 @@ def age_in_words(age_s: float) -> str:
 def plural(count: int, noun: str) -> str:
     """ "1 file", "2 files"."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def are(count: int) -> str:
+    """The verb behind `plural`."""
+    return "is" if count == 1 else "are"

@@ -1,5 +1,6 @@
 """What a run counted twice must agree: rows by status, the bill, summary.json, usage.parquet, the result's footer."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterable
 from decimal import Decimal
@@ -93,6 +94,30 @@ def footer_problem(directory: RunDirectory, known: Remains, facts: Facts) -> str
     if told == (facts.run_id, rows_due(known), str(known.spent.cost_usd())):
         return None
     return "its footer is of run {}, {} rows, ${}".format(*told)
+
+
+class BillElsewhere(msgspec.Struct, frozen=True):
+    """What a file of a run says of the whole, where the database says nothing."""
+
+    place: str
+    rows: int
+    usd: Decimal
+
+
+def bill_elsewhere(directory: RunDirectory) -> BillElsewhere | None:
+    """The bill in the result's footer, else in summary.json; None where neither can be read."""
+    found: tuple[Path, object, object] | None = None
+    if directory.completions.exists():
+        with contextlib.suppress(CheckpointError):
+            footer = files.read_footer(directory.completions) or {}
+            found = directory.completions, footer.get("rows_in_output"), footer.get("cost_usd")
+    if found is None or found[1] is None:
+        summary = directory.read_summary() or {}
+        found = directory.summary, summary.get("rows_in_output"), summary.get("cost_usd")
+    place, rows, usd = found
+    if not isinstance(rows, int) or not isinstance(usd, str):
+        return None
+    return BillElsewhere(place.name, rows, Decimal(usd))
 
 
 def summary_problem(directory: RunDirectory, known: Remains, facts: Facts, prices: Prices) -> str | None:

@@ -5,6 +5,7 @@ The database's records have CRCs; parts, stored inputs and results have digests;
 
 import contextlib
 from collections.abc import Collection, Iterable, Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +103,19 @@ class Inspection:
 
     def findings(self) -> Findings:
         """All that was found."""
+        if (
+            not self.known.whole
+            and not self.known.manifest
+            and (bill := audit.bill_elsewhere(self.directory)) is not None
+        ):
+            self.sound.append(f"{bill.place}: {plural(bill.rows, 'row')}, ${bill.usd:,.6f}, by its own word alone")
+            return Findings(tuple(self.sound), tuple(self.damages), f"{bill.usd:,.6f}", f"{Decimal(0):,.6f}")
         beyond, exact = audit.unaccounted_usd(self.known, self.held)
-        bill = f"{self.known.spent.cost_usd():,.6f}"
         return Findings(
-            tuple(self.sound), tuple(self.damages), bill, f"{beyond:,.6f}" if exact and beyond >= 0 else None
+            tuple(self.sound),
+            tuple(self.damages),
+            f"{self.known.spent.cost_usd():,.6f}",
+            f"{beyond:,.6f}" if exact and beyond >= 0 else None,
         )
 
     def inspect(self) -> None:
@@ -184,7 +194,7 @@ class Inspection:
         if row > begun.rows:
             self._damaged(self.directory.checkpoint, f"its chunks have {row:,} rows, the input has {begun.rows:,}")
             return
-        self.sound.append(f"chunks: {len(self.known.chunks):,}, contiguous, {row:,} of {begun.rows:,} rows")
+        self.sound.append(f"chunks: {len(self.known.chunks):,}, contiguous, {row:,} of {plural(begun.rows, 'row')}")
 
     def _chunk(self, chunk: Chunk, begun: Facts) -> None:
         """A sealed chunk is its part; an open one its stored input, its records, and its earlier part if it has one."""

@@ -276,7 +276,7 @@ def spool(stream: BinaryIO, to: Path) -> None:
     partial = Path(name)
     try:
         with open(descriptor, "wb") as file:
-            while block := stream.read(COPY_BYTES):
+            while block := _read(stream):
                 file.write(block)
             file.flush()
             os.fsync(file.fileno())
@@ -286,6 +286,18 @@ def spool(stream: BinaryIO, to: Path) -> None:
         raise DiskError(f"{to}: standard input can't be kept: {error.strerror}; make room there") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _read(stream: BinaryIO) -> bytes:
+    """The next bytes of standard input.
+
+    Raises:
+        InputError: it can't be read: it is open for writing only, a directory, a terminal that is gone.
+    """
+    try:
+        return stream.read(COPY_BYTES)
+    except OSError as error:
+        raise InputError(f"standard input can't be read: {error.strerror}; name a file with -i") from error
 
 
 def _sync_directory(directory: Path) -> None:

@@ -1,0 +1,70 @@
+"""What must hold before a run sends anything, but for its input. `run`, `check` and `estimate` walk through this list.
+
+What must hold of the input is `plan.checks`'s, and they walk through that, too.
+"""
+
+from collections.abc import Callable, Mapping
+from datetime import datetime
+
+from batchrun import credentials, open_files, rundir, simulated
+from batchrun.credentials import Credentials
+from batchrun.job.job import Job
+from batchrun.rundir import RunDirectory
+
+
+def _enough_files_may_be_open(job: Job, directory: RunDirectory) -> None:
+    open_files.OpenFiles().require_any()
+
+
+def _the_simulator_can_be_had(job: Job, directory: RunDirectory) -> None:
+    if job.simulated:
+        simulated.config_of(job)
+
+
+def _certificates_can_be_read(job: Job, directory: RunDirectory) -> None:
+    if job.endpoint.ca_file is not None:
+        from batchrun.client import ssl_context  # aiohttp, 0.2 s: only for a job that names one
+
+        ssl_context(job.endpoint)
+
+
+def _the_output_can_be_written(job: Job, directory: RunDirectory) -> None:
+    directory.require_possible()
+
+
+REQUIREMENTS: tuple[Callable[[Job, RunDirectory], None], ...] = (
+    _enough_files_may_be_open,
+    _the_simulator_can_be_had,
+    _certificates_can_be_read,
+    _the_output_can_be_written,
+)
+"""Each raises a BatchrunError with the line that a person sees. None of them writes anything."""
+
+
+def require_settings(job: Job, directory: RunDirectory) -> None:
+    """Nothing, if a run of this job could begin in the directory, were its input read and its key there.
+
+    Raises:
+        BatchrunError: the first thing that is wrong.
+    """
+    for requirement in REQUIREMENTS:
+        requirement(job, directory)
+
+
+def place(job: Job) -> RunDirectory:
+    """Where a run of this job would begin or resume now.
+
+    Raises:
+        JobError: output.path holds a name that is not known.
+    """
+    path, _ = rundir.place(job.output.path, job.name, date=None, now=datetime.now().astimezone(), new=False)
+    return RunDirectory(path)
+
+
+def key(job: Job, environ: Mapping[str, str]) -> Credentials:
+    """The key that the job names. `check` and `estimate` look for it last: their findings are worth having without.
+
+    Raises:
+        JobError: it is not there.
+    """
+    return simulated.credentials() if job.simulated else credentials.read(job.endpoint, environ)

@@ -1,0 +1,83 @@
+"""Few file descriptors: fewer connections, said so; no row fails of them."""
+
+import resource
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from batchrun import open_files
+from batchrun.errors import ExitCode
+from batchrun.open_files import OpenFiles
+from batchrun.simulator import SimulatorConfig
+from tests.cli_process import Ended, batchrun, finish, start, wait_until, write_job, write_rows
+from tests.simulator_process import running_simulator
+
+ROWS = 300
+
+
+def run_with(limit: int, folder: Path, more: str = "") -> Ended:
+    """A run of small chunks in a process that may open so many files."""
+    with running_simulator(SimulatorConfig(latency_s=0.02, latency_sigma=0)) as simulator:
+        chunks = "[output]\nchunk_rows = 40\n"
+        job = write_job(folder / "job.toml", simulator.url, write_rows(folder / "in.jsonl", ROWS), chunks + more)
+        few = ["sh", "-c", f'ulimit -n {limit}; exec "$@"', "sh"]
+        return batchrun("run", job, "-o", folder / "out", before=few)
+
+
+@pytest.mark.parametrize("limit", [32, 40, 64])
+def test_a_low_limit_of_open_files_means_fewer_connections_and_no_failed_row(tmp_path: Path, limit: int) -> None:
+    ended = run_with(limit, tmp_path)
+    assert ended.exit_code == ExitCode.COMPLETE, ended
+    assert f"open files limit {limit}: " in ended.stderr
+    assert " instead of 64; raise with ulimit -n" in ended.stderr
+    assert set(pq.read_table(tmp_path / "out/completions.parquet").column("attempts").to_pylist()) == {1}
+
+
+def test_a_limit_that_is_enough_is_not_spoken_of(tmp_path: Path) -> None:
+    ended = run_with(256, tmp_path)
+    assert ended.exit_code == ExitCode.COMPLETE, ended
+    assert "open files" not in ended.stderr
+
+
+def test_a_soft_limit_is_raised_as_far_as_the_hard_one_allows(tmp_path: Path) -> None:
+    ended = run_with(64, tmp_path)
+    assert "open files limit 64" in ended.stderr
+    (tmp_path / "again").mkdir()
+    with running_simulator(SimulatorConfig()) as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, tmp_path / "in.jsonl")
+        soft = ["sh", "-c", 'ulimit -S -n 64; exec "$@"', "sh"]
+        ended = batchrun("run", job, "-o", tmp_path / "again/out", before=soft)
+    assert ended.exit_code == ExitCode.COMPLETE
+    assert "open files" not in ended.stderr
+
+
+def test_too_low_a_limit_is_refused_before_any_file_is_touched(tmp_path: Path) -> None:
+    ended = run_with(24, tmp_path)
+    assert ended.exit_code == ExitCode.PAUSED
+    assert f"Error: open files limit 24: too few, a run needs {open_files.FEWEST}" in ended.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_that_others_opened_meanwhile_count_against_no_row(tmp_path: Path) -> None:
+    with running_simulator(SimulatorConfig(latency_s=0.2, latency_sigma=0)) as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, write_rows(tmp_path / "in.jsonl", ROWS))
+        process = start("run", job, "-o", tmp_path / "out")
+        flying = tmp_path / "out/inflight.bin"
+        wait_until(lambda: flying.exists() and any(flying.read_bytes()), process)
+        open_now = sum(1 for _ in Path(f"/proc/{process.pid}/fd").iterdir())
+        before = resource.prlimit(process.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (open_now, before[1]))  # as if all others were taken
+        recorded = tmp_path / "out/checkpoint.db-wal"
+        wait_until(lambda: b"Too many open files" in recorded.read_bytes(), process)
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, before)
+        ended = finish(process)
+    assert ended.exit_code == ExitCode.COMPLETE, ended
+    assert set(pq.read_table(tmp_path / "out/completions.parquet").column("status").to_pylist()) <= {"ok", "truncated"}
+
+
+def test_connections_are_what_the_limit_leaves_beside_the_files_of_a_run() -> None:
+    files = OpenFiles()
+    assert files.connections(1) == 1
+    assert files.connections(10**9) <= files.limit - open_files.SPARE
+    assert files.shortage(64, 1) == f"open files limit {files.limit}: 1 connection instead of 64; raise with ulimit -n"

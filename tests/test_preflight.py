@@ -1,0 +1,95 @@
+"""`check` and `estimate` refuse what `run` refuses: the same exit code and the same line."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from batchrun.errors import ExitCode
+from tests.cli_process import KEY_ENV, Ended, batchrun, write_job, write_rows
+
+
+def no_place(folder: Path) -> None:
+    (folder / "file").write_text("")
+
+
+def bad_record(folder: Path) -> None:
+    with (folder / "in.jsonl").open("a") as lines:
+        lines.write('{"id": 9}\n')
+
+
+def own_column(folder: Path) -> None:
+    (folder / "in.jsonl").write_text('{"text": "a", "status": "new"}\n')
+
+
+def nothing(folder: Path) -> None:
+    pass
+
+
+BAD: dict[str, tuple[list[str], str, Callable[[Path], None]]] = {
+    "a name in output.path": (["output.path=runs/{jobname}"], "output.path: {jobname} is not known", nothing),
+    "faults": (["endpoint.url=simulator", 'simulator.faults="nonsense"'], "simulator.faults: ", nothing),
+    "faults of no kind": (["endpoint.url=simulator", "simulator.faults=999x=0.1"], "simulator.faults: ", nothing),
+    "no key": (["endpoint.api_key_env=NOT_SET_ANYWHERE"], "endpoint.api_key_env: ", nothing),
+    "no key file": (["endpoint.api_key_file=nowhere"], "endpoint.api_key_file: ", nothing),
+    "no certificates": (["endpoint.ca_file=nowhere.pem"], "endpoint.ca_file: can't load nowhere.pem", nothing),
+    "a file in the way": (["output.path=file"], "file: a file is in the way", no_place),
+    "a file on the way": (["output.path=file/out"], "file/out: a file is in the way", no_place),
+    "an unknown price under a cap": (["budget.max_cost_usd=1", "request.model=no-such-model"], "the price of", nothing),
+    "a cap below one request": (["budget.max_cost_usd=0.0000001"], "is less than the largest request", nothing),
+    "a cap on tokens below one": (["budget.max_tokens=1"], "are fewer than the largest request", nothing),
+    "too few rows": (["input.min_rows=100"], "input.min_rows expects 100 or more", nothing),
+    "a bad record": ([], "1 of 4 input records can't be asked", bad_record),
+    "a column of ours": ([], "bears a name of the output's own", own_column),
+    "no such column": (['output.columns=["nope"]'], "output.columns: 'nope' is no input column", nothing),
+    "no input": (["input.path=nowhere.jsonl"], "nowhere.jsonl", nothing),
+    "a bad template": (['request.prompt="{{ text"'], "request.prompt: ", nothing),
+    "a wrong setting": (["limits.max_in_flihgt=3"], "limits.max_in_flihgt: no such setting", nothing),
+}
+
+
+def said(ended: Ended) -> tuple[int, str]:
+    """The exit code and the last line, which is the error's."""
+    return ended.exit_code, ended.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_what_run_refuses_is_refused_by_check_and_estimate_in_the_same_words(tmp_path: Path, fault: str) -> None:
+    settings, words, prepare = BAD[fault]
+    write_rows(tmp_path / "in.jsonl", 3)
+    prepare(tmp_path)
+    job = write_job(tmp_path / "job.toml", "http://127.0.0.1:9/v1", "in.jsonl")
+    if "key_file" in words:
+        job.write_text(job.read_text().replace(f'api_key_env = "{KEY_ENV}"\n', ""))
+    over = [word for setting in ["output.path=out", *settings] for word in ("--set", setting)]
+    before = sorted(tmp_path.iterdir())
+    check, estimate = (said(batchrun(command, "job.toml", *over, cwd=tmp_path)) for command in ("check", "estimate"))
+    assert sorted(tmp_path.iterdir()) == before, "neither writes anything"
+    run = said(batchrun("run", "job.toml", *over, cwd=tmp_path))
+    assert run[0] == ExitCode.USAGE
+    assert words in run[1]
+    assert check == run
+    assert estimate == run
+
+
+def test_records_that_run_would_skip_are_skipped_by_check_and_estimate(tmp_path: Path) -> None:
+    write_rows(tmp_path / "in.jsonl", 3)
+    bad_record(tmp_path)
+    job = write_job(tmp_path / "job.toml", "http://127.0.0.1:9/v1", tmp_path / "in.jsonl")
+    check, estimate = (batchrun(command, job, "--skip-invalid", cwd=tmp_path) for command in ("check", "estimate"))
+    assert check.exit_code == estimate.exit_code == ExitCode.COMPLETE
+    assert "3 rows in 1 file, 1 set aside, read as columns" in check.stdout
+    assert "to ask       3 rows" in estimate.stdout
+
+
+def test_without_a_key_the_findings_are_told_before_it_is_missed(tmp_path: Path) -> None:
+    write_rows(tmp_path / "in.jsonl", 3)
+    job = write_job(tmp_path / "job.toml", "http://127.0.0.1:9/v1", tmp_path / "in.jsonl")
+    missing = ("--set", "endpoint.api_key_env=NOT_SET_ANYWHERE")
+    assert "NOT_SET_ANYWHERE" not in os.environ
+    for command, finding in (("check", "3 rows in 1 file"), ("estimate", "to ask       3 rows")):
+        ended = batchrun(command, job, *missing, cwd=tmp_path)
+        assert ended.exit_code == ExitCode.USAGE
+        assert finding in ended.stdout
+        assert "NOT_SET_ANYWHERE" in ended.stderr

@@ -1,0 +1,178 @@
+"""Standard streams closed, full, broken or in another encoding: commands end as documented, and nothing is lost."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from batchrun.errors import ExitCode
+from batchrun.simulator import SimulatorConfig
+from tests.cli_process import KEY, KEY_ENV, Ended, batchrun, finish, start, write_job, write_rows
+from tests.simulator_process import running_simulator
+
+ROWS = 5
+
+REFUSED = {"tune": ExitCode.USAGE, "run of no job": ExitCode.USAGE, "run of nothing": ExitCode.USAGE}
+"""Commands that end so whatever becomes of their words."""
+
+TROUBLE = ("Traceback", "Internal error", "Exception ignored", "Error in")
+
+
+class Place:
+    """A folder with a job, and a complete run of it elsewhere."""
+
+    def __init__(self, folder: Path, url: str, done: Path | None = None) -> None:
+        self.folder, self.job, self.done = folder, folder / "job.toml", done or folder / "done"
+        write_job(self.job, url, write_rows(folder / "in.jsonl", ROWS))
+        self.job.write_text('name = "Käse"\n' + self.job.read_text("utf-8"), "utf-8")
+
+    def commands(self) -> Mapping[str, tuple[str | Path, ...]]:
+        """Every command, once. `run` and `new` write below the folder."""
+        return {
+            "run": ("run", self.job, "-o", self.folder / "out"),
+            "run of no job": ("run", self.folder / "no such job.toml"),
+            "run of nothing": ("run",),
+            "check": ("check", self.job),
+            "estimate": ("estimate", self.job),
+            "status": ("status", self.done),
+            "report": ("report", self.done, "--format", "csv"),
+            "verify": ("verify", self.done),
+            "tune": ("tune", self.done, "--rpm", "5"),
+            "new": ("new", self.folder / "new.toml"),
+            "help": ("--help",),
+            "version": ("--version",),
+        }
+
+    def require_nothing_lost(self) -> None:
+        assert (self.folder / "out" / "completions.parquet").exists()
+        assert batchrun("verify", self.folder / "out").exit_code == 0
+        assert batchrun("check", self.folder / "new.toml").exit_code == ExitCode.USAGE  # its input is not there
+        assert "[request]" in (self.folder / "new.toml").read_text("utf-8")
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """A simulator's address, and a complete run against it."""
+    with running_simulator(SimulatorConfig(latency_s=0)) as simulator:
+        place = Place(tmp_path_factory.mktemp("first"), simulator.url)
+        assert batchrun("run", place.job, "-o", place.done).exit_code == 0
+        yield simulator.url, place.done
+
+
+@pytest.fixture
+def place(tmp_path: Path, first: tuple[str, Path]) -> Place:
+    return Place(tmp_path, *first)
+
+
+@contextmanager
+def broken_pipe() -> Iterator[int]:
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        yield writing
+    finally:
+        os.close(writing)
+
+
+@contextmanager
+def full_disk() -> Iterator[int]:
+    descriptor = os.open("/dev/full", os.O_WRONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def usual(name: str) -> ExitCode:
+    return REFUSED.get(name, ExitCode.COMPLETE)
+
+
+def require_calm(name: str, ended: Ended) -> None:
+    """No more than the lines that such a command has for people."""
+    assert not [word for word in TROUBLE if word in ended.stderr + ended.stdout], (name, ended)
+
+
+@pytest.mark.parametrize("closing", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_every_command_works_with_a_closed_stream(place: Place, closing: str) -> None:
+    for name, arguments in place.commands().items():
+        ended = batchrun(*arguments, before=["sh", "-c", f'exec "$@" {closing}', "sh"])
+        assert (name, ended.exit_code) == (name, usual(name)), ended
+        require_calm(name, ended)
+        assert ended.stdout or ">&-" in closing or usual(name), name
+    place.require_nothing_lost()
+
+
+@pytest.mark.parametrize(("state", "code"), [(full_disk, ExitCode.PAUSED), (broken_pipe, ExitCode.SIGPIPE)])
+def test_a_result_that_cannot_be_written_ends_in_its_documented_code(place: Place, state: object, code: int) -> None:
+    assert callable(state)
+    for name, arguments in place.commands().items():
+        with state() as stdout:
+            ended = batchrun(*arguments, stdout=stdout)
+        assert (name, ended.exit_code) == (name, REFUSED.get(name, code)), ended
+        require_calm(name, ended)
+        if code == ExitCode.PAUSED and name not in REFUSED:
+            assert "Error: standard output can't be written: No space left on device" in ended.stderr, name
+    place.require_nothing_lost()
+
+
+@pytest.mark.parametrize("state", [full_disk, broken_pipe])
+def test_a_line_for_people_that_cannot_be_written_changes_nothing(place: Place, state: object) -> None:
+    assert callable(state)
+    for name, arguments in place.commands().items():
+        with state() as stderr:
+            ended = batchrun(*arguments, stderr=stderr)
+        assert (name, ended.exit_code) == (name, usual(name)), ended
+        require_calm(name, ended)
+    place.require_nothing_lost()
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        (),
+        ("LC_ALL=C", "LANG=C", "PYTHONCOERCECLOCALE=0", "PYTHONUTF8=0"),
+        ("PYTHONIOENCODING=ascii:strict", "LC_ALL=POSIX"),
+        ("PYTHONIOENCODING=utf-16",),
+        ("HOME=/nonexistent", "TMPDIR=/nonexistent", "TZ=nonsense", "COLUMNS=0", "TERM=dumb"),
+    ],
+)
+def test_every_command_works_in_an_odd_environment(place: Place, environ: tuple[str, ...]) -> None:
+    """`env -i`: nothing but what is listed, not even PATH and HOME."""
+    for name, arguments in place.commands().items():
+        before = ["env", "-i", f"{KEY_ENV}={KEY}", *environ]
+        process = start(*arguments, before=before, errors="replace")
+        ended = finish(process)
+        assert (name, ended.exit_code) == (name, usual(name)), ended
+        require_calm(name, ended)
+    place.require_nothing_lost()
+
+
+def test_nothing_on_stdin_is_refused_and_a_stream_that_cannot_be_read_is_named(place: Place) -> None:
+    run = ("run", place.job, "-i", "-", "-o", place.folder / "out")
+    closed = batchrun(*run, before=["sh", "-c", 'exec "$@" <&-', "sh"])
+    assert closed.exit_code == ExitCode.USAGE
+    assert "standard input is a terminal, or closed; pipe JSON lines into it" in closed.stderr
+    with full_disk() as unreadable:
+        ended = batchrun(*run, stdin=unreadable)
+    assert ended.exit_code == ExitCode.USAGE
+    assert "standard input can't be read: Bad file descriptor; name a file with -i" in ended.stderr
+
+
+def test_a_simulator_with_closed_streams_serves_and_ends(tmp_path: Path) -> None:
+    """libuv aborts on a descriptor of its own below 3."""
+    script = 'exec timeout -s INT 2 "$@" <&- 2>&-'
+    code = "from batchrun.cli import main; main()"
+    ended = subprocess.run(
+        ["sh", "-c", script, "sh", sys.executable, "-c", code, "simulate"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert ended.stdout.startswith("listening on ")
+    assert ended.returncode == 124  # timeout(1) ended it
+    assert "Assertion" not in ended.stderr
