@@ -259,7 +259,8 @@ WALL_CLOCKS = {"time", "time_ns", "now", "utcnow", "today"}
 
 PACES = {
     *("gate.accounts", "gate.admission", "gate.deadline", "gate.forecast", "gate.gate", "gate.outage", "gate.pace"),
-    *("gate.accepted", "gate.purse", "gate.state", "policy"),
+    *("gate.crowding", "gate.evidence", "gate.in_flight", "gate.knee", "gate.rate_search", "gate.refusals"),
+    *("gate.purse", "gate.state", "policy"),
     *("asking.asking", "asking.backlog", "asking.heartbeat", "asking.pipeline"),
 }
 """The modules that wait, limit or give up. Their clock is the event loop's: a jump of the system's does not move it."""

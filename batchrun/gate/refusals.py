@@ -38,7 +38,7 @@ EXCESS_ABOVE = 0.04
 
 TRIAL_ORDINARY, TRIAL_ABOVE = 0.05, 0.1
 LEAST_REFUSED, LEAST_OVERLAP = 10, 0.1
-NONE_TAKEN = 5
+NONE_TAKEN = 3
 """After a storm, so many refusals and nothing taken are the next one."""
 
 SLOWER = 0.8

@@ -1,5 +1,6 @@
 """The command line that resumes a run, made from the one that started it. PURE."""
 
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,7 +33,17 @@ def command(options: Mapping[str, object]) -> str:
                 words += [word for each in value for word in (flag, str(each))]
             case _:
                 words += [flag, f"{value:f}"]  # an amount of money
-    return shlex.join(words)
+    return " ".join(map(_quoted, words))
+
+
+def _quoted(word: str) -> str:
+    """The word as a shell takes it. A name that is not UTF-8 is spelt byte by byte, as bash and zsh read it."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        spelt = "".join(f"\\x{byte:02x}" for byte in os.fsencode(word))
+        return f"$'{spelt}'"
+    return shlex.quote(word)
 
 
 def in_directory(command: str | None, path: Path) -> str | None:
