@@ -195,7 +195,7 @@ def place(pattern: str, job: str, *, date: str | None, now: datetime, new: bool)
     """
     if date is not None and not _is_date(date):
         raise JobError(f"--date {date}: expected YYYY-MM-DD")
-    fixed = str(Path(pattern.replace("{job}", job)))
+    fixed = _of_job(pattern, job)
     if unknown := re.search(r"\{(?!date\})[^}]*\}", fixed):
         raise JobError(f"output.path: {unknown[0]} is not known; {{job}} and {{date}} are")
     wanted = date or now.date().isoformat()
@@ -209,13 +209,18 @@ def place(pattern: str, job: str, *, date: str | None, now: datetime, new: bool)
     return path, None
 
 
+def _of_job(pattern: str, job: str) -> str:
+    """The pattern with the job's name, in UTF-8 whatever the locale says of names (LANG=C means ASCII)."""
+    return os.fsdecode(str(Path(pattern.replace("{job}", job))).encode("utf-8", "surrogateescape"))
+
+
 def unfinished(pattern: str, job: str, chosen: Path) -> list[tuple[str, Path]]:
     """The dates, and the directories, of this job's runs that stopped before they were complete, oldest first.
 
     Only those of the pattern, and not the `chosen` one nor any that a process works on. Quick with thousands of them: a
     complete run costs the reading of its summary.
     """
-    fixed = str(Path(pattern.replace("{job}", job)))
+    fixed = _of_job(pattern, job)
     if "{date}" not in fixed:
         return []
     return [

@@ -83,7 +83,7 @@ def test_what_status_says_after_a_kill_is_what_the_next_start_finds(runs: Runs, 
     ended = batchrun("run", runs.job, "-o", tmp_path / "run")
     assert ended.exit_code == 0
     done, cost = ROWS - found.pending, found.cost_usd
-    assert f"{done} of {ROWS} rows are done, ${cost:.6f} spent" in ended.stderr
+    assert f"{done} of {ROWS} rows done, ${cost:.6f} spent" in ended.stderr
     after = msgspec.convert(read_summary(tmp_path / "run"), Summary)
     assert after.possibly_billed_count == found.possibly_billed_count
     assert after.possibly_billed_usd == found.possibly_billed_usd
