@@ -155,7 +155,7 @@ def estimate(job: Path, input_path: str | None, out: Path | None, overrides: tup
     """Tokens, cost and time of a job, or of the rest of a run. Sends nothing."""
     from datetime import datetime
 
-    from batchrun import prices
+    from batchrun import price_list
     from batchrun.gate import daily
     from batchrun.plan import estimate as estimating
     from batchrun.plan import reading
@@ -169,14 +169,15 @@ def estimate(job: Path, input_path: str | None, out: Path | None, overrides: tup
     if surveyed.rejected:
         note(f"{len(surveyed.rejected):,} input records can't be asked: batchrun check tells which")
     now = datetime.now().astimezone()
-    tables = {model: prices.resolve(model, loaded.pricing, now.date().isoformat()) for model in surveyed.models}
+    today, url = now.date().isoformat(), loaded.endpoint.url
+    tables = {model: price_list.resolve(model, loaded.pricing, today, url) for model in surveyed.models}
     if found is not None:
         for line in estimating.run_in_words(found.summary, None if found.drift is None else str(found.drift)):
             _say(harmless(line))
     to_ask = surveyed.rows if found is None else found.to_ask
     done = None if found is None else found.summary
     estimated = estimating.estimate(surveyed, loaded, tables, to_ask, done, daily.left_s(now))
-    for line in estimating.in_words(estimated, tables):
+    for line in estimating.in_words(estimated, tables, url):
         _say(harmless(line))
 
 

@@ -50,13 +50,23 @@ FAILURES = frozenset({Status.EMPTY, Status.INVALID, Status.ERROR})
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """Tokens of one answer. cached ⊂ prompt, reasoning ⊂ completion; None where the server did not say."""
+    """Tokens of one answer. cached and written ⊂ prompt, for an hour ⊂ written; None where the server did not say.
+
+    Reasoning is a part of the completion at most vendors, and beside it at some: then the total holds it.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     cached_tokens: int | None = None
     reasoning_tokens: int | None = None
+    cache_write_tokens: int | None = None
+    cache_write_1h_tokens: int | None = None
+
+    @property
+    def billed_output_tokens(self) -> int:
+        """All that the total counts beside the prompt: reasoning outside the completion is billed, too."""
+        return max(self.completion_tokens, self.total_tokens - self.prompt_tokens)
 
 
 class OfflineCount(msgspec.Struct, frozen=True):
@@ -143,7 +153,8 @@ class Answer(msgspec.Struct, frozen=True):
     """What a 2xx body says, as far as it could be read. `flagged` = only the lenient reading worked.
 
     `completion` is False when there is no first choice with a message. `tool_calls` is JSON text; `choices` are there
-    when they are several, the first one among them. `error_*` is an error object in the body.
+    when they are several, the first one among them. `error_*` is an error object in the body. `service_tier` is the one
+    that served it, `reported_cost_usd` what the server itself says that it cost.
     """
 
     completion: bool = False
@@ -159,6 +170,8 @@ class Answer(msgspec.Struct, frozen=True):
     usage: Usage | None = None
     error_message: str | None = None
     error_code: str | None = None
+    service_tier: str | None = None
+    reported_cost_usd: Decimal | None = None
 
 
 class RowError(msgspec.Struct, frozen=True):
@@ -194,13 +207,14 @@ class Discarded(msgspec.Struct, frozen=True):
     key: bytes
     possibly_billed_tokens: int = 0
     offline: OfflineCount | None = None
+    reported_cost_usd: Decimal | None = None
 
 
 class Completion(msgspec.Struct, frozen=True):
     """The final record of a row. `cost_usd` is of all its attempts; None where one could not be priced.
 
-    `last_cost_usd` is the last attempt's alone: what the totals still lack. `in_json`: the content is the JSON that was
-    asked for, and belongs into `parsed`.
+    `last_cost_usd` is the last attempt's alone: what the totals still lack. `reported_cost_usd` is what the server
+    states for its answer. `in_json`: the content is the JSON that was asked for, and belongs into `parsed`.
     """
 
     row: int
@@ -225,6 +239,7 @@ class Completion(msgspec.Struct, frozen=True):
     possibly_billed_tokens: int = 0
     in_json: bool = False
     offline: OfflineCount | None = None
+    reported_cost_usd: Decimal | None = None
 
 
 Ending = Completion | Discarded
@@ -268,6 +283,8 @@ class TotalsLine(msgspec.Struct, frozen=True):
     without_usage: int = 0
     offline_prompt_tokens: int = 0
     offline_completion_tokens: int = 0
+    cache_write_tokens: int = 0
+    reported_cost_usd: Decimal = Decimal(0)
 
 
 class InForce(msgspec.Struct, frozen=True):

@@ -23,7 +23,7 @@ from batchrun.durable import fsync, told
 from batchrun.errors import BatchrunError, DiskError
 from batchrun.records import Completion, Discarded, Ending, PossiblyBilled
 
-FORMAT = 2
+FORMAT = 3
 """`PRAGMA user_version`. Another number is another version's run directory: exit 7."""
 
 SINCE = "since"

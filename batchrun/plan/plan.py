@@ -256,7 +256,9 @@ def _plan(
 
 
 def _price(model: str, job: Job, today: str) -> PriceTable | None:
-    return prices.resolve(model, job.pricing, today)
+    from batchrun import price_list  # here, because it takes 170 ms
+
+    return price_list.resolve(model, job.pricing, today, job.endpoint.url)
 
 
 def _check_budget(job: Job, known: Facts, tables: dict[str, PriceTable | None]) -> None:
@@ -276,7 +278,8 @@ def _check_budget(job: Job, known: Facts, tables: dict[str, PriceTable | None]) 
                 f"budget.max_cost_usd: the price of {model} is unknown, so a cap can't be kept; "
                 f'give it in [pricing."{model}"] or remove the cap'
             )
-        bound = prices.upper_bound(*known.max_request.get(model, (0, 0)), table) or Decimal(0)
+        tier = prices.tier_of_job(job.request.extra)
+        bound = prices.upper_bound(*known.max_request.get(model, (0, 0)), table, tier) or Decimal(0)
         if bound > cap:
             raise JobError(
                 f"budget.max_cost_usd: ${cap} is less than the largest request may cost (${bound:.4f}, by its "
