@@ -183,7 +183,7 @@ def estimate(
     to_ask = surveyed.rows if found is None else found.to_ask
     done = None if found is None else found.summary
     estimated = estimating.estimate(surveyed, loaded, tables, to_ask, done, daily.left_s(now))
-    for line in estimating.in_words(estimated, tables):
+    for line in estimating.in_words(estimated, tables, loaded.endpoint.url):
         _say(harmless(line))
     preflight.key(loaded, os.environ)
 
@@ -436,10 +436,11 @@ def _require_budget(job: "Job", found: "Survey") -> "dict[str, PriceTable | None
     """The prices of the models that the rows name, by which every cap can be kept."""
     from datetime import date
 
-    from batchrun import prices
+    from batchrun import price_list
     from batchrun.plan import checks
 
-    tables = {model: prices.resolve(model, job.pricing, date.today().isoformat()) for model in found.models}
+    today, url = date.today().isoformat(), job.endpoint.url
+    tables = {model: price_list.resolve(model, job.pricing, today, url) for model in found.models}
     checks.require_budget(job, found.max_request, tables)
     return tables
 

@@ -1,11 +1,11 @@
-"""Usage × price → Decimal. PURE, but for the price list that `resolve` reads once per model.
+"""Usage × price → Decimal. PURE. A price belongs to an endpoint, a model, a service tier and an hour.
 
 Money is exact: `Decimal`, per attempt, then added, because tiers apply per request. An unknown price is None, never 0.
 """
 
+import re
 from collections.abc import Mapping
 from decimal import Decimal
-from importlib.metadata import version
 
 import msgspec
 
@@ -15,113 +15,180 @@ from batchrun.records import Usage
 PER_TOKEN = Decimal(1_000_000)
 PICO = Decimal("1e-12")  # the scale of decimal128(20, 12); prices per million with six decimals stay exact
 
-VENDOR_PREFIX = "vtrix-"
-"""The vendor resells models under its own prefix and states no price; the upstream list price stands in, marked."""
+DAY_S = 86_400
+
+ORDINARY = frozenset({"", "auto", "default", "standard", "on_demand"})
+"""What vendors call the tier that the plain list price is for (OpenAI, Anthropic, Groq)."""
+
+_TIER_ASKED_FOR = re.compile(rb'"service_tier"\s*:\s*("(?:[^"\\]|\\.)*"|[^",}\s]+)')
+"""In a body as this project encodes it: inside a text the quotes are escaped, and don't match."""
 
 
 class Tier(msgspec.Struct, frozen=True):
-    """USD per million tokens, for requests of more than `above_prompt_tokens`."""
+    """USD per million tokens, for requests of more than `above_prompt_tokens`.
+
+    Tokens written to a cache cost `cache_write`, those kept there for an hour `cache_write_1h`; None: what input costs.
+    """
 
     above_prompt_tokens: int
     input: Decimal
     cached_input: Decimal
     output: Decimal
+    cache_write: Decimal | None = None
+    cache_write_1h: Decimal | None = None
+
+    def dearest_input(self) -> Decimal:
+        """The most that a token of the prompt can cost."""
+        return max(self.input, self.cached_input, self.cache_write or self.input, self.cache_write_1h or self.input)
+
+
+Tiers = tuple[Tier, ...]
+
+
+class Hours(msgspec.Struct, frozen=True):
+    """What holds instead from `start_s` up to `end_s` of the day, seconds in UTC; over midnight where it ends first."""
+
+    start_s: int
+    end_s: int
+    tiers: Tiers
+
+    def hold(self, second: int) -> bool:
+        """True at that second of the day."""
+        if self.end_s < self.start_s:
+            return second >= self.start_s or second < self.end_s
+        return self.start_s <= second < self.end_s
 
 
 class PriceTable(msgspec.Struct, frozen=True):
     """What one model costs, from which source, read on which day: `tiers` ascend and the first begins at 0.
 
-    `upstream` names the model whose list price stands in where the vendor states none.
+    `vendor` is whose price it is; None: the job states it. `upstream` names the model of the vendor's list whose price
+    stands in where the endpoint is not the vendor's own. `services` are the prices of service tiers by name, `hours`
+    those by the clock, of which the last that holds counts. The job's own price is for every tier.
     """
 
     model: str
-    tiers: tuple[Tier, ...]
+    tiers: Tiers
     source: str
     as_of: str
     upstream: str | None = None
+    vendor: str | None = None
+    services: dict[str, Tiers] = {}
+    hours: tuple[Hours, ...] = ()
+    per_request: Decimal = Decimal(0)
+    every_tier: bool = False
 
     def describe(self) -> str:
-        """For the run's summary: the first tier; then, behind "; ", the source and its date."""
+        """For the run's summary: the first tier; then, behind "; ", whose price it is, the source and its date."""
         tier = self.tiers[0]
         more = f", dearer beyond {self.tiers[1].above_prompt_tokens:,} tokens" if len(self.tiers) > 1 else ""
+        more += f", ${self.per_request} a request" if self.per_request else ""
+        more += ", other prices at some hours" if self.hours else ""
+        more += f", other prices for {', '.join(sorted(self.services))}" if self.services else ""
         prices = f"${tier.input} in, ${tier.cached_input} cached, ${tier.output} out per million tokens{more}"
-        whose = f"the list price of {self.upstream}" if self.upstream else "the price"
+        whose = "the price" if self.vendor is None else f"the price of {self.vendor}"
+        if self.upstream is not None:
+            whose = f"the list price of {self.vendor} for {self.upstream}, not the endpoint's own,"
         return f"{self.model}: {prices}; {whose} by {self.source}, {self.as_of}"
 
 
-def cost(usage: Usage | None, table: PriceTable | None) -> Decimal | None:
-    """USD of one attempt; None where the usage or the price is unknown.
+def cost(
+    usage: Usage | None, table: PriceTable | None, service_tier: str | None = None, at_s: float = 0.0
+) -> Decimal | None:
+    """USD of one attempt; None where the usage, the price or the tier's price is unknown. `at_s`: when it ended.
 
-    (prompt − cached) · in + cached · cached_in + completion · out. Reasoning tokens are part of the completion.
+    (prompt − cached − written) · in + cached · cached_in + written · write + output · out, and the fee of a request.
+    The output is what was billed as such (`Usage.billed_output_tokens`), reasoning outside the completion included.
     """
-    if usage is None or table is None:
+    if usage is None or table is None or (tiers := _tiers_for(table, service_tier, at_s)) is None:
         return None
-    tier = _tier(table, usage.prompt_tokens)
+    tier = _tier(tiers, usage.prompt_tokens)
     cached = min(usage.cached_tokens or 0, usage.prompt_tokens)
     micro = (
-        (usage.prompt_tokens - cached) * tier.input + cached * tier.cached_input + usage.completion_tokens * tier.output
+        (usage.prompt_tokens - cached) * tier.input
+        + cached * tier.cached_input
+        + usage.billed_output_tokens * tier.output
     )
-    return (micro / PER_TOKEN).quantize(PICO)
+    if usage.cache_write_tokens:
+        micro += _surcharge(tier, usage, usage.prompt_tokens - cached)
+    return (micro / PER_TOKEN + table.per_request).quantize(PICO)
 
 
-def upper_bound(max_prompt_tokens: int, max_output_tokens: int, table: PriceTable | None) -> Decimal | None:
-    """The most one attempt can cost, USD, at the dearest tier; None where the price is unknown."""
+def _surcharge(tier: Tier, usage: Usage, uncached: int) -> Decimal:
+    """What tokens written to a cache cost beyond what other tokens of the prompt cost."""
+    written = min(usage.cache_write_tokens or 0, uncached)
+    for_an_hour = min(usage.cache_write_1h_tokens or 0, written)
+    write = tier.input if tier.cache_write is None else tier.cache_write
+    write_1h = write if tier.cache_write_1h is None else tier.cache_write_1h
+    return (written - for_an_hour) * (write - tier.input) + for_an_hour * (write_1h - tier.input)
+
+
+def upper_bound(
+    max_prompt_tokens: int, max_output_tokens: int, table: PriceTable | None, asked_tier: str | None = None
+) -> Decimal | None:
+    """The most one attempt can cost, USD: the dearest hour, and the dearest service tier that `asked_tier` allows.
+
+    A request that names no tier, or `auto`, gets the one that the account is set to, which nobody here knows.
+    None where the price is unknown.
+    """
     if table is None:
         return None
-    dearest_input = max(max(tier.input, tier.cached_input) for tier in table.tiers)
-    dearest_output = max(tier.output for tier in table.tiers)
-    return ((max_prompt_tokens * dearest_input + max_output_tokens * dearest_output) / PER_TOKEN).quantize(PICO)
+    every = [tier for tiers in _allowed(table, asked_tier) for tier in tiers]
+    dearest_input = max(tier.dearest_input() for tier in every)
+    dearest_output = max(tier.output for tier in every)
+    micro = max_prompt_tokens * dearest_input + max_output_tokens * dearest_output
+    return (micro / PER_TOKEN + table.per_request).quantize(PICO)
 
 
-def resolve(model: str, overrides: Mapping[str, Override], today: str) -> PriceTable | None:
-    """The price of `model`: the job's own, else the price list's, else that of the upstream model; None if unknown."""
-    if (own := overrides.get(model)) is not None:
-        cached = own.input if own.cached_input is None else own.cached_input
-        return PriceTable(model, (Tier(0, own.input, cached, own.output),), "pricing table of the job", today)
-    if (table := _listed(model, today)) is not None:
-        return table
-    upstream = model.removeprefix(VENDOR_PREFIX)
-    if upstream != model and (table := _listed(upstream, today)) is not None:
-        return msgspec.structs.replace(table, model=model, upstream=upstream)
-    return None
+def asked_tier(table: PriceTable | None, body: bytes) -> str | None:
+    """The service tier that an encoded body names; None: it names none, or it can't be told for certain."""
+    if table is None or not table.services:
+        return None
+    found = _TIER_ASKED_FOR.findall(body)
+    return found[0].strip(b'"').decode("utf-8", "replace") if len(found) == 1 else None
 
 
-def _tier(table: PriceTable, prompt_tokens: int) -> Tier:
-    chosen = table.tiers[0]
-    for tier in table.tiers[1:]:
+def tier_of_job(extra: Mapping[str, object]) -> str | None:
+    """The service tier that a job's own fields of the body ask for; rows of a batch file may differ."""
+    tier = extra.get("service_tier")
+    return tier if isinstance(tier, str) else None
+
+
+def stated(model: str, own: Override, today: str) -> PriceTable:
+    """The price that the job states for the model."""
+    cached = own.input if own.cached_input is None else own.cached_input
+    tier = Tier(0, own.input, cached, own.output, own.cache_write)
+    return PriceTable(
+        model, (tier,), "pricing table of the job", today, per_request=own.per_request or Decimal(0), every_tier=True
+    )
+
+
+def _tiers_for(table: PriceTable, service_tier: str | None, at_s: float) -> Tiers | None:
+    """The prices that hold for the tier that the answer names, at that time; None: the tier's price is not known."""
+    if service_tier is not None and not table.every_tier:
+        if (tiers := table.services.get(service_tier)) is not None:
+            return tiers
+        if service_tier not in ORDINARY:
+            return None
+    if table.hours:
+        for hours in reversed(table.hours):
+            if hours.hold(int(at_s) % DAY_S):
+                return hours.tiers
+    return table.tiers
+
+
+def _allowed(table: PriceTable, asked: str | None) -> list[Tiers]:
+    ordinary = [table.tiers, *(hours.tiers for hours in table.hours)]
+    if asked in ORDINARY - {"", "auto"}:
+        return ordinary
+    if asked in table.services:  # the server may fall back to the ordinary one
+        return [*ordinary, table.services[asked]]
+    return [*ordinary, *table.services.values()]
+
+
+def _tier(tiers: Tiers, prompt_tokens: int) -> Tier:
+    chosen = tiers[0]
+    for tier in tiers[1:]:
         if prompt_tokens > tier.above_prompt_tokens:
             chosen = tier
     return chosen
-
-
-def _listed(model: str, today: str) -> PriceTable | None:
-    """The model's entry in genai-prices as a table of our own; imported here because it takes 170 ms."""
-    import genai_prices
-    from genai_prices.types import TieredPrices
-
-    usage = genai_prices.Usage(input_tokens=1, output_tokens=1)
-    try:
-        found = genai_prices.calc_price(usage, model_ref=model)
-    except LookupError:
-        return None
-    price = found.model_price
-    if price.input_mtok is None or price.output_mtok is None:
-        return None
-    cached = price.input_mtok if price.cache_read_mtok is None else price.cache_read_mtok
-    kinds = (price.input_mtok, cached, price.output_mtok)
-    starts = {0}
-    for kind in kinds:
-        if isinstance(kind, TieredPrices):
-            starts.update(tier.start for tier in kind.tiers)
-    tiers = tuple(Tier(start, *(_at(kind, start) for kind in kinds)) for start in sorted(starts))
-    return PriceTable(model, tiers, f"genai-prices {version('genai-prices')}", today)
-
-
-def _at(kind: object, start: int) -> Decimal:
-    """One of the list's prices for requests larger than `start` tokens: a plain Decimal, or base and tiers."""
-    price = getattr(kind, "base", kind)
-    for tier in getattr(kind, "tiers", ()):
-        if tier.start <= start and start > 0:
-            price = tier.price
-    assert isinstance(price, Decimal)
-    return price

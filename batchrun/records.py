@@ -51,13 +51,23 @@ FAILURES = frozenset({Status.EMPTY, Status.INVALID, Status.ERROR})
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """Tokens of one answer. cached ⊂ prompt, reasoning ⊂ completion; None where the server did not say."""
+    """Tokens of one answer. cached and written ⊂ prompt, for an hour ⊂ written; None where the server did not say.
+
+    Reasoning is a part of the completion at most vendors, and beside it at some: then the total holds it.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     cached_tokens: int | None = None
     reasoning_tokens: int | None = None
+    cache_write_tokens: int | None = None
+    cache_write_1h_tokens: int | None = None
+
+    @property
+    def billed_output_tokens(self) -> int:
+        """All that the total counts beside the prompt: reasoning outside the completion is billed, too."""
+        return max(self.completion_tokens, self.total_tokens - self.prompt_tokens)
 
 
 class OfflineCount(msgspec.Struct, frozen=True):
@@ -149,6 +159,8 @@ class Answer(msgspec.Struct, frozen=True):
 
     `error_*` is what the body, or the first choice, says went wrong (`answer.error_body`): `error_words` is what it
     says besides message and code, `error_status` the HTTP status it names, `error_wait_s` the seconds it asks to wait.
+
+    `service_tier` is the one that served it, `reported_cost_usd` what the server itself says that it cost.
     """
 
     completion: bool = False
@@ -168,6 +180,8 @@ class Answer(msgspec.Struct, frozen=True):
     error_status: int | None = None
     error_wait_s: float | None = None
     refusal: str | None = None
+    service_tier: str | None = None
+    reported_cost_usd: Decimal | None = None
 
 
 class RowError(msgspec.Struct, frozen=True):
@@ -210,13 +224,14 @@ class Discarded(msgspec.Struct, frozen=True):
     key: bytes
     possibly_billed_tokens: int = 0
     offline: OfflineCount | None = None
+    reported_cost_usd: Decimal | None = None
 
 
 class Completion(msgspec.Struct, frozen=True):
     """The final record of a row. `cost_usd` is of all its attempts; None where one could not be priced.
 
-    `last_cost_usd` is the last attempt's alone: what the totals still lack. `in_json`: the content is the JSON that was
-    asked for, and belongs into `parsed`.
+    `last_cost_usd` is the last attempt's alone: what the totals still lack. `reported_cost_usd` is what the server
+    states for its answer. `in_json`: the content is the JSON that was asked for, and belongs into `parsed`.
     """
 
     row: int
@@ -241,6 +256,7 @@ class Completion(msgspec.Struct, frozen=True):
     possibly_billed_tokens: int = 0
     in_json: bool = False
     offline: OfflineCount | None = None
+    reported_cost_usd: Decimal | None = None
 
 
 Ending = Completion | Discarded
@@ -285,6 +301,8 @@ class TotalsLine(msgspec.Struct, frozen=True):
     without_usage: int = 0
     offline_prompt_tokens: int = 0
     offline_completion_tokens: int = 0
+    cache_write_tokens: int = 0
+    reported_cost_usd: Decimal = Decimal(0)
 
 
 class InForce(msgspec.Struct, frozen=True):

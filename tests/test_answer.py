@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchrun.answer.answer import MAX_COUNT, decode, read
+from batchrun.answer.answer import decode, read
 from batchrun.answer.error_body import MAX_MESSAGE_CHARS
 from batchrun.answer.sse import events
+from batchrun.answer.usage import MAX_COUNT
 from batchrun.records import Answer, Choice, FunctionCall, Usage
 
 USAGE = {
@@ -121,7 +122,7 @@ DEEP = b"[" * 100_000 + b"]" * 100_000
         pytest.param(body(id=5, model=None), but(completion_id=None, model=None), id="id is a number"),
         pytest.param(
             body(
-                service_tier="x", choices=[{"message": {"content": "Fine.", "x": 1}, "finish_reason": "stop", "y": {}}]
+                service_level="x", choices=[{"message": {"content": "Fine.", "x": 1}, "finish_reason": "stop", "y": {}}]
             ),
             WHOLE,
             id="unknown fields",

@@ -14,8 +14,9 @@ import msgspec
 import pyarrow as pa
 
 from batchrun.answer import packed
-from batchrun.answer.answer import MAX_CHOICES, MAX_COUNT, read
+from batchrun.answer.answer import MAX_CHOICES, read
 from batchrun.answer.stream import Stream
+from batchrun.answer.usage import MAX_COUNT
 from batchrun.credentials import Credentials
 from batchrun.job.job import Retry
 from batchrun.policy import judge

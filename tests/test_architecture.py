@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "job": frozenset({"errors"}),
     "records": frozenset({"errors", "job"}),
     "prices": frozenset({"job", "records"}),
+    "price_list": frozenset({"job", "prices"}),
     "credentials": frozenset({"errors", "job"}),
     # the stages of the data path: each knows its own trade
     "source": frozenset({"errors"}),
@@ -41,13 +42,24 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     # how they are joined
     "plan": frozenset(
         {
-            *("errors", "job", "records", "prices", "durable", "rundir", "columns"),
+            *("errors", "job", "records", "prices", "price_list", "durable", "rundir", "columns"),
             *("source", "request", "gate", "checkpoint", "output", "report"),
         }
     ),
     "asking": frozenset(
         {
-            *("errors", "job", "records", "prices", "credentials", "durable", "rundir", "signals", "open_files"),
+            *(
+                "errors",
+                "job",
+                "records",
+                "prices",
+                "price_list",
+                "credentials",
+                "durable",
+                "rundir",
+                "signals",
+                "open_files",
+            ),
             *("request", "gate", "answer", "client", "policy", "checkpoint", "output", "report", "plan"),
         }
     ),
@@ -79,7 +91,18 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "__init__": frozenset({"errors", "job", "records", "output", "plan", "start", "runner"}),
     "cli": frozenset(
         {
-            *("__init__", "errors", "durable", "job", "records", "prices", "rundir", "streams", "terminal"),
+            *(
+                "__init__",
+                "errors",
+                "durable",
+                "job",
+                "records",
+                "prices",
+                "price_list",
+                "rundir",
+                "streams",
+                "terminal",
+            ),
             *("open_files", "preflight", "source", "gate", "policy"),
             *("report", "plan", "asking", "rescue", "simulator"),
         }
@@ -95,7 +118,7 @@ SOLE_IMPORTERS: dict[str, frozenset[str]] = {
     "tqdm": frozenset({"terminal"}),
     "uvloop": frozenset({"start", "simulator"}),
     "jinja2": frozenset({"request.templates"}),
-    "genai_prices": frozenset({"prices"}),
+    "genai_prices": frozenset({"price_list"}),
     "jsonschema_rs": frozenset({"job.expected"}),
     "toktok": frozenset({"answer.offline"}),
     "pyarrow": frozenset({"source", "columns", "output", "plan", "asking", "rescue"}),

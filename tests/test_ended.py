@@ -1,5 +1,6 @@
 """What is on record of a row's attempts says what the process knew that made them."""
 
+from decimal import Decimal
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -59,9 +60,13 @@ def test_overloads_met_before_a_restart_leave_a_row_its_tries_after_it() -> None
 
 def test_an_answer_without_usage_is_doubtful_only_under_a_cap_that_it_counts_in() -> None:
     answered = Judgement(Verdict.OK)
-    assert maybe_billed(Answer(completion=True), answered, capped=True)
-    assert not maybe_billed(Answer(completion=True), answered, capped=False)
-    assert maybe_billed(Answer(), Judgement(Verdict.MAYBE, RowError("timeout"), in_doubt=True), capped=False)
-    assert maybe_billed(Answer(), Judgement(Verdict.ROW, RowError("server_error", 504), in_doubt=True), capped=False)
-    assert not maybe_billed(Answer(), Judgement(Verdict.FREE, RowError("server_error", 500)), capped=True)
+    assert maybe_billed(Answer(completion=True), answered, None, capped=True)
+    assert not maybe_billed(Answer(completion=True), answered, None, capped=False)
+    assert maybe_billed(
+        Answer(), Judgement(Verdict.MAYBE, RowError("timeout"), in_doubt=True), Decimal(0), capped=False
+    )
+    assert maybe_billed(
+        Answer(), Judgement(Verdict.ROW, RowError("server_error", 504), in_doubt=True), Decimal(0), capped=False
+    )
+    assert not maybe_billed(Answer(), Judgement(Verdict.FREE, RowError("server_error", 500)), Decimal(0), capped=True)
     assert not KINDS & {"timeout", "server_error"}, "kinds of answers that are asked for again are no others"

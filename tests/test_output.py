@@ -87,10 +87,12 @@ def test_our_columns_are_the_documented_ones_whatever_the_data() -> None:
         "finished_at": utc,
         "prompt_tokens": "int64",
         "cached_tokens": "int64",
+        "cache_write_tokens": "int64",
         "completion_tokens": "int64",
         "reasoning_tokens": "int64",
         "total_tokens": "int64",
         "cost_usd": "decimal128(20, 12)",
+        "reported_cost_usd": "decimal128(20, 12)",
         "attempts": "int32",
         "latency_s": "double",
         "time_to_first_token_s": "double",
@@ -161,7 +163,7 @@ def test_an_answers_fields_stand_in_their_columns() -> None:
     assert row["created"].timestamp() == 1_795_000_000
     assert row["finished_at"].timestamp() == 1_795_000_000.25
     counts = [row[name] for name in OWN_COLUMNS.names if name.endswith("_tokens")]
-    assert counts == [5, 3, 7, 2, 12]
+    assert counts == [5, 3, None, 7, 2, 12]
     assert row["cost_usd"] == Decimal("0.0000455")
     assert (row["attempts"], row["variant"], row["reused"]) == (3, 2, False)
     assert (row["latency_s"], row["time_to_first_token_s"]) == (0.5, 0.25)

@@ -8,10 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchrun.job.job import Price
-from batchrun.prices import PriceTable, Tier, cost, resolve, upper_bound
+from batchrun.price_list import resolve
+from batchrun.prices import PriceTable, Tier, asked_tier, cost, upper_bound
 from batchrun.records import Usage
 
 TODAY = "2026-11-22"
+GATEWAY = "http://localhost:4000/v1"
 D = Decimal
 
 
@@ -66,7 +68,7 @@ def test_what_is_unknown_costs_none_and_not_zero() -> None:
     assert cost(None, CODEX) is None
     assert cost(used(1, 1), None) is None
     assert upper_bound(1, 1, None) is None
-    assert resolve("vtrix-no-such-model", {}, TODAY) is None
+    assert resolve("vtrix-no-such-model", {}, TODAY, GATEWAY) is None
 
 
 USD = st.decimals(0, 1000, places=6)
@@ -108,36 +110,36 @@ def test_a_cost_fits_the_column_it_is_stored_in(prices: PriceTable, prompt: int,
 
 
 def test_the_vendors_model_has_the_upstreams_list_price_and_says_so() -> None:
-    found = resolve("vtrix-gpt-5.3-codex", {}, TODAY)
+    found = resolve("vtrix-gpt-5.3-codex", {}, TODAY, GATEWAY)
     assert found is not None
     assert found.tiers == CODEX.tiers
     assert (found.model, found.upstream, found.as_of) == ("vtrix-gpt-5.3-codex", "gpt-5.3-codex", TODAY)
     assert found.describe().startswith(
-        "vtrix-gpt-5.3-codex: $1.75 in, $0.175 cached, $14 out per million tokens; "
-        "the list price of gpt-5.3-codex by genai-prices "
+        "vtrix-gpt-5.3-codex: $1.75 in, $0.175 cached, $14 out per million tokens, other prices for fast, priority; "
+        "the list price of OpenAI for gpt-5.3-codex, not the endpoint's own, by genai-prices "
     )
 
 
 def test_a_listed_model_is_its_own() -> None:
-    found = resolve("gpt-5.3-codex", {}, TODAY)
+    found = resolve("gpt-5.3-codex", {}, TODAY, "https://api.openai.com/v1")
     assert found is not None
-    assert found.upstream is None
+    assert (found.upstream, found.vendor) == (None, "OpenAI")
     assert found.source.startswith("genai-prices 0.")
 
 
 def test_the_jobs_own_price_goes_before_any_list() -> None:
     own = {"vtrix-gpt-5.3-codex": Price(D(1), D(2)), "x": Price(D(1), D(2), D("0.5"))}
-    found = resolve("vtrix-gpt-5.3-codex", own, TODAY)
+    found = resolve("vtrix-gpt-5.3-codex", own, TODAY, GATEWAY)
     assert found is not None
     assert found.tiers == (Tier(0, D(1), D(1), D(2)),)
     assert found.source == "pricing table of the job"
-    discounted = resolve("x", own, TODAY)
+    discounted = resolve("x", own, TODAY, GATEWAY)
     assert discounted is not None
     assert discounted.tiers[0].cached_input == D("0.5")
 
 
 def test_a_dearer_tier_is_told() -> None:
-    found = resolve("gemini-2.5-pro", {}, TODAY)
+    found = resolve("gemini-2.5-pro", {}, TODAY, GATEWAY)
     assert found is not None
     assert "dearer beyond 200,000 tokens" in found.describe()
 
@@ -149,4 +151,97 @@ def test_our_tables_give_the_price_lists_own_price(model: str, prompt: int, comp
     theirs = genai_prices.calc_price(
         genai_prices.Usage(input_tokens=prompt, output_tokens=completion, cache_read_tokens=cached), model_ref=model
     )
-    assert cost(used(prompt, completion, cached), resolve(model, {}, TODAY)) == theirs.total_price
+    assert cost(used(prompt, completion, cached), resolve(model, {}, TODAY, GATEWAY)) == theirs.total_price
+
+
+# -- whose price, for which tier, at which hour
+
+OPENAI, CEREBRAS, DEEPSEEK = "https://api.openai.com/v1", "https://api.cerebras.ai/v1", "https://api.deepseek.com"
+
+
+@pytest.mark.parametrize(
+    ("model", "url", "vendor", "usd"),
+    [
+        ("gpt-oss-120b", CEREBRAS, "Cerebras", "0.000425"),  # 1000 × 0.35 + 100 × 0.75
+        ("gpt-oss-120b", GATEWAY, None, None),  # open weights: every host has its own price
+        ("openai/gpt-oss-120b", "https://api.groq.com/openai/v1", "Groq", "0.00021"),
+        ("openai/gpt-oss-120b", GATEWAY, None, None),
+        ("openai/gpt-oss-120b", "https://api.together.ai/v1", "Together AI", "0.00021"),
+        ("gpt-5-mini", OPENAI, "OpenAI", "0.00045"),
+        ("gpt-5-mini-2025-08-07", OPENAI, "OpenAI", "0.00045"),
+        ("gpt-5-mini-2031-01-01", OPENAI, None, None),  # a date that the list does not know
+        ("gpt-4o-2024-05-13", OPENAI, "OpenAI", "0.0065"),  # dearer than gpt-4o: $5 and $15
+        ("ft:gpt-4o-mini-2024-07-18:acme::x", OPENAI, "OpenAI", "0.00042"),
+        ("gpt-5-mini", CEREBRAS, None, None),  # a vendor on the list that does not list it
+        ("openai/gpt-5-mini", GATEWAY, "OpenAI", "0.00045"),
+        ("vtrix-gpt-5-mini", "https://cloud.vtrix.ai/llm/v1", "OpenAI", "0.00045"),
+        ("openai/gpt-5-mini", "https://openrouter.ai/api/v1", "OpenRouter", "0.00045"),
+        ("my-own-model", GATEWAY, None, None),
+        ("meta-llama/Llama-3.3-70B-Instruct", "http://localhost:8000/v1", None, None),
+        ("sonar", "https://api.perplexity.ai", None, None),  # a fee that depends on the search
+        ("models/gemini-2.5-flash", "https://generativelanguage.googleapis.com/v1beta/openai", "Google", "0.00055"),
+    ],
+)
+def test_a_price_is_that_of_the_endpoints_own_vendor(model: str, url: str, vendor: str | None, usd: str | None) -> None:
+    found = resolve(model, {}, TODAY, url)
+    assert (None if found is None else found.vendor) == vendor
+    assert cost(used(1000, 100), found) == (None if usd is None else D(usd))
+
+
+@pytest.mark.parametrize(
+    ("tier", "usd"),
+    [
+        (None, "0.00045"),
+        ("default", "0.00045"),
+        ("flex", "0.000225"),
+        ("priority", "0.00081"),
+        ("scale", None),  # sold by contract: no list has its price
+    ],
+)
+def test_a_tier_that_the_answer_names_has_its_own_price(tier: str | None, usd: str | None) -> None:
+    found = resolve("gpt-5-mini", {}, TODAY, OPENAI)
+    assert cost(used(1000, 100), found, tier) == (None if usd is None else D(usd))
+
+
+def test_the_jobs_own_price_is_for_every_tier_and_may_have_a_fee() -> None:
+    own = {"m": Price(D(1), D(2), per_request=D("0.005"))}
+    found = resolve("m", own, TODAY, GATEWAY)
+    assert cost(used(1000, 100), found, "scale") == D("0.0062")
+    assert upper_bound(1000, 100, found) == D("0.0062")
+
+
+@pytest.mark.parametrize(
+    ("body", "usd"),
+    [
+        (b'{"service_tier":"default"}', "0.00045"),
+        (b'{"service_tier":"flex"}', "0.00045"),  # which may be served as an ordinary one
+        (b'{"service_tier":"priority"}', "0.00081"),
+        (b'{"service_tier":"auto"}', "0.00081"),  # what the account is set to
+        (b"{}", "0.00081"),
+        (rb'{"content":"\"service_tier\":\"flex\""}', "0.00081"),  # a text that speaks of it
+    ],
+)
+def test_money_is_reserved_for_the_dearest_tier_that_the_request_allows(body: bytes, usd: str) -> None:
+    found = resolve("gpt-5-mini", {}, TODAY, OPENAI)
+    assert upper_bound(1000, 100, found, asked_tier(found, body)) == D(usd)
+
+
+@pytest.mark.parametrize(
+    ("hour", "usd"), [(0.9, "0.00021"), (1, "0.00042"), (3.99, "0.00042"), (4, "0.00021"), (9, "0.00042")]
+)
+def test_a_price_by_the_clock_is_that_of_the_hour(hour: float, usd: str) -> None:
+    found = resolve("deepseek-flash", {}, TODAY, DEEPSEEK)
+    assert cost(used(1000, 100), found, None, 86_400 * 20_000 + hour * 3600) == D(usd)
+    assert upper_bound(1000, 100, found) == D("0.00042")
+
+
+def test_reasoning_outside_the_completion_is_billed() -> None:
+    grok = resolve("grok-4", {}, TODAY, "https://api.x.ai/v1")
+    assert cost(Usage(5, 20, 175, None, 150), grok) == D("0.002565")
+
+
+def test_tokens_written_to_a_cache_have_their_price() -> None:
+    claude = resolve("claude-sonnet-4-5", {}, TODAY, "https://api.anthropic.com/v1")
+    # 100 × 3 + 500 read × 0.30 + 400 written × 3.75 + 100 × 15, and for an hour 400 × 6
+    assert cost(Usage(1000, 100, 1100, 500, None, 400), claude) == D("0.00345")
+    assert cost(Usage(1000, 100, 1100, 500, None, 400, 400), claude) == D("0.00435")

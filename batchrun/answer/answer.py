@@ -12,11 +12,9 @@ from typing import Any
 import msgspec
 
 from batchrun.answer import error_body, packed, sse
+from batchrun.answer import usage as usages
 from batchrun.answer.finish_reasons import Meaning, meaning_of
-from batchrun.records import Answer, Choice, FunctionCall, Usage
-
-MAX_COUNT = 10**9
-"""Tokens. No request has a billion; a larger count is an error of the server's that no bill should be made of."""
+from batchrun.records import Answer, Choice, FunctionCall
 
 MAX_CHOICES = 1024
 """Of a stream: servers take an `n` of 128. What counts itself higher is in the raw answer only."""
@@ -96,7 +94,13 @@ def _from_object(body: dict[str, Any], flagged: bool) -> Answer:
     message = choice.get("message")
     failure = error_body.read(body)
     if not isinstance(message, dict):
-        read = Answer(flagged=flagged, usage=_usage(body.get("usage")), model=_text(body.get("model")))
+        read = Answer(
+            flagged=flagged,
+            usage=usages.of_body(body),
+            model=_text(body.get("model")),
+            service_tier=usages.service_tier(body),
+            reported_cost_usd=usages.reported_cost(body),
+        )
         return _failed(read, failure or _choice_failure(choice))
     tool_calls, shown = _tool_calls(message.get("tool_calls"))
     read = Answer(
@@ -111,7 +115,9 @@ def _from_object(body: dict[str, Any], flagged: bool) -> Answer:
         tool_calls=tool_calls,
         choices=_choices(body.get("choices")),
         finish_reason=_text(choice.get("finish_reason")),
-        usage=_usage(body.get("usage")),
+        usage=usages.of_body(body),
+        service_tier=usages.service_tier(body),
+        reported_cost_usd=usages.reported_cost(body),
     )
     return _failed(read, failure or _choice_failure(choice))
 
@@ -197,44 +203,13 @@ def _choice(place: int, choice: dict[str, Any]) -> Choice:
 
 def _index(value: dict[str, Any], otherwise: int) -> int:
     """The number that a choice or a call gives itself."""
-    index = _count(value.get("index"))
+    index = usages.count(value.get("index"))
     return otherwise if index is None else index
 
 
 def _created(value: Any) -> int | None:
     # the column is a timestamp: what does not fit into years 1970 to 9999 is no time
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 253_402_300_800 else None
-
-
-def _count(value: Any) -> int | None:
-    """A token count: an integer, or digits in a string as some servers send them; anything else is unknown."""
-    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 19:
-        value = int(value)
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    return value if whole and 0 <= value <= MAX_COUNT else None
-
-
-def _usage(value: Any) -> Usage | None:
-    """Both counts that are billed, or None: half a usage can't be priced."""
-    if not isinstance(value, dict):
-        return None
-    prompt, completion = _count(value.get("prompt_tokens")), _count(value.get("completion_tokens"))
-    if prompt is None or completion is None:
-        return None
-    total = _count(value.get("total_tokens"))
-    return Usage(
-        prompt_tokens=prompt,
-        completion_tokens=completion,
-        total_tokens=prompt + completion if total is None else total,
-        cached_tokens=_detail(value.get("prompt_tokens_details"), "cached_tokens"),
-        reasoning_tokens=_detail(value.get("completion_tokens_details"), "reasoning_tokens"),
-    )
-
-
-def _detail(details: Any, name: str) -> int | None:
-    return _count(details.get(name)) if isinstance(details, dict) else None
 
 
 def has_token(data: bytes) -> bool:
@@ -264,7 +239,7 @@ def _from_events(pieces: Iterable[bytes]) -> Answer:
     return spelled.answer(done=False)
 
 
-_LAST_COUNTS = ("id", "created", "model")
+_LAST_COUNTS = ("id", "created", "model", "service_tier", "provider_metadata")
 """Of these the last event that has one counts; of `usage` and `error` the last that says something."""
 
 
@@ -291,8 +266,8 @@ class _Spelled:
         for name in _LAST_COUNTS:
             if (value := decoded.get(name)) is not None:
                 self._last[name] = value
-        if _usage(usage := decoded.get("usage")) is not None:
-            self._last["usage"] = usage
+        if (usage := usages.found_in(decoded)) is not None:
+            self._last["usage"] = usages.joined(self._last.get("usage"), usage)
         if error := decoded.get("error"):
             self._last["error"] = error
         choices = decoded.get("choices")

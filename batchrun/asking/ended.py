@@ -7,6 +7,7 @@ import msgspec
 
 from batchrun import prices
 from batchrun.answer import offline
+from batchrun.answer.usage import cost_in_headers
 from batchrun.asking.backlog import Pending
 from batchrun.job.expected import KINDS
 from batchrun.policy import History, Judgement, Settlement
@@ -33,6 +34,7 @@ class Ended(msgspec.Struct, frozen=True):
     bound_usd: Decimal | None
     cost_usd: Decimal | None
     maybe_billed: bool
+    reported_cost_usd: Decimal | None = None
 
     @property
     def error(self) -> RowError | None:
@@ -59,7 +61,9 @@ class Ended(msgspec.Struct, frozen=True):
         """USD and tokens to book against the budget; None books the whole reservation."""
         if self.maybe_billed:
             return None, None
-        return self.cost_usd, 0 if self.answer.usage is None else self.answer.usage.total_tokens
+        if (usage := self.answer.usage) is None:
+            return self.cost_usd, None if self.judgement.verdict is Verdict.OK else 0
+        return self.cost_usd, usage.prompt_tokens + usage.billed_output_tokens
 
     def completion(self, status: Status) -> Completion:
         """The row's final record. No answer that there was is given up for none."""
@@ -89,6 +93,7 @@ class Ended(msgspec.Struct, frozen=True):
             possibly_billed_tokens=pending.request.upper_bound_tokens,
             in_json=self.settlement is not None and self.settlement.in_json,
             offline=self._offline(),
+            reported_cost_usd=self.reported_cost_usd,
         )
 
     def discarded(self) -> Discarded:
@@ -113,6 +118,7 @@ class Ended(msgspec.Struct, frozen=True):
             key=request.key,
             possibly_billed_tokens=request.upper_bound_tokens,
             offline=self._offline(),
+            reported_cost_usd=self.reported_cost_usd,
         )
 
     def _offline(self) -> OfflineCount | None:
@@ -138,19 +144,33 @@ def remembered(earlier: Sequence[Discarded], begun: int) -> History:
     )
 
 
-def cost_of(answer: Answer, judgement: Judgement, table: PriceTable | None) -> Decimal | None:
-    """What the attempt cost for certain: 0 where no answer came, None where one came that can't be priced."""
-    if answer.usage is None:
-        return None if judgement.verdict is Verdict.OK else NOTHING
-    return prices.cost(answer.usage, table)
+def cost_of(
+    attempt: Attempt, answer: Answer, judgement: Judgement, table: PriceTable | None, reported_usd: Decimal | None
+) -> Decimal | None:
+    """What the attempt cost for certain: 0 where no answer came, None where one came that can't be priced.
 
-
-def maybe_billed(answer: Answer, judgement: Judgement, *, capped: bool) -> bool:
-    """True when the attempt may have cost something that no usage states. An answer without usage is on the list only
-    under a cap that it counts in (`capped`), which must hold across starts; elsewhere it is counted as `without_usage`.
+    The price known comes first; `reported_usd`, what the server states, is the cost where there is none.
     """
-    if answer.usage is not None:
+    if answer.usage is None and judgement.verdict is not Verdict.OK:
+        return NOTHING if reported_usd is None else reported_usd
+    known = prices.cost(answer.usage, table, answer.service_tier, attempt.started_at + attempt.latency_s)
+    return reported_usd if known is None else known
+
+
+def reported(attempt: Attempt, answer: Answer) -> Decimal | None:
+    """USD that the server states for the answer, in it or in a header."""
+    return answer.reported_cost_usd if answer.reported_cost_usd is not None else cost_in_headers(attempt.headers)
+
+
+def maybe_billed(answer: Answer, judgement: Judgement, cost_usd: Decimal | None, *, capped: bool) -> bool:
+    """True when the attempt may have cost something that nothing states. An answer whose cost is unknown is on the list
+    only under a cap that it counts in (`capped`), which must hold across starts; elsewhere it is counted as
+    `without_usage`, or as `unpriced`.
+    """
+    if cost_usd:
         return False
+    if answer.usage is not None:
+        return cost_usd is None and capped
     return judgement.in_doubt or (judgement.verdict is Verdict.OK and capped)
 
 

@@ -31,8 +31,12 @@ def told_at_start(job: Job, plan: Plan, where: Path, spent: Spent, lost: int, *,
     if not known.rows:
         lines.append("there is nothing to ask: the output will be empty (input.min_rows = 1 refuses an empty input)")
     unknown = [model for model, table in plan.prices.items() if table is None]
+    if unknown:
+        from batchrun import price_list  # here, because it takes 170 ms
     lines += [
-        f'the price of {model} is unknown, cost_usd will be null; give it in [pricing."{model}"]' for model in unknown
+        f"the price of {model} is unknown ({price_list.unknown_because(model, job.endpoint.url)}), "
+        f'cost_usd will be null where the server states none; give it in [pricing."{model}"]'
+        for model in unknown
     ]
     return lines
 

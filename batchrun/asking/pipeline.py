@@ -15,7 +15,7 @@ from batchrun import policy, prices
 from batchrun.answer import answer as answers
 from batchrun.asking.backlog import Backlog, Pending
 from batchrun.asking.delivery import Delivery
-from batchrun.asking.ended import NOTHING, Ended, cost_of, maybe_billed, remembered, total
+from batchrun.asking.ended import NOTHING, Ended, cost_of, maybe_billed, remembered, reported, total
 from batchrun.asking.image_room import ImageRoom
 from batchrun.asking.retries import Retries
 from batchrun.asking.signs import Signs
@@ -208,9 +208,10 @@ class Pipeline:
             self.retries.drop(request.row)
             settlement = policy.settlement(answer, request.expected, self._job.finish, attempt.http_status)
             self.signs.answered(answer.finish_reason)
-        cost_usd = cost_of(answer, judgement, self._plan.prices.get(request.model))
-        doubtful = maybe_billed(answer, judgement, capped=self._capped)
-        ended = Ended(pending, attempt, answer, judgement, settlement, history, bound_usd, cost_usd, doubtful)
+        told_usd = reported(attempt, answer)
+        cost_usd = cost_of(attempt, answer, judgement, self._plan.prices.get(request.model), told_usd)
+        doubtful = maybe_billed(answer, judgement, cost_usd, capped=self._capped)
+        ended = Ended(pending, attempt, answer, judgement, settlement, history, bound_usd, cost_usd, doubtful, told_usd)
         for row in ruling.own:
             self._end_held(row)
         if ruling.hold and not self._refused_before(ended):
@@ -359,7 +360,8 @@ class Pipeline:
 
     def _bound_usd(self, request: Request) -> Decimal | None:
         table = self._plan.prices.get(request.model)
-        return prices.upper_bound(request.max_prompt_tokens, request.max_output_tokens, table)
+        tier = prices.asked_tier(table, request.body)
+        return prices.upper_bound(request.max_prompt_tokens, request.max_output_tokens, table, tier)
 
 
 def _identified(pending: Pending, key: bytes) -> Pending:

@@ -160,4 +160,6 @@ def _add(line: TotalsLine, ending: Ending, cost: Decimal | None, *, rows: int) -
         without_usage=line.without_usage + (usage is None and cost is None),
         offline_prompt_tokens=line.offline_prompt_tokens + offline.prompt_tokens,
         offline_completion_tokens=line.offline_completion_tokens + offline.completion_tokens,
+        cache_write_tokens=line.cache_write_tokens + (used.cache_write_tokens or 0),
+        reported_cost_usd=line.reported_cost_usd + (ending.reported_cost_usd or 0),
     )

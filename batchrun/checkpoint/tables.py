@@ -20,17 +20,19 @@ CREATE TABLE chunks (chunk INTEGER PRIMARY KEY, first_row INTEGER, rows INTEGER,
 CREATE TABLE rows (row INTEGER PRIMARY KEY, request_key BLOB, status TEXT, attempts INTEGER, http_status INTEGER,
     error_kind TEXT, error_http_status INTEGER, error_code TEXT, error_message TEXT, request_id TEXT, finished_at REAL,
     latency_s REAL, time_to_first_token_s REAL, model TEXT, cost_usd TEXT, raw BLOB, variant INTEGER,
-    in_json INTEGER, crc INTEGER);
+    in_json INTEGER, reported_cost_usd TEXT, crc INTEGER);
 CREATE TABLE attempts (row INTEGER, n INTEGER, verdict TEXT, counted INTEGER, http_status INTEGER, error_kind TEXT,
     message TEXT, request_id TEXT, at REAL, model TEXT, prompt_tokens INTEGER, completion_tokens INTEGER,
-    total_tokens INTEGER, cached_tokens INTEGER, reasoning_tokens INTEGER, cost_usd TEXT, invocation INTEGER,
-    crc INTEGER, PRIMARY KEY (row, n, invocation)) WITHOUT ROWID;
+    total_tokens INTEGER, cached_tokens INTEGER, reasoning_tokens INTEGER, cache_write_tokens INTEGER,
+    cache_write_1h_tokens INTEGER, cost_usd TEXT, invocation INTEGER, crc INTEGER,
+    PRIMARY KEY (row, n, invocation)) WITHOUT ROWID;
 CREATE TABLE possibly_billed (row INTEGER, n INTEGER, request_key TEXT, upper_bound_usd TEXT,
     upper_bound_tokens INTEGER, cause TEXT, invocation INTEGER, request_id TEXT, crc INTEGER);
 CREATE TABLE totals (invocation INTEGER, model TEXT, status TEXT, rows INTEGER, attempts INTEGER, prompt_tokens INTEGER,
     cached_tokens INTEGER, completion_tokens INTEGER, reasoning_tokens INTEGER, total_tokens INTEGER, cost_usd TEXT,
     unpriced INTEGER, without_usage INTEGER, offline_prompt_tokens INTEGER, offline_completion_tokens INTEGER,
-    crc INTEGER, PRIMARY KEY (invocation, model, status)) WITHOUT ROWID;
+    cache_write_tokens INTEGER, reported_cost_usd TEXT, crc INTEGER,
+    PRIMARY KEY (invocation, model, status)) WITHOUT ROWID;
 CREATE TABLE answered_as (model TEXT PRIMARY KEY, rows INTEGER, crc INTEGER) WITHOUT ROWID;
 CREATE TABLE standing (status TEXT PRIMARY KEY, rows INTEGER, crc INTEGER) WITHOUT ROWID;
 CREATE TABLE reopened (row INTEGER PRIMARY KEY, variant INTEGER, attempts INTEGER, status TEXT, cost_usd TEXT,
@@ -95,25 +97,26 @@ def completion_record(c: Completion) -> Record:
     return (
         c.row, c.key, str(c.status), c.attempts, c.http_status, kind, error.http_status, _characters(error.code),
         _characters(error.message), _characters(c.request_id), c.finished_at, c.latency_s, c.time_to_first_token_s,
-        c.model, _text(c.cost_usd), c.raw, c.variant, int(c.in_json),
+        c.model, _text(c.cost_usd), c.raw, c.variant, int(c.in_json), _text(c.reported_cost_usd),
     )  # fmt: skip
 
 
 def completion(record: Record) -> Completion:
     row, key, status, attempts, http_status, kind, error_status, code, message, *rest = record
-    request_id, finished_at, latency_s, first_token_s, model, cost, raw, variant, in_json = rest
+    request_id, finished_at, latency_s, first_token_s, model, cost, raw, variant, in_json, reported = rest
     return Completion(
         row=row, key=key, status=Status(status), attempts=attempts, http_status=http_status,
         error=None if kind is None else RowError(kind, error_status, code, message),
         request_id=request_id, finished_at=finished_at, latency_s=latency_s, time_to_first_token_s=first_token_s,
         model=model, answered_model=None, usage=None, cost_usd=usd(cost), last_cost_usd=None, maybe_billed=False,
         possibly_billed_usd=None, raw=raw, variant=variant, in_json=bool(in_json),
+        reported_cost_usd=usd(reported),
     )  # fmt: skip
 
 
 def discarded_record(d: Discarded, invocation: int) -> Record:
     u = d.usage
-    usage = (None,) * 5 if u is None else msgspec.structs.astuple(u)
+    usage = (None,) * len(Usage.__struct_fields__) if u is None else msgspec.structs.astuple(u)
     return (
         d.row, d.n, str(d.verdict), int(d.counted), d.http_status, d.error_kind, _characters(d.message),
         _characters(d.request_id), d.at, d.model, *usage, _text(d.cost_usd),
@@ -123,11 +126,11 @@ def discarded_record(d: Discarded, invocation: int) -> Record:
 
 def discarded(record: Record) -> Discarded:
     row, n, verdict, counted, http_status, kind, message, request_id, at, model, *rest = record
-    prompt, completion, total, cached, reasoning, cost, _ = rest
+    *tokens, cost, _ = rest
     return Discarded(
         row=row, n=n, verdict=Verdict(verdict), counted=bool(counted), http_status=http_status, error_kind=kind,
         message=message, request_id=request_id, at=at, model=model,
-        usage=None if prompt is None else Usage(prompt, completion, total, cached, reasoning),
+        usage=None if tokens[0] is None else Usage(*tokens),
         cost_usd=usd(cost), possibly_billed_usd=None, maybe_billed=False, key=b"",
     )  # fmt: skip
 
@@ -142,13 +145,18 @@ def possibly_billed(record: Record) -> PossiblyBilled:
     return PossiblyBilled(row, n, key, usd(bound), tokens, cause, invocation, request_id)
 
 
+_USD = [TotalsLine.__struct_fields__.index(name) for name in ("cost_usd", "reported_cost_usd")]
+
+
 def totals_record(line: TotalsLine) -> Record:
     fields = list(msgspec.structs.astuple(line))
-    fields[10] = str(line.cost_usd)
+    for place in _USD:
+        fields[place] = str(fields[place])
     return tuple(fields)
 
 
 def totals_line(record: Record) -> TotalsLine:
     fields = list(record)
-    fields[10] = Decimal(record[10])
+    for place in _USD:
+        fields[place] = Decimal(record[place])
     return TotalsLine(*fields)

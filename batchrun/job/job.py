@@ -198,11 +198,13 @@ class Output(Table, frozen=True):
 
 
 class Price(Table, frozen=True):
-    """USD per million tokens."""
+    """USD per million tokens; `per_request` is USD for each request that is answered."""
 
     input: Decimal
     output: Decimal
     cached_input: Decimal | None = None
+    cache_write: Decimal | None = None
+    per_request: Decimal | None = None
 
 
 class Simulator(Table, frozen=True):

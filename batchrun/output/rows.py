@@ -36,10 +36,12 @@ _OWN: list[tuple[str, pa.DataType]] = [
     ("finished_at", UTC_MICROSECONDS),
     ("prompt_tokens", pa.int64()),
     ("cached_tokens", pa.int64()),
+    ("cache_write_tokens", pa.int64()),
     ("completion_tokens", pa.int64()),
     ("reasoning_tokens", pa.int64()),
     ("total_tokens", pa.int64()),
     ("cost_usd", USD),
+    ("reported_cost_usd", USD),
     ("attempts", pa.int32()),
     ("latency_s", pa.float64()),
     ("time_to_first_token_s", pa.float64()),
@@ -78,6 +80,8 @@ _USAGE: list[tuple[str, pa.DataType]] = [
     ("without_usage", pa.int64()),
     ("offline_prompt_tokens", pa.int64()),
     ("offline_completion_tokens", pa.int64()),
+    ("cache_write_tokens", pa.int64()),
+    ("reported_cost_usd", USD),
 ]
 USAGE_COLUMNS = pa.schema(_USAGE)
 """The columns of usage.parquet: the fields of `TotalsLine`."""
@@ -136,6 +140,7 @@ def own_table(completions: Sequence[Completion], *, keep_raw: bool) -> pa.Table:
         "finished_at": [int(c.finished_at * 1_000_000) for c in completions],
         **{name: list(tokens(name)) for name in OWN_COLUMNS.names if name.endswith("_tokens")},
         "cost_usd": [c.cost_usd for c in completions],
+        "reported_cost_usd": [c.reported_cost_usd for c in completions],
         "attempts": [c.attempts for c in completions],
         "latency_s": [c.latency_s for c in completions],
         "time_to_first_token_s": [c.time_to_first_token_s for c in completions],

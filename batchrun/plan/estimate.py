@@ -18,7 +18,7 @@ from batchrun.job.job import Budget, Job
 from batchrun.plan.check import Survey
 from batchrun.prices import PriceTable
 from batchrun.records import Summary, Usage
-from batchrun.report.summary import failures, plural
+from batchrun.report.summary import failures, headline_usd, plural
 
 FEWEST_TOKENS_PER_BYTE = 0.18  # long common words; prose of one language has about 0.23
 USUAL_TOKENS_PER_BYTE = 0.3
@@ -64,7 +64,7 @@ def estimate(
     low = _cost(
         found, tables, share, lambda model: (FEWEST_TOKENS_PER_BYTE * _bytes(found, model), found.models[model])
     )
-    high = _bound(found, tables, to_ask)
+    high = _bound(found, tables, to_ask, prices.tier_of_job(job.request.extra))
     return Estimate(
         rows=to_ask,
         prompt_tokens=round(prompt * to_ask),
@@ -83,14 +83,15 @@ def run_in_words(summary: Summary, drift: str | None) -> Iterator[str]:
     """What a run has so far: rows kept, failed and pending, and what changed."""
     failed = failures(summary)
     kept = summary.rows - summary.pending
-    yield f"run          {kept:,} of {plural(summary.rows, 'row')} done, ${summary.cost_usd:,.4f} spent"
+    spent = headline_usd(summary, ",.4f")
+    yield f"run          {kept:,} of {plural(summary.rows, 'row')} done, {spent} spent"
     if failed:
         yield f"failed       {plural(failed, 'row')}; --retry-failed asks {'it' if failed == 1 else 'them'} again"
     if drift is not None:
         yield f"changed      {drift}"
 
 
-def in_words(estimated: Estimate, tables: Mapping[str, PriceTable | None]) -> Iterator[str]:
+def in_words(estimated: Estimate, tables: Mapping[str, PriceTable | None], url: str = "") -> Iterator[str]:
     """The estimate as lines for people."""
     yield f"to ask       {plural(estimated.rows, 'row')}"
     yield (
@@ -101,8 +102,12 @@ def in_words(estimated: Estimate, tables: Mapping[str, PriceTable | None]) -> It
     else:
         bounds = f"at least ${estimated.low_usd:,.4f}, at most ${estimated.high_usd:,.4f} without retries"
         yield f"cost         about ${estimated.expected_usd:,.4f}; {bounds}"
-    for table in tables.values():
-        if table is not None:
+    for model, table in tables.items():
+        if table is None:
+            from batchrun import price_list  # here, because it takes 170 ms
+
+            yield f"             {model}: {price_list.unknown_because(model, url)}"
+        else:
             yield from (f"             {part}" for part in table.describe().split("; "))
     yield from (f"budget       {line}" for line in estimated.short)
     if estimated.minutes is None:
@@ -162,15 +167,16 @@ def _cost(
     return total
 
 
-def _bound(found: Survey, tables: Mapping[str, PriceTable | None], to_ask: int) -> Decimal | None:
+def _bound(found: Survey, tables: Mapping[str, PriceTable | None], to_ask: int, tier: str | None) -> Decimal | None:
     """What any `to_ask` of the rows can cost at most: all of them, or that many of the largest."""
     whole = largest = Decimal(0)
     for model in found.models:
-        all_of_them = prices.upper_bound(*found.max_tokens[model], tables.get(model))
-        one = prices.upper_bound(*found.max_request[model], tables.get(model))
+        fees = Decimal(0) if (table := tables.get(model)) is None else table.per_request * (found.models[model] - 1)
+        all_of_them = prices.upper_bound(*found.max_tokens[model], tables.get(model), tier)
+        one = prices.upper_bound(*found.max_request[model], tables.get(model), tier)
         if all_of_them is None or one is None:
             return None
-        whole, largest = whole + all_of_them, max(largest, one)
+        whole, largest = whole + all_of_them + fees, max(largest, one)
     return min(whole, largest * to_ask)
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import msgspec
 import pyarrow as pa
 
-from batchrun import prices
 from batchrun.checkpoint import facts, variants
 from batchrun.checkpoint.checkpoint import Checkpoint
 from batchrun.checkpoint.facts import Facts
@@ -257,7 +256,9 @@ def _plan(
 
 
 def _price(model: str, job: Job, today: str) -> PriceTable | None:
-    return prices.resolve(model, job.pricing, today)
+    from batchrun import price_list  # here, because it takes 170 ms
+
+    return price_list.resolve(model, job.pricing, today, job.endpoint.url)
 
 
 def _encode(value: object) -> str:

@@ -262,7 +262,7 @@ def _cell(value: int | Decimal | None) -> str:
 def _figure(line: BillLine, name: str) -> int | Decimal | None:
     """None for a cost of which nothing is known."""
     if name == "cost_usd":
-        return known_cost(line.cost_usd, line.unpriced)
+        return known_cost(line.cost_usd, line.unpriced + line.without_usage)
     value: int | Decimal = getattr(line, name)
     return value
 

@@ -5,7 +5,7 @@ from datetime import datetime
 
 from batchrun.gate.deadline import in_words
 from batchrun.records import Summary
-from batchrun.report.summary import failures
+from batchrun.report.summary import failures, headline_usd
 
 LEAST_BAR = 8
 """Columns that a bar needs to show anything."""
@@ -26,7 +26,7 @@ def line(summary: Summary) -> str:
         f"{failures(summary):,} failed",
         *_retried(summary),
         f"{summary.tokens_per_second:,.0f} tokens/s",
-        f"${summary.cost_usd:,.4f}",
+        headline_usd(summary, ",.4f").replace("unknown", "cost unknown"),
         _eta(summary),
     ]
     if summary.by_deadline is not None and summary.by_deadline < 1:
@@ -54,6 +54,11 @@ def around_bar(summary: Summary, columns: int) -> tuple[str, str, bool]:
     return "", " ".join(_figures(summary, short_number, tight=True)), False
 
 
+def _cost(summary: Summary) -> str:
+    usd = headline_usd(summary, ".2f")
+    return "$?" if usd == "unknown" else usd
+
+
 def _figures(summary: Summary, number: Callable[[float], str], *, tight: bool = False) -> Iterator[str]:
     yield f"{number(summary.rows - summary.pending)}/{number(summary.rows)}"
     yield f"{number(failures(summary))} failed"
@@ -61,7 +66,7 @@ def _figures(summary: Summary, number: Callable[[float], str], *, tight: bool = 
         yield f"{number(summary.retrying.rows)} retried"
     if not tight:
         yield f"{number(summary.tokens_per_second)} tok/s"
-    yield f"${number(float(summary.cost_usd))}" if summary.cost_usd >= 1000 else f"${summary.cost_usd:.2f}"
+    yield f"${number(float(summary.cost_usd))}" if summary.cost_usd >= 1000 else _cost(summary)
     eta = _eta(summary)
     yield eta.rpartition(" ")[0] if tight and len(eta) > MOST_ETA else eta
     yield summary.limited_by

@@ -143,7 +143,7 @@ def _summary(
     settled = spent.settled()
     mine = [line for line in lines if line.invocation == moment.invocation]
     minutes = max(moment.elapsed_s, 1e-9) / 60
-    names = [table.describe() for table in tables.values() if table is not None]
+    names = [f"{model}: no known price" if table is None else table.describe() for model, table in tables.items()]
     return Summary(
         version=VERSION,
         job=job,
@@ -290,7 +290,9 @@ def _closing(summary: Summary, requests_per_minute: float | None) -> Iterator[tu
         sum(getattr(line, name) for line in summary.totals)
         for name in ("prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens")
     )
-    yield "tokens", f"{prompt:,} in ({cached:,} cached), {completion:,} out ({reasoning:,} reasoning)"
+    of_them = f" ({cached:,} cached)" if cached else ""  # no answer may have said anything about a cache
+    thought = f" ({reasoning:,} reasoning)" if reasoning else ""
+    yield "tokens", f"{prompt:,} in{of_them}, {completion:,} out{thought}"
     cost, *doubts = _cost(summary)
     yield "cost", cost
     for line in (*doubts, *(summary.price or "").split("; ")):
@@ -340,9 +342,18 @@ def pace(summary: Summary) -> str:
     return f"{plural(rows, 'row')} in {summary.elapsed_s:,.0f} s"
 
 
-def known_cost(cost_usd: Decimal, unpriced: int) -> Decimal | None:
-    """A sum of what had a price; None where nothing had one: what nobody knows is not free."""
-    return None if unpriced and not cost_usd else cost_usd
+def known_cost(cost_usd: Decimal, unknown: int) -> Decimal | None:
+    """A sum of what had a price; None where nothing had one: what nobody knows is not free.
+
+    `unknown` counts the attempts whose price, or whose usage, is unknown.
+    """
+    return None if unknown and not cost_usd else cost_usd
+
+
+def headline_usd(summary: Summary, form: str = ",.6f") -> str:
+    """The bill so far as every line shows it."""
+    cost_usd = known_cost(summary.cost_usd, summary.unpriced + summary.without_usage)
+    return "unknown" if cost_usd is None else f"${cost_usd:{form}}"
 
 
 def cost_in_words(summary: Summary) -> str:
@@ -352,22 +363,33 @@ def cost_in_words(summary: Summary) -> str:
 
 def _cost(summary: Summary) -> list[str]:
     """The bill, and each thing that it does not cover."""
-    cost_usd = known_cost(summary.cost_usd, summary.unpriced)
-    parts = ["unknown" if cost_usd is None else f"${cost_usd:,.6f}"]
+    parts = [headline_usd(summary)]
     if summary.wasted_usd:
         parts.append(f"${summary.wasted_usd:,.6f} of it for discarded attempts")
     if summary.possibly_billed_count:
         parts.append(
             f"possibly billed beyond that: {plural(summary.possibly_billed_count, 'attempt')} without a known end, "
-            f"at most ${summary.possibly_billed_usd:,.6f}"
+            f"{_at_most(summary)}"
         )
     if lost := sum(line.attempts for line in summary.totals if line.status == LOST):
         parts.append(lost_in_words(lost))
+    if reported := sum((line.reported_cost_usd for line in summary.totals), Decimal(0)):
+        parts.append(f"${reported:,.6f} by what the server itself states")
     if summary.unpriced:
         parts.append(f"no known price for {plural(summary.unpriced, 'attempt')}, which no sum holds")
     if summary.without_usage:
         parts.append(f"{plural(summary.without_usage, 'answer')} came without usage")
     return parts
+
+
+def _at_most(summary: Summary) -> str:
+    """The bound of what may have been billed; attempts at an unknown price have none."""
+    unbounded = any(doubt.upper_bound_usd is None for doubt in summary.possibly_billed)
+    if not unbounded:
+        return f"at most ${summary.possibly_billed_usd:,.6f}"
+    if not summary.possibly_billed_usd:
+        return "at a price that is not known"
+    return f"at most ${summary.possibly_billed_usd:,.6f} for those whose price is known"
 
 
 def lost_in_words(attempts: int) -> str:

@@ -23,7 +23,8 @@ from batchrun.rescue.remains import SALVAGED, Remains
 from batchrun.rundir import RunDirectory
 
 _KEPT_FACTS = (facts.ENTRY, "prices", variants.ENTRY, SINCE)  # and not that the run is finished
-_COUNTED = list(Usage.__struct_fields__)
+_TOLD = ("row", "status", "model", "attempts", "cost_usd", "reported_cost_usd")
+_COUNTED = [name for name in Usage.__struct_fields__ if name in TotalsLine.__struct_fields__]
 
 
 class Account:
@@ -47,7 +48,9 @@ class Account:
             self.chunks.append(chunk)
         self.reopened += reopened
         pending = {again.row for again in reopened}
-        for row in own.select(["row", "status", "model", "attempts", "cost_usd", *_COUNTED]).to_pylist():
+        for row in own.select(
+            ["row", "status", "model", "attempts", "cost_usd", "reported_cost_usd", *_COUNTED]
+        ).to_pylist():
             self.rows += 1
             self.standing[row["status"]] += row["row"] not in pending
             if row["row"] in self._watched:
@@ -101,6 +104,7 @@ def _added(line: TotalsLine, row: dict[str, Any]) -> TotalsLine:
         attempts=line.attempts + row["attempts"],
         cost_usd=line.cost_usd + (row["cost_usd"] or 0),
         unpriced=line.unpriced + (row["cost_usd"] is None),
+        reported_cost_usd=line.reported_cost_usd + (row["reported_cost_usd"] or 0),
         **{name: getattr(line, name) + (row[name] or 0) for name in _COUNTED},
     )
 

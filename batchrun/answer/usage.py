@@ -1,0 +1,296 @@
+"""What an answer says that it used and cost, in the words of any vendor. PURE.
+
+The common shape, OpenAI's, is read at once. All others are read by tables of names, drawn from the extractors of the
+price list `genai-prices` and the vendors' pages; docs/pricing.md has an example of each with its bill.
+"""
+
+from collections.abc import Iterable, Mapping
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+from batchrun.records import Usage
+
+MAX_COUNT = 10**9
+"""Tokens. No request has a billion; a larger count is an error of the server's that no bill should be made of."""
+
+MAX_USD = 1_000_000
+"""What no answer costs; a larger statement is not one of US dollars."""
+
+PICO = Decimal("1e-12")
+TICKS_PER_USD = 10**10
+"""docs.x.ai, "Cost Tracking": the unit of `cost_in_usd_ticks`."""
+
+LITELLM_COST = "x-litellm-response-cost"
+"""The header in which LiteLLM states the cost (docs.litellm.ai, "Response Headers"); 0 where it knows no price."""
+
+_COMMON = frozenset(
+    {"prompt_tokens", "completion_tokens", "total_tokens", "prompt_tokens_details", "completion_tokens_details"}
+)
+
+Path = tuple[str, ...]
+
+_PROMPT: tuple[Path, ...] = (
+    ("prompt_tokens",),  # OpenAI and who follows it
+    ("input_tokens",),  # Anthropic, OpenAI's Responses
+    ("promptTokenCount",),  # Google
+    ("inputTokens",),  # Bedrock
+    ("billed_units", "input_tokens"),  # Cohere
+    ("tokens", "input_tokens"),
+)
+_COMPLETION: tuple[Path, ...] = (
+    ("completion_tokens",),
+    ("output_tokens",),
+    ("candidatesTokenCount",),
+    ("outputTokens",),
+    ("billed_units", "output_tokens"),
+    ("tokens", "output_tokens"),
+)
+_TOTAL: tuple[Path, ...] = (("total_tokens",), ("totalTokenCount",), ("totalTokens",))
+_CACHED: tuple[Path, ...] = (
+    ("prompt_tokens_details", "cached_tokens"),
+    ("input_tokens_details", "cached_tokens"),
+    ("input_tokens_details", "cache_read_input_tokens"),  # Perplexity
+    ("prompt_cache_hit_tokens",),  # DeepSeek
+    ("cached_tokens",),  # Moonshot, Cohere
+    ("cache_read_input_tokens",),  # Anthropic, Databricks, LiteLLM
+    ("cached_prompt_text_tokens",),  # xAI
+    ("cachedContentTokenCount",),  # Google
+    ("cacheReadInputTokens",),  # Bedrock
+)
+_WRITTEN: tuple[Path, ...] = (
+    ("prompt_tokens_details", "cache_write_tokens"),  # OpenRouter
+    ("prompt_tokens_details", "cache_creation_input_tokens"),  # Alibaba
+    ("prompt_tokens_details", "cache_creation_tokens"),  # LiteLLM
+    ("input_tokens_details", "cache_write_tokens"),
+    ("cache_creation_input_tokens",),  # Anthropic
+    ("cacheWriteInputTokens",),  # Bedrock
+)
+_WRITTEN_1H: tuple[Path, ...] = (("cache_creation", "ephemeral_1h_input_tokens"),)
+_REASONING: tuple[Path, ...] = (
+    ("completion_tokens_details", "reasoning_tokens"),
+    ("output_tokens_details", "reasoning_tokens"),
+    ("output_tokens_details", "thinking_tokens"),  # Anthropic
+    ("reasoning_tokens",),  # Perplexity, Databricks, Modal
+    ("thoughtsTokenCount",),  # Google
+)
+_CACHE_BESIDE_PROMPT = frozenset({"input_tokens", "inputTokens"})
+"""Vendors that call the prompt so, and cache hits as below, count those beside it (Anthropic, Bedrock)."""
+
+_BESIDE: tuple[Path, ...] = (
+    ("cache_read_input_tokens",),
+    ("cache_creation_input_tokens",),
+    ("cacheReadInputTokens",),
+    ("cacheWriteInputTokens",),
+)
+_OUTPUT_BESIDE_COMPLETION: tuple[Path, ...] = (("thoughtsTokenCount",),)
+_PROMPT_BESIDE_PROMPT: tuple[Path, ...] = (("toolUsePromptTokenCount",),)
+
+
+def of_body(body: Mapping[str, Any]) -> Usage | None:
+    """The usage that a whole answer states, wherever it does so."""
+    stated = body.get("usage")
+    if isinstance(stated, dict) and stated.keys() <= _COMMON:
+        return _common(stated)
+    for usage in _places(body):
+        if (read := of(usage)) is not None:
+            return read
+    return None
+
+
+def of(usage: Any) -> Usage | None:
+    """Both counts that are billed, or None: half a usage can't be priced."""
+    if not isinstance(usage, dict):
+        return None
+    if usage.keys() <= _COMMON:
+        return _common(usage)
+    return _in_other_words(usage)
+
+
+def found_in(body: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The object that states a usage, or a part of one, in an event of a stream."""
+    return next((usage for usage in _places(body) if _said(usage, (*_PROMPT, *_COMPLETION))), None)
+
+
+def joined(earlier: dict[str, Any] | None, later: dict[str, Any]) -> dict[str, Any]:
+    """What two events of one stream state together: the later counts, but for nulls, and zeros of a closing event."""
+    if not earlier:
+        return later
+    if _in_sum(later) == 0 and _in_sum(earlier) > 0:
+        return earlier
+    return earlier | {name: value for name, value in later.items() if value is not None}
+
+
+def service_tier(body: Mapping[str, Any]) -> str | None:
+    """The tier that served the request: beside the answer, or in its usage (Anthropic)."""
+    tier = body.get("service_tier")
+    if tier is None:
+        usage = body.get("usage")
+        tier = usage.get("service_tier") if isinstance(usage, dict) else None
+    return tier[:100].lower() if isinstance(tier, str) else None
+
+
+def reported_cost(body: Mapping[str, Any]) -> Decimal | None:
+    """USD that the server itself states for the answer; None where it states none, or no sum of money.
+
+    `usage.cost`: OpenRouter (with the upstream's part where the key is one's own), an object at Perplexity.
+    `usage.cost_in_usd_ticks`: xAI. `usage.estimated_cost`: DeepInfra. `provider_metadata.gateway.cost`: Vercel.
+    """
+    usage = body.get("usage")
+    if isinstance(usage, dict) and not usage.keys() <= _COMMON:
+        if (ticks := _usd(usage.get("cost_in_usd_ticks"), most=MAX_USD * TICKS_PER_USD)) is not None:
+            return (ticks / TICKS_PER_USD).quantize(PICO)
+        for name in ("cost", "estimated_cost", "total_cost", "cost_usd"):
+            if (cost := _usd(usage.get(name))) is not None:
+                return cost + (_upstream(usage) if name == "cost" else 0)
+    for name in ("provider_metadata", "providerMetadata"):
+        if name in body and (cost := _usd(_at(body, (name, "gateway", "cost")))) is not None:
+            return cost
+    return None
+
+
+def cost_in_headers(headers: Mapping[str, str]) -> Decimal | None:
+    """USD that a gateway states in a header."""
+    return _usd(headers.get(LITELLM_COST)) or None
+
+
+def count(value: Any) -> int | None:
+    """A token count: an integer, or digits in a string as some servers send them; anything else is unknown."""
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 19:
+        value = int(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return value if whole and 0 <= value <= MAX_COUNT else None
+
+
+def _common(usage: Mapping[str, Any]) -> Usage | None:
+    prompt, completion = count(usage.get("prompt_tokens")), count(usage.get("completion_tokens"))
+    if prompt is None or completion is None:
+        return None
+    total = count(usage.get("total_tokens"))
+    cached = written = reasoning = None
+    if isinstance(details := usage.get("prompt_tokens_details"), dict):
+        cached = count(details.get("cached_tokens"))
+        if len(details) > 1:
+            written = _largest(usage, _WRITTEN)
+    if isinstance(details := usage.get("completion_tokens_details"), dict):
+        reasoning = count(details.get("reasoning_tokens"))
+    if total is None:
+        total = prompt + completion
+    if reasoning is not None and reasoning > completion:
+        total = max(total, prompt + completion + reasoning)  # more than the completion: it can't be a part of it
+    return Usage(prompt, completion, total, cached, reasoning, written)
+
+
+def _in_other_words(usage: Mapping[str, Any]) -> Usage | None:
+    prompt, completion = _first(usage, _PROMPT), _first(usage, _COMPLETION)
+    if completion is None and _first(usage, (("promptTokenCount",),)) is not None:
+        completion = 0  # Google leaves out a count of nothing
+    if prompt is None or completion is None:
+        return None
+    cached, written = _largest(usage, _CACHED), _largest(usage, _WRITTEN)
+    reasoning, total = _largest(usage, _REASONING), _first(usage, _TOTAL)
+    cache = (cached or 0) + (written or 0)
+    if _cache_is_beside(usage, prompt, completion, cache, total):
+        prompt += cache
+    prompt += _sum(usage, _PROMPT_BESIDE_PROMPT)
+    completion += _sum(usage, _OUTPUT_BESIDE_COMPLETION)
+    output = completion + _outside(usage, completion, reasoning or 0)
+    total = prompt + output if total is None else total
+    if output > completion:
+        total = max(total, prompt + output)
+    return Usage(prompt, completion, total, cached, reasoning, written, _largest(usage, _WRITTEN_1H))
+
+
+def _cache_is_beside(usage: Mapping[str, Any], prompt: int, completion: int, cache: int, total: int | None) -> bool:
+    """True where the cache's tokens are not among those of the prompt: by the vendor's names, or by the total."""
+    if not cache:
+        return False
+    if "prompt_tokens" not in usage and _CACHE_BESIDE_PROMPT & usage.keys() and _said(usage, _BESIDE):
+        return True
+    return total is not None and total == prompt + completion + cache and _said(usage, _BESIDE)
+
+
+def _outside(usage: Mapping[str, Any], completion: int, reasoning: int) -> int:
+    """Output that is billed beside the completion and, at these vendors, is not in the total either."""
+    if "citation_tokens" in usage or "num_search_queries" in usage:  # Perplexity
+        return reasoning + (count(usage.get("citation_tokens")) or 0)
+    if reasoning > completion:
+        return reasoning
+    if "total_tokens" not in usage and ("cost_in_usd_ticks" in usage or "num_sources_used" in usage):  # xAI
+        return reasoning
+    return 0
+
+
+def _places(body: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
+    """The objects that state a usage: of the answer, of Groq's and Google's envelopes, of choices."""
+    for path in (("usage",), ("x_groq", "usage"), ("usageMetadata",), ("usage_metadata",), ("result", "usage")):
+        if isinstance(usage := _at(body, path), dict):
+            yield usage
+    choices = body.get("choices")
+    told = [choice["usage"] for choice in choices if _has_usage(choice)] if isinstance(choices, list) else []
+    if told:
+        yield told[0] if len(told) == 1 else _of_choices(told)
+
+
+def _has_usage(choice: Any) -> bool:
+    return isinstance(choice, dict) and isinstance(choice.get("usage"), dict)
+
+
+def _of_choices(told: list[dict[str, Any]]) -> dict[str, Any]:
+    """One usage of several choices' (Moonshot): the prompt is read once, each completion is written."""
+    completions = sum(_first(usage, _COMPLETION) or 0 for usage in told)
+    prompt = max(_first(usage, _PROMPT) or 0 for usage in told)
+    return told[0] | {
+        "prompt_tokens": prompt,
+        "completion_tokens": completions,
+        "total_tokens": prompt + completions,
+    }
+
+
+def _at(value: Any, path: Path) -> Any:
+    for name in path:
+        if not isinstance(value, dict):
+            return None
+        value = value.get(name)
+    return value
+
+
+def _first(usage: Mapping[str, Any], paths: tuple[Path, ...]) -> int | None:
+    return next((number for path in paths if (number := count(_at(usage, path))) is not None), None)
+
+
+def _largest(usage: Mapping[str, Any], paths: tuple[Path, ...]) -> int | None:
+    """Vendors that state one figure under two names leave one of them at 0."""
+    return max((number for path in paths if (number := count(_at(usage, path))) is not None), default=None)
+
+
+def _sum(usage: Mapping[str, Any], paths: tuple[Path, ...]) -> int:
+    return sum(count(_at(usage, path)) or 0 for path in paths)
+
+
+def _said(usage: Mapping[str, Any], paths: tuple[Path, ...]) -> bool:
+    return any(count(_at(usage, path)) is not None for path in paths)
+
+
+def _in_sum(usage: Mapping[str, Any]) -> int:
+    return (_first(usage, _PROMPT) or 0) + (_first(usage, _COMPLETION) or 0)
+
+
+def _upstream(usage: Mapping[str, Any]) -> Decimal:
+    """What the upstream vendor bills by itself, because the key is the user's own there."""
+    upstream = _usd(_at(usage, ("cost_details", "upstream_inference_cost")))
+    return upstream if usage.get("is_byok") is True and upstream is not None else Decimal(0)
+
+
+def _usd(value: Any, most: int = MAX_USD) -> Decimal | None:
+    """A sum of money as JSON has it: a number, digits in a text, or an object with a total."""
+    if isinstance(value, dict):
+        value = value.get("total_cost", value.get("total"))
+    if isinstance(value, bool) or not isinstance(value, int | float | str) or len(str(value)) > 60:
+        return None
+    try:
+        usd = Decimal(str(value))
+    except InvalidOperation:
+        return None
+    return usd.quantize(PICO) if usd.is_finite() and 0 <= usd <= min(most, 10**15) else None
