@@ -44,7 +44,7 @@ lint: .venv/test
 	$(BIN)/mypy
 	$(BIN)/mypy sample_inputs/make.py sample_inputs/packages.py
 	$(BIN)/mypy benchmarks/fixed_answer.py benchmarks/throughput.py benchmarks/durability.py benchmarks/streams.py
-	$(BIN)/mypy benchmarks/limits.py benchmarks/second_client.py benchmarks/retry_client.py
+	$(BIN)/mypy benchmarks/limits.py benchmarks/second_client.py benchmarks/retry_client.py benchmarks/wire.py
 
 check: lint test
 
@@ -52,6 +52,7 @@ bench: .venv/test
 	$(BIN)/python benchmarks/throughput.py 20000 200000
 	$(BIN)/python benchmarks/durability.py
 	$(BIN)/python benchmarks/streams.py 64 5000000
+	$(BIN)/python benchmarks/wire.py
 
 bench-limits: .venv/test     # ONLY=told,shared: some scenarios; LONG=1: outages of ten minutes (docs/benchmarks.md)
 	$(BIN)/python benchmarks/limits.py $(if $(ONLY),--only $(ONLY)) $(if $(LONG),--long)

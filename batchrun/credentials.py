@@ -29,12 +29,15 @@ class Credentials:
         self.warning = warning
         forms = sorted({form for secret in secrets for form in _forms(secret)}, key=len, reverse=True)
         self._forms = tuple(forms)
+        self._shortest_bytes = min(map(len, forms), default=0)
 
     def __repr__(self) -> str:
         return "Credentials(…)"
 
     def clean(self, raw: bytes) -> bytes:
         """`raw` with every form of every secret replaced."""
+        if len(raw) < self._shortest_bytes:
+            return raw
         for form in self._forms:  # a plain search per form: a tenth of a regular expression's cost
             if form in raw:
                 raw = raw.replace(form, REDACTED)

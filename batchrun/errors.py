@@ -86,7 +86,10 @@ class RunStoppedError(BatchrunError):
 
 
 class APIError(BatchrunError):
-    """What one exchange with the endpoint came to, when it was not a completion."""
+    """What one exchange with the endpoint came to, when it was not a completion. Can be pickled."""
+
+    def __reduce__(self) -> tuple[object, ...]:  # the usual way calls the class without its keyword arguments
+        return _restored, (type(self), self.args, vars(self))
 
 
 class APIConnectionError(APIError):
@@ -131,3 +134,10 @@ class RateLimitError(APIStatusError):
 
 class InternalServerError(APIStatusError):
     """5xx: the server's own trouble."""
+
+
+def _restored(kind: type[APIError], args: tuple[object, ...], fields: dict[str, object]) -> APIError:
+    """The error that was pickled."""
+    error = kind.__new__(kind, *args)
+    vars(error).update(fields)
+    return error

@@ -1,9 +1,9 @@
 """One invocation: one start of a run, this process's share of it. The picture of the whole:
 
-    source ─→ request ─→ gate ─→ client ─→ policy ─→ checkpoint ─→ output ─→ report
+    source ─→ request ─→ gate ─→ transport ─→ policy ─→ checkpoint ─→ output ─→ report
 
 A start takes the lock, makes its plan (`plan`: the source is read and checked, or the run is gone on with), has every
-pending row asked (`asking`: the workers of `pipeline` walk request, gate, client, policy and checkpoint; full chunks
+pending row asked (`asking`: the workers of `pipeline` walk request, gate, transport, policy and checkpoint; full chunks
 become parts), and writes the result. Every way out leaves a summary.json that says where the run stands.
 """
 

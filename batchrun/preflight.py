@@ -23,9 +23,9 @@ def _the_simulator_can_be_had(job: Job, directory: RunDirectory) -> None:
 
 def _certificates_can_be_read(job: Job, directory: RunDirectory) -> None:
     if job.endpoint.ca_file is not None:
-        from batchrun.client import ssl_context  # aiohttp, 0.2 s: only for a job that names one
+        from batchrun.transport.connector import ssl_context_of  # aiohttp, 0.2 s: only for a job that names one
 
-        ssl_context(job.endpoint)
+        ssl_context_of(job.endpoint)
 
 
 def _the_output_can_be_written(job: Job, directory: RunDirectory) -> None:

@@ -1,10 +1,12 @@
 """A server that gives every request the same small answer at once: a target that is never the bottleneck.
 
-python benchmarks/fixed_answer.py        # prints its URL, serves until killed
+python benchmarks/fixed_answer.py [PEM]  # prints its URL, serves until killed; over TLS with certificate and key in PEM
 """
 
 import asyncio
 import signal
+import ssl
+import sys
 from typing import cast
 
 import msgspec
@@ -55,8 +57,12 @@ class FixedAnswer(asyncio.Protocol):
 
 async def main() -> None:
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(FixedAnswer, "127.0.0.1", 0)
-    print(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", flush=True)
+    tls = None
+    if len(sys.argv) > 1:
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        tls.load_cert_chain(sys.argv[1])
+    server = await loop.create_server(FixedAnswer, "127.0.0.1", 0, ssl=tls)
+    print(f"{'https' if tls else 'http'}://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", flush=True)
     ended = asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, ended.set)
     await ended.wait()

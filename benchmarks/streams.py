@@ -1,4 +1,4 @@
-"""Memory and CPU of many long streams at once, read by batchrun's client from a server process on this machine.
+"""Memory and CPU of many long streams at once, read by batchrun's transport from a server process on this machine.
 
     python benchmarks/streams.py 64 5000000      # streams at once, bytes of each; about ten seconds
 
@@ -47,18 +47,17 @@ async def serve(size: int) -> None:
 
 async def read(port: int, streams: int) -> dict[str, float]:
     from batchrun.answer import answer
-    from batchrun.client import Client
     from batchrun.credentials import Credentials
     from batchrun.job.job import Endpoint
-    from batchrun.records import Request
+    from batchrun.transport.transport import choose, opened
 
     url = f"http://127.0.0.1:{port}/v1/chat/completions"
     key = "sk-bench-8d1f3b7a"
     credentials = Credentials({"Authorization": f"Bearer {key}"}, frozenset({key}))
-    async with Client(url, Endpoint(url, api_key_env="KEY"), credentials) as client:
+    endpoint = Endpoint(url, api_key_env="KEY")
+    async with opened(choose(endpoint), url, endpoint, credentials) as transport:
         before_kb, cpu_s, started = memory_kb("VmRSS"), time.process_time(), time.monotonic()
-        requests = [Request(row, b"k" * 16, b"{}", "m", 10, 10) for row in range(streams)]
-        attempts = await asyncio.gather(*(client.send(request, "bench") for request in requests))
+        attempts = await asyncio.gather(*(transport.send(b"{}", "bench") for _ in range(streams)))
         elapsed_s, cpu_s = time.monotonic() - started, time.process_time() - cpu_s
         grown_kb = memory_kb("VmHWM") - before_kb
     assert all(attempt.error is None for attempt in attempts)

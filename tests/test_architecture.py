@@ -31,8 +31,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "request": frozenset({"errors", "job", "records", "durable"}),
     "gate": frozenset({"errors", "job", "records"}),
     "answer": frozenset({"records", "credentials"}),
-    "connections": frozenset(),
-    "client": frozenset({"errors", "job", "records", "credentials", "answer", "connections"}),
+    "transport": frozenset({"errors", "job", "records", "credentials", "answer"}),
     "policy": frozenset({"job", "records", "answer"}),
     "checkpoint": frozenset({"errors", "job", "records", "prices", "durable", "columns", "source"}),
     "output": frozenset(
@@ -60,7 +59,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
                 "signals",
                 "open_files",
             ),
-            *("request", "gate", "answer", "client", "policy", "checkpoint", "output", "report", "plan"),
+            *("request", "gate", "answer", "transport", "policy", "checkpoint", "output", "report", "plan"),
         }
     ),
     "invocation": frozenset(
@@ -80,7 +79,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "simulated": frozenset({"errors", "job", "credentials", "simulator"}),
     "terminal": frozenset({"records", "report", "streams"}),
     # who starts it
-    "preflight": frozenset({"job", "rundir", "credentials", "simulated", "open_files", "client"}),
+    "preflight": frozenset({"job", "rundir", "credentials", "simulated", "open_files", "transport"}),
     "start": frozenset(
         {
             *("errors", "job", "records", "credentials", "rundir", "simulated", "streams", "preflight"),
@@ -111,7 +110,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
 """From the ground up: each package or module with those that it imports, all of which stand above it."""
 
 SOLE_IMPORTERS: dict[str, frozenset[str]] = {
-    "aiohttp": frozenset({"client", "connections", "simulator"}),
+    "aiohttp": frozenset({"transport", "simulator"}),
     "aiolimiter": frozenset({"gate.gate"}),
     "sqlite3": frozenset({"checkpoint.database"}),
     "click": frozenset({"cli"}),
@@ -204,10 +203,8 @@ def test_a_library_is_imported_only_where_it_belongs(library: str) -> None:
     assert all(any(user == place or user.startswith(f"{place}.") for user in users) for place in allowed)
 
 
-def test_only_the_client_opens_connections() -> None:
-    names = {
-        name for _, file in modules() if file.name not in ("client.py", "connections.py") for name in imported(file)
-    }
+def test_only_the_transport_opens_connections() -> None:
+    names = {name for module, file in modules() if module != "transport" for name in imported(file)}
     assert {name for name in names if name.startswith("aiohttp")} <= {"aiohttp.web"}
 
 

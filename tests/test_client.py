@@ -6,14 +6,13 @@ import gzip
 import inspect
 import os
 import resource
-import select
 import socket
 import ssl
 import time
 import zlib
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import aiohttp
 import pytest
@@ -21,13 +20,15 @@ from aiohttp.client_reqrep import ConnectionKey
 from yarl import URL
 
 from batchrun.answer.encoding import Unpacker
-from batchrun.client import Client, translate
-from batchrun.connections import TCP_KEEPALIVE_S, KeepAlive, Link, open_socket
-from batchrun.credentials import Credentials
 from batchrun.errors import APITimeoutError, JobError
 from batchrun.job.job import Endpoint
 from batchrun.policy import FAULT_VERDICTS
-from batchrun.records import Attempt, Request, Verdict
+from batchrun.records import Attempt, Verdict
+from batchrun.transport import keep_alive as rules
+from batchrun.transport.connector import TCP_KEEPALIVE_S, open_socket
+from batchrun.transport.faults import translate
+from batchrun.transport.keep_alive import KeepAlive, Loss
+from batchrun.transport.transport import Transport
 from tests.fault_server import (
     FINE,
     Exchange,
@@ -40,25 +41,13 @@ from tests.fault_server import (
     sends,
     serving,
 )
+from tests.wires import KEY, client_of, run, wire
 
-KEY = "sk-canary-4711"
-T = TypeVar("T")
-
-
-def request(body: bytes = b'{"model":"m"}', row: int = 0) -> Request:
-    return Request(row, b"k" * 16, body, "m", 10, 10)
-
-
-def client_of(url: str, **endpoint: Any) -> Client:
-    return Client(
-        url,
-        Endpoint(url, api_key_env="KEY", **endpoint),
-        Credentials({"Authorization": f"Bearer {KEY}"}, frozenset({KEY})),
-    )
+__all__ = ["wire"]  # the fixture that runs each test on every wire
 
 
 @contextlib.asynccontextmanager
-async def sweeping(client: Client) -> AsyncIterator[None]:
+async def sweeping(client: Transport) -> AsyncIterator[None]:
     """What the run's heartbeat does, more often."""
 
     async def sweep() -> None:
@@ -78,10 +67,10 @@ def asked(script: Script, *bodies: bytes, **endpoint: Any) -> tuple[list[Attempt
 
     async def main() -> tuple[list[Attempt], FaultServer]:
         async with serving(script) as server, client_of(server.url, **endpoint) as client, sweeping(client):
-            attempts = [await client.send(request(body), f"run-{n}-1") for n, body in enumerate(bodies or (b"{}",))]
+            attempts = [await client.send(body, f"run-{n}-1") for n, body in enumerate(bodies or (b"{}",))]
             return attempts, server
 
-    return asyncio.run(main())
+    return run(main())
 
 
 def ended(script: Script, **endpoint: Any) -> Attempt:
@@ -240,26 +229,28 @@ def test_a_keep_alive_that_is_closed_every_time_costs_no_answer_and_no_second_se
     async def main() -> None:
         async with serving(sends(answer(), then=closes)) as server, client_of(server.url) as client:
             for n in range(20):
-                attempt = await client.send(request(b"%d" % n), "x")
+                attempt = await client.send(b"%d" % n, "x")
                 assert (kind_of(attempt), attempt.body) == (None, FINE)
                 await asyncio.sleep(pause_s)
             assert [exchange.body for exchange in server.exchanges] == [b"%d" % n for n in range(20)]
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_a_connection_that_was_closed_while_nobody_looked_is_not_used() -> None:
     async def main() -> None:
         async with serving(sends(answer())) as server, client_of(server.url) as client:
             for _ in range(2):  # the second shows that the server keeps connections open
-                await client.send(request(), "x")
-            server.exchanges[0].writer.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+                await client.send(b"{}", "x")
+            servers_end = server.exchanges[0].writer.get_extra_info("socket")
+            with socket.socket(fileno=os.dup(servers_end.fileno())) as same:
+                same.shutdown(socket.SHUT_RDWR)
             asyncio.get_running_loop().call_soon(time.sleep, 0.2)  # the loop is busy, and sees it late
-            attempt = await client.send(request(), "x")
+            attempt = await client.send(b"{}", "x")
             assert (kind_of(attempt), attempt.body) == (None, FINE)
             assert (server.connections, len(server.exchanges)) == (2, 3)
 
-    asyncio.run(main())
+    run(main())
 
 
 def dropping_the_second(how: Script) -> Script:
@@ -298,12 +289,12 @@ def test_an_idle_connection_that_ends_later_than_two_round_trips_is_in_doubt_too
     async def main() -> None:
         script = dropping_the_second(bills_and_ends)
         async with serving(script) as server, client_of(server.url) as client:
-            await client.send(request(b"0"), "x")
+            await client.send(b"0", "x")
             await asyncio.sleep(1.05)
-            assert kind_of(await client.send(request(b"1"), "x")) == "reset"
+            assert kind_of(await client.send(b"1", "x")) == "reset"
             assert len(server.exchanges) == 2
 
-    asyncio.run(main())
+    run(main())
 
 
 @contextlib.asynccontextmanager
@@ -348,11 +339,11 @@ def test_an_idle_connection_that_a_gateway_has_forgotten_is_free_and_tried_on_a_
             async with client_of(url, ca_file=f"{certificate}.crt") as client:
                 for n, idle_s in enumerate((0.0, 0.0, 1.1, 0.0)):
                     await asyncio.sleep(idle_s)
-                    attempt = await client.send(request(b"%d" % n), "x")
+                    attempt = await client.send(b"%d" % n, "x")
                     assert (kind_of(attempt), attempt.body) == (None, FINE)
             assert [exchange.body for exchange in server.exchanges] == [b"%d" % n for n in range(4)]
 
-    asyncio.run(main())
+    run(main())
 
 
 @pytest.mark.parametrize(
@@ -370,8 +361,8 @@ def test_an_idle_connection_that_a_gateway_has_forgotten_is_free_and_tried_on_a_
 def test_only_a_connection_that_was_idle_and_ends_within_two_round_trips_is_stale(
     idle_s: float | None, ended_after_s: float, stale: bool
 ) -> None:
-    link = Link(select.poll(), idle_s)
-    assert link.was_stale(ended_after_s, round_trip_s=0.020) is stale
+    loss = Loss(idle_s, ended_after_s, round_trip_s=0.020, heard_bytes=0, unsent=False)
+    assert rules.kind_of(loss) == ("stale_connection" if stale else "reset")
 
 
 @pytest.mark.parametrize("closes_after_s", [0.0, 0.001, 0.005, 0.02, 0.04])
@@ -394,27 +385,27 @@ def test_a_server_that_closes_each_connection_behind_its_answer_leaves_nothing_i
 
             async def work() -> None:
                 for _ in range(10):
-                    attempt = await client.send(request(), "x")
+                    attempt = await client.send(b"{}", "x")
                     assert (kind_of(attempt), attempt.body) == (None, FINE)
 
             await asyncio.gather(*(work() for _ in range(workers)))
             assert len(server.exchanges) == 10 * workers
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_reusing_connections_begins_with_one_and_ends_when_two_in_a_row_are_dropped() -> None:
-    keep_alive, links = KeepAlive(), [Link(select.poll(), 0.1) for _ in range(4)]
+    keep_alive, links = KeepAlive(), [object() for _ in range(4)]
     assert keep_alive.may_try(0.0)
     keep_alive.try_(links[0])
     assert not keep_alive.may_try(0.0), "one at a time"
-    keep_alive.end(links[0], 1.0, answered=None)  # its own deadline says nothing of the server
+    keep_alive.end(links[0], 1.0, reused=True, answered=None)  # its own deadline says nothing of the server
     assert keep_alive.may_try(1.0)
     keep_alive.try_(links[1])
-    keep_alive.end(links[1], 2.0, answered=True)
+    keep_alive.end(links[1], 2.0, reused=True, answered=True)
     proven = [keep_alive.proven]
     for answered in (False, True, False, False):
-        keep_alive.end(links[2], 3.0, answered=answered)
+        keep_alive.end(links[2], 3.0, reused=True, answered=answered)
         proven.append(keep_alive.proven)
     assert proven == [True, True, True, True, False]
     assert not keep_alive.may_try(62.9)
@@ -442,9 +433,9 @@ def test_a_large_request_of_which_a_part_never_left_was_certainly_not_served() -
         server = await asyncio.start_server(connected, "127.0.0.1", 0)
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
         async with server, client_of(url) as client:
-            return await client.send(request(bytes(40_000_000)), "x")
+            return await client.send(bytes(40_000_000), "x")
 
-    attempt = asyncio.run(main())
+    attempt = run(main())
     assert attempt.error is not None
     assert (attempt.error.kind, attempt.error.sent) == ("lost_before_send", True)
     assert FAULT_VERDICTS["lost_before_send"] is Verdict.FREE
@@ -459,9 +450,9 @@ def test_a_request_that_has_left_us_may_have_been_served_though_the_server_says_
         server = await asyncio.start_server(connected, "127.0.0.1", 0)
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
         async with server, client_of(url) as client:
-            return await client.send(request(bytes(10_000)), "x")
+            return await client.send(bytes(10_000), "x")
 
-    assert kind_of(asyncio.run(main())) == "reset"
+    assert kind_of(run(main())) == "reset"
 
 
 @pytest.mark.parametrize("interim", [b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 103 Early Hints\r\n\r\n"])
@@ -483,9 +474,9 @@ def test_a_tls_connection_that_says_goodbye_before_its_answer_is_in_doubt(certif
             serving(dropping_the_second(closes), context) as server,
             client_of(server.url, ca_file=f"{certificate}.crt") as client,
         ):
-            return [kind_of(await client.send(request(), "x")) for _ in range(3)]
+            return [kind_of(await client.send(b"{}", "x")) for _ in range(3)]
 
-    assert asyncio.run(main()) == [None, "reset", None]
+    assert run(main()) == [None, "reset", None]
 
 
 @pytest.mark.parametrize("how", [closes, resets], ids=["FIN", "RST"])
@@ -581,14 +572,14 @@ def test_a_deadline_ends_its_own_attempt_only_and_the_worker_goes_on() -> None:
 def test_a_worker_that_is_cancelled_at_its_deadline_is_cancelled() -> None:
     async def main() -> None:
         async with serving(Exchange.silence) as server, client_of(server.url, attempt_timeout_s=0.05) as client:
-            task = asyncio.create_task(client.send(request(), "x"))
+            task = asyncio.create_task(client.send(b"{}", "x"))
             await asyncio.sleep(0.1)
             assert client.expire() == 1
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_a_gzip_bomb_ends_at_the_bound_in_bounded_memory() -> None:
@@ -621,19 +612,19 @@ def test_a_redirect_is_not_followed() -> None:
             for status in ("301 M", "302 F", "303 S", "307 T", "308 P"):
                 moved = sends(answer(b"", f"Location: {other.url}", status=status))
                 async with serving(moved) as server, client_of(server.url) as client:
-                    attempt = await client.send(request(), "x")
+                    attempt = await client.send(b"{}", "x")
                 assert (attempt.http_status, attempt.error) == (int(status[:3]), None)
             assert other.connections == 0
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_a_name_that_does_not_exist_is_dns() -> None:
     async def main() -> Attempt:
         async with client_of("https://api.batchrun.invalid/v1") as client:
-            return await client.send(request(), "x")
+            return await client.send(b"{}", "x")
 
-    attempt = asyncio.run(main())
+    attempt = run(main())
     assert attempt.error is not None
     assert (attempt.error.kind, attempt.error.sent) == ("dns", False)
 
@@ -648,9 +639,9 @@ def _unused_port() -> int:
 def test_a_port_where_nobody_listens_is_refused(scheme: str) -> None:
     async def main() -> Attempt:
         async with client_of(f"{scheme}://127.0.0.1:{_unused_port()}/v1") as client:
-            return await client.send(request(), "x")
+            return await client.send(b"{}", "x")
 
-    attempt = asyncio.run(main())
+    attempt = run(main())
     assert attempt.error is not None
     assert (attempt.error.kind, attempt.error.sent) == ("refused", False)
 
@@ -659,9 +650,9 @@ def test_a_connection_that_is_never_taken_ends_at_the_connect_timeout() -> None:
     async def main() -> Attempt:
         with black_hole() as port:
             async with client_of(f"http://127.0.0.1:{port}/v1", connect_timeout_s=0.2) as client:
-                return await client.send(request(), "x")
+                return await client.send(b"{}", "x")
 
-    attempt = asyncio.run(main())
+    attempt = run(main())
     assert attempt.error is not None
     assert (attempt.error.kind, attempt.error.sent) == ("connect", False)
     assert attempt.latency_s < 2
@@ -680,9 +671,9 @@ def over_tls(certificate: Path, **endpoint: Any) -> tuple[Attempt, FaultServer]:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(certificate)
         async with serving(sends(answer()), context) as server, client_of(server.url, **endpoint) as client:
-            return await client.send(request(), "x"), server
+            return await client.send(b"{}", "x"), server
 
-    return asyncio.run(main())
+    return run(main())
 
 
 def test_a_certificate_that_nobody_vouches_for_is_refused_before_anything_is_said(certificate: Path) -> None:
@@ -703,21 +694,22 @@ def test_a_ca_file_that_is_none_is_named(tmp_path: Path, text: str | None) -> No
     if text:
         file.write_text(text)
     with pytest.raises(JobError, match=r"endpoint\.ca_file: can't load .*ca\.pem"):
-        asyncio.run(_made(str(file)))
+        run(_made(str(file)))
 
 
 async def _made(ca_file: str) -> None:
-    client_of("https://h", ca_file=ca_file)
+    async with client_of("https://h", ca_file=ca_file):
+        pass
 
 
 def test_plain_http_on_a_tls_port_is_tls_trouble() -> None:
     async def main() -> Attempt:
         async with serving(sends(answer())) as server:
-            client = client_of(server.url.replace("http:", "https:"), connect_timeout_s=0.5)
-            async with client:
-                return await client.send(request(), "x")
+            url = server.url.replace("http:", "https:")
+            async with client_of(url, connect_timeout_s=0.5) as client:
+                return await client.send(b"{}", "x")
 
-    attempt = asyncio.run(main())
+    attempt = run(main())
     assert attempt.error is not None
     assert attempt.error.kind in ("tls", "connect")
     assert not attempt.error.sent
@@ -783,8 +775,8 @@ def test_every_exception_of_aiohttps_has_a_kind_that_the_policy_knows(kind: type
 def test_the_key_is_not_in_what_an_exception_says() -> None:
     async def main() -> Attempt:
         async with client_of("http://127.0.0.1:1/" + KEY) as client:
-            return await client.send(request(), "x")
+            return await client.send(b"{}", "x")
 
-    attempt = asyncio.run(main())
+    attempt = run(main())
     assert KEY not in str(attempt.error)
     assert KEY not in repr(attempt)

@@ -394,6 +394,7 @@ OTHER_VALUES: Mapping[str, object] = {
     "endpoint.auth": "none",
     "endpoint.max_tokens_field": "max_completion_tokens",
     "endpoint.developer_role": "system",
+    "endpoint.transport": "session",
     "request.image_detail": "low",
     "request.reasoning_effort": "low",
     "request.functions": [{"name": "f", "parameters": {"type": "object"}}],

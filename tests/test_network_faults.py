@@ -38,6 +38,9 @@ from tests.fault_server import (
     serving_aside,
 )
 from tests.jobs import job_over, write_lines
+from tests.wires import transport_on_test, wire_of_runs
+
+__all__ = ["wire_of_runs"]  # the fixture that runs each test on both wires
 
 FAULTY = 5
 """The row that meets the fault; the others are answered."""
@@ -59,7 +62,8 @@ class Told(NamedTuple):
 def ask(folder: Path, url: str, rows: int = 12, *, speed: float = 10.0, **tables: dict[str, Any]) -> Told:
     """The run over rows `item 0`, `item 1` … on a fast clock, in this process."""
     source = write_lines(folder / "in.jsonl", [{"text": f"item {row}."} for row in range(rows)])
-    endpoint = {"url": url, "api_key_env": KEY_ENV, **tables.pop("endpoint", {})}
+    fixed = {"url": url, "api_key_env": KEY_ENV, "transport": transport_on_test()}
+    endpoint = {**fixed, **tables.pop("endpoint", {})}
     job = job_over(source, **{"endpoint": endpoint, "retry": QUICK_RETRY, **tables})
     key = credentials.read(job.endpoint, {KEY_ENV: KEY})
     summary = invocation.run(job, RunDirectory(folder / "out"), key, loop_factory=fast_clock(speed))

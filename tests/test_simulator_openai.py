@@ -12,11 +12,11 @@ import pytest
 from openai.types import CompletionUsage
 
 from batchrun.answer import answer as answers
-from batchrun.client import Client
 from batchrun.credentials import Credentials
 from batchrun.job.job import Endpoint
-from batchrun.records import Answer, FunctionCall, Request, Usage
+from batchrun.records import Answer, FunctionCall, Usage
 from batchrun.simulator import SimulatorConfig
+from batchrun.transport.transport import choose, opened
 from tests.pictures import OF_TYPE, data_url
 from tests.simulator_process import RunningSimulator, running_simulator
 
@@ -150,18 +150,19 @@ def test_too_many_requests_are_429_with_the_time_to_wait() -> None:
         assert [(line.status, line.billed) for line in simulator.ledger()] == [(200, True), (429, False)]
 
 
-# -- batchrun's own client, beside it
+# -- batchrun's own transport, beside it
 
 
 def ours(simulator: RunningSimulator, **fields: Any) -> Answer:
-    """What batchrun's client makes of the same request, streamed."""
+    """What batchrun's transport makes of the same request, streamed."""
     asked = {"model": "vtrix-x", "messages": [{"role": "user", "content": "Hi"}], "stream": True, **fields}
     url = f"{simulator.url}/chat/completions"
 
     async def main() -> Answer:
         credentials = Credentials({"Authorization": "Bearer sk-right"}, frozenset({"sk-right"}))
-        async with Client(url, Endpoint(url, api_key_env="KEY"), credentials) as client:
-            attempt = await client.send(Request(0, b"k" * 16, json.dumps(asked).encode(), "vtrix-x", 10, 10), "x")
+        endpoint = Endpoint(url, api_key_env="KEY")
+        async with opened(choose(endpoint), url, endpoint, credentials) as transport:
+            attempt = await transport.send(json.dumps(asked).encode(), "x")
             assert attempt.error is None
             assert attempt.streamed
             assert attempt.time_to_first_token_s is not None

@@ -16,7 +16,10 @@ from batchrun.errors import APITimeoutError
 from batchrun.job.job import Retry
 from batchrun.records import Attempt, Verdict
 from tests.fault_server import Exchange, Script, serving
-from tests.test_client import KEY, asked, client_of, closes, kind_of, request, resets
+from tests.test_client import asked, closes, kind_of, resets
+from tests.wires import KEY, client_of, run, wire
+
+__all__ = ["wire"]  # the fixture that runs each test on every wire
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nTransfer-Encoding: chunked\r\n\r\n"
 END = b"0\r\n\r\n"
@@ -225,13 +228,12 @@ def test_the_connection_of_a_stream_that_ended_behind_its_last_event_is_used_aga
     async def main() -> int:
         async with serving(script) as server, client_of(server.url) as client:
             for body in bodies:
-                attempt = await client.send(request(body), "x")
+                attempt = await client.send(body, "x")
                 assert (attempt.error, content(attempt)) == (None, "Fine.")
-                while not client._tails[-1].closed:
-                    await asyncio.sleep(0.01)
+                await asyncio.sleep(0.05)  # the end of the response has come
             return server.connections
 
-    assert asyncio.run(main()) == 1
+    assert run(main()) == 1
 
 
 def test_a_connection_that_stays_open_behind_the_last_event_is_closed_by_the_next_sweep() -> None:
@@ -245,14 +247,14 @@ def test_a_connection_that_stays_open_behind_the_last_event_is_closed_by_the_nex
     async def main() -> int:
         async with serving(script) as server, client_of(server.url) as client:
             for body in (b"0", b"1", b"2"):
-                assert content(await client.send(request(body), "x")) == "Fine."
+                assert content(await client.send(body, "x")) == "Fine."
             assert closed == []
             assert client.expire() == 0
             while len(closed) < 3:
                 await asyncio.sleep(0.01)
             return server.connections
 
-    assert asyncio.run(asyncio.wait_for(main(), 30)) == 3
+    assert run(asyncio.wait_for(main(), 30)) == 3
     assert sorted(closed) == [b"0", b"1", b"2"]
 
 

@@ -1,7 +1,7 @@
 """A body's Content-Encoding (RFC 9110, section 8.4): gzip and deflate are asked for and unpacked, in bounded memory.
 
-The client does this itself because its library reads no status from an answer whose encoding it can't unpack: such an
-answer would look like none.
+The transport does this itself because its library reads no status from an answer whose encoding it can't unpack: such
+an answer would look like none.
 """
 
 import zlib

@@ -18,7 +18,6 @@ from batchrun.asking.pipeline import Pipeline
 from batchrun.checkpoint import slots
 from batchrun.checkpoint.checkpoint import Checkpoint
 from batchrun.checkpoint.spent import Spent
-from batchrun.client import MAX_TAILS, Client
 from batchrun.credentials import Credentials
 from batchrun.errors import BatchrunError, ExitCode
 from batchrun.gate.accounts import BURST_S
@@ -36,6 +35,9 @@ from batchrun.records import Summary
 from batchrun.report.summary import plural, unknown_reason
 from batchrun.request.image_digests import ImageDigests
 from batchrun.rundir import RunDirectory
+from batchrun.transport import transport as wires
+from batchrun.transport.connector import MAX_TAILS
+from batchrun.transport.transport import Transport
 
 GRACE_S = 20.0
 """How long the first signal lets requests in flight end; Kubernetes kills after 30."""
@@ -114,11 +116,13 @@ class Asking:
         self._gate = gate = self._open_gate(loop)
         flying = slots.Slots(self._directory.inflight, self._in_flight)
         checked = ImageDigests(self._directory.images_of(self._plan.facts.layout))
-        async with Client(self._job.url, self._job.endpoint, self._credentials, tails=tails) as client:
-            self._pipeline = pipeline = self._open_pipeline(client, flying, checked, loop)
+        wire = wires.choose(self._job.endpoint)
+        self._chronicle.log.write("transport", wire=wire.wire, why=wire.why)
+        async with wires.opened(wire, self._job.url, self._job.endpoint, self._credentials, tails=tails) as transport:
+            self._pipeline = pipeline = self._open_pipeline(transport, flying, checked, loop)
             self._chronicle.gate, self._chronicle.pipeline = gate, pipeline
             self._checkpoint.listen(_in_loop(loop, pipeline.durable), _in_loop(loop, self._fail))
-            heart = self._open_heart(client, loop)
+            heart = self._open_heart(transport, loop)
             heart.warn_of_limits(self._job.limits, self._memory.daily)
             heart.keep_deadline()
             beat = asyncio.create_task(heart.beat())
@@ -251,14 +255,14 @@ class Asking:
         )
 
     def _open_pipeline(
-        self, client: Client, flying: slots.Slots, checked: ImageDigests, loop: asyncio.AbstractEventLoop
+        self, transport: Transport, flying: slots.Slots, checked: ImageDigests, loop: asyncio.AbstractEventLoop
     ) -> Pipeline:
         return Pipeline(
             self._job,
             self._plan,
             gate=self._gate,
             estimates=self._memory.estimates,
-            client=client,
+            transport=transport,
             checkpoint=self._checkpoint,
             slots=flying,
             checked=checked,
@@ -270,13 +274,13 @@ class Asking:
             delivery=None if self._hooks.host is None else self._hooks.host.delivery,
         )
 
-    def _open_heart(self, client: Client, loop: asyncio.AbstractEventLoop) -> Heartbeat:
+    def _open_heart(self, transport: Transport, loop: asyncio.AbstractEventLoop) -> Heartbeat:
         return Heartbeat(
             self._directory,
             self._chronicle,
             self._gate,
             self._pipeline,
-            client,
+            transport,
             self._deadline,
             purse=self._purse,
             slots=self._in_flight,

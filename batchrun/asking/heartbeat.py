@@ -16,7 +16,6 @@ from batchrun.asking.chronicle import Chronicle
 from batchrun.asking.control import Control, Wishes
 from batchrun.asking.memory import Memory
 from batchrun.asking.pipeline import Pipeline
-from batchrun.client import Client
 from batchrun.errors import DiskError, ExitCode
 from batchrun.gate import capacity
 from batchrun.gate.admission import Stop
@@ -29,6 +28,7 @@ from batchrun.job.job import Limits
 from batchrun.records import Summary, Tuned
 from batchrun.report.summary import limits_in_words
 from batchrun.rundir import RunDirectory
+from batchrun.transport.transport import Transport
 
 BEAT_S = 0.5
 SWEEP_EVERY = 2  # beats: attempts' own deadlines are looked at once a second
@@ -51,7 +51,7 @@ class Heartbeat:
         chronicle: Chronicle,
         gate: Gate,
         pipeline: Pipeline,
-        client: Client,
+        transport: Transport,
         deadline: Deadline | None,
         *,
         purse: Purse | None,
@@ -68,7 +68,7 @@ class Heartbeat:
         self._chronicle = chronicle
         self._gate = gate
         self._pipeline = pipeline
-        self._client = client
+        self._transport = transport
         self._deadline = deadline
         self._concern = None if deadline is None else Concern(deadline.at_s - deadline.started_s)
         self._purse = purse or Purse()
@@ -97,7 +97,7 @@ class Heartbeat:
             self._each()
             self._warn(summary)
             if beats % SWEEP_EVERY == 0 and self._clock() - slept_at_s < ASLEEP_S:
-                self._client.expire()
+                self._transport.expire()
             if not self._directory.checkpoint.exists():  # SQLite would go on in a file without a name
                 self._fail(DiskError(f"{self._directory.checkpoint}: is gone; nothing more is asked"))
             if answered or beats in FIRST_SUMMARIES or beats % SUMMARY_EVERY == 0:

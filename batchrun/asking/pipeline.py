@@ -1,4 +1,4 @@
-"""The path of one attempt, and the workers that walk it: backlog → gate → client → answer → policy → checkpoint.
+"""The path of one attempt, and the workers that walk it: backlog → gate → transport → answer → policy → checkpoint.
 
 A fixed set of workers pulls rows; there is no task, future or timeout object per row. Each attempt, retries too, pays
 the gate again. A slot is taken before the bytes leave and given back when the commit of the attempt's end is durable.
@@ -23,7 +23,6 @@ from batchrun.checkpoint import variants
 from batchrun.checkpoint.checkpoint import Checkpoint
 from batchrun.checkpoint.slots import Slots
 from batchrun.checkpoint.tables import usd
-from batchrun.client import Client
 from batchrun.errors import BatchrunError, InputError
 from batchrun.gate import forecast
 from batchrun.gate.admission import Ask, Outcome
@@ -45,6 +44,7 @@ from batchrun.records import (
 from batchrun.request.builder import RequestBuilder, corrected
 from batchrun.request.image_digests import ImageDigests
 from batchrun.request.images import Images
+from batchrun.transport.transport import Transport
 
 
 class _Flight(msgspec.Struct, frozen=True):
@@ -68,7 +68,7 @@ class Pipeline:
         *,
         gate: Gate,
         estimates: Estimates,
-        client: Client,
+        transport: Transport,
         checkpoint: Checkpoint,
         slots: Slots,
         checked: ImageDigests,
@@ -85,7 +85,7 @@ class Pipeline:
         self._job = job
         self._plan = plan
         self._gate = gate
-        self._client = client
+        self._transport = transport
         self._checkpoint = checkpoint
         self._slots = slots
         self._checked = checked
@@ -186,7 +186,7 @@ class Pipeline:
         successes = self._gate.successes
         self._slots.take(slot, request.row, n, request.key, bound_usd, request.upper_bound_tokens)
         self.sent += 1
-        attempt = await self._client.send(request, f"{self._name}-{request.row}-{n}")
+        attempt = await self._transport.send(request.body, f"{self._name}-{request.row}-{n}")
         self._untried -= pending.successes is None
         self.slow_s = forecast.peak(self.slow_s, attempt.latency_s)
         answer = answers.read(attempt.body)

@@ -66,6 +66,7 @@ class Endpoint(Table, frozen=True):
     request_id_header: HeaderName | None = None
     max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     developer_role: Literal["developer", "system"] = "developer"
+    transport: Literal["auto", "session"] = "auto"
 
     @property
     def id_header(self) -> str | None:

@@ -127,11 +127,11 @@ _RETRY_UNCOUNTED = Bug(
 
 _BUSY_TAKEN_FOR_IDLE = Bug(
     "the end of a busy connection is taken for an idle one's",
-    "batchrun.connections",
+    "batchrun.transport.keep_alive",
     (
         (
-            "        return idle and ended_after_s <= STALE_ROUND_TRIPS * round_trip_s\n",
-            "        return idle or (self.reused and ended_after_s < 0.1)\n",
+            "    if was_idle and loss.heard_bytes == 0 and in_time:\n",
+            "    if was_idle or (loss.idle_s is not None and loss.ended_after_s < 0.1):\n",
         ),
     ),
     "nobody knew of the first",

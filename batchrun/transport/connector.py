@@ -1,0 +1,161 @@
+"""Where connections are made and chosen for both wires, on aiohttp's own connector.
+
+aiohttp's defaults that are wrong for a batch are set here: its pool of 100 connections, no TCP keepalive (NAT drops a
+socket that is silent during a long reasoning call).
+"""
+
+import asyncio
+import contextvars
+import functools
+import socket
+import ssl
+import time
+from collections.abc import Callable
+
+import aiohttp
+from aiohttp.client_proto import ResponseHandler
+from aiohttp.client_reqrep import ClientRequest
+
+from batchrun.errors import JobError
+from batchrun.job.job import Endpoint
+from batchrun.transport.exchange import Exchange
+from batchrun.transport.keep_alive import SETTLING_S, KeepAlive
+from batchrun.transport.link import Link, Protocol
+
+KEEPALIVE_S = 30.0
+TCP_KEEPALIVE_S = 60  # below the 350 s and more after which common NAT gateways forget an idle flow
+
+TLS_ROUND_TRIPS = 3
+"""How many round trips it takes at most until a TLS connection stands: TCP's handshake one, TLS 1.2's two."""
+
+AddressInfo = tuple[int | socket.AddressFamily, int | socket.SocketKind, int, str, tuple[object, ...]]
+
+UNDER_WAY: contextvars.ContextVar[Exchange | None] = contextvars.ContextVar("exchange", default=None)
+"""The exchange for which a connection is wanted: the connector, which aiohttp calls, leaves there what it did."""
+
+
+MAX_TAILS = 64
+"""Streams whose last event has come but not the end of their response: more of them are not waited for."""
+
+
+class Peer:
+    """What is known of the server, whichever wire it was learned on.
+
+    `round_trip_s` is the least that was measured: infinite before that.
+    """
+
+    def __init__(self, most_tails: int = MAX_TAILS) -> None:
+        """`most_tails`: so many streams that have ended may keep their connection until the next sweep."""
+        self.most_tails = most_tails
+        self.round_trip_s = float("inf")
+        self.keep_alive = KeepAlive()
+
+    async def takes_another(self, link: Link) -> bool:
+        """Whether a request may go on a connection that has carried one before."""
+        if link.is_over():
+            return False
+        return self.keep_alive.proven or await self._on_trial(link)
+
+    async def _on_trial(self, link: Link) -> bool:
+        now_s = time.monotonic()
+        if not self.keep_alive.may_try(now_s):
+            return False
+        self.keep_alive.try_(link)
+        try:
+            await asyncio.sleep(max(0.0, (link.free_since or now_s) + SETTLING_S - now_s))
+            closed = link.is_over()
+        except BaseException:
+            self.keep_alive.close(link, now_s)
+            raise
+        if closed:
+            self.keep_alive.close(link, time.monotonic())
+        return not closed
+
+    def end(self, link: Link, answered: bool | None) -> None:
+        """An exchange on the link has ended (`KeepAlive.end`)."""
+        self.keep_alive.end(link, time.monotonic(), reused=link.reused, answered=answered)
+
+
+class Connector(aiohttp.TCPConnector):
+    """aiohttp's, which leaves the link that it chose in the exchange that is `UNDER_WAY`."""
+
+    def __init__(self, peer: Peer, *, ssl_context: ssl.SSLContext, tls: bool, force_close: bool = False) -> None:
+        super().__init__(
+            ssl=ssl_context,
+            limit=0,  # the gate is the limit; a second one would queue where nobody counts
+            force_close=force_close,
+            keepalive_timeout=None if force_close else KEEPALIVE_S,
+            socket_factory=open_socket,
+        )
+        self._peer = peer
+        self._round_trips = TLS_ROUND_TRIPS if tls else 1
+        if getattr(self._factory, "func", None) is ResponseHandler:  # else bytes are not counted, and more is in doubt
+            make: Callable[..., ResponseHandler] = Protocol
+            self._factory = functools.partial(make, loop=self._loop)
+
+    async def connect(
+        self,
+        req: ClientRequest,
+        traces: list[aiohttp.tracing.Trace],
+        timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109  (aiohttp's signature)
+    ) -> aiohttp.connector.Connection:
+        connection = await super().connect(req, traces, timeout)
+        while (link := _known(connection)) is not None:
+            try:
+                if await self._peer.takes_another(link):
+                    break
+            except BaseException:
+                connection.close()
+                raise
+            connection.close()
+            connection = await super().connect(req, traces, timeout)
+        exchange = UNDER_WAY.get()
+        now_s = time.monotonic()
+        if link is None:
+            link = self._new_link(connection, exchange, now_s)
+        else:
+            link.connection = connection
+            link.begin_next(now_s)
+        if exchange is not None:
+            exchange.link, exchange.sent_at = link, now_s
+        return connection
+
+    def _new_link(self, connection: aiohttp.connector.Connection, exchange: Exchange | None, now_s: float) -> Link:
+        protocol = connection.protocol
+        assert protocol is not None
+        link = Link(connection, protocol)
+        protocol.link = link  # type: ignore[attr-defined]  # a map from protocols would keep what it maps to alive
+        if exchange is not None and exchange.opened_at is not None:
+            took_s = (now_s - exchange.opened_at) / self._round_trips
+            self._peer.round_trip_s = min(self._peer.round_trip_s, took_s)
+        return link
+
+
+def _known(connection: aiohttp.connector.Connection) -> Link | None:
+    """The link of a connection that has carried a request before."""
+    return getattr(connection.protocol, "link", None)
+
+
+def open_socket(address: AddressInfo) -> socket.socket:
+    """A socket with TCP keepalive, and without Nagle's delay."""
+    family, kind, protocol, _, _ = address
+    opened = socket.socket(family, kind, protocol)
+    opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option in ("TCP_KEEPIDLE", "TCP_KEEPINTVL"):
+        if hasattr(socket, option):
+            opened.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), TCP_KEEPALIVE_S)
+    if (exchange := UNDER_WAY.get()) is not None:
+        exchange.opened_at = time.monotonic()  # the name is resolved; of several addresses the last counts
+    return opened
+
+
+def ssl_context_of(endpoint: Endpoint) -> ssl.SSLContext:
+    """One verified TLS context for all connections: building it costs 20 ms and more.
+
+    Raises:
+        JobError: `endpoint.ca_file` can't be loaded.
+    """
+    try:
+        return ssl.create_default_context(cafile=endpoint.ca_file)
+    except OSError as error:
+        raise JobError(f"endpoint.ca_file: can't load {endpoint.ca_file}: {error}") from error

@@ -1,0 +1,58 @@
+"""aiohttp's exceptions as ours."""
+
+import asyncio
+import errno
+import ssl
+
+import aiohttp
+from aiohttp.http_exceptions import HttpProcessingError
+
+from batchrun.errors import APIConnectionError, APITimeoutError
+
+_KINDS: tuple[tuple[tuple[type[Exception], ...], str, bool], ...] = (
+    ((aiohttp.ClientConnectorDNSError,), "dns", False),
+    (
+        (aiohttp.ClientConnectorCertificateError, aiohttp.ServerFingerprintMismatch, ssl.SSLCertVerificationError),
+        "certificate",
+        False,
+    ),
+    ((aiohttp.ClientConnectorSSLError,), "tls", False),
+    ((aiohttp.ClientProxyConnectionError, aiohttp.ClientConnectorError), "connect", False),
+    ((aiohttp.ConnectionTimeoutError,), "connect", True),
+    ((aiohttp.ServerTimeoutError, asyncio.TimeoutError), "timeout", True),
+    ((aiohttp.ServerDisconnectedError, aiohttp.ClientConnectionResetError, ConnectionError), "reset", False),
+    ((aiohttp.ClientPayloadError,), "cut", False),
+    ((aiohttp.ClientHttpProxyError,), "connect", False),
+    ((aiohttp.InvalidURL, aiohttp.TooManyRedirects), "malformed_http", False),
+    ((aiohttp.ClientResponseError, HttpProcessingError), "malformed_http", False),
+    ((aiohttp.ClientOSError, OSError, aiohttp.ClientConnectionError), "reset", False),
+)
+"""First match wins; (types, kind, is a timeout)."""
+
+_BEFORE_SENDING = frozenset({"dns", "refused", "connect", "tls"})
+"""Kinds of which the policy says that nothing was sent."""
+
+
+def translate(raised: Exception, *, sent: bool) -> APIConnectionError:
+    """aiohttp's exception as ours. `sent`: a connection was there, so the request may have left.
+
+    Anything unknown is taken for a broken transfer after sending: the careful reading, since it may have been billed.
+    """
+    message = f"{type(raised).__name__}: {raised}"[:1000]
+    for types, kind, timeout in _KINDS:
+        if isinstance(raised, types):
+            if kind == "reset" and not sent:
+                kind = "connect"
+            if sent and kind in _BEFORE_SENDING:
+                kind = "reset"  # whatever it is called: with a connection that stood, it may have been billed
+            if isinstance(raised, aiohttp.ClientConnectorError) and kind == "connect":
+                kind = _connect_kind(raised)
+            error_type = APITimeoutError if timeout else APIConnectionError
+            return error_type(message, kind=kind, sent=sent)
+    return APIConnectionError(message, kind="reset" if sent else "connect", sent=sent)
+
+
+def _connect_kind(raised: aiohttp.ClientConnectorError) -> str:
+    if isinstance(raised.os_error, ssl.SSLCertVerificationError):
+        return "certificate"
+    return "refused" if raised.os_error.errno == errno.ECONNREFUSED else "connect"

@@ -1,0 +1,137 @@
+"""What the lean wire relies on of aiohttp's inside, in one place, and a rehearsal that finds out whether it is there.
+
+Not in aiohttp's reference, and so free to change with any version:
+
+- `TCPConnector.connect(request, traces, timeout)` gives a `Connection` of a `ResponseHandler`, made by `_factory`.
+- `ResponseHandler.set_response_params` sets the parser up, and one parser reads any number of answers, one after
+  another (the server side of aiohttp uses its parser so).
+- `ResponseHandler.read` waits for the next head; `should_close` is true once the connection can't carry another.
+- `StreamReader._buffer` holds what came of a body before its connection broke.
+
+The request that tells the connector where to go, and whose headers every request has, is what a client middleware is
+given: that much is documented.
+"""
+
+import asyncio
+import inspect
+from collections.abc import Coroutine
+from typing import Any, NoReturn, TypeVar
+
+import aiohttp
+from aiohttp.client_proto import ResponseHandler
+from aiohttp.client_reqrep import ClientRequest
+
+from batchrun.transport.link import Protocol
+
+TESTED_WITH = ("3.14.5",)
+"""The versions that tests/test_transport.py was run with. Another one is rehearsed like these when a run starts."""
+
+READ_BUFFER_BYTES = 65_536
+"""How much of a body may wait to be read: at twice that, aiohttp stops reading from the socket."""
+
+T = TypeVar("T")
+
+
+class _Captured(Exception):
+    """Not an error: how a request leaves a middleware without being sent."""
+
+    def __init__(self, request: ClientRequest) -> None:
+        self.request = request
+
+
+async def request_of(session: aiohttp.ClientSession, url: str) -> ClientRequest:
+    """A request as the session would send it, without a body.
+
+    Raises:
+        aiohttp.InvalidURL: the URL is none that can be sent to.
+    """
+
+    async def capture(request: ClientRequest, _: object) -> NoReturn:
+        raise _Captured(request)
+
+    try:
+        await session.post(url, data=b"", middlewares=(capture,))
+    except _Captured as captured:
+        return captured.request
+    raise AssertionError("a request passed its middleware")
+
+
+def head_of(request: ClientRequest) -> bytes:
+    """The request's line and headers, as far as they are the same for every body.
+
+    Raises:
+        ValueError: a header holds a line end.
+    """
+    lines = [f"{request.method} {request.url.raw_path_qs} HTTP/1.1"]
+    lines += [f"{name}: {value}" for name, value in request.headers.items() if name.lower() != "content-length"]
+    if any("\r" in line or "\n" in line or "\0" in line for line in lines):
+        raise ValueError("a header holds a line end")
+    return "".join(f"{line}\r\n" for line in lines).encode()
+
+
+def start_parsing(protocol: ResponseHandler) -> None:
+    """The protocol reads answers from now on, for as long as its connection lives."""
+    protocol.set_response_params(
+        read_until_eof=True, auto_decompress=False, read_bufsize=READ_BUFFER_BYTES, read_timeout=None
+    )
+
+
+def lacking(loop: asyncio.AbstractEventLoop) -> str | None:
+    """What this aiohttp lacks of all that; None: the lean wire can be used."""
+    try:
+        _rehearse(loop)
+    except Exception as error:  # whatever it is, the other wire needs none of this
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _rehearse(loop: asyncio.AbstractEventLoop) -> None:
+    """The path of answers is walked once, without a socket. Takes about 0.3 ms."""
+    parameters = list(inspect.signature(aiohttp.TCPConnector.connect).parameters)
+    _expect(parameters == ["self", "req", "traces", "timeout"], "TCPConnector.connect takes something else")
+    factory = aiohttp.TCPConnector()._factory
+    _expect(factory.func is ResponseHandler, "TCPConnector makes other protocols")
+    protocol = Protocol(loop)
+    protocol.connection_made(_Nowhere())
+    start_parsing(protocol)
+    protocol.data_received(b"HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 200 OK\r\nX-A: b\r\nContent-Length: 2\r\n\r\nab")
+    _expect(_now(protocol.read())[0].code == 103, "an interim answer is not read")
+    message, content = _now(protocol.read())
+    _expect((message.code, message.headers["x-a"], content.is_eof()) == (200, "b", True), "an answer is not read")
+    _expect(_now(content.readany()) == b"ab" and content.at_eof(), "a body is not read")
+    _expect(not protocol.should_close, "a connection can't be used again")
+    protocol.data_received(b"HTTP/1.1 500 Oops\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nc\r\n")
+    message, content = _now(protocol.read())
+    _expect((message.code, list(content._buffer)) == (500, [b"c"]), "a second answer is not read")
+    _expect(protocol.should_close, "a connection may be used again before its answer has ended")
+    protocol.data_received(b"0\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+    _expect(content.is_eof() and protocol.should_close, "an answer to nothing is not noticed")
+
+
+def _expect(true: bool, otherwise: str) -> None:
+    if not true:
+        raise RuntimeError(otherwise)
+
+
+def _now(call: Coroutine[Any, Any, T]) -> T:
+    """What the call returns, which has nothing to wait for."""
+    try:
+        call.send(None)
+    except StopIteration as returned:
+        result: T = returned.value
+        return result
+    call.close()
+    raise RuntimeError("it waits for more")
+
+
+class _Nowhere(asyncio.Transport):
+    """A connection without a socket."""
+
+    def is_closing(self) -> bool:
+        return False
+
+    def pause_reading(self) -> None:
+        pass
+
+    def resume_reading(self) -> None:
+        pass

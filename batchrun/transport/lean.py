@@ -1,0 +1,154 @@
+"""The lean wire: one joined write and one wake a request, on aiohttp's connector and C parser, without its session.
+
+`ClientSession._request` costs 50 µs a request beyond what lies below it (measured: docs/benchmarks.md, "The wire"): it
+builds a request, merges headers, starts a timer and a writer. Here, what all requests have in common is made once, and
+a connection's parser lives as long as the connection. What this relies on of aiohttp's inside is in `internals`.
+"""
+
+import ssl
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import aiohttp
+from multidict import CIMultiDict
+
+from batchrun.credentials import Credentials
+from batchrun.errors import APIConnectionError
+from batchrun.job.job import Endpoint
+from batchrun.records import Attempt
+from batchrun.transport.connector import Connector, Peer
+from batchrun.transport.exchange import Deadlines, Exchange
+from batchrun.transport.internals import head_of, request_of
+from batchrun.transport.link import Link
+from batchrun.transport.pool import Pool
+from batchrun.transport.receiving import Receiver
+from batchrun.transport.session import SessionTransport, open_session, session_transport
+
+MAX_JOINED_BYTES = 1_048_576
+"""A larger request goes through the session, piece by piece: one write of it would hold up the event loop."""
+
+
+@asynccontextmanager
+async def lean_transport(
+    url: str, endpoint: Endpoint, credentials: Credentials, tls: ssl.SSLContext, peer: Peer
+) -> AsyncIterator["LeanTransport"]:
+    """The lean wire to this URL, while the block lasts."""
+    connector = Connector(peer, ssl_context=tls, tls=url.startswith("https:"))
+    async with (
+        open_session(endpoint, credentials, connector) as session,
+        session_transport(url, endpoint, credentials, tls, peer) as large,
+    ):
+        request = await request_of(session, url)
+        pool = Pool(connector, request, endpoint.connect_timeout_s, peer)
+        head = Head(head_of(request), endpoint.id_header)
+        yield LeanTransport(head, pool, peer, Receiver(endpoint, credentials), Deadlines.of(endpoint), large)
+        pool.sweep(idle_s=0.0)
+
+
+class Head:
+    """What stands before every body."""
+
+    def __init__(self, common: bytes, id_header: str | None) -> None:
+        """`common` is the request's line and the headers that are always the same."""
+        self._common = common
+        self._id_name = None if id_header is None else f"{id_header}: ".encode()
+
+    def joined(self, body: bytes, client_request_id: str) -> bytes:
+        """The whole request."""
+        length = b"Content-Length: %d\r\n" % len(body)
+        if self._id_name is None:
+            return b"".join((self._common, length, b"\r\n", body))
+        return b"".join((self._common, length, self._id_name, client_request_id.encode(), b"\r\n\r\n", body))
+
+
+class LeanTransport:
+    """A `Transport`."""
+
+    def __init__(
+        self, head: Head, pool: Pool, peer: Peer, receiver: Receiver, deadlines: Deadlines, large: SessionTransport
+    ) -> None:
+        """`large` takes the requests that are too large for one write."""
+        self._head = head
+        self._pool = pool
+        self._peer = peer
+        self._receiver = receiver
+        self._deadlines = deadlines
+        self._large = large
+        self._exchanges: set[Exchange] = set()
+
+    async def send(self, body: bytes, client_request_id: str) -> Attempt:
+        if len(body) > MAX_JOINED_BYTES:
+            return await self._large.send(body, client_request_id)
+        attempt = await self._exchange(body, client_request_id, fresh=False)
+        if attempt.error is not None and attempt.error.kind == "stale_connection":
+            return await self._exchange(body, client_request_id, fresh=True)
+        return attempt
+
+    def expire(self) -> int:
+        self._pool.sweep()
+        return self._deadlines.sweep(self._exchanges) + self._large.expire()
+
+    async def _exchange(self, body: bytes, client_request_id: str, *, fresh: bool) -> Attempt:
+        exchange = Exchange(time.time(), time.monotonic())
+        self._exchanges.add(exchange)
+        error: APIConnectionError | None = None
+        try:
+            link = await self._pool.take(exchange, fresh=fresh)
+            error = await self._answered(link, self._head.joined(body, client_request_id), exchange)
+        except Exception as raised:  # translate() knows every exception of aiohttp's; a test walks them
+            error = self._receiver.failed(raised, exchange, self._peer.round_trip_s)
+        finally:
+            self._exchanges.discard(exchange)
+            if exchange.link is not None:
+                self._peer.end(exchange.link, exchange.answered(error))
+        return self._receiver.attempt(exchange, client_request_id, error)
+
+    async def _answered(self, link: Link, request: bytes, exchange: Exchange) -> APIConnectionError | None:
+        """The request is written, its answer is in the exchange, and the link is where it belongs."""
+        content: aiohttp.StreamReader | None = None
+        try:
+            _write(link, request, exchange)
+            content = await _head_of_answer(link, exchange)
+            return await self._receiver.receive(content, exchange)
+        except BaseException:
+            exchange.unsent = exchange.is_writing
+            raise
+        finally:
+            if content is None or not (content.is_eof() or _is_done(exchange)):
+                self._pool.drop(link)
+            elif content.is_eof():
+                self._pool.give_back(link)
+            else:
+                self._pool.put_aside(link, content)
+
+
+def _write(link: Link, request: bytes, exchange: Exchange) -> None:
+    """The request is on its way: the one write that it takes.
+
+    Raises:
+        aiohttp.ClientConnectionResetError: the connection has ended before it; nothing was sent.
+    """
+    if link.transport.is_closing():
+        exchange.sent_at = None
+        raise aiohttp.ClientConnectionResetError("the connection ended before the request")
+    exchange.sent_at = time.monotonic()
+    link.transport.write(request)
+
+
+async def _head_of_answer(link: Link, exchange: Exchange) -> aiohttp.StreamReader:
+    """The answer's status and headers are in the exchange; its body comes from what is returned.
+
+    Interim answers (100 Continue, 103 Early Hints) are passed over, whether or not they were asked for (RFC 9110,
+    section 15.2); 101 would be the last thing that is HTTP on this connection.
+    """
+    message, content = await link.protocol.read()
+    while message.code < 200 and message.code != 101:
+        message, content = await link.protocol.read()
+    exchange.http_status = message.code
+    exchange.headers = CIMultiDict(message.headers)  # a plain value: aiohttp's proxy can't be pickled
+    return content
+
+
+def _is_done(exchange: Exchange) -> bool:
+    return exchange.stream is not None and exchange.stream.done

@@ -1,0 +1,169 @@
+"""The wire through aiohttp's `session.post`: for proxies, for large bodies, and where the lean wire can't be used.
+
+aiohttp's defaults that are wrong for a batch are set here: its total timeout of 300 s, redirects followed (a 307 would
+carry prompt and key headers to another origin), bodies unpacked without a bound, no status for an answer that it can't
+unpack.
+"""
+
+import io
+import ssl
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import aiohttp
+from aiohttp.payload import TOO_LARGE_BYTES_BODY
+from multidict import CIMultiDict
+
+from batchrun import __version__
+from batchrun.answer import encoding
+from batchrun.credentials import Credentials
+from batchrun.errors import APIConnectionError
+from batchrun.job.job import Endpoint
+from batchrun.records import Attempt
+from batchrun.transport.connector import UNDER_WAY, Connector, Peer
+from batchrun.transport.exchange import Deadlines, Exchange
+from batchrun.transport.internals import READ_BUFFER_BYTES
+from batchrun.transport.receiving import Receiver
+
+
+def open_session(
+    endpoint: Endpoint, credentials: Credentials, connector: aiohttp.BaseConnector
+) -> aiohttp.ClientSession:
+    """A session whose requests carry what each of them has in common."""
+    headers = {
+        "Content-Type": "application/json",
+        "Accept": "application/json, text/event-stream",
+        "Accept-Encoding": encoding.ASKED_FOR,
+        "User-Agent": f"batchrun/{__version__}",
+        **credentials.headers,
+    }
+    return aiohttp.ClientSession(
+        connector=connector,
+        auto_decompress=False,
+        headers=headers,
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=endpoint.connect_timeout_s),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        read_bufsize=READ_BUFFER_BYTES,
+    )
+
+
+@asynccontextmanager
+async def session_transport(
+    url: str, endpoint: Endpoint, credentials: Credentials, tls: ssl.SSLContext, peer: Peer
+) -> AsyncIterator["SessionTransport"]:
+    """The wire through a session to this URL, while the block lasts."""
+    secure = url.startswith("https:")
+    kept = Connector(peer, ssl_context=tls, tls=secure)
+    unkept = Connector(peer, ssl_context=tls, tls=secure, force_close=True)
+    async with (
+        open_session(endpoint, credentials, kept) as pooled,
+        open_session(endpoint, credentials, unkept) as fresh,
+    ):
+        transport = SessionTransport(url, endpoint, Receiver(endpoint, credentials), peer, pooled, fresh)
+        yield transport
+        transport.close_tails()
+
+
+class SessionTransport:
+    """A `Transport`."""
+
+    def __init__(
+        self,
+        url: str,
+        endpoint: Endpoint,
+        receiver: Receiver,
+        peer: Peer,
+        pooled: aiohttp.ClientSession,
+        fresh: aiohttp.ClientSession,
+    ) -> None:
+        """`fresh` never uses a connection again: a request that met a stale one goes out once more through it."""
+        self._url = url
+        self._proxy = endpoint.proxy
+        self._id_header = endpoint.id_header
+        self._deadlines = Deadlines.of(endpoint)
+        self._receiver = receiver
+        self._peer = peer
+        self._pooled = pooled
+        self._fresh = fresh
+        self._exchanges: set[Exchange] = set()
+        self._tails: deque[aiohttp.ClientResponse] = deque()
+
+    async def send(self, body: bytes, client_request_id: str) -> Attempt:
+        attempt = await self._exchange(self._pooled, body, client_request_id)
+        if attempt.error is not None and attempt.error.kind == "stale_connection":
+            return await self._exchange(self._fresh, body, client_request_id)
+        return attempt
+
+    def expire(self) -> int:
+        self.close_tails()
+        return self._deadlines.sweep(self._exchanges)
+
+    def close_tails(self, left: int = 0) -> None:
+        """What streams left open behind their last event is closed, but for the newest."""
+        while len(self._tails) > left:
+            self._tails.popleft().close()
+
+    async def _exchange(self, session: aiohttp.ClientSession, body: bytes, client_request_id: str) -> Attempt:
+        exchange = Exchange(time.time(), time.monotonic())
+        self._exchanges.add(exchange)
+        UNDER_WAY.set(exchange)
+        error: APIConnectionError | None = None
+        try:
+            error = await self._answered(session, body, client_request_id, exchange)
+        except Exception as raised:  # translate() knows every exception of aiohttp's; a test walks them
+            error = self._receiver.failed(raised, exchange, self._peer.round_trip_s)
+        finally:
+            self._exchanges.discard(exchange)
+            self._free(exchange, error)
+        return self._receiver.attempt(exchange, client_request_id, error)
+
+    async def _answered(
+        self,
+        session: aiohttp.ClientSession,
+        body: bytes,
+        client_request_id: str,
+        exchange: Exchange,
+    ) -> APIConnectionError | None:
+        """The request is sent and its answer read into the exchange."""
+        payload = _payload(body)
+        own_headers = None if self._id_header is None else {self._id_header: client_request_id}
+        try:
+            response = await session.post(
+                self._url, data=payload, headers=own_headers, allow_redirects=False, proxy=self._proxy
+            )
+        except BaseException:
+            exchange.unsent = _is_unsent(payload)
+            raise
+        exchange.http_status, exchange.headers = response.status, CIMultiDict(response.headers)
+        try:
+            return await self._receiver.receive(response.content, exchange)
+        finally:
+            if exchange.stream is not None and exchange.stream.done:
+                self._tails.append(response)  # its connection is used again if its end comes before the next sweep
+                self.close_tails(self._peer.most_tails)
+            elif response.content.is_eof() and not _is_unsent(payload) and not exchange.is_writing:
+                response.release()
+                await response.wait_for_close()
+            else:  # also an early answer: nothing says that the server will ever read the rest of the request
+                response.close()
+
+    def _free(self, exchange: Exchange, error: APIConnectionError | None) -> None:
+        """The exchange's connection is no longer in use, and what its end says of the server is known."""
+        link = exchange.link
+        if link is None:
+            return
+        read_to_its_end = exchange.stream is None or not exchange.stream.done
+        link.free_since = time.monotonic() if read_to_its_end else None
+        self._peer.end(link, exchange.answered(error))
+
+
+def _payload(body: bytes) -> bytes | io.BytesIO:
+    """The body as aiohttp likes it: a large one in pieces, so that the event loop is not held up."""
+    return body if len(body) <= TOO_LARGE_BYTES_BODY else io.BytesIO(body)
+
+
+def _is_unsent(payload: bytes | io.BytesIO) -> bool:
+    """True where a part of the body has certainly not left."""
+    return isinstance(payload, io.BytesIO) and payload.tell() < payload.getbuffer().nbytes
