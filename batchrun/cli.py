@@ -137,6 +137,7 @@ def run(
 def check(job: Path, input_path: str | None, skip_invalid: bool, overrides: tuple[str, ...]) -> None:
     """Check all that a run would refuse: the job, every input record and its request. Sends nothing."""
     from batchrun import preflight
+    from batchrun.plan import reading
     from batchrun.report.summary import plural
 
     loaded = _load(job, input_path, None, overrides, {})
@@ -148,6 +149,8 @@ def check(job: Path, input_path: str | None, skip_invalid: bool, overrides: tupl
     aside = f", {len(found.rejected):,} set aside" if found.rejected else ""
     asks = f"{plural(found.rows, 'row')} in {where}{aside}, read as {found.dialect}; {models}"
     _say(harmless(asks) if found.rows else f"0 rows in {where}: there is nothing to ask")
+    if (columns := reading.columns_in_words(source, found)) is not None:
+        _say(harmless(columns))
     preflight.key(loaded, os.environ)
 
 

@@ -193,3 +193,11 @@ def test_parquet_whose_columns_the_output_cannot_have_is_refused_before_a_row_is
     for command in (("run", job, "-o", tmp_path / "out"), ("check", job), ("estimate", job)):
         ended = batchrun(*command)
         assert (ended.exit_code, "bears a name of the output's own" in ended.stderr) == (2, True), ended.stderr
+
+
+def test_check_names_the_columns_with_their_types(tmp_path: Path) -> None:
+    (tmp_path / "in.csv").write_text("id,text\n007,a\n")
+    write_lines(tmp_path / "in.jsonl", [{"id": 7, "text": "a"}])
+    job = write_job(tmp_path / "job.toml", "http://127.0.0.1:9/v1", tmp_path / "in.csv")
+    assert "columns: id string, text string\n" in batchrun("check", job).stdout
+    assert "columns: id int64, text string\n" in batchrun("check", job, "-i", tmp_path / "in.jsonl").stdout

@@ -88,6 +88,23 @@ def facts_of(
     )
 
 
+MOST_NAMED = 30
+"""Columns that a line for people names; a table may have thousands."""
+
+
+def columns_in_words(source: Source, found: Survey) -> str | None:
+    """The input's columns with their types; None where it has none of its own. Every CSV column is text."""
+    if isinstance(source, TableSource):
+        schema = source.schema
+    elif found.types is not None:
+        schema = found.types.schema()
+    else:
+        return None
+    named = [f"{field.name} {field.type}" for field in schema][:MOST_NAMED]
+    more = f" and {len(schema) - MOST_NAMED:,} more" if len(schema) > MOST_NAMED else ""
+    return f"columns: {', '.join(named)}{more}" if named else None
+
+
 def schema_of(source: Source, known: Facts) -> pa.Schema:
     types = ColumnTypes() if known.types is None else ColumnTypes.from_json(known.types)
     return output_schema(
