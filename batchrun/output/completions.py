@@ -38,10 +38,12 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     finished_at: datetime | None
     prompt_tokens: int | None
     cached_tokens: int | None
+    cache_write_tokens: int | None
     completion_tokens: int | None
     reasoning_tokens: int | None
     total_tokens: int | None
     cost_usd: Decimal | None
+    reported_cost_usd: Decimal | None
     attempts: int
     latency_s: float | None
     time_to_first_token_s: float | None
