@@ -98,7 +98,7 @@ def test_a_start_after_a_kill_knows_how_often_the_model_was_told(tmp_path: Path)
 
 
 def test_the_longer_request_is_within_the_budget_or_not_sent(tmp_path: Path) -> None:
-    # one request of 100 bytes and 40 tokens of output costs at most $0.0019, at the dearest service tier; its correction
+    # one request of 100 bytes and 40 tokens of output costs at most $0.0019 at the dearest service tier; its correction
     # more than is left then
     with running_simulator(SimulatorConfig(faults=(Fault(kind=UNFIT),))) as simulator:
         more = "[budget]\nmax_cost_usd = 0.0042\n[limits]\nmax_in_flight = 1\n"

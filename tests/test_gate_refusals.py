@@ -16,7 +16,7 @@ from batchrun.gate.admission import Ask, Limit, Outcome
 from batchrun.gate.pace import Pace
 from batchrun.gate.rate_search import RateSearch
 from batchrun.records import RowError, Verdict
-from tests.moved_clock import run_on_moved_clock
+from tests.moved_clock import START_S, run_on_moved_clock
 from tests.refusing_servers import Crowded, Limited, Played, Queueing, RefusingServer, play, play_retry
 from tests.test_gate import new_gate, now_s
 
@@ -174,3 +174,22 @@ def test_a_rate_between_two_moments_of_an_empty_bucket_is_exact_whatever_pauses_
     assert pace.learned is not None
     assert pace.learned == pytest.approx(0.98 * 60 * 100 / 5)
     assert math.isfinite(pace.level(8.0))
+
+
+def test_a_lone_refusal_by_an_empty_bucket_costs_a_moment_and_no_rate() -> None:
+    async def main() -> None:
+        gate = new_gate(max_in_flight=32, requests_per_minute=3_000, tokens_per_minute=600_000)
+        refused = RowError("rate_limit", 429, None, "Rate limit reached for tokens per minute")
+        for row in range(60):
+            slot = await gate.admit(Ask(tokens=9_000))
+            if row == 30:
+                said = {"x-ratelimit-limit-tokens": "600000", "x-ratelimit-remaining-tokens": "10", "retry-after": "1"}
+                gate.hear(slot, {**said, "x-ratelimit-reset-tokens": "900ms"})
+                gate.observe(slot, Outcome(row, Verdict.SLOW, refused, 1.0))
+            else:
+                gate.settle(slot, 9_000)
+                gate.observe(slot, Outcome(row, Verdict.OK))
+            gate.release(slot, Decimal(0))
+        assert now_s() - START_S <= 60 * 9_000 / 10_000 * 1.08
+
+    run_on_moved_clock(main())

@@ -25,6 +25,9 @@ refusals until it can be measured."""
 BELOW_REFUSED = 0.7
 """What is kept of a rate that nearly everything was refused at, before anything could be measured."""
 
+BELOW_LONE = 0.95
+"""What is kept of it after a single refusal, which a wrong estimate of a request's tokens explains as well."""
+
 LEAST_AFTER_PAUSE = 0.4
 """What is kept at least of the rate after a pause: what the bucket saved up meanwhile may not all have been used."""
 
@@ -137,8 +140,11 @@ class RateSearch:
         first_s, first = self._lately[0]
         return (self._taken - first) / (at_s - first_s)
 
-    def storm(self, at_s: float, now_s: float) -> None:
-        """Nearly everything sent at about `at_s` was refused: the bucket is empty, and the gate pauses."""
+    def storm(self, at_s: float, now_s: float, *, lone: bool = False) -> None:
+        """Nearly everything sent at about `at_s` was refused: the bucket is empty, and the gate pauses.
+
+        `lone`: it was one refusal whose headers show an empty bucket. The rate can't be far too high then.
+        """
         rate, rough = self._measured(at_s), False
         before, share = self.per_s, self._share
         self._cut = None
@@ -146,13 +152,13 @@ class RateSearch:
             rough = self._taken_since() < FIRM_TIMES * self._amount
             self._cut = _Cut(before, share)
             rate *= BELOW_MEASURED
-        elif before is not None:
-            rate, rough = BELOW_REFUSED * before, True
+        elif (known := before or self._known_per_s) is not None:
+            rate, rough = (BELOW_LONE if lone else BELOW_REFUSED) * known, True
         elif self._taken:
             rate, rough = BELOW_BURST * self._in_last_second(at_s), True
         self._remember(before)
         if rate is not None:
-            self._lower(rate, now_s, rough=rough, why="nearly everything was refused")
+            self._lower(rate, now_s, rough=rough, why="an empty bucket" if lone else "nearly everything was refused")
         self._set_mark(at_s)
         self._paused = True
 
@@ -208,7 +214,7 @@ class RateSearch:
             return
         requests_per_s = rate * self._counted_all / self._taken if self._taken else rate
         if self._rough:
-            every_s = max(ROUGH_EVERY_S, ROUGH_EVERY / requests_per_s)
+            every_s = min(MAX_EVERY_S, max(ROUGH_EVERY_S, ROUGH_EVERY / requests_per_s))
         else:
             every_s = min(MAX_EVERY_S, max(EVERY_S, EVERY / requests_per_s))
         if now_s - self._raised_s < every_s:
@@ -240,6 +246,11 @@ class RateSearch:
         """Nothing is learned any more: somebody who knows has said what the limit is."""
         self.confirmed = self._cut = self._mark = None
         self._rough = self._paused = self.raised = False
+
+    @property
+    def _known_per_s(self) -> float | None:
+        """What is told or stated."""
+        return None if self._pace.per_minute is None else self._pace.per_minute / 60
 
     @property
     def _share(self) -> float:

@@ -142,7 +142,7 @@ class Refusals:
         if order >= self._since:
             self._limit, self._told_when = limit, told_when
         if empty and order >= self._since:
-            self._pause(now_s, now_s)
+            self._pause(now_s, now_s, lone=True)
         else:
             self._judge(now_s)
         finding, self._finding = self._finding, NOTHING
@@ -230,10 +230,10 @@ class Refusals:
         stated = any(pace.stated is not None for pace in self._paces.values())
         return search.is_firm and not stated and self._crowding.suspect(now_s, LEAST_REFUSED, LEAST_OVERLAP)
 
-    def _pause(self, at_s: float, now_s: float) -> None:
+    def _pause(self, at_s: float, now_s: float, *, lone: bool = False) -> None:
         self._finding = Finding(storm=True, taken=self._taken)
-        self.searches[self._limit].storm(at_s, now_s)
-        self._on_kind("limit", "nearly everything was refused")
+        self.searches[self._limit].storm(at_s, now_s, lone=lone)
+        self._on_kind("limit", "an empty bucket" if lone else "nearly everything was refused")
         self._taken = False
         self._slower = None
         self._start_again()
