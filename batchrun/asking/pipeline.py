@@ -7,7 +7,7 @@ the gate again. A slot is taken before the bytes leave and given back when the c
 import asyncio
 import functools
 from collections.abc import Callable, Sequence
-from decimal import Decimal
+from decimal import ROUND_UP, Decimal
 
 import msgspec
 
@@ -103,6 +103,7 @@ class Pipeline:
         self.backlog = Backlog(open_next, self._prepare, clock, **room, successes=lambda: gate.successes)
         budget = job.budget
         self._capped = budget.max_cost_usd is not None or budget.max_tokens is not None
+        self._beyond = Decimal(1)  # how far the dearest answer went beyond its upper bound
         self._failing = 0.0  # the share of first attempts that fail
         self.signs = Signs(quota_patience_s=job.retry.max_wait_s, resumed=plan.resumed)
         self._untried = 0  # rows that are out, or wait at the gate, for the first time in this process
@@ -210,6 +211,8 @@ class Pipeline:
             self.signs.answered(answer.finish_reason)
         told_usd = reported(attempt, answer)
         cost_usd = cost_of(attempt, answer, judgement, self._plan.prices.get(request.model), told_usd)
+        if cost_usd and bound_usd and cost_usd > bound_usd:  # reasoning that max_tokens does not bound
+            self._beyond = max(self._beyond, cost_usd / bound_usd * self._beyond)
         doubtful = maybe_billed(answer, judgement, cost_usd, capped=self._capped)
         ended = Ended(pending, attempt, answer, judgement, settlement, history, bound_usd, cost_usd, doubtful, told_usd)
         for row in ruling.own:
@@ -361,7 +364,8 @@ class Pipeline:
     def _bound_usd(self, request: Request) -> Decimal | None:
         table = self._plan.prices.get(request.model)
         tier = prices.asked_tier(table, request.body)
-        return prices.upper_bound(request.max_prompt_tokens, request.max_output_tokens, table, tier)
+        bound = prices.upper_bound(request.max_prompt_tokens, request.max_output_tokens, table, tier)
+        return bound if bound is None or self._beyond == 1 else (bound * self._beyond).quantize(prices.PICO, ROUND_UP)
 
 
 def _identified(pending: Pending, key: bytes) -> Pending:
