@@ -1,7 +1,7 @@
 """The frozen values that travel between the stages. Hot ones are msgspec structs: a fifth of a dataclass's cost."""
 
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from decimal import Decimal
 from enum import StrEnum
 from typing import Any
@@ -47,6 +47,16 @@ class Status(StrEnum):
 
 FAILURES = frozenset({Status.EMPTY, Status.INVALID, Status.ERROR})
 """What counts against `max_failures`; `truncated` and `filtered` are answers."""
+
+
+def replaces(new: str, old: str) -> bool:
+    """True when a row that is settled again takes its new record: no answer is given up for a failure."""
+    return new not in FAILURES or old in FAILURES
+
+
+def utc_day(at: float) -> str:
+    """The UTC day of a moment in seconds of Unix time: `2026-11-28`."""
+    return datetime.fromtimestamp(at, UTC).date().isoformat()
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -173,8 +183,8 @@ class RowError(msgspec.Struct, frozen=True):
 class Discarded(msgspec.Struct, frozen=True):
     """An attempt that was not its row's last: what it was and what it cost. `counted` = against the row's caps.
 
-    `maybe_billed`: no answer came, yet it may have been billed, at most `possibly_billed_usd` (None: price unknown)
-    for at most `possibly_billed_tokens`.
+    `at` is when it ended (Unix time, seconds): its cost is booked on that day. `maybe_billed`: no answer came, yet it
+    may have been billed, at most `possibly_billed_usd` (None: price unknown) for at most `possibly_billed_tokens`.
     """
 
     row: int
@@ -196,11 +206,23 @@ class Discarded(msgspec.Struct, frozen=True):
     offline: OfflineCount | None = None
 
 
+class Restored(msgspec.Struct, frozen=True):
+    """What an earlier attempt used and cost, which was booked as discarded, and whose answer settles its row after all.
+
+    `last_at` is when the row's last attempt ended (Unix time, seconds), which brought no answer.
+    """
+
+    usage: Usage | None
+    cost_usd: Decimal | None
+    last_at: float
+
+
 class Completion(msgspec.Struct, frozen=True):
     """The final record of a row. `cost_usd` is of all its attempts; None where one could not be priced.
 
-    `last_cost_usd` is the last attempt's alone: what the totals still lack. `in_json`: the content is the JSON that was
-    asked for, and belongs into `parsed`.
+    `usage` and `last_cost_usd` are the last attempt's alone: what the totals still lack. The record is that attempt's,
+    unless an earlier one was `restored`. `in_json`: the content is the JSON that was asked for, and belongs into
+    `parsed`. `invocation` is the start of the run that settled the row.
     """
 
     row: int
@@ -225,6 +247,9 @@ class Completion(msgspec.Struct, frozen=True):
     possibly_billed_tokens: int = 0
     in_json: bool = False
     offline: OfflineCount | None = None
+    invocation: int = 0
+    answer_cost_usd: Decimal | None = None
+    restored: Restored | None = None
 
 
 Ending = Completion | Discarded
@@ -246,7 +271,8 @@ class PossiblyBilled(msgspec.Struct, frozen=True):
 
 
 class TotalsLine(msgspec.Struct, frozen=True):
-    """What one invocation spent on one model with one outcome. `status` is a row status, or `discarded`.
+    """What one invocation spent on one model with one outcome on one UTC day (`2026-11-28`; "": unknown). `status` is a
+    row status, or `discarded`: attempts whose answers are not in the output.
 
     `unpriced` counts attempts whose price is unknown, `without_usage` answers that brought no usage;
     neither adds to `cost_usd`. `offline_*` are about the tokens of the latter, by a count of our own: no other figure
@@ -256,6 +282,7 @@ class TotalsLine(msgspec.Struct, frozen=True):
     invocation: int
     model: str
     status: str
+    day: str = ""
     rows: int = 0
     attempts: int = 0
     prompt_tokens: int = 0
@@ -268,6 +295,15 @@ class TotalsLine(msgspec.Struct, frozen=True):
     without_usage: int = 0
     offline_prompt_tokens: int = 0
     offline_completion_tokens: int = 0
+
+    @property
+    def key(self) -> "LineKey":
+        """What tells the line from the run's other lines."""
+        return self.invocation, self.model, self.status, self.day
+
+
+LineKey = tuple[int, str, str, str]
+"""Invocation, model, status, day."""
 
 
 class InForce(msgspec.Struct, frozen=True):

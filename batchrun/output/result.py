@@ -25,7 +25,7 @@ def write(
     """The result is on disk and the checkpoint closed. Every step can be repeated after a kill in the middle."""
     if FINISHED not in checkpoint.manifest():
         digest = _write_completions(facts, schema, chunks, directory, summary)
-        files.write_usage(directory.usage, checkpoint.spent.totals.values())
+        files.write_usage(directory.usage, checkpoint.spent.lines())
         digests = {"digest": digest or "", "usage": durable.digest(directory.usage)}
         checkpoint.write_manifest({FINISHED: msgspec.json.encode(digests).decode()})
     checkpoint.close(finished=True)
@@ -85,7 +85,8 @@ def _bill(summary: Summary) -> dict[str, object]:
     """What the footer says of the run: its bill, and that it is whole. A file that was moved still knows it."""
     names = ("job", "run_id", "begun_at", "rows", "by_status", "totals", "cost_usd", "wasted_usd")
     doubts = ("unpriced", "without_usage", "possibly_billed_count", "possibly_billed_usd", "models", "price")
-    bill = {name: getattr(summary, name) for name in (*names, *doubts)}
+    copy = ("invocation", "updated_at")  # which of two copies is the newer
+    bill = {name: getattr(summary, name) for name in (*names, *doubts, *copy)}
     return {"version": summary.version, "complete": True, "rows_in_output": summary.rows, **bill}
 
 

@@ -7,7 +7,7 @@ from decimal import Decimal
 import msgspec
 
 from batchrun.checkpoint.facts import Facts
-from batchrun.checkpoint.spent import DISCARDED, Spent
+from batchrun.checkpoint.spent import Spent
 from batchrun.errors import CheckpointError, InputError
 from batchrun.gate.admission import Binding, Limit
 from batchrun.gate.deadline import Deadline
@@ -16,7 +16,7 @@ from batchrun.prices import PriceTable
 from batchrun.records import FAILURES, InForce, Status, Summary, Tuned
 from batchrun.rundir import RunDirectory
 
-VERSION = 2
+VERSION = 3
 """The schema of summary.json; docs/output.md describes it. A field that goes or changes its meaning raises this."""
 
 
@@ -119,9 +119,9 @@ def _summary(
     moment: Moment,
     directory: RunDirectory,
 ) -> Summary:
-    lines = list(spent.totals.values())
     settled = spent.settled()
-    mine = [line for line in lines if line.invocation == moment.invocation]
+    lines = spent.lines()
+    mine = [line for line in spent.totals.values() if line.invocation == moment.invocation]
     minutes = max(moment.elapsed_s, 1e-9) / 60
     names = [table.describe() for table in tables.values() if table is not None]
     return Summary(
@@ -139,7 +139,7 @@ def _summary(
         pending=rows - settled,
         totals=lines,
         cost_usd=spent.cost_usd(),
-        wasted_usd=sum((line.cost_usd for line in lines if line.status == DISCARDED), Decimal(0)),
+        wasted_usd=spent.wasted_usd(),
         unpriced=sum(line.unpriced for line in lines),
         without_usage=sum(line.without_usage for line in lines),
         possibly_billed=list(spent.possibly_billed),
@@ -262,7 +262,7 @@ def _cost(summary: Summary) -> list[str]:
     cost_usd = known_cost(summary.cost_usd, summary.unpriced)
     parts = ["unknown" if cost_usd is None else f"${cost_usd:,.6f}"]
     if summary.wasted_usd:
-        parts.append(f"${summary.wasted_usd:,.6f} of it for discarded attempts")
+        parts.append(f"${summary.wasted_usd:,.6f} of it for answers that are not in the output")
     if summary.possibly_billed_count:
         parts.append(
             f"possibly billed beyond that: {plural(summary.possibly_billed_count, 'attempt')} without a known end, "
