@@ -306,6 +306,23 @@ LineKey = tuple[int, str, str, str]
 """Invocation, model, status, day."""
 
 
+class Estimate(msgspec.Struct, frozen=True):
+    """What so many `rows` will take; USD are None where a price is unknown. `basis`: what `expected` rests on; `short`:
+    the caps of the budget that are less than that, in words.
+    """
+
+    rows: int
+    prompt_tokens: int
+    completion_tokens: int
+    low_usd: Decimal | None
+    expected_usd: Decimal | None
+    high_usd: Decimal | None
+    minutes: float | None
+    limited_by: str
+    basis: str
+    short: tuple[str, ...] = ()
+
+
 class InForce(msgspec.Struct, frozen=True):
     """The limits that hold now, by the job, by `batchrun tune`, or learned; None: no such limit."""
 
@@ -353,6 +370,7 @@ class Summary(msgspec.Struct, frozen=True):
     possibly_billed_usd: Decimal
     models: dict[str, int]
     price: str | None
+    estimate: Estimate | None
     invocation: int
     begun_at: datetime
     started_at: datetime

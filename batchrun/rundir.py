@@ -199,14 +199,26 @@ def _unused(pattern: str, date: str, path: Path) -> Path:
     return path
 
 
+def dated(pattern: str, job: str) -> list[Path]:
+    """The directories that the job's runs may be in, the one of the last date first."""
+    fixed = str(Path(pattern.replace("{job}", job)))
+    if "{date}" not in fixed:
+        return [Path(fixed)]
+    return [path for _, path in sorted(_matching(fixed), key=lambda pair: _by_date(pair[0]), reverse=True)]
+
+
 def _newest(pattern: str) -> tuple[str, Path] | None:
     """The last date, and its directory, among those that fit the pattern."""
+    return max(_matching(pattern), key=lambda pair: _by_date(pair[0]), default=None)
+
+
+def _matching(pattern: str) -> list[tuple[str, Path]]:
+    """The directories that fit the pattern, with their dates."""
     parts = pattern.split("{date}")
     first, *others = map(re.escape, parts)
     expression = re.compile("(?P=date)".join([f"{first}(?P<date>{_DATE}){others[0]}", *others[1:]]))
     names = glob.glob("*".join(map(glob.escape, parts)))  # noqa: PTH207  (Path.glob takes no absolute pattern)
-    found = [(match["date"], Path(name)) for name in names if (match := expression.fullmatch(name))]
-    return max(found, key=lambda pair: _by_date(pair[0]), default=None)
+    return [(match["date"], Path(name)) for name in names if (match := expression.fullmatch(name))]
 
 
 def _is_date(text: str) -> bool:

@@ -12,8 +12,8 @@ from batchrun.errors import CheckpointError, InputError
 from batchrun.gate.admission import Binding, Limit
 from batchrun.gate.deadline import Deadline
 from batchrun.gate.forecast import Forecast
-from batchrun.prices import PriceTable
-from batchrun.records import FAILURES, InForce, Status, Summary, Tuned
+from batchrun.prices import PICO, PriceTable
+from batchrun.records import FAILURES, Estimate, InForce, Status, Summary, Tuned
 from batchrun.rundir import RunDirectory
 
 VERSION = 3
@@ -78,7 +78,7 @@ def read(directory: RunDirectory) -> Summary:
 _ACCOUNT = (
     *("job", "run_id", "begun_at", "rows", "rejected", "by_status", "pending", "totals", "cost_usd", "wasted_usd"),
     *("unpriced", "without_usage", "possibly_billed", "possibly_billed_count", "possibly_billed_usd", "models"),
-    *("price", "invocation"),
+    *("price", "estimate", "invocation"),
 )
 """What a summary says of the run, whichever start says it."""
 
@@ -91,12 +91,21 @@ def starting(
     `earlier` is what the last start left, `spent` the account once the checkpoint is open.
     """
     if earlier is None:
-        return _summary(job, "", moment.started_at, 0, 0, {}, Spent(), moment, directory)
+        return _summary(job, "", moment.started_at, 0, 0, {}, Spent(), moment, directory, None)
     account = spent or Spent()
     now = _summary(
-        earlier.job, earlier.run_id, earlier.begun_at, earlier.rows, earlier.rejected, {}, account, moment, directory
+        earlier.job,
+        earlier.run_id,
+        earlier.begun_at,
+        earlier.rows,
+        earlier.rejected,
+        {},
+        account,
+        moment,
+        directory,
+        None,
     )
-    kept = _ACCOUNT if spent is None else ("price",)
+    kept = _ACCOUNT if spent is None else ("price", "estimate")
     return msgspec.structs.replace(now, **{name: getattr(earlier, name) for name in kept})
 
 
@@ -105,7 +114,24 @@ def summarise(
 ) -> Summary:
     """What is known of the run now: everything in it is durable."""
     rejected = len(facts.rejected)
-    return _summary(facts.job, facts.run_id, facts.begun_at, rows, rejected, tables, spent, moment, directory)
+    estimate = None if facts.estimate is None else scaled(facts.estimate, rows)
+    return _summary(facts.job, facts.run_id, facts.begun_at, rows, rejected, tables, spent, moment, directory, estimate)
+
+
+def scaled(estimate: Estimate, rows: int) -> Estimate:
+    """The estimate for that many of its rows."""
+    if rows == estimate.rows or not estimate.rows:
+        return estimate
+    share = Decimal(rows) / estimate.rows
+    usd = {name: getattr(estimate, name) for name in ("low_usd", "expected_usd", "high_usd")}
+    return msgspec.structs.replace(
+        estimate,
+        rows=rows,
+        prompt_tokens=round(estimate.prompt_tokens * share),
+        completion_tokens=round(estimate.completion_tokens * share),
+        minutes=None if estimate.minutes is None else estimate.minutes * float(share),
+        **{name: None if known is None else (known * share).quantize(PICO) for name, known in usd.items()},
+    )
 
 
 def _summary(
@@ -118,6 +144,7 @@ def _summary(
     spent: Spent,
     moment: Moment,
     directory: RunDirectory,
+    estimate: Estimate | None,
 ) -> Summary:
     settled = spent.settled()
     lines = spent.lines()
@@ -147,6 +174,7 @@ def _summary(
         possibly_billed_usd=spent.possibly_billed_usd,
         models=spent.answered_as,
         price="; ".join(names) or None,
+        estimate=estimate,
         invocation=moment.invocation,
         begun_at=begun_at,
         started_at=moment.started_at,
@@ -238,6 +266,8 @@ def _closing(summary: Summary, requests_per_minute: float | None) -> Iterator[tu
     for line in (*doubts, *(summary.price or "").split("; ")):
         if line:
             yield "", line
+    if (estimated := estimate_in_words(summary)) is not None:
+        yield "estimate", estimated
     limit = f" of {requests_per_minute:,.0f} allowed" if requests_per_minute else ""
     requests = f"{summary.requests_per_minute:,.0f} requests/min{limit}"
     yield "rate", f"{requests}, {summary.tokens_per_minute:,.0f} tokens/min, {summary.elapsed_s:,.1f} s"
@@ -255,6 +285,24 @@ def known_cost(cost_usd: Decimal, unpriced: int) -> Decimal | None:
 def cost_in_words(summary: Summary) -> str:
     """The bill in one line, with what it does not cover."""
     return "; ".join(_cost(summary))
+
+
+def estimate_in_words(summary: Summary) -> str | None:
+    """What the run was expected to cost before its first request, beside what the same rows did cost."""
+    if (estimate := summary.estimate) is None:
+        return None
+    done, rows = summary.rows - summary.pending, plural(estimate.rows, "row")
+    cost_usd = known_cost(summary.cost_usd, summary.unpriced)
+    if estimate.expected_usd is None or cost_usd is None:
+        tokens = f"{estimate.prompt_tokens:,} tokens in and {estimate.completion_tokens:,} out"
+        return f"{tokens} were expected for {rows}"
+    said = f"${estimate.expected_usd:,.6f} was expected for {rows}"
+    expected_usd = scaled(estimate, done).expected_usd or Decimal(0)
+    if not done or not expected_usd:
+        return said
+    beside = f", ${expected_usd:,.6f} for the {done:,} done" if summary.pending else ""
+    off = (cost_usd / expected_usd - 1) * 100
+    return f"{said}{beside}; the cost is {abs(off):.0f} % {'above' if off >= 0 else 'below'} that"
 
 
 def _cost(summary: Summary) -> list[str]:
