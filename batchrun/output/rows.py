@@ -66,9 +66,9 @@ NOT_IN_PARSED = "not_in_parsed"
 
 _USAGE: list[tuple[str, pa.DataType]] = [
     ("invocation", pa.int32()),
-    ("day", pa.date32()),
     ("model", pa.string()),
     ("status", pa.string()),
+    ("day", pa.date32()),
     ("rows", pa.int64()),
     ("attempts", pa.int64()),
     ("prompt_tokens", pa.int64()),
