@@ -328,11 +328,11 @@ def test_the_estimate_is_kept_and_shown_beside_what_it_cost(tmp_path: Path) -> N
         ended = batchrun("run", job, "-o", out)
     expected = Decimal(read_summary(out)["estimate"]["expected_usd"])
     assert f"about ${expected:,.4f}; " in told
-    assert f"estimate     ${expected / 4:,.6f} was expected for 10 rows; the cost is " in pilot.stdout
+    assert f"estimate     ${expected / 4:,.6f} for 10 rows; the cost is " in pilot.stdout
     off = Decimal(read_summary(out)["cost_usd"]) / expected - 1
     words = f"{abs(off) * 100:.0f} % {'above' if off >= 0 else 'below'} that"
-    assert f"estimate     ${expected:,.6f} was expected for 40 rows; the cost is {words}\n" in ended.stdout
-    assert f"before  ${expected:,.6f} was expected for 40 rows; the cost is {words}\n" in batchrun("status", out).stdout
+    assert f"estimate     ${expected:,.6f} for 40 rows; the cost is {words}\n" in ended.stdout
+    assert f"estimate ${expected:,.6f} for 40 rows; the cost is {words}\n" in batchrun("status", out).stdout
     bill = json.loads(batchrun("report", out, "--format", "json").stdout)
     assert (bill["estimated"]["runs"], Decimal(bill["estimated"]["expected_usd"])) == (1, expected)
     assert Decimal(bill["estimated"]["cost_usd"]) == Decimal(read_summary(out)["cost_usd"])

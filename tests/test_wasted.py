@@ -209,6 +209,35 @@ def test_what_was_paid_for_answers_that_do_not_stand_is_wasted(
     assert ended.exit_code == 0, ended.stdout
 
 
+def test_a_salvaged_run_that_was_resumed_is_the_newest_copy_and_holds_the_whole_bill(tmp_path: Path) -> None:
+    night = Night(tmp_path)
+    night.start(faults=UNFIT_ROWS, code=3)
+    content = bytearray((night.out / "checkpoint.db").read_bytes())
+    content[3] ^= 1
+    (night.out / "checkpoint.db").write_bytes(content)
+    lost = bytearray((night.out / "completions.parquet").read_bytes())
+    lost[len(lost) // 3] ^= 1
+    (night.out / "completions.parquet").write_bytes(lost)
+    assert batchrun("verify", night.out, "--salvage").exit_code == 7
+    damaged, night.out = night.out, night.out.with_name("out.salvaged")
+    before = report.collect([tmp_path], ("job",))
+    assert [each.why for each in before.left_out] == [
+        "salvaged and not resumed yet; the run that it was made of has the bill"
+    ]
+    night.start(faults=UNFIT_ROWS, code=3)
+    for paths in ([tmp_path], [damaged, night.out], [night.out, damaged]):
+        bill = report.collect(paths, ("job",))
+        assert (bill.runs, bill.total.rows, bill.total.cost_usd) == (1, ROWS, night.billed_usd())
+        assert bill.total.wasted_usd == bill.total.cost_usd - kept_usd(night.out)
+        assert [each.path for each in bill.left_out] == [str(damaged)]
+
+
+def kept_usd(out: Path) -> Decimal:
+    """What the answers in the output cost."""
+    rows: list[dict[str, Decimal]] = pq.read_table(out / "completions.parquet", columns=["answer_cost_usd"]).to_pylist()
+    return sum((row["answer_cost_usd"] for row in rows), Decimal(0))
+
+
 def assert_lines_are_the_rows(rows: list[dict[str, Any]], lines: list[dict[str, Any]]) -> None:
     """Each line but the discarded ones is the sum of the rows that it counts."""
     counted: Counter[tuple[object, ...]] = Counter()

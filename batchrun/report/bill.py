@@ -164,7 +164,7 @@ def status_lines(directory: RunDirectory) -> Iterator[str]:
     yield f"rows    {done:,} of {summary.rows:,} done, {summary.pending:,} pending" + (f": {counts}" if counts else "")
     yield f"cost    {cost_in_words(summary)}"
     if (estimated := estimate_in_words(summary)) is not None:
-        yield f"before  {estimated}"
+        yield f"estimate {estimated}"
     if alive:
         yield from _outlook(summary)
     if summary.reason:

@@ -205,6 +205,6 @@ def _remarks(bill: Bill) -> Iterator[str]:
         )
     if bill.estimated is not None:
         known, runs = bill.estimated, plural(bill.estimated.runs, "complete run")
-        yield f"${known.expected_usd:,.6f} was expected for {runs} that cost ${known.cost_usd:,.6f}"
+        yield f"estimate: ${known.expected_usd:,.6f} for {runs} that cost ${known.cost_usd:,.6f}"
     for each in bill.left_out:
         yield f"left out: {each.path}: {each.why}"

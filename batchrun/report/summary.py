@@ -288,15 +288,14 @@ def cost_in_words(summary: Summary) -> str:
 
 
 def estimate_in_words(summary: Summary) -> str | None:
-    """What the run was expected to cost before its first request, beside what the same rows did cost."""
+    """What the run was estimated to cost before its first request, beside what the same rows did cost."""
     if (estimate := summary.estimate) is None:
         return None
     done, rows = summary.rows - summary.pending, plural(estimate.rows, "row")
     cost_usd = known_cost(summary.cost_usd, summary.unpriced)
     if estimate.expected_usd is None or cost_usd is None:
-        tokens = f"{estimate.prompt_tokens:,} tokens in and {estimate.completion_tokens:,} out"
-        return f"{tokens} were expected for {rows}"
-    said = f"${estimate.expected_usd:,.6f} was expected for {rows}"
+        return f"{estimate.prompt_tokens:,} tokens in and {estimate.completion_tokens:,} out for {rows}"
+    said = f"${estimate.expected_usd:,.6f} for {rows}"
     expected_usd = scaled(estimate, done).expected_usd or Decimal(0)
     if not done or not expected_usd:
         return said

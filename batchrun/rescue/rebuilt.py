@@ -120,13 +120,14 @@ def write(old: RunDirectory, known: Remains, account: Account, new: RunDirectory
     """The new directory has a checkpoint that says what was kept; a start goes on with it."""
     invocation = max((record[0] for record in known.invocations), default=1)
     lost = slots.possibly_billed(account.without_end(known), invocation, "crash")
-    totals = account.totals(known, _last_told(old, known))
+    told = _last_told(old)
+    totals = account.totals(known, [] if told is None else told.totals)
     records: dict[str, list[Record]] = {
         "manifest": [
             (SALVAGED, str(account.rows)),
             *((name, known.manifest[name]) for name in _KEPT_FACTS if name in known.manifest),
         ],
-        "invocations": known.invocations,
+        "invocations": _invocations(known, told),
         "chunks": [msgspec.structs.astuple(chunk) for chunk in account.chunks],
         "attempts": known.attempts,
         "possibly_billed": [tables.possibly_billed_record(doubt) for doubt in (*known.possibly_billed, *lost)],
@@ -162,8 +163,15 @@ def spilled(directory: RunDirectory) -> list[Frame]:
     return frames
 
 
-def _last_told(old: RunDirectory, known: Remains) -> list[TotalsLine]:
+def _invocations(known: Remains, told: Summary | None) -> list[Record]:
+    """The starts on record, and the last one that the summary tells of: the next is the newest, whatever was lost."""
+    if told is None or any(record[0] >= told.invocation for record in known.invocations):
+        return known.invocations
+    return [*known.invocations, (told.invocation, told.started_at.timestamp(), told.pid, told.host, "")]
+
+
+def _last_told(old: RunDirectory) -> Summary | None:
     try:
-        return msgspec.json.decode(old.summary.read_bytes(), type=Summary).totals
+        return msgspec.json.decode(old.summary.read_bytes(), type=Summary)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError):
-        return []
+        return None
