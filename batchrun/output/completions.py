@@ -31,6 +31,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: str | None
     choices: tuple[Choice, ...]
     model: str | None
+    requested_model: str
     completion_id: str | None
     request_id: str | None
     created: datetime | None
@@ -41,6 +42,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     reasoning_tokens: int | None
     total_tokens: int | None
     cost_usd: Decimal | None
+    answer_cost_usd: Decimal | None
     attempts: int
     latency_s: float | None
     time_to_first_token_s: float | None
@@ -48,6 +50,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     request_key: bytes
     reused: bool
     variant: int
+    invocation: int
     raw: bytes | None
     input: dict[str, Any]
 

@@ -134,6 +134,7 @@ def _expected(accounts: Sequence[Account]) -> Expected | None:
         (account.estimate.expected_usd, sum((line.cost_usd for line in account.totals), Decimal(0)))
         for account in accounts
         if account.complete and account.estimate is not None and account.estimate.expected_usd is not None
+        if not any(line.unpriced or line.without_usage for line in account.totals)
     ]
     if not known:
         return None

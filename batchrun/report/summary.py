@@ -292,15 +292,14 @@ def estimate_in_words(summary: Summary) -> str | None:
     if (estimate := summary.estimate) is None:
         return None
     done, rows = summary.rows - summary.pending, plural(estimate.rows, "row")
-    cost_usd = known_cost(summary.cost_usd, summary.unpriced)
-    if estimate.expected_usd is None or cost_usd is None:
+    if estimate.expected_usd is None:
         return f"{estimate.prompt_tokens:,} tokens in and {estimate.completion_tokens:,} out for {rows}"
     said = f"${estimate.expected_usd:,.6f} for {rows}"
     expected_usd = scaled(estimate, done).expected_usd or Decimal(0)
-    if not done or not expected_usd:
-        return said
+    if not done or not expected_usd or summary.unpriced or summary.without_usage:
+        return said  # beside a cost that is known in part there is nothing to compare
     beside = f", ${expected_usd:,.6f} for the {done:,} done" if summary.pending else ""
-    off = (cost_usd / expected_usd - 1) * 100
+    off = (summary.cost_usd / expected_usd - 1) * 100
     return f"{said}{beside}; the cost is {abs(off):.0f} % {'above' if off >= 0 else 'below'} that"
 
 
