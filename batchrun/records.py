@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from decimal import Decimal
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -56,7 +57,15 @@ def replaces(new: str, old: str) -> bool:
 
 def utc_day(at: float) -> str:
     """The UTC day of a moment in seconds of Unix time: `2026-11-28`."""
-    return datetime.fromtimestamp(at, UTC).date().isoformat()
+    return _named_day(int(at // DAY_S))
+
+
+@lru_cache(maxsize=8)  # every ending asks for its day: nearly always the same one
+def _named_day(day: int) -> str:
+    return datetime.fromtimestamp(day * DAY_S, UTC).date().isoformat()
+
+
+DAY_S = 86_400
 
 
 class Usage(msgspec.Struct, frozen=True):

@@ -31,7 +31,7 @@ function_call = { name = "label" }
 backoff_base_s = 0.02
 INVALID
 [output]
-chunk_rows = 15
+chunk_rows = 3
 """
 UNFIT: Literal["unfit_json"] = "unfit_json"
 UNFIT_ROWS = tuple(Fault(kind=UNFIT, match=f"item {row} ") for row in (3, 14, 15, 30))

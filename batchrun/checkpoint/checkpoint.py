@@ -7,7 +7,7 @@ when the last commit has ended goes into the next (no timer), each table with on
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
@@ -156,7 +156,7 @@ class Checkpoint:
         chunks: Sequence[Chunk],
         standing: Mapping[str, int],
         manifest: Mapping[str, str],
-        given_up: Iterable[TotalsLine] = (),
+        given_up: Sequence[TotalsLine] = (),
     ) -> None:
         """The run's rows are these chunks now, whatever they were: one transaction.
 

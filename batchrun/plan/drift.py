@@ -111,8 +111,12 @@ class Answers:
             tables.append(taken.set_column(0, OWN_COLUMNS.field("row"), numbers))
         return pa.concat_tables(tables).sort_by("row")
 
-    def given_up(self, matches: Matches) -> Iterator[TotalsLine]:
-        """The changes to the account for the answers that no new row has."""
+    def given_up(self, matches: Matches) -> list[TotalsLine]:
+        """The changes to the account for the answers that no new row has, one for each line of it."""
+        # not an iterator: the checkpoint's thread would take it, and wait for itself to read a chunk
+        return list(spent.with_changes(spent.Spent(), self._given_up(matches)).replaced.values())
+
+    def _given_up(self, matches: Matches) -> Iterator[TotalsLine]:
         kept = bytearray(self.rows)
         for old in matches:
             if old != NONE:
