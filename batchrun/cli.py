@@ -170,6 +170,7 @@ def estimate(
 
     from batchrun import preflight
     from batchrun.gate import daily
+    from batchrun.plan import earlier
     from batchrun.plan import estimate as estimating
     from batchrun.plan.look import look
     from batchrun.rundir import RunDirectory
@@ -185,7 +186,8 @@ def estimate(
             _say(harmless(line))
     to_ask = surveyed.rows if found is None else found.to_ask
     done = None if found is None else found.summary
-    estimated = estimating.estimate(surveyed, loaded, tables, to_ask, done, daily.left_s(now))
+    means = earlier.newest(loaded, besides=out)
+    estimated = estimating.estimate(surveyed, loaded, tables, to_ask, done, daily.left_s(now), means)
     for line in estimating.in_words(estimated, tables, loaded.endpoint.url):
         _say(harmless(line))
     preflight.key(loaded, os.environ)
@@ -246,22 +248,30 @@ def tune(out: Path, **settings: float | str | None) -> None:
 @cli.command()
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--by", default="job,model", metavar="KEYS", help="Group by: day, job, model, status, run.")
-@click.option("--format", "form", type=click.Choice(["table", "csv", "json"]))
-@click.option("-o", "--output", "target", type=click.Path(path_type=Path), help="A file instead of stdout.")
+@click.option("--format", "form", type=click.Choice(["table", "markdown", "csv", "json", "parquet"]))
+@click.option(
+    "-o",
+    "--output",
+    "target",
+    type=click.Path(path_type=Path),
+    help="A file instead of stdout: .txt, .md, .csv, .json or .parquet.",
+)
 def report(paths: tuple[Path, ...], by: str, form: str | None, target: Path | None) -> None:
     """The bill over run directories and completions files."""
     from batchrun.errors import JobError
     from batchrun.report import bill as reporting
+    from batchrun.report import formats
 
-    if form is None:
-        form = {".csv": "csv", ".json": "json"}.get("" if target is None else target.suffix, "table")
-    text = reporting.render(reporting.collect(paths, tuple(by.split(","))), form)
+    form, keys = formats.form_of(target, form), reporting.keys(by)
+    formats.require_no_input(target, paths)
+    content = formats.render(reporting.collect(paths, keys), form)
     if target is None:
-        for_eyes = form == "table" or sys.stdout.isatty()
+        for_eyes = form in ("table", "markdown") or sys.stdout.isatty()
+        text = content.decode()
         _say(harmless(text) if for_eyes else text, nl=False)
     else:
         try:
-            target.write_text(text, "utf-8")
+            target.write_bytes(content)
         except OSError as error:
             raise JobError(f"-o {target}: can't be written: {error.strerror}") from error
 

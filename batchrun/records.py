@@ -1,9 +1,10 @@
 """The frozen values that travel between the stages. Hot ones are msgspec structs: a fifth of a dataclass's cost."""
 
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from decimal import Decimal
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -48,6 +49,24 @@ class Status(StrEnum):
 
 FAILURES = frozenset({Status.EMPTY, Status.INVALID, Status.ERROR})
 """What counts against `max_failures`; `truncated`, `filtered` and `refused` are answers."""
+
+
+def replaces(new: str, old: str) -> bool:
+    """True when a row that is settled again takes its new record: no answer is given up for a failure."""
+    return new not in FAILURES or old in FAILURES
+
+
+def utc_day(at: float) -> str:
+    """The UTC day of a moment in seconds of Unix time: `2026-11-28`."""
+    return _named_day(int(at // DAY_S))
+
+
+@lru_cache(maxsize=8)  # every ending asks for its day: nearly always the same one
+def _named_day(day: int) -> str:
+    return datetime.fromtimestamp(day * DAY_S, UTC).date().isoformat()
+
+
+DAY_S = 86_400
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -203,8 +222,8 @@ class RowError(msgspec.Struct, frozen=True):
 class Discarded(msgspec.Struct, frozen=True):
     """An attempt that was not its row's last: what it was and what it cost. `counted` = against the row's caps.
 
-    `maybe_billed`: no answer came, yet it may have been billed, at most `possibly_billed_usd` (None: price unknown)
-    for at most `possibly_billed_tokens`.
+    `at` is when it ended (Unix time, seconds): its cost is booked on that day. `maybe_billed`: no answer came, yet it
+    may have been billed, at most `possibly_billed_usd` (None: price unknown) for at most `possibly_billed_tokens`.
     """
 
     row: int
@@ -227,11 +246,24 @@ class Discarded(msgspec.Struct, frozen=True):
     reported_cost_usd: Decimal | None = None
 
 
+class Restored(msgspec.Struct, frozen=True):
+    """What an earlier attempt used and cost, which was booked as discarded, and whose answer settles its row after all.
+
+    `last_at` is when the row's last attempt ended (Unix time, seconds), which brought no answer.
+    """
+
+    usage: Usage | None
+    cost_usd: Decimal | None
+    last_at: float
+
+
 class Completion(msgspec.Struct, frozen=True):
     """The final record of a row. `cost_usd` is of all its attempts; None where one could not be priced.
 
-    `last_cost_usd` is the last attempt's alone: what the totals still lack. `reported_cost_usd` is what the server
-    states for its answer. `in_json`: the content is the JSON that was asked for, and belongs into `parsed`.
+    `usage` and `last_cost_usd` are the last attempt's alone: what the totals still lack. The record is that attempt's,
+    unless an earlier one was `restored`. `in_json`: the content is the JSON that was asked for, and belongs into
+    `parsed`. `invocation` is the start of the run that settled the row. `reported_cost_usd` is what the
+    server states for its answer.
     """
 
     row: int
@@ -257,6 +289,9 @@ class Completion(msgspec.Struct, frozen=True):
     in_json: bool = False
     offline: OfflineCount | None = None
     reported_cost_usd: Decimal | None = None
+    invocation: int = 0
+    answer_cost_usd: Decimal | None = None
+    restored: Restored | None = None
 
 
 Ending = Completion | Discarded
@@ -279,7 +314,8 @@ class PossiblyBilled(msgspec.Struct, frozen=True):
 
 
 class TotalsLine(msgspec.Struct, frozen=True):
-    """What one invocation spent on one model with one outcome. `status` is a row status, `discarded` or `lost`.
+    """What one invocation spent on one model with one outcome on one UTC day (`2026-11-28`; "": unknown). `status` is a
+    row status, `discarded`: attempts whose answers are not in the output, or `lost`.
 
     `unpriced` counts attempts whose price is unknown, `without_usage` answers that brought no usage;
     neither adds to `cost_usd`. `offline_*` are about the tokens of the latter, by a count of our own: no other figure
@@ -289,6 +325,7 @@ class TotalsLine(msgspec.Struct, frozen=True):
     invocation: int
     model: str
     status: str
+    day: str = ""
     rows: int = 0
     attempts: int = 0
     prompt_tokens: int = 0
@@ -303,6 +340,32 @@ class TotalsLine(msgspec.Struct, frozen=True):
     offline_completion_tokens: int = 0
     cache_write_tokens: int = 0
     reported_cost_usd: Decimal = Decimal(0)
+
+    @property
+    def key(self) -> "LineKey":
+        """What tells the line from the run's other lines."""
+        return self.invocation, self.model, self.status, self.day
+
+
+LineKey = tuple[int, str, str, str]
+"""Invocation, model, status, day."""
+
+
+class Estimate(msgspec.Struct, frozen=True):
+    """What so many `rows` will take; USD are None where a price is unknown. `basis`: what `expected` rests on; `short`:
+    the caps of the budget that are less than that, in words.
+    """
+
+    rows: int
+    prompt_tokens: int
+    completion_tokens: int
+    low_usd: Decimal | None
+    expected_usd: Decimal | None
+    high_usd: Decimal | None
+    minutes: float | None
+    limited_by: str
+    basis: str
+    short: tuple[str, ...] = ()
 
 
 class InForce(msgspec.Struct, frozen=True):
@@ -366,6 +429,7 @@ class Summary(msgspec.Struct, frozen=True):
     unknown_finish_reasons: list[str]
     example_error: str | None
     price: str | None
+    estimate: Estimate | None
     invocation: int
     begun_at: datetime
     started_at: datetime

@@ -251,6 +251,14 @@ def _unused(pattern: str, date: str, path: Path) -> Path:
     return path
 
 
+def dated(pattern: str, job: str) -> list[Path]:
+    """The directories that the job's runs may be in, the one of the last date first."""
+    fixed = _of_job(pattern, job)
+    if "{date}" not in fixed:
+        return [Path(fixed)]
+    return [path for _, path in sorted(_dated(fixed), key=lambda pair: _by_date(pair[0]), reverse=True)]
+
+
 def _newest(pattern: str) -> tuple[str, Path] | None:
     """The last date, and its directory, among those that fit the pattern."""
     return max(_dated(pattern), key=lambda pair: _by_date(pair[0]), default=None)

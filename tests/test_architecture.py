@@ -120,7 +120,7 @@ SOLE_IMPORTERS: dict[str, frozenset[str]] = {
     "genai_prices": frozenset({"price_list"}),
     "jsonschema_rs": frozenset({"job.expected"}),
     "toktok": frozenset({"answer.offline"}),
-    "pyarrow": frozenset({"source", "columns", "output", "plan", "asking", "rescue"}),
+    "pyarrow": frozenset({"source", "columns", "output", "report", "plan", "asking", "rescue"}),
 }
 """Library → the packages and modules that import it."""
 

@@ -37,7 +37,7 @@ def test_an_unknown_price_is_null_in_every_row_and_unknown_in_every_bill(runs: P
     assert "cost    unknown; no known price for 10 attempts" in batchrun("status", runs / "unknown").stdout
     table = batchrun("report", runs / "unknown").stdout.splitlines()
     assert [line.split()[-2] for line in table[1:3]] == ["unknown", "unknown"]
-    assert table[3] == "no known price for 10 attempts: not in cost_usd"
+    assert table[3] == "no known price for 10 attempts of mystery-model: not in cost_usd"
     bill = json.loads(batchrun("report", runs / "unknown", "--format", "json").stdout)
     assert (bill["lines"][0]["cost_usd"], bill["total"]["cost_usd"], bill["total"]["unpriced"]) == (None, None, 10)
     (line,) = csv.DictReader(io.StringIO(batchrun("report", runs / "unknown", "--format", "csv").stdout))

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 
 from batchrun.checkpoint import tables
 from batchrun.checkpoint.checkpoint import FORMAT, MAX_GROUP, Checkpoint, read_finished
-from batchrun.checkpoint.spent import Spent, doubt, fold, with_possibly_billed
+from batchrun.checkpoint.spent import Spent, answer_line, doubt, fold, with_possibly_billed
 from batchrun.checkpoint.tables import Chunk, Reopened
 from batchrun.errors import BatchrunError, CheckpointError, DiskError, ExitCode, RunLockedError
 from batchrun.records import Completion, Discarded, Ending, PossiblyBilled, RowError, Status
@@ -70,8 +70,14 @@ def filled(path: Path) -> Path:
         endings += [discarded(row, 1, cost_usd=None) for row in range(40, 60)]
         put(checkpoint, [*endings, discarded(71, maybe_billed=True, possibly_billed_usd=Decimal("0.5"))])
         again = Chunk(0, 0, 50, '{"file":0}', "ab" * 16, 1, "cd" * 16)
-        checkpoint.reopen_chunks([again], [Reopened(3, 1, 2, "ok")], {})
+        checkpoint.reopen_chunks([again], [reopened(3, 2, "ok")], {})
     return path
+
+
+def reopened(row: int, attempts: int, status: str) -> Reopened:
+    """A row that `completion` settled with this status, asked again by variant 1."""
+    answer = answer_line(completion(row, status=Status(status)), 0)
+    return Reopened(row, 1, attempts, status, None, msgspec.json.encode(answer).decode())
 
 
 def unexpected(error: BatchrunError) -> None:
@@ -211,14 +217,14 @@ def test_a_reopened_row_is_pending_until_it_is_sealed_again_and_what_was_better_
         sealed = msgspec.structs.replace(chunk, generation=1, part_digest="cd", open=0)
         checkpoint.seal_chunk(sealed)
         assert checkpoint.spent.standing == {"ok": 1, "truncated": 1, "error": 1}
-        rows = [Reopened(1, 1, 1, "truncated"), Reopened(2, 1, 4, "error")]
+        rows = [reopened(1, 1, "truncated"), reopened(2, 4, "error")]
         checkpoint.write_manifest({"finished": "{}"})
         checkpoint.reopen_chunks([msgspec.structs.replace(sealed, open=1)], rows, {"variants": "[]"})
         assert checkpoint.manifest() == {"variants": "[]"}
         assert checkpoint.spent.settled() == 1
         assert checkpoint.reopened(chunk) == {1: rows[0], 2: rows[1]}
         put(checkpoint, [completion(1, status=Status.ERROR, attempts=2), completion(2, status=Status.OK, attempts=5)])
-        checkpoint.seal_chunk(msgspec.structs.replace(sealed, generation=2), {("error", "truncated"): 1})
+        checkpoint.seal_chunk(msgspec.structs.replace(sealed, generation=2))
         assert checkpoint.reopened(chunk) == {}
         standing = {status: rows for status, rows in checkpoint.spent.standing.items() if rows}
         assert standing == {"ok": 2, "truncated": 1}

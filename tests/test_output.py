@@ -16,7 +16,7 @@ import pytest
 from batchrun.durable import digest
 from batchrun.errors import CheckpointError, JobError
 from batchrun.job.job import Output
-from batchrun.output import files
+from batchrun.output import booked, files
 from batchrun.output.files import ROW_GROUP_BYTES, assemble, move_parts, write_part
 from batchrun.output.rows import OWN_COLUMNS, USAGE_COLUMNS, joined, output_schema, own_table
 from batchrun.records import Completion, RowError, Status, TotalsLine
@@ -81,6 +81,7 @@ def test_our_columns_are_the_documented_ones_whatever_the_data() -> None:
         "finish_reason": text,
         "choices": "list<element: struct<index: int32, content: large_string, finish_reason: string>>",
         "model": text,
+        "requested_model": text,
         "completion_id": text,
         "request_id": text,
         "created": utc,
@@ -93,6 +94,7 @@ def test_our_columns_are_the_documented_ones_whatever_the_data() -> None:
         "total_tokens": "int64",
         "cost_usd": "decimal128(20, 12)",
         "reported_cost_usd": "decimal128(20, 12)",
+        "answer_cost_usd": "decimal128(20, 12)",
         "attempts": "int32",
         "latency_s": "double",
         "time_to_first_token_s": "double",
@@ -100,6 +102,7 @@ def test_our_columns_are_the_documented_ones_whatever_the_data() -> None:
         "request_key": "fixed_size_binary[16]",
         "reused": "bool",
         "variant": "int32",
+        "invocation": "int32",
         "raw": "large_binary",
     }
 
@@ -439,13 +442,13 @@ def test_a_part_damaged_after_it_was_moved_is_named(tmp_path: Path) -> None:
 
 def test_usage_has_a_line_for_each_invocation_model_and_status(tmp_path: Path) -> None:
     lines = [
-        TotalsLine(1, MODEL, "ok", 10, 11, 100, 40, 20, 5, 120, Decimal("0.000123456789"), 1, 2),
+        TotalsLine(1, MODEL, "ok", "2026-11-28", 10, 11, 100, 40, 20, 5, 120, Decimal("0.000123456789"), 1, 2),
         TotalsLine(2, MODEL, "discarded", attempts=3),
     ]
     files.write_usage(tmp_path / "usage.parquet", lines)
     table = pq.read_table(tmp_path / "usage.parquet", page_checksum_verification=True)
     assert table.schema.equals(USAGE_COLUMNS)
-    assert [TotalsLine(**row) for row in table.to_pylist()] == lines
+    assert booked.totals_of(table.to_pylist()) == lines
     files.write_usage(tmp_path / "usage.parquet", [])
     assert pq.read_table(tmp_path / "usage.parquet").schema.equals(USAGE_COLUMNS)
 

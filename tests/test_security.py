@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from batchrun.report import bill as report
+from batchrun.report import formats
 from tests.cli_process import batchrun, write_job, write_rows
 from tests.endings import answer_body
 from tests.fault_server import Exchange, answer, serving_aside
@@ -62,6 +63,6 @@ def test_no_cell_of_a_report_is_a_formula(tmp_path: Path) -> None:
             (folder := tmp_path / str(number)).mkdir()
             ask(folder, server.url, 1, request={"model": name})
     bill = report.collect([tmp_path / str(number) / "out" for number in range(len(names))], ("model",))
-    cells = [cell for line in csv.reader(io.StringIO(report.render(bill, "csv"))) for cell in line]
+    cells = [cell for line in csv.reader(io.StringIO(formats.render(bill, "csv").decode())) for cell in line]
     assert {"'=HYPERLINK(1)", "'+1", "'-1", "'@SUM(1)", "'\t=1", "plain"} <= set(cells)
     assert not [cell for cell in cells if cell[:1] in ("=", "+", "-", "@", "\t", "\r")]

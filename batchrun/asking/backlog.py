@@ -14,10 +14,19 @@ import msgspec
 
 from batchrun.output.chunks import OpenChunk
 from batchrun.policy import History
-from batchrun.records import Attempt, Correction, Request, Row, RowError
+from batchrun.records import Attempt, Correction, Request, Row, RowError, Usage
 
 MAX_WAITING = 4096
 """Rows that wait for a retry before new ones wait too: more would only grow memory while the endpoint is unwell."""
+
+
+class Invalid(msgspec.Struct, frozen=True):
+    """An answer that does not fit, what is wrong with it, and what it used and cost."""
+
+    attempt: Attempt
+    error: RowError
+    usage: Usage | None
+    cost_usd: Decimal | None
 
 
 class Pending(msgspec.Struct, frozen=True):
@@ -36,7 +45,7 @@ class Pending(msgspec.Struct, frozen=True):
     refused: bool = False
     variant: int = 0
     corrections: tuple[Correction, ...] = ()
-    invalid: tuple[Attempt, RowError] | None = None
+    invalid: Invalid | None = None
 
 
 class Backlog:

@@ -12,7 +12,7 @@ from batchrun.asking.backlog import Pending
 from batchrun.job.expected import KINDS
 from batchrun.policy import History, Judgement, Settlement
 from batchrun.prices import PriceTable
-from batchrun.records import Answer, Attempt, Completion, Discarded, OfflineCount, RowError, Status, Verdict
+from batchrun.records import Answer, Attempt, Completion, Discarded, OfflineCount, Restored, RowError, Status, Verdict
 
 NOTHING = Decimal(0)
 
@@ -65,11 +65,13 @@ class Ended(msgspec.Struct, frozen=True):
             return self.cost_usd, None if self.judgement.verdict is Verdict.OK else 0
         return self.cost_usd, usage.prompt_tokens + usage.billed_output_tokens
 
-    def completion(self, status: Status) -> Completion:
+    def completion(self, status: Status, invocation: int) -> Completion:
         """The row's final record. No answer that there was is given up for none."""
         pending, attempt, error = self.pending, self.attempt, self.error
-        if self.settlement is None and pending.invalid is not None:
-            (attempt, error), status = pending.invalid, Status.INVALID
+        cost_usd, restored = self.cost_usd, None
+        if self.settlement is None and (invalid := pending.invalid) is not None:
+            attempt, error, status, cost_usd = invalid.attempt, invalid.error, Status.INVALID, invalid.cost_usd
+            restored = Restored(invalid.usage, invalid.cost_usd, self._ended_at)
         return Completion(
             row=pending.request.row,
             key=pending.request.key,
@@ -94,6 +96,9 @@ class Ended(msgspec.Struct, frozen=True):
             in_json=self.settlement is not None and self.settlement.in_json,
             offline=self._offline(),
             reported_cost_usd=self.reported_cost_usd,
+            invocation=invocation,
+            answer_cost_usd=cost_usd,
+            restored=restored,
         )
 
     def discarded(self) -> Discarded:
@@ -109,7 +114,7 @@ class Ended(msgspec.Struct, frozen=True):
             error_kind=error.kind,
             message=error.message,
             request_id=self.attempt.request_id,
-            at=self.attempt.started_at,
+            at=self._ended_at,
             model=request.model,
             usage=self.answer.usage,
             cost_usd=self.cost_usd,
@@ -120,6 +125,10 @@ class Ended(msgspec.Struct, frozen=True):
             offline=self._offline(),
             reported_cost_usd=self.reported_cost_usd,
         )
+
+    @property
+    def _ended_at(self) -> float:
+        return self.attempt.started_at + self.attempt.latency_s
 
     def _offline(self) -> OfflineCount | None:
         """A count of our own for an answer that came without usage."""

@@ -13,7 +13,7 @@ import msgspec
 
 from batchrun import policy, prices
 from batchrun.answer import answer as answers
-from batchrun.asking.backlog import Backlog, Pending
+from batchrun.asking.backlog import Backlog, Invalid, Pending
 from batchrun.asking.delivery import Delivery
 from batchrun.asking.ended import NOTHING, Ended, cost_of, maybe_billed, remembered, reported, total
 from batchrun.asking.image_room import ImageRoom
@@ -294,7 +294,7 @@ class Pipeline:
             if any(new.answer == each.answer for each in pending.corrections):
                 history = None  # a model that says the same again will say it a third time
             corrections = (*pending.corrections, new)
-            invalid = ended.attempt, settlement.error
+            invalid = Invalid(ended.attempt, settlement.error, ended.answer.usage, ended.cost_usd)
             request = corrected(pending.request, [new])
             pending = msgspec.structs.replace(pending, request=request, corrections=corrections, invalid=invalid)
         if history is None:
@@ -327,7 +327,7 @@ class Pipeline:
     def _finish(self, ended: Ended, slot: int | None, status: Status) -> None:
         """The row's completion is on its way to the disk."""
         self.retries.drop(ended.pending.request.row)
-        completion = ended.completion(status)
+        completion = ended.completion(status, self._checkpoint.invocation)
         self._flights[completion.row, completion.attempts] = _Flight(slot, *ended.spent(), ended.pending.chunk)
         self._checkpoint.put(completion)
         if (stop := self.signs.settled(completion.status, completion.error)) is not None:

@@ -7,7 +7,6 @@ when the last commit has ended goes into the next (no timer), each table with on
 import contextlib
 import queue
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -17,11 +16,19 @@ import msgspec
 
 from batchrun.checkpoint import spill, tables
 from batchrun.checkpoint.database import Database, Record
-from batchrun.checkpoint.spent import Spent, doubt, fold, moved, with_possibly_billed
+from batchrun.checkpoint.spent import (
+    Spent,
+    doubt,
+    fold,
+    reopened,
+    settled_still,
+    with_changes,
+    with_possibly_billed,
+)
 from batchrun.checkpoint.tables import Chunk, Reopened
 from batchrun.durable import fsync, told
 from batchrun.errors import BatchrunError, DiskError
-from batchrun.records import Completion, Discarded, Ending, PossiblyBilled
+from batchrun.records import Completion, Discarded, Ending, PossiblyBilled, TotalsLine
 
 FORMAT = 3
 """`PRAGMA user_version`. Another number is another version's run directory: exit 7."""
@@ -65,6 +72,8 @@ class Checkpoint:
         )
         manifest: dict[str, str] = dict(self._database.records("manifest"))
         self.since = int(manifest.get(SINCE, "0"))
+        self._reopened = bool(self._database.query("SELECT 1 FROM reopened LIMIT 1"))
+        ((self._revision,),) = self._database.query("SELECT coalesce(max(revision), 0) FROM replaced")
         self._thread = threading.Thread(target=self._serve, name="checkpoint", daemon=True)
         self.spent = self._read_spent()
         self._take_in_spilled()
@@ -118,25 +127,16 @@ class Checkpoint:
         """The chunk is on record; its input is on disk already."""
         self._call(lambda: self._replace("chunks", [msgspec.structs.astuple(chunk)]))
 
-    def seal_chunk(self, chunk: Chunk, kept: Mapping[tuple[str, str], int] | None = None) -> None:
-        """The chunk's part, on disk already, takes the place of its rows here: one transaction.
+    def seal_chunk(self, chunk: Chunk) -> None:
+        """The chunk's part, on disk already, takes the place of its rows here: one transaction."""
 
-        `kept` counts, by (new status, old status), rows whose record in the base part was better than the new one.
-        """
-        leaving: Counter[str] = Counter()
-        coming: Counter[str] = Counter()
-        for (new, old), rows in (kept or {}).items():
-            leaving[new] += rows
-            coming[old] += rows
-
-        def seal() -> Spent:
+        def seal() -> None:
             bounds = chunk.first_row, chunk.end_row
             self._database.replace("chunks", [msgspec.structs.astuple(chunk)])
             self._database.query("DELETE FROM rows WHERE row >= ? AND row < ?", bounds)
             self._database.query("DELETE FROM reopened WHERE row >= ? AND row < ?", bounds)
-            return self._stand(moved(self.spent, leaving, coming))
 
-        self._call(lambda: self._account(seal))
+        self._call(lambda: self._database.transaction(seal))
 
     def reopen_chunks(self, chunks: Sequence[Chunk], rows: Sequence[Reopened], facts: Mapping[str, str]) -> None:
         """The chunks are open again over their base parts, and these rows of theirs are pending: one transaction.
@@ -149,24 +149,33 @@ class Checkpoint:
             self._database.insert("reopened", [msgspec.structs.astuple(row) for row in rows])
             self._database.query("DELETE FROM manifest WHERE name = 'finished'")
             self._database.replace("manifest", list(facts.items()))
-            return self._stand(moved(self.spent, Counter(row.status for row in rows)))
+            return self._stand(reopened(self.spent, (row.line for row in rows)))
 
         self._call(lambda: self._account(reopen))
+        self._reopened = self._reopened or bool(rows)
 
-    def lay_out(self, chunks: Sequence[Chunk], standing: Mapping[str, int], manifest: Mapping[str, str]) -> None:
+    def lay_out(
+        self,
+        chunks: Sequence[Chunk],
+        standing: Mapping[str, int],
+        manifest: Mapping[str, str],
+        given_up: Sequence[TotalsLine] = (),
+    ) -> None:
         """The run's rows are these chunks now, whatever they were: one transaction.
 
         What the database held of single rows is in the chunks' parts or was given up; attempts and doubts of earlier
-        layouts stay on record, but speak of other rows. `standing` counts the rows that have a completion.
+        layouts stay on record, but speak of other rows. `standing` counts the rows that have a completion; `given_up`
+        is what is added to the account's `replaced` for answers that no row has any more.
         """
 
         def lay_out() -> Spent:
+            spent = with_changes(self._none_pending_again(), given_up)
             for table in ("chunks", "rows", "reopened", "standing"):
                 self._database.query(f"DELETE FROM {table}")  # noqa: S608  (our own names)
             self._database.insert("chunks", [msgspec.structs.astuple(chunk) for chunk in chunks])
             self._database.query("DELETE FROM manifest WHERE name = 'finished'")
             self._database.replace("manifest", [*manifest.items(), (SINCE, str(self.invocation))])
-            return self._stand(msgspec.structs.replace(self.spent, standing=dict(standing)))
+            return self._stand(msgspec.structs.replace(spent, standing=dict(standing)))
 
         self._call(lambda: self._account(lay_out))
         self.since = self.invocation
@@ -338,7 +347,7 @@ class Checkpoint:
         completions = [ending for ending in endings if isinstance(ending, Completion)]
         discarded = [ending for ending in endings if isinstance(ending, Discarded)]
         doubts = [entry for ending in endings if (entry := doubt(ending, invocation)) is not None]
-        spent = fold(self.spent, endings, invocation)
+        spent = fold(self.spent, endings, invocation, self._before(completions))
         changed = [line for key, line in spent.totals.items() if self.spent.totals.get(key) is not line]
 
         def write() -> None:
@@ -373,9 +382,27 @@ class Checkpoint:
         self.spent = account
 
     def _stand(self, spent: Spent) -> Spent:
-        """The account's standing is in the database, once the transaction at hand commits."""
+        """How the account's rows stand is in the database, once the transaction at hand commits."""
         self._database.replace("standing", list(spent.standing.items()))
+        known = self.spent.replaced
+        changed = [line for key, line in spent.replaced.items() if known.get(key) is not line]
+        self._revision += bool(changed)
+        self._database.replace("replaced", [tables.replaced_record(line, self._revision) for line in changed])
         return spent
+
+    def _before(self, completions: Sequence[Completion]) -> dict[int, TotalsLine]:
+        """For those rows that had a record before: what its answer alone used and cost."""
+        if not (self._reopened and completions):
+            return {}
+        rows = [completion.row for completion in completions]
+        found = self._database.records("reopened", f"WHERE row IN ({','.join('?' * len(rows))})", rows)
+        again = [Reopened(*record) for record in found]
+        return {each.row: each.line for each in again}
+
+    def _none_pending_again(self) -> Spent:
+        """The account as if no row were reopened: each that is still pending has its old record."""
+        records = self._database.records("reopened", "WHERE row NOT IN (SELECT row FROM rows)")
+        return with_changes(self.spent, (settled_still(Reopened(*record).line) for record in records))
 
     def _replace(self, table: str, records: Sequence[Record]) -> None:
         self._database.transaction(lambda: self._database.replace(table, records))
@@ -385,9 +412,11 @@ class Checkpoint:
 
     def _read_spent(self) -> Spent:
         lines = [tables.totals_line(record) for record in self._database.records("totals")]
+        changes = [tables.replaced_line(record) for record in self._database.records("replaced")]
         doubts = self._database.records("possibly_billed", "ORDER BY rowid")
         spent = Spent(
-            totals={(line.invocation, line.model, line.status): line for line in lines},
+            totals={line.key: line for line in lines},
+            replaced={line.key: line for line in changes},
             standing=dict(self._database.records("standing")),
             answered_as=dict(self._database.records("answered_as")),
         )

@@ -8,6 +8,7 @@ import msgspec
 from batchrun.columns.schema import Column, column_of
 from batchrun.errors import CheckpointError
 from batchrun.job.job import Output
+from batchrun.records import Estimate
 from batchrun.source import FileIdentity
 
 ENTRY = "facts"
@@ -19,7 +20,7 @@ class Facts(msgspec.Struct, frozen=True):
     `answer_schema` is the JSON schema that types the column `parsed`.
 
     `layout` counts how often the rows were laid out anew over a changed input or job; `variant` is the way in which
-    rows are asked since the last time.
+    rows are asked since the last time. `estimate` is what all rows were expected to take.
     """
 
     run_id: str
@@ -37,6 +38,7 @@ class Facts(msgspec.Struct, frozen=True):
     output: Output
     layout: int = 0
     variant: int = 0
+    estimate: Estimate | None = None
 
     @property
     def attempt_prefix(self) -> str:

@@ -1,17 +1,36 @@
 """The run's account: what its attempts used and cost, folded ending by ending. PURE.
 
 Bill = Σ of the totals' lines, discarded attempts included. What may have been billed without an answer stands apart.
+
+An attempt is booked when it ends: under the status of the row that it settles, or as discarded. When another answer
+takes the place of that one later (a retry, an accepted change, a salvage), `replaced` books it over, as discarded. So
+the sum never changes, and wasted is one thing: the cost of what is discarded.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 
 import msgspec
 
-from batchrun.records import Completion, Discarded, Ending, OfflineCount, PossiblyBilled, TotalsLine, Usage
+from batchrun.records import (
+    Completion,
+    Discarded,
+    Ending,
+    LineKey,
+    OfflineCount,
+    PossiblyBilled,
+    Restored,
+    TotalsLine,
+    Usage,
+    replaces,
+    utc_day,
+)
 
 DISCARDED = "discarded"
-"""The totals' status of attempts that were not their row's last: what they cost was spent in vain."""
+"""The totals' status of attempts whose answers are not in the output: what they cost is wasted."""
+
+FIGURES = tuple(name for name in TotalsLine.__struct_fields__ if name not in ("invocation", "model", "status", "day"))
+"""The fields of a line that are added up."""
 
 MAX_NAMED = 1000
 """Possibly billed attempts that are listed one by one; all of them are counted and added."""
@@ -30,12 +49,14 @@ SEVERAL = "several models"
 class Spent(msgspec.Struct, frozen=True):
     """What is durable of the run's account: replaced as a whole after each commit, so any thread may read it.
 
-    `totals` are what happened, invocation by invocation, and only grow; `standing` counts the rows that have a
-    completion now, by status: a row that is asked again leaves it until it is settled anew. `lost` counts by invocation
-    the attempts of which nothing came because the process died or was stopped at once.
+    `totals` are what happened, invocation by invocation, and only grow; `replaced` is what has to be added to them
+    since answers were replaced, figures below 0 included. `standing` counts the rows that have a completion now, by
+    status: a row that is asked again leaves it until it is settled again. `lost` counts by
+    invocation the attempts of which nothing came because the process died or was stopped at once.
     """
 
-    totals: dict[tuple[int, str, str], TotalsLine] = {}
+    totals: dict[LineKey, TotalsLine] = {}
+    replaced: dict[LineKey, TotalsLine] = {}
     standing: dict[str, int] = {}
     answered_as: dict[str, int] = {}
     possibly_billed: tuple[PossiblyBilled, ...] = ()
@@ -47,6 +68,24 @@ class Spent(msgspec.Struct, frozen=True):
     def settled(self) -> int:
         """Rows that have their completion."""
         return sum(self.standing.values())
+
+    def lines(self) -> list[TotalsLine]:
+        """The bill as the output stands: the rows add up to the output's, and what it doesn't hold is discarded."""
+        lines = dict(self.totals)
+        for key, change in self.replaced.items():
+            lines[key] = plus(lines.get(key) or TotalsLine(*key), change)
+        booked = [line for line in lines.values() if any(getattr(line, name) for name in FIGURES)]
+        return [*booked, *self._lost_lines()]
+
+    def _lost_lines(self) -> list[TotalsLine]:
+        """The lost attempts in lines of their own, of no day: with them attempts add up to those of the rows."""
+        models = {line.model for line in self.totals.values()}
+        model = models.pop() if len(models) == 1 else SEVERAL
+        return [TotalsLine(invocation, model, LOST, attempts=attempts) for invocation, attempts in self.lost.items()]
+
+    def wasted_usd(self) -> Decimal:
+        """What was billed for answers that are not in the output, however they came to be replaced."""
+        return sum((line.cost_usd for line in self.lines() if line.status == DISCARDED), Decimal(0))
 
     def cost_usd(self) -> Decimal:
         """What was billed for certain."""
@@ -66,13 +105,6 @@ class Spent(msgspec.Struct, frozen=True):
     def requests(self) -> int:
         """Attempts so far, those without a known end included."""
         return sum(line.attempts for line in self.lines())
-
-    def lines(self) -> list[TotalsLine]:
-        """The totals with the lost attempts in lines of their own: their attempts add up to those of the rows."""
-        models = {line.model for line in self.totals.values()}
-        model = models.pop() if len(models) == 1 else SEVERAL
-        lost = [TotalsLine(invocation, model, LOST, attempts=attempts) for invocation, attempts in self.lost.items()]
-        return [*self.totals.values(), *lost]
 
 
 def doubt(ending: Ending, invocation: int) -> PossiblyBilled | None:
@@ -111,43 +143,143 @@ def with_possibly_billed(spent: Spent, entries: Sequence[PossiblyBilled]) -> Spe
     )
 
 
-def fold(spent: Spent, endings: Sequence[Ending], invocation: int) -> Spent:
-    """The account with the endings added; lines that no ending touches stay the same objects."""
+def fold(
+    spent: Spent, endings: Sequence[Ending], invocation: int, earlier: Mapping[int, TotalsLine] | None = None
+) -> Spent:
+    """The account with the endings added; lines that no ending touches stay the same objects.
+
+    `earlier` has, for each row among them that had a record before, what its answer alone used and cost.
+    """
     totals = dict(spent.totals)
     standing = dict(spent.standing)
     answered_as = spent.answered_as
+    changes: list[TotalsLine] = []
     for ending in endings:
-        settled = isinstance(ending, Completion)
-        status = str(ending.status) if isinstance(ending, Completion) else DISCARDED
-        cost = ending.last_cost_usd if isinstance(ending, Completion) else ending.cost_usd
-        key = (invocation, ending.model, status)
-        totals[key] = _add(totals.get(key) or TotalsLine(*key), ending, cost, rows=int(settled))
-        if settled:
-            standing[status] = standing.get(status, 0) + 1
-        if isinstance(ending, Completion) and ending.answered_model is not None:
+        line = totals.get(key := _key(ending, invocation)) or TotalsLine(*key)
+        settles = isinstance(ending, Completion) and ending.restored is None
+        totals[key] = _add(line, ending, rows=int(settles))
+        if not isinstance(ending, Completion):
+            continue
+        status = str(ending.status)
+        if ending.restored is not None:
+            changes += _restored(ending, ending.restored, invocation)
+        if (before := (earlier or {}).get(ending.row)) is not None:
+            changes += _again(answer_line(ending, invocation), before)
+            status = status if replaces(status, before.status) else before.status
+        standing[status] = standing.get(status, 0) + 1
+        if ending.answered_model is not None:
             if answered_as is spent.answered_as:
                 answered_as = dict(answered_as)
             answered_as[ending.answered_model] = answered_as.get(ending.answered_model, 0) + 1
-    return msgspec.structs.replace(spent, totals=totals, standing=standing, answered_as=answered_as)
+    folded = msgspec.structs.replace(spent, totals=totals, standing=standing, answered_as=answered_as)
+    return with_changes(folded, changes)
 
 
-def moved(spent: Spent, leaving: Mapping[str, int], coming: Mapping[str, int] | None = None) -> Spent:
-    """The account with rows counted under other statuses, or under none."""
-    standing = dict(spent.standing)
-    for status, rows in leaving.items():
-        standing[status] = standing.get(status, 0) - rows
-    for status, rows in (coming or {}).items():
-        standing[status] = standing.get(status, 0) + rows
-    return msgspec.structs.replace(spent, standing=standing)
+def with_changes(spent: Spent, changes: Iterable[TotalsLine]) -> Spent:
+    """The account with the changes added to `replaced`."""
+    replaced = dict(spent.replaced)
+    for change in changes:
+        replaced[change.key] = plus(replaced.get(change.key) or TotalsLine(*change.key), change)
+    return spent if replaced == spent.replaced else msgspec.structs.replace(spent, replaced=replaced)
 
 
-def _add(line: TotalsLine, ending: Ending, cost: Decimal | None, *, rows: int) -> TotalsLine:
+def given_up(answer: TotalsLine) -> tuple[TotalsLine, TotalsLine]:
+    """The changes that book an answer over as discarded; `answer` is what it alone used and cost, where it is booked.
+
+    Its row, if it counts one, counts no more.
+    """
+    discarded = msgspec.structs.replace(answer, status=DISCARDED, rows=0)
+    return _negative(answer), discarded
+
+
+def settled_still(answer: TotalsLine) -> TotalsLine:
+    """The change by which the row of a reopened answer counts again."""
+    return TotalsLine(*answer.key, rows=1)
+
+
+def answer_line(c: Completion, invocation: int) -> TotalsLine:
+    """What the row's answer alone used and cost, in the line of the totals that it is booked in."""
+    restored = c.restored
+    usage, cost = (c.usage, c.last_cost_usd) if restored is None else (restored.usage, restored.cost_usd)
+    reported = c.reported_cost_usd if restored is None else None
+    return _used(TotalsLine(invocation, c.model, str(c.status), utc_day(c.finished_at), rows=1), usage, cost, reported)
+
+
+def plus(one: TotalsLine, other: TotalsLine) -> TotalsLine:
+    """The line `one` with the figures of `other` added."""
+    figures = {name: getattr(one, name) + getattr(other, name) for name in FIGURES}
+    for name in ("cost_usd", "reported_cost_usd"):
+        figures[name] = figures[name] or Decimal(0)  # and no 0E-12
+    return msgspec.structs.replace(one, **figures)
+
+
+def _negative(line: TotalsLine) -> TotalsLine:
+    return msgspec.structs.replace(line, **{name: -getattr(line, name) for name in FIGURES})
+
+
+def _key(ending: Ending, invocation: int) -> LineKey:
+    """The line that the attempt is booked in."""
+    if isinstance(ending, Discarded):
+        return invocation, ending.model, DISCARDED, utc_day(ending.at)
+    if ending.restored is not None:
+        return invocation, ending.model, DISCARDED, utc_day(ending.restored.last_at)
+    return invocation, ending.model, str(ending.status), utc_day(ending.finished_at)
+
+
+def _restored(c: Completion, restored: Restored, invocation: int) -> list[TotalsLine]:
+    """The changes that book an earlier attempt, discarded so far, under the status of the row that it settles."""
+    answer = answer_line(c, invocation)
+    discarded = msgspec.structs.replace(answer, status=DISCARDED, rows=0)
+    return [answer, _negative(discarded)]
+
+
+def _again(new: TotalsLine, before: TotalsLine) -> list[TotalsLine]:
+    """The changes where a row is settled that had a record before: one of the two answers is given up.
+
+    The old one's row counts no more since it was reopened.
+    """
+    if replaces(new.status, before.status):
+        return list(given_up(msgspec.structs.replace(before, rows=0)))
+    return [*given_up(new), settled_still(before)]
+
+
+def _used(line: TotalsLine, usage: Usage | None, cost: Decimal | None, reported: Decimal | None) -> TotalsLine:
+    """The line with one attempt's usage and cost in it, besides the offline count, which stays where it was booked."""
+    used = usage or Usage(0, 0, 0)
+    return msgspec.structs.replace(
+        line,
+        attempts=1,
+        prompt_tokens=used.prompt_tokens,
+        cached_tokens=used.cached_tokens or 0,
+        completion_tokens=used.completion_tokens,
+        reasoning_tokens=used.reasoning_tokens or 0,
+        total_tokens=used.total_tokens,
+        cost_usd=cost or Decimal(0),
+        unpriced=int(usage is not None and cost is None),
+        without_usage=int(usage is None and cost is None),
+        cache_write_tokens=used.cache_write_tokens or 0,
+        reported_cost_usd=reported or Decimal(0),
+    )
+
+
+def reopened(spent: Spent, answers: Iterable[TotalsLine]) -> Spent:
+    """The account with the rows of these answers pending again; each stands until another takes its place."""
+    standing, changes = dict(spent.standing), list[TotalsLine]()
+    for answer in answers:
+        standing[answer.status] = standing.get(answer.status, 0) - 1
+        changes.append(TotalsLine(*answer.key, rows=-1))
+    return with_changes(msgspec.structs.replace(spent, standing=standing), changes)
+
+
+def _add(line: TotalsLine, ending: Ending, *, rows: int) -> TotalsLine:
     usage, offline = ending.usage, ending.offline or OfflineCount(0, 0)
+    cost = ending.last_cost_usd if isinstance(ending, Completion) else ending.cost_usd
     used = usage or Usage(0, 0, 0)
     return TotalsLine(
         invocation=line.invocation,
         model=line.model,
         status=line.status,
+        day=line.day,
         rows=line.rows + rows,
         attempts=line.attempts + 1,
         prompt_tokens=line.prompt_tokens + used.prompt_tokens,

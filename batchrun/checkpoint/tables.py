@@ -20,7 +20,7 @@ CREATE TABLE chunks (chunk INTEGER PRIMARY KEY, first_row INTEGER, rows INTEGER,
 CREATE TABLE rows (row INTEGER PRIMARY KEY, request_key BLOB, status TEXT, attempts INTEGER, http_status INTEGER,
     error_kind TEXT, error_http_status INTEGER, error_code TEXT, error_message TEXT, request_id TEXT, finished_at REAL,
     latency_s REAL, time_to_first_token_s REAL, model TEXT, cost_usd TEXT, raw BLOB, variant INTEGER,
-    in_json INTEGER, reported_cost_usd TEXT, crc INTEGER);
+    in_json INTEGER, reported_cost_usd TEXT, invocation INTEGER, answer_cost_usd TEXT, crc INTEGER);
 CREATE TABLE attempts (row INTEGER, n INTEGER, verdict TEXT, counted INTEGER, http_status INTEGER, error_kind TEXT,
     message TEXT, request_id TEXT, at REAL, model TEXT, prompt_tokens INTEGER, completion_tokens INTEGER,
     total_tokens INTEGER, cached_tokens INTEGER, reasoning_tokens INTEGER, cache_write_tokens INTEGER,
@@ -28,15 +28,20 @@ CREATE TABLE attempts (row INTEGER, n INTEGER, verdict TEXT, counted INTEGER, ht
     PRIMARY KEY (row, n, invocation)) WITHOUT ROWID;
 CREATE TABLE possibly_billed (row INTEGER, n INTEGER, request_key TEXT, upper_bound_usd TEXT,
     upper_bound_tokens INTEGER, cause TEXT, invocation INTEGER, request_id TEXT, crc INTEGER);
-CREATE TABLE totals (invocation INTEGER, model TEXT, status TEXT, rows INTEGER, attempts INTEGER, prompt_tokens INTEGER,
-    cached_tokens INTEGER, completion_tokens INTEGER, reasoning_tokens INTEGER, total_tokens INTEGER, cost_usd TEXT,
-    unpriced INTEGER, without_usage INTEGER, offline_prompt_tokens INTEGER, offline_completion_tokens INTEGER,
-    cache_write_tokens INTEGER, reported_cost_usd TEXT, crc INTEGER,
-    PRIMARY KEY (invocation, model, status)) WITHOUT ROWID;
+CREATE TABLE totals (invocation INTEGER, model TEXT, status TEXT, day TEXT, rows INTEGER, attempts INTEGER,
+    prompt_tokens INTEGER, cached_tokens INTEGER, completion_tokens INTEGER, reasoning_tokens INTEGER,
+    total_tokens INTEGER, cost_usd TEXT, unpriced INTEGER, without_usage INTEGER, offline_prompt_tokens INTEGER,
+    offline_completion_tokens INTEGER, cache_write_tokens INTEGER, reported_cost_usd TEXT, crc INTEGER,
+    PRIMARY KEY (invocation, model, status, day)) WITHOUT ROWID;
+CREATE TABLE replaced (invocation INTEGER, model TEXT, status TEXT, day TEXT, rows INTEGER, attempts INTEGER,
+    prompt_tokens INTEGER, cached_tokens INTEGER, completion_tokens INTEGER, reasoning_tokens INTEGER,
+    total_tokens INTEGER, cost_usd TEXT, unpriced INTEGER, without_usage INTEGER, offline_prompt_tokens INTEGER,
+    offline_completion_tokens INTEGER, cache_write_tokens INTEGER, reported_cost_usd TEXT, revision INTEGER,
+    crc INTEGER, PRIMARY KEY (invocation, model, status, day)) WITHOUT ROWID;
 CREATE TABLE answered_as (model TEXT PRIMARY KEY, rows INTEGER, crc INTEGER) WITHOUT ROWID;
 CREATE TABLE standing (status TEXT PRIMARY KEY, rows INTEGER, crc INTEGER) WITHOUT ROWID;
 CREATE TABLE reopened (row INTEGER PRIMARY KEY, variant INTEGER, attempts INTEGER, status TEXT, cost_usd TEXT,
-    crc INTEGER);
+    answer TEXT, crc INTEGER);
 """
 
 
@@ -65,13 +70,21 @@ class Chunk(msgspec.Struct, frozen=True):
 class Reopened(msgspec.Struct, frozen=True):
     """A row of a base part that is asked again, by which variant of the job; how it had ended, after how many
     attempts, and what they cost (USD; None: unknown). The base's record stands until the new one is durable.
+
+    `answer` is what its answer alone used and cost, as a line of the totals, in JSON.
     """
 
     row: int
     variant: int
     attempts: int
     status: str
-    cost_usd: str | None = None
+    cost_usd: str | None
+    answer: str
+
+    @property
+    def line(self) -> TotalsLine:
+        """What its answer alone used and cost, in the line of the totals that it was booked in."""
+        return msgspec.json.decode(self.answer, type=TotalsLine)
 
 
 def usd(text: str | None) -> Decimal | None:
@@ -97,20 +110,22 @@ def completion_record(c: Completion) -> Record:
     return (
         c.row, c.key, str(c.status), c.attempts, c.http_status, kind, error.http_status, _characters(error.code),
         _characters(error.message), _characters(c.request_id), c.finished_at, c.latency_s, c.time_to_first_token_s,
-        c.model, _text(c.cost_usd), c.raw, c.variant, int(c.in_json), _text(c.reported_cost_usd),
+        c.model, _text(c.cost_usd), c.raw, c.variant, int(c.in_json), _text(c.reported_cost_usd), c.invocation,
+        _text(c.answer_cost_usd),
     )  # fmt: skip
 
 
 def completion(record: Record) -> Completion:
     row, key, status, attempts, http_status, kind, error_status, code, message, *rest = record
-    request_id, finished_at, latency_s, first_token_s, model, cost, raw, variant, in_json, reported = rest
+    request_id, finished_at, latency_s, first_token_s, model, cost, raw, variant, *rest = rest
+    in_json, reported, invocation, answer_cost = rest
     return Completion(
         row=row, key=key, status=Status(status), attempts=attempts, http_status=http_status,
         error=None if kind is None else RowError(kind, error_status, code, message),
         request_id=request_id, finished_at=finished_at, latency_s=latency_s, time_to_first_token_s=first_token_s,
         model=model, answered_model=None, usage=None, cost_usd=usd(cost), last_cost_usd=None, maybe_billed=False,
-        possibly_billed_usd=None, raw=raw, variant=variant, in_json=bool(in_json),
-        reported_cost_usd=usd(reported),
+        possibly_billed_usd=None, raw=raw, variant=variant, in_json=bool(in_json), invocation=invocation,
+        answer_cost_usd=usd(answer_cost), reported_cost_usd=usd(reported),
     )  # fmt: skip
 
 
@@ -160,3 +175,12 @@ def totals_line(record: Record) -> TotalsLine:
     for place in _USD:
         fields[place] = Decimal(record[place])
     return TotalsLine(*fields)
+
+
+def replaced_record(line: TotalsLine, revision: int) -> Record:
+    """`revision` grows from one version of a line to the next: the figures themselves may fall."""
+    return (*totals_record(line), revision)
+
+
+def replaced_line(record: Record) -> TotalsLine:
+    return totals_line(record[:-1])

@@ -1,18 +1,19 @@
 """The part that an open chunk stands on: its own columns as they were sealed before, under newer completions."""
 
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
 from typing import cast
 
+import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchrun.checkpoint.tables import Reopened
+from batchrun.output import booked
 from batchrun.output.files import require_digest
 from batchrun.output.rows import as_own, own_schema
-from batchrun.records import FAILURES
+from batchrun.records import replaces
 
 
 class BasePart:
@@ -36,25 +37,23 @@ class BasePart:
         """The rows that ended with one of the statuses, as they are asked again by `variant`."""
         attempts = cast(list[int], self._table.column("attempts").to_pylist())
         costs = self._table.column("cost_usd").to_pylist()
-        found = zip(self.rows, attempts, self.statuses, costs, strict=True)
+        found = zip(self.rows, attempts, self.statuses, costs, booked.lines(self._table), strict=True)
         return [
-            Reopened(row, variant, n, status, None if cost is None else str(cost))
-            for row, n, status, cost in found
+            Reopened(row, variant, n, status, None if cost is None else str(cost), msgspec.json.encode(answer).decode())
+            for row, n, status, cost, answer in found
             if status in statuses
         ]
 
-    def under(self, newer: pa.Table, first_row: int, end_row: int, kept: "Counter[tuple[str, str]]") -> pa.Table:
+    def under(self, newer: pa.Table, first_row: int, end_row: int) -> pa.Table:
         """Rows `first_row` to `end_row` - 1 in order: the newer record where there is one, else the base's.
 
-        An answer is never given up for a failure: then the base's record stays, and `kept` counts it by (new, old).
+        An answer is never given up for a failure: then the base's record stays.
         """
         start, end = bisect_left(self.rows, first_row), bisect_left(self.rows, end_row)
         old = dict(zip(self.rows[start:end], self.statuses[start:end], strict=True))
         newer_wins: dict[int, bool] = {}
         for row, status in zip(_rows(newer), newer.column("status").to_pylist(), strict=True):
-            newer_wins[row] = not (status in FAILURES and row in old and old[row] not in FAILURES)
-            if not newer_wins[row]:
-                kept[cast(str, status), old[row]] += 1
+            newer_wins[row] = row not in old or replaces(cast(str, status), old[row])
         from_newer = newer.filter(pa.array([newer_wins[row] for row in _rows(newer)], pa.bool_()))
         older = self._table.slice(start, end - start)
         from_base = older.filter(pa.array([not newer_wins.get(row, False) for row in _rows(older)], pa.bool_()))

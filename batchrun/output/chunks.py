@@ -3,7 +3,6 @@
 What blocks (reading, writing, waiting for the database) is in `open_next` and `seal`, which run in threads.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
@@ -115,11 +114,10 @@ class Chunks:
         chunk = open_chunk.chunk
         generation = chunk.generation + 1
         part = self._directory.part_of(chunk.chunk, generation)
-        kept: Counter[tuple[str, str]] = Counter()
-        batches = self._batches(open_chunk, kept)
+        batches = self._batches(open_chunk)
         part_digest = files.write_part(part, self._schema, batches, self._settings, chunk.rows)
         sealed = msgspec.structs.replace(chunk, generation=generation, part_digest=part_digest, open=0)
-        self._checkpoint.seal_chunk(sealed, kept)
+        self._checkpoint.seal_chunk(sealed)
         self.sealed[chunk.chunk] = sealed
         self._input_of(chunk.chunk).unlink(missing_ok=True)
         if chunk.generation:
@@ -188,10 +186,8 @@ class Chunks:
         self._next_row = chunk.end_row
         return OpenChunk(chunk, StoredWindow(path, chunk.input_digest, chunk.first_row))
 
-    def _batches(
-        self, open_chunk: OpenChunk, kept: "Counter[tuple[str, str]]", *, with_pending: bool = False
-    ) -> Iterator[pa.RecordBatch]:
-        """The chunk's rows with their completions, the newer over the base; `kept` counts where the base was better.
+    def _batches(self, open_chunk: OpenChunk, *, with_pending: bool = False) -> Iterator[pa.RecordBatch]:
+        """The chunk's rows with their completions, the newer over the base.
 
         A row without a completion is an error, unless the batches are to be `with_pending` rows.
         """
@@ -202,7 +198,7 @@ class Chunks:
             for first_row, end_row, settled in _by_size(row, row + window.num_rows, completions):
                 table, own = window.slice(first_row - row, end_row - first_row), self._own(settled)
                 if base is not None:
-                    own = base.under(own, first_row, end_row, kept)
+                    own = base.under(own, first_row, end_row)
                 if with_pending:
                     own = pending.beside(own, first_row, end_row, open_chunk.discarded, open_chunk.lost)
                 if own.num_rows != table.num_rows:
@@ -236,7 +232,7 @@ class Chunks:
             completions = self._checkpoint.completions(row, end_row)
             own, again = self._own(completions), open_chunk.reopened.keys() - {c.row for c in completions}
             if base is not None:
-                own = base.under(own, row, end_row, Counter())
+                own = base.under(own, row, end_row)
             rows = [at for at in cast(list[int], own.column("row").to_pylist()) if at not in again]
             kept = own.filter(pc.is_in(own.column("row"), pa.array(rows, pa.int64())))
             yield joined(table.take(pa.array([at - row for at in rows], pa.int64())), kept, self._schema, self._parsed)
@@ -255,7 +251,7 @@ class Chunks:
         """
         for chunk in self._checkpoint.chunks():
             if chunk.open:
-                yield from self._batches(self._reopen(chunk), Counter(), with_pending=True)
+                yield from self._batches(self._reopen(chunk), with_pending=True)
             else:
                 yield from files.sealed_batches(self._part_of(chunk), chunk.part_digest or "", chunk.rows)
         while (unread := self._next_window()) is not None:

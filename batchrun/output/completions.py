@@ -32,6 +32,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: str | None
     choices: tuple[Choice, ...]
     model: str | None
+    requested_model: str
     completion_id: str | None
     request_id: str | None
     created: datetime | None
@@ -44,6 +45,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     total_tokens: int | None
     cost_usd: Decimal | None
     reported_cost_usd: Decimal | None
+    answer_cost_usd: Decimal | None
     attempts: int
     latency_s: float | None
     time_to_first_token_s: float | None
@@ -51,6 +53,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     request_key: bytes
     reused: bool
     variant: int
+    invocation: int
     raw: bytes | None
     input: dict[str, Any]
 

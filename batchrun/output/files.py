@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from batchrun.durable import digest, fsync, replace, told
 from batchrun.errors import CheckpointError
 from batchrun.job.job import Output
+from batchrun.output.booked import usage_rows
 from batchrun.output.rows import USAGE_COLUMNS
 from batchrun.records import TotalsLine
 
@@ -188,9 +189,9 @@ def cut(path: Path, expected_digest: str, rows: Sequence[int]) -> Iterator[Itera
     return (piece(wanted) for wanted in rows)
 
 
-def write_usage(path: Path, lines: Iterable[TotalsLine]) -> None:
-    """usage.parquet: one line for each invocation, model and status."""
-    rows = [msgspec.structs.asdict(line) for line in lines]
+def write_usage(path: Path, lines: Sequence[TotalsLine]) -> None:
+    """usage.parquet: one line for each invocation, day, model and status."""
+    rows = usage_rows(lines)
 
     def write(temporary: Path) -> None:
         with ParquetFile(temporary, USAGE_COLUMNS, "zstd") as file:

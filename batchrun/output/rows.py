@@ -30,6 +30,7 @@ _OWN: list[tuple[str, pa.DataType]] = [
     ("finish_reason", pa.string()),
     ("choices", pa.list_(pa.field("element", _CHOICE))),
     ("model", pa.string()),
+    ("requested_model", pa.string()),
     ("completion_id", pa.string()),
     ("request_id", pa.string()),
     ("created", UTC_MICROSECONDS),
@@ -42,6 +43,7 @@ _OWN: list[tuple[str, pa.DataType]] = [
     ("total_tokens", pa.int64()),
     ("cost_usd", USD),
     ("reported_cost_usd", USD),
+    ("answer_cost_usd", USD),
     ("attempts", pa.int32()),
     ("latency_s", pa.float64()),
     ("time_to_first_token_s", pa.float64()),
@@ -54,6 +56,7 @@ _OWN: list[tuple[str, pa.DataType]] = [
     ("request_key", pa.binary(16)),
     ("reused", pa.bool_()),
     ("variant", pa.int32()),
+    ("invocation", pa.int32()),
     ("raw", pa.large_binary()),
 ]
 OWN_COLUMNS = pa.schema(_OWN)
@@ -68,6 +71,7 @@ _USAGE: list[tuple[str, pa.DataType]] = [
     ("invocation", pa.int32()),
     ("model", pa.string()),
     ("status", pa.string()),
+    ("day", pa.date32()),
     ("rows", pa.int64()),
     ("attempts", pa.int64()),
     ("prompt_tokens", pa.int64()),
@@ -84,7 +88,7 @@ _USAGE: list[tuple[str, pa.DataType]] = [
     ("reported_cost_usd", USD),
 ]
 USAGE_COLUMNS = pa.schema(_USAGE)
-"""The columns of usage.parquet: the fields of `TotalsLine`."""
+"""The columns of usage.parquet: the fields of `TotalsLine`, with its day as a date."""
 
 
 def output_schema(input_schema: pa.Schema, output: Output, parsed: Column = JSON) -> pa.Schema:
@@ -134,6 +138,7 @@ def own_table(completions: Sequence[Completion], *, keep_raw: bool) -> pa.Table:
         "finish_reason": [a.finish_reason for a in read],
         "choices": [msgspec.to_builtins(a.choices) if a.choices else None for a in read],
         "model": [a.model or c.model for c, a in pairs],
+        "requested_model": [c.model for c in completions],
         "completion_id": [a.completion_id for a in read],
         "request_id": [c.request_id for c in completions],
         "created": [None if a.created is None else a.created * 1_000_000 for a in read],
@@ -141,6 +146,7 @@ def own_table(completions: Sequence[Completion], *, keep_raw: bool) -> pa.Table:
         **{name: list(tokens(name)) for name in OWN_COLUMNS.names if name.endswith("_tokens")},
         "cost_usd": [c.cost_usd for c in completions],
         "reported_cost_usd": [c.reported_cost_usd for c in completions],
+        "answer_cost_usd": [c.answer_cost_usd for c in completions],
         "attempts": [c.attempts for c in completions],
         "latency_s": [c.latency_s for c in completions],
         "time_to_first_token_s": [c.time_to_first_token_s for c in completions],
@@ -148,6 +154,7 @@ def own_table(completions: Sequence[Completion], *, keep_raw: bool) -> pa.Table:
         "request_key": [c.key for c in completions],
         "reused": [False] * len(completions),
         "variant": [c.variant for c in completions],
+        "invocation": [c.invocation for c in completions],
         "raw": [packed.plain(c.raw) if keep_raw or c.status is not Status.OK or a.flagged else None for c, a in pairs],
     }
     return pa.Table.from_arrays([pa.array(values[field.name], field.type) for field in OWN_COLUMNS], schema=OWN_COLUMNS)

@@ -15,16 +15,17 @@ from typing import cast
 import msgspec
 import pyarrow as pa
 
+from batchrun.checkpoint import spent
 from batchrun.checkpoint.checkpoint import Checkpoint
 from batchrun.checkpoint.facts import Facts, parsed
 from batchrun.checkpoint.tables import Chunk
 from batchrun.columns.jsonl import ColumnTypes
 from batchrun.columns.schema import Column
-from batchrun.output import files, result, window
+from batchrun.output import booked, files, result, window
 from batchrun.output.base_part import BasePart
 from batchrun.output.rows import OWN_COLUMNS, joined, own_schema, own_table
 from batchrun.plan.matching import NONE, Matches, match
-from batchrun.records import Status
+from batchrun.records import Status, TotalsLine
 from batchrun.rundir import RunDirectory
 from batchrun.source import START, Source, Window
 
@@ -110,6 +111,22 @@ class Answers:
             tables.append(taken.set_column(0, OWN_COLUMNS.field("row"), numbers))
         return pa.concat_tables(tables).sort_by("row")
 
+    def given_up(self, matches: Matches) -> list[TotalsLine]:
+        """The changes to the account for the answers that no new row has, one for each line of it."""
+        # not an iterator: the checkpoint's thread would take it, and wait for itself to read a chunk
+        return list(spent.with_changes(spent.Spent(), self._given_up(matches)).replaced.values())
+
+    def _given_up(self, matches: Matches) -> Iterator[TotalsLine]:
+        kept = bytearray(self.rows)
+        for old in matches:
+            if old != NONE:
+                kept[old] = 1
+        for place in range(len(self.chunks)):
+            own = self.of_chunk(place)
+            for row, answer in zip(own.column("row").to_pylist(), booked.lines(own), strict=True):
+                if not kept[cast(int, row)]:
+                    yield from spent.given_up(answer)
+
     def _of_chunk(self, place: int) -> pa.Table:
         chunk = self.chunks[place]
         completions = self._checkpoint.completions(chunk.first_row, chunk.end_row)
@@ -119,7 +136,7 @@ class Answers:
             return newer
         path = self._directory.part_of(chunk.chunk, chunk.generation)
         base = BasePart(path, chunk.part_digest or "", self._facts.output.prefix)
-        return base.under(newer, chunk.first_row, chunk.end_row, Counter())
+        return base.under(newer, chunk.first_row, chunk.end_row)
 
 
 def examine(
@@ -200,7 +217,7 @@ def lay_out(
             chunk = msgspec.structs.replace(chunk, generation=generation, part_digest=digest)
         chunks.append(chunk)
         first_row = end_row
-    checkpoint.lay_out(chunks, standing, manifest)
+    checkpoint.lay_out(chunks, standing, manifest, answers.given_up(matches))
 
 
 def _windows(source: Source, facts: Facts, upto: int) -> Iterator[Window]:

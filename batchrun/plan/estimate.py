@@ -1,45 +1,28 @@
 """What a run, or the rest of one, will take: tokens, money, time. PURE; guesses are bracketed by bounds.
 
 low         prompts of as few tokens as their bytes can hold, answers of one
-expected    the mean of the answers so far; before there are any, usual ratios
+expected    the mean of the answers so far; before there are any, of the job's newest run; else usual ratios
 high        the upper bounds that a budget reserves: no bill can be larger, retries apart
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from decimal import Decimal
 
-import msgspec
-
 from batchrun import prices
 from batchrun.gate import capacity
 from batchrun.gate.admission import Limit
 from batchrun.gate.capacity import Size
-from batchrun.job.job import Budget, Job
+from batchrun.job.job import Budget, Job, Limits
 from batchrun.plan.check import Survey
+from batchrun.plan.earlier import Means
+from batchrun.plan.earlier import of as means_of
 from batchrun.prices import PriceTable
-from batchrun.records import Summary, Usage
+from batchrun.records import Estimate, Summary, Usage
 from batchrun.report.summary import failures, headline_usd, plural
 
 FEWEST_TOKENS_PER_BYTE = 0.18  # long common words; prose of one language has about 0.23
 USUAL_TOKENS_PER_BYTE = 0.3
 USUAL_ANSWER_TOKENS = 300
-
-
-class Estimate(msgspec.Struct, frozen=True):
-    """`rows` to ask, and what they take; USD are None where a price is unknown. `basis`: what `expected` rests on;
-    `short`: the caps of the budget that are less than that, in words.
-    """
-
-    rows: int
-    prompt_tokens: int
-    completion_tokens: int
-    low_usd: Decimal | None
-    expected_usd: Decimal | None
-    high_usd: Decimal | None
-    minutes: float | None
-    limited_by: str
-    basis: str
-    short: tuple[str, ...] = ()
 
 
 def estimate(
@@ -49,32 +32,28 @@ def estimate(
     to_ask: int,
     done: Summary | None,
     day_left_s: float = 0.0,
+    earlier: Means | None = None,
 ) -> Estimate:
-    """The estimate for `to_ask` of the survey's rows, learning from what the run has done already.
+    """The estimate for `to_ask` of the survey's rows, by what the run has done already, else by an `earlier` one.
 
     `day_left_s`: until the day of `limits.requests_per_day` ends.
     """
     share = to_ask / found.rows if found.rows else 0.0
-    prompt, completion, basis = _means(found, job, done)
+    mean = (None if done is None else means_of(done, "this run")) or earlier or _usual(found, job)
+    prompt, completion = mean.prompt_tokens, mean.completion_tokens
     tokens = (prompt + completion) * to_ask
-    time = capacity.least_minutes(job.limits, to_ask, Size(prompt, completion), day_left_s)
-    expected = _cost(
-        found, tables, share, lambda model: (prompt * found.models[model], completion * found.models[model])
-    )
-    low = _cost(
-        found, tables, share, lambda model: (FEWEST_TOKENS_PER_BYTE * _bytes(found, model), found.models[model])
-    )
-    high = _bound(found, tables, to_ask, prices.tier_of_job(job.request.extra))
+    minutes, limit = _time(job.limits, to_ask, mean, day_left_s)
+    expected = _expected(found, tables, to_ask, mean)
     return Estimate(
         rows=to_ask,
         prompt_tokens=round(prompt * to_ask),
         completion_tokens=round(completion * to_ask),
-        low_usd=low,
+        low_usd=_cost(found, tables, share, lambda rows: (FEWEST_TOKENS_PER_BYTE * _bytes(found, rows), rows)),
         expected_usd=expected,
-        high_usd=high,
-        minutes=None if time is None else time[0],
-        limited_by=str(Limit.LATENCY if time is None else time[1]),
-        basis=basis,
+        high_usd=_bound(found, tables, to_ask, prices.tier_of_job(job.request.extra)),
+        minutes=minutes,
+        limited_by=str(limit),
+        basis=_in_full(mean),
         short=tuple(_short(job.budget, to_ask, tokens, expected, done)),
     )
 
@@ -126,43 +105,64 @@ def duration(minutes: float) -> str:
     return f"{minutes:,.1f} min" if minutes < 600 else f"{minutes / 60:,.1f} h"
 
 
-def _bytes(found: Survey, model: str) -> float:
-    return found.body_bytes * found.models[model] / found.rows
+def _time(limits: Limits, rows: int, mean: Means, day_left_s: float) -> tuple[float | None, Limit]:
+    """How many minutes the rows take at least, and what makes it so."""
+    size = Size(mean.prompt_tokens, mean.completion_tokens)
+    times = [] if (by_limits := capacity.least_minutes(limits, rows, size, day_left_s)) is None else [by_limits]
+    if mean.latency_s is not None:
+        times.append((mean.latency_s * rows / limits.max_in_flight / 60, Limit.LATENCY))
+    return max(times, key=lambda time: time[0], default=(None, Limit.LATENCY))
 
 
-def _means(found: Survey, job: Job, done: Summary | None) -> tuple[float, float, str]:
-    """(prompt tokens, completion tokens, basis) of one row."""
-    size = Size() if done is None else capacity.size_of(done.totals)
-    if size.answers:
-        return (
-            size.prompt_tokens,
-            size.completion_tokens,
-            "the one answer so far" if size.answers == 1 else f"the mean of {size.answers:,} answers",
-        )
+def _in_full(mean: Means) -> str:
+    """What the estimate rests on, in words."""
+    parts = [mean.basis]
+    if mean.cached_share:
+        parts.append(f"{mean.cached_share:.0%} of the prompts cached")
+    if mean.cost_usd is not None:
+        parts.append(f"${mean.cost_usd:,.6f} a row")
+    if mean.latency_s is not None:
+        parts.append(f"{mean.latency_s:,.2f} s an answer")
+    return ", ".join(parts)
+
+
+def _bytes(found: Survey, rows: float) -> float:
+    return found.body_bytes * rows / found.rows
+
+
+def _usual(found: Survey, job: Job) -> Means:
+    """The means of a row where no answer has come yet."""
     tokens = USUAL_TOKENS_PER_BYTE * found.body_bytes + found.image_tokens
-    prompt = tokens / found.rows if found.rows else 0.0
     images = ", 765 an image (85 of low detail)" if found.image_tokens else ""
     answer = min(job.request.max_tokens or USUAL_ANSWER_TOKENS, USUAL_ANSWER_TOKENS)
-    return (
-        prompt,
-        answer,
-        f"{USUAL_TOKENS_PER_BYTE} tokens a byte{images} and {answer} an answer; a pilot tells better: --limit 20",
-    )
+    basis = f"{USUAL_TOKENS_PER_BYTE} tokens a byte{images} and {answer} an answer; a pilot tells better: --limit 20"
+    return Means(basis, tokens / found.rows if found.rows else 0.0, answer, 0.0)
+
+
+def _expected(found: Survey, tables: Mapping[str, PriceTable | None], to_ask: int, mean: Means) -> Decimal | None:
+    """What a row cost times the rows, if prices are as they were; else by its tokens."""
+    if (each := mean.cost_by(tables)) is not None:
+        return (each * to_ask).quantize(prices.PICO)
+    share = to_ask / found.rows if found.rows else 0.0
+    tokens = mean.prompt_tokens, mean.completion_tokens
+    return _cost(found, tables, share, lambda rows: (tokens[0] * rows, tokens[1] * rows), mean.cached_share)
 
 
 def _cost(
     found: Survey,
     tables: Mapping[str, PriceTable | None],
     share: float,
-    tokens: Callable[[str], tuple[float, float]],
+    tokens: Callable[[int], tuple[float, float]],
+    cached_share: float = 0.0,
 ) -> Decimal | None:
+    """USD of a share of the rows; `tokens` are those of so many rows of a model, in and out."""
     total = Decimal(0)
     for model, rows in found.models.items():
         table = tables.get(model)
         if table is None:
             return None
-        prompt, completion = tokens(model)
-        each = Usage(round(prompt / rows), round(completion / rows), 0)
+        prompt, completion = tokens(rows)
+        each = Usage(round(prompt / rows), round(completion / rows), 0, round(prompt / rows * cached_share))
         total += (prices.cost(each, table) or 0) * Decimal(rows * share)
     return total
 

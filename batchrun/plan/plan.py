@@ -18,12 +18,14 @@ from batchrun.checkpoint.variants import Variant
 from batchrun.columns.jsonl import ColumnTypes
 from batchrun.columns.schema import Column
 from batchrun.errors import ANOTHER, CheckpointError, JobError
+from batchrun.gate import daily
 from batchrun.job.job import Job
-from batchrun.plan import checks, drift, reading, spooled
+from batchrun.plan import checks, drift, earlier, reading, spooled
 from batchrun.plan.asked import Asked
+from batchrun.plan.estimate import estimate
 from batchrun.plan.matching import Questions
 from batchrun.prices import PriceTable
-from batchrun.report.summary import are, plural
+from batchrun.report.summary import are, plural, scaled
 from batchrun.rundir import RunDirectory
 from batchrun.source import (
     FileIdentity,
@@ -80,7 +82,10 @@ def make(job: Job, directory: RunDirectory, checkpoint: Checkpoint, asked: Asked
         reading.keep_digests(job, directory, new.layout, pictures, found)
     ways = (variants.of_job(job),)
     plan = _plan(job, new, ways, 0, source, {}, asked.limit, today, resumed=False)
-    checkpoint.write_manifest({**facts.encode(new), "prices": _encode(plan.prices), **variants.encode(ways)})
+    before = earlier.newest(job, besides=directory.path)
+    expected = estimate(found, job, plan.prices, found.rows, None, daily.left_s(now), before)
+    plan = msgspec.structs.replace(plan, facts=msgspec.structs.replace(new, estimate=expected))
+    checkpoint.write_manifest({**facts.encode(plan.facts), "prices": _encode(plan.prices), **variants.encode(ways)})
     return plan
 
 
@@ -180,7 +185,10 @@ def _adopt(
     with Questions(directory.path) as questions, Questions(directory.path) as pictures:
         found = reading.read(source, job, directory, asked, questions.add, pictures.add)
         new = reading.facts_of(job, source, identities, found, run_id=known.run_id, begun_at=known.begun_at)
-        new = msgspec.structs.replace(new, layout=known.layout + 1, variant=variant, dialect=found.dialect)
+        expected = None if known.estimate is None else scaled(known.estimate, found.rows)
+        new = msgspec.structs.replace(
+            new, layout=known.layout + 1, variant=variant, dialect=found.dialect, estimate=expected
+        )
         answers = drift.Answers(directory, checkpoint, known)
         asked_now = questions.rows(found.rejected)
         mean_cost_usd = checkpoint.spent.mean_cost_usd()

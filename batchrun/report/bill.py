@@ -1,11 +1,6 @@
-"""The bill over runs: folds of summaries into tables, and tables into text. PURE, but for reading the summaries.
+"""The bill over runs: their totals' lines folded into groups; and where one run stands. PURE, but for reading them."""
 
-A run directory tells by its summary.json; a completions file that was moved elsewhere by its footer.
-"""
-
-import csv
-import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -13,17 +8,18 @@ from typing import Any
 import msgspec
 
 from batchrun.checkpoint.spent import DISCARDED, LOST
-from batchrun.errors import InputError, JobError
-from batchrun.output.files import read_footer
+from batchrun.errors import JobError
 from batchrun.records import TotalsLine
-from batchrun.report.summary import known_cost, lost_in_words, plural
-from batchrun.rundir import RunDirectory
+from batchrun.report import runs
+from batchrun.report.runs import Account, LeftOut
 
 KEYS = ("day", "job", "model", "status", "run")
 
 
 class BillLine(msgspec.Struct, frozen=True):
-    """What one group of runs used and cost. `wasted_usd` is the part of `cost_usd` that discarded attempts took."""
+    """What one group used and cost. `wasted_usd` is the part of `cost_usd` that was paid for answers that are not in
+    the output, however they came to be replaced.
+    """
 
     group: tuple[str, ...]
     rows: int = 0
@@ -51,10 +47,18 @@ class WithoutUsage(msgspec.Struct, frozen=True):
     offline_completion_tokens: int
 
 
+class Expected(msgspec.Struct, frozen=True):
+    """What complete runs were estimated to cost before their first request, and what they cost."""
+
+    runs: int
+    expected_usd: Decimal
+    cost_usd: Decimal
+
+
 class Bill(msgspec.Struct, frozen=True):
     """The lines in the order of their groups, their sum, and what is beyond it: the upper bound of what may have been
-    billed, and the answers that nobody can price. The sum's attempts include the `lost` ones, sent before the process
-    died or was stopped at once.
+    billed, the answers without usage, attempts without a known price by model, and what was found and not counted.
+    The sum's attempts include the `lost` ones, sent before the process died or was stopped at once.
     """
 
     by: tuple[str, ...]
@@ -65,57 +69,78 @@ class Bill(msgspec.Struct, frozen=True):
     possibly_billed_usd: Decimal
     lost: int
     without_usage: tuple[WithoutUsage, ...]
+    unpriced: dict[str, int]
+    estimated: Expected | None
+    left_out: tuple[LeftOut, ...]
 
 
-class _Account(msgspec.Struct):
-    """The part of a summary, or of a footer, that a bill needs."""
+def keys(by: str) -> tuple[str, ...]:
+    """What to group by, of a text such as `job,model`.
 
-    job: str
-    run_id: str
-    totals: list[TotalsLine]
-    possibly_billed_count: int
-    possibly_billed_usd: Decimal
-    begun_at: str = ""
-    by_status: dict[str, int] | None = None
+    Raises:
+        JobError: an unknown key, or one twice.
+    """
+    named = tuple(by.split(","))
+    if unknown := [key for key in named if key not in KEYS]:
+        raise JobError(f"--by {unknown[0]}: expected some of {', '.join(KEYS)}")
+    if twice := [key for key in KEYS if named.count(key) > 1]:
+        raise JobError(f"--by {by}: names {twice[0]} twice")
+    return named
 
 
 def collect(paths: Sequence[Path], by: tuple[str, ...]) -> Bill:
-    """The bill over every run that the paths name or hold, each run counted once.
+    """The bill over every run that the paths name or hold, each run counted once, whatever their order.
 
     Raises:
-        JobError: an unknown key to group by.
-        InputError: a path holds no run.
+        InputError: a path holds no run, or one that can't be read.
     """
-    if unknown := [key for key in by if key not in KEYS]:
-        raise JobError(f"--by {unknown[0]}: expected some of {', '.join(KEYS)}")
-    accounts: dict[str, _Account] = {}
-    for path in paths:
-        for place in _places(path):
-            account = _read(place)
-            account.totals = _as_they_stand(account)
-            accounts[account.run_id or str(place)] = account
+    found = runs.find(paths)
+    booked = [(account, line) for account in found.accounts for line in account.totals]
     lines: dict[tuple[str, ...], BillLine] = {}
-    for account in accounts.values():
-        for line in account.totals:
-            group = tuple(_key(key, account, line) for key in by)
-            lines[group] = _add(lines.get(group) or BillLine(group), line)
+    for account, line in booked:
+        group = tuple(_key(key, account, line) for key in by)
+        lines[group] = _add(lines.get(group) or BillLine(group), line)
     total = BillLine(("total",))
-    for account in accounts.values():
-        for line in account.totals:
-            total = _add(total, line)
+    for _, line in booked:
+        total = _add(total, line)
     return Bill(
         by=by,
         lines=tuple(lines[group] for group in sorted(lines)),
         total=total,
-        runs=len(accounts),
-        possibly_billed=sum(account.possibly_billed_count for account in accounts.values()),
-        possibly_billed_usd=sum((account.possibly_billed_usd for account in accounts.values()), Decimal(0)),
-        lost=sum(line.attempts for account in accounts.values() for line in account.totals if line.status == LOST),
-        without_usage=tuple(_without_usage(list(accounts.values()))),
+        runs=len(found.accounts),
+        possibly_billed=sum(account.possibly_billed_count for account in found.accounts),
+        possibly_billed_usd=sum((account.possibly_billed_usd for account in found.accounts), Decimal(0)),
+        lost=sum(line.attempts for _, line in booked if line.status == LOST),
+        without_usage=tuple(_without_usage(found.accounts)),
+        unpriced=_unpriced(line for _, line in booked),
+        estimated=_expected(found.accounts),
+        left_out=found.left_out,
     )
 
 
-def _without_usage(accounts: Sequence[_Account]) -> Iterator[WithoutUsage]:
+def _unpriced(lines: Iterable[TotalsLine]) -> dict[str, int]:
+    """Attempts without a known price, by model."""
+    attempts: dict[str, int] = {}
+    for line in lines:
+        if line.unpriced:
+            attempts[line.model] = attempts.get(line.model, 0) + line.unpriced
+    return dict(sorted(attempts.items()))
+
+
+def _expected(accounts: Sequence[Account]) -> Expected | None:
+    """None where no complete run has both an estimate and a cost."""
+    known = [
+        (account.estimate.expected_usd, sum((line.cost_usd for line in account.totals), Decimal(0)))
+        for account in accounts
+        if account.complete and account.estimate is not None and account.estimate.expected_usd is not None
+        if not any(line.unpriced or line.without_usage for line in account.totals)
+    ]
+    if not known:
+        return None
+    return Expected(len(known), sum((e for e, _ in known), Decimal(0)), sum((c for _, c in known), Decimal(0)))
+
+
+def _without_usage(accounts: Sequence[Account]) -> Iterator[WithoutUsage]:
     for job in sorted({account.job for account in accounts}):
         lines = [line for account in accounts if account.job == job for line in account.totals]
         if answers := sum(line.without_usage for line in lines):
@@ -123,61 +148,10 @@ def _without_usage(accounts: Sequence[_Account]) -> Iterator[WithoutUsage]:
             yield WithoutUsage(job, answers, prompt_tokens, sum(line.offline_completion_tokens for line in lines))
 
 
-def render(bill: Bill, form: str) -> str:
-    """The bill as `table`, `csv` or `json` text, ending in a newline."""
-    match form:
-        case "csv":
-            return _csv(bill)
-        case "json":
-            return msgspec.json.format(msgspec.json.encode(_tree(bill)), indent=2).decode() + "\n"
-        case _:
-            return _table(bill)
-
-
-def _places(path: Path) -> Iterator[Path]:
-    """The run directories and completions files that `path` is or holds."""
-    if path.is_file() or RunDirectory(path).summary.exists():
-        yield path
-        return
-    found = sorted(summary.parent for summary in path.rglob("summary.json")) if path.is_dir() else []
-    if not found:
-        raise InputError(f"{path}: no run here; name a run directory, a folder of them, or a completions file")
-    yield from found
-
-
-def _read(place: Path) -> _Account:
-    try:
-        if place.is_file():
-            footer = read_footer(place)
-            if footer is None:
-                raise InputError(f"{place}: holds no bill of batchrun's in its footer")
-            return msgspec.convert(footer, _Account)
-        return msgspec.json.decode(RunDirectory(place).summary.read_bytes(), type=_Account)
-    except (msgspec.DecodeError, OSError) as error:
-        raise InputError(f"{place}: the summary can't be read: {error}") from error
-
-
-def _as_they_stand(account: _Account) -> list[TotalsLine]:
-    """The totals with each row counted once, however often it was settled: the earliest lines of a status lose those
-    that were asked again. What was used and cost stays.
-    """
-    if account.by_status is None:
-        return account.totals
-    gone = {status: -rows for status, rows in account.by_status.items()}
-    for line in account.totals:
-        gone[line.status] = gone.get(line.status, 0) + line.rows
-    lines = []
-    for line in sorted(account.totals, key=lambda line: line.invocation):
-        lost = max(0, min(line.rows, gone[line.status]))
-        gone[line.status] -= lost
-        lines.append(msgspec.structs.replace(line, rows=line.rows - lost))
-    return lines
-
-
-def _key(key: str, account: _Account, line: TotalsLine) -> str:
+def _key(key: str, account: Account, line: TotalsLine) -> str:
     match key:
         case "day":
-            return account.begun_at[:10] or "unknown"
+            return line.day or "unknown"
         case "job":
             return account.job
         case "run":
@@ -194,92 +168,3 @@ def _add(sum_: BillLine, line: TotalsLine) -> BillLine:
     }
     wasted = line.cost_usd if line.status == DISCARDED else 0
     return BillLine(sum_.group, **changes, wasted_usd=sum_.wasted_usd + wasted)
-
-
-def _rows(bill: Bill) -> Iterator[tuple[str, ...]]:
-    yield (*bill.by, *FIGURES)
-    for line in bill.lines:
-        values = (_figure(line, name) for name in FIGURES)
-        yield (*line.group, *("" if value is None else str(value) for value in values))
-
-
-def _csv(bill: Bill) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([_guarded(cell) for cell in row] for row in _rows(bill))
-    return text.getvalue()
-
-
-def _guarded(cell: str) -> str:
-    """The cell as text even for a spreadsheet, which would run what begins like a formula."""
-    return "'" + cell if cell[:1] in ("=", "+", "-", "@", "\t", "\r") else cell
-
-
-def _tree(bill: Bill) -> dict[str, object]:
-    lines = [
-        {**dict(zip(bill.by, line.group, strict=True)), **{name: _figure(line, name) for name in FIGURES}}
-        for line in bill.lines
-    ]
-    total = {name: _figure(bill.total, name) for name in FIGURES}
-    doubts = {
-        "possibly_billed": bill.possibly_billed,
-        "possibly_billed_usd": bill.possibly_billed_usd,
-        "lost": bill.lost,
-        "without_usage": bill.without_usage,
-    }
-    return {"runs": bill.runs, "by": bill.by, "lines": lines, "total": total, **doubts}
-
-
-_SHOWN = ("rows", "attempts", "prompt_tokens", "cached_tokens", "completion_tokens", "cost_usd", "wasted_usd")
-
-
-def _table(bill: Bill) -> str:
-    """Columns in line, numbers to the right, the sum last."""
-    header = (*bill.by, *_SHOWN)
-    body = [(*line.group, *_cells(line)) for line in bill.lines]
-    body.append(("total", *[""] * (len(bill.by) - 1), *_cells(bill.total)))
-    widths = [max(len(row[column]) for row in (header, *body)) for column in range(len(header))]
-    names = len(bill.by)
-    lines = [
-        "  ".join(
-            cell.ljust(width) if column < names else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in (header, *body)
-    ]
-    return "\n".join([*lines, *_remarks(bill)]) + "\n"
-
-
-def _cells(line: BillLine) -> list[str]:
-    return [_cell(_figure(line, name)) for name in _SHOWN]
-
-
-def _cell(value: int | Decimal | None) -> str:
-    if value is None:
-        return "unknown"
-    return f"{value:,.6f}" if isinstance(value, Decimal) else f"{value:,}"
-
-
-def _figure(line: BillLine, name: str) -> int | Decimal | None:
-    """None for a cost of which nothing is known."""
-    if name == "cost_usd":
-        return known_cost(line.cost_usd, line.unpriced + line.without_usage)
-    value: int | Decimal = getattr(line, name)
-    return value
-
-
-def _remarks(bill: Bill) -> Iterator[str]:
-    if bill.possibly_billed:
-        yield (
-            f"possibly billed beyond that: {plural(bill.possibly_billed, 'attempt')} without a known end, "
-            f"at most ${bill.possibly_billed_usd:,.6f}"
-        )
-    if bill.lost:
-        yield lost_in_words(bill.lost)
-    if bill.total.unpriced:
-        yield f"no known price for {plural(bill.total.unpriced, 'attempt')}: not in cost_usd"
-    for missing in bill.without_usage:
-        yield (
-            f"without usage: {plural(missing.answers, 'answer')} of {missing.job}, not in cost_usd; "
-            f"about {missing.offline_prompt_tokens:,} tokens in, {missing.offline_completion_tokens:,} out "
-            "by an offline count"
-        )

@@ -6,7 +6,14 @@ from datetime import UTC, datetime
 from batchrun.gate import deadline
 from batchrun.records import Summary
 from batchrun.report.at_rest import standing
-from batchrun.report.summary import age_in_words, cost_in_words, limits_in_words, pace, retrying_in_words
+from batchrun.report.summary import (
+    age_in_words,
+    cost_in_words,
+    estimate_in_words,
+    limits_in_words,
+    pace,
+    retrying_in_words,
+)
 from batchrun.rundir import RunDirectory
 
 
@@ -28,6 +35,8 @@ def lines(directory: RunDirectory) -> Iterator[str]:
     else:  # the input has not been read to its end
         yield "rows    not counted yet"
     yield f"cost    {cost_in_words(summary)}"
+    if (estimated := estimate_in_words(summary)) is not None:
+        yield f"estimate {estimated}"
     if found.alive:
         yield from _outlook(summary)
         if summary.retrying is not None:

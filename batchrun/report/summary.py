@@ -9,18 +9,18 @@ from pathlib import Path
 import msgspec
 
 from batchrun.checkpoint.facts import Facts
-from batchrun.checkpoint.spent import DISCARDED, LOST, Spent
+from batchrun.checkpoint.spent import LOST, Spent
 from batchrun.errors import CheckpointError, InputError
 from batchrun.gate.admission import Binding, Limit
 from batchrun.gate.deadline import Deadline
 from batchrun.gate.forecast import Forecast
-from batchrun.prices import PriceTable
-from batchrun.records import FAILURES, InForce, Retrying, Status, Summary, Tuned
+from batchrun.prices import PICO, PriceTable
+from batchrun.records import FAILURES, Estimate, InForce, Retrying, Status, Summary, Tuned
 from batchrun.report.cures import Cure, cure_of
 from batchrun.report.cures import command as commands
 from batchrun.rundir import RunDirectory
 
-VERSION = 2
+VERSION = 3
 """The schema of summary.json; docs/output.md describes it. A field that goes or changes its meaning raises this."""
 
 FIRST_S = 5.0
@@ -98,7 +98,7 @@ def read(directory: RunDirectory) -> Summary:
 _ACCOUNT = (
     *("job", "run_id", "begun_at", "rows", "rejected", "by_status", "pending", "totals", "cost_usd", "wasted_usd"),
     *("unpriced", "without_usage", "possibly_billed", "possibly_billed_count", "possibly_billed_usd", "models"),
-    *("unknown_finish_reasons", "example_error", "price", "invocation"),
+    *("unknown_finish_reasons", "example_error", "price", "estimate", "invocation"),
 )
 """What a summary says of the run, whichever start says it."""
 
@@ -111,12 +111,21 @@ def starting(
     `earlier` is what the last start left, `spent` the account once the checkpoint is open.
     """
     if earlier is None:
-        return _summary(job, "", moment.started_at, 0, 0, {}, Spent(), moment, directory)
+        return _summary(job, "", moment.started_at, 0, 0, {}, Spent(), moment, directory, None)
     account = spent or Spent()
     now = _summary(
-        earlier.job, earlier.run_id, earlier.begun_at, earlier.rows, earlier.rejected, {}, account, moment, directory
+        earlier.job,
+        earlier.run_id,
+        earlier.begun_at,
+        earlier.rows,
+        earlier.rejected,
+        {},
+        account,
+        moment,
+        directory,
+        None,
     )
-    kept = _ACCOUNT if spent is None else ("unknown_finish_reasons", "example_error", "price")
+    kept = _ACCOUNT if spent is None else ("unknown_finish_reasons", "example_error", "price", "estimate")
     return msgspec.structs.replace(now, **{name: getattr(earlier, name) for name in kept})
 
 
@@ -125,7 +134,24 @@ def summarise(
 ) -> Summary:
     """What is known of the run now: everything in it is durable."""
     rejected = len(facts.rejected)
-    return _summary(facts.job, facts.run_id, facts.begun_at, rows, rejected, tables, spent, moment, directory)
+    estimate = None if facts.estimate is None else scaled(facts.estimate, rows)
+    return _summary(facts.job, facts.run_id, facts.begun_at, rows, rejected, tables, spent, moment, directory, estimate)
+
+
+def scaled(estimate: Estimate, rows: int) -> Estimate:
+    """The estimate for that many of its rows."""
+    if rows == estimate.rows or not estimate.rows:
+        return estimate
+    share = Decimal(rows) / estimate.rows
+    usd = {name: getattr(estimate, name) for name in ("low_usd", "expected_usd", "high_usd")}
+    return msgspec.structs.replace(
+        estimate,
+        rows=rows,
+        prompt_tokens=round(estimate.prompt_tokens * share),
+        completion_tokens=round(estimate.completion_tokens * share),
+        minutes=None if estimate.minutes is None else estimate.minutes * float(share),
+        **{name: None if known is None else (known * share).quantize(PICO) for name, known in usd.items()},
+    )
 
 
 def _summary(
@@ -138,10 +164,11 @@ def _summary(
     spent: Spent,
     moment: Moment,
     directory: RunDirectory,
+    estimate: Estimate | None,
 ) -> Summary:
-    lines = spent.lines()
     settled = spent.settled()
-    mine = [line for line in lines if line.invocation == moment.invocation]
+    lines = spent.lines()
+    mine = [line for line in spent.totals.values() if line.invocation == moment.invocation]
     minutes = max(moment.elapsed_s, 1e-9) / 60
     names = [f"{model}: no known price" if table is None else table.describe() for model, table in tables.items()]
     return Summary(
@@ -159,7 +186,7 @@ def _summary(
         pending=rows - settled,
         totals=lines,
         cost_usd=spent.cost_usd(),
-        wasted_usd=sum((line.cost_usd for line in lines if line.status == DISCARDED), Decimal(0)),
+        wasted_usd=spent.wasted_usd(),
         unpriced=sum(line.unpriced for line in lines),
         without_usage=sum(line.without_usage for line in lines),
         possibly_billed=list(spent.possibly_billed),
@@ -169,6 +196,7 @@ def _summary(
         unknown_finish_reasons=list(moment.unknown_finish_reasons),
         example_error=moment.example_error,
         price="; ".join(names) or None,
+        estimate=estimate,
         invocation=moment.invocation,
         begun_at=begun_at,
         started_at=moment.started_at,
@@ -298,6 +326,8 @@ def _closing(summary: Summary, requests_per_minute: float | None) -> Iterator[tu
     for line in (*doubts, *(summary.price or "").split("; ")):
         if line:
             yield "", line
+    if (estimated := estimate_in_words(summary)) is not None:
+        yield "estimate", estimated
     yield "rate", _rate(summary, requests_per_minute)
     for name, rows in summary.models.items():
         if all(line.model != name for line in summary.totals):
@@ -361,11 +391,27 @@ def cost_in_words(summary: Summary) -> str:
     return "; ".join(_cost(summary))
 
 
+def estimate_in_words(summary: Summary) -> str | None:
+    """What the run was estimated to cost before its first request, beside what the same rows did cost."""
+    if (estimate := summary.estimate) is None:
+        return None
+    done, rows = summary.rows - summary.pending, plural(estimate.rows, "row")
+    if estimate.expected_usd is None:
+        return f"{estimate.prompt_tokens:,} tokens in and {estimate.completion_tokens:,} out for {rows}"
+    said = f"${estimate.expected_usd:,.6f} for {rows}"
+    expected_usd = scaled(estimate, done).expected_usd or Decimal(0)
+    if not done or not expected_usd or summary.unpriced or summary.without_usage:
+        return said  # beside a cost that is known in part there is nothing to compare
+    beside = f", ${expected_usd:,.6f} for the {done:,} done" if summary.pending else ""
+    off = (summary.cost_usd / expected_usd - 1) * 100
+    return f"{said}{beside}; the cost is {abs(off):.0f} % {'above' if off >= 0 else 'below'} that"
+
+
 def _cost(summary: Summary) -> list[str]:
     """The bill, and each thing that it does not cover."""
     parts = [headline_usd(summary)]
     if summary.wasted_usd:
-        parts.append(f"${summary.wasted_usd:,.6f} of it for discarded attempts")
+        parts.append(f"${summary.wasted_usd:,.6f} of it for answers that are not in the output")
     if summary.possibly_billed_count:
         parts.append(
             f"possibly billed beyond that: {plural(summary.possibly_billed_count, 'attempt')} without a known end, "

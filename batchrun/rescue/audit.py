@@ -13,7 +13,7 @@ from batchrun.checkpoint import tables
 from batchrun.checkpoint.checkpoint import SINCE
 from batchrun.checkpoint.facts import Facts
 from batchrun.errors import CheckpointError
-from batchrun.output import files, result
+from batchrun.output import booked, files, result
 from batchrun.output.rows import USAGE_COLUMNS
 from batchrun.prices import PriceTable
 from batchrun.records import Status, Summary, TotalsLine
@@ -83,7 +83,7 @@ def usage_problem(directory: RunDirectory, known: Remains) -> str | None:
         tables = [table.to_pylist() for table in readable.columns(directory.usage, USAGE_COLUMNS.names)]
     except CheckpointError as error:
         return str(error).removeprefix(f"{directory.usage}: ")
-    lines = [TotalsLine(**row) for rows in tables for row in rows]
+    lines = booked.totals_of([row for rows in tables for row in rows])
     return None if _in_order(lines) == _in_order(known.spent.lines()) else "does not have the totals' lines"
 
 
@@ -190,4 +190,4 @@ def _moment(summary: Summary) -> Moment:
 
 
 def _in_order(lines: Iterable[TotalsLine]) -> list[TotalsLine]:
-    return sorted(lines, key=lambda line: (line.invocation, line.model, line.status))
+    return sorted(lines, key=lambda line: line.key)

@@ -5,7 +5,6 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 from decimal import Decimal
-from typing import Any
 
 import msgspec
 import pyarrow as pa
@@ -14,17 +13,16 @@ from batchrun.checkpoint import facts, slots, spill, tables, variants
 from batchrun.checkpoint.checkpoint import FORMAT, SINCE, SPILL
 from batchrun.checkpoint.database import Database, Record
 from batchrun.checkpoint.slots import InFlight
-from batchrun.checkpoint.spent import LOST
+from batchrun.checkpoint.spent import DISCARDED, FIGURES, LOST, plus
 from batchrun.checkpoint.spill import Frame
 from batchrun.checkpoint.tables import Chunk, Reopened
 from batchrun.errors import CheckpointError
-from batchrun.records import Summary, TotalsLine, Usage
+from batchrun.output import booked
+from batchrun.records import LineKey, Summary, TotalsLine
 from batchrun.rescue.remains import SALVAGED, Remains
 from batchrun.rundir import RunDirectory
 
 _KEPT_FACTS = (facts.ENTRY, "prices", variants.ENTRY, SINCE)  # and not that the run is finished
-_TOLD = ("row", "status", "model", "attempts", "cost_usd", "reported_cost_usd")
-_COUNTED = [name for name in Usage.__struct_fields__ if name in TotalsLine.__struct_fields__]
 
 
 class Account:
@@ -40,7 +38,8 @@ class Account:
         self._spilled = spilled
         self._watched = {entry.row for entry in flying} | {c.row for frame in spilled for c in frame.completions}
         self._ended: dict[int, int] = {}
-        self._lines: dict[tuple[str, str], TotalsLine] = {}
+        self._answers: dict[LineKey, TotalsLine] = {}
+        self._discarded: dict[LineKey, TotalsLine] = {}
 
     def add(self, own: pa.Table, chunk: Chunk | None, reopened: Sequence[Reopened]) -> None:
         """A chunk is counted: its kept rows as our columns, those among them that are `reopened`, its record."""
@@ -48,34 +47,44 @@ class Account:
             self.chunks.append(chunk)
         self.reopened += reopened
         pending = {again.row for again in reopened}
-        for row in own.select(
-            ["row", "status", "model", "attempts", "cost_usd", "reported_cost_usd", *_COUNTED]
-        ).to_pylist():
+        for row, answer in zip(own.select(["row", "attempts", "cost_usd"]).to_pylist(), booked.lines(own), strict=True):
             self.rows += 1
-            self.standing[row["status"]] += row["row"] not in pending
+            stands = row["row"] not in pending
+            self.standing[answer.status] += stands
             if row["row"] in self._watched:
                 self._ended[row["row"]] = row["attempts"]
-            key = row["model"], row["status"]
-            self._lines[key] = _added(self._lines.get(key) or TotalsLine(0, *key), row)
+            _add(self._answers, msgspec.structs.replace(answer, rows=int(stands)))
+            beyond = (row["cost_usd"] or answer.cost_usd) - answer.cost_usd
+            key = answer.invocation, answer.model, DISCARDED, answer.day
+            _add(self._discarded, TotalsLine(*key, attempts=row["attempts"] - 1, cost_usd=beyond))
 
     def cost_usd(self) -> Decimal:
-        """What the kept rows cost."""
-        return sum((line.cost_usd for line in self._lines.values()), Decimal(0))
+        """What the kept rows cost, all their attempts."""
+        lines = (*self._answers.values(), *self._discarded.values())
+        return sum((line.cost_usd for line in lines), Decimal(0))
 
     def totals(self, known: Remains, summary: Sequence[TotalsLine]) -> list[TotalsLine]:
-        """The bill as the database has it. Where that is damaged: each line as it, or the summary, had it last; or the
-        rows' own sum, as invocation 0, if that is more.
+        """The bill as the database has it. Where that is damaged: as it, or the summary, had it last; or the rows' own
+        sum, if that is more.
         """
-        lines = dict(known.spent.totals)
         if known.whole:
-            return list(lines.values())
-        for line in summary:
-            if line.status == LOST:
-                continue  # counted by the list of doubts
-            key = line.invocation, line.model, line.status
-            lines[key] = max(lines.get(key, line), line, key=lambda line: line.attempts)
-        last_known = sum((line.cost_usd for line in lines.values()), Decimal(0))
-        return list(self._lines.values() if self.cost_usd() > last_known else lines.values())
+            return list(known.spent.totals.values())
+        lines = max((known.spent.lines(), summary), key=lambda lines: sum(line.attempts for line in lines))
+        lines = [line for line in lines if line.status != LOST]  # those are counted by the list of doubts
+        last_known = sum((line.cost_usd for line in lines), Decimal(0))
+        own = [*self._answers.values(), *(line for line in self._discarded.values() if line.attempts)]
+        return own if self.cost_usd() > last_known else list(lines)
+
+    def replaced(self, totals: Sequence[TotalsLine]) -> list[TotalsLine]:
+        """What has to be added to the totals so that they say: the kept rows' answers stand, the rest is discarded."""
+        booked_as = {line.key: line for line in totals if line.status != DISCARDED}
+        changes: dict[LineKey, TotalsLine] = {}
+        for key in {**booked_as, **self._answers}:
+            change = _difference(self._answers.get(key), booked_as.get(key) or TotalsLine(*key))
+            _add(changes, change)
+            discarded = TotalsLine(change.invocation, change.model, DISCARDED, change.day)
+            _add(changes, msgspec.structs.replace(_difference(discarded, change), rows=0))
+        return list(changes.values())
 
     def without_end(self, known: Remains) -> list[InFlight]:
         """Who was in flight and has no end on record, as the next start would have found."""
@@ -97,32 +106,34 @@ class Account:
         ]
 
 
-def _added(line: TotalsLine, row: dict[str, Any]) -> TotalsLine:
-    return msgspec.structs.replace(
-        line,
-        rows=line.rows + 1,
-        attempts=line.attempts + row["attempts"],
-        cost_usd=line.cost_usd + (row["cost_usd"] or 0),
-        unpriced=line.unpriced + (row["cost_usd"] is None),
-        reported_cost_usd=line.reported_cost_usd + (row["reported_cost_usd"] or 0),
-        **{name: getattr(line, name) + (row[name] or 0) for name in _COUNTED},
-    )
+def _add(lines: dict[LineKey, TotalsLine], line: TotalsLine) -> None:
+    lines[line.key] = plus(lines.get(line.key) or TotalsLine(*line.key), line)
+
+
+def _difference(wanted: TotalsLine | None, line: TotalsLine) -> TotalsLine:
+    """What makes `wanted` (None: nothing) of the line. Offline counts stay where they are: no row has them."""
+    wanted = wanted or TotalsLine(*line.key)
+    figures = {name: getattr(wanted, name) - getattr(line, name) for name in FIGURES if not name.startswith("offline_")}
+    return TotalsLine(*wanted.key, **figures)
 
 
 def write(old: RunDirectory, known: Remains, account: Account, new: RunDirectory) -> None:
     """The new directory has a checkpoint that says what was kept; a start goes on with it."""
     invocation = max((record[0] for record in known.invocations), default=1)
     lost = slots.possibly_billed(account.without_end(known), invocation, "crash")
+    told = _last_told(old)
+    totals = account.totals(known, [] if told is None else told.totals)
     records: dict[str, list[Record]] = {
         "manifest": [
             (SALVAGED, str(account.rows)),
             *((name, known.manifest[name]) for name in _KEPT_FACTS if name in known.manifest),
         ],
-        "invocations": known.invocations,
+        "invocations": _invocations(known, told),
         "chunks": [msgspec.structs.astuple(chunk) for chunk in account.chunks],
         "attempts": known.attempts,
         "possibly_billed": [tables.possibly_billed_record(doubt) for doubt in (*known.possibly_billed, *lost)],
-        "totals": [tables.totals_record(line) for line in account.totals(known, _last_told(old, known))],
+        "totals": [tables.totals_record(line) for line in totals],
+        "replaced": [tables.replaced_record(line, 1) for line in account.replaced(totals)],
         "answered_as": list(known.spent.answered_as.items()),
         "standing": list(account.standing.items()),
         "reopened": [msgspec.structs.astuple(again) for again in account.reopened],
@@ -153,8 +164,15 @@ def spilled(directory: RunDirectory) -> list[Frame]:
     return frames
 
 
-def _last_told(old: RunDirectory, known: Remains) -> list[TotalsLine]:
+def _invocations(known: Remains, told: Summary | None) -> list[Record]:
+    """The starts on record, and the last one that the summary tells of: the next is the newest, whatever was lost."""
+    if told is None or any(record[0] >= told.invocation for record in known.invocations):
+        return known.invocations
+    return [*known.invocations, (told.invocation, told.started_at.timestamp(), told.pid, told.host, "")]
+
+
+def _last_told(old: RunDirectory) -> Summary | None:
     try:
-        return msgspec.json.decode(old.summary.read_bytes(), type=Summary).totals
+        return msgspec.json.decode(old.summary.read_bytes(), type=Summary)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError):
-        return []
+        return None

@@ -91,9 +91,11 @@ def _has_commit(log: bytes, frames: int) -> bool:
 
 def _remains(records: dict[str, list[Record]], *, whole: bool) -> Remains:
     lines = [tables.totals_line(record) for record in records["totals"]]
+    changes = [tables.replaced_line(record) for record in records["replaced"]]
     doubts = [tables.possibly_billed(record) for record in records["possibly_billed"]]
     spent = Spent(
-        totals={(line.invocation, line.model, line.status): line for line in lines},
+        totals={line.key: line for line in lines},
+        replaced={line.key: line for line in changes},
         standing=dict(records["standing"]),
         answered_as=dict(records["answered_as"]),
     )
@@ -116,8 +118,8 @@ def _key(name: str, record: Record) -> Record:
     match name:
         case "attempts":
             return (*record[:2], record[-1])
-        case "totals":
-            return record[:3]
+        case "totals" | "replaced":
+            return record[:4]
         case "possibly_billed":
             return record
         case _:
@@ -133,6 +135,8 @@ def _fits(name: str, record: Record) -> bool:
             return isinstance(record[1], int) and (record[0] in _STATUSES) == (name == "standing")
         case "invocations" | "reopened":
             return isinstance(record[1], float) == (name == "invocations")
+        case "totals" | "replaced" | "attempts":
+            return isinstance(record[1], int) == (name == "attempts")
         case _:
             return True
 
@@ -141,7 +145,9 @@ def _newer(name: str, one: Record, other: Record) -> Record:
     """The newer of two versions of a record; `one` is of the later image of a page, which may be free."""
     match name:
         case "totals":  # a line only grows
-            return max(other, one, key=lambda record: record[4])
+            return max(other, one, key=lambda record: record[5])
+        case "replaced":
+            return max(other, one, key=lambda record: record[-1])
         case "chunks":
             return max(one, other, key=lambda record: record[5])
         case "rows":

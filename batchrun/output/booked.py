@@ -1,0 +1,61 @@
+"""Rows of the output as lines of the bill: what each answer alone used and cost, and where it is booked. PURE."""
+
+from collections.abc import Iterator, Sequence
+from datetime import date, datetime
+from decimal import Decimal
+from typing import Any
+
+import pyarrow as pa
+
+from batchrun.records import TotalsLine
+
+_TOKENS = (
+    *("prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens", "total_tokens"),
+    "cache_write_tokens",
+)
+_COLUMNS = (
+    *("invocation", "requested_model", "status", "finished_at", "answer_cost_usd", "reported_cost_usd"),
+    *_TOKENS,
+)
+
+
+def lines(own: pa.Table) -> Iterator[TotalsLine]:
+    """For each row of our columns (`OWN_COLUMNS`), in order: its answer as a line of the totals that counts 1 row.
+
+    The offline count of an answer without usage is in no column, so it is not in the line.
+    """
+    columns: list[Any] = [own.column(name).to_pylist() for name in _COLUMNS]
+    for invocation, model, status, finished_at, cost, reported, *tokens in zip(*columns, strict=True):
+        known = tokens[0] is not None  # usage, which brings all or none of the counts that are not parts of others
+        yield TotalsLine(
+            invocation,
+            model,
+            status,
+            _day(finished_at),
+            rows=1,
+            attempts=1,
+            cost_usd=cost or Decimal(0),
+            unpriced=int(known and cost is None),
+            without_usage=int(not known and cost is None),
+            reported_cost_usd=reported or Decimal(0),
+            **{name: n or 0 for name, n in zip(_TOKENS, tokens, strict=True)},
+        )
+
+
+def _day(finished_at: datetime) -> str:
+    return finished_at.date().isoformat()
+
+
+def usage_rows(totals: Sequence[TotalsLine]) -> list[dict[str, Any]]:
+    """The lines as rows of usage.parquet."""
+    names = TotalsLine.__struct_fields__
+    return [{name: getattr(line, name) for name in names} | {"day": _date(line.day)} for line in totals]
+
+
+def totals_of(rows: Sequence[dict[str, Any]]) -> list[TotalsLine]:
+    """The rows of usage.parquet as lines."""
+    return [TotalsLine(**{**row, "day": "" if row["day"] is None else row["day"].isoformat()}) for row in rows]
+
+
+def _date(day: str) -> date | None:
+    return date.fromisoformat(day) if day else None

@@ -1,0 +1,221 @@
+"""The runs that paths name or hold, each once: of two copies of one run the newer one counts, and the other is named.
+
+A run directory speaks by its summary.json, a completions file that was moved elsewhere by its footer.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from batchrun.errors import CheckpointError, InputError
+from batchrun.output.files import read_footer
+from batchrun.records import Estimate, TotalsLine
+from batchrun.report.summary import VERSION
+from batchrun.rundir import RunDirectory
+
+NO_RUN = "no run here; name a run directory, a folder of them, or a completions file"
+UNFINISHED = ".tmp"
+"""How the name of what a process was still writing ends."""
+
+
+class Account(msgspec.Struct, frozen=True):
+    """The part of a summary, or of a footer, that a bill needs."""
+
+    version: int
+    job: str
+    run_id: str
+    invocation: int
+    updated_at: datetime
+    complete: bool
+    totals: list[TotalsLine]
+    possibly_billed_count: int
+    possibly_billed_usd: Decimal
+    estimate: Estimate | None = None
+
+
+class LeftOut(msgspec.Struct, frozen=True):
+    """What was found under the paths and is in no figure, and why."""
+
+    path: str
+    why: str
+
+
+class Found(NamedTuple):
+    place: Path
+    account: Account
+
+
+class Runs(NamedTuple):
+    """The runs that count, and what is left out; both sorted, whatever the order of the paths was."""
+
+    accounts: tuple[Account, ...]
+    left_out: tuple[LeftOut, ...]
+
+
+def find(paths: Sequence[Path]) -> Runs:
+    """Every run that the paths name or hold, once.
+
+    Raises:
+        InputError: a path holds no run, or one whose account can't be read: a bill without it would be wrong.
+    """
+    found: dict[Path, Found] = {}
+    left_out: dict[str, LeftOut] = {}
+    for path in paths:
+        if (named := _named(path)) is not None:
+            account, why_not = _account(named)
+            if account is None:
+                raise InputError(f"{path}: {why_not}")
+            found.setdefault(named.resolve(), Found(named, account))
+            continue
+        accounts = {place: _account(place) for place in sorted(_runs_below(path))}
+        for place, (account, why_not) in accounts.items():
+            if account is None:
+                left_out[str(place)] = LeftOut(_shown(place), why_not)
+            else:
+                found.setdefault(place.resolve(), Found(place, account))
+        if not any(account for account, _ in accounts.values()):
+            raise InputError(f"{path}: {NO_RUN}")
+    return _each_once(list(found.values()), list(left_out.values()))
+
+
+def _each_once(found: list[Found], left_out: list[LeftOut]) -> Runs:
+    by_run: dict[str, list[Found]] = {}
+    for each in found:
+        by_run.setdefault(each.account.run_id or str(each.place.resolve()), []).append(each)
+    accounts: list[Account] = []
+    for copies in by_run.values():
+        newest, *others = sorted(copies, key=_age, reverse=True)
+        accounts.append(newest.account)
+        left_out += (LeftOut(_shown(other.place), _copy(other.account, newest)) for other in others)
+    accounts.sort(key=lambda account: (account.job, account.run_id, account.updated_at))
+    return Runs(tuple(accounts), tuple(sorted(left_out, key=lambda each: each.path)))
+
+
+def _age(found: Found) -> tuple[int, datetime, bool, str]:
+    """What sorts copies of one run from the oldest to the newest; of equal ones any may count, but always the same."""
+    account = found.account
+    return account.invocation, account.updated_at, found.place.is_dir(), str(found.place.resolve())
+
+
+def _copy(other: Account, newest: Found) -> str:
+    """Why a copy is left out. Of one that was resumed by itself, what it spent is known to be missing."""
+    why = f"a copy of run {other.run_id}, counted as {_shown(newest.place)}"
+    own, counted = _spent(other), _spent(newest.account)
+    missing = [cost - counted.get(key, (0, Decimal(0)))[1] for key, (n, cost) in own.items() if n > _n(counted, key)]
+    if not missing:
+        return why
+    return f"{why}, but resumed by itself: at least ${max(sum(missing), Decimal(0)):,.6f} of it is in no figure"
+
+
+def _shown(path: Path) -> str:
+    """The path as one line of text, whatever bytes are in it."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace").replace("\n", "\\n")
+
+
+_Part = tuple[int, str, str]
+
+
+def _spent(account: Account) -> dict[_Part, tuple[int, Decimal]]:
+    """Attempts and cost by invocation, model and day: both only grow, whatever answers are replaced."""
+    parts: dict[_Part, tuple[int, Decimal]] = {}
+    for line in account.totals:
+        key = line.invocation, line.model, line.day
+        attempts, cost = parts.get(key, (0, Decimal(0)))
+        parts[key] = attempts + line.attempts, cost + line.cost_usd
+    return parts
+
+
+def _n(parts: dict[_Part, tuple[int, Decimal]], key: _Part) -> int:
+    return parts.get(key, (0, Decimal(0)))[0]
+
+
+def _named(path: Path) -> Path | None:
+    """The run directory or completions file that `path` names; None where it is a folder of them, or nothing."""
+    if path.name == "summary.json" and path.is_file():
+        return path.parent
+    return path if path.is_file() or _is_run(path) else None
+
+
+def _runs_below(folder: Path) -> Iterator[Path]:
+    """The directories below that look like a run's, none where there is no folder. Links are followed, each directory
+    once.
+
+    Raises:
+        InputError: a directory can't be read: a bill without what it holds would be wrong.
+    """
+    if not folder.is_dir():
+        return
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"{error.filename}: can't be read: {error.strerror}") from error
+
+    seen: set[str] = set()
+    for name, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        if (real := os.path.realpath(name)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        if "summary.json" in files or "checkpoint.db" in files:
+            yield Path(name)
+        if _is_run(Path(name)):
+            folders.clear()  # a run holds no other
+        folders[:] = [each for each in folders if not each.endswith(UNFINISHED)]
+
+
+def _is_run(directory: Path) -> bool:
+    """Whether the directory is one of ours, however damaged."""
+    files = RunDirectory(directory)
+    if files.checkpoint.exists():
+        return True
+    summary = files.read_summary()
+    return summary is not None and summary.keys() >= {"run_id", "totals", "version"}
+
+
+def _account(place: Path) -> tuple[Account | None, str]:
+    """The run's account; None where there is no run or nothing to count, and why.
+
+    Raises:
+        InputError: it is a run of ours, and its account can't be read.
+    """
+    if place.is_file():
+        return _of_file(place)
+    files = RunDirectory(place)
+    if not _is_run(place):
+        return None, "its summary.json is not batchrun's"
+    if not files.summary.exists():
+        if (place / "salvaged.parquet").exists():
+            return None, "salvaged and not resumed yet; the run that it was made of has the bill"
+        raise InputError(f"{files.summary} is gone; resume that run, which writes it again, or leave it out")
+    try:
+        content = files.summary.read_bytes()
+        return _decoded(content, files.summary), ""
+    except OSError as error:
+        raise InputError(f"{files.summary}: can't be read: {error.strerror}") from error
+
+
+def _of_file(path: Path) -> tuple[Account | None, str]:
+    try:
+        footer = read_footer(path)
+    except CheckpointError as error:
+        return None, f"{error}".removeprefix(f"{path}: ")
+    if footer is None:
+        where = path.parent if _is_run(path.parent) else "a run directory"
+        return None, f"no bill in its footer; name {where} or a completions.parquet"
+    return _decoded(msgspec.json.encode(footer), path), ""
+
+
+def _decoded(content: bytes, path: Path) -> Account:
+    try:
+        version = msgspec.json.decode(content, type=dict[str, object]).get("version")
+        if version != VERSION:
+            raise InputError(f"{path}: of another version of batchrun (schema {version}, this one reads {VERSION})")
+        return msgspec.json.decode(content, type=Account)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{path}: damaged: {error}; batchrun verify says more; mend it, or leave that run out of the paths"
+        ) from error

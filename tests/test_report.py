@@ -1,0 +1,370 @@
+"""The bill over many runs: each run once, its newest copy, whatever the order of paths; every form says the same."""
+
+import csv
+import io
+import json
+import random
+import shutil
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from batchrun.checkpoint.checkpoint import Checkpoint
+from batchrun.checkpoint.spent import DISCARDED, FIGURES, plus
+from batchrun.errors import InputError
+from batchrun.records import Ending, TotalsLine
+from batchrun.report import bill as report
+from batchrun.report import formats
+from batchrun.report.summary import VERSION
+from batchrun.simulator import SimulatorConfig
+from tests.cli_process import batchrun, read_summary, write_job, write_rows
+from tests.endings import completion, discarded
+from tests.simulator_process import running_simulator
+
+NOON = datetime(2026, 11, 28, 12, tzinfo=UTC)
+
+LINES = st.builds(
+    TotalsLine,
+    invocation=st.integers(1, 3),
+    model=st.sampled_from(["m", "another", "модель | `x`"]),
+    status=st.sampled_from(["ok", "invalid", DISCARDED]),
+    day=st.sampled_from(["2026-11-27", "2026-11-28", ""]),
+    cost_usd=st.decimals(0, 1000, places=12),
+    **{name: st.integers(0, 10**9) for name in FIGURES if name != "cost_usd"},
+)
+
+
+def summary_of(run_id: str, job: str, lines: Sequence[TotalsLine], invocation: int, minutes: int) -> dict[str, Any]:
+    """What summary.json has of a run, as far as a bill reads it."""
+    return {
+        "version": VERSION,
+        "job": job,
+        "run_id": run_id,
+        "invocation": invocation,
+        "updated_at": (NOON + timedelta(minutes=minutes)).isoformat(),
+        "complete": True,
+        "totals": [msgspec.to_builtins(line) for line in lines],
+        "possibly_billed_count": len(lines),
+        "possibly_billed_usd": "0.5",
+    }
+
+
+def write_summary(directory: Path, summary: dict[str, Any]) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "summary.json").write_bytes(msgspec.json.encode(summary))
+    return directory
+
+
+RUNS = st.lists(
+    st.tuples(
+        st.lists(LINES, max_size=6, unique_by=lambda line: line.key),  # the newest copy's ledger
+        st.lists(st.tuples(st.integers(1, 3), st.integers(0, 3)), min_size=1, max_size=4),  # when copies were written
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(max_examples=60)
+@given(RUNS, st.sampled_from([("day",), ("job", "model"), ("status", "run")]), st.randoms(use_true_random=False))
+def test_the_bill_is_the_sum_of_the_newest_ledgers_in_any_order_of_any_number_of_copies(
+    tmp_path_factory: pytest.TempPathFactory, runs: list[Any], by: tuple[str, ...], order: random.Random
+) -> None:
+    folder = tmp_path_factory.mktemp("runs")
+    places, ledgers = [], []
+    for number, (lines, copies) in enumerate(runs):
+        newest = max(copies)
+        for place, written in enumerate(copies):
+            kept = lines if written == newest else lines[: len(lines) // 2]
+            summary = summary_of(f"run{number}", f"job{number % 2}", kept, *written)
+            places.append(write_summary(folder / f"{number}-{place}", summary))
+        ledgers += lines
+    bills = []
+    for _ in range(3):
+        order.shuffle(places)
+        bills.append(report.collect([*places, *order.sample(places, 1)], by))
+    assert bills[0] == bills[1] == bills[2] == report.collect([folder], by)
+    total = TotalsLine(0, "", "")
+    for line in ledgers:
+        total = plus(total, line)
+    bill = bills[0]
+    assert {name: getattr(bill.total, name) for name in FIGURES if hasattr(bill.total, name)} == {
+        name: getattr(total, name) for name in FIGURES if hasattr(bill.total, name)
+    }
+    assert bill.total.wasted_usd == sum((line.cost_usd for line in ledgers if line.status == DISCARDED), Decimal(0))
+    for name in report.FIGURES:
+        assert sum(getattr(line, name) for line in bill.lines) == getattr(bill.total, name)
+    assert bill.runs == len(runs)
+    assert len(bill.left_out) == len(places) - len(runs)
+    assert {each.why.partition(",")[0] for each in bill.left_out} <= {f"a copy of run run{n}" for n in range(len(runs))}
+    assert_every_form_says_the_same(bill)
+
+
+def assert_every_form_says_the_same(bill: report.Bill) -> None:
+    told = json.loads(formats.render(bill, "json"))
+    lines = list(csv.DictReader(io.StringIO(formats.render(bill, "csv").decode())))
+    table = pq.read_table(io.BytesIO(formats.render(bill, "parquet")))
+    for in_json, in_csv, in_parquet in zip(told["lines"], lines, table.to_pylist(), strict=True):
+        for name, value in in_json.items():
+            exact = Decimal(value) if name.endswith("_usd") and value is not None else value
+            assert in_parquet[name] == exact
+            assert in_csv[name].removeprefix("'") == ("" if value is None else str(value))
+    rest = json.loads(table.schema.metadata[b"batchrun"])
+    assert rest == {name: value for name, value in told.items() if name != "lines"}
+    shown = formats.render(bill, "table").decode().splitlines()
+    page = formats.render(bill, "markdown").decode().splitlines()
+    body = [line for line in page if line.startswith("|")]
+    assert len(body) == len(bill.lines) + 3  # the header, the rule and the sum
+    assert [line.split()[-1] for line in shown[: len(bill.lines) + 2]] == [
+        line.split("|")[-2].strip().replace("\\", "") for line in (body[0], *body[2:])
+    ]
+    remarks = len([line for line in page if line.startswith("- ")])
+    assert remarks == len(shown) - len(bill.lines) - 2 >= len(bill.left_out)
+
+
+def test_of_two_copies_the_newest_counts_and_the_other_is_named(tmp_path: Path) -> None:
+    source, out = write_rows(tmp_path / "in.jsonl", 20), tmp_path / "out"
+    with running_simulator(SimulatorConfig()) as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, source)
+        assert batchrun("run", job, "-o", out, "--limit", "5").exit_code == 0
+        shutil.copytree(out, copy := tmp_path / "copy")
+        shutil.copyfile(out / "completions.parquet", moved := tmp_path / "moved.parquet")
+        assert batchrun("run", job, "-o", out).exit_code == 0
+        cost = Decimal(read_summary(out)["cost_usd"])
+        for paths in ((out, copy, moved), (moved, out, copy), (copy, moved, out), (tmp_path, moved)):
+            bill = json.loads(batchrun("report", *paths, "--format", "json").stdout)
+            assert (bill["runs"], bill["total"]["rows"], Decimal(bill["total"]["cost_usd"])) == (1, 20, cost)
+            assert [(each["path"], each["why"].split(" counted as ")[1]) for each in bill["left_out"]] == [
+                (str(copy), str(out)),
+                (str(moved), str(out)),
+            ]
+        assert f"left out: {copy}: a copy of run " in batchrun("report", copy, out).stdout
+        assert batchrun("run", job, "-o", copy).exit_code == 0  # resumed by itself: real money that no one bill holds
+    told = batchrun("report", copy, out).stdout
+    own = Decimal(read_summary(copy)["cost_usd"]) - Decimal(read_summary(out)["cost_usd"])
+    assert abs(own) < cost
+    assert "left out: " in told
+
+
+def test_a_copy_that_was_resumed_by_itself_is_said_to_have_spent_what_no_figure_holds(tmp_path: Path) -> None:
+    first, cost = TotalsLine(1, "m", "ok", "2026-11-27", rows=5, attempts=5, cost_usd=Decimal(1)), Decimal("0.25")
+    here = [first, TotalsLine(3, "m", "ok", "2026-11-28", rows=9, attempts=9, cost_usd=Decimal(2))]
+    there = [first, TotalsLine(2, "m", "ok", "2026-11-28", rows=1, attempts=1, cost_usd=cost)]
+    newest = write_summary(tmp_path / "a", summary_of("r", "job", here, 3, 0))
+    other = write_summary(tmp_path / "b", summary_of("r", "job", there, 2, 5))
+    for paths in ([newest, other], [other, newest]):
+        bill = report.collect(paths, ("job",))
+        assert bill.total.cost_usd == 3
+        (left_out,) = bill.left_out
+        assert left_out.path == str(other)
+        assert left_out.why.endswith("but resumed by itself: at least $0.250000 of it is in no figure")
+
+
+@pytest.mark.parametrize("ending", [".xlsx", ".html", ".parq", ".jsonl", ""])
+def test_an_ending_that_says_no_format_is_refused_before_anything_is_read(tmp_path: Path, ending: str) -> None:
+    ended = batchrun("report", tmp_path / "nowhere", "-o", target := tmp_path / f"bill{ending}")
+    known = ".txt, .md, .csv, .json, .parquet"
+    assert (ended.exit_code, ended.stdout) == (2, "")
+    assert ended.stderr == (f"Error: -o {target}: its ending says no format; known are {known}, or give --format\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bill_is_never_written_over_what_it_is_made_from(tmp_path: Path) -> None:
+    run = write_summary(tmp_path / "run", summary_of("r", "job", [], 1, 0))
+    (run / "checkpoint.db").touch()
+    (run / "completions.parquet").touch()
+    (run / "usage.parquet").touch()
+    for target in ("summary.json", "completions.parquet", "usage.parquet"):
+        ended = batchrun("report", run, "-o", run / target)
+        assert ended.exit_code == 2
+        assert ended.stderr == f"Error: -o {run / target}: is a file that the bill is made from; name another\n"
+    assert (run / "completions.parquet").stat().st_size == 0
+    assert batchrun("report", run, "-o", run / "bill.csv").exit_code == 0
+    for wrong in (("--format", "json", "-o", tmp_path / "b.csv"), ("--format", "parquet"), ("--by", "job,job")):
+        assert batchrun("report", run, *wrong).exit_code == 2
+
+
+# ── what lies under the paths ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_what_is_no_run_is_named_in_a_folder_and_refused_by_name(tmp_path: Path) -> None:
+    write_summary(tmp_path / "runs" / "night", summary_of("r", "job", [], 1, 0))
+    for name, content in {
+        "coverage": '{"totals": {"percent": 93}}',
+        "list": "[1, 2]",
+        "torn": '{"a',
+        "empty": "",
+    }.items():
+        (folder := tmp_path / "runs" / name).mkdir()
+        (folder / "summary.json").write_text(content)
+    (tmp_path / "runs" / "summary.json").write_text("{}")
+    bill = report.collect([tmp_path / "runs"], ("job",))
+    assert bill.runs == 1
+    assert [Path(each.path).name for each in bill.left_out] == ["runs", "coverage", "empty", "list", "torn"]
+    assert {each.why for each in bill.left_out} == {"its summary.json is not batchrun's"}
+    for path in (tmp_path / "runs" / "list", tmp_path / "runs" / "torn" / "summary.json", tmp_path / "nowhere"):
+        with pytest.raises(InputError, match=str(path)):
+            report.collect([path], ("job",))
+
+
+def test_a_file_without_a_bill_is_refused_with_what_to_name(tmp_path: Path) -> None:
+    run = write_summary(tmp_path / "run", summary_of("r", "job", [], 1, 0))
+    (run / "checkpoint.db").touch()
+    pq.write_table(pa.table({"a": [1]}), run / "usage.parquet")
+    with pytest.raises(InputError, match=f"no bill in its footer; name {run} or a completions.parquet"):
+        report.collect([run / "usage.parquet"], ("job",))
+    (text := tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(InputError, match=f"{text}: no readable Parquet file"):
+        report.collect([text], ("job",))
+
+
+DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "half": (lambda content: content[: len(content) // 2], "damaged: "),
+    "empty": (lambda content: b"", "damaged: "),
+    "bytes": (lambda content: b"\xff\xfe" + content, "damaged: "),
+    "newer": (lambda content: content.replace(b'"version":%d' % VERSION, b'"version":99'), "schema 99, this one reads"),
+    "older": (lambda content: content.replace(b'"version":%d' % VERSION, b'"version":1'), "schema 1, this one reads"),
+    "money": (lambda content: content.replace(b'"0.5"', b'"much"'), "damaged: "),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_run_of_ours_that_can_not_be_read_is_never_left_out_of_a_sum(tmp_path: Path, damage: str) -> None:
+    write_summary(tmp_path / "sound", summary_of("r", "job", [], 1, 0))
+    run = write_summary(tmp_path / "unsound", summary_of("s", "job", [], 1, 0))
+    (run / "checkpoint.db").touch()
+    change, why = DAMAGES[damage]
+    (run / "summary.json").write_bytes(change((run / "summary.json").read_bytes()))
+    for path in (tmp_path, run):
+        ended = batchrun("report", path)
+        assert (ended.exit_code, ended.stdout) == (2, "")
+        assert ended.stderr.startswith(f"Error: {run}/summary.json: ")
+        assert why in ended.stderr
+        assert ended.stderr.count("\n") == 1
+    (run / "summary.json").unlink()
+    assert f"{run}/summary.json is gone" in batchrun("report", tmp_path).stderr
+    (run / "salvaged.parquet").touch()
+    bill = report.collect([tmp_path], ("job",))
+    assert (bill.runs, [each.path for each in bill.left_out]) == (1, [str(run)])
+
+
+def test_runs_behind_links_count_once(tmp_path: Path) -> None:
+    archive = write_summary(tmp_path / "archive" / "night", summary_of("r", "job", [], 1, 0)).parent
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "2026-10").symlink_to(archive)
+    (tmp_path / "runs" / "latest").symlink_to(archive / "night")
+    (archive / "again").symlink_to(tmp_path / "runs")
+    bill = report.collect([tmp_path / "runs", archive], ("job",))
+    assert (bill.runs, bill.left_out) == (1, ())
+
+
+# ── money on the day it was spent ─────────────────────────────────────────────────────────────────────────────────────
+
+MIDNIGHT = 1_795_824_000.0  # 2026-11-28, UTC
+
+
+def test_money_is_booked_on_the_day_it_was_spent_over_midnight_and_over_starts(tmp_path: Path) -> None:
+    """The real checkpoint, with endings whose time is made: two starts, the first of them over midnight."""
+    starts: list[list[Ending]] = [
+        [discarded(0, at=MIDNIGHT - 9.0, cost_usd=Decimal(1)), completion(0, finished_at=MIDNIGHT - 0.5, attempts=2)],
+        [completion(1, finished_at=MIDNIGHT), completion(2, finished_at=MIDNIGHT + 86_400 * 3)],
+    ]
+    for endings in starts:
+        checkpoint = Checkpoint(tmp_path / "checkpoint.db", free_reserve=lambda: False)
+        checkpoint.begin_invocation(0.0, 1, "here", "0")
+        for ending in endings:
+            checkpoint.put(ending)
+        assert checkpoint.flushed()
+        lines = checkpoint.spent.lines()
+        checkpoint.close()
+    run = write_summary(tmp_path / "run", summary_of("r", "job", lines, 2, 0))
+    each = completion(0).last_cost_usd
+    assert each is not None
+    by_day = {line.group[0]: line for line in report.collect([run], ("day",)).lines}
+    assert {day: line.cost_usd for day, line in by_day.items()} == {
+        "2026-11-27": 1 + each,
+        "2026-11-28": each,
+        "2026-12-01": each,
+    }
+    assert by_day["2026-11-27"].wasted_usd == 1
+    assert {day: line.rows for day, line in by_day.items()} == {"2026-11-27": 1, "2026-11-28": 1, "2026-12-01": 1}
+
+
+def test_a_real_runs_lines_are_of_the_days_on_which_its_rows_ended(tmp_path: Path) -> None:
+    source, out = write_rows(tmp_path / "in.jsonl", 10), tmp_path / "out"
+    with running_simulator(SimulatorConfig()) as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, source)
+        assert batchrun("run", job, "-o", out).exit_code == 0
+    rows = pq.read_table(out / "completions.parquet", columns=["finished_at", "cost_usd"]).to_pylist()
+    expected: dict[str, Decimal] = {}
+    for row in rows:
+        day = row["finished_at"].date().isoformat()
+        expected[day] = expected.get(day, Decimal(0)) + row["cost_usd"]
+    bill = report.collect([out], ("day",))
+    assert {line.group[0]: line.cost_usd for line in bill.lines} == expected
+    usage = pq.read_table(out / "usage.parquet").to_pylist()
+    assert {row["day"].isoformat() for row in usage} == set(expected)
+
+
+# ── what was expected ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_estimate_is_kept_and_shown_beside_what_it_cost(tmp_path: Path) -> None:
+    source, out = write_rows(tmp_path / "in.jsonl", 40), tmp_path / "out"
+    with running_simulator(SimulatorConfig()) as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, source)
+        told = batchrun("estimate", job).stdout
+        pilot = batchrun("run", job, "-o", out, "--limit", "10")
+        assert msgspec.convert(read_summary(out)["estimate"], dict[str, Any])["rows"] == 10
+        ended = batchrun("run", job, "-o", out)
+    expected = Decimal(read_summary(out)["estimate"]["expected_usd"])
+    assert f"about ${expected:,.4f}; " in told
+    assert f"estimate     ${expected / 4:,.6f} for 10 rows; the cost is " in pilot.stdout
+    off = Decimal(read_summary(out)["cost_usd"]) / expected - 1
+    words = f"{abs(off) * 100:.0f} % {'above' if off >= 0 else 'below'} that"
+    assert f"estimate     ${expected:,.6f} for 40 rows; the cost is {words}\n" in ended.stdout
+    assert f"estimate ${expected:,.6f} for 40 rows; the cost is {words}\n" in batchrun("status", out).stdout
+    bill = json.loads(batchrun("report", out, "--format", "json").stdout)
+    assert (bill["estimated"]["runs"], Decimal(bill["estimated"]["expected_usd"])) == (1, expected)
+    assert Decimal(bill["estimated"]["cost_usd"]) == Decimal(read_summary(out)["cost_usd"])
+    assert batchrun("verify", out).exit_code == 0
+
+
+def test_an_estimate_takes_the_means_of_the_jobs_newest_run_and_says_so(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "in.jsonl", 60)
+    runs = f'[output]\npath = "{tmp_path}/runs/{{job}}/{{date}}"\n'
+    with running_simulator(SimulatorConfig()) as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, source, runs)
+        for date in ("2026-11-25", "2026-11-26"):
+            ended = batchrun("run", job, "--date", date)
+            assert ended.exit_code == 0, ended.stderr
+        last = read_summary(tmp_path / "runs" / "job" / "2026-11-26")
+        assert "of the newest run, " in last["estimate"]["basis"]
+        assert "2026-11-25" in last["estimate"]["basis"]
+        write_rows(tmp_path / "in.jsonl", 120)
+        told = batchrun("estimate", job).stdout
+        dearer = '[pricing."vtrix-gpt-5.3-codex"]\ninput = 1000\noutput = 1000\n'
+        write_job(job, simulator.url, source, runs + dearer)
+        dear = batchrun("estimate", job).stdout
+    prompt, answer = (
+        sum(line[name] for line in last["totals"]) / 60 for name in ("prompt_tokens", "completion_tokens")
+    )
+    cost = Decimal(last["cost_usd"])
+    assert (
+        f"about {round(prompt * 120):,} in, {round(answer * 120):,} out (the mean of 60 answers of the newest" in told
+    )
+    assert f"{tmp_path}/runs/job/2026-11-26" in told
+    assert f"about ${cost * 2:,.4f}; " in told
+    assert f"${cost / 60:,.6f} a row" in told
+    assert "s an answer)" in told
+    expected = Decimal(dear.split("about $")[1].split(";")[0].replace(",", ""))
+    assert abs(expected - Decimal(prompt + answer) * 120 / 1000) < 1  # another price: by tokens
