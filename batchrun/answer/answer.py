@@ -76,15 +76,16 @@ def _from_object(body: dict[str, Any], flagged: bool) -> Answer:
     choice = _first_choice(body)
     message = choice.get("message")
     error_message, error_code = _error(body)
+    usage, service_tier, reported_cost_usd = usages.stated_in(body)
     if not isinstance(message, dict):
         return Answer(
             flagged=flagged,
-            usage=usages.of_body(body),
+            usage=usage,
             model=_text(body.get("model")),
             error_message=error_message,
             error_code=error_code,
-            service_tier=usages.service_tier(body),
-            reported_cost_usd=usages.reported_cost(body),
+            service_tier=service_tier,
+            reported_cost_usd=reported_cost_usd,
         )
     tool_calls, shown = _tool_calls(message.get("tool_calls"))
     return Answer(
@@ -98,11 +99,11 @@ def _from_object(body: dict[str, Any], flagged: bool) -> Answer:
         tool_calls=tool_calls,
         choices=_choices(body.get("choices")),
         finish_reason=_text(choice.get("finish_reason")),
-        usage=usages.of_body(body),
+        usage=usage,
         error_message=error_message,
         error_code=error_code,
-        service_tier=usages.service_tier(body),
-        reported_cost_usd=usages.reported_cost(body),
+        service_tier=service_tier,
+        reported_cost_usd=reported_cost_usd,
     )
 
 
