@@ -93,13 +93,14 @@ def _from_object(body: dict[str, Any], flagged: bool) -> Answer:
     choice = _first_choice(body)
     message = choice.get("message")
     failure = error_body.read(body)
+    usage, service_tier, reported_cost_usd = usages.stated_in(body)
     if not isinstance(message, dict):
         read = Answer(
             flagged=flagged,
-            usage=usages.of_body(body),
+            usage=usage,
             model=_text(body.get("model")),
-            service_tier=usages.service_tier(body),
-            reported_cost_usd=usages.reported_cost(body),
+            service_tier=service_tier,
+            reported_cost_usd=reported_cost_usd,
         )
         return _failed(read, failure or _choice_failure(choice))
     tool_calls, shown = _tool_calls(message.get("tool_calls"))
@@ -115,9 +116,9 @@ def _from_object(body: dict[str, Any], flagged: bool) -> Answer:
         tool_calls=tool_calls,
         choices=_choices(body.get("choices")),
         finish_reason=_text(choice.get("finish_reason")),
-        usage=usages.of_body(body),
-        service_tier=usages.service_tier(body),
-        reported_cost_usd=usages.reported_cost(body),
+        usage=usage,
+        service_tier=service_tier,
+        reported_cost_usd=reported_cost_usd,
     )
     return _failed(read, failure or _choice_failure(choice))
 

@@ -86,11 +86,17 @@ _OUTPUT_BESIDE_COMPLETION: tuple[Path, ...] = (("thoughtsTokenCount",),)
 _PROMPT_BESIDE_PROMPT: tuple[Path, ...] = (("toolUsePromptTokenCount",),)
 
 
+def stated_in(body: Mapping[str, Any]) -> tuple[Usage | None, str | None, Decimal | None]:
+    """Usage, service tier and cost of a whole answer: all that it says of its bill."""
+    usage = body.get("usage")
+    if isinstance(usage, dict) and usage.keys() <= _COMMON and "provider_metadata" not in body:
+        tier = body.get("service_tier")
+        return _common(usage), None if tier is None else service_tier(body), None
+    return of_body(body), service_tier(body), reported_cost(body)
+
+
 def of_body(body: Mapping[str, Any]) -> Usage | None:
     """The usage that a whole answer states, wherever it does so."""
-    stated = body.get("usage")
-    if isinstance(stated, dict) and stated.keys() <= _COMMON:
-        return _common(stated)
     for usage in _places(body):
         if (read := of(usage)) is not None:
             return read
@@ -142,10 +148,7 @@ def reported_cost(body: Mapping[str, Any]) -> Decimal | None:
         for name in ("cost", "estimated_cost", "total_cost", "cost_usd"):
             if (cost := _usd(usage.get(name))) is not None:
                 return cost + (_upstream(usage) if name == "cost" else 0)
-    for name in ("provider_metadata", "providerMetadata"):
-        if name in body and (cost := _usd(_at(body, (name, "gateway", "cost")))) is not None:
-            return cost
-    return None
+    return _usd(_at(body, ("provider_metadata", "gateway", "cost")))
 
 
 def cost_in_headers(headers: Mapping[str, str]) -> Decimal | None:

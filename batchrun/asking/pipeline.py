@@ -211,8 +211,8 @@ class Pipeline:
             self.signs.answered(answer.finish_reason)
         told_usd = reported(attempt, answer)
         cost_usd = cost_of(attempt, answer, judgement, self._plan.prices.get(request.model), told_usd)
-        if cost_usd and bound_usd and cost_usd > bound_usd:  # reasoning that max_tokens does not bound
-            self._beyond = max(self._beyond, cost_usd / bound_usd * self._beyond)
+        if cost_usd and bound_usd and cost_usd > bound_usd:
+            self._widen(pending.request, cost_usd)
         doubtful = maybe_billed(answer, judgement, cost_usd, capped=self._capped)
         ended = Ended(pending, attempt, answer, judgement, settlement, history, bound_usd, cost_usd, doubtful, told_usd)
         for row in ruling.own:
@@ -362,10 +362,20 @@ class Pipeline:
         self.backlog.hold(msgspec.structs.replace(ended.pending, history=ended.history))
 
     def _bound_usd(self, request: Request) -> Decimal | None:
+        bound = self._usual_bound_usd(request)
+        return bound if bound is None or self._beyond == 1 else (bound * self._beyond).quantize(prices.PICO, ROUND_UP)
+
+    def _usual_bound_usd(self, request: Request) -> Decimal | None:
         table = self._plan.prices.get(request.model)
         tier = prices.asked_tier(table, request.body)
-        bound = prices.upper_bound(request.max_prompt_tokens, request.max_output_tokens, table, tier)
-        return bound if bound is None or self._beyond == 1 else (bound * self._beyond).quantize(prices.PICO, ROUND_UP)
+        return prices.upper_bound(request.max_prompt_tokens, request.max_output_tokens, table, tier)
+
+    def _widen(self, request: Request, cost_usd: Decimal) -> None:
+        """An answer cost more than its upper bound, because the server's `max_tokens` does not bound its reasoning:
+        more is reserved for the requests to come.
+        """
+        if usual := self._usual_bound_usd(request):
+            self._beyond = max(self._beyond, cost_usd / usual)
 
 
 def _identified(pending: Pending, key: bytes) -> Pending:

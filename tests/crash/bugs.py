@@ -140,7 +140,7 @@ _BUSY_TAKEN_FOR_IDLE = Bug(
 _LOST_UNCOUNTED = Bug(
     "lost attempts have no line",
     "batchrun.checkpoint.spent",
-    (("        return [*self.totals.values(), *lost]\n", "        return [*self.totals.values(), *lost[:0]]\n"),),
+    (("        return [*booked, *self._lost_lines()]\n", "        return [*booked, *self._lost_lines()[:0]]\n"),),
     "attempts: the rows say",
     point="after the slot is taken",
     passage=30,
