@@ -12,6 +12,7 @@ from enum import Enum, auto
 
 import msgspec
 
+from batchrun.gate.admission import Limit
 from batchrun.gate.evidence import Share
 from batchrun.gate.pace import Pace
 
@@ -26,7 +27,8 @@ BELOW_REFUSED = 0.7
 """What is kept of a rate that nearly everything was refused at, before anything could be measured."""
 
 BELOW_LONE = 0.95
-"""What is kept of it after a single refusal, which a wrong estimate of a request's tokens explains as well."""
+"""What is kept of a rate of tokens after a single refusal, which a wrong estimate of a request's size explains as well.
+A single request too many has no such excuse: somebody else draws on the limit, and gets room."""
 
 LEAST_AFTER_PAUSE = 0.4
 """What is kept at least of the rate after a pause: what the bucket saved up meanwhile may not all have been used."""
@@ -143,7 +145,7 @@ class RateSearch:
     def storm(self, at_s: float, now_s: float, *, lone: bool = False) -> None:
         """Nearly everything sent at about `at_s` was refused: the bucket is empty, and the gate pauses.
 
-        `lone`: it was one refusal whose headers show an empty bucket. The rate can't be far too high then.
+        `lone`: it was one refusal whose headers show an empty bucket.
         """
         rate, rough = self._measured(at_s), False
         before, share = self.per_s, self._share
@@ -152,8 +154,12 @@ class RateSearch:
             rough = self._taken_since() < FIRM_TIMES * self._amount
             self._cut = _Cut(before, share)
             rate *= BELOW_MEASURED
+        elif lone and self._pace.limit is Limit.TOKENS and (known := before or self._known_per_s) is not None:
+            rate, rough = BELOW_LONE * known, True
         elif (known := before or self._known_per_s) is not None:
-            rate, rough = (BELOW_LONE if lone else BELOW_REFUSED) * known, True
+            rate, rough = BELOW_REFUSED * known, True
+            if self._taken:
+                rate = min(rate, BELOW_BURST * self._in_last_second(at_s))
         elif self._taken:
             rate, rough = BELOW_BURST * self._in_last_second(at_s), True
         self._remember(before)
