@@ -79,7 +79,11 @@ def test_a_compressed_file_is_read_as_other_tools_write_it_whatever_its_name(
     assert rows(write(tmp_path / name, content)) == [{"a": 1}] * count
 
 
-@pytest.mark.parametrize("content", [gzip.compress(LINE)[:-4], zstd(LINE)[:-3], gzip.compress(LINE) + b"rest"])
+@pytest.mark.parametrize(
+    "content",
+    [gzip.compress(LINE)[:-4], zstd(LINE)[:-3], gzip.compress(LINE) + b"rest"],
+    ids=["gzip cut", "zstd cut", "gzip and something else"],
+)
 def test_a_cut_or_spoilt_compressed_file_is_named(tmp_path: Path, content: bytes) -> None:
     assert "can't be read to its end" in refused(write(tmp_path / "in.jsonl", content))
 
