@@ -382,9 +382,9 @@ def exhausted(history: History, retry: Retry, stretched: float = 1.0) -> bool:
 
 def tail_wait_s(history: History, judgement: Judgement, retry: Retry) -> float:
     """Seconds that a row waits at least before its next attempt at the tail, so that its attempts take `TAIL_S` or half
-    of the longest outage; none where another row was answered while it failed.
+    of the longest outage; none where another row was answered while it failed, nor after a 429, which says how long.
     """
-    if history.witnessed:
+    if history.witnessed or not is_chargeable(judgement):
         return 0.0
     status = judgement.error.http_status if judgement.error is not None else None
     attempts = retry.max_attempts

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from multidict import CIMultiDict
 
+from batchrun import policy
 from batchrun.answer.answer import read
 from batchrun.answer.retry_after import retry_after_s
 from batchrun.errors import APIConnectionError, APITimeoutError
@@ -584,3 +585,10 @@ def test_a_call_is_held_against_the_functions_and_content_beside_it_is_not() -> 
         assert settled.status is status
         assert not settled.in_json
         assert settled.error is None or settled.error.http_status == 200
+
+
+def test_a_row_that_is_refused_by_chance_at_the_tail_waits_no_longer_than_it_was_told() -> None:
+    refused = Judgement(Verdict.SLOW, RowError("rate_limit", 429, None, "slow down"), retry_after_s=1.0)
+    failed = Judgement(Verdict.FREE, RowError("server_error", 500, None, "broken"))
+    assert policy.tail_wait_s(History(attempts=1), refused, Retry()) == 0.0
+    assert policy.tail_wait_s(History(attempts=1), failed, Retry()) > 10.0
