@@ -79,7 +79,7 @@ def test_a_limit_that_is_learned_from_refusals_is_used_and_kept(
         pytest.param(chance(0.01), 6_000, 32, 92, id="1 %"),
         pytest.param(chance(0.05), 6_000, 32, 92, id="5 %"),
         pytest.param(chance(0.20), 6_000, 32, 90, id="20 %"),
-        pytest.param(chance(0.40), 3_000, 32, 30, id="40 %: no rate goes to nothing"),
+        pytest.param(chance(0.40), 3_000, 32, 10, id="40 %: no rate goes to nothing"),
         pytest.param(chance(0.05, retry_after_s=None), 6_000, 32, 92, id="5 %, no Retry-After"),
         pytest.param(chance(0.05, refusal_s=0.1), 6_000, 32, 92, id="5 %, slow refusals"),
         pytest.param(chance(0.05, latency_s=8.0), 1_500, 64, 90, id="5 %, answers of eight seconds"),

@@ -3,6 +3,7 @@
 import csv
 import random
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
@@ -92,7 +93,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
         before = len(simulator.ledger())
         _kill(folder, "retried", lambda: len(simulator.ledger()) >= before + 40, *retry)
         undisturbed = pq.read_table(folder / "done" / "completions.parquet")
+        _come_to_rest(simulator)
         yield Runs(folder, simulator, undisturbed)
+
+
+def _come_to_rest(simulator: RunningSimulator) -> None:
+    """What the killed processes had sent has been served: the ledger grows no more."""
+    served = -1
+    while served != (served := len(simulator.ledger())):
+        time.sleep(0.3)
 
 
 def _kill(folder: Path, name: str, condition: Callable[[], bool], *flags: str) -> None:

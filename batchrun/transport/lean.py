@@ -42,8 +42,10 @@ async def lean_transport(
         request = await request_of(session, url)
         pool = Pool(connector, request, endpoint.connect_timeout_s, peer)
         head = Head(head_of(request), endpoint.id_header)
-        yield LeanTransport(head, pool, peer, Receiver(endpoint, credentials), Deadlines.of(endpoint), large)
-        pool.sweep(idle_s=0.0)
+        try:
+            yield LeanTransport(head, pool, peer, Receiver(endpoint, credentials), Deadlines.of(endpoint), large)
+        finally:
+            pool.sweep(idle_s=0.0)
 
 
 class Head:

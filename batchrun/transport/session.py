@@ -62,8 +62,10 @@ async def session_transport(
         open_session(endpoint, credentials, unkept) as fresh,
     ):
         transport = SessionTransport(url, endpoint, Receiver(endpoint, credentials), peer, pooled, fresh)
-        yield transport
-        transport.close_tails()
+        try:
+            yield transport
+        finally:
+            transport.close_tails()
 
 
 class SessionTransport:
