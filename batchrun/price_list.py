@@ -33,6 +33,9 @@ _PREFIXES = {"gemini": "google", "vertex_ai": "google", "xai": "x-ai", "moonshot
 _OPEN_WEIGHTS = ("gpt-oss",)
 """Models on their maker's list that the maker does not serve: every host has a price of its own."""
 
+_LOCAL_TAG = re.compile(r":(latest|(e?[\d.]+|\dx\d+)[bm]\b.*)$", re.IGNORECASE)
+"""How Ollama names the weights that it runs, by their size: `deepseek-r1:70b`. No vendor sells those."""
+
 _TOKEN_KINDS = ("input_mtok", "cache_read_mtok", "output_mtok", "cache_write_mtok", "cache_write_1h_mtok")
 
 _OUT_OF_REACH = frozenset({"requests_kcount", "output_reasoning_mtok", "output_citation_mtok"})
@@ -84,6 +87,8 @@ def _own_vendor(model: str) -> tuple[listing.Provider, listing.ModelInfo] | None
     """The vendor that made the model, or that a prefix like `openai/` names, and the model on its list."""
     prefix, _, name = model.rpartition("/")
     if name.startswith(_OPEN_WEIGHTS) and prefix in ("", "openai"):
+        return None
+    if _LOCAL_TAG.search(name):
         return None
     for vendor in _PROVIDERS:
         if prefix:

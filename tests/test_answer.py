@@ -59,6 +59,10 @@ def test_a_completion_is_read_whole() -> None:
     assert read(body()) == WHOLE
 
 
+def test_an_empty_usage_hides_no_other() -> None:
+    assert read(body(usage={}, x_groq={"usage": USAGE})) == WHOLE
+
+
 NO_COMPLETION = Answer(model="m", usage=WHOLE.usage)
 DEEP = b"[" * 100_000 + b"]" * 100_000
 

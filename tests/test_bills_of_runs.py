@@ -43,6 +43,15 @@ def test_a_cap_holds_where_reasoning_is_outside_the_completion(tmp_path: Path) -
     assert "the list price of X AI for grok-4, not the endpoint's own" in ended.stderr + ended.stdout
 
 
+def test_a_cap_holds_where_every_answer_comes_from_the_dearest_tier(tmp_path: Path) -> None:
+    usage = {"prompt_tokens": 20, "completion_tokens": 100, "total_tokens": 120}
+    flags = ("--max-cost", "0.005", "--set", "request.max_tokens=100")
+    ended, answered = ran(tmp_path, "gpt-5-mini", {"usage": usage, "service_tier": "priority"}, *flags)
+    assert ended.exit_code == 4, ended.stderr
+    assert 0 < answered * Decimal("0.000369") <= Decimal("0.005")  # 20 x 0.45 + 100 x 3.60 per million
+    assert Decimal(read_summary(tmp_path / "out")["cost_usd"]) == answered * Decimal("0.000369")
+
+
 def test_what_the_server_states_is_kept_and_is_the_cost_where_no_price_is_known(tmp_path: Path) -> None:
     ended, answered = ran(tmp_path, "my-alias", {"usage": GROK}, header="x-litellm-response-cost: 0.00123")
     assert (ended.exit_code, answered) == (0, 100), ended.stderr

@@ -252,6 +252,7 @@ class _Spelled:
         self._without_choices: dict[str, Any] = {}
         self._messages: dict[int, _Message] = {}
         self._finish_reasons: dict[int, str] = {}
+        self._usages: dict[int, dict[str, Any]] = {}
         self._flagged = self._broken = False
 
     def take(self, event: sse.Event) -> None:
@@ -284,6 +285,8 @@ class _Spelled:
             return
         if reason := _text(choice.get("finish_reason")):
             self._finish_reasons[index] = reason
+        if (usage := usages.in_choice(choice)) is not None:
+            self._usages[index] = usages.joined(self._usages.get(index), usage)
         if index == 0 and (error := choice.get("error")):
             self._last["error"] = error
         if (delta := _delta(choice)) is not None:
@@ -296,6 +299,9 @@ class _Spelled:
                 {"index": index, "message": message.whole(), "finish_reason": self._finish_reasons.get(index)}
                 for index, message in sorted(self._messages.items())
             ]
+        of_choices = usages.of_choices(self._usages.values())
+        if of_choices is not None and usages.of(whole.get("usage")) is None:
+            whole["usage"] = usages.joined(whole.get("usage"), of_choices)
         answer = _from_object(whole, self._flagged)
         ended = (done or self._messages.keys() <= self._finish_reasons.keys()) and not self._broken
         return answer if ended else msgspec.structs.replace(answer, completion=False)

@@ -27,12 +27,16 @@ _COMMON = frozenset(
     {"prompt_tokens", "completion_tokens", "total_tokens", "prompt_tokens_details", "completion_tokens_details"}
 )
 
+_READ_ONLY = frozenset({"cached_tokens", "audio_tokens", "text_tokens", "image_tokens"})
+"""Details of a prompt that say nothing of tokens written to a cache."""
+
 Path = tuple[str, ...]
 
 _PROMPT: tuple[Path, ...] = (
     ("prompt_tokens",),  # OpenAI and who follows it
     ("input_tokens",),  # Anthropic, OpenAI's Responses
     ("promptTokenCount",),  # Google
+    ("prompt_token_count",),  # Google's own client
     ("inputTokens",),  # Bedrock
     ("billed_units", "input_tokens"),  # Cohere
     ("tokens", "input_tokens"),
@@ -41,11 +45,12 @@ _COMPLETION: tuple[Path, ...] = (
     ("completion_tokens",),
     ("output_tokens",),
     ("candidatesTokenCount",),
+    ("candidates_token_count",),
     ("outputTokens",),
     ("billed_units", "output_tokens"),
     ("tokens", "output_tokens"),
 )
-_TOTAL: tuple[Path, ...] = (("total_tokens",), ("totalTokenCount",), ("totalTokens",))
+_TOTAL: tuple[Path, ...] = (("total_tokens",), ("totalTokenCount",), ("total_token_count",), ("totalTokens",))
 _CACHED: tuple[Path, ...] = (
     ("prompt_tokens_details", "cached_tokens"),
     ("input_tokens_details", "cached_tokens"),
@@ -55,6 +60,7 @@ _CACHED: tuple[Path, ...] = (
     ("cache_read_input_tokens",),  # Anthropic, Databricks, LiteLLM
     ("cached_prompt_text_tokens",),  # xAI
     ("cachedContentTokenCount",),  # Google
+    ("cached_content_token_count",),
     ("cacheReadInputTokens",),  # Bedrock
 )
 _WRITTEN: tuple[Path, ...] = (
@@ -72,6 +78,7 @@ _REASONING: tuple[Path, ...] = (
     ("output_tokens_details", "thinking_tokens"),  # Anthropic
     ("reasoning_tokens",),  # Perplexity, Databricks, Modal
     ("thoughtsTokenCount",),  # Google
+    ("thoughts_token_count",),
 )
 _CACHE_BESIDE_PROMPT = frozenset({"input_tokens", "inputTokens"})
 """Vendors that call the prompt so, and cache hits as below, count those beside it (Anthropic, Bedrock)."""
@@ -82,8 +89,8 @@ _BESIDE: tuple[Path, ...] = (
     ("cacheReadInputTokens",),
     ("cacheWriteInputTokens",),
 )
-_OUTPUT_BESIDE_COMPLETION: tuple[Path, ...] = (("thoughtsTokenCount",),)
-_PROMPT_BESIDE_PROMPT: tuple[Path, ...] = (("toolUsePromptTokenCount",),)
+_OUTPUT_BESIDE_COMPLETION: tuple[Path, ...] = (("thoughtsTokenCount",), ("thoughts_token_count",))
+_PROMPT_BESIDE_PROMPT: tuple[Path, ...] = (("toolUsePromptTokenCount",), ("tool_use_prompt_token_count",))
 
 
 def stated_in(body: Mapping[str, Any]) -> tuple[Usage | None, str | None, Decimal | None]:
@@ -91,7 +98,8 @@ def stated_in(body: Mapping[str, Any]) -> tuple[Usage | None, str | None, Decima
     usage = body.get("usage")
     if isinstance(usage, dict) and usage.keys() <= _COMMON and "provider_metadata" not in body:
         tier = body.get("service_tier")
-        return _common(usage), None if tier is None else service_tier(body), None
+        if (read := _common(usage)) is not None:
+            return read, None if tier is None else service_tier(body), None
     return of_body(body), service_tier(body), reported_cost(body)
 
 
@@ -113,8 +121,8 @@ def of(usage: Any) -> Usage | None:
 
 
 def found_in(body: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The object that states a usage, or a part of one, in an event of a stream."""
-    return next((usage for usage in _places(body) if _said(usage, (*_PROMPT, *_COMPLETION))), None)
+    """The object that states a usage, or a part of one or a cost, in an event of a stream; but for those of choices."""
+    return next((usage for usage in _of_answer(body) if _says_something(usage)), None)
 
 
 def joined(earlier: dict[str, Any] | None, later: dict[str, Any]) -> dict[str, Any]:
@@ -122,8 +130,25 @@ def joined(earlier: dict[str, Any] | None, later: dict[str, Any]) -> dict[str, A
     if not earlier:
         return later
     if _in_sum(later) == 0 and _in_sum(earlier) > 0:
-        return earlier
+        return later | {name: value for name, value in earlier.items() if value is not None}
     return earlier | {name: value for name, value in later.items() if value is not None}
+
+
+def in_choice(choice: Any) -> dict[str, Any] | None:
+    """The object in which a choice states a usage of its own."""
+    usage = choice.get("usage") if isinstance(choice, dict) else None
+    return usage if isinstance(usage, dict) else None
+
+
+def of_choices(told: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """One usage of all choices' (Moonshot): the prompt is read once, each completion is written."""
+    usages = list(told)
+    if len(usages) < 2:
+        return usages[0] if usages else None
+    prompt = max(_first(usage, _PROMPT) or 0 for usage in usages)
+    completions = sum(max(_first(usage, _COMPLETION) or 0, (_first(usage, _TOTAL) or 0) - prompt) for usage in usages)
+    counts = {"prompt_tokens": prompt, "completion_tokens": completions, "total_tokens": prompt + completions}
+    return usages[0] | counts
 
 
 def service_tier(body: Mapping[str, Any]) -> str | None:
@@ -147,7 +172,7 @@ def reported_cost(body: Mapping[str, Any]) -> Decimal | None:
             return (ticks / TICKS_PER_USD).quantize(PICO)
         for name in ("cost", "estimated_cost", "total_cost", "cost_usd"):
             if (cost := _usd(usage.get(name))) is not None:
-                return cost + (_upstream(usage) if name == "cost" else 0)
+                return _with_upstream(usage, cost) if name == "cost" else cost
     return _usd(_at(body, ("provider_metadata", "gateway", "cost")))
 
 
@@ -168,14 +193,16 @@ def count(value: Any) -> int | None:
 
 def _common(usage: Mapping[str, Any]) -> Usage | None:
     prompt, completion = count(usage.get("prompt_tokens")), count(usage.get("completion_tokens"))
-    if prompt is None or completion is None:
+    if prompt is None or completion is None or not (prompt or completion):
         return None
     total = count(usage.get("total_tokens"))
     cached = written = reasoning = None
     if isinstance(details := usage.get("prompt_tokens_details"), dict):
         cached = count(details.get("cached_tokens"))
-        if len(details) > 1:
+        if not details.keys() <= _READ_ONLY:
             written = _largest(usage, _WRITTEN)
+        if cached and (cached > prompt or total == prompt + completion + cached):
+            return _in_other_words(usage)
     if isinstance(details := usage.get("completion_tokens_details"), dict):
         reasoning = count(details.get("reasoning_tokens"))
     if total is None:
@@ -189,13 +216,14 @@ def _in_other_words(usage: Mapping[str, Any]) -> Usage | None:
     prompt, completion = _first(usage, _PROMPT), _first(usage, _COMPLETION)
     if completion is None and _first(usage, (("promptTokenCount",),)) is not None:
         completion = 0  # Google leaves out a count of nothing
-    if prompt is None or completion is None:
+    if prompt is None or completion is None or not (prompt or completion):
         return None
     cached, written = _largest(usage, _CACHED), _largest(usage, _WRITTEN)
     reasoning, total = _largest(usage, _REASONING), _first(usage, _TOTAL)
     cache = (cached or 0) + (written or 0)
-    if _cache_is_beside(usage, prompt, completion, cache, total):
+    if cache and _cache_is_beside(usage, prompt, cache, (total or 0) - prompt - completion, reasoning or 0):
         prompt += cache
+        total = None if total is None else max(total, prompt + completion)
     prompt += _sum(usage, _PROMPT_BESIDE_PROMPT)
     completion += _sum(usage, _OUTPUT_BESIDE_COMPLETION)
     output = completion + _outside(usage, completion, reasoning or 0)
@@ -205,13 +233,13 @@ def _in_other_words(usage: Mapping[str, Any]) -> Usage | None:
     return Usage(prompt, completion, total, cached, reasoning, written, _largest(usage, _WRITTEN_1H))
 
 
-def _cache_is_beside(usage: Mapping[str, Any], prompt: int, completion: int, cache: int, total: int | None) -> bool:
-    """True where the cache's tokens are not among those of the prompt: by the vendor's names, or by the total."""
-    if not cache:
-        return False
+def _cache_is_beside(usage: Mapping[str, Any], prompt: int, cache: int, excess: int, reasoning: int) -> bool:
+    """True where the cache's tokens are not among those of the prompt: by the vendor's names, by what the total has in
+    `excess` of prompt and completion, or because the prompt is smaller.
+    """
     if "prompt_tokens" not in usage and _CACHE_BESIDE_PROMPT & usage.keys() and _said(usage, _BESIDE):
         return True
-    return total is not None and total == prompt + completion + cache and _said(usage, _BESIDE)
+    return cache > prompt or (excess == cache and excess != reasoning)
 
 
 def _outside(usage: Mapping[str, Any], completion: int, reasoning: int) -> int:
@@ -226,29 +254,22 @@ def _outside(usage: Mapping[str, Any], completion: int, reasoning: int) -> int:
 
 
 def _places(body: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
-    """The objects that state a usage: of the answer, of Groq's and Google's envelopes, of choices."""
+    """The objects that state a usage: of the answer, or of its choices."""
+    yield from _of_answer(body)
+    choices = body.get("choices")
+    each = (in_choice(choice) for choice in choices) if isinstance(choices, list) else ()
+    if (usage := of_choices(usage for usage in each if usage is not None)) is not None:
+        yield usage
+
+
+def _of_answer(body: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
     for path in (("usage",), ("x_groq", "usage"), ("usageMetadata",), ("usage_metadata",), ("result", "usage")):
         if isinstance(usage := _at(body, path), dict):
             yield usage
-    choices = body.get("choices")
-    told = [choice["usage"] for choice in choices if _has_usage(choice)] if isinstance(choices, list) else []
-    if told:
-        yield told[0] if len(told) == 1 else _of_choices(told)
 
 
-def _has_usage(choice: Any) -> bool:
-    return isinstance(choice, dict) and isinstance(choice.get("usage"), dict)
-
-
-def _of_choices(told: list[dict[str, Any]]) -> dict[str, Any]:
-    """One usage of several choices' (Moonshot): the prompt is read once, each completion is written."""
-    completions = sum(_first(usage, _COMPLETION) or 0 for usage in told)
-    prompt = max(_first(usage, _PROMPT) or 0 for usage in told)
-    return told[0] | {
-        "prompt_tokens": prompt,
-        "completion_tokens": completions,
-        "total_tokens": prompt + completions,
-    }
+def _says_something(usage: dict[str, Any]) -> bool:
+    return _said(usage, (*_PROMPT, *_COMPLETION)) or reported_cost({"usage": usage}) is not None
 
 
 def _at(value: Any, path: Path) -> Any:
@@ -280,10 +301,12 @@ def _in_sum(usage: Mapping[str, Any]) -> int:
     return (_first(usage, _PROMPT) or 0) + (_first(usage, _COMPLETION) or 0)
 
 
-def _upstream(usage: Mapping[str, Any]) -> Decimal:
-    """What the upstream vendor bills by itself, because the key is the user's own there."""
+def _with_upstream(usage: Mapping[str, Any], cost: Decimal) -> Decimal | None:
+    """With what the upstream vendor bills by itself, where the key is the user's own there; None: it is not stated."""
+    if usage.get("is_byok") is not True:
+        return cost
     upstream = _usd(_at(usage, ("cost_details", "upstream_inference_cost")))
-    return upstream if usage.get("is_byok") is True and upstream is not None else Decimal(0)
+    return None if upstream is None else cost + upstream
 
 
 def _usd(value: Any, most: int = MAX_USD) -> Decimal | None:

@@ -158,12 +158,13 @@ def cost_of(
 ) -> Decimal | None:
     """What the attempt cost for certain: 0 where no answer came, None where one came that can't be priced.
 
-    The price known comes first; `reported_usd`, what the server states, is the cost where there is none.
+    The price known comes first; `reported_usd`, what the server states, is the cost where there is none. A stated 0 is
+    not: gateways state it of models for which they have no price.
     """
     if answer.usage is None and judgement.verdict is not Verdict.OK:
         return NOTHING if reported_usd is None else reported_usd
     known = prices.cost(answer.usage, table, answer.service_tier, attempt.started_at + attempt.latency_s)
-    return reported_usd if known is None else known
+    return (reported_usd or None) if known is None else known
 
 
 def reported(attempt: Attempt, answer: Answer) -> Decimal | None:
