@@ -74,7 +74,7 @@ def of(summary: Summary, whose: str) -> Means | None:
 
 def _in_words(tables: Mapping[str, PriceTable | None]) -> str:
     """The prices as a summary has them."""
-    return "; ".join(table.describe() for table in tables.values() if table is not None)
+    return "; ".join(summaries.prices_in_words(tables))
 
 
 def _undated(price: str) -> str:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from batchrun.checkpoint.spent import LOST
 from batchrun.errors import CheckpointError, InputError
 from batchrun.output.files import read_footer
 from batchrun.records import Estimate, TotalsLine
@@ -124,6 +125,8 @@ def _spent(account: Account) -> dict[_Part, tuple[int, Decimal]]:
     """Attempts and cost by invocation, model and day: both only grow, whatever answers are replaced."""
     parts: dict[_Part, tuple[int, Decimal]] = {}
     for line in account.totals:
+        if line.status == LOST:
+            continue  # these cost nothing here, and are named by one model or by several as the run goes on
         key = line.invocation, line.model, line.day
         attempts, cost = parts.get(key, (0, Decimal(0)))
         parts[key] = attempts + line.attempts, cost + line.cost_usd

@@ -1,7 +1,7 @@
 """`summary.json`, from the first second to the last, and the same in words a person reads in five seconds. PURE."""
 
 import shlex
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -170,7 +170,7 @@ def _summary(
     lines = spent.lines()
     mine = [line for line in spent.totals.values() if line.invocation == moment.invocation]
     minutes = max(moment.elapsed_s, 1e-9) / 60
-    names = [f"{model}: no known price" if table is None else table.describe() for model, table in tables.items()]
+    names = prices_in_words(tables)
     return Summary(
         version=VERSION,
         job=job,
@@ -370,6 +370,11 @@ def pace(summary: Summary) -> str:
         return f"{summary.rows_per_minute:,.0f} rows/min"
     rows = sum(line.rows for line in summary.totals if line.invocation == summary.invocation)
     return f"{plural(rows, 'row')} in {summary.elapsed_s:,.0f} s"
+
+
+def prices_in_words(tables: Mapping[str, PriceTable | None]) -> list[str]:
+    """The price of each model."""
+    return [f"{model}: no known price" if table is None else table.describe() for model, table in tables.items()]
 
 
 def known_cost(cost_usd: Decimal, unknown: int) -> Decimal | None:
