@@ -99,6 +99,9 @@ class Walk:
 
     def step(self, ordinary: float, much: float, *, refused: bool) -> bool:
         """One attempt more; True where this refusal makes it too many."""
+        if not refused and not self._at:
+            self._on_zero(0, 1)  # what nearly every attempt comes to, without a logarithm
+            return False
         self.count += 1
         if refused:
             self.refused += 1

@@ -1,7 +1,5 @@
 """How many requests may be in flight: a ramp upwards, and two caps that are found (`crowding`, `knee`). PURE."""
 
-from collections.abc import Callable
-
 from batchrun.gate.crowding import Crowding
 from batchrun.gate.knee import Knee
 
@@ -14,9 +12,6 @@ USED = 0.8
 SILENT_S = 1.0
 """What was sent a second ago and not refused is being worked on, so twice as many may go out: where answers take eight
 seconds, a ramp that waits for them takes half a minute."""
-
-InFlightChange = Callable[[int, int, str], None]
-"""Called with the number allowed before and after, and why."""
 
 
 class InFlight:

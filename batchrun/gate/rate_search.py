@@ -6,7 +6,6 @@ moment, and taking that for a limit makes each refusal shrink the next rate. Wha
 little below a measured limit refusals end, and by chance they stay. If they stay, the rate before is restored.
 """
 
-import math
 from collections import deque
 from enum import Enum, auto
 
@@ -218,7 +217,7 @@ class RateSearch:
         rate = self.per_s
         if rate is None:
             return
-        requests_per_s = rate * self._counted_all / self._taken if self._taken else rate
+        requests_per_s = rate * self._pace.requests / self._taken if self._taken else rate
         if self._rough:
             every_s = min(MAX_EVERY_S, max(ROUGH_EVERY_S, ROUGH_EVERY / requests_per_s))
         else:
@@ -262,10 +261,6 @@ class RateSearch:
     def _share(self) -> float:
         return self._refused / max(1, self._counted)
 
-    @property
-    def _counted_all(self) -> float:
-        return self._pace.requests
-
     def _taken_since(self) -> float:
         return self._taken - (0.0 if self._mark is None else self._mark[1])
 
@@ -303,6 +298,6 @@ class RateSearch:
         self._pace.stand_at(min(0.0, self._pace.level(now_s)), now_s)
 
     def _set(self, per_s: float | None, now_s: float, why: str) -> None:
-        self._pace.learn(None if per_s is None or math.isinf(per_s) else per_s * 60, now_s, why)
+        self._pace.learn(None if per_s is None else per_s * 60, now_s, why)
         if self._pace.learned is None:
             self.forget()
