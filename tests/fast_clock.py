@@ -1,7 +1,8 @@
 """An event loop whose clock runs faster than the real one: minutes of waiting pass in seconds, beside real sockets.
 
 `loop.time()` is that clock, so pace, backoff, cooling, heartbeat and the connect timeout live on it; the deadline of an
-attempt is kept on the real one.
+attempt is kept on the real one. A connection is made by the kernel, which knows only the real clock: a job on a fast
+clock sets `connect_timeout_s` to `patient(speed)`, or a busy machine makes 50 ms a connect timeout.
 """
 
 import asyncio
@@ -29,6 +30,11 @@ class FastClockLoop(asyncio.SelectorEventLoop):
 
     def time(self) -> float:
         return time.monotonic() * self._speed
+
+
+def patient(speed: float) -> float:
+    """The default connect timeout, 10 s of the real clock, as `connect_timeout_s` on a fast one."""
+    return 10.0 * speed
 
 
 def fast_clock(speed: float) -> Callable[[], asyncio.AbstractEventLoop]:

@@ -15,7 +15,7 @@ from batchrun.report.summary import in_words
 from batchrun.rundir import RunDirectory
 from tests.cli_process import KEY, KEY_ENV
 from tests.endings import answer_body
-from tests.fast_clock import fast_clock
+from tests.fast_clock import fast_clock, patient
 from tests.fault_server import Exchange, Script, answer, serving_aside
 from tests.jobs import job_over, write_lines
 from tests.test_network_faults import asked_for, row_of
@@ -26,7 +26,8 @@ def ask(
 ) -> tuple[Summary, list[dict[str, Any]]]:
     """The run over rows `item 0`, `item 1` … on a fast clock, and its result if it is complete."""
     source = write_lines(folder / "in.jsonl", [{"text": f"item {row}."} for row in range(rows)])
-    job = job_over(source, **{"endpoint": {"url": url, "api_key_env": KEY_ENV}, "retry": {}, **tables})
+    endpoint = {"url": url, "api_key_env": KEY_ENV, "connect_timeout_s": patient(speed)}
+    job = job_over(source, **{"endpoint": endpoint, "retry": {}, **tables})
     key = credentials.read(job.endpoint, {KEY_ENV: KEY})
     told: list[str] = [] if notes is None else notes
     hooks = Hooks(note=told.append)

@@ -24,7 +24,7 @@ from batchrun.records import Summary
 from batchrun.rundir import RunDirectory
 from tests.cli_process import KEY, KEY_ENV, holds_key
 from tests.endings import MODEL, answer_body
-from tests.fast_clock import fast_clock
+from tests.fast_clock import fast_clock, patient
 from tests.fault_server import (
     Exchange,
     FaultServer,
@@ -62,7 +62,12 @@ class Told(NamedTuple):
 def ask(folder: Path, url: str, rows: int = 12, *, speed: float = 10.0, **tables: dict[str, Any]) -> Told:
     """The run over rows `item 0`, `item 1` … on a fast clock, in this process."""
     source = write_lines(folder / "in.jsonl", [{"text": f"item {row}."} for row in range(rows)])
-    fixed = {"url": url, "api_key_env": KEY_ENV, "transport": transport_on_test()}
+    fixed = {
+        "url": url,
+        "api_key_env": KEY_ENV,
+        "transport": transport_on_test(),
+        "connect_timeout_s": patient(speed),
+    }
     endpoint = {**fixed, **tables.pop("endpoint", {})}
     job = job_over(source, **{"endpoint": endpoint, "retry": QUICK_RETRY, **tables})
     key = credentials.read(job.endpoint, {KEY_ENV: KEY})

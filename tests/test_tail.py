@@ -20,7 +20,7 @@ from batchrun.report import progress
 from batchrun.report.summary import retrying_in_words
 from batchrun.rundir import RunDirectory
 from tests.cli_process import KEY, KEY_ENV
-from tests.fast_clock import fast_clock
+from tests.fast_clock import fast_clock, patient
 from tests.fault_server import Exchange, Script, answer, sends, serving_aside
 from tests.jobs import job_over, write_lines
 from tests.test_network_faults import BUSY, FAILURE, answers, asked_for, resets, row_of
@@ -34,7 +34,8 @@ def run(folder: Path, url: str, tell: Callable[[Summary], None] | None = None, *
     source = folder / "in.jsonl"
     if not source.exists():
         write_lines(source, [{"text": f"item {row}."} for row in range(ROWS)])
-    job = job_over(source, endpoint={"url": url, "api_key_env": KEY_ENV, "name": "test"}, **tables)
+    endpoint = {"url": url, "api_key_env": KEY_ENV, "name": "test", "connect_timeout_s": patient(SPEED)}
+    job = job_over(source, endpoint=endpoint, **tables)
     key = credentials.read(job.endpoint, {KEY_ENV: KEY})
     hooks = Hooks() if tell is None else Hooks(progress=tell)
     return invocation.run(job, RunDirectory(folder / "out"), key, hooks=hooks, loop_factory=fast_clock(SPEED))
