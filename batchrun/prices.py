@@ -131,13 +131,27 @@ def upper_bound(
     A request that names no tier, or `auto`, gets the one that the account is set to, which nobody here knows.
     None where the price is unknown.
     """
-    if table is None:
-        return None
+    return None if table is None else dearest(table, asked_tier).bound(max_prompt_tokens, max_output_tokens)
+
+
+class Dearest(msgspec.Struct, frozen=True):
+    """The most that one token of a request can cost, in USD, and the fee of a request."""
+
+    prompt_token: Decimal
+    output_token: Decimal
+    per_request: Decimal
+
+    def bound(self, max_prompt_tokens: int, max_output_tokens: int) -> Decimal:
+        """The most that one attempt of this size can cost."""
+        usd = max_prompt_tokens * self.prompt_token + max_output_tokens * self.output_token + self.per_request
+        return usd.quantize(PICO)
+
+
+def dearest(table: PriceTable, asked_tier: str | None) -> Dearest:
+    """The dearest hour and service tier that `asked_tier` allows."""
     every = [tier for tiers in _allowed(table, asked_tier) for tier in tiers]
-    dearest_input = max(tier.dearest_input() for tier in every)
-    dearest_output = max(tier.output for tier in every)
-    micro = max_prompt_tokens * dearest_input + max_output_tokens * dearest_output
-    return (micro / PER_TOKEN + table.per_request).quantize(PICO)
+    prompt_token = max(tier.dearest_input() for tier in every) / PER_TOKEN
+    return Dearest(prompt_token, max(tier.output for tier in every) / PER_TOKEN, table.per_request)
 
 
 def asked_tier(table: PriceTable | None, body: bytes) -> str | None:

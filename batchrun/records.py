@@ -69,7 +69,7 @@ def _named_day(day: int) -> str:
 DAY_S = 86_400
 
 
-class Usage(msgspec.Struct, frozen=True):
+class Usage(msgspec.Struct, frozen=True, gc=False):
     """Tokens of one answer. cached and written ⊂ prompt, for an hour ⊂ written; None where the server did not say.
 
     Reasoning is a part of the completion at most vendors, and beside it at some: then the total holds it.
@@ -89,7 +89,7 @@ class Usage(msgspec.Struct, frozen=True):
         return max(self.completion_tokens, self.total_tokens - self.prompt_tokens)
 
 
-class OfflineCount(msgspec.Struct, frozen=True):
+class OfflineCount(msgspec.Struct, frozen=True, gc=False):
     """About how many tokens an exchange had whose answer came without usage, by a count of our own."""
 
     prompt_tokens: int
@@ -103,7 +103,7 @@ class Row(msgspec.Struct, frozen=True):
     columns: dict[str, Any]
 
 
-class Request(msgspec.Struct, frozen=True):
+class Request(msgspec.Struct, frozen=True, gc=False):
     """The body made from a row and a job, encoded once.
 
     `key` is the identity of the question (BLAKE2b-128, docs/design.md); `body` goes to the wire as it is.
@@ -128,7 +128,7 @@ class Request(msgspec.Struct, frozen=True):
         return self.max_prompt_tokens + self.max_output_tokens
 
 
-class Correction(msgspec.Struct, frozen=True):
+class Correction(msgspec.Struct, frozen=True, gc=False):
     """An answer that was not what was asked for, and what is said to the model of it when it is asked again."""
 
     answer: str
@@ -155,14 +155,14 @@ class Attempt(msgspec.Struct, frozen=True):
     streamed: bool = False
 
 
-class FunctionCall(msgspec.Struct, frozen=True):
+class FunctionCall(msgspec.Struct, frozen=True, gc=False):
     """The model's wish to call a function; `arguments` is a JSON string as the server gave it, unchecked."""
 
     name: str | None
     arguments: str | None
 
 
-class Choice(msgspec.Struct, frozen=True):
+class Choice(msgspec.Struct, frozen=True, gc=False):
     """One of several answers to one request: the column `choices`."""
 
     index: int
@@ -170,7 +170,7 @@ class Choice(msgspec.Struct, frozen=True):
     finish_reason: str | None
 
 
-class Answer(msgspec.Struct, frozen=True):
+class Answer(msgspec.Struct, frozen=True, gc=False):
     """What a 2xx body says, as far as it could be read. `flagged` = only the lenient reading worked.
 
     `completion` is False when there is no first choice with a message. `tool_calls` is JSON text; `choices` are there
@@ -203,7 +203,7 @@ class Answer(msgspec.Struct, frozen=True):
     reported_cost_usd: Decimal | None = None
 
 
-class RowError(msgspec.Struct, frozen=True):
+class RowError(msgspec.Struct, frozen=True, gc=False):
     """The `error` column: why a row has no usable answer. `message` is bounded and redacted."""
 
     kind: str
@@ -219,7 +219,7 @@ class RowError(msgspec.Struct, frozen=True):
         return words if self.http_status is None or words.startswith(status) else f"{status}: {words}"
 
 
-class Discarded(msgspec.Struct, frozen=True):
+class Discarded(msgspec.Struct, frozen=True, gc=False):
     """An attempt that was not its row's last: what it was and what it cost. `counted` = against the row's caps.
 
     `at` is when it ended (Unix time, seconds): its cost is booked on that day. `maybe_billed`: no answer came, yet it
@@ -246,7 +246,7 @@ class Discarded(msgspec.Struct, frozen=True):
     reported_cost_usd: Decimal | None = None
 
 
-class Restored(msgspec.Struct, frozen=True):
+class Restored(msgspec.Struct, frozen=True, gc=False):
     """What an earlier attempt used and cost, which was booked as discarded, and whose answer settles its row after all.
 
     `last_at` is when the row's last attempt ended (Unix time, seconds), which brought no answer.
@@ -257,7 +257,7 @@ class Restored(msgspec.Struct, frozen=True):
     last_at: float
 
 
-class Completion(msgspec.Struct, frozen=True):
+class Completion(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """The final record of a row. `cost_usd` is of all its attempts; None where one could not be priced.
 
     `usage` and `last_cost_usd` are the last attempt's alone: what the totals still lack. The record is that attempt's,

@@ -70,20 +70,6 @@ def discarded(row: int, n: int = 1, **changes: object) -> Discarded:
     return msgspec.structs.replace(whole, **changes)
 
 
-def stored(ending: Completion) -> Completion:
-    """What the checkpoint keeps of a completion: its usage is in `raw`, its doubts are on their own list."""
-    return msgspec.structs.replace(
-        ending,
-        answered_model=None,
-        usage=None,
-        last_cost_usd=None,
-        maybe_billed=False,
-        possibly_billed_usd=None,
-        possibly_billed_tokens=0,
-        offline=None,
-    )
-
-
 def stored_attempt(ending: Discarded) -> Discarded:
     """What the checkpoint keeps of a discarded attempt."""
     return msgspec.structs.replace(

@@ -20,6 +20,7 @@ from batchrun.job.job import Job
 from batchrun.job.load import from_tables
 from batchrun.records import Correction, Request, Row
 from batchrun.request.builder import RequestBuilder, corrected, detect_dialect
+from batchrun.request.templates import text_template
 from batchrun.source import find_files, open_source
 
 MODEL = "vtrix-gpt-5.3-codex"
@@ -654,3 +655,24 @@ def test_a_request_is_asked_again_with_the_answer_and_what_is_wrong_with_it(stre
     assert again.key == asked.key
     assert again.max_prompt_tokens - asked.max_prompt_tokens == len(again.body) - len(asked.body) > 0
     assert corrected(asked, []) is asked
+
+
+@given(
+    st.lists(
+        st.sampled_from(["{{ a }}", "{{a}}", "{{ b }}", "{{ loop }}", "{# no #}", "\r\n", " x\n", "{{ 'é' }}", "{"])
+    ),
+    st.dictionaries(st.sampled_from(["a", "b", "loop"]), st.text(max_size=5) | st.integers() | st.none() | st.floats()),
+)
+def test_a_template_of_plain_columns_gives_what_jinja_gives(parts: list[str], columns: Columns) -> None:
+    def rendered(text: str) -> str:
+        try:
+            return text_template(text, "request.prompt")(columns)
+        except InputError as error:
+            return f"refused: {error}"
+
+    text = "".join(parts)
+    try:
+        plain = rendered(text)
+    except JobError:
+        return
+    assert plain == rendered("{% if true %}{% endif %}" + text)

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from batchrun.answer import error_body, packed, sse
+from batchrun.answer import common, error_body, packed, sse
 from batchrun.answer import usage as usages
 from batchrun.answer.finish_reasons import Meaning, meaning_of
 from batchrun.records import Answer, Choice, FunctionCall
@@ -31,6 +31,11 @@ def read(stored: bytes) -> Answer:
     """What a body in its stored form says: a chat completion as JSON or as server-sent events, an error object, or
     nothing usable.
     """
+    return common.read(stored) or read_carefully(stored)
+
+
+def read_carefully(stored: bytes) -> Answer:
+    """The same for any bytes, the common answer's included."""
     pieces = packed.pieces(stored)
     first = next(pieces, b"")
     if _STREAM.match(first):

@@ -102,6 +102,7 @@ class Pipeline:
         room = {} if delivery is None else {"room": delivery.room}
         self.backlog = Backlog(open_next, self._prepare, clock, **room, successes=lambda: gate.successes)
         budget = job.budget
+        self._dearest: dict[tuple[str, str | None], prices.Dearest] = {}
         self._capped = budget.max_cost_usd is not None or budget.max_tokens is not None
         self._beyond = Decimal(1)  # how far the dearest answer went beyond its upper bound
         self._failing = 0.0  # the share of first attempts that fail
@@ -367,8 +368,12 @@ class Pipeline:
 
     def _usual_bound_usd(self, request: Request) -> Decimal | None:
         table = self._plan.prices.get(request.model)
-        tier = prices.asked_tier(table, request.body)
-        return prices.upper_bound(request.max_prompt_tokens, request.max_output_tokens, table, tier)
+        if table is None:
+            return None
+        key = request.model, prices.asked_tier(table, request.body)
+        if (dearest := self._dearest.get(key)) is None:
+            dearest = self._dearest[key] = prices.dearest(table, key[1])
+        return dearest.bound(request.max_prompt_tokens, request.max_output_tokens)
 
     def _widen(self, request: Request, cost_usd: Decimal) -> None:
         """An answer cost more than its upper bound, because the server's `max_tokens` does not bound its reasoning:

@@ -7,6 +7,7 @@ when the last commit has ended goes into the next (no timer), each table with on
 import contextlib
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -30,7 +31,7 @@ from batchrun.durable import fsync, told
 from batchrun.errors import BatchrunError, DiskError
 from batchrun.records import Completion, Discarded, Ending, PossiblyBilled, TotalsLine
 
-FORMAT = 3
+FORMAT = 4
 """`PRAGMA user_version`. Another number is another version's run directory: exit 7."""
 
 SINCE = "since"
@@ -61,7 +62,9 @@ class Checkpoint:
         self._free_reserve = free_reserve
         self._on_durable: Callable[[Sequence[Ending]], None] = lambda endings: None
         self._on_failure: Callable[[BatchrunError], None] = lambda error: None
-        self._queue: queue.SimpleQueue[Ending | Callable[[], None]] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._endings: deque[Ending] = deque()
+        self._idle = False
         self._failed: BatchrunError | None = None
         self._spill = path.with_name(SPILL)
         self.broken = False
@@ -98,7 +101,10 @@ class Checkpoint:
 
     def put(self, ending: Ending) -> None:
         """The ending is on its way to the disk; `on_durable` names it when it is there."""
-        self._queue.put(ending)
+        self._endings.append(ending)
+        if self._idle:  # waking the thread for every row would cost as much as the row's commit (measured)
+            self._idle = False
+            self._calls.put(_nothing)
 
     def manifest(self) -> dict[str, str]:
         """The run's fixed facts, by name."""
@@ -253,7 +259,7 @@ class Checkpoint:
             finished = finished or (self._failed is None and "finished" in self.manifest())
             if finished:
                 self._call(self._database.rest)
-            self._queue.put(self._stop)
+            self._calls.put(self._stop)
             self._thread.join()
         self._database.close()
         if finished:
@@ -278,19 +284,31 @@ class Checkpoint:
             except BaseException as error:
                 future.set_exception(error)
 
-        self._queue.put(run)
+        self._calls.put(run)
         return future.result()
 
     def _serve(self) -> None:
         while not self._closing:
-            item: Ending | Callable[[], None] | None = self._queue.get()
-            endings: list[Ending] = []
-            while isinstance(item, Ending):
-                endings.append(item)
-                item = None if self._queue.empty() or len(endings) == MAX_GROUP else self._queue.get()
-            self._commit(endings)
-            if item is not None:
-                item()
+            call = self._next_call()
+            while self._endings:  # those put before the call, and what has come since
+                self._commit(self._taken())
+            call()
+
+    def _next_call(self) -> Callable[[], None]:
+        """The next call; until there is one, endings are committed as soon as the last commit has ended."""
+        while self._calls.empty():
+            if self._endings:
+                self._commit(self._taken())
+                continue
+            self._idle = True  # before the last look: what is put after it wakes this thread
+            if not self._endings:
+                break
+            self._idle = False
+        return self._calls.get()
+
+    def _taken(self) -> list[Ending]:
+        count = min(len(self._endings), MAX_GROUP)
+        return [self._endings.popleft() for _ in range(count)]
 
     def _stop(self) -> None:
         self._closing = True
@@ -421,6 +439,10 @@ class Checkpoint:
             answered_as=dict(self._database.records("answered_as")),
         )
         return with_possibly_billed(spent, [tables.possibly_billed(record) for record in doubts])
+
+
+def _nothing() -> None:
+    """What wakes the database's thread."""
 
 
 def read_finished(path: Path) -> dict[str, str]:

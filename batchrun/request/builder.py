@@ -28,6 +28,9 @@ MAX_EXPECTED = 64
 
 Body = dict[str, Any]
 
+_SIZES = frozenset({*OUTPUT_LIMITS, "n"})
+"""The fields that bound an answer's tokens."""
+
 
 def detect_dialect(job: Job, columns: Collection[str]) -> str:
     """How the rows become messages: the job's word, else what the job asks, else what the columns say.
@@ -65,6 +68,8 @@ class RequestBuilder:
         self._expected = expected.of(self._parameters.get("response_format"), self._parameters.get("functions"))
         self._expected_of_lines: dict[bytes, Expected] = {}
         self._stream = _stream_fields(job.request)
+        sized_by_row = dialect == "openai-batch" or not _SIZES.isdisjoint(job.request.from_columns)
+        self._max_output = None if sized_by_row else self._most_output(self._parameters)
         self._messages = _message_maker(job.request, dialect)
         if dialect == "openai-batch" and (unused := _unused_by_batch(job.request)) is not None:
             raise JobError(f"request.{unused}: the lines of a provider's batch file bring their own; leave it out")
@@ -119,7 +124,7 @@ class RequestBuilder:
             body=encoded[:-1] + self._stream if self._stream else encoded,
             model=body["model"],
             max_prompt_tokens=len(without_pictures) + len(details) * self._max_image_tokens,
-            max_output_tokens=self._max_output(body),
+            max_output_tokens=self._most_output(body) if self._max_output is None else self._max_output,
             image_tokens=sum(image_parts.USUAL_TOKENS[detail] for detail in details) if details else 0,
             pictures=len(pictures),
             expected=self._expected_by(body),
@@ -152,9 +157,9 @@ class RequestBuilder:
                 raise InputError(str(error)) from error
         return self._expected_of_lines[known]
 
-    def _max_output(self, body: Body) -> int:
+    def _most_output(self, body: Body) -> int:
         """The most tokens that the answer can have, all its choices; a limit no server will understand is none."""
-        limits = [_count(body.get(name)) for name in ("max_completion_tokens", "max_tokens")]
+        limits = [_count(body.get(name)) for name in OUTPUT_LIMITS]
         return (max(limits) or self._max_output_tokens) * max(_count(body.get("n")), 1)
 
     def _body(self, columns: Columns) -> Body:
