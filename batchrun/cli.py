@@ -237,12 +237,12 @@ def export(out: Path, target: Path | None) -> None:
 @click.option("--max-requests", type=int, metavar="N", help="The cap on requests, of a run that has one.")
 def tune(out: Path, **settings: float | str | None) -> None:
     """Change the limits of a run at work, until it ends."""
-    from batchrun.asking import control
+    from batchrun.dispatch import live_limits
     from batchrun.rundir import RunDirectory
 
-    wish = control.wish({name: value for name, value in settings.items() if value is not None})
-    limits = control.ask(RunDirectory(out), wish)
-    _say("taken" if limits is None else f"taken: {control.in_words(wish, limits)}")
+    wish = live_limits.wish({name: value for name, value in settings.items() if value is not None})
+    limits = live_limits.ask(RunDirectory(out), wish)
+    _say("taken" if limits is None else f"taken: {live_limits.in_words(wish, limits)}")
 
 
 @cli.command()

@@ -12,15 +12,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, Unpack
 
-from batchrun.asking.asking import Host
-from batchrun.asking.delivery import Delivery
+from batchrun.api import Options, RunIncompleteError, begin
+from batchrun.dispatch.dispatch import Host
+from batchrun.dispatch.result_queue import ResultQueue
 from batchrun.errors import RunStoppedError
 from batchrun.job.job import Job
 from batchrun.output.completions import Completion
 from batchrun.records import Summary
 from batchrun.signals import StopRequest
 from batchrun.source import Rows
-from batchrun.start import Options, RunIncompleteError, begin
 
 
 class Runner:
@@ -59,7 +59,7 @@ class Runner:
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
         self._news, self._begun, self._ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        self._delivery = Delivery(lambda: self._call(self._news))
+        self._delivery = ResultQueue(lambda: self._call(self._news))
         threading.Thread(target=self._work, name="batchrun", daemon=True).start()
         try:
             await self._begun.wait()

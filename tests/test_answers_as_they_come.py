@@ -8,8 +8,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from batchrun import credentials, invocation
-from batchrun.asking.asking import Hooks
+from batchrun import credentials, engine
+from batchrun.dispatch.dispatch import Hooks
 from batchrun.records import Summary
 from batchrun.report.summary import in_words
 from batchrun.rundir import RunDirectory
@@ -32,7 +32,7 @@ def ask(
     told: list[str] = [] if notes is None else notes
     hooks = Hooks(note=told.append)
     directory = RunDirectory(folder / "out")
-    summary = invocation.run(job, directory, key, hooks=hooks, loop_factory=fast_clock(speed))
+    summary = engine.run(job, directory, key, hooks=hooks, loop_factory=fast_clock(speed))
     result = pq.read_table(directory.completions).to_pylist() if summary.complete else []
     return summary, result
 

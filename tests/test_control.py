@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from batchrun.asking import control
-from batchrun.asking.control import Control, Wishes
+from batchrun.dispatch import live_limits
+from batchrun.dispatch.live_limits import Control, Wishes
 from batchrun.errors import JobError
 from batchrun.records import InForce
 from batchrun.rundir import RunDirectory
@@ -142,10 +142,10 @@ def test_a_running_process_takes_other_limits_and_says_so(tmp_path: Path) -> Non
     ],
 )
 def test_a_rate_below_the_one_asked_for_says_why(now: float, words: str) -> None:
-    wish = control.wish({"requests_per_minute": 6000.0})
+    wish = live_limits.wish({"requests_per_minute": 6000.0})
     limits = InForce(requests_per_minute=now, tokens_per_minute=None, max_in_flight=8)
-    assert control.in_words(wish, limits).startswith(words)
-    assert ("allow less" in control.in_words(wish, limits)) == (now < 6000)
+    assert live_limits.in_words(wish, limits).startswith(words)
+    assert ("allow less" in live_limits.in_words(wish, limits)) == (now < 6000)
 
 
 def test_a_cap_that_is_lowered_below_what_is_spent_ends_the_run(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_each_file_is_read_once_however_often_it_is_looked_at(tmp_path: Path) ->
 
 
 def test_every_wish_has_a_name_of_its_own() -> None:
-    one, other = control.wish({"max_tokens": 5}), control.wish({"max_tokens": 5})
+    one, other = live_limits.wish({"max_tokens": 5}), live_limits.wish({"max_tokens": 5})
     assert one.id != other.id
     assert (one.max_tokens, one.requests_per_minute) == (5, None)
     assert isinstance(one, Control)
@@ -228,5 +228,5 @@ def test_every_wish_has_a_name_of_its_own() -> None:
 )
 def test_a_limit_that_cannot_be_is_named_by_its_flag(limits: dict[str, float | str], problem: str) -> None:
     with pytest.raises(JobError) as raised:
-        control.wish(limits)
+        live_limits.wish(limits)
     assert str(raised.value) == problem

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from batchrun import credentials, invocation
+from batchrun import credentials, engine
 from batchrun.errors import CheckpointError, InputError, JobError
 from batchrun.job.load import load
 from batchrun.output import files, partial
@@ -60,7 +60,7 @@ class Runs(NamedTuple):
     def resume(self, directory: RunDirectory, **changes: Any) -> Summary:
         """The run is resumed in this process."""
         job = load(self.folder / "file.toml", [f"{name}={value}" for name, value in changes.items()])
-        return invocation.run(job, directory, credentials.read(job.endpoint, {KEY_ENV: KEY}))
+        return engine.run(job, directory, credentials.read(job.endpoint, {KEY_ENV: KEY}))
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ import pydantic
 import pytest
 
 import batchrun
-from batchrun.asking.delivery import MAX_ROWS
+from batchrun.dispatch.result_queue import MAX_ROWS
 from batchrun.output.completions import OWN
 from batchrun.output.rows import OWN_COLUMNS
 from batchrun.simulator import SimulatorConfig, parse_faults

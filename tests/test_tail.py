@@ -12,9 +12,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from batchrun import credentials, invocation
-from batchrun.asking.asking import Hooks
-from batchrun.asking.retries import LOG_EVERY_S, Retries
+from batchrun import credentials, engine
+from batchrun.dispatch.dispatch import Hooks
+from batchrun.dispatch.retries import LOG_EVERY_S, Retries
 from batchrun.records import RowError, Summary
 from batchrun.report import progress
 from batchrun.report.summary import retrying_in_words
@@ -38,7 +38,7 @@ def run(folder: Path, url: str, tell: Callable[[Summary], None] | None = None, *
     job = job_over(source, endpoint=endpoint, **tables)
     key = credentials.read(job.endpoint, {KEY_ENV: KEY})
     hooks = Hooks() if tell is None else Hooks(progress=tell)
-    return invocation.run(job, RunDirectory(folder / "out"), key, hooks=hooks, loop_factory=fast_clock(SPEED))
+    return engine.run(job, RunDirectory(folder / "out"), key, hooks=hooks, loop_factory=fast_clock(SPEED))
 
 
 def bad_rows(bad: frozenset[int], fault: Script, good_s: float = 0.001) -> Script:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchrun import credentials, invocation
+from batchrun import credentials, engine
 from batchrun.checkpoint import slots, spill
 from batchrun.checkpoint.at_rest import log_of
 from batchrun.durable import digest
@@ -114,7 +114,7 @@ def _kill(folder: Path, name: str, condition: Callable[[], bool], *flags: str) -
 def go_on(runs: Runs, directory: RunDirectory, layout: str = "file") -> Summary:
     """The run is gone on with in this process."""
     loaded = load(runs.folder / f"{layout}.toml")
-    return invocation.run(loaded, directory, credentials.read(loaded.endpoint, {KEY_ENV: KEY}))
+    return engine.run(loaded, directory, credentials.read(loaded.endpoint, {KEY_ENV: KEY}))
 
 
 def flip(path: Path, place: int, bit: int = 4) -> None:

@@ -25,7 +25,7 @@ class Bug:
 
 _SLOT_FREED_EARLY = Bug(
     "the slot is free before the commit",
-    "batchrun.asking.pipeline",
+    "batchrun.dispatch.worker",
     (
         (
             "        self._checkpoint.put(completion)\n",
@@ -79,7 +79,7 @@ _SEALED_BEFORE_RENAME = Bug(
 
 _SLOT_TAKEN_LATE = Bug(
     "the slot is written after the send",
-    "batchrun.asking.pipeline",
+    "batchrun.dispatch.worker",
     (
         ("        self._slots.take(slot, request.row, n, request.key, bound_usd, request.upper_bound_tokens)\n", ""),
         (
@@ -113,7 +113,7 @@ _OVERLAY_GONE_EARLY = Bug(
 
 _RETRY_UNCOUNTED = Bug(
     "the retry is not counted",
-    "batchrun.asking.pipeline",
+    "batchrun.dispatch.worker",
     (
         (
             "        self._flights[ended.pending.request.row, history.attempts] = flight\n"

@@ -8,7 +8,7 @@ import msgspec
 from batchrun import prices
 from batchrun.answer import offline
 from batchrun.answer.usage import cost_in_headers
-from batchrun.asking.backlog import Pending
+from batchrun.dispatch.backlog import Pending
 from batchrun.job.expected import KINDS
 from batchrun.policy import History, Judgement, Settlement
 from batchrun.prices import PriceTable

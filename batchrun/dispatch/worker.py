@@ -13,16 +13,16 @@ import msgspec
 
 from batchrun import policy, prices
 from batchrun.answer import answer as answers
-from batchrun.asking.backlog import Backlog, Invalid, Pending
-from batchrun.asking.delivery import Delivery
-from batchrun.asking.ended import NOTHING, Ended, cost_of, maybe_billed, remembered, reported, total
-from batchrun.asking.image_room import ImageRoom
-from batchrun.asking.retries import Retries
-from batchrun.asking.signs import Signs
 from batchrun.checkpoint import variants
 from batchrun.checkpoint.checkpoint import Checkpoint
 from batchrun.checkpoint.slots import Slots
 from batchrun.checkpoint.tables import usd
+from batchrun.dispatch.attempt_result import NOTHING, Ended, cost_of, maybe_billed, remembered, reported, total
+from batchrun.dispatch.backlog import Backlog, Invalid, Pending
+from batchrun.dispatch.image_memory import ImageMemory
+from batchrun.dispatch.result_queue import ResultQueue
+from batchrun.dispatch.retries import Retries
+from batchrun.dispatch.signs import Signs
 from batchrun.errors import BatchrunError, InputError
 from batchrun.gate import forecast
 from batchrun.gate.admission import Ask, Outcome
@@ -58,7 +58,7 @@ class _Flight(msgspec.Struct, frozen=True):
     due_s: float = 0.0
 
 
-class Pipeline:
+class Workers:
     """Asks every row of the backlog. `work` is what each worker runs; `durable` is called back after each commit."""
 
     def __init__(
@@ -77,7 +77,7 @@ class Pipeline:
         on_failure: Callable[[BatchrunError], None],
         clock: Callable[[], float],
         uniform: Callable[[], float],
-        delivery: Delivery | None = None,
+        delivery: ResultQueue | None = None,
     ) -> None:
         """`checked` says what images were. `on_settled` gets each chunk whose last row is durable, `on_failure` why
         there are no more rows to be had; `clock` is the event loop's. `delivery` takes settled rows to who reads them.
@@ -90,7 +90,7 @@ class Pipeline:
         self._slots = slots
         self._checked = checked
         self._images = Images(job.input)
-        self._room = ImageRoom()
+        self._room = ImageMemory()
         self._on_settled = on_settled
         self._on_failure = on_failure
         self._clock = clock

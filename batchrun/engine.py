@@ -15,13 +15,13 @@ from collections.abc import Callable
 import msgspec
 
 from batchrun import __version__, signals
-from batchrun.asking import asking, control, replay
-from batchrun.asking.asking import Asking, Hooks
-from batchrun.asking.chronicle import Chronicle
-from batchrun.asking.opening import about, told_at_start
 from batchrun.checkpoint import at_rest, facts, variants
 from batchrun.checkpoint.checkpoint import Checkpoint, read_finished
 from batchrun.credentials import Credentials
+from batchrun.dispatch import dispatch, live_limits, replay
+from batchrun.dispatch.dispatch import Dispatch, Hooks
+from batchrun.dispatch.run_status import RunStatus
+from batchrun.dispatch.start_messages import about, told_at_start
 from batchrun.durable import replace_bytes
 from batchrun.errors import BatchrunError, CheckpointError, ExitCode, InputError, JobError
 from batchrun.job.job import Job
@@ -47,7 +47,7 @@ def run(
     asked: Asked = Asked(),  # noqa: B008  (frozen)
     hooks: Hooks = Hooks(),  # noqa: B008  (frozen)
     *,
-    grace_s: float = asking.GRACE_S,
+    grace_s: float = dispatch.GRACE_S,
     loop_factory: LoopFactory | None = None,
 ) -> Summary:
     """The run is complete, or stopped as its summary says; the same call goes on with it. Blocks.
@@ -63,27 +63,27 @@ def run(
                 replay.hand_over(replay.result(directory), hooks.host.delivery)
             hooks.note(f"{directory.path}: complete already; nothing is sent")
             return finished
-        control.clear(directory)
+        live_limits.clear(directory)
         at_rest = _at_rest(directory)
-        chronicle = Chronicle(job.name, directory, credentials, hooks.command)
+        status = RunStatus(job.name, directory, credentials, hooks.command)
         try:
-            hooks.progress(chronicle.summary())
+            hooks.progress(status.summary())
             checkpoint = Checkpoint(directory.checkpoint, free_reserve=directory.free_room)
             try:
-                return _run(job, directory, credentials, checkpoint, chronicle, asked, hooks, grace_s, loop_factory)
+                return _run(job, directory, credentials, checkpoint, status, asked, hooks, grace_s, loop_factory)
             finally:
                 checkpoint.close()
         except BatchrunError as error:
-            chronicle.end("failed", error.exit_code, str(error))
+            status.end("failed", error.exit_code, str(error))
             if at_rest is not None and isinstance(error, JobError | InputError):
                 _rest_again(directory, at_rest)
             raise
         except BaseException as error:
-            chronicle.end("failed", ExitCode.INTERNAL_ERROR, f"{type(error).__name__}: {error}")
+            status.end("failed", ExitCode.INTERNAL_ERROR, f"{type(error).__name__}: {error}")
             raise
         finally:
-            control.clear(directory)
-            chronicle.close()
+            live_limits.clear(directory)
+            status.close()
 
 
 def _run(
@@ -91,21 +91,21 @@ def _run(
     directory: RunDirectory,
     credentials: Credentials,
     checkpoint: Checkpoint,
-    chronicle: Chronicle,
+    status: RunStatus,
     asked: Asked,
     hooks: Hooks,
     grace_s: float,
     loop_factory: LoopFactory | None,
 ) -> Summary:
     """Plan, ask, write: this process's share of the run."""
-    chronicle.checkpoint = checkpoint
-    checkpoint.begin_invocation(chronicle.started_at.timestamp(), os.getpid(), socket.gethostname(), __version__)
+    status.checkpoint = checkpoint
+    checkpoint.begin_invocation(status.started_at.timestamp(), os.getpid(), socket.gethostname(), __version__)
     lost = at_rest.name_lost(directory.inflight, checkpoint, with_ids=bool(job.endpoint.id_header))
     with signals.raised():  # until the event loop listens itself
-        plan = planning.make(job, directory, checkpoint, asked, chronicle.started_at)
+        plan = planning.make(job, directory, checkpoint, asked, status.started_at)
         directory.reserve_room()
         _unfinish(plan, directory, checkpoint)
-        _begin(plan, checkpoint, chronicle)
+        _begin(plan, checkpoint, status)
         if credentials.warning:
             hooks.note(f"warning: {credentials.warning}")
         for line in told_at_start(job, plan, directory.path, checkpoint.spent, lost, retrying=asked.retry is not None):
@@ -117,28 +117,28 @@ def _run(
         if hooks.host is not None and hooks.host.replay:
             replay.hand_over(chunks.settled(), hooks.host.delivery)
         if checkpoint.spent.settled() < plan.rows:
-            chronicle.deadline = asked.deadline
-            rows = Asking(
-                job, plan, directory, credentials, checkpoint, chunks, chronicle, hooks, grace_s, asked.deadline
+            status.deadline = asked.deadline
+            rows = Dispatch(
+                job, plan, directory, credentials, checkpoint, chunks, status, hooks, grace_s, asked.deadline
             )
             try:
                 with asyncio.Runner(loop_factory=loop_factory) as runner:
                     stop = runner.run(rows.ask())
             except BatchrunError:
-                _leave(job, plan, directory, checkpoint, chronicle, hooks)
+                _leave(job, plan, directory, checkpoint, status, hooks)
                 raise
             if stop is not None:
-                chronicle.end("stopped", stop.exit_code, stop.why)  # first: what follows may take long, or be killed
-                _leave(job, plan, directory, checkpoint, chronicle, hooks)
-                summary = chronicle.summary(int(stop.exit_code), stop.why)
-                chronicle.write(summary)
+                status.end("stopped", stop.exit_code, stop.why)  # first: what follows may take long, or be killed
+                _leave(job, plan, directory, checkpoint, status, hooks)
+                summary = status.summary(int(stop.exit_code), stop.why)
+                status.write(summary)
                 return summary
     with signals.raised():
-        return _finish(job, plan, directory, checkpoint, chunks, chronicle)
+        return _finish(job, plan, directory, checkpoint, chunks, status)
 
 
 def _leave(
-    job: Job, plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, chronicle: Chronicle, hooks: Hooks
+    job: Job, plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, status: RunStatus, hooks: Hooks
 ) -> None:
     """The bill of a run that is not complete is in usage.parquet, and its rows so far are beside it if the job says so.
 
@@ -152,9 +152,9 @@ def _leave(
         with signals.raised():
             batches = _chunks(plan, directory, checkpoint).so_far()
             compression = plan.facts.output.compression
-            partial.write(directory.partial, batches, plan.schema, compression, chronicle.summary())
+            partial.write(directory.partial, batches, plan.schema, compression, status.summary())
     except BatchrunError as error:
-        chronicle.log.write("export failed", why=str(error))
+        status.log.write("export failed", why=str(error))
         hooks.note(f"warning: {error}; batchrun export {directory.path} writes the rows so far")
 
 
@@ -196,12 +196,12 @@ def _unfinish(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint) -> No
         checkpoint.reopen_chunks(chunks, (), {})
 
 
-def _begin(plan: Plan, checkpoint: Checkpoint, chronicle: Chronicle) -> None:
+def _begin(plan: Plan, checkpoint: Checkpoint, status: RunStatus) -> None:
     """The run is under way."""
-    chronicle.plan = plan
-    chronicle.state = "running"
-    chronicle.log.write("started", invocation=checkpoint.invocation, resumed=plan.resumed, rows=plan.rows)
-    chronicle.write(chronicle.summary())
+    status.plan = plan
+    status.state = "running"
+    status.log.write("started", invocation=checkpoint.invocation, resumed=plan.resumed, rows=plan.rows)
+    status.write(status.summary())
 
 
 def _retried(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, statuses: frozenset[str]) -> str:
@@ -241,14 +241,14 @@ def _chunks(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint) -> Chun
 
 
 def _finish(
-    job: Job, plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, chunks: Chunks, chronicle: Chronicle
+    job: Job, plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, chunks: Chunks, status: RunStatus
 ) -> Summary:
     """The result is written; more failed rows than the job allows are told by the exit code."""
     if (unsettled := chunks.open_next()) is not None:
         raise CheckpointError(f"chunk {unsettled.chunk.chunk}: has pending rows that the totals count as settled")
-    chronicle.state = "writing"
-    result.write(plan.facts, plan.schema, checkpoint, chunks, directory, chronicle.summary())
-    return chronicle.end("complete", _exit_code(job, chronicle.summary()), None)
+    status.state = "writing"
+    result.write(plan.facts, plan.schema, checkpoint, chunks, directory, status.summary())
+    return status.end("complete", _exit_code(job, status.summary()), None)
 
 
 def _exit_code(job: Job, summary: Summary) -> ExitCode:

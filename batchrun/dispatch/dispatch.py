@@ -10,15 +10,15 @@ from typing import TypeVarTuple
 import msgspec
 
 from batchrun import signals
-from batchrun.asking.chronicle import Chronicle
-from batchrun.asking.delivery import Delivery
-from batchrun.asking.heartbeat import Heartbeat
-from batchrun.asking.memory import Memory
-from batchrun.asking.pipeline import Pipeline
 from batchrun.checkpoint import slots
 from batchrun.checkpoint.checkpoint import Checkpoint
 from batchrun.checkpoint.spent import Spent
 from batchrun.credentials import Credentials
+from batchrun.dispatch.heartbeat import Heartbeat
+from batchrun.dispatch.learned_limits import Memory
+from batchrun.dispatch.result_queue import ResultQueue
+from batchrun.dispatch.run_status import RunStatus
+from batchrun.dispatch.worker import Workers
 from batchrun.errors import BatchrunError, ExitCode
 from batchrun.gate.accounts import BURST_S
 from batchrun.gate.admission import Found, Limit, Phase, Stop
@@ -52,7 +52,7 @@ class Host(msgspec.Struct, frozen=True):
     """
 
     stop: signals.StopRequest
-    delivery: Delivery
+    delivery: ResultQueue
     replay: bool
 
 
@@ -68,7 +68,7 @@ class Hooks(msgspec.Struct, frozen=True):
     command: str | None = None
 
 
-class Asking:
+class Dispatch:
     """Asks every pending row, once. `ask` is the whole of it."""
 
     def __init__(
@@ -79,7 +79,7 @@ class Asking:
         credentials: Credentials,
         checkpoint: Checkpoint,
         chunks: Chunks,
-        chronicle: Chronicle,
+        status: RunStatus,
         hooks: Hooks,
         grace_s: float,
         deadline: Deadline | None = None,
@@ -90,7 +90,7 @@ class Asking:
         self._credentials = credentials
         self._checkpoint = checkpoint
         self._chunks = chunks
-        self._chronicle = chronicle
+        self._status = status
         self._hooks = hooks
         self._grace_s = grace_s
         self._deadline = deadline
@@ -117,10 +117,10 @@ class Asking:
         flying = slots.Slots(self._directory.inflight, self._in_flight)
         checked = ImageDigests(self._directory.images_of(self._plan.facts.layout))
         wire = wires.choose(self._job.endpoint)
-        self._chronicle.log.write("transport", wire=wire.wire, why=wire.why)
+        self._status.log.write("transport", wire=wire.wire, why=wire.why)
         async with wires.opened(wire, self._job.url, self._job.endpoint, self._credentials, tails=tails) as transport:
             self._pipeline = pipeline = self._open_pipeline(transport, flying, checked, loop)
-            self._chronicle.gate, self._chronicle.pipeline = gate, pipeline
+            self._status.gate, self._status.pipeline = gate, pipeline
             self._checkpoint.listen(_in_loop(loop, pipeline.durable), _in_loop(loop, self._fail))
             heart = self._open_heart(transport, loop)
             heart.warn_of_limits(self._job.limits, self._memory.daily)
@@ -178,7 +178,7 @@ class Asking:
             except BaseException as error:
                 self._fail(error)
                 return
-            self._chronicle.log.write("sealed", chunk=chunk.chunk.chunk, rows=chunk.chunk.rows)
+            self._status.log.write("sealed", chunk=chunk.chunk.chunk, rows=chunk.chunk.rows)
 
     def _on_last_beat(self, beat: "asyncio.Task[None]") -> None:
         """A heart that stopped by itself, by a bug in a `progress` say, ends the run: it keeps the deadlines."""
@@ -192,7 +192,7 @@ class Asking:
             return
         self._leaving = name
         flying = f"{plural(self._gate.in_flight, 'request')} in flight may end within {self._grace_s:g} s"
-        self._chronicle.log.write("signal", name=name, in_flight=self._gate.in_flight)
+        self._status.log.write("signal", name=name, in_flight=self._gate.in_flight)
         self._hooks.note(f"{name}: {flying}; once more to stop now")
         self._close(Stop(exit_code, f"{name}: drained"))
         loop.call_later(self._grace_s, self._abort)
@@ -256,8 +256,8 @@ class Asking:
 
     def _open_pipeline(
         self, transport: Transport, flying: slots.Slots, checked: ImageDigests, loop: asyncio.AbstractEventLoop
-    ) -> Pipeline:
-        return Pipeline(
+    ) -> Workers:
+        return Workers(
             self._job,
             self._plan,
             gate=self._gate,
@@ -277,7 +277,7 @@ class Asking:
     def _open_heart(self, transport: Transport, loop: asyncio.AbstractEventLoop) -> Heartbeat:
         return Heartbeat(
             self._directory,
-            self._chronicle,
+            self._status,
             self._gate,
             self._pipeline,
             transport,
@@ -295,13 +295,13 @@ class Asking:
 
     def _on_phase(self, before: Phase, after: Phase) -> None:
         names = {"before": type(before).__name__, "after": type(after).__name__}
-        self._chronicle.log.write("gate", **names, why=getattr(after, "why", None))
+        self._status.log.write("gate", **names, why=getattr(after, "why", None))
 
     def _on_pace(self, limit: Limit, before: float | None, after: float | None, why: str) -> None:
-        self._chronicle.log.write("pace", limit=limit, before=before, after=after, why=why)
+        self._status.log.write("pace", limit=limit, before=before, after=after, why=why)
 
     def _on_kind(self, kind: str, why: str) -> None:
-        self._chronicle.log.write("refusals", kind=kind, why=why)
+        self._status.log.write("refusals", kind=kind, why=why)
 
     def _tell(self) -> None:
         """What has changed since the last beat is on record."""
@@ -312,7 +312,7 @@ class Asking:
         """Each finish_reason that batchrun does not know is reported once."""
         reasons = self._pipeline.signs.finish_reasons
         for reason in reasons[self._told_reasons :]:
-            self._chronicle.log.write("unknown finish_reason", finish_reason=reason)
+            self._status.log.write("unknown finish_reason", finish_reason=reason)
             self._hooks.note(f"warning: {unknown_reason(reason)}")
         self._told_reasons = len(reasons)
 
@@ -321,7 +321,7 @@ class Asking:
         now, before = self._gate.allowed_in_flight, self._told_in_flight
         if now != before:
             self._told_in_flight = now
-            self._chronicle.log.write("in flight", before=before, after=now, why=self._gate.why_in_flight)
+            self._status.log.write("in flight", before=before, after=now, why=self._gate.why_in_flight)
 
 
 def _purse(budget: Budget, spent: Spent) -> Purse | None:

@@ -11,11 +11,11 @@ from decimal import Decimal
 
 import msgspec
 
-from batchrun.asking import control
-from batchrun.asking.chronicle import Chronicle
-from batchrun.asking.control import Control, Wishes
-from batchrun.asking.memory import Memory
-from batchrun.asking.pipeline import Pipeline
+from batchrun.dispatch import live_limits
+from batchrun.dispatch.learned_limits import Memory
+from batchrun.dispatch.live_limits import Control, Wishes
+from batchrun.dispatch.run_status import RunStatus
+from batchrun.dispatch.worker import Workers
 from batchrun.errors import DiskError, ExitCode
 from batchrun.gate import capacity
 from batchrun.gate.admission import Stop
@@ -48,9 +48,9 @@ class Heartbeat:
     def __init__(
         self,
         directory: RunDirectory,
-        chronicle: Chronicle,
+        status: RunStatus,
         gate: Gate,
-        pipeline: Pipeline,
+        pipeline: Workers,
         transport: Transport,
         deadline: Deadline | None,
         *,
@@ -65,7 +65,7 @@ class Heartbeat:
         stop_by: Callable[[Stop, float], None],
     ) -> None:
         self._directory = directory
-        self._chronicle = chronicle
+        self._status = status
         self._gate = gate
         self._pipeline = pipeline
         self._transport = transport
@@ -91,8 +91,8 @@ class Heartbeat:
             beats += 1
             self.keep_deadline()
             answered = self._take_wish()
-            self._chronicle.observe(self._clock())
-            summary = self._chronicle.summary()
+            self._status.observe(self._clock())
+            summary = self._status.summary()
             self._progress(summary)
             self._each()
             self._warn(summary)
@@ -101,7 +101,7 @@ class Heartbeat:
             if not self._directory.checkpoint.exists():  # SQLite would go on in a file without a name
                 self._fail(DiskError(f"{self._directory.checkpoint}: is gone; nothing more is asked"))
             if answered or beats in FIRST_SUMMARIES or beats % SUMMARY_EVERY == 0:
-                await asyncio.to_thread(self._chronicle.write, summary)
+                await asyncio.to_thread(self._status.write, summary)
             if self._memory.is_due(self._gate, self._clock()):
                 await asyncio.to_thread(self._memory.keep, self._gate)
 
@@ -111,7 +111,7 @@ class Heartbeat:
         if content is None:
             return False
         try:
-            wish = control.decode(content)
+            wish = live_limits.decode(content)
         except ValueError as error:
             self._refuse(str(error))
             return False
@@ -119,10 +119,10 @@ class Heartbeat:
             self._obey(wish)
         except ValueError as error:
             self._refuse(str(error))
-            self._chronicle.tuned = Tuned(wish.id, str(error))
+            self._status.tuned = Tuned(wish.id, str(error))
             return True
-        self._chronicle.log.write("tuned", **msgspec.to_builtins(wish, builtin_types=(Decimal,)))
-        self._chronicle.tuned = Tuned(wish.id, None)
+        self._status.log.write("tuned", **msgspec.to_builtins(wish, builtin_types=(Decimal,)))
+        self._status.tuned = Tuned(wish.id, None)
         self._note(f"limits now: {limits_in_words(self._gate.in_force)}")
         return True
 
@@ -142,7 +142,7 @@ class Heartbeat:
         )
 
     def _refuse(self, why: str) -> None:
-        self._chronicle.log.write("control ignored", why=why)
+        self._status.log.write("control ignored", why=why)
         self._note(f"warning: {self._directory.control} is ignored: {why}")
 
     def keep_deadline(self) -> None:
@@ -151,7 +151,7 @@ class Heartbeat:
         if deadline is None or self._gate.stop is not None:
             return
         if now_s + BEAT_S > deadline.last_send_s(self._pipeline.slow_s):
-            self._chronicle.log.write("deadline", deadline=deadline.at, in_flight=self._gate.in_flight)
+            self._status.log.write("deadline", deadline=deadline.at, in_flight=self._gate.in_flight)
             why = f"the deadline ({deadline}) has come; run again, with a later one or none"
             self._stop_by(Stop(ExitCode.STOPPED, why), max(deadline.at_s, now_s))
 
@@ -162,7 +162,7 @@ class Heartbeat:
         """
         if self._deadline is None or self._concern is None:
             return
-        summary, left_s = self._chronicle.summary(), self._deadline.at_s - self._clock()
+        summary, left_s = self._status.summary(), self._deadline.at_s - self._clock()
         today = None if daily is None else daily.most(self._deadline.at_s)
         most = capacity.most_rows(limits, left_s, capacity.size_of(summary.totals), today)
         if most is None:
@@ -174,12 +174,12 @@ class Heartbeat:
 
     def _warn(self, summary: Summary) -> None:
         """Who should know that the deadline will not be met has been told: once, and again when it gets worse."""
-        forecast, share = self._chronicle.forecast, summary.by_deadline
+        forecast, share = self._status.forecast, summary.by_deadline
         if self._deadline is None or self._concern is None or forecast is None or share is None:
             return
         if self._gate.stop is None and self._concern.rises(share, forecast.seen_s):
             self._tell_behind("at this pace", int(share * 100), str(forecast.limit), self._deadline)
 
     def _tell_behind(self, pace: str, percent: int, limit: str, deadline: Deadline) -> None:
-        self._chronicle.log.write("behind", share=percent / 100, deadline=deadline.at, limited_by=limit)
+        self._status.log.write("behind", share=percent / 100, deadline=deadline.at, limited_by=limit)
         self._note(f"warning: {pace} {percent} % of the rows will be done by {deadline}; limited by {limit}")

@@ -7,10 +7,10 @@ from datetime import UTC, datetime
 
 import msgspec
 
-from batchrun.asking.pipeline import Pipeline
-from batchrun.asking.runlog import RunLog
 from batchrun.checkpoint.checkpoint import Checkpoint
 from batchrun.credentials import Credentials
+from batchrun.dispatch.runlog import RunLog
+from batchrun.dispatch.worker import Workers
 from batchrun.durable import replace_bytes, told
 from batchrun.errors import CheckpointError, DiskError, ExitCode, InputError
 from batchrun.gate.admission import Limit
@@ -23,7 +23,7 @@ from batchrun.report.summary import Moment, limiting_factor, read, starting, sum
 from batchrun.rundir import RunDirectory
 
 
-class Chronicle:
+class RunStatus:
     """Knows as much of the run as there is yet: the stages are attached as they come to be. Close it."""
 
     def __init__(self, job: str, directory: RunDirectory, credentials: Credentials, command: str | None = None) -> None:
@@ -38,7 +38,7 @@ class Chronicle:
         self.plan: Plan | None = None
         self.checkpoint: Checkpoint | None = None
         self.gate: Gate | None = None
-        self.pipeline: Pipeline | None = None
+        self.pipeline: Workers | None = None
         self.deadline: Deadline | None = None
         self.forecast: Forecast | None = None
         self.tuned: Tuned | None = None
