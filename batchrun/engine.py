@@ -1,16 +1,21 @@
-"""One invocation: one start of a run, this process's share of it. The picture of the whole:
+"""One start of a run: this process's share of it. The picture of the whole:
 
     source ─→ request ─→ gate ─→ transport ─→ policy ─→ checkpoint ─→ output ─→ report
 
-A start takes the lock, makes its plan (`plan`: the source is read and checked, or the run is gone on with), has every
-pending row asked (`asking`: the workers of `pipeline` walk request, gate, transport, policy and checkpoint; full chunks
-become parts), and writes the result. Every way out leaves a summary.json that says where the run stands.
+    lock      the directory is this process's alone                        rundir
+    resume    what earlier starts left: complete, stopped, or killed       checkpoint
+    check     the source is read, every request built; or changes adopted  plan
+    dispatch  every pending row is sent, judged, durable, sealed           dispatch
+    finish    parts become the result, usage and summary                   output, report
+
+Every way out leaves a summary.json that says where the run stands.
 """
 
 import asyncio
+import contextlib
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import msgspec
 
@@ -18,15 +23,18 @@ from batchrun import __version__, signals
 from batchrun.checkpoint import at_rest, facts, variants
 from batchrun.checkpoint.checkpoint import Checkpoint, read_finished
 from batchrun.credentials import Credentials
-from batchrun.dispatch import dispatch, live_limits, replay
-from batchrun.dispatch.dispatch import Dispatch, Hooks
-from batchrun.dispatch.run_status import RunStatus
+from batchrun.dispatch import live_limits, replay
+from batchrun.dispatch.dispatch import Dispatch
+from batchrun.dispatch.hooks import Hooks
+from batchrun.dispatch.run_status import Checking, Running, RunStatus
 from batchrun.dispatch.start_messages import about, told_at_start
+from batchrun.dispatch.store import Store
 from batchrun.durable import replace_bytes
 from batchrun.errors import BatchrunError, CheckpointError, ExitCode, InputError, JobError
+from batchrun.gate.admission import Stop
 from batchrun.job.job import Job
 from batchrun.output import partial, result
-from batchrun.output.chunks import Chunks
+from batchrun.output.chunks import Chunks, Layout
 from batchrun.output.files import write_usage
 from batchrun.plan import plan as planning
 from batchrun.plan import reading, retry
@@ -46,133 +54,30 @@ def run(
     credentials: Credentials,
     asked: Asked = Asked(),  # noqa: B008  (frozen)
     hooks: Hooks = Hooks(),  # noqa: B008  (frozen)
-    *,
-    grace_s: float = dispatch.GRACE_S,
     loop_factory: LoopFactory | None = None,
 ) -> Summary:
-    """The run is complete, or stopped as its summary says; the same call goes on with it. Blocks.
+    """The run is complete, or stopped as its summary says; the same call resumes it. Blocks.
 
     Raises:
         BatchrunError: the run could not start or go on; what was received is on disk, and summary.json says why.
     """
     directory.create()
     with directory.lock():
-        directory.given.unlink(missing_ok=True)  # what a start that was killed had been given
         if (finished := _finished(job, directory, asked)) is not None:
-            if hooks.host is not None and hooks.host.replay:
-                replay.hand_over(replay.result(directory), hooks.host.delivery)
-            hooks.note(f"{directory.path}: complete already; nothing is sent")
+            _replay_finished(directory, hooks)
             return finished
-        live_limits.clear(directory)
-        at_rest = _at_rest(directory)
-        status = RunStatus(job.name, directory, credentials, hooks.command)
-        try:
-            hooks.progress(status.summary())
-            checkpoint = Checkpoint(directory.checkpoint, free_reserve=directory.free_room)
-            try:
-                return _run(job, directory, credentials, checkpoint, status, asked, hooks, grace_s, loop_factory)
-            finally:
-                checkpoint.close()
-        except BatchrunError as error:
-            status.end("failed", error.exit_code, str(error))
-            if at_rest is not None and isinstance(error, JobError | InputError):
-                _rest_again(directory, at_rest)
-            raise
-        except BaseException as error:
-            status.end("failed", ExitCode.INTERNAL_ERROR, f"{type(error).__name__}: {error}")
-            raise
-        finally:
-            live_limits.clear(directory)
-            status.close()
+        with _status(job, directory, credentials, hooks) as status, _checkpoint(directory, status) as checkpoint:
+            store = _check(job, directory, checkpoint, asked, status, hooks)
+            stop = _dispatch(job, store, credentials, asked, status, hooks, loop_factory)
+            return _stopped(job, store, stop, status, hooks) if stop else _finish(job, store, status)
 
 
-def _run(
-    job: Job,
-    directory: RunDirectory,
-    credentials: Credentials,
-    checkpoint: Checkpoint,
-    status: RunStatus,
-    asked: Asked,
-    hooks: Hooks,
-    grace_s: float,
-    loop_factory: LoopFactory | None,
-) -> Summary:
-    """Plan, ask, write: this process's share of the run."""
-    status.checkpoint = checkpoint
-    checkpoint.begin_invocation(status.started_at.timestamp(), os.getpid(), socket.gethostname(), __version__)
-    lost = at_rest.name_lost(directory.inflight, checkpoint, with_ids=bool(job.endpoint.id_header))
-    with signals.raised():  # until the event loop listens itself
-        plan = planning.make(job, directory, checkpoint, asked, status.started_at)
-        directory.reserve_room()
-        _unfinish(plan, directory, checkpoint)
-        _begin(plan, checkpoint, status)
-        if credentials.warning:
-            hooks.note(f"warning: {credentials.warning}")
-        for line in told_at_start(job, plan, directory.path, checkpoint.spent, lost, retrying=asked.retry is not None):
-            hooks.note(line)
-        if asked.retry is not None:
-            hooks.note(_retried(plan, directory, checkpoint, asked.retry))
-        chunks = _chunks(plan, directory, checkpoint)
-        chunks.remove_orphans()
-        if hooks.host is not None and hooks.host.replay:
-            replay.hand_over(chunks.settled(), hooks.host.delivery)
-        if checkpoint.spent.settled() < plan.rows:
-            status.deadline = asked.deadline
-            rows = Dispatch(
-                job, plan, directory, credentials, checkpoint, chunks, status, hooks, grace_s, asked.deadline
-            )
-            try:
-                with asyncio.Runner(loop_factory=loop_factory) as runner:
-                    stop = runner.run(rows.ask())
-            except BatchrunError:
-                _leave(job, plan, directory, checkpoint, status, hooks)
-                raise
-            if stop is not None:
-                status.end("stopped", stop.exit_code, stop.why)  # first: what follows may take long, or be killed
-                _leave(job, plan, directory, checkpoint, status, hooks)
-                summary = status.summary(int(stop.exit_code), stop.why)
-                status.write(summary)
-                return summary
-    with signals.raised():
-        return _finish(job, plan, directory, checkpoint, chunks, status)
-
-
-def _leave(
-    job: Job, plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, status: RunStatus, hooks: Hooks
-) -> None:
-    """The bill of a run that is not complete is in usage.parquet, and its rows so far are beside it if the job says so.
-
-    A failure here, and a signal, which ends it at once, change nothing of the way out.
-    """
-    try:
-        write_usage(directory.usage, checkpoint.spent.lines())
-        if not job.output.partial:
-            return
-        hooks.note(f"writing the rows so far: {directory.partial} (a signal ends that)")
-        with signals.raised():
-            batches = _chunks(plan, directory, checkpoint).so_far()
-            compression = plan.facts.output.compression
-            partial.write(directory.partial, batches, plan.schema, compression, status.summary())
-    except BatchrunError as error:
-        status.log.write("export failed", why=str(error))
-        hooks.note(f"warning: {error}; batchrun export {directory.path} writes the rows so far")
-
-
-def _at_rest(directory: RunDirectory) -> bytes | None:
-    """The summary of a complete run as it is, None where there is none."""
-    complete = (directory.read_summary() or {}).get("complete")
-    return directory.summary.read_bytes() if complete else None
-
-
-def _rest_again(directory: RunDirectory, summary: bytes) -> None:
-    """A complete run that this start was refused to change is complete as before."""
-    if result.FINISHED in read_finished(directory.checkpoint):
-        result.tidy(directory)
-        replace_bytes(directory.summary, summary)
+# ── lock, resume ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _finished(job: Job, directory: RunDirectory, asked: Asked) -> Summary | None:
     """The summary of a run that is complete already, untouched; None where there is still something to do."""
+    directory.given.unlink(missing_ok=True)  # what a start that was killed had been given
     if not (directory.read_summary() or {}).get("complete"):
         return None
     summary = read(directory)
@@ -189,26 +94,97 @@ def _finished(job: Job, directory: RunDirectory, asked: Asked) -> Summary | None
     return msgspec.structs.replace(summary, exit_code=int(_exit_code(job, summary)), files=files(directory))
 
 
+def _replay_finished(directory: RunDirectory, hooks: Hooks) -> None:
+    """A program that reads the run has its rows."""
+    if hooks.host is not None and hooks.host.replay:
+        replay.hand_over(replay.result(directory), hooks.host.results)
+    hooks.note(f"{directory.path}: complete already; nothing is sent")
+
+
+@contextlib.contextmanager
+def _status(job: Job, directory: RunDirectory, credentials: Credentials, hooks: Hooks) -> Iterator[RunStatus]:
+    """What is known of the run is in summary.json, from now to whichever end the block has."""
+    live_limits.clear(directory)
+    complete_before = _complete_summary(directory)
+    status = RunStatus(job.name, directory, credentials, hooks.command)
+    try:
+        hooks.progress(status.summary())
+        if credentials.warning:
+            hooks.note(f"warning: {credentials.warning}")
+        yield status
+    except BatchrunError as error:
+        status.end("failed", error.exit_code, str(error))
+        if complete_before is not None and isinstance(error, JobError | InputError):
+            _restore_complete(directory, complete_before)
+        raise
+    except BaseException as error:
+        status.end("failed", ExitCode.INTERNAL_ERROR, f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        live_limits.clear(directory)
+        status.close()
+
+
+def _complete_summary(directory: RunDirectory) -> bytes | None:
+    """The summary of a complete run as it is, None where there is none."""
+    complete = (directory.read_summary() or {}).get("complete")
+    return directory.summary.read_bytes() if complete else None
+
+
+def _restore_complete(directory: RunDirectory, summary: bytes) -> None:
+    """A complete run that this start was refused to change is complete as before."""
+    if result.FINISHED in read_finished(directory.checkpoint):
+        result.tidy(directory)
+        replace_bytes(directory.summary, summary)
+
+
+@contextlib.contextmanager
+def _checkpoint(directory: RunDirectory, status: RunStatus) -> Iterator[Checkpoint]:
+    """The checkpoint is open, and this invocation has its number."""
+    with contextlib.closing(Checkpoint(directory.checkpoint, free_reserve=directory.free_room)) as checkpoint:
+        status.reached(Checking(checkpoint))
+        started_at = status.started_at.timestamp()
+        checkpoint.begin_invocation(started_at, os.getpid(), socket.gethostname(), __version__)
+        yield checkpoint
+
+
+# ── check ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _check(
+    job: Job, directory: RunDirectory, checkpoint: Checkpoint, asked: Asked, status: RunStatus, hooks: Hooks
+) -> Store:
+    """What this start is to do is settled, and nothing was sent. Attempts that a dead process left are named."""
+    lost = at_rest.name_lost(directory.inflight, checkpoint, with_ids=bool(job.endpoint.id_header))
+    with signals.raised():  # until the event loop listens itself
+        plan = planning.make(job, directory, checkpoint, asked, status.started_at)
+        directory.reserve_room()
+        _unfinish(plan, directory, checkpoint)
+        status.start_running(Running(checkpoint, plan))
+        retrying = asked.retry is not None
+        for line in told_at_start(job, plan, directory.path, checkpoint.spent, lost, retrying=retrying):
+            hooks.note(line)
+        if asked.retry is not None:
+            hooks.note(_retried(plan, directory, checkpoint, asked.retry))
+        store = _store(plan, directory, checkpoint)
+        store.chunks.remove_orphans()
+        if hooks.host is not None and hooks.host.replay:
+            replay.hand_over(store.chunks.settled(), hooks.host.results)
+        return store
+
+
 def _unfinish(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint) -> None:
-    """A finished pilot of the first rows is an open run again, if there are more rows to ask."""
+    """A finished pilot of the first rows is an open run again, if there are more rows to send."""
     if result.FINISHED in checkpoint.manifest() and checkpoint.spent.settled() < plan.rows:
         chunks = result.restore_parts(plan.facts, checkpoint, checkpoint.chunks(), directory)
         checkpoint.reopen_chunks(chunks, (), {})
 
 
-def _begin(plan: Plan, checkpoint: Checkpoint, status: RunStatus) -> None:
-    """The run is under way."""
-    status.plan = plan
-    status.state = "running"
-    status.log.write("started", invocation=checkpoint.invocation, resumed=plan.resumed, rows=plan.rows)
-    status.write(status.summary())
-
-
 def _retried(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, statuses: frozenset[str]) -> str:
-    """Rows that ended with one of the statuses are pending again, unless rows are pending already; what to tell.
+    """Rows that ended with one of the statuses are pending again, unless rows are pending already; what to say of it.
 
     Raises:
-        JobError: rows are pending, and this start would ask them otherwise than was meant.
+        JobError: rows are pending, and this start would send them otherwise than was meant.
     """
     pending = plan.rows - checkpoint.spent.settled()
     manifest = variants.encode(plan.variants)
@@ -224,31 +200,85 @@ def _retried(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, status
     return f"{ended} {are(rows)} asked again{about(rows, mean_cost_usd)}"
 
 
-def _chunks(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint) -> Chunks:
-    return Chunks(
-        directory,
-        checkpoint,
-        plan.source,
+def _store(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint) -> Store:
+    layout = Layout(
+        source=plan.source,
         identities=plan.facts.files,
         rejected=frozenset(plan.facts.rejected),
         types=plan.types,
         schema=plan.schema,
         settings=plan.facts.output,
         parsed=plan.parsed,
-        layout=plan.facts.layout,
+        number=plan.facts.layout,
         limit=plan.rows if plan.rows < plan.facts.rows else None,
     )
+    return Store(directory, checkpoint, plan, Chunks(directory, checkpoint, layout))
 
 
-def _finish(
-    job: Job, plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, chunks: Chunks, status: RunStatus
-) -> Summary:
-    """The result is written; more failed rows than the job allows are told by the exit code."""
-    if (unsettled := chunks.open_next()) is not None:
-        raise CheckpointError(f"chunk {unsettled.chunk.chunk}: has pending rows that the totals count as settled")
-    status.state = "writing"
-    result.write(plan.facts, plan.schema, checkpoint, chunks, directory, status.summary())
-    return status.end("complete", _exit_code(job, status.summary()), None)
+# ── dispatch ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _dispatch(
+    job: Job,
+    store: Store,
+    credentials: Credentials,
+    asked: Asked,
+    status: RunStatus,
+    hooks: Hooks,
+    loop_factory: LoopFactory | None,
+) -> Stop | None:
+    """Every pending row is settled, or why not."""
+    if not store.pending:
+        return None
+    rows = Dispatch(job, store, credentials, status, hooks, asked.deadline)
+    try:
+        with asyncio.Runner(loop_factory=loop_factory) as runner:
+            return runner.run(rows.send_all())
+    except BatchrunError:
+        _leave(job, store, status, hooks)
+        raise
+
+
+def _stopped(job: Job, store: Store, stop: Stop, status: RunStatus, hooks: Hooks) -> Summary:
+    status.end("stopped", stop.exit_code, stop.why)  # first: what follows may take long, or be killed
+    _leave(job, store, status, hooks)
+    summary = status.summary(int(stop.exit_code), stop.why)
+    status.write(summary)
+    return summary
+
+
+def _leave(job: Job, store: Store, status: RunStatus, hooks: Hooks) -> None:
+    """The bill of a run that is not complete is in usage.parquet, and its rows so far are beside it if the job says so.
+
+    A failure here, and a signal, which ends it at once, change nothing of the way out.
+    """
+    directory, plan = store.directory, store.plan
+    try:
+        write_usage(directory.usage, store.checkpoint.spent.lines())
+        if not job.output.partial:
+            return
+        hooks.note(f"writing the rows so far: {directory.partial} (a signal ends that)")
+        with signals.raised():
+            batches = _store(plan, directory, store.checkpoint).chunks.so_far()
+            compression = plan.facts.output.compression
+            partial.write(directory.partial, batches, plan.schema, compression, status.summary())
+    except BatchrunError as error:
+        status.log.write("export failed", why=str(error))
+        hooks.note(f"warning: {error}; batchrun export {directory.path} writes the rows so far")
+
+
+# ── finish ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _finish(job: Job, store: Store, status: RunStatus) -> Summary:
+    """The result is written; the exit code says whether more rows failed than the job allows."""
+    with signals.raised():
+        if (unsettled := store.chunks.open_next()) is not None:
+            raise CheckpointError(f"chunk {unsettled.chunk.chunk}: has pending rows that the totals count as settled")
+        status.state = "writing"
+        plan = store.plan
+        result.write(plan.facts, plan.schema, store.checkpoint, store.chunks, store.directory, status.summary())
+        return status.end("complete", _exit_code(job, status.summary()), None)
 
 
 def _exit_code(job: Job, summary: Summary) -> ExitCode:

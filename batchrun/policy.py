@@ -330,6 +330,18 @@ class History(msgspec.Struct, frozen=True):
     witnessed: int = 0
 
 
+NEW = History()
+ONCE = History(attempts=1)
+"""Of nearly all rows: before and after the attempt that is answered."""
+
+
+def answered(history: History) -> History:
+    """`history` with one attempt more, which was answered: it counts against no cap."""
+    if history is NEW:
+        return ONCE
+    return msgspec.structs.replace(history, attempts=history.attempts + 1)
+
+
 def after(history: History, judgement: Judgement, *, corroborated: bool, at_tail: bool = False) -> History:
     """`history` with one attempt more.
 

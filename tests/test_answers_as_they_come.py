@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchrun import credentials, engine
-from batchrun.dispatch.dispatch import Hooks
+from batchrun.dispatch.hooks import Hooks
 from batchrun.records import Summary
 from batchrun.report.summary import in_words
 from batchrun.rundir import RunDirectory

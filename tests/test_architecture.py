@@ -65,7 +65,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "engine": frozenset(
         {
             *("errors", "job", "records", "credentials", "durable", "rundir", "signals"),
-            *("policy", "checkpoint", "output", "report", "plan", "dispatch"),
+            *("gate", "policy", "checkpoint", "output", "report", "plan", "dispatch"),
         }
     ),
     # what stands beside a run

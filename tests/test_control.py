@@ -1,6 +1,7 @@
 """A run while it works: its deadline, its limits, what is told of it. Real processes against the simulator's ledger."""
 
 import json
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ def test_a_deadline_ends_the_start_in_time_with_everything_in_flight_answered(tm
         assert ended.exit_code == 4, ended.stderr
         summary = read_summary(out)
         assert summary["reason"].startswith("the deadline (")
-        assert summary["updated_at"] <= summary["deadline"]
+        ended_at, deadline = (datetime.fromisoformat(summary[name]) for name in ("updated_at", "deadline"))
+        assert ended_at <= deadline + timedelta(seconds=1)  # what follows the last answer, on a busy machine
         assert summary["elapsed_s"] > 4 - 0.2 - 2  # a beat and more before it, on a busy machine
         served = len(simulator.ledger())
         assert (summary["possibly_billed_count"], 200 - summary["pending"]) == (0, served)

@@ -13,7 +13,7 @@ from decimal import Decimal
 import msgspec
 
 from batchrun.output.chunks import OpenChunk
-from batchrun.policy import History
+from batchrun.policy import NEW, History
 from batchrun.records import Attempt, Correction, Request, Row, RowError, Usage
 
 MAX_WAITING = 4096
@@ -39,7 +39,7 @@ class Pending(msgspec.Struct, frozen=True):
 
     request: Request
     chunk: OpenChunk
-    history: History = History()
+    history: History = NEW
     cost_usd: Decimal | None = Decimal(0)
     successes: int | None = None
     refused: bool = False

@@ -1,4 +1,9 @@
-"""The event loop's share of a run: workers ask, full chunks are sealed, a heart beats, signals are heard."""
+"""The event loop's share of a run: every pending row is sent, full chunks are sealed, a heart beats, signals are heard.
+
+What this start needs is made in the order in which it is needed, each part of those before it:
+
+    learned limits → gate → slots → transport → workers → heartbeat
+"""
 
 import asyncio
 import contextlib
@@ -11,15 +16,19 @@ import msgspec
 
 from batchrun import signals
 from batchrun.checkpoint import slots
-from batchrun.checkpoint.checkpoint import Checkpoint
+from batchrun.checkpoint.slots import Slots
 from batchrun.checkpoint.spent import Spent
 from batchrun.credentials import Credentials
 from batchrun.dispatch.heartbeat import Heartbeat
-from batchrun.dispatch.learned_limits import Memory
-from batchrun.dispatch.result_queue import ResultQueue
-from batchrun.dispatch.run_status import RunStatus
+from batchrun.dispatch.hooks import Hooks, Host
+from batchrun.dispatch.learned_limits import LearnedLimits
+from batchrun.dispatch.requests import Requests
+from batchrun.dispatch.result_queue import RowsOf
+from batchrun.dispatch.run_status import Running, RunStatus
+from batchrun.dispatch.runlog import RunLog
+from batchrun.dispatch.store import Landing, Store
 from batchrun.dispatch.worker import Workers
-from batchrun.errors import BatchrunError, ExitCode
+from batchrun.errors import ExitCode
 from batchrun.gate.accounts import BURST_S
 from batchrun.gate.admission import Found, Limit, Phase, Stop
 from batchrun.gate.deadline import Deadline
@@ -29,201 +38,106 @@ from batchrun.gate.purse import Cap, Purse
 from batchrun.gate.state import GateState
 from batchrun.job.job import Budget, Job
 from batchrun.open_files import OpenFiles
-from batchrun.output.chunks import Chunks, OpenChunk
-from batchrun.plan.plan import Plan
-from batchrun.records import Summary
-from batchrun.report.summary import plural, unknown_reason
+from batchrun.report.summary import plural
 from batchrun.request.image_digests import ImageDigests
-from batchrun.rundir import RunDirectory
 from batchrun.transport import transport as wires
 from batchrun.transport.connector import MAX_TAILS
-from batchrun.transport.transport import Transport
-
-GRACE_S = 20.0
-"""How long the first signal lets requests in flight end; Kubernetes kills after 30."""
 
 Ts = TypeVarTuple("Ts")
 
 
-class Host(msgspec.Struct, frozen=True):
-    """A program that runs us in a thread beside its own: how it stops the run, and what it reads of it.
-
-    `replay`: rows that earlier starts settled are handed over first.
-    """
-
-    stop: signals.StopRequest
-    delivery: ResultQueue
-    replay: bool
-
-
-class Hooks(msgspec.Struct, frozen=True):
-    """What the caller wants to hear: `progress` at the start and twice a second, `note` for single lines.
-
-    `command` is the command line that resumes the run, but for its directory.
-    """
-
-    progress: Callable[[Summary], None] = lambda summary: None
-    note: Callable[[str], None] = lambda line: None
-    host: Host | None = None
-    command: str | None = None
-
-
 class Dispatch:
-    """Asks every pending row, once. `ask` is the whole of it."""
+    """Sends every pending row, once. `send_all` is the whole of it."""
 
     def __init__(
         self,
         job: Job,
-        plan: Plan,
-        directory: RunDirectory,
+        store: Store,
         credentials: Credentials,
-        checkpoint: Checkpoint,
-        chunks: Chunks,
         status: RunStatus,
         hooks: Hooks,
-        grace_s: float,
         deadline: Deadline | None = None,
     ) -> None:
         self._job = job
-        self._plan = plan
-        self._directory = directory
+        self._store = store
         self._credentials = credentials
-        self._checkpoint = checkpoint
-        self._chunks = chunks
         self._status = status
         self._hooks = hooks
-        self._grace_s = grace_s
         self._deadline = deadline
-        self._deadline_came = False
-        self._purse = _purse(job.budget, checkpoint.spent)
-        self._full: asyncio.Queue[OpenChunk | None] = asyncio.Queue()
-        self._failure: BaseException | None = None
-        self._leaving: str | None = None
-        self._given_up = 0
-        self._workers: asyncio.Task[None] | None = None
-        self._told_in_flight = 0
-        self._told_reasons = 0
 
-    async def ask(self) -> Stop | None:
+    async def send_all(self) -> Stop | None:
         """Every pending row is settled and every full chunk sealed; or why not.
 
         Raises:
             BatchrunError: the run can't go on; what was received is durable as far as the disk took it.
         """
-        loop = asyncio.get_running_loop()
-        self._memory = Memory(self._checkpoint, self._job.limits, loop.time())
-        self._in_flight, tails = self._connections()
-        self._gate = gate = self._open_gate(loop)
-        flying = slots.Slots(self._directory.inflight, self._in_flight)
-        checked = ImageDigests(self._directory.images_of(self._plan.facts.layout))
-        wire = wires.choose(self._job.endpoint)
+        job, store, loop = self._job, self._store, asyncio.get_running_loop()
+        learned = LearnedLimits(store.checkpoint, job.limits, loop.time())
+        at_once, tails = self._connections()
+        gate = self._open_gate(loop, learned, at_once)
+        wire = wires.choose(job.endpoint)
         self._status.log.write("transport", wire=wire.wire, why=wire.why)
-        async with wires.opened(wire, self._job.url, self._job.endpoint, self._credentials, tails=tails) as transport:
-            self._pipeline = pipeline = self._open_pipeline(transport, flying, checked, loop)
-            self._status.gate, self._status.pipeline = gate, pipeline
-            self._checkpoint.listen(_in_loop(loop, pipeline.durable), _in_loop(loop, self._fail))
-            heart = self._open_heart(transport, loop)
-            heart.warn_of_limits(self._job.limits, self._memory.daily)
-            heart.keep_deadline()
-            beat = asyncio.create_task(heart.beat())
-            beat.add_done_callback(self._on_last_beat)
-            sealing = asyncio.create_task(self._seal())
-            if self._hooks.host is not None:
-                self._serve(self._hooks.host, loop)
-            self._workers = asyncio.create_task(pipeline.work_all(self._in_flight))
-            for number, exit_code in signals.EXIT_CODES.items() if signals.ours() else ():
-                loop.add_signal_handler(number, self._on_signal, loop, number.name, exit_code)
-            await self._drained(self._workers, flying)
-            self._tell_reasons()
-            await asyncio.to_thread(self._memory.keep, gate)
-            self._full.put_nowait(None)
-            await sealing
-            beat.cancel()
-        flying.close()
-        checked.close()
-        if self._failure is not None:
-            raise self._failure
-        if self._deadline_came and self._checkpoint.spent.settled() == self._plan.rows:
+        with (
+            contextlib.closing(Slots(store.directory.inflight, at_once)) as in_flight,
+            contextlib.closing(ImageDigests(store.directory.images_of(store.plan.facts.layout))) as checked,
+        ):
+            requests = Requests(job, store.plan, checked)
+            results = None if self._hooks.host is None else self._hooks.host.results
+            landing = Landing(store, in_flight, results, asyncio.Queue())
+            async with wires.opened(wire, job.url, job.endpoint, self._credentials, tails=tails) as transport:
+                workers = Workers(job, requests, gate, transport, landing, learned)
+                self._status.reached(Running(store.checkpoint, store.plan, workers, self._deadline))
+                heart = Heartbeat(store.directory, self._status, workers, transport, self._deadline, self._hooks)
+                leaving = await self._work(workers, heart, landing)
+                await asyncio.to_thread(learned.keep, gate)
+        if workers.failure is not None:
+            raise workers.failure
+        if heart.deadline_came and not store.pending:
             return None  # what was in flight at the deadline were the last rows
-        return self._as_it_ended(gate.stop)
+        return leaving.as_it_ended(gate.stop)
 
-    def _as_it_ended(self, stop: Stop | None) -> Stop | None:
-        """The reason of the end, which after a signal was not known until the last request in flight had ended."""
-        if stop is None or self._leaving is None or not self._given_up:
-            return stop
-        given_up = plural(self._given_up, "request")
-        return msgspec.structs.replace(stop, why=f"{self._leaving}: stopped at once; {given_up} in flight given up")
+    async def _work(self, workers: Workers, heart: Heartbeat, landing: Landing) -> "Leaving":
+        """The workers have ended, and what they received is durable and sealed."""
+        loop = asyncio.get_running_loop()
+        landing.store.checkpoint.listen(_in_loop(loop, workers.durable), _in_loop(loop, workers.fail))
+        leaving = Leaving(workers, self._hooks, self._status)
+        heart.warn_of_limits(self._job.limits)
+        heart.keep_deadline()
+        beat = asyncio.create_task(heart.beat())
+        beat.add_done_callback(functools.partial(_on_last_beat, workers))
+        sealing = asyncio.create_task(self._seal(workers, landing))
+        leaving.listen(self._hooks.host, landing.store.chunks.rows_of)
+        await workers.work_all()
+        leaving.given_up = await self._land(workers, landing)
+        heart.report_changes()
+        landing.full.put_nowait(None)
+        await sealing
+        beat.cancel()
+        return leaving
 
-    async def _drained(self, workers: "asyncio.Task[None]", flying: slots.Slots) -> None:
-        """The workers have ended, what they received is durable, and who is still in flight is named."""
-        await asyncio.wait([workers])
-        if not workers.cancelled() and (error := workers.exception()) is not None:
-            self._fail(_first(error))
-        await self._pipeline.backlog.stop()
-        self._pipeline.record_held()
-        if not await asyncio.to_thread(self._checkpoint.flushed):
-            return  # the disk failed: the slots keep the names for the next start
+    async def _land(self, workers: Workers, landing: Landing) -> int:
+        """What was received is durable, and who is still in flight is named; how many those are."""
+        await workers.backlog.stop()
+        workers.record_held()
+        checkpoint, facts = self._store.checkpoint, self._store.plan.facts
+        if not await asyncio.to_thread(checkpoint.flushed):
+            return 0  # the disk failed: the slots keep the names for the next start
         await asyncio.sleep(0)  # the last commit has called into this loop
-        run = self._plan.facts.attempt_prefix if self._job.endpoint.id_header else None
-        lost = slots.possibly_billed(flying.taken(), self._checkpoint.invocation, "aborted", run)
-        await asyncio.to_thread(self._checkpoint.name_possibly_billed, lost)
-        self._given_up = len(lost)
-        flying.clear_all()
+        run = facts.attempt_prefix if self._job.endpoint.id_header else None
+        lost = slots.possibly_billed(landing.slots.taken(), checkpoint.invocation, "aborted", run)
+        await asyncio.to_thread(checkpoint.name_possibly_billed, lost)
+        landing.slots.clear_all()
+        return len(lost)
 
-    async def _seal(self) -> None:
-        """Full chunks become parts, one at a time, off the event loop."""
-        while (chunk := await self._full.get()) is not None:
+    async def _seal(self, workers: Workers, landing: Landing) -> None:
+        """Full chunks become parts, one at a time, off the event loop, until a None comes."""
+        while (chunk := await landing.full.get()) is not None:
             try:
-                await asyncio.to_thread(self._chunks.seal, chunk)
+                await asyncio.to_thread(self._store.chunks.seal, chunk)
             except BaseException as error:
-                self._fail(error)
+                workers.fail(error)
                 return
             self._status.log.write("sealed", chunk=chunk.chunk.chunk, rows=chunk.chunk.rows)
-
-    def _on_last_beat(self, beat: "asyncio.Task[None]") -> None:
-        """A heart that stopped by itself, by a bug in a `progress` say, ends the run: it keeps the deadlines."""
-        if not beat.cancelled() and (error := beat.exception()) is not None:
-            self._fail(error)
-
-    def _on_signal(self, loop: asyncio.AbstractEventLoop, name: str, exit_code: ExitCode) -> None:
-        """First: no more admission, requests in flight may end within the grace. Second: now."""
-        if self._leaving is not None:
-            self._abort()
-            return
-        self._leaving = name
-        flying = f"{plural(self._gate.in_flight, 'request')} in flight may end within {self._grace_s:g} s"
-        self._status.log.write("signal", name=name, in_flight=self._gate.in_flight)
-        self._hooks.note(f"{name}: {flying}; once more to stop now")
-        self._close(Stop(exit_code, f"{name}: drained"))
-        loop.call_later(self._grace_s, self._abort)
-
-    def _serve(self, host: Host, loop: asyncio.AbstractEventLoop) -> None:
-        """The host is handed what is settled, and heard when it wants to stop."""
-        host.delivery.listen(_in_loop(loop, self._pipeline.backlog.wake), self._chunks.rows_of)
-        stop = functools.partial(self._on_signal, loop, signals.PROGRAM, ExitCode.STOPPED)
-        host.stop.listen(_in_loop(loop, stop))
-
-    def _fail(self, error: BaseException) -> None:
-        """The run can't go on: what is in flight may land, nothing new is sent, the error is raised at the end."""
-        if self._failure is None:
-            self._failure = error
-        self._close(Stop(error.exit_code if isinstance(error, BatchrunError) else ExitCode.INTERNAL_ERROR, str(error)))
-        if self._checkpoint.broken:
-            self._abort()  # answers that can't be kept are not waited for: the slots keep their names
-
-    def _close(self, stop: Stop) -> None:
-        self._gate.close(stop)
-        self._pipeline.backlog.close()
-
-    def _stop_by(self, loop: asyncio.AbstractEventLoop, stop: Stop, by_s: float) -> None:
-        """The deadline: nothing more is sent; what is in flight may end by then, or within the grace after it."""
-        self._deadline_came = True
-        self._close(stop)
-        loop.call_at(by_s + self._grace_s, self._abort)
-
-    def _abort(self) -> None:
-        if self._workers is not None:
-            self._workers.cancel()
 
     def _connections(self) -> tuple[int, int]:
         """How many requests may be in flight at once, and how many ended streams may keep their connection open."""
@@ -233,95 +147,69 @@ class Dispatch:
             self._hooks.note(files.shortage(wanted, room))
         return min(wanted, room), max(0, room - wanted)
 
-    def _open_gate(self, loop: asyncio.AbstractEventLoop) -> Gate:
-        limits, known = self._job.limits, self._memory.known
+    def _open_gate(self, loop: asyncio.AbstractEventLoop, learned: LearnedLimits, at_once: int) -> Gate:
+        limits, known, log = self._job.limits, learned.known, self._status.log
         burst = int((limits.requests_per_minute or 0.0) / 60 * BURST_S)  # a told pace needs no slow start
         state = GateState(
-            in_flight=InFlight(self._in_flight, max(burst, known.in_flight or 0)),
+            in_flight=InFlight(at_once, max(burst, known.in_flight or 0)),
             max_outage_s=self._job.retry.max_outage_s,
-            resumed=self._plan.resumed,
+            resumed=self._store.plan.resumed,
             uniform=random.random,
-            on_change=self._on_phase,
+            on_change=functools.partial(_log_phase, log),
         )
         return Gate(
             state,
             loop,
             limits,
-            daily=self._memory.daily,
+            daily=learned.daily,
             found=Found(known.requests_per_minute, known.tokens_per_minute),
-            purse=self._purse,
-            on_pace=self._on_pace,
-            on_kind=self._on_kind,
+            purse=_purse(self._job.budget, self._store.checkpoint.spent),
+            on_pace=functools.partial(_log_pace, log),
+            on_kind=functools.partial(_log_kind, log),
         )
 
-    def _open_pipeline(
-        self, transport: Transport, flying: slots.Slots, checked: ImageDigests, loop: asyncio.AbstractEventLoop
-    ) -> Workers:
-        return Workers(
-            self._job,
-            self._plan,
-            gate=self._gate,
-            estimates=self._memory.estimates,
-            transport=transport,
-            checkpoint=self._checkpoint,
-            slots=flying,
-            checked=checked,
-            open_next=self._chunks.open_next,
-            on_settled=self._full.put_nowait,
-            on_failure=self._fail,
-            clock=loop.time,
-            uniform=random.random,
-            delivery=None if self._hooks.host is None else self._hooks.host.delivery,
-        )
 
-    def _open_heart(self, transport: Transport, loop: asyncio.AbstractEventLoop) -> Heartbeat:
-        return Heartbeat(
-            self._directory,
-            self._status,
-            self._gate,
-            self._pipeline,
-            transport,
-            self._deadline,
-            purse=self._purse,
-            slots=self._in_flight,
-            clock=loop.time,
-            progress=self._hooks.progress,
-            note=self._hooks.note,
-            memory=self._memory,
-            each=self._tell,
-            fail=self._fail,
-            stop_by=functools.partial(self._stop_by, loop),
-        )
+class Leaving:
+    """How the run is left before its rows have ended: by a signal, or by the program that hosts it.
 
-    def _on_phase(self, before: Phase, after: Phase) -> None:
-        names = {"before": type(before).__name__, "after": type(after).__name__}
-        self._status.log.write("gate", **names, why=getattr(after, "why", None))
+    `given_up` is how many requests in flight were not waited for.
+    """
 
-    def _on_pace(self, limit: Limit, before: float | None, after: float | None, why: str) -> None:
-        self._status.log.write("pace", limit=limit, before=before, after=after, why=why)
+    def __init__(self, workers: Workers, hooks: Hooks, status: RunStatus) -> None:
+        self._workers = workers
+        self._hooks = hooks
+        self._status = status
+        self._by: str | None = None
+        self.given_up = 0
 
-    def _on_kind(self, kind: str, why: str) -> None:
-        self._status.log.write("refusals", kind=kind, why=why)
+    def listen(self, host: Host | None, rows_of: RowsOf) -> None:
+        """Signals are heard from now on, and the host, who is handed what is settled."""
+        loop = asyncio.get_running_loop()
+        if host is not None:
+            host.results.listen(_in_loop(loop, self._workers.backlog.wake), rows_of)
+            host.stop.listen(_in_loop(loop, functools.partial(self.leave, signals.PROGRAM, ExitCode.STOPPED)))
+        for number, exit_code in signals.EXIT_CODES.items() if signals.ours() else ():
+            loop.add_signal_handler(number, self.leave, number.name, exit_code)
 
-    def _tell(self) -> None:
-        """What has changed since the last beat is on record."""
-        self._tell_in_flight()
-        self._tell_reasons()
+    def leave(self, by: str, exit_code: ExitCode) -> None:
+        """First: no more admission, requests in flight may end within the grace. Second: now."""
+        if self._by is not None:
+            self._workers.cancel()
+            return
+        self._by = by
+        in_flight, grace_s = self._workers.gate.in_flight, self._hooks.grace_s
+        self._status.log.write("signal", name=by, in_flight=in_flight)
+        flying = f"{plural(in_flight, 'request')} in flight may end within {grace_s:g} s"
+        self._hooks.note(f"{by}: {flying}; once more to stop now")
+        self._workers.close(Stop(exit_code, f"{by}: drained"))
+        asyncio.get_running_loop().call_later(grace_s, self._workers.cancel)
 
-    def _tell_reasons(self) -> None:
-        """Each finish_reason that batchrun does not know is reported once."""
-        reasons = self._pipeline.signs.finish_reasons
-        for reason in reasons[self._told_reasons :]:
-            self._status.log.write("unknown finish_reason", finish_reason=reason)
-            self._hooks.note(f"warning: {unknown_reason(reason)}")
-        self._told_reasons = len(reasons)
-
-    def _tell_in_flight(self) -> None:
-        """What was allowed in flight has changed since it was told last."""
-        now, before = self._gate.allowed_in_flight, self._told_in_flight
-        if now != before:
-            self._told_in_flight = now
-            self._status.log.write("in flight", before=before, after=now, why=self._gate.why_in_flight)
+    def as_it_ended(self, stop: Stop | None) -> Stop | None:
+        """The reason of the end, which after a signal was not known until the last request in flight had ended."""
+        if stop is None or self._by is None or not self.given_up:
+            return stop
+        given_up = plural(self.given_up, "request")
+        return msgspec.structs.replace(stop, why=f"{self._by}: stopped at once; {given_up} in flight given up")
 
 
 def _purse(budget: Budget, spent: Spent) -> Purse | None:
@@ -336,6 +224,24 @@ def _purse(budget: Budget, spent: Spent) -> Purse | None:
     )
 
 
+def _on_last_beat(workers: Workers, beat: "asyncio.Task[None]") -> None:
+    """A heart that stopped by itself, by a bug in a `progress` say, ends the run: it keeps the deadlines."""
+    if not beat.cancelled() and (error := beat.exception()) is not None:
+        workers.fail(error)
+
+
+def _log_phase(log: RunLog, before: Phase, after: Phase) -> None:
+    log.write("gate", before=type(before).__name__, after=type(after).__name__, why=getattr(after, "why", None))
+
+
+def _log_pace(log: RunLog, limit: Limit, before: float | None, after: float | None, why: str) -> None:
+    log.write("pace", limit=limit, before=before, after=after, why=why)
+
+
+def _log_kind(log: RunLog, kind: str, why: str) -> None:
+    log.write("refusals", kind=kind, why=why)
+
+
 def _in_loop(loop: asyncio.AbstractEventLoop, call: Callable[[*Ts], None]) -> Callable[[*Ts], None]:
     """`call`, made in the loop's thread whichever thread calls; nothing once the loop has ended."""
 
@@ -344,10 +250,3 @@ def _in_loop(loop: asyncio.AbstractEventLoop, call: Callable[[*Ts], None]) -> Ca
             loop.call_soon_threadsafe(call, *arguments)
 
     return called
-
-
-def _first(error: BaseException) -> BaseException:
-    """The first exception inside a group: the others are its consequences."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error

@@ -23,7 +23,7 @@ NEWS = 0.25
 """A limit that is off by so much from what was kept is kept at once: else a start that is killed young leaves none."""
 
 
-class Memory:
+class LearnedLimits:
     """`known` is what earlier starts have learned, `estimates` goes on from there. `daily` is None without a limit."""
 
     def __init__(self, checkpoint: Checkpoint, limits: Limits, now_s: float) -> None:

@@ -9,11 +9,11 @@ from batchrun.output import completions, files
 from batchrun.rundir import RunDirectory
 
 
-def hand_over(batches: Iterable[pa.RecordBatch], delivery: ResultQueue) -> None:
+def hand_over(batches: Iterable[pa.RecordBatch], results: ResultQueue) -> None:
     """The rows were handed over as they were read, or nobody reads any more. Blocks while the reader is behind."""
     for batch in batches:
         for completion in completions.read(batch):
-            if not delivery.put_earlier(completion):
+            if not results.put_earlier(completion):
                 return
 
 

@@ -16,15 +16,32 @@ from batchrun.errors import CheckpointError, DiskError, ExitCode, InputError
 from batchrun.gate.admission import Limit
 from batchrun.gate.deadline import Deadline
 from batchrun.gate.forecast import Forecast, Recent, Sample
-from batchrun.gate.gate import Gate
 from batchrun.plan.plan import Plan
 from batchrun.records import Retrying, Summary, Tuned
-from batchrun.report.summary import Moment, limiting_factor, read, starting, summarise, waiting_to_retry
+from batchrun.report.summary import Moment, limiting_factor, read, starting, summarise, unknown_reason, waiting_to_retry
 from batchrun.rundir import RunDirectory
 
 
+class Checking(msgspec.Struct, frozen=True):
+    """The input is being read; nothing is known of the run yet but its checkpoint, once that is open."""
+
+    checkpoint: Checkpoint | None = None
+
+
+class Running(msgspec.Struct, frozen=True):
+    """The plan is made. `workers` send rows; None before that, and where no row is left."""
+
+    checkpoint: Checkpoint
+    plan: Plan
+    workers: Workers | None = None
+    deadline: Deadline | None = None
+
+
 class RunStatus:
-    """Knows as much of the run as there is yet: the stages are attached as they come to be. Close it."""
+    """What is known of the run now, for people and for the next process. Close it.
+
+    `phase` is how far this start has come. `state` is summary.json's word for it.
+    """
 
     def __init__(self, job: str, directory: RunDirectory, credentials: Credentials, command: str | None = None) -> None:
         """summary.json names this process from now on, and the `command` that resumes the run."""
@@ -35,60 +52,96 @@ class RunStatus:
         self.started_at = datetime.now(UTC)
         self._started_s = time.monotonic()
         self.state = "checking"
-        self.plan: Plan | None = None
-        self.checkpoint: Checkpoint | None = None
-        self.gate: Gate | None = None
-        self.pipeline: Workers | None = None
-        self.deadline: Deadline | None = None
-        self.forecast: Forecast | None = None
-        self.tuned: Tuned | None = None
+        self.phase: Checking | Running = Checking()
+        self._forecast: Forecast | None = None
+        self._tuned: Tuned | None = None
+        self._seen_in_flight = 0
+        self._seen_reasons = 0
         self._recent = Recent()
         self._earlier = _left_by_the_last_start(directory)
         with told(directory.log):
             self.log = RunLog(directory.log)
         self.write(self.summary())
 
+    @property
+    def forecast(self) -> Forecast | None:
+        """When the run will be done, at the pace of the last minutes."""
+        return self._forecast
+
+    @property
+    def _workers(self) -> Workers | None:
+        return self.phase.workers if isinstance(self.phase, Running) else None
+
+    def reached(self, phase: Checking | Running) -> None:
+        """The start has come so far."""
+        self.phase = phase
+
+    def start_running(self, phase: Running) -> None:
+        """The plan is made: the run is under way."""
+        self.phase, self.state = phase, "running"
+        plan = phase.plan
+        self.log.write("started", invocation=phase.checkpoint.invocation, resumed=plan.resumed, rows=plan.rows)
+        self.write(self.summary())
+
+    def tuned(self, answer: Tuned) -> None:
+        """`batchrun tune` finds its answer in the next summary."""
+        self._tuned = answer
+
     def summary(self, exit_code: int | None = None, reason: str | None = None) -> Summary:
         """The run as it stands now; all its figures are durable."""
+        workers, checkpoint = self._workers, self.phase.checkpoint
         moment = Moment(
             state=self.state,
-            invocation=self.checkpoint.invocation if self.checkpoint is not None else 0,
+            invocation=checkpoint.invocation if checkpoint is not None else 0,
             started_at=self.started_at,
             now=datetime.now(UTC),
             elapsed_s=time.monotonic() - self._started_s,
-            sent=self.pipeline.sent if self.pipeline is not None else 0,
+            sent=workers.sent if workers is not None else 0,
             limited_by=self._limited_by(),
             pid=os.getpid(),
             host=socket.gethostname(),
             exit_code=exit_code,
             reason=None if reason is None else self._credentials.clean_text(reason),
             complete=self.state == "complete",
-            forecast=self.forecast if self.state == "running" else None,
-            deadline=self.deadline,
+            forecast=self._forecast if self.state == "running" else None,
+            deadline=self.phase.deadline if isinstance(self.phase, Running) else None,
             now_s=time.monotonic(),
-            limits=None if self.gate is None else self.gate.in_force,
-            tuned=self.tuned,
+            limits=None if workers is None else workers.gate.in_force,
+            tuned=self._tuned,
             unknown_finish_reasons=self._unknown_finish_reasons(),
             example_error=self._example_error(),
             command=self._command,
             retrying=self._retrying() if self.state == "running" else None,
         )
-        if self.plan is None or self.checkpoint is None:
-            spent = None if self.checkpoint is None else self.checkpoint.spent
+        if not isinstance(self.phase, Running):
+            spent = None if checkpoint is None else checkpoint.spent
             return starting(self._job, moment, self._directory, self._earlier, spent)
-        return summarise(
-            self.plan.facts, self.plan.rows, self.plan.prices, self.checkpoint.spent, moment, self._directory
-        )
+        plan, spent = self.phase.plan, self.phase.checkpoint.spent
+        return summarise(plan.facts, plan.rows, plan.prices, spent, moment, self._directory)
 
     def observe(self, now_s: float) -> None:
         """One more moment is known, and so what will come."""
-        if self.plan is None or self.checkpoint is None or self.gate is None:
+        if not isinstance(self.phase, Running) or self.phase.workers is None:
             return
-        spent = self.checkpoint.spent
+        spent = self.phase.checkpoint.spent
         tokens = sum(line.total_tokens for line in spent.totals.values())
-        self._recent.add(Sample(now_s, spent.settled(), tokens, self.gate.binding.limit))
-        self.forecast = self._recent.forecast(self.plan.rows)
-        self._log_retries()
+        self._recent.add(Sample(now_s, spent.settled(), tokens, self.phase.workers.gate.binding.limit))
+        self._forecast = self._recent.forecast(self.phase.plan.rows)
+        self._log_retries(self.phase.workers)
+
+    def log_changes(self) -> list[str]:
+        """What has changed since the last call is in run.log; what a person should hear of it."""
+        if (workers := self._workers) is None:
+            return []
+        now, before = workers.gate.allowed_in_flight, self._seen_in_flight
+        if now != before:
+            self._seen_in_flight = now
+            self.log.write("in flight", before=before, after=now, why=workers.gate.why_in_flight)
+        new = workers.signs.finish_reasons[self._seen_reasons :]
+        self._seen_reasons += len(new)
+        for reason in new:
+            self.log.write("unknown finish_reason", finish_reason=reason)
+        return [f"warning: {unknown_reason(reason)}" for reason in new]
 
     def write(self, summary: Summary) -> None:
         """summary.json holds the summary, if the disk takes it: a heartbeat must never cost an answer."""
@@ -111,39 +164,36 @@ class RunStatus:
     def _unknown_finish_reasons(self) -> tuple[str, ...]:
         """Those of this start and of the ones before."""
         before = [] if self._earlier is None else self._earlier.unknown_finish_reasons
-        now = [] if self.pipeline is None else self.pipeline.signs.finish_reasons
+        now = [] if self._workers is None else self._workers.signs.finish_reasons
         return tuple(dict.fromkeys((*before, *now)))
 
     def _example_error(self) -> str | None:
         """Why the first row of this start failed; of an earlier start where none did."""
-        now = None if self.pipeline is None else self.pipeline.signs.example_error
+        now = None if self._workers is None else self._workers.signs.example_error
         return now if now is not None or self._earlier is None else self._earlier.example_error
 
     def _retrying(self) -> Retrying | None:
-        if self.pipeline is None:
-            return None
-        return self.pipeline.retries.stand(datetime.now(UTC))
+        return None if self._workers is None else self._workers.retries.stand(datetime.now(UTC))
 
-    def _log_retries(self) -> None:
+    def _log_retries(self, workers: Workers) -> None:
         """run.log has heard which rows are retried, and for what."""
-        pipeline, retrying = self.pipeline, self._retrying()
-        if pipeline is None or retrying is None:
-            return
-        last = pipeline.backlog.drained
-        if pipeline.retries.is_due(last=last):
+        last = workers.backlog.drained
+        if (retrying := self._retrying()) is not None and workers.retries.is_due(last=last):
             self.log.write("retrying", nothing_else_left=last, **msgspec.to_builtins(retrying))
 
     def _limited_by(self) -> str:
-        if self.gate is None or self.state != "running":
+        workers = self._workers
+        if workers is None or self.state != "running":
             return "checking the input" if self.state == "checking" else self.state
-        if self.pipeline is not None and not self.pipeline.backlog.has_room:
+        gate = workers.gate
+        if not workers.backlog.has_room:
             return "the reader of completions"
-        if self.gate.binding.limit is Limit.LATENCY and not self.gate.in_flight and (retrying := self._retrying()):
+        if gate.binding.limit is Limit.LATENCY and not gate.in_flight and (retrying := self._retrying()):
             return waiting_to_retry(retrying)
         # the gate's clock is the event loop's, which is time.monotonic()
-        factor = limiting_factor(self.gate.binding, time.time() - time.monotonic())
-        quiet = self.gate.refusals is None or self.gate.binding.limit is Limit.COOLING
-        return factor if quiet else f"{factor}; {self.gate.refusals}"
+        factor = limiting_factor(gate.binding, time.time() - time.monotonic())
+        quiet = gate.refusals is None or gate.binding.limit is Limit.COOLING
+        return factor if quiet else f"{factor}; {gate.refusals}"
 
 
 def _left_by_the_last_start(directory: RunDirectory) -> Summary | None:

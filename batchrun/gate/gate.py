@@ -119,12 +119,18 @@ class Gate:
         self._daily = daily
         self._hear_s = loop.time()
         self._purse = purse
+        self.purse = purse or Purse()
         self._slots = state.in_flight.most
         self._free = list(range(self._slots - 1, -1, -1))  # a stack: low slots are the ones used again
         self._flights: dict[int, _Flight] = {}
         self._line: deque[asyncio.Future[None]] = deque()
         self._timer: asyncio.TimerHandle | None = None
         self._lacking = UNLIMITED
+
+    @property
+    def slots(self) -> int:
+        """How many attempts can be in flight at most, whatever limit is set later."""
+        return self._slots
 
     @property
     def in_flight(self) -> int:

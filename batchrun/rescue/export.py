@@ -18,7 +18,7 @@ from batchrun.columns.jsonl import ColumnTypes
 from batchrun.durable import digest
 from batchrun.errors import CheckpointError, InputError, JobError
 from batchrun.output import files, partial, result, window
-from batchrun.output.chunks import Chunks
+from batchrun.output.chunks import Chunks, Layout
 from batchrun.output.rows import output_schema, own_schema
 from batchrun.records import Summary
 from batchrun.report import at_rest as reporting
@@ -129,20 +129,18 @@ def _so_far(directory: RunDirectory, checkpoint: Checkpoint, known: Facts, summa
     source, problem = _source(directory, known)
     types = None if known.types is None else ColumnTypes.from_json(known.types)
     schema = _schema(directory, checkpoint, known, source, types)
-    chunks = Chunks(
-        directory,
-        checkpoint,
-        source,
+    layout = Layout(
+        source=source,
         identities=known.files,
         rejected=frozenset(known.rejected),
         types=types,
         schema=schema,
         settings=known.output,
         parsed=facts.parsed(known),
-        layout=known.layout,
+        number=known.layout,
         limit=summary.rows if summary.rows < known.rows else None,
     )
-    batches = chunks.so_far()
+    batches = Chunks(directory, checkpoint, layout).so_far()
     if problem is not None:
         schema = nullable(schema)
         opened = max((chunk.end_row for chunk in checkpoint.chunks()), default=0)

@@ -83,9 +83,9 @@ _SLOT_TAKEN_LATE = Bug(
     (
         ("        self._slots.take(slot, request.row, n, request.key, bound_usd, request.upper_bound_tokens)\n", ""),
         (
-            "        answer = answers.read(attempt.body)\n",
+            "        if pending.successes is None:\n            self._tail.tried()\n",
             "        self._slots.take(slot, request.row, n, request.key, bound_usd, request.upper_bound_tokens)\n"
-            "        answer = answers.read(attempt.body)\n",
+            "        if pending.successes is None:\n            self._tail.tried()\n",
         ),
     ),
     "nobody knew of the first",

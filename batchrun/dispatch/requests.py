@@ -1,0 +1,103 @@
+"""What rows become: the request of each, as the job asks it, with what one attempt can cost at most."""
+
+from decimal import ROUND_UP, Decimal
+
+import msgspec
+
+from batchrun import prices
+from batchrun.checkpoint import variants
+from batchrun.checkpoint.tables import usd
+from batchrun.dispatch.attempt_result import remembered, total
+from batchrun.dispatch.backlog import Pending
+from batchrun.errors import InputError
+from batchrun.job.job import Job
+from batchrun.output.chunks import OpenChunk
+from batchrun.plan.plan import Plan
+from batchrun.prices import PriceTable
+from batchrun.records import Request, Row, Verdict
+from batchrun.request.builder import RequestBuilder, corrected
+from batchrun.request.image_digests import ImageDigests
+from batchrun.request.images import Images
+
+
+class Requests:
+    """Makes requests. Each variant of the job has its own builder."""
+
+    def __init__(self, job: Job, plan: Plan, checked: ImageDigests) -> None:
+        """`checked` says what the rows' images were when they were checked."""
+        self._plan = plan
+        self._checked = checked
+        self._images = Images(job.input)
+        self._builders = [RequestBuilder(variants.as_job(job, way), plan.facts.dialect) for way in plan.variants]
+        self._dearest: dict[tuple[str, str | None], prices.Dearest] = {}
+        self._beyond = Decimal(1)  # how far the dearest answer went beyond its upper bound
+
+    def pending(self, row: Row, chunk: OpenChunk) -> Pending:
+        """The row's request, with what earlier invocations did for it.
+
+        Raises:
+            InputError: it can't be made. The check pass made this very request: the input was changed since.
+        """
+        reopened = chunk.reopened.get(row.row)
+        variant = self._plan.facts.variant if reopened is None else reopened.variant
+        try:
+            request = self._builders[variant].build(row)
+        except InputError as error:
+            raise InputError(f"row {row.row}: {error}") from error
+        if chunk.is_new:
+            return Pending(request, chunk, variant=variant)
+        before = 0 if reopened is None else reopened.attempts
+        cost_usd = Decimal(0) if reopened is None else usd(reopened.cost_usd)
+        earlier = [attempt for attempt in chunk.discarded.get(row.row, ()) if attempt.n > before]
+        begun = max(before, chunk.lost.get(row.row, 0))
+        refused = any(attempt.verdict is Verdict.PAUSE and attempt.http_status == 403 for attempt in earlier)
+        cost_usd = total([cost_usd, *(attempt.cost_usd for attempt in earlier)])
+        return Pending(request, chunk, remembered(earlier, begun), cost_usd, refused=refused, variant=variant)
+
+    def with_pictures(self, pending: Pending) -> Request:
+        """The request with its images, as they are now. For a thread: it reads files.
+
+        Raises:
+            InputError: they can't be read, or are not what was checked.
+        """
+        row = pending.request.row
+        try:
+            read = pending.chunk.window.row(row)
+            request, digest = self._builders[pending.variant].whole(read, self._images.read)
+            known = self._checked.of(row) if pending.variant == self._plan.facts.variant else None
+            if known not in (None, digest):
+                raise InputError("its images are not those that were checked")
+        except InputError as error:
+            ways_on = "put them back, or take the images as they are with --accept-changes"
+            raise InputError(f"row {row}: {error}: changed while the run works; {ways_on}") from error
+        return corrected(request, pending.corrections)
+
+    def price(self, model: str) -> PriceTable | None:
+        """What the model costs; None where nobody knows."""
+        return self._plan.prices.get(model)
+
+    def bound_usd(self, request: Request) -> Decimal | None:
+        """The most that one attempt can cost; None where the price is unknown."""
+        bound = self._usual_bound_usd(request)
+        return bound if bound is None or self._beyond == 1 else (bound * self._beyond).quantize(prices.PICO, ROUND_UP)
+
+    def widen(self, request: Request, cost_usd: Decimal) -> None:
+        """An answer cost more than its upper bound, because the server's `max_tokens` does not bound its reasoning:
+        the bounds of the requests to come are wider.
+        """
+        if usual := self._usual_bound_usd(request):
+            self._beyond = max(self._beyond, cost_usd / usual)
+
+    def _usual_bound_usd(self, request: Request) -> Decimal | None:
+        table = self._plan.prices.get(request.model)
+        if table is None:
+            return None
+        key = request.model, prices.asked_tier(table, request.body)
+        if (dearest := self._dearest.get(key)) is None:
+            dearest = self._dearest[key] = prices.dearest(table, key[1])
+        return dearest.bound(request.max_prompt_tokens, request.max_output_tokens)
+
+
+def identified(pending: Pending, key: bytes) -> Pending:
+    """The row with its key, and still without its images: it may have to wait again."""
+    return msgspec.structs.replace(pending, request=msgspec.structs.replace(pending.request, key=key))
