@@ -7,7 +7,7 @@ import msgspec
 
 from batchrun import prices
 from batchrun.answer import offline
-from batchrun.answer.usage import cost_in_headers
+from batchrun.answer.usage import LITELLM_COST, cost_in_headers
 from batchrun.dispatch.backlog import Pending
 from batchrun.job.expected import KINDS
 from batchrun.policy import History, Judgement, Settlement
@@ -86,7 +86,7 @@ class Ended(msgspec.Struct, frozen=True):
             model=pending.request.model,
             answered_model=self.answer.model if self.judgement.verdict is Verdict.OK else None,
             usage=self.answer.usage,
-            cost_usd=total([pending.cost_usd, self.cost_usd]),
+            cost_usd=together(pending.cost_usd, self.cost_usd),
             last_cost_usd=self.cost_usd,
             maybe_billed=self.maybe_billed,
             possibly_billed_usd=self.bound_usd,
@@ -169,7 +169,9 @@ def cost_of(
 
 def reported(attempt: Attempt, answer: Answer) -> Decimal | None:
     """USD that the server states for the answer, in it or in a header."""
-    return answer.reported_cost_usd if answer.reported_cost_usd is not None else cost_in_headers(attempt.headers)
+    if answer.reported_cost_usd is not None:
+        return answer.reported_cost_usd
+    return cost_in_headers(attempt.headers) if LITELLM_COST in attempt.headers else None
 
 
 def maybe_billed(answer: Answer, judgement: Judgement, cost_usd: Decimal | None, *, capped: bool) -> bool:
@@ -182,6 +184,11 @@ def maybe_billed(answer: Answer, judgement: Judgement, cost_usd: Decimal | None,
     if answer.usage is not None:
         return cost_usd is None and capped
     return judgement.in_doubt or (judgement.verdict is Verdict.OK and capped)
+
+
+def together(earlier: Decimal | None, cost: Decimal | None) -> Decimal | None:
+    """The sum of two costs, or None where one is unknown."""
+    return None if earlier is None or cost is None else earlier + cost
 
 
 def total(costs: Sequence[Decimal | None]) -> Decimal | None:

@@ -16,7 +16,7 @@ import msgspec
 
 from batchrun import policy
 from batchrun.answer import answer as answers
-from batchrun.dispatch.attempt_result import NOTHING, Ended, cost_of, maybe_billed, reported, total
+from batchrun.dispatch.attempt_result import NOTHING, Ended, cost_of, maybe_billed, reported, together
 from batchrun.dispatch.backlog import Backlog, Invalid, Pending
 from batchrun.dispatch.image_memory import ImageMemory
 from batchrun.dispatch.learned_limits import LearnedLimits
@@ -290,7 +290,7 @@ class Workers:
         again = msgspec.structs.replace(
             ended.pending,
             history=history,
-            cost_usd=total([ended.pending.cost_usd, ended.cost_usd]),
+            cost_usd=together(ended.pending.cost_usd, ended.cost_usd),
             successes=successes,
         )
         due_s = self._clock()
