@@ -34,7 +34,7 @@ def as_file(rows: Rows, scratch: Path) -> Iterator[BinaryIO]:
     """The rows as an open file, JSON lines or Parquet; `scratch` is the directory for what can't be streamed.
 
     Raises:
-        InputError: on reading, where a row is none that JSON can say.
+        InputError: a column is of a type that no file holds; on reading, a row holds what JSON can't say.
     """
     if not isinstance(rows, ArrowStream):
         yield io.BufferedReader(_Lines(rows), BLOCK_BYTES)
@@ -42,12 +42,23 @@ def as_file(rows: Rows, scratch: Path) -> Iterator[BinaryIO]:
     with tempfile.TemporaryFile(dir=scratch) as file:
         with pa.RecordBatchReader.from_stream(rows) as batches:
             schema = pa.schema([field.with_type(unify.plain(field.type)) for field in batches.schema])
+            _require_parquet(schema)
             with pq.ParquetWriter(file, schema) as writer:
                 for batch in batches:
                     for first in range(0, batch.num_rows, BATCH_ROWS):
                         writer.write_batch(unify.fitted(batch.slice(first, BATCH_ROWS), schema, {}))
         file.seek(0)
         yield file
+
+
+def _require_parquet(schema: pa.Schema) -> None:
+    """Nothing, if a Parquet file can hold each of the columns."""
+    for field in schema:
+        try:
+            pq.ParquetWriter(io.BytesIO(), pa.schema([field])).close()
+        except pa.ArrowException as error:
+            what = f"column '{field.name}' of type {field.type}: " + str(error).splitlines()[0].rstrip(".")
+            raise InputError(f"{what}; cast it or leave it out") from error
 
 
 class _Lines(io.RawIOBase):

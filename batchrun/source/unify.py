@@ -91,7 +91,10 @@ def with_members(type_: pa.DataType, change: Any) -> pa.DataType:
     if pa.types.is_struct(type_):
         return pa.struct([field.with_type(change(field.type)) for field in type_.fields])
     if isinstance(type_, pa.MapType):
-        return pa.map_(type_.key_type, change(type_.item_type))
+        item = change(type_.item_type)
+        if item == type_.item_type:
+            return type_  # DuckDB's map {} has keys of no type, which `map_` refuses
+        return pa.map_(type_.key_type, item)
     if isinstance(type_, pa.FixedSizeListType):
         return pa.list_(type_.value_field.with_type(change(type_.value_type)), type_.list_size)
     if isinstance(type_, pa.LargeListType):
@@ -149,6 +152,8 @@ def fitted(rows: pa.RecordBatch, schema: pa.Schema, keys: dict[str, Any]) -> pa.
 def _cast(column: "pa.Array[Any]", to: pa.DataType) -> "pa.Array[Any]":
     if pa.types.is_floating(column.type) and pa.types.is_float64(to):
         return shortest(column)
+    if isinstance(column, pa.RunEndEncodedArray):
+        return _cast(pc.call_function("run_end_decode", [column]), to)
     if has_views(column.type):  # Arrow's cast of such a list within a list gives an empty one
         return pa.array(column.to_pylist(), to)
     try:
