@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchrun.errors import InputError
-from batchrun.source import unify
+from batchrun.source import parquet, unify
 
 BLOCK_BYTES = 1 << 20
 BATCH_ROWS = 1 << 14  # a polars table may come as one batch
@@ -42,23 +42,13 @@ def as_file(rows: Rows, scratch: Path) -> Iterator[BinaryIO]:
     with tempfile.TemporaryFile(dir=scratch) as file:
         with pa.RecordBatchReader.from_stream(rows) as batches:
             schema = pa.schema([field.with_type(unify.plain(field.type)) for field in batches.schema])
-            _require_parquet(schema)
+            parquet.require_writable(schema)
             with pq.ParquetWriter(file, schema) as writer:
                 for batch in batches:
                     for first in range(0, batch.num_rows, BATCH_ROWS):
                         writer.write_batch(unify.fitted(batch.slice(first, BATCH_ROWS), schema, {}))
         file.seek(0)
         yield file
-
-
-def _require_parquet(schema: pa.Schema) -> None:
-    """Nothing, if a Parquet file can hold each of the columns."""
-    for field in schema:
-        try:
-            pq.ParquetWriter(io.BytesIO(), pa.schema([field])).close()
-        except pa.ArrowException as error:
-            what = f"column '{field.name}' of type {field.type}: " + str(error).splitlines()[0].rstrip(".")
-            raise InputError(f"{what}; cast it or leave it out") from error
 
 
 class _Lines(io.RawIOBase):

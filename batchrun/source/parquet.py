@@ -1,5 +1,6 @@
 """Parquet: a file's schema, and its rows in small batches, row group by row group."""
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +44,20 @@ def batches(path: Path, skip: int) -> Iterator[pa.RecordBatch]:
             if skip < behind:
                 yield from _group(file, path, group, first, skip=max(0, skip - first))
             first = behind
+
+
+def require_writable(schema: pa.Schema, place: str = "") -> None:
+    """Nothing, if a Parquet file can hold each of the columns, as the output must.
+
+    Raises:
+        InputError: names the column behind `place`, its type, and what to do.
+    """
+    for field in schema:
+        try:
+            pq.ParquetWriter(io.BytesIO(), pa.schema([field])).close()
+        except pa.ArrowException as error:
+            what = f"{place}column '{field.name}' of type {field.type}: " + str(error).splitlines()[0].rstrip(".")
+            raise InputError(f"{what}; cast it or leave it out") from error
 
 
 def _group(file: pq.ParquetFile, path: Path, group: int, first: int, skip: int) -> Iterator[pa.RecordBatch]:

@@ -53,6 +53,9 @@ class TableSource:
         schemas = [self._module.schema_of(file) for file in files if self._is_like_the_first(file)]
         for file, schema in zip(files, schemas, strict=True):
             _require_single_names(file, schema)
+            parquet.require_writable(
+                pa.schema([field for field in schema if pa.types.is_nested(field.type)]), f"{file}: "
+            )
         inside = unify.schema_over(zip(files, schemas, strict=True))
         self._keys = hive.keys_of(files)
         keys = {name: type_ for name, type_ in hive.fields_of(self._keys).items() if name not in inside.names}
