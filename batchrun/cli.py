@@ -3,6 +3,7 @@
 Everything heavy is imported by the command that needs it: `batchrun --help` answers in a twentieth of a second.
 """
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -462,7 +463,7 @@ def _toml(value: "str | int | Decimal") -> str:
     """A flag's value as TOML."""
     if not isinstance(value, str):
         return str(value) if isinstance(value, int) else f"{value:f}"
-    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # a path may hold a newline
 
 
 def _retry_statuses(retry_failed: bool, statuses: str | None) -> bool | list[str]:

@@ -232,3 +232,14 @@ def test_check_names_the_columns_with_their_types(tmp_path: Path) -> None:
     job = write_job(tmp_path / "job.toml", "http://127.0.0.1:9/v1", tmp_path / "in.csv")
     assert "columns: id string, text string\n" in batchrun("check", job).stdout
     assert "columns: id int64, text string\n" in batchrun("check", job, "-i", tmp_path / "in.jsonl").stdout
+
+
+def test_an_input_with_any_text_in_its_name_can_be_named_and_is_one_line(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / 'a\n"b\\\x7f.jsonl', [{"txt": "x"}])
+    ended = batchrun("check", write_job(tmp_path / "job.toml", "simulator", "unused"), "-i", path)
+    first, second, *more = ended.stderr.splitlines()
+    assert first.endswith(
+        "a\\n\"b\\\\x7f.jsonl:1: request.prompt: 'text' is undefined; did you mean txt? (columns: txt)"
+    )
+    assert second.startswith("Error: none of the input records (1) can be asked")
+    assert not more
