@@ -3,7 +3,9 @@
 Everything heavy is imported by the command that needs it: `batchrun --help` answers in a twentieth of a second.
 """
 
+import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -441,8 +443,12 @@ def _read_through(job: "Job", *, skip_invalid: bool) -> "tuple[Source, Survey]":
 
 
 def _of_stdin(text: str, job: "Job", copy: Path) -> str:
-    """The message with standard input in place of the temporary copy of it."""
-    return text.replace(str(copy), "standard input") if job.input.path == "-" else text
+    """The message with standard input in place of the temporary copy of it, which no command can convert."""
+    if job.input.path != "-":
+        return text
+    what, found, _ = re.sub("; (convert it with|unpack it first): ", "\0", text).partition("\0")
+    way = "; save it as a file, and name that with -i to see how to convert it" if found else ""
+    return what.replace(str(copy), "standard input") + way
 
 
 def _require_budget(job: "Job", found: "Survey") -> "dict[str, PriceTable | None]":
@@ -462,7 +468,7 @@ def _toml(value: "str | int | Decimal") -> str:
     """A flag's value as TOML."""
     if not isinstance(value, str):
         return str(value) if isinstance(value, int) else f"{value:f}"
-    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # a path may hold a newline
 
 
 def _retry_statuses(retry_failed: bool, statuses: str | None) -> bool | list[str]:

@@ -60,7 +60,8 @@ def raise_problems(found: Survey, tell: Callable[[str], None]) -> None:
         InputError: always.
     """
     for problem, others in found.mistakes:
-        tell(str(problem) + (f" (and {others - 1:,} more such records)" if others > 1 else ""))
+        one_line = str(problem).replace("\n", "\\n")  # a name may hold a newline
+        tell(one_line + (f" (and {others - 1:,} more such records)" if others > 1 else ""))
     count, named = len(found.rejected), sum(others for _, others in found.mistakes)
     shown = f"; the first {len(found.mistakes)} kinds of problem are above" if count > named else ""
     if not found.rows and all(problem.record is None for problem in found.first_problems):

@@ -21,7 +21,7 @@ from batchrun.job.job import Endpoint, Job, MessageTemplate, RequestTemplate
 from batchrun.records import Correction, Request, Row
 from batchrun.request import image_parts
 from batchrun.request.image_parts import Image, Picture, Source
-from batchrun.request.templates import Columns, template, text_template
+from batchrun.request.templates import Columns, among, template, text_template
 
 MAX_EXPECTED = 64
 """Different schemas of a batch file's lines that are kept compiled at a time."""
@@ -168,7 +168,10 @@ class RequestBuilder:
             body["messages"] = self._with_images(body["messages"], columns)
         for name, column in self._from_columns:
             if column not in columns:
-                raise InputError(f"column {column!r}, which request.from_columns.{name} names, is missing")
+                raise InputError(
+                    f"column {column!r}, which request.from_columns.{name} names, is missing"
+                    + among(tuple(columns), column)
+                )
             if (value := columns[column]) is not None:
                 body[name] = check_parameter(name, value)
         if body["model"] is None:
@@ -180,7 +183,9 @@ class RequestBuilder:
         sources: list[Source] = []
         for column in self._request.images:
             if column not in columns:
-                raise InputError(f"column {column!r}, which request.images names, is missing")
+                raise InputError(
+                    f"column {column!r}, which request.images names, is missing" + among(tuple(columns), column)
+                )
             sources += image_parts.sources_in(columns[column], column)
         if not sources:
             raise InputError(f"no image in {', '.join(self._request.images)}")
@@ -303,7 +308,7 @@ def _messages_from_column(request: RequestTemplate) -> Callable[[Columns], list[
 
     def make(columns: Columns) -> list[Any]:
         if column not in columns:
-            raise InputError(f"column {column!r}, which holds the messages, is missing")
+            raise InputError(f"column {column!r}, which holds the messages, is missing" + among(tuple(columns), column))
         messages = check_messages(plain(as_json(columns[column]), column))
         if system is not None and messages[0]["role"] not in ("system", "developer"):
             return [{"role": "system", "content": system(columns)}, *messages]
@@ -323,7 +328,9 @@ def _turns_of(given: MessageTemplate, place: str) -> Turns:
 
     def make(columns: Columns) -> list[Any]:
         if column not in columns:
-            raise InputError(f"column {column!r}, which {place}.column names, is missing")
+            raise InputError(
+                f"column {column!r}, which {place}.column names, is missing" + among(tuple(columns), column)
+            )
         value = as_json(columns[column])
         return check_messages(plain(value, column)) if value else []
 
