@@ -109,7 +109,8 @@ class Request(msgspec.Struct, frozen=True):
     `key` is the identity of the question (BLAKE2b-128, docs/design.md); `body` goes to the wire as it is.
     `max_prompt_tokens` and `max_output_tokens` bound what one attempt can be billed for; no tokenizer makes more
     tokens than the body has bytes. `pictures` of its images are put in when it is sent; until then the body
-    lacks them. `image_tokens` is what all its images usually count. `expected` is what the answer is held against.
+    lacks them. `image_tokens` is what all its images usually count. `expected` is what the answer is held against,
+    `choices` how many of them it asks for (`n`).
     """
 
     row: int
@@ -121,6 +122,7 @@ class Request(msgspec.Struct, frozen=True):
     pictures: int = 0
     image_tokens: int = 0
     expected: Expected = ANYTHING
+    choices: int = 1
 
     @property
     def upper_bound_tokens(self) -> int:

@@ -27,14 +27,14 @@ _GLUE = re.compile(r"(?:\s|\0|data:|event: ?\w*|:[^\n]*|\[DONE\]|0(?=\r?\n))*+")
 Possessive: no tail of a server's makes it try again and again."""
 
 
-def read(stored: bytes) -> Answer:
+def read(stored: bytes, choices: int = 1) -> Answer:
     """What a body in its stored form says: a chat completion as JSON or as server-sent events, an error object, or
-    nothing usable.
+    nothing usable. `choices`: how many were asked for. A stream without `[DONE]` is whole only when so many have ended.
     """
     pieces = packed.pieces(stored)
     first = next(pieces, b"")
     if _STREAM.match(first):
-        return _from_events(chain((first,), pieces))
+        return _from_events(chain((first,), pieces), choices)
     body = first + b"".join(pieces)
     decoded, flagged = decode(body)
     if decoded is None and b"[DONE]" in body[-200:]:
@@ -230,14 +230,16 @@ def is_done(data: bytes) -> bool:
     return data == b"[DONE]" or data.strip() == b"[DONE]"
 
 
-def _from_events(pieces: Iterable[bytes]) -> Answer:
-    """A stream folded into the completion it spells; incomplete with neither a finish_reason nor `[DONE]`."""
+def _from_events(pieces: Iterable[bytes], choices: int) -> Answer:
+    """A stream folded into the completion it spells. Without `[DONE]` it is whole only if every choice that was asked
+    for, and any other that began, has its finish_reason.
+    """
     spelled = _Spelled()
     for event in sse.events(pieces):
         if is_done(event.data):
-            return spelled.answer(done=True)
+            return spelled.answer(done=True, choices=choices)
         spelled.take(event)
-    return spelled.answer(done=False)
+    return spelled.answer(done=False, choices=choices)
 
 
 _LAST_COUNTS = ("id", "created", "model", "service_tier", "provider_metadata")
@@ -292,7 +294,7 @@ class _Spelled:
         if (delta := _delta(choice)) is not None:
             self._messages.setdefault(index, _Message()).add(delta)
 
-    def answer(self, *, done: bool) -> Answer:
+    def answer(self, *, done: bool, choices: int) -> Answer:
         whole = self._last if self._messages else self._without_choices | self._last
         if 0 in self._messages:
             whole["choices"] = [
@@ -303,7 +305,8 @@ class _Spelled:
         if of_choices is not None and usages.of(whole.get("usage")) is None:
             whole["usage"] = usages.joined(whole.get("usage"), of_choices)
         answer = _from_object(whole, self._flagged)
-        ended = (done or self._messages.keys() <= self._finish_reasons.keys()) and not self._broken
+        expected = self._messages.keys() | set(range(min(choices, MAX_CHOICES)))
+        ended = (done or expected <= self._finish_reasons.keys()) and not self._broken
         return answer if ended else msgspec.structs.replace(answer, completion=False)
 
 

@@ -190,7 +190,7 @@ class Pipeline:
         attempt = await self._transport.send(request.body, f"{self._name}-{request.row}-{n}")
         self._untried -= pending.successes is None
         self.slow_s = forecast.peak(self.slow_s, attempt.latency_s)
-        answer = answers.read(attempt.body)
+        answer = answers.read(attempt.body, request.choices)
         judgement = self.signs.judged(policy.judge(attempt, answer, self._job.retry), self._clock())
         if answer.usage is not None:
             self.estimates.learn(pending.request, answer.usage)

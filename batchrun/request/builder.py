@@ -123,6 +123,7 @@ class RequestBuilder:
             image_tokens=sum(image_parts.USUAL_TOKENS[detail] for detail in details) if details else 0,
             pictures=len(pictures),
             expected=self._expected_by(body),
+            choices=_choices(body),
         )
         return request, digest
 
@@ -155,7 +156,7 @@ class RequestBuilder:
     def _max_output(self, body: Body) -> int:
         """The most tokens that the answer can have, all its choices; a limit no server will understand is none."""
         limits = [_count(body.get(name)) for name in ("max_completion_tokens", "max_tokens")]
-        return (max(limits) or self._max_output_tokens) * max(_count(body.get("n")), 1)
+        return (max(limits) or self._max_output_tokens) * _choices(body)
 
     def _body(self, columns: Columns) -> Body:
         body: Body = {"model": self._request.model, "messages": self._messages(columns), **self._parameters}
@@ -355,3 +356,7 @@ def _looked_at(pictures: list[Picture], read: Callable[[Source], Image]) -> byte
 
 def _count(value: Any) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+
+
+def _choices(body: Body) -> int:
+    return max(_count(body.get("n")), 1)
