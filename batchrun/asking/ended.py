@@ -53,9 +53,11 @@ class Ended(msgspec.Struct, frozen=True):
 
     @property
     def said(self) -> str:
-        """What the model said, as a message of its own: a call as the JSON that it is."""
+        """What the model said, as a message of its own: calls as the JSON that they are."""
         call = self.answer.function_call
-        return self.answer.content or "" if call is None else msgspec.json.encode(call).decode()
+        if call is not None:
+            return msgspec.json.encode(call).decode()
+        return self.answer.tool_calls or self.answer.content or ""
 
     def spent(self) -> tuple[Decimal | None, int | None]:
         """USD and tokens to book against the budget; None books the whole reservation."""

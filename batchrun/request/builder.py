@@ -23,6 +23,9 @@ from batchrun.request import image_parts
 from batchrun.request.image_parts import Image, Picture, Source
 from batchrun.request.templates import Columns, template, text_template
 
+_JUDGED_BY = ("response_format", "functions", "tools")
+"""The fields of a body that say what its answer is to be, as `expected.of` takes them."""
+
 MAX_EXPECTED = 64
 """Different schemas of a batch file's lines that are kept compiled at a time."""
 
@@ -62,7 +65,7 @@ class RequestBuilder:
         self._in_its_words = _wording(job.endpoint)
         self._from_columns = tuple(job.request.from_columns.items())
         self._parameters = _parameters(job.request)
-        self._expected = expected.of(self._parameters.get("response_format"), self._parameters.get("functions"))
+        self._expected = expected.of(*map(self._parameters.get, _JUDGED_BY))
         self._expected_of_lines: dict[bytes, Expected] = {}
         self._stream = _stream_fields(job.request)
         self._messages = _message_maker(job.request, dialect)
@@ -142,7 +145,7 @@ class RequestBuilder:
         """What the answer to this body is held against; lines of a batch file may each bring their own."""
         if self.dialect != "openai-batch":
             return self._expected
-        asked = body.get("response_format"), body.get("functions")
+        asked = tuple(map(body.get, _JUDGED_BY))
         known = image_parts.canonical(asked)
         if known not in self._expected_of_lines:
             if len(self._expected_of_lines) >= MAX_EXPECTED:
