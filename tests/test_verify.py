@@ -1,6 +1,7 @@
 """A flipped bit of a run directory is named, or changes nothing; what is sound is kept, and the rest asked again."""
 
 import csv
+import os
 import random
 import shutil
 import time
@@ -365,6 +366,34 @@ def test_a_complete_run_without_its_whole_result_is_not_complete_again(
         assert (ended.exit_code, f"{directory.checkpoint}: is gone or empty" in ended.stderr) == (7, True)
         directory.checkpoint.write_bytes(content)
     assert again().exit_code == 0
+    assert len(runs.simulator.ledger()) == served
+
+
+@pytest.mark.parametrize(("name", "layout"), [("done", "file"), ("in-parts", "parts")])
+def test_a_start_over_a_complete_run_notices_a_changed_result_by_its_size_and_time(
+    runs: Runs, tmp_path: Path, name: str, layout: str
+) -> None:
+    directory, served = runs.copy(name, tmp_path / "run"), len(runs.simulator.ledger())
+    result = directory.completions if layout == "file" else sorted(directory.completions_folder.iterdir())[1]
+
+    def again() -> Ended:
+        return batchrun("run", runs.folder / f"{layout}.toml", "-o", directory.path)
+
+    for path in (result, directory.usage):
+        before, content = path.stat(), path.read_bytes()
+        flip(path, len(content) // 3)
+        ended = again()
+        assert (ended.exit_code, len(ended.stderr.splitlines())) == (7, 1)
+        assert f"{path} was changed after it was written; put it back" in ended.stderr
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # bits that rot change neither size nor time
+        assert again().exit_code == 0
+        assert batchrun("verify", directory.path).exit_code == 7
+        path.write_bytes(content)  # a copy has another time, and the same bytes
+        assert again().exit_code == 0
+        path.write_bytes(content[:4] + content)
+        ended = again()
+        assert (ended.exit_code, len(ended.stderr.splitlines())) == (7, 1)
+        path.write_bytes(content)
     assert len(runs.simulator.ledger()) == served
 
 

@@ -77,7 +77,7 @@ def totals_problem(known: Remains, held: Held, *, finished: bool) -> str | None:
 
 def usage_problem(directory: RunDirectory, known: Remains) -> str | None:
     """What is wrong with the usage.parquet of a finished run; None where it has the totals' lines."""
-    expected = msgspec.json.decode(known.manifest[result.FINISHED], type=dict[str, str]).get("usage", "")
+    expected = result.finished(known.manifest).usage
     try:
         files.require_digest(directory.usage, expected)
         tables = [table.to_pylist() for table in readable.columns(directory.usage, USAGE_COLUMNS.names)]
