@@ -429,6 +429,7 @@ class Summary(msgspec.Struct, frozen=True):
     possibly_billed_usd: Decimal
     models: dict[str, int]
     unknown_finish_reasons: list[str]
+    unpriced_tiers: list[str]
     example_error: str | None
     price: str | None
     estimate: Estimate | None

@@ -32,7 +32,7 @@ from batchrun.open_files import OpenFiles
 from batchrun.output.chunks import Chunks, OpenChunk
 from batchrun.plan.plan import Plan
 from batchrun.records import Summary
-from batchrun.report.summary import plural, unknown_reason
+from batchrun.report.summary import plural, unknown_reason, unpriced_tier
 from batchrun.request.image_digests import ImageDigests
 from batchrun.rundir import RunDirectory
 from batchrun.transport import transport as wires
@@ -102,7 +102,7 @@ class Asking:
         self._given_up = 0
         self._workers: asyncio.Task[None] | None = None
         self._told_in_flight = 0
-        self._told_reasons = 0
+        self._told_reasons = self._told_tiers = 0
 
     async def ask(self) -> Stop | None:
         """Every pending row is settled and every full chunk sealed; or why not.
@@ -309,12 +309,17 @@ class Asking:
         self._tell_reasons()
 
     def _tell_reasons(self) -> None:
-        """Each finish_reason that batchrun does not know is reported once."""
+        """Each finish_reason that batchrun does not know, and each tier without a price, is reported once."""
         reasons = self._pipeline.signs.finish_reasons
         for reason in reasons[self._told_reasons :]:
             self._chronicle.log.write("unknown finish_reason", finish_reason=reason)
             self._hooks.note(f"warning: {unknown_reason(reason)}")
         self._told_reasons = len(reasons)
+        tiers = self._pipeline.signs.unpriced_tiers
+        for tier in tiers[self._told_tiers :]:
+            self._chronicle.log.write("unpriced service_tier", service_tier=tier)
+            self._hooks.note(f"warning: {unpriced_tier(tier)}")
+        self._told_tiers = len(tiers)
 
     def _tell_in_flight(self) -> None:
         """What was allowed in flight has changed since it was told last."""

@@ -68,7 +68,8 @@ class Chronicle:
             now_s=time.monotonic(),
             limits=None if self.gate is None else self.gate.in_force,
             tuned=self.tuned,
-            unknown_finish_reasons=self._unknown_finish_reasons(),
+            unknown_finish_reasons=self._of_every_start("unknown_finish_reasons", "finish_reasons"),
+            unpriced_tiers=self._of_every_start("unpriced_tiers", "unpriced_tiers"),
             example_error=self._example_error(),
             command=self._command,
             retrying=self._retrying() if self.state == "running" else None,
@@ -108,10 +109,10 @@ class Chronicle:
     def close(self) -> None:
         self.log.close()
 
-    def _unknown_finish_reasons(self) -> tuple[str, ...]:
-        """Those of this start and of the ones before."""
-        before = [] if self._earlier is None else self._earlier.unknown_finish_reasons
-        now = [] if self.pipeline is None else self.pipeline.signs.finish_reasons
+    def _of_every_start(self, field: str, sign: str) -> tuple[str, ...]:
+        """The words of this start's signs and of the starts before, as the summary's field has them."""
+        before = [] if self._earlier is None else getattr(self._earlier, field)
+        now = [] if self.pipeline is None else getattr(self.pipeline.signs, sign)
         return tuple(dict.fromkeys((*before, *now)))
 
     def _example_error(self) -> str | None:

@@ -210,7 +210,10 @@ class Pipeline:
             settlement = policy.settlement(answer, request.expected, self._job.finish, attempt.http_status)
             self.signs.answered(answer.finish_reason)
         told_usd = reported(attempt, answer)
-        cost_usd = cost_of(attempt, answer, judgement, self._plan.prices.get(request.model), told_usd)
+        table = self._plan.prices.get(request.model)
+        cost_usd = cost_of(attempt, answer, judgement, table, told_usd)
+        if cost_usd is None and table is not None and prices.lacks_tier(table, answer.service_tier):
+            self.signs.unpriced(answer.service_tier)
         if cost_usd and bound_usd and cost_usd > bound_usd:
             self._widen(pending.request, cost_usd)
         doubtful = maybe_billed(answer, judgement, cost_usd, capped=self._capped)
