@@ -54,6 +54,19 @@ def test_an_answer_that_does_not_fit_is_mended_at_its_price(tmp_path: Path) -> N
         billed = sum(line.billed for line in simulator.ledger())
         prompt = sum(line.prompt_tokens for line in simulator.ledger())
     assert [(row["error"] or {}).get("kind") for row in rows] == [None, None, None, "schema", "schema", None]
+    set_aside = [[(each["attempt"], each["kind"]) for each in row["set_aside"] or ()] for row in rows]
+    # of 3 the last of three stands; 4 keeps the one there was
+    assert set_aside == [
+        [],
+        [(1, "schema")],
+        [(1, "invalid_json"), (2, "schema")],
+        [(1, "schema"), (2, "schema")],
+        [],
+        [],
+    ]
+    first = rows[1]["set_aside"][0]
+    assert json.loads(first["content"])["name"] == "label"
+    assert "does not fit its schema" in first["message"]
     assert rows[4]["error"]["http_status"] == 200
     assert rows[4]["function_call"] is not None
     assert rows[4]["raw"]
@@ -94,6 +107,9 @@ def test_a_start_after_a_kill_knows_how_often_the_model_was_told(tmp_path: Path)
     assert {row["status"] for row in rows} == {"invalid"}
     # told three times at most; an attempt whose answer was lost with the process was not told of
     assert sum(served) <= 4 * 4 + lost
+    # what was said before the kill is kept: each answer is there, or is the row's, or was lost
+    kept = sum(len(row["set_aside"] or ()) for row in rows)
+    assert sum(served) - lost <= kept + len(rows) <= sum(served)
     # one that was killed before it was sent has its number all the same
     assert all(times <= row["attempts"] <= times + lost for row, times in zip(rows, served, strict=True))
 
@@ -155,6 +171,8 @@ def test_calls_of_tools_are_held_against_their_parameters_and_mended_at_their_pr
         assert [row["status"] for row in rows] == ["ok", "ok", "ok", "ok", "invalid", "ok"]
         assert [row["attempts"] for row in rows] == [1, 2, 2, 2, 2, 1]
         assert all(isinstance(json.loads(row["tool_calls"])[0], dict) for row in rows)
+        calls = [json.loads(row["set_aside"][0]["content"])[0]["function"] for row in rows[1:4]]
+        assert [(call["name"], call["arguments"]) for call in calls] == [wrong[row] for row in (1, 2, 3)]
 
 
 def test_a_tool_whose_parameters_are_no_schema_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
@@ -194,5 +212,7 @@ def test_a_finish_reason_that_is_not_accepted_fails_its_row_or_is_asked_again(tm
             assert [asked(simulator, row) for row in range(3)] == attempts
         assert [row["status"] for row in rows] == ["ok", "ok" if length == "retry" else "truncated", "truncated"]
         assert rows[2]["content"] == "Fi"
+        contents = [[each["content"] for each in row["set_aside"] or ()] for row in rows]
+        assert contents == ([[], ["Fi"], ["Fi", "Fi"]] if length == "retry" else [[], [], []])
         assert (rows[2]["error"] is None) == (length == "accept")
         assert length != "fail" or batchrun("verify", out).exit_code == 0

@@ -458,7 +458,7 @@ def test_a_damaged_part_costs_its_own_rows_and_only_those_are_asked_again(runs: 
     known = remains.read(directory.checkpoint)
     part = next(chunk for chunk in known.chunks if not chunk.open)
     path = directory.part_of(part.chunk, part.generation)
-    flip(path, middle_of(path))
+    flip(path, last_of_a_page(path))
     before = snapshot(directory.path)
     findings, salvaged = salvage(directory)
     assert snapshot(directory.path) == before

@@ -12,7 +12,18 @@ from batchrun.asking.backlog import Pending
 from batchrun.job.expected import KINDS
 from batchrun.policy import History, Judgement, Settlement
 from batchrun.prices import PriceTable
-from batchrun.records import Answer, Attempt, Completion, Discarded, OfflineCount, Restored, RowError, Status, Verdict
+from batchrun.records import (
+    Answer,
+    Attempt,
+    Completion,
+    Discarded,
+    OfflineCount,
+    Restored,
+    RowError,
+    SetAside,
+    Status,
+    Verdict,
+)
 
 NOTHING = Decimal(0)
 
@@ -101,6 +112,7 @@ class Ended(msgspec.Struct, frozen=True):
             invocation=invocation,
             answer_cost_usd=cost_usd,
             restored=restored,
+            set_aside=pending.set_aside if restored is None else _without_last_invalid(pending.set_aside),
         )
 
     def discarded(self) -> Discarded:
@@ -126,6 +138,7 @@ class Ended(msgspec.Struct, frozen=True):
             possibly_billed_tokens=request.upper_bound_tokens,
             offline=self._offline(),
             reported_cost_usd=self.reported_cost_usd,
+            said=self.said if self.judgement.verdict is Verdict.OK else None,
         )
 
     @property
@@ -137,6 +150,12 @@ class Ended(msgspec.Struct, frozen=True):
         if self.answer.usage is not None or self.judgement.verdict is not Verdict.OK:
             return None
         return offline.count(self.pending.request.body, self.answer)
+
+
+def _without_last_invalid(set_aside: tuple[SetAside, ...]) -> tuple[SetAside, ...]:
+    """All but the answer that stands after all: the last one that the model was told of."""
+    stands = max((each.attempt for each in set_aside if each.kind in KINDS), default=0)
+    return tuple(each for each in set_aside if each.attempt != stands)
 
 
 def remembered(earlier: Sequence[Discarded], begun: int) -> History:

@@ -286,7 +286,15 @@ class Pipeline:
         begun = max(before, chunk.lost.get(row.row, 0))
         refused = any(attempt.verdict is Verdict.PAUSE and attempt.http_status == 403 for attempt in earlier)
         cost_usd = total([cost_usd, *(attempt.cost_usd for attempt in earlier)])
-        return Pending(request, chunk, remembered(earlier, begun), cost_usd, refused=refused, variant=variant)
+        return Pending(
+            request,
+            chunk,
+            remembered(earlier, begun),
+            cost_usd,
+            refused=refused,
+            variant=variant,
+            set_aside=tuple(each for attempt in earlier if (each := attempt.set_aside) is not None),
+        )
 
     def _take(self, ended: Ended, settlement: Settlement, slot: int) -> None:
         """The answer settles its row, unless the job wants another in its place."""
@@ -352,9 +360,12 @@ class Pipeline:
                 due_s = max(due_s, self._clock() + policy.tail_wait_s(history, judgement, self._job.retry))
         if judgement.verdict is not Verdict.OK:
             self.retries.put(ended.pending.request.row, history.attempts, judgement.error, due_s)
+        discarded = ended.discarded()
+        if (set_aside := discarded.set_aside) is not None:
+            again = msgspec.structs.replace(again, set_aside=(*again.set_aside, set_aside))
         flight = _Flight(slot, *ended.spent(), ended.pending.chunk, again, due_s)
         self._flights[ended.pending.request.row, history.attempts] = flight
-        self._checkpoint.put(ended.discarded())
+        self._checkpoint.put(discarded)
 
     def _hold(self, ended: Ended, slot: int) -> None:
         """The refusal is kept in memory until its meaning is clear. It cost nothing, so its slot is free at once."""

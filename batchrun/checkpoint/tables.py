@@ -9,7 +9,17 @@ from decimal import Decimal
 import msgspec
 
 from batchrun.checkpoint.database import Record
-from batchrun.records import Completion, Discarded, PossiblyBilled, RowError, Status, TotalsLine, Usage, Verdict
+from batchrun.records import (
+    Completion,
+    Discarded,
+    PossiblyBilled,
+    RowError,
+    SetAside,
+    Status,
+    TotalsLine,
+    Usage,
+    Verdict,
+)
 
 TABLES = """
 CREATE TABLE manifest (name TEXT PRIMARY KEY, value TEXT, crc INTEGER) WITHOUT ROWID;
@@ -20,11 +30,12 @@ CREATE TABLE chunks (chunk INTEGER PRIMARY KEY, first_row INTEGER, rows INTEGER,
 CREATE TABLE rows (row INTEGER PRIMARY KEY, request_key BLOB, status TEXT, attempts INTEGER, http_status INTEGER,
     error_kind TEXT, error_http_status INTEGER, error_code TEXT, error_message TEXT, request_id TEXT, finished_at REAL,
     latency_s REAL, time_to_first_token_s REAL, model TEXT, cost_usd TEXT, raw BLOB, variant INTEGER,
-    in_json INTEGER, reported_cost_usd TEXT, invocation INTEGER, answer_cost_usd TEXT, crc INTEGER);
+    in_json INTEGER, reported_cost_usd TEXT, invocation INTEGER, answer_cost_usd TEXT,
+    set_aside TEXT, crc INTEGER);
 CREATE TABLE attempts (row INTEGER, n INTEGER, verdict TEXT, counted INTEGER, http_status INTEGER, error_kind TEXT,
     message TEXT, request_id TEXT, at REAL, model TEXT, prompt_tokens INTEGER, completion_tokens INTEGER,
     total_tokens INTEGER, cached_tokens INTEGER, reasoning_tokens INTEGER, cache_write_tokens INTEGER,
-    cache_write_1h_tokens INTEGER, cost_usd TEXT, invocation INTEGER, crc INTEGER,
+    cache_write_1h_tokens INTEGER, cost_usd TEXT, said TEXT, invocation INTEGER, crc INTEGER,
     PRIMARY KEY (row, n, invocation)) WITHOUT ROWID;
 CREATE TABLE possibly_billed (row INTEGER, n INTEGER, request_key TEXT, upper_bound_usd TEXT,
     upper_bound_tokens INTEGER, cause TEXT, invocation INTEGER, request_id TEXT, crc INTEGER);
@@ -111,14 +122,14 @@ def completion_record(c: Completion) -> Record:
         c.row, c.key, str(c.status), c.attempts, c.http_status, kind, error.http_status, _characters(error.code),
         _characters(error.message), _characters(c.request_id), c.finished_at, c.latency_s, c.time_to_first_token_s,
         c.model, _text(c.cost_usd), c.raw, c.variant, int(c.in_json), _text(c.reported_cost_usd), c.invocation,
-        _text(c.answer_cost_usd),
+        _text(c.answer_cost_usd), msgspec.json.encode(c.set_aside).decode() if c.set_aside else None,
     )  # fmt: skip
 
 
 def completion(record: Record) -> Completion:
     row, key, status, attempts, http_status, kind, error_status, code, message, *rest = record
     request_id, finished_at, latency_s, first_token_s, model, cost, raw, variant, *rest = rest
-    in_json, reported, invocation, answer_cost = rest
+    in_json, reported, invocation, answer_cost, set_aside = rest
     return Completion(
         row=row, key=key, status=Status(status), attempts=attempts, http_status=http_status,
         error=None if kind is None else RowError(kind, error_status, code, message),
@@ -126,6 +137,7 @@ def completion(record: Record) -> Completion:
         model=model, answered_model=None, usage=None, cost_usd=usd(cost), last_cost_usd=None, maybe_billed=False,
         possibly_billed_usd=None, raw=raw, variant=variant, in_json=bool(in_json), invocation=invocation,
         answer_cost_usd=usd(answer_cost), reported_cost_usd=usd(reported),
+        set_aside=() if set_aside is None else msgspec.json.decode(set_aside, type=tuple[SetAside, ...]),
     )  # fmt: skip
 
 
@@ -135,18 +147,18 @@ def discarded_record(d: Discarded, invocation: int) -> Record:
     return (
         d.row, d.n, str(d.verdict), int(d.counted), d.http_status, d.error_kind, _characters(d.message),
         _characters(d.request_id), d.at, d.model, *usage, _text(d.cost_usd),
-        invocation,
+        _characters(d.said), invocation,
     )  # fmt: skip
 
 
 def discarded(record: Record) -> Discarded:
     row, n, verdict, counted, http_status, kind, message, request_id, at, model, *rest = record
-    *tokens, cost, _ = rest
+    *tokens, cost, said, _ = rest
     return Discarded(
         row=row, n=n, verdict=Verdict(verdict), counted=bool(counted), http_status=http_status, error_kind=kind,
         message=message, request_id=request_id, at=at, model=model,
         usage=None if tokens[0] is None else Usage(*tokens),
-        cost_usd=usd(cost), possibly_billed_usd=None, maybe_billed=False, key=b"",
+        cost_usd=usd(cost), possibly_billed_usd=None, maybe_billed=False, key=b"", said=said,
     )  # fmt: skip
 
 
