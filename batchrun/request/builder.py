@@ -96,13 +96,20 @@ class RequestBuilder:
         Raises:
             InputError: as `identify`.
         """
-        return self._made(row, read, image_parts.whole)
+        stream, end = b"", self._stream or b"}"  # put in at once: see `image_parts.whole`
+        return self._made(row, read, lambda body: image_parts.whole(body, end), stream)
 
     def _made(
-        self, row: Row, read: Callable[[Source], Image] | None, encode: Callable[[Body], bytes]
+        self,
+        row: Row,
+        read: Callable[[Source], Image] | None,
+        encode: Callable[[Body], bytes],
+        stream: bytes | None = None,
     ) -> tuple[Request, bytes]:
-        """The request as `encode` makes its body, and the digest of its pictures; empty without `read`."""
-        digest = b""
+        """The request as `encode` makes its body, and the digest of its pictures; empty without `read`. `stream` is
+        what goes in place of the body's last brace; None: the end of the job's streams.
+        """
+        digest, stream = b"", self._stream if stream is None else stream
         try:
             body, pictures, details = self._drawn(row)
             if read is not None:
@@ -119,7 +126,7 @@ class RequestBuilder:
         request = Request(
             row=row.row,
             key=key,
-            body=encoded[:-1] + self._stream if self._stream else encoded,
+            body=encoded[:-1] + stream if stream else encoded,
             model=body["model"],
             max_prompt_tokens=len(without_pictures) + len(details) * self._max_image_tokens,
             max_output_tokens=self._max_output(body),

@@ -83,9 +83,9 @@ _SLOT_TAKEN_LATE = Bug(
     (
         ("        self._slots.take(slot, request.row, n, request.key, bound_usd, request.upper_bound_tokens)\n", ""),
         (
-            "        answer = answers.read(attempt.body)\n",
+            "        answer = answers.read(attempt.body, request.choices)\n",
             "        self._slots.take(slot, request.row, n, request.key, bound_usd, request.upper_bound_tokens)\n"
-            "        answer = answers.read(attempt.body)\n",
+            "        answer = answers.read(attempt.body, request.choices)\n",
         ),
     ),
     "nobody knew of the first",
@@ -117,9 +117,9 @@ _RETRY_UNCOUNTED = Bug(
     (
         (
             "        self._flights[ended.pending.request.row, history.attempts] = flight\n"
-            "        self._checkpoint.put(ended.discarded())\n",
+            "        self._checkpoint.put(discarded)\n",
             "        self._flights[ended.pending.request.row, history.attempts] = flight\n"
-            "        self.durable([ended.discarded()])\n",
+            "        self.durable([discarded])\n",
         ),
     ),
     "0 retries",
