@@ -147,8 +147,9 @@ class _ToolCall:
         return named and None not in ids and ids[0] != ids[1]
 
     def add(self, piece: dict[str, Any]) -> None:
-        told = {name: value for name, value in piece.items() if value not in (None, "") and name != "index"}
-        self._told = told | self._told  # the first id that it was given counts
+        for name, value in piece.items():
+            if value not in (None, "") and name != "index":
+                self._told.setdefault(name, value)  # the first id that it was given counts
         for kind in _PASSED_AS:
             if isinstance(part := piece.get(kind), dict):
                 self._called.setdefault(kind, _Called()).add(part)
