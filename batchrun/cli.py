@@ -150,7 +150,7 @@ def check(job: Path, input_path: str | None, skip_invalid: bool, overrides: tupl
     where = plural(len(source.files), "file")
     aside = f", {len(found.rejected):,} set aside" if found.rejected else ""
     asks = f"{plural(found.rows, 'row')} in {where}{aside}, read as {found.dialect}; {models}"
-    _say(harmless(asks) if found.rows else f"0 rows in {where}: there is nothing to ask")
+    _say(harmless(asks) if found.rows else f"0 rows in {where}: there is nothing to send")
     if (columns := reading.columns_in_words(source, found)) is not None:
         _say(harmless(columns))
     preflight.key(loaded, os.environ)

@@ -90,7 +90,7 @@ def _finished(job: Job, directory: RunDirectory, asked: Asked) -> Summary | None
     again = asked.retry is not None and any(summary.by_status.get(status) for status in asked.retry)
     if settings or what is not None or again or wanted > summary.rows_in_output:
         return None
-    result.require_there(directory, known.output.layout, summary.rows_in_output)
+    result.require_there(directory, known.output.layout, summary.rows_in_output, manifest)
     return msgspec.structs.replace(summary, exit_code=int(_exit_code(job, summary)), files=files(directory))
 
 

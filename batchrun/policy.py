@@ -264,7 +264,7 @@ def settlement(answer: Answer, expected: Expected, finish: Finish, http_status: 
         return _PLAIN
     meaning = Meaning.REFUSAL if answer.refusal else meaning_of(answer.finish_reason)
     status, action = _worth(meaning, finish)
-    called = answer.function_call is not None or answer.tool_calls is not None or meaning is Meaning.TOOL_CALLS
+    called = answer.function_call is not None or answer.tool_calls is not None
     if status is Status.OK and not called and not answer.content:
         error = RowError("empty", http_status, None, "the answer has no content")
         return Settlement(Status.EMPTY, finish.empty, error)
@@ -310,8 +310,8 @@ def _worth(meaning: Meaning, finish: Finish) -> tuple[Status, Action]:
 def _flaw(answer: Answer, expected: Expected) -> Flaw | None:
     if (call := answer.function_call) is not None:
         return expected.call_flaw(call.name, call.arguments)
-    if answer.tool_calls is not None or meaning_of(answer.finish_reason) is Meaning.TOOL_CALLS:
-        return None
+    if answer.tool_calls is not None:
+        return expected.tool_flaw(answer.tool_calls)
     return expected.content_flaw(answer.content or "")
 
 

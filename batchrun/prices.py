@@ -64,7 +64,8 @@ class PriceTable(msgspec.Struct, frozen=True):
 
     `vendor` is whose price it is; None: the job states it. `upstream` names the model of the vendor's list whose price
     stands in where the endpoint is not the vendor's own. `services` are the prices of service tiers by name, `hours`
-    those by the clock, of which the last that holds counts. The job's own price is for every tier.
+    those by the clock, of which the last that holds counts. The job's own price is for every tier. `regional`: the
+    endpoint is one of the vendor's regions, which may have a price of its own.
     """
 
     model: str
@@ -77,6 +78,7 @@ class PriceTable(msgspec.Struct, frozen=True):
     hours: tuple[Hours, ...] = ()
     per_request: Decimal = Decimal(0)
     every_tier: bool = False
+    regional: bool = False
 
     def describe(self) -> str:
         """For the run's summary: the first tier; then, behind "; ", whose price it is, the source and its date."""
@@ -87,6 +89,8 @@ class PriceTable(msgspec.Struct, frozen=True):
         more += f", other prices for {', '.join(sorted(self.services))}" if self.services else ""
         prices = f"${tier.input} in, ${tier.cached_input} cached, ${tier.output} out per million tokens{more}"
         whose = "the price" if self.vendor is None else f"the price of {self.vendor}"
+        if self.regional:
+            whose = f"the plain list price of {self.vendor}, not that of the endpoint's region,"
         if self.upstream is not None:
             whose = f"the list price of {self.vendor} for {self.upstream}, not the endpoint's own,"
         return f"{self.model}: {prices}; {whose} by {self.source}, {self.as_of}"
@@ -175,6 +179,11 @@ def stated(model: str, own: Override, today: str) -> PriceTable:
     return PriceTable(
         model, (tier,), "pricing table of the job", today, per_request=own.per_request or Decimal(0), every_tier=True
     )
+
+
+def lacks_tier(table: PriceTable, service_tier: str | None) -> bool:
+    """True where the model's price is known, but not that of the tier which the answer names."""
+    return _tiers_for(table, service_tier, 0.0) is None
 
 
 def _tiers_for(table: PriceTable, service_tier: str | None, at_s: float) -> Tiers | None:

@@ -269,6 +269,18 @@ def sent(job: Job, columns: Columns, dialect: str = "columns") -> list[Any]:
     return content
 
 
+def test_a_streamed_request_with_images_is_the_same_but_for_its_end() -> None:
+    row = Row(0, {"photo": PNG})
+    bodies = [
+        RequestBuilder(job, "columns").whole(row, Images(job.input).read)[0].body
+        for job in (a_job(), a_job(stream=True))
+    ]
+    plain, streamed = map(json.loads, bodies)
+    assert streamed.pop("stream") is True
+    assert streamed.pop("stream_options") == {"include_usage": True}
+    assert streamed == plain
+
+
 def image_part(url: str, **more: str) -> Columns:
     return {"type": "image_url", "image_url": {"url": url, **more}}
 

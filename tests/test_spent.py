@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchrun.checkpoint.spent import DISCARDED, LOST, MAX_NAMED, Spent, doubt, fold, with_possibly_billed
-from batchrun.records import Completion, Ending, PossiblyBilled, Status, TotalsLine, Usage
+from batchrun.records import DAY_S, Completion, Ending, PossiblyBilled, Status, TotalsLine, Usage, utc_day
 from tests.endings import ENDINGS, MODEL, completion, discarded
 
 DAY = "2026-11-18"
@@ -112,4 +112,14 @@ def test_requests_and_tokens_so_far_count_every_attempt_once_and_doubts_by_their
     assert (spent.requests(), spent.tokens()) == (4, 12 + 700 + 50)
     assert sum(line.attempts for line in spent.lines()) == 4
     (lost,) = (line for line in spent.lines() if line.status == LOST)
-    assert lost == TotalsLine(1, answered.model, LOST, attempts=1)
+    assert lost == TotalsLine(1, answered.model, LOST, DAY, attempts=1)
+
+
+def test_lost_attempts_are_of_the_last_day_on_which_their_start_was_heard_of() -> None:
+    days = [DAY_S * number for number in (20_000, 20_001, 20_002)]
+    spent = Spent()
+    for at, invocation in zip(days, (1, 1, 2), strict=True):
+        spent = fold(spent, [completion(at // DAY_S, finished_at=float(at))], invocation)
+    lost = [PossiblyBilled(row, 1, "00", None, 50, "crash", invocation) for row, invocation in enumerate((1, 2, 3))]
+    lines = [line for line in with_possibly_billed(spent, lost).lines() if line.status == LOST]
+    assert [(line.invocation, line.day) for line in lines] == [(1, utc_day(days[1])), (2, utc_day(days[2])), (3, "")]

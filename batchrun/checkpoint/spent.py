@@ -77,10 +77,18 @@ class Spent(msgspec.Struct, frozen=True):
         return [*booked, *self._lost_lines()]
 
     def _lost_lines(self) -> list[TotalsLine]:
-        """The lost attempts in lines of their own, of no day: with them attempts add up to those of the rows."""
+        """The lost attempts in lines of their own: with them attempts add up to those of the rows. Their day is that on
+        which their invocation was last heard of: the last one on which one of its attempts ended.
+        """
         models = {line.model for line in self.totals.values()}
         model = models.pop() if len(models) == 1 else SEVERAL
-        return [TotalsLine(invocation, model, LOST, attempts=attempts) for invocation, attempts in self.lost.items()]
+        days: dict[int, str] = {}
+        for line in self.totals.values():
+            days[line.invocation] = max(line.day, days.get(line.invocation, ""))
+        return [
+            TotalsLine(invocation, model, LOST, days.get(invocation, ""), attempts=attempts)
+            for invocation, attempts in self.lost.items()
+        ]
 
     def wasted_usd(self) -> Decimal:
         """What was billed for answers that are not in the output, however they came to be replaced."""

@@ -12,7 +12,18 @@ from batchrun.dispatch.backlog import Pending
 from batchrun.job.expected import KINDS
 from batchrun.policy import History, Judgement, Settlement
 from batchrun.prices import PriceTable
-from batchrun.records import Answer, Attempt, Completion, Discarded, OfflineCount, Restored, RowError, Status, Verdict
+from batchrun.records import (
+    Answer,
+    Attempt,
+    Completion,
+    Discarded,
+    OfflineCount,
+    Restored,
+    RowError,
+    SetAside,
+    Status,
+    Verdict,
+)
 
 NOTHING = Decimal(0)
 
@@ -53,9 +64,11 @@ class Ended(msgspec.Struct, frozen=True):
 
     @property
     def said(self) -> str:
-        """What the model said, as a message of its own: a call as the JSON that it is."""
+        """What the model said, as a message of its own: calls as the JSON that they are."""
         call = self.answer.function_call
-        return self.answer.content or "" if call is None else msgspec.json.encode(call).decode()
+        if call is not None:
+            return msgspec.json.encode(call).decode()
+        return self.answer.tool_calls or self.answer.content or ""
 
     def spent(self) -> tuple[Decimal | None, int | None]:
         """USD and tokens to book against the budget; None books the whole reservation."""
@@ -99,6 +112,7 @@ class Ended(msgspec.Struct, frozen=True):
             invocation=invocation,
             answer_cost_usd=cost_usd,
             restored=restored,
+            set_aside=pending.set_aside if restored is None else _without_last_invalid(pending.set_aside),
         )
 
     def discarded(self) -> Discarded:
@@ -124,6 +138,7 @@ class Ended(msgspec.Struct, frozen=True):
             possibly_billed_tokens=request.upper_bound_tokens,
             offline=self._offline(),
             reported_cost_usd=self.reported_cost_usd,
+            said=self.said if self.judgement.verdict is Verdict.OK else None,
         )
 
     @property
@@ -135,6 +150,12 @@ class Ended(msgspec.Struct, frozen=True):
         if self.answer.usage is not None or self.judgement.verdict is not Verdict.OK:
             return None
         return offline.count(self.pending.request.body, self.answer)
+
+
+def _without_last_invalid(set_aside: tuple[SetAside, ...]) -> tuple[SetAside, ...]:
+    """All but the answer that stands after all: the last one that the model was told of."""
+    stands = max((each.attempt for each in set_aside if each.kind in KINDS), default=0)
+    return tuple(each for each in set_aside if each.attempt != stands)
 
 
 def remembered(earlier: Sequence[Discarded], begun: int) -> History:

@@ -52,7 +52,15 @@ class Requests:
         begun = max(before, chunk.lost.get(row.row, 0))
         refused = any(attempt.verdict is Verdict.PAUSE and attempt.http_status == 403 for attempt in earlier)
         cost_usd = total([cost_usd, *(attempt.cost_usd for attempt in earlier)])
-        return Pending(request, chunk, remembered(earlier, begun), cost_usd, refused=refused, variant=variant)
+        return Pending(
+            request,
+            chunk,
+            remembered(earlier, begun),
+            cost_usd,
+            refused=refused,
+            variant=variant,
+            set_aside=tuple(each for attempt in earlier if (each := attempt.set_aside) is not None),
+        )
 
     def with_pictures(self, pending: Pending) -> Request:
         """The request with its images, as they are now. For a thread: it reads files.

@@ -14,7 +14,7 @@ from decimal import Decimal
 
 import msgspec
 
-from batchrun import policy
+from batchrun import policy, prices
 from batchrun.answer import answer as answers
 from batchrun.dispatch.attempt_result import NOTHING, Ended, cost_of, maybe_billed, reported, together
 from batchrun.dispatch.backlog import Backlog, Invalid, Pending
@@ -181,7 +181,7 @@ class Workers:
         """How the attempt ended, what it cost, and what the gate makes of it."""
         request, row = pending.request, pending.request.row
         self.slow_s = forecast.peak(self.slow_s, attempt.latency_s)
-        answer = answers.read(attempt.body)
+        answer = answers.read(attempt.body, request.choices)
         judgement = self.signs.judged(policy.judge(attempt, answer, self._job.retry), self._clock())
         if answer.usage is not None:
             self.learned.estimates.learn(request, answer.usage)
@@ -205,7 +205,10 @@ class Workers:
             history = policy.after(pending.history, judgement, corroborated=reached and witnessed, at_tail=at_tail)
         self._tail.ended(history, judgement)
         reported_usd = reported(attempt, answer)
-        cost_usd = cost_of(attempt, answer, judgement, self._requests.price(request.model), reported_usd)
+        table = self._requests.price(request.model)
+        cost_usd = cost_of(attempt, answer, judgement, table, reported_usd)
+        if cost_usd is None and table is not None and prices.lacks_tier(table, answer.service_tier):
+            self.signs.unpriced(answer.service_tier)
         if cost_usd and bound_usd and cost_usd > bound_usd:
             self._requests.widen(request, cost_usd)
         doubtful = maybe_billed(answer, judgement, cost_usd, capped=self._capped)
@@ -300,9 +303,12 @@ class Workers:
                 due_s = max(due_s, self._clock() + policy.tail_wait_s(history, judgement, self._job.retry))
         if judgement.verdict is not Verdict.OK:
             self.retries.put(ended.pending.request.row, history.attempts, judgement.error, due_s)
+        discarded = ended.discarded()
+        if (set_aside := discarded.set_aside) is not None:
+            again = msgspec.structs.replace(again, set_aside=(*again.set_aside, set_aside))
         flight = _Flight(ended, slot, again, due_s)
         self._flights[ended.pending.request.row, history.attempts] = flight
-        self._checkpoint.put(ended.discarded())
+        self._checkpoint.put(discarded)
 
     def _hold(self, ended: Ended, slot: int) -> None:
         """The refusal is kept in memory until its meaning is clear. It cost nothing, so its slot is free at once."""

@@ -34,6 +34,10 @@ def require_rows(job: Job, found: Survey) -> None:
     Raises:
         InputError: there are fewer.
     """
+    if not found.rows and job.input.min_rows == 1:
+        raise InputError(
+            "the input has no rows; see whether it is whole, or set input.min_rows = 0 for an empty result"
+        )
     if found.rows < job.input.min_rows:
         raise InputError(
             f"the input has {plural(found.rows, 'row')}, and input.min_rows expects {job.input.min_rows:,} or more; "

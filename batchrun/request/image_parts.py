@@ -93,8 +93,10 @@ _HOLE = b"\0"
 """A byte that JSON can't hold: where a picture goes."""
 
 
-def whole(body: Any) -> bytes:
-    """A body as JSON with the content of its pictures, which must have been looked at. Each byte is copied once."""
+def whole(body: Any, end: bytes = b"}") -> bytes:
+    """A body as JSON with the content of its pictures, which must have been looked at. `end` stands in place of its
+    last brace. Each byte is copied once: a copy of 27 MB holds up every other thread for 10 ms and more.
+    """
     pictures: list[Picture] = []
 
     def leave_a_hole(picture: Picture) -> msgspec.Raw:
@@ -105,6 +107,7 @@ def whole(body: Any) -> bytes:
     pieces = [first]
     for picture, text in zip(pictures, texts, strict=True):
         pieces += (*picture.looked_at().data_url(), text)
+    pieces[-1] = pieces[-1][:-1] + end
     return b"".join(pieces)
 
 

@@ -117,9 +117,9 @@ _RETRY_UNCOUNTED = Bug(
     (
         (
             "        self._flights[ended.pending.request.row, history.attempts] = flight\n"
-            "        self._checkpoint.put(ended.discarded())\n",
+            "        self._checkpoint.put(discarded)\n",
             "        self._flights[ended.pending.request.row, history.attempts] = flight\n"
-            "        self.durable([ended.discarded()])\n",
+            "        self.durable([discarded])\n",
         ),
     ),
     "0 retries",
