@@ -133,11 +133,15 @@ def upper_bound(
     """
     if table is None:
         return None
-    every = [tier for tiers in _allowed(table, asked_tier) for tier in tiers]
-    dearest_input = max(tier.dearest_input() for tier in every)
-    dearest_output = max(tier.output for tier in every)
+    dearest_input, dearest_output = dearest(table, asked_tier)
     micro = max_prompt_tokens * dearest_input + max_output_tokens * dearest_output
     return (micro / PER_TOKEN + table.per_request).quantize(PICO)
+
+
+def dearest(table: PriceTable, asked_tier: str | None = None) -> tuple[Decimal, Decimal]:
+    """USD per million tokens of prompt and of answer, at the most, as `upper_bound` takes them."""
+    every = [tier for tiers in _allowed(table, asked_tier) for tier in tiers]
+    return max(tier.dearest_input() for tier in every), max(tier.output for tier in every)
 
 
 def asked_tier(table: PriceTable | None, body: bytes) -> str | None:

@@ -15,6 +15,7 @@ from batchrun.gate.admission import Ask, Binding, Limit, Outcome, Ruling, Stop
 from batchrun.gate.daily import DailyCount
 from batchrun.gate.gate import Gate, GateClosed
 from batchrun.gate.in_flight import InFlight
+from batchrun.gate.overruns import Overruns
 from batchrun.gate.pace import PaceChange
 from batchrun.gate.purse import Cap, Purse
 from batchrun.gate.state import GateState
@@ -33,6 +34,7 @@ def new_gate(
     max_in_flight: int = 8,
     daily: DailyCount | None = None,
     purse: Purse | None = None,
+    overruns: Overruns | None = None,
     on_pace: PaceChange = lambda limit, before, after, why: None,
     **limits: Any,
 ) -> Gate:
@@ -49,6 +51,7 @@ def new_gate(
         Limits(**limits),
         daily=daily,
         purse=purse,
+        overruns=overruns,
         on_pace=on_pace,
     )
 

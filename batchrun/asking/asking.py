@@ -20,6 +20,7 @@ from batchrun.checkpoint.checkpoint import Checkpoint
 from batchrun.checkpoint.spent import Spent
 from batchrun.credentials import Credentials
 from batchrun.errors import BatchrunError, ExitCode
+from batchrun.gate import overruns
 from batchrun.gate.accounts import BURST_S
 from batchrun.gate.admission import Found, Limit, Phase, Stop
 from batchrun.gate.deadline import Deadline
@@ -111,7 +112,7 @@ class Asking:
             BatchrunError: the run can't go on; what was received is durable as far as the disk took it.
         """
         loop = asyncio.get_running_loop()
-        self._memory = Memory(self._checkpoint, self._job.limits, loop.time())
+        self._memory = Memory(self._checkpoint, self._job.limits, loop.time(), self._plan.facts.variant)
         self._in_flight, tails = self._connections()
         self._gate = gate = self._open_gate(loop)
         flying = slots.Slots(self._directory.inflight, self._in_flight)
@@ -135,6 +136,7 @@ class Asking:
                 loop.add_signal_handler(number, self._on_signal, loop, number.name, exit_code)
             await self._drained(self._workers, flying)
             self._tell_reasons()
+            self._tell_overruns()
             await asyncio.to_thread(self._memory.keep, gate)
             self._full.put_nowait(None)
             await sealing
@@ -250,6 +252,7 @@ class Asking:
             daily=self._memory.daily,
             found=Found(known.requests_per_minute, known.tokens_per_minute),
             purse=self._purse,
+            overruns=self._memory.overruns,
             on_pace=self._on_pace,
             on_kind=self._on_kind,
         )
@@ -262,6 +265,7 @@ class Asking:
             self._plan,
             gate=self._gate,
             estimates=self._memory.estimates,
+            overruns=self._memory.overruns,
             transport=transport,
             checkpoint=self._checkpoint,
             slots=flying,
@@ -307,6 +311,15 @@ class Asking:
         """What has changed since the last beat is on record."""
         self._tell_in_flight()
         self._tell_reasons()
+        self._tell_overruns()
+
+    def _tell_overruns(self) -> None:
+        """Each model whose answers are billed beyond their bounds is reported once in each start."""
+        news = self._memory.overruns.to_tell
+        while news:
+            model, overrun = news.pop()
+            self._chronicle.log.write("overrun", model=model, **msgspec.structs.asdict(overrun))
+            self._hooks.note(f"warning: {overruns.in_words(model, overrun)}")
 
     def _tell_reasons(self) -> None:
         """Each finish_reason that batchrun does not know is reported once."""
@@ -330,7 +343,7 @@ def _purse(budget: Budget, spent: Spent) -> Purse | None:
         return None
     cost, tokens, requests = budget.max_cost_usd, budget.max_tokens, budget.max_requests
     return Purse(
-        cost_usd=None if cost is None else Cap(cost, spent.cost_usd() + spent.possibly_billed_usd),
+        cost_usd=None if cost is None else Cap(cost, spent.most_usd()),
         tokens=None if tokens is None else Cap(tokens, spent.tokens()),
         requests=None if requests is None else Cap(requests, spent.requests()),
     )

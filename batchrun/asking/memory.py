@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 from batchrun.checkpoint.checkpoint import Checkpoint
 from batchrun.errors import BatchrunError
-from batchrun.gate import daily, learned
+from batchrun.gate import daily, learned, overruns
 from batchrun.gate.admission import Found
 from batchrun.gate.daily import DailyCount, Day
 from batchrun.gate.gate import Gate
@@ -26,13 +26,14 @@ NEWS = 0.25
 class Memory:
     """`known` is what earlier starts have learned, `estimates` goes on from there. `daily` is None without a limit."""
 
-    def __init__(self, checkpoint: Checkpoint, limits: Limits, now_s: float) -> None:
-        """The day that it is now is on record, where the job limits its requests."""
+    def __init__(self, checkpoint: Checkpoint, limits: Limits, now_s: float, variant: int = 0) -> None:
+        """The day that it is now is on record, where the job limits its requests. `variant`: how rows are asked now."""
         self._checkpoint = checkpoint
         self._kept_s = now_s
         manifest = checkpoint.manifest()
         self.known = learned.decode(manifest.get(learned.ENTRY))
         self.estimates = Estimates(self.known.sizes)
+        self.overruns = overruns.decode(manifest.get(overruns.ENTRY), variant)
         self._found = Found(self.known.requests_per_minute, self.known.tokens_per_minute)
         self._day: Day | None = None
         self.daily: DailyCount | None = None

@@ -7,7 +7,7 @@ the gate again. A slot is taken before the bytes leave and given back when the c
 import asyncio
 import functools
 from collections.abc import Callable, Sequence
-from decimal import ROUND_UP, Decimal
+from decimal import Decimal
 
 import msgspec
 
@@ -25,9 +25,11 @@ from batchrun.checkpoint.slots import Slots
 from batchrun.checkpoint.tables import usd
 from batchrun.errors import BatchrunError, InputError
 from batchrun.gate import forecast
+from batchrun.gate import overruns as overrunning
 from batchrun.gate.admission import Ask, Outcome
 from batchrun.gate.gate import Gate, GateClosed
 from batchrun.gate.learned import Estimates
+from batchrun.gate.overruns import Overruns
 from batchrun.job.job import Job
 from batchrun.output.chunks import OpenChunk
 from batchrun.plan.plan import Plan
@@ -68,6 +70,7 @@ class Pipeline:
         *,
         gate: Gate,
         estimates: Estimates,
+        overruns: Overruns,
         transport: Transport,
         checkpoint: Checkpoint,
         slots: Slots,
@@ -103,7 +106,6 @@ class Pipeline:
         self.backlog = Backlog(open_next, self._prepare, clock, **room, successes=lambda: gate.successes)
         budget = job.budget
         self._capped = budget.max_cost_usd is not None or budget.max_tokens is not None
-        self._beyond = Decimal(1)  # how far the dearest answer went beyond its upper bound
         self._failing = 0.0  # the share of first attempts that fail
         self.signs = Signs(quota_patience_s=job.retry.max_wait_s, resumed=plan.resumed)
         self._untried = 0  # rows that are out, or wait at the gate, for the first time in this process
@@ -113,6 +115,7 @@ class Pipeline:
         )
         self.retries = Retries(clock)
         self.estimates = estimates
+        self._overruns = overruns
         self.sent = 0
         self.slow_s = 0.0  # the latency that nearly all answers keep
         self._name = plan.facts.attempt_prefix
@@ -127,18 +130,15 @@ class Pipeline:
         """Asks rows until none is left or the gate closes."""
         while (pending := await self._next()) is not None:
             self._untried += pending.successes is None
-            bound_usd = self._bound_usd(pending.request)
-            prompt, output = self.estimates.of(pending.request)
-            ask = Ask(prompt + output, bound_usd, pending.request.upper_bound_tokens, output)
             try:
-                slot = await self._gate.admit(ask)
+                slot = await self._gate.admit(self._ask(pending.request))
             except GateClosed:
                 self.backlog.close()
                 return
             if pending.request.pictures:
-                await self._attempt_with_pictures(pending, slot, bound_usd)
+                await self._attempt_with_pictures(pending, slot)
             else:
-                await self._attempt(pending, pending.request, slot, bound_usd)
+                await self._attempt(pending, pending.request, slot)
 
     async def _next(self) -> Pending | None:
         """The next row to ask. A disk or input that fails here ends admission, but who is in flight may still land."""
@@ -148,7 +148,7 @@ class Pipeline:
             self._on_failure(error)
             return None
 
-    async def _attempt_with_pictures(self, pending: Pending, slot: int, bound_usd: Decimal | None) -> None:
+    async def _attempt_with_pictures(self, pending: Pending, slot: int) -> None:
         """The same with the images in the body, which nothing holds any more when this returns."""
         try:
             request = await self._room.load(functools.partial(self._with_pictures, pending))
@@ -157,7 +157,7 @@ class Pipeline:
             self._on_failure(error)
             return
         if self._gate.stop is None:
-            await self._attempt(_identified(pending, request.key), request, slot, bound_usd)
+            await self._attempt(_identified(pending, request.key), request, slot)
         else:  # it closed while this row waited for room
             self._gate.release(slot, NOTHING)
         self._room.leave(request)
@@ -180,12 +180,13 @@ class Pipeline:
             raise InputError(f"row {row}: {error}: changed while the run works; {ways_on}") from error
         return corrected(request, pending.corrections)
 
-    async def _attempt(self, pending: Pending, request: Request, slot: int, bound_usd: Decimal | None) -> None:
+    async def _attempt(self, pending: Pending, request: Request, slot: int) -> None:
         n = pending.history.attempts + 1
         if (held := self._held.pop(request.row, None)) is not None:
             self._checkpoint.put(held.discarded())
         successes = self._gate.successes
-        self._slots.take(slot, request.row, n, request.key, bound_usd, request.upper_bound_tokens)
+        bound_usd, bound_tokens = self._gate.bound(slot)
+        self._slots.take(slot, request.row, n, request.key, bound_usd, bound_tokens)
         self.sent += 1
         attempt = await self._transport.send(request.body, f"{self._name}-{request.row}-{n}")
         self._untried -= pending.successes is None
@@ -194,6 +195,8 @@ class Pipeline:
         judgement = self.signs.judged(policy.judge(attempt, answer, self._job.retry), self._clock())
         if answer.usage is not None:
             self.estimates.learn(pending.request, answer.usage)
+            if self._overruns.learn(pending.request, answer.usage):
+                self._checkpoint.note(overrunning.ENTRY, self._overruns.encode())
             self._gate.settle(slot, answer.usage.total_tokens, answer.usage.completion_tokens)
         self._gate.hear(slot, attempt.headers)
         reached = attempt.error is None or attempt.error.sent
@@ -211,10 +214,9 @@ class Pipeline:
             self.signs.answered(answer.finish_reason)
         told_usd = reported(attempt, answer)
         cost_usd = cost_of(attempt, answer, judgement, self._plan.prices.get(request.model), told_usd)
-        if cost_usd and bound_usd and cost_usd > bound_usd:
-            self._widen(pending.request, cost_usd)
         doubtful = maybe_billed(answer, judgement, cost_usd, capped=self._capped)
-        ended = Ended(pending, attempt, answer, judgement, settlement, history, bound_usd, cost_usd, doubtful, told_usd)
+        facts = pending, attempt, answer, judgement, settlement, history
+        ended = Ended(*facts, bound_usd, cost_usd, doubtful, told_usd, bound_tokens)
         for row in ruling.own:
             self._end_held(row)
         if ruling.hold and not self._refused_before(ended):
@@ -361,21 +363,14 @@ class Pipeline:
         self._gate.release(slot, NOTHING, 0)
         self.backlog.hold(msgspec.structs.replace(ended.pending, history=ended.history))
 
-    def _bound_usd(self, request: Request) -> Decimal | None:
-        bound = self._usual_bound_usd(request)
-        return bound if bound is None or self._beyond == 1 else (bound * self._beyond).quantize(prices.PICO, ROUND_UP)
-
-    def _usual_bound_usd(self, request: Request) -> Decimal | None:
+    def _ask(self, request: Request) -> Ask:
+        """What one attempt at the request takes and may take."""
+        prompt, output = self.estimates.of(request)
         table = self._plan.prices.get(request.model)
         tier = prices.asked_tier(table, request.body)
-        return prices.upper_bound(request.max_prompt_tokens, request.max_output_tokens, table, tier)
-
-    def _widen(self, request: Request, cost_usd: Decimal) -> None:
-        """An answer cost more than its upper bound, because the server's `max_tokens` does not bound its reasoning:
-        more is reserved for the requests to come.
-        """
-        if usual := self._usual_bound_usd(request):
-            self._beyond = max(self._beyond, cost_usd / usual)
+        bound_usd = prices.upper_bound(request.max_prompt_tokens, request.max_output_tokens, table, tier)
+        per_million = (NOTHING, NOTHING) if table is None else prices.dearest(table, tier)
+        return Ask(prompt + output, bound_usd, request.upper_bound_tokens, output, request.model, *per_million)
 
 
 def _identified(pending: Pending, key: bytes) -> Pending:

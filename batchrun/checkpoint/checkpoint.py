@@ -17,7 +17,9 @@ import msgspec
 from batchrun.checkpoint import spill, tables
 from batchrun.checkpoint.database import Database, Record
 from batchrun.checkpoint.spent import (
+    UNSTATED,
     Spent,
+    Unstated,
     doubt,
     fold,
     reopened,
@@ -75,7 +77,7 @@ class Checkpoint:
         self._reopened = bool(self._database.query("SELECT 1 FROM reopened LIMIT 1"))
         ((self._revision,),) = self._database.query("SELECT coalesce(max(revision), 0) FROM replaced")
         self._thread = threading.Thread(target=self._serve, name="checkpoint", daemon=True)
-        self.spent = self._read_spent()
+        self.spent = self._read_spent(msgspec.json.decode(manifest.get(UNSTATED, "{}"), type=Unstated))
         self._take_in_spilled()
         self._thread.start()
 
@@ -107,6 +109,10 @@ class Checkpoint:
     def write_manifest(self, facts: dict[str, str]) -> None:
         """The facts are durable, each replacing one of the same name."""
         self._call(lambda: self._replace("manifest", list(facts.items())))
+
+    def note(self, name: str, value: str) -> None:
+        """The manifest's entry is durable before any ending that is put after this; nobody waits for it."""
+        self._queue.put(lambda: self._write_note(name, value))
 
     def begin_invocation(self, started_at: float, pid: int, host: str, version: str) -> int:
         """This process's number among those that worked on the run, from 1."""
@@ -292,6 +298,13 @@ class Checkpoint:
             if item is not None:
                 item()
 
+    def _write_note(self, name: str, value: str) -> None:
+        if self._failed is None:
+            try:
+                self._replace("manifest", [(name, value)])
+            except BatchrunError as error:
+                self._fail(error)
+
     def _stop(self) -> None:
         self._closing = True
 
@@ -355,6 +368,8 @@ class Checkpoint:
             self._database.insert("attempts", [tables.discarded_record(attempt, invocation) for attempt in discarded])
             self._database.insert("possibly_billed", [tables.possibly_billed_record(doubt) for doubt in doubts])
             self._database.replace("totals", [tables.totals_record(line) for line in changed])
+            if spent.unstated is not self.spent.unstated:
+                self._database.replace("manifest", [(UNSTATED, msgspec.json.encode(spent.unstated).decode())])
             if completions:
                 self._stand(spent)
             known = self.spent.answered_as.items()
@@ -410,7 +425,7 @@ class Checkpoint:
     def _between(self, table: str, first_row: int, end_row: int) -> Iterator[Record]:
         return self._database.records(table, "WHERE row >= ? AND row < ? ORDER BY 1, 2", (first_row, end_row))
 
-    def _read_spent(self) -> Spent:
+    def _read_spent(self, unstated: Unstated) -> Spent:
         lines = [tables.totals_line(record) for record in self._database.records("totals")]
         changes = [tables.replaced_line(record) for record in self._database.records("replaced")]
         doubts = self._database.records("possibly_billed", "ORDER BY rowid")
@@ -419,6 +434,7 @@ class Checkpoint:
             replaced={line.key: line for line in changes},
             standing=dict(self._database.records("standing")),
             answered_as=dict(self._database.records("answered_as")),
+            unstated=unstated,
         )
         return with_possibly_billed(spent, [tables.possibly_billed(record) for record in doubts])
 

@@ -23,6 +23,7 @@ from batchrun.errors import ExitCode, RunStoppedError
 from batchrun.gate.accounts import BURST_S
 from batchrun.gate.admission import OPEN, Ask, Binding, Found, Limit, Outcome, Ruling, Stop
 from batchrun.gate.daily import DailyCount
+from batchrun.gate.overruns import Overruns
 from batchrun.gate.pace import Pace, PaceChange
 from batchrun.gate.purse import Purse
 from batchrun.gate.rate_headers import stated
@@ -87,10 +88,13 @@ class Gate:
         daily: DailyCount | None = None,
         found: Found = Found(),  # noqa: B008  (frozen)
         purse: Purse | None = None,
+        overruns: Overruns | None = None,
         on_pace: PaceChange = lambda limit, before, after, why: None,
         on_kind: Callable[[str, str], None] = lambda kind, why: None,
     ) -> None:
         """The loop is the clock, as it is aiolimiter's. A rate that `limits` does not tell costs nothing per call.
+
+        `overruns` widen the bounds of what is asked; without them, bounds are believed.
 
         `found` is where a pace begins that no one tells; `on_pace` is told each change of a limit, `on_kind` what
         refusals are taken for.
@@ -119,6 +123,7 @@ class Gate:
         self._daily = daily
         self._hear_s = loop.time()
         self._purse = purse
+        self._overruns = overruns
         self._slots = state.in_flight.most
         self._free = list(range(self._slots - 1, -1, -1))  # a stack: low slots are the ones used again
         self._flights: dict[int, _Flight] = {}
@@ -221,6 +226,11 @@ class Gate:
             await guard.acquire()  # never suspends: _lack has just seen the capacity, so all is taken as one
         return self._take(ask)
 
+    def bound(self, slot: int) -> tuple[Decimal | None, int]:
+        """The most that the attempt in this slot may cost (USD; None: unknown) and use (tokens), as it is reserved."""
+        ask = self._flights[slot].ask
+        return ask.upper_bound_usd, ask.upper_bound_tokens
+
     def settle(self, slot: int, tokens: int | None, output_tokens: int = 0) -> None:
         """The buckets stand as if `tokens` had been asked for, `output_tokens` of them for the answer; None, no usage
         known, leaves the estimate.
@@ -252,6 +262,8 @@ class Gate:
         flight = self._flights[slot]
         assert not flight.observed, f"slot {slot} is observed twice"
         flight.observed = True
+        if self._overruns is not None and self._overruns.most_in_flight(flight.ask.model) is not None:
+            self._overruns.ended(flight.ask.model, outcome.verdict)
         was_open, now_s = self._state.phase is OPEN, self._loop.time()
         finding = self._learn(flight, outcome, now_s)
         ruling = self._state.observe(outcome, flight.order, now_s, finding)
@@ -346,9 +358,23 @@ class Gate:
             self._refusals.reopened(now_s)  # after a pause all go on at once, at a lower rate
         if len(self._flights) >= self._state.in_flight.most:
             return IN_FLIGHT
-        if self._purse is not None and not self._purse.fits(ask):
-            return self._wait_for_budget(self._purse, ask)
+        if self._purse is not None and (lacking := self._lack_of_budget(self._purse, self._widened(ask))) is not None:
+            return lacking
         return self._lack_of_pace(ask, now_s)
+
+    def _widened(self, ask: Ask) -> Ask:
+        """The ask with bounds as they are known at this moment: it may have stood in line while an answer came."""
+        return ask if self._overruns is None else self._overruns.widened(ask)
+
+    def _lack_of_budget(self, purse: Purse, ask: Ask) -> Binding | None:
+        if not purse.fits(ask):
+            return self._wait_for_budget(purse, ask)
+        if self._overruns is None or not purse.rests_on_bounds:
+            return None
+        most = self._overruns.most_in_flight(ask.model)
+        if most is None or sum(f.ask.model == ask.model and not f.observed for f in self._flights.values()) < most:
+            return None
+        return BUDGET  # the first answer of this model shows whether its bounds hold
 
     def _lack_of_pace(self, ask: Ask, now_s: float) -> Binding | None:
         self._refusals.rise(now_s)
@@ -377,6 +403,7 @@ class Gate:
         raise GateClosed(stop)
 
     def _take(self, ask: Ask) -> int:
+        ask = self._widened(ask)
         self._sent_at_s = now_s = self._loop.time()
         before = self._requests.taken, self._tokens.taken
         self._requests.take(1, now_s)
