@@ -18,6 +18,7 @@ from batchrun.gate.in_flight import InFlight
 from batchrun.gate.overruns import Overruns
 from batchrun.gate.pace import PaceChange
 from batchrun.gate.purse import Cap, Purse
+from batchrun.gate.rates import Rates
 from batchrun.gate.state import GateState
 from batchrun.job.job import Limits
 from batchrun.records import RowError, Verdict
@@ -252,12 +253,12 @@ async def test_other_limits_hold_from_the_moment_they_are_told() -> None:
     gate = new_gate(requests_per_minute=6_000, on_pace=lambda *change: changes.append(change))
     for _ in range(300):
         await use(gate, SMALL)
-    gate.tune(requests_per_minute=600, tokens_per_minute=6_000)
+    gate.tune(Rates(requests_per_minute=600, tokens_per_minute=6_000))
     start_s = now_s()
     for _ in range(100):
         await use(gate, SMALL)
     assert now_s() - start_s == pytest.approx(10.0, abs=0.2)
-    gate.tune(requests_per_minute=6_000)
+    gate.tune(Rates(requests_per_minute=6_000))
     start_s = now_s()
     for _ in range(100):
         await use(gate, SMALL)
@@ -268,13 +269,54 @@ async def test_other_limits_hold_from_the_moment_they_are_told() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("before", "rates", "per_s"),
+    [
+        ({}, Rates(requests_per_second=5), 5),
+        ({"requests_per_second": 50}, Rates(requests_per_second=5), 5),
+        ({}, Rates(requests_per_minute=300), 5),
+        ({}, Rates(tokens_per_minute=30_000), 5),
+        ({}, Rates(input_tokens_per_minute=18_000), 5),
+        ({"input_tokens_per_minute": 1_000_000}, Rates(input_tokens_per_minute=18_000), 5),
+        ({}, Rates(output_tokens_per_minute=12_000), 5),
+    ],
+)
+def test_a_rate_that_is_tuned_holds_whether_or_not_the_job_had_one(
+    before: dict[str, Any], rates: Rates, per_s: float
+) -> None:
+    async def main() -> None:
+        gate, sent_s = new_gate(**before), list[float]()
+        for row in range(61):
+            slot = await gate.admit(Ask(100, output_tokens=40))
+            sent_s.append(now_s())
+            gate.settle(slot, 100, 40)
+            gate.observe(slot, Outcome(row, Verdict.OK))
+            gate.release(slot, Decimal(0))
+            if not row:
+                gate.tune(rates)
+        # the first ten may be what a fresh limiter, or what is left of a bucket, lets through
+        assert sent_s[-1] - sent_s[10] == pytest.approx(50 / per_s, rel=0.02)
+
+    run_on_moved_clock(main())
+
+
+@on_moved_clock
+async def test_a_limit_of_a_day_that_is_tuned_makes_the_rest_wait_for_the_next_day() -> None:
+    gate = new_gate()
+    gate.tune(Rates(daily=DailyCount(5, 3, now_s() + 600)))
+    start_s = now_s()
+    sent_s = [await use(gate, SMALL) - start_s for _ in range(4)]
+    assert [round(at_s) for at_s in sent_s] == [0, 0, 600, 600]
+    assert gate.in_force.requests_per_day == 5
+
+
 @on_moved_clock
 async def test_who_waits_for_a_slow_pace_goes_as_soon_as_a_faster_one_allows_it() -> None:
     gate = new_gate(requests_per_minute=1)
     await gate.admit(SMALL)
     waiting = await turns(gate.admit(SMALL))
     start_s = now_s()
-    gate.tune(requests_per_minute=6_000)
+    gate.tune(Rates(requests_per_minute=6_000))
     await waiting
     assert now_s() - start_s == pytest.approx(0.01)
 

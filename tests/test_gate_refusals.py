@@ -15,6 +15,7 @@ import pytest
 from batchrun.gate.admission import Ask, Limit, Outcome
 from batchrun.gate.pace import Pace
 from batchrun.gate.rate_search import RateSearch
+from batchrun.gate.rates import Rates
 from batchrun.records import RowError, Verdict
 from tests.moved_clock import START_S, run_on_moved_clock
 from tests.refusing_servers import Crowded, Limited, Played, Queueing, RefusingServer, play, play_retry
@@ -152,7 +153,7 @@ def test_a_limit_that_is_told_while_it_runs_lifts_what_was_learned() -> None:
         learned = gate.in_force.requests_per_minute
         assert learned is not None
         assert learned < 6_000
-        gate.tune(requests_per_minute=9_000)
+        gate.tune(Rates(requests_per_minute=9_000))
         assert gate.in_force.requests_per_minute == 9_000
         before_s = now_s()
         gate.release(slot, Decimal(0))

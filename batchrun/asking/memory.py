@@ -45,6 +45,17 @@ class Memory:
                 limits.requests_per_day, made - self._day.requests_before, now_s + daily.left_s(now)
             )
 
+    def count_day(self, limit: int, in_flight: int, now_s: float) -> DailyCount:
+        """The day's requests are limited from now on; those that all starts made since it began are counted."""
+        now, spent = datetime.now(UTC), self._checkpoint.spent
+        if self._day is None:
+            date = now.date().isoformat()
+            made = sum(line.attempts for line in spent.totals.values() if line.day == date)
+            self._day = Day(date, spent.requests() - made)
+        made = spent.requests() + in_flight - self._day.requests_before
+        self.daily = DailyCount(limit, made, now_s + daily.left_s(now))
+        return self.daily
+
     def is_due(self, gate: Gate, now_s: float) -> bool:
         """True, once, when a minute has passed, a new day has begun, or a limit is news."""
         day = self._day

@@ -81,10 +81,10 @@ _SLOT_TAKEN_LATE = Bug(
     "the slot is written after the send",
     "batchrun.asking.pipeline",
     (
-        ("        self._slots.take(slot, request.row, n, request.key, bound_usd, request.upper_bound_tokens)\n", ""),
+        ("        self._slots.take(slot, request.row, n, request.key, bound_usd, bound_tokens)\n", ""),
         (
             "        answer = answers.read(attempt.body)\n",
-            "        self._slots.take(slot, request.row, n, request.key, bound_usd, request.upper_bound_tokens)\n"
+            "        self._slots.take(slot, request.row, n, request.key, bound_usd, bound_tokens)\n"
             "        answer = answers.read(attempt.body)\n",
         ),
     ),
