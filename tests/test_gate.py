@@ -643,14 +643,14 @@ async def test_closing_ends_every_wait_at_once_and_later_rows_too() -> None:
     assert now_s() == start_s
 
 
-STORM = 8
+STORM = 10
 """So many refusals in a row are no chance."""
 
 
 async def storm(gate: Gate, retry_after_s: float | None = None) -> None:
     """Everything that is sent is refused, and the gate pauses."""
-    slots = [await gate.admit(SMALL) for _ in range(STORM)]
-    for row, slot in enumerate(slots):
+    for row in range(STORM):
+        slot = await gate.admit(SMALL)
         gate.observe(slot, Outcome(row, Verdict.SLOW, RATE_LIMIT, retry_after_s))
         gate.release(slot, Decimal(0))
 
