@@ -231,13 +231,17 @@ def export(out: Path, target: Path | None) -> None:
 
 @cli.command()
 @OUT
-@click.option("--rpm", "requests_per_minute", type=float, metavar="N", help="Requests a minute.")
-@click.option("--tpm", "tokens_per_minute", type=float, metavar="N", help="Tokens a minute.")
-@click.option("--max-in-flight", type=int, metavar="N", help="Requests at once, at most as many as at its start.")
+@click.option("--rps", "requests_per_second", metavar="N", help="Requests a second.")
+@click.option("--rpm", "requests_per_minute", metavar="N", help="Requests a minute.")
+@click.option("--rpd", "requests_per_day", metavar="N", help="Requests a day (UTC), those made today included.")
+@click.option("--tpm", "tokens_per_minute", metavar="N", help="Tokens a minute.")
+@click.option("--input-tpm", "input_tokens_per_minute", metavar="N", help="Tokens of prompts a minute.")
+@click.option("--output-tpm", "output_tokens_per_minute", metavar="N", help="Tokens of answers a minute.")
+@click.option("--max-in-flight", metavar="N", help="Requests at once, at most as many as at its start.")
 @click.option("--max-cost", "max_cost_usd", metavar="USD", help="The cap on cost, of a run that has one.")
-@click.option("--max-tokens", type=int, metavar="N", help="The cap on tokens, of a run that has one.")
-@click.option("--max-requests", type=int, metavar="N", help="The cap on requests, of a run that has one.")
-def tune(out: Path, **settings: float | str | None) -> None:
+@click.option("--max-tokens", metavar="N", help="The cap on tokens, of a run that has one.")
+@click.option("--max-requests", metavar="N", help="The cap on requests, of a run that has one.")
+def tune(out: Path, **settings: str | None) -> None:
     """Change the limits of a run at work, until it ends."""
     from batchrun.dispatch import live_limits
     from batchrun.rundir import RunDirectory

@@ -139,23 +139,22 @@ def upper_bound(
 
 
 class Dearest(msgspec.Struct, frozen=True):
-    """The most that one token of a request can cost, in USD, and the fee of a request."""
+    """The most that tokens of a request can cost, in USD per million, and the fee of a request."""
 
-    prompt_token: Decimal
-    output_token: Decimal
+    prompt: Decimal
+    output: Decimal
     per_request: Decimal
 
     def bound(self, max_prompt_tokens: int, max_output_tokens: int) -> Decimal:
-        """The most that one attempt of this size can cost."""
-        usd = max_prompt_tokens * self.prompt_token + max_output_tokens * self.output_token + self.per_request
-        return usd.quantize(PICO)
+        """USD: the most that one attempt of this size can cost."""
+        micro = max_prompt_tokens * self.prompt + max_output_tokens * self.output
+        return (micro / PER_TOKEN + self.per_request).quantize(PICO)
 
 
-def dearest(table: PriceTable, asked_tier: str | None) -> Dearest:
+def dearest(table: PriceTable, asked_tier: str | None = None) -> Dearest:
     """The dearest hour and service tier that `asked_tier` allows."""
     every = [tier for tiers in _allowed(table, asked_tier) for tier in tiers]
-    prompt_token = max(tier.dearest_input() for tier in every) / PER_TOKEN
-    return Dearest(prompt_token, max(tier.output for tier in every) / PER_TOKEN, table.per_request)
+    return Dearest(max(tier.dearest_input() for tier in every), max(tier.output for tier in every), table.per_request)
 
 
 def asked_tier(table: PriceTable | None, body: bytes) -> str | None:

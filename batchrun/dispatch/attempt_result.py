@@ -33,7 +33,7 @@ class Ended(msgspec.Struct, frozen=True):
 
     `settlement` is what a usable answer makes of the row, None where there is none. `cost_usd` is this attempt's alone:
     0 where no answer came, None where one came that can't be priced. `maybe_billed`: it may have cost something that
-    no usage states.
+    no usage states, at most `bound_usd` for `bound_tokens`.
     """
 
     pending: Pending
@@ -46,6 +46,7 @@ class Ended(msgspec.Struct, frozen=True):
     cost_usd: Decimal | None
     maybe_billed: bool
     reported_cost_usd: Decimal | None = None
+    bound_tokens: int = 0
 
     @property
     def error(self) -> RowError | None:
@@ -105,7 +106,7 @@ class Ended(msgspec.Struct, frozen=True):
             possibly_billed_usd=self.bound_usd,
             raw=attempt.body,
             variant=pending.variant,
-            possibly_billed_tokens=pending.request.upper_bound_tokens,
+            possibly_billed_tokens=self.bound_tokens,
             in_json=self.settlement is not None and self.settlement.in_json,
             offline=self._offline(),
             reported_cost_usd=self.reported_cost_usd if restored is None else None,  # it is of another answer then
@@ -135,7 +136,7 @@ class Ended(msgspec.Struct, frozen=True):
             maybe_billed=self.maybe_billed,
             possibly_billed_usd=self.bound_usd,
             key=request.key,
-            possibly_billed_tokens=request.upper_bound_tokens,
+            possibly_billed_tokens=self.bound_tokens,
             offline=self._offline(),
             reported_cost_usd=self.reported_cost_usd,
             said=self.said if self.judgement.verdict is Verdict.OK else None,

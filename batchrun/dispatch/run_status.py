@@ -13,6 +13,7 @@ from batchrun.dispatch.runlog import RunLog
 from batchrun.dispatch.worker import Workers
 from batchrun.durable import replace_bytes, told
 from batchrun.errors import CheckpointError, DiskError, ExitCode, InputError
+from batchrun.gate import overruns
 from batchrun.gate.admission import Limit
 from batchrun.gate.deadline import Deadline
 from batchrun.gate.forecast import Forecast, Recent, Sample
@@ -155,7 +156,11 @@ class RunStatus:
         self._seen_tiers += len(tiers)
         for tier in tiers:
             self.log.write("unpriced service_tier", service_tier=tier)
-        return [f"warning: {line}" for line in (*map(unknown_reason, new), *map(unpriced_tier, tiers))]
+        beyond = workers.learned.overruns.taken()
+        for model, overrun in beyond:
+            self.log.write("overrun", model=model, **msgspec.structs.asdict(overrun))
+        words = (*map(unknown_reason, new), *map(unpriced_tier, tiers), *(overruns.in_words(*each) for each in beyond))
+        return [f"warning: {line}" for line in words]
 
     def write(self, summary: Summary) -> None:
         """summary.json holds the summary, if the disk takes it: a heartbeat must never cost an answer."""

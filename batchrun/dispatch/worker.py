@@ -10,7 +10,6 @@ import asyncio
 import functools
 import random
 from collections.abc import Sequence
-from decimal import Decimal
 
 import msgspec
 
@@ -26,8 +25,8 @@ from batchrun.dispatch.signs import Signs
 from batchrun.dispatch.store import Landing
 from batchrun.dispatch.tail import Tail
 from batchrun.errors import BatchrunError, ExitCode, InputError
-from batchrun.gate import forecast
-from batchrun.gate.admission import Ask, Outcome, Ruling, Stop
+from batchrun.gate import forecast, overruns
+from batchrun.gate.admission import Outcome, Ruling, Stop
 from batchrun.gate.gate import Gate, GateClosed
 from batchrun.job.job import Job
 from batchrun.policy import Settlement
@@ -102,17 +101,15 @@ class Workers:
         """Sends rows until none is left or the gate closes."""
         while (pending := await self._next()) is not None:
             request = pending.request
-            bound_usd = self._requests.bound_usd(request)
-            prompt, output = self.learned.estimates.of(request)
             try:
-                slot = await self.gate.admit(Ask(prompt + output, bound_usd, request.upper_bound_tokens, output))
+                slot = await self.gate.admit(self._requests.ask(request))
             except GateClosed:
                 self.backlog.close()
                 return
             if request.pictures:
-                await self._attempt_with_pictures(pending, slot, bound_usd)
+                await self._attempt_with_pictures(pending, slot)
             else:
-                await self._attempt(pending, request, slot, bound_usd)
+                await self._attempt(pending, request, slot)
 
     def close(self, stop: Stop) -> None:
         """Nothing more is sent; what is in flight may land."""
@@ -138,7 +135,7 @@ class Workers:
             self._tail.handed_out()
         return pending
 
-    async def _attempt_with_pictures(self, pending: Pending, slot: int, bound_usd: Decimal | None) -> None:
+    async def _attempt_with_pictures(self, pending: Pending, slot: int) -> None:
         """The same with the images in the body, which nothing holds any more when this returns."""
         try:
             request = await self._image_memory.load(functools.partial(self._requests.with_pictures, pending))
@@ -147,23 +144,24 @@ class Workers:
             self.fail(error)
             return
         if self.gate.stop is None:
-            await self._attempt(identified(pending, request.key), request, slot, bound_usd)
+            await self._attempt(identified(pending, request.key), request, slot)
         else:  # it closed while this row waited for room
             self.gate.release(slot, NOTHING)
         self._image_memory.leave(request)
 
-    async def _attempt(self, pending: Pending, request: Request, slot: int, bound_usd: Decimal | None) -> None:
+    async def _attempt(self, pending: Pending, request: Request, slot: int) -> None:
         """The attempt, from its slot to the checkpoint."""
         n = pending.history.attempts + 1
         if (held := self._held.pop(request.row, None)) is not None:
             self._checkpoint.put(held.discarded())
-        self._slots.take(slot, request.row, n, request.key, bound_usd, request.upper_bound_tokens)
+        bound_usd, bound_tokens = self.gate.bound(slot)
+        self._slots.take(slot, request.row, n, request.key, bound_usd, bound_tokens)
         successes = self.gate.successes
         self.sent += 1
         attempt = await self._transport.send(request.body, self._store.attempt_id(request.row, n))
         if pending.successes is None:
             self._tail.tried()
-        ended, ruling = self._judged(pending, attempt, slot, bound_usd, successes)
+        ended, ruling = self._judged(pending, attempt, slot, successes)
         for row in ruling.own:
             self._end_held(row)
         if ruling.hold and not self._refused_before(ended):
@@ -175,9 +173,7 @@ class Workers:
         else:
             self._ask_again(ended, slot, successes)
 
-    def _judged(
-        self, pending: Pending, attempt: Attempt, slot: int, bound_usd: Decimal | None, successes: int
-    ) -> tuple[Ended, Ruling]:
+    def _judged(self, pending: Pending, attempt: Attempt, slot: int, successes: int) -> tuple[Ended, Ruling]:
         """How the attempt ended, what it cost, and what the gate makes of it."""
         request, row = pending.request, pending.request.row
         self.slow_s = forecast.peak(self.slow_s, attempt.latency_s)
@@ -185,6 +181,8 @@ class Workers:
         judgement = self.signs.judged(policy.judge(attempt, answer, self._job.retry), self._clock())
         if answer.usage is not None:
             self.learned.estimates.learn(request, answer.usage)
+            if self.learned.overruns.learn(request, answer.usage):
+                self._checkpoint.note(overruns.ENTRY, self.learned.overruns.encode())
             self.gate.settle(slot, answer.usage.total_tokens, answer.usage.completion_tokens)
         self.gate.hear(slot, attempt.headers)
         settlement: Settlement | None = None
@@ -209,13 +207,10 @@ class Workers:
         cost_usd = cost_of(attempt, answer, judgement, table, reported_usd)
         if cost_usd is None and table is not None and prices.lacks_tier(table, answer.service_tier):
             self.signs.unpriced(answer.service_tier)
-        if cost_usd and bound_usd and cost_usd > bound_usd:
-            self._requests.widen(request, cost_usd)
         doubtful = maybe_billed(answer, judgement, cost_usd, capped=self._capped)
-        ended = Ended(
-            pending, attempt, answer, judgement, settlement, history, bound_usd, cost_usd, doubtful, reported_usd
-        )
-        return ended, ruling
+        bound_usd, bound_tokens = self.gate.bound(slot)
+        facts = pending, attempt, answer, judgement, settlement, history
+        return Ended(*facts, bound_usd, cost_usd, doubtful, reported_usd, bound_tokens), ruling
 
     def durable(self, endings: Sequence[Ending]) -> None:
         """The endings are on disk: their slots are free, and what waited for them goes on. One call a commit."""
