@@ -91,7 +91,7 @@ class Refusals:
     ) -> None:
         """`paces` of requests and tokens; `on_kind` is told what refusals are taken for, and why."""
         self.searches = {limit: RateSearch(pace) for limit, pace in paces.items()}
-        self._requests = self.searches[Limit.REQUESTS]
+        self._requests, self._tokens = self.searches[Limit.REQUESTS], self.searches[Limit.TOKENS]
         self._paces = paces
         self._crowding = in_flight.crowding
         self._in_flight = in_flight
@@ -169,8 +169,14 @@ class Refusals:
     def _count(self, order: int, attempt: Sent, now_s: float) -> None:
         """One attempt more, in the order of sending, of which it is known whether it was taken."""
         refused = bool(attempt.refused)
-        for limit, search in self.searches.items():
-            search.count(attempt.at_s, 1 if limit is Limit.REQUESTS else attempt.tokens, refused=refused)
+        self._requests.count(attempt.at_s, 1, refused=refused)
+        self._tokens.count(attempt.at_s, attempt.tokens, refused=refused)
+        if not refused and self._is_quiet:
+            self._crowding.took(now_s, attempt.others, self._in_flight.most)
+            if order >= self._since:
+                self._taken = True
+                self.share.add(0, 1)
+            return
         if refused and self._crowding.refused(now_s, attempt.others):
             return
         if not refused:
@@ -184,6 +190,14 @@ class Refusals:
             self._act(attempt.at_s, now_s)
         elif not refused:
             self._begin_slower(attempt.at_s, now_s)
+
+    @property
+    def _is_quiet(self) -> bool:
+        """True while nothing is suspected, learned or tried: an attempt that was taken changes none of that then."""
+        if not self._storm.is_at_zero or self._slower is not None or float(self.share) >= LEAST_DOUBTED:
+            return False
+        learned = self._requests.per_s is not None or self._tokens.per_s is not None
+        return not learned and self._crowding.cap is None and not self._crowding.on_trial
 
     def _is_too_much(self, *, refused: bool) -> bool:
         share = float(self.share)
