@@ -73,7 +73,11 @@ class Workers:
             store.chunks.open_next, requests.pending, self._clock, landing.has_room, lambda: gate.successes
         )
         self._tail = Tail(self.backlog, gate, job.retry, answered_before=store.was_answered)
-        self.signs = Signs(quota_patience_s=job.retry.max_wait_s, resumed=store.plan.resumed)
+        self.signs = Signs(
+            quota_patience_s=job.retry.max_wait_s,
+            resumed=store.plan.resumed,
+            retried=store.checkpoint.has_reopened,
+        )
         self.retries = Retries(self._clock)
         self.failure: BaseException | None = None
         self._working: asyncio.Task[None] | None = None
