@@ -319,6 +319,7 @@ LIMITS: dict[str, tuple[int, object, dict[str, str], Verdict, str, float | None]
     "ja, a minute": (429, error("1分あたりの上限に達しました billing"), {}, SLOW, "rate_limit", None),
     "ja, empty": (429, error("残高が不足しています"), {}, PAUSE, "insufficient_quota", None),
     "de, empty": (429, error("Ihr Guthaben ist aufgebraucht"), {}, PAUSE, "insufficient_quota", None),
+    "a video": (400, error("The video is longer than the 60 seconds limit"), {}, ROW, "bad_request", None),
     "a trial": (429, error("Your free trial has ended."), {}, PAUSE, "insufficient_quota", None),
     "a month, and billing": (429, error("monthly quota exceeded, billing"), {}, PAUSE, "insufficient_quota", None),
     "Mistral": (429, {"message": "Requests rate limit exceeded"}, {}, SLOW, "rate_limit", None),

@@ -20,6 +20,8 @@ class Subject(StrEnum):
     """A quota is used up: a minute's or a month's."""
     PACE = "pace"
     """A limit that time alone lifts within minutes."""
+    WINDOW = "window"
+    """So many seconds or minutes, which in a 429 are those of a limit."""
     WAIT = "wait"
     """The server says how long to wait, or uses the name of a passing limit (`RESOURCE_EXHAUSTED`)."""
     KEY = "key"
@@ -59,12 +61,15 @@ _PATTERNS: Mapping[Subject, re.Pattern[str]] = {
         r"|(per|/|every|each) ?[ _-]?(second|minute|min|hour)(?![a-z])|(?<![a-z])[rtq]p[ms](?![a-z])"
         r"|per(second|minute|hour)|throttl|slow[ _-]?down|too fast|concurren|requests? (frequency|limit)"
         r"|minute.{0,10}(limit|quota)"
-        r"|\u901f\u7387|\u5e76\u53d1|\u9891\u7387|每(一|1)?(秒|分|小时)|分钟|限流|频繁|请求(次数|过多|过快)"
-        # "quota exceeded (60s window)", "1-minute token quota"
-        r"|\b\d+[ -]?(s|secs?|seconds?|mins?|minutes?)\b.{0,12}\b(window|quota|limit|interval|period)"
+        r"|\u901f\u7387|\u5e76\u53d1|\u9891\u7387|每(一|1)?(秒|分|小时)|限流|频繁|请求(次数|过多|过快)"
+        r"|分あたり|秒あたり|분당|초당",
+        _I,
+    ),
+    # "quota exceeded (60s window)", "1-minute token quota"; a 400 may say so of a video that is too long
+    Subject.WINDOW: re.compile(
+        r"\b\d+[ -]?(s|secs?|seconds?|mins?|minutes?)\b.{0,12}\b(window|quota|limit|interval|period)"
         r"|\b(window|quota|limit|interval|period)\b.{0,12}\b\d+[ -]?(secs?|seconds?|mins?|minutes?)\b"
-        r"|\b(pro|par|por|al|je|в) (sekunde|minut|segundo|seconde|secondo|секунд|минут)"
-        r"|分(間|あたり)|秒あたり|분당|초당",
+        r"|\b(pro|par|por|al|je|в) (sekunde|minut|segundo|seconde|secondo|секунд|минут)|分钟|分間",
         _I,
     ),
     Subject.WAIT: re.compile(r"resource[ _-]?exhausted|rate_limit_error", _I),
