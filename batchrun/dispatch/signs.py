@@ -5,7 +5,7 @@ Nothing here is kept per row.
 
 from collections import deque
 
-from batchrun.answer.finish_reasons import UNSAID, Meaning, meaning_of
+from batchrun.answer.finish_reasons import is_known
 from batchrun.errors import ExitCode
 from batchrun.gate.admission import Stop
 from batchrun.policy import CONTENT_POLICY, QUOTA, Judgement
@@ -63,8 +63,8 @@ class Signs:
         return Judgement(Verdict.PAUSE, error, retry_after_s=judgement.retry_after_s)
 
     def answered(self, finish_reason: str | None) -> None:
-        """An answer ended so."""
-        if finish_reason is None or finish_reason in UNSAID or meaning_of(finish_reason) is not Meaning.OTHER:
+        """An answer ended so, or broke off."""
+        if finish_reason is None or is_known(finish_reason):
             return
         reason = finish_reason[:MAX_REASON_CHARS]
         if reason not in self.finish_reasons and len(self.finish_reasons) < MAX_REASONS:

@@ -186,6 +186,7 @@ class Workers:
         request, row = pending.request, pending.request.row
         self.slow_s = forecast.peak(self.slow_s, attempt.latency_s)
         answer = answers.read(attempt.body)
+        self.signs.answered(answer.finish_reason)
         judgement = self.signs.judged(policy.judge(attempt, answer, self._job.retry), self._clock())
         if answer.usage is not None:
             self.learned.estimates.learn(request, answer.usage)
@@ -196,7 +197,6 @@ class Workers:
             ruling = self.gate.observe(slot, Outcome(row, Verdict.OK))
             history = policy.answered(pending.history)
             settlement = policy.settlement(answer, request.expected, self._job.finish, attempt.http_status)
-            self.signs.answered(answer.finish_reason)
             self.retries.drop(row)
             if pending.history.attempts:
                 self._tail.healed()
