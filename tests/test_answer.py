@@ -413,3 +413,29 @@ def test_one_choice_is_no_list_of_choices_and_absurd_numbers_are_left_out() -> N
     events = [{"choices": [{"index": at, "delta": {"content": "c"}, "finish_reason": "stop"}]} for at in (0, 10**8)]
     streamed = read(b"".join(b"data: %b\n\n" % msgspec.json.encode(event) for event in events))
     assert (streamed.content, streamed.choices, streamed.completion) == ("c", (), True)
+
+
+STATED = {"prompt_tokens": 10, "completion_tokens": 3, "total_tokens": 13}
+
+
+@pytest.mark.parametrize(
+    ("later", "counts"),
+    [
+        ([{"prompt_tokens": 0, "completion_tokens": 7, "total_tokens": 7}], (10, 7, 17)),
+        ([{"prompt_tokens": 0, "completion_tokens": 7, "total_tokens": 17}], (10, 7, 17)),
+        ([{"prompt_tokens": 0, "completion_tokens": 7}], (10, 7, 17)),
+        ([{"prompt_tokens": 0, "completion_tokens": 2, "total_tokens": 2}] * 2, (10, 7, 17)),
+        ([{"prompt_tokens": 0, "completion_tokens": 7, "total_tokens": 12}], (10, 7, 22)),  # five of reasoning
+        ([{"completion_tokens": 2}], (10, 2, 13)),
+        ([{"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}], (10, 3, 13)),
+        ([{"prompt_tokens": 11, "completion_tokens": 2, "total_tokens": 13}], (11, 2, 13)),
+        ([{"input_tokens": 0, "output_tokens": 7}], (10, 3, 17)),
+    ],
+)
+def test_what_a_stream_states_of_its_usage_bit_by_bit_adds_up(
+    later: list[dict[str, int]], counts: tuple[int, int, int]
+) -> None:
+    usages = [chunk(choices=[], usage=usage) for usage in (STATED, *later)]
+    usage = read(stream(*WORDS, STOP, *usages)).usage
+    assert usage is not None
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == counts
