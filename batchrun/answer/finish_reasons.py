@@ -118,7 +118,7 @@ def meaning_of(reason: str | None) -> Meaning:
     if known is not None or reason is None or len(reason) > MAX_CHARS:
         return known or Meaning.OTHER
     name = _name(reason)
-    if _DENIED.search(name):
+    if not reason.isprintable() or _DENIED.search(name):
         return Meaning.OTHER
     return next((meaning for meaning, parts in _PARTS if parts.search(name)), Meaning.OTHER)
 
