@@ -108,6 +108,7 @@ RULES: Mapping[int, tuple[Rule, ...]] = {
     429: (
         _BROKE,
         _TOO_FAST,
+        _rule(Subject.WINDOW, verdict=Verdict.SLOW, kind="rate_limit"),
         _rule(Subject.WAIT, Subject.ACCOUNT, verdict=Verdict.SLOW, kind=QUOTA),
         _rule(Subject.ACCOUNT, verdict=Verdict.PAUSE, kind="insufficient_quota"),
         _rule(Subject.QUOTA, verdict=Verdict.SLOW, kind=QUOTA),

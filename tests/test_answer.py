@@ -440,3 +440,87 @@ def test_one_choice_is_no_list_of_choices_and_absurd_numbers_are_left_out() -> N
     events = [{"choices": [{"index": at, "delta": {"content": "c"}, "finish_reason": "stop"}]} for at in (0, 10**8)]
     streamed = read(b"".join(b"data: %b\n\n" % msgspec.json.encode(event) for event in events))
     assert (streamed.content, streamed.choices, streamed.completion) == ("c", (), True)
+
+
+STATED = {"prompt_tokens": 10, "completion_tokens": 3, "total_tokens": 13}
+
+
+@pytest.mark.parametrize(
+    ("later", "counts"),
+    [
+        ([{"prompt_tokens": 0, "completion_tokens": 7, "total_tokens": 7}], (10, 7, 17)),
+        ([{"prompt_tokens": 0, "completion_tokens": 7, "total_tokens": 17}], (10, 7, 17)),
+        ([{"prompt_tokens": 0, "completion_tokens": 7}], (10, 7, 17)),
+        ([{"prompt_tokens": 0, "completion_tokens": 2, "total_tokens": 2}] * 2, (10, 7, 17)),
+        ([{"prompt_tokens": 0, "completion_tokens": 7, "total_tokens": 12}], (10, 7, 22)),  # five of reasoning
+        ([{"completion_tokens": 2}], (10, 2, 13)),
+        ([{"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}], (10, 3, 13)),
+        ([{"prompt_tokens": 11, "completion_tokens": 2, "total_tokens": 13}], (11, 2, 13)),
+        ([{"input_tokens": 0, "output_tokens": 7}], (10, 3, 17)),
+    ],
+)
+def test_what_a_stream_states_of_its_usage_bit_by_bit_adds_up(
+    later: list[dict[str, int]], counts: tuple[int, int, int]
+) -> None:
+    usages = [chunk(choices=[], usage=usage) for usage in (STATED, *later)]
+    usage = read(stream(*WORDS, STOP, *usages)).usage
+    assert usage is not None
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == counts
+
+
+COMPLETE: dict[str, Any] = json.loads(body())
+AROUND: list[dict[str, Any]] = [
+    {},
+    {"status": {"code": 200, "message": "ok"}},
+    {"code": 0, "message": "success"},
+    {"success": True, "message": "Request completed"},
+    {"error": None, "errors": []},
+]
+
+
+@pytest.mark.parametrize(
+    ("raw", "flagged"),
+    [
+        (b": ping\n\n" + body(), False),
+        (b": ping\r\n: ping\r\n\r\n" + body(), False),
+        (b"\n:\n" + body(), False),
+        (body() + b"\0", True),
+        (body() + b"\n: bye\n\0\0", True),
+        (json.dumps([COMPLETE]).encode(), False),
+        *(
+            (json.dumps({**around, name: COMPLETE}).encode(), False)
+            for name in ("data", "result", "response", "body", "output")
+            for around in AROUND
+        ),
+    ],
+)
+def test_a_whole_answer_is_read_in_whatever_a_gateway_wraps_it(raw: bytes, flagged: bool) -> None:
+    answer = read(raw)
+    assert (answer.completion, answer.content, answer.flagged) == (True, "Fine.", flagged)
+    assert answer.usage == read(body()).usage
+
+
+def test_a_usage_beside_a_wrapped_answer_is_its_own() -> None:
+    usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+    inner = {name: value for name, value in COMPLETE.items() if name != "usage"}
+    read_usage = read(json.dumps({"usage": usage, "data": inner}).encode()).usage
+    assert read_usage is not None
+    assert read_usage.prompt_tokens == 7
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        json.dumps({"status": {"code": 402, "message": "no credits"}, "data": COMPLETE}).encode(),
+        json.dumps({"error": {"message": "gone"}, "data": COMPLETE}).encode(),
+        json.dumps({"data": {"choices": []}}).encode(),
+        json.dumps({"data": None, "status": {"code": 200}}).encode(),
+        json.dumps([COMPLETE, COMPLETE]).encode(),
+        body() + body(),
+        b": ping\n\n: ping\n\n",
+        b": ping\n\n" + body()[:-1],
+        b": {\n" * 50_000,
+    ],
+)
+def test_what_wraps_a_failure_or_two_answers_is_no_answer(raw: bytes) -> None:
+    assert not read(raw).completion

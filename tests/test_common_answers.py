@@ -40,6 +40,7 @@ PLACES: list[tuple[str | int, ...]] = [
     *(("choices", 0, "message", name) for name in ("content", "refusal", "tool_calls", "function_call", "reasoning")),
     *(("usage", name) for name in (*PLAIN["usage"], "cost", "cached_tokens", "prompt_cache_hit_tokens")),
     *(("usage", "prompt_tokens_details", name) for name in ("cached_tokens", "cache_write_tokens", "text_tokens")),
+    ("usage", "prompt_tokens_details", "cache_read_input_tokens"),
     *(("usage", "completion_tokens_details", name) for name in ("reasoning_tokens", "audio_tokens")),
 ]
 
@@ -73,6 +74,10 @@ def changed(changes: list[tuple[tuple[str | int, ...], Any]]) -> dict[str, Any]:
 
 @given(st.lists(st.tuples(st.sampled_from(PLACES), VALUES | st.just(REMOVED)), max_size=3))
 @example([(("created",), 1.0)])
+@example([(("usage", "total_tokens"), 1_000_000)])
+@example([(("usage", "total_tokens"), 25 + 65_536)])
+@example([(("usage", "total_tokens"), 25 + 65_537)])
+@example([(("usage", "prompt_tokens_details", "cache_read_input_tokens"), 8)])
 @example([(("usage", "total_tokens"), 33)])
 @example([(("choices",), [PLAIN["choices"][0], PLAIN["choices"][0]])])
 @example([(("usage", "prompt_tokens"), 20.0)])

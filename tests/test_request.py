@@ -197,6 +197,26 @@ def test_a_function_call_needs_no_content() -> None:
     assert body_of(a_job(), {"messages": [*HELLO, call]})["messages"][1]["function_call"]["name"] == "f"
 
 
+@pytest.mark.parametrize("declined", [{"content": None, "refusal": "I can't."}, {"refusal": "I can't."}])
+def test_what_the_assistant_declined_needs_no_content(declined: dict[str, object]) -> None:
+    conversation = [*HELLO, {"role": "assistant", **declined}, *HELLO]
+    sent = body_of(a_job(), {"messages": conversation})["messages"][1]
+    assert sent == {"role": "assistant", "content": None, "refusal": "I can't."}
+    assert body_of(a_job(), batch(messages=conversation))["messages"][1] == sent
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "user", "content": None, "refusal": "no"},
+        {"role": "assistant", "content": None},
+        {"role": "assistant", "content": None, "refusal": None},
+    ],
+)
+def test_any_other_message_without_content_is_refused(message: dict[str, object]) -> None:
+    assert "content: expected text or a list of parts" in problem_of(a_job(), {"messages": [message]})
+
+
 def test_a_conversation_with_the_results_of_tools_is_sent_as_it_is(tmp_path: Path) -> None:
     call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
     result = {"role": "tool", "tool_call_id": "c1", "content": "7"}

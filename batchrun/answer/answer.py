@@ -22,8 +22,13 @@ MAX_CHOICES = 1024
 _STREAM = re.compile(rb"(?:\xef\xbb\xbf)?\s*[\w-]*:")
 """How a stream begins, and no JSON or HTML: with a field's name or none, and a colon."""
 
+_COMMENTS = re.compile(rb"(?:\xef\xbb\xbf)?(?:\s*+:[^\r\n]*+[\r\n]++)++\s*+(?=[{\[])")
+"""A stream's comments in front of whole JSON: gateways ping so while they wait for the answer."""
+
+_ENVELOPES = ("data", "result", "response", "body", "output")
+
 _GLUE = re.compile(r"(?:\s|\0|data:|event: ?\w*|:[^\n]*|\[DONE\]|0(?=\r?\n))*+")
-"""What gateways leave behind a whole JSON answer: a stream's end, its comments, the last chunk's size. No words.
+"""What gateways leave behind a whole JSON answer: a stream's end, its comments, a chunk's size, a NUL. No words.
 Possessive: no tail of a server's makes it try again and again."""
 
 
@@ -38,15 +43,36 @@ def read_carefully(stored: bytes, choices: int = 1) -> Answer:
     """The same for any bytes, the common answer's included."""
     pieces = packed.pieces(stored)
     first = next(pieces, b"")
-    if _STREAM.match(first):
+    comments = _COMMENTS.match(first)
+    if comments is None and _STREAM.match(first):
         return _from_events(chain((first,), pieces), choices)
-    body = first + b"".join(pieces)
+    body = first[0 if comments is None else comments.end() :] + b"".join(pieces)
     decoded, flagged = decode(body)
-    if decoded is None and b"[DONE]" in body[-200:]:
+    if decoded is None:
         decoded, flagged = _unglued(body), True
+    decoded = _unwrapped(decoded)
     if isinstance(decoded, dict):
         return _from_object(decoded, flagged)
     return _failed(Answer(flagged=flagged and decoded is not None), error_body.read(decoded))
+
+
+def _unwrapped(decoded: Any) -> Any:
+    """The completion inside a gateway's envelope that tells of no failure; else the value as it is."""
+    if isinstance(decoded, list) and len(decoded) == 1:
+        return decoded[0] if _is_completion(decoded[0]) else decoded
+    if not isinstance(decoded, dict) or "choices" in decoded:
+        return decoded
+    inner = next((decoded[name] for name in _ENVELOPES if _is_completion(decoded.get(name))), None)
+    if inner is None or decoded.get("error"):
+        return decoded
+    failure = error_body.read({name: value for name, value in decoded.items() if value is not inner})
+    if failure is not None and (failure.status is not None or failure.code is not None):
+        return decoded
+    return {"usage": decoded.get("usage"), **inner}
+
+
+def _is_completion(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("choices"), list) and bool(value["choices"])
 
 
 def _unglued(body: bytes) -> Any:

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from batchrun.answer.usage import MAX_COUNT
+from batchrun.answer.usage import MAX_COUNT, MAX_UNSAID
 from batchrun.records import Answer, Usage
 
 MAX_CREATED = 253_402_300_799
@@ -100,6 +100,6 @@ def _usage(stated: _Usage) -> Usage | None:
     reasoning = None if details is None else details.reasoning_tokens
     if not (prompt or completion) or (cached and (cached > prompt or total == prompt + completion + cached)):
         return None
-    if reasoning is not None and reasoning > completion:
+    if (reasoning is not None and reasoning > completion) or total - prompt - completion > MAX_UNSAID:
         return None
     return Usage(prompt, completion, total, cached, reasoning)

@@ -193,6 +193,11 @@ class Checkpoint:
         self._call(lambda: self._account(lay_out))
         self.since = self.invocation
 
+    @property
+    def has_reopened(self) -> bool:
+        """True while settled rows are sent again."""
+        return self._reopened
+
     def reopened(self, chunk: Chunk) -> dict[int, Reopened]:
         """The rows of a chunk's base part that are asked again."""
         bounds = chunk.first_row, chunk.end_row

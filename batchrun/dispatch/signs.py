@@ -3,16 +3,22 @@
 Nothing here is kept per row.
 """
 
-from batchrun.answer.finish_reasons import UNSAID, Meaning, meaning_of
+from collections import deque
+
+from batchrun.answer.finish_reasons import is_known
 from batchrun.errors import ExitCode
 from batchrun.gate.admission import Stop
-from batchrun.policy import QUOTA, Judgement
+from batchrun.policy import CONTENT_POLICY, QUOTA, Judgement
 from batchrun.records import RowError, Status, Verdict
 
 FIRST_ROWS = 40
 """So many first rows show whether nearly everything is filtered: a file may well begin with ten that are blocked."""
 
 NEARLY_ALL = 0.95
+
+WELL_AGAIN = 0.5
+"""After a stop, and in a run that is resumed, the watch begins once no more than this share of the last rows is
+refused: where a file simply is like that, one start only stops for it."""
 
 MAX_REASONS = 20
 MAX_REASON_CHARS = 100
@@ -26,8 +32,11 @@ class Signs:
     That is the first row which was refused for its request, which a setting may cure, else the first that failed.
     """
 
-    def __init__(self, *, quota_patience_s: float, resumed: bool) -> None:
-        """A run that is `resumed` has had its first rows; a quota without success is waited for so many seconds."""
+    def __init__(self, *, quota_patience_s: float, resumed: bool, retried: bool = False) -> None:
+        """A run that is `resumed` has had its first rows; a quota without success is waited for so many seconds.
+
+        `retried`: settled rows are sent again, filtered ones perhaps, so many refusals in a row mean nothing.
+        """
         self.finish_reasons: list[str] = []
         self.unpriced_tiers: list[str] = []
         self.example_error: str | None = None
@@ -36,6 +45,9 @@ class Signs:
         self._example_is_curable = False
         self._settled = self._filtered = 0
         self._counts = not resumed
+        self._watches = not resumed
+        self._retried = retried
+        self._refused: deque[bool] = deque(maxlen=FIRST_ROWS)
 
     def judged(self, judgement: Judgement, now_s: float) -> Judgement:
         """The judgement, but for a quota that time should have lifted: without a success since, it pauses the run."""
@@ -53,8 +65,8 @@ class Signs:
         return Judgement(Verdict.PAUSE, error, retry_after_s=judgement.retry_after_s)
 
     def answered(self, finish_reason: str | None) -> None:
-        """An answer ended so."""
-        if finish_reason is None or finish_reason in UNSAID or meaning_of(finish_reason) is not Meaning.OTHER:
+        """An answer ended so, or broke off."""
+        if finish_reason is None or is_known(finish_reason):
             return
         _note(self.finish_reasons, finish_reason)
 
@@ -68,6 +80,10 @@ class Signs:
             curable = error.kind == "bad_request" and not self._example_is_curable
             if self.example_error is None or curable:
                 self.example_error, self._example_is_curable = error.text, error.kind == "bad_request"
+        return self._first_rows(status, error) or self._last_rows(error)
+
+    def _first_rows(self, status: Status, error: RowError | None) -> Stop | None:
+        """A stop where nearly all of the first rows are filtered, by a finish_reason too."""
         if not self._counts:
             return None
         self._settled += 1
@@ -77,12 +93,34 @@ class Signs:
         self._counts = False
         if self._filtered < NEARLY_ALL * FIRST_ROWS:
             return None
-        said = "" if error is None else f" ({error.text})"
-        return Stop(
-            ExitCode.USAGE,
-            f"{self._filtered} of the first {FIRST_ROWS} rows were filtered{said}: look at them; "
-            "where that is right, the same command asks the rest",
-        )
+        self._watches = False
+        return _stop(f"{self._filtered} of the first {FIRST_ROWS} rows were filtered", error)
+
+    def _last_rows(self, error: RowError | None) -> Stop | None:
+        """A stop where nearly all of the last rows were refused for their content: an outage may be worded so.
+
+        Rows that a finish_reason blocked do not count: a model has answered those.
+        """
+        self._refused.append(error is not None and error.kind == CONTENT_POLICY)
+        if self._retried or len(self._refused) < FIRST_ROWS:
+            return None
+        refused = sum(self._refused)
+        if not self._watches:
+            self._watches = refused <= WELL_AGAIN * FIRST_ROWS
+            return None
+        if refused < NEARLY_ALL * FIRST_ROWS:
+            return None
+        self._watches = False
+        return _stop(f"{refused} of the last {FIRST_ROWS} rows were filtered", error)
+
+
+def _stop(what: str, error: RowError | None) -> Stop:
+    said = "" if error is None else f" ({error.text})"
+    return Stop(
+        ExitCode.USAGE,
+        f"{what}{said}: look at them; where that is right, the same command sends the rest; where it was an outage, "
+        "run it later, and send them again with --retry-failed --status filtered",
+    )
 
 
 def _note(words: list[str], word: str) -> None:

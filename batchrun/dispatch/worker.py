@@ -72,7 +72,11 @@ class Workers:
             store.chunks.open_next, requests.pending, self._clock, landing.has_room, lambda: gate.successes
         )
         self._tail = Tail(self.backlog, gate, job.retry, answered_before=store.was_answered)
-        self.signs = Signs(quota_patience_s=job.retry.max_wait_s, resumed=store.plan.resumed)
+        self.signs = Signs(
+            quota_patience_s=job.retry.max_wait_s,
+            resumed=store.plan.resumed,
+            retried=store.checkpoint.has_reopened,
+        )
         self.retries = Retries(self._clock)
         self.failure: BaseException | None = None
         self._working: asyncio.Task[None] | None = None
@@ -178,6 +182,7 @@ class Workers:
         request, row = pending.request, pending.request.row
         self.slow_s = forecast.peak(self.slow_s, attempt.latency_s)
         answer = answers.read(attempt.body, request.choices)
+        self.signs.answered(answer.finish_reason)
         judgement = self.signs.judged(policy.judge(attempt, answer, self._job.retry), self._clock())
         if answer.usage is not None:
             self.learned.estimates.learn(request, answer.usage)
@@ -190,7 +195,6 @@ class Workers:
             ruling = self.gate.observe(slot, Outcome(row, Verdict.OK))
             history = policy.answered(pending.history)
             settlement = policy.settlement(answer, request.expected, self._job.finish, attempt.http_status)
-            self.signs.answered(answer.finish_reason)
             self.retries.drop(row)
             if pending.history.attempts:
                 self._tail.healed()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 
+from batchrun.answer.finish_reasons import Meaning, meaning_of
 from batchrun.checkpoint.facts import Facts
 from batchrun.checkpoint.spent import LOST, Spent
 from batchrun.errors import CheckpointError, InputError
@@ -344,9 +345,14 @@ def _closing(summary: Summary, requests_per_minute: float | None) -> Iterator[tu
 
 def unknown_reason(reason: str) -> str:
     """What a finish_reason that batchrun does not know means for the answers that ended so."""
-    return (
-        f"answers ended with the finish_reason {reason!r}, which batchrun does not know: finish.other decides on them"
-    )
+    said = f"answers ended with the finish_reason {reason!r}, which batchrun does not know"
+    match meaning_of(reason):
+        case Meaning.OTHER:
+            return f"{said}: finish.other decides on them"
+        case Meaning.FAILURE:
+            return f"{said} and takes for a failure by its words: they are retried"
+        case meaning:
+            return f"{said} and takes for {meaning.value} by its words: finish.{meaning.value} decides on them"
 
 
 def unpriced_tier(tier: str) -> str:
