@@ -65,7 +65,7 @@ def run(
             return finished
         control.clear(directory)
         at_rest = _at_rest(directory)
-        chronicle = Chronicle(job.name, directory, credentials, hooks.command)
+        chronicle = Chronicle(job.name, directory, credentials, hooks.command, job.job.tags)
         try:
             hooks.progress(chronicle.summary())
             checkpoint = Checkpoint(directory.checkpoint, free_reserve=directory.free_room)

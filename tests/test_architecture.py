@@ -88,6 +88,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     ),
     "runner": frozenset({"errors", "job", "records", "signals", "source", "output", "asking", "start"}),
     "__init__": frozenset({"errors", "job", "records", "output", "plan", "start", "runner"}),
+    "commands": frozenset({"errors", "rundir", "streams", "terminal", "report"}),
     "cli": frozenset(
         {
             *(
@@ -101,6 +102,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
                 "rundir",
                 "streams",
                 "terminal",
+                "commands",
             ),
             *("open_files", "preflight", "source", "gate", "policy"),
             *("report", "plan", "asking", "rescue", "simulator"),
@@ -113,13 +115,14 @@ SOLE_IMPORTERS: dict[str, frozenset[str]] = {
     "aiohttp": frozenset({"transport", "simulator"}),
     "aiolimiter": frozenset({"gate.gate"}),
     "sqlite3": frozenset({"checkpoint.database"}),
-    "click": frozenset({"cli"}),
+    "click": frozenset({"cli", "commands"}),
     "tqdm": frozenset({"terminal"}),
     "uvloop": frozenset({"start", "simulator"}),
     "jinja2": frozenset({"request.templates"}),
     "genai_prices": frozenset({"price_list"}),
     "jsonschema_rs": frozenset({"job.expected"}),
     "toktok": frozenset({"answer.offline"}),
+    "xlsxwriter": frozenset({"report.spreadsheet"}),
     "pyarrow": frozenset({"source", "columns", "output", "report", "plan", "asking", "rescue"}),
 }
 """Library → the packages and modules that import it."""

@@ -3,6 +3,7 @@
 import os
 import socket
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
 
 import msgspec
@@ -26,8 +27,16 @@ from batchrun.rundir import RunDirectory
 class Chronicle:
     """Knows as much of the run as there is yet: the stages are attached as they come to be. Close it."""
 
-    def __init__(self, job: str, directory: RunDirectory, credentials: Credentials, command: str | None = None) -> None:
+    def __init__(
+        self,
+        job: str,
+        directory: RunDirectory,
+        credentials: Credentials,
+        command: str | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
         """summary.json names this process from now on, and the `command` that resumes the run."""
+        self._tags = dict(tags or {})
         self._job = job
         self._directory = directory
         self._credentials = credentials
@@ -72,6 +81,7 @@ class Chronicle:
             example_error=self._example_error(),
             command=self._command,
             retrying=self._retrying() if self.state == "running" else None,
+            tags=self._tags,
         )
         if self.plan is None or self.checkpoint is None:
             spent = None if self.checkpoint is None else self.checkpoint.spent

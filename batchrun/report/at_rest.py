@@ -84,4 +84,5 @@ def _moment(directory: RunDirectory, checkpoint: Checkpoint, written: Summary | 
         reason=None if written is None else written.reason,
         limits=None if written is None else written.limits,
         command=None if written is None else written.command,
+        tags={} if written is None else written.tags,
     )
