@@ -293,7 +293,7 @@ def simulate(
     serve(config, lambda url: say(f"listening on {url}"))
 
 
-for command in (looks.status, bills.report):
+for command in (looks.status, looks.show, bills.report):
     cli.add_command(command)
 
 

@@ -1,11 +1,11 @@
-"""Commands that look at runs and change nothing: `batchrun status`."""
+"""Commands that look at runs and change nothing: `batchrun status` and `batchrun show`."""
 
 import sys
 from pathlib import Path
 
 import click
 
-from batchrun.commands.echo import PATHS, say
+from batchrun.commands.echo import OUT, PATHS, say
 from batchrun.terminal import harmless
 
 
@@ -29,3 +29,49 @@ def status(paths: tuple[Path, ...], as_json: bool, exit_code: bool) -> None:
             say(harmless(line))
     if exit_code:
         sys.exit(nights.exit_code(found))
+
+
+@click.command()
+@OUT
+@click.option("--status", "statuses", metavar="LIST", help="Rows of these statuses, e.g. error,invalid.")
+@click.option("--row", "numbers", metavar="ROWS", help="Rows by their position: 3 or 3,10-12.")
+@click.option("--where", metavar="EXPR", help="Rows by their columns: \"cost_usd > 0.01 and error.kind == 'quota'\".")
+@click.option("-n", "most", type=click.IntRange(0), default=10, show_default=True, help="At most so many; 0: all.")
+@click.option("--columns", metavar="NAMES", help="What to show of each row, the input's columns or the output's.")
+@click.option("--json", "as_json", is_flag=True, help="A JSON object on a line for each row.")
+def show(
+    out: Path,
+    statuses: str | None,
+    numbers: str | None,
+    where: str | None,
+    most: int,
+    columns: str | None,
+    as_json: bool,
+) -> None:
+    """Rows of a result: the question beside the answer. OUT is a run directory or a completions file."""
+    from batchrun.report import look as looking
+    from batchrun.rundir import RunDirectory
+
+    look = looking.Look(
+        statuses=tuple(statuses.split(",")) if statuses else (),
+        rows=looking.rows_of(numbers) if numbers else (),
+        where=where,
+        most=most,
+        columns=tuple(columns.split(",")) if columns else (),
+    )
+    result = looking.result_at(RunDirectory(out))
+    found = looking.rows(result, look)
+    if as_json:
+        for row in found:
+            say(looking.as_json(row))
+        return
+    text = (f"{harmless(line)}\n" for row in found for line in looking.lines(row, result.inputs, look.columns))
+    if sys.stdout.isatty():
+        click.echo_via_pager(text)
+        return
+    empty = True
+    for line in text:
+        empty = False
+        say(line, nl=False)
+    if empty:
+        say("no such row")
