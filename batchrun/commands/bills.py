@@ -1,10 +1,13 @@
-"""`batchrun report`: the bill over runs."""
+"""`batchrun report`, the bill over runs, and `batchrun compare`."""
 
+import sys
 from pathlib import Path
 
 import click
 
-from batchrun.commands.echo import PATHS, write
+from batchrun.commands.echo import PATHS, say, write
+from batchrun.errors import ExitCode
+from batchrun.terminal import harmless
 
 
 @click.command()
@@ -18,6 +21,12 @@ from batchrun.commands.echo import PATHS, write
     "--tz", "zone", default="UTC", metavar="ZONE", help="Whose days: UTC, local, Europe/Berlin; invoices have UTC."
 )
 @click.option("--columns", metavar="NAMES", help="Figures to show, or all.")
+@click.option("--findings", is_flag=True, help="Say what is unusual in the newest run of each job.")
+@click.option(
+    "--finding", "limits", multiple=True, metavar="NAME=SHARE", help="A finding's threshold, NAME=off, or off."
+)
+@click.option("--against", "other", metavar="last|N|PATH", help="The newest run of each job beside earlier ones.")
+@click.option("--fail-on-drift", is_flag=True, help="Exit 8 where a figure jumped; with --against.")
 @click.option("--format", "form", type=click.Choice(["table", "markdown", "csv", "json", "parquet", "xlsx", "html"]))
 @click.option(
     "-o",
@@ -33,16 +42,51 @@ def report(
     until: str | None,
     zone: str,
     columns: str | None,
+    findings: bool,
+    limits: tuple[str, ...],
+    other: str | None,
+    fail_on_drift: bool,
     form: str | None,
     target: Path | None,
 ) -> None:
     """The bill over run directories and completions files."""
+    from batchrun.errors import JobError
     from batchrun.report import bill as reporting
-    from batchrun.report import formats
+    from batchrun.report import findings as noticing
+    from batchrun.report import formats, nightly
     from batchrun.report import keys as grouping
 
     form, keys = formats.form_of(target, form), grouping.keys(by)
     named, span = formats.chosen(columns), grouping.span(zone, since, until)
     formats.require_no_input(target, paths)
-    content = formats.render(reporting.collect(paths, keys, span), form, named)
-    write(content, target, for_eyes=form in ("table", "markdown"))
+    against = None if other is None else nightly.against(other)
+    if fail_on_drift and against is None:
+        raise JobError("--fail-on-drift goes with --against")
+    thresholds = noticing.thresholds(limits) if findings or limits or form == "html" else None
+    bill = reporting.collect(paths, keys, span, limits=thresholds, against=against)
+    write(formats.render(bill, form, named), target, for_eyes=form in ("table", "markdown"))
+    if fail_on_drift and bill.drifted:
+        sys.exit(ExitCode.DRIFT)
+
+
+@click.command()
+@click.argument("before", type=click.Path(path_type=Path))
+@click.argument("after", type=click.Path(path_type=Path))
+@click.option("--id", "by", metavar="COLUMN", help="The input's column that says which rows are the same, or row.")
+@click.option("-n", "examples", type=click.IntRange(0), default=20, show_default=True, help="Changed rows to show.")
+@click.option("--json", "as_json", is_flag=True, help="An object instead of lines.")
+def compare(before: Path, after: Path, by: str | None, examples: int, as_json: bool) -> None:
+    """Two runs over the same questions, row by row: what changed, and what it cost."""
+    import msgspec
+
+    from batchrun.report import compare as comparing
+    from batchrun.report.look import result_at
+    from batchrun.rundir import RunDirectory
+
+    one, other = (result_at(RunDirectory(place)) for place in (before, after))
+    comparison = comparing.compare(one, other, by, examples)
+    if as_json:
+        say(msgspec.json.format(msgspec.json.encode(comparison), indent=2).decode())
+        return
+    for line in comparing.in_words(comparison):
+        say(harmless(line))

@@ -1,7 +1,7 @@
 """The bill over runs: their totals' lines folded into groups. PURE, but for reading the runs."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from pathlib import Path
@@ -12,10 +12,12 @@ import msgspec
 from batchrun.checkpoint.spent import DISCARDED, LOST
 from batchrun.errors import InputError
 from batchrun.records import Status, TotalsLine
-from batchrun.report import days, latencies, run_rows, runs
+from batchrun.report import days, latencies, nightly, run_rows, runs
 from batchrun.report.figures import FIGURES, BillLine, added
+from batchrun.report.findings import Finding
 from batchrun.report.keys import KEYS, OF_LINES, Span, day_of, group, keys
 from batchrun.report.latencies import Scanned
+from batchrun.report.nightly import Against, Compared
 from batchrun.report.runs import Account, Found, LeftOut
 
 __all__ = ["FIGURES", "KEYS", "Bill", "BillLine", "collect", "keys"]
@@ -68,6 +70,13 @@ class Bill(msgspec.Struct, frozen=True):
     span: Span = Span()
     unread: int = 0
     unfinished: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    against: tuple[Compared, ...] = ()
+
+    @property
+    def drifted(self) -> bool:
+        """A figure jumped beyond the spread of what it was compared with."""
+        return any(each.jumped for each in self.against)
 
 
 class Counted(NamedTuple):
@@ -78,25 +87,37 @@ class Counted(NamedTuple):
     scanned: Scanned | None
 
 
-def collect(paths: Sequence[Path], by: tuple[str, ...], span: Span = EVER, *, rows: bool = True) -> Bill:
+def collect(
+    paths: Sequence[Path],
+    by: tuple[str, ...],
+    span: Span = EVER,
+    *,
+    limits: Mapping[str, float] | None = None,
+    against: Against | None = None,
+) -> Bill:
     """The bill over every run that the paths name or hold, each run counted once, whatever their order.
 
-    With `rows` the results are read, too, for what only rows know.
+    With `limits` there are findings, by these thresholds; with `against` the newest runs are compared.
 
     Raises:
-        InputError: a path holds no run, or one that can't be read.
+        InputError: a path holds no run, or one that can't be read; or there is nothing to compare with.
     """
     found = runs.find(paths)
-    return fold(counted(found.found, by, span, rows=rows), by, span, found.left_out)
+    bill = fold(counted(found.found, by, span), by, span, found.left_out)
+    return msgspec.structs.replace(
+        bill,
+        findings=() if limits is None else tuple(nightly.noticed(found.found, limits)),
+        against=() if against is None else tuple(nightly.compared(found.found, against)),
+    )
 
 
-def counted(found: Sequence[Found], by: tuple[str, ...], span: Span, *, rows: bool) -> list[Counted]:
+def counted(found: Sequence[Found], by: tuple[str, ...], span: Span) -> list[Counted]:
     """The runs that have lines within the span, in order."""
 
     def count(each: Found) -> Counted:
         began = day_of(each.account.began, span.zone)
         lines = [line for line in days.localised(each, span.zone) if span.holds(line.day, began)]
-        return Counted(each, lines, _scan(each, by, span, began) if rows else None)
+        return Counted(each, lines, _scan(each, by, span, began))
 
     with ThreadPoolExecutor(READERS) as pool:
         every = list(pool.map(count, found))

@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from batchrun.errors import JobError
+from batchrun.report import drift
 from batchrun.report.bill import Bill
 from batchrun.report.figures import FIGURES, BillLine, Value, figure, kind
 from batchrun.report.keys import Span
@@ -142,6 +143,8 @@ def tree(bill: Bill, columns: Sequence[str] = FIGURES) -> dict[str, object]:
         "unfinished": bill.unfinished,
         "unread": bill.unread,
         "left_out": bill.left_out,
+        "findings": bill.findings,
+        "against": [msgspec.to_builtins(each) | {"jumped": each.jumped} for each in bill.against],
     }
 
 
@@ -290,6 +293,12 @@ def remarks(bill: Bill) -> Iterator[str]:
         yield f"days are of {span.zone}{', and money is that spent' + ends if ends else ''}"
     for each in bill.left_out:
         yield f"left out: {each.path}: {each.why}"
+    for finding in bill.findings:
+        yield f"finding ({finding.name}): {finding.job}: {_one_line(finding.said)}; {_one_line(finding.advice)}"
+    for compared in bill.against:
+        jumps, nights = compared.jumps, plural(len(compared.before), "run")
+        yield f"against {nights} of {compared.job}: {len(compared.jumped):,} of {len(jumps):,} figures jumped"
+        yield from (f"jumped: {_one_line(drift.in_words(jump))}" for jump in jumps if jump.jumped)
 
 
 def _more(count: int) -> str:

@@ -31,6 +31,17 @@ def percentile(buckets: Mapping[int, int], share: float) -> float | None:
     return None
 
 
+def buckets_of(numbers: Any) -> dict[int, int]:
+    """How many of the numbers are in each bucket; nulls in none."""
+    counts = pc.value_counts(_bucket(pc.drop_null(numbers)))
+    return {int(each["values"]): each["counts"] for each in counts.to_pylist()}
+
+
+def _bucket(numbers: Any) -> Any:
+    at_least = pc.max_element_wise(pc.cast(numbers, pa.float64()), _SHORTEST_S, skip_nulls=False)
+    return pc.floor(pc.divide(pc.ln(at_least), _WIDTH))
+
+
 class Scanned(dict[Group, "Counter[int]"]):
     """Buckets by group; `reused` counts the rows whose answer was reused, by group."""
 
@@ -44,7 +55,7 @@ def scan(result: Result, keys: Sequence[str], zone: str) -> Scanned:
     found = Scanned()
     for table in run_rows.tables(result, _needed(keys)):
         columns: dict[str, Any] = {key: _key(table, key, zone) for key in keys}
-        columns["bucket"] = pc.floor(pc.divide(pc.ln(pc.max_element_wise(table["latency_s"], _SHORTEST_S)), _WIDTH))
+        columns["bucket"] = _bucket(table["latency_s"])
         columns["reused"] = pc.cast(table["reused"], pa.int64())
         grouped = pa.table(columns).group_by([*keys, "bucket"]).aggregate([("reused", "sum"), ([], "count_all")])
         values = [grouped[name].to_pylist() for name in (*keys, "bucket", "count_all", "reused_sum")]
