@@ -26,6 +26,7 @@ from batchrun.policy import FAULT_VERDICTS, STATUS_VERDICTS, judge
 from batchrun.records import Attempt, PossiblyBilled, Status, Summary, TotalsLine, Verdict
 from batchrun.report.bill import KEYS
 from batchrun.report.figures import FIGURES
+from batchrun.report.findings import THRESHOLDS
 from batchrun.rundir import RunDirectory
 from batchrun.source import find_files, open_source
 from tests.test_architecture import MAY_IMPORT
@@ -155,6 +156,11 @@ def test_every_key_of_the_report_is_listed() -> None:
 
 def test_every_figure_of_a_bill_has_its_formula_in_order() -> None:
     assert tuple(bare(row[0]) for row in rows("docs/cost.md", "figure", "formula")) == FIGURES
+
+
+def test_every_finding_is_listed_with_its_threshold() -> None:
+    listed = {bare(name): float(bare(limit)) for name, limit, *_ in rows("docs/cost.md", "finding", "threshold")}
+    assert listed == THRESHOLDS
 
 
 def test_every_exit_code_is_listed() -> None:

@@ -45,13 +45,13 @@ FOUND: dict[str, tuple[Change, dict[str, Any], str]] = {
     "identical": (
         lambda n: {"content": f"answer {n}" if n % 5 else SAME},
         {},
-        "40 of 200 rows have the answer of another",
+        "40 of 200 rows have the answer",
     ),
     "cost": (lambda n: DEARER, {}, "1,000 rows cost $1.4000, $1.0000"),
     "cache": (
         lambda n: {"prompt_tokens": 2000, "cached_tokens": 50},
         {},
-        "2.5% of the prompts' tokens came from a cache",
+        "2.5% of the prompts' tokens came",
     ),
     "retries": (lambda n: {"attempts": 1 if n % 10 else 2}, {}, "220 attempts for 200 rows: 10.0% retries"),
     "model": (
