@@ -50,10 +50,12 @@ def report(
     target: Path | None,
 ) -> None:
     """The bill over run directories and completions files."""
+    from datetime import UTC, datetime
+
     from batchrun.errors import JobError
     from batchrun.report import bill as reporting
     from batchrun.report import findings as noticing
-    from batchrun.report import formats, nightly
+    from batchrun.report import formats, nightly, runs
     from batchrun.report import keys as grouping
 
     form, keys = formats.form_of(target, form), grouping.keys(by)
@@ -63,8 +65,15 @@ def report(
     if fail_on_drift and against is None:
         raise JobError("--fail-on-drift goes with --against")
     thresholds = noticing.thresholds(limits) if findings or limits or form == "html" else None
-    bill = reporting.collect(paths, keys, span, limits=thresholds, against=against)
-    write(formats.render(bill, form, named), target, for_eyes=form in ("table", "markdown"))
+    found = runs.find(paths)
+    bill = reporting.of_runs(found, reporting.Asked(keys, span, thresholds, against))
+    if form == "html":
+        from batchrun.report.page import page
+
+        content = page(bill, found.found, named or formats.SHOWN, datetime.now(UTC))
+    else:
+        content = formats.render(bill, form, named)
+    write(content, target, for_eyes=form in ("table", "markdown"))
     if fail_on_drift and bill.drifted:
         sys.exit(ExitCode.DRIFT)
 

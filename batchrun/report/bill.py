@@ -18,7 +18,7 @@ from batchrun.report.findings import Finding
 from batchrun.report.keys import KEYS, OF_LINES, Span, day_of, group, keys
 from batchrun.report.latencies import Scanned
 from batchrun.report.nightly import Against, Compared
-from batchrun.report.runs import Account, Found, LeftOut
+from batchrun.report.runs import Account, Found, LeftOut, Runs
 
 __all__ = ["FIGURES", "KEYS", "Bill", "BillLine", "collect", "keys"]
 
@@ -87,37 +87,43 @@ class Counted(NamedTuple):
     scanned: Scanned | None
 
 
-def collect(
-    paths: Sequence[Path],
-    by: tuple[str, ...],
-    span: Span = EVER,
-    *,
-    limits: Mapping[str, float] | None = None,
-    against: Against | None = None,
-) -> Bill:
+class Asked(msgspec.Struct, frozen=True):
+    """What a bill is to say. With `limits` there are findings, by these thresholds; with `against` the newest runs are
+    compared.
+    """
+
+    by: tuple[str, ...] = ("job", "model")
+    span: Span = EVER
+    limits: Mapping[str, float] | None = None
+    against: Against | None = None
+
+
+def collect(paths: Sequence[Path], by: tuple[str, ...], span: Span = EVER) -> Bill:
     """The bill over every run that the paths name or hold, each run counted once, whatever their order.
 
-    With `limits` there are findings, by these thresholds; with `against` the newest runs are compared.
-
     Raises:
-        InputError: a path holds no run, or one that can't be read; or there is nothing to compare with.
+        InputError: a path holds no run, or one that can't be read.
     """
-    found = runs.find(paths)
-    bill = fold(counted(found.found, by, span), by, span, found.left_out)
+    return of_runs(runs.find(paths), Asked(by, span))
+
+
+def of_runs(found: Runs, asked: Asked) -> Bill:
+    """The bill over runs that were found. Raises: InputError: there is nothing to compare with."""
+    bill = fold(counted(found.found, asked.by, asked.span), asked.by, asked.span, found.left_out)
     return msgspec.structs.replace(
         bill,
-        findings=() if limits is None else tuple(nightly.noticed(found.found, limits)),
-        against=() if against is None else tuple(nightly.compared(found.found, against)),
+        findings=() if asked.limits is None else tuple(nightly.noticed(found.found, asked.limits)),
+        against=() if asked.against is None else tuple(nightly.compared(found.found, asked.against)),
     )
 
 
-def counted(found: Sequence[Found], by: tuple[str, ...], span: Span) -> list[Counted]:
+def counted(found: Sequence[Found], by: tuple[str, ...], span: Span, *, rows: bool = True) -> list[Counted]:
     """The runs that have lines within the span, in order."""
 
     def count(each: Found) -> Counted:
         began = day_of(each.account.began, span.zone)
         lines = [line for line in days.localised(each, span.zone) if span.holds(line.day, began)]
-        return Counted(each, lines, _scan(each, by, span, began))
+        return Counted(each, lines, _scan(each, by, span, began) if rows else None)
 
     with ThreadPoolExecutor(READERS) as pool:
         every = list(pool.map(count, found))
