@@ -293,7 +293,7 @@ def simulate(
     serve(config, lambda url: say(f"listening on {url}"))
 
 
-for command in (looks.status, looks.show, bills.report, bills.compare):
+for command in (looks.status, looks.show, looks.watch, bills.report, bills.compare):
     cli.add_command(command)
 
 

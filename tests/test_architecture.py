@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "output": frozenset(
         {"errors", "job", "records", "durable", "rundir", "columns", "source", "answer", "checkpoint"},
     ),
-    "report": frozenset({"errors", "records", "prices", "rundir", "gate", "checkpoint", "output"}),
+    "report": frozenset({"errors", "job", "records", "prices", "rundir", "gate", "checkpoint", "output"}),
     # how they are joined
     "plan": frozenset(
         {

@@ -5,6 +5,7 @@ independent sum over the Parquet files.
 import json
 import shutil
 import signal
+import time
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -20,6 +21,7 @@ from batchrun.report import bill, keys
 from batchrun.report.runs import find
 from batchrun.simulator import SimulatorConfig, parse_faults
 from tests.cli_process import batchrun, finish, kill_when, read_summary, start, write_job, write_rows
+from tests.result_files import row, write_result
 from tests.simulator_process import running_simulator
 
 NIGHTS = [f"2026-11-{day:02d}" for day in range(1, 13)]
@@ -272,3 +274,103 @@ def test_a_span_that_is_none_is_refused(wrong: tuple[str, str | None, str | None
         keys.span(*wrong)
     assert keys.span("local", "2026-02", "2026-02").until is not None
     assert str(keys.span("UTC", "2028-02", "2028-02").until) == "2028-02-29"
+
+
+# ── the invoice, and other prices ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def invoice(nights: Nights, path: Path) -> Decimal:
+    """What the provider would bill for all that it served, by request; its sum."""
+    doubts = {
+        doubt.request_id for found in find([nights.folder / "runs"]).found for doubt in found.account.possibly_billed
+    }
+    lines, total = ["request_id,model,amount_usd"], Decimal(0)
+    for served in nights.ledger:
+        if served["billed"]:
+            cost = (served["prompt_tokens"] * PRICE[0] + served["completion_tokens"] * PRICE[1]) / 10**6
+            known_by = served["client_request_id"] if served["client_request_id"] in doubts else served["request_id"]
+            lines.append(f"{known_by},m,{cost:f}")
+            total += cost
+    path.write_text("\n".join(lines) + "\n")
+    return total
+
+
+def test_an_invoice_by_request_is_explained_to_the_last_cent(nights: Nights, tmp_path: Path) -> None:
+    total = invoice(nights, tmp_path / "invoice.csv")
+    runs = nights.folder / "runs"
+    complete = [out for out in sorted((runs / "night").iterdir()) if out.name != NIGHTS[-1]]
+    arguments = ("--reconcile", tmp_path / "invoice.csv", "--format", "json")
+    told = json.loads(batchrun("report", *complete, *arguments).stdout)
+    bill = json.loads(batchrun("report", *complete, "--format", "json").stdout)
+    assert told["by"] == "request"
+    assert (told["different"], told["missing_there"]) == (0, 0)
+    assert told["unpriced"] == bill["unpriced"]["mystery-model"]
+    assert Decimal(told["here_usd"]) == Decimal(bill["total"]["cost_usd"])
+    assert Decimal(told["there_usd"]) == total
+    ids = run_ids(nights)
+    last = [
+        each
+        for each in nights.ledger
+        if each["billed"] and ids[each["client_request_id"].partition("-")[0]] == NIGHTS[-1]
+    ]
+    assert told["missing_here"] == len(last)
+    assert told["doubtful"] <= bill["possibly_billed"]
+    shown = batchrun("report", *complete, "--reconcile", tmp_path / "invoice.csv").stdout
+    assert f"missing here: {len(last):,}, $" in shown
+    whole = json.loads(batchrun("report", runs, *arguments).stdout)
+    assert whole["unread"] == [str(runs / "night" / NIGHTS[-1])]
+
+
+def test_other_prices_lost_lines_and_unknown_lines_are_told_apart(tmp_path: Path) -> None:
+    rows = [row(number, request_id=f"req_{number}") for number in range(10)]
+    run = write_result(tmp_path / "run", rows)
+    lines = [f"req_{number},{'0.003' if number == 4 else '$0.001'}" for number in range(1, 10)]
+    (tmp_path / "invoice.csv").write_text(
+        "\ufeffRequest ID,Amount (USD)\n" + "\n".join([*lines, 'stranger,"1,000.5"']) + "\n"
+    )
+    told = json.loads(batchrun("report", run, "--reconcile", tmp_path / "invoice.csv", "--format", "json").stdout)
+    assert (told["matched"], told["different"], told["missing_here"], told["missing_there"]) == (8, 1, 1, 1)
+    assert told["differences"] == [{"key": "req_4", "here_usd": "0.001000000000", "there_usd": "0.003"}]
+    assert (told["only_there"], told["only_here"]) == (["stranger"], ["req_0"])
+    assert (Decimal(told["missing_here_usd"]), Decimal(told["difference_usd"])) == (Decimal("1000.5"), Decimal("0.002"))
+    by_day = "date,model,cost\n2026-11-01T00:00:00Z,vtrix-gpt-5.3-codex,0.01\n2026-11-02,other,5\n"
+    (tmp_path / "days.csv").write_text(by_day)
+    told = json.loads(batchrun("report", run, "--reconcile", tmp_path / "days.csv", "--format", "json").stdout)
+    assert (told["by"], told["matched"], told["only_there"]) == ("day and model", 1, ["2026-11-02 other"])
+    for wrong in ("a,b\n1,2\n", "", "request_id,amount\nx,much\n", "request_id,amount\nx,nan\n"):
+        (tmp_path / "wrong.csv").write_text(wrong)
+        ended = batchrun("report", run, "--reconcile", tmp_path / "wrong.csv")
+        assert (ended.exit_code, ended.stderr.count("\n")) == (2, 1)
+        assert str(tmp_path / "wrong.csv") in ended.stderr
+
+
+def test_the_bill_at_other_prices_is_that_of_the_ledger(nights: Nights, tmp_path: Path) -> None:
+    (tmp_path / "prices.toml").write_text('[pricing."mystery-model"]\ninput = 2\noutput = 3\nper_request = 0.5\n')
+    paid = report(nights, "--by", "model")
+    told = report(nights, "--by", "model", "--reprice", str(tmp_path / "prices.toml"))
+    (mystery, *_), (kept, *_) = (
+        [line for line in told["lines"] if line["model"].startswith(m)] for m in ("mys", "vtr")
+    )
+    served = [each for night in NIGHTS[1::4] for each in known_to_the_ledger(nights)[night]]
+    cost = sum((2 * each["prompt_tokens"] + 3 * each["completion_tokens"]) * Decimal("1e-6") for each in served)
+    assert Decimal(mystery["cost_usd"]) == cost + Decimal("0.5") * len(served)
+    assert kept["cost_usd"] == next(line["cost_usd"] for line in paid["lines"] if line["model"].startswith("vtr"))
+    assert told["supposed"].endswith(f"; paid were ${Decimal(paid['total']['cost_usd']):,.6f}")
+    assert told["unpriced"] == {}
+    for wrong in ("", "[pricing.m]\ninput = 1\n", "x = ["):
+        (tmp_path / "prices.toml").write_text(wrong)
+        ended = batchrun("report", nights.folder / "runs", "--reprice", tmp_path / "prices.toml")
+        assert (ended.exit_code, ended.stderr.count("\n")) == (2, 1)
+
+
+def test_a_thousand_runs_are_reported_in_less_than_five_seconds(tmp_path: Path) -> None:
+    first = write_result(tmp_path / "0", [row(number) for number in range(400)])
+    summary = json.loads((first / "summary.json").read_text())
+    for number in range(1, 1000):
+        (folder := tmp_path / str(number)).mkdir()
+        (folder / "completions.parquet").hardlink_to(first / "completions.parquet")
+        (folder / "summary.json").write_text(json.dumps(summary | {"run_id": f"r{number}"}))
+    began = time.process_time()  # of all threads: other tests share the machine
+    told = bill.collect([tmp_path], ("night", "model"))
+    assert time.process_time() - began < 5
+    assert (told.runs, told.total.rows, told.total.cost_usd) == (1000, 400_000, Decimal(400))

@@ -2,12 +2,18 @@
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from batchrun.commands.echo import PATHS, say, write
 from batchrun.errors import ExitCode
 from batchrun.terminal import harmless
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from batchrun.report.runs import Found
 
 
 @click.command()
@@ -27,6 +33,18 @@ from batchrun.terminal import harmless
 )
 @click.option("--against", "other", metavar="last|N|PATH", help="The newest run of each job beside earlier ones.")
 @click.option("--fail-on-drift", is_flag=True, help="Exit 8 where a figure jumped; with --against.")
+@click.option(
+    *("--reprice", "new_prices"),
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="What if: the bill at the prices of a TOML file.",
+)
+@click.option(
+    *("--reconcile", "invoice"),
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Instead of a bill: the runs beside an invoice (CSV) by request id, or by day and model.",
+)
 @click.option("--format", "form", type=click.Choice(["table", "markdown", "csv", "json", "parquet", "xlsx", "html"]))
 @click.option(
     "-o",
@@ -46,6 +64,8 @@ def report(
     limits: tuple[str, ...],
     other: str | None,
     fail_on_drift: bool,
+    new_prices: Path | None,
+    invoice: Path | None,
     form: str | None,
     target: Path | None,
 ) -> None:
@@ -55,7 +75,7 @@ def report(
     from batchrun.errors import JobError
     from batchrun.report import bill as reporting
     from batchrun.report import findings as noticing
-    from batchrun.report import formats, nightly, runs
+    from batchrun.report import formats, nightly, reprice, runs
     from batchrun.report import keys as grouping
 
     form, keys = formats.form_of(target, form), grouping.keys(by)
@@ -64,9 +84,20 @@ def report(
     against = None if other is None else nightly.against(other)
     if fail_on_drift and against is None:
         raise JobError("--fail-on-drift goes with --against")
+    if new_prices is not None and (form == "html" or span.zone != "UTC"):
+        raise JobError(
+            "--reprice goes neither with a page nor with another --tz than UTC: rows have the price they had"
+        )
     thresholds = noticing.thresholds(limits) if findings or limits or form == "html" else None
     found = runs.find(paths)
+    if invoice is not None:
+        write(_reconciled(invoice, found.found, form), target, for_eyes=form != "json")
+        return
+    if new_prices is not None:
+        found, before = found._replace(found=reprice.repriced(found.found, reprice.read(new_prices))), found.found
     bill = reporting.of_runs(found, reporting.Asked(keys, span, thresholds, against))
+    if new_prices is not None:
+        bill = reporting.what_if(bill, str(new_prices), reprice.total(before), reprice.total(found.found))
     if form == "html":
         from batchrun.report.page import page
 
@@ -76,6 +107,20 @@ def report(
     write(content, target, for_eyes=form in ("table", "markdown"))
     if fail_on_drift and bill.drifted:
         sys.exit(ExitCode.DRIFT)
+
+
+def _reconciled(invoice: Path, found: "Sequence[Found]", form: str) -> bytes:
+    import msgspec
+
+    from batchrun.errors import JobError
+    from batchrun.report import reconcile
+
+    if form not in ("table", "json"):
+        raise JobError(f"--reconcile goes with --format table or json, not {form}")
+    told = reconcile.reconcile(invoice, found)
+    if form == "json":
+        return msgspec.json.format(msgspec.json.encode(told), indent=2) + b"\n"
+    return "".join(f"{line}\n" for line in reconcile.in_words(told)).encode()
 
 
 @click.command()

@@ -1,4 +1,4 @@
-"""Commands that look at runs and change nothing: `batchrun status` and `batchrun show`."""
+"""Commands that look at runs and change nothing: `batchrun status`, `batchrun show`, `batchrun watch`."""
 
 import sys
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import click
 
 from batchrun.commands.echo import OUT, PATHS, say
+from batchrun.errors import ExitCode
 from batchrun.terminal import harmless
 
 
@@ -75,3 +76,34 @@ def show(
         say(line, nl=False)
     if empty:
         say("no such row")
+
+
+@click.command()
+@OUT
+@click.option("--every", "every_s", type=click.FloatRange(0.1, 3600), default=1.0, metavar="SECONDS", show_default=True)
+def watch(out: Path, every_s: float) -> None:
+    """A run at work, as it goes: throughput, limits, money, its end, how rows end. Ends with it, by its exit code."""
+    import shutil
+    import time
+
+    from batchrun.report import status, watching
+    from batchrun.report.at_rest import standing
+    from batchrun.report.progress import line
+    from batchrun.rundir import RunDirectory
+
+    directory, screen = RunDirectory(out), sys.stdout.isatty()
+    if screen:
+        say("\x1b[2J", nl=False)
+    shown = ""
+    while True:
+        found = standing(directory)
+        if screen:
+            size = shutil.get_terminal_size()
+            told = list(status.lines(directory))
+            say(watching.frame(found.summary, told, size.columns, size.lines, harmless), nl=False)
+        elif (text := harmless(line(found.summary))) != shown:
+            shown = text
+            say(shown)
+        if not found.alive:
+            sys.exit(ExitCode.STOPPED if found.died else found.summary.exit_code or 0)
+        time.sleep(every_s)

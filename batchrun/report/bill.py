@@ -53,7 +53,8 @@ class Bill(msgspec.Struct, frozen=True):
     billed, the answers without usage, attempts without a known price by model, and what was found and not counted.
     The sum's attempts include the `lost` ones, sent before the process died or was stopped at once.
 
-    `unread` counts the runs without rows to read: no latency of theirs is in any figure.
+    `unread` counts the runs without rows to read: no latency of theirs is in any figure. `supposed` says at whose
+    prices the bill is, where these are not those that were paid.
     """
 
     by: tuple[str, ...]
@@ -72,6 +73,7 @@ class Bill(msgspec.Struct, frozen=True):
     unfinished: tuple[str, ...] = ()
     findings: tuple[Finding, ...] = ()
     against: tuple[Compared, ...] = ()
+    supposed: str | None = None
 
     @property
     def drifted(self) -> bool:
@@ -115,6 +117,12 @@ def of_runs(found: Runs, asked: Asked) -> Bill:
         findings=() if asked.limits is None else tuple(nightly.noticed(found.found, asked.limits)),
         against=() if asked.against is None else tuple(nightly.compared(found.found, asked.against)),
     )
+
+
+def what_if(bill: Bill, prices: str, before_usd: Decimal, after_usd: Decimal) -> Bill:
+    """The bill, which says that it is at these prices, and what the runs did cost."""
+    said = f"what if: at the prices of {prices} ${after_usd:,.6f}; paid were ${before_usd:,.6f}"
+    return msgspec.structs.replace(bill, supposed=said)
 
 
 def counted(found: Sequence[Found], by: tuple[str, ...], span: Span, *, rows: bool = True) -> list[Counted]:

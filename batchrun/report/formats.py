@@ -143,6 +143,7 @@ def tree(bill: Bill, columns: Sequence[str] = FIGURES) -> dict[str, object]:
         "unfinished": bill.unfinished,
         "unread": bill.unread,
         "left_out": bill.left_out,
+        "supposed": bill.supposed,
         "findings": bill.findings,
         "against": [msgspec.to_builtins(each) | {"jumped": each.jumped} for each in bill.against],
     }
@@ -266,6 +267,8 @@ def cell(value: Value, name: str) -> str:
 
 def remarks(bill: Bill) -> Iterator[str]:
     """What is beyond the figures, a line each."""
+    if bill.supposed is not None:
+        yield _one_line(bill.supposed)
     if bill.possibly_billed:
         yield (
             f"possibly billed beyond that: {plural(bill.possibly_billed, 'attempt')} without a known end, "

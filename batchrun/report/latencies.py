@@ -57,7 +57,11 @@ def scan(result: Result, keys: Sequence[str], zone: str) -> Scanned:
         columns: dict[str, Any] = {key: _key(table, key, zone) for key in keys}
         columns["bucket"] = _bucket(table["latency_s"])
         columns["reused"] = pc.cast(table["reused"], pa.int64())
-        grouped = pa.table(columns).group_by([*keys, "bucket"]).aggregate([("reused", "sum"), ([], "count_all")])
+        grouped = (
+            pa.table(columns)
+            .group_by([*keys, "bucket"], use_threads=False)
+            .aggregate([("reused", "sum"), ([], "count_all")])
+        )
         values = [grouped[name].to_pylist() for name in (*keys, "bucket", "count_all", "reused_sum")]
         for *group, bucket, count, reused in zip(*values, strict=True):
             if bucket is not None:  # a pending row has no latency

@@ -1,4 +1,4 @@
-"""The rows of a run's result, read column by column: never more than one row group is in memory."""
+"""The rows of a run's result, read column by column: never more than a row group, or 65,536 rows of narrow columns."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -64,8 +64,29 @@ def _files(place: Path) -> list[Path]:
     return [directory.partial] if directory.partial.exists() else []
 
 
+_WIDE = frozenset({"parsed", "content", "raw", "choices", "error"})
+"""Columns that are read by row group: they may be large, and dictionaries in structs can't be read across two."""
+
+ROWS_AT_ONCE = 65_536
+
+
+def _together(file: pq.ParquetFile, *, narrow: bool) -> Iterator[list[int]]:
+    """Row groups that are read at once: small ones of narrow columns cost more to begin than to read."""
+    groups: list[int] = []
+    held = 0
+    for group in range(file.num_row_groups):
+        count = file.metadata.row_group(group).num_rows
+        if groups and (not narrow or held + count > ROWS_AT_ONCE):
+            yield groups
+            groups, held = [], 0
+        groups.append(group)
+        held += count
+    if groups:
+        yield groups
+
+
 def tables(result: Result, own: Sequence[str], inputs: Sequence[str] = ()) -> Iterator[pa.Table]:
-    """Row group by row group: the input's columns of these names, then ours, under their names without the prefix.
+    """The rows, some row groups at a time: the input's columns of these names, then ours without their prefix.
 
     Raises:
         InputError: a file can't be read.
@@ -74,8 +95,9 @@ def tables(result: Result, own: Sequence[str], inputs: Sequence[str] = ()) -> It
     for path in result.files:
         try:
             with pq.ParquetFile(path) as file:
-                for group in range(file.num_row_groups):
-                    yield file.read_row_group(group, columns=names).select(names).rename_columns([*inputs, *own])
+                for groups in _together(file, narrow=not inputs and not set(own) & _WIDE):
+                    table = file.read_row_groups(groups, columns=names, use_threads=False)
+                    yield table.select(names).rename_columns([*inputs, *own])
         except (OSError, pa.ArrowException) as error:
             raise InputError(f"{path}: can't be read: {error}") from error
 
