@@ -45,9 +45,16 @@ def row(number: int, **changes: Any) -> dict[str, Any]:
 
 
 def write_result(
-    folder: Path, rows: Sequence[Mapping[str, Any]], *, typed: bool = False, prefix: str = "", **summary: Any
+    folder: Path,
+    rows: Sequence[Mapping[str, Any]],
+    /,
+    *,
+    typed: bool = False,
+    prefix: str = "",
+    also: Sequence[TotalsLine] = (),
+    **summary: Any,
 ) -> Path:
-    """A run directory with these rows; `typed`: `parsed` is of `SCHEMA`."""
+    """A run directory with these rows; `typed`: `parsed` is of `SCHEMA`; `also`: lines of the totals without a row."""
     folder.mkdir(parents=True)
     schema = pa.schema(
         [("id", pa.string()), ("text", pa.string()), *own_schema("", column_of(SCHEMA if typed else None))]
@@ -64,7 +71,7 @@ def write_result(
     told = {
         **{"version": VERSION, "job": "job", "run_id": folder.name, "invocation": 1, "complete": True},
         **{"begun_at": "2026-11-01T01:00:00Z", "updated_at": "2026-11-01T03:00:00Z", "rows": len(rows)},
-        **{"totals": list(totals.values()), "possibly_billed_count": 0, "possibly_billed_usd": "0", "pending": 0},
+        **{"totals": [*totals.values(), *also], "possibly_billed_count": 0, "possibly_billed_usd": "0", "pending": 0},
     }
     (folder / "summary.json").write_bytes(msgspec.json.encode(told | summary))
     return folder

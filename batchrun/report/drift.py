@@ -59,6 +59,8 @@ def figures(account: Account, profile: Profile | None) -> dict[str, Figure]:
     if rows:
         attempts = sum(line.attempts for line in account.totals)
         found["attempts per row"] = Figure(attempts / rows)
+        found["tokens in per row"] = Figure(sum(line.prompt_tokens for line in account.totals) / rows)
+        found["tokens out per row"] = Figure(sum(line.completion_tokens for line in account.totals) / rows)
     if profile is None or not profile.rows:
         return found
     for status, count in profile.statuses.items():
