@@ -222,3 +222,19 @@ def test_where_the_package_for_charts_is_missing_it_is_named(runs: Path, tmp_pat
         assert ended.returncode == 2
         assert ended.stderr.startswith("Error: ")
         assert ended.stderr.endswith("needs a package more: pip install 'batchrun[report]'\n")
+
+
+def test_a_span_without_a_run_is_a_page_without_charts(runs: Path, tmp_path: Path) -> None:
+    target = tmp_path / "none.html"
+    assert batchrun("report", runs, "--since", "2099-01", "-o", target).exit_code == 0
+    elements = Elements(target.read_text("utf-8"))
+    assert [line[0] for line in elements.tables["The bill by job, model"]] == ["job", "total"]
+    assert "Failures by kind" not in elements.tables
+
+
+def test_a_page_of_a_span_has_nothing_of_runs_beyond_it(runs: Path, tmp_path: Path) -> None:
+    target = tmp_path / "one.html"
+    assert batchrun("report", runs, "--until", "2026-11-01", "--by", "night", "-o", target).exit_code == 0
+    elements = Elements(target.read_text("utf-8"))
+    assert [line[1] for line in elements.tables["The dearest rows"][1:]] == ["2026-11-01"] * 10
+    assert elements.tables["Failures by kind"][1][:2] == ["error, quota", "4"]

@@ -111,11 +111,13 @@ def collect(paths: Sequence[Path], by: tuple[str, ...], span: Span = EVER) -> Bi
 
 def of_runs(found: Runs, asked: Asked) -> Bill:
     """The bill over runs that were found. Raises: InputError: there is nothing to compare with."""
-    bill = fold(counted(found.found, asked.by, asked.span), asked.by, asked.span, found.left_out)
+    span = asked.span
+    bill = fold(counted(found.found, asked.by, span), asked.by, span, found.left_out)
+    until = [each for each in found.found if not span.is_over(day_of(each.account.began, span.zone))]
     return msgspec.structs.replace(
         bill,
-        findings=() if asked.limits is None else tuple(nightly.noticed(found.found, asked.limits)),
-        against=() if asked.against is None else tuple(nightly.compared(found.found, asked.against)),
+        findings=() if asked.limits is None else tuple(nightly.noticed(until, asked.limits)),
+        against=() if asked.against is None else tuple(nightly.compared(until, asked.against)),
     )
 
 

@@ -33,7 +33,11 @@ class Span(msgspec.Struct, frozen=True):
         if self.since is None and self.until is None:
             return True
         on = date.fromisoformat((run_began if day == UNKNOWN else day)[:10])
-        return (self.since is None or on >= self.since) and (self.until is None or on <= self.until)
+        return (self.since is None or on >= self.since) and not self.is_over(on.isoformat())
+
+    def is_over(self, day: str) -> bool:
+        """Whether the day is behind the last one."""
+        return self.until is not None and date.fromisoformat(day) > self.until
 
 
 def keys(by: str) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import jinja2
 from markupsafe import Markup
 
 from batchrun.report import charts, drift, formats, page_data
-from batchrun.report.bill import Bill
+from batchrun.report.bill import Bill, counted
 from batchrun.report.charts import Chart
 from batchrun.report.figures import figure
 from batchrun.report.runs import Found
@@ -31,6 +31,7 @@ def page(bill: Bill, found: Sequence[Found], columns: Sequence[str], now: dateti
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["plain"] = plain
+    found = [each.found for each in counted(found, bill.by, bill.span, rows=False)]  # those within the span
     drawn = [chart for chart in _charts(bill, found) if chart is not None]
     rows = page_data.rows(found, bill.span)
     header, *lines = formats.with_total(bill, columns)
