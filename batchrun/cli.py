@@ -1,4 +1,4 @@
-"""The command line: flags → job → run → echo → exit code. Sole importer of click.
+"""The command line: flags → job → run → echo → exit code. With `commands` the only importer of click.
 
 Everything heavy is imported by the command that needs it: `batchrun --help` answers in a twentieth of a second.
 """
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import click
 
 from batchrun import __version__, streams
+from batchrun.commands import bills, looks
+from batchrun.commands.echo import OUT, say
 from batchrun.errors import BatchrunError, ExitCode
 from batchrun.terminal import Progress, harmless, note
 
@@ -48,7 +50,6 @@ JOB = click.argument("job", type=click.Path(dir_okay=False, path_type=Path))
 INPUT = click.option("-i", "--input", "input_path", metavar="PATH", help="Input instead of input.path; - is stdin.")
 SET = click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Lay one setting over the job.")
 SKIP = click.option("--skip-invalid", is_flag=True, help="Set bad records aside (run: in rejects.jsonl).")
-OUT = click.argument("out", type=click.Path(path_type=Path))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -150,9 +151,9 @@ def check(job: Path, input_path: str | None, skip_invalid: bool, overrides: tupl
     where = plural(len(source.files), "file")
     aside = f", {len(found.rejected):,} set aside" if found.rejected else ""
     asks = f"{plural(found.rows, 'row')} in {where}{aside}, read as {found.dialect}; {models}"
-    _say(harmless(asks) if found.rows else f"0 rows in {where}: there is nothing to send")
+    say(harmless(asks) if found.rows else f"0 rows in {where}: there is nothing to send")
     if (columns := reading.columns_in_words(source, found)) is not None:
-        _say(harmless(columns))
+        say(harmless(columns))
     preflight.key(loaded, os.environ)
 
 
@@ -185,36 +186,14 @@ def estimate(
     now = datetime.now().astimezone()
     if found is not None:
         for line in estimating.run_in_words(found.summary, None if found.drift is None else str(found.drift)):
-            _say(harmless(line))
+            say(harmless(line))
     to_ask = surveyed.rows if found is None else found.to_ask
     done = None if found is None else found.summary
     means = earlier.newest(loaded, besides=out)
     estimated = estimating.estimate(surveyed, loaded, tables, to_ask, done, daily.left_s(now), means)
     for line in estimating.in_words(estimated, tables, loaded.endpoint.url):
-        _say(harmless(line))
+        say(harmless(line))
     preflight.key(loaded, os.environ)
-
-
-@cli.command()
-@click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="An array of an object for each run.")
-@click.option("--exit-code", is_flag=True, help="Exit 4 where a run is unfinished and no process works on it.")
-def status(paths: tuple[Path, ...], as_json: bool, exit_code: bool) -> None:
-    """Where a run stands, also while it works; or many runs, a line each, unfinished ones first."""
-    from datetime import UTC, datetime
-
-    from batchrun.report import nights, status
-    from batchrun.rundir import RunDirectory
-
-    one = len(paths) == 1 and not as_json and nights.is_run(paths[0])
-    found = [] if one and not exit_code else nights.collect(paths, datetime.now(UTC))
-    if as_json:
-        _say(nights.as_json(found))
-    else:
-        for line in status.lines(RunDirectory(paths[0])) if one else nights.lines(found):
-            _say(harmless(line))
-    if exit_code:
-        sys.exit(nights.exit_code(found))
 
 
 @cli.command()
@@ -226,7 +205,7 @@ def export(out: Path, target: Path | None) -> None:
     from batchrun.rundir import RunDirectory
 
     for line in exporting.in_words(exporting.export(RunDirectory(out), target)):
-        _say(harmless(line))
+        say(harmless(line))
 
 
 @cli.command()
@@ -248,38 +227,7 @@ def tune(out: Path, **settings: str | None) -> None:
 
     wish = live_limits.wish({name: value for name, value in settings.items() if value is not None})
     limits = live_limits.ask(RunDirectory(out), wish)
-    _say("taken" if limits is None else f"taken: {live_limits.in_words(wish, limits)}")
-
-
-@cli.command()
-@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--by", default="job,model", metavar="KEYS", help="Group by: day, job, model, status, run.")
-@click.option("--format", "form", type=click.Choice(["table", "markdown", "csv", "json", "parquet"]))
-@click.option(
-    "-o",
-    "--output",
-    "target",
-    type=click.Path(path_type=Path),
-    help="A file instead of stdout: .txt, .md, .csv, .json or .parquet.",
-)
-def report(paths: tuple[Path, ...], by: str, form: str | None, target: Path | None) -> None:
-    """The bill over run directories and completions files."""
-    from batchrun.errors import JobError
-    from batchrun.report import bill as reporting
-    from batchrun.report import formats
-
-    form, keys = formats.form_of(target, form), reporting.keys(by)
-    formats.require_no_input(target, paths)
-    content = formats.render(reporting.collect(paths, keys), form)
-    if target is None:
-        for_eyes = form in ("table", "markdown") or sys.stdout.isatty()
-        text = content.decode()
-        _say(harmless(text) if for_eyes else text, nl=False)
-    else:
-        try:
-            target.write_bytes(content)
-        except OSError as error:
-            raise JobError(f"-o {target}: can't be written: {error.strerror}") from error
+    say("taken" if limits is None else f"taken: {live_limits.in_words(wish, limits)}")
 
 
 @cli.command()
@@ -296,7 +244,7 @@ def verify(out: Path, salvage: bool) -> None:
     else:
         findings, salvaged = verifying.verify(RunDirectory(out)), None
     for line in (*verifying.in_words(findings), *(salvaging.in_words(salvaged) if salvaged else ())):
-        _say(harmless(line))
+        say(harmless(line))
     sys.exit(ExitCode.DAMAGED if findings.damages else ExitCode.COMPLETE)
 
 
@@ -315,7 +263,7 @@ def new(file: Path) -> None:
         raise JobError(f"{file} is there already; name another file") from error
     except OSError as error:
         raise JobError(f"{file}: can't be written: {error.strerror}") from error
-    _say(f"wrote {file}; set the input and the prompt, then: batchrun check {file}")
+    say(f"wrote {file}; set the input and the prompt, then: batchrun check {file}")
 
 
 @cli.command()
@@ -348,7 +296,11 @@ def simulate(
         seed=seed,
         ledger=ledger,
     )
-    serve(config, lambda url: _say(f"listening on {url}"))
+    serve(config, lambda url: say(f"listening on {url}"))
+
+
+for command in (looks.status, looks.show, looks.watch, bills.report, bills.compare):
+    cli.add_command(command)
 
 
 def main() -> None:
@@ -495,11 +447,6 @@ def _where_it_stands(stopped: BaseException) -> "Summary":
     raise reason
 
 
-def _say(text: str, *, nl: bool = True) -> None:
-    """A result, on stdout."""
-    streams.write_result(text + "\n" * nl)
-
-
 def _tell(summary: "Summary", job: "Job") -> None:
     from datetime import date, datetime, time
 
@@ -518,9 +465,9 @@ def _tell(summary: "Summary", job: "Job") -> None:
         settings=flatten(msgspec.to_builtins(job.request, builtin_types=(datetime, date, time)), "request"),
     )
     for line in lines:
-        _say(harmless(line))
+        say(harmless(line))
     if "HTTP 401:" in (summary.reason or ""):
-        _say(harmless(f"{'check':<13}the key: {_key_of(job)}"))
+        say(harmless(f"{'check':<13}the key: {_key_of(job)}"))
 
 
 def _key_of(job: "Job") -> str:

@@ -110,7 +110,7 @@ def _status(job: Job, directory: RunDirectory, credentials: Credentials, hooks: 
     """What is known of the run is in summary.json, from now to whichever end the block has."""
     live_limits.clear(directory)
     complete_before = _complete_summary(directory)
-    status = RunStatus(job.name, directory, credentials, hooks.command)
+    status = RunStatus(job.name, directory, credentials, hooks.command, job.job.tags)
     try:
         hooks.progress(status.summary())
         if credentials.warning:

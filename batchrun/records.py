@@ -473,3 +473,4 @@ class Summary(msgspec.Struct, frozen=True):
     command: str | None
     files: dict[str, str]
     retrying: Retrying | None = None
+    tags: dict[str, str] = {}

@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "output": frozenset(
         {"errors", "job", "records", "durable", "rundir", "columns", "source", "answer", "checkpoint"},
     ),
-    "report": frozenset({"errors", "records", "prices", "answer", "rundir", "gate", "checkpoint", "output"}),
+    "report": frozenset({"errors", "job", "records", "prices", "answer", "rundir", "gate", "checkpoint", "output"}),
     # how they are joined
     "plan": frozenset(
         {
@@ -88,6 +88,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     ),
     "runner": frozenset({"errors", "job", "records", "signals", "source", "output", "dispatch", "api"}),
     "__init__": frozenset({"errors", "job", "records", "output", "plan", "api", "runner"}),
+    "commands": frozenset({"errors", "rundir", "streams", "terminal", "report"}),
     "cli": frozenset(
         {
             *(
@@ -101,6 +102,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
                 "rundir",
                 "streams",
                 "terminal",
+                "commands",
             ),
             *("open_files", "preflight", "source", "gate", "policy"),
             *("report", "plan", "dispatch", "rescue", "simulator"),
@@ -113,13 +115,15 @@ SOLE_IMPORTERS: dict[str, frozenset[str]] = {
     "aiohttp": frozenset({"transport", "simulator"}),
     "aiolimiter": frozenset({"gate.rates"}),
     "sqlite3": frozenset({"checkpoint.database"}),
-    "click": frozenset({"cli"}),
+    "click": frozenset({"cli", "commands"}),
     "tqdm": frozenset({"terminal"}),
     "uvloop": frozenset({"api", "simulator"}),
-    "jinja2": frozenset({"request.templates"}),
+    "jinja2": frozenset({"request.templates", "report.page"}),
+    "pygal": frozenset({"report.charts"}),
     "genai_prices": frozenset({"price_list"}),
     "jsonschema_rs": frozenset({"job.expected"}),
     "toktok": frozenset({"answer.offline"}),
+    "xlsxwriter": frozenset({"report.spreadsheet"}),
     "pyarrow": frozenset({"source", "columns", "output", "report", "plan", "dispatch", "rescue"}),
 }
 """Library → the packages and modules that import it."""

@@ -35,7 +35,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_unknown_price_is_null_in_every_row_and_unknown_in_every_bill(runs: Path) -> None:
     assert pq.read_table(runs / "unknown" / "completions.parquet").column("cost_usd").null_count == 10
     assert "cost    unknown; no known price for 10 attempts" in batchrun("status", runs / "unknown").stdout
-    table = batchrun("report", runs / "unknown").stdout.splitlines()
+    table = batchrun("report", runs / "unknown", "--columns", "cost_usd,wasted_usd").stdout.splitlines()
     assert [line.split()[-2] for line in table[1:3]] == ["unknown", "unknown"]
     assert table[3] == "no known price for 10 attempts of mystery-model: not in cost_usd"
     bill = json.loads(batchrun("report", runs / "unknown", "--format", "json").stdout)

@@ -25,6 +25,8 @@ from batchrun.plan.check import survey
 from batchrun.policy import FAULT_VERDICTS, STATUS_VERDICTS, judge
 from batchrun.records import Attempt, PossiblyBilled, Status, Summary, TotalsLine, Verdict
 from batchrun.report.bill import KEYS
+from batchrun.report.figures import FIGURES
+from batchrun.report.findings import THRESHOLDS
 from batchrun.rundir import RunDirectory
 from batchrun.source import find_files, open_source
 from tests.test_architecture import MAY_IMPORT
@@ -152,6 +154,15 @@ def test_every_key_of_the_report_is_listed() -> None:
     assert tuple(bare(row[0]) for row in rows("docs/output.md", "`--by`")) == KEYS
 
 
+def test_every_figure_of_a_bill_has_its_formula_in_order() -> None:
+    assert tuple(bare(row[0]) for row in rows("docs/cost.md", "figure", "formula")) == FIGURES
+
+
+def test_every_finding_is_listed_with_its_threshold() -> None:
+    listed = {bare(name): float(bare(limit)) for name, limit, *_ in rows("docs/cost.md", "finding", "threshold")}
+    assert listed == THRESHOLDS
+
+
 def test_every_exit_code_is_listed() -> None:
     listed = {int(code): bare(name) for code, name, *_ in rows("docs/guarantees.md", "code", "name")}
     assert listed == {int(code): code.name for code in ExitCode}
@@ -201,7 +212,7 @@ def test_every_dependency_has_its_reason_in_the_design() -> None:
     listed = [row[0].partition(" ")[0] for row in rows("docs/design.md", "package", "reason")]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["uvloop"], *extras["tokens"]]
+    wanted = [*project["dependencies"], *(name for extra in ("uvloop", "tokens", "report") for name in extras[extra])]
     assert sorted(listed) == sorted(re.match(r"[\w-]+", name)[0] for name in wanted)  # type: ignore[index]
 
 

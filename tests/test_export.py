@@ -108,8 +108,7 @@ def test_a_killed_run_has_its_rows_and_the_others_are_pending_in_input_order(run
     assert table.column("row").to_pylist() == list(range(ROWS))
     for column in ("id", "text"):
         assert table.column(column) == runs.undisturbed.column(column)
-    rows = done.column("row").to_pylist()
-    assert done.select(SAME) == runs.undisturbed.take(rows).select(SAME)
+    assert done.select(SAME) == runs.undisturbed.take(done.column("row")).select(SAME)
     pending = table.filter(pc.equal(table.column("status"), pa.scalar(PENDING)))
     assert 65 in pending.column("row").to_pylist()
     assert {row["content"] for row in pending.to_pylist()} == {None}

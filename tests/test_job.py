@@ -410,6 +410,7 @@ OTHER_VALUES: Mapping[str, object] = {
     "request.extra": {"seed": 1},
     "request.from_columns": {"model": "m"},
     "input.dialect": "messages",
+    "job.tags": {"team": "search"},
     **dict.fromkeys(("finish.stop", "finish.length", "finish.function_call", "finish.content_filter"), "retry"),
     **dict.fromkeys(("finish.empty", "finish.other", "finish.refusal"), "retry"),
     "output.columns": ["a"],

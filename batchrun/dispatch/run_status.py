@@ -3,6 +3,7 @@
 import os
 import socket
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
 
 import msgspec
@@ -53,8 +54,16 @@ class RunStatus:
     `phase` is how far this start has come. `state` is summary.json's word for it.
     """
 
-    def __init__(self, job: str, directory: RunDirectory, credentials: Credentials, command: str | None = None) -> None:
+    def __init__(
+        self,
+        job: str,
+        directory: RunDirectory,
+        credentials: Credentials,
+        command: str | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
         """summary.json names this process from now on, and the `command` that resumes the run."""
+        self._tags = dict(tags or {})
         self._job = job
         self._directory = directory
         self._credentials = credentials
@@ -123,6 +132,7 @@ class RunStatus:
             example_error=self._example_error(),
             command=self._command,
             retrying=self._retrying() if self.state == "running" else None,
+            tags=self._tags,
         )
         if not isinstance(self.phase, Running):
             spent = None if checkpoint is None else checkpoint.spent

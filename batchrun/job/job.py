@@ -217,12 +217,23 @@ class Simulator(Table, frozen=True):
     ledger: Text | None = None
 
 
+TagName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,60}$")]  # a column of a bill: `tag.team`
+TagValue = Annotated[str, Meta(min_length=1, max_length=200)]
+
+
+class About(Table, frozen=True):
+    """What a bill should know of the job. `tags` change nothing of what is sent."""
+
+    tags: dict[TagName, TagValue] = {}
+
+
 class Job(Table, frozen=True):
     """What to ask, of whom, within which limits. Holds no secret. `name` is the job file's stem."""
 
     endpoint: Endpoint
     request: RequestTemplate = RequestTemplate()
     name: Text = "job"
+    job: About = About()
     input: Input = Input()
     limits: Limits = Limits()
     retry: Retry = Retry()

@@ -34,6 +34,9 @@ def standing(directory: RunDirectory) -> Standing:
         return Standing(written)
     if directory.locked():
         return Standing(written, alive=True)
+    written = read(directory)  # the process may have ended between the two looks
+    if written.exit_code is not None:
+        return Standing(written)
     found, problem = written, None
     try:
         with at_rest.opened(directory.checkpoint, directory.inflight, glance=True) as checkpoint:
@@ -84,4 +87,5 @@ def _moment(directory: RunDirectory, checkpoint: Checkpoint, written: Summary | 
         reason=None if written is None else written.reason,
         limits=None if written is None else written.limits,
         command=None if written is None else written.command,
+        tags={} if written is None else written.tags,
     )

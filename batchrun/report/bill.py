@@ -1,41 +1,34 @@
-"""The bill over runs: the lines of their totals, added up by group. PURE, but for reading them."""
+"""The bill over runs: their totals' lines folded into groups. PURE, but for reading the runs."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import msgspec
 
 from batchrun.checkpoint.spent import DISCARDED, LOST
-from batchrun.errors import JobError
-from batchrun.records import TotalsLine
-from batchrun.report import runs
-from batchrun.report.runs import Account, LeftOut
+from batchrun.errors import InputError
+from batchrun.records import Status, TotalsLine
+from batchrun.report import days, latencies, nightly, run_rows, runs
+from batchrun.report.figures import FIGURES, BillLine, added
+from batchrun.report.findings import Finding
+from batchrun.report.keys import KEYS, OF_LINES, Span, day_of, group, keys
+from batchrun.report.latencies import Scanned
+from batchrun.report.nightly import Against, Compared
+from batchrun.report.runs import Account, Found, LeftOut, Runs
 
-KEYS = ("day", "job", "model", "status", "run")
+__all__ = ["FIGURES", "KEYS", "Bill", "BillLine", "collect", "keys"]
 
+RATE_S = 60.0
+"""A start that took less has no rate to hold against a limit: a burst is allowed at its beginning."""
 
-class BillLine(msgspec.Struct, frozen=True):
-    """What one group used and cost. `wasted_usd` is the part of `cost_usd` that was paid for answers that are not in
-    the output, however they came to be replaced.
-    """
+EVER = Span()
 
-    group: tuple[str, ...]
-    rows: int = 0
-    attempts: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-    reasoning_tokens: int = 0
-    total_tokens: int = 0
-    cost_usd: Decimal = Decimal(0)
-    wasted_usd: Decimal = Decimal(0)
-    unpriced: int = 0
-    without_usage: int = 0
-
-
-FIGURES = BillLine.__struct_fields__[1:]
+READERS = 2
+"""Threads that read results: decoding is Arrow's, which needs no lock for it."""
 
 
 class WithoutUsage(msgspec.Struct, frozen=True):
@@ -59,6 +52,9 @@ class Bill(msgspec.Struct, frozen=True):
     """The lines in the order of their groups, their sum, and what is beyond it: the upper bound of what may have been
     billed, the answers without usage, attempts without a known price by model, and what was found and not counted.
     The sum's attempts include the `lost` ones, sent before the process died or was stopped at once.
+
+    `unread` counts the runs without rows to read: no latency of theirs is in any figure. `supposed` says at whose
+    prices the bill is, where these are not those that were paid.
     """
 
     by: tuple[str, ...]
@@ -72,50 +68,235 @@ class Bill(msgspec.Struct, frozen=True):
     unpriced: dict[str, int]
     estimated: Expected | None
     left_out: tuple[LeftOut, ...]
+    span: Span = Span()
+    unread: int = 0
+    unfinished: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    against: tuple[Compared, ...] = ()
+    supposed: str | None = None
+
+    @property
+    def drifted(self) -> bool:
+        """A figure jumped beyond the spread of what it was compared with."""
+        return any(each.jumped for each in self.against)
 
 
-def keys(by: str) -> tuple[str, ...]:
-    """What to group by, of a text such as `job,model`.
+class Counted(NamedTuple):
+    """A run, those of its lines that are within the span, and its rows' latencies by some of the keys."""
 
-    Raises:
-        JobError: an unknown key, or one twice.
+    found: Found
+    lines: list[TotalsLine]
+    scanned: Scanned | None
+
+
+class Asked(msgspec.Struct, frozen=True):
+    """What a bill is to say. With `limits` there are findings, by these thresholds; with `against` the newest runs are
+    compared.
     """
-    named = tuple(by.split(","))
-    if unknown := [key for key in named if key not in KEYS]:
-        raise JobError(f"--by {unknown[0]}: expected some of {', '.join(KEYS)}")
-    if twice := [key for key in KEYS if named.count(key) > 1]:
-        raise JobError(f"--by {by}: names {twice[0]} twice")
-    return named
+
+    by: tuple[str, ...] = ("job", "model")
+    span: Span = EVER
+    limits: Mapping[str, float] | None = None
+    against: Against | None = None
 
 
-def collect(paths: Sequence[Path], by: tuple[str, ...]) -> Bill:
+def collect(paths: Sequence[Path], by: tuple[str, ...], span: Span = EVER) -> Bill:
     """The bill over every run that the paths name or hold, each run counted once, whatever their order.
 
     Raises:
         InputError: a path holds no run, or one that can't be read.
     """
-    found = runs.find(paths)
-    booked = [(account, line) for account in found.accounts for line in account.totals]
+    return of_runs(runs.find(paths), Asked(by, span))
+
+
+def of_runs(found: Runs, asked: Asked) -> Bill:
+    """The bill over runs that were found. Raises: InputError: there is nothing to compare with."""
+    span = asked.span
+    bill = fold(counted(found.found, asked.by, span), asked.by, span, found.left_out)
+    until = [each for each in found.found if not span.is_over(day_of(each.account.began, span.zone))]
+    return msgspec.structs.replace(
+        bill,
+        findings=() if asked.limits is None else tuple(nightly.noticed(until, asked.limits)),
+        against=() if asked.against is None else tuple(nightly.compared(until, asked.against)),
+    )
+
+
+def what_if(bill: Bill, prices: str, before_usd: Decimal, after_usd: Decimal) -> Bill:
+    """The bill, which says that it is at these prices, and what the runs did cost."""
+    said = f"what if: at the prices of {prices} ${after_usd:,.6f}; paid were ${before_usd:,.6f}"
+    return msgspec.structs.replace(bill, supposed=said)
+
+
+def counted(found: Sequence[Found], by: tuple[str, ...], span: Span, *, rows: bool = True) -> list[Counted]:
+    """The runs that have lines within the span, in order."""
+
+    def count(each: Found) -> Counted:
+        began = day_of(each.account.began, span.zone)
+        lines = [line for line in days.localised(each, span.zone) if span.holds(line.day, began)]
+        return Counted(each, lines, _scan(each, by, span, began) if rows else None)
+
+    with ThreadPoolExecutor(READERS) as pool:
+        every = list(pool.map(count, found))
+    ends = span.since is not None or span.until is not None
+    return [each for each in every if each.lines or not ends]
+
+
+def _scan(each: Found, by: tuple[str, ...], span: Span, began: str) -> Scanned | None:
+    """The rows' latencies within the span; None where there are no rows to read: a bill stands without them."""
+    names = _scanned_by(by, span)
+    try:
+        if (result := run_rows.result_of(each.place)) is None:
+            return None
+        scanned = latencies.scan(result, names, span.zone)
+    except InputError:
+        return None
+    if "day" in names:
+        place = names.index("day")
+        for values in [values for values in scanned if not span.holds(str(values[place]), began)]:
+            del scanned[values], scanned.reused[values]
+    return scanned
+
+
+def fold(every: Sequence[Counted], by: tuple[str, ...], span: Span, left_out: tuple[LeftOut, ...]) -> Bill:
+    """The bill over runs that were counted."""
     lines: dict[tuple[str, ...], BillLine] = {}
-    for account, line in booked:
-        group = tuple(_key(key, account, line) for key in by)
-        lines[group] = _add(lines.get(group) or BillLine(group), line)
     total = BillLine(("total",))
-    for _, line in booked:
-        total = _add(total, line)
+    for each in every:
+        whole = _whole(each)
+        total = added(total, _of_run(whole, each))
+        for place, line in _grouped(each, whole, by, span).items():
+            lines[place] = added(lines.get(place) or _empty(place, by), line)
+    accounts = [each.found.account for each in every]
+    booked = [line for each in every for line in each.lines]
     return Bill(
         by=by,
-        lines=tuple(lines[group] for group in sorted(lines)),
+        lines=tuple(lines[place] for place in sorted(lines)),
         total=total,
-        runs=len(found.accounts),
-        possibly_billed=sum(account.possibly_billed_count for account in found.accounts),
-        possibly_billed_usd=sum((account.possibly_billed_usd for account in found.accounts), Decimal(0)),
-        lost=sum(line.attempts for _, line in booked if line.status == LOST),
-        without_usage=tuple(_without_usage(found.accounts)),
-        unpriced=_unpriced(line for _, line in booked),
-        estimated=_expected(found.accounts),
-        left_out=found.left_out,
+        runs=len(every),
+        possibly_billed=sum(account.possibly_billed_count for account in accounts),
+        possibly_billed_usd=sum((account.possibly_billed_usd for account in accounts), Decimal(0)),
+        lost=sum(line.attempts for line in booked if line.status == LOST),
+        without_usage=tuple(_without_usage(every)),
+        unpriced=_unpriced(booked),
+        estimated=_expected(accounts),
+        left_out=left_out,
+        span=span,
+        unread=sum(each.scanned is None for each in every),
+        unfinished=tuple(sorted(str(each.found.place) for each in every if not each.found.account.complete)),
     )
+
+
+def _grouped(each: Counted, whole: BillLine, by: tuple[str, ...], span: Span) -> dict[tuple[str, ...], BillLine]:
+    """One run's lines by group, with what is known of a whole run where a group holds all of it."""
+    found = each.found
+    divided = bool(OF_LINES & set(by))
+    if not divided:
+        place = group(by, found, TotalsLine(0, "", ""), span.zone)
+        return {place: msgspec.structs.replace(_of_run(whole, each), group=place)}
+    empty = _empty((), by)
+    lines: dict[tuple[str, ...], BillLine] = {}
+
+    def add(line: TotalsLine, figures: BillLine) -> None:
+        place = group(by, found, line, span.zone)
+        before = lines.get(place, msgspec.structs.replace(empty, group=place, runs=1))
+        lines[place] = added(before, figures)
+
+    for line in each.lines:
+        add(line, _of_line(line))
+    if each.scanned is not None:
+        for values, buckets in each.scanned.items():
+            row = _line_of_row(values, _scanned_by(by, span))
+            add(row, msgspec.structs.replace(empty, latencies=buckets, reused=each.scanned.reused[values]))
+    return lines
+
+
+def _empty(place: tuple[str, ...], by: tuple[str, ...]) -> BillLine:
+    """A group before anything is added: what no group knows where runs are divided among them is None."""
+    if OF_LINES & set(by):
+        return BillLine(place, complete=None, pending=None, possibly_billed=None, possibly_billed_usd=None)
+    return BillLine(place)
+
+
+def _whole(each: Counted) -> BillLine:
+    total = BillLine(())
+    for line in each.lines:
+        total = added(total, _of_line(line))
+    return total
+
+
+def _of_line(line: TotalsLine) -> BillLine:
+    return BillLine(
+        (),
+        complete=None,
+        rows=line.rows,
+        pending=None,
+        ok=line.rows if line.status == Status.OK else 0,
+        attempts=line.attempts,
+        prompt_tokens=line.prompt_tokens,
+        cached_tokens=line.cached_tokens,
+        cache_write_tokens=line.cache_write_tokens,
+        completion_tokens=line.completion_tokens,
+        reasoning_tokens=line.reasoning_tokens,
+        total_tokens=line.total_tokens,
+        cost_usd=line.cost_usd,
+        wasted_usd=line.cost_usd if line.status == DISCARDED else Decimal(0),
+        possibly_billed=None,
+        possibly_billed_usd=None,
+        unpriced=line.unpriced,
+        without_usage=line.without_usage,
+    )
+
+
+def _of_run(whole: BillLine, each: Counted) -> BillLine:
+    """The run's sums, and what is known of it as a whole."""
+    account, scanned = each.found.account, each.scanned
+    expected = _expected([account])
+    used_s, limit_s = _limit(account)
+    buckets: Counter[int] = sum((scanned or {}).values(), Counter())
+    return msgspec.structs.replace(
+        whole,
+        runs=1,
+        complete=int(account.complete),
+        pending=account.pending,
+        possibly_billed=account.possibly_billed_count,
+        possibly_billed_usd=account.possibly_billed_usd,
+        reused=None if scanned is None else sum(scanned.reused.values()),
+        expected_usd=None if expected is None else expected.expected_usd,
+        compared_usd=None if expected is None else expected.cost_usd,
+        latencies=None if scanned is None else buckets,
+        limit_used_s=used_s,
+        limit_s=limit_s,
+    )
+
+
+def _limit(account: Account) -> tuple[float | None, float | None]:
+    """The seconds of the last start, times the share of its tightest limit that it used; and those seconds."""
+    limits = account.limits
+    if limits is None or account.elapsed_s < RATE_S:
+        return None, None
+    pairs = (
+        (account.requests_per_minute, limits.requests_per_minute),
+        (account.tokens_per_minute, limits.tokens_per_minute),
+    )
+    shares = [used / allowed for used, allowed in pairs if allowed]
+    return (max(shares) * account.elapsed_s, account.elapsed_s) if shares else (None, None)
+
+
+_ROWS = {"model": "requested_model", "status": "status", "day": "day", "month": "day"}
+
+
+def _scanned_by(by: tuple[str, ...], span: Span) -> list[str]:
+    """The columns by which rows must be counted for these keys."""
+    needed = [_ROWS[key] for key in by if key in _ROWS]
+    if span.since is not None or span.until is not None:
+        needed.append("day")
+    return list(dict.fromkeys(needed))
+
+
+def _line_of_row(values: tuple[object, ...], names: Sequence[str]) -> TotalsLine:
+    """What a group of rows is to the keys."""
+    told = dict(zip(names, values, strict=True))
+    return TotalsLine(0, str(told.get("requested_model", "")), str(told.get("status", "")), str(told.get("day", "")))
 
 
 def _unpriced(lines: Iterable[TotalsLine]) -> dict[str, int]:
@@ -140,31 +321,9 @@ def _expected(accounts: Sequence[Account]) -> Expected | None:
     return Expected(len(known), sum((e for e, _ in known), Decimal(0)), sum((c for _, c in known), Decimal(0)))
 
 
-def _without_usage(accounts: Sequence[Account]) -> Iterator[WithoutUsage]:
-    for job in sorted({account.job for account in accounts}):
-        lines = [line for account in accounts if account.job == job for line in account.totals]
+def _without_usage(every: Sequence[Counted]) -> Iterator[WithoutUsage]:
+    for job in sorted({each.found.account.job for each in every}):
+        lines = [line for each in every if each.found.account.job == job for line in each.lines]
         if answers := sum(line.without_usage for line in lines):
             prompt_tokens = sum(line.offline_prompt_tokens for line in lines)
             yield WithoutUsage(job, answers, prompt_tokens, sum(line.offline_completion_tokens for line in lines))
-
-
-def _key(key: str, account: Account, line: TotalsLine) -> str:
-    match key:
-        case "day":
-            return line.day or "unknown"
-        case "job":
-            return account.job
-        case "run":
-            return account.run_id
-        case "model":
-            return line.model
-        case _:
-            return line.status
-
-
-def _add(sum_: BillLine, line: TotalsLine) -> BillLine:
-    changes: dict[str, Any] = {
-        name: getattr(sum_, name) + getattr(line, name) for name in FIGURES if name != "wasted_usd"
-    }
-    wasted = line.cost_usd if line.status == DISCARDED else 0
-    return BillLine(sum_.group, **changes, wasted_usd=sum_.wasted_usd + wasted)

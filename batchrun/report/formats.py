@@ -11,14 +11,27 @@ from pathlib import Path
 import msgspec
 
 from batchrun.errors import JobError
-from batchrun.report.bill import FIGURES, Bill, BillLine
-from batchrun.report.summary import known_cost, lost_in_words, plural
+from batchrun.report import drift
+from batchrun.report.bill import Bill
+from batchrun.report.figures import FIGURES, BillLine, Value, figure, kind
+from batchrun.report.keys import Span
+from batchrun.report.summary import lost_in_words, plural
 from batchrun.rundir import RunDirectory
 
-ENDINGS = {".txt": "table", ".md": "markdown", ".csv": "csv", ".json": "json", ".parquet": "parquet"}
+ENDINGS = {
+    ".txt": "table",
+    ".md": "markdown",
+    ".csv": "csv",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".xlsx": "xlsx",
+    ".html": "html",
+}
 """What the ending of a file's name says of the form."""
 
 FORMS = tuple(ENDINGS.values())
+
+BINARY = frozenset({"parquet", "xlsx"})
 
 
 def form_of(target: Path | None, form: str | None) -> str:
@@ -28,8 +41,8 @@ def form_of(target: Path | None, form: str | None) -> str:
         JobError: the ending says nothing, or something else than the name; or Parquet is wanted on the terminal.
     """
     if target is None:
-        if form == "parquet":
-            raise JobError("--format parquet needs a file: name it with -o")
+        if form in BINARY:
+            raise JobError(f"--format {form} needs a file: name it with -o")
         return form or "table"
     said = ENDINGS.get(target.suffix.lower())
     if said is None and form is None:
@@ -53,94 +66,153 @@ def require_no_input(target: Path | None, paths: Sequence[Path]) -> None:
         raise JobError(f"-o {target}: is a file that the bill is made from; name another")
 
 
-def render(bill: Bill, form: str) -> bytes:
-    """The bill in one of `FORMS`; text is UTF-8 and ends in a newline."""
+def chosen(columns: str | None) -> tuple[str, ...] | None:
+    """The figures that `--columns` names; None: those that the form shows.
+
+    Raises:
+        JobError: an unknown one.
+    """
+    if columns is None:
+        return None
+    named = FIGURES if columns == "all" else tuple(columns.split(","))
+    if unknown := [name for name in named if name not in FIGURES]:
+        raise JobError(f"--columns {unknown[0]}: expected some of {', '.join(FIGURES)}, or all")
+    return named
+
+
+def render(bill: Bill, form: str, columns: Sequence[str] | None = None) -> bytes:
+    """The bill in one of `FORMS` but html; text is UTF-8 and ends in a newline.
+
+    A program's forms hold every figure; for people some are chosen.
+    """
     match form:
         case "csv":
-            return _csv(bill).encode()
+            return _csv(bill, columns or FIGURES).encode()
         case "json":
-            return msgspec.json.format(msgspec.json.encode(_tree(bill)), indent=2) + b"\n"
+            return msgspec.json.format(msgspec.json.encode(tree(bill, columns or FIGURES)), indent=2) + b"\n"
         case "parquet":
-            return _parquet(bill)
+            return _parquet(bill, columns or FIGURES)
+        case "xlsx":
+            from batchrun.report import spreadsheet
+
+            return spreadsheet.workbook(bill, columns or FIGURES, tuple(remarks(bill)))
         case "markdown":
-            return _markdown(bill).encode()
+            return _markdown(bill, columns or SHOWN).encode()
         case _:
-            return _table(bill).encode()
+            return _table(bill, columns or SHOWN).encode()
 
 
-def _rows(bill: Bill) -> Iterator[tuple[str, ...]]:
-    yield (*bill.by, *FIGURES)
-    for line in bill.lines:
-        values = (_figure(line, name) for name in FIGURES)
-        yield (*line.group, *("" if value is None else _exact(value) for value in values))
-
-
-def _csv(bill: Bill) -> str:
+def _csv(bill: Bill, columns: Sequence[str]) -> str:
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([_guarded(cell) for cell in row] for row in _rows(bill))
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*bill.by, *columns])
+    for line in bill.lines:
+        values = (figure(line, name) for name in columns)
+        writer.writerow([*map(guarded, line.group), *("" if value is None else exact(value) for value in values)])
     return text.getvalue()
 
 
-def _exact(value: int | Decimal) -> str:
+def exact(value: float | Decimal) -> str:
     """Every digit, and no exponent."""
     return f"{value:f}" if isinstance(value, Decimal) else str(value)
 
 
-def _guarded(cell: str) -> str:
+def guarded(cell: str) -> str:
     """The cell as text even for a spreadsheet, which would run what begins like a formula."""
     return "'" + cell if cell[:1] in ("=", "+", "-", "@", "\t", "\r") else cell
 
 
-def _tree(bill: Bill) -> dict[str, object]:
-    lines = [{**dict(zip(bill.by, line.group, strict=True)), **_figures(line)} for line in bill.lines]
+def tree(bill: Bill, columns: Sequence[str] = FIGURES) -> dict[str, object]:
+    """The bill as JSON has it."""
+    lines = [{**dict(zip(bill.by, line.group, strict=True)), **_figures(line, columns)} for line in bill.lines]
     estimated = None if bill.estimated is None else msgspec.structs.asdict(bill.estimated)
     return {
         "runs": bill.runs,
         "by": bill.by,
+        "tz": bill.span.zone,
+        "since": bill.span.since,
+        "until": bill.span.until,
         "lines": lines,
-        "total": _figures(bill.total),
+        "total": _figures(bill.total, columns),
         "possibly_billed": bill.possibly_billed,
-        "possibly_billed_usd": _exact(bill.possibly_billed_usd),
+        "possibly_billed_usd": exact(bill.possibly_billed_usd),
         "lost": bill.lost,
         "without_usage": bill.without_usage,
         "unpriced": bill.unpriced,
         "estimated": estimated and {name: _in_json(value) for name, value in estimated.items()},
+        "unfinished": bill.unfinished,
+        "unread": bill.unread,
         "left_out": bill.left_out,
+        "supposed": bill.supposed,
+        "findings": bill.findings,
+        "against": [msgspec.to_builtins(each) | {"jumped": each.jumped} for each in bill.against],
     }
 
 
-def _figures(line: BillLine) -> dict[str, object]:
-    return {name: _in_json(_figure(line, name)) for name in FIGURES}
+def _figures(line: BillLine, columns: Sequence[str]) -> dict[str, object]:
+    return {name: _in_json(figure(line, name)) for name in columns}
 
 
-def _in_json(value: int | Decimal | None) -> int | str | None:
+def _in_json(value: Value) -> int | float | str | None:
     """Money as text, so that no digit is lost."""
-    return _exact(value) if isinstance(value, Decimal) else value
+    return exact(value) if isinstance(value, Decimal) else value
 
 
-def _parquet(bill: Bill) -> bytes:
+def _parquet(bill: Bill, columns: Sequence[str]) -> bytes:
     """The lines as a Parquet file; the sum, and what is beyond it, are the entry `batchrun` of its footer, as JSON."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    types = {name: pa.decimal128(38, 12) if name.endswith("_usd") else pa.int64() for name in FIGURES}
-    schema = pa.schema([*((key, pa.string()) for key in bill.by), *types.items()])
+    types: dict[str, pa.DataType] = {"usd": pa.decimal128(38, 12), "count": pa.int64()}
+    schema = pa.schema(
+        [*((key, pa.string()) for key in bill.by), *((name, types.get(kind(name), pa.float64())) for name in columns)]
+    )
     rows = [
-        {**dict(zip(bill.by, line.group, strict=True)), **{name: _figure(line, name) for name in FIGURES}}
+        {**dict(zip(bill.by, line.group, strict=True)), **{name: figure(line, name) for name in columns}}
         for line in bill.lines
     ]
-    rest = {name: value for name, value in _tree(bill).items() if name != "lines"}
+    rest = {name: value for name, value in tree(bill, columns).items() if name != "lines"}
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(rows, schema.with_metadata({"batchrun": msgspec.json.encode(rest)})), sink)
     return bytes(sink.getvalue().to_pybytes())
 
 
-_SHOWN = ("rows", "attempts", "prompt_tokens", "cached_tokens", "completion_tokens", "cost_usd", "wasted_usd")
+SHOWN = (
+    *("runs", "pending", "rows", "ok_share", "cost_usd", "cost_per_1000_rows_usd", "wasted_usd"),
+    *("prompt_tokens", "cached_share", "completion_tokens", "attempts_per_row", "p50_latency_s", "p95_latency_s"),
+)
+"""What people are shown if they choose nothing."""
+
+HEADINGS = {
+    "ok_share": "ok share",
+    "cost_usd": "cost $",
+    "cost_per_1000_rows_usd": "$ / 1,000 rows",
+    "cost_per_ok_usd": "$ / ok answer",
+    "wasted_usd": "wasted $",
+    "possibly_billed_usd": "possibly billed $",
+    "expected_usd": "estimate $",
+    "compared_usd": "its cost $",
+    "saved_usd": "saved $",
+    "prompt_tokens": "tokens in",
+    "completion_tokens": "tokens out",
+    "cached_share": "cached",
+    "attempts_per_row": "attempts / row",
+    "p50_latency_s": "p50 s",
+    "p95_latency_s": "p95 s",
+    "p99_latency_s": "p99 s",
+    "limit_share": "of the limit",
+    "estimate_off": "above estimate",
+}
 
 
-def _table(bill: Bill) -> str:
+def heading(name: str) -> str:
+    """A column's name for people."""
+    return HEADINGS.get(name, name.replace("_", " "))
+
+
+def _table(bill: Bill, columns: Sequence[str]) -> str:
     """Columns in line, numbers to the right, the sum last."""
-    cells = _with_total(bill)
+    cells = with_total(bill, columns)
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     names = len(bill.by)
     lines = [
@@ -150,47 +222,53 @@ def _table(bill: Bill) -> str:
         ).rstrip()
         for row in cells
     ]
-    return "\n".join([*lines, *_remarks(bill)]) + "\n"
+    return "\n".join([*lines, *remarks(bill)]) + "\n"
 
 
-def _markdown(bill: Bill) -> str:
+def _markdown(bill: Bill, columns: Sequence[str]) -> str:
     """The same as a table of Markdown, what is beyond it as a list."""
-    header, *body = ([cell.translate(_MARKUP) for cell in row] for row in _with_total(bill))
-    rule = [*["---"] * len(bill.by), *["---:"] * len(_SHOWN)]
+    header, *body = ([cell.translate(_MARKUP) for cell in row] for row in with_total(bill, columns))
+    rule = [*["---"] * len(bill.by), *["---:"] * len(columns)]
     lines = [f"| {' | '.join(row)} |" for row in (header, rule, *body)]
-    remarks = [f"- {remark.translate(_MARKUP)}" for remark in _remarks(bill)]
-    return "\n".join([*lines, *(["", *remarks] if remarks else [])]) + "\n"
+    said = [f"- {remark.translate(_MARKUP)}" for remark in remarks(bill)]
+    return "\n".join([*lines, *(["", *said] if said else [])]) + "\n"
 
 
 _MARKUP = {ord(sign): f"\\{sign}" for sign in "\\|`*<>[]"} | {ord("\n"): " ", ord("\r"): " "}
 """What a job's or model's name must not do to a page."""
 
 
-def _with_total(bill: Bill) -> list[tuple[str, ...]]:
-    lines = [(*line.group, *_cells(line)) for line in bill.lines]
-    total = ("total", *[""] * (len(bill.by) - 1), *_cells(bill.total))
-    return [(*bill.by, *_SHOWN), *lines, total]
+def with_total(bill: Bill, columns: Sequence[str]) -> list[tuple[str, ...]]:
+    """The header, a row of cells for each line, and the sum."""
+    lines = [(*line.group, *_cells(line, columns)) for line in bill.lines]
+    total = ("total", *[""] * (len(bill.by) - 1), *_cells(bill.total, columns))
+    return [(*bill.by, *map(heading, columns)), *lines, total]
 
 
-def _cells(line: BillLine) -> list[str]:
-    return [_cell(_figure(line, name)) for name in _SHOWN]
+def _cells(line: BillLine, columns: Sequence[str]) -> list[str]:
+    return [cell(figure(line, name), name) for name in columns]
 
 
-def _cell(value: int | Decimal | None) -> str:
+def cell(value: Value, name: str) -> str:
+    """A figure as people read it."""
     if value is None:
-        return "unknown"
-    return f"{value:,.6f}" if isinstance(value, Decimal) else f"{value:,}"
+        return "unknown" if name == "cost_usd" else "–"
+    match kind(name):
+        case "usd":
+            return f"{value:,.6f}"
+        case "share":
+            return f"{100 * value:.1f} %"
+        case "seconds":
+            return f"{value:,.2f}"
+        case "ratio":
+            return f"{value:.3f}"
+    return f"{value:,}"
 
 
-def _figure(line: BillLine, name: str) -> int | Decimal | None:
-    """None for a cost of which nothing is known."""
-    if name == "cost_usd":
-        return known_cost(line.cost_usd, line.unpriced + line.without_usage)
-    value: int | Decimal = getattr(line, name)
-    return value
-
-
-def _remarks(bill: Bill) -> Iterator[str]:
+def remarks(bill: Bill) -> Iterator[str]:
+    """What is beyond the figures, a line each."""
+    if bill.supposed is not None:
+        yield _one_line(bill.supposed)
     if bill.possibly_billed:
         yield (
             f"possibly billed beyond that: {plural(bill.possibly_billed, 'attempt')} without a known end, "
@@ -209,5 +287,26 @@ def _remarks(bill: Bill) -> Iterator[str]:
     if bill.estimated is not None:
         known, runs = bill.estimated, plural(bill.estimated.runs, "complete run")
         yield f"estimate: ${known.expected_usd:,.6f} for {runs} that cost ${known.cost_usd:,.6f}"
+    if bill.unfinished:
+        yield f"not complete: {', '.join(map(_one_line, bill.unfinished[:5]))}{_more(len(bill.unfinished) - 5)}"
+    if bill.unread and bill.unread < bill.runs:
+        yield f"latency: without {plural(bill.unread, 'run')} whose rows can't be read"
+    if (span := bill.span) != Span():
+        ends = (f" from {span.since}" if span.since else "") + (f" to {span.until}" if span.until else "")
+        yield f"days are of {span.zone}{', and money is that spent' + ends if ends else ''}"
     for each in bill.left_out:
         yield f"left out: {each.path}: {each.why}"
+    for finding in bill.findings:
+        yield f"finding ({finding.name}): {finding.job}: {_one_line(finding.said)}; {_one_line(finding.advice)}"
+    for compared in bill.against:
+        jumps, nights = compared.jumps, plural(len(compared.before), "run")
+        yield f"against {nights} of {compared.job}: {len(compared.jumped):,} of {len(jumps):,} figures jumped"
+        yield from (f"jumped: {_one_line(drift.in_words(jump))}" for jump in jumps if jump.jumped)
+
+
+def _more(count: int) -> str:
+    return f" and {count:,} more" if count > 0 else ""
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\n", "\\n")

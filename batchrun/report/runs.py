@@ -15,7 +15,8 @@ import msgspec
 from batchrun.checkpoint.spent import LOST
 from batchrun.errors import CheckpointError, InputError
 from batchrun.output.files import read_footer
-from batchrun.records import Estimate, TotalsLine
+from batchrun.records import Estimate, InForce, PossiblyBilled, TotalsLine
+from batchrun.report.at_rest import standing
 from batchrun.report.summary import VERSION
 from batchrun.rundir import RunDirectory
 
@@ -25,7 +26,7 @@ UNFINISHED = ".tmp"
 
 
 class Account(msgspec.Struct, frozen=True):
-    """The part of a summary, or of a footer, that a bill needs."""
+    """The part of a summary, or of a footer, that a bill needs. A footer lacks the fields from `state` on."""
 
     version: int
     job: str
@@ -37,6 +38,26 @@ class Account(msgspec.Struct, frozen=True):
     possibly_billed_count: int
     possibly_billed_usd: Decimal
     estimate: Estimate | None = None
+    begun_at: datetime | None = None
+    rows: int = 0
+    by_status: dict[str, int] = {}
+    models: dict[str, int] = {}
+    tags: dict[str, str] = {}
+    price: str | None = None
+    state: str = "complete"
+    reason: str | None = None
+    exit_code: int | None = 0
+    pending: int = 0
+    possibly_billed: list[PossiblyBilled] = []
+    elapsed_s: float = 0.0
+    requests_per_minute: float = 0.0
+    tokens_per_minute: float = 0.0
+    limits: InForce | None = None
+
+    @property
+    def began(self) -> datetime:
+        """When the run first began, as far as it is known."""
+        return self.begun_at or self.updated_at
 
 
 class LeftOut(msgspec.Struct, frozen=True):
@@ -47,6 +68,8 @@ class LeftOut(msgspec.Struct, frozen=True):
 
 
 class Found(NamedTuple):
+    """A run: its directory, or the completions file that was moved out of it."""
+
     place: Path
     account: Account
 
@@ -54,7 +77,7 @@ class Found(NamedTuple):
 class Runs(NamedTuple):
     """The runs that count, and what is left out; both sorted, whatever the order of the paths was."""
 
-    accounts: tuple[Account, ...]
+    found: tuple[Found, ...]
     left_out: tuple[LeftOut, ...]
 
 
@@ -88,13 +111,13 @@ def _each_once(found: list[Found], left_out: list[LeftOut]) -> Runs:
     by_run: dict[str, list[Found]] = {}
     for each in found:
         by_run.setdefault(each.account.run_id or str(each.place.resolve()), []).append(each)
-    accounts: list[Account] = []
+    counted: list[Found] = []
     for copies in by_run.values():
         newest, *others = sorted(copies, key=_age, reverse=True)
-        accounts.append(newest.account)
+        counted.append(newest)
         left_out += (LeftOut(_shown(other.place), _copy(other.account, newest)) for other in others)
-    accounts.sort(key=lambda account: (account.job, account.run_id, account.updated_at))
-    return Runs(tuple(accounts), tuple(sorted(left_out, key=lambda each: each.path)))
+    counted.sort(key=lambda each: (each.account.job, each.account.run_id, each.account.updated_at))
+    return Runs(tuple(counted), tuple(sorted(left_out, key=lambda each: each.path)))
 
 
 def _age(found: Found) -> tuple[int, datetime, bool, str]:
@@ -195,10 +218,19 @@ def _account(place: Path) -> tuple[Account | None, str]:
             return None, "salvaged and not resumed yet; the run that it was made of has the bill"
         raise InputError(f"{files.summary} is gone; resume that run, which writes it again, or leave it out")
     try:
-        content = files.summary.read_bytes()
-        return _decoded(content, files.summary), ""
+        account = _decoded(files.summary.read_bytes(), files.summary)
+        return (account if account.exit_code is not None else _on_disk(files, account)), ""
     except OSError as error:
         raise InputError(f"{files.summary}: can't be read: {error.strerror}") from error
+
+
+def _on_disk(files: RunDirectory, written: Account) -> Account:
+    """The account of a run whose last process did not end it: killed, it spent more than summary.json came to say."""
+    try:
+        found = standing(files)
+    except CheckpointError:
+        return written
+    return msgspec.convert(msgspec.to_builtins(found.summary), Account)
 
 
 def _of_file(path: Path) -> tuple[Account | None, str]:

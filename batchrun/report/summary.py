@@ -59,6 +59,7 @@ class Moment(msgspec.Struct, frozen=True):
     example_error: str | None = None
     command: str | None = None
     retrying: Retrying | None = None
+    tags: dict[str, str] = {}
 
     @property
     def eta(self) -> datetime | None:
@@ -223,6 +224,7 @@ def _summary(
         command=moment.command,
         files=files(directory) if moment.complete else files_so_far(directory, moment.started_at),
         retrying=moment.retrying,
+        tags=moment.tags,
     )
 
 

@@ -188,6 +188,7 @@ def _moment(summary: Summary) -> Moment:
         pid=summary.pid,
         host=summary.host,
         complete=summary.complete,
+        tags=summary.tags,
     )
 
 

@@ -1,0 +1,116 @@
+"""A run's totals by the days of another time zone than UTC. PURE, but for reading rows where a UTC day spans two.
+
+Totals are kept by UTC day. Where all of a day's part of a run lies within one local day, that is the day. Else the rows
+are read, each of which says when it ended. Attempts that no row stands for (discarded ones) can't be divided so: their
+day is given as `2026-11-27 or 2026-11-28`, and in months and spans they count as of the first.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from datetime import UTC, date, datetime, time, timedelta
+from decimal import Decimal
+from typing import Any
+
+import msgspec
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from batchrun.checkpoint.spent import FIGURES
+from batchrun.records import LineKey, TotalsLine
+from batchrun.report import run_rows
+from batchrun.report.keys import UNKNOWN, day_of
+from batchrun.report.latencies import local_days
+from batchrun.report.runs import Found
+
+_TOKENS = tuple(name for name in FIGURES if name.endswith("_tokens") and not name.startswith("offline"))
+_SUMMED = (*_TOKENS, "answer_cost_usd", "reported_cost_usd")
+
+
+def localised(found: Found, zone: str) -> list[TotalsLine]:
+    """The run's totals with local days in `day`; their sum is that of the run's own."""
+    if zone == "UTC":
+        return [_on(line, line.day or UNKNOWN) for line in found.account.totals]
+    lines, divided = [], []
+    for line in found.account.totals:
+        days = _days(found, line, zone)
+        if len(days) == 1:
+            lines.append(_on(line, days[0]))
+        else:
+            divided.append(line)
+    return lines + _divided(found, divided, zone) if divided else lines
+
+
+def _days(found: Found, line: TotalsLine, zone: str) -> list[str]:
+    """The local days that the part of the run on the line's UTC day can be of."""
+    if not line.day:
+        return [UNKNOWN]
+    first = datetime.combine(date.fromisoformat(line.day), time(), UTC)
+    last = first + timedelta(days=1) - timedelta(microseconds=1)
+    account = found.account
+    begin, end = max(first, account.began), min(last, account.updated_at)
+    if begin > end:  # a clock was set meanwhile
+        begin, end = first, last
+    return sorted({day_of(begin, zone), day_of(end, zone)})
+
+
+def _divided(found: Found, lines: list[TotalsLine], zone: str) -> list[TotalsLine]:
+    rows: dict[LineKey, list[TotalsLine]] = defaultdict(list)
+    for utc_day, line in _rows_by_day(found, zone):
+        rows[line.invocation, line.model, line.status, utc_day].append(line)
+    divided = []
+    for line in lines:
+        known = rows.get(line.key, [])
+        rest = _minus(line, known)
+        divided += known
+        if any(getattr(rest, name) for name in FIGURES):
+            divided.append(_on(rest, " or ".join(_days(found, line, zone))))
+    return divided
+
+
+def _rows_by_day(found: Found, zone: str) -> Iterator[tuple[str, TotalsLine]]:
+    """The rows' own part of the totals, by local day, each with its UTC day."""
+    if (result := run_rows.result_of(found.place)) is None:
+        return
+    keys = ["invocation", "requested_model", "status"]
+    for table in run_rows.tables(result, [*keys, "finished_at", *_SUMMED]):
+        columns: dict[str, Any] = {name: table[name] for name in (*keys, *_SUMMED)}
+        columns["utc"] = local_days(table["finished_at"], "UTC")
+        columns["local"] = local_days(table["finished_at"], zone)
+        columns["unpriced"] = pc.cast(
+            pc.and_(pc.is_valid(table["prompt_tokens"]), pc.is_null(table["answer_cost_usd"])), pa.int64()
+        )
+        columns["without_usage"] = pc.cast(
+            pc.and_(pc.is_null(table["prompt_tokens"]), pc.is_null(table["answer_cost_usd"])), pa.int64()
+        )
+        summed = [*_SUMMED, "unpriced", "without_usage"]
+        grouped = pa.table(columns).group_by([*keys, "utc", "local"])
+        for row in grouped.aggregate([*((name, "sum") for name in summed), ([], "count_all")]).to_pylist():
+            if row["local"] is not None:
+                yield row["utc"].isoformat(), _line(row)
+
+
+def _line(row: dict[str, Any]) -> TotalsLine:
+    return TotalsLine(
+        row["invocation"],
+        row["requested_model"],
+        row["status"],
+        row["local"].isoformat(),
+        rows=row["count_all"],
+        attempts=row["count_all"],
+        cost_usd=row["answer_cost_usd_sum"] or Decimal(0),
+        unpriced=row["unpriced_sum"],
+        without_usage=row["without_usage_sum"],
+        reported_cost_usd=row["reported_cost_usd_sum"] or Decimal(0),
+        **{name: row[f"{name}_sum"] or 0 for name in _TOKENS},
+    )
+
+
+def _minus(line: TotalsLine, parts: list[TotalsLine]) -> TotalsLine:
+    changes: dict[str, Any] = {
+        name: getattr(line, name) - sum(getattr(part, name) for part in parts) for name in FIGURES
+    }
+    return msgspec.structs.replace(line, **changes)
+
+
+def _on(line: TotalsLine, day: str) -> TotalsLine:
+    return msgspec.structs.replace(line, day=day)

@@ -1,0 +1,118 @@
+"""Night over night: what jumped beyond the spread of the nights before. PURE.
+
+A figure has jumped when it is further from the mean of the earlier nights than each of: three standard deviations
+between those nights; what chance makes of so many rows (four standard errors of a share); and a floor below which
+nothing is worth a word (2 points of a share, a quarter of an amount).
+"""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from batchrun.report.latencies import percentile
+from batchrun.report.profile import Profile
+from batchrun.report.runs import Account
+
+DEVIATIONS = 3.0
+ERRORS = 4.0
+LEAST_SHARE = 0.02
+LEAST_CHANGE = 0.25
+
+MOST_VALUES = 12
+"""Values of an enum that are compared one by one; the field is a free text beyond."""
+
+
+class Figure(msgspec.Struct, frozen=True):
+    """One night's figure: `share` of `of` rows, or an amount."""
+
+    value: float
+    share: bool = False
+    of: int = 0
+
+
+class Jump(msgspec.Struct, frozen=True):
+    """A figure beside those of the nights before. `allowed` is how far it may be from their mean."""
+
+    name: str
+    now: float
+    before: float
+    allowed: float
+    nights: int
+    share: bool
+
+    @property
+    def jumped(self) -> bool:
+        """It is further away than that."""
+        return abs(self.now - self.before) > self.allowed
+
+
+def figures(account: Account, profile: Profile | None) -> dict[str, Figure]:
+    """What is compared of one night."""
+    found: dict[str, Figure] = {}
+    rows = sum(line.rows for line in account.totals)
+    known = not any(line.unpriced or line.without_usage for line in account.totals)
+    if rows and known:
+        cost_usd = sum(line.cost_usd for line in account.totals)
+        found["cost per 1,000 rows, $"] = Figure(float(cost_usd * 1000 / rows))
+    if rows:
+        attempts = sum(line.attempts for line in account.totals)
+        found["attempts per row"] = Figure(attempts / rows)
+        found["tokens in per row"] = Figure(sum(line.prompt_tokens for line in account.totals) / rows)
+        found["tokens out per row"] = Figure(sum(line.completion_tokens for line in account.totals) / rows)
+    if profile is None or not profile.rows:
+        return found
+    for status, count in profile.statuses.items():
+        found[f"status {status}"] = Figure(count / profile.rows, share=True, of=profile.rows)
+    for name, buckets, unit in (("latency", profile.latencies, "s"), ("answer length", profile.lengths, "characters")):
+        for share in (0.5, 0.95):
+            if (reached := percentile(buckets, share)) is not None:
+                found[f"{name} p{share * 100:.0f}, {unit}"] = Figure(reached)
+    for path, field in profile.fields.items():
+        if not field.rows:
+            continue
+        found[f"{path}: null"] = Figure(field.nulls / field.rows, share=True, of=field.rows)
+        if 0 < len(field.values) <= MOST_VALUES:
+            for value, count in field.values.items():
+                found[f"{path} = {value}"] = Figure(count / field.rows, share=True, of=field.rows)
+        for share in (0.1, 0.5, 0.9):
+            if (number := field.quantile(share)) is not None:
+                found[f"{path} p{share * 100:.0f}"] = Figure(number)
+    return found
+
+
+def jumps(now: Mapping[str, Figure], before: Sequence[Mapping[str, Figure]]) -> list[Jump]:
+    """Every figure of now or before, those furthest beyond what is allowed first."""
+    names = list(dict.fromkeys([*now, *(name for night in before for name in night)]))
+    found = [jump for name in names if (jump := _jump(name, now, before)) is not None]
+    return sorted(found, key=lambda jump: (not jump.jumped, -abs(jump.now - jump.before) / (jump.allowed or 1)))
+
+
+def _jump(name: str, now: Mapping[str, Figure], before: Sequence[Mapping[str, Figure]]) -> Jump | None:
+    known = [night[name] for night in before if name in night]
+    kind = (known or [now[name]])[0]
+    if kind.share:  # a value that never came is a share of 0
+        values = [night[name].value if name in night else 0.0 for night in before]
+        value = now[name].value if name in now else 0.0
+    elif not known or name not in now:
+        return None
+    else:
+        values, value = [figure.value for figure in known], now[name].value
+    if not values:
+        return None
+    mean = statistics.fmean(values)
+    spread = DEVIATIONS * statistics.stdev(values) if len(values) > 1 else 0.0
+    if kind.share:
+        of = min(figure.of for figure in [*known, *([now[name]] if name in now else [])])
+        pooled = (mean + value) / 2
+        chance = ERRORS * math.sqrt(pooled * (1 - pooled) / of) if of else 0.0
+        return Jump(name, value, mean, max(spread, chance, LEAST_SHARE), len(values), share=True)
+    return Jump(name, value, mean, max(spread, LEAST_CHANGE * abs(mean)), len(values), share=False)
+
+
+def in_words(jump: Jump) -> str:
+    """The figure, now and before."""
+    if jump.share:
+        return f"{jump.name}: {jump.now:.1%}, before {jump.before:.1%} (± {jump.allowed:.1%})"
+    return f"{jump.name}: {jump.now:.4g}, before {jump.before:.4g} (± {jump.allowed:.2g})"

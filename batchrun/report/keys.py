@@ -1,0 +1,137 @@
+"""What a bill is grouped by, and in whose days. PURE, but for the machine's own time zone."""
+
+import os
+import re
+from collections.abc import Sequence
+from datetime import date, datetime, timedelta
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+import msgspec
+
+from batchrun.errors import JobError
+from batchrun.records import TotalsLine
+from batchrun.report.runs import Found
+
+KEYS = ("night", "day", "month", "job", "model", "status", "tag", "run")
+"""`tag` stands for all tags of a job, `tag.team` for one of them."""
+
+OF_LINES = frozenset({"day", "month", "model", "status"})
+"""The keys that divide a run. Grouped by the others, a run is in one group, with all that is known of it."""
+
+UNKNOWN = "unknown"
+
+
+class Span(msgspec.Struct, frozen=True):
+    """Days, both included; None: no end. `zone` is whose days they are."""
+
+    zone: str = "UTC"
+    since: date | None = None
+    until: date | None = None
+
+    def holds(self, day: str, run_began: str) -> bool:
+        """Whether money spent on `day` counts. Where the day is unknown, the day on which the run began decides."""
+        if self.since is None and self.until is None:
+            return True
+        on = date.fromisoformat((run_began if day == UNKNOWN else day)[:10])
+        return (self.since is None or on >= self.since) and not self.is_over(on.isoformat())
+
+    def is_over(self, day: str) -> bool:
+        """Whether the day is behind the last one."""
+        return self.until is not None and date.fromisoformat(day) > self.until
+
+
+def keys(by: str) -> tuple[str, ...]:
+    """What to group by, of a text such as `job,model`.
+
+    Raises:
+        JobError: an unknown key, or one twice.
+    """
+    named = tuple(by.split(","))
+    if unknown := [key for key in named if key not in KEYS and not re.fullmatch(r"tag\.[A-Za-z0-9_.-]+", key)]:
+        raise JobError(f"--by {unknown[0]}: expected some of {', '.join(KEYS)}, or tag.NAME")
+    if twice := [key for key in named if named.count(key) > 1]:
+        raise JobError(f"--by {by}: names {twice[0]} twice")
+    return named
+
+
+def span(zone: str, since: str | None, until: str | None) -> Span:
+    """The days between two dates, in the time zone of that name; `local` is the machine's.
+
+    Raises:
+        JobError: no such zone, no dates, or none between them.
+    """
+    name = _local_zone() if zone == "local" else zone
+    try:
+        ZoneInfo(name)
+    except (ZoneInfoNotFoundError, ValueError, OSError) as error:
+        raise JobError(
+            f"--tz {zone}: no time zone of that name is known here; expected one like Europe/Berlin"
+        ) from error
+    first, last = _date("--since", since), _date("--until", until)
+    if first is not None and last is not None and first > last:
+        raise JobError(f"--since {since} is after --until {until}")
+    return Span(name, first, last)
+
+
+def _date(flag: str, text: str | None) -> date | None:
+    if text is None:
+        return None
+    try:
+        if re.fullmatch(r"\d{4}-\d{2}", text):
+            first = date.fromisoformat(text + "-01")
+            return first if flag == "--since" else (first + timedelta(days=31)).replace(day=1) - timedelta(days=1)
+        return date.fromisoformat(text)
+    except ValueError as error:
+        raise JobError(f"{flag} {text}: expected a date like 2026-11-01, or a month like 2026-11") from error
+
+
+def _local_zone() -> str:
+    """The machine's time zone by its name: TZ, else what /etc/localtime points to."""
+    if name := os.environ.get("TZ", "").lstrip(":"):
+        return name
+    target = os.path.realpath("/etc/localtime")
+    return target.partition("zoneinfo/")[2] or "UTC"
+
+
+def night(found: Found, zone: str) -> str:
+    """The date of a run: the one its directory is named after (`{date}`), else the day on which it first began.
+
+    All that the run cost is of that night, however long it took.
+    """
+    for name in (found.place.name, *(part.name for part in found.place.parents if found.place.is_dir())):
+        if dated := re.match(r"(\d{4}-\d{2}-\d{2})(?:-\d+)?$", name):
+            return dated[1]
+    return day_of(found.account.began, zone)
+
+
+def day_of(at: datetime, zone: str) -> str:
+    """The local date of a moment."""
+    return at.astimezone(ZoneInfo(zone)).date().isoformat()
+
+
+def group(by: Sequence[str], found: Found, line: TotalsLine, zone: str) -> tuple[str, ...]:
+    """The values of the keys for one line of a run's totals; its `day` is the local one."""
+    return tuple(_value(key, found, line, zone) for key in by)
+
+
+def _value(key: str, found: Found, line: TotalsLine, zone: str) -> str:
+    account = found.account
+    match key:
+        case "night":
+            return night(found, zone)
+        case "day":
+            return line.day or UNKNOWN
+        case "month":
+            return line.day[:7] or UNKNOWN
+        case "job":
+            return account.job
+        case "run":
+            return account.run_id
+        case "model":
+            return line.model
+        case "tag":
+            return ", ".join(f"{name}={value}" for name, value in sorted(account.tags.items()))
+        case "status":
+            return line.status
+        case _:
+            return account.tags.get(key.removeprefix("tag."), "")

@@ -1,0 +1,76 @@
+"""The bill as one page: it loads nothing and runs no script, whatever a model, a server or a job's name holds."""
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from datetime import datetime
+from importlib.resources import files
+
+import jinja2
+from markupsafe import Markup
+
+from batchrun.report import charts, drift, formats, page_data
+from batchrun.report.bill import Bill, counted
+from batchrun.report.charts import Chart
+from batchrun.report.figures import figure
+from batchrun.report.runs import Found
+
+MOST_MESSAGE = 300
+"""Characters of a server's message that are shown."""
+
+
+def page(bill: Bill, found: Sequence[Found], columns: Sequence[str], now: datetime) -> bytes:
+    """The page, in UTF-8.
+
+    Raises:
+        JobError: the charts' package is not installed.
+    """
+    folder = files("batchrun").joinpath("report")
+    style = folder.joinpath("page.css").read_text("utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["plain"] = plain
+    found = [each.found for each in counted(found, bill.by, bill.span, rows=False)]  # those within the span
+    drawn = [chart for chart in _charts(bill, found) if chart is not None]
+    rows = page_data.rows(found, bill.span)
+    header, *lines = formats.with_total(bill, columns)
+    text = environment.from_string(folder.joinpath("page.html").read_text("utf-8")).render(
+        style=style,
+        style_hash=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
+        bill=bill,
+        headline=_headline(bill),
+        made=f"{now:%Y-%m-%d %H:%M} UTC",
+        keys=len(bill.by),
+        header=header,
+        lines=lines[:-1],
+        total=lines[-1],
+        remarks=[line for line in formats.remarks(bill) if not line.startswith(("finding (", "jumped:", "against "))],
+        charts=[(chart, Markup(charts.svg(_plain(chart)))) for chart in drawn],  # noqa: S704  (ElementTree wrote it)
+        failures=rows.failures,
+        dearest=rows.dearest,
+        jumps=[(each, [drift.in_words(jump) for jump in each.jumps if jump.jumped]) for each in bill.against],
+        most=MOST_MESSAGE,
+    )
+    return text.encode("utf-8", "replace")
+
+
+def _charts(bill: Bill, found: Sequence[Found]) -> list[Chart | None]:
+    return [*page_data.by_night(found, bill.span), page_data.throughput(found), page_data.latency(bill)]
+
+
+def _headline(bill: Bill) -> list[tuple[str, str]]:
+    names = ("cost_usd", "cost_per_1000_rows_usd", "rows", "ok_share", "wasted_usd", "possibly_billed_usd")
+    figures = [(formats.heading(name), formats.cell(figure(bill.total, name), name)) for name in names]
+    return [("runs", f"{bill.runs:,}"), *figures]
+
+
+def plain(text: object) -> str:
+    """The text with every character that is not to be seen made visible: none turns its direction or hides."""
+    characters = (" " if char in "\n\t" else char for char in str(text))
+    return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in characters)
+
+
+def _plain(chart: Chart) -> Chart:
+    series = [(plain(name), values) for name, values in chart.series]
+    return chart._replace(title=plain(chart.title), labels=[plain(label) for label in chart.labels], series=series)

@@ -1,0 +1,135 @@
+"""What a run's answers look like as a whole: one pass over its rows, column by column, in bounded memory."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute
+
+from batchrun.report import latencies, run_rows
+from batchrun.report.run_rows import Result
+
+pc: Any = pyarrow.compute  # its stubs know less than it does
+
+MOST_VALUES = 5_000
+"""Values of one column that are counted. What is in a large part of the rows stays among them (Misra, Gries 1982)."""
+
+SAMPLE_ROWS = 2_000
+"""Numbers that are kept of each row group for the quantiles of a field."""
+
+LONG_CHARS = 40
+"""From here on an answer is a text of its own: labels repeat by nature."""
+
+
+class Field:
+    """One place of the answers: its nulls, its commonest values, and a sample of its numbers."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.nulls = 0
+        self.values: Counter[str] = Counter()
+        self.numbers: list[float] = []
+
+    def add(self, column: Any) -> None:
+        """More rows of it."""
+        self.rows += len(column)
+        self.nulls += column.null_count
+        type_ = column.type
+        if pa.types.is_integer(type_) or pa.types.is_floating(type_):
+            known = pc.drop_null(column)
+            step = max(1, len(known) // SAMPLE_ROWS)
+            self.numbers += [float(value) for value in known.to_pylist()[::step]]
+        elif pa.types.is_boolean(type_) or pa.types.is_dictionary(type_) or _is_text(type_):
+            plain = column.cast(pa.large_string())
+            for each in pc.value_counts(pc.drop_null(plain)).to_pylist():
+                self.values[each["values"]] += each["counts"]
+            if len(self.values) > MOST_VALUES:
+                self.values = Counter(dict(self.values.most_common(MOST_VALUES // 2)))
+
+    def quantile(self, share: float) -> float | None:
+        """Of the numbers; None without any."""
+        if not self.numbers:
+            return None
+        ordered = sorted(self.numbers)
+        return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+class Profile:
+    """Counts over the rows of a result. `fields` are those of `parsed`, by their dotted path."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.statuses: Counter[str] = Counter()
+        self.attempts = 0
+        self.prompts = Field()
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
+        self.lengths: Counter[int] = Counter()
+        self.latencies: Counter[int] = Counter()
+        self.contents = Field()
+        self.repeated: Counter[str] = Counter()
+        self.models: Counter[tuple[str, str]] = Counter()
+        self.kinds: Counter[str] = Counter()
+        self.fields: dict[str, Field] = {}
+
+
+_COLUMNS = (
+    *("status", "content", "parsed", "model", "requested_model", "prompt_tokens", "cached_tokens", "attempts"),
+    *("latency_s", "error", "request_key"),
+)
+
+
+def profile(result: Result) -> Profile:
+    """One pass over the rows."""
+    made = Profile()
+    for table in run_rows.tables(result, _COLUMNS):
+        made.rows += table.num_rows
+        made.statuses.update(_counts(table["status"]))
+        made.attempts += pc.sum(table["attempts"]).as_py() or 0
+        made.prompt_tokens += pc.sum(table["prompt_tokens"]).as_py() or 0
+        made.cached_tokens += pc.sum(table["cached_tokens"]).as_py() or 0
+        made.prompts.add(table["prompt_tokens"])
+        made.latencies.update(latencies.buckets_of(table["latency_s"]))
+        made.lengths.update(latencies.buckets_of(pc.utf8_length(table["content"])))
+        made.kinds.update(_counts(pc.struct_field(table["error"], "kind")))
+        answered = table.filter(pc.is_valid(table["content"]))
+        made.contents.add(answered["content"])
+        _repeated(answered, made.repeated)
+        pairs = table.filter(pc.equal(table["status"], "ok")).group_by(["requested_model", "model"])
+        for pair in pairs.aggregate([([], "count_all")]).to_pylist():
+            made.models[pair["requested_model"], pair["model"]] += pair["count_all"]
+        for name, column in _leaves(table.filter(pc.equal(table["status"], "ok"))["parsed"], ""):
+            made.fields.setdefault(name, Field()).add(column)
+    return made
+
+
+def _counts(column: Any) -> dict[str, int]:
+    return {each["values"]: each["counts"] for each in pc.value_counts(pc.drop_null(column)).to_pylist()}
+
+
+def _repeated(answered: pa.Table, repeated: Counter[str]) -> None:
+    """How many questions have each long answer."""
+    longer = answered.filter(pc.greater_equal(pc.utf8_length(answered["content"]), LONG_CHARS))
+    groups = longer.group_by("content").aggregate([("request_key", "count_distinct")])
+    for each in groups.to_pylist():
+        repeated[each["content"]] += each["request_key_count_distinct"]
+    if len(repeated) > MOST_VALUES:
+        for value, _ in repeated.most_common()[MOST_VALUES // 2 :]:
+            del repeated[value]
+
+
+def _leaves(column: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """The places of typed answers that hold values; lists and JSON text count as one place, by their nulls."""
+    type_ = column.type
+    if not pa.types.is_struct(type_):
+        if path:
+            yield path, column
+        return
+    for place in range(type_.num_fields):
+        name = type_.field(place).name
+        yield from _leaves(pc.struct_field(column, [place]), f"{path}.{name}" if path else name)
+
+
+def _is_text(type_: pa.DataType) -> bool:
+    return bool(pa.types.is_string(type_) or pa.types.is_large_string(type_))

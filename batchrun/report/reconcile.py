@@ -1,0 +1,235 @@
+"""The runs beside a provider's invoice: by request, or by day and model. Of our part no more is held than is shown."""
+
+import csv
+import re
+from collections.abc import Iterator, Sequence
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from batchrun.checkpoint import at_rest
+from batchrun.errors import CheckpointError, InputError
+from batchrun.report import run_rows
+from batchrun.report.runs import Found
+from batchrun.rundir import RunDirectory
+
+MOST_NAMED = 20
+
+_ID = ("request_id", "x_request_id", "requestid", "request", "id", "custom_id")
+_DAY = ("day", "date", "usage_date", "timestamp", "created_at", "created", "time")
+_MODEL = ("model", "model_name", "model_id", "snapshot_id", "line_item")
+_USD = ("cost_usd", "amount_usd", "usd", "cost", "amount", "amount_value", "total", "price", "spend", "charge")
+
+
+class Line(NamedTuple):
+    """One thing that was billed; a request by its id, or a day and a model. `cost_usd` None: unknown here."""
+
+    key: str
+    cost_usd: Decimal | None
+
+
+class Difference(msgspec.Struct, frozen=True):
+    """What both know, at different prices."""
+
+    key: str
+    here_usd: Decimal
+    there_usd: Decimal
+
+
+class Reconciled(msgspec.Struct, frozen=True):
+    """An invoice beside the runs. `by`: `request` or `day and model`. The named ones are the first 20 of each.
+    `unread` are runs without rows to read.
+
+    `doubtful` are lines of the invoice that we named as possibly billed: they are neither missing nor in `cost_usd`.
+    """
+
+    by: str
+    matched: int
+    here_usd: Decimal
+    there_usd: Decimal
+    different: int
+    difference_usd: Decimal
+    missing_here: int
+    missing_here_usd: Decimal
+    missing_there: int
+    missing_there_usd: Decimal
+    unpriced: int
+    doubtful: int
+    doubtful_usd: Decimal
+    differences: tuple[Difference, ...]
+    only_there: tuple[str, ...]
+    only_here: tuple[str, ...]
+    unread: tuple[str, ...] = ()
+
+
+def reconcile(invoice: Path, found: Sequence[Found]) -> Reconciled:
+    """The invoice's lines beside ours.
+
+    Raises:
+        InputError: the invoice can't be read, or has no column of ids (or of days and models) and amounts.
+    """
+    by, there = _invoice(invoice)
+    here = _requests(found) if by == "request" else _days(found)
+    doubts = {doubt.request_id for each in found for doubt in each.account.possibly_billed if doubt.request_id}
+    total_there = sum(there.values(), Decimal(0))
+    matched = different = missing_there = unpriced = 0
+    total_here = gap = missing_there_usd = Decimal(0)
+    differences: list[Difference] = []
+    only_here: list[str] = []
+    for key, cost in here:
+        total_here += cost or 0
+        billed = there.pop(key, None)
+        if billed is None:
+            if cost:
+                missing_there += 1
+                missing_there_usd += cost
+                if len(only_here) < MOST_NAMED:
+                    only_here.append(key)
+        elif cost is None:
+            unpriced += 1
+        elif _same(cost, billed):
+            matched += 1
+        else:
+            different += 1
+            gap += billed - cost
+            if len(differences) < MOST_NAMED:
+                differences.append(Difference(key, cost, billed))
+    doubtful = {key: there.pop(key) for key in list(there) if key in doubts}
+    return Reconciled(
+        by=by,
+        matched=matched,
+        here_usd=total_here,
+        there_usd=total_there,
+        different=different,
+        difference_usd=gap,
+        missing_here=len(there),
+        missing_here_usd=sum(there.values(), Decimal(0)),
+        missing_there=missing_there,
+        missing_there_usd=missing_there_usd,
+        unpriced=unpriced,
+        doubtful=len(doubtful),
+        doubtful_usd=sum(doubtful.values(), Decimal(0)),
+        differences=tuple(differences),
+        only_there=tuple(list(there)[:MOST_NAMED]),
+        only_here=tuple(only_here),
+        unread=tuple(_unread(found)) if by == "request" else (),
+    )
+
+
+def _unread(found: Sequence[Found]) -> Iterator[str]:
+    """Runs whose rows are not there to read: what the invoice has of them is missing here."""
+    return (str(each.place) for each in found if run_rows.result_of(each.place) is None)
+
+
+def _same(here: Decimal, there: Decimal) -> bool:
+    """Whether the invoice's amount is ours, rounded as it is."""
+    exponent = there.as_tuple().exponent
+    half = Decimal(1).scaleb(exponent) / 2 if isinstance(exponent, int) and exponent < 0 else Decimal("0.5")
+    return abs(here - there) <= half
+
+
+def _invoice(path: Path) -> tuple[str, dict[str, Decimal]]:
+    """By what its lines are told apart, and their amounts; lines of the same key are added up."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            lines = csv.DictReader(file)
+            names = {_plain(name): name for name in lines.fieldnames or ()}
+            usd = _one_of(_USD, names)
+            by_id, day, model = _one_of(_ID, names), _one_of(_DAY, names), _one_of(_MODEL, names)
+            if usd is None or (by_id is None and (day is None or model is None)):
+                raise InputError(
+                    f"{path}: expected a column of amounts (cost_usd, amount, …) and one of request ids "
+                    f"(request_id, …), or of days and models; it has {', '.join(names.values()) or 'none'}"
+                )
+            amounts: dict[str, Decimal] = {}
+            for line in lines:
+                key = _text(line[by_id]) if by_id else f"{_day(line[day or ''])} {_text(line[model or ''])}"
+                amounts[key] = amounts.get(key, Decimal(0)) + _amount(line[usd], path, lines.line_num)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: can't be read as CSV: {error}") from error
+    return ("request" if by_id else "day and model"), amounts
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"\W+", "_", name.strip().lower()).strip("_")
+
+
+def _one_of(wanted: Sequence[str], names: dict[str, str]) -> str | None:
+    return next((names[name] for name in wanted if name in names), None)
+
+
+def _text(text: str | None) -> str:
+    return (text or "").strip()
+
+
+def _day(text: str | None) -> str:
+    return _text(text)[:10]
+
+
+def _amount(text: str | None, path: Path, number: int) -> Decimal:
+    try:
+        amount = Decimal(_text(text).removeprefix("$").replace(",", ""))
+    except InvalidOperation as error:
+        raise InputError(f"{path}:{number}: {text!r} is no amount") from error
+    if not amount.is_finite():
+        raise InputError(f"{path}:{number}: {text!r} is no amount")
+    return amount
+
+
+def _days(found: Sequence[Found]) -> Iterator[Line]:
+    costs: dict[str, Decimal] = {}
+    unknown: set[str] = set()
+    for each in found:
+        for line in each.account.totals:
+            key = f"{line.day} {line.model}"
+            costs[key] = costs.get(key, Decimal(0)) + line.cost_usd
+            if line.unpriced or line.without_usage:
+                unknown.add(key)
+    for key, cost in sorted(costs.items()):
+        yield Line(key, None if key in unknown else cost)
+
+
+def _requests(found: Sequence[Found]) -> Iterator[Line]:
+    """Every attempt of which we know an answer: rows' own, and those whose answers are not in the output."""
+    for each in found:
+        if (result := run_rows.result_of(each.place)) is not None:
+            for table in run_rows.tables(result, ["request_id", "answer_cost_usd", "prompt_tokens"]):
+                columns = (table[name].to_pylist() for name in table.column_names)
+                for id_, cost, tokens in zip(*columns, strict=True):
+                    if id_ is not None and (cost is not None or tokens is not None):
+                        yield Line(str(id_), cost)
+        yield from _discarded(each)
+
+
+def _discarded(found: Found) -> Iterator[Line]:
+    directory = RunDirectory(found.place)
+    if not directory.checkpoint.exists():
+        return
+    try:
+        with at_rest.opened(directory.checkpoint, directory.inflight, glance=True) as checkpoint:
+            for chunk in checkpoint.chunks():
+                for attempt in checkpoint.discarded(chunk):
+                    if attempt.request_id is not None and attempt.usage is not None:
+                        yield Line(attempt.request_id, attempt.cost_usd)
+    except CheckpointError as error:
+        raise InputError(f"{found.place}: its attempts can't be read: {error}") from error
+
+
+def in_words(told: Reconciled) -> Iterator[str]:
+    """The comparison for people."""
+    yield f"by {told.by}: ${told.here_usd:,.6f} here, ${told.there_usd:,.6f} on the invoice"
+    yield f"matched: {told.matched:,}"
+    yield f"at another price: {told.different:,}, the invoice is ${told.difference_usd:,.6f} higher"
+    yield from (f"  {each.key}: ${each.here_usd:,.6f} here, ${each.there_usd:,.6f} there" for each in told.differences)
+    yield f"missing here: {told.missing_here:,}, ${told.missing_here_usd:,.6f}"
+    yield from (f"  {key}" for key in told.only_there)
+    yield f"missing there: {told.missing_there:,}, ${told.missing_there_usd:,.6f}"
+    yield from (f"  {key}" for key in told.only_here)
+    for place in told.unread:
+        yield f"not read: {place} has no rows yet; batchrun export writes them"
+    if told.unpriced:
+        yield f"on the invoice, at a price that is not known here: {told.unpriced:,}"
+    if told.doubtful:
+        yield f"possibly billed, and on the invoice: {told.doubtful:,}, ${told.doubtful_usd:,.6f}"

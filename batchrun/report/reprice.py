@@ -1,0 +1,70 @@
+"""What the runs would have cost at other prices: `report --reprice prices.toml`. PURE but for reading that file."""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from batchrun import prices
+from batchrun.errors import JobError
+from batchrun.job.job import Price
+from batchrun.records import TotalsLine, Usage
+from batchrun.report.runs import Found
+
+
+def read(path: Path) -> dict[str, Price]:
+    """Prices by model, as a job states them: `[pricing."model"]` with `input` and `output` in USD a million tokens.
+
+    Raises:
+        JobError: unreadable, or no such tables.
+    """
+    try:
+        tables = tomllib.loads(path.read_text("utf-8-sig"))
+    except OSError as error:
+        raise JobError(f"--reprice {path}: can't be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise JobError(f"--reprice {path}: not valid TOML: {error}") from error
+    try:
+        found = msgspec.convert(tables.get("pricing"), dict[str, Price])
+    except msgspec.ValidationError as error:
+        raise JobError(f"--reprice {path}: [pricing.MODEL]: {error}") from error
+    if not found:
+        raise JobError(f"--reprice {path}: has no prices")
+    return found
+
+
+def repriced(found: Sequence[Found], new: Mapping[str, Price]) -> tuple[Found, ...]:
+    """The runs as if their attempts of these models had cost that; other models' stay as they are.
+
+    The prices have no tiers, so the cost of a sum of tokens is the sum of costs, but for rounding each to 12 decimals.
+    """
+    return tuple(each._replace(account=_account(each.account, new)) for each in found)
+
+
+def _account(account: Any, new: Mapping[str, Price]) -> Any:
+    totals = [_line(line, new[line.model]) if line.model in new else line for line in account.totals]
+    return msgspec.structs.replace(account, totals=totals, estimate=None)
+
+
+def _line(line: TotalsLine, price: Price) -> TotalsLine:
+    usage = Usage(
+        line.prompt_tokens,
+        max(line.completion_tokens, line.total_tokens - line.prompt_tokens),  # what some bill as output outside of it
+        line.total_tokens,
+        line.cached_tokens,
+        line.reasoning_tokens,
+        line.cache_write_tokens,
+    )
+    fee = price.per_request or Decimal(0)
+    table = prices.stated(line.model, msgspec.structs.replace(price, per_request=None), "")
+    cost = prices.cost(usage, table) or Decimal(0)
+    answered = line.attempts - line.without_usage if line.total_tokens else 0
+    return msgspec.structs.replace(line, cost_usd=cost + fee * answered, unpriced=0)
+
+
+def total(found: Sequence[Found]) -> Decimal:
+    """What the runs cost, as far as it is known."""
+    return sum((line.cost_usd for each in found for line in each.account.totals), Decimal(0))

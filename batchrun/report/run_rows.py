@@ -1,0 +1,106 @@
+"""The rows of a run's result, read column by column: never more than a row group, or 65,536 rows of narrow columns."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from batchrun.errors import InputError
+from batchrun.output.rows import OWN_COLUMNS
+from batchrun.rundir import RunDirectory
+
+
+class Result(NamedTuple):
+    """The files of a result in the order of their rows; `prefix` stands before our columns' names in them."""
+
+    files: tuple[Path, ...]
+    prefix: str
+    schema: pa.Schema
+
+    @property
+    def inputs(self) -> list[str]:
+        """The names of the input's columns."""
+        return self.schema.names[: self.schema.get_field_index(self.prefix + "row")]
+
+    @property
+    def parsed(self) -> pa.DataType:
+        """The type of the answers that a JSON schema types; JSON text else."""
+        type_: pa.DataType = self.schema.field(self.prefix + "parsed").type
+        return type_
+
+
+def result_of(place: Path) -> Result | None:
+    """The result of the run in the directory, or the file itself; None where there is none, or not ours.
+
+    A run that is not complete has one after `batchrun export`.
+    """
+    files = _files(place)
+    if not files:
+        return None
+    try:
+        schema = pq.read_schema(files[0])
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{files[0]}: no readable Parquet file: {error}") from error
+    ends = [name for name in schema.names if name.endswith("request_key")]
+    if not ends:
+        return None
+    prefix = ends[-1].removesuffix("request_key")
+    needed = ("row", "status", "finished_at", "latency_s", "requested_model", "cost_usd", "parsed", "reused")
+    if any(prefix + name not in schema.names for name in needed):
+        return None
+    return Result(tuple(files), prefix, schema)
+
+
+def _files(place: Path) -> list[Path]:
+    if place.is_file():
+        return [place]
+    directory = RunDirectory(place)
+    if directory.completions.exists():
+        return [directory.completions]
+    if parts := sorted(directory.completions_folder.glob("*.parquet")):
+        return parts
+    return [directory.partial] if directory.partial.exists() else []
+
+
+_WIDE = frozenset({"parsed", "content", "raw", "choices", "error"})
+"""Columns that are read by row group: they may be large, and dictionaries in structs can't be read across two."""
+
+ROWS_AT_ONCE = 65_536
+
+
+def _together(file: pq.ParquetFile, *, narrow: bool) -> Iterator[list[int]]:
+    """Row groups that are read at once: small ones of narrow columns cost more to begin than to read."""
+    groups: list[int] = []
+    held = 0
+    for group in range(file.num_row_groups):
+        count = file.metadata.row_group(group).num_rows
+        if groups and (not narrow or held + count > ROWS_AT_ONCE):
+            yield groups
+            groups, held = [], 0
+        groups.append(group)
+        held += count
+    if groups:
+        yield groups
+
+
+def tables(result: Result, own: Sequence[str], inputs: Sequence[str] = ()) -> Iterator[pa.Table]:
+    """The rows, some row groups at a time: the input's columns of these names, then ours without their prefix.
+
+    Raises:
+        InputError: a file can't be read.
+    """
+    names = [*inputs, *(result.prefix + name for name in own)]
+    for path in result.files:
+        try:
+            with pq.ParquetFile(path) as file:
+                for groups in _together(file, narrow=not inputs and not set(own) & _WIDE):
+                    table = file.read_row_groups(groups, columns=names, use_threads=False)
+                    yield table.select(names).rename_columns([*inputs, *own])
+        except (OSError, pa.ArrowException) as error:
+            raise InputError(f"{path}: can't be read: {error}") from error
+
+
+OWN = tuple(OWN_COLUMNS.names)
+"""The names of our columns."""

@@ -1,0 +1,240 @@
+"""The page: one file that loads nothing and runs no script, says the bill's figures, and is legible for everyone."""
+
+import base64
+import hashlib
+import json
+import re
+import shutil
+import struct
+import subprocess
+import sys
+from datetime import UTC, datetime
+from decimal import Decimal
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli_process import batchrun
+from tests.result_files import row, write_result
+
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{ 7*7 }}\u202e\x1b[2J</style></svg>"
+NIGHTS = 4
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    for night in range(1, NIGHTS + 1):
+        rows = []
+        for number in range(80):
+            cost = Decimal(number + night) / 10_000
+            changes: dict[str, Any] = {"cost_usd": cost, "answer_cost_usd": cost, "latency_s": 0.1 * (1 + number % 13)}
+            changes["finished_at"] = datetime(2026, 11, night, 2, number // 20, number % 60, tzinfo=UTC)
+            if number % 4 == 0:
+                changes |= {"requested_model": HOSTILE}
+            if number % 20 == 7:
+                error = {"kind": "quota", "http_status": 429, "code": None, "message": f"no more {HOSTILE}"}
+                changes |= {"status": "error", "content": None, "error": error}
+            rows.append(row(number, **changes))
+        begun = f"2026-11-{night:02d}T01:00:00Z"
+        write_result(folder / f"2026-11-{night:02d}", rows, job=HOSTILE, begun_at=begun)
+    write_result(folder / "2026-11-09", [row(0)], job="stopped", complete=False, pending=5, reason=HOSTILE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(runs: Path) -> str:
+    target = runs.parent / "bill.html"
+    ended = batchrun("report", runs, "--by", "night,model", "--against", "3", "-o", target)
+    assert (ended.exit_code, ended.stdout, ended.stderr) == (0, "", "")
+    return target.read_text("utf-8")
+
+
+class Elements(HTMLParser):
+    """Start tags with attributes, and the cells of each table by the title before it."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.tables: dict[str, list[list[str]]] = {}
+        self.title = ""
+        self._within = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag == "h2":
+            self.title, self._within = "", "h2"
+        elif tag == "table":
+            self.tables[self.title] = []
+        elif tag == "tr":
+            self.tables[self.title].append([])
+        elif tag in ("td", "th"):
+            self.tables[self.title][-1].append("")
+            self._within = "cell"
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("h2", "td", "th"):
+            self._within = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._within == "h2":
+            self.title += data
+        elif self._within == "cell":
+            self.tables[self.title][-1][-1] += data
+
+
+@pytest.fixture(scope="module")
+def elements(page: str) -> Elements:
+    return Elements(page)
+
+
+def test_nothing_is_loaded_and_nothing_runs(page: str, elements: Elements) -> None:
+    assert {tag for tag, _ in elements.tags} & {
+        "script",
+        "img",
+        "link",
+        "iframe",
+        "object",
+        "embed",
+        "a",
+        "form",
+    } == set()
+    names = {name for _, attributes in elements.tags for name in attributes}
+    assert not [
+        name for name in names if name.startswith("on") or name in ("src", "href", "xlink:href", "style", "srcset")
+    ]
+    style = re.findall(r"<style>(.*?)</style>", page, re.DOTALL)
+    assert len(style) == 1
+    assert "url(" not in style[0]
+    assert "@import" not in style[0]
+    metas = [attributes for tag, attributes in elements.tags if tag == "meta"]
+    (policy,) = [meta["content"] for meta in metas if meta.get("http-equiv") == "Content-Security-Policy"]
+    digest = base64.b64encode(hashlib.sha256(style[0].encode()).digest()).decode()
+    assert policy == f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+
+
+def test_hostile_text_is_only_text(page: str) -> None:
+    assert "<script" not in page
+    assert "alert(1)" in page
+    assert "49" not in re.findall(r"\{\{.*?\}\}|&amp;(.*?)\\", page)
+    assert not [char for char in page if not char.isprintable() and char != "\n"]
+    assert page.count("</style>") == 1
+
+
+def test_no_question_and_no_answer_is_on_the_page(page: str) -> None:
+    assert "question 1" not in page
+    assert "answer 1" not in page
+
+
+def test_the_tables_have_the_bills_figures(runs: Path, elements: Elements) -> None:
+    bill = json.loads(batchrun("report", runs, "--by", "night,model", "--format", "json").stdout)
+    header, *lines, total = elements.tables["The bill by night, model"]
+    cost = header.index("cost $")
+    assert [line[cost] for line in lines] == [f"{Decimal(line['cost_usd']):,.6f}" for line in bill["lines"]]
+    assert total[cost] == f"{Decimal(bill['total']['cost_usd']):,.6f}"
+    _, *nights = elements.tables["Cost by night and model"]
+    by_night = json.loads(batchrun("report", runs, "--by", "night", "--format", "json").stdout)["lines"]
+    for shown, line in zip(nights, by_night, strict=True):
+        assert shown[0] == line["night"]
+        assert sum(map(float, shown[1:])) == pytest.approx(float(line["cost_usd"]), rel=1e-5)
+    _, *tokens = elements.tables["Tokens by night and kind"]
+    total_tokens = sum(float(cell.replace(",", "")) for line in tokens for cell in line[1:])
+    assert total_tokens == bill["total"]["prompt_tokens"] + bill["total"]["completion_tokens"]
+    _, *steps = elements.tables["Latency of the rows' last attempts"]
+    assert sum(int(step[1]) for step in steps) == NIGHTS * 80 + 1
+    _, failure = elements.tables["Failures by kind"]
+    assert failure[:2] == ["error, quota", str(NIGHTS * 4)]
+    _, *dearest = elements.tables["The dearest rows"]
+    costs = [float(line[4]) for line in dearest]
+    assert len(costs) == 10
+    assert all(one >= other for one, other in pairwise(costs))
+    assert costs[0] == pytest.approx((79 + NIGHTS) / 10_000)
+
+
+def test_every_chart_has_a_name_and_a_table_behind_it(elements: Elements) -> None:
+    drawn = [attributes for tag, attributes in elements.tags if tag == "svg"]
+    charts = [chart for chart in drawn if "pygal-chart" in (chart["class"] or "")]
+    assert len(charts) == 2 * 4  # for a desk and for a phone
+    assert all(chart["role"] == "img" and chart["aria-label"] for chart in charts)
+    assert sum(tag == "details" for tag, _ in elements.tags) == 4
+    assert ("html", {"lang": "en"}) in elements.tags
+    ids = [attributes["id"] for _, attributes in elements.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert {a["aria-labelledby"] for _, a in elements.tags if "aria-labelledby" in a} <= set(ids)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_and_series_stand_out_from_the_paper(page: str, scheme: str) -> None:
+    roots = re.findall(r":root\{(.*?)\}", page)
+    colours = dict(re.findall(r"--(\w+):(#\w+)", roots[0] if scheme == "light" else roots[1]))
+    for paper in ("paper", "tint"):
+        for name in ("ink", "soft"):
+            assert contrast(colours[name], colours[paper]) >= 4.5  # WCAG 2.2, 1.4.3
+    for number in range(8):
+        assert contrast(colours[f"c{number}"], colours["paper"]) >= 3  # WCAG 2.2, 1.4.11
+
+
+def contrast(one: str, other: str) -> float:
+    """WCAG's contrast ratio."""
+    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def luminance(colour: str) -> float:
+    digits = colour[1:] if len(colour) == 7 else "".join(digit * 2 for digit in colour[1:])
+    parts = [int(digits[place : place + 2], 16) / 255 for place in (0, 2, 4)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+CHROMIUM = next((path for name in ("chromium", "google-chrome") if (path := shutil.which(name))), None)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+@pytest.mark.parametrize("width", [390, 1400])
+def test_a_browser_shows_it_without_a_complaint(runs: Path, page: str, tmp_path: Path, width: int) -> None:
+    picture = tmp_path / f"bill-{width}.png"
+    assert CHROMIUM is not None
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"]
+    more = ["--enable-logging=stderr", f"--user-data-dir={tmp_path}/profile", f"--window-size={width},3000"]
+    told = subprocess.run(
+        [CHROMIUM, *flags, *more, f"--screenshot={picture}", (runs.parent / "bill.html").as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert "CONSOLE" not in told.stderr, told.stderr
+    assert struct.unpack(">II", picture.read_bytes()[16:24]) == (width, 3000)
+
+
+def test_where_the_package_for_charts_is_missing_it_is_named(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "pygal.py").write_text("raise ImportError('no pygal')")
+    (tmp_path / "xlsxwriter.py").write_text("raise ImportError('no xlsxwriter')")
+    for name in ("bill.html", "bill.xlsx"):
+        arguments = ["batchrun", "report", str(runs), "-o", str(tmp_path / name)]
+        path = f"sys.path.insert(0, {str(tmp_path)!r})"
+        code = f"import sys; {path}; sys.argv = {arguments!r}; from batchrun.cli import main; main()"
+        ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert ended.returncode == 2
+        assert ended.stderr.startswith("Error: ")
+        assert ended.stderr.endswith("needs a package more: pip install 'batchrun[report]'\n")
+
+
+def test_a_span_without_a_run_is_a_page_without_charts(runs: Path, tmp_path: Path) -> None:
+    target = tmp_path / "none.html"
+    assert batchrun("report", runs, "--since", "2099-01", "-o", target).exit_code == 0
+    elements = Elements(target.read_text("utf-8"))
+    assert [line[0] for line in elements.tables["The bill by job, model"]] == ["job", "total"]
+    assert "Failures by kind" not in elements.tables
+
+
+def test_a_page_of_a_span_has_nothing_of_runs_beyond_it(runs: Path, tmp_path: Path) -> None:
+    target = tmp_path / "one.html"
+    assert batchrun("report", runs, "--until", "2026-11-01", "--by", "night", "-o", target).exit_code == 0
+    elements = Elements(target.read_text("utf-8"))
+    assert [line[1] for line in elements.tables["The dearest rows"][1:]] == ["2026-11-01"] * 10
+    assert elements.tables["Failures by kind"][1][:2] == ["error, quota", "4"]
