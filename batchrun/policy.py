@@ -98,15 +98,19 @@ def _rule(*subjects: Subject, verdict: Verdict, kind: str) -> Rule:
 _BLOCKED = _rule(Subject.CONTENT, verdict=Verdict.ROW, kind=CONTENT_POLICY)
 _BROKE = _rule(Subject.BROKE, verdict=Verdict.PAUSE, kind="insufficient_quota")
 _TOO_FAST = _rule(Subject.PACE, verdict=Verdict.SLOW, kind="rate_limit")
+_TOO_LARGE = _rule(Subject.TOO_LARGE, verdict=Verdict.ROW, kind="bad_request")
 _WRONG_KEY = _rule(Subject.KEY, verdict=Verdict.PAUSE, kind="authentication")
 
 RULES: Mapping[int, tuple[Rule, ...]] = {
-    200: (_BROKE, _TOO_FAST, _WRONG_KEY, _BLOCKED),  # an error object with a code of the vendor's own: MiniMax, Baidu
-    400: (_BROKE, _TOO_FAST, _WRONG_KEY, _BLOCKED),  # Anthropic's empty balance, AWS's throttling, Google's wrong key
+    # an error object with a code of the vendor's own: MiniMax, Baidu
+    200: (_BROKE, _TOO_LARGE, _TOO_FAST, _WRONG_KEY, _BLOCKED),
+    # Anthropic's empty balance, AWS's throttling, Google's wrong key
+    400: (_BROKE, _TOO_LARGE, _TOO_FAST, _WRONG_KEY, _BLOCKED),
     403: (_rule(Subject.BROKE, verdict=Verdict.PAUSE, kind="forbidden"), _BLOCKED, _TOO_FAST),
     422: (_BLOCKED,),
     429: (
         _BROKE,
+        _TOO_LARGE,
         _TOO_FAST,
         _rule(Subject.WAIT, Subject.ACCOUNT, verdict=Verdict.SLOW, kind=QUOTA),
         _rule(Subject.ACCOUNT, verdict=Verdict.PAUSE, kind="insufficient_quota"),
