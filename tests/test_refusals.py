@@ -401,8 +401,8 @@ def test_a_minutes_limit_is_waited_for_and_an_empty_account_pauses(
 
 
 TOO_LARGE = error(
-    "Request too large for gpt-4 on tokens per min (TPM): Limit 10000, Requested 20000. The input or output tokens must be "
-    "reduced in order to run successfully.",
+    "Request too large for gpt-4 on tokens per min (TPM): Limit 10000, Requested 20000. The input or output tokens "
+    "must be reduced in order to run successfully.",
     "rate_limit_exceeded",
 )
 
@@ -421,8 +421,8 @@ ROWS_OWN: dict[str, tuple[int, object]] = {
     "Groq, larger than a minute's tokens": (
         429,
         error(
-            "Request too large for model `m` on tokens per minute (TPM): Limit 6000, Requested 9000, please reduce your "
-            "message size and try again.",
+            "Request too large for model `m` on tokens per minute (TPM): Limit 6000, Requested 9000, please "
+            "reduce your message size and try again.",
             "rate_limit_exceeded",
         ),
     ),

@@ -1,7 +1,9 @@
 """What is still to be sent: due retries before new rows, oldest first, so that chunks close in order.
 
 But a row that failed, and after which no other was answered, lets a new one go first: that one shows whether the row or
-the endpoint is at fault.
+the endpoint is at fault. Where new rows fail one after another, rows are **mixed**: a retry, a new row from further on,
+the next new row. Whatever is at fault, one of the three then shows it: a retry where each row fails at first, a row from
+further on where the next thousand are bad, none where the endpoint is down.
 """
 
 import asyncio
@@ -14,7 +16,17 @@ import msgspec
 
 from batchrun.output.chunks import OpenChunk
 from batchrun.policy import NEW, History
-from batchrun.records import Attempt, Correction, Request, Row, RowError, Usage
+from batchrun.records import Attempt, Correction, Request, Row, RowError, Usage, Verdict
+
+FAILED_FIRST = 3
+"""So many new rows, one after another, that fail at their first attempt: from then on rows are mixed."""
+
+FIRST_REACH, MOST_REACH = 1_000, 16_000
+"""How far on a row is looked for, in rows: four times as far with each one that fails, and no further than memory and
+disk bear."""
+
+PLACES = (1.0, 0.5, 0.75, 0.25, 0.875, 0.625, 0.375, 0.125)
+"""Where in that reach: the last row first, since bad rows stand side by side. A place that was answered is kept."""
 
 MAX_WAITING = 4096
 """Rows that wait for a retry before new ones wait too: more would only grow memory while the endpoint is unwell."""
@@ -74,6 +86,12 @@ class Backlog:
         self._batches: Iterator[tuple[list[Row], OpenChunk]] = iter(())
         self._opening: asyncio.Task[OpenChunk | None] | None = None
         self._retries: list[tuple[float, int, Pending]] = []
+        self._returned: list[tuple[int, Pending]] = []
+        self._failed_first = 0  # new rows in a row, of those taken in order, that failed
+        self._mixed = 0
+        self._from_further_on: set[int] = set()  # rows that are out for the first time
+        self._place = 0
+        self._reach = FIRST_REACH
         self._held: list[Pending] = []
         self._busy = 0
         self._exhausted = False
@@ -83,13 +101,23 @@ class Backlog:
     @property
     def alone(self) -> bool:
         """True while the one row that is out is the last there is: nobody else can bear witness for or against it."""
-        waiting = self._fresh or self._retries or self._held
+        waiting = self.untried or self._retries or self._held
         return self._exhausted and self._busy == 1 and not waiting
+
+    @property
+    def untried(self) -> int:
+        """New rows at hand, not handed out yet. Once the input is exhausted there are no others."""
+        return len(self._fresh) + len(self._returned)
+
+    @property
+    def exhausted(self) -> bool:
+        """True once every row of the input is at hand, or was."""
+        return self._exhausted
 
     @property
     def drained(self) -> bool:
         """True when no row is left but those that are out, and those that wait for a retry or are held."""
-        return self._exhausted and not self._fresh
+        return self._exhausted and not self.untried
 
     @property
     def has_room(self) -> bool:
@@ -101,6 +129,9 @@ class Backlog:
         while not self._closed:
             if not self._room():
                 await self._wait(timed=False)
+                continue
+            if self._is_mixing and len(self._fresh) < self._reach and not self._exhausted:
+                await self._refill()
                 continue
             if (pending := self._pop()) is not None:
                 self._busy += 1
@@ -118,6 +149,30 @@ class Backlog:
         self._busy -= 1
         heapq.heappush(self._retries, (due_s, pending.request.row, pending))
         self._wake_all()
+
+    def put_back(self, pending: Pending) -> None:
+        """The row was not sent: it is handed out again as if it had not been."""
+        self._busy -= 1
+        self._from_further_on.discard(pending.request.row)
+        if pending.successes is None:
+            heapq.heappush(self._returned, (pending.request.row, pending))
+        else:
+            heapq.heappush(self._retries, (self._clock(), pending.request.row, pending))
+        self._wake_all()
+
+    def tried(self, row: int, verdict: Verdict) -> None:
+        """A new row's first attempt has ended so."""
+        failed = verdict in (Verdict.FREE, Verdict.MAYBE, Verdict.SLOW)
+        if row in self._from_further_on:
+            self._from_further_on.remove(row)
+            if failed:
+                self._place += 1
+                self._reach = min(MOST_REACH, 4 * self._reach)
+        elif failed:
+            self._failed_first += 1
+        elif verdict in (Verdict.OK, Verdict.ROW):
+            self._failed_first = self._mixed = self._place = 0
+            self._reach = FIRST_REACH
 
     def hold(self, pending: Pending) -> None:
         """The row is to be asked again only when there is no other."""
@@ -152,17 +207,67 @@ class Backlog:
             await asyncio.wait([self._opening])
             self._opening.exception()  # told to whoever waited for it; if nobody did, nobody misses the chunk
 
+    @property
+    def _is_mixing(self) -> bool:
+        return self._failed_first >= FAILED_FIRST
+
     def _pop(self) -> Pending | None:
-        room_for_new = len(self._retries) < MAX_WAITING
-        if self._retries and self._retries[0][0] <= self._clock():
-            new_one_first = room_for_new and not self.drained and self._without_witness(self._retries[0][2])
-            if not new_one_first:
-                return heapq.heappop(self._retries)[2]
-        if self._fresh and room_for_new:
-            return self._prepare(*self._fresh.popleft())
-        if self._held and self._exhausted and not (self._fresh or self._retries or self._busy):
+        if self._is_mixing:
+            pending = self._pop_mixed()
+        else:
+            due = self._is_due and not (self._may_be_new and self._without_witness(self._retries[0][2]))
+            pending = self._due() if due else self._next_new()
+        if pending is None and self._held and self._exhausted and not (self.untried or self._retries or self._busy):
             return self._held.pop()
+        return pending
+
+    def _pop_mixed(self) -> Pending | None:
+        """The next of a retry, a row from further on, and the next new one; where it is missing, one of the others."""
+        kinds = (self._least_tried, self._further_on, self._next_new)
+        for _ in kinds:
+            kind = kinds[self._mixed % len(kinds)]
+            self._mixed += 1
+            if (pending := kind()) is not None:
+                return pending
         return None
+
+    @property
+    def _is_due(self) -> bool:
+        return bool(self._retries) and self._retries[0][0] <= self._clock()
+
+    @property
+    def _may_be_new(self) -> bool:
+        return len(self._retries) < MAX_WAITING and not self.drained
+
+    def _due(self) -> Pending | None:
+        return heapq.heappop(self._retries)[2] if self._is_due else None
+
+    def _least_tried(self) -> Pending | None:
+        """The due retry that has failed least: each row has its turn before one has its next."""
+        if not self._is_due:
+            return None
+        now_s = self._clock()
+        least = min((each for each in self._retries if each[0] <= now_s), key=lambda each: each[2].history.attempts)
+        self._retries.remove(least)
+        heapq.heapify(self._retries)
+        return least[2]
+
+    def _next_new(self) -> Pending | None:
+        """Rows that were handed out and put back come first: they are the oldest."""
+        if not self._may_be_new:
+            return None
+        if self._returned and (not self._fresh or self._returned[0][0] < self._fresh[0][0].row):
+            return heapq.heappop(self._returned)[1]
+        return self._prepare(*self._fresh.popleft()) if self._fresh else None
+
+    def _further_on(self) -> Pending | None:
+        if not self._fresh or not self._may_be_new:
+            return None
+        index = int(PLACES[self._place % len(PLACES)] * (len(self._fresh) - 1))
+        row, chunk = self._fresh[index]
+        del self._fresh[index]
+        self._from_further_on.add(row.row)
+        return self._prepare(row, chunk)
 
     def _without_witness(self, pending: Pending) -> bool:
         """Whether no other row was answered since the row was last sent."""

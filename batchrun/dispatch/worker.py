@@ -29,6 +29,7 @@ from batchrun.errors import BatchrunError, ExitCode, InputError
 from batchrun.gate import forecast
 from batchrun.gate.admission import Ask, Outcome, Ruling, Stop
 from batchrun.gate.gate import Gate, GateClosed
+from batchrun.gate.turns import InDoubt
 from batchrun.job.job import Job
 from batchrun.policy import Settlement
 from batchrun.records import Attempt, Completion, Correction, Ending, Request, Status, Verdict
@@ -100,15 +101,25 @@ class Workers:
 
     async def work(self) -> None:
         """Sends rows until none is left or the gate closes."""
-        while (pending := await self._next()) is not None:
+        while True:
+            probes = await self.gate.turns.take()
+            if (pending := await self._next()) is None:
+                self.gate.turns.end()
+                return
             request = pending.request
             bound_usd = self._requests.bound_usd(request)
             prompt, output = self.learned.estimates.of(request)
             try:
-                slot = await self.gate.admit(Ask(prompt + output, bound_usd, request.upper_bound_tokens, output))
+                ask = Ask(prompt + output, bound_usd, request.upper_bound_tokens, output)
+                slot = await self.gate.admit(ask, probes=probes)
             except GateClosed:
                 self.backlog.close()
                 return
+            except InDoubt:
+                self._put_back(pending)
+                continue
+            if probes:
+                self.gate.turns.end()
             if request.pictures:
                 await self._attempt_with_pictures(pending, slot, bound_usd)
             else:
@@ -138,6 +149,12 @@ class Workers:
             self._tail.handed_out()
         return pending
 
+    def _put_back(self, pending: Pending) -> None:
+        """The row was not sent."""
+        if pending.successes is None:
+            self._tail.tried()
+        self.backlog.put_back(pending)
+
     async def _attempt_with_pictures(self, pending: Pending, slot: int, bound_usd: Decimal | None) -> None:
         """The same with the images in the body, which nothing holds any more when this returns."""
         try:
@@ -164,6 +181,8 @@ class Workers:
         if pending.successes is None:
             self._tail.tried()
         ended, ruling = self._judged(pending, attempt, slot, bound_usd, successes)
+        if pending.successes is None:
+            self.backlog.tried(request.row, ended.judgement.verdict)
         for row in ruling.own:
             self._end_held(row)
         if ruling.hold and not self._refused_before(ended):
@@ -194,8 +213,7 @@ class Workers:
             settlement = policy.settlement(answer, request.expected, self._job.finish, attempt.http_status)
             self.signs.answered(answer.finish_reason)
             self.retries.drop(row)
-            if pending.history.attempts:
-                self._tail.healed()
+            self._tail.answered(healed=pending.history.attempts > 0)
         else:
             reached = attempt.error is None or attempt.error.sent
             at_tail = reached and policy.is_chargeable(judgement) and self._tail.is_reached
