@@ -2,8 +2,8 @@
 
 But a row that failed, and after which no other was answered, lets a new one go first: that one shows whether the row or
 the endpoint is at fault. Where new rows fail one after another, rows are **mixed**: a retry, a new row from further on,
-the next new row. Whatever is at fault, one of the three then shows it: a retry where each row fails at first, a row from
-further on where the next thousand are bad, none where the endpoint is down.
+the next new row. Whatever is at fault, one of the three then shows it: a retry where each row fails at first, a row
+from further on where the next thousand are bad, none where the endpoint is down.
 """
 
 import asyncio
@@ -11,6 +11,7 @@ import heapq
 from collections import deque
 from collections.abc import Callable, Iterator
 from decimal import Decimal
+from enum import Enum
 
 import msgspec
 
@@ -20,6 +21,13 @@ from batchrun.records import Attempt, Correction, Request, Row, RowError, Usage,
 
 FAILED_FIRST = 3
 """So many new rows, one after another, that fail at their first attempt: from then on rows are mixed."""
+
+MOST_DOUBTED = 8
+"""While rows are mixed and one kind is answered, so many of the others may be out, or have failed since the last
+answer: enough to keep going, few enough that an outage that begins just then sees few requests."""
+
+SOON_S = 5.0
+"""A retry that is due so soon is waited for, where retries are what is answered."""
 
 FIRST_REACH, MOST_REACH = 1_000, 16_000
 """How far on a row is looked for, in rows: four times as far with each one that fails, and no further than memory and
@@ -60,6 +68,14 @@ class Pending(msgspec.Struct, frozen=True):
     invalid: Invalid | None = None
 
 
+class Kind(Enum):
+    """Where a row was taken from while rows are mixed."""
+
+    RETRY = 0
+    FURTHER_ON = 1
+    NEXT = 2
+
+
 class Backlog:
     """Hands out the pending rows. One per event loop; any number of workers may wait in `next`.
 
@@ -88,8 +104,11 @@ class Backlog:
         self._retries: list[tuple[float, int, Pending]] = []
         self._returned: list[tuple[int, Pending]] = []
         self._failed_first = 0  # new rows in a row, of those taken in order, that failed
-        self._mixed = 0
-        self._from_further_on: set[int] = set()  # rows that are out for the first time
+        self._out: dict[int, Kind] = {}  # rows that are out and were taken while rows were mixed
+        self._turn = 0
+        self._answered: Kind | None = None  # the kind that was answered last, until it fails
+        self._doubted = 0  # rows of the other kinds that are out, or have failed since the last answer
+        self._last_failed = -1  # the last row, of those taken in order, that failed at first
         self._place = 0
         self._reach = FIRST_REACH
         self._held: list[Pending] = []
@@ -124,16 +143,19 @@ class Backlog:
         """False while rows wait for somebody to read what is settled."""
         return self._room()
 
-    async def next(self) -> Pending | None:
-        """The next row to ask; waits while there may be one. None when every row is settled, or after `close`."""
+    async def next(self, *, probes: bool = False) -> Pending | None:
+        """The next row to send; waits while there may be one. None when every row is settled, or after `close`.
+
+        `probes`: it is to show whether the endpoint is well, so rows are mixed.
+        """
         while not self._closed:
             if not self._room():
                 await self._wait(timed=False)
                 continue
-            if self._is_mixing and len(self._fresh) < self._reach and not self._exhausted:
+            if (self._is_mixing or probes) and len(self._fresh) < self._reach and not self._exhausted:
                 await self._refill()
                 continue
-            if (pending := self._pop()) is not None:
+            if (pending := self._pop(probes=probes)) is not None:
                 self._busy += 1
                 return pending
             if not self._exhausted and len(self._retries) < MAX_WAITING:
@@ -153,26 +175,38 @@ class Backlog:
     def put_back(self, pending: Pending) -> None:
         """The row was not sent: it is handed out again as if it had not been."""
         self._busy -= 1
-        self._from_further_on.discard(pending.request.row)
+        self._out.pop(pending.request.row, None)
         if pending.successes is None:
             heapq.heappush(self._returned, (pending.request.row, pending))
         else:
             heapq.heappush(self._retries, (self._clock(), pending.request.row, pending))
         self._wake_all()
 
-    def tried(self, row: int, verdict: Verdict) -> None:
-        """A new row's first attempt has ended so."""
-        failed = verdict in (Verdict.FREE, Verdict.MAYBE, Verdict.SLOW)
-        if row in self._from_further_on:
-            self._from_further_on.remove(row)
-            if failed:
+    def is_doubted(self, row: int) -> bool:
+        """True for a row that is out of which no more is known than that others like it fail, while another kind of row
+        is answered: its failure says nothing of the endpoint.
+        """
+        kind = self._out.get(row)
+        return kind is not None and self._answered not in (None, kind)
+
+    def ended(self, pending: Pending, verdict: Verdict) -> None:
+        """An attempt of the row has ended so."""
+        row = pending.request.row
+        kind, is_new = self._out.pop(row, None), pending.successes is None
+        if verdict in (Verdict.OK, Verdict.ROW):
+            self._answered = self._answered if kind is None else kind
+            self._doubted = sum(each is not self._answered for each in self._out.values())
+            if is_new and kind is not Kind.FURTHER_ON and row > self._last_failed:
+                self._failed_first = self._place = 0
+                self._reach = FIRST_REACH
+        elif verdict in (Verdict.FREE, Verdict.MAYBE, Verdict.SLOW):
+            self._answered = None if kind is self._answered else self._answered
+            if kind is Kind.FURTHER_ON:
                 self._place += 1
                 self._reach = min(MOST_REACH, 4 * self._reach)
-        elif failed:
-            self._failed_first += 1
-        elif verdict in (Verdict.OK, Verdict.ROW):
-            self._failed_first = self._mixed = self._place = 0
-            self._reach = FIRST_REACH
+            elif is_new:
+                self._failed_first += 1
+                self._last_failed = max(self._last_failed, row)
 
     def hold(self, pending: Pending) -> None:
         """The row is to be asked again only when there is no other."""
@@ -211,8 +245,8 @@ class Backlog:
     def _is_mixing(self) -> bool:
         return self._failed_first >= FAILED_FIRST
 
-    def _pop(self) -> Pending | None:
-        if self._is_mixing:
+    def _pop(self, *, probes: bool) -> Pending | None:
+        if self._is_mixing or probes:
             pending = self._pop_mixed()
         else:
             due = self._is_due and not (self._may_be_new and self._without_witness(self._retries[0][2]))
@@ -222,14 +256,33 @@ class Backlog:
         return pending
 
     def _pop_mixed(self) -> Pending | None:
-        """The next of a retry, a row from further on, and the next new one; where it is missing, one of the others."""
-        kinds = (self._least_tried, self._further_on, self._next_new)
-        for _ in kinds:
-            kind = kinds[self._mixed % len(kinds)]
-            self._mixed += 1
-            if (pending := kind()) is not None:
+        """A row of the kind that is answered, but a few of the others between two answers; in turn where none is.
+
+        None where the kind that is answered is worth waiting for.
+        """
+        if self._answered is None:
+            return self._in_turn()
+        if self._doubted < MOST_DOUBTED and (pending := self._in_turn(but=self._answered)) is not None:
+            self._doubted += 1
+            return pending
+        if (pending := self._of(self._answered)) is not None:
+            return pending
+        comes_soon = self._answered is Kind.RETRY and self._retries and self._retries[0][0] <= self._clock() + SOON_S
+        return None if self._busy or comes_soon else self._in_turn()
+
+    def _in_turn(self, but: Kind | None = None) -> Pending | None:
+        for _ in Kind:
+            kind = Kind(self._turn % len(Kind))
+            self._turn += 1
+            if kind is not but and (pending := self._of(kind)) is not None:
                 return pending
         return None
+
+    def _of(self, kind: Kind) -> Pending | None:
+        take = {Kind.RETRY: self._least_tried, Kind.FURTHER_ON: self._further_on, Kind.NEXT: self._next_new}[kind]
+        if (pending := take()) is not None:
+            self._out[pending.request.row] = kind
+        return pending
 
     @property
     def _is_due(self) -> bool:
@@ -266,7 +319,6 @@ class Backlog:
         index = int(PLACES[self._place % len(PLACES)] * (len(self._fresh) - 1))
         row, chunk = self._fresh[index]
         del self._fresh[index]
-        self._from_further_on.add(row.row)
         return self._prepare(row, chunk)
 
     def _without_witness(self, pending: Pending) -> bool:

@@ -103,7 +103,7 @@ class Workers:
         """Sends rows until none is left or the gate closes."""
         while True:
             probes = await self.gate.turns.take()
-            if (pending := await self._next()) is None:
+            if (pending := await self._next(probes=probes)) is None:
                 self.gate.turns.end()
                 return
             request = pending.request
@@ -138,10 +138,10 @@ class Workers:
         if self._checkpoint.broken:
             self.cancel()  # answers that can't be kept are not waited for: the slots keep their names
 
-    async def _next(self) -> Pending | None:
+    async def _next(self, *, probes: bool) -> Pending | None:
         """The next row to send. A disk or input that fails here ends admission, but who is in flight may still land."""
         try:
-            pending = await self.backlog.next()
+            pending = await self.backlog.next(probes=probes)
         except BatchrunError as error:
             self.fail(error)
             return None
@@ -181,8 +181,7 @@ class Workers:
         if pending.successes is None:
             self._tail.tried()
         ended, ruling = self._judged(pending, attempt, slot, bound_usd, successes)
-        if pending.successes is None:
-            self.backlog.tried(request.row, ended.judgement.verdict)
+        self.backlog.ended(pending, ended.judgement.verdict)
         for row in ruling.own:
             self._end_held(row)
         if ruling.hold and not self._refused_before(ended):
@@ -217,7 +216,9 @@ class Workers:
         else:
             reached = attempt.error is None or attempt.error.sent
             at_tail = reached and policy.is_chargeable(judgement) and self._tail.is_reached
-            outcome = Outcome(row, judgement.verdict, judgement.error, judgement.retry_after_s, at_tail)
+            is_doubted = self.backlog.is_doubted(row) and policy.is_chargeable(judgement)
+            says_nothing = at_tail or is_doubted
+            outcome = Outcome(row, judgement.verdict, judgement.error, judgement.retry_after_s, says_nothing)
             ruling = self.gate.observe(slot, outcome)
             witnessed = self.gate.successes > (successes if pending.successes is None else pending.successes)
             history = policy.after(pending.history, judgement, corroborated=reached and witnessed, at_tail=at_tail)

@@ -170,7 +170,7 @@ class GateState:
         `finding` is what a refusal is evidence of.
         """
         self.withdraw(order)
-        if outcome.at_tail:
+        if outcome.says_nothing:
             return PROCEED
         match outcome.verdict:
             case Verdict.OK:
