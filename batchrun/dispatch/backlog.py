@@ -53,8 +53,9 @@ class Pending(msgspec.Struct, frozen=True):
     """A row still to be asked, with what it has been through. `cost_usd` None: an earlier attempt has no price.
 
     `successes` is the gate's count of good answers when the row was last sent, None before that. `refused`: an
-    earlier start met a 403 that nobody could corroborate. `corrections` are in the request already; `invalid` is the
-    answer that the last of them is about: it stands if no better one comes.
+    earlier start met a 403 that nobody could corroborate, or a 429 with a long wait. `waits_long`: it was asked to wait
+    longer than `retry.max_wait_s`, and others were answered meanwhile. `corrections` are in the request already;
+    `invalid` is the answer that the last of them is about: it stands if no better one comes.
     """
 
     request: Request
@@ -63,6 +64,7 @@ class Pending(msgspec.Struct, frozen=True):
     cost_usd: Decimal | None = Decimal(0)
     successes: int | None = None
     refused: bool = False
+    waits_long: bool = False
     variant: int = 0
     corrections: tuple[Correction, ...] = ()
     invalid: Invalid | None = None
@@ -115,6 +117,7 @@ class Backlog:
         self._busy = 0
         self._exhausted = False
         self._closed = False
+        self.left_to_wait = 0  # rows that were left when all others had ended: each waits for longer than allowed
         self._waiting: set[asyncio.Future[None]] = set()
 
     @property
@@ -127,6 +130,11 @@ class Backlog:
     def untried(self) -> int:
         """New rows at hand, not handed out yet. Once the input is exhausted there are no others."""
         return len(self._fresh) + len(self._returned)
+
+    @property
+    def waiting(self) -> int:
+        """Rows that wait for a retry."""
+        return len(self._retries)
 
     @property
     def exhausted(self) -> bool:
@@ -160,7 +168,8 @@ class Backlog:
                 return pending
             if not self._exhausted and len(self._retries) < MAX_WAITING:
                 await self._refill()
-            elif not self._busy and not self._retries:
+            elif not self._busy and self._all_wait_long:
+                self.left_to_wait = len(self._retries)
                 self.close()
             else:
                 await self._wait()
@@ -251,7 +260,7 @@ class Backlog:
         else:
             due = self._is_due and not (self._may_be_new and self._without_witness(self._retries[0][2]))
             pending = self._due() if due else self._next_new()
-        if pending is None and self._held and self._exhausted and not (self.untried or self._retries or self._busy):
+        if pending is None and self._held and self.drained and not self._busy and self._all_wait_long:
             return self._held.pop()
         return pending
 
@@ -283,6 +292,11 @@ class Backlog:
         if (pending := take()) is not None:
             self._out[pending.request.row] = kind
         return pending
+
+    @property
+    def _all_wait_long(self) -> bool:
+        """True where no row waits for a retry, but such as were asked to wait for longer than allowed."""
+        return all(pending.waits_long for _, _, pending in self._retries)
 
     @property
     def _is_due(self) -> bool:
