@@ -81,7 +81,11 @@ def _start(
     loop_factory: LoopFactory | None,
 ) -> tuple[Summary, bool]:
     """How this start ended, and whether rows that were settled before were sent in it."""
-    with _status(job, directory, credentials, hooks) as status, _checkpoint(directory, status) as checkpoint:
+    with (
+        _status(job, directory, credentials, hooks) as status,
+        _checkpoint(directory, status) as checkpoint,
+        signals.raised(),  # while the event loop does not listen itself
+    ):
         store = _check(job, directory, checkpoint, asked, status, hooks)
         stop = _dispatch(job, store, credentials, asked, status, hooks, loop_factory)
         summary = _stopped(job, store, stop, status, hooks) if stop else _finish(job, store, status)
@@ -116,7 +120,7 @@ def _finished(job: Job, directory: RunDirectory, asked: Asked) -> Summary | None
     again = asked.retry is not None and any(summary.by_status.get(status) for status in asked.retry)
     if settings or what is not None or again or wanted > summary.rows_in_output:
         return None
-    result.require_there(directory, known.output.layout, summary.rows_in_output)
+    result.require_there(directory, known.output.layout, summary.rows_in_output, manifest)
     return msgspec.structs.replace(summary, exit_code=int(_exit_code(job, summary)), files=files(directory))
 
 
@@ -182,21 +186,20 @@ def _check(
 ) -> Store:
     """What this start is to do is settled, and nothing was sent. Attempts that a dead process left are named."""
     lost = at_rest.name_lost(directory.inflight, checkpoint, with_ids=bool(job.endpoint.id_header))
-    with signals.raised():  # until the event loop listens itself
-        plan = planning.make(job, directory, checkpoint, asked, status.started_at)
-        directory.reserve_room()
-        _unfinish(plan, directory, checkpoint)
-        status.start_running(Running(checkpoint, plan))
-        retrying = asked.retry is not None
-        for line in told_at_start(job, plan, directory.path, checkpoint.spent, lost, retrying=retrying):
-            hooks.note(line)
-        if asked.retry is not None:
-            hooks.note(_retried(plan, directory, checkpoint, asked.retry))
-        store = _store(plan, directory, checkpoint)
-        store.chunks.remove_orphans()
-        if hooks.host is not None and hooks.host.replay:
-            replay.hand_over(store.chunks.settled(), hooks.host.results)
-        return store
+    plan = planning.make(job, directory, checkpoint, asked, status.started_at)
+    directory.reserve_room()
+    _unfinish(plan, directory, checkpoint)
+    status.start_running(Running(checkpoint, plan))
+    retrying = asked.retry is not None
+    for line in told_at_start(job, plan, directory.path, checkpoint.spent, lost, retrying=retrying):
+        hooks.note(line)
+    if asked.retry is not None:
+        hooks.note(_retried(plan, directory, checkpoint, asked.retry))
+    store = _store(plan, directory, checkpoint)
+    store.chunks.remove_orphans()
+    if hooks.host is not None and hooks.host.replay:
+        replay.hand_over(store.chunks.settled(), hooks.host.results)
+    return store
 
 
 def _unfinish(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint) -> None:
@@ -298,7 +301,7 @@ def _leave(job: Job, store: Store, status: RunStatus, hooks: Hooks) -> None:
 
 def _finish(job: Job, store: Store, status: RunStatus) -> Summary:
     """The result is written; the exit code says whether more rows failed than the job allows."""
-    with signals.raised():
+    with signals.raised():  # the event loop that has ended took its own handlers along
         if (unsettled := store.chunks.open_next()) is not None:
             raise CheckpointError(f"chunk {unsettled.chunk.chunk}: has pending rows that the totals count as settled")
         status.state = "writing"

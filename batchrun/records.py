@@ -109,7 +109,8 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     `key` is the identity of the question (BLAKE2b-128, docs/design.md); `body` goes to the wire as it is.
     `max_prompt_tokens` and `max_output_tokens` bound what one attempt can be billed for; no tokenizer makes more
     tokens than the body has bytes. `pictures` of its images are put in when it is sent; until then the body
-    lacks them. `image_tokens` is what all its images usually count. `expected` is what the answer is held against.
+    lacks them. `image_tokens` is what all its images usually count. `expected` is what the answer is held against,
+    `choices` how many of them it asks for (`n`).
     """
 
     row: int
@@ -121,6 +122,7 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     pictures: int = 0
     image_tokens: int = 0
     expected: Expected = ANYTHING
+    choices: int = 1
 
     @property
     def upper_bound_tokens(self) -> int:
@@ -219,11 +221,24 @@ class RowError(msgspec.Struct, frozen=True, gc=False):
         return words if self.http_status is None or words.startswith(status) else f"{status}: {words}"
 
 
+class SetAside(msgspec.Struct, frozen=True):
+    """An answer that was billed and is not its row's, since the row was sent again in the hope of a better one.
+
+    `kind` and `message` are what was wrong with it, `content` is what it said: calls as the JSON that they are.
+    """
+
+    attempt: int
+    kind: str
+    message: str | None
+    content: str
+
+
 class Discarded(msgspec.Struct, frozen=True, gc=False):
     """An attempt that was not its row's last: what it was and what it cost. `counted` = against the row's caps.
 
     `at` is when it ended (Unix time, seconds): its cost is booked on that day. `maybe_billed`: no answer came, yet it
     may have been billed, at most `possibly_billed_usd` (None: price unknown) for at most `possibly_billed_tokens`.
+    `said` is the text of an answer that was set aside, None where there was no answer.
     """
 
     row: int
@@ -244,6 +259,12 @@ class Discarded(msgspec.Struct, frozen=True, gc=False):
     possibly_billed_tokens: int = 0
     offline: OfflineCount | None = None
     reported_cost_usd: Decimal | None = None
+    said: str | None = None
+
+    @property
+    def set_aside(self) -> SetAside | None:
+        """The answer that was set aside, if there was one."""
+        return None if self.said is None else SetAside(self.n, self.error_kind or "", self.message, self.said)
 
 
 class Restored(msgspec.Struct, frozen=True, gc=False):
@@ -263,7 +284,7 @@ class Completion(msgspec.Struct, frozen=True, gc=False, array_like=True):
     `usage` and `last_cost_usd` are the last attempt's alone: what the totals still lack. The record is that attempt's,
     unless an earlier one was `restored`. `in_json`: the content is the JSON that was asked for, and belongs into
     `parsed`. `invocation` is the start of the run that settled the row. `reported_cost_usd` is what the
-    server states for its answer.
+    server states for its answer. `set_aside` are the row's earlier answers, oldest first.
     """
 
     row: int
@@ -292,6 +313,7 @@ class Completion(msgspec.Struct, frozen=True, gc=False, array_like=True):
     invocation: int = 0
     answer_cost_usd: Decimal | None = None
     restored: Restored | None = None
+    set_aside: tuple[SetAside, ...] = ()
 
 
 Ending = Completion | Discarded
@@ -427,6 +449,7 @@ class Summary(msgspec.Struct, frozen=True):
     possibly_billed_usd: Decimal
     models: dict[str, int]
     unknown_finish_reasons: list[str]
+    unpriced_tiers: list[str]
     example_error: str | None
     price: str | None
     estimate: Estimate | None

@@ -1,6 +1,7 @@
 """Whatever bytes come, they are read as far as they can be, and nothing without a message counts as a completion."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -378,6 +379,32 @@ def test_calls_of_tools_are_json_text_as_they_came_whole_or_streamed() -> None:
         assert said.completion
         assert json.loads(said.tool_calls or "") == CALLS
         assert (said.content, said.function_call) == (None, None)
+
+
+def spelled(*tool_calls: Sequence[object]) -> Any:
+    """The calls that the deltas of a stream add up to."""
+    events = [{"choices": [{"index": 0, "delta": {"tool_calls": pieces}}]} for pieces in tool_calls]
+    events.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "tool_calls"}]})
+    said = read(b"".join(b"data: %b\n\n" % msgspec.json.encode(event) for event in events))
+    return json.loads(said.tool_calls or "null")
+
+
+def test_a_streams_calls_are_told_apart_however_the_server_numbers_and_names_them() -> None:
+    """Each as it was reported of a server: Ollama, Mistral, vLLM, gateways that repeat the name, custom tools."""
+    first, second = CALLS[0], {**CALLS[1], "function": {"name": "stop", "arguments": "{}"}}
+    assert spelled([{"index": 0, **first}], [{"index": 0, **second}]) == [first, second], "all with the number 0"
+    assert spelled([first], [second]) == [first, second], "without a number, one a delta"
+    assert spelled([first, second]) == [first, second], "without a number, in one delta"
+    pieces = [[{"index": 0, "id": f"c{n}", "function": {"arguments": part}}] for n, part in enumerate(('{"id"', ":7}"))]
+    begun = [{"index": 0, **first, "function": {"name": "find"}}]
+    assert spelled(begun, *pieces) == [first], "another id in each piece"
+    named = [[{"index": 0, "function": {"name": "find", "arguments": part}}] for part in ('{"id"', ":7}")]
+    assert spelled(begun, *named) == [first], "the name in each piece"
+    whole = [{"index": 0, **first, "function": {"name": "find", "arguments": {"id": 7}}}]
+    assert spelled(whole) == [first], "arguments as an object"
+    text = {"id": "c", "type": "custom", "custom": {"name": "note", "input": "two words"}}
+    parts = [[{"index": 0, "custom": {"input": part}}] for part in ("two ", "words")]
+    assert spelled([{"index": 0, **text, "custom": {"name": "note", "input": ""}}], *parts) == [text]
 
 
 @pytest.mark.parametrize("calls", [None, [], {}, "call", 7])

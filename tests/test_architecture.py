@@ -111,7 +111,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
 
 SOLE_IMPORTERS: dict[str, frozenset[str]] = {
     "aiohttp": frozenset({"transport", "simulator"}),
-    "aiolimiter": frozenset({"gate.gate"}),
+    "aiolimiter": frozenset({"gate.rates"}),
     "sqlite3": frozenset({"checkpoint.database"}),
     "click": frozenset({"cli"}),
     "tqdm": frozenset({"terminal"}),

@@ -28,6 +28,7 @@ from batchrun.simulator import Fault, SimulatorConfig
 from tests.cli_process import KEY, KEY_ENV, batchrun, kill_when, read_summary, snapshot, start, write_job, write_rows
 from tests.endings import completion, discarded
 from tests.simulator_process import RunningSimulator, running_simulator
+from tests.test_verify import flip, last_of_a_page
 
 ROWS = 200
 MORE = """
@@ -156,9 +157,7 @@ def test_a_flipped_bit_in_the_rows_so_far_is_named_and_harms_no_run(runs: Runs, 
     directory = runs.copy("killed", tmp_path / "run")
     export(directory)
     assert verify(directory).damages == ()
-    content = bytearray(directory.partial.read_bytes())
-    content[len(content) // 3] ^= 16
-    directory.partial.write_bytes(content)
+    flip(directory.partial, last_of_a_page(directory.partial))
     (damage,) = verify(directory).damages
     assert (damage.file, damage.rows) == (directory.partial.name, ())
     assert "export" in damage.then

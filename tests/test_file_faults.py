@@ -44,10 +44,10 @@ PAUSING = {
     "the database at rest": (Fault("pwrite64", ("checkpoint.db",), "EIO", "3"),),
     "the write-ahead log": (
         Fault("pwrite64", WAL, "EIO", "40"),
-        Fault(SYNC, WAL, "EIO", "10"),
+        Fault(SYNC, WAL, "EIO", "6"),
         Fault("pwrite64", WAL, "ENOSPC", "60"),
         Fault("pwrite64", WAL, "ENOSPC", "30+"),
-        Fault(SYNC, WAL, "EIO", "8+"),
+        Fault(SYNC, WAL, "EIO", "5+"),
     ),
     "the stored input": (
         Fault("write", INPUTS, "EIO", "5"),

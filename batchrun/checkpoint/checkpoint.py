@@ -18,7 +18,9 @@ import msgspec
 from batchrun.checkpoint import spill, tables
 from batchrun.checkpoint.database import Database, Record
 from batchrun.checkpoint.spent import (
+    UNSTATED,
     Spent,
+    Unstated,
     doubt,
     fold,
     reopened,
@@ -64,6 +66,7 @@ class Checkpoint:
         self._on_failure: Callable[[BatchrunError], None] = lambda error: None
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._endings: deque[Ending] = deque()
+        self._notes: deque[tuple[str, str]] = deque()
         self._idle = False
         self._failed: BatchrunError | None = None
         self._spill = path.with_name(SPILL)
@@ -78,7 +81,7 @@ class Checkpoint:
         self._reopened = bool(self._database.query("SELECT 1 FROM reopened LIMIT 1"))
         ((self._revision,),) = self._database.query("SELECT coalesce(max(revision), 0) FROM replaced")
         self._thread = threading.Thread(target=self._serve, name="checkpoint", daemon=True)
-        self.spent = self._read_spent()
+        self.spent = self._read_spent(msgspec.json.decode(manifest.get(UNSTATED, "{}"), type=Unstated))
         self._take_in_spilled()
         self._thread.start()
 
@@ -113,6 +116,10 @@ class Checkpoint:
     def write_manifest(self, facts: dict[str, str]) -> None:
         """The facts are durable, each replacing one of the same name."""
         self._call(lambda: self._replace("manifest", list(facts.items())))
+
+    def note(self, name: str, value: str) -> None:
+        """The manifest's entry is durable before any ending that is put after this; nobody waits for it."""
+        self._notes.append((name, value))
 
     def begin_invocation(self, started_at: float, pid: int, host: str, version: str) -> int:
         """This process's number among those that worked on the run, from 1."""
@@ -297,6 +304,7 @@ class Checkpoint:
             call = self._next_call()
             while self._endings:  # those put before the call, and what has come since
                 self._commit(self._taken())
+            self._write_notes()
             call()
 
     def _next_call(self) -> Callable[[], None]:
@@ -315,10 +323,20 @@ class Checkpoint:
         count = min(len(self._endings), MAX_GROUP)
         return [self._endings.popleft() for _ in range(count)]
 
+    def _write_notes(self) -> None:
+        """To be called when the endings to be written next are known: what was noted before one of them goes first."""
+        notes = dict(self._notes.popleft() for _ in range(len(self._notes)))
+        if notes and self._failed is None:
+            try:
+                self._replace("manifest", list(notes.items()))
+            except BatchrunError as error:
+                self._fail(error)
+
     def _stop(self) -> None:
         self._closing = True
 
     def _commit(self, endings: list[Ending]) -> None:
+        self._write_notes()
         if not endings or self.broken:
             return  # the slots keep the names
         if self._failed is None:
@@ -378,6 +396,8 @@ class Checkpoint:
             self._database.insert("attempts", [tables.discarded_record(attempt, invocation) for attempt in discarded])
             self._database.insert("possibly_billed", [tables.possibly_billed_record(doubt) for doubt in doubts])
             self._database.replace("totals", [tables.totals_record(line) for line in changed])
+            if spent.unstated is not self.spent.unstated:
+                self._database.replace("manifest", [(UNSTATED, msgspec.json.encode(spent.unstated).decode())])
             if completions:
                 self._stand(spent)
             known = self.spent.answered_as.items()
@@ -433,7 +453,7 @@ class Checkpoint:
     def _between(self, table: str, first_row: int, end_row: int) -> Iterator[Record]:
         return self._database.records(table, "WHERE row >= ? AND row < ? ORDER BY 1, 2", (first_row, end_row))
 
-    def _read_spent(self) -> Spent:
+    def _read_spent(self, unstated: Unstated) -> Spent:
         lines = [tables.totals_line(record) for record in self._database.records("totals")]
         changes = [tables.replaced_line(record) for record in self._database.records("replaced")]
         doubts = self._database.records("possibly_billed", "ORDER BY rowid")
@@ -442,6 +462,7 @@ class Checkpoint:
             replaced={line.key: line for line in changes},
             standing=dict(self._database.records("standing")),
             answered_as=dict(self._database.records("answered_as")),
+            unstated=unstated,
         )
         return with_possibly_billed(spent, [tables.possibly_billed(record) for record in doubts])
 

@@ -45,6 +45,20 @@ SEVERAL = "several models"
 """In the place of a lost attempt's model, which its slot does not name, in a run that asks more than one."""
 
 
+class Unstated(msgspec.Struct, frozen=True):
+    """The upper bounds, added up, of answers that state no usage or no price and are not on the list of doubts.
+
+    No bill has them. A cap that a later start sets counts them, as one that was set from the beginning does.
+    """
+
+    usd: Decimal = Decimal(0)
+    tokens: int = 0
+
+
+UNSTATED = "unstated"
+"""The manifest's entry that holds it."""
+
+
 class Spent(msgspec.Struct, frozen=True):
     """What is durable of the run's account: replaced as a whole after each commit, so any thread may read it.
 
@@ -63,6 +77,7 @@ class Spent(msgspec.Struct, frozen=True):
     possibly_billed_usd: Decimal = Decimal(0)
     possibly_billed_tokens: int = 0
     lost: dict[int, int] = {}
+    unstated: Unstated = Unstated()
 
     def settled(self) -> int:
         """Rows that have their completion."""
@@ -77,10 +92,18 @@ class Spent(msgspec.Struct, frozen=True):
         return [*booked, *self._lost_lines()]
 
     def _lost_lines(self) -> list[TotalsLine]:
-        """The lost attempts in lines of their own, of no day: with them attempts add up to those of the rows."""
+        """The lost attempts in lines of their own: with them attempts add up to those of the rows. Their day is that on
+        which their invocation was last heard of: the last one on which one of its attempts ended.
+        """
         models = {line.model for line in self.totals.values()}
         model = models.pop() if len(models) == 1 else SEVERAL
-        return [TotalsLine(invocation, model, LOST, attempts=attempts) for invocation, attempts in self.lost.items()]
+        days: dict[int, str] = {}
+        for line in self.totals.values():
+            days[line.invocation] = max(line.day, days.get(line.invocation, ""))
+        return [
+            TotalsLine(invocation, model, LOST, days.get(invocation, ""), attempts=attempts)
+            for invocation, attempts in self.lost.items()
+        ]
 
     def wasted_usd(self) -> Decimal:
         """What was billed for answers that are not in the output, however they came to be replaced."""
@@ -98,8 +121,14 @@ class Spent(msgspec.Struct, frozen=True):
         return self.cost_usd() / rows if rows else None
 
     def tokens(self) -> int:
-        """The most that attempts so far have used: what their usage says, and the bounds of those in doubt."""
-        return sum(line.total_tokens for line in self.totals.values()) + self.possibly_billed_tokens
+        """The most that attempts so far have used: what their usage says, and the bounds of those that state none."""
+        lines = self.totals.values()
+        stated = sum(max(line.total_tokens, line.prompt_tokens + line.completion_tokens) for line in lines)
+        return stated + self.possibly_billed_tokens + self.unstated.tokens
+
+    def most_usd(self) -> Decimal:
+        """The most that attempts so far have cost: what is billed for certain, and the bounds of all else."""
+        return self.cost_usd() + self.possibly_billed_usd + self.unstated.usd
 
     def requests(self) -> int:
         """Attempts so far, those without a known end included."""
@@ -169,8 +198,23 @@ def fold(
             answered_as[ending.answered_model] = answered_as.get(ending.answered_model, 0) + 1
     for key, of_line in by_line.items():
         totals[key] = _added(totals.get(key) or TotalsLine(*key), of_line)
-    folded = msgspec.structs.replace(spent, totals=totals, standing=standing, answered_as=answered_as)
+    unstated = _with_unstated(spent.unstated, endings)
+    folded = msgspec.structs.replace(
+        spent, totals=totals, standing=standing, answered_as=answered_as, unstated=unstated
+    )
     return with_changes(folded, changes)
+
+
+def _with_unstated(known: Unstated, endings: Sequence[Ending]) -> Unstated:
+    usd, tokens = known.usd, known.tokens
+    for ending in endings:
+        if ending.maybe_billed:
+            continue  # by its bounds on the list of doubts
+        if (ending.last_cost_usd if isinstance(ending, Completion) else ending.cost_usd) is None:
+            usd += ending.possibly_billed_usd or 0
+        if ending.offline is not None:  # an answer came, and no usage
+            tokens += ending.possibly_billed_tokens
+    return known if (usd, tokens) == (known.usd, known.tokens) else Unstated(usd, tokens)
 
 
 def with_changes(spent: Spent, changes: Iterable[TotalsLine]) -> Spent:

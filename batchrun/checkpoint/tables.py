@@ -21,7 +21,7 @@ CREATE TABLE rows (row INTEGER PRIMARY KEY, attempts INTEGER, completion BLOB, c
 CREATE TABLE attempts (row INTEGER, n INTEGER, verdict TEXT, counted INTEGER, http_status INTEGER, error_kind TEXT,
     message TEXT, request_id TEXT, at REAL, model TEXT, prompt_tokens INTEGER, completion_tokens INTEGER,
     total_tokens INTEGER, cached_tokens INTEGER, reasoning_tokens INTEGER, cache_write_tokens INTEGER,
-    cache_write_1h_tokens INTEGER, cost_usd TEXT, invocation INTEGER, crc INTEGER,
+    cache_write_1h_tokens INTEGER, cost_usd TEXT, said TEXT, invocation INTEGER, crc INTEGER,
     PRIMARY KEY (row, n, invocation)) WITHOUT ROWID;
 CREATE TABLE possibly_billed (row INTEGER, n INTEGER, request_key TEXT, upper_bound_usd TEXT,
     upper_bound_tokens INTEGER, cause TEXT, invocation INTEGER, request_id TEXT, crc INTEGER);
@@ -121,8 +121,16 @@ def _in_characters(c: Completion) -> Completion:
     error = c.error
     if error is not None:
         error = RowError(error.kind, error.http_status, _characters(error.code), _characters(error.message))
-    answered_model = _characters(c.answered_model)
-    return msgspec.structs.replace(c, error=error, request_id=_characters(c.request_id), answered_model=answered_model)
+    return msgspec.structs.replace(
+        c,
+        error=error,
+        request_id=_characters(c.request_id),
+        answered_model=_characters(c.answered_model),
+        set_aside=tuple(
+            msgspec.structs.replace(each, message=_characters(each.message), content=_characters(each.content))
+            for each in c.set_aside
+        ),
+    )
 
 
 def discarded_record(d: Discarded, invocation: int) -> Record:
@@ -131,18 +139,18 @@ def discarded_record(d: Discarded, invocation: int) -> Record:
     return (
         d.row, d.n, str(d.verdict), int(d.counted), d.http_status, d.error_kind, _characters(d.message),
         _characters(d.request_id), d.at, d.model, *usage, _text(d.cost_usd),
-        invocation,
+        _characters(d.said), invocation,
     )  # fmt: skip
 
 
 def discarded(record: Record) -> Discarded:
     row, n, verdict, counted, http_status, kind, message, request_id, at, model, *rest = record
-    *tokens, cost, _ = rest
+    *tokens, cost, said, _ = rest
     return Discarded(
         row=row, n=n, verdict=Verdict(verdict), counted=bool(counted), http_status=http_status, error_kind=kind,
         message=message, request_id=request_id, at=at, model=model,
         usage=None if tokens[0] is None else Usage(*tokens),
-        cost_usd=usd(cost), possibly_billed_usd=None, maybe_billed=False, key=b"",
+        cost_usd=usd(cost), possibly_billed_usd=None, maybe_billed=False, key=b"", said=said,
     )  # fmt: skip
 
 

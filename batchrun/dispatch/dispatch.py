@@ -72,7 +72,7 @@ class Dispatch:
             BatchrunError: the run can't go on; what was received is durable as far as the disk took it.
         """
         job, store, loop = self._job, self._store, asyncio.get_running_loop()
-        learned = LearnedLimits(store.checkpoint, job.limits, loop.time())
+        learned = LearnedLimits(store.checkpoint, job.limits, loop.time(), store.plan.facts.variant)
         at_once, tails = self._connections()
         gate = self._open_gate(loop, learned, at_once)
         wire = wires.choose(job.endpoint)
@@ -81,7 +81,7 @@ class Dispatch:
             contextlib.closing(Slots(store.directory.inflight, at_once)) as in_flight,
             contextlib.closing(ImageDigests(store.directory.images_of(store.plan.facts.layout))) as checked,
         ):
-            requests = Requests(job, store.plan, checked)
+            requests = Requests(job, store.plan, checked, learned.estimates)
             results = None if self._hooks.host is None else self._hooks.host.results
             landing = Landing(store, in_flight, results, asyncio.Queue())
             async with wires.opened(wire, job.url, job.endpoint, self._credentials, tails=tails) as transport:
@@ -164,6 +164,7 @@ class Dispatch:
             daily=learned.daily,
             found=Found(known.requests_per_minute, known.tokens_per_minute),
             purse=_purse(self._job.budget, self._store.checkpoint.spent),
+            overruns=learned.overruns,
             on_pace=functools.partial(_log_pace, log),
             on_kind=functools.partial(_log_kind, log),
         )
@@ -218,7 +219,7 @@ def _purse(budget: Budget, spent: Spent) -> Purse | None:
         return None
     cost, tokens, requests = budget.max_cost_usd, budget.max_tokens, budget.max_requests
     return Purse(
-        cost_usd=None if cost is None else Cap(cost, spent.cost_usd() + spent.possibly_billed_usd),
+        cost_usd=None if cost is None else Cap(cost, spent.most_usd()),
         tokens=None if tokens is None else Cap(tokens, spent.tokens()),
         requests=None if requests is None else Cap(requests, spent.requests()),
     )

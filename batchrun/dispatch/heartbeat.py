@@ -20,6 +20,7 @@ from batchrun.gate import capacity
 from batchrun.gate.admission import Stop
 from batchrun.gate.deadline import Deadline
 from batchrun.gate.forecast import Concern
+from batchrun.gate.rates import Rates
 from batchrun.job.job import Limits
 from batchrun.records import Summary, Tuned
 from batchrun.report.summary import limits_in_words
@@ -121,11 +122,9 @@ class Heartbeat:
         if wish.max_in_flight is not None and wish.max_in_flight > slots:
             raise ValueError(f"max_in_flight can be at most {slots}, what this process started with")
         self._gate.purse.change(cost_usd=wish.max_cost_usd, tokens=wish.max_tokens, requests=wish.max_requests)
-        self._gate.tune(
-            requests_per_minute=wish.requests_per_minute,
-            tokens_per_minute=wish.tokens_per_minute,
-            max_in_flight=wish.max_in_flight,
-        )
+        day = wish.requests_per_day
+        daily = None if day is None else self._workers.learned.count_day(day, self._gate.in_flight, self._clock())
+        self._gate.tune(Rates(**wish.rates, daily=daily), max_in_flight=wish.max_in_flight)
 
     def _refuse(self, why: str) -> None:
         self._status.log.write("control ignored", why=why)

@@ -1,6 +1,6 @@
 """What rows become: the request of each, as the job asks it, with what one attempt can cost at most."""
 
-from decimal import ROUND_UP, Decimal
+from decimal import Decimal
 
 import msgspec
 
@@ -10,10 +10,12 @@ from batchrun.checkpoint.tables import usd
 from batchrun.dispatch.attempt_result import remembered, total
 from batchrun.dispatch.backlog import Pending
 from batchrun.errors import InputError
+from batchrun.gate.admission import Ask
+from batchrun.gate.learned import Estimates
 from batchrun.job.job import Job
 from batchrun.output.chunks import OpenChunk
 from batchrun.plan.plan import Plan
-from batchrun.prices import PriceTable
+from batchrun.prices import Dearest, PriceTable
 from batchrun.records import Request, Row, Verdict
 from batchrun.request.builder import RequestBuilder, corrected
 from batchrun.request.image_digests import ImageDigests
@@ -23,14 +25,14 @@ from batchrun.request.images import Images
 class Requests:
     """Makes requests. Each variant of the job has its own builder."""
 
-    def __init__(self, job: Job, plan: Plan, checked: ImageDigests) -> None:
+    def __init__(self, job: Job, plan: Plan, checked: ImageDigests, estimates: Estimates) -> None:
         """`checked` says what the rows' images were when they were checked."""
         self._plan = plan
+        self._estimates = estimates
         self._checked = checked
         self._images = Images(job.input)
         self._builders = [RequestBuilder(variants.as_job(job, way), plan.facts.dialect) for way in plan.variants]
-        self._dearest: dict[tuple[str, str | None], prices.Dearest] = {}
-        self._beyond = Decimal(1)  # how far the dearest answer went beyond its upper bound
+        self._dearest: dict[tuple[str, str | None], Dearest] = {}
 
     def pending(self, row: Row, chunk: OpenChunk) -> Pending:
         """The row's request, with what earlier invocations did for it.
@@ -52,7 +54,15 @@ class Requests:
         begun = max(before, chunk.lost.get(row.row, 0))
         refused = any(attempt.verdict is Verdict.PAUSE and attempt.http_status == 403 for attempt in earlier)
         cost_usd = total([cost_usd, *(attempt.cost_usd for attempt in earlier)])
-        return Pending(request, chunk, remembered(earlier, begun), cost_usd, refused=refused, variant=variant)
+        return Pending(
+            request,
+            chunk,
+            remembered(earlier, begun),
+            cost_usd,
+            refused=refused,
+            variant=variant,
+            set_aside=tuple(each for attempt in earlier if (each := attempt.set_aside) is not None),
+        )
 
     def with_pictures(self, pending: Pending) -> Request:
         """The request with its images, as they are now. For a thread: it reads files.
@@ -76,26 +86,24 @@ class Requests:
         """What the model costs; None where nobody knows."""
         return self._plan.prices.get(model)
 
-    def bound_usd(self, request: Request) -> Decimal | None:
-        """The most that one attempt can cost; None where the price is unknown."""
-        bound = self._usual_bound_usd(request)
-        return bound if bound is None or self._beyond == 1 else (bound * self._beyond).quantize(prices.PICO, ROUND_UP)
+    def ask(self, request: Request) -> Ask:
+        """What one attempt at the request takes, and may take at most."""
+        prompt, output = self._estimates.of(request)
+        tokens, most_tokens = prompt + output, request.upper_bound_tokens
+        if (dearest := self._dearest_of(request)) is None:
+            return Ask(tokens, None, most_tokens, output, request.model)
+        bound_usd = dearest.bound(request.max_prompt_tokens, request.max_output_tokens)
+        return Ask(tokens, bound_usd, most_tokens, output, request.model, dearest.prompt, dearest.output)
 
-    def widen(self, request: Request, cost_usd: Decimal) -> None:
-        """An answer cost more than its upper bound, because the server's `max_tokens` does not bound its reasoning:
-        the bounds of the requests to come are wider.
-        """
-        if usual := self._usual_bound_usd(request):
-            self._beyond = max(self._beyond, cost_usd / usual)
-
-    def _usual_bound_usd(self, request: Request) -> Decimal | None:
+    def _dearest_of(self, request: Request) -> Dearest | None:
+        """The most that its tokens can cost; None where the price is unknown."""
         table = self._plan.prices.get(request.model)
         if table is None:
             return None
         key = request.model, prices.asked_tier(table, request.body)
         if (dearest := self._dearest.get(key)) is None:
             dearest = self._dearest[key] = prices.dearest(table, key[1])
-        return dearest.bound(request.max_prompt_tokens, request.max_output_tokens)
+        return dearest
 
 
 def identified(pending: Pending, key: bytes) -> Pending:

@@ -13,12 +13,22 @@ from batchrun.dispatch.runlog import RunLog
 from batchrun.dispatch.worker import Workers
 from batchrun.durable import replace_bytes, told
 from batchrun.errors import CheckpointError, DiskError, ExitCode, InputError
+from batchrun.gate import overruns
 from batchrun.gate.admission import Limit
 from batchrun.gate.deadline import Deadline
 from batchrun.gate.forecast import Forecast, Recent, Sample
 from batchrun.plan.plan import Plan
 from batchrun.records import Retrying, Summary, Tuned
-from batchrun.report.summary import Moment, limiting_factor, read, starting, summarise, unknown_reason, waiting_to_retry
+from batchrun.report.summary import (
+    Moment,
+    limiting_factor,
+    read,
+    starting,
+    summarise,
+    unknown_reason,
+    unpriced_tier,
+    waiting_to_retry,
+)
 from batchrun.rundir import RunDirectory
 
 
@@ -56,7 +66,7 @@ class RunStatus:
         self._forecast: Forecast | None = None
         self._tuned: Tuned | None = None
         self._seen_in_flight = 0
-        self._seen_reasons = 0
+        self._seen_reasons = self._seen_tiers = 0
         self._recent = Recent()
         self._earlier = _left_by_the_last_start(directory)
         with told(directory.log):
@@ -108,7 +118,8 @@ class RunStatus:
             now_s=time.monotonic(),
             limits=None if workers is None else workers.gate.in_force,
             tuned=self._tuned,
-            unknown_finish_reasons=self._unknown_finish_reasons(),
+            unknown_finish_reasons=self._of_every_start("unknown_finish_reasons", "finish_reasons"),
+            unpriced_tiers=self._of_every_start("unpriced_tiers", "unpriced_tiers"),
             example_error=self._example_error(),
             command=self._command,
             retrying=self._retrying() if self.state == "running" else None,
@@ -141,7 +152,15 @@ class RunStatus:
         self._seen_reasons += len(new)
         for reason in new:
             self.log.write("unknown finish_reason", finish_reason=reason)
-        return [f"warning: {unknown_reason(reason)}" for reason in new]
+        tiers = workers.signs.unpriced_tiers[self._seen_tiers :]
+        self._seen_tiers += len(tiers)
+        for tier in tiers:
+            self.log.write("unpriced service_tier", service_tier=tier)
+        beyond = workers.learned.overruns.taken()
+        for model, overrun in beyond:
+            self.log.write("overrun", model=model, **msgspec.structs.asdict(overrun))
+        words = (*map(unknown_reason, new), *map(unpriced_tier, tiers), *(overruns.in_words(*each) for each in beyond))
+        return [f"warning: {line}" for line in words]
 
     def write(self, summary: Summary) -> None:
         """summary.json holds the summary, if the disk takes it: a heartbeat must never cost an answer."""
@@ -161,10 +180,10 @@ class RunStatus:
     def close(self) -> None:
         self.log.close()
 
-    def _unknown_finish_reasons(self) -> tuple[str, ...]:
-        """Those of this start and of the ones before."""
-        before = [] if self._earlier is None else self._earlier.unknown_finish_reasons
-        now = [] if self._workers is None else self._workers.signs.finish_reasons
+    def _of_every_start(self, field: str, sign: str) -> tuple[str, ...]:
+        """The words of this start's signs and of the starts before, as the summary's field has them."""
+        before = [] if self._earlier is None else getattr(self._earlier, field)
+        now = [] if self._workers is None else getattr(self._workers.signs, sign)
         return tuple(dict.fromkeys((*before, *now)))
 
     def _example_error(self) -> str | None:

@@ -26,7 +26,8 @@ MAX_REASON_CHARS = 100
 
 
 class Signs:
-    """`finish_reasons` are those seen that batchrun does not know, `example_error` is why a row failed.
+    """`finish_reasons` are those seen that batchrun does not know, `unpriced_tiers` the service tiers that answers came
+    from and no price is known of; `example_error` is why a row failed.
 
     That is the first row which was refused for its request, which a setting may cure, else the first that failed.
     """
@@ -37,6 +38,7 @@ class Signs:
         `retried`: settled rows are sent again, filtered ones perhaps, so many refusals in a row mean nothing.
         """
         self.finish_reasons: list[str] = []
+        self.unpriced_tiers: list[str] = []
         self.example_error: str | None = None
         self._quota_patience_s = quota_patience_s
         self._refused_since_s: float | None = None
@@ -66,9 +68,11 @@ class Signs:
         """An answer ended so, or broke off."""
         if finish_reason is None or is_known(finish_reason):
             return
-        reason = finish_reason[:MAX_REASON_CHARS]
-        if reason not in self.finish_reasons and len(self.finish_reasons) < MAX_REASONS:
-            self.finish_reasons.append(reason)
+        _note(self.finish_reasons, finish_reason)
+
+    def unpriced(self, service_tier: str | None) -> None:
+        """An answer came from this tier, of which no price is known."""
+        _note(self.unpriced_tiers, service_tier or "")
 
     def settled(self, status: Status, error: RowError | None) -> Stop | None:
         """A row ended so; why the run stops for it, if it does."""
@@ -117,3 +121,10 @@ def _stop(what: str, error: RowError | None) -> Stop:
         f"{what}{said}: look at them; where that is right, the same command sends the rest; where it was an outage, "
         "run it later, and send them again with --retry-failed --status filtered",
     )
+
+
+def _note(words: list[str], word: str) -> None:
+    """A server's word, once."""
+    word = word[:MAX_REASON_CHARS]
+    if word not in words and len(words) < MAX_REASONS:
+        words.append(word)

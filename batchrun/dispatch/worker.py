@@ -10,13 +10,12 @@ import asyncio
 import functools
 import random
 from collections.abc import Sequence
-from decimal import Decimal
 
 import msgspec
 
-from batchrun import policy
+from batchrun import policy, prices
 from batchrun.answer import answer as answers
-from batchrun.dispatch.attempt_result import NOTHING, Ended, cost_of, maybe_billed, reported, total
+from batchrun.dispatch.attempt_result import NOTHING, Ended, cost_of, maybe_billed, reported, together
 from batchrun.dispatch.backlog import Backlog, Invalid, Pending
 from batchrun.dispatch.image_memory import ImageMemory
 from batchrun.dispatch.learned_limits import LearnedLimits
@@ -26,8 +25,8 @@ from batchrun.dispatch.signs import Signs
 from batchrun.dispatch.store import Landing
 from batchrun.dispatch.tail import Tail
 from batchrun.errors import BatchrunError, ExitCode, InputError
-from batchrun.gate import forecast
-from batchrun.gate.admission import Ask, Outcome, Ruling, Stop
+from batchrun.gate import forecast, overruns
+from batchrun.gate.admission import Outcome, Ruling, Stop
 from batchrun.gate.gate import Gate, GateClosed
 from batchrun.job.job import Job
 from batchrun.policy import Settlement
@@ -106,17 +105,15 @@ class Workers:
         """Sends rows until none is left or the gate closes."""
         while (pending := await self._next()) is not None:
             request = pending.request
-            bound_usd = self._requests.bound_usd(request)
-            prompt, output = self.learned.estimates.of(request)
             try:
-                slot = await self.gate.admit(Ask(prompt + output, bound_usd, request.upper_bound_tokens, output))
+                slot = await self.gate.admit(self._requests.ask(request))
             except GateClosed:
                 self.backlog.close()
                 return
             if request.pictures:
-                await self._attempt_with_pictures(pending, slot, bound_usd)
+                await self._attempt_with_pictures(pending, slot)
             else:
-                await self._attempt(pending, request, slot, bound_usd)
+                await self._attempt(pending, request, slot)
 
     def close(self, stop: Stop) -> None:
         """Nothing more is sent; what is in flight may land."""
@@ -142,7 +139,7 @@ class Workers:
             self._tail.handed_out()
         return pending
 
-    async def _attempt_with_pictures(self, pending: Pending, slot: int, bound_usd: Decimal | None) -> None:
+    async def _attempt_with_pictures(self, pending: Pending, slot: int) -> None:
         """The same with the images in the body, which nothing holds any more when this returns."""
         try:
             request = await self._image_memory.load(functools.partial(self._requests.with_pictures, pending))
@@ -151,23 +148,24 @@ class Workers:
             self.fail(error)
             return
         if self.gate.stop is None:
-            await self._attempt(identified(pending, request.key), request, slot, bound_usd)
+            await self._attempt(identified(pending, request.key), request, slot)
         else:  # it closed while this row waited for room
             self.gate.release(slot, NOTHING)
         self._image_memory.leave(request)
 
-    async def _attempt(self, pending: Pending, request: Request, slot: int, bound_usd: Decimal | None) -> None:
+    async def _attempt(self, pending: Pending, request: Request, slot: int) -> None:
         """The attempt, from its slot to the checkpoint."""
         n = pending.history.attempts + 1
         if (held := self._held.pop(request.row, None)) is not None:
             self._checkpoint.put(held.discarded())
-        self._slots.take(slot, request.row, n, request.key, bound_usd, request.upper_bound_tokens)
+        bound_usd, bound_tokens = self.gate.bound(slot)
+        self._slots.take(slot, request.row, n, request.key, bound_usd, bound_tokens)
         successes = self.gate.successes
         self.sent += 1
         attempt = await self._transport.send(request.body, self._store.attempt_id(request.row, n))
         if pending.successes is None:
             self._tail.tried()
-        ended, ruling = self._judged(pending, attempt, slot, bound_usd, successes)
+        ended, ruling = self._judged(pending, attempt, slot, successes)
         for row in ruling.own:
             self._end_held(row)
         if ruling.hold and not self._refused_before(ended):
@@ -179,17 +177,17 @@ class Workers:
         else:
             self._ask_again(ended, slot, successes)
 
-    def _judged(
-        self, pending: Pending, attempt: Attempt, slot: int, bound_usd: Decimal | None, successes: int
-    ) -> tuple[Ended, Ruling]:
+    def _judged(self, pending: Pending, attempt: Attempt, slot: int, successes: int) -> tuple[Ended, Ruling]:
         """How the attempt ended, what it cost, and what the gate makes of it."""
         request, row = pending.request, pending.request.row
         self.slow_s = forecast.peak(self.slow_s, attempt.latency_s)
-        answer = answers.read(attempt.body)
+        answer = answers.read(attempt.body, request.choices)
         self.signs.answered(answer.finish_reason)
         judgement = self.signs.judged(policy.judge(attempt, answer, self._job.retry), self._clock())
         if answer.usage is not None:
             self.learned.estimates.learn(request, answer.usage)
+            if self.learned.overruns.learn(request, answer.usage):
+                self._checkpoint.note(overruns.ENTRY, self.learned.overruns.encode())
             self.gate.settle(slot, answer.usage.total_tokens, answer.usage.completion_tokens)
         self.gate.hear(slot, attempt.headers)
         settlement: Settlement | None = None
@@ -209,14 +207,14 @@ class Workers:
             history = policy.after(pending.history, judgement, corroborated=reached and witnessed, at_tail=at_tail)
         self._tail.ended(history, judgement)
         reported_usd = reported(attempt, answer)
-        cost_usd = cost_of(attempt, answer, judgement, self._requests.price(request.model), reported_usd)
-        if cost_usd and bound_usd and cost_usd > bound_usd:
-            self._requests.widen(request, cost_usd)
+        table = self._requests.price(request.model)
+        cost_usd = cost_of(attempt, answer, judgement, table, reported_usd)
+        if cost_usd is None and table is not None and prices.lacks_tier(table, answer.service_tier):
+            self.signs.unpriced(answer.service_tier)
         doubtful = maybe_billed(answer, judgement, cost_usd, capped=self._capped)
-        ended = Ended(
-            pending, attempt, answer, judgement, settlement, history, bound_usd, cost_usd, doubtful, reported_usd
-        )
-        return ended, ruling
+        bound_usd, bound_tokens = self.gate.bound(slot)
+        facts = pending, attempt, answer, judgement, settlement, history
+        return Ended(*facts, bound_usd, cost_usd, doubtful, reported_usd, bound_tokens), ruling
 
     def durable(self, endings: Sequence[Ending]) -> None:
         """The endings are on disk: their slots are free, and what waited for them goes on. One call a commit."""
@@ -294,7 +292,7 @@ class Workers:
         again = msgspec.structs.replace(
             ended.pending,
             history=history,
-            cost_usd=total([ended.pending.cost_usd, ended.cost_usd]),
+            cost_usd=together(ended.pending.cost_usd, ended.cost_usd),
             successes=successes,
         )
         due_s = self._clock()
@@ -304,9 +302,12 @@ class Workers:
                 due_s = max(due_s, self._clock() + policy.tail_wait_s(history, judgement, self._job.retry))
         if judgement.verdict is not Verdict.OK:
             self.retries.put(ended.pending.request.row, history.attempts, judgement.error, due_s)
+        discarded = ended.discarded()
+        if (set_aside := discarded.set_aside) is not None:
+            again = msgspec.structs.replace(again, set_aside=(*again.set_aside, set_aside))
         flight = _Flight(ended, slot, again, due_s)
         self._flights[ended.pending.request.row, history.attempts] = flight
-        self._checkpoint.put(ended.discarded())
+        self._checkpoint.put(discarded)
 
     def _hold(self, ended: Ended, slot: int) -> None:
         """The refusal is kept in memory until its meaning is clear. It cost nothing, so its slot is free at once."""

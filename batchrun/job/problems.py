@@ -78,6 +78,8 @@ def _schema_problems(request: RequestTemplate) -> Iterator[str]:
     schemas = {f"request.functions[{i}].parameters": each.parameters for i, each in enumerate(request.functions or ())}
     if request.response_format is not None:
         schemas["request.response_format.schema"] = request.response_format.schema
+    tools = expected.tool_schemas(request.extra.get("tools"))
+    schemas |= {f"request.extra.{place}": schema for place, schema in tools.items()}
     for path, schema in schemas.items():
         if schema is not None and (problem := expected.problem(schema)) is not None:
             yield f"{path}: {problem}"

@@ -1,4 +1,4 @@
-"""The bill over runs: their totals' lines folded into groups; and where one run stands. PURE, but for reading them."""
+"""The bill over runs: the lines of their totals, added up by group. PURE, but for reading them."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from decimal import Decimal

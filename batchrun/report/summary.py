@@ -55,6 +55,7 @@ class Moment(msgspec.Struct, frozen=True):
     limits: InForce | None = None
     tuned: Tuned | None = None
     unknown_finish_reasons: tuple[str, ...] = ()
+    unpriced_tiers: tuple[str, ...] = ()
     example_error: str | None = None
     command: str | None = None
     retrying: Retrying | None = None
@@ -99,9 +100,12 @@ def read(directory: RunDirectory) -> Summary:
 _ACCOUNT = (
     *("job", "run_id", "begun_at", "rows", "rejected", "by_status", "pending", "totals", "cost_usd", "wasted_usd"),
     *("unpriced", "without_usage", "possibly_billed", "possibly_billed_count", "possibly_billed_usd", "models"),
-    *("unknown_finish_reasons", "example_error", "price", "estimate", "invocation"),
+    *("unknown_finish_reasons", "unpriced_tiers", "example_error", "price", "estimate", "invocation"),
 )
 """What a summary says of the run, whichever start says it."""
+
+_KEPT = ("unknown_finish_reasons", "unpriced_tiers", "example_error", "price", "estimate")
+"""The part of it that the checkpoint does not know."""
 
 
 def starting(
@@ -126,7 +130,7 @@ def starting(
         directory,
         None,
     )
-    kept = _ACCOUNT if spent is None else ("unknown_finish_reasons", "example_error", "price", "estimate")
+    kept = _ACCOUNT if spent is None else _KEPT
     return msgspec.structs.replace(now, **{name: getattr(earlier, name) for name in kept})
 
 
@@ -195,6 +199,7 @@ def _summary(
         possibly_billed_usd=spent.possibly_billed_usd,
         models=spent.answered_as,
         unknown_finish_reasons=list(moment.unknown_finish_reasons),
+        unpriced_tiers=list(moment.unpriced_tiers),
         example_error=moment.example_error,
         price="; ".join(names) or None,
         estimate=estimate,
@@ -350,6 +355,14 @@ def unknown_reason(reason: str) -> str:
             return f"{said} and takes for {meaning.value} by its words: finish.{meaning.value} decides on them"
 
 
+def unpriced_tier(tier: str) -> str:
+    """What a service tier without a known price means for the answers that came from it, and what to do."""
+    return (
+        f"answers came from the service tier {tier!r}, of which no price is known, though the model's is: "
+        'cost_usd is null for them; a price in [pricing."MODEL"] is for every tier'
+    )
+
+
 def _rate(summary: Summary, requests_per_minute: float | None) -> str:
     """What this start sent, against the limit; as a rate only where it sent for long enough to have one.
 
@@ -433,7 +446,8 @@ def _cost(summary: Summary) -> list[str]:
     if reported := sum((line.reported_cost_usd for line in summary.totals), Decimal(0)):
         parts.append(f"${reported:,.6f} by what the server itself states")
     if summary.unpriced:
-        parts.append(f"no known price for {plural(summary.unpriced, 'attempt')}, which no sum holds")
+        tiers = f" (none for the service tier {', '.join(summary.unpriced_tiers)})" if summary.unpriced_tiers else ""
+        parts.append(f"no known price for {plural(summary.unpriced, 'attempt')}{tiers}, which no sum holds")
     if summary.without_usage:
         parts.append(f"{plural(summary.without_usage, 'answer')} came without usage")
     return parts

@@ -81,10 +81,10 @@ _SLOT_TAKEN_LATE = Bug(
     "the slot is written after the send",
     "batchrun.dispatch.worker",
     (
-        ("        self._slots.take(slot, request.row, n, request.key, bound_usd, request.upper_bound_tokens)\n", ""),
+        ("        self._slots.take(slot, request.row, n, request.key, bound_usd, bound_tokens)\n", ""),
         (
             "        if pending.successes is None:\n            self._tail.tried()\n",
-            "        self._slots.take(slot, request.row, n, request.key, bound_usd, request.upper_bound_tokens)\n"
+            "        self._slots.take(slot, request.row, n, request.key, bound_usd, bound_tokens)\n"
             "        if pending.successes is None:\n            self._tail.tried()\n",
         ),
     ),
@@ -117,9 +117,9 @@ _RETRY_UNCOUNTED = Bug(
     (
         (
             "        self._flights[ended.pending.request.row, history.attempts] = flight\n"
-            "        self._checkpoint.put(ended.discarded())\n",
+            "        self._checkpoint.put(discarded)\n",
             "        self._flights[ended.pending.request.row, history.attempts] = flight\n"
-            "        self.durable([ended.discarded()])\n",
+            "        self.durable([discarded])\n",
         ),
     ),
     "0 retries",
