@@ -15,7 +15,7 @@ from batchrun.answer.error_body import MAX_MESSAGE_CHARS
 from batchrun.answer.finish_reasons import Meaning, meaning_of
 from batchrun.answer.retry_after import retry_after_s
 from batchrun.answer.subjects import Subject, speaks_of
-from batchrun.job.expected import ANYTHING, Expected, Flaw
+from batchrun.job.expected import Expected, Flaw
 from batchrun.job.job import Action, Finish, Retry
 from batchrun.records import Answer, Attempt, RowError, Status, Verdict
 
@@ -285,7 +285,7 @@ def settlement(answer: Answer, expected: Expected, finish: Finish, http_status: 
 
     An answer that was cut short is neither read as JSON nor mended.
     """
-    if _is_plain(answer) and expected is ANYTHING and finish.stop == "accept":
+    if not expected.in_json and finish.stop == "accept" and _is_plain(answer):
         return _PLAIN
     meaning = Meaning.REFUSAL if answer.refusal else meaning_of(answer.finish_reason)
     status, action = _worth(meaning, finish)

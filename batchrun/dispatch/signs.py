@@ -48,6 +48,7 @@ class Signs:
         self._watches = not resumed
         self._retried = retried
         self._refused: deque[bool] = deque(maxlen=FIRST_ROWS)
+        self._refused_count = 0
 
     def judged(self, judgement: Judgement, now_s: float) -> Judgement:
         """The judgement, but for a quota that time should have lifted: without a success since, it pauses the run."""
@@ -101,10 +102,16 @@ class Signs:
 
         Rows that a finish_reason blocked do not count: a model has answered those.
         """
-        self._refused.append(error is not None and error.kind == CONTENT_POLICY)
-        if self._retried or len(self._refused) < FIRST_ROWS:
+        if self._retried:
             return None
-        refused = sum(self._refused)
+        now = error is not None and error.kind == CONTENT_POLICY
+        if len(self._refused) == FIRST_ROWS:
+            self._refused_count -= self._refused[0]
+        self._refused.append(now)
+        self._refused_count += now
+        if len(self._refused) < FIRST_ROWS:
+            return None
+        refused = self._refused_count
         if not self._watches:
             self._watches = refused <= WELL_AGAIN * FIRST_ROWS
             return None

@@ -89,6 +89,8 @@ class Overruns:
     def learn(self, request: Request, usage: Usage) -> bool:
         """The usage of an answer is known; True where it must be kept for the next start."""
         known = self._largest.get(request.model)
+        if known is KEPT and request.model in self._answered and _keeps_to_its_bounds(request, usage):
+            return False  # nearly every answer
         before = known or KEPT
         seen = Overrun(
             max(before.prompt_tokens, usage.prompt_tokens - request.max_prompt_tokens),
@@ -97,13 +99,18 @@ class Overruns:
         if seen != KEPT and before == KEPT:
             self._new.append((request.model, seen))
         is_news = seen != known or request.model not in self._answered
-        self._largest[request.model] = seen
+        self._largest[request.model] = KEPT if seen == KEPT else seen
         self._answered.add(request.model)
         return is_news
 
     def encode(self) -> str:
         """The manifest's entry."""
         return msgspec.json.encode(_Entry(self._variant, self._largest)).decode()
+
+
+def _keeps_to_its_bounds(request: Request, usage: Usage) -> bool:
+    in_bounds = usage.prompt_tokens <= request.max_prompt_tokens
+    return in_bounds and usage.billed_output_tokens <= request.max_output_tokens
 
 
 def decode(entry: str | None, variant: int) -> Overruns:
