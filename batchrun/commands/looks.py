@@ -64,7 +64,7 @@ def show(
     found = looking.rows(result, look)
     if as_json:
         for row in found:
-            say(looking.as_json(row))
+            say(looking.as_json(row, look.columns))
         return
     text = (f"{harmless(line)}\n" for row in found for line in looking.lines(row, result.inputs, look.columns))
     if sys.stdout.isatty():
