@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test readers strace check lint setup bench bench-limits crash build lock clean
+.PHONY: quickstart test readers strace valgrind guard check lint setup bench bench-limits crash build lock clean
 
 quickstart: .venv/quickstart
 	@echo
@@ -42,6 +42,14 @@ READERS := datasets==5.2.0 duckdb==2.0.1 pandas==3.1.1 polars==2.1.0 pyarrow
 
 readers: .venv/readers/installed
 
+guard: .venv/test valgrind  # a row costs no more instructions than it did (docs/benchmarks.md)
+	$(BIN)/python benchmarks/row.py --guard
+
+valgrind:
+	@command -v valgrind > /dev/null || (apt-get update -qq && apt-get install -qq -y valgrind > /dev/null) || \
+		(sudo apt-get update -qq && sudo apt-get install -qq -y valgrind) || \
+		echo "install valgrind: make guard counts instructions with it"
+
 strace:                     # the tests of failing disks inject their faults with it
 	@command -v strace > /dev/null || (apt-get update -qq && apt-get install -qq -y strace > /dev/null) || \
 		(sudo apt-get update -qq && sudo apt-get install -qq -y strace) || \
@@ -54,10 +62,15 @@ lint: .venv/test
 	$(BIN)/mypy sample_inputs/make.py sample_inputs/packages.py
 	$(BIN)/mypy benchmarks/fixed_answer.py benchmarks/throughput.py benchmarks/durability.py benchmarks/streams.py
 	$(BIN)/mypy benchmarks/limits.py benchmarks/second_client.py benchmarks/retry_client.py benchmarks/wire.py
+	$(BIN)/mypy benchmarks/stages.py
+	MYPYPATH=benchmarks $(BIN)/mypy benchmarks/row.py
 
 check: lint test
 
-bench: .venv/test
+bench: .venv/test valgrind
+	$(BIN)/python benchmarks/row.py
+	$(BIN)/python benchmarks/row.py --instructions
+	$(BIN)/python benchmarks/stages.py
 	$(BIN)/python benchmarks/throughput.py 20000 200000
 	$(BIN)/python benchmarks/durability.py
 	$(BIN)/python benchmarks/streams.py 64 5000000

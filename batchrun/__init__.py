@@ -7,6 +7,7 @@ first used, so that `import batchrun` costs next to nothing.
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from batchrun.api import Options, RunIncompleteError, run
     from batchrun.errors import (
         BatchrunError,
         CheckpointError,
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from batchrun.plan.plan import ChangedError
     from batchrun.records import Choice, FunctionCall, RowError, Status, Summary, TotalsLine
     from batchrun.runner import Runner
-    from batchrun.start import Options, RunIncompleteError, run
 
 __version__ = "0.1.0"
 
@@ -90,7 +90,7 @@ if not TYPE_CHECKING:  # a type checker would take it that every name is there
     _HOMES = {
         **dict.fromkeys((*_ERRORS, "RunStoppedError"), "errors"),
         **dict.fromkeys(("Choice", "FunctionCall", "RowError", "Status", "Summary", "TotalsLine"), "records"),
-        **dict.fromkeys(("Options", "RunIncompleteError", "run"), "start"),
+        **dict.fromkeys(("Options", "RunIncompleteError", "run"), "api"),
         "ChangedError": "plan.plan",
         "Completion": "output.completions",
         "Runner": "runner",

@@ -3,7 +3,9 @@
 Everything heavy is imported by the command that needs it: `batchrun --help` answers in a twentieth of a second.
 """
 
+import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -149,7 +151,7 @@ def check(job: Path, input_path: str | None, skip_invalid: bool, overrides: tupl
     where = plural(len(source.files), "file")
     aside = f", {len(found.rejected):,} set aside" if found.rejected else ""
     asks = f"{plural(found.rows, 'row')} in {where}{aside}, read as {found.dialect}; {models}"
-    say(harmless(asks) if found.rows else f"0 rows in {where}: there is nothing to ask")
+    say(harmless(asks) if found.rows else f"0 rows in {where}: there is nothing to send")
     if (columns := reading.columns_in_words(source, found)) is not None:
         say(harmless(columns))
     preflight.key(loaded, os.environ)
@@ -208,20 +210,24 @@ def export(out: Path, target: Path | None) -> None:
 
 @cli.command()
 @OUT
-@click.option("--rpm", "requests_per_minute", type=float, metavar="N", help="Requests a minute.")
-@click.option("--tpm", "tokens_per_minute", type=float, metavar="N", help="Tokens a minute.")
-@click.option("--max-in-flight", type=int, metavar="N", help="Requests at once, at most as many as at its start.")
+@click.option("--rps", "requests_per_second", metavar="N", help="Requests a second.")
+@click.option("--rpm", "requests_per_minute", metavar="N", help="Requests a minute.")
+@click.option("--rpd", "requests_per_day", metavar="N", help="Requests a day (UTC), those made today included.")
+@click.option("--tpm", "tokens_per_minute", metavar="N", help="Tokens a minute.")
+@click.option("--input-tpm", "input_tokens_per_minute", metavar="N", help="Tokens of prompts a minute.")
+@click.option("--output-tpm", "output_tokens_per_minute", metavar="N", help="Tokens of answers a minute.")
+@click.option("--max-in-flight", metavar="N", help="Requests at once, at most as many as at its start.")
 @click.option("--max-cost", "max_cost_usd", metavar="USD", help="The cap on cost, of a run that has one.")
-@click.option("--max-tokens", type=int, metavar="N", help="The cap on tokens, of a run that has one.")
-@click.option("--max-requests", type=int, metavar="N", help="The cap on requests, of a run that has one.")
-def tune(out: Path, **settings: float | str | None) -> None:
+@click.option("--max-tokens", metavar="N", help="The cap on tokens, of a run that has one.")
+@click.option("--max-requests", metavar="N", help="The cap on requests, of a run that has one.")
+def tune(out: Path, **settings: str | None) -> None:
     """Change the limits of a run at work, until it ends."""
-    from batchrun.asking import control
+    from batchrun.dispatch import live_limits
     from batchrun.rundir import RunDirectory
 
-    wish = control.wish({name: value for name, value in settings.items() if value is not None})
-    limits = control.ask(RunDirectory(out), wish)
-    say("taken" if limits is None else f"taken: {control.in_words(wish, limits)}")
+    wish = live_limits.wish({name: value for name, value in settings.items() if value is not None})
+    limits = live_limits.ask(RunDirectory(out), wish)
+    say("taken" if limits is None else f"taken: {live_limits.in_words(wish, limits)}")
 
 
 @cli.command()
@@ -393,8 +399,12 @@ def _read_through(job: "Job", *, skip_invalid: bool) -> "tuple[Source, Survey]":
 
 
 def _of_stdin(text: str, job: "Job", copy: Path) -> str:
-    """The message with standard input in place of the temporary copy of it."""
-    return text.replace(str(copy), "standard input") if job.input.path == "-" else text
+    """The message with standard input in place of the temporary copy of it, which no command can convert."""
+    if job.input.path != "-":
+        return text
+    what, found, _ = re.sub("; (convert it with|unpack it first): ", "\0", text).partition("\0")
+    way = "; save it as a file, and name that with -i to see how to convert it" if found else ""
+    return what.replace(str(copy), "standard input") + way
 
 
 def _require_budget(job: "Job", found: "Survey") -> "dict[str, PriceTable | None]":
@@ -414,7 +424,7 @@ def _toml(value: "str | int | Decimal") -> str:
     """A flag's value as TOML."""
     if not isinstance(value, str):
         return str(value) if isinstance(value, int) else f"{value:f}"
-    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # a path may hold a newline
 
 
 def _retry_statuses(retry_failed: bool, statuses: str | None) -> bool | list[str]:

@@ -15,7 +15,7 @@ from batchrun.answer.error_body import MAX_MESSAGE_CHARS
 from batchrun.answer.finish_reasons import Meaning, meaning_of
 from batchrun.answer.retry_after import retry_after_s
 from batchrun.answer.subjects import Subject, speaks_of
-from batchrun.job.expected import Expected, Flaw
+from batchrun.job.expected import ANYTHING, Expected, Flaw
 from batchrun.job.job import Action, Finish, Retry
 from batchrun.records import Answer, Attempt, RowError, Status, Verdict
 
@@ -108,6 +108,7 @@ RULES: Mapping[int, tuple[Rule, ...]] = {
     429: (
         _BROKE,
         _TOO_FAST,
+        _rule(Subject.WINDOW, verdict=Verdict.SLOW, kind="rate_limit"),
         _rule(Subject.WAIT, Subject.ACCOUNT, verdict=Verdict.SLOW, kind=QUOTA),
         _rule(Subject.ACCOUNT, verdict=Verdict.PAUSE, kind="insufficient_quota"),
         _rule(Subject.QUOTA, verdict=Verdict.SLOW, kind=QUOTA),
@@ -260,9 +261,11 @@ def settlement(answer: Answer, expected: Expected, finish: Finish, http_status: 
 
     An answer that was cut short is neither read as JSON nor mended.
     """
+    if _is_plain(answer) and expected is ANYTHING and finish.stop == "accept":
+        return _PLAIN
     meaning = Meaning.REFUSAL if answer.refusal else meaning_of(answer.finish_reason)
     status, action = _worth(meaning, finish)
-    called = answer.function_call is not None or answer.tool_calls is not None or meaning is Meaning.TOOL_CALLS
+    called = answer.function_call is not None or answer.tool_calls is not None
     if status is Status.OK and not called and not answer.content:
         error = RowError("empty", http_status, None, "the answer has no content")
         return Settlement(Status.EMPTY, finish.empty, error)
@@ -276,6 +279,16 @@ def settlement(answer: Answer, expected: Expected, finish: Finish, http_status: 
         error = RowError(flaw.kind, http_status, None, flaw.message)
         return Settlement(Status.INVALID, "fail", error, correctable=True)
     return Settlement(status, in_json=status is Status.OK and expected.in_json and not called)
+
+
+def _is_plain(answer: Answer) -> bool:
+    """True for the answer that nearly all are: text up to its end."""
+    if answer.finish_reason != "stop" or not answer.content or answer.refusal:
+        return False
+    return answer.function_call is None and answer.tool_calls is None
+
+
+_PLAIN = Settlement(Status.OK)
 
 
 def _worth(meaning: Meaning, finish: Finish) -> tuple[Status, Action]:
@@ -298,8 +311,8 @@ def _worth(meaning: Meaning, finish: Finish) -> tuple[Status, Action]:
 def _flaw(answer: Answer, expected: Expected) -> Flaw | None:
     if (call := answer.function_call) is not None:
         return expected.call_flaw(call.name, call.arguments)
-    if answer.tool_calls is not None or meaning_of(answer.finish_reason) is Meaning.TOOL_CALLS:
-        return None
+    if answer.tool_calls is not None:
+        return expected.tool_flaw(answer.tool_calls)
     return expected.content_flaw(answer.content or "")
 
 
@@ -328,6 +341,18 @@ class History(msgspec.Struct, frozen=True):
     maybe_billed: int = 0
     corrected: int = 0
     witnessed: int = 0
+
+
+NEW = History()
+ONCE = History(attempts=1)
+"""Of nearly all rows: before and after the attempt that is answered."""
+
+
+def answered(history: History) -> History:
+    """`history` with one attempt more, which was answered: it counts against no cap."""
+    if history is NEW:
+        return ONCE
+    return msgspec.structs.replace(history, attempts=history.attempts + 1)
 
 
 def after(history: History, judgement: Judgement, *, corroborated: bool, at_tail: bool = False) -> History:

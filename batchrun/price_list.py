@@ -3,7 +3,7 @@
 Import it where it is used: it takes 170 ms.
 
 Whose price counts is decided by the host of the endpoint's URL:
-- a vendor on the list: that vendor's price, or none. Never another's.
+- a vendor on the list: that vendor's price, or none. Never another's. The list has none of its own for regions.
 - any other host (a gateway, a reseller, localhost): the list price of the model's own vendor, named as such. A model
   that no vendor on the list calls its own, open weights above all, has no price: hosts of it differ up to tenfold.
 """
@@ -14,6 +14,7 @@ from datetime import UTC, datetime, time
 from decimal import Decimal
 from importlib.metadata import version
 from typing import Any
+from urllib.parse import urlsplit
 
 import genai_prices.types as listing
 from genai_prices.data import providers as _PROVIDERS
@@ -24,7 +25,7 @@ from batchrun.job.job import Price as Override
 VENDOR_PREFIX = "vtrix-"
 """The project's own vendor resells models under its own prefix and states no price."""
 
-_OTHER_HOSTS = {"https://api.together.ai": "together"}
+_OTHER_HOSTS = {"api.together.ai": "together"}
 """Addresses of vendors that the list does not know (docs.together.ai, 2026-11)."""
 
 _PREFIXES = {"gemini": "google", "vertex_ai": "google", "xai": "x-ai", "moonshot": "moonshotai", "models": "google"}
@@ -35,6 +36,9 @@ _OPEN_WEIGHTS = ("gpt-oss",)
 
 _LOCAL_TAG = re.compile(r":(latest|(e?[\d.]+|\dx\d+)[bm]\b.*)$", re.IGNORECASE)
 """How Ollama names the weights that it runs, by their size: `deepseek-r1:70b`. No vendor sells those."""
+
+_REGION = re.compile(r"(^|[.-])(eu|us|[a-z]{2,}(-[a-z]+)*-(north|south|east|west|central)+[a-z]*-?\d+)([.-]|$)")
+"""How hosts name a region: `eu.api.…`, `bedrock-runtime.eu-west-1.…`, `europe-west4-aiplatform.…`."""
 
 _TOKEN_KINDS = ("input_mtok", "cache_read_mtok", "output_mtok", "cache_write_mtok", "cache_write_1h_mtok")
 
@@ -57,7 +61,7 @@ def listed(model: str, today: str, url: str) -> prices.PriceTable | None:
     host = _host(url)
     if host is not None:
         found = _model(host, model) or _model(host, model.partition("/")[2])
-        return None if found is None else _table(model, host, found, now, today, None)
+        return None if found is None else _table(model, host, found, now, today, None, regional=_is_regional(url))
     plain = model.removeprefix(VENDOR_PREFIX)
     own = _own_vendor(plain)
     return None if own is None else _table(model, *own, now, today, plain.rpartition("/")[2])
@@ -73,10 +77,30 @@ def unknown_because(model: str, url: str) -> str:
 
 def _host(url: str) -> listing.Provider | None:
     """The vendor whose address it is."""
-    address = url.lower()
-    if known := next((name for start, name in _OTHER_HOSTS.items() if address.startswith(start)), None):
+    parts = urlsplit(url.lower())
+    host = (parts.hostname or "").rstrip(".")
+    if (known := _OTHER_HOSTS.get(host)) is not None:
         return next(provider for provider in _PROVIDERS if provider.id == known)
-    return next((provider for provider in _PROVIDERS if re.match(provider.api_pattern, address)), None)
+    origin = f"{parts.scheme}://{host}"
+    return next((provider for provider in _PROVIDERS if _is_at(provider.api_pattern, origin, parts.path)), None)
+
+
+def _is_at(pattern: str, origin: str, path: str) -> bool:
+    """Whether the list's pattern stands for this address. The patterns have no end: `https://api\\.openai\\.com` also
+    matches the beginning of a name that is somebody else's. So one must match the whole host, with or without a path.
+    """
+    if (found := re.match(pattern, origin)) is not None:
+        rest = origin[found.end() :]
+        return not rest or (pattern.endswith(r"\.") and rest.isalpha())  # `api\.moonshot\.`, whatever its country
+    if "/" not in pattern.replace("(https?://)?", "").removeprefix("https://"):
+        return False  # it names no path, and its wildcards must not find the host in one
+    found = re.match(pattern, address := origin + path)
+    return found is not None and address[found.end() :][:1] in ("", "/")
+
+
+def _is_regional(url: str) -> bool:
+    """True for an address that names a region. The list has one price for all of them."""
+    return _REGION.search(urlsplit(url.lower()).hostname or "") is not None
 
 
 def _model(vendor: listing.Provider, name: str) -> listing.ModelInfo | None:
@@ -101,7 +125,14 @@ def _own_vendor(model: str) -> tuple[listing.Provider, listing.ModelInfo] | None
 
 
 def _table(
-    model: str, vendor: listing.Provider, found: listing.ModelInfo, now: datetime, today: str, upstream: str | None
+    model: str,
+    vendor: listing.Provider,
+    found: listing.ModelInfo,
+    now: datetime,
+    today: str,
+    upstream: str | None,
+    *,
+    regional: bool = False,
 ) -> prices.PriceTable | None:
     standard, clock = _standard(found, now)
     if not _complete(standard):
@@ -116,6 +147,7 @@ def _table(
         vendor.name,
         services,
         tuple(clock),
+        regional=regional,
     )
 
 

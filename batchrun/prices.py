@@ -64,7 +64,8 @@ class PriceTable(msgspec.Struct, frozen=True):
 
     `vendor` is whose price it is; None: the job states it. `upstream` names the model of the vendor's list whose price
     stands in where the endpoint is not the vendor's own. `services` are the prices of service tiers by name, `hours`
-    those by the clock, of which the last that holds counts. The job's own price is for every tier.
+    those by the clock, of which the last that holds counts. The job's own price is for every tier. `regional`: the
+    endpoint is one of the vendor's regions, which may have a price of its own.
     """
 
     model: str
@@ -77,6 +78,7 @@ class PriceTable(msgspec.Struct, frozen=True):
     hours: tuple[Hours, ...] = ()
     per_request: Decimal = Decimal(0)
     every_tier: bool = False
+    regional: bool = False
 
     def describe(self) -> str:
         """For the run's summary: the first tier; then, behind "; ", whose price it is, the source and its date."""
@@ -87,6 +89,8 @@ class PriceTable(msgspec.Struct, frozen=True):
         more += f", other prices for {', '.join(sorted(self.services))}" if self.services else ""
         prices = f"${tier.input} in, ${tier.cached_input} cached, ${tier.output} out per million tokens{more}"
         whose = "the price" if self.vendor is None else f"the price of {self.vendor}"
+        if self.regional:
+            whose = f"the plain list price of {self.vendor}, not that of the endpoint's region,"
         if self.upstream is not None:
             whose = f"the list price of {self.vendor} for {self.upstream}, not the endpoint's own,"
         return f"{self.model}: {prices}; {whose} by {self.source}, {self.as_of}"
@@ -131,13 +135,26 @@ def upper_bound(
     A request that names no tier, or `auto`, gets the one that the account is set to, which nobody here knows.
     None where the price is unknown.
     """
-    if table is None:
-        return None
+    return None if table is None else dearest(table, asked_tier).bound(max_prompt_tokens, max_output_tokens)
+
+
+class Dearest(msgspec.Struct, frozen=True):
+    """The most that tokens of a request can cost, in USD per million, and the fee of a request."""
+
+    prompt: Decimal
+    output: Decimal
+    per_request: Decimal
+
+    def bound(self, max_prompt_tokens: int, max_output_tokens: int) -> Decimal:
+        """USD: the most that one attempt of this size can cost."""
+        micro = max_prompt_tokens * self.prompt + max_output_tokens * self.output
+        return (micro / PER_TOKEN + self.per_request).quantize(PICO)
+
+
+def dearest(table: PriceTable, asked_tier: str | None = None) -> Dearest:
+    """The dearest hour and service tier that `asked_tier` allows."""
     every = [tier for tiers in _allowed(table, asked_tier) for tier in tiers]
-    dearest_input = max(tier.dearest_input() for tier in every)
-    dearest_output = max(tier.output for tier in every)
-    micro = max_prompt_tokens * dearest_input + max_output_tokens * dearest_output
-    return (micro / PER_TOKEN + table.per_request).quantize(PICO)
+    return Dearest(max(tier.dearest_input() for tier in every), max(tier.output for tier in every), table.per_request)
 
 
 def asked_tier(table: PriceTable | None, body: bytes) -> str | None:
@@ -161,6 +178,11 @@ def stated(model: str, own: Override, today: str) -> PriceTable:
     return PriceTable(
         model, (tier,), "pricing table of the job", today, per_request=own.per_request or Decimal(0), every_tier=True
     )
+
+
+def lacks_tier(table: PriceTable, service_tier: str | None) -> bool:
+    """True where the model's price is known, but not that of the tier which the answer names."""
+    return _tiers_for(table, service_tier, 0.0) is None
 
 
 def _tiers_for(table: PriceTable, service_tier: str | None, at_s: float) -> Tiers | None:

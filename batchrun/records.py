@@ -69,7 +69,7 @@ def _named_day(day: int) -> str:
 DAY_S = 86_400
 
 
-class Usage(msgspec.Struct, frozen=True):
+class Usage(msgspec.Struct, frozen=True, gc=False):
     """Tokens of one answer. cached and written ⊂ prompt, for an hour ⊂ written; None where the server did not say.
 
     Reasoning is a part of the completion at most vendors, and beside it at some: then the total holds it.
@@ -89,7 +89,7 @@ class Usage(msgspec.Struct, frozen=True):
         return max(self.completion_tokens, self.total_tokens - self.prompt_tokens)
 
 
-class OfflineCount(msgspec.Struct, frozen=True):
+class OfflineCount(msgspec.Struct, frozen=True, gc=False):
     """About how many tokens an exchange had whose answer came without usage, by a count of our own."""
 
     prompt_tokens: int
@@ -103,13 +103,14 @@ class Row(msgspec.Struct, frozen=True):
     columns: dict[str, Any]
 
 
-class Request(msgspec.Struct, frozen=True):
+class Request(msgspec.Struct, frozen=True, gc=False):
     """The body made from a row and a job, encoded once.
 
     `key` is the identity of the question (BLAKE2b-128, docs/design.md); `body` goes to the wire as it is.
     `max_prompt_tokens` and `max_output_tokens` bound what one attempt can be billed for; no tokenizer makes more
     tokens than the body has bytes. `pictures` of its images are put in when it is sent; until then the body
-    lacks them. `image_tokens` is what all its images usually count. `expected` is what the answer is held against.
+    lacks them. `image_tokens` is what all its images usually count. `expected` is what the answer is held against,
+    `choices` how many of them it asks for (`n`).
     """
 
     row: int
@@ -121,6 +122,7 @@ class Request(msgspec.Struct, frozen=True):
     pictures: int = 0
     image_tokens: int = 0
     expected: Expected = ANYTHING
+    choices: int = 1
 
     @property
     def upper_bound_tokens(self) -> int:
@@ -128,7 +130,7 @@ class Request(msgspec.Struct, frozen=True):
         return self.max_prompt_tokens + self.max_output_tokens
 
 
-class Correction(msgspec.Struct, frozen=True):
+class Correction(msgspec.Struct, frozen=True, gc=False):
     """An answer that was not what was asked for, and what is said to the model of it when it is asked again."""
 
     answer: str
@@ -155,14 +157,14 @@ class Attempt(msgspec.Struct, frozen=True):
     streamed: bool = False
 
 
-class FunctionCall(msgspec.Struct, frozen=True):
+class FunctionCall(msgspec.Struct, frozen=True, gc=False):
     """The model's wish to call a function; `arguments` is a JSON string as the server gave it, unchecked."""
 
     name: str | None
     arguments: str | None
 
 
-class Choice(msgspec.Struct, frozen=True):
+class Choice(msgspec.Struct, frozen=True, gc=False):
     """One of several answers to one request: the column `choices`."""
 
     index: int
@@ -170,7 +172,7 @@ class Choice(msgspec.Struct, frozen=True):
     finish_reason: str | None
 
 
-class Answer(msgspec.Struct, frozen=True):
+class Answer(msgspec.Struct, frozen=True, gc=False):
     """What a 2xx body says, as far as it could be read. `flagged` = only the lenient reading worked.
 
     `completion` is False when there is no first choice with a message. `tool_calls` is JSON text; `choices` are there
@@ -203,7 +205,7 @@ class Answer(msgspec.Struct, frozen=True):
     reported_cost_usd: Decimal | None = None
 
 
-class RowError(msgspec.Struct, frozen=True):
+class RowError(msgspec.Struct, frozen=True, gc=False):
     """The `error` column: why a row has no usable answer. `message` is bounded and redacted."""
 
     kind: str
@@ -219,11 +221,24 @@ class RowError(msgspec.Struct, frozen=True):
         return words if self.http_status is None or words.startswith(status) else f"{status}: {words}"
 
 
-class Discarded(msgspec.Struct, frozen=True):
+class SetAside(msgspec.Struct, frozen=True):
+    """An answer that was billed and is not its row's, since the row was sent again in the hope of a better one.
+
+    `kind` and `message` are what was wrong with it, `content` is what it said: calls as the JSON that they are.
+    """
+
+    attempt: int
+    kind: str
+    message: str | None
+    content: str
+
+
+class Discarded(msgspec.Struct, frozen=True, gc=False):
     """An attempt that was not its row's last: what it was and what it cost. `counted` = against the row's caps.
 
     `at` is when it ended (Unix time, seconds): its cost is booked on that day. `maybe_billed`: no answer came, yet it
     may have been billed, at most `possibly_billed_usd` (None: price unknown) for at most `possibly_billed_tokens`.
+    `said` is the text of an answer that was set aside, None where there was no answer.
     """
 
     row: int
@@ -244,9 +259,15 @@ class Discarded(msgspec.Struct, frozen=True):
     possibly_billed_tokens: int = 0
     offline: OfflineCount | None = None
     reported_cost_usd: Decimal | None = None
+    said: str | None = None
+
+    @property
+    def set_aside(self) -> SetAside | None:
+        """The answer that was set aside, if there was one."""
+        return None if self.said is None else SetAside(self.n, self.error_kind or "", self.message, self.said)
 
 
-class Restored(msgspec.Struct, frozen=True):
+class Restored(msgspec.Struct, frozen=True, gc=False):
     """What an earlier attempt used and cost, which was booked as discarded, and whose answer settles its row after all.
 
     `last_at` is when the row's last attempt ended (Unix time, seconds), which brought no answer.
@@ -257,13 +278,13 @@ class Restored(msgspec.Struct, frozen=True):
     last_at: float
 
 
-class Completion(msgspec.Struct, frozen=True):
+class Completion(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """The final record of a row. `cost_usd` is of all its attempts; None where one could not be priced.
 
     `usage` and `last_cost_usd` are the last attempt's alone: what the totals still lack. The record is that attempt's,
     unless an earlier one was `restored`. `in_json`: the content is the JSON that was asked for, and belongs into
     `parsed`. `invocation` is the start of the run that settled the row. `reported_cost_usd` is what the
-    server states for its answer.
+    server states for its answer. `set_aside` are the row's earlier answers, oldest first.
     """
 
     row: int
@@ -292,6 +313,7 @@ class Completion(msgspec.Struct, frozen=True):
     invocation: int = 0
     answer_cost_usd: Decimal | None = None
     restored: Restored | None = None
+    set_aside: tuple[SetAside, ...] = ()
 
 
 Ending = Completion | Discarded
@@ -427,6 +449,7 @@ class Summary(msgspec.Struct, frozen=True):
     possibly_billed_usd: Decimal
     models: dict[str, int]
     unknown_finish_reasons: list[str]
+    unpriced_tiers: list[str]
     example_error: str | None
     price: str | None
     estimate: Estimate | None

@@ -12,15 +12,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, Unpack
 
-from batchrun.asking.asking import Host
-from batchrun.asking.delivery import Delivery
+from batchrun.api import Options, RunIncompleteError, begin
+from batchrun.dispatch.hooks import Host
+from batchrun.dispatch.result_queue import ResultQueue
 from batchrun.errors import RunStoppedError
 from batchrun.job.job import Job
 from batchrun.output.completions import Completion
 from batchrun.records import Summary
 from batchrun.signals import StopRequest
 from batchrun.source import Rows
-from batchrun.start import Options, RunIncompleteError, begin
 
 
 class Runner:
@@ -59,7 +59,7 @@ class Runner:
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
         self._news, self._begun, self._ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        self._delivery = Delivery(lambda: self._call(self._news))
+        self._results = ResultQueue(lambda: self._call(self._news))
         threading.Thread(target=self._work, name="batchrun", daemon=True).start()
         try:
             await self._begun.wait()
@@ -84,7 +84,7 @@ class Runner:
         while not self._ready:
             self._news.clear()
             ended = self._ended.is_set()
-            if taken := self._delivery.take():
+            if taken := self._results.take():
                 self._ready.extend(taken)
             elif ended:
                 self._raise()
@@ -102,7 +102,7 @@ class Runner:
 
     async def wait(self) -> Summary:
         """The run is complete; completions that were not read are not handed out any more."""
-        self._delivery.give_up()
+        self._results.give_up()
         await self._ended.wait()
         self._raise()
         return self.summary
@@ -117,7 +117,7 @@ class Runner:
 
     async def _leave(self) -> None:
         """The run's thread has ended. Being cancelled while waiting for that is as a second signal."""
-        self._delivery.give_up()
+        self._results.give_up()
         cancelled: asyncio.CancelledError | None = None
         if not self._ended.is_set():
             self.stop()
@@ -139,7 +139,7 @@ class Runner:
     # ── the run's own thread ──────────────────────────────────────────────────────────────────────────────────────────
 
     def _work(self) -> None:
-        host = Host(self._stop, self._delivery, self._replay)
+        host = Host(self._stop, self._results, self._replay)
         try:
             self._summary = begin(self._job, self._rows, self._options, host)
         except RunIncompleteError as stopped:

@@ -5,7 +5,7 @@ from decimal import Decimal
 import msgspec
 from hypothesis import strategies as st
 
-from batchrun.records import Completion, Discarded, Ending, OfflineCount, RowError, Status, Usage, Verdict
+from batchrun.records import Completion, Discarded, Ending, OfflineCount, RowError, SetAside, Status, Usage, Verdict
 
 MODEL = "vtrix-gpt-5.3-codex"
 
@@ -70,20 +70,6 @@ def discarded(row: int, n: int = 1, **changes: object) -> Discarded:
     return msgspec.structs.replace(whole, **changes)
 
 
-def stored(ending: Completion) -> Completion:
-    """What the checkpoint keeps of a completion: its usage is in `raw`, its doubts are on their own list."""
-    return msgspec.structs.replace(
-        ending,
-        answered_model=None,
-        usage=None,
-        last_cost_usd=None,
-        maybe_billed=False,
-        possibly_billed_usd=None,
-        possibly_billed_tokens=0,
-        offline=None,
-    )
-
-
 def stored_attempt(ending: Discarded) -> Discarded:
     """What the checkpoint keeps of a discarded attempt."""
     return msgspec.structs.replace(
@@ -100,6 +86,8 @@ USAGES = st.builds(Usage, COUNTS, COUNTS, COUNTS, st.none() | COUNTS, st.none() 
 MODELS = st.sampled_from([MODEL, "another", "модель"])
 ERRORS = st.builds(RowError, TEXTS, st.none() | st.integers(100, 599), st.none() | TEXTS, st.none() | TEXTS)
 KEYS = st.binary(min_size=16, max_size=16)
+
+SET_ASIDE = st.builds(SetAside, st.integers(1, 50), TEXTS, st.none() | TEXTS, TEXTS)
 
 COMPLETIONS = st.builds(
     Completion,
@@ -124,6 +112,7 @@ COMPLETIONS = st.builds(
     raw=st.binary(max_size=50),
     offline=OFFLINE,
     variant=st.integers(0, 3),
+    set_aside=st.lists(SET_ASIDE, max_size=2).map(tuple),
 )
 DISCARDED = st.builds(
     Discarded,
@@ -144,6 +133,7 @@ DISCARDED = st.builds(
     possibly_billed_tokens=COUNTS,
     key=KEYS,
     offline=OFFLINE,
+    said=st.none() | TEXTS,
 )
 
 

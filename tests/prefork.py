@@ -31,7 +31,7 @@ _ONE_AT_A_TIME = threading.Lock()
 _LOADED = (
     *(
         "batchrun.cli",
-        "batchrun.start",
+        "batchrun.api",
         "batchrun.simulated",
         "batchrun.report.bill",
         "batchrun.plan.estimate",

@@ -1,6 +1,7 @@
 """Whatever bytes come, they are read as far as they can be, and nothing without a message counts as a completion."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -380,6 +381,32 @@ def test_calls_of_tools_are_json_text_as_they_came_whole_or_streamed() -> None:
         assert (said.content, said.function_call) == (None, None)
 
 
+def spelled(*tool_calls: Sequence[object]) -> Any:
+    """The calls that the deltas of a stream add up to."""
+    events = [{"choices": [{"index": 0, "delta": {"tool_calls": pieces}}]} for pieces in tool_calls]
+    events.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "tool_calls"}]})
+    said = read(b"".join(b"data: %b\n\n" % msgspec.json.encode(event) for event in events))
+    return json.loads(said.tool_calls or "null")
+
+
+def test_a_streams_calls_are_told_apart_however_the_server_numbers_and_names_them() -> None:
+    """Each as it was reported of a server: Ollama, Mistral, vLLM, gateways that repeat the name, custom tools."""
+    first, second = CALLS[0], {**CALLS[1], "function": {"name": "stop", "arguments": "{}"}}
+    assert spelled([{"index": 0, **first}], [{"index": 0, **second}]) == [first, second], "all with the number 0"
+    assert spelled([first], [second]) == [first, second], "without a number, one a delta"
+    assert spelled([first, second]) == [first, second], "without a number, in one delta"
+    pieces = [[{"index": 0, "id": f"c{n}", "function": {"arguments": part}}] for n, part in enumerate(('{"id"', ":7}"))]
+    begun = [{"index": 0, **first, "function": {"name": "find"}}]
+    assert spelled(begun, *pieces) == [first], "another id in each piece"
+    named = [[{"index": 0, "function": {"name": "find", "arguments": part}}] for part in ('{"id"', ":7}")]
+    assert spelled(begun, *named) == [first], "the name in each piece"
+    whole = [{"index": 0, **first, "function": {"name": "find", "arguments": {"id": 7}}}]
+    assert spelled(whole) == [first], "arguments as an object"
+    text = {"id": "c", "type": "custom", "custom": {"name": "note", "input": "two words"}}
+    parts = [[{"index": 0, "custom": {"input": part}}] for part in ("two ", "words")]
+    assert spelled([{"index": 0, **text, "custom": {"name": "note", "input": ""}}], *parts) == [text]
+
+
 @pytest.mark.parametrize("calls", [None, [], {}, "call", 7])
 def test_what_are_no_calls_of_tools_are_none(calls: object) -> None:
     assert read(msgspec.json.encode({"choices": [{"message": {"tool_calls": calls}}]})).tool_calls is None
@@ -413,3 +440,87 @@ def test_one_choice_is_no_list_of_choices_and_absurd_numbers_are_left_out() -> N
     events = [{"choices": [{"index": at, "delta": {"content": "c"}, "finish_reason": "stop"}]} for at in (0, 10**8)]
     streamed = read(b"".join(b"data: %b\n\n" % msgspec.json.encode(event) for event in events))
     assert (streamed.content, streamed.choices, streamed.completion) == ("c", (), True)
+
+
+STATED = {"prompt_tokens": 10, "completion_tokens": 3, "total_tokens": 13}
+
+
+@pytest.mark.parametrize(
+    ("later", "counts"),
+    [
+        ([{"prompt_tokens": 0, "completion_tokens": 7, "total_tokens": 7}], (10, 7, 17)),
+        ([{"prompt_tokens": 0, "completion_tokens": 7, "total_tokens": 17}], (10, 7, 17)),
+        ([{"prompt_tokens": 0, "completion_tokens": 7}], (10, 7, 17)),
+        ([{"prompt_tokens": 0, "completion_tokens": 2, "total_tokens": 2}] * 2, (10, 7, 17)),
+        ([{"prompt_tokens": 0, "completion_tokens": 7, "total_tokens": 12}], (10, 7, 22)),  # five of reasoning
+        ([{"completion_tokens": 2}], (10, 2, 13)),
+        ([{"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}], (10, 3, 13)),
+        ([{"prompt_tokens": 11, "completion_tokens": 2, "total_tokens": 13}], (11, 2, 13)),
+        ([{"input_tokens": 0, "output_tokens": 7}], (10, 3, 17)),
+    ],
+)
+def test_what_a_stream_states_of_its_usage_bit_by_bit_adds_up(
+    later: list[dict[str, int]], counts: tuple[int, int, int]
+) -> None:
+    usages = [chunk(choices=[], usage=usage) for usage in (STATED, *later)]
+    usage = read(stream(*WORDS, STOP, *usages)).usage
+    assert usage is not None
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == counts
+
+
+COMPLETE: dict[str, Any] = json.loads(body())
+AROUND: list[dict[str, Any]] = [
+    {},
+    {"status": {"code": 200, "message": "ok"}},
+    {"code": 0, "message": "success"},
+    {"success": True, "message": "Request completed"},
+    {"error": None, "errors": []},
+]
+
+
+@pytest.mark.parametrize(
+    ("raw", "flagged"),
+    [
+        (b": ping\n\n" + body(), False),
+        (b": ping\r\n: ping\r\n\r\n" + body(), False),
+        (b"\n:\n" + body(), False),
+        (body() + b"\0", True),
+        (body() + b"\n: bye\n\0\0", True),
+        (json.dumps([COMPLETE]).encode(), False),
+        *(
+            (json.dumps({**around, name: COMPLETE}).encode(), False)
+            for name in ("data", "result", "response", "body", "output")
+            for around in AROUND
+        ),
+    ],
+)
+def test_a_whole_answer_is_read_in_whatever_a_gateway_wraps_it(raw: bytes, flagged: bool) -> None:
+    answer = read(raw)
+    assert (answer.completion, answer.content, answer.flagged) == (True, "Fine.", flagged)
+    assert answer.usage == read(body()).usage
+
+
+def test_a_usage_beside_a_wrapped_answer_is_its_own() -> None:
+    usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
+    inner = {name: value for name, value in COMPLETE.items() if name != "usage"}
+    read_usage = read(json.dumps({"usage": usage, "data": inner}).encode()).usage
+    assert read_usage is not None
+    assert read_usage.prompt_tokens == 7
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        json.dumps({"status": {"code": 402, "message": "no credits"}, "data": COMPLETE}).encode(),
+        json.dumps({"error": {"message": "gone"}, "data": COMPLETE}).encode(),
+        json.dumps({"data": {"choices": []}}).encode(),
+        json.dumps({"data": None, "status": {"code": 200}}).encode(),
+        json.dumps([COMPLETE, COMPLETE]).encode(),
+        body() + body(),
+        b": ping\n\n: ping\n\n",
+        b": ping\n\n" + body()[:-1],
+        b": {\n" * 50_000,
+    ],
+)
+def test_what_wraps_a_failure_or_two_answers_is_no_answer(raw: bytes) -> None:
+    assert not read(raw).completion

@@ -8,8 +8,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from batchrun import credentials, invocation
-from batchrun.asking.asking import Hooks
+from batchrun import credentials, engine
+from batchrun.dispatch.hooks import Hooks
+from batchrun.plan.asked import Asked
 from batchrun.records import Summary
 from batchrun.report.summary import in_words
 from batchrun.rundir import RunDirectory
@@ -20,9 +21,18 @@ from tests.fault_server import Exchange, Script, answer, serving_aside
 from tests.jobs import job_over, write_lines
 from tests.test_network_faults import asked_for, row_of
 
+FIRST = Asked()
+
 
 def ask(
-    folder: Path, url: str, rows: int = 12, *, speed: float = 10.0, notes: list[str] | None = None, **tables: Any
+    folder: Path,
+    url: str,
+    rows: int = 12,
+    *,
+    speed: float = 10.0,
+    notes: list[str] | None = None,
+    asked: Asked = FIRST,
+    **tables: Any,
 ) -> tuple[Summary, list[dict[str, Any]]]:
     """The run over rows `item 0`, `item 1` … on a fast clock, and its result if it is complete."""
     source = write_lines(folder / "in.jsonl", [{"text": f"item {row}."} for row in range(rows)])
@@ -32,7 +42,7 @@ def ask(
     told: list[str] = [] if notes is None else notes
     hooks = Hooks(note=told.append)
     directory = RunDirectory(folder / "out")
-    summary = invocation.run(job, directory, key, hooks=hooks, loop_factory=fast_clock(speed))
+    summary = engine.run(job, directory, key, asked=asked, hooks=hooks, loop_factory=fast_clock(speed))
     result = pq.read_table(directory.completions).to_pylist() if summary.complete else []
     return summary, result
 
@@ -104,6 +114,28 @@ def test_where_nearly_everything_is_filtered_the_run_stops_once_and_a_resume_ask
         summary, _ = ask(tmp_path, server.url, 300)
     assert (summary.exit_code, summary.by_status) == (0, {"ok": 1, "filtered": 299})
     assert set(asked_for(server).values()) == {1}
+
+
+def test_an_outage_in_words_of_content_stops_a_run_in_its_midst_and_no_answer_is_lost(tmp_path: Path) -> None:
+    blocked, out = refused("503 Service Unavailable", {"error": {"message": "Content Policy Violation"}}), [True]
+    truly = range(0, 300, 10)
+
+    def said(row: int, n: int) -> bytes:
+        return blocked if row in truly or (out[0] and row >= 100) else choice()
+
+    with serving_aside(says(said)) as server:
+        summary, _ = ask(tmp_path, server.url, 300)
+        assert (summary.exit_code, summary.complete) == (2, False)
+        assert "of the last 40 rows were filtered (HTTP 503: Content Policy Violation)" in (summary.reason or "")
+        assert "--retry-failed --status filtered" in (summary.reason or "")
+        assert summary.by_status["filtered"] < 10 + 40 + 64
+        out[0] = False
+        summary, _ = ask(tmp_path, server.url, 300)
+        assert (summary.exit_code, summary.complete) == (0, True)
+        assert summary.by_status["filtered"] > len(truly)
+        summary, rows = ask(tmp_path, server.url, 300, asked=Asked(retry=frozenset({"filtered"})))
+    assert (summary.exit_code, summary.by_status) == (0, {"ok": 270, "filtered": 30})
+    assert [place for place, row in enumerate(rows) if row["status"] == "filtered"] == list(truly)
 
 
 def test_a_file_of_which_half_is_blocked_runs_through(tmp_path: Path) -> None:

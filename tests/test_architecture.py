@@ -1,4 +1,4 @@
-"""Imports go one way, `cli → start → invocation → stages → records, job, errors`, libraries to one place."""
+"""Imports go one way, `cli → api → engine → dispatch → stages → records, job, errors`, libraries to one place."""
 
 import ast
 import subprocess
@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "output": frozenset(
         {"errors", "job", "records", "durable", "rundir", "columns", "source", "answer", "checkpoint"},
     ),
-    "report": frozenset({"errors", "job", "records", "prices", "rundir", "gate", "checkpoint", "output"}),
+    "report": frozenset({"errors", "job", "records", "prices", "answer", "rundir", "gate", "checkpoint", "output"}),
     # how they are joined
     "plan": frozenset(
         {
@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
             *("source", "request", "gate", "checkpoint", "output", "report"),
         }
     ),
-    "asking": frozenset(
+    "dispatch": frozenset(
         {
             *(
                 "errors",
@@ -62,10 +62,10 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
             *("request", "gate", "answer", "transport", "policy", "checkpoint", "output", "report", "plan"),
         }
     ),
-    "invocation": frozenset(
+    "engine": frozenset(
         {
             *("errors", "job", "records", "credentials", "durable", "rundir", "signals"),
-            *("policy", "checkpoint", "output", "report", "plan", "asking"),
+            *("gate", "policy", "checkpoint", "output", "report", "plan", "dispatch"),
         }
     ),
     # what stands beside a run
@@ -80,14 +80,14 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "terminal": frozenset({"records", "report", "streams"}),
     # who starts it
     "preflight": frozenset({"job", "rundir", "credentials", "simulated", "open_files", "transport"}),
-    "start": frozenset(
+    "api": frozenset(
         {
             *("errors", "job", "records", "credentials", "rundir", "simulated", "streams", "preflight"),
-            *("source", "gate", "policy", "plan", "asking", "invocation"),
+            *("source", "gate", "policy", "plan", "dispatch", "engine"),
         }
     ),
-    "runner": frozenset({"errors", "job", "records", "signals", "source", "output", "asking", "start"}),
-    "__init__": frozenset({"errors", "job", "records", "output", "plan", "start", "runner"}),
+    "runner": frozenset({"errors", "job", "records", "signals", "source", "output", "dispatch", "api"}),
+    "__init__": frozenset({"errors", "job", "records", "output", "plan", "api", "runner"}),
     "commands": frozenset({"errors", "rundir", "streams", "terminal", "report"}),
     "cli": frozenset(
         {
@@ -105,7 +105,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
                 "commands",
             ),
             *("open_files", "preflight", "source", "gate", "policy"),
-            *("report", "plan", "asking", "rescue", "simulator"),
+            *("report", "plan", "dispatch", "rescue", "simulator"),
         }
     ),
 }
@@ -113,18 +113,18 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
 
 SOLE_IMPORTERS: dict[str, frozenset[str]] = {
     "aiohttp": frozenset({"transport", "simulator"}),
-    "aiolimiter": frozenset({"gate.gate"}),
+    "aiolimiter": frozenset({"gate.rates"}),
     "sqlite3": frozenset({"checkpoint.database"}),
     "click": frozenset({"cli", "commands"}),
     "tqdm": frozenset({"terminal"}),
-    "uvloop": frozenset({"start", "simulator"}),
+    "uvloop": frozenset({"api", "simulator"}),
     "jinja2": frozenset({"request.templates", "report.page"}),
     "pygal": frozenset({"report.charts"}),
     "genai_prices": frozenset({"price_list"}),
     "jsonschema_rs": frozenset({"job.expected"}),
     "toktok": frozenset({"answer.offline"}),
     "xlsxwriter": frozenset({"report.spreadsheet"}),
-    "pyarrow": frozenset({"source", "columns", "output", "report", "plan", "asking", "rescue"}),
+    "pyarrow": frozenset({"source", "columns", "output", "report", "plan", "dispatch", "rescue"}),
 }
 """Library → the packages and modules that import it."""
 
@@ -190,7 +190,7 @@ def test_no_two_files_import_each_other_by_any_way() -> None:
         }
         for module, file in files.items()
     }
-    assert graph["invocation"] >= {"asking.asking", "plan.plan"}
+    assert graph["engine"] >= {"dispatch.dispatch", "plan.plan"}
     TopologicalSorter(graph).prepare()
 
 
@@ -233,6 +233,6 @@ def test_the_command_line_starts_without_anything_heavy() -> None:
 
 
 def test_a_run_loads_a_server_only_where_its_job_asks_for_the_simulator() -> None:
-    code = "import sys, batchrun.start; print('aiohttp.web' in sys.modules)"
+    code = "import sys, batchrun.api; print('aiohttp.web' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout == "False\n"

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from batchrun.asking import backlog as backlogs
-from batchrun.asking.backlog import Backlog, Pending
 from batchrun.checkpoint.tables import Chunk
+from batchrun.dispatch import backlog as backlogs
+from batchrun.dispatch.backlog import Backlog, Pending
 from batchrun.errors import InputError
 from batchrun.output.chunks import OpenChunk
 from batchrun.output.window import StoredWindow, write

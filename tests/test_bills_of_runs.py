@@ -52,6 +52,17 @@ def test_a_cap_holds_where_every_answer_comes_from_the_dearest_tier(tmp_path: Pa
     assert Decimal(read_summary(tmp_path / "out")["cost_usd"]) == answered * Decimal("0.000369")
 
 
+def test_answers_from_a_tier_without_a_price_are_told_from_a_model_without_one(tmp_path: Path) -> None:
+    usage = {"prompt_tokens": 20, "completion_tokens": 100, "total_tokens": 120}
+    ended, _ = ran(tmp_path, "gpt-5-mini", {"usage": usage, "service_tier": "scale"})
+    assert ended.exit_code == 0, ended.stderr
+    told = "answers came from the service tier 'scale', of which no price is known, though the model's is"
+    assert ended.stderr.count(f"warning: {told}") == 1
+    said = "no known price for 100 attempts (none for the service tier scale), which no sum holds"
+    assert said in ended.stderr + ended.stdout
+    assert read_summary(tmp_path / "out")["unpriced_tiers"] == ["scale"]
+
+
 def test_what_the_server_states_is_kept_and_is_the_cost_where_no_price_is_known(tmp_path: Path) -> None:
     ended, answered = ran(tmp_path, "my-alias", {"usage": GROK}, header="x-litellm-response-cost: 0.00123")
     assert (ended.exit_code, answered) == (0, 100), ended.stderr

@@ -88,6 +88,37 @@ def test_one_mistake_is_one_message_with_its_count(tmp_path: Path) -> None:
     assert null.startswith(f"{tmp_path}/in.jsonl:52: request.prompt: column 'text' is null")
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"request": {"prompt": "{{ text }}"}}, "'text' is undefined; did you mean txt? (columns: txt, a)"),
+        ({"request": {"prompt": '{{ row["text"] }}'}}, "no attribute 'text'; did you mean txt? (columns: txt, a)"),
+        ({"request": {"prompt": "{{ txt.text }}"}}, "'str object' has no attribute 'text' (columns: txt, a)"),
+        ({"input": {"id": "text"}}, "which input.id names, is missing; did you mean txt? (columns: txt, a)"),
+        ({"request": {"images": ["text"]}}, "request.images names, is missing; did you mean txt? (columns: txt, a)"),
+        (
+            {"request": {"prompt": None, "messages": "text"}},
+            "which holds the messages, is missing; did you mean txt? (columns: txt, a)",
+        ),
+        (
+            {"request": {"from_columns": {"model": "text"}}},
+            "request.from_columns.model names, is missing; did you mean txt? (columns: txt, a)",
+        ),
+    ],
+)
+def test_a_missing_column_is_one_message_with_the_columns_there_are_however_the_records_differ(
+    tmp_path: Path, settings: dict[str, dict[str, Any]], said: str
+) -> None:
+    path = write_lines(tmp_path / "in.jsonl", [{"txt": "x", chr(97 + n): n} for n in range(26)])
+    changes = {"request": {"prompt": "{{ txt }}"} | settings.get("request", {}), "input": settings.get("input", {})}
+    found = surveyed(path, job_over(path, **changes))
+    told: list[str] = []
+    with pytest.raises(InputError):
+        raise_problems(found, told.append)
+    assert len(told) == 1
+    assert told[0].endswith(f"{said} (and 25 more such records)")
+
+
 def test_a_record_whose_id_stands_earlier_is_no_row_and_names_the_first(tmp_path: Path) -> None:
     rows: list[Any] = [
         *texts(3),
@@ -123,7 +154,7 @@ def test_ids_that_are_none_are_problems(tmp_path: Path) -> None:
     assert found.rows == 0
     problems = [problem.problem for problem in found.first_problems]
     assert problems == [
-        "column 'id', which input.id names, is missing",
+        "column 'id', which input.id names, is missing (columns: text)",
         "id: the id is null",
         "id: the id is a float, not a string or an integer",
     ]
@@ -201,3 +232,14 @@ def test_check_names_the_columns_with_their_types(tmp_path: Path) -> None:
     job = write_job(tmp_path / "job.toml", "http://127.0.0.1:9/v1", tmp_path / "in.csv")
     assert "columns: id string, text string\n" in batchrun("check", job).stdout
     assert "columns: id int64, text string\n" in batchrun("check", job, "-i", tmp_path / "in.jsonl").stdout
+
+
+def test_an_input_with_any_text_in_its_name_can_be_named_and_is_one_line(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / 'a\n"b\\\x7f.jsonl', [{"txt": "x"}])
+    ended = batchrun("check", write_job(tmp_path / "job.toml", "simulator", "unused"), "-i", path)
+    first, second, *more = ended.stderr.splitlines()
+    assert first.endswith(
+        "a\\n\"b\\\\x7f.jsonl:1: request.prompt: 'text' is undefined; did you mean txt? (columns: txt)"
+    )
+    assert second.startswith("Error: none of the input records (1) can be asked")
+    assert not more

@@ -22,7 +22,7 @@ from batchrun.checkpoint.spent import Spent, answer_line, doubt, fold, with_poss
 from batchrun.checkpoint.tables import Chunk, Reopened
 from batchrun.errors import BatchrunError, CheckpointError, DiskError, ExitCode, RunLockedError
 from batchrun.records import Completion, Discarded, Ending, PossiblyBilled, RowError, Status
-from tests.endings import ENDINGS, completion, discarded, stored, stored_attempt
+from tests.endings import ENDINGS, completion, discarded, stored_attempt
 
 SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
 WHOLE = Chunk(chunk=0, first_row=0, rows=100_000, end_position="{}", input_digest="")
@@ -96,7 +96,7 @@ def test_every_field_of_every_ending_comes_back(tmp_path: Path, endings: list[En
         put(checkpoint, endings)
         spent = checkpoint.spent
     with opened(path) as checkpoint:
-        assert checkpoint.completions(0, 100) == [stored(e) for e in endings if isinstance(e, Completion)]
+        assert checkpoint.completions(0, 100) == [e for e in endings if isinstance(e, Completion)]
         assert checkpoint.discarded(WHOLE) == [stored_attempt(e) for e in endings if isinstance(e, Discarded)]
         assert checkpoint.settled_rows(WHOLE) == {e.row for e in endings if isinstance(e, Completion)}
         assert checkpoint.spent == spent
@@ -123,7 +123,7 @@ def test_a_thousand_endings_with_every_optional_field_empty_are_one_commit(tmp_p
             checkpoint.put(ending)
         gathered.set()
         assert checkpoint.flushed()
-        assert checkpoint.completions(0, MAX_GROUP) == [stored(ending) for ending in endings]
+        assert checkpoint.completions(0, MAX_GROUP) == endings
         assert checkpoint.spent.possibly_billed_count == MAX_GROUP
     assert commits == [1, MAX_GROUP]
 
@@ -321,7 +321,12 @@ def test_a_changed_field_of_any_table_is_named(tmp_path: Path, table: str, colum
     path = filled(tmp_path / "checkpoint.db")
     with sqlite3.connect(path) as database:
         (kind,) = database.execute(f"SELECT typeof({column}) FROM {table} LIMIT 1").fetchone()
-        other = {"integer": f"{column} + 1000000", "real": f"{column} * 2", "null": "7"}.get(kind, f"{column} || 'x'")
+        other = {
+            "integer": f"{column} + 1000000",
+            "real": f"{column} * 2",
+            "null": "7",
+            "blob": f"CAST({column} || 'x' AS BLOB)",
+        }.get(kind, f"{column} || 'x'")
         one = f"SELECT {column} FROM {table} ORDER BY 1 DESC LIMIT 1"
         database.execute(f"UPDATE {table} SET {column} = {other} WHERE {column} IS ({one})")
     database.close()
@@ -450,4 +455,4 @@ def test_a_commit_is_durable_for_another_process_the_moment_it_is_told(tmp_path:
         checkpoint.listen(copied, unexpected)
         put(checkpoint, [completion(0)])
         with opened(copy) as other:
-            assert other.completions(0, 1) == [stored(completion(0))]
+            assert other.completions(0, 1) == [completion(0)]

@@ -148,7 +148,25 @@ def test_the_key_that_a_server_repeats_is_not_in_the_body() -> None:
     assert attempt.body == b'{"error":"wrong key: Bearer [redacted]"}'
 
 
-@pytest.mark.parametrize("encoding", ["br", "zstd", "compress", "gzip, gzip", "x-odd"])
+@pytest.mark.parametrize(
+    ("label", "body"),
+    [
+        *((label, FINE) for label in ("none", "utf-8", "identity", "", "identity, none", "gzip", "deflate", "br")),
+        ("gzip", b"\n \n" + FINE),
+        ("identity, gzip", gzip.compress(FINE)),
+        ("gzip, gzip", gzip.compress(gzip.compress(FINE))),
+        ("deflate, gzip", gzip.compress(zlib.compress(FINE))),
+        ("identity", gzip.compress(FINE)),
+        (None, gzip.compress(FINE)),
+    ],
+)
+def test_an_answer_that_can_be_read_is_read_whatever_its_label_says(label: str | None, body: bytes) -> None:
+    attempt = ended(sends(answer(body, *([] if label is None else [f"Content-Encoding: {label}"]))))
+    assert attempt.error is None
+    assert attempt.body.strip() == FINE
+
+
+@pytest.mark.parametrize("encoding", ["br", "zstd", "compress", "gzip, br", "x-odd"])
 @pytest.mark.parametrize("headers", [(), ("Content-Type: text/event-stream",)], ids=["whole", "streamed"])
 def test_an_encoding_that_was_not_asked_for_is_named_and_its_status_known(
     encoding: str, headers: tuple[str, ...]

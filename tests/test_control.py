@@ -1,21 +1,35 @@
 """A run while it works: its deadline, its limits, what is told of it. Real processes against the simulator's ledger."""
 
 import json
+import re
+import time
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
-from batchrun.asking import control
-from batchrun.asking.control import Control, Wishes
+from batchrun.checkpoint.checkpoint import Checkpoint
+from batchrun.dispatch import live_limits
+from batchrun.dispatch.learned_limits import LearnedLimits
+from batchrun.dispatch.live_limits import Control, Wishes
 from batchrun.errors import JobError
+from batchrun.job.job import Budget, Limits
 from batchrun.records import InForce
 from batchrun.rundir import RunDirectory
 from batchrun.simulator import SimulatorConfig
 from tests.cli_process import batchrun, finish, read_summary, start, wait_until, write_job, write_rows
+from tests.endings import completion
 from tests.simulator_process import running_simulator
 
 SLOW = "[limits]\nrequests_per_minute = 600\nmax_in_flight = 8\n"
+
+
+ALL = (
+    "900 requests/s, 60,000 requests/min, 5,000 requests/day, 9,000,000 tokens/min, 8,000,000 input tokens/min, "
+    "7,000,000 output tokens/min, 4 in flight, $6 in all"
+)
 
 
 def log(out: Path, event: str) -> list[dict[str, Any]]:
@@ -40,7 +54,8 @@ def test_a_deadline_ends_the_start_in_time_with_everything_in_flight_answered(tm
         assert ended.exit_code == 4, ended.stderr
         summary = read_summary(out)
         assert summary["reason"].startswith("the deadline (")
-        assert summary["updated_at"] <= summary["deadline"]
+        ended_at, deadline = (datetime.fromisoformat(summary[name]) for name in ("updated_at", "deadline"))
+        assert ended_at <= deadline + timedelta(seconds=1)  # what follows the last answer, on a busy machine
         assert summary["elapsed_s"] > 4 - 0.2 - 2  # a beat and more before it, on a busy machine
         served = len(simulator.ledger())
         assert (summary["possibly_billed_count"], 200 - summary["pending"]) == (0, served)
@@ -114,12 +129,15 @@ def test_a_running_process_takes_other_limits_and_says_so(tmp_path: Path) -> Non
         assert (too_many.exit_code, too_many.stdout) == (2, "")
         assert "max_in_flight can be at most 8" in too_many.stderr
         assert "limits  30 requests/min, 8 in flight, $5 in all\n" in batchrun("status", out).stdout
-        tuned = batchrun("tune", out, "--rpm", "60000", "--max-in-flight", "4", "--max-cost", "6")
+        wrong = batchrun("tune", out, "--rpm", "0")
+        assert (wrong.exit_code, wrong.stderr) == (2, "Error: --rpm 0: expected a number above 0, at most 1e12\n")
+        newer = ("--rps", "900", "--rpd", "5000", "--tpm", "9000000", "--input-tpm", "8e6", "--output-tpm", "7e6")
+        tuned = batchrun("tune", out, "--rpm", "60000", "--max-in-flight", "4", "--max-cost", "6", *newer)
         assert tuned.exit_code == 0, tuned.stderr
-        assert tuned.stdout == "taken: 60,000 requests/min, 4 in flight, $6 in all\n"
+        assert tuned.stdout == f"taken: {ALL}\n"
         ended = finish(process)  # at 30 a minute it would have taken ten
     assert ended.exit_code == 0, ended.stderr
-    assert "limits now: 60,000 requests/min, 4 in flight, $6 in all" in ended.stderr
+    assert f"limits now: {ALL}" in ended.stderr
     assert [line["requests_per_minute"] for line in log(out, "tuned")] == [60000.0]
     assert read_summary(out)["limits"]["max_in_flight"] == 4
     assert not (out / "control.json").exists()
@@ -142,10 +160,10 @@ def test_a_running_process_takes_other_limits_and_says_so(tmp_path: Path) -> Non
     ],
 )
 def test_a_rate_below_the_one_asked_for_says_why(now: float, words: str) -> None:
-    wish = control.wish({"requests_per_minute": 6000.0})
+    wish = live_limits.wish({"requests_per_minute": "6000"})
     limits = InForce(requests_per_minute=now, tokens_per_minute=None, max_in_flight=8)
-    assert control.in_words(wish, limits).startswith(words)
-    assert ("allow less" in control.in_words(wish, limits)) == (now < 6000)
+    assert live_limits.in_words(wish, limits).startswith(words)
+    assert ("allow less" in live_limits.in_words(wish, limits)) == (now < 6000)
 
 
 def test_a_cap_that_is_lowered_below_what_is_spent_ends_the_run(tmp_path: Path) -> None:
@@ -205,28 +223,84 @@ def test_each_file_is_read_once_however_often_it_is_looked_at(tmp_path: Path) ->
 
 
 def test_every_wish_has_a_name_of_its_own() -> None:
-    one, other = control.wish({"max_tokens": 5}), control.wish({"max_tokens": 5})
+    one, other = live_limits.wish({"max_tokens": "5"}), live_limits.wish({"max_tokens": "5"})
     assert one.id != other.id
     assert (one.max_tokens, one.requests_per_minute) == (5, None)
     assert isinstance(one, Control)
+
+
+def test_every_limit_of_a_job_can_be_tuned_but_for_what_bounds_a_single_request() -> None:
+    single = {"max_output_tokens", "max_image_tokens"}
+    assert {*Limits.__struct_fields__, *Budget.__struct_fields__} - single == live_limits.FLAGS.keys()
+    told = live_limits.wish(dict.fromkeys(live_limits.FLAGS, "7"))
+    assert live_limits.decode(msgspec.json.encode(told)) == told
 
 
 @pytest.mark.parametrize(
     ("limits", "problem"),
     [
         ({}, "nothing to change: name a limit, such as --rpm 500 or --max-in-flight 32"),
-        ({"requests_per_minute": 0.0}, "--rpm 0.0: expected a number above 0, at most 1e12"),
-        ({"requests_per_minute": float("nan")}, "--rpm nan: expected a number above 0, at most 1e12"),
-        ({"tokens_per_minute": float("inf")}, "--tpm inf: expected a number above 0, at most 1e12"),
-        ({"max_in_flight": 0}, "--max-in-flight 0: expected a whole number from 1 to 4,096"),
-        ({"max_in_flight": 5_000}, "--max-in-flight 5000: expected a whole number from 1 to 4,096"),
-        ({"max_cost_usd": "x"}, "--max-cost x: expected an amount in USD above 0"),
-        ({"max_cost_usd": "NaN"}, "--max-cost NaN: expected an amount in USD above 0"),
-        ({"max_tokens": 0}, "--max-tokens 0: expected a whole number of 1 or more"),
-        ({"requests_per_minute": 5.0, "max_requests": -1}, "--max-requests -1: expected a whole number of 1 or more"),
+        ({"requests_per_minute": "0"}, "--rpm 0: expected a number above 0, at most 1e12"),
+        ({"requests_per_minute": "nan"}, "--rpm nan: expected a number above 0, at most 1e12"),
+        ({"requests_per_minute": "fast"}, "--rpm fast: expected a number above 0, at most 1e12"),
+        ({"requests_per_second": ""}, "--rps '': expected a number above 0, at most 1e12"),
+        ({"tokens_per_minute": "inf"}, "--tpm inf: expected a number above 0, at most 1e12"),
+        ({"input_tokens_per_minute": "-1"}, "--input-tpm -1: expected a number above 0, at most 1e12"),
+        ({"output_tokens_per_minute": "1e13"}, "--output-tpm 1e13: expected a number above 0, at most 1e12"),
+        ({"requests_per_day": "0"}, "--rpd 0: expected a whole number of 1 or more"),
+        ({"max_in_flight": "0"}, "--max-in-flight 0: expected a whole number from 1 to 4,096"),
+        ({"max_in_flight": "5000"}, "--max-in-flight 5000: expected a whole number from 1 to 4,096"),
+        ({"max_in_flight": "2.5"}, "--max-in-flight 2.5: expected a whole number from 1 to 4,096"),
+        ({"max_cost_usd": "x"}, "--max-cost x: expected an amount in USD above 0, at most 10,000,000"),
+        ({"max_cost_usd": "NaN"}, "--max-cost NaN: expected an amount in USD above 0, at most 10,000,000"),
+        ({"max_cost_usd": "1e9"}, "--max-cost 1e9: expected an amount in USD above 0, at most 10,000,000"),
+        ({"max_tokens": "0"}, "--max-tokens 0: expected a whole number of 1 or more"),
+        ({"requests_per_minute": "5", "max_requests": "-1"}, "--max-requests -1: expected a whole number of 1 or more"),
     ],
 )
-def test_a_limit_that_cannot_be_is_named_by_its_flag(limits: dict[str, float | str], problem: str) -> None:
+def test_a_limit_that_cannot_be_is_named_by_its_flag(limits: dict[str, str], problem: str) -> None:
     with pytest.raises(JobError) as raised:
-        control.wish(limits)
+        live_limits.wish(limits)
     assert str(raised.value) == problem
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"\xff{", "expected a JSON object of limits"),
+        (b"[1]", "expected a JSON object of limits"),
+        (b"[" * 100_000, "expected a JSON object of limits"),
+        (b'{"requests_per_minute": 5}', "id is missing: expected a text of 1 to 64 characters"),
+        (b'{"id": 7}', "id 7: expected a text of 1 to 64 characters"),
+        (
+            b'{"id": "x", "requests_per_minute": "5"}',
+            'requests_per_minute "5": expected a number above 0, at most 1e12',
+        ),
+        (b'{"id": "x", "requests_per_second": true}', "requests_per_second true: expected a number above 0, at most"),
+        (b'{"id": "x", "max_in_flight": 0}', "max_in_flight 0: expected a whole number from 1 to 4,096"),
+        (b'{"id": "x", "requests_per_day": 1.5}', "requests_per_day 1.5: expected a whole number of 1 or more"),
+        (b'{"id": "x", "max_cost_usd": -1}', "max_cost_usd -1: expected an amount in USD above 0"),
+        (b'{"id": "x", "max_tokens": [1, 2]}', "max_tokens [1, 2]: expected a whole number of 1 or more"),
+        (b'{"id": "x", "requests_per_hour": 5}', "requests_per_hour: no such limit; there are requests_per_second, "),
+    ],
+)
+def test_what_is_wrong_in_control_json_is_said_in_plain_words(content: bytes, problem: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(problem)}") as raised:
+        live_limits.decode(content)
+    assert not any(word in str(raised.value) for word in ("$", "Expected", "msgspec"))
+
+
+def test_a_day_that_is_limited_while_a_run_works_counts_what_was_sent_on_it(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(tmp_path / "checkpoint.db", free_reserve=lambda: False)
+    try:
+        checkpoint.begin_invocation(0.0, 1, "host", "0")
+        checkpoint.listen(lambda endings: None, lambda error: None)
+        for row, at in enumerate((time.time(), time.time(), 86_400.0)):
+            checkpoint.put(completion(row, finished_at=at))
+        assert checkpoint.flushed()
+        daily = LearnedLimits(checkpoint, Limits(), 0.0).count_day(6, 3, 0.0)
+        assert not daily.is_spent(0.0)  # 2 have ended today, and 3 are out
+        daily.take()
+        assert daily.is_spent(0.0)
+    finally:
+        checkpoint.close()

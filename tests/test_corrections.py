@@ -1,5 +1,6 @@
 """A model whose answer does not fit is told so and asked again: bounded, billed, and never worse off than before."""
 
+import json
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
@@ -53,6 +54,19 @@ def test_an_answer_that_does_not_fit_is_mended_at_its_price(tmp_path: Path) -> N
         billed = sum(line.billed for line in simulator.ledger())
         prompt = sum(line.prompt_tokens for line in simulator.ledger())
     assert [(row["error"] or {}).get("kind") for row in rows] == [None, None, None, "schema", "schema", None]
+    set_aside = [[(each["attempt"], each["kind"]) for each in row["set_aside"] or ()] for row in rows]
+    # of 3 the last of three stands; 4 keeps the one there was
+    assert set_aside == [
+        [],
+        [(1, "schema")],
+        [(1, "invalid_json"), (2, "schema")],
+        [(1, "schema"), (2, "schema")],
+        [],
+        [],
+    ]
+    first = rows[1]["set_aside"][0]
+    assert json.loads(first["content"])["name"] == "label"
+    assert "does not fit its schema" in first["message"]
     assert rows[4]["error"]["http_status"] == 200
     assert rows[4]["function_call"] is not None
     assert rows[4]["raw"]
@@ -93,6 +107,9 @@ def test_a_start_after_a_kill_knows_how_often_the_model_was_told(tmp_path: Path)
     assert {row["status"] for row in rows} == {"invalid"}
     # told three times at most; an attempt whose answer was lost with the process was not told of
     assert sum(served) <= 4 * 4 + lost
+    # what was said before the kill is kept: each answer is there, or is the row's, or was lost
+    kept = sum(len(row["set_aside"] or ()) for row in rows)
+    assert sum(served) - lost <= kept + len(rows) <= sum(served)
     # one that was killed before it was sent has its number all the same
     assert all(times <= row["attempts"] <= times + lost for row, times in zip(rows, served, strict=True))
 
@@ -110,6 +127,64 @@ def test_the_longer_request_is_within_the_budget_or_not_sent(tmp_path: Path) -> 
     summary = read_summary(tmp_path / "out")
     assert Decimal(summary["cost_usd"]) <= Decimal("0.0042")
     assert summary["pending"] > 0
+
+
+TOOLS = """[request.extra]
+tool_choice = "required"
+[[request.extra.tools]]
+type = "function"
+[request.extra.tools.function]
+name = "label"
+parameters = {{ type = "object", required = ["a"], properties = {{ a = {{ type = "integer" }} }} }}
+[retry]
+backoff_base_s = 0.02
+invalid = {invalid}
+"""
+
+
+def calling(name: str, arguments: str) -> bytes:
+    """An answer that calls one tool."""
+    calls = [{"id": "call_1", "type": "function", "function": {"name": name, "arguments": arguments}}]
+    choice = {"message": {"content": None, "tool_calls": calls}, "finish_reason": "tool_calls"}
+    return json.dumps({"choices": [choice]}).encode()
+
+
+def test_calls_of_tools_are_held_against_their_parameters_and_mended_at_their_price(tmp_path: Path) -> None:
+    wrong = {1: ("label", '{"a": "x"}'), 2: ("label", '{"a": 1'), 3: ("other", "{}"), 4: ("label", '{"a": "x"}')}
+    faults = tuple(
+        Fault(kind="body", match=f"item {row} ", body_base64=calling(*call), billed=True, times=None if row == 4 else 1)
+        for row, call in wrong.items()
+    )
+    with running_simulator(SimulatorConfig(faults=faults)) as simulator:
+        source = write_rows(tmp_path / "in.jsonl", 6)
+        job = write_job(tmp_path / "job.toml", simulator.url, source, TOOLS.format(invalid=0))
+        assert batchrun("run", job, "-o", tmp_path / "once").exit_code == 3
+        rows = pq.read_table(tmp_path / "once" / "completions.parquet").to_pylist()
+        assert [row["status"] for row in rows] == ["ok", "invalid", "invalid", "invalid", "invalid", "ok"]
+        kinds = [None, "schema", "invalid_json", "unknown_function", "schema", None]
+        assert [(row["error"] or {}).get("kind") for row in rows] == kinds
+        assert 'the text of the arguments of label does not fit its schema: at $.a: "x"' in rows[1]["error"]["message"]
+    with running_simulator(SimulatorConfig(faults=faults)) as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, source, TOOLS.format(invalid=2))
+        assert batchrun("run", job, "-o", tmp_path / "again").exit_code == 3
+        rows = pq.read_table(tmp_path / "again" / "completions.parquet").to_pylist()
+        assert [row["status"] for row in rows] == ["ok", "ok", "ok", "ok", "invalid", "ok"]
+        assert [row["attempts"] for row in rows] == [1, 2, 2, 2, 2, 1]
+        assert all(isinstance(json.loads(row["tool_calls"])[0], dict) for row in rows)
+        calls = [json.loads(row["set_aside"][0]["content"])[0]["function"] for row in rows[1:4]]
+        assert [(call["name"], call["arguments"]) for call in calls] == [wrong[row] for row in (1, 2, 3)]
+
+
+def test_a_tool_whose_parameters_are_no_schema_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
+    with running_simulator() as simulator:
+        source = write_rows(tmp_path / "in.jsonl", 2)
+        job = write_job(tmp_path / "job.toml", simulator.url, source, TOOLS.format(invalid=0))
+        job.write_text(job.read_text().replace('"integer"', '"whole"'))
+        for command in ("check", "run"):
+            ended = batchrun(command, job, *(("-o", tmp_path / "out") if command == "run" else ()))
+            assert ended.exit_code == 2
+            assert "request.extra.tools[0].function.parameters: no JSON schema: at $.properties.a.type" in ended.stderr
+        assert not simulator.ledger()
 
 
 FINISH = """response_format = {{ type = "text" }}
@@ -137,5 +212,7 @@ def test_a_finish_reason_that_is_not_accepted_fails_its_row_or_is_asked_again(tm
             assert [asked(simulator, row) for row in range(3)] == attempts
         assert [row["status"] for row in rows] == ["ok", "ok" if length == "retry" else "truncated", "truncated"]
         assert rows[2]["content"] == "Fi"
+        contents = [[each["content"] for each in row["set_aside"] or ()] for row in rows]
+        assert contents == ([[], ["Fi"], ["Fi", "Fi"]] if length == "retry" else [[], [], []])
         assert (rows[2]["error"] is None) == (length == "accept")
         assert length != "fail" or batchrun("verify", out).exit_code == 0

@@ -13,9 +13,9 @@ import pytest
 
 import batchrun
 from batchrun.answer.answer import read
-from batchrun.asking.runlog import RunLog
 from batchrun.checkpoint.checkpoint import SPILL
 from batchrun.cli import cli
+from batchrun.dispatch.runlog import RunLog
 from batchrun.errors import ExitCode
 from batchrun.gate.admission import Limit
 from batchrun.job.job import Retry, settings

@@ -479,14 +479,25 @@ def test_bad_records_are_named_before_the_first_request_or_set_aside(tmp_path: P
     ]
 
 
-def test_an_empty_input_gives_a_clear_word_and_a_valid_empty_output(tmp_path: Path) -> None:
+def test_an_empty_input_is_refused_unless_the_job_allows_it(tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
     source.write_text("\n\n")
     job = write_job(tmp_path / "job.toml", "http://127.0.0.1:9/v1", source)
-    ended = batchrun("run", job, "-o", tmp_path / "out")
+    for given in (
+        ("run", job, "-o", tmp_path / "out"),
+        ("run", job, "-o", tmp_path / "out", "-i", "-"),
+        ("check", job),
+    ):
+        ended = batchrun(*given)  # standard input is empty here
+        assert ended.exit_code == 2
+        assert ended.stderr.count("Error: ") == 1
+        assert "Error: the input has no rows; see whether it is whole, or set input.min_rows = 0" in ended.stderr
+    assert not (tmp_path / "out" / "completions.parquet").exists()
+    allowed = ("--set", "input.min_rows=0")
+    ended = batchrun("run", job, "-o", tmp_path / "out", *allowed)
     assert ended.exit_code == 0, ended.stderr
-    assert "nothing to ask" in ended.stderr
-    ended = batchrun("run", job, "-o", tmp_path / "parts", "--set", "output.layout=parts")
+    assert "nothing to send" in ended.stderr
+    ended = batchrun("run", job, "-o", tmp_path / "parts", "--set", "output.layout=parts", *allowed)
     assert ended.exit_code == 0, ended.stderr
     for table in (completions(tmp_path / "out"), pq.read_table(tmp_path / "parts" / "completions")):
         assert table.num_rows == 0
@@ -561,8 +572,9 @@ def test_new_check_status_and_report_go_together(tmp_path: Path) -> None:
     assert batchrun("new", "mine.toml", cwd=tmp_path).exit_code == 0
     assert batchrun("new", "mine.toml", cwd=tmp_path).exit_code == 2
     assert "20 rows" in batchrun("check", "mine.toml", cwd=tmp_path).stdout
-    empty = batchrun("check", "mine.toml", "-i", write_rows(tmp_path / "none.jsonl", 0), cwd=tmp_path)
-    assert (empty.exit_code, empty.stdout) == (0, "0 rows in 1 file: there is nothing to ask\n")
+    none = ("-i", write_rows(tmp_path / "none.jsonl", 0), "--set", "input.min_rows=0")
+    empty = batchrun("check", "mine.toml", *none, cwd=tmp_path)
+    assert (empty.exit_code, empty.stdout) == (0, "0 rows in 1 file: there is nothing to send\n")
     assert batchrun("run", "mine.toml", "-o", "out", "--set", "simulator.latency_s=0", cwd=tmp_path).exit_code == 0
     status = batchrun("status", "out", cwd=tmp_path)
     assert "20 of 20 done" in status.stdout

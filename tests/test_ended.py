@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchrun import policy
-from batchrun.asking.backlog import Pending
-from batchrun.asking.ended import Ended, maybe_billed, remembered
+from batchrun.dispatch.attempt_result import Ended, maybe_billed, remembered
+from batchrun.dispatch.backlog import Pending
 from batchrun.job.expected import KINDS
 from batchrun.job.job import Retry
 from batchrun.policy import History, Judgement

@@ -118,3 +118,11 @@ def test_the_estimate_of_the_rest_learns_from_the_pilot_and_is_met(tmp_path: Pat
     expected = Decimal(told.stdout.split("about $")[1].split(";")[0])
     assert abs(rest - expected) < expected * Decimal("0.25")
     assert batchrun("estimate", written, "-o", tmp_path / "nowhere").exit_code == 2
+
+
+def test_an_estimate_after_a_single_answer_says_so(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "in.jsonl", 5)
+    with running_simulator() as simulator:
+        written = write_job(tmp_path / "job.toml", simulator.url, source)
+        assert batchrun("run", written, "-o", tmp_path / "out", "--limit", "1").exit_code == 0
+        assert "(the one answer of " in batchrun("estimate", written, "-o", tmp_path / "out").stdout

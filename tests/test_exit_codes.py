@@ -89,6 +89,12 @@ def a_complete_run_is_started_again(place: Place) -> Ended:
 def there_is_nothing_to_ask(place: Place) -> Ended:
     place.source.write_text("\n")
     place.simulator()
+    return place.run("--set", "input.min_rows=0")
+
+
+def the_input_is_empty(place: Place) -> Ended:
+    place.source.write_text("\n")
+    place.simulator()
     return place.run()
 
 
@@ -291,6 +297,7 @@ WAYS = {
     "a flag is wrong": Way(a_flag_is_wrong, 2, None, "--limit"),
     "the key is missing": Way(the_key_is_missing, 2, None, "BATCHRUN_TEST_KEY"),
     "a record is wrong": Way(a_record_is_wrong, 2, "failed", "1 of 2 input records can't be asked"),
+    "the input is empty": Way(the_input_is_empty, 2, "failed", "the input has no rows"),
     "the route is wrong": Way(the_route_is_wrong, 2, "stopped", "no such route"),
     "the first rows all fail alike": Way(the_first_rows_all_fail_alike, 2, "stopped", "all failed alike"),
     "the job has changed": Way(the_job_has_changed, 2, "failed", "request.temperature"),

@@ -103,6 +103,69 @@ def test_a_call_names_a_function_that_was_offered_with_arguments_that_fit(
     assert ANYTHING.call_flaw(name, arguments) is None, "where no function was offered nothing is said of calls"
 
 
+def function(name: str, **more: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, **more}}
+
+
+def call(name: object, arguments: object = "{}", **more: Any) -> dict[str, Any]:
+    return {"id": "call_1", "type": "function", "function": {"name": name, "arguments": arguments}, **more}
+
+
+FIND = function("find", parameters={"type": "object", "properties": {"id": {"type": "integer"}}, "required": ["id"]})
+NOW = function("now", parameters={"type": "object", "properties": {}})
+NOTE = {"type": "custom", "custom": {"name": "note"}}
+SEARCH = {"type": "web_search", "max_uses": 2}
+
+
+@pytest.mark.parametrize(
+    ("calls", "kind"),
+    [
+        ([call("find", '{"id": 7}')], None),
+        ([call("find", {"id": 7})], None),
+        ([call("find", '{"id": 7}'), call("now", "")], None),
+        ([call("find", '{"id": 7}'), call("now", None)], None),
+        ([call("find", '{"id": "7"}')], "schema"),
+        ([call("find", {"id": "7"})], "schema"),
+        ([call("find", "{}")], "schema"),
+        ([call("find", "")], "invalid_json"),
+        ([call("find", '{"id": 7}{"id": 7}')], "invalid_json"),
+        ([call("find", '{"id": 7}'), call("find", '{"id": 7')], "invalid_json"),
+        ([call("now", "[]")], "schema"),
+        ([call("other")], "unknown_function"),
+        ([call(None)], "unknown_function"),
+        ([call(["find"])], "unknown_function"),
+        ([{}], "unknown_function"),
+        ([7], "unknown_function"),
+        ([{"id": "c", "type": "custom", "custom": {"name": "note", "input": "any {text"}}], None),
+        ([{"id": "c", "type": "custom", "custom": {"name": "other", "input": ""}}], "unknown_function"),
+        ([{"id": "c", "type": "custom", "custom": {"name": ["note"]}}], "unknown_function"),
+    ],
+)
+def test_a_call_names_a_tool_that_was_offered_with_arguments_that_fit(calls: list[Any], kind: str | None) -> None:
+    flaw = of(None, None, [FIND, NOW, NOTE]).tool_flaw(json.dumps(calls))
+    assert (None if flaw is None else flaw.kind) == kind
+    assert ANYTHING.tool_flaw(json.dumps(calls)) is None
+
+
+@pytest.mark.parametrize("other", [SEARCH, {"function": 7}, {"type": "function", "function": {}}, 7, None])
+def test_a_tool_that_only_the_server_knows_may_have_any_name_and_the_others_are_judged(other: object) -> None:
+    expected = of(None, None, [FIND, other])
+    assert expected.tool_flaw(json.dumps([call("web_search"), {"type": "custom", "custom": {"name": "x"}}])) is None
+    assert expected.tool_flaw(json.dumps([call("find")])) is not None
+
+
+def test_a_function_is_known_whether_it_is_offered_and_called_as_such_or_as_a_tool() -> None:
+    assert of(None, None, [FIND]).call_flaw("find", "{}") is not None
+    assert of(None, None, [FIND]).call_flaw("find", '{"id": 1}') is None
+    assert of(None, [FIND["function"]], None).tool_flaw(json.dumps([call("find")])) is not None
+
+
+@pytest.mark.parametrize("parameters", [{"type": "strin"}, "no schema", [1], 7])
+def test_parameters_of_a_tool_that_are_no_schema_are_named_before_anything_is_sent(parameters: object) -> None:
+    with pytest.raises(JobError, match=r"^tools\[1\]\.function\.parameters: "):
+        of(None, None, [NOW, function("bad", parameters=parameters)])
+
+
 # ── schemas ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

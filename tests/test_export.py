@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from batchrun import credentials, invocation
+from batchrun import credentials, engine
 from batchrun.errors import CheckpointError, InputError, JobError
 from batchrun.job.load import load
 from batchrun.output import files, partial
@@ -28,6 +28,7 @@ from batchrun.simulator import Fault, SimulatorConfig
 from tests.cli_process import KEY, KEY_ENV, batchrun, kill_when, read_summary, snapshot, start, write_job, write_rows
 from tests.endings import completion, discarded
 from tests.simulator_process import RunningSimulator, running_simulator
+from tests.test_verify import flip, last_of_a_page
 
 ROWS = 200
 MORE = """
@@ -60,7 +61,7 @@ class Runs(NamedTuple):
     def resume(self, directory: RunDirectory, **changes: Any) -> Summary:
         """The run is resumed in this process."""
         job = load(self.folder / "file.toml", [f"{name}={value}" for name, value in changes.items()])
-        return invocation.run(job, directory, credentials.read(job.endpoint, {KEY_ENV: KEY}))
+        return engine.run(job, directory, credentials.read(job.endpoint, {KEY_ENV: KEY}))
 
 
 @pytest.fixture(scope="module")
@@ -155,9 +156,7 @@ def test_a_flipped_bit_in_the_rows_so_far_is_named_and_harms_no_run(runs: Runs, 
     directory = runs.copy("killed", tmp_path / "run")
     export(directory)
     assert verify(directory).damages == ()
-    content = bytearray(directory.partial.read_bytes())
-    content[len(content) // 3] ^= 16
-    directory.partial.write_bytes(content)
+    flip(directory.partial, last_of_a_page(directory.partial))
     (damage,) = verify(directory).damages
     assert (damage.file, damage.rows) == (directory.partial.name, ())
     assert "export" in damage.then

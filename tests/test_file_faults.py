@@ -44,10 +44,10 @@ PAUSING = {
     "the database at rest": (Fault("pwrite64", ("checkpoint.db",), "EIO", "3"),),
     "the write-ahead log": (
         Fault("pwrite64", WAL, "EIO", "40"),
-        Fault(SYNC, WAL, "EIO", "10"),
+        Fault(SYNC, WAL, "EIO", "6"),
         Fault("pwrite64", WAL, "ENOSPC", "60"),
         Fault("pwrite64", WAL, "ENOSPC", "30+"),
-        Fault(SYNC, WAL, "EIO", "8+"),
+        Fault(SYNC, WAL, "EIO", "5+"),
     ),
     "the stored input": (
         Fault("write", INPUTS, "EIO", "5"),
@@ -261,7 +261,7 @@ PACES = {
     *("gate.accounts", "gate.admission", "gate.deadline", "gate.forecast", "gate.gate", "gate.outage", "gate.pace"),
     *("gate.crowding", "gate.evidence", "gate.in_flight", "gate.knee", "gate.rate_search", "gate.refusals"),
     *("gate.purse", "gate.state", "policy"),
-    *("asking.asking", "asking.backlog", "asking.heartbeat", "asking.pipeline"),
+    *("dispatch.dispatch", "dispatch.backlog", "dispatch.heartbeat", "dispatch.worker"),
 }
 """The modules that wait, limit or give up. Their clock is the event loop's: a jump of the system's does not move it."""
 
@@ -276,5 +276,5 @@ def test_no_wait_limit_or_deadline_looks_at_the_clock_on_the_wall() -> None:
                 case ast.Attribute(value=ast.Name(id="time" | "datetime" | "date"), attr=name) if name in WALL_CLOCKS:
                     looks.add(module)
     assert files.keys() > PACES
-    assert "asking.chronicle" in looks, "the search finds nothing"
+    assert "dispatch.run_status" in looks, "the search finds nothing"
     assert looks.isdisjoint(PACES)

@@ -15,8 +15,10 @@ from batchrun.gate.admission import Ask, Binding, Limit, Outcome, Ruling, Stop
 from batchrun.gate.daily import DailyCount
 from batchrun.gate.gate import Gate, GateClosed
 from batchrun.gate.in_flight import InFlight
+from batchrun.gate.overruns import Overruns
 from batchrun.gate.pace import PaceChange
 from batchrun.gate.purse import Cap, Purse
+from batchrun.gate.rates import Rates
 from batchrun.gate.state import GateState
 from batchrun.job.job import Limits
 from batchrun.records import RowError, Verdict
@@ -33,6 +35,7 @@ def new_gate(
     max_in_flight: int = 8,
     daily: DailyCount | None = None,
     purse: Purse | None = None,
+    overruns: Overruns | None = None,
     on_pace: PaceChange = lambda limit, before, after, why: None,
     **limits: Any,
 ) -> Gate:
@@ -49,6 +52,7 @@ def new_gate(
         Limits(**limits),
         daily=daily,
         purse=purse,
+        overruns=overruns,
         on_pace=on_pace,
     )
 
@@ -249,12 +253,12 @@ async def test_other_limits_hold_from_the_moment_they_are_told() -> None:
     gate = new_gate(requests_per_minute=6_000, on_pace=lambda *change: changes.append(change))
     for _ in range(300):
         await use(gate, SMALL)
-    gate.tune(requests_per_minute=600, tokens_per_minute=6_000)
+    gate.tune(Rates(requests_per_minute=600, tokens_per_minute=6_000))
     start_s = now_s()
     for _ in range(100):
         await use(gate, SMALL)
     assert now_s() - start_s == pytest.approx(10.0, abs=0.2)
-    gate.tune(requests_per_minute=6_000)
+    gate.tune(Rates(requests_per_minute=6_000))
     start_s = now_s()
     for _ in range(100):
         await use(gate, SMALL)
@@ -265,13 +269,54 @@ async def test_other_limits_hold_from_the_moment_they_are_told() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("before", "rates", "per_s"),
+    [
+        ({}, Rates(requests_per_second=5), 5),
+        ({"requests_per_second": 50}, Rates(requests_per_second=5), 5),
+        ({}, Rates(requests_per_minute=300), 5),
+        ({}, Rates(tokens_per_minute=30_000), 5),
+        ({}, Rates(input_tokens_per_minute=18_000), 5),
+        ({"input_tokens_per_minute": 1_000_000}, Rates(input_tokens_per_minute=18_000), 5),
+        ({}, Rates(output_tokens_per_minute=12_000), 5),
+    ],
+)
+def test_a_rate_that_is_tuned_holds_whether_or_not_the_job_had_one(
+    before: dict[str, Any], rates: Rates, per_s: float
+) -> None:
+    async def main() -> None:
+        gate, sent_s = new_gate(**before), list[float]()
+        for row in range(61):
+            slot = await gate.admit(Ask(100, output_tokens=40))
+            sent_s.append(now_s())
+            gate.settle(slot, 100, 40)
+            gate.observe(slot, Outcome(row, Verdict.OK))
+            gate.release(slot, Decimal(0))
+            if not row:
+                gate.tune(rates)
+        # the first ten may be what a fresh limiter, or what is left of a bucket, lets through
+        assert sent_s[-1] - sent_s[10] == pytest.approx(50 / per_s, rel=0.02)
+
+    run_on_moved_clock(main())
+
+
+@on_moved_clock
+async def test_a_limit_of_a_day_that_is_tuned_makes_the_rest_wait_for_the_next_day() -> None:
+    gate = new_gate()
+    gate.tune(Rates(daily=DailyCount(5, 3, now_s() + 600)))
+    start_s = now_s()
+    sent_s = [await use(gate, SMALL) - start_s for _ in range(4)]
+    assert [round(at_s) for at_s in sent_s] == [0, 0, 600, 600]
+    assert gate.in_force.requests_per_day == 5
+
+
 @on_moved_clock
 async def test_who_waits_for_a_slow_pace_goes_as_soon_as_a_faster_one_allows_it() -> None:
     gate = new_gate(requests_per_minute=1)
     await gate.admit(SMALL)
     waiting = await turns(gate.admit(SMALL))
     start_s = now_s()
-    gate.tune(requests_per_minute=6_000)
+    gate.tune(Rates(requests_per_minute=6_000))
     await waiting
     assert now_s() - start_s == pytest.approx(0.01)
 
@@ -598,14 +643,14 @@ async def test_closing_ends_every_wait_at_once_and_later_rows_too() -> None:
     assert now_s() == start_s
 
 
-STORM = 8
+STORM = 10
 """So many refusals in a row are no chance."""
 
 
 async def storm(gate: Gate, retry_after_s: float | None = None) -> None:
     """Everything that is sent is refused, and the gate pauses."""
-    slots = [await gate.admit(SMALL) for _ in range(STORM)]
-    for row, slot in enumerate(slots):
+    for row in range(STORM):
+        slot = await gate.admit(SMALL)
         gate.observe(slot, Outcome(row, Verdict.SLOW, RATE_LIMIT, retry_after_s))
         gate.release(slot, Decimal(0))
 

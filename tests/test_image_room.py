@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import batchrun
-from batchrun.asking import pipeline
-from batchrun.asking.image_room import AT_ONCE, ImageRoom
+from batchrun.dispatch import worker
+from batchrun.dispatch.image_memory import AT_ONCE, ImageMemory
 from batchrun.records import Request
 from batchrun.simulator import SimulatorConfig
 from tests.pictures import SAMPLES
@@ -28,7 +28,7 @@ def test_who_comes_first_is_loaded_until_the_room_is_full_and_the_next_when_some
         return request_of(row, 40)
 
     async def fill() -> None:
-        room = ImageRoom(100)
+        room = ImageMemory(100)
         tasks = [asyncio.create_task(room.load(functools.partial(read, row))) for row in range(12)]
         for left, task in enumerate(tasks):
             await task  # with three in the room it is full; those that were being read come on top of them
@@ -45,7 +45,7 @@ def test_what_is_larger_than_the_room_goes_alone_and_a_failure_leaves_no_trace()
         raise batchrun.InputError("gone")
 
     async def pass_through() -> None:
-        room = ImageRoom(100)
+        room = ImageMemory(100)
         for row in range(3):
             with pytest.raises(batchrun.InputError):
                 await room.load(fail)
@@ -57,7 +57,7 @@ def test_what_is_larger_than_the_room_goes_alone_and_a_failure_leaves_no_trace()
 def test_rows_that_wait_for_room_are_all_asked_and_none_after_the_end_was_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "ImageRoom", functools.partial(ImageRoom, 1))
+    monkeypatch.setattr(worker, "ImageMemory", functools.partial(ImageMemory, 1))
     rows = [{"image": path.name} for path in sorted(SAMPLES.iterdir())[:8]]
     with running_simulator(SimulatorConfig(latency_s=0.5, ledger=str(tmp_path / "ledger"))) as simulator:
         job = batchrun.Job(

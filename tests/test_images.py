@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -54,6 +55,54 @@ def test_a_file_under_the_root_is_read_by_its_path_or_by_a_link_that_stays_insid
         assert images_under(root).read(path).content == PNG + b"inside"
 
 
+NAMES = [
+    b"a b.png",
+    b"a\nb.png",
+    b"a#b?c=%41&d.png",
+    b"100%.png",
+    b"100%25.png",
+    b"\"quo\\te'.png",
+    b"~.png",
+    b"-.png",
+    b"*[a].png",
+    b"$HOME.png",
+    "ä\U0001f600.png".encode(),
+    b"caf\xe9.png",
+    b"\xff\xfe.png",
+    b"a:/b.png",
+    b"a://b.png",
+]
+
+
+def named(root: Path, name: bytes) -> bytes:
+    """The content of a new image with that name, which differs from all others'."""
+    place = os.path.join(os.fsencode(root), name)  # noqa: PTH118  bytes
+    os.makedirs(os.path.dirname(place), exist_ok=True)  # noqa: PTH103, PTH120
+    content = PNG + name.hex().encode()
+    with open(place, "wb") as file:
+        file.write(content)
+    return content
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_image_with_any_bytes_in_its_name_is_read_from_json_lines_and_parquet_rows(
+    root: Path, tmp_path: Path, name: bytes
+) -> None:
+    content = named(root, name)
+    said = [f"file:{quote(name)}", f"file://{quote(os.fsencode(root) + b'/' + name)}"]
+    if name not in (b"caf\xe9.png", b"\xff\xfe.png"):  # what is no text can only be said by a URL
+        said += [f"./{name.decode()}"] + ([name.decode()] if b"://" not in name else [])
+    rows = [{"photo": each} for each in said]
+    write_lines(tmp_path / "in.jsonl", rows)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in.parquet")
+    job = a_job(root)
+    for file in (tmp_path / "in.jsonl", tmp_path / "in.parquet"):
+        records = list(open_source((file,)).records())
+        assert len(records) == len(said)
+        for record in records:
+            assert sent(job, record.columns)[1:] == [image_part(data_url(content))]
+
+
 def _outside_absolute(root: Path) -> str:
     return str(root.parent / "outside.png")
 
@@ -83,6 +132,12 @@ def _sibling_with_the_roots_name(root: Path) -> str:
         (_sibling_with_the_roots_name, "lies outside input.image_root"),
         (lambda root: "../outside.png", "holds `..`"),
         (lambda root: "deep/../deep/a.png", "holds `..`"),
+        (lambda root: f"file://{root.parent}/outside.png", "lies outside input.image_root"),
+        (lambda root: "file:///etc/passwd", "lies outside input.image_root"),
+        (lambda root: "file://server/share/a.png", "lies outside input.image_root"),
+        (lambda root: "file:%2e%2e/outside.png", "holds `..`"),
+        (lambda root: "file:a%00.png", "is no path"),
+        (lambda root: "two\nlines.png", "two\\nlines.png: can't be read: No such file"),
         (lambda root: "deep", "is no regular file"),
         (lambda root: ".", "is no regular file"),
         (lambda root: "gone.png", "can't be read: No such file"),
@@ -214,6 +269,18 @@ def sent(job: Job, columns: Columns, dialect: str = "columns") -> list[Any]:
     return content
 
 
+def test_a_streamed_request_with_images_is_the_same_but_for_its_end() -> None:
+    row = Row(0, {"photo": PNG})
+    bodies = [
+        RequestBuilder(job, "columns").whole(row, Images(job.input).read)[0].body
+        for job in (a_job(), a_job(stream=True))
+    ]
+    plain, streamed = map(json.loads, bodies)
+    assert streamed.pop("stream") is True
+    assert streamed.pop("stream_options") == {"include_usage": True}
+    assert streamed == plain
+
+
 def image_part(url: str, **more: str) -> Columns:
     return {"type": "image_url", "image_url": {"url": url, **more}}
 
@@ -296,7 +363,6 @@ def test_images_in_a_rows_own_messages_and_in_batch_lines_are_held_to_the_same_r
         ({"photo": []}, "no image in photo"),
         ({"photo": 5}, "photo: expected a path, a URL or bytes of an image (is 5)"),
         ({"photo": {"x": 1}}, "photo: expected a path, a URL or bytes of an image"),
-        ({"photo": "file:///etc/passwd"}, "messages[0].content[1].image_url.url: expected an http(s) URL, a data URL"),
         ({"photo": "gs://bucket/a.png"}, "expected an http(s) URL, a data URL or a path (is 'gs://bucket/a.png')"),
         ({"photo": "http://"}, "expected an http(s) URL, a data URL or a path"),
         ({"photo": ""}, "expected an http(s) URL, a data URL or a path (is '')"),

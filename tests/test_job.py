@@ -276,6 +276,12 @@ def test_a_proxy_with_a_password_is_refused() -> None:
         at("https://h", proxy="http://user:word@proxy:3128")
 
 
+@pytest.mark.parametrize("proxy", ["proxy.local:3128", "notaurl", "socks5://127.0.0.1:1080", "http://", "http://p:x"])
+def test_a_proxy_that_no_request_could_go_through_is_refused(proxy: str) -> None:
+    with pytest.raises(JobError, match=r"endpoint\.proxy: expected the http\(s\) URL of an HTTP proxy"):
+        at("https://h", proxy=proxy)
+
+
 @pytest.mark.parametrize(
     ("url", "problem"),
     [
@@ -382,6 +388,7 @@ def test_a_schema_in_the_job_that_is_none_is_named(tmp_path: Path) -> None:
 # -- fingerprint
 
 OTHER_VALUES: Mapping[str, object] = {
+    "endpoint.proxy": "http://proxy:3128",
     "endpoint.url": "https://other/v1",
     "endpoint.name": "other",
     "endpoint.api_key_env": "OTHER",

@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from batchrun import credentials, invocation
+from batchrun import credentials, engine
 from batchrun.errors import CheckpointError, JobError
 from batchrun.job.load import load
 from batchrun.plan.asked import Asked
@@ -344,7 +344,7 @@ class Lifetime(RuleBasedStateMachine):
         """A start in this process; its exit code."""
         loaded = load(self.write(), self.overrides())
         try:
-            summary = invocation.run(
+            summary = engine.run(
                 loaded, RunDirectory(self.out), credentials.read(loaded.endpoint, {KEY_ENV: KEY}), asked
             )
         except CheckpointError as error:

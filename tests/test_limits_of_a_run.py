@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from batchrun.checkpoint.checkpoint import Checkpoint
+from batchrun.checkpoint.spent import Spent
 from batchrun.gate import daily, learned
 from batchrun.simulator import SimulatorConfig
 from tests.cli_process import batchrun, finish, start, wait_until, write_job, write_rows
+from tests.fault_server import answer, sends, serving_aside
 from tests.simulator_process import running_simulator
 
 
@@ -85,3 +87,32 @@ def test_a_days_requests_are_counted_over_all_starts_of_a_run_even_a_killed_one(
             finish(process)
         assert len(simulator.ledger()) == 40
     assert json.loads(manifest(out)[daily.ENTRY])["requests_before"] == 0
+
+
+def test_answers_without_usage_count_in_a_cap_that_a_later_start_sets_as_in_one_from_the_beginning(
+    tmp_path: Path,
+) -> None:
+    def spent(out: Path) -> Spent:
+        checkpoint = Checkpoint(out / "checkpoint.db", free_reserve=lambda: False)
+        try:
+            return checkpoint.spent
+        finally:
+            checkpoint.close()
+
+    source, early, late = write_rows(tmp_path / "in.jsonl", 30), tmp_path / "early", tmp_path / "late"
+    priced = ("--set", "request.model=gpt-5-mini")
+    with serving_aside(sends(answer())) as server:  # its answers state no usage
+        job = write_job(tmp_path / "job.toml", server.url, source)
+        first = ("--limit", "10", *priced)
+        assert batchrun("run", job, "-o", late, *first).exit_code == 0
+        caps = ("--max-cost", "5", "--set", "budget.max_tokens=100000")
+        assert batchrun("run", job, "-o", early, *first, *caps).exit_code == 0
+        assert (spent(late).possibly_billed_count, spent(early).possibly_billed_count) == (0, 10)
+        assert spent(late).tokens() == spent(early).tokens() > 10 * 40
+        assert spent(late).most_usd() == spent(early).most_usd() > 0
+        cap = f"budget.max_tokens={spent(late).tokens() + 1}"
+        sent = len(server.exchanges)
+        ended = batchrun("run", job, "-o", late, *priced, "--set", cap)
+        assert ended.exit_code == 4, ended.stderr
+        assert len(server.exchanges) == sent
+        assert batchrun("verify", late).exit_code == 0

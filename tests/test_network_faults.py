@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import pyarrow.parquet as pq
 import pytest
 
-from batchrun import credentials, invocation
+from batchrun import credentials, engine
 from batchrun.records import Summary
 from batchrun.rundir import RunDirectory
 from tests.cli_process import KEY, KEY_ENV, holds_key
@@ -71,7 +71,7 @@ def ask(folder: Path, url: str, rows: int = 12, *, speed: float = 10.0, **tables
     endpoint = {**fixed, **tables.pop("endpoint", {})}
     job = job_over(source, **{"endpoint": endpoint, "retry": QUICK_RETRY, **tables})
     key = credentials.read(job.endpoint, {KEY_ENV: KEY})
-    summary = invocation.run(job, RunDirectory(folder / "out"), key, loop_factory=fast_clock(speed))
+    summary = engine.run(job, RunDirectory(folder / "out"), key, loop_factory=fast_clock(speed))
     assert holds_key(folder / "out", [KEY.encode()]) == []
     result = pq.read_table(folder / "out" / "completions.parquet").to_pylist() if summary.complete else []
     return Told(summary, result)

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from batchrun import credentials, rundir
-from batchrun.asking.chronicle import Chronicle
+from batchrun.dispatch.run_status import RunStatus
 from batchrun.gate.admission import Limit
 from batchrun.gate.forecast import Forecast
 from batchrun.records import Summary, TotalsLine
@@ -194,7 +194,7 @@ def test_the_command_in_the_summary_has_no_key(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path)
     job = job_over("in.jsonl", endpoint={"url": "http://127.0.0.1:9", "api_key_env": KEY_ENV})
     keys = credentials.read(job.endpoint, {KEY_ENV: KEY})
-    Chronicle("job", directory, keys, f"batchrun run a.toml --set request.user={KEY}").close()
+    RunStatus("job", directory, keys, f"batchrun run a.toml --set request.user={KEY}").close()
     assert "batchrun run a.toml --set request.user=" in directory.summary.read_text()
     assert KEY not in directory.summary.read_text()
 

@@ -96,6 +96,7 @@ def test_our_columns_are_the_documented_ones_whatever_the_data() -> None:
         "reported_cost_usd": "decimal128(20, 12)",
         "answer_cost_usd": "decimal128(20, 12)",
         "attempts": "int32",
+        "set_aside": "list<element: struct<attempt: int32, kind: string, message: string, content: large_string>>",
         "latency_s": "double",
         "time_to_first_token_s": "double",
         "error": "struct<kind: string, http_status: int32, code: string, message: string>",

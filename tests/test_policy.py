@@ -497,7 +497,9 @@ def test_late_waits_differ_because_the_ceiling_is_clamped_before_the_jitter() ->
         ({"content": "", "finish_reason": "stop"}, Status.EMPTY, Status.EMPTY),
         ({"content": None}, Status.EMPTY, Status.EMPTY),
         ({"function_call": FunctionCall("f", "{}"), "finish_reason": "function_call"}, Status.OK, Status.OK),
-        ({"finish_reason": "tool_calls"}, Status.OK, Status.OK),
+        ({"tool_calls": "[]", "finish_reason": "tool_calls"}, Status.OK, Status.OK),
+        ({"finish_reason": "tool_calls"}, Status.EMPTY, Status.EMPTY),
+        ({"content": "Fine.", "finish_reason": "tool_calls"}, Status.OK, Status.INVALID),
     ],
 )
 def test_a_usable_answer_ends_by_its_finish_reason(

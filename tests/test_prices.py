@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from batchrun import price_list
 from batchrun.job.job import Price
 from batchrun.price_list import resolve
-from batchrun.prices import PriceTable, Tier, asked_tier, cost, upper_bound
+from batchrun.prices import PriceTable, Tier, asked_tier, cost, lacks_tier, upper_bound
 from batchrun.records import Usage
 
 TODAY = "2026-11-22"
@@ -189,6 +190,60 @@ def test_a_price_is_that_of_the_endpoints_own_vendor(model: str, url: str, vendo
 
 
 @pytest.mark.parametrize(
+    ("url", "vendor"),
+    [
+        ("https://api.openai.com", "OpenAI"),
+        ("https://API.OpenAI.com./v1", "OpenAI"),
+        ("https://api.openai.com:8443/v1", "OpenAI"),
+        ("https://api.openai.com.evil.example/v1", None),
+        ("https://api.openai.community/v1", None),
+        ("https://api.openai.com@evil.example/v1", None),
+        ("https://evil.example/api.openai.com/v1", None),
+        ("https://evil.example/https://api.openai.com", None),
+        ("https://xapi.openai.com/v1", None),
+        ("https://openrouter.ai.example/api/v1", None),
+        ("https://api.together.ai/v1", "Together AI"),
+        ("https://api.together.ai.example/v1", None),
+        ("https://generativelanguage.googleapis.com/v1beta/openai", "Google"),
+        ("https://evil.example/generativelanguage.googleapis.com", None),
+        ("https://googleapis.com.example/v1", None),
+        ("https://mine.openai.azure.com/openai/v1", "Microsoft Azure"),
+        ("https://mine.openai.azure.com.example/openai/v1", None),
+        ("https://localhost/mine.openai.azure.com", None),
+        ("https://api.moonshot.cn/v1", "MoonshotAi"),
+        ("https://api.moonshot.ai.example/v1", None),
+        ("https://router.huggingface.co/groq/openai/v1", "HuggingFace (groq)"),
+        ("https://router.huggingface.co.example/groq", None),
+        ("https://router.huggingface.co/groqx", None),
+        ("https://bedrock-runtime.eu-west-1.amazonaws.com/openai/v1", "AWS Bedrock"),
+        ("https://bedrock-runtime.eu-west-1.amazonaws.com.example/v1", None),
+        ("http://127.0.0.1:8000/v1", None),
+    ],
+)
+def test_a_host_is_a_vendors_only_as_a_whole(url: str, vendor: str | None) -> None:
+    found = price_list._host(url)
+    assert (None if found is None else found.name) == vendor
+
+
+@pytest.mark.parametrize(
+    ("url", "model", "whose"),
+    [
+        ("https://bedrock-runtime.eu-west-1.amazonaws.com", "amazon.nova-lite-v1:0", "region"),
+        ("https://europe-west4-aiplatform.googleapis.com/v1", "gemini-2.5-flash", "region"),
+        ("https://eu.api.openai.com/v1", "gpt-5-mini", "list price of OpenAI for gpt-5-mini, not the endpoint's own"),
+        (OPENAI, "gpt-5-mini", "the price of OpenAI by"),
+        (DEEPSEEK, "deepseek-flash", "the price of Deepseek by"),
+        ("https://generativelanguage.googleapis.com/v1beta/openai", "gemini-2.5-flash", "the price of Google by"),
+    ],
+)
+def test_a_regions_price_is_named_as_the_plain_one(url: str, model: str, whose: str) -> None:
+    found = resolve(model, {}, TODAY, url)
+    assert found is not None
+    plain = f"the plain list price of {found.vendor}, not that of the endpoint's region"
+    assert (plain if whose == "region" else whose) in found.describe()
+
+
+@pytest.mark.parametrize(
     ("tier", "usd"),
     [
         (None, "0.00045"),
@@ -201,6 +256,12 @@ def test_a_price_is_that_of_the_endpoints_own_vendor(model: str, url: str, vendo
 def test_a_tier_that_the_answer_names_has_its_own_price(tier: str | None, usd: str | None) -> None:
     found = resolve("gpt-5-mini", {}, TODAY, OPENAI)
     assert cost(used(1000, 100), found, tier) == (None if usd is None else D(usd))
+
+
+def test_a_tier_without_a_price_is_told_from_a_model_without_one() -> None:
+    found = resolve("gpt-5-mini", {}, TODAY, OPENAI)
+    assert found is not None
+    assert [lacks_tier(found, tier) for tier in (None, "default", "priority", "scale")] == [False, False, False, True]
 
 
 def test_the_jobs_own_price_is_for_every_tier_and_may_have_a_fee() -> None:

@@ -75,6 +75,29 @@ OUTAGES: dict[str, object] = {
     "a number": 503,
     "the question comes back": {"error": {"message": "no worker", "request": {"prompt": "content policy violation"}}},
     "a type of content": error("Invalid content type", "bad_gateway"),
+    "a page on policies": error("Service overloaded. See https://openai.com/policies/usage-policies"),
+    "a page on policies, nothing else": error("Something went wrong: https://x.example/content-policy"),
+    "the policy as advice": error("Out of capacity. Read our content policy"),
+    "a thread": error("IO thread blocked for 30000 ms"),
+    "a loop": error("event loop blocked"),
+    "a queue": error("the queue is blocked"),
+    "a host": error("Disallowed host"),
+    "a network": error("network policy violation"),
+    "a pod": error("Pod security policy violation: sensitive mount"),
+    "a mesh": error("RBAC: access denied, violates authorization policy"),
+    "OpenRouter's routing": error("No endpoints found matching your data policy"),
+    "a provider": error("Provider violates data policy: no endpoints"),
+    "all providers": error("All providers for this model violated the latency policy"),
+    "a deployment": error("Deployment is flagged for deletion"),
+    "an SLA": error("Service violates SLA terms"),
+    "zh, the filter is down": error("内容安全服务暂时不可用"),
+    "zh, the filter is slow": error("内容安全服务超时"),
+    "zh, busy": error("系统繁忙，请稍后重试"),
+    "ja": error("コンテンツフィルタは一時的に利用できません。不適切"),
+    "ko": error("콘텐츠 필터가 일시적으로 차단되었습니다"),
+    "fr": error("Le filtre de contenu bloqué est temporairement indisponible"),
+    "de": error("Inhaltsfilter vorübergehend nicht verfügbar"),
+    "es": error("El filtro de contenido no está disponible"),
 }
 
 
@@ -110,6 +133,22 @@ BLOCKED: dict[str, object] = {
     "terms": error("This may violate our terms of use"),
     "in a detail": {"detail": {"reason": "prompt flagged as harmful"}},
     "in a list": {"errors": [{"message": "Prohibited content in the prompt"}]},
+    "Azure, with advice and a page": error(
+        "The response was filtered due to the prompt triggering the content management policy. Please modify your "
+        "prompt and retry. To learn more about our content filtering policies: https://go.microsoft.com/fwlink/?linkid=1"
+    ),
+    "the user's words": error("The user prompt was flagged for violence"),
+    "the model's words": error("The model output was blocked by the content filter"),
+    "Alibaba": error("输入内容涉及违规"),
+    "ko": error("내용이 정책을 위반했습니다"),
+    "ja": error("コンテンツポリシー違反"),
+    "fr": error("Contenu bloqué par la politique de modération"),
+    "de": error("Inhalt verstößt gegen Richtlinien"),
+    "es": error("Política de contenido: solicitud rechazada"),
+    "es, the other way": error("El contenido fue bloqueado"),
+    "pt": error("O conteúdo viola a política de uso"),
+    "it": error("Il contenuto viola le linee guida"),
+    "ru": error("Запрос нарушает правила использования"),
 }
 
 
@@ -124,11 +163,15 @@ def test_a_body_that_speaks_of_content_is_the_rows_own(said: object, status: int
 FORBIDDEN: dict[str, object] = {
     "balance": error("Insufficient balance"),
     "model": error("Project does not have access to model `m`", "model_not_found"),
-    "region": error("Country, region, or territory not supported", "unsupported_country_region_territory"),
+    "country": error("Country, region, or territory not supported", "unsupported_country_region_territory"),
     "xAI": {"code": "forbidden", "error": "Your team has used all available credits, or the key is blocked"},
     "Cloudflare": b"<html><title>Attention Required!</title>Sorry, you have been blocked</html>",
     "Google": [{"error": {"code": 403, "message": "The caller lacks permission", "status": "PERMISSION_DENIED"}}],
     "nothing": b"",
+    "region": error("Requests from your region are blocked"),
+    "account": error("Your account has been flagged"),
+    "organization": error("Your organization is blocked from this model"),
+    "access": error("API access blocked"),
 }
 
 
@@ -261,6 +304,24 @@ LIMITS: dict[str, tuple[int, object, dict[str, str], Verdict, str, float | None]
     "quota with a wait": (429, error("Quota exceeded, check your billing"), {"retry-after": "9"}, SLOW, "quota", 9.0),
     "quota and nothing else": (429, error("Quota exceeded"), {}, SLOW, "quota", None),
     "check quota": (429, {"message": "check quota"}, {}, SLOW, "quota", None),
+    "a window, and billing": (429, error("quota exceeded (60s window), billing"), {}, SLOW, "rate_limit", None),
+    "a minute, and a plan": (
+        429,
+        error("You exceeded your 1-minute token quota; check your plan and billing"),
+        {},
+        SLOW,
+        "rate_limit",
+        None,
+    ),
+    "zh, a minute, and money": (429, error("每分钟请求次数超限，请充值"), {}, SLOW, "rate_limit", None),
+    "zh, TPM, and money": (429, error("已达到TPM限制，请稍后重试或充值"), {}, SLOW, "rate_limit", None),
+    "de, a minute": (429, error("Kontingent pro Minute überschritten, billing"), {}, SLOW, "rate_limit", None),
+    "ja, a minute": (429, error("1分あたりの上限に達しました billing"), {}, SLOW, "rate_limit", None),
+    "ja, empty": (429, error("残高が不足しています"), {}, PAUSE, "insufficient_quota", None),
+    "de, empty": (429, error("Ihr Guthaben ist aufgebraucht"), {}, PAUSE, "insufficient_quota", None),
+    "a video": (400, error("The video is longer than the 60 seconds limit"), {}, ROW, "bad_request", None),
+    "a trial": (429, error("Your free trial has ended."), {}, PAUSE, "insufficient_quota", None),
+    "a month, and billing": (429, error("monthly quota exceeded, billing"), {}, PAUSE, "insufficient_quota", None),
     "Mistral": (429, {"message": "Requests rate limit exceeded"}, {}, SLOW, "rate_limit", None),
     "Mistral, tier": (
         429,

@@ -20,6 +20,7 @@ from batchrun.job.job import Job
 from batchrun.job.load import from_tables
 from batchrun.records import Correction, Request, Row
 from batchrun.request.builder import RequestBuilder, corrected, detect_dialect
+from batchrun.request.templates import text_template
 from batchrun.source import find_files, open_source
 
 MODEL = "vtrix-gpt-5.3-codex"
@@ -194,6 +195,26 @@ def test_the_result_of_a_function_is_a_message(content: object) -> None:
 def test_a_function_call_needs_no_content() -> None:
     call = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}}
     assert body_of(a_job(), {"messages": [*HELLO, call]})["messages"][1]["function_call"]["name"] == "f"
+
+
+@pytest.mark.parametrize("declined", [{"content": None, "refusal": "I can't."}, {"refusal": "I can't."}])
+def test_what_the_assistant_declined_needs_no_content(declined: dict[str, object]) -> None:
+    conversation = [*HELLO, {"role": "assistant", **declined}, *HELLO]
+    sent = body_of(a_job(), {"messages": conversation})["messages"][1]
+    assert sent == {"role": "assistant", "content": None, "refusal": "I can't."}
+    assert body_of(a_job(), batch(messages=conversation))["messages"][1] == sent
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "user", "content": None, "refusal": "no"},
+        {"role": "assistant", "content": None},
+        {"role": "assistant", "content": None, "refusal": None},
+    ],
+)
+def test_any_other_message_without_content_is_refused(message: dict[str, object]) -> None:
+    assert "content: expected text or a list of parts" in problem_of(a_job(), {"messages": [message]})
 
 
 def test_a_conversation_with_the_results_of_tools_is_sent_as_it_is(tmp_path: Path) -> None:
@@ -460,7 +481,7 @@ def test_turns_by_template_and_turns_of_a_column_come_in_the_jobs_order() -> Non
 
 def test_a_column_of_turns_that_is_missing_empty_or_wrong_is_named() -> None:
     job = a_job(messages=[{"column": "history"}])
-    assert problem_of(job, {}) == "column 'history', which request.messages[0].column names, is missing"
+    assert problem_of(job, {}) == "column 'history', which request.messages[0].column names, is missing (columns: none)"
     assert problem_of(job, {"history": None}) == "messages: expected at least one message"
     assert problem_of(job, {"history": [{"role": "robot"}]}).startswith("messages[0].role: expected one of")
 
@@ -654,3 +675,26 @@ def test_a_request_is_asked_again_with_the_answer_and_what_is_wrong_with_it(stre
     assert again.key == asked.key
     assert again.max_prompt_tokens - asked.max_prompt_tokens == len(again.body) - len(asked.body) > 0
     assert corrected(asked, []) is asked
+
+
+@given(
+    st.lists(
+        st.sampled_from(["{{ a }}", "{{a}}", "{{ b }}", "{{ loop }}", "{# no #}", "\r\n", " x\n", "{{ 'é' }}", "{"])
+    ),
+    st.dictionaries(st.sampled_from(["a", "b", "loop"]), st.text(max_size=5) | st.integers() | st.none() | st.floats()),
+)
+def test_a_template_of_plain_columns_gives_what_jinja_gives(parts: list[str], columns: Columns) -> None:
+    def rendered(text: str) -> str:
+        try:
+            return text_template(text, "request.prompt")(columns)
+        except InputError as error:
+            return f"refused: {error}"
+
+    text = "".join(parts)
+    if "{" not in text:
+        return  # no template: a text is sent as it stands
+    try:
+        plain = rendered(text)
+    except JobError:
+        return
+    assert plain == rendered("{% if true %}{% endif %}" + text)

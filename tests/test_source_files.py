@@ -111,7 +111,7 @@ def test_another_unicode_encoding_is_named_with_file_line_and_the_command_to_con
     tmp_path: Path, encoding: str
 ) -> None:
     said = refused(write(tmp_path / "a.jsonl", '{"a": "ä"}\n'.encode(encoding)))
-    assert f"{tmp_path / 'a.jsonl'}:1 is UTF-{encoding[4:6]}" in said
+    assert f"{tmp_path / 'a.jsonl'} is UTF-{encoding[4:6]}" in said
     assert "iconv -f UTF-" in said
 
 

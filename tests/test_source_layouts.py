@@ -1,18 +1,12 @@
 """Files as other tools leave them: folders with keys, shards of other types, CSV, padding, other formats."""
 
 import gzip
-import json
-import shlex
 import struct
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.feather
-import pyarrow.orc
 import pyarrow.parquet as pq
 import pytest
 
@@ -216,40 +210,45 @@ def test_csv_goes_on_where_a_window_ended(tmp_path: Path) -> None:
         (b"a\nm\xfcde\n", "not UTF-8"),
         (b"a,a\n1,2\n", "two columns named 'a'"),
         (b"", "its first line must name the columns"),
+        (b'a,b\n"x \\"y\\" z",1\n', "line 2: text stands behind a closing quote"),
+        (b'a,b\nx,"1" y\n', "line 2: text stands behind a closing quote"),
+        (b'a,b\nx,"1\ny,2\nz,3\n', "a quote is not closed"),
+        (b'a,b\n"x \\"y, z\\"",1\n', "quotes within a quoted cell must be doubled"),
+        (b'a,b\n"x,1\ny,2\n', "a quote is not closed"),
+        (b"a,b\nx,1,2\n", "put cells that hold the delimiter in double quotes"),
     ],
 )
 def test_csv_that_can_not_be_read_is_one_line(tmp_path: Path, content: bytes, said: str) -> None:
     assert said in refused(write(tmp_path / "in.csv", content))
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "columns"),
+    [
+        ("a.csv", "sep=;\r\na;b\r\nx,y;1\r\n", {"a": "x,y", "b": "1"}),
+        ("a.csv", '\ufeff"sep=\t"\r\na\tb\r\nx\t1\r\n', {"a": "x", "b": "1"}),
+        ("a.csv", 'a;"b, c"\nx;1\n', {"a": "x", "b, c": "1"}),
+        ("a.csv", '"a\nb";c\nx;1\n', {"a\nb": "x", "c": "1"}),
+        ("a.csv", "a|b\nx|1\n", {"a": "x", "b": "1"}),
+        ("a.psv", "a|b\nx|1\n", {"a": "x", "b": "1"}),
+        ("a.tab", "a\tb\nx\t1\n", {"a": "x", "b": "1"}),
+        ("a.tsv", 'a\tb,c\n{"k": "x\\"y\\""}\tz"\n', {"a": '{"k": "x\\"y\\""}', "b,c": 'z"'}),
+        ("a.csv", "\n\na,b\n\nx,1\n\n", {"a": "x", "b": "1"}),
+        ("a.csv", "a,b\rx,1", {"a": "x", "b": "1"}),
+        ("a.csv", ",a\n0,x\n", {"": "0", "a": "x"}),
+        ("a.csv", "a,b,\nx,1,\n", {"a": "x", "b": "1", "": None}),
+        ("a.csv", 'a,b\n"C:\\new\\","say ""\\""!"\n', {"a": "C:\\new\\", "b": 'say "\\"!'}),
+        ("a.csv", "a,b\nx\0y,1\n", {"a": "x\0y", "b": "1"}),
+    ],
+)
+def test_csv_is_read_as_spreadsheets_and_others_write_it(
+    tmp_path: Path, name: str, content: str, columns: dict[str, object]
+) -> None:
+    assert rows(write(tmp_path / name, content.encode())) == [columns]
+
+
 def test_json_lines_named_csv_are_json_lines(tmp_path: Path) -> None:
     assert rows(write(tmp_path / "in.csv")) == [{"a": 1}]
-
-
-def converted(said: str) -> list[str]:
-    command = said.partition("convert it with: ")[2]
-    return [sys.executable if word == "python" else word for word in shlex.split(command)]
-
-
-@pytest.mark.parametrize("kind", ["feather", "stream", "orc"])
-def test_the_command_that_is_named_converts_the_file(tmp_path: Path, kind: str) -> None:
-    path, columns = tmp_path / "it's data.bin", pa.table({"a": [1]})
-    if kind == "feather":
-        pyarrow.feather.write_feather(columns, str(path))
-    elif kind == "orc":
-        pyarrow.orc.write_table(columns, str(path))
-    else:
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, columns.schema) as writer:
-            writer.write_table(columns)
-    subprocess.run(converted(refused(path)), check=True)
-    assert rows(path.with_suffix(".parquet")) == [{"a": 1}]
-
-
-@pytest.mark.parametrize("text", [json.dumps([{"a": 1}]), json.dumps([{"a": 1}], indent=2), "[]"[:1] + "\n]"])
-def test_a_json_array_is_named_with_the_command_that_makes_lines_of_it(tmp_path: Path, text: str) -> None:
-    assert "one JSON array, not JSON lines; convert it with: jq -c '.[]'" in refused(
-        write(tmp_path / "in.json", text.encode())
-    )
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,14 @@ def test_a_line_beyond_the_limit_is_counted_but_never_held() -> None:
     ("line", "said"),
     [
         (b'{"a": 1', "the JSON ends too early, at byte 7"),
-        (b'{"a": 1}x', "it is not JSON: trailing characters near byte 9"),
-        (b"{'a': 1}", "it is not JSON: object keys must be strings near byte 1"),
+        (
+            b'{"a": 1}x',
+            "more stands behind the object, near byte 9; write one object a line, with nothing between the lines",
+        ),
+        (
+            b"{'a': 1}",
+            "it is not JSON: names of keys stand in double quotes; is it Python's own form? (json.dumps writes JSON)",
+        ),
         (b"[1, 2]", "the line holds an array, not an object"),
         (b"null", "the line holds null, not an object"),
         (b'"x"', "the line holds a string, not an object"),
@@ -53,11 +59,11 @@ def test_a_line_beyond_the_limit_is_counted_but_never_held() -> None:
         (b'{"a": "\xed\xa0\x80"}', "byte 8 begins half of a surrogate pair, which is not UTF-8"),
         (
             '{"a": "né"}'.encode("latin-1"),
-            "byte 9 (0xe9) is not UTF-8; it looks like Latin-1: iconv -f LATIN-1 -t UTF-8",
+            "byte 9 (0xe9) is not UTF-8; it looks like ISO-8859-1: iconv -f ISO-8859-1 -t UTF-8",
         ),
         (
             '{"a": "5 €"}'.encode("cp1252"),
-            "byte 10 (0x80) is not UTF-8; it looks like Windows-1252: iconv -f WINDOWS-1252 -t UTF-8",
+            "byte 10 (0x80) is not UTF-8; it looks like WINDOWS-1252: iconv -f WINDOWS-1252 -t UTF-8",
         ),
         (b'{"a": 1}\x00', "byte 9 is NUL; the file may be UTF-16"),
         (b'{"a": "1e999", "b": 1e400}', "the number 1e400 at byte 21 is too large for a double"),

@@ -1,12 +1,13 @@
 from collections.abc import Sequence
 from decimal import Decimal
 from random import Random
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchrun.checkpoint.spent import DISCARDED, LOST, MAX_NAMED, Spent, doubt, fold, with_possibly_billed
-from batchrun.records import Completion, Ending, PossiblyBilled, Status, TotalsLine, Usage
+from batchrun.checkpoint.spent import DISCARDED, LOST, MAX_NAMED, Spent, Unstated, doubt, fold, with_possibly_billed
+from batchrun.records import DAY_S, Completion, Ending, OfflineCount, PossiblyBilled, Status, TotalsLine, Usage, utc_day
 from tests.endings import ENDINGS, MODEL, completion, discarded
 
 DAY = "2026-11-18"
@@ -102,6 +103,19 @@ def test_every_doubt_is_counted_and_added_although_not_every_one_is_listed() -> 
     assert spent.possibly_billed_tokens == spent.tokens() == 300 * (MAX_NAMED + 1)
 
 
+def test_answers_that_state_nothing_count_by_their_bounds_once() -> None:
+    offline = OfflineCount(9, 3)
+    bounds: dict[str, Any] = {"possibly_billed_usd": Decimal("0.5"), "possibly_billed_tokens": 700}
+    silent = completion(0, usage=None, last_cost_usd=None, offline=offline, **bounds)
+    unpriced = completion(1, usage=Usage(10, 2, 12), last_cost_usd=None, **bounds)
+    stated = completion(2, usage=None, last_cost_usd=Decimal("0.1"), offline=offline, **bounds)
+    named = completion(3, usage=None, last_cost_usd=None, offline=offline, maybe_billed=True, **bounds)
+    refused = discarded(4, usage=None, cost_usd=Decimal(0), **bounds)
+    spent = fold(Spent(), [silent, unpriced, stated, named, refused], 1)
+    assert spent.unstated == Unstated(Decimal("1.0"), 1_400)
+    assert (spent.tokens(), spent.most_usd()) == (12 + 1_400, Decimal("1.1"))
+
+
 def test_requests_and_tokens_so_far_count_every_attempt_once_and_doubts_by_their_bounds() -> None:
     answered = completion(0, usage=Usage(10, 2, 12))
     refused = discarded(1)
@@ -112,4 +126,14 @@ def test_requests_and_tokens_so_far_count_every_attempt_once_and_doubts_by_their
     assert (spent.requests(), spent.tokens()) == (4, 12 + 700 + 50)
     assert sum(line.attempts for line in spent.lines()) == 4
     (lost,) = (line for line in spent.lines() if line.status == LOST)
-    assert lost == TotalsLine(1, answered.model, LOST, attempts=1)
+    assert lost == TotalsLine(1, answered.model, LOST, DAY, attempts=1)
+
+
+def test_lost_attempts_are_of_the_last_day_on_which_their_start_was_heard_of() -> None:
+    days = [DAY_S * number for number in (20_000, 20_001, 20_002)]
+    spent = Spent()
+    for at, invocation in zip(days, (1, 1, 2), strict=True):
+        spent = fold(spent, [completion(at // DAY_S, finished_at=float(at))], invocation)
+    lost = [PossiblyBilled(row, 1, "00", None, 50, "crash", invocation) for row, invocation in enumerate((1, 2, 3))]
+    lines = [line for line in with_possibly_billed(spent, lost).lines() if line.status == LOST]
+    assert [(line.invocation, line.day) for line in lines] == [(1, utc_day(days[1])), (2, utc_day(days[2])), (3, "")]

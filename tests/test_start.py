@@ -324,7 +324,7 @@ def test_every_public_name_is_there_and_importing_the_package_loads_nothing_heav
     code = (
         "import sys, batchrun; loaded = set(sys.modules); assert not loaded & {'asyncio', 'msgspec', 'pyarrow'};"
         "print(all(getattr(batchrun, name) is not None for name in batchrun.__all__), hasattr(batchrun, 'xyzzy'));"
-        "import batchrun.job, batchrun.start; print(set(batchrun.__all__) <= set(dir(batchrun)))"
+        "import batchrun.job, batchrun.api; print(set(batchrun.__all__) <= set(dir(batchrun)))"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.split() == ["True", "False", "True"]

@@ -287,6 +287,33 @@ def test_a_stream_that_gave_its_finish_reason_is_whole_without_done(
     assert (answer.usage is not None) == (last == (USAGE,))
 
 
+FIRST_OF_TWO = event(choices=[{"index": 0, "delta": {"content": "One."}, "finish_reason": "stop"}])
+SECOND = event(choices=[{"index": 1, "delta": {"content": "Two."}, "finish_reason": None}])
+ITS_END = event(choices=[{"index": 1, "delta": {}, "finish_reason": "stop"}])
+
+
+@pytest.mark.parametrize("how", [ends, closes, resets], ids=["end", "FIN", "RST"])
+@pytest.mark.parametrize(
+    ("sent", "whole"),
+    [
+        ((FIRST_OF_TWO,), False),
+        ((FIRST_OF_TWO, SECOND), False),
+        ((FIRST_OF_TWO, SECOND, ITS_END), True),
+        ((FIRST_OF_TWO, b"data: [DONE]\n\n"), True),  # a server that knows no `n` says itself that this is all
+    ],
+    ids=["before the second", "within it", "behind it", "DONE"],
+)
+def test_a_stream_without_done_is_whole_only_when_every_choice_that_was_asked_for_has_ended(
+    sent: tuple[bytes, ...], *, whole: bool, how: Callable[[Exchange], Awaitable[None]]
+) -> None:
+    attempt = ended(*sent, 0.02, how)
+    answer = answers.read(attempt.body, choices=2)
+    assert answer.completion == whole
+    assert answer.content == "One."
+    expected = Verdict.OK if whole else Verdict.MAYBE
+    assert policy.judge(attempt, answer, Retry()).verdict is expected
+
+
 @pytest.mark.parametrize(
     "failure",
     [

@@ -118,3 +118,23 @@ def test_each_row_thinks_as_hard_as_it_says_and_its_reasoning_is_counted_in_its_
     thought = [sum(row["reasoning_tokens"] for row in told[place::4]) for place in (0, 2, 3, 1)]
     assert thought == sorted(thought)
     assert thought[0] < thought[-1] / 4
+
+
+def test_a_stream_that_ends_before_its_second_choice_began_is_sent_again(tmp_path: Path) -> None:
+    sent: list[bytes] = []
+
+    async def script(exchange: Exchange) -> None:
+        assert json.loads(exchange.body)["n"] == 2
+        sent.append(exchange.body)
+        one, two = (f"{word} of item {place}" for place, word in enumerate(("first", "second")))
+        first = event(choices=[{"index": 0, "delta": {"content": one}, "finish_reason": "stop"}])
+        second = event(choices=[{"index": 1, "delta": {"content": two}, "finish_reason": "stop"}])
+        await streams(first, *(() if len(sent) == 1 else (second,)), ends)(exchange)
+
+    flags = ("--set", "request.extra.n=2", "--set", "retry.backoff_base_s=0.02", "--set", "limits.max_in_flight=1")
+    ended, out = asked(tmp_path, script, 2, *flags)
+    assert ended.exit_code == 0, ended.stderr
+    rows = pq.read_table(out / "completions.parquet").to_pylist()
+    assert sorted(row["attempts"] for row in rows) == [1, 2]
+    assert [[choice["index"] for choice in row["choices"]] for row in rows] == [[0, 1], [0, 1]]
+    assert read_summary(out)["possibly_billed_count"] == 1

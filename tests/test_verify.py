@@ -1,6 +1,7 @@
 """A flipped bit of a run directory is named, or changes nothing; what is sound is kept, and the rest asked again."""
 
 import csv
+import os
 import random
 import shutil
 import time
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchrun import credentials, invocation
+from batchrun import credentials, engine
 from batchrun.checkpoint import slots, spill
 from batchrun.checkpoint.at_rest import log_of
 from batchrun.durable import digest
@@ -114,7 +115,7 @@ def _kill(folder: Path, name: str, condition: Callable[[], bool], *flags: str) -
 def go_on(runs: Runs, directory: RunDirectory, layout: str = "file") -> Summary:
     """The run is gone on with in this process."""
     loaded = load(runs.folder / f"{layout}.toml")
-    return invocation.run(loaded, directory, credentials.read(loaded.endpoint, {KEY_ENV: KEY}))
+    return engine.run(loaded, directory, credentials.read(loaded.endpoint, {KEY_ENV: KEY}))
 
 
 def flip(path: Path, place: int, bit: int = 4) -> None:
@@ -368,6 +369,34 @@ def test_a_complete_run_without_its_whole_result_is_not_complete_again(
     assert len(runs.simulator.ledger()) == served
 
 
+@pytest.mark.parametrize(("name", "layout"), [("done", "file"), ("in-parts", "parts")])
+def test_a_start_over_a_complete_run_notices_a_changed_result_by_its_size_and_time(
+    runs: Runs, tmp_path: Path, name: str, layout: str
+) -> None:
+    directory, served = runs.copy(name, tmp_path / "run"), len(runs.simulator.ledger())
+    result = directory.completions if layout == "file" else sorted(directory.completions_folder.iterdir())[1]
+
+    def again() -> Ended:
+        return batchrun("run", runs.folder / f"{layout}.toml", "-o", directory.path)
+
+    for path in (result, directory.usage):
+        before, content = path.stat(), path.read_bytes()
+        flip(path, len(content) // 3)
+        ended = again()
+        assert (ended.exit_code, len(ended.stderr.splitlines())) == (7, 1)
+        assert f"{path} was changed after it was written; put it back" in ended.stderr
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # bits that rot change neither size nor time
+        assert again().exit_code == 0
+        assert batchrun("verify", directory.path).exit_code == 7
+        path.write_bytes(content)  # a copy has another time, and the same bytes
+        assert again().exit_code == 0
+        path.write_bytes(content[:4] + content)
+        ended = again()
+        assert (ended.exit_code, len(ended.stderr.splitlines())) == (7, 1)
+        path.write_bytes(content)
+    assert len(runs.simulator.ledger()) == served
+
+
 def test_another_versions_run_is_named_as_such(runs: Runs, tmp_path: Path) -> None:
     directory = runs.copy("done", tmp_path / "run")
     flip(directory.checkpoint, 63)  # `PRAGMA user_version` is bytes 60 to 63
@@ -429,7 +458,7 @@ def test_a_damaged_part_costs_its_own_rows_and_only_those_are_asked_again(runs: 
     known = remains.read(directory.checkpoint)
     part = next(chunk for chunk in known.chunks if not chunk.open)
     path = directory.part_of(part.chunk, part.generation)
-    flip(path, middle_of(path))
+    flip(path, last_of_a_page(path))
     before = snapshot(directory.path)
     findings, salvaged = salvage(directory)
     assert snapshot(directory.path) == before

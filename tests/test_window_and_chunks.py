@@ -23,7 +23,7 @@ from batchrun.durable import digest
 from batchrun.errors import CheckpointError, ExitCode, InputError
 from batchrun.job.job import Job
 from batchrun.output import files
-from batchrun.output.chunks import Chunks, OpenChunk
+from batchrun.output.chunks import Chunks, Layout, OpenChunk
 from batchrun.output.window import StoredWindow, write
 from batchrun.plan import plan
 from batchrun.plan.asked import Asked
@@ -114,16 +114,15 @@ def started(path: Path, job: Job) -> Iterator[Start]:
     checkpoint = Checkpoint(directory.checkpoint, free_reserve=lambda: False)
     try:
         made = plan.make(job, directory, checkpoint, Asked(), NOW)
-        chunks = Chunks(
-            directory,
-            checkpoint,
-            made.source,
+        layout = Layout(
+            source=made.source,
             identities=made.facts.files,
             rejected=frozenset(made.facts.rejected),
             types=made.types,
             schema=made.schema,
             settings=made.facts.output,
         )
+        chunks = Chunks(directory, checkpoint, layout)
         chunks.remove_orphans()
         yield Start(checkpoint, chunks, made, directory)
     finally:

@@ -11,10 +11,10 @@ from typing import Any
 
 import msgspec
 
-from batchrun.answer import error_body, packed, sse
+from batchrun.answer import common, error_body, messages, packed, sse
 from batchrun.answer import usage as usages
 from batchrun.answer.finish_reasons import Meaning, meaning_of
-from batchrun.records import Answer, Choice, FunctionCall
+from batchrun.records import Answer, Choice
 
 MAX_CHOICES = 1024
 """Of a stream: servers take an `n` of 128. What counts itself higher is in the raw answer only."""
@@ -22,26 +22,57 @@ MAX_CHOICES = 1024
 _STREAM = re.compile(rb"(?:\xef\xbb\xbf)?\s*[\w-]*:")
 """How a stream begins, and no JSON or HTML: with a field's name or none, and a colon."""
 
+_COMMENTS = re.compile(rb"(?:\xef\xbb\xbf)?(?:\s*+:[^\r\n]*+[\r\n]++)++\s*+(?=[{\[])")
+"""A stream's comments in front of whole JSON: gateways ping so while they wait for the answer."""
+
+_ENVELOPES = ("data", "result", "response", "body", "output")
+
 _GLUE = re.compile(r"(?:\s|\0|data:|event: ?\w*|:[^\n]*|\[DONE\]|0(?=\r?\n))*+")
-"""What gateways leave behind a whole JSON answer: a stream's end, its comments, the last chunk's size. No words.
+"""What gateways leave behind a whole JSON answer: a stream's end, its comments, a chunk's size, a NUL. No words.
 Possessive: no tail of a server's makes it try again and again."""
 
 
-def read(stored: bytes) -> Answer:
+def read(stored: bytes, choices: int = 1) -> Answer:
     """What a body in its stored form says: a chat completion as JSON or as server-sent events, an error object, or
-    nothing usable.
+    nothing usable. `choices`: how many were asked for. A stream without `[DONE]` is whole only when so many have ended.
     """
+    return common.read(stored) or read_carefully(stored, choices)
+
+
+def read_carefully(stored: bytes, choices: int = 1) -> Answer:
+    """The same for any bytes, the common answer's included."""
     pieces = packed.pieces(stored)
     first = next(pieces, b"")
-    if _STREAM.match(first):
-        return _from_events(chain((first,), pieces))
-    body = first + b"".join(pieces)
+    comments = _COMMENTS.match(first)
+    if comments is None and _STREAM.match(first):
+        return _from_events(chain((first,), pieces), choices)
+    body = first[0 if comments is None else comments.end() :] + b"".join(pieces)
     decoded, flagged = decode(body)
-    if decoded is None and b"[DONE]" in body[-200:]:
+    if decoded is None:
         decoded, flagged = _unglued(body), True
+    decoded = _unwrapped(decoded)
     if isinstance(decoded, dict):
         return _from_object(decoded, flagged)
     return _failed(Answer(flagged=flagged and decoded is not None), error_body.read(decoded))
+
+
+def _unwrapped(decoded: Any) -> Any:
+    """The completion inside a gateway's envelope that tells of no failure; else the value as it is."""
+    if isinstance(decoded, list) and len(decoded) == 1:
+        return decoded[0] if _is_completion(decoded[0]) else decoded
+    if not isinstance(decoded, dict) or "choices" in decoded:
+        return decoded
+    inner = next((decoded[name] for name in _ENVELOPES if _is_completion(decoded.get(name))), None)
+    if inner is None or decoded.get("error"):
+        return decoded
+    failure = error_body.read({name: value for name, value in decoded.items() if value is not inner})
+    if failure is not None and (failure.status is not None or failure.code is not None):
+        return decoded
+    return {"usage": decoded.get("usage"), **inner}
+
+
+def _is_completion(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("choices"), list) and bool(value["choices"])
 
 
 def _unglued(body: bytes) -> Any:
@@ -98,24 +129,24 @@ def _from_object(body: dict[str, Any], flagged: bool) -> Answer:
         read = Answer(
             flagged=flagged,
             usage=usage,
-            model=_text(body.get("model")),
+            model=messages.text(body.get("model")),
             service_tier=service_tier,
             reported_cost_usd=reported_cost_usd,
         )
         return _failed(read, failure or _choice_failure(choice))
-    tool_calls, shown = _tool_calls(message.get("tool_calls"))
+    tool_calls, shown = messages.tool_calls(message.get("tool_calls"))
     read = Answer(
         completion=True,
         flagged=flagged or not shown,
-        completion_id=_text(body.get("id")),
+        completion_id=messages.text(body.get("id")),
         created=_created(body.get("created")),
-        model=_text(body.get("model")),
-        content=_content(message.get("content")),
-        refusal=_refusal(message),
-        function_call=_function_call(message.get("function_call")),
+        model=messages.text(body.get("model")),
+        content=messages.content(message.get("content")),
+        refusal=messages.refusal(message),
+        function_call=messages.function_call(message.get("function_call")),
         tool_calls=tool_calls,
         choices=_choices(body.get("choices")),
-        finish_reason=_text(choice.get("finish_reason")),
+        finish_reason=messages.text(choice.get("finish_reason")),
         usage=usage,
         service_tier=service_tier,
         reported_cost_usd=reported_cost_usd,
@@ -142,7 +173,7 @@ def _choice_failure(choice: dict[str, Any]) -> error_body.Failure | None:
     """A choice that says that it failed: by an error of its own, as OpenRouter sends it, or by its finish_reason."""
     if choice.get("error"):
         return error_body.read({"error": choice["error"]})
-    reason = _text(choice.get("finish_reason"))
+    reason = messages.text(choice.get("finish_reason"))
     if meaning_of(reason) is not Meaning.FAILURE:
         return None
     return error_body.Failure(f"the answer broke off with the finish_reason {reason!r:.100}", code=reason)
@@ -154,41 +185,6 @@ def _first_choice(body: dict[str, Any]) -> dict[str, Any]:
     return first if isinstance(first, dict) else {}
 
 
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
-
-
-def _content(value: Any) -> str | None:
-    """Text as it is; a list of text parts, as some servers answer, joined."""
-    if isinstance(value, list):
-        return "".join(part["text"] for part in value if isinstance(part, dict) and isinstance(part.get("text"), str))
-    return _text(value)
-
-
-def _refusal(message: dict[str, Any]) -> str | None:
-    """The words with which the model declined: `refusal`, or a content part of that type."""
-    content = message.get("content")
-    parts = [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
-    texts = [message.get("refusal"), *(part.get("refusal") for part in parts)]
-    return "".join(text for text in texts if isinstance(text, str)) or None
-
-
-def _function_call(value: Any) -> FunctionCall | None:
-    if not isinstance(value, dict):
-        return None
-    return FunctionCall(_text(value.get("name")), _text(value.get("arguments")))
-
-
-def _tool_calls(value: Any) -> tuple[str | None, bool]:
-    """The calls as JSON text, and whether they could be shown: what can just be decoded can't always be encoded."""
-    if not value or not isinstance(value, list):
-        return None, True
-    try:
-        return msgspec.json.encode(value).decode(), True
-    except RecursionError:
-        return None, False
-
-
 def _choices(value: Any) -> tuple[Choice, ...]:
     """All choices, where there are several."""
     if not isinstance(value, list) or len(value) < 2:
@@ -198,14 +194,8 @@ def _choices(value: Any) -> tuple[Choice, ...]:
 
 def _choice(place: int, choice: dict[str, Any]) -> Choice:
     message = choice.get("message")
-    content = _content(message.get("content")) if isinstance(message, dict) else None
-    return Choice(_index(choice, place), content, _text(choice.get("finish_reason")))
-
-
-def _index(value: dict[str, Any], otherwise: int) -> int:
-    """The number that a choice or a call gives itself."""
-    index = usages.count(value.get("index"))
-    return otherwise if index is None else index
+    content = messages.content(message.get("content")) if isinstance(message, dict) else None
+    return Choice(messages.index(choice, place), content, messages.text(choice.get("finish_reason")))
 
 
 def _created(value: Any) -> int | None:
@@ -217,7 +207,9 @@ def has_token(data: bytes) -> bool:
     """True when the event's data carries something of an answer, be it text, a call or reasoning: no mere role."""
     event, _ = decode(data)
     choices = event.get("choices") if isinstance(event, dict) else None
-    deltas = [_delta(choice) for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
+    deltas = (
+        [messages.delta(choice) for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
+    )
     return any(delta.get(name) for delta in deltas if delta is not None for name in _SPOKEN)
 
 
@@ -230,14 +222,16 @@ def is_done(data: bytes) -> bool:
     return data == b"[DONE]" or data.strip() == b"[DONE]"
 
 
-def _from_events(pieces: Iterable[bytes]) -> Answer:
-    """A stream folded into the completion it spells; incomplete with neither a finish_reason nor `[DONE]`."""
+def _from_events(pieces: Iterable[bytes], choices: int) -> Answer:
+    """A stream folded into the completion it spells. Without `[DONE]` it is whole only if every choice that was asked
+    for, and any other that began, has its finish_reason.
+    """
     spelled = _Spelled()
     for event in sse.events(pieces):
         if is_done(event.data):
-            return spelled.answer(done=True)
+            return spelled.answer(done=True, choices=choices)
         spelled.take(event)
-    return spelled.answer(done=False)
+    return spelled.answer(done=False, choices=choices)
 
 
 _LAST_COUNTS = ("id", "created", "model", "service_tier", "provider_metadata")
@@ -250,7 +244,7 @@ class _Spelled:
     def __init__(self) -> None:
         self._last: dict[str, Any] = {}
         self._without_choices: dict[str, Any] = {}
-        self._messages: dict[int, _Message] = {}
+        self._messages: dict[int, messages.Message] = {}
         self._finish_reasons: dict[int, str] = {}
         self._usages: dict[int, dict[str, Any]] = {}
         self._flagged = self._broken = False
@@ -280,19 +274,19 @@ class _Spelled:
                 self._take_choice(choice)
 
     def _take_choice(self, choice: dict[str, Any]) -> None:
-        index = _index(choice, 0)
+        index = messages.index(choice, 0)
         if index >= MAX_CHOICES:
             return
-        if reason := _text(choice.get("finish_reason")):
+        if reason := messages.text(choice.get("finish_reason")):
             self._finish_reasons[index] = reason
         if (usage := usages.in_choice(choice)) is not None:
             self._usages[index] = usages.joined(self._usages.get(index), usage)
         if index == 0 and (error := choice.get("error")):
             self._last["error"] = error
-        if (delta := _delta(choice)) is not None:
-            self._messages.setdefault(index, _Message()).add(delta)
+        if (delta := messages.delta(choice)) is not None:
+            self._messages.setdefault(index, messages.Message()).add(delta)
 
-    def answer(self, *, done: bool) -> Answer:
+    def answer(self, *, done: bool, choices: int) -> Answer:
         whole = self._last if self._messages else self._without_choices | self._last
         if 0 in self._messages:
             whole["choices"] = [
@@ -303,7 +297,8 @@ class _Spelled:
         if of_choices is not None and usages.of(whole.get("usage")) is None:
             whole["usage"] = usages.joined(whole.get("usage"), of_choices)
         answer = _from_object(whole, self._flagged)
-        ended = (done or self._messages.keys() <= self._finish_reasons.keys()) and not self._broken
+        expected = self._messages.keys() | set(range(min(choices, MAX_CHOICES)))
+        ended = (done or expected <= self._finish_reasons.keys()) and not self._broken
         return answer if ended else msgspec.structs.replace(answer, completion=False)
 
 
@@ -312,66 +307,3 @@ def _as_error(decoded: Any, data: bytes) -> dict[str, Any]:
     if isinstance(decoded, dict):
         return decoded if decoded.get("error") else {"error": decoded or "the stream ended with an error"}
     return {"error": data.decode("utf-8", "replace") or "the stream ended with an error"}
-
-
-def _delta(choice: dict[str, Any]) -> dict[str, Any] | None:
-    """A choice's delta; some gateways send the whole message in one event instead."""
-    for delta in (choice.get("delta"), choice.get("message")):
-        if isinstance(delta, dict):
-            return delta
-    return None
-
-
-class _Message:
-    """The message that a stream's deltas add up to; what none of them has stays null."""
-
-    def __init__(self) -> None:
-        self._contents: list[str] = []
-        self._refusals: list[str] = []
-        self._calls: list[FunctionCall] = []
-        self._tool_calls: dict[int, _ToolCall] = {}
-
-    def add(self, delta: dict[str, Any]) -> None:
-        if (text := _content(delta.get("content"))) is not None:
-            self._contents.append(text)
-        if (refusal := _refusal(delta)) is not None:
-            self._refusals.append(refusal)
-        if (call := _function_call(delta.get("function_call"))) is not None:
-            self._calls.append(call)
-        tool_calls = delta.get("tool_calls")
-        for place, piece in enumerate(tool_calls if isinstance(tool_calls, list) else ()):
-            if isinstance(piece, dict) and (index := _index(piece, place)) < MAX_CHOICES:
-                self._tool_calls.setdefault(index, _ToolCall()).add(piece)
-
-    def whole(self) -> dict[str, Any]:
-        message: dict[str, Any] = {
-            "content": "".join(self._contents) if self._contents else None,
-            "refusal": "".join(self._refusals),
-        }
-        if self._calls:
-            name, arguments = (
-                "".join(parts) for parts in zip(*((c.name or "", c.arguments or "") for c in self._calls), strict=True)
-            )
-            message["function_call"] = {"name": name, "arguments": arguments}
-        if self._tool_calls:
-            message["tool_calls"] = [call.whole() for _, call in sorted(self._tool_calls.items())]
-        return message
-
-
-class _ToolCall:
-    """One call of a tool as a stream's deltas spell it: what is told once, and the pieces of its arguments."""
-
-    def __init__(self) -> None:
-        self._told: dict[str, Any] = {}
-        self._name: list[str] = []
-        self._arguments: list[str] = []
-
-    def add(self, piece: dict[str, Any]) -> None:
-        self._told |= {name: value for name, value in piece.items() if value is not None and name != "index"}
-        if (call := _function_call(piece.get("function"))) is not None:
-            self._name.append(call.name or "")
-            self._arguments.append(call.arguments or "")
-
-    def whole(self) -> dict[str, Any]:
-        called = {"name": "".join(self._name), "arguments": "".join(self._arguments)}
-        return self._told | {"function": called} if self._name else self._told

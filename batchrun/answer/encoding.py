@@ -4,6 +4,7 @@ The transport does this itself because its library reads no status from an answe
 an answer would look like none.
 """
 
+import re
 import zlib
 
 ASKED_FOR = "gzip, deflate"
@@ -11,8 +12,13 @@ ASKED_FOR = "gzip, deflate"
 _GZIP = 16 + zlib.MAX_WBITS
 _GZIP_FIRST = 0x1F
 """The first byte of a gzip member; a body may hold several, one behind the other (RFC 1952, section 2.2)."""
-_AS_IS = frozenset({"", "identity"})
+_AS_IS = frozenset(
+    {"", "identity", "none", "null", "utf-8", "utf8", "binary", "7bit", "8bit", "chunked", "aws-chunked"}
+)
+"""Names of no encoding, or of another layer's, which servers put into the header all the same."""
 _WINDOWS = {"gzip": _GZIP, "x-gzip": _GZIP, "deflate": zlib.MAX_WBITS}
+_PLAIN = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:[{\[]|data:|event:|:)")
+"""How JSON and a stream of events begin, and neither gzip nor a deflated answer."""
 
 
 class EncodingError(Exception):
@@ -20,28 +26,53 @@ class EncodingError(Exception):
 
 
 class Unpacker:
-    """Unpacks one body as it arrives."""
+    """Unpacks one body as it arrives. Its first bytes have the last word: a plain answer may be labelled as packed."""
 
     def __init__(self, encoding: str) -> None:
-        """`encoding` is the header's value.
-
-        Raises:
-            EncodingError: it was not asked for.
-        """
-        self._name = encoding.strip().lower()
-        self._packed = self._name not in _AS_IS
-        if self._packed and self._name not in _WINDOWS:
-            raise EncodingError(f"the answer's encoding was not asked for: {encoding.strip()[:100]}")
-        self._inflater: zlib._Decompress | None = None
+        """`encoding` is the header's value: names in the order in which they were applied."""
+        self._label = encoding.strip()
+        names = [name.strip().lower() for name in encoding.split(",")]
+        self._names = [name for name in names if name not in _AS_IS]
+        self._layers: list[_Layer] | None = None
 
     def unpack(self, piece: bytes, at_most: int) -> bytes:
         """What the piece holds; no more than `at_most` bytes of it, the rest is dropped.
 
         Raises:
-            EncodingError: it is not in that encoding.
+            EncodingError: it is not in that encoding, or in one that was not asked for.
         """
-        if not self._packed:
-            return piece[:at_most]
+        if self._layers is None:
+            if not piece.strip() and "deflate" not in self._names:
+                return piece[:at_most]  # servers send spaces while they work
+            self._layers = self._look(piece)
+        for layer in self._layers:
+            piece = layer.unpack(piece, at_most)
+        return piece[:at_most]
+
+    def _look(self, first: bytes) -> "list[_Layer]":
+        """What the body is packed in, the outermost first, by its first piece."""
+        if _PLAIN.match(first):
+            return []
+        if not self._names:
+            return [_Layer("gzip")] if is_gzip(first) else []
+        if any(name not in _WINDOWS for name in self._names):
+            raise EncodingError(f"the answer's encoding was not asked for: {self._label[:100]}")
+        return [_Layer(name) for name in reversed(self._names)]
+
+
+def is_gzip(first: bytes) -> bool:
+    """True where the first piece of a body is gzip's, whatever its header says: no JSON or text begins so."""
+    return first[:1] == bytes([_GZIP_FIRST])
+
+
+class _Layer:
+    """One encoding, unpacked as it arrives."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._inflater: zlib._Decompress | None = None
+
+    def unpack(self, piece: bytes, at_most: int) -> bytes:
         out = bytearray()
         try:
             while piece and len(out) < at_most:

@@ -1,4 +1,4 @@
-"""What a finish_reason means, whoever's word it is. PURE: one table.
+"""What a finish_reason means, whoever's word it is. PURE: one table, and for words that it does not have their parts.
 
 The API has four (docs/api.md, "Response"). The others are what vendors and servers send in the same place; docs/api.md,
 "Finish reasons", has their sources. Upper case, hyphens and prefixes such as `FINISH_REASON_` make no difference.
@@ -68,23 +68,78 @@ _NAMES: Mapping[Meaning, str] = {
 
 _MEANINGS: Mapping[str, Meaning] = {name: meaning for meaning, names in _NAMES.items() for name in names.split()}
 
+MAX_CHARS = 200
+"""A longer text is no word."""
+
 _PREFIX = re.compile(r"^(?:finish_reason|stop_reason|finish|reason|response)_(?=.)")
 _COMPOUND = re.compile(r"[a-z_]+: [A-Z_]+")
 _HUMP = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
 
+_PARTS: tuple[tuple[Meaning, re.Pattern[str]], ...] = (
+    (
+        Meaning.FAILURE,  # whatever broke off: "context_deadline_exceeded" is no length, nor is "rate_limit"
+        re.compile(
+            r"abort|cancel|timed?_?out|deadline|crash|(^|_)kill|(^|_)oom(_|$)|out_of_memory|shut_?down|disconnect|connection"
+            r"|network|rate_?limit|throttl|quota|overload|unavailable|preempt|evict|interrupt|expired|exception|panic"
+            r"|retry|retries"
+        ),
+    ),
+    (
+        Meaning.LENGTH,
+        re.compile(
+            r"length|trunc|cut_?off|too_long|overflow|out_of_(context|tokens)|(^|_)max_|limit|token_budget"
+            r"|context_(window|size|exceed|full)|tokens?_(exceed|over)"
+        ),
+    ),
+    (
+        Meaning.FILTER,
+        re.compile(
+            r"safety|unsafe|moderat|policy|policies|filter|guard|blocked|block$|harm(ful)?(_|$)|toxi|flagged|censor|prohibit|violat"
+            r"|sensitive|inappropriate|nsfw|jailbreak|offensive|sexual|(^|_)hate|csam"
+        ),
+    ),
+    (Meaning.FAILURE, re.compile(r"error|(^|_)err(_|$)|fail|exceed|internal|corrupt|malform|invalid|(^|_)fault")),
+)
+"""What a part of an unknown word means; the first that fits counts. A failure that was taken for an answer is a lost
+answer, so words of failure stand on both ends: what broke off before all, a mere "error" after what was filtered."""
+
+_DENIED = re.compile(r"(^|_)(no|not|non|un|without)(_|$)")
+"""`no_error` means none."""
+
+
 @lru_cache(maxsize=256)
 def meaning_of(reason: str | None) -> Meaning:
-    """What it means; OTHER where nothing is said or the word is unknown.
+    """What it means: by the table, else by the parts of the word; OTHER where nothing is said or no part is known.
 
     Of a compound such as `content_filter: RECITATION` (Gemini's compatible endpoint) the last known part counts.
     """
-    if reason is None or len(reason) > 200:
+    known = _in_table(reason)
+    if known is not None or reason is None or len(reason) > MAX_CHARS:
+        return known or Meaning.OTHER
+    name = _name(reason)
+    if not reason.isprintable() or _DENIED.search(name):
         return Meaning.OTHER
+    return next((meaning for meaning, parts in _PARTS if parts.search(name)), Meaning.OTHER)
+
+
+def is_known(reason: str | None) -> bool:
+    """False where its meaning is no more than a guess by its parts, or none."""
+    return reason in UNSAID or _in_table(reason) is not None
+
+
+@lru_cache(maxsize=256)
+def _in_table(reason: str | None) -> Meaning | None:
+    if reason is None or len(reason) > MAX_CHARS:
+        return None
     parts = reason.split(": ") if _COMPOUND.fullmatch(reason) else (reason,)
     for part in reversed(parts):
-        name = re.sub(r"[^a-z0-9]+", "_", _HUMP.sub("_", part).lower()).strip("_")
+        name = _name(part)
         for known in (name, _PREFIX.sub("", name)):
             if known in _MEANINGS:
                 return _MEANINGS[known]
-    return Meaning.OTHER
+    return None
+
+
+def _name(reason: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", _HUMP.sub("_", reason).lower()).strip("_")

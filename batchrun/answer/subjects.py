@@ -20,6 +20,8 @@ class Subject(StrEnum):
     """A quota is used up: a minute's or a month's."""
     PACE = "pace"
     """A limit that time alone lifts within minutes."""
+    WINDOW = "window"
+    """So many seconds or minutes, which in a 429 are those of a limit."""
     WAIT = "wait"
     """The server says how long to wait, or uses the name of a passing limit (`RESOURCE_EXHAUSTED`)."""
     KEY = "key"
@@ -39,7 +41,9 @@ _PATTERNS: Mapping[Subject, re.Pattern[str]] = {
         r"|(balance|credits?|funds)\b.{0,20}\b(too low|insufficient|exhausted|depleted|used up|not enough|run out)"
         r"|used all (available |your )?credits|spend(ing)?[ _-]limit|(billing|spend)[ _-]hard[ _-]limit|arrears?\b"
         r"|(account|organization|team|project)\b.{0,40}\b(suspended|deactivated|overdue|past due)"
-        r"|payment[ _-](is[ _-])?required|\u4f59\u989d\u4e0d\u8db3|\u6b20\u8d39",
+        r"|payment[ _-](is[ _-])?required|(trial|subscription)\b.{0,12}\b(ended|expired)"
+        r"|\u4f59\u989d\u4e0d\u8db3|\u6b20\u8d39|残高(が)?不足|잔액.{0,4}부족|guthaben.{0,30}(aufgebraucht|erschöpft)"
+        r"|(solde|saldo|crédito?s?) (est |es |é )?insuf",
         _I,
     ),
     Subject.ACCOUNT: re.compile(
@@ -54,9 +58,18 @@ _PATTERNS: Mapping[Subject, re.Pattern[str]] = {
     # Mistral ("Requests rate limit exceeded"), Zhipu 1302 and 1305 (concurrency), DashScope ("Throttling.RateQuota")
     Subject.PACE: re.compile(
         r"rate[ _-]?limit|ratequota|too[ _-]?many[ _-]?(concurrent[ _-]?|api[ _-]?)?(requests|calls|tokens)"
-        r"|(per|/|every|each) ?[ _-]?(second|minute|min|hour)(?![a-z])|\b[rtq]p[ms]\b|per(second|minute|hour)"
-        r"|throttl|slow[ _-]?down|too fast|concurren|requests? (frequency|limit)|minute.{0,10}(limit|quota)"
-        r"|\u901f\u7387|\u5e76\u53d1|\u9891\u7387",
+        r"|(per|/|every|each) ?[ _-]?(second|minute|min|hour)(?![a-z])|(?<![a-z])[rtq]p[ms](?![a-z])"
+        r"|per(second|minute|hour)|throttl|slow[ _-]?down|too fast|concurren|requests? (frequency|limit)"
+        r"|minute.{0,10}(limit|quota)"
+        r"|\u901f\u7387|\u5e76\u53d1|\u9891\u7387|每(一|1)?(秒|分|小时)|限流|频繁|请求(次数|过多|过快)"
+        r"|分あたり|秒あたり|분당|초당",
+        _I,
+    ),
+    # "quota exceeded (60s window)", "1-minute token quota"; a 400 may say so of a video that is too long
+    Subject.WINDOW: re.compile(
+        r"\b\d+[ -]?(s|secs?|seconds?|mins?|minutes?)\b.{0,12}\b(window|quota|limit|interval|period)"
+        r"|\b(window|quota|limit|interval|period)\b.{0,12}\b\d+[ -]?(secs?|seconds?|mins?|minutes?)\b"
+        r"|\b(pro|par|por|al|je|в) (sekunde|minut|segundo|seconde|secondo|секунд|минут)|分钟|分間",
         _I,
     ),
     Subject.WAIT: re.compile(r"resource[ _-]?exhausted|rate_limit_error", _I),
@@ -70,42 +83,86 @@ _PATTERNS: Mapping[Subject, re.Pattern[str]] = {
     Subject.UNABLE: re.compile(r"\bnot (supported|implemented)\b|\bunsupported\b", _I),
 }
 
+_URL = re.compile(r"https?://[^\s\"'<>)\]]*", _I)
+"""Addresses are no words: a page on policies is named by outages as well."""
+
 _JUDGED = re.compile(
-    r"content[ _-]?(management[ _-]?)?polic(y|ies)|(content|usage|safety|use|community|moderation)[ _-]?"
-    r"(policy|policies|guidelines?|violations?)|violat\w*.{0,60}\b(polic|guideline|terms)|policy[ _-]?violation"
+    r"content[ _-]?(management[ _-]?|filtering[ _-]?)?polic(y|ies)"
+    r"|(content|usage|safety|use|community|moderation)[ _-]?(policy|policies|guidelines?|violations?)"
+    r"|violat\w*.{0,60}\b(polic|guideline|terms)|policy[ _-]?violation"
     r"|flagged (by|as|for|in)|responsible[ _-]?ai|prohibited[ _-]?content|data[ _-]?inspection"
     r"|(was|were|been|is|are) (blocked|flagged|filtered|rejected|moderated)\b.{0,40}(safety|moderation|content|polic)"
-    r"|\u654f\u611f|\u8fdd\u89c4|\u5185\u5bb9\u5b89\u5168",
+    # Chinese, Japanese, Korean
+    r"|敏感|违规|違規|内容安全|不安全|不当内容|违反.{0,12}(政策|规定|法)|审核未通过|(コンテンツ|ポリシー|規約|ガイドライン).{0,20}違反"
+    r"|不適切|有害|コンテンツ.{0,20}(ブロック|フィルタ|拒否)|정책.{0,8}위반|위반.{0,12}정책|유해|부적절|(콘텐츠|내용).{0,20}차단"
+    # French, German, Spanish, Portuguese, Italian, Russian
+    r"|contenus?\b.{0,40}(bloqu|inappropri|interdit|sensible|filtr|viol|refus)"
+    r"|(bloqu|viol|enfrei|contraire|refus)\w*.{0,40}(mod[ée]ration|contenu|conditions d)"
+    r"|inhalte?s?\b.{0,40}(verst|blockiert|gesperrt|unangemessen|unzul|gefiltert|abgelehnt)"
+    r"|verst(o|ö|oe)(ß|ss)\w*.{0,40}(richtlinie|inhalt|bedingung)"
+    r"|(pol[ií]tica|normas)\w* de (contenido|uso|modera|conte[uú]do)"
+    r"|(contenido|conte[uú]do|contenuto?)\w*\b.{0,40}(bloq|blocc|inap|inad|prohib|proib|vietat|filtrad|rechaz|viola|infring)"
+    r"|(infring|viola|incumpl)\w*.{0,40}(pol[ií]tic|normas|norme|linee guida|diretrizes|contenido|conte[uú]do)"
+    r"|контент.{0,40}(заблок|запрещ|наруша)|наруша.{0,40}(политик|правил)|недопустим",
     _I,
 )
-"""A judgement on what was said: no outage words it so. `content_policy` is the vendor's own name for it."""
+"""A judgement on what was said. `content_policy` is the vendor's own name for it."""
 
 _OF_CONTENT = re.compile(
     r"content[ _-]?(filter|moderation|safety|inspection|check|blocked|violation|restrict|not allowed|risk)"
     r"|moderat(ion|ed)\b|\bsafety\b|safety[ _](block|filter|check|system|reason)|\bflagged\b|\bprohibited\b|\bblocked\b"
     r"|inappropriate|\bsensitive\b|\bharmful\b|\bnsfw\b|\btoxic|profan|obscen|\bsexual|\bviolen(ce|t)|hate speech"
-    r"|self[- ]harm|jailbreak|guardrail|disallowed",
+    r"|self[- ]harm|jailbreak|guardrail|disallowed|\bcsam\b",
     _I,
 )
 """Words of content, which a broken filter or a blocked address may use as well."""
 
-_OF_TROUBLE = re.compile(
-    r"unavailable|overload|capacity|busy|temporar|time[ds]?[ _-]?out|upstream|\b(un)?health(y|[ -]check)|circuit"
-    r"|breaker|worker|engine|\bnodes?\b|backend|gateway|disconnect|connection|to connect|unreachable|maintenance"
-    r"|loading|start(ing|up)|warm|crash|\bdead\b|\bdied\b|\bdown\b|out of memory|\bcuda|\bgpu|shard|replica"
-    r"|\bqueue|shut|restart|scal(e|ing)|throttl|rate.?limit|\bip\b|firewall|cloudflare|\bwaf\b|\bbots?\b"
-    r"|internal (server )?error|not (ready|loaded|found)"
-    r"|fail(ed|s|ure)? to (respond|connect|load|start|reach|get|answer|return)"
-    r"|no (available )?(instance|server)|load (balanc|shed)|too many|retry|routing",
+_OUT_OF_ORDER = re.compile(
+    r"(?<!content is )\bunavailable|overload|capacity|\bbusy\b|tempor(ar|al|ai|än|anea)|time[ds]?[ _-]?out|maintenance"
+    r"|unreachable|out of memory|circuit|backpressure|\bsla\b|deprecat|\bmethod\b"
+    r"|\bfor \d+ ?(ms|milliseconds|s|seconds)\b"
+    r"|fail(ed|s|ure)? to (respond|connect|load|start|reach|answer|return)"
+    r"|no (available |allowed )?(endpoint|provider|instance|server|worker)"
+    # a policy for machines
+    r"|\b(network|pod|security|authori[sz]ation|access|routing|latency|memory|data|admission|load|retry|cache|rate|egress"
+    r"|shedding|scheduling|placement|resource|privacy|cors|origin|quota) (usage )?(polic|guideline)|\brbac\b"
+    # who is blocked is no text
+    r"|\b(account|organi[sz]ation|team|project|region|country|location|access|address|ip|key|token|deployment|host|model"
+    r"|thread|loop|queue|pool|worker|process|port)s? ((has|have) )?(is|are|was|were|been|being|got|gets|remains?) "
+    r"(temporarily )?(blocked|flagged|suspended|restricted|banned|disabled)"
+    r"|\b(account|access|region|country|ip)( \w+)? (blocked|banned|denied)|\b(io|event|thread)\b.{0,12}\bblocked"
+    # Chinese, Japanese, Korean
+    r"|暂时|不可用|超时|繁忙|稍后|过载|维护|故障|检测失败|负载|無法使用|一時的|利用でき|利用いただけ|タイムアウト|過負荷|混雑"
+    r"|メンテナンス|障害|後ほど|일시적|사용할 수 없|시간 초과|과부하|점검 중|잠시 후|혼잡"
+    # French, German, Spanish, Portuguese, Italian, Russian
+    r"|indispon|surcharg|nicht (verfügbar|erreichbar)|überlast|vorübergehend|zeitüberschreitung|wartungsarbeit"
+    r"|ausgelastet|no (est[áa] )?disponible|não (está )?disponível|non disponibile|sobrecarg|sovraccaric|mantenimiento"
+    r"|manutenzione|tiempo de espera|недоступ|перегруж|временно",
     _I,
 )
-"""Words of machinery, which a refusal for content has no use for."""
+"""What only a server that is out of order says, or one that refuses an account, an address or a connection. It
+outweighs any word of content: to send a blocked row once more costs little, an outage taken for content loses answers.
+"""
+
+_OF_TROUBLE = re.compile(
+    r"unavailable|upstream|\b(un)?health(y|[ -]check)|breaker|worker|engine|\bnodes?\b|backend|gateway|disconnect"
+    r"|connection|to connect|loading|start(ing|up)|warm|crash|\bdead\b|\bdied\b|\bdown\b|\bcuda|\bgpu|shard|replica"
+    r"|\bqueue|shut|restart|scal(e|ing)|throttl|rate.?limit|\bip\b|firewall|cloudflare|\bwaf\b|\bbots?\b"
+    r"|internal (server )?error|not (ready|loaded|found)|fail(ed|s|ure)? to get"
+    r"|load (balanc|shed)|too many|retry|routing|\bthreads?\b|\bloop\b|\bhosts?\b|concurren|scheduled|delet"
+    r"|\bregions?\b|\baccount\b|not supported|unsupported|\bquota\b|\bsessions?\b|\bservice returned\b",
+    _I,
+)
+"""Words of machinery, which a refusal for content has no use for, but a judgement on it may have."""
 
 
 def speaks_of(subject: Subject, words: str) -> bool:
     """True when the words are about this. Of content they are only if nothing in them speaks of broken machinery."""
+    words = _URL.sub(" ", words)
     if subject is not Subject.CONTENT:
         return _PATTERNS[subject].search(words) is not None
-    if _JUDGED.search(words):
-        return True
-    return _OF_CONTENT.search(words) is not None and _OF_TROUBLE.search(words) is None
+    if _OUT_OF_ORDER.search(words):
+        return False
+    return _JUDGED.search(words) is not None or (
+        _OF_CONTENT.search(words) is not None and _OF_TROUBLE.search(words) is None
+    )

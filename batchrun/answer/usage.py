@@ -13,6 +13,11 @@ from batchrun.records import Usage
 MAX_COUNT = 10**9
 """Tokens. No request has a billion; a larger count is an error of the server's that no bill should be made of."""
 
+MAX_UNSAID = 65_536
+"""Tokens that a total may have beyond prompt and completion where nothing states them. Gemini's compatible endpoint
+hides its thinking there, and answers with no more (ai.google.dev, "Models": output token limit). A larger total adds up
+several requests, and is not believed."""
+
 MAX_USD = 1_000_000
 """What no answer costs; a larger statement is not one of US dollars."""
 
@@ -40,6 +45,7 @@ _PROMPT: tuple[Path, ...] = (
     ("inputTokens",),  # Bedrock
     ("billed_units", "input_tokens"),  # Cohere
     ("tokens", "input_tokens"),
+    ("promptTokens",),  # Vercel's AI SDK
 )
 _COMPLETION: tuple[Path, ...] = (
     ("completion_tokens",),
@@ -49,10 +55,15 @@ _COMPLETION: tuple[Path, ...] = (
     ("outputTokens",),
     ("billed_units", "output_tokens"),
     ("tokens", "output_tokens"),
+    ("completionTokens",),
 )
 _TOTAL: tuple[Path, ...] = (("total_tokens",), ("totalTokenCount",), ("total_token_count",), ("totalTokens",))
 _CACHED: tuple[Path, ...] = (
     ("prompt_tokens_details", "cached_tokens"),
+    ("prompt_tokens_details", "cache_read_input_tokens"),  # Novita
+    ("prompt_tokens_details", "cache_read_tokens"),
+    ("prompt_token_details", "cached_tokens"),  # Mistral
+    ("num_cached_tokens",),
     ("input_tokens_details", "cached_tokens"),
     ("input_tokens_details", "cache_read_input_tokens"),  # Perplexity
     ("prompt_cache_hit_tokens",),  # DeepSeek
@@ -62,6 +73,7 @@ _CACHED: tuple[Path, ...] = (
     ("cachedContentTokenCount",),  # Google
     ("cached_content_token_count",),
     ("cacheReadInputTokens",),  # Bedrock
+    ("cachedInputTokens",),  # Vercel's AI SDK
 )
 _WRITTEN: tuple[Path, ...] = (
     ("prompt_tokens_details", "cache_write_tokens"),  # OpenRouter
@@ -74,6 +86,7 @@ _WRITTEN: tuple[Path, ...] = (
 _WRITTEN_1H: tuple[Path, ...] = (("cache_creation", "ephemeral_1h_input_tokens"),)
 _REASONING: tuple[Path, ...] = (
     ("completion_tokens_details", "reasoning_tokens"),
+    ("completion_token_details", "reasoning_tokens"),
     ("output_tokens_details", "reasoning_tokens"),
     ("output_tokens_details", "thinking_tokens"),  # Anthropic
     ("reasoning_tokens",),  # Perplexity, Databricks, Modal
@@ -126,12 +139,28 @@ def found_in(body: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def joined(earlier: dict[str, Any] | None, later: dict[str, Any]) -> dict[str, Any]:
-    """What two events of one stream state together: the later counts, but for nulls, and zeros of a closing event."""
+    """What two events of one stream state together: the later counts, but for nulls and zeros.
+
+    A later event that states a prompt of 0 and a completion leaves the prompt as it was (proxies of Anthropic's
+    streams). Where its completion is smaller than the one before, it states what is new, and both are added.
+    """
     if not earlier:
         return later
-    if _in_sum(later) == 0 and _in_sum(earlier) > 0:
-        return later | {name: value for name, value in earlier.items() if value is not None}
-    return earlier | {name: value for name, value in later.items() if value is not None}
+    both = earlier | {name: value for name, value in later.items() if name not in earlier or _tells(value)}
+    name = next((path[0] for path in _COMPLETION if count(later.get(path[0]))), None)
+    if name is None or _first(later, _PROMPT) != 0 or not (prompt := _first(earlier, _PROMPT)):
+        return both
+    completion, before = _first(later, _COMPLETION) or 0, _first(earlier, _COMPLETION) or 0
+    whole = before + completion if completion < before else completion
+    total = _first(later, _TOTAL) or 0
+    if total < prompt + whole:  # it leaves the prompt out as well
+        total = prompt + whole + max(0, total - completion)
+    return {**{key: value for key, value in both.items() if (key,) not in _TOTAL}, name: whole, "total_tokens": total}
+
+
+def _tells(value: Any) -> bool:
+    """False for null, zero, and an object of nothing else."""
+    return any(_tells(each) for each in value.values()) if isinstance(value, dict) else value not in (None, 0, "0")
 
 
 def in_choice(choice: Any) -> dict[str, Any] | None:
@@ -200,7 +229,7 @@ def _common(usage: Mapping[str, Any]) -> Usage | None:
     if isinstance(details := usage.get("prompt_tokens_details"), dict):
         cached = count(details.get("cached_tokens"))
         if not details.keys() <= _READ_ONLY:
-            written = _largest(usage, _WRITTEN)
+            cached, written = _largest(usage, _CACHED), _largest(usage, _WRITTEN)
         if cached and (cached > prompt or total == prompt + completion + cached):
             return _in_other_words(usage)
     if isinstance(details := usage.get("completion_tokens_details"), dict):
@@ -209,6 +238,7 @@ def _common(usage: Mapping[str, Any]) -> Usage | None:
         total = prompt + completion
     if reasoning is not None and reasoning > completion:
         total = max(total, prompt + completion + reasoning)  # more than the completion: it can't be a part of it
+    total = _plausible(total, prompt + completion, reasoning)
     return Usage(prompt, completion, total, cached, reasoning, written)
 
 
@@ -230,7 +260,13 @@ def _in_other_words(usage: Mapping[str, Any]) -> Usage | None:
     total = prompt + output if total is None else total
     if output > completion:
         total = max(total, prompt + output)
+    total = _plausible(total, prompt + output, reasoning)
     return Usage(prompt, completion, total, cached, reasoning, written, _largest(usage, _WRITTEN_1H))
+
+
+def _plausible(total: int, stated: int, reasoning: int | None) -> int:
+    """The total, or what is stated apart from it where it is too large for one answer."""
+    return stated if total - stated > max(MAX_UNSAID, reasoning or 0) else total
 
 
 def _cache_is_beside(usage: Mapping[str, Any], prompt: int, cache: int, excess: int, reasoning: int) -> bool:

@@ -7,6 +7,7 @@ when the last commit has ended goes into the next (no timer), each table with on
 import contextlib
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -17,7 +18,9 @@ import msgspec
 from batchrun.checkpoint import spill, tables
 from batchrun.checkpoint.database import Database, Record
 from batchrun.checkpoint.spent import (
+    UNSTATED,
     Spent,
+    Unstated,
     doubt,
     fold,
     reopened,
@@ -30,7 +33,7 @@ from batchrun.durable import fsync, told
 from batchrun.errors import BatchrunError, DiskError
 from batchrun.records import Completion, Discarded, Ending, PossiblyBilled, TotalsLine
 
-FORMAT = 3
+FORMAT = 4
 """`PRAGMA user_version`. Another number is another version's run directory: exit 7."""
 
 SINCE = "since"
@@ -61,7 +64,10 @@ class Checkpoint:
         self._free_reserve = free_reserve
         self._on_durable: Callable[[Sequence[Ending]], None] = lambda endings: None
         self._on_failure: Callable[[BatchrunError], None] = lambda error: None
-        self._queue: queue.SimpleQueue[Ending | Callable[[], None]] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._endings: deque[Ending] = deque()
+        self._notes: deque[tuple[str, str]] = deque()
+        self._idle = False
         self._failed: BatchrunError | None = None
         self._spill = path.with_name(SPILL)
         self.broken = False
@@ -75,7 +81,7 @@ class Checkpoint:
         self._reopened = bool(self._database.query("SELECT 1 FROM reopened LIMIT 1"))
         ((self._revision,),) = self._database.query("SELECT coalesce(max(revision), 0) FROM replaced")
         self._thread = threading.Thread(target=self._serve, name="checkpoint", daemon=True)
-        self.spent = self._read_spent()
+        self.spent = self._read_spent(msgspec.json.decode(manifest.get(UNSTATED, "{}"), type=Unstated))
         self._take_in_spilled()
         self._thread.start()
 
@@ -98,7 +104,10 @@ class Checkpoint:
 
     def put(self, ending: Ending) -> None:
         """The ending is on its way to the disk; `on_durable` names it when it is there."""
-        self._queue.put(ending)
+        self._endings.append(ending)
+        if self._idle:  # waking the thread for every row would cost as much as the row's commit (measured)
+            self._idle = False
+            self._calls.put(_nothing)
 
     def manifest(self) -> dict[str, str]:
         """The run's fixed facts, by name."""
@@ -107,6 +116,10 @@ class Checkpoint:
     def write_manifest(self, facts: dict[str, str]) -> None:
         """The facts are durable, each replacing one of the same name."""
         self._call(lambda: self._replace("manifest", list(facts.items())))
+
+    def note(self, name: str, value: str) -> None:
+        """The manifest's entry is durable before any ending that is put after this; nobody waits for it."""
+        self._notes.append((name, value))
 
     def begin_invocation(self, started_at: float, pid: int, host: str, version: str) -> int:
         """This process's number among those that worked on the run, from 1."""
@@ -179,6 +192,11 @@ class Checkpoint:
 
         self._call(lambda: self._account(lay_out))
         self.since = self.invocation
+
+    @property
+    def has_reopened(self) -> bool:
+        """True while settled rows are sent again."""
+        return self._reopened
 
     def reopened(self, chunk: Chunk) -> dict[int, Reopened]:
         """The rows of a chunk's base part that are asked again."""
@@ -253,7 +271,7 @@ class Checkpoint:
             finished = finished or (self._failed is None and "finished" in self.manifest())
             if finished:
                 self._call(self._database.rest)
-            self._queue.put(self._stop)
+            self._calls.put(self._stop)
             self._thread.join()
         self._database.close()
         if finished:
@@ -278,24 +296,47 @@ class Checkpoint:
             except BaseException as error:
                 future.set_exception(error)
 
-        self._queue.put(run)
+        self._calls.put(run)
         return future.result()
 
     def _serve(self) -> None:
         while not self._closing:
-            item: Ending | Callable[[], None] | None = self._queue.get()
-            endings: list[Ending] = []
-            while isinstance(item, Ending):
-                endings.append(item)
-                item = None if self._queue.empty() or len(endings) == MAX_GROUP else self._queue.get()
-            self._commit(endings)
-            if item is not None:
-                item()
+            call = self._next_call()
+            while self._endings:  # those put before the call, and what has come since
+                self._commit(self._taken())
+            self._write_notes()
+            call()
+
+    def _next_call(self) -> Callable[[], None]:
+        """The next call; until there is one, endings are committed as soon as the last commit has ended."""
+        while self._calls.empty():
+            if self._endings:
+                self._commit(self._taken())
+                continue
+            self._idle = True  # before the last look: what is put after it wakes this thread
+            if not self._endings:
+                break
+            self._idle = False
+        return self._calls.get()
+
+    def _taken(self) -> list[Ending]:
+        count = min(len(self._endings), MAX_GROUP)
+        return [self._endings.popleft() for _ in range(count)]
+
+    def _write_notes(self) -> None:
+        """To be called when the endings to be written next are known: what was noted before one of them goes first."""
+        notes = dict(self._notes.popleft() for _ in range(len(self._notes)))
+        if notes and self._failed is None:
+            try:
+                self._replace("manifest", list(notes.items()))
+            except BatchrunError as error:
+                self._fail(error)
 
     def _stop(self) -> None:
         self._closing = True
 
     def _commit(self, endings: list[Ending]) -> None:
+        self._write_notes()
         if not endings or self.broken:
             return  # the slots keep the names
         if self._failed is None:
@@ -355,6 +396,8 @@ class Checkpoint:
             self._database.insert("attempts", [tables.discarded_record(attempt, invocation) for attempt in discarded])
             self._database.insert("possibly_billed", [tables.possibly_billed_record(doubt) for doubt in doubts])
             self._database.replace("totals", [tables.totals_record(line) for line in changed])
+            if spent.unstated is not self.spent.unstated:
+                self._database.replace("manifest", [(UNSTATED, msgspec.json.encode(spent.unstated).decode())])
             if completions:
                 self._stand(spent)
             known = self.spent.answered_as.items()
@@ -410,7 +453,7 @@ class Checkpoint:
     def _between(self, table: str, first_row: int, end_row: int) -> Iterator[Record]:
         return self._database.records(table, "WHERE row >= ? AND row < ? ORDER BY 1, 2", (first_row, end_row))
 
-    def _read_spent(self) -> Spent:
+    def _read_spent(self, unstated: Unstated) -> Spent:
         lines = [tables.totals_line(record) for record in self._database.records("totals")]
         changes = [tables.replaced_line(record) for record in self._database.records("replaced")]
         doubts = self._database.records("possibly_billed", "ORDER BY rowid")
@@ -419,8 +462,13 @@ class Checkpoint:
             replaced={line.key: line for line in changes},
             standing=dict(self._database.records("standing")),
             answered_as=dict(self._database.records("answered_as")),
+            unstated=unstated,
         )
         return with_possibly_billed(spent, [tables.possibly_billed(record) for record in doubts])
+
+
+def _nothing() -> None:
+    """What wakes the database's thread."""
 
 
 def read_finished(path: Path) -> dict[str, str]:

@@ -23,7 +23,7 @@ _FIELDS = struct.Struct("<qi16sqq")
 _CRC = struct.Struct("<I")
 SLOT_BYTES = 64
 _EMPTY = bytes(SLOT_BYTES)
-_PADDING = bytes(SLOT_BYTES - _FIELDS.size - _CRC.size)
+_SLOT = struct.Struct(f"<{_FIELDS.size}sI{SLOT_BYTES - _FIELDS.size - _CRC.size}x")
 _MAX_PICO = 2**63 - 1
 
 
@@ -56,8 +56,7 @@ class Slots:
         """The slot names the attempt that is about to be sent."""
         pico = -1 if upper_bound_usd is None else min(int(upper_bound_usd / PICO), _MAX_PICO)
         fields = _FIELDS.pack(row, n, key, pico, -1 if upper_bound_tokens is None else upper_bound_tokens)
-        start = slot * SLOT_BYTES
-        self._map[start : start + SLOT_BYTES] = fields + _CRC.pack(zlib.crc32(fields)) + _PADDING
+        _SLOT.pack_into(self._map, slot * SLOT_BYTES, fields, zlib.crc32(fields))
 
     def clear(self, slot: int) -> None:
         """The attempt's end is durable: the slot is free."""

@@ -17,7 +17,6 @@ from batchrun.records import (
     Discarded,
     Ending,
     LineKey,
-    OfflineCount,
     PossiblyBilled,
     Restored,
     TotalsLine,
@@ -46,6 +45,20 @@ SEVERAL = "several models"
 """In the place of a lost attempt's model, which its slot does not name, in a run that asks more than one."""
 
 
+class Unstated(msgspec.Struct, frozen=True):
+    """The upper bounds, added up, of answers that state no usage or no price and are not on the list of doubts.
+
+    No bill has them. A cap that a later start sets counts them, as one that was set from the beginning does.
+    """
+
+    usd: Decimal = Decimal(0)
+    tokens: int = 0
+
+
+UNSTATED = "unstated"
+"""The manifest's entry that holds it."""
+
+
 class Spent(msgspec.Struct, frozen=True):
     """What is durable of the run's account: replaced as a whole after each commit, so any thread may read it.
 
@@ -64,6 +77,7 @@ class Spent(msgspec.Struct, frozen=True):
     possibly_billed_usd: Decimal = Decimal(0)
     possibly_billed_tokens: int = 0
     lost: dict[int, int] = {}
+    unstated: Unstated = Unstated()
 
     def settled(self) -> int:
         """Rows that have their completion."""
@@ -78,10 +92,18 @@ class Spent(msgspec.Struct, frozen=True):
         return [*booked, *self._lost_lines()]
 
     def _lost_lines(self) -> list[TotalsLine]:
-        """The lost attempts in lines of their own, of no day: with them attempts add up to those of the rows."""
+        """The lost attempts in lines of their own: with them attempts add up to those of the rows. Their day is that on
+        which their invocation was last heard of: the last one on which one of its attempts ended.
+        """
         models = {line.model for line in self.totals.values()}
         model = models.pop() if len(models) == 1 else SEVERAL
-        return [TotalsLine(invocation, model, LOST, attempts=attempts) for invocation, attempts in self.lost.items()]
+        days: dict[int, str] = {}
+        for line in self.totals.values():
+            days[line.invocation] = max(line.day, days.get(line.invocation, ""))
+        return [
+            TotalsLine(invocation, model, LOST, days.get(invocation, ""), attempts=attempts)
+            for invocation, attempts in self.lost.items()
+        ]
 
     def wasted_usd(self) -> Decimal:
         """What was billed for answers that are not in the output, however they came to be replaced."""
@@ -99,8 +121,14 @@ class Spent(msgspec.Struct, frozen=True):
         return self.cost_usd() / rows if rows else None
 
     def tokens(self) -> int:
-        """The most that attempts so far have used: what their usage says, and the bounds of those in doubt."""
-        return sum(line.total_tokens for line in self.totals.values()) + self.possibly_billed_tokens
+        """The most that attempts so far have used: what their usage says, and the bounds of those that state none."""
+        lines = self.totals.values()
+        stated = sum(max(line.total_tokens, line.prompt_tokens + line.completion_tokens) for line in lines)
+        return stated + self.possibly_billed_tokens + self.unstated.tokens
+
+    def most_usd(self) -> Decimal:
+        """The most that attempts so far have cost: what is billed for certain, and the bounds of all else."""
+        return self.cost_usd() + self.possibly_billed_usd + self.unstated.usd
 
     def requests(self) -> int:
         """Attempts so far, those without a known end included."""
@@ -152,27 +180,41 @@ def fold(
     """
     totals = dict(spent.totals)
     standing = dict(spent.standing)
-    answered_as = spent.answered_as
+    answered_as = dict(spent.answered_as)
     changes: list[TotalsLine] = []
+    by_line: dict[LineKey, list[Ending]] = {}
     for ending in endings:
-        line = totals.get(key := _key(ending, invocation)) or TotalsLine(*key)
-        settles = isinstance(ending, Completion) and ending.restored is None
-        totals[key] = _add(line, ending, rows=int(settles))
+        by_line.setdefault(_key(ending, invocation), []).append(ending)
         if not isinstance(ending, Completion):
             continue
         status = str(ending.status)
         if ending.restored is not None:
             changes += _restored(ending, ending.restored, invocation)
-        if (before := (earlier or {}).get(ending.row)) is not None:
+        if earlier and (before := earlier.get(ending.row)) is not None:
             changes += _again(answer_line(ending, invocation), before)
             status = status if replaces(status, before.status) else before.status
         standing[status] = standing.get(status, 0) + 1
         if ending.answered_model is not None:
-            if answered_as is spent.answered_as:
-                answered_as = dict(answered_as)
             answered_as[ending.answered_model] = answered_as.get(ending.answered_model, 0) + 1
-    folded = msgspec.structs.replace(spent, totals=totals, standing=standing, answered_as=answered_as)
+    for key, of_line in by_line.items():
+        totals[key] = _added(totals.get(key) or TotalsLine(*key), of_line)
+    unstated = _with_unstated(spent.unstated, endings)
+    folded = msgspec.structs.replace(
+        spent, totals=totals, standing=standing, answered_as=answered_as, unstated=unstated
+    )
     return with_changes(folded, changes)
+
+
+def _with_unstated(known: Unstated, endings: Sequence[Ending]) -> Unstated:
+    usd, tokens = known.usd, known.tokens
+    for ending in endings:
+        if ending.maybe_billed:
+            continue  # by its bounds on the list of doubts
+        if (ending.last_cost_usd if isinstance(ending, Completion) else ending.cost_usd) is None:
+            usd += ending.possibly_billed_usd or 0
+        if ending.offline is not None:  # an answer came, and no usage
+            tokens += ending.possibly_billed_tokens
+    return known if (usd, tokens) == (known.usd, known.tokens) else Unstated(usd, tokens)
 
 
 def with_changes(spent: Spent, changes: Iterable[TotalsLine]) -> Spent:
@@ -271,27 +313,48 @@ def reopened(spent: Spent, answers: Iterable[TotalsLine]) -> Spent:
     return with_changes(msgspec.structs.replace(spent, standing=standing), changes)
 
 
-def _add(line: TotalsLine, ending: Ending, *, rows: int) -> TotalsLine:
-    usage, offline = ending.usage, ending.offline or OfflineCount(0, 0)
-    cost = ending.last_cost_usd if isinstance(ending, Completion) else ending.cost_usd
-    used = usage or Usage(0, 0, 0)
+def _added(line: TotalsLine, endings: Sequence[Ending]) -> TotalsLine:
+    """The line with these attempts in it: sums in plain variables, and one new line a commit."""
+    rows = prompt = cached = completion = reasoning = total = unpriced = without_usage = written = 0
+    offline_prompt = offline_completion = 0
+    cost, reported = line.cost_usd, line.reported_cost_usd
+    for ending in endings:
+        if isinstance(ending, Completion):
+            rows += ending.restored is None
+            attempt_usd = ending.last_cost_usd
+        else:
+            attempt_usd = ending.cost_usd
+        if attempt_usd is not None:
+            cost += attempt_usd
+        if ending.reported_cost_usd is not None:
+            reported += ending.reported_cost_usd
+        if ending.offline is not None:
+            offline_prompt += ending.offline.prompt_tokens
+            offline_completion += ending.offline.completion_tokens
+        if (usage := ending.usage) is None:
+            without_usage += attempt_usd is None
+            continue
+        unpriced += attempt_usd is None
+        prompt += usage.prompt_tokens
+        completion += usage.completion_tokens
+        total += usage.total_tokens
+        cached += usage.cached_tokens or 0
+        reasoning += usage.reasoning_tokens or 0
+        written += usage.cache_write_tokens or 0
     return TotalsLine(
-        invocation=line.invocation,
-        model=line.model,
-        status=line.status,
-        day=line.day,
+        *line.key,
         rows=line.rows + rows,
-        attempts=line.attempts + 1,
-        prompt_tokens=line.prompt_tokens + used.prompt_tokens,
-        cached_tokens=line.cached_tokens + (used.cached_tokens or 0),
-        completion_tokens=line.completion_tokens + used.completion_tokens,
-        reasoning_tokens=line.reasoning_tokens + (used.reasoning_tokens or 0),
-        total_tokens=line.total_tokens + used.total_tokens,
-        cost_usd=line.cost_usd + (cost or 0),
-        unpriced=line.unpriced + (usage is not None and cost is None),
-        without_usage=line.without_usage + (usage is None and cost is None),
-        offline_prompt_tokens=line.offline_prompt_tokens + offline.prompt_tokens,
-        offline_completion_tokens=line.offline_completion_tokens + offline.completion_tokens,
-        cache_write_tokens=line.cache_write_tokens + (used.cache_write_tokens or 0),
-        reported_cost_usd=line.reported_cost_usd + (ending.reported_cost_usd or 0),
+        attempts=line.attempts + len(endings),
+        prompt_tokens=line.prompt_tokens + prompt,
+        cached_tokens=line.cached_tokens + cached,
+        completion_tokens=line.completion_tokens + completion,
+        reasoning_tokens=line.reasoning_tokens + reasoning,
+        total_tokens=line.total_tokens + total,
+        cost_usd=cost,
+        unpriced=line.unpriced + unpriced,
+        without_usage=line.without_usage + without_usage,
+        offline_prompt_tokens=line.offline_prompt_tokens + offline_prompt,
+        offline_completion_tokens=line.offline_completion_tokens + offline_completion,
+        cache_write_tokens=line.cache_write_tokens + written,
+        reported_cost_usd=reported,
     )

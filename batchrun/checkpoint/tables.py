@@ -9,7 +9,7 @@ from decimal import Decimal
 import msgspec
 
 from batchrun.checkpoint.database import Record
-from batchrun.records import Completion, Discarded, PossiblyBilled, RowError, Status, TotalsLine, Usage, Verdict
+from batchrun.records import Completion, Discarded, PossiblyBilled, RowError, TotalsLine, Usage, Verdict
 
 TABLES = """
 CREATE TABLE manifest (name TEXT PRIMARY KEY, value TEXT, crc INTEGER) WITHOUT ROWID;
@@ -17,14 +17,11 @@ CREATE TABLE invocations (invocation INTEGER PRIMARY KEY, started_at REAL, pid I
     crc INTEGER);
 CREATE TABLE chunks (chunk INTEGER PRIMARY KEY, first_row INTEGER, rows INTEGER, end_position TEXT, input_digest TEXT,
     generation INTEGER, part_digest TEXT, open INTEGER, crc INTEGER);
-CREATE TABLE rows (row INTEGER PRIMARY KEY, request_key BLOB, status TEXT, attempts INTEGER, http_status INTEGER,
-    error_kind TEXT, error_http_status INTEGER, error_code TEXT, error_message TEXT, request_id TEXT, finished_at REAL,
-    latency_s REAL, time_to_first_token_s REAL, model TEXT, cost_usd TEXT, raw BLOB, variant INTEGER,
-    in_json INTEGER, reported_cost_usd TEXT, invocation INTEGER, answer_cost_usd TEXT, crc INTEGER);
+CREATE TABLE rows (row INTEGER PRIMARY KEY, attempts INTEGER, completion BLOB, crc INTEGER);
 CREATE TABLE attempts (row INTEGER, n INTEGER, verdict TEXT, counted INTEGER, http_status INTEGER, error_kind TEXT,
     message TEXT, request_id TEXT, at REAL, model TEXT, prompt_tokens INTEGER, completion_tokens INTEGER,
     total_tokens INTEGER, cached_tokens INTEGER, reasoning_tokens INTEGER, cache_write_tokens INTEGER,
-    cache_write_1h_tokens INTEGER, cost_usd TEXT, invocation INTEGER, crc INTEGER,
+    cache_write_1h_tokens INTEGER, cost_usd TEXT, said TEXT, invocation INTEGER, crc INTEGER,
     PRIMARY KEY (row, n, invocation)) WITHOUT ROWID;
 CREATE TABLE possibly_billed (row INTEGER, n INTEGER, request_key TEXT, upper_bound_usd TEXT,
     upper_bound_tokens INTEGER, cause TEXT, invocation INTEGER, request_id TEXT, crc INTEGER);
@@ -104,29 +101,36 @@ def _characters(text: str | None) -> str | None:
     return text if text is None or text.isascii() else _SURROGATE.sub("\ufffd", text)
 
 
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(Completion).decode
+
+
 def completion_record(c: Completion) -> Record:
-    error = c.error or RowError("")
-    kind = c.error.kind if c.error is not None else None
-    return (
-        c.row, c.key, str(c.status), c.attempts, c.http_status, kind, error.http_status, _characters(error.code),
-        _characters(error.message), _characters(c.request_id), c.finished_at, c.latency_s, c.time_to_first_token_s,
-        c.model, _text(c.cost_usd), c.raw, c.variant, int(c.in_json), _text(c.reported_cost_usd), c.invocation,
-        _text(c.answer_cost_usd),
-    )  # fmt: skip
+    """One blob for a row: a column for each field costs three times as much to write (docs/benchmarks.md)."""
+    try:
+        return c.row, c.attempts, _encode(c)
+    except UnicodeEncodeError:  # a half surrogate, from a header or an error
+        return c.row, c.attempts, _encode(_in_characters(c))
 
 
 def completion(record: Record) -> Completion:
-    row, key, status, attempts, http_status, kind, error_status, code, message, *rest = record
-    request_id, finished_at, latency_s, first_token_s, model, cost, raw, variant, *rest = rest
-    in_json, reported, invocation, answer_cost = rest
-    return Completion(
-        row=row, key=key, status=Status(status), attempts=attempts, http_status=http_status,
-        error=None if kind is None else RowError(kind, error_status, code, message),
-        request_id=request_id, finished_at=finished_at, latency_s=latency_s, time_to_first_token_s=first_token_s,
-        model=model, answered_model=None, usage=None, cost_usd=usd(cost), last_cost_usd=None, maybe_billed=False,
-        possibly_billed_usd=None, raw=raw, variant=variant, in_json=bool(in_json), invocation=invocation,
-        answer_cost_usd=usd(answer_cost), reported_cost_usd=usd(reported),
-    )  # fmt: skip
+    return _decode(record[2])
+
+
+def _in_characters(c: Completion) -> Completion:
+    error = c.error
+    if error is not None:
+        error = RowError(error.kind, error.http_status, _characters(error.code), _characters(error.message))
+    return msgspec.structs.replace(
+        c,
+        error=error,
+        request_id=_characters(c.request_id),
+        answered_model=_characters(c.answered_model),
+        set_aside=tuple(
+            msgspec.structs.replace(each, message=_characters(each.message), content=_characters(each.content))
+            for each in c.set_aside
+        ),
+    )
 
 
 def discarded_record(d: Discarded, invocation: int) -> Record:
@@ -135,18 +139,18 @@ def discarded_record(d: Discarded, invocation: int) -> Record:
     return (
         d.row, d.n, str(d.verdict), int(d.counted), d.http_status, d.error_kind, _characters(d.message),
         _characters(d.request_id), d.at, d.model, *usage, _text(d.cost_usd),
-        invocation,
+        _characters(d.said), invocation,
     )  # fmt: skip
 
 
 def discarded(record: Record) -> Discarded:
     row, n, verdict, counted, http_status, kind, message, request_id, at, model, *rest = record
-    *tokens, cost, _ = rest
+    *tokens, cost, said, _ = rest
     return Discarded(
         row=row, n=n, verdict=Verdict(verdict), counted=bool(counted), http_status=http_status, error_kind=kind,
         message=message, request_id=request_id, at=at, model=model,
         usage=None if tokens[0] is None else Usage(*tokens),
-        cost_usd=usd(cost), possibly_billed_usd=None, maybe_billed=False, key=b"",
+        cost_usd=usd(cost), possibly_billed_usd=None, maybe_billed=False, key=b"", said=said,
     )  # fmt: skip
 
 

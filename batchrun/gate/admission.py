@@ -13,12 +13,16 @@ class Ask(msgspec.Struct, frozen=True):
     """What one attempt wants: `tokens`, an estimate of prompt and answer together, and the most it may cost and use.
 
     `output_tokens` is the answer's part of `tokens`. `upper_bound_usd` may be None only where no `max_cost_usd` is set.
+    `model` is asked at these dearest prices; without a name, its answers are believed to keep to the bounds.
     """
 
     tokens: int
     upper_bound_usd: Decimal | None = None
     upper_bound_tokens: int = 0
     output_tokens: int = 0
+    model: str = ""
+    usd_per_million_in: Decimal = Decimal(0)
+    usd_per_million_out: Decimal = Decimal(0)
 
     @property
     def input_tokens(self) -> int:

@@ -88,6 +88,11 @@ class Walk:
         self.clear()
 
     @property
+    def is_at_zero(self) -> bool:
+        """True between two excursions."""
+        return not self._at
+
+    @property
     def is_low(self) -> bool:
         """True while nothing is suspected."""
         return self._at < self._bar / 3

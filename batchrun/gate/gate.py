@@ -3,11 +3,6 @@
 Workers stand in one FIFO. The first in it takes pace, tokens, money and a slot together or waits for what it lacks;
 nobody overtakes, so a large prompt keeps its turn. Waiting is one timer for the first in line, and a wake-up
 whenever something is given back. Whether the endpoint may be asked at all is `GateState`'s to say.
-
-aiolimiter holds what the user told of requests, whatever is learned beside it, and is imported nowhere else. What was
-measured of 1.3.0 shapes its use here: its bucket starts with its whole burst free, so the burst is small; its waiters
-wake smallest first, so nobody ever waits in it; a changed `max_rate` leaves the leak as it was, so a new limit needs a
-new limiter.
 """
 
 import asyncio
@@ -17,15 +12,15 @@ from collections.abc import Callable, Mapping
 from decimal import Decimal
 
 import msgspec
-from aiolimiter import AsyncLimiter
 
 from batchrun.errors import ExitCode, RunStoppedError
-from batchrun.gate.accounts import BURST_S
 from batchrun.gate.admission import OPEN, Ask, Binding, Found, Limit, Outcome, Ruling, Stop
 from batchrun.gate.daily import DailyCount
+from batchrun.gate.overruns import Overruns
 from batchrun.gate.pace import Pace, PaceChange
 from batchrun.gate.purse import Purse
 from batchrun.gate.rate_headers import stated
+from batchrun.gate.rates import RateLimits, Rates
 from batchrun.gate.refusals import NOTHING, Finding, Refusals
 from batchrun.gate.state import IN_FLIGHT, GateState
 from batchrun.job.job import Limits
@@ -33,9 +28,6 @@ from batchrun.records import InForce, Verdict
 
 TIMER_GRAIN_S = 0.001
 """No timer is shorter: event loops count in milliseconds, and a wait of a float's rounding error would spin."""
-
-GUARD_BURST_S = 2.0
-"""The burst that a told request limit may never exceed, whatever a server's headers show to be free."""
 
 UNLIMITED = Binding(Limit.LATENCY)
 BUDGET = Binding(Limit.BUDGET)
@@ -87,44 +79,38 @@ class Gate:
         daily: DailyCount | None = None,
         found: Found = Found(),  # noqa: B008  (frozen)
         purse: Purse | None = None,
+        overruns: Overruns | None = None,
         on_pace: PaceChange = lambda limit, before, after, why: None,
         on_kind: Callable[[str, str], None] = lambda kind, why: None,
     ) -> None:
         """The loop is the clock, as it is aiolimiter's. A rate that `limits` does not tell costs nothing per call.
+
+        `overruns` widen the bounds of what is asked; without them, bounds are believed.
 
         `found` is where a pace begins that no one tells; `on_pace` is told each change of a limit, `on_kind` what
         refusals are taken for.
         """
         self._state = state
         self._loop = loop
-        self._sent_at_s = now_s = loop.time()
-        self._guards: dict[Limit, AsyncLimiter] = {}
-        told = limits.requests_per_minute
-        if told is not None:
-            self._guards[Limit.REQUESTS] = _limiter(told, GUARD_BURST_S)
-        self._requests = Pace(Limit.REQUESTS, told, now_s, on_pace, learned=found.requests_per_minute)
-        self._requests_per_second = limits.requests_per_second
-        if limits.requests_per_second is not None:
-            self._guards[Limit.REQUESTS_PER_SECOND] = _limiter(limits.requests_per_second * 60, BURST_S)
-        self._tokens = Pace(Limit.TOKENS, limits.tokens_per_minute, now_s, on_pace, learned=found.tokens_per_minute)
-        self._input, self._output = (
-            None if told is None else Pace(limit, told, now_s, on_pace)
-            for limit, told in (
-                (Limit.INPUT_TOKENS, limits.input_tokens_per_minute),
-                (Limit.OUTPUT_TOKENS, limits.output_tokens_per_minute),
-            )
-        )
+        self._rates = RateLimits(limits, loop.time(), daily=daily, found=found, on_pace=on_pace)
+        self._requests, self._tokens = self._rates.requests, self._rates.tokens
         paces = {Limit.REQUESTS: self._requests, Limit.TOKENS: self._tokens}
         self._refusals = Refusals(paces, state.in_flight, on_kind)
-        self._daily = daily
         self._hear_s = loop.time()
         self._purse = purse
+        self.purse = purse or Purse()
+        self._overruns = overruns
         self._slots = state.in_flight.most
         self._free = list(range(self._slots - 1, -1, -1))  # a stack: low slots are the ones used again
         self._flights: dict[int, _Flight] = {}
         self._line: deque[asyncio.Future[None]] = deque()
         self._timer: asyncio.TimerHandle | None = None
         self._lacking = UNLIMITED
+
+    @property
+    def slots(self) -> int:
+        """How many attempts can be in flight at most, whatever limit is set later."""
+        return self._slots
 
     @property
     def in_flight(self) -> int:
@@ -168,25 +154,16 @@ class Gate:
             return self._lacking
         return IN_FLIGHT if len(self._flights) >= self._state.in_flight.most else UNLIMITED
 
-    def tune(
-        self,
-        *,
-        requests_per_minute: float | None = None,
-        tokens_per_minute: float | None = None,
-        max_in_flight: int | None = None,
-    ) -> None:
+    def tune(self, rates: Rates = Rates(), *, max_in_flight: int | None = None) -> None:  # noqa: B008  (frozen)
         """Other limits hold from now on; None leaves one as it is. What is in flight stays so.
 
         More in flight than at the start is never allowed, as there are no slots for them; fewer takes effect as slots
         return.
         """
-        now_s = self._loop.time()
-        if requests_per_minute is not None:
-            self._guards[Limit.REQUESTS] = _limiter(requests_per_minute, GUARD_BURST_S)
-            self._requests.tell(requests_per_minute, now_s)
+        self._rates.tune(rates, self._loop.time())
+        if rates.requests_per_minute is not None:
             self._refusals.searches[Limit.REQUESTS].forget()
-        if tokens_per_minute is not None:
-            self._tokens.tell(tokens_per_minute, now_s)
+        if rates.tokens_per_minute is not None:
             self._refusals.searches[Limit.TOKENS].forget()
         if max_in_flight is not None:
             self._state.in_flight.limit(min(max_in_flight, self._slots))
@@ -203,10 +180,10 @@ class Gate:
             max_cost_usd=None if caps.cost_usd is None else caps.cost_usd.most,
             max_tokens=None if caps.tokens is None else caps.tokens.most,
             max_requests=None if caps.requests is None else caps.requests.most,
-            requests_per_second=self._requests_per_second,
-            requests_per_day=None if self._daily is None else self._daily.limit,
-            input_tokens_per_minute=None if self._input is None else self._input.per_minute,
-            output_tokens_per_minute=None if self._output is None else self._output.per_minute,
+            requests_per_second=self._rates.requests_per_second,
+            requests_per_day=None if self._rates.daily is None else self._rates.daily.limit,
+            input_tokens_per_minute=self._rates.told(Limit.INPUT_TOKENS),
+            output_tokens_per_minute=self._rates.told(Limit.OUTPUT_TOKENS),
         )
 
     async def admit(self, ask: Ask) -> int:
@@ -217,9 +194,13 @@ class Gate:
         """
         if self._line or self._lack(ask) is not None:
             await self._stand_in_line(ask)
-        for guard in self._guards.values():
-            await guard.acquire()  # never suspends: _lack has just seen the capacity, so all is taken as one
+        await self._rates.acquire()  # never suspends: _lack has just seen the capacity, so all is taken as one
         return self._take(ask)
+
+    def bound(self, slot: int) -> tuple[Decimal | None, int]:
+        """The most that the attempt in this slot may cost (USD; None: unknown) and use (tokens), as it is reserved."""
+        ask = self._flights[slot].ask
+        return ask.upper_bound_usd, ask.upper_bound_tokens
 
     def settle(self, slot: int, tokens: int | None, output_tokens: int = 0) -> None:
         """The buckets stand as if `tokens` had been asked for, `output_tokens` of them for the answer; None, no usage
@@ -229,7 +210,7 @@ class Gate:
         assert not flight.settled, f"slot {slot} is settled twice"
         flight.settled = True
         if tokens is not None:
-            self._correct(flight.ask, tokens, output_tokens)
+            self._rates.correct(flight.ask, tokens, output_tokens)
             self._refusals.correct(tokens - flight.ask.tokens)
             self._wake_first()
 
@@ -252,6 +233,8 @@ class Gate:
         flight = self._flights[slot]
         assert not flight.observed, f"slot {slot} is observed twice"
         flight.observed = True
+        if self._overruns is not None and self._overruns.most_in_flight(flight.ask.model) is not None:
+            self._overruns.ended(flight.ask.model, outcome.verdict)
         was_open, now_s = self._state.phase is OPEN, self._loop.time()
         finding = self._learn(flight, outcome, now_s)
         ruling = self._state.observe(outcome, flight.order, now_s, finding)
@@ -281,7 +264,7 @@ class Gate:
         the rate itself was learned from refusals: what is refused there would be sent again at once, and again.
         """
         if outcome.verdict is Verdict.FREE and not flight.settled:
-            self._correct(flight.ask, 0, 0)  # nothing was worked out, so no tokens were used
+            self._rates.correct(flight.ask, 0, 0)  # nothing was worked out, so no tokens were used
         if outcome.verdict is not Verdict.SLOW:
             reached = outcome.verdict is not Verdict.FREE or _has_status(outcome)
             if outcome.verdict is Verdict.OK:
@@ -298,7 +281,7 @@ class Gate:
         if self._requests.learned is None:
             self._requests.settle(-1)
         if self._tokens.learned is None and not flight.settled:
-            self._correct(flight.ask, 0, 0)
+            self._rates.correct(flight.ask, 0, 0)
         message = "" if outcome.error is None else outcome.error.message or ""
         limit = Limit.TOKENS if _names_tokens(message) else Limit.REQUESTS
         told_when = outcome.retry_after_s is not None
@@ -309,14 +292,6 @@ class Gate:
         rates = [pace.stated_now, None if pace.learned is None else self._refusals.searches[pace.limit].confirmed]
         known = min((rate for rate in rates if rate is not None), default=None)
         return None if known is None or (pace.told is not None and known >= pace.told) else known
-
-    def _correct(self, ask: Ask, tokens: int, output_tokens: int) -> None:
-        """What was taken by estimate is so much instead."""
-        self._tokens.settle(tokens - ask.tokens)
-        if self._input is not None:
-            self._input.settle(tokens - output_tokens - ask.input_tokens)
-        if self._output is not None:
-            self._output.settle(output_tokens - ask.output_tokens)
 
     async def _stand_in_line(self, ask: Ask) -> None:
         """Returns when this ask is first and lacks nothing; whoever is next has been woken, and runs after it took."""
@@ -346,27 +321,24 @@ class Gate:
             self._refusals.reopened(now_s)  # after a pause all go on at once, at a lower rate
         if len(self._flights) >= self._state.in_flight.most:
             return IN_FLIGHT
-        if self._purse is not None and not self._purse.fits(ask):
-            return self._wait_for_budget(self._purse, ask)
-        return self._lack_of_pace(ask, now_s)
-
-    def _lack_of_pace(self, ask: Ask, now_s: float) -> Binding | None:
+        if self._purse is not None and (lacking := self._lack_of_budget(self._purse, self._widened(ask))) is not None:
+            return lacking
         self._refusals.rise(now_s)
-        if self._daily is not None and self._daily.is_spent(now_s):
-            return Binding(Limit.REQUESTS_PER_DAY, self._daily.ends_s)
-        if (wait_s := self._tokens.ready_in_s(ask.tokens, now_s)) > 0:
-            return Binding(Limit.TOKENS, now_s + wait_s)
-        if (wait_s := self._requests.ready_in_s(1, now_s)) > 0:
-            return Binding(Limit.REQUESTS, now_s + wait_s)
-        if self._input is not None and (wait_s := self._input.ready_in_s(ask.input_tokens, now_s)) > 0:
-            return Binding(Limit.INPUT_TOKENS, now_s + wait_s)
-        if self._output is not None and (wait_s := self._output.ready_in_s(ask.output_tokens, now_s)) > 0:
-            return Binding(Limit.OUTPUT_TOKENS, now_s + wait_s)
-        for limit, guard in self._guards.items():
-            if not guard.has_capacity():
-                # at the latest then: what has leaked by that time beyond one request stays there for the next one
-                return Binding(limit, self._sent_at_s + guard.time_period / guard.max_rate)
-        return None
+        return self._rates.lack(ask, now_s)
+
+    def _widened(self, ask: Ask) -> Ask:
+        """The ask with bounds as they are known at this moment: it may have stood in line while an answer came."""
+        return ask if self._overruns is None else self._overruns.widened(ask)
+
+    def _lack_of_budget(self, purse: Purse, ask: Ask) -> Binding | None:
+        if not purse.fits(ask):
+            return self._wait_for_budget(purse, ask)
+        if self._overruns is None or not purse.rests_on_bounds:
+            return None
+        most = self._overruns.most_in_flight(ask.model)
+        if most is None or sum(f.ask.model == ask.model and not f.observed for f in self._flights.values()) < most:
+            return None
+        return BUDGET  # the first answer of this model shows whether its bounds hold
 
     def _wait_for_budget(self, purse: Purse, ask: Ask) -> Binding:
         """Some comes back only from what is in flight; with nothing in flight the budget is at its end."""
@@ -377,16 +349,10 @@ class Gate:
         raise GateClosed(stop)
 
     def _take(self, ask: Ask) -> int:
-        self._sent_at_s = now_s = self._loop.time()
+        ask = self._widened(ask)
+        now_s = self._loop.time()
         before = self._requests.taken, self._tokens.taken
-        self._requests.take(1, now_s)
-        self._tokens.take(ask.tokens, now_s)
-        if self._input is not None:
-            self._input.take(ask.input_tokens, now_s)
-        if self._output is not None:
-            self._output.take(ask.output_tokens, now_s)
-        if self._daily is not None:
-            self._daily.take()
+        self._rates.take(ask, now_s)
         if self._purse is not None:
             self._purse.reserve(ask)
         slot = self._free.pop()
@@ -417,8 +383,3 @@ def _has_status(outcome: Outcome) -> bool:
 
 def _names_tokens(message: str) -> bool:
     return _TOKENS.search(message) is not None and _REQUESTS.search(message) is None
-
-
-def _limiter(requests_per_minute: float, burst_s: float) -> AsyncLimiter:
-    burst = max(1.0, requests_per_minute / 60 * burst_s)
-    return AsyncLimiter(burst, burst * 60 / requests_per_minute)

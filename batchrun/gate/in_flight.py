@@ -10,8 +10,9 @@ USED = 0.8
 """More is allowed only while so much of it is used: else nobody knows whether the endpoint bears it."""
 
 SILENT_S = 1.0
-"""What was sent a second ago and not refused is being worked on, so twice as many may go out: where answers take eight
-seconds, a ramp that waits for them takes half a minute."""
+"""What was sent a second ago and not refused is being worked on, so more may go out: where answers take eight seconds,
+a ramp that waits for them takes half a minute. One more at a time, as many in a second as are allowed: if they were
+doubled at once, half of them would meet an empty bucket in the same moment."""
 
 
 class InFlight:
@@ -58,9 +59,9 @@ class InFlight:
             return now_s
         if not self._proven or self._ramp >= self.most or self.allowed < self._ramp or self._grown_s is None:
             return None
-        if now_s < self._grown_s + SILENT_S:
-            return self._grown_s + SILENT_S
-        self._grow_to(min(self.most, 2 * self._ramp), now_s, "nothing was refused for a second")
+        if now_s < (next_s := self._grown_s + SILENT_S / self._ramp):
+            return next_s
+        self._grow_to(self._ramp + 1, now_s, "nothing was refused for a while")
         return now_s
 
     def answered(self, out: int, now_s: float) -> None:

@@ -53,6 +53,11 @@ class Purse:
         self.tokens = tokens
         self.requests = requests
 
+    @property
+    def rests_on_bounds(self) -> bool:
+        """True where a cap is only as good as the upper bounds of what is in flight."""
+        return self.cost_usd is not None or self.tokens is not None
+
     def fits(self, ask: Ask) -> bool:
         """Whether the attempt can be sent without any risk to a cap.
 

@@ -25,6 +25,9 @@ refusals until it can be measured."""
 BELOW_REFUSED = 0.7
 """What is kept of a rate that nearly everything was refused at, before anything could be measured."""
 
+LEAST_LEARNED = 0.3
+"""What is kept at least of a rate that was learned: at a low one, what was taken in the last second says little."""
+
 BELOW_LONE = 0.95
 """What is kept of a rate of tokens after a single refusal, which a wrong estimate of a request's size explains as well.
 A single request too many has no such excuse: somebody else draws on the limit, and gets room."""
@@ -51,6 +54,12 @@ FASTER, ROUGH_FASTER, MAX_STEP = 2.0, 1.5, 0.32
 """Upwards by 1, 2, 4 … 32 %, after three seconds or forty requests each (a rough rate by 5 % after one second or ten):
 a limit that was doubled is in use within half a minute, and one that was not costs a refusal in a hundred requests."""
 
+WORTH = 0.02
+MOST_REST = 100
+AGREES = 0.05
+"""Where a climb ends at the limit that was known, its refusals were its price: the next one waits until they are 2 %
+of what was sent, for 100 requests at most. Below ten a second that is longer than the steps take by themselves."""
+
 USED = 0.8
 """A rate is raised only while so much of it is used: else nothing would be learned from not being refused."""
 
@@ -61,6 +70,13 @@ ALIKE = 2.0
 FAR_BELOW = 0.85
 """Refusals are chance where a rate below the measured one meets the same share of them, within a factor of two. A small
 share proves that only before the rate was raised again; nearly everything refused is no chance at any rate."""
+
+MUCH_CHANCE = 0.25
+"""Where so much is refused at any rate, nothing that was learned is kept: a limit beside it shows again at once."""
+
+LEAST_SURE = 100
+"""A share that was found at two rates is believed as if it were of so many attempts. Else few of them would not
+outweigh the belief that next to nothing is refused, and the next refusals would be taken for a storm."""
 
 LEAST_PER_S = 0.02
 
@@ -74,10 +90,11 @@ class Step(Enum):
 
 
 class _Cut(msgspec.Struct, frozen=True):
-    """The rate was lowered to just below a measured one: from what, at which share of refusals."""
+    """The rate was lowered to just below a measured one: from what, at which share of how many attempts refused."""
 
     per_s: float | None
     share: float
+    count: int
 
 
 class RateSearch:
@@ -99,6 +116,9 @@ class RateSearch:
         self._amount = 1.0  # what the last refusal was of
         self._cut: _Cut | None = None
         self._before_chain: float | None = None
+        self._limit: float | None = None  # what was measured last
+        self._rest = 0.0  # requests before the next climb
+        self._climbs_from = 0  # of those counted, how many came before this one
 
     @property
     def per_s(self) -> float | None:
@@ -151,14 +171,15 @@ class RateSearch:
         self._cut = None
         if rate is not None:
             rough = self._taken_since() < FIRM_TIMES * self._amount
-            self._cut = _Cut(before, share)
+            self._cut = _Cut(before, share, self._counted)
             rate *= BELOW_MEASURED
         elif lone and self._pace.limit is Limit.TOKENS and (known := before or self._known_per_s) is not None:
             rate, rough = BELOW_LONE * known, True
         elif (known := before or self._known_per_s) is not None:
             rate, rough = BELOW_REFUSED * known, True
             if self._taken:
-                rate = min(rate, BELOW_BURST * self._in_last_second(at_s))
+                least = 0.0 if before is None else LEAST_LEARNED * before
+                rate = min(rate, max(least, BELOW_BURST * self._in_last_second(at_s)))
         elif self._taken:
             rate, rough = BELOW_BURST * self._in_last_second(at_s), True
         self._remember(before)
@@ -167,7 +188,7 @@ class RateSearch:
         self._set_mark(at_s)
         self._paused = True
 
-    def exceeded(self, at_s: float, now_s: float) -> Step:
+    def exceeded(self, at_s: float, now_s: float, ordinary: float = 0.0) -> Step:
         """More than the ordinary share was refused at this rate."""
         rate = self._measured(at_s)
         before, share = self.per_s, self._share
@@ -181,7 +202,8 @@ class RateSearch:
             rate, rough = max(rate, LEAST_AFTER_PAUSE * before), True
         else:
             rough = self._taken_since() < FIRM_TIMES * self._amount
-            self._cut = _Cut(before, share)
+            self._cut = _Cut(before, share, self._counted)
+        self._pay(rate, ordinary)
         self._lower(rate * BELOW_MEASURED, now_s, rough=rough, why=f"refused; {rate * 60:.0f} a minute were accepted")
         self._set_mark(at_s)
         self._paused = False
@@ -197,9 +219,11 @@ class RateSearch:
         least = max(LEAST_SHARE if self.raised else LEAST_CALM_SHARE, cut.share / ALIKE)
         if not least <= share <= min(MAX_SHARE, cut.share * ALIKE):
             return False
-        ordinary.be(share, self._counted)
+        count = cut.count + self._counted
+        share = (cut.share * cut.count + self._refused) / count
+        ordinary.be(share, max(LEAST_SURE, count))
         restored = None
-        if self.confirmed is not None:  # else the first lowering was a mistake, too
+        if self.confirmed is not None and share < MUCH_CHANCE:  # else the first lowering was a mistake, too
             restored = cut.per_s if self.raised else self._before_chain
         self._cut = self.confirmed = None
         self._set_mark(at_s)
@@ -227,9 +251,11 @@ class RateSearch:
         total = self._pace.taken
         used = total - self._raised_total >= USED * (now_s - self._raised_s) * rate
         self._raised_s, self._raised_total = now_s, total
-        if not used:
+        self._rest -= every_s * requests_per_s
+        if not used or (not self.raised and self._rest > 0):
             return
         if not self.raised:
+            self._climbs_from = self._counted
             rate /= 1 - min(0.5, share)  # the rate measured is of what was accepted, and what is sent is more
         elif not self._rough:
             self.confirmed = rate * 60
@@ -281,6 +307,14 @@ class RateSearch:
     def _set_mark(self, at_s: float) -> None:
         self._mark = at_s, self._taken
         self._counted = self._refused = 0
+
+    def _pay(self, measured: float, ordinary: float) -> None:
+        """The climb that has ended here met a limit; if it is the one that was known, it was for nothing."""
+        known, self._limit = self._limit, measured
+        if known is not None and abs(measured - known) <= AGREES * known:
+            refused = self._refused - ordinary * self._counted
+            climb = self._counted - self._climbs_from
+            self._rest = min(MOST_REST, refused / WORTH - climb)
 
     def _remember(self, before: float | None) -> None:
         """The rate before a chain of lowerings, none of which was followed by a rise."""

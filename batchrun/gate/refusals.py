@@ -24,12 +24,12 @@ from batchrun.gate.in_flight import InFlight
 from batchrun.gate.pace import Pace
 from batchrun.gate.rate_search import RateSearch, Step
 
-STORM_BAR = 12.0
-LEAST_ORDINARY, MOST_ORDINARY = 0.1, 0.5
+STORM_BAR = 10.9
+LEAST_ORDINARY, LEAST_ORDINARY_KNOWN, MOST_ORDINARY = 0.2, 0.1, 0.5
 MAX_ORDINARY = 0.8
 STORM_SHARE, STORM_ABOVE = 0.6, 0.3
-"""A storm is 60 % refused and more, or 30 % above the ordinary share, which is taken for no less than 10 %: seven in a
-row are one, and chance of 20 % is taken for one once in thousands of requests."""
+"""A storm is 60 % refused and more, or 30 % above the ordinary share. That is taken for no less than 20 %, so that ten
+in a row are a storm and chance hardly ever is; or 10 %, seven in a row, where a limit or a number is likely."""
 
 EXCESS_BAR = 4.0
 LEAST_SHARE = 0.003
@@ -91,7 +91,7 @@ class Refusals:
     ) -> None:
         """`paces` of requests and tokens; `on_kind` is told what refusals are taken for, and why."""
         self.searches = {limit: RateSearch(pace) for limit, pace in paces.items()}
-        self._requests = self.searches[Limit.REQUESTS]
+        self._requests, self._tokens = self.searches[Limit.REQUESTS], self.searches[Limit.TOKENS]
         self._paces = paces
         self._crowding = in_flight.crowding
         self._in_flight = in_flight
@@ -169,8 +169,14 @@ class Refusals:
     def _count(self, order: int, attempt: Sent, now_s: float) -> None:
         """One attempt more, in the order of sending, of which it is known whether it was taken."""
         refused = bool(attempt.refused)
-        for limit, search in self.searches.items():
-            search.count(attempt.at_s, 1 if limit is Limit.REQUESTS else attempt.tokens, refused=refused)
+        self._requests.count(attempt.at_s, 1, refused=refused)
+        self._tokens.count(attempt.at_s, attempt.tokens, refused=refused)
+        if not refused and self._is_quiet:
+            self._crowding.took(now_s, attempt.others, self._in_flight.most)
+            if order >= self._since:
+                self._taken = True
+                self.share.add(0, 1)
+            return
         if refused and self._crowding.refused(now_s, attempt.others):
             return
         if not refused:
@@ -185,9 +191,17 @@ class Refusals:
         elif not refused:
             self._begin_slower(attempt.at_s, now_s)
 
+    @property
+    def _is_quiet(self) -> bool:
+        """True while nothing is suspected, learned or tried: an attempt that was taken changes none of that then."""
+        if not self._storm.is_at_zero or self._slower is not None or float(self.share) >= LEAST_DOUBTED:
+            return False
+        learned = self._requests.per_s is not None or self._tokens.per_s is not None
+        return not learned and self._crowding.cap is None and not self._crowding.on_trial
+
     def _is_too_much(self, *, refused: bool) -> bool:
         share = float(self.share)
-        ordinary = min(MOST_ORDINARY, max(LEAST_ORDINARY, share))
+        ordinary = min(MOST_ORDINARY, max(self._least_ordinary, share))
         storm = self._storm.step(ordinary, max(STORM_SHARE, ordinary + STORM_ABOVE), refused=refused)
         self._is_storm = storm or (refused and not self._taken and self._storm.refused >= NONE_TAKEN)
         ordinary = min(MAX_ORDINARY, max(LEAST_SHARE, share))
@@ -198,6 +212,14 @@ class Refusals:
         elif self.searches[self._limit].per_s is not None:
             excess = self._excess.step(ordinary, ordinary + EXCESS_ABOVE, refused=refused)
         return self._is_storm or excess
+
+    @property
+    def _least_ordinary(self) -> float:
+        """What may be refused by chance, for all that is known: less where a limit is known, or a number in flight is
+        likely, since such a server does not say when to come back.
+        """
+        known = any(pace.told is not None or pace.stated is not None for pace in self._paces.values())
+        return LEAST_ORDINARY_KNOWN if known or not self._told_when else LEAST_ORDINARY
 
     def _act(self, at_s: float, now_s: float) -> None:
         search = self.searches[self._limit]
@@ -217,7 +239,7 @@ class Refusals:
             self._start_again()
         elif self._is_storm:
             self._pause(at_s, now_s)
-        elif search.exceeded(at_s, now_s) is Step.TOO_EARLY:
+        elif search.exceeded(at_s, now_s, float(self.share)) is Step.TOO_EARLY:
             self._excess.clear()
         else:
             self._on_kind("limit", "more was refused than in ordinary times")

@@ -33,11 +33,23 @@ KINDS = frozenset({"invalid_json", "schema", "unknown_function"})
 """The kinds of flaws: those of an answer that another one may not have."""
 
 
+class Offered(msgspec.Struct, frozen=True):
+    """What an answer may call: `functions`, whether the request offers them as such or as tools, each with the check of
+    its arguments (None: any JSON), of which `bare` have no parameters, and tools that take any `texts`. `others`: there
+    are tools of another kind too, whose names are not known, so a call of any name may be one of theirs.
+    """
+
+    functions: Mapping[str, Check | None] = {}
+    bare: frozenset[str] = frozenset()
+    texts: frozenset[str] = frozenset()
+    others: bool = False
+
+
 class Expected:
     """What the answer to a request must be. One is shared by all requests that expect the same.
 
-    `in_json`: the content is to be JSON. `schema` is what it is to fit, if anything; `functions` are those that may be
-    called, each with the check of its arguments. None: none were offered, so nothing is said of them.
+    `in_json`: the content is to be JSON. `schema` is what it is to fit, if anything; `offered` is what may be called.
+    None: the request offers nothing, so nothing is said of calls.
     """
 
     def __init__(
@@ -45,13 +57,13 @@ class Expected:
         *,
         in_json: bool = False,
         schema: Schema | None = None,
-        functions: Mapping[str, Check | None] | None = None,
+        offered: Offered | None = None,
     ) -> None:
         """Raises: JobError: the schema is none."""
         self.in_json = in_json
         self.schema = schema
         self._check = None if schema is None else check_of(schema)
-        self._functions = functions
+        self._offered = offered
 
     def content_flaw(self, content: str) -> Flaw | None:
         """What the content lacks; None where it is as asked."""
@@ -59,17 +71,37 @@ class Expected:
 
     def call_flaw(self, name: str | None, arguments: str | None) -> Flaw | None:
         """What the call of a function lacks; None where it is one that was offered, with arguments that fit."""
-        if self._functions is None:
+        if (offered := self._offered) is None:
             return None
-        if name is None or name not in self._functions:
-            return Flaw("unknown_function", f"the answer calls {name!r:.100}, which is not among the functions")
-        check = self._functions[name]
-        if check is None and not (arguments or "").strip():
-            return None  # a function without parameters needs no `{}`
-        return _flaw(arguments or "", check or _no_check, f"the arguments of {name}")
+        if name is None or name not in offered.functions:
+            return None if offered.others else _unknown(name)
+        check = offered.functions[name]
+        if name in offered.bare and not (arguments or "").strip():
+            return None  # it needs no `{}`
+        return _flaw(arguments or "", check, f"the text of the arguments of {name}")
+
+    def tool_flaw(self, calls: str) -> Flaw | None:
+        """What the first call that is not as asked lacks; `calls` of tools, as JSON text."""
+        if self._offered is None:
+            return None
+        try:
+            called = msgspec.json.decode(calls)
+        except RecursionError:
+            return Flaw("invalid_json", "the calls are nested too deep")
+        return next(filter(None, map(self._flaw_of_tool, called)), None)
+
+    def _flaw_of_tool(self, call: Any) -> Flaw | None:
+        assert self._offered is not None
+        if (custom := _named(call, "custom")) is not None and custom["name"] in self._offered.texts:
+            return None
+        called = _named(call, "function") or custom or {}
+        arguments = called.get("arguments")
+        if not isinstance(arguments, str | None):  # some servers send the object itself (practice)
+            arguments = msgspec.json.encode(arguments).decode()
+        return self.call_flaw(called.get("name"), arguments)
 
 
-def of(response_format: Any, functions: Any) -> Expected:
+def of(response_format: Any, functions: Any, tools: Any = None) -> Expected:
     """What a request with these fields, as the wire has them, expects.
 
     Raises:
@@ -78,26 +110,73 @@ def of(response_format: Any, functions: Any) -> Expected:
     wanted = response_format if isinstance(response_format, dict) else {}
     named = wanted.get("json_schema") if wanted.get("type") == "json_schema" else None
     schema = named.get("schema") if isinstance(named, dict) else None
-    offered = functions if isinstance(functions, list) else None
     try:
         return Expected(
             in_json=wanted.get("type") in ("json_object", "json_schema"),
             schema=schema if isinstance(schema, dict) else None,
-            functions=None if offered is None else _checks(offered),
+            offered=_offered(functions, tools),
         )
     except JobError as error:
         raise JobError(f"response_format.json_schema.schema: {error}" if schema else str(error)) from error
 
 
-def _checks(functions: Sequence[Any]) -> dict[str, Check | None]:
-    checks: dict[str, Check | None] = {}
-    for place, function in enumerate(functions):
-        parameters = function.get("parameters")
-        try:
-            checks[function["name"]] = check_of(parameters) if parameters else None
-        except JobError as error:
-            raise JobError(f"functions[{place}].parameters: {error}") from error
-    return checks
+def _offered(functions: Any, tools: Any) -> Offered | None:
+    """What a request with these fields offers; None where it has neither. Tools are the server's matter: whatever has
+    another form than those of functions and of custom tools is taken for a kind that only the server knows.
+    """
+    if not isinstance(functions, list) and not isinstance(tools, list):
+        return None
+    described = {f"functions[{place}]": function for place, function in enumerate(functions or ())}
+    texts, others = set(), False
+    for place, tool in enumerate(tools if isinstance(tools, list) else ()):
+        if (function := _named(tool, "function")) is not None:
+            described[f"tools[{place}].function"] = function
+        elif (custom := _named(tool, "custom")) is not None:
+            texts.add(custom["name"])
+        else:
+            others = True
+    checks = {function["name"]: _parameters_check(function, place) for place, function in described.items()}
+    bare = frozenset(function["name"] for function in described.values() if _is_bare(function.get("parameters")))
+    return Offered(checks, bare, frozenset(texts), others)
+
+
+def _is_bare(parameters: Any) -> bool:
+    """True for no parameters, and for an object without properties, which says the same."""
+    return not parameters or parameters.get("properties") == {}
+
+
+def _named(tool: Any, kind: str) -> dict[str, Any] | None:
+    """The part of a tool, or of a call, that describes it as one of this kind, if it has one with a name."""
+    part = tool.get(kind) if isinstance(tool, dict) else None
+    return part if isinstance(part, dict) and isinstance(part.get("name"), str) else None
+
+
+def tool_schemas(tools: Any) -> dict[str, Any]:
+    """The `parameters` of those tools that are functions, by their place: `tools[0].function.parameters`."""
+    functions = [_named(tool, "function") for tool in tools] if isinstance(tools, list) else []
+    return {
+        f"tools[{place}].function.parameters": function["parameters"]
+        for place, function in enumerate(functions)
+        if function is not None and function.get("parameters")
+    }
+
+
+def _parameters_check(function: Mapping[str, Any], place: str) -> Check | None:
+    """The check of a function's arguments; None where it has no parameters.
+
+    Raises:
+        JobError: its parameters are no schema.
+    """
+    if not (parameters := function.get("parameters")):
+        return None
+    try:
+        return check_of(parameters)
+    except JobError as error:
+        raise JobError(f"{place}.parameters: {error}") from error
+
+
+def _unknown(name: object) -> Flaw:
+    return Flaw("unknown_function", f"the answer calls {name!r:.100}, which the request does not offer")
 
 
 def check_of(schema: Schema) -> Check:
@@ -162,10 +241,6 @@ def problem(schema: Schema) -> str | None:
         check_of(schema)
     except JobError as error:
         return str(error)
-    return None
-
-
-def _no_check(value: Any) -> None:
     return None
 
 

@@ -58,7 +58,10 @@ def check_messages(messages: Any) -> list[Any]:
             raise InputError(f"messages[{place}].role: expected one of {', '.join(ROLES)} (is {role!r:.80})")
         content = message.get("content")
         calls = "function_call" in message or "tool_calls" in message
-        if not isinstance(content, str | list) and not (content is None and (calls or message["role"] == "function")):
+        declined = message["role"] == "assistant" and isinstance(message.get("refusal"), str)
+        if content is None and declined and not calls:
+            message["content"] = None  # the API wants the field, and `plain` leaves a null of Parquet's out
+        elif not isinstance(content, str | list) and not (content is None and (calls or message["role"] == "function")):
             raise InputError(f"messages[{place}].content: expected text or a list of parts")
         if message["role"] == "function" and not isinstance(message.get("name"), str):
             raise InputError(f"messages[{place}].name: expected the name of the function that this is the result of")

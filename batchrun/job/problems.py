@@ -78,6 +78,8 @@ def _schema_problems(request: RequestTemplate) -> Iterator[str]:
     schemas = {f"request.functions[{i}].parameters": each.parameters for i, each in enumerate(request.functions or ())}
     if request.response_format is not None:
         schemas["request.response_format.schema"] = request.response_format.schema
+    tools = expected.tool_schemas(request.extra.get("tools"))
+    schemas |= {f"request.extra.{place}": schema for place, schema in tools.items()}
     for path, schema in schemas.items():
         if schema is not None and (problem := expected.problem(schema)) is not None:
             yield f"{path}: {problem}"
@@ -91,17 +93,21 @@ def _json_problems(request: RequestTemplate) -> Iterator[str]:
             yield f"{path}: JSON has no such value (is {value}); dates belong in quotes"
 
 
+def _is_http_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets that don't match, or an invalid port
+        return False
+
+
 def _endpoint_problems(endpoint: Endpoint) -> Iterator[str]:
     if endpoint.url == SIMULATOR:
         return
-    try:
-        parts = urlsplit(endpoint.url)
-        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # of brackets and of a port that is none
-        usable = False
-    if not usable:
+    if not _is_http_url(endpoint.url):
         yield f'endpoint.url: expected an http(s) URL or "simulator" (is {endpoint.url!r})'
         return
+    parts = urlsplit(endpoint.url)
     if parts.username or parts.password or "key=" in parts.query:
         yield "endpoint.url: holds a secret; use endpoint.api_key_env"
     if endpoint.api_key_env and endpoint.api_key_file:
@@ -116,6 +122,8 @@ def _endpoint_problems(endpoint: Endpoint) -> Iterator[str]:
         )
     if endpoint.proxy is not None and "@" in endpoint.proxy:
         yield "endpoint.proxy: holds a secret; name a proxy that needs no password, such as a local one that adds it"
+    elif endpoint.proxy is not None and not _is_http_url(endpoint.proxy):
+        yield f"endpoint.proxy: expected the http(s) URL of an HTTP proxy (is {endpoint.proxy!r})"
     keyless = endpoint.auth == "none" and not any(value.startswith("env:") for value in endpoint.headers.values())
     if parts.scheme == "http" and parts.hostname not in _LOOPBACK and not keyless:
         yield f"endpoint.url: the key would travel unencrypted to {parts.hostname}; use https://"

@@ -28,7 +28,7 @@ from batchrun.source import START, FileIdentity, Position, Source, Window, chang
 
 
 class OpenChunk:
-    """A chunk whose rows are being asked. `left` counts those without a completion."""
+    """A chunk whose rows are sent. `left` counts those without a completion; `is_new`: none was sent before."""
 
     def __init__(
         self,
@@ -47,6 +47,7 @@ class OpenChunk:
         self.reopened = reopened or {}
         self._settled = settled or set()
         self.left = chunk.rows - len(self._settled)
+        self.is_new = not (self.discarded or self.lost or self.reopened)
 
     def rows(self) -> Iterator[list[Row]]:
         """The rows still to be asked, in order, up to 1,000 at a time."""
@@ -54,42 +55,43 @@ class OpenChunk:
             yield [row for row in batch if row.row not in self._settled] if self._settled else batch
 
 
+class Layout(msgspec.Struct, frozen=True):
+    """What a run's chunks are made of. `identities` are the source's files as they were checked, `rejected` the
+    ordinals of records that are no rows; `types` those of JSONL columns, `parsed` the column of answers in JSON.
+    `number` counts how often the rows were laid out; a `limit` ends the run after so many.
+    """
+
+    source: Source
+    identities: tuple[FileIdentity, ...]
+    rejected: frozenset[int]
+    types: ColumnTypes | None
+    schema: pa.Schema
+    settings: Output
+    parsed: Column = JSON
+    number: int = 0
+    limit: int | None = None
+
+
 class Chunks:
     """All chunks of a run, in order: those on record first, then what the source still has."""
 
-    def __init__(
-        self,
-        directory: RunDirectory,
-        checkpoint: Checkpoint,
-        source: Source,
-        *,
-        identities: tuple[FileIdentity, ...],
-        rejected: frozenset[int],
-        types: ColumnTypes | None,
-        schema: pa.Schema,
-        settings: Output,
-        parsed: Column = JSON,
-        layout: int = 0,
-        limit: int | None = None,
-    ) -> None:
+    def __init__(self, directory: RunDirectory, checkpoint: Checkpoint, layout: Layout) -> None:
         self._directory = directory
         self._checkpoint = checkpoint
-        self._source = source
-        self._identities = identities
-        self._types = types
-        self._schema = schema
-        self._settings = settings
-        self._parsed = parsed
         self._layout = layout
-        self._limit = limit
+        self._source = layout.source
+        self._types = layout.types
+        self._schema = layout.schema
+        self._settings = layout.settings
+        self._parsed = layout.parsed
+        self._limit = layout.limit
         on_record = checkpoint.chunks()
         self.sealed = {chunk.chunk: chunk for chunk in on_record if not chunk.open}
         self._opened = iter([chunk for chunk in on_record if chunk.open])
         self._next = len(on_record)
         self._next_row = on_record[-1].end_row if on_record else 0
-        self._rejected = rejected
         self._position = msgspec.json.decode(on_record[-1].end_position, type=Position) if on_record else START
-        self._windows = source.windows(self._position, settings.chunk_rows, settings.chunk_bytes, rejected)
+        self._windows = self._window_of(self._settings.chunk_rows)
 
     def open_next(self) -> OpenChunk | None:
         """The next chunk with rows to ask, its input stored; None when there is no more.
@@ -138,14 +140,17 @@ class Chunks:
         if left is not None and left <= 0:
             return None
         if left is not None and left < self._settings.chunk_rows:
-            self._windows = self._source.windows(self._position, left, self._settings.chunk_bytes, self._rejected)
+            self._windows = self._window_of(left)
         return next(self._windows, None)
 
+    def _window_of(self, rows: int) -> Iterator[Window]:
+        return self._source.windows(self._position, rows, self._settings.chunk_bytes, self._layout.rejected)
+
     def _input_of(self, chunk: int) -> Path:
-        return self._directory.input_of(chunk, self._layout)
+        return self._directory.input_of(chunk, self._layout.number)
 
     def _check_unchanged(self) -> None:
-        if (what := changed(self._source.files, self._identities)) is not None:
+        if (what := changed(self._source.files, self._layout.identities)) is not None:
             raise InputError(f"the input changed while the run works: {what}; put it back, or {ANOTHER}")
 
     def _reopen(self, chunk: Chunk) -> OpenChunk:

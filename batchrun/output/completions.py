@@ -9,7 +9,7 @@ import msgspec
 import pyarrow as pa
 
 from batchrun.output.rows import OWN_COLUMNS
-from batchrun.records import Choice, FunctionCall, RowError, Status
+from batchrun.records import Choice, FunctionCall, RowError, SetAside, Status
 
 T = TypeVar("T")
 
@@ -18,7 +18,8 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     """The final record of a row: an answer, or why there is none. The fields are the output's columns, but for `input`.
 
     `input` holds the input's columns as the output has them. `parsed` is the answer as Python values where JSON was
-    asked for and came, `tool_calls` are those, too; `choices` are there when they are several. None where the server
+    asked for and came, `tool_calls` are those, too; `choices` are there when they are several,
+    `set_aside` where answers were. None where the server
     did not say; `cost_usd` None where the price is unknown.
     """
 
@@ -47,6 +48,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     reported_cost_usd: Decimal | None
     answer_cost_usd: Decimal | None
     attempts: int
+    set_aside: tuple[SetAside, ...]
     latency_s: float | None
     time_to_first_token_s: float | None
     error: RowError | None
@@ -89,5 +91,6 @@ def read(rows: pa.RecordBatch) -> Iterator[Completion]:
             values["function_call"] = FunctionCall(**values["function_call"])
         if values["tool_calls"] is not None:
             values["tool_calls"] = msgspec.json.decode(values["tool_calls"])
+        values["set_aside"] = tuple(SetAside(**answer) for answer in values["set_aside"] or ())
         values["choices"] = tuple(Choice(**choice) for choice in values["choices"] or ())
         yield Completion(**values)

@@ -1,6 +1,7 @@
 """The end of a run: the parts become the result, verified; then what the run no longer needs goes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import msgspec
 import pyarrow as pa
@@ -19,6 +20,29 @@ FINISHED = "finished"
 """The manifest's entry that says the result is written. From then on the parts are not needed any more."""
 
 
+class Written(msgspec.Struct, frozen=True, array_like=True):
+    """A file of the result as it was written: its size, when that was, and the digest of its bytes."""
+
+    size: int
+    mtime_ns: int
+    digest: str
+
+
+class Finished(msgspec.Struct, frozen=True):
+    """What the manifest says of a result that is written: `digest` of completions.parquet ("": the parts themselves are
+    the result), `usage` that of usage.parquet, and `files` by their path in the run directory.
+    """
+
+    digest: str
+    usage: str
+    files: dict[str, Written] = {}
+
+
+def finished(manifest: Mapping[str, str]) -> Finished:
+    """The entry `FINISHED` of a manifest that has it."""
+    return msgspec.json.decode(manifest[FINISHED], type=Finished)
+
+
 def write(
     facts: Facts, schema: pa.Schema, checkpoint: Checkpoint, chunks: Chunks, directory: RunDirectory, summary: Summary
 ) -> None:
@@ -26,17 +50,33 @@ def write(
     if FINISHED not in checkpoint.manifest():
         digest = _write_completions(facts, schema, chunks, directory, summary)
         files.write_usage(directory.usage, checkpoint.spent.lines())
-        digests = {"digest": digest or "", "usage": durable.digest(directory.usage)}
-        checkpoint.write_manifest({FINISHED: msgspec.json.encode(digests).decode()})
+        usage = durable.digest(directory.usage)
+        digests = {directory.usage: usage} | (_digests_of_parts(chunks, directory) if digest is None else {})
+        if digest is not None:
+            digests[directory.completions] = digest
+        files_written = {str(path.relative_to(directory.path)): _written(path, told) for path, told in digests.items()}
+        entry = Finished(digest or "", usage, files_written)
+        checkpoint.write_manifest({FINISHED: msgspec.json.encode(entry).decode()})
     checkpoint.close(finished=True)
     tidy(directory)
 
 
-def require_there(directory: RunDirectory, layout: str, rows: int) -> None:
-    """Nothing, if the result of a finished run is where it was written. Footers tell; pages are for `verify` to read.
+def _digests_of_parts(chunks: Chunks, directory: RunDirectory) -> dict[Path, str]:
+    folder = directory.completions_folder
+    return {files.part_in(folder, number): chunk.part_digest or "" for number, chunk in chunks.sealed.items()}
+
+
+def _written(path: Path, digest: str) -> Written:
+    found = path.stat()
+    return Written(found.st_size, found.st_mtime_ns, digest)
+
+
+def require_there(directory: RunDirectory, layout: str, rows: int, manifest: Mapping[str, str]) -> None:
+    """Nothing, if the result of a finished run is as it was written, by the footers, the sizes and the times of its
+    files. A file of another time, such as a copy's, is read as a whole; all others are for `verify` to read.
 
     Raises:
-        CheckpointError: a file of it is gone, cut, or has other rows.
+        CheckpointError: a file of it is gone, cut, changed, or has other rows.
     """
     whole = [directory.completions]
     if layout == "parts":
@@ -50,6 +90,18 @@ def require_there(directory: RunDirectory, layout: str, rows: int) -> None:
         raise CheckpointError(
             f"{directory.path}: the result holds {found:,} rows where {rows:,} were written; "
             f"batchrun verify {directory.path} tells what is damaged"
+        )
+    for name, written in finished(manifest).files.items():
+        _require_unchanged(directory, directory.path / name, written)
+
+
+def _require_unchanged(directory: RunDirectory, path: Path, written: Written) -> None:
+    found = path.stat()
+    if found.st_size == written.size and found.st_mtime_ns == written.mtime_ns:
+        return
+    if found.st_size != written.size or durable.digest(path) != written.digest:
+        raise CheckpointError(
+            f"{path} was changed after it was written; put it back, or see what batchrun verify {directory.path} says"
         )
 
 
@@ -111,7 +163,7 @@ def restore_parts(
                 chunk.part_digest or "",
             )
         return list(chunks)
-    digest = msgspec.json.decode(checkpoint.manifest()[FINISHED], type=dict[str, str])["digest"]
+    digest = finished(checkpoint.manifest()).digest
     schema = files.schema_of(directory.completions)
     pieces = files.cut(directory.completions, digest, [chunk.rows for chunk in chunks])
     restored = []

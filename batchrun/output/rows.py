@@ -19,6 +19,10 @@ USD = pa.decimal128(20, 12)
 
 _CHOICE = pa.struct([("index", pa.int32()), ("content", pa.large_string()), ("finish_reason", pa.string())])
 
+_SET_ASIDE = pa.struct(
+    [("attempt", pa.int32()), ("kind", pa.string()), ("message", pa.string()), ("content", pa.large_string())]
+)
+
 _OWN: list[tuple[str, pa.DataType]] = [
     ("row", pa.int64()),
     ("status", pa.string()),
@@ -45,6 +49,7 @@ _OWN: list[tuple[str, pa.DataType]] = [
     ("reported_cost_usd", USD),
     ("answer_cost_usd", USD),
     ("attempts", pa.int32()),
+    ("set_aside", pa.list_(pa.field("element", _SET_ASIDE))),
     ("latency_s", pa.float64()),
     ("time_to_first_token_s", pa.float64()),
     (
@@ -148,6 +153,7 @@ def own_table(completions: Sequence[Completion], *, keep_raw: bool) -> pa.Table:
         "reported_cost_usd": [c.reported_cost_usd for c in completions],
         "answer_cost_usd": [c.answer_cost_usd for c in completions],
         "attempts": [c.attempts for c in completions],
+        "set_aside": [msgspec.to_builtins(c.set_aside) if c.set_aside else None for c in completions],
         "latency_s": [c.latency_s for c in completions],
         "time_to_first_token_s": [c.time_to_first_token_s for c in completions],
         "error": [None if c.error is None else msgspec.to_builtins(c.error) for c in completions],

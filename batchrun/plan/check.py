@@ -20,6 +20,7 @@ from batchrun.plan.ids import IdIndex
 from batchrun.records import Request, Row
 from batchrun.request.builder import RequestBuilder, detect_dialect
 from batchrun.request.images import Images
+from batchrun.request.templates import among
 from batchrun.source import Record, Source
 
 SHOWN = 20
@@ -27,7 +28,8 @@ SHOWN = 20
 
 PROGRESS_EVERY = 5000
 
-_NUMBER = re.compile(r"\d+")
+_VARYING = re.compile(r"\d+|(?:; did you mean .*?\?)? \(columns: .*\)$", re.DOTALL)
+"""What a problem of one kind says differently from record to record: numbers, and the columns of JSON lines."""
 
 
 class Problem(msgspec.Struct, frozen=True):
@@ -52,7 +54,7 @@ class Survey(msgspec.Struct, frozen=True):
     `max_tokens` those of all requests together. `answer_schema`: the one JSON schema that all answers in JSON are to
     fit; None where there is none, or more than one. `image_tokens` is what all images usually count. `mistakes`: the
     first problem of each kind with how many there are of that kind, at most `SHOWN`; problems that differ only in
-    numbers are of one kind.
+    numbers, or in the columns that there are, are of one kind.
     """
 
     dialect: str
@@ -117,7 +119,7 @@ class _Tally:
         ordinals.append(problem.ordinal)
         if len(self.first_problems) < SHOWN:
             self.first_problems.append(problem)
-        kind = _NUMBER.sub("#", problem.problem)
+        kind = _VARYING.sub("#", problem.problem)
         first, count = self.mistakes.get(kind, (problem, 0))
         if count or len(self.mistakes) < SHOWN:
             self.mistakes[kind] = (first, count + 1)
@@ -201,7 +203,8 @@ def _take(
         return str(error)
     if id_column is not None:
         if id_column not in record.columns:
-            return f"column {id_column!r}, which input.id names, is missing"
+            missing = f"column {id_column!r}, which input.id names, is missing"
+            return missing + among(tuple(record.columns), id_column)
         if (problem := ids.add(record.ordinal, record.columns[id_column])) is not None:
             return f"{id_column}: {problem}"
     tally.accept(request)

@@ -34,6 +34,10 @@ def require_rows(job: Job, found: Survey) -> None:
     Raises:
         InputError: there are fewer.
     """
+    if not found.rows and job.input.min_rows == 1:
+        raise InputError(
+            "the input has no rows; see whether it is whole, or set input.min_rows = 0 for an empty result"
+        )
     if found.rows < job.input.min_rows:
         raise InputError(
             f"the input has {plural(found.rows, 'row')}, and input.min_rows expects {job.input.min_rows:,} or more; "
@@ -60,7 +64,8 @@ def raise_problems(found: Survey, tell: Callable[[str], None]) -> None:
         InputError: always.
     """
     for problem, others in found.mistakes:
-        tell(str(problem) + (f" (and {others - 1:,} more such records)" if others > 1 else ""))
+        one_line = str(problem).replace("\n", "\\n")  # a name may hold a newline
+        tell(one_line + (f" (and {others - 1:,} more such records)" if others > 1 else ""))
     count, named = len(found.rejected), sum(others for _, others in found.mistakes)
     shown = f"; the first {len(found.mistakes)} kinds of problem are above" if count > named else ""
     if not found.rows and all(problem.record is None for problem in found.first_problems):

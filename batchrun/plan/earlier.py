@@ -63,7 +63,7 @@ def of(summary: Summary, whose: str) -> Means | None:
     )
     rows = sum(line.rows for line in summary.totals if line.cost_usd)
     return Means(
-        basis=f"the mean of {size.answers:,} answers of {whose}",
+        basis=f"{'the one answer' if size.answers == 1 else f'the mean of {size.answers:,} answers'} of {whose}",
         prompt_tokens=size.prompt_tokens,
         completion_tokens=size.completion_tokens,
         cached_share=cached / prompt,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 
+from batchrun.answer.finish_reasons import Meaning, meaning_of
 from batchrun.checkpoint.facts import Facts
 from batchrun.checkpoint.spent import LOST, Spent
 from batchrun.errors import CheckpointError, InputError
@@ -54,6 +55,7 @@ class Moment(msgspec.Struct, frozen=True):
     limits: InForce | None = None
     tuned: Tuned | None = None
     unknown_finish_reasons: tuple[str, ...] = ()
+    unpriced_tiers: tuple[str, ...] = ()
     example_error: str | None = None
     command: str | None = None
     retrying: Retrying | None = None
@@ -99,9 +101,12 @@ def read(directory: RunDirectory) -> Summary:
 _ACCOUNT = (
     *("job", "run_id", "begun_at", "rows", "rejected", "by_status", "pending", "totals", "cost_usd", "wasted_usd"),
     *("unpriced", "without_usage", "possibly_billed", "possibly_billed_count", "possibly_billed_usd", "models"),
-    *("unknown_finish_reasons", "example_error", "price", "estimate", "invocation"),
+    *("unknown_finish_reasons", "unpriced_tiers", "example_error", "price", "estimate", "invocation"),
 )
 """What a summary says of the run, whichever start says it."""
+
+_KEPT = ("unknown_finish_reasons", "unpriced_tiers", "example_error", "price", "estimate")
+"""The part of it that the checkpoint does not know."""
 
 
 def starting(
@@ -126,7 +131,7 @@ def starting(
         directory,
         None,
     )
-    kept = _ACCOUNT if spent is None else ("unknown_finish_reasons", "example_error", "price", "estimate")
+    kept = _ACCOUNT if spent is None else _KEPT
     return msgspec.structs.replace(now, **{name: getattr(earlier, name) for name in kept})
 
 
@@ -195,6 +200,7 @@ def _summary(
         possibly_billed_usd=spent.possibly_billed_usd,
         models=spent.answered_as,
         unknown_finish_reasons=list(moment.unknown_finish_reasons),
+        unpriced_tiers=list(moment.unpriced_tiers),
         example_error=moment.example_error,
         price="; ".join(names) or None,
         estimate=estimate,
@@ -341,8 +347,21 @@ def _closing(summary: Summary, requests_per_minute: float | None) -> Iterator[tu
 
 def unknown_reason(reason: str) -> str:
     """What a finish_reason that batchrun does not know means for the answers that ended so."""
+    said = f"answers ended with the finish_reason {reason!r}, which batchrun does not know"
+    match meaning_of(reason):
+        case Meaning.OTHER:
+            return f"{said}: finish.other decides on them"
+        case Meaning.FAILURE:
+            return f"{said} and takes for a failure by its words: they are retried"
+        case meaning:
+            return f"{said} and takes for {meaning.value} by its words: finish.{meaning.value} decides on them"
+
+
+def unpriced_tier(tier: str) -> str:
+    """What a service tier without a known price means for the answers that came from it, and what to do."""
     return (
-        f"answers ended with the finish_reason {reason!r}, which batchrun does not know: finish.other decides on them"
+        f"answers came from the service tier {tier!r}, of which no price is known, though the model's is: "
+        'cost_usd is null for them; a price in [pricing."MODEL"] is for every tier'
     )
 
 
@@ -429,7 +448,8 @@ def _cost(summary: Summary) -> list[str]:
     if reported := sum((line.reported_cost_usd for line in summary.totals), Decimal(0)):
         parts.append(f"${reported:,.6f} by what the server itself states")
     if summary.unpriced:
-        parts.append(f"no known price for {plural(summary.unpriced, 'attempt')}, which no sum holds")
+        tiers = f" (none for the service tier {', '.join(summary.unpriced_tiers)})" if summary.unpriced_tiers else ""
+        parts.append(f"no known price for {plural(summary.unpriced, 'attempt')}{tiers}, which no sum holds")
     if summary.without_usage:
         parts.append(f"{plural(summary.without_usage, 'answer')} came without usage")
     return parts

@@ -21,12 +21,18 @@ from batchrun.job.job import Endpoint, Job, MessageTemplate, RequestTemplate
 from batchrun.records import Correction, Request, Row
 from batchrun.request import image_parts
 from batchrun.request.image_parts import Image, Picture, Source
-from batchrun.request.templates import Columns, template, text_template
+from batchrun.request.templates import Columns, among, template, text_template
+
+_JUDGED_BY = ("response_format", "functions", "tools")
+"""The fields of a body that say what its answer is to be, as `expected.of` takes them."""
 
 MAX_EXPECTED = 64
 """Different schemas of a batch file's lines that are kept compiled at a time."""
 
 Body = dict[str, Any]
+
+_SIZES = frozenset({*OUTPUT_LIMITS, "n"})
+"""The fields that bound an answer's tokens."""
 
 
 def detect_dialect(job: Job, columns: Collection[str]) -> str:
@@ -62,9 +68,11 @@ class RequestBuilder:
         self._in_its_words = _wording(job.endpoint)
         self._from_columns = tuple(job.request.from_columns.items())
         self._parameters = _parameters(job.request)
-        self._expected = expected.of(self._parameters.get("response_format"), self._parameters.get("functions"))
+        self._expected = expected.of(*map(self._parameters.get, _JUDGED_BY))
         self._expected_of_lines: dict[bytes, Expected] = {}
         self._stream = _stream_fields(job.request)
+        sized_by_row = dialect == "openai-batch" or not _SIZES.isdisjoint(job.request.from_columns)
+        self._max_output = None if sized_by_row else self._most_output(self._parameters)
         self._messages = _message_maker(job.request, dialect)
         if dialect == "openai-batch" and (unused := _unused_by_batch(job.request)) is not None:
             raise JobError(f"request.{unused}: the lines of a provider's batch file bring their own; leave it out")
@@ -93,13 +101,20 @@ class RequestBuilder:
         Raises:
             InputError: as `identify`.
         """
-        return self._made(row, read, image_parts.whole)
+        stream, end = b"", self._stream or b"}"  # put in at once: see `image_parts.whole`
+        return self._made(row, read, lambda body: image_parts.whole(body, end), stream)
 
     def _made(
-        self, row: Row, read: Callable[[Source], Image] | None, encode: Callable[[Body], bytes]
+        self,
+        row: Row,
+        read: Callable[[Source], Image] | None,
+        encode: Callable[[Body], bytes],
+        stream: bytes | None = None,
     ) -> tuple[Request, bytes]:
-        """The request as `encode` makes its body, and the digest of its pictures; empty without `read`."""
-        digest = b""
+        """The request as `encode` makes its body, and the digest of its pictures; empty without `read`. `stream` is
+        what goes in place of the body's last brace; None: the end of the job's streams.
+        """
+        digest, stream = b"", self._stream if stream is None else stream
         try:
             body, pictures, details = self._drawn(row)
             if read is not None:
@@ -116,13 +131,14 @@ class RequestBuilder:
         request = Request(
             row=row.row,
             key=key,
-            body=encoded[:-1] + self._stream if self._stream else encoded,
+            body=encoded[:-1] + stream if stream else encoded,
             model=body["model"],
             max_prompt_tokens=len(without_pictures) + len(details) * self._max_image_tokens,
-            max_output_tokens=self._max_output(body),
+            max_output_tokens=self._most_output(body) if self._max_output is None else self._max_output,
             image_tokens=sum(image_parts.USUAL_TOKENS[detail] for detail in details) if details else 0,
             pictures=len(pictures),
             expected=self._expected_by(body),
+            choices=_choices(body),
         )
         return request, digest
 
@@ -141,7 +157,7 @@ class RequestBuilder:
         """What the answer to this body is held against; lines of a batch file may each bring their own."""
         if self.dialect != "openai-batch":
             return self._expected
-        asked = body.get("response_format"), body.get("functions")
+        asked = tuple(map(body.get, _JUDGED_BY))
         known = image_parts.canonical(asked)
         if known not in self._expected_of_lines:
             if len(self._expected_of_lines) >= MAX_EXPECTED:
@@ -152,10 +168,10 @@ class RequestBuilder:
                 raise InputError(str(error)) from error
         return self._expected_of_lines[known]
 
-    def _max_output(self, body: Body) -> int:
+    def _most_output(self, body: Body) -> int:
         """The most tokens that the answer can have, all its choices; a limit no server will understand is none."""
-        limits = [_count(body.get(name)) for name in ("max_completion_tokens", "max_tokens")]
-        return (max(limits) or self._max_output_tokens) * max(_count(body.get("n")), 1)
+        limits = [_count(body.get(name)) for name in OUTPUT_LIMITS]
+        return (max(limits) or self._max_output_tokens) * _choices(body)
 
     def _body(self, columns: Columns) -> Body:
         body: Body = {"model": self._request.model, "messages": self._messages(columns), **self._parameters}
@@ -163,7 +179,10 @@ class RequestBuilder:
             body["messages"] = self._with_images(body["messages"], columns)
         for name, column in self._from_columns:
             if column not in columns:
-                raise InputError(f"column {column!r}, which request.from_columns.{name} names, is missing")
+                raise InputError(
+                    f"column {column!r}, which request.from_columns.{name} names, is missing"
+                    + among(tuple(columns), column)
+                )
             if (value := columns[column]) is not None:
                 body[name] = check_parameter(name, value)
         if body["model"] is None:
@@ -175,7 +194,9 @@ class RequestBuilder:
         sources: list[Source] = []
         for column in self._request.images:
             if column not in columns:
-                raise InputError(f"column {column!r}, which request.images names, is missing")
+                raise InputError(
+                    f"column {column!r}, which request.images names, is missing" + among(tuple(columns), column)
+                )
             sources += image_parts.sources_in(columns[column], column)
         if not sources:
             raise InputError(f"no image in {', '.join(self._request.images)}")
@@ -298,7 +319,7 @@ def _messages_from_column(request: RequestTemplate) -> Callable[[Columns], list[
 
     def make(columns: Columns) -> list[Any]:
         if column not in columns:
-            raise InputError(f"column {column!r}, which holds the messages, is missing")
+            raise InputError(f"column {column!r}, which holds the messages, is missing" + among(tuple(columns), column))
         messages = check_messages(plain(as_json(columns[column]), column))
         if system is not None and messages[0]["role"] not in ("system", "developer"):
             return [{"role": "system", "content": system(columns)}, *messages]
@@ -318,7 +339,9 @@ def _turns_of(given: MessageTemplate, place: str) -> Turns:
 
     def make(columns: Columns) -> list[Any]:
         if column not in columns:
-            raise InputError(f"column {column!r}, which {place}.column names, is missing")
+            raise InputError(
+                f"column {column!r}, which {place}.column names, is missing" + among(tuple(columns), column)
+            )
         value = as_json(columns[column])
         return check_messages(plain(value, column)) if value else []
 
@@ -355,3 +378,7 @@ def _looked_at(pictures: list[Picture], read: Callable[[Source], Image]) -> byte
 
 def _count(value: Any) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+
+
+def _choices(body: Body) -> int:
+    return max(_count(body.get("n")), 1)

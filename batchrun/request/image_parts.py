@@ -7,9 +7,11 @@ that one picture is one question however it is said.
 
 import binascii
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 import msgspec
 
@@ -29,6 +31,8 @@ _SIGNATURES: dict[str, re.Pattern[bytes]] = {
 }
 _DATA_URL = re.compile(r"data:[^,]*;base64,")
 _HTTP_URL = re.compile(r"https?://[^/\s]\S*")
+_OTHER_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_FILE_URL = re.compile(r"file:(?://(?:localhost)?(?=/))?(.*)", re.DOTALL)
 
 _SLICE_BYTES = 3 << 18
 """Encoded at a time: the event loop gets its turn between two. A multiple of 3, so that base64 has no padding."""
@@ -89,8 +93,10 @@ _HOLE = b"\0"
 """A byte that JSON can't hold: where a picture goes."""
 
 
-def whole(body: Any) -> bytes:
-    """A body as JSON with the content of its pictures, which must have been looked at. Each byte is copied once."""
+def whole(body: Any, end: bytes = b"}") -> bytes:
+    """A body as JSON with the content of its pictures, which must have been looked at. `end` stands in place of its
+    last brace. Each byte is copied once: a copy of 27 MB holds up every other thread for 10 ms and more.
+    """
     pictures: list[Picture] = []
 
     def leave_a_hole(picture: Picture) -> msgspec.Raw:
@@ -101,6 +107,7 @@ def whole(body: Any) -> bytes:
     pieces = [first]
     for picture, text in zip(pictures, texts, strict=True):
         pieces += (*picture.looked_at().data_url(), text)
+    pieces[-1] = pieces[-1][:-1] + end
     return b"".join(pieces)
 
 
@@ -134,6 +141,12 @@ def decoded(url: str, max_bytes: int) -> bytes:
         raise InputError(f"the data URL is not base64: {error}") from error
 
 
+def path_in(source: str) -> str:
+    """The path that a text says: itself, or what a `file:` URL says (RFC 8089), by which a name may have any bytes."""
+    url = _FILE_URL.fullmatch(source)
+    return source if url is None else os.fsdecode(unquote_to_bytes(url[1]))
+
+
 def too_large(size: int, max_bytes: int) -> str:
     """What to say of an image of so many bytes."""
     return f"has {size:,} bytes, more than input.max_image_bytes ({max_bytes:,})"
@@ -143,7 +156,11 @@ def shown(source: Source) -> str:
     """An image by name: its path, or what it is instead."""
     if isinstance(source, bytes):
         return "an image in bytes"
-    return "a data URL" if source.startswith("data:") else f"{source:.200}"
+    if source.startswith("data:"):
+        return "a data URL"
+    return "".join(
+        each if each.isprintable() else repr(each)[1:-1] for each in source[:200]
+    )  # a name may have newlines
 
 
 def sources_in(value: Any, column: str) -> Iterator[Source]:
@@ -226,15 +243,15 @@ def _taken(part: dict[str, Any], place: str, pictures: list[Picture]) -> dict[st
 
 
 def _is_http(url: str, place: str) -> bool:
-    """True for an http(s) URL; False for a data URL or a path.
+    """True for an http(s) URL; False for a data URL, a file URL or a path.
 
     Raises:
         InputError: it is neither, nor anything else that can be asked.
     """
-    if url.startswith("data:"):
+    if url.startswith(("data:", "file:")):
         return False
     if _HTTP_URL.fullmatch(url):
         return True
-    if "://" in url or not url:
+    if _OTHER_URL.match(url) or not url:
         raise InputError(f"{place}.url: expected an http(s) URL, a data URL or a path (is {url!r:.80})")
     return False

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from batchrun.errors import InputError, JobError
 from batchrun.job.job import Input
-from batchrun.request.image_parts import Image, Source, decoded, image_of, shown, too_large
+from batchrun.request.image_parts import Image, Source, decoded, image_of, path_in, shown, too_large
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
@@ -42,7 +42,7 @@ class Images:
             elif source.startswith("data:"):
                 content = decoded(source, self._max_bytes)
             else:
-                content = self._file(source)
+                content = self._file(path_in(source))
             if len(content) > self._max_bytes:
                 raise InputError(too_large(len(content), self._max_bytes))
             return image_of(content)

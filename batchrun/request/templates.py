@@ -3,10 +3,12 @@
 import difflib
 import re
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import jinja2
 import jinja2.meta
+import jinja2.nodes
 import jinja2.sandbox
 
 from batchrun.errors import InputError, JobError
@@ -75,10 +77,14 @@ def text_template(text: str, place: str) -> Callable[[Columns], str]:
     except jinja2.TemplateSyntaxError as error:
         raise JobError(f"{place}: template error in line {error.lineno}: {error.message}. {_ODD_NAME}") from error
     new_context, render = compiled.new_context, compiled.root_render_func
-    whole_row = ROW in jinja2.meta.find_undeclared_variables(_ENVIRONMENT.parse(text))
+    syntax = _ENVIRONMENT.parse(text)
+    whole_row = ROW in jinja2.meta.find_undeclared_variables(syntax)
+    pieces = None if whole_row else _plain_pieces(syntax)
 
     def make(columns: Columns) -> str:
         try:
+            if pieces is not None and (joined := _joined(pieces, columns)) is not None:
+                return joined
             known = {ROW: columns, **columns} if whole_row else columns
             return "".join(render(new_context(known, True)))
         except NullError as error:
@@ -91,6 +97,44 @@ def text_template(text: str, place: str) -> Callable[[Columns], str]:
             raise InputError(f"{place}: {type(error).__name__}: {error}") from error
 
     return make
+
+
+_Pieces = list[tuple[str, str | None]]
+"""Text, and the column that stands behind it; None behind the last."""
+
+
+def _plain_pieces(syntax: jinja2.nodes.Template) -> _Pieces | None:
+    """The template as texts and columns, where it is nothing else: no filter, no expression, no statement."""
+    pieces: _Pieces = []
+    text = ""
+    for output in syntax.body:
+        if not isinstance(output, jinja2.nodes.Output):
+            return None
+        for node in output.nodes:
+            if isinstance(node, jinja2.nodes.TemplateData):
+                text += node.data
+            elif isinstance(node, jinja2.nodes.Name):
+                pieces.append((text, node.name))
+                text = ""
+            else:
+                return None
+    return [*pieces, (text, None)]
+
+
+def _joined(pieces: _Pieces, columns: Columns) -> str | None:
+    """The text of a row whose columns here are all strings; any other row is Jinja's, which knows what to say of it.
+
+    A third of the cost of Jinja's context and generator (docs/benchmarks.md): most templates are like this.
+    """
+    joined = ""
+    for text, column in pieces:
+        if column is None:
+            return joined + text
+        value = columns.get(column)
+        if type(value) is not str:
+            return None
+        joined += text + value
+    return joined
 
 
 def _null_in_words(text: str, columns: Columns) -> str:
@@ -127,11 +171,16 @@ SHOWN_COLUMNS = 12
 def _missing_in_words(message: str, columns: Columns) -> str:
     """The name that the row does not have, the column that was probably meant, and the columns that there are."""
     unknown = _UNDEFINED.fullmatch(message) or _NO_MEMBER.fullmatch(message)
-    if unknown is None:
-        return message
-    name = unknown[1]
-    odd = [column for column in columns if not column.isidentifier() and re.match(rf"{re.escape(name)}\b", column)]
-    near = odd[:1] or difflib.get_close_matches(name, columns, n=1)
-    guess = f"; did you mean {near[0] if near[0].isidentifier() else _in_row(near[0])}?" if near else ""
-    shown = ", ".join(list(columns)[:SHOWN_COLUMNS]) + (", …" if len(columns) > SHOWN_COLUMNS else "")
-    return f"{message}{guess} (columns: {shown or 'none'})"
+    return message + among(tuple(columns), None if unknown is None else unknown[1])
+
+
+@lru_cache(maxsize=64)  # a million rows miss the same name; among 5,000 columns a guess takes 0.1 s
+def among(columns: tuple[str, ...], name: str | None) -> str:
+    """What to say behind "column `name` is missing": the column that was probably meant, and those that there are."""
+    guess = ""
+    if name is not None:
+        odd = [column for column in columns if not column.isidentifier() and re.match(rf"{re.escape(name)}\b", column)]
+        near = odd[:1] or difflib.get_close_matches(name, columns, n=1)
+        guess = f"; did you mean {near[0] if near[0].isidentifier() else _in_row(near[0])}?" if near else ""
+    shown = ", ".join(columns[:SHOWN_COLUMNS]) + (", …" if len(columns) > SHOWN_COLUMNS else "")
+    return f"{guess} (columns: {shown or 'none'})"

@@ -31,9 +31,9 @@ def text_of(value: Any) -> Any:
         raise NullError
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, float | Decimal | bytes):
+    if isinstance(value, float | bytes):
         return _checked(value)
-    return json_of(value) if isinstance(value, dict | list | tuple) else value
+    return json_of(value) if isinstance(value, dict | list | tuple | Decimal) else value
 
 
 def json_of(value: Any, indent: int = 0) -> str:
@@ -49,13 +49,13 @@ def _checked(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(name): _checked(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        if value and all(isinstance(item, tuple) for item in value):  # so Arrow gives the entries of a map
-            return {str(name): _checked(item) for name, item in value}
         return [_checked(item) for item in value]
     if isinstance(value, float | Decimal) and not math.isfinite(value):
         raise NoTextError(f"a value is {value}, which is no number")
-    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e16:  # from there on Python writes exponents
         return int(value)
+    if isinstance(value, Decimal):
+        return msgspec.Raw(format(value, "f").encode())  # never 0E-10, with which a prompt would read as something else
     if isinstance(value, bytes):
         raise NoTextError(f"a value is bytes ({value[:20]!r}), which are no text")
     return value

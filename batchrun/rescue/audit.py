@@ -77,7 +77,7 @@ def totals_problem(known: Remains, held: Held, *, finished: bool) -> str | None:
 
 def usage_problem(directory: RunDirectory, known: Remains) -> str | None:
     """What is wrong with the usage.parquet of a finished run; None where it has the totals' lines."""
-    expected = msgspec.json.decode(known.manifest[result.FINISHED], type=dict[str, str]).get("usage", "")
+    expected = result.finished(known.manifest).usage
     try:
         files.require_digest(directory.usage, expected)
         tables = [table.to_pylist() for table in readable.columns(directory.usage, USAGE_COLUMNS.names)]
@@ -158,7 +158,9 @@ def _agrees(name: str, summary: Summary, directory: RunDirectory, known: Remains
             return bool(abs(told - counted) <= RATE_STEP + told * 0.001 / max(summary.elapsed_s, 0.001))
         case "requests_per_minute" | "updated_at" | "elapsed_s":
             return told is not None
-        case "limits" | "tuned" | "deadline" | "command" | "example_error" | "unknown_finish_reasons":
+        case (
+            "limits" | "tuned" | "deadline" | "command" | "example_error" | "unknown_finish_reasons" | "unpriced_tiers"
+        ):
             return True
         case "invocation" | "started_at" | "pid" | "host":
             begun = {record[0]: record for record in known.invocations}.get(summary.invocation)

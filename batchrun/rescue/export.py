@@ -18,7 +18,7 @@ from batchrun.columns.jsonl import ColumnTypes
 from batchrun.durable import digest
 from batchrun.errors import CheckpointError, InputError, JobError
 from batchrun.output import files, partial, result, window
-from batchrun.output.chunks import Chunks
+from batchrun.output.chunks import Chunks, Layout
 from batchrun.output.rows import output_schema, own_schema
 from batchrun.records import Summary
 from batchrun.report import at_rest as reporting
@@ -61,7 +61,7 @@ def export(directory: RunDirectory, to: Path | None = None) -> Exported:
             _require_place(to, directory, known)
         summary = reporting.on_disk(directory, checkpoint, _written(directory))
         if result.FINISHED in manifest:
-            return _complete(directory, known, summary, msgspec.json.decode(manifest[result.FINISHED]), to)
+            return _complete(directory, known, summary, result.finished(manifest).digest, to)
         exported = _so_far(directory, checkpoint, known, summary, to or directory.partial)
         if to is None:
             files.write_usage(directory.usage, checkpoint.spent.lines())
@@ -107,9 +107,7 @@ def _require_place(to: Path, directory: RunDirectory, known: Facts) -> None:
         raise JobError(f"-o {to}: is the run's input; name another file")
 
 
-def _complete(
-    directory: RunDirectory, known: Facts, summary: Summary, finished: dict[str, str], to: Path | None
-) -> Exported:
+def _complete(directory: RunDirectory, known: Facts, summary: Summary, result_digest: str, to: Path | None) -> Exported:
     in_parts = known.output.layout == "parts"
     rows = summary.rows - summary.pending
     if to is None:
@@ -121,7 +119,7 @@ def _complete(
         footer = {files.FOOTER_KEY: msgspec.json.encode(result.bill(summary)).decode()}
         files.assemble(parts, to, files.schema_of(paths[0]), known.output.compression, footer)
     else:
-        files.copy_part(directory.completions, to, finished["digest"])
+        files.copy_part(directory.completions, to, result_digest)
     return Exported(to, rows, 0, complete=True, written=True)
 
 
@@ -129,20 +127,18 @@ def _so_far(directory: RunDirectory, checkpoint: Checkpoint, known: Facts, summa
     source, problem = _source(directory, known)
     types = None if known.types is None else ColumnTypes.from_json(known.types)
     schema = _schema(directory, checkpoint, known, source, types)
-    chunks = Chunks(
-        directory,
-        checkpoint,
-        source,
+    layout = Layout(
+        source=source,
         identities=known.files,
         rejected=frozenset(known.rejected),
         types=types,
         schema=schema,
         settings=known.output,
         parsed=facts.parsed(known),
-        layout=known.layout,
+        number=known.layout,
         limit=summary.rows if summary.rows < known.rows else None,
     )
-    batches = chunks.so_far()
+    batches = Chunks(directory, checkpoint, layout).so_far()
     if problem is not None:
         schema = nullable(schema)
         opened = max((chunk.end_row for chunk in checkpoint.chunks()), default=0)

@@ -13,7 +13,7 @@ from batchrun.checkpoint import facts, slots, spill, tables, variants
 from batchrun.checkpoint.checkpoint import FORMAT, SINCE, SPILL
 from batchrun.checkpoint.database import Database, Record
 from batchrun.checkpoint.slots import InFlight
-from batchrun.checkpoint.spent import DISCARDED, FIGURES, LOST, plus
+from batchrun.checkpoint.spent import DISCARDED, FIGURES, LOST, UNSTATED, plus
 from batchrun.checkpoint.spill import Frame
 from batchrun.checkpoint.tables import Chunk, Reopened
 from batchrun.errors import CheckpointError
@@ -22,7 +22,7 @@ from batchrun.records import LineKey, Summary, TotalsLine
 from batchrun.rescue.remains import SALVAGED, Remains
 from batchrun.rundir import RunDirectory
 
-_KEPT_FACTS = (facts.ENTRY, "prices", variants.ENTRY, SINCE)  # and not that the run is finished
+_KEPT_FACTS = (facts.ENTRY, "prices", variants.ENTRY, SINCE, UNSTATED)  # and not that the run is finished
 
 
 class Account:

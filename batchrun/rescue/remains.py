@@ -151,11 +151,16 @@ def _newer(name: str, one: Record, other: Record) -> Record:
         case "chunks":
             return max(one, other, key=lambda record: record[5])
         case "rows":
-            return max(one, other, key=lambda record: rank(record[2], record[3]))
+            return max(one, other, key=_rank_of)
         case "manifest":  # variants are only added
             return max(one, other, key=lambda record: len(record[1]))
         case _:
             return one
+
+
+def _rank_of(record: Record) -> tuple[bool, int]:
+    completion = tables.completion(record)
+    return rank(completion.status, completion.attempts)
 
 
 def rank(status: str, attempts: int) -> tuple[bool, int]:

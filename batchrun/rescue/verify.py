@@ -133,7 +133,7 @@ class Inspection:
             return
         self._chunks(begun)
         if self._finished and begun.output.layout == "file":
-            expected = msgspec.json.decode(self.known.manifest[result.FINISHED], type=dict[str, str])["digest"]
+            expected = result.finished(self.known.manifest).digest
             self._rows_of(self.directory.completions, expected, (0, audit.rows_due(self.known)), begun.output.prefix)
         else:
             for chunk in self.known.chunks:

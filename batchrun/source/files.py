@@ -27,6 +27,7 @@ _MAGIC: dict[bytes, Content] = {b"PAR1": "parquet", b"\x1f\x8b": "gzip", b"\x28\
 _SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")  # a zstd frame without data, RFC 8878 3.1.2; pzstd begins with one
 COPY_BYTES = 1 << 20
 BOM = b"\xef\xbb\xbf"
+CSV_ENDINGS = (".csv", ".tsv", ".tab", ".psv")
 
 
 def find_files(path: str) -> tuple[Path, ...]:
@@ -109,7 +110,7 @@ def _require_unicode(path: Path) -> None:
 
 
 def format_of(path: Path) -> Format:
-    """How the file is read: by its content, and where that is text by its name (`.csv`, `.tsv`, also compressed).
+    """How the file is read: by its content, and where that is text by its name (`CSV_ENDINGS`, also compressed).
 
     A file of that name that begins with "{" is read as JSON lines.
 
@@ -119,10 +120,20 @@ def format_of(path: Path) -> Format:
     content = content_of(path)
     if content == "parquet":
         return "parquet"
+    head = next(blocks(path, 0, HEAD_BYTES), b"")
+    if content != "plain":
+        _require_text_within(head, path, content)
     suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in (".gz", ".zst", ".zstd")]
-    if not suffixes or suffixes[-1] not in (".csv", ".tsv"):
+    if not suffixes or suffixes[-1] not in CSV_ENDINGS:
         return "jsonl"
-    return "jsonl" if next(blocks(path, 0, HEAD_BYTES), b"").lstrip(BOM).lstrip().startswith(b"{") else "csv"
+    return "jsonl" if head.removeprefix(BOM).lstrip().startswith(b"{") else "csv"
+
+
+def _require_text_within(head: bytes, path: Path, content: Content) -> None:
+    """Nothing, if the text behind one layer of compression may be JSON lines or CSV."""
+    foreign.refuse(head, path, packed=content)
+    if classify(head, path) != "plain":
+        raise InputError(f"{path} holds another compressed or Parquet file; {foreign.unpack(content, path)}")
 
 
 def content_of(path: Path) -> Content:

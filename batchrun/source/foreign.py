@@ -1,68 +1,84 @@
-"""Files that are not read: what each one is, and the command that converts it. PURE over a file's first bytes.
+"""Files that are not read: what each one is, and the command that converts it. PURE but for the names beside a file.
 
-Magic numbers: each format's specification. A spreadsheet is a zip archive; its members tell which one.
+Magic numbers: each format's specification. A spreadsheet is a zip archive; its members tell which one. Each command is
+one that was run on such a file (tests/test_foreign.py, docs/guarantees.md); none writes over a file that is there.
 """
 
+import os
 import re
 import shlex
+import sys
 import zipfile
+from itertools import count
 from pathlib import Path
 
 from batchrun.errors import InputError
 
 HEAD_BYTES = 512
 
-_CONVERTED = {  # magic: (what it is, command; {0} is the file, {1} the new one, without its ending)
-    b"BZh": ("is compressed with bzip2", "bzip2 -dk {0}"),
-    b"\xfd7zXZ": ("is compressed with xz", "xz -dk {0}"),
-    b"\x04\x22\x4d\x18": ("is compressed with LZ4", "lz4 -dk {0}"),
-    b"\xff\x06\x00\x00sNaPpY": ("is compressed with Snappy", "snzip -dk {0}"),
-    b"ARROW1": (
-        "is an Arrow or Feather file",
-        "python -c 'import sys, pyarrow.feather as f, pyarrow.parquet as p; "
-        "p.write_table(f.read_table(sys.argv[1]), sys.argv[2])' {0} {1}.parquet",
+_PYARROW = (
+    "{python} -c 'import sys, pyarrow.%s as f, pyarrow.parquet as p; p.write_table(%s, sys.argv[2])' {file} {new}"
+)
+_TABLE = "f.read_table(sys.argv[1])"
+_POLARS = "python -c 'import sys, polars; polars.read_avro(sys.argv[1]).write_parquet(sys.argv[2])' {file} {new}"
+_EXCEL = (  # as text: pandas would take "NA" for a missing cell, and long numbers for doubles
+    "python -c 'import sys, pandas; pandas.read_excel(sys.argv[1], dtype=str, keep_default_na=False)"
+    ".to_csv(sys.argv[2], index=False)' {file} {new}  (needs pandas and %s)"
+)
+_ZLIB = "{python} -c 'import sys, zlib; sys.stdout.buffer.write(zlib.decompress(sys.stdin.buffer.read()))'"
+_ICONV = "iconv -f %s -t UTF-8 {file} > {new}"
+_UNWRAP = "jq -c '.[]' {file} > {new}"
+
+_Way = tuple[str, str, str | None]
+"""What the file is, the command, and the ending of the new file: None = that of the file, "" = a folder."""
+
+_CONVERTED: dict[bytes, _Way] = {
+    b"BZh": ("is compressed with bzip2", "bzip2 -dc {file} > {new}", None),
+    b"\xfd7zXZ": ("is compressed with xz", "xz -dc {file} > {new}", None),
+    b"\x04\x22\x4d\x18": ("is compressed with LZ4", "lz4 -dc {file} > {new}", None),
+    b"\xff\x06\x00\x00sNaPpY": (
+        "is compressed with Snappy",
+        'python -c \'import sys, snappy; snappy.stream_decompress(open(sys.argv[1], "rb"), open(sys.argv[2], "wb"))\''
+        " {file} {new}  (needs python-snappy)",
+        None,
     ),
+    b"x\x9c": ("is compressed with zlib", _ZLIB + " < {file} > {new}", None),
+    b"x\xda": ("is compressed with zlib", _ZLIB + " < {file} > {new}", None),
+    b"ARROW1": ("is an Arrow or Feather file", _PYARROW % ("feather", _TABLE), ".parquet"),
     b"\xff\xff\xff\xff": (
         "is an Arrow stream",
-        "python -c 'import sys, pyarrow.ipc as i, pyarrow.parquet as p; "
-        "p.write_table(i.open_stream(sys.argv[1]).read_all(), sys.argv[2])' {0} {1}.parquet",
+        _PYARROW % ("ipc", "f.open_stream(sys.argv[1]).read_all()"),
+        ".parquet",
     ),
-    b"FEA1": (
-        "is a Feather file of version 1",
-        "python -c 'import sys, pyarrow.feather as f, pyarrow.parquet as p; "
-        "p.write_table(f.read_table(sys.argv[1]), sys.argv[2])' {0} {1}.parquet",
-    ),
-    b"ORC": (
-        "is an ORC file",
-        "python -c 'import sys, pyarrow.orc as o, pyarrow.parquet as p; "
-        "p.write_table(o.read_table(sys.argv[1]), sys.argv[2])' {0} {1}.parquet",
-    ),
-    b"Obj\x01": (
-        "is an Avro file",
-        "python -c 'import sys, polars; polars.read_avro(sys.argv[1]).write_parquet(sys.argv[2])' {0} {1}.parquet",
-    ),
+    b"FEA1": ("is a Feather file of version 1", _PYARROW % ("feather", _TABLE), ".parquet"),
+    b"ORC": ("is an ORC file", _PYARROW % ("orc", _TABLE), ".parquet"),
+    b"Obj\x01": ("is an Avro file", _POLARS + "  (needs polars)", ".parquet"),
     b"SQLite format 3": (
         "is an SQLite database",
-        "sqlite3 -header -csv {0} 'SELECT * FROM your_table' > {1}.csv",
+        "sqlite3 -header -csv {file} 'SELECT * FROM your_table' > {new}",
+        ".csv",
     ),
-    b"DUCK": (
+    b"DUCK": (  # by the library: a client of another version reads no file of this one
         "is a DuckDB database",
-        "duckdb {0} \"COPY your_table TO '{1}.parquet'\"",
+        'python -c \'import sys, duckdb; duckdb.connect(sys.argv[1], read_only=True).sql("FROM your_table")'
+        ".write_parquet(sys.argv[2])' {file} {new}  (needs duckdb)",
+        ".parquet",
     ),
-    b"\xd0\xcf\x11\xe0": (
-        "is an old Excel or Office file",
-        "python -c 'import sys, pandas; pandas.read_excel(sys.argv[1], dtype=str).to_csv(sys.argv[2], index=False)' "
-        "{0} {1}.csv  (needs pandas and xlrd)",
-    ),
-    b"%PDF": ("is a PDF file", ""),
+    b"\xd0\xcf\x11\xe0": ("is an old Excel or Office file", _EXCEL % "xlrd", ".csv"),
+    b"\x1e{": ("is a JSON text sequence, not JSON lines", "tr -d '\\036' < {file} > {new}", ".jsonl"),
+    b"version https://git-lfs": ("is a Git LFS pointer, not the file", "git lfs pull", None),
+    b"%PDF": ("is a PDF file", "", None),
+    b"\x89HDF": ("is an HDF5 file", "", None),
+    b"\x93NUMPY": ("is a NumPy file", "", None),
+    b"\x89PNG": ("is an image", "", None),
+    b"\xff\xd8\xff": ("is an image", "", None),
+    **{b"\x80%c" % version: ("is a Python pickle", "", None) for version in range(2, 6)},
 }
+_TAKES_PACKED = ("mkdir", "git")  # tar unpacks what it archives
 _DUCK_MAGIC_AT = 8  # behind a checksum of the first block
+_TAR_MAGIC_AT = 257
+_COMPRESSED = (".bz2", ".xz", ".lz4", ".sz", ".snappy", ".zz", ".zlib", ".gz", ".zst", ".zstd")
 
-_SPREADSHEET = (
-    "python -c 'import sys, pandas; pandas.read_excel(sys.argv[1], dtype=str).to_csv(sys.argv[2], index=False)' "
-    "{0} {1}.csv  (needs pandas and %s)"
-)
-_UNWRAP = "jq -c '.[]' {0} > {1}.jsonl"
 _ENCODINGS = {  # longest first: UTF-32's mark begins with UTF-16's
     b"\xff\xfe\x00\x00": "UTF-32LE",
     b"\x00\x00\xfe\xff": "UTF-32BE",
@@ -73,44 +89,88 @@ _ENCODINGS = {  # longest first: UTF-32's mark begins with UTF-16's
     b"{\x00": "UTF-16LE",
     b"\x00{": "UTF-16BE",
 }
-_JSON_ARRAY = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[(?:\s*\{|[ \t\r]*(?:\n|$))")
+_IN_FRONT = rb"(?:\xef\xbb\xbf)?\s*"
+_JSON_ARRAY = re.compile(_IN_FRONT + rb"\[(?:\s*\{|[ \t\r]*(?:\n|$))")
+_JSON_OVER_LINES = re.compile(_IN_FRONT + rb"\{[ \t\r]*\n")
+_MARKUP = re.compile(_IN_FRONT + rb"<(?:!doctype html|html|\?xml)", re.IGNORECASE)
 
 
-def refuse(head: bytes, path: Path) -> None:
+def refuse(head: bytes, path: Path, packed: str | None = None) -> None:
     """Nothing, if content that begins with `head` may be text or Parquet.
+
+    `packed`: the tool that unpacks `path`, where `head` is within its compression.
 
     Raises:
         InputError: a known format or encoding that batchrun does not read; the line says how to convert it.
     """
     if head.startswith(b"PARE"):
         raise InputError(f"{path} is an encrypted Parquet file; decrypt it first")
+    what = _what(head, path)
+    if what is None:
+        return
+    said, command, ending = what
+    if packed is not None and command and not command.startswith(_TAKES_PACKED):
+        raise InputError(f"{path}: its content {said}; {unpack(packed, path)}")
+    way = _convert(command, path, ending) if command else "export the data as CSV or Parquet"
+    raise InputError(f"{path} {said}; {way}")
+
+
+def unpack(tool: str, path: Path) -> str:
+    """The way on for a compressed file whose content is no text."""
+    return "unpack it first: " + _filled(f"{tool} -dc {{file}} > {{new}}", path, None)
+
+
+def convert_from(encoding: str, path: Path) -> str:
+    """The way on for a text file in another encoding."""
+    return _convert(_ICONV % encoding, path, None)
+
+
+def _convert(command: str, path: Path, ending: str | None) -> str:
+    return "convert it with: " + _filled(command, path, ending)
+
+
+def _what(head: bytes, path: Path) -> _Way | None:
     if head.startswith(b"PK\x03\x04"):
-        raise InputError(_archive(path))
-    for magic, (what, command) in _CONVERTED.items():
+        return _archive(path)
+    for magic, way in _CONVERTED.items():
         if head.startswith(magic) or (magic == b"DUCK" and head.startswith(magic, _DUCK_MAGIC_AT)):
-            raise InputError(f"{path} {what}; {_by(command, path)}")
+            return way
+    if head.startswith(b"ustar", _TAR_MAGIC_AT):
+        return "is a tar archive", "mkdir {new} && tar -xf {file} -C {new}", ""
     for mark, encoding in _ENCODINGS.items():
         if head.startswith(mark):
-            quoted = shlex.quote(str(path))
-            raise InputError(
-                f"{path}:1 is {encoding}, not UTF-8; convert it with: iconv -f {encoding} -t UTF-8 {quoted}"
-            )
+            return f"is {encoding} from line 1 on, not UTF-8", _ICONV % encoding, None
     if _JSON_ARRAY.match(head):
-        raise InputError(f"{path} is one JSON array, not JSON lines; {_by(_UNWRAP, path)}")
+        return "is one JSON array, not JSON lines", _UNWRAP, ".jsonl"
+    if _JSON_OVER_LINES.match(head):
+        inside = "  (if its rows are an array inside, name it: jq -c '.rows[]')"
+        return "is JSON over many lines, not JSON lines", "jq -c . {file} > {new}" + inside, ".jsonl"
+    if _MARKUP.match(head):
+        return "is HTML or XML, perhaps a web page that came in place of the file", "", None
+    return None
 
 
-def _by(command: str, path: Path) -> str:
-    """The way on: the command, with the names quoted as a shell wants them."""
-    if not command:
-        return "export the data as JSON lines, CSV or Parquet"
-    target = path.with_suffix("")
-    within_quotes = "'{1}" in command
-    return "convert it with: " + command.format(
-        shlex.quote(str(path)), str(target).replace("'", "''") if within_quotes else shlex.quote(str(target))
-    )
+def _filled(command: str, path: Path, ending: str | None) -> str:
+    """The command with the names quoted as a shell wants them."""
+    new = _new(path, ending)
+    return command.format(file=_quoted(str(path)), new=_quoted(new), python=shlex.quote(sys.executable))
 
 
-def _archive(path: Path) -> str:
+def _quoted(path: str) -> str:
+    return shlex.quote(f"./{path}" if path.startswith("-") else path)  # a name is no option
+
+
+def _new(path: Path, ending: str | None) -> str:
+    """A name beside the file that is not taken."""
+    if ending is None:
+        path = path.with_suffix("") if path.suffix.lower() in _COMPRESSED else path
+        ending = path.suffix
+    stem = str(path.with_suffix(""))
+    names = (f"{stem}{'.converted' if n else ''}{n if n > 1 else ''}{ending}" for n in count())
+    return next(name for name in names if not os.path.lexists(name))
+
+
+def _archive(path: Path) -> _Way:
     """What a zip archive is, by its members."""
     try:
         with zipfile.ZipFile(path) as archive:
@@ -119,7 +179,7 @@ def _archive(path: Path) -> str:
     except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError):
         names, kind = [], b""
     if any(name.startswith("xl/") for name in names):
-        return f"{path} is an Excel workbook; {_by(_SPREADSHEET % 'openpyxl', path)}"
+        return "is an Excel workbook", _EXCEL % "openpyxl", ".csv"
     if b"opendocument.spreadsheet" in kind:
-        return f"{path} is an OpenDocument spreadsheet; {_by(_SPREADSHEET % 'odfpy', path)}"
-    return f"{path} is a zip archive; unpack it with: unzip {shlex.quote(str(path))}"
+        return "is an OpenDocument spreadsheet", _EXCEL % "odfpy", ".csv"
+    return "is a zip archive", "{python} -m zipfile -e {file} {new}", ""

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchrun.errors import InputError
-from batchrun.source import unify
+from batchrun.source import parquet, unify
 
 BLOCK_BYTES = 1 << 20
 BATCH_ROWS = 1 << 14  # a polars table may come as one batch
@@ -34,7 +34,7 @@ def as_file(rows: Rows, scratch: Path) -> Iterator[BinaryIO]:
     """The rows as an open file, JSON lines or Parquet; `scratch` is the directory for what can't be streamed.
 
     Raises:
-        InputError: on reading, where a row is none that JSON can say.
+        InputError: a column is of a type that no file holds; on reading, a row holds what JSON can't say.
     """
     if not isinstance(rows, ArrowStream):
         yield io.BufferedReader(_Lines(rows), BLOCK_BYTES)
@@ -42,6 +42,7 @@ def as_file(rows: Rows, scratch: Path) -> Iterator[BinaryIO]:
     with tempfile.TemporaryFile(dir=scratch) as file:
         with pa.RecordBatchReader.from_stream(rows) as batches:
             schema = pa.schema([field.with_type(unify.plain(field.type)) for field in batches.schema])
+            parquet.require_writable(schema)
             with pq.ParquetWriter(file, schema) as writer:
                 for batch in batches:
                     for first in range(0, batch.num_rows, BATCH_ROWS):

@@ -9,8 +9,7 @@ import pyarrow as pa
 
 from batchrun.errors import InputError
 from batchrun.source import hive
-from batchrun.source.files import BOM, blocks, classify
-from batchrun.source.foreign import HEAD_BYTES
+from batchrun.source.files import BOM, blocks, format_of
 from batchrun.source.lines import read_row, split_lines
 from batchrun.source.window import LINES, START, Position, Record, Window
 
@@ -51,9 +50,8 @@ class JsonlSource:
         self._block_bytes = block_bytes
         self._keys = hive.keys_of(files)
         for file in files:
-            head = next(blocks(file, 0, HEAD_BYTES), b"")
-            if classify(head, file) != "plain":
-                raise InputError(f"{file} holds another compressed or Parquet file; unpack it once")
+            if format_of(file) != "jsonl":
+                raise InputError(f"{file} is not JSON lines; an input has one format")
 
     def records(self, start: Position = START) -> Iterator[Record]:
         """Every record from `start` on: the decoded line or its problem.

@@ -18,6 +18,7 @@ _STRING = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
 _BRACKETS = re.compile(_STRING + rb"|([\[{])|([\]}])", re.DOTALL)
 _NOT_JSON = re.compile(_STRING + rb"|(-?\b(?:NaN|nan|Infinity|inf|None|True|False|undefined)\b)", re.DOTALL)
 _NUMBER = re.compile(_STRING + rb"|(-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)", re.DOTALL)
+_CONTROL = re.compile(rb"[\0-\x08\x0e-\x1f]")
 _ESCAPE = re.compile(
     rb"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|(\\u[dD][89a-fA-F]..)|\\.", re.DOTALL
 )  # a pair, half a pair, or any other
@@ -115,8 +116,10 @@ def _encoding_problem(line: bytes) -> str | None:
         return f"byte {line.index(0) + 1} is NUL; the file may be UTF-16" if 0 in line else None
     if bad == 0xED and line[at : at + 1] >= b"\xa0":
         return f"byte {at} begins half of a surrogate pair, which is not UTF-8"
-    guess = "Windows-1252" if any(0x80 <= byte < 0xA0 for byte in line) else "Latin-1"
-    return f"byte {at} (0x{bad:02x}) is not UTF-8; it looks like {guess}: iconv -f {guess.upper()} -t UTF-8"
+    if control := _CONTROL.search(line):
+        return f"byte {at} (0x{bad:02x}) is not UTF-8, and byte {control.start() + 1} is no text either: a binary file?"
+    guess = "WINDOWS-1252" if any(0x80 <= byte < 0xA0 for byte in line) else "ISO-8859-1"
+    return f"byte {at} (0x{bad:02x}) is not UTF-8; it looks like {guess}: iconv -f {guess} -t UTF-8"
 
 
 def _surrogate_problem(line: bytes) -> str | None:
@@ -152,5 +155,12 @@ def _syntax_problem(line: bytes, message: str) -> str:
         return "the file looks like one JSON document over many lines; write one object per line (jq -c)"
     if message == "Input data was truncated":
         return f"the JSON ends too early, at byte {len(line)}"
+    if line.lstrip()[:1] not in (b"{", b"["):
+        return "it is not JSON: it does not begin with `{`; a CSV file is read where its name ends in .csv or .tsv"
+    if "trailing characters" in message:
+        at = message.partition("(byte ")[2].rstrip(")")
+        return f"more stands behind the object, near byte {at}; write one object a line, with nothing between the lines"
+    if "object keys must be strings" in message:
+        return "it is not JSON: names of keys stand in double quotes; is it Python's own form? (json.dumps writes JSON)"
     what = message.removeprefix("JSON is malformed: ")
     return "it is not JSON: " + re.sub(r"\(byte (\d+)\)", r"near byte \1", what)

@@ -1,5 +1,6 @@
 """Parquet: a file's schema, and its rows in small batches, row group by row group."""
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,6 +46,20 @@ def batches(path: Path, skip: int) -> Iterator[pa.RecordBatch]:
             first = behind
 
 
+def require_writable(schema: pa.Schema, place: str = "") -> None:
+    """Nothing, if a Parquet file can hold each of the columns, as the output must.
+
+    Raises:
+        InputError: names the column behind `place`, its type, and what to do.
+    """
+    for field in schema:
+        try:
+            pq.ParquetWriter(io.BytesIO(), pa.schema([field])).close()
+        except pa.ArrowException as error:
+            what = f"{place}column '{field.name}' of type {field.type}: " + str(error).splitlines()[0].rstrip(".")
+            raise InputError(f"{what}; cast it or leave it out") from error
+
+
 def _group(file: pq.ParquetFile, path: Path, group: int, first: int, skip: int) -> Iterator[pa.RecordBatch]:
     """The rows of a row group behind its first `skip`; `first` is the group's place in the file."""
     meta = file.metadata.row_group(group)
@@ -56,8 +71,19 @@ def _group(file: pq.ParquetFile, path: Path, group: int, first: int, skip: int) 
             if done > skip:
                 yield batch.slice(max(0, batch.num_rows - (done - skip)))
     except DAMAGE as error:
-        last = first + meta.num_rows - 1
-        raise InputError(f"{path} rows {first + done} to {last} can't be read: {_reason(error)}") from error
+        rows = f"rows {first + done} to {first + meta.num_rows - 1}"
+        raise InputError(f"{path} {rows} can't be read: {_where(file, group)}{_reason(error)}") from error
+
+
+def _where(file: pq.ParquetFile, group: int) -> str:
+    """The column that can't be read there, with its type; nothing where each can be read by itself."""
+    for field in file.schema_arrow:
+        try:
+            for _ in file.iter_batches(BATCH_ROWS, [group], [field.name]):
+                pass
+        except DAMAGE:
+            return f"column '{field.name}' of type {field.type}: "
+    return ""
 
 
 @contextmanager
@@ -74,6 +100,10 @@ def _reason(error: Exception) -> str:
     text = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
     if "crypt" in text:
         return "it is encrypted; decrypt it first"
+    if "more than 64 bits" in text:
+        return "a column holds integers of more than 64 bits; write it as text, decimal or 64 bits"
+    if "too deeply nested" in text:
+        return "a column is nested more than 100 levels deep; write it as JSON text"
     if "not implemented" in text or isinstance(error, pa.ArrowNotImplementedError):
         return f"{text}; cast that column to a plain type"
     return f"{text}; the file is damaged or was not written to its end: write or copy it again"

@@ -1,7 +1,8 @@
 """Files that hold columns, Parquet or CSV: batches of one schema → records and windows."""
 
 from bisect import bisect_right
-from collections.abc import Container, Iterator
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 
@@ -52,6 +53,9 @@ class TableSource:
         schemas = [self._module.schema_of(file) for file in files if self._is_like_the_first(file)]
         for file, schema in zip(files, schemas, strict=True):
             _require_single_names(file, schema)
+            parquet.require_writable(
+                pa.schema([field for field in schema if pa.types.is_nested(field.type)]), f"{file}: "
+            )
         inside = unify.schema_over(zip(files, schemas, strict=True))
         self._keys = hive.keys_of(files)
         keys = {name: type_ for name, type_ in hive.fields_of(self._keys).items() if name not in inside.names}
@@ -132,9 +136,24 @@ class TableSource:
 
 
 def _require_single_names(path: Path, schema: pa.Schema) -> None:
-    for name in schema.names:
-        if schema.names.count(name) > 1:
-            raise InputError(f"{path} has two columns named '{name}'; rename one")
+    for name in _repeated(schema.names):
+        raise InputError(f"{path} has two columns named '{name}'; rename one")
+    for name, type_ in zip(schema.names, schema.types, strict=True):
+        if pa.types.is_nested(type_):
+            _require_single_fields(f"{path}: column '{name}'", type_)
+
+
+def _require_single_fields(place: str, type_: pa.DataType) -> None:
+    fields = [type_.field(n) for n in range(type_.num_fields)]
+    for name in _repeated([field.name for field in fields]) if pa.types.is_struct(type_) else ():
+        raise InputError(f"{place} has two fields named '{name}' in one struct; rename one")
+    for field in fields:
+        if pa.types.is_nested(field.type):
+            _require_single_fields(place, field.type)
+
+
+def _repeated(names: list[str]) -> Iterable[str]:
+    return () if len(set(names)) == len(names) else (name for name, times in Counter(names).items() if times > 1)
 
 
 def _record(batch: _Batch, origin: str) -> Record:

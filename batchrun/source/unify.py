@@ -13,8 +13,9 @@ All else is refused: text beside numbers, text beside bytes, decimals of other s
 """
 
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -63,7 +64,26 @@ def plain(type_: pa.DataType) -> pa.DataType:
         return plain(type_.value_type)
     if type_ == pa.string_view():
         return pa.large_string()
+    if type_ == pa.binary_view():
+        return pa.large_binary()
+    if isinstance(type_, pa.RunEndEncodedType):
+        return plain(type_.value_type)
+    if is_view(type_):
+        return pa.large_list(type_.value_field.with_type(plain(type_.value_type)))
     return with_members(type_, plain)
+
+
+def is_view(type_: pa.DataType) -> "TypeGuard[pa.ListViewType[Any] | pa.LargeListViewType[Any]]":
+    """Whether it is a list whose elements may stand anywhere."""
+    return isinstance(type_, pa.ListViewType | pa.LargeListViewType)
+
+
+@cache
+def has_views(type_: pa.DataType) -> bool:
+    """Whether there is such a list in it, at any depth."""
+    if is_view(type_):
+        return True
+    return pa.types.is_nested(type_) and any(has_views(type_.field(n).type) for n in range(type_.num_fields))
 
 
 def with_members(type_: pa.DataType, change: Any) -> pa.DataType:
@@ -71,7 +91,10 @@ def with_members(type_: pa.DataType, change: Any) -> pa.DataType:
     if pa.types.is_struct(type_):
         return pa.struct([field.with_type(change(field.type)) for field in type_.fields])
     if isinstance(type_, pa.MapType):
-        return pa.map_(type_.key_type, change(type_.item_type))
+        item = change(type_.item_type)
+        if item == type_.item_type:
+            return type_  # DuckDB's map {} has keys of no type, which `map_` refuses
+        return pa.map_(type_.key_type, item)
     if isinstance(type_, pa.FixedSizeListType):
         return pa.list_(type_.value_field.with_type(change(type_.value_type)), type_.list_size)
     if isinstance(type_, pa.LargeListType):
@@ -113,9 +136,9 @@ def fitted(rows: pa.RecordBatch, schema: pa.Schema, keys: dict[str, Any]) -> pa.
     Raises:
         ValueError: a value does not fit its column's common type; the message names the column.
     """
-    columns = []
+    columns, names = [], set(rows.schema.names)
     for field in schema:
-        if field.name not in rows.schema.names:
+        if field.name not in names:
             columns.append(pa.array([keys.get(field.name)] * rows.num_rows, field.type))
             continue
         column = rows.column(field.name)
@@ -129,6 +152,10 @@ def fitted(rows: pa.RecordBatch, schema: pa.Schema, keys: dict[str, Any]) -> pa.
 def _cast(column: "pa.Array[Any]", to: pa.DataType) -> "pa.Array[Any]":
     if pa.types.is_floating(column.type) and pa.types.is_float64(to):
         return shortest(column)
+    if isinstance(column, pa.RunEndEncodedArray):
+        return _cast(pc.call_function("run_end_decode", [column]), to)
+    if has_views(column.type):  # Arrow's cast of such a list within a list gives an empty one
+        return pa.array(column.to_pylist(), to)
     try:
         return pc.cast(column, to)
     except pa.ArrowNotImplementedError:  # views within dictionaries, dictionaries within lists: polars' Categorical

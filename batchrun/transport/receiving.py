@@ -50,6 +50,8 @@ class Receiver:
         size = 0
         while not content.at_eof():
             piece = await _next(content)
+            if unpacker is None and not size and encoding.is_gzip(piece):
+                unpacker = encoding.Unpacker("")
             if unpacker is not None:
                 piece = unpacker.unpack(piece, self._max_bytes - size + 1)
             size += len(piece)

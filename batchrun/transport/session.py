@@ -5,7 +5,7 @@ carry prompt and key headers to another origin), bodies unpacked without a bound
 unpack.
 """
 
-import io
+import asyncio
 import ssl
 import time
 from collections import deque
@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import aiohttp
+from aiohttp.abc import AbstractStreamWriter
 from aiohttp.payload import TOO_LARGE_BYTES_BODY
 from multidict import CIMultiDict
 
@@ -26,6 +27,9 @@ from batchrun.transport.connector import UNDER_WAY, Connector, Peer
 from batchrun.transport.exchange import Deadlines, Exchange
 from batchrun.transport.internals import READ_BUFFER_BYTES
 from batchrun.transport.receiving import Receiver
+
+PIECE_BYTES = 65_536
+"""Of a large body in one write: what a socket takes at a time."""
 
 
 def open_session(
@@ -161,11 +165,39 @@ class SessionTransport:
         self._peer.end(link, exchange.answered(error))
 
 
-def _payload(body: bytes) -> bytes | io.BytesIO:
-    """The body as aiohttp likes it: a large one in pieces, so that the event loop is not held up."""
-    return body if len(body) <= TOO_LARGE_BYTES_BODY else io.BytesIO(body)
+class Pieces(aiohttp.Payload):
+    """A large body, written in pieces so that the event loop is not held up; `written` counts its bytes so far.
+
+    A BytesIO would do the same, but aiohttp asks for its buffer, which copies the bytes that it shares: 10 to 60 ms of
+    the event loop for the 27 MB of an image of 20 MB (measured).
+    """
+
+    _value: bytes
+
+    def __init__(self, body: bytes) -> None:
+        super().__init__(body)
+        self._size = len(body)
+        self.written = 0
+
+    async def write(self, writer: AbstractStreamWriter) -> None:
+        while self.written < len(self._value):
+            piece = self._value[self.written : self.written + PIECE_BYTES]
+            self.written += len(piece)
+            await asyncio.sleep(0)  # a write to a socket with room does not wait
+            await writer.write(piece)
+
+    async def write_with_length(self, writer: AbstractStreamWriter, content_length: int | None) -> None:
+        await self.write(writer)
+
+    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        return self._value.decode(encoding, errors)
 
 
-def _is_unsent(payload: bytes | io.BytesIO) -> bool:
+def _payload(body: bytes) -> bytes | Pieces:
+    """The body as aiohttp likes it: a large one in pieces."""
+    return body if len(body) <= TOO_LARGE_BYTES_BODY else Pieces(body)
+
+
+def _is_unsent(payload: bytes | Pieces) -> bool:
     """True where a part of the body has certainly not left."""
-    return isinstance(payload, io.BytesIO) and payload.tell() < payload.getbuffer().nbytes
+    return isinstance(payload, Pieces) and payload.written < len(payload._value)

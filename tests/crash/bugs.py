@@ -25,7 +25,7 @@ class Bug:
 
 _SLOT_FREED_EARLY = Bug(
     "the slot is free before the commit",
-    "batchrun.asking.pipeline",
+    "batchrun.dispatch.worker",
     (
         (
             "        self._checkpoint.put(completion)\n",
@@ -79,13 +79,13 @@ _SEALED_BEFORE_RENAME = Bug(
 
 _SLOT_TAKEN_LATE = Bug(
     "the slot is written after the send",
-    "batchrun.asking.pipeline",
+    "batchrun.dispatch.worker",
     (
-        ("        self._slots.take(slot, request.row, n, request.key, bound_usd, request.upper_bound_tokens)\n", ""),
+        ("        self._slots.take(slot, request.row, n, request.key, bound_usd, bound_tokens)\n", ""),
         (
-            "        answer = answers.read(attempt.body)\n",
-            "        self._slots.take(slot, request.row, n, request.key, bound_usd, request.upper_bound_tokens)\n"
-            "        answer = answers.read(attempt.body)\n",
+            "        if pending.successes is None:\n            self._tail.tried()\n",
+            "        self._slots.take(slot, request.row, n, request.key, bound_usd, bound_tokens)\n"
+            "        if pending.successes is None:\n            self._tail.tried()\n",
         ),
     ),
     "nobody knew of the first",
@@ -113,13 +113,13 @@ _OVERLAY_GONE_EARLY = Bug(
 
 _RETRY_UNCOUNTED = Bug(
     "the retry is not counted",
-    "batchrun.asking.pipeline",
+    "batchrun.dispatch.worker",
     (
         (
             "        self._flights[ended.pending.request.row, history.attempts] = flight\n"
-            "        self._checkpoint.put(ended.discarded())\n",
+            "        self._checkpoint.put(discarded)\n",
             "        self._flights[ended.pending.request.row, history.attempts] = flight\n"
-            "        self.durable([ended.discarded()])\n",
+            "        self.durable([discarded])\n",
         ),
     ),
     "0 retries",

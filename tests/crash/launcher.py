@@ -98,7 +98,7 @@ def main() -> None:
     if orders.bug is not None:
         bugs.plant(bugs.BUGS[orders.bug])
     import batchrun.cli
-    import batchrun.invocation
+    import batchrun.engine
 
     cut_small()
     trace_to(orders.trace)

@@ -130,8 +130,8 @@ def _points() -> tuple[Point, ...]:
         Point("after finished", f"{_CHECKPOINT}.write_manifest", _A, _fact("finished"), finishing, 1),
         Point("after the database rests", "batchrun.checkpoint.database:Database.rest", _A, _any, finishing, 1),
         Point("before a part is removed", "pathlib:Path.unlink", _B, _first(_PART + "$"), finishing, 20),
-        Point("before the last summary", "batchrun.asking.chronicle:Chronicle.end", _B, _any, finishing, 1),
-        Point("after the last summary", "batchrun.asking.chronicle:Chronicle.end", _A, _any, finishing, 1),
+        Point("before the last summary", "batchrun.dispatch.run_status:RunStatus.end", _B, _any, finishing, 1),
+        Point("after the last summary", "batchrun.dispatch.run_status:RunStatus.end", _A, _any, finishing, 1),
     )
 
 

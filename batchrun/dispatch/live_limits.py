@@ -5,7 +5,6 @@ it, and says so in summary.json. It holds for that process alone: the file goes 
 """
 
 import contextlib
-import math
 import secrets
 import time
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from msgspec import Meta
 
 from batchrun.durable import replace_bytes
 from batchrun.errors import InputError, JobError
-from batchrun.job.job import AtLeastOne, Positive
+from batchrun.job.job import MAX_COST_USD, AtLeastOne, Positive
 from batchrun.records import InForce
 from batchrun.report.summary import limits_in_words, read
 from batchrun.rundir import RunDirectory
@@ -27,13 +26,19 @@ PATIENCE_S = 15.0
 
 LOOK_S = 0.1
 
+LONGEST_SHOWN = 40
+"""Characters of a wrong value that its message repeats."""
 
 MOST_IN_FLIGHT = 4096
 """As `limits.max_in_flight`."""
 
 FLAGS = {
+    "requests_per_second": "--rps",
     "requests_per_minute": "--rpm",
+    "requests_per_day": "--rpd",
     "tokens_per_minute": "--tpm",
+    "input_tokens_per_minute": "--input-tpm",
+    "output_tokens_per_minute": "--output-tpm",
     "max_in_flight": "--max-in-flight",
     "max_cost_usd": "--max-cost",
     "max_tokens": "--max-tokens",
@@ -46,16 +51,39 @@ class Control(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     """Limits that are to hold from now on; None leaves one as it is. `id` names this wish in the answer."""
 
     id: Annotated[str, Meta(min_length=1, max_length=64)]
+    requests_per_second: Positive | None = None
     requests_per_minute: Positive | None = None
+    requests_per_day: AtLeastOne | None = None
     tokens_per_minute: Positive | None = None
+    input_tokens_per_minute: Positive | None = None
+    output_tokens_per_minute: Positive | None = None
     max_in_flight: Annotated[int, Meta(ge=1, le=MOST_IN_FLIGHT)] | None = None
     max_cost_usd: Decimal | None = None
     max_tokens: AtLeastOne | None = None
     max_requests: AtLeastOne | None = None
 
+    @property
+    def rates(self) -> dict[str, float | None]:
+        """The rates among them, but for that of a day."""
+        return {name: getattr(self, name) for name in RATES}
 
-def wish(limits: Mapping[str, float | str]) -> Control:
-    """The wish that these limits hold, by a name that no other has.
+
+RATES = tuple(name for name in FLAGS if name.endswith(("_per_second", "_per_minute")))
+
+EXPECTED = (
+    dict.fromkeys(RATES, "a number above 0, at most 1e12")
+    | dict.fromkeys(("requests_per_day", "max_tokens", "max_requests"), "a whole number of 1 or more")
+    | {
+        "id": "a text of 1 to 64 characters",
+        "max_in_flight": f"a whole number from 1 to {MOST_IN_FLIGHT:,}",
+        "max_cost_usd": f"an amount in USD above 0, at most {MAX_COST_USD:,}",
+    }
+)
+"""What each of them must be."""
+
+
+def wish(limits: Mapping[str, str]) -> Control:
+    """The wish that these limits hold, by a name that no other has. They are as a person typed them.
 
     Raises:
         JobError: there are none, or one can't be.
@@ -63,22 +91,9 @@ def wish(limits: Mapping[str, float | str]) -> Control:
     if not limits:
         raise JobError("nothing to change: name a limit, such as --rpm 500 or --max-in-flight 32")
     for name, limit in limits.items():
-        try:
-            msgspec.convert({"id": "a", name: limit}, Control, strict=False)
-            possible = 0 < float(limit) < math.inf
-        except ValueError:
-            possible = False
-        if not possible:
-            raise JobError(f"{FLAGS[name]} {limit}: expected {_expected(name)}")
-    return decode(msgspec.json.encode({"id": secrets.token_hex(8), **limits}))
-
-
-def _expected(name: str) -> str:
-    if name == "max_in_flight":
-        return f"a whole number from 1 to {MOST_IN_FLIGHT:,}"
-    if name == "max_cost_usd":
-        return "an amount in USD above 0"
-    return "a whole number of 1 or more" if name.startswith("max") else "a number above 0, at most 1e12"
+        if not _can_be(name, limit, strict=False):
+            raise JobError(f"{FLAGS[name]} {limit or repr('')}: expected {EXPECTED[name]}")
+    return msgspec.convert({"id": secrets.token_hex(8), **limits}, Control, strict=False)
 
 
 def decode(content: bytes) -> Control:
@@ -87,10 +102,34 @@ def decode(content: bytes) -> Control:
     Raises:
         ValueError: it is nonsense; the message says where.
     """
-    asked = msgspec.json.decode(content, type=Control)
-    if (cap := asked.max_cost_usd) is not None and not (cap.is_finite() and cap > 0):
-        raise ValueError(f"expected more than 0 - at `$.max_cost_usd` (is {cap})")
-    return asked
+    try:
+        asked = msgspec.json.decode(content, type=dict[str, msgspec.Raw])
+        values = {name: msgspec.json.decode(value) for name, value in asked.items()}
+    except (ValueError, RecursionError):
+        raise ValueError("expected a JSON object of limits") from None
+    for name, value in asked.items():
+        if name not in EXPECTED:
+            raise ValueError(f"{name}: no such limit; there are {', '.join(FLAGS)}")
+        if not _can_be(name, values[name], strict=True):
+            raise ValueError(f"{name} {_in_short(bytes(value))}: expected {EXPECTED[name]}")
+    if "id" not in asked:
+        raise ValueError(f"id is missing: expected {EXPECTED['id']}")
+    return msgspec.json.decode(content, type=Control)
+
+
+def _can_be(name: str, value: object, *, strict: bool) -> bool:
+    """Whether the value may stand there; `strict` where it comes from JSON, which has numbers of its own."""
+    try:
+        wanted = msgspec.convert({"id": "a", name: value}, Control, strict=strict)
+    except ValueError:
+        return False
+    cap = wanted.max_cost_usd
+    return cap is None or (cap.is_finite() and 0 < cap <= MAX_COST_USD)
+
+
+def _in_short(value: bytes) -> str:
+    text = value.decode("utf-8", "replace")
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
 
 
 class Wishes:

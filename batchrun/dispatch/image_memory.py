@@ -12,7 +12,7 @@ AT_ONCE = 2
 """So many are read and encoded beyond the bound: how large they are is not known before."""
 
 
-class ImageRoom:
+class ImageMemory:
     """Where requests are from when their images are read until they are answered. One per event loop."""
 
     def __init__(self, most_bytes: int = MOST_BYTES) -> None:

@@ -29,7 +29,7 @@ def told_at_start(job: Job, plan: Plan, where: Path, spent: Spent, lost: int, *,
     if lost:
         lines.append(f"{plural(lost, 'request')} in flight when the last process died: asked again")
     if not known.rows:
-        lines.append("there is nothing to ask: the output will be empty (input.min_rows = 1 refuses an empty input)")
+        lines.append("there is nothing to send: the result will be empty, as input.min_rows = 0 allows")
     unknown = [model for model, table in plan.prices.items() if table is None]
     if unknown:
         from batchrun import price_list  # here, because it takes 170 ms

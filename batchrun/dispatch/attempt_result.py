@@ -7,12 +7,23 @@ import msgspec
 
 from batchrun import prices
 from batchrun.answer import offline
-from batchrun.answer.usage import cost_in_headers
-from batchrun.asking.backlog import Pending
+from batchrun.answer.usage import LITELLM_COST, cost_in_headers
+from batchrun.dispatch.backlog import Pending
 from batchrun.job.expected import KINDS
 from batchrun.policy import History, Judgement, Settlement
 from batchrun.prices import PriceTable
-from batchrun.records import Answer, Attempt, Completion, Discarded, OfflineCount, Restored, RowError, Status, Verdict
+from batchrun.records import (
+    Answer,
+    Attempt,
+    Completion,
+    Discarded,
+    OfflineCount,
+    Restored,
+    RowError,
+    SetAside,
+    Status,
+    Verdict,
+)
 
 NOTHING = Decimal(0)
 
@@ -22,7 +33,7 @@ class Ended(msgspec.Struct, frozen=True):
 
     `settlement` is what a usable answer makes of the row, None where there is none. `cost_usd` is this attempt's alone:
     0 where no answer came, None where one came that can't be priced. `maybe_billed`: it may have cost something that
-    no usage states.
+    no usage states, at most `bound_usd` for `bound_tokens`.
     """
 
     pending: Pending
@@ -35,6 +46,7 @@ class Ended(msgspec.Struct, frozen=True):
     cost_usd: Decimal | None
     maybe_billed: bool
     reported_cost_usd: Decimal | None = None
+    bound_tokens: int = 0
 
     @property
     def error(self) -> RowError | None:
@@ -53,9 +65,11 @@ class Ended(msgspec.Struct, frozen=True):
 
     @property
     def said(self) -> str:
-        """What the model said, as a message of its own: a call as the JSON that it is."""
+        """What the model said, as a message of its own: calls as the JSON that they are."""
         call = self.answer.function_call
-        return self.answer.content or "" if call is None else msgspec.json.encode(call).decode()
+        if call is not None:
+            return msgspec.json.encode(call).decode()
+        return self.answer.tool_calls or self.answer.content or ""
 
     def spent(self) -> tuple[Decimal | None, int | None]:
         """USD and tokens to book against the budget; None books the whole reservation."""
@@ -86,19 +100,20 @@ class Ended(msgspec.Struct, frozen=True):
             model=pending.request.model,
             answered_model=self.answer.model if self.judgement.verdict is Verdict.OK else None,
             usage=self.answer.usage,
-            cost_usd=total([pending.cost_usd, self.cost_usd]),
+            cost_usd=together(pending.cost_usd, self.cost_usd),
             last_cost_usd=self.cost_usd,
             maybe_billed=self.maybe_billed,
             possibly_billed_usd=self.bound_usd,
             raw=attempt.body,
             variant=pending.variant,
-            possibly_billed_tokens=pending.request.upper_bound_tokens,
+            possibly_billed_tokens=self.bound_tokens,
             in_json=self.settlement is not None and self.settlement.in_json,
             offline=self._offline(),
             reported_cost_usd=self.reported_cost_usd if restored is None else None,  # it is of another answer then
             invocation=invocation,
             answer_cost_usd=cost_usd,
             restored=restored,
+            set_aside=pending.set_aside if restored is None else _without_last_invalid(pending.set_aside),
         )
 
     def discarded(self) -> Discarded:
@@ -121,9 +136,10 @@ class Ended(msgspec.Struct, frozen=True):
             maybe_billed=self.maybe_billed,
             possibly_billed_usd=self.bound_usd,
             key=request.key,
-            possibly_billed_tokens=request.upper_bound_tokens,
+            possibly_billed_tokens=self.bound_tokens,
             offline=self._offline(),
             reported_cost_usd=self.reported_cost_usd,
+            said=self.said if self.judgement.verdict is Verdict.OK else None,
         )
 
     @property
@@ -135,6 +151,12 @@ class Ended(msgspec.Struct, frozen=True):
         if self.answer.usage is not None or self.judgement.verdict is not Verdict.OK:
             return None
         return offline.count(self.pending.request.body, self.answer)
+
+
+def _without_last_invalid(set_aside: tuple[SetAside, ...]) -> tuple[SetAside, ...]:
+    """All but the answer that stands after all: the last one that the model was told of."""
+    stands = max((each.attempt for each in set_aside if each.kind in KINDS), default=0)
+    return tuple(each for each in set_aside if each.attempt != stands)
 
 
 def remembered(earlier: Sequence[Discarded], begun: int) -> History:
@@ -169,7 +191,9 @@ def cost_of(
 
 def reported(attempt: Attempt, answer: Answer) -> Decimal | None:
     """USD that the server states for the answer, in it or in a header."""
-    return answer.reported_cost_usd if answer.reported_cost_usd is not None else cost_in_headers(attempt.headers)
+    if answer.reported_cost_usd is not None:
+        return answer.reported_cost_usd
+    return cost_in_headers(attempt.headers) if LITELLM_COST in attempt.headers else None
 
 
 def maybe_billed(answer: Answer, judgement: Judgement, cost_usd: Decimal | None, *, capped: bool) -> bool:
@@ -182,6 +206,11 @@ def maybe_billed(answer: Answer, judgement: Judgement, cost_usd: Decimal | None,
     if answer.usage is not None:
         return cost_usd is None and capped
     return judgement.in_doubt or (judgement.verdict is Verdict.OK and capped)
+
+
+def together(earlier: Decimal | None, cost: Decimal | None) -> Decimal | None:
+    """The sum of two costs, or None where one is unknown."""
+    return None if earlier is None or cost is None else earlier + cost
 
 
 def total(costs: Sequence[Decimal | None]) -> Decimal | None:

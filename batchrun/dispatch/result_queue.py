@@ -29,7 +29,7 @@ class Settled(msgspec.Struct, frozen=True):
     input: pa.RecordBatch
 
 
-class Delivery:
+class ResultQueue:
     """Between two threads. The asking thread puts; the reader takes all that there is, or gives up reading."""
 
     def __init__(self, on_news: Callable[[], None], max_rows: int = MAX_ROWS, max_bytes: int = MAX_BYTES) -> None:

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 from batchrun.checkpoint.checkpoint import Checkpoint
 from batchrun.errors import BatchrunError
-from batchrun.gate import daily, learned
+from batchrun.gate import daily, learned, overruns
 from batchrun.gate.admission import Found
 from batchrun.gate.daily import DailyCount, Day
 from batchrun.gate.gate import Gate
@@ -23,16 +23,17 @@ NEWS = 0.25
 """A limit that is off by so much from what was kept is kept at once: else a start that is killed young leaves none."""
 
 
-class Memory:
+class LearnedLimits:
     """`known` is what earlier starts have learned, `estimates` goes on from there. `daily` is None without a limit."""
 
-    def __init__(self, checkpoint: Checkpoint, limits: Limits, now_s: float) -> None:
-        """The day that it is now is on record, where the job limits its requests."""
+    def __init__(self, checkpoint: Checkpoint, limits: Limits, now_s: float, variant: int = 0) -> None:
+        """The day that it is now is on record, where the job limits its requests. `variant`: how rows are asked now."""
         self._checkpoint = checkpoint
         self._kept_s = now_s
         manifest = checkpoint.manifest()
         self.known = learned.decode(manifest.get(learned.ENTRY))
         self.estimates = Estimates(self.known.sizes)
+        self.overruns = overruns.decode(manifest.get(overruns.ENTRY), variant)
         self._found = Found(self.known.requests_per_minute, self.known.tokens_per_minute)
         self._day: Day | None = None
         self.daily: DailyCount | None = None
@@ -43,6 +44,17 @@ class Memory:
             self.daily = DailyCount(
                 limits.requests_per_day, made - self._day.requests_before, now_s + daily.left_s(now)
             )
+
+    def count_day(self, limit: int, in_flight: int, now_s: float) -> DailyCount:
+        """The day's requests are limited from now on; those that all starts made since it began are counted."""
+        now, spent = datetime.now(UTC), self._checkpoint.spent
+        if self._day is None:
+            date = now.date().isoformat()
+            made = sum(line.attempts for line in spent.totals.values() if line.day == date)
+            self._day = Day(date, spent.requests() - made)
+        made = spent.requests() + in_flight - self._day.requests_before
+        self.daily = DailyCount(limit, made, now_s + daily.left_s(now))
+        return self.daily
 
     def is_due(self, gate: Gate, now_s: float) -> bool:
         """True, once, when a minute has passed, a new day has begun, or a limit is news."""

@@ -12,9 +12,9 @@ from typing import BinaryIO, TypedDict, Unpack
 
 import msgspec
 
-from batchrun import invocation, preflight, rundir, simulated, streams
-from batchrun.asking.asking import GRACE_S, Hooks, Host
+from batchrun import engine, preflight, rundir, simulated, streams
 from batchrun.credentials import Credentials
+from batchrun.dispatch.hooks import GRACE_S, Hooks, Host
 from batchrun.errors import ExitCode, JobError, RunStoppedError
 from batchrun.gate import deadline as deadlines
 from batchrun.gate.deadline import Deadline
@@ -130,10 +130,10 @@ def _invoke(
         told=note,
         checked=_checked(options, host),
     )
-    hooks = Hooks(options.get("progress", lambda summary: None), note, host, options.get("command"))
     grace_s = options.get("grace_s")
-    patience_s = GRACE_S if grace_s is None else grace_s
-    return invocation.run(job, directory, keys, asked, hooks, grace_s=patience_s, loop_factory=_loop_factory())
+    progress: Callable[[Summary], None] = options.get("progress", lambda summary: None)
+    hooks = Hooks(progress, note, host, options.get("command"), GRACE_S if grace_s is None else grace_s)
+    return engine.run(job, directory, keys, asked, hooks, _loop_factory())
 
 
 def _checked(options: Options, host: Host | None) -> Callable[[int], None]:

@@ -13,8 +13,8 @@ from decimal import Decimal
 import msgspec
 
 from batchrun.output.chunks import OpenChunk
-from batchrun.policy import History
-from batchrun.records import Attempt, Correction, Request, Row, RowError, Usage
+from batchrun.policy import NEW, History
+from batchrun.records import Attempt, Correction, Request, Row, RowError, SetAside, Usage
 
 MAX_WAITING = 4096
 """Rows that wait for a retry before new ones wait too: more would only grow memory while the endpoint is unwell."""
@@ -34,18 +34,19 @@ class Pending(msgspec.Struct, frozen=True):
 
     `successes` is the gate's count of good answers when the row was last sent, None before that. `refused`: an
     earlier start met a 403 that nobody could corroborate. `corrections` are in the request already; `invalid` is the
-    answer that the last of them is about: it stands if no better one comes.
+    answer that the last of them is about: it stands if no better one comes. `set_aside` are all answers so far.
     """
 
     request: Request
     chunk: OpenChunk
-    history: History = History()
+    history: History = NEW
     cost_usd: Decimal | None = Decimal(0)
     successes: int | None = None
     refused: bool = False
     variant: int = 0
     corrections: tuple[Correction, ...] = ()
     invalid: Invalid | None = None
+    set_aside: tuple[SetAside, ...] = ()
 
 
 class Backlog:

@@ -4,16 +4,16 @@ from collections.abc import Iterable, Iterator
 
 import pyarrow as pa
 
-from batchrun.asking.delivery import Delivery
+from batchrun.dispatch.result_queue import ResultQueue
 from batchrun.output import completions, files
 from batchrun.rundir import RunDirectory
 
 
-def hand_over(batches: Iterable[pa.RecordBatch], delivery: Delivery) -> None:
+def hand_over(batches: Iterable[pa.RecordBatch], results: ResultQueue) -> None:
     """The rows were handed over as they were read, or nobody reads any more. Blocks while the reader is behind."""
     for batch in batches:
         for completion in completions.read(batch):
-            if not delivery.put_earlier(completion):
+            if not results.put_earlier(completion):
                 return
 
 

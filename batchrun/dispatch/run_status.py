@@ -1,0 +1,233 @@
+"""What is told of a run while it works: lines in run.log, and summary.json from the first second to the last."""
+
+import os
+import socket
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+
+import msgspec
+
+from batchrun.checkpoint.checkpoint import Checkpoint
+from batchrun.credentials import Credentials
+from batchrun.dispatch.runlog import RunLog
+from batchrun.dispatch.worker import Workers
+from batchrun.durable import replace_bytes, told
+from batchrun.errors import CheckpointError, DiskError, ExitCode, InputError
+from batchrun.gate import overruns
+from batchrun.gate.admission import Limit
+from batchrun.gate.deadline import Deadline
+from batchrun.gate.forecast import Forecast, Recent, Sample
+from batchrun.plan.plan import Plan
+from batchrun.records import Retrying, Summary, Tuned
+from batchrun.report.summary import (
+    Moment,
+    limiting_factor,
+    read,
+    starting,
+    summarise,
+    unknown_reason,
+    unpriced_tier,
+    waiting_to_retry,
+)
+from batchrun.rundir import RunDirectory
+
+
+class Checking(msgspec.Struct, frozen=True):
+    """The input is being read; nothing is known of the run yet but its checkpoint, once that is open."""
+
+    checkpoint: Checkpoint | None = None
+
+
+class Running(msgspec.Struct, frozen=True):
+    """The plan is made. `workers` send rows; None before that, and where no row is left."""
+
+    checkpoint: Checkpoint
+    plan: Plan
+    workers: Workers | None = None
+    deadline: Deadline | None = None
+
+
+class RunStatus:
+    """What is known of the run now, for people and for the next process. Close it.
+
+    `phase` is how far this start has come. `state` is summary.json's word for it.
+    """
+
+    def __init__(
+        self,
+        job: str,
+        directory: RunDirectory,
+        credentials: Credentials,
+        command: str | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        """summary.json names this process from now on, and the `command` that resumes the run."""
+        self._tags = dict(tags or {})
+        self._job = job
+        self._directory = directory
+        self._credentials = credentials
+        self._command = None if command is None else credentials.clean_text(command)
+        self.started_at = datetime.now(UTC)
+        self._started_s = time.monotonic()
+        self.state = "checking"
+        self.phase: Checking | Running = Checking()
+        self._forecast: Forecast | None = None
+        self._tuned: Tuned | None = None
+        self._seen_in_flight = 0
+        self._seen_reasons = self._seen_tiers = 0
+        self._recent = Recent()
+        self._earlier = _left_by_the_last_start(directory)
+        with told(directory.log):
+            self.log = RunLog(directory.log)
+        self.write(self.summary())
+
+    @property
+    def forecast(self) -> Forecast | None:
+        """When the run will be done, at the pace of the last minutes."""
+        return self._forecast
+
+    @property
+    def _workers(self) -> Workers | None:
+        return self.phase.workers if isinstance(self.phase, Running) else None
+
+    def reached(self, phase: Checking | Running) -> None:
+        """The start has come so far."""
+        self.phase = phase
+
+    def start_running(self, phase: Running) -> None:
+        """The plan is made: the run is under way."""
+        self.phase, self.state = phase, "running"
+        plan = phase.plan
+        self.log.write("started", invocation=phase.checkpoint.invocation, resumed=plan.resumed, rows=plan.rows)
+        self.write(self.summary())
+
+    def tuned(self, answer: Tuned) -> None:
+        """`batchrun tune` finds its answer in the next summary."""
+        self._tuned = answer
+
+    def summary(self, exit_code: int | None = None, reason: str | None = None) -> Summary:
+        """The run as it stands now; all its figures are durable."""
+        workers, checkpoint = self._workers, self.phase.checkpoint
+        moment = Moment(
+            state=self.state,
+            invocation=checkpoint.invocation if checkpoint is not None else 0,
+            started_at=self.started_at,
+            now=datetime.now(UTC),
+            elapsed_s=time.monotonic() - self._started_s,
+            sent=workers.sent if workers is not None else 0,
+            limited_by=self._limited_by(),
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            exit_code=exit_code,
+            reason=None if reason is None else self._credentials.clean_text(reason),
+            complete=self.state == "complete",
+            forecast=self._forecast if self.state == "running" else None,
+            deadline=self.phase.deadline if isinstance(self.phase, Running) else None,
+            now_s=time.monotonic(),
+            limits=None if workers is None else workers.gate.in_force,
+            tuned=self._tuned,
+            unknown_finish_reasons=self._of_every_start("unknown_finish_reasons", "finish_reasons"),
+            unpriced_tiers=self._of_every_start("unpriced_tiers", "unpriced_tiers"),
+            example_error=self._example_error(),
+            command=self._command,
+            retrying=self._retrying() if self.state == "running" else None,
+            tags=self._tags,
+        )
+        if not isinstance(self.phase, Running):
+            spent = None if checkpoint is None else checkpoint.spent
+            return starting(self._job, moment, self._directory, self._earlier, spent)
+        plan, spent = self.phase.plan, self.phase.checkpoint.spent
+        return summarise(plan.facts, plan.rows, plan.prices, spent, moment, self._directory)
+
+    def observe(self, now_s: float) -> None:
+        """One more moment is known, and so what will come."""
+        if not isinstance(self.phase, Running) or self.phase.workers is None:
+            return
+        spent = self.phase.checkpoint.spent
+        tokens = sum(line.total_tokens for line in spent.totals.values())
+        self._recent.add(Sample(now_s, spent.settled(), tokens, self.phase.workers.gate.binding.limit))
+        self._forecast = self._recent.forecast(self.phase.plan.rows)
+        self._log_retries(self.phase.workers)
+
+    def log_changes(self) -> list[str]:
+        """What has changed since the last call is in run.log; what a person should hear of it."""
+        if (workers := self._workers) is None:
+            return []
+        now, before = workers.gate.allowed_in_flight, self._seen_in_flight
+        if now != before:
+            self._seen_in_flight = now
+            self.log.write("in flight", before=before, after=now, why=workers.gate.why_in_flight)
+        new = workers.signs.finish_reasons[self._seen_reasons :]
+        self._seen_reasons += len(new)
+        for reason in new:
+            self.log.write("unknown finish_reason", finish_reason=reason)
+        tiers = workers.signs.unpriced_tiers[self._seen_tiers :]
+        self._seen_tiers += len(tiers)
+        for tier in tiers:
+            self.log.write("unpriced service_tier", service_tier=tier)
+        beyond = workers.learned.overruns.taken()
+        for model, overrun in beyond:
+            self.log.write("overrun", model=model, **msgspec.structs.asdict(overrun))
+        words = (*map(unknown_reason, new), *map(unpriced_tier, tiers), *(overruns.in_words(*each) for each in beyond))
+        return [f"warning: {line}" for line in words]
+
+    def write(self, summary: Summary) -> None:
+        """summary.json holds the summary, if the disk takes it: a heartbeat must never cost an answer."""
+        try:
+            replace_bytes(self._directory.summary, msgspec.json.format(msgspec.json.encode(summary), indent=2))
+        except DiskError as error:
+            self.log.write("summary not written", why=str(error))
+
+    def end(self, state: str, exit_code: ExitCode, reason: str | None) -> Summary:
+        """The last summary of this invocation is written."""
+        self.state = state
+        summary = self.summary(int(exit_code), reason)
+        self.log.write(state, exit_code=int(exit_code), reason=summary.reason)
+        self.write(summary)
+        return summary
+
+    def close(self) -> None:
+        self.log.close()
+
+    def _of_every_start(self, field: str, sign: str) -> tuple[str, ...]:
+        """The words of this start's signs and of the starts before, as the summary's field has them."""
+        before = [] if self._earlier is None else getattr(self._earlier, field)
+        now = [] if self._workers is None else getattr(self._workers.signs, sign)
+        return tuple(dict.fromkeys((*before, *now)))
+
+    def _example_error(self) -> str | None:
+        """Why the first row of this start failed; of an earlier start where none did."""
+        now = None if self._workers is None else self._workers.signs.example_error
+        return now if now is not None or self._earlier is None else self._earlier.example_error
+
+    def _retrying(self) -> Retrying | None:
+        return None if self._workers is None else self._workers.retries.stand(datetime.now(UTC))
+
+    def _log_retries(self, workers: Workers) -> None:
+        """run.log has heard which rows are retried, and for what."""
+        last = workers.backlog.drained
+        if (retrying := self._retrying()) is not None and workers.retries.is_due(last=last):
+            self.log.write("retrying", nothing_else_left=last, **msgspec.to_builtins(retrying))
+
+    def _limited_by(self) -> str:
+        workers = self._workers
+        if workers is None or self.state != "running":
+            return "checking the input" if self.state == "checking" else self.state
+        gate = workers.gate
+        if not workers.backlog.has_room:
+            return "the reader of completions"
+        if gate.binding.limit is Limit.LATENCY and not gate.in_flight and (retrying := self._retrying()):
+            return waiting_to_retry(retrying)
+        # the gate's clock is the event loop's, which is time.monotonic()
+        factor = limiting_factor(gate.binding, time.time() - time.monotonic())
+        quiet = gate.refusals is None or gate.binding.limit is Limit.COOLING
+        return factor if quiet else f"{factor}; {gate.refusals}"
+
+
+def _left_by_the_last_start(directory: RunDirectory) -> Summary | None:
+    """The run's summary until now; None where there is none that can be read."""
+    try:
+        return read(directory)
+    except (InputError, CheckpointError):
+        return None

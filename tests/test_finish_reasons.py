@@ -1,0 +1,56 @@
+"""What a finish_reason means that no table has: its parts say it, and it is still reported."""
+
+import pytest
+
+from batchrun.answer.finish_reasons import Meaning, is_known, meaning_of
+from batchrun.report.summary import unknown_reason
+
+GUESSED: dict[Meaning, str] = {
+    Meaning.FAILURE: """
+        engine_error model_error generation_error ERROR_INTERNAL connection_error deadline_exceeded oom gpu_oom killed
+        server_shutdown rate_limited backend_error decode_error failed_generation failed_precondition evicted internal
+        context_canceled context_deadline_exceeded request_timeout EngineError max_retries_exceeded invalid_output
+        quota_exceeded usage_quota upstream_disconnect worker-crashed generation.failed
+    """,
+    Meaning.FILTER: """
+        policy_violation safety_violation flagged moderation_block policy censored harmful inappropriate
+        blocked_by_filter prompt_blocked safety_error content_safety SafetyViolation incomplete_content_filter
+        moderation_check_failed guard_triggered
+    """,
+    Meaning.LENGTH: """
+        context_overflow context_window_exceeded truncation length_exceeded cutoff max_steps token_budget out_of_tokens
+        incomplete:max_output_tokens context_length_error max_context_exceeded output_limit_reached too_long
+    """,
+    Meaning.OTHER: """
+        no_error not_filtered load default harmony_end user_halt budget unknown quux skill_done not_set stop_now
+        FINISH_REASON_UNSPECIFIED
+    """,
+}
+
+
+@pytest.mark.parametrize(("word", "meaning"), [(word, m) for m, words in GUESSED.items() for word in words.split()])
+def test_a_word_that_no_table_has_is_judged_by_its_parts(word: str, meaning: Meaning) -> None:
+    assert meaning_of(word) is meaning
+    assert not is_known(word), "and it is reported"
+
+
+@pytest.mark.parametrize("word", ["stop", "MAX_TOKENS", "content_filter_error", "error_limit", "null", "", None])
+def test_the_table_comes_first_and_its_words_are_not_reported(word: str | None) -> None:
+    assert is_known(word)
+
+
+def test_a_long_text_is_no_word() -> None:
+    assert meaning_of("error " * 50) is Meaning.OTHER
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("quux", "finish.other decides"),
+        ("engine_error", "takes for a failure by its words: they are retried"),
+        ("policy_violation", "finish.content_filter decides"),
+        ("context_overflow", "finish.length decides"),
+    ],
+)
+def test_the_report_says_what_it_was_taken_for(word: str, said: str) -> None:
+    assert said in unknown_reason(word)
