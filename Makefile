@@ -33,6 +33,13 @@ setup: .venv/test
 test: .venv/test readers strace
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
+guard: .venv/test valgrind  # a row costs no more instructions than it did (docs/benchmarks.md)
+	$(BIN)/python benchmarks/row.py --guard
+
+valgrind:
+	@command -v valgrind > /dev/null || (apt-get update -qq && apt-get install -qq -y valgrind > /dev/null) || \
+		(sudo apt-get update -qq && sudo apt-get install -qq -y valgrind) || \
+		echo "install valgrind: make guard counts instructions with it"
 # What users open results with, in an environment of its own: numpy, which pandas brings, changes what pyarrow does.
 READERS := datasets==5.2.0 duckdb==2.0.1 pandas==3.1.1 polars==2.1.0 pyarrow
 .venv/readers/installed: Makefile .venv/test
@@ -41,14 +48,6 @@ READERS := datasets==5.2.0 duckdb==2.0.1 pandas==3.1.1 polars==2.1.0 pyarrow
 	@touch $@
 
 readers: .venv/readers/installed
-
-guard: .venv/test valgrind  # a row costs no more instructions than it did (docs/benchmarks.md)
-	$(BIN)/python benchmarks/row.py --guard
-
-valgrind:
-	@command -v valgrind > /dev/null || (apt-get update -qq && apt-get install -qq -y valgrind > /dev/null) || \
-		(sudo apt-get update -qq && sudo apt-get install -qq -y valgrind) || \
-		echo "install valgrind: make guard counts instructions with it"
 
 strace:                     # the tests of failing disks inject their faults with it
 	@command -v strace > /dev/null || (apt-get update -qq && apt-get install -qq -y strace > /dev/null) || \

@@ -66,14 +66,40 @@ def run(
         if (finished := _finished(job, directory, asked)) is not None:
             _replay_finished(directory, hooks)
             return finished
-        with (
-            _status(job, directory, credentials, hooks) as status,
-            _checkpoint(directory, status) as checkpoint,
-            signals.raised(),  # while the event loop does not listen itself
-        ):
-            store = _check(job, directory, checkpoint, asked, status, hooks)
-            stop = _dispatch(job, store, credentials, asked, status, hooks, loop_factory)
-            return _stopped(job, store, stop, status, hooks) if stop else _finish(job, store, status)
+        summary, retried = _start(job, directory, credentials, asked, hooks, loop_factory)
+        if summary.complete and not retried and _to_retry(summary, asked, hooks):
+            summary, _ = _start(job, directory, credentials, asked, hooks, loop_factory)
+        return summary
+
+
+def _start(
+    job: Job,
+    directory: RunDirectory,
+    credentials: Credentials,
+    asked: Asked,
+    hooks: Hooks,
+    loop_factory: LoopFactory | None,
+) -> tuple[Summary, bool]:
+    """How this start ended, and whether rows that were settled before were sent in it."""
+    with (
+        _status(job, directory, credentials, hooks) as status,
+        _checkpoint(directory, status) as checkpoint,
+        signals.raised(),  # while the event loop does not listen itself
+    ):
+        store = _check(job, directory, checkpoint, asked, status, hooks)
+        stop = _dispatch(job, store, credentials, asked, status, hooks, loop_factory)
+        summary = _stopped(job, store, stop, status, hooks) if stop else _finish(job, store, status)
+        return summary, checkpoint.has_reopened
+
+
+def _to_retry(summary: Summary, asked: Asked, hooks: Hooks) -> bool:
+    """Whether rows that a retry is about are left once the pending ones, which came first, are settled.
+
+    Not where rows come by a stream, which is read, or go to a program, which has them.
+    """
+    if asked.retry is None or asked.stdin is not None or hooks.host is not None:
+        return False
+    return any(summary.by_status.get(status) for status in asked.retry)
 
 
 # ── lock, resume ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -196,7 +222,7 @@ def _retried(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, status
             f"{plural(pending, 'row')} {are(pending)} still pending as asked before; finish the run, then retry"
         )
     if pending:
-        return f"{plural(pending, 'row')} {are(pending)} still pending; asked first"
+        return f"{plural(pending, 'row')} {are(pending)} still pending; sent first"
     mean_cost_usd = checkpoint.spent.mean_cost_usd()
     rows = retry.reopen(plan, directory, checkpoint, statuses, plan.variant, manifest)
     ended = f"{plural(rows, 'row')} that ended as {', '.join(sorted(statuses))}"

@@ -98,15 +98,19 @@ def _rule(*subjects: Subject, verdict: Verdict, kind: str) -> Rule:
 _BLOCKED = _rule(Subject.CONTENT, verdict=Verdict.ROW, kind=CONTENT_POLICY)
 _BROKE = _rule(Subject.BROKE, verdict=Verdict.PAUSE, kind="insufficient_quota")
 _TOO_FAST = _rule(Subject.PACE, verdict=Verdict.SLOW, kind="rate_limit")
+_TOO_LARGE = _rule(Subject.TOO_LARGE, verdict=Verdict.ROW, kind="bad_request")
 _WRONG_KEY = _rule(Subject.KEY, verdict=Verdict.PAUSE, kind="authentication")
 
 RULES: Mapping[int, tuple[Rule, ...]] = {
-    200: (_BROKE, _TOO_FAST, _WRONG_KEY, _BLOCKED),  # an error object with a code of the vendor's own: MiniMax, Baidu
-    400: (_BROKE, _TOO_FAST, _WRONG_KEY, _BLOCKED),  # Anthropic's empty balance, AWS's throttling, Google's wrong key
+    # an error object with a code of the vendor's own: MiniMax, Baidu
+    200: (_BROKE, _TOO_LARGE, _TOO_FAST, _WRONG_KEY, _BLOCKED),
+    # Anthropic's empty balance, AWS's throttling, Google's wrong key
+    400: (_BROKE, _TOO_LARGE, _TOO_FAST, _WRONG_KEY, _BLOCKED),
     403: (_rule(Subject.BROKE, verdict=Verdict.PAUSE, kind="forbidden"), _BLOCKED, _TOO_FAST),
     422: (_BLOCKED,),
     429: (
         _BROKE,
+        _TOO_LARGE,
         _TOO_FAST,
         _rule(Subject.WINDOW, verdict=Verdict.SLOW, kind="rate_limit"),
         _rule(Subject.WAIT, Subject.ACCOUNT, verdict=Verdict.SLOW, kind=QUOTA),
@@ -135,6 +139,26 @@ MAX_STRETCH = 5.0
 TAIL_S = 90.0
 """When only rows that failed are left, nobody can tell whether they or the endpoint are at fault. Such a row has all of
 its attempts over so long at least: an outage of a minute fails none."""
+
+
+REFUSED_S = 300.0
+"""The same after a 429: limits of a minute and of five are lifted by then."""
+
+LEFT_PER_PATIENCE = 8
+"""With so many rows more at stake, one such time more."""
+
+MOST_LEFT = 1_000
+"""With more rows than that untried it is no tail, whatever fails."""
+
+REFUSALS = 4
+"""Times `retry.max_attempts`: so often a row is refused with a 429 while others are answered, and is given up. With the
+usual waits that takes ten minutes; where half of all attempts are refused it is five times as many."""
+
+TOLD_SHORT = 6
+"""So often a row waits no longer than a 429 says; then its waits double as after any failure."""
+
+CHANCE_REFUSED = 2
+"""So many refusals in a row at the tail are still chance, and the row waits as it was told."""
 
 
 class Judgement(msgspec.Struct, frozen=True):
@@ -332,7 +356,8 @@ class History(msgspec.Struct, frozen=True):
     """What a row has been through: attempts made, and those that count against its caps.
 
     `corrected`: how often it was asked again with what was wrong with its answer. `witnessed`: the counted ones during
-    which another row was answered.
+    which another row was answered. `refused`: 429s that it got while another row was answered; `refused_alone`: those
+    at the tail, in a row, while none was. Neither is counted otherwise.
     """
 
     attempts: int = 0
@@ -341,6 +366,8 @@ class History(msgspec.Struct, frozen=True):
     maybe_billed: int = 0
     corrected: int = 0
     witnessed: int = 0
+    refused: int = 0
+    refused_alone: int = 0
 
 
 NEW = History()
@@ -373,7 +400,44 @@ def after(history: History, judgement: Judgement, *, corroborated: bool, at_tail
         maybe_billed=history.maybe_billed + (counts and judgement.verdict is Verdict.MAYBE),
         corrected=history.corrected,
         witnessed=history.witnessed + (corroborated and chargeable),
+        refused=history.refused,
+        refused_alone=history.refused_alone,
     )
+
+
+def is_refusal(judgement: Judgement) -> bool:
+    """Whether it is a 429 that time lifts."""
+    status = judgement.error.http_status if judgement.error is not None else None
+    return judgement.verdict is Verdict.SLOW and status == 429
+
+
+def refused(history: History, judgement: Judgement, *, corroborated: bool, at_tail: bool) -> History:
+    """`history` with the refusal of its last attempt, if it was one.
+
+    Another row's answer (`corroborated`) shows that a limit lets rows through. Alone at the tail a quota is not
+    counted: it may be a month's, and pauses the run.
+    """
+    if not is_refusal(judgement):
+        return history
+    if corroborated:
+        return msgspec.structs.replace(history, refused=history.refused + 1, refused_alone=0)
+    is_quota = judgement.error is not None and judgement.error.kind == QUOTA
+    return msgspec.structs.replace(history, refused_alone=history.refused_alone + (at_tail and not is_quota))
+
+
+def is_refused_for_good(history: History, retry: Retry, share: float) -> bool:
+    """Whether the row itself is why it is refused, where this share of rows is refused although they are fine."""
+    by_chance = 1.0 if share <= WELL_SHARE else math.log(WELL_SHARE) / math.log(min(share, 0.999))
+    return history.refused >= REFUSALS * retry.max_attempts * by_chance or history.refused_alone >= max(
+        retry.max_attempts, CHANCE_REFUSED + 1
+    )
+
+
+def patience_s(least_s: float, left: int, retry: Retry) -> float:
+    """Seconds without any answer after which the rows that are left may be at fault: more where more are at stake, and
+    half of the longest outage at most.
+    """
+    return min(least_s * (1 + left / LEFT_PER_PATIENCE), retry.max_outage_s / 2)
 
 
 def is_chargeable(judgement: Judgement) -> bool:
@@ -405,10 +469,15 @@ def exhausted(history: History, retry: Retry, stretched: float = 1.0) -> bool:
     )
 
 
-def tail_wait_s(history: History, judgement: Judgement, retry: Retry) -> float:
+def tail_wait_s(history: History, judgement: Judgement, retry: Retry, left: int = 1) -> float:
     """Seconds that a row waits at least before its next attempt at the tail, so that its attempts take `TAIL_S` or half
-    of the longest outage; none where another row was answered while it failed, nor after a 429, which says how long.
+    of the longest outage; none where another row was answered while it failed. After a 429 it waits as it was told, but
+    from the third on so that all take `REFUSED_S`, or more where more rows are `left`.
     """
+    if is_refusal(judgement):
+        few = history.refused_alone < CHANCE_REFUSED
+        spread = max(1, retry.max_attempts - CHANCE_REFUSED)
+        return 0.0 if few else patience_s(REFUSED_S, left, retry) / spread
     if history.witnessed or not is_chargeable(judgement):
         return 0.0
     status = judgement.error.http_status if judgement.error is not None else None
@@ -428,6 +497,11 @@ def failing_share(share: float, history: History, judgement: Judgement) -> float
         return share
     failed = judgement.verdict in (Verdict.FREE, Verdict.MAYBE)
     return share + (failed - share) / SHARE_OF
+
+
+def refused_share(share: float, history: History, judgement: Judgement) -> float:
+    """The same for first attempts that are refused with a 429."""
+    return share if history.attempts > 1 else share + (is_refusal(judgement) - share) / SHARE_OF
 
 
 def stretch(share: float) -> float:
@@ -450,6 +524,6 @@ def backoff_s(history: History, floor_s: float | None, retry: Retry, uniform: fl
     On top of a Retry-After comes a quarter of it at most: the server has said how long, and jitter only spreads rows.
     """
     ceiling_s = min(retry.backoff_cap_s, retry.backoff_base_s * 2.0 ** min(history.attempts - 1, 30))
-    if floor_s:
+    if floor_s and history.refused < TOLD_SHORT:
         ceiling_s = min(ceiling_s, max(LEAST_JITTER_S, TOLD_JITTER * floor_s))
     return min(floor_s or 0.0, retry.max_wait_s) + uniform * ceiling_s

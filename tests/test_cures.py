@@ -15,6 +15,8 @@ from tests.fault_server import Exchange, Script, answer, serving_aside
 
 FIELD, ROLE = "endpoint.max_tokens_field", "endpoint.developer_role"
 
+STREAM_OPTIONS = "Unrecognized request argument supplied: stream_options"
+
 CURES: list[tuple[str, str | None, str | None]] = [
     # what the server says, the setting, the value that is tried; None: a person must choose, or there is no cure
     (
@@ -45,6 +47,45 @@ CURES: list[tuple[str, str | None, str | None]] = [
     ("'max_tokens' is too large: 5000. This model's maximum context length is 4096 tokens", "request.max_tokens", None),
     ("max_tokens: Field required", "request.max_tokens", None),
     (
+        "max_tokens: 5000 > 4096, which is the maximum allowed number of output tokens for claude-3",
+        "request.max_tokens",
+        "4096",
+    ),
+    (
+        "This model's maximum context length is 4096 tokens. However, you requested 5010 tokens (10 in the messages, "
+        "5000 in the completion). Please reduce the length of the messages or completion.",
+        "request.max_tokens",
+        "3064",
+    ),
+    (
+        "'max_tokens' or 'max_completion_tokens' is too large: 5000. This model's maximum context length is 4096 "
+        "tokens and your request has 96 input tokens (5000 > 4096 - 96).",
+        "request.max_tokens",
+        "3000",
+    ),
+    (
+        "This model's maximum context length is 4096 tokens. However, your messages resulted in 9000 tokens in the "
+        "messages.",
+        None,
+        None,
+    ),
+    (
+        "Invalid 'max_output_tokens': integer below minimum value. Expected a value >= 16, but got 5 instead.",
+        "request.max_tokens",
+        "16",
+    ),
+    (
+        "`temperature` and `top_p` cannot both be specified for this model. Please use only one.",
+        "request.top_p",
+        "",
+    ),
+    ("'response_format.type' must be 'json_schema' or 'text'", "request.response_format", ""),
+    (
+        "Unsupported value: 'messages[0].role' does not support 'system' with this model.",
+        "request.system",
+        None,
+    ),
+    (
         "Unsupported value: 'temperature' does not support 0.0. Only the default (1) value is supported.",
         "request.temperature",
         "",
@@ -62,7 +103,7 @@ CURES: list[tuple[str, str | None, str | None]] = [
         "request.response_format.strict",
         "false",
     ),
-    ("Unrecognized request argument supplied: stream_options", "request.extra.stream_options", "{}"),
+    (STREAM_OPTIONS, "request.extra.stream_options", "{}"),
     ("This model only support stream mode, please enable the stream parameter", "request.stream", "true"),
     ("Streaming is not supported", "request.stream", "false"),
     ("'developer' is not one of ['system', 'assistant', 'user'] - 'messages.0.role'", ROLE, "system"),
@@ -113,15 +154,21 @@ def next_command(ended: Ended) -> list[str]:
 
 TEMPERATURE = "Unsupported value: 'temperature' does not support 0.0. Only the default (1) value is supported."
 REFUSALS: dict[str, tuple[Script, str, int]] = {
-    # the server, more of the job, how many commands until the run is complete without a failure
-    "max_tokens": (refusing("max_tokens", CURES[0][0]), "", 2),
+    # the server, more of the job, how many commands until the run is complete without a failure (one, for all)
+    "max_tokens": (refusing("max_tokens", CURES[0][0]), "", 1),
     "a lower limit": (refusing("max_tokens", "max_tokens is too large: 40. At most 16 here", 16), "", 1),
     "temperature": (refusing("temperature", TEMPERATURE), "temperature = 0.0", 1),
-    "stream_options": (refusing("stream_options", CURES[17][0]), "stream = true", 2),
+    "stream_options": (refusing("stream_options", STREAM_OPTIONS), "stream = true", 1),
     "developer": (
         refusing("developer", "Unsupported value: 'messages[0].role' does not support 'developer'"),
         'extra = { stop = ["x"] }',
-        2,
+        1,
+    ),
+    "at least 16": (refusing("max_tokens", "max_tokens: Expected a value >= 41", 41), "", 1),
+    "top_p": (
+        refusing("top_p", "`temperature` and `top_p` cannot both be specified"),
+        "temperature = 0.5\ntop_p = 0.9",
+        1,
     ),
     "extra": (refusing("seed", "Unknown parameter: 'seed'."), "extra = { seed = 5 }", 1),
 }

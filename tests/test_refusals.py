@@ -461,6 +461,12 @@ def test_a_minutes_limit_is_waited_for_and_an_empty_account_pauses(
     assert judgement.error.http_status == (429 if kind in ("rate_limit", "quota") else status)
 
 
+TOO_LARGE = error(
+    "Request too large for gpt-4 on tokens per min (TPM): Limit 10000, Requested 20000. The input or output tokens "
+    "must be reduced in order to run successfully.",
+    "rate_limit_exceeded",
+)
+
 ROWS_OWN: dict[str, tuple[int, object]] = {
     "a parameter": (400, error("Unknown parameter: 'safety_identifier'.", "unknown_parameter")),
     "a type": (400, error("Invalid value for messages[0].content: expected a string")),
@@ -470,6 +476,17 @@ ROWS_OWN: dict[str, tuple[int, object]] = {
         {"detail": [{"loc": ["body", "top_k"], "msg": "Extra inputs are not permitted", "type": "extra"}]},
     ),
     "a token": (400, error("Invalid token at position 5")),
+    "OpenAI, larger than a minute's tokens": (429, TOO_LARGE),
+    "the same with a 400": (400, TOO_LARGE),
+    "the same inside a 200, as a stream has it": (200, TOO_LARGE),
+    "Groq, larger than a minute's tokens": (
+        429,
+        error(
+            "Request too large for model `m` on tokens per minute (TPM): Limit 6000, Requested 9000, please "
+            "reduce your message size and try again.",
+            "rate_limit_exceeded",
+        ),
+    ),
 }
 
 

@@ -117,6 +117,25 @@ def test_a_retry_that_is_killed_goes_on_by_the_plain_command_as_it_was_meant(tmp
     assert {row["variant"] for number, row in after.items() if before[number] != row} == {1}
 
 
+def test_a_retry_of_an_unfinished_run_sends_what_is_pending_and_then_what_failed_once(tmp_path: Path) -> None:
+    source, out = write_rows(tmp_path / "in.jsonl", 150), tmp_path / "out"
+    slow = SMALL_CHUNKS + "[limits]\nmax_in_flight = 4\n"
+    with running_simulator(SimulatorConfig(faults=FAILING, latency_s=0.1, ledger=str(tmp_path / "slow"))) as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, source, slow)
+        process = start("run", job, "-o", out)
+        kill_when(process, lambda: len(simulator.ledger()) >= 30)
+        process.communicate()
+    still = FAILING[1:2]
+    with running_simulator(SimulatorConfig(faults=still, ledger=str(tmp_path / "ledger"))) as simulator:
+        write_job(job, simulator.url, source, SMALL_CHUNKS)
+        ended = batchrun("run", job, "-o", out, "--retry-failed")
+        assert ended.exit_code == 3, ended.stderr
+        assert "still pending; sent first" in ended.stderr
+        assert "2 rows that ended as empty, error, invalid are asked again" in ended.stderr
+    failed = {row["row"]: row["attempts"] for row in table(out).to_pylist() if row["status"] == "error"}
+    assert failed == {90: 2}
+
+
 def test_an_answer_is_not_given_up_for_a_failure(tmp_path: Path) -> None:
     job, out = finished(tmp_path, rows=60)
     before = table(out).to_pylist()

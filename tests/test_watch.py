@@ -35,6 +35,11 @@ def test_no_line_of_a_frame_is_wider_than_the_terminal(columns: int) -> None:
         assert sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text) < max(columns, 2)
 
 
+def drawn(frame: str) -> list[str]:
+    """The lines of a frame, without what the command says behind the last one."""
+    return frame.partition(watching.REST_OF_SCREEN)[0].split("\r\n")
+
+
 def test_a_run_is_watched_to_its_end_with_and_without_a_terminal(tmp_path: Path) -> None:
     with running_simulator(SimulatorConfig(latency_s=0.3)) as simulator:
         job = write_job(tmp_path / "job.toml", simulator.url, write_rows(tmp_path / "in.jsonl", 200))
@@ -62,7 +67,7 @@ def test_a_run_is_watched_to_its_end_with_and_without_a_terminal(tmp_path: Path)
     assert told.stdout.splitlines()[-1].startswith("200/200 rows (100%), 0 failed")
     frames = shown.decode().split(watching.HOME)
     assert len(frames) > 2
-    lines = [line.replace(watching.REST_OF_LINE, "") for frame in frames[1:] for line in frame.split("\r\n")]
+    lines = [line.replace(watching.REST_OF_LINE, "") for frame in frames[1:] for line in drawn(frame)]
     assert max(len(line.replace(watching.REST_OF_SCREEN, "").strip("\r")) for line in lines) < 60
     assert "200 of 200 done" in frames[-1]
 

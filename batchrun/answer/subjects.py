@@ -28,6 +28,8 @@ class Subject(StrEnum):
     """The key is wrong."""
     UNABLE = "unable"
     """The server can't do this at all."""
+    TOO_LARGE = "too large"
+    """This one request is larger than the limit itself: no wait makes room for it."""
 
 
 _I = re.IGNORECASE
@@ -81,6 +83,14 @@ _PATTERNS: Mapping[Subject, re.Pattern[str]] = {
     ),
     # llama.cpp says so with a 500 of what its model can't do, such as images: to ask again is in vain
     Subject.UNABLE: re.compile(r"\bnot (supported|implemented)\b|\bunsupported\b", _I),
+    # OpenAI, with a 429 in the words of a pace: "Request too large for ... on tokens per min (TPM): Limit 10000,
+    # Requested 20000. The input or output tokens must be reduced"; Groq: "please reduce your message size"
+    Subject.TOO_LARGE: re.compile(
+        r"\b(request|prompt|input|message|context)s?[ _](is[ _]|was[ _])?too[ _](large|long|big)\b"
+        r"|\btokens must be reduced|\breduce (your|the) (message|prompt|input|context|length|request size)"
+        r"|context[ _]length[ _]exceeded|maximum context length",
+        _I,
+    ),
 }
 
 _URL = re.compile(r"https?://[^\s\"'<>)\]]*", _I)

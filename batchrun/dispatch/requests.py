@@ -1,5 +1,6 @@
 """What rows become: the request of each, as the job asks it, with what one attempt can cost at most."""
 
+import time
 from decimal import Decimal
 
 import msgspec
@@ -16,7 +17,7 @@ from batchrun.job.job import Job
 from batchrun.output.chunks import OpenChunk
 from batchrun.plan.plan import Plan
 from batchrun.prices import Dearest, PriceTable
-from batchrun.records import Request, Row, Verdict
+from batchrun.records import Discarded, Request, Row, Verdict
 from batchrun.request.builder import RequestBuilder, corrected
 from batchrun.request.image_digests import ImageDigests
 from batchrun.request.images import Images
@@ -29,6 +30,7 @@ class Requests:
         """`checked` says what the rows' images were when they were checked."""
         self._plan = plan
         self._estimates = estimates
+        self._max_wait_s = job.retry.max_wait_s
         self._checked = checked
         self._images = Images(job.input)
         self._builders = [RequestBuilder(variants.as_job(job, way), plan.facts.dialect) for way in plan.variants]
@@ -52,7 +54,7 @@ class Requests:
         cost_usd = Decimal(0) if reopened is None else usd(reopened.cost_usd)
         earlier = [attempt for attempt in chunk.discarded.get(row.row, ()) if attempt.n > before]
         begun = max(before, chunk.lost.get(row.row, 0))
-        refused = any(attempt.verdict is Verdict.PAUSE and attempt.http_status == 403 for attempt in earlier)
+        refused = any(attempt.verdict is Verdict.PAUSE and self._outlives_a_start(attempt) for attempt in earlier)
         cost_usd = total([cost_usd, *(attempt.cost_usd for attempt in earlier)])
         return Pending(
             request,
@@ -63,6 +65,11 @@ class Requests:
             variant=variant,
             set_aside=tuple(each for attempt in earlier if (each := attempt.set_aside) is not None),
         )
+
+    def _outlives_a_start(self, refusal: Discarded) -> bool:
+        """Whether the same again says that the row is at fault. A long wait has to be over for that."""
+        waited_s = time.time() - refusal.at
+        return refusal.http_status == 403 or (refusal.http_status == 429 and waited_s > self._max_wait_s)
 
     def with_pictures(self, pending: Pending) -> Request:
         """The request with its images, as they are now. For a thread: it reads files.

@@ -19,36 +19,51 @@ class Tail:
         self._untried = 0  # rows that are out, or wait at the gate, for the first time in this process
         self._healed = 0  # rows that were answered after they had failed
         self._failing = 0.0  # the share of first attempts that fail
+        self._refusing = 0.0  # the share that is refused with a 429
+        self._healing = 0.0  # the share of answers, lately, that are of rows which had failed
+        self._answers = 0
 
     def handed_out(self) -> None:
         """A row is out that was not tried before in this process."""
         self._untried += 1
 
     def tried(self) -> None:
-        """Such a row has had its first attempt."""
+        """Such a row has had its first attempt, or goes back without one."""
         self._untried -= 1
 
-    def healed(self) -> None:
-        """A row was answered after it had failed."""
-        self._healed += 1
+    def answered(self, *, healed: bool) -> None:
+        """A row was answered; `healed`: after it had failed."""
+        self._healed += healed
+        self._answers += 1
+        self._healing += (healed - self._healing) / min(self._answers, policy.SHARE_OF)
 
     def ended(self, history: History, judgement: Judgement) -> None:
         """An attempt has ended so."""
         self._failing = policy.failing_share(self._failing, history, judgement)
+        self._refusing = policy.refused_share(self._refusing, history, judgement)
 
     @property
     def is_reached(self) -> bool:
         """True when no row is left but such as have failed in this process, in a run whose endpoint has answered: no
         other row can show then whether the endpoint is well. The only row of a run has none beside it from the start.
+
+        Rows that were not tried may be left as well, if they are few and nothing was answered for so long as they are
+        many: what was tried of them, here and there, has failed, and the next hours would be spent on one a minute.
         """
-        answered = self._answered_before or self._gate.successes > 0 or self._backlog.alone
-        return answered and not self._untried and self._backlog.drained
+        if not (self._answered_before or self._gate.successes or self._backlog.alone):
+            return False
+        if not self._untried and self._backlog.drained:
+            return True
+        left = self._untried + self._backlog.untried
+        if not self._backlog.exhausted or left > policy.MOST_LEFT:
+            return False
+        return self._gate.unanswered_s > policy.patience_s(policy.TAIL_S, left, self._retry)
 
     def gives_up(self, history: History) -> bool:
-        """Whether the row has used up its attempts. At the tail the rows that are left may be the reason themselves why
-        so many fail: rows that were answered in the end show there how many fail by chance.
+        """Whether the row has used up its attempts. They are more where many fail by chance: how many do is shown by
+        rows that were answered in the end. Bad rows beside it, that never are, say nothing for this one.
         """
-        share = self._failing
-        if self.is_reached:
-            share = min(share, self._healed / max(1, self._gate.successes))
-        return policy.exhausted(history, self._retry, policy.stretch(share))
+        healing = self._healed / max(1, self._gate.successes) if self.is_reached else self._healing
+        if policy.is_refused_for_good(history, self._retry, min(self._refusing, healing)):
+            return True
+        return policy.exhausted(history, self._retry, policy.stretch(min(self._failing, healing)))

@@ -28,6 +28,7 @@ from batchrun.errors import BatchrunError, ExitCode, InputError
 from batchrun.gate import forecast, overruns
 from batchrun.gate.admission import Outcome, Ruling, Stop
 from batchrun.gate.gate import Gate, GateClosed
+from batchrun.gate.turns import InDoubt
 from batchrun.job.job import Job
 from batchrun.policy import Settlement
 from batchrun.records import Attempt, Completion, Correction, Ending, Request, Status, Verdict
@@ -65,6 +66,7 @@ class Workers:
         self._image_memory = ImageMemory()
         self._flights: dict[tuple[int, int], _Flight] = {}
         self._held: dict[int, Ended] = {}
+        self._long_wait: Stop | None = None  # of the last row that was asked to wait longer than the job allows
         self._capped = job.budget.max_cost_usd is not None or job.budget.max_tokens is not None
         self.gate = gate
         self.learned = learned
@@ -103,13 +105,22 @@ class Workers:
 
     async def work(self) -> None:
         """Sends rows until none is left or the gate closes."""
-        while (pending := await self._next()) is not None:
+        while True:
+            probes = await self.gate.turns.take()
+            if (pending := await self._next(probes=probes)) is None:
+                self.gate.turns.end()
+                return
             request = pending.request
             try:
-                slot = await self.gate.admit(self._requests.ask(request))
+                slot = await self.gate.admit(self._requests.ask(request), probes=probes)
             except GateClosed:
                 self.backlog.close()
                 return
+            except InDoubt:
+                self._put_back(pending)
+                continue
+            if probes:
+                self.gate.turns.end()
             if request.pictures:
                 await self._attempt_with_pictures(pending, slot)
             else:
@@ -128,16 +139,24 @@ class Workers:
         if self._checkpoint.broken:
             self.cancel()  # answers that can't be kept are not waited for: the slots keep their names
 
-    async def _next(self) -> Pending | None:
+    async def _next(self, *, probes: bool) -> Pending | None:
         """The next row to send. A disk or input that fails here ends admission, but who is in flight may still land."""
         try:
-            pending = await self.backlog.next()
+            pending = await self.backlog.next(probes=probes)
         except BatchrunError as error:
             self.fail(error)
             return None
+        if pending is None and self.backlog.left_to_wait and self._long_wait is not None:
+            self.gate.close(self._long_wait)
         if pending is not None and pending.successes is None:
             self._tail.handed_out()
         return pending
+
+    def _put_back(self, pending: Pending) -> None:
+        """The row was not sent."""
+        if pending.successes is None:
+            self._tail.tried()
+        self.backlog.put_back(pending)
 
     async def _attempt_with_pictures(self, pending: Pending, slot: int) -> None:
         """The same with the images in the body, which nothing holds any more when this returns."""
@@ -166,6 +185,7 @@ class Workers:
         if pending.successes is None:
             self._tail.tried()
         ended, ruling = self._judged(pending, attempt, slot, successes)
+        self.backlog.ended(pending, ended.judgement.verdict)
         for row in ruling.own:
             self._end_held(row)
         if ruling.hold and not self._refused_before(ended):
@@ -196,15 +216,19 @@ class Workers:
             history = policy.answered(pending.history)
             settlement = policy.settlement(answer, request.expected, self._job.finish, attempt.http_status)
             self.retries.drop(row)
-            if pending.history.attempts:
-                self._tail.healed()
+            self._tail.answered(healed=pending.history.attempts > 0)
         else:
             reached = attempt.error is None or attempt.error.sent
-            at_tail = reached and policy.is_chargeable(judgement) and self._tail.is_reached
-            outcome = Outcome(row, judgement.verdict, judgement.error, judgement.retry_after_s, at_tail)
+            chargeable, is_last = policy.is_chargeable(judgement), reached and self._tail.is_reached
+            at_tail = chargeable and is_last
+            refused_again = is_last and policy.is_refusal(judgement) and pending.history.refused_alone > 0
+            says_nothing = at_tail or refused_again or (chargeable and self.backlog.is_doubted(row))
+            outcome = Outcome(row, judgement.verdict, judgement.error, judgement.retry_after_s, says_nothing)
             ruling = self.gate.observe(slot, outcome)
             witnessed = self.gate.successes > (successes if pending.successes is None else pending.successes)
-            history = policy.after(pending.history, judgement, corroborated=reached and witnessed, at_tail=at_tail)
+            witnessed = reached and witnessed
+            history = policy.after(pending.history, judgement, corroborated=witnessed, at_tail=at_tail)
+            history = policy.refused(history, judgement, corroborated=witnessed, at_tail=is_last)
         self._tail.ended(history, judgement)
         reported_usd = reported(attempt, answer)
         table = self._requests.price(request.model)
@@ -267,15 +291,19 @@ class Workers:
             return
         self.backlog.release(row)
         if ended.attempt.http_status == 429:
+            if ended.judgement.verdict is Verdict.PAUSE:
+                error = ended.judgement.error
+                self._long_wait = Stop(ExitCode.PAUSED, f"row {row}: {'429' if error is None else error.text}")
             self._ask_again(ended, None, self.gate.successes)
         else:
             self._finish(ended, None, Status.ERROR)
 
     def _refused_before(self, ended: Ended) -> bool:
         """True for the last row of a run when an earlier start was refused the same: with nobody left to bear witness,
-        a 403 that outlives a restart is the row's own, or every start would pause for it.
+        a 403 that outlives a restart is the row's own, or every start would pause for it. So is a 429 that asks for a
+        long wait, and did so `retry.max_wait_s` ago.
         """
-        return ended.pending.refused and ended.attempt.http_status == 403 and self.backlog.alone
+        return ended.pending.refused and ended.attempt.http_status in (403, 429) and self.backlog.alone
 
     def _finish(self, ended: Ended, slot: int | None, status: Status) -> None:
         """The row's completion is on its way to the disk."""
@@ -294,12 +322,16 @@ class Workers:
             history=history,
             cost_usd=together(ended.pending.cost_usd, ended.cost_usd),
             successes=successes,
+            waits_long=judgement.verdict is Verdict.PAUSE,
         )
         due_s = self._clock()
         if judgement.verdict is not Verdict.OK:
             due_s += policy.backoff_s(history, judgement.retry_after_s, self._job.retry, random.random())
+            if again.waits_long:
+                due_s = max(due_s, self._clock() + (judgement.retry_after_s or 0.0))
             if self._tail.is_reached:
-                due_s = max(due_s, self._clock() + policy.tail_wait_s(history, judgement, self._job.retry))
+                wait_s = policy.tail_wait_s(history, judgement, self._job.retry, self.backlog.waiting)
+                due_s = max(due_s, self._clock() + wait_s)
         if judgement.verdict is not Verdict.OK:
             self.retries.put(ended.pending.request.row, history.attempts, judgement.error, due_s)
         discarded = ended.discarded()

@@ -105,15 +105,15 @@ class Binding(msgspec.Struct, frozen=True):
 class Outcome(msgspec.Struct, frozen=True):
     """What one attempt came to, as far as the gate must know: whose, which verdict, why, and the wait asked for.
 
-    `at_tail`: only rows that have failed are left, and each failure counts against its row. Then it says nothing of the
-    endpoint, and the row's own waits keep the pace.
+    `says_nothing` of the endpoint: rows like this one fail while others are answered, or only rows that have failed are
+    left, and each failure counts against its row. The row's own waits keep the pace.
     """
 
     row: int
     verdict: Verdict
     error: RowError | None = None
     retry_after_s: float | None = None
-    at_tail: bool = False
+    says_nothing: bool = False
 
 
 class Ruling(msgspec.Struct, frozen=True):

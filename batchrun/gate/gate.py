@@ -23,6 +23,7 @@ from batchrun.gate.rate_headers import stated
 from batchrun.gate.rates import RateLimits, Rates
 from batchrun.gate.refusals import NOTHING, Finding, Refusals
 from batchrun.gate.state import IN_FLIGHT, GateState
+from batchrun.gate.turns import InDoubt, Turns
 from batchrun.job.job import Limits
 from batchrun.records import InForce, Verdict
 
@@ -104,6 +105,7 @@ class Gate:
         self._free = list(range(self._slots - 1, -1, -1))  # a stack: low slots are the ones used again
         self._flights: dict[int, _Flight] = {}
         self._line: deque[asyncio.Future[None]] = deque()
+        self.turns = Turns(state, loop)
         self._timer: asyncio.TimerHandle | None = None
         self._lacking = UNLIMITED
 
@@ -138,6 +140,11 @@ class Gate:
         return self._state.successes
 
     @property
+    def unanswered_s(self) -> float:
+        """How long the endpoint has failed without an answer between."""
+        return self._state.unanswered_s(self._loop.time())
+
+    @property
     def stop(self) -> Stop | None:
         """Why the gate is closed; None while it is not."""
         return self._state.stop
@@ -152,6 +159,8 @@ class Gate:
         """What the first in line waits for. Nobody waits where all that can be in flight is; else it is `latency`."""
         if self._line:
             return self._lacking
+        if (barred := self.turns.barred) is not None:
+            return barred
         return IN_FLIGHT if len(self._flights) >= self._state.in_flight.most else UNLIMITED
 
     def tune(self, rates: Rates = Rates(), *, max_in_flight: int | None = None) -> None:  # noqa: B008  (frozen)
@@ -186,14 +195,17 @@ class Gate:
             output_tokens_per_minute=self._rates.told(Limit.OUTPUT_TOKENS),
         )
 
-    async def admit(self, ask: Ask) -> int:
+    async def admit(self, ask: Ask, *, probes: bool = True) -> int:
         """The slot this attempt has, in [0, max_in_flight), with all it asked for taken; waits for its turn.
+
+        `probes`: it may go, and is waited with, while the endpoint is in doubt.
 
         Raises:
             GateClosed: nothing is admitted any more, or the budget can never hold this request.
+            InDoubt: it may not, and the endpoint is.
         """
-        if self._line or self._lack(ask) is not None:
-            await self._stand_in_line(ask)
+        if self._line or self._lacks(ask, probes=probes) is not None:
+            await self._stand_in_line(ask, probes=probes)
         await self._rates.acquire()  # never suspends: _lack has just seen the capacity, so all is taken as one
         return self._take(ask)
 
@@ -293,7 +305,7 @@ class Gate:
         known = min((rate for rate in rates if rate is not None), default=None)
         return None if known is None or (pace.told is not None and known >= pace.told) else known
 
-    async def _stand_in_line(self, ask: Ask) -> None:
+    async def _stand_in_line(self, ask: Ask, *, probes: bool) -> None:
         """Returns when this ask is first and lacks nothing; whoever is next has been woken, and runs after it took."""
         line = self._line
         turn = self._loop.create_future()
@@ -301,13 +313,19 @@ class Gate:
         try:
             if line[0] is not turn:
                 await turn
-            while (lacking := self._lack(ask)) is not None:
+            while (lacking := self._lacks(ask, probes=probes)) is not None:
                 line[0] = turn = self._loop.create_future()
                 self._wait_for(lacking)
                 await turn
         finally:
             line.remove(turn)
             self._wake_first()
+
+    def _lacks(self, ask: Ask, *, probes: bool) -> Binding | None:
+        """The same as `_lack`, but in doubt only for a probe."""
+        if not probes and self._state.in_doubt:
+            raise InDoubt
+        return self._lack(ask)
 
     def _lack(self, ask: Ask) -> Binding | None:
         """What keeps this ask, first in line, from going now; None when nothing does. Takes nothing."""
@@ -375,6 +393,7 @@ class Gate:
             self._timer = None
         if self._line and not self._line[0].done():
             self._line[0].set_result(None)
+        self.turns.wake()
 
 
 def _has_status(outcome: Outcome) -> bool:

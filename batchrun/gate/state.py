@@ -113,6 +113,15 @@ class GateState:
         """Why admission has ended; None while it has not."""
         return self.phase.stop if isinstance(self.phase, Stopped) else None
 
+    @property
+    def in_doubt(self) -> bool:
+        """True while one row at a time is let through, or will be, to show whether the endpoint is well."""
+        return isinstance(self.phase, Probing) or (isinstance(self.phase, Cooling) and self.phase.probe)
+
+    def unanswered_s(self, now_s: float) -> float:
+        """How long the endpoint has failed without an answer between; 0 where the last attempt was answered."""
+        return 0.0 if self._unwell_since_s is None else now_s - self._unwell_since_s
+
     def binding(self, now_s: float) -> Binding | None:
         """What bars the next row; None when `admit` may be called. A cooling whose time is over becomes probing."""
         if self.phase is OPEN:
@@ -161,7 +170,7 @@ class GateState:
         `finding` is what a refusal is evidence of.
         """
         self.withdraw(order)
-        if outcome.at_tail:
+        if outcome.says_nothing:
             return PROCEED
         match outcome.verdict:
             case Verdict.OK:

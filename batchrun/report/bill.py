@@ -1,4 +1,4 @@
-"""The bill over runs: the lines of their totals, added up by group. PURE, but for reading them."""
+"""The bill over runs: their totals' lines folded into groups. PURE, but for reading the runs."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -58,6 +58,16 @@ _ONLY_STREAMS = re.compile(
 )
 _NEVER_STREAMS = re.compile(r"\bstream(ing)?\b\W.{0,20}not (supported|permitted|allowed)", re.IGNORECASE)
 _BAD_SCHEMA = re.compile(r"invalid schema for response_format", re.IGNORECASE)
+_AT_LEAST = re.compile(
+    r"(?:>=|at least|greater than or equal to|minimum(?: allowed)?(?: value)?(?: is| of))\s*`?(\d{1,6})", re.IGNORECASE
+)
+_ABOVE = re.compile(r"\d+ > (\d{1,9}),? which is the max", re.IGNORECASE)
+_ROOM = re.compile(r"context (?:length|window|size)(?: is| of)?:? (\d{1,9})", re.IGNORECASE)
+_PROMPT = re.compile(
+    r"(\d{1,9}) (?:tokens )?(?:in|from|of) (?:the |your )?(?:messages|prompt|input)|(\d{1,9}) input tokens"
+)
+_BOTH = re.compile(r"cannot both|not both|only one of|can(no|')t be used together|mutually exclusive", re.IGNORECASE)
+_FORMAT = re.compile(r"response_format(?:\.type|\[.?type.?\])?\W.{0,20}\bmust be", re.IGNORECASE)
 _CONTEXT = re.compile(r"context (length|window|size)", re.IGNORECASE)
 _AT_MOST = re.compile(
     r"(?:at most|less than or equal to|maximum(?: allowed)?(?: value)?(?: is| of)?|up to|<=?|no more than|must be in|"
@@ -71,7 +81,7 @@ def cure_of(message: str, settings: Collection[str] | None = None) -> Cure | Non
 
     `settings` are the paths that the job sets: a parameter that is none of them came with the rows.
     """
-    looks = (_limit, _role, _stream, _schema, _parameter)
+    looks = (_context, _limit, _role, _stream, _schema, _both, _parameter)
     cure = next((found for look in looks if (found := look(message)) is not None), None)
     if cure is None or settings is None or not cure.flags or not cure.changes_the_question:
         return cure
@@ -84,11 +94,15 @@ def cure_of(message: str, settings: Collection[str] | None = None) -> Cure | Non
 
 
 def command(words: Sequence[str], cure: Cure, *, retry: bool) -> list[str]:
-    """The command line `words` with the flags of the cure; `retry`: for rows of a complete run that failed."""
-    consent = "--retry-failed" if retry else "--accept-changes" if cure.changes_the_question else None
+    """The command line `words` with the flags of the cure; `retry`: for rows of a complete run that failed.
+
+    In an unfinished run --accept-changes sends rows that failed as another question; where the question is the same,
+    --retry-failed sends them once the pending rows are settled.
+    """
+    consent = "--accept-changes" if cure.changes_the_question and not retry else "--retry-failed"
     kept = [word for word in words if word not in ("--new", consent)]
     flags = [] if shlex.join(cure.flags) in shlex.join(kept) else cure.flags
-    return [*kept, *flags, *([consent] if consent else [])]
+    return [*kept, *flags, consent]
 
 
 def _set(setting: str, value: str) -> tuple[str, ...]:
@@ -99,18 +113,33 @@ def _names(message: str, parameter: str) -> bool:
     return re.search(rf"(?<![\w-]){re.escape(parameter)}(?![\w-])", message) is not None
 
 
+def _context(message: str) -> Cure | None:
+    """A limit of output that leaves the context no room for the prompt, where the message says how long that is."""
+    room, prompt = _ROOM.search(message), _PROMPT.search(message)
+    if room is None or prompt is None:
+        return None
+    left = int(room[1]) - int(prompt[1] or prompt[2])
+    if left < 2:
+        return None  # the prompt alone is too long, which no setting cures
+    less = str(max(1, left * 3 // 4))
+    what = f"the context holds {left} beside this prompt; a quarter less leaves room for longer ones"
+    return Cure("request.max_tokens", what, _set("request.max_tokens", less))
+
+
 def _limit(message: str) -> Cure | None:
     """The limit of output: under another name, lower, or asked for."""
-    named = [match[0] for match in re.finditer(r"\bmax_(?:completion_)?tokens\b", message)]
+    named = [match[0] for match in re.finditer(r"\bmax_(?:completion_|output_)?tokens\b", message)]
     if not named:
         return None
+    if (least := _AT_LEAST.search(message)) is not None and int(least[1]) > 1:
+        return Cure("request.max_tokens", f"at least {least[1]} here", _set("request.max_tokens", least[1]))
     setting = "endpoint.max_tokens_field"
     if (wanted := _WANTED.search(message)) is not None and _REFUSES.search(message):
         other = wanted[1].lower()
         return Cure(setting, f"this endpoint wants {other}", _set(setting, other))
     if _CONTEXT.search(message):
         return Cure("request.max_tokens", "lower it: the model's context holds prompt and answer")
-    if (most := _AT_MOST.search(message)) is not None:
+    if (most := _ABOVE.search(message) or _AT_MOST.search(message)) is not None:
         number = most[1].replace(",", "")
         if int(number) > 0:
             return Cure("request.max_tokens", f"at most {number} here", _set("request.max_tokens", number))
@@ -121,7 +150,11 @@ def _limit(message: str) -> Cure | None:
 
 
 def _role(message: str) -> Cure | None:
-    """The role `developer` under the name that older servers know."""
+    """The role `developer` under the name that older servers know; a `system` that a model knows not at all."""
+    if re.search(r"\brole\b.{0,40}['\"`]system['\"`]|\bsystem\b.{0,12}\brole\b", message) and (
+        _NOT_TAKEN.search(message) and "developer" not in message
+    ):
+        return Cure("request.system", "this model takes no system message: say it in the prompt")
     if "developer" not in message or not re.search(r"role|messages|system", message):
         return None
     if _REFUSES.search(message) is None:
@@ -146,6 +179,16 @@ def _schema(message: str) -> Cure | None:
     if _BAD_SCHEMA.search(message):
         setting = "request.response_format.strict"
         return Cure(setting, "the schema is not one that strict takes", _set(setting, "false"))
+    return None
+
+
+def _both(message: str) -> Cure | None:
+    """Two parameters of which one goes."""
+    if _BOTH.search(message) and _names(message, "temperature") and _names(message, "top_p"):
+        return Cure("request.top_p", "this endpoint takes one of both: leave it out", _set("request.top_p", ""))
+    if _FORMAT.search(message):
+        setting = "request.response_format"
+        return Cure(setting, "this endpoint does not take this type: leave it out", _set(setting, ""))
     return None
 
 

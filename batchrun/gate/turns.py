@@ -1,0 +1,63 @@
+"""Who chooses a row while the endpoint is in doubt: one worker at a time, when the row can be sent."""
+
+import asyncio
+
+from batchrun.gate.admission import OPEN, Binding, Limit
+from batchrun.gate.state import GateState
+
+
+class InDoubt(Exception):
+    """The endpoint came into doubt while the row waited: it goes back, and the next one to be sent is chosen then."""
+
+
+class Turns:
+    """While the gate is open everyone chooses at once. In doubt one chooses, and no other until that row has ended.
+
+    A row that was chosen before would say nothing: of a hundred bad rows in a row, the workers would hold the first.
+    """
+
+    def __init__(self, state: GateState, loop: asyncio.AbstractEventLoop) -> None:
+        self._state = state
+        self._loop = loop
+        self._waiting: set[asyncio.Future[None]] = set()
+        self._chosen = False
+
+    @property
+    def barred(self) -> Binding | None:
+        """What keeps a worker from choosing a row; None where it may."""
+        if self._state.phase is OPEN or not self._state.in_doubt:
+            return None
+        return Binding(Limit.PROBING) if self._chosen else self._state.binding(self._loop.time())
+
+    async def take(self) -> bool:
+        """Returns when the caller may choose a row; True where this row is the probe."""
+        while (barred := self.barred) is not None:
+            waiter = self._loop.create_future()
+            self._waiting.add(waiter)
+            timer = None if barred.until_s is None else self._loop.call_at(barred.until_s, _release, waiter)
+            try:
+                await waiter
+            finally:
+                self._waiting.discard(waiter)
+                if timer is not None:
+                    timer.cancel()
+        if not self._state.in_doubt:
+            return False
+        self._chosen = True
+        return True
+
+    def end(self) -> None:
+        """Who had the turn has sent its row, or has found none."""
+        self._chosen = False
+        self.wake()
+
+    def wake(self) -> None:
+        """Those who wait look again, if one of them may choose now."""
+        if self._waiting and self.barred is None:
+            for waiter in self._waiting:
+                _release(waiter)
+
+
+def _release(waiter: "asyncio.Future[None]") -> None:
+    if not waiter.done():
+        waiter.set_result(None)
