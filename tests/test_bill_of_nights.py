@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchrun.errors import JobError
-from batchrun.report import bill, keys
+from batchrun.report import bill, figures, keys
 from batchrun.report.runs import find
 from batchrun.simulator import SimulatorConfig, parse_faults
 from tests.cli_process import batchrun, finish, kill_when, read_summary, start, write_job, write_rows
@@ -361,6 +361,35 @@ def test_the_bill_at_other_prices_is_that_of_the_ledger(nights: Nights, tmp_path
         (tmp_path / "prices.toml").write_text(wrong)
         ended = batchrun("report", nights.folder / "runs", "--reprice", tmp_path / "prices.toml")
         assert (ended.exit_code, ended.stderr.count("\n")) == (2, 1)
+
+
+def test_the_share_of_the_limit_is_of_the_tightest_one_and_of_starts_that_took_a_minute(tmp_path: Path) -> None:
+    def run(name: str, elapsed_s: float, used: tuple[int, int], allowed: tuple[int | None, int | None]) -> None:
+        limits = {"requests_per_minute": allowed[0], "tokens_per_minute": allowed[1], "max_in_flight": 8}
+        pace: dict[str, Any] = {"requests_per_minute": used[0], "tokens_per_minute": used[1]}
+        write_result(tmp_path / name, [row(0)], elapsed_s=elapsed_s, limits=limits, **pace)
+
+    run("long", 300.0, (50, 900), (100, 1000))  # 90 % of its tokens
+    run("short", 100.0, (50, 0), (100, None))  # 50 % of its requests
+    run("burst", 5.0, (900, 0), (100, None))
+    run("free", 500.0, (900, 0), (None, None))
+    by_run = {line.group[0]: line for line in bill.collect([tmp_path], ("run",)).lines}
+    shares = {name: figures.figure(line, "limit_share") for name, line in by_run.items()}
+    assert shares == {"long": 0.9, "short": 0.5, "burst": None, "free": None}
+    assert figures.figure(bill.collect([tmp_path], ("job",)).lines[0], "limit_share") == 0.8  # of 400 seconds
+
+
+def test_a_night_is_the_runs_date_whenever_it_began_and_ended(tmp_path: Path) -> None:
+    begun = "2026-11-02T23:30:00Z"
+    places = ("2026-11-01", "2026-11-01-2", "nightly", "2026-12-01/reviews")
+    for number, place in enumerate(places):
+        write_result(tmp_path / place, [row(0)], run_id=str(number), begun_at=begun)
+    told = bill.collect([tmp_path], ("night",), keys.span("Asia/Tokyo", None, None))
+    assert {line.group: line.runs for line in told.lines} == {
+        ("2026-11-01",): 2,
+        ("2026-11-03",): 1,
+        ("2026-12-01",): 1,
+    }
 
 
 def test_a_thousand_runs_are_reported_in_less_than_five_seconds(tmp_path: Path) -> None:

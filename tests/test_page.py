@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import openpyxl
 import pytest
 
 from tests.cli_process import batchrun
@@ -238,3 +239,15 @@ def test_a_page_of_a_span_has_nothing_of_runs_beyond_it(runs: Path, tmp_path: Pa
     elements = Elements(target.read_text("utf-8"))
     assert [line[1] for line in elements.tables["The dearest rows"][1:]] == ["2026-11-01"] * 10
     assert elements.tables["Failures by kind"][1][:2] == ["error, quota", "4"]
+
+
+def test_a_workbook_holds_hostile_names_as_text(runs: Path, tmp_path: Path) -> None:
+    target = tmp_path / "bill.xlsx"
+    ended = batchrun("report", runs, "--by", "job,model", "-o", target)
+    assert (ended.exit_code, ended.stderr) == (0, "")
+    book = openpyxl.load_workbook(target)
+    for name in ("bill", "exact"):
+        cells = [cell for line in book[name].iter_rows() for cell in line]
+        assert {cell.data_type for cell in cells} <= {"s", "n"}  # no formula, no error
+        assert any(str(cell.value).startswith("<script>alert(1)") for cell in cells)
+        assert not [cell for cell in cells if cell.hyperlink]

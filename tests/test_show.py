@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -12,6 +13,7 @@ from batchrun.report.where import Where
 from batchrun.rundir import RunDirectory
 from batchrun.simulator import SimulatorConfig, parse_faults
 from tests.cli_process import batchrun, write_job, write_rows
+from tests.result_files import row, write_result
 from tests.simulator_process import running_simulator
 
 
@@ -95,12 +97,13 @@ def test_json_has_every_column_and_all_rows_that_hold(run: Path) -> None:
     rows = pq.read_table(run / "completions.parquet").to_pylist()
     told = [json.loads(line) for line in batchrun("show", run, "-n", "0", "--json").stdout.splitlines()]
     assert len(told) == 60
-    for shown, row in zip(told, rows, strict=True):
-        assert shown["cost_usd"] == f"{row['cost_usd']:f}"
-        assert shown["request_key"] == row["request_key"].hex()
-        assert (shown["content"], shown["text"], shown["error"]) == (row["content"], row["text"], row["error"])
+    for shown, stored in zip(told, rows, strict=True):
+        assert shown["cost_usd"] == f"{stored['cost_usd']:f}"
+        assert shown["request_key"] == stored["request_key"].hex()
+        assert (shown["content"], shown["text"], shown["error"]) == (stored["content"], stored["text"], stored["error"])
     few = batchrun("show", run, "--columns", "text,cost_usd", "--json", "-n", "2").stdout.splitlines()
     assert [list(json.loads(line)) for line in few] == [["text", "cost_usd"]] * 2
+    assert batchrun("show", run, "--columns", "text", "-n", "1").stdout.startswith("row 0 · ")
 
 
 def test_a_text_can_neither_steer_the_terminal_nor_read_as_a_line_of_ours(run: Path, tmp_path: Path) -> None:
@@ -111,6 +114,44 @@ def test_a_text_can_neither_steer_the_terminal_nor_read_as_a_line_of_ours(run: P
     shown = batchrun("show", tmp_path / "moved.parquet", "--row", "0").stdout
     assert not [char for char in shown if not char.isprintable() and char != "\n"]
     assert not [line for line in shown.splitlines()[1:] if line.startswith("row")]
+
+
+def test_where_reads_the_fields_of_typed_answers(tmp_path: Path) -> None:
+    labels = ("good", "bad", "mixed")
+    rows = [row(n, parsed={"label": labels[n % 3], "score": n / 2, "note": None}) for n in range(90)]
+    result = look.result_at(RunDirectory(write_result(tmp_path / "run", rows, typed=True)))
+    for where, count in (
+        ("parsed.label == 'bad'", 30),
+        ("parsed.label in ['good', 'mixed'] and parsed.score < 15", 20),
+        ("parsed.label not in ['good', 'mixed']", 30),
+        ("parsed.note not in ['x']", 90),
+        ("parsed.label in []", 0),
+        ("parsed.note is None", 90),
+        ("cost_usd in [0.001]", 90),
+        ("cost_usd > 0.0010000000000000000001", 0),
+    ):
+        assert len(list(look.rows(result, look.Look(where=where, most=0)))) == count, where
+
+
+def test_a_file_that_another_tool_wrote_anew_reads_the_same(run: Path, tmp_path: Path) -> None:
+    """Texts as large ones, columns without a value as null: as polars and pandas write them."""
+    table = pq.read_table(run / "completions.parquet")
+    for place, field in enumerate(table.schema):
+        column = table.column(place)
+        if pa.types.is_string(field.type):
+            table = table.set_column(place, field.name, column.cast(pa.large_string()))
+        elif column.null_count == len(column):
+            table = table.set_column(place, field.name, pa.nulls(len(column)))
+    (other := tmp_path / "other").mkdir()
+    pq.write_table(table, other / "completions.parquet")
+    (other / "summary.json").write_bytes((run / "summary.json").read_bytes())
+    for arguments in (
+        ("show", "--status", "ok", "--where", "status in ['ok']"),
+        ("report", "--findings", "--by", "status"),
+    ):
+        name, *more = arguments
+        assert batchrun(name, other, *more).stdout == batchrun(name, run, *more).stdout != ""
+    assert "content: 0 changed (0.0%)" in batchrun("compare", run, other).stdout
 
 
 def test_where_there_are_no_rows_the_next_step_is_named(run: Path, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def show(
     found = looking.rows(result, look)
     if as_json:
         for row in found:
-            say(looking.as_json(row))
+            say(looking.as_json(row, look.columns))
         return
     text = (f"{harmless(line)}\n" for row in found for line in looking.lines(row, result.inputs, look.columns))
     if sys.stdout.isatty():
@@ -83,7 +83,7 @@ def show(
 @click.option("--every", "every_s", type=click.FloatRange(0.1, 3600), default=1.0, metavar="SECONDS", show_default=True)
 def watch(out: Path, every_s: float) -> None:
     """A run at work, as it goes: throughput, limits, money, its end, how rows end. Ends with it, by its exit code."""
-    import shutil
+    import os
     import time
 
     from batchrun.report import status, watching
@@ -98,7 +98,7 @@ def watch(out: Path, every_s: float) -> None:
     while True:
         found = standing(directory)
         if screen:
-            size = shutil.get_terminal_size()
+            size = os.get_terminal_size(sys.stdout.fileno())  # not COLUMNS: it does not follow a resize
             told = list(status.lines(directory))
             say(watching.frame(found.summary, told, size.columns, size.lines, harmless), nl=False)
         elif (text := harmless(line(found.summary))) != shown:

@@ -211,7 +211,7 @@ def _unfinished(now: Night, before: Sequence[Night], limit: float) -> _Said:
         reason = f": {now.account.reason}" if now.account.reason else ""
         yield (
             f"the run is not complete, {now.account.pending:,} rows are left{reason}",
-            "batchrun status has the command",
+            "batchrun status DIR says where it stands, and the same command resumes it",
         )
 
 

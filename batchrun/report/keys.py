@@ -98,7 +98,8 @@ def night(found: Found, zone: str) -> str:
 
     All that the run cost is of that night, however long it took.
     """
-    for name in (found.place.name, *(part.name for part in found.place.parents if found.place.is_dir())):
+    place = found.place if found.place.is_dir() else None
+    for name in () if place is None else (place.name, place.absolute().parent.name):
         if dated := re.match(r"(\d{4}-\d{2}-\d{2})(?:-\d+)?$", name):
             return dated[1]
     return day_of(found.account.began, zone)

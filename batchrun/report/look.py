@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchrun.errors import InputError, JobError
+from batchrun.output.rows import OWN_COLUMNS
 from batchrun.report import run_rows
 from batchrun.report.run_rows import Result
 from batchrun.report.where import Where
@@ -63,9 +64,9 @@ def rows_of(text: str) -> tuple[int, ...]:
 
 
 def rows(result: Result, look: Look) -> Iterator[dict[str, Any]]:
-    """The rows, in order, each as its columns; read no further than they are taken."""
+    """The rows, in order, each as its columns and what its headline says; read no further than they are taken."""
     inputs, own = _columns(result, look)
-    schema = pa.schema([pa.field(_plain(result, field.name), field.type) for field in result.schema])
+    schema = pa.schema([_as_read(result, field) for field in result.schema])
     where = None if look.where is None else Where(look.where, schema)
     needed = dict.fromkeys([*own, "row", "status", *(where.columns if where else ())])
     extra = [name for name in needed if name not in run_rows.OWN and name not in inputs]
@@ -83,7 +84,8 @@ def rows(result: Result, look: Look) -> Iterator[dict[str, Any]]:
         if left is not None:
             table = table.slice(0, left)
             left -= table.num_rows
-        yield from table.select([*inputs, *own]).to_pylist()
+        shown = table.select([*inputs, *own, *(name for name in ("row", "status") if name not in own)])
+        yield from shown.to_pylist()
         if left == 0:
             return
 
@@ -101,14 +103,18 @@ def _columns(result: Result, look: Look) -> tuple[list[str], list[str]]:
     return inputs, own
 
 
-def _plain(result: Result, name: str) -> str:
-    own = name.removeprefix(result.prefix)
-    return own if name not in result.inputs and own in run_rows.OWN else name
+def _as_read(result: Result, field: "pa.Field[Any]") -> "pa.Field[Any]":
+    """A column under the name and in the type in which it is read."""
+    own = field.name.removeprefix(result.prefix)
+    if field.name in result.inputs or own not in run_rows.OWN:
+        return field
+    return field.with_name(own) if own == "parsed" else OWN_COLUMNS.field(own)
 
 
-def as_json(row: dict[str, Any]) -> str:
+def as_json(row: dict[str, Any], chosen: Sequence[str]) -> str:
     """A row as one line of JSON: money as text, bytes as hexadecimal digits or, of `raw`, as text."""
-    return msgspec.json.encode({name: _in_json(value, name) for name, value in row.items()}).decode()
+    shown = {name: row[name] for name in chosen} if chosen else row
+    return msgspec.json.encode({name: _in_json(value, name) for name, value in shown.items()}).decode()
 
 
 def _in_json(value: Any, name: str = "") -> Any:

@@ -85,6 +85,16 @@ def _together(file: pq.ParquetFile, *, narrow: bool) -> Iterator[list[int]]:
         yield groups
 
 
+def _ours(table: pa.Table, first: int) -> pa.Table:
+    """Our columns, from the place `first` on, in our types: a tool that wrote the file anew may have changed them."""
+    for place in range(first, table.num_columns):
+        field = table.schema.field(place)
+        wanted = OWN_COLUMNS.field(field.name).type
+        if field.type != wanted and (field.name != "parsed" or pa.types.is_null(field.type)):
+            table = table.set_column(place, field.name, table.column(place).cast(wanted))
+    return table
+
+
 def tables(result: Result, own: Sequence[str], inputs: Sequence[str] = ()) -> Iterator[pa.Table]:
     """The rows, some row groups at a time: the input's columns of these names, then ours without their prefix.
 
@@ -97,7 +107,7 @@ def tables(result: Result, own: Sequence[str], inputs: Sequence[str] = ()) -> It
             with pq.ParquetFile(path) as file:
                 for groups in _together(file, narrow=not inputs and not set(own) & _WIDE):
                     table = file.read_row_groups(groups, columns=names, use_threads=False)
-                    yield table.select(names).rename_columns([*inputs, *own])
+                    yield _ours(table.select(names).rename_columns([*inputs, *own]), len(inputs))
         except (OSError, pa.ArrowException) as error:
             raise InputError(f"{path}: can't be read: {error}") from error
 

@@ -62,9 +62,9 @@ class Where:
             case ((ast.Is() | ast.IsNot()), ast.Constant(value=None)):
                 return column.is_null() if isinstance(op, ast.Is) else column.is_valid()
             case ((ast.In() | ast.NotIn()), (ast.List(elts=items) | ast.Tuple(elts=items) | ast.Set(elts=items))):
-                values = [_literal(item, type_) for item in items]
-                found = column.isin(pa.array(values, None if not pa.types.is_string(type_) else type_))
-                return found if isinstance(op, ast.In) else ~found
+                equal = [column == pc.scalar(_literal(item, type_)) for item in items]
+                found = functools.reduce(operator.or_, equal, pc.scalar(False))
+                return found if isinstance(op, ast.In) else ~found | column.is_null()
         if type(op) not in _COMPARE:
             raise self._wrong("compares in a way that is not known")
         try:
