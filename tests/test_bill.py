@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from batchrun.simulator import SimulatorConfig
+from batchrun.simulator import Fault, SimulatorConfig
 from tests.cli_process import batchrun, read_summary, write_job, write_rows
 from tests.simulator_process import running_simulator
 
@@ -78,3 +78,14 @@ def test_a_rest_whose_price_is_unknown_is_announced_without_a_cost(tmp_path: Pat
         ]
         rest = batchrun("run", job, "-o", out, *UNKNOWN).stderr.splitlines()
         assert rest[:2] == [f"resuming {out}: 1 of 10 rows done", "9 rows are to be asked"]
+
+
+def test_doubts_and_answers_whose_price_nobody_knows_are_no_sum_of_nothing(tmp_path: Path) -> None:
+    faults = (Fault(kind="reset", billed=True, match="item 3 "),)
+    with running_simulator(SimulatorConfig(faults=faults)) as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, write_rows(tmp_path / "in.jsonl", 10))
+        batchrun("run", job, "-o", tmp_path / "out", "--set", "request.model=mystery-model")
+    assert read_summary(tmp_path / "out")["possibly_billed_count"]
+    report = batchrun("report", tmp_path / "out").stdout
+    assert "without a known end, at a price that is not known" in report
+    assert "$0.000000" not in report

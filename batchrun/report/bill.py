@@ -19,6 +19,7 @@ from batchrun.report.keys import KEYS, OF_LINES, Span, day_of, group, keys
 from batchrun.report.latencies import Scanned
 from batchrun.report.nightly import Against, Compared
 from batchrun.report.runs import Account, Found, LeftOut, Runs
+from batchrun.report.summary import at_most
 
 __all__ = ["FIGURES", "KEYS", "Bill", "BillLine", "collect", "keys"]
 
@@ -63,6 +64,7 @@ class Bill(msgspec.Struct, frozen=True):
     runs: int
     possibly_billed: int
     possibly_billed_usd: Decimal
+    possibly_billed_at_most: str
     lost: int
     without_usage: tuple[WithoutUsage, ...]
     unpriced: dict[str, int]
@@ -175,6 +177,10 @@ def fold(every: Sequence[Counted], by: tuple[str, ...], span: Span, left_out: tu
         runs=len(every),
         possibly_billed=sum(account.possibly_billed_count for account in accounts),
         possibly_billed_usd=sum((account.possibly_billed_usd for account in accounts), Decimal(0)),
+        possibly_billed_at_most=at_most(
+            sum((account.possibly_billed_usd for account in accounts), Decimal(0)),
+            (doubt for account in accounts for doubt in account.possibly_billed),
+        ),
         lost=sum(line.attempts for line in booked if line.status == LOST),
         without_usage=tuple(_without_usage(every)),
         unpriced=_unpriced(booked),

@@ -272,7 +272,7 @@ def remarks(bill: Bill) -> Iterator[str]:
     if bill.possibly_billed:
         yield (
             f"possibly billed beyond that: {plural(bill.possibly_billed, 'attempt')} without a known end, "
-            f"at most ${bill.possibly_billed_usd:,.6f}"
+            f"{bill.possibly_billed_at_most}"
         )
     if bill.lost:
         yield lost_in_words(bill.lost)

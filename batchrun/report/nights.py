@@ -142,7 +142,7 @@ def _told(path: Path, found: Standing, now: datetime) -> Night:
         failed=failures(summary),
         pending=summary.pending,
         by_status=summary.by_status,
-        cost_usd=known_cost(summary.cost_usd, summary.unpriced),
+        cost_usd=known_cost(summary.cost_usd, summary.unpriced + summary.without_usage),
         possibly_billed_usd=summary.possibly_billed_usd,
         unpriced=summary.unpriced,
         begun_at=summary.begun_at,

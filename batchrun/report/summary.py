@@ -1,7 +1,7 @@
 """`summary.json`, from the first second to the last, and the same in words a person reads in five seconds. PURE."""
 
 import shlex
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -16,7 +16,7 @@ from batchrun.gate.admission import Binding, Limit
 from batchrun.gate.deadline import Deadline
 from batchrun.gate.forecast import Forecast
 from batchrun.prices import PICO, PriceTable
-from batchrun.records import FAILURES, Estimate, InForce, Retrying, Status, Summary, Tuned
+from batchrun.records import FAILURES, Estimate, InForce, PossiblyBilled, Retrying, Status, Summary, Tuned
 from batchrun.report.cures import Cure, cure_of
 from batchrun.report.cures import command as commands
 from batchrun.rundir import RunDirectory
@@ -456,13 +456,16 @@ def _cost(summary: Summary) -> list[str]:
 
 
 def _at_most(summary: Summary) -> str:
+    return at_most(summary.possibly_billed_usd, summary.possibly_billed)
+
+
+def at_most(possibly_billed_usd: Decimal, doubts: Iterable[PossiblyBilled]) -> str:
     """The bound of what may have been billed; attempts at an unknown price have none."""
-    unbounded = any(doubt.upper_bound_usd is None for doubt in summary.possibly_billed)
-    if not unbounded:
-        return f"at most ${summary.possibly_billed_usd:,.6f}"
-    if not summary.possibly_billed_usd:
+    if all(doubt.upper_bound_usd is not None for doubt in doubts):
+        return f"at most ${possibly_billed_usd:,.6f}"
+    if not possibly_billed_usd:
         return "at a price that is not known"
-    return f"at most ${summary.possibly_billed_usd:,.6f} for those whose price is known"
+    return f"at most ${possibly_billed_usd:,.6f} for those whose price is known"
 
 
 def lost_in_words(attempts: int) -> str:
