@@ -84,6 +84,43 @@ def test_forty_rows_in_a_row_that_fail_once_hold_nobody_up(tmp_path: Path) -> No
     assert max(asked_for(server).values()) <= 3
 
 
+@pytest.mark.parametrize("bad", [range(0), range(20, 60)], ids=["each fails once", "and forty for ever"])
+@pytest.mark.parametrize("trouble", [FAILURE, BUSY], ids=["500", "503"])
+def test_an_outage_that_comes_while_rows_take_turns_burns_none_and_sees_few_requests(
+    tmp_path: Path, bad: range, trouble: bytes
+) -> None:
+    """Five minutes of it, on a clock 200 times as fast."""
+    every, until_s, during = rows(tmp_path, 120), 0.0, 0
+    usual = bad_rows(frozenset(bad), sends(FAILURE)) if bad else fails_at_first(sends(FAILURE), every)
+
+    async def script(exchange: Exchange) -> None:
+        nonlocal until_s, during
+        now_s = asyncio.get_running_loop().time()
+        if not until_s and len(server.exchanges) > 80:
+            until_s = now_s + 300 / 200
+        if now_s < until_s:
+            during += 1
+            await exchange.send(trouble)
+        else:
+            await usual(exchange)
+
+    with serving_aside(script) as server:
+        summary = run(tmp_path, server.url, limits={"max_in_flight": 16})
+    assert summary.by_status == ({"ok": 80, "error": 40} if bad else {"ok": 120})
+    assert during < 45, "sixteen were out when it began"
+
+
+def test_a_row_that_is_refused_for_ever_amid_others_is_given_up_before_they_end(tmp_path: Path) -> None:
+    """At two in flight, ten seconds an answer, three hundred rows take twenty-five minutes; it is given up in ten."""
+    rows(tmp_path, 300)
+    with serving_aside(bad_rows(frozenset({5}), sends(WITH_A_WAIT), good_s=0.05)) as server:
+        summary = run(tmp_path, server.url, limits={"max_in_flight": 2})
+    assert (summary.exit_code, summary.by_status) == (3, {"ok": 299, "error": 1})
+    sent = [row_of(exchange) for exchange in server.exchanges]
+    assert sent.count(5) in range(24, 28)
+    assert sent[-1] != 5
+
+
 def refused(folder: Path, fault: Script, **retry: float) -> tuple[Summary, Counter[int]]:
     """Rows 5 and 17 of forty are always refused."""
     with serving_aside(bad_rows(frozenset({5, 17}), fault)) as server:
