@@ -184,8 +184,9 @@ class Backlog:
     def put_back(self, pending: Pending) -> None:
         """The row was not sent: it is handed out again as if it had not been."""
         self._busy -= 1
-        if self._out.pop(pending.request.row, self._answered) is not self._answered:
-            self._doubted -= 1
+        kind = self._out.pop(pending.request.row, None)
+        if kind is not None and kind is not self._answered:
+            self._doubted = max(0, self._doubted - 1)
         if pending.successes is None:
             heapq.heappush(self._returned, (pending.request.row, pending))
         else:
