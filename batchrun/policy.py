@@ -405,6 +405,11 @@ def after(history: History, judgement: Judgement, *, corroborated: bool, at_tail
     )
 
 
+def is_retried(judgement: Judgement) -> bool:
+    """Whether such an end is retried, whoever is at fault."""
+    return judgement.verdict in (Verdict.FREE, Verdict.MAYBE, Verdict.SLOW)
+
+
 def is_refusal(judgement: Judgement) -> bool:
     """Whether it is a 429 that time lifts."""
     status = judgement.error.http_status if judgement.error is not None else None

@@ -6,6 +6,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
 
+import msgspec
 import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -17,7 +18,7 @@ from batchrun.dispatch.backlog import Backlog, Pending
 from batchrun.errors import InputError
 from batchrun.output.chunks import OpenChunk
 from batchrun.output.window import StoredWindow, write
-from batchrun.records import Request, Row
+from batchrun.records import Request, Row, Verdict
 from batchrun.source.window import LINES
 from tests.moved_clock import NothingWillHappen, run_on_moved_clock
 
@@ -231,6 +232,85 @@ def test_a_row_is_alone_when_it_is_the_last_there_is(tmp_path: Path) -> None:
         return found
 
     assert moved(test) == [False, False, False, True]
+
+
+# ── rows that fail one after another ──────────────────────────────────────────────────────────────────────────────────
+
+
+async def failed(backlog: Backlog, *pendings: Pending, due_in_s: float = 0.0) -> None:
+    for pending in pendings:
+        backlog.ended(pending, Verdict.FREE)
+        backlog.retry(msgspec.structs.replace(pending, successes=0), now() + due_in_s)
+
+
+def test_where_new_rows_fail_a_retry_a_row_from_further_on_and_the_next_one_take_turns(tmp_path: Path) -> None:
+    async def test() -> list[int]:
+        backlog = backlog_of(Source(tmp_path, 1500, 1500))
+        await failed(backlog, *[await taken(backlog) for _ in range(3)])
+        return [(await taken(backlog)).request.row for _ in range(5)]
+
+    retried, far, new, retried_next, far_next = moved(test)
+    assert (retried, new, retried_next) == (0, 3, 1)
+    assert far > 900
+    assert far_next == far - 1
+
+
+def test_a_row_from_further_on_that_fails_sends_the_next_one_elsewhere_and_further(tmp_path: Path) -> None:
+    async def test() -> list[int]:
+        backlog = backlog_of(Source(tmp_path, 1500, 1500, 1500, 1500))
+        await failed(backlog, *[await taken(backlog) for _ in range(3)], due_in_s=1e6)
+        far = []
+        for _ in range(6):
+            pending = await taken(backlog)
+            far += [pending.request.row] * (pending.request.row > 100)
+            await failed(backlog, pending, due_in_s=1e6)
+        return far
+
+    first, second, third = moved(test)
+    assert first < 1500 < second < 3000, "the middle of a reach four times as long"
+    assert third > 3000
+
+
+def test_what_is_answered_goes_on_and_of_the_others_only_a_few_are_out(tmp_path: Path) -> None:
+    async def test() -> list[int]:
+        backlog = backlog_of(Source(tmp_path, 1500))
+        await failed(backlog, *[await taken(backlog) for _ in range(3)], due_in_s=1e6)
+        far = await taken(backlog)
+        backlog.ended(far, Verdict.OK)
+        backlog.done()
+        return [(await taken(backlog)).request.row for _ in range(30)]
+
+    rows = moved(test)
+    near = [row for row in rows if row < 100]
+    assert near == list(range(3, 3 + backlogs.MOST_DOUBTED))
+
+
+def test_a_row_that_is_put_back_comes_again_in_its_order_as_if_it_had_not_been_out(tmp_path: Path) -> None:
+    async def test() -> list[int]:
+        backlog = backlog_of(Source(tmp_path, 5))
+        first, second, third = [await taken(backlog) for _ in range(3)]
+        backlog.put_back(third)
+        backlog.put_back(msgspec.structs.replace(first, successes=0))
+        assert not backlog.drained
+        backlog.done()
+        return [second.request.row, *await all_left(backlog)]
+
+    assert moved(test) == [1, 2, 3, 4, 0]
+
+
+def test_where_only_long_waits_are_left_nothing_is_waited_for(tmp_path: Path) -> None:
+    async def test() -> int:
+        backlog, started = backlog_of(Source(tmp_path, 2)), now()
+        first, second = await taken(backlog), await taken(backlog)
+        backlog.retry(msgspec.structs.replace(first, waits_long=True), now() + 1_000)
+        backlog.retry(second, now() + 10)
+        assert await taken(backlog) == second
+        backlog.done()
+        assert await backlog.next() is None
+        assert now() - started == 10
+        return backlog.left_to_wait
+
+    assert moved(test) == 1
 
 
 # ── the end ───────────────────────────────────────────────────────────────────────────────────────────────────────────

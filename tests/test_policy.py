@@ -594,3 +594,59 @@ def test_a_row_that_is_refused_by_chance_at_the_tail_waits_no_longer_than_it_was
     failed = Judgement(Verdict.FREE, RowError("server_error", 500, None, "broken"))
     assert policy.tail_wait_s(History(attempts=1), refused, Retry()) == 0.0
     assert policy.tail_wait_s(History(attempts=1), failed, Retry()) > 10.0
+
+
+def refusal(kind: str = "rate_limit") -> Judgement:
+    return Judgement(Verdict.SLOW, RowError(kind, 429))
+
+
+def after_refusals(count: int, *, corroborated: bool, at_tail: bool, kind: str = "rate_limit") -> History:
+    history = History()
+    for _ in range(count):
+        history = policy.refused(history, refusal(kind), corroborated=corroborated, at_tail=at_tail)
+    return history
+
+
+@pytest.mark.parametrize(
+    ("corroborated", "at_tail", "kind", "share", "given_up_after"),
+    [
+        (True, False, "rate_limit", 0.0, 24),
+        (True, False, "rate_limit", 0.5, 122),  # a coin that falls so 122 times in a row is none
+        (True, True, "rate_limit", 0.0, 24),
+        (False, True, "rate_limit", 0.0, 6),
+        (False, True, "rate_limit", 0.5, 6),
+        (False, True, "quota", 0.0, None),
+        (False, False, "rate_limit", 0.0, None),
+    ],
+)
+def test_a_refused_row_is_given_up_only_where_others_are_answered_or_none_is_left(
+    corroborated: bool, at_tail: bool, kind: str, share: float, given_up_after: int | None
+) -> None:
+    counts = [
+        count
+        for count in range(200)
+        if policy.is_refused_for_good(
+            after_refusals(count, corroborated=corroborated, at_tail=at_tail, kind=kind), Retry(), share
+        )
+    ]
+    assert next(iter(counts), None) == given_up_after
+
+
+def test_an_answer_between_shows_that_a_limit_lets_rows_through_at_the_tail() -> None:
+    alone = after_refusals(5, corroborated=False, at_tail=True)
+    assert policy.refused(alone, refusal(), corroborated=True, at_tail=True).refused_alone == 0
+
+
+@pytest.mark.parametrize(("left", "wait_s"), [(0, 75.0), (8, 150.0), (1_000_000, 900.0)])
+def test_at_the_tail_refusals_are_spread_over_minutes_and_over_more_where_more_rows_are_left(
+    left: int, wait_s: float
+) -> None:
+    few, many = (after_refusals(count, corroborated=False, at_tail=True) for count in (1, 2))
+    assert policy.tail_wait_s(few, refusal(), Retry(), left) == 0.0
+    assert policy.tail_wait_s(many, refusal(), Retry(), left) == wait_s
+
+
+def test_a_row_that_is_refused_again_and_again_waits_longer_than_it_is_told() -> None:
+    usual, stubborn = History(attempts=9, refused=5), History(attempts=9, refused=6)
+    assert policy.backoff_s(usual, 1.0, Retry(), 0.999) < 2.0
+    assert policy.backoff_s(stubborn, 1.0, Retry(), 0.999) > 50.0

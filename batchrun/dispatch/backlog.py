@@ -186,7 +186,9 @@ class Backlog:
     def put_back(self, pending: Pending) -> None:
         """The row was not sent: it is handed out again as if it had not been."""
         self._busy -= 1
-        self._out.pop(pending.request.row, None)
+        kind = self._out.pop(pending.request.row, None)
+        if kind is not None and kind is not self._answered:
+            self._doubted = max(0, self._doubted - 1)
         if pending.successes is None:
             heapq.heappush(self._returned, (pending.request.row, pending))
         else:
@@ -211,7 +213,8 @@ class Backlog:
                 self._failed_first = self._place = 0
                 self._reach = FIRST_REACH
         elif verdict in (Verdict.FREE, Verdict.MAYBE, Verdict.SLOW):
-            self._answered = None if kind is self._answered else self._answered
+            if kind is self._answered:
+                self._answered, self._doubted = None, 0
             if kind is Kind.FURTHER_ON:
                 self._place += 1
                 self._reach = min(MOST_REACH, 4 * self._reach)

@@ -92,8 +92,9 @@ class Dispatch:
                 await asyncio.to_thread(learned.keep, gate)
         if workers.failure is not None:
             raise workers.failure
-        if heart.deadline_came and not store.pending:
-            return None  # what was in flight at the deadline were the last rows
+        paused = gate.stop is not None and gate.stop.exit_code is ExitCode.PAUSED
+        if (heart.deadline_came or paused) and not store.pending:
+            return None  # what was in flight then were the last rows: there is nothing to come back for
         return leaving.as_it_ended(gate.stop)
 
     async def _work(self, workers: Workers, heart: Heartbeat, landing: Landing) -> "Leaving":

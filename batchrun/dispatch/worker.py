@@ -222,7 +222,8 @@ class Workers:
             chargeable, is_last = policy.is_chargeable(judgement), reached and self._tail.is_reached
             at_tail = chargeable and is_last
             refused_again = is_last and policy.is_refusal(judgement) and pending.history.refused_alone > 0
-            says_nothing = at_tail or refused_again or (chargeable and self.backlog.is_doubted(row))
+            doubted = policy.is_retried(judgement) and self.backlog.is_doubted(row)
+            says_nothing = at_tail or refused_again or doubted
             outcome = Outcome(row, judgement.verdict, judgement.error, judgement.retry_after_s, says_nothing)
             ruling = self.gate.observe(slot, outcome)
             witnessed = self.gate.successes > (successes if pending.successes is None else pending.successes)

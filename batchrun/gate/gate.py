@@ -277,6 +277,9 @@ class Gate:
         """
         if outcome.verdict is Verdict.FREE and not flight.settled:
             self._rates.correct(flight.ask, 0, 0)  # nothing was worked out, so no tokens were used
+        if outcome.verdict is Verdict.SLOW and outcome.says_nothing:
+            self._refusals.ended(flight.order, now_s, reached=False)
+            return NOTHING
         if outcome.verdict is not Verdict.SLOW:
             reached = outcome.verdict is not Verdict.FREE or _has_status(outcome)
             if outcome.verdict is Verdict.OK:
