@@ -591,6 +591,8 @@ def test_a_worker_that_is_cancelled_at_its_deadline_is_cancelled() -> None:
     async def main() -> None:
         async with serving(Exchange.silence) as server, client_of(server.url, attempt_timeout_s=0.05) as client:
             task = asyncio.create_task(client.send(b"{}", "x"))
+            while not server.exchanges:
+                await asyncio.sleep(0.001)
             await asyncio.sleep(0.1)
             assert client.expire() == 1
             task.cancel()

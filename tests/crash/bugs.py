@@ -83,9 +83,9 @@ _SLOT_TAKEN_LATE = Bug(
     (
         ("        self._slots.take(slot, request.row, n, request.key, bound_usd, bound_tokens)\n", ""),
         (
-            "        if pending.successes is None:\n            self._tail.tried()\n",
+            "        ended, ruling = self._judged(pending, attempt, slot, successes)\n",
             "        self._slots.take(slot, request.row, n, request.key, bound_usd, bound_tokens)\n"
-            "        if pending.successes is None:\n            self._tail.tried()\n",
+            "        ended, ruling = self._judged(pending, attempt, slot, successes)\n",
         ),
     ),
     "nobody knew of the first",
