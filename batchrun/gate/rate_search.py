@@ -51,6 +51,9 @@ FASTER, ROUGH_FASTER, MAX_STEP = 2.0, 1.5, 0.32
 """Upwards by 1, 2, 4 … 32 %, after three seconds or forty requests each (a rough rate by 5 % after one second or ten):
 a limit that was doubled is in use within half a minute, and one that was not costs a refusal in a hundred requests."""
 
+DOUBLED = 1.0
+"""After refusals whose cause was not the rate it doubles each second, until they come back."""
+
 WORTH = 0.02
 MOST_REST = 100
 AGREES = 0.05
@@ -227,7 +230,7 @@ class RateSearch:
         self._cut = self.confirmed = None
         self._mark = None
         self._set(per_s, now_s, why)
-        self._rough, self._step, self.raised = False, STEP, True
+        self._rough, self._step, self.raised = True, DOUBLED, True
 
     def slower_helped(self, per_s: float, now_s: float) -> None:
         """At a lower rate nothing was refused: so much was accepted before, and that is the limit."""
@@ -259,7 +262,8 @@ class RateSearch:
             self.confirmed = rate * 60
         self.raised = True
         self._set(rate * (1 + self._step), now_s, "nothing refused since")
-        self._step = min(MAX_STEP, (ROUGH_FASTER if self._rough else FASTER) * self._step)
+        if self._step < DOUBLED:
+            self._step = min(MAX_STEP, (ROUGH_FASTER if self._rough else FASTER) * self._step)
 
     def drop(self, now_s: float, why: str) -> None:
         """There is no learned rate any more."""

@@ -209,13 +209,13 @@ class Refusals:
         patience = self._runs.patience
         storm = self._storm.step(ordinary, max(STORM_SHARE, ordinary + STORM_ABOVE), refused=refused, times=patience)
         self._is_storm = storm or (refused and not self._taken and self._storm.refused >= NONE_TAKEN)
-        ordinary = min(MAX_ORDINARY, max(LEAST_SHARE, share))
+        ordinary = min(MAX_ORDINARY, max(LEAST_SHARE, self._runs.ordinary(share)))
         excess = False
         if self._crowding.on_trial:
             ordinary = max(TRIAL_ORDINARY, ordinary)
             excess = self._excess.step(ordinary, max(STORM_SHARE, ordinary + TRIAL_ABOVE), refused=refused)
         elif self.searches[self._limit].per_s is not None and not self._runs.is_one:
-            excess = self._excess.step(ordinary, ordinary + EXCESS_ABOVE, refused=refused, times=patience)
+            excess = self._excess.step(ordinary, ordinary + EXCESS_ABOVE, refused=refused)
         return self._is_storm or excess
 
     @property
@@ -240,7 +240,7 @@ class Refusals:
             self._start_again()
         elif search.is_chance(at_s, now_s, self.share):
             self._slower_s = now_s + self._slower_wait_s  # that was such a trial
-            self._runs.is_chance()
+            self._runs.is_chance(now_s)
             self._on_kind("chance", f"{float(self.share):.1%} are refused at any rate")
             self._start_again()
         elif self._is_storm:

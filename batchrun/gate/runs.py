@@ -7,7 +7,7 @@ them although we went slower. Pauses and lower rates only lose time then.
 
 import msgspec
 
-FELL = 0.85
+FELL = 0.9
 """A measured rate so far below the last one is a fall: over ten requests it is off by a tenth."""
 
 AS_BEFORE = 0.97
@@ -21,6 +21,9 @@ SERIES_S = 30.0
 
 LEAST_RUN = 4
 ROWS_OF_A_STORM = 10
+MOST_COUNTED = 3.0
+"""A run is taken for no more than three refusals of the ordinary share: some of them may be chance, one by one."""
+
 TIMES = 2.0
 MAX_PATIENCE = 3.0
 """Twice the longest run that was seen is borne before it is a storm, up to thirty refusals: a longer one lasts, and to
@@ -29,9 +32,9 @@ send into it for longer would be a flood."""
 FORGOTTEN = 0.95
 """The longest run is forgotten by so much with each shorter one."""
 
-WATCHED = 200
+WATCHED_S = 20.0
 MOST_REFUSED = 0.5
-"""Where so many of the last attempts are refused while the rate is kept up, it was the rate."""
+"""Where so many attempts are refused over so long while the rate is kept up, it was the rate."""
 
 LASTS_S = 120.0
 """How long it is believed after the last run."""
@@ -59,6 +62,7 @@ class Runs:
         "_not_before_s",
         "_refused",
         "_series",
+        "_watched_s",
         "_wrong_for_s",
         "found",
         "is_paid",
@@ -73,14 +77,19 @@ class Runs:
         self._longest = 0.0
         self._last_s = -SERIES_S - 1
         self._series = _Series(None)
-        self._counted = self._refused = 0.0
+        self._watched_s = 0.0
+        self._counted = self._refused = 0
         self._not_before_s = 0.0
         self._wrong_for_s = WRONG_FOR_S
 
     @property
     def is_one(self) -> bool:
-        """True within a run, which shows nothing of a rate that is a little too high: that is refused here and there."""
-        return self.found and self.row >= LEAST_RUN
+        """True within a run, which counts once: where a rate is a little too high, it is refused here and there."""
+        return self.found and self.row > 1
+
+    def ordinary(self, share: float) -> float:
+        """The share of attempts refused in ordinary times, when each run counts once."""
+        return share / max(1.0, min(MOST_COUNTED, self._longest)) if self.found else share
 
     @property
     def patience(self) -> float:
@@ -115,6 +124,8 @@ class Runs:
         if measured is None:
             series.falls += self._fell and self.row >= LEAST_RUN
             self._fell = False
+        elif not series.measured:
+            series.measured = measured
         elif measured >= AS_BEFORE * series.measured:
             self._series = series = _Series(per_s, measured)
         elif measured < FELL * series.measured:
@@ -122,17 +133,17 @@ class Runs:
             series.falls += 1
         if series.falls < FALLS:
             return False
-        self._find()
+        self._find(now_s)
         return True
 
-    def is_chance(self) -> None:
+    def is_chance(self, now_s: float) -> None:
         """A share of refusals has stayed although we went slower: if there were runs, it is runs that stay."""
         if not self.found and self._longest >= LEAST_RUN:
-            self._find()
+            self._find(now_s)
 
-    def _find(self) -> None:
+    def _find(self, now_s: float) -> None:
         self.found = True
-        self._counted = self._refused = 0.0
+        self._watched_s, self._counted, self._refused = now_s, 0, 0
 
     @property
     def before(self) -> float | None:
@@ -140,12 +151,14 @@ class Runs:
         return self._series.before
 
     def _watch(self, at_s: float, *, refused: bool) -> None:
-        kept = 1 - 1 / WATCHED
-        self._counted = self._counted * kept + 1
-        self._refused = self._refused * kept + refused
-        if self._counted > WATCHED / 2 and self._refused > MOST_REFUSED * self._counted:
+        if at_s - self._last_s > LASTS_S:
+            self.found = False
+        self._counted += 1
+        self._refused += refused
+        if at_s - self._watched_s < WATCHED_S:
+            return
+        if self._refused > MOST_REFUSED * self._counted:
             self.found = False
             self._not_before_s = at_s + self._wrong_for_s
             self._wrong_for_s *= 2
-        elif at_s - self._last_s > LASTS_S:
-            self.found = False
+        self._watched_s, self._counted, self._refused = at_s, 0, 0
