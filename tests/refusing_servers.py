@@ -123,6 +123,26 @@ class BlackedOut:
 
 
 @dataclass
+class Windowed:
+    """Takes `quota` requests in each window of `window_s`, as fast as they come, and refuses all others."""
+
+    quota: int
+    window_s: float
+    latency_s: float = 0.2
+    retry_after_s: float | None = None
+    _window: int = field(default=-1, init=False)
+    _taken: int = field(default=0, init=False)
+
+    def ask(self, now_s: float, in_flight: int, rng: random.Random) -> Reply:
+        if (window := int(now_s / self.window_s)) != self._window:
+            self._window, self._taken = window, 0
+        if self._taken >= self.quota:
+            return Reply(False, REFUSAL_S, self.retry_after_s)
+        self._taken += 1
+        return Reply(True, spread(self.latency_s, 0.25, rng))
+
+
+@dataclass
 class Crowded:
     """Refuses while it works on `most`; its answers take `network_s` to arrive, so a client counts a few more."""
 

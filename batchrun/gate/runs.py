@@ -122,8 +122,8 @@ class Runs:
             return False
         series = self._series
         if measured is None:
-            series.falls += self._fell and self.row >= LEAST_RUN
-            self._fell = False
+            if self._fell and self.row >= LEAST_RUN:  # no limit that is a little too low refuses so many in a row
+                series.falls, self._fell = series.falls + 1, False
         elif not series.measured:
             series.measured = measured
         elif measured >= AS_BEFORE * series.measured:
