@@ -119,7 +119,7 @@ def test_chance_costs_what_it_costs_a_client_that_only_sends_the_refused_row_aga
         pytest.param(lambda: InRuns(5, 50), 95, id="5 of 50"),
         pytest.param(lambda: InRuns(7, 50), 70, id="7 of 50"),
         pytest.param(lambda: InRuns(9, 50), 75, id="9 of 50"),
-        pytest.param(lambda: InRuns(12, 50), 70, id="12 of 50"),
+        pytest.param(lambda: InRuns(12, 50), 50, id="12 of 50"),
         pytest.param(lambda: InRuns(7, 100), 70, id="7 of 100"),
         pytest.param(lambda: InRuns(9, 200), 70, id="9 of 200"),
         pytest.param(lambda: InRuns(12, 200), 70, id="12 of 200"),

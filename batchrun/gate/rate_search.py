@@ -158,7 +158,7 @@ class RateSearch:
         `lone`: it was one refusal whose headers show an empty bucket. `keep`: refusals come in runs here, so the rate
         stays as high as what was delivered lately.
         """
-        rate, rough = self.measured(at_s), False
+        rate, rough = self._measured(at_s), False
         before, share = self.per_s, self._share
         self._cut = None
         if rate is not None:
@@ -184,7 +184,7 @@ class RateSearch:
 
     def exceeded(self, at_s: float, now_s: float, ordinary: float = 0.0) -> Step:
         """More than the ordinary share was refused at this rate."""
-        rate = self.measured(at_s)
+        rate = self.shown(at_s)
         before, share = self.per_s, self._share
         assert before is not None
         if rate is None:
@@ -192,10 +192,8 @@ class RateSearch:
                 self._set_mark(at_s)
             return Step.TOO_EARLY
         self._remember(before)
-        if self._paused:
-            rate, rough = max(rate, LEAST_AFTER_PAUSE * before), True
-        else:
-            rough = self._taken_since() < FIRM_TIMES * self._amount
+        rough = self._paused or self._taken_since() < FIRM_TIMES * self._amount
+        if not self._paused:
             self._cut = _Cut(before, share, self._counted)
         self._pay(rate, ordinary)
         self._lower(rate * BELOW_MEASURED, now_s, rough=rough, why=f"refused; {rate * 60:.0f} a minute were accepted")
@@ -292,7 +290,7 @@ class RateSearch:
     def _taken_since(self) -> float:
         return self._delivered.total - (0.0 if self._mark is None else self._mark[1])
 
-    def measured(self, at_s: float) -> float | None:
+    def _measured(self, at_s: float) -> float | None:
         """Accepted ÷ time since the bucket was last empty; None where that says nothing yet."""
         if self._mark is None:
             return None
@@ -301,6 +299,13 @@ class RateSearch:
             return None
         at_least = BURST_OFF * (self.lately(at_s) or 0.0) if span_s > WINDOW_S else 0.0
         return max(taken / span_s, at_least)
+
+    def shown(self, at_s: float) -> float | None:
+        """What is measured, but for a bucket that a pause has filled without all of it being used."""
+        rate = self._measured(at_s)
+        if rate is None or not self._paused or self.per_s is None:
+            return rate
+        return max(rate, LEAST_AFTER_PAUSE * self.per_s)
 
     def _set_mark(self, at_s: float) -> None:
         self._mark = at_s, self._delivered.total

@@ -276,7 +276,7 @@ class Refusals:
 
     def _rate_is_no_cause(self, search: RateSearch, at_s: float, now_s: float) -> bool:
         """True where this has just been shown, and the rate from before holds again."""
-        if not self._runs.lowered(now_s, search.per_s, search.measured(at_s)):
+        if not self._runs.lowered(now_s, search.per_s, search.shown(at_s)):
             return False
         search.restore(self._runs.before, now_s, "refusals come in runs, slower or not")
         self._on_kind("chance", "refusals come in runs, slower or not")

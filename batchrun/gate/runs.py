@@ -20,6 +20,8 @@ SERIES_S = 30.0
 """A storm that comes later than this after the last is the first of a new series."""
 
 LEAST_RUN = 4
+"""Fewer refusals in a row are what a limit shows that is a little lower than the rate."""
+
 ROWS_OF_A_STORM = 10
 MOST_COUNTED = 3.0
 """A run is taken for no more than three refusals of the ordinary share: some of them may be chance, one by one."""
