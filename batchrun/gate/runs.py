@@ -22,7 +22,7 @@ SERIES_S = 30.0
 LEAST_RUN = 4
 """Fewer refusals in a row are what a limit shows that is a little lower than the rate."""
 
-ROWS_OF_A_STORM = 10
+IN_A_ROW = 10
 MOST_COUNTED = 3.0
 """A run is taken for no more than three refusals of the ordinary share: some of them may be chance, one by one."""
 
@@ -98,7 +98,7 @@ class Runs:
         """How many times as many refusals as usual are a storm."""
         if not self.found:
             return 1.0
-        return min(MAX_PATIENCE, max(1.0, TIMES * self._longest / ROWS_OF_A_STORM))
+        return min(MAX_PATIENCE, max(1.0, TIMES * self._longest / IN_A_ROW))
 
     def count(self, at_s: float, *, refused: bool) -> None:
         """One attempt more, in the order of sending."""

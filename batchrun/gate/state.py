@@ -50,7 +50,8 @@ BACKOFF_CAP_S = 60.0
 """Probes after 1, 2, 4 … 60 s: 10 of them in five minutes of outage, and never a minute and a half without a look."""
 
 PATIENT_COOLINGS = 3
-"""After a storm of 429 in the midst of answers: four probes a second apart, then after 2, 4 … 60 s, as a bucket fills within seconds."""
+"""After a storm of 429 in the midst of answers, so many more coolings of a second before they double: a bucket fills
+within seconds, and many spells are as short."""
 
 JITTER = 0.5
 LEAST_JITTERED_S = 0.1
