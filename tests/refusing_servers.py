@@ -78,6 +78,71 @@ class Limited:
 
 
 @dataclass
+class InRuns:
+    """Refuses the last `refused` of each `of` requests whatever the pace, before a bucket that holds `per_s`.
+
+    What is refused in a run takes nothing from the bucket.
+    """
+
+    refused: int
+    of: int
+    per_s: float = math.inf
+    latency_s: float = 0.1
+    retry_after_s: float | None = None
+    _arrived: int = field(default=0, init=False)
+    _limit: Limited = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._limit = Limited(self.per_s, self.latency_s, self.retry_after_s)
+
+    def ask(self, now_s: float, in_flight: int, rng: random.Random) -> Reply:
+        self._arrived += 1
+        if (self._arrived - 1) % self.of >= self.of - self.refused:
+            return Reply(False, REFUSAL_S, self.retry_after_s)
+        return self._limit.ask(now_s, in_flight, rng)
+
+
+@dataclass
+class BlackedOut:
+    """Refuses everything for the first `dark_s` of each `every_s` seconds, before a bucket that holds `per_s`."""
+
+    dark_s: float
+    every_s: float
+    per_s: float = math.inf
+    latency_s: float = 0.1
+    retry_after_s: float | None = None
+    _limit: Limited = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._limit = Limited(self.per_s, self.latency_s, self.retry_after_s)
+
+    def ask(self, now_s: float, in_flight: int, rng: random.Random) -> Reply:
+        if now_s % self.every_s < self.dark_s:
+            return Reply(False, REFUSAL_S, self.retry_after_s)
+        return self._limit.ask(now_s, in_flight, rng)
+
+
+@dataclass
+class Windowed:
+    """Takes `quota` requests in each window of `window_s`, as fast as they come, and refuses all others."""
+
+    quota: int
+    window_s: float
+    latency_s: float = 0.2
+    retry_after_s: float | None = None
+    _window: int = field(default=-1, init=False)
+    _taken: int = field(default=0, init=False)
+
+    def ask(self, now_s: float, in_flight: int, rng: random.Random) -> Reply:
+        if (window := int(now_s / self.window_s)) != self._window:
+            self._window, self._taken = window, 0
+        if self._taken >= self.quota:
+            return Reply(False, REFUSAL_S, self.retry_after_s)
+        self._taken += 1
+        return Reply(True, spread(self.latency_s, 0.25, rng))
+
+
+@dataclass
 class Crowded:
     """Refuses while it works on `most`; its answers take `network_s` to arrive, so a client counts a few more."""
 

@@ -16,9 +16,21 @@ from batchrun.gate.admission import Ask, Limit, Outcome
 from batchrun.gate.pace import Pace
 from batchrun.gate.rate_search import RateSearch
 from batchrun.gate.rates import Rates
+from batchrun.gate.runs import Runs
 from batchrun.records import RowError, Verdict
 from tests.moved_clock import START_S, run_on_moved_clock
-from tests.refusing_servers import Crowded, Limited, Played, Queueing, RefusingServer, play, play_retry
+from tests.refusing_servers import (
+    BlackedOut,
+    Crowded,
+    InRuns,
+    Limited,
+    Played,
+    Queueing,
+    RefusingServer,
+    Windowed,
+    play,
+    play_retry,
+)
 from tests.test_gate import new_gate, now_s
 
 SEEDS = 5
@@ -99,6 +111,75 @@ def test_chance_costs_what_it_costs_a_client_that_only_sends_the_refused_row_aga
 ) -> None:
     ideal = ideal_s(server, rows, allowed)
     assert min(100 * ideal / run.took_s for run in runs(server, rows, allowed)) >= percent
+
+
+@pytest.mark.parametrize(
+    ("server", "percent"),
+    [
+        pytest.param(lambda: InRuns(5, 50), 95, id="5 of 50"),
+        pytest.param(lambda: InRuns(7, 50), 70, id="7 of 50"),
+        pytest.param(lambda: InRuns(9, 50), 75, id="9 of 50"),
+        pytest.param(lambda: InRuns(12, 50), 50, id="12 of 50"),
+        pytest.param(lambda: InRuns(7, 100), 70, id="7 of 100"),
+        pytest.param(lambda: InRuns(9, 200), 70, id="9 of 200"),
+        pytest.param(lambda: InRuns(12, 200), 70, id="12 of 200"),
+        pytest.param(lambda: InRuns(9, 50, retry_after_s=1.0), 95, id="9 of 50, with Retry-After"),
+        pytest.param(lambda: InRuns(12, 50, retry_after_s=1.0), 75, id="12 of 50, with Retry-After"),
+        pytest.param(lambda: InRuns(12, 100, retry_after_s=1.0), 70, id="12 of 100, with Retry-After"),
+        pytest.param(lambda: BlackedOut(3, 10), 75, id="3 s of each 10"),
+        pytest.param(lambda: BlackedOut(3, 10, retry_after_s=1.0), 75, id="3 s of each 10, with Retry-After"),
+        pytest.param(lambda: BlackedOut(1, 10), 80, id="1 s of each 10"),
+    ],
+)
+def test_refusals_that_come_in_runs_whatever_the_rate_do_not_lower_it_for_long(
+    server: Callable[[], RefusingServer], percent: float
+) -> None:
+    ideal = ideal_s(server, 10_000, 32)
+    assert min(100 * ideal / run.took_s for run in runs(server, 10_000, 32)) >= percent
+
+
+DARK_S = 3_000 / 50 / 0.7 - 2
+"""3,000 rows at 50 a second in seven of each ten seconds, less two seconds' burst."""
+
+
+@pytest.mark.parametrize(
+    ("server", "rows", "ideal_s", "percent"),
+    [
+        pytest.param(lambda: InRuns(9, 50, 50.0, 0.4), 3_000, LIMITED_S, 65, id="9 of 50"),
+        pytest.param(lambda: InRuns(7, 100, 50.0, 0.4), 3_000, LIMITED_S, 75, id="7 of 100"),
+        pytest.param(lambda: InRuns(12, 200, 50.0, 0.4, 1.0), 3_000, LIMITED_S, 60, id="12 of 200, with Retry-After"),
+        pytest.param(lambda: BlackedOut(3, 10, 50.0, 0.4), 3_000, DARK_S, 75, id="3 s of each 10"),
+        pytest.param(lambda: BlackedOut(3, 10, 50.0, 0.4, 1.0), 3_000, DARK_S, 75, id="3 s of each 10, Retry-After"),
+        pytest.param(lambda: Windowed(500, 10.0), 3_000, 50.0, 80, id="500 in ten seconds, then none"),
+    ],
+)
+def test_a_limit_beside_runs_of_refusals_is_used(
+    server: Callable[[], RefusingServer], rows: int, ideal_s: float, percent: float
+) -> None:
+    assert min(100 * ideal_s / run.took_s for run in runs(server, rows, 64)) >= percent
+
+
+def test_rates_that_go_on_falling_are_no_limit_and_a_limit_that_fell_once_is() -> None:
+    fell, falls = Runs(), Runs()
+    assert [fell.lowered(at_s, 50.0, measured) for at_s, measured in ((1, 50.0), (4, 25.0), (9, 24.8), (15, 25.1))] == [
+        False
+    ] * 4
+    assert [falls.lowered(at_s, 50.0, measured) for at_s, measured in ((1, 50.0), (4, 25.0), (9, 14.0))] == [
+        False,
+        False,
+        True,
+    ]
+    assert falls.before == 50.0
+
+
+def test_runs_that_go_on_where_most_is_refused_were_the_rates_fault() -> None:
+    found = Runs()
+    for at_s, measured in ((1.0, 50.0), (4.0, 25.0), (9.0, 14.0)):
+        found.lowered(at_s, 50.0, measured)
+    for at in range(300):
+        found.count(9.0 + at / 10, refused=at % 3 > 0)
+    assert not found.found
+    assert not any(found.lowered(40.0 + at_s, 50.0, 50.0 / at_s) for at_s in (1, 2, 4, 8))
 
 
 @pytest.mark.parametrize(

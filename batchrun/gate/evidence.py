@@ -102,8 +102,8 @@ class Walk:
         self._at = 0.0
         self.refused = self.count = 0
 
-    def step(self, ordinary: float, much: float, *, refused: bool) -> bool:
-        """One attempt more; True where this refusal makes it too many."""
+    def step(self, ordinary: float, much: float, *, refused: bool, times: float = 1.0) -> bool:
+        """One attempt more; True where this refusal makes it too many, `times` as many as usual."""
         if not refused and not self._at:
             self._on_zero(0, 1)  # what nearly every attempt comes to, without a logarithm
             return False
@@ -111,7 +111,7 @@ class Walk:
         if refused:
             self.refused += 1
             self._at += math.log(much / ordinary)
-            return self._at >= self._bar
+            return self._at >= self._bar * times
         self._at += math.log((1 - much) / (1 - ordinary))
         if self._at <= 0:
             self._on_zero(self.refused, self.count)

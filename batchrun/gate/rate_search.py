@@ -6,12 +6,12 @@ moment, and taking that for a limit makes each refusal shrink the next rate. Wha
 little below a measured limit refusals end, and by chance they stay. If they stay, the rate before is restored.
 """
 
-from collections import deque
 from enum import Enum, auto
 
 import msgspec
 
 from batchrun.gate.admission import Limit
+from batchrun.gate.delivered import LEAST_SPAN_S, WINDOW_S, Delivered
 from batchrun.gate.evidence import Share
 from batchrun.gate.pace import Pace
 
@@ -35,15 +35,12 @@ A single request too many has no such excuse: somebody else draws on the limit, 
 LEAST_AFTER_PAUSE = 0.4
 """What is kept at least of the rate after a pause: what the bucket saved up meanwhile may not all have been used."""
 
-LEAST_SPAN_S = 1.0
 LEAST_TIMES = 10
 """Over less than a second, or ten times what was refused, one request more or less is too much of a rate."""
 
 FIRM_TIMES = 20
 """Over less, the rate is a rough one, and tried upwards faster."""
 
-WINDOW_S = 10.0
-GRAIN_S = 0.05
 BURST_OFF = 0.85
 """Where the bucket was empty long ago, less than the limit may have been sent since: what was taken in the last ten
 seconds bounds the limit from below, once a burst is taken off it."""
@@ -53,6 +50,9 @@ STEP, EVERY_S, MAX_EVERY_S, EVERY = 0.01, 3.0, 8.0, 40
 FASTER, ROUGH_FASTER, MAX_STEP = 2.0, 1.5, 0.32
 """Upwards by 1, 2, 4 … 32 %, after three seconds or forty requests each (a rough rate by 5 % after one second or ten):
 a limit that was doubled is in use within half a minute, and one that was not costs a refusal in a hundred requests."""
+
+DOUBLED = 1.0
+"""After refusals whose cause was not the rate it doubles each second, until they come back."""
 
 WORTH = 0.02
 MOST_REST = 100
@@ -108,8 +108,7 @@ class RateSearch:
         self._step = STEP
         self._raised_s = 0.0
         self._raised_total = 0.0
-        self._taken = 0.0
-        self._lately: deque[tuple[float, float]] = deque()
+        self._delivered = Delivered()
         self._mark: tuple[float, float] | None = None
         self._paused = False
         self._counted = self._refused = 0
@@ -143,28 +142,21 @@ class RateSearch:
             self._refused += 1
             self._amount = amount
             return
-        self._taken += amount
-        lately = self._lately
-        if not lately or at_s - lately[-1][0] >= GRAIN_S:
-            lately.append((at_s, self._taken))
-        while at_s - lately[0][0] > WINDOW_S:
-            lately.popleft()
+        self._delivered.add(at_s, amount)
 
     def correct(self, more: float) -> None:
         """What was taken was so much more than was thought."""
-        self._taken += more
+        self._delivered.total += more
 
     def lately(self, at_s: float) -> float | None:
         """What was taken per second in the last ten; None over less than a second."""
-        if not self._lately or at_s - self._lately[0][0] < LEAST_SPAN_S:
-            return None
-        first_s, first = self._lately[0]
-        return (self._taken - first) / (at_s - first_s)
+        return self._delivered.lately(at_s)
 
-    def storm(self, at_s: float, now_s: float, *, lone: bool = False) -> None:
+    def storm(self, at_s: float, now_s: float, *, lone: bool = False, keep: bool = False) -> None:
         """Nearly everything sent at about `at_s` was refused: the bucket is empty, and the gate pauses.
 
-        `lone`: it was one refusal whose headers show an empty bucket.
+        `lone`: it was one refusal whose headers show an empty bucket. `keep`: refusals come in runs here, so the rate
+        stays as high as what was delivered lately.
         """
         rate, rough = self._measured(at_s), False
         before, share = self.per_s, self._share
@@ -177,20 +169,22 @@ class RateSearch:
             rate, rough = BELOW_LONE * known, True
         elif (known := before or self._known_per_s) is not None:
             rate, rough = BELOW_REFUSED * known, True
-            if self._taken:
+            if self._delivered.total:
                 least = 0.0 if before is None else LEAST_LEARNED * before
-                rate = min(rate, max(least, BELOW_BURST * self._in_last_second(at_s)))
-        elif self._taken:
-            rate, rough = BELOW_BURST * self._in_last_second(at_s), True
+                rate = min(rate, max(least, BELOW_BURST * self._delivered.in_last_second(at_s)))
+        elif self._delivered.total:
+            rate, rough = BELOW_BURST * self._delivered.in_last_second(at_s), True
         self._remember(before)
         if rate is not None:
+            if keep and (kept := BELOW_MEASURED * self._delivered.sustained()) > rate:
+                rate, rough = kept, True
             self._lower(rate, now_s, rough=rough, why="an empty bucket" if lone else "nearly everything was refused")
         self._set_mark(at_s)
         self._paused = True
 
     def exceeded(self, at_s: float, now_s: float, ordinary: float = 0.0) -> Step:
         """More than the ordinary share was refused at this rate."""
-        rate = self._measured(at_s)
+        rate = self.shown(at_s)
         before, share = self.per_s, self._share
         assert before is not None
         if rate is None:
@@ -198,10 +192,8 @@ class RateSearch:
                 self._set_mark(at_s)
             return Step.TOO_EARLY
         self._remember(before)
-        if self._paused:
-            rate, rough = max(rate, LEAST_AFTER_PAUSE * before), True
-        else:
-            rough = self._taken_since() < FIRM_TIMES * self._amount
+        rough = self._paused or self._taken_since() < FIRM_TIMES * self._amount
+        if not self._paused:
             self._cut = _Cut(before, share, self._counted)
         self._pay(rate, ordinary)
         self._lower(rate * BELOW_MEASURED, now_s, rough=rough, why=f"refused; {rate * 60:.0f} a minute were accepted")
@@ -231,6 +223,13 @@ class RateSearch:
         self._rough, self._step, self.raised = False, STEP, True
         return True
 
+    def restore(self, per_s: float | None, now_s: float, why: str) -> None:
+        """The rate was no cause of refusals: the one from before holds again."""
+        self._cut = self.confirmed = None
+        self._mark = None
+        self._set(per_s, now_s, why)
+        self._rough, self._step, self.raised = True, DOUBLED, True
+
     def slower_helped(self, per_s: float, now_s: float) -> None:
         """At a lower rate nothing was refused: so much was accepted before, and that is the limit."""
         self._mark = self._cut = None
@@ -241,7 +240,7 @@ class RateSearch:
         rate = self.per_s
         if rate is None:
             return
-        requests_per_s = rate * self._pace.requests / self._taken if self._taken else rate
+        requests_per_s = rate * self._pace.requests / self._delivered.total if self._delivered.total else rate
         if self._rough:
             every_s = min(MAX_EVERY_S, max(ROUGH_EVERY_S, ROUGH_EVERY / requests_per_s))
         else:
@@ -261,7 +260,8 @@ class RateSearch:
             self.confirmed = rate * 60
         self.raised = True
         self._set(rate * (1 + self._step), now_s, "nothing refused since")
-        self._step = min(MAX_STEP, (ROUGH_FASTER if self._rough else FASTER) * self._step)
+        if self._step < DOUBLED:
+            self._step = min(MAX_STEP, (ROUGH_FASTER if self._rough else FASTER) * self._step)
 
     def drop(self, now_s: float, why: str) -> None:
         """There is no learned rate any more."""
@@ -288,11 +288,7 @@ class RateSearch:
         return self._refused / max(1, self._counted)
 
     def _taken_since(self) -> float:
-        return self._taken - (0.0 if self._mark is None else self._mark[1])
-
-    def _in_last_second(self, at_s: float) -> float:
-        before = [taken for moment_s, taken in self._lately if at_s - moment_s > LEAST_SPAN_S]
-        return self._taken - (before[-1] if before else 0.0)
+        return self._delivered.total - (0.0 if self._mark is None else self._mark[1])
 
     def _measured(self, at_s: float) -> float | None:
         """Accepted ÷ time since the bucket was last empty; None where that says nothing yet."""
@@ -304,8 +300,15 @@ class RateSearch:
         at_least = BURST_OFF * (self.lately(at_s) or 0.0) if span_s > WINDOW_S else 0.0
         return max(taken / span_s, at_least)
 
+    def shown(self, at_s: float) -> float | None:
+        """What is measured, but for a bucket that a pause has filled without all of it being used."""
+        rate = self._measured(at_s)
+        if rate is None or not self._paused or self.per_s is None:
+            return rate
+        return max(rate, LEAST_AFTER_PAUSE * self.per_s)
+
     def _set_mark(self, at_s: float) -> None:
-        self._mark = at_s, self._taken
+        self._mark = at_s, self._delivered.total
         self._counted = self._refused = 0
 
     def _pay(self, measured: float, ordinary: float) -> None:

@@ -23,6 +23,7 @@ from batchrun.gate.evidence import Sent, Share, Trail, Walk
 from batchrun.gate.in_flight import InFlight
 from batchrun.gate.pace import Pace
 from batchrun.gate.rate_search import RateSearch, Step
+from batchrun.gate.runs import Runs
 
 STORM_BAR = 10.9
 LEAST_ORDINARY, LEAST_ORDINARY_KNOWN, MOST_ORDINARY = 0.2, 0.1, 0.5
@@ -101,6 +102,7 @@ class Refusals:
         self._trail = Trail()
         self._storm = Walk(STORM_BAR, self._ordinary)
         self._excess = Walk(EXCESS_BAR)
+        self._runs = Runs()
         self._since = 0  # attempts of a lower order were sent before the last change: they say nothing of it
         self._taken = True
         self._limit = Limit.REQUESTS
@@ -171,6 +173,8 @@ class Refusals:
         refused = bool(attempt.refused)
         self._requests.count(attempt.at_s, 1, refused=refused)
         self._tokens.count(attempt.at_s, attempt.tokens, refused=refused)
+        if refused or self._runs.row or self._runs.found:
+            self._runs.count(attempt.at_s, refused=refused)
         if not refused and self._is_quiet:
             self._crowding.took(now_s, attempt.others, self._in_flight.most)
             if order >= self._since:
@@ -202,14 +206,15 @@ class Refusals:
     def _is_too_much(self, *, refused: bool) -> bool:
         share = float(self.share)
         ordinary = min(MOST_ORDINARY, max(self._least_ordinary, share))
-        storm = self._storm.step(ordinary, max(STORM_SHARE, ordinary + STORM_ABOVE), refused=refused)
+        patience = self._runs.patience
+        storm = self._storm.step(ordinary, max(STORM_SHARE, ordinary + STORM_ABOVE), refused=refused, times=patience)
         self._is_storm = storm or (refused and not self._taken and self._storm.refused >= NONE_TAKEN)
-        ordinary = min(MAX_ORDINARY, max(LEAST_SHARE, share))
+        ordinary = min(MAX_ORDINARY, max(LEAST_SHARE, self._runs.ordinary(share)))
         excess = False
         if self._crowding.on_trial:
             ordinary = max(TRIAL_ORDINARY, ordinary)
             excess = self._excess.step(ordinary, max(STORM_SHARE, ordinary + TRIAL_ABOVE), refused=refused)
-        elif self.searches[self._limit].per_s is not None:
+        elif self.searches[self._limit].per_s is not None and not self._runs.is_one:
             excess = self._excess.step(ordinary, ordinary + EXCESS_ABOVE, refused=refused)
         return self._is_storm or excess
 
@@ -235,13 +240,17 @@ class Refusals:
             self._start_again()
         elif search.is_chance(at_s, now_s, self.share):
             self._slower_s = now_s + self._slower_wait_s  # that was such a trial
+            self._runs.is_chance(now_s)
             self._on_kind("chance", f"{float(self.share):.1%} are refused at any rate")
             self._start_again()
         elif self._is_storm:
             self._pause(at_s, now_s)
+        elif self._rate_is_no_cause(search, at_s, now_s):
+            self._start_again()
         elif search.exceeded(at_s, now_s, float(self.share)) is Step.TOO_EARLY:
             self._excess.clear()
         else:
+            self._runs.is_paid = True
             self._on_kind("limit", "more was refused than in ordinary times")
             self._start_again()
 
@@ -254,11 +263,24 @@ class Refusals:
 
     def _pause(self, at_s: float, now_s: float, *, lone: bool = False) -> None:
         self._finding = Finding(storm=True, taken=self._taken)
-        self.searches[self._limit].storm(at_s, now_s, lone=lone)
+        search = self.searches[self._limit]
+        if not lone and self._rate_is_no_cause(search, at_s, now_s):
+            pass
+        elif lone or not self._runs.is_paid:
+            search.storm(at_s, now_s, lone=lone, keep=self._runs.found)
+            self._runs.is_paid = True
         self._on_kind("limit", "an empty bucket" if lone else "nearly everything was refused")
         self._taken = False
         self._slower = None
         self._start_again()
+
+    def _rate_is_no_cause(self, search: RateSearch, at_s: float, now_s: float) -> bool:
+        """True where this has just been shown, and the rate from before holds again."""
+        if not self._runs.lowered(now_s, search.per_s, search.shown(at_s)):
+            return False
+        search.restore(self._runs.before, now_s, "refusals come in runs, slower or not")
+        self._on_kind("chance", "refusals come in runs, slower or not")
+        return True
 
     def _start_again(self) -> None:
         """What was sent until now is no evidence of what has been changed."""
@@ -272,6 +294,8 @@ class Refusals:
             self.share.add(refused, count)
 
     def _begin_slower(self, at_s: float, now_s: float) -> None:
+        if self._runs.found:
+            return  # a trial of a hundred requests may fall between two runs
         share, free = float(self.share), all(pace.per_minute is None for pace in self._paces.values())
         if share < LEAST_DOUBTED or not free or self._crowding.cap is not None or now_s < self._slower_s:
             return

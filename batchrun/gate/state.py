@@ -49,6 +49,10 @@ BACKOFF_BASE_S = 1.0
 BACKOFF_CAP_S = 60.0
 """Probes after 1, 2, 4 … 60 s: 10 of them in five minutes of outage, and never a minute and a half without a look."""
 
+PATIENT_COOLINGS = 3
+"""After a storm of 429 in the midst of answers, so many more coolings of a second before they double: a bucket fills
+within seconds, and many spells are as short."""
+
 JITTER = 0.5
 LEAST_JITTERED_S = 0.1
 """Up to half of the wait is added, never subtracted: no probe before its time, no two processes in step. After a short
@@ -305,7 +309,8 @@ class GateState:
 
         A first 429 that says how long is taken at its word (`paced`): the endpoint is well, and the pace is lowered.
         """
-        backoff_s = min(BACKOFF_CAP_S, BACKOFF_BASE_S * 2 ** min(self._coolings, 30))
+        doublings = max(0, self._coolings - PATIENT_COOLINGS) if paced and self.successes else self._coolings
+        backoff_s = min(BACKOFF_CAP_S, BACKOFF_BASE_S * 2 ** min(doublings, 30))
         if paced and floor_s is not None and not self._coolings:
             backoff_s = min(backoff_s, max(floor_s, LEAST_JITTERED_S))
             wait_s = floor_s
