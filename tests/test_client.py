@@ -389,27 +389,44 @@ def test_a_server_that_closes_each_connection_behind_its_answer_leaves_nothing_i
     closes_after_s: float, workers: int
 ) -> None:
     """It closes whatever may be on its way then: who used the connection again at once would not know what became of
-    the request.
+    the request. On a machine that held the server up until the client had to believe it, nothing is shown: once more.
     """
 
-    async def answers_and_closes(exchange: Exchange) -> None:
-        assert exchange.place == 0, "a connection was used again"
-        await exchange.send(answer())
-        await asyncio.sleep(closes_after_s)
-        exchange.writer.close()
+    async def main() -> bool:
+        in_time, ended, places = True, list[Attempt](), set[int]()
 
-    async def main() -> None:
+        async def answers_and_closes(exchange: Exchange) -> None:
+            nonlocal in_time
+            places.add(exchange.place)
+            begun = time.monotonic()
+            await exchange.send(answer())
+            await asyncio.sleep(closes_after_s)
+            exchange.writer.close()
+            await exchange.writer.wait_closed()
+            in_time &= time.monotonic() - begun < rules.SETTLING_S - 0.002
+
         async with serving(answers_and_closes) as server, client_of(server.url) as client:
 
             async def work() -> None:
                 for _ in range(10):
-                    attempt = await client.send(b"{}", "x")
-                    assert (kind_of(attempt), attempt.body) == (None, FINE)
+                    ended.append(await client.send(b"{}", "x"))
 
             await asyncio.gather(*(work() for _ in range(workers)))
+            if not in_time:
+                return False
+            assert {(kind_of(attempt), attempt.body) for attempt in ended} == {(None, FINE)}
+            assert places == {0}, "a connection was used again"
             assert len(server.exchanges) == 10 * workers
+            return True
 
-    run(main())
+    shown: list[bool] = []
+
+    async def until_shown() -> None:
+        while not any(shown) and len(shown) < 20:
+            shown.append(await main())
+
+    run(until_shown())
+    assert any(shown), "the machine is too busy to show it"
 
 
 def test_reusing_connections_begins_with_one_and_ends_when_two_in_a_row_are_dropped() -> None:
