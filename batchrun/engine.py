@@ -304,7 +304,7 @@ def _finish(job: Job, store: Store, status: RunStatus) -> Summary:
     with signals.raised():  # the event loop that has ended took its own handlers along
         if (unsettled := store.chunks.open_next()) is not None:
             raise CheckpointError(f"chunk {unsettled.chunk.chunk}: has pending rows that the totals count as settled")
-        status.state = "writing"
+        status.start_writing()
         plan = store.plan
         result.write(plan.facts, plan.schema, store.checkpoint, store.chunks, store.directory, status.summary())
         return status.end("complete", _exit_code(job, status.summary()), None)

@@ -432,8 +432,7 @@ def refused(history: History, judgement: Judgement, *, corroborated: bool, at_ta
 
 def is_refused_for_good(history: History, retry: Retry, share: float) -> bool:
     """Whether the row itself is why it is refused, where this share of rows is refused although they are fine."""
-    by_chance = 1.0 if share <= WELL_SHARE else math.log(WELL_SHARE) / math.log(min(share, 0.999))
-    return history.refused >= REFUSALS * retry.max_attempts * by_chance or history.refused_alone >= max(
+    return history.refused >= REFUSALS * retry.max_attempts * _by_chance(share) or history.refused_alone >= max(
         retry.max_attempts, CHANCE_REFUSED + 1
     )
 
@@ -447,9 +446,7 @@ def patience_s(least_s: float, left: int, retry: Retry) -> float:
 
 def is_chargeable(judgement: Judgement) -> bool:
     """Whether such an end can count against its row: what is retried, but for the wait that a 429 asks for."""
-    if judgement.verdict is Verdict.SLOW:
-        return judgement.error is None or judgement.error.http_status != 429
-    return judgement.verdict in (Verdict.FREE, Verdict.MAYBE)
+    return is_retried(judgement) and not is_refusal(judgement)
 
 
 def asked_again(history: History, settled: Settlement, retry: Retry) -> History | None:
@@ -498,24 +495,28 @@ def failing_share(share: float, history: History, judgement: Judgement) -> float
     """The share of first attempts that fail although their row may be fine, with one attempt more; over about
     `SHARE_OF` of them. First ones only: a row that fails for ever would show in it again and again.
     """
-    if history.attempts > 1:
-        return share
-    failed = judgement.verdict in (Verdict.FREE, Verdict.MAYBE)
-    return share + (failed - share) / SHARE_OF
+    return _share_of_first(share, history, judgement.verdict in (Verdict.FREE, Verdict.MAYBE))
 
 
 def refused_share(share: float, history: History, judgement: Judgement) -> float:
     """The same for first attempts that are refused with a 429."""
-    return share if history.attempts > 1 else share + (is_refusal(judgement) - share) / SHARE_OF
+    return _share_of_first(share, history, is_refusal(judgement))
+
+
+def _share_of_first(share: float, history: History, counts: bool) -> float:
+    return share if history.attempts > 1 else share + (counts - share) / SHARE_OF
 
 
 def stretch(share: float) -> float:
     """How much longer a row's caps are while this share of first attempts fails: so long that chance alone uses them
     up no oftener than where the endpoint is well. With 30 % failing, four 5xx in a row are one row in 120.
     """
-    if share <= WELL_SHARE:
-        return 1.0
-    return min(MAX_STRETCH, math.log(WELL_SHARE) / math.log(share)) if share < 1 else MAX_STRETCH
+    return min(MAX_STRETCH, _by_chance(share))
+
+
+def _by_chance(share: float) -> float:
+    """How many times as many in a row are as rare where this share fails by chance as one is where few do."""
+    return 1.0 if share <= WELL_SHARE else math.log(WELL_SHARE) / math.log(min(share, 0.999))
 
 
 LEAST_JITTER_S = 0.1

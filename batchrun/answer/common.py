@@ -73,7 +73,8 @@ _decode = msgspec.json.Decoder(_Completion).decode
 def read(body: bytes) -> Answer | None:
     """What the body says; None where it is not the common answer, whatever else it is."""
     try:
-        body.decode()  # msgspec does not look into the text of fields that it skips
+        if not body.isascii():
+            body.decode()  # msgspec does not look into the text of fields that it skips
         found = _decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None

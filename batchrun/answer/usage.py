@@ -333,10 +333,6 @@ def _said(usage: Mapping[str, Any], paths: tuple[Path, ...]) -> bool:
     return any(count(_at(usage, path)) is not None for path in paths)
 
 
-def _in_sum(usage: Mapping[str, Any]) -> int:
-    return (_first(usage, _PROMPT) or 0) + (_first(usage, _COMPLETION) or 0)
-
-
 def _with_upstream(usage: Mapping[str, Any], cost: Decimal) -> Decimal | None:
     """With what the upstream vendor bills by itself, where the key is the user's own there; None: it is not stated."""
     if usage.get("is_byok") is not True:

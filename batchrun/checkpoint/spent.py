@@ -202,7 +202,7 @@ def fold(
     folded = msgspec.structs.replace(
         spent, totals=totals, standing=standing, answered_as=answered_as, unstated=unstated
     )
-    return with_changes(folded, changes)
+    return with_changes(folded, changes) if changes else folded
 
 
 def _with_unstated(known: Unstated, endings: Sequence[Ending]) -> Unstated:

@@ -58,12 +58,6 @@ class Ended(msgspec.Struct, frozen=True):
         return error
 
     @property
-    def rate_limited(self) -> bool:
-        """True after a 429 that time lifts: the gate itself waits then."""
-        error = self.judgement.error
-        return self.judgement.verdict is Verdict.SLOW and error is not None and error.http_status == 429
-
-    @property
     def said(self) -> str:
         """What the model said, as a message of its own: calls as the JSON that they are."""
         call = self.answer.function_call

@@ -15,6 +15,7 @@ from enum import Enum
 
 import msgspec
 
+from batchrun.gate.waiters import Waiters
 from batchrun.output.chunks import OpenChunk
 from batchrun.policy import NEW, History
 from batchrun.records import Attempt, Correction, Request, Row, RowError, SetAside, Usage, Verdict
@@ -120,7 +121,7 @@ class Backlog:
         self._exhausted = False
         self._closed = False
         self.left_to_wait = 0  # rows that were left when all others had ended: each waits for longer than allowed
-        self._waiting: set[asyncio.Future[None]] = set()
+        self._waiters = Waiters()
 
     @property
     def alone(self) -> bool:
@@ -181,7 +182,7 @@ class Backlog:
         """The row is to be asked again, not before `due_s` on the clock."""
         self._busy -= 1
         heapq.heappush(self._retries, (due_s, pending.request.row, pending))
-        self._wake_all()
+        self._waiters.wake()
 
     def put_back(self, pending: Pending) -> None:
         """The row was not sent: it is handed out again as if it had not been."""
@@ -193,7 +194,7 @@ class Backlog:
             heapq.heappush(self._returned, (pending.request.row, pending))
         else:
             heapq.heappush(self._retries, (self._clock(), pending.request.row, pending))
-        self._wake_all()
+        self._waiters.wake()
 
     def is_doubted(self, row: int) -> bool:
         """True for a row that is out of which no more is known than that others like it fail, while another kind of row
@@ -226,7 +227,7 @@ class Backlog:
         """The row is to be asked again only when there is no other."""
         self._busy -= 1
         self._held.append(pending)
-        self._wake_all()
+        self._waiters.wake()
 
     def release(self, row: int) -> None:
         """A held row is being settled after all."""
@@ -237,16 +238,16 @@ class Backlog:
         """A row that was out is settled."""
         self._busy -= 1
         if not self._busy or self._closed:
-            self._wake_all()
+            self._waiters.wake()
 
     def close(self) -> None:
         """Nothing more is handed out."""
         self._closed = True
-        self._wake_all()
+        self._waiters.wake()
 
     def wake(self) -> None:
         """Who waits looks again: there may be room."""
-        self._wake_all()
+        self._waiters.wake()
 
     async def stop(self) -> None:
         """No thread of ours is at work any more."""
@@ -358,14 +359,14 @@ class Backlog:
             self._opening = None
             if opened is None:
                 self._exhausted = True
-                self._wake_all()
+                self._waiters.wake()
                 return
             self._batches = ((rows, opened) for rows in opened.rows())
             self._begin_opening()
             return
         rows, chunk = batch
         self._fresh.extend((row, chunk) for row in rows)
-        self._wake_all()
+        self._waiters.wake()
 
     def _begin_opening(self) -> "asyncio.Task[OpenChunk | None]":
         if self._opening is None:
@@ -373,25 +374,6 @@ class Backlog:
         return self._opening
 
     async def _wait(self, *, timed: bool = True) -> None:
-        """Returns when something has changed, or the next retry is due. (asyncio.wait_for would take a task each.)"""
-        loop = asyncio.get_running_loop()
-        waiter = loop.create_future()
-        self._waiting.add(waiter)
-        timer = None
-        if timed and self._retries:
-            timer = loop.call_later(max(0.0, self._retries[0][0] - self._clock()), _wake, waiter)
-        try:
-            await waiter
-        finally:
-            self._waiting.discard(waiter)
-            if timer is not None:
-                timer.cancel()
-
-    def _wake_all(self) -> None:
-        for waiter in self._waiting:
-            _wake(waiter)
-
-
-def _wake(waiter: "asyncio.Future[None]") -> None:
-    if not waiter.done():
-        waiter.set_result(None)
+        """Returns when something has changed, or the next retry is due."""
+        due = timed and bool(self._retries)
+        await self._waiters.wait(self._retries[0][0] - self._clock() if due else None)

@@ -102,6 +102,10 @@ class RunStatus:
         self.log.write("started", invocation=phase.checkpoint.invocation, resumed=plan.resumed, rows=plan.rows)
         self.write(self.summary())
 
+    def start_writing(self) -> None:
+        """All rows are settled: the result is being written."""
+        self.state = "writing"
+
     def tuned(self, answer: Tuned) -> None:
         """`batchrun tune` finds its answer in the next summary."""
         self._tuned = answer

@@ -10,6 +10,7 @@ import asyncio
 import functools
 import random
 from collections.abc import Sequence
+from decimal import Decimal
 
 import msgspec
 
@@ -177,14 +178,14 @@ class Workers:
         n = pending.history.attempts + 1
         if (held := self._held.pop(request.row, None)) is not None:
             self._checkpoint.put(held.discarded())
-        bound_usd, bound_tokens = self.gate.bound(slot)
-        self._slots.take(slot, request.row, n, request.key, bound_usd, bound_tokens)
+        bound = self.gate.bound(slot)
+        self._slots.take(slot, request.row, n, request.key, *bound)
         successes = self.gate.successes
         self.sent += 1
         attempt = await self._transport.send(request.body, self._store.attempt_id(request.row, n))
         if pending.successes is None:
             self._tail.tried()
-        ended, ruling = self._judged(pending, attempt, slot, successes)
+        ended, ruling = self._judged(pending, attempt, slot, bound, successes)
         self.backlog.ended(pending, ended.judgement.verdict)
         for row in ruling.own:
             self._end_held(row)
@@ -197,7 +198,9 @@ class Workers:
         else:
             self._ask_again(ended, slot, successes)
 
-    def _judged(self, pending: Pending, attempt: Attempt, slot: int, successes: int) -> tuple[Ended, Ruling]:
+    def _judged(
+        self, pending: Pending, attempt: Attempt, slot: int, bound: tuple[Decimal | None, int], successes: int
+    ) -> tuple[Ended, Ruling]:
         """How the attempt ended, what it cost, and what the gate makes of it."""
         request, row = pending.request, pending.request.row
         self.slow_s = forecast.peak(self.slow_s, attempt.latency_s)
@@ -215,7 +218,6 @@ class Workers:
             ruling = self.gate.observe(slot, Outcome(row, Verdict.OK))
             history = policy.answered(pending.history)
             settlement = policy.settlement(answer, request.expected, self._job.finish, attempt.http_status)
-            self.retries.drop(row)
             self._tail.answered(healed=pending.history.attempts > 0)
         else:
             reached = attempt.error is None or attempt.error.sent
@@ -226,8 +228,8 @@ class Workers:
             says_nothing = at_tail or refused_again or doubted
             outcome = Outcome(row, judgement.verdict, judgement.error, judgement.retry_after_s, says_nothing)
             ruling = self.gate.observe(slot, outcome)
-            witnessed = self.gate.successes > (successes if pending.successes is None else pending.successes)
-            witnessed = reached and witnessed
+            before = successes if pending.successes is None else pending.successes
+            witnessed = reached and self.gate.successes > before
             history = policy.after(pending.history, judgement, corroborated=witnessed, at_tail=at_tail)
             history = policy.refused(history, judgement, corroborated=witnessed, at_tail=is_last)
         self._tail.ended(history, judgement)
@@ -237,7 +239,7 @@ class Workers:
         if cost_usd is None and table is not None and prices.lacks_tier(table, answer.service_tier):
             self.signs.unpriced(answer.service_tier)
         doubtful = maybe_billed(answer, judgement, cost_usd, capped=self._capped)
-        bound_usd, bound_tokens = self.gate.bound(slot)
+        bound_usd, bound_tokens = bound
         facts = pending, attempt, answer, judgement, settlement, history
         return Ended(*facts, bound_usd, cost_usd, doubtful, reported_usd, bound_tokens), ruling
 
@@ -325,15 +327,16 @@ class Workers:
             successes=successes,
             waits_long=judgement.verdict is Verdict.PAUSE,
         )
-        due_s = self._clock()
-        if judgement.verdict is not Verdict.OK:
+        due_s = now_s = self._clock()
+        if judgement.verdict is Verdict.OK:
+            self.retries.drop(ended.pending.request.row)
+        else:
             due_s += policy.backoff_s(history, judgement.retry_after_s, self._job.retry, random.random())
             if again.waits_long:
-                due_s = max(due_s, self._clock() + (judgement.retry_after_s or 0.0))
+                due_s = max(due_s, now_s + (judgement.retry_after_s or 0.0))
             if self._tail.is_reached:
                 wait_s = policy.tail_wait_s(history, judgement, self._job.retry, self.backlog.waiting)
-                due_s = max(due_s, self._clock() + wait_s)
-        if judgement.verdict is not Verdict.OK:
+                due_s = max(due_s, now_s + wait_s)
             self.retries.put(ended.pending.request.row, history.attempts, judgement.error, due_s)
         discarded = ended.discarded()
         if (set_aside := discarded.set_aside) is not None:

@@ -98,8 +98,7 @@ class Gate:
         paces = {Limit.REQUESTS: self._requests, Limit.TOKENS: self._tokens}
         self._refusals = Refusals(paces, state.in_flight, on_kind)
         self._hear_s = loop.time()
-        self._purse = purse
-        self.purse = purse or Purse()
+        self.purse = purse or Purse()  # without caps it keeps none
         self._overruns = overruns
         self._slots = state.in_flight.most
         self._free = list(range(self._slots - 1, -1, -1))  # a stack: low slots are the ones used again
@@ -181,7 +180,7 @@ class Gate:
     @property
     def in_force(self) -> InForce:
         """The limits that hold now."""
-        caps = self._purse or Purse()
+        caps = self.purse
         return InForce(
             requests_per_minute=self._requests.per_minute,
             tokens_per_minute=self._tokens.per_minute,
@@ -261,8 +260,7 @@ class Gate:
         if not flight.observed:
             self._state.withdraw(flight.order)
             self._refusals.ended(flight.order, self._loop.time(), reached=False)
-        if self._purse is not None:
-            self._purse.settle(flight.ask, spent_usd, spent_tokens)
+        self.purse.settle(flight.ask, spent_usd, spent_tokens)
         self._free.append(slot)
         self._wake_first()
 
@@ -342,7 +340,7 @@ class Gate:
             self._refusals.reopened(now_s)  # after a pause all go on at once, at a lower rate
         if len(self._flights) >= self._state.in_flight.most:
             return IN_FLIGHT
-        if self._purse is not None and (lacking := self._lack_of_budget(self._purse, self._widened(ask))) is not None:
+        if self.purse.is_kept and (lacking := self._lack_of_budget(self._widened(ask))) is not None:
             return lacking
         self._refusals.rise(now_s)
         return self._rates.lack(ask, now_s)
@@ -351,21 +349,21 @@ class Gate:
         """The ask with bounds as they are known at this moment: it may have stood in line while an answer came."""
         return ask if self._overruns is None else self._overruns.widened(ask)
 
-    def _lack_of_budget(self, purse: Purse, ask: Ask) -> Binding | None:
-        if not purse.fits(ask):
-            return self._wait_for_budget(purse, ask)
-        if self._overruns is None or not purse.rests_on_bounds:
+    def _lack_of_budget(self, ask: Ask) -> Binding | None:
+        if not self.purse.fits(ask):
+            return self._wait_for_budget(ask)
+        if self._overruns is None or not self.purse.rests_on_bounds:
             return None
         most = self._overruns.most_in_flight(ask.model)
         if most is None or sum(f.ask.model == ask.model and not f.observed for f in self._flights.values()) < most:
             return None
         return BUDGET  # the first answer of this model shows whether its bounds hold
 
-    def _wait_for_budget(self, purse: Purse, ask: Ask) -> Binding:
+    def _wait_for_budget(self, ask: Ask) -> Binding:
         """Some comes back only from what is in flight; with nothing in flight the budget is at its end."""
         if self._flights:
             return BUDGET
-        stop = Stop(ExitCode.STOPPED, purse.refusal(ask))
+        stop = Stop(ExitCode.STOPPED, self.purse.refusal(ask))
         self._state.close(stop)
         raise GateClosed(stop)
 
@@ -374,8 +372,7 @@ class Gate:
         now_s = self._loop.time()
         before = self._requests.taken, self._tokens.taken
         self._rates.take(ask, now_s)
-        if self._purse is not None:
-            self._purse.reserve(ask)
+        self.purse.reserve(ask)
         slot = self._free.pop()
         others = self._refusals.out
         self._refusals.sent(now_s, ask.tokens)

@@ -54,6 +54,11 @@ class Purse:
         self.requests = requests
 
     @property
+    def is_kept(self) -> bool:
+        """True where there is a cap."""
+        return self.rests_on_bounds or self.requests is not None
+
+    @property
     def rests_on_bounds(self) -> bool:
         """True where a cap is only as good as the upper bounds of what is in flight."""
         return self.cost_usd is not None or self.tokens is not None

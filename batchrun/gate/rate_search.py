@@ -86,7 +86,6 @@ class Step(Enum):
 
     TOO_EARLY = auto()
     LOWERED = auto()
-    CHANCE = auto()
 
 
 class _Cut(msgspec.Struct, frozen=True):

@@ -4,6 +4,7 @@ import asyncio
 
 from batchrun.gate.admission import OPEN, Binding, Limit
 from batchrun.gate.state import GateState
+from batchrun.gate.waiters import Waiters
 
 
 class InDoubt(Exception):
@@ -19,7 +20,7 @@ class Turns:
     def __init__(self, state: GateState, loop: asyncio.AbstractEventLoop) -> None:
         self._state = state
         self._loop = loop
-        self._waiting: set[asyncio.Future[None]] = set()
+        self._waiters = Waiters()
         self._chosen = False
 
     @property
@@ -32,15 +33,7 @@ class Turns:
     async def take(self) -> bool:
         """Returns when the caller may choose a row; True where this row is the probe."""
         while (barred := self.barred) is not None:
-            waiter = self._loop.create_future()
-            self._waiting.add(waiter)
-            timer = None if barred.until_s is None else self._loop.call_at(barred.until_s, _release, waiter)
-            try:
-                await waiter
-            finally:
-                self._waiting.discard(waiter)
-                if timer is not None:
-                    timer.cancel()
+            await self._waiters.wait(None if barred.until_s is None else barred.until_s - self._loop.time())
         if not self._state.in_doubt:
             return False
         self._chosen = True
@@ -53,11 +46,5 @@ class Turns:
 
     def wake(self) -> None:
         """Those who wait look again, if one of them may choose now."""
-        if self._waiting and self.barred is None:
-            for waiter in self._waiting:
-                _release(waiter)
-
-
-def _release(waiter: "asyncio.Future[None]") -> None:
-    if not waiter.done():
-        waiter.set_result(None)
+        if self._waiters and self.barred is None:
+            self._waiters.wake()

@@ -81,11 +81,11 @@ _SLOT_TAKEN_LATE = Bug(
     "the slot is written after the send",
     "batchrun.dispatch.worker",
     (
-        ("        self._slots.take(slot, request.row, n, request.key, bound_usd, bound_tokens)\n", ""),
+        ("        self._slots.take(slot, request.row, n, request.key, *bound)\n", ""),
         (
-            "        ended, ruling = self._judged(pending, attempt, slot, successes)\n",
-            "        self._slots.take(slot, request.row, n, request.key, bound_usd, bound_tokens)\n"
-            "        ended, ruling = self._judged(pending, attempt, slot, successes)\n",
+            "        ended, ruling = self._judged(pending, attempt, slot, bound, successes)\n",
+            "        self._slots.take(slot, request.row, n, request.key, *bound)\n"
+            "        ended, ruling = self._judged(pending, attempt, slot, bound, successes)\n",
         ),
     ),
     "nobody knew of the first",
