@@ -102,7 +102,7 @@ def test_where_the_disk_cant_be_read_status_says_so_beside_what_was_said_last(
         whole = directory.checkpoint.read_bytes()
         directory.checkpoint.write_bytes(bytes(4096) if harm == "garbage" else whole[:1000])
         directory.checkpoint.with_name("checkpoint.db-wal").unlink()
-    lines = list(status.lines(directory))
+    lines = list(status.lines(directory, standing(directory)))
     assert any("this may be old" in line and "checkpoint.db" in line for line in lines), lines
     assert standing(directory).died
 

@@ -251,3 +251,23 @@ def test_a_workbook_holds_hostile_names_as_text(runs: Path, tmp_path: Path) -> N
         assert {cell.data_type for cell in cells} <= {"s", "n"}  # no formula, no error
         assert any(str(cell.value).startswith("<script>alert(1)") for cell in cells)
         assert not [cell for cell in cells if cell.hyperlink]
+
+
+def test_a_result_that_is_damaged_in_its_middle_costs_the_page_that_runs_rows_alone(runs: Path, tmp_path: Path) -> None:
+    place = tmp_path / "runs" / "2026-11-04"
+    shutil.copytree(runs, place.parent)
+    completions = place / "completions.parquet"
+    content = completions.read_bytes()
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")  # where it begins, after the rows
+    completions.write_bytes(b"PAR1" + bytes(footer - 4) + content[footer:])
+    target = tmp_path / "bill.html"
+    ended = batchrun("report", place.parent, "--by", "night", "-o", target)
+    assert (ended.exit_code, ended.stderr) == (0, "")
+    tables = Elements(target.read_text("utf-8")).tables
+    assert [line[1] for line in tables["Failures by kind"][1:]] == ["12"]  # 4 in each of the other three nights
+    assert {line[1] for line in tables["The dearest rows"][1:]} == {"2026-11-03", "2026-11-02", "2026-11-01"}
+    by_day = ("report", place.parent, "--by", "night,day", "--tz", "America/Noronha", "--format", "json")
+    ended = batchrun(*by_day)
+    assert (ended.exit_code, ended.stderr) == (0, "")
+    groups = {(line["night"], line["day"]) for line in json.loads(ended.stdout)["lines"]}
+    assert {day for night, day in groups if night == "2026-11-04"} == {"2026-11-03 or 2026-11-04"}

@@ -19,6 +19,7 @@ def status(paths: tuple[Path, ...], as_json: bool, exit_code: bool) -> None:
     from datetime import UTC, datetime
 
     from batchrun.report import nights, status
+    from batchrun.report.at_rest import standing
     from batchrun.rundir import RunDirectory
 
     one = len(paths) == 1 and not as_json and nights.is_run(paths[0])
@@ -26,7 +27,8 @@ def status(paths: tuple[Path, ...], as_json: bool, exit_code: bool) -> None:
     if as_json:
         say(nights.as_json(found))
     else:
-        for line in status.lines(RunDirectory(paths[0])) if one else nights.lines(found):
+        directory = RunDirectory(paths[0])
+        for line in status.lines(directory, standing(directory)) if one else nights.lines(found):
             say(harmless(line))
     if exit_code:
         sys.exit(nights.exit_code(found))
@@ -99,7 +101,7 @@ def watch(out: Path, every_s: float) -> None:
         found = standing(directory)
         if screen:
             size = os.get_terminal_size(sys.stdout.fileno())  # not COLUMNS: it does not follow a resize
-            told = list(status.lines(directory))
+            told = list(status.lines(directory, found))
             say(watching.frame(found.summary, told, size.columns, size.lines, harmless), nl=False)
         elif (text := harmless(line(found.summary))) != shown:
             shown = text

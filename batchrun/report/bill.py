@@ -10,7 +10,6 @@ from typing import NamedTuple
 import msgspec
 
 from batchrun.checkpoint.spent import DISCARDED, LOST
-from batchrun.errors import InputError
 from batchrun.records import Status, TotalsLine
 from batchrun.report import days, latencies, nightly, run_rows, runs
 from batchrun.report.figures import FIGURES, BillLine, added
@@ -25,8 +24,6 @@ __all__ = ["FIGURES", "KEYS", "Bill", "BillLine", "collect", "keys"]
 
 RATE_S = 60.0
 """A start that took less has no rate to hold against a limit: a burst is allowed at its beginning."""
-
-EVER = Span()
 
 READERS = 2
 """Threads that read results: decoding is Arrow's, which needs no lock for it."""
@@ -97,18 +94,18 @@ class Asked(msgspec.Struct, frozen=True):
     """
 
     by: tuple[str, ...] = ("job", "model")
-    span: Span = EVER
+    span: Span = Span()
     limits: Mapping[str, float] | None = None
     against: Against | None = None
 
 
-def collect(paths: Sequence[Path], by: tuple[str, ...], span: Span = EVER) -> Bill:
+def collect(paths: Sequence[Path], by: tuple[str, ...], span: Span | None = None) -> Bill:
     """The bill over every run that the paths name or hold, each run counted once, whatever their order.
 
     Raises:
         InputError: a path holds no run, or one that can't be read.
     """
-    return of_runs(runs.find(paths), Asked(by, span))
+    return of_runs(runs.find(paths), Asked(by, span or Span()))
 
 
 def of_runs(found: Runs, asked: Asked) -> Bill:
@@ -146,13 +143,8 @@ def counted(found: Sequence[Found], by: tuple[str, ...], span: Span, *, rows: bo
 def _scan(each: Found, by: tuple[str, ...], span: Span, began: str) -> Scanned | None:
     """The rows' latencies within the span; None where there are no rows to read: a bill stands without them."""
     names = _scanned_by(by, span)
-    try:
-        if (result := run_rows.result_of(each.place)) is None:
-            return None
-        scanned = latencies.scan(result, names, span.zone)
-    except InputError:
-        return None
-    if "day" in names:
+    scanned = run_rows.if_readable(each.place, lambda result: latencies.scan(result, names, span.zone))
+    if scanned is not None and "day" in names:
         place = names.index("day")
         for values in [values for values in scanned if not span.holds(str(values[place]), began)]:
             del scanned[values], scanned.reused[values]
@@ -169,6 +161,7 @@ def fold(every: Sequence[Counted], by: tuple[str, ...], span: Span, left_out: tu
         for place, line in _grouped(each, whole, by, span).items():
             lines[place] = added(lines.get(place) or _empty(place, by), line)
     accounts = [each.found.account for each in every]
+    possibly_usd = sum((account.possibly_billed_usd for account in accounts), Decimal(0))
     booked = [line for each in every for line in each.lines]
     return Bill(
         by=by,
@@ -176,10 +169,9 @@ def fold(every: Sequence[Counted], by: tuple[str, ...], span: Span, left_out: tu
         total=total,
         runs=len(every),
         possibly_billed=sum(account.possibly_billed_count for account in accounts),
-        possibly_billed_usd=sum((account.possibly_billed_usd for account in accounts), Decimal(0)),
+        possibly_billed_usd=possibly_usd,
         possibly_billed_at_most=at_most(
-            sum((account.possibly_billed_usd for account in accounts), Decimal(0)),
-            (doubt for account in accounts for doubt in account.possibly_billed),
+            possibly_usd, (doubt for account in accounts for doubt in account.possibly_billed)
         ),
         lost=sum(line.attempts for line in booked if line.status == LOST),
         without_usage=tuple(_without_usage(every)),
@@ -317,10 +309,10 @@ def _unpriced(lines: Iterable[TotalsLine]) -> dict[str, int]:
 def _expected(accounts: Sequence[Account]) -> Expected | None:
     """None where no complete run has both an estimate and a cost."""
     known = [
-        (account.estimate.expected_usd, sum((line.cost_usd for line in account.totals), Decimal(0)))
+        (account.estimate.expected_usd, account.cost_usd)
         for account in accounts
         if account.complete and account.estimate is not None and account.estimate.expected_usd is not None
-        if not any(line.unpriced or line.without_usage for line in account.totals)
+        if account.all_priced
     ]
     if not known:
         return None

@@ -1,8 +1,9 @@
 """A run's totals by the days of another time zone than UTC. PURE, but for reading rows where a UTC day spans two.
 
 Totals are kept by UTC day. Where all of a day's part of a run lies within one local day, that is the day. Else the rows
-are read, each of which says when it ended. Attempts that no row stands for (discarded ones) can't be divided so: their
-day is given as `2026-11-27 or 2026-11-28`, and in months and spans they count as of the first.
+are read, each of which says when it ended. Attempts that no row stands for (discarded ones, or all where the rows can't
+be read) can't be divided so: their day is given as `2026-11-27 or 2026-11-28`, and in months and spans they count as
+of the first.
 """
 
 from collections import defaultdict
@@ -20,6 +21,7 @@ from batchrun.records import LineKey, TotalsLine
 from batchrun.report import run_rows
 from batchrun.report.keys import UNKNOWN, day_of
 from batchrun.report.latencies import local_days
+from batchrun.report.run_rows import Result
 from batchrun.report.runs import Found
 
 _TOKENS = tuple(name for name in FIGURES if name.endswith("_tokens") and not name.startswith("offline"))
@@ -55,7 +57,8 @@ def _days(found: Found, line: TotalsLine, zone: str) -> list[str]:
 
 def _divided(found: Found, lines: list[TotalsLine], zone: str) -> list[TotalsLine]:
     rows: dict[LineKey, list[TotalsLine]] = defaultdict(list)
-    for utc_day, line in _rows_by_day(found, zone):
+    read = run_rows.if_readable(found.place, lambda result: list(_rows_by_day(result, zone)))
+    for utc_day, line in read or ():
         rows[line.invocation, line.model, line.status, utc_day].append(line)
     divided = []
     for line in lines:
@@ -67,10 +70,8 @@ def _divided(found: Found, lines: list[TotalsLine], zone: str) -> list[TotalsLin
     return divided
 
 
-def _rows_by_day(found: Found, zone: str) -> Iterator[tuple[str, TotalsLine]]:
+def _rows_by_day(result: Result, zone: str) -> Iterator[tuple[str, TotalsLine]]:
     """The rows' own part of the totals, by local day, each with its UTC day."""
-    if (result := run_rows.result_of(found.place)) is None:
-        return
     keys = ["invocation", "requested_model", "status"]
     for table in run_rows.tables(result, [*keys, "finished_at", *_SUMMED]):
         columns: dict[str, Any] = {name: table[name] for name in (*keys, *_SUMMED)}

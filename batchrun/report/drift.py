@@ -51,14 +51,11 @@ class Jump(msgspec.Struct, frozen=True):
 def figures(account: Account, profile: Profile | None) -> dict[str, Figure]:
     """What is compared of one night."""
     found: dict[str, Figure] = {}
-    rows = sum(line.rows for line in account.totals)
-    known = not any(line.unpriced or line.without_usage for line in account.totals)
-    if rows and known:
-        cost_usd = sum(line.cost_usd for line in account.totals)
-        found["cost per 1,000 rows, $"] = Figure(float(cost_usd * 1000 / rows))
+    rows = account.done
+    if rows and account.all_priced:
+        found["cost per 1,000 rows, $"] = Figure(float(account.cost_usd * 1000 / rows))
     if rows:
-        attempts = sum(line.attempts for line in account.totals)
-        found["attempts per row"] = Figure(attempts / rows)
+        found["attempts per row"] = Figure(account.attempts / rows)
         found["tokens in per row"] = Figure(sum(line.prompt_tokens for line in account.totals) / rows)
         found["tokens out per row"] = Figure(sum(line.completion_tokens for line in account.totals) / rows)
     if profile is None or not profile.rows:

@@ -185,8 +185,7 @@ def _cache(now: Night, before: Sequence[Night], limit: float) -> _Said:
 
 
 def _retries(now: Night, before: Sequence[Night], limit: float) -> _Said:
-    rows = sum(line.rows for line in now.account.totals)
-    attempts = sum(line.attempts for line in now.account.totals)
+    rows, attempts = now.account.done, now.account.attempts
     if rows >= FEW_ROWS and attempts / rows - 1 > limit:
         yield (
             f"{attempts:,} attempts for {rows:,} rows: {attempts / rows - 1:.1%} retries",
@@ -226,7 +225,7 @@ def _unpriced(now: Night, before: Sequence[Night], limit: float) -> _Said:
 
 
 def _status(night: Night, status: str) -> float | None:
-    rows = sum(line.rows for line in night.account.totals)
+    rows = night.account.done
     if rows < FEW_ROWS:
         return None
     return sum(line.rows for line in night.account.totals if line.status == status) / rows

@@ -29,8 +29,6 @@ ENDINGS = {
 }
 """What the ending of a file's name says of the form."""
 
-FORMS = tuple(ENDINGS.values())
-
 BINARY = frozenset({"parquet", "xlsx"})
 
 
@@ -81,7 +79,7 @@ def chosen(columns: str | None) -> tuple[str, ...] | None:
 
 
 def render(bill: Bill, form: str, columns: Sequence[str] | None = None) -> bytes:
-    """The bill in one of `FORMS` but html; text is UTF-8 and ends in a newline.
+    """The bill in one of the forms of `ENDINGS` but html; text is UTF-8 and ends in a newline.
 
     A program's forms hold every figure; for people some are chosen.
     """

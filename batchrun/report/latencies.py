@@ -27,14 +27,18 @@ def percentile(buckets: Mapping[int, int], share: float) -> float | None:
     for bucket in sorted(buckets):
         rank -= buckets[bucket]
         if rank <= 0:
-            return math.exp((bucket + 0.5) * _WIDTH)
+            return seconds_of(bucket)
     return None
+
+
+def seconds_of(bucket: int) -> float:
+    """The middle of a bucket."""
+    return math.exp((bucket + 0.5) * _WIDTH)
 
 
 def buckets_of(numbers: Any) -> dict[int, int]:
     """How many of the numbers are in each bucket; nulls in none."""
-    counts = pc.value_counts(_bucket(pc.drop_null(numbers)))
-    return {int(each["values"]): each["counts"] for each in counts.to_pylist()}
+    return {int(bucket): count for bucket, count in run_rows.counts(_bucket(numbers)).items()}
 
 
 def _bucket(numbers: Any) -> Any:

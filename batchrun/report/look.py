@@ -1,5 +1,6 @@
 """Rows of a result for people: the question beside the answer, and why there is none. PURE but for reading."""
 
+import math
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from decimal import Decimal
@@ -11,15 +12,15 @@ import pyarrow.compute as pc
 
 from batchrun.errors import InputError, JobError
 from batchrun.output.rows import OWN_COLUMNS
+from batchrun.records import RowError
 from batchrun.report import run_rows
 from batchrun.report.run_rows import Result
+from batchrun.report.summary import plural
 from batchrun.report.where import Where
 from batchrun.rundir import RunDirectory
 
 MOST_SHOWN = 2_000
 """Characters of one value on the terminal; --json has all of it."""
-
-_BESIDE = ("status", "cost_usd", "latency_s", "attempts", "requested_model")
 
 
 class Look(msgspec.Struct, frozen=True):
@@ -126,7 +127,7 @@ def _in_json(value: Any, name: str = "") -> Any:
         return {str(key): _in_json(each) for key, each in value.items()}
     if isinstance(value, list):
         return [_in_json(each) for each in value]
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+    if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if isinstance(value, str | int | float | bool | datetime | None) else str(value)
 
@@ -154,7 +155,7 @@ def _headline(row: dict[str, Any]) -> Iterator[str]:
     if row.get("latency_s") is not None:
         yield f"{row['latency_s']:.2f} s"
     if (attempts := row.get("attempts")) is not None:
-        yield f"{attempts:,} attempt" + "s" * (attempts != 1)
+        yield plural(attempts, "attempt")
     if row.get("requested_model"):
         yield str(row["requested_model"])
 
@@ -162,9 +163,8 @@ def _headline(row: dict[str, Any]) -> Iterator[str]:
 def _text(value: Any, name: str) -> str:
     if value is None:
         return "–"
-    if name == "error" and isinstance(value, dict):
-        status = f"HTTP {value['http_status']}: " if value.get("http_status") else ""
-        return f"{value.get('kind')}: {status}{value.get('message') or ''}"
-    text = value if isinstance(value, str) else msgspec.json.encode(_in_json(value, name)).decode()
-    text = text.strip('"') if not isinstance(value, str) else text
+    if isinstance(value, dict) and value.keys() == set(RowError.__struct_fields__):
+        error = RowError(**value)
+        return error.text if error.message is None else f"{error.kind}: {error.text}"
+    text = value if isinstance(value, str) else msgspec.json.encode(_in_json(value, name)).decode().strip('"')
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}… ({len(text):,} characters; --json has all)"

@@ -93,11 +93,7 @@ def _figures(found: Found) -> dict[str, drift.Figure]:
 
 
 def _night(found: Found) -> Night:
-    try:
-        result = run_rows.result_of(found.place)
-        return Night(found.account, None if result is None else profile(result))
-    except InputError:
-        return Night(found.account, None)  # a bill stands without its rows
+    return Night(found.account, run_rows.if_readable(found.place, profile))
 
 
 def _ordered(found: Sequence[Found]) -> list[Found]:

@@ -31,9 +31,11 @@ def page(bill: Bill, found: Sequence[Found], columns: Sequence[str], now: dateti
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["plain"] = plain
-    found = [each.found for each in counted(found, bill.by, bill.span, rows=False)]  # those within the span
-    drawn = [chart for chart in _charts(bill, found) if chart is not None]
-    rows = page_data.rows(found, bill.span)
+    every = counted(found, bill.by, bill.span, rows=False)
+    within = [each.found for each in every]
+    over_runs = page_data.throughput(within), page_data.latency(bill)
+    drawn = [*page_data.by_night(every, bill.span), *(chart for chart in over_runs if chart is not None)]
+    rows = page_data.rows(within, bill.span)
     header, *lines = formats.with_total(bill, columns)
     text = environment.from_string(folder.joinpath("page.html").read_text("utf-8")).render(
         style=style,
@@ -53,10 +55,6 @@ def page(bill: Bill, found: Sequence[Found], columns: Sequence[str], now: dateti
         most=MOST_MESSAGE,
     )
     return text.encode("utf-8", "replace")
-
-
-def _charts(bill: Bill, found: Sequence[Found]) -> list[Chart | None]:
-    return [*page_data.by_night(found, bill.span), page_data.throughput(found), page_data.latency(bill)]
 
 
 def _headline(bill: Bill) -> list[tuple[str, str]]:

@@ -1,21 +1,22 @@
 """What the page shows besides the bill: cost and tokens by night, throughput, failures, the dearest rows.
 
-No question and no answer is on it: a page is mailed, and prompts are data.
+No row's question or answer is read for it: a page is mailed, and prompts are data.
 """
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from decimal import Decimal
+from functools import partial
 from typing import Any, NamedTuple
 
 import msgspec
 import pyarrow as pa
 import pyarrow.compute
 
-from batchrun.errors import InputError
-from batchrun.report import run_rows
-from batchrun.report.bill import Bill, BillLine, counted, fold
+from batchrun.records import RowError
+from batchrun.report import latencies, run_rows
+from batchrun.report.bill import Bill, BillLine, Counted, fold
 from batchrun.report.charts import COLOURS, Chart
 from batchrun.report.keys import Span, night
 from batchrun.report.run_rows import Result
@@ -59,11 +60,10 @@ class Rows(NamedTuple):
     dearest: list[Dear]
 
 
-def by_night(found: Sequence[Found], span: Span) -> list[Chart]:
+def by_night(every: Sequence[Counted], span: Span) -> list[Chart]:
     """Cost by model, and tokens by kind, night by night."""
-    key = "night" if len({night(each, span.zone) for each in found}) <= MOST_NIGHTS else "month"
-    by = (key, "model")
-    bill = fold(counted(found, by, span, rows=False), by, span, ())
+    key = "night" if len({night(each.found, span.zone) for each in every}) <= MOST_NIGHTS else "month"
+    bill = fold(every, (key, "model"), span, ())
     labels = sorted({line.group[0] for line in bill.lines})
     costs = _by_model(bill)
     names = sorted(costs, key=lambda name: (-costs[name], name))
@@ -107,8 +107,7 @@ def latency(bill: Bill) -> Chart | None:
         return None
     steps: Counter[int] = Counter()
     for bucket, count in bill.total.latencies.items():
-        seconds = math.exp((bucket + 0.5) * math.log(1.01))
-        steps[math.floor(math.log2(seconds) * 2)] += count
+        steps[math.floor(math.log2(latencies.seconds_of(bucket)) * 2)] += count
     places = range(min(steps), max(steps) + 1)
     labels = [f"{2 ** (place / 2):.2g} s" for place in places]
     return Chart("bars", "Latency of the rows' last attempts", "rows", labels, [("rows", [steps[p] for p in places])])
@@ -117,14 +116,8 @@ def latency(bill: Bill) -> Chart | None:
 def throughput(found: Sequence[Found]) -> Chart | None:
     """Rows a minute over the newest run, beside the requests a minute that it was allowed."""
     newest = max(found, key=lambda each: each.account.began, default=None)
-    if newest is None or (result := _result(newest)) is None:
-        return None
-    seconds: Counter[int] = Counter()
-    for table in run_rows.tables(result, ["finished_at"]):
-        whole = pc.cast(pc.floor_temporal(table["finished_at"], unit="second"), pa.int64())
-        for each in pc.value_counts(pc.drop_null(whole)).to_pylist():
-            seconds[each["values"] // 1_000_000] += each["counts"]
-    if len(seconds) < 2:
+    seconds = None if newest is None else run_rows.if_readable(newest.place, _by_second)
+    if newest is None or seconds is None or len(seconds) < 2:
         return None
     first, last = min(seconds), max(seconds)
     width = max(1, -(-(last - first + 1) // BINS))
@@ -139,33 +132,53 @@ def throughput(found: Sequence[Found]) -> Chart | None:
     return Chart("lines", f"Throughput of the newest run ({newest.account.job})", "rows a minute", labels, series)
 
 
+def _by_second(result: Result) -> Counter[int]:
+    """How many rows ended in each second of Unix time."""
+    seconds: Counter[int] = Counter()
+    for table in run_rows.tables(result, ["finished_at"]):
+        whole = pc.cast(pc.floor_temporal(table["finished_at"], unit="second"), pa.int64())
+        seconds.update({micros // 1_000_000: rows for micros, rows in run_rows.counts(whole).items()})
+    return seconds
+
+
 def rows(found: Sequence[Found], span: Span) -> Rows:
     """Failures by kind and the dearest rows, of every run whose rows can be read."""
-    kinds: Counter[str] = Counter()
-    examples: dict[str, str] = {}
+    read = (run_rows.if_readable(each.place, partial(_of_run, each, span)) for each in found)
+    known = [each for each in read if each is not None]
+    failures = [failure for each in known for failure in each.failures]
+    return _together(failures, [dear for each in known for dear in each.dearest])
+
+
+def _of_run(found: Found, span: Span, result: Result) -> Rows:
+    failures: list[Failure] = []
     dearest: list[Dear] = []
-    for each in found:
-        if (result := _result(each)) is None:
-            continue
-        for table in run_rows.tables(result, _COLUMNS):
-            for kind, message in _failures(table):
-                kinds[kind] += 1
-                examples.setdefault(kind, message)
-            dearest += _dearest(table, each, span)
-        dearest = sorted(dearest, key=lambda dear: (-dear.cost_usd, dear.job, dear.row))[:DEAREST]
-    failures = [Failure(kind, count, examples[kind]) for kind, count in kinds.most_common()]
+    for table in run_rows.tables(result, _COLUMNS):
+        failures, dearest = _together([*failures, *_failures(table)], [*dearest, *_dearest(table, found, span)])
     return Rows(failures, dearest)
+
+
+def _together(failures: Iterable[Failure], dearest: Iterable[Dear]) -> Rows:
+    """Failures of a kind as one, the commonest first, and the dearest of the rows."""
+    kinds: dict[str, Failure] = {}
+    for each in failures:
+        before = kinds.setdefault(each.kind, Failure(each.kind, 0, each.example))
+        kinds[each.kind] = msgspec.structs.replace(before, rows=before.rows + each.rows)
+    return Rows(
+        sorted(kinds.values(), key=lambda failure: -failure.rows),
+        sorted(dearest, key=lambda dear: (-dear.cost_usd, dear.job, dear.row))[:DEAREST],
+    )
 
 
 _COLUMNS = ("row", "status", "attempts", "prompt_tokens", "completion_tokens", "cost_usd", "error")
 
 
-def _failures(table: pa.Table) -> Iterator[tuple[str, str]]:
+def _failures(table: pa.Table) -> list[Failure]:
     failed = table.filter(pc.and_(pc.is_valid(table["error"]), pc.not_equal(table["status"], "ok")))
-    errors: list[Any] = failed["error"].to_pylist()
-    for status, error in zip(failed["status"].to_pylist(), errors, strict=True):
-        http = f"HTTP {error['http_status']}: " if error["http_status"] else ""
-        yield f"{status}, {error['kind']}", http + (error["message"] or "")
+    columns: list[Any] = failed["error"].to_pylist()
+    errors = [RowError(**error) for error in columns]
+    kinds = [f"{status}, {error.kind}" for status, error in zip(failed["status"].to_pylist(), errors, strict=True)]
+    examples = dict(zip(reversed(kinds), reversed(errors), strict=True))  # the first of each
+    return [Failure(kind, rows, examples[kind].text) for kind, rows in Counter(kinds).items()]
 
 
 def _dearest(table: pa.Table, found: Found, span: Span) -> Iterator[Dear]:
@@ -176,10 +189,3 @@ def _dearest(table: pa.Table, found: Found, span: Span) -> Iterator[Dear]:
                 *(row["cost_usd"], found.account.job, night(found, span.zone), row["row"], row["status"]),
                 *(row["attempts"], row["prompt_tokens"], row["completion_tokens"]),
             )
-
-
-def _result(found: Found) -> Result | None:
-    try:
-        return run_rows.result_of(found.place)
-    except InputError:
-        return None

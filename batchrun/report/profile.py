@@ -42,8 +42,7 @@ class Field:
             self.numbers += [float(value) for value in known.to_pylist()[::step]]
         elif pa.types.is_boolean(type_) or pa.types.is_dictionary(type_) or _is_text(type_):
             plain = column.cast(pa.large_string())
-            for each in pc.value_counts(pc.drop_null(plain)).to_pylist():
-                self.values[each["values"]] += each["counts"]
+            self.values.update(run_rows.counts(plain))
             if len(self.values) > MOST_VALUES:
                 self.values = Counter(dict(self.values.most_common(MOST_VALUES // 2)))
 
@@ -85,14 +84,14 @@ def profile(result: Result) -> Profile:
     made = Profile()
     for table in run_rows.tables(result, _COLUMNS):
         made.rows += table.num_rows
-        made.statuses.update(_counts(table["status"]))
+        made.statuses.update(run_rows.counts(table["status"]))
         made.attempts += pc.sum(table["attempts"]).as_py() or 0
         made.prompt_tokens += pc.sum(table["prompt_tokens"]).as_py() or 0
         made.cached_tokens += pc.sum(table["cached_tokens"]).as_py() or 0
         made.prompts.add(table["prompt_tokens"])
         made.latencies.update(latencies.buckets_of(table["latency_s"]))
         made.lengths.update(latencies.buckets_of(pc.utf8_length(table["content"])))
-        made.kinds.update(_counts(pc.struct_field(table["error"], "kind")))
+        made.kinds.update(run_rows.counts(pc.struct_field(table["error"], "kind")))
         answered = table.filter(pc.is_valid(table["content"]))
         made.contents.add(answered["content"])
         _repeated(answered, made.repeated)
@@ -102,10 +101,6 @@ def profile(result: Result) -> Profile:
         for name, column in _leaves(table.filter(pc.equal(table["status"], "ok"))["parsed"], ""):
             made.fields.setdefault(name, Field()).add(column)
     return made
-
-
-def _counts(column: Any) -> dict[str, int]:
-    return {each["values"]: each["counts"] for each in pc.value_counts(pc.drop_null(column)).to_pylist()}
 
 
 def _repeated(answered: pa.Table, repeated: Counter[str]) -> None:

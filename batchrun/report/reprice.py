@@ -4,7 +4,6 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -12,7 +11,7 @@ from batchrun import prices
 from batchrun.errors import JobError
 from batchrun.job.job import Price
 from batchrun.records import TotalsLine, Usage
-from batchrun.report.runs import Found
+from batchrun.report.runs import Account, Found
 
 
 def read(path: Path) -> dict[str, Price]:
@@ -44,7 +43,7 @@ def repriced(found: Sequence[Found], new: Mapping[str, Price]) -> tuple[Found, .
     return tuple(each._replace(account=_account(each.account, new)) for each in found)
 
 
-def _account(account: Any, new: Mapping[str, Price]) -> Any:
+def _account(account: Account, new: Mapping[str, Price]) -> Account:
     totals = [_line(line, new[line.model]) if line.model in new else line for line in account.totals]
     return msgspec.structs.replace(account, totals=totals, estimate=None)
 
@@ -52,7 +51,7 @@ def _account(account: Any, new: Mapping[str, Price]) -> Any:
 def _line(line: TotalsLine, price: Price) -> TotalsLine:
     usage = Usage(
         line.prompt_tokens,
-        max(line.completion_tokens, line.total_tokens - line.prompt_tokens),  # what some bill as output outside of it
+        line.completion_tokens,
         line.total_tokens,
         line.cached_tokens,
         line.reasoning_tokens,
@@ -67,4 +66,4 @@ def _line(line: TotalsLine, price: Price) -> TotalsLine:
 
 def total(found: Sequence[Found]) -> Decimal:
     """What the runs cost, as far as it is known."""
-    return sum((line.cost_usd for each in found for line in each.account.totals), Decimal(0))
+    return sum((each.account.cost_usd for each in found), Decimal(0))

@@ -1,15 +1,20 @@
 """The rows of a run's result, read column by column: never more than a row group, or 65,536 rows of narrow columns."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet as pq
 
 from batchrun.errors import InputError
 from batchrun.output.rows import OWN_COLUMNS
 from batchrun.rundir import RunDirectory
+
+pc: Any = pyarrow.compute  # its stubs know less than it does
+
+_T = TypeVar("_T")
 
 
 class Result(NamedTuple):
@@ -51,6 +56,20 @@ def result_of(place: Path) -> Result | None:
     if any(prefix + name not in schema.names for name in needed):
         return None
     return Result(tuple(files), prefix, schema)
+
+
+def if_readable(place: Path, look: Callable[[Result], _T]) -> _T | None:
+    """What `look` finds in the run's rows; None where there are none, or they can't be read: a bill stands without."""
+    try:
+        result = result_of(place)
+        return None if result is None else look(result)
+    except InputError:
+        return None
+
+
+def counts(column: Any) -> dict[Any, int]:
+    """How often each value comes; nulls are not counted."""
+    return {each["values"]: each["counts"] for each in pc.value_counts(pc.drop_null(column)).to_pylist()}
 
 
 def _files(place: Path) -> list[Path]:

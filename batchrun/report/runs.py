@@ -59,6 +59,26 @@ class Account(msgspec.Struct, frozen=True):
         """When the run first began, as far as it is known."""
         return self.begun_at or self.updated_at
 
+    @property
+    def cost_usd(self) -> Decimal:
+        """What is known of its cost: all of it where `all_priced`."""
+        return sum((line.cost_usd for line in self.totals), Decimal(0))
+
+    @property
+    def all_priced(self) -> bool:
+        """Every attempt has a cost."""
+        return not any(line.unpriced or line.without_usage for line in self.totals)
+
+    @property
+    def done(self) -> int:
+        """Rows that are in the totals."""
+        return sum(line.rows for line in self.totals)
+
+    @property
+    def attempts(self) -> int:
+        """Requests that were sent for them, and for what was discarded."""
+        return sum(line.attempts for line in self.totals)
+
 
 class LeftOut(msgspec.Struct, frozen=True):
     """What was found under the paths and is in no figure, and why."""

@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 
 from batchrun.gate import deadline
 from batchrun.records import Summary
-from batchrun.report.at_rest import standing
+from batchrun.report.at_rest import Standing
 from batchrun.report.summary import (
     age_in_words,
     cost_in_words,
@@ -17,14 +17,8 @@ from batchrun.report.summary import (
 from batchrun.rundir import RunDirectory
 
 
-def lines(directory: RunDirectory) -> Iterator[str]:
-    """Where a run stands, also while it works. The live database is not touched.
-
-    Raises:
-        InputError: there is no run.
-        CheckpointError: summary.json is damaged, or of another version.
-    """
-    found = standing(directory)
+def lines(directory: RunDirectory, found: Standing) -> Iterator[str]:
+    """Where a run stands, also while it works."""
     summary = found.summary
     state = "died; the same command resumes it" if found.died else summary.state
     yield f"{summary.job}  {state}" + (f" (pid {summary.pid} on {summary.host})" if found.alive else "")
