@@ -33,6 +33,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "answer": frozenset({"records", "credentials"}),
     "transport": frozenset({"errors", "job", "records", "credentials", "answer"}),
     "policy": frozenset({"job", "records", "answer"}),
+    "caps": frozenset({"job", "records", "policy"}),
     "checkpoint": frozenset({"errors", "job", "records", "prices", "durable", "columns", "source"}),
     "output": frozenset(
         {"errors", "job", "records", "durable", "rundir", "columns", "source", "answer", "checkpoint"},
@@ -59,7 +60,7 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
                 "signals",
                 "open_files",
             ),
-            *("request", "gate", "answer", "transport", "policy", "checkpoint", "output", "report", "plan"),
+            *("request", "gate", "answer", "transport", "policy", "caps", "checkpoint", "output", "report", "plan"),
         }
     ),
     "engine": frozenset(

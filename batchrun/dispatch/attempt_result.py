@@ -8,9 +8,10 @@ import msgspec
 from batchrun import prices
 from batchrun.answer import offline
 from batchrun.answer.usage import LITELLM_COST, cost_in_headers
+from batchrun.caps import History
 from batchrun.dispatch.backlog import Pending
 from batchrun.job.expected import KINDS
-from batchrun.policy import History, Judgement, Settlement
+from batchrun.policy import Judgement, Settlement
 from batchrun.prices import PriceTable
 from batchrun.records import (
     Answer,
@@ -154,7 +155,7 @@ def _without_last_invalid(set_aside: tuple[SetAside, ...]) -> tuple[SetAside, ..
 
 
 def remembered(earlier: Sequence[Discarded], begun: int) -> History:
-    """What a row has been through, by the records of its attempts: what `policy.after` made of them as they ended.
+    """What a row has been through, by the records of its attempts: what `caps.after` made of them as they ended.
 
     `begun` is the last attempt that is known to have been begun, ended or not.
     """

@@ -15,9 +15,9 @@ from enum import Enum
 
 import msgspec
 
+from batchrun.caps import NEW, History
 from batchrun.gate.waiters import Waiters
 from batchrun.output.chunks import OpenChunk
-from batchrun.policy import NEW, History
 from batchrun.records import Attempt, Correction, Request, Row, RowError, SetAside, Usage, Verdict
 
 FAILED_FIRST = 3

@@ -14,7 +14,7 @@ from decimal import Decimal
 
 import msgspec
 
-from batchrun import policy, prices
+from batchrun import caps, policy, prices
 from batchrun.answer import answer as answers
 from batchrun.dispatch.attempt_result import NOTHING, Ended, cost_of, maybe_billed, reported, together
 from batchrun.dispatch.backlog import Backlog, Invalid, Pending
@@ -216,22 +216,22 @@ class Workers:
         settlement: Settlement | None = None
         if judgement.verdict is Verdict.OK:
             ruling = self.gate.observe(slot, Outcome(row, Verdict.OK))
-            history = policy.answered(pending.history)
+            history = caps.answered(pending.history)
             settlement = policy.settlement(answer, request.expected, self._job.finish, attempt.http_status)
             self._tail.answered(healed=pending.history.attempts > 0)
         else:
             reached = attempt.error is None or attempt.error.sent
-            chargeable, is_last = policy.is_chargeable(judgement), reached and self._tail.is_reached
+            chargeable, is_last = judgement.is_chargeable, reached and self._tail.is_reached
             at_tail = chargeable and is_last
-            refused_again = is_last and policy.is_refusal(judgement) and pending.history.refused_alone > 0
-            doubted = policy.is_retried(judgement) and self.backlog.is_doubted(row)
+            refused_again = is_last and judgement.is_refusal and pending.history.refused_alone > 0
+            doubted = judgement.is_retried and self.backlog.is_doubted(row)
             says_nothing = at_tail or refused_again or doubted
             outcome = Outcome(row, judgement.verdict, judgement.error, judgement.retry_after_s, says_nothing)
             ruling = self.gate.observe(slot, outcome)
             before = successes if pending.successes is None else pending.successes
             witnessed = reached and self.gate.successes > before
-            history = policy.after(pending.history, judgement, corroborated=witnessed, at_tail=at_tail)
-            history = policy.refused(history, judgement, corroborated=witnessed, at_tail=is_last)
+            history = caps.after(pending.history, judgement, corroborated=witnessed, at_tail=at_tail)
+            history = caps.refused(history, judgement, corroborated=witnessed, at_tail=is_last)
         self._tail.ended(history, judgement)
         reported_usd = reported(attempt, answer)
         table = self._requests.price(request.model)
@@ -268,7 +268,7 @@ class Workers:
     def _take(self, ended: Ended, settlement: Settlement, slot: int) -> None:
         """The answer settles its row, unless the job wants another in its place."""
         pending = ended.pending
-        history = policy.asked_again(ended.history, settlement, self._job.retry)
+        history = caps.asked_again(ended.history, settlement, self._job.retry)
         if history is not None and settlement.correctable and settlement.error is not None:
             new = Correction(ended.said, settlement.error.message or "")
             if any(new.answer == each.answer for each in pending.corrections):
@@ -331,11 +331,11 @@ class Workers:
         if judgement.verdict is Verdict.OK:
             self.retries.drop(ended.pending.request.row)
         else:
-            due_s += policy.backoff_s(history, judgement.retry_after_s, self._job.retry, random.random())
+            due_s += caps.backoff_s(history, judgement.retry_after_s, self._job.retry, random.random())
             if again.waits_long:
                 due_s = max(due_s, now_s + (judgement.retry_after_s or 0.0))
             if self._tail.is_reached:
-                wait_s = policy.tail_wait_s(history, judgement, self._job.retry, self.backlog.waiting)
+                wait_s = caps.tail_wait_s(history, judgement, self._job.retry, self.backlog.waiting)
                 due_s = max(due_s, now_s + wait_s)
             self.retries.put(ended.pending.request.row, history.attempts, judgement.error, due_s)
         discarded = ended.discarded()
