@@ -336,16 +336,18 @@ def test_a_summary_that_cannot_be_read_is_damaged_and_not_no_run(runs: Runs, tmp
         assert len(ended.stderr.splitlines()) == 1
 
 
+def result_and_start(runs: Runs, directory: RunDirectory, layout: str) -> tuple[Path, Callable[[], Ended]]:
+    """A file of the complete run's result, and what starts the run's command once more."""
+    result = directory.completions if layout == "file" else sorted(directory.completions_folder.iterdir())[1]
+    return result, lambda: batchrun("run", runs.folder / f"{layout}.toml", "-o", directory.path)
+
+
 @pytest.mark.parametrize(("name", "layout"), [("done", "file"), ("in-parts", "parts")])
 def test_a_complete_run_without_its_whole_result_is_not_complete_again(
     runs: Runs, tmp_path: Path, name: str, layout: str
 ) -> None:
     directory, served = runs.copy(name, tmp_path / "run"), len(runs.simulator.ledger())
-    result = directory.completions if layout == "file" else sorted(directory.completions_folder.iterdir())[1]
-
-    def again() -> Ended:
-        return batchrun("run", runs.folder / f"{layout}.toml", "-o", directory.path)
-
+    result, again = result_and_start(runs, directory, layout)
     assert again().exit_code == 0
     for path in (result, directory.usage):
         content = path.read_bytes()
@@ -374,11 +376,7 @@ def test_a_start_over_a_complete_run_notices_a_changed_result_by_its_size_and_ti
     runs: Runs, tmp_path: Path, name: str, layout: str
 ) -> None:
     directory, served = runs.copy(name, tmp_path / "run"), len(runs.simulator.ledger())
-    result = directory.completions if layout == "file" else sorted(directory.completions_folder.iterdir())[1]
-
-    def again() -> Ended:
-        return batchrun("run", runs.folder / f"{layout}.toml", "-o", directory.path)
-
+    result, again = result_and_start(runs, directory, layout)
     for path in (result, directory.usage):
         before, content = path.stat(), path.read_bytes()
         flip(path, len(content) // 3)
