@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         RunLockedError,
         RunStoppedError,
     )
-    from batchrun.job.expected import schema_of
+    from batchrun.job.answer_schema import schema_of
     from batchrun.job.job import (
         Budget,
         Endpoint,
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
         Simulator,
     )
     from batchrun.job.load import load as load_job
-    from batchrun.output.completions import Completion
-    from batchrun.plan.plan import ChangedError
     from batchrun.records import Choice, FunctionCall, RowError, Status, Summary, TotalsLine
     from batchrun.runner import Runner
+    from batchrun.startup.resume import ChangedError
+    from batchrun.tables.completions import Completion
 
 __version__ = "0.1.0"
 

@@ -12,19 +12,20 @@ from typing import BinaryIO, TypedDict, Unpack
 
 import msgspec
 
-from batchrun import engine, preflight, rundir, simulated, streams
+from batchrun import engine, preflight, simulated, streams
 from batchrun.credentials import Credentials
 from batchrun.dispatch.hooks import GRACE_S, Hooks, Host
 from batchrun.errors import ExitCode, JobError, RunStoppedError
-from batchrun.gate import deadline as deadlines
-from batchrun.gate.deadline import Deadline
 from batchrun.job.job import Job
 from batchrun.job.load import checked, load
-from batchrun.plan.asked import Asked
+from batchrun.limits import deadline as deadlines
+from batchrun.limits.deadline import Deadline
 from batchrun.policy import failing
 from batchrun.records import Status, Summary
-from batchrun.rundir import RunDirectory
 from batchrun.source import Rows, as_file
+from batchrun.startup.run_options import Asked
+from batchrun.store import rundir
+from batchrun.store.rundir import RunDirectory
 
 _LOG = logging.getLogger("batchrun")
 

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from decimal import Decimal
 
     from batchrun.job.job import Job
-    from batchrun.plan.check import Survey
     from batchrun.prices import PriceTable
     from batchrun.records import Summary
     from batchrun.source import Source
+    from batchrun.startup.input_check import Survey
 
 
 def _amount(what: str) -> "Callable[[click.Context, click.Parameter, str | None], Decimal | None]":
@@ -140,8 +140,8 @@ def run(
 def check(job: Path, input_path: str | None, skip_invalid: bool, overrides: tuple[str, ...]) -> None:
     """Check all that a run would refuse: the job, every input record and its request. Sends nothing."""
     from batchrun import preflight
-    from batchrun.plan import reading
     from batchrun.report.summary import plural
+    from batchrun.startup import input_pass
 
     loaded = _load(job, input_path, None, overrides, {})
     preflight.require_settings(loaded, preflight.place(loaded))
@@ -152,7 +152,7 @@ def check(job: Path, input_path: str | None, skip_invalid: bool, overrides: tupl
     aside = f", {len(found.rejected):,} set aside" if found.rejected else ""
     asks = f"{plural(found.rows, 'row')} in {where}{aside}, read as {found.dialect}; {models}"
     say(harmless(asks) if found.rows else f"0 rows in {where}: there is nothing to send")
-    if (columns := reading.columns_in_words(source, found)) is not None:
+    if (columns := input_pass.columns_in_words(source, found)) is not None:
         say(harmless(columns))
     preflight.key(loaded, os.environ)
 
@@ -172,11 +172,11 @@ def estimate(
     from datetime import datetime
 
     from batchrun import preflight
-    from batchrun.gate import daily
-    from batchrun.plan import earlier
-    from batchrun.plan import estimate as estimating
-    from batchrun.plan.look import look
-    from batchrun.rundir import RunDirectory
+    from batchrun.limits import daily
+    from batchrun.startup import estimate as estimating
+    from batchrun.startup import previous_run
+    from batchrun.startup.preview import look
+    from batchrun.store.rundir import RunDirectory
 
     loaded = _load(job, input_path, None, overrides, {})
     found = None if out is None else look(loaded, RunDirectory(out))
@@ -189,7 +189,7 @@ def estimate(
             say(harmless(line))
     to_ask = surveyed.rows if found is None else found.to_ask
     done = None if found is None else found.summary
-    means = earlier.newest(loaded, besides=out)
+    means = previous_run.newest(loaded, besides=out)
     estimated = estimating.estimate(surveyed, loaded, tables, to_ask, done, daily.left_s(now), means)
     for line in estimating.in_words(estimated, tables, loaded.endpoint.url):
         say(harmless(line))
@@ -201,8 +201,8 @@ def estimate(
 @click.option("-o", "--output", "target", type=click.Path(path_type=Path), help="A file instead, outside of OUT.")
 def export(out: Path, target: Path | None) -> None:
     """Write the rows that a stopped run has so far, the others as pending. Sends nothing; the run stays as it is."""
-    from batchrun.rescue import export as exporting
-    from batchrun.rundir import RunDirectory
+    from batchrun.integrity import export as exporting
+    from batchrun.store.rundir import RunDirectory
 
     for line in exporting.in_words(exporting.export(RunDirectory(out), target)):
         say(harmless(line))
@@ -223,7 +223,7 @@ def export(out: Path, target: Path | None) -> None:
 def tune(out: Path, **settings: str | None) -> None:
     """Change the limits of a run at work, until it ends."""
     from batchrun.dispatch import live_limits
-    from batchrun.rundir import RunDirectory
+    from batchrun.store.rundir import RunDirectory
 
     wish = live_limits.wish({name: value for name, value in settings.items() if value is not None})
     limits = live_limits.ask(RunDirectory(out), wish)
@@ -235,9 +235,9 @@ def tune(out: Path, **settings: str | None) -> None:
 @click.option("--salvage", is_flag=True, help="Write what is sound into OUT.salvaged.")
 def verify(out: Path, salvage: bool) -> None:
     """Check every record and digest of a run. The run must not be at work; touches no file, sends nothing."""
-    from batchrun.rescue import salvage as salvaging
-    from batchrun.rescue import verify as verifying
-    from batchrun.rundir import RunDirectory
+    from batchrun.integrity import salvage as salvaging
+    from batchrun.integrity import verify as verifying
+    from batchrun.store.rundir import RunDirectory
 
     if salvage:
         findings, salvaged = salvaging.salvage(RunDirectory(out))
@@ -374,19 +374,19 @@ def _read_through(job: "Job", *, skip_invalid: bool) -> "tuple[Source, Survey]":
     import tempfile
 
     from batchrun.errors import InputError
-    from batchrun.plan import checks, reading
-    from batchrun.plan.asked import Asked
-    from batchrun.plan.check import survey
-    from batchrun.rundir import RunDirectory
     from batchrun.source import open_source
+    from batchrun.startup import input_pass, preconditions
+    from batchrun.startup.input_check import survey
+    from batchrun.startup.run_options import Asked
+    from batchrun.store.rundir import RunDirectory
 
     with tempfile.TemporaryDirectory(prefix="batchrun-") as scratch, Progress() as progress:
-        files = reading.input_files(
+        files = input_pass.input_files(
             job, RunDirectory(Path(scratch)), Asked(stdin=streams.standard_input()), begun=False
         )
         try:
             source = open_source(files, job.input.max_line_bytes)
-            checks.require_columns(job, source)
+            preconditions.require_columns(job, source)
             found = survey(source, job, Path(scratch), progress=progress.checked)
         except InputError as error:
             raise InputError(_of_stdin(str(error), job, files[0])) from error
@@ -394,7 +394,7 @@ def _read_through(job: "Job", *, skip_invalid: bool) -> "tuple[Source, Survey]":
     def tell(text: str) -> None:
         note(_of_stdin(text, job, source.files[0]))
 
-    checks.require_input(job, source, found, tell, skip_invalid=skip_invalid)
+    preconditions.require_input(job, source, found, tell, skip_invalid=skip_invalid)
     return source, found
 
 
@@ -412,11 +412,11 @@ def _require_budget(job: "Job", found: "Survey") -> "dict[str, PriceTable | None
     from datetime import date
 
     from batchrun import price_list
-    from batchrun.plan import checks
+    from batchrun.startup import preconditions
 
     today, url = date.today().isoformat(), job.endpoint.url
     tables = {model: price_list.resolve(model, job.pricing, today, url) for model in found.models}
-    checks.require_budget(job, found.max_request, tables)
+    preconditions.require_budget(job, found.max_request, tables)
     return tables
 
 

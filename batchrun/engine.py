@@ -20,8 +20,6 @@ from collections.abc import Callable, Iterator
 import msgspec
 
 from batchrun import __version__, signals
-from batchrun.checkpoint import at_rest, facts, variants
-from batchrun.checkpoint.checkpoint import Checkpoint, read_finished
 from batchrun.credentials import Credentials
 from batchrun.dispatch import live_limits, replay
 from batchrun.dispatch.dispatch import Dispatch
@@ -31,19 +29,20 @@ from batchrun.dispatch.start_messages import about, told_at_start
 from batchrun.dispatch.store import Store
 from batchrun.durable import replace_bytes
 from batchrun.errors import BatchrunError, CheckpointError, ExitCode, InputError, JobError
-from batchrun.gate.admission import Stop
 from batchrun.job.job import Job
-from batchrun.output import partial, result
-from batchrun.output.chunks import Chunks, Layout
-from batchrun.output.files import write_usage
-from batchrun.plan import plan as planning
-from batchrun.plan import reading, retry
-from batchrun.plan.asked import Asked
-from batchrun.plan.plan import Plan
+from batchrun.limits.admission import Stop
 from batchrun.policy import failing
 from batchrun.records import Summary
 from batchrun.report.summary import are, failures, files, plural, read
-from batchrun.rundir import RunDirectory
+from batchrun.startup import input_pass, retry
+from batchrun.startup import resume as planning
+from batchrun.startup.resume import Plan
+from batchrun.startup.run_options import Asked
+from batchrun.store import at_rest, partial, result, variants
+from batchrun.store.checkpoint import Checkpoint, read_finished
+from batchrun.store.chunks import Chunks, Layout
+from batchrun.store.rundir import RunDirectory
+from batchrun.tables.files import write_usage
 
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 
@@ -112,10 +111,10 @@ def _finished(job: Job, directory: RunDirectory, asked: Asked) -> Summary | None
         return None
     summary = read(directory)
     manifest = read_finished(directory.checkpoint)
-    known = facts.read(manifest)
+    known = manifest.read(manifest)
     planning.require_same_shape(job, known)
     _, _, settings = variants.place(job, variants.read(manifest), known.variant, retrying=asked.retry is not None)
-    what = planning.changed_input(reading.input_files(job, directory, asked), directory, known)
+    what = planning.changed_input(input_pass.input_files(job, directory, asked), directory, known)
     wanted = known.rows if asked.limit is None else min(asked.limit, known.rows)
     again = asked.retry is not None and any(summary.by_status.get(status) for status in asked.retry)
     if settings or what is not None or again or wanted > summary.rows_in_output:

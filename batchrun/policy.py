@@ -9,14 +9,14 @@ from typing import NamedTuple
 
 import msgspec
 
-from batchrun.answer import packed
-from batchrun.answer.error_body import MAX_MESSAGE_CHARS
-from batchrun.answer.finish_reasons import Meaning, meaning_of
-from batchrun.answer.retry_after import retry_after_s
-from batchrun.answer.subjects import Subject, speaks_of
-from batchrun.job.expected import Expected, Flaw
+from batchrun.job.answer_schema import Expected, Flaw
 from batchrun.job.job import Action, Finish, Retry
 from batchrun.records import Answer, Attempt, RowError, Status, Verdict
+from batchrun.response import packed
+from batchrun.response.error_body import MAX_MESSAGE_CHARS
+from batchrun.response.finish_reasons import Meaning, meaning_of
+from batchrun.response.refusal_subjects import Subject, speaks_of
+from batchrun.response.retry_after import retry_after_s
 
 
 class Fault(StrEnum):

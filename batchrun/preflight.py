@@ -6,10 +6,11 @@ What must hold of the input is `plan.checks`'s, and they walk through that, too.
 from collections.abc import Callable, Mapping
 from datetime import datetime
 
-from batchrun import credentials, open_files, rundir, simulated
+from batchrun import credentials, open_files, simulated
 from batchrun.credentials import Credentials
 from batchrun.job.job import Job
-from batchrun.rundir import RunDirectory
+from batchrun.store import rundir
+from batchrun.store.rundir import RunDirectory
 
 
 def _enough_files_may_be_open(job: Job, directory: RunDirectory) -> None:

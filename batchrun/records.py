@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from batchrun.errors import APIConnectionError
-from batchrun.job.expected import ANYTHING, Expected
+from batchrun.job.answer_schema import ANYTHING, Expected
 
 JsonValue = None | bool | int | float | str | list["JsonValue"] | dict[str, "JsonValue"]
 """What JSON can say, as msgspec and the standard library decode it."""

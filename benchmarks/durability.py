@@ -15,7 +15,7 @@ from pathlib import Path
 from throughput import fixed_answer_server, whole_run
 
 UNSYNCED = """
-import batchrun.checkpoint.database as module
+import batchrun.store.database as module
 opened = module.Database.open.__func__
 def unsynced(cls, *arguments):
     database = opened(cls, *arguments)

@@ -16,24 +16,24 @@ from decimal import Decimal
 from pathlib import Path
 
 from batchrun import policy, prices
-from batchrun.answer import answer as answers
-from batchrun.checkpoint import tables
-from batchrun.checkpoint.checkpoint import Checkpoint
-from batchrun.checkpoint.slots import Slots
-from batchrun.checkpoint.spent import Spent, fold
-from batchrun.gate.admission import Ask, Outcome
-from batchrun.gate.gate import Gate
-from batchrun.gate.in_flight import InFlight
-from batchrun.gate.state import GateState
 from batchrun.job.job import Finish, Job, Limits, Price, Retry
 from batchrun.job.load import from_tables
-from batchrun.output import files
-from batchrun.output.rows import joined, output_schema, own_table
-from batchrun.output.window import BATCH_ROWS, StoredWindow, typed, write
-from batchrun.plan.check import survey
+from batchrun.limits.admission import Ask, Outcome
+from batchrun.limits.circuit import GateState
+from batchrun.limits.gate import Gate
+from batchrun.limits.in_flight import InFlight
 from batchrun.records import Attempt, Completion, Row, Status, Usage, Verdict
 from batchrun.request.builder import RequestBuilder
+from batchrun.response import answer as answers
 from batchrun.source import START, find_files, open_source
+from batchrun.startup.input_check import survey
+from batchrun.store import db_tables
+from batchrun.store.checkpoint import Checkpoint
+from batchrun.store.in_flight import Slots
+from batchrun.store.stored_window import BATCH_ROWS, StoredWindow, typed, write
+from batchrun.store.totals import Spent, fold
+from batchrun.tables import files
+from batchrun.tables.rows import joined, output_schema, own_table
 
 ROWS = 8 * BATCH_ROWS
 ROUNDS = 5
@@ -151,7 +151,7 @@ def the_answer() -> Iterator[tuple[str, float]]:
 def durable(folder: Path) -> Iterator[tuple[str, float]]:
     """What durability costs in this process, in commits of 32 rows."""
     settled = [completion(row) for row in range(BATCH_ROWS)]
-    records = [tables.completion_record(each) for each in settled]
+    records = [db_tables.completion_record(each) for each in settled]
     slots = Slots(folder / "inflight.bin", 64)
 
     def take_and_clear() -> None:
@@ -174,14 +174,14 @@ def durable(folder: Path) -> Iterator[tuple[str, float]]:
     slots.close()
     yield (
         "commit: one blob a row, encoded",
-        best_us(lambda: [tables.completion_record(each) for each in settled], BATCH_ROWS),
+        best_us(lambda: [db_tables.completion_record(each) for each in settled], BATCH_ROWS),
     )
     yield (
         "commit: totals",
         best_us(lambda: [fold(Spent(), settled[at : at + 32], 1) for at in range(0, BATCH_ROWS, 32)], BATCH_ROWS),
     )
     yield "commit: all of it, SQLite and the kernel included", best_us(commits, BATCH_ROWS)
-    yield "seal: blobs decoded", best_us(lambda: [tables.completion(record) for record in records], BATCH_ROWS)
+    yield "seal: blobs decoded", best_us(lambda: [db_tables.completion(record) for record in records], BATCH_ROWS)
 
 
 def sealed(job: Job, folder: Path) -> Iterator[tuple[str, float]]:

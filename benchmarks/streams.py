@@ -46,9 +46,9 @@ async def serve(size: int) -> None:
 
 
 async def read(port: int, streams: int) -> dict[str, float]:
-    from batchrun.answer import answer
     from batchrun.credentials import Credentials
     from batchrun.job.job import Endpoint
+    from batchrun.response import answer
     from batchrun.transport.transport import choose, opened
 
     url = f"http://127.0.0.1:{port}/v1/chat/completions"

@@ -11,9 +11,9 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from batchrun.checkpoint.checkpoint import Checkpoint
 from batchrun.errors import BatchrunError
 from batchrun.records import Ending
+from batchrun.store.checkpoint import Checkpoint
 from tests.endings import completion
 
 IN_FLIGHT = 64

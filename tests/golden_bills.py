@@ -11,12 +11,12 @@ from typing import Any
 
 import msgspec
 
-from batchrun.answer.answer import read
 from batchrun.dispatch.attempt_result import cost_of, reported
 from batchrun.job.job import Retry
 from batchrun.policy import judge
 from batchrun.price_list import resolve
 from batchrun.records import Attempt
+from batchrun.response.answer import read
 
 TODAY, DAY_S = "2026-11-22", 86_400 * 20_000
 

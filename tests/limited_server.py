@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
-from batchrun.answer.retry_after import retry_after_s
-from batchrun.gate.admission import Ask, Found, Limit, Outcome
-from batchrun.gate.gate import Gate
-from batchrun.gate.in_flight import InFlight
-from batchrun.gate.state import GateState
 from batchrun.job import job
+from batchrun.limits.admission import Ask, Found, Limit, Outcome
+from batchrun.limits.circuit import GateState
+from batchrun.limits.gate import Gate
+from batchrun.limits.in_flight import InFlight
 from batchrun.records import RowError, Verdict
+from batchrun.response.retry_after import retry_after_s
 from batchrun.simulator.limits import BURST_S, Limits
 from batchrun.simulator.refusal import Refused
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, Protocol
 
-from batchrun.gate.admission import Ask, Found, Outcome
-from batchrun.gate.gate import Gate
-from batchrun.gate.in_flight import InFlight
-from batchrun.gate.state import GateState
 from batchrun.job import job
+from batchrun.limits.admission import Ask, Found, Outcome
+from batchrun.limits.circuit import GateState
+from batchrun.limits.gate import Gate
+from batchrun.limits.in_flight import InFlight
 from batchrun.records import RowError, Verdict
 
 REFUSAL_S = 0.02

@@ -11,11 +11,11 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchrun.columns.schema import column_of
-from batchrun.output.booked import lines
-from batchrun.output.rows import OWN_COLUMNS, own_schema
 from batchrun.records import TotalsLine
 from batchrun.report.summary import VERSION
+from batchrun.tables.arrow_types import column_of
+from batchrun.tables.booked import lines
+from batchrun.tables.rows import OWN_COLUMNS, own_schema
 
 MODEL = "vtrix-gpt-5.3-codex"
 SCHEMA = {

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchrun.answer.answer import decode, read
-from batchrun.answer.error_body import MAX_MESSAGE_CHARS
-from batchrun.answer.sse import events
-from batchrun.answer.usage import MAX_COUNT
 from batchrun.records import Answer, Choice, FunctionCall, Usage
+from batchrun.response.answer import decode, read
+from batchrun.response.error_body import MAX_MESSAGE_CHARS
+from batchrun.response.sse import events
+from batchrun.response.usage import MAX_COUNT
 
 USAGE = {
     "prompt_tokens": 12,

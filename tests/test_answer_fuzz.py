@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 import msgspec
 import pyarrow as pa
 
-from batchrun.answer import packed
-from batchrun.answer.answer import MAX_CHOICES, read
-from batchrun.answer.stream import Stream
-from batchrun.answer.usage import MAX_COUNT
 from batchrun.credentials import Credentials
 from batchrun.job.job import Retry
 from batchrun.policy import judge
 from batchrun.records import Answer, Attempt, Verdict
+from batchrun.response import packed
+from batchrun.response.answer import MAX_CHOICES, read
+from batchrun.response.stream import Stream
+from batchrun.response.usage import MAX_COUNT
 from tests.test_answer import COUNTED, FIRST, STOP, USAGE, WORDS, body, chunk, stream
 
 NOTHING_SECRET = Credentials({}, frozenset())

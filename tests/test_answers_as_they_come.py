@@ -10,10 +10,10 @@ import pytest
 
 from batchrun import credentials, engine
 from batchrun.dispatch.hooks import Hooks
-from batchrun.plan.asked import Asked
 from batchrun.records import Summary
 from batchrun.report.summary import in_words
-from batchrun.rundir import RunDirectory
+from batchrun.startup.run_options import Asked
+from batchrun.store.rundir import RunDirectory
 from tests.cli_process import KEY, KEY_ENV
 from tests.endings import answer_body
 from tests.fast_clock import fast_clock, patient

@@ -12,14 +12,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from batchrun.checkpoint.tables import Chunk
 from batchrun.dispatch import backlog as backlogs
 from batchrun.dispatch.backlog import Backlog, Pending
 from batchrun.errors import InputError
-from batchrun.output.chunks import OpenChunk
-from batchrun.output.window import StoredWindow, write
 from batchrun.records import Request, Row, Verdict
 from batchrun.source.window import LINES
+from batchrun.store.chunks import OpenChunk
+from batchrun.store.db_tables import Chunk
+from batchrun.store.stored_window import StoredWindow, write
 from tests.moved_clock import NothingWillHappen, run_on_moved_clock
 
 T = TypeVar("T")

@@ -5,10 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchrun.gate import daily
-from batchrun.gate.capacity import Size, least_minutes, most_rows, size_of
-from batchrun.gate.daily import DailyCount
 from batchrun.job.job import Limits
+from batchrun.limits import daily
+from batchrun.limits.capacity import Size, least_minutes, most_rows, size_of
+from batchrun.limits.daily import DailyCount
 from batchrun.records import TotalsLine
 from tests.limited_server import Run, Server, ask_all, new_gate
 from tests.moved_clock import run_on_moved_clock

@@ -8,11 +8,11 @@ import pytest
 
 from batchrun.errors import InputError, JobError
 from batchrun.job.job import Job
-from batchrun.plan.check import SHOWN, Problem, Survey, survey
-from batchrun.plan.checks import raise_problems
 from batchrun.records import Row
 from batchrun.request.builder import RequestBuilder
 from batchrun.source import open_source
+from batchrun.startup.input_check import SHOWN, Problem, Survey, survey
+from batchrun.startup.preconditions import raise_problems
 from tests.cli_process import batchrun, write_job
 from tests.endings import MODEL
 from tests.jobs import job_over, texts, write_lines

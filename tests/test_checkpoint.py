@@ -16,12 +16,12 @@ import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from batchrun.checkpoint import tables
-from batchrun.checkpoint.checkpoint import FORMAT, MAX_GROUP, Checkpoint, read_finished
-from batchrun.checkpoint.spent import Spent, answer_line, doubt, fold, with_possibly_billed
-from batchrun.checkpoint.tables import Chunk, Reopened
 from batchrun.errors import BatchrunError, CheckpointError, DiskError, ExitCode, RunLockedError
 from batchrun.records import Completion, Discarded, Ending, PossiblyBilled, RowError, Status
+from batchrun.store import db_tables
+from batchrun.store.checkpoint import FORMAT, MAX_GROUP, Checkpoint, read_finished
+from batchrun.store.db_tables import Chunk, Reopened
+from batchrun.store.totals import Spent, answer_line, doubt, fold, with_possibly_billed
 from tests.endings import ENDINGS, completion, discarded, stored_attempt
 
 SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
@@ -309,7 +309,7 @@ def test_a_full_disk_gets_the_reserve_and_then_ends_the_run(tmp_path: Path) -> N
 def columns() -> list[tuple[str, str]]:
     """Every column of every table."""
     database = sqlite3.connect(":memory:")
-    database.executescript(tables.TABLES)
+    database.executescript(db_tables.TABLES)
     names = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
     found = [(name, info[1]) for name in names for info in database.execute(f"PRAGMA table_info({name})")]
     database.close()

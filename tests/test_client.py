@@ -19,11 +19,11 @@ import pytest
 from aiohttp.client_reqrep import ConnectionKey
 from yarl import URL
 
-from batchrun.answer.encoding import Unpacker
 from batchrun.errors import APITimeoutError, JobError
 from batchrun.job.job import Endpoint
 from batchrun.policy import FAULT_VERDICTS
 from batchrun.records import Attempt, Verdict
+from batchrun.response.encoding import Unpacker
 from batchrun.transport import keep_alive as rules
 from batchrun.transport.connector import TCP_KEEPALIVE_S, open_socket
 from batchrun.transport.faults import translate

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from batchrun.answer import answer as answers
-from batchrun.answer import common
+from batchrun.response import answer as answers
+from batchrun.response import typed
 
 PLAIN: dict[str, Any] = {
     "id": "chatcmpl-1",
@@ -85,14 +85,14 @@ def test_the_typed_reader_agrees_with_the_careful_one_wherever_it_accepts(
     changes: list[tuple[tuple[str | int, ...], Any]],
 ) -> None:
     body = msgspec.json.encode(changed(changes))
-    assert common.read(body) in (None, answers.read_carefully(body))
+    assert typed.read(body) in (None, answers.read_carefully(body))
 
 
 @given(st.integers(0, 700), st.integers(0, 255))
 def test_so_it_does_with_any_byte_changed(place: int, byte: int) -> None:
     body = bytearray(msgspec.json.encode(PLAIN))
     body[place % len(body)] = byte
-    assert common.read(bytes(body)) in (None, answers.read_carefully(bytes(body)))
+    assert typed.read(bytes(body)) in (None, answers.read_carefully(bytes(body)))
 
 
 ODD = [
@@ -133,8 +133,8 @@ def test_so_it_does_with_odd_json_where_nobody_looks(odd: bytes, place: bytes) -
     body = msgspec.json.encode(PLAIN).replace(place, odd, 1)
     careful = answers.read_carefully(body)
     unread = place in (b'"fp"', b"[]") and odd in HUGE
-    assert common.read(body) in (None, careful) or unread
-    assert not unread or common.read(body) == msgspec.structs.replace(careful, flagged=False)
+    assert typed.read(body) in (None, careful) or unread
+    assert not unread or typed.read(body) == msgspec.structs.replace(careful, flagged=False)
 
 
 @pytest.mark.parametrize(
@@ -150,4 +150,4 @@ def test_so_it_does_with_odd_json_where_nobody_looks(odd: bytes, place: bytes) -
 )
 def test_it_accepts_the_answers_of_common_servers(changes: list[tuple[tuple[str | int, ...], Any]]) -> None:
     body = msgspec.json.encode(changed(changes))
-    assert common.read(body) == answers.read_carefully(body) is not None
+    assert typed.read(body) == answers.read_carefully(body) is not None

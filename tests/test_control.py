@@ -10,15 +10,15 @@ from typing import Any
 import msgspec
 import pytest
 
-from batchrun.checkpoint.checkpoint import Checkpoint
 from batchrun.dispatch import live_limits
 from batchrun.dispatch.learned_limits import LearnedLimits
 from batchrun.dispatch.live_limits import Control, Wishes
 from batchrun.errors import JobError
 from batchrun.job.job import Budget, Limits
 from batchrun.records import InForce
-from batchrun.rundir import RunDirectory
 from batchrun.simulator import SimulatorConfig
+from batchrun.store.checkpoint import Checkpoint
+from batchrun.store.rundir import RunDirectory
 from tests.cli_process import batchrun, finish, read_summary, start, wait_until, write_job, write_rows
 from tests.endings import completion
 from tests.simulator_process import running_simulator

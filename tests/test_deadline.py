@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchrun.errors import JobError
-from batchrun.gate.deadline import Deadline, in_words, read
+from batchrun.limits.deadline import Deadline, in_words, read
 
 BERLIN = ZoneInfo("Europe/Berlin")
 NOW_S = 5_000.0

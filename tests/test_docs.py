@@ -12,23 +12,23 @@ import pyarrow as pa
 import pytest
 
 import batchrun
-from batchrun.answer.answer import read
-from batchrun.checkpoint.checkpoint import SPILL
 from batchrun.cli import cli
 from batchrun.dispatch.runlog import RunLog
 from batchrun.errors import ExitCode
-from batchrun.gate.admission import Limit
 from batchrun.job.job import Retry, settings
 from batchrun.job.load import from_tables, load
-from batchrun.output.rows import OWN_COLUMNS, USAGE_COLUMNS
-from batchrun.plan.check import survey
+from batchrun.limits.admission import Limit
 from batchrun.policy import FAULT_VERDICTS, STATUS_VERDICTS, judge
 from batchrun.records import Attempt, PossiblyBilled, Status, Summary, TotalsLine, Verdict
 from batchrun.report.bill import KEYS
 from batchrun.report.figures import FIGURES
 from batchrun.report.findings import THRESHOLDS
-from batchrun.rundir import RunDirectory
+from batchrun.response.answer import read
 from batchrun.source import find_files, open_source
+from batchrun.startup.input_check import survey
+from batchrun.store.checkpoint import SPILL
+from batchrun.store.rundir import RunDirectory
+from batchrun.tables.rows import OWN_COLUMNS, USAGE_COLUMNS
 from tests.test_architecture import MAY_IMPORT
 
 ROOT = Path(__file__).parent.parent

@@ -16,10 +16,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from batchrun.checkpoint import slots
 from batchrun.prices import PriceTable, Tier, cost
 from batchrun.records import Usage
 from batchrun.simulator import Fault, LedgerLine, SimulatorConfig, parse_faults, read_ledger
+from batchrun.store import in_flight
 from tests.cli_process import (
     KEY,
     batchrun,
@@ -249,7 +249,7 @@ def test_the_second_signal_ends_at_once_and_names_who_was_in_flight(tmp_path: Pa
         job = write_job(tmp_path / "job.toml", simulator.url, source)
         process = start("run", job, "-o", tmp_path / "out")
         inflight = tmp_path / "out" / "inflight.bin"
-        kill_when(process, lambda: inflight.exists() and len(slots.read(inflight)) >= 8, signal.SIGTERM)
+        kill_when(process, lambda: inflight.exists() and len(in_flight.read(inflight)) >= 8, signal.SIGTERM)
         wait_until(lambda: '"signal"' in (tmp_path / "out" / "run.log").read_text(), process)
         process.send_signal(signal.SIGTERM)
         ended = finish(process)

@@ -8,11 +8,11 @@ import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchrun import caps
-from batchrun.caps import History
+from batchrun import attempt_caps
+from batchrun.attempt_caps import History
 from batchrun.dispatch.attempt_result import Ended, maybe_billed, remembered
 from batchrun.dispatch.backlog import Pending
-from batchrun.job.expected import KINDS
+from batchrun.job.answer_schema import KINDS
 from batchrun.job.job import Retry
 from batchrun.policy import Judgement
 from batchrun.records import Answer, Attempt, Request, RowError, Verdict
@@ -26,7 +26,7 @@ VERDICTS = st.sampled_from([Verdict.FREE, Verdict.MAYBE, Verdict.SLOW, Verdict.P
 
 def ended(pending: Pending, status: int | None, verdict: Verdict, *, corroborated: bool) -> Ended:
     judgement = Judgement(verdict, RowError("server_error", status))
-    history = caps.after(pending.history, judgement, corroborated=corroborated)
+    history = attempt_caps.after(pending.history, judgement, corroborated=corroborated)
     attempt = Attempt(0.0, 0.1, status, {}, b"")
     return Ended(pending, attempt, Answer(), judgement, None, history, None, None, maybe_billed=False)
 
@@ -53,10 +53,10 @@ def test_overloads_met_before_a_restart_leave_a_row_its_tries_after_it() -> None
         one = ended(pending, 503, Verdict.SLOW, corroborated=True)
         records.append(one.discarded())
         pending = msgspec.structs.replace(pending, history=one.history)
-    again = caps.after(
+    again = attempt_caps.after(
         remembered(records, 0), Judgement(Verdict.FREE, RowError("server_error", 500)), corroborated=True
     )
-    assert not caps.exhausted(again, Retry(max_attempts=6, max_5xx=4))
+    assert not attempt_caps.exhausted(again, Retry(max_attempts=6, max_5xx=4))
 
 
 def test_an_answer_without_usage_is_doubtful_only_under_a_cap_that_it_counts_in() -> None:

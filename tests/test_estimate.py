@@ -10,10 +10,10 @@ import pytest
 
 from batchrun.job.job import Budget, Job
 from batchrun.job.load import from_tables
-from batchrun.plan.check import Survey
-from batchrun.plan.estimate import estimate, in_words
 from batchrun.prices import PriceTable, Tier
 from batchrun.simulator import SimulatorConfig
+from batchrun.startup.estimate import estimate, in_words
+from batchrun.startup.input_check import Survey
 from tests.cli_process import batchrun, read_summary, snapshot, write_job, write_rows
 from tests.simulator_process import running_simulator
 

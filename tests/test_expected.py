@@ -17,9 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchrun.columns.schema import column_of
 from batchrun.errors import JobError
-from batchrun.job.expected import ANYTHING, MAX_MESSAGE_CHARS, Expected, check_of, of, problem, schema_of
+from batchrun.job.answer_schema import ANYTHING, MAX_MESSAGE_CHARS, Expected, check_of, of, problem, schema_of
+from batchrun.tables.arrow_types import column_of
 
 LABEL = {
     "type": "object",

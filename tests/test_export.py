@@ -15,16 +15,17 @@ import pytest
 
 from batchrun import credentials, engine
 from batchrun.errors import CheckpointError, InputError, JobError
+from batchrun.integrity.export import export, in_words
+from batchrun.integrity.verify import verify
 from batchrun.job.load import load
-from batchrun.output import files, partial
-from batchrun.output.pending import PENDING, beside
-from batchrun.output.rows import own_table
 from batchrun.records import Summary
 from batchrun.report.summary import read
-from batchrun.rescue.export import export, in_words
-from batchrun.rescue.verify import verify
-from batchrun.rundir import RunDirectory
 from batchrun.simulator import Fault, SimulatorConfig
+from batchrun.store import partial
+from batchrun.store.rundir import RunDirectory
+from batchrun.tables import files
+from batchrun.tables.pending import PENDING, beside
+from batchrun.tables.rows import own_table
 from tests.cli_process import KEY, KEY_ENV, batchrun, kill_when, read_summary, snapshot, start, write_job, write_rows
 from tests.endings import completion, discarded
 from tests.simulator_process import RunningSimulator, running_simulator

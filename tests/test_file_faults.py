@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from batchrun.checkpoint.checkpoint import Checkpoint
 from batchrun.simulator import SimulatorConfig
+from batchrun.store.checkpoint import Checkpoint
 from tests.cli_process import batchrun, finish, kill_when, read_summary, start, write_job, write_rows
 from tests.crash.strace import MISSING, Fault, prefix
 from tests.crash.trial import ROWS, Calm, Trial, calm_run, simulator_config

@@ -2,8 +2,8 @@
 
 import pytest
 
-from batchrun.answer.finish_reasons import Meaning, is_known, meaning_of
 from batchrun.report.summary import unknown_reason
+from batchrun.response.finish_reasons import Meaning, is_known, meaning_of
 
 GUESSED: dict[Meaning, str] = {
     Meaning.FAILURE: """

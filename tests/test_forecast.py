@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchrun.gate.admission import Limit
-from batchrun.gate.forecast import LEAK, RATE_S, WINDOW_S, Concern, Forecast, Recent, Sample, peak
+from batchrun.limits.admission import Limit
+from batchrun.limits.forecast import LEAK, RATE_S, WINDOW_S, Concern, Forecast, Recent, Sample, peak
 
 
 def seen(

@@ -11,16 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchrun.errors import ExitCode
-from batchrun.gate.admission import Ask, Binding, Limit, Outcome, Ruling, Stop
-from batchrun.gate.daily import DailyCount
-from batchrun.gate.gate import Gate, GateClosed
-from batchrun.gate.in_flight import InFlight
-from batchrun.gate.overruns import Overruns
-from batchrun.gate.pace import PaceChange
-from batchrun.gate.purse import Cap, Purse
-from batchrun.gate.rates import Rates
-from batchrun.gate.state import GateState
 from batchrun.job.job import Limits
+from batchrun.limits.adaptive_rate import PaceChange
+from batchrun.limits.admission import Ask, Binding, Limit, Outcome, Ruling, Stop
+from batchrun.limits.budget import Cap, Purse
+from batchrun.limits.circuit import GateState
+from batchrun.limits.daily import DailyCount
+from batchrun.limits.gate import Gate, GateClosed
+from batchrun.limits.in_flight import InFlight
+from batchrun.limits.overruns import Overruns
+from batchrun.limits.rates import Rates
 from batchrun.records import RowError, Verdict
 from batchrun.report.summary import limits_in_words
 from tests.moved_clock import NothingWillHappen, run_on_moved_clock

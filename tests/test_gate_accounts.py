@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchrun.gate.accounts import BURST_S, Bucket
+from batchrun.limits.token_bucket import BURST_S, Bucket
 
 SIZES = st.lists(st.integers(1, 5_000), min_size=50, max_size=200)
 

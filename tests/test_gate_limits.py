@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from batchrun.gate.admission import Found
-from batchrun.gate.learned import Estimates, Sizes
+from batchrun.limits.admission import Found
+from batchrun.limits.token_estimates import Estimates, Sizes
 from batchrun.records import Request, Usage
 from tests.limited_server import Run, Server, ask_all, during, ideal_s, new_gate
 from tests.moved_clock import run_on_moved_clock

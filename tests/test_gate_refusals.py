@@ -12,11 +12,11 @@ from decimal import Decimal
 
 import pytest
 
-from batchrun.gate.admission import Ask, Limit, Outcome
-from batchrun.gate.pace import Pace
-from batchrun.gate.rate_search import RateSearch
-from batchrun.gate.rates import Rates
-from batchrun.gate.runs import Runs
+from batchrun.limits.adaptive_rate import Pace
+from batchrun.limits.admission import Ask, Limit, Outcome
+from batchrun.limits.rate_search import RateSearch
+from batchrun.limits.rates import Rates
+from batchrun.limits.refusal_runs import Runs
 from batchrun.records import RowError, Verdict
 from tests.moved_clock import START_S, run_on_moved_clock
 from tests.refusing_servers import (

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 import pytest
 
 from batchrun.errors import ExitCode
-from batchrun.gate.admission import OPEN, Cooling, Limit, Outcome, Phase, Stop
-from batchrun.gate.in_flight import FIRST_IN_FLIGHT, InFlight
-from batchrun.gate.outage import MANY_OUTAGE_ROWS
-from batchrun.gate.pace import Pace
-from batchrun.gate.refusals import NOTHING, Refusals
-from batchrun.gate.state import GateState
+from batchrun.limits.adaptive_rate import Pace
+from batchrun.limits.admission import OPEN, Cooling, Limit, Outcome, Phase, Stop
+from batchrun.limits.circuit import GateState
+from batchrun.limits.in_flight import FIRST_IN_FLIGHT, InFlight
+from batchrun.limits.outage import MANY_OUTAGE_ROWS
+from batchrun.limits.refusals import NOTHING, Refusals
 from batchrun.records import RowError, Verdict
 
 LATENCY_S = 0.05

@@ -7,28 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchrun.errors import ExitCode
-from batchrun.gate.admission import (
-    OPEN,
-    Binding,
-    Cooling,
-    Limit,
-    Outcome,
-    Phase,
-    Probing,
-    Ruling,
-    Stop,
-    Stopped,
-)
-from batchrun.gate.in_flight import FIRST_IN_FLIGHT, InFlight
-from batchrun.gate.outage import MANY_OUTAGE_ROWS, OUTAGE_ROWS
-from batchrun.gate.refusals import Finding
-from batchrun.gate.state import (
-    ALIKE_ROWS,
-    BACKOFF_CAP_S,
-    FIRST_REACH_S,
-    JITTER,
-    GateState,
-)
+from batchrun.limits.admission import OPEN, Binding, Cooling, Limit, Outcome, Phase, Probing, Ruling, Stop, Stopped
+from batchrun.limits.circuit import ALIKE_ROWS, BACKOFF_CAP_S, FIRST_REACH_S, JITTER, GateState
+from batchrun.limits.in_flight import FIRST_IN_FLIGHT, InFlight
+from batchrun.limits.outage import MANY_OUTAGE_ROWS, OUTAGE_ROWS
+from batchrun.limits.refusals import Finding
 from batchrun.records import RowError, Verdict
 
 HOLD = Ruling(hold=True)

@@ -7,9 +7,9 @@ from decimal import Decimal
 import pytest
 
 from batchrun.errors import ExitCode
-from batchrun.gate.admission import Limit, Outcome, Stop
-from batchrun.gate.gate import Gate
-from batchrun.gate.turns import InDoubt
+from batchrun.limits.admission import Limit, Outcome, Stop
+from batchrun.limits.gate import Gate
+from batchrun.limits.probe_turns import InDoubt
 from batchrun.records import Verdict
 from tests.moved_clock import run_on_moved_clock
 from tests.test_gate import SERVER_ERROR, SMALL, new_gate

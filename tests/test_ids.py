@@ -6,8 +6,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from batchrun.plan import ids
-from batchrun.plan.ids import IdIndex
+from batchrun.startup import ids
+from batchrun.startup.ids import IdIndex
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -50,7 +50,7 @@ def test_the_string_7_and_the_integer_7_are_two_ids(tmp_path: Path) -> None:
 
 def test_a_disk_without_room_is_a_disk_error(tmp_path: Path) -> None:
     script = (
-        "import pathlib, resource, signal; from batchrun.plan.ids import IdIndex\n"
+        "import pathlib, resource, signal; from batchrun.startup.ids import IdIndex\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         f"index = IdIndex(pathlib.Path({str(tmp_path)!r}))\n"

@@ -15,12 +15,12 @@ import pytest
 
 from batchrun.errors import InputError, JobError
 from batchrun.job.job import Input, Job
-from batchrun.plan.check import survey
 from batchrun.records import Row
 from batchrun.request.builder import RequestBuilder
 from batchrun.request.image_digests import ImageDigests, write
 from batchrun.request.images import Images, read_below
 from batchrun.source import open_source
+from batchrun.startup.input_check import survey
 from tests.jobs import job_over, write_lines
 from tests.pictures import OF_TYPE, PNG, data_url
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchrun.columns.jsonl import MAX_COLUMNS, MAX_DEPTH, MAX_KEYS, ColumnTypes, lines_to_table
 from batchrun.errors import InputError
+from batchrun.tables.json_columns import MAX_COLUMNS, MAX_DEPTH, MAX_KEYS, ColumnTypes, lines_to_table
 
 VALUES = st.recursive(
     st.none()

@@ -5,9 +5,9 @@ from datetime import UTC, datetime
 
 import pytest
 
-from batchrun.gate import daily, learned
-from batchrun.gate.daily import Day
-from batchrun.gate.learned import Estimates, Learned, Sizes
+from batchrun.limits import daily, token_estimates
+from batchrun.limits.daily import Day
+from batchrun.limits.token_estimates import Estimates, Learned, Sizes
 from batchrun.records import Request, Usage
 
 
@@ -65,9 +65,9 @@ def test_each_model_has_its_own_and_a_count_of_nothing_teaches_nothing() -> None
 
 def test_what_was_learned_is_read_back_and_an_entry_of_another_version_is_as_none() -> None:
     known = Learned({"m": Sizes(0.2, 0.1, 40.0)}, 3_000.0, None, 32)
-    assert learned.decode(learned.encode(known)) == known
+    assert token_estimates.decode(token_estimates.encode(known)) == known
     for entry in (None, "", "[]", '{"sizes": 3}', "nonsense"):
-        assert learned.decode(entry) == Learned()
+        assert token_estimates.decode(entry) == Learned()
     assert Estimates(known.sizes).of(request()) == (200, 40)
     assert Estimates(known.sizes).sizes() == known.sizes
 

@@ -27,10 +27,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from batchrun import credentials, engine
 from batchrun.errors import CheckpointError, JobError
 from batchrun.job.load import load
-from batchrun.plan.asked import Asked
 from batchrun.records import FAILURES
-from batchrun.rundir import RunDirectory
 from batchrun.simulator import Fault, SimulatorConfig, read_ledger
+from batchrun.startup.run_options import Asked
+from batchrun.store.rundir import RunDirectory
 from tests.cli_process import KEY, KEY_ENV, finish, read_summary, start, wait_until, write_job
 from tests.simulator_process import running_simulator
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from batchrun.checkpoint.checkpoint import Checkpoint
-from batchrun.checkpoint.spent import Spent
-from batchrun.gate import daily, learned
+from batchrun.limits import daily, token_estimates
 from batchrun.simulator import SimulatorConfig
+from batchrun.store.checkpoint import Checkpoint
+from batchrun.store.totals import Spent
 from tests.cli_process import batchrun, finish, start, wait_until, write_job, write_rows
 from tests.fault_server import answer, sends, serving_aside
 from tests.simulator_process import running_simulator
@@ -40,7 +40,7 @@ def test_the_next_start_begins_with_the_limits_and_sizes_that_the_last_one_found
     with running_simulator(limited_to(6_000, tmp_path / "first")) as simulator:
         job = write_job(tmp_path / "job.toml", simulator.url, source)
         assert batchrun("run", job, "-o", out, "--limit", "200", *same).exit_code == 0
-        known = learned.decode(manifest(out)[learned.ENTRY])
+        known = token_estimates.decode(manifest(out)[token_estimates.ENTRY])
         assert known.requests_per_minute == 6_000
         assert known.in_flight is not None
         (sizes,) = known.sizes.values()
@@ -70,7 +70,7 @@ def test_a_limit_that_was_found_is_kept_by_a_run_that_is_killed_within_seconds(t
         time.sleep(4)  # a few heartbeats, far from the minute
         process.kill()
         process.communicate()
-    assert learned.decode(manifest(out).get(learned.ENTRY)).requests_per_minute == 1_200
+    assert token_estimates.decode(manifest(out).get(token_estimates.ENTRY)).requests_per_minute == 1_200
 
 
 def test_a_days_requests_are_counted_over_all_starts_of_a_run_even_a_killed_one(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ import pytest
 
 from batchrun import credentials, engine
 from batchrun.records import Summary
-from batchrun.rundir import RunDirectory
+from batchrun.store.rundir import RunDirectory
 from tests.cli_process import KEY, KEY_ENV, holds_key
 from tests.endings import MODEL, answer_body
 from tests.fast_clock import fast_clock, patient

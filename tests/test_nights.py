@@ -12,16 +12,17 @@ from typing import Any, NamedTuple
 import msgspec
 import pytest
 
-from batchrun import credentials, rundir
+from batchrun import credentials
 from batchrun.dispatch.run_status import RunStatus
-from batchrun.gate.admission import Limit
-from batchrun.gate.forecast import Forecast
+from batchrun.limits.admission import Limit
+from batchrun.limits.forecast import Forecast
 from batchrun.records import Summary, TotalsLine
 from batchrun.report import again, nights, status
 from batchrun.report.at_rest import standing
 from batchrun.report.summary import Moment, age_in_words, in_words, pace
-from batchrun.rundir import RunDirectory
 from batchrun.simulator import SimulatorConfig
+from batchrun.store import rundir
+from batchrun.store.rundir import RunDirectory
 from tests.cli_process import KEY, KEY_ENV, batchrun, kill_when, read_summary, snapshot, start, write_job, write_rows
 from tests.jobs import job_over
 from tests.simulator_process import running_simulator

@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchrun.errors import InputError
-from batchrun.plan.check import Survey, survey
-from batchrun.plan.checks import raise_problems
 from batchrun.source import find_files, open_source
+from batchrun.startup.input_check import Survey, survey
+from batchrun.startup.preconditions import raise_problems
 from tests.cli_process import batchrun, write_job
 from tests.jobs import job_over
 

@@ -7,8 +7,8 @@ import toktok
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from batchrun.answer.offline import ENCODING, count, tokenizer, tokens
 from batchrun.records import Answer, FunctionCall, OfflineCount
+from batchrun.response.token_count import ENCODING, count, tokenizer, tokens
 
 JSON = st.none() | st.integers(-9, 9) | st.text(max_size=5)
 encoded = msgspec.json.encode

@@ -16,10 +16,10 @@ import pytest
 from batchrun.durable import digest
 from batchrun.errors import CheckpointError, JobError
 from batchrun.job.job import Output
-from batchrun.output import booked, files
-from batchrun.output.files import ROW_GROUP_BYTES, assemble, move_parts, write_part
-from batchrun.output.rows import OWN_COLUMNS, USAGE_COLUMNS, joined, output_schema, own_table
 from batchrun.records import Completion, RowError, Status, TotalsLine
+from batchrun.tables import booked, files
+from batchrun.tables.files import ROW_GROUP_BYTES, assemble, move_parts, write_part
+from batchrun.tables.rows import OWN_COLUMNS, USAGE_COLUMNS, joined, output_schema, own_table
 from tests.endings import MODEL, answer_body, completion
 from tests.test_source_parquet import COLUMNS
 
@@ -384,8 +384,8 @@ import sys
 from pathlib import Path
 from tests.test_output import INPUT, part_of, table_of
 from batchrun.job.job import Output
-from batchrun.output.files import assemble
-from batchrun.output.rows import output_schema
+from batchrun.tables.files import assemble
+from batchrun.tables.rows import output_schema
 folder = Path(sys.argv[1])
 parts = [part_of(folder, number, table_of(500, 500 * number), 500 * number) for number in range(4)]
 print("ready", flush=True)

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchrun.gate.admission import Ask, Outcome
-from batchrun.gate.gate import GateClosed
-from batchrun.gate.overruns import Overrun, Overruns, decode, in_words
-from batchrun.gate.purse import Cap, Purse
+from batchrun.limits.admission import Ask, Outcome
+from batchrun.limits.budget import Cap, Purse
+from batchrun.limits.gate import GateClosed
+from batchrun.limits.overruns import Overrun, Overruns, decode, in_words
 from batchrun.records import Request, Usage, Verdict
 from tests.cli_process import batchrun, finish, read_summary, start, write_job, write_rows
 from tests.fault_server import Exchange, FaultServer, Script, answer, serving

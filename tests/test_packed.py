@@ -7,8 +7,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from batchrun.answer import answer
-from batchrun.answer.packed import MARK, PIECE_BYTES, Packer, beginning, pieces, plain, size, stored
+from batchrun.response import answer
+from batchrun.response.packed import MARK, PIECE_BYTES, Packer, beginning, pieces, plain, size, stored
 
 
 def packed(*fed: bytes) -> bytes:

@@ -11,14 +11,14 @@ import msgspec
 import pyarrow as pa
 import pytest
 
-from batchrun.checkpoint.checkpoint import Checkpoint
 from batchrun.errors import BatchrunError, CheckpointError, InputError, JobError
 from batchrun.job.job import Job
-from batchrun.output.rows import OWN_COLUMNS
-from batchrun.plan import plan
-from batchrun.plan.asked import Asked
-from batchrun.plan.plan import Plan
-from batchrun.rundir import RunDirectory
+from batchrun.startup import resume
+from batchrun.startup.resume import Plan
+from batchrun.startup.run_options import Asked
+from batchrun.store.checkpoint import Checkpoint
+from batchrun.store.rundir import RunDirectory
+from batchrun.tables.rows import OWN_COLUMNS
 from tests.endings import MODEL
 from tests.jobs import job_over, texts, write_lines
 
@@ -51,7 +51,7 @@ class Starts:
     def make(self, job: Job | None = None, **asked: Any) -> Plan:
         with opened(self.directory) as checkpoint:
             asked_for = Asked(problem=self.told.append, told=self.told.append, **asked)
-            return plan.make(job or self.job(), self.directory, checkpoint, asked_for, NOW)
+            return resume.make(job or self.job(), self.directory, checkpoint, asked_for, NOW)
 
     def refused(self, job: Job | None = None, **asked: Any) -> str:
         with pytest.raises(BatchrunError) as error:

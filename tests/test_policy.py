@@ -13,32 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from multidict import CIMultiDict
 
-from batchrun import caps
-from batchrun.answer.answer import read
-from batchrun.answer.retry_after import retry_after_s
-from batchrun.caps import (
-    History,
-    after,
-    asked_again,
-    backoff_s,
-    exhausted,
-    failing_share,
-    stretch,
-    tail_wait_s,
-)
+from batchrun import attempt_caps
+from batchrun.attempt_caps import History, after, asked_again, backoff_s, exhausted, failing_share, stretch, tail_wait_s
 from batchrun.errors import APIConnectionError, APITimeoutError
-from batchrun.job.expected import ANYTHING, Expected, of
+from batchrun.job.answer_schema import ANYTHING, Expected, of
 from batchrun.job.job import Finish, Retry
-from batchrun.policy import (
-    FAULT_VERDICTS,
-    Fault,
-    Judgement,
-    Settlement,
-    failing,
-    judge,
-    settlement,
-)
+from batchrun.policy import FAULT_VERDICTS, Fault, Judgement, Settlement, failing, judge, settlement
 from batchrun.records import Answer, Attempt, FunctionCall, RowError, Status, Verdict
+from batchrun.response.answer import read
+from batchrun.response.retry_after import retry_after_s
 
 OK, ROW, FREE, MAYBE, SLOW, PAUSE, STOP = Verdict
 NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC).timestamp()
@@ -594,8 +577,8 @@ def test_a_call_is_held_against_the_functions_and_content_beside_it_is_not() -> 
 def test_a_row_that_is_refused_by_chance_at_the_tail_waits_no_longer_than_it_was_told() -> None:
     refused = Judgement(Verdict.SLOW, RowError("rate_limit", 429, None, "slow down"), retry_after_s=1.0)
     failed = Judgement(Verdict.FREE, RowError("server_error", 500, None, "broken"))
-    assert caps.tail_wait_s(History(attempts=1), refused, Retry()) == 0.0
-    assert caps.tail_wait_s(History(attempts=1), failed, Retry()) > 10.0
+    assert attempt_caps.tail_wait_s(History(attempts=1), refused, Retry()) == 0.0
+    assert attempt_caps.tail_wait_s(History(attempts=1), failed, Retry()) > 10.0
 
 
 def refusal(kind: str = "rate_limit") -> Judgement:
@@ -605,7 +588,7 @@ def refusal(kind: str = "rate_limit") -> Judgement:
 def after_refusals(count: int, *, corroborated: bool, at_tail: bool, kind: str = "rate_limit") -> History:
     history = History()
     for _ in range(count):
-        history = caps.refused(history, refusal(kind), corroborated=corroborated, at_tail=at_tail)
+        history = attempt_caps.refused(history, refusal(kind), corroborated=corroborated, at_tail=at_tail)
     return history
 
 
@@ -627,7 +610,7 @@ def test_a_refused_row_is_given_up_only_where_others_are_answered_or_none_is_lef
     counts = [
         count
         for count in range(200)
-        if caps.is_refused_for_good(
+        if attempt_caps.is_refused_for_good(
             after_refusals(count, corroborated=corroborated, at_tail=at_tail, kind=kind), Retry(), share
         )
     ]
@@ -636,7 +619,7 @@ def test_a_refused_row_is_given_up_only_where_others_are_answered_or_none_is_lef
 
 def test_an_answer_between_shows_that_a_limit_lets_rows_through_at_the_tail() -> None:
     alone = after_refusals(5, corroborated=False, at_tail=True)
-    assert caps.refused(alone, refusal(), corroborated=True, at_tail=True).refused_alone == 0
+    assert attempt_caps.refused(alone, refusal(), corroborated=True, at_tail=True).refused_alone == 0
 
 
 @pytest.mark.parametrize(("left", "wait_s"), [(0, 75.0), (8, 150.0), (1_000_000, 900.0)])
@@ -644,11 +627,11 @@ def test_at_the_tail_refusals_are_spread_over_minutes_and_over_more_where_more_r
     left: int, wait_s: float
 ) -> None:
     few, many = (after_refusals(count, corroborated=False, at_tail=True) for count in (1, 2))
-    assert caps.tail_wait_s(few, refusal(), Retry(), left) == 0.0
-    assert caps.tail_wait_s(many, refusal(), Retry(), left) == wait_s
+    assert attempt_caps.tail_wait_s(few, refusal(), Retry(), left) == 0.0
+    assert attempt_caps.tail_wait_s(many, refusal(), Retry(), left) == wait_s
 
 
 def test_a_row_that_is_refused_again_and_again_waits_longer_than_it_is_told() -> None:
     usual, stubborn = History(attempts=9, refused=5), History(attempts=9, refused=6)
-    assert caps.backoff_s(usual, 1.0, Retry(), 0.999) < 2.0
-    assert caps.backoff_s(stubborn, 1.0, Retry(), 0.999) > 50.0
+    assert attempt_caps.backoff_s(usual, 1.0, Retry(), 0.999) < 2.0
+    assert attempt_caps.backoff_s(stubborn, 1.0, Retry(), 0.999) > 50.0

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchrun.gate.admission import Ask
-from batchrun.gate.purse import Cap, Purse
+from batchrun.limits.admission import Ask
+from batchrun.limits.budget import Cap, Purse
 
 CENTS = st.integers(0, 500).map(lambda n: Decimal(n) / 100)
 COUNTS = st.integers(0, 500)

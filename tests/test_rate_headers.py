@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchrun.gate.rate_headers import Stated, duration_s, stated
+from batchrun.limits.rate_headers import Stated, duration_s, stated
 from batchrun.simulator.limits import duration_text
 
 

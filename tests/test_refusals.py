@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from multidict import CIMultiDict
 
-from batchrun.answer.answer import read
 from batchrun.job.job import Retry
 from batchrun.policy import Judgement, judge
 from batchrun.records import Attempt, Verdict
+from batchrun.response.answer import read
 from tests.test_answer import body, chunk, stream
 
 OK, ROW, FREE, MAYBE, SLOW, PAUSE, STOP = Verdict

@@ -18,8 +18,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchrun.checkpoint.checkpoint import Checkpoint
-from batchrun.checkpoint.spent import DISCARDED, FIGURES, plus
 from batchrun.errors import InputError
 from batchrun.records import Ending, TotalsLine
 from batchrun.report import bill as report
@@ -27,6 +25,8 @@ from batchrun.report import formats
 from batchrun.report.figures import SUMS, kind
 from batchrun.report.summary import VERSION
 from batchrun.simulator import SimulatorConfig
+from batchrun.store.checkpoint import Checkpoint
+from batchrun.store.totals import DISCARDED, FIGURES, plus
 from tests.cli_process import batchrun, read_summary, write_job, write_rows
 from tests.endings import completion, discarded
 from tests.simulator_process import running_simulator

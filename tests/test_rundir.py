@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from batchrun.errors import DiskError, ExitCode, JobError, RunLockedError
-from batchrun.rundir import RunDirectory, file_system, place
+from batchrun.store.rundir import RunDirectory, file_system, place
 
 LATE = datetime(2026, 11, 22, 23, 50)
 EARLY = datetime(2026, 11, 23, 0, 10)
@@ -170,7 +170,7 @@ def test_a_local_file_system_is_named_as_the_kernel_does(tmp_path: Path) -> None
 HOLD = """
 import sys, time
 from pathlib import Path
-from batchrun.rundir import RunDirectory
+from batchrun.store.rundir import RunDirectory
 with RunDirectory(Path(sys.argv[1])).lock():
     print("locked", flush=True)
     time.sleep(60)

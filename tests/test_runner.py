@@ -19,9 +19,9 @@ import pytest
 
 import batchrun
 from batchrun.dispatch.result_queue import MAX_ROWS
-from batchrun.output.completions import OWN
-from batchrun.output.rows import OWN_COLUMNS
 from batchrun.simulator import SimulatorConfig, parse_faults
+from batchrun.tables.completions import OWN
+from batchrun.tables.rows import OWN_COLUMNS
 from tests.cli_process import kill_when, read_summary, start, write_job, write_rows
 from tests.simulator_process import RunningSimulator, running_simulator
 from tests.test_start import KEYS, job_at, texts

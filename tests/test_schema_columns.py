@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchrun.columns.schema import JSON, MAX_PLACES, array_of, column_of
+from batchrun.tables.arrow_types import JSON, MAX_PLACES, array_of, column_of
 
 STRING, ENUM = "large_string", "dictionary<values=string, indices=int32, ordered=0>"
 

@@ -10,8 +10,8 @@ import pytest
 from batchrun.errors import JobError
 from batchrun.report import look, run_rows
 from batchrun.report.where import Where
-from batchrun.rundir import RunDirectory
 from batchrun.simulator import SimulatorConfig, parse_faults
+from batchrun.store.rundir import RunDirectory
 from tests.cli_process import batchrun, write_job, write_rows
 from tests.result_files import row, write_result
 from tests.simulator_process import running_simulator

@@ -11,10 +11,10 @@ import openai
 import pytest
 from openai.types import CompletionUsage
 
-from batchrun.answer import answer as answers
 from batchrun.credentials import Credentials
 from batchrun.job.job import Endpoint
 from batchrun.records import Answer, FunctionCall, Usage
+from batchrun.response import answer as answers
 from batchrun.simulator import SimulatorConfig
 from batchrun.transport.transport import choose, opened
 from tests.pictures import OF_TYPE, data_url

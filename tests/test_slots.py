@@ -12,10 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from batchrun.checkpoint import slots
-from batchrun.checkpoint.slots import SLOT_BYTES, UNREADABLE, InFlight, Slots
 from batchrun.errors import DiskError
 from batchrun.records import PossiblyBilled
+from batchrun.store import in_flight
+from batchrun.store.in_flight import SLOT_BYTES, UNREADABLE, InFlight, Slots
 
 BOUNDS = st.none() | st.decimals(0, 9_000_000, places=12)
 KEYS = st.binary(min_size=16, max_size=16)
@@ -48,7 +48,7 @@ def test_who_is_in_flight_outlives_the_process_that_wrote_it(
             flying.clear(slot)
         left = [entry for slot, entry in sorted(taken.items()) if slot not in cleared]
         assert flying.taken() == left
-    assert slots.read(path) == left
+    assert in_flight.read(path) == left
 
 
 def test_a_slot_has_64_bytes_that_are_on_the_disk_from_the_start(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_clearing_all_leaves_nobody_in_flight(tmp_path: Path) -> None:
             flying.take(slot, slot, 1, KEY, Decimal(1), 9)
         flying.clear_all()
         assert flying.taken() == []
-    assert slots.read(path) == []
+    assert in_flight.read(path) == []
 
 
 def test_a_bound_beyond_64_bits_is_kept_as_large_as_fits(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_a_flipped_bit_is_reported_or_changes_nothing(tmp_path: Path, entries: l
     content[bit // 8] ^= 1 << bit % 8
     path.write_bytes(content)
     hit = bit // 8 // SLOT_BYTES
-    found = slots.read(path)
+    found = in_flight.read(path)
     if found != entries:
         assert found == [*entries[:hit], UNREADABLE, *entries[hit + 1 :]]
 
@@ -108,7 +108,7 @@ def test_a_slot_that_was_written_in_part_counts_as_one_in_flight(tmp_path: Path,
         flying.take(0, 2**63 - 1, 2**31 - 1, b"\xff" * 16, Decimal(1), 9)
     content = path.read_bytes()
     path.write_bytes(content[:written] + bytes(SLOT_BYTES - written))
-    (entry,) = slots.read(path)
+    (entry,) = in_flight.read(path)
     assert entry == UNREADABLE or written >= 48  # behind its fields and their CRC a slot is only padding
 
 
@@ -118,16 +118,16 @@ def test_a_file_cut_short_counts_the_cut_slot_as_one_in_flight(tmp_path: Path) -
         for slot in range(3):
             flying.take(slot, slot, 1, KEY, Decimal(1), 9)
     os.truncate(path, SLOT_BYTES + 10)
-    assert slots.read(path) == [InFlight(0, 1, KEY, Decimal(1), 9), UNREADABLE]
+    assert in_flight.read(path) == [InFlight(0, 1, KEY, Decimal(1), 9), UNREADABLE]
 
 
 def test_no_file_means_nobody_in_flight(tmp_path: Path) -> None:
-    assert slots.read(tmp_path / "inflight.bin") == []
+    assert in_flight.read(tmp_path / "inflight.bin") == []
 
 
 def test_lost_attempts_are_named_with_cause_and_invocation() -> None:
     known = InFlight(7, 2, KEY, Decimal("0.5"), 40)
-    assert slots.possibly_billed([known, UNREADABLE], 3, "crash") == [
+    assert in_flight.possibly_billed([known, UNREADABLE], 3, "crash") == [
         PossiblyBilled(7, 2, KEY.hex(), Decimal("0.5"), 40, "crash", 3),
         PossiblyBilled(-1, 0, "", None, None, "crash", 3),
     ]
@@ -141,7 +141,7 @@ def test_a_place_without_room_is_a_disk_error(tmp_path: Path) -> None:
 TAKE_AND_CLEAR = """
 import sys
 from pathlib import Path
-from batchrun.checkpoint.slots import Slots
+from batchrun.store.in_flight import Slots
 flying, row = Slots(Path(sys.argv[1]), 64), 0
 for slot in range(64):
     flying.take(slot, slot, 1, bytes(16), None, 9)
@@ -163,7 +163,7 @@ def test_after_kill_9_everybody_in_flight_is_named_or_counted(tmp_path: Path) ->
                 process.wait(random.uniform(0, 0.05))
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
-        left = slots.read(path)
+        left = in_flight.read(path)
         assert len(left) >= 63  # one may have been cleared just then
         rows = [entry.row for entry in left if entry != UNREADABLE]
         assert max(rows) - min(rows) <= 64

@@ -6,8 +6,8 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchrun.checkpoint.spent import DISCARDED, LOST, MAX_NAMED, Spent, Unstated, doubt, fold, with_possibly_billed
 from batchrun.records import DAY_S, Completion, Ending, OfflineCount, PossiblyBilled, Status, TotalsLine, Usage, utc_day
+from batchrun.store.totals import DISCARDED, LOST, MAX_NAMED, Spent, Unstated, doubt, fold, with_possibly_billed
 from tests.endings import ENDINGS, MODEL, completion, discarded
 
 DAY = "2026-11-18"

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from batchrun.checkpoint import spill
-from batchrun.checkpoint.checkpoint import Checkpoint
-from batchrun.checkpoint.spent import Spent, fold
 from batchrun.errors import CheckpointError
 from batchrun.records import Completion, Discarded, Ending
 from batchrun.simulator import SimulatorConfig
+from batchrun.store import spill
+from batchrun.store.checkpoint import Checkpoint
+from batchrun.store.totals import Spent, fold
 from tests.cli_process import batchrun, finish, read_summary, start, write_job, write_rows
 from tests.crash.strace import Fault, prefix
 from tests.endings import ENDINGS, completion, discarded

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchrun.answer.sse import Decoder, Event, events
+from batchrun.response.sse import Decoder, Event, events
 
 
 def decoded(*pieces: bytes) -> list[Event]:

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from batchrun import policy
-from batchrun.answer import answer as answers
-from batchrun.answer.packed import MARK, plain
 from batchrun.errors import APITimeoutError
 from batchrun.job.job import Retry
 from batchrun.records import Attempt, Verdict
+from batchrun.response import answer as answers
+from batchrun.response.packed import MARK, plain
 from tests.fault_server import Exchange, Script, serving
 from tests.test_client import asked, closes, kind_of, resets
 from tests.wires import KEY, client_of, run, wire

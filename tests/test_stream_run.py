@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import toktok
 
-from batchrun.answer.offline import ENCODING
+from batchrun.response.token_count import ENCODING
 from batchrun.simulator import Fault, SimulatorConfig
 from tests.cli_process import KEY, Ended, batchrun, finish, kill_when, read_summary, start, write_job, write_rows
 from tests.fault_server import Exchange, Script, serving

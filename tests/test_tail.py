@@ -18,7 +18,7 @@ from batchrun.dispatch.retries import LOG_EVERY_S, Retries
 from batchrun.records import RowError, Summary
 from batchrun.report import progress
 from batchrun.report.summary import retrying_in_words
-from batchrun.rundir import RunDirectory
+from batchrun.store.rundir import RunDirectory
 from tests.cli_process import KEY, KEY_ENV
 from tests.fast_clock import fast_clock, patient
 from tests.fault_server import Exchange, Script, answer, sends, serving_aside

@@ -7,8 +7,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchrun.columns.schema import column_of
 from batchrun.simulator import Fault, SimulatorConfig
+from batchrun.tables.arrow_types import column_of
 from tests.cli_process import batchrun, kill_when, read_summary, start, write_job, write_rows
 from tests.endings import answer_body
 from tests.simulator_process import running_simulator

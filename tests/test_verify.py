@@ -16,17 +16,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchrun import credentials, engine
-from batchrun.checkpoint import slots, spill
-from batchrun.checkpoint.at_rest import log_of
 from batchrun.durable import digest
 from batchrun.errors import CheckpointError, ExitCode, InputError, JobError
+from batchrun.integrity import db_records, readable_groups
+from batchrun.integrity.salvage import LOST, NAME, salvage
+from batchrun.integrity.verify import Findings, in_words, verify
 from batchrun.job.load import load
 from batchrun.records import Summary
-from batchrun.rescue import readable, remains
-from batchrun.rescue.salvage import LOST, NAME, salvage
-from batchrun.rescue.verify import Findings, in_words, verify
-from batchrun.rundir import RunDirectory
 from batchrun.simulator import Fault, SimulatorConfig, parse_faults
+from batchrun.store import in_flight, spill
+from batchrun.store.at_rest import log_of
+from batchrun.store.rundir import RunDirectory
 from tests.cli_process import (
     KEY,
     KEY_ENV,
@@ -161,9 +161,9 @@ def test_the_killed_run_has_everything_that_can_be_damaged(runs: Runs) -> None:
     names = {path.name for path in (runs.folder / "killed").rglob("*")}
     assert {"checkpoint.db", "checkpoint.db-wal", "inflight.bin", "000000.g1.parquet"} <= names
     assert any(name.endswith(".input.arrow") for name in names)
-    known = remains.read(runs.folder / "killed" / "checkpoint.db")
+    known = db_records.read(runs.folder / "killed" / "checkpoint.db")
     assert known.rows
-    assert remains.read(runs.folder / "retried" / "checkpoint.db").reopened
+    assert db_records.read(runs.folder / "retried" / "checkpoint.db").reopened
 
 
 def test_a_run_at_work_is_left_alone(runs: Runs) -> None:
@@ -185,7 +185,7 @@ def files_of(directory: RunDirectory) -> list[Path]:
     """What must not change unnoticed: all but the log, which is for people, and what the next start removes (parts and
     inputs that no record names) or replaces (the result of before).
     """
-    known = remains.read(directory.checkpoint)
+    known = db_records.read(directory.checkpoint)
     named = {directory.part_of(chunk.chunk, chunk.generation) for chunk in known.chunks}
     named |= {directory.input_of(chunk.chunk) for chunk in known.chunks if chunk.open}
     aside = {directory.log, *((directory.completions, directory.usage) if directory.inflight.exists() else ())}
@@ -201,12 +201,12 @@ def state_of(directory: RunDirectory) -> tuple[object, ...]:
     if finished:  # elsewhere the next start writes it anew
         told = msgspec.json.decode(directory.summary.read_bytes(), type=Summary)
         summary = {name: getattr(told, name) for name in Summary.__struct_fields__ if name not in NO_SECOND_SOURCE}
-    return remains.read(directory.checkpoint), slots.read(directory.inflight), digests, summary
+    return db_records.read(directory.checkpoint), in_flight.read(directory.inflight), digests, summary
 
 
 def settled(state: tuple[object, ...]) -> int:
     known = state[0]
-    assert isinstance(known, remains.Remains)
+    assert isinstance(known, db_records.Remains)
     return known.spent.settled()
 
 
@@ -295,7 +295,7 @@ def test_a_file_that_was_cut_is_named(runs: Runs, tmp_path: Path, name: str, kep
         path.write_bytes(content[: int(len(content) * kept)])
         if path.name.endswith("-wal"):  # a power cut may leave a log of any length
             verify(directory)
-        elif path.name == "inflight.bin" and kept and not int(len(content) * kept) % slots.SLOT_BYTES:
+        elif path.name == "inflight.bin" and kept and not int(len(content) * kept) % in_flight.SLOT_BYTES:
             pass
         elif not verify(directory).damages:  # a database whose pages are all in its log, or free
             assert state_of(directory) == before, path.name
@@ -429,7 +429,7 @@ def kept_rows(directory: RunDirectory) -> pa.Table:
     return pq.read_table(directory.path.with_name(directory.path.name + ".salvaged") / NAME)
 
 
-def answered(known: remains.Remains) -> set[int]:
+def answered(known: db_records.Remains) -> set[int]:
     sealed = [row for chunk in known.chunks if not chunk.open for row in range(chunk.first_row, chunk.end_row)]
     return {*known.rows, *sealed}
 
@@ -453,7 +453,7 @@ def test_of_a_sound_run_nothing_is_salvaged(runs: Runs, tmp_path: Path) -> None:
 
 def test_a_damaged_part_costs_its_own_rows_and_only_those_are_asked_again(runs: Runs, tmp_path: Path) -> None:
     directory = runs.copy("killed", tmp_path / "run")
-    known = remains.read(directory.checkpoint)
+    known = db_records.read(directory.checkpoint)
     part = next(chunk for chunk in known.chunks if not chunk.open)
     path = directory.part_of(part.chunk, part.generation)
     flip(path, last_of_a_page(path))
@@ -496,7 +496,7 @@ def scratched(content: bytes, every: int) -> bytes:
 @pytest.mark.parametrize("harm", HARMS)
 def test_of_a_damaged_database_every_record_that_is_whole_is_kept(runs: Runs, tmp_path: Path, harm: str) -> None:
     directory = runs.copy("killed", tmp_path / "run")
-    known = remains.read(directory.checkpoint)
+    known = db_records.read(directory.checkpoint)
     HARMS[harm](directory.checkpoint)
     HARMS[harm](log_of(directory.checkpoint))
     findings, salvaged = salvage(directory)
@@ -515,11 +515,11 @@ def test_of_a_damaged_database_every_record_that_is_whole_is_kept(runs: Runs, tm
 
 def test_a_flipped_bit_in_the_log_costs_one_record_at_most(runs: Runs, tmp_path: Path) -> None:
     directory = runs.copy("killed", tmp_path / "run")
-    known, log = remains.read(directory.checkpoint), log_of(directory.checkpoint)
+    known, log = db_records.read(directory.checkpoint), log_of(directory.checkpoint)
     content, chance = log.read_bytes(), random.Random(seed := random.randrange(2**32))
     for _ in range(15):
         flip(log, place := chance.randrange(len(content)), chance.randrange(8))
-        left = remains.left(directory.checkpoint)
+        left = db_records.left(directory.checkpoint)
         assert len(known.rows.keys() - left.rows.keys()) <= 1, f"byte {place}, seed {seed}"
         same = [row for row in known.rows.keys() & left.rows.keys() if known.rows[row] == left.rows[row]]
         assert len(same) == len(known.rows.keys() & left.rows.keys())
@@ -528,7 +528,7 @@ def test_a_flipped_bit_in_the_log_costs_one_record_at_most(runs: Runs, tmp_path:
 
 def test_a_lost_slot_file_costs_no_row(runs: Runs, tmp_path: Path) -> None:
     directory = runs.copy("killed", tmp_path / "run")
-    known = remains.read(directory.checkpoint)
+    known = db_records.read(directory.checkpoint)
     directory.inflight.unlink()
     findings, salvaged = salvage(directory)
     assert damaged_files(findings) == {"inflight.bin"}
@@ -539,11 +539,11 @@ def test_a_lost_slot_file_costs_no_row(runs: Runs, tmp_path: Path) -> None:
 
 def test_who_was_in_flight_is_named_in_what_was_salvaged(runs: Runs, tmp_path: Path) -> None:
     directory = runs.copy("killed", tmp_path / "run")
-    known, flying = remains.read(directory.checkpoint), slots.read(directory.inflight)
+    known, flying = db_records.read(directory.checkpoint), in_flight.read(directory.inflight)
     flip(log_of(directory.checkpoint), 5000)
     salvage(directory)
     ended = {(row.row, row.attempts) for row in known.rows.values()}
-    doubts = remains.read(tmp_path / "run.salvaged" / "checkpoint.db").possibly_billed
+    doubts = db_records.read(tmp_path / "run.salvaged" / "checkpoint.db").possibly_billed
     named = {(doubt.row, doubt.n) for doubt in doubts if doubt.cause == "crash"}
     assert named
     assert named <= {(entry.row, entry.n) for entry in flying} - ended
@@ -592,13 +592,13 @@ def test_without_its_input_a_run_keeps_its_rows_but_cannot_go_on(tmp_path: Path,
 
 def test_a_retry_under_way_is_gone_on_with(runs: Runs, tmp_path: Path) -> None:
     directory = runs.copy("retried", tmp_path / "run")
-    known = remains.read(directory.checkpoint)
+    known = db_records.read(directory.checkpoint)
     directory.inflight.unlink()
     flip(directory.summary, 0)
     salvaged = salvage(directory)[1]
     assert salvaged is not None
     assert salvaged.rows == ROWS
-    new = remains.read(salvaged.path / "checkpoint.db")
+    new = db_records.read(salvaged.path / "checkpoint.db")
     assert new.reopened.keys() == known.reopened.keys() - known.rows.keys()
     assert new.spent.settled() == known.spent.settled()
     assert new.spent.totals == known.spent.totals
@@ -626,7 +626,7 @@ def test_row_groups_are_kept_one_by_one(runs: Runs, tmp_path: Path) -> None:
     some = 0
     for _ in range(60):
         flip(path, place := chance.randrange(len(content)), chance.randrange(8))
-        groups = list(readable.groups(path, schema, "", 0, ROWS))
+        groups = list(readable_groups.groups(path, schema, "", 0, ROWS))
         some += 0 < len(groups) < 10
         for group in groups:
             first = group.column("row")[0].as_py()
@@ -639,7 +639,7 @@ def test_row_groups_are_kept_one_by_one(runs: Runs, tmp_path: Path) -> None:
 
 def test_a_part_that_answers_other_questions_is_not_believed(runs: Runs, tmp_path: Path) -> None:
     directory = runs.copy("killed", tmp_path / "run")
-    known = remains.read(directory.checkpoint)
+    known = db_records.read(directory.checkpoint)
     part = next(chunk for chunk in known.chunks if not chunk.open)
     table = pq.read_table(directory.part_of(part.chunk, part.generation))
     moved = pa.array([int(row or 0) + ROWS - 2 * table.num_rows for row in table.column("row").to_pylist()], pa.int64())
@@ -654,7 +654,7 @@ def test_a_part_that_answers_other_questions_is_not_believed(runs: Runs, tmp_pat
 
 def test_what_was_spilled_is_kept_and_a_damaged_spill_file_is_named(runs: Runs, tmp_path: Path) -> None:
     directory = runs.copy("killed", tmp_path / "run")
-    known = remains.read(directory.checkpoint)
+    known = db_records.read(directory.checkpoint)
     arrived = next(iter(known.rows.values()))
     pending = min(row for row in range(ROWS) if row not in answered(known))
     spilled = msgspec.structs.replace(arrived, row=pending)

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchrun.checkpoint import wal
-from batchrun.checkpoint.checkpoint import Checkpoint
-from batchrun.checkpoint.wal import commits_dropped
 from batchrun.errors import CheckpointError, ExitCode
+from batchrun.store import wal
+from batchrun.store.checkpoint import Checkpoint
+from batchrun.store.wal import commits_dropped
 
 
 class Left(NamedTuple):

@@ -16,21 +16,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchrun.answer.packed import Packer
-from batchrun.checkpoint.checkpoint import Checkpoint
-from batchrun.columns.jsonl import ColumnTypes
 from batchrun.durable import digest
 from batchrun.errors import CheckpointError, ExitCode, InputError
 from batchrun.job.job import Job
-from batchrun.output import files
-from batchrun.output.chunks import Chunks, Layout, OpenChunk
-from batchrun.output.window import StoredWindow, write
-from batchrun.plan import plan
-from batchrun.plan.asked import Asked
-from batchrun.plan.plan import Plan
 from batchrun.records import PossiblyBilled
-from batchrun.rundir import RunDirectory
+from batchrun.response.packed import Packer
 from batchrun.source import START, JsonlSource, TableSource, rows_of
+from batchrun.startup import resume
+from batchrun.startup.resume import Plan
+from batchrun.startup.run_options import Asked
+from batchrun.store.checkpoint import Checkpoint
+from batchrun.store.chunks import Chunks, Layout, OpenChunk
+from batchrun.store.rundir import RunDirectory
+from batchrun.store.stored_window import StoredWindow, write
+from batchrun.tables import files
+from batchrun.tables.json_columns import ColumnTypes
 from tests.endings import answer_body, completion, discarded
 from tests.jobs import job_over, texts, write_lines
 from tests.test_source_parquet import COLUMNS
@@ -113,7 +113,7 @@ def started(path: Path, job: Job) -> Iterator[Start]:
     directory.create()
     checkpoint = Checkpoint(directory.checkpoint, free_reserve=lambda: False)
     try:
-        made = plan.make(job, directory, checkpoint, Asked(), NOW)
+        made = resume.make(job, directory, checkpoint, Asked(), NOW)
         layout = Layout(
             source=made.source,
             identities=made.facts.files,
@@ -222,7 +222,7 @@ def test_rows_set_aside_take_no_part(tmp_path: Path) -> None:
     directory = RunDirectory(run)
     directory.create()
     checkpoint = Checkpoint(directory.checkpoint, free_reserve=lambda: False)
-    plan.make(small_chunks(path), directory, checkpoint, Asked(skip_invalid=True), NOW)
+    resume.make(small_chunks(path), directory, checkpoint, Asked(skip_invalid=True), NOW)
     checkpoint.close()
     table, _ = finish(run, small_chunks(path))
     assert table.column("text").to_pylist() == [f"text {number}" for number in range(18)]

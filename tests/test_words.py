@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from batchrun.plan.estimate import duration
 from batchrun.report.summary import are, plural
 from batchrun.simulator import SimulatorConfig, parse_faults
+from batchrun.startup.estimate import duration
 from tests.cli_process import batchrun, write_job, write_rows
 from tests.simulator_process import running_simulator
 

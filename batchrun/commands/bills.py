@@ -135,7 +135,7 @@ def compare(before: Path, after: Path, by: str | None, examples: int, as_json: b
 
     from batchrun.report import compare as comparing
     from batchrun.report.look import result_at
-    from batchrun.rundir import RunDirectory
+    from batchrun.store.rundir import RunDirectory
 
     one, other = (result_at(RunDirectory(place)) for place in (before, after))
     comparison = comparing.compare(one, other, by, examples)

@@ -20,7 +20,7 @@ def status(paths: tuple[Path, ...], as_json: bool, exit_code: bool) -> None:
 
     from batchrun.report import nights, status
     from batchrun.report.at_rest import standing
-    from batchrun.rundir import RunDirectory
+    from batchrun.store.rundir import RunDirectory
 
     one = len(paths) == 1 and not as_json and nights.is_run(paths[0])
     found = [] if one and not exit_code else nights.collect(paths, datetime.now(UTC))
@@ -53,7 +53,7 @@ def show(
 ) -> None:
     """Rows of a result: the question beside the answer. OUT is a run directory or a completions file."""
     from batchrun.report import look as looking
-    from batchrun.rundir import RunDirectory
+    from batchrun.store.rundir import RunDirectory
 
     look = looking.Look(
         statuses=tuple(statuses.split(",")) if statuses else (),
@@ -91,7 +91,7 @@ def watch(out: Path, every_s: float) -> None:
     from batchrun.report import status, watching
     from batchrun.report.at_rest import standing
     from batchrun.report.progress import line
-    from batchrun.rundir import RunDirectory
+    from batchrun.store.rundir import RunDirectory
 
     directory, screen = RunDirectory(out), sys.stdout.isatty()
     if screen:

@@ -6,11 +6,9 @@ from decimal import Decimal
 import msgspec
 
 from batchrun import prices
-from batchrun.answer import offline
-from batchrun.answer.usage import LITELLM_COST, cost_in_headers
-from batchrun.caps import History
+from batchrun.attempt_caps import History
 from batchrun.dispatch.backlog import Pending
-from batchrun.job.expected import KINDS
+from batchrun.job.answer_schema import KINDS
 from batchrun.policy import Judgement, Settlement
 from batchrun.prices import PriceTable
 from batchrun.records import (
@@ -25,6 +23,8 @@ from batchrun.records import (
     Status,
     Verdict,
 )
+from batchrun.response import token_count
+from batchrun.response.usage import LITELLM_COST, cost_in_headers
 
 NOTHING = Decimal(0)
 
@@ -145,7 +145,7 @@ class Ended(msgspec.Struct, frozen=True):
         """A count of our own for an answer that came without usage."""
         if self.answer.usage is not None or self.judgement.verdict is not Verdict.OK:
             return None
-        return offline.count(self.pending.request.body, self.answer)
+        return token_count.count(self.pending.request.body, self.answer)
 
 
 def _without_last_invalid(set_aside: tuple[SetAside, ...]) -> tuple[SetAside, ...]:

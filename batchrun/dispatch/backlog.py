@@ -15,10 +15,10 @@ from enum import Enum
 
 import msgspec
 
-from batchrun.caps import NEW, History
-from batchrun.gate.waiters import Waiters
-from batchrun.output.chunks import OpenChunk
+from batchrun.attempt_caps import NEW, History
+from batchrun.limits.waiters import Waiters
 from batchrun.records import Attempt, Correction, Request, Row, RowError, SetAside, Usage, Verdict
+from batchrun.store.chunks import OpenChunk
 
 FAILED_FIRST = 3
 """So many new rows, one after another, that fail at their first attempt: from then on rows are mixed."""

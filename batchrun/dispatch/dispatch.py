@@ -15,9 +15,6 @@ from typing import TypeVarTuple
 import msgspec
 
 from batchrun import signals
-from batchrun.checkpoint import slots
-from batchrun.checkpoint.slots import Slots
-from batchrun.checkpoint.spent import Spent
 from batchrun.credentials import Credentials
 from batchrun.dispatch.heartbeat import Heartbeat
 from batchrun.dispatch.hooks import Hooks, Host
@@ -29,17 +26,20 @@ from batchrun.dispatch.runlog import RunLog
 from batchrun.dispatch.store import Landing, Store
 from batchrun.dispatch.worker import Workers
 from batchrun.errors import ExitCode
-from batchrun.gate.accounts import BURST_S
-from batchrun.gate.admission import Found, Limit, Phase, Stop
-from batchrun.gate.deadline import Deadline
-from batchrun.gate.gate import Gate
-from batchrun.gate.in_flight import InFlight
-from batchrun.gate.purse import Cap, Purse
-from batchrun.gate.state import GateState
 from batchrun.job.job import Budget, Job
+from batchrun.limits.admission import Found, Limit, Phase, Stop
+from batchrun.limits.budget import Cap, Purse
+from batchrun.limits.circuit import GateState
+from batchrun.limits.deadline import Deadline
+from batchrun.limits.gate import Gate
+from batchrun.limits.in_flight import InFlight
+from batchrun.limits.token_bucket import BURST_S
 from batchrun.open_files import OpenFiles
 from batchrun.report.summary import plural
 from batchrun.request.image_digests import ImageDigests
+from batchrun.store import in_flight
+from batchrun.store.in_flight import Slots
+from batchrun.store.totals import Spent
 from batchrun.transport import transport as wires
 from batchrun.transport.connector import MAX_TAILS
 
@@ -125,7 +125,7 @@ class Dispatch:
             return 0  # the disk failed: the slots keep the names for the next start
         await asyncio.sleep(0)  # the last commit has called into this loop
         run = facts.attempt_prefix if self._job.endpoint.id_header else None
-        lost = slots.possibly_billed(landing.slots.taken(), checkpoint.invocation, "aborted", run)
+        lost = in_flight.possibly_billed(landing.slots.taken(), checkpoint.invocation, "aborted", run)
         await asyncio.to_thread(checkpoint.name_possibly_billed, lost)
         landing.slots.clear_all()
         return len(lost)

@@ -16,15 +16,15 @@ from batchrun.dispatch.live_limits import Control, Wishes
 from batchrun.dispatch.run_status import RunStatus
 from batchrun.dispatch.worker import Workers
 from batchrun.errors import DiskError, ExitCode
-from batchrun.gate import capacity
-from batchrun.gate.admission import Stop
-from batchrun.gate.deadline import Deadline
-from batchrun.gate.forecast import Concern
-from batchrun.gate.rates import Rates
 from batchrun.job.job import Limits
+from batchrun.limits import capacity
+from batchrun.limits.admission import Stop
+from batchrun.limits.deadline import Deadline
+from batchrun.limits.forecast import Concern
+from batchrun.limits.rates import Rates
 from batchrun.records import Summary, Tuned
 from batchrun.report.summary import limits_in_words
-from batchrun.rundir import RunDirectory
+from batchrun.store.rundir import RunDirectory
 from batchrun.transport.transport import Transport
 
 BEAT_S = 0.5

@@ -7,14 +7,14 @@ convenience, but for the day.
 import contextlib
 from datetime import UTC, datetime
 
-from batchrun.checkpoint.checkpoint import Checkpoint
 from batchrun.errors import BatchrunError
-from batchrun.gate import daily, learned, overruns
-from batchrun.gate.admission import Found
-from batchrun.gate.daily import DailyCount, Day
-from batchrun.gate.gate import Gate
-from batchrun.gate.learned import Estimates, Learned
 from batchrun.job.job import Limits
+from batchrun.limits import daily, overruns, token_estimates
+from batchrun.limits.admission import Found
+from batchrun.limits.daily import DailyCount, Day
+from batchrun.limits.gate import Gate
+from batchrun.limits.token_estimates import Estimates, Learned
+from batchrun.store.checkpoint import Checkpoint
 
 KEEP_EVERY_S = 60.0
 """Each time costs the disk an fsync, and what was learned in the last minute is soon learned again."""
@@ -31,7 +31,7 @@ class LearnedLimits:
         self._checkpoint = checkpoint
         self._kept_s = now_s
         manifest = checkpoint.manifest()
-        self.known = learned.decode(manifest.get(learned.ENTRY))
+        self.known = token_estimates.decode(manifest.get(token_estimates.ENTRY))
         self.estimates = Estimates(self.known.sizes)
         self.overruns = overruns.decode(manifest.get(overruns.ENTRY), variant)
         self._found = Found(self.known.requests_per_minute, self.known.tokens_per_minute)
@@ -77,7 +77,7 @@ class LearnedLimits:
             gate.found.tokens_per_minute,
             gate.allowed_in_flight if gate.successes else self.known.in_flight,
         )
-        entries = {learned.ENTRY: learned.encode(known)}
+        entries = {token_estimates.ENTRY: token_estimates.encode(known)}
         if self._day is not None:
             entries[daily.ENTRY] = daily.encode(self._day)
         with contextlib.suppress(BatchrunError):  # a disk that fails is told of by what needs it

@@ -19,7 +19,7 @@ from batchrun.errors import InputError, JobError
 from batchrun.job.job import MAX_COST_USD, AtLeastOne, Positive
 from batchrun.records import InForce
 from batchrun.report.summary import limits_in_words, read
-from batchrun.rundir import RunDirectory
+from batchrun.store.rundir import RunDirectory
 
 PATIENCE_S = 15.0
 """How long `tune` waits for its answer: thirty heartbeats of a process that is not even busy."""

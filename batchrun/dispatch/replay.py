@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator
 import pyarrow as pa
 
 from batchrun.dispatch.result_queue import ResultQueue
-from batchrun.output import completions, files
-from batchrun.rundir import RunDirectory
+from batchrun.store.rundir import RunDirectory
+from batchrun.tables import completions, files
 
 
 def hand_over(batches: Iterable[pa.RecordBatch], results: ResultQueue) -> None:

@@ -6,21 +6,21 @@ from decimal import Decimal
 import msgspec
 
 from batchrun import prices
-from batchrun.checkpoint import variants
-from batchrun.checkpoint.tables import usd
 from batchrun.dispatch.attempt_result import remembered, total
 from batchrun.dispatch.backlog import Pending
 from batchrun.errors import InputError
-from batchrun.gate.admission import Ask
-from batchrun.gate.learned import Estimates
 from batchrun.job.job import Job
-from batchrun.output.chunks import OpenChunk
-from batchrun.plan.plan import Plan
+from batchrun.limits.admission import Ask
+from batchrun.limits.token_estimates import Estimates
 from batchrun.prices import Dearest, PriceTable
 from batchrun.records import Discarded, Request, Row, Verdict
 from batchrun.request.builder import RequestBuilder, corrected
 from batchrun.request.image_digests import ImageDigests
 from batchrun.request.images import Images
+from batchrun.startup.resume import Plan
+from batchrun.store import variants
+from batchrun.store.chunks import OpenChunk
+from batchrun.store.db_tables import usd
 
 
 class Requests:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 import msgspec
 import pyarrow as pa
 
-from batchrun.answer import packed
-from batchrun.output import completions
-from batchrun.output.chunks import OpenChunk
-from batchrun.output.completions import Completion
 from batchrun.records import Completion as Record
+from batchrun.response import packed
+from batchrun.store.chunks import OpenChunk
+from batchrun.tables import completions
+from batchrun.tables.completions import Completion
 
 MAX_ROWS = 256
 """Unread rows that stop the handing out of new ones: enough for a reader that looks up now and then."""

@@ -8,17 +8,15 @@ from datetime import UTC, datetime
 
 import msgspec
 
-from batchrun.checkpoint.checkpoint import Checkpoint
 from batchrun.credentials import Credentials
 from batchrun.dispatch.runlog import RunLog
 from batchrun.dispatch.worker import Workers
 from batchrun.durable import replace_bytes, told
 from batchrun.errors import CheckpointError, DiskError, ExitCode, InputError
-from batchrun.gate import overruns
-from batchrun.gate.admission import Limit
-from batchrun.gate.deadline import Deadline
-from batchrun.gate.forecast import Forecast, Recent, Sample
-from batchrun.plan.plan import Plan
+from batchrun.limits import overruns
+from batchrun.limits.admission import Limit
+from batchrun.limits.deadline import Deadline
+from batchrun.limits.forecast import Forecast, Recent, Sample
 from batchrun.records import Retrying, Summary, Tuned
 from batchrun.report.summary import (
     Moment,
@@ -30,7 +28,9 @@ from batchrun.report.summary import (
     unpriced_tier,
     waiting_to_retry,
 )
-from batchrun.rundir import RunDirectory
+from batchrun.startup.resume import Plan
+from batchrun.store.checkpoint import Checkpoint
+from batchrun.store.rundir import RunDirectory
 
 
 class Checking(msgspec.Struct, frozen=True):

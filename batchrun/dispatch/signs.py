@@ -5,11 +5,11 @@ Nothing here is kept per row.
 
 from collections import deque
 
-from batchrun.answer.finish_reasons import is_known
 from batchrun.errors import ExitCode
-from batchrun.gate.admission import Stop
+from batchrun.limits.admission import Stop
 from batchrun.policy import CONTENT_POLICY, QUOTA, Judgement
 from batchrun.records import RowError, Status, Verdict
+from batchrun.response.finish_reasons import is_known
 
 FIRST_ROWS = 40
 """So many first rows show whether nearly everything is filtered: a file may well begin with ten that are blocked."""

@@ -3,11 +3,11 @@
 from decimal import Decimal
 from pathlib import Path
 
-from batchrun.checkpoint.spent import Spent
 from batchrun.job.job import Job
-from batchrun.plan.plan import Plan
 from batchrun.policy import failing
 from batchrun.report.summary import are, plural
+from batchrun.startup.resume import Plan
+from batchrun.store.totals import Spent
 
 
 def told_at_start(job: Job, plan: Plan, where: Path, spent: Spent, lost: int, *, retrying: bool) -> list[str]:

@@ -4,13 +4,13 @@ import asyncio
 
 import msgspec
 
-from batchrun.checkpoint.checkpoint import Checkpoint
-from batchrun.checkpoint.slots import Slots
 from batchrun.dispatch.result_queue import ResultQueue
-from batchrun.output.chunks import Chunks, OpenChunk
-from batchrun.plan.plan import Plan
 from batchrun.records import Completion, Ending, Status
-from batchrun.rundir import RunDirectory
+from batchrun.startup.resume import Plan
+from batchrun.store.checkpoint import Checkpoint
+from batchrun.store.chunks import Chunks, OpenChunk
+from batchrun.store.in_flight import Slots
+from batchrun.store.rundir import RunDirectory
 
 
 class Store(msgspec.Struct, frozen=True):

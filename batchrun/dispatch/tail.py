@@ -1,10 +1,10 @@
 """The end of a run, when no row is left but such as have failed: who can show then whether the endpoint is well?"""
 
-from batchrun import caps
-from batchrun.caps import History
+from batchrun import attempt_caps
+from batchrun.attempt_caps import History
 from batchrun.dispatch.backlog import Backlog
-from batchrun.gate.gate import Gate
 from batchrun.job.job import Retry
+from batchrun.limits.gate import Gate
 from batchrun.policy import Judgement
 
 
@@ -36,12 +36,12 @@ class Tail:
         """A row was answered; `healed`: after it had failed."""
         self._healed += healed
         self._answers += 1
-        self._healing += (healed - self._healing) / min(self._answers, caps.SHARE_OF)
+        self._healing += (healed - self._healing) / min(self._answers, attempt_caps.SHARE_OF)
 
     def ended(self, history: History, judgement: Judgement) -> None:
         """An attempt has ended so."""
-        self._failing = caps.failing_share(self._failing, history, judgement)
-        self._refusing = caps.refused_share(self._refusing, history, judgement)
+        self._failing = attempt_caps.failing_share(self._failing, history, judgement)
+        self._refusing = attempt_caps.refused_share(self._refusing, history, judgement)
 
     @property
     def is_reached(self) -> bool:
@@ -56,15 +56,15 @@ class Tail:
         if not self._untried and self._backlog.drained:
             return True
         left = self._untried + self._backlog.untried
-        if not self._backlog.exhausted or left > caps.MOST_LEFT:
+        if not self._backlog.exhausted or left > attempt_caps.MOST_LEFT:
             return False
-        return self._gate.unanswered_s > caps.patience_s(caps.TAIL_S, left, self._retry)
+        return self._gate.unanswered_s > attempt_caps.patience_s(attempt_caps.TAIL_S, left, self._retry)
 
     def gives_up(self, history: History) -> bool:
         """Whether the row has used up its attempts. They are more where many fail by chance: how many do is shown by
         rows that were answered in the end. Bad rows beside it, that never are, say nothing for this one.
         """
         healing = self._healed / max(1, self._gate.successes) if self.is_reached else self._healing
-        if caps.is_refused_for_good(history, self._retry, min(self._refusing, healing)):
+        if attempt_caps.is_refused_for_good(history, self._retry, min(self._refusing, healing)):
             return True
-        return caps.exhausted(history, self._retry, caps.stretch(min(self._failing, healing)))
+        return attempt_caps.exhausted(history, self._retry, attempt_caps.stretch(min(self._failing, healing)))

@@ -14,8 +14,7 @@ from decimal import Decimal
 
 import msgspec
 
-from batchrun import caps, policy, prices
-from batchrun.answer import answer as answers
+from batchrun import attempt_caps, policy, prices
 from batchrun.dispatch.attempt_result import NOTHING, Ended, cost_of, maybe_billed, reported, together
 from batchrun.dispatch.backlog import Backlog, Invalid, Pending
 from batchrun.dispatch.image_memory import ImageMemory
@@ -26,14 +25,15 @@ from batchrun.dispatch.signs import Signs
 from batchrun.dispatch.store import Landing
 from batchrun.dispatch.tail import Tail
 from batchrun.errors import BatchrunError, ExitCode, InputError
-from batchrun.gate import forecast, overruns
-from batchrun.gate.admission import Outcome, Ruling, Stop
-from batchrun.gate.gate import Gate, GateClosed
-from batchrun.gate.turns import InDoubt
 from batchrun.job.job import Job
+from batchrun.limits import forecast, overruns
+from batchrun.limits.admission import Outcome, Ruling, Stop
+from batchrun.limits.gate import Gate, GateClosed
+from batchrun.limits.probe_turns import InDoubt
 from batchrun.policy import Settlement
 from batchrun.records import Attempt, Completion, Correction, Ending, Request, Status, Verdict
 from batchrun.request.builder import corrected
+from batchrun.response import answer as answers
 from batchrun.transport.transport import Transport
 
 
@@ -216,7 +216,7 @@ class Workers:
         settlement: Settlement | None = None
         if judgement.verdict is Verdict.OK:
             ruling = self.gate.observe(slot, Outcome(row, Verdict.OK))
-            history = caps.answered(pending.history)
+            history = attempt_caps.answered(pending.history)
             settlement = policy.settlement(answer, request.expected, self._job.finish, attempt.http_status)
             self._tail.answered(healed=pending.history.attempts > 0)
         else:
@@ -230,8 +230,8 @@ class Workers:
             ruling = self.gate.observe(slot, outcome)
             before = successes if pending.successes is None else pending.successes
             witnessed = reached and self.gate.successes > before
-            history = caps.after(pending.history, judgement, corroborated=witnessed, at_tail=at_tail)
-            history = caps.refused(history, judgement, corroborated=witnessed, at_tail=is_last)
+            history = attempt_caps.after(pending.history, judgement, corroborated=witnessed, at_tail=at_tail)
+            history = attempt_caps.refused(history, judgement, corroborated=witnessed, at_tail=is_last)
         self._tail.ended(history, judgement)
         reported_usd = reported(attempt, answer)
         table = self._requests.price(request.model)
@@ -268,7 +268,7 @@ class Workers:
     def _take(self, ended: Ended, settlement: Settlement, slot: int) -> None:
         """The answer settles its row, unless the job wants another in its place."""
         pending = ended.pending
-        history = caps.asked_again(ended.history, settlement, self._job.retry)
+        history = attempt_caps.asked_again(ended.history, settlement, self._job.retry)
         if history is not None and settlement.correctable and settlement.error is not None:
             new = Correction(ended.said, settlement.error.message or "")
             if any(new.answer == each.answer for each in pending.corrections):
@@ -331,11 +331,11 @@ class Workers:
         if judgement.verdict is Verdict.OK:
             self.retries.drop(ended.pending.request.row)
         else:
-            due_s += caps.backoff_s(history, judgement.retry_after_s, self._job.retry, random.random())
+            due_s += attempt_caps.backoff_s(history, judgement.retry_after_s, self._job.retry, random.random())
             if again.waits_long:
                 due_s = max(due_s, now_s + (judgement.retry_after_s or 0.0))
             if self._tail.is_reached:
-                wait_s = caps.tail_wait_s(history, judgement, self._job.retry, self.backlog.waiting)
+                wait_s = attempt_caps.tail_wait_s(history, judgement, self._job.retry, self.backlog.waiting)
                 due_s = max(due_s, now_s + wait_s)
             self.retries.put(ended.pending.request.row, history.attempts, judgement.error, due_s)
         discarded = ended.discarded()

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Meta
 
-from batchrun.job import expected
+from batchrun.job import answer_schema
 
 Positive = Annotated[float, Meta(gt=0, le=1e12)]  # not inf: no clock or bucket can reckon with it
 AtLeastZero = Annotated[float, Meta(ge=0, le=1e12)]
@@ -106,13 +106,13 @@ class ResponseFormat(Table, frozen=True):
 
     @classmethod
     def of(cls, wanted: Any, *, strict: bool = True) -> "ResponseFormat":
-        """Answers of this type and no others: whatever `expected.schema_of` takes. Named as the type is.
+        """Answers of this type and no others: whatever `answer_schema.schema_of` takes. Named as the type is.
 
         Raises:
             JobError: it has no JSON schema.
         """
         name = getattr(wanted, "__name__", "answer")
-        return cls(type="json_schema", name=name, schema=expected.schema_of(wanted), strict=strict)
+        return cls(type="json_schema", name=name, schema=answer_schema.schema_of(wanted), strict=strict)
 
 
 class Function(Table, frozen=True):

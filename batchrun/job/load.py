@@ -12,10 +12,10 @@ from typing import Any
 import msgspec
 
 from batchrun.errors import JobError
-from batchrun.job import expected
+from batchrun.job import answer_schema
 from batchrun.job.job import Job, settings
-from batchrun.job.mistakes import explain
-from batchrun.job.problems import SECRET, problems
+from batchrun.job.messages import explain
+from batchrun.job.validation import SECRET, problems
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Job:
@@ -132,6 +132,6 @@ def _read_schema(file: str) -> dict[str, Any]:
         raise JobError(f"request.response_format.file: {file} is not JSON: {error}") from error
     if not isinstance(schema, dict):
         raise JobError(f"request.response_format.file: {file} holds no JSON object")
-    if (problem := expected.problem(schema)) is not None:
+    if (problem := answer_schema.problem(schema)) is not None:
         raise JobError(f"request.response_format.file: {file}: {problem}")
     return schema

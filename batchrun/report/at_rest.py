@@ -4,13 +4,13 @@ from datetime import UTC, datetime
 
 import msgspec
 
-from batchrun.checkpoint import at_rest, facts
-from batchrun.checkpoint.checkpoint import Checkpoint
 from batchrun.errors import CheckpointError
 from batchrun.prices import PriceTable
 from batchrun.records import Summary
 from batchrun.report.summary import Moment, read, summarise
-from batchrun.rundir import RunDirectory
+from batchrun.store import at_rest
+from batchrun.store.checkpoint import Checkpoint
+from batchrun.store.rundir import RunDirectory
 
 
 class Standing(msgspec.Struct, frozen=True):
@@ -56,9 +56,9 @@ def on_disk(directory: RunDirectory, checkpoint: Checkpoint, written: Summary | 
         CheckpointError: a record is damaged.
     """
     manifest = checkpoint.manifest()
-    if facts.ENTRY not in manifest and written is not None:
+    if manifest.ENTRY not in manifest and written is not None:
         return written  # killed while the input was checked: nothing was sent
-    known = facts.read(manifest)
+    known = manifest.read(manifest)
     prices = msgspec.json.decode(manifest.get("prices", "{}"), type=dict[str, PriceTable | None])
     rows = known.rows
     if written is not None and written.run_id == known.run_id:

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import msgspec
 
-from batchrun.checkpoint.spent import DISCARDED, LOST
 from batchrun.records import Status, TotalsLine
 from batchrun.report import days, latencies, nightly, run_rows, runs
 from batchrun.report.figures import FIGURES, BillLine, added
@@ -19,6 +18,7 @@ from batchrun.report.latencies import Scanned
 from batchrun.report.nightly import Against, Compared
 from batchrun.report.runs import Account, Found, LeftOut, Runs
 from batchrun.report.summary import at_most
+from batchrun.store.totals import DISCARDED, LOST
 
 __all__ = ["FIGURES", "KEYS", "Bill", "BillLine", "collect", "keys"]
 

@@ -16,7 +16,7 @@ from batchrun.report.bill import Bill
 from batchrun.report.figures import FIGURES, BillLine, Value, figure, kind
 from batchrun.report.keys import Span
 from batchrun.report.summary import lost_in_words, plural
-from batchrun.rundir import RunDirectory
+from batchrun.store.rundir import RunDirectory
 
 ENDINGS = {
     ".txt": "table",

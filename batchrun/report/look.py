@@ -11,13 +11,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchrun.errors import InputError, JobError
-from batchrun.output.rows import OWN_COLUMNS
 from batchrun.records import RowError
 from batchrun.report import run_rows
 from batchrun.report.run_rows import Result
 from batchrun.report.summary import plural
 from batchrun.report.where import Where
-from batchrun.rundir import RunDirectory
+from batchrun.store.rundir import RunDirectory
+from batchrun.tables.rows import OWN_COLUMNS
 
 MOST_SHOWN = 2_000
 """Characters of one value on the terminal; --json has all of it."""

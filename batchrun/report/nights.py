@@ -12,7 +12,7 @@ from batchrun.errors import CheckpointError, ExitCode, InputError
 from batchrun.report import again
 from batchrun.report.at_rest import Standing, standing
 from batchrun.report.summary import age_in_words, failures, known_cost
-from batchrun.rundir import RunDirectory
+from batchrun.store.rundir import RunDirectory
 
 
 class Night(msgspec.Struct, frozen=True):

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from datetime import datetime
 
-from batchrun.gate.deadline import in_words
+from batchrun.limits.deadline import in_words
 from batchrun.records import Summary
 from batchrun.report.summary import failures, headline_usd
 

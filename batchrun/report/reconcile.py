@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import msgspec
 
-from batchrun.checkpoint import at_rest
 from batchrun.errors import CheckpointError, InputError
 from batchrun.report import run_rows
 from batchrun.report.runs import Found
-from batchrun.rundir import RunDirectory
+from batchrun.store import at_rest
+from batchrun.store.rundir import RunDirectory
 
 MOST_NAMED = 20
 

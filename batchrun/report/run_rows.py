@@ -9,8 +9,8 @@ import pyarrow.compute
 import pyarrow.parquet as pq
 
 from batchrun.errors import InputError
-from batchrun.output.rows import OWN_COLUMNS
-from batchrun.rundir import RunDirectory
+from batchrun.store.rundir import RunDirectory
+from batchrun.tables.rows import OWN_COLUMNS
 
 pc: Any = pyarrow.compute  # its stubs know less than it does
 

@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 import msgspec
 
-from batchrun.checkpoint.spent import LOST
 from batchrun.errors import CheckpointError, InputError
-from batchrun.output.files import read_footer
 from batchrun.records import Estimate, InForce, PossiblyBilled, TotalsLine
 from batchrun.report.at_rest import standing
 from batchrun.report.summary import VERSION
-from batchrun.rundir import RunDirectory
+from batchrun.store.rundir import RunDirectory
+from batchrun.store.totals import LOST
+from batchrun.tables.files import read_footer
 
 NO_RUN = "no run here; name a run directory, a folder of them, or a completions file"
 UNFINISHED = ".tmp"

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
-from batchrun.gate import deadline
+from batchrun.limits import deadline
 from batchrun.records import Summary
 from batchrun.report.at_rest import Standing
 from batchrun.report.summary import (
@@ -14,7 +14,7 @@ from batchrun.report.summary import (
     pace,
     retrying_in_words,
 )
-from batchrun.rundir import RunDirectory
+from batchrun.store.rundir import RunDirectory
 
 
 def lines(directory: RunDirectory, found: Standing) -> Iterator[str]:

@@ -8,18 +8,18 @@ from pathlib import Path
 
 import msgspec
 
-from batchrun.answer.finish_reasons import Meaning, meaning_of
-from batchrun.checkpoint.facts import Facts
-from batchrun.checkpoint.spent import LOST, Spent
 from batchrun.errors import CheckpointError, InputError
-from batchrun.gate.admission import Binding, Limit
-from batchrun.gate.deadline import Deadline
-from batchrun.gate.forecast import Forecast
+from batchrun.limits.admission import Binding, Limit
+from batchrun.limits.deadline import Deadline
+from batchrun.limits.forecast import Forecast
 from batchrun.prices import PICO, PriceTable
 from batchrun.records import FAILURES, Estimate, InForce, PossiblyBilled, Retrying, Status, Summary, Tuned
 from batchrun.report.cures import Cure, cure_of
 from batchrun.report.cures import command as commands
-from batchrun.rundir import RunDirectory
+from batchrun.response.finish_reasons import Meaning, meaning_of
+from batchrun.store.manifest import Facts
+from batchrun.store.rundir import RunDirectory
+from batchrun.store.totals import LOST, Spent
 
 VERSION = 3
 """The schema of summary.json; docs/output.md describes it. A field that goes or changes its meaning raises this."""

@@ -14,8 +14,8 @@ from typing import Any
 import msgspec
 
 from batchrun.errors import InputError, JobError
-from batchrun.job import expected
-from batchrun.job.expected import Expected
+from batchrun.job import answer_schema
+from batchrun.job.answer_schema import Expected
 from batchrun.job.fields import OUTPUT_LIMITS, as_json, check_messages, check_parameter, plain, same_number
 from batchrun.job.job import Endpoint, Job, MessageTemplate, RequestTemplate
 from batchrun.records import Correction, Request, Row
@@ -24,7 +24,7 @@ from batchrun.request.image_parts import Image, Picture, Source
 from batchrun.request.templates import Columns, among, template, text_template
 
 _JUDGED_BY = ("response_format", "functions", "tools")
-"""The fields of a body that say what its answer is to be, as `expected.of` takes them."""
+"""The fields of a body that say what its answer is to be, as `answer_schema.of` takes them."""
 
 MAX_EXPECTED = 64
 """Different schemas of a batch file's lines that are kept compiled at a time."""
@@ -68,7 +68,7 @@ class RequestBuilder:
         self._in_its_words = _wording(job.endpoint)
         self._from_columns = tuple(job.request.from_columns.items())
         self._parameters = _parameters(job.request)
-        self._expected = expected.of(*map(self._parameters.get, _JUDGED_BY))
+        self._expected = answer_schema.of(*map(self._parameters.get, _JUDGED_BY))
         self._expected_of_lines: dict[bytes, Expected] = {}
         self._stream = _stream_fields(job.request)
         sized_by_row = dialect == "openai-batch" or not _SIZES.isdisjoint(job.request.from_columns)
@@ -163,7 +163,7 @@ class RequestBuilder:
             if len(self._expected_of_lines) >= MAX_EXPECTED:
                 self._expected_of_lines.clear()
             try:
-                self._expected_of_lines[known] = expected.of(*asked)
+                self._expected_of_lines[known] = answer_schema.of(*asked)
             except JobError as error:
                 raise InputError(str(error)) from error
         return self._expected_of_lines[known]

@@ -10,15 +10,7 @@ Everything is read block by block: memory is bounded by the longest line or one 
 
 from pathlib import Path
 
-from batchrun.source.files import (
-    FileIdentity,
-    changed,
-    digest,
-    find_files,
-    fingerprint,
-    format_of,
-    spool,
-)
+from batchrun.source.files import FileIdentity, changed, digest, find_files, fingerprint, format_of, spool
 from batchrun.source.given import Rows, as_file
 from batchrun.source.jsonl import MAX_LINE_BYTES, JsonlSource
 from batchrun.source.rows import rows_of

@@ -10,9 +10,9 @@ from collections.abc import Collection, Mapping
 
 import msgspec
 
-from batchrun.answer.stream import Stream
 from batchrun.errors import APIConnectionError
 from batchrun.job.job import Endpoint
+from batchrun.response.stream import Stream
 from batchrun.transport.link import Link
 
 

@@ -4,12 +4,12 @@ import time
 
 from aiohttp import StreamReader
 
-from batchrun.answer import encoding, packed
-from batchrun.answer.stream import Stream
 from batchrun.credentials import Credentials
 from batchrun.errors import APIConnectionError, APITimeoutError
 from batchrun.job.job import Endpoint
 from batchrun.records import Attempt
+from batchrun.response import encoding, packed
+from batchrun.response.stream import Stream
 from batchrun.transport.exchange import Exchange
 from batchrun.transport.faults import translate
 from batchrun.transport.keep_alive import Loss, kind_of

@@ -18,11 +18,11 @@ from aiohttp.payload import TOO_LARGE_BYTES_BODY
 from multidict import CIMultiDict
 
 from batchrun import __version__
-from batchrun.answer import encoding
 from batchrun.credentials import Credentials
 from batchrun.errors import APIConnectionError
 from batchrun.job.job import Endpoint
 from batchrun.records import Attempt
+from batchrun.response import encoding
 from batchrun.transport.connector import UNDER_WAY, Connector, Peer
 from batchrun.transport.exchange import Deadlines, Exchange
 from batchrun.transport.internals import READ_BUFFER_BYTES

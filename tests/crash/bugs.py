@@ -41,7 +41,7 @@ _SLOT_FREED_EARLY = Bug(
 
 _COMMIT_DROPPED = Bug(
     "the commit is dropped",
-    "batchrun.checkpoint.checkpoint",
+    "batchrun.store.checkpoint",
     (("        self._database.transaction(write)\n", ""),),
     "rows are missing from the checkpoint",
 )
@@ -60,7 +60,7 @@ _RENAMED_BEFORE_FSYNC = Bug(
 
 _SEALED_BEFORE_RENAME = Bug(
     "the chunk is sealed before the part has its name",
-    "batchrun.output.chunks",
+    "batchrun.store.chunks",
     (
         (
             "        part = self._directory.part_of(chunk.chunk, generation)\n",
@@ -95,7 +95,7 @@ _SLOT_TAKEN_LATE = Bug(
 
 _OVERLAY_GONE_EARLY = Bug(
     "the overlay is deleted before the seal",
-    "batchrun.checkpoint.checkpoint",
+    "batchrun.store.checkpoint",
     (
         (
             '            self._database.replace("chunks", [msgspec.structs.astuple(chunk)])\n',
@@ -139,7 +139,7 @@ _BUSY_TAKEN_FOR_IDLE = Bug(
 
 _LOST_UNCOUNTED = Bug(
     "lost attempts have no line",
-    "batchrun.checkpoint.spent",
+    "batchrun.store.totals",
     (("        return [*booked, *self._lost_lines()]\n", "        return [*booked, *self._lost_lines()[:0]]\n"),),
     "attempts: the rows say",
     point="after the slot is taken",

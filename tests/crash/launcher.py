@@ -57,14 +57,14 @@ def obey(orders: Orders) -> None:
 
 def cut_small() -> None:
     """Files of 15 rows have several pieces, so that there is a middle of them; a 429 cools for tenths of a second."""
-    import batchrun.gate.state
-    import batchrun.output.files
-    import batchrun.output.window
+    import batchrun.limits.circuit
+    import batchrun.store.stored_window
+    import batchrun.tables.files
 
     for module, name, value in (
-        (batchrun.output.window, "BATCH_ROWS", 4),
-        (batchrun.output.files, "ROW_GROUP_ROWS", 8),
-        (batchrun.gate.state, "BACKOFF_BASE_S", 0.1),
+        (batchrun.store.stored_window, "BATCH_ROWS", 4),
+        (batchrun.tables.files, "ROW_GROUP_ROWS", 8),
+        (batchrun.limits.circuit, "BACKOFF_BASE_S", 0.1),
     ):
         assert hasattr(module, name), f"{module.__name__}.{name} is gone: mend tests/crash/launcher.py"
         setattr(module, name, value)

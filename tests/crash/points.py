@@ -82,9 +82,9 @@ _PART = r"/parts/\d+\.g\d+\.parquet"
 _INPUT = r"/parts/\d+\.input\.arrow"
 _RESULT = r"/completions(\.parquet|/part-\d+\.parquet)$"
 
-_CHECKPOINT = "batchrun.checkpoint.checkpoint:Checkpoint"
-_INSERT = "batchrun.checkpoint.database:Database.insert"
-_QUERY = "batchrun.checkpoint.database:Database.query"
+_CHECKPOINT = "batchrun.store.checkpoint:Checkpoint"
+_INSERT = "batchrun.store.database:Database.insert"
+_QUERY = "batchrun.store.database:Database.query"
 _B, _A = Side.BEFORE, Side.AFTER
 
 
@@ -98,19 +98,17 @@ def _points() -> tuple[Point, ...]:
         Point("before the invocation is on record", f"{_CHECKPOINT}.begin_invocation", _B, _any, starting, 1),
         Point("before the lost are named", f"{_CHECKPOINT}.name_possibly_billed", _B, _any, starting, 1),
         Point("after the lost are named", f"{_CHECKPOINT}.name_possibly_billed", _A, _any, starting, 1),
-        Point("after the slots are emptied", "batchrun.checkpoint.slots:Slots.__init__", _A, _any, starting, 1),
-        Point("before the slot is taken", "batchrun.checkpoint.slots:Slots.take", _B, _any, asking, 300),
-        Point("after the slot is taken", "batchrun.checkpoint.slots:Slots.take", _A, _any, asking, 300),
+        Point("after the slots are emptied", "batchrun.store.in_flight:Slots.__init__", _A, _any, starting, 1),
+        Point("before the slot is taken", "batchrun.store.in_flight:Slots.take", _B, _any, asking, 300),
+        Point("after the slot is taken", "batchrun.store.in_flight:Slots.take", _A, _any, asking, 300),
         Point("between answer and put", f"{_CHECKPOINT}.put", _B, _any, asking, 300),
         Point("after the put", f"{_CHECKPOINT}.put", _A, _any, asking, 300),
         Point("before BEGIN", _QUERY, _B, _statement("BEGIN"), asking, 150),
         Point("after BEGIN", _QUERY, _A, _statement("BEGIN"), asking, 150),
-        Point(
-            "between rows and totals", "batchrun.checkpoint.database:Database.insert", _A, _table("rows"), asking, 100
-        ),
+        Point("between rows and totals", "batchrun.store.database:Database.insert", _A, _table("rows"), asking, 100),
         Point("before COMMIT", _QUERY, _B, _statement("COMMIT"), asking, 150),
         Point("after COMMIT", _QUERY, _A, _statement("COMMIT"), asking, 150),
-        Point("between commit and free slot", "batchrun.checkpoint.slots:Slots.clear", _B, _any, asking, 300),
+        Point("between commit and free slot", "batchrun.store.in_flight:Slots.clear", _B, _any, asking, 300),
         Point("mid input of a chunk", "pyarrow.ipc:RecordBatchFileWriter.write_batch", _A, _any, asking, 80),
         Point("before the input's rename", "os:rename", _B, _target(_INPUT), asking, 20),
         Point("after the input's rename", "os:rename", _A, _target(_INPUT), asking, 20),
@@ -128,7 +126,7 @@ def _points() -> tuple[Point, ...]:
         Point("before the usage table's rename", "os:rename", _B, _target("/usage.parquet$"), finishing, 1),
         Point("between result and finished", f"{_CHECKPOINT}.write_manifest", _B, _fact("finished"), finishing, 1),
         Point("after finished", f"{_CHECKPOINT}.write_manifest", _A, _fact("finished"), finishing, 1),
-        Point("after the database rests", "batchrun.checkpoint.database:Database.rest", _A, _any, finishing, 1),
+        Point("after the database rests", "batchrun.store.database:Database.rest", _A, _any, finishing, 1),
         Point("before a part is removed", "pathlib:Path.unlink", _B, _first(_PART + "$"), finishing, 20),
         Point("before the last summary", "batchrun.dispatch.run_status:RunStatus.end", _B, _any, finishing, 1),
         Point("after the last summary", "batchrun.dispatch.run_status:RunStatus.end", _A, _any, finishing, 1),

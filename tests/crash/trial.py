@@ -15,10 +15,10 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchrun.checkpoint import slots
-from batchrun.checkpoint.slots import InFlight
 from batchrun.report import bill
 from batchrun.simulator import Fault, SimulatorConfig, parse_faults
+from batchrun.store import in_flight
+from batchrun.store.in_flight import InFlight
 from tests import cli_process, prefork
 from tests.cli_process import KEY, KEY_ENV, Ended, read_summary, snapshot, write_job, write_rows
 from tests.crash.launcher import Orders
@@ -118,7 +118,7 @@ class Trial:
             return False
         last = self._where.read_bytes().rstrip(b"\0").decode() if self._where.exists() else ""
         self.outcome.deaths.append(Death(kill.point is not None, kill.point or last or "loading"))
-        self._in_flight.append(slots.read(self.out / "inflight.bin"))
+        self._in_flight.append(in_flight.read(self.out / "inflight.bin"))
         return True
 
     def suffer(self, prefix: Sequence[str]) -> Ended:
@@ -137,7 +137,7 @@ class Trial:
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # what a killed strace lets go would run on
-        self._in_flight.append(slots.read(self.out / "inflight.bin"))
+        self._in_flight.append(in_flight.read(self.out / "inflight.bin"))
         return ended
 
     def converge(self) -> bool:

@@ -8,12 +8,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from batchrun.checkpoint.slots import InFlight
 from batchrun.durable import TEMP_SUFFIX
 from batchrun.prices import PriceTable, Tier, cost
 from batchrun.records import Usage
 from batchrun.report.bill import Bill
 from batchrun.simulator import LedgerLine
+from batchrun.store.in_flight import InFlight
 
 SAME = ["id", "text", "score", "row", "request_key", "status", "content", "finish_reason"]
 """The columns in which a disturbed run equals an undisturbed one: the rest names attempts, times and ids."""

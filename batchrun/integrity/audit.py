@@ -1,0 +1,196 @@
+"""What a run counted twice must agree: rows by status, the bill, summary.json, usage.parquet, the result's footer."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterable
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from batchrun.errors import CheckpointError
+from batchrun.integrity import readable_groups
+from batchrun.integrity.db_records import SALVAGED, Remains
+from batchrun.prices import PriceTable
+from batchrun.records import Status, Summary, TotalsLine
+from batchrun.report.summary import Moment, summarise
+from batchrun.store import db_tables, result
+from batchrun.store.checkpoint import SINCE
+from batchrun.store.manifest import Facts
+from batchrun.store.rundir import RunDirectory
+from batchrun.tables import booked, files
+from batchrun.tables.rows import USAGE_COLUMNS
+
+Prices = dict[str, PriceTable | None]
+
+RATE_STEP = 0.1
+"""Rates are rounded to this, and `elapsed_s` to a thousandth, so a rate can be told from them only so far."""
+
+
+class Held(msgspec.Struct):
+    """What the rows that can be read say, all together."""
+
+    standing: Counter[str] = msgspec.field(default_factory=Counter)
+    cost_usd: Decimal = Decimal(0)
+    unpriced: int = 0
+
+    def add(self, statuses: Iterable[str], costs: Iterable[Decimal | None]) -> None:
+        for status, cost in zip(statuses, costs, strict=True):
+            self.standing[status] += 1
+            self.unpriced += cost is None
+            self.cost_usd += cost or 0
+
+
+def unaccounted_usd(known: Remains, held: Held) -> tuple[Decimal, bool]:
+    """What the bill has beyond the rows and the attempts of rows still pending; and whether it should be 0.
+
+    It may be more where answers were replaced, given up or lost, and where a row's own cost is unknown.
+    """
+    pending = [chunk for chunk in known.chunks if chunk.open and not chunk.generation]
+    waiting = [
+        attempt.cost_usd or Decimal(0)
+        for attempt in map(db_tables.discarded, (record for record in known.attempts if record[-1] >= known.since))
+        if attempt.row not in known.rows and any(chunk.first_row <= attempt.row < chunk.end_row for chunk in pending)
+    ]
+    replaced = bool(known.reopened) or any(chunk.generation > 1 for chunk in known.chunks)
+    replaced |= SALVAGED in known.manifest or SINCE in known.manifest
+    beyond = known.spent.cost_usd() - held.cost_usd - sum(waiting, Decimal(0))
+    return beyond, not (replaced or held.unpriced)
+
+
+def rows_due(known: Remains) -> int:
+    """The rows of a finished run: of a pilot, not all of the input."""
+    return sum(chunk.rows for chunk in known.chunks)
+
+
+def totals_problem(known: Remains, held: Held, *, finished: bool) -> str | None:
+    """How the totals disagree with the rows, all of which were read; None where they agree."""
+    standing = {status: rows for status, rows in known.spent.standing.items() if rows}
+    if standing != held.standing or (finished and held.standing.total() != rows_due(known)):
+        return f"its totals count {standing or 'no row'}, the rows say {dict(held.standing) or 'none'}"
+    beyond, exact = unaccounted_usd(known, held)
+    if beyond < 0 or (exact and beyond):
+        return f"its totals say ${known.spent.cost_usd():,.12f}, the rows {'less' if beyond > 0 else 'more'}"
+    return None
+
+
+def usage_problem(directory: RunDirectory, known: Remains) -> str | None:
+    """What is wrong with the usage.parquet of a finished run; None where it has the totals' lines."""
+    expected = result.finished(known.manifest).usage
+    try:
+        files.require_digest(directory.usage, expected)
+        tables = [table.to_pylist() for table in readable_groups.columns(directory.usage, USAGE_COLUMNS.names)]
+    except CheckpointError as error:
+        return str(error).removeprefix(f"{directory.usage}: ")
+    lines = booked.totals_of([row for rows in tables for row in rows])
+    return None if _in_order(lines) == _in_order(known.spent.lines()) else "does not have the totals' lines"
+
+
+def footer_problem(directory: RunDirectory, known: Remains, facts: Facts) -> str | None:
+    """How the footer of a sound result disagrees with the totals; None where it agrees."""
+    footer = files.read_footer(directory.completions) or {}
+    told = footer.get("run_id"), footer.get("rows_in_output"), footer.get("cost_usd")
+    if told == (facts.run_id, rows_due(known), str(known.spent.cost_usd())):
+        return None
+    return "its footer is of run {}, {} rows, ${}".format(*told)
+
+
+class BillElsewhere(msgspec.Struct, frozen=True):
+    """What a file of a run says of the whole, where the database says nothing."""
+
+    place: str
+    rows: int
+    usd: Decimal
+
+
+def bill_elsewhere(directory: RunDirectory) -> BillElsewhere | None:
+    """The bill in the result's footer, else in summary.json; None where neither can be read."""
+    found: tuple[Path, object, object] | None = None
+    if directory.completions.exists():
+        with contextlib.suppress(CheckpointError):
+            footer = files.read_footer(directory.completions) or {}
+            found = directory.completions, footer.get("rows_in_output"), footer.get("cost_usd")
+    if found is None or found[1] is None:
+        summary = directory.read_summary() or {}
+        found = directory.summary, summary.get("rows_in_output"), summary.get("cost_usd")
+    place, rows, usd = found
+    if not isinstance(rows, int) or not isinstance(usd, str):
+        return None
+    return BillElsewhere(place.name, rows, Decimal(usd))
+
+
+def summary_problem(directory: RunDirectory, known: Remains, facts: Facts, prices: Prices) -> str | None:
+    """What is wrong with summary.json. While a run is incomplete its figures may be seconds old, and are not looked at.
+
+    `updated_at`, `requests_per_minute`, `limits`, `tuned`, `deadline`, `command` and, to its rounding, `elapsed_s` have
+    no second source.
+    """
+    if SALVAGED in known.manifest and not directory.summary.exists():
+        return None  # nobody has gone on with it yet
+    try:
+        content = directory.summary.read_bytes()
+        summary = msgspec.json.decode(content, type=Summary)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        return f"can't be read: {error}"
+    if msgspec.json.format(msgspec.json.encode(summary), indent=2) != content:
+        return "was changed since it was written"
+    if summary.run_id not in ("", facts.run_id):
+        return f"is of run {summary.run_id}, this is {facts.run_id}"
+    if result.FINISHED not in known.manifest:
+        return "says complete, and the run is not" if summary.complete else None
+    if not summary.complete:
+        return None  # the process died between its last two steps
+    wrong = [name for name in Summary.__struct_fields__ if not _agrees(name, summary, directory, known, facts, prices)]
+    return f"{', '.join(wrong)}: not as in checkpoint.db" if wrong else None
+
+
+def _agrees(name: str, summary: Summary, directory: RunDirectory, known: Remains, facts: Facts, prices: Prices) -> bool:
+    told: Any = getattr(summary, name)
+    counted: Any = getattr(summarise(facts, rows_due(known), prices, known.spent, _moment(summary), directory), name)
+    match name:
+        case "totals":
+            return _in_order(told) == _in_order(counted)
+        case "files":  # the directory may have been moved, all of it
+            names = [{key: Path(path).name for key, path in named.items()} for named in (told, counted)]
+            return names[0] == names[1] and len({Path(path).parent for path in told.values()}) == 1
+        case "rows_per_minute" | "tokens_per_minute":
+            return bool(abs(told - counted) <= RATE_STEP + told * 0.001 / max(summary.elapsed_s, 0.001))
+        case "requests_per_minute" | "updated_at" | "elapsed_s":
+            return told is not None
+        case (
+            "limits" | "tuned" | "deadline" | "command" | "example_error" | "unknown_finish_reasons" | "unpriced_tiers"
+        ):
+            return True
+        case "invocation" | "started_at" | "pid" | "host":
+            begun = {record[0]: record for record in known.invocations}.get(summary.invocation)
+            return begun is not None and begun[1:4] == (summary.started_at.timestamp(), summary.pid, summary.host)
+        case "exit_code":
+            # what counts as failed is the job's to say: any row that is not `ok` may
+            return told in ((0, 3) if summary.by_status.keys() - {Status.OK} else (0,))
+        case "state" | "limited_by":
+            return bool(told == "complete")
+        case "reason":
+            return told is None
+        case _:
+            return bool(told == counted)
+
+
+def _moment(summary: Summary) -> Moment:
+    return Moment(
+        state=summary.state,
+        invocation=summary.invocation,
+        started_at=summary.started_at,
+        now=summary.updated_at,
+        elapsed_s=summary.elapsed_s,
+        sent=0,
+        limited_by=summary.limited_by,
+        pid=summary.pid,
+        host=summary.host,
+        complete=summary.complete,
+        tags=summary.tags,
+    )
+
+
+def _in_order(lines: Iterable[TotalsLine]) -> list[TotalsLine]:
+    return sorted(lines, key=lambda line: line.key)

@@ -1,0 +1,175 @@
+"""The rows that a run has so far, for a run that no process works on. Sends nothing and changes nothing of the run.
+
+The checkpoint is read through a private copy, sealed parts are copied as they are, open chunks are joined with their
+stored input, and what was never opened is read from the input.
+"""
+
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+import msgspec
+import pyarrow as pa
+
+from batchrun.durable import digest
+from batchrun.errors import CheckpointError, InputError, JobError
+from batchrun.integrity.readable_groups import nullable
+from batchrun.integrity.salvage import input_again
+from batchrun.records import Summary
+from batchrun.report import at_rest as reporting
+from batchrun.report.summary import plural, read
+from batchrun.source import JsonlSource, Source, TableSource
+from batchrun.store import at_rest, manifest, partial, result, stored_window
+from batchrun.store.checkpoint import Checkpoint
+from batchrun.store.chunks import Chunks, Layout
+from batchrun.store.manifest import Facts
+from batchrun.store.rundir import RunDirectory
+from batchrun.tables import files
+from batchrun.tables.json_columns import ColumnTypes
+from batchrun.tables.rows import output_schema, own_schema
+
+
+class Exported(msgspec.Struct, frozen=True):
+    """Where the rows are now, and how many of them are pending. `problem`: why pending rows lack their input."""
+
+    path: Path
+    rows: int
+    pending: int
+    complete: bool
+    written: bool
+    problem: str | None = None
+
+
+def export(directory: RunDirectory, to: Path | None = None) -> Exported:
+    """The run's rows are in `to`, or in the run directory with its usage beside them; a complete run's are there.
+
+    Raises:
+        InputError: there is no run, or it has no rows yet.
+        JobError: `to` is no place for them.
+        RunLockedError: a process works on the run.
+        CheckpointError: the run is damaged.
+        DiskError: the file can't be written.
+    """
+    if not directory.checkpoint.exists():
+        raise InputError(f"{directory.path}: no run here (no checkpoint.db); name a run directory")
+    with directory.lock(), at_rest.opened(directory.checkpoint, directory.inflight) as checkpoint:
+        manifest = checkpoint.manifest()
+        if manifest.ENTRY not in manifest:
+            raise InputError(f"{directory.path}: no rows yet: the run ended while its input was checked; run it again")
+        known = manifest.read(manifest)
+        if to is not None:
+            _require_place(to, directory, known)
+        summary = reporting.on_disk(directory, checkpoint, _written(directory))
+        if result.FINISHED in manifest:
+            return _complete(directory, known, summary, result.finished(manifest).digest, to)
+        exported = _so_far(directory, checkpoint, known, summary, to or directory.partial)
+        if to is None:
+            files.write_usage(directory.usage, checkpoint.spent.lines())
+        return exported
+
+
+def in_words(exported: Exported) -> Iterator[str]:
+    """What was written, and what is missing."""
+    if exported.complete:
+        what = "written to" if exported.written else "all of them are in"
+        yield f"the run is complete: {plural(exported.rows, 'row')}, {what} {exported.path}"
+        return
+    done = exported.rows - exported.pending
+    yield f"wrote {exported.path}: {plural(exported.rows, 'row')}, {done:,} done, {exported.pending:,} pending"
+    if exported.problem is not None:
+        yield f"pending rows that had not been read yet have no input columns: {exported.problem}"
+
+
+def _written(directory: RunDirectory) -> Summary | None:
+    """summary.json, where it can be read."""
+    try:
+        return read(directory)
+    except (InputError, CheckpointError):
+        return None
+
+
+def _require_place(to: Path, directory: RunDirectory, known: Facts) -> None:
+    """Nothing, if a file can be put there without taking the place of anything but an earlier export.
+
+    Raises:
+        JobError: it can't.
+    """
+    if to.is_dir():
+        raise JobError(f"-o {to}: is a directory; name a file in it")
+    if to.exists() and not to.is_file():
+        raise JobError(f"-o {to}: is no regular file; name another")
+    if not to.parent.is_dir():
+        raise JobError(f"-o {to}: there is no directory {to.parent}; make it first")
+    place = to.resolve()
+    if place.is_relative_to(directory.path.resolve()):
+        raise JobError(f"-o {to}: lies in the run directory; leave out -o, or name a file elsewhere")
+    if any(place == Path(file.path).resolve() for file in known.files):
+        raise JobError(f"-o {to}: is the run's input; name another file")
+
+
+def _complete(directory: RunDirectory, known: Facts, summary: Summary, result_digest: str, to: Path | None) -> Exported:
+    in_parts = known.output.layout == "parts"
+    rows = summary.rows - summary.pending
+    if to is None:
+        there = directory.completions_folder if in_parts else directory.completions
+        return Exported(there, rows, 0, complete=True, written=False)
+    if in_parts:
+        paths = sorted(directory.completions_folder.glob("*.parquet"))
+        parts = [(path, digest(path), files.rows_in(path)) for path in paths]
+        footer = {files.FOOTER_KEY: msgspec.json.encode(result.bill(summary)).decode()}
+        files.assemble(parts, to, files.schema_of(paths[0]), known.output.compression, footer)
+    else:
+        files.copy_part(directory.completions, to, result_digest)
+    return Exported(to, rows, 0, complete=True, written=True)
+
+
+def _so_far(directory: RunDirectory, checkpoint: Checkpoint, known: Facts, summary: Summary, to: Path) -> Exported:
+    source, problem = _source(directory, known)
+    types = None if known.types is None else ColumnTypes.from_json(known.types)
+    schema = _schema(directory, checkpoint, known, source, types)
+    layout = Layout(
+        source=source,
+        identities=known.files,
+        rejected=frozenset(known.rejected),
+        types=types,
+        schema=schema,
+        settings=known.output,
+        parsed=manifest.parsed(known),
+        number=known.layout,
+        limit=summary.rows if summary.rows < known.rows else None,
+    )
+    batches = Chunks(directory, checkpoint, layout).so_far()
+    if problem is not None:
+        schema = nullable(schema)
+        opened = max((chunk.end_row for chunk in checkpoint.chunks()), default=0)
+        problem = problem if opened < summary.rows else None
+        widened = (pa.RecordBatch.from_arrays(batch.columns, schema=schema) for batch in batches)
+        batches = chain(widened, partial.without_input(opened, summary.rows, schema))
+    pending = partial.write(to, batches, schema, known.output.compression, summary)
+    return Exported(to, summary.rows, pending, complete=False, written=True, problem=problem)
+
+
+def _source(directory: RunDirectory, known: Facts) -> tuple[Source, str | None]:
+    """The input as it was when the run began; or an input without rows, and why."""
+    try:
+        return input_again(known, directory), None
+    except InputError as error:
+        relative = any(not Path(file.path).is_absolute() for file in known.files)
+        return JsonlSource(()), f"{error}" + ("; run this where the run was started" if relative else "")
+
+
+def _schema(
+    directory: RunDirectory, checkpoint: Checkpoint, known: Facts, source: Source, types: ColumnTypes | None
+) -> pa.Schema:
+    """The columns of the result. Where a Parquet input is gone, its columns are those of the first chunk."""
+    if types is not None:
+        given = types.schema()
+    elif isinstance(source, TableSource):
+        given = source.schema
+    elif not (chunks := checkpoint.chunks()):
+        return own_schema(known.output.prefix, manifest.parsed(known))
+    elif chunks[0].open:
+        given = stored_window.schema_of(directory.input_of(0, known.layout))
+    else:
+        return files.schema_of(directory.part_of(0, chunks[0].generation)).remove_metadata()
+    return output_schema(given, known.output, manifest.parsed(known))

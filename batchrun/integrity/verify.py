@@ -1,0 +1,365 @@
+"""Everything in a run directory, held against its checksums and against each other. Touches no file, sends nothing.
+
+The database's records have CRCs; parts, stored inputs and results have digests; what was counted twice must agree.
+"""
+
+import contextlib
+from collections.abc import Collection, Iterable, Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pyarrow as pa
+
+from batchrun.durable import digest, told
+from batchrun.errors import CheckpointError, DiskError, InputError
+from batchrun.integrity import audit, db_records, readable_groups
+from batchrun.integrity.audit import Held, Prices
+from batchrun.integrity.db_records import Remains
+from batchrun.report.summary import plural
+from batchrun.store import in_flight, manifest, result, spill, variants
+from batchrun.store.at_rest import log_of
+from batchrun.store.checkpoint import SPILL
+from batchrun.store.db_tables import Chunk
+from batchrun.store.manifest import Facts
+from batchrun.store.rundir import RunDirectory
+from batchrun.tables import files
+from batchrun.tables.rows import own_schema
+
+Span = tuple[int, int]
+"""Rows: the first, and one past the last."""
+
+MAX_SPANS = 10
+"""So many spans of rows are named for each damage; lost.csv of a rescue has them all."""
+
+SALVAGE = "keep a copy of the directory; --salvage writes what is sound into a new one"
+GO_ON = "the same command goes on all the same"
+EXPORT_AGAIN = "remove it; `batchrun export` writes it again"
+ANEW = "remove it; the same command writes it anew"
+
+
+class Damage(msgspec.Struct, frozen=True):
+    """What is wrong with one file, which rows that concerns at most, and what to do."""
+
+    file: str
+    what: str
+    rows: tuple[Span, ...] = ()
+    then: str = SALVAGE
+
+
+class Findings(msgspec.Struct, frozen=True):
+    """What is sound, in words, and what is damaged.
+
+    `bill_usd` is the whole run's, as far as it is known; `cost_usd` the part of it that no sound row accounts for.
+    None: nobody can tell, since answers were replaced, or have no known price.
+    """
+
+    sound: tuple[str, ...]
+    damages: tuple[Damage, ...]
+    bill_usd: str
+    cost_usd: str | None
+
+    def rows(self) -> int:
+        """How many rows are concerned, at most."""
+        return sum(end - first for first, end in merged(span for damage in self.damages for span in damage.rows))
+
+
+def verify(directory: RunDirectory) -> Findings:
+    """What is sound and what is damaged.
+
+    Raises: as `inspected`.
+    """
+    with inspected(directory) as inspection:
+        return inspection.findings()
+
+
+@contextlib.contextmanager
+def inspected(directory: RunDirectory) -> "Iterator[Inspection]":
+    """Every file was looked at; the directory's lock is held until the block ends.
+
+    Raises:
+        InputError: there is no run.
+        RunLockedError: a run works there.
+        DiskError: a file can't be read.
+    """
+    if not directory.path.is_dir() or not any(directory.path.iterdir()):
+        raise InputError(f"{directory.path}: no run here; name a run directory")
+    with directory.lock():
+        inspection = Inspection(directory)
+        inspection.inspect()
+        yield inspection
+
+
+class Inspection:
+    """One look at a directory, whose lock is held. `known` is what its database says, or what is left of it."""
+
+    def __init__(self, directory: RunDirectory) -> None:
+        self.directory = directory
+        self.sound: list[str] = []
+        self.damages: list[Damage] = []
+        self.held = Held()
+        self.known = self._read()
+
+    def findings(self) -> Findings:
+        """All that was found."""
+        if (
+            not self.known.whole
+            and not self.known.manifest
+            and (bill := audit.bill_elsewhere(self.directory)) is not None
+        ):
+            self.sound.append(f"{bill.place}: {plural(bill.rows, 'row')}, ${bill.usd:,.6f}, by its own word alone")
+            return Findings(tuple(self.sound), tuple(self.damages), f"{bill.usd:,.6f}", f"{Decimal(0):,.6f}")
+        beyond, exact = audit.unaccounted_usd(self.known, self.held)
+        return Findings(
+            tuple(self.sound),
+            tuple(self.damages),
+            f"{self.known.spent.cost_usd():,.6f}",
+            f"{beyond:,.6f}" if exact and beyond >= 0 else None,
+        )
+
+    def inspect(self) -> None:
+        """Every file was looked at."""
+        self._log()
+        if "facts" not in self.known.manifest:
+            self._without_facts()
+            return
+        try:
+            begun = manifest.read(self.known.manifest)
+            variants.read(self.known.manifest)
+            prices = msgspec.json.decode(self.known.manifest.get("prices", "{}"), type=Prices)
+        except (CheckpointError, msgspec.DecodeError) as error:
+            self._damaged(self.directory.checkpoint, f"its manifest can't be read: {error}")
+            return
+        self._chunks(begun)
+        if self._finished and begun.output.layout == "file":
+            expected = result.finished(self.known.manifest).digest
+            self._rows_of(self.directory.completions, expected, (0, audit.rows_due(self.known)), begun.output.prefix)
+        else:
+            for chunk in self.known.chunks:
+                self._chunk(chunk, begun)
+        self._counted_twice(begun, prices)
+        self._spilled()
+        if not self._finished:
+            self._slots()
+            if self.directory.completions.exists():
+                self.sound.append("completions.parquet: of before, until the run is complete again; not looked at")
+        self._kept_input(begun)
+        self._partial()
+
+    @property
+    def _finished(self) -> bool:
+        return result.FINISHED in self.known.manifest
+
+    def _damaged(self, path: Path, what: str, rows: tuple[Span, ...] = (), then: str = SALVAGE) -> None:
+        name = str(path.relative_to(self.directory.path))
+        self.damages.append(Damage(name, what.removeprefix(f"{path}: "), rows, then))
+
+    def _read(self) -> Remains:
+        path = self.directory.checkpoint
+        try:
+            known = db_records.read(path)
+        except DiskError:
+            raise
+        except CheckpointError as error:
+            known = db_records.left(path)
+            what = str(error).partition("; keep a copy")[0]
+            broken = log if what.startswith(str(log := log_of(path))) else path
+            self._damaged(broken, f"{what}; {plural(known.records, 'record')} can still be read one by one")
+        else:
+            self.sound.append(f"checkpoint.db: {plural(known.records, 'record')}, every page")
+        return known
+
+    def _log(self) -> None:
+        if self.known.torn:
+            what = "the last commit can't be read: torn by a power cut, or damaged; its rows are asked again"
+            self._damaged(log_of(self.directory.checkpoint), what, then=GO_ON)
+
+    def _without_facts(self) -> None:
+        traces = [path for path in (self.directory.completions, self.directory.inflight) if path.exists()]
+        if not self.known.whole:
+            return
+        if traces:
+            self._damaged(self.directory.checkpoint, f"holds no run, yet {traces[0].name} is there")
+        else:
+            self.sound.append("no run has begun here")
+
+    def _chunks(self, begun: Facts) -> None:
+        row = 0
+        for number, chunk in enumerate(self.known.chunks):
+            if (chunk.chunk, chunk.first_row) != (number, row) or chunk.rows < 1:
+                self._damaged(self.directory.checkpoint, f"chunk {number} should begin at row {row:,}")
+                return
+            row = chunk.end_row
+        if row > begun.rows:
+            self._damaged(self.directory.checkpoint, f"its chunks have {row:,} rows, the input has {begun.rows:,}")
+            return
+        self.sound.append(f"chunks: {len(self.known.chunks):,}, contiguous, {row:,} of {plural(begun.rows, 'row')}")
+
+    def _chunk(self, chunk: Chunk, begun: Facts) -> None:
+        """A sealed chunk is its part; an open one its stored input, its records, and its earlier part if it has one."""
+        span = chunk.first_row, chunk.end_row
+        newer = {row for row in range(*span) if chunk.open and row in self.known.rows}
+        if chunk.generation:
+            path = self.directory.part_of(chunk.chunk, chunk.generation)
+            if begun.output.layout == "parts" and not path.exists():
+                path = files.part_in(self.directory.completions_folder, chunk.chunk)
+            elsewhere = newer | self.known.reopened.keys() if chunk.open else newer
+            self._rows_of(path, chunk.part_digest or "", span, begun.output.prefix, elsewhere, all_rows=not chunk.open)
+        if chunk.open:
+            self._stored_input(chunk, begun.layout)
+            overlay = [self.known.rows[row] for row in newer]
+            self.held.add([str(row.status) for row in overlay], [row.cost_usd for row in overlay])
+
+    def _rows_of(
+        self,
+        path: Path,
+        expected: str,
+        span: Span,
+        prefix: str,
+        elsewhere: Collection[int] = (),
+        *,
+        all_rows: bool = True,
+    ) -> None:
+        """The file is what was written; those of its rows that can be read are counted, but for those `elsewhere`."""
+        names = [prefix + column for column in ("row", "status", "cost_usd")]
+        problem = None
+        try:
+            files.require_digest(path, expected)
+            groups = readable_groups.columns(path, names)
+        except CheckpointError as error:
+            problem = str(error)
+            groups = readable_groups.groups(path, own_schema(prefix), prefix, *span)
+        found: set[int] = set()
+        for group in groups:
+            rows = _values(group, names[0])
+            found.update(rows)
+            standing = group.filter(pa.array([row not in elsewhere for row in rows], pa.bool_()))
+            self.held.add(_values(standing, names[1]), _values(standing, names[2]))
+        lost = merged((row, row + 1) for row in range(*span) if row not in found and row not in elsewhere)
+        if problem is not None or (lost and all_rows):
+            self._damaged(path, problem or "rows are missing", lost)
+        else:
+            self.sound.append(f"{path.relative_to(self.directory.path)}: {plural(len(found), 'row')}")
+
+    def _stored_input(self, chunk: Chunk, layout: int) -> None:
+        path = self.directory.input_of(chunk.chunk, layout)
+        with told(path):
+            found = digest(path) if path.exists() else None
+        if found == chunk.input_digest:
+            self.sound.append(f"{path.relative_to(self.directory.path)}: {plural(chunk.rows, 'row')} of input")
+        else:
+            self._damaged(path, "is missing" if found is None else "its digest is not the one on record")
+
+    def _counted_twice(self, begun: Facts, prices: Prices) -> None:
+        all_read = self.known.whole and not any(damage.rows for damage in self.damages)
+        result_damaged = any(damage.file == self.directory.completions.name for damage in self.damages)
+        if all_read:
+            problem = audit.totals_problem(self.known, self.held, finished=self._finished)
+            self._told(self.directory.checkpoint, problem, "its totals are the sums of its rows")
+        if self._finished:
+            self._told(self.directory.usage, audit.usage_problem(self.directory, self.known), "has the totals' lines")
+        if self._finished and begun.output.layout == "file" and not result_damaged:
+            problem = audit.footer_problem(self.directory, self.known, begun)
+            self._told(self.directory.completions, problem, "its footer has the same bill")
+        if self.known.whole:
+            problem = audit.summary_problem(self.directory, self.known, begun, prices)
+            self._told(self.directory.summary, problem, "agrees", ANEW)
+
+    def _partial(self) -> None:
+        """A copy of the rows as they were: nothing depends on it, so it is only read."""
+        path = self.directory.partial
+        if not path.exists():
+            return
+        try:
+            rows = sum(batch.num_rows for batch in files.batches_of(path))
+            footer = files.read_footer(path) or {}
+        except (CheckpointError, *readable_groups.UNREADABLE) as error:
+            self._damaged(path, f"can't be read: {error}".replace(f"{path}: ", ""), then=EXPORT_AGAIN)
+            return
+        whole = footer.get("complete") is False and footer.get("rows_in_output") == rows
+        self._told(path, None if whole else "its footer is of another file", "readable, of before", EXPORT_AGAIN)
+
+    def _told(self, path: Path, problem: str | None, otherwise: str, then: str = SALVAGE) -> None:
+        if problem is None:
+            self.sound.append(f"{path.name}: {otherwise}")
+        else:
+            self._damaged(path, problem, then=then)
+
+    def _slots(self) -> None:
+        """Slots are made before the first request is sent, and stay until the run is finished."""
+        path = self.directory.inflight
+        with told(path):
+            size = path.stat().st_size if path.exists() else None
+        if size is None:
+            begun_anew = self.known.reopened or db_records.SALVAGED in self.known.manifest
+            if self.known.rows or (self.known.spent.totals and not begun_anew):
+                self._damaged(
+                    path, "is missing: nobody knows who was in flight when the last process ended", then=GO_ON
+                )
+            return
+        taken = in_flight.read(path)
+        unreadable = taken.count(in_flight.UNREADABLE)
+        if unreadable or size % in_flight.SLOT_BYTES or not size:
+            what = (
+                f"{plural(unreadable, 'slot')} can't be read: as many requests, at most, may have been billed unnamed"
+            )
+            self._damaged(path, what, then=GO_ON)
+        else:
+            self.sound.append(f"inflight.bin: {plural(size // in_flight.SLOT_BYTES, 'slot')}, {len(taken):,} taken")
+
+    def _spilled(self) -> None:
+        path = self.directory.checkpoint.with_name(SPILL)
+        try:
+            frames = list(spill.read(path))
+        except DiskError:
+            raise
+        except (CheckpointError, msgspec.DecodeError) as error:
+            self._damaged(path, str(error).partition("; keep a copy")[0])
+            return
+        if frames:
+            rows = sum(len(frame.completions) for frame in frames)
+            self.sound.append(f"{path.name}: {plural(rows, 'row')} that the next start takes in")
+
+    def _kept_input(self, begun: Facts) -> None:
+        """Standard input, where it was the input."""
+        path = self.directory.spool
+        with told(path):
+            found = digest(path) if path.exists() else None
+        if found is None and [file.path for file in begun.files] != [str(path)]:
+            return
+        self._told(path, None if (found,) == begun.digests else "is not what this run began with", "as it was read")
+
+
+def _values(table: pa.Table, name: str) -> list[Any]:
+    return table.column(name).to_pylist()
+
+
+def merged(spans: Iterable[Span]) -> tuple[Span, ...]:
+    """The same rows in as few spans as can be, in order."""
+    found: list[Span] = []
+    for first, end in sorted(spans):
+        if found and first <= found[-1][1]:
+            found[-1] = found[-1][0], max(end, found[-1][1])
+        else:
+            found.append((first, end))
+    return tuple(found)
+
+
+def in_words(findings: Findings) -> Iterator[str]:
+    """A line for each thing that is sound; for each damage what, which rows, and what to do; the sum last."""
+    for line in findings.sound:
+        yield f"sound    {line}"
+    for damage in findings.damages:
+        yield f"damaged  {damage.file}: {damage.what}"
+        if damage.rows:
+            spans = [f"{first:,}" if end == first + 1 else f"{first:,} to {end - 1:,}" for first, end in damage.rows]
+            more = f" and {len(spans) - MAX_SPANS:,} more spans" if len(spans) > MAX_SPANS else ""
+            yield f"         rows {', '.join(spans[:MAX_SPANS])}{more}"
+        yield f"         {damage.then}"
+    if not findings.damages:
+        yield "nothing is damaged"
+        return
+    cost = "cost that nobody can tell" if findings.cost_usd is None else f"${findings.cost_usd}"
+    concerned = f"{plural(findings.rows(), 'row')} and {cost} of ${findings.bill_usd}"
+    yield f"{plural(len(findings.damages), 'damage')}: {concerned} can't be read"

@@ -1,0 +1,135 @@
+"""What is wrong with a job that its types allow: settings that exclude each other, secrets in the open. PURE"""
+
+import re
+from collections.abc import Iterator
+from datetime import date, datetime, time
+from decimal import Decimal
+from urllib.parse import urlsplit
+
+import msgspec
+
+from batchrun.job import answer_schema
+from batchrun.job.job import (
+    FROM_COLUMNS,
+    MAX_COST_USD,
+    MAX_PRICE_USD,
+    SIMULATOR,
+    Endpoint,
+    Job,
+    Price,
+    RequestTemplate,
+    flatten,
+)
+
+SECRET = re.compile(r"(^|[._-])(api_?key|key|token|secret|password|authorization)$", re.IGNORECASE)
+"""Names of settings that hold a secret."""
+
+_LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+
+
+def problems(job: Job) -> Iterator[str]:
+    """Each in one line that begins with the setting's path."""
+    request = job.request
+    yield from _endpoint_problems(job.endpoint)
+    if request.prompt is not None and request.messages is not None:
+        yield "request.prompt: can't stand beside request.messages; keep one of them"
+    if request.system is not None and isinstance(request.messages, list):
+        yield "request.system: put it into request.messages as a message with role = 'system'"
+    for place, each in enumerate(request.messages if isinstance(request.messages, list) else ()):
+        if [each.role is None, each.content is None, each.column is None] not in (
+            [False, False, True],
+            [True, True, False],
+        ):
+            yield f"request.messages[{place}]: expected a `role` with its `content`, or a `column` that holds messages"
+    if request.image_detail is not None and not request.images:
+        yield "request.image_detail: names the detail of request.images, and there are none"
+    if request.response_format is not None and request.response_format.type == "json_schema":
+        given = (request.response_format.file is not None) + (request.response_format.schema is not None)
+        if given != 1:
+            yield "request.response_format: a json_schema needs one of `file` or `schema`"
+    if isinstance(request.function_call, str) and request.function_call not in ("none", "auto"):
+        yield 'request.function_call: expected "none", "auto" or { name = "…" }'
+    own = set(RequestTemplate.__struct_fields__) - {"extra", "from_columns"}
+    for name in request.extra.keys() & own:
+        yield f"request.extra.{name}: this one has a setting of its own, request.{name}"
+    limited = request.max_tokens is not None or "max_tokens" in request.from_columns
+    if limited and "max_completion_tokens" in request.extra:
+        yield (
+            "request.extra.max_completion_tokens: can't stand beside request.max_tokens, a second limit of output; "
+            'keep one of them (endpoint.max_tokens_field = "max_completion_tokens" sends max_tokens under that name)'
+        )
+    for name in request.from_columns.keys() - FROM_COLUMNS:
+        yield f"request.from_columns.{name}: expected one of {', '.join(sorted(FROM_COLUMNS))}"
+    yield from _json_problems(request)
+    yield from _schema_problems(request)
+    if unknown := re.search(r"\{(?!(?:job|date)\})[^}]*\}", job.output.path):
+        yield f"output.path: {unknown[0]} is not known; {{job}} and {{date}} are"
+    if (cap := job.budget.max_cost_usd) is not None and not (cap.is_finite() and 0 < cap <= MAX_COST_USD):
+        yield f"budget.max_cost_usd: expected 0 to {MAX_COST_USD:,} USD (is {cap})"
+    for model, price in job.pricing.items():
+        for name in Price.__struct_fields__:
+            usd: Decimal | None = getattr(price, name)
+            if usd is not None and not (usd.is_finite() and 0 <= usd <= MAX_PRICE_USD):
+                yield f"pricing.{model}.{name}: expected 0 to {MAX_PRICE_USD:,} USD per million tokens (is {usd})"
+
+
+def _schema_problems(request: RequestTemplate) -> Iterator[str]:
+    """Answers are held against the job's schemas: they must be such, and whole."""
+    schemas = {f"request.functions[{i}].parameters": each.parameters for i, each in enumerate(request.functions or ())}
+    if request.response_format is not None:
+        schemas["request.response_format.schema"] = request.response_format.schema
+    tools = answer_schema.tool_schemas(request.extra.get("tools"))
+    schemas |= {f"request.extra.{place}": schema for place, schema in tools.items()}
+    for path, schema in schemas.items():
+        if schema is not None and (problem := answer_schema.problem(schema)) is not None:
+            yield f"{path}: {problem}"
+
+
+def _json_problems(request: RequestTemplate) -> Iterator[str]:
+    """TOML's dates, nan and inf would reach the API as texts and nulls that nobody wrote."""
+    asked = msgspec.to_builtins(request, builtin_types=(datetime, date, time))
+    for path, value in flatten(asked, "request").items():
+        if msgspec.json.decode(msgspec.json.encode(value)) != value:
+            yield f"{path}: JSON has no such value (is {value}); dates belong in quotes"
+
+
+def _is_http_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets that don't match, or an invalid port
+        return False
+
+
+def _endpoint_problems(endpoint: Endpoint) -> Iterator[str]:
+    if endpoint.url == SIMULATOR:
+        return
+    if not _is_http_url(endpoint.url):
+        yield f'endpoint.url: expected an http(s) URL or "simulator" (is {endpoint.url!r})'
+        return
+    parts = urlsplit(endpoint.url)
+    if parts.username or parts.password or "key=" in parts.query:
+        yield "endpoint.url: holds a secret; use endpoint.api_key_env"
+    if endpoint.api_key_env and endpoint.api_key_file:
+        yield "endpoint.api_key_file: can't stand beside endpoint.api_key_env; keep one of them"
+    given = endpoint.api_key_env or endpoint.api_key_file
+    if given and endpoint.auth == "none":
+        yield 'endpoint.auth: "none" can\'t stand beside a key; keep one of them'
+    if not given and not endpoint.headers and endpoint.auth != "none":
+        yield (
+            "endpoint.api_key_env: name the environment variable that holds the key (or api_key_file); "
+            'or set endpoint.auth = "none" for a server that wants none'
+        )
+    if endpoint.proxy is not None and "@" in endpoint.proxy:
+        yield "endpoint.proxy: holds a secret; name a proxy that needs no password, such as a local one that adds it"
+    elif endpoint.proxy is not None and not _is_http_url(endpoint.proxy):
+        yield f"endpoint.proxy: expected the http(s) URL of an HTTP proxy (is {endpoint.proxy!r})"
+    keyless = endpoint.auth == "none" and not any(value.startswith("env:") for value in endpoint.headers.values())
+    if parts.scheme == "http" and parts.hostname not in _LOOPBACK and not keyless:
+        yield f"endpoint.url: the key would travel unencrypted to {parts.hostname}; use https://"
+    taken = {name.lower() for name in (*endpoint.headers, "Authorization", "Content-Type", "Content-Length", "Host")}
+    if endpoint.request_id_header is not None and endpoint.request_id_header.lower() in taken:
+        yield f"endpoint.request_id_header: {endpoint.request_id_header} carries something else already"
+    for name, value in endpoint.headers.items():
+        if SECRET.search(name) and not value.startswith("env:"):
+            yield f'endpoint.headers.{name}: a job file holds no secret; write "env:NAME"'

@@ -1,0 +1,112 @@
+"""When a run will be done, how much of it by its deadline, and which limit it is that makes it so. PURE.
+
+What the last minutes brought goes on: that is the whole forecast. It includes waits, retries and coolings as they were.
+Times are seconds of a clock that never jumps.
+"""
+
+from collections import Counter, deque
+
+import msgspec
+
+from batchrun.limits.admission import Limit
+
+WINDOW_S = 300.0
+"""So much of the past speaks for the future: long enough for a cooling to be a part of it, short enough to follow a
+limit that changes."""
+
+RATE_S = 30.0
+"""So much of it makes the rate that is shown as the present one."""
+
+RIPE_S = 60.0
+RIPE_SHARE = 0.1
+"""A warning waits for a minute of experience, or for a tenth of the time there is: the first seconds, with few in
+flight, say little."""
+
+MARGIN = 0.98
+"""Less than this of the rows by the deadline is worth a warning; the rest is the forecast's own error."""
+
+WORSE = 0.1
+"""A warning is repeated when so much less of the rows will be done than was told."""
+
+LEAK = 0.01
+"""How fast a slow answer is forgotten: after a hundred quicker ones, two thirds of the difference."""
+
+
+LONGEST_S = 10 * 365 * 86_400.0
+"""What would take longer is not foretold."""
+
+
+class Sample(msgspec.Struct, frozen=True):
+    """The run at one moment: rows settled, tokens used, and what the next row waits for."""
+
+    at_s: float
+    settled: int
+    tokens: int
+    limit: Limit
+
+
+class Forecast(msgspec.Struct, frozen=True):
+    """`done_in_s`: None where next to nothing was done lately. `limit`: what rows waited for most of the time."""
+
+    rows_per_s: float
+    tokens_per_s: float
+    done_in_s: float | None
+    limit: Limit
+    seen_s: float
+
+    def share_by(self, left_s: float, settled: int, rows: int) -> float:
+        """The share of all rows that will be settled in `left_s` seconds, at most 1."""
+        return min(1.0, (settled + self.rows_per_s * max(0.0, left_s)) / rows) if rows else 1.0
+
+
+class Recent:
+    """The last minutes of a run, sample by sample."""
+
+    def __init__(self) -> None:
+        self._samples: deque[Sample] = deque()
+        self._limits: Counter[Limit] = Counter()
+
+    def add(self, sample: Sample) -> None:
+        """The newest sample; what is older than the window is forgotten."""
+        self._samples.append(sample)
+        self._limits[sample.limit] += 1
+        while sample.at_s - self._samples[0].at_s > WINDOW_S:
+            self._limits[self._samples.popleft().limit] -= 1
+
+    def forecast(self, rows: int) -> Forecast | None:
+        """What will come of a run of so many rows; None before there are two moments to compare."""
+        if len(self._samples) < 2:
+            return None
+        first, last = self._samples[0], self._samples[-1]
+        per_s = (last.settled - first.settled) / (last.at_s - first.at_s)
+        shown = next(sample for sample in self._samples if last.at_s - sample.at_s <= RATE_S or sample is last)
+        shown = first if shown is last else shown
+        pending = rows - last.settled
+        return Forecast(
+            rows_per_s=per_s,
+            tokens_per_s=(last.tokens - shown.tokens) / (last.at_s - shown.at_s),
+            done_in_s=0.0 if not pending else pending / per_s if per_s * LONGEST_S > pending else None,
+            limit=self._limits.most_common(1)[0][0],
+            seen_s=last.at_s - first.at_s,
+        )
+
+
+class Concern:
+    """Whether people should hear that a deadline will not be met: once, and again when it gets markedly worse."""
+
+    def __init__(self, allotted_s: float) -> None:
+        """`allotted_s` is all the time that there was."""
+        self._ripe_s = min(RIPE_S, RIPE_SHARE * allotted_s)
+        self._told = 1.0 + WORSE
+
+    def rises(self, share: float, seen_s: float) -> bool:
+        """Whether to tell that so much of the rows will be done, after so much experience; True counts as told."""
+        if seen_s < self._ripe_s or share >= MARGIN or share > self._told - WORSE:
+            return False
+        self._told = share
+        return True
+
+
+def peak(held_s: float, latency_s: float) -> float:
+    """The latency that nearly all answers keep, one answer later: it rises to each slower one, and sinks slowly."""
+    return max(latency_s, held_s - (held_s - latency_s) * LEAK)

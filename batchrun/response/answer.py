@@ -1,0 +1,309 @@
+"""The bytes of an answer → `Answer`. PURE. Strict first, then lenient; what neither reads is not a completion.
+
+Bodies come from anywhere: the API, a proxy's HTML, a cut stream. Nothing here raises for any bytes.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any
+
+import msgspec
+
+from batchrun.records import Answer, Choice
+from batchrun.response import error_body, messages, packed, sse, typed
+from batchrun.response import usage as usages
+from batchrun.response.finish_reasons import Meaning, meaning_of
+
+MAX_CHOICES = 1024
+"""Of a stream: servers take an `n` of 128. What counts itself higher is in the raw answer only."""
+
+_STREAM = re.compile(rb"(?:\xef\xbb\xbf)?\s*[\w-]*:")
+"""How a stream begins, and no JSON or HTML: with a field's name or none, and a colon."""
+
+_COMMENTS = re.compile(rb"(?:\xef\xbb\xbf)?(?:\s*+:[^\r\n]*+[\r\n]++)++\s*+(?=[{\[])")
+"""A stream's comments in front of whole JSON: gateways ping so while they wait for the answer."""
+
+_ENVELOPES = ("data", "result", "response", "body", "output")
+
+_GLUE = re.compile(r"(?:\s|\0|data:|event: ?\w*|:[^\n]*|\[DONE\]|0(?=\r?\n))*+")
+"""What gateways leave behind a whole JSON answer: a stream's end, its comments, a chunk's size, a NUL. No words.
+Possessive: no tail of a server's makes it try again and again."""
+
+
+def read(stored: bytes, choices: int = 1) -> Answer:
+    """What a body in its stored form says: a chat completion as JSON or as server-sent events, an error object, or
+    nothing usable. `choices`: how many were asked for. A stream without `[DONE]` is whole only when so many have ended.
+    """
+    return typed.read(stored) or read_carefully(stored, choices)
+
+
+def read_carefully(stored: bytes, choices: int = 1) -> Answer:
+    """The same for any bytes, the common answer's included."""
+    pieces = packed.pieces(stored)
+    first = next(pieces, b"")
+    comments = _COMMENTS.match(first)
+    if comments is None and _STREAM.match(first):
+        return _from_events(chain((first,), pieces), choices)
+    body = first[0 if comments is None else comments.end() :] + b"".join(pieces)
+    decoded, flagged = decode(body)
+    if decoded is None:
+        decoded, flagged = _unglued(body), True
+    decoded = _unwrapped(decoded)
+    if isinstance(decoded, dict):
+        return _from_object(decoded, flagged)
+    return _failed(Answer(flagged=flagged and decoded is not None), error_body.read(decoded))
+
+
+def _unwrapped(decoded: Any) -> Any:
+    """The completion inside a gateway's envelope that tells of no failure; else the value as it is."""
+    if isinstance(decoded, list) and len(decoded) == 1:
+        return decoded[0] if _is_completion(decoded[0]) else decoded
+    if not isinstance(decoded, dict) or "choices" in decoded:
+        return decoded
+    inner = next((decoded[name] for name in _ENVELOPES if _is_completion(decoded.get(name))), None)
+    if inner is None or decoded.get("error"):
+        return decoded
+    failure = error_body.read({name: value for name, value in decoded.items() if value is not inner})
+    if failure is not None and (failure.status is not None or failure.code is not None):
+        return decoded
+    return {"usage": decoded.get("usage"), **inner}
+
+
+def _is_completion(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("choices"), list) and bool(value["choices"])
+
+
+def _unglued(body: bytes) -> Any:
+    """The JSON value in front of a stream's end that was glued to it; None if anything else is behind it."""
+    try:
+        text = body.decode("utf-8-sig", "replace").lstrip()
+        value, end = json.JSONDecoder(strict=False, parse_int=_parse_int).raw_decode(text)
+    except (ValueError, RecursionError):
+        return None
+    return _without_surrogates(value) if _GLUE.fullmatch(text, end) else None
+
+
+def decode(body: bytes) -> tuple[Any, bool]:
+    """The JSON value in `body` and whether only the lenient reading took it; (None, True) if neither did.
+
+    Lenient: invalid UTF-8 and lone surrogates become U+FFFD, NaN and Infinity are taken, huge integers become floats
+    or text. msgspec refuses all of those, and reports too deep a nesting as RecursionError.
+    """
+    try:
+        return msgspec.json.decode(body), False
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        pass
+    try:
+        text = body.decode("utf-8-sig", "replace")
+        return _without_surrogates(json.loads(text, strict=False, parse_int=_parse_int)), True
+    except (ValueError, RecursionError):
+        return None, True
+
+
+def _parse_int(digits: str) -> int | str:
+    # CPython refuses to convert more than 4,300 digits; no count of ours is near 20
+    return int(digits) if len(digits) < 20 else digits
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def _without_surrogates(value: Any) -> Any:
+    if isinstance(value, str):
+        return _SURROGATE.sub("\ufffd", value)
+    if isinstance(value, list):
+        return [_without_surrogates(item) for item in value]
+    if isinstance(value, dict):
+        return {_SURROGATE.sub("\ufffd", key): _without_surrogates(item) for key, item in value.items()}
+    return value
+
+
+def _from_object(body: dict[str, Any], flagged: bool) -> Answer:
+    choice = _first_choice(body)
+    message = choice.get("message")
+    failure = error_body.read(body)
+    usage, service_tier, reported_cost_usd = usages.stated_in(body)
+    if not isinstance(message, dict):
+        read = Answer(
+            flagged=flagged,
+            usage=usage,
+            model=messages.text(body.get("model")),
+            service_tier=service_tier,
+            reported_cost_usd=reported_cost_usd,
+        )
+        return _failed(read, failure or _choice_failure(choice))
+    tool_calls, shown = messages.tool_calls(message.get("tool_calls"))
+    read = Answer(
+        completion=True,
+        flagged=flagged or not shown,
+        completion_id=messages.text(body.get("id")),
+        created=_created(body.get("created")),
+        model=messages.text(body.get("model")),
+        content=messages.content(message.get("content")),
+        refusal=messages.refusal(message),
+        function_call=messages.function_call(message.get("function_call")),
+        tool_calls=tool_calls,
+        choices=_choices(body.get("choices")),
+        finish_reason=messages.text(choice.get("finish_reason")),
+        usage=usage,
+        service_tier=service_tier,
+        reported_cost_usd=reported_cost_usd,
+    )
+    return _failed(read, failure or _choice_failure(choice))
+
+
+def _failed(answer: Answer, failure: error_body.Failure | None) -> Answer:
+    """The answer with the failure that its body tells of: it is no completion then, whatever else it says."""
+    if failure is None:
+        return answer
+    return msgspec.structs.replace(
+        answer,
+        completion=False,
+        error_message=failure.message,
+        error_code=failure.code,
+        error_words=failure.words,
+        error_status=failure.status,
+        error_wait_s=failure.wait_s,
+    )
+
+
+def _choice_failure(choice: dict[str, Any]) -> error_body.Failure | None:
+    """A choice that says that it failed: by an error of its own, as OpenRouter sends it, or by its finish_reason."""
+    if choice.get("error"):
+        return error_body.read({"error": choice["error"]})
+    reason = messages.text(choice.get("finish_reason"))
+    if meaning_of(reason) is not Meaning.FAILURE:
+        return None
+    return error_body.Failure(f"the answer broke off with the finish_reason {reason!r:.100}", code=reason)
+
+
+def _first_choice(body: dict[str, Any]) -> dict[str, Any]:
+    choices = body.get("choices")
+    first = choices[0] if isinstance(choices, list) and choices else None
+    return first if isinstance(first, dict) else {}
+
+
+def _choices(value: Any) -> tuple[Choice, ...]:
+    """All choices, where there are several."""
+    if not isinstance(value, list) or len(value) < 2:
+        return ()
+    return tuple(_choice(place, choice) for place, choice in enumerate(value) if isinstance(choice, dict))
+
+
+def _choice(place: int, choice: dict[str, Any]) -> Choice:
+    message = choice.get("message")
+    content = messages.content(message.get("content")) if isinstance(message, dict) else None
+    return Choice(messages.index(choice, place), content, messages.text(choice.get("finish_reason")))
+
+
+def _created(value: Any) -> int | None:
+    # the column is a timestamp: what does not fit into years 1970 to 9999 is no time
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 253_402_300_800 else None
+
+
+def has_token(data: bytes) -> bool:
+    """True when the event's data carries something of an answer, be it text, a call or reasoning: no mere role."""
+    event, _ = decode(data)
+    choices = event.get("choices") if isinstance(event, dict) else None
+    deltas = (
+        [messages.delta(choice) for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
+    )
+    return any(delta.get(name) for delta in deltas if delta is not None for name in _SPOKEN)
+
+
+_SPOKEN = ("content", "function_call", "tool_calls", "reasoning_content", "reasoning", "refusal")
+"""What servers call the parts of a delta (practice)."""
+
+
+def is_done(data: bytes) -> bool:
+    """True for the data of a stream's last event."""
+    return data == b"[DONE]" or data.strip() == b"[DONE]"
+
+
+def _from_events(pieces: Iterable[bytes], choices: int) -> Answer:
+    """A stream folded into the completion it spells. Without `[DONE]` it is whole only if every choice that was asked
+    for, and any other that began, has its finish_reason.
+    """
+    spelled = _Spelled()
+    for event in sse.events(pieces):
+        if is_done(event.data):
+            return spelled.answer(done=True, choices=choices)
+        spelled.take(event)
+    return spelled.answer(done=False, choices=choices)
+
+
+_LAST_COUNTS = ("id", "created", "model", "service_tier", "provider_metadata")
+"""Of these the last event that has one counts; of `usage` and `error` the last that says something."""
+
+
+class _Spelled:
+    """What the events of a stream add up to."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, Any] = {}
+        self._without_choices: dict[str, Any] = {}
+        self._messages: dict[int, messages.Message] = {}
+        self._finish_reasons: dict[int, str] = {}
+        self._usages: dict[int, dict[str, Any]] = {}
+        self._flagged = self._broken = False
+
+    def take(self, event: sse.Event) -> None:
+        decoded, lenient = decode(event.data)
+        if event.name == b"error":
+            decoded = _as_error(decoded, event.data)
+        if not isinstance(decoded, dict):
+            if event.whole:  # else it was cut, which is no oddity of its own
+                self._flagged |= lenient
+                self._broken |= event.data.lstrip().startswith(b"{")  # a piece of the answer that nobody can read
+            return
+        self._flagged |= lenient
+        for name in _LAST_COUNTS:
+            if (value := decoded.get(name)) is not None:
+                self._last[name] = value
+        if (usage := usages.found_in(decoded)) is not None:
+            self._last["usage"] = usages.joined(self._last.get("usage"), usage)
+        if error := decoded.get("error"):
+            self._last["error"] = error
+        choices = decoded.get("choices")
+        if choices is None:
+            self._without_choices |= decoded
+        for choice in choices if isinstance(choices, list) else ():
+            if isinstance(choice, dict):
+                self._take_choice(choice)
+
+    def _take_choice(self, choice: dict[str, Any]) -> None:
+        index = messages.index(choice, 0)
+        if index >= MAX_CHOICES:
+            return
+        if reason := messages.text(choice.get("finish_reason")):
+            self._finish_reasons[index] = reason
+        if (usage := usages.in_choice(choice)) is not None:
+            self._usages[index] = usages.joined(self._usages.get(index), usage)
+        if index == 0 and (error := choice.get("error")):
+            self._last["error"] = error
+        if (delta := messages.delta(choice)) is not None:
+            self._messages.setdefault(index, messages.Message()).add(delta)
+
+    def answer(self, *, done: bool, choices: int) -> Answer:
+        whole = self._last if self._messages else self._without_choices | self._last
+        if 0 in self._messages:
+            whole["choices"] = [
+                {"index": index, "message": message.whole(), "finish_reason": self._finish_reasons.get(index)}
+                for index, message in sorted(self._messages.items())
+            ]
+        of_choices = usages.of_choices(self._usages.values())
+        if of_choices is not None and usages.of(whole.get("usage")) is None:
+            whole["usage"] = usages.joined(whole.get("usage"), of_choices)
+        answer = _from_object(whole, self._flagged)
+        expected = self._messages.keys() | set(range(min(choices, MAX_CHOICES)))
+        ended = (done or expected <= self._finish_reasons.keys()) and not self._broken
+        return answer if ended else msgspec.structs.replace(answer, completion=False)
+
+
+def _as_error(decoded: Any, data: bytes) -> dict[str, Any]:
+    """The object that an event named `error` stands for, in whichever form it says what went wrong."""
+    if isinstance(decoded, dict):
+        return decoded if decoded.get("error") else {"error": decoded or "the stream ended with an error"}
+    return {"error": data.decode("utf-8", "replace") or "the stream ended with an error"}

@@ -1,0 +1,158 @@
+"""The message of a choice: what it says, as it came whole or as a stream's deltas add up to it. PURE"""
+
+from typing import Any
+
+import msgspec
+
+from batchrun.records import FunctionCall
+from batchrun.response import usage as usages
+
+MAX_CALLS = 1024
+"""Of a stream. What counts itself higher is in the raw answer only."""
+
+
+def text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def content(value: Any) -> str | None:
+    """Text as it is; a list of text parts, as some servers answer, joined."""
+    if isinstance(value, list):
+        return "".join(part["text"] for part in value if isinstance(part, dict) and isinstance(part.get("text"), str))
+    return text(value)
+
+
+def refusal(message: dict[str, Any]) -> str | None:
+    """The words with which the model declined: `refusal`, or a content part of that type."""
+    content = message.get("content")
+    parts = [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+    texts = [message.get("refusal"), *(part.get("refusal") for part in parts)]
+    return "".join(text for text in texts if isinstance(text, str)) or None
+
+
+def function_call(value: Any) -> FunctionCall | None:
+    if not isinstance(value, dict):
+        return None
+    arguments = value.get("arguments")
+    if isinstance(arguments, dict):  # some servers send the object itself (practice)
+        arguments, _ = _as_text(arguments)
+    return FunctionCall(text(value.get("name")), text(arguments))
+
+
+def tool_calls(value: Any) -> tuple[str | None, bool]:
+    """The calls as JSON text, and whether they could be shown: what can just be decoded can't always be encoded."""
+    return _as_text(value) if value and isinstance(value, list) else (None, True)
+
+
+def _as_text(value: Any) -> tuple[str | None, bool]:
+    try:
+        return msgspec.json.encode(value).decode(), True
+    except RecursionError:
+        return None, False
+
+
+def index(value: dict[str, Any], otherwise: int) -> int:
+    """The number that a choice or a call gives itself."""
+    index = usages.count(value.get("index"))
+    return otherwise if index is None else index
+
+
+def delta(choice: dict[str, Any]) -> dict[str, Any] | None:
+    """A choice's delta; some gateways send the whole message in one event instead."""
+    for delta in (choice.get("delta"), choice.get("message")):
+        if isinstance(delta, dict):
+            return delta
+    return None
+
+
+class Message:
+    """The message that a stream's deltas add up to; what none of them has stays null."""
+
+    def __init__(self) -> None:
+        self._contents: list[str] = []
+        self._refusals: list[str] = []
+        self._call = _Called()
+        self._tool_calls: dict[int, list[_ToolCall]] = {}
+
+    def add(self, delta: dict[str, Any]) -> None:
+        if (text := content(delta.get("content"))) is not None:
+            self._contents.append(text)
+        if (declined := refusal(delta)) is not None:
+            self._refusals.append(declined)
+        if isinstance(call := delta.get("function_call"), dict):
+            self._call.add(call)
+        tool_calls = delta.get("tool_calls")
+        for place, piece in enumerate(tool_calls if isinstance(tool_calls, list) else ()):
+            if isinstance(piece, dict) and (number := index(piece, place)) < MAX_CALLS:
+                self._add_tool_call(number, piece)
+
+    def _add_tool_call(self, number: int, piece: dict[str, Any]) -> None:
+        """Most servers number their calls; some give each the same number and tell them apart by id alone."""
+        calls = self._tool_calls.setdefault(number, [])
+        if not calls or calls[-1].is_another(piece):
+            calls.append(_ToolCall())
+        calls[-1].add(piece)
+
+    def whole(self) -> dict[str, Any]:
+        message: dict[str, Any] = {
+            "content": "".join(self._contents) if self._contents else None,
+            "refusal": "".join(self._refusals),
+        }
+        if self._call.begun:
+            message["function_call"] = self._call.whole("arguments")
+        if self._tool_calls:
+            message["tool_calls"] = [call.whole() for _, calls in sorted(self._tool_calls.items()) for call in calls]
+        return message
+
+
+class _Called:
+    """What is called, as a stream's deltas spell it: a name, and the pieces of what is passed."""
+
+    def __init__(self) -> None:
+        self.begun = False
+        self.name = ""
+        self._passed: list[str] = []
+
+    def add(self, piece: dict[str, Any]) -> None:
+        self.begun = True
+        name = text(piece.get("name")) or ""
+        if name != self.name:  # some servers repeat it in every piece
+            self.name += name
+        passed = piece.get("arguments", piece.get("input"))
+        if isinstance(passed, dict):
+            passed, _ = _as_text(passed)
+        self._passed.append(text(passed) or "")
+
+    def whole(self, passed_as: str) -> dict[str, Any]:
+        return {"name": self.name, passed_as: "".join(self._passed)}
+
+
+_PASSED_AS = {"function": "arguments", "custom": "input"}
+"""The kinds of tools, and what a call of each passes."""
+
+
+class _ToolCall:
+    """One call of a tool as a stream's deltas spell it: what is told once, and the pieces of what is passed."""
+
+    def __init__(self) -> None:
+        self._told: dict[str, Any] = {}
+        self._called: dict[str, _Called] = {}
+
+    def is_another(self, piece: dict[str, Any]) -> bool:
+        """True for the beginning of another call: it has a name of its own and another id. An id alone says nothing:
+        servers were seen that draw one for each piece.
+        """
+        named = any(isinstance(part := piece.get(kind), dict) and part.get("name") for kind in _PASSED_AS)
+        ids = piece.get("id"), self._told.get("id")
+        return named and None not in ids and ids[0] != ids[1]
+
+    def add(self, piece: dict[str, Any]) -> None:
+        for name, value in piece.items():
+            if value not in (None, "") and name != "index":
+                self._told.setdefault(name, value)  # the first id that it was given counts
+        for kind in _PASSED_AS:
+            if isinstance(part := piece.get(kind), dict):
+                self._called.setdefault(kind, _Called()).add(part)
+
+    def whole(self) -> dict[str, Any]:
+        return self._told | {kind: called.whole(_PASSED_AS[kind]) for kind, called in self._called.items()}

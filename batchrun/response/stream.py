@@ -1,0 +1,47 @@
+"""A streamed answer while it arrives: its first token and its end are noticed, its bytes are kept small and clean.
+
+What it says is read when it has ended, as it is read from the disk (`answer.read`).
+"""
+
+from batchrun.credentials import Cleaner
+from batchrun.response import sse
+from batchrun.response.answer import has_token, is_done
+from batchrun.response.packed import Packer
+
+PACK_BYTES = 16_384
+"""What is gathered before it is packed: packing event by event costs three times as much."""
+
+
+class Stream:
+    """The bytes of one stream. `size` counts them; `speaks`: a first token has come; `done`: the last event, too."""
+
+    def __init__(self, cleaner: Cleaner) -> None:
+        self.size = 0
+        self.speaks = False
+        self.done = False
+        self._decoder = sse.Decoder()
+        self._cleaner = cleaner
+        self._packer = Packer()
+        self._gathered: list[bytes] = []
+        self._gathered_bytes = 0
+
+    def take(self, piece: bytes) -> None:
+        """The next bytes are kept, and looked at."""
+        self.size += len(piece)
+        self._gathered.append(piece)
+        self._gathered_bytes += len(piece)
+        if self._gathered_bytes >= PACK_BYTES:
+            self._pack()
+        for event in self._decoder.feed(piece):
+            self.speaks = self.speaks or has_token(event.data)
+            self.done = self.done or is_done(event.data)
+
+    def stored(self) -> bytes:
+        """All that came, as it is stored, without the key. Call it once, at the end."""
+        self._pack()
+        self._packer.feed(self._cleaner.finish())
+        return self._packer.finish()
+
+    def _pack(self) -> None:
+        self._packer.feed(self._cleaner.feed(b"".join(self._gathered)))
+        self._gathered, self._gathered_bytes = [], 0

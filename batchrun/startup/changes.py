@@ -1,0 +1,241 @@
+"""The input or the job is not what it was: which answers still fit, and how the rows come to lie anew.
+
+Answers are matched with questions by key, the k-th answer to the k-th equal question, so a line that was inserted at
+the top asks one row. What no question asks for any more was paid for in vain: that takes the user's consent.
+"""
+
+import functools
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from decimal import Decimal
+from pathlib import Path
+from typing import cast
+
+import msgspec
+import pyarrow as pa
+
+from batchrun.records import Status, TotalsLine
+from batchrun.source import START, Source, Window
+from batchrun.startup.answer_match import NONE, Matches, match
+from batchrun.store import result, stored_window, totals
+from batchrun.store.base_part import BasePart
+from batchrun.store.checkpoint import Checkpoint
+from batchrun.store.db_tables import Chunk
+from batchrun.store.manifest import Facts, parsed
+from batchrun.store.rundir import RunDirectory
+from batchrun.tables import booked, files
+from batchrun.tables.arrow_types import Column
+from batchrun.tables.json_columns import ColumnTypes
+from batchrun.tables.rows import OWN_COLUMNS, joined, own_schema, own_table
+
+
+class Drift(msgspec.Struct, frozen=True):
+    """What changed, and what it means for answers: `kept` still fit, `dropped` are asked for by nothing any more.
+
+    A row that ended as `error` is no answer: it stays where its question does, and is no loss where not. `in_place`:
+    every answer stays in its row. `fewer`: so many rows less than before. `mean_cost_usd`: of one row, by the rows so
+    far.
+    """
+
+    changed: tuple[str, ...]
+    rows: int
+    kept: int
+    dropped: int
+    in_place: bool
+    mean_cost_usd: Decimal | None
+    fewer: int = 0
+
+    @property
+    def harmless(self) -> bool:
+        """True where no answer and no row is given up or moved: rows appended, columns changed, or nothing answered
+        yet. An export that was cut short may well have lost only rows that are still to be asked.
+        """
+        return self.in_place and not self.dropped and not self.fewer
+
+    def __str__(self) -> str:
+        asked = self.rows - self.kept
+        cost = "" if self.mean_cost_usd is None else f", about ${self.mean_cost_usd * asked:,.4f}"
+        what = ", ".join(each if " " in each else f"{each} has changed" for each in self.changed)  # settings: one word
+        stay = "1 answer stays" if self.kept == 1 else f"{self.kept:,} answers stay"
+        ask = "1 row is to be asked" if asked == 1 else f"{asked:,} rows are to be asked"
+        fewer = f"; {self.fewer:,} fewer than before" if self.fewer else ""
+        return f"{what}: {stay}, {ask}{cost}{fewer}{self._in_vain()}"
+
+    def _in_vain(self) -> str:
+        match self.dropped:
+            case 0:
+                return ""
+            case 1:
+                return "; 1 answer that was paid for fits no row any more"
+            case dropped:
+                return f"; {dropped:,} answers that were paid for fit no row any more"
+
+
+class Answers:
+    """The settled rows of a run as they lie on record, in our own columns. Open chunks and parts alike."""
+
+    def __init__(self, directory: RunDirectory, checkpoint: Checkpoint, facts: Facts) -> None:
+        self._directory = directory
+        self._checkpoint = checkpoint
+        self._facts = facts
+        self.chunks = checkpoint.chunks()
+        if result.FINISHED in checkpoint.manifest():
+            self.chunks = result.restore_parts(facts, checkpoint, self.chunks, directory)
+        self.rows = facts.rows
+        self.answered = bytearray()
+        self._first_rows = [chunk.first_row for chunk in self.chunks]
+        self.of_chunk = functools.lru_cache(maxsize=4)(self._of_chunk)  # a shuffled input reads chunks again
+
+    def questions(self) -> Iterator[tuple[bytes, int]]:
+        """(request_key, row) of every settled row, in row order; `answered` marks those that have an answer."""
+        for place in range(len(self.chunks)):
+            own = self.of_chunk(place)
+            columns = (own.column(name).to_pylist() for name in ("request_key", "row", "status"))
+            for key, row, status in cast(Iterator[tuple[bytes, int, str]], zip(*columns, strict=True)):
+                self.answered.extend(bytes(row + 1 - len(self.answered)))
+                self.answered[row] = status != Status.ERROR
+                yield key, row
+
+    def take(self, wanted: Sequence[tuple[int, int]]) -> pa.Table:
+        """The records of old rows under new numbers: `wanted` are (new row, old row), ascending by the new."""
+        by_chunk: dict[int, list[tuple[int, int]]] = {}
+        for new, old in wanted:
+            by_chunk.setdefault(bisect_right(self._first_rows, old) - 1, []).append((old, new))
+        tables = [OWN_COLUMNS.empty_table()]
+        for place, pairs in by_chunk.items():
+            own = self.of_chunk(place)
+            at = {row: index for index, row in enumerate(own.column("row").to_pylist())}
+            taken = own.take([at[old] for old, _ in pairs])
+            numbers = pa.array([new for _, new in pairs], pa.int64())
+            tables.append(taken.set_column(0, OWN_COLUMNS.field("row"), numbers))
+        return pa.concat_tables(tables).sort_by("row")
+
+    def given_up(self, matches: Matches) -> list[TotalsLine]:
+        """The changes to the account for the answers that no new row has, one for each line of it."""
+        # not an iterator: the checkpoint's thread would take it, and wait for itself to read a chunk
+        return list(totals.with_changes(totals.Spent(), self._given_up(matches)).replaced.values())
+
+    def _given_up(self, matches: Matches) -> Iterator[TotalsLine]:
+        kept = bytearray(self.rows)
+        for old in matches:
+            if old != NONE:
+                kept[old] = 1
+        for place in range(len(self.chunks)):
+            own = self.of_chunk(place)
+            for row, answer in zip(own.column("row").to_pylist(), booked.lines(own), strict=True):
+                if not kept[cast(int, row)]:
+                    yield from totals.given_up(answer)
+
+    def _of_chunk(self, place: int) -> pa.Table:
+        chunk = self.chunks[place]
+        completions = self._checkpoint.completions(chunk.first_row, chunk.end_row)
+        keep_raw = self._facts.output.raw == "always"
+        newer = own_table(completions, keep_raw=keep_raw)
+        if not chunk.generation:
+            return newer
+        path = self._directory.part_of(chunk.chunk, chunk.generation)
+        base = BasePart(path, chunk.part_digest or "", self._facts.output.prefix)
+        return base.under(newer, chunk.first_row, chunk.end_row)
+
+
+def examine(
+    answers: Answers,
+    questions: Iterator[tuple[bytes, int]],
+    rows: int,
+    changed: tuple[str, ...],
+    mean_cost_usd: Decimal | None,
+    scratch: Path,
+) -> tuple[Drift, Matches]:
+    """What the change means, and the matches that say so. `questions` are (key, row) of the new input's rows."""
+    matches = match(answers.questions(), questions, rows, scratch)
+    kept = kept_answers = in_place = 0
+    for new, old in enumerate(matches):
+        if old == NONE:
+            continue
+        kept += 1
+        kept_answers += answers.answered[old]
+        in_place += answers.answered[old] and old == new
+    paid = sum(answers.answered)
+    fewer = max(0, answers.rows - rows) if paid else 0
+    return Drift(changed, rows, kept, paid - kept_answers, in_place == paid, mean_cost_usd, fewer), matches
+
+
+def lay_out(
+    answers: Answers,
+    matches: Matches,
+    source: Source,
+    facts: Facts,
+    schema: pa.Schema,
+    directory: RunDirectory,
+    checkpoint: Checkpoint,
+    manifest: dict[str, str],
+    limit: int | None,
+) -> None:
+    """The run's rows lie as the new input has them, with the answers that fit; one transaction makes it true.
+
+    A window whose every row has its answer becomes a sealed chunk, one with some an open chunk over a base part.
+    Windows behind the last answer are left to be opened in their turn. A `limit` opens no row that needn't be: behind
+    it and the last answer.
+    """
+    types = None if facts.types is None else ColumnTypes.from_json(facts.types)
+    generation = 1 + max((chunk.generation for chunk in answers.chunks), default=0)
+    left = sum(old != NONE for old in matches)
+    chunks: list[Chunk] = []
+    standing: Counter[str] = Counter()
+    first_row = 0
+    settings = facts.output
+    last = max((new for new, old in enumerate(matches) if old != NONE), default=0)
+    upto = facts.rows if limit is None else max(limit, last + 1)
+    for read in _windows(source, facts, upto):
+        if not left:
+            break
+        end_row = first_row + read.rows
+        own = answers.take([(new, old) for new in range(first_row, end_row) if (old := matches[new]) != NONE])
+        left -= own.num_rows
+        standing.update(cast(list[str], own.column("status").to_pylist()))
+        number = len(chunks)
+        stored = directory.input_of(number, facts.layout)
+        chunk = Chunk(
+            chunk=number,
+            first_row=first_row,
+            rows=read.rows,
+            end_position=msgspec.json.encode(read.end).decode(),
+            input_digest=stored_window.write(stored, read.table),
+        )
+        part = directory.part_of(number, generation)
+        if own.num_rows == read.rows:
+            tables = stored_window.StoredWindow(stored, chunk.input_digest, first_row).tables(types)
+            batches = _whole(tables, own, schema, parsed(facts))
+            digest = files.write_part(part, schema, batches, settings, read.rows)
+            chunk = msgspec.structs.replace(chunk, generation=generation, part_digest=digest, open=0)
+            stored.unlink()
+        elif own.num_rows:
+            ours = own_schema(settings.prefix)
+            batches = iter(own.rename_columns(ours.names).cast(ours).to_batches())
+            digest = files.write_part(part, ours, batches, settings, own.num_rows)
+            chunk = msgspec.structs.replace(chunk, generation=generation, part_digest=digest)
+        chunks.append(chunk)
+        first_row = end_row
+    checkpoint.lay_out(chunks, standing, manifest, answers.given_up(matches))
+
+
+def _windows(source: Source, facts: Facts, upto: int) -> Iterator[Window]:
+    """The windows that chunks are made from; none goes beyond the first `upto` rows."""
+    settings, rejected = facts.output, frozenset(facts.rejected)
+    position, rows = START, 0
+    windows = source.windows(position, settings.chunk_rows, settings.chunk_bytes, rejected)
+    while rows < upto:
+        if upto - rows < settings.chunk_rows:
+            windows = source.windows(position, upto - rows, settings.chunk_bytes, rejected)
+        if (read := next(windows, None)) is None:
+            return
+        yield read
+        position, rows = read.end, rows + read.rows
+
+
+def _whole(tables: Iterator[pa.Table], own: pa.Table, schema: pa.Schema, parsed: Column) -> Iterator[pa.RecordBatch]:
+    start = 0
+    for table in tables:
+        yield joined(table, own.slice(start, table.num_rows), schema, parsed)
+        start += table.num_rows

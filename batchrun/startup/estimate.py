@@ -1,0 +1,192 @@
+"""What a run, or the rest of one, will take: tokens, money, time. PURE; guesses are bracketed by bounds.
+
+low         prompts of as few tokens as their bytes can hold, answers of one
+expected    the mean of the answers so far; before there are any, of the job's newest run; else usual ratios
+high        the upper bounds that a budget reserves: no bill can be larger, retries apart
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from decimal import Decimal
+
+from batchrun import prices
+from batchrun.job.job import Budget, Job, Limits
+from batchrun.limits import capacity
+from batchrun.limits.admission import Limit
+from batchrun.limits.capacity import Size
+from batchrun.prices import PriceTable
+from batchrun.records import Estimate, Summary, Usage
+from batchrun.report.summary import failures, headline_usd, plural
+from batchrun.startup.input_check import Survey
+from batchrun.startup.previous_run import Means
+from batchrun.startup.previous_run import of as means_of
+
+FEWEST_TOKENS_PER_BYTE = 0.18  # long common words; prose of one language has about 0.23
+USUAL_TOKENS_PER_BYTE = 0.3
+USUAL_ANSWER_TOKENS = 300
+
+
+def estimate(
+    found: Survey,
+    job: Job,
+    tables: Mapping[str, PriceTable | None],
+    to_ask: int,
+    done: Summary | None,
+    day_left_s: float = 0.0,
+    earlier: Means | None = None,
+) -> Estimate:
+    """The estimate for `to_ask` of the survey's rows, by what the run has done already, else by an `earlier` one.
+
+    `day_left_s`: until the day of `limits.requests_per_day` ends.
+    """
+    share = to_ask / found.rows if found.rows else 0.0
+    mean = (None if done is None else means_of(done, "this run")) or earlier or _usual(found, job)
+    prompt, completion = mean.prompt_tokens, mean.completion_tokens
+    tokens = (prompt + completion) * to_ask
+    minutes, limit = _time(job.limits, to_ask, mean, day_left_s)
+    expected = _expected(found, tables, to_ask, mean)
+    return Estimate(
+        rows=to_ask,
+        prompt_tokens=round(prompt * to_ask),
+        completion_tokens=round(completion * to_ask),
+        low_usd=_cost(found, tables, share, lambda rows: (FEWEST_TOKENS_PER_BYTE * _bytes(found, rows), rows)),
+        expected_usd=expected,
+        high_usd=_bound(found, tables, to_ask, prices.tier_of_job(job.request.extra)),
+        minutes=minutes,
+        limited_by=str(limit),
+        basis=_in_full(mean),
+        short=tuple(_short(job.budget, to_ask, tokens, expected, done)),
+    )
+
+
+def run_in_words(summary: Summary, drift: str | None) -> Iterator[str]:
+    """What a run has so far: rows kept, failed and pending, and what changed."""
+    failed = failures(summary)
+    kept = summary.rows - summary.pending
+    spent = headline_usd(summary, ",.4f")
+    yield f"run          {kept:,} of {plural(summary.rows, 'row')} done, {spent} spent"
+    if failed:
+        yield f"failed       {plural(failed, 'row')}; --retry-failed asks {'it' if failed == 1 else 'them'} again"
+    if drift is not None:
+        yield f"changed      {drift}"
+
+
+def in_words(estimated: Estimate, tables: Mapping[str, PriceTable | None], url: str = "") -> Iterator[str]:
+    """The estimate as lines for people."""
+    yield f"to ask       {plural(estimated.rows, 'row')}"
+    yield (
+        f"tokens       about {estimated.prompt_tokens:,} in, {estimated.completion_tokens:,} out ({estimated.basis})"
+    )
+    if estimated.expected_usd is None:
+        yield 'cost         unknown: give the price in [pricing."MODEL"]'
+    else:
+        bounds = f"at least ${estimated.low_usd:,.4f}, at most ${estimated.high_usd:,.4f} without retries"
+        yield f"cost         about ${estimated.expected_usd:,.4f}; {bounds}"
+    for model, table in tables.items():
+        if table is None:
+            from batchrun import price_list  # here, because it takes 170 ms
+
+            yield f"             {model}: {price_list.unknown_because(model, url)}"
+        else:
+            yield from (f"             {part}" for part in table.describe().split("; "))
+    yield from (f"budget       {line}" for line in estimated.short)
+    if estimated.minutes is None:
+        yield "time         as fast as the endpoint answers: no limit of the job holds that many rows back"
+    else:
+        yield f"time         at least {duration(estimated.minutes)}, limited by {estimated.limited_by}"
+
+
+def duration(minutes: float) -> str:
+    """A time as people say it: never "0.0 min"."""
+    seconds = 60 * minutes
+    if seconds < 1:
+        return "less than a second"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{minutes:,.1f} min" if minutes < 600 else f"{minutes / 60:,.1f} h"
+
+
+def _time(limits: Limits, rows: int, mean: Means, day_left_s: float) -> tuple[float | None, Limit]:
+    """How many minutes the rows take at least, and what makes it so."""
+    size = Size(mean.prompt_tokens, mean.completion_tokens)
+    times = [] if (by_limits := capacity.least_minutes(limits, rows, size, day_left_s)) is None else [by_limits]
+    if mean.latency_s is not None:
+        times.append((mean.latency_s * rows / limits.max_in_flight / 60, Limit.LATENCY))
+    return max(times, key=lambda time: time[0], default=(None, Limit.LATENCY))
+
+
+def _in_full(mean: Means) -> str:
+    """What the estimate rests on, in words."""
+    parts = [mean.basis]
+    if mean.cached_share:
+        parts.append(f"{mean.cached_share:.0%} of the prompts cached")
+    if mean.cost_usd is not None:
+        parts.append(f"${mean.cost_usd:,.6f} a row")
+    if mean.latency_s is not None:
+        parts.append(f"{mean.latency_s:,.2f} s an answer")
+    return ", ".join(parts)
+
+
+def _bytes(found: Survey, rows: float) -> float:
+    return found.body_bytes * rows / found.rows
+
+
+def _usual(found: Survey, job: Job) -> Means:
+    """The means of a row where no answer has come yet."""
+    tokens = USUAL_TOKENS_PER_BYTE * found.body_bytes + found.image_tokens
+    images = ", 765 an image (85 of low detail)" if found.image_tokens else ""
+    answer = min(job.request.max_tokens or USUAL_ANSWER_TOKENS, USUAL_ANSWER_TOKENS)
+    basis = f"{USUAL_TOKENS_PER_BYTE} tokens a byte{images} and {answer} an answer; a pilot tells better: --limit 20"
+    return Means(basis, tokens / found.rows if found.rows else 0.0, answer, 0.0)
+
+
+def _expected(found: Survey, tables: Mapping[str, PriceTable | None], to_ask: int, mean: Means) -> Decimal | None:
+    """What a row cost times the rows, if prices are as they were; else by its tokens."""
+    if (each := mean.cost_by(tables)) is not None:
+        return (each * to_ask).quantize(prices.PICO)
+    share = to_ask / found.rows if found.rows else 0.0
+    tokens = mean.prompt_tokens, mean.completion_tokens
+    return _cost(found, tables, share, lambda rows: (tokens[0] * rows, tokens[1] * rows), mean.cached_share)
+
+
+def _cost(
+    found: Survey,
+    tables: Mapping[str, PriceTable | None],
+    share: float,
+    tokens: Callable[[int], tuple[float, float]],
+    cached_share: float = 0.0,
+) -> Decimal | None:
+    """USD of a share of the rows; `tokens` are those of so many rows of a model, in and out."""
+    total = Decimal(0)
+    for model, rows in found.models.items():
+        table = tables.get(model)
+        if table is None:
+            return None
+        prompt, completion = tokens(rows)
+        each = Usage(round(prompt / rows), round(completion / rows), 0, round(prompt / rows * cached_share))
+        total += (prices.cost(each, table) or 0) * Decimal(rows * share)
+    return total
+
+
+def _bound(found: Survey, tables: Mapping[str, PriceTable | None], to_ask: int, tier: str | None) -> Decimal | None:
+    """What any `to_ask` of the rows can cost at most: all of them, or that many of the largest."""
+    whole = largest = Decimal(0)
+    for model in found.models:
+        fees = Decimal(0) if (table := tables.get(model)) is None else table.per_request * (found.models[model] - 1)
+        all_of_them = prices.upper_bound(*found.max_tokens[model], tables.get(model), tier)
+        one = prices.upper_bound(*found.max_request[model], tables.get(model), tier)
+        if all_of_them is None or one is None:
+            return None
+        whole, largest = whole + all_of_them + fees, max(largest, one)
+    return min(whole, largest * to_ask)
+
+
+def _short(budget: Budget, rows: int, tokens: float, cost_usd: Decimal | None, done: Summary | None) -> Iterator[str]:
+    """The caps that end the run before its last row, by what is expected and what the run has taken so far."""
+    totals = done.totals if done is not None else []
+    took_usd = done.cost_usd + done.possibly_billed_usd if done is not None else Decimal(0)
+    if budget.max_cost_usd is not None and cost_usd is not None and took_usd + cost_usd > budget.max_cost_usd:
+        yield f"max_cost_usd = {budget.max_cost_usd:,f} will end the run before its last row"
+    if budget.max_tokens is not None and sum(line.total_tokens for line in totals) + tokens > budget.max_tokens:
+        yield f"max_tokens = {budget.max_tokens:,} will end the run before its last row"
+    if budget.max_requests is not None and sum(line.attempts for line in totals) + rows > budget.max_requests:
+        yield f"max_requests = {budget.max_requests:,} will end the run before its last row"

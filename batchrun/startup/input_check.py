@@ -1,0 +1,235 @@
+"""Everything about the input that can be known before the first request: each record is read and its request built.
+
+Nothing is kept but counts, the first problems and the rejected ordinals: ten million rows take no more memory than ten.
+"""
+
+import heapq
+import itertools
+import re
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from batchrun.errors import InputError
+from batchrun.job.answer_schema import ANYTHING, Expected
+from batchrun.job.job import Job
+from batchrun.records import Request, Row
+from batchrun.request.builder import RequestBuilder, detect_dialect
+from batchrun.request.images import Images
+from batchrun.request.templates import among
+from batchrun.source import Record, Source
+from batchrun.startup.ids import IdIndex
+from batchrun.tables.json_columns import ColumnTypes
+
+SHOWN = 20
+"""Problems that are told one by one; all are counted."""
+
+PROGRESS_EVERY = 5000
+
+_VARYING = re.compile(r"\d+|(?:; did you mean .*?\?)? \(columns: .*\)$", re.DOTALL)
+"""What a problem of one kind says differently from record to record: numbers, and the columns of JSON lines."""
+
+
+class Problem(msgspec.Struct, frozen=True):
+    """Why one record can't be asked, and where it stands. `record` is None where it could not be read: then `line` is
+    the line as it stands there, unless it is too long even for that.
+    """
+
+    ordinal: int
+    place: str
+    problem: str
+    record: dict[str, object] | None
+    line: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.problem}"
+
+
+class Survey(msgspec.Struct, frozen=True):
+    """What the input holds. `rows` are accepted records; `rejected` the ordinals of the others, ascending.
+
+    By model: `models` counts rows, `max_request` bounds the (prompt, output) tokens of the largest request, and
+    `max_tokens` those of all requests together. `answer_schema`: the one JSON schema that all answers in JSON are to
+    fit; None where there is none, or more than one. `image_tokens` is what all images usually count. `mistakes`: the
+    first problem of each kind with how many there are of that kind, at most `SHOWN`; problems that differ only in
+    numbers, or in the columns that there are, are of one kind.
+    """
+
+    dialect: str
+    rows: int
+    rejected: "array[int]"
+    first_problems: tuple[Problem, ...]
+    models: dict[str, int]
+    body_bytes: int
+    max_request: dict[str, tuple[int, int]]
+    max_tokens: dict[str, tuple[int, int]]
+    types: ColumnTypes | None
+    answer_schema: str | None = None
+    image_tokens: int = 0
+    mistakes: "tuple[tuple[Problem, int], ...]" = ()
+
+
+class _Tally:
+    """The survey while it is being made."""
+
+    def __init__(self, keep: Callable[[Problem], None]) -> None:
+        self.rows = self.body_bytes = self.image_tokens = 0
+        self.unusable, self.repeated = array("Q"), array("Q")
+        self.first_problems: list[Problem] = []
+        self.mistakes: dict[str, tuple[Problem, int]] = {}
+        self.models: dict[str, int] = {}
+        self.max_request: dict[str, tuple[int, int]] = {}
+        self.max_tokens: dict[str, tuple[int, int]] = {}
+        self.answer_schemas: set[str | None] = set()
+        self._expected = ANYTHING
+        self._keep = keep
+
+    def accept(self, request: Request) -> None:
+        self.rows += 1
+        self.body_bytes += len(request.body)
+        self.image_tokens += request.image_tokens
+        self.models[request.model] = self.models.get(request.model, 0) + 1
+        prompt, output = self.max_request.get(request.model, (0, 0))
+        largest = (max(prompt, request.max_prompt_tokens), max(output, request.max_output_tokens))
+        self.max_request[request.model] = largest
+        prompts, outputs = self.max_tokens.get(request.model, (0, 0))
+        self.max_tokens[request.model] = (prompts + request.max_prompt_tokens, outputs + request.max_output_tokens)
+        if request.expected is not self._expected:
+            self._note(request.expected)
+
+    def _note(self, expected: Expected) -> None:
+        """Answers of another kind are expected than of the request before; two schemas are as good as a thousand."""
+        self._expected = expected
+        if expected.in_json and len(self.answer_schemas) < 2:
+            schema = expected.schema
+            self.answer_schemas.add(None if schema is None else msgspec.json.encode(schema).decode())
+
+    def withdraw(self, request: Request) -> None:
+        """It was accepted before it was known to be a repetition; the largest and the sums stay upper bounds."""
+        self.rows -= 1
+        self.body_bytes -= len(request.body)
+        self.image_tokens -= request.image_tokens
+        self.models[request.model] -= 1
+        if not self.models[request.model]:
+            del self.models[request.model]
+
+    def reject(self, problem: Problem, ordinals: "array[int]") -> None:
+        ordinals.append(problem.ordinal)
+        if len(self.first_problems) < SHOWN:
+            self.first_problems.append(problem)
+        kind = _VARYING.sub("#", problem.problem)
+        first, count = self.mistakes.get(kind, (problem, 0))
+        if count or len(self.mistakes) < SHOWN:
+            self.mistakes[kind] = (first, count + 1)
+        self._keep(problem)
+
+
+def survey(
+    source: Source,
+    job: Job,
+    scratch: Path,
+    *,
+    keep: Callable[[Problem], None] = lambda problem: None,
+    progress: Callable[[int], None] = lambda rows: None,
+    question: Callable[[int, bytes], None] = lambda ordinal, key: None,
+    pictured: Callable[[int, bytes], None] = lambda ordinal, digest: None,
+) -> Survey:
+    """The whole input, read once, and every image file that it names. `keep` gets every problem, `progress` the count
+    of rows now and then, `question` each record's ordinal and request_key, `pictured` ordinal and images' digest of
+    those that have images to be read; records included that turn out to repeat an id.
+
+    `scratch` is a directory for what does not fit into memory.
+
+    Raises:
+        InputError: the input can't be read on, or says nothing of what to ask.
+        JobError: the template is none.
+    """
+    tally = _Tally(keep)
+    types = ColumnTypes() if source.format == "jsonl" else None
+    builder: RequestBuilder | None = None
+    images = Images(job.input)
+    with IdIndex(scratch) as ids:
+        for record in source.records():
+            if record.problem is not None:
+                line = None if record.line is None else record.line.decode("utf-8", "backslashreplace")
+                tally.reject(Problem(record.ordinal, record.place, record.problem, None, line), tally.unusable)
+                continue
+            if builder is None:
+                builder = RequestBuilder(job, detect_dialect(job, record.columns))
+                id_column = job.input.id or ("custom_id" if builder.dialect == "openai-batch" else None)
+            if (problem := _take(record, builder, images, ids, id_column, tally, question, pictured)) is not None:
+                tally.reject(Problem(record.ordinal, record.place, problem, record.columns), tally.unusable)
+            elif types is not None:
+                types.observe(record.columns)
+            if record.ordinal % PROGRESS_EVERY == 0:
+                progress(tally.rows)
+        if builder is not None:
+            _reject_repeated(source, builder, ids, tally)
+    return Survey(
+        dialect=job.input.dialect if builder is None else builder.dialect,
+        rows=tally.rows,
+        rejected=array("Q", heapq.merge(tally.unusable, tally.repeated)),
+        first_problems=tuple(tally.first_problems),
+        mistakes=tuple(tally.mistakes.values()),
+        models=tally.models,
+        body_bytes=tally.body_bytes,
+        max_request=tally.max_request,
+        max_tokens=tally.max_tokens,
+        types=types,
+        answer_schema=tally.answer_schemas.pop() if len(tally.answer_schemas) == 1 else None,
+        image_tokens=tally.image_tokens,
+    )
+
+
+def _take(
+    record: Record,
+    builder: RequestBuilder,
+    images: Images,
+    ids: IdIndex,
+    id_column: str | None,
+    tally: _Tally,
+    question: Callable[[int, bytes], None],
+    pictured: Callable[[int, bytes], None],
+) -> str | None:
+    """Counts the record if it can be asked; else the reason why not."""
+    try:
+        request = builder.build(Row(tally.rows, record.columns))
+        if request.pictures:
+            request, digest = builder.identify(Row(tally.rows, record.columns), images.read)
+            pictured(record.ordinal, digest)
+    except InputError as error:
+        return str(error)
+    if id_column is not None:
+        if id_column not in record.columns:
+            missing = f"column {id_column!r}, which input.id names, is missing"
+            return missing + among(tuple(record.columns), id_column)
+        if (problem := ids.add(record.ordinal, record.columns[id_column])) is not None:
+            return f"{id_column}: {problem}"
+    tally.accept(request)
+    question(record.ordinal, request.key)
+    return None
+
+
+def _reject_repeated(source: Source, builder: RequestBuilder, ids: IdIndex, tally: _Tally) -> None:
+    """Records whose id an earlier one bears are no rows. Their places take a second reading, only if there are any.
+
+    A wrong input.id makes nearly every record one: a byte for each record marks them, and only the first few are told
+    with the place of the record they repeat.
+    """
+    shown = dict(heapq.nsmallest(SHOWN, ids.duplicates()))
+    if not shown:
+        return
+    marked = bytearray(1 + max(ordinal for ordinal, _ in ids.duplicates()))
+    for ordinal, _ in ids.duplicates():
+        marked[ordinal] = 1
+    places = dict.fromkeys(shown.values(), "")
+    for record in itertools.islice(source.records(), len(marked)):
+        if record.ordinal in places:
+            places[record.ordinal] = record.place
+        if marked[record.ordinal]:
+            tally.withdraw(builder.build(Row(0, record.columns)))
+            first = shown.get(record.ordinal)
+            problem = "an earlier record has its id" if first is None else f"its id stands at {places[first]} already"
+            tally.reject(Problem(record.ordinal, record.place, problem, record.columns), tally.repeated)

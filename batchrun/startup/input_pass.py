@@ -1,0 +1,118 @@
+"""The input, read once from end to end: every record is checked, and the facts of a run are made of what was found."""
+
+import os
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+
+import msgspec
+import pyarrow as pa
+
+from batchrun.durable import fsync, told
+from batchrun.errors import InputError, JobError
+from batchrun.job.job import Job
+from batchrun.request import image_digests
+from batchrun.source import FileIdentity, Source, TableSource, changed, digest, find_files
+from batchrun.startup import preconditions, stdin_copy
+from batchrun.startup.answer_match import Questions
+from batchrun.startup.input_check import Problem, Survey, survey
+from batchrun.startup.run_options import Asked
+from batchrun.store import manifest
+from batchrun.store.manifest import Facts
+from batchrun.store.rundir import RunDirectory
+from batchrun.tables.json_columns import ColumnTypes
+from batchrun.tables.rows import output_schema
+
+
+def input_files(job: Job, directory: RunDirectory, asked: Asked, *, begun: bool = True) -> tuple[Path, ...]:
+    """The files of the input. Standard input, and a program's rows, are kept in the run directory (`spooled`)."""
+    if job.input.path is None:
+        raise JobError("input.path: name the input in the job or with -i")
+    if job.input.path != "-":
+        return find_files(job.input.path)
+    if asked.stdin is not None and not asked.stdin.isatty():
+        return (stdin_copy.take(asked.stdin, directory, begun=begun),)
+    if not directory.spool.exists():
+        raise InputError("standard input is a terminal, or closed; pipe JSON lines into it, or name a file with -i")
+    return (directory.spool,)
+
+
+def read(
+    source: Source,
+    job: Job,
+    directory: RunDirectory,
+    asked: Asked,
+    question: Callable[[int, bytes], None] = lambda ordinal, key: None,
+    pictured: Callable[[int, bytes], None] = lambda ordinal, digest: None,
+) -> Survey:
+    """The input, read once; problems end the start unless they are to be set aside in rejects.jsonl."""
+    rejects = directory.rejects
+    with told(rejects):
+        rejects.unlink(missing_ok=True)
+
+    def keep(problem: Problem) -> None:
+        if asked.skip_invalid:
+            with told(rejects), open(os.open(rejects, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as file:
+                file.write(msgspec.json.encode(problem, enc_hook=str) + b"\n")
+
+    preconditions.require_columns(job, source)
+    found = survey(source, job, directory.path, keep=keep, progress=asked.checked, question=question, pictured=pictured)
+    preconditions.require_input(job, source, found, asked.problem, skip_invalid=asked.skip_invalid)
+    if found.rejected:
+        with told(rejects):
+            fsync(rejects)
+    return found
+
+
+def facts_of(
+    job: Job, source: Source, files: tuple[FileIdentity, ...], found: Survey, *, run_id: str, begun_at: datetime
+) -> Facts:
+    """The facts of a run over this input; it must not have changed since `files` was taken."""
+    digests = tuple(digest(file) for file in source.files)
+    if (what := changed(source.files, files)) is not None:
+        raise InputError(f"the input changed while it was read: {what}; run again when it is at rest")
+    return Facts(
+        run_id=run_id,
+        begun_at=begun_at,
+        job=job.name,
+        dialect=found.dialect,
+        files=files,
+        digests=digests,
+        rows=found.rows,
+        rejected=tuple(found.rejected),
+        types=None if found.types is None else found.types.to_json(),
+        answer_schema=found.answer_schema,
+        models=found.models,
+        max_request=found.max_request,
+        output=job.output,
+    )
+
+
+MOST_NAMED = 30
+"""Columns that a line for people names; a table may have thousands."""
+
+
+def columns_in_words(source: Source, found: Survey) -> str | None:
+    """The input's columns with their types; None where it has none of its own. Every CSV column is text."""
+    if isinstance(source, TableSource):
+        schema = source.schema
+    elif found.types is not None:
+        schema = found.types.schema()
+    else:
+        return None
+    named = [f"{field.name} {field.type}" for field in schema][:MOST_NAMED]
+    more = f" and {len(schema) - MOST_NAMED:,} more" if len(schema) > MOST_NAMED else ""
+    return f"columns: {', '.join(named)}{more}" if named else None
+
+
+def schema_of(source: Source, known: Facts) -> pa.Schema:
+    types = ColumnTypes() if known.types is None else ColumnTypes.from_json(known.types)
+    return output_schema(
+        source.schema if isinstance(source, TableSource) else types.schema(), known.output, manifest.parsed(known)
+    )
+
+
+def keep_digests(job: Job, directory: RunDirectory, layout: int, pictures: Questions, found: Survey) -> None:
+    """What the rows' images are is on disk, if they can change behind the input's back: as files of their own."""
+    if job.input.image_root is not None:
+        image_digests.write(directory.images_of(layout), pictures.rows(found.rejected))

@@ -1,0 +1,117 @@
+"""What must hold of the input before a run sends anything. `run`, `check` and `estimate` walk through the same list."""
+
+from collections.abc import Callable, Mapping
+from decimal import Decimal
+
+from batchrun import prices
+from batchrun.errors import InputError, JobError
+from batchrun.job.job import Job
+from batchrun.prices import PriceTable
+from batchrun.report.summary import plural
+from batchrun.source import Source, TableSource
+from batchrun.startup.input_check import Survey
+from batchrun.tables.rows import output_schema
+
+
+def require_input(
+    job: Job, source: Source, found: Survey, tell: Callable[[str], None], *, skip_invalid: bool = False
+) -> None:
+    """Nothing, if a run over what was found can begin. `tell` gets a line for each of the first bad records.
+
+    Raises:
+        InputError: records can't be asked and are not to be skipped, or there are too few rows.
+        JobError: the output can't have the input's columns.
+    """
+    if found.rejected and not skip_invalid:
+        raise_problems(found, tell)
+    require_columns(job, source, found)
+    require_rows(job, found)
+
+
+def require_rows(job: Job, found: Survey) -> None:
+    """Nothing, if there are as many rows as the job expects at least: a pipe that broke ends like one that is done.
+
+    Raises:
+        InputError: there are fewer.
+    """
+    if not found.rows and job.input.min_rows == 1:
+        raise InputError(
+            "the input has no rows; see whether it is whole, or set input.min_rows = 0 for an empty result"
+        )
+    if found.rows < job.input.min_rows:
+        raise InputError(
+            f"the input has {plural(found.rows, 'row')}, and input.min_rows expects {job.input.min_rows:,} or more; "
+            "see whether it is whole, or lower input.min_rows"
+        )
+
+
+def require_columns(job: Job, source: Source, found: Survey | None = None) -> None:
+    """Nothing, if the output can have the input's columns: Parquet knows them at once, JSON lines once it was `found`.
+
+    Raises:
+        JobError: as `output_schema`.
+    """
+    if isinstance(source, TableSource):
+        output_schema(source.schema, job.output)
+    elif found is not None and found.types is not None:
+        output_schema(found.types.schema(), job.output)
+
+
+def raise_problems(found: Survey, tell: Callable[[str], None]) -> None:
+    """Reports each kind of problem in one line, with its first record and its count, then raises with the total.
+
+    Raises:
+        InputError: always.
+    """
+    for problem, others in found.mistakes:
+        one_line = str(problem).replace("\n", "\\n")  # a name may hold a newline
+        tell(one_line + (f" (and {others - 1:,} more such records)" if others > 1 else ""))
+    count, named = len(found.rejected), sum(others for _, others in found.mistakes)
+    shown = f"; the first {len(found.mistakes)} kinds of problem are above" if count > named else ""
+    if not found.rows and all(problem.record is None for problem in found.first_problems):
+        raise InputError(
+            f"none of the input records ({count:,}) can be read{shown}; write the file again as JSON lines"
+        )
+    if not found.rows:
+        raise InputError(
+            f"none of the input records ({count:,}) can be asked{shown}. "
+            "The job (its template, input.id, input.dialect) does not fit this input: mend one of the two"
+        )
+    raise InputError(
+        f"{count:,} of {plural(count + found.rows, 'input record')} can't be asked{shown}. "
+        "Mend them, or set them aside with batchrun run ... --skip-invalid"
+    )
+
+
+def require_budget(
+    job: Job, max_request: Mapping[str, tuple[int, int]], tables: Mapping[str, PriceTable | None]
+) -> None:
+    """Nothing, if the caps can be kept: every price is known, and the largest single request fits.
+
+    `max_request`: upper bounds of (prompt, output) tokens by model.
+
+    Raises:
+        JobError: a cap can't be kept.
+    """
+    cap, most = job.budget.max_cost_usd, job.budget.max_tokens
+    largest = max(map(sum, max_request.values()), default=0)
+    if most is not None and largest > most:
+        raise JobError(
+            f"budget.max_tokens: {most:,} are fewer than the largest request may use ({largest:,}, by its upper "
+            "bound); set request.max_tokens, or raise the cap"
+        )
+    if cap is None:
+        return
+    for model, table in tables.items():
+        if table is None:
+            raise JobError(
+                f"budget.max_cost_usd: the price of {model} is unknown, so a cap can't be kept; "
+                f'give it in [pricing."{model}"] or remove the cap'
+            )
+        tier = prices.tier_of_job(job.request.extra)
+        bound = prices.upper_bound(*max_request.get(model, (0, 0)), table, tier) or Decimal(0)
+        if bound > cap:
+            raise JobError(
+                f"budget.max_cost_usd: ${cap} is less than the largest request may cost (${bound:.4f}, by its "
+                "upper bound); set request.max_tokens, or raise the cap"
+            )

@@ -1,0 +1,48 @@
+"""What a start would find in a run directory, without starting: nothing is sent, taken over or given up."""
+
+import contextlib
+from datetime import UTC, datetime
+
+import msgspec
+
+from batchrun.job.job import Job
+from batchrun.records import Summary
+from batchrun.report import summary as summaries
+from batchrun.startup import resume as planning
+from batchrun.startup.changes import Drift
+from batchrun.startup.resume import ChangedError
+from batchrun.startup.run_options import Asked
+from batchrun.store import result
+from batchrun.store.checkpoint import Checkpoint
+from batchrun.store.rundir import RunDirectory
+
+
+class Found(msgspec.Struct, frozen=True):
+    """The run's last word, the rows that a start with this job would ask, and what changed since, if anything did."""
+
+    summary: Summary
+    to_ask: int
+    drift: Drift | None
+
+
+def look(job: Job, directory: RunDirectory) -> Found:
+    """What a start with this job would go on with.
+
+    Raises:
+        InputError: there is no run.
+        RunLockedError: a run works there; `batchrun status` tells how far it is.
+    """
+    summary = summaries.read(directory)
+    with (
+        directory.lock(),
+        contextlib.closing(Checkpoint(directory.checkpoint, free_reserve=lambda: False)) as checkpoint,
+    ):
+        finished = result.FINISHED in checkpoint.manifest()
+        try:
+            plan = planning.make(job, directory, checkpoint, Asked(only_look=True), datetime.now(UTC))
+            return Found(summary, plan.facts.rows - checkpoint.spent.settled(), None)
+        except ChangedError as changed:
+            return Found(summary, changed.drift.rows - changed.drift.kept, changed.drift)
+        finally:
+            if finished:
+                result.tidy(directory)  # the parts that a comparison cut from the result

@@ -1,0 +1,97 @@
+"""What the newest run that a job had before says of the rows of its next one: their means."""
+
+import re
+from collections.abc import Mapping
+from decimal import Decimal
+from pathlib import Path
+
+import msgspec
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from batchrun.errors import CheckpointError, InputError
+from batchrun.job.job import Job
+from batchrun.limits import capacity
+from batchrun.prices import PriceTable
+from batchrun.records import Summary
+from batchrun.report import summary as summaries
+from batchrun.store import rundir
+from batchrun.store.rundir import RunDirectory
+
+
+class Means(msgspec.Struct, frozen=True):
+    """Of a row: tokens, the share of its prompt that was cached, USD by the prices of then (None: unknown; retries
+    included), and seconds of its last attempt (None: unknown). `price` is the prices in words, without their date.
+    """
+
+    basis: str
+    prompt_tokens: float
+    completion_tokens: float
+    cached_share: float
+    cost_usd: Decimal | None = None
+    latency_s: float | None = None
+    price: str = ""
+
+    def cost_by(self, tables: Mapping[str, PriceTable | None]) -> Decimal | None:
+        """USD of a row, where the prices are still those of then."""
+        return self.cost_usd if self.price == _undated(_in_words(tables)) else None
+
+
+def newest(job: Job, besides: Path | None = None) -> Means | None:
+    """The means of the job's newest run in `output.path`, not counting `besides`; None where no run has answers."""
+    for path in rundir.dated(job.output.path, job.name):
+        if besides is not None and path.resolve() == besides.resolve():
+            continue
+        directory = RunDirectory(path)
+        try:
+            summary = summaries.read(directory)
+        except (InputError, CheckpointError):
+            continue
+        if summary.job == job.name and (means := of(summary, f"the newest run, {path}")) is not None:
+            return msgspec.structs.replace(means, latency_s=_latency_s(directory, job.output.prefix))
+    return None
+
+
+def of(summary: Summary, whose: str) -> Means | None:
+    """The means of a run's rows; None where no answer told its usage."""
+    size = capacity.size_of(summary.totals)
+    if not size.answers:
+        return None
+    prompt, cached = (
+        sum(getattr(line, name) for line in summary.totals) for name in ("prompt_tokens", "cached_tokens")
+    )
+    rows = sum(line.rows for line in summary.totals if line.cost_usd)
+    return Means(
+        basis=f"{'the one answer' if size.answers == 1 else f'the mean of {size.answers:,} answers'} of {whose}",
+        prompt_tokens=size.prompt_tokens,
+        completion_tokens=size.completion_tokens,
+        cached_share=cached / prompt,
+        cost_usd=None if summary.unpriced or summary.without_usage or not rows else summary.cost_usd / rows,
+        price=_undated(summary.price or ""),
+    )
+
+
+def _in_words(tables: Mapping[str, PriceTable | None]) -> str:
+    """The prices as a summary has them."""
+    return "; ".join(summaries.prices_in_words(tables))
+
+
+def _undated(price: str) -> str:
+    return re.sub(r"\d{4}-\d{2}-\d{2}", "", price)
+
+
+def _latency_s(directory: RunDirectory, prefix: str) -> float | None:
+    """The mean latency of the result's rows; None where there is no result that can be read."""
+    name = f"{prefix}latency_s"
+    parts = (
+        [directory.completions] if directory.completions.exists() else directory.completions_folder.glob("*.parquet")
+    )
+    total, rows = 0.0, 0
+    try:
+        for part in sorted(parts):
+            column = pq.read_table(part, columns=[name], partitioning=None).column(name)
+            total, rows = total + float(pc.sum(column).as_py() or 0.0), rows + len(column)
+    except (OSError, KeyError, pa.ArrowException):
+        return None
+    return total / rows if rows else None

@@ -1,0 +1,266 @@
+"""What a start finds and settles before the first request: a new run, one to go on with, or a finished one.
+
+A run's facts are fixed when it first starts and kept in the manifest: which questions, over which input, in which
+shape. Later starts are held against them; limits, prices, retries and the budget may change from start to start.
+"""
+
+import uuid
+from datetime import datetime
+from pathlib import Path
+
+import msgspec
+import pyarrow as pa
+
+from batchrun.errors import ANOTHER, CheckpointError, JobError
+from batchrun.job.job import Job
+from batchrun.limits import daily
+from batchrun.prices import PriceTable
+from batchrun.report.summary import are, plural, scaled
+from batchrun.source import FileIdentity, Source, changed, digest, fingerprint, open_source
+from batchrun.startup import changes, input_pass, preconditions, previous_run, stdin_copy
+from batchrun.startup.answer_match import Questions
+from batchrun.startup.estimate import estimate
+from batchrun.startup.run_options import Asked
+from batchrun.store import manifest, variants
+from batchrun.store.checkpoint import Checkpoint
+from batchrun.store.manifest import Facts
+from batchrun.store.rundir import RunDirectory
+from batchrun.store.variants import Variant
+from batchrun.tables.arrow_types import Column
+from batchrun.tables.json_columns import ColumnTypes
+
+SHAPE = ("columns", "prefix", "raw", "layout", "compression", "chunk_rows", "chunk_bytes")
+"""The output settings that a run keeps from its first start: its parts are written by them."""
+
+
+class Plan(msgspec.Struct, frozen=True):
+    """Everything a run works by. `prices` holds None for a model whose price nobody knows.
+
+    `rows` are those that this start is to settle: all, or the first so many. `variants[k]` is how rows of variant k are
+    asked, 0 as the run began; `variant` is the one that this start's job is.
+    """
+
+    facts: Facts
+    rows: int
+    variants: tuple[Variant, ...]
+    variant: int
+    resumed: bool
+    source: Source
+    types: ColumnTypes | None
+    schema: pa.Schema
+    parsed: Column
+    prices: dict[str, PriceTable | None]
+
+
+def make(job: Job, directory: RunDirectory, checkpoint: Checkpoint, asked: Asked, now: datetime) -> Plan:
+    """The plan of this start; on a first start everything is read and checked, and the facts are durable.
+
+    Raises:
+        JobError, InputError: something is wrong or has changed; nothing was sent.
+    """
+    manifest, today = checkpoint.manifest(), now.astimezone().date().isoformat()
+    if "facts" in manifest:
+        return _resume(job, directory, checkpoint, asked, manifest, today)
+    if asked.retry is not None:
+        raise JobError(
+            f"{directory.path}: no run has begun here whose rows could be asked again; name its directory with -o, or "
+            "its day with --date"
+        )
+    _require_unused(directory)
+    source = open_source(input_pass.input_files(job, directory, asked, begun=False), job.input.max_line_bytes)
+    files = fingerprint(source.files)
+    with Questions(directory.path) as pictures:
+        found = input_pass.read(source, job, directory, asked, pictured=pictures.add)
+        new = input_pass.facts_of(job, source, files, found, run_id=uuid.uuid4().hex[:12], begun_at=now)
+        input_pass.keep_digests(job, directory, new.layout, pictures, found)
+    ways = (variants.of_job(job),)
+    plan = _plan(job, new, ways, 0, source, {}, asked.limit, today, resumed=False)
+    before = previous_run.newest(job, besides=directory.path)
+    expected = estimate(found, job, plan.prices, found.rows, None, daily.left_s(now), before)
+    plan = msgspec.structs.replace(plan, facts=msgspec.structs.replace(new, estimate=expected))
+    checkpoint.write_manifest({**manifest.encode(plan.facts), "prices": _encode(plan.prices), **variants.encode(ways)})
+    return plan
+
+
+def _require_unused(directory: RunDirectory) -> None:
+    """Nothing, if no run has begun here: one that lost its checkpoint must not be overwritten and paid again."""
+    for path in (directory.completions, directory.inflight, *directory.parts.iterdir()):
+        if path.exists():
+            raise CheckpointError(
+                f"{path} is of a run whose checkpoint.db is gone or empty; keep a copy, and {ANOTHER}"
+            )
+
+
+def require_same_shape(job: Job, known: Facts) -> None:
+    """Nothing, if the job wants this run's output in the shape that it has.
+
+    Raises:
+        JobError: names what changed, and the ways on.
+    """
+    for name in SHAPE:
+        if getattr(job.output, name) != getattr(known.output, name):
+            raise JobError(f"output.{name} can't change within a run; put it back to go on, or {ANOTHER}")
+
+
+def changed_input(files: tuple[Path, ...], directory: RunDirectory, known: Facts) -> str | None:
+    """What is not as the run knows its input, by identity and then by content; None where it is the same."""
+    what = changed(files, known.files)
+    if what is None or tuple(digest(file) for file in files) == known.digests:
+        return None
+    return "standard input has other rows" if files == (directory.spool,) else f"the input: {what}"
+
+
+def _resume(
+    job: Job, directory: RunDirectory, checkpoint: Checkpoint, asked: Asked, manifest: dict[str, str], today: str
+) -> Plan:
+    known, ways = manifest.read(manifest), variants.read(manifest)
+    require_same_shape(job, known)
+    stdin_copy.settle(directory, known)
+    files = stdin_copy.put_in_place(input_pass.input_files(job, directory, asked), directory)
+    try:
+        known, ways, variant, source = _as_it_is_now(job, directory, checkpoint, asked, known, ways, files)
+    finally:
+        stdin_copy.settle(directory, manifest.read(checkpoint.manifest()))
+    prices_known = msgspec.json.decode(manifest.get("prices", "{}"), type=dict[str, PriceTable | None])
+    limit = None if asked.limit is None else max(asked.limit, _begun_rows(checkpoint))
+    plan = _plan(job, known, ways, variant, source, prices_known, limit, today, resumed=True)
+    if plan.prices != prices_known:
+        checkpoint.write_manifest({"prices": _encode(plan.prices)})
+    return plan
+
+
+def _as_it_is_now(
+    job: Job,
+    directory: RunDirectory,
+    checkpoint: Checkpoint,
+    asked: Asked,
+    known: Facts,
+    ways: tuple[Variant, ...],
+    files: tuple[Path, ...],
+) -> tuple[Facts, tuple[Variant, ...], int, Source]:
+    """The run's facts, the ways it asks, this start's among them, and the source: as known, or as changes are adopted.
+
+    Raises:
+        JobError: something changed that the user does not accept.
+    """
+    identities = fingerprint(files)  # before the content is read: what changes meanwhile is noticed later
+    ways, variant, settings = variants.place(job, ways, known.variant, retrying=asked.retry is not None)
+    what = changed_input(files, directory, known)
+    source = open_source(files, job.input.max_line_bytes)
+    if what is None and asked.accept_changes and job.input.image_root is not None:
+        what = "the images"
+    if settings or what is not None:
+        reasons = (*settings, *([what] if what else []))
+        known = _adopt(job, directory, checkpoint, asked, known, ways, variant, source, identities, reasons)
+    else:
+        _require_limit_in_time(asked.limit, checkpoint)
+        known = msgspec.structs.replace(known, files=identities)
+    return known, ways, variant, source
+
+
+def _adopt(
+    job: Job,
+    directory: RunDirectory,
+    checkpoint: Checkpoint,
+    asked: Asked,
+    known: Facts,
+    ways: tuple[Variant, ...],
+    variant: int,
+    source: Source,
+    identities: tuple[FileIdentity, ...],
+    reasons: tuple[str, ...],
+) -> Facts:
+    """The facts of the run over the changed input or job, laid out anew, if the user accepts that or nothing is lost.
+
+    Raises:
+        JobError: what changed, and what it would cost; nothing was sent or given up.
+    """
+    with Questions(directory.path) as questions, Questions(directory.path) as pictures:
+        found = input_pass.read(source, job, directory, asked, questions.add, pictures.add)
+        new = input_pass.facts_of(job, source, identities, found, run_id=known.run_id, begun_at=known.begun_at)
+        expected = None if known.estimate is None else scaled(known.estimate, found.rows)
+        new = msgspec.structs.replace(
+            new, layout=known.layout + 1, variant=variant, dialect=found.dialect, estimate=expected
+        )
+        answers = changes.Answers(directory, checkpoint, known)
+        asked_now = questions.rows(found.rejected)
+        mean_cost_usd = checkpoint.spent.mean_cost_usd()
+        seen, matches = changes.examine(answers, asked_now, found.rows, reasons, mean_cost_usd, directory.path)
+        with matches:
+            if asked.only_look or not (seen.harmless or asked.accept_changes):
+                ways_on = f"Go on with --accept-changes, put it back, or {ANOTHER}"
+                raise ChangedError(f"{seen}. {ways_on}", seen)
+            asked.told(str(seen))
+            schema = input_pass.schema_of(source, new)
+            entries = {**manifest.encode(new), **variants.encode(ways)}
+            input_pass.keep_digests(job, directory, new.layout, pictures, found)
+            changes.lay_out(answers, matches, source, new, schema, directory, checkpoint, entries, asked.limit)
+            directory.images_of(known.layout).unlink(missing_ok=True)
+    return new
+
+
+class ChangedError(JobError):
+    """The input or the job is not what the run began with, and answers would be given up or moved; `drift` says how."""
+
+    def __init__(self, message: str, drift: changes.Drift) -> None:
+        super().__init__(message)
+        self.drift = drift
+
+
+def _require_limit_in_time(limit: int | None, checkpoint: Checkpoint) -> None:
+    """Nothing, unless rows behind the limit are begun and pending: an open chunk is asked whole, or not at all."""
+    begun = _begun_rows(checkpoint)
+    if limit is not None and limit < begun and checkpoint.spent.settled() < begun:
+        raise JobError(
+            f"--limit {limit}: {plural(begun, 'row')} {are(begun)} begun already; say at least --limit {begun}, or "
+            "leave it out"
+        )
+
+
+def _begun_rows(checkpoint: Checkpoint) -> int:
+    """The rows of chunks that were opened."""
+    chunks = checkpoint.chunks()
+    return chunks[-1].end_row if chunks else 0
+
+
+def _plan(
+    job: Job,
+    facts_: Facts,
+    ways: tuple[Variant, ...],
+    variant: int,
+    source: Source,
+    known: dict[str, PriceTable | None],
+    limit: int | None,
+    today: str,
+    *,
+    resumed: bool,
+) -> Plan:
+    types = None if facts_.types is None else ColumnTypes.from_json(facts_.types)
+    tables = {
+        model: known.get(model) if known.get(model) and model not in job.pricing else _price(model, job, today)
+        for model in (*facts_.models, *(way.request.model for way in ways[1:] if way.request.model is not None))
+    }
+    preconditions.require_budget(job, facts_.max_request, tables)
+    rows = facts_.rows if limit is None else min(limit, facts_.rows)
+    return Plan(
+        facts_,
+        rows,
+        ways,
+        variant,
+        resumed,
+        source,
+        types,
+        input_pass.schema_of(source, facts_),
+        manifest.parsed(facts_),
+        tables,
+    )
+
+
+def _price(model: str, job: Job, today: str) -> PriceTable | None:
+    from batchrun import price_list  # here, because it takes 170 ms
+
+    return price_list.resolve(model, job.pricing, today, job.endpoint.url)
+
+
+def _encode(value: object) -> str:
+    return msgspec.json.encode(value).decode()

@@ -1,0 +1,63 @@
+"""Rows that are settled are asked again: their chunks open once more over the parts they have.
+
+Only those rows are touched; the others' records are copied as they are when the chunk is sealed anew. Until then, and
+wherever a process dies meanwhile, the old records stand.
+"""
+
+import sys
+from collections.abc import Collection, Mapping
+
+import msgspec
+
+from batchrun.errors import InputError
+from batchrun.source import START, Position
+from batchrun.startup.resume import Plan
+from batchrun.store import result, stored_window
+from batchrun.store.base_part import BasePart
+from batchrun.store.checkpoint import Checkpoint
+from batchrun.store.db_tables import Chunk, Reopened
+from batchrun.store.rundir import RunDirectory
+
+
+def reopen(
+    plan: Plan,
+    directory: RunDirectory,
+    checkpoint: Checkpoint,
+    statuses: Collection[str],
+    variant: int,
+    manifest: Mapping[str, str],
+) -> int:
+    """Every row that ended with one of the statuses is pending again; how many. One transaction makes it true.
+
+    `manifest` entries are written with it. Nothing is touched where no row ended so.
+
+    Raises:
+        InputError: the input is not what a chunk was made from.
+        CheckpointError: a part or the result is damaged.
+    """
+    chunks = checkpoint.chunks()
+    if not any(checkpoint.spent.standing.get(status) for status in statuses):
+        return 0
+    if result.FINISHED in checkpoint.manifest():
+        chunks = result.restore_parts(plan.facts, checkpoint, chunks, directory)
+    rows: list[Reopened] = []
+    start = START
+    for place, chunk in enumerate(chunks):
+        path = directory.part_of(chunk.chunk, chunk.generation)
+        base = BasePart(path, chunk.part_digest or "", plan.facts.output.prefix)
+        if found := base.ended_as(statuses, variant):
+            rows += found
+            _store_input_again(plan, directory, chunk, start)
+            chunks[place] = msgspec.structs.replace(chunk, open=1)
+        start = msgspec.json.decode(chunk.end_position, type=Position)
+    checkpoint.reopen_chunks(chunks, rows, manifest)
+    return len(rows)
+
+
+def _store_input_again(plan: Plan, directory: RunDirectory, chunk: Chunk, start: Position) -> None:
+    """The chunk's input is where an open chunk has it; its digest shows that it is the same."""
+    windows = plan.source.windows(start, chunk.rows, sys.maxsize, frozenset(plan.facts.rejected))
+    again = next(windows, None)
+    path = directory.input_of(chunk.chunk, plan.facts.layout)
+    if again is None or again.rows != chunk.rows or stored_window.write(path, again.table) != chunk.input_digest:
+        raise InputError(f"the input of rows {chunk.first_row:,} and on is not what it was; put it back, then retry")

@@ -1,0 +1,222 @@
+"""One SQLite file whose every record ends with a CRC-32 of its fields: SQLite does not notice a flipped bit in a
+payload, we must. Sole importer of sqlite3; its errors leave as ours.
+"""
+
+import contextlib
+import sqlite3
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import msgspec
+
+from batchrun.durable import fsync
+from batchrun.errors import ANOTHER, BatchrunError, CheckpointError, DiskError, RunLockedError
+from batchrun.store.wal import commits_dropped
+
+MAX_PARAMETERS = 32_766
+"""What SQLite takes in one statement (sqlite.org, "Implementation Limits")."""
+
+BUSY_S = 1.0  # how long another program may look into the file while a run starts
+
+Field = int | float | str | bytes | None
+Record = tuple[Any, ...]
+
+
+class Database:
+    """An open file; `PRAGMA user_version` holds its format. One thread at a time. Close it."""
+
+    def __init__(self, path: Path, connection: sqlite3.Connection, make_room: Callable[[DiskError], bool]) -> None:
+        self._path = path
+        self._connection = connection
+        self._make_room = make_room
+
+    @classmethod
+    def open(cls, path: Path, tables: str, version: int, make_room: Callable[[DiskError], bool]) -> Self:
+        """The file at `path`, for this connection alone; a new one gets its tables, an old one is read and checked.
+
+        `make_room` is told of a full disk and says whether there is room now.
+
+        Raises:
+            CheckpointError: damaged, of another version, or open in another program.
+            DiskError: the file can't be opened or made.
+        """
+        with _ours(path):
+            _require_whole(path.with_name(path.name + "-wal"))
+            connection = sqlite3.connect(path, BUSY_S, isolation_level=None, check_same_thread=False)
+            try:
+                path.chmod(0o600)
+                for pragma in ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = FULL"):
+                    connection.execute(f"PRAGMA {pragma}").fetchone()
+                connection.execute("PRAGMA temp_store = MEMORY")
+                database = cls(path, connection, make_room)
+                if not database.query("SELECT 1 FROM sqlite_master"):
+                    connection.executescript(f"BEGIN; {tables} PRAGMA user_version = {version}; COMMIT;")
+                    fsync(path.parent)
+                database._require(tables, version)
+            except BaseException:
+                connection.close()
+                raise
+        return database
+
+    @classmethod
+    def open_resting(cls, path: Path, tables: str, version: int) -> Self:
+        """The file at `path` that nobody works on, to be read without touching any file."""
+        if not path.exists() or not path.stat().st_size:
+            raise CheckpointError(f"{path}: is gone or empty, though its run is complete; put it back, or {ANOTHER}")
+        with _ours(path):
+            connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True)
+            database = cls(path, connection, lambda error: False)
+            try:
+                database._require(tables, version)
+            except BaseException:
+                connection.close()
+                raise
+        return database
+
+    @classmethod
+    def glance(cls, path: Path, version: int) -> Self:
+        """A private copy, with its log, to be read at once: a record is checked when it is read, the file is not."""
+        with _ours(path):
+            connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            database = cls(path, connection, lambda error: False)
+            try:
+                connection.execute("PRAGMA locking_mode = EXCLUSIVE").fetchone()
+                database._require_version(version)
+            except BaseException:
+                connection.close()
+                raise
+        return database
+
+    def query(self, statement: str, parameters: Sequence[Field] = ()) -> list[Record]:
+        """What the statement gives, unchecked."""
+        with _ours(self._path):
+            return self._connection.execute(statement, parameters).fetchall()
+
+    def records(self, table: str, clause: str = "", parameters: Sequence[Field] = ()) -> Iterator[Record]:
+        """The table's records without their CRC, each held against it."""
+        with _ours(self._path):
+            statement = f"SELECT * FROM {table} {clause}"  # noqa: S608  (our own names)
+            for record in self._connection.execute(statement, parameters):
+                if record[-1] != crc_of(record[:-1]):
+                    raise CheckpointError(
+                        f"{self._path}: damaged: table {table}, record {record[0]!r} does not match its checksum; "
+                        "keep a copy of this directory before anything else"
+                    )
+                yield record[:-1]
+
+    def transaction(self, work: Callable[[], None]) -> None:
+        """All of `work` is durable, or nothing of it. On a full disk it is tried again if room can be made."""
+        try:
+            self._try(work)
+        except DiskError as error:
+            if not _is_full(error) or not self._make_room(error):
+                raise
+            self._try(work)
+
+    def insert(self, table: str, records: Sequence[Record], verb: str = "INSERT") -> None:
+        """The records are in the table, by one statement for as many as it takes.
+
+        (`executemany` would hand the interpreter's lock back and forth once a record: beside a busy event loop a
+        commit took 75 ms, measured.)
+        """
+        width = len(records[0]) + 1 if records else 1
+        for start in range(0, len(records), MAX_PARAMETERS // width):
+            group = records[start : start + MAX_PARAMETERS // width]
+            values = ",".join([f"({','.join('?' * width)})"] * len(group))
+            parameters: list[Field] = []
+            for record in group:
+                parameters.extend(record)
+                parameters.append(crc_of(record))
+            self.query(f"{verb} INTO {table} VALUES {values}", parameters)
+
+    def replace(self, table: str, records: Sequence[Record]) -> None:
+        """The records are in the table, each instead of one with the same key."""
+        self.insert(table, records, "INSERT OR REPLACE")
+
+    def rest(self) -> None:
+        """All is in the one file, so that `open_resting` can read it."""
+        self.query("PRAGMA journal_mode = DELETE")
+
+    def close(self) -> None:
+        """The file is let go."""
+        self._connection.close()
+
+    def _try(self, work: Callable[[], None]) -> None:
+        self.query("BEGIN IMMEDIATE")
+        try:
+            work()
+            self.query("COMMIT")
+        except BaseException:
+            if self._connection.in_transaction:
+                self.query("ROLLBACK")
+            raise
+
+    def _require(self, tables: str, version: int) -> None:
+        """The file is of this version, and sound in all its pages and records."""
+        self._require_version(version)
+        ((state,),) = self.query("PRAGMA quick_check(1)")
+        if state != "ok":
+            raise CheckpointError(f"{self._path}: damaged ({state}); keep a copy of this directory")
+        found_tables: dict[str, object] = dict(self.query("SELECT name, sql FROM sqlite_master WHERE type = 'table'"))
+        if set(found_tables.values()) != {statement.strip() for statement in tables.split(";")} - {""}:
+            raise CheckpointError(f"{self._path}: damaged (its schema); keep a copy of this directory")
+        for table in found_tables:
+            deque(self.records(table), maxlen=0)  # a flipped key would hide its record from whoever looks for it
+
+    def _require_version(self, version: int) -> None:
+        ((found,),) = self.query("PRAGMA user_version")
+        if found != version:
+            raise CheckpointError(
+                f"{self._path}: of another version of batchrun (format {found}, this one reads {version}); "
+                f"finish the run with that version, or {ANOTHER}"
+            )
+
+
+def _require_whole(log: Path) -> None:
+    if log.exists() and (dropped := commits_dropped(log.read_bytes())) > 1:
+        raise CheckpointError(
+            f"{log}: damaged ({dropped} commits can't be read); keep a copy of this directory before anything else"
+        )
+
+
+@contextlib.contextmanager
+def _ours(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise _translated(path, error) from error
+    except UnicodeDecodeError as error:  # what sqlite3 makes of a message that quotes damaged text
+        raise CheckpointError(f"{path}: damaged; keep a copy of this directory before anything else") from error
+    except OSError as error:
+        raise DiskError(f"{path}: can't be opened: {error.strerror}") from error
+
+
+_REFUSALS = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM)
+
+
+def _translated(path: Path, error: sqlite3.Error) -> BatchrunError:
+    match code := _code(error):
+        case sqlite3.SQLITE_FULL:
+            return DiskError(f"{path}: the disk is full; make room and run the same command again")
+        case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
+            return RunLockedError(f"{path}: another program has it open; close that one and run again")
+        case _ if code in _REFUSALS:
+            return DiskError(f"{path}: the disk refused a write ({error}); mend it and run the same command again")
+        case _:
+            return CheckpointError(f"{path}: damaged ({error}); keep a copy of this directory before anything else")
+
+
+def _is_full(error: DiskError) -> bool:
+    return isinstance(error.__cause__, sqlite3.Error) and _code(error.__cause__) == sqlite3.SQLITE_FULL
+
+
+def _code(error: sqlite3.Error) -> int:
+    return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+
+
+def crc_of(record: Record) -> int:
+    """What a record's last field is, by those before it."""
+    return zlib.crc32(msgspec.msgpack.encode(record))

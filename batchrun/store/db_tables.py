@@ -1,0 +1,190 @@
+"""The checkpoint's tables, and each value as the record that a table holds. PURE; no SQL but the tables themselves.
+
+The last field of every record is its CRC; the functions here speak of the fields before it, in the tables' order.
+"""
+
+import re
+from decimal import Decimal
+
+import msgspec
+
+from batchrun.records import Completion, Discarded, PossiblyBilled, RowError, TotalsLine, Usage, Verdict
+from batchrun.store.database import Record
+
+TABLES = """
+CREATE TABLE manifest (name TEXT PRIMARY KEY, value TEXT, crc INTEGER) WITHOUT ROWID;
+CREATE TABLE invocations (invocation INTEGER PRIMARY KEY, started_at REAL, pid INTEGER, host TEXT, version TEXT,
+    crc INTEGER);
+CREATE TABLE chunks (chunk INTEGER PRIMARY KEY, first_row INTEGER, rows INTEGER, end_position TEXT, input_digest TEXT,
+    generation INTEGER, part_digest TEXT, open INTEGER, crc INTEGER);
+CREATE TABLE rows (row INTEGER PRIMARY KEY, attempts INTEGER, completion BLOB, crc INTEGER);
+CREATE TABLE attempts (row INTEGER, n INTEGER, verdict TEXT, counted INTEGER, http_status INTEGER, error_kind TEXT,
+    message TEXT, request_id TEXT, at REAL, model TEXT, prompt_tokens INTEGER, completion_tokens INTEGER,
+    total_tokens INTEGER, cached_tokens INTEGER, reasoning_tokens INTEGER, cache_write_tokens INTEGER,
+    cache_write_1h_tokens INTEGER, cost_usd TEXT, said TEXT, invocation INTEGER, crc INTEGER,
+    PRIMARY KEY (row, n, invocation)) WITHOUT ROWID;
+CREATE TABLE possibly_billed (row INTEGER, n INTEGER, request_key TEXT, upper_bound_usd TEXT,
+    upper_bound_tokens INTEGER, cause TEXT, invocation INTEGER, request_id TEXT, crc INTEGER);
+CREATE TABLE totals (invocation INTEGER, model TEXT, status TEXT, day TEXT, rows INTEGER, attempts INTEGER,
+    prompt_tokens INTEGER, cached_tokens INTEGER, completion_tokens INTEGER, reasoning_tokens INTEGER,
+    total_tokens INTEGER, cost_usd TEXT, unpriced INTEGER, without_usage INTEGER, offline_prompt_tokens INTEGER,
+    offline_completion_tokens INTEGER, cache_write_tokens INTEGER, reported_cost_usd TEXT, crc INTEGER,
+    PRIMARY KEY (invocation, model, status, day)) WITHOUT ROWID;
+CREATE TABLE replaced (invocation INTEGER, model TEXT, status TEXT, day TEXT, rows INTEGER, attempts INTEGER,
+    prompt_tokens INTEGER, cached_tokens INTEGER, completion_tokens INTEGER, reasoning_tokens INTEGER,
+    total_tokens INTEGER, cost_usd TEXT, unpriced INTEGER, without_usage INTEGER, offline_prompt_tokens INTEGER,
+    offline_completion_tokens INTEGER, cache_write_tokens INTEGER, reported_cost_usd TEXT, revision INTEGER,
+    crc INTEGER, PRIMARY KEY (invocation, model, status, day)) WITHOUT ROWID;
+CREATE TABLE answered_as (model TEXT PRIMARY KEY, rows INTEGER, crc INTEGER) WITHOUT ROWID;
+CREATE TABLE standing (status TEXT PRIMARY KEY, rows INTEGER, crc INTEGER) WITHOUT ROWID;
+CREATE TABLE reopened (row INTEGER PRIMARY KEY, variant INTEGER, attempts INTEGER, status TEXT, cost_usd TEXT,
+    answer TEXT, crc INTEGER);
+"""
+
+
+class Chunk(msgspec.Struct, frozen=True):
+    """A window of consecutive rows: a base part, or none, and the rows in the database over it.
+
+    `generation` is that of the base part, `chunk.g<generation>`; 0: there is none. An open chunk (1) is being asked and
+    has its input stored; a sealed one (0) is its part alone.
+    """
+
+    chunk: int
+    first_row: int
+    rows: int
+    end_position: str
+    input_digest: str
+    generation: int = 0
+    part_digest: str | None = None
+    open: int = 1
+
+    @property
+    def end_row(self) -> int:
+        """One past the last row."""
+        return self.first_row + self.rows
+
+
+class Reopened(msgspec.Struct, frozen=True):
+    """A row of a base part that is asked again, by which variant of the job; how it had ended, after how many
+    attempts, and what they cost (USD; None: unknown). The base's record stands until the new one is durable.
+
+    `answer` is what its answer alone used and cost, as a line of the totals, in JSON.
+    """
+
+    row: int
+    variant: int
+    attempts: int
+    status: str
+    cost_usd: str | None
+    answer: str
+
+    @property
+    def line(self) -> TotalsLine:
+        """What its answer alone used and cost, in the line of the totals that it was booked in."""
+        return msgspec.json.decode(self.answer, type=TotalsLine)
+
+
+def usd(text: str | None) -> Decimal | None:
+    """An amount as a table holds it."""
+    return None if text is None else Decimal(text)
+
+
+def _text(amount: Decimal | None) -> str | None:
+    return None if amount is None else str(amount)
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def _characters(text: str | None) -> str | None:
+    """Half surrogates as U+FFFD: headers and errors may carry them (PEP 383), SQLite and Parquet can't."""
+    return text if text is None or text.isascii() else _SURROGATE.sub("\ufffd", text)
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(Completion).decode
+
+
+def completion_record(c: Completion) -> Record:
+    """One blob for a row: a column for each field costs three times as much to write (docs/benchmarks.md)."""
+    try:
+        return c.row, c.attempts, _encode(c)
+    except UnicodeEncodeError:  # a half surrogate, from a header or an error
+        return c.row, c.attempts, _encode(_in_characters(c))
+
+
+def completion(record: Record) -> Completion:
+    return _decode(record[2])
+
+
+def _in_characters(c: Completion) -> Completion:
+    error = c.error
+    if error is not None:
+        error = RowError(error.kind, error.http_status, _characters(error.code), _characters(error.message))
+    return msgspec.structs.replace(
+        c,
+        error=error,
+        request_id=_characters(c.request_id),
+        answered_model=_characters(c.answered_model),
+        set_aside=tuple(
+            msgspec.structs.replace(each, message=_characters(each.message), content=_characters(each.content))
+            for each in c.set_aside
+        ),
+    )
+
+
+def discarded_record(d: Discarded, invocation: int) -> Record:
+    u = d.usage
+    usage = (None,) * len(Usage.__struct_fields__) if u is None else msgspec.structs.astuple(u)
+    return (
+        d.row, d.n, str(d.verdict), int(d.counted), d.http_status, d.error_kind, _characters(d.message),
+        _characters(d.request_id), d.at, d.model, *usage, _text(d.cost_usd),
+        _characters(d.said), invocation,
+    )  # fmt: skip
+
+
+def discarded(record: Record) -> Discarded:
+    row, n, verdict, counted, http_status, kind, message, request_id, at, model, *rest = record
+    *tokens, cost, said, _ = rest
+    return Discarded(
+        row=row, n=n, verdict=Verdict(verdict), counted=bool(counted), http_status=http_status, error_kind=kind,
+        message=message, request_id=request_id, at=at, model=model,
+        usage=None if tokens[0] is None else Usage(*tokens),
+        cost_usd=usd(cost), possibly_billed_usd=None, maybe_billed=False, key=b"", said=said,
+    )  # fmt: skip
+
+
+def possibly_billed_record(p: PossiblyBilled) -> Record:
+    bound = _text(p.upper_bound_usd), p.upper_bound_tokens
+    return (p.row, p.n, p.key, *bound, p.cause, p.invocation, _characters(p.request_id))
+
+
+def possibly_billed(record: Record) -> PossiblyBilled:
+    row, n, key, bound, tokens, cause, invocation, request_id = record
+    return PossiblyBilled(row, n, key, usd(bound), tokens, cause, invocation, request_id)
+
+
+_USD = [TotalsLine.__struct_fields__.index(name) for name in ("cost_usd", "reported_cost_usd")]
+
+
+def totals_record(line: TotalsLine) -> Record:
+    fields = list(msgspec.structs.astuple(line))
+    for place in _USD:
+        fields[place] = str(fields[place])
+    return tuple(fields)
+
+
+def totals_line(record: Record) -> TotalsLine:
+    fields = list(record)
+    for place in _USD:
+        fields[place] = Decimal(record[place])
+    return TotalsLine(*fields)
+
+
+def replaced_record(line: TotalsLine, revision: int) -> Record:
+    """`revision` grows from one version of a line to the next: the figures themselves may fall."""
+    return (*totals_record(line), revision)
+
+
+def replaced_line(record: Record) -> TotalsLine:
+    return totals_line(record[:-1])

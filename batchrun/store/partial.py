@@ -1,0 +1,86 @@
+"""The result of a run that is not complete: every row of it, those without an outcome as `pending`.
+
+Its name and its footer keep it apart from the result, so no reader takes one for the other. A later one takes its
+place; a complete run has none.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import cast
+
+import msgspec
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from batchrun import durable
+from batchrun.errors import CheckpointError
+from batchrun.records import Summary
+from batchrun.store.result import bill
+from batchrun.store.stored_window import BATCH_ROWS
+from batchrun.tables import files, pending
+from batchrun.tables.rows import OWN_COLUMNS
+
+
+def write(
+    path: Path, batches: Iterable[pa.RecordBatch], schema: pa.Schema, compression: files.Compression, summary: Summary
+) -> int:
+    """`path` holds the rows, and a footer that says how many are pending; returns that number.
+
+    `batches` are `Chunks.so_far` or the like. `summary` says where the run stands, with the rows that are due.
+
+    Raises:
+        CheckpointError: there are fewer rows, or more.
+        DiskError: it can't be written; what was there before is still there.
+    """
+    standing: Counter[str] = Counter()
+
+    def write_rows(temporary: Path) -> None:
+        with files.ParquetFile(temporary, schema, compression) as file:
+            for batch in batches:
+                standing.update(_statuses(batch))
+                file.write(batch)
+            if (rows := standing.total()) != summary.rows:
+                raise CheckpointError(
+                    f"{path}: {rows:,} rows are on record, {summary.rows:,} are due; nothing is written"
+                )
+            file.write_metadata({files.FOOTER_KEY: msgspec.json.encode(_footer(summary, standing)).decode()})
+        files.require_rows(temporary, summary.rows)
+
+    durable.replace(path, write_rows)
+    return standing[pending.PENDING]
+
+
+def without_input(first_row: int, end_row: int, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """Pending rows whose input can't be read: its columns are null. `schema` allows that."""
+    inputs = len(schema) - len(OWN_COLUMNS)
+    for row in range(first_row, end_row, BATCH_ROWS):
+        own = pending.beside(OWN_COLUMNS.empty_table(), row, min(row + BATCH_ROWS, end_row))
+        ours = zip(own.columns, list(schema)[inputs:], strict=True)
+        arrays = [pa.nulls(own.num_rows, field.type) for field in list(schema)[:inputs]]
+        arrays += [
+            column.combine_chunks() if column.type == field.type else pa.nulls(own.num_rows, field.type)
+            for column, field in ours
+        ]
+        yield pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def _statuses(batch: pa.RecordBatch) -> dict[str, int]:
+    """The rows by status; our columns are the last ones, whatever their prefix."""
+    place = OWN_COLUMNS.get_field_index("status") - len(OWN_COLUMNS)
+    counts = pc.value_counts(batch.column(batch.num_columns + place))
+    pairs = zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist(), strict=True)
+    return {cast(str, status): cast(int, rows) for status, rows in pairs}
+
+
+def _footer(summary: Summary, standing: "Counter[str]") -> dict[str, object]:
+    by_status = {status: rows for status, rows in standing.items() if status != pending.PENDING}
+    return {
+        **bill(summary),
+        "complete": False,
+        "rows_in_output": standing.total(),
+        "by_status": by_status,
+        "pending": standing[pending.PENDING],
+        "invocation": summary.invocation,
+        "updated_at": summary.updated_at,
+    }

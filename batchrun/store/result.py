@@ -1,0 +1,175 @@
+"""The end of a run: the parts become the result, verified; then what the run no longer needs goes."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+import pyarrow as pa
+
+from batchrun import durable
+from batchrun.errors import ANOTHER, CheckpointError
+from batchrun.records import Summary
+from batchrun.store.checkpoint import Checkpoint
+from batchrun.store.chunks import Chunks
+from batchrun.store.db_tables import Chunk
+from batchrun.store.manifest import Facts
+from batchrun.store.rundir import RunDirectory
+from batchrun.tables import files
+
+FINISHED = "finished"
+"""The manifest's entry that says the result is written. From then on the parts are not needed any more."""
+
+
+class Written(msgspec.Struct, frozen=True, array_like=True):
+    """A file of the result as it was written: its size, when that was, and the digest of its bytes."""
+
+    size: int
+    mtime_ns: int
+    digest: str
+
+
+class Finished(msgspec.Struct, frozen=True):
+    """What the manifest says of a result that is written: `digest` of completions.parquet ("": the parts themselves are
+    the result), `usage` that of usage.parquet, and `files` by their path in the run directory.
+    """
+
+    digest: str
+    usage: str
+    files: dict[str, Written] = {}
+
+
+def finished(manifest: Mapping[str, str]) -> Finished:
+    """The entry `FINISHED` of a manifest that has it."""
+    return msgspec.json.decode(manifest[FINISHED], type=Finished)
+
+
+def write(
+    facts: Facts, schema: pa.Schema, checkpoint: Checkpoint, chunks: Chunks, directory: RunDirectory, summary: Summary
+) -> None:
+    """The result is on disk and the checkpoint closed. Every step can be repeated after a kill in the middle."""
+    if FINISHED not in checkpoint.manifest():
+        digest = _write_completions(facts, schema, chunks, directory, summary)
+        files.write_usage(directory.usage, checkpoint.spent.lines())
+        usage = durable.digest(directory.usage)
+        digests = {directory.usage: usage} | (_digests_of_parts(chunks, directory) if digest is None else {})
+        if digest is not None:
+            digests[directory.completions] = digest
+        files_written = {str(path.relative_to(directory.path)): _written(path, told) for path, told in digests.items()}
+        entry = Finished(digest or "", usage, files_written)
+        checkpoint.write_manifest({FINISHED: msgspec.json.encode(entry).decode()})
+    checkpoint.close(finished=True)
+    tidy(directory)
+
+
+def _digests_of_parts(chunks: Chunks, directory: RunDirectory) -> dict[Path, str]:
+    folder = directory.completions_folder
+    return {files.part_in(folder, number): chunk.part_digest or "" for number, chunk in chunks.sealed.items()}
+
+
+def _written(path: Path, digest: str) -> Written:
+    found = path.stat()
+    return Written(found.st_size, found.st_mtime_ns, digest)
+
+
+def require_there(directory: RunDirectory, layout: str, rows: int, manifest: Mapping[str, str]) -> None:
+    """Nothing, if the result of a finished run is as it was written, by the footers, the sizes and the times of its
+    files. A file of another time, such as a copy's, is read as a whole; all others are for `verify` to read.
+
+    Raises:
+        CheckpointError: a file of it is gone, cut, changed, or has other rows.
+    """
+    whole = [directory.completions]
+    if layout == "parts":
+        whole = sorted(directory.completions_folder.glob("*.parquet")) or [directory.completions_folder]
+    for path in (*whole, directory.usage):
+        if not path.exists():
+            raise CheckpointError(f"{path} is gone, and the run is complete; put it back, or {ANOTHER}")
+    found = sum(map(files.rows_in, whole))
+    files.rows_in(directory.usage)
+    if found != rows:
+        raise CheckpointError(
+            f"{directory.path}: the result holds {found:,} rows where {rows:,} were written; "
+            f"batchrun verify {directory.path} tells what is damaged"
+        )
+    for name, written in finished(manifest).files.items():
+        _require_unchanged(directory, directory.path / name, written)
+
+
+def _require_unchanged(directory: RunDirectory, path: Path, written: Written) -> None:
+    found = path.stat()
+    if found.st_size == written.size and found.st_mtime_ns == written.mtime_ns:
+        return
+    if found.st_size != written.size or durable.digest(path) != written.digest:
+        raise CheckpointError(
+            f"{path} was changed after it was written; put it back, or see what batchrun verify {directory.path} says"
+        )
+
+
+def tidy(directory: RunDirectory) -> None:
+    """What only an unfinished run needs is gone."""
+    for path in (*directory.parts.iterdir(), directory.reserve, directory.inflight, directory.partial):
+        path.unlink(missing_ok=True)
+
+
+def _write_completions(
+    facts: Facts, schema: pa.Schema, chunks: Chunks, directory: RunDirectory, summary: Summary
+) -> str | None:
+    """The digest of completions.parquet; None where the parts themselves are the result."""
+    parts = [
+        (directory.part_of(number, chunk.generation), chunk.part_digest or "", chunk.rows)
+        for number, chunk in sorted(chunks.sealed.items())
+    ]
+    settings = facts.output
+    if (rows := sum(rows for _, _, rows in parts)) != summary.rows:
+        raise CheckpointError(
+            f"{directory.path}: {rows:,} rows are sealed, {summary.rows:,} are due; nothing is written"
+        )
+    if settings.layout == "parts":
+        files.move_parts(parts, directory.completions_folder)
+        if not parts:  # a reader of the folder should find its columns
+            files.write_part(files.part_in(directory.completions_folder, 0), schema, (), settings, 0)
+        return None
+    footer = {files.FOOTER_KEY: msgspec.json.encode(bill(summary)).decode()}
+    return files.assemble(parts, directory.completions, schema, settings.compression, footer)
+
+
+def bill(summary: Summary) -> dict[str, object]:
+    """What the footer says of the run: its bill, and that it is whole. A file that was moved still knows it."""
+    names = ("job", "run_id", "begun_at", "rows", "by_status", "totals", "cost_usd", "wasted_usd")
+    doubts = ("unpriced", "without_usage", "possibly_billed_count", "possibly_billed_usd", "models", "price")
+    copy = ("invocation", "updated_at")  # which of two copies is the newer
+    beside = ("tags", "estimate")
+    bill = {name: getattr(summary, name) for name in (*names, *doubts, *copy, *beside)}
+    return {"version": summary.version, "complete": True, "rows_in_output": summary.rows, **bill}
+
+
+def restore_parts(
+    facts: Facts, checkpoint: Checkpoint, chunks: Sequence[Chunk], directory: RunDirectory
+) -> list[Chunk]:
+    """The parts of a finished run are there again, cut from its result; the chunks that name them.
+
+    The result stays where it is until a new one takes its place. Nothing is true before the chunks are on record.
+
+    Raises:
+        CheckpointError: the result is not the one that was written.
+    """
+    directory.parts.mkdir(mode=0o700, exist_ok=True)
+    settings = facts.output
+    if settings.layout == "parts":
+        for chunk in chunks:
+            files.copy_part(
+                files.part_in(directory.completions_folder, chunk.chunk),
+                directory.part_of(chunk.chunk, chunk.generation),
+                chunk.part_digest or "",
+            )
+        return list(chunks)
+    digest = finished(checkpoint.manifest()).digest
+    schema = files.schema_of(directory.completions)
+    pieces = files.cut(directory.completions, digest, [chunk.rows for chunk in chunks])
+    restored = []
+    for chunk, batches in zip(chunks, pieces, strict=True):
+        generation = chunk.generation + 1
+        path = directory.part_of(chunk.chunk, generation)
+        part_digest = files.write_part(path, schema, batches, settings, chunk.rows)
+        restored.append(msgspec.structs.replace(chunk, generation=generation, part_digest=part_digest))
+    return restored

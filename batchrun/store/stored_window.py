@@ -1,0 +1,91 @@
+"""The stored input of an open chunk: written once when it opens; dispatch and sealing read it, never the source again.
+
+(Compressed sources can't seek, row groups are large, and files get overwritten while a run works.)
+"""
+
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import cast
+
+import pyarrow as pa
+
+from batchrun.durable import digest, replace, told
+from batchrun.errors import CheckpointError
+from batchrun.records import Row
+from batchrun.source import rows_of
+from batchrun.tables.json_columns import ColumnTypes, lines_to_table
+
+BATCH_ROWS = 1000
+
+
+def write(path: Path, table: pa.Table) -> str:
+    """The window's rows are on disk in batches of 1,000; returns the file's digest."""
+
+    def write_batches(temporary: Path) -> None:
+        temporary.touch(mode=0o600)
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            for batch in table.combine_chunks().to_batches(max_chunksize=BATCH_ROWS):
+                writer.write_batch(batch)
+
+    replace(path, write_batches)
+    return digest(path)
+
+
+def schema_of(path: Path) -> pa.Schema:
+    """The columns of a stored window.
+
+    Raises:
+        CheckpointError: it can't be read.
+    """
+    try:
+        with pa.memory_map(str(path)) as mapped:
+            return pa.ipc.open_file(mapped).schema
+    except (OSError, pa.ArrowException) as error:
+        raise CheckpointError(f"{path}: the input of an open chunk can't be read: {error}") from error
+
+
+class StoredWindow:
+    """An open chunk's input, mapped into memory: row `first_row` and on."""
+
+    def __init__(self, path: Path, expected_digest: str, first_row: int) -> None:
+        with told(path):
+            found = digest(path) if path.exists() else None
+        if found != expected_digest:
+            what = "missing" if found is None else "damaged"
+            raise CheckpointError(f"{path}: the input of an open chunk is {what}")
+        self._first_row = first_row
+        self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        self._reading = threading.Lock()
+
+    def row(self, row: int) -> Row:
+        """One of the rows, read anew; any thread may."""
+        return Row(row, rows_of(self.slice(row))[0])
+
+    def slice(self, row: int) -> pa.RecordBatch:
+        """One of the rows as it is stored: a view that outlives the file's name; any thread may."""
+        number, place = divmod(row - self._first_row, BATCH_ROWS)
+        return self._batch(number).slice(place, 1)
+
+    def rows(self) -> Iterator[list[Row]]:
+        """The rows in order, up to 1,000 at a time."""
+        row = self._first_row
+        for number in range(self._reader.num_record_batches):
+            batch = [Row(row + place, columns) for place, columns in enumerate(rows_of(self._batch(number)))]
+            row += len(batch)
+            yield batch
+
+    def tables(self, types: ColumnTypes | None) -> Iterator[pa.Table]:
+        """The same rows as typed columns, up to 1,000 at a time; `types` are those of JSONL input."""
+        for number in range(self._reader.num_record_batches):
+            yield typed([self._batch(number)], types)
+
+    def _batch(self, number: int) -> pa.RecordBatch:
+        with self._reading:
+            return self._reader.get_batch(number)
+
+
+def typed(batches: Sequence[pa.RecordBatch], types: ColumnTypes | None) -> pa.Table:
+    """Stored rows, at least one batch of them, as typed columns; `types` are those of JSONL input."""
+    table = pa.Table.from_batches(batches)
+    return table if types is None else lines_to_table(cast(list[bytes], table.column("line").to_pylist()), types)

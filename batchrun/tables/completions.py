@@ -1,0 +1,96 @@
+"""Rows of the output as values of a program: what `async for` over a Runner hands out. PURE."""
+
+from collections.abc import Iterator
+from datetime import datetime
+from decimal import Decimal
+from typing import Any, TypeVar
+
+import msgspec
+import pyarrow as pa
+
+from batchrun.records import Choice, FunctionCall, RowError, SetAside, Status
+from batchrun.tables.rows import OWN_COLUMNS
+
+T = TypeVar("T")
+
+
+class Completion(msgspec.Struct, frozen=True, kw_only=True):
+    """The final record of a row: an answer, or why there is none. The fields are the output's columns, but for `input`.
+
+    `input` holds the input's columns as the output has them. `parsed` is the answer as Python values where JSON was
+    asked for and came, `tool_calls` are those, too; `choices` are there when they are several,
+    `set_aside` where answers were. None where the server
+    did not say; `cost_usd` None where the price is unknown.
+    """
+
+    row: int
+    status: Status
+    content: str | None
+    refusal: str | None
+    parsed: Any
+    function_call: FunctionCall | None
+    tool_calls: Any
+    finish_reason: str | None
+    choices: tuple[Choice, ...]
+    model: str | None
+    requested_model: str
+    completion_id: str | None
+    request_id: str | None
+    created: datetime | None
+    finished_at: datetime | None
+    prompt_tokens: int | None
+    cached_tokens: int | None
+    cache_write_tokens: int | None
+    completion_tokens: int | None
+    reasoning_tokens: int | None
+    total_tokens: int | None
+    cost_usd: Decimal | None
+    reported_cost_usd: Decimal | None
+    answer_cost_usd: Decimal | None
+    attempts: int
+    set_aside: tuple[SetAside, ...]
+    latency_s: float | None
+    time_to_first_token_s: float | None
+    error: RowError | None
+    request_key: bytes
+    reused: bool
+    variant: int
+    invocation: int
+    raw: bytes | None
+    input: dict[str, Any]
+
+    def parse(self, type: type[T]) -> T:
+        """The answer as a `type`: a msgspec Struct, dataclass or TypedDict, or a Pydantic model.
+
+        Raises:
+            ValueError: there is no answer, or it is no such thing.
+        """
+        content = self.content or ""
+        if (validate := getattr(type, "model_validate_json", None)) is not None:
+            model: T = validate(content)
+            return model
+        return msgspec.json.decode(content, type=type)
+
+
+OWN = tuple(name for name in Completion.__struct_fields__ if name != "input")
+
+
+def read(rows: pa.RecordBatch) -> Iterator[Completion]:
+    """The completions that rows of the output are: its own columns are the last ones, whatever their prefix."""
+    names = rows.schema.names[-len(OWN_COLUMNS) :]
+    own = {column: name for column, name in zip(names, OWN_COLUMNS.names, strict=True) if name in OWN}
+    for row in rows.to_pylist():
+        values = {name: row[column] for column, name in own.items()}
+        values["input"] = {column: value for column, value in row.items() if column not in names}
+        values["status"] = Status(values["status"])
+        if values["parsed"] is not None:  # a column may have less of it than there is, such as no names of its own
+            values["parsed"] = msgspec.json.decode(values["content"])
+        if values["error"] is not None:
+            values["error"] = RowError(**values["error"])
+        if values["function_call"] is not None:
+            values["function_call"] = FunctionCall(**values["function_call"])
+        if values["tool_calls"] is not None:
+            values["tool_calls"] = msgspec.json.decode(values["tool_calls"])
+        values["set_aside"] = tuple(SetAside(**answer) for answer in values["set_aside"] or ())
+        values["choices"] = tuple(Choice(**choice) for choice in values["choices"] or ())
+        yield Completion(**values)

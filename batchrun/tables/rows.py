@@ -1,0 +1,206 @@
+"""Settled rows as an Arrow table: the input's columns, then ours. The schemas are constants. PURE"""
+
+from collections.abc import Sequence
+from typing import cast
+
+import msgspec
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from batchrun.errors import JobError
+from batchrun.job.job import Output
+from batchrun.records import Answer, Completion, RowError, Status
+from batchrun.response import answer as answers
+from batchrun.response import packed
+from batchrun.tables.arrow_types import JSON, Column, array_of
+
+UTC_MICROSECONDS = pa.timestamp("us", tz="UTC")
+USD = pa.decimal128(20, 12)
+
+_CHOICE = pa.struct([("index", pa.int32()), ("content", pa.large_string()), ("finish_reason", pa.string())])
+
+_SET_ASIDE = pa.struct(
+    [("attempt", pa.int32()), ("kind", pa.string()), ("message", pa.string()), ("content", pa.large_string())]
+)
+
+_OWN: list[tuple[str, pa.DataType]] = [
+    ("row", pa.int64()),
+    ("status", pa.string()),
+    ("content", pa.large_string()),
+    ("refusal", pa.large_string()),
+    ("parsed", pa.large_string()),
+    ("function_call", pa.struct([("name", pa.string()), ("arguments", pa.large_string())])),
+    ("tool_calls", pa.large_string()),
+    ("finish_reason", pa.string()),
+    ("choices", pa.list_(pa.field("element", _CHOICE))),
+    ("model", pa.string()),
+    ("requested_model", pa.string()),
+    ("completion_id", pa.string()),
+    ("request_id", pa.string()),
+    ("created", UTC_MICROSECONDS),
+    ("finished_at", UTC_MICROSECONDS),
+    ("prompt_tokens", pa.int64()),
+    ("cached_tokens", pa.int64()),
+    ("cache_write_tokens", pa.int64()),
+    ("completion_tokens", pa.int64()),
+    ("reasoning_tokens", pa.int64()),
+    ("total_tokens", pa.int64()),
+    ("cost_usd", USD),
+    ("reported_cost_usd", USD),
+    ("answer_cost_usd", USD),
+    ("attempts", pa.int32()),
+    ("set_aside", pa.list_(pa.field("element", _SET_ASIDE))),
+    ("latency_s", pa.float64()),
+    ("time_to_first_token_s", pa.float64()),
+    (
+        "error",
+        pa.struct(
+            [("kind", pa.string()), ("http_status", pa.int32()), ("code", pa.string()), ("message", pa.string())]
+        ),
+    ),
+    ("request_key", pa.binary(16)),
+    ("reused", pa.bool_()),
+    ("variant", pa.int32()),
+    ("invocation", pa.int32()),
+    ("raw", pa.large_binary()),
+]
+OWN_COLUMNS = pa.schema(_OWN)
+"""Our columns, after the input's; docs/output.md explains each. Fixed whatever the data, but for `parsed`: it is JSON
+text here, and gets the type that the job's schema gives it where rows are written into a file (`joined`).
+"""
+
+NOT_IN_PARSED = "not_in_parsed"
+"""The `error.kind` of a good answer of which `parsed` can't hold everything: the rest is in `content` only."""
+
+_USAGE: list[tuple[str, pa.DataType]] = [
+    ("invocation", pa.int32()),
+    ("model", pa.string()),
+    ("status", pa.string()),
+    ("day", pa.date32()),
+    ("rows", pa.int64()),
+    ("attempts", pa.int64()),
+    ("prompt_tokens", pa.int64()),
+    ("cached_tokens", pa.int64()),
+    ("completion_tokens", pa.int64()),
+    ("reasoning_tokens", pa.int64()),
+    ("total_tokens", pa.int64()),
+    ("cost_usd", USD),
+    ("unpriced", pa.int64()),
+    ("without_usage", pa.int64()),
+    ("offline_prompt_tokens", pa.int64()),
+    ("offline_completion_tokens", pa.int64()),
+    ("cache_write_tokens", pa.int64()),
+    ("reported_cost_usd", USD),
+]
+USAGE_COLUMNS = pa.schema(_USAGE)
+"""The columns of usage.parquet: the fields of `TotalsLine`, with its day as a date."""
+
+
+def output_schema(input_schema: pa.Schema, output: Output, parsed: Column = JSON) -> pa.Schema:
+    """The input's chosen columns as they are, then ours, with `parsed` in its type.
+
+    Raises:
+        JobError: a chosen column is not there or chosen twice, or bears a name of ours.
+    """
+    chosen = input_schema.names if output.columns == "all" else list(output.columns)
+    if missing := [name for name in chosen if name not in input_schema.names]:
+        raise JobError(f"output.columns: {missing[0]!r} is no input column ({', '.join(input_schema.names)})")
+    if twice := [name for place, name in enumerate(chosen) if name in chosen[:place]]:
+        raise JobError(f"output.columns: {twice[0]!r} is named twice")
+    own = own_schema(output.prefix, parsed)
+    if clash := [name for name in chosen if name in own.names]:
+        raise JobError(
+            f"input column {clash[0]!r} bears a name of the output's own; set output.prefix, for example "
+            '"batchrun_", or leave it out by output.columns'
+        )
+    fields = [input_schema.field(name) for name in chosen]
+    return pa.schema([*fields, *own])
+
+
+def own_schema(prefix: str, parsed: Column = JSON) -> pa.Schema:
+    """Our columns under the names they get in the file."""
+    typed = OWN_COLUMNS.set(OWN_COLUMNS.get_field_index("parsed"), pa.field("parsed", parsed.type()))
+    return pa.schema([field.with_name(prefix + field.name) for field in typed])
+
+
+def own_table(completions: Sequence[Completion], *, keep_raw: bool) -> pa.Table:
+    """The completions as our columns, `OWN_COLUMNS`. Answers are read from `raw` here."""
+    read = [answers.read(completion.raw) if completion.raw else Answer() for completion in completions]
+    pairs = list(zip(completions, read, strict=True))
+    usages = [answer.usage for answer in read]
+
+    def tokens(name: str) -> list[int | None]:
+        return [None if usage is None else getattr(usage, name) for usage in usages]
+
+    values: dict[str, list[object]] = {
+        "row": [c.row for c in completions],
+        "status": [str(c.status) for c in completions],
+        "content": [a.content for a in read],
+        "refusal": [a.refusal for a in read],
+        "parsed": [a.content if c.in_json else None for c, a in pairs],
+        "function_call": [None if a.function_call is None else msgspec.to_builtins(a.function_call) for a in read],
+        "tool_calls": [a.tool_calls for a in read],
+        "finish_reason": [a.finish_reason for a in read],
+        "choices": [msgspec.to_builtins(a.choices) if a.choices else None for a in read],
+        "model": [a.model or c.model for c, a in pairs],
+        "requested_model": [c.model for c in completions],
+        "completion_id": [a.completion_id for a in read],
+        "request_id": [c.request_id for c in completions],
+        "created": [None if a.created is None else a.created * 1_000_000 for a in read],
+        "finished_at": [int(c.finished_at * 1_000_000) for c in completions],
+        **{name: list(tokens(name)) for name in OWN_COLUMNS.names if name.endswith("_tokens")},
+        "cost_usd": [c.cost_usd for c in completions],
+        "reported_cost_usd": [c.reported_cost_usd for c in completions],
+        "answer_cost_usd": [c.answer_cost_usd for c in completions],
+        "attempts": [c.attempts for c in completions],
+        "set_aside": [msgspec.to_builtins(c.set_aside) if c.set_aside else None for c in completions],
+        "latency_s": [c.latency_s for c in completions],
+        "time_to_first_token_s": [c.time_to_first_token_s for c in completions],
+        "error": [None if c.error is None else msgspec.to_builtins(c.error) for c in completions],
+        "request_key": [c.key for c in completions],
+        "reused": [False] * len(completions),
+        "variant": [c.variant for c in completions],
+        "invocation": [c.invocation for c in completions],
+        "raw": [packed.plain(c.raw) if keep_raw or c.status is not Status.OK or a.flagged else None for c, a in pairs],
+    }
+    return pa.Table.from_arrays([pa.array(values[field.name], field.type) for field in OWN_COLUMNS], schema=OWN_COLUMNS)
+
+
+def joined(table: pa.Table, own: pa.Table, schema: pa.Schema, parsed: Column = JSON) -> pa.RecordBatch:
+    """The rows of `table` with our columns beside them, in the schema of the output."""
+    chosen = [table.column(name) for name in schema.names[: len(schema) - own.num_columns]]
+    ours = own.columns if parsed.kind == "json" else _typed(own, parsed).columns
+    arrays = [column.combine_chunks() for column in (*chosen, *ours)]
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def _typed(own: pa.Table, parsed: Column) -> pa.Table:
+    """Our columns with `parsed` in its type; rows of which it can't hold everything say so in `error`."""
+    texts = cast(list[str | None], own.column("parsed").to_pylist())
+    array, problems = array_of(parsed, texts)
+    errors = own.column("error").to_pylist()
+    for row, message in problems.items():
+        errors[row] = errors[row] or msgspec.to_builtins(RowError(NOT_IN_PARSED, None, None, message))
+    place = own.schema.get_field_index("parsed")
+    typed = own.set_column(place, pa.field("parsed", parsed.type()), array)
+    if not problems:
+        return typed
+    error = own.schema.field("error")
+    return typed.set_column(own.schema.get_field_index("error"), error, pa.array(errors, error.type))
+
+
+def as_own(ours: pa.Table) -> pa.Table:
+    """Our columns as a file has them, as `OWN_COLUMNS` has them: what was parsed is the text that `content` is."""
+    named = ours.rename_columns(OWN_COLUMNS.names)
+    if named.schema.field("parsed").type == OWN_COLUMNS.field("parsed").type:
+        return named.cast(OWN_COLUMNS)
+    error = named.column("error")
+    kinds = pc.struct_field(error, "kind")
+    noted = pc.is_in(kinds, pa.array([NOT_IN_PARSED]))
+    was_parsed = pc.or_(pc.is_valid(named.column("parsed")), noted)
+    texts = pc.if_else(was_parsed, named.column("content"), pa.scalar(None, pa.large_string()))
+    errors = pc.if_else(noted, pa.scalar(None, error.type), error)
+    place = named.schema.get_field_index
+    return (
+        named.set_column(place("parsed"), "parsed", texts).set_column(place("error"), "error", errors).cast(OWN_COLUMNS)
+    )
