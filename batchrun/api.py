@@ -23,7 +23,7 @@ from batchrun.limits.deadline import Deadline
 from batchrun.policy import failing
 from batchrun.records import Status, Summary
 from batchrun.source import Rows, as_file
-from batchrun.startup.run_options import Asked
+from batchrun.startup.run_options import RunOptions
 from batchrun.store import rundir
 from batchrun.store.rundir import RunDirectory
 
@@ -120,7 +120,7 @@ def _invoke(
     deadline: Deadline | None,
     host: Host | None,
 ) -> Summary:
-    asked = Asked(
+    asked = RunOptions(
         skip_invalid=options.get("skip_invalid", False),
         accept_changes=options.get("accept_changes", False),
         limit=options.get("limit"),

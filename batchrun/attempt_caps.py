@@ -1,6 +1,6 @@
 """What a row has been through: when it is given up, and how long it waits before its next attempt. PURE.
 
-docs/guarantees.md ("What counts against a row") says it for readers; tests/test_policy.py tries the bounds.
+docs/guarantees.md ("What counts against a row") says it for readers; tests/unit/test_policy.py tries the bounds.
 """
 
 import math

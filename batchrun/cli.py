@@ -377,12 +377,12 @@ def _read_through(job: "Job", *, skip_invalid: bool) -> "tuple[Source, Survey]":
     from batchrun.source import open_source
     from batchrun.startup import input_pass, preconditions
     from batchrun.startup.input_check import survey
-    from batchrun.startup.run_options import Asked
+    from batchrun.startup.run_options import RunOptions
     from batchrun.store.rundir import RunDirectory
 
     with tempfile.TemporaryDirectory(prefix="batchrun-") as scratch, Progress() as progress:
         files = input_pass.input_files(
-            job, RunDirectory(Path(scratch)), Asked(stdin=streams.standard_input()), begun=False
+            job, RunDirectory(Path(scratch)), RunOptions(stdin=streams.standard_input()), begun=False
         )
         try:
             source = open_source(files, job.input.max_line_bytes)

@@ -14,7 +14,7 @@ READ_BYTES = 1 << 20
 
 
 @contextlib.contextmanager
-def told(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
     """A refusal of the disk inside becomes a DiskError that names `path`, the cause and the next step."""
     try:
         yield
@@ -52,7 +52,7 @@ def replace(path: Path, write: Callable[[Path], None]) -> None:
     """`path` holds what `write` wrote to the temp name it is given; on any error the old file stays, and no rest."""
     temporary = path.with_name(path.name + TEMP_SUFFIX)
     try:
-        with told(path):
+        with disk_errors(path):
             write(temporary)
             fsync(temporary)
             temporary.rename(path)
@@ -91,7 +91,7 @@ def digest(path: Path) -> str:
     """
     hasher = hashlib.blake2b(digest_size=16)
     path.stat()
-    with told(path), open(path, "rb") as file:
+    with disk_errors(path), open(path, "rb") as file:
         while block := file.read(READ_BYTES):
             hasher.update(block)
     return hasher.hexdigest()

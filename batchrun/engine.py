@@ -37,8 +37,8 @@ from batchrun.report.summary import are, failures, files, plural, read
 from batchrun.startup import input_pass, retry
 from batchrun.startup import resume as planning
 from batchrun.startup.resume import Plan
-from batchrun.startup.run_options import Asked
-from batchrun.store import at_rest, partial, result, variants
+from batchrun.startup.run_options import RunOptions
+from batchrun.store import at_rest, manifest, partial, result, variants
 from batchrun.store.checkpoint import Checkpoint, read_finished
 from batchrun.store.chunks import Chunks, Layout
 from batchrun.store.rundir import RunDirectory
@@ -51,7 +51,7 @@ def run(
     job: Job,
     directory: RunDirectory,
     credentials: Credentials,
-    asked: Asked = Asked(),  # noqa: B008  (frozen)
+    asked: RunOptions = RunOptions(),  # noqa: B008  (frozen)
     hooks: Hooks = Hooks(),  # noqa: B008  (frozen)
     loop_factory: LoopFactory | None = None,
 ) -> Summary:
@@ -75,7 +75,7 @@ def _start(
     job: Job,
     directory: RunDirectory,
     credentials: Credentials,
-    asked: Asked,
+    asked: RunOptions,
     hooks: Hooks,
     loop_factory: LoopFactory | None,
 ) -> tuple[Summary, bool]:
@@ -91,7 +91,7 @@ def _start(
         return summary, checkpoint.has_reopened
 
 
-def _to_retry(summary: Summary, asked: Asked, hooks: Hooks) -> bool:
+def _to_retry(summary: Summary, asked: RunOptions, hooks: Hooks) -> bool:
     """Whether rows that a retry is about are left once the pending ones, which came first, are settled.
 
     Not where rows come by a stream, which is read, or go to a program, which has them.
@@ -104,22 +104,22 @@ def _to_retry(summary: Summary, asked: Asked, hooks: Hooks) -> bool:
 # ── lock, resume ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _finished(job: Job, directory: RunDirectory, asked: Asked) -> Summary | None:
+def _finished(job: Job, directory: RunDirectory, asked: RunOptions) -> Summary | None:
     """The summary of a run that is complete already, untouched; None where there is still something to do."""
     directory.given.unlink(missing_ok=True)  # what a start that was killed had been given
     if not (directory.read_summary() or {}).get("complete"):
         return None
     summary = read(directory)
-    manifest = read_finished(directory.checkpoint)
-    known = manifest.read(manifest)
+    entries = read_finished(directory.checkpoint)
+    known = manifest.read(entries)
     planning.require_same_shape(job, known)
-    _, _, settings = variants.place(job, variants.read(manifest), known.variant, retrying=asked.retry is not None)
+    _, _, settings = variants.place(job, variants.read(entries), known.variant, retrying=asked.retry is not None)
     what = planning.changed_input(input_pass.input_files(job, directory, asked), directory, known)
     wanted = known.rows if asked.limit is None else min(asked.limit, known.rows)
     again = asked.retry is not None and any(summary.by_status.get(status) for status in asked.retry)
     if settings or what is not None or again or wanted > summary.rows_in_output:
         return None
-    result.require_there(directory, known.output.layout, summary.rows_in_output, manifest)
+    result.require_there(directory, known.output.layout, summary.rows_in_output, entries)
     return msgspec.structs.replace(summary, exit_code=int(_exit_code(job, summary)), files=files(directory))
 
 
@@ -181,7 +181,7 @@ def _checkpoint(directory: RunDirectory, status: RunStatus) -> Iterator[Checkpoi
 
 
 def _check(
-    job: Job, directory: RunDirectory, checkpoint: Checkpoint, asked: Asked, status: RunStatus, hooks: Hooks
+    job: Job, directory: RunDirectory, checkpoint: Checkpoint, asked: RunOptions, status: RunStatus, hooks: Hooks
 ) -> Store:
     """What this start is to do is settled, and nothing was sent. Attempts that a dead process left are named."""
     lost = at_rest.name_lost(directory.inflight, checkpoint, with_ids=bool(job.endpoint.id_header))
@@ -215,15 +215,15 @@ def _retried(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, status
         JobError: rows are pending, and this start would send them otherwise than was meant.
     """
     pending = plan.rows - checkpoint.spent.settled()
-    manifest = variants.encode(plan.variants)
-    if pending and checkpoint.manifest()[variants.ENTRY] != manifest[variants.ENTRY]:
+    entries = variants.encode(plan.variants)
+    if pending and checkpoint.manifest()[variants.ENTRY] != entries[variants.ENTRY]:
         raise JobError(
             f"{plural(pending, 'row')} {are(pending)} still pending as asked before; finish the run, then retry"
         )
     if pending:
         return f"{plural(pending, 'row')} {are(pending)} still pending; sent first"
     mean_cost_usd = checkpoint.spent.mean_cost_usd()
-    rows = retry.reopen(plan, directory, checkpoint, statuses, plan.variant, manifest)
+    rows = retry.reopen(plan, directory, checkpoint, statuses, plan.variant, entries)
     ended = f"{plural(rows, 'row')} that ended as {', '.join(sorted(statuses))}"
     return f"{ended} {are(rows)} asked again{about(rows, mean_cost_usd)}"
 
@@ -250,7 +250,7 @@ def _dispatch(
     job: Job,
     store: Store,
     credentials: Credentials,
-    asked: Asked,
+    asked: RunOptions,
     status: RunStatus,
     hooks: Hooks,
     loop_factory: LoopFactory | None,

@@ -1,6 +1,6 @@
 """What an attempt's outcome means, and what an answer makes of its row. PURE: a table, not a ladder of ifs.
 
-docs/guarantees.md explains each line; tests/test_policy.py walks the table.
+docs/guarantees.md explains each line; tests/unit/test_policy.py walks the table.
 """
 
 from collections.abc import Mapping

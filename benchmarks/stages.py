@@ -19,7 +19,7 @@ from batchrun import policy, prices
 from batchrun.job.job import Finish, Job, Limits, Price, Retry
 from batchrun.job.load import from_tables
 from batchrun.limits.admission import Ask, Outcome
-from batchrun.limits.circuit import GateState
+from batchrun.limits.circuit import Circuit
 from batchrun.limits.gate import Gate
 from batchrun.limits.in_flight import InFlight
 from batchrun.records import Attempt, Completion, Row, Status, Usage, Verdict
@@ -29,9 +29,9 @@ from batchrun.source import START, find_files, open_source
 from batchrun.startup.input_check import survey
 from batchrun.store import db_tables
 from batchrun.store.checkpoint import Checkpoint
-from batchrun.store.in_flight import Slots
+from batchrun.store.in_flight import InFlightFile
 from batchrun.store.stored_window import BATCH_ROWS, StoredWindow, typed, write
-from batchrun.store.totals import Spent, fold
+from batchrun.store.totals import Totals, fold
 from batchrun.tables import files
 from batchrun.tables.rows import joined, output_schema, own_table
 
@@ -105,7 +105,7 @@ def the_input(folder: Path) -> tuple[Job, Iterator[tuple[str, float]]]:
 async def at_the_gate() -> float:
     """Admitted, settled, heard, observed and released, with nothing to wait for."""
     loop = asyncio.get_running_loop()
-    state = GateState(
+    state = Circuit(
         in_flight=InFlight(64, 64),
         max_outage_s=60.0,
         resumed=True,
@@ -152,7 +152,7 @@ def durable(folder: Path) -> Iterator[tuple[str, float]]:
     """What durability costs in this process, in commits of 32 rows."""
     settled = [completion(row) for row in range(BATCH_ROWS)]
     records = [db_tables.completion_record(each) for each in settled]
-    slots = Slots(folder / "inflight.bin", 64)
+    slots = InFlightFile(folder / "inflight.bin", 64)
 
     def take_and_clear() -> None:
         for row in range(BATCH_ROWS):
@@ -178,7 +178,7 @@ def durable(folder: Path) -> Iterator[tuple[str, float]]:
     )
     yield (
         "commit: totals",
-        best_us(lambda: [fold(Spent(), settled[at : at + 32], 1) for at in range(0, BATCH_ROWS, 32)], BATCH_ROWS),
+        best_us(lambda: [fold(Totals(), settled[at : at + 32], 1) for at in range(0, BATCH_ROWS, 32)], BATCH_ROWS),
     )
     yield "commit: all of it, SQLite and the kernel included", best_us(commits, BATCH_ROWS)
     yield "seal: blobs decoded", best_us(lambda: [db_tables.completion(record) for record in records], BATCH_ROWS)

@@ -11,7 +11,7 @@ from typing import Any
 
 from batchrun.job import job
 from batchrun.limits.admission import Ask, Found, Limit, Outcome
-from batchrun.limits.circuit import GateState
+from batchrun.limits.circuit import Circuit
 from batchrun.limits.gate import Gate
 from batchrun.limits.in_flight import InFlight
 from batchrun.records import RowError, Verdict
@@ -108,7 +108,7 @@ def new_gate(
     def told(what: Limit, before: float | None, after: float | None, why: str) -> None:
         run.changes.append((_now_s() - run.server.begun_s, f"{what}: {before} -> {after}: {why}"))
 
-    state = GateState(
+    state = Circuit(
         in_flight=InFlight(max_in_flight, first_in_flight),
         max_outage_s=7_200.0,
         resumed=False,

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from batchrun.job import job
 from batchrun.limits.admission import Ask, Found, Outcome
-from batchrun.limits.circuit import GateState
+from batchrun.limits.circuit import Circuit
 from batchrun.limits.gate import Gate
 from batchrun.limits.in_flight import InFlight
 from batchrun.records import RowError, Verdict
@@ -245,7 +245,7 @@ async def play(server: RefusingServer, rows: int, max_in_flight: int, seed: int,
     def told(what: str) -> None:
         played.told.append((loop.time() - begun_s, what))
 
-    state = GateState(
+    state = Circuit(
         in_flight=InFlight(max_in_flight),
         max_outage_s=7_200.0,
         resumed=False,

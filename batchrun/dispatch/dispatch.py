@@ -28,8 +28,8 @@ from batchrun.dispatch.worker import Workers
 from batchrun.errors import ExitCode
 from batchrun.job.job import Budget, Job
 from batchrun.limits.admission import Found, Limit, Phase, Stop
-from batchrun.limits.budget import Cap, Purse
-from batchrun.limits.circuit import GateState
+from batchrun.limits.budget import BudgetAccount, Cap
+from batchrun.limits.circuit import Circuit
 from batchrun.limits.deadline import Deadline
 from batchrun.limits.gate import Gate
 from batchrun.limits.in_flight import InFlight
@@ -38,8 +38,8 @@ from batchrun.open_files import OpenFiles
 from batchrun.report.summary import plural
 from batchrun.request.image_digests import ImageDigests
 from batchrun.store import in_flight
-from batchrun.store.in_flight import Slots
-from batchrun.store.totals import Spent
+from batchrun.store.in_flight import InFlightFile
+from batchrun.store.totals import Totals
 from batchrun.transport import transport as wires
 from batchrun.transport.connector import MAX_TAILS
 
@@ -78,7 +78,7 @@ class Dispatch:
         wire = wires.choose(job.endpoint)
         self._status.log.write("transport", wire=wire.wire, why=wire.why)
         with (
-            contextlib.closing(Slots(store.directory.inflight, at_once)) as in_flight,
+            contextlib.closing(InFlightFile(store.directory.inflight, at_once)) as in_flight,
             contextlib.closing(ImageDigests(store.directory.images_of(store.plan.facts.layout))) as checked,
         ):
             requests = Requests(job, store.plan, checked, learned.estimates)
@@ -151,7 +151,7 @@ class Dispatch:
     def _open_gate(self, loop: asyncio.AbstractEventLoop, learned: LearnedLimits, at_once: int) -> Gate:
         limits, known, log = self._job.limits, learned.known, self._status.log
         burst = int((limits.requests_per_minute or 0.0) / 60 * BURST_S)  # a told pace needs no slow start
-        state = GateState(
+        state = Circuit(
             in_flight=InFlight(at_once, max(burst, known.in_flight or 0)),
             max_outage_s=self._job.retry.max_outage_s,
             resumed=self._store.plan.resumed,
@@ -214,12 +214,12 @@ class Leaving:
         return msgspec.structs.replace(stop, why=f"{self._by}: stopped at once; {given_up} in flight given up")
 
 
-def _purse(budget: Budget, spent: Spent) -> Purse | None:
+def _purse(budget: Budget, spent: Totals) -> BudgetAccount | None:
     """The budget's caps over what the run has spent so far; None where it has none."""
     if budget == Budget():
         return None
     cost, tokens, requests = budget.max_cost_usd, budget.max_tokens, budget.max_requests
-    return Purse(
+    return BudgetAccount(
         cost_usd=None if cost is None else Cap(cost, spent.most_usd()),
         tokens=None if tokens is None else Cap(tokens, spent.tokens()),
         requests=None if requests is None else Cap(requests, spent.requests()),

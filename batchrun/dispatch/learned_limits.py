@@ -13,7 +13,7 @@ from batchrun.limits import daily, overruns, token_estimates
 from batchrun.limits.admission import Found
 from batchrun.limits.daily import DailyCount, Day
 from batchrun.limits.gate import Gate
-from batchrun.limits.token_estimates import Estimates, Learned
+from batchrun.limits.token_estimates import Estimates, TokenEstimates
 from batchrun.store.checkpoint import Checkpoint
 
 KEEP_EVERY_S = 60.0
@@ -71,7 +71,7 @@ class LearnedLimits:
 
     def keep(self, gate: Gate) -> None:
         """The next start in this run directory begins where this one is. For a thread: it waits for the disk."""
-        known = Learned(
+        known = TokenEstimates(
             self.known.sizes | self.estimates.sizes(),
             gate.found.requests_per_minute,
             gate.found.tokens_per_minute,

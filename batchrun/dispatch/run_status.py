@@ -11,7 +11,7 @@ import msgspec
 from batchrun.credentials import Credentials
 from batchrun.dispatch.runlog import RunLog
 from batchrun.dispatch.worker import Workers
-from batchrun.durable import replace_bytes, told
+from batchrun.durable import disk_errors, replace_bytes
 from batchrun.errors import CheckpointError, DiskError, ExitCode, InputError
 from batchrun.limits import overruns
 from batchrun.limits.admission import Limit
@@ -78,7 +78,7 @@ class RunStatus:
         self._seen_reasons = self._seen_tiers = 0
         self._recent = Recent()
         self._earlier = _left_by_the_last_start(directory)
-        with told(directory.log):
+        with disk_errors(directory.log):
             self.log = RunLog(directory.log)
         self.write(self.summary())
 

@@ -7,10 +7,10 @@ from batchrun.job.job import Job
 from batchrun.policy import failing
 from batchrun.report.summary import are, plural
 from batchrun.startup.resume import Plan
-from batchrun.store.totals import Spent
+from batchrun.store.totals import Totals
 
 
-def told_at_start(job: Job, plan: Plan, where: Path, spent: Spent, lost: int, *, retrying: bool) -> list[str]:
+def told_at_start(job: Job, plan: Plan, where: Path, spent: Totals, lost: int, *, retrying: bool) -> list[str]:
     """What a person should know before the first request: `lost` of the run's requests died with the last process."""
     known, lines = plan.facts, []
     if plan.resumed:

@@ -9,7 +9,7 @@ from batchrun.records import Completion, Ending, Status
 from batchrun.startup.resume import Plan
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.chunks import Chunks, OpenChunk
-from batchrun.store.in_flight import Slots
+from batchrun.store.in_flight import InFlightFile
 from batchrun.store.rundir import RunDirectory
 
 
@@ -42,7 +42,7 @@ class Landing(msgspec.Struct, frozen=True):
     """
 
     store: Store
-    slots: Slots
+    slots: InFlightFile
     results: ResultQueue | None
     full: "asyncio.Queue[OpenChunk | None]"
 

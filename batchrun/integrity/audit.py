@@ -11,13 +11,13 @@ import msgspec
 
 from batchrun.errors import CheckpointError
 from batchrun.integrity import readable_groups
-from batchrun.integrity.db_records import SALVAGED, Remains
+from batchrun.integrity.db_records import SALVAGED, DbRecords
 from batchrun.prices import PriceTable
 from batchrun.records import Status, Summary, TotalsLine
 from batchrun.report.summary import Moment, summarise
 from batchrun.store import db_tables, result
 from batchrun.store.checkpoint import SINCE
-from batchrun.store.manifest import Facts
+from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
 from batchrun.tables import booked, files
 from batchrun.tables.rows import USAGE_COLUMNS
@@ -42,7 +42,7 @@ class Held(msgspec.Struct):
             self.cost_usd += cost or 0
 
 
-def unaccounted_usd(known: Remains, held: Held) -> tuple[Decimal, bool]:
+def unaccounted_usd(known: DbRecords, held: Held) -> tuple[Decimal, bool]:
     """What the bill has beyond the rows and the attempts of rows still pending; and whether it should be 0.
 
     It may be more where answers were replaced, given up or lost, and where a row's own cost is unknown.
@@ -59,12 +59,12 @@ def unaccounted_usd(known: Remains, held: Held) -> tuple[Decimal, bool]:
     return beyond, not (replaced or held.unpriced)
 
 
-def rows_due(known: Remains) -> int:
+def rows_due(known: DbRecords) -> int:
     """The rows of a finished run: of a pilot, not all of the input."""
     return sum(chunk.rows for chunk in known.chunks)
 
 
-def totals_problem(known: Remains, held: Held, *, finished: bool) -> str | None:
+def totals_problem(known: DbRecords, held: Held, *, finished: bool) -> str | None:
     """How the totals disagree with the rows, all of which were read; None where they agree."""
     standing = {status: rows for status, rows in known.spent.standing.items() if rows}
     if standing != held.standing or (finished and held.standing.total() != rows_due(known)):
@@ -75,7 +75,7 @@ def totals_problem(known: Remains, held: Held, *, finished: bool) -> str | None:
     return None
 
 
-def usage_problem(directory: RunDirectory, known: Remains) -> str | None:
+def usage_problem(directory: RunDirectory, known: DbRecords) -> str | None:
     """What is wrong with the usage.parquet of a finished run; None where it has the totals' lines."""
     expected = result.finished(known.manifest).usage
     try:
@@ -87,7 +87,7 @@ def usage_problem(directory: RunDirectory, known: Remains) -> str | None:
     return None if _in_order(lines) == _in_order(known.spent.lines()) else "does not have the totals' lines"
 
 
-def footer_problem(directory: RunDirectory, known: Remains, facts: Facts) -> str | None:
+def footer_problem(directory: RunDirectory, known: DbRecords, facts: Manifest) -> str | None:
     """How the footer of a sound result disagrees with the totals; None where it agrees."""
     footer = files.read_footer(directory.completions) or {}
     told = footer.get("run_id"), footer.get("rows_in_output"), footer.get("cost_usd")
@@ -120,7 +120,7 @@ def bill_elsewhere(directory: RunDirectory) -> BillElsewhere | None:
     return BillElsewhere(place.name, rows, Decimal(usd))
 
 
-def summary_problem(directory: RunDirectory, known: Remains, facts: Facts, prices: Prices) -> str | None:
+def summary_problem(directory: RunDirectory, known: DbRecords, facts: Manifest, prices: Prices) -> str | None:
     """What is wrong with summary.json. While a run is incomplete its figures may be seconds old, and are not looked at.
 
     `updated_at`, `requests_per_minute`, `limits`, `tuned`, `deadline`, `command` and, to its rounding, `elapsed_s` have
@@ -145,7 +145,9 @@ def summary_problem(directory: RunDirectory, known: Remains, facts: Facts, price
     return f"{', '.join(wrong)}: not as in checkpoint.db" if wrong else None
 
 
-def _agrees(name: str, summary: Summary, directory: RunDirectory, known: Remains, facts: Facts, prices: Prices) -> bool:
+def _agrees(
+    name: str, summary: Summary, directory: RunDirectory, known: DbRecords, facts: Manifest, prices: Prices
+) -> bool:
     told: Any = getattr(summary, name)
     counted: Any = getattr(summarise(facts, rows_due(known), prices, known.spent, _moment(summary), directory), name)
     match name:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from batchrun.durable import told
+from batchrun.durable import disk_errors
 from batchrun.integrity.page_carver import FRAME_HEADER_BYTES, LOG_HEADER_BYTES, carve, tables_of
 from batchrun.records import FAILURES, Completion, PossiblyBilled, Status
 from batchrun.store import db_tables
@@ -16,14 +16,14 @@ from batchrun.store.at_rest import log_of, private_copy
 from batchrun.store.checkpoint import FORMAT, SINCE
 from batchrun.store.database import Database, Record
 from batchrun.store.db_tables import Chunk, Reopened
-from batchrun.store.totals import Spent, with_possibly_billed
+from batchrun.store.totals import Totals, with_possibly_billed
 from batchrun.store.wal import PAGE_BYTES
 
 SALVAGED = "salvaged"
 """The manifest's entry of a run that was salvaged: its bill may have answers that were lost."""
 
 
-class Remains(msgspec.Struct, frozen=True):
+class DbRecords(msgspec.Struct, frozen=True):
     """The database's records as values. `records` counts them all; `whole` is False where they are what was left.
 
     `torn`: the log's last commit can't be read. `attempts` and doubts before the invocation `since` speak of other
@@ -36,7 +36,7 @@ class Remains(msgspec.Struct, frozen=True):
     rows: dict[int, Completion]
     attempts: list[Record]
     possibly_billed: list[PossiblyBilled]
-    spent: Spent
+    spent: Totals
     reopened: dict[int, Reopened]
     records: int
     whole: bool
@@ -48,7 +48,7 @@ class Remains(msgspec.Struct, frozen=True):
         return int(self.manifest.get(SINCE, "0"))
 
 
-def read(path: Path) -> Remains:
+def read(path: Path) -> DbRecords:
     """What the database at `path` says.
 
     Raises:
@@ -58,9 +58,9 @@ def read(path: Path) -> Remains:
         return _read(copy)
 
 
-def left(path: Path) -> Remains:
+def left(path: Path) -> DbRecords:
     """What can still be found of a damaged database at `path`: of each record the newest version there is."""
-    with told(path):
+    with disk_errors(path):
         database, log = (file.read_bytes() if file.exists() else b"" for file in (path, log_of(path)))
     found: dict[str, dict[Record, Record]] = {name: {} for name in _TABLES}
     for name, record in carve(database, log, db_tables.TABLES):
@@ -74,7 +74,7 @@ _STATUSES = frozenset(map(str, Status))
 _TABLES = tuple(table.name for table in tables_of(db_tables.TABLES))
 
 
-def _read(path: Path) -> Remains:
+def _read(path: Path) -> DbRecords:
     log = log_of(path).read_bytes() if log_of(path).exists() else b""
     with contextlib.closing(Database.open(path, db_tables.TABLES, FORMAT, lambda full: False)) as database:
         known = _remains({name: list(database.records(name)) for name in _TABLES}, whole=True)
@@ -89,17 +89,17 @@ def _has_commit(log: bytes, frames: int) -> bool:
     return any(any(log[start + 4 : start + 8]) and log[start + 8 : start + 16] == salts for start in starts)
 
 
-def _remains(records: dict[str, list[Record]], *, whole: bool) -> Remains:
+def _remains(records: dict[str, list[Record]], *, whole: bool) -> DbRecords:
     lines = [db_tables.totals_line(record) for record in records["totals"]]
     changes = [db_tables.replaced_line(record) for record in records["replaced"]]
     doubts = [db_tables.possibly_billed(record) for record in records["possibly_billed"]]
-    spent = Spent(
+    spent = Totals(
         totals={line.key: line for line in lines},
         replaced={line.key: line for line in changes},
         standing=dict(records["standing"]),
         answered_as=dict(records["answered_as"]),
     )
-    return Remains(
+    return DbRecords(
         manifest=dict(records["manifest"]),
         invocations=sorted(records["invocations"]),
         chunks=sorted((Chunk(*record) for record in records["chunks"]), key=lambda chunk: chunk.chunk),

@@ -22,7 +22,7 @@ from batchrun.source import JsonlSource, Source, TableSource
 from batchrun.store import at_rest, manifest, partial, result, stored_window
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.chunks import Chunks, Layout
-from batchrun.store.manifest import Facts
+from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
 from batchrun.tables import files
 from batchrun.tables.json_columns import ColumnTypes
@@ -53,15 +53,15 @@ def export(directory: RunDirectory, to: Path | None = None) -> Exported:
     if not directory.checkpoint.exists():
         raise InputError(f"{directory.path}: no run here (no checkpoint.db); name a run directory")
     with directory.lock(), at_rest.opened(directory.checkpoint, directory.inflight) as checkpoint:
-        manifest = checkpoint.manifest()
-        if manifest.ENTRY not in manifest:
+        entries = checkpoint.manifest()
+        if manifest.ENTRY not in entries:
             raise InputError(f"{directory.path}: no rows yet: the run ended while its input was checked; run it again")
-        known = manifest.read(manifest)
+        known = manifest.read(entries)
         if to is not None:
             _require_place(to, directory, known)
         summary = reporting.on_disk(directory, checkpoint, _written(directory))
-        if result.FINISHED in manifest:
-            return _complete(directory, known, summary, result.finished(manifest).digest, to)
+        if result.FINISHED in entries:
+            return _complete(directory, known, summary, result.finished(entries).digest, to)
         exported = _so_far(directory, checkpoint, known, summary, to or directory.partial)
         if to is None:
             files.write_usage(directory.usage, checkpoint.spent.lines())
@@ -88,7 +88,7 @@ def _written(directory: RunDirectory) -> Summary | None:
         return None
 
 
-def _require_place(to: Path, directory: RunDirectory, known: Facts) -> None:
+def _require_place(to: Path, directory: RunDirectory, known: Manifest) -> None:
     """Nothing, if a file can be put there without taking the place of anything but an earlier export.
 
     Raises:
@@ -107,7 +107,9 @@ def _require_place(to: Path, directory: RunDirectory, known: Facts) -> None:
         raise JobError(f"-o {to}: is the run's input; name another file")
 
 
-def _complete(directory: RunDirectory, known: Facts, summary: Summary, result_digest: str, to: Path | None) -> Exported:
+def _complete(
+    directory: RunDirectory, known: Manifest, summary: Summary, result_digest: str, to: Path | None
+) -> Exported:
     in_parts = known.output.layout == "parts"
     rows = summary.rows - summary.pending
     if to is None:
@@ -123,7 +125,7 @@ def _complete(directory: RunDirectory, known: Facts, summary: Summary, result_di
     return Exported(to, rows, 0, complete=True, written=True)
 
 
-def _so_far(directory: RunDirectory, checkpoint: Checkpoint, known: Facts, summary: Summary, to: Path) -> Exported:
+def _so_far(directory: RunDirectory, checkpoint: Checkpoint, known: Manifest, summary: Summary, to: Path) -> Exported:
     source, problem = _source(directory, known)
     types = None if known.types is None else ColumnTypes.from_json(known.types)
     schema = _schema(directory, checkpoint, known, source, types)
@@ -149,7 +151,7 @@ def _so_far(directory: RunDirectory, checkpoint: Checkpoint, known: Facts, summa
     return Exported(to, summary.rows, pending, complete=False, written=True, problem=problem)
 
 
-def _source(directory: RunDirectory, known: Facts) -> tuple[Source, str | None]:
+def _source(directory: RunDirectory, known: Manifest) -> tuple[Source, str | None]:
     """The input as it was when the run began; or an input without rows, and why."""
     try:
         return input_again(known, directory), None
@@ -159,7 +161,7 @@ def _source(directory: RunDirectory, known: Facts) -> tuple[Source, str | None]:
 
 
 def _schema(
-    directory: RunDirectory, checkpoint: Checkpoint, known: Facts, source: Source, types: ColumnTypes | None
+    directory: RunDirectory, checkpoint: Checkpoint, known: Manifest, source: Source, types: ColumnTypes | None
 ) -> pa.Schema:
     """The columns of the result. Where a Parquet input is gone, its columns are those of the first chunk."""
     if types is not None:

@@ -10,7 +10,7 @@ import msgspec
 import pyarrow as pa
 
 from batchrun.errors import CheckpointError
-from batchrun.integrity.db_records import SALVAGED, Remains
+from batchrun.integrity.db_records import SALVAGED, DbRecords
 from batchrun.records import LineKey, Summary, TotalsLine
 from batchrun.store import db_tables, in_flight, manifest, spill, variants
 from batchrun.store.checkpoint import FORMAT, SINCE, SPILL
@@ -63,7 +63,7 @@ class Account:
         lines = (*self._answers.values(), *self._discarded.values())
         return sum((line.cost_usd for line in lines), Decimal(0))
 
-    def totals(self, known: Remains, summary: Sequence[TotalsLine]) -> list[TotalsLine]:
+    def totals(self, known: DbRecords, summary: Sequence[TotalsLine]) -> list[TotalsLine]:
         """The bill as the database has it. Where that is damaged: as it, or the summary, had it last; or the rows' own
         sum, if that is more.
         """
@@ -86,7 +86,7 @@ class Account:
             _add(changes, msgspec.structs.replace(_difference(discarded, change), rows=0))
         return list(changes.values())
 
-    def without_end(self, known: Remains) -> list[InFlight]:
+    def without_end(self, known: DbRecords) -> list[InFlight]:
         """Who was in flight and has no end on record, as the next start would have found."""
         ended = {record[:2] for record in known.attempts if record[-1] >= known.since}
         ended |= {(doubt.row, doubt.n) for doubt in known.possibly_billed if doubt.invocation >= known.since}
@@ -117,7 +117,7 @@ def _difference(wanted: TotalsLine | None, line: TotalsLine) -> TotalsLine:
     return TotalsLine(*wanted.key, **figures)
 
 
-def write(old: RunDirectory, known: Remains, account: Account, new: RunDirectory) -> None:
+def write(old: RunDirectory, known: DbRecords, account: Account, new: RunDirectory) -> None:
     """The new directory has a checkpoint that says what was kept; a start goes on with it."""
     invocation = max((record[0] for record in known.invocations), default=1)
     lost = in_flight.possibly_billed(account.without_end(known), invocation, "crash")
@@ -164,7 +164,7 @@ def spilled(directory: RunDirectory) -> list[Frame]:
     return frames
 
 
-def _invocations(known: Remains, told: Summary | None) -> list[Record]:
+def _invocations(known: DbRecords, told: Summary | None) -> list[Record]:
     """The starts on record, and the last one that the summary tells of: the next is the newest, whatever was lost."""
     if told is None or any(record[0] >= told.invocation for record in known.invocations):
         return known.invocations

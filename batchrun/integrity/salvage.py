@@ -17,12 +17,12 @@ import msgspec
 import pyarrow as pa
 
 from batchrun import prices
-from batchrun.durable import fsync, replace, told
+from batchrun.durable import disk_errors, fsync, replace
 from batchrun.errors import CheckpointError, InputError, JobError
 from batchrun.integrity import readable_groups, rebuilt_checkpoint
-from batchrun.integrity.db_records import Remains
+from batchrun.integrity.db_records import DbRecords
 from batchrun.integrity.rebuilt_checkpoint import Account
-from batchrun.integrity.sound_rows import NO_END, KeptRows
+from batchrun.integrity.sound_rows import NO_END, SoundRows
 from batchrun.integrity.verify import Findings, inspected
 from batchrun.job.job import SIMULATOR, Endpoint, Job, Output
 from batchrun.prices import PriceTable
@@ -33,7 +33,7 @@ from batchrun.source import START, Source, TableSource, Window, open_source
 from batchrun.startup import resume
 from batchrun.store import in_flight, manifest, stored_window, variants
 from batchrun.store.db_tables import Chunk, Reopened
-from batchrun.store.manifest import Facts
+from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
 from batchrun.store.stored_window import StoredWindow
 from batchrun.store.variants import Variant
@@ -84,7 +84,7 @@ def salvage(directory: RunDirectory) -> tuple[Findings, Salvaged | None]:
         return findings, _salvaged(directory, inspection.known) if findings.damages else None
 
 
-def _salvaged(directory: RunDirectory, known: Remains) -> Salvaged:
+def _salvaged(directory: RunDirectory, known: DbRecords) -> Salvaged:
     to = directory.path.with_name(directory.path.name + ".salvaged")
     if to.exists():
         raise JobError(f"{to}: is there already; move it away, then salvage again")
@@ -97,7 +97,7 @@ def _salvaged(directory: RunDirectory, known: Remains) -> Salvaged:
         return _built(directory, known, begun, None, str(error), to)
 
 
-def _facts(known: Remains) -> Facts | None:
+def _facts(known: DbRecords) -> Manifest | None:
     try:
         variants.read(known.manifest)
         return manifest.read(known.manifest)
@@ -105,7 +105,7 @@ def _facts(known: Remains) -> Facts | None:
         return None
 
 
-def input_again(begun: Facts, directory: RunDirectory) -> Source:
+def input_again(begun: Manifest, directory: RunDirectory) -> Source:
     """The input as it was when the run began.
 
     Raises:
@@ -120,7 +120,12 @@ def input_again(begun: Facts, directory: RunDirectory) -> Source:
 
 
 def _built(
-    directory: RunDirectory, known: Remains, begun: Facts | None, source: Source | None, problem: str | None, to: Path
+    directory: RunDirectory,
+    known: DbRecords,
+    begun: Manifest | None,
+    source: Source | None,
+    problem: str | None,
+    to: Path,
 ) -> Salvaged:
     building = RunDirectory(to.with_name(to.name + ".tmp"))
     shutil.rmtree(building.path, ignore_errors=True)
@@ -128,7 +133,7 @@ def _built(
     try:
         rescue = Rescue(directory, known, begun, source, building)
         rescue.write()
-        with told(to):
+        with disk_errors(to):
             building.path.rename(to)
             fsync(to.parent)
     except BaseException:
@@ -146,7 +151,7 @@ class Rescue:
     """One rescue into an empty directory. `write` is the whole of it."""
 
     def __init__(
-        self, old: RunDirectory, known: Remains, begun: Facts | None, source: Source | None, new: RunDirectory
+        self, old: RunDirectory, known: DbRecords, begun: Manifest | None, source: Source | None, new: RunDirectory
     ) -> None:
         self._old = old
         self._known = known
@@ -160,7 +165,7 @@ class Rescue:
         jobs = [] if begun is None else [_as_asked(way) for way in variants.read(known.manifest)]
         self._builders = [] if begun is None else [RequestBuilder(job, begun.dialect) for job in jobs]
         self._parsed = JSON if begun is None else manifest.parsed(begun)
-        self._kept = KeptRows(old, known, self._schema, self._prefix)
+        self._kept = SoundRows(old, known, self._schema, self._prefix)
         self.account = Account(in_flight.read(old.inflight), rebuilt_checkpoint.spilled(old))
         self.missing = 0
 
@@ -220,7 +225,7 @@ class Rescue:
             yield self._joined(Chunk(number, first_row, given.rows, end, input_digest), kept, self._facts)
             first_row += given.rows
 
-    def _windows(self, source: Source, begun: Facts) -> Iterator[Window]:
+    def _windows(self, source: Source, begun: Manifest) -> Iterator[Window]:
         """The chunks on record as they are (a pilot's last one is short), then as a start would open them."""
         position, rejected = START, frozenset(begun.rejected)
         for chunk in self._known.chunks if self._known.whole else ():
@@ -241,7 +246,7 @@ class Rescue:
     def _had_result(self) -> bool:
         return self._old.completions.exists() or self._old.completions_folder.exists()
 
-    def _joined(self, chunk: Chunk, kept: pa.Table, begun: Facts) -> Piece:
+    def _joined(self, chunk: Chunk, kept: pa.Table, begun: Manifest) -> Piece:
         """The chunk with its input beside the rows that are kept: sealed if it has them all, else open over them."""
         path = self._new.input_of(chunk.chunk, begun.layout)
         stored = StoredWindow(path, chunk.input_digest, chunk.first_row)

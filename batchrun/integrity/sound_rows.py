@@ -13,7 +13,7 @@ from typing import Any, cast
 import pyarrow as pa
 
 from batchrun.integrity import db_records, readable_groups
-from batchrun.integrity.db_records import Remains, rank
+from batchrun.integrity.db_records import DbRecords, rank
 from batchrun.records import Completion
 from batchrun.store.rundir import RunDirectory
 from batchrun.tables.rows import own_schema, own_table
@@ -21,10 +21,10 @@ from batchrun.tables.rows import own_schema, own_table
 NO_END = 2**63
 
 
-class KeptRows:
+class SoundRows:
     """Give it spans of rows in ascending order; memory is bounded by the largest of them, and the database's rows."""
 
-    def __init__(self, directory: RunDirectory, known: Remains, schema: pa.Schema, prefix: str) -> None:
+    def __init__(self, directory: RunDirectory, known: DbRecords, schema: pa.Schema, prefix: str) -> None:
         """`schema` is that of the output, with `parsed` as JSON text; the input's columns are null where they can't be
         read.
         """

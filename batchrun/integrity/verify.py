@@ -12,17 +12,17 @@ from typing import Any
 import msgspec
 import pyarrow as pa
 
-from batchrun.durable import digest, told
+from batchrun.durable import digest, disk_errors
 from batchrun.errors import CheckpointError, DiskError, InputError
 from batchrun.integrity import audit, db_records, readable_groups
 from batchrun.integrity.audit import Held, Prices
-from batchrun.integrity.db_records import Remains
+from batchrun.integrity.db_records import DbRecords
 from batchrun.report.summary import plural
 from batchrun.store import in_flight, manifest, result, spill, variants
 from batchrun.store.at_rest import log_of
 from batchrun.store.checkpoint import SPILL
 from batchrun.store.db_tables import Chunk
-from batchrun.store.manifest import Facts
+from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
 from batchrun.tables import files
 from batchrun.tables.rows import own_schema
@@ -155,7 +155,7 @@ class Inspection:
         name = str(path.relative_to(self.directory.path))
         self.damages.append(Damage(name, what.removeprefix(f"{path}: "), rows, then))
 
-    def _read(self) -> Remains:
+    def _read(self) -> DbRecords:
         path = self.directory.checkpoint
         try:
             known = db_records.read(path)
@@ -184,7 +184,7 @@ class Inspection:
         else:
             self.sound.append("no run has begun here")
 
-    def _chunks(self, begun: Facts) -> None:
+    def _chunks(self, begun: Manifest) -> None:
         row = 0
         for number, chunk in enumerate(self.known.chunks):
             if (chunk.chunk, chunk.first_row) != (number, row) or chunk.rows < 1:
@@ -196,7 +196,7 @@ class Inspection:
             return
         self.sound.append(f"chunks: {len(self.known.chunks):,}, contiguous, {row:,} of {plural(begun.rows, 'row')}")
 
-    def _chunk(self, chunk: Chunk, begun: Facts) -> None:
+    def _chunk(self, chunk: Chunk, begun: Manifest) -> None:
         """A sealed chunk is its part; an open one its stored input, its records, and its earlier part if it has one."""
         span = chunk.first_row, chunk.end_row
         newer = {row for row in range(*span) if chunk.open and row in self.known.rows}
@@ -244,14 +244,14 @@ class Inspection:
 
     def _stored_input(self, chunk: Chunk, layout: int) -> None:
         path = self.directory.input_of(chunk.chunk, layout)
-        with told(path):
+        with disk_errors(path):
             found = digest(path) if path.exists() else None
         if found == chunk.input_digest:
             self.sound.append(f"{path.relative_to(self.directory.path)}: {plural(chunk.rows, 'row')} of input")
         else:
             self._damaged(path, "is missing" if found is None else "its digest is not the one on record")
 
-    def _counted_twice(self, begun: Facts, prices: Prices) -> None:
+    def _counted_twice(self, begun: Manifest, prices: Prices) -> None:
         all_read = self.known.whole and not any(damage.rows for damage in self.damages)
         result_damaged = any(damage.file == self.directory.completions.name for damage in self.damages)
         if all_read:
@@ -289,7 +289,7 @@ class Inspection:
     def _slots(self) -> None:
         """Slots are made before the first request is sent, and stay until the run is finished."""
         path = self.directory.inflight
-        with told(path):
+        with disk_errors(path):
             size = path.stat().st_size if path.exists() else None
         if size is None:
             begun_anew = self.known.reopened or db_records.SALVAGED in self.known.manifest
@@ -321,10 +321,10 @@ class Inspection:
             rows = sum(len(frame.completions) for frame in frames)
             self.sound.append(f"{path.name}: {plural(rows, 'row')} that the next start takes in")
 
-    def _kept_input(self, begun: Facts) -> None:
+    def _kept_input(self, begun: Manifest) -> None:
         """Standard input, where it was the input."""
         path = self.directory.spool
-        with told(path):
+        with disk_errors(path):
             found = digest(path) if path.exists() else None
         if found is None and [file.path for file in begun.files] != [str(path)]:
             return

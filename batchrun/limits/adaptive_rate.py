@@ -34,7 +34,7 @@ ON_ITS_WAY_S = 0.05
 """How long a request may take to where the server counts it."""
 
 
-class Pace:
+class AdaptiveRate:
     """One limit's pace. `per_minute` is what holds now, None while nothing does."""
 
     __slots__ = (

@@ -37,7 +37,7 @@ class Cap(Generic[Amount]):
         self.spent += bound if spent is None else spent
 
 
-class Purse:
+class BudgetAccount:
     """The caps of one budget, taken together or not at all. A cap that is None is not kept."""
 
     __slots__ = ("cost_usd", "requests", "tokens")

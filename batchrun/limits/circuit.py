@@ -65,7 +65,7 @@ class _Suspicion(msgspec.Struct, frozen=True):
     since: int
 
 
-class GateState:
+class Circuit:
     """The machine. `phase` is what is believed; `successes` counts the good answers of this process.
 
     A row's failed attempt may count against the row only if `successes` has moved since the row was first asked:

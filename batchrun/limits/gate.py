@@ -2,7 +2,7 @@
 
 Workers stand in one FIFO. The first in it takes pace, tokens, money and a slot together or waits for what it lacks;
 nobody overtakes, so a large prompt keeps its turn. Waiting is one timer for the first in line, and a wake-up
-whenever something is given back. Whether the endpoint may be asked at all is `GateState`'s to say.
+whenever something is given back. Whether the endpoint may be asked at all is `Circuit`'s to say.
 """
 
 import asyncio
@@ -15,13 +15,13 @@ import msgspec
 
 from batchrun.errors import ExitCode, RunStoppedError
 from batchrun.job.job import Limits
-from batchrun.limits.adaptive_rate import Pace, PaceChange
+from batchrun.limits.adaptive_rate import AdaptiveRate, PaceChange
 from batchrun.limits.admission import OPEN, Ask, Binding, Found, Limit, Outcome, Ruling, Stop
-from batchrun.limits.budget import Purse
-from batchrun.limits.circuit import IN_FLIGHT, GateState
+from batchrun.limits.budget import BudgetAccount
+from batchrun.limits.circuit import IN_FLIGHT, Circuit
 from batchrun.limits.daily import DailyCount
 from batchrun.limits.overruns import Overruns
-from batchrun.limits.probe_turns import InDoubt, Turns
+from batchrun.limits.probe_turns import InDoubt, ProbeTurns
 from batchrun.limits.rate_headers import stated
 from batchrun.limits.rates import RateLimits, Rates
 from batchrun.limits.refusals import NOTHING, Finding, Refusals
@@ -73,13 +73,13 @@ class Gate:
 
     def __init__(
         self,
-        state: GateState,
+        state: Circuit,
         loop: asyncio.AbstractEventLoop,
         limits: Limits,
         *,
         daily: DailyCount | None = None,
         found: Found = Found(),  # noqa: B008  (frozen)
-        purse: Purse | None = None,
+        purse: BudgetAccount | None = None,
         overruns: Overruns | None = None,
         on_pace: PaceChange = lambda limit, before, after, why: None,
         on_kind: Callable[[str, str], None] = lambda kind, why: None,
@@ -98,13 +98,13 @@ class Gate:
         paces = {Limit.REQUESTS: self._requests, Limit.TOKENS: self._tokens}
         self._refusals = Refusals(paces, state.in_flight, on_kind)
         self._hear_s = loop.time()
-        self.purse = purse or Purse()  # without caps it keeps none
+        self.purse = purse or BudgetAccount()  # without caps it keeps none
         self._overruns = overruns
         self._slots = state.in_flight.most
         self._free = list(range(self._slots - 1, -1, -1))  # a stack: low slots are the ones used again
         self._flights: dict[int, _Flight] = {}
         self._line: deque[asyncio.Future[None]] = deque()
-        self.turns = Turns(state, loop)
+        self.turns = ProbeTurns(state, loop)
         self._timer: asyncio.TimerHandle | None = None
         self._lacking = UNLIMITED
 
@@ -135,7 +135,7 @@ class Gate:
 
     @property
     def successes(self) -> int:
-        """Good answers so far in this process; see `GateState`."""
+        """Good answers so far in this process; see `Circuit`."""
         return self._state.successes
 
     @property
@@ -300,7 +300,7 @@ class Gate:
         told_when = outcome.retry_after_s is not None
         return self._refusals.refused(flight.order, now_s, limit, told_when=told_when, empty=flight.drained)
 
-    def _found(self, pace: Pace) -> float | None:
+    def _found(self, pace: AdaptiveRate) -> float | None:
         """The limit that holds although no one has told it; None where none does, or one that may be chance."""
         rates = [pace.stated_now, None if pace.learned is None else self._refusals.searches[pace.limit].confirmed]
         known = min((rate for rate in rates if rate is not None), default=None)

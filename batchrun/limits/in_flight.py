@@ -1,7 +1,7 @@
 """How many requests may be in flight: a ramp upwards, and two caps that are found (`crowding`, `knee`). PURE."""
 
 from batchrun.limits.crowding import Crowding
-from batchrun.limits.useful_in_flight import Knee
+from batchrun.limits.useful_in_flight import UsefulInFlight
 
 FIRST_IN_FLIGHT = 8
 """Requests in flight before anything is known: enough to fill a normal connection set, few enough to be wrong with."""
@@ -22,7 +22,7 @@ class InFlight:
         self.most = most
         self.why = "at the start"
         self.crowding = Crowding(self._capped)
-        self.knee = Knee(self._capped)
+        self.knee = UsefulInFlight(self._capped)
         self._ramp = min(max(FIRST_IN_FLIGHT, first), most)
         self._ramp_to = most  # below it one more with every answer, above it with every round
         self._round = self._left_in_round = self._ramp  # answers a round has, and still lacks

@@ -3,7 +3,7 @@
 import asyncio
 
 from batchrun.limits.admission import OPEN, Binding, Limit
-from batchrun.limits.circuit import GateState
+from batchrun.limits.circuit import Circuit
 from batchrun.limits.waiters import Waiters
 
 
@@ -11,13 +11,13 @@ class InDoubt(Exception):
     """The endpoint came into doubt while the row waited: it goes back, and the next one to be sent is chosen then."""
 
 
-class Turns:
+class ProbeTurns:
     """While the gate is open everyone chooses at once. In doubt one chooses, and no other until that row has ended.
 
     A row that was chosen before would say nothing: of a hundred bad rows in a row, the workers would hold the first.
     """
 
-    def __init__(self, state: GateState, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, state: Circuit, loop: asyncio.AbstractEventLoop) -> None:
         self._state = state
         self._loop = loop
         self._waiters = Waiters()

@@ -10,10 +10,10 @@ from enum import Enum, auto
 
 import msgspec
 
-from batchrun.limits.adaptive_rate import Pace
+from batchrun.limits.adaptive_rate import AdaptiveRate
 from batchrun.limits.admission import Limit
 from batchrun.limits.evidence import Share
-from batchrun.limits.throughput import LEAST_SPAN_S, WINDOW_S, Delivered
+from batchrun.limits.throughput import LEAST_SPAN_S, WINDOW_S, Throughput
 
 BELOW_MEASURED = 0.98
 """What is kept of a measured rate: refusals stop, and the server's bucket fills a little for the next try."""
@@ -97,9 +97,9 @@ class _Cut(msgspec.Struct, frozen=True):
 
 
 class RateSearch:
-    """One limit's learned rate, kept in its `Pace`. Amounts are requests, or tokens; rates are per second."""
+    """One limit's learned rate, kept in its `AdaptiveRate`. Amounts are requests, or tokens; rates are per second."""
 
-    def __init__(self, pace: Pace) -> None:
+    def __init__(self, pace: AdaptiveRate) -> None:
         self._pace = pace
         self.raised = pace.learned is not None
         self.confirmed = pace.learned
@@ -107,7 +107,7 @@ class RateSearch:
         self._step = STEP
         self._raised_s = 0.0
         self._raised_total = 0.0
-        self._delivered = Delivered()
+        self._delivered = Throughput()
         self._mark: tuple[float, float] | None = None
         self._paused = False
         self._counted = self._refused = 0

@@ -10,7 +10,7 @@ import msgspec
 from aiolimiter import AsyncLimiter
 
 from batchrun.job.job import Limits
-from batchrun.limits.adaptive_rate import Pace, PaceChange
+from batchrun.limits.adaptive_rate import AdaptiveRate, PaceChange
 from batchrun.limits.admission import Ask, Binding, Found, Limit
 from batchrun.limits.daily import DailyCount
 from batchrun.limits.token_bucket import BURST_S
@@ -49,14 +49,16 @@ class RateLimits:
         self._on_pace = on_pace
         self._sent_at_s = now_s
         self._guards: dict[Limit, AsyncLimiter] = {}
-        self.requests = Pace(
+        self.requests = AdaptiveRate(
             Limit.REQUESTS, limits.requests_per_minute, now_s, on_pace, learned=found.requests_per_minute
         )
-        self.tokens = Pace(Limit.TOKENS, limits.tokens_per_minute, now_s, on_pace, learned=found.tokens_per_minute)
-        self._apart: dict[Limit, Pace] = {}  # input and output tokens, each where it is limited
+        self.tokens = AdaptiveRate(
+            Limit.TOKENS, limits.tokens_per_minute, now_s, on_pace, learned=found.tokens_per_minute
+        )
+        self._apart: dict[Limit, AdaptiveRate] = {}  # input and output tokens, each where it is limited
         for limit in (Limit.INPUT_TOKENS, Limit.OUTPUT_TOKENS):
             if (told := getattr(limits, _TOKENS[limit])) is not None:
-                self._apart[limit] = Pace(limit, told, now_s, on_pace)
+                self._apart[limit] = AdaptiveRate(limit, told, now_s, on_pace)
         self.daily = daily
         self._guard(Limit.REQUESTS, limits.requests_per_minute)
         self._guard(Limit.REQUESTS_PER_SECOND, limits.requests_per_second)
@@ -129,7 +131,7 @@ class RateLimits:
     def _tell_tokens(self, limit: Limit, per_minute: float, now_s: float) -> None:
         pace = self.tokens if limit is Limit.TOKENS else self._apart.get(limit)
         if pace is None:
-            pace = self._apart[limit] = Pace(limit, None, now_s, self._on_pace)
+            pace = self._apart[limit] = AdaptiveRate(limit, None, now_s, self._on_pace)
         was_free = pace.per_minute is None
         pace.tell(per_minute, now_s)
         if was_free:

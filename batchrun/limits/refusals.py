@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 
-from batchrun.limits.adaptive_rate import Pace
+from batchrun.limits.adaptive_rate import AdaptiveRate
 from batchrun.limits.admission import Limit
 from batchrun.limits.evidence import Sent, Share, Trail, Walk
 from batchrun.limits.in_flight import InFlight
@@ -86,7 +86,7 @@ class Refusals:
 
     def __init__(
         self,
-        paces: Mapping[Limit, Pace],
+        paces: Mapping[Limit, AdaptiveRate],
         in_flight: InFlight,
         on_kind: Callable[[str, str], None] = lambda kind, why: None,
     ) -> None:

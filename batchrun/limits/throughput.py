@@ -14,7 +14,7 @@ SUSTAINED_S = 5.0
 looks 1.4 times as fast over so long, and the excess of refusals that follows corrects that."""
 
 
-class Delivered:
+class Throughput:
     """Amounts that the server took, in the order of sending: requests, or tokens. Rates are per second."""
 
     __slots__ = ("_history", "_lately", "total")

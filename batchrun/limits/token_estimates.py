@@ -14,7 +14,7 @@ import msgspec
 from batchrun.records import Request, Usage
 
 ENTRY = "learned"
-"""The manifest's entry that `Learned` is kept in."""
+"""The manifest's entry that `TokenEstimates` is kept in."""
 
 TOKENS_PER_BYTE = 0.3
 """Where the estimate of a prompt starts: English prose has 4 to 5 bytes a token, code and JSON about 3."""
@@ -41,7 +41,7 @@ class Sizes(msgspec.Struct, frozen=True):
     output_tokens: float = OUTPUT_TOKENS
 
 
-class Learned(msgspec.Struct, frozen=True):
+class TokenEstimates(msgspec.Struct, frozen=True):
     """What one process hands to the next: sizes by model, and what limits were found where none were told."""
 
     sizes: dict[str, Sizes] = {}
@@ -113,14 +113,14 @@ class Estimates:
 _UNKNOWN = Sizes()
 
 
-def decode(entry: str | None) -> Learned:
+def decode(entry: str | None) -> TokenEstimates:
     """What the manifest's entry says; nothing where there is none, or one that another version wrote."""
     try:
-        return msgspec.json.decode(entry or "{}", type=Learned)
+        return msgspec.json.decode(entry or "{}", type=TokenEstimates)
     except msgspec.MsgspecError:
-        return Learned()
+        return TokenEstimates()
 
 
-def encode(learned: Learned) -> str:
+def encode(learned: TokenEstimates) -> str:
     """The manifest's entry."""
     return msgspec.json.encode(learned).decode()

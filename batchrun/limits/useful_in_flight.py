@@ -28,7 +28,7 @@ MAX_AGAIN_S = 120.0
 """When a suspicion may be tried again: after 5 s, and after 5, 10, 20 … 120 s where it was wrong."""
 
 
-class Knee:
+class UsefulInFlight:
     """The cap, None while there is none."""
 
     __slots__ = (

@@ -8,7 +8,7 @@ from batchrun.errors import CheckpointError
 from batchrun.prices import PriceTable
 from batchrun.records import Summary
 from batchrun.report.summary import Moment, read, summarise
-from batchrun.store import at_rest
+from batchrun.store import at_rest, manifest
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.rundir import RunDirectory
 
@@ -55,11 +55,11 @@ def on_disk(directory: RunDirectory, checkpoint: Checkpoint, written: Summary | 
     Raises:
         CheckpointError: a record is damaged.
     """
-    manifest = checkpoint.manifest()
-    if manifest.ENTRY not in manifest and written is not None:
+    entries = checkpoint.manifest()
+    if manifest.ENTRY not in entries and written is not None:
         return written  # killed while the input was checked: nothing was sent
-    known = manifest.read(manifest)
-    prices = msgspec.json.decode(manifest.get("prices", "{}"), type=dict[str, PriceTable | None])
+    known = manifest.read(entries)
+    prices = msgspec.json.decode(entries.get("prices", "{}"), type=dict[str, PriceTable | None])
     rows = known.rows
     if written is not None and written.run_id == known.run_id:
         opened = max((chunk.end_row for chunk in checkpoint.chunks()), default=0)

@@ -17,9 +17,9 @@ from batchrun.records import FAILURES, Estimate, InForce, PossiblyBilled, Retryi
 from batchrun.report.cures import Cure, cure_of
 from batchrun.report.cures import command as commands
 from batchrun.response.finish_reasons import Meaning, meaning_of
-from batchrun.store.manifest import Facts
+from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
-from batchrun.store.totals import LOST, Spent
+from batchrun.store.totals import LOST, Totals
 
 VERSION = 3
 """The schema of summary.json; docs/output.md describes it. A field that goes or changes its meaning raises this."""
@@ -110,15 +110,15 @@ _KEPT = ("unknown_finish_reasons", "unpriced_tiers", "example_error", "price", "
 
 
 def starting(
-    job: str, moment: Moment, directory: RunDirectory, earlier: Summary | None, spent: Spent | None
+    job: str, moment: Moment, directory: RunDirectory, earlier: Summary | None, spent: Totals | None
 ) -> Summary:
     """The summary of a start that has not read its input yet, and may be refused: the run's account is what it was.
 
     `earlier` is what the last start left, `spent` the account once the checkpoint is open.
     """
     if earlier is None:
-        return _summary(job, "", moment.started_at, 0, 0, {}, Spent(), moment, directory, None)
-    account = spent or Spent()
+        return _summary(job, "", moment.started_at, 0, 0, {}, Totals(), moment, directory, None)
+    account = spent or Totals()
     now = _summary(
         earlier.job,
         earlier.run_id,
@@ -136,7 +136,12 @@ def starting(
 
 
 def summarise(
-    facts: Facts, rows: int, tables: dict[str, PriceTable | None], spent: Spent, moment: Moment, directory: RunDirectory
+    facts: Manifest,
+    rows: int,
+    tables: dict[str, PriceTable | None],
+    spent: Totals,
+    moment: Moment,
+    directory: RunDirectory,
 ) -> Summary:
     """What is known of the run now: everything in it is durable."""
     rejected = len(facts.rejected)
@@ -167,7 +172,7 @@ def _summary(
     rows: int,
     rejected: int,
     tables: dict[str, PriceTable | None],
-    spent: Spent,
+    spent: Totals,
     moment: Moment,
     directory: RunDirectory,
     estimate: Estimate | None,

@@ -328,10 +328,10 @@ def _messages_from_column(request: RequestTemplate) -> Callable[[Columns], list[
     return make
 
 
-Turns = Callable[[Columns], list[Any]]
+ProbeTurns = Callable[[Columns], list[Any]]
 
 
-def _turns_of(given: MessageTemplate, place: str) -> Turns:
+def _turns_of(given: MessageTemplate, place: str) -> ProbeTurns:
     """The function to one message by template, or to those that a column holds, if it holds any."""
     column = given.column
     if column is None:
@@ -348,7 +348,7 @@ def _turns_of(given: MessageTemplate, place: str) -> Turns:
     return make
 
 
-def _joined(parts: Sequence[Turns]) -> Turns:
+def _joined(parts: Sequence[ProbeTurns]) -> ProbeTurns:
     """All of their messages, one after the other; there must be one."""
 
     def make(columns: Columns) -> list[Any]:

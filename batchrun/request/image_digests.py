@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
-from batchrun.durable import replace, told
+from batchrun.durable import disk_errors, replace
 
 _ENTRY = struct.Struct("<16sI")
 
@@ -33,7 +33,7 @@ class ImageDigests:
     """The digests on record; None for every row where there is no file. Any thread may ask. Close it."""
 
     def __init__(self, path: Path) -> None:
-        with told(path):
+        with disk_errors(path):
             self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC) if path.exists() else None
 
     def of(self, row: int) -> bytes | None:

@@ -1,7 +1,7 @@
 """What the words of a refusal speak of: content, an empty account, a pace, a quota, the key, a parameter. PURE.
 
 Vendors share status codes and differ in words, so the words decide where a status does not (policy.RULES). Each pattern
-stands beside the vendors whose bodies it was drawn from; tests/test_refusals.py has those bodies.
+stands beside the vendors whose bodies it was drawn from; tests/unit/test_refusals.py has those bodies.
 """
 
 import re

@@ -1,7 +1,7 @@
 """Files that are not read: what each one is, and the command that converts it. PURE but for the names beside a file.
 
 Magic numbers: each format's specification. A spreadsheet is a zip archive; its members tell which one. Each command is
-one that was run on such a file (tests/test_foreign.py, docs/guarantees.md); none writes over a file that is there.
+one that was run on such a file (tests/run/test_foreign.py, docs/guarantees.md); none writes over a file that is there.
 """
 
 import os

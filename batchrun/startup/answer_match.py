@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Self
 
-from batchrun.durable import told
+from batchrun.durable import disk_errors
 
 NONE = -1
 """The old row of a new question."""
@@ -31,7 +31,7 @@ class Matches:
 
     def __init__(self, rows: int, directory: Path) -> None:
         self.rows = rows
-        with told(directory):
+        with disk_errors(directory):
             self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115  (lives as long as this object)
             os.posix_fallocate(self._file.fileno(), 0, max(rows, 1) * _OLD.size)
         self._map = mmap.mmap(self._file.fileno(), max(rows, 1) * _OLD.size)
@@ -60,7 +60,7 @@ class Questions:
     """
 
     def __init__(self, directory: Path) -> None:
-        with told(directory):
+        with disk_errors(directory):
             self._file = tempfile.TemporaryFile(dir=directory, buffering=BUFFER_BYTES)  # noqa: SIM115
 
     def add(self, ordinal: int, key: bytes) -> None:
@@ -106,7 +106,7 @@ class _Spread:
 
     def __init__(self, entries: Iterable[tuple[bytes, int]], buckets: int, directory: Path) -> None:
         self._files: list[IO[bytes]] = []
-        with told(directory):
+        with disk_errors(directory):
             for _ in range(buckets):
                 self._files.append(tempfile.TemporaryFile(dir=directory, buffering=BUFFER_BYTES))  # noqa: SIM115
             for key, row in entries:

@@ -22,7 +22,7 @@ from batchrun.store import result, stored_window, totals
 from batchrun.store.base_part import BasePart
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.db_tables import Chunk
-from batchrun.store.manifest import Facts, parsed
+from batchrun.store.manifest import Manifest, parsed
 from batchrun.store.rundir import RunDirectory
 from batchrun.tables import booked, files
 from batchrun.tables.arrow_types import Column
@@ -30,7 +30,7 @@ from batchrun.tables.json_columns import ColumnTypes
 from batchrun.tables.rows import OWN_COLUMNS, joined, own_schema, own_table
 
 
-class Drift(msgspec.Struct, frozen=True):
+class Changes(msgspec.Struct, frozen=True):
     """What changed, and what it means for answers: `kept` still fit, `dropped` are asked for by nothing any more.
 
     A row that ended as `error` is no answer: it stays where its question does, and is no loss where not. `in_place`:
@@ -75,7 +75,7 @@ class Drift(msgspec.Struct, frozen=True):
 class Answers:
     """The settled rows of a run as they lie on record, in our own columns. Open chunks and parts alike."""
 
-    def __init__(self, directory: RunDirectory, checkpoint: Checkpoint, facts: Facts) -> None:
+    def __init__(self, directory: RunDirectory, checkpoint: Checkpoint, facts: Manifest) -> None:
         self._directory = directory
         self._checkpoint = checkpoint
         self._facts = facts
@@ -114,7 +114,7 @@ class Answers:
     def given_up(self, matches: Matches) -> list[TotalsLine]:
         """The changes to the account for the answers that no new row has, one for each line of it."""
         # not an iterator: the checkpoint's thread would take it, and wait for itself to read a chunk
-        return list(totals.with_changes(totals.Spent(), self._given_up(matches)).replaced.values())
+        return list(totals.with_changes(totals.Totals(), self._given_up(matches)).replaced.values())
 
     def _given_up(self, matches: Matches) -> Iterator[TotalsLine]:
         kept = bytearray(self.rows)
@@ -146,7 +146,7 @@ def examine(
     changed: tuple[str, ...],
     mean_cost_usd: Decimal | None,
     scratch: Path,
-) -> tuple[Drift, Matches]:
+) -> tuple[Changes, Matches]:
     """What the change means, and the matches that say so. `questions` are (key, row) of the new input's rows."""
     matches = match(answers.questions(), questions, rows, scratch)
     kept = kept_answers = in_place = 0
@@ -158,18 +158,18 @@ def examine(
         in_place += answers.answered[old] and old == new
     paid = sum(answers.answered)
     fewer = max(0, answers.rows - rows) if paid else 0
-    return Drift(changed, rows, kept, paid - kept_answers, in_place == paid, mean_cost_usd, fewer), matches
+    return Changes(changed, rows, kept, paid - kept_answers, in_place == paid, mean_cost_usd, fewer), matches
 
 
 def lay_out(
     answers: Answers,
     matches: Matches,
     source: Source,
-    facts: Facts,
+    facts: Manifest,
     schema: pa.Schema,
     directory: RunDirectory,
     checkpoint: Checkpoint,
-    manifest: dict[str, str],
+    entries: dict[str, str],
     limit: int | None,
 ) -> None:
     """The run's rows lie as the new input has them, with the answers that fit; one transaction makes it true.
@@ -217,10 +217,10 @@ def lay_out(
             chunk = msgspec.structs.replace(chunk, generation=generation, part_digest=digest)
         chunks.append(chunk)
         first_row = end_row
-    checkpoint.lay_out(chunks, standing, manifest, answers.given_up(matches))
+    checkpoint.lay_out(chunks, standing, entries, answers.given_up(matches))
 
 
-def _windows(source: Source, facts: Facts, upto: int) -> Iterator[Window]:
+def _windows(source: Source, facts: Manifest, upto: int) -> Iterator[Window]:
     """The windows that chunks are made from; none goes beyond the first `upto` rows."""
     settings, rejected = facts.output, frozenset(facts.rejected)
     position, rows = START, 0

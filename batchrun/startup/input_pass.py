@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pyarrow as pa
 
-from batchrun.durable import fsync, told
+from batchrun.durable import disk_errors, fsync
 from batchrun.errors import InputError, JobError
 from batchrun.job.job import Job
 from batchrun.request import image_digests
@@ -16,15 +16,15 @@ from batchrun.source import FileIdentity, Source, TableSource, changed, digest, 
 from batchrun.startup import preconditions, stdin_copy
 from batchrun.startup.answer_match import Questions
 from batchrun.startup.input_check import Problem, Survey, survey
-from batchrun.startup.run_options import Asked
+from batchrun.startup.run_options import RunOptions
 from batchrun.store import manifest
-from batchrun.store.manifest import Facts
+from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
 from batchrun.tables.json_columns import ColumnTypes
 from batchrun.tables.rows import output_schema
 
 
-def input_files(job: Job, directory: RunDirectory, asked: Asked, *, begun: bool = True) -> tuple[Path, ...]:
+def input_files(job: Job, directory: RunDirectory, asked: RunOptions, *, begun: bool = True) -> tuple[Path, ...]:
     """The files of the input. Standard input, and a program's rows, are kept in the run directory (`spooled`)."""
     if job.input.path is None:
         raise JobError("input.path: name the input in the job or with -i")
@@ -41,37 +41,40 @@ def read(
     source: Source,
     job: Job,
     directory: RunDirectory,
-    asked: Asked,
+    asked: RunOptions,
     question: Callable[[int, bytes], None] = lambda ordinal, key: None,
     pictured: Callable[[int, bytes], None] = lambda ordinal, digest: None,
 ) -> Survey:
     """The input, read once; problems end the start unless they are to be set aside in rejects.jsonl."""
     rejects = directory.rejects
-    with told(rejects):
+    with disk_errors(rejects):
         rejects.unlink(missing_ok=True)
 
     def keep(problem: Problem) -> None:
         if asked.skip_invalid:
-            with told(rejects), open(os.open(rejects, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as file:
+            with (
+                disk_errors(rejects),
+                open(os.open(rejects, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as file,
+            ):
                 file.write(msgspec.json.encode(problem, enc_hook=str) + b"\n")
 
     preconditions.require_columns(job, source)
     found = survey(source, job, directory.path, keep=keep, progress=asked.checked, question=question, pictured=pictured)
     preconditions.require_input(job, source, found, asked.problem, skip_invalid=asked.skip_invalid)
     if found.rejected:
-        with told(rejects):
+        with disk_errors(rejects):
             fsync(rejects)
     return found
 
 
 def facts_of(
     job: Job, source: Source, files: tuple[FileIdentity, ...], found: Survey, *, run_id: str, begun_at: datetime
-) -> Facts:
+) -> Manifest:
     """The facts of a run over this input; it must not have changed since `files` was taken."""
     digests = tuple(digest(file) for file in source.files)
     if (what := changed(source.files, files)) is not None:
         raise InputError(f"the input changed while it was read: {what}; run again when it is at rest")
-    return Facts(
+    return Manifest(
         run_id=run_id,
         begun_at=begun_at,
         job=job.name,
@@ -105,7 +108,7 @@ def columns_in_words(source: Source, found: Survey) -> str | None:
     return f"columns: {', '.join(named)}{more}" if named else None
 
 
-def schema_of(source: Source, known: Facts) -> pa.Schema:
+def schema_of(source: Source, known: Manifest) -> pa.Schema:
     types = ColumnTypes() if known.types is None else ColumnTypes.from_json(known.types)
     return output_schema(
         source.schema if isinstance(source, TableSource) else types.schema(), known.output, manifest.parsed(known)

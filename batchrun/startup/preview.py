@@ -9,9 +9,9 @@ from batchrun.job.job import Job
 from batchrun.records import Summary
 from batchrun.report import summary as summaries
 from batchrun.startup import resume as planning
-from batchrun.startup.changes import Drift
+from batchrun.startup.changes import Changes
 from batchrun.startup.resume import ChangedError
-from batchrun.startup.run_options import Asked
+from batchrun.startup.run_options import RunOptions
 from batchrun.store import result
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.rundir import RunDirectory
@@ -22,7 +22,7 @@ class Found(msgspec.Struct, frozen=True):
 
     summary: Summary
     to_ask: int
-    drift: Drift | None
+    drift: Changes | None
 
 
 def look(job: Job, directory: RunDirectory) -> Found:
@@ -39,7 +39,7 @@ def look(job: Job, directory: RunDirectory) -> Found:
     ):
         finished = result.FINISHED in checkpoint.manifest()
         try:
-            plan = planning.make(job, directory, checkpoint, Asked(only_look=True), datetime.now(UTC))
+            plan = planning.make(job, directory, checkpoint, RunOptions(only_look=True), datetime.now(UTC))
             return Found(summary, plan.facts.rows - checkpoint.spent.settled(), None)
         except ChangedError as changed:
             return Found(summary, changed.drift.rows - changed.drift.kept, changed.drift)

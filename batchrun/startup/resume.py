@@ -20,10 +20,10 @@ from batchrun.source import FileIdentity, Source, changed, digest, fingerprint, 
 from batchrun.startup import changes, input_pass, preconditions, previous_run, stdin_copy
 from batchrun.startup.answer_match import Questions
 from batchrun.startup.estimate import estimate
-from batchrun.startup.run_options import Asked
+from batchrun.startup.run_options import RunOptions
 from batchrun.store import manifest, variants
 from batchrun.store.checkpoint import Checkpoint
-from batchrun.store.manifest import Facts
+from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
 from batchrun.store.variants import Variant
 from batchrun.tables.arrow_types import Column
@@ -40,7 +40,7 @@ class Plan(msgspec.Struct, frozen=True):
     asked, 0 as the run began; `variant` is the one that this start's job is.
     """
 
-    facts: Facts
+    facts: Manifest
     rows: int
     variants: tuple[Variant, ...]
     variant: int
@@ -52,15 +52,15 @@ class Plan(msgspec.Struct, frozen=True):
     prices: dict[str, PriceTable | None]
 
 
-def make(job: Job, directory: RunDirectory, checkpoint: Checkpoint, asked: Asked, now: datetime) -> Plan:
+def make(job: Job, directory: RunDirectory, checkpoint: Checkpoint, asked: RunOptions, now: datetime) -> Plan:
     """The plan of this start; on a first start everything is read and checked, and the facts are durable.
 
     Raises:
         JobError, InputError: something is wrong or has changed; nothing was sent.
     """
-    manifest, today = checkpoint.manifest(), now.astimezone().date().isoformat()
-    if "facts" in manifest:
-        return _resume(job, directory, checkpoint, asked, manifest, today)
+    entries, today = checkpoint.manifest(), now.astimezone().date().isoformat()
+    if "facts" in entries:
+        return _resume(job, directory, checkpoint, asked, entries, today)
     if asked.retry is not None:
         raise JobError(
             f"{directory.path}: no run has begun here whose rows could be asked again; name its directory with -o, or "
@@ -91,7 +91,7 @@ def _require_unused(directory: RunDirectory) -> None:
             )
 
 
-def require_same_shape(job: Job, known: Facts) -> None:
+def require_same_shape(job: Job, known: Manifest) -> None:
     """Nothing, if the job wants this run's output in the shape that it has.
 
     Raises:
@@ -102,7 +102,7 @@ def require_same_shape(job: Job, known: Facts) -> None:
             raise JobError(f"output.{name} can't change within a run; put it back to go on, or {ANOTHER}")
 
 
-def changed_input(files: tuple[Path, ...], directory: RunDirectory, known: Facts) -> str | None:
+def changed_input(files: tuple[Path, ...], directory: RunDirectory, known: Manifest) -> str | None:
     """What is not as the run knows its input, by identity and then by content; None where it is the same."""
     what = changed(files, known.files)
     if what is None or tuple(digest(file) for file in files) == known.digests:
@@ -111,9 +111,9 @@ def changed_input(files: tuple[Path, ...], directory: RunDirectory, known: Facts
 
 
 def _resume(
-    job: Job, directory: RunDirectory, checkpoint: Checkpoint, asked: Asked, manifest: dict[str, str], today: str
+    job: Job, directory: RunDirectory, checkpoint: Checkpoint, asked: RunOptions, entries: dict[str, str], today: str
 ) -> Plan:
-    known, ways = manifest.read(manifest), variants.read(manifest)
+    known, ways = manifest.read(entries), variants.read(entries)
     require_same_shape(job, known)
     stdin_copy.settle(directory, known)
     files = stdin_copy.put_in_place(input_pass.input_files(job, directory, asked), directory)
@@ -121,7 +121,7 @@ def _resume(
         known, ways, variant, source = _as_it_is_now(job, directory, checkpoint, asked, known, ways, files)
     finally:
         stdin_copy.settle(directory, manifest.read(checkpoint.manifest()))
-    prices_known = msgspec.json.decode(manifest.get("prices", "{}"), type=dict[str, PriceTable | None])
+    prices_known = msgspec.json.decode(entries.get("prices", "{}"), type=dict[str, PriceTable | None])
     limit = None if asked.limit is None else max(asked.limit, _begun_rows(checkpoint))
     plan = _plan(job, known, ways, variant, source, prices_known, limit, today, resumed=True)
     if plan.prices != prices_known:
@@ -133,11 +133,11 @@ def _as_it_is_now(
     job: Job,
     directory: RunDirectory,
     checkpoint: Checkpoint,
-    asked: Asked,
-    known: Facts,
+    asked: RunOptions,
+    known: Manifest,
     ways: tuple[Variant, ...],
     files: tuple[Path, ...],
-) -> tuple[Facts, tuple[Variant, ...], int, Source]:
+) -> tuple[Manifest, tuple[Variant, ...], int, Source]:
     """The run's facts, the ways it asks, this start's among them, and the source: as known, or as changes are adopted.
 
     Raises:
@@ -162,14 +162,14 @@ def _adopt(
     job: Job,
     directory: RunDirectory,
     checkpoint: Checkpoint,
-    asked: Asked,
-    known: Facts,
+    asked: RunOptions,
+    known: Manifest,
     ways: tuple[Variant, ...],
     variant: int,
     source: Source,
     identities: tuple[FileIdentity, ...],
     reasons: tuple[str, ...],
-) -> Facts:
+) -> Manifest:
     """The facts of the run over the changed input or job, laid out anew, if the user accepts that or nothing is lost.
 
     Raises:
@@ -202,7 +202,7 @@ def _adopt(
 class ChangedError(JobError):
     """The input or the job is not what the run began with, and answers would be given up or moved; `drift` says how."""
 
-    def __init__(self, message: str, drift: changes.Drift) -> None:
+    def __init__(self, message: str, drift: changes.Changes) -> None:
         super().__init__(message)
         self.drift = drift
 
@@ -225,7 +225,7 @@ def _begun_rows(checkpoint: Checkpoint) -> int:
 
 def _plan(
     job: Job,
-    facts_: Facts,
+    facts_: Manifest,
     ways: tuple[Variant, ...],
     variant: int,
     source: Source,

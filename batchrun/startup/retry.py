@@ -25,11 +25,11 @@ def reopen(
     checkpoint: Checkpoint,
     statuses: Collection[str],
     variant: int,
-    manifest: Mapping[str, str],
+    entries: Mapping[str, str],
 ) -> int:
     """Every row that ended with one of the statuses is pending again; how many. One transaction makes it true.
 
-    `manifest` entries are written with it. Nothing is touched where no row ended so.
+    `entries` of the manifest are written with it. Nothing is touched where no row ended so.
 
     Raises:
         InputError: the input is not what a chunk was made from.
@@ -50,7 +50,7 @@ def reopen(
             _store_input_again(plan, directory, chunk, start)
             chunks[place] = msgspec.structs.replace(chunk, open=1)
         start = msgspec.json.decode(chunk.end_position, type=Position)
-    checkpoint.reopen_chunks(chunks, rows, manifest)
+    checkpoint.reopen_chunks(chunks, rows, entries)
     return len(rows)
 
 

@@ -8,7 +8,7 @@ import msgspec
 from batchrun.limits.deadline import Deadline
 
 
-class Asked(msgspec.Struct, frozen=True):
+class RunOptions(msgspec.Struct, frozen=True):
     """What the user asked of this start beyond the job. `stdin` is read where the input is "-"; `only_look` takes no
     change, not even a harmless one.
 

@@ -5,9 +5,9 @@ import tempfile
 from pathlib import Path
 from typing import BinaryIO
 
-from batchrun.durable import READ_BYTES, fsync, told
+from batchrun.durable import READ_BYTES, disk_errors, fsync
 from batchrun.source import digest, spool
-from batchrun.store.manifest import Facts
+from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
 
 NOTHING = hashlib.blake2b(digest_size=16).hexdigest()
@@ -49,17 +49,17 @@ def put_in_place(files: tuple[Path, ...], directory: RunDirectory) -> tuple[Path
     """Other rows than the run's own lie where those do, and those beside them until `settle`; the files now."""
     if files != (directory.given,):
         return files
-    with told(directory.path):
+    with disk_errors(directory.path):
         directory.spool.replace(directory.spool_before)
         directory.given.replace(directory.spool)
         fsync(directory.path)
     return (directory.spool,)
 
 
-def settle(directory: RunDirectory, known: Facts) -> None:
+def settle(directory: RunDirectory, known: Manifest) -> None:
     """The rows that the run knows lie in their place: those before are put back unless the others were accepted."""
     if directory.spool_before.exists():
-        with told(directory.path):
+        with disk_errors(directory.path):
             if digest(directory.spool_before) in known.digests:
                 directory.spool_before.replace(directory.spool)
             else:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from batchrun import __version__
-from batchrun.durable import told
+from batchrun.durable import disk_errors
 from batchrun.errors import CheckpointError, DiskError
 from batchrun.store import in_flight, manifest
 from batchrun.store.checkpoint import SPILL, Checkpoint
@@ -34,7 +34,7 @@ def private_copy(path: Path) -> Iterator[Path]:
         DiskError: it can't be copied.
     """
     with contextlib.ExitStack() as stack:
-        with told(path):
+        with disk_errors(path):
             if not path.exists() or not path.stat().st_size:
                 raise CheckpointError(f"{path}: gone or empty")
             scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="batchrun-"))

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import msgspec
 
-from batchrun.durable import fsync, told
+from batchrun.durable import disk_errors, fsync
 from batchrun.errors import BatchrunError, DiskError
 from batchrun.records import Completion, Discarded, Ending, PossiblyBilled, TotalsLine
 from batchrun.store import db_tables, spill
@@ -23,7 +23,7 @@ from batchrun.store.database import Database, Record
 from batchrun.store.db_tables import Chunk, Reopened
 from batchrun.store.totals import (
     UNSTATED,
-    Spent,
+    Totals,
     Unstated,
     doubt,
     fold,
@@ -157,7 +157,7 @@ class Checkpoint:
         `facts` replace those of the same name in the manifest; the run is not finished any more.
         """
 
-        def reopen() -> Spent:
+        def reopen() -> Totals:
             self._database.replace("chunks", [msgspec.structs.astuple(chunk) for chunk in chunks])
             self._database.insert("reopened", [msgspec.structs.astuple(row) for row in rows])
             self._database.query("DELETE FROM manifest WHERE name = 'finished'")
@@ -181,7 +181,7 @@ class Checkpoint:
         is what is added to the account's `replaced` for answers that no row has any more.
         """
 
-        def lay_out() -> Spent:
+        def lay_out() -> Totals:
             spent = with_changes(self._none_pending_again(), given_up)
             for table in ("chunks", "rows", "reopened", "standing"):
                 self._database.query(f"DELETE FROM {table}")  # noqa: S608  (our own names)
@@ -277,7 +277,7 @@ class Checkpoint:
             self._thread.join()
         self._database.close()
         if finished:
-            with told(self._path.parent):
+            with disk_errors(self._path.parent):
                 fsync(self._path.parent)
 
     # ── the database's own thread ─────────────────────────────────────────────────────────────────────────────────
@@ -376,7 +376,7 @@ class Checkpoint:
             discarded = [d for d in frame.discarded if not self._has_end(d.row, d.n)]
             self.spent = self._write([*completions, *discarded], frame.invocation)
         if self._spill.exists():  # without a whole frame, too: what is torn must not stand before a later frame
-            with told(self._spill):
+            with disk_errors(self._spill):
                 self._spill.unlink()
                 fsync(self._path.parent)
 
@@ -385,7 +385,7 @@ class Checkpoint:
             self._failed = error
             self._on_failure(error)
 
-    def _write(self, endings: Sequence[Ending], invocation: int) -> Spent:
+    def _write(self, endings: Sequence[Ending], invocation: int) -> Totals:
         """One commit: rows, attempts, doubts and the totals that count them stand or fall together."""
         completions = [ending for ending in endings if isinstance(ending, Completion)]
         discarded = [ending for ending in endings if isinstance(ending, Discarded)]
@@ -417,7 +417,7 @@ class Checkpoint:
             self._on_failure(full)
         return freed
 
-    def _account(self, work: Callable[[], Spent]) -> None:
+    def _account(self, work: Callable[[], Totals]) -> None:
         """`work` is durable, and the account is what it returns."""
         account = self.spent
 
@@ -428,7 +428,7 @@ class Checkpoint:
         self._database.transaction(transact)
         self.spent = account
 
-    def _stand(self, spent: Spent) -> Spent:
+    def _stand(self, spent: Totals) -> Totals:
         """How the account's rows stand is in the database, once the transaction at hand commits."""
         self._database.replace("standing", list(spent.standing.items()))
         known = self.spent.replaced
@@ -446,7 +446,7 @@ class Checkpoint:
         again = [Reopened(*record) for record in found]
         return {each.row: each.line for each in again}
 
-    def _none_pending_again(self) -> Spent:
+    def _none_pending_again(self) -> Totals:
         """The account as if no row were reopened: each that is still pending has its old record."""
         records = self._database.records("reopened", "WHERE row NOT IN (SELECT row FROM rows)")
         return with_changes(self.spent, (settled_still(Reopened(*record).line) for record in records))
@@ -457,11 +457,11 @@ class Checkpoint:
     def _between(self, table: str, first_row: int, end_row: int) -> Iterator[Record]:
         return self._database.records(table, "WHERE row >= ? AND row < ? ORDER BY 1, 2", (first_row, end_row))
 
-    def _read_spent(self, unstated: Unstated) -> Spent:
+    def _read_spent(self, unstated: Unstated) -> Totals:
         lines = [db_tables.totals_line(record) for record in self._database.records("totals")]
         changes = [db_tables.replaced_line(record) for record in self._database.records("replaced")]
         doubts = self._database.records("possibly_billed", "ORDER BY rowid")
-        spent = Spent(
+        spent = Totals(
             totals={line.key: line for line in lines},
             replaced={line.key: line for line in changes},
             standing=dict(self._database.records("standing")),

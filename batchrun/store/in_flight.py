@@ -14,7 +14,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple
 
-from batchrun.durable import told
+from batchrun.durable import disk_errors
 from batchrun.prices import PICO
 from batchrun.records import PossiblyBilled
 
@@ -40,12 +40,12 @@ class InFlight(NamedTuple):
 UNREADABLE = InFlight(-1, 0, b"", None, None)
 
 
-class Slots:
+class InFlightFile:
     """The open slot file. Close it."""
 
     def __init__(self, path: Path, count: int) -> None:
         """Opens a file of `count` empty slots; what an earlier file held is gone, so read it first."""
-        with told(path):
+        with disk_errors(path):
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
             os.posix_fallocate(self._file, 0, count * SLOT_BYTES)  # a hole could fail later, as a SIGBUS
             self._map = mmap.mmap(self._file, count * SLOT_BYTES)
@@ -78,7 +78,7 @@ class Slots:
 
 def read(path: Path) -> list[InFlight]:
     """The attempts without an end that a dead process left behind; none where there is no file."""
-    with told(path):
+    with disk_errors(path):
         return list(_occupied(path.read_bytes())) if path.exists() else []
 
 

@@ -15,7 +15,7 @@ ENTRY = "facts"
 """The manifest's entry that holds them."""
 
 
-class Facts(msgspec.Struct, frozen=True):
+class Manifest(msgspec.Struct, frozen=True):
     """What is fixed when a run first starts. `types` are the column types of JSONL input, as JSON;
     `answer_schema` is the JSON schema that types the column `parsed`.
 
@@ -46,19 +46,19 @@ class Facts(msgspec.Struct, frozen=True):
         return f"{self.run_id}.{self.layout}" if self.layout else self.run_id
 
 
-def read(manifest: Mapping[str, str]) -> Facts:
+def read(manifest: Mapping[str, str]) -> Manifest:
     """The facts in a manifest."""
     try:
-        return msgspec.json.decode(manifest[ENTRY], type=Facts)
+        return msgspec.json.decode(manifest[ENTRY], type=Manifest)
     except (KeyError, msgspec.DecodeError) as error:
         raise CheckpointError(f"the run's manifest can't be read: {error}; keep a copy of this directory") from error
 
 
-def parsed(facts: Facts) -> Column:
+def parsed(facts: Manifest) -> Column:
     """The type of the column `parsed`."""
     return column_of(None if facts.answer_schema is None else msgspec.json.decode(facts.answer_schema))
 
 
-def encode(facts: Facts) -> dict[str, str]:
+def encode(facts: Manifest) -> dict[str, str]:
     """The facts as the manifest's entry."""
     return {ENTRY: msgspec.json.encode(facts).decode()}

@@ -12,7 +12,7 @@ from batchrun.records import Summary
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.chunks import Chunks
 from batchrun.store.db_tables import Chunk
-from batchrun.store.manifest import Facts
+from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
 from batchrun.tables import files
 
@@ -44,7 +44,12 @@ def finished(manifest: Mapping[str, str]) -> Finished:
 
 
 def write(
-    facts: Facts, schema: pa.Schema, checkpoint: Checkpoint, chunks: Chunks, directory: RunDirectory, summary: Summary
+    facts: Manifest,
+    schema: pa.Schema,
+    checkpoint: Checkpoint,
+    chunks: Chunks,
+    directory: RunDirectory,
+    summary: Summary,
 ) -> None:
     """The result is on disk and the checkpoint closed. Every step can be repeated after a kill in the middle."""
     if FINISHED not in checkpoint.manifest():
@@ -112,7 +117,7 @@ def tidy(directory: RunDirectory) -> None:
 
 
 def _write_completions(
-    facts: Facts, schema: pa.Schema, chunks: Chunks, directory: RunDirectory, summary: Summary
+    facts: Manifest, schema: pa.Schema, chunks: Chunks, directory: RunDirectory, summary: Summary
 ) -> str | None:
     """The digest of completions.parquet; None where the parts themselves are the result."""
     parts = [
@@ -144,7 +149,7 @@ def bill(summary: Summary) -> dict[str, object]:
 
 
 def restore_parts(
-    facts: Facts, checkpoint: Checkpoint, chunks: Sequence[Chunk], directory: RunDirectory
+    facts: Manifest, checkpoint: Checkpoint, chunks: Sequence[Chunk], directory: RunDirectory
 ) -> list[Chunk]:
     """The parts of a finished run are there again, cut from its result; the chunks that name them.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from batchrun.durable import told
+from batchrun.durable import disk_errors
 from batchrun.errors import JobError, RunLockedError
 
 NETWORK_FILE_SYSTEMS = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "fuse.sshfs", "ceph", "lustre"})
@@ -120,10 +120,10 @@ class RunDirectory:
         Raises:
             RunLockedError: another process has it; the message names pid, host and since when.
         """
-        with told(self.path):
+        with disk_errors(self.path):
             descriptor = os.open(self.path, os.O_RDONLY)
         try:
-            with told(self.path):
+            with disk_errors(self.path):
                 taken = _flock(descriptor)
                 if not taken:
                     time.sleep(LOOK_S)  # a look of `batchrun status` holds the lock for microseconds

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from batchrun.durable import fsync, told
+from batchrun.durable import disk_errors, fsync
 from batchrun.errors import CheckpointError
 from batchrun.records import Completion, Discarded, Ending
 
@@ -37,7 +37,7 @@ def append(path: Path, endings: Sequence[Ending], invocation: int) -> None:
     completions = tuple(ending for ending in endings if isinstance(ending, Completion))
     discarded = tuple(ending for ending in endings if isinstance(ending, Discarded))
     payload = msgspec.msgpack.encode(Frame(invocation, completions, discarded))
-    with told(path):
+    with disk_errors(path):
         new = not path.exists()
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab", buffering=0) as file:
             file.write(_HEAD.pack(len(payload), zlib.crc32(payload)) + payload)
@@ -52,7 +52,7 @@ def read(path: Path) -> Iterator[Frame]:
     Raises:
         CheckpointError: a frame before the last is damaged.
     """
-    with told(path):
+    with disk_errors(path):
         content = path.read_bytes() if path.exists() else b""
     place = 0
     while place + _HEAD.size <= len(content):

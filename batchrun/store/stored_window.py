@@ -10,7 +10,7 @@ from typing import cast
 
 import pyarrow as pa
 
-from batchrun.durable import digest, replace, told
+from batchrun.durable import digest, disk_errors, replace
 from batchrun.errors import CheckpointError
 from batchrun.records import Row
 from batchrun.source import rows_of
@@ -49,7 +49,7 @@ class StoredWindow:
     """An open chunk's input, mapped into memory: row `first_row` and on."""
 
     def __init__(self, path: Path, expected_digest: str, first_row: int) -> None:
-        with told(path):
+        with disk_errors(path):
             found = digest(path) if path.exists() else None
         if found != expected_digest:
             what = "missing" if found is None else "damaged"

@@ -59,7 +59,7 @@ UNSTATED = "unstated"
 """The manifest's entry that holds it."""
 
 
-class Spent(msgspec.Struct, frozen=True):
+class Totals(msgspec.Struct, frozen=True):
     """What is durable of the run's account: replaced as a whole after each commit, so any thread may read it.
 
     `totals` are what happened, invocation by invocation, and only grow; `replaced` is what has to be added to them
@@ -154,7 +154,7 @@ def doubt(ending: Ending, invocation: int) -> PossiblyBilled | None:
     )
 
 
-def with_possibly_billed(spent: Spent, entries: Sequence[PossiblyBilled]) -> Spent:
+def with_possibly_billed(spent: Totals, entries: Sequence[PossiblyBilled]) -> Totals:
     if not entries:
         return spent
     lost = dict(spent.lost)
@@ -172,8 +172,8 @@ def with_possibly_billed(spent: Spent, entries: Sequence[PossiblyBilled]) -> Spe
 
 
 def fold(
-    spent: Spent, endings: Sequence[Ending], invocation: int, earlier: Mapping[int, TotalsLine] | None = None
-) -> Spent:
+    spent: Totals, endings: Sequence[Ending], invocation: int, earlier: Mapping[int, TotalsLine] | None = None
+) -> Totals:
     """The account with the endings added; lines that no ending touches stay the same objects.
 
     `earlier` has, for each row among them that had a record before, what its answer alone used and cost.
@@ -217,7 +217,7 @@ def _with_unstated(known: Unstated, endings: Sequence[Ending]) -> Unstated:
     return known if (usd, tokens) == (known.usd, known.tokens) else Unstated(usd, tokens)
 
 
-def with_changes(spent: Spent, changes: Iterable[TotalsLine]) -> Spent:
+def with_changes(spent: Totals, changes: Iterable[TotalsLine]) -> Totals:
     """The account with the changes added to `replaced`."""
     replaced = dict(spent.replaced)
     for change in changes:
@@ -304,7 +304,7 @@ def _used(line: TotalsLine, usage: Usage | None, cost: Decimal | None, reported:
     )
 
 
-def reopened(spent: Spent, answers: Iterable[TotalsLine]) -> Spent:
+def reopened(spent: Totals, answers: Iterable[TotalsLine]) -> Totals:
     """The account with the rows of these answers pending again; each stands until another takes its place."""
     standing, changes = dict(spent.standing), list[TotalsLine]()
     for answer in answers:

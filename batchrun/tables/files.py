@@ -15,7 +15,7 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchrun.durable import digest, fsync, replace, told
+from batchrun.durable import digest, disk_errors, fsync, replace
 from batchrun.errors import CheckpointError
 from batchrun.job.job import Output
 from batchrun.records import TotalsLine
@@ -130,7 +130,7 @@ def assemble(
 
 def move_parts(parts: Sequence[tuple[Path, str, int]], folder: Path) -> None:
     """The parts are the result: `folder/part-000000.parquet` and on. Safe to repeat after a crash in the middle."""
-    with told(folder):
+    with disk_errors(folder):
         folder.mkdir(mode=0o700, exist_ok=True)
         for number, (path, expected, _) in enumerate(parts):
             target = part_in(folder, number)

@@ -24,7 +24,7 @@ from aiohttp.client_reqrep import ClientRequest
 from batchrun.transport.link import Protocol
 
 TESTED_WITH = ("3.14.5",)
-"""The versions that tests/test_transport.py was run with. Another one is rehearsed like these when a run starts."""
+"""The versions that tests/run/test_transport.py was run with. Another one is rehearsed like these when a run starts."""
 
 READ_BUFFER_BYTES = 65_536
 """How much of a body may wait to be read: at twice that, aiohttp stops reading from the socket."""

@@ -1,0 +1,337 @@
+"""The documentation says what the code does: its tables are read back and held against it."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pyarrow as pa
+import pytest
+
+import batchrun
+from batchrun.cli import cli
+from batchrun.dispatch.runlog import RunLog
+from batchrun.errors import ExitCode
+from batchrun.job.job import Retry, settings
+from batchrun.job.load import from_tables, load
+from batchrun.limits.admission import Limit
+from batchrun.policy import FAULT_VERDICTS, STATUS_VERDICTS, judge
+from batchrun.records import Attempt, PossiblyBilled, Status, Summary, TotalsLine, Verdict
+from batchrun.report.bill import KEYS
+from batchrun.report.figures import FIGURES
+from batchrun.report.findings import THRESHOLDS
+from batchrun.response.answer import read
+from batchrun.source import find_files, open_source
+from batchrun.startup.input_check import survey
+from batchrun.store.checkpoint import SPILL
+from batchrun.store.rundir import RunDirectory
+from batchrun.tables.rows import OWN_COLUMNS, USAGE_COLUMNS
+from tests.unit.test_architecture import LAYERS
+
+ROOT = Path(__file__).parents[2]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [page for page in (*DOCS, *sorted(ROOT.glob("*.md")), ROOT / "sample_inputs/README.md") if page.exists()]
+USER_PAGES = [page for page in PAGES if page.name != "CHANGELOG.md"]  # which may speak of what is gone
+
+CODE = re.compile(r"^ {4,}(?P<block>.+)$|^```.*\n(?P<fence>[\s\S]*?)^```|`(?P<span>[^`]+)`", re.MULTILINE)
+NOT_YET = re.compile(r"^- Not yet:.*(?:\n .*)*|^## Not yet\n(?:(?!## ).*\n?)*", re.MULTILINE)
+OPTION = re.compile(r"(?<!\S)--?[a-z][\w-]*")
+CITED_TESTS = re.compile(r"((?:`test_\w+`(?:, | and )?)+) in (tests/\w+/test_\w+\.py)")
+
+
+def text_of(name: str) -> str:
+    return (ROOT / name).read_text("utf-8")
+
+
+def rows(name: str, *header: str) -> list[list[str]]:
+    """The rows, as cells, of every table of a page whose header begins with these cells."""
+    found: list[list[str]] = []
+    inside = False
+    for line in text_of(name).splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if not line.startswith("|"):
+            inside = False
+        elif tuple(cells[: len(header)]) == header:
+            inside = True
+        elif inside and not set(line) <= set("|-: "):
+            found.append(cells)
+    return found
+
+
+def bare(cell: str) -> str:
+    return cell.strip("`")
+
+
+def code(page: Path) -> Iterator[str]:
+    """Every line of code blocks and every code span of a page, but for what it says is not there yet."""
+    for match in CODE.finditer(NOT_YET.sub("", page.read_text("utf-8"))):
+        if match["span"] is not None:
+            yield " ".join(match["span"].split())  # Markdown lets a span go over a line's end
+        else:
+            yield from (match["block"] or match["fence"]).splitlines()
+
+
+def ids_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+# ── the reference tables ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_setting_is_listed_exactly_once_with_its_default(tmp_path: Path) -> None:
+    listed = [(bare(path), default) for path, _, default, *_ in rows("docs/job.md", "setting", "type", "default")]
+    assert sorted(path for path, _ in listed) == sorted(path for path, _ in settings())
+    told = dict(listed)
+    for path, default in settings():
+        assert path == "name" or _default(told[path]) == default, path
+    assert told["name"] == "the job file's stem"
+    (tmp_path / "nightly.toml").write_text('endpoint.url = "simulator"')
+    assert load(tmp_path / "nightly.toml").name == "nightly"
+
+
+def _default(cell: str) -> object:
+    if cell == "required":
+        return msgspec.NODEFAULT
+    return None if cell == "none" else tomllib.loads(f"it = {bare(cell)}")["it"]
+
+
+@pytest.mark.parametrize("schema", [OWN_COLUMNS, USAGE_COLUMNS], ids=["completions", "usage"])
+def test_every_column_is_listed_in_order_with_its_type(schema: pa.Schema) -> None:
+    columns = rows("docs/output.md", "column", "Arrow type")
+    completions, usage = columns[: len(OWN_COLUMNS)], columns[len(OWN_COLUMNS) :]
+    listed = completions if schema is OWN_COLUMNS else usage
+    assert [(bare(row[0]), bare(row[1])) for row in listed] == [(field.name, str(field.type)) for field in schema]
+
+
+def test_the_readmes_columns_are_among_them() -> None:
+    for names, type_, *_ in rows("README.md", "column", "type"):
+        for name in map(bare, names.split(", ")):
+            assert str(OWN_COLUMNS.field(name).type).partition("<")[0] == type_
+
+
+def test_usage_has_the_fields_of_a_totals_line() -> None:
+    assert tuple(USAGE_COLUMNS.names) == TotalsLine.__struct_fields__
+
+
+def test_every_field_of_the_summary_is_listed_in_order() -> None:
+    page = text_of("docs/output.md").partition("## summary.json")[2].partition("\n## ")[0]
+    listed = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
+    assert tuple(listed) == Summary.__struct_fields__
+    (doubts,) = [line for line in page.splitlines() if line.startswith("| `possibly_billed` ")]
+    assert [name for name in PossiblyBilled.__struct_fields__ if f"`{name}`" not in doubts] == []
+
+
+def test_every_status_and_every_event_is_listed() -> None:
+    assert [bare(row[0]) for row in rows("docs/output.md", "status", "when")] == [str(status) for status in Status]
+    listed = set(re.findall(r"`([\w ]+)`", " ".join(row[0] for row in rows("docs/output.md", "event", "fields"))))
+    written = {
+        event
+        for module in (ROOT / "batchrun").rglob("*.py")
+        for event in re.findall(rf'\blog\.{RunLog.write.__name__}\(\s*"([^"]+)"', module.read_text("utf-8"))
+    }
+    assert listed == written | {"complete", "stopped", "failed"}
+
+
+def test_everything_that_a_row_may_wait_for_is_listed() -> None:
+    (field,) = [row[2] for row in rows("docs/output.md", "field", "type") if row[0] == "`limited_by`"]
+    advised = " ".join(row[0] for row in rows("docs/job.md", "limited by", "what to do for more speed"))
+    wanted = {*map(str, Limit), "the reader of completions", "retries"}
+    for listed in (field, advised):
+        assert {name.partition(" (")[0] for name in re.findall("`([^`]+)`", listed)} == wanted
+
+
+def test_every_file_of_a_run_directory_is_listed() -> None:
+    listed = set(re.findall("`([^`]+)`", " ".join(row[0] for row in rows("docs/output.md", "file", "there"))))
+    directory = RunDirectory(ROOT)
+    files = {path.name for path in vars(directory).values() if path != directory.path}
+    assert {name.rstrip("/") for name in listed} == {*files, SPILL, directory.images_of().name}
+
+
+def test_every_key_of_the_report_is_listed() -> None:
+    assert tuple(bare(row[0]) for row in rows("docs/output.md", "`--by`")) == KEYS
+
+
+def test_every_figure_of_a_bill_has_its_formula_in_order() -> None:
+    assert tuple(bare(row[0]) for row in rows("docs/cost.md", "figure", "formula")) == FIGURES
+
+
+def test_every_finding_is_listed_with_its_threshold() -> None:
+    listed = {bare(name): float(bare(limit)) for name, limit, *_ in rows("docs/cost.md", "finding", "threshold")}
+    assert listed == THRESHOLDS
+
+
+def test_every_exit_code_is_listed() -> None:
+    listed = {int(code): bare(name) for code, name, *_ in rows("docs/guarantees.md", "code", "name")}
+    assert listed == {int(code): code.name for code in ExitCode}
+    in_short = ",".join(codes for codes, *_ in rows("README.md", "code", "meaning"))
+    assert sorted(map(int, in_short.split(","))) == sorted(ExitCode)
+
+
+def test_every_verdict_is_listed() -> None:
+    assert [bare(row[0]) for row in rows("docs/guarantees.md", "verdict", "means")] == [
+        str(verdict) for verdict in Verdict
+    ]
+
+
+def test_the_table_of_statuses_is_the_policys_own() -> None:
+    told: dict[int, tuple[str, str]] = {}
+    for statuses, verdict, kind, *_ in rows("docs/guarantees.md", "status", "verdict"):
+        for status in map(int, statuses.split(",")):
+            assert status not in told
+            told[status] = (bare(verdict), bare(kind))
+    assert {status: verdict for status, (verdict, _) in told.items()} == STATUS_VERDICTS
+    body = b'{"error": {"message": "no"}}'
+    for status, (verdict, kind) in told.items():
+        judgement = judge(Attempt(0.0, 0.0, status, {}, body), read(body), Retry())
+        assert judgement.error is not None
+        assert (judgement.verdict, judgement.error.kind) == (verdict, kind), status
+
+
+def test_the_table_of_faults_is_the_policys_own() -> None:
+    told = [(bare(kind), bare(verdict)) for kind, verdict, *_ in rows("docs/guarantees.md", "`error.kind`", "verdict")]
+    assert sorted(told) == sorted((str(fault), str(verdict)) for fault, verdict in FAULT_VERDICTS.items())
+
+
+def test_every_package_has_its_line_in_the_design() -> None:
+    listed = [row[0].strip("*`") for row in rows("docs/design.md", "package, module", "what it holds")]
+    packages = {path.parent.name for path in (ROOT / "batchrun").glob("*/__init__.py")}
+    from_the_ground_up = [name for layer in LAYERS for name in layer if name != "__init__"]
+    assert listed == [f"{name}/" if name in packages else name for name in from_the_ground_up]
+
+
+def test_every_dependency_has_its_reason_in_the_design() -> None:
+    listed = [row[0].partition(" ")[0] for row in rows("docs/design.md", "package", "reason")]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *(name for extra in ("uvloop", "tokens", "report") for name in extras[extra])]
+    assert sorted(listed) == sorted(re.match(r"[\w-]+", name)[0] for name in wanted)  # type: ignore[index]
+
+
+def test_every_package_that_only_tests_use_is_named_in_the_design() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    names = [re.split("[>=]", requirement)[0] for requirement in extras["test"]]
+    assert len(set(names)) == len(names)
+    assert [name for name in names if f"`{name}`" not in text_of("docs/design.md")] == []
+
+
+# ── what pages point to ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_test_that_a_page_names_exists() -> None:
+    text = "\n".join(page.read_text("utf-8") for page in PAGES)
+    cited = [(name, file) for names, file in CITED_TESTS.findall(text) for name in re.findall(r"test_\w+", names)]
+    assert {name for name, _ in cited} == set(re.findall(r"`(test_\w+)`", text)), "a test is cited without its file"
+    assert cited
+    missing = [
+        (name, file)
+        for name, file in cited
+        if not (ROOT / file).exists() or f"def {name}(" not in (ROOT / file).read_text("utf-8")
+    ]
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids_of)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+        path, _, anchor = target.partition("#")
+        if "://" in target or target.startswith("mailto:"):
+            continue
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), target
+        assert not anchor or anchor in _anchors(linked), target
+
+
+def _anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", page.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids_of)
+def test_every_file_that_a_page_names_is_there(page: Path) -> None:
+    named = re.compile(r"(?<![\w/.])(?:batchrun|benchmarks|docs|jobs|sample_inputs|tests)/[\w./*-]*\w")
+    for name in named.findall(page.read_text("utf-8")):
+        assert any(ROOT.glob(name)), name
+
+
+@pytest.mark.parametrize("page", USER_PAGES, ids=ids_of)
+def test_every_command_and_option_that_a_page_names_is_there(page: Path) -> None:
+    options = {
+        name: {option for parameter in command.params for option in parameter.opts}
+        for name, command in cli.commands.items()
+    }
+    for line in code(page):
+        for name, arguments in re.findall(r"(?<![\w./-])(?<!from )batchrun ([a-z]\w*)([^|;&#]*)", line):
+            assert name in options, line
+            assert set(OPTION.findall(arguments.partition("  ")[0])) <= options[name] | {"--help", "-h"}, line
+        if line.startswith("--"):
+            assert line.split()[0] in set().union(*options.values(), {"--help", "--version"}), line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids_of)
+def test_no_page_names_a_place_on_somebodys_machine(page: Path) -> None:
+    assert re.findall(r"(?<![\w.])/(?:home|root|work|farm|tmp|Users)/\S*", page.read_text("utf-8")) == []
+
+
+# ── the examples ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+EXAMPLES = [
+    example
+    for block in re.findall(r"(?:^(?: {4}.*)?\n)+", text_of("docs/job.md"), re.MULTILINE)
+    if (example := re.sub(r"^ {4}", "", block, flags=re.MULTILINE).strip()).startswith("[")
+] + re.findall(r"^```toml\n([\s\S]*?)^```", text_of("README.md"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.splitlines()[0])
+def test_every_example_of_a_job_can_be_asked(example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    job = from_tables({"endpoint": {"url": "simulator"}, **tomllib.loads(example)})
+    if job.input.path is not None:
+        found = survey(open_source(find_files(job.input.path)), job, tmp_path)
+        assert found.rows > 0
+        assert len(found.rejected) == 0
+
+
+def test_every_commented_line_of_the_template_is_a_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "answer.schema.json").write_text("{}")
+    lines = text_of("batchrun/new_job.toml").replace('url = "simulator"', "", 1).splitlines()
+    uncommented = "\n".join(re.sub(r"^# (?=\w+ = |\[)", "", line) for line in lines)
+    job = from_tables(tomllib.loads(uncommented))
+    assert (job.retry.invalid, job.finish.length, job.request.stream) == (1, "fail", True)
+
+
+def test_there_are_examples_of_all_three_dialects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    jobs = [from_tables({"endpoint": {"url": "simulator"}, **tomllib.loads(example)}) for example in EXAMPLES]
+    with_input = [(job, job.input.path) for job in jobs if job.input.path is not None]
+    dialects = {survey(open_source(find_files(path)), job, tmp_path).dialect for job, path in with_input}
+    assert dialects == {"columns", "messages", "openai-batch"}
+
+
+# ── the library ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_every_public_name_is_listed() -> None:
+    listed = [bare(name) for names, *_ in rows("docs/library.md", "name", "what it is") for name in names.split(", ")]
+    assert sorted(listed) == sorted(set(batchrun.__all__) - {"__version__"})
+
+
+def test_every_option_of_a_start_is_listed_in_order() -> None:
+    assert [bare(name) for name, *_ in rows("docs/library.md", "option", "type")] == list(
+        batchrun.Options.__annotations__
+    )
+
+
+def test_the_readmes_programs_run(tmp_path: Path) -> None:
+    programs = re.findall(r"^```python\n([\s\S]*?)^```", text_of("README.md"), re.MULTILINE)
+    program = "\n".join([*programs, "import asyncio; asyncio.run(label([{'text': 'Fine.'}]))"])
+    command = [sys.executable, "-W", "error", "-c", program]
+    shown = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert shown.stdout.startswith("{'ok': 2} 0.00")
+    assert shown.stdout.splitlines()[1].startswith("0 ")
+    for run in ("labels", "more"):
+        assert (tmp_path / "runs" / run / "completions.parquet").exists()

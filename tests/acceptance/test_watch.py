@@ -1,0 +1,76 @@
+"""`batchrun watch`: a run at work in a terminal of any width, without torn lines, until it ends."""
+
+import fcntl
+import os
+import pty
+import struct
+import sys
+import termios
+import time
+import unicodedata
+from pathlib import Path
+
+import pytest
+
+from batchrun.report import watching
+from batchrun.simulator import SimulatorConfig
+from batchrun.terminal import harmless
+from tests.cli_process import batchrun, finish, start, wait_until, write_job, write_rows
+from tests.run.test_progress import summary
+from tests.simulator_process import running_simulator
+
+HOSTILE = "\x1b[2J模型\r\n" * 30
+
+
+@pytest.mark.parametrize("columns", [1, 2, 10, 39, 80, 200])
+def test_no_line_of_a_frame_is_wider_than_the_terminal(columns: int) -> None:
+    told = watching.frame(summary(example_error=HOSTILE), [HOSTILE, "plain"], columns, 24, harmless)
+    lines = told.removeprefix(watching.HOME).removesuffix(watching.REST_OF_SCREEN).split("\r\n")
+    assert lines.pop() == ""
+    assert 0 < len(lines) < 24
+    for line in lines:
+        assert line.endswith(watching.REST_OF_LINE)
+        text = line.removesuffix(watching.REST_OF_LINE)
+        assert text.isprintable()
+        assert sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text) < max(columns, 2)
+
+
+def drawn(frame: str) -> list[str]:
+    """The lines of a frame, without what the command says behind the last one."""
+    return frame.partition(watching.REST_OF_SCREEN)[0].split("\r\n")
+
+
+def test_a_run_is_watched_to_its_end_with_and_without_a_terminal(tmp_path: Path) -> None:
+    with running_simulator(SimulatorConfig(latency_s=0.3)) as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, write_rows(tmp_path / "in.jsonl", 200))
+        process = start("run", job, "-o", tmp_path / "out", "--set", "limits.max_in_flight=16")
+        wait_until((tmp_path / "out" / "summary.json").exists, process)
+        main, side = pty.openpty()
+        fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 20, 60, 0, 0))
+        before = [sys.executable, "-c", "import runpy, sys; sys.exit(__import__('subprocess').call(sys.argv[1:]))"]
+        watcher = start("watch", tmp_path / "out", "--every", "0.2", before=before, stdout=side)
+        os.close(side)
+        plain = start("watch", tmp_path / "out", "--every", "0.2")
+        shown = b""
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            try:
+                shown += os.read(main, 65_536)
+            except OSError:
+                break
+        assert finish(process).exit_code == 0
+        assert finish(watcher).exit_code == 0
+        told = finish(plain)
+    os.close(main)
+    assert told.exit_code == 0
+    assert "\x1b" not in told.stdout
+    assert told.stdout.splitlines()[-1].startswith("200/200 rows (100%), 0 failed")
+    frames = shown.decode().split(watching.HOME)
+    assert len(frames) > 2
+    lines = [line.replace(watching.REST_OF_LINE, "") for frame in frames[1:] for line in drawn(frame)]
+    assert max(len(line.replace(watching.REST_OF_SCREEN, "").strip("\r")) for line in lines) < 60
+    assert "200 of 200 done" in frames[-1]
+
+
+def test_a_run_that_is_none_is_refused_and_an_ended_one_ends_it(tmp_path: Path) -> None:
+    assert batchrun("watch", tmp_path).exit_code == 2

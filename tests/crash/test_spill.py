@@ -1,0 +1,93 @@
+"""Answers that a failed database can't take are kept beside it, and taken in by the next start."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from batchrun.errors import CheckpointError
+from batchrun.records import Completion, Discarded, Ending
+from batchrun.simulator import SimulatorConfig
+from batchrun.store import spill
+from batchrun.store.checkpoint import Checkpoint
+from batchrun.store.totals import Totals, fold
+from tests.cli_process import batchrun, finish, read_summary, start, write_job, write_rows
+from tests.crash.strace import Fault, prefix
+from tests.endings import ENDINGS, completion, discarded
+from tests.simulator_process import running_simulator
+
+SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
+
+
+def opened(path: Path) -> Checkpoint:
+    return Checkpoint(path, free_reserve=lambda: False)
+
+
+@SHARED
+@given(ENDINGS)
+def test_every_field_of_every_ending_comes_back(tmp_path: Path, endings: list[Ending]) -> None:
+    path = tmp_path / "spill.bin"
+    path.unlink(missing_ok=True)
+    spill.append(path, endings, 3)
+    spill.append(path, endings[:1], 4)
+    first, second = spill.read(path)
+    assert first.invocation == 3
+    assert list(first.completions) == [e for e in endings if isinstance(e, Completion)]
+    assert list(first.discarded) == [e for e in endings if isinstance(e, Discarded)]
+    assert (second.invocation, [*second.completions, *second.discarded]) == (4, endings[:1])
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_last_frame_cut_short_was_never_durable_and_any_other_damage_is_reported(tmp_path: Path) -> None:
+    path = tmp_path / "spill.bin"
+    spill.append(path, [completion(1)], 1)
+    whole = path.read_bytes()
+    spill.append(path, [completion(2)], 1)
+    both = path.read_bytes()
+    for length in range(len(whole), len(both)):
+        path.write_bytes(both[:length])
+        assert [frame.completions[0].row for frame in spill.read(path)] == [1]
+    for place in range(8, len(whole), 7):
+        path.write_bytes(both[:place] + bytes([both[place] ^ 4]) + both[place + 1 :])
+        with pytest.raises(CheckpointError, match=r"spill\.bin: damaged"):
+            list(spill.read(path))
+
+
+def test_the_next_start_takes_in_what_is_not_there_yet_and_counts_it_once(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.db"
+    endings: list[Ending] = [completion(0), discarded(1, 1), completion(2), discarded(3, 2)]
+    checkpoint = opened(path)
+    checkpoint.invocation = 1
+    checkpoint.put(endings[0])
+    checkpoint.put(endings[1])
+    assert checkpoint.flushed()
+    checkpoint.close()
+    spill.append(tmp_path / "spill.bin", endings, 1)  # the failed commit had arrived in part after all
+    for _ in range(2):
+        checkpoint = opened(path)
+        assert checkpoint.spent.totals == fold(Totals(), endings, 1).totals
+        assert [kept.row for kept in checkpoint.completions(0, 10)] == [0, 2]
+        checkpoint.close()
+        assert not (tmp_path / "spill.bin").exists()
+
+
+def test_what_is_in_flight_when_the_database_fails_is_kept_and_nothing_is_asked_twice(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "in.jsonl", 200)
+    config = SimulatorConfig(latency_s=0.3, latency_sigma=0.6, ledger=str(tmp_path / "ledger"))
+    out = tmp_path / "out"
+    with running_simulator(config) as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, source)
+        fault = Fault("fsync,fdatasync", ("checkpoint.db-wal",), "EIO", "12+")
+        ended = finish(start("run", job, "-o", out, before=prefix(fault, out)))
+        assert ended.exit_code == 5, ended.stderr
+        assert "checkpoint.db: the disk refused a write" in ended.stderr
+        assert (out / "spill.bin").stat().st_size > 0
+        summary = read_summary(out)
+        assert summary["rows"] - summary["pending"] == len(simulator.ledger())
+        assert batchrun("run", job, "-o", out).exit_code == 0
+        served = Counter(line.question for line in simulator.ledger())
+    assert set(served.values()) == {1}
+    assert len(served) == 200
+    assert not (out / "spill.bin").exists()
+    assert read_summary(out)["possibly_billed_count"] == 0

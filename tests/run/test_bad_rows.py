@@ -1,0 +1,182 @@
+"""Rows that fail one after another: whoever is at fault, bad rows are given up, good ones served, and the run ends."""
+
+import asyncio
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from batchrun.records import Summary
+from tests.crash.test_network_faults import (
+    BUSY,
+    FAILURE,
+    PAGE,
+    RATE_LIMIT,
+    WITH_A_WAIT,
+    answers,
+    asked_for,
+    resets,
+    row_of,
+)
+from tests.fault_server import Exchange, Script, answer, sends, serving_aside
+from tests.jobs import write_lines
+from tests.run.test_tail import bad_rows, run
+
+TOO_LARGE = answer(
+    b'{"error": {"message": "Request too large for m on tokens per min (TPM): Limit 10000, Requested 20000. The input '
+    b'or output tokens must be reduced in order to run successfully.", "code": "rate_limit_exceeded"}}',
+    status="429 Too Many Requests",
+)
+
+
+def rows(folder: Path, count: int) -> frozenset[int]:
+    """The input has so many rows; their numbers."""
+    write_lines(folder / "in.jsonl", [{"text": f"item {row}."} for row in range(count)])
+    return frozenset(range(count))
+
+
+@pytest.mark.parametrize("bad", [range(20, 90), range(50, 120), range(70)], ids=["amid", "last", "first"])
+@pytest.mark.parametrize("max_outage_s", [40.0, 7_200.0])
+def test_any_number_of_bad_rows_in_a_row_ends_with_good_rows_served(
+    tmp_path: Path, bad: range, max_outage_s: float
+) -> None:
+    rows(tmp_path, 120)
+    limits, retry = {"max_in_flight": 16}, {"max_outage_s": max_outage_s}
+    with serving_aside(bad_rows(frozenset(bad), sends(FAILURE))) as server:
+        summary = run(tmp_path, server.url, limits=limits, retry=retry)
+    assert (summary.exit_code, summary.by_status) == (3, {"ok": 50, "error": 70})
+    sent = asked_for(server)
+    assert {row: n for row, n in sent.items() if row not in bad} == dict.fromkeys(set(range(120)) - set(bad), 1)
+    assert max(sent.values()) <= 8
+
+
+ONCE: dict[str, Script] = {
+    "429": sends(RATE_LIMIT),
+    "429 that asks for a second": sends(WITH_A_WAIT),
+    "500": sends(FAILURE),
+    "503": sends(BUSY),
+    "a reset": resets,
+    "a page": sends(answer(PAGE)),
+}
+
+
+def fails_at_first(fault: Script, of: frozenset[int]) -> Script:
+    """These rows meet the fault once, and are answered then."""
+    met: set[int] = set()
+
+    async def script(exchange: Exchange) -> None:
+        if (row := row_of(exchange)) in of and row not in met:
+            met.add(row)
+            await fault(exchange)
+        else:
+            await asyncio.sleep(0.001)
+            await answers(exchange)
+
+    return script
+
+
+@pytest.mark.parametrize("fault", ONCE)
+def test_a_server_that_fails_each_row_once_is_done_with_in_two_requests_a_row(tmp_path: Path, fault: str) -> None:
+    every = rows(tmp_path, 120)
+    with serving_aside(fails_at_first(ONCE[fault], every)) as server:
+        summary = run(tmp_path, server.url, limits={"max_in_flight": 16})
+    assert (summary.exit_code, summary.by_status) == (0, {"ok": 120})
+    assert set(asked_for(server).values()) == {2}
+    assert summary.elapsed_s < 5.0, "a quarter of an hour on the fast clock; at one row a minute it would be hours"
+
+
+def test_forty_rows_in_a_row_that_fail_once_hold_nobody_up(tmp_path: Path) -> None:
+    rows(tmp_path, 120)
+    some = frozenset(range(20, 60))
+    with serving_aside(fails_at_first(sends(FAILURE), some)) as server:
+        summary = run(tmp_path, server.url, limits={"max_in_flight": 16})
+    assert (summary.exit_code, summary.by_status) == (0, {"ok": 120})
+    assert max(asked_for(server).values()) <= 3
+
+
+@pytest.mark.parametrize("bad", [range(0), range(20, 60)], ids=["each fails once", "and forty for ever"])
+@pytest.mark.parametrize("trouble", [FAILURE, BUSY], ids=["500", "503"])
+def test_an_outage_that_comes_while_rows_take_turns_burns_none_and_sees_few_requests(
+    tmp_path: Path, bad: range, trouble: bytes
+) -> None:
+    """Five minutes of it, on a clock 200 times as fast."""
+    every, until_s, during = rows(tmp_path, 120), 0.0, 0
+    usual = bad_rows(frozenset(bad), sends(FAILURE)) if bad else fails_at_first(sends(FAILURE), every)
+
+    async def script(exchange: Exchange) -> None:
+        nonlocal until_s, during
+        now_s = asyncio.get_running_loop().time()
+        if not until_s and len(server.exchanges) > 80:
+            until_s = now_s + 300 / 200
+        if now_s < until_s:
+            during += 1
+            await exchange.send(trouble)
+        else:
+            await usual(exchange)
+
+    with serving_aside(script) as server:
+        summary = run(tmp_path, server.url, limits={"max_in_flight": 16})
+    assert summary.by_status == ({"ok": 80, "error": 40} if bad else {"ok": 120})
+    assert during < 45, "sixteen were out when it began"
+
+
+def test_a_row_that_is_refused_for_ever_amid_others_is_given_up_before_they_end(tmp_path: Path) -> None:
+    """At two in flight, ten seconds an answer, three hundred rows take twenty-five minutes; it is given up in ten."""
+    rows(tmp_path, 300)
+    with serving_aside(bad_rows(frozenset({5}), sends(WITH_A_WAIT), good_s=0.05)) as server:
+        summary = run(tmp_path, server.url, limits={"max_in_flight": 2})
+    assert (summary.exit_code, summary.by_status) == (3, {"ok": 299, "error": 1})
+    sent = [row_of(exchange) for exchange in server.exchanges]
+    assert sent.count(5) in range(24, 28)
+    assert sent[-1] != 5
+
+
+def refused(folder: Path, fault: Script, **retry: float) -> tuple[Summary, Counter[int]]:
+    """Rows 5 and 17 of forty are always refused."""
+    with serving_aside(bad_rows(frozenset({5, 17}), fault)) as server:
+        summary = run(folder, server.url, retry=retry)
+    return summary, asked_for(server)
+
+
+@pytest.mark.parametrize("max_outage_s", [60.0, 7_200.0])
+@pytest.mark.parametrize("refusal", [RATE_LIMIT, WITH_A_WAIT], ids=["429", "429 that asks for a second"])
+def test_a_row_that_is_refused_for_ever_is_given_up_at_the_tail(
+    tmp_path: Path, refusal: bytes, max_outage_s: float
+) -> None:
+    summary, sent = refused(tmp_path, sends(refusal), max_outage_s=max_outage_s)
+    assert (summary.exit_code, summary.by_status) == (3, {"ok": 38, "error": 2})
+    assert max(sent.values()) <= 12
+
+
+def test_a_request_that_is_larger_than_the_limit_is_sent_once(tmp_path: Path) -> None:
+    summary, sent = refused(tmp_path, sends(TOO_LARGE))
+    assert (summary.exit_code, summary.by_status) == (3, {"ok": 38, "error": 2})
+    assert set(sent.values()) == {1}
+
+
+def test_a_limit_that_holds_the_last_rows_for_minutes_burns_none(tmp_path: Path) -> None:
+    """Four minutes of refusals, on a clock 200 times as fast."""
+    last, until_s = frozenset(range(30, 40)), 0.0
+
+    async def limited(exchange: Exchange) -> None:
+        nonlocal until_s
+        now_s = asyncio.get_running_loop().time()
+        until_s = until_s or now_s + 240 / 200
+        await (exchange.send(RATE_LIMIT) if now_s < until_s else answers(exchange))
+
+    with serving_aside(bad_rows(last, limited)) as server:
+        summary = run(tmp_path, server.url)
+    assert (summary.exit_code, summary.by_status) == (0, {"ok": 40})
+
+
+def test_where_only_a_long_wait_is_left_the_start_ends_at_once_and_a_later_one_gives_it_up(tmp_path: Path) -> None:
+    said = answer(b'{"error": {"message": "slow down"}}', "Retry-After: 1000", status="429 Slow Down")
+    with serving_aside(bad_rows(frozenset({5}), sends(said))) as server:
+        first = run(tmp_path, server.url)
+        second = run(tmp_path, server.url)
+        third = run(tmp_path, server.url, retry={"max_wait_s": 0.001})
+    assert (first.exit_code, first.pending) == (second.exit_code, second.pending) == (5, 1)
+    assert "row 5: HTTP 429: asked to wait 1000 s" in str(first.reason)
+    assert first.elapsed_s < 4.0, "the wait itself would take five seconds on the fast clock"
+    assert (third.exit_code, third.by_status) == (3, {"ok": 39, "error": 1})
+    assert asked_for(server)[5] <= 5, "a lone row is sent twice before it pauses a start"

@@ -1,0 +1,85 @@
+"""Images in memory are bounded by bytes: how many requests are out depends on how large they are."""
+
+import asyncio
+import functools
+from pathlib import Path
+
+import pytest
+
+import batchrun
+from batchrun.dispatch import worker
+from batchrun.dispatch.image_memory import AT_ONCE, ImageMemory
+from batchrun.records import Request
+from batchrun.simulator import SimulatorConfig
+from tests.pictures import SAMPLES
+from tests.run.test_start import KEYS
+from tests.simulator_process import running_simulator
+
+
+def request_of(row: int, size: int) -> Request:
+    return Request(row=row, key=b"", body=b"x" * size, model="m", max_prompt_tokens=1, max_output_tokens=1)
+
+
+def test_who_comes_first_is_loaded_until_the_room_is_full_and_the_next_when_somebody_leaves() -> None:
+    loaded: list[int] = []
+
+    def read(row: int) -> Request:
+        loaded.append(row)
+        return request_of(row, 40)
+
+    async def fill() -> None:
+        room = ImageMemory(100)
+        tasks = [asyncio.create_task(room.load(functools.partial(read, row))) for row in range(12)]
+        for left, task in enumerate(tasks):
+            await task  # with three in the room it is full; those that were being read come on top of them
+            await asyncio.wait(tasks[: left + 3])
+            assert len(loaded) - left <= 3 + AT_ONCE - 1
+            room.leave(task.result())
+
+    asyncio.run(fill())
+    assert sorted(loaded) == list(range(12))
+
+
+def test_what_is_larger_than_the_room_goes_alone_and_a_failure_leaves_no_trace() -> None:
+    def fail() -> Request:
+        raise batchrun.InputError("gone")
+
+    async def pass_through() -> None:
+        room = ImageMemory(100)
+        for row in range(3):
+            with pytest.raises(batchrun.InputError):
+                await room.load(fail)
+            room.leave(await room.load(functools.partial(request_of, row, 1_000)))
+
+    asyncio.run(pass_through())
+
+
+def test_rows_that_wait_for_room_are_all_asked_and_none_after_the_end_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "ImageMemory", functools.partial(ImageMemory, 1))
+    rows = [{"image": path.name} for path in sorted(SAMPLES.iterdir())[:8]]
+    with running_simulator(SimulatorConfig(latency_s=0.5, ledger=str(tmp_path / "ledger"))) as simulator:
+        job = batchrun.Job(
+            endpoint=batchrun.Endpoint(url=simulator.url, api_key_env=next(iter(KEYS))),
+            input=batchrun.Input(image_root=str(SAMPLES)),
+            request=batchrun.RequestTemplate(
+                model="vtrix-gpt-5.3-codex", prompt="Caption it.", images=["image"], max_tokens=40
+            ),
+        )
+
+        async def leave_after(completions: int) -> batchrun.Summary:
+            runner = batchrun.Runner(job, rows, output=tmp_path / "out", environ=KEYS, replay=False)
+            async with runner:
+                async for _ in runner:
+                    completions -= 1
+                    if not completions:
+                        break
+            return runner.summary
+
+        stopped = asyncio.run(leave_after(1))
+        served = len(simulator.ledger())
+        assert served <= 1 + AT_ONCE  # eight were admitted
+        assert (stopped.pending, stopped.possibly_billed_count) == (8 - served, 0)
+        assert asyncio.run(leave_after(-1)).complete
+        assert len(simulator.ledger()) == 8

@@ -1,0 +1,17 @@
+"""Many long streams at once are read in bounded memory: by a process of their own, whose peak nothing else made."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "streams.py"
+
+
+def test_64_long_streams_at_once_take_a_part_of_their_bytes_in_memory() -> None:
+    command = [sys.executable, str(BENCHMARK), "64", "1500000"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    figures = json.loads(ended.stdout)
+    assert figures["streams"] * figures["mb_each"] == 96
+    assert figures["stored_mb"] < 3
+    assert figures["grown_mb"] < 60

@@ -1,0 +1,26 @@
+"""The bill is that vendor's: usages as vendors state them, each with its bill by hand and its source."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.golden_bills import Bill, billed, bills, table
+
+BILLS = bills()
+
+
+@pytest.mark.parametrize("bill", BILLS, ids=[f"{bill.vendor}: {bill.what}" for bill in BILLS])
+def test_a_vendors_answer_is_billed_as_that_vendor_does(bill: Bill) -> None:
+    if bill.parts:
+        assert sum(tokens * price for tokens, price in bill.parts) == (bill.usd or 0) * 1_000_000, "the line itself"
+    assert billed(bill) == bill.usd
+
+
+def test_there_are_forty_shapes_of_ten_vendors() -> None:
+    assert len(BILLS) >= 40
+    assert len({bill.vendor for bill in BILLS}) >= 10
+
+
+def test_the_page_has_the_table() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "pricing.md").read_text("utf-8")
+    assert "\n".join(table()) in page
