@@ -1,4 +1,4 @@
-"""What the limits of a job allow by a moment; how long rows take at least is held in tests/acceptance/test_estimate.py."""
+"""What the limits of a job allow by a moment; the shortest time for rows is tested in test_estimate.py."""
 
 import msgspec
 import pytest
