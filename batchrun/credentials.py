@@ -1,7 +1,7 @@
-"""The API key: read from the environment or a file, sent as a header, and kept out of everything written.
+"""The API key: read from the environment or a file, sent as a header, and redacted from everything written.
 
-Redaction is by value: whatever repeats the key (a server's error body, an exception's text) is cleaned before it is
-stored or shown, in the forms the key can take on the way: plain, URL-encoded, base64, escaped as JSON.
+Redaction is by value, because a server's error body or an exception may repeat the key: plain, URL-encoded, base64, or
+escaped as JSON.
 """
 
 import base64
@@ -18,11 +18,11 @@ from batchrun.job.job import Endpoint
 REDACTED = b"[redacted]"
 
 MIN_SECRET_CHARS = 6
-"""Shorter values than this would redact ordinary words; no real key is."""
+"""Shorter values would redact ordinary words; no real key is that short."""
 
 
 class Credentials:
-    """The headers that authenticate, and the cleaning of whatever might repeat them. Its repr shows nothing."""
+    """The headers that authenticate, and redaction of their secrets. Its repr shows nothing."""
 
     def __init__(self, headers: Mapping[str, str], secrets: frozenset[str], warning: str | None = None) -> None:
         self.headers = dict(headers)
@@ -44,43 +44,42 @@ class Credentials:
         return raw
 
     def clean_text(self, text: str) -> str:
-        """The same for text."""
+        """Redacts text."""
         return self.clean(text.encode("utf-8", "surrogatepass")).decode("utf-8", "surrogatepass")
 
     def cleaner(self) -> "Cleaner":
-        """For bytes that come in pieces."""
+        """Redacts bytes that arrive in pieces."""
         return Cleaner(self, self._forms)
 
 
 class Cleaner:
-    """Cleans what comes in pieces to what `Credentials.clean` makes of the whole: a key may lie across two pieces."""
+    """Redacts pieces with the same result as `Credentials.clean` on the whole: a key may span two pieces."""
 
     def __init__(self, credentials: Credentials, forms: tuple[bytes, ...]) -> None:
         self._credentials = credentials
         self._forms = forms
-        self._held_bytes = max(map(len, forms), default=1) - 1  # a form that begins before them has ended
+        self._held_bytes = max(map(len, forms), default=1) - 1  # a form that starts earlier is complete
         self._held = b""
 
     def feed(self, piece: bytes) -> bytes:
-        """What is certain of the bytes so far, cleaned; the last of them wait for the next piece."""
+        """Returns what can be redacted with certainty; the last bytes wait for the next piece."""
         raw = self._held + piece
         cut = self._before_a_form(raw, max(0, len(raw) - self._held_bytes))
         self._held = raw[cut:]
         return self._credentials.clean(raw[:cut])
 
     def finish(self) -> bytes:
-        """The rest, cleaned."""
+        """Returns the rest, redacted."""
         held, self._held = self._held, b""
         return self._credentials.clean(held)
 
     def _before_a_form(self, raw: bytes, cut: int) -> int:
-        """The last place up to `cut` that lies in no form."""
-        while (start := self._begun_before(raw, cut)) is not None:
+        """The last position up to `cut` that is not inside a form."""
+        while (start := self._start_of_form_across(raw, cut)) is not None:
             cut = start
         return cut
 
-    def _begun_before(self, raw: bytes, cut: int) -> int | None:
-        """Where a form begins that `cut` would divide."""
+    def _start_of_form_across(self, raw: bytes, cut: int) -> int | None:
         for form in self._forms:
             start = raw.find(form, max(0, cut - len(form) + 1), cut + len(form) - 1)
             if start >= 0:
@@ -89,10 +88,10 @@ class Cleaner:
 
 
 def read(endpoint: Endpoint, environ: Mapping[str, str]) -> Credentials:
-    """The credentials that the job names.
+    """Reads the credentials that the job names.
 
     Raises:
-        JobError: the variable is not set, or the file can't be read or can be written by others.
+        JobError: the variable is not set, or the file can't be read, or others may write it.
     """
     headers: dict[str, str] = {}
     secrets: set[str] = set()
@@ -100,9 +99,9 @@ def read(endpoint: Endpoint, environ: Mapping[str, str]) -> Credentials:
     for name, value in endpoint.headers.items():
         if value.startswith("env:"):
             value = _from_environ(f"endpoint.headers.{name}", value.removeprefix("env:"), environ)
-            secrets.update((value, value.split()[-1]))  # "Bearer sk-…": the key comes back without its scheme
+            secrets.update((value, value.split()[-1]))  # "Bearer sk-…": a server may repeat the key without its scheme
         if not value.isprintable():
-            raise JobError(f"endpoint.headers.{name}: holds characters that no header can carry")
+            raise JobError(f"endpoint.headers.{name}: contains characters that a header can't carry")
         headers[name] = value
     key = None
     if endpoint.api_key_env is not None:
@@ -111,7 +110,7 @@ def read(endpoint: Endpoint, environ: Mapping[str, str]) -> Credentials:
         key, warning = _from_file(Path(endpoint.api_key_file))
     if key is not None:
         if not key.isascii() or any(char.isspace() or not char.isprintable() for char in key):
-            raise JobError("endpoint: the API key holds blanks or characters that no header can carry")
+            raise JobError("endpoint: the API key contains blanks or characters that a header can't carry")
         secrets.add(key)
         headers["Authorization"] = f"Bearer {key}"
     return Credentials(headers, frozenset(secrets), warning)
@@ -125,7 +124,7 @@ def _from_environ(setting: str, name: str, environ: Mapping[str, str]) -> str:
 
 
 def _from_file(path: Path) -> tuple[str, str | None]:
-    """The key and a warning, if others may read the file. (Mounted secrets are commonly 0444.)"""
+    """The key, and a warning if others may read the file. (Mounted secrets are commonly 0444.)"""
     try:
         mode = path.stat().st_mode
         key = path.read_text("utf-8-sig").strip()
@@ -139,7 +138,7 @@ def _from_file(path: Path) -> tuple[str, str | None]:
 
 
 def _forms(secret: str) -> Iterator[bytes]:
-    """The forms in which a secret can come back: as encoders of different languages write it."""
+    """The secret as encoders of different languages write it."""
     if len(secret) < MIN_SECRET_CHARS:
         return
     raw = secret.encode()
@@ -157,7 +156,7 @@ _PERCENT = re.compile("%[0-9A-F]{2}")
 
 
 def _json_escaped(secret: str, escaped: str) -> bytes:
-    """The secret inside a JSON string of an encoder that escapes these characters too."""
+    """The secret inside a JSON string, from an encoder that also escapes these characters."""
     text = json.dumps(secret)[1:-1]
     for char in escaped:
         text = text.replace(char, "\\/" if char == "/" else f"\\u{ord(char):04x}")
@@ -165,7 +164,7 @@ def _json_escaped(secret: str, escaped: str) -> bytes:
 
 
 def _base64_forms(raw: bytes) -> Iterator[bytes]:
-    """The base64 digits that the secret alone decides, at each of its three alignments, in both alphabets."""
+    """The base64 digits that only the secret determines, at each of three alignments, in both alphabets."""
     for lead in range(3):
         padded = base64.b64encode(bytes(lead) + raw)
         first = (lead * 8 + 5) // 6

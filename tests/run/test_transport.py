@@ -80,12 +80,12 @@ def test_proxies_and_wishes_get_the_session_and_everything_else_the_lean_wire() 
         choice = choose(Endpoint("https://h/v1", **endpoint))  # type: ignore[arg-type]
         return choice.wire, choice.why
 
-    assert run(chosen()) == ("lean", f"aiohttp {aiohttp.__version__} has what it needs")
+    assert run(chosen()) == ("lean", f"aiohttp {aiohttp.__version__} fits")
     assert run(chosen(proxy="http://p:3128")) == (
         "session",
-        "endpoint.proxy is set, and aiohttp's session knows proxies",
+        "endpoint.proxy is set, and only aiohttp's session supports proxies",
     )
-    assert run(chosen(transport="session")) == ("session", "endpoint.transport asks for it")
+    assert run(chosen(transport="session")) == ("session", "endpoint.transport is set")
 
 
 def test_this_aiohttp_is_one_that_the_lean_wire_was_tested_with() -> None:

@@ -105,7 +105,7 @@ def test_a_variable_that_is_not_set_is_named_with_what_to_do(environ: dict[str, 
 
 @pytest.mark.parametrize("key", ["sk canary", "sk-can\nary", "sk-canarý", "sk-\x00canary", "sk\u200bcanary"])
 def test_a_key_that_no_header_can_carry_is_refused_without_showing_it(key: str) -> None:
-    with pytest.raises(JobError, match="the API key holds blanks or characters") as caught:
+    with pytest.raises(JobError, match="the API key contains blanks or characters") as caught:
         holding(key)
     assert "ary" not in str(caught.value).removesuffix("carry")
 
