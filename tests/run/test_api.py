@@ -55,16 +55,14 @@ def result_of(summary: batchrun.Summary) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "jobs").glob("*.toml")), ids=lambda file: file.name)
-def test_a_job_made_in_code_is_the_job_of_the_file_that_says_the_same(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_jobs_in_code_equal_jobs_in_files(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     loaded = load(file)
     assert checked(loaded) == loaded
     assert checked(loaded).fingerprint() == loaded.fingerprint()
 
 
-def test_a_job_in_code_and_in_a_file_ask_the_same_questions(tmp_path: Path) -> None:
+def test_jobs_in_code_send_the_same_questions(tmp_path: Path) -> None:
     file = write_job(tmp_path / "job.toml", "http://127.0.0.1:1/v1", "in.jsonl")
     file.write_text(file.read_text().replace("max_tokens = 40", "max_tokens = 400"))
     in_code = job_at("http://127.0.0.1:1/v1", input=batchrun.Input(path="in.jsonl"))
@@ -80,7 +78,7 @@ def test_a_job_in_code_and_in_a_file_ask_the_same_questions(tmp_path: Path) -> N
         ({"pricing": {"m": batchrun.Price(input=MODULE, output=Decimal(1))}}, "the job holds a module, which is no"),
     ],
 )
-def test_a_mistake_in_code_is_told_as_one_in_a_file_is(tmp_path: Path, change: Any, problem: str) -> None:
+def test_mistakes_in_code_read_as_in_files(tmp_path: Path, change: Any, problem: str) -> None:
     with pytest.raises(batchrun.JobError) as caught:
         batchrun.run(job_at("simulator", **change), texts(1), output=tmp_path / "out")
     assert str(caught.value).startswith(problem)
@@ -95,9 +93,8 @@ def test_paths_may_be_paths(tmp_path: Path) -> None:
 # ── rows made in code ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_rows_given_are_asked_once_and_a_finished_run_is_left_as_it_is(
-    tmp_path: Path, simulator: RunningSimulator
-) -> None:
+def test_given_rows_are_sent_once(tmp_path: Path, simulator: RunningSimulator) -> None:
+    """A finished run is left as it is."""
     served = len(simulator.ledger())
     job = job_at(simulator.url)
     summary = batchrun.run(job, texts(30), output=tmp_path / "out", environ=KEYS)
@@ -110,7 +107,7 @@ def test_rows_given_are_asked_once_and_a_finished_run_is_left_as_it_is(
     assert len(simulator.ledger()) - served == 30
 
 
-def test_a_table_keeps_its_types_and_asks_what_the_same_dicts_ask(tmp_path: Path, simulator: RunningSimulator) -> None:
+def test_a_table_equals_the_same_dicts(tmp_path: Path, simulator: RunningSimulator) -> None:
     table = pa.table({"text": [f"item {n}" for n in range(5)], "price": pa.array([Decimal("1.50")] * 5)})
     job = job_at(simulator.url)
     of_table = batchrun.run(job, table, output=tmp_path / "table", environ=KEYS)
@@ -129,7 +126,7 @@ def test_a_table_keeps_its_types_and_asks_what_the_same_dicts_ask(tmp_path: Path
         ([{"text": "a"}, {"text": float("nan")}], "1 of 2 input records can't be asked"),
     ],
 )
-def test_a_row_that_json_cant_say_is_named_before_the_first_request(
+def test_an_unserialisable_row_is_named_early(
     tmp_path: Path, rows: Any, problem: str, simulator: RunningSimulator
 ) -> None:
     served, notes = len(simulator.ledger()), list[str]()
@@ -150,9 +147,7 @@ def test_the_built_in_simulator_answers_a_program_too(tmp_path: Path) -> None:
     assert batchrun.run(job, texts(3), output=tmp_path / "out").by_status == {"ok": 3}
 
 
-def test_other_rows_are_a_changed_input_and_only_what_has_no_answer_is_asked(
-    tmp_path: Path, simulator: RunningSimulator
-) -> None:
+def test_changed_rows_send_only_what_lacks_answers(tmp_path: Path, simulator: RunningSimulator) -> None:
     job, out, served = job_at(simulator.url), tmp_path / "out", len(simulator.ledger())
     batchrun.run(job, texts(10), output=out, environ=KEYS)
     appended = batchrun.run(job, texts(12), output=out, environ=KEYS)
@@ -172,9 +167,8 @@ def test_other_rows_are_a_changed_input_and_only_what_has_no_answer_is_asked(
 # ── how a run ends ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_run_that_stops_raises_with_its_summary_and_the_same_call_goes_on(
-    tmp_path: Path, simulator: RunningSimulator
-) -> None:
+def test_a_stopped_run_raises_and_resumes(tmp_path: Path, simulator: RunningSimulator) -> None:
+    """The exception has the summary; the same call resumes."""
     budget = batchrun.Budget(max_cost_usd=Decimal("0.02"))
     seen: list[batchrun.Summary] = []
     with pytest.raises(batchrun.RunIncompleteError) as caught:
@@ -223,18 +217,18 @@ def test_what_a_callback_raises_ends_the_run_drained(tmp_path: Path, state: str)
         assert settled == len(slow.ledger()) < 40
 
 
-def test_a_missing_key_is_told_before_anything_is_made(tmp_path: Path) -> None:
+def test_a_missing_key_is_reported_first(tmp_path: Path) -> None:
     with pytest.raises(batchrun.JobError, match=f"the environment variable {KEY_ENV} is not set"):
         batchrun.run(job_at("http://127.0.0.1:1/v1"), texts(1), output=tmp_path / "out", environ={})
 
 
-def test_an_option_that_is_none_is_named() -> None:
+def test_an_unknown_option_is_named() -> None:
     options: Any = {"limt": 3}
     with pytest.raises(TypeError, match="limt is no option; there are output, "):
         batchrun.run(job_at("simulator"), texts(1), **options)
 
 
-def test_a_running_event_loop_is_not_blocked_without_a_word() -> None:
+def test_a_running_loop_is_never_blocked_silently() -> None:
     async def ask() -> None:
         batchrun.run(job_at("simulator"), texts(1))
 
@@ -242,7 +236,7 @@ def test_a_running_event_loop_is_not_blocked_without_a_word() -> None:
         asyncio.run(ask())
 
 
-def test_another_thread_can_run_one_too_and_no_signal_is_touched(tmp_path: Path, simulator: RunningSimulator) -> None:
+def test_another_thread_can_run_without_signals(tmp_path: Path, simulator: RunningSimulator) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     ended: list[batchrun.Summary] = []
 
@@ -273,9 +267,7 @@ signal.raise_signal(signal.SIGTERM)
 
 
 @pytest.mark.parametrize(("number", "told"), [(signal.SIGINT, "KeyboardInterrupt True"), (signal.SIGTERM, "SIGTERM")])
-def test_a_signal_drains_the_run_and_means_afterwards_what_it_meant_before(
-    tmp_path: Path, number: int, told: str
-) -> None:
+def test_signals_drain_and_are_restored(tmp_path: Path, number: int, told: str) -> None:
     with running_simulator(SimulatorConfig(latency_s=0.3)) as slow:
         source = write_rows(tmp_path / "in.jsonl", 40)
         job = write_job(tmp_path / "job.toml", slow.url, source, "[limits]\nmax_in_flight = 4\n")
@@ -292,7 +284,7 @@ def test_a_signal_drains_the_run_and_means_afterwards_what_it_meant_before(
 # ── one run, whoever starts it ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_what_the_command_line_began_a_program_goes_on_with_and_the_other_way_round(tmp_path: Path) -> None:
+def test_command_line_and_library_share_runs(tmp_path: Path) -> None:
     rows = 60
     with running_simulator(SimulatorConfig(latency_s=0.05)) as slow:
         source = write_rows(tmp_path / "in.jsonl", rows)
@@ -320,7 +312,8 @@ def _killed(simulator: RunningSimulator, begin: Callable[[], "subprocess.Popen[s
 # ── the package ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_every_public_name_is_there_and_importing_the_package_loads_nothing_heavy() -> None:
+def test_importing_the_package_is_light() -> None:
+    """Every public name is there."""
     code = (
         "import sys, batchrun; loaded = set(sys.modules); assert not loaded & {'asyncio', 'msgspec', 'pyarrow'};"
         "print(all(getattr(batchrun, name) is not None for name in batchrun.__all__), hasattr(batchrun, 'xyzzy'));"
@@ -332,7 +325,7 @@ def test_every_public_name_is_there_and_importing_the_package_loads_nothing_heav
 
 if TYPE_CHECKING:
 
-    def test_a_type_checker_sees_every_name_and_every_option() -> None:
+    def test_a_type_checker_sees_every_name() -> None:
         """Never run: the check of types fails where a line that is ignored here is not wrong."""
         summary = batchrun.run(Job(endpoint=batchrun.Endpoint(url="simulator")), [{"text": "a"}], limit=3)
         assert_type(summary, batchrun.Summary)

@@ -37,7 +37,7 @@ def opened(path: Path, count: int) -> Iterator[InFlightFile]:
 
 @SHARED
 @given(st.dictionaries(st.integers(0, 15), ENTRIES), st.sets(st.integers(0, 15)))
-def test_who_is_in_flight_outlives_the_process_that_wrote_it(
+def test_requests_in_flight_outlive_their_process(
     tmp_path: Path, taken: dict[int, InFlight], cleared: set[int]
 ) -> None:
     path = tmp_path / "inflight.bin"
@@ -51,7 +51,7 @@ def test_who_is_in_flight_outlives_the_process_that_wrote_it(
     assert in_flight.read(path) == left
 
 
-def test_a_slot_has_64_bytes_that_are_on_the_disk_from_the_start(tmp_path: Path) -> None:
+def test_a_slot_has_64_preallocated_bytes(tmp_path: Path) -> None:
     with opened(tmp_path / "inflight.bin", 1000):
         status = (tmp_path / "inflight.bin").stat()
     assert (status.st_size, SLOT_BYTES) == (64_000, 64)
@@ -59,7 +59,7 @@ def test_a_slot_has_64_bytes_that_are_on_the_disk_from_the_start(tmp_path: Path)
     assert status.st_mode & 0o777 == 0o600
 
 
-def test_a_new_start_begins_with_empty_slots_however_many_there_were(tmp_path: Path) -> None:
+def test_a_new_start_clears_all_slots(tmp_path: Path) -> None:
     path = tmp_path / "inflight.bin"
     with opened(path, 64) as flying:
         flying.take(63, 1, 1, KEY, None, 9)
@@ -68,7 +68,7 @@ def test_a_new_start_begins_with_empty_slots_however_many_there_were(tmp_path: P
     assert path.stat().st_size == 4 * SLOT_BYTES
 
 
-def test_clearing_all_leaves_nobody_in_flight(tmp_path: Path) -> None:
+def test_clearing_all_leaves_no_request_in_flight(tmp_path: Path) -> None:
     path = tmp_path / "inflight.bin"
     with opened(path, 8) as flying:
         for slot in range(8):
@@ -78,7 +78,7 @@ def test_clearing_all_leaves_nobody_in_flight(tmp_path: Path) -> None:
     assert in_flight.read(path) == []
 
 
-def test_a_bound_beyond_64_bits_is_kept_as_large_as_fits(tmp_path: Path) -> None:
+def test_a_bound_beyond_64_bits_is_clamped(tmp_path: Path) -> None:
     with opened(tmp_path / "inflight.bin", 1) as flying:
         flying.take(0, 1, 1, KEY, Decimal(10**9), 9)
         (entry,) = flying.taken()
@@ -102,7 +102,7 @@ def test_a_flipped_bit_is_reported_or_changes_nothing(tmp_path: Path, entries: l
 
 
 @pytest.mark.parametrize("written", range(1, SLOT_BYTES))
-def test_a_slot_that_was_written_in_part_counts_as_one_in_flight(tmp_path: Path, written: int) -> None:
+def test_a_half_written_slot_counts_as_one(tmp_path: Path, written: int) -> None:
     path = tmp_path / "inflight.bin"
     with opened(path, 1) as flying:
         flying.take(0, 2**63 - 1, 2**31 - 1, b"\xff" * 16, Decimal(1), 9)
@@ -112,7 +112,7 @@ def test_a_slot_that_was_written_in_part_counts_as_one_in_flight(tmp_path: Path,
     assert entry == UNREADABLE or written >= 48  # behind its fields and their CRC a slot is only padding
 
 
-def test_a_file_cut_short_counts_the_cut_slot_as_one_in_flight(tmp_path: Path) -> None:
+def test_a_cut_slot_counts_as_one(tmp_path: Path) -> None:
     path = tmp_path / "inflight.bin"
     with opened(path, 3) as flying:
         for slot in range(3):
@@ -121,7 +121,7 @@ def test_a_file_cut_short_counts_the_cut_slot_as_one_in_flight(tmp_path: Path) -
     assert in_flight.read(path) == [InFlight(0, 1, KEY, Decimal(1), 9), UNREADABLE]
 
 
-def test_no_file_means_nobody_in_flight(tmp_path: Path) -> None:
+def test_no_file_means_no_request_in_flight(tmp_path: Path) -> None:
     assert in_flight.read(tmp_path / "inflight.bin") == []
 
 
@@ -153,7 +153,8 @@ while True:
 """
 
 
-def test_after_kill_9_everybody_in_flight_is_named_or_counted(tmp_path: Path) -> None:
+def test_after_kill_9_requests_in_flight_are_counted(tmp_path: Path) -> None:
+    """Each is named or counted."""
     path = tmp_path / "inflight.bin"
     for _ in range(3):
         with subprocess.Popen([sys.executable, "-c", TAKE_AND_CLEAR, str(path)], stdout=subprocess.PIPE) as process:

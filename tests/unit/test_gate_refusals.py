@@ -74,7 +74,7 @@ LIMITED_S = 58.4
         pytest.param(lambda: Limited(changes=((5, "per_s", 50),)), 5_000, 64, 89.0, 97, 0.9, id="from five seconds on"),
     ],
 )
-def test_a_limit_that_is_learned_from_refusals_is_used_and_kept(
+def test_a_limit_learned_from_refusals_is_kept(
     server: Callable[[], RefusingServer],
     rows: int,
     allowed: int,
@@ -106,7 +106,7 @@ def test_a_limit_that_is_learned_from_refusals_is_used_and_kept(
         ),
     ],
 )
-def test_chance_costs_what_it_costs_a_client_that_only_sends_the_refused_row_again(
+def test_random_refusals_cost_only_their_retries(
     server: Callable[[], RefusingServer], rows: int, allowed: int, percent: float
 ) -> None:
     ideal = ideal_s(server, rows, allowed)
@@ -131,9 +131,7 @@ def test_chance_costs_what_it_costs_a_client_that_only_sends_the_refused_row_aga
         pytest.param(lambda: BlackedOut(1, 10), 80, id="1 s of each 10"),
     ],
 )
-def test_refusals_that_come_in_runs_whatever_the_rate_do_not_lower_it_for_long(
-    server: Callable[[], RefusingServer], percent: float
-) -> None:
+def test_refusals_in_runs_lower_the_rate_briefly(server: Callable[[], RefusingServer], percent: float) -> None:
     ideal = ideal_s(server, 10_000, 32)
     assert min(100 * ideal / run.took_s for run in runs(server, 10_000, 32)) >= percent
 
@@ -159,7 +157,8 @@ def test_a_limit_beside_runs_of_refusals_is_used(
     assert min(100 * ideal_s / run.took_s for run in runs(server, rows, 64)) >= percent
 
 
-def test_rates_that_go_on_falling_are_no_limit_and_a_limit_that_fell_once_is() -> None:
+def test_a_limit_falls_once_chance_keeps_falling() -> None:
+    """Rates that fall again and again are no limit; one that fell once is."""
     fell, falls = Runs(), Runs()
     assert [fell.lowered(at_s, 50.0, measured) for at_s, measured in ((1, 50.0), (4, 25.0), (9, 24.8), (15, 25.1))] == [
         False
@@ -172,7 +171,7 @@ def test_rates_that_go_on_falling_are_no_limit_and_a_limit_that_fell_once_is() -
     assert falls.before == 50.0
 
 
-def test_runs_that_go_on_where_most_is_refused_were_the_rates_fault() -> None:
+def test_lasting_refusals_blame_the_rate() -> None:
     found = Runs()
     for at_s, measured in ((1.0, 50.0), (4.0, 25.0), (9.0, 14.0)):
         found.lowered(at_s, 50.0, measured)
@@ -192,7 +191,7 @@ def test_runs_that_go_on_where_most_is_refused_were_the_rates_fault() -> None:
         pytest.param(lambda: Crowded(16, network_s=0.01, chance=0.01), 3_000, 64, 41.5, 86, id="and chance of 1 %"),
     ],
 )
-def test_crowding_is_met_with_fewer_in_flight_and_not_with_a_lower_rate(
+def test_crowding_lowers_concurrency_and_not_rate(
     server: Callable[[], RefusingServer], rows: int, allowed: int, ideal_s: float, percent: float
 ) -> None:
     played = runs(server, rows, allowed)
@@ -200,7 +199,7 @@ def test_crowding_is_met_with_fewer_in_flight_and_not_with_a_lower_rate(
     assert max(100 * run.share_refused for run in played) <= 2
 
 
-def test_where_requests_only_queue_fewer_in_flight_deliver_as_much_sooner() -> None:
+def test_fewer_in_flight_deliver_a_queue_sooner() -> None:
     for played in runs(lambda: Queueing(16), 3_000, 64):
         assert 37.5 / played.took_s >= 0.97
         assert played.median_latency_s <= 2.5 * 0.2
@@ -208,13 +207,13 @@ def test_where_requests_only_queue_fewer_in_flight_deliver_as_much_sooner() -> N
         assert settled[-1] <= 2.5 * 16
 
 
-def test_answers_that_are_longer_and_do_not_queue_cost_a_trial_and_no_more() -> None:
+def test_longer_answers_cost_one_trial_only() -> None:
     longer = Limited(latency_s=0.2, changes=((5, "latency_s", 0.8),))
     played = run_on_moved_clock(play(longer, 9_000, 64, 1))
     assert played.took_s <= 1.1 * (5 + (9_000 - 5 * 320) / 77.5)
 
 
-def test_what_was_chance_is_not_remembered_and_a_limit_is() -> None:
+def test_limits_are_remembered_and_chance_is_not() -> None:
     async def found(server: RefusingServer, rows: int) -> float | None:
         return (await play(server, rows, 32, 1)).found.requests_per_minute
 
@@ -223,7 +222,7 @@ def test_what_was_chance_is_not_remembered_and_a_limit_is() -> None:
     assert limit == pytest.approx(3_000, rel=0.1)
 
 
-def test_a_limit_that_is_told_while_it_runs_lifts_what_was_learned() -> None:
+def test_a_stated_limit_replaces_the_learned_one() -> None:
     async def main() -> None:
         gate = new_gate(max_in_flight=32, requests_per_minute=6_000)
         refused = RowError("rate_limit", 429, None, "HTTP 429")
@@ -246,7 +245,8 @@ def test_a_limit_that_is_told_while_it_runs_lifts_what_was_learned() -> None:
     run_on_moved_clock(main())
 
 
-def test_a_rate_between_two_moments_of_an_empty_bucket_is_exact_whatever_pauses_lie_between() -> None:
+def test_rates_of_emptied_buckets_are_exact() -> None:
+    """Whatever pauses lie between two moments at which the bucket is empty."""
     pace = AdaptiveRate(Limit.REQUESTS, None, 0.0, lambda *change: None)
     search = RateSearch(pace)
     for at in range(200):
@@ -260,7 +260,7 @@ def test_a_rate_between_two_moments_of_an_empty_bucket_is_exact_whatever_pauses_
     assert math.isfinite(pace.level(8.0))
 
 
-def test_a_lone_refusal_by_an_empty_bucket_costs_a_moment_and_no_rate() -> None:
+def test_a_lone_refusal_lowers_no_rate() -> None:
     async def main() -> None:
         gate = new_gate(max_in_flight=32, requests_per_minute=3_000, tokens_per_minute=600_000)
         refused = RowError("rate_limit", 429, None, "Rate limit reached for tokens per minute")

@@ -63,7 +63,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
 # ── a run that was killed ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_soon_after_a_kill_status_says_what_is_on_disk_and_touches_nothing(runs: Runs) -> None:
+def test_status_after_a_kill_reads_the_disk(runs: Runs) -> None:
+    """Soon after a kill, `status` reports what is on disk and touches nothing."""
     before = snapshot(runs.killed)
     found = standing(RunDirectory(runs.killed))
     assert found.died
@@ -77,7 +78,8 @@ def test_soon_after_a_kill_status_says_what_is_on_disk_and_touches_nothing(runs:
     assert snapshot(runs.killed) == before
 
 
-def test_what_status_says_after_a_kill_is_what_the_next_start_finds(runs: Runs, tmp_path: Path) -> None:
+def test_status_after_a_kill_matches_the_resume(runs: Runs, tmp_path: Path) -> None:
+    """What it reports is what the next start finds."""
     shutil.copytree(runs.killed, tmp_path / "run")
     found = standing(RunDirectory(tmp_path / "run")).summary
     assert 1 <= found.possibly_billed_count <= 4
@@ -92,9 +94,8 @@ def test_what_status_says_after_a_kill_is_what_the_next_start_finds(runs: Runs, 
 
 
 @pytest.mark.parametrize("harm", ["gone", "garbage", "cut"])
-def test_where_the_disk_cant_be_read_status_says_so_beside_what_was_said_last(
-    runs: Runs, tmp_path: Path, harm: str
-) -> None:
+def test_status_reports_an_unreadable_disk(runs: Runs, tmp_path: Path, harm: str) -> None:
+    """It shows the last known state beside the error."""
     shutil.copytree(runs.killed, tmp_path / "run")
     directory = RunDirectory(tmp_path / "run")
     if harm == "gone":
@@ -111,7 +112,8 @@ def test_where_the_disk_cant_be_read_status_says_so_beside_what_was_said_last(
 # ── many runs ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_many_runs_have_a_line_each_unfinished_ones_first_with_the_command_that_finishes_them(runs: Runs) -> None:
+def test_status_lists_unfinished_runs_first(runs: Runs) -> None:
+    """Each unfinished run has the command that finishes it."""
     header, first, second, last = batchrun("status", runs.folder / "runs").stdout.splitlines()
     assert header.split() == ["state", "done", "rows", "failed", "pending", "cost", "age", "run", "next"]
     assert first.startswith("died ")
@@ -134,7 +136,8 @@ def test_the_command_that_status_names_finishes_the_run(runs: Runs, tmp_path: Pa
     assert batchrun("status", tmp_path / "runs", "--exit-code").exit_code == 0
 
 
-def test_json_has_every_field_for_programs_and_the_exit_code_is_for_a_scheduler(runs: Runs) -> None:
+def test_status_json_is_complete_for_programs(runs: Runs) -> None:
+    """It has every field, and the exit code serves a scheduler."""
     ended = batchrun("status", runs.folder / "runs", "--json", "--exit-code")
     killed, done = json.loads(ended.stdout)
     assert tuple(killed) == tuple(done) == nights.Night.__struct_fields__
@@ -148,7 +151,7 @@ def test_json_has_every_field_for_programs_and_the_exit_code_is_for_a_scheduler(
     assert json.loads(batchrun("status", runs.done, "--json").stdout)[0]["state"] == "complete"
 
 
-def test_files_of_others_are_no_runs_and_a_damaged_run_is_named(runs: Runs, tmp_path: Path) -> None:
+def test_status_ignores_foreign_files_names_damaged_runs(runs: Runs, tmp_path: Path) -> None:
     folder = tmp_path / "runs"
     shutil.copytree(runs.done, folder / "night")
     (folder / "report").mkdir()
@@ -187,7 +190,7 @@ def test_a_run_at_work_is_not_unfinished(runs: Runs, tmp_path: Path) -> None:
         ({"skip_invalid": False, "limit": 3, "grace_s": Decimal(3)}, "batchrun run a.toml"),
     ],
 )
-def test_the_command_that_resumes_has_what_a_resume_needs(options: dict[str, object], expected: str) -> None:
+def test_the_resume_command_is_complete(options: dict[str, object], expected: str) -> None:
     assert again.command({"job": Path("a.toml"), **options}) == expected
 
 
@@ -203,14 +206,15 @@ def test_the_command_in_the_summary_has_no_key(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("age_s", "words"), [(-3, "0 s"), (59.9, "59 s"), (60, "1 min"), (7199, "1 h"), (86_400 * 40, "40 d")]
 )
-def test_an_age_is_told_in_its_largest_unit(age_s: float, words: str) -> None:
+def test_an_age_uses_its_largest_unit(age_s: float, words: str) -> None:
     assert age_in_words(age_s) == words
 
 
 # ── earlier nights, at a start ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_start_names_the_unfinished_nights_of_its_own_job_and_pattern(runs: Runs, tmp_path: Path) -> None:
+def test_a_start_names_earlier_unfinished_runs(runs: Runs, tmp_path: Path) -> None:
+    """Only those of its own job and output pattern."""
     pattern = str(tmp_path / "runs" / "{job}" / "{date}")
     for date, kind in (("2026-11-18", runs.killed), ("2026-11-19", runs.killed), ("2026-11-20", runs.done)):
         shutil.copytree(kind, tmp_path / "runs" / "labels" / date)
@@ -254,16 +258,14 @@ def spent(**changes: Any) -> Summary:
         ({"elapsed_s": 600.0, "requests_per_minute": 0.5}, 0.5, "0 requests/min of 0.5 allowed, "),
     ],
 )
-def test_a_rate_never_reads_as_a_limit_that_was_broken(
-    changes: dict[str, object], limit: float | None, expected: str
-) -> None:
+def test_a_shown_rate_never_exceeds_the_limit(changes: dict[str, object], limit: float | None, expected: str) -> None:
     (rate,) = [
         line for line in in_words(spent(**changes), requests_per_minute=limit, max_failures=0) if "rate " in line
     ]
     assert rate.startswith(f"rate         {expected}")
 
 
-def test_a_run_of_seconds_says_what_it_sent_and_no_rate(tmp_path: Path) -> None:
+def test_a_short_run_reports_counts_not_rates(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "in.jsonl", ROWS)
     with running_simulator() as simulator:
         job = write_job(tmp_path / "job.toml", simulator.url, source, "[limits]\nrequests_per_minute = 1500")
@@ -273,7 +275,7 @@ def test_a_run_of_seconds_says_what_it_sent_and_no_rate(tmp_path: Path) -> None:
     assert rate.endswith(" s (1,500 requests/min allowed)")
 
 
-def test_in_its_first_seconds_a_run_foretells_nothing() -> None:
+def test_a_run_predicts_nothing_in_its_first_seconds() -> None:
     def eta(seen_s: float) -> datetime | None:
         forecast = Forecast(10.0, 100.0, 30.0, Limit.LATENCY, seen_s)
         return Moment("running", 1, NOW, NOW, seen_s, 10, "latency", 1, "h", forecast=forecast).eta
@@ -284,7 +286,7 @@ def test_in_its_first_seconds_a_run_foretells_nothing() -> None:
     assert pace(spent(elapsed_s=90.0, rows_per_minute=232.0)) == "232 rows/min"
 
 
-def test_a_run_is_seen_to_work_within_its_first_second(tmp_path: Path) -> None:
+def test_a_run_shows_activity_within_one_second(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "in.jsonl", 2_000)
     out = tmp_path / "run"
     with running_simulator(SimulatorConfig(latency_s=0.02, ledger=str(tmp_path / "ledger"))) as simulator:

@@ -54,13 +54,13 @@ def kind_of(expected: Expected, content: str) -> str | None:
         ("\ud800", "invalid_json"),
     ],
 )
-def test_content_is_json_that_fits_the_schema_or_is_told_why_not(content: str, kind: str | None) -> None:
+def test_content_is_validated_against_the_schema(content: str, kind: str | None) -> None:
     expected = of({"type": "json_schema", "json_schema": {"name": "label", "schema": LABEL}}, None)
     assert kind_of(expected, content) == kind
     assert kind_of(ANYTHING, content) is None
 
 
-def test_json_object_asks_for_json_of_any_shape() -> None:
+def test_json_object_accepts_any_json_object_shape() -> None:
     expected = of({"type": "json_object"}, None)
     assert [kind_of(expected, text) for text in ("{}", "[1]", "no")] == [None, None, "invalid_json"]
     assert kind_of(of({"type": "text"}, None), "no") is None
@@ -94,9 +94,8 @@ def test_a_flaw_names_its_place_and_is_bounded() -> None:
         (None, "{}", "unknown_function"),
     ],
 )
-def test_a_call_names_a_function_that_was_offered_with_arguments_that_fit(
-    name: str | None, arguments: str | None, kind: str | None
-) -> None:
+def test_a_function_call_must_be_offered(name: str | None, arguments: str | None, kind: str | None) -> None:
+    """Its arguments must fit."""
     find = {"name": "find", "parameters": {"type": "object", "properties": {"id": {"type": "integer"}}}}
     flaw = of(None, [find, {"name": "stop"}]).call_flaw(name, arguments)
     assert (None if flaw is None else flaw.kind) == kind
@@ -141,27 +140,29 @@ SEARCH = {"type": "web_search", "max_uses": 2}
         ([{"id": "c", "type": "custom", "custom": {"name": ["note"]}}], "unknown_function"),
     ],
 )
-def test_a_call_names_a_tool_that_was_offered_with_arguments_that_fit(calls: list[Any], kind: str | None) -> None:
+def test_a_tool_call_must_be_offered(calls: list[Any], kind: str | None) -> None:
+    """Its arguments must fit."""
     flaw = of(None, None, [FIND, NOW, NOTE]).tool_flaw(json.dumps(calls))
     assert (None if flaw is None else flaw.kind) == kind
     assert ANYTHING.tool_flaw(json.dumps(calls)) is None
 
 
 @pytest.mark.parametrize("other", [SEARCH, {"function": 7}, {"type": "function", "function": {}}, 7, None])
-def test_a_tool_that_only_the_server_knows_may_have_any_name_and_the_others_are_judged(other: object) -> None:
+def test_server_side_tools_may_have_any_name(other: object) -> None:
+    """Other calls are still validated."""
     expected = of(None, None, [FIND, other])
     assert expected.tool_flaw(json.dumps([call("web_search"), {"type": "custom", "custom": {"name": "x"}}])) is None
     assert expected.tool_flaw(json.dumps([call("find")])) is not None
 
 
-def test_a_function_is_known_whether_it_is_offered_and_called_as_such_or_as_a_tool() -> None:
+def test_functions_and_tools_are_matched_by_name() -> None:
     assert of(None, None, [FIND]).call_flaw("find", "{}") is not None
     assert of(None, None, [FIND]).call_flaw("find", '{"id": 1}') is None
     assert of(None, [FIND["function"]], None).tool_flaw(json.dumps([call("find")])) is not None
 
 
 @pytest.mark.parametrize("parameters", [{"type": "strin"}, "no schema", [1], 7])
-def test_parameters_of_a_tool_that_are_no_schema_are_named_before_anything_is_sent(parameters: object) -> None:
+def test_an_invalid_parameter_schema_is_refused_early(parameters: object) -> None:
     with pytest.raises(JobError, match=r"^tools\[1\]\.function\.parameters: "):
         of(None, None, [NOW, function("bad", parameters=parameters)])
 
@@ -180,7 +181,7 @@ def test_parameters_of_a_tool_that_are_no_schema_are_named_before_anything_is_se
         ({"required": "a"}, "at $.required"),
     ],
 )
-def test_a_schema_that_is_none_is_told_with_its_place(schema: dict[str, Any], told: str) -> None:
+def test_an_invalid_schema_is_reported_with_place(schema: dict[str, Any], told: str) -> None:
     said = problem(schema)
     assert said is not None
     assert said.startswith("no JSON schema: ")
@@ -237,7 +238,7 @@ def test_a_format_is_not_judged() -> None:
     assert check_of(draft7)("nobody") is None
 
 
-def test_a_value_nested_as_deep_as_json_is_read_is_checked_all_the_same() -> None:
+def test_a_deeply_nested_value_is_checked() -> None:
     node = {"$ref": "#/$defs/n", "$defs": {"n": {"type": "object", "properties": {"c": {"$ref": "#/$defs/n"}}}}}
     expected = Expected(in_json=True, schema=node)
     for depth in (10, 500, 900):

@@ -36,13 +36,13 @@ async def trouble(gate: Gate) -> None:
 
 
 @on_moved_clock
-async def test_while_the_gate_is_open_everyone_chooses_at_once() -> None:
+async def test_an_open_gate_needs_no_turns() -> None:
     gate = new_gate()
     assert not any([await gate.turns.take() for _ in range(20)])
 
 
 @on_moved_clock
-async def test_in_doubt_one_chooses_when_its_row_can_go_and_the_next_when_that_has_ended() -> None:
+async def test_in_doubt_rows_choose_one_by_one() -> None:
     gate = new_gate()
     await trouble(gate)
     waiting = [asyncio.create_task(gate.turns.take()) for _ in range(10)]
@@ -62,7 +62,7 @@ async def test_in_doubt_one_chooses_when_its_row_can_go_and_the_next_when_that_h
 
 
 @on_moved_clock
-async def test_who_finds_no_row_to_send_leaves_the_turn_to_the_next() -> None:
+async def test_a_turn_without_row_passes_on() -> None:
     gate = new_gate()
     await trouble(gate)
     first = await gate.turns.take()
@@ -75,7 +75,7 @@ async def test_who_finds_no_row_to_send_leaves_the_turn_to_the_next() -> None:
 
 
 @on_moved_clock
-async def test_rows_that_wait_in_line_go_back_when_the_endpoint_comes_into_doubt() -> None:
+async def test_queued_rows_return_when_in_doubt() -> None:
     gate = new_gate(max_in_flight=5)
     slots = [await gate.admit(SMALL) for _ in range(5)]
     line = [asyncio.create_task(gate.admit(SMALL, probes=False)) for _ in range(10)]
@@ -89,7 +89,7 @@ async def test_rows_that_wait_in_line_go_back_when_the_endpoint_comes_into_doubt
 
 
 @on_moved_clock
-async def test_a_gate_that_closes_in_doubt_holds_nobody() -> None:
+async def test_a_closing_gate_holds_no_worker() -> None:
     gate = new_gate()
     await trouble(gate)
     waiting = [asyncio.create_task(gate.turns.take()) for _ in range(10)]

@@ -12,7 +12,7 @@ from batchrun.dispatch.image_memory import AT_ONCE, ImageMemory
 from batchrun.records import Request
 from batchrun.simulator import SimulatorConfig
 from tests.pictures import SAMPLES
-from tests.run.test_start import KEYS
+from tests.run.test_api import KEYS
 from tests.simulator_process import running_simulator
 
 
@@ -20,7 +20,8 @@ def request_of(row: int, size: int) -> Request:
     return Request(row=row, key=b"", body=b"x" * size, model="m", max_prompt_tokens=1, max_output_tokens=1)
 
 
-def test_who_comes_first_is_loaded_until_the_room_is_full_and_the_next_when_somebody_leaves() -> None:
+def test_images_load_until_memory_is_full() -> None:
+    """The next row loads when another is done."""
     loaded: list[int] = []
 
     def read(row: int) -> Request:
@@ -40,7 +41,7 @@ def test_who_comes_first_is_loaded_until_the_room_is_full_and_the_next_when_some
     assert sorted(loaded) == list(range(12))
 
 
-def test_what_is_larger_than_the_room_goes_alone_and_a_failure_leaves_no_trace() -> None:
+def test_an_oversized_image_is_loaded_alone() -> None:
     def fail() -> Request:
         raise batchrun.InputError("gone")
 
@@ -54,9 +55,8 @@ def test_what_is_larger_than_the_room_goes_alone_and_a_failure_leaves_no_trace()
     asyncio.run(pass_through())
 
 
-def test_rows_that_wait_for_room_are_all_asked_and_none_after_the_end_was_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_waiting_for_memory_are_all_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None is sent after a stop."""
     monkeypatch.setattr(worker, "ImageMemory", functools.partial(ImageMemory, 1))
     rows = [{"image": path.name} for path in sorted(SAMPLES.iterdir())[:8]]
     with running_simulator(SimulatorConfig(latency_s=0.5, ledger=str(tmp_path / "ledger"))) as simulator:

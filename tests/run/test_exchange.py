@@ -108,12 +108,12 @@ def test_an_answer_arrives_with_status_headers_and_body() -> None:
         assert f"\r\n{header}\r\n" in head
 
 
-def test_a_key_that_comes_back_in_the_request_id_is_not_kept() -> None:
+def test_a_key_in_the_request_id_is_removed() -> None:
     attempt = ended(sends(answer(FINE, f"X-Request-Id: for-{KEY}")))
     assert attempt.request_id == "for-[redacted]"
 
 
-def test_a_request_goes_without_its_name_if_the_endpoint_says_so() -> None:
+def test_the_request_id_can_be_switched_off() -> None:
     _, server = asked(sends(answer()), client_request_id=False)
     assert b"x-client-request-id" not in server.exchanges[0].head.lower()
 
@@ -128,7 +128,7 @@ def test_an_error_status_is_an_answer_too(status: str) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 2_000_000, 10_000_000])
-def test_a_large_answer_and_a_large_request_arrive_whole(size: int) -> None:
+def test_large_answers_and_requests_arrive_whole(size: int) -> None:
     body = os.urandom(size)
     (attempt,), server = asked(sends(answer(body)), body)
     assert attempt.error is None
@@ -143,7 +143,7 @@ def test_a_compressed_answer_is_decompressed(encoding: str) -> None:
     assert (attempt.body, attempt.error) == (FINE, None)
 
 
-def test_the_key_that_a_server_repeats_is_not_in_the_body() -> None:
+def test_a_repeated_key_is_not_in_the_body() -> None:
     attempt = ended(sends(answer(f'{{"error":"wrong key: Bearer {KEY}"}}'.encode(), status="401 No")))
     assert attempt.body == b'{"error":"wrong key: Bearer [redacted]"}'
 
@@ -160,7 +160,7 @@ def test_the_key_that_a_server_repeats_is_not_in_the_body() -> None:
         (None, gzip.compress(FINE, mtime=0)),
     ],
 )
-def test_an_answer_that_can_be_read_is_read_whatever_its_label_says(label: str | None, body: bytes) -> None:
+def test_a_readable_answer_is_read_whatever_its_label(label: str | None, body: bytes) -> None:
     attempt = ended(sends(answer(body, *([] if label is None else [f"Content-Encoding: {label}"]))))
     assert attempt.error is None
     assert attempt.body.strip() == FINE
@@ -168,9 +168,7 @@ def test_an_answer_that_can_be_read_is_read_whatever_its_label_says(label: str |
 
 @pytest.mark.parametrize("encoding", ["br", "zstd", "compress", "gzip, br", "x-odd"])
 @pytest.mark.parametrize("headers", [(), ("Content-Type: text/event-stream",)], ids=["whole", "streamed"])
-def test_an_encoding_that_was_not_asked_for_is_named_and_its_status_known(
-    encoding: str, headers: tuple[str, ...]
-) -> None:
+def test_an_unrequested_encoding_is_named(encoding: str, headers: tuple[str, ...]) -> None:
     script = sends(answer(b"\x1b\x00packed", f"Content-Encoding: {encoding}", "X-Request-Id: r-9", *headers))
     (attempt,), server = asked(script)
     assert b"\r\naccept-encoding: gzip, deflate\r\n" in server.exchanges[0].head.lower()
@@ -180,13 +178,13 @@ def test_an_encoding_that_was_not_asked_for_is_named_and_its_status_known(
     assert (attempt.body, attempt.request_id) == (b"", "r-9")
 
 
-def test_a_refusal_in_an_encoding_that_was_not_asked_for_is_judged_by_its_status() -> None:
+def test_an_error_in_unrequested_encoding_has_its_status() -> None:
     attempt = ended(sends(answer(b"\x1b\x00packed", "Content-Encoding: br", status="429 Slow Down")))
     assert (attempt.http_status, attempt.error, attempt.body) == (429, None, b"")
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 50])
-def test_an_encoding_is_unpacked_however_it_is_cut(pieces: int) -> None:
+def test_an_encoding_is_decoded_in_any_pieces(pieces: int) -> None:
     text = os.urandom(3_000) + b"word " * 3_000
     raw = zlib.compressobj(wbits=-zlib.MAX_WBITS)
     packed = {
@@ -217,13 +215,11 @@ def test_an_encoding_is_unpacked_however_it_is_cut(pieces: int) -> None:
         ("https://cloud.vtrix.ai/v1", {"client_request_id": False}, None),
     ],
 )
-def test_the_attempts_id_goes_in_the_header_that_the_vendor_reads(
-    url: str, endpoint: dict[str, Any], header: str | None
-) -> None:
+def test_the_attempt_id_uses_the_vendors_header(url: str, endpoint: dict[str, Any], header: str | None) -> None:
     assert Endpoint(url, **endpoint).id_header == header
 
 
-def test_an_attempt_without_an_answer_is_known_by_its_own_id() -> None:
+def test_an_unanswered_attempt_has_its_id() -> None:
     (attempt,), server = asked(closes, request_id_header="X-Request-Id")
     assert attempt.request_id == "run-0-1"
     assert b"\r\nx-request-id: run-0-1\r\n" in server.exchanges[0].head.lower()
@@ -243,7 +239,7 @@ def test_a_connection_is_used_again() -> None:
 
 
 @pytest.mark.parametrize("pause_s", [0.0, 0.05])
-def test_a_keep_alive_that_is_closed_every_time_costs_no_answer_and_no_second_service(pause_s: float) -> None:
+def test_closed_keep_alive_repeats_no_request(pause_s: float) -> None:
     async def main() -> None:
         async with serving(sends(answer(), then=closes)) as server, client_of(server.url) as client:
             for n in range(20):
@@ -255,7 +251,7 @@ def test_a_keep_alive_that_is_closed_every_time_costs_no_answer_and_no_second_se
     run(main())
 
 
-def test_a_connection_that_was_closed_while_nobody_looked_is_not_used() -> None:
+def test_a_closed_idle_connection_is_not_used() -> None:
     async def main() -> None:
         async with serving(sends(answer())) as server, client_of(server.url) as client:
             for _ in range(2):  # the second shows that the server keeps connections open
@@ -285,7 +281,7 @@ def dropping_the_second(how: Script) -> Script:
 
 @pytest.mark.parametrize("how", ["FIN", "RST"])
 @pytest.mark.parametrize("after_ms", [1, 5, 20, 50, 99, 200])
-def test_a_busy_connection_that_ends_after_the_request_is_in_doubt_however_soon(after_ms: int, how: str) -> None:
+def test_a_closed_busy_connection_may_be_billed(after_ms: int, how: str) -> None:
     """The server has read the request, and may have served and billed it before it ended the connection."""
 
     async def bills_and_ends(exchange: Exchange) -> None:
@@ -299,7 +295,9 @@ def test_a_busy_connection_that_ends_after_the_request_is_in_doubt_however_soon(
 
 
 @pytest.mark.parametrize("how", ["FIN", "RST"])
-def test_an_idle_connection_that_ends_later_than_two_round_trips_is_in_doubt_too(how: str) -> None:
+def test_a_late_close_may_be_billed_too(how: str) -> None:
+    """An idle connection that ends later than two round trips after the send."""
+
     async def bills_and_ends(exchange: Exchange) -> None:
         await asyncio.sleep(0.3)  # a busy machine measures a round trip of some tens of ms on loopback
         exchange.reset() if how == "RST" else exchange.writer.close()
@@ -348,7 +346,9 @@ async def forgetful_nat(port: int, one_way_s: float = 0.02, forgets_after_s: flo
         await asyncio.gather(*carrying)
 
 
-def test_an_idle_connection_that_a_gateway_has_forgotten_is_free_and_tried_on_a_fresh_one(certificate: Path) -> None:
+def test_a_forgotten_idle_connection_is_free(certificate: Path) -> None:
+    """The request is sent again on a fresh connection."""
+
     async def main() -> None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(certificate)
@@ -376,18 +376,15 @@ def test_an_idle_connection_that_a_gateway_has_forgotten_is_free_and_tried_on_a_
         (29.0, 900.0, False),
     ],
 )
-def test_only_a_connection_that_was_idle_and_ends_within_two_round_trips_is_stale(
-    idle_s: float | None, ended_after_s: float, stale: bool
-) -> None:
+def test_stale_means_idle_and_closed_quickly(idle_s: float | None, ended_after_s: float, stale: bool) -> None:
+    """Within two round trips."""
     loss = Loss(idle_s, ended_after_s, round_trip_s=0.020, heard_bytes=0, unsent=False)
     assert rules.kind_of(loss) == ("stale_connection" if stale else "reset")
 
 
 @pytest.mark.parametrize("closes_after_s", [0.0, 0.001, 0.005, 0.02, 0.04])
 @pytest.mark.parametrize("workers", [1, 8])
-def test_a_server_that_closes_each_connection_behind_its_answer_leaves_nothing_in_doubt(
-    closes_after_s: float, workers: int
-) -> None:
+def test_closing_after_each_answer_is_never_ambiguous(closes_after_s: float, workers: int) -> None:
     """It closes whatever may be on its way then: who used the connection again at once would not know what became of
     the request. On a machine that held the server up until the client had to believe it, nothing is shown: once more.
     """
@@ -429,7 +426,8 @@ def test_a_server_that_closes_each_connection_behind_its_answer_leaves_nothing_i
     assert any(shown), "the machine is too busy to show it"
 
 
-def test_reusing_connections_begins_with_one_and_ends_when_two_in_a_row_are_dropped() -> None:
+def test_reuse_starts_with_one_connection() -> None:
+    """It ends when two connections in a row are dropped."""
     keep_alive, links = KeepAlive(), [object() for _ in range(4)]
     assert keep_alive.may_try(0.0)
     keep_alive.try_(links[0])
@@ -450,14 +448,14 @@ def test_reusing_connections_begins_with_one_and_ends_when_two_in_a_row_are_drop
     assert not keep_alive.may_try(64.0)
 
 
-def test_a_fresh_connection_that_ends_without_a_byte_may_have_been_billed() -> None:
+def test_a_closed_fresh_connection_may_be_billed() -> None:
     attempt = ended(closes)
     assert kind_of(attempt) == "reset"
     assert attempt.error is not None
     assert attempt.error.sent
 
 
-def test_a_large_request_of_which_a_part_never_left_was_certainly_not_served() -> None:
+def test_a_partly_sent_request_is_not_billed() -> None:
     """A server that goes away in the midst of a body has not seen the end of the JSON."""
 
     async def main() -> Attempt:
@@ -476,7 +474,9 @@ def test_a_large_request_of_which_a_part_never_left_was_certainly_not_served() -
     assert FAULT_VERDICTS["lost_before_send"] is Verdict.FREE
 
 
-def test_a_request_that_has_left_us_may_have_been_served_though_the_server_says_it_read_nothing() -> None:
+def test_a_sent_request_may_have_been_served() -> None:
+    """Even if the server says that it read nothing."""
+
     async def main() -> Attempt:
         async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             await asyncio.sleep(0.05)
@@ -492,7 +492,7 @@ def test_a_request_that_has_left_us_may_have_been_served_though_the_server_says_
 
 @pytest.mark.parametrize("interim", [b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 103 Early Hints\r\n\r\n"])
 @pytest.mark.parametrize("then", ["an answer", "the end"])
-def test_an_interim_response_is_no_answer_and_its_connections_end_is_in_doubt(interim: bytes, then: str) -> None:
+def test_an_interim_response_is_no_answer(interim: bytes, then: str) -> None:
     attempts, _ = asked(
         dropping_the_second(sends(interim + answer()) if then == "an answer" else sends(interim, then=closes)),
         b"0",
@@ -501,7 +501,7 @@ def test_an_interim_response_is_no_answer_and_its_connections_end_is_in_doubt(in
     assert [kind_of(attempt) for attempt in attempts] == [None, None if then == "an answer" else "reset"]
 
 
-def test_a_tls_connection_that_says_goodbye_before_its_answer_is_in_doubt(certificate: Path) -> None:
+def test_a_tls_close_before_answer_is_ambiguous(certificate: Path) -> None:
     async def main() -> list[str | None]:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(certificate)
@@ -520,7 +520,7 @@ def test_a_tls_connection_that_says_goodbye_before_its_answer_is_in_doubt(certif
     [answer(length=500)[: -len(FINE)], answer(length=500)],
     ids=["head", "half"],
 )
-def test_a_reused_connection_that_had_begun_to_answer_is_not_asked_again(part: bytes, how: Script) -> None:
+def test_a_started_answer_is_not_sent_again(part: bytes, how: Script) -> None:
     attempts, server = asked(dropping_the_second(sends(part, then=how)), b"0", b"1")
     assert kind_of(attempts[1]) in ("reset", "cut")
     assert len(server.exchanges) == 2
@@ -552,9 +552,8 @@ def test_a_reused_connection_that_had_begun_to_answer_is_not_asked_again(part: b
         pytest.param(sends(answer(b"no gzip", "Content-Encoding: gzip")), "bad_encoding", b"", id="bad gzip"),
     ],
 )
-def test_a_broken_answer_keeps_what_came_and_may_have_been_billed(
-    script: Script, kind: str, received: bytes | None
-) -> None:
+def test_a_broken_answer_keeps_its_bytes(script: Script, kind: str, received: bytes | None) -> None:
+    """It may have been billed."""
     attempt = ended(script)
     assert kind_of(attempt) in kind.split("|")
     assert received is None or attempt.body == received
@@ -574,7 +573,8 @@ def test_a_broken_answer_keeps_what_came_and_may_have_been_billed(
     ],
     ids=["at once", "in the head", "in the body", "between chunks"],
 )
-def test_silence_ends_at_the_deadline_with_what_had_come(script: Script) -> None:
+def test_silence_ends_at_the_deadline(script: Script) -> None:
+    """What had come is kept."""
     attempt = ended(script, attempt_timeout_s=0.2)
     assert isinstance(attempt.error, APITimeoutError)
     assert (attempt.error.kind, attempt.error.sent) == ("timeout", True)
@@ -584,7 +584,7 @@ def test_silence_ends_at_the_deadline_with_what_had_come(script: Script) -> None
 
 
 @pytest.mark.parametrize("start", [b"", answer(length=10_000)], ids=["head", "body"])
-def test_a_byte_now_and_then_does_not_stretch_the_deadline(start: bytes) -> None:
+def test_trickling_bytes_do_not_extend_the_deadline(start: bytes) -> None:
     async def script(exchange: Exchange) -> None:
         await exchange.send(start)
         for byte in answer():
@@ -596,7 +596,7 @@ def test_a_byte_now_and_then_does_not_stretch_the_deadline(start: bytes) -> None
     assert attempt.latency_s < 2
 
 
-def test_a_deadline_ends_its_own_attempt_only_and_the_worker_goes_on() -> None:
+def test_a_deadline_ends_only_its_attempt() -> None:
     async def script(exchange: Exchange) -> None:
         await (exchange.silence() if exchange.body == b"slow" else exchange.send(answer()))
 
@@ -604,7 +604,7 @@ def test_a_deadline_ends_its_own_attempt_only_and_the_worker_goes_on() -> None:
     assert [kind_of(attempt) for attempt in attempts] == ["timeout", None, "timeout", None]
 
 
-def test_a_worker_that_is_cancelled_at_its_deadline_is_cancelled() -> None:
+def test_cancellation_at_the_deadline_is_kept() -> None:
     async def main() -> None:
         async with serving(Exchange.silence) as server, client_of(server.url, attempt_timeout_s=0.05) as client:
             task = asyncio.create_task(client.send(b"{}", "x"))
@@ -619,7 +619,7 @@ def test_a_worker_that_is_cancelled_at_its_deadline_is_cancelled() -> None:
     run(main())
 
 
-def test_a_gzip_bomb_ends_at_the_bound_in_bounded_memory() -> None:
+def test_a_gzip_bomb_stays_in_bounded_memory() -> None:
     packer = zlib.compressobj(9, zlib.DEFLATED, 31)
     bomb = b"".join([*(packer.compress(bytes(1_000_000)) for _ in range(200)), packer.flush()])
     assert len(bomb) < 250_000
@@ -673,7 +673,7 @@ def _unused_port() -> int:
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_a_port_where_nobody_listens_is_refused(scheme: str) -> None:
+def test_a_closed_port_is_refused(scheme: str) -> None:
     async def main() -> Attempt:
         async with client_of(f"{scheme}://127.0.0.1:{_unused_port()}/v1") as client:
             return await client.send(b"{}", "x")
@@ -683,7 +683,7 @@ def test_a_port_where_nobody_listens_is_refused(scheme: str) -> None:
     assert (attempt.error.kind, attempt.error.sent) == ("refused", False)
 
 
-def test_a_connection_that_is_never_taken_ends_at_the_connect_timeout() -> None:
+def test_an_unaccepted_connection_times_out() -> None:
     async def main() -> Attempt:
         with black_hole() as port:
             async with client_of(f"http://127.0.0.1:{port}/v1", connect_timeout_s=0.2) as client:
@@ -713,20 +713,20 @@ def over_tls(certificate: Path, **endpoint: Any) -> tuple[Attempt, FaultServer]:
     return run(main())
 
 
-def test_a_certificate_that_nobody_vouches_for_is_refused_before_anything_is_said(certificate: Path) -> None:
+def test_an_untrusted_certificate_is_refused_before_sending(certificate: Path) -> None:
     attempt, server = over_tls(certificate)
     assert attempt.error is not None
     assert (attempt.error.kind, attempt.error.sent) == ("certificate", False)
     assert server.exchanges == []
 
 
-def test_a_certificate_of_the_jobs_ca_file_is_trusted(certificate: Path) -> None:
+def test_the_jobs_ca_file_is_trusted(certificate: Path) -> None:
     attempt, _ = over_tls(certificate, ca_file=f"{certificate}.crt")
     assert (attempt.error, attempt.body) == (None, FINE)
 
 
 @pytest.mark.parametrize("text", [None, "no certificate"])
-def test_a_ca_file_that_is_none_is_named(tmp_path: Path, text: str | None) -> None:
+def test_an_invalid_ca_file_is_named(tmp_path: Path, text: str | None) -> None:
     file = tmp_path / "ca.pem"
     if text:
         file.write_text(text)
@@ -739,7 +739,7 @@ async def _made(ca_file: str) -> None:
         pass
 
 
-def test_plain_http_on_a_tls_port_is_tls_trouble() -> None:
+def test_plain_http_on_tls_port_is_named() -> None:
     async def main() -> Attempt:
         async with serving(sends(answer())) as server:
             url = server.url.replace("http:", "https:")
@@ -755,7 +755,7 @@ def test_plain_http_on_a_tls_port_is_tls_trouble() -> None:
 # -- the wire below
 
 
-def test_tcp_keepalive_is_on_so_that_a_long_silence_is_not_forgotten() -> None:
+def test_tcp_keepalive_is_enabled() -> None:
     with open_socket((socket.AF_INET, socket.SOCK_STREAM, 6, "", ())) as opened:
         assert opened.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
         assert opened.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == TCP_KEEPALIVE_S
@@ -800,7 +800,7 @@ PUBLIC = sorted(
     [*PUBLIC, ConnectionResetError, TimeoutError, OSError, ValueError, RuntimeError],
     ids=lambda kind: kind.__name__,
 )
-def test_every_exception_of_aiohttps_has_a_kind_that_the_policy_knows(kind: type[Exception], sent: bool) -> None:
+def test_every_aiohttp_exception_has_a_known_kind(kind: type[Exception], sent: bool) -> None:
     error = translate(made(kind), sent=sent)
     assert error.kind in FAULT_VERDICTS
     assert error.sent == sent
@@ -809,7 +809,7 @@ def test_every_exception_of_aiohttps_has_a_kind_that_the_policy_knows(kind: type
     )
 
 
-def test_the_key_is_not_in_what_an_exception_says() -> None:
+def test_exceptions_never_contain_the_key() -> None:
     async def main() -> Attempt:
         async with client_of("http://127.0.0.1:1/" + KEY) as client:
             return await client.send(b"{}", "x")

@@ -34,9 +34,7 @@ def purse(usd: object = 1, tokens: int = 100, requests: int = 10, spent: int = 0
 
 
 @given(st.lists(PLANS, max_size=60), CENTS, st.integers(0, 2000), st.integers(0, 40))
-def test_spent_and_reserved_never_pass_a_cap_in_any_order(
-    plans: list[Plan], usd: Decimal, tokens: int, requests: int
-) -> None:
+def test_spending_never_exceeds_a_cap(plans: list[Plan], usd: Decimal, tokens: int, requests: int) -> None:
     budget = purse(usd, tokens, requests)
     cost, used, sent = budget.cost_usd, budget.tokens, budget.requests
     assert cost is not None
@@ -61,7 +59,7 @@ def test_spent_and_reserved_never_pass_a_cap_in_any_order(
         assert sent.spent + sent.reserved == attempts <= requests
 
 
-def test_what_nobody_knows_spends_the_whole_reservation() -> None:
+def test_unknown_usage_spends_its_reservation() -> None:
     budget = purse(usd=1, tokens=100, requests=2)
     ask = Ask(1, Decimal("0.60"), 60)
     budget.reserve(ask)
@@ -74,7 +72,7 @@ def test_what_nobody_knows_spends_the_whole_reservation() -> None:
 
 
 @pytest.mark.parametrize("bound", [Ask(1, Decimal("0.10"), 0), Ask(1, Decimal(0), 10), Ask(1, Decimal(0), 0)])
-def test_the_last_cent_token_and_request_can_be_spent(bound: Ask) -> None:
+def test_the_last_unit_can_be_spent(bound: Ask) -> None:
     budget = BudgetAccount(cost_usd=Cap(Decimal("0.30"), Decimal("0.20")), tokens=Cap(30, 20), requests=Cap(3, 2))
     assert budget.fits(bound)
     budget.reserve(bound)
@@ -89,7 +87,7 @@ def test_the_last_cent_token_and_request_can_be_spent(bound: Ask) -> None:
         (Ask(1, Decimal(0), 0), "max_requests"),
     ],
 )
-def test_each_cap_alone_refuses_and_says_what_to_raise(ask: Ask, setting: str) -> None:
+def test_each_cap_names_what_to_raise(ask: Ask, setting: str) -> None:
     budget = purse(requests=0 if setting == "max_requests" else 10)
     assert not budget.fits(ask)
     assert budget.refusal(ask).endswith(f"raise budget.{setting} and run again")
@@ -104,6 +102,6 @@ def test_a_cap_that_is_not_set_limits_nothing() -> None:
     assert budget.fits(ask)
 
 
-def test_a_cost_cap_refuses_a_request_without_an_upper_bound() -> None:
+def test_a_cost_cap_needs_an_upper_bound() -> None:
     with pytest.raises(ValueError, match="upper bound"):
         purse().fits(Ask(1, None))

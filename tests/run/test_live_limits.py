@@ -45,7 +45,7 @@ def has_log(out: Path, event: str) -> bool:
 # ── the deadline ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_deadline_ends_the_start_in_time_with_everything_in_flight_answered(tmp_path: Path) -> None:
+def test_a_deadline_drains_the_start_in_time(tmp_path: Path) -> None:
     source, out = write_rows(tmp_path / "in.jsonl", 200), tmp_path / "out"
     config = SimulatorConfig(latency_s=0.2, latency_sigma=0, ledger=str(tmp_path / "ledger"))
     with running_simulator(config) as simulator:
@@ -67,7 +67,8 @@ def test_a_deadline_ends_the_start_in_time_with_everything_in_flight_answered(tm
     assert batchrun("verify", out).exit_code == 0
 
 
-def test_a_day_that_has_too_few_requests_for_the_rows_by_the_deadline_is_told_before_the_first(tmp_path: Path) -> None:
+def test_an_impossible_deadline_is_reported_early(tmp_path: Path) -> None:
+    """The day has too few requests for the rows; the start says so before the first request."""
     source, out = write_rows(tmp_path / "in.jsonl", 20), tmp_path / "out"
     with running_simulator() as simulator:
         more = "[limits]\nrequests_per_day = 3\nrequests_per_second = 50\n"
@@ -80,7 +81,7 @@ def test_a_day_that_has_too_few_requests_for_the_rows_by_the_deadline_is_told_be
     assert (in_force["requests_per_second"], in_force["requests_per_day"]) == (50, 3)
 
 
-def test_what_does_not_end_within_the_grace_after_the_deadline_is_named(tmp_path: Path) -> None:
+def test_requests_beyond_the_grace_are_named(tmp_path: Path) -> None:
     source, out = write_rows(tmp_path / "in.jsonl", 20), tmp_path / "out"
     with running_simulator(SimulatorConfig(latency_s=60, latency_sigma=0)) as simulator:
         job = write_job(tmp_path / "job.toml", simulator.url, source, "[limits]\nmax_in_flight = 4\n")
@@ -91,7 +92,7 @@ def test_what_does_not_end_within_the_grace_after_the_deadline_is_named(tmp_path
     assert {entry["cause"] for entry in summary["possibly_billed"]} == {"aborted"}
 
 
-def test_a_deadline_that_is_over_before_the_first_request_sends_none(tmp_path: Path) -> None:
+def test_a_past_deadline_sends_nothing(tmp_path: Path) -> None:
     source, out = write_rows(tmp_path / "in.jsonl", 20), tmp_path / "out"
     with running_simulator(SimulatorConfig(ledger=str(tmp_path / "ledger"))) as simulator:
         job = write_job(tmp_path / "job.toml", simulator.url, source)
@@ -101,7 +102,7 @@ def test_a_deadline_that_is_over_before_the_first_request_sends_none(tmp_path: P
     assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1)
 
 
-def test_a_run_that_falls_behind_its_deadline_says_so_with_the_limit_that_binds(tmp_path: Path) -> None:
+def test_falling_behind_names_the_tightest_limit(tmp_path: Path) -> None:
     source, out = write_rows(tmp_path / "in.jsonl", 500), tmp_path / "out"
     with running_simulator(SimulatorConfig(latency_s=0.2, latency_sigma=0)) as simulator:
         job = write_job(tmp_path / "job.toml", simulator.url, source, "[limits]\nmax_in_flight = 4\n")
@@ -118,7 +119,7 @@ def test_a_run_that_falls_behind_its_deadline_says_so_with_the_limit_that_binds(
 # ── other limits ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_running_process_takes_other_limits_and_says_so(tmp_path: Path) -> None:
+def test_a_running_process_takes_new_limits(tmp_path: Path) -> None:
     source, out = write_rows(tmp_path / "in.jsonl", 300), tmp_path / "out"
     with running_simulator(SimulatorConfig(latency_s=0.02, ledger=str(tmp_path / "ledger"))) as simulator:
         more = "[limits]\nrequests_per_minute = 30\nmax_in_flight = 8\n[budget]\nmax_cost_usd = 5\n"
@@ -159,14 +160,14 @@ def test_a_running_process_takes_other_limits_and_says_so(tmp_path: Path) -> Non
         (2.5, "2.5 requests/min, 8 in flight (what holds now: the server's headers or refusals allow less than 6,000"),
     ],
 )
-def test_a_rate_below_the_one_asked_for_says_why(now: float, words: str) -> None:
+def test_a_lower_rate_says_why(now: float, words: str) -> None:
     wish = live_limits.wish({"requests_per_minute": "6000"})
     limits = InForce(requests_per_minute=now, tokens_per_minute=None, max_in_flight=8)
     assert live_limits.in_words(wish, limits).startswith(words)
     assert ("allow less" in live_limits.in_words(wish, limits)) == (now < 6000)
 
 
-def test_a_cap_that_is_lowered_below_what_is_spent_ends_the_run(tmp_path: Path) -> None:
+def test_a_cap_below_spending_ends_the_run(tmp_path: Path) -> None:
     source, out = write_rows(tmp_path / "in.jsonl", 300), tmp_path / "out"
     with running_simulator(SimulatorConfig(latency_s=0.05, ledger=str(tmp_path / "ledger"))) as simulator:
         more = "[limits]\nmax_in_flight = 4\nrequests_per_minute = 600\n[budget]\nmax_requests = 1000\n"
@@ -180,7 +181,8 @@ def test_a_cap_that_is_lowered_below_what_is_spent_ends_the_run(tmp_path: Path) 
         assert 300 - read_summary(out)["pending"] == len(simulator.ledger())
 
 
-def test_nonsense_in_control_json_is_one_line_and_changes_nothing(tmp_path: Path) -> None:
+def test_an_invalid_control_file_changes_nothing(tmp_path: Path) -> None:
+    """It is one line in the log."""
     source, out = write_rows(tmp_path / "in.jsonl", 300), tmp_path / "out"
     with running_simulator(SimulatorConfig(latency_s=0.02)) as simulator:
         job = write_job(tmp_path / "job.toml", simulator.url, source, SLOW)
@@ -200,7 +202,7 @@ def test_nonsense_in_control_json_is_one_line_and_changes_nothing(tmp_path: Path
     assert not (out / "control.json").exists()
 
 
-def test_what_was_asked_of_an_earlier_process_is_not_asked_of_the_next(tmp_path: Path) -> None:
+def test_a_new_process_ignores_old_requests(tmp_path: Path) -> None:
     source, out = write_rows(tmp_path / "in.jsonl", 20), tmp_path / "out"
     out.mkdir()
     (out / "control.json").write_text('{"id": "old", "requests_per_minute": 1}')
@@ -213,7 +215,7 @@ def test_what_was_asked_of_an_earlier_process_is_not_asked_of_the_next(tmp_path:
 # ── the file ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_each_file_is_read_once_however_often_it_is_looked_at(tmp_path: Path) -> None:
+def test_each_control_file_is_read_once(tmp_path: Path) -> None:
     wishes = Wishes(RunDirectory(tmp_path))
     assert wishes.newest() is None
     (tmp_path / "control.json").write_text("1")
@@ -229,7 +231,8 @@ def test_every_wish_has_a_name_of_its_own() -> None:
     assert isinstance(one, Control)
 
 
-def test_every_limit_of_a_job_can_be_tuned_but_for_what_bounds_a_single_request() -> None:
+def test_every_limit_of_a_job_is_tunable() -> None:
+    """Except for what bounds a single request."""
     single = {"max_output_tokens", "max_image_tokens"}
     assert {*Limits.__struct_fields__, *Budget.__struct_fields__} - single == live_limits.FLAGS.keys()
     told = live_limits.wish(dict.fromkeys(live_limits.FLAGS, "7"))
@@ -258,7 +261,7 @@ def test_every_limit_of_a_job_can_be_tuned_but_for_what_bounds_a_single_request(
         ({"requests_per_minute": "5", "max_requests": "-1"}, "--max-requests -1: expected a whole number of 1 or more"),
     ],
 )
-def test_a_limit_that_cannot_be_is_named_by_its_flag(limits: dict[str, str], problem: str) -> None:
+def test_an_impossible_limit_names_its_flag(limits: dict[str, str], problem: str) -> None:
     with pytest.raises(JobError) as raised:
         live_limits.wish(limits)
     assert str(raised.value) == problem
@@ -284,13 +287,13 @@ def test_a_limit_that_cannot_be_is_named_by_its_flag(limits: dict[str, str], pro
         (b'{"id": "x", "requests_per_hour": 5}', "requests_per_hour: no such limit; there are requests_per_second, "),
     ],
 )
-def test_what_is_wrong_in_control_json_is_said_in_plain_words(content: bytes, problem: str) -> None:
+def test_control_file_errors_are_plain_words(content: bytes, problem: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(problem)}") as raised:
         live_limits.decode(content)
     assert not any(word in str(raised.value) for word in ("$", "Expected", "msgspec"))
 
 
-def test_a_day_that_is_limited_while_a_run_works_counts_what_was_sent_on_it(tmp_path: Path) -> None:
+def test_a_new_daily_limit_counts_today(tmp_path: Path) -> None:
     checkpoint = Checkpoint(tmp_path / "checkpoint.db", free_reserve=lambda: False)
     try:
         checkpoint.begin_invocation(0.0, 1, "host", "0")

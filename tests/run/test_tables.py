@@ -68,7 +68,7 @@ def own(settled: Completion, settings: Output = DEFAULT) -> dict[str, Any]:
 # ── the schema ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_our_columns_are_the_documented_ones_whatever_the_data() -> None:
+def test_our_columns_are_always_the_documented_ones() -> None:
     utc, text = "timestamp[us, tz=UTC]", "string"
     assert {field.name: str(field.type) for field in OWN_COLUMNS} == {
         "row": "int64",
@@ -121,7 +121,7 @@ def test_columns_chooses_and_orders_the_input_columns() -> None:
     assert batch.column("text").to_pylist() == ["text 0", "text 1"]
 
 
-def test_a_column_that_is_not_there_is_named_with_those_that_are() -> None:
+def test_a_missing_column_is_named_with_others() -> None:
     with pytest.raises(JobError, match=r"output\.columns: 'body' is no input column \(id, text\)"):
         output_schema(INPUT, Output(columns=["text", "body"]))
 
@@ -132,7 +132,7 @@ def test_a_column_named_twice_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", OWN_COLUMNS.names)
-def test_a_name_of_ours_in_the_input_is_refused_with_the_way_out(name: str) -> None:
+def test_a_reserved_input_name_is_refused(name: str) -> None:
     taken = pa.schema([(name, pa.string())])
     with pytest.raises(JobError, match=f"input column '{name}' .* set output.prefix"):
         output_schema(taken, Output())
@@ -176,7 +176,8 @@ def test_an_answers_fields_stand_in_their_columns() -> None:
     assert row["raw"] is None
 
 
-def test_calls_of_tools_and_several_choices_have_their_columns_and_unknown_fields_are_in_raw() -> None:
+def test_tool_calls_and_choices_have_columns() -> None:
+    """Unknown fields are in `raw`."""
     calls = [{"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
     body = answer_body(
         choices=[
@@ -196,7 +197,7 @@ def test_calls_of_tools_and_several_choices_have_their_columns_and_unknown_field
     assert (usual["tool_calls"], usual["choices"], usual["raw"]) == (None, None, None)
 
 
-def test_a_row_without_an_answer_has_its_error_and_nulls() -> None:
+def test_an_unanswered_row_has_error_and_nulls() -> None:
     error = RowError("bad_request", 400, "too_long", "the context is too long")
     row = own(completion(0, status=Status.ERROR, error=error, raw=b"", cost_usd=None))
     assert row["error"] == msgspec.to_builtins(error)
@@ -209,7 +210,7 @@ def test_a_row_without_an_answer_has_its_error_and_nulls() -> None:
     "body",
     [b"\xff\xfe", b"<html>", b'{"choices": [{"message": {"content": "\\ud800"}}]}', b"[" * 100_000, b"{}", b"null"],
 )
-def test_whatever_the_answer_holds_the_row_is_written_and_its_bytes_are_kept(tmp_path: Path, body: bytes) -> None:
+def test_any_answer_is_written_with_its_bytes(tmp_path: Path, body: bytes) -> None:
     batch = batch_of(table_of(1), [completion(0, raw=body, status=Status.ERROR, error=RowError("unreadable"))])
     write_part(tmp_path / "part", batch.schema, [batch], Output(), 1)
     assert pq.read_table(tmp_path / "part").column("raw").to_pylist() == [body]
@@ -222,7 +223,7 @@ def test_raw_is_kept_for_failures_or_always() -> None:
     assert own(completion(0, status=Status.TRUNCATED))["raw"] == good.raw
 
 
-def test_parsed_is_the_json_that_was_asked_for() -> None:
+def test_parsed_holds_the_requested_json() -> None:
     body = answer_body('{"a": 1}')
     assert own(completion(0, raw=body, in_json=True))["parsed"] == '{"a": 1}'
     assert own(completion(0, raw=body))["parsed"] is None
@@ -232,7 +233,7 @@ def test_parsed_is_the_json_that_was_asked_for() -> None:
 
 
 @pytest.mark.parametrize("name", COLUMNS)
-def test_a_column_of_every_type_comes_through_parts_and_final_file(tmp_path: Path, name: str) -> None:
+def test_columns_of_every_type_reach_the_result(tmp_path: Path, name: str) -> None:
     whole = pa.table({"c": COLUMNS[name]})
     pq.write_table(whole, tmp_path / "input.parquet")
     table = pq.read_table(tmp_path / "input.parquet")  # as the source gives it
@@ -259,7 +260,7 @@ def test_every_compression_is_what_the_file_has(tmp_path: Path, compression: fil
         assert found == {"none": "UNCOMPRESSED"}.get(compression, compression.upper())
 
 
-def test_nothing_asked_is_a_valid_empty_file(tmp_path: Path) -> None:
+def test_an_empty_run_has_a_valid_file(tmp_path: Path) -> None:
     schema = output_schema(INPUT, Output())
     assemble([], tmp_path / "final", schema, "zstd", {"batchrun": "{}"})
     table = pq.read_table(tmp_path / "final")
@@ -298,7 +299,8 @@ def test_pages_carry_checksums_that_are_checked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "missing", "other"])
-def test_a_part_that_is_not_what_was_sealed_is_named_and_the_old_file_stays(tmp_path: Path, harm: str) -> None:
+def test_a_replaced_part_is_named(tmp_path: Path, harm: str) -> None:
+    """The old file stays."""
     parts = [part_of(tmp_path, number, table_of(4, 4 * number), 4 * number) for number in range(3)]
     path = parts[1][0]
     match harm:
@@ -318,7 +320,7 @@ def test_a_part_that_is_not_what_was_sealed_is_named_and_the_old_file_stays(tmp_
     assert (tmp_path / "final").read_bytes() == b"old"
 
 
-def test_a_part_must_have_as_many_rows_as_were_due(tmp_path: Path) -> None:
+def test_a_part_must_have_all_its_rows(tmp_path: Path) -> None:
     batch = batch_of(table_of(2), [completion(0), completion(1)])
     with pytest.raises(CheckpointError, match="2 rows written where 3 were due"):
         write_part(tmp_path / "part", batch.schema, [batch], Output(), 3)
@@ -337,7 +339,7 @@ def largest_row_group(path: Path) -> int:
     return max(metadata.row_group(group).total_byte_size for group in range(metadata.num_row_groups))
 
 
-def test_no_row_group_is_larger_than_a_reader_should_hold(tmp_path: Path) -> None:
+def test_row_groups_stay_small(tmp_path: Path) -> None:
     schema = output_schema(INPUT, Output())
     part = tmp_path / "part"
     sealed = write_part(part, schema, large_batches(3000, 30_000), Output(), 3000)
@@ -348,7 +350,7 @@ def test_no_row_group_is_larger_than_a_reader_should_hold(tmp_path: Path) -> Non
     assert pq.read_table(tmp_path / "final", columns=["row"]).column("row").to_pylist() == list(range(3000))
 
 
-def test_a_row_larger_than_a_row_group_has_one_of_its_own(tmp_path: Path) -> None:
+def test_a_huge_row_has_its_own_group(tmp_path: Path) -> None:
     bodies = ["a" * 10, "b" * (ROW_GROUP_BYTES + 1), "c" * 10]
     settled = [completion(row, raw=answer_body(text)) for row, text in enumerate(bodies)]
     batch = batch_of(table_of(3), settled)
@@ -382,7 +384,7 @@ def test_files_are_private(tmp_path: Path) -> None:
 ASSEMBLE_FOR_EVER = """
 import sys
 from pathlib import Path
-from tests.run.test_output import INPUT, part_of, table_of
+from tests.run.test_tables import INPUT, part_of, table_of
 from batchrun.job.job import Output
 from batchrun.tables.files import assemble
 from batchrun.tables.rows import output_schema
@@ -396,7 +398,8 @@ while True:
 """
 
 
-def test_a_kill_at_any_moment_leaves_the_old_final_file_or_the_new_one(tmp_path: Path) -> None:
+def test_killed_finishing_leaves_one_whole_result(tmp_path: Path) -> None:
+    """The old file or the new one."""
     command = [sys.executable, "-c", ASSEMBLE_FOR_EVER, str(tmp_path)]
     for number in range(4):
         with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]) as process:
@@ -414,7 +417,7 @@ def test_a_kill_at_any_moment_leaves_the_old_final_file_or_the_new_one(tmp_path:
 # ── the other files ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_parts_become_the_result_however_often_it_is_tried(tmp_path: Path) -> None:
+def test_finishing_can_be_repeated(tmp_path: Path) -> None:
     parts = [part_of(tmp_path, number, table_of(2, 2 * number), 2 * number) for number in range(3)]
     folder = tmp_path / "completions"
     folder.mkdir()
@@ -425,14 +428,14 @@ def test_parts_become_the_result_however_often_it_is_tried(tmp_path: Path) -> No
     assert pq.read_table(folder).column("row").to_pylist() == list(range(6))
 
 
-def test_a_part_that_is_neither_here_nor_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_part_is_named(tmp_path: Path) -> None:
     parts = [part_of(tmp_path, number, table_of(2, 2 * number), 2 * number) for number in range(2)]
     parts[1][0].unlink()
     with pytest.raises(CheckpointError, match=r"part-000001\.parquet"):
         move_parts(parts, tmp_path / "completions")
 
 
-def test_a_part_damaged_after_it_was_moved_is_named(tmp_path: Path) -> None:
+def test_a_part_damaged_after_moving_is_named(tmp_path: Path) -> None:
     parts = [part_of(tmp_path, 0, table_of(2), 0)]
     move_parts(parts, tmp_path / "completions")
     moved = tmp_path / "completions" / "part-000000.parquet"
@@ -441,7 +444,8 @@ def test_a_part_damaged_after_it_was_moved_is_named(tmp_path: Path) -> None:
         move_parts(parts, tmp_path / "completions")
 
 
-def test_usage_has_a_line_for_each_invocation_model_and_status(tmp_path: Path) -> None:
+def test_usage_has_all_lines_of_totals(tmp_path: Path) -> None:
+    """One for each invocation, model and status."""
     lines = [
         TotalsLine(1, MODEL, "ok", "2026-11-28", 10, 11, 100, 40, 20, 5, 120, Decimal("0.000123456789"), 1, 2),
         TotalsLine(2, MODEL, "discarded", attempts=3),
@@ -454,6 +458,6 @@ def test_usage_has_a_line_for_each_invocation_model_and_status(tmp_path: Path) -
     assert pq.read_table(tmp_path / "usage.parquet").schema.equals(USAGE_COLUMNS)
 
 
-def test_a_parts_digest_is_of_the_file_as_it_lies_there(tmp_path: Path) -> None:
+def test_a_parts_digest_is_of_the_file(tmp_path: Path) -> None:
     path, sealed, _ = part_of(tmp_path, 0, table_of(2), 0)
     assert digest(path) == sealed

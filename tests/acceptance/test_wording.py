@@ -32,11 +32,11 @@ def test_a_count_agrees_with_its_noun_and_verb(count: int, words: str) -> None:
         (720, "12.0 h"),
     ],
 )
-def test_a_time_is_told_in_the_unit_that_says_something(minutes: float, words: str) -> None:
+def test_a_duration_uses_a_useful_unit(minutes: float, words: str) -> None:
     assert duration(minutes) == words
 
 
-def test_a_run_of_one_row_speaks_of_one_row_wherever_it_speaks(tmp_path: Path) -> None:
+def test_a_single_row_is_never_plural(tmp_path: Path) -> None:
     source, out = write_rows(tmp_path / "in.jsonl", 1), tmp_path / "out"
     config = SimulatorConfig(latency_s=0, faults=parse_faults("400=1"))
     with running_simulator(config) as simulator:

@@ -99,7 +99,7 @@ NODE = closed(value={"type": "string"}, next={"anyOf": [{"$ref": "#/$defs/node"}
         {"$ref": "#/$defs/none"},
     ],
 )
-def test_what_has_no_one_type_is_json_text_of_its_own(schema: Any) -> None:
+def test_mixed_types_are_json_text(schema: Any) -> None:
     whole = closed(x=schema, y={"type": "integer"})
     assert str(column_of(whole).type()) == f"struct<x: {STRING}, y: int64>"
     for value in ({"deep": [1, None]}, "text", 7, [1], True):
@@ -133,11 +133,11 @@ def test_a_schema_within_itself_ends_in_json_text() -> None:
     ],
     ids=["none", "list", "string", "open", "union", "another base", "too many", "ever more"],
 )
-def test_the_whole_is_json_text_where_it_is_no_object_with_properties(schema: dict[str, Any] | None) -> None:
+def test_a_schema_without_properties_is_text(schema: dict[str, Any] | None) -> None:
     assert column_of(schema) == JSON
 
 
-def test_an_enums_values_stand_in_the_schemas_order_whatever_the_answers() -> None:
+def test_enum_values_keep_the_schemas_order() -> None:
     schema = closed(x={"enum": ["late", "early", "never"]})
     for values in ([{"x": "never"}], [{"x": "early"}, {"x": "late"}], []):
         array, _ = array_of(column_of(schema), [json.dumps(value) for value in values])
@@ -175,7 +175,7 @@ def test_absent_and_null_are_null_at_every_level() -> None:
         ([1], None, "$ can't hold [1]"),
     ],
 )
-def test_what_has_no_place_is_null_and_told_and_the_rest_is_there(value: Any, held: Any, told: str) -> None:
+def test_what_does_not_fit_is_reported(value: Any, held: Any, told: str) -> None:
     schema = {
         "type": "object",
         "properties": {
@@ -195,7 +195,7 @@ def test_what_has_no_place_is_null_and_told_and_the_rest_is_there(value: Any, he
     assert rows[1] == (None if held is None else dict.fromkeys("insbelo") | held)
 
 
-def test_a_whole_number_in_any_writing_is_an_integer() -> None:
+def test_every_spelling_of_integers_is_read() -> None:
     assert parsed(closed(i={"type": "integer"}), {"i": 7.0}, {"i": -(2**63)}) == ([{"i": 7}, {"i": -(2**63)}], {})
     assert parsed(closed(n={"type": "number"}), {"n": 7}) == ([{"n": 7.0}], {})
 
@@ -260,9 +260,7 @@ def as_column(value: Any, schema: dict[str, Any]) -> Any:
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_any_answer_comes_back_from_parquet_as_it_was(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
-) -> None:
+def test_any_answer_round_trips_through_parquet(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     schema, strategy = data.draw(WHOLE)
     values = data.draw(st.lists(strategy, max_size=6))
     jsonschema.Draft202012Validator.check_schema(schema)

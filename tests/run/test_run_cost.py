@@ -34,7 +34,7 @@ def ran(tmp_path: Path, model: str, fields: dict[str, object], *flags: str, head
     return ended, len(server.exchanges)
 
 
-def test_a_cap_holds_where_reasoning_is_outside_the_completion(tmp_path: Path) -> None:
+def test_a_cap_covers_reasoning_outside_the_completion(tmp_path: Path) -> None:
     flags = ("--max-cost", "0.03", "--set", "request.max_tokens=200")
     ended, answered = ran(tmp_path, "grok-4", {"usage": GROK}, *flags)
     assert ended.exit_code == 4, ended.stderr
@@ -43,7 +43,7 @@ def test_a_cap_holds_where_reasoning_is_outside_the_completion(tmp_path: Path) -
     assert "the list price of X AI for grok-4, not the endpoint's own" in ended.stderr + ended.stdout
 
 
-def test_a_cap_holds_where_every_answer_comes_from_the_dearest_tier(tmp_path: Path) -> None:
+def test_a_cap_covers_the_dearest_tier(tmp_path: Path) -> None:
     usage = {"prompt_tokens": 20, "completion_tokens": 100, "total_tokens": 120}
     flags = ("--max-cost", "0.005", "--set", "request.max_tokens=100")
     ended, answered = ran(tmp_path, "gpt-5-mini", {"usage": usage, "service_tier": "priority"}, *flags)
@@ -52,7 +52,7 @@ def test_a_cap_holds_where_every_answer_comes_from_the_dearest_tier(tmp_path: Pa
     assert Decimal(read_summary(tmp_path / "out")["cost_usd"]) == answered * Decimal("0.000369")
 
 
-def test_answers_from_a_tier_without_a_price_are_told_from_a_model_without_one(tmp_path: Path) -> None:
+def test_an_unpriced_tier_is_not_an_unpriced_model(tmp_path: Path) -> None:
     usage = {"prompt_tokens": 20, "completion_tokens": 100, "total_tokens": 120}
     ended, _ = ran(tmp_path, "gpt-5-mini", {"usage": usage, "service_tier": "scale"})
     assert ended.exit_code == 0, ended.stderr
@@ -63,7 +63,8 @@ def test_answers_from_a_tier_without_a_price_are_told_from_a_model_without_one(t
     assert read_summary(tmp_path / "out")["unpriced_tiers"] == ["scale"]
 
 
-def test_what_the_server_states_is_kept_and_is_the_cost_where_no_price_is_known(tmp_path: Path) -> None:
+def test_a_stated_cost_is_kept(tmp_path: Path) -> None:
+    """It is the cost where no price is known."""
     ended, answered = ran(tmp_path, "my-alias", {"usage": GROK}, header="x-litellm-response-cost: 0.00123")
     assert (ended.exit_code, answered) == (0, 100), ended.stderr
     rows = pq.read_table(tmp_path / "out" / "completions.parquet").to_pylist()
@@ -90,7 +91,7 @@ DOUBT = PossiblyBilled(0, 1, "k", None, 100, "timeout", 1)
         ((Decimal(1),), "1", "at most $1.000000"),
     ],
 )
-def test_doubts_without_a_price_have_no_bound(bounds: tuple[Decimal | None, ...], usd: str, said: str) -> None:
+def test_unpriced_possible_billing_has_no_bound(bounds: tuple[Decimal | None, ...], usd: str, said: str) -> None:
     doubts = [msgspec.structs.replace(DOUBT, upper_bound_usd=bound) for bound in bounds]
     told = summary(possibly_billed=doubts, possibly_billed_count=len(doubts), possibly_billed_usd=Decimal(usd))
     assert cost_in_words(told).endswith(f"without a known end, {said}")

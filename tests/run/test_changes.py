@@ -66,9 +66,8 @@ def mixed(rows: list[Record]) -> list[Record]:
 
 @pytest.mark.parametrize("change", [inserted, edited, shuffled, deleted, mixed], ids=lambda change: change.__name__)
 @pytest.mark.parametrize("killed", [False, True], ids=["finished", "unfinished"])
-def test_a_changed_input_stops_with_its_cost_and_asks_what_has_no_answer(
-    tmp_path: Path, change: Any, killed: bool
-) -> None:
+def test_a_changed_input_stops_with_its_cost(tmp_path: Path, change: Any, killed: bool) -> None:
+    """By consent it sends what has no answer."""
     before, after = records(90), change(records(90))
     out = tmp_path / "out"
     source = write(tmp_path / "in.jsonl", before)
@@ -125,7 +124,7 @@ def test_a_column_that_no_question_uses_may_change(tmp_path: Path) -> None:
     assert [row["note"] for row in rows_of(tmp_path / "out")] == list(range(60))
 
 
-def test_a_refused_change_leaves_a_finished_run_as_it_is(tmp_path: Path) -> None:
+def test_a_refused_change_leaves_the_run_alone(tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", records(60))
     out = tmp_path / "out"
     with running_simulator() as simulator:
@@ -152,7 +151,8 @@ def test_a_refused_change_leaves_a_finished_run_as_it_is(tmp_path: Path) -> None
         assert "60 of 60 done" in again.stdout
 
 
-def test_another_template_asks_every_row_again_only_with_consent(tmp_path: Path) -> None:
+def test_another_template_needs_consent(tmp_path: Path) -> None:
+    """Then every row is sent again."""
     source = write(tmp_path / "in.jsonl", records(40))
     out = tmp_path / "out"
     with running_simulator(SimulatorConfig(ledger=str(tmp_path / "ledger"))) as simulator:
@@ -175,7 +175,7 @@ def test_another_template_asks_every_row_again_only_with_consent(tmp_path: Path)
     assert sum(summary["by_status"].values()) == 40
 
 
-def test_a_pilot_of_the_first_rows_is_gone_on_with(tmp_path: Path) -> None:
+def test_a_pilot_of_first_rows_is_resumed(tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", records(120))
     out = tmp_path / "out"
     with running_simulator(SimulatorConfig(ledger=str(tmp_path / "ledger"))) as simulator:
@@ -188,7 +188,8 @@ def test_a_pilot_of_the_first_rows_is_gone_on_with(tmp_path: Path) -> None:
         assert rows_of(out) == fresh(tmp_path, simulator, records(120))
 
 
-def test_a_shorter_input_needs_consent_though_only_rows_without_an_answer_are_gone(tmp_path: Path) -> None:
+def test_a_shorter_input_always_needs_consent(tmp_path: Path) -> None:
+    """Even if only rows without an answer are gone."""
     rows: list[Record] = [{"id": n, "text": f"item {n}", "note": ""} for n in range(60)]
     with running_simulator(SimulatorConfig(ledger=str(tmp_path / "ledger"))) as simulator:
         job, out = write_job(tmp_path / "job.toml", simulator.url, write(tmp_path / "in.jsonl", rows)), tmp_path / "out"
@@ -203,7 +204,7 @@ def test_a_shorter_input_needs_consent_though_only_rows_without_an_answer_are_go
         assert len(simulator.ledger()) == 59
 
 
-def test_a_kill_while_the_rows_are_laid_out_anew_loses_nothing(tmp_path: Path) -> None:
+def test_a_kill_during_a_change_loses_nothing(tmp_path: Path) -> None:
     after = mixed(records(90))
     source = write(tmp_path / "in.jsonl", records(90))
     out = tmp_path / "out"
@@ -225,7 +226,7 @@ def test_a_kill_while_the_rows_are_laid_out_anew_loses_nothing(tmp_path: Path) -
     assert len(served) <= 90 + new + lost
 
 
-def test_a_limit_that_comes_too_late_is_said_and_sends_nothing(tmp_path: Path) -> None:
+def test_a_late_limit_is_reported_and_sends_nothing(tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", records(120))
     out = tmp_path / "out"
     with running_simulator(SimulatorConfig(latency_s=0.1, ledger=str(tmp_path / "ledger"))) as simulator:
@@ -242,7 +243,7 @@ def test_a_limit_that_comes_too_late_is_said_and_sends_nothing(tmp_path: Path) -
         assert len(simulator.ledger()) == len(rows_of(out)) == int(begun)
 
 
-def test_a_pilot_over_a_changed_input_asks_no_more_than_its_limit(tmp_path: Path) -> None:
+def test_a_pilot_over_changes_keeps_its_limit(tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", records(120))
     out = tmp_path / "out"
     with running_simulator(SimulatorConfig(ledger=str(tmp_path / "ledger"))) as simulator:

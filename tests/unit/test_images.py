@@ -48,7 +48,8 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "root"
 
 
-def test_a_file_under_the_root_is_read_by_its_path_or_by_a_link_that_stays_inside(root: Path) -> None:
+def test_files_under_the_root_are_read(root: Path) -> None:
+    """By their path or by a link that stays inside."""
     (root / "link.png").symlink_to("deep/a.png")
     (root / "folder").symlink_to(root / "deep")
     for path in ("deep/a.png", "./deep//a.png", str(root / "deep" / "a.png"), "link.png", "folder/a.png"):
@@ -85,9 +86,7 @@ def named(root: Path, name: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_image_with_any_bytes_in_its_name_is_read_from_json_lines_and_parquet_rows(
-    root: Path, tmp_path: Path, name: bytes
-) -> None:
+def test_image_names_may_have_any_bytes(root: Path, tmp_path: Path, name: bytes) -> None:
     content = named(root, name)
     said = [f"file:{quote(name)}", f"file://{quote(os.fsencode(root) + b'/' + name)}"]
     if name not in (b"caf\xe9.png", b"\xff\xfe.png"):  # what is no text can only be said by a URL
@@ -147,11 +146,11 @@ def _sibling_with_the_roots_name(root: Path) -> str:
         (lambda root: "x" * 5000, "can't be read: File name too long"),
     ],
 )
-def test_a_path_that_leads_out_or_nowhere_is_refused(root: Path, path_in: Callable[[Path], str], words: str) -> None:
+def test_paths_that_leave_the_root_are_refused(root: Path, path_in: Callable[[Path], str], words: str) -> None:
     assert words in refusal(images_under(root), path_in(root))
 
 
-def test_a_pipe_a_socket_and_a_device_are_refused_without_being_opened(root: Path) -> None:
+def test_special_files_are_refused_without_opening(root: Path) -> None:
     os.mkfifo(root / "pipe")
     opened = threading.Event()
 
@@ -170,7 +169,7 @@ def test_a_pipe_a_socket_and_a_device_are_refused_without_being_opened(root: Pat
     assert opened.wait(5)
 
 
-def test_a_path_that_becomes_a_link_out_after_it_was_resolved_is_refused(root: Path) -> None:
+def test_a_path_replaced_by_a_link_is_refused(root: Path) -> None:
     (root / "link.png").symlink_to(root.parent / "outside.png")
     (root / "folder").symlink_to(root.parent)
     with pytest.raises(InputError, match="is no regular file"):
@@ -179,7 +178,7 @@ def test_a_path_that_becomes_a_link_out_after_it_was_resolved_is_refused(root: P
         read_below(root, "folder/outside.png", 1000)
 
 
-def test_a_folder_that_is_swapped_for_a_link_out_all_the_time_never_lets_out_what_lies_there(root: Path) -> None:
+def test_a_folder_swapped_for_links_leaks_nothing(root: Path) -> None:
     (root.parent / "secret").mkdir()
     (root.parent / "secret" / "a.png").write_bytes(PNG + b"outside")
     (root / "link").symlink_to(root.parent / "secret")
@@ -210,7 +209,7 @@ def test_without_a_root_no_path_is_read(root: Path, monkeypatch: pytest.MonkeyPa
     assert "is a path; set input.image_root" in refusal(images_under(None), "deep/a.png")
 
 
-def test_a_root_that_is_none_is_the_jobs_mistake(root: Path) -> None:
+def test_an_invalid_root_is_a_job_error(root: Path) -> None:
     with pytest.raises(JobError, match=r"input\.image_root: .*gone is no folder"):
         images_under(root / "gone")
 
@@ -219,7 +218,7 @@ def test_a_root_that_is_none_is_the_jobs_mistake(root: Path) -> None:
 
 
 @pytest.mark.parametrize("media_type", OF_TYPE)
-def test_an_images_type_is_what_its_bytes_say_whatever_its_name_and_url_do(tmp_path: Path, media_type: str) -> None:
+def test_an_images_type_comes_from_its_bytes(tmp_path: Path, media_type: str) -> None:
     content = OF_TYPE[media_type]
     (tmp_path / "image.bmp").write_bytes(content)
     for source in ("image.bmp", content, data_url(content, "image/bmp")):
@@ -243,11 +242,12 @@ def test_an_images_type_is_what_its_bytes_say_whatever_its_name_and_url_do(tmp_p
         ("data:image/png;base64,é", "a data URL: the data URL is not base64"),
     ],
 )
-def test_what_is_no_image_or_too_large_is_refused_by_name(source: str | bytes, words: str) -> None:
+def test_invalid_and_large_images_are_refused(source: str | bytes, words: str) -> None:
     assert words in refusal(images_under(None), source)
 
 
-def test_a_file_that_is_too_large_is_refused_by_its_size_and_even_if_it_grows(root: Path) -> None:
+def test_a_large_file_is_refused_by_size(root: Path) -> None:
+    """Even if it grows later."""
     (root / "big.png").write_bytes(PNG * 200)
     assert refusal(images_under(root), "big.png") == (
         "big.png: has 1,600 bytes, more than input.max_image_bytes (1,000)"
@@ -269,7 +269,7 @@ def sent(job: Job, columns: Columns, dialect: str = "columns") -> list[Any]:
     return content
 
 
-def test_a_streamed_request_with_images_is_the_same_but_for_its_end() -> None:
+def test_a_streamed_image_request_differs_at_end() -> None:
     row = Row(0, {"photo": PNG})
     bodies = [
         RequestBuilder(job, "columns").whole(row, Images(job.input).read)[0].body
@@ -303,15 +303,13 @@ URL = "https://h/a.png"
         ("deep/a.png", [data_url(PNG + b"inside")]),
     ],
 )
-def test_a_columns_images_come_behind_the_text_of_the_last_user_message(
-    root: Path, value: object, urls: list[str]
-) -> None:
+def test_image_columns_follow_the_last_user_text(root: Path, value: object, urls: list[str]) -> None:
     job = a_job(root, image_detail="low", system="You see.")
     expected = [image_part(url, detail="low") for url in urls]
     assert sent(job, {"photo": value}) == [{"type": "text", "text": "What?"}, *expected]
 
 
-def test_several_columns_of_images_come_in_the_jobs_order(root: Path) -> None:
+def test_image_columns_keep_the_jobs_order(root: Path) -> None:
     job = a_job(root, images=["front", "back"])
     assert sent(job, {"back": "https://h/b", "front": ["https://h/f"]})[1:] == [
         image_part("https://h/f"),
@@ -330,7 +328,7 @@ def test_images_join_a_conversation_of_the_rows_own(root: Path) -> None:
     assert turns[0]["content"] == "Look."
 
 
-def test_a_template_of_parts_may_name_a_column_of_bytes_or_paths_in_a_url(root: Path) -> None:
+def test_templates_of_parts_may_name_image_columns(root: Path) -> None:
     parts = [
         {"type": "text", "text": "{{ ask }}"},
         image_part("{{ photo }}", detail="high"),
@@ -345,7 +343,7 @@ def test_a_template_of_parts_may_name_a_column_of_bytes_or_paths_in_a_url(root: 
     ]
 
 
-def test_images_in_a_rows_own_messages_and_in_batch_lines_are_held_to_the_same_rules(root: Path) -> None:
+def test_images_in_messages_obey_the_same_rules(root: Path) -> None:
     messages = [{"role": "user", "content": [image_part("deep/a.png")]}]
     own = a_job(root, prompt=None, images=[])
     batch = {"custom_id": "1", "body": {"messages": messages}}
@@ -382,14 +380,14 @@ def test_a_column_that_holds_no_image_is_named(columns: Columns, words: str) -> 
         (image_part(URL, detail="huge"), "image_url.detail: expected one of auto, low, high (is 'huge')"),
     ],
 )
-def test_an_image_part_that_is_none_is_named(part: Columns, words: str) -> None:
+def test_an_invalid_image_part_is_named(part: Columns, words: str) -> None:
     job = a_job(prompt=None, images=[])
     with pytest.raises(InputError) as caught:
         RequestBuilder(job, "messages").build(Row(0, {"messages": [{"role": "user", "content": [part]}]}))
     assert words in str(caught.value)
 
 
-def test_a_list_in_a_url_template_and_images_without_a_user_are_told(root: Path) -> None:
+def test_misplaced_images_are_reported(root: Path) -> None:
     in_url = a_job(prompt=None, images=[], messages=[{"role": "user", "content": [image_part("{{ photo }}")]}])
     with pytest.raises(InputError, match=r"column 'photo' holds a list; name it in request\.images"):
         sent(in_url, {"photo": [URL]})
@@ -402,7 +400,8 @@ def test_a_list_in_a_url_template_and_images_without_a_user_are_told(root: Path)
         a_job(images=[], image_detail="low")
 
 
-def test_one_picture_is_one_question_as_path_bytes_or_data_url_and_another_is_another(root: Path) -> None:
+def test_one_picture_has_one_key_in_any_form(root: Path) -> None:
+    """Another picture has another key."""
     (root / "copy.jpg").write_bytes(PNG + b"inside")
     (root / "other.png").write_bytes(PNG + b"other")
     job = a_job(root)
@@ -422,7 +421,8 @@ def test_one_picture_is_one_question_as_path_bytes_or_data_url_and_another_is_an
     assert detailed.identify(Row(0, {"photo": same[0]}), read)[0].key != keys[0]
 
 
-def test_a_request_that_waits_holds_no_image_and_its_bound_counts_images_and_not_base64(root: Path) -> None:
+def test_a_waiting_request_holds_no_image(root: Path) -> None:
+    """Its bound counts images and not base64 bytes."""
     (root / "big.png").write_bytes(PNG + os.urandom(500_000))
     job = job_over(None, request={"prompt": "What?", "images": ["photo"]}, input={"image_root": str(root)})
     builder, columns = RequestBuilder(job, "columns"), {"photo": ["big.png", data_url(PNG), URL]}
@@ -443,7 +443,7 @@ def _identity(identified: tuple[Any, bytes]) -> tuple[bytes, bytes]:
 # -- in the check pass
 
 
-def test_images_that_cannot_be_asked_are_named_with_their_line_and_counted(root: Path) -> None:
+def test_unusable_images_are_named_and_counted(root: Path) -> None:
     rows = [{"photo": name} for name in ("deep/a.png", "gone.png", "../outside.png", "notes.txt", "big.png")]
     (root / "notes.txt").write_text("no image")
     (root / "big.png").write_bytes(PNG * 200)
@@ -461,7 +461,7 @@ def test_images_that_cannot_be_asked_are_named_with_their_line_and_counted(root:
         assert words in place
 
 
-def test_images_in_a_parquet_binary_column_are_checked_and_counted(tmp_path: Path) -> None:
+def test_images_in_binary_columns_are_checked(tmp_path: Path) -> None:
     table = pa.table({"photo": pa.array([[PNG], [PNG, PNG], [b"no"]], pa.list_(pa.large_binary()))})
     pq.write_table(table, tmp_path / "in.parquet")
     job = job_over(tmp_path / "in.parquet", request={"prompt": "What?", "images": ["photo"]})
@@ -472,7 +472,8 @@ def test_images_in_a_parquet_binary_column_are_checked_and_counted(tmp_path: Pat
 # -- images.bin
 
 
-def test_what_images_were_is_known_by_row_and_a_damaged_entry_says_nothing(tmp_path: Path) -> None:
+def test_image_digests_are_known_by_row(tmp_path: Path) -> None:
+    """A damaged entry says nothing."""
     path = tmp_path / "images.bin"
     digests = {1: b"a" * 16, 4: b"b" * 16}
     write(path, ((digest, row) for row, digest in digests.items()))
@@ -489,7 +490,7 @@ def test_what_images_were_is_known_by_row_and_a_damaged_entry_says_nothing(tmp_p
         assert known.of(0) is None
 
 
-def test_a_body_with_images_is_the_same_json_whatever_stands_around_them(root: Path) -> None:
+def test_an_image_body_is_the_same_json(root: Path) -> None:
     (root / "big.png").write_bytes(PNG + os.urandom(2_000_000))
     job = job_over(None, request={"prompt": "{{ text }}", "images": ["photo"]}, input={"image_root": str(root)})
     content = (root / "big.png").read_bytes()

@@ -39,7 +39,7 @@ def test_without_one_a_quarter_of_their_bytes_is() -> None:
     assert tokens([], None) == tokens([""], None) == 0
 
 
-def test_text_parts_functions_and_calls_count_and_images_do_not() -> None:
+def test_images_are_not_counted_as_tokens() -> None:
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 10_000}}
     function = {"name": "rate", "parameters": {"type": "object"}}
     asked = body([{"type": "text", "text": "What is it?"}, image], None, functions=[function], tools=[function])
@@ -58,5 +58,5 @@ def test_an_answer_of_nothing_counts_nothing() -> None:
     st.one_of(st.binary(max_size=40), st.recursive(JSON, lambda inner: st.lists(inner) | fields(inner)).map(encoded))
 )
 @example(b'{"messages":[null,{"content":[1,{"text":2}]}],"tools":' + b"[" * 2000 + b"]" * 2000 + b"}")
-def test_whatever_a_body_holds_its_count_raises_nothing(raw: bytes) -> None:
+def test_counting_never_raises(raw: bytes) -> None:
     assert count(raw, Answer(content="Fine.")).completion_tokens == exactly("Fine.")

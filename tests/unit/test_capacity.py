@@ -32,7 +32,7 @@ SIZE = Size(prompt_tokens=30, completion_tokens=20, answers=1)
         (Limits(requests_per_minute=600, requests_per_day=50), 40, "requests per day", "50 requests a day"),
     ],
 )
-def test_the_limit_that_allows_least_by_a_moment_is_named(limits: Limits, rows: float, limit: str, pace: str) -> None:
+def test_the_tightest_limit_by_then_is_named(limits: Limits, rows: float, limit: str, pace: str) -> None:
     most = most_rows(limits, 10.0, SIZE, day_requests=40)
     assert most is not None
     assert most.rows == pytest.approx(rows)
@@ -42,7 +42,7 @@ def test_the_limit_that_allows_least_by_a_moment_is_named(limits: Limits, rows: 
 
 @settings(max_examples=20, deadline=None)
 @given(st.floats(20, 6_000), st.floats(0.1, 30), st.booleans(), st.sampled_from([10, 500, 5_000]))
-def test_the_gate_never_admits_more_than_the_bound_nor_sooner_than_the_least_time(
+def test_the_gate_stays_within_computed_capacity(
     per_minute: float, within_s: float, by_tokens: bool, tokens: int
 ) -> None:
     """A server that has ten times as much, and says so in its headers: the bursts are as large as they can be."""
@@ -66,22 +66,23 @@ def test_the_gate_never_admits_more_than_the_bound_nor_sooner_than_the_least_tim
     run_on_moved_clock(main())
 
 
-def test_no_limit_and_a_limit_on_tokens_of_unknown_rows_say_nothing() -> None:
+def test_unknown_row_sizes_bound_no_capacity() -> None:
     assert most_rows(Limits(), 10.0, SIZE, None) is None
     tokens = Limits(tokens_per_minute=10, input_tokens_per_minute=10, output_tokens_per_minute=10)
     assert most_rows(tokens, 10.0, size_of([]), None) is None
 
 
-def test_the_size_of_a_row_is_the_mean_of_the_answers_that_told_their_usage() -> None:
+def test_row_size_is_the_mean_of_stated_usage() -> None:
     told = TotalsLine(1, "m", "ok", rows=4, prompt_tokens=400, completion_tokens=40)
     assert size_of([told, TotalsLine(1, "m", "error", rows=9)]) == Size(100, 10, 4)
 
 
 @pytest.mark.parametrize(("until_s", "most"), [(0, 6), (100, 6), (100.1, 16), (100 + 86_400, 16), (100 + 86_400.1, 26)])
-def test_what_the_days_allow_is_what_is_left_of_today_and_every_day_that_begins(until_s: float, most: int) -> None:
+def test_daily_limits_add_up_over_days(until_s: float, most: int) -> None:
+    """What is left of today, and every day that starts until then."""
     assert DailyCount(10, made=4, ends_s=100.0).most(until_s) == most
 
 
 @pytest.mark.parametrize(("requests", "least_s"), [(1, 0), (10, 0), (11, 100), (20, 100), (21, 86_500), (31, 172_900)])
-def test_requests_beyond_a_days_wait_for_the_midnights_between(requests: int, least_s: float) -> None:
+def test_requests_beyond_a_day_wait_for_midnight(requests: int, least_s: float) -> None:
     assert daily.least_s(requests, 10, day_left_s=100.0) == least_s

@@ -98,7 +98,7 @@ BAD_400 = error(400, "bad_request", "unknown_parameter")
 # the ramp
 
 
-def test_an_invocation_starts_with_eight_in_flight_and_doubles_with_every_round_of_answers() -> None:
+def test_concurrency_starts_at_eight_and_doubles() -> None:
     story = Story()
     for in_flight in (8, 16, 32, 64, 64):
         assert story.state.in_flight.allowed == in_flight
@@ -127,9 +127,8 @@ def test_fewer_than_eight_in_flight_stay_fewer() -> None:
         (Verdict.FREE, BROKEN_500, (64, 64)),
     ],
 )
-def test_after_a_trouble_the_gate_reopens_with_one_then_two_then_four_up_to_what_was_borne(
-    verdict: Verdict, failure: RowError, then: tuple[int, ...]
-) -> None:
+def test_after_trouble_concurrency_reopens_stepwise(verdict: Verdict, failure: RowError, then: tuple[int, ...]) -> None:
+    """One, two, four, up to what worked before."""
     story = Story()
     story.all_well()
     troubled = range(100, 100 + MANY_OUTAGE_ROWS)
@@ -147,7 +146,7 @@ def test_after_a_trouble_the_gate_reopens_with_one_then_two_then_four_up_to_what
             story.ends(sent, Verdict.OK)
 
 
-def test_a_429_leaves_as_many_in_flight_as_before_because_the_pace_is_lowered_instead() -> None:
+def test_a_429_lowers_rate_not_concurrency() -> None:
     story = Story()
     story.all_well()
     story.send(0)
@@ -158,7 +157,7 @@ def test_a_429_leaves_as_many_in_flight_as_before_because_the_pace_is_lowered_in
     assert story.state.in_flight.allowed == 64
 
 
-def test_more_in_flight_is_allowed_only_while_what_is_allowed_is_used() -> None:
+def test_unused_concurrency_does_not_grow() -> None:
     story = Story()
     for row in range(500):
         story.send(row, row + 1_000)
@@ -167,7 +166,7 @@ def test_more_in_flight_is_allowed_only_while_what_is_allowed_is_used() -> None:
     assert story.state.in_flight.allowed == FIRST_IN_FLIGHT
 
 
-def test_attempts_that_are_withdrawn_unsent_give_their_place_back() -> None:
+def test_withdrawn_attempts_return_their_place() -> None:
     story = Story(max_in_flight=1)
     story.send(0)
     assert story.barred()
@@ -191,7 +190,8 @@ def test_a_probe_withdrawn_unsent_makes_room_for_another() -> None:
 # 429 and overload
 
 
-def test_a_429_cools_for_everyone_and_its_stragglers_neither_repeat_nor_extend_it() -> None:
+def test_stragglers_do_not_extend_a_cooling() -> None:
+    """A 429 cools for all rows."""
     story = Story()
     story.send(*range(8))
     story.ends(0, Verdict.SLOW, SLOW_429, retry_after_s=5.0)
@@ -210,7 +210,7 @@ def test_a_429_cools_for_everyone_and_its_stragglers_neither_repeat_nor_extend_i
     assert story.phase() is OPEN
 
 
-def test_a_straggler_of_an_ended_cooling_does_not_start_another() -> None:
+def test_late_stragglers_start_no_new_cooling() -> None:
     story = Story()
     story.send(0, 1)
     story.ends(0, Verdict.SLOW, SLOW_429)
@@ -221,7 +221,7 @@ def test_a_straggler_of_an_ended_cooling_does_not_start_another() -> None:
     assert story.phase() is OPEN
 
 
-def test_a_longer_retry_after_of_a_straggler_extends_the_cooling_once() -> None:
+def test_a_longer_retry_after_extends_once() -> None:
     story = Story()
     story.send(0, 1, 2)
     story.ends(0, Verdict.SLOW, SLOW_429, retry_after_s=5.0)
@@ -231,7 +231,7 @@ def test_a_longer_retry_after_of_a_straggler_extends_the_cooling_once() -> None:
     assert story.until_s() == 20.0
 
 
-def test_every_cooling_can_be_extended_and_with_jitter_of_its_own() -> None:
+def test_every_cooling_has_its_own_jitter() -> None:
     story = Story(uniform=lambda: 0.5)
     for row in (0, 2):
         story.send(row)
@@ -244,14 +244,15 @@ def test_every_cooling_can_be_extended_and_with_jitter_of_its_own() -> None:
 
 
 @given(st.floats(0, 0.999), st.floats(0, 900))
-def test_a_retry_after_is_a_floor_and_jitter_only_adds(chance: float, retry_after_s: float) -> None:
+def test_a_retry_after_is_a_minimum(chance: float, retry_after_s: float) -> None:
     story = Story(uniform=lambda: chance)
     story.send(0)
     story.ends(0, Verdict.SLOW, SLOW_429, retry_after_s=retry_after_s)
     assert retry_after_s <= story.until_s() <= max(1.0, retry_after_s) + JITTER
 
 
-def test_probes_that_fail_back_off_to_a_minute_and_each_is_a_single_row() -> None:
+def test_failing_probes_back_off_one_by_one() -> None:
+    """Up to a minute."""
     story = Story()
     story.send(0)
     story.ends(0, Verdict.SLOW, SLOW_429)
@@ -265,7 +266,7 @@ def test_probes_that_fail_back_off_to_a_minute_and_each_is_a_single_row() -> Non
     assert waits == [1, 2, 4, 8, 16, 32, BACKOFF_CAP_S, BACKOFF_CAP_S]
 
 
-def test_jitter_grows_with_the_backoff_and_is_not_clamped_away() -> None:
+def test_jitter_grows_with_the_backoff() -> None:
     story = Story(uniform=lambda: 0.5)
     for row in range(9):
         story.send(row)
@@ -289,7 +290,7 @@ def test_a_success_makes_the_next_backoff_short_again() -> None:
 
 
 @pytest.mark.parametrize("failure", [SLOW_429, SLOW_503])
-def test_one_refusal_is_its_rows_own_matter_and_all_others_go_on(failure: RowError) -> None:
+def test_one_refusal_stays_with_its_row(failure: RowError) -> None:
     story = Story()
     story.all_well()
     story.send(0)
@@ -298,7 +299,8 @@ def test_one_refusal_is_its_rows_own_matter_and_all_others_go_on(failure: RowErr
     assert story.state.in_flight.allowed == 64
 
 
-def test_a_storm_of_overloads_cools_and_lets_one_row_try_with_fewer_in_flight_after_it() -> None:
+def test_an_overload_storm_cools_and_probes() -> None:
+    """After it fewer requests are in flight."""
     story = Story()
     story.all_well()
     story.send(0)
@@ -313,7 +315,8 @@ def test_a_storm_of_overloads_cools_and_lets_one_row_try_with_fewer_in_flight_af
     assert story.state.in_flight.allowed < 64
 
 
-def test_after_a_storm_of_429_all_go_on_at_once_where_rows_had_been_taken() -> None:
+def test_a_429_storm_resumes_at_once() -> None:
+    """Where rows had been answered before."""
     story = Story()
     story.all_well()
     story.send(0)
@@ -335,9 +338,10 @@ RUN_VERDICTS = [
 
 @pytest.mark.parametrize(("verdict", "failure", "exit_code"), RUN_VERDICTS)
 @pytest.mark.parametrize("second_is_probe", [False, True])
-def test_a_verdict_on_the_run_that_two_rows_meet_stops_it_and_settles_neither(
+def test_two_rows_confirm_a_fatal_error(
     verdict: Verdict, failure: RowError, exit_code: ExitCode, second_is_probe: bool
 ) -> None:
+    """It stops the run and settles neither row."""
     story = Story()
     story.all_well()
     story.send(*((0,) if second_is_probe else (0, 1)))
@@ -351,9 +355,7 @@ def test_a_verdict_on_the_run_that_two_rows_meet_stops_it_and_settles_neither(
 
 
 @pytest.mark.parametrize(("verdict", "failure", "exit_code"), RUN_VERDICTS)
-def test_a_verdict_that_the_next_row_does_not_meet_was_its_rows_own(
-    verdict: Verdict, failure: RowError, exit_code: ExitCode
-) -> None:
+def test_an_unconfirmed_fatal_error_is_the_rows(verdict: Verdict, failure: RowError, exit_code: ExitCode) -> None:
     story = Story()
     story.all_well()
     story.send(0)
@@ -367,7 +369,8 @@ def test_a_verdict_that_the_next_row_does_not_meet_was_its_rows_own(
     assert story.ends(2, Verdict.OK) == PROCEED
 
 
-def test_a_good_answer_sent_before_the_verdict_proves_nothing_about_a_key_revoked_since() -> None:
+def test_an_older_success_clears_no_suspicion() -> None:
+    """An answer to a request that was sent before a key was revoked proves nothing."""
     story = Story()
     story.send(0, 1, 2)
     assert story.ends(1, Verdict.PAUSE, REFUSED_401) == HOLD
@@ -379,7 +382,7 @@ def test_a_good_answer_sent_before_the_verdict_proves_nothing_about_a_key_revoke
     assert isinstance(story.phase(), Stopped)
 
 
-def test_a_lone_row_is_asked_twice_before_it_pauses_the_run() -> None:
+def test_a_lone_row_is_sent_twice_first() -> None:
     story = Story(resumed=True)
     story.send(0)
     assert story.ends(0, Verdict.PAUSE, REFUSED_401) == HOLD
@@ -388,7 +391,7 @@ def test_a_lone_row_is_asked_twice_before_it_pauses_the_run() -> None:
     assert story.phase() == Stopped(Stop(ExitCode.PAUSED, "HTTP 401 authentication"))
 
 
-def test_a_lone_row_that_succeeds_the_second_time_is_just_a_row() -> None:
+def test_a_lone_rows_second_success_clears() -> None:
     story = Story()
     story.send(0)
     story.ends(0, Verdict.PAUSE, REFUSED_401)
@@ -397,7 +400,7 @@ def test_a_lone_row_that_succeeds_the_second_time_is_just_a_row() -> None:
     assert story.phase() is OPEN
 
 
-def test_verdicts_that_differ_do_not_confirm_each_other_and_one_success_clears_both() -> None:
+def test_different_verdicts_do_not_confirm() -> None:
     story = Story()
     story.send(0, 1)
     story.ends(0, Verdict.PAUSE, FORBIDDEN_403)
@@ -407,7 +410,7 @@ def test_verdicts_that_differ_do_not_confirm_each_other_and_one_success_clears_b
     assert story.ends(2, Verdict.OK) == Ruling(own=(0, 1))
 
 
-def test_a_probe_on_its_way_when_a_second_suspect_appears_clears_only_the_first() -> None:
+def test_an_early_probe_clears_one_suspect() -> None:
     story = Story()
     story.send(0, 1)
     story.ends(0, Verdict.PAUSE, FORBIDDEN_403)
@@ -420,7 +423,7 @@ def test_a_probe_on_its_way_when_a_second_suspect_appears_clears_only_the_first(
     assert story.phase() is OPEN
 
 
-def test_a_probe_refused_for_its_own_sake_leaves_the_doubt_and_the_next_row_decides() -> None:
+def test_a_refused_probe_decides_nothing() -> None:
     story = Story()
     story.send(0)
     story.ends(0, Verdict.PAUSE, FORBIDDEN_403)
@@ -431,7 +434,7 @@ def test_a_probe_refused_for_its_own_sake_leaves_the_doubt_and_the_next_row_deci
     assert story.ends(2, Verdict.OK) == Ruling(own=(0,))
 
 
-def test_a_probe_without_an_answer_cools_and_the_doubt_outlives_the_cooling() -> None:
+def test_suspicion_outlives_an_unanswered_probe() -> None:
     story = Story()
     story.send(0)
     story.ends(0, Verdict.PAUSE, REFUSED_401)
@@ -443,7 +446,7 @@ def test_a_probe_without_an_answer_cools_and_the_doubt_outlives_the_cooling() ->
     assert isinstance(story.phase(), Stopped)
 
 
-def test_a_verdict_on_the_run_during_a_cooling_is_held_until_the_probe() -> None:
+def test_a_fatal_error_in_cooling_waits() -> None:
     story = Story()
     story.send(0, 1)
     story.ends(0, Verdict.SLOW, SLOW_429)
@@ -457,7 +460,7 @@ def test_a_verdict_on_the_run_during_a_cooling_is_held_until_the_probe() -> None
 # outage
 
 
-def test_five_different_rows_without_an_answer_are_an_outage() -> None:
+def test_five_unanswered_rows_are_an_outage() -> None:
     story = Story()
     story.send(*range(8))
     for row in range(OUTAGE_ROWS - 1):
@@ -469,7 +472,7 @@ def test_five_different_rows_without_an_answer_are_an_outage() -> None:
     assert story.until_s() == 1.0
 
 
-def test_one_row_that_fails_ten_times_is_no_outage() -> None:
+def test_one_row_failing_often_is_no_outage() -> None:
     story = Story()
     for _ in range(10):
         story.send(0)
@@ -489,7 +492,7 @@ def test_an_answer_between_failures_is_no_outage(answer: Verdict) -> None:
     assert story.phase() is OPEN
 
 
-def test_with_many_in_flight_it_takes_eight_of_them_to_call_it_an_outage() -> None:
+def test_high_concurrency_needs_eight_failures() -> None:
     story = Story()
     story.all_well()
     story.send(*range(64))
@@ -500,7 +503,8 @@ def test_with_many_in_flight_it_takes_eight_of_them_to_call_it_an_outage() -> No
     assert isinstance(story.phase(), Cooling)
 
 
-def test_an_outage_ends_with_the_first_probe_that_is_answered_even_with_a_refusal() -> None:
+def test_any_answered_probe_ends_the_outage() -> None:
+    """Even a refusal."""
     story = Story()
     story.send(*range(8))
     for row in range(8):
@@ -516,9 +520,7 @@ def test_an_outage_ends_with_the_first_probe_that_is_answered_even_with_a_refusa
     [(Verdict.FREE, BROKEN_500), (Verdict.MAYBE, None), (Verdict.SLOW, SLOW_429), (Verdict.SLOW, SLOW_503)],
 )
 @pytest.mark.parametrize("chance", [0.0, 0.999])
-def test_ten_minutes_of_nothing_but_trouble_send_fewer_than_thirty_requests(
-    verdict: Verdict, failure: RowError | None, chance: float
-) -> None:
+def test_ten_minutes_of_trouble_need_few_requests(verdict: Verdict, failure: RowError | None, chance: float) -> None:
     story = Story(uniform=lambda: chance)
     sent = 0
     while story.now_s < 600:
@@ -533,7 +535,7 @@ def test_ten_minutes_of_nothing_but_trouble_send_fewer_than_thirty_requests(
     assert sent < 30
 
 
-def test_an_outage_longer_than_max_outage_pauses_the_run() -> None:
+def test_a_too_long_outage_pauses() -> None:
     story = Story()
     row = 0
     while not isinstance(story.phase(), Stopped):
@@ -548,7 +550,7 @@ def test_an_outage_longer_than_max_outage_pauses_the_run() -> None:
 
 
 @pytest.mark.parametrize(("heard", "patience_s"), [(False, FIRST_REACH_S), (True, MAX_OUTAGE_S)])
-def test_an_endpoint_that_was_never_reached_is_not_waited_for_as_one_that_was(heard: bool, patience_s: float) -> None:
+def test_a_never_reached_endpoint_waits_less(heard: bool, patience_s: float) -> None:
     story = Story()
     if heard:
         story.send(99)
@@ -569,7 +571,7 @@ def test_an_endpoint_that_was_never_reached_is_not_waited_for_as_one_that_was(he
     assert row < 200
 
 
-def test_an_answer_starts_the_outage_clock_anew() -> None:
+def test_an_answer_restarts_the_outage_clock() -> None:
     story = Story()
     for hour in range(10):
         story.now_s = hour * 3_600.0
@@ -580,7 +582,7 @@ def test_an_answer_starts_the_outage_clock_anew() -> None:
     assert story.phase() is OPEN
 
 
-def test_successes_tell_whether_a_failed_attempt_may_count_against_its_row() -> None:
+def test_successes_decide_whether_failures_count() -> None:
     story = Story()
     story.send(0, 1)
     before = story.state.successes
@@ -599,7 +601,7 @@ def first_rows(story: Story, *failures: RowError | None) -> None:
         story.ends(row, Verdict.OK if failure is None else Verdict.ROW, failure)
 
 
-def test_ten_first_rows_that_fail_alike_stop_the_run() -> None:
+def test_ten_equal_first_failures_stop_the_run() -> None:
     story = Story()
     first_rows(story, *[BAD_400] * (ALIKE_ROWS - 1))
     assert story.phase() is OPEN
@@ -611,9 +613,7 @@ def test_ten_first_rows_that_fail_alike_stop_the_run() -> None:
 
 @pytest.mark.parametrize("position", range(ALIKE_ROWS))
 @pytest.mark.parametrize("other", [None, error(400, "bad_request", "context_length")])
-def test_one_row_among_the_first_ten_that_does_otherwise_lets_the_run_go_on(
-    position: int, other: RowError | None
-) -> None:
+def test_one_different_first_row_continues(position: int, other: RowError | None) -> None:
     story = Story()
     failures: list[RowError | None] = [BAD_400] * ALIKE_ROWS
     failures[position] = other
@@ -621,13 +621,13 @@ def test_one_row_among_the_first_ten_that_does_otherwise_lets_the_run_go_on(
     assert story.phase() is OPEN
 
 
-def test_ten_first_rows_that_a_content_policy_refuses_are_no_wrong_job() -> None:
+def test_ten_blocked_first_rows_continue() -> None:
     story = Story()
     first_rows(story, *[error(503, "content_policy")] * 20)
     assert story.phase() is OPEN
 
 
-def test_a_resumed_run_has_had_its_first_ten_rows() -> None:
+def test_a_resumed_run_skips_the_first_rows_check() -> None:
     story = Story(resumed=True)
     first_rows(story, *[BAD_400] * 50)
     assert story.phase() is OPEN
@@ -644,7 +644,7 @@ def test_the_first_reason_to_stop_stays_the_reason() -> None:
     assert story.changes == [(OPEN, Stopped(Stop(ExitCode.SIGINT, "interrupted")))]
 
 
-def test_every_change_is_told_with_what_was_before() -> None:
+def test_every_change_is_reported_with_before() -> None:
     story = Story()
     story.send(0)
     story.ends(0, Verdict.SLOW, SLOW_429)
@@ -666,9 +666,10 @@ def test_every_change_is_told_with_what_was_before() -> None:
         max_size=120,
     )
 )
-def test_whatever_happens_the_gate_is_stopped_or_admits_again_and_a_held_row_is_never_forgotten(
+def test_the_gate_never_forgets_a_held_row(
     events: list[tuple[int, Verdict, RowError | None, float | None]],
 ) -> None:
+    """Whatever happens, the gate is stopped or admits again."""
     story = Story(max_in_flight=8)
     held: set[int] = set()
     row = 0

@@ -19,7 +19,9 @@ def share_of_ideal(run: Run, sizes: list[int], rpm: int | None, tpm: int | None)
     return ideal_s(len(sizes), sum(sizes), rpm, tpm) / run.took_s
 
 
-def test_told_its_limits_it_uses_them_to_the_last_half_per_cent_without_a_429() -> None:
+def test_known_limits_are_used_without_429() -> None:
+    """To the last half per cent."""
+
     async def main() -> None:
         run = Run(Server(RPM, TPM))
         gate = new_gate(run, requests_per_minute=RPM, tokens_per_minute=TPM, first_in_flight=50)
@@ -42,7 +44,7 @@ def test_untold_it_takes_the_limits_from_the_headers() -> None:
 
 
 @pytest.mark.parametrize("rpm", [60, 600, 3_000])
-def test_untold_and_without_headers_it_learns_the_rate_from_refusals(rpm: int) -> None:
+def test_an_unknown_rate_is_learned_from_refusals(rpm: int) -> None:
     async def main() -> None:
         run = Run(Server(rpm, None, headers=False))
         await ask_all(run, new_gate(run), sizes := [150] * rpm)
@@ -53,7 +55,8 @@ def test_untold_and_without_headers_it_learns_the_rate_from_refusals(rpm: int) -
 
 
 @pytest.mark.parametrize("told", [True, False])
-def test_where_tokens_bind_the_largest_prompts_go_in_their_turn_and_nothing_is_wasted(told: bool) -> None:
+def test_token_limits_waste_nothing_on_large_prompts(told: bool) -> None:
+    """The largest prompts are sent in their turn."""
     rng = random.Random(5)
     sizes = [int(50 * 400 ** rng.random()) for _ in range(300)]
 
@@ -71,7 +74,8 @@ def test_where_tokens_bind_the_largest_prompts_go_in_their_turn_and_nothing_is_w
 
 @pytest.mark.parametrize("headers", [True, False])
 @pytest.mark.parametrize("told", [True, False])
-def test_a_limit_that_is_halved_and_restored_is_followed_within_half_a_minute(told: bool, headers: bool) -> None:
+def test_a_changed_limit_is_followed_in_seconds(told: bool, headers: bool) -> None:
+    """Halved and restored, within half a minute."""
     rpm = 1_200
 
     async def main() -> None:
@@ -89,7 +93,7 @@ def test_a_limit_that_is_halved_and_restored_is_followed_within_half_a_minute(to
 
 @pytest.mark.parametrize("headers", [True, False])
 @pytest.mark.parametrize("told", [True, False])
-def test_a_second_client_on_the_same_key_gets_its_half_and_leaves_us_ours(told: bool, headers: bool) -> None:
+def test_a_second_client_gets_its_half(told: bool, headers: bool) -> None:
     async def main() -> None:
         run = Run(Server(RPM, None, headers=headers))
         theirs: list[int] = []
@@ -114,7 +118,9 @@ def test_a_second_client_on_the_same_key_gets_its_half_and_leaves_us_ours(told: 
 
 
 @pytest.mark.parametrize("at_s", [0.0, 20.0])
-def test_ten_minutes_of_an_outage_see_fewer_than_thirty_requests_and_every_row_is_done_after(at_s: float) -> None:
+def test_a_ten_minute_outage_needs_few_requests(at_s: float) -> None:
+    """Fewer than thirty, and every row is answered after it."""
+
     async def main() -> None:
         run = Run(Server(RPM, None))
         during(at_s, lambda: run.server.break_down(broken=True))
@@ -126,7 +132,7 @@ def test_ten_minutes_of_an_outage_see_fewer_than_thirty_requests_and_every_row_i
     run_on_moved_clock(main())
 
 
-def test_failures_at_random_are_no_outage_even_where_they_come_at_once() -> None:
+def test_random_failures_are_no_outage() -> None:
     async def main() -> None:
         run = Run(Server(RPM, None))
         run.server.failing = 0.3
@@ -139,7 +145,7 @@ def test_failures_at_random_are_no_outage_even_where_they_come_at_once() -> None
 
 
 @pytest.mark.parametrize("wrong", [0.25, 4.0])
-def test_estimates_four_times_wrong_at_the_start_cost_nothing_after_two_minutes(wrong: float) -> None:
+def test_wrong_estimates_stop_costing_in_two_minutes(wrong: float) -> None:
     rng = random.Random(3)
     rows = [
         (Request(row, b"", b"x" * rng.randint(400, 4_000), "m", 10_000, 4_000), rng.randint(50, 600))
@@ -166,7 +172,9 @@ def test_estimates_four_times_wrong_at_the_start_cost_nothing_after_two_minutes(
     run_on_moved_clock(main())
 
 
-def test_an_early_refusal_by_chance_costs_seconds_and_is_no_limit_to_the_next_start() -> None:
+def test_an_early_random_refusal_costs_seconds() -> None:
+    """The next start doesn't take it for a limit."""
+
     async def took_s(chance: frozenset[int], rows: int) -> tuple[float, Found]:
         run = Run(Server(headers=False))
         run.server.refused_by_chance = chance
@@ -183,7 +191,7 @@ def test_an_early_refusal_by_chance_costs_seconds_and_is_no_limit_to_the_next_st
     run_on_moved_clock(main())
 
 
-def test_a_start_that_knows_what_was_found_before_begins_there_without_a_single_refusal() -> None:
+def test_known_limits_start_without_a_refusal() -> None:
     async def main() -> None:
         run = Run(Server(RPM, None, headers=False))
         await ask_all(run, first := new_gate(run), [150] * 1_500)
@@ -197,7 +205,7 @@ def test_a_start_that_knows_what_was_found_before_begins_there_without_a_single_
     run_on_moved_clock(main())
 
 
-def test_headers_overrule_what_an_earlier_start_had_found() -> None:
+def test_headers_overrule_earlier_findings() -> None:
     async def main() -> None:
         run = Run(Server(RPM, None))
         await ask_all(run, gate := new_gate(run, found=Found(requests_per_minute=RPM / 4)), [150] * 1_500)

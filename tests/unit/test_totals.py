@@ -25,9 +25,7 @@ def in_pieces(endings: Sequence[Ending], sizes: Sequence[int]) -> Totals:
 
 
 @given(ENDINGS, PIECES, st.randoms(use_true_random=False))
-def test_the_account_is_the_same_for_any_grouping_and_order(
-    endings: list[Ending], sizes: list[int], random: Random
-) -> None:
+def test_totals_ignore_grouping_and_order(endings: list[Ending], sizes: list[int], random: Random) -> None:
     whole = fold(Totals(), endings, 1)
     assert in_pieces(endings, sizes) == whole
     shuffled = random.sample(endings, len(endings))
@@ -35,7 +33,7 @@ def test_the_account_is_the_same_for_any_grouping_and_order(
 
 
 @given(ENDINGS)
-def test_the_account_is_the_sum_of_its_endings(endings: list[Ending]) -> None:
+def test_totals_are_the_sum_of_results(endings: list[Ending]) -> None:
     spent = fold(Totals(), endings, 1)
     completions = [ending for ending in endings if isinstance(ending, Completion)]
     costs = [e.last_cost_usd if isinstance(e, Completion) else e.cost_usd for e in endings]
@@ -57,7 +55,7 @@ def test_the_account_is_the_sum_of_its_endings(endings: list[Ending]) -> None:
     assert sum(spent.answered_as.values()) == sum(c.answered_model is not None for c in completions)
 
 
-def test_the_mean_is_of_rows_that_cost_something_whatever_became_of_them() -> None:
+def test_the_mean_covers_rows_with_cost() -> None:
     def line(status: str, rows: int, cost_usd: str) -> TotalsLine:
         return TotalsLine(1, MODEL, status, rows=rows, attempts=rows, cost_usd=Decimal(cost_usd))
 
@@ -68,7 +66,7 @@ def test_the_mean_is_of_rows_that_cost_something_whatever_became_of_them() -> No
     assert Totals(totals=free | paid, standing={"ok": 10, "error": 7}).mean_cost_usd() == Decimal("0.03")
 
 
-def test_a_line_that_no_ending_touches_stays_the_same_object() -> None:
+def test_an_untouched_line_is_the_same_object() -> None:
     before = fold(Totals(), [completion(0), discarded(1)], 1)
     after = fold(before, [completion(2)], 1)
     assert after.totals[1, MODEL, DISCARDED, DAY] is before.totals[1, MODEL, DISCARDED, DAY]
@@ -81,7 +79,7 @@ def test_each_invocation_has_lines_of_its_own() -> None:
     assert [(line.invocation, line.rows) for line in spent.totals.values()] == [(1, 1), (2, 1)]
 
 
-def test_only_an_attempt_that_may_be_billed_is_in_doubt() -> None:
+def test_only_possibly_billed_attempts_count_so() -> None:
     assert doubt(completion(0), 1) is None
     assert doubt(discarded(0), 1) is None
     lost = discarded(
@@ -92,7 +90,8 @@ def test_only_an_attempt_that_may_be_billed_is_in_doubt() -> None:
     assert doubt(answered, 1) == PossiblyBilled(3, 2, answered.key.hex(), None, 0, "no answer", 1, answered.request_id)
 
 
-def test_every_doubt_is_counted_and_added_although_not_every_one_is_listed() -> None:
+def test_every_possible_billing_is_counted() -> None:
+    """Although not every one is listed."""
     entry = PossiblyBilled(0, 1, "00", Decimal("0.01"), 300, "crash", 1)
     unknown = PossiblyBilled(1, 1, "01", None, None, "timeout", 1)
     spent = with_possibly_billed(Totals(), [entry] * MAX_NAMED)
@@ -103,7 +102,7 @@ def test_every_doubt_is_counted_and_added_although_not_every_one_is_listed() -> 
     assert spent.possibly_billed_tokens == spent.tokens() == 300 * (MAX_NAMED + 1)
 
 
-def test_answers_that_state_nothing_count_by_their_bounds_once() -> None:
+def test_missing_usage_counts_by_bounds_once() -> None:
     offline = OfflineCount(9, 3)
     bounds: dict[str, Any] = {"possibly_billed_usd": Decimal("0.5"), "possibly_billed_tokens": 700}
     silent = completion(0, usage=None, last_cost_usd=None, offline=offline, **bounds)
@@ -116,7 +115,8 @@ def test_answers_that_state_nothing_count_by_their_bounds_once() -> None:
     assert (spent.tokens(), spent.most_usd()) == (12 + 1_400, Decimal("1.1"))
 
 
-def test_requests_and_tokens_so_far_count_every_attempt_once_and_doubts_by_their_bounds() -> None:
+def test_running_totals_count_every_attempt_once() -> None:
+    """Possibly billed attempts count by their bounds."""
     answered = completion(0, usage=Usage(10, 2, 12))
     refused = discarded(1)
     timed_out = discarded(2, maybe_billed=True, error_kind="timeout", possibly_billed_tokens=700)
@@ -129,7 +129,7 @@ def test_requests_and_tokens_so_far_count_every_attempt_once_and_doubts_by_their
     assert lost == TotalsLine(1, answered.model, LOST, DAY, attempts=1)
 
 
-def test_lost_attempts_are_of_the_last_day_on_which_their_start_was_heard_of() -> None:
+def test_lost_attempts_have_their_starts_last_day() -> None:
     days = [DAY_S * number for number in (20_000, 20_001, 20_002)]
     spent = Totals()
     for at, invocation in zip(days, (1, 1, 2), strict=True):

@@ -185,9 +185,7 @@ WAYS: list[tuple[Callable[[Night], None], bool]] = [
 
 
 @pytest.mark.parametrize(("way", "wasteful"), WAYS, ids=[way.__name__ for way, _ in WAYS])
-def test_what_was_paid_for_answers_that_do_not_stand_is_wasted(
-    tmp_path: Path, way: Callable[[Night], None], wasteful: bool
-) -> None:
+def test_rejected_paid_answers_are_waste(tmp_path: Path, way: Callable[[Night], None], wasteful: bool) -> None:
     night = Night(tmp_path)
     way(night)
     rows = pq.read_table(night.out / "completions.parquet").to_pylist()
@@ -209,7 +207,8 @@ def test_what_was_paid_for_answers_that_do_not_stand_is_wasted(
     assert ended.exit_code == 0, ended.stdout
 
 
-def test_a_salvaged_run_that_was_resumed_is_the_newest_copy_and_holds_the_whole_bill(tmp_path: Path) -> None:
+def test_a_resumed_salvage_is_the_newest_copy(tmp_path: Path) -> None:
+    """It has the whole bill."""
     night = Night(tmp_path)
     night.start(faults=UNFIT_ROWS, code=3)
     content = bytearray((night.out / "checkpoint.db").read_bytes())
@@ -258,7 +257,7 @@ def assert_lines_are_the_rows(rows: list[dict[str, Any]], lines: list[dict[str, 
     assert all(line["attempts"] > 0 and Decimal(line["cost_usd"]) >= 0 for line in lines)
 
 
-def test_a_retry_with_another_model_is_billed_to_that_model_and_its_rows_are_that_models(tmp_path: Path) -> None:
+def test_retried_models_are_billed_separately(tmp_path: Path) -> None:
     night = Night(tmp_path)
     night.start(faults=UNFIT_ROWS, code=3)
     first = Decimal(read_summary(night.out)["cost_usd"])

@@ -81,7 +81,7 @@ def changed(changes: list[tuple[tuple[str | int, ...], Any]]) -> dict[str, Any]:
 @example([(("usage", "total_tokens"), 33)])
 @example([(("choices",), [PLAIN["choices"][0], PLAIN["choices"][0]])])
 @example([(("usage", "prompt_tokens"), 20.0)])
-def test_the_typed_reader_agrees_with_the_careful_one_wherever_it_accepts(
+def test_typed_and_careful_readers_agree(
     changes: list[tuple[tuple[str | int, ...], Any]],
 ) -> None:
     body = msgspec.json.encode(changed(changes))
@@ -129,7 +129,8 @@ HUGE = [b"1e999", b"9" * 400, b"9" * 5000]
 
 @pytest.mark.parametrize("odd", ODD)
 @pytest.mark.parametrize("place", [b'"fp"', b"null", b"8", b'"Fine."', b"[]"])
-def test_so_it_does_with_odd_json_where_nobody_looks(odd: bytes, place: bytes) -> None:
+def test_they_agree_on_odd_json_too(odd: bytes, place: bytes) -> None:
+    """In fields that neither of them reads."""
     body = msgspec.json.encode(PLAIN).replace(place, odd, 1)
     careful = answers.read_carefully(body)
     unread = place in (b'"fp"', b"[]") and odd in HUGE

@@ -10,7 +10,7 @@ SIZES = st.lists(st.integers(1, 5_000), min_size=50, max_size=200)
 
 
 @given(SIZES, st.sampled_from([600.0, 60_000.0, 200_000.0]))
-def test_the_long_run_token_rate_is_the_limit_whatever_the_sizes_are(sizes: list[int], limit: float) -> None:
+def test_the_long_run_rate_equals_the_limit(sizes: list[int], limit: float) -> None:
     bucket = Bucket(limit, now_s=0.0)
     now_s = 0.0
     for tokens in sizes:
@@ -23,7 +23,7 @@ def test_the_long_run_token_rate_is_the_limit_whatever_the_sizes_are(sizes: list
 
 
 @given(st.lists(st.tuples(st.integers(1, 5_000), st.integers(1, 5_000)), min_size=20, max_size=100))
-def test_what_was_estimated_wrongly_is_made_good_to_the_token(asks: list[tuple[int, int]]) -> None:
+def test_wrong_estimates_are_corrected_to_the_token(asks: list[tuple[int, int]]) -> None:
     limit = 60_000.0
     bucket = Bucket(limit, now_s=0.0)
     now_s = 0.0
@@ -36,7 +36,7 @@ def test_what_was_estimated_wrongly_is_made_good_to_the_token(asks: list[tuple[i
     assert sum(actual for _, actual in asks) == pytest.approx(limit / 60 * paid_off_s, rel=1e-6, abs=1e-3)
 
 
-def test_an_ask_larger_than_the_bucket_waits_for_a_full_one_and_leaves_its_debt() -> None:
+def test_an_oversized_request_waits_and_leaves_debt() -> None:
     bucket = Bucket(6_000, now_s=0.0)
     assert bucket.capacity == 100 * BURST_S
     bucket.take(1, 0.0)
@@ -45,20 +45,20 @@ def test_an_ask_larger_than_the_bucket_waits_for_a_full_one_and_leaves_its_debt(
     assert bucket.ready_in_s(1, 0.01) == pytest.approx(9.01)
 
 
-def test_a_long_pause_saves_up_no_more_than_the_burst() -> None:
+def test_a_pause_saves_the_burst_only() -> None:
     bucket = Bucket(6_000, now_s=0.0)
     assert bucket.ready_in_s(100, 86_400.0) == 0.0
     bucket.take(100, 86_400.0)
     assert bucket.ready_in_s(100, 86_400.0) == pytest.approx(1.0)
 
 
-def test_what_is_taken_unasked_does_not_bring_back_time_already_counted() -> None:
+def test_forced_takes_return_no_counted_time() -> None:
     bucket = Bucket(6_000, now_s=0.0)
     bucket.take(100, 5.0)
     assert bucket.ready_in_s(100, 5.0) == pytest.approx(1.0)
 
 
-def test_a_refund_never_fills_the_bucket_beyond_its_burst() -> None:
+def test_a_refund_never_exceeds_the_burst() -> None:
     bucket = Bucket(6_000, now_s=0.0)
     bucket.settle(-1_000_000)
     bucket.take(100, 0.0)

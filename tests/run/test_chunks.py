@@ -38,7 +38,7 @@ from tests.unit.test_source_parquet import COLUMNS
 # ── the stored window ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_lines_come_back_from_a_stored_window_as_rows_and_as_columns(tmp_path: Path) -> None:
+def test_a_stored_window_returns_its_lines(tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [
         {"id": n, "text": "ä" * (n % 7), "tags": ["x"] * (n % 3), "more": {"a": n} if n % 2 else None}
         for n in range(2500)
@@ -58,7 +58,7 @@ def test_lines_come_back_from_a_stored_window_as_rows_and_as_columns(tmp_path: P
 
 
 @pytest.mark.parametrize("name", COLUMNS)
-def test_a_parquet_column_of_every_type_comes_back_from_a_stored_window(tmp_path: Path, name: str) -> None:
+def test_a_stored_window_returns_every_type(tmp_path: Path, name: str) -> None:
     pq.write_table(pa.table({"c": COLUMNS[name]}), tmp_path / "in.parquet")
     source = TableSource((tmp_path / "in.parquet",))
     (window,) = source.windows(START, 10, 1 << 20)
@@ -69,7 +69,7 @@ def test_a_parquet_column_of_every_type_comes_back_from_a_stored_window(tmp_path
     assert [row.columns for row in batch] == rows_of(window.table.to_batches()[0])
 
 
-def test_a_stored_window_is_private_and_leaves_no_rest(tmp_path: Path) -> None:
+def test_a_stored_window_is_private(tmp_path: Path) -> None:
     before = os.umask(0)
     try:
         write(tmp_path / "input.arrow", pa.table({"a": [1]}))
@@ -78,7 +78,7 @@ def test_a_stored_window_is_private_and_leaves_no_rest(tmp_path: Path) -> None:
     assert [path.stat().st_mode & 0o777 for path in tmp_path.iterdir()] == [0o600]
 
 
-def test_a_stored_window_that_is_not_what_was_written_is_damage(tmp_path: Path) -> None:
+def test_a_changed_stored_window_is_damage(tmp_path: Path) -> None:
     path = tmp_path / "input.arrow"
     written = write(path, pa.table({"a": list(range(100))}))
     content = bytearray(path.read_bytes())
@@ -182,7 +182,7 @@ def input_as(tmp_path: Path, kind: str, rows: list[dict[str, object]]) -> Path:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_all_rows_come_out_once_in_order_whatever_the_chunks(tmp_path: Path, kind: str) -> None:
+def test_all_rows_come_once_in_order(tmp_path: Path, kind: str) -> None:
     rows = texts(35)
     table, asked = finish(tmp_path / "run", small_chunks(input_as(tmp_path, kind, rows)))
     assert asked == list(range(35))
@@ -196,9 +196,7 @@ SIZES = [(10, 1 << 20, [10, 10, 5]), (100, 150, [5] * 5), (1, 1, [1] * 25)]
 
 
 @pytest.mark.parametrize(("rows", "size", "expected"), SIZES)
-def test_a_chunk_ends_at_its_rows_or_bytes_whatever_comes_first(
-    tmp_path: Path, rows: int, size: int, expected: list[int]
-) -> None:
+def test_a_chunk_ends_at_rows_or_bytes(tmp_path: Path, rows: int, size: int, expected: list[int]) -> None:
     path = write_lines(tmp_path / "in.jsonl", [{"text": f"{number:016d}"} for number in range(25)])  # 27 bytes a line
     with started(tmp_path / "run", job_over(path, output={"chunk_rows": rows, "chunk_bytes": size})) as start:
         while start.chunks.open_next() is not None:
@@ -216,7 +214,7 @@ def test_rows_without_a_value_are_rows(tmp_path: Path, rows: list[dict[str, obje
     assert table.column("row").to_pylist() == list(range(25))
 
 
-def test_rows_set_aside_take_no_part(tmp_path: Path) -> None:
+def test_rejected_rows_are_left_out(tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [{"bad": 1}, *texts(9), {"bad": 2}, {"bad": 3}, *texts(9, 9), {"bad": 4}]
     path, run = write_lines(tmp_path / "in.jsonl", rows), tmp_path / "run"
     directory = RunDirectory(run)
@@ -299,7 +297,7 @@ CRASHES: list[Crash] = [
 
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("crash", CRASHES)
-def test_wherever_a_start_ended_the_next_ones_bring_the_same_file(tmp_path: Path, kind: str, crash: Crash) -> None:
+def test_any_interruption_gives_the_same_file(tmp_path: Path, kind: str, crash: Crash) -> None:
     job = small_chunks(input_as(tmp_path, kind, texts(45)))
     undisturbed, _ = finish(tmp_path / "undisturbed", job)
     run = tmp_path / "run"
@@ -325,7 +323,7 @@ def test_a_crash_after_a_crash_changes_nothing_either(tmp_path: Path, crash: Cra
         assert finish(run, job)[0].equals(undisturbed)
 
 
-def test_a_row_knows_its_earlier_attempts_after_a_restart(tmp_path: Path) -> None:
+def test_a_resumed_row_knows_its_attempts(tmp_path: Path) -> None:
     job = small_chunks(lines_of(tmp_path, 25))
     with started(tmp_path / "run", job) as start:
         start.chunks.open_next()
@@ -344,7 +342,7 @@ def lost(row: int, n: int) -> list[PossiblyBilled]:
     return [PossiblyBilled(row, each, "", None, 9, "crash", 1) for each in range(1, n + 1)]
 
 
-def test_a_sealed_chunk_leaves_no_rows_in_the_database(tmp_path: Path) -> None:
+def test_sealing_empties_the_database_of_rows(tmp_path: Path) -> None:
     job = small_chunks(lines_of(tmp_path, 25))
     with started(tmp_path / "run", job) as start:
         chunk = next_chunk(start)
@@ -356,7 +354,8 @@ def test_a_sealed_chunk_leaves_no_rows_in_the_database(tmp_path: Path) -> None:
         assert (sealed.generation, sealed.part_digest) == (1, digest(start.directory.part_of(0, 1)))
 
 
-def test_long_streams_are_sealed_as_their_events_in_bounded_memory(tmp_path: Path) -> None:
+def test_long_streams_are_sealed_as_events(tmp_path: Path) -> None:
+    """In bounded memory."""
     streamed = b'data: {"choices":[{"delta":{"content":"Fine."},"finish_reason":"stop"}]}\n\n: %s\n\n' % (
         b"x" * 3_000_000
     )
@@ -379,7 +378,7 @@ def test_long_streams_are_sealed_as_their_events_in_bounded_memory(tmp_path: Pat
     assert peak_bytes < 40_000_000 < 24 * len(streamed)
 
 
-def test_a_chunk_with_a_row_missing_is_never_sealed(tmp_path: Path) -> None:
+def test_a_chunk_missing_rows_is_never_sealed(tmp_path: Path) -> None:
     with started(tmp_path / "run", small_chunks(lines_of(tmp_path, 25))) as start:
         chunk = next_chunk(start)
         ask(start, chunk, 9)
@@ -390,7 +389,7 @@ def test_a_chunk_with_a_row_missing_is_never_sealed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", ["flip", "missing"])
-def test_a_damaged_input_of_an_open_chunk_ends_the_start(tmp_path: Path, harm: str) -> None:
+def test_a_damaged_open_chunk_ends_the_start(tmp_path: Path, harm: str) -> None:
     job = small_chunks(lines_of(tmp_path, 25))
     with started(tmp_path / "run", job) as start:
         start.chunks.open_next()
@@ -424,7 +423,7 @@ def replaced(path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [edited, appended, replaced, Path.unlink])
-def test_an_input_that_changes_between_chunks_ends_the_run(tmp_path: Path, change: Callable[[Path], object]) -> None:
+def test_an_input_changed_midway_ends_the_run(tmp_path: Path, change: Callable[[Path], object]) -> None:
     path = lines_of(tmp_path, 45)
     with started(tmp_path / "run", small_chunks(path)) as start:
         assert start.chunks.open_next() is not None
@@ -441,13 +440,13 @@ FINISH = """
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from tests.run.test_window_and_chunks import finish, small_chunks
+from tests.run.test_chunks import finish, small_chunks
 finish(Path(sys.argv[1]), small_chunks(Path(sys.argv[2])))
 """
 
 
 @pytest.mark.parametrize("kind", ["jsonl.gz", "parquet"])
-def test_killed_at_random_moments_until_it_is_done_a_run_brings_the_same_file(tmp_path: Path, kind: str) -> None:
+def test_random_kills_give_the_same_file(tmp_path: Path, kind: str) -> None:
     path = input_as(tmp_path, kind, texts(150))
     undisturbed, _ = finish(tmp_path / "undisturbed", small_chunks(path))
     command = [sys.executable, "-c", FINISH, str(tmp_path / "run"), str(path)]

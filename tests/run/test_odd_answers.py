@@ -87,9 +87,8 @@ OUTAGES = [
 
 
 @pytest.mark.parametrize("said", OUTAGES)
-def test_a_server_that_answers_everything_with_503_is_an_outage_and_not_blocked_content(
-    said: object, tmp_path: Path
-) -> None:
+def test_a_503_storm_is_not_blocked_content(said: object, tmp_path: Path) -> None:
+    """A server that answers everything with 503 has an outage."""
     with serving_aside(says(lambda row, n: refused("503 Service Unavailable", said))) as server:
         summary, _ = ask(tmp_path, server.url, 40, speed=200.0, retry={"max_outage_s": 60})
     assert (summary.exit_code, summary.complete, summary.by_status) == (5, False, {})
@@ -104,7 +103,8 @@ def test_a_503_that_ends_leaves_no_trace(tmp_path: Path) -> None:
     assert sum(asked_for(server).values()) >= 65
 
 
-def test_where_nearly_everything_is_filtered_the_run_stops_once_and_a_resume_asks_the_rest(tmp_path: Path) -> None:
+def test_a_run_of_filtered_rows_stops_once(tmp_path: Path) -> None:
+    """A resume sends the rest."""
     blocked = refused("503 Service Unavailable", {"error": {"message": "Content Policy Violation"}})
     with serving_aside(says(lambda row, n: blocked if row else choice())) as server:
         summary, _ = ask(tmp_path, server.url, 300)
@@ -116,7 +116,8 @@ def test_where_nearly_everything_is_filtered_the_run_stops_once_and_a_resume_ask
     assert set(asked_for(server).values()) == {1}
 
 
-def test_an_outage_in_words_of_content_stops_a_run_in_its_midst_and_no_answer_is_lost(tmp_path: Path) -> None:
+def test_an_outage_mentioning_content_stops_midway(tmp_path: Path) -> None:
+    """No answer is lost."""
     blocked, out = refused("503 Service Unavailable", {"error": {"message": "Content Policy Violation"}}), [True]
     truly = range(0, 300, 10)
 
@@ -138,14 +139,15 @@ def test_an_outage_in_words_of_content_stops_a_run_in_its_midst_and_no_answer_is
     assert [place for place, row in enumerate(rows) if row["status"] == "filtered"] == list(truly)
 
 
-def test_a_file_of_which_half_is_blocked_runs_through(tmp_path: Path) -> None:
+def test_a_half_blocked_input_runs_through(tmp_path: Path) -> None:
     blocked = choice(None, "content_filter")
     with serving_aside(says(lambda row, n: blocked if row % 2 else choice())) as server:
         summary, _ = ask(tmp_path, server.url, 100)
     assert (summary.exit_code, summary.by_status) == (0, {"ok": 50, "filtered": 50})
 
 
-def test_a_403_that_one_row_meets_is_its_error_and_blocked_only_where_it_says_so(tmp_path: Path) -> None:
+def test_a_single_403_is_its_rows_error(tmp_path: Path) -> None:
+    """It counts as blocked only where the body says so."""
     said = {3: {"error": {"message": "No access"}}, 5: {"error": {"message": "Your input was flagged by moderation"}}}
     with serving_aside(says(lambda row, n: refused("403 Forbidden", said[row]) if row in said else choice())) as server:
         summary, rows = ask(tmp_path, server.url)
@@ -166,7 +168,8 @@ FAILURES: dict[str, bytes] = {
 
 @pytest.mark.parametrize("said", FAILURES.values(), ids=FAILURES.keys())
 @pytest.mark.parametrize("times", [1, 100])
-def test_a_choice_that_says_it_failed_is_asked_again_and_never_ok(said: bytes, times: int, tmp_path: Path) -> None:
+def test_a_choice_reporting_failure_is_retried(said: bytes, times: int, tmp_path: Path) -> None:
+    """It never counts as ok."""
     with serving_aside(says(lambda row, n: said if row == 5 and n <= times else choice())) as server:
         summary, rows = ask(tmp_path, server.url)
     failed = rows[5]
@@ -194,7 +197,8 @@ MEANINGS = {
 }
 
 
-def test_reasons_in_other_words_are_judged_by_their_meaning_and_unknown_ones_are_reported_once(tmp_path: Path) -> None:
+def test_foreign_finish_reasons_are_understood(tmp_path: Path) -> None:
+    """They are judged by their meaning; unknown ones are reported once."""
     reasons = list(MEANINGS)
     notes: list[str] = []
     with serving_aside(says(lambda row, n: choice("Fi", reasons[row % len(reasons)]))) as server:
@@ -258,7 +262,7 @@ def test_a_quota_that_time_lifts_is_waited_for(tmp_path: Path) -> None:
     assert len(server.exchanges) == 12 + 6
 
 
-def test_a_quota_that_minutes_do_not_lift_pauses_the_run(tmp_path: Path) -> None:
+def test_a_lasting_quota_pauses_the_run(tmp_path: Path) -> None:
     with serving_aside(says(lambda row, n: QUOTA if row > 2 else choice())) as server:
         summary, _ = ask(tmp_path, server.url, speed=200.0, retry={"max_wait_s": 120})
         assert (summary.exit_code, summary.by_status) == (5, {"ok": 3})
@@ -277,16 +281,15 @@ def test_a_quota_that_minutes_do_not_lift_pauses_the_run(tmp_path: Path) -> None
         ("403 Forbidden", "insufficient balance"),
     ],
 )
-def test_an_empty_account_pauses_the_run_whatever_its_envelope_and_fails_no_row(
-    status: str, said: object, tmp_path: Path
-) -> None:
+def test_an_empty_account_pauses_the_run(status: str, said: object, tmp_path: Path) -> None:
+    """Whatever the error's envelope; no row fails."""
     with serving_aside(says(lambda row, n: refused(status, said))) as server:
         summary, _ = ask(tmp_path, server.url)
     assert (summary.exit_code, summary.by_status) == (5, {})
     assert len(server.exchanges) <= 9
 
 
-def test_an_answer_with_a_streams_end_glued_to_it_is_an_answer(tmp_path: Path) -> None:
+def test_a_glued_stream_end_is_ignored(tmp_path: Path) -> None:
     glued = answer(answer_body("Fine.") + b"\n\ndata: [DONE]\n\n")
     with serving_aside(says(lambda row, n: glued)) as server:
         summary, rows = ask(tmp_path, server.url)

@@ -19,14 +19,15 @@ def usage(prompt: int, completion: int) -> Usage:
     return Usage(prompt, completion, prompt + completion)
 
 
-def test_before_the_first_answer_a_prompt_is_three_tenths_of_its_bytes_and_an_answer_a_thousand_at_most() -> None:
+def test_first_estimates_come_from_bytes() -> None:
+    """A prompt has three tenths of its bytes as tokens, an answer a thousand at most."""
     assert Estimates({}).of(request()) == (300, 1_000)
     assert Estimates({}).of(request(max_tokens=40)) == (300, 40)
     assert Estimates({}).of(request(image_tokens=1_600)) == (300 + 1_600, 1_000)
 
 
 @pytest.mark.parametrize("per_byte", [0.08, 0.25, 1.2])
-def test_one_answer_corrects_the_ratio_and_a_hundred_follow_a_change_of_language(per_byte: float) -> None:
+def test_estimates_follow_a_change_of_language(per_byte: float) -> None:
     estimates = Estimates({})
     estimates.learn(request(1_000), usage(int(1_000 * per_byte), 10))
     assert estimates.of(request(2_000))[0] == pytest.approx(2_000 * per_byte, rel=0.01)
@@ -35,7 +36,7 @@ def test_one_answer_corrects_the_ratio_and_a_hundred_follow_a_change_of_language
     assert estimates.of(request(2_000))[0] == pytest.approx(1_000, rel=0.1)
 
 
-def test_an_answer_is_estimated_as_nine_in_ten_stay_below_and_never_beyond_max_tokens() -> None:
+def test_nine_in_ten_answers_stay_below() -> None:
     rng = random.Random(1)
     estimates = Estimates({})
     lengths = [rng.randint(1, 1_000) for _ in range(400)]
@@ -46,7 +47,7 @@ def test_an_answer_is_estimated_as_nine_in_ten_stay_below_and_never_beyond_max_t
     assert estimates.of(request(max_tokens=100))[1] == 100
 
 
-def test_images_are_learned_beside_the_text_and_do_not_spoil_its_ratio() -> None:
+def test_images_do_not_spoil_the_text_ratio() -> None:
     estimates = Estimates({})
     for _ in range(50):
         estimates.learn(request(1_000), usage(250, 10))
@@ -55,7 +56,7 @@ def test_images_are_learned_beside_the_text_and_do_not_spoil_its_ratio() -> None
     assert estimates.of(request(1_000, image_tokens=800))[0] == pytest.approx(250 + 85, abs=5)
 
 
-def test_each_model_has_its_own_and_a_count_of_nothing_teaches_nothing() -> None:
+def test_each_model_learns_separately() -> None:
     estimates = Estimates({})
     estimates.learn(request(model="a"), usage(100, 10))
     estimates.learn(request(model="b"), usage(0, 0))
@@ -63,7 +64,7 @@ def test_each_model_has_its_own_and_a_count_of_nothing_teaches_nothing() -> None
     assert estimates.of(request(model="b")) == (300, 1_000)
 
 
-def test_what_was_learned_is_read_back_and_an_entry_of_another_version_is_as_none() -> None:
+def test_learned_entries_of_other_versions_are_ignored() -> None:
     known = TokenEstimates({"m": Sizes(0.2, 0.1, 40.0)}, 3_000.0, None, 32)
     assert token_estimates.decode(token_estimates.encode(known)) == known
     for entry in (None, "", "[]", '{"sizes": 3}', "nonsense"):
@@ -72,7 +73,7 @@ def test_what_was_learned_is_read_back_and_an_entry_of_another_version_is_as_non
     assert Estimates(known.sizes).sizes() == known.sizes
 
 
-def test_a_day_goes_on_over_starts_and_a_new_one_begins_at_midnight_utc() -> None:
+def test_daily_counts_restart_at_midnight_utc() -> None:
     evening = datetime(2026, 11, 25, 23, 59, 30, tzinfo=UTC)
     first = daily.today(None, evening, requests=0)
     assert daily.today(daily.encode(first), evening, requests=700) == first == Day("2026-11-25", 0)

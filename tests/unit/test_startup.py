@@ -71,7 +71,7 @@ def starts(tmp_path: Path) -> Starts:
 # ── the first start ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_facts_of_the_first_start_are_those_of_every_later_one(starts: Starts) -> None:
+def test_every_start_has_the_same_manifest(starts: Starts) -> None:
     first, second = starts.make(), starts.make()
     assert (first.resumed, second.resumed) == (False, True)
     assert first.facts == second.facts
@@ -82,7 +82,7 @@ def test_the_facts_of_the_first_start_are_those_of_every_later_one(starts: Start
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n"])
-def test_an_input_without_rows_has_a_plan_with_a_valid_schema(starts: Starts, content: bytes) -> None:
+def test_an_empty_input_has_a_valid_schema(starts: Starts, content: bytes) -> None:
     starts.input.write_bytes(content)
     job = starts.job(input={"min_rows": 0})
     for found in (starts.make(job), starts.make(job)):
@@ -90,7 +90,7 @@ def test_an_input_without_rows_has_a_plan_with_a_valid_schema(starts: Starts, co
         assert found.schema == OWN_COLUMNS
 
 
-def test_invalid_records_end_the_start_with_each_kind_once_and_their_number(starts: Starts) -> None:
+def test_invalid_records_are_reported_once_by_kind(starts: Starts) -> None:
     write_lines(starts.input, [*texts(3), *[{"bad": number} for number in range(30)]])
     message = starts.refused()
     assert message == (
@@ -104,7 +104,7 @@ def test_invalid_records_end_the_start_with_each_kind_once_and_their_number(star
     assert starts.make().facts.rows == 3
 
 
-def test_skipped_records_are_set_aside_with_place_reason_and_content(starts: Starts) -> None:
+def test_skipped_records_keep_place_and_reason(starts: Starts) -> None:
     rows: list[object] = [{"id": 1, "text": "a"}, {"id": 2}, [7], {"id": 1, "text": "b"}, {"id": 3, "text": 2**70}]
     write_lines(starts.input, rows)
     job = starts.job(input={"id": "id"})
@@ -123,14 +123,14 @@ def test_skipped_records_are_set_aside_with_place_reason_and_content(starts: Sta
     assert starts.directory.rejects.stat().st_mode & 0o777 == 0o600
 
 
-def test_rejects_that_cant_be_written_are_the_disks_fault(starts: Starts) -> None:
+def test_unwritable_rejects_are_a_disk_error(starts: Starts) -> None:
     write_lines(starts.input, [{"bad": 1}])
     starts.directory.rejects.mkdir(parents=True)
     with pytest.raises(CheckpointError, match=r"rejects\.jsonl: Is a directory"):
         starts.make(skip_invalid=True)
 
 
-def test_fewer_rows_than_the_job_expects_are_refused_before_anything_is_sent(starts: Starts) -> None:
+def test_too_few_rows_are_refused_early(starts: Starts) -> None:
     write_lines(starts.input, texts(3))
     job = starts.job(input={"min_rows": 4})
     assert "the input has 3 rows, and input.min_rows expects 4 or more" in starts.refused(job)
@@ -138,7 +138,7 @@ def test_fewer_rows_than_the_job_expects_are_refused_before_anything_is_sent(sta
     assert starts.make(job).facts.rows == 4
 
 
-def test_a_clean_start_leaves_no_rejects_of_an_earlier_one(starts: Starts) -> None:
+def test_a_clean_start_removes_old_rejects(starts: Starts) -> None:
     starts.directory.create()
     starts.directory.rejects.write_text("old")
     starts.make(skip_invalid=True)
@@ -147,7 +147,7 @@ def test_a_clean_start_leaves_no_rejects_of_an_earlier_one(starts: Starts) -> No
 
 @pytest.mark.parametrize("left", ["completions.parquet", "inflight.bin", "parts/000000.g1.parquet"])
 @pytest.mark.parametrize("emptied", [False, True])
-def test_a_run_that_lost_its_checkpoint_is_not_paid_again(starts: Starts, left: str, emptied: bool) -> None:
+def test_a_run_without_checkpoint_is_not_repaid(starts: Starts, left: str, emptied: bool) -> None:
     starts.make()
     (starts.directory.path / left).write_bytes(b"paid")
     os.truncate(starts.directory.checkpoint, 0) if emptied else starts.directory.checkpoint.unlink()
@@ -185,9 +185,8 @@ CHANGES: list[tuple[str, dict[str, dict[str, Any]]]] = [
 
 
 @pytest.mark.parametrize(("setting", "tables"), [change for change in CHANGES if not change[0].startswith("output.")])
-def test_a_changed_question_is_told_by_its_setting_and_taken_while_nothing_is_answered(
-    starts: Starts, setting: str, tables: dict[str, dict[str, Any]]
-) -> None:
+def test_a_changed_question_names_its_setting(starts: Starts, setting: str, tables: dict[str, dict[str, Any]]) -> None:
+    """It is accepted while no row has an answer."""
     starts.make()
     changed = starts.make(starts.job(**tables))
     assert starts.told == [f"{setting} has changed: 0 answers stay, 5 rows are to be asked"]
@@ -219,12 +218,12 @@ def test_a_changed_shape_stops_with_its_setting(
         {"endpoint": {"attempt_timeout_s": 5.0}},
     ],
 )
-def test_what_asks_the_same_question_may_change(starts: Starts, tables: dict[str, dict[str, Any]]) -> None:
+def test_settings_outside_the_question_may_change(starts: Starts, tables: dict[str, dict[str, Any]]) -> None:
     starts.make()
     assert starts.make(starts.job(**tables)).resumed
 
 
-def test_a_new_price_is_used_and_kept(starts: Starts) -> None:
+def test_a_new_price_is_used_and_stored(starts: Starts) -> None:
     listed = starts.make().prices[MODEL]
     assert listed is not None
     own = starts.make(starts.job(pricing=PRICED)).prices[MODEL]
@@ -233,14 +232,15 @@ def test_a_new_price_is_used_and_kept(starts: Starts) -> None:
     assert starts.make().prices[MODEL] == own
 
 
-def test_a_price_that_becomes_known_is_used(starts: Starts) -> None:
+def test_a_price_known_later_is_used(starts: Starts) -> None:
     unknown = {"request": {"model": NOBODY_PRICES}}
     assert starts.make(starts.job(**unknown)).prices == {NOBODY_PRICES: None}
     priced = starts.job(**unknown, pricing={NOBODY_PRICES: PRICED[MODEL]})
     assert starts.make(priced).prices[NOBODY_PRICES] is not None
 
 
-def test_a_touched_or_copied_input_is_the_same_and_an_edited_one_is_told(starts: Starts) -> None:
+def test_an_edited_input_is_reported(starts: Starts) -> None:
+    """One that was only touched or copied is the same."""
     starts.make()
     os.utime(starts.input, ns=(1, 1))
     assert starts.make().resumed
@@ -260,7 +260,7 @@ def test_a_touched_or_copied_input_is_the_same_and_an_edited_one_is_told(starts:
     assert "no input file there" in starts.refused()
 
 
-def test_another_file_of_the_same_content_is_the_same_input(starts: Starts, tmp_path: Path) -> None:
+def test_equal_content_is_the_same_input(starts: Starts, tmp_path: Path) -> None:
     starts.make()
     other = tmp_path / "moved.jsonl"
     starts.input.rename(other)
@@ -288,7 +288,8 @@ def piped(*rows: object) -> io.BytesIO:
 STDIN = job_over("-")
 
 
-def test_standard_input_is_kept_for_a_resume_that_brings_nothing_or_the_same(starts: Starts) -> None:
+def test_standard_input_is_stored_for_the_resume(starts: Starts) -> None:
+    """A resume brings the same bytes or none."""
     assert starts.make(STDIN, stdin=piped(*texts(3))).facts.rows == 3
     for again in (io.BytesIO(), piped(*texts(3)), None):
         resumed = starts.make(STDIN, stdin=again)
@@ -296,7 +297,7 @@ def test_standard_input_is_kept_for_a_resume_that_brings_nothing_or_the_same(sta
     assert starts.directory.spool.stat().st_mode & 0o777 == 0o600
 
 
-def test_other_standard_input_is_a_changed_input_as_a_changed_file_is(starts: Starts) -> None:
+def test_other_standard_input_is_a_changed_input(starts: Starts) -> None:
     starts.make(STDIN, stdin=piped(*texts(3)))
     assert starts.make(STDIN, stdin=piped(*texts(4))).facts.rows == 4  # nothing is answered yet: no harm
     assert starts.make(STDIN, stdin=io.BytesIO()).facts.rows == 4
@@ -309,9 +310,7 @@ def test_other_standard_input_is_a_changed_input_as_a_changed_file_is(starts: St
 
 
 @pytest.mark.parametrize("accepted", [False, True])
-def test_a_start_killed_while_it_changed_the_rows_given_leaves_those_the_run_knows(
-    starts: Starts, accepted: bool
-) -> None:
+def test_a_killed_change_keeps_the_known_rows(starts: Starts, accepted: bool) -> None:
     starts.make(STDIN, stdin=piped(*texts(3)))
     spool, before = starts.directory.spool, starts.directory.spool_before
     if accepted:  # killed when the run knew the new rows
@@ -323,12 +322,12 @@ def test_a_start_killed_while_it_changed_the_rows_given_leaves_those_the_run_kno
     assert (spool.exists(), before.exists()) == (True, False)
 
 
-def test_what_was_refused_can_be_mended_and_piped_again(starts: Starts) -> None:
+def test_a_refused_pipe_can_be_corrected(starts: Starts) -> None:
     assert "1 of 2 input records" in starts.refused(STDIN, stdin=piped({"text": "a"}, {"bad": 1}))
     assert starts.make(STDIN, stdin=piped({"text": "a"}, {"text": "b"})).facts.rows == 2
 
 
-def test_a_start_killed_in_its_check_goes_on_with_what_was_piped_then(starts: Starts) -> None:
+def test_a_kill_during_the_check_keeps_stdin(starts: Starts) -> None:
     starts.directory.create()
     write_lines(starts.directory.spool, texts(3))  # as far as it came
     assert starts.make(STDIN, stdin=io.BytesIO()).facts.rows == 3
@@ -348,20 +347,22 @@ def test_a_terminal_is_no_input(starts: Starts) -> None:
 # ── the budget ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_cap_below_one_request_is_refused_with_what_one_may_cost(starts: Starts) -> None:
+def test_a_cap_below_one_request_is_refused(starts: Starts) -> None:
+    """The error says what one request may cost."""
     cap = {"max_cost_usd": Decimal("0.0001")}
     message = starts.refused(starts.job(budget=cap, pricing=PRICED))
     assert message.startswith("budget.max_cost_usd: $0.0001 is less than the largest request may cost ($0.000")
     assert starts.make(starts.job(budget={"max_cost_usd": Decimal("0.01")}, pricing=PRICED)).prices[MODEL] is not None
 
 
-def test_without_max_tokens_a_request_may_cost_the_models_longest_answer(starts: Starts) -> None:
+def test_unset_max_tokens_cost_the_longest_answer(starts: Starts) -> None:
     tables: dict[str, dict[str, Any]] = {"pricing": PRICED, "request": {"max_tokens": None}}
     assert "($1.28" in starts.refused(starts.job(**tables, budget={"max_cost_usd": Decimal(1)}))
     starts.make(starts.job(**tables, budget={"max_cost_usd": Decimal(2)}))
 
 
-def test_a_token_cap_below_one_request_is_refused_with_what_one_may_use(starts: Starts) -> None:
+def test_a_token_cap_below_one_is_refused(starts: Starts) -> None:
+    """The error says how many tokens one request may use."""
     message = starts.refused(starts.job(budget={"max_tokens": 20}))
     assert message.startswith("budget.max_tokens: 20 are fewer than the largest request may use (1")
     starts.make(starts.job(budget={"max_tokens": 1000, "max_requests": 1}))
@@ -379,7 +380,7 @@ def test_an_empty_input_needs_no_price(starts: Starts) -> None:
     assert starts.make(starts.job(input={"min_rows": 0}, budget={"max_cost_usd": Decimal(5)})).prices == {}
 
 
-def test_a_name_clash_is_said_before_anything_is_sent(starts: Starts) -> None:
+def test_a_name_clash_is_reported_early(starts: Starts) -> None:
     write_lines(starts.input, [{"text": "a", "model": "b"}])
     assert "input column 'model' bears a name of the output's own" in starts.refused()
     assert starts.make(starts.job(output={"prefix": "out_"})).schema.field("model").type == pa.string()

@@ -34,7 +34,7 @@ def limited_to(requests_per_minute: int, ledger: Path) -> SimulatorConfig:
     return SimulatorConfig(requests_per_minute=requests_per_minute, latency_s=0.02, ledger=str(ledger))
 
 
-def test_the_next_start_begins_with_the_limits_and_sizes_that_the_last_one_found(tmp_path: Path) -> None:
+def test_the_next_start_begins_with_learned_limits(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "in.jsonl", 400)
     out, same = tmp_path / "out", ["--set", "endpoint.name=the same"]
     with running_simulator(limited_to(6_000, tmp_path / "first")) as simulator:
@@ -60,7 +60,7 @@ def test_the_next_start_begins_with_the_limits_and_sizes_that_the_last_one_found
         before = told["after"]
 
 
-def test_a_limit_that_was_found_is_kept_by_a_run_that_is_killed_within_seconds(tmp_path: Path) -> None:
+def test_an_early_kill_keeps_learned_limits(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "in.jsonl", 2_000)
     config = SimulatorConfig(requests_per_minute=1_200, latency_s=0.02, ledger=str(tmp_path / "ledger"))
     with running_simulator(config) as simulator:
@@ -73,7 +73,7 @@ def test_a_limit_that_was_found_is_kept_by_a_run_that_is_killed_within_seconds(t
     assert token_estimates.decode(manifest(out).get(token_estimates.ENTRY)).requests_per_minute == 1_200
 
 
-def test_a_days_requests_are_counted_over_all_starts_of_a_run_even_a_killed_one(tmp_path: Path) -> None:
+def test_daily_requests_count_over_all_starts(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "in.jsonl", 60)
     with running_simulator(SimulatorConfig(ledger=str(tmp_path / "ledger"))) as simulator:
         job = write_job(tmp_path / "job.toml", simulator.url, source, "[limits]\nrequests_per_day = 40\n")
@@ -89,7 +89,7 @@ def test_a_days_requests_are_counted_over_all_starts_of_a_run_even_a_killed_one(
     assert json.loads(manifest(out)[daily.ENTRY])["requests_before"] == 0
 
 
-def test_answers_without_usage_count_in_a_cap_that_a_later_start_sets_as_in_one_from_the_beginning(
+def test_answers_without_usage_count_under_later_caps(
     tmp_path: Path,
 ) -> None:
     def spent(out: Path) -> Totals:

@@ -110,7 +110,7 @@ def known_to_the_ledger(nights: Nights) -> dict[str, list[dict[str, Any]]]:
     return by_night
 
 
-def test_every_night_costs_what_the_ledger_billed(nights: Nights) -> None:
+def test_each_run_costs_what_the_ledger_billed(nights: Nights) -> None:
     served = known_to_the_ledger(nights)
     bill = report(nights, "--by", "night")
     assert [line["night"] for line in bill["lines"]] == NIGHTS
@@ -132,7 +132,8 @@ def test_every_night_costs_what_the_ledger_billed(nights: Nights) -> None:
     assert bill["total"]["attempts"] == sent
 
 
-def test_every_column_is_an_independent_sum_over_the_files(nights: Nights) -> None:
+def test_every_column_is_an_independent_sum(nights: Nights) -> None:
+    """Each column of the bill is a sum that this test computes itself from the runs' files."""
     bill = report(nights, "--by", "run")
     by_run = {line["run"]: line for line in bill["lines"]}
     for out in sorted((nights.folder / "runs" / "night").iterdir()):
@@ -166,7 +167,8 @@ def test_every_column_is_an_independent_sum_over_the_files(nights: Nights) -> No
         assert sum(line[name] for line in bill["lines"]) == bill["total"][name]
 
 
-def test_every_grouping_has_the_same_sum_and_tags_are_the_jobs(nights: Nights) -> None:
+def test_every_grouping_has_the_same_sum(nights: Nights) -> None:
+    """Whatever the bill is grouped by, the total is the same; tags come from the jobs."""
     total = report(nights)["total"]
     for by in (
         "night",
@@ -189,7 +191,7 @@ def test_every_grouping_has_the_same_sum_and_tags_are_the_jobs(nights: Nights) -
     assert [line["tag"] for line in report(nights, "--by", "tag")["lines"]] == ["team=ads", "team=search"]
 
 
-def test_an_unfinished_night_is_named_with_what_it_spent(nights: Nights) -> None:
+def test_an_unfinished_run_shows_its_spending(nights: Nights) -> None:
     bill = report(nights, "--by", "night")
     last = bill["lines"][-1]
     assert (last["complete"], last["rows"] + last["pending"]) == (0, ROWS)
@@ -199,7 +201,8 @@ def test_an_unfinished_night_is_named_with_what_it_spent(nights: Nights) -> None
     assert "latency: without 1 run whose rows can't be read\n" in shown
 
 
-def test_a_workbook_has_the_same_figures_as_numbers_and_to_the_last_digit(nights: Nights, tmp_path: Path) -> None:
+def test_a_workbook_holds_figures_as_exact_numbers(nights: Nights, tmp_path: Path) -> None:
+    """The workbook has the bill's figures as numbers, to the last digit."""
     runs = nights.folder / "runs"
     assert batchrun("report", runs, "--by", "night", "-o", tmp_path / "bill.xlsx").exit_code == 0
     bill = report(nights, "--by", "night")
@@ -220,7 +223,7 @@ def test_a_workbook_has_the_same_figures_as_numbers_and_to_the_last_digit(nights
 # ── whose days ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_rows_say_which_local_day_a_utc_day_that_spans_two_is_of(nights: Nights) -> None:
+def test_rows_name_their_local_day_within_utc(nights: Nights) -> None:
     """The zone whose midnight lies within the run, found by its rows."""
     out = nights.folder / "runs" / "night" / NIGHTS[0]
     rows = pq.read_table(out / "completions.parquet").to_pylist()
@@ -252,7 +255,8 @@ def test_rows_say_which_local_day_a_utc_day_that_spans_two_is_of(nights: Nights)
     shutil.rmtree(copy)
 
 
-def test_money_counts_from_the_first_day_of_a_span_to_its_last(nights: Nights) -> None:
+def test_a_date_range_bounds_the_money_counted(nights: Nights) -> None:
+    """Money counts from the first day of a range to its last, both included."""
     today = datetime.now(UTC).date().isoformat()
     whole = report(nights)["total"]
     assert report(nights, "--since", today[:7], "--until", today[:7])["total"]["rows"] == whole["rows"]
@@ -269,7 +273,7 @@ def test_money_counts_from_the_first_day_of_a_span_to_its_last(nights: Nights) -
         ("UTC", "2026-12", "2026-11"),
     ],
 )
-def test_a_span_that_is_none_is_refused(wrong: tuple[str, str | None, str | None]) -> None:
+def test_an_invalid_date_range_is_refused(wrong: tuple[str, str | None, str | None]) -> None:
     with pytest.raises(JobError, match=r"^--"):
         keys.span(*wrong)
     assert keys.span("local", "2026-02", "2026-02").until is not None
@@ -295,7 +299,8 @@ def invoice(nights: Nights, path: Path) -> Decimal:
     return total
 
 
-def test_an_invoice_by_request_is_explained_to_the_last_cent(nights: Nights, tmp_path: Path) -> None:
+def test_an_invoice_is_reconciled_request_by_request(nights: Nights, tmp_path: Path) -> None:
+    """An invoice by request is explained to the last cent."""
     total = invoice(nights, tmp_path / "invoice.csv")
     runs = nights.folder / "runs"
     complete = [out for out in sorted((runs / "night").iterdir()) if out.name != NIGHTS[-1]]
@@ -321,7 +326,8 @@ def test_an_invoice_by_request_is_explained_to_the_last_cent(nights: Nights, tmp
     assert whole["unread"] == [str(runs / "night" / NIGHTS[-1])]
 
 
-def test_other_prices_lost_lines_and_unknown_lines_are_told_apart(tmp_path: Path) -> None:
+def test_reconciliation_separates_prices_from_missing_lines(tmp_path: Path) -> None:
+    """Other prices, lines that were lost and lines we don't know are reported separately."""
     rows = [row(number, request_id=f"req_{number}") for number in range(10)]
     run = write_result(tmp_path / "run", rows)
     lines = [f"req_{number},{'0.003' if number == 4 else '$0.001'}" for number in range(1, 10)]
@@ -344,7 +350,7 @@ def test_other_prices_lost_lines_and_unknown_lines_are_told_apart(tmp_path: Path
         assert str(tmp_path / "wrong.csv") in ended.stderr
 
 
-def test_the_bill_at_other_prices_is_that_of_the_ledger(nights: Nights, tmp_path: Path) -> None:
+def test_repricing_equals_the_ledger_at_new_prices(nights: Nights, tmp_path: Path) -> None:
     (tmp_path / "prices.toml").write_text('[pricing."mystery-model"]\ninput = 2\noutput = 3\nper_request = 0.5\n')
     paid = report(nights, "--by", "model")
     told = report(nights, "--by", "model", "--reprice", str(tmp_path / "prices.toml"))
@@ -363,7 +369,9 @@ def test_the_bill_at_other_prices_is_that_of_the_ledger(nights: Nights, tmp_path
         assert (ended.exit_code, ended.stderr.count("\n")) == (2, 1)
 
 
-def test_the_share_of_the_limit_is_of_the_tightest_one_and_of_starts_that_took_a_minute(tmp_path: Path) -> None:
+def test_limit_share_is_of_the_tightest_limit(tmp_path: Path) -> None:
+    """Only starts of at least a minute count."""
+
     def run(name: str, elapsed_s: float, used: tuple[int, int], allowed: tuple[int | None, int | None]) -> None:
         limits = {"requests_per_minute": allowed[0], "tokens_per_minute": allowed[1], "max_in_flight": 8}
         pace: dict[str, Any] = {"requests_per_minute": used[0], "tokens_per_minute": used[1]}
@@ -379,7 +387,8 @@ def test_the_share_of_the_limit_is_of_the_tightest_one_and_of_starts_that_took_a
     assert figures.figure(bill.collect([tmp_path], ("job",)).lines[0], "limit_share") == 0.8  # of 400 seconds
 
 
-def test_a_night_is_the_runs_date_whenever_it_began_and_ended(tmp_path: Path) -> None:
+def test_a_run_is_filed_under_its_date(tmp_path: Path) -> None:
+    """The date is the run's own, whenever it started and ended."""
     begun = "2026-11-02T23:30:00Z"
     places = ("2026-11-01", "2026-11-01-2", "nightly", "2026-12-01/reviews")
     for number, place in enumerate(places):
@@ -392,7 +401,7 @@ def test_a_night_is_the_runs_date_whenever_it_began_and_ended(tmp_path: Path) ->
     }
 
 
-def test_a_thousand_runs_are_reported_in_less_than_five_seconds(tmp_path: Path) -> None:
+def test_a_thousand_runs_report_within_five_seconds(tmp_path: Path) -> None:
     first = write_result(tmp_path / "0", [row(number) for number in range(400)])
     summary = json.loads((first / "summary.json").read_text())
     for number in range(1, 1000):
