@@ -76,10 +76,10 @@ def test_a_rest_without_price_has_no_cost(tmp_path: Path) -> None:
         pilot = batchrun("run", job, "-o", out, "--limit", "1", *UNKNOWN).stderr.splitlines()
         assert pilot[:2] == [
             "input: 10 rows in 1 file, read as columns",
-            "only 1 row of them; without --limit the run goes on",
+            "only the first 1 row; run without --limit to send the rest",
         ]
         rest = batchrun("run", job, "-o", out, *UNKNOWN).stderr.splitlines()
-        assert rest[:2] == [f"resuming {out}: 1 of 10 rows done", "9 rows are to be asked"]
+        assert rest[:2] == [f"resuming {out}: 1 of 10 rows done", "9 rows to send"]
 
 
 def test_unpriced_answers_are_not_summed_as_zero(tmp_path: Path) -> None:

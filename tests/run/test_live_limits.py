@@ -12,7 +12,7 @@ import pytest
 
 from batchrun.dispatch import live_limits
 from batchrun.dispatch.learned_limits import LearnedLimits
-from batchrun.dispatch.live_limits import Control, Wishes
+from batchrun.dispatch.live_limits import ControlFile, LimitChange
 from batchrun.errors import JobError
 from batchrun.job.job import Budget, Limits
 from batchrun.records import InForce
@@ -161,10 +161,10 @@ def test_a_running_process_takes_new_limits(tmp_path: Path) -> None:
     ],
 )
 def test_a_lower_rate_says_why(now: float, words: str) -> None:
-    wish = live_limits.wish({"requests_per_minute": "6000"})
+    wish = live_limits.parse({"requests_per_minute": "6000"})
     limits = InForce(requests_per_minute=now, tokens_per_minute=None, max_in_flight=8)
-    assert live_limits.in_words(wish, limits).startswith(words)
-    assert ("allow less" in live_limits.in_words(wish, limits)) == (now < 6000)
+    assert live_limits.describe(wish, limits).startswith(words)
+    assert ("allow less" in live_limits.describe(wish, limits)) == (now < 6000)
 
 
 def test_a_cap_below_spending_ends_the_run(tmp_path: Path) -> None:
@@ -216,26 +216,26 @@ def test_a_new_process_ignores_old_requests(tmp_path: Path) -> None:
 
 
 def test_each_control_file_is_read_once(tmp_path: Path) -> None:
-    wishes = Wishes(RunDirectory(tmp_path))
-    assert wishes.newest() is None
+    control_file = ControlFile(RunDirectory(tmp_path))
+    assert control_file.read_new() is None
     (tmp_path / "control.json").write_text("1")
-    assert [wishes.newest(), wishes.newest()] == [b"1", None]
+    assert [control_file.read_new(), control_file.read_new()] == [b"1", None]
     (tmp_path / "control.json").write_text("22")
-    assert [wishes.newest(), wishes.newest()] == [b"22", None]
+    assert [control_file.read_new(), control_file.read_new()] == [b"22", None]
 
 
 def test_every_wish_has_a_name_of_its_own() -> None:
-    one, other = live_limits.wish({"max_tokens": "5"}), live_limits.wish({"max_tokens": "5"})
+    one, other = live_limits.parse({"max_tokens": "5"}), live_limits.parse({"max_tokens": "5"})
     assert one.id != other.id
     assert (one.max_tokens, one.requests_per_minute) == (5, None)
-    assert isinstance(one, Control)
+    assert isinstance(one, LimitChange)
 
 
 def test_every_limit_of_a_job_is_tunable() -> None:
     """Except for what bounds a single request."""
     single = {"max_output_tokens", "max_image_tokens"}
     assert {*Limits.__struct_fields__, *Budget.__struct_fields__} - single == live_limits.FLAGS.keys()
-    told = live_limits.wish(dict.fromkeys(live_limits.FLAGS, "7"))
+    told = live_limits.parse(dict.fromkeys(live_limits.FLAGS, "7"))
     assert live_limits.decode(msgspec.json.encode(told)) == told
 
 
@@ -263,7 +263,7 @@ def test_every_limit_of_a_job_is_tunable() -> None:
 )
 def test_an_impossible_limit_names_its_flag(limits: dict[str, str], problem: str) -> None:
     with pytest.raises(JobError) as raised:
-        live_limits.wish(limits)
+        live_limits.parse(limits)
     assert str(raised.value) == problem
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from batchrun import attempt_caps
 from batchrun.attempt_caps import History
-from batchrun.dispatch.attempt_result import Ended, maybe_billed, remembered
+from batchrun.dispatch.attempt_result import AttemptResult, history_of, maybe_billed
 from batchrun.dispatch.backlog import Pending
 from batchrun.job.answer_schema import KINDS
 from batchrun.job.job import Retry
@@ -24,11 +24,11 @@ ATTEMPTS = st.sampled_from([200, 400, 429, 500, 502, 503, 504, 520, 529, None])
 VERDICTS = st.sampled_from([Verdict.FREE, Verdict.MAYBE, Verdict.SLOW, Verdict.PAUSE])
 
 
-def ended(pending: Pending, status: int | None, verdict: Verdict, *, corroborated: bool) -> Ended:
+def ended(pending: Pending, status: int | None, verdict: Verdict, *, corroborated: bool) -> AttemptResult:
     judgement = Judgement(verdict, RowError("server_error", status))
     history = attempt_caps.after(pending.history, judgement, corroborated=corroborated)
     attempt = Attempt(0.0, 0.1, status, {}, b"")
-    return Ended(pending, attempt, Answer(), judgement, None, history, None, None, maybe_billed=False)
+    return AttemptResult(pending, attempt, Answer(), judgement, None, history, None, None, maybe_billed=False)
 
 
 @given(st.lists(st.tuples(ATTEMPTS, VERDICTS, st.booleans()), max_size=12), st.integers(0, 12))
@@ -38,11 +38,11 @@ def test_a_resumed_row_keeps_its_history(attempts: list[tuple[int | None, Verdic
         one = ended(pending, status, verdict, corroborated=corroborated)
         records.append(one.discarded())
         pending = msgspec.structs.replace(pending, history=one.history)
-    assert remembered(records, 0) == pending.history
+    assert history_of(records, 0) == pending.history
 
 
 def test_a_lost_attempt_only_has_its_number() -> None:
-    assert remembered([], 3) == History(attempts=3)
+    assert history_of([], 3) == History(attempts=3)
 
 
 def test_earlier_overloads_leave_a_row_its_attempts() -> None:
@@ -52,7 +52,7 @@ def test_earlier_overloads_leave_a_row_its_attempts() -> None:
         records.append(one.discarded())
         pending = msgspec.structs.replace(pending, history=one.history)
     again = attempt_caps.after(
-        remembered(records, 0), Judgement(Verdict.FREE, RowError("server_error", 500)), corroborated=True
+        history_of(records, 0), Judgement(Verdict.FREE, RowError("server_error", 500)), corroborated=True
     )
     assert not attempt_caps.exhausted(again, Retry(max_attempts=6, max_5xx=4))
 
