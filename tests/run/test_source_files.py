@@ -58,7 +58,7 @@ def test_a_pipe_a_socket_and_a_device_are_refused_without_being_opened(tmp_path:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "socket"))
         for path in (tmp_path / "pipe", tmp_path / "socket", Path("/dev/zero")):
-            assert "no regular file" in refused(path)
+            assert "not a regular file" in refused(path)
 
 
 def test_an_unreadable_file_is_named_with_the_systems_reason(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_a_file_is_unchanged_until_it_is_written_replaced_or_removed(tmp_path: P
     a, b = write(tmp_path / "a.jsonl"), write(tmp_path / "b.jsonl")
     before = fingerprint((a, b))
     assert changed((a, b), before) is None
-    assert changed((a,), before) == f"{b} is no longer part of it"
+    assert changed((a,), before) == f"{b} is no longer part of the input"
     write(a, b'{"a": 1}\n{"a": 2}\n')
     assert changed((a, b), before) == f"{a} had 9 bytes and has 18"
     write(tmp_path / "other").replace(a)

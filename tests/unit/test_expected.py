@@ -183,12 +183,12 @@ def test_parameters_of_a_tool_that_are_no_schema_are_named_before_anything_is_se
 def test_a_schema_that_is_none_is_told_with_its_place(schema: dict[str, Any], told: str) -> None:
     said = problem(schema)
     assert said is not None
-    assert said.startswith("no JSON schema: ")
+    assert said.startswith("invalid JSON schema: ")
     assert told in said
     assert "\n" not in said
-    with pytest.raises(JobError, match=r"^functions\[0\]\.parameters: no JSON schema"):
+    with pytest.raises(JobError, match=r"^functions\[0\]\.parameters: invalid JSON schema"):
         of(None, [{"name": "f", "parameters": schema}])
-    with pytest.raises(JobError, match=r"^response_format\.json_schema\.schema: no JSON schema"):
+    with pytest.raises(JobError, match=r"^response_format\.json_schema\.schema: invalid JSON schema"):
         of({"type": "json_schema", "json_schema": {"schema": schema}}, None)
 
 
