@@ -1,4 +1,4 @@
-"""The documentation says what the code does: its tables are read back and held against it."""
+"""The documentation matches the code: these tests read its tables, examples and citations back."""
 
 import re
 import subprocess
@@ -39,7 +39,8 @@ USER_PAGES = [page for page in PAGES if page.name != "CHANGELOG.md"]  # which ma
 CODE = re.compile(r"^ {4,}(?P<block>.+)$|^```.*\n(?P<fence>[\s\S]*?)^```|`(?P<span>[^`]+)`", re.MULTILINE)
 NOT_YET = re.compile(r"^- Not yet:.*(?:\n .*)*|^## Not yet\n(?:(?!## ).*\n?)*", re.MULTILINE)
 OPTION = re.compile(r"(?<!\S)--?[a-z][\w-]*")
-CITED_TESTS = re.compile(r"((?:`test_\w+`(?:, | and )?)+) in (tests/\w+/test_\w+\.py)")
+CITED_TESTS = re.compile(r"(?P<names>(?:`test_\w+`(?:,\s+|\s+and\s+)?)+)\s+in\s+(?P<file>tests/\w+/test_\w+\.py)")
+LISTED_TESTS = re.compile(r"^- (?P<file>tests/\w+/test_\w+\.py):\n(?P<names>(?:  `test_\w+`,?\n)+)", re.MULTILINE)
 
 
 def text_of(name: str) -> str:
@@ -222,7 +223,12 @@ def test_every_package_that_only_tests_use_is_named_in_the_design() -> None:
 
 def test_every_test_that_a_page_names_exists() -> None:
     text = "\n".join(page.read_text("utf-8") for page in PAGES)
-    cited = [(name, file) for names, file in CITED_TESTS.findall(text) for name in re.findall(r"test_\w+", names)]
+    cited = [
+        (name, match["file"])
+        for form in (CITED_TESTS, LISTED_TESTS)
+        for match in form.finditer(text)
+        for name in re.findall(r"test_\w+", match["names"])
+    ]
     assert {name for name, _ in cited} == set(re.findall(r"`(test_\w+)`", text)), "a test is cited without its file"
     assert cited
     missing = [
@@ -231,6 +237,12 @@ def test_every_test_that_a_page_names_exists() -> None:
         if not (ROOT / file).exists() or f"def {name}(" not in (ROOT / file).read_text("utf-8")
     ]
     assert missing == []
+
+
+def test_every_promise_has_its_test() -> None:
+    promises = text_of("docs/guarantees.md").partition("\n## Verdicts")[0].split("\n### ")[1:]
+    assert len(promises) > 100
+    assert [promise.partition("\n")[0] for promise in promises if not LISTED_TESTS.search(promise + "\n")] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids_of)
