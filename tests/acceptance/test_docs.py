@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import batchrun
@@ -24,11 +25,13 @@ from batchrun.report.bill import KEYS
 from batchrun.report.figures import FIGURES
 from batchrun.report.findings import THRESHOLDS
 from batchrun.response.answer import read
+from batchrun.simulator import SimulatorConfig, parse_faults
 from batchrun.source import find_files, open_source
 from batchrun.startup.input_check import survey
 from batchrun.store.checkpoint import SPILL
 from batchrun.store.rundir import RunDirectory
 from batchrun.tables.rows import OWN_COLUMNS, USAGE_COLUMNS
+from tests.simulator_process import running_simulator
 from tests.unit.test_architecture import LAYERS
 
 ROOT = Path(__file__).parents[2]
@@ -203,6 +206,19 @@ def test_every_package_has_its_line_in_the_design() -> None:
     assert listed == [f"{name}/" if name in packages else name for name in from_the_ground_up]
 
 
+def test_the_tree_of_objects_names_classes_that_exist() -> None:
+    tree = text_of("docs/design.md").partition("### The tree of objects")[2].partition("\n### ")[0]
+    block = "\n".join(line for line in tree.splitlines() if line.startswith("    "))
+    named = set(re.findall(r"\b[A-Z][a-z]+(?:[A-Z][a-z]+)*\b", block))
+    defined = {
+        name
+        for module in (ROOT / "batchrun").rglob("*.py")
+        for name in re.findall(r"^class (\w+)", module.read_text("utf-8"), re.MULTILINE)
+    }
+    assert len(named) > 15
+    assert named - defined == set()
+
+
 def test_every_dependency_has_its_reason_in_the_design() -> None:
     listed = [row[0].partition(" ")[0] for row in rows("docs/design.md", "package", "reason")]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
@@ -321,6 +337,20 @@ def test_there_are_examples_of_all_three_dialects(tmp_path: Path, monkeypatch: p
     with_input = [(job, job.input.path) for job in jobs if job.input.path is not None]
     dialects = {survey(open_source(find_files(path)), job, tmp_path).dialect for job, path in with_input}
     assert dialects == {"columns", "messages", "openai-batch"}
+
+
+def test_the_miniature_sends_every_row_and_retries(tmp_path: Path) -> None:
+    """docs/miniature.py runs against the simulator, which fails some attempts."""
+    faults = parse_faults("500=0.1,429=0.05")
+    with running_simulator(SimulatorConfig(latency_s=0, faults=faults, seed=7)) as simulator:
+        command = [sys.executable, ROOT / "docs/miniature.py", ROOT / "sample_inputs/changes.jsonl", simulator.url]
+        shown = subprocess.run([*command, tmp_path / "out"], capture_output=True, text=True)
+        served = len(simulator.ledger())
+    assert shown.returncode == 0, shown.stderr
+    part = pq.read_table(tmp_path / "out/part.parquet", columns=["row", "status", "attempts"]).to_pydict()
+    assert part["row"] == list(range(400))
+    assert set(part["status"]) == {"ok"}
+    assert sum(part["attempts"]) == served > 400
 
 
 # ── the library ───────────────────────────────────────────────────────────────────────────────────────────────────────
