@@ -73,9 +73,9 @@ def test_jobs_in_code_send_the_same_questions(tmp_path: Path) -> None:
     ("change", "problem"),
     [
         ({"limits": batchrun.Limits(max_in_flight=0)}, "limits.max_in_flight: expected an integer >= 1 (is 0)"),
-        ({"limits": {"max_in_flihgt": 1}}, "limits.max_in_flihgt: no such setting: did you mean limits.max_in_flight?"),
+        ({"limits": {"max_in_flihgt": 1}}, "limits.max_in_flihgt: unknown setting: did you mean limits.max_in_flight?"),
         ({"budget": batchrun.Budget(max_cost_usd=Decimal("NaN"))}, "budget.max_cost_usd: expected 0 to 10,000,000 USD"),
-        ({"pricing": {"m": batchrun.Price(input=MODULE, output=Decimal(1))}}, "the job holds a module, which is no"),
+        ({"pricing": {"m": batchrun.Price(input=MODULE, output=Decimal(1))}}, "no setting takes a module"),
     ],
 )
 def test_mistakes_in_code_read_as_in_files(tmp_path: Path, change: Any, problem: str) -> None:
@@ -122,7 +122,7 @@ def test_a_table_equals_the_same_dicts(tmp_path: Path, simulator: RunningSimulat
     ("rows", "problem"),
     [
         ([{"text": "a"}, ["b"]], "rows[1]: expected a dict with a value for each column (is a list)"),
-        ([{"text": "a"}, {"text": b"b"}], "rows[1]: JSON can't say it: Object of type bytes is not JSON serializable"),
+        ([{"text": "a"}, {"text": b"b"}], "rows[1]: JSON can't represent it: Object of type bytes is not JSON"),
         ([{"text": "a"}, {"text": float("nan")}], "1 of 2 input records can't be asked"),
     ],
 )

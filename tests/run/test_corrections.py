@@ -66,7 +66,7 @@ def test_an_invalid_answer_is_corrected_and_billed(tmp_path: Path) -> None:
     ]
     first = rows[1]["set_aside"][0]
     assert json.loads(first["content"])["name"] == "label"
-    assert "does not fit its schema" in first["message"]
+    assert "does not match its schema" in first["message"]
     assert rows[4]["error"]["http_status"] == 200
     assert rows[4]["function_call"] is not None
     assert rows[4]["raw"]
@@ -163,7 +163,7 @@ def test_tool_calls_are_validated_and_corrected(tmp_path: Path) -> None:
         assert [row["status"] for row in rows] == ["ok", "invalid", "invalid", "invalid", "invalid", "ok"]
         kinds = [None, "schema", "invalid_json", "unknown_function", "schema", None]
         assert [(row["error"] or {}).get("kind") for row in rows] == kinds
-        assert 'the text of the arguments of label does not fit its schema: at $.a: "x"' in rows[1]["error"]["message"]
+        assert 'arguments of label does not match its schema: at $.a: "x"' in rows[1]["error"]["message"]
     with running_simulator(SimulatorConfig(faults=faults)) as simulator:
         job = write_job(tmp_path / "job.toml", simulator.url, source, TOOLS.format(invalid=2))
         assert batchrun("run", job, "-o", tmp_path / "again").exit_code == 3
@@ -183,7 +183,7 @@ def test_an_invalid_tool_schema_is_refused_early(tmp_path: Path) -> None:
         for command in ("check", "run"):
             ended = batchrun(command, job, *(("-o", tmp_path / "out") if command == "run" else ()))
             assert ended.exit_code == 2
-            assert "request.extra.tools[0].function.parameters: no JSON schema: at $.properties.a.type" in ended.stderr
+            assert "tools[0].function.parameters: invalid JSON schema: at $.properties.a.type" in ended.stderr
         assert not simulator.ledger()
 
 

@@ -28,7 +28,7 @@ def nothing(folder: Path) -> None:
 
 
 BAD: dict[str, tuple[list[str], str, Callable[[Path], None]]] = {
-    "a name in output.path": (["output.path=runs/{jobname}"], "output.path: {jobname} is not known", nothing),
+    "a name in output.path": (["output.path=runs/{jobname}"], "output.path: {jobname} is unknown", nothing),
     "faults": (["endpoint.url=simulator", 'simulator.faults="nonsense"'], "simulator.faults: ", nothing),
     "faults of no kind": (["endpoint.url=simulator", "simulator.faults=999x=0.1"], "simulator.faults: ", nothing),
     "no key": (["endpoint.api_key_env=NOT_SET_ANYWHERE"], "endpoint.api_key_env: ", nothing),
@@ -45,7 +45,7 @@ BAD: dict[str, tuple[list[str], str, Callable[[Path], None]]] = {
     "no such column": (['output.columns=["nope"]'], "output.columns: 'nope' is no input column", nothing),
     "no input": (["input.path=nowhere.jsonl"], "nowhere.jsonl", nothing),
     "a bad template": (['request.prompt="{{ text"'], "request.prompt: ", nothing),
-    "a wrong setting": (["limits.max_in_flihgt=3"], "limits.max_in_flihgt: no such setting", nothing),
+    "a wrong setting": (["limits.max_in_flihgt=3"], "limits.max_in_flihgt: unknown setting", nothing),
 }
 
 

@@ -59,7 +59,7 @@ def test_special_files_are_refused_without_opening(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "socket"))
         for path in (tmp_path / "pipe", tmp_path / "socket", Path("/dev/zero")):
-            assert "no regular file" in refused(path)
+            assert "not a regular file" in refused(path)
 
 
 def test_an_unreadable_file_names_the_reason(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_a_file_changes_by_write_or_removal(tmp_path: Path) -> None:
     a, b = write(tmp_path / "a.jsonl"), write(tmp_path / "b.jsonl")
     before = fingerprint((a, b))
     assert changed((a, b), before) is None
-    assert changed((a,), before) == f"{b} is no longer part of it"
+    assert changed((a,), before) == f"{b} is no longer part of the input"
     write(a, b'{"a": 1}\n{"a": 2}\n')
     assert changed((a, b), before) == f"{a} had 9 bytes and has 18"
     write(tmp_path / "other").replace(a)

@@ -179,7 +179,7 @@ def test_batch_lines_have_their_own_schemas(tmp_path: Path) -> None:
             if name != "bad":
                 tables[name] = result(tmp_path / name)
         assert ended.exit_code == 2
-        assert ended.stderr.count("response_format.json_schema.schema: no JSON schema") == 2
+        assert ended.stderr.count("response_format.json_schema.schema: invalid JSON schema") == 2
     assert str(tables["one"].schema.field("parsed").type) == "struct<label: large_string>"
     for row in tables["one"].to_pylist():
         assert (row["parsed"] is None) == (row["row"] % 3 == 0)

@@ -184,12 +184,12 @@ def test_an_invalid_parameter_schema_is_refused_early(parameters: object) -> Non
 def test_an_invalid_schema_is_reported_with_place(schema: dict[str, Any], told: str) -> None:
     said = problem(schema)
     assert said is not None
-    assert said.startswith("no JSON schema: ")
+    assert said.startswith("invalid JSON schema: ")
     assert told in said
     assert "\n" not in said
-    with pytest.raises(JobError, match=r"^functions\[0\]\.parameters: no JSON schema"):
+    with pytest.raises(JobError, match=r"^functions\[0\]\.parameters: invalid JSON schema"):
         of(None, [{"name": "f", "parameters": schema}])
-    with pytest.raises(JobError, match=r"^response_format\.json_schema\.schema: no JSON schema"):
+    with pytest.raises(JobError, match=r"^response_format\.json_schema\.schema: invalid JSON schema"):
         of({"type": "json_schema", "json_schema": {"schema": schema}}, None)
 
 

@@ -120,9 +120,12 @@ TEXTS: dict[str, tuple["pa.Array[Any]", str, str]] = {
 }
 
 REFUSED: dict[str, tuple["pa.Array[Any]", str]] = {
-    "date": (pa.array([10**7], pa.date32()), "column 'x' of type date32[day]: a value is beyond what"),
-    "timestamp": (pa.array([2**62], pa.timestamp("us")), "column 'x' of type timestamp[us]: a value is beyond what"),
-    "duration": (pa.array([2**62], pa.duration("s")), "column 'x' of type duration[s]: a value is beyond what"),
+    "date": (pa.array([10**7], pa.date32()), "column 'x' of type date32[day]: a value is out of the range"),
+    "timestamp": (
+        pa.array([2**62], pa.timestamp("us")),
+        "column 'x' of type timestamp[us]: a value is out of the range",
+    ),
+    "duration": (pa.array([2**62], pa.duration("s")), "column 'x' of type duration[s]: a value is out of the range"),
     "zone": (
         pa.array([MOMENT], pa.timestamp("us", "Mars/Base")),
         "column 'x' of type timestamp[us, tz=Mars/Base]: its time zone is not known here; install tzdata, or cast",

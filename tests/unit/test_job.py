@@ -44,16 +44,16 @@ def test_every_job_that_is_shipped_loads(file: Path, monkeypatch: pytest.MonkeyP
     [
         (
             "[limits]\nrequest_per_minute = 1",
-            "limits.request_per_minute: no such setting: did you mean limits.requests_per_minute?",
+            "limits.request_per_minute: unknown setting: did you mean limits.requests_per_minute?",
         ),
-        ("[limits]\nrpm = 1", "limits.rpm: no such setting: did you mean limits.requests_per_minute?"),
+        ("[limits]\nrpm = 1", "limits.rpm: unknown setting: did you mean limits.requests_per_minute?"),
         ("[limits]\nmax_in_flight = [1]", "limits.max_in_flight: expected an integer, got a list"),
-        ("[limit]\nmax_in_flight = 1", "limit: no such setting: did you mean limits?"),
-        ("[limits]\nmax_cost_usd = 1", "limits.max_cost_usd: no such setting: did you mean budget.max_cost_usd?"),
-        ("[xyzzy]", "xyzzy: no such setting: docs/job.md lists every setting"),
+        ("[limit]\nmax_in_flight = 1", "limit: unknown setting: did you mean limits?"),
+        ("[limits]\nmax_cost_usd = 1", "limits.max_cost_usd: unknown setting: did you mean budget.max_cost_usd?"),
+        ("[xyzzy]", "xyzzy: unknown setting: docs/job.md lists every setting"),
         (
             '[[request.messages]]\nroll = "user"',
-            "request.messages[0].roll: no such setting: did you mean request.messages[0].role?",
+            "request.messages[0].roll: unknown setting: did you mean request.messages[0].role?",
         ),
         (
             '[[request.messages]]\nrole = "usr"\ncontent = "x"',
@@ -61,7 +61,7 @@ def test_every_job_that_is_shipped_loads(file: Path, monkeypatch: pytest.MonkeyP
         ),
         (
             '[request]\nfunctions = [{nam = "f"}]',
-            "request.functions[0].nam: no such setting: did you mean request.functions[0].name?",
+            "request.functions[0].nam: unknown setting: did you mean request.functions[0].name?",
         ),
         ("[request]\nmax_tokens = 0", "request.max_tokens: expected an integer >= 1 (is 0)"),
         ("[request]\nmax_tokens = 128_001", "request.max_tokens: expected an integer <= 128000 (is 128001)"),
@@ -75,7 +75,7 @@ def test_every_job_that_is_shipped_loads(file: Path, monkeypatch: pytest.MonkeyP
         ('[request]\nfunction_call = "always"', 'request.function_call: expected "none", "auto" or { name = "…" }'),
         (
             '[request]\nprompt = "x"\nmessages = "chat"',
-            "request.prompt: can't stand beside request.messages; keep one of them",
+            "request.prompt: conflicts with request.messages; keep one of them",
         ),
         (
             '[request]\nsystem = "x"\n[[request.messages]]\nrole = "user"\ncontent = "x"',
@@ -91,15 +91,15 @@ def test_every_job_that_is_shipped_loads(file: Path, monkeypatch: pytest.MonkeyP
         ),
         (
             "[request]\nextra = { stream = true }",
-            "request.extra.stream: this one has a setting of its own, request.stream",
+            "request.extra.stream: has its own setting, request.stream",
         ),
         (
             "[request]\nextra = { until = 2026-11-22 }",
-            "request.extra.until: JSON has no such value (is 2026-11-22); dates belong in quotes",
+            "request.extra.until: JSON has no such value (is 2026-11-22); write dates in quotes",
         ),
         (
             "[request]\nextra = { bias = { a = nan } }",
-            "request.extra.bias.a: JSON has no such value (is nan); dates belong in quotes",
+            "request.extra.bias.a: JSON has no such value (is nan); write dates in quotes",
         ),
         (
             '[request]\nfrom_columns = { seed = "s" }',
@@ -120,7 +120,7 @@ def test_every_job_that_is_shipped_loads(file: Path, monkeypatch: pytest.MonkeyP
         ('[budget]\nmax_cost_usd = "ten"', "budget.max_cost_usd: expected an amount in USD (is 'ten')"),
         (
             "[pricing.m]\ninput = 1",
-            "pricing.m.output: is missing; batchrun new FILE writes a job that has all it needs",
+            "pricing.m.output: is missing; batchrun new FILE writes a complete job file",
         ),
         (
             '[pricing.a]\ninput = 1\noutput = 2\n[pricing."b.c"]\ninput = "x"\noutput = 1',
@@ -128,7 +128,7 @@ def test_every_job_that_is_shipped_loads(file: Path, monkeypatch: pytest.MonkeyP
         ),
         (
             "[pricing.m]\ninput = 1\noutput = 1\ncache_input = 1",
-            "pricing.m.cache_input: no such setting: did you mean pricing.m.cached_input?",
+            "pricing.m.cache_input: unknown setting: did you mean pricing.m.cached_input?",
         ),
         (
             "[pricing.m]\ninput = nan\noutput = 1",
@@ -140,7 +140,7 @@ def test_every_job_that_is_shipped_loads(file: Path, monkeypatch: pytest.MonkeyP
         ),
         ('[output]\nlayout = "csv"', 'output.layout: expected "file" or "parts" (is \'csv\')'),
         ("name = 3", "endpoint.name: expected text (is 3)"),
-        ("[simulator]\nlatency = 1", "simulator.latency: no such setting: did you mean simulator.latency_s?"),
+        ("[simulator]\nlatency = 1", "simulator.latency: unknown setting: did you mean simulator.latency_s?"),
     ],
 )
 def test_a_mistake_names_path_and_suggestion(tmp_path: Path, toml: str, problem: str) -> None:
@@ -148,7 +148,8 @@ def test_a_mistake_names_path_and_suggestion(tmp_path: Path, toml: str, problem:
 
 
 @pytest.mark.parametrize(
-    ("toml", "problem"), [("", "endpoint: is missing; batchrun new FILE writes a job"), ("a = ", "not valid TOML")]
+    ("toml", "problem"),
+    [("", "endpoint: is missing; batchrun new FILE writes a complete job"), ("a = ", "not valid TOML")],
 )
 def test_a_file_that_is_no_job_is_named(tmp_path: Path, toml: str, problem: str) -> None:
     assert problem_of(tmp_path, toml).startswith(problem)
@@ -249,9 +250,7 @@ def test_a_base_url_gets_the_route_appended(url: str, whole: str) -> None:
 @pytest.mark.parametrize("request_", [{"max_tokens": 5}, {"from_columns": {"max_tokens": "limit"}}])
 def test_a_second_limit_of_output_is_a_mistake(request_: dict[str, Any]) -> None:
     tables = {"endpoint": {"url": "simulator"}, "request": {**request_, "extra": {"max_completion_tokens": 5}}}
-    with pytest.raises(
-        JobError, match=r"request\.extra\.max_completion_tokens: can't stand beside request\.max_tokens"
-    ):
+    with pytest.raises(JobError, match=r"request\.extra\.max_completion_tokens: conflicts with request\.max_tokens"):
         from_tables(tables)
     assert from_tables({**tables, "request": {"extra": {"max_completion_tokens": 5}}})
 
@@ -303,11 +302,11 @@ def test_an_unsafe_url_is_refused(url: str, problem: str) -> None:
 
 
 def test_a_job_names_one_place_for_its_key() -> None:
-    with pytest.raises(JobError, match=r"endpoint\.api_key_file: can't stand beside"):
+    with pytest.raises(JobError, match=r"endpoint\.api_key_file: conflicts with"):
         at("https://h", api_key_file="k")
     with pytest.raises(JobError, match=r"endpoint\.api_key_env: name the environment variable"):
         at("https://h", api_key_env=None)
-    with pytest.raises(JobError, match=r'endpoint\.auth: "none" can\'t stand beside a key'):
+    with pytest.raises(JobError, match=r'endpoint\.auth: "none" conflicts with a key'):
         at("https://h", auth="none")
 
 
@@ -321,7 +320,7 @@ def test_secrets_require_https() -> None:
 
 
 def test_a_job_file_holds_no_secret() -> None:
-    with pytest.raises(JobError, match=r"endpoint\.headers\.X-Api-Key: a job file holds no secret") as caught:
+    with pytest.raises(JobError, match=r"endpoint\.headers\.X-Api-Key: a job file must not hold a secret") as caught:
         at("https://h", headers={"X-Api-Key": "canary-4711"})
     assert "canary" not in str(caught.value)
     assert at("https://h", headers={"X-Api-Key": "env:OTHER"}).endpoint.headers == {"X-Api-Key": "env:OTHER"}
@@ -358,10 +357,10 @@ def test_a_schema_file_belongs_to_the_fingerprint(tmp_path: Path) -> None:
     [
         (None, "can't read"),
         ("{", "is not JSON"),
-        ("[]", "holds no JSON object"),
+        ("[]", "does not hold a JSON object"),
         ("\udcff", "is not JSON"),
-        ('{"type": "strin"}', r"s\.json: no JSON schema: at \$\.type: "),
-        ('{"$ref": "https://example.com/s"}', r"s\.json: no JSON schema: .*https://example\.com/s"),
+        ('{"type": "strin"}', r"s\.json: invalid JSON schema: at \$\.type: "),
+        ('{"$ref": "https://example.com/s"}', r"s\.json: invalid JSON schema: .*https://example\.com/s"),
     ],
 )
 def test_an_invalid_schema_file_is_named(tmp_path: Path, text: str | None, problem: str) -> None:
@@ -380,7 +379,7 @@ def test_an_invalid_inline_schema_is_named(tmp_path: Path) -> None:
     for request, path in ((asked, "response_format.schema"), (functions, "functions[1].parameters")):
         with pytest.raises(JobError) as caught:
             from_tables({"endpoint": {"url": "simulator"}, "request": request})
-        assert str(caught.value).startswith(f"request.{path}: no JSON schema: at $.properties.a.type: ")
+        assert str(caught.value).startswith(f"request.{path}: invalid JSON schema: at $.properties.a.type: ")
 
 
 # -- fingerprint
@@ -423,7 +422,7 @@ ALONE = {
     "endpoint.api_key_file": "endpoint.api_key_env",
     "endpoint.auth": "endpoint.api_key_env",
 }
-"""Settings that can't stand beside another."""
+"""Settings that conflict with another."""
 
 DECIDE_THE_QUESTIONS = {"endpoint.url", "endpoint.name", "input.dialect"} | {
     path for path, _ in settings() if path.startswith("request.") and path != "request.stream"
@@ -506,5 +505,5 @@ def test_decimals_are_exact_only_in_prices(tmp_path: Path) -> None:
 @pytest.mark.parametrize("override", ["limits.rpm=4", "limits.max_in_flight=many", "limits={rpm=4}", "limit.x.y=1"])
 def test_an_override_mistake_names_the_override(tmp_path: Path, override: str) -> None:
     file = tmp_path / "night.toml"
-    assert problem_of(tmp_path, SIMULATOR, override).startswith(f"set over {file} (by --set or an option): limit")
+    assert problem_of(tmp_path, SIMULATOR, override).startswith(f"{file}, overridden by --set or an option: limit")
     assert problem_of(tmp_path, "[limits]\nrpm = 4", "limits.max_in_flight=4").startswith("limits.rpm: ")

@@ -138,7 +138,7 @@ def test_the_job_fills_gaps_of_batch_lines() -> None:
     ("columns", "problem"),
     [
         ({"body": [1]}, "`body` is no JSON object"),
-        ({"body": "{"}, "a column that should hold JSON does not"),
+        ({"body": "{"}, "a column that should hold JSON text holds something else"),
         ({"body": {"messages": HELLO}, "url": "/v1/embeddings"}, "`url` is '/v1/embeddings'"),
         ({"body": {"messages": []}}, "messages: expected at least one message"),
         ({"body": {"messages": HELLO, "model": 5}}, "model: expected a model id (is 5)"),

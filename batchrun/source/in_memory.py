@@ -1,4 +1,4 @@
-"""Rows that a program hands over instead of naming a file, as the bytes of a file that says the same."""
+"""Turns rows that a program passes in memory into a file with the same rows."""
 
 import contextlib
 import io
@@ -20,21 +20,21 @@ BATCH_ROWS = 1 << 14  # a polars table may come as one batch
 
 @runtime_checkable
 class ArrowStream(Protocol):
-    """A table of any library that speaks Arrow's C stream interface: pyarrow, polars, pandas from 2.2, duckdb."""
+    """A table of any library with Arrow's C stream interface: pyarrow, polars, pandas from 2.2, duckdb."""
 
     def __arrow_c_stream__(self, requested_schema: object = None) -> object: ...
 
 
 Rows = Iterable[Mapping[str, Any]] | ArrowStream
-"""Rows as a program has them: dicts of JSON values, or a table whose types are kept as Parquet keeps them."""
+"""Dicts of JSON values, or a table, whose types are kept as in Parquet."""
 
 
 @contextlib.contextmanager
 def as_file(rows: Rows, scratch: Path) -> Iterator[BinaryIO]:
-    """The rows as an open file, JSON lines or Parquet; `scratch` is the directory for what can't be streamed.
+    """The rows as an open file of JSON lines or Parquet. A table is written to a temporary file in `scratch`.
 
     Raises:
-        InputError: a column is of a type that no file holds; on reading, a row holds what JSON can't say.
+        InputError: Parquet has no type for a column; while reading: a row holds a value that JSON can't represent.
     """
     if not isinstance(rows, ArrowStream):
         yield io.BufferedReader(_Lines(rows), BLOCK_BYTES)
@@ -52,29 +52,29 @@ def as_file(rows: Rows, scratch: Path) -> Iterator[BinaryIO]:
 
 
 class _Lines(io.RawIOBase):
-    """Reads as one JSON line for each row; a row is taken when its bytes are wanted."""
+    """Reads as one JSON line per row. Takes each row from the iterable only when its bytes are read."""
 
     def __init__(self, rows: Iterable[Mapping[str, Any]]) -> None:
         self._lines = (_line(number, row) for number, row in enumerate(rows))
-        self._left = b""
+        self._rest = b""
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        if not self._left:
-            self._left = next(self._lines, b"")
-        taken = self._left[: len(buffer)]
-        buffer[: len(taken)] = taken
-        self._left = self._left[len(taken) :]
-        return len(taken)
+        if not self._rest:
+            self._rest = next(self._lines, b"")
+        part = self._rest[: len(buffer)]
+        buffer[: len(part)] = part
+        self._rest = self._rest[len(part) :]
+        return len(part)
 
 
 def _line(number: int, row: Mapping[str, Any]) -> bytes:
-    """The row as JSON. NaN and infinities are written as they are, so that the check names the row that holds them."""
+    """The row as JSON. NaN and infinities are written as such, so that the input check names their row."""
     if not isinstance(row, Mapping):
         raise InputError(f"rows[{number}]: expected a dict with a value for each column (is a {type(row).__name__})")
     try:
         return json.dumps(dict(row)).encode() + b"\n"
     except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"rows[{number}]: JSON can't say it: {error}; hand such values over as text") from error
+        raise InputError(f"rows[{number}]: JSON can't represent it: {error}; pass such values as text") from error

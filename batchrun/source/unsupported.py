@@ -1,7 +1,7 @@
-"""Files that are not read: what each one is, and the command that converts it. PURE but for the names beside a file.
+"""Recognises files that batchrun does not read, and names the command that converts each one. PURE but for free names.
 
-Magic numbers: each format's specification. A spreadsheet is a zip archive; its members tell which one. Each command is
-one that was run on such a file (tests/run/test_foreign.py, docs/guarantees.md); none writes over a file that is there.
+Magic numbers are from each format's specification. A spreadsheet is a zip archive; its members say which kind it is.
+Every command has been run on such a file (tests/run/test_unsupported_files.py). None overwrites an existing file.
 """
 
 import os
@@ -21,7 +21,7 @@ _PYARROW = (
 )
 _TABLE = "f.read_table(sys.argv[1])"
 _POLARS = "python -c 'import sys, polars; polars.read_avro(sys.argv[1]).write_parquet(sys.argv[2])' {file} {new}"
-_EXCEL = (  # as text: pandas would take "NA" for a missing cell, and long numbers for doubles
+_EXCEL = (  # as text: pandas reads "NA" as a missing cell and long numbers as doubles
     "python -c 'import sys, pandas; pandas.read_excel(sys.argv[1], dtype=str, keep_default_na=False)"
     ".to_csv(sys.argv[2], index=False)' {file} {new}  (needs pandas and %s)"
 )
@@ -29,10 +29,10 @@ _ZLIB = "{python} -c 'import sys, zlib; sys.stdout.buffer.write(zlib.decompress(
 _ICONV = "iconv -f %s -t UTF-8 {file} > {new}"
 _UNWRAP = "jq -c '.[]' {file} > {new}"
 
-_Way = tuple[str, str, str | None]
-"""What the file is, the command, and the ending of the new file: None = that of the file, "" = a folder."""
+_Conversion = tuple[str, str, str | None]
+"""What the file is, the command, and the ending of the new file: None = the file's own ending, "" = a folder."""
 
-_CONVERTED: dict[bytes, _Way] = {
+_CONVERTED: dict[bytes, _Conversion] = {
     b"BZh": ("is compressed with bzip2", "bzip2 -dc {file} > {new}", None),
     b"\xfd7zXZ": ("is compressed with xz", "xz -dc {file} > {new}", None),
     b"\x04\x22\x4d\x18": ("is compressed with LZ4", "lz4 -dc {file} > {new}", None),
@@ -58,7 +58,7 @@ _CONVERTED: dict[bytes, _Way] = {
         "sqlite3 -header -csv {file} 'SELECT * FROM your_table' > {new}",
         ".csv",
     ),
-    b"DUCK": (  # by the library: a client of another version reads no file of this one
+    b"DUCK": (  # with the library: a client of another version can't read the file
         "is a DuckDB database",
         'python -c \'import sys, duckdb; duckdb.connect(sys.argv[1], read_only=True).sql("FROM your_table")'
         ".write_parquet(sys.argv[2])' {file} {new}  (needs duckdb)",
@@ -74,8 +74,8 @@ _CONVERTED: dict[bytes, _Way] = {
     b"\xff\xd8\xff": ("is an image", "", None),
     **{b"\x80%c" % version: ("is a Python pickle", "", None) for version in range(2, 6)},
 }
-_TAKES_PACKED = ("mkdir", "git")  # tar unpacks what it archives
-_DUCK_MAGIC_AT = 8  # behind a checksum of the first block
+_READS_COMPRESSED = ("mkdir", "git")  # tar unpacks compressed archives itself
+_DUCK_MAGIC_AT = 8  # after a checksum of the first block
 _TAR_MAGIC_AT = 257
 _COMPRESSED = (".bz2", ".xz", ".lz4", ".sz", ".snappy", ".zz", ".zlib", ".gz", ".zst", ".zstd")
 
@@ -89,47 +89,47 @@ _ENCODINGS = {  # longest first: UTF-32's mark begins with UTF-16's
     b"{\x00": "UTF-16LE",
     b"\x00{": "UTF-16BE",
 }
-_IN_FRONT = rb"(?:\xef\xbb\xbf)?\s*"
-_JSON_ARRAY = re.compile(_IN_FRONT + rb"\[(?:\s*\{|[ \t\r]*(?:\n|$))")
-_JSON_OVER_LINES = re.compile(_IN_FRONT + rb"\{[ \t\r]*\n")
-_MARKUP = re.compile(_IN_FRONT + rb"<(?:!doctype html|html|\?xml)", re.IGNORECASE)
+_LEADING = rb"(?:\xef\xbb\xbf)?\s*"
+_JSON_ARRAY = re.compile(_LEADING + rb"\[(?:\s*\{|[ \t\r]*(?:\n|$))")
+_JSON_OVER_LINES = re.compile(_LEADING + rb"\{[ \t\r]*\n")
+_MARKUP = re.compile(_LEADING + rb"<(?:!doctype html|html|\?xml)", re.IGNORECASE)
 
 
 def refuse(head: bytes, path: Path, packed: str | None = None) -> None:
-    """Nothing, if content that begins with `head` may be text or Parquet.
+    """Reject content that begins with `head` if it is in a known format or encoding that batchrun does not read.
 
-    `packed`: the tool that unpacks `path`, where `head` is within its compression.
+    `packed`: the tool that unpacks `path`, if `head` was read from inside its compression.
 
     Raises:
-        InputError: a known format or encoding that batchrun does not read; the line says how to convert it.
+        InputError: names the format and the command that converts the file.
     """
     if head.startswith(b"PARE"):
         raise InputError(f"{path} is an encrypted Parquet file; decrypt it first")
-    what = _what(head, path)
-    if what is None:
+    conversion = _conversion_of(head, path)
+    if conversion is None:
         return
-    said, command, ending = what
-    if packed is not None and command and not command.startswith(_TAKES_PACKED):
-        raise InputError(f"{path}: its content {said}; {unpack(packed, path)}")
-    way = _convert(command, path, ending) if command else "export the data as CSV or Parquet"
-    raise InputError(f"{path} {said}; {way}")
+    what, command, ending = conversion
+    if packed is not None and command and not command.startswith(_READS_COMPRESSED):
+        raise InputError(f"{path}: its content {what}; {unpack_hint(packed, path)}")
+    hint = _convert_hint(command, path, ending) if command else "export the data as CSV or Parquet"
+    raise InputError(f"{path} {what}; {hint}")
 
 
-def unpack(tool: str, path: Path) -> str:
-    """The way on for a compressed file whose content is no text."""
+def unpack_hint(tool: str, path: Path) -> str:
+    """What to do with a compressed file whose content is not text."""
     return "unpack it first: " + _filled(f"{tool} -dc {{file}} > {{new}}", path, None)
 
 
-def convert_from(encoding: str, path: Path) -> str:
-    """The way on for a text file in another encoding."""
-    return _convert(_ICONV % encoding, path, None)
+def encoding_hint(encoding: str, path: Path) -> str:
+    """What to do with a text file in another encoding."""
+    return _convert_hint(_ICONV % encoding, path, None)
 
 
-def _convert(command: str, path: Path, ending: str | None) -> str:
+def _convert_hint(command: str, path: Path, ending: str | None) -> str:
     return "convert it with: " + _filled(command, path, ending)
 
 
-def _what(head: bytes, path: Path) -> _Way | None:
+def _conversion_of(head: bytes, path: Path) -> _Conversion | None:
     if head.startswith(b"PK\x03\x04"):
         return _archive(path)
     for magic, way in _CONVERTED.items():
@@ -143,25 +143,25 @@ def _what(head: bytes, path: Path) -> _Way | None:
     if _JSON_ARRAY.match(head):
         return "is one JSON array, not JSON lines", _UNWRAP, ".jsonl"
     if _JSON_OVER_LINES.match(head):
-        inside = "  (if its rows are an array inside, name it: jq -c '.rows[]')"
+        inside = "  (for rows in an array inside, name the array: jq -c '.rows[]')"
         return "is JSON over many lines, not JSON lines", "jq -c . {file} > {new}" + inside, ".jsonl"
     if _MARKUP.match(head):
-        return "is HTML or XML, perhaps a web page that came in place of the file", "", None
+        return "is HTML or XML, perhaps a web page in place of the file", "", None
     return None
 
 
 def _filled(command: str, path: Path, ending: str | None) -> str:
-    """The command with the names quoted as a shell wants them."""
-    new = _new(path, ending)
+    """The command with the file names quoted for a shell."""
+    new = _free_name(path, ending)
     return command.format(file=_quoted(str(path)), new=_quoted(new), python=shlex.quote(sys.executable))
 
 
 def _quoted(path: str) -> str:
-    return shlex.quote(f"./{path}" if path.startswith("-") else path)  # a name is no option
+    return shlex.quote(f"./{path}" if path.startswith("-") else path)  # so that a name is not read as an option
 
 
-def _new(path: Path, ending: str | None) -> str:
-    """A name beside the file that is not taken."""
+def _free_name(path: Path, ending: str | None) -> str:
+    """A name beside the file at which no file exists."""
     if ending is None:
         path = path.with_suffix("") if path.suffix.lower() in _COMPRESSED else path
         ending = path.suffix
@@ -170,8 +170,8 @@ def _new(path: Path, ending: str | None) -> str:
     return next(name for name in names if not os.path.lexists(name))
 
 
-def _archive(path: Path) -> _Way:
-    """What a zip archive is, by its members."""
+def _archive(path: Path) -> _Conversion:
+    """What a zip archive is, judged by its members."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
