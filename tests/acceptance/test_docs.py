@@ -86,7 +86,7 @@ def ids_of(page: Path) -> str:
 # ── the reference tables ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_every_setting_is_listed_exactly_once_with_its_default(tmp_path: Path) -> None:
+def test_every_setting_is_listed_with_its_default(tmp_path: Path) -> None:
     listed = [(bare(path), default) for path, _, default, *_ in rows("docs/job.md", "setting", "type", "default")]
     assert sorted(path for path, _ in listed) == sorted(path for path, _ in settings())
     told = dict(listed)
@@ -104,7 +104,7 @@ def _default(cell: str) -> object:
 
 
 @pytest.mark.parametrize("schema", [OWN_COLUMNS, USAGE_COLUMNS], ids=["completions", "usage"])
-def test_every_column_is_listed_in_order_with_its_type(schema: pa.Schema) -> None:
+def test_every_column_is_listed_with_its_type(schema: pa.Schema) -> None:
     columns = rows("docs/output.md", "column", "Arrow type")
     completions, usage = columns[: len(OWN_COLUMNS)], columns[len(OWN_COLUMNS) :]
     listed = completions if schema is OWN_COLUMNS else usage
@@ -121,7 +121,7 @@ def test_usage_has_the_fields_of_a_totals_line() -> None:
     assert tuple(USAGE_COLUMNS.names) == TotalsLine.__struct_fields__
 
 
-def test_every_field_of_the_summary_is_listed_in_order() -> None:
+def test_every_summary_field_is_listed_in_order() -> None:
     page = text_of("docs/output.md").partition("## summary.json")[2].partition("\n## ")[0]
     listed = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
     assert tuple(listed) == Summary.__struct_fields__
@@ -140,7 +140,7 @@ def test_every_status_and_every_event_is_listed() -> None:
     assert listed == written | {"complete", "stopped", "failed"}
 
 
-def test_everything_that_a_row_may_wait_for_is_listed() -> None:
+def test_everything_that_limits_rows_is_listed() -> None:
     (field,) = [row[2] for row in rows("docs/output.md", "field", "type") if row[0] == "`limited_by`"]
     advised = " ".join(row[0] for row in rows("docs/job.md", "limited by", "what to do for more speed"))
     wanted = {*map(str, Limit), "the reader of completions", "retries"}
@@ -159,7 +159,7 @@ def test_every_key_of_the_report_is_listed() -> None:
     assert tuple(bare(row[0]) for row in rows("docs/output.md", "`--by`")) == KEYS
 
 
-def test_every_figure_of_a_bill_has_its_formula_in_order() -> None:
+def test_every_bill_figure_has_its_formula() -> None:
     assert tuple(bare(row[0]) for row in rows("docs/cost.md", "figure", "formula")) == FIGURES
 
 
@@ -228,7 +228,7 @@ def test_every_dependency_has_its_reason_in_the_design() -> None:
     assert sorted(listed) == sorted(re.match(r"[\w-]+", name)[0] for name in wanted)  # type: ignore[index]
 
 
-def test_every_package_that_only_tests_use_is_named_in_the_design() -> None:
+def test_design_names_every_package_of_tests() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
     names = [re.split("[>=]", requirement)[0] for requirement in extras["test"]]
     assert len(set(names)) == len(names)
@@ -286,7 +286,7 @@ def test_every_file_that_a_page_names_is_there(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", USER_PAGES, ids=ids_of)
-def test_every_command_and_option_that_a_page_names_is_there(page: Path) -> None:
+def test_every_command_and_option_named_exists(page: Path) -> None:
     options = {
         name: {option for parameter in command.params for option in parameter.opts}
         for name, command in cli.commands.items()
@@ -314,7 +314,7 @@ EXAMPLES = [
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.splitlines()[0])
-def test_every_example_of_a_job_can_be_asked(example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_job_example_is_a_valid_job(example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     job = from_tables({"endpoint": {"url": "simulator"}, **tomllib.loads(example)})
     if job.input.path is not None:
@@ -323,7 +323,7 @@ def test_every_example_of_a_job_can_be_asked(example: str, tmp_path: Path, monke
         assert len(found.rejected) == 0
 
 
-def test_every_commented_line_of_the_template_is_a_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_commented_template_line_is_a_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "answer.schema.json").write_text("{}")
     lines = text_of("batchrun/new_job.toml").replace('url = "simulator"', "", 1).splitlines()
@@ -344,7 +344,12 @@ def test_the_miniature_sends_every_row_and_retries(tmp_path: Path) -> None:
     """docs/miniature.py runs against the simulator, which fails some attempts."""
     faults = parse_faults("500=0.1,429=0.05")
     with running_simulator(SimulatorConfig(latency_s=0, faults=faults, seed=7)) as simulator:
-        command = [sys.executable, ROOT / "docs/miniature.py", ROOT / "sample_inputs/changes.jsonl", simulator.url]
+        command: list[str | Path] = [
+            sys.executable,
+            ROOT / "docs/miniature.py",
+            ROOT / "sample_inputs/changes.jsonl",
+            simulator.url,
+        ]
         shown = subprocess.run([*command, tmp_path / "out"], capture_output=True, text=True)
         served = len(simulator.ledger())
     assert shown.returncode == 0, shown.stderr
@@ -362,7 +367,7 @@ def test_every_public_name_is_listed() -> None:
     assert sorted(listed) == sorted(set(batchrun.__all__) - {"__version__"})
 
 
-def test_every_option_of_a_start_is_listed_in_order() -> None:
+def test_every_option_is_listed_in_order() -> None:
     assert [bare(name) for name, *_ in rows("docs/library.md", "option", "type")] == list(
         batchrun.Options.__annotations__
     )

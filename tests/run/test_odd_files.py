@@ -93,7 +93,7 @@ TOLD = {
 
 
 @pytest.mark.parametrize("name", TOLD)
-def test_what_is_wrong_is_one_line_with_its_count(tmp_path: Path, name: str) -> None:
+def test_each_mistake_is_one_counted_line(tmp_path: Path, name: str) -> None:
     content, said = TOLD[name]
     (tmp_path / "in.jsonl").write_bytes(content)
     first, *more = told(tmp_path / "in.jsonl")
@@ -147,7 +147,8 @@ def test_a_glob_may_name_a_file_with_brackets(tmp_path: Path) -> None:
         assert surveyed(tmp_path / pattern).rows == 1
 
 
-def test_a_dataset_folder_of_arrow_streams_is_named_with_what_converts_one(tmp_path: Path) -> None:
+def test_an_arrow_dataset_folder_is_named(tmp_path: Path) -> None:
+    """With the command that converts it."""
     table = pa.table({"text": ["a"]})  # as `save_to_disk` of Hugging Face's datasets leaves it
     with (
         pa.OSFile(str(tmp_path / "data-00000-of-00001.arrow"), "wb") as sink,
@@ -165,7 +166,7 @@ def told_at_once(path: Path) -> str:
     return str(refused.value)
 
 
-def test_standard_input_and_a_pipe_end_in_one_line_and_never_wait(tmp_path: Path) -> None:
+def test_standard_input_and_pipes_never_wait(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     job = write_job(tmp_path / "job.toml", "simulator", "unused")
     ended = batchrun("check", job, "-i", tmp_path / "pipe")

@@ -132,9 +132,8 @@ def made(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_the_command_that_is_named_gives_a_file_that_is_read_and_writes_over_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_the_suggested_command_converts_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """It overwrites nothing."""
     if (tool := MADE[name][0]) != "python" and shutil.which(tool) is None:
         pytest.skip(f"{tool} is not installed here")
     folder = tmp_path / "it's $HOME (1)"
@@ -167,7 +166,7 @@ def test_the_command_that_is_named_gives_a_file_that_is_read_and_writes_over_non
     ],
 )
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet", "a.jsonl.gz"])
-def test_what_no_command_makes_rows_of_is_called_what_it_is(tmp_path: Path, head: bytes, said: str, name: str) -> None:
+def test_unconvertible_files_are_named_for_what_they_are(tmp_path: Path, head: bytes, said: str, name: str) -> None:
     path = tmp_path / name
     path.write_bytes(gzip.compress(head) if name.endswith(".gz") else head)
     with pytest.raises(InputError) as refused:

@@ -143,9 +143,7 @@ def test_every_job_that_is_shipped_loads(file: Path, monkeypatch: pytest.MonkeyP
         ("[simulator]\nlatency = 1", "simulator.latency: unknown setting: did you mean simulator.latency_s?"),
     ],
 )
-def test_a_mistake_names_its_path_what_was_expected_and_the_nearest_name(
-    tmp_path: Path, toml: str, problem: str
-) -> None:
+def test_a_mistake_names_path_and_suggestion(tmp_path: Path, toml: str, problem: str) -> None:
     assert problem_of(tmp_path, f"{SIMULATOR}{toml}") == problem
 
 
@@ -165,7 +163,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "default"), list(settings()), ids=lambda value: value if isinstance(value, str) else ""
 )
-def test_every_setting_refuses_a_value_of_another_kind_by_its_path(path: str, default: object) -> None:
+def test_every_setting_refuses_other_types(path: str, default: object) -> None:
     *tables, name = path.replace("MODEL", "m").split(".")
     wrong: Any = {"endpoint": {"url": "simulator"}}
     place = wrong
@@ -212,18 +210,18 @@ def test_an_override_is_laid_over_the_file(tmp_path: Path) -> None:
         "endpoint.headers.x.y-secret",
     ],
 )
-def test_an_override_refuses_names_of_secrets_and_does_not_repeat_the_value(tmp_path: Path, path: str) -> None:
+def test_an_override_never_repeats_a_secret(tmp_path: Path, path: str) -> None:
     problem = problem_of(tmp_path, SIMULATOR, f"{path}=canary-4711")
     assert "a secret does not belong on a command line" in problem
     assert "canary" not in problem
 
 
-def test_an_override_can_name_the_variable_of_a_secret(tmp_path: Path) -> None:
+def test_an_override_can_name_a_secret(tmp_path: Path) -> None:
     assert read(tmp_path, SIMULATOR, "endpoint.api_key_env=OTHER").endpoint.api_key_env == "OTHER"
 
 
 @pytest.mark.parametrize("override", ["limits", "=3", "a b=3", "name.x=3", ""])
-def test_an_override_that_is_none_is_refused(tmp_path: Path, override: str) -> None:
+def test_an_invalid_override_is_refused(tmp_path: Path, override: str) -> None:
     assert problem_of(tmp_path, f'name = "n"\n{SIMULATOR}', override).startswith("--set ")
 
 
@@ -258,7 +256,7 @@ def test_a_second_limit_of_output_is_a_mistake(request_: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize("path", ["request.temperature", "request.extra.seed", "request.response_format", "budget.x"])
-def test_an_override_without_a_value_takes_the_setting_out(path: str, tmp_path: Path) -> None:
+def test_an_empty_override_removes_the_setting(path: str, tmp_path: Path) -> None:
     job = tmp_path / "night.toml"
     job.write_text(
         'endpoint.url = "simulator"\n[request]\nmodel = "m"\ntemperature = 0.5\n'
@@ -276,7 +274,7 @@ def test_a_proxy_with_a_password_is_refused() -> None:
 
 
 @pytest.mark.parametrize("proxy", ["proxy.local:3128", "notaurl", "socks5://127.0.0.1:1080", "http://", "http://p:x"])
-def test_a_proxy_that_no_request_could_go_through_is_refused(proxy: str) -> None:
+def test_an_unusable_proxy_is_refused(proxy: str) -> None:
     with pytest.raises(JobError, match=r"endpoint\.proxy: expected the http\(s\) URL of an HTTP proxy"):
         at("https://h", proxy=proxy)
 
@@ -297,7 +295,7 @@ def test_a_proxy_that_no_request_could_go_through_is_refused(proxy: str) -> None
         ("https://h:port", "expected an http"),
     ],
 )
-def test_a_url_that_would_leak_or_lead_nowhere_is_refused(url: str, problem: str) -> None:
+def test_an_unsafe_url_is_refused(url: str, problem: str) -> None:
     with pytest.raises(JobError, match=problem) as caught:
         at(url)
     assert str(caught.value).startswith("endpoint.url: ")
@@ -312,7 +310,7 @@ def test_a_job_names_one_place_for_its_key() -> None:
         at("https://h", auth="none")
 
 
-def test_a_server_without_a_key_may_be_anywhere_but_secrets_go_over_https_only() -> None:
+def test_secrets_require_https() -> None:
     keyless = {"api_key_env": None, "auth": "none"}
     for url in ("http://127.0.0.1:8080/v1", "http://gpu-box:8000/v1", "https://h"):
         assert at(url, **keyless).url.startswith(url)
@@ -328,7 +326,7 @@ def test_a_job_file_holds_no_secret() -> None:
     assert at("https://h", headers={"X-Api-Key": "env:OTHER"}).endpoint.headers == {"X-Api-Key": "env:OTHER"}
 
 
-def test_the_endpoint_name_is_the_origin_and_path_unless_the_job_gives_one() -> None:
+def test_the_endpoint_name_defaults_to_the_url() -> None:
     assert at("https://h/v1?api-version=1").endpoint_name == "https://h/v1/chat/completions"
     assert at("https://h/v1", name="ours").endpoint_name == "ours"
     assert from_tables({"endpoint": {"url": "simulator"}}).endpoint_name == "simulator"
@@ -342,7 +340,7 @@ def with_schema(file: Path) -> Mapping[str, Any]:
     return {"endpoint": {"url": "simulator"}, "request": {"response_format": response_format}}
 
 
-def test_a_schema_file_is_part_of_the_job_and_of_its_fingerprint(tmp_path: Path) -> None:
+def test_a_schema_file_belongs_to_the_fingerprint(tmp_path: Path) -> None:
     file = tmp_path / "label.schema.json"
     file.write_text(json.dumps({"type": "object"}))
     job = from_tables(with_schema(file))
@@ -365,7 +363,7 @@ def test_a_schema_file_is_part_of_the_job_and_of_its_fingerprint(tmp_path: Path)
         ('{"$ref": "https://example.com/s"}', r"s\.json: invalid JSON schema: .*https://example\.com/s"),
     ],
 )
-def test_a_schema_file_that_is_none_is_named(tmp_path: Path, text: str | None, problem: str) -> None:
+def test_an_invalid_schema_file_is_named(tmp_path: Path, text: str | None, problem: str) -> None:
     file = tmp_path / "s.json"
     if text is not None:
         file.write_bytes(text.encode("utf-8", "surrogateescape"))
@@ -374,7 +372,7 @@ def test_a_schema_file_that_is_none_is_named(tmp_path: Path, text: str | None, p
     assert str(caught.value).startswith("request.response_format.file: ")
 
 
-def test_a_schema_in_the_job_that_is_none_is_named(tmp_path: Path) -> None:
+def test_an_invalid_inline_schema_is_named(tmp_path: Path) -> None:
     bad = {"properties": {"a": {"type": "strin"}}}
     asked = {"response_format": {"type": "json_schema", "schema": bad}}
     functions = {"functions": [{"name": "f"}, {"name": "g", "parameters": bad}]}
@@ -457,7 +455,7 @@ def another_value(path: str, default: object) -> object:
 @pytest.mark.parametrize(
     ("path", "default"), list(settings()), ids=lambda value: value if isinstance(value, str) else ""
 )
-def test_the_fingerprint_changes_exactly_with_what_decides_the_questions(path: str, default: object) -> None:
+def test_the_fingerprint_covers_exactly_the_question(path: str, default: object) -> None:
     tables: Any = {
         "name": "night",
         "endpoint": {"url": "https://h/v1", "api_key_env": "KEY", "headers": {"X-Team": "b"}},
@@ -481,7 +479,7 @@ def test_the_fingerprint_changes_exactly_with_what_decides_the_questions(path: s
     assert (after.fingerprint() != before.fingerprint()) == (path in DECIDE_THE_QUESTIONS)
 
 
-def test_how_an_answer_travels_is_not_what_was_asked() -> None:
+def test_transport_settings_are_no_question() -> None:
     plain = from_tables({"endpoint": {"url": "simulator"}})
     streamed = from_tables(
         {
@@ -492,20 +490,20 @@ def test_how_an_answer_travels_is_not_what_was_asked() -> None:
     assert streamed.fingerprint() == plain.fingerprint()
 
 
-def test_an_empty_table_in_the_body_is_part_of_the_question() -> None:
+def test_an_empty_body_table_is_kept() -> None:
     plain = from_tables({"endpoint": {"url": "simulator"}})
     empty = from_tables({"endpoint": {"url": "simulator"}, "request": {"extra": {"logit_bias": {}}}})
     assert empty.fingerprint() != plain.fingerprint()
 
 
-def test_decimals_are_money_in_prices_and_numbers_in_the_body(tmp_path: Path) -> None:
+def test_decimals_are_exact_only_in_prices(tmp_path: Path) -> None:
     job = read(tmp_path, f"{SIMULATOR}[request]\nextra = {{ a = 0.1 }}\n[budget]\nmax_cost_usd = 25.10")
     assert job.budget.max_cost_usd == Decimal("25.10")
     assert msgspec.json.encode(job.request.extra) == b'{"a":0.1}'
 
 
 @pytest.mark.parametrize("override", ["limits.rpm=4", "limits.max_in_flight=many", "limits={rpm=4}", "limit.x.y=1"])
-def test_a_mistake_in_a_setting_laid_over_the_job_is_not_blamed_on_the_file(tmp_path: Path, override: str) -> None:
+def test_an_override_mistake_names_the_override(tmp_path: Path, override: str) -> None:
     file = tmp_path / "night.toml"
     assert problem_of(tmp_path, SIMULATOR, override).startswith(f"{file}, overridden by --set or an option: limit")
     assert problem_of(tmp_path, "[limits]\nrpm = 4", "limits.max_in_flight=4").startswith("limits.rpm: ")

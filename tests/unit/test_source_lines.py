@@ -24,7 +24,7 @@ def test_lines_do_not_depend_on_where_blocks_end(lines: list[bytes], places: lis
     assert sum(size for _, size in split) == len(data)
 
 
-def test_a_line_beyond_the_limit_is_counted_but_never_held() -> None:
+def test_an_oversized_line_is_never_held() -> None:
     def blocks() -> list[bytes]:
         return [b"a\n", *[b"x" * 1_000] * 100, b"\nb"]
 
@@ -75,14 +75,14 @@ def test_a_line_beyond_the_limit_is_counted_but_never_held() -> None:
         (b'{"a":' + b"[" * 100_000, f"it is nested more than {MAX_DEPTH} levels deep"),
     ],
 )
-def test_a_broken_line_is_told_in_plain_words_with_the_byte(line: bytes, said: str) -> None:
+def test_a_broken_line_names_its_byte(line: bytes, said: str) -> None:
     assert read_row(line) == said
 
 
 @pytest.mark.parametrize(
     "line", [b'{"a": 1, "a": 1}', b'{"b": {"a": 1, "c": ":", "a": 2}}', b'{"b": [{"a":1,"\\u0061":2}]}']
 )
-def test_a_repeated_key_is_a_problem_at_any_depth(line: bytes) -> None:
+def test_repeated_keys_are_reported_at_any_depth(line: bytes) -> None:
     assert read_row(line) == "the key 'a' appears twice in one object, so its value is ambiguous"
     assert isinstance(read_row(b'{"b": {"a": "a: 1, a: 2"}, "a": [{"a": 1}, {"a": 2}]}'), dict)
 
@@ -104,5 +104,5 @@ def test_any_bytes_are_a_row_or_a_problem(line: bytes) -> None:
 
 
 @given(st.binary(max_size=20))
-def test_any_bytes_in_a_string_are_a_row_or_a_problem(text: bytes) -> None:
+def test_any_string_bytes_are_row_or_problem(text: bytes) -> None:
     assert isinstance(read_row(b'{"a": "' + text + b'"}'), dict | str)
