@@ -17,9 +17,11 @@ from batchrun.dispatch.run_status import RunStatus
 from batchrun.limits.admission import Limit
 from batchrun.limits.forecast import Forecast
 from batchrun.records import Summary, TotalsLine
-from batchrun.report import again, nights, status
-from batchrun.report.at_rest import standing
-from batchrun.report.summary import Moment, age_in_words, in_words, pace
+from batchrun.report import resume_command, run_list, status
+from batchrun.report.closing import in_words, pace
+from batchrun.report.run_state import run_state
+from batchrun.report.summary import Moment
+from batchrun.report.wording import age_in_words
 from batchrun.simulator import SimulatorConfig
 from batchrun.store import rundir
 from batchrun.store.rundir import RunDirectory
@@ -65,7 +67,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
 
 def test_soon_after_a_kill_status_says_what_is_on_disk_and_touches_nothing(runs: Runs) -> None:
     before = snapshot(runs.killed)
-    found = standing(RunDirectory(runs.killed))
+    found = run_state(RunDirectory(runs.killed))
     assert found.died
     assert found.summary.rows - found.summary.pending >= 60
     assert sum(found.summary.by_status.values()) == found.summary.rows - found.summary.pending
@@ -73,13 +75,13 @@ def test_soon_after_a_kill_status_says_what_is_on_disk_and_touches_nothing(runs:
     assert (ended.exit_code, ended.stderr) == (0, "")
     done = ROWS - found.summary.pending
     assert f"rows    {done} of {ROWS} done, {found.summary.pending} pending" in ended.stdout
-    assert "died; the same command resumes it" in ended.stdout
+    assert "died; run the same command again to resume" in ended.stdout
     assert snapshot(runs.killed) == before
 
 
 def test_what_status_says_after_a_kill_is_what_the_next_start_finds(runs: Runs, tmp_path: Path) -> None:
     shutil.copytree(runs.killed, tmp_path / "run")
-    found = standing(RunDirectory(tmp_path / "run")).summary
+    found = run_state(RunDirectory(tmp_path / "run")).summary
     assert 1 <= found.possibly_billed_count <= 4
     ended = batchrun("run", runs.job, "-o", tmp_path / "run")
     assert ended.exit_code == 0
@@ -103,9 +105,9 @@ def test_where_the_disk_cant_be_read_status_says_so_beside_what_was_said_last(
         whole = directory.checkpoint.read_bytes()
         directory.checkpoint.write_bytes(bytes(4096) if harm == "garbage" else whole[:1000])
         directory.checkpoint.with_name("checkpoint.db-wal").unlink()
-    lines = list(status.lines(directory, standing(directory)))
-    assert any("this may be old" in line and "checkpoint.db" in line for line in lines), lines
-    assert standing(directory).died
+    lines = list(status.lines(directory, run_state(directory)))
+    assert any("this may be out of date" in line and "checkpoint.db" in line for line in lines), lines
+    assert run_state(directory).died
 
 
 # ── many runs ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -137,7 +139,7 @@ def test_the_command_that_status_names_finishes_the_run(runs: Runs, tmp_path: Pa
 def test_json_has_every_field_for_programs_and_the_exit_code_is_for_a_scheduler(runs: Runs) -> None:
     ended = batchrun("status", runs.folder / "runs", "--json", "--exit-code")
     killed, done = json.loads(ended.stdout)
-    assert tuple(killed) == tuple(done) == nights.Night.__struct_fields__
+    assert tuple(killed) == tuple(done) == run_list.ListedRun.__struct_fields__
     assert (killed["state"], killed["complete"], killed["working"]) == ("died", False, False)
     assert killed["done"] + killed["pending"] == killed["rows"] == ROWS
     assert Decimal(done["cost_usd"]) > 0
@@ -155,9 +157,9 @@ def test_files_of_others_are_no_runs_and_a_damaged_run_is_named(runs: Runs, tmp_
     (folder / "report" / "summary.json").write_text('{"total": 3}')
     (folder / "night" / "parts" / "summary.json").write_text("{}")
     (folder / "latest").symlink_to("night")
-    assert [night.path for night in nights.collect([folder], NOW)] == [str(folder / "night")]
+    assert [night.path for night in run_list.collect([folder], NOW)] == [str(folder / "night")]
     (folder / "night" / "summary.json").write_text('{"run_id": 3')
-    (unreadable,) = nights.collect([folder], NOW)
+    (unreadable,) = run_list.collect([folder], NOW)
     assert (unreadable.state, unreadable.unfinished) == ("unreadable", True)
     assert batchrun("status", folder, "--exit-code").exit_code == 7
     for place in (tmp_path / "nowhere", folder / "report"):
@@ -169,7 +171,7 @@ def test_files_of_others_are_no_runs_and_a_damaged_run_is_named(runs: Runs, tmp_
 def test_a_run_at_work_is_not_unfinished(runs: Runs, tmp_path: Path) -> None:
     shutil.copytree(runs.killed, tmp_path / "run")
     with RunDirectory(tmp_path / "run").lock():
-        (night,) = nights.collect([tmp_path / "run"], NOW)
+        (night,) = run_list.collect([tmp_path / "run"], NOW)
     assert (night.state, night.working, night.unfinished, night.next) == ("running", True, False, None)
 
 
@@ -188,7 +190,7 @@ def test_a_run_at_work_is_not_unfinished(runs: Runs, tmp_path: Path) -> None:
     ],
 )
 def test_the_command_that_resumes_has_what_a_resume_needs(options: dict[str, object], expected: str) -> None:
-    assert again.command({"job": Path("a.toml"), **options}) == expected
+    assert resume_command.command({"job": Path("a.toml"), **options}) == expected
 
 
 def test_the_command_in_the_summary_has_no_key(tmp_path: Path) -> None:
@@ -207,7 +209,7 @@ def test_an_age_is_told_in_its_largest_unit(age_s: float, words: str) -> None:
     assert age_in_words(age_s) == words
 
 
-# ── earlier nights, at a start ────────────────────────────────────────────────────────────────────────────────────────
+# ── earlier runs, at a start ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_start_names_the_unfinished_nights_of_its_own_job_and_pattern(runs: Runs, tmp_path: Path) -> None:
