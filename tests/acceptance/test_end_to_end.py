@@ -293,7 +293,9 @@ def test_trouble_of_the_run_stops_it_within_a_window_and_fails_no_row(
         ended = batchrun("run", job, "-o", tmp_path / "out")
         assert ended.exit_code == exit_code, ended.stderr
         assert str(fault.message) in ended.stdout
-        assert ("\nfix          endpoint.api_key_env: the server rejects the key in $" in ended.stdout) == (fault.status == 401)
+        assert ("\nfix          endpoint.api_key_env: the server rejects the key in $" in ended.stdout) == (
+            fault.status == 401
+        )
         assert len(simulator.ledger()) <= 200 + 64
     summary = read_summary(tmp_path / "out")
     assert summary["by_status"].get("error", 0) == 0
