@@ -102,7 +102,7 @@ class Runner:
 
     async def wait(self) -> Summary:
         """Waits until the run is complete. Completions that were not read yet are dropped."""
-        self._results.give_up()
+        self._results.stop_reading()
         await self._ended.wait()
         self._raise()
         return self.summary
@@ -117,7 +117,7 @@ class Runner:
 
     async def _leave(self) -> None:
         """Waits for the run's thread. Being cancelled meanwhile acts like a second signal."""
-        self._results.give_up()
+        self._results.stop_reading()
         cancelled: asyncio.CancelledError | None = None
         if not self._ended.is_set():
             self.stop()

@@ -25,6 +25,6 @@ def tune(out: Path, **settings: str | None) -> None:
     from batchrun.dispatch import live_limits
     from batchrun.store.rundir import RunDirectory
 
-    wish = live_limits.wish({name: value for name, value in settings.items() if value is not None})
-    limits = live_limits.ask(RunDirectory(out), wish)
-    say("accepted" if limits is None else f"accepted: {live_limits.in_words(wish, limits)}")
+    change = live_limits.parse({name: value for name, value in settings.items() if value is not None})
+    limits = live_limits.apply(RunDirectory(out), change)
+    say("accepted" if limits is None else f"accepted: {live_limits.describe(change, limits)}")
