@@ -40,7 +40,7 @@ class OpenFiles:
             )
 
     def connections(self, wanted: int) -> int:
-        """How many connections may be open at once: as many as wanted, if the limit has room for the run's files, too."""
+        """How many connections may be open: as many as wanted, if the run's own files fit as well."""
         return max(1, min(wanted, self.limit - _open_now() - SPARE))
 
     def shortage(self, wanted: int, connections: int) -> str:
