@@ -5,10 +5,11 @@ escaped as JSON.
 """
 
 import base64
+import contextlib
 import json
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
@@ -21,27 +22,110 @@ MIN_SECRET_CHARS = 6
 """Shorter values would redact ordinary words; no real key is that short."""
 
 
-class Credentials:
-    """The headers that authenticate, and redaction of their secrets. Its repr shows nothing."""
+class Redaction:
+    """Replaces every form of every known secret. Secrets are added as keys are rotated, and never removed."""
 
-    def __init__(self, headers: Mapping[str, str], secrets: frozenset[str], warning: str | None = None) -> None:
-        self.headers = dict(headers)
-        self.warning = warning
-        forms = sorted({form for secret in secrets for form in _forms(secret)}, key=len, reverse=True)
-        self._forms = tuple(forms)
+    def __init__(self, secrets: Iterable[str] = ()) -> None:
+        self._secrets: set[str] = set()
+        self.forms: tuple[bytes, ...] = ()
+        self._shortest_bytes = 0
+        self.add(secrets)
+
+    def add(self, secrets: Iterable[str]) -> None:
+        """These are redacted from now on, too."""
+        self._secrets.update(secrets)
+        forms = {form for secret in self._secrets for form in _forms(secret)}
+        self.forms = tuple(sorted(forms, key=len, reverse=True))
         self._shortest_bytes = min(map(len, forms), default=0)
-
-    def __repr__(self) -> str:
-        return "Credentials(…)"
 
     def clean(self, raw: bytes) -> bytes:
         """`raw` with every form of every secret replaced."""
         if len(raw) < self._shortest_bytes:
             return raw
-        for form in self._forms:  # a plain search per form: a tenth of a regular expression's cost
+        for form in self.forms:  # a plain search per form: a tenth of a regular expression's cost
             if form in raw:
                 raw = raw.replace(form, REDACTED)
         return raw
+
+
+class KeyFile:
+    """A file that holds the key, and may be replaced while a run works."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._seen: tuple[int, int, int] | None = None
+
+    def read(self) -> tuple[str, str | None]:
+        """The key, and a warning if others may read the file. (Mounted secrets are commonly 0444.)
+
+        Raises:
+            JobError: it can't be read, is empty, or others may write it.
+        """
+        path = self.path
+        try:
+            found = path.stat()
+            key = path.read_text("utf-8-sig").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise JobError(f"endpoint.api_key_file: can't read {path}: {error}") from error
+        if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise JobError(f"endpoint.api_key_file: others may write {path}; chmod 600 {path}")
+        if not key:
+            raise JobError(f"endpoint.api_key_file: {path} is empty")
+        self._seen = found.st_ino, found.st_mtime_ns, found.st_size
+        return key, f"{path} can be read by everyone on this machine" if found.st_mode & stat.S_IROTH else None
+
+    def read_if_changed(self) -> str | None:
+        """The key, if the file was replaced since `read`. A missing or invalid file is tried again later."""
+        with contextlib.suppress(OSError, JobError):
+            found = self.path.stat()
+            if (found.st_ino, found.st_mtime_ns, found.st_size) != self._seen:
+                return self.read()[0]
+        return None
+
+
+class Credentials:
+    """The headers that authenticate at one endpoint, and redaction of the job's secrets. Its repr shows nothing.
+
+    `version` counts the replacements of the key.
+    """
+
+    def __init__(
+        self,
+        headers: Mapping[str, str],
+        secrets: Iterable[str],
+        warning: str | None = None,
+        key_file: KeyFile | None = None,
+    ) -> None:
+        self.headers = dict(headers)
+        self.warning = warning
+        self.version = 0
+        self.members: tuple[Credentials, ...] = (self,)  # of every endpoint of the job, this one first
+        self._key_file = key_file
+        self._redaction = Redaction(secrets)
+
+    def __repr__(self) -> str:
+        return "Credentials(…)"
+
+    def join(self, others: "Iterable[Credentials]") -> None:
+        """These belong to the other endpoints of the job: each redacts the secrets of all."""
+        self.members = (self, *others)
+        for other in others:
+            self._redaction.add(other._redaction._secrets)
+            other._redaction = self._redaction
+
+    def refresh(self) -> bool:
+        """Reads the key file again if it was replaced; True if it holds another key, which is sent from now on."""
+        key = None if self._key_file is None else self._key_file.read_if_changed()
+        if key is None or not _is_sendable(key) or self.headers.get("Authorization") == f"Bearer {key}":
+            return False
+        self._redaction.add((key,))
+        self.headers["Authorization"] = f"Bearer {key}"
+        self.version += 1
+        return True
+
+    def clean(self, raw: bytes) -> bytes:
+        """`raw` with every form of every secret replaced."""
+        return self._redaction.clean(raw)
 
     def clean_text(self, text: str) -> str:
         """Redacts text."""
@@ -49,7 +133,7 @@ class Credentials:
 
     def cleaner(self) -> "Cleaner":
         """Redacts bytes that arrive in pieces."""
-        return Cleaner(self, self._forms)
+        return Cleaner(self, self._redaction.forms)
 
 
 class Cleaner:
@@ -87,6 +171,26 @@ class Cleaner:
         return None
 
 
+def read_all(endpoints: Sequence[Endpoint], environ: Mapping[str, str]) -> Credentials:
+    """The credentials of the first endpoint, whose `members` are those of all.
+
+    Raises:
+        JobError: see `read`; with several endpoints, the message names the one.
+    """
+    members = []
+    for place, endpoint in enumerate(endpoints):
+        try:
+            members.append(read(endpoint, environ))
+        except JobError as error:
+            if len(endpoints) == 1:
+                raise
+            raise JobError(f"endpoint[{place}]{str(error).removeprefix('endpoint')}") from error
+    first, *others = members
+    first.join(others)
+    first.warning = next((each.warning for each in members if each.warning is not None), None)
+    return first
+
+
 def read(endpoint: Endpoint, environ: Mapping[str, str]) -> Credentials:
     """Reads the credentials that the job names.
 
@@ -103,17 +207,18 @@ def read(endpoint: Endpoint, environ: Mapping[str, str]) -> Credentials:
         if not value.isprintable():
             raise JobError(f"endpoint.headers.{name}: contains characters that a header can't carry")
         headers[name] = value
-    key = None
+    key = key_file = None
     if endpoint.api_key_env is not None:
         key = _from_environ("endpoint.api_key_env", endpoint.api_key_env, environ)
     elif endpoint.api_key_file is not None:
-        key, warning = _from_file(Path(endpoint.api_key_file))
+        key_file = KeyFile(Path(endpoint.api_key_file))
+        key, warning = key_file.read()
     if key is not None:
-        if not key.isascii() or any(char.isspace() or not char.isprintable() for char in key):
+        if not _is_sendable(key):
             raise JobError("endpoint: the API key contains blanks or characters that a header can't carry")
         secrets.add(key)
         headers["Authorization"] = f"Bearer {key}"
-    return Credentials(headers, frozenset(secrets), warning)
+    return Credentials(headers, secrets, warning, key_file)
 
 
 def _from_environ(setting: str, name: str, environ: Mapping[str, str]) -> str:
@@ -123,18 +228,8 @@ def _from_environ(setting: str, name: str, environ: Mapping[str, str]) -> str:
     return value
 
 
-def _from_file(path: Path) -> tuple[str, str | None]:
-    """The key, and a warning if others may read the file. (Mounted secrets are commonly 0444.)"""
-    try:
-        mode = path.stat().st_mode
-        key = path.read_text("utf-8-sig").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise JobError(f"endpoint.api_key_file: can't read {path}: {error}") from error
-    if mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise JobError(f"endpoint.api_key_file: others may write {path}; chmod 600 {path}")
-    if not key:
-        raise JobError(f"endpoint.api_key_file: {path} is empty")
-    return key, f"{path} can be read by everyone on this machine" if mode & stat.S_IROTH else None
+def _is_sendable(key: str) -> bool:
+    return key.isascii() and not any(char.isspace() or not char.isprintable() for char in key)
 
 
 def _forms(secret: str) -> Iterator[bytes]:

@@ -23,10 +23,11 @@ def _simulator_settings(job: Job, directory: RunDirectory) -> None:
 
 
 def _ca_file(job: Job, directory: RunDirectory) -> None:
-    if job.endpoint.ca_file is not None:
-        from batchrun.transport.connector import ssl_context_of  # aiohttp, 0.2 s: only if the job has one
+    for endpoint in job.endpoints:
+        if endpoint.ca_file is not None:
+            from batchrun.transport.connector import ssl_context_of  # aiohttp, 0.2 s: only if the job has one
 
-        ssl_context_of(job.endpoint)
+            ssl_context_of(endpoint)
 
 
 def _output_directory(job: Job, directory: RunDirectory) -> None:
@@ -68,4 +69,4 @@ def key(job: Job, environ: Mapping[str, str]) -> Credentials:
     Raises:
         JobError: it is missing.
     """
-    return simulated.credentials() if job.simulated else credentials.read(job.endpoint, environ)
+    return simulated.credentials() if job.simulated else credentials.read_all(job.endpoints, environ)

@@ -18,6 +18,7 @@ from batchrun.limits import overruns
 from batchrun.limits.admission import Limit
 from batchrun.limits.deadline import Deadline
 from batchrun.limits.forecast import Forecast, Recent, Sample
+from batchrun.limits.gates import Gates
 from batchrun.records import Retrying, Summary, Tuned
 from batchrun.report.limit_lines import limiting_factor, waiting_to_retry
 from batchrun.report.notices import unknown_reason, unpriced_tier
@@ -133,6 +134,7 @@ class RunStatus:
             command=self._command,
             retrying=self._retrying() if self.state == "running" else None,
             tags=self._tags,
+            endpoints=() if workers is None or not isinstance(workers.gate, Gates) else tuple(workers.gate.totals),
         )
         if not isinstance(self.phase, Running):
             spent = None if checkpoint is None else checkpoint.spent

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import aiohttp
+from aiohttp.client_reqrep import ClientRequest
 from multidict import CIMultiDict
 
 from batchrun.credentials import Credentials
@@ -41,7 +42,7 @@ async def lean_transport(
     ):
         request = await request_of(session, url)
         pool = Pool(connector, request, endpoint.connect_timeout_s, peer)
-        head = Head(head_of(request), endpoint.id_header)
+        head = Head(request, endpoint.id_header, credentials)
         try:
             yield LeanTransport(head, pool, peer, Receiver(endpoint, credentials), Deadlines.of(endpoint), large)
         finally:
@@ -51,13 +52,20 @@ async def lean_transport(
 class Head:
     """The part of a request before its body."""
 
-    def __init__(self, common: bytes, id_header: str | None) -> None:
-        """`common` is the request line and the headers that are always the same."""
-        self._common = common
+    def __init__(self, request: ClientRequest, id_header: str | None, credentials: Credentials) -> None:
+        """`request` has the request line and the headers that all requests share."""
+        self._request = request
+        self._credentials = credentials
+        self._version = credentials.version
+        self._common = head_of(request)
         self._id_name = None if id_header is None else f"{id_header}: ".encode()
 
     def joined(self, body: bytes, client_request_id: str) -> bytes:
         """The whole request."""
+        if self._version != self._credentials.version:  # the key was replaced
+            self._version = self._credentials.version
+            self._request.headers.update(self._credentials.headers)
+            self._common = head_of(self._request)
         length = b"Content-Length: %d\r\n" % len(body)
         if self._id_name is None:
             return b"".join((self._common, length, b"\r\n", body))

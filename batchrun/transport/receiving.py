@@ -21,7 +21,7 @@ class Receiver:
     def __init__(self, endpoint: Endpoint, credentials: Credentials) -> None:
         self._max_bytes = endpoint.max_answer_bytes
         self._names_attempts = endpoint.id_header is not None
-        self._credentials = credentials
+        self.credentials = credentials
 
     async def receive(self, content: StreamReader, exchange: Exchange) -> APIConnectionError | None:
         """Reads the body into the exchange, a stream's up to its last event; returns the error if that failed.
@@ -32,7 +32,7 @@ class Receiver:
             coding = exchange.headers.get("Content-Encoding")
             unpacker = None if coding is None else encoding.Unpacker(coding)
             if _is_stream(exchange):
-                exchange.stream = Stream(self._credentials.cleaner())
+                exchange.stream = Stream(self.credentials.cleaner())
                 error = await self._receive_stream(content, exchange, exchange.stream, unpacker)
             else:
                 error = await self._receive_whole(content, exchange, unpacker)
@@ -90,14 +90,14 @@ class Receiver:
         if error.kind == "reset" and exchange.http_status is None:
             kind = kind_of(_loss(exchange, round_trip_s))
             error = APIConnectionError(str(error), kind=kind, sent=kind != "stale_connection")
-        error.args = (self._credentials.clean_text(str(error)),)
+        error.args = (self.credentials.clean_text(str(error)),)
         return error
 
     def attempt(self, exchange: Exchange, client_request_id: str, error: APIConnectionError | None) -> Attempt:
         """The ended exchange as an attempt."""
         request_id = exchange.headers.get("x-request-id")
         if request_id is not None:
-            request_id = self._credentials.clean_text(request_id)
+            request_id = self.credentials.clean_text(request_id)
         elif self._names_attempts and exchange.sent_at is not None:
             request_id = client_request_id  # the only id by which the vendor can find this exchange
         first_token_at = exchange.first_token_at
@@ -118,7 +118,7 @@ class Receiver:
         if exchange.stream is not None:
             return exchange.stream.stored()
         received = exchange.received
-        return packed.stored(self._credentials.clean(received[0] if len(received) == 1 else b"".join(received)))
+        return packed.stored(self.credentials.clean(received[0] if len(received) == 1 else b"".join(received)))
 
 
 async def _next(content: StreamReader) -> bytes:

@@ -133,7 +133,10 @@ class SessionTransport:
     ) -> APIConnectionError | None:
         """Sends the request and reads its response into the exchange."""
         payload = _payload(body)
-        own_headers = None if self._id_header is None else {self._id_header: client_request_id}
+        credentials = self._receiver.credentials
+        own_headers = dict(credentials.headers) if credentials.version else {}  # the session has those of version 0
+        if self._id_header is not None:
+            own_headers[self._id_header] = client_request_id
         try:
             response = await session.post(
                 self._url, data=payload, headers=own_headers, allow_redirects=False, proxy=self._proxy
