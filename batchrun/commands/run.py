@@ -106,7 +106,7 @@ def _report(summary: "Summary", job: "Job") -> None:
         failing=failing(job.finish),
         command=("batchrun", *sys.argv[1:]),
         settings=flatten(msgspec.to_builtins(job.request, builtin_types=(datetime, date, time)), "request"),
-        endpoint=job.endpoint,
+        endpoint=None if job.more_endpoints else job.endpoint,
     )
     for line in lines:
         say(harmless(line))

@@ -28,7 +28,7 @@ class Endpoints:
     def __init__(self, connected: Sequence[Connected], gate: AnyGate, log: RunLog, note: Callable[[str], None]) -> None:
         self._connected = connected
         self._gate = gate
-        self._log = log
+        self.log = log
         self._note = note
 
     async def send(self, slot: int, body: bytes, client_request_id: str) -> Attempt:
@@ -57,8 +57,8 @@ class Endpoints:
         label, _, credentials = self._connected[index]
         if not credentials.refresh():
             return False
-        self._log.write("key replaced", endpoint=label)
+        self.log.write("key replaced", endpoint=label)
         self._note(f"{label}: the key file was replaced; the new key is used from now on")
         if isinstance(self._gate, Gates) and self._gate.restore(index, "a new key"):
-            self._log.write("endpoint restored", endpoint=label, why="a new key")
+            self.log.write("endpoint restored", endpoint=label, why="a new key")
         return True

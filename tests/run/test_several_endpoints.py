@@ -119,15 +119,6 @@ def test_two_limits_are_used_fully_and_neither_exceeded(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("keys")
-def test_requests_are_shared_by_weight(tmp_path: Path) -> None:
-    first, second = Script("sk-first-canary"), Script("sk-second-canary")
-    with serving(first, second) as (a, b):
-        run(job_at(at(a, "KEY_A", weight=3), at(b, "KEY_B")), tmp_path / "run", 200)
-    assert len(first.served) == pytest.approx(150, abs=25)
-    assert len(first.served) + len(second.served) == 200
-
-
-@pytest.mark.usefixtures("keys")
 def test_a_revoked_key_is_set_aside_and_named(tmp_path: Path) -> None:
     """The rows that it refused are answered by the other endpoint, each once."""
     notes: list[str] = []

@@ -122,7 +122,7 @@ def test_a_secret_header_is_cleaned() -> None:
 
 @pytest.mark.parametrize("headers", [{"X-A": "a\r\nX-B: b"}, {"X-A": "env:SPLIT"}])
 def test_a_header_that_would_become_two_is_refused(headers: dict[str, str]) -> None:
-    with pytest.raises(JobError, match=r"endpoint\.headers\.X-A: holds characters"):
+    with pytest.raises(JobError, match=r"endpoint\.headers\.X-A: contains characters"):
         read(Endpoint(URL, headers=headers), {"SPLIT": "canary\nX-B: b"})
 
 
