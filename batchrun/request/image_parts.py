@@ -1,8 +1,8 @@
 """Images in a request: where they stand, and what stands for them until it is sent. PURE.
 
 An image is given by its bytes, a `data:` URL, an http(s) URL, or a path. An http(s) URL stays as it is. The others are
-a `Picture` in the body, so that a waiting request holds no base64. The `request_key` has the digest of the bytes, so one
-picture makes one question however it is given.
+a `Picture` in the body, so that a waiting request holds no base64. The `request_key` has the digest of the bytes, so
+one picture makes one question however it is given.
 """
 
 import binascii
