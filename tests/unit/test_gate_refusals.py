@@ -18,6 +18,7 @@ from batchrun.limits.rate_search import RateSearch
 from batchrun.limits.rates import Rates
 from batchrun.limits.refusal_runs import RefusalRuns
 from batchrun.records import RowError, Verdict
+from tests import level
 from tests.moved_clock import START_S, run_on_moved_clock
 from tests.refusing_servers import (
     BlackedOut,
@@ -33,7 +34,9 @@ from tests.refusing_servers import (
 )
 from tests.unit.test_gate import new_gate, now_s
 
-SEEDS = 5
+pytestmark = pytest.mark.campaign
+
+SEEDS = level.amount(sample=1, full=5)
 
 
 def chance(share: float, **more: object) -> Callable[[], RefusingServer]:
