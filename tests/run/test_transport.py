@@ -26,6 +26,8 @@ from tests.fault_server import FINE, Exchange, FaultServer, Script, answer, blac
 from tests.run.test_exchange import asked, closes, ended, kind_of, sweeping
 from tests.wires import KEY, WIRES, client_of, run, wire
 
+pytestmark = pytest.mark.sampled(8)
+
 __all__ = ["wire"]  # the fixture that runs each test on every wire
 
 DOCS = Path(__file__).parents[2] / "docs"
