@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test readers strace valgrind guard check lint setup bench bench-limits crash build lock clean
+.PHONY: quickstart test readers strace valgrind chromium guard check lint setup bench bench-limits crash build lock clean
 
 quickstart: .venv/quickstart
 	@echo
@@ -30,7 +30,7 @@ quickstart: .venv/quickstart
 
 setup: .venv/test
 
-test: .venv/test readers strace
+test: .venv/test readers strace chromium
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 guard: .venv/test valgrind  # a row costs no more instructions than it did (docs/benchmarks.md)
@@ -48,6 +48,12 @@ READERS := datasets==5.2.0 duckdb==2.0.1 pandas==3.1.1 polars==2.1.0 pyarrow
 	@touch $@
 
 readers: .venv/readers/installed
+
+chromium:                   # the tests look at the page of a bill in it, and `report --png` draws with it
+	@command -v chromium > /dev/null || command -v google-chrome > /dev/null || \
+		(apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium > /dev/null) || \
+		(sudo apt-get update -qq && sudo apt-get install -qq -y --no-install-recommends chromium) || \
+		echo "install chromium: the tests of the page need it"
 
 strace:                     # the tests of failing disks inject their faults with it
 	@command -v strace > /dev/null || (apt-get update -qq && apt-get install -qq -y strace > /dev/null) || \
