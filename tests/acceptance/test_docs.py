@@ -262,6 +262,16 @@ def test_every_promise_has_its_test() -> None:
     assert [promise.partition("\n")[0] for promise in promises if not LISTED_TESTS.search(promise + "\n")] == []
 
 
+def test_the_places_where_changes_go_exist() -> None:
+    """CONTRIBUTING names, for each kind of change, a file and what to change in it."""
+    places = text_of("CONTRIBUTING.md").partition("## Where to add what")[2].partition("\n## ")[0]
+    named = re.findall(r"`(\w+(?:\.\w+)?)`(?:,[^`.;]*)?(?: (?:and|in|of) )`(batchrun/[\w/.]+\.py)`", places)
+    assert len(named) >= 10
+    for name, file in named:
+        assert re.search(rf"\b{name.rpartition('.')[2]}\b", text_of(file)), (name, file)
+    assert places.count("\n### ") == 6
+
+
 @pytest.mark.parametrize("page", PAGES, ids=ids_of)
 def test_every_link_leads_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
