@@ -48,6 +48,7 @@ def _amount(what: str) -> "Callable[[click.Context, click.Parameter, str | None]
 
 JOB = click.argument("job", type=click.Path(dir_okay=False, path_type=Path))
 INPUT = click.option("-i", "--input", "input_path", metavar="PATH", help="Input instead of input.path; - is stdin.")
+DATE = click.option("--date", metavar="YYYY-MM-DD", help="The logical date for {date}; default: the first start's.")
 SET = click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Lay one setting over the job.")
 SKIP = click.option("--skip-invalid", is_flag=True, help="Set bad records aside (run: in rejects.jsonl).")
 
@@ -62,7 +63,7 @@ def cli() -> None:
 @JOB
 @INPUT
 @click.option("-o", "--output", "output_path", metavar="DIR", help="Run directory instead of output.path.")
-@click.option("--date", metavar="YYYY-MM-DD", help="The logical date for {date}; default: the first start's.")
+@DATE
 @click.option("--new", is_flag=True, help="Start another run instead of going on with the last.")
 @click.option(
     *("--max-cost", "max_cost_usd"),
@@ -135,16 +136,18 @@ def run(
 @cli.command()
 @JOB
 @INPUT
+@DATE
 @SKIP
 @SET
-def check(job: Path, input_path: str | None, skip_invalid: bool, overrides: tuple[str, ...]) -> None:
+def check(job: Path, input_path: str | None, date: str | None, skip_invalid: bool, overrides: tuple[str, ...]) -> None:
     """Check all that a run would refuse: the job, every input record and its request. Sends nothing."""
     from batchrun import preflight
     from batchrun.report.summary import plural
     from batchrun.startup import input_pass
 
     loaded = _load(job, input_path, None, overrides, {})
-    preflight.require_settings(loaded, preflight.place(loaded))
+    directory, loaded = preflight.place(loaded, date)
+    preflight.require_settings(loaded, directory)
     source, found = _read_through(loaded, skip_invalid=skip_invalid)
     _require_budget(loaded, found)
     models = ", ".join(f"{model} ({rows:,})" for model, rows in found.models.items())
@@ -160,13 +163,19 @@ def check(job: Path, input_path: str | None, skip_invalid: bool, overrides: tupl
 @cli.command()
 @JOB
 @INPUT
+@DATE
 @click.option(
     "-o", "--output", "out", type=click.Path(path_type=Path), help="A run directory: what the rest would take."
 )
 @SKIP
 @SET
 def estimate(
-    job: Path, input_path: str | None, out: Path | None, skip_invalid: bool, overrides: tuple[str, ...]
+    job: Path,
+    input_path: str | None,
+    date: str | None,
+    out: Path | None,
+    skip_invalid: bool,
+    overrides: tuple[str, ...],
 ) -> None:
     """Tokens, cost and time of a job, or of the rest of a run. Sends nothing."""
     from datetime import datetime
@@ -178,9 +187,9 @@ def estimate(
     from batchrun.startup.preview import look
     from batchrun.store.rundir import RunDirectory
 
-    loaded = _load(job, input_path, None, overrides, {})
+    directory, loaded = preflight.place(_load(job, input_path, None, overrides, {}), date)
     found = None if out is None else look(loaded, RunDirectory(out))
-    preflight.require_settings(loaded, preflight.place(loaded) if out is None else RunDirectory(out))
+    preflight.require_settings(loaded, directory if out is None else RunDirectory(out))
     _, surveyed = _read_through(loaded, skip_invalid=skip_invalid)
     tables = _require_budget(loaded, surveyed)
     now = datetime.now().astimezone()

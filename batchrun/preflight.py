@@ -52,14 +52,15 @@ def require_settings(job: Job, directory: RunDirectory) -> None:
         requirement(job, directory)
 
 
-def place(job: Job) -> RunDirectory:
-    """Where a run of this job would begin or resume now.
+def place(job: Job, date: str | None = None) -> tuple[RunDirectory, Job]:
+    """Where a run of this job would begin or resume now, and the job with its input of that date.
 
     Raises:
-        JobError: output.path holds a name that is not known.
+        JobError: output.path holds a name that is not known, or `date` is none.
     """
-    path, _ = rundir.place(job.output.path, job.name, date=None, now=datetime.now().astimezone(), new=False)
-    return RunDirectory(path)
+    now = datetime.now().astimezone()
+    path, earlier = rundir.place(job.output.path, job.name, date=date, now=now, new=False)
+    return RunDirectory(path), job.on(rundir.logical_date(date or earlier, now))
 
 
 def key(job: Job, environ: Mapping[str, str]) -> Credentials:

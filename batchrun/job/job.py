@@ -242,6 +242,16 @@ class Job(Table, frozen=True):
     output: Output = Output()
     pricing: dict[str, Price] = {}
     simulator: Simulator = Simulator()
+    on_end: list[Text] = []
+    on_end_timeout_s: Positive = 60.0
+
+    def on(self, date: str) -> "Job":
+        """The job with its input of that logical date (`2026-11-28`), where `input.path` holds `{date}`."""
+        path = self.input.path
+        if path is None or "{date}" not in path:
+            return self
+        dated = msgspec.structs.replace(self.input, path=path.replace("{date}", date))
+        return msgspec.structs.replace(self, input=dated)
 
     @property
     def simulated(self) -> bool:
@@ -285,7 +295,7 @@ def settings() -> Iterator[tuple[str, object]]:
         structs = [t for t in (table.type, *get_args(table.type)) if isinstance(t, type)]
         inner = next((t for t in structs if issubclass(t, Table)), None)
         if inner is None:
-            yield table.name, table.default
+            yield table.name, table.default_factory() if table.default_factory is list else table.default
             continue
         path = f"{table.name}.MODEL" if inner is Price else table.name
         for field in msgspec.structs.fields(inner):

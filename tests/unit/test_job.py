@@ -417,6 +417,8 @@ OTHER_VALUES: Mapping[str, object] = {
     "output.raw": "always",
     "output.layout": "parts",
     "output.compression": "gzip",
+    "on_end": ["true"],
+    "budget.time_zone": "Europe/Berlin",
 }
 """Values that differ from the default where one more, or one more letter, would not be allowed."""
 
@@ -449,7 +451,7 @@ def another_value(path: str, default: object) -> object:
         "max_tokens",
         "temperature",
         "top_p",
-        "max_cost_usd",
+        "_usd",
         "max_requests",
     )
     return 1 if path.endswith(numbers) else "x"
