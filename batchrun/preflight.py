@@ -5,6 +5,7 @@ What must hold of the input is `plan.checks`'s, and they walk through that, too.
 
 from collections.abc import Callable, Mapping
 from datetime import datetime
+from pathlib import Path
 
 from batchrun import credentials, open_files, simulated
 from batchrun.credentials import Credentials
@@ -33,11 +34,19 @@ def _the_output_can_be_written(job: Job, directory: RunDirectory) -> None:
     directory.require_possible()
 
 
+def _the_budget_file_can_be_kept(job: Job, directory: RunDirectory) -> None:
+    if job.budget.per_day_usd is not None or job.budget.per_month_usd is not None:
+        from batchrun.store.budget_file import require_possible  # only for a job that has such a budget
+
+        require_possible(Path(job.budget.state))
+
+
 REQUIREMENTS: tuple[Callable[[Job, RunDirectory], None], ...] = (
     _enough_files_may_be_open,
     _the_simulator_can_be_had,
     _certificates_can_be_read,
     _the_output_can_be_written,
+    _the_budget_file_can_be_kept,
 )
 """Each raises a BatchrunError with the line that a person sees. None of them writes anything."""
 

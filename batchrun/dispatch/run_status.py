@@ -22,6 +22,7 @@ from batchrun.records import Retrying, Summary, Tuned
 from batchrun.report.summary import (
     Moment,
     limiting_factor,
+    nearly_used,
     read,
     starting,
     summarise,
@@ -77,6 +78,7 @@ class RunStatus:
         self._tuned: Tuned | None = None
         self._seen_in_flight = 0
         self._seen_reasons = self._seen_tiers = 0
+        self._seen_used: set[tuple[str, str]] = set()
         self._recent = Recent()
         self._earlier: Summary | None = None
         with contextlib.suppress(InputError, CheckpointError):  # none, or not readable
@@ -140,6 +142,7 @@ class RunStatus:
             command=self._command,
             retrying=self._retrying() if self.state == "running" else None,
             tags=self._tags,
+            budgets=() if workers is None else tuple(workers.gate.purse.uses()),
         )
         if not isinstance(self.phase, Running):
             spent = None if checkpoint is None else checkpoint.spent
@@ -178,7 +181,16 @@ class RunStatus:
         beyond = workers.learned.overruns.taken()
         for model, overrun in beyond:
             self.log.write("overrun", model=model, **msgspec.structs.asdict(overrun))
-        words = (*map(unknown_reason, new), *map(unpriced_tier, tiers), *(overruns.in_words(*each) for each in beyond))
+        used = [use for use in workers.gate.purse.uses() if use.is_nearly_used and use.key not in self._seen_used]
+        for use in used:
+            self._seen_used.add(use.key)
+            self.log.write("budget nearly used", **msgspec.structs.asdict(use))
+        words = (
+            *map(unknown_reason, new),
+            *map(unpriced_tier, tiers),
+            *(overruns.in_words(*each) for each in beyond),
+            *map(nearly_used, used),
+        )
         return [f"warning: {line}" for line in words]
 
     def write(self, summary: Summary) -> None:

@@ -65,7 +65,7 @@ class Workers:
         self._uncommitted: dict[tuple[int, int], _Uncommitted] = {}
         self._held: dict[int, AttemptResult] = {}
         self._long_wait: Stop | None = None  # by the last Retry-After that was longer than the job allows
-        self._capped = job.budget.max_cost_usd is not None or job.budget.max_tokens is not None
+        self._capped = bool(job.budget.caps_usd) or job.budget.max_tokens is not None
         self.gate = gate
         self.learned = learned
         self.backlog = Backlog(

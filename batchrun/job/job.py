@@ -183,6 +183,19 @@ class Budget(Table, frozen=True):
     max_cost_usd: Decimal | None = None
     max_tokens: AtLeastOne | None = None
     max_requests: AtLeastOne | None = None
+    per_start_usd: Decimal | None = None
+    per_day_usd: Decimal | None = None
+    per_month_usd: Decimal | None = None
+    name: Text | None = None
+    state: Text = "runs/budget.db"
+    time_zone: Text = "UTC"
+
+    @property
+    def caps_usd(self) -> dict[str, Decimal]:
+        """The caps on cost that are set, by the names of their settings."""
+        names = ("max_cost_usd", "per_start_usd", "per_day_usd", "per_month_usd")
+        caps = {name: getattr(self, name) for name in names}
+        return {name: cap for name, cap in caps.items() if cap is not None}
 
 
 class Output(Table, frozen=True):

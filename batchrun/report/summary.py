@@ -13,7 +13,7 @@ from batchrun.limits.admission import Binding, Limit
 from batchrun.limits.deadline import Deadline
 from batchrun.limits.forecast import Forecast
 from batchrun.prices import PICO, PriceTable
-from batchrun.records import FAILURES, Estimate, InForce, PossiblyBilled, Retrying, Status, Summary, Tuned
+from batchrun.records import FAILURES, BudgetUse, Estimate, InForce, PossiblyBilled, Retrying, Status, Summary, Tuned
 from batchrun.report.cures import Cure, cure_of
 from batchrun.report.cures import command as commands
 from batchrun.response.finish_reasons import Meaning, meaning_of
@@ -60,6 +60,7 @@ class Moment(msgspec.Struct, frozen=True):
     command: str | None = None
     retrying: Retrying | None = None
     tags: dict[str, str] = {}
+    budgets: tuple[BudgetUse, ...] = ()
 
     @property
     def eta(self) -> datetime | None:
@@ -230,6 +231,7 @@ def _summary(
         files=files(directory) if moment.complete else files_so_far(directory, moment.started_at),
         retrying=moment.retrying,
         tags=moment.tags,
+        budgets=list(moment.budgets),
     )
 
 
@@ -347,6 +349,9 @@ def _closing(summary: Summary, requests_per_minute: float | None) -> Iterator[tu
             yield "note", f"{plural(rows, 'answer')} {'names' if rows == 1 else 'name'} the model {name}"
     for reason in summary.unknown_finish_reasons:
         yield "note", unknown_reason(reason)
+    for use in summary.budgets:
+        if use.is_nearly_used:
+            yield "budget", nearly_used(use)
     yield from summary.files.items()
 
 
@@ -368,6 +373,15 @@ def unpriced_tier(tier: str) -> str:
         f"answers came from the service tier {tier!r}, of which no price is known, though the model's is: "
         'cost_usd is null for them; a price in [pricing."MODEL"] is for every tier'
     )
+
+
+def nearly_used(use: BudgetUse) -> str:
+    """How much of a cap over time is used, and when it begins anew."""
+    used = use.spent_usd + use.in_doubt_usd
+    when = f"{use.period} ({use.budget})" if use.opens_at is not None else "this start"
+    opens = f"; it opens again at {use.opens_at:%Y-%m-%d %H:%M %Z}" if use.opens_at is not None else ""
+    share = f"{used / use.cap_usd:.0%} of budget.{use.setting} is used"
+    return f"{share}: ${used:,.6f} of ${use.cap_usd:,.2f} in {when}{opens}"
 
 
 def _rate(summary: Summary, requests_per_minute: float | None) -> str:

@@ -24,8 +24,10 @@ from pathlib import Path
 import msgspec
 
 from batchrun.durable import disk_errors
+from batchrun.errors import JobError
 from batchrun.prices import PICO
 from batchrun.store.database import Database
+from batchrun.store.rundir import NETWORK_FILE_SYSTEMS, file_system
 
 TABLES = """
 CREATE TABLE windows (budget TEXT, period TEXT, spent_usd TEXT, in_doubt_usd TEXT, crc INTEGER,
@@ -84,7 +86,7 @@ class Drawn(msgspec.Struct, frozen=True):
     can_come: bool
 
 
-class _Spent(msgspec.Struct, frozen=True):
+class Spending(msgspec.Struct, frozen=True):
     """What a process has done with its lease, in 10⁻¹² USD. Replaced as a whole, so any thread may read it."""
 
     spent: int = 0
@@ -103,9 +105,9 @@ class Lease:
         """Makes the lease's file and locks it."""
         self.path = path
         self.period = period
-        self.spending = _Spent()
+        self.spending = Spending()
         self.granted = 0
-        self.booked = _Spent()  # the part of it that `windows` holds
+        self.booked = Spending()  # the part of it that `windows` holds
         self._version = 0
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
@@ -115,7 +117,7 @@ class Lease:
         except BaseException:
             os.close(self._file)
             raise
-        self._write(_Spent())
+        self._write(Spending())
 
     @property
     def name(self) -> str:
@@ -127,11 +129,10 @@ class Lease:
         """What can still be reserved. Below 0 where answers cost more than their bounds."""
         return (self.granted - self.spending.used) * PICO
 
-    @property
-    def unbooked_usd(self) -> tuple[Decimal, Decimal]:
-        """What was spent, and what is in doubt, since the last time that it was booked."""
-        now, booked = self.spending, self.booked
-        return (now.spent - booked.spent) * PICO, (now.in_doubt - booked.in_doubt) * PICO
+    def since(self, before: Spending) -> tuple[Decimal, Decimal]:
+        """USD that were spent, and that are in doubt, since then."""
+        now = self.spending
+        return (now.spent - before.spent) * PICO, (now.in_doubt - before.in_doubt) * PICO
 
     @property
     def is_idle(self) -> bool:
@@ -141,13 +142,13 @@ class Lease:
     def reserve(self, bound_usd: Decimal) -> None:
         """The most that a request may cost is set aside; to be called before it is sent."""
         now = self.spending
-        self._write(_Spent(now.spent, now.in_doubt, now.reserved + pico(bound_usd)))
+        self._write(Spending(now.spent, now.in_doubt, now.reserved + pico(bound_usd)))
 
     def settle(self, bound_usd: Decimal, spent_usd: Decimal | None) -> None:
         """The reservation has become what was spent. None, an unknown cost, leaves all of it in doubt."""
         now, bound = self.spending, pico(bound_usd)
         spent, doubt = (0, bound) if spent_usd is None else (pico(spent_usd), 0)
-        self._write(_Spent(now.spent + spent, now.in_doubt + doubt, now.reserved - bound))
+        self._write(Spending(now.spent + spent, now.in_doubt + doubt, now.reserved - bound))
 
     def shrink(self) -> None:
         """What is not used can't be reserved any more: it is about to be given back."""
@@ -159,7 +160,7 @@ class Lease:
         self._map.close()
         os.close(self._file)
 
-    def _write(self, spending: _Spent) -> None:
+    def _write(self, spending: Spending) -> None:
         """The two slots take turns: a process that is killed while it writes one leaves the other."""
         self._version += 1
         amounts = (spending.spent, spending.in_doubt, spending.reserved)
@@ -236,7 +237,7 @@ class BudgetFile:
 
         def work() -> None:
             now = lease.spending
-            lease.spending = _Spent(now.spent, now.in_doubt + now.reserved)
+            lease.spending = Spending(now.spent, now.in_doubt + now.reserved)
             self._book(lease)
             self._database.query("DELETE FROM leases WHERE lease = ?", (lease.name,))
 
@@ -281,7 +282,7 @@ class BudgetFile:
         now, before = lease.spending, lease.booked
         self._add(self._budget, lease.period, now.spent - before.spent, now.in_doubt - before.in_doubt)
         if now.spent != before.spent or now.in_doubt != before.in_doubt:
-            lease.booked = _Spent(now.spent, now.in_doubt)
+            lease.booked = Spending(now.spent, now.in_doubt)
             self._put(lease)
 
     def _take_back_from_dead(self) -> Iterator[Path]:
@@ -362,6 +363,23 @@ class _Held(msgspec.Struct, frozen=True):
         return Decimal(self.granted_usd) - Decimal(self.spent_usd) - Decimal(self.in_doubt_usd)
 
 
+def require_possible(path: Path) -> None:
+    """Nothing, if a budget can be kept in the file at `path`; nothing is made.
+
+    Raises:
+        JobError: it can't be made or written, or lies on a network file system, whose locks don't hold.
+    """
+    there = path.absolute().parent
+    while not os.path.lexists(there):
+        there = there.parent
+    if not there.is_dir() or path.is_dir():
+        raise JobError(f"budget.state: {path}: a file or directory is in the way; name another file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise JobError(f"budget.state: {path}: can't be written; name another file")
+    if (kind := file_system(there)) in NETWORK_FILE_SYSTEMS:
+        raise JobError(f"budget.state: {path}: lies on a network file system ({kind}); name a local file")
+
+
 def pico(usd: Decimal) -> int:
     """The amount in 10⁻¹² USD, rounded up."""
     return -int(-usd // PICO)
@@ -379,20 +397,20 @@ def _names(period: Period) -> tuple[str, str]:
     return period.day, period.month
 
 
-def _read(path: Path) -> _Spent | None:
+def _read(path: Path) -> Spending | None:
     """What a dead process did with its lease: the newer of two records; None where neither can be read."""
     try:
         content = path.read_bytes()
     except OSError:
         return None
-    newest: tuple[int, _Spent] | None = None
+    newest: tuple[int, Spending] | None = None
     for start in (0, SLOT_BYTES):
         fields = content[start : start + _STATE.size]
         if content[start + _STATE.size : start + _STATE.size + _CRC.size] != _CRC.pack(zlib.crc32(fields)):
             continue
         version, *amounts = _STATE.unpack(fields)
         if newest is None or version > newest[0]:
-            newest = version, _Spent(*(int.from_bytes(amount, "little") for amount in amounts))
+            newest = version, Spending(*(int.from_bytes(amount, "little") for amount in amounts))
     return None if newest is None else newest[1]
 
 
