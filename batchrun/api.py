@@ -43,6 +43,7 @@ class Options(TypedDict, total=False):
     limit: int | None
     deadline: str | None
     accept_changes: bool
+    accept_canary: bool
     retry_failed: bool | Collection[str]
     skip_invalid: bool
     grace_s: float | None
@@ -133,6 +134,7 @@ def _invoke(
     asked = RunOptions(
         skip_invalid=options.get("skip_invalid", False),
         accept_changes=options.get("accept_changes", False),
+        accept_canary=options.get("accept_canary", False),
         limit=options.get("limit"),
         deadline=deadline,
         retry=_retried(job, options.get("retry_failed", False)),

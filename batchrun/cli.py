@@ -75,6 +75,7 @@ def cli() -> None:
 @click.option("--deadline", metavar="WHEN", help="End by then: 6h, 90m, 06:00 (the next), 2026-11-26T06:00.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N rows; without it the run goes on.")
 @click.option("--accept-changes", is_flag=True, help="Go on over a changed input or job: what has no answer is asked.")
+@click.option("--accept-canary", is_flag=True, help="Send the rest, whatever the canary shows.")
 @click.option("--retry-failed", is_flag=True, help="Ask failed rows of a complete run again; --set may vary request.*.")
 @click.option("--status", "statuses", metavar="LIST", help="With --retry-failed: which, e.g. truncated,error.")
 @SKIP
@@ -96,6 +97,7 @@ def run(
     deadline: str | None,
     limit: int | None,
     accept_changes: bool,
+    accept_canary: bool,
     retry_failed: bool,
     statuses: str | None,
     skip_invalid: bool,
@@ -119,6 +121,7 @@ def run(
                 limit=limit,
                 deadline=deadline,
                 accept_changes=accept_changes,
+                accept_canary=accept_canary,
                 retry_failed=_retry_statuses(retry_failed, statuses),
                 skip_invalid=skip_invalid,
                 grace_s=None if grace_s is None else float(grace_s),

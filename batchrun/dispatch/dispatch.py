@@ -5,7 +5,6 @@ import contextlib
 import functools
 import random
 from collections.abc import Callable
-from decimal import Decimal
 from typing import TypeVarTuple
 
 import msgspec
@@ -36,7 +35,6 @@ from batchrun.report.summary import plural
 from batchrun.request.image_digests import ImageDigests
 from batchrun.store import in_flight
 from batchrun.store.in_flight import InFlightFile
-from batchrun.store.totals import Totals
 from batchrun.transport import transport as wires
 from batchrun.transport.connector import MAX_TAILS
 
@@ -177,7 +175,7 @@ class Dispatch:
             limits,
             daily=learned.daily,
             found=Found(known.requests_per_minute, known.tokens_per_minute),
-            purse=_budget_account(self._job, self._store.checkpoint.spent, over_time),
+            purse=_budget_account(self._job, self._store, over_time),
             overruns=learned.overruns,
             on_pace=functools.partial(_log_pace, log),
             on_kind=functools.partial(_log_kind, log),
@@ -227,16 +225,16 @@ class Shutdown:
         return msgspec.structs.replace(stop, why=f"{self._by}: stopped at once; {abandoned} in flight abandoned")
 
 
-def _budget_account(job: Job, totals: Totals, over_time: SharedBudget | None) -> BudgetAccount:
+def _budget_account(job: Job, store: Store, over_time: SharedBudget | None) -> BudgetAccount:
     """The budget's caps, less what the run has spent so far."""
-    budget = job.budget
+    budget, totals = job.budget, store.checkpoint.spent
     cost, tokens, requests = budget.max_cost_usd, budget.max_tokens, budget.max_requests
     per_start = budget.per_start_usd
     return BudgetAccount(
         cost_usd=None if cost is None else Cap(cost, totals.most_usd()),
         tokens=None if tokens is None else Cap(tokens, totals.tokens()),
         requests=None if requests is None else Cap(requests, totals.requests()),
-        start_usd=None if per_start is None else Cap(per_start, Decimal(0)),
+        start_usd=None if per_start is None else Cap(per_start, totals.most_usd() - store.before_usd),
         over_time=over_time,
         name=name_of(job),
     )

@@ -98,6 +98,8 @@ class RunStatus:
 
     def reached(self, phase: Checking | Running) -> None:
         """The start has reached this phase."""
+        if isinstance(phase, Running) and phase.workers is not None and self._workers is not None:
+            phase.workers.resume(self._workers)
         self.phase = phase
 
     def start_running(self, phase: Running) -> None:

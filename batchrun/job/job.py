@@ -198,6 +198,18 @@ class Budget(Table, frozen=True):
         return {name: cap for name, cap in caps.items() if cap is not None}
 
 
+Share = Annotated[float, Meta(ge=0, le=1)]
+
+
+class Canary(Table, frozen=True):
+    """How many rows are sent first, and what must come of them before the rest is."""
+
+    rows: Annotated[int, Meta(ge=1, le=10_000)] | None = None
+    min_ok_share: Share = 0.9
+    max_invalid_share: Share | None = None
+    max_cost_per_row_usd: Decimal | None = None
+
+
 class Output(Table, frozen=True):
     path: Text = "runs/{job}/{date}"
     columns: Literal["all"] | list[str] = "all"
@@ -252,6 +264,7 @@ class Job(Table, frozen=True):
     retry: Retry = Retry()
     finish: Finish = Finish()
     budget: Budget = Budget()
+    canary: Canary = Canary()
     output: Output = Output()
     pricing: dict[str, Price] = {}
     simulator: Simulator = Simulator()

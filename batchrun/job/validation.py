@@ -68,6 +68,9 @@ def problems(job: Job) -> Iterator[str]:
     for name, cap in job.budget.caps_usd.items():
         if not (cap.is_finite() and 0 < cap <= MAX_COST_USD):
             yield f"budget.{name}: expected 0 to {MAX_COST_USD:,} USD (is {cap})"
+    most = job.canary.max_cost_per_row_usd
+    if most is not None and not (most.is_finite() and 0 < most <= MAX_COST_USD):
+        yield f"canary.max_cost_per_row_usd: expected 0 to {MAX_COST_USD:,} USD (is {most})"
     try:
         ZoneInfo(job.budget.time_zone)
     except (ZoneInfoNotFoundError, ValueError, OSError):

@@ -101,6 +101,12 @@ def require_budget(
             f"budget.max_tokens: {most:,} are fewer than the largest request may use ({largest:,}, by its upper "
             "bound); set request.max_tokens, or raise the cap"
         )
+    for model, table in tables.items():
+        if table is None and job.canary.rows is not None and job.canary.max_cost_per_row_usd is not None:
+            raise JobError(
+                f"canary.max_cost_per_row_usd: the price of {model} is unknown; "
+                f'give it in [pricing."{model}"] or remove this bound'
+            )
     for (model, table), (name, cap) in itertools.product(tables.items(), job.budget.caps_usd.items()):
         if table is None:
             raise JobError(

@@ -418,6 +418,8 @@ OTHER_VALUES: Mapping[str, object] = {
     "output.layout": "parts",
     "output.compression": "gzip",
     "on_end": ["true"],
+    "canary.min_ok_share": 0.5,
+    "canary.max_invalid_share": 0.5,
     "budget.time_zone": "Europe/Berlin",
 }
 """Values that differ from the default where one more, or one more letter, would not be allowed."""
@@ -453,6 +455,7 @@ def another_value(path: str, default: object) -> object:
         "top_p",
         "_usd",
         "max_requests",
+        "canary.rows",
     )
     return 1 if path.endswith(numbers) else "x"
 
