@@ -118,7 +118,7 @@ def night(place: Place) -> str:
     return command
 
 
-def test_the_cron_line_runs_the_job_and_a_second_time_finds_it_complete(place: Place) -> None:
+def test_the_cron_line_runs_the_job(place: Place) -> None:
     command = night(place)
     assert place.sh(command) == 0
     assert len(place.runs()) == 1
@@ -131,9 +131,7 @@ def test_the_cron_line_runs_the_job_and_a_second_time_finds_it_complete(place: P
     [(5, 2, 0, False), (5, 99, 5, True), (129, 1, 0, False), (6, 1, 6, False), (143, 1, 143, False)]
     + [(code, 1, code, True) for code in sorted(DETERMINATE)],
 )
-def test_the_script_retries_what_may_end_otherwise_and_tells_somebody_of_the_rest(
-    place: Place, code: int, times: int, ends: int, told: bool
-) -> None:
+def test_the_script_retries_and_alerts_by_exit_code(place: Place, code: int, times: int, ends: int, told: bool) -> None:
     place.let_fail(code, times)
     assert place.sh(night(place)) == ends
     assert place.told == ([f"tickets.toml ended with exit code {ends}"] if told else [])
@@ -205,7 +203,7 @@ def container(pod: dict[str, Any]) -> dict[str, Any]:
     return only
 
 
-def test_the_cron_job_retries_by_exit_code_and_its_command_runs(place: Place) -> None:
+def test_the_cron_job_retries_by_exit_code(place: Place) -> None:
     spec = documents()["CronJob"]["spec"]
     job = spec["jobTemplate"]["spec"]
     first, second = job["podFailurePolicy"]["rules"]
@@ -222,7 +220,7 @@ def test_the_cron_job_retries_by_exit_code_and_its_command_runs(place: Place) ->
     assert len(place.runs()) == 1
 
 
-def test_each_index_of_the_indexed_job_runs_its_part(place: Place) -> None:
+def test_each_index_runs_its_part(place: Place) -> None:
     spec = documents()["Job"]["spec"]
     assert spec["completionMode"] == "Indexed"
     assert {rule["action"] for rule in spec["podFailurePolicy"]["rules"]} == {"FailIndex", "Ignore"}
@@ -241,7 +239,7 @@ def test_each_index_of_the_indexed_job_runs_its_part(place: Place) -> None:
 
 
 @pytest.mark.parametrize(("code", "ends"), [(0, 0), (6, 0), (4, 0), (5, 0), (1, 1), (2, 2), (3, 3), (7, 7), (143, 143)])
-def test_the_workflows_step_fails_where_somebody_must_look(place: Place, code: int, ends: int) -> None:
+def test_the_workflow_fails_by_exit_code(place: Place, code: int, ends: int) -> None:
     workflow = documents()["workflow"]
     assert True in workflow  # YAML 1.1 reads the key `on` so; GitHub does not
     assert workflow["concurrency"] == "tickets"
@@ -272,7 +270,7 @@ def dags(place: Place) -> list[Path]:
     return found
 
 
-def test_the_operators_verdicts_are_the_tables_and_airflow_is_imported_late(place: Place) -> None:
+def test_the_operator_imports_airflow_late(place: Place) -> None:
     for file in dags(place):
         ast.parse(file.read_text())
     names: dict[str, Any] = {"__name__": "batchrun_operator"}
@@ -297,7 +295,7 @@ for name in sorted(bag.dags):
 
 
 @pytest.mark.skipif(not AIRFLOW.exists(), reason="Airflow is not installed; make airflow")
-def test_airflow_itself_runs_the_dags_and_ends_by_the_exit_code(place: Place) -> None:
+def test_airflow_runs_the_dags(place: Place) -> None:
     (first, _, second) = dags(place)
     environ = {
         **os.environ,

@@ -66,7 +66,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "runs" / "budget.db"
 
 
-def test_what_is_spent_is_in_day_and_month_and_the_rest_is_free_again(path: Path) -> None:
+def test_spending_is_booked_by_day_and_month(path: Path) -> None:
     file = opened(path, day=1, month=10)
     lease = file.lease(TODAY)
     drawn = draw(file, lease, BOUND)
@@ -84,7 +84,7 @@ def test_what_is_spent_is_in_day_and_month_and_the_rest_is_free_again(path: Path
     file.close()
 
 
-def test_the_next_day_and_the_next_month_are_empty_and_another_budget_is_another(path: Path) -> None:
+def test_other_periods_and_budgets_are_separate(path: Path) -> None:
     file = opened(path, day=1)
     lease = file.lease(TODAY)
     draw(file, lease, 1)
@@ -100,7 +100,7 @@ def test_the_next_day_and_the_next_month_are_empty_and_another_budget_is_another
         each.end(held)
 
 
-def test_what_another_holds_may_come_back_and_what_is_spent_never_does(path: Path) -> None:
+def test_only_unspent_leases_come_back(path: Path) -> None:
     first, second = opened(path, day=1), opened(path, day=1)
     mine, its = first.lease(TODAY), second.lease(TODAY)
     draw(first, mine, "0.7")
@@ -133,7 +133,7 @@ def test_an_answer_beyond_its_bound_counts_in_full(path: Path) -> None:
     file.end(lease)
 
 
-def test_a_file_that_is_damaged_or_of_another_version_is_named(path: Path) -> None:
+def test_a_damaged_budget_file_is_named(path: Path) -> None:
     file = opened(path, day=1)
     lease = file.lease(TODAY)
     draw(file, lease, "0.5")
@@ -150,7 +150,7 @@ def test_a_file_that_is_damaged_or_of_another_version_is_named(path: Path) -> No
         opened(path, day=1)
 
 
-def test_a_lease_of_before_a_power_loss_is_in_doubt_as_a_whole(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lease_before_a_power_loss_is_in_doubt(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dying = spender(path, requests=1, then="hang")
     dying.kill()
     dying.communicate()
@@ -226,7 +226,7 @@ def spender(path: Path, requests: int, then: str, cap: str = "1", seed: int = 0)
     return process
 
 
-def test_what_a_killed_process_had_in_flight_stays_in_doubt_and_the_rest_of_its_lease_comes_back(path: Path) -> None:
+def test_a_killed_process_leaves_only_its_requests_in_flight(path: Path) -> None:
     dying = spender(path, requests=7, then="hang")
     dying.send_signal(signal.SIGKILL)
     dying.communicate()
@@ -241,7 +241,7 @@ def test_what_a_killed_process_had_in_flight_stays_in_doubt_and_the_rest_of_its_
     assert files(path) == ["budget.db"]
 
 
-def test_eight_processes_never_pass_one_cap_and_use_it_whole_though_some_are_killed(path: Path) -> None:
+def test_eight_processes_use_one_cap_and_never_pass_it(path: Path) -> None:
     cap, chance = Decimal("4"), random.Random(5)
     processes = [spender(path, 10**6, "end", str(cap), seed) for seed in range(8)]
     for process in processes[:3]:

@@ -52,9 +52,7 @@ def simulator(tmp_path: Path) -> Iterator[RunningSimulator]:
         yield running
 
 
-def test_a_start_ends_at_its_own_budget_and_the_next_has_as_much_again(
-    simulator: RunningSimulator, tmp_path: Path
-) -> None:
+def test_each_start_has_its_own_budget(simulator: RunningSimulator, tmp_path: Path) -> None:
     file, before = job(tmp_path, simulator.url, "per_start_usd = 4"), Decimal(0)
     for _ in range(20):
         ended = batchrun("run", file, "-o", tmp_path / "out")
@@ -70,9 +68,7 @@ def test_a_start_ends_at_its_own_budget_and_the_next_has_as_much_again(
     assert not (tmp_path / "budget.db").exists()  # nothing is shared
 
 
-def test_runs_of_one_day_share_its_budget_and_the_line_says_when_it_opens_again(
-    simulator: RunningSimulator, tmp_path: Path
-) -> None:
+def test_runs_share_the_budget_of_a_day(simulator: RunningSimulator, tmp_path: Path) -> None:
     file = job(tmp_path, simulator.url, 'per_day_usd = 4\nper_month_usd = 50\ntime_zone = "Asia/Tokyo"\nname = "ours"')
     first = batchrun("run", file, "-o", tmp_path / "first", "--limit", "5")
     assert first.exit_code == 0
@@ -105,7 +101,7 @@ def test_runs_of_one_day_share_its_budget_and_the_line_says_when_it_opens_again(
     assert other.exit_code == 0
 
 
-def test_eight_runs_on_one_budget_some_of_them_killed_never_pass_it_and_leave_no_lease(tmp_path: Path) -> None:
+def test_eight_runs_never_pass_one_budget(tmp_path: Path) -> None:
     chance, cap = random.Random(12), Decimal(30)
     with running_simulator(SimulatorConfig(latency_s=0.1, ledger=str(tmp_path / "ledger"))) as simulator:
         file = job(tmp_path, simulator.url, f"per_day_usd = {cap}\nname = 'all'", rows=400)
@@ -133,9 +129,9 @@ def test_eight_runs_on_one_budget_some_of_them_killed_never_pass_it_and_leave_no
     assert list(tmp_path.glob("budget.db-*")) == []
 
 
-def test_a_killed_run_resumes_within_what_it_left_and_its_requests_in_flight_stay_counted(tmp_path: Path) -> None:
+def test_a_killed_runs_requests_stay_counted(tmp_path: Path) -> None:
     with running_simulator(SimulatorConfig(latency_s=0.3, ledger=str(tmp_path / "ledger"))) as simulator:
-        file = job(tmp_path, simulator.url, "per_day_usd = 12", rows=12)
+        file = job(tmp_path, simulator.url, "per_day_usd = 60", rows=60)
         process = start("run", file, "-o", tmp_path / "out", "--set", "limits.max_in_flight=3")
         while len(simulator.ledger()) < 4:
             time.sleep(0.01)
@@ -150,9 +146,7 @@ def test_a_killed_run_resumes_within_what_it_left_and_its_requests_in_flight_sta
         assert billed_usd(simulator.ledger()) <= spent + doubt
 
 
-def test_a_budget_needs_a_price_a_local_file_and_room_for_one_request(
-    simulator: RunningSimulator, tmp_path: Path
-) -> None:
+def test_a_budget_that_cant_be_kept_is_refused(simulator: RunningSimulator, tmp_path: Path) -> None:
     file = job(tmp_path, simulator.url, "per_day_usd = 4")
     for options, said in {
         ("budget.per_day_usd=0",): "budget.per_day_usd: expected 0 to",
@@ -188,7 +182,7 @@ async def until(holds: Callable[[], bool]) -> None:
     raise AssertionError("never")
 
 
-def test_a_new_day_has_its_own_money_and_what_was_in_flight_counts_for_the_day_before(tmp_path: Path) -> None:
+def test_a_new_day_has_its_own_money(tmp_path: Path) -> None:
     now = [datetime(2026, 11, 30, 23, 59, 59, tzinfo=UTC)]
 
     async def night() -> None:
@@ -220,9 +214,7 @@ def test_a_new_day_has_its_own_money_and_what_was_in_flight_counts_for_the_day_b
     }
 
 
-def test_what_another_run_holds_is_waited_for_and_an_idle_run_gives_its_lease_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_idle_run_gives_its_lease_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared_budget, "IDLE_S", 0.2)
 
     async def night() -> None:
@@ -247,7 +239,7 @@ def test_what_another_run_holds_is_waited_for_and_an_idle_run_gives_its_lease_ba
     asyncio.run(night())
 
 
-def test_a_rehearsal_has_a_budget_of_its_own_and_a_day_ends_by_its_zones_clock() -> None:
+def test_a_rehearsal_has_its_own_budget() -> None:
     budget = {"per_day_usd": 1, "name": "ours"}
     assert shared_budget.name_of(job_over(None, budget=budget)) == "ours (simulator)"
     real = {"url": "https://h/v1", "auth": "none"}

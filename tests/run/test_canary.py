@@ -46,9 +46,7 @@ def simulator(tmp_path: Path) -> Iterator[RunningSimulator]:
         yield running
 
 
-def test_a_canary_that_passes_goes_first_and_every_row_is_sent_once(
-    simulator: RunningSimulator, tmp_path: Path
-) -> None:
+def test_a_passing_canary_sends_every_row_once(simulator: RunningSimulator, tmp_path: Path) -> None:
     file = job(tmp_path, simulator.url, "rows = 20\nmin_ok_share = 0.5\nmax_cost_per_row_usd = 1")
     ended = batchrun("run", file, "-o", tmp_path / "out")
     assert ended.exit_code == 0, ended.stderr
@@ -68,9 +66,7 @@ def test_a_canary_that_passes_goes_first_and_every_row_is_sent_once(
     assert len(simulator.ledger()) == ROWS
 
 
-def test_a_canary_that_fails_stops_the_run_until_something_changes_and_its_answers_are_kept(
-    simulator: RunningSimulator, tmp_path: Path
-) -> None:
+def test_a_failed_canary_stops_until_something_changes(simulator: RunningSimulator, tmp_path: Path) -> None:
     file = job(tmp_path, simulator.url, "rows = 20", rows=200)
     text = file.read_text()
     file.write_text(text.replace("max_tokens = 400", "max_tokens = 1"))  # every answer is cut short
@@ -99,7 +95,7 @@ def test_a_canary_that_fails_stops_the_run_until_something_changes_and_its_answe
     assert len(simulator.ledger()) == 20 + 200
 
 
-def test_a_good_head_hides_no_bad_rest(simulator: RunningSimulator, tmp_path: Path) -> None:
+def test_a_canary_sees_beyond_a_good_head(simulator: RunningSimulator, tmp_path: Path) -> None:
     file = job(tmp_path, simulator.url, "rows = 20")
     lines = [{"id": row, "text": f"item {row}", "most": 400 if row < ROWS // 2 else 1} for row in range(ROWS)]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -108,9 +104,7 @@ def test_a_good_head_hides_no_bad_rest(simulator: RunningSimulator, tmp_path: Pa
     assert 8 <= read_summary(tmp_path / "out")["by_status"]["truncated"] <= 12
 
 
-def test_a_bound_that_is_lowered_or_the_flag_sends_the_rest_and_later_starts_need_no_flag(
-    simulator: RunningSimulator, tmp_path: Path
-) -> None:
+def test_an_accepted_canary_sends_the_rest(simulator: RunningSimulator, tmp_path: Path) -> None:
     file = job(tmp_path, simulator.url, "rows = 10\nmin_ok_share = 1", rows=100)
     options = ("--set", "canary.max_cost_per_row_usd=0.0000001")
     first, second = tmp_path / "first", tmp_path / "second"
@@ -129,7 +123,7 @@ def test_a_bound_that_is_lowered_or_the_flag_sends_the_rest_and_later_starts_nee
     assert len(simulator.ledger()) == 200
 
 
-def test_a_canary_that_was_killed_resumes_with_its_own_rows(tmp_path: Path) -> None:
+def test_a_killed_canary_resumes_with_its_rows(tmp_path: Path) -> None:
     with running_simulator(SimulatorConfig(latency_s=0.15, ledger=str(tmp_path / "ledger"))) as simulator:
         file = job(tmp_path, simulator.url, "rows = 20\nmin_ok_share = 0.5", "[limits]\nmax_in_flight = 2", rows=60)
         process = start("run", file, "-o", tmp_path / "out")
@@ -145,9 +139,7 @@ def test_a_canary_that_was_killed_resumes_with_its_own_rows(tmp_path: Path) -> N
         assert "canary passed: 20 rows" in ended.stderr
 
 
-def test_a_run_with_no_more_rows_than_the_canary_has_none_and_a_price_must_be_known(
-    simulator: RunningSimulator, tmp_path: Path
-) -> None:
+def test_a_small_run_has_no_canary(simulator: RunningSimulator, tmp_path: Path) -> None:
     file = job(tmp_path, simulator.url, "rows = 20\nmin_ok_share = 1\nmax_cost_per_row_usd = 0.0000001", rows=20)
     ended = batchrun("run", file, "-o", tmp_path / "out")
     assert ended.exit_code == 0
@@ -161,7 +153,7 @@ def test_a_run_with_no_more_rows_than_the_canary_has_none_and_a_price_must_be_kn
 
 
 @given(st.integers(0, 3000), st.integers(1, 60), st.integers(0, 99))
-def test_rows_are_spread_evenly_and_each_is_chosen_once(rows: int, count: int, seed: int) -> None:
+def test_rows_are_spread_evenly(rows: int, count: int, seed: int) -> None:
     chosen = spread(range(rows), count, random.Random(seed))
     assert len(chosen) == min(rows, count)
     assert chosen == sorted(set(chosen))
@@ -171,7 +163,7 @@ def test_rows_are_spread_evenly_and_each_is_chosen_once(rows: int, count: int, s
         assert widest <= 6 * rows / count
 
 
-def test_each_bound_is_judged_by_itself() -> None:
+def test_each_bound_of_a_canary_is_judged() -> None:
     seen = Seen({"ok": 6, "invalid": 3, "truncated": 1}, Decimal("0.5"), 0, "bad")
     assert list(judge(seen, Canary(rows=10, min_ok_share=0.6, max_invalid_share=0.3))) == []
     assert len(list(judge(seen, Canary(rows=10, min_ok_share=0.61)))) == 1

@@ -13,7 +13,7 @@ TODAY = date.today()
 YESTERDAY = TODAY - timedelta(days=1)
 
 
-def test_each_run_reads_the_input_of_its_own_date(tmp_path: Path) -> None:
+def test_each_run_reads_the_input_of_its_date(tmp_path: Path) -> None:
     for day, rows in ((YESTERDAY, 3), (TODAY, 5)):
         write_rows(tmp_path / f"{day}.jsonl", rows)
     with running_simulator(SimulatorConfig(latency_s=0.02)) as simulator:
@@ -42,7 +42,7 @@ def test_each_run_reads_the_input_of_its_own_date(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["check", "estimate", "run"])
-def test_a_date_without_an_input_names_the_file_that_is_missing(tmp_path: Path, command: str) -> None:
+def test_a_missing_input_of_a_date_is_named(tmp_path: Path, command: str) -> None:
     job = write_job(tmp_path / "job.toml", "http://127.0.0.1:9", f"{tmp_path}/in-{{date}}.jsonl")
     ended = batchrun(command, job, "--date", "2026-11-02", cwd=tmp_path)
     assert ended.exit_code == 2

@@ -61,9 +61,7 @@ def job(folder: Path, url: str, more: str = "", command: list[str] | None = None
     return Job(folder, file)
 
 
-def test_a_complete_run_is_heard_of_with_its_summary_and_so_is_the_start_that_finds_it(
-    simulator: RunningSimulator, tmp_path: Path
-) -> None:
+def test_on_end_gets_the_summary(simulator: RunningSimulator, tmp_path: Path) -> None:
     night = job(tmp_path, simulator.url)
     for number in (1, 2):
         ended = night.run()
@@ -79,7 +77,7 @@ def test_a_complete_run_is_heard_of_with_its_summary_and_so_is_the_start_that_fi
     assert '"event":"on_end"' in (night.out / "run.log").read_text()
 
 
-def test_a_key_from_a_file_is_not_in_its_environment(simulator: RunningSimulator, tmp_path: Path) -> None:
+def test_on_end_gets_no_key_from_a_file(simulator: RunningSimulator, tmp_path: Path) -> None:
     night = job(tmp_path, simulator.url)
     (tmp_path / "key").write_text(KEY)
     (tmp_path / "key").chmod(0o600)
@@ -88,7 +86,7 @@ def test_a_key_from_a_file_is_not_in_its_environment(simulator: RunningSimulator
     assert night.heard()[-1]["keys"] == []
 
 
-def test_every_other_end_is_heard_of_with_its_exit_code(tmp_path: Path) -> None:
+def test_on_end_gets_every_exit_code(tmp_path: Path) -> None:
     with running_simulator(SimulatorConfig(latency_s=0.02, faults=parse_faults("400=0.5"), seed=3)) as failing:
         night = job(tmp_path, failing.url, rows=12)
         arguments: dict[int, tuple[str, ...]] = {
@@ -108,7 +106,7 @@ def test_every_other_end_is_heard_of_with_its_exit_code(tmp_path: Path) -> None:
         assert KEY_ENV in told["reason"]
 
 
-def test_a_drained_run_is_heard_of_and_who_finds_it_locked_says_nothing_of_its_summary(tmp_path: Path) -> None:
+def test_on_end_after_a_signal_and_a_lock(tmp_path: Path) -> None:
     with running_simulator(SimulatorConfig(latency_s=0.5)) as slow:
         night = job(tmp_path, slow.url, "[limits]\nmax_in_flight = 1", rows=50)
         process = start("run", night.file, "-o", night.out)
@@ -132,7 +130,7 @@ def test_a_drained_run_is_heard_of_and_who_finds_it_locked_says_nothing_of_its_s
         (["true"], None),  # which reads nothing
     ],
 )
-def test_what_goes_wrong_with_it_is_a_warning_and_changes_no_exit_code(
+def test_a_failing_on_end_is_a_warning(
     simulator: RunningSimulator, tmp_path: Path, command: list[str], said: str | None
 ) -> None:
     words = [word.replace("{folder}", shlex.quote(str(tmp_path))) for word in command]
