@@ -15,7 +15,7 @@ from batchrun.errors import ExitCode
 from batchrun.job.job import Canary, Job
 from batchrun.limits.admission import Stop
 from batchrun.records import Completion, Status
-from batchrun.report.summary import are, plural
+from batchrun.report.wording import are, plural
 from batchrun.store.checkpoint import Checkpoint
 
 ENTRY = "canary"

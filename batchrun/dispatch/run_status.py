@@ -19,17 +19,9 @@ from batchrun.limits.admission import Limit
 from batchrun.limits.deadline import Deadline
 from batchrun.limits.forecast import Forecast, Recent, Sample
 from batchrun.records import Retrying, Summary, Tuned
-from batchrun.report.summary import (
-    Moment,
-    limiting_factor,
-    nearly_used,
-    read,
-    starting,
-    summarise,
-    unknown_reason,
-    unpriced_tier,
-    waiting_to_retry,
-)
+from batchrun.report.limit_lines import limiting_factor, waiting_to_retry
+from batchrun.report.notices import nearly_used, unknown_reason, unpriced_tier
+from batchrun.report.summary import Moment, read, starting, summarise
 from batchrun.startup.resume import Plan
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.rundir import RunDirectory
@@ -187,12 +179,8 @@ class RunStatus:
         for use in used:
             self._seen_used.add(use.key)
             self.log.write("budget nearly used", **msgspec.structs.asdict(use))
-        words = (
-            *map(unknown_reason, new),
-            *map(unpriced_tier, tiers),
-            *(overruns.in_words(*each) for each in beyond),
-            *map(nearly_used, used),
-        )
+        of_answers = (*map(unknown_reason, new), *map(unpriced_tier, tiers))
+        words = (*of_answers, *(overruns.in_words(*each) for each in beyond), *map(nearly_used, used))
         return [f"warning: {line}" for line in words]
 
     def write(self, summary: Summary) -> None:

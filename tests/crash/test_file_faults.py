@@ -260,9 +260,9 @@ def test_check_names_standard_input_and_not_its_copy(tmp_path: Path) -> None:
 WALL_CLOCKS = {"time", "time_ns", "now", "utcnow", "today"}
 
 PACES = {
-    *("gate.accounts", "gate.admission", "gate.deadline", "gate.forecast", "gate.gate", "gate.outage", "gate.pace"),
-    *("gate.crowding", "gate.evidence", "gate.in_flight", "gate.knee", "gate.rate_search", "gate.refusals"),
-    *("gate.purse", "gate.state", "policy"),
+    *("limits.token_bucket", "limits.admission", "limits.deadline", "limits.forecast", "limits.gate", "limits.outage"),
+    *("limits.adaptive_rate", "limits.crowding", "limits.in_flight", "limits.useful_in_flight", "limits.rate_search"),
+    *("limits.refusals", "limits.budget", "limits.circuit", "policy"),
     *("dispatch.dispatch", "dispatch.backlog", "dispatch.heartbeat", "dispatch.worker"),
 }
 """The modules that wait, limit or give up. Their clock is the event loop's: a jump of the system's does not move it."""
