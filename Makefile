@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test readers strace valgrind guard check lint setup bench bench-limits crash build lock clean
+.PHONY: quickstart test readers airflow strace valgrind guard check lint setup bench bench-limits crash build lock clean
 
 quickstart: .venv/quickstart
 	@echo
@@ -48,6 +48,15 @@ READERS := datasets==5.2.0 duckdb==2.0.1 pandas==3.1.1 polars==2.1.0 pyarrow
 	@touch $@
 
 readers: .venv/readers/installed
+
+# Airflow runs the DAGs of docs/nightly.md, in an environment of its own: it takes a minute to install.
+.venv/airflow/installed: Makefile .venv/test
+	$(PYTHON) -m venv .venv/airflow
+	.venv/airflow/bin/pip install --quiet --disable-pip-version-check apache-airflow-core==3.3.2
+	@touch $@
+
+airflow: .venv/airflow/installed
+	$(BIN)/python -m pytest tests/acceptance/test_nightly.py -k airflow
 
 strace:                     # the tests of failing disks inject their faults with it
 	@command -v strace > /dev/null || (apt-get update -qq && apt-get install -qq -y strace > /dev/null) || \

@@ -5,6 +5,7 @@ What must hold of the input is `plan.checks`'s, and they walk through that, too.
 
 from collections.abc import Callable, Mapping
 from datetime import datetime
+from pathlib import Path
 
 from batchrun import credentials, open_files, simulated
 from batchrun.credentials import Credentials
@@ -33,11 +34,19 @@ def _the_output_can_be_written(job: Job, directory: RunDirectory) -> None:
     directory.require_possible()
 
 
+def _the_budget_file_can_be_kept(job: Job, directory: RunDirectory) -> None:
+    if job.budget.per_day_usd is not None or job.budget.per_month_usd is not None:
+        from batchrun.store.budget_file import require_possible  # only for a job that has such a budget
+
+        require_possible(Path(job.budget.state))
+
+
 REQUIREMENTS: tuple[Callable[[Job, RunDirectory], None], ...] = (
     _enough_files_may_be_open,
     _the_simulator_can_be_had,
     _certificates_can_be_read,
     _the_output_can_be_written,
+    _the_budget_file_can_be_kept,
 )
 """Each raises a BatchrunError with the line that a person sees. None of them writes anything."""
 
@@ -52,14 +61,15 @@ def require_settings(job: Job, directory: RunDirectory) -> None:
         requirement(job, directory)
 
 
-def place(job: Job) -> RunDirectory:
-    """Where a run of this job would begin or resume now.
+def place(job: Job, date: str | None = None) -> tuple[RunDirectory, Job]:
+    """Where a run of this job would begin or resume now, and the job with its input of that date.
 
     Raises:
-        JobError: output.path holds a name that is not known.
+        JobError: output.path holds a name that is not known, or `date` is none.
     """
-    path, _ = rundir.place(job.output.path, job.name, date=None, now=datetime.now().astimezone(), new=False)
-    return RunDirectory(path)
+    now = datetime.now().astimezone()
+    path, earlier = rundir.place(job.output.path, job.name, date=date, now=now, new=False)
+    return RunDirectory(path), job.on(rundir.logical_date(date or earlier, now))
 
 
 def key(job: Job, environ: Mapping[str, str]) -> Credentials:

@@ -405,6 +405,35 @@ class InForce(msgspec.Struct, frozen=True):
     output_tokens_per_minute: float | None = None
 
 
+class BudgetUse(msgspec.Struct, frozen=True):
+    """What is used of a cap over time: `spent_usd`, and `in_doubt_usd` that may have been billed.
+
+    `setting` is the cap's name in `[budget]`; `period` is the day, the month, or `start`; `opens_at` is when it begins
+    anew, None: with the next start.
+    """
+
+    budget: str
+    setting: str
+    period: str
+    cap_usd: Decimal
+    spent_usd: Decimal
+    in_doubt_usd: Decimal
+    opens_at: datetime | None
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What tells it from the run's other caps and periods."""
+        return self.setting, self.period
+
+    @property
+    def is_nearly_used(self) -> bool:
+        """True from 80 % on."""
+        return self.spent_usd + self.in_doubt_usd >= NEARLY * self.cap_usd
+
+
+NEARLY = Decimal("0.8")
+
+
 class Tuned(msgspec.Struct, frozen=True):
     """What became of the last control.json, by its id; `refused` says why it was ignored, None: it was taken."""
 
@@ -474,3 +503,4 @@ class Summary(msgspec.Struct, frozen=True):
     files: dict[str, str]
     retrying: Retrying | None = None
     tags: dict[str, str] = {}
+    budgets: list[BudgetUse] = []

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from batchrun.commands.options import INPUT, JOB, SET, SKIP
+from batchrun.commands.options import DATE, INPUT, JOB, SET, SKIP
 from batchrun.commands.results import say
 from batchrun.terminal import harmless
 
@@ -13,9 +13,10 @@ from batchrun.terminal import harmless
 @click.command()
 @JOB
 @INPUT
+@DATE
 @SKIP
 @SET
-def check(job: Path, input_path: str | None, skip_invalid: bool, overrides: tuple[str, ...]) -> None:
+def check(job: Path, input_path: str | None, date: str | None, skip_invalid: bool, overrides: tuple[str, ...]) -> None:
     """Check everything that a run would refuse: the job, every input record and its request. Sends nothing."""
     from batchrun import preflight
     from batchrun.commands.job_input import read_input, read_job, require_budget
@@ -23,7 +24,8 @@ def check(job: Path, input_path: str | None, skip_invalid: bool, overrides: tupl
     from batchrun.startup import input_pass
 
     loaded = read_job(job, input_path, overrides=overrides)
-    preflight.require_settings(loaded, preflight.place(loaded))
+    directory, loaded = preflight.place(loaded, date)
+    preflight.require_settings(loaded, directory)
     source, found = read_input(loaded, skip_invalid=skip_invalid)
     require_budget(loaded, found)
     where = plural(len(source.files), "file")
@@ -41,13 +43,19 @@ def check(job: Path, input_path: str | None, skip_invalid: bool, overrides: tupl
 @click.command()
 @JOB
 @INPUT
+@DATE
 @click.option(
     *("-o", "--output", "out"), type=click.Path(path_type=Path), help="A run directory: estimate the rest of that run."
 )
 @SKIP
 @SET
 def estimate(
-    job: Path, input_path: str | None, out: Path | None, skip_invalid: bool, overrides: tuple[str, ...]
+    job: Path,
+    input_path: str | None,
+    date: str | None,
+    out: Path | None,
+    skip_invalid: bool,
+    overrides: tuple[str, ...],
 ) -> None:
     """Tokens, cost and time of a job, or of the rest of a run. Sends nothing."""
     from datetime import datetime
@@ -60,9 +68,9 @@ def estimate(
     from batchrun.startup.preview import look
     from batchrun.store.rundir import RunDirectory
 
-    loaded = read_job(job, input_path, overrides=overrides)
+    directory, loaded = preflight.place(read_job(job, input_path, overrides=overrides), date)
     found = None if out is None else look(loaded, RunDirectory(out))
-    preflight.require_settings(loaded, preflight.place(loaded) if out is None else RunDirectory(out))
+    preflight.require_settings(loaded, directory if out is None else RunDirectory(out))
     _, surveyed = read_input(loaded, skip_invalid=skip_invalid)
     tables = require_budget(loaded, surveyed)
     if found is not None:

@@ -18,10 +18,11 @@ from batchrun.dispatch.requests import Requests
 from batchrun.dispatch.result_queue import RowsOf
 from batchrun.dispatch.run_status import Running, RunStatus
 from batchrun.dispatch.runlog import RunLog
+from batchrun.dispatch.shared_budget import SharedBudget, name_of
 from batchrun.dispatch.store import OpenRun, Store
 from batchrun.dispatch.worker import Workers
 from batchrun.errors import ExitCode
-from batchrun.job.job import Budget, Job
+from batchrun.job.job import Job
 from batchrun.limits.admission import Found, Limit, Phase, Stop
 from batchrun.limits.budget import BudgetAccount, Cap
 from batchrun.limits.circuit import Circuit
@@ -34,7 +35,6 @@ from batchrun.report.wording import plural
 from batchrun.request.image_digests import ImageDigests
 from batchrun.store import in_flight
 from batchrun.store.in_flight import InFlightFile
-from batchrun.store.totals import Totals
 from batchrun.transport import transport as wires
 from batchrun.transport.connector import MAX_TAILS
 
@@ -66,10 +66,18 @@ class Dispatch:
         Raises:
             BatchrunError: the run had to end; what was received is durable as far as the disk accepted it.
         """
+        over_time = await asyncio.to_thread(SharedBudget.open, self._job, self._store.directory.path)
+        try:
+            return await self._send_all(over_time)
+        finally:
+            if over_time is not None:
+                await over_time.close()
+
+    async def _send_all(self, over_time: SharedBudget | None) -> Stop | None:
         job, store, loop = self._job, self._store, asyncio.get_running_loop()
         learned = LearnedLimits(store.checkpoint, job.limits, loop.time(), store.plan.facts.variant)
         max_in_flight, spare = self._connections()
-        gate = self._open_gate(loop, learned, max_in_flight)
+        gate = self._open_gate(loop, learned, max_in_flight, over_time)
         wire = wires.choose(job.endpoint)
         self._status.log.write("transport", wire=wire.wire, why=wire.why)
         with (
@@ -81,6 +89,8 @@ class Dispatch:
             open_run = OpenRun(store, slots, results, asyncio.Queue())
             async with wires.opened(wire, job.url, job.endpoint, self._credentials, tails=spare) as transport:
                 workers = Workers(job, requests, gate, transport, open_run, learned)
+                if over_time is not None:
+                    over_time.listen(gate.wake, workers.fail)
                 self._status.reached(Running(store.checkpoint, store.plan, workers, self._deadline))
                 heartbeat = Heartbeat(store.directory, self._status, workers, transport, self._deadline, self._hooks)
                 shutdown = await self._work(workers, heartbeat, open_run)
@@ -143,7 +153,13 @@ class Dispatch:
             self._hooks.note(files.shortage(wanted, room))
         return min(wanted, room), max(0, room - wanted)
 
-    def _open_gate(self, loop: asyncio.AbstractEventLoop, learned: LearnedLimits, max_in_flight: int) -> Gate:
+    def _open_gate(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        learned: LearnedLimits,
+        max_in_flight: int,
+        over_time: SharedBudget | None,
+    ) -> Gate:
         limits, known, log = self._job.limits, learned.known, self._status.log
         burst = int((limits.requests_per_minute or 0.0) / 60 * BURST_S)  # a rate set by the job needs no slow start
         circuit = Circuit(
@@ -159,7 +175,7 @@ class Dispatch:
             limits,
             daily=learned.daily,
             found=Found(known.requests_per_minute, known.tokens_per_minute),
-            purse=_budget_account(self._job.budget, self._store.checkpoint.spent),
+            purse=_budget_account(self._job, self._store, over_time),
             overruns=learned.overruns,
             on_pace=functools.partial(_log_pace, log),
             on_kind=functools.partial(_log_kind, log),
@@ -209,15 +225,18 @@ class Shutdown:
         return msgspec.structs.replace(stop, why=f"{self._by}: stopped at once; {abandoned} in flight abandoned")
 
 
-def _budget_account(budget: Budget, totals: Totals) -> BudgetAccount | None:
-    """The budget's caps, less what the run has spent so far; None without a budget."""
-    if budget == Budget():
-        return None
+def _budget_account(job: Job, store: Store, over_time: SharedBudget | None) -> BudgetAccount:
+    """The budget's caps, less what the run has spent so far."""
+    budget, totals = job.budget, store.checkpoint.spent
     cost, tokens, requests = budget.max_cost_usd, budget.max_tokens, budget.max_requests
+    per_start = budget.per_start_usd
     return BudgetAccount(
         cost_usd=None if cost is None else Cap(cost, totals.most_usd()),
         tokens=None if tokens is None else Cap(tokens, totals.tokens()),
         requests=None if requests is None else Cap(requests, totals.requests()),
+        start_usd=None if per_start is None else Cap(per_start, totals.most_usd() - store.before_usd),
+        over_time=over_time,
+        name=name_of(job),
     )
 
 

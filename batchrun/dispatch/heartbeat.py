@@ -71,6 +71,8 @@ class Heartbeat:
             summary = self._status.summary()
             self._hooks.progress(summary)
             self.report_changes()
+            if (over_time := self._gate.purse.over_time) is not None:
+                over_time.tidy()
             self._warn(summary)
             if beats % SWEEP_EVERY == 0 and self._clock() - slept_at_s < ASLEEP_S:
                 self._transport.expire()

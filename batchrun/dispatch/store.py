@@ -1,6 +1,7 @@
 """The run on disk, and what is open on it while requests are sent."""
 
 import asyncio
+from decimal import Decimal
 
 import msgspec
 
@@ -14,12 +15,24 @@ from batchrun.store.rundir import RunDirectory
 
 
 class Store(msgspec.Struct, frozen=True):
-    """One run in this start: its directory, its durable records, the plan, and its chunks."""
+    """One run in this start: its directory, its durable records, the plan, and its chunks.
+
+    `canary`: the only rows to send for now. `before_usd` is the most that the run had cost before this start.
+    """
 
     directory: RunDirectory
     checkpoint: Checkpoint
     plan: Plan
     chunks: Chunks
+    canary: frozenset[int] | None = None
+    before_usd: Decimal = Decimal(0)
+
+    def open_next(self) -> OpenChunk | None:
+        """The next chunk with rows to send; None when there is no more."""
+        while (chunk := self.chunks.open_next()) is not None:
+            if self.canary is None or chunk.limit_to(self.canary):
+                return chunk
+        return None
 
     @property
     def pending(self) -> int:
@@ -57,5 +70,5 @@ class OpenRun(msgspec.Struct, frozen=True):
         if self.results is not None and isinstance(ending, Completion):
             self.results.put(ending, chunk)
         chunk.left -= 1
-        if not chunk.left:
+        if not chunk.left and self.store.canary is None:  # the canary is judged by records in the database
             self.full.put_nowait(chunk)

@@ -65,11 +65,11 @@ class Workers:
         self._uncommitted: dict[tuple[int, int], _Uncommitted] = {}
         self._held: dict[int, AttemptResult] = {}
         self._long_wait: Stop | None = None  # by the last Retry-After that was longer than the job allows
-        self._capped = job.budget.max_cost_usd is not None or job.budget.max_tokens is not None
+        self._capped = bool(job.budget.caps_usd) or job.budget.max_tokens is not None
         self.gate = gate
         self.learned = learned
         self.backlog = Backlog(
-            store.chunks.open_next, requests.pending, self._clock, open_run.has_room, lambda: gate.successes
+            store.open_next, requests.pending, self._clock, open_run.has_room, lambda: gate.successes
         )
         self._last_rows = LastRows(self.backlog, gate, job.retry, answered_before=store.was_answered)
         self.anomalies = Anomalies(
@@ -82,6 +82,14 @@ class Workers:
         self._working: asyncio.Task[None] | None = None
         self.sent = 0
         self.slow_s = 0.0  # nearly all responses are faster
+
+    def resume(self, earlier: "Workers") -> None:
+        """What the workers before these counted in this start counts on: they sent its canary."""
+        self.sent += earlier.sent
+        before, now = earlier.anomalies, self.anomalies
+        now.unknown_finish_reasons[:] = before.unknown_finish_reasons
+        now.unpriced_tiers[:] = before.unpriced_tiers
+        now.example_error = before.example_error
 
     async def work_all(self) -> None:
         """Returns when every pending row is settled, the gate has closed, or `cancel` was called."""

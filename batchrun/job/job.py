@@ -187,6 +187,31 @@ class Budget(Table, frozen=True):
     max_cost_usd: Decimal | None = None
     max_tokens: AtLeastOne | None = None
     max_requests: AtLeastOne | None = None
+    per_start_usd: Decimal | None = None
+    per_day_usd: Decimal | None = None
+    per_month_usd: Decimal | None = None
+    name: Text | None = None
+    state: Text = "runs/budget.db"
+    time_zone: Text = "UTC"
+
+    @property
+    def caps_usd(self) -> dict[str, Decimal]:
+        """The caps on cost that are set, by the names of their settings."""
+        names = ("max_cost_usd", "per_start_usd", "per_day_usd", "per_month_usd")
+        caps = {name: getattr(self, name) for name in names}
+        return {name: cap for name, cap in caps.items() if cap is not None}
+
+
+Share = Annotated[float, Meta(ge=0, le=1)]
+
+
+class Canary(Table, frozen=True):
+    """How many rows are sent first, and what must come of them before the rest is."""
+
+    rows: Annotated[int, Meta(ge=1, le=10_000)] | None = None
+    min_ok_share: Share = 0.9
+    max_invalid_share: Share | None = None
+    max_cost_per_row_usd: Decimal | None = None
 
 
 class Output(Table, frozen=True):
@@ -243,9 +268,20 @@ class Job(Table, frozen=True):
     retry: Retry = Retry()
     finish: Finish = Finish()
     budget: Budget = Budget()
+    canary: Canary = Canary()
     output: Output = Output()
     pricing: dict[str, Price] = {}
     simulator: Simulator = Simulator()
+    on_end: list[Text] = []
+    on_end_timeout_s: Positive = 60.0
+
+    def on(self, date: str) -> "Job":
+        """The job with its input of that logical date (`2026-11-28`), where `input.path` holds `{date}`."""
+        path = self.input.path
+        if path is None or "{date}" not in path:
+            return self
+        dated = msgspec.structs.replace(self.input, path=path.replace("{date}", date))
+        return msgspec.structs.replace(self, input=dated)
 
     @property
     def simulated(self) -> bool:
@@ -290,7 +326,7 @@ def settings() -> Iterator[tuple[str, object]]:
         structs = [t for t in (table.type, *get_args(table.type)) if isinstance(t, type)]
         inner = next((t for t in structs if issubclass(t, Table)), None)
         if inner is None:
-            yield table.name, table.default
+            yield table.name, table.default_factory() if table.default_factory is list else table.default
             continue
         path = f"{table.name}.MODEL" if inner is Price else table.name
         for field in msgspec.structs.fields(inner):

@@ -7,7 +7,7 @@ from pathlib import Path
 from batchrun.job.job import Endpoint
 from batchrun.records import FAILURES, Status, Summary
 from batchrun.report.cost_lines import cost_lines, estimate_in_words
-from batchrun.report.notices import unknown_reason
+from batchrun.report.notices import nearly_used, unknown_reason
 from batchrun.report.suggested_fixes import Fix, command_with, fix_for, fix_for_key
 from batchrun.report.summary import failures
 from batchrun.report.wording import are, plural, rounded
@@ -65,6 +65,9 @@ def _account(summary: Summary, requests_per_minute: float | None) -> Iterator[tu
             yield "note", f"{plural(rows, 'answer')} {'names' if rows == 1 else 'name'} the model {name}"
     for reason in summary.unknown_finish_reasons:
         yield "note", unknown_reason(reason)
+    for use in summary.budgets:
+        if use.is_nearly_used:
+            yield "budget", nearly_used(use)
     yield from summary.files.items()
 
 

@@ -188,6 +188,9 @@ def _short(budget: Budget, rows: int, tokens: float, cost_usd: Decimal | None, d
     took_usd = done.cost_usd + done.possibly_billed_usd if done is not None else Decimal(0)
     if budget.max_cost_usd is not None and cost_usd is not None and took_usd + cost_usd > budget.max_cost_usd:
         yield f"max_cost_usd = {budget.max_cost_usd:,f} will end the run before its last row"
+    for name, cap in budget.caps_usd.items():
+        if name != "max_cost_usd" and cost_usd is not None and cost_usd > cap:
+            yield f"{name} = {cap:,f} will end a start before its last row"
     if budget.max_tokens is not None and sum(line.total_tokens for line in totals) + tokens > budget.max_tokens:
         yield f"max_tokens = {budget.max_tokens:,} will end the run before its last row"
     if budget.max_requests is not None and sum(line.attempts for line in totals) + rows > budget.max_requests:

@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("dispatch",),
     ("engine", "integrity", "simulator"),
     ("simulated", "terminal"),
-    ("preflight",),
+    ("preflight", "on_end"),
     ("api",),
     ("runner",),
     ("__init__",),

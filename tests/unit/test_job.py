@@ -415,6 +415,10 @@ OTHER_VALUES: Mapping[str, object] = {
     "output.raw": "always",
     "output.layout": "parts",
     "output.compression": "gzip",
+    "on_end": ["true"],
+    "canary.min_ok_share": 0.5,
+    "canary.max_invalid_share": 0.5,
+    "budget.time_zone": "Europe/Berlin",
 }
 """Values that differ from the default where one more, or one more letter, would not be allowed."""
 
@@ -447,8 +451,9 @@ def another_value(path: str, default: object) -> object:
         "max_tokens",
         "temperature",
         "top_p",
-        "max_cost_usd",
+        "_usd",
         "max_requests",
+        "canary.rows",
     )
     return 1 if path.endswith(numbers) else "x"
 

@@ -1,0 +1,107 @@
+"""The command that a job names for the end of each start, `on_end`: who wants to hear of a night is told by it.
+
+It never changes how the start ended: what goes wrong with it is a warning.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+from datetime import datetime
+
+import msgspec
+
+from batchrun import signals
+from batchrun.dispatch.runlog import RunLog
+from batchrun.errors import RunStoppedError
+from batchrun.job.job import Job
+from batchrun.records import Summary
+from batchrun.store.rundir import RunDirectory
+
+TERM_S = 2.0
+"""From SIGTERM to SIGKILL, for a command that takes too long."""
+
+
+class End(msgspec.Struct, frozen=True):
+    """How a start ended: its exit code and the line that says why. `summary` is there where the run has one of it."""
+
+    exit_code: int
+    reason: str | None
+    summary: Summary | None = None
+
+
+class Brief(msgspec.Struct, frozen=True):
+    """What stands for summary.json where a start ended before it wrote one: fields of the same names."""
+
+    job: str
+    state: str
+    exit_code: int
+    reason: str | None
+    complete: bool
+
+
+def run(job: Job, directory: RunDirectory, end: End, began_at: datetime, note: Callable[[str], None]) -> None:
+    """The command has had the summary on its standard input, and has ended within its time. Blocks; never raises."""
+    if not job.on_end:
+        return
+    problem = _run(job, _told(job, directory, end, began_at), _environment(job, directory, end))
+    if problem is not None:
+        note(f"warning: on_end: {job.on_end[0]} {problem}; the run ended as it would have without it")
+    if directory.path.is_dir():
+        with contextlib.suppress(OSError), contextlib.closing(RunLog(directory.log)) as log:
+            log.write("on_end", command=job.on_end[0], exit_code=end.exit_code, problem=problem)
+
+
+def _told(job: Job, directory: RunDirectory, end: End, began_at: datetime) -> bytes:
+    """summary.json as this start left it, or found it complete; else the few fields that are known."""
+    with contextlib.suppress(OSError, msgspec.MsgspecError):
+        content = directory.summary.read_bytes()
+        written = msgspec.json.decode(content, type=Summary)
+        ours = written.pid == os.getpid() and written.started_at >= began_at
+        if ours or (end.summary is not None and end.summary.complete):
+            return content
+    return msgspec.json.encode(Brief(job.name, "failed", end.exit_code, end.reason, complete=False))
+
+
+def _environment(job: Job, directory: RunDirectory, end: End) -> dict[str, str]:
+    """This process's own, which is all it may have of a key, and how the start ended."""
+    told = {
+        "BATCHRUN_EXIT_CODE": str(end.exit_code),
+        "BATCHRUN_JOB": job.name,
+        "BATCHRUN_OUT": str(directory.path),
+        "BATCHRUN_REASON": end.reason or "",
+    }
+    clean = {name: value.replace("\0", "").encode("utf-8", "replace").decode() for name, value in told.items()}
+    return {**os.environ, **clean, "BATCHRUN_OUT": str(directory.path)}
+
+
+def _run(job: Job, content: bytes, environment: dict[str, str]) -> str | None:
+    """What went wrong, in words that follow the command's name; None where nothing did."""
+    try:
+        process = subprocess.Popen(  # noqa: S603  (the user's own command)
+            job.on_end, stdin=subprocess.PIPE, stdout=2, env=environment, start_new_session=True
+        )  # its lines are for people: standard output is the run's own
+    except (OSError, ValueError) as error:
+        return f"can't be started: {error.strerror if isinstance(error, OSError) else error}"
+    with process:
+        try:
+            with signals.raised():
+                process.communicate(content, timeout=job.on_end_timeout_s)
+        except subprocess.TimeoutExpired:
+            _end(process)
+            return f"took longer than {job.on_end_timeout_s:g} s (on_end_timeout_s) and was ended"
+        except (RunStoppedError, KeyboardInterrupt) as stopped:
+            _end(process)
+            return f"was ended by a signal ({stopped})"
+        code = process.returncode
+        return None if code == 0 else f"ended with exit code {code}"
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """The command and whatever it started are gone."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(TERM_S)

@@ -1,0 +1,433 @@
+"""`budget.db`: what the runs that share a budget have spent, by day and by month, for any number of processes.
+
+A process spends only from its **lease**: an amount that this file has set aside for it, in one transaction, before the
+process spends any of it. So a request costs no transaction, and all leases and all spending together stay within the
+caps. What the process has spent of its lease, and what it has reserved for requests in flight, stands in a small file
+that is mapped into memory: the page cache keeps it through `kill -9`. The kernel releases the lock on that file when
+the process dies. Whoever comes next then knows what the dead process spent, counts what it had in flight as possibly
+billed, and takes back the rest.
+"""
+
+import contextlib
+import fcntl
+import glob
+import mmap
+import os
+import secrets
+import socket
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from pathlib import Path
+
+import msgspec
+
+from batchrun.durable import disk_errors
+from batchrun.errors import JobError
+from batchrun.prices import PICO
+from batchrun.store.database import Database
+from batchrun.store.rundir import NETWORK_FILE_SYSTEMS, file_system
+
+TABLES = """
+CREATE TABLE windows (budget TEXT, period TEXT, spent_usd TEXT, in_doubt_usd TEXT, crc INTEGER,
+    PRIMARY KEY (budget, period)) WITHOUT ROWID;
+CREATE TABLE leases (lease TEXT PRIMARY KEY, budget TEXT, day TEXT, month TEXT, granted_usd TEXT, spent_usd TEXT,
+    in_doubt_usd TEXT, boot TEXT, pid INTEGER, host TEXT, directory TEXT, crc INTEGER) WITHOUT ROWID;
+"""
+FORMAT = 1
+
+BLOCKS = 50
+"""A lease grows by so many parts of the cap, if there is that much: about so many transactions in the life of a cap."""
+
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+"""Linux's name for the time since the machine was started (random(4)); elsewhere there is no such file."""
+
+_STATE = struct.Struct("<Q16s16s16s")
+"""Version of the record; USD that were spent, in doubt and reserved, as integers of 10⁻¹² USD."""
+_CRC = struct.Struct("<I")
+SLOT_BYTES = 64
+
+NOTHING = Decimal(0)
+
+
+class Period(msgspec.Struct, frozen=True):
+    """The day and the month, in the budget's time zone, in which money is spent: `2026-11-28`, `2026-11`."""
+
+    day: str
+    month: str
+
+
+class Caps(msgspec.Struct, frozen=True):
+    """USD that may be spent in a day and in a month; None: no cap."""
+
+    day: Decimal | None
+    month: Decimal | None
+
+
+class Use(msgspec.Struct, frozen=True):
+    """What is used of one cap: certainly spent, in doubt (possibly billed), and held by leases of other processes."""
+
+    period: str
+    cap_usd: Decimal
+    spent_usd: Decimal
+    in_doubt_usd: Decimal
+    held_usd: Decimal
+
+
+class Drawn(msgspec.Struct, frozen=True):
+    """What one transaction gave, 0 where too little is left, and what is used of each cap.
+
+    `can_come`: other processes hold so much that enough may yet come back.
+    """
+
+    granted_usd: Decimal
+    uses: tuple[Use, ...]
+    can_come: bool
+
+
+class Spending(msgspec.Struct, frozen=True):
+    """What a process has done with its lease, in 10⁻¹² USD. Replaced as a whole, so any thread may read it."""
+
+    spent: int = 0
+    in_doubt: int = 0
+    reserved: int = 0
+
+    @property
+    def used(self) -> int:
+        return self.spent + self.in_doubt + self.reserved
+
+
+class Lease:
+    """Money that is this process's to spend, in one period. One thread at a time, but for `spending`."""
+
+    def __init__(self, path: Path, period: Period) -> None:
+        """Makes the lease's file and locks it."""
+        self.path = path
+        self.period = period
+        self.spending = Spending()
+        self.granted = 0
+        self.booked = Spending()  # the part of it that `windows` holds
+        self._version = 0
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.posix_fallocate(self._file, 0, 2 * SLOT_BYTES)
+            self._map = mmap.mmap(self._file, 2 * SLOT_BYTES)
+        except BaseException:
+            os.close(self._file)
+            raise
+        self._write(Spending())
+
+    @property
+    def name(self) -> str:
+        """The lease's key in the table."""
+        return self.path.suffix.removeprefix(".")
+
+    @property
+    def left_usd(self) -> Decimal:
+        """What can still be reserved. Below 0 where answers cost more than their bounds."""
+        return (self.granted - self.spending.used) * PICO
+
+    def since(self, before: Spending) -> tuple[Decimal, Decimal]:
+        """USD that were spent, and that are in doubt, since then."""
+        now = self.spending
+        return (now.spent - before.spent) * PICO, (now.in_doubt - before.in_doubt) * PICO
+
+    @property
+    def is_idle(self) -> bool:
+        """True while nothing is reserved."""
+        return not self.spending.reserved
+
+    def reserve(self, bound_usd: Decimal) -> None:
+        """The most that a request may cost is set aside; to be called before it is sent."""
+        now = self.spending
+        self._write(Spending(now.spent, now.in_doubt, now.reserved + pico(bound_usd)))
+
+    def settle(self, bound_usd: Decimal, spent_usd: Decimal | None) -> None:
+        """The reservation has become what was spent. None, an unknown cost, leaves all of it in doubt."""
+        now, bound = self.spending, pico(bound_usd)
+        spent, doubt = (0, bound) if spent_usd is None else (pico(spent_usd), 0)
+        self._write(Spending(now.spent + spent, now.in_doubt + doubt, now.reserved - bound))
+
+    def shrink(self) -> None:
+        """What is not used can't be reserved any more: it is about to be given back."""
+        self.granted = min(self.granted, self.spending.used)
+
+    def close(self) -> None:
+        """The file is gone."""
+        self.path.unlink(missing_ok=True)
+        self._map.close()
+        os.close(self._file)
+
+    def _write(self, spending: Spending) -> None:
+        """The two slots take turns: a process that is killed while it writes one leaves the other."""
+        self._version += 1
+        amounts = (spending.spent, spending.in_doubt, spending.reserved)
+        fields = _STATE.pack(self._version, *(amount.to_bytes(16, "little") for amount in amounts))
+        start = self._version % 2 * SLOT_BYTES
+        self._map[start : start + _STATE.size + _CRC.size] = fields + _CRC.pack(zlib.crc32(fields))
+        self.spending = spending
+
+
+class BudgetFile:
+    """The open file, for one budget by its name. Any thread, one at a time. Close it."""
+
+    def __init__(self, path: Path, budget: str, caps: Caps, directory: Path) -> None:
+        """`directory` is the run's: who looks into the file sees whose lease it is.
+
+        Raises:
+            CheckpointError: the file is damaged, or of another version.
+            DiskError: it can't be made or opened.
+        """
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        self._budget = budget
+        self._caps = caps
+        self._directory = str(directory)
+        self._boot = boot_id()
+        self._database = Database.open_shared(path, TABLES, FORMAT)
+
+    def lease(self, period: Period) -> Lease:
+        """A new lease, of nothing yet."""
+        leases: list[Lease] = []
+
+        def make() -> None:
+            with disk_errors(self._path):
+                self._remove_orphans()
+                lease = Lease(self._file_of(secrets.token_hex(8)), period)
+            leases.append(lease)
+            self._put(lease)
+
+        self._database.transaction(make)
+        return leases[-1]
+
+    def draw(self, lease: Lease, need_usd: Decimal) -> Drawn:
+        """The lease may grow by `need_usd`, and by more where there is plenty; all others' spending is known by then.
+
+        The caller adds what was granted to `lease.granted`, in the thread that reserves.
+        """
+        drawn: list[Drawn] = []
+        dead: list[Path] = []
+
+        def work() -> None:
+            dead.extend(self._take_back_from_dead())
+            self._book(lease)
+            drawn.append(self._granted(lease, need_usd))
+            if drawn[-1].granted_usd:
+                self._put(lease, more=pico(drawn[-1].granted_usd))
+
+        self._commit(work, lease)
+        for path in dead:
+            path.unlink(missing_ok=True)
+        return drawn[-1]
+
+    def give_back(self, lease: Lease) -> None:
+        """What `lease.shrink` gave up is free for others."""
+
+        def work() -> None:
+            self._book(lease)
+            self._put(lease)
+
+        self._commit(work, lease)
+
+    def end(self, lease: Lease) -> None:
+        """What was spent is booked, what is still reserved is in doubt, and the rest is free. The lease is closed."""
+
+        def work() -> None:
+            now = lease.spending
+            lease.spending = Spending(now.spent, now.in_doubt + now.reserved)
+            self._book(lease)
+            self._database.query("DELETE FROM leases WHERE lease = ?", (lease.name,))
+
+        self._commit(work, lease)
+        lease.close()
+
+    def close(self) -> None:
+        """The file is let go. Leases that were not ended are like those of a dead process."""
+        self._database.close()
+
+    def _commit(self, work: Callable[[], None], lease: Lease) -> None:
+        """All of `work` is durable; or nothing of it, and the lease is booked as before."""
+        booked = lease.booked
+        try:
+            self._database.transaction(work)
+        except BaseException:
+            lease.booked = booked
+            raise
+
+    def _granted(self, lease: Lease, need_usd: Decimal) -> Drawn:
+        """How much more the lease gets. The caller writes that down."""
+        others = [held for held in self._leases() if held.lease != lease.name]
+        own = (lease.granted - lease.spending.spent - lease.spending.in_doubt) * PICO
+        uses: list[Use] = []
+        for period, cap in ((lease.period.day, self._caps.day), (lease.period.month, self._caps.month)):
+            if cap is None:
+                continue
+            spent, doubt = self._window(self._budget, period)
+            held = sum((each.open_usd for each in others if period in (each.day, each.month)), NOTHING)
+            uses.append(Use(period, cap, spent, doubt, held))
+        free = min((use.cap_usd - use.spent_usd - use.in_doubt_usd - use.held_usd for use in uses), default=NOTHING)
+        free -= own
+        if free < need_usd:
+            can_come = all(use.cap_usd - use.spent_usd - use.in_doubt_usd - own >= need_usd for use in uses)
+            return Drawn(NOTHING, tuple(uses), can_come)
+        block = min(min(use.cap_usd for use in uses) / BLOCKS, free / (2 * (len(others) + 1)))
+        granted = max(need_usd, min(block, free)).quantize(PICO)
+        return Drawn(granted, tuple(uses), can_come=True)
+
+    def _book(self, lease: Lease) -> None:
+        """What the lease spent since the last time is in its windows."""
+        now, before = lease.spending, lease.booked
+        self._add(self._budget, lease.period, now.spent - before.spent, now.in_doubt - before.in_doubt)
+        if now.spent != before.spent or now.in_doubt != before.in_doubt:
+            lease.booked = Spending(now.spent, now.in_doubt)
+            self._put(lease)
+
+    def _take_back_from_dead(self) -> Iterator[Path]:
+        """Leases of processes that died are gone: their spending is booked, what was in flight is in doubt.
+
+        Yields their files, which have to stay until that is durable.
+        """
+        for held in self._leases():
+            path = self._file_of(held.lease)
+            with _if_dead(path) as is_dead:
+                if not is_dead:
+                    continue
+                spending = _read(path) if held.boot == self._boot else None
+                booked = pico(Decimal(held.spent_usd)), pico(Decimal(held.in_doubt_usd))
+                if spending is None:  # after a power loss the file may be an old one: all that was granted is in doubt
+                    spent, doubt = 0, max(0, pico(Decimal(held.granted_usd)) - sum(booked))
+                else:
+                    spent, doubt = spending.spent - booked[0], spending.in_doubt + spending.reserved - booked[1]
+                self._add(held.budget, Period(held.day, held.month), spent, doubt)
+                self._database.query("DELETE FROM leases WHERE lease = ?", (held.lease,))
+                yield path
+
+    def _remove_orphans(self) -> None:
+        """Files of leases that are not in the table, of processes that are gone, are gone as well."""
+        known = {held.lease for held in self._leases()}
+        for path in self._path.parent.glob(f"{glob.escape(self._path.name)}-lease.*"):
+            with _if_dead(path) as is_dead:
+                if is_dead and path.suffix.removeprefix(".") not in known:
+                    path.unlink(missing_ok=True)
+
+    def _file_of(self, lease: str) -> Path:
+        return self._path.with_name(f"{self._path.name}-lease.{lease}")
+
+    def _add(self, budget: str, period: Period, spent: int, doubt: int) -> None:
+        if not spent and not doubt:
+            return
+        for name in (period.day, period.month):
+            before, doubted = self._window(budget, name)
+            after = str(before + spent * PICO), str(doubted + doubt * PICO)
+            self._database.replace("windows", [(budget, name, *after)])
+
+    def _window(self, budget: str, period: str) -> tuple[Decimal, Decimal]:
+        """USD that were spent, and that are in doubt, in a day or month."""
+        found = self._database.records("windows", "WHERE budget = ? AND period = ?", (budget, period))
+        for _, _, spent, doubt in found:
+            return Decimal(spent), Decimal(doubt)
+        return NOTHING, NOTHING
+
+    def _leases(self) -> "list[_Held]":
+        return [_Held(*record) for record in self._database.records("leases")]
+
+    def _put(self, lease: Lease, more: int = 0) -> None:
+        granted = max(lease.granted, lease.spending.used) + more  # an answer may cost more than its bound
+        booked = lease.booked
+        amounts = (str(amount * PICO) for amount in (granted, booked.spent, booked.in_doubt))
+        who = self._boot, os.getpid(), socket.gethostname(), self._directory
+        self._database.replace("leases", [(lease.name, self._budget, *_names(lease.period), *amounts, *who)])
+
+
+class _Held(msgspec.Struct, frozen=True):
+    """A lease as the table has it."""
+
+    lease: str
+    budget: str
+    day: str
+    month: str
+    granted_usd: str
+    spent_usd: str
+    in_doubt_usd: str
+    boot: str
+    pid: int
+    host: str
+    directory: str
+
+    @property
+    def open_usd(self) -> Decimal:
+        """What is granted, and not booked yet."""
+        return Decimal(self.granted_usd) - Decimal(self.spent_usd) - Decimal(self.in_doubt_usd)
+
+
+def require_possible(path: Path) -> None:
+    """Nothing, if a budget can be kept in the file at `path`; nothing is made.
+
+    Raises:
+        JobError: it can't be made or written, or lies on a network file system, whose locks don't hold.
+    """
+    there = path.absolute().parent
+    while not os.path.lexists(there):
+        there = there.parent
+    if not there.is_dir() or path.is_dir():
+        raise JobError(f"budget.state: {path}: a file or directory is in the way; name another file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise JobError(f"budget.state: {path}: can't be written; name another file")
+    if (kind := file_system(there)) in NETWORK_FILE_SYSTEMS:
+        raise JobError(f"budget.state: {path}: lies on a network file system ({kind}); name a local file")
+
+
+def pico(usd: Decimal) -> int:
+    """The amount in 10⁻¹² USD, rounded up."""
+    return -int(-usd // PICO)
+
+
+def boot_id() -> str:
+    """What tells this start of the machine from others; "" where the system does not say."""
+    try:
+        return BOOT_ID.read_text().strip()
+    except OSError:
+        return ""
+
+
+def _names(period: Period) -> tuple[str, str]:
+    return period.day, period.month
+
+
+def _read(path: Path) -> Spending | None:
+    """What a dead process did with its lease: the newer of two records; None where neither can be read."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    newest: tuple[int, Spending] | None = None
+    for start in (0, SLOT_BYTES):
+        fields = content[start : start + _STATE.size]
+        if content[start + _STATE.size : start + _STATE.size + _CRC.size] != _CRC.pack(zlib.crc32(fields)):
+            continue
+        version, *amounts = _STATE.unpack(fields)
+        if newest is None or version > newest[0]:
+            newest = version, Spending(*(int.from_bytes(amount, "little") for amount in amounts))
+    return None if newest is None else newest[1]
+
+
+@contextlib.contextmanager
+def _if_dead(path: Path) -> Iterator[bool]:
+    """Whether the process that had the lease is gone: then nobody else takes it while the block lasts."""
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        yield True
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
