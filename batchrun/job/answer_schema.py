@@ -1,4 +1,4 @@
-"""What a request expects of its answer, and what an answer lacks of it. PURE; sole importer of jsonschema_rs.
+"""What a request expects of its answer, and what an answer lacks of it. PURE.
 
 Schemas are JSON Schema 2020-12, or the draft that their `$schema` names. References lead to places within the schema:
 nothing is ever fetched or opened. `format` is an annotation and is not judged, as the standard has it.

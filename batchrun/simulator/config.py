@@ -1,4 +1,4 @@
-"""What a simulator is told when it starts: one frozen value, every field with a default."""
+"""The settings of a simulator: one frozen value, every field with a default."""
 
 import ipaddress
 
@@ -31,7 +31,7 @@ class SimulatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     """
 
     host: str = "127.0.0.1"
-    """A loopback address: the simulator takes any key and must not be reachable from elsewhere."""
+    """A loopback address: the simulator accepts any key and must not be reachable from other machines."""
     port: int = 0
     """0 = the system picks a free one; the announced URL names it."""
     api_key: str | None = None
@@ -52,20 +52,20 @@ class SimulatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     tokens_per_second: float = 0.0
     """The pace of a stream; 0 sends it at once."""
     refuse_above: int | None = None
-    """Refuse with 429, and without a Retry-After, while so many requests are being worked on."""
+    """Refuse with 429 and without a Retry-After while this many requests are being worked on."""
     work_on: int | None = None
-    """Work on so many requests at a time, and let the others wait in a queue."""
+    """Work on this many requests at a time; the others wait in a queue."""
     seed: int = 0
     faults: tuple[Fault, ...] = ()
     draw_by_request_id: bool = False
-    """Draw from row and attempt of an `X-Client-Request-Id` of the form `run-row-attempt`, which outlive this process,
-    in place of a count of attempts, which does not. Requests without one are counted."""
+    """Draw faults from the row and attempt in an `X-Client-Request-Id` of the form `run-row-attempt`, so that a restart
+    of the simulator changes nothing. Other requests are drawn from a count of the question's attempts."""
     omit_usage: bool = False
     """No answer carries usage (what some gateways do). It is billed all the same."""
     ledger: str | None = None
     """The file to append a line per exchange to; None keeps counters only."""
     parent_pid: int | None = None
-    """End when this process, our parent, has gone; None outlives whoever started us."""
+    """End when this process, the parent, has ended; None: outlive it."""
 
     def __post_init__(self) -> None:
         for name, (low, high) in _RANGES.items():

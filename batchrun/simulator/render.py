@@ -1,4 +1,4 @@
-"""Answers as bytes: the completion object and the stream of docs/api.md, "Response". Pure."""
+"""Answers as bytes: the completion object and the stream of docs/api.md, "Response". PURE."""
 
 from collections.abc import Iterator
 from hashlib import blake2b
@@ -15,7 +15,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 class Envelope(msgspec.Struct, frozen=True):
-    """What an answer is sent under; `created` is Unix time in seconds."""
+    """The fields around the choices; `created` is Unix time in seconds."""
 
     id: str
     created: int
@@ -58,7 +58,7 @@ def _message(choice: Choice) -> dict[str, Any]:
 
 
 def _tool_call(call: FunctionCall, arguments: str) -> dict[str, Any]:
-    """The call as the wire has it; its id is a function of what it says, so the same answer has the same."""
+    """The call as it is sent; its id depends on its text alone, so that the same answer has the same id."""
     identity = blake2b(f"{call.name} {call.arguments}".encode(), digest_size=9).hexdigest()
     return {"id": f"call_{identity}", "type": "function", "function": {"name": call.name, "arguments": arguments}}
 

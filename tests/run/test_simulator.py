@@ -1,7 +1,6 @@
 """The simulator's process: strict at its door, faulty on demand, and honest in its ledger."""
 
 import contextlib
-import gzip
 import http.client
 import itertools
 import json
@@ -24,7 +23,7 @@ import pytest
 from batchrun.simulator import Fault, LimitChange, SimulatorConfig, parse_faults, question_of, read_ledger
 from tests.simulator_process import RunningSimulator, running_simulator, start
 
-HEADERS = {"Authorization": "Bearer sk-canary/1", "Content-Type": "application/json"}
+HEADERS = {"Authorization": "Bearer sk-canary-1", "Content-Type": "application/json"}
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def simulator() -> Iterator[RunningSimulator]:
         yield running
 
 
-# Each is met by the question that is its name.
+# Each applies to the question that is its name.
 FAULTS: dict[str, Fault] = {
     "500": Fault(kind="status", status=500, message="boom"),
     "content_policy": parse_faults("content_policy=1")[0],
@@ -83,22 +82,14 @@ FAULTS: dict[str, Fault] = {
         retry_after_ms="abc",
         headers=(("Retry-After", "7"), ("X-Long", "x" * 20_000)),
     ),
-    "error_200": Fault(kind="error_200"),
-    "garbage": Fault(kind="garbage"),
+    "error_200": Fault(kind="status", status=200),
+    "page_200": Fault(kind="status", status=200, html=True),
     "body": Fault(kind="body", body='{"choices": []}'),
     "bytes": Fault(kind="body", status=418, body_base64=b"\xff\x00"),
-    "redirect": Fault(kind="redirect", location="http://127.0.0.1:9/x"),
-    "echo_key": Fault(kind="echo_key"),
-    "gzip_bomb": Fault(kind="gzip_bomb"),
-    "wrong_model": Fault(kind="wrong_model"),
-    "no_usage": Fault(kind="no_usage"),
     "reset": Fault(kind="reset"),
     "reset_billed": Fault(kind="reset", billed=True),
     "cut": Fault(kind="cut"),
     "hang": Fault(kind="hang"),
-    "slow_body": Fault(kind="slow_body", pause_s=0.001),
-    "close_after": Fault(kind="close_after"),
-    "wire": Fault(kind="wire", body="HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n{", pause_s=0.001),
 }
 
 
@@ -254,12 +245,9 @@ def test_usage_can_be_left_out_and_is_billed_all_the_same() -> None:
         ("html", 502, b"<html>"),
         ("empty", 503, b""),
         ("error_200", 200, b'{"error":'),
-        ("garbage", 200, b"<html>"),
+        ("page_200", 200, b"<html>"),
         ("body", 200, b'{"choices": []}'),
         ("bytes", 418, b"\xff\x00"),
-        ("redirect", 307, b""),
-        ("echo_key", 401, b"sk-canary/1"),
-        ("gzip_bomb", 200, b"\x1f\x8b"),
     ],
 )
 def test_a_fault_that_answers_is_seen_and_not_billed(
@@ -284,29 +272,6 @@ def test_a_fault_sends_the_headers_it_was_given(faulty: RunningSimulator) -> Non
     assert head.count(b"Retry-After: ") == 2
     assert b"retry-after-ms: abc\r\n" in head
     assert b"X-Long: " + b"x" * 20_000 in head
-
-
-def test_a_redirect_names_its_target(faulty: RunningSimulator) -> None:
-    assert _ask(faulty, _body("redirect")).headers["Location"] == "http://127.0.0.1:9/x"
-
-
-def test_a_careless_gateway_echoes_the_key_in_three_writings(faulty: RunningSimulator) -> None:
-    message = _ask(faulty, _body("echo_key")).json()["error"]["message"]
-    for writing in ("Bearer sk-canary/1", "sk-canary%2F1", "c2stY2FuYXJ5LzE="):
-        assert writing in message
-
-
-def test_a_gzip_bomb_is_small_on_the_wire_and_large_inside(faulty: RunningSimulator) -> None:
-    reply = _ask(faulty, _body("gzip_bomb"))
-    assert reply.headers["Content-Encoding"] == "gzip"
-    assert len(reply.body) < 300_000
-    assert len(gzip.decompress(reply.body)) == 200_000_000
-
-
-def test_the_wrong_model_and_missing_usage_are_billed(faulty: RunningSimulator) -> None:
-    assert _ask(faulty, _body("wrong_model")).json()["model"] == "vtrix-x-other"
-    assert "usage" not in _ask(faulty, _body("no_usage")).json()
-    assert [(line.billed, line.completion_tokens > 0) for line in faulty.ledger()[-2:]] == [(True, True)] * 2
 
 
 @pytest.mark.parametrize("name", ["reset", "reset_billed"])
@@ -339,27 +304,6 @@ def test_a_hang_is_silent_until_the_client_leaves_and_not_billed(faulty: Running
             raw.recv(1)
     line = faulty.ledger()[-1]
     assert (line.status, line.fault, line.billed) == (None, "hang", False)
-
-
-def test_a_slow_body_comes_a_byte_at_a_time(faulty: RunningSimulator) -> None:
-    started_s = time.monotonic()
-    reply = _ask(faulty, _body("slow_body"))
-    assert time.monotonic() - started_s >= 0.001 * len(reply.body)
-    assert reply.json()["object"] == "chat.completion"
-    assert faulty.ledger()[-1].billed
-
-
-def test_an_answered_connection_is_closed_without_a_word(faulty: RunningSimulator) -> None:
-    connection = _connect(faulty)
-    reply = _send(connection, _body("close_after"), HEADERS)
-    assert (reply.status, reply.headers["Connection"]) == (200, None)
-    assert connection.sock.recv(1) == b""
-    connection.close()
-    assert faulty.ledger()[-1].billed
-
-
-def test_any_bytes_can_be_put_on_the_wire(faulty: RunningSimulator) -> None:
-    assert _raw_exchange(faulty, "wire", until=None) == FAULTS["wire"].payload
 
 
 def test_an_outage_passes() -> None:

@@ -8,43 +8,43 @@ from batchrun.simulator.faults import FaultBook
 QUESTIONS = [blake2b(str(number).encode(), digest_size=16).digest() for number in range(2_000)]
 
 
-def _fates(book: FaultBook, questions: list[bytes]) -> dict[bytes, bool]:
+def _fails(book: FaultBook, questions: list[bytes]) -> dict[bytes, bool]:
     return {
-        question: book.meet(question, b"", ordinal=ordinal, age_s=0.0) is not None
+        question: book.fault_for(question, b"", ordinal=ordinal, age_s=0.0) is not None
         for ordinal, question in enumerate(questions, start=1)
     }
 
 
 def _meets(book: FaultBook, *, ordinal: int = 1, age_s: float = 0.0, body: bytes = b"", question: int = 0) -> bool:
-    return book.meet(QUESTIONS[question], body, ordinal=ordinal, age_s=age_s) is not None
+    return book.fault_for(QUESTIONS[question], body, ordinal=ordinal, age_s=age_s) is not None
 
 
 def test_a_share_is_met_by_that_share_in_any_order() -> None:
     faults = (Fault(kind="status", share=0.3),)
-    forwards = _fates(FaultBook(faults, 7), QUESTIONS)
-    backwards = _fates(FaultBook(faults, 7), QUESTIONS[::-1])
+    forwards = _fails(FaultBook(faults, 7), QUESTIONS)
+    backwards = _fails(FaultBook(faults, 7), QUESTIONS[::-1])
     assert forwards == backwards
     assert 0.26 < sum(forwards.values()) / len(QUESTIONS) < 0.34
-    assert forwards != _fates(FaultBook(faults, 8), QUESTIONS)
+    assert forwards != _fails(FaultBook(faults, 8), QUESTIONS)
 
 
-def test_a_retry_draws_anew_unless_the_fault_sticks() -> None:
+def test_a_retry_draws_again_unless_the_fault_is_sticky() -> None:
     free, sticky = (FaultBook((Fault(kind="status", share=0.5, sticky=on),), 0) for on in (False, True))
-    first, second = _fates(free, QUESTIONS), _fates(free, QUESTIONS)
+    first, second = _fails(free, QUESTIONS), _fails(free, QUESTIONS)
     assert 0.4 < sum(first[question] == second[question] for question in QUESTIONS) / len(QUESTIONS) < 0.6
-    assert _fates(sticky, QUESTIONS) == _fates(sticky, QUESTIONS)
+    assert _fails(sticky, QUESTIONS) == _fails(sticky, QUESTIONS)
 
 
 def test_two_rules_draw_apart() -> None:
     rules = (Fault(kind="status", share=0.5), Fault(kind="cut", share=0.5))
     book = FaultBook(rules, 0)
-    met = [book.meet(question, b"", ordinal=1, age_s=0.0) for question in QUESTIONS]
+    met = [book.fault_for(question, b"", ordinal=1, age_s=0.0) for question in QUESTIONS]
     assert 0.2 < sum(fault is rules[1] for fault in met) / len(met) < 0.3
 
 
 def test_the_first_rule_that_applies_is_met() -> None:
     rules = (Fault(kind="status", match="never there"), Fault(kind="cut"), Fault(kind="hang"))
-    assert FaultBook(rules, 0).meet(QUESTIONS[0], b"body", ordinal=1, age_s=0.0) is rules[1]
+    assert FaultBook(rules, 0).fault_for(QUESTIONS[0], b"body", ordinal=1, age_s=0.0) is rules[1]
 
 
 def test_a_script_holds_from_one_request_to_another() -> None:
@@ -70,22 +70,22 @@ def test_times_count_over_all_or_for_each_question() -> None:
     assert [_meets(for_each, question=index) for index in (0, 1, 0, 1)] == [True, True, False, False]
 
 
-def test_a_fate_drawn_by_the_rows_own_attempt_is_the_same_in_a_new_process_and_a_retry_there_draws_anew() -> None:
+def test_a_draw_by_row_and_attempt_is_the_same_in_a_new_process() -> None:
     faults = (Fault(kind="status", share=0.5),)
 
-    def fates(book: FaultBook, attempt: int) -> list[bool]:
+    def fails(book: FaultBook, attempt: int) -> list[bool]:
         return [
-            book.meet(question, b"", ordinal=1, age_s=0.0, attempt_of_row=f"{row}-{attempt}") is not None
+            book.fault_for(question, b"", ordinal=1, age_s=0.0, attempt_of_row=f"{row}-{attempt}") is not None
             for row, question in enumerate(QUESTIONS)
         ]
 
     one_process = FaultBook(faults, 3)
-    first, second = fates(one_process, 1), fates(one_process, 2)
-    assert fates(FaultBook(faults, 3), 2) == second
+    first, second = fails(one_process, 1), fails(one_process, 2)
+    assert fails(FaultBook(faults, 3), 2) == second
     assert 900 < sum(a != b for a, b in zip(first, second, strict=True)) < 1_100
 
 
-def test_a_fault_that_sticks_sticks_however_attempts_are_named() -> None:
+def test_a_sticky_fault_ignores_the_name_of_the_attempt() -> None:
     book = FaultBook((Fault(kind="status", share=0.5, sticky=True),), 0)
-    named = [book.meet(QUESTIONS[0], b"", ordinal=1, age_s=0.0, attempt_of_row=f"0-{n}") for n in range(1, 20)]
+    named = [book.fault_for(QUESTIONS[0], b"", ordinal=1, age_s=0.0, attempt_of_row=f"0-{n}") for n in range(1, 20)]
     assert len(set(named)) == 1
