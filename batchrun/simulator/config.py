@@ -15,6 +15,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "tokens_per_minute": (1, 1e12),
     "latency_s": (0, 3_600),
     "latency_sigma": (0, 3),
+    "flex_latency_s": (0, 3_600),
+    "cache_life_s": (0, 86_400),
     "tokens_per_second": (0, 1e6),
     "refuse_above": (1, 1e6),
     "work_on": (1, 1e6),
@@ -49,6 +51,8 @@ class SimulatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     """The median time to the first byte of an answer."""
     latency_sigma: float = 0.5
     """The spread: standard deviation of the logarithm of the latency; 0.5 puts 95 % within a factor of 2.7."""
+    flex_latency_s: float | None = None
+    """The median for requests with the service tier `flex`; None: `latency_s`."""
     tokens_per_second: float = 0.0
     """The pace of a stream; 0 sends it at once."""
     refuse_above: int | None = None
@@ -60,6 +64,9 @@ class SimulatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     draw_by_request_id: bool = False
     """Draw faults from the row and attempt in an `X-Client-Request-Id` of the form `run-row-attempt`, so that a restart
     of the simulator changes nothing. Other requests are drawn from a count of the question's attempts."""
+    cache_life_s: float | None = None
+    """Simulate an implicit prompt cache whose prefixes live this long after their last use. None: a long system prompt
+    always counts as cached, so that a question's usage is always the same."""
     omit_usage: bool = False
     """No answer carries usage (what some gateways do). It is billed all the same."""
     ledger: str | None = None

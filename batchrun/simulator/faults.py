@@ -30,6 +30,8 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     from_request: int = 1
     """The first and the last exchange it applies to, counted from 1 since the simulator started."""
     to_request: int | None = None
+    service_tier: str | None = None
+    """Only requests that name this service tier."""
     match: str = ""
     """Only requests whose JSON body holds this text, byte for byte."""
     times: int | None = None
@@ -105,6 +107,14 @@ _NAMED: dict[str, Fault] = {
         message="You exceeded your current quota, please check your plan and billing details.",
         code="insufficient_quota",
     ),
+    # OpenAI's flex processing (developers.openai.com/api/docs/guides/flex-processing): not billed.
+    "flex_unavailable": Fault(
+        kind="status",
+        status=429,
+        message="Resource Unavailable: there is not enough capacity for flex processing. Please try again later.",
+        code="resource_unavailable",
+        service_tier="flex",
+    ),
     "insufficient_balance": Fault(
         kind="status", status=403, message="Insufficient balance", code="insufficient_balance"
     ),
@@ -155,7 +165,14 @@ class FaultBook:
         self._counts_attempts = any(0 < fault.share < 1 and not fault.sticky for fault in faults)
 
     def fault_for(
-        self, question: bytes, body: bytes, *, ordinal: int, age_s: float, attempt_of_row: str | None = None
+        self,
+        question: bytes,
+        body: bytes,
+        *,
+        ordinal: int,
+        age_s: float,
+        service_tier: str | None = None,
+        attempt_of_row: str | None = None,
     ) -> Fault | None:
         """The first rule that applies to this exchange, and it is counted; None: a plain answer.
 
@@ -168,6 +185,7 @@ class FaultBook:
             if (
                 _in_range(fault, ordinal, age_s)
                 and (fault.times is None or self._applied[counted] < fault.times)
+                and fault.service_tier in (None, service_tier)
                 and fault.match.encode() in body
                 and self._draw(index, fault, question, attempt_of_row) < fault.share
             ):

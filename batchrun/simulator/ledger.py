@@ -12,6 +12,8 @@ from typing import Any
 
 import msgspec
 
+_NOT_THE_QUESTION = frozenset({"stream", "stream_options", "service_tier", "prompt_cache_key"})
+
 
 class LedgerLine(msgspec.Struct, frozen=True, kw_only=True):
     """One exchange. Tokens are 0 where nothing was billed."""
@@ -32,6 +34,8 @@ class LedgerLine(msgspec.Struct, frozen=True, kw_only=True):
     """None: no status line was sent."""
     fault: str | None
     """The kind of fault that applied."""
+    service_tier: str | None = None
+    """The tier that the answer names: that which is billed."""
     billed: bool
     prompt_tokens: int
     cached_tokens: int
@@ -90,9 +94,8 @@ def read_ledger(path: Path | str) -> list[LedgerLine]:
 
 
 def question_of(body: dict[str, Any]) -> bytes:
-    """BLAKE2b-128 of the body as JSON with sorted keys, without `stream` and `stream_options`:
-    the same question however it is delivered."""
-    kept = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
+    """BLAKE2b-128 of the body as JSON with sorted keys, without what only sets how it is served and sent."""
+    kept = {name: value for name, value in body.items() if name not in _NOT_THE_QUESTION}
     return blake2b(msgspec.json.encode(kept, order="sorted"), digest_size=16).digest()
 
 

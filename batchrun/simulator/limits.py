@@ -33,9 +33,10 @@ class LimitChange(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
 
 class Bucket:
-    """A level that refills at `per_minute` up to two seconds' worth, full at `now_s`."""
+    """A level that refills at `per_minute` up to `burst_s` seconds' worth, full at `now_s`."""
 
-    def __init__(self, per_minute: int, now_s: float) -> None:
+    def __init__(self, per_minute: int, now_s: float, burst_s: float = BURST_S) -> None:
+        self._burst_s = burst_s
         self._set(per_minute)
         self._level = self.capacity
         self._at_s = now_s
@@ -49,7 +50,7 @@ class Bucket:
     def _set(self, per_minute: int) -> None:
         self.per_minute = per_minute
         self._per_s = per_minute / 60
-        self.capacity = max(1.0, self._per_s * BURST_S)
+        self.capacity = max(1.0, self._per_s * self._burst_s)
 
     def level(self, now_s: float) -> float:
         """What can be taken now; below 0 after an amount larger than the bucket was taken."""

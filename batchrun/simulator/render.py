@@ -21,6 +21,7 @@ class Envelope(msgspec.Struct, frozen=True):
     created: int
     model: str
     with_usage: bool
+    service_tier: str | None = None
 
 
 def completion(answer: Answer, envelope: Envelope) -> bytes:
@@ -47,7 +48,8 @@ def events(answer: Answer, envelope: Envelope) -> tuple[bytes, ...]:
 
 
 def _head(envelope: Envelope, kind: str) -> dict[str, Any]:
-    return {"id": envelope.id, "object": kind, "created": envelope.created, "model": envelope.model}
+    head = {"id": envelope.id, "object": kind, "created": envelope.created, "model": envelope.model}
+    return head if envelope.service_tier is None else head | {"service_tier": envelope.service_tier}
 
 
 def _message(choice: Choice) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import hmac
 import time
+from collections.abc import Callable
 from hashlib import blake2b
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,6 +18,7 @@ from batchrun.simulator.config import SimulatorConfig
 from batchrun.simulator.faults import SPOILING, Fault, FaultBook
 from batchrun.simulator.ledger import Ledger, LedgerLine, question_of
 from batchrun.simulator.limits import Limits
+from batchrun.simulator.prompt_cache import PromptCache, prompt_of
 from batchrun.simulator.refusal import Refused
 from batchrun.simulator.render import DELTA_TOKENS, Envelope, completion, events
 from batchrun.simulator.validate import Question, parse_body, parse_question
@@ -51,6 +53,7 @@ class Simulator:
             now_s=self._started_s,
             changes=config.limit_changes,
         )
+        self._cache = None if config.cache_life_s is None else PromptCache(config.cache_life_s, config.seed)
         self._working = 0
         self._queue = contextlib.nullcontext() if config.work_on is None else asyncio.Semaphore(config.work_on)
         self._exchanges = 0
@@ -98,11 +101,12 @@ class Simulator:
             body,
             ordinal=turn.ordinal,
             age_s=self._age_s(),
+            service_tier=question.request.served_by,
             attempt_of_row=self._attempt_of_row(http),
         )
         answered = fault is None or fault.kind in SPOILING
         if answered or (fault is not None and fault.is_billed):
-            await self._work(self._latency_s(question))
+            reply = await self._work(question, reply)
         self._record_outcome(http, turn, question, reply.usage, fault)
         if fault is not None and not answered:
             return await delivery.replace(http, fault, self._headers(turn))
@@ -111,14 +115,27 @@ class Simulator:
             return await delivery.cut(http, sending, self._headers(turn))
         return await delivery.deliver(http, sending, self._headers(turn))
 
-    async def _work(self, latency_s: float) -> None:
-        """Waits for a place in the queue, and then as long as the answer takes."""
+    async def _work(self, question: Question, reply: Answer) -> Answer:
+        """Waits for a place in the queue, and then as long as the answer takes; its usage has the cache's hits."""
         self._working += 1
         try:
             async with self._queue:
-                await asyncio.sleep(latency_s)
+                reply, keep = self._with_cache_hits(question, reply)
+                await asyncio.sleep(self._latency_s(question))
+                keep()
         finally:
             self._working -= 1
+        return reply
+
+    def _with_cache_hits(self, question: Question, reply: Answer) -> tuple[Answer, Callable[[], None]]:
+        """The answer by the cache as it is now, and what puts its prompt there once it was processed."""
+        if (cache := self._cache) is None:
+            return reply, lambda: None
+        prompt, now_s = prompt_of(question.request), time.monotonic()
+        machine = cache.machine(prompt, now_s)
+        cached = min(cache.look_up(prompt, machine, now_s), reply.usage.prompt_tokens)
+        usage = msgspec.structs.replace(reply.usage, cached_tokens=cached)
+        return msgspec.structs.replace(reply, usage=usage), lambda: cache.keep(prompt, machine, time.monotonic())
 
     def _attempt_of_row(self, http: web.BaseRequest) -> str | None:
         """The `row-attempt` of a request id `run-row-attempt`; None unless faults are drawn by it."""
@@ -169,6 +186,7 @@ class Simulator:
             created=int(time.time()),
             model=request.model,
             with_usage=wants_usage and not self._config.omit_usage,
+            service_tier=request.served_by,
         )
         if kind == "invalid_json" or kind == "unfit_json":
             reply = spoiled(reply, kind)
@@ -182,11 +200,12 @@ class Simulator:
         self, http: web.BaseRequest, turn: _Turn, question: Question, usage: Usage, fault: Fault | None
     ) -> None:
         if fault is None:
-            self._record(http, turn, question.digest, status=200, usage=usage)
+            self._record(http, turn, question.digest, status=200, usage=usage, tier=question.request.served_by)
             return
         status = fault.http_status if fault.sends_status else None
         billed = usage if fault.is_billed else None
-        self._record(http, turn, question.digest, status=status, usage=billed, fault=fault.kind)
+        tier = question.request.served_by if billed is not None else None
+        self._record(http, turn, question.digest, status=status, usage=billed, tier=tier, fault=fault.kind)
 
     def _record(
         self,
@@ -196,6 +215,7 @@ class Simulator:
         *,
         status: int | None,
         usage: Usage | None = None,
+        tier: str | None = None,
         fault: str | None = None,
     ) -> None:
         billed = usage or Usage()
@@ -209,6 +229,7 @@ class Simulator:
                 question=digest.hex(),
                 status=status,
                 fault=fault,
+                service_tier=tier,
                 billed=usage is not None,
                 prompt_tokens=billed.prompt_tokens,
                 cached_tokens=billed.cached_tokens,
@@ -224,7 +245,10 @@ class Simulator:
 
     def _latency_s(self, question: Question) -> float:
         config = self._config
-        return latency_s(question, config.seed, median_s=config.latency_s, sigma=config.latency_sigma)
+        median_s = config.latency_s
+        if config.flex_latency_s is not None and question.request.served_by == "flex":
+            median_s = config.flex_latency_s
+        return latency_s(question, config.seed, median_s=median_s, sigma=config.latency_sigma)
 
     def _age_s(self) -> float:
         return time.monotonic() - self._started_s

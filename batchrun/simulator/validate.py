@@ -155,6 +155,13 @@ class ChatRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     safety_identifier: str | UnsetType = UNSET
     prompt_cache_key: str | UnsetType = UNSET
 
+    @property
+    def served_by(self) -> str | None:
+        """The tier that the answer names: the one that the request names, where it names one."""
+        if not isinstance(self.service_tier, str):
+            return None
+        return "default" if self.service_tier == "auto" else self.service_tier
+
     def output_limit(self) -> int:
         """The most tokens a choice may have: the smaller of the two fields that limit it, else the model's limit."""
         limits = (self.max_tokens, self.max_completion_tokens)

@@ -229,6 +229,36 @@ def test_limits_change_at_their_time_and_the_ledger_tells_when_each_request_came
     assert ledger[1].arrived_s - ledger[0].time_s >= 0.3
 
 
+def test_a_cached_prefix_shows_in_the_usage_and_in_the_ledger() -> None:
+    with running_simulator(SimulatorConfig(cache_life_s=60)) as simulator:
+        text = "word " * 1_000
+        replies = [_ask(simulator, _body(f"{text} row {row}")).json() for row in range(2)]
+        cached = [reply["usage"]["prompt_tokens_details"]["cached_tokens"] for reply in replies]
+        assert cached[0] == 0
+        assert cached[1] >= 1_024
+        assert [line.cached_tokens for line in simulator.ledger()] == cached
+
+
+def test_an_answer_names_its_tier_and_flex_is_refused_for_lack_of_capacity() -> None:
+    config = SimulatorConfig(
+        faults=parse_faults("flex_unavailable=0.5"), latency_s=0.01, flex_latency_s=0.3, latency_sigma=0
+    )
+    with running_simulator(config) as simulator:
+        default = _ask(simulator, _body("Hello", service_tier="auto"))
+        flex = [_ask(simulator, _body(f"Row {row}", service_tier="flex")) for row in range(12)]
+        ledger = simulator.ledger()
+    assert default.json()["service_tier"] == "default"
+    answered = [reply for reply in flex if reply.status == 200]
+    refused = [reply for reply in flex if reply.status == 429]
+    assert answered
+    assert refused
+    assert len(answered) + len(refused) == 12
+    assert {reply.json()["service_tier"] for reply in answered} == {"flex"}
+    assert {reply.json()["error"]["code"] for reply in refused} == {"resource_unavailable"}
+    assert [line.service_tier for line in ledger if line.billed] == ["default", *["flex"] * len(answered)]
+    assert all(line.time_s - line.arrived_s >= 0.3 for line in ledger if line.service_tier == "flex")
+
+
 def test_usage_can_be_left_out_and_is_billed_all_the_same() -> None:
     with running_simulator(SimulatorConfig(omit_usage=True)) as simulator:
         assert "usage" not in _ask(simulator).json()
