@@ -74,10 +74,10 @@ def test_a_rest_whose_price_is_unknown_is_announced_without_a_cost(tmp_path: Pat
         pilot = batchrun("run", job, "-o", out, "--limit", "1", *UNKNOWN).stderr.splitlines()
         assert pilot[:2] == [
             "input: 10 rows in 1 file, read as columns",
-            "only 1 row of them; without --limit the run goes on",
+            "only the first 1 row; run without --limit to send the rest",
         ]
         rest = batchrun("run", job, "-o", out, *UNKNOWN).stderr.splitlines()
-        assert rest[:2] == [f"resuming {out}: 1 of 10 rows done", "9 rows are to be asked"]
+        assert rest[:2] == [f"resuming {out}: 1 of 10 rows done", "9 rows to send"]
 
 
 def test_doubts_and_answers_whose_price_nobody_knows_are_no_sum_of_nothing(tmp_path: Path) -> None:

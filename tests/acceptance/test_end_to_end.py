@@ -114,7 +114,7 @@ def test_killed_twice_nothing_is_lost_and_only_what_was_in_flight_is_asked_again
         assert any(name.endswith(".parquet") for name in parts), "the kills came before the first seal"
         ended = batchrun("run", job, "-o", out)
         assert ended.exit_code == 0, ended.stderr
-        assert " in flight when the last process died: asked again\n" in ended.stderr
+        assert " in flight when the last process died; sent again\n" in ended.stderr
         ledger = simulator.ledger()
     summary = read_summary(out)
     undisturbed = undisturbed_run(tmp_path, source, faults)

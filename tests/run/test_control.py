@@ -12,7 +12,7 @@ import pytest
 
 from batchrun.dispatch import live_limits
 from batchrun.dispatch.learned_limits import LearnedLimits
-from batchrun.dispatch.live_limits import Control, Wishes
+from batchrun.dispatch.live_limits import ControlFile, LimitChange
 from batchrun.errors import JobError
 from batchrun.job.job import Budget, Limits
 from batchrun.records import InForce
@@ -160,10 +160,10 @@ def test_a_running_process_takes_other_limits_and_says_so(tmp_path: Path) -> Non
     ],
 )
 def test_a_rate_below_the_one_asked_for_says_why(now: float, words: str) -> None:
-    wish = live_limits.wish({"requests_per_minute": "6000"})
+    wish = live_limits.parse({"requests_per_minute": "6000"})
     limits = InForce(requests_per_minute=now, tokens_per_minute=None, max_in_flight=8)
-    assert live_limits.in_words(wish, limits).startswith(words)
-    assert ("allow less" in live_limits.in_words(wish, limits)) == (now < 6000)
+    assert live_limits.describe(wish, limits).startswith(words)
+    assert ("allow less" in live_limits.describe(wish, limits)) == (now < 6000)
 
 
 def test_a_cap_that_is_lowered_below_what_is_spent_ends_the_run(tmp_path: Path) -> None:
@@ -214,25 +214,25 @@ def test_what_was_asked_of_an_earlier_process_is_not_asked_of_the_next(tmp_path:
 
 
 def test_each_file_is_read_once_however_often_it_is_looked_at(tmp_path: Path) -> None:
-    wishes = Wishes(RunDirectory(tmp_path))
-    assert wishes.newest() is None
+    control_file = ControlFile(RunDirectory(tmp_path))
+    assert control_file.read_new() is None
     (tmp_path / "control.json").write_text("1")
-    assert [wishes.newest(), wishes.newest()] == [b"1", None]
+    assert [control_file.read_new(), control_file.read_new()] == [b"1", None]
     (tmp_path / "control.json").write_text("22")
-    assert [wishes.newest(), wishes.newest()] == [b"22", None]
+    assert [control_file.read_new(), control_file.read_new()] == [b"22", None]
 
 
 def test_every_wish_has_a_name_of_its_own() -> None:
-    one, other = live_limits.wish({"max_tokens": "5"}), live_limits.wish({"max_tokens": "5"})
+    one, other = live_limits.parse({"max_tokens": "5"}), live_limits.parse({"max_tokens": "5"})
     assert one.id != other.id
     assert (one.max_tokens, one.requests_per_minute) == (5, None)
-    assert isinstance(one, Control)
+    assert isinstance(one, LimitChange)
 
 
 def test_every_limit_of_a_job_can_be_tuned_but_for_what_bounds_a_single_request() -> None:
     single = {"max_output_tokens", "max_image_tokens"}
     assert {*Limits.__struct_fields__, *Budget.__struct_fields__} - single == live_limits.FLAGS.keys()
-    told = live_limits.wish(dict.fromkeys(live_limits.FLAGS, "7"))
+    told = live_limits.parse(dict.fromkeys(live_limits.FLAGS, "7"))
     assert live_limits.decode(msgspec.json.encode(told)) == told
 
 
@@ -260,7 +260,7 @@ def test_every_limit_of_a_job_can_be_tuned_but_for_what_bounds_a_single_request(
 )
 def test_a_limit_that_cannot_be_is_named_by_its_flag(limits: dict[str, str], problem: str) -> None:
     with pytest.raises(JobError) as raised:
-        live_limits.wish(limits)
+        live_limits.parse(limits)
     assert str(raised.value) == problem
 
 

@@ -16,7 +16,7 @@ from batchrun.limits.adaptive_rate import AdaptiveRate
 from batchrun.limits.admission import Ask, Limit, Outcome
 from batchrun.limits.rate_search import RateSearch
 from batchrun.limits.rates import Rates
-from batchrun.limits.refusal_runs import Runs
+from batchrun.limits.refusal_runs import RefusalRuns
 from batchrun.records import RowError, Verdict
 from tests.moved_clock import START_S, run_on_moved_clock
 from tests.refusing_servers import (
@@ -160,7 +160,7 @@ def test_a_limit_beside_runs_of_refusals_is_used(
 
 
 def test_rates_that_go_on_falling_are_no_limit_and_a_limit_that_fell_once_is() -> None:
-    fell, falls = Runs(), Runs()
+    fell, falls = RefusalRuns(), RefusalRuns()
     assert [fell.lowered(at_s, 50.0, measured) for at_s, measured in ((1, 50.0), (4, 25.0), (9, 24.8), (15, 25.1))] == [
         False
     ] * 4
@@ -173,12 +173,12 @@ def test_rates_that_go_on_falling_are_no_limit_and_a_limit_that_fell_once_is() -
 
 
 def test_runs_that_go_on_where_most_is_refused_were_the_rates_fault() -> None:
-    found = Runs()
+    found = RefusalRuns()
     for at_s, measured in ((1.0, 50.0), (4.0, 25.0), (9.0, 14.0)):
         found.lowered(at_s, 50.0, measured)
     for at in range(300):
         found.count(9.0 + at / 10, refused=at % 3 > 0)
-    assert not found.found
+    assert not found.is_found
     assert not any(found.lowered(40.0 + at_s, 50.0, 50.0 / at_s) for at_s in (1, 2, 4, 8))
 
 

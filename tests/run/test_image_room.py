@@ -8,7 +8,7 @@ import pytest
 
 import batchrun
 from batchrun.dispatch import worker
-from batchrun.dispatch.image_memory import AT_ONCE, ImageMemory
+from batchrun.dispatch.image_memory import READERS, ImageMemory
 from batchrun.records import Request
 from batchrun.simulator import SimulatorConfig
 from tests.pictures import SAMPLES
@@ -33,8 +33,8 @@ def test_who_comes_first_is_loaded_until_the_room_is_full_and_the_next_when_some
         for left, task in enumerate(tasks):
             await task  # with three in the room it is full; those that were being read come on top of them
             await asyncio.wait(tasks[: left + 3])
-            assert len(loaded) - left <= 3 + AT_ONCE - 1
-            room.leave(task.result())
+            assert len(loaded) - left <= 3 + READERS - 1
+            room.release(task.result())
 
     asyncio.run(fill())
     assert sorted(loaded) == list(range(12))
@@ -49,7 +49,7 @@ def test_what_is_larger_than_the_room_goes_alone_and_a_failure_leaves_no_trace()
         for row in range(3):
             with pytest.raises(batchrun.InputError):
                 await room.load(fail)
-            room.leave(await room.load(functools.partial(request_of, row, 1_000)))
+            room.release(await room.load(functools.partial(request_of, row, 1_000)))
 
     asyncio.run(pass_through())
 
@@ -79,7 +79,7 @@ def test_rows_that_wait_for_room_are_all_asked_and_none_after_the_end_was_asked_
 
         stopped = asyncio.run(leave_after(1))
         served = len(simulator.ledger())
-        assert served <= 1 + AT_ONCE  # eight were admitted
+        assert served <= 1 + READERS  # eight were admitted
         assert (stopped.pending, stopped.possibly_billed_count) == (8 - served, 0)
         assert asyncio.run(leave_after(-1)).complete
         assert len(simulator.ledger()) == 8

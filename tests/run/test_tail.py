@@ -155,11 +155,11 @@ def test_meanwhile_progress_status_and_log_say_which_rows_are_retried_and_for_wh
 def test_of_many_retried_rows_ten_are_named_and_the_log_hears_seldom() -> None:
     now_s, now = 0.0, datetime.now(UTC)
     retries = Retries(lambda: now_s)
-    assert retries.stand(now) is None
-    assert not retries.is_due(last=True)
+    assert retries.summary(now) is None
+    assert not retries.should_log(last=True)
     for row in range(1_000):
         retries.put(row, 1 + row % 3, RowError("timeout") if row % 4 else RowError("server_error", 500), 7.0 + row)
-    told = retries.stand(now)
+    told = retries.summary(now)
     assert told is not None
     assert (told.rows, told.first, told.attempts) == (1_000, list(range(10)), 3)
     assert told.reasons == {"timeout": 750, "500 server error": 250}
@@ -167,8 +167,8 @@ def test_of_many_retried_rows_ten_are_named_and_the_log_hears_seldom() -> None:
     due = Counter[bool]()
     for _ in range(600):
         now_s += 0.5
-        due[retries.is_due(last=now_s > 100)] += 1
+        due[retries.should_log(last=now_s > 100)] += 1
     assert due[True] == 300 / LOG_EVERY_S + 1
     for row in range(1_000):
         retries.drop(row)
-    assert retries.stand(now) is None
+    assert retries.summary(now) is None

@@ -69,7 +69,7 @@ def test_nonsense_is_refused_with_what_is_expected(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["0h", "0s", "2026-11-25T22:30:15", "2026-11-25T22:00", "2020-01-01"])
 def test_what_is_over_already_is_refused(text: str) -> None:
-    with pytest.raises(JobError, match="is over already; name a later one"):
+    with pytest.raises(JobError, match="is in the past; name a later one"):
         at_clock(text)
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from batchrun.errors import ExitCode
 from batchrun.job.job import Limits
-from batchrun.limits.adaptive_rate import PaceChange
+from batchrun.limits.adaptive_rate import RateChange
 from batchrun.limits.admission import Ask, Binding, Limit, Outcome, Ruling, Stop
 from batchrun.limits.budget import BudgetAccount, Cap
 from batchrun.limits.circuit import Circuit
@@ -36,7 +36,7 @@ def new_gate(
     daily: DailyCount | None = None,
     purse: BudgetAccount | None = None,
     overruns: Overruns | None = None,
-    on_pace: PaceChange = lambda limit, before, after, why: None,
+    on_pace: RateChange = lambda limit, before, after, why: None,
     **limits: Any,
 ) -> Gate:
     state = Circuit(
@@ -264,8 +264,8 @@ async def test_other_limits_hold_from_the_moment_they_are_told() -> None:
         await use(gate, SMALL)
     assert now_s() - start_s == pytest.approx(1.0, abs=0.2)
     assert changes == [
-        (Limit.REQUESTS, 6_000, 600, "told"),
-        (Limit.REQUESTS, 600, 6_000, "told"),
+        (Limit.REQUESTS, 6_000, 600, "configured"),
+        (Limit.REQUESTS, 600, 6_000, "configured"),
     ]
 
 

@@ -107,7 +107,7 @@ def live(endpoint: Endpoint, rows: int) -> Night:
         verdict, error = endpoint(row, sent_s)
         finding = NOTHING
         if verdict is Verdict.SLOW:
-            finding = refusals.refused(order, now_s, Limit.REQUESTS, told_when=False)
+            finding = refusals.refused(order, now_s, Limit.REQUESTS, names_time=False)
         else:
             refusals.ended(order, now_s)
         refusals.rise(now_s)

@@ -60,10 +60,10 @@ class Story:
         retry_after_s: float | None = None,
         *,
         storm: bool = True,
-        taken: bool = False,
+        accepted: bool = False,
     ) -> Ruling:
-        """A refusal is one of a storm, after which nothing was taken, unless the test says otherwise."""
-        finding = Finding(storm=storm, taken=taken)
+        """A refusal is one of a storm, after which nothing was accepted, unless the test says otherwise."""
+        finding = Finding(storm=storm, accepted=accepted)
         outcome = Outcome(row, verdict, failure, retry_after_s)
         return self.state.observe(outcome, self.out.pop(row), self.now_s, finding)
 
@@ -317,7 +317,7 @@ def test_after_a_storm_of_429_all_go_on_at_once_where_rows_had_been_taken() -> N
     story = Story()
     story.all_well()
     story.send(0)
-    story.ends(0, Verdict.SLOW, SLOW_429, retry_after_s=9.0, taken=True)
+    story.ends(0, Verdict.SLOW, SLOW_429, retry_after_s=9.0, accepted=True)
     assert story.phase() == Cooling(9.0, "HTTP 429 rate_limit", "429", probe=False)
     story.cooled_down()
     story.send(1, 2, 3)

@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 from multidict import CIMultiDict
 
 from batchrun import attempt_caps
-from batchrun.attempt_caps import History, after, asked_again, backoff_s, exhausted, failing_share, stretch, tail_wait_s
+from batchrun.attempt_caps import (
+    History,
+    after,
+    after_unwanted_answer,
+    backoff_s,
+    end_wait_s,
+    exhausted,
+    failing_share,
+    stretch,
+)
 from batchrun.errors import APIConnectionError, APITimeoutError
 from batchrun.job.answer_schema import ANYTHING, Expected, of
 from batchrun.job.job import Finish, Retry
@@ -350,8 +359,8 @@ def test_an_attempt_counts_against_its_row_only_if_another_row_succeeded_meanwhi
     before = History(3, 2, 1, 0)
     assert after(before, judgement, corroborated=False) == History(4, 2, 1, 0)
     charged = History(4, 2 + counted, 1 + counted_5xx, maybe_billed)
-    assert after(before, judgement, corroborated=True) == msgspec.structs.replace(charged, witnessed=counted)
-    assert after(before, judgement, corroborated=False, at_tail=True) == charged
+    assert after(before, judgement, corroborated=True) == msgspec.structs.replace(charged, corroborated=counted)
+    assert after(before, judgement, corroborated=False, at_end=True) == charged
 
 
 @pytest.mark.parametrize(
@@ -370,8 +379,8 @@ def test_an_attempt_counts_against_its_row_only_if_another_row_succeeded_meanwhi
 def test_without_a_witness_a_row_has_its_attempts_over_a_minute_and_a_half(
     judgement: Judgement, retry: Retry, wait_s: float
 ) -> None:
-    assert tail_wait_s(History(1, 1), judgement, retry) == wait_s
-    assert tail_wait_s(History(2, 2, witnessed=1), judgement, retry) == 0
+    assert end_wait_s(History(1, 1), judgement, retry) == wait_s
+    assert end_wait_s(History(2, 2, corroborated=1), judgement, retry) == 0
 
 
 @pytest.mark.parametrize(
@@ -537,21 +546,23 @@ def test_an_answer_without_a_reason_is_any_other() -> None:
 
 def test_an_answer_set_aside_counts_as_an_attempt_until_there_are_none_left() -> None:
     history, sent = History(attempts=1), 1
-    while (again := asked_again(history, Settlement(Status.TRUNCATED, "retry"), Retry(max_attempts=3))) is not None:
+    while (
+        again := after_unwanted_answer(history, Settlement(Status.TRUNCATED, "retry"), Retry(max_attempts=3))
+    ) is not None:
         history, sent = msgspec.structs.replace(again, attempts=again.attempts + 1), sent + 1
     assert sent == 3
-    assert asked_again(History(attempts=1), Settlement(Status.TRUNCATED, "fail"), Retry()) is None
-    assert asked_again(History(attempts=1), Settlement(Status.OK), Retry()) is None
+    assert after_unwanted_answer(History(attempts=1), Settlement(Status.TRUNCATED, "fail"), Retry()) is None
+    assert after_unwanted_answer(History(attempts=1), Settlement(Status.OK), Retry()) is None
 
 
 def test_an_answer_that_does_not_fit_is_asked_about_as_often_as_the_job_says() -> None:
     wrong = settlement(Answer(completion=True, content="no"), Expected(in_json=True), Finish())
-    assert asked_again(History(attempts=1), wrong, Retry()) is None
-    again = asked_again(History(attempts=1, counted=5), wrong, Retry(invalid=2))
+    assert after_unwanted_answer(History(attempts=1), wrong, Retry()) is None
+    again = after_unwanted_answer(History(attempts=1, counted=5), wrong, Retry(invalid=2))
     assert again == History(attempts=1, counted=5, corrected=1)
-    assert asked_again(History(attempts=3, corrected=2), wrong, Retry(invalid=2)) is None
+    assert after_unwanted_answer(History(attempts=3, corrected=2), wrong, Retry(invalid=2)) is None
     refused = settlement(Answer(completion=True, content="no", finish_reason="stop"), ANYTHING, Finish(stop="fail"))
-    assert asked_again(History(attempts=1), refused, Retry(invalid=2)) is None
+    assert after_unwanted_answer(History(attempts=1), refused, Retry(invalid=2)) is None
     kept = after(History(corrected=1), Judgement(Verdict.FREE, RowError("reset")), corroborated=True)
     assert kept.corrected == 1
 
@@ -577,23 +588,23 @@ def test_a_call_is_held_against_the_functions_and_content_beside_it_is_not() -> 
 def test_a_row_that_is_refused_by_chance_at_the_tail_waits_no_longer_than_it_was_told() -> None:
     refused = Judgement(Verdict.SLOW, RowError("rate_limit", 429, None, "slow down"), retry_after_s=1.0)
     failed = Judgement(Verdict.FREE, RowError("server_error", 500, None, "broken"))
-    assert attempt_caps.tail_wait_s(History(attempts=1), refused, Retry()) == 0.0
-    assert attempt_caps.tail_wait_s(History(attempts=1), failed, Retry()) > 10.0
+    assert attempt_caps.end_wait_s(History(attempts=1), refused, Retry()) == 0.0
+    assert attempt_caps.end_wait_s(History(attempts=1), failed, Retry()) > 10.0
 
 
 def refusal(kind: str = "rate_limit") -> Judgement:
     return Judgement(Verdict.SLOW, RowError(kind, 429))
 
 
-def after_refusals(count: int, *, corroborated: bool, at_tail: bool, kind: str = "rate_limit") -> History:
+def after_refusals(count: int, *, corroborated: bool, at_end: bool, kind: str = "rate_limit") -> History:
     history = History()
     for _ in range(count):
-        history = attempt_caps.refused(history, refusal(kind), corroborated=corroborated, at_tail=at_tail)
+        history = attempt_caps.refused(history, refusal(kind), corroborated=corroborated, at_end=at_end)
     return history
 
 
 @pytest.mark.parametrize(
-    ("corroborated", "at_tail", "kind", "share", "given_up_after"),
+    ("corroborated", "at_end", "kind", "share", "given_up_after"),
     [
         (True, False, "rate_limit", 0.0, 24),
         (True, False, "rate_limit", 0.5, 122),  # a coin that falls so 122 times in a row is none
@@ -605,30 +616,30 @@ def after_refusals(count: int, *, corroborated: bool, at_tail: bool, kind: str =
     ],
 )
 def test_a_refused_row_is_given_up_only_where_others_are_answered_or_none_is_left(
-    corroborated: bool, at_tail: bool, kind: str, share: float, given_up_after: int | None
+    corroborated: bool, at_end: bool, kind: str, share: float, given_up_after: int | None
 ) -> None:
     counts = [
         count
         for count in range(200)
         if attempt_caps.is_refused_for_good(
-            after_refusals(count, corroborated=corroborated, at_tail=at_tail, kind=kind), Retry(), share
+            after_refusals(count, corroborated=corroborated, at_end=at_end, kind=kind), Retry(), share
         )
     ]
     assert next(iter(counts), None) == given_up_after
 
 
 def test_an_answer_between_shows_that_a_limit_lets_rows_through_at_the_tail() -> None:
-    alone = after_refusals(5, corroborated=False, at_tail=True)
-    assert attempt_caps.refused(alone, refusal(), corroborated=True, at_tail=True).refused_alone == 0
+    alone = after_refusals(5, corroborated=False, at_end=True)
+    assert attempt_caps.refused(alone, refusal(), corroborated=True, at_end=True).refused_alone == 0
 
 
 @pytest.mark.parametrize(("left", "wait_s"), [(0, 75.0), (8, 150.0), (1_000_000, 900.0)])
 def test_at_the_tail_refusals_are_spread_over_minutes_and_over_more_where_more_rows_are_left(
     left: int, wait_s: float
 ) -> None:
-    few, many = (after_refusals(count, corroborated=False, at_tail=True) for count in (1, 2))
-    assert attempt_caps.tail_wait_s(few, refusal(), Retry(), left) == 0.0
-    assert attempt_caps.tail_wait_s(many, refusal(), Retry(), left) == wait_s
+    few, many = (after_refusals(count, corroborated=False, at_end=True) for count in (1, 2))
+    assert attempt_caps.end_wait_s(few, refusal(), Retry(), left) == 0.0
+    assert attempt_caps.end_wait_s(many, refusal(), Retry(), left) == wait_s
 
 
 def test_a_row_that_is_refused_again_and_again_waits_longer_than_it_is_told() -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from batchrun.dispatch.signs import Signs
+from batchrun.dispatch.anomalies import Anomalies
 from batchrun.errors import ExitCode
 from batchrun.policy import CONTENT_POLICY
 from batchrun.records import RowError, Status
@@ -19,9 +19,9 @@ SETTLED: dict[str, tuple[Status, RowError | None]] = {
 }
 
 
-def stops(signs: Signs, rows: Iterable[str]) -> list[int]:
+def stops(anomalies: Anomalies, rows: Iterable[str]) -> list[int]:
     """After how many rows the run would have stopped."""
-    return [number for number, row in enumerate(rows, 1) if signs.settled(*SETTLED[row]) is not None]
+    return [number for number, row in enumerate(rows, 1) if anomalies.settled(*SETTLED[row]) is not None]
 
 
 CASES: dict[str, tuple[dict[str, bool], str, list[int]]] = {
@@ -48,14 +48,16 @@ CASES: dict[str, tuple[dict[str, bool], str, list[int]]] = {
 def test_a_run_stops_where_nearly_all_of_the_last_rows_are_refused_for_their_content(
     case: tuple[dict[str, bool], str, list[int]],
 ) -> None:
-    begun, rows, expected = case
-    signs = Signs(quota_patience_s=60.0, resumed=begun.get("resumed", False), retried=begun.get("retried", False))
-    assert stops(signs, rows) == expected
+    start, rows, expected = case
+    anomalies = Anomalies(
+        quota_patience_s=60.0, resumed=start.get("resumed", False), retried=start.get("retried", False)
+    )
+    assert stops(anomalies, rows) == expected
 
 
 def test_the_stop_says_what_was_said_and_how_to_send_the_rows_again() -> None:
-    signs = Signs(quota_patience_s=60.0, resumed=False)
-    found = [stop for row in "o" * 40 + "r" * 40 if (stop := signs.settled(*SETTLED[row])) is not None]
+    anomalies = Anomalies(quota_patience_s=60.0, resumed=False)
+    found = [stop for row in "o" * 40 + "r" * 40 if (stop := anomalies.settled(*SETTLED[row])) is not None]
     assert [stop.exit_code for stop in found] == [ExitCode.USAGE]
     assert "38 of the last 40 rows were filtered (HTTP 503: Content Policy Violation)" in found[0].why
     assert "--retry-failed --status filtered" in found[0].why

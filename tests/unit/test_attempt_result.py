@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from batchrun import attempt_caps
 from batchrun.attempt_caps import History
-from batchrun.dispatch.attempt_result import Ended, maybe_billed, remembered
+from batchrun.dispatch.attempt_result import AttemptResult, history_of, maybe_billed
 from batchrun.dispatch.backlog import Pending
 from batchrun.job.answer_schema import KINDS
 from batchrun.job.job import Retry
@@ -24,11 +24,11 @@ ATTEMPTS = st.sampled_from([200, 400, 429, 500, 502, 503, 504, 520, 529, None])
 VERDICTS = st.sampled_from([Verdict.FREE, Verdict.MAYBE, Verdict.SLOW, Verdict.PAUSE])
 
 
-def ended(pending: Pending, status: int | None, verdict: Verdict, *, corroborated: bool) -> Ended:
+def ended(pending: Pending, status: int | None, verdict: Verdict, *, corroborated: bool) -> AttemptResult:
     judgement = Judgement(verdict, RowError("server_error", status))
     history = attempt_caps.after(pending.history, judgement, corroborated=corroborated)
     attempt = Attempt(0.0, 0.1, status, {}, b"")
-    return Ended(pending, attempt, Answer(), judgement, None, history, None, None, maybe_billed=False)
+    return AttemptResult(pending, attempt, Answer(), judgement, None, history, None, None, maybe_billed=False)
 
 
 @given(st.lists(st.tuples(ATTEMPTS, VERDICTS, st.booleans()), max_size=12), st.integers(0, 12))
@@ -40,11 +40,11 @@ def test_a_row_that_is_gone_on_with_has_been_through_what_it_had(
         one = ended(pending, status, verdict, corroborated=corroborated)
         records.append(one.discarded())
         pending = msgspec.structs.replace(pending, history=one.history)
-    assert remembered(records, 0) == pending.history
+    assert history_of(records, 0) == pending.history
 
 
 def test_an_attempt_that_was_lost_has_its_number_and_counts_for_nothing_else() -> None:
-    assert remembered([], 3) == History(attempts=3)
+    assert history_of([], 3) == History(attempts=3)
 
 
 def test_overloads_met_before_a_restart_leave_a_row_its_tries_after_it() -> None:
@@ -54,7 +54,7 @@ def test_overloads_met_before_a_restart_leave_a_row_its_tries_after_it() -> None
         records.append(one.discarded())
         pending = msgspec.structs.replace(pending, history=one.history)
     again = attempt_caps.after(
-        remembered(records, 0), Judgement(Verdict.FREE, RowError("server_error", 500)), corroborated=True
+        history_of(records, 0), Judgement(Verdict.FREE, RowError("server_error", 500)), corroborated=True
     )
     assert not attempt_caps.exhausted(again, Retry(max_attempts=6, max_5xx=4))
 
