@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from batchrun.job.job import Job
     from batchrun.prices import PriceTable
-    from batchrun.records import Summary
+    from batchrun.records import Request, Summary
     from batchrun.source import Source
     from batchrun.startup.input_check import Survey
 
@@ -141,12 +141,14 @@ def check(job: Path, input_path: str | None, skip_invalid: bool, overrides: tupl
     """Check all that a run would refuse: the job, every input record and its request. Sends nothing."""
     from batchrun import preflight
     from batchrun.report.summary import plural
-    from batchrun.startup import input_pass
+    from batchrun.request.shared_prefix import SharedTextSurvey
+    from batchrun.startup import cache_check, input_pass
 
     loaded = _load(job, input_path, None, overrides, {})
     preflight.require_settings(loaded, preflight.place(loaded))
-    source, found = _read_through(loaded, skip_invalid=skip_invalid)
-    _require_budget(loaded, found)
+    measured = SharedTextSurvey()
+    source, found = _read_through(loaded, skip_invalid=skip_invalid, accepted=measured.add)
+    tables = _require_budget(loaded, found)
     models = ", ".join(f"{model} ({rows:,})" for model, rows in found.models.items())
     where = plural(len(source.files), "file")
     aside = f", {len(found.rejected):,} set aside" if found.rejected else ""
@@ -154,6 +156,8 @@ def check(job: Path, input_path: str | None, skip_invalid: bool, overrides: tupl
     say(harmless(asks) if found.rows else f"0 rows in {where}: there is nothing to send")
     if (columns := input_pass.columns_in_words(source, found)) is not None:
         say(harmless(columns))
+    for line in cache_check.in_words(measured.result(), loaded, tables):
+        (note if line.startswith("warning: ") else say)(harmless(line))
     preflight.key(loaded, os.environ)
 
 
@@ -369,7 +373,9 @@ def _load(
     return load(path, [*overrides, *own])
 
 
-def _read_through(job: "Job", *, skip_invalid: bool) -> "tuple[Source, Survey]":
+def _read_through(
+    job: "Job", *, skip_invalid: bool, accepted: "Callable[[Request], None]" = lambda request: None
+) -> "tuple[Source, Survey]":
     """The input, each record checked, and no reason why a run could not begin with it; nothing is kept."""
     import tempfile
 
@@ -387,7 +393,7 @@ def _read_through(job: "Job", *, skip_invalid: bool) -> "tuple[Source, Survey]":
         try:
             source = open_source(files, job.input.max_line_bytes)
             preconditions.require_columns(job, source)
-            found = survey(source, job, Path(scratch), progress=progress.checked)
+            found = survey(source, job, Path(scratch), progress=progress.checked, accepted=accepted)
         except InputError as error:
             raise InputError(_of_stdin(str(error), job, files[0])) from error
 

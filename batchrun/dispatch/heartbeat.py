@@ -72,6 +72,7 @@ class Heartbeat:
             self._hooks.progress(summary)
             self.report_changes()
             self._warn(summary)
+            self._workers.serving.behind_deadline = summary.by_deadline is not None and summary.by_deadline < 1
             if beats % SWEEP_EVERY == 0 and self._clock() - slept_at_s < ASLEEP_S:
                 self._transport.expire()
             if not self._directory.checkpoint.exists():  # SQLite would keep writing to the deleted file

@@ -140,8 +140,17 @@ class RequestTemplate(Table, frozen=True):
     functions: list[Function] | None = None
     function_call: str | FunctionName | None = None
     response_format: ResponseFormat | None = None
+    service_tier: Text | None = None
+    cache_prefix: bool = False
     extra: dict[str, Any] = {}
     from_columns: dict[str, str] = {}
+
+
+class Tiers(Table, frozen=True):
+    """Where a row goes that `request.service_tier` has no capacity for, or no time. None: it waits there."""
+
+    fallback: Text | None = None
+    after_refusals: AtLeastOne = 3
 
 
 class Limits(Table, frozen=True):
@@ -198,14 +207,25 @@ class Output(Table, frozen=True):
     partial: bool = False
 
 
+class TierPrice(Table, frozen=True):
+    """USD per million tokens in one service tier."""
+
+    input: Decimal
+    output: Decimal
+    cached_input: Decimal | None = None
+    cache_write: Decimal | None = None
+
+
 class Price(Table, frozen=True):
-    """USD per million tokens; `per_request` is USD for each request that is answered."""
+    """USD per million tokens; `per_request` is USD for each request that is answered. `tiers` are other prices for some
+    service tiers, by the name that an answer states."""
 
     input: Decimal
     output: Decimal
     cached_input: Decimal | None = None
     cache_write: Decimal | None = None
     per_request: Decimal | None = None
+    tiers: dict[str, TierPrice] = {}
 
 
 class Simulator(Table, frozen=True):
@@ -213,6 +233,8 @@ class Simulator(Table, frozen=True):
     requests_per_minute: Positive | None = None
     tokens_per_minute: Positive | None = None
     faults: str = ""
+    flex_latency_s: AtLeastZero | None = None
+    cache_life_s: AtLeastZero | None = None
     seed: int = 0
     ledger: Text | None = None
 
@@ -232,6 +254,7 @@ class Job(Table, frozen=True):
 
     endpoint: Endpoint
     request: RequestTemplate = RequestTemplate()
+    tiers: Tiers = Tiers()
     name: Text = "job"
     job: About = About()
     input: Input = Input()
@@ -266,12 +289,18 @@ class Job(Table, frozen=True):
         parts = urlsplit(self.url)
         return f"{parts.scheme}://{parts.netloc}{parts.path}"
 
+    @property
+    def service_tiers(self) -> tuple[str | None, ...]:
+        """The tiers that a request of the job may be sent to; (None,): it names none."""
+        fallback = self.tiers.fallback
+        return (self.request.service_tier,) if fallback is None else (self.request.service_tier, fallback)
+
     def question(self) -> dict[str, Any]:
         """What decides the questions, as plain values by setting: a change here means other answers."""
         settings = flatten(msgspec.to_builtins(self.request, str_keys=True), "request")
         settings["endpoint.name"] = self.endpoint_name
         settings["input.dialect"] = self.input.dialect
-        # how an answer travels is not what was asked
+        # how, and in which tier, a request is served does not change the question
         return {path: value for path, value in settings.items() if not path.startswith(_HOW_IT_TRAVELS)}
 
     def fingerprint(self) -> str:
@@ -293,7 +322,10 @@ def settings() -> Iterator[tuple[str, object]]:
             yield f"{path}.{field.name}", default
 
 
-_HOW_IT_TRAVELS = ("request.stream", "request.extra.stream_options")
+_HOW_IT_TRAVELS = (
+    *("request.stream", "request.extra.stream_options"),
+    *("request.service_tier", "request.cache_prefix", "request.extra.prompt_cache_key"),
+)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:

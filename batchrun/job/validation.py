@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterator
 from datetime import date, datetime, time
-from decimal import Decimal
 from urllib.parse import urlsplit
 
 import msgspec
@@ -60,6 +59,8 @@ def problems(job: Job) -> Iterator[str]:
         )
     for name in request.from_columns.keys() - FROM_COLUMNS:
         yield f"request.from_columns.{name}: expected one of {', '.join(sorted(FROM_COLUMNS))}"
+    if job.tiers.fallback is not None and request.service_tier is None:
+        yield 'tiers.fallback: needs request.service_tier, the tier that comes first, for example "flex"'
     yield from _json_problems(request)
     yield from _schema_problems(request)
     if unknown := re.search(r"\{(?!(?:job|date)\})[^}]*\}", job.output.path):
@@ -67,8 +68,10 @@ def problems(job: Job) -> Iterator[str]:
     if (cap := job.budget.max_cost_usd) is not None and not (cap.is_finite() and 0 < cap <= MAX_COST_USD):
         yield f"budget.max_cost_usd: expected 0 to {MAX_COST_USD:,} USD (is {cap})"
     for model, price in job.pricing.items():
-        for name in Price.__struct_fields__:
-            usd: Decimal | None = getattr(price, name)
+        prices = {name: getattr(price, name) for name in Price.__struct_fields__ if name != "tiers"}
+        for tier, of_tier in price.tiers.items():
+            prices |= {f"tiers.{tier}.{name}": getattr(of_tier, name) for name in of_tier.__struct_fields__}
+        for name, usd in prices.items():
             if usd is not None and not (usd.is_finite() and 0 <= usd <= MAX_PRICE_USD):
                 yield f"pricing.{model}.{name}: expected 0 to {MAX_PRICE_USD:,} USD per million tokens (is {usd})"
 

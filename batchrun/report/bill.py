@@ -280,7 +280,13 @@ def _limit(account: Account) -> tuple[float | None, float | None]:
     return (max(shares) * account.elapsed_s, account.elapsed_s) if shares else (None, None)
 
 
-_ROWS = {"model": "requested_model", "status": "status", "day": "day", "month": "day"}
+_ROWS = {
+    "model": "requested_model",
+    "service_tier": "service_tier",
+    "status": "status",
+    "day": "day",
+    "month": "day",
+}
 
 
 def _scanned_by(by: tuple[str, ...], span: Span) -> list[str]:
@@ -294,7 +300,10 @@ def _scanned_by(by: tuple[str, ...], span: Span) -> list[str]:
 def _line_of_row(values: tuple[object, ...], names: Sequence[str]) -> TotalsLine:
     """What a group of rows is to the keys."""
     told = dict(zip(names, values, strict=True))
-    return TotalsLine(0, str(told.get("requested_model", "")), str(told.get("status", "")), str(told.get("day", "")))
+    model, status, day, tier = (
+        str(told.get(name) or "") for name in ("requested_model", "status", "day", "service_tier")
+    )
+    return TotalsLine(0, model, status, day, tier)
 
 
 def _unpriced(lines: Iterable[TotalsLine]) -> dict[str, int]:

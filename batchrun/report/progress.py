@@ -5,7 +5,7 @@ from datetime import datetime
 
 from batchrun.limits.deadline import in_words
 from batchrun.records import Summary
-from batchrun.report.summary import failures, headline_usd
+from batchrun.report.summary import cached_share, failures, headline_usd
 
 LEAST_BAR = 8
 """Columns that a bar needs to show anything."""
@@ -26,6 +26,7 @@ def line(summary: Summary) -> str:
         f"{failures(summary):,} failed",
         *_retried(summary),
         f"{summary.tokens_per_second:,.0f} tokens/s",
+        *_cached(summary),
         headline_usd(summary, ",.4f").replace("unknown", "cost unknown"),
         _eta(summary),
     ]
@@ -66,6 +67,7 @@ def _figures(summary: Summary, number: Callable[[float], str], *, tight: bool = 
         yield f"{number(summary.retrying.rows)} retried"
     if not tight:
         yield f"{number(summary.tokens_per_second)} tok/s"
+        yield from _cached(summary)
     yield f"${number(float(summary.cost_usd))}" if summary.cost_usd >= 1000 else _cost(summary)
     eta = _eta(summary)
     yield eta.rpartition(" ")[0] if tight and len(eta) > MOST_ETA else eta
@@ -76,6 +78,11 @@ def _retried(summary: Summary) -> Iterator[str]:
     if summary.retrying is not None:
         reasons = ", ".join(summary.retrying.reasons)
         yield f"{summary.retrying.rows:,} retried ({reasons})"
+
+
+def _cached(summary: Summary) -> Iterator[str]:
+    if share := cached_share(summary):
+        yield f"{share:.0%} cached"
 
 
 def _eta(summary: Summary) -> str:

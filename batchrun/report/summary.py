@@ -331,12 +331,12 @@ def _closing(summary: Summary, requests_per_minute: float | None) -> Iterator[tu
         sum(getattr(line, name) for line in summary.totals)
         for name in ("prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens")
     )
-    of_them = f" ({cached:,} cached)" if cached else ""  # no answer may have said anything about a cache
+    of_them = f" ({cached:,} cached, {cached / prompt:.0%})" if cached else ""  # servers without a cache name none
     thought = f" ({reasoning:,} reasoning)" if reasoning else ""
     yield "tokens", f"{prompt:,} in{of_them}, {completion:,} out{thought}"
     cost, *doubts = _cost(summary)
     yield "cost", cost
-    for line in (*doubts, *(summary.price or "").split("; ")):
+    for line in (*_by_tier(summary), *doubts, *(summary.price or "").split("; ")):
         if line:
             yield "", line
     if (estimated := estimate_in_words(summary)) is not None:
@@ -348,6 +348,21 @@ def _closing(summary: Summary, requests_per_minute: float | None) -> Iterator[tu
     for reason in summary.unknown_finish_reasons:
         yield "note", unknown_reason(reason)
     yield from summary.files.items()
+
+
+def _by_tier(summary: Summary) -> Iterator[str]:
+    """The rows that each service tier answered, and what it billed; nothing where answers name no tier."""
+    tiers = sorted({line.service_tier for line in summary.totals} - {""})
+    for tier in tiers:
+        lines = [line for line in summary.totals if line.service_tier == tier]
+        cost_usd = sum((line.cost_usd for line in lines), Decimal(0))
+        yield f"service tier {tier}: {plural(sum(line.rows for line in lines), 'row')}, ${cost_usd:,.6f}"
+
+
+def cached_share(summary: Summary) -> float:
+    """The share of all prompt tokens that came from a cache."""
+    prompt = sum(line.prompt_tokens for line in summary.totals)
+    return sum(line.cached_tokens for line in summary.totals) / prompt if prompt else 0.0
 
 
 def unknown_reason(reason: str) -> str:
