@@ -22,6 +22,7 @@ from batchrun.job.job import Endpoint, Job, MessageTemplate, RequestTemplate
 from batchrun.records import Correction, Request, Row
 from batchrun.request import image_parts
 from batchrun.request.image_parts import Image, Picture, Source
+from batchrun.request.responses_body import append_message, responses_body
 from batchrun.request.templates import Columns, among, template, text_template
 
 _JUDGED_BY = ("response_format", "functions", "tools")
@@ -74,7 +75,7 @@ class RequestBuilder:
         self._parameters = _parameters(job.request)
         self._expected = answer_schema.of(*map(self._parameters.get, _JUDGED_BY))
         self._expected_of_lines: dict[bytes, Expected] = {}
-        self._stream = _stream_fields(job.request)
+        self._stream = _stream_fields(job.request, job.endpoint)
         sized_by_row = dialect == "openai-batch" or not _SIZES.isdisjoint(job.request.from_columns)
         self._max_output = None if sized_by_row else self._most_output(self._parameters)
         self._messages = _message_maker(job.request, dialect)
@@ -241,10 +242,8 @@ def corrected(request: Request, corrections: Sequence[Correction]) -> Request:
     body = msgspec.json.decode(request.body)
     for each in corrections:
         complaint = f"This answer can't be used: {each.complaint}. Answer again so that it can."
-        body["messages"] += [
-            {"role": "assistant", "content": each.answer},
-            {"role": "user", "content": complaint},
-        ]
+        append_message(body, "assistant", each.answer)
+        append_message(body, "user", complaint)
     longer = msgspec.json.encode(body)
     bound = request.max_prompt_tokens + len(longer) - len(request.body)
     return msgspec.structs.replace(request, body=longer, max_prompt_tokens=bound)
@@ -277,12 +276,14 @@ def _parameters(request: RequestTemplate) -> Body:
     return {name: value for name, value in fields.items() if value is not None} | extra
 
 
-def _stream_fields(request: RequestTemplate) -> bytes:
+def _stream_fields(request: RequestTemplate, endpoint: Endpoint) -> bytes:
     """The bytes that end a streamed body in place of its brace; empty when the answer comes whole. Some servers refuse
     `stream_options`: empty ones are not sent.
     """
     if not request.stream:
         return b""
+    if endpoint.dialect == "responses":
+        return b',"stream":true}'  # usage is always in the last event
     options = request.extra.get("stream_options", {"include_usage": True})
     return b',"stream":true' + (b',"stream_options":' + msgspec.json.encode(options) if options else b"") + b"}"
 
@@ -290,6 +291,8 @@ def _stream_fields(request: RequestTemplate) -> bytes:
 def _wording(endpoint: Endpoint) -> Callable[[Body], Body] | None:
     """The function from a body to the one that says the same in this server's words; None where they are the usual."""
     limit, role = endpoint.max_tokens_field, endpoint.developer_role
+    if endpoint.dialect == "responses":
+        return responses_body
     if (limit, role) == ("max_tokens", "developer"):
         return None
 
@@ -334,10 +337,10 @@ def _messages_from_column(request: RequestTemplate) -> Callable[[Columns], list[
     return make
 
 
-ProbeTurns = Callable[[Columns], list[Any]]
+Turns = Callable[[Columns], list[Any]]
 
 
-def _turns_of(given: MessageTemplate, place: str) -> ProbeTurns:
+def _turns_of(given: MessageTemplate, place: str) -> Turns:
     """The function to one message by template, or to those that a column holds, if it holds any."""
     column = given.column
     if column is None:
@@ -354,7 +357,7 @@ def _turns_of(given: MessageTemplate, place: str) -> ProbeTurns:
     return make
 
 
-def _joined(parts: Sequence[ProbeTurns]) -> ProbeTurns:
+def _joined(parts: Sequence[Turns]) -> Turns:
     """All of their messages, one after the other; there must be one."""
 
     def make(columns: Columns) -> list[Any]:

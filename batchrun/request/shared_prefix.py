@@ -123,8 +123,10 @@ def _sentences(body: bytes) -> list[str]:
 
 
 def _texts(body: bytes) -> Iterator[str]:
-    messages: list[dict[str, Any]] = msgspec.json.decode(body).get("messages", [])
-    for message in messages:
+    fields: dict[str, Any] = msgspec.json.decode(body)
+    if isinstance(instructions := fields.get("instructions"), str):  # of the Responses API
+        yield instructions
+    for message in fields.get("messages") or fields.get("input") or ():
         content = message.get("content")
         if isinstance(content, str):
             yield content

@@ -6,7 +6,7 @@ from decimal import Decimal
 from batchrun import prices
 from batchrun.job.job import Job
 from batchrun.prices import PriceTable
-from batchrun.report.summary import plural
+from batchrun.report.wording import plural
 from batchrun.request.shared_prefix import CACHED_FROM_TOKENS, Group, SharedText
 
 _TOKENS_PER_BYTE = 0.25

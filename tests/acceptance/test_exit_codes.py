@@ -333,7 +333,7 @@ def test_every_exit_code_has_a_way() -> None:
 
 
 @pytest.mark.parametrize("name", WAYS)
-def test_every_way_out_has_its_exit_code_and_its_summary(name: str, tmp_path: Path) -> None:
+def test_every_exit_code_leaves_its_summary(name: str, tmp_path: Path) -> None:
     way = WAYS[name]
     write_rows(tmp_path / "in.jsonl", ROWS)
     with place_in(tmp_path) as place:

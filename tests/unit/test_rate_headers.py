@@ -28,18 +28,18 @@ from batchrun.simulator.limits import duration_text
         (None, None),
     ],
 )
-def test_a_reset_is_read_in_every_form_it_comes_in(text: str | None, seconds: float | None) -> None:
+def test_a_reset_is_read_in_every_form(text: str | None, seconds: float | None) -> None:
     assert duration_s(text) == (None if seconds is None else pytest.approx(seconds))
 
 
 @given(st.integers(0, 10_000_000))
-def test_a_reset_as_the_simulator_writes_it_is_read_to_the_millisecond(milliseconds: int) -> None:
+def test_the_simulators_reset_is_exact(milliseconds: int) -> None:
     assert duration_s(duration_text(milliseconds / 1_000)) == pytest.approx(milliseconds / 1_000, rel=1e-5, abs=1e-6)
 
 
 @settings(max_examples=50)
 @given(st.text(max_size=30), st.text(max_size=30), st.text(max_size=30))
-def test_no_header_whatever_it_holds_raises_or_makes_a_limit_that_is_none(limit: str, left: str, reset: str) -> None:
+def test_no_header_raises_or_misleads(limit: str, left: str, reset: str) -> None:
     said = read_limit(headers(limit, left, reset), "requests")
     assert said is None or (said.per_minute > 0 and (said.remaining is None or 0 <= said.remaining <= said.per_minute))
 
@@ -67,6 +67,6 @@ def headers(limit: str | None, remaining: str | None = None, reset: str | None =
         ({}, None),
     ],
 )
-def test_what_can_not_be_meant_is_as_if_it_had_not_been_sent(sent: dict[str, str], said: StatedLimit | None) -> None:
+def test_implausible_values_are_ignored(sent: dict[str, str], said: StatedLimit | None) -> None:
     assert read_limit(sent, "requests") == said
     assert read_limit(sent, "tokens") is None
