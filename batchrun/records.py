@@ -260,6 +260,7 @@ class Discarded(msgspec.Struct, frozen=True, gc=False):
     offline: OfflineCount | None = None
     reported_cost_usd: Decimal | None = None
     said: str | None = None
+    service_tier: str = ""
 
     @property
     def set_aside(self) -> SetAside | None:
@@ -314,6 +315,8 @@ class Completion(msgspec.Struct, frozen=True, gc=False, array_like=True):
     answer_cost_usd: Decimal | None = None
     restored: Restored | None = None
     set_aside: tuple[SetAside, ...] = ()
+    service_tier: str = ""
+    """The tier that the row's answer names; "": none."""
 
 
 Ending = Completion | Discarded
@@ -337,7 +340,8 @@ class PossiblyBilled(msgspec.Struct, frozen=True):
 
 class TotalsLine(msgspec.Struct, frozen=True):
     """What one invocation spent on one model with one outcome on one UTC day (`2026-11-28`; "": unknown). `status` is a
-    row status, `discarded`: attempts whose answers are not in the output, or `lost`.
+    row status, `discarded`: attempts whose answers are not in the output, or `lost`. `service_tier` is the one that the
+    answers name; "": none.
 
     `unpriced` counts attempts whose price is unknown, `without_usage` answers that brought no usage;
     neither adds to `cost_usd`. `offline_*` are about the tokens of the latter, by a count of our own: no other figure
@@ -348,6 +352,7 @@ class TotalsLine(msgspec.Struct, frozen=True):
     model: str
     status: str
     day: str = ""
+    service_tier: str = ""
     rows: int = 0
     attempts: int = 0
     prompt_tokens: int = 0
@@ -366,11 +371,11 @@ class TotalsLine(msgspec.Struct, frozen=True):
     @property
     def key(self) -> "LineKey":
         """What tells the line from the run's other lines."""
-        return self.invocation, self.model, self.status, self.day
+        return self.invocation, self.model, self.status, self.day, self.service_tier
 
 
-LineKey = tuple[int, str, str, str]
-"""Invocation, model, status, day."""
+LineKey = tuple[int, str, str, str, str]
+"""Invocation, model, status, day, service tier."""
 
 
 class Estimate(msgspec.Struct, frozen=True):

@@ -7,7 +7,7 @@ import click
 
 from batchrun.commands.options import DATE, INPUT, JOB, SET, SKIP
 from batchrun.commands.results import say
-from batchrun.terminal import harmless
+from batchrun.terminal import harmless, note
 
 
 @click.command()
@@ -21,13 +21,15 @@ def check(job: Path, input_path: str | None, date: str | None, skip_invalid: boo
     from batchrun import preflight
     from batchrun.commands.job_input import read_input, read_job, require_budget
     from batchrun.report.wording import plural
-    from batchrun.startup import input_pass
+    from batchrun.request.shared_prefix import SharedTextSurvey
+    from batchrun.startup import cache_check, input_pass
 
     loaded = read_job(job, input_path, overrides=overrides)
     directory, loaded = preflight.place(loaded, date)
     preflight.require_settings(loaded, directory)
-    source, found = read_input(loaded, skip_invalid=skip_invalid)
-    require_budget(loaded, found)
+    measured = SharedTextSurvey()
+    source, found = read_input(loaded, skip_invalid=skip_invalid, accepted=measured.add)
+    tables = require_budget(loaded, found)
     where = plural(len(source.files), "file")
     if found.rows:
         models = ", ".join(f"{model} ({rows:,})" for model, rows in found.models.items())
@@ -37,6 +39,8 @@ def check(job: Path, input_path: str | None, date: str | None, skip_invalid: boo
         say(f"0 rows in {where}: there is nothing to send")
     if (columns := input_pass.columns_in_words(source, found)) is not None:
         say(harmless(columns))
+    for line in cache_check.in_words(measured.result(), loaded, tables):
+        (note if line.startswith("warning: ") else say)(harmless(line))
     preflight.key(loaded, os.environ)
 
 

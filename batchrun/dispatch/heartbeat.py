@@ -74,6 +74,7 @@ class Heartbeat:
             if (over_time := self._gate.purse.over_time) is not None:
                 over_time.tidy()
             self._warn(summary)
+            self._workers.serving.behind_deadline = summary.by_deadline is not None and summary.by_deadline < 1
             if beats % SWEEP_EVERY == 0 and self._clock() - slept_at_s < ASLEEP_S:
                 self._transport.expire()
             if not self._directory.checkpoint.exists():  # SQLite would keep writing to the deleted file

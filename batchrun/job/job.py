@@ -144,8 +144,17 @@ class RequestTemplate(Table, frozen=True):
     functions: list[Function] | None = None
     function_call: str | FunctionName | None = None
     response_format: ResponseFormat | None = None
+    service_tier: Text | None = None
+    cache_prefix: bool = False
     extra: dict[str, Any] = {}
     from_columns: dict[str, str] = {}
+
+
+class Tiers(Table, frozen=True):
+    """Where a row goes that `request.service_tier` has no capacity for, or no time. None: it waits there."""
+
+    fallback: Text | None = None
+    after_refusals: AtLeastOne = 3
 
 
 class Limits(Table, frozen=True):
@@ -227,14 +236,25 @@ class Output(Table, frozen=True):
     partial: bool = False
 
 
+class TierPrice(Table, frozen=True):
+    """USD per million tokens in one service tier."""
+
+    input: Decimal
+    output: Decimal
+    cached_input: Decimal | None = None
+    cache_write: Decimal | None = None
+
+
 class Price(Table, frozen=True):
-    """USD per million tokens; `per_request` is USD for each answered request."""
+    """USD per million tokens; `per_request` is USD for each answered request. `tiers` are other prices for some service
+    tiers, by the name that an answer states."""
 
     input: Decimal
     output: Decimal
     cached_input: Decimal | None = None
     cache_write: Decimal | None = None
     per_request: Decimal | None = None
+    tiers: dict[str, TierPrice] = {}
 
 
 class Simulator(Table, frozen=True):
@@ -242,6 +262,8 @@ class Simulator(Table, frozen=True):
     requests_per_minute: Positive | None = None
     tokens_per_minute: Positive | None = None
     faults: str = ""
+    flex_latency_s: AtLeastZero | None = None
+    cache_life_s: AtLeastZero | None = None
     seed: int = 0
     ledger: Text | None = None
 
@@ -261,6 +283,7 @@ class Job(Table, frozen=True):
 
     endpoint: Endpoint
     request: RequestTemplate = RequestTemplate()
+    tiers: Tiers = Tiers()
     name: Text = "job"
     job: About = About()
     input: Input = Input()
@@ -308,6 +331,12 @@ class Job(Table, frozen=True):
         parts = urlsplit(self.url)
         return f"{parts.scheme}://{parts.netloc}{self._base_path()}{PATHS['chat']}"  # one question in either dialect
 
+    @property
+    def service_tiers(self) -> tuple[str | None, ...]:
+        """The tiers that a request of the job may be sent to; (None,): it names none."""
+        fallback = self.tiers.fallback
+        return (self.request.service_tier,) if fallback is None else (self.request.service_tier, fallback)
+
     def question(self) -> dict[str, Any]:
         """The settings that decide what is asked, as plain values by path. A change here means other answers."""
         settings = flatten(msgspec.to_builtins(self.request, str_keys=True), "request")
@@ -334,7 +363,10 @@ def settings() -> Iterator[tuple[str, object]]:
             yield f"{path}.{field.name}", default
 
 
-_WIRE_ONLY = ("request.stream", "request.extra.stream_options")  # change how an answer is sent, not what is asked
+_WIRE_ONLY = (
+    *("request.stream", "request.extra.stream_options"),
+    *("request.service_tier", "request.cache_prefix", "request.extra.prompt_cache_key"),
+)  # change how a request is served and its answer sent, not what is asked
 
 
 def flatten(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Collection, Iterator, Sequence
+from decimal import Decimal
 from pathlib import Path
 
 from batchrun.job.job import Endpoint
@@ -49,12 +50,13 @@ def _account(summary: Summary, requests_per_minute: float | None) -> Iterator[tu
         sum(getattr(line, name) for line in summary.totals)
         for name in ("prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens")
     )
-    cached_part = f" ({cached:,} cached)" if cached else ""  # 0 may only mean that the server reports no cache
+    # 0 may only mean that the server reports no cache
+    cached_part = f" ({cached:,} cached, {cached / prompt:.0%})" if cached else ""
     reasoning_part = f" ({reasoning:,} reasoning)" if reasoning else ""
     yield "tokens", f"{prompt:,} in{cached_part}, {completion:,} out{reasoning_part}"
     cost, *beyond = cost_lines(summary)
     yield "cost", cost
-    for line in (*beyond, *(summary.price or "").split("; ")):
+    for line in (*_by_service_tier(summary), *beyond, *(summary.price or "").split("; ")):
         if line:
             yield "", line
     if (estimate := estimate_in_words(summary)) is not None:
@@ -69,6 +71,14 @@ def _account(summary: Summary, requests_per_minute: float | None) -> Iterator[tu
         if use.is_nearly_used:
             yield "budget", nearly_used(use)
     yield from summary.files.items()
+
+
+def _by_service_tier(summary: Summary) -> Iterator[str]:
+    """The rows that each tier answered, with their cost; nothing where answers name no tier."""
+    for tier in sorted({line.service_tier for line in summary.totals} - {""}):
+        lines = [line for line in summary.totals if line.service_tier == tier]
+        cost_usd = sum((line.cost_usd for line in lines), Decimal(0))
+        yield f"service tier {tier}: {plural(sum(line.rows for line in lines), 'row')}, ${cost_usd:,.6f}"
 
 
 def _rate(summary: Summary, requests_per_minute: float | None) -> str:

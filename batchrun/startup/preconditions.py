@@ -113,8 +113,7 @@ def require_budget(
                 f"budget.{name}: the price of {model} is unknown, so a cap can't be kept; "
                 f'give it in [pricing."{model}"] or remove the cap'
             )
-        tier = prices.tier_of_job(job.request.extra)
-        bound = prices.upper_bound(*max_request.get(model, (0, 0)), table, tier) or Decimal(0)
+        bound = prices.upper_bound(*max_request.get(model, (0, 0)), table, *job.service_tiers) or Decimal(0)
         if bound > cap:
             raise JobError(
                 f"budget.{name}: ${cap} is less than the largest request may cost (${bound:.4f}, by its "

@@ -60,7 +60,7 @@ SOLE_IMPORTERS: dict[str, frozenset[str]] = {
     "jinja2": frozenset({"request.templates", "report.page"}),
     "pygal": frozenset({"report.charts"}),
     "genai_prices": frozenset({"price_list"}),
-    "jsonschema_rs": frozenset({"job.answer_schema"}),
+    "jsonschema_rs": frozenset({"job.answer_schema", "simulator.schemas"}),
     "toktok": frozenset({"response.token_count"}),
     "xlsxwriter": frozenset({"report.spreadsheet"}),
     "pyarrow": frozenset({"source", "tables", "store", "report", "startup", "dispatch", "integrity"}),
