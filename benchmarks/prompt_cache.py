@@ -1,9 +1,9 @@
-"""What a prompt cache is worth, by the order of the prompt and by the order of the requests: real runs on the simulator.
+"""What a prompt cache saves, by the order of the prompt and of the requests: real runs on the simulator.
 
-    python benchmarks/prompt_cache.py               # 2,000 rows each; about two minutes
+    python benchmarks/prompt_cache.py               # 2,000 rows each; about a quarter of an hour
 
-Prints a Markdown row a run. Each request has about 1,900 tokens, of which 1,664 can be cached; the simulator has an implicit
-cache (docs/simulator.md, "The prompt cache"). Costs are at the list price of the model.
+Prints a Markdown row a run. Each request has about 1,900 tokens, of which 1,664 can be cached; the simulator has an
+implicit cache (docs/simulator.md, "The prompt cache"). Costs are at the list price of the model.
 """
 
 import argparse

@@ -53,6 +53,13 @@ class Serving:
             return self._fallback
         return self._tier
 
+    @property
+    def usual_tier(self) -> str | None:
+        """The tier of rows that have not been refused; None: there is no other tier to choose from."""
+        if self._fallback is None:
+            return None
+        return self._fallback if self.behind_deadline else self._tier
+
     def body(self, body: bytes, tier: str | None, key: Key) -> bytes:
         """The body as it is sent."""
         fields = b""

@@ -34,7 +34,7 @@ def _job(
     return job
 
 
-def test_check_measures_the_shared_beginning_and_what_it_is_worth(tmp_path: Path) -> None:
+def test_check_measures_the_shared_beginning(tmp_path: Path) -> None:
     ended = batchrun("check", _job(tmp_path, system=RULES, prompt="{{ text }}"))
     assert ended.exit_code == 0
     assert "prompt cache 200 of 200 rows begin alike in 1 group: 6," in ended.stdout
@@ -55,7 +55,7 @@ def test_check_warns_of_row_data_before_shared_text(tmp_path: Path, system: str 
     assert "begin alike" not in ended.stdout
 
 
-def test_check_says_nothing_of_caches_where_prompts_are_short(tmp_path: Path) -> None:
+def test_check_is_silent_about_short_prompts(tmp_path: Path) -> None:
     ended = batchrun("check", _job(tmp_path, system="Label it.", prompt="{{ text }}"))
     assert "cache" not in ended.stdout + ended.stderr
 
@@ -71,7 +71,7 @@ def _cached_share(ledger: list[LedgerLine]) -> float:
     return sum(line.cached_tokens for line in ledger) / sum(line.prompt_tokens for line in ledger)
 
 
-def test_one_row_of_each_group_is_answered_before_the_others_are_sent(tmp_path: Path) -> None:
+def test_one_row_of_each_group_goes_first(tmp_path: Path) -> None:
     job = _job(tmp_path, system="Customer {{ text[7] }}. " + RULES, prompt="{{ text }}")
     with running_simulator(SimulatorConfig(latency_s=0.3, latency_sigma=0, cache_life_s=60)) as simulator:
         job.write_text(job.read_text().replace("http://127.0.0.1:9/v1", simulator.url))
@@ -89,7 +89,7 @@ def test_one_row_of_each_group_is_answered_before_the_others_are_sent(tmp_path: 
         assert all(line.arrived_s > first.time_s for line in others)
 
 
-def test_cache_prefix_raises_the_share_of_cached_tokens_and_the_closing_lines_show_it(tmp_path: Path) -> None:
+def test_cache_prefix_raises_the_cached_share(tmp_path: Path) -> None:
     shares = []
     for cache_prefix in ("false", "true"):
         place = tmp_path / cache_prefix
@@ -109,7 +109,7 @@ def test_cache_prefix_raises_the_share_of_cached_tokens_and_the_closing_lines_sh
     assert ordered > plain + 0.2
 
 
-def test_a_group_whose_first_row_fails_is_sent_all_the_same(tmp_path: Path) -> None:
+def test_a_group_is_sent_though_its_first_row_fails(tmp_path: Path) -> None:
     job = _job(tmp_path, system=RULES, prompt="{{ text }}")
     faults = (Fault(kind="status", status=400, match="Review 0 "), Fault(kind="status", status=500, share=0.2))
     with running_simulator(SimulatorConfig(latency_s=0.01, faults=faults)) as simulator:

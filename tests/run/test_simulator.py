@@ -240,7 +240,7 @@ def test_a_cached_prefix_shows_in_the_usage_and_in_the_ledger() -> None:
         assert [line.cached_tokens for line in simulator.ledger()] == cached
 
 
-def test_an_answer_names_its_tier_and_flex_is_refused_for_lack_of_capacity() -> None:
+def test_an_answer_names_its_tier() -> None:
     config = SimulatorConfig(
         faults=parse_faults("flex_unavailable=0.5"), latency_s=0.01, flex_latency_s=0.3, latency_sigma=0
     )

@@ -26,7 +26,7 @@ def _take(keys: CacheKeys[int], group: str = "a", row: int = 0) -> Key | None:
     return keys.take(_body(group, row), may_wait=True)
 
 
-def test_one_request_of_each_group_goes_first_and_the_rest_behind_it() -> None:
+def test_one_request_of_each_group_goes_first() -> None:
     keys = CacheKeys[int](Clock())
     first, other = _take(keys), _take(keys, "b")
     assert first is not None
@@ -51,7 +51,7 @@ def test_where_the_first_fails_another_goes_first() -> None:
     assert _take(keys, row=2) is None
 
 
-def test_a_key_takes_what_one_machine_takes_and_the_next_key_the_rest() -> None:
+def test_a_full_key_gets_a_second_one() -> None:
     clock = Clock()
     keys = CacheKeys[int](clock)
     first = _take(keys)
@@ -66,7 +66,7 @@ def test_a_key_takes_what_one_machine_takes_and_the_next_key_the_rest() -> None:
     assert _take(keys, row=100) is first
 
 
-def test_a_prefix_that_was_not_used_for_long_is_filled_again() -> None:
+def test_a_cold_prefix_is_filled_again() -> None:
     clock = Clock()
     keys = CacheKeys[int](clock)
     first = _take(keys)
@@ -79,13 +79,13 @@ def test_a_prefix_that_was_not_used_for_long_is_filled_again() -> None:
     assert _take(keys, row=1) is None
 
 
-def test_a_short_prompt_waits_for_no_one_and_has_no_key() -> None:
+def test_a_short_prompt_has_no_key() -> None:
     keys = CacheKeys[int](Clock())
     assert keys.take(b'{"messages":[]}', may_wait=True) is NO_KEY
     assert keys.ended(NO_KEY, answered=True) == []
 
 
-def test_a_probe_is_never_parked_and_few_rows_wait() -> None:
+def test_a_probe_is_never_parked() -> None:
     keys = CacheKeys[int](Clock())
     _take(keys)
     assert keys.take(_body("a"), may_wait=False) is not None
@@ -94,7 +94,7 @@ def test_a_probe_is_never_parked_and_few_rows_wait() -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.booleans(), st.floats(0, 90)), max_size=60))
-def test_no_row_is_lost_whatever_ends_in_whatever_order(steps: list[tuple[str, bool, float]]) -> None:
+def test_no_parked_row_is_lost(steps: list[tuple[str, bool, float]]) -> None:
     clock = Clock()
     keys = CacheKeys[int](clock)
     waiting, flying, sent = list(range(len(steps))), list[tuple[int, Key]](), set[int]()
@@ -122,7 +122,7 @@ def test_no_row_is_lost_whatever_ends_in_whatever_order(steps: list[tuple[str, b
     assert keys.parked == 0
 
 
-def test_at_600_a_minute_nearly_all_find_their_prefix_on_the_simulated_machines() -> None:
+def test_nearly_all_hit_at_600_a_minute() -> None:
     clock = Clock()
     keys, cache = CacheKeys[int](clock), PromptCache(300, 0)
     hits, flying, parked = 0, list[tuple[float, Key]](), 0

@@ -22,7 +22,7 @@ def _survey(bodies: list[bytes]) -> SharedText:
     return survey.result()
 
 
-def test_a_shared_system_prompt_is_one_group_and_its_tokens_are_counted_in_steps() -> None:
+def test_a_shared_system_prompt_is_one_group() -> None:
     found = _survey([_body(RULES, f"Review {row}: fine.") for row in range(50)])
     (group,) = found.groups
     assert group.rows == 50

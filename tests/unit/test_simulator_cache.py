@@ -56,13 +56,13 @@ def test_two_requests_at_once_both_miss() -> None:
     assert [cache.look_up(prompt, machine, 0) for _ in range(2)] == [0, 0]
 
 
-def test_row_data_before_the_shared_text_spoils_every_prefix() -> None:
+def test_row_data_first_spoils_every_prefix() -> None:
     cache = PromptCache(300, 0)
     rng = Random(0)
     assert not any(_send(cache, _request(f"Row {rng.random()}: {SHARED}"), now_s) for now_s in range(10))
 
 
-def test_beyond_15_a_minute_requests_go_to_cold_machines_unless_keys_spread_them() -> None:
+def test_keys_keep_busy_prefixes_warm() -> None:
     def misses(keys: int) -> int:
         cache = PromptCache(300, 0)
         fields = [{"prompt_cache_key": f"k{key}"} for key in range(keys)]
