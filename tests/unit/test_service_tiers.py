@@ -5,12 +5,14 @@ from decimal import Decimal
 import pytest
 
 from batchrun import attempt_caps, policy, prices
+from batchrun.dispatch.attempt_result import history_of
 from batchrun.job.job import Price, Retry, TierPrice
 from batchrun.job.load import from_tables
 from batchrun.policy import CAPACITY
 from batchrun.prices import PriceTable
 from batchrun.records import Attempt, Usage, Verdict
 from batchrun.response import answer as answers
+from tests.endings import discarded
 
 OPENAI = b'{"error":{"message":"Resource Unavailable. Try again later.","code":"resource_unavailable"}}'
 GROQ = b'{"error":{"message":"Flex tier capacity exceeded","type":"internal_server_error","code":"capacity_exceeded"}}'
@@ -56,6 +58,11 @@ def test_a_capacity_refusal_counts_against_no_cap() -> None:
     assert history == attempt_caps.History(attempts=100, capacity_refusals=100)
     assert not attempt_caps.exhausted(history, Retry())
     assert not attempt_caps.is_refused_for_good(history, Retry(), 0.0)
+
+
+def test_a_later_start_knows_a_rows_capacity_refusals() -> None:
+    earlier = [discarded(0, n, verdict=Verdict.SLOW, counted=False, error_kind=CAPACITY) for n in (1, 2)]
+    assert history_of(earlier, 2) == attempt_caps.History(attempts=2, capacity_refusals=2)
 
 
 def test_waits_for_capacity_double_up_to_the_longest_wait() -> None:
