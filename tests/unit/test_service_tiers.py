@@ -6,6 +6,7 @@ import pytest
 
 from batchrun import attempt_caps, policy, prices
 from batchrun.dispatch.attempt_result import history_of
+from batchrun.dispatch.serving import Serving
 from batchrun.job.job import Price, Retry, TierPrice
 from batchrun.job.load import from_tables
 from batchrun.policy import CAPACITY
@@ -85,6 +86,15 @@ def test_the_budget_reserves_the_dearest_tier() -> None:
     tables = {"endpoint": {"url": "simulator"}, "request": {"service_tier": "flex"}, "tiers": {"fallback": "priority"}}
     job = from_tables(tables)
     assert job.service_tiers == ("flex", "priority")
+
+
+def test_rows_change_tiers_before_a_deadline_and_not_at_each_beat() -> None:
+    tables = {"endpoint": {"url": "simulator"}, "request": {"service_tier": "flex"}, "tiers": {"fallback": "default"}}
+    serving = Serving(from_tables(tables), "columns", lambda: 0.0)
+    chosen = [serving.choose_tier(done_in_s, 100.0) for done_in_s in (70.0, 81.0, 79.0, 60.0, 49.0, 79.0, None)]
+    assert chosen == [None, "default", None, None, "flex", None, "default"]
+    del tables["tiers"]
+    assert Serving(from_tables(tables), "columns", lambda: 0.0).choose_tier(None, 1.0) is None
 
 
 def test_a_tier_of_the_jobs_own_prices_is_billed_at_them() -> None:
