@@ -17,9 +17,16 @@ from batchrun.limits.admission import Stop
 from batchrun.policy import Judgement
 from batchrun.records import Verdict
 
+LATE = 0.8
+"""A deadline is in danger if the rest of the rows takes more than this share of the time that is left: the forecast
+is the pace of the last minutes, which a slower tier has not yet shown."""
+
+EARLY = 0.5
+"""Below this share rows go back to the first tier."""
+
 
 class Serving:
-    """One per event loop. `behind_deadline`: at the pace of the last minutes the deadline would be missed."""
+    """One per event loop."""
 
     def __init__(self, job: Job, dialect: str, clock: Callable[[], float]) -> None:
         self._tier = job.request.service_tier
@@ -31,7 +38,20 @@ class Serving:
         self._keys = CacheKeys[Pending](clock) if job.request.cache_prefix else None
         self._clock = clock
         self._full_since_s: float | None = None
-        self.behind_deadline = False
+        self._behind_deadline = False
+
+    def choose_tier(self, done_in_s: float | None, left_s: float) -> str | None:
+        """The tier that rows go to from now on, if it changes. `done_in_s`: how long the rest takes at the present pace
+        (None: no end in sight), `left_s`: until the last request can be sent.
+        """
+        if self._fallback is None:
+            return None
+        limit_s = (EARLY if self._behind_deadline else LATE) * left_s
+        behind = done_in_s is None or done_in_s > limit_s
+        if behind == self._behind_deadline:
+            return None
+        self._behind_deadline = behind
+        return self._fallback if behind else self._tier
 
     def cache_key(self, pending: Pending, *, may_wait: bool) -> Key | None:
         """The key of the row's next request; None: the row has to wait for the first of its group."""
@@ -49,16 +69,9 @@ class Serving:
         """The service tier of the row's next request; None: it names none."""
         if self._lines_may_differ and (own := prices.named_tier(pending.request.body)) is not None:
             return own
-        if self._fallback is not None and (self.behind_deadline or self._has_given_up(pending.history)):
+        if self._fallback is not None and (self._behind_deadline or self._has_given_up(pending.history)):
             return self._fallback
         return self._tier
-
-    @property
-    def usual_tier(self) -> str | None:
-        """The tier of rows that have not been refused; None: there is no other tier to choose from."""
-        if self._fallback is None:
-            return None
-        return self._fallback if self.behind_deadline else self._tier
 
     def body(self, body: bytes, tier: str | None, key: Key) -> bytes:
         """The body as it is sent."""

@@ -97,7 +97,7 @@ def test_a_deadline_sends_rows_to_the_standard_tier(tmp_path: Path) -> None:
     with running_simulator(config) as simulator:
         limits = "[limits]\nmax_in_flight = 4\n"
         job = write_job(tmp_path / "job.toml", simulator.url, source, FLEX + limits)
-        ended = batchrun("run", job, "-o", tmp_path / "out", "--deadline", "14s", *FLEX_FIRST)
+        ended = batchrun("run", job, "-o", tmp_path / "out", "--deadline", "20s", *FLEX_FIRST)
         tiers = Counter(line.service_tier for line in simulator.ledger())
     log = [json.loads(line) for line in (tmp_path / "out" / "run.log").read_text().splitlines()]
     assert "default" in [line["service_tier"] for line in log if line["event"] == "service tier"]

@@ -5,12 +5,15 @@ from decimal import Decimal
 import pytest
 
 from batchrun import attempt_caps, policy, prices
+from batchrun.dispatch.attempt_result import history_of
+from batchrun.dispatch.serving import Serving
 from batchrun.job.job import Price, Retry, TierPrice
 from batchrun.job.load import from_tables
 from batchrun.policy import CAPACITY
 from batchrun.prices import PriceTable
 from batchrun.records import Attempt, Usage, Verdict
 from batchrun.response import answer as answers
+from tests.endings import discarded
 
 OPENAI = b'{"error":{"message":"Resource Unavailable. Try again later.","code":"resource_unavailable"}}'
 GROQ = b'{"error":{"message":"Flex tier capacity exceeded","type":"internal_server_error","code":"capacity_exceeded"}}'
@@ -58,6 +61,11 @@ def test_a_capacity_refusal_counts_against_no_cap() -> None:
     assert not attempt_caps.is_refused_for_good(history, Retry(), 0.0)
 
 
+def test_a_later_start_knows_a_rows_capacity_refusals() -> None:
+    earlier = [discarded(0, n, verdict=Verdict.SLOW, counted=False, error_kind=CAPACITY) for n in (1, 2)]
+    assert history_of(earlier, 2) == attempt_caps.History(attempts=2, capacity_refusals=2)
+
+
 def test_waits_for_capacity_double_up_to_the_longest_wait() -> None:
     retry = Retry(backoff_base_s=1.0, max_wait_s=900.0)
     histories = [attempt_caps.History(capacity_refusals=refusals) for refusals in (1, 2, 5, 40)]
@@ -78,6 +86,15 @@ def test_the_budget_reserves_the_dearest_tier() -> None:
     tables = {"endpoint": {"url": "simulator"}, "request": {"service_tier": "flex"}, "tiers": {"fallback": "priority"}}
     job = from_tables(tables)
     assert job.service_tiers == ("flex", "priority")
+
+
+def test_rows_change_tiers_before_a_deadline_and_not_at_each_beat() -> None:
+    tables = {"endpoint": {"url": "simulator"}, "request": {"service_tier": "flex"}, "tiers": {"fallback": "default"}}
+    serving = Serving(from_tables(tables), "columns", lambda: 0.0)
+    chosen = [serving.choose_tier(done_in_s, 100.0) for done_in_s in (70.0, 81.0, 79.0, 60.0, 49.0, 79.0, None)]
+    assert chosen == [None, "default", None, None, "flex", None, "default"]
+    del tables["tiers"]
+    assert Serving(from_tables(tables), "columns", lambda: 0.0).choose_tier(None, 1.0) is None
 
 
 def test_a_tier_of_the_jobs_own_prices_is_billed_at_them() -> None:
