@@ -45,7 +45,7 @@ path = "{folder}/runs/{{job}}/{{date}}"
 max_failures = 100
 """
 
-HEAR = "import json, sys; told = json.load(sys.stdin); print(told['exit_code'], file=open(sys.argv[1], 'a'))"
+RECORD = "import json, sys; received = json.load(sys.stdin); print(received['exit_code'], file=open(sys.argv[1], 'a'))"
 
 
 class Start(NamedTuple):
@@ -108,8 +108,8 @@ def month(tmp_path_factory: pytest.TempPathFactory) -> Month:
             at = FIRST + timedelta(days=number)
             source = write_rows(folder / "in.jsonl", 6 + number)
             job = write_job(folder / "night.toml", simulator.url, source, JOB.format(folder=folder, per_day="0.5"))
-            told = json.dumps([sys.executable, "-c", HEAR, str(folder / "heard")])
-            job.write_text(f"on_end = {told}\n{job.read_text()}")
+            received = json.dumps([sys.executable, "-c", RECORD, str(folder / "ends")])
+            job.write_text(f"on_end = {received}\n{job.read_text()}")
 
             prompt = ("--set", "request.prompt=Repeat: {{ text }}") if number >= NEW_PROMPT else ()
 
@@ -182,9 +182,9 @@ def test_the_budget_of_a_month_is_the_ledgers(month: Month) -> None:
 
 
 def test_every_end_of_a_month_reached_on_end(month: Month) -> None:
-    heard = [int(line) for line in (month.folder / "heard").read_text().splitlines()]
-    assert heard == [start.exit_code for start in month.starts]
-    assert Counter(heard) == {0: NIGHTS, 4: 1, 5: 1}
+    ends = [int(line) for line in (month.folder / "ends").read_text().splitlines()]
+    assert ends == [start.exit_code for start in month.starts]
+    assert Counter(ends) == {0: NIGHTS, 4: 1, 5: 1}
     refused = next(start for start in month.starts if start.exit_code == 5)
     assert 0 < len(refused.served) <= 8
     assert usd(refused.served) == 0
