@@ -37,7 +37,7 @@ _SIZES = frozenset({*OUTPUT_LIMITS, "n"})
 
 
 def detect_dialect(job: Job, columns: Collection[str]) -> str:
-    """How the rows become messages: the job's word, else what the job asks, else what the columns say.
+    """How the rows become messages: `input.dialect`, else what `[request]` implies, else what the columns say.
 
     Raises:
         InputError: neither says.
@@ -54,7 +54,7 @@ def detect_dialect(job: Job, columns: Collection[str]) -> str:
     if "messages" in columns:
         return "messages"
     shown = ", ".join(list(columns)[:12]) or "none"
-    raise InputError(f"can't tell what to ask: set request.prompt to a template over the columns ({shown})")
+    raise InputError(f"can't see what to send: set request.prompt to a template over the columns ({shown})")
 
 
 class RequestBuilder:
@@ -84,7 +84,7 @@ class RequestBuilder:
         """The request of one row. With `pictures`, it lacks their content, and its key is empty.
 
         Raises:
-            InputError: the row can't be asked; the message says why, without the place.
+            InputError: the row makes no valid request; the message says why, without the place.
         """
         return self._made(row, None, image_parts.without)[0]
 
@@ -155,22 +155,22 @@ class RequestBuilder:
         return key.digest()
 
     def _expected_by(self, body: Body) -> Expected:
-        """What the answer to this body is held against; lines of a batch file may each bring their own."""
+        """What the answer is validated against; each line of a batch file may bring its own."""
         if self.dialect != "openai-batch":
             return self._expected
-        asked = tuple(map(body.get, _JUDGED_BY))
-        known = image_parts.canonical(asked)
+        wanted = tuple(map(body.get, _JUDGED_BY))
+        known = image_parts.canonical(wanted)
         if known not in self._expected_of_lines:
             if len(self._expected_of_lines) >= MAX_EXPECTED:
                 self._expected_of_lines.clear()
             try:
-                self._expected_of_lines[known] = answer_schema.of(*asked)
+                self._expected_of_lines[known] = answer_schema.of(*wanted)
             except JobError as error:
                 raise InputError(str(error)) from error
         return self._expected_of_lines[known]
 
     def _most_output(self, body: Body) -> int:
-        """The most tokens that the answer can have, all its choices; a limit no server will understand is none."""
+        """The most tokens that the answer can have, all its choices; an invalid limit is ignored."""
         limits = [_count(body.get(name)) for name in OUTPUT_LIMITS]
         return (max(limits) or self._max_output_tokens) * _choices(body)
 
@@ -210,7 +210,7 @@ class RequestBuilder:
             raise InputError("`body` is no JSON object")
         url = columns.get("url")
         if url is not None and not str(url).rstrip("/").endswith("/chat/completions"):
-            raise InputError(f"`url` is {url!r}: only chat/completions can be asked")
+            raise InputError(f"`url` is {url!r}: only chat/completions is supported")
         given = plain(given, "body")
         model = given.get("model", self._request.model)
         if model is None:
@@ -227,7 +227,7 @@ class RequestBuilder:
 
 
 def corrected(request: Request, corrections: Sequence[Correction]) -> Request:
-    """The request with each answer that was not as asked, and what is wrong with it, as messages at its end.
+    """The request with each invalid answer, and what is wrong with it, as messages at its end.
 
     It is still the same question: the key stays. The bound of its tokens grows with the body.
     """
@@ -244,7 +244,7 @@ def corrected(request: Request, corrections: Sequence[Correction]) -> Request:
 
 
 def _unused_by_batch(request: RequestTemplate) -> str | None:
-    """A setting that would be ignored without a word where each line brings its whole body."""
+    """A setting that would be ignored silently because each line brings its whole body."""
     names = ("prompt", "system", "messages", "images", "from_columns")
     return next((name for name in names if getattr(request, name)), None)
 

@@ -16,8 +16,8 @@ _RENAMED = {"max_tokens": "max_output_tokens", "max_completion_tokens": "max_out
 
 
 def responses_body(chat: Body) -> Body:
-    """The body for `/responses`. The server is told not to keep the answer (`store`), as a chat completion's is not
-    kept; `request.extra.store` overrides it.
+    """The body for `/responses`. `store = false` keeps the server from storing the answer, as with a chat
+    completion; `request.extra.store` overrides it.
 
     Raises:
         InputError: the chat body says something that the Responses API has no field for.

@@ -34,7 +34,7 @@ Possessive: no tail of a server's makes it try again and again."""
 
 def read(stored: bytes, choices: int = 1) -> Answer:
     """What a body in its stored form says: a chat completion as JSON or as server-sent events, an error object, or
-    nothing usable. `choices`: how many were asked for. A stream without `[DONE]` is whole only when so many have ended.
+    nothing usable. `choices`: how many the request wants. A stream without `[DONE]` is whole only when all have ended.
     """
     return typed.read(stored) or read_carefully(stored, choices)
 
@@ -57,7 +57,7 @@ def read_carefully(stored: bytes, choices: int = 1) -> Answer:
 
 
 def _unwrapped(decoded: Any) -> Any:
-    """The completion inside a gateway's envelope that tells of no failure; else the value as it is."""
+    """The completion inside a gateway's envelope that reports no failure; else the value as it is."""
     if isinstance(decoded, list) and len(decoded) == 1:
         return decoded[0] if _is_completion(decoded[0]) else decoded
     if not isinstance(decoded, dict) or "choices" in decoded:
@@ -159,7 +159,7 @@ def _from_object(body: dict[str, Any], flagged: bool) -> Answer:
 
 
 def _failed(answer: Answer, failure: error_body.Failure | None) -> Answer:
-    """The answer with the failure that its body tells of: it is no completion then, whatever else it says."""
+    """The answer with the failure that its body reports. It is then not a completion, whatever else it holds."""
     if failure is None:
         return answer
     return msgspec.structs.replace(
@@ -268,7 +268,7 @@ class _Spelled:
         if not isinstance(decoded, dict):
             if event.whole:  # else it was cut, which is no oddity of its own
                 self._flagged |= lenient
-                self._broken |= event.data.lstrip().startswith(b"{")  # a piece of the answer that nobody can read
+                self._broken |= event.data.lstrip().startswith(b"{")  # a piece of the answer that can't be read
             return
         self._flagged |= lenient
         if str(decoded.get("type")).startswith("response."):
