@@ -5,6 +5,7 @@ then wakes the gate.
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -31,6 +32,7 @@ class SharedBudget:
         self._file = file
         self._name = name
         self._now = now or (lambda: datetime.now(zone))
+        self._now_s = time.time if now is None else lambda: now().timestamp()
         self._lease: Lease | None = None
         self._earlier: list[Lease] = []  # of periods that are over, until their last request has ended
         self._ends_s = 0.0  # Unix time at which the lease's day is over
@@ -65,7 +67,7 @@ class SharedBudget:
     def fits(self, bound_usd: Decimal) -> bool:
         """Whether the lease covers the amount now. If not, draws more and wakes the gate afterwards."""
         lease = self._lease
-        if lease is not None and self._now().timestamp() < self._ends_s and lease.left_usd >= bound_usd:
+        if lease is not None and lease.covers(bound_usd) and self._now_s() < self._ends_s:
             return True
         loop = asyncio.get_running_loop()
         if self._task is not None:
@@ -145,7 +147,7 @@ class SharedBudget:
 
     async def _draw(self, bound_usd: Decimal) -> None:
         lease = self._lease
-        if lease is None or self._now().timestamp() >= self._ends_s:
+        if lease is None or self._now_s() >= self._ends_s:
             lease = await self._begin_period()
         drawn: Drawn = await asyncio.to_thread(self._file.draw, lease, bound_usd - lease.left_usd)
         lease.granted += pico(drawn.granted_usd)

@@ -42,8 +42,8 @@ BLOCKS = 50
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 """Identifies the present boot on Linux (random(4)); other systems have no such file."""
 
-_STATE = struct.Struct("<Q16s16s16s")
-"""Version of the record; USD that were spent, in doubt and reserved, as integers of 10⁻¹² USD."""
+_STATE = struct.Struct("<QQQQ")
+"""Version of the record; amounts spent, in doubt and reserved, in 10⁻¹² USD: up to 18 million USD."""
 _CRC = struct.Struct("<I")
 SLOT_BYTES = 64
 
@@ -123,6 +123,10 @@ class Lease:
         """The lease's key in the table."""
         return self.path.suffix.removeprefix(".")
 
+    def covers(self, bound_usd: Decimal) -> bool:
+        """Whether so much can be reserved."""
+        return self.granted - self.spending.used >= pico(bound_usd)
+
     @property
     def left_usd(self) -> Decimal:
         """What can still be reserved. Below 0 where answers cost more than their bounds."""
@@ -162,8 +166,7 @@ class Lease:
     def _write(self, spending: Spending) -> None:
         """Writes the two slots in turn: a kill during a write leaves the other one intact."""
         self._version += 1
-        amounts = (spending.spent, spending.in_doubt, spending.reserved)
-        fields = _STATE.pack(self._version, *(amount.to_bytes(16, "little") for amount in amounts))
+        fields = _STATE.pack(self._version, spending.spent, spending.in_doubt, spending.reserved)
         start = self._version % 2 * SLOT_BYTES
         self._map[start : start + _STATE.size + _CRC.size] = fields + _CRC.pack(zlib.crc32(fields))
         self.spending = spending
@@ -388,7 +391,9 @@ def require_possible(path: Path) -> None:
 
 def pico(usd: Decimal) -> int:
     """The amount in 10⁻¹² USD, rounded up."""
-    return -int(-usd // PICO)
+    exact = usd.scaleb(12)
+    whole = int(exact)
+    return whole + 1 if whole < exact else whole
 
 
 def boot_id() -> str:
@@ -416,7 +421,7 @@ def _read(path: Path) -> Spending | None:
             continue
         version, *amounts = _STATE.unpack(fields)
         if newest is None or version > newest[0]:
-            newest = version, Spending(*(int.from_bytes(amount, "little") for amount in amounts))
+            newest = version, Spending(*amounts)
     return None if newest is None else newest[1]
 
 
