@@ -27,7 +27,7 @@ from batchrun.dispatch.dispatch import Dispatch
 from batchrun.dispatch.hooks import Hooks
 from batchrun.dispatch.run_status import Checking, Running, RunStatus
 from batchrun.dispatch.start_messages import about_cost, start_lines
-from batchrun.dispatch.store import Store
+from batchrun.dispatch.store import CanaryRows, Store
 from batchrun.durable import replace_bytes
 from batchrun.errors import BatchrunError, CheckpointError, ExitCode, InputError, JobError
 from batchrun.job.job import Job
@@ -268,7 +268,7 @@ def _canary(
         hooks.note(f"canary: {plural(job.canary.rows, 'row')}, spread over the input, are sent first")
         known = canary.choose(job, store)
     if (seen := known.seen) is None:
-        of_canary = msgspec.structs.replace(_with_all_chunks(store), canary=frozenset(known.rows))
+        of_canary = msgspec.structs.replace(_with_all_chunks(store), canary=CanaryRows(known.rows))
         if (stop := send(of_canary)) is not None:
             return stop
         seen = canary.look(store.checkpoint, known.rows)

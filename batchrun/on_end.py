@@ -1,6 +1,6 @@
-"""The command that a job names for the end of each start, `on_end`: who wants to hear of a night is told by it.
+"""Runs the job's `on_end` command at the end of each start.
 
-It never changes how the start ended: what goes wrong with it is a warning.
+The command can't change how the start ended: a failure of it is a warning.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ TERM_S = 2.0
 
 
 class End(msgspec.Struct, frozen=True):
-    """How a start ended: its exit code and the line that says why. `summary` is there where the run has one of it."""
+    """How a start ended: its exit code, the reason in one line, and the summary if the run has one."""
 
     exit_code: int
     reason: str | None
@@ -32,7 +32,7 @@ class End(msgspec.Struct, frozen=True):
 
 
 class Brief(msgspec.Struct, frozen=True):
-    """What stands for summary.json where a start ended before it wrote one: fields of the same names."""
+    """Replaces summary.json if the start ended before it wrote one. The fields have the same names and meanings."""
 
     job: str
     state: str
@@ -42,10 +42,10 @@ class Brief(msgspec.Struct, frozen=True):
 
 
 def run(job: Job, directory: RunDirectory, end: End, began_at: datetime, note: Callable[[str], None]) -> None:
-    """The command has had the summary on its standard input, and has ended within its time. Blocks; never raises."""
+    """Runs the command with the summary on its standard input, and waits for it. Blocks; never raises."""
     if not job.on_end:
         return
-    problem = _run(job, _told(job, directory, end, began_at), _environment(job, directory, end))
+    problem = _run(job, _input(job, directory, end, began_at), _environment(job, directory, end))
     if problem is not None:
         note(f"warning: on_end: {job.on_end[0]} {problem}; the run ended as it would have without it")
     if directory.path.is_dir():
@@ -53,8 +53,8 @@ def run(job: Job, directory: RunDirectory, end: End, began_at: datetime, note: C
             log.write("on_end", command=job.on_end[0], exit_code=end.exit_code, problem=problem)
 
 
-def _told(job: Job, directory: RunDirectory, end: End, began_at: datetime) -> bytes:
-    """summary.json as this start left it, or found it complete; else the few fields that are known."""
+def _input(job: Job, directory: RunDirectory, end: End, began_at: datetime) -> bytes:
+    """summary.json, if this start wrote it or found the run complete; else the few known fields."""
     with contextlib.suppress(OSError, msgspec.MsgspecError):
         content = directory.summary.read_bytes()
         written = msgspec.json.decode(content, type=Summary)
@@ -65,23 +65,23 @@ def _told(job: Job, directory: RunDirectory, end: End, began_at: datetime) -> by
 
 
 def _environment(job: Job, directory: RunDirectory, end: End) -> dict[str, str]:
-    """This process's own, which is all it may have of a key, and how the start ended."""
-    told = {
+    """This process's environment, and how the start ended. A key that came from a file is not in it."""
+    variables = {
         "BATCHRUN_EXIT_CODE": str(end.exit_code),
         "BATCHRUN_JOB": job.name,
         "BATCHRUN_OUT": str(directory.path),
         "BATCHRUN_REASON": end.reason or "",
     }
-    clean = {name: value.replace("\0", "").encode("utf-8", "replace").decode() for name, value in told.items()}
+    clean = {name: value.replace("\0", "").encode("utf-8", "replace").decode() for name, value in variables.items()}
     return {**os.environ, **clean, "BATCHRUN_OUT": str(directory.path)}
 
 
 def _run(job: Job, content: bytes, environment: dict[str, str]) -> str | None:
-    """What went wrong, in words that follow the command's name; None where nothing did."""
+    """What went wrong, in words that follow the command's name; None if nothing did."""
     try:
         process = subprocess.Popen(  # noqa: S603  (the user's own command)
             job.on_end, stdin=subprocess.PIPE, stdout=2, env=environment, start_new_session=True
-        )  # its lines are for people: standard output is the run's own
+        )  # its output goes to stderr: the run's results are on stdout
     except (OSError, ValueError) as error:
         return f"can't be started: {error.strerror if isinstance(error, OSError) else error}"
     with process:
@@ -90,16 +90,16 @@ def _run(job: Job, content: bytes, environment: dict[str, str]) -> str | None:
                 process.communicate(content, timeout=job.on_end_timeout_s)
         except subprocess.TimeoutExpired:
             _end(process)
-            return f"took longer than {job.on_end_timeout_s:g} s (on_end_timeout_s) and was ended"
+            return f"took longer than {job.on_end_timeout_s:g} s (on_end_timeout_s) and was killed"
         except (RunStoppedError, KeyboardInterrupt) as stopped:
             _end(process)
-            return f"was ended by a signal ({stopped})"
+            return f"was killed by a signal ({stopped})"
         code = process.returncode
         return None if code == 0 else f"ended with exit code {code}"
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """The command and whatever it started are gone."""
+    """Kills the command and its children."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, number)

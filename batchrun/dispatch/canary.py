@@ -1,7 +1,7 @@
-"""The canary: a few rows, spread over the input, are sent first, and decide whether the rest is sent.
+"""The canary: a few rows from all over the input are sent first, and decide whether the rest is sent.
 
-Its rows are chosen once and kept in the manifest, and so is what was seen of them. So a start that was killed resumes
-with the same rows, and one after a failed canary stops again without sending anything.
+The manifest keeps the chosen rows and their outcome. So a start that was killed resumes with the same rows, and a start
+after a failed canary stops again without sending anything.
 """
 
 import random
@@ -23,7 +23,7 @@ ENTRY = "canary"
 
 
 class Seen(msgspec.Struct, frozen=True):
-    """What came of the canary's rows. `cost_usd` counts what may have been billed; `unpriced` rows are not in it."""
+    """The outcome of the canary's rows. `cost_usd` includes what may have been billed, but no `unpriced` rows."""
 
     by_status: dict[str, int]
     cost_usd: Decimal
@@ -36,14 +36,14 @@ class Seen(msgspec.Struct, frozen=True):
 
     @property
     def cost_per_row_usd(self) -> Decimal | None:
-        """None where a row's cost is unknown."""
+        """None if a row's cost is unknown."""
         return self.cost_usd / self.rows if self.rows and not self.unpriced else None
 
 
 class Record(msgspec.Struct, frozen=True):
-    """`question` tells for which job and layout of the input it is; `seen`: None before the last row has ended.
+    """`question` identifies the job's requests and the layout of the input; `seen` is None until all rows have ended.
 
-    `accepted`: the rest is to be sent whatever was seen.
+    `accepted`: send the rest whatever the outcome.
     """
 
     question: str
@@ -53,7 +53,7 @@ class Record(msgspec.Struct, frozen=True):
 
 
 def record_of(job: Job, store: Store) -> Record | None:
-    """What is on record for the questions that the job asks now; None where there was no canary yet."""
+    """The record for the job's present requests; None if there was no canary for them."""
     entry = store.checkpoint.manifest().get(ENTRY)
     if entry is None:
         return None
@@ -62,7 +62,7 @@ def record_of(job: Job, store: Store) -> Record | None:
 
 
 def choose(job: Job, store: Store) -> Record:
-    """The rows of a new canary, durable. Every chunk of the input is opened for that, and its rows are stored."""
+    """Chooses the rows of a new canary and records them. Opens every chunk, which stores the whole input."""
     rows = (row for chunk in iter(store.chunks.open_next, None) for row in chunk.to_send())
     chance = random.Random(store.plan.facts.run_id)
     record = Record(_question(job, store), tuple(spread(rows, job.canary.rows or 0, chance)))
@@ -71,12 +71,12 @@ def choose(job: Job, store: Store) -> Record:
 
 
 def keep(checkpoint: Checkpoint, record: Record) -> None:
-    """The record is durable."""
+    """Makes the record durable."""
     checkpoint.write_manifest({ENTRY: msgspec.json.encode(record).decode()})
 
 
 def look(checkpoint: Checkpoint, rows: Sequence[int]) -> Seen:
-    """What came of these rows, by their records in open chunks."""
+    """The outcome of these rows, from their records in open chunks."""
     found = [each for row in rows for each in checkpoint.completions(row, row + 1)]
     by_status = {str(status): n for status in Status if (n := sum(each.status is status for each in found))}
     known = [cost for each in found if (cost := _cost_usd(each)) is not None]
@@ -85,7 +85,7 @@ def look(checkpoint: Checkpoint, rows: Sequence[int]) -> Seen:
 
 
 def judge(seen: Seen, wanted: Canary) -> Iterator[str]:
-    """Each bound that what was seen does not keep, in words; none where the rest may be sent."""
+    """Each bound that the outcome breaks, in words; none if the rest may be sent."""
     if not seen.rows:
         return
     ok, invalid = (seen.by_status.get(status, 0) / seen.rows for status in (Status.OK, Status.INVALID))
@@ -102,14 +102,14 @@ def judge(seen: Seen, wanted: Canary) -> Iterator[str]:
 
 
 def in_words(seen: Seen) -> str:
-    """What was seen, as a line says it."""
+    """The outcome in one line."""
     statuses = ", ".join(f"{n:,} {status}" for status, n in seen.by_status.items())
     cost = f", ${cost_usd:.6f} a row" if (cost_usd := seen.cost_per_row_usd) is not None else ""
     return f"{plural(seen.rows, 'row')}: {statuses}{cost}"
 
 
 def stop(seen: Seen, problems: Sequence[str], store: Store) -> Stop:
-    """The end of a start whose canary failed."""
+    """Ends a start whose canary failed."""
     example = f"; such as {seen.example_error}" if seen.example_error is not None else ""
     return Stop(
         ExitCode.STOPPED,
@@ -119,9 +119,9 @@ def stop(seen: Seen, problems: Sequence[str], store: Store) -> Stop:
 
 
 def spread(rows: Iterable[int], count: int, chance: random.Random) -> list[int]:
-    """`count` of the rows, or all if they are fewer: one by chance of each of about as many equal stretches.
+    """`count` of the rows, or all if they are fewer: a random one from each of about that many equal stretches.
 
-    One pass in bounded memory: when there are twice as many stretches as wanted, they are joined in pairs.
+    One pass in bounded memory: when there are twice as many stretches as needed, pairs of them are joined.
     """
     kept: list[int] = []
     stride, place, pick, picked = 1, 0, 0, -1
@@ -148,6 +148,6 @@ def _question(job: Job, store: Store) -> str:
 
 
 def _cost_usd(completion: Completion) -> Decimal | None:
-    """Of all the row's attempts, what may have been billed included."""
+    """The cost of all the row's attempts, including what may have been billed."""
     doubt = completion.possibly_billed_usd if completion.maybe_billed else Decimal(0)
     return None if completion.cost_usd is None or doubt is None else completion.cost_usd + doubt

@@ -1,10 +1,11 @@
-"""Money of budgets over time, in the event loop: what this start may spend today and this month, beside other runs.
+"""A budget of days and months in the event loop: what this start may spend beside other runs.
 
-The gate asks whether a request fits into the lease at hand. Where it does not, more is drawn from the budget file in a
-thread, and the gate looks again when that has ended.
+A request must fit into the lease that this process holds. If it does not, a thread draws more from the budget file and
+then wakes the gate.
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -18,10 +19,10 @@ from batchrun.records import BudgetUse
 from batchrun.store.budget_file import BudgetFile, Caps, Drawn, Lease, Period, Spending, Use, pico
 
 POLL_S = 0.25
-"""How soon a refused draw is tried again: other processes may give back what they hold."""
+"""Time until a refused draw is repeated: other processes may give money back."""
 
 IDLE_S = 5.0
-"""A lease that nothing was taken from for so long is given back: this run may be waiting out an outage."""
+"""A lease unused for this long is given back: the run may be waiting for an outage to end."""
 
 
 class SharedBudget:
@@ -31,6 +32,7 @@ class SharedBudget:
         self._file = file
         self._name = name
         self._now = now or (lambda: datetime.now(zone))
+        self._now_s = time.time if now is None else lambda: now().timestamp()
         self._lease: Lease | None = None
         self._earlier: list[Lease] = []  # of periods that are over, until their last request has ended
         self._ends_s = 0.0  # Unix time at which the lease's day is over
@@ -45,7 +47,7 @@ class SharedBudget:
 
     @classmethod
     def open(cls, job: Job, directory: Path) -> "SharedBudget | None":
-        """The budget that the job names; None where it has no cap over time.
+        """The job's budget; None if it has no cap for a day or month.
 
         Raises:
             CheckpointError, DiskError: it can't be opened.
@@ -57,15 +59,15 @@ class SharedBudget:
         return cls(BudgetFile(Path(budget.state), name, caps, directory), name, ZoneInfo(budget.time_zone))
 
     def listen(self, wake: Callable[[], None], fail: Callable[[BaseException], None]) -> None:
-        """From now on `wake` is called when money may have come, `fail` when the file can't be used any more."""
+        """From now on `wake` is called after each draw, and `fail` if the file can't be used any more."""
         self._wake, self._fail = wake, fail
 
     # ── for the gate ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def fits(self, bound_usd: Decimal) -> bool:
-        """Whether the lease holds so much now; if not, more is being drawn, or will be soon."""
+        """Whether the lease covers the amount now. If not, draws more and wakes the gate afterwards."""
         lease = self._lease
-        if lease is not None and self._now().timestamp() < self._ends_s and lease.left_usd >= bound_usd:
+        if lease is not None and lease.covers(bound_usd) and self._now_s() < self._ends_s:
             return True
         loop = asyncio.get_running_loop()
         if self._task is not None:
@@ -77,26 +79,26 @@ class SharedBudget:
         return False
 
     def reserve(self, bound_usd: Decimal) -> Lease:
-        """The lease from which so much is set aside now; `settle` it there."""
-        assert self._lease is not None, "fits() was not asked"
+        """Reserves the amount in the lease, which is returned: settle the reservation there."""
+        assert self._lease is not None, "reserve() without fits()"
         self._lease.reserve(bound_usd)
         self._used_up_for = None
         self._taken_s = asyncio.get_running_loop().time()
         return self._lease
 
     def is_used_up(self, bound_usd: Decimal) -> bool:
-        """Whether so much can't come any more, though nothing of this process is in flight and others give back all."""
+        """Whether the amount won't fit even if other processes give back all that they hold."""
         return self._used_up_for is not None and bound_usd >= self._used_up_for
 
     def refusal(self, bound_usd: Decimal) -> str:
-        """Which cap holds, how much of it is used, and when it opens again."""
+        """Which cap is reached, how much of it is used, and when it opens again."""
         short = [use for use in self._uses if use.cap_usd - use.spent_usd - use.in_doubt_usd < bound_usd]
         return "; ".join(self._in_words(use, bound_usd) for use in short or self._uses)
 
     # ── for the heartbeat and the summary ─────────────────────────────────────────────────────────────────────────────
 
     def tidy(self) -> None:
-        """Leases of days that are over are ended, and one that is not used is given back."""
+        """Ends leases of past days, and gives back an unused one."""
         loop = asyncio.get_running_loop()
         if self._task is None:
             lease = self._lease
@@ -105,7 +107,7 @@ class SharedBudget:
                 self._task = loop.create_task(self._work(self._end_idle()))
 
     def uses(self) -> list[BudgetUse]:
-        """What is used of each cap, as far as is known here: others' spending as of the last draw."""
+        """How much of each cap is used; other processes' spending is as of the last draw."""
         found = []
         for use in self._uses:
             spent, doubt = use.spent_usd, use.in_doubt_usd
@@ -118,8 +120,8 @@ class SharedBudget:
         return found
 
     async def close(self) -> None:
-        """What was spent is booked, and what is in flight is in doubt. Never raises: a lease that can't be ended is
-        treated as that of a dead process by whoever comes next.
+        """Books what was spent, and what is in flight as in doubt. Never raises: a lease that can't be ended counts as
+        a dead process's lease, which the next process books.
         """
         if self._task is not None:
             await asyncio.wait([self._task])
@@ -145,7 +147,7 @@ class SharedBudget:
 
     async def _draw(self, bound_usd: Decimal) -> None:
         lease = self._lease
-        if lease is None or self._now().timestamp() >= self._ends_s:
+        if lease is None or self._now_s() >= self._ends_s:
             lease = await self._begin_period()
         drawn: Drawn = await asyncio.to_thread(self._file.draw, lease, bound_usd - lease.left_usd)
         lease.granted += pico(drawn.granted_usd)
@@ -159,7 +161,7 @@ class SharedBudget:
             await self._give_back(lease)
 
     async def _begin_period(self) -> Lease:
-        """A lease of the day that it is now."""
+        """A new lease for the present day."""
         if self._lease is not None:
             self._earlier.append(self._lease)
             self._lease = None
@@ -191,13 +193,13 @@ class SharedBudget:
 
 
 def name_of(job: Job) -> str:
-    """The budget's name. A rehearsal on the built-in simulator costs nothing, and has a budget of its own."""
+    """The budget's name. A rehearsal with the built-in simulator costs nothing, so it has a separate budget."""
     name = job.budget.name or job.name
     return f"{name} (simulator)" if job.simulated else name
 
 
 def opens_at(period: str, now: datetime) -> datetime:
-    """When the day or month after this one begins, in the time zone of `now`."""
+    """When the next day or month begins, in the time zone of `now`."""
     first = datetime.fromisoformat(period if _is_day(period) else f"{period}-01").replace(tzinfo=now.tzinfo)
     if _is_day(period):
         return first + timedelta(days=1)  # the next date at midnight, however long the day is

@@ -1,11 +1,10 @@
-"""`budget.db`: what the runs that share a budget have spent, by day and by month, for any number of processes.
+"""`budget.db`: what the runs of a budget have spent by day and month, for any number of processes.
 
-A process spends only from its **lease**: an amount that this file has set aside for it, in one transaction, before the
-process spends any of it. So a request costs no transaction, and all leases and all spending together stay within the
-caps. What the process has spent of its lease, and what it has reserved for requests in flight, stands in a small file
-that is mapped into memory: the page cache keeps it through `kill -9`. The kernel releases the lock on that file when
-the process dies. Whoever comes next then knows what the dead process spent, counts what it had in flight as possibly
-billed, and takes back the rest.
+A process spends only from its **lease**: an amount that one transaction sets aside for it before it spends any. So a
+request costs no transaction, and all leases and all spending together stay within the caps. How much of the lease is
+spent, and how much is reserved for requests in flight, is in a small memory-mapped file, which the page cache keeps
+through `kill -9`. The kernel drops the lock on that file when the process dies. The next process that draws money then
+books what the dead one spent, counts what it had in flight as possibly billed, and takes back the rest.
 """
 
 import contextlib
@@ -24,7 +23,7 @@ from pathlib import Path
 import msgspec
 
 from batchrun.durable import disk_errors
-from batchrun.errors import JobError
+from batchrun.errors import DiskError, JobError
 from batchrun.prices import PICO
 from batchrun.store.database import Database
 from batchrun.store.rundir import NETWORK_FILE_SYSTEMS, file_system
@@ -38,13 +37,13 @@ CREATE TABLE leases (lease TEXT PRIMARY KEY, budget TEXT, day TEXT, month TEXT, 
 FORMAT = 1
 
 BLOCKS = 50
-"""A lease grows by so many parts of the cap, if there is that much: about so many transactions in the life of a cap."""
+"""A lease grows by one of so many parts of the cap, so a cap takes about this many transactions."""
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-"""Linux's name for the time since the machine was started (random(4)); elsewhere there is no such file."""
+"""Identifies the present boot on Linux (random(4)); other systems have no such file."""
 
-_STATE = struct.Struct("<Q16s16s16s")
-"""Version of the record; USD that were spent, in doubt and reserved, as integers of 10⁻¹² USD."""
+_STATE = struct.Struct("<QQQQ")
+"""Version of the record; amounts spent, in doubt and reserved, in 10⁻¹² USD: up to 18 million USD."""
 _CRC = struct.Struct("<I")
 SLOT_BYTES = 64
 
@@ -87,7 +86,7 @@ class Drawn(msgspec.Struct, frozen=True):
 
 
 class Spending(msgspec.Struct, frozen=True):
-    """What a process has done with its lease, in 10⁻¹² USD. Replaced as a whole, so any thread may read it."""
+    """How much of a lease is used, in 10⁻¹² USD. Replaced as a whole, so any thread may read it."""
 
     spent: int = 0
     in_doubt: int = 0
@@ -99,7 +98,7 @@ class Spending(msgspec.Struct, frozen=True):
 
 
 class Lease:
-    """Money that is this process's to spend, in one period. One thread at a time, but for `spending`."""
+    """Money that this process may spend in one period. One thread at a time, except `spending`."""
 
     def __init__(self, path: Path, period: Period) -> None:
         """Makes the lease's file and locks it."""
@@ -123,6 +122,10 @@ class Lease:
     def name(self) -> str:
         """The lease's key in the table."""
         return self.path.suffix.removeprefix(".")
+
+    def covers(self, bound_usd: Decimal) -> bool:
+        """Whether so much can be reserved."""
+        return self.granted - self.spending.used >= pico(bound_usd)
 
     @property
     def left_usd(self) -> Decimal:
@@ -151,20 +154,19 @@ class Lease:
         self._write(Spending(now.spent + spent, now.in_doubt + doubt, now.reserved - bound))
 
     def shrink(self) -> None:
-        """What is not used can't be reserved any more: it is about to be given back."""
+        """Gives up the unused rest, so that it can be given back."""
         self.granted = min(self.granted, self.spending.used)
 
     def close(self) -> None:
-        """The file is gone."""
+        """Removes the file."""
         self.path.unlink(missing_ok=True)
         self._map.close()
         os.close(self._file)
 
     def _write(self, spending: Spending) -> None:
-        """The two slots take turns: a process that is killed while it writes one leaves the other."""
+        """Writes the two slots in turn: a kill during a write leaves the other one intact."""
         self._version += 1
-        amounts = (spending.spent, spending.in_doubt, spending.reserved)
-        fields = _STATE.pack(self._version, *(amount.to_bytes(16, "little") for amount in amounts))
+        fields = _STATE.pack(self._version, spending.spent, spending.in_doubt, spending.reserved)
         start = self._version % 2 * SLOT_BYTES
         self._map[start : start + _STATE.size + _CRC.size] = fields + _CRC.pack(zlib.crc32(fields))
         self.spending = spending
@@ -174,7 +176,7 @@ class BudgetFile:
     """The open file, for one budget by its name. Any thread, one at a time. Close it."""
 
     def __init__(self, path: Path, budget: str, caps: Caps, directory: Path) -> None:
-        """`directory` is the run's: who looks into the file sees whose lease it is.
+        """`directory` is the run's, for people who look into the file.
 
         Raises:
             CheckpointError: the file is damaged, or of another version.
@@ -188,6 +190,7 @@ class BudgetFile:
         self._directory = str(directory)
         self._boot = boot_id()
         self._database = Database.open_shared(path, TABLES, FORMAT)
+        self._inode = path.stat().st_ino
 
     def lease(self, period: Period) -> Lease:
         """A new lease, of nothing yet."""
@@ -204,7 +207,7 @@ class BudgetFile:
         return leases[-1]
 
     def draw(self, lease: Lease, need_usd: Decimal) -> Drawn:
-        """The lease may grow by `need_usd`, and by more where there is plenty; all others' spending is known by then.
+        """Grants `need_usd`, or more if there is plenty, or nothing. Books this lease and those of the dead first.
 
         The caller adds what was granted to `lease.granted`, in the thread that reserves.
         """
@@ -212,6 +215,7 @@ class BudgetFile:
         dead: list[Path] = []
 
         def work() -> None:
+            self._require_there()
             dead.extend(self._take_back_from_dead())
             self._book(lease)
             drawn.append(self._granted(lease, need_usd))
@@ -224,7 +228,7 @@ class BudgetFile:
         return drawn[-1]
 
     def give_back(self, lease: Lease) -> None:
-        """What `lease.shrink` gave up is free for others."""
+        """Makes what `lease.shrink` gave up available to others."""
 
         def work() -> None:
             self._book(lease)
@@ -233,7 +237,7 @@ class BudgetFile:
         self._commit(work, lease)
 
     def end(self, lease: Lease) -> None:
-        """What was spent is booked, what is still reserved is in doubt, and the rest is free. The lease is closed."""
+        """Books what was spent, and what is still reserved as in doubt; frees the rest. Closes the lease."""
 
         def work() -> None:
             now = lease.spending
@@ -245,11 +249,16 @@ class BudgetFile:
         lease.close()
 
     def close(self) -> None:
-        """The file is let go. Leases that were not ended are like those of a dead process."""
+        """Closes the file. Leases that were not ended count as those of a dead process."""
         self._database.close()
 
+    def _require_there(self) -> None:
+        """SQLite keeps working in a deleted file, while other processes start a new one with nothing spent."""
+        if not self._path.exists() or self._path.stat().st_ino != self._inode:
+            raise DiskError(f"{self._path}: was deleted or replaced; nothing more is sent; run the same command again")
+
     def _commit(self, work: Callable[[], None], lease: Lease) -> None:
-        """All of `work` is durable; or nothing of it, and the lease is booked as before."""
+        """Commits all of `work`, or nothing of it; then the lease is booked as before."""
         booked = lease.booked
         try:
             self._database.transaction(work)
@@ -258,7 +267,7 @@ class BudgetFile:
             raise
 
     def _granted(self, lease: Lease, need_usd: Decimal) -> Drawn:
-        """How much more the lease gets. The caller writes that down."""
+        """How much more the lease gets; the caller records it."""
         others = [held for held in self._leases() if held.lease != lease.name]
         own = (lease.granted - lease.spending.spent - lease.spending.in_doubt) * PICO
         uses: list[Use] = []
@@ -278,7 +287,7 @@ class BudgetFile:
         return Drawn(granted, tuple(uses), can_come=True)
 
     def _book(self, lease: Lease) -> None:
-        """What the lease spent since the last time is in its windows."""
+        """Adds what the lease spent since the last booking to its windows."""
         now, before = lease.spending, lease.booked
         self._add(self._budget, lease.period, now.spent - before.spent, now.in_doubt - before.in_doubt)
         if now.spent != before.spent or now.in_doubt != before.in_doubt:
@@ -286,9 +295,9 @@ class BudgetFile:
             self._put(lease)
 
     def _take_back_from_dead(self) -> Iterator[Path]:
-        """Leases of processes that died are gone: their spending is booked, what was in flight is in doubt.
+        """Ends the leases of dead processes: books their spending, and what was in flight as in doubt.
 
-        Yields their files, which have to stay until that is durable.
+        Yields their files, which must stay until the transaction is durable.
         """
         for held in self._leases():
             path = self._file_of(held.lease)
@@ -306,7 +315,7 @@ class BudgetFile:
                 yield path
 
     def _remove_orphans(self) -> None:
-        """Files of leases that are not in the table, of processes that are gone, are gone as well."""
+        """Removes files of dead processes whose lease is not in the table."""
         known = {held.lease for held in self._leases()}
         for path in self._path.parent.glob(f"{glob.escape(self._path.name)}-lease.*"):
             with _if_dead(path) as is_dead:
@@ -325,7 +334,7 @@ class BudgetFile:
             self._database.replace("windows", [(budget, name, *after)])
 
     def _window(self, budget: str, period: str) -> tuple[Decimal, Decimal]:
-        """USD that were spent, and that are in doubt, in a day or month."""
+        """USD spent and in doubt in a day or month."""
         found = self._database.records("windows", "WHERE budget = ? AND period = ?", (budget, period))
         for _, _, spent, doubt in found:
             return Decimal(spent), Decimal(doubt)
@@ -359,7 +368,7 @@ class _Held(msgspec.Struct, frozen=True):
 
     @property
     def open_usd(self) -> Decimal:
-        """What is granted, and not booked yet."""
+        """What is granted and not booked yet."""
         return Decimal(self.granted_usd) - Decimal(self.spent_usd) - Decimal(self.in_doubt_usd)
 
 
@@ -382,11 +391,13 @@ def require_possible(path: Path) -> None:
 
 def pico(usd: Decimal) -> int:
     """The amount in 10⁻¹² USD, rounded up."""
-    return -int(-usd // PICO)
+    exact = usd.scaleb(12)
+    whole = int(exact)
+    return whole + 1 if whole < exact else whole
 
 
 def boot_id() -> str:
-    """What tells this start of the machine from others; "" where the system does not say."""
+    """The id of the present boot; "" if the system has none."""
     try:
         return BOOT_ID.read_text().strip()
     except OSError:
@@ -398,7 +409,7 @@ def _names(period: Period) -> tuple[str, str]:
 
 
 def _read(path: Path) -> Spending | None:
-    """What a dead process did with its lease: the newer of two records; None where neither can be read."""
+    """The newer of a dead process's two records; None if neither can be read."""
     try:
         content = path.read_bytes()
     except OSError:
@@ -410,13 +421,13 @@ def _read(path: Path) -> Spending | None:
             continue
         version, *amounts = _STATE.unpack(fields)
         if newest is None or version > newest[0]:
-            newest = version, Spending(*(int.from_bytes(amount, "little") for amount in amounts))
+            newest = version, Spending(*amounts)
     return None if newest is None else newest[1]
 
 
 @contextlib.contextmanager
 def _if_dead(path: Path) -> Iterator[bool]:
-    """Whether the process that had the lease is gone: then nobody else takes it while the block lasts."""
+    """Whether the lease's process is dead; if so, holds its lock while the block lasts."""
     try:
         descriptor = os.open(path, os.O_RDWR)
     except FileNotFoundError:

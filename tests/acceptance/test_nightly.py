@@ -52,9 +52,9 @@ class Place(NamedTuple):
         return text.replace("/srv/batch", str(self.folder))
 
     @property
-    def told(self) -> list[str]:
-        """What `tell` was called with."""
-        file = self.folder / "told"
+    def alerts(self) -> list[str]:
+        """What `alert` was called with."""
+        file = self.folder / "alerts"
         return file.read_text().splitlines() if file.exists() else []
 
     def runs(self) -> list[str]:
@@ -81,7 +81,7 @@ def place(tmp_path: Path) -> Place:
         f'if [ -s "{folder}/failing" ]; then sed -i 1d "{folder}/failing"; exit $(cat "{folder}/code"); fi\n'
         f'exec "{sys.executable}" -c "from batchrun.cli import main; main()" "$@"\n',
     )
-    program(folder / "tell", f'echo "$1" >> "{folder}/told"\ncat > /dev/null\n')
+    program(folder / "alert", f'echo "$1" >> "{folder}/alerts"\ncat > /dev/null\n')
     return Place(folder)
 
 
@@ -92,7 +92,7 @@ def program(path: Path, script: str) -> None:
 
 def test_every_exit_code_has_its_line() -> None:
     listed = [int(code) for codes, *_ in rows("docs/nightly.md", "code", "what it means") for code in codes.split(",")]
-    elsewhere = {ExitCode.SIGPIPE, ExitCode.DRIFT}  # nobody reads a nightly run's stdout; `report` is another command
+    elsewhere = {ExitCode.SIGPIPE, ExitCode.DRIFT}  # of a reader of stdout, and of `report`
     assert sorted(listed) == sorted(set(ExitCode) - elsewhere)
     never = {
         int(code)
@@ -123,26 +123,28 @@ def test_the_cron_line_runs_the_job(place: Place) -> None:
     assert place.sh(command) == 0
     assert len(place.runs()) == 1
     assert place.sh(command) == 0
-    assert place.told == []
+    assert place.alerts == []
 
 
 @pytest.mark.parametrize(
-    ("code", "times", "ends", "told"),
+    ("code", "times", "ends", "alerted"),
     [(5, 2, 0, False), (5, 99, 5, True), (129, 1, 0, False), (6, 1, 6, False), (143, 1, 143, False)]
     + [(code, 1, code, True) for code in sorted(DETERMINATE)],
 )
-def test_the_script_retries_and_alerts_by_exit_code(place: Place, code: int, times: int, ends: int, told: bool) -> None:
+def test_the_script_retries_and_alerts_by_exit_code(
+    place: Place, code: int, times: int, ends: int, alerted: bool
+) -> None:
     place.let_fail(code, times)
     assert place.sh(night(place)) == ends
-    assert place.told == ([f"tickets.toml ended with exit code {ends}"] if told else [])
+    assert place.alerts == ([f"tickets.toml ended with exit code {ends}"] if alerted else [])
     left = (place.folder / "failing").read_text().count("x")
     assert times - left == (9 if times == 99 else times)
 
 
-def test_a_real_refusal_is_told_at_once(place: Place) -> None:
+def test_a_real_refusal_is_an_alert_at_once(place: Place) -> None:
     (place.folder / "in.jsonl").unlink()
     assert place.sh(night(place)) == 2
-    assert place.told == ["tickets.toml ended with exit code 2"]
+    assert place.alerts == ["tickets.toml ended with exit code 2"]
 
 
 # ── systemd ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -161,7 +163,7 @@ def units(place: Place) -> dict[str, Path]:
 
 def test_systemd_takes_the_units(place: Place) -> None:
     files = units(place)
-    assert list(files) == ["batchrun-tickets.service", "batchrun-tickets.timer", "batchrun-tell@.service"]
+    assert list(files) == ["batchrun-tickets.service", "batchrun-tickets.timer", "batchrun-alert@.service"]
     (place.folder / "key.env").write_text("VTRIX_API_KEY=secret\n")
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd-analyze is not here; the units are read by configparser alone")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from batchrun.errors import CheckpointError
+from batchrun.errors import CheckpointError, DiskError
 from batchrun.store import budget_file
 from batchrun.store.budget_file import BudgetFile, Caps, Drawn, Lease, Period
 
@@ -148,6 +148,18 @@ def test_a_damaged_budget_file_is_named(path: Path) -> None:
         database.execute("PRAGMA user_version = 9")
     with pytest.raises(CheckpointError, match="another version"):
         opened(path, day=1)
+
+
+def test_a_deleted_budget_file_is_noticed(path: Path) -> None:
+    file = opened(path, day=1)
+    lease = file.lease(TODAY)
+    draw(file, lease, "0.1")
+    path.unlink()
+    with pytest.raises(DiskError, match="was deleted or replaced"):
+        draw(file, lease, "0.1")
+    opened(path, day=1)
+    with pytest.raises(DiskError, match="was deleted or replaced"):
+        draw(file, lease, "0.1")
 
 
 def test_a_lease_before_a_power_loss_is_in_doubt(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

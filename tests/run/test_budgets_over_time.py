@@ -141,7 +141,9 @@ def test_a_killed_runs_requests_stay_counted(tmp_path: Path) -> None:
         assert ended.exit_code == 0, ended.stderr
         summary = read_summary(tmp_path / "out")
         spent, doubt = windows(tmp_path / "budget.db")[datetime.now(UTC).date().isoformat()]
-        assert (spent, doubt) == (Decimal(summary["cost_usd"]), Decimal(summary["possibly_billed_usd"]))
+        cost, possibly = Decimal(summary["cost_usd"]), Decimal(summary["possibly_billed_usd"])
+        assert spent <= cost  # an answer that was durable, but not settled in the lease yet, counts by its bound
+        assert cost + possibly <= spent + doubt <= cost + 3 * BOUND
         assert 0 < summary["possibly_billed_count"] <= 3
         assert billed_usd(simulator.ledger()) <= spent + doubt
 

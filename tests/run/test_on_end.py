@@ -16,20 +16,20 @@ from batchrun.simulator import SimulatorConfig, parse_faults
 from tests.cli_process import KEY, KEY_ENV, Ended, batchrun, kill_when, start, write_job, write_rows
 from tests.simulator_process import RunningSimulator, running_simulator
 
-HEAR = """
+RECORD = """
 import json, os, sys
-told = json.load(sys.stdin)
+end = json.load(sys.stdin)
 names = ("BATCHRUN_EXIT_CODE", "BATCHRUN_REASON", "BATCHRUN_OUT", "BATCHRUN_JOB")
-told["environment"] = {name: os.environ.get(name) for name in names}
-told["keys"] = [name for name, value in os.environ.items() if value == sys.argv[2]]
+end["environment"] = {name: os.environ.get(name) for name in names}
+end["keys"] = [name for name, value in os.environ.items() if value == sys.argv[2]]
 print("the command speaks")
 with open(sys.argv[1], "a") as file:
-    file.write(json.dumps(told) + "\\n")
+    file.write(json.dumps(end) + "\\n")
 """
 
 
 class Job(NamedTuple):
-    """A job whose `on_end` writes what it hears into `heard`."""
+    """A job whose `on_end` writes what it gets into `ends`."""
 
     folder: Path
     file: Path
@@ -41,9 +41,9 @@ class Job(NamedTuple):
     def run(self, *arguments: str, key: str = KEY) -> Ended:
         return batchrun("run", self.file, "-o", self.out, *arguments, key=key)
 
-    def heard(self) -> list[dict[str, Any]]:
-        heard = self.folder / "heard"
-        return [json.loads(line) for line in heard.read_text().splitlines()] if heard.exists() else []
+    def ends(self) -> list[dict[str, Any]]:
+        ends = self.folder / "ends"
+        return [json.loads(line) for line in ends.read_text().splitlines()] if ends.exists() else []
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +53,10 @@ def simulator() -> Iterator[RunningSimulator]:
 
 
 def job(folder: Path, url: str, more: str = "", command: list[str] | None = None, rows: int = 4) -> Job:
-    (folder / "hear.py").write_text(HEAR)
+    (folder / "record.py").write_text(RECORD)
     source = write_rows(folder / "in.jsonl", rows)
     file = write_job(folder / "night.toml", url, source, more)
-    command = command or [sys.executable, str(folder / "hear.py"), str(folder / "heard"), KEY]
+    command = command or [sys.executable, str(folder / "record.py"), str(folder / "ends"), KEY]
     file.write_text(f"on_end = {json.dumps(command)}\n{file.read_text()}")
     return Job(folder, file)
 
@@ -68,12 +68,17 @@ def test_on_end_gets_the_summary(simulator: RunningSimulator, tmp_path: Path) ->
         assert ended.exit_code == 0
         assert "the command speaks" in ended.stderr
         assert "the command speaks" not in ended.stdout
-        told = night.heard()[-1]
-        assert len(night.heard()) == number
-        assert (told["complete"], told["state"], told["rows"], told["exit_code"]) == (True, "complete", 4, 0)
+        end = night.ends()[-1]
+        assert len(night.ends()) == number
+        assert (end["complete"], end["state"], end["rows"], end["exit_code"]) == (
+            True,
+            "complete",
+            4,
+            0,
+        )
         environment = {"EXIT_CODE": "0", "REASON": "", "OUT": str(night.out), "JOB": "night"}
-        assert told["environment"] == {f"BATCHRUN_{name}": value for name, value in environment.items()}
-        assert told["keys"] == [KEY_ENV]  # it was in the environment before
+        assert end["environment"] == {f"BATCHRUN_{name}": value for name, value in environment.items()}
+        assert end["keys"] == [KEY_ENV]  # it was in the environment before
     assert '"event":"on_end"' in (night.out / "run.log").read_text()
 
 
@@ -83,7 +88,7 @@ def test_on_end_gets_no_key_from_a_file(simulator: RunningSimulator, tmp_path: P
     (tmp_path / "key").chmod(0o600)
     arguments = ("--set", "endpoint.api_key_env=", "--set", f'endpoint.api_key_file="{tmp_path / "key"}"')
     assert night.run(*arguments, key="another").exit_code == 0
-    assert night.heard()[-1]["keys"] == []
+    assert night.ends()[-1]["keys"] == []
 
 
 def test_on_end_gets_every_exit_code(tmp_path: Path) -> None:
@@ -96,14 +101,14 @@ def test_on_end_gets_every_exit_code(tmp_path: Path) -> None:
         }
         for code, options in arguments.items():
             assert night.run(*options).exit_code == code
-            told = night.heard()[-1]
-            assert (told["exit_code"], told["environment"]["BATCHRUN_EXIT_CODE"]) == (code, str(code))
-            assert told["reason"] == (told["environment"]["BATCHRUN_REASON"] or None)
+            end = night.ends()[-1]
+            assert (end["exit_code"], end["environment"]["BATCHRUN_EXIT_CODE"]) == (code, str(code))
+            assert end["reason"] == (end["environment"]["BATCHRUN_REASON"] or None)
         assert night.run(key="").exit_code == 2  # before a summary is written
-        told = night.heard()[-1]
-        assert sorted(told) == sorted(["job", "state", "exit_code", "reason", "complete", "environment", "keys"])
-        assert (told["complete"], told["exit_code"], told["state"]) == (False, 2, "failed")
-        assert KEY_ENV in told["reason"]
+        end = night.ends()[-1]
+        assert sorted(end) == sorted(["job", "state", "exit_code", "reason", "complete", "environment", "keys"])
+        assert (end["complete"], end["exit_code"], end["state"]) == (False, 2, "failed")
+        assert KEY_ENV in end["reason"]
 
 
 def test_on_end_after_a_signal_and_a_lock(tmp_path: Path) -> None:
@@ -112,13 +117,13 @@ def test_on_end_after_a_signal_and_a_lock(tmp_path: Path) -> None:
         process = start("run", night.file, "-o", night.out)
         kill_when(process, lambda: len(slow.ledger()) >= 2, number=0)
         assert night.run().exit_code == 6
-        assert sorted(night.heard()[-1])[:4] == ["complete", "environment", "exit_code", "job"]
+        assert sorted(night.ends()[-1])[:4] == ["complete", "environment", "exit_code", "job"]
         process.send_signal(signal.SIGTERM)
         process.communicate()
         assert process.returncode == 143
-        told = night.heard()[-1]
-        assert (told["exit_code"], told["environment"]["BATCHRUN_EXIT_CODE"]) == (143, "143")
-        assert told["pending"] > 0
+        end = night.ends()[-1]
+        assert (end["exit_code"], end["environment"]["BATCHRUN_EXIT_CODE"]) == (143, "143")
+        assert end["pending"] > 0
 
 
 @pytest.mark.parametrize(
