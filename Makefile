@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-rest test-all readers strace valgrind chromium guard check lint setup bench bench-limits crash build lock clean
+.PHONY: quickstart test test-rest test-all readers airflow strace valgrind chromium guard check lint setup bench bench-limits crash build lock clean
 
 quickstart: .venv/quickstart
 	@echo
@@ -61,6 +61,15 @@ READERS := datasets==5.2.0 duckdb==2.0.1 pandas==3.1.1 polars==2.1.0 pyarrow
 	@touch $@
 
 readers: .venv/readers/installed
+
+# Airflow runs the DAGs of docs/nightly.md, in an environment of its own: it takes a minute to install.
+.venv/airflow/installed: Makefile .venv/test
+	$(PYTHON) -m venv .venv/airflow
+	.venv/airflow/bin/pip install --quiet --disable-pip-version-check apache-airflow-core==3.3.2
+	@touch $@
+
+airflow: .venv/airflow/installed
+	$(BIN)/python -m pytest tests/acceptance/test_nightly.py -k airflow
 
 chromium:                   # the tests look at the page of a bill in it, and `report --png` draws with it
 	@command -v chromium > /dev/null || command -v google-chrome > /dev/null || \

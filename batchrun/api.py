@@ -6,20 +6,21 @@ import logging
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO, TypedDict, Unpack
 
 import msgspec
 
-from batchrun import engine, preflight, simulated, streams
+from batchrun import engine, on_end, preflight, simulated, streams
 from batchrun.credentials import Credentials
 from batchrun.dispatch.hooks import GRACE_S, Hooks, Host
-from batchrun.errors import ExitCode, JobError, RunStoppedError
+from batchrun.errors import BatchrunError, ExitCode, JobError, RunStoppedError
 from batchrun.job.job import Job
 from batchrun.job.load import checked, load
 from batchrun.limits import deadline as deadlines
 from batchrun.limits.deadline import Deadline
+from batchrun.on_end import End
 from batchrun.policy import failing
 from batchrun.records import Status, Summary
 from batchrun.source import Rows, as_file
@@ -42,6 +43,7 @@ class Options(TypedDict, total=False):
     limit: int | None
     deadline: str | None
     accept_changes: bool
+    accept_canary: bool
     retry_failed: bool | Collection[str]
     skip_invalid: bool
     grace_s: float | None
@@ -99,12 +101,21 @@ def begin(job: Job | str | Path, rows: Rows | None, options: Options, host: Host
     note = options.get("note", _LOG.info)
     deadline = _deadline(options.get("deadline"))
     wanted = _job(job, rows, options)
-    directory = _place(wanted, options, note)
-    environ = options.get("environ", os.environ)
-    preflight.require_settings(wanted, directory)
-    keys = preflight.key(wanted, environ)
-    with simulated.endpoint_of(wanted) as pointed, _stream(wanted, rows, directory) as stream:
-        summary = _invoke(pointed, directory, keys, options, stream, note, deadline, host)
+    directory, date = _place(wanted, options, note)
+    if (dated := wanted.on(date)) is not wanted and (command := options.get("command")) is not None:
+        options["command"] = f"{command} --date {date}"
+    wanted, began_at = dated, datetime.now(UTC)
+    try:
+        environ = options.get("environ", os.environ)
+        preflight.require_settings(wanted, directory)
+        keys = preflight.key(wanted, environ)
+        with simulated.endpoint_of(wanted) as pointed, _stream(wanted, rows, directory) as stream:
+            summary = _invoke(pointed, directory, keys, options, stream, note, deadline, host)
+    except BaseException as error:
+        code = error.exit_code if isinstance(error, BatchrunError) else ExitCode.INTERNAL_ERROR
+        on_end.run(wanted, directory, End(int(code), str(error)), began_at, note)
+        raise
+    on_end.run(wanted, directory, End(summary.exit_code or 0, summary.reason, summary), began_at, note)
     if not summary.complete:
         raise RunIncompleteError(summary)
     return summary
@@ -123,6 +134,7 @@ def _invoke(
     run_options = RunOptions(
         skip_invalid=options.get("skip_invalid", False),
         accept_changes=options.get("accept_changes", False),
+        accept_canary=options.get("accept_canary", False),
         limit=options.get("limit"),
         deadline=deadline,
         retry=_retried(job, options.get("retry_failed", False)),
@@ -167,7 +179,8 @@ def _deadline(text: str | None) -> Deadline | None:
     return None if text is None else deadlines.read(text, datetime.now().astimezone(), time.monotonic())
 
 
-def _place(job: Job, options: Options, note: Callable[[str], None]) -> RunDirectory:
+def _place(job: Job, options: Options, note: Callable[[str], None]) -> tuple[RunDirectory, str]:
+    """The run's directory, and its logical date."""
     now = datetime.now().astimezone()
     path, earlier = rundir.place(
         job.output.path, job.name, date=options.get("date"), now=now, new=options.get("new", False)
@@ -180,7 +193,7 @@ def _place(job: Job, options: Options, note: Callable[[str], None]) -> RunDirect
         )
     if left := rundir.unfinished(job.output.path, job.name, path):
         note(_left_in_words(left))
-    return RunDirectory(path)
+    return RunDirectory(path), rundir.logical_date(options.get("date") or earlier, now)
 
 
 MOST_DATES = 5

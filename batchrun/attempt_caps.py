@@ -49,7 +49,8 @@ class History(msgspec.Struct, frozen=True):
 
     `corrected`: how often the model was sent what was wrong with its answer. `corroborated`: the counted attempts
     during which another row was answered. `refused`: 429s while other rows were answered; `refused_alone`: 429s in a
-    row at the end of the run, while none was. Neither counts against the other caps.
+    row at the end of the run, while none was. `capacity_refusals`: by a service tier that was full. None of these
+    counts against the other caps.
     """
 
     attempts: int = 0
@@ -60,6 +61,7 @@ class History(msgspec.Struct, frozen=True):
     corroborated: int = 0
     refused: int = 0
     refused_alone: int = 0
+    capacity_refusals: int = 0
 
 
 NEW = History()
@@ -93,6 +95,7 @@ def after(history: History, judgement: Judgement, *, corroborated: bool, at_end:
         corroborated=history.corroborated + (corroborated and chargeable),
         refused=history.refused,
         refused_alone=history.refused_alone,
+        capacity_refusals=history.capacity_refusals + judgement.is_capacity,
     )
 
 
@@ -209,4 +212,12 @@ def backoff_s(history: History, floor_s: float | None, retry: Retry, uniform: fl
     if floor_s and history.refused < SHORT_WAITS:
         # the server has said how long; jitter only spreads the rows
         ceiling_s = min(ceiling_s, max(LEAST_JITTER_S, RETRY_AFTER_JITTER * floor_s))
+    return min(floor_s or 0.0, retry.max_wait_s) + uniform * ceiling_s
+
+
+def capacity_wait_s(history: History, floor_s: float | None, retry: Retry, uniform: float) -> float:
+    """Seconds until a row is sent again to a service tier that was full: as `backoff_s`, but up to `retry.max_wait_s`,
+    since rows that wait for capacity slow nothing down and would otherwise be sent each minute for hours.
+    """
+    ceiling_s = min(retry.max_wait_s, retry.backoff_base_s * 2.0 ** min(history.capacity_refusals - 1, 30))
     return min(floor_s or 0.0, retry.max_wait_s) + uniform * ceiling_s

@@ -13,6 +13,7 @@ Every way out leaves a summary.json that says where the run stands.
 
 import asyncio
 import contextlib
+import functools
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -21,12 +22,12 @@ import msgspec
 
 from batchrun import __version__, signals
 from batchrun.credentials import Credentials
-from batchrun.dispatch import live_limits, replay
+from batchrun.dispatch import canary, live_limits, replay
 from batchrun.dispatch.dispatch import Dispatch
 from batchrun.dispatch.hooks import Hooks
 from batchrun.dispatch.run_status import Checking, Running, RunStatus
 from batchrun.dispatch.start_messages import about_cost, start_lines
-from batchrun.dispatch.store import Store
+from batchrun.dispatch.store import CanaryRows, Store
 from batchrun.durable import replace_bytes
 from batchrun.errors import BatchrunError, CheckpointError, ExitCode, InputError, JobError
 from batchrun.job.job import Job
@@ -87,7 +88,10 @@ def _start(
         signals.raised(),  # while the event loop does not listen itself
     ):
         store = _check(job, directory, checkpoint, asked, status, hooks)
-        stop = _dispatch(job, store, credentials, asked, status, hooks, loop_factory)
+        send = functools.partial(_dispatch, job, credentials, asked, status, hooks, loop_factory)
+        if (stop := _canary(job, store, asked, status, hooks, send)) is None:
+            store = _with_all_chunks(store)
+            stop = send(store)
         summary = _stopped(job, store, stop, status, hooks) if stop else _finish(job, store, status)
         return summary, checkpoint.has_reopened
 
@@ -241,7 +245,47 @@ def _store(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint) -> Store
         number=plan.facts.layout,
         limit=plan.rows if plan.rows < plan.facts.rows else None,
     )
-    return Store(directory, checkpoint, plan, Chunks(directory, checkpoint, layout))
+    chunks = Chunks(directory, checkpoint, layout)
+    return Store(directory, checkpoint, plan, chunks, before_usd=checkpoint.spent.most_usd())
+
+
+# ── canary ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _canary(
+    job: Job,
+    store: Store,
+    asked: RunOptions,
+    status: RunStatus,
+    hooks: Hooks,
+    send: Callable[[Store], Stop | None],
+) -> Stop | None:
+    """A few rows are settled, and why the rest is not sent; None where it may be, or the job wants no canary."""
+    known = None if job.canary.rows is None else canary.record_of(job, store)
+    if job.canary.rows is None or (known is None and store.pending <= job.canary.rows):
+        return None
+    if known is None:
+        hooks.note(f"canary: {plural(job.canary.rows, 'row')}, spread over the input, are sent first")
+        known = canary.choose(job, store)
+    if (seen := known.seen) is None:
+        of_canary = msgspec.structs.replace(_with_all_chunks(store), canary=CanaryRows(known.rows))
+        if (stop := send(of_canary)) is not None:
+            return stop
+        seen = canary.look(store.checkpoint, known.rows)
+        status.log.write("canary", **msgspec.to_builtins(seen))
+    known = msgspec.structs.replace(known, seen=seen, accepted=known.accepted or asked.accept_canary)
+    canary.keep(store.checkpoint, known)
+    problems = list(canary.judge(seen, job.canary))
+    if problems and not known.accepted:
+        return canary.stop(seen, problems, store)
+    if store.pending:
+        hooks.note(f"canary {'accepted' if problems else 'passed'}: {canary.in_words(seen)}; the rest is sent")
+    return None
+
+
+def _with_all_chunks(store: Store) -> Store:
+    """The store, with none of its chunks opened in this process yet."""
+    return msgspec.structs.replace(store, chunks=_store(store.plan, store.directory, store.checkpoint).chunks)
 
 
 # ── dispatch ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -249,14 +293,14 @@ def _store(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint) -> Store
 
 def _dispatch(
     job: Job,
-    store: Store,
     credentials: Credentials,
     asked: RunOptions,
     status: RunStatus,
     hooks: Hooks,
     loop_factory: LoopFactory | None,
+    store: Store,
 ) -> Stop | None:
-    """Every pending row is settled, or why not."""
+    """Every pending row is settled, or why not. In a canary, every row of it."""
     if not store.pending:
         return None
     rows = Dispatch(job, store, credentials, status, hooks, asked.deadline)

@@ -83,6 +83,13 @@ QUOTA = "quota"
 
 RATE_KINDS = frozenset({"rate_limit", QUOTA})
 
+CAPACITY = "capacity"
+"""The `error.kind` of a refusal by a service tier that has no capacity left: not billed, and no limit of ours."""
+
+CAPACITY_STATUSES = frozenset({429, 498, 503})
+"""OpenAI refuses requests of the tier `flex` with a 429 (developers.openai.com/api/docs/guides/flex-processing), Groq
+with a 498 (console.groq.com/docs/flex-processing)."""
+
 
 class Rule(NamedTuple):
     """Where all `subjects` are spoken of, and no rule above it fits, this is what the status means."""
@@ -152,21 +159,29 @@ class Judgement(msgspec.Struct, frozen=True):
         return self.verdict in (Verdict.FREE, Verdict.MAYBE, Verdict.SLOW)
 
     @property
+    def is_capacity(self) -> bool:
+        """Whether the request's service tier had no capacity for it."""
+        return self.error is not None and self.error.kind == CAPACITY
+
+    @property
     def is_refusal(self) -> bool:
         """Whether it is a 429 that time lifts."""
-        return self.verdict is Verdict.SLOW and self.http_status == 429
+        return self.verdict is Verdict.SLOW and self.http_status == 429 and not self.is_capacity
 
     @property
     def is_chargeable(self) -> bool:
         """Whether it can count against its row: what is retried, but for the wait that a 429 asks for."""
-        return self.is_retried and not self.is_refusal
+        return self.is_retried and not self.is_refusal and not self.is_capacity
 
 
 _ANSWERED = Judgement(Verdict.OK)
 
 
-def judge(attempt: Attempt, answer: Answer, retry: Retry) -> Judgement:
-    """The verdict on one attempt, with what the `error` column and the gate need of it."""
+def judge(attempt: Attempt, answer: Answer, retry: Retry, *, tier_may_be_full: bool = False) -> Judgement:
+    """The verdict on one attempt, with what the `error` column and the gate need of it.
+
+    `tier_may_be_full`: the request names a service tier that refuses requests while it has no capacity.
+    """
     if attempt.error is not None and not (attempt.streamed and answer.completion):  # a stream says itself when it ends
         error = RowError(attempt.error.kind, attempt.http_status, None, str(attempt.error)[:MAX_MESSAGE_CHARS])
         verdict = FAULT_VERDICTS[attempt.error.kind]
@@ -180,7 +195,20 @@ def judge(attempt: Attempt, answer: Answer, retry: Retry) -> Judgement:
             error = RowError("unreadable", status, None, _why_unreadable(attempt))
             return Judgement(Verdict.MAYBE, error, in_doubt=True)
         status = _embedded_status(answer)
+    if tier_may_be_full and (refusal := _by_capacity(status, attempt, answer)) is not None:
+        return refusal
     return _judge_status(status, attempt, answer, retry)
+
+
+def _by_capacity(status: int, attempt: Attempt, answer: Answer) -> Judgement | None:
+    """The refusal of a service tier that is full; None where this is another error."""
+    words = _words(status, attempt, answer)
+    if status not in CAPACITY_STATUSES or not speaks_of(Subject.CAPACITY, words) or speaks_of(Subject.PACE, words):
+        return None
+    wait_s = retry_after_s(attempt.headers, attempt.started_at + attempt.latency_s)
+    message = answer.error_message or f"HTTP {status}: {_excerpt(attempt.body)}"
+    error = RowError(CAPACITY, attempt.http_status, answer.error_code, message[:MAX_MESSAGE_CHARS])
+    return Judgement(Verdict.SLOW, error, retry_after_s=wait_s)
 
 
 def _judge_status(status: int, attempt: Attempt, answer: Answer, retry: Retry) -> Judgement:

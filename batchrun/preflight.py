@@ -5,6 +5,7 @@ Requirements on the input are in `startup.preconditions`.
 
 from collections.abc import Callable, Mapping
 from datetime import datetime
+from pathlib import Path
 
 from batchrun import credentials, open_files, simulated
 from batchrun.credentials import Credentials
@@ -34,11 +35,19 @@ def _output_directory(job: Job, directory: RunDirectory) -> None:
     directory.require_possible()
 
 
+def _budget_file(job: Job, directory: RunDirectory) -> None:
+    if job.budget.per_day_usd is not None or job.budget.per_month_usd is not None:
+        from batchrun.store.budget_file import require_possible  # only for a job that has such a budget
+
+        require_possible(Path(job.budget.state))
+
+
 REQUIREMENTS: tuple[Callable[[Job, RunDirectory], None], ...] = (
     _open_files_limit,
     _simulator_settings,
     _ca_file,
     _output_directory,
+    _budget_file,
 )
 """Each raises a BatchrunError whose message is shown to the user. None writes anything."""
 
@@ -53,14 +62,15 @@ def require_settings(job: Job, directory: RunDirectory) -> None:
         requirement(job, directory)
 
 
-def place(job: Job) -> RunDirectory:
-    """The directory in which a run of this job would start or resume now.
+def place(job: Job, date: str | None = None) -> tuple[RunDirectory, Job]:
+    """The directory in which a run of this job would start or resume now, and the job with its input of that date.
 
     Raises:
-        JobError: output.path has an unknown placeholder.
+        JobError: output.path has an unknown placeholder, or `date` is invalid.
     """
-    path, _ = rundir.place(job.output.path, job.name, date=None, now=datetime.now().astimezone(), new=False)
-    return RunDirectory(path)
+    now = datetime.now().astimezone()
+    path, earlier = rundir.place(job.output.path, job.name, date=date, now=now, new=False)
+    return RunDirectory(path), job.on(rundir.logical_date(date or earlier, now))
 
 
 def key(job: Job, environ: Mapping[str, str]) -> Credentials:

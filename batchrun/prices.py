@@ -4,12 +4,12 @@ Money is exact: `Decimal`, per attempt, then added, because tiers apply per requ
 """
 
 import re
-from collections.abc import Mapping
 from decimal import Decimal
 
 import msgspec
 
 from batchrun.job.job import Price as Override
+from batchrun.job.job import TierPrice
 from batchrun.records import Usage
 
 PER_TOKEN = Decimal(1_000_000)
@@ -64,7 +64,8 @@ class PriceTable(msgspec.Struct, frozen=True):
 
     `vendor` is whose price it is; None: the job states it. `upstream` names the model of the vendor's list whose price
     stands in where the endpoint is not the vendor's own. `services` are the prices of service tiers by name, `hours`
-    those by the clock, of which the last that holds counts. The job's own price is for every tier. `regional`: the
+    those by the clock, of which the last that holds counts. The job's own price is for every tier but those that it has
+    another price for (`every_tier`). `regional`: the
     endpoint is one of the vendor's regions, which may have a price of its own.
     """
 
@@ -133,14 +134,14 @@ def _surcharge(tier: Tier, usage: Usage, uncached: int) -> Decimal:
 
 
 def upper_bound(
-    max_prompt_tokens: int, max_output_tokens: int, table: PriceTable | None, asked_tier: str | None = None
+    max_prompt_tokens: int, max_output_tokens: int, table: PriceTable | None, *asked_tiers: str | None
 ) -> Decimal | None:
-    """The most one attempt can cost, USD: the dearest hour, and the dearest service tier that `asked_tier` allows.
+    """The most one attempt can cost, USD: the dearest hour, and the dearest service tier that `asked_tiers` allow.
 
     A request that names no tier, or `auto`, gets the one that the account is set to, which is unknown here.
     None where the price is unknown.
     """
-    return None if table is None else dearest(table, asked_tier).bound(max_prompt_tokens, max_output_tokens)
+    return None if table is None else dearest(table, *asked_tiers).bound(max_prompt_tokens, max_output_tokens)
 
 
 class Dearest(msgspec.Struct, frozen=True):
@@ -156,9 +157,9 @@ class Dearest(msgspec.Struct, frozen=True):
         return (micro / PER_TOKEN + self.per_request).quantize(PICO)
 
 
-def dearest(table: PriceTable, asked_tier: str | None = None) -> Dearest:
-    """The dearest hour and service tier that `asked_tier` allows."""
-    every = [tier for tiers in _allowed(table, asked_tier) for tier in tiers]
+def dearest(table: PriceTable, *asked_tiers: str | None) -> Dearest:
+    """The dearest hour and service tier that any of `asked_tiers` allows; none of them: that None allows."""
+    every = [tier for asked in asked_tiers or (None,) for tiers in _allowed(table, asked) for tier in tiers]
     return Dearest(max(tier.dearest_input() for tier in every), max(tier.output for tier in every), table.per_request)
 
 
@@ -170,10 +171,10 @@ def asked_tier(table: PriceTable | None, body: bytes) -> str | None:
     return found[0].strip(b'"').decode("utf-8", "replace") if len(found) == 1 else None
 
 
-def tier_of_job(extra: Mapping[str, object]) -> str | None:
-    """The service tier that a job's own fields of the body ask for; rows of a batch file may differ."""
-    tier = extra.get("service_tier")
-    return tier if isinstance(tier, str) else None
+def named_tier(body: bytes) -> str | None:
+    """The service tier that an encoded body names first; None: it names none."""
+    found = _TIER_ASKED_FOR.search(body)
+    return None if found is None else found[1].strip(b'"').decode("utf-8", "replace")
 
 
 def stated(model: str, own: Override, today: str) -> PriceTable:
@@ -181,8 +182,24 @@ def stated(model: str, own: Override, today: str) -> PriceTable:
     cached = own.input if own.cached_input is None else own.cached_input
     tier = Tier(0, own.input, cached, own.output, own.cache_write)
     return PriceTable(
-        model, (tier,), "pricing table of the job", today, per_request=own.per_request or Decimal(0), every_tier=True
+        model,
+        (tier,),
+        "pricing table of the job",
+        today,
+        services={name: (_of_tier(each),) for name, each in own.tiers.items()},
+        per_request=own.per_request or Decimal(0),
+        every_tier=True,
     )
+
+
+def _of_tier(own: TierPrice) -> Tier:
+    cached = own.input if own.cached_input is None else own.cached_input
+    return Tier(0, own.input, cached, own.output, own.cache_write)
+
+
+def plain_tier(table: PriceTable, service_tier: str | None) -> Tier:
+    """The price of a short prompt in that service tier; the ordinary one where the tier has none of its own."""
+    return table.services.get(service_tier or "", table.tiers)[0]
 
 
 def lacks_tier(table: PriceTable, service_tier: str | None) -> bool:
@@ -192,10 +209,10 @@ def lacks_tier(table: PriceTable, service_tier: str | None) -> bool:
 
 def _tiers_for(table: PriceTable, service_tier: str | None, at_s: float) -> Tiers | None:
     """The prices that hold for the tier that the answer names, at that time; None: the tier's price is not known."""
-    if service_tier is not None and not table.every_tier:
+    if service_tier is not None:
         if (tiers := table.services.get(service_tier)) is not None:
             return tiers
-        if service_tier not in ORDINARY:
+        if service_tier not in ORDINARY and not table.every_tier:
             return None
     if table.hours:
         for hours in reversed(table.hours):

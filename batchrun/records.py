@@ -257,6 +257,7 @@ class Discarded(msgspec.Struct, frozen=True, gc=False):
     offline: OfflineCount | None = None
     reported_cost_usd: Decimal | None = None
     said: str | None = None
+    service_tier: str = ""
 
     @property
     def set_aside(self) -> SetAside | None:
@@ -311,6 +312,8 @@ class Completion(msgspec.Struct, frozen=True, gc=False, array_like=True):
     answer_cost_usd: Decimal | None = None
     restored: Restored | None = None
     set_aside: tuple[SetAside, ...] = ()
+    service_tier: str = ""
+    """The tier that the row's answer names; "": none."""
 
 
 Ending = Completion | Discarded
@@ -334,7 +337,8 @@ class PossiblyBilled(msgspec.Struct, frozen=True):
 
 class TotalsLine(msgspec.Struct, frozen=True):
     """What one invocation spent on one model with one outcome on one UTC day (`2026-11-28`; "": unknown). `status` is a
-    row status, `discarded`: attempts whose answers are not in the output, or `lost`.
+    row status, `discarded`: attempts whose answers are not in the output, or `lost`. `service_tier` is the one that the
+    answers name; "": none.
 
     `unpriced` counts attempts whose price is unknown, `without_usage` answers that brought no usage;
     neither adds to `cost_usd`. `offline_*` are about the tokens of the latter, by a count of our own: no other figure
@@ -345,6 +349,7 @@ class TotalsLine(msgspec.Struct, frozen=True):
     model: str
     status: str
     day: str = ""
+    service_tier: str = ""
     rows: int = 0
     attempts: int = 0
     prompt_tokens: int = 0
@@ -363,11 +368,11 @@ class TotalsLine(msgspec.Struct, frozen=True):
     @property
     def key(self) -> "LineKey":
         """What distinguishes the line from the run's other lines."""
-        return self.invocation, self.model, self.status, self.day
+        return self.invocation, self.model, self.status, self.day, self.service_tier
 
 
-LineKey = tuple[int, str, str, str]
-"""Invocation, model, status, day."""
+LineKey = tuple[int, str, str, str, str]
+"""Invocation, model, status, day, service tier."""
 
 
 class Estimate(msgspec.Struct, frozen=True):
@@ -409,6 +414,35 @@ class EndpointTotals(msgspec.Struct, frozen=True):
     requests: int
     answered: int
     set_aside: str | None = None
+
+
+class BudgetUse(msgspec.Struct, frozen=True):
+    """What is used of a cap over time: `spent_usd`, and `in_doubt_usd` that may have been billed.
+
+    `setting` is the cap's name in `[budget]`; `period` is the day, the month, or `start`; `opens_at` is when it begins
+    anew, None: with the next start.
+    """
+
+    budget: str
+    setting: str
+    period: str
+    cap_usd: Decimal
+    spent_usd: Decimal
+    in_doubt_usd: Decimal
+    opens_at: datetime | None
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What tells it from the run's other caps and periods."""
+        return self.setting, self.period
+
+    @property
+    def is_nearly_used(self) -> bool:
+        """True from 80 % on."""
+        return self.spent_usd + self.in_doubt_usd >= NEARLY * self.cap_usd
+
+
+NEARLY = Decimal("0.8")
 
 
 class Tuned(msgspec.Struct, frozen=True):
@@ -481,3 +515,4 @@ class Summary(msgspec.Struct, frozen=True):
     retrying: Retrying | None = None
     tags: dict[str, str] = {}
     endpoints: list[EndpointTotals] = []
+    budgets: list[BudgetUse] = []

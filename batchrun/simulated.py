@@ -70,6 +70,8 @@ def config_of(job: Job) -> "SimulatorConfig":
         requests_per_minute=None if settings.requests_per_minute is None else int(settings.requests_per_minute),
         tokens_per_minute=None if settings.tokens_per_minute is None else int(settings.tokens_per_minute),
         faults=faults,
+        flex_latency_s=settings.flex_latency_s,
+        cache_life_s=settings.cache_life_s,
         seed=settings.seed,
         draw_by_request_id=True,  # a row's attempts continue across starts, each with a new simulator
         ledger=settings.ledger,

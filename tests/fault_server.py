@@ -1,7 +1,10 @@
 """A raw TCP server on loopback whose script says, exchange by exchange, what goes wrong. It counts what it was sent."""
 
 import asyncio
+import base64
 import contextlib
+import json
+import re
 import socket
 import ssl
 import struct
@@ -10,6 +13,7 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import quote
 
 FINE = b'{"choices":[{"message":{"content":"Fine."},"finish_reason":"stop"}]}'
 
@@ -52,6 +56,16 @@ def sends(raw: bytes, *, then: Callable[[Exchange], Awaitable[None]] | None = No
             await then(exchange)
 
     return script
+
+
+async def echo_key(exchange: Exchange) -> None:
+    """Answers 422 with the key as it came, URL-encoded and in base64, as careless gateways do."""
+    authorization = re.search(rb"(?i)^authorization: (.*)\r$", exchange.head, re.MULTILINE)
+    assert authorization is not None
+    key = authorization[1].removeprefix(b"Bearer ")
+    forms = [authorization[1].decode(), quote(key, safe=""), base64.b64encode(key).decode()]
+    error = {"error": {"message": f"Incorrect API key provided: {' '.join(forms)}", "code": "invalid_api_key"}}
+    await exchange.send(answer(json.dumps(error).encode(), status="422 Unprocessable Entity"))
 
 
 @dataclass

@@ -65,7 +65,7 @@ def write_result(
     totals: dict[Any, TotalsLine] = {}
     for line, each in zip(lines(table), rows, strict=True):
         before = totals.get(line.key, TotalsLine(*line.key))
-        changes = {name: getattr(before, name) + getattr(line, name) for name in TotalsLine.__struct_fields__[4:]}
+        changes = {name: getattr(before, name) + getattr(line, name) for name in TotalsLine.__struct_fields__[5:]}
         changes["attempts"] += each["attempts"] - 1
         totals[line.key] = msgspec.structs.replace(before, **changes)
     told = {

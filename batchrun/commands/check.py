@@ -5,27 +5,31 @@ from pathlib import Path
 
 import click
 
-from batchrun.commands.options import INPUT, JOB, SET, SKIP
+from batchrun.commands.options import DATE, INPUT, JOB, SET, SKIP
 from batchrun.commands.results import say
-from batchrun.terminal import harmless
+from batchrun.terminal import harmless, note
 
 
 @click.command()
 @JOB
 @INPUT
+@DATE
 @SKIP
 @SET
-def check(job: Path, input_path: str | None, skip_invalid: bool, overrides: tuple[str, ...]) -> None:
+def check(job: Path, input_path: str | None, date: str | None, skip_invalid: bool, overrides: tuple[str, ...]) -> None:
     """Check everything that a run would refuse: the job, every input record and its request. Sends nothing."""
     from batchrun import preflight
     from batchrun.commands.job_input import read_input, read_job, require_budget
     from batchrun.report.wording import plural
-    from batchrun.startup import input_pass
+    from batchrun.request.shared_prefix import SharedTextSurvey
+    from batchrun.startup import cache_check, input_pass
 
     loaded = read_job(job, input_path, overrides=overrides)
-    preflight.require_settings(loaded, preflight.place(loaded))
-    source, found = read_input(loaded, skip_invalid=skip_invalid)
-    require_budget(loaded, found)
+    directory, loaded = preflight.place(loaded, date)
+    preflight.require_settings(loaded, directory)
+    measured = SharedTextSurvey()
+    source, found = read_input(loaded, skip_invalid=skip_invalid, accepted=measured.add)
+    tables = require_budget(loaded, found)
     where = plural(len(source.files), "file")
     if found.rows:
         models = ", ".join(f"{model} ({rows:,})" for model, rows in found.models.items())
@@ -35,19 +39,27 @@ def check(job: Path, input_path: str | None, skip_invalid: bool, overrides: tupl
         say(f"0 rows in {where}: there is nothing to send")
     if (columns := input_pass.columns_in_words(source, found)) is not None:
         say(harmless(columns))
+    for line in cache_check.in_words(measured.result(), loaded, tables):
+        (note if line.startswith("warning: ") else say)(harmless(line))
     preflight.key(loaded, os.environ)
 
 
 @click.command()
 @JOB
 @INPUT
+@DATE
 @click.option(
     *("-o", "--output", "out"), type=click.Path(path_type=Path), help="A run directory: estimate the rest of that run."
 )
 @SKIP
 @SET
 def estimate(
-    job: Path, input_path: str | None, out: Path | None, skip_invalid: bool, overrides: tuple[str, ...]
+    job: Path,
+    input_path: str | None,
+    date: str | None,
+    out: Path | None,
+    skip_invalid: bool,
+    overrides: tuple[str, ...],
 ) -> None:
     """Tokens, cost and time of a job, or of the rest of a run. Sends nothing."""
     from datetime import datetime
@@ -60,9 +72,9 @@ def estimate(
     from batchrun.startup.preview import look
     from batchrun.store.rundir import RunDirectory
 
-    loaded = read_job(job, input_path, overrides=overrides)
+    directory, loaded = preflight.place(read_job(job, input_path, overrides=overrides), date)
     found = None if out is None else look(loaded, RunDirectory(out))
-    preflight.require_settings(loaded, preflight.place(loaded) if out is None else RunDirectory(out))
+    preflight.require_settings(loaded, directory if out is None else RunDirectory(out))
     _, surveyed = read_input(loaded, skip_invalid=skip_invalid)
     tables = require_budget(loaded, surveyed)
     if found is not None:

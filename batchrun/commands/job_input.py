@@ -3,7 +3,7 @@
 import json
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
@@ -17,6 +17,7 @@ from batchrun.terminal import Progress, note
 
 if TYPE_CHECKING:
     from batchrun.prices import PriceTable
+    from batchrun.records import Request
     from batchrun.source import Source
     from batchrun.startup.input_check import Survey
 
@@ -39,8 +40,10 @@ def _toml(value: str | int | Decimal) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # a path may hold a newline
 
 
-def read_input(job: Job, *, skip_invalid: bool) -> "tuple[Source, Survey]":
-    """The input, with every record checked. Nothing is kept on disk.
+def read_input(
+    job: Job, *, skip_invalid: bool, accepted: "Callable[[Request], None]" = lambda request: None
+) -> "tuple[Source, Survey]":
+    """The input, with every record checked. Nothing is kept on disk. `accepted` gets each request.
 
     Raises:
         InputError: a run could not start with it.
@@ -58,7 +61,7 @@ def read_input(job: Job, *, skip_invalid: bool) -> "tuple[Source, Survey]":
         try:
             source = open_source(files, job.input.max_line_bytes)
             preconditions.require_columns(job, source)
-            found = survey(source, job, Path(scratch), progress=progress.checked)
+            found = survey(source, job, Path(scratch), progress=progress.checked, accepted=accepted)
         except InputError as error:
             raise InputError(_about_stdin(str(error), job, files[0])) from error
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from batchrun.commands.options import INPUT, JOB, SET, SKIP, amount
+from batchrun.commands.options import DATE, INPUT, JOB, SET, SKIP, amount
 from batchrun.commands.results import say
 from batchrun.terminal import Progress, harmless, note
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @JOB
 @INPUT
 @click.option("-o", "--output", "output_path", metavar="DIR", help="Run directory instead of output.path.")
-@click.option("--date", metavar="YYYY-MM-DD", help="The logical date for {date}; default: the first start's.")
+@DATE
 @click.option("--new", is_flag=True, help="Start another run instead of resuming the last.")
 @click.option(
     *("--max-cost", "max_cost_usd"),
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 @click.option("--deadline", metavar="WHEN", help="Stop by then: 6h, 90m, 06:00 (the next), 2026-11-26T06:00.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N rows; omit it to run the rest.")
 @click.option("--accept-changes", is_flag=True, help="Resume with a changed input or job: send rows without an answer.")
+@click.option("--accept-canary", is_flag=True, help="Send the rest, whatever the canary shows.")
 @click.option("--retry-failed", is_flag=True, help="Retry failed rows of a complete run; --set may vary request.*.")
 @click.option("--status", "statuses", metavar="LIST", help="With --retry-failed: which, e.g. truncated,error.")
 @SKIP

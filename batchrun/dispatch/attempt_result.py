@@ -9,7 +9,7 @@ from batchrun import prices
 from batchrun.attempt_caps import History
 from batchrun.dispatch.backlog import Pending
 from batchrun.job.answer_schema import KINDS
-from batchrun.policy import Judgement, Settlement
+from batchrun.policy import CAPACITY, Judgement, Settlement
 from batchrun.prices import PriceTable
 from batchrun.records import (
     Answer,
@@ -77,10 +77,11 @@ class AttemptResult(msgspec.Struct, frozen=True):
     def completion(self, status: Status, invocation: int) -> Completion:
         """The row's final record."""
         pending, attempt, error = self.pending, self.attempt, self.error
-        cost_usd, restored = self.cost_usd, None
+        cost_usd, service_tier, restored = self.cost_usd, self.answer.service_tier, None
         if self.settlement is None and (invalid := pending.invalid) is not None:
             # a correction failed: the invalid answer before it is better than none
             attempt, error, status, cost_usd = invalid.attempt, invalid.error, Status.INVALID, invalid.cost_usd
+            service_tier = invalid.service_tier
             restored = Restored(invalid.usage, invalid.cost_usd, self._ended_at)
         return Completion(
             row=pending.request.row,
@@ -109,6 +110,7 @@ class AttemptResult(msgspec.Struct, frozen=True):
             invocation=invocation,
             answer_cost_usd=cost_usd,
             restored=restored,
+            service_tier=service_tier or "",
             set_aside=pending.set_aside if restored is None else _without_last_invalid(pending.set_aside),
         )
 
@@ -136,6 +138,7 @@ class AttemptResult(msgspec.Struct, frozen=True):
             offline=self._offline(),
             reported_cost_usd=self.reported_cost_usd,
             said=self.answer_text if self.judgement.verdict is Verdict.OK else None,
+            service_tier=self.answer.service_tier or "",
         )
 
     @property
@@ -168,6 +171,7 @@ def history_of(earlier: Sequence[Discarded], last_sent: int) -> History:
         maybe_billed=sum(attempt.verdict is Verdict.MAYBE for attempt in counted),
         corroborated=len(counted),
         corrected=sum(attempt.verdict is Verdict.OK and attempt.error_kind in KINDS for attempt in earlier),
+        capacity_refusals=sum(attempt.error_kind == CAPACITY for attempt in earlier),
     )
 
 

@@ -43,12 +43,13 @@ MAX_WAITING = 4096
 
 
 class Invalid(msgspec.Struct, frozen=True):
-    """An invalid answer with its error, usage and cost."""
+    """An invalid answer with its error, usage, cost and service tier."""
 
     attempt: Attempt
     error: RowError
     usage: Usage | None
     cost_usd: Decimal | None
+    service_tier: str | None = None
 
 
 class Pending(msgspec.Struct, frozen=True):

@@ -19,10 +19,11 @@ from batchrun.dispatch.requests import Requests
 from batchrun.dispatch.result_queue import RowsOf
 from batchrun.dispatch.run_status import Running, RunStatus
 from batchrun.dispatch.runlog import RunLog
+from batchrun.dispatch.shared_budget import SharedBudget, name_of
 from batchrun.dispatch.store import OpenRun, Store
 from batchrun.dispatch.worker import Workers
 from batchrun.errors import ExitCode
-from batchrun.job.job import Budget, Job, Limits
+from batchrun.job.job import Job, Limits
 from batchrun.limits.admission import Found, Limit, Phase, Stop
 from batchrun.limits.budget import BudgetAccount, Cap
 from batchrun.limits.circuit import Circuit
@@ -36,7 +37,6 @@ from batchrun.report.wording import plural
 from batchrun.request.image_digests import ImageDigests
 from batchrun.store import in_flight
 from batchrun.store.in_flight import InFlightFile
-from batchrun.store.totals import Totals
 from batchrun.transport import transport as wires
 from batchrun.transport.connector import MAX_TAILS
 
@@ -68,10 +68,18 @@ class Dispatch:
         Raises:
             BatchrunError: the run had to end; what was received is durable as far as the disk accepted it.
         """
+        over_time = await asyncio.to_thread(SharedBudget.open, self._job, self._store.directory.path)
+        try:
+            return await self._send_all(over_time)
+        finally:
+            if over_time is not None:
+                await over_time.close()
+
+    async def _send_all(self, over_time: SharedBudget | None) -> Stop | None:
         job, store, loop = self._job, self._store, asyncio.get_running_loop()
         learned = LearnedLimits(store.checkpoint, job.limits, loop.time(), store.plan.facts.variant)
         in_flight_each, spare = self._connections()
-        gate = self._open_gate(loop, learned, in_flight_each)
+        gate = self._open_gate(loop, learned, in_flight_each, over_time)
         with (
             contextlib.closing(InFlightFile(store.directory.inflight, gate.slots)) as slots,
             contextlib.closing(ImageDigests(store.directory.images_of(store.plan.facts.layout))) as checked,
@@ -82,6 +90,8 @@ class Dispatch:
             async with contextlib.AsyncExitStack() as opened:
                 endpoints = Endpoints(await self._connect(opened, spare), gate, self._status.log, self._hooks.note)
                 workers = Workers(job, requests, gate, endpoints, open_run, learned)
+                if over_time is not None:
+                    over_time.listen(gate.wake, workers.fail)
                 self._status.reached(Running(store.checkpoint, store.plan, workers, self._deadline))
                 heartbeat = Heartbeat(store.directory, self._status, workers, self._deadline, self._hooks)
                 shutdown = await self._work(workers, heartbeat, open_run)
@@ -163,9 +173,15 @@ class Dispatch:
             connected.append(Connected(label, await opened.enter_async_context(transport), credentials))
         return connected
 
-    def _open_gate(self, loop: asyncio.AbstractEventLoop, learned: LearnedLimits, in_flight: list[int]) -> AnyGate:
+    def _open_gate(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        learned: LearnedLimits,
+        in_flight: list[int],
+        over_time: SharedBudget | None,
+    ) -> AnyGate:
         job, known = self._job, learned.known
-        budget = _budget_account(job.budget, self._store.checkpoint.spent)
+        budget = _budget_account(job, self._store, over_time)
         if not job.more_endpoints:
             circuit = self._circuit(job.limits, in_flight[0], known.in_flight or 0)
             return Gate(
@@ -261,15 +277,18 @@ class Shutdown:
         return msgspec.structs.replace(stop, why=f"{self._by}: stopped at once; {abandoned} in flight abandoned")
 
 
-def _budget_account(budget: Budget, totals: Totals) -> BudgetAccount | None:
-    """The budget's caps, less what the run has spent so far; None without a budget."""
-    if budget == Budget():
-        return None
+def _budget_account(job: Job, store: Store, over_time: SharedBudget | None) -> BudgetAccount:
+    """The budget's caps, less what the run has spent so far."""
+    budget, totals = job.budget, store.checkpoint.spent
     cost, tokens, requests = budget.max_cost_usd, budget.max_tokens, budget.max_requests
+    per_start = budget.per_start_usd
     return BudgetAccount(
         cost_usd=None if cost is None else Cap(cost, totals.most_usd()),
         tokens=None if tokens is None else Cap(tokens, totals.tokens()),
         requests=None if requests is None else Cap(requests, totals.requests()),
+        start_usd=None if per_start is None else Cap(per_start, totals.most_usd() - store.before_usd),
+        over_time=over_time,
+        name=name_of(job),
     )
 
 

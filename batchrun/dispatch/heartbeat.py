@@ -73,7 +73,10 @@ class Heartbeat:
             summary = self._status.summary()
             self._hooks.progress(summary)
             self.report_changes()
+            if (over_time := self._gate.purse.over_time) is not None:
+                over_time.tidy()
             self._warn(summary)
+            self._choose_tier()
             if beats % SWEEP_EVERY == 0 and self._clock() - slept_at_s < ASLEEP_S:
                 self._workers.endpoints.expire()
             if not self._directory.checkpoint.exists():  # SQLite would keep writing to the deleted file
@@ -82,6 +85,15 @@ class Heartbeat:
                 await asyncio.to_thread(self._status.write, summary)
             if self._workers.learned.is_due(self._gate, self._clock()):
                 await asyncio.to_thread(self._workers.learned.save, self._gate)
+
+    def _choose_tier(self) -> None:
+        """Rows go to `tiers.fallback` while the deadline would be missed otherwise."""
+        deadline, forecast = self._deadline, self._status.forecast
+        if deadline is None or forecast is None:
+            return
+        left_s = deadline.last_send_s(self._workers.slow_s) - self._clock()
+        if (tier := self._workers.serving.choose_tier(forecast.done_in_s, left_s)) is not None:
+            self._status.log.write("service tier", service_tier=tier, done_in_s=forecast.done_in_s, left_s=left_s)
 
     def report_changes(self) -> None:
         """Logs what has changed since the last beat, and prints the warnings."""

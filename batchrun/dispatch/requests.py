@@ -31,6 +31,7 @@ class Requests:
         self._plan = plan
         self._estimates = estimates
         self._max_wait_s = job.retry.max_wait_s
+        self._service_tiers = job.service_tiers
         self._checked = checked
         self._images = Images(job.input)
         self._builders = [RequestBuilder(variants.as_job(job, way), plan.facts.dialect) for way in plan.variants]
@@ -110,7 +111,8 @@ class Requests:
             return None
         key = request.model, prices.asked_tier(table, request.body)
         if (dearest := self._dearest.get(key)) is None:
-            dearest = self._dearest[key] = prices.dearest(table, key[1])
+            asked_tiers = self._service_tiers if key[1] is None else (key[1],)
+            dearest = self._dearest[key] = prices.dearest(table, *asked_tiers)
         return dearest
 
 

@@ -21,7 +21,7 @@ from batchrun.limits.forecast import Forecast, Recent, Sample
 from batchrun.limits.gates import Gates
 from batchrun.records import EndpointTotals, Retrying, Summary, Tuned
 from batchrun.report.limit_lines import limiting_factor, waiting_to_retry
-from batchrun.report.notices import unknown_reason, unpriced_tier
+from batchrun.report.notices import nearly_used, unknown_reason, unpriced_tier
 from batchrun.report.summary import Moment, read, starting, summarise
 from batchrun.startup.resume import Plan
 from batchrun.store.checkpoint import Checkpoint
@@ -71,6 +71,7 @@ class RunStatus:
         self._tuned: Tuned | None = None
         self._seen_in_flight = 0
         self._seen_reasons = self._seen_tiers = 0
+        self._seen_used: set[tuple[str, str]] = set()
         self._recent = Recent()
         self._earlier: Summary | None = None
         with contextlib.suppress(InputError, CheckpointError):  # none, or not readable
@@ -90,6 +91,8 @@ class RunStatus:
 
     def reached(self, phase: Checking | Running) -> None:
         """The start has reached this phase."""
+        if isinstance(phase, Running) and phase.workers is not None and self._workers is not None:
+            phase.workers.resume(self._workers)
         self.phase = phase
 
     def start_running(self, phase: Running) -> None:
@@ -135,6 +138,7 @@ class RunStatus:
             retrying=self._retrying() if self.state == "running" else None,
             tags=self._tags,
             endpoints=self._endpoints(),
+            budgets=() if workers is None else tuple(workers.gate.purse.uses()),
         )
         if not isinstance(self.phase, Running):
             spent = None if checkpoint is None else checkpoint.spent
@@ -173,7 +177,12 @@ class RunStatus:
         beyond = workers.learned.overruns.taken()
         for model, overrun in beyond:
             self.log.write("overrun", model=model, **msgspec.structs.asdict(overrun))
-        words = (*map(unknown_reason, new), *map(unpriced_tier, tiers), *(overruns.in_words(*each) for each in beyond))
+        used = [use for use in workers.gate.purse.uses() if use.is_nearly_used and use.key not in self._seen_used]
+        for use in used:
+            self._seen_used.add(use.key)
+            self.log.write("budget nearly used", **msgspec.structs.asdict(use))
+        of_answers = (*map(unknown_reason, new), *map(unpriced_tier, tiers))
+        words = (*of_answers, *(overruns.in_words(*each) for each in beyond), *map(nearly_used, used))
         return [f"warning: {line}" for line in words]
 
     def write(self, summary: Summary) -> None:

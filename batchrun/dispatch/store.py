@@ -1,6 +1,8 @@
 """The run on disk, and what is open on it while requests are sent."""
 
 import asyncio
+from collections.abc import Iterable
+from decimal import Decimal
 
 import msgspec
 
@@ -14,12 +16,21 @@ from batchrun.store.rundir import RunDirectory
 
 
 class Store(msgspec.Struct, frozen=True):
-    """One run in this start: its directory, its durable records, the plan, and its chunks."""
+    """One run in this start: its directory, its durable records, the plan, and its chunks.
+
+    `canary`: the only rows to send for now. `before_usd` is the most that the run had cost before this start.
+    """
 
     directory: RunDirectory
     checkpoint: Checkpoint
     plan: Plan
     chunks: Chunks
+    canary: "CanaryRows | None" = None
+    before_usd: Decimal = Decimal(0)
+
+    def open_next(self) -> OpenChunk | None:
+        """The next chunk with rows to send; None when there is no more."""
+        return self.chunks.open_next() if self.canary is None else self.canary.open_next(self.chunks)
 
     @property
     def pending(self) -> int:
@@ -34,6 +45,22 @@ class Store(msgspec.Struct, frozen=True):
     def attempt_id(self, row: int, n: int) -> str:
         """The id of an attempt, as sent in `endpoint.request_id_header`."""
         return f"{self.plan.facts.attempt_prefix}-{row}-{n}"
+
+
+class CanaryRows:
+    """The rows of a canary, chunk by chunk. Chunks behind the last of them are not opened."""
+
+    def __init__(self, rows: Iterable[int]) -> None:
+        self._left = sorted(rows)
+
+    def open_next(self, chunks: Chunks) -> OpenChunk | None:
+        """The next chunk with such rows to send; None when there is no more."""
+        while self._left and (chunk := chunks.open_next()) is not None:
+            here = {row for row in self._left if row < chunk.chunk.end_row}
+            self._left = [row for row in self._left if row not in here]
+            if chunk.limit_to(here):
+                return chunk
+        return None
 
 
 class OpenRun(msgspec.Struct, frozen=True):
@@ -57,5 +84,5 @@ class OpenRun(msgspec.Struct, frozen=True):
         if self.results is not None and isinstance(ending, Completion):
             self.results.put(ending, chunk)
         chunk.left -= 1
-        if not chunk.left:
+        if not chunk.left and self.store.canary is None:  # the canary is judged by records in the database
             self.full.put_nowait(chunk)

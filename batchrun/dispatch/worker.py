@@ -15,12 +15,14 @@ from batchrun import attempt_caps, policy, prices
 from batchrun.dispatch.anomalies import Anomalies
 from batchrun.dispatch.attempt_result import NOTHING, AttemptResult, add_costs, cost_of, maybe_billed, reported
 from batchrun.dispatch.backlog import Backlog, Invalid, Pending
+from batchrun.dispatch.cache_keys import Key
 from batchrun.dispatch.endpoints import Endpoints
 from batchrun.dispatch.image_memory import ImageMemory
 from batchrun.dispatch.last_rows import LastRows
 from batchrun.dispatch.learned_limits import LearnedLimits
 from batchrun.dispatch.requests import Requests, with_key
 from batchrun.dispatch.retries import Retries
+from batchrun.dispatch.serving import Serving
 from batchrun.dispatch.store import OpenRun
 from batchrun.errors import BatchrunError, ExitCode, InputError
 from batchrun.job.job import Job
@@ -72,11 +74,11 @@ class Workers:
         self._uncommitted: dict[tuple[int, int], _Uncommitted] = {}
         self._held: dict[int, AttemptResult] = {}
         self._long_wait: Stop | None = None  # by the last Retry-After that was longer than the job allows
-        self._capped = job.budget.max_cost_usd is not None or job.budget.max_tokens is not None
+        self._capped = bool(job.budget.caps_usd) or job.budget.max_tokens is not None
         self.gate = gate
         self.learned = learned
         self.backlog = Backlog(
-            store.chunks.open_next, requests.pending, self._clock, open_run.has_room, lambda: gate.successes
+            store.open_next, requests.pending, self._clock, open_run.has_room, lambda: gate.successes
         )
         self._last_rows = LastRows(self.backlog, gate, job.retry, answered_before=store.was_answered)
         self.anomalies = Anomalies(
@@ -85,10 +87,20 @@ class Workers:
             retried=store.checkpoint.has_reopened,
         )
         self.retries = Retries(self._clock)
+        self.serving = Serving(job, store.plan.facts.dialect, self._clock)
+        self._unparked = asyncio.Event()
         self.failure: BaseException | None = None
         self._working: asyncio.Task[None] | None = None
         self.sent = 0
         self.slow_s = 0.0  # nearly all responses are faster
+
+    def resume(self, earlier: "Workers") -> None:
+        """What the workers before these counted in this start counts on: they sent its canary."""
+        self.sent += earlier.sent
+        before, now = earlier.anomalies, self.anomalies
+        now.unknown_finish_reasons[:] = before.unknown_finish_reasons
+        now.unpriced_tiers[:] = before.unpriced_tiers
+        now.example_error = before.example_error
 
     async def work_all(self) -> None:
         """Returns when every pending row is settled, the gate has closed, or `cancel` was called."""
@@ -120,21 +132,25 @@ class Workers:
             if (pending := await self._next(probes=probes)) is None:
                 self.gate.turns.end()
                 return
+            if (key := await self._cache_key(pending, probes=probes)) is None:
+                continue
             request = pending.request
             try:
                 slot = await self.gate.admit(self._requests.reservation(request), probes=probes)
             except GateClosed:
+                self._unpark(key)
                 self.backlog.close()
                 return
             except InDoubt:
                 self._put_back(pending)
+                self._unpark(key)
                 continue
             if probes:
                 self.gate.turns.end()
             if request.pictures:
-                await self._attempt_with_pictures(pending, slot)
+                await self._attempt_with_pictures(pending, slot, key)
             else:
-                await self._attempt(pending, request, slot)
+                await self._attempt(pending, request, slot, key)
 
     def close(self, stop: Stop) -> None:
         """Nothing more is sent; requests in flight may end."""
@@ -168,21 +184,38 @@ class Workers:
             self._last_rows.tried()
         self.backlog.put_back(pending)
 
-    async def _attempt_with_pictures(self, pending: Pending, slot: int) -> None:
+    async def _cache_key(self, pending: Pending, *, probes: bool) -> Key | None:
+        """The key for the provider's prompt cache; None: the row was parked behind the first of its group."""
+        while (key := self.serving.cache_key(pending, may_wait=not probes)) is None:
+            if self.serving.park(pending):
+                return None
+            await self._unparked.wait()
+        return key
+
+    def _unpark(self, key: Key, *, answered: bool = False) -> None:
+        """The request with this key has ended or was not sent: rows that were parked for it are pending again."""
+        for pending in self.serving.ended(key, answered=answered):
+            self._put_back(pending)
+        self._unparked.set()
+        self._unparked.clear()
+
+    async def _attempt_with_pictures(self, pending: Pending, slot: int, key: Key) -> None:
         """Reads the row's images into the request's body, sends it, and frees the memory."""
         try:
             request = await self._image_memory.load(functools.partial(self._requests.with_pictures, pending))
         except InputError as error:
             self.gate.release(slot, NOTHING)
             self.fail(error)
+            self._unpark(key)
             return
         if self.gate.stop is None:
-            await self._attempt(with_key(pending, request.key), request, slot)
+            await self._attempt(with_key(pending, request.key), request, slot, key)
         else:  # the gate closed while this row waited for memory
             self.gate.release(slot, NOTHING)
+            self._unpark(key)
         self._image_memory.release(request)
 
-    async def _attempt(self, pending: Pending, request: Request, slot: int) -> None:
+    async def _attempt(self, pending: Pending, request: Request, slot: int, key: Key) -> None:
         """Sends the row's request once and puts the attempt's record on the checkpoint's queue."""
         n = pending.history.attempts + 1
         if (held := self._held.pop(request.row, None)) is not None:
@@ -192,11 +225,18 @@ class Workers:
         self._slots.take(slot, request.row, n, request.key, *bound)
         successes = self.gate.successes
         self.sent += 1
-        attempt = await self.endpoints.send(slot, request.body, self._store.attempt_id(request.row, n))
+        tier = self.serving.tier(pending)
+        body = self.serving.body(request.body, tier, key)
+        attempt = await self.endpoints.send(slot, body, self._store.attempt_id(request.row, n))
         if pending.successes is None:
             self._last_rows.tried()
-        result, ruling = self._judge(pending, attempt, slot, bound, successes)
-        self.backlog.ended(pending, result.judgement.verdict)
+        result, ruling = self._judge(pending, attempt, slot, bound, successes, tier)
+        judgement = result.judgement
+        # a full tier is an answer as far as the backlog is concerned: the endpoint is well
+        self.backlog.ended(pending, Verdict.ROW if judgement.is_capacity else judgement.verdict)
+        self._unpark(key, answered=judgement.verdict is Verdict.OK)
+        if (stop := self.serving.stop_for(judgement)) is not None:
+            self.close(stop)
         for row in ruling.own:
             self._settle_held(row)
         for row in ruling.elsewhere:
@@ -217,21 +257,31 @@ class Workers:
             self._retry(result, slot, successes)
 
     def _judge(
-        self, pending: Pending, attempt: Attempt, slot: int, bound: tuple[Decimal | None, int], successes: int
+        self,
+        pending: Pending,
+        attempt: Attempt,
+        slot: int,
+        bound: tuple[Decimal | None, int],
+        successes: int,
+        tier: str | None,
     ) -> tuple[AttemptResult, Ruling]:
         """The attempt's result with its cost, and what the gate decides about the run."""
         request, row = pending.request, pending.request.row
         self.slow_s = forecast.peak(self.slow_s, attempt.latency_s)
         answer = answers.read(attempt.body, request.choices)
         self.anomalies.note_finish_reason(answer.finish_reason)
-        judgement = policy.judge(attempt, answer, self._job.retry)
+        tier_may_be_full = tier is not None and tier not in prices.ORDINARY
+        judgement = policy.judge(attempt, answer, self._job.retry, tier_may_be_full=tier_may_be_full)
         judgement = self.anomalies.escalate_quota(judgement, self._clock())
         if answer.usage is not None:
             self.learned.estimates.learn(request, answer.usage)
             if self.learned.overruns.learn(request, answer.usage):
                 self._checkpoint.note(overruns.ENTRY, self.learned.overruns.encode())
             self.gate.settle(slot, answer.usage.total_tokens, answer.usage.completion_tokens)
-        self.gate.hear(slot, attempt.headers)
+        if judgement.is_capacity:
+            self.gate.settle(slot, 0)  # nothing was used, and the headers of a full tier tell nothing of our limits
+        else:
+            self.gate.hear(slot, attempt.headers)
         settlement: Settlement | None = None
         if judgement.verdict is Verdict.OK:
             ruling = self.gate.observe(slot, Outcome(row, Verdict.OK))
@@ -246,7 +296,7 @@ class Workers:
             doubted = judgement.is_retried and self.backlog.is_doubted(row)
             # such a failure is no evidence about the endpoint
             replaced = judgement.error is not None and judgement.error.kind == policy.Fault.KEY_REPLACED
-            no_evidence = at_end or refused_again or doubted or replaced
+            no_evidence = at_end or refused_again or doubted or replaced or judgement.is_capacity
             outcome = Outcome(row, judgement.verdict, judgement.error, judgement.retry_after_s, no_evidence)
             ruling = self.gate.observe(slot, outcome)
             before = successes if pending.successes is None else pending.successes
@@ -295,7 +345,8 @@ class Workers:
             if any(new.answer == each.answer for each in pending.corrections):
                 history = None  # a model that repeats its answer will repeat it a third time
             corrections = (*pending.corrections, new)
-            invalid = Invalid(result.attempt, settlement.error, result.answer.usage, result.cost_usd)
+            answer = result.answer
+            invalid = Invalid(result.attempt, settlement.error, answer.usage, result.cost_usd, answer.service_tier)
             request = corrected(pending.request, [new])
             pending = msgspec.structs.replace(pending, request=request, corrections=corrections, invalid=invalid)
         if history is None:
@@ -341,7 +392,10 @@ class Workers:
         if judgement.verdict is Verdict.OK:
             self.retries.drop(row)
         else:
-            due_s += attempt_caps.backoff_s(history, judgement.retry_after_s, self._job.retry, random.random())
+            if judgement.is_capacity:
+                due_s += self.serving.wait_s(history, judgement, random.random())
+            else:
+                due_s += attempt_caps.backoff_s(history, judgement.retry_after_s, self._job.retry, random.random())
             if retry.waits_long:
                 due_s = max(due_s, now_s + (judgement.retry_after_s or 0.0))
             if self._last_rows.only_failed_left:

@@ -119,7 +119,7 @@ def _key(name: str, record: Record) -> Record:
         case "attempts":
             return (*record[:2], record[-1])
         case "totals" | "replaced":
-            return record[:4]
+            return record[:5]
         case "possibly_billed":
             return record
         case _:
@@ -130,7 +130,7 @@ def _newer(name: str, one: Record, other: Record) -> Record:
     """The newer of two versions of a record; `one` was read later, from the newer view."""
     match name:
         case "totals":  # a line only grows
-            return max(other, one, key=lambda record: record[5])
+            return max(other, one, key=lambda record: record[6])
         case "replaced":
             return max(other, one, key=lambda record: record[-1])
         case "chunks":

@@ -55,7 +55,7 @@ class Account:
                 self._ended[row["row"]] = row["attempts"]
             _add(self._answers, msgspec.structs.replace(answer, rows=int(stands)))
             beyond = (row["cost_usd"] or answer.cost_usd) - answer.cost_usd
-            key = answer.invocation, answer.model, DISCARDED, answer.day
+            key = answer.invocation, answer.model, DISCARDED, answer.day, answer.service_tier
             _add(self._discarded, TotalsLine(*key, attempts=row["attempts"] - 1, cost_usd=beyond))
 
     def cost_usd(self) -> Decimal:
@@ -82,7 +82,7 @@ class Account:
         for key in {**booked_as, **self._answers}:
             change = _difference(self._answers.get(key), booked_as.get(key) or TotalsLine(*key))
             _add(changes, change)
-            discarded = TotalsLine(change.invocation, change.model, DISCARDED, change.day)
+            discarded = TotalsLine(change.invocation, change.model, DISCARDED, change.day, change.service_tier)
             _add(changes, msgspec.structs.replace(_difference(discarded, change), rows=0))
         return list(changes.values())
 

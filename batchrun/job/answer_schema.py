@@ -1,4 +1,4 @@
-"""Validates answers against the JSON schema and the tools of their request. PURE; sole importer of jsonschema_rs.
+"""Validates answers against the JSON schema and the tools of their request. PURE.
 
 Schemas are JSON Schema 2020-12, or the draft that their `$schema` names. References are resolved within the schema:
 nothing is ever fetched or opened. `format` is not validated: the standard makes it an annotation.

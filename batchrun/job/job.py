@@ -160,8 +160,17 @@ class RequestTemplate(Table, frozen=True):
     functions: list[Function] | None = None
     function_call: str | FunctionName | None = None
     response_format: ResponseFormat | None = None
+    service_tier: Text | None = None
+    cache_prefix: bool = False
     extra: dict[str, Any] = {}
     from_columns: dict[str, str] = {}
+
+
+class Tiers(Table, frozen=True):
+    """Where a row goes that `request.service_tier` has no capacity for, or no time. None: it waits there."""
+
+    fallback: Text | None = None
+    after_refusals: AtLeastOne = 3
 
 
 class Limits(Table, frozen=True):
@@ -203,6 +212,31 @@ class Budget(Table, frozen=True):
     max_cost_usd: Decimal | None = None
     max_tokens: AtLeastOne | None = None
     max_requests: AtLeastOne | None = None
+    per_start_usd: Decimal | None = None
+    per_day_usd: Decimal | None = None
+    per_month_usd: Decimal | None = None
+    name: Text | None = None
+    state: Text = "runs/budget.db"
+    time_zone: Text = "UTC"
+
+    @property
+    def caps_usd(self) -> dict[str, Decimal]:
+        """The caps on cost that are set, by the names of their settings."""
+        names = ("max_cost_usd", "per_start_usd", "per_day_usd", "per_month_usd")
+        caps = {name: getattr(self, name) for name in names}
+        return {name: cap for name, cap in caps.items() if cap is not None}
+
+
+Share = Annotated[float, Meta(ge=0, le=1)]
+
+
+class Canary(Table, frozen=True):
+    """How many rows are sent first, and what must come of them before the rest is."""
+
+    rows: Annotated[int, Meta(ge=1, le=10_000)] | None = None
+    min_ok_share: Share = 0.9
+    max_invalid_share: Share | None = None
+    max_cost_per_row_usd: Decimal | None = None
 
 
 class Output(Table, frozen=True):
@@ -218,14 +252,25 @@ class Output(Table, frozen=True):
     partial: bool = False
 
 
+class TierPrice(Table, frozen=True):
+    """USD per million tokens in one service tier."""
+
+    input: Decimal
+    output: Decimal
+    cached_input: Decimal | None = None
+    cache_write: Decimal | None = None
+
+
 class Price(Table, frozen=True):
-    """USD per million tokens; `per_request` is USD for each answered request."""
+    """USD per million tokens; `per_request` is USD for each answered request. `tiers` are other prices for some service
+    tiers, by the name that an answer states."""
 
     input: Decimal
     output: Decimal
     cached_input: Decimal | None = None
     cache_write: Decimal | None = None
     per_request: Decimal | None = None
+    tiers: dict[str, TierPrice] = {}
 
 
 class Simulator(Table, frozen=True):
@@ -233,6 +278,8 @@ class Simulator(Table, frozen=True):
     requests_per_minute: Positive | None = None
     tokens_per_minute: Positive | None = None
     faults: str = ""
+    flex_latency_s: AtLeastZero | None = None
+    cache_life_s: AtLeastZero | None = None
     seed: int = 0
     ledger: Text | None = None
 
@@ -252,6 +299,7 @@ class Job(Table, frozen=True):
 
     endpoint: Endpoint
     request: RequestTemplate = RequestTemplate()
+    tiers: Tiers = Tiers()
     name: Text = "job"
     job: About = About()
     input: Input = Input()
@@ -259,9 +307,12 @@ class Job(Table, frozen=True):
     retry: Retry = Retry()
     finish: Finish = Finish()
     budget: Budget = Budget()
+    canary: Canary = Canary()
     output: Output = Output()
     pricing: dict[str, Price] = {}
     simulator: Simulator = Simulator()
+    on_end: list[Text] = []
+    on_end_timeout_s: Positive = 60.0
     more_endpoints: list[Endpoint] = []  # all `[[endpoint]]` tables but the first
 
     @property
@@ -303,6 +354,14 @@ class Job(Table, frozen=True):
             max_in_flight=sum(one.max_in_flight for one in each),
         )
 
+    def on(self, date: str) -> "Job":
+        """The job with its input of that logical date (`2026-11-28`), where `input.path` holds `{date}`."""
+        path = self.input.path
+        if path is None or "{date}" not in path:
+            return self
+        dated = msgspec.structs.replace(self.input, path=path.replace("{date}", date))
+        return msgspec.structs.replace(self, input=dated)
+
     @property
     def simulated(self) -> bool:
         """True if the job uses the built-in simulator."""
@@ -328,6 +387,12 @@ class Job(Table, frozen=True):
             f"{parts.scheme}://{parts.netloc}{self.endpoint.base_path}{PATHS['chat']}"  # one question in either dialect
         )
 
+    @property
+    def service_tiers(self) -> tuple[str | None, ...]:
+        """The tiers that a request of the job may be sent to; (None,): it names none."""
+        fallback = self.tiers.fallback
+        return (self.request.service_tier,) if fallback is None else (self.request.service_tier, fallback)
+
     def question(self) -> dict[str, Any]:
         """The settings that decide what is asked, as plain values by path. A change here means other answers."""
         settings = flatten(msgspec.to_builtins(self.request, str_keys=True), "request")
@@ -348,7 +413,7 @@ def settings() -> Iterator[tuple[str, object]]:
         structs = [t for t in (table.type, *get_args(table.type)) if isinstance(t, type)]
         inner = next((t for t in structs if issubclass(t, Table)), None)
         if inner is None:
-            yield table.name, table.default
+            yield table.name, table.default_factory() if table.default_factory is list else table.default
             continue
         path = f"{table.name}.MODEL" if inner is Price else table.name
         for field in msgspec.structs.fields(inner):
@@ -356,7 +421,10 @@ def settings() -> Iterator[tuple[str, object]]:
             yield f"{path}.{field.name}", default
 
 
-_WIRE_ONLY = ("request.stream", "request.extra.stream_options")  # change how an answer is sent, not what is asked
+_WIRE_ONLY = (
+    *("request.stream", "request.extra.stream_options"),
+    *("request.service_tier", "request.cache_prefix", "request.extra.prompt_cache_key"),
+)  # change how a request is served and its answer sent, not what is asked
 
 
 def flatten(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:

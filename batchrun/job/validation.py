@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from datetime import date, datetime, time
 from decimal import Decimal
 from urllib.parse import urlsplit
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import msgspec
 
@@ -70,15 +71,29 @@ def problems(job: Job) -> Iterator[str]:
     if job.endpoint.dialect == "responses":
         for name in sorted(request.extra.keys() & CHAT_ONLY):
             yield f"request.extra.{name}: the Responses API has no such field; leave it out"
+    if job.tiers.fallback is not None and request.service_tier is None:
+        yield 'tiers.fallback: needs request.service_tier, the tier that comes first, for example "flex"'
     yield from _json_problems(request)
     yield from _schema_problems(request)
     if unknown := re.search(r"\{(?!(?:job|date)\})[^}]*\}", job.output.path):
         yield f"output.path: {unknown[0]} is unknown; {{job}} and {{date}} are allowed"
-    if (cap := job.budget.max_cost_usd) is not None and not (cap.is_finite() and 0 < cap <= MAX_COST_USD):
-        yield f"budget.max_cost_usd: expected 0 to {MAX_COST_USD:,} USD (is {cap})"
+    for name, cap in job.budget.caps_usd.items():
+        if not (cap.is_finite() and 0 < cap <= MAX_COST_USD):
+            yield f"budget.{name}: expected 0 to {MAX_COST_USD:,} USD (is {cap})"
+    most = job.canary.max_cost_per_row_usd
+    if most is not None and not (most.is_finite() and 0 < most <= MAX_COST_USD):
+        yield f"canary.max_cost_per_row_usd: expected 0 to {MAX_COST_USD:,} USD (is {most})"
+    try:
+        ZoneInfo(job.budget.time_zone)
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        yield f"budget.time_zone: no time zone {job.budget.time_zone!r} is known here; expected one like Europe/Berlin"
     for model, price in job.pricing.items():
-        for name in Price.__struct_fields__:
-            usd: Decimal | None = getattr(price, name)
+        prices: dict[str, Decimal | None] = {
+            name: getattr(price, name) for name in Price.__struct_fields__ if name != "tiers"
+        }
+        for tier, of_tier in price.tiers.items():
+            prices |= {f"tiers.{tier}.{name}": getattr(of_tier, name) for name in of_tier.__struct_fields__}
+        for name, usd in prices.items():
             if usd is not None and not (usd.is_finite() and 0 <= usd <= MAX_PRICE_USD):
                 yield f"pricing.{model}.{name}: expected 0 to {MAX_PRICE_USD:,} USD per million tokens (is {usd})"
 

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 from decimal import Decimal
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from batchrun.limits.admission import Ask
+from batchrun.records import BudgetUse
 
 Amount = TypeVar("Amount", int, Decimal)
 
@@ -36,10 +37,39 @@ class Cap(Generic[Amount]):
         self.spent += bound if spent is None else spent
 
 
+class Lease(Protocol):
+    """Money of a budget over time that is reserved for this process."""
+
+    def settle(self, bound_usd: Decimal, spent_usd: Decimal | None) -> None:
+        """Replaces a reservation by what was spent; None (unknown) leaves all of it in doubt."""
+
+
+class OverTime(Protocol):
+    """A budget that several runs share, by day and month. It gets its money in steps, and wakes the gate after each."""
+
+    def fits(self, bound_usd: Decimal) -> bool:
+        """Whether so much can be reserved now. If not, more is on its way or `is_used_up`."""
+
+    def reserve(self, bound_usd: Decimal) -> Lease:
+        """Sets the upper bound aside until it is settled with the lease."""
+
+    def is_used_up(self, bound_usd: Decimal) -> bool:
+        """Whether so much can't come any more, with nothing of this process in flight."""
+
+    def refusal(self, bound_usd: Decimal) -> str:
+        """How much of it is used, when it opens again, and which setting to raise."""
+
+    def tidy(self) -> None:
+        """Gives back what this process does not need."""
+
+    def uses(self) -> list[BudgetUse]:
+        """How much of each cap is used."""
+
+
 class BudgetAccount:
     """The caps of one budget, reserved together or not at all. None: no such cap."""
 
-    __slots__ = ("cost_usd", "requests", "tokens")
+    __slots__ = ("cost_usd", "name", "over_time", "requests", "start_usd", "tokens")
 
     def __init__(
         self,
@@ -47,10 +77,17 @@ class BudgetAccount:
         cost_usd: Cap[Decimal] | None = None,
         tokens: Cap[int] | None = None,
         requests: Cap[int] | None = None,
+        start_usd: Cap[Decimal] | None = None,
+        over_time: OverTime | None = None,
+        name: str = "",
     ) -> None:
+        """`start_usd` is this start's alone, `over_time` is shared with other runs by its `name`."""
         self.cost_usd = cost_usd
         self.tokens = tokens
         self.requests = requests
+        self.start_usd = start_usd
+        self.over_time = over_time
+        self.name = name
 
     @property
     def is_kept(self) -> bool:
@@ -60,7 +97,11 @@ class BudgetAccount:
     @property
     def rests_on_bounds(self) -> bool:
         """True if a cap relies on the upper bounds of what is in flight."""
-        return self.cost_usd is not None or self.tokens is not None
+        return self.tokens is not None or self._caps_cost
+
+    @property
+    def _caps_cost(self) -> bool:
+        return self.cost_usd is not None or self.start_usd is not None or self.over_time is not None
 
     def fits(self, ask: Ask) -> bool:
         """Whether the attempt can be sent without exceeding a cap.
@@ -68,25 +109,50 @@ class BudgetAccount:
         Raises:
             ValueError: it has no upper bound, so the cap can't be kept: the caller's bug.
         """
+        return self._fits_run(ask) and (self.over_time is None or self.over_time.fits(_bound_usd(ask)))
+
+    def may_come(self, ask: Ask) -> bool:
+        """Whether an attempt that does not fit may fit later, though nothing of this process is in flight."""
+        over_time = self.over_time
+        return over_time is not None and self._fits_run(ask) and not over_time.is_used_up(_bound_usd(ask))
+
+    def _fits_run(self, ask: Ask) -> bool:
+        """The same as `fits`, for the caps of this run and start alone."""
         return (
             (self.requests is None or self.requests.fits(1))
             and (self.tokens is None or self.tokens.fits(ask.upper_bound_tokens))
             and (self.cost_usd is None or self.cost_usd.fits(_bound_usd(ask)))
+            and (self.start_usd is None or self.start_usd.fits(_bound_usd(ask)))
         )
 
-    def reserve(self, ask: Ask) -> None:
-        """Sets the attempt's upper bounds aside until `settle`."""
+    def uses(self) -> list[BudgetUse]:
+        """How much is used of the caps that hold for a start, a day or a month."""
+        found = [] if self.over_time is None else self.over_time.uses()
+        if (cap := self.start_usd) is not None:
+            spent = BudgetUse(self.name, "per_start_usd", "start", cap.most, cap.spent, Decimal(0), None)
+            found.append(spent)
+        return found
+
+    def reserve(self, ask: Ask) -> Lease | None:
+        """Sets the attempt's upper bounds aside until `settle`, which is to be given what this returns."""
         if self.cost_usd is not None:
             self.cost_usd.reserve(_bound_usd(ask))
+        if self.start_usd is not None:
+            self.start_usd.reserve(_bound_usd(ask))
         if self.tokens is not None:
             self.tokens.reserve(ask.upper_bound_tokens)
         if self.requests is not None:
             self.requests.reserve(1)
+        return None if self.over_time is None else self.over_time.reserve(_bound_usd(ask))
 
-    def settle(self, ask: Ask, spent_usd: Decimal | None, spent_tokens: int | None) -> None:
+    def settle(self, ask: Ask, spent_usd: Decimal | None, spent_tokens: int | None, lease: Lease | None = None) -> None:
         """Replaces the attempt's reservation by what it used; None (unknown) uses all of it."""
+        if lease is not None:
+            lease.settle(_bound_usd(ask), spent_usd)
         if self.cost_usd is not None:
             self.cost_usd.settle(_bound_usd(ask), spent_usd)
+        if self.start_usd is not None:
+            self.start_usd.settle(_bound_usd(ask), spent_usd)
         if self.tokens is not None:
             self.tokens.settle(ask.upper_bound_tokens, spent_tokens)
         if self.requests is not None:
@@ -120,8 +186,8 @@ class BudgetAccount:
         cost, tokens, requests = self.cost_usd, self.tokens, self.requests
         if cost is not None and not cost.fits(bound := _bound_usd(ask)):
             yield (
-                f"{_in_usd(cost.spent)} of {_in_usd(cost.most)} spent, and the next request may cost "
-                f"{_in_usd(bound)}; "
+                f"{in_usd(cost.spent)} of {in_usd(cost.most)} spent, and the next request may cost "
+                f"{in_usd(bound)}; "
                 "raise budget.max_cost_usd"
             )
         if tokens is not None and not tokens.fits(ask.upper_bound_tokens):
@@ -131,9 +197,16 @@ class BudgetAccount:
             )
         if requests is not None and not requests.fits(1):
             yield f"{requests.spent:,} of {requests.most:,} requests sent; raise budget.max_requests"
+        if (start := self.start_usd) is not None and not start.fits(bound := _bound_usd(ask)):
+            yield (
+                f"{in_usd(start.spent)} of {in_usd(start.most)} spent in this start, and the next request may cost "
+                f"{in_usd(bound)}; the same command resumes with as much again; or raise budget.per_start_usd"
+            )
+        if self.over_time is not None and self.over_time.is_used_up(bound := _bound_usd(ask)):
+            yield self.over_time.refusal(bound)
 
 
-def _in_usd(amount: Decimal) -> str:
+def in_usd(amount: Decimal) -> str:
     """ "$0.20", "$0.194642": all significant digits, at least two decimals."""
     whole, _, part = f"{amount:,f}".partition(".")
     return f"${whole}.{part.rstrip('0').ljust(2, '0')}"
@@ -141,5 +214,5 @@ def _in_usd(amount: Decimal) -> str:
 
 def _bound_usd(ask: Ask) -> Decimal:
     if ask.upper_bound_usd is None:
-        raise ValueError("max_cost_usd is set, but the request came without an upper bound of its cost")
+        raise ValueError("there is a cap on cost, but the request came without an upper bound of its cost")
     return ask.upper_bound_usd

@@ -13,7 +13,7 @@ from batchrun.job.job import Limits
 from batchrun.limits.adaptive_rate import AdaptiveRate, RateChange
 from batchrun.limits.admission import OPEN, Ask, Binding, Found, Limit, Outcome, Phase, Ruling, Stop
 from batchrun.limits.admission_queue import UNLIMITED, AdmissionQueue
-from batchrun.limits.budget import BudgetAccount
+from batchrun.limits.budget import BudgetAccount, Lease
 from batchrun.limits.circuit import IN_FLIGHT, Circuit
 from batchrun.limits.daily import DailyCount
 from batchrun.limits.overruns import Overruns
@@ -54,6 +54,7 @@ class Flight(msgspec.Struct):
     """The response's headers show a bucket without room for this attempt."""
     observed: bool = False
     settled: bool = False
+    lease: Lease | None = None
 
 
 class Shared:
@@ -268,7 +269,7 @@ class Gate:
         if not flight.observed:
             self._circuit.withdraw(flight.order)
             self._refusals.ended(flight.order, self._loop.time(), reached=False)
-        self.purse.settle(flight.ask, spent_usd, spent_tokens)
+        self.purse.settle(flight.ask, spent_usd, spent_tokens, flight.lease)
         self._free.append(slot)
         self._shared.wake()
 
@@ -294,6 +295,10 @@ class Gate:
     def close(self, stop: Stop) -> None:
         """Ends admission: waiting and later attempts get `GateClosed`. The first reason is kept."""
         self._circuit.close(stop)
+        self._shared.wake()
+
+    def wake(self) -> None:
+        """The first in the queue checks again: a budget that it waits for may have got money."""
         self._shared.wake()
 
     def _adjust_limits(self, flight: Flight, outcome: Outcome, now_s: float) -> Finding:
@@ -360,8 +365,8 @@ class Gate:
 
     def _blocked_by_budget(self, ask: Ask) -> Binding | None:
         if not self.purse.fits(ask):
-            if self._flights:
-                return BUDGET  # what is in flight may return a part of its reservation
+            if self._flights or self.purse.may_come(ask):
+                return BUDGET  # what is in flight, here or in other runs, may return a part of its reservation
             stop = Stop(ExitCode.STOPPED, self.purse.refusal(ask))
             self._circuit.close(stop)
             raise GateClosed(stop)
@@ -379,11 +384,11 @@ class Gate:
         now_s = self._loop.time()
         before = self._requests.taken, self._tokens.taken
         self._rates.take(ask, now_s)
-        self.purse.reserve(ask)
+        lease = self.purse.reserve(ask)
         slot = self._free.pop()
         others = self._refusals.out
         self._refusals.sent(now_s, ask.tokens)
-        self._flights[slot] = Flight(ask, self._circuit.admit(now_s), now_s, others, *before)
+        self._flights[slot] = Flight(ask, self._circuit.admit(now_s), now_s, others, *before, lease=lease)
         return slot
 
 

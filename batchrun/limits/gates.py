@@ -204,6 +204,10 @@ class Gates:
     def release(self, slot: int, spent_usd: Decimal | None, spent_tokens: int | None = None) -> None:
         self._lane_of[slot].gate.release(slot, spent_usd, spent_tokens)
 
+    def wake(self) -> None:
+        """The first in the queue checks again: a budget that it waits for may have got money."""
+        self._shared.wake()
+
     def close(self, stop: Stop) -> None:
         """Ends admission at all endpoints. The first reason is kept."""
         if self._stop is None:

@@ -283,7 +283,10 @@ def _limit(account: Account) -> tuple[float | None, float | None]:
     return (max(shares) * account.elapsed_s, account.elapsed_s) if shares else (None, None)
 
 
-_ROWS = {"model": "requested_model", "status": "status", "day": "day", "month": "day"}
+_ROWS = {
+    **{"model": "requested_model", "service_tier": "service_tier", "status": "status"},
+    **{"day": "day", "month": "day"},
+}
 
 
 def _scanned_by(by: tuple[str, ...], span: Span) -> list[str]:
@@ -297,7 +300,10 @@ def _scanned_by(by: tuple[str, ...], span: Span) -> list[str]:
 def _line_of_row(values: tuple[object, ...], names: Sequence[str]) -> TotalsLine:
     """A totals line that the group keys see for a group of rows."""
     value = dict(zip(names, values, strict=True))
-    return TotalsLine(0, str(value.get("requested_model", "")), str(value.get("status", "")), str(value.get("day", "")))
+    model, status, day, tier = (
+        str(value.get(key) or "") for key in ("requested_model", "status", "day", "service_tier")
+    )
+    return TotalsLine(0, model, status, day, tier)
 
 
 def _unpriced(lines: Iterable[TotalsLine]) -> dict[str, int]:

@@ -2,12 +2,13 @@
 
 import shlex
 from collections.abc import Collection, Iterator, Sequence
+from decimal import Decimal
 from pathlib import Path
 
 from batchrun.job.job import Endpoint
 from batchrun.records import FAILURES, Status, Summary
 from batchrun.report.cost_lines import cost_lines, estimate_in_words
-from batchrun.report.notices import unknown_reason
+from batchrun.report.notices import nearly_used, unknown_reason
 from batchrun.report.suggested_fixes import Fix, command_with, fix_for, fix_for_key
 from batchrun.report.summary import failures
 from batchrun.report.wording import are, plural, rounded
@@ -49,12 +50,13 @@ def _account(summary: Summary, requests_per_minute: float | None) -> Iterator[tu
         sum(getattr(line, name) for line in summary.totals)
         for name in ("prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens")
     )
-    cached_part = f" ({cached:,} cached)" if cached else ""  # 0 may only mean that the server reports no cache
+    # 0 may only mean that the server reports no cache
+    cached_part = f" ({cached:,} cached, {cached / prompt:.0%})" if cached else ""
     reasoning_part = f" ({reasoning:,} reasoning)" if reasoning else ""
     yield "tokens", f"{prompt:,} in{cached_part}, {completion:,} out{reasoning_part}"
     cost, *beyond = cost_lines(summary)
     yield "cost", cost
-    for line in (*beyond, *(summary.price or "").split("; ")):
+    for line in (*_by_service_tier(summary), *beyond, *(summary.price or "").split("; ")):
         if line:
             yield "", line
     if (estimate := estimate_in_words(summary)) is not None:
@@ -68,7 +70,18 @@ def _account(summary: Summary, requests_per_minute: float | None) -> Iterator[tu
             yield "note", f"{plural(rows, 'answer')} {'names' if rows == 1 else 'name'} the model {name}"
     for reason in summary.unknown_finish_reasons:
         yield "note", unknown_reason(reason)
+    for use in summary.budgets:
+        if use.is_nearly_used:
+            yield "budget", nearly_used(use)
     yield from summary.files.items()
+
+
+def _by_service_tier(summary: Summary) -> Iterator[str]:
+    """The rows that each tier answered, with their cost; nothing where answers name no tier."""
+    for tier in sorted({line.service_tier for line in summary.totals} - {""}):
+        lines = [line for line in summary.totals if line.service_tier == tier]
+        cost_usd = sum((line.cost_usd for line in lines), Decimal(0))
+        yield f"service tier {tier}: {plural(sum(line.rows for line in lines), 'row')}, ${cost_usd:,.6f}"
 
 
 def _rate(summary: Summary, requests_per_minute: float | None) -> str:

@@ -58,7 +58,7 @@ def _divided(found: Found, lines: list[TotalsLine], zone: str) -> list[TotalsLin
     rows: dict[LineKey, list[TotalsLine]] = defaultdict(list)
     read = run_rows.if_readable(found.place, lambda result: list(_rows_by_day(result, zone)))
     for utc_day, line in read or ():
-        rows[line.invocation, line.model, line.status, utc_day].append(line)
+        rows[line.invocation, line.model, line.status, utc_day, line.service_tier].append(line)
     divided = []
     for line in lines:
         known = rows.get(line.key, [])
@@ -71,7 +71,7 @@ def _divided(found: Found, lines: list[TotalsLine], zone: str) -> list[TotalsLin
 
 def _rows_by_day(result: Result, zone: str) -> Iterator[tuple[str, TotalsLine]]:
     """The rows' own part of the totals, by local day, each with its UTC day."""
-    keys = ["invocation", "requested_model", "status"]
+    keys = ["invocation", "requested_model", "status", "service_tier"]
     for table in run_rows.tables(result, [*keys, "finished_at", *_SUMMED]):
         columns: dict[str, Any] = {name: table[name] for name in (*keys, *_SUMMED)}
         columns["utc"] = local_days(table["finished_at"], "UTC")
@@ -95,6 +95,7 @@ def _line(row: dict[str, Any]) -> TotalsLine:
         row["requested_model"],
         row["status"],
         row["local"].isoformat(),
+        row["service_tier"] or "",
         rows=row["count_all"],
         attempts=row["count_all"],
         cost_usd=row["answer_cost_usd_sum"] or Decimal(0),

@@ -12,10 +12,10 @@ from batchrun.errors import JobError
 from batchrun.records import TotalsLine
 from batchrun.report.runs import Found
 
-KEYS = ("night", "day", "month", "job", "model", "status", "tag", "run")
+KEYS = ("night", "day", "month", "job", "model", "service_tier", "status", "tag", "run")
 """`tag` stands for all tags of a job, `tag.team` for one of them."""
 
-OF_LINES = frozenset({"day", "month", "model", "status"})
+OF_LINES = frozenset({"day", "month", "model", "service_tier", "status"})
 """The keys that divide a run. Grouped by the others, a run is in one group, with its whole-run figures."""
 
 UNKNOWN = "unknown"
@@ -130,6 +130,8 @@ def _value(key: str, found: Found, line: TotalsLine, zone: str) -> str:
             return account.run_id
         case "model":
             return line.model
+        case "service_tier":
+            return line.service_tier or "none named"
         case "tag":
             return ", ".join(f"{name}={value}" for name, value in sorted(account.tags.items()))
         case "status":

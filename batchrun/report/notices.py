@@ -1,5 +1,8 @@
-"""What a run reports once about the answers it gets: unknown finish reasons, service tiers without a price. PURE."""
+"""What a run reports once about the answers it gets: unknown finish reasons, service tiers without a price, budgets
+that are nearly used. PURE.
+"""
 
+from batchrun.records import BudgetUse
 from batchrun.response.finish_reasons import Meaning, meaning_of
 
 
@@ -13,6 +16,15 @@ def unknown_reason(reason: str) -> str:
             return f"{seen} and takes for a failure by its words: they are retried"
         case meaning:
             return f"{seen} and takes for {meaning.value} by its words: finish.{meaning.value} decides on them"
+
+
+def nearly_used(use: BudgetUse) -> str:
+    """How much of a cap over time is used, and when it opens again."""
+    used = use.spent_usd + use.in_doubt_usd
+    period = f"{use.period} ({use.budget})" if use.opens_at is not None else "this start"
+    opens = f"; it opens again at {use.opens_at:%Y-%m-%d %H:%M %Z}" if use.opens_at is not None else ""
+    share = f"{used / use.cap_usd:.0%} of budget.{use.setting} is used"
+    return f"{share}: ${used:,.6f} of ${use.cap_usd:,.2f} in {period}{opens}"
 
 
 def unpriced_tier(tier: str) -> str:

@@ -27,6 +27,7 @@ def line(summary: Summary) -> str:
         f"{failures(summary):,} failed",
         *_retried(summary),
         f"{summary.tokens_per_second:,.0f} tokens/s",
+        *_cached(summary),
         headline_usd(summary, ",.4f").replace("unknown", "cost unknown"),
         _eta(summary),
     ]
@@ -67,6 +68,7 @@ def _figures(summary: Summary, number: Callable[[float], str], *, tight: bool = 
         yield f"{number(summary.retrying.rows)} retried"
     if not tight:
         yield f"{number(summary.tokens_per_second)} tok/s"
+        yield from _cached(summary)
     yield f"${number(float(summary.cost_usd))}" if summary.cost_usd >= 1000 else _cost(summary)
     eta = _eta(summary)
     yield eta.rpartition(" ")[0] if tight and len(eta) > MOST_ETA else eta
@@ -77,6 +79,13 @@ def _retried(summary: Summary) -> Iterator[str]:
     if summary.retrying is not None:
         reasons = ", ".join(summary.retrying.reasons)
         yield f"{summary.retrying.rows:,} retried ({reasons})"
+
+
+def _cached(summary: Summary) -> Iterator[str]:
+    """The share of all prompt tokens that came from a cache."""
+    cached = sum(line.cached_tokens for line in summary.totals)
+    if cached:
+        yield f"{cached / sum(line.prompt_tokens for line in summary.totals):.0%} cached"
 
 
 def _eta(summary: Summary) -> str:

@@ -38,7 +38,8 @@ def read(path: Path) -> dict[str, Price]:
 def repriced(found: Sequence[Found], new: Mapping[str, Price]) -> tuple[Found, ...]:
     """The runs as if attempts of these models had those prices. Other models keep theirs.
 
-    The prices have no tiers, so the cost of a sum of tokens is the sum of their costs, up to rounding at 12 decimals.
+    The prices do not depend on the prompt's size, so the cost of a sum of tokens is the sum of their costs, up to
+    rounding at 12 decimals.
     """
     return tuple(each._replace(account=_account(each.account, new)) for each in found)
 
@@ -59,7 +60,7 @@ def _line(line: TotalsLine, price: Price) -> TotalsLine:
     )
     fee = price.per_request or Decimal(0)
     table = prices.stated(line.model, msgspec.structs.replace(price, per_request=None), "")
-    cost = prices.cost(usage, table) or Decimal(0)
+    cost = prices.cost(usage, table, line.service_tier or None) or Decimal(0)
     answered = line.attempts - line.without_usage if line.total_tokens else 0
     return msgspec.structs.replace(line, cost_usd=cost + fee * answered, unpriced=0)
 

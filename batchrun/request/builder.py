@@ -3,7 +3,8 @@
 The body is sent in the API's field order, with a row's own objects as they came. It is hashed into the `request_key`
 with all names sorted, since JSON objects have no order and Parquet gives them another than JSONL (0.7 µs, measured).
 What only decides how an answer travels (`stream`, `stream_options`) is appended to the body and left out of the key;
-so are the other words in which some servers want the same question.
+so are the other words in which some servers want the same question. `service_tier` and `prompt_cache_key` are left
+out of the key as well.
 Images that must be read are put in only when a request is sent: until then the row has a request without them.
 """
 
@@ -31,6 +32,9 @@ MAX_EXPECTED = 64
 """Different schemas of a batch file's lines that are kept compiled at a time."""
 
 Body = dict[str, Any]
+
+_SERVED_BY = frozenset({"service_tier", "prompt_cache_key"})
+"""Fields that change how a request is served, and what it costs, but not what is asked."""
 
 _SIZES = frozenset({*OUTPUT_LIMITS, "n"})
 """The fields that bound an answer's tokens."""
@@ -150,6 +154,8 @@ class RequestBuilder:
         return body, pictures, details
 
     def _key(self, body: Body) -> bytes:
+        if not _SERVED_BY.isdisjoint(body):
+            body = {name: value for name, value in body.items() if name not in _SERVED_BY}
         key = hashlib.blake2b(image_parts.canonical(body), digest_size=16)
         key.update(self._endpoint_name)
         return key.digest()

@@ -28,6 +28,8 @@ class Subject(StrEnum):
     """The key is wrong."""
     UNABLE = "unable"
     """The server can't do this at all."""
+    CAPACITY = "capacity"
+    """The server has no room for this now; of a service tier that serves only while there is room."""
     TOO_LARGE = "too large"
     """This one request is larger than the limit itself: no wait makes room for it."""
 
@@ -83,6 +85,13 @@ _PATTERNS: Mapping[Subject, re.Pattern[str]] = {
     ),
     # llama.cpp says so with a 500 of what its model can't do, such as images: to ask again is in vain
     Subject.UNABLE: re.compile(r"\bnot (supported|implemented)\b|\bunsupported\b", _I),
+    # OpenAI's flex processing ("Resource Unavailable"), Groq's (498, "capacity_exceeded")
+    Subject.CAPACITY: re.compile(
+        r"resource[ _-]?unavailable|capacity[ _-]?exceeded"
+        r"|\b(no|not enough|insufficient|lack of|lacks|out of|exceed(s|ed)?|at|limited|without)\b.{0,30}\bcapacity\b"
+        r"|\bcapacity\b.{0,30}\b(unavailable|not available|exhausted|full|limited)",
+        _I,
+    ),
     # OpenAI, with a 429 in the words of a pace: "Request too large for ... on tokens per min (TPM): Limit 10000,
     # Requested 20000. The input or output tokens must be reduced"; Groq: "please reduce your message size"
     Subject.TOO_LARGE: re.compile(

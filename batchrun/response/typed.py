@@ -62,7 +62,7 @@ class _Completion(msgspec.Struct, gc=False):
     model: str
     choices: Annotated[list[_Choice], Meta(min_length=1, max_length=1)]
     usage: _Usage
-    service_tier: None = None
+    service_tier: Annotated[str, Meta(max_length=100)] | None = None
     error: None = None
     provider_metadata: UnsetType = UNSET
 
@@ -90,6 +90,7 @@ def read(body: bytes) -> Answer | None:
         content=choice.message.content,
         finish_reason=choice.finish_reason,
         usage=usage,
+        service_tier=None if found.service_tier is None else found.service_tier.lower(),
     )
 
 

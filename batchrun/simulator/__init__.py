@@ -1,7 +1,7 @@
 """A strict local stand-in for the chat-completions API of docs/api.md, as a process of its own.
 
-It shares nothing with the rest of batchrun but the errors, so that it can judge it: what the simulator's ledger says
-was served and billed is the truth.
+It shares nothing with the rest of batchrun but the errors, so that it can check it: the simulator's ledger is the truth
+about what was served and billed.
 """
 
 from batchrun.simulator.config import SimulatorConfig, config_from_json

@@ -1,4 +1,4 @@
-"""What the simulated model says: a pure function of the question and the seed, never of the attempt."""
+"""The simulated model's answer: a pure function of the question and the seed, never of the attempt."""
 
 import math
 from hashlib import blake2b
@@ -24,14 +24,14 @@ from batchrun.simulator.validate import (
 from batchrun.simulator.words import WORDS
 
 _WORDS_PER_ANSWER = (8, 40)
-_REASONING_TOKENS = {"low": 32, "medium": 128, "high": 512, "xhigh": 2_048}  # the middle of what an effort takes
-_CALLS_WHEN_FREE = 0.5  # how often a model that may call a function does
+_REASONING_TOKENS = {"low": 32, "medium": 128, "high": 512, "xhigh": 2_048}  # the mean for each effort
+_CALLS_WHEN_FREE = 0.5  # the share of answers that call a function under `auto`
 
 
 class FunctionCall(msgspec.Struct, frozen=True):
     name: str
     arguments: str
-    """A JSON object as text; cut short when the answer ran out of tokens."""
+    """A JSON object as text; cut short where the answer reaches its token limit."""
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -42,7 +42,7 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 class Choice(msgspec.Struct, frozen=True):
-    """Content, the call of a function or that of a tool."""
+    """Content, a function call or a tool call."""
 
     content: str | None
     function_call: FunctionCall | None
@@ -58,7 +58,7 @@ class Answer(msgspec.Struct, frozen=True):
 
 
 def answer_to(question: Question, seed: int) -> Answer:
-    """The answer, with what it is billed as.
+    """The answer and its billed usage.
 
     Raises:
         Refused: 400; the prompt is longer than the context, or a schema can't be answered.
@@ -79,7 +79,7 @@ def answer_to(question: Question, seed: int) -> Answer:
 
 
 def latency_s(question: Question, seed: int, *, median_s: float, sigma: float) -> float:
-    """The time to the first byte, log-normal around its median; the same for the same question."""
+    """Seconds to the first byte, log-normal around the median; the same for the same question."""
     return median_s * math.exp(_random(question, seed, -1).gauss(0, sigma)) if median_s else 0.0
 
 
@@ -111,20 +111,20 @@ def _choice(request: ChatRequest, rng: Random) -> Choice:
 
 
 def spoiled(answer: Answer, kind: Literal["invalid_json", "unfit_json"]) -> Answer:
-    """The answer with its texts no JSON any more, or JSON of another shape: a string that holds the text."""
+    """The answer with texts that are not JSON, or that are JSON of another shape: a string that holds the text."""
 
     def spoil(text: str) -> str:
         return f"Here it is: {text}" if kind == "invalid_json" else msgspec.json.encode(text).decode()
 
-    def call(said: FunctionCall | None) -> FunctionCall | None:
-        return None if said is None else FunctionCall(said.name, spoil(said.arguments))
+    def spoil_call(call: FunctionCall | None) -> FunctionCall | None:
+        return None if call is None else FunctionCall(call.name, spoil(call.arguments))
 
     choices = tuple(
         msgspec.structs.replace(
             choice,
             content=None if choice.content is None else spoil(choice.content),
-            function_call=call(choice.function_call),
-            tool_call=call(choice.tool_call),
+            function_call=spoil_call(choice.function_call),
+            tool_call=spoil_call(choice.tool_call),
         )
         for choice in answer.choices
     )
@@ -132,12 +132,12 @@ def spoiled(answer: Answer, kind: Literal["invalid_json", "unfit_json"]) -> Answ
 
 
 def _calls_freely(request: ChatRequest, rng: Random) -> bool:
-    """A model that may call a function does so half of the time, and says what it makes of the result."""
+    """Under `auto` the model calls half of the time, and never after a result, so that a round trip ends."""
     return rng.random() < _CALLS_WHEN_FREE and request.messages[-1].role not in ("tool", "function")
 
 
 def _function(request: ChatRequest, rng: Random) -> Function | None:
-    """The function to call: the named one, or under `auto` any or none."""
+    """The function to call: the named one, or under `auto` any of them, or None."""
     if isinstance(request.function_call, NamedFunction):
         name = request.function_call.name
         return next(function for function in request.functions if function.name == name)
@@ -147,7 +147,7 @@ def _function(request: ChatRequest, rng: Random) -> Function | None:
 
 
 def _tool(request: ChatRequest, rng: Random) -> Function | None:
-    """The tool to call: the named one, any where one is required, under `auto` any or none."""
+    """The tool to call: the named one, any of them under `required`, and under `auto` any or None."""
     offered = [tool.function for tool in request.tools]
     if isinstance(request.tool_choice, NamedTool):
         name = request.tool_choice.function.name

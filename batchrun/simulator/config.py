@@ -1,4 +1,4 @@
-"""What a simulator is told when it starts: one frozen value, every field with a default."""
+"""The settings of a simulator: one frozen value, every field with a default."""
 
 import ipaddress
 
@@ -15,6 +15,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "tokens_per_minute": (1, 1e12),
     "latency_s": (0, 3_600),
     "latency_sigma": (0, 3),
+    "flex_latency_s": (0, 3_600),
+    "cache_life_s": (0, 86_400),
     "tokens_per_second": (0, 1e6),
     "refuse_above": (1, 1e6),
     "work_on": (1, 1e6),
@@ -31,7 +33,7 @@ class SimulatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     """
 
     host: str = "127.0.0.1"
-    """A loopback address: the simulator takes any key and must not be reachable from elsewhere."""
+    """A loopback address: the simulator accepts any key and must not be reachable from other machines."""
     port: int = 0
     """0 = the system picks a free one; the announced URL names it."""
     api_key: str | None = None
@@ -49,23 +51,28 @@ class SimulatorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     """The median time to the first byte of an answer."""
     latency_sigma: float = 0.5
     """The spread: standard deviation of the logarithm of the latency; 0.5 puts 95 % within a factor of 2.7."""
+    flex_latency_s: float | None = None
+    """The median for requests with the service tier `flex`; None: `latency_s`."""
     tokens_per_second: float = 0.0
     """The pace of a stream; 0 sends it at once."""
     refuse_above: int | None = None
-    """Refuse with 429, and without a Retry-After, while so many requests are being worked on."""
+    """Refuse with 429 and without a Retry-After while this many requests are being worked on."""
     work_on: int | None = None
-    """Work on so many requests at a time, and let the others wait in a queue."""
+    """Work on this many requests at a time; the others wait in a queue."""
     seed: int = 0
     faults: tuple[Fault, ...] = ()
     draw_by_request_id: bool = False
-    """Draw from row and attempt of an `X-Client-Request-Id` of the form `run-row-attempt`, which outlive this process,
-    in place of a count of attempts, which does not. Requests without one are counted."""
+    """Draw faults from the row and attempt in an `X-Client-Request-Id` of the form `run-row-attempt`, so that a restart
+    of the simulator changes nothing. Other requests are drawn from a count of the question's attempts."""
+    cache_life_s: float | None = None
+    """Simulate an implicit prompt cache whose prefixes live this long after their last use. None: a long system prompt
+    always counts as cached, so that a question's usage is always the same."""
     omit_usage: bool = False
     """No answer carries usage (what some gateways do). It is billed all the same."""
     ledger: str | None = None
     """The file to append a line per exchange to; None keeps counters only."""
     parent_pid: int | None = None
-    """End when this process, our parent, has gone; None outlives whoever started us."""
+    """End when this process, the parent, has ended; None: outlive it."""
 
     def __post_init__(self) -> None:
         for name, (low, high) in _RANGES.items():

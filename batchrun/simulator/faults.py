@@ -1,4 +1,4 @@
-"""Faults on demand: what may go wrong, and which request meets it. Pure: no clock, no socket."""
+"""Faults on demand: what goes wrong, and with which request. PURE: no clock, no socket."""
 
 from collections import Counter
 from hashlib import blake2b
@@ -8,76 +8,56 @@ import msgspec
 
 from batchrun.errors import JobError
 
-Kind = Literal[
-    "status",
-    "echo_key",
-    "redirect",
-    "error_200",
-    "garbage",
-    "body",
-    "gzip_bomb",
-    "wire",
-    "reset",
-    "hang",
-    "cut",
-    "slow_body",
-    "close_after",
-    "wrong_model",
-    "no_usage",
-    "invalid_json",
-    "unfit_json",
-]
+Kind = Literal["status", "body", "reset", "hang", "cut", "invalid_json", "unfit_json"]
 
-# These spoil an answer that was worked out, so it was paid for; all others come instead of one.
-SPOILING: frozenset[Kind] = frozenset(
-    {"cut", "slow_body", "close_after", "wrong_model", "no_usage", "invalid_json", "unfit_json"}
-)
-
-_STATUS_OF_KIND: dict[Kind, int] = {"redirect": 307, "echo_key": 401}  # others: 200, or 500 for "status"
+# These spoil a finished answer, which is therefore billed; the others replace it.
+SPOILING: frozenset[Kind] = frozenset({"cut", "invalid_json", "unfit_json"})
+_NO_STATUS_LINE: frozenset[Kind] = frozenset({"reset", "hang"})
 
 
 class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One rule: what happens, and to which requests. Of several rules the first that applies is met.
+    """One rule: what happens, and to which requests. Where several apply, the first one counts.
 
     Raises:
-        JobError: a value is out of range, or the kind lacks what it needs.
+        JobError: a value is out of range.
     """
 
     kind: Kind
     share: float = 1.0
-    """How many of the requests the rest of the rule applies to, 0 to 1; drawn from question and attempt."""
+    """The share of those requests that the rest of the rule selects, 0 to 1; drawn from question and attempt."""
     sticky: bool = False
-    """Draw from the question alone: a retry meets the same fate."""
+    """Draw from the question alone, so that a retry fails like the first attempt."""
     from_request: int = 1
-    """The first and last exchange it applies to, counted from 1 over the simulator's life."""
+    """The first and the last exchange it applies to, counted from 1 since the simulator started."""
     to_request: int | None = None
+    service_tier: str | None = None
+    """Only requests that name this service tier."""
     match: str = ""
     """Only requests whose JSON body holds this text, byte for byte."""
     times: int | None = None
     """At most this often, over all requests or, with `per_question`, for each question."""
     per_question: bool = False
     after_s: float = 0.0
-    """From and until this age of the simulator: an outage."""
+    """Seconds since the simulator started, from and until: an outage."""
     until_s: float | None = None
     billed: bool | None = None
-    """Whether the exchange is billed; None = only the kinds that spoil a finished answer."""
+    """Whether the exchange is billed; None: only kinds that spoil a finished answer are."""
     status: int | None = None
-    message: str = "The simulator was asked to fail here"
+    message: str = "A fault of the simulator"
     code: str | None = None
     headers: tuple[tuple[str, str], ...] = ()
-    """Sent as they are, repeated names too."""
+    """Sent as given; names may repeat."""
     retry_after: str | None = None
     retry_after_ms: str | None = None
     html: bool = False
     """The error's body is a proxy's HTML page."""
     empty: bool = False
     """The error has no body."""
-    location: str = ""
     pause_s: float = 0.0
-    """Seconds between bytes (slow_body, wire), or before the close (close_after) or the reset."""
+    """Seconds before a reset."""
     body: str = ""
     body_base64: bytes = b""
-    """What `body` and `wire` send where text can't say it; wins over `body`."""
+    """What `body` sends where it is not text; replaces `body`."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
@@ -88,33 +68,31 @@ class Fault(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
             raise JobError("faults: from_request counts from 1, and times from 0")
         if not 0 <= self.pause_s <= 3_600:
             raise JobError(f"faults: pause_s = {self.pause_s} is not within 0 to 3600")
-        if self.kind == "redirect" and not self.location:
-            raise JobError("faults: redirect needs a location")
 
     @property
     def http_status(self) -> int:
         """The status on the wire."""
         if self.status is not None:
             return self.status
-        return _STATUS_OF_KIND.get(self.kind, 500 if self.kind == "status" else 200)
+        return 500 if self.kind == "status" else 200
 
     @property
-    def answers(self) -> bool:
-        """Whether a status line goes out at all."""
-        return self.kind not in ("reset", "hang", "wire")
+    def sends_status(self) -> bool:
+        """Whether the client gets a status line at all."""
+        return self.kind not in _NO_STATUS_LINE
 
     @property
     def is_billed(self) -> bool:
-        """Whether the exchange shows on the bill."""
+        """Whether the exchange is billed."""
         return self.kind in SPOILING if self.billed is None else self.billed
 
     @property
     def payload(self) -> bytes:
-        """The literal bytes of `body` and `wire`."""
+        """The literal bytes of a `body`."""
         return self.body_base64 or self.body.encode()
 
 
-# 503 is this vendor's code for blocked content (docs/api.md, "Errors"): a verdict on the question, so it sticks.
+# 503 is this vendor's code for blocked content (docs/api.md, "Errors"): it is about the question, so it is sticky.
 _NAMED: dict[str, Fault] = {
     "billed_reset": Fault(kind="reset", billed=True),
     "content_policy": Fault(
@@ -129,25 +107,28 @@ _NAMED: dict[str, Fault] = {
         message="You exceeded your current quota, please check your plan and billing details.",
         code="insufficient_quota",
     ),
+    # OpenAI's flex processing (developers.openai.com/api/docs/guides/flex-processing): not billed.
+    "flex_unavailable": Fault(
+        kind="status",
+        status=429,
+        message="Resource Unavailable: there is not enough capacity for flex processing. Please try again later.",
+        code="resource_unavailable",
+        service_tier="flex",
+    ),
     "insufficient_balance": Fault(
         kind="status", status=403, message="Insufficient balance", code="insufficient_balance"
     ),
 }
-_STICKY_STATUSES = frozenset({400, 413, 415, 422})  # verdicts on the request itself: a retry changes nothing
+_STICKY_STATUSES = frozenset({400, 413, 415, 422})  # the request itself is wrong: a retry changes nothing
 _CODE_OF_STATUS = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
-_WITHOUT_SETTINGS = frozenset(
-    {
-        *("error_200", "garbage", "gzip_bomb", "reset", "hang", "cut", "close_after", "wrong_model", "no_usage"),
-        *("invalid_json", "unfit_json"),
-    }
-)
+_WITHOUT_SETTINGS = frozenset({"reset", "hang", "cut", "invalid_json", "unfit_json"})
 
 
 def parse_faults(text: str) -> tuple[Fault, ...]:
     """The rules in the short form `500=0.1,content_policy=0.05,cut=0.01`: a status or a name, and its share.
 
     Raises:
-        JobError: a name that is none, or a share that is no number from 0 to 1.
+        JobError: an unknown name, or a share that is not a number from 0 to 1.
     """
     return tuple(_parse_fault(item.strip()) for item in text.split(",") if item.strip())
 
@@ -172,23 +153,30 @@ def _parse_fault(item: str) -> Fault:
 
 
 class FaultBook:
-    """Decides, request by request, which rule is met; the same questions in any order meet the same fates
-    unless a rule counts (`from_request`, `times`) or watches the clock."""
+    """Decides for each request which rule applies. The same questions fail alike in any order, unless a rule counts
+    (`from_request`, `times`) or depends on the clock."""
 
     def __init__(self, faults: tuple[Fault, ...], seed: int) -> None:
         self._faults = faults
         self._seed = seed.to_bytes(8)
-        self._met: Counter[tuple[int, bytes]] = Counter()
+        self._applied: Counter[tuple[int, bytes]] = Counter()
         self._attempts: Counter[bytes] = Counter()
-        # A million questions are 100 MB of counters: kept only where a rule draws anew for each attempt.
+        # A million questions are 100 MB of counters: kept only where a rule draws again for each attempt.
         self._counts_attempts = any(0 < fault.share < 1 and not fault.sticky for fault in faults)
 
-    def meet(
-        self, question: bytes, body: bytes, *, ordinal: int, age_s: float, attempt_of_row: str | None = None
+    def fault_for(
+        self,
+        question: bytes,
+        body: bytes,
+        *,
+        ordinal: int,
+        age_s: float,
+        service_tier: str | None = None,
+        attempt_of_row: str | None = None,
     ) -> Fault | None:
-        """The first rule that applies to this exchange, counted as met; None for a plain answer.
+        """The first rule that applies to this exchange, and it is counted; None: a plain answer.
 
-        `attempt_of_row`: the client's own name of this attempt, drawn from in place of a count of the question's.
+        `attempt_of_row`: the client's name for this attempt; it replaces the count of the question's attempts.
         """
         if self._counts_attempts and attempt_of_row is None:
             self._attempts[question] += 1
@@ -196,12 +184,13 @@ class FaultBook:
             counted = (index, question if fault.per_question else b"")
             if (
                 _in_range(fault, ordinal, age_s)
-                and (fault.times is None or self._met[counted] < fault.times)
+                and (fault.times is None or self._applied[counted] < fault.times)
+                and fault.service_tier in (None, service_tier)
                 and fault.match.encode() in body
                 and self._draw(index, fault, question, attempt_of_row) < fault.share
             ):
                 if fault.times is not None:
-                    self._met[counted] += 1
+                    self._applied[counted] += 1
                 return fault
         return None
 

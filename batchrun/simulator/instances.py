@@ -1,4 +1,4 @@
-"""Values that satisfy a JSON Schema, drawn from a random generator: the simulator's structured answers. Pure."""
+"""Values that satisfy a JSON Schema, drawn from a random generator: the simulator's structured answers. PURE."""
 
 import math
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from random import Random
 from typing import Any
 
 from batchrun.simulator.refusal import Refused
-from batchrun.simulator.schemas import Schema, equal, is_integer, matches, resolve
+from batchrun.simulator.schemas import CompiledSchema, Schema, compiled
 from batchrun.simulator.words import WORDS
 
 _TRIES = 8  # draws at one place before it counts as impossible
@@ -37,39 +37,40 @@ class _Impossible(Exception):
 
 
 class _TooLarge(Exception):
-    """The schema asks for more than the simulator is willing to make."""
+    """The schema requires more than the simulator makes."""
 
 
 def instance(schema: Schema, rng: Random, param: str) -> Any:
     """A value that satisfies `schema`, the same for the same state of `rng`.
 
     Raises:
-        Refused: 400; none was found, because the schema can't be satisfied or only by luck.
+        Refused: 400; the schema is invalid, or no value was found: nothing satisfies it, or only luck would.
     """
+    whole = compiled(schema, param)
     try:
-        return _Maker(schema, rng).make(schema, depth=0)
+        return _Maker(whole, rng).make(schema, depth=0)
     except (_Impossible, _TooLarge, RecursionError) as error:
         message = f"The simulator found no value for this schema: {error}"
         raise Refused(400, message, code="unsupported_schema", param=param) from error
 
 
 class _Maker:
-    """One answer in the making: the schema it is for, and how much of the allowance is used."""
+    """Draws one answer, and counts its values."""
 
-    def __init__(self, root: Schema, rng: Random) -> None:
-        self._root = root
+    def __init__(self, whole: CompiledSchema, rng: Random) -> None:
+        self._whole = whole
         self._rng = rng
         self._nodes = 0
 
     def make(self, schema: Schema | bool, depth: int) -> Any:
-        """A value for one place in the schema, judged before it is used."""
-        flat = _flatten(schema, self._root, _DEEPEST)
+        """A value for one place in the schema, validated."""
+        flat = self._flatten(schema, _DEEPEST)
         for _ in range(_TRIES):
             self._nodes += 1
             if self._nodes > _MOST_NODES:
                 raise _TooLarge("it needs too many values, or refers to itself without end")
             candidate = self._candidate(flat, depth)
-            if matches(candidate, schema, self._root):
+            if self._whole.fits(candidate, schema):
                 return candidate
         raise _Impossible("its rules leave no room, or too little")
 
@@ -79,8 +80,12 @@ class _Maker:
         if "const" in schema:
             return schema["const"]
         if "enum" in schema:
-            fitting = [value for value in schema["enum"] if matches(value, schema, self._root)]
-            return self._rng.choice(fitting or schema["enum"])
+            fitting = [value for value in schema["enum"] if self._whole.fits(value, schema)]
+            if not fitting:
+                raise _Impossible("none of its enumerated values fits")
+            return self._rng.choice(fitting)
+        if beyond := _ONLY_BY_LUCK & schema.keys():
+            raise _Impossible(f"the simulator can't draw for `{min(beyond)}`: leave it out to rehearse")
         for keyword in ("anyOf", "oneOf"):
             if keyword in schema:
                 return self._branch(schema, keyword, depth)
@@ -106,7 +111,7 @@ class _Maker:
         if isinstance(declared, str):
             return declared
         if not declared:
-            raise _Impossible("two rules ask for different types")
+            raise _Impossible("two rules require different types")
         flat: list[str] = [name for name in declared if name not in ("object", "array")]
         return self._rng.choice(flat if flat and depth >= _SHALLOW else list[str](declared))
 
@@ -165,18 +170,39 @@ class _Maker:
             try:
                 made.append(self._another(child, made if schema.get("uniqueItems") else [], depth))
             except _Impossible:
-                break  # a shorter list may do; `make` judges
+                break  # a shorter list may do; `make` validates it
         return made
 
     def _another(self, schema: Schema, taken: list[Any], depth: int) -> Any:
         for _ in range(_TRIES):
             item = self.make(schema, depth + 1)
-            if not any(equal(item, other) for other in taken):
+            if item not in taken:
                 return item
         raise _Impossible("too few different items")
 
+    def _flatten(self, schema: Schema | bool, depth: int) -> Schema:
+        """One schema without `$ref` and `allOf` at its top. It only guides the drawing: the validator decides."""
+        if isinstance(schema, bool):
+            if not schema:
+                raise _Impossible("it is `false`")
+            return {}
+        parts: list[Schema | bool] = list(schema.get("allOf", []))
+        if "$ref" in schema:
+            parts.append(self._whole.target(schema["$ref"]))
+        if parts and depth <= 0:
+            raise _Impossible("it refers to itself without end")
+        flat = {name: operand for name, operand in schema.items() if name not in ("$ref", "allOf")}
+        for part in parts:
+            flat = _join(flat, self._flatten(part, depth - 1))
+        return flat
 
-# Where no type is declared, keywords tell: a schema with `properties` means an object.
+
+# Draws are validated, so a keyword that the drawing ignores is never answered wrongly. With these, a draw would fit
+# only by luck: some rows would be answered and others refused.
+_ONLY_BY_LUCK = frozenset(
+    {"pattern", "propertyNames", "contains", "if", "dependentRequired", "dependentSchemas", "dependencies"}
+)
+# Where no type is declared, the keywords imply one: a schema with `properties` means an object.
 _IMPLIED = {
     "object": {"properties", "required", "additionalProperties", "minProperties", "maxProperties"},
     "array": {"items", "prefixItems", "minItems", "maxItems", "uniqueItems"},
@@ -192,23 +218,6 @@ def _may_nest(schema: Schema | bool) -> bool:
     )
 
 
-def _flatten(schema: Schema | bool, root: Schema, depth: int) -> Schema:
-    """One schema without `$ref` and `allOf` at its top. Only a guide for drawing: `matches` has the last word."""
-    if isinstance(schema, bool):
-        if not schema:
-            raise _Impossible("it is `false`")
-        return {}
-    parts: list[Schema | bool] = list(schema.get("allOf", []))
-    if "$ref" in schema:
-        parts.append(resolve(schema["$ref"], root))
-    if parts and depth <= 0:
-        raise _Impossible("it refers to itself without end")
-    flat = {name: operand for name, operand in schema.items() if name not in ("$ref", "allOf")}
-    for part in parts:
-        flat = _join(flat, _flatten(part, root, depth - 1))
-    return flat
-
-
 def _join(left: dict[str, Any], right: Schema) -> dict[str, Any]:
     joined = dict(left)
     for keyword, operand in right.items():
@@ -217,7 +226,7 @@ def _join(left: dict[str, Any], right: Schema) -> dict[str, Any]:
 
 
 def _both(keyword: str, left: Any, right: Any) -> Any:
-    """One operand that says what two say, as far as it can be said."""
+    """One operand for two rules, as nearly as one can stand for both."""
     if keyword in _LARGER:
         return max(left, right)
     if keyword in _SMALLER:
@@ -231,7 +240,7 @@ def _both(keyword: str, left: Any, right: Any) -> Any:
         case "type":
             return _both_types(left, right)
         case "enum":
-            return [value for value in left if any(equal(value, other) for other in right)] or left
+            return [value for value in left if value in right] or left
         case _:
             return left
 
@@ -267,7 +276,7 @@ def _multiple(low: float, high: float, step: float, rng: Random, *, whole: bool)
     if first > last:
         raise _Impossible("no multiple lies within the bounds")
     value = rng.randint(first, last) * step
-    return int(value) if whole and is_integer(value) else round(value, 10)
+    return int(value) if whole and value == int(value) else round(value, 10)
 
 
 def _text(schema: Schema, rng: Random) -> str:

@@ -1,7 +1,7 @@
-"""The ledger: what was served and billed, one JSON line an exchange, the oracle for every promise of batchrun.
+"""The ledger: what was served and billed, one JSON line for each exchange. Tests check batchrun's bill against it.
 
-A line is one `os.write` on a file opened to append, made when the work is done and before any byte of the answer
-leaves. So it survives `kill -9` of the client, and of the simulator: what a client saw is always in it.
+A line is one `os.write` to a file opened to append, made when the work is done and before any byte of the answer
+leaves. So a line survives `kill -9` of the client and of the simulator, and every answer that a client got is in it.
 """
 
 import os
@@ -12,6 +12,8 @@ from typing import Any
 
 import msgspec
 
+_NOT_THE_QUESTION = frozenset({"stream", "stream_options", "service_tier", "prompt_cache_key"})
+
 
 class LedgerLine(msgspec.Struct, frozen=True, kw_only=True):
     """One exchange. Tokens are 0 where nothing was billed."""
@@ -19,9 +21,9 @@ class LedgerLine(msgspec.Struct, frozen=True, kw_only=True):
     ordinal: int
     """Counted from 1 over the life of one simulator."""
     arrived_s: float
-    """Unix time when the request's headers had come."""
+    """Unix time at which the request's headers had arrived."""
     time_s: float
-    """Unix time when the work was done, just before the answer leaves."""
+    """Unix time at which the work was done, just before the answer leaves."""
     request_id: str
     """The answer's `x-request-id`."""
     client_request_id: str | None
@@ -29,9 +31,11 @@ class LedgerLine(msgspec.Struct, frozen=True, kw_only=True):
     question: str
     """`question_of` the body, in hexadecimal."""
     status: int | None
-    """None where no status line was sent."""
+    """None: no status line was sent."""
     fault: str | None
-    """The kind of fault that was met."""
+    """The kind of fault that applied."""
+    service_tier: str | None = None
+    """The tier that the answer names: that which is billed."""
     billed: bool
     prompt_tokens: int
     cached_tokens: int
@@ -46,7 +50,7 @@ class LedgerLine(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Ledger:
-    """Counts exchanges and appends them to a file, if there is one. Close it with `close`."""
+    """Counts exchanges and appends them to a file, if there is one. Call `close` at the end."""
 
     def __init__(self, path: str | None) -> None:
         self._fd = None if path is None else _open_to_append(path)
@@ -55,7 +59,7 @@ class Ledger:
         self._refused: Counter[str] = Counter()
 
     def write(self, line: LedgerLine) -> None:
-        """The exchange is on record."""
+        """Counts the exchange, and writes it to the file."""
         if self._fd is not None:
             os.write(self._fd, self._encode(line) + b"\n")
         self._counts["exchanges"] += 1
@@ -73,14 +77,14 @@ class Ledger:
         return msgspec.json.encode(counts | {"refused": dict(self._refused)})
 
     def close(self) -> None:
-        """The file is closed; every line was written already."""
+        """Closes the file; every line was written already."""
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
 
 
 def read_ledger(path: Path | str) -> list[LedgerLine]:
-    """The lines in order. A last line without its newline was torn by a kill, and is left out."""
+    """The lines in order. A last line without its newline was torn by a kill and is left out."""
     try:
         whole, _, _torn = Path(path).read_bytes().rpartition(b"\n")
     except FileNotFoundError:
@@ -90,14 +94,13 @@ def read_ledger(path: Path | str) -> list[LedgerLine]:
 
 
 def question_of(body: dict[str, Any]) -> bytes:
-    """BLAKE2b-128 of the body as JSON with sorted keys, without `stream` and `stream_options`:
-    the same question however it is delivered."""
-    asked = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
-    return blake2b(msgspec.json.encode(asked, order="sorted"), digest_size=16).digest()
+    """BLAKE2b-128 of the body as JSON with sorted keys, without what only sets how it is served and sent."""
+    kept = {name: value for name, value in body.items() if name not in _NOT_THE_QUESTION}
+    return blake2b(msgspec.json.encode(kept, order="sorted"), digest_size=16).digest()
 
 
 def _open_to_append(path: str) -> int:
-    """A descriptor whose file ends in a newline: a torn line was never a whole record."""
+    """A descriptor of the file, without the torn line that a kill may have left at its end."""
     fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
     size = os.fstat(fd).st_size
     tail = os.pread(fd, 65_536, max(0, size - 65_536))

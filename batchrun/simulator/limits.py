@@ -1,4 +1,4 @@
-"""The rate limits: continuous token buckets over a clock that is handed in. Pure."""
+"""The rate limits: continuous token buckets. The time comes as an argument. PURE."""
 
 import math
 from collections import deque
@@ -8,16 +8,16 @@ import msgspec
 from batchrun.errors import JobError
 from batchrun.simulator.refusal import Refused
 
-BURST_S = 2.0  # what a quiet client may send at once: small, so that a minute's limit holds within any minute
+BURST_S = 2.0  # what a client may send at once after a pause: small, so that the limit holds within any minute
 
-_HAIR = 1e-6  # of a token: what floating point may lose, so that waiting as long as told is enough
+_HAIR = 1e-6  # of a token: what floating point may lose, so that waiting for Retry-After is always enough
 
 
 class LimitChange(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """From `at_s` on, other limits hold; None leaves one as it is.
+    """Other limits from `at_s` on; None leaves a limit as it is.
 
     Raises:
-        JobError: it changes nothing, or lies before the start.
+        JobError: it changes nothing, or its time is before the start.
     """
 
     at_s: float
@@ -33,15 +33,16 @@ class LimitChange(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
 
 
 class Bucket:
-    """A level that refills at `per_minute` up to two seconds' worth, full at `now_s`."""
+    """A level that refills at `per_minute` up to `burst_s` seconds' worth, full at `now_s`."""
 
-    def __init__(self, per_minute: int, now_s: float) -> None:
+    def __init__(self, per_minute: int, now_s: float, burst_s: float = BURST_S) -> None:
+        self._burst_s = burst_s
         self._set(per_minute)
         self._level = self.capacity
         self._at_s = now_s
 
     def change(self, per_minute: int, now_s: float) -> None:
-        """It refills at the new rate from `now_s` on. What it holds stays, as far as there is room for it."""
+        """Refills at the new rate from `now_s` on. The level stays, up to the new capacity."""
         self.level(now_s)
         self._set(per_minute)
         self._level = min(self.capacity, self._level)
@@ -49,30 +50,30 @@ class Bucket:
     def _set(self, per_minute: int) -> None:
         self.per_minute = per_minute
         self._per_s = per_minute / 60
-        self.capacity = max(1.0, self._per_s * BURST_S)
+        self.capacity = max(1.0, self._per_s * self._burst_s)
 
     def level(self, now_s: float) -> float:
-        """What could be taken now; below 0 after something larger than the bucket was let through."""
+        """What can be taken now; below 0 after an amount larger than the bucket was taken."""
         self._level = min(self.capacity, self._level + (now_s - self._at_s) * self._per_s)
         self._at_s = now_s
         return self._level
 
     def wait_s(self, amount: float, now_s: float) -> float:
-        """The time until `amount` may be taken, 0 for now. More than the bucket holds waits for a full one."""
+        """Seconds until `amount` may be taken, 0 for now. An amount larger than the bucket waits for a full one."""
         missing = min(amount, self.capacity) - self.level(now_s)
         return max(0.0, missing / self._per_s) if missing > _HAIR else 0.0
 
     def take(self, amount: float) -> None:
-        """Lowers the level; what is larger than the bucket leaves a debt."""
+        """Lowers the level; an amount larger than the bucket leaves a debt."""
         self._level -= amount
 
     def reset_s(self, now_s: float) -> float:
-        """The time until the bucket is full."""
+        """Seconds until the bucket is full."""
         return (self.capacity - self.level(now_s)) / self._per_s
 
 
 class Limits:
-    """Requests and tokens a minute; both or neither are taken."""
+    """Requests and tokens a minute; both are taken, or neither."""
 
     def __init__(
         self,
@@ -125,7 +126,7 @@ class Limits:
         )
 
     def _change(self, now_s: float) -> None:
-        """The changes that are due have happened, each at its own time."""
+        """Applies the changes that are due, each at its own time."""
         while self._changes and self._started_s + self._changes[0].at_s <= now_s:
             change = self._changes.popleft()
             for name, per_minute in (

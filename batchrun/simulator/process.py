@@ -1,4 +1,4 @@
-"""The simulator's life as a process: from its listening socket to a signal or its parent's end."""
+"""The simulator as a process: it listens, and ends at a signal or with its parent."""
 
 import asyncio
 import os
@@ -15,13 +15,13 @@ from batchrun.simulator.ledger import Ledger
 from batchrun.simulator.server import Simulator
 
 _PARENT_POLL_S = 1.0
-_CLOSING_GRACE_S = 0.2  # for exchanges under way at the end; a hanging one would never finish
+_CLOSING_GRACE_S = 0.2  # for exchanges in flight at the end; a hanging one would never finish
 _BACKLOG = 1_024  # a client may open all its connections at once
-_KEEP_ALIVE_S = 3_600.0  # an idle connection is closed only by a fault that says so
+_KEEP_ALIVE_S = 3_600.0  # never closes an idle connection: batchrun's own pool is what is tested
 
 
 async def serve(config: SimulatorConfig, announce: Callable[[str], None]) -> None:
-    """Serves until cancelled, SIGTERM, SIGINT or the end of `config.parent_pid`; every exchange is on record.
+    """Serves until cancelled, SIGTERM, SIGINT or the end of `config.parent_pid`; every exchange is in the ledger.
 
     `announce` gets the base URL, such as `http://127.0.0.1:40123/v1`, once connections are accepted.
 
@@ -31,11 +31,11 @@ async def serve(config: SimulatorConfig, announce: Callable[[str], None]) -> Non
     ledger = _open_ledger(config)
     server = web.Server(Simulator(config, ledger).respond, access_log=None, keepalive_timeout=_KEEP_ALIVE_S)
     runner = web.ServerRunner(server, shutdown_timeout=_CLOSING_GRACE_S)
-    with _told_to_stop() as told:  # before the announcement: whoever reads it may signal at once
+    with _stop_signals() as stop:  # before the announcement: its reader may send a signal at once
         try:
             await runner.setup()
             announce(await _listen(runner, config))
-            await _until(told, config.parent_pid)
+            await _until(stop, config.parent_pid)
         finally:
             await runner.cleanup()
             ledger.close()
@@ -70,22 +70,22 @@ async def _listen(runner: web.ServerRunner, config: SimulatorConfig) -> str:
 
 
 @contextmanager
-def _told_to_stop() -> Iterator[asyncio.Event]:
-    """Set by SIGTERM and SIGINT within the block; never where signals don't arrive, in another than the main thread."""
-    told = asyncio.Event()
+def _stop_signals() -> Iterator[asyncio.Event]:
+    """An event that SIGTERM and SIGINT set within the block. Only the main thread gets signals."""
+    stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     signals = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
     for number in signals:
-        loop.add_signal_handler(number, told.set)
+        loop.add_signal_handler(number, stop.set)
     try:
-        yield told
+        yield stop
     finally:
         for number in signals:
             loop.remove_signal_handler(number)
 
 
-async def _until(told: asyncio.Event, parent_pid: int | None) -> None:
-    """Returns when told, or when our parent is another process than `parent_pid`."""
-    while not told.is_set() and parent_pid in (None, os.getppid()):
+async def _until(stop: asyncio.Event, parent_pid: int | None) -> None:
+    """Returns when `stop` is set, or when the parent is another process than `parent_pid`."""
+    while not stop.is_set() and parent_pid in (None, os.getppid()):
         with suppress(TimeoutError):
-            await asyncio.wait_for(told.wait(), None if parent_pid is None else _PARENT_POLL_S)
+            await asyncio.wait_for(stop.wait(), None if parent_pid is None else _PARENT_POLL_S)

@@ -1,10 +1,10 @@
-"""The one way the simulator says no: a status and an OpenAI-like error body."""
+"""How the simulator refuses a request: a status and an OpenAI-like error body."""
 
 import msgspec
 
 
 class Refused(Exception):
-    """The request gets this answer instead of a completion; nothing is billed."""
+    """The request gets this error in place of a completion; nothing is billed."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Answers as bytes: the completion object and the stream of docs/api.md, "Response". Pure."""
+"""Answers as bytes: the completion object and the stream of docs/api.md, "Response". PURE."""
 
 from collections.abc import Iterator
 from hashlib import blake2b
@@ -15,12 +15,13 @@ _encode = msgspec.json.Encoder().encode
 
 
 class Envelope(msgspec.Struct, frozen=True):
-    """What an answer is sent under; `created` is Unix time in seconds."""
+    """The fields around the choices; `created` is Unix time in seconds."""
 
     id: str
     created: int
     model: str
     with_usage: bool
+    service_tier: str | None = None
 
 
 def completion(answer: Answer, envelope: Envelope) -> bytes:
@@ -47,7 +48,8 @@ def events(answer: Answer, envelope: Envelope) -> tuple[bytes, ...]:
 
 
 def _head(envelope: Envelope, kind: str) -> dict[str, Any]:
-    return {"id": envelope.id, "object": kind, "created": envelope.created, "model": envelope.model}
+    head = {"id": envelope.id, "object": kind, "created": envelope.created, "model": envelope.model}
+    return head if envelope.service_tier is None else head | {"service_tier": envelope.service_tier}
 
 
 def _message(choice: Choice) -> dict[str, Any]:
@@ -58,7 +60,7 @@ def _message(choice: Choice) -> dict[str, Any]:
 
 
 def call_object(call: FunctionCall, arguments: str) -> dict[str, Any]:
-    """The call as the wire has it; its id is a function of what it says, so the same answer has the same."""
+    """The call as it is sent; its id depends on its text alone, so that the same answer has the same id."""
     identity = blake2b(f"{call.name} {call.arguments}".encode(), digest_size=9).hexdigest()
     return {"id": f"call_{identity}", "type": "function", "function": {"name": call.name, "arguments": arguments}}
 

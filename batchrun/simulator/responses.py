@@ -1,4 +1,4 @@
-"""The Responses API over the same simulated model: requests become those of chat completions, answers come back. Pure.
+"""The Responses API over the same simulated model: requests become those of chat completions, answers come back. PURE.
 
 Source: developers.openai.com, the reference of `POST /responses` and its streaming events. One question has one answer
 in both dialects, and one line in the ledger.
@@ -163,6 +163,7 @@ def _whole(answer: Answer, envelope: Envelope) -> Fields:
         "parallel_tool_calls": True,
         "tool_choice": "auto",
         "tools": [],
+        **({} if envelope.service_tier is None else {"service_tier": envelope.service_tier}),
         "usage": {
             "input_tokens": usage.prompt_tokens,
             "input_tokens_details": {"cached_tokens": usage.cached_tokens},

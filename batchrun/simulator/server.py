@@ -1,9 +1,10 @@
-"""One exchange, in order: read, refuse or answer, put on record, send."""
+"""One exchange, in order: read, refuse or answer, write to the ledger, send."""
 
 import asyncio
 import contextlib
 import hmac
 import time
+from collections.abc import Callable
 from hashlib import blake2b
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -11,12 +12,13 @@ from weakref import WeakKeyDictionary
 import msgspec
 from aiohttp import web
 
-from batchrun.simulator import responses, trouble
+from batchrun.simulator import delivery, responses
 from batchrun.simulator.answers import Answer, Usage, answer_to, latency_s, spoiled
 from batchrun.simulator.config import SimulatorConfig
 from batchrun.simulator.faults import SPOILING, Fault, FaultBook
 from batchrun.simulator.ledger import Ledger, LedgerLine, question_of
 from batchrun.simulator.limits import Limits
+from batchrun.simulator.prompt_cache import PromptCache, prompt_of
 from batchrun.simulator.refusal import Refused
 from batchrun.simulator.render import DELTA_TOKENS, Envelope, completion, events
 from batchrun.simulator.validate import Question, parse_body, parse_question
@@ -27,7 +29,7 @@ _MAX_BODY_BYTES = 64_000_000  # some images as data URLs; beyond it 413
 
 
 class _Turn(msgspec.Struct, frozen=True):
-    """Where an exchange stands in the life of the simulator and of its connection, both counted from 1."""
+    """The ordinal of an exchange, over all and on its connection, both from 1."""
 
     ordinal: int
     request_id: str
@@ -37,7 +39,7 @@ class _Turn(msgspec.Struct, frozen=True):
 
 
 class Simulator:
-    """Answers `chat/completions` as docs/api.md has it, within limits and with faults, and keeps the ledger."""
+    """Serves `chat/completions` as docs/api.md describes it, within limits and with faults, and keeps the ledger."""
 
     def __init__(self, config: SimulatorConfig, ledger: Ledger) -> None:
         self._config = config
@@ -52,6 +54,7 @@ class Simulator:
             now_s=self._started_s,
             changes=config.limit_changes,
         )
+        self._cache = None if config.cache_life_s is None else PromptCache(config.cache_life_s, config.seed)
         self._working = 0
         self._queue = contextlib.nullcontext() if config.work_on is None else asyncio.Semaphore(config.work_on)
         self._exchanges = 0
@@ -59,30 +62,30 @@ class Simulator:
         self._requests_on: WeakKeyDictionary[asyncio.Transport, list[int]] = WeakKeyDictionary()
 
     async def respond(self, http: web.BaseRequest) -> web.StreamResponse:
-        """Any request is answered, if its client is still there: what was billed is on record either way."""
+        """Answers any request whose client is still connected. What was billed is in the ledger either way."""
         try:
             return await self._route(http)
         except ConnectionError:
-            return web.Response()  # reaches nobody
+            return web.Response()  # no one gets it: the connection is closed
 
     async def _route(self, http: web.BaseRequest) -> web.StreamResponse:
-        """A completion, the list of models, the ledger's totals, or a 404 that says what there is."""
+        """A completion, the list of models, the ledger's totals, or a 404 that names these."""
         if http.path.endswith(("/chat/completions", _RESPONSES)):
             if http.method == "POST":
                 return await self._exchange(http)
             await http.content.read()
             return _refuse(Refused(405, f"{http.method} is not allowed here: use POST", code="method_not_allowed"))
         if http.method == "GET" and http.path == "/ledger":
-            return trouble.answer(200, self._ledger.totals(), "application/json", ())
+            return delivery.answer(200, self._ledger.totals(), "application/json", ())
         if http.method == "GET" and http.path == "/v1/models":
-            return trouble.answer(200, self._models(), "application/json", ())
+            return delivery.answer(200, self._models(), "application/json", ())
         await http.content.read()
         served = "POST /v1/chat/completions, POST /v1/responses, GET /v1/models, GET /ledger"
         message = f"{http.method} {http.path} is not served: {served}"
         return _refuse(Refused(404, message, code="not_found"))
 
     async def _exchange(self, http: web.BaseRequest) -> web.StreamResponse:
-        """One exchange of a completion. The record comes before the first byte of the answer."""
+        """One completion. Its line is in the ledger before the first byte of the answer leaves."""
         turn = self._take_turn(http)
         body, fields = b"", dict[str, Any]()
         try:
@@ -97,42 +100,56 @@ class Simulator:
             digest = question_of(fields) if fields else blake2b(body, digest_size=16).digest()
             self._record(http, turn, digest, status=refused.status)
             return _refuse(refused, self._headers(turn))
-        fault = self._faults.meet(
+        fault = self._faults.fault_for(
             question.digest,
             body,
             ordinal=turn.ordinal,
             age_s=self._age_s(),
+            service_tier=question.request.served_by,
             attempt_of_row=self._attempt_of_row(http),
         )
-        spoiled = fault is not None and fault.kind in SPOILING
-        if fault is None or spoiled or fault.is_billed:
-            await self._work(self._latency_s(question))
+        answered = fault is None or fault.kind in SPOILING
+        if answered or (fault is not None and fault.is_billed):
+            reply = await self._work(question, reply)
         self._record_outcome(http, turn, question, reply.usage, fault)
-        if fault is not None and not spoiled:
-            return await trouble.replace(http, fault, self._headers(turn))
-        delivery = self._delivery(turn, question, reply, fault, as_response=http.path.endswith(_RESPONSES))
-        if fault is not None:
-            return await trouble.spoil(http, fault, delivery, self._headers(turn))
-        return await trouble.deliver(http, delivery, self._headers(turn))
+        if fault is not None and not answered:
+            return await delivery.replace(http, fault, self._headers(turn))
+        sending = self._delivery(turn, question, reply, fault, as_response=http.path.endswith(_RESPONSES))
+        if fault is not None and fault.kind == "cut":
+            return await delivery.cut(http, sending, self._headers(turn))
+        return await delivery.deliver(http, sending, self._headers(turn))
 
-    async def _work(self, latency_s: float) -> None:
-        """The answer has taken its time, and before that its turn in the queue."""
+    async def _work(self, question: Question, reply: Answer) -> Answer:
+        """Waits for a place in the queue, and then as long as the answer takes; its usage has the cache's hits."""
         self._working += 1
         try:
             async with self._queue:
-                await asyncio.sleep(latency_s)
+                reply, keep = self._with_cache_hits(question, reply)
+                await asyncio.sleep(self._latency_s(question))
+                keep()
         finally:
             self._working -= 1
+        return reply
+
+    def _with_cache_hits(self, question: Question, reply: Answer) -> tuple[Answer, Callable[[], None]]:
+        """The answer by the cache as it is now, and what puts its prompt there once it was processed."""
+        if (cache := self._cache) is None:
+            return reply, lambda: None
+        prompt, now_s = prompt_of(question.request), time.monotonic()
+        machine = cache.machine(prompt, now_s)
+        cached = min(cache.look_up(prompt, machine, now_s), reply.usage.prompt_tokens)
+        usage = msgspec.structs.replace(reply.usage, cached_tokens=cached)
+        return msgspec.structs.replace(reply, usage=usage), lambda: cache.keep(prompt, machine, time.monotonic())
 
     def _attempt_of_row(self, http: web.BaseRequest) -> str | None:
-        """`row-attempt` of `run-row-attempt`, where faults are drawn by it."""
+        """The `row-attempt` of a request id `run-row-attempt`; None unless faults are drawn by it."""
         name = http.headers.get("X-Client-Request-Id", "") if self._config.draw_by_request_id else ""
         return "-".join(name.rsplit("-", 2)[1:]) or None
 
     def _take_turn(self, http: web.BaseRequest) -> _Turn:
         self._exchanges += 1
         if http.transport is None:
-            raise ConnectionResetError("the client left as soon as it had asked")
+            raise ConnectionResetError("the client left at once")
         place = self._requests_on.get(http.transport)
         if place is None:
             self._connections += 1
@@ -141,7 +158,7 @@ class Simulator:
         return _Turn(self._exchanges, f"req_{self._run}_{self._exchanges}", time.time(), place[0], place[1])
 
     def _check_headers(self, http: web.BaseRequest) -> None:
-        """The client has a key and says that it sends JSON."""
+        """Refuses a request without a valid key, or with another content type than JSON."""
         scheme, _, key = http.headers.get("Authorization", "").partition(" ")
         wanted = self._config.api_key
         if scheme.lower() != "bearer" or not key.strip():
@@ -152,7 +169,7 @@ class Simulator:
             raise Refused(415, "Content-Type must be application/json", code="unsupported_media_type")
 
     def _admitted_answer(self, question: Question) -> Answer:
-        """The answer, worked out and taken from the limits."""
+        """The answer, counted against the limits."""
         request = question.request
         if self._config.models is not None and request.model not in self._config.models:
             message = f"The model {request.model!r} does not exist"
@@ -166,35 +183,37 @@ class Simulator:
 
     def _delivery(
         self, turn: _Turn, question: Question, reply: Answer, fault: Fault | None, *, as_response: bool
-    ) -> trouble.Delivery:
+    ) -> delivery.Delivery:
         request = question.request
         kind = None if fault is None else fault.kind
-        asked_for_usage = not request.stream or request.stream_options.include_usage
+        wants_usage = not request.stream or request.stream_options.include_usage
         envelope = Envelope(
             id=f"{'resp_' if as_response else 'chatcmpl-'}{question.digest.hex()[:16]}-{turn.ordinal}",
             created=int(time.time()),
-            model=f"{request.model}-other" if kind == "wrong_model" else request.model,
-            with_usage=asked_for_usage and kind != "no_usage" and not self._config.omit_usage,
+            model=request.model,
+            with_usage=wants_usage and not self._config.omit_usage,
+            service_tier=request.served_by,
         )
         if kind == "invalid_json" or kind == "unfit_json":
             reply = spoiled(reply, kind)
         if not request.stream:
             whole = responses.response(reply, envelope) if as_response else completion(reply, envelope)
-            return trouble.Delivery("application/json", (whole,))
+            return delivery.Delivery("application/json", (whole,))
         pace = self._config.tokens_per_second
         pause_s = DELTA_TOKENS / pace if pace else 0.0
         stream = responses.events(reply, envelope) if as_response else events(reply, envelope)
-        return trouble.Delivery("text/event-stream", stream, streamed=True, pause_s=pause_s)
+        return delivery.Delivery("text/event-stream", stream, streamed=True, pause_s=pause_s)
 
     def _record_outcome(
         self, http: web.BaseRequest, turn: _Turn, question: Question, usage: Usage, fault: Fault | None
     ) -> None:
         if fault is None:
-            self._record(http, turn, question.digest, status=200, usage=usage)
+            self._record(http, turn, question.digest, status=200, usage=usage, tier=question.request.served_by)
             return
-        status = fault.http_status if fault.answers else None
+        status = fault.http_status if fault.sends_status else None
         billed = usage if fault.is_billed else None
-        self._record(http, turn, question.digest, status=status, usage=billed, fault=fault.kind)
+        tier = question.request.served_by if billed is not None else None
+        self._record(http, turn, question.digest, status=status, usage=billed, tier=tier, fault=fault.kind)
 
     def _record(
         self,
@@ -204,6 +223,7 @@ class Simulator:
         *,
         status: int | None,
         usage: Usage | None = None,
+        tier: str | None = None,
         fault: str | None = None,
     ) -> None:
         billed = usage or Usage()
@@ -217,6 +237,7 @@ class Simulator:
                 question=digest.hex(),
                 status=status,
                 fault=fault,
+                service_tier=tier,
                 billed=usage is not None,
                 prompt_tokens=billed.prompt_tokens,
                 cached_tokens=billed.cached_tokens,
@@ -227,12 +248,15 @@ class Simulator:
             )
         )
 
-    def _headers(self, turn: _Turn) -> trouble.Headers:
+    def _headers(self, turn: _Turn) -> delivery.Headers:
         return (("x-request-id", turn.request_id), *self._limits.headers(time.monotonic()))
 
     def _latency_s(self, question: Question) -> float:
         config = self._config
-        return latency_s(question, config.seed, median_s=config.latency_s, sigma=config.latency_sigma)
+        median_s = config.latency_s
+        if config.flex_latency_s is not None and question.request.served_by == "flex":
+            median_s = config.flex_latency_s
+        return latency_s(question, config.seed, median_s=median_s, sigma=config.latency_sigma)
 
     def _age_s(self) -> float:
         return time.monotonic() - self._started_s
@@ -244,10 +268,10 @@ class Simulator:
 
 
 async def _read(http: web.BaseRequest) -> bytes:
-    """The whole body. One that is too large is read to its end all the same: else the refusal meets a closed ear.
+    """The whole body. One that is too large is read to its end all the same: a client reads the refusal only then.
 
     Raises:
-        Refused: 413, it is too large; 400, its encoding is broken.
+        Refused: 413, it is too large; 400, it can't be decoded.
         ConnectionResetError: the client left before its end.
     """
     pieces: list[bytes] = []
@@ -266,5 +290,5 @@ async def _read(http: web.BaseRequest) -> bytes:
     return b"".join(pieces)
 
 
-def _refuse(refused: Refused, headers: trouble.Headers = ()) -> web.Response:
-    return trouble.answer(refused.status, refused.body(), "application/json", headers + refused.headers)
+def _refuse(refused: Refused, headers: delivery.Headers = ()) -> web.Response:
+    return delivery.answer(refused.status, refused.body(), "application/json", headers + refused.headers)

@@ -1,4 +1,4 @@
-"""How many tokens a request counts as: a deterministic estimate, made to be plausible and cheap, not exact. Pure."""
+"""The tokens of a request: a deterministic estimate, plausible and cheap rather than exact. PURE."""
 
 import msgspec
 from msgspec import UNSET

@@ -1,7 +1,7 @@
-"""The request as docs/api.md has it: every field by type and range, and nothing else.
+"""The request as docs/api.md describes it: every field by type and range, and no other field.
 
-The types below are the validation; msgspec reads them and names the field that is wrong. `null` is no value of any
-field, and a boolean is no number.
+The types below are the validation: msgspec reads them and names the wrong field. `null` is not a value of any field,
+and a boolean is not a number.
 """
 
 import binascii
@@ -13,7 +13,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from batchrun.simulator.ledger import question_of
 from batchrun.simulator.refusal import Refused
-from batchrun.simulator.schemas import check_schema
+from batchrun.simulator.schemas import compiled
 
 MAX_OUTPUT_TOKENS = 128_000  # docs/api.md, "Transport": maximum output
 CONTEXT_TOKENS = 400_000  # the same: context window
@@ -52,7 +52,7 @@ class ToolCall(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class Message(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One message. What only some roles have is practice: clients send an assistant's message back as it came."""
+    """One message. The fields of some roles are practice: clients send an assistant's message back as it came."""
 
     role: Literal["user", "assistant", "system", "developer", "tool", "function"]
     content: str | Annotated[tuple[TextPart | ImagePart | RefusalPart, ...], Meta(min_length=1)] | UnsetType | None = (
@@ -121,7 +121,7 @@ class StreamOptions(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
 
 class ChatRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The body. Fields of the reference first, then those that are only practice: checked, and otherwise ignored."""
+    """The body. Fields of the reference come first, then those of practice: validated, and otherwise ignored."""
 
     model: Annotated[str, Meta(min_length=1)]
     messages: Annotated[tuple[Message, ...], Meta(min_length=1)]
@@ -155,14 +155,21 @@ class ChatRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     safety_identifier: str | UnsetType = UNSET
     prompt_cache_key: str | UnsetType = UNSET
 
+    @property
+    def served_by(self) -> str | None:
+        """The tier that the answer names: the one that the request names, where it names one."""
+        if not isinstance(self.service_tier, str):
+            return None
+        return "default" if self.service_tier == "auto" else self.service_tier
+
     def output_limit(self) -> int:
-        """The most tokens a choice may have: the smaller of the two fields that say so, else the model's."""
+        """The most tokens a choice may have: the smaller of the two fields that limit it, else the model's limit."""
         limits = (self.max_tokens, self.max_completion_tokens)
         return min((limit for limit in limits if isinstance(limit, int)), default=MAX_OUTPUT_TOKENS)
 
 
 class Question(Struct, frozen=True):
-    """A request that may be answered, and its identity."""
+    """A valid request, and its identity."""
 
     request: ChatRequest
     digest: bytes
@@ -172,7 +179,7 @@ def parse_body(body: bytes) -> dict[str, Any]:
     """The body's JSON object.
 
     Raises:
-        Refused: 400, it is none.
+        Refused: 400, it is not a JSON object.
     """
     try:
         value = msgspec.json.decode(body)
@@ -184,10 +191,10 @@ def parse_body(body: bytes) -> dict[str, Any]:
 
 
 def parse_question(body: dict[str, Any]) -> Question:
-    """The request in a body, checked whole.
+    """The request in a body, validated.
 
     Raises:
-        Refused: 400 that names the first field that is wrong.
+        Refused: 400 that names the first wrong field.
     """
     try:
         request = msgspec.convert(body, ChatRequest)
@@ -199,7 +206,7 @@ def parse_question(body: dict[str, Any]) -> Question:
     _check_tools(request)
     if isinstance(request.response_format, JSONSchemaFormat):
         schema = request.response_format.json_schema.schema
-        check_schema(schema, "response_format.json_schema.schema")
+        compiled(schema, "response_format.json_schema.schema")
     return Question(request, question_of(body))
 
 
@@ -220,7 +227,7 @@ def _refusal(complaint: str) -> Refused:
 
 
 def _check_messages(request: ChatRequest) -> None:
-    """Each message has what its role needs, and each call of a tool its result behind it."""
+    """Each message has the fields of its role, and each call of a tool is followed by its result."""
     unanswered: set[str] = set()
     for index, message in enumerate(request.messages):
         place = f"messages[{index}]"
@@ -264,7 +271,7 @@ def _check_message(message: Message, place: str) -> None:
 def _check_functions(request: ChatRequest) -> None:
     for index, function in enumerate(request.functions):
         if isinstance(function.parameters, dict):
-            check_schema(function.parameters, f"functions[{index}].parameters")
+            compiled(function.parameters, f"functions[{index}].parameters")
     names = [function.name for function in request.functions]
     if len(set(names)) < len(names):
         raise Refused(400, "Two of the functions have the same name", code="invalid_value", param="functions")
@@ -276,7 +283,7 @@ def _check_functions(request: ChatRequest) -> None:
 def _check_tools(request: ChatRequest) -> None:
     for index, tool in enumerate(request.tools):
         if isinstance(tool.function.parameters, dict):
-            check_schema(tool.function.parameters, f"tools[{index}].function.parameters")
+            compiled(tool.function.parameters, f"tools[{index}].function.parameters")
     names = [tool.function.name for tool in request.tools]
     if len(set(names)) < len(names):
         raise Refused(400, "Two of the tools have the same name", code="invalid_value", param="tools")
@@ -308,7 +315,7 @@ _SIGNATURES = {
 
 
 def _image_complaint(url: str) -> str | None:
-    """What is wrong with an image's URL; None for a sound one. Nothing is fetched."""
+    """What is wrong with an image's URL; None: nothing. No image is fetched."""
     if re.match(r"https?://[^/\s]+", url):
         return None
     start = _DATA_URL.match(url)

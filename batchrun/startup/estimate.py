@@ -45,14 +45,20 @@ def estimate(
     prompt, completion = mean.prompt_tokens, mean.completion_tokens
     tokens = (prompt + completion) * to_ask
     minutes, limit = _time(job.total_limits, to_ask, mean, day_left_s)
-    expected = _expected(found, tables, to_ask, mean)
+    expected = _expected(found, tables, to_ask, mean, job.request.service_tier)
     return Estimate(
         rows=to_ask,
         prompt_tokens=round(prompt * to_ask),
         completion_tokens=round(completion * to_ask),
-        low_usd=_cost(found, tables, share, lambda rows: (FEWEST_TOKENS_PER_BYTE * _bytes(found, rows), rows)),
+        low_usd=_cost(
+            found,
+            tables,
+            share,
+            lambda rows: (FEWEST_TOKENS_PER_BYTE * _bytes(found, rows), rows),
+            service_tier=job.request.service_tier,
+        ),
         expected_usd=expected,
-        high_usd=_bound(found, tables, to_ask, prices.tier_of_job(job.request.extra)),
+        high_usd=_bound(found, tables, to_ask, job.service_tiers),
         minutes=minutes,
         limited_by=str(limit),
         basis=_in_full(mean),
@@ -141,13 +147,22 @@ def _usual(found: Survey, job: Job) -> Means:
     return Means(basis, tokens / found.rows if found.rows else 0.0, answer, 0.0)
 
 
-def _expected(found: Survey, tables: Mapping[str, PriceTable | None], to_ask: int, mean: Means) -> Decimal | None:
+def _expected(
+    found: Survey, tables: Mapping[str, PriceTable | None], to_ask: int, mean: Means, service_tier: str | None
+) -> Decimal | None:
     """What a row cost times the rows, if prices are as they were; else by its tokens."""
     if (each := mean.cost_by(tables)) is not None:
         return (each * to_ask).quantize(prices.PICO)
     share = to_ask / found.rows if found.rows else 0.0
     tokens = mean.prompt_tokens, mean.completion_tokens
-    return _cost(found, tables, share, lambda rows: (tokens[0] * rows, tokens[1] * rows), mean.cached_share)
+    return _cost(
+        found,
+        tables,
+        share,
+        lambda rows: (tokens[0] * rows, tokens[1] * rows),
+        mean.cached_share,
+        service_tier,
+    )
 
 
 def _cost(
@@ -156,8 +171,9 @@ def _cost(
     share: float,
     tokens: Callable[[int], tuple[float, float]],
     cached_share: float = 0.0,
+    service_tier: str | None = None,
 ) -> Decimal | None:
-    """USD of a share of the rows; `tokens` are those of so many rows of a model, in and out."""
+    """USD of a share of the rows in that tier; `tokens` are those of so many rows of a model, in and out."""
     total = Decimal(0)
     for model, rows in found.models.items():
         table = tables.get(model)
@@ -165,17 +181,20 @@ def _cost(
             return None
         prompt, completion = tokens(rows)
         each = Usage(round(prompt / rows), round(completion / rows), 0, round(prompt / rows * cached_share))
-        total += (prices.cost(each, table) or 0) * Decimal(rows * share)
+        tier = None if prices.lacks_tier(table, service_tier) else service_tier
+        total += (prices.cost(each, table, tier) or 0) * Decimal(rows * share)
     return total
 
 
-def _bound(found: Survey, tables: Mapping[str, PriceTable | None], to_ask: int, tier: str | None) -> Decimal | None:
+def _bound(
+    found: Survey, tables: Mapping[str, PriceTable | None], to_ask: int, asked_tiers: tuple[str | None, ...]
+) -> Decimal | None:
     """What any `to_ask` of the rows can cost at most: all of them, or that many of the largest."""
     whole = largest = Decimal(0)
     for model in found.models:
         fees = Decimal(0) if (table := tables.get(model)) is None else table.per_request * (found.models[model] - 1)
-        all_of_them = prices.upper_bound(*found.max_tokens[model], tables.get(model), tier)
-        one = prices.upper_bound(*found.max_request[model], tables.get(model), tier)
+        all_of_them = prices.upper_bound(*found.max_tokens[model], tables.get(model), *asked_tiers)
+        one = prices.upper_bound(*found.max_request[model], tables.get(model), *asked_tiers)
         if all_of_them is None or one is None:
             return None
         whole, largest = whole + all_of_them + fees, max(largest, one)
@@ -188,6 +207,9 @@ def _short(budget: Budget, rows: int, tokens: float, cost_usd: Decimal | None, d
     took_usd = done.cost_usd + done.possibly_billed_usd if done is not None else Decimal(0)
     if budget.max_cost_usd is not None and cost_usd is not None and took_usd + cost_usd > budget.max_cost_usd:
         yield f"max_cost_usd = {budget.max_cost_usd:,f} will end the run before its last row"
+    for name, cap in budget.caps_usd.items():
+        if name != "max_cost_usd" and cost_usd is not None and cost_usd > cap:
+            yield f"{name} = {cap:,f} will end a start before its last row"
     if budget.max_tokens is not None and sum(line.total_tokens for line in totals) + tokens > budget.max_tokens:
         yield f"max_tokens = {budget.max_tokens:,} will end the run before its last row"
     if budget.max_requests is not None and sum(line.attempts for line in totals) + rows > budget.max_requests:

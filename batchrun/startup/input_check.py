@@ -135,10 +135,11 @@ def survey(
     progress: Callable[[int], None] = lambda rows: None,
     question: Callable[[int, bytes], None] = lambda ordinal, key: None,
     pictured: Callable[[int, bytes], None] = lambda ordinal, digest: None,
+    accepted: Callable[[Request], None] = lambda request: None,
 ) -> Survey:
     """The whole input, read once, and every image file that it names. `keep` gets every problem, `progress` the count
     of rows now and then, `question` each record's ordinal and request_key, `pictured` ordinal and images' digest of
-    those that have images to be read; records included that turn out to repeat an id.
+    those that have images to be read, `accepted` each request; records included that turn out to repeat an id.
 
     `scratch` is a directory for what does not fit into memory.
 
@@ -159,7 +160,9 @@ def survey(
             if builder is None:
                 builder = RequestBuilder(job, detect_dialect(job, record.columns))
                 id_column = job.input.id or ("custom_id" if builder.dialect == "openai-batch" else None)
-            if (problem := _take(record, builder, images, ids, id_column, tally, question, pictured)) is not None:
+            if (
+                problem := _take(record, builder, images, ids, id_column, tally, question, pictured, accepted)
+            ) is not None:
                 tally.reject(Problem(record.ordinal, record.place, problem, record.columns), tally.unusable)
             elif types is not None:
                 types.observe(record.columns)
@@ -192,6 +195,7 @@ def _take(
     tally: _Tally,
     question: Callable[[int, bytes], None],
     pictured: Callable[[int, bytes], None],
+    accepted: Callable[[Request], None],
 ) -> str | None:
     """Counts the record if it can be asked; else the reason why not."""
     try:
@@ -209,6 +213,7 @@ def _take(
             return f"{id_column}: {problem}"
     tally.accept(request)
     question(record.ordinal, request.key)
+    accepted(request)
     return None
 
 

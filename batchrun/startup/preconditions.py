@@ -1,5 +1,6 @@
 """What must hold of the input before a run sends anything. `run`, `check` and `estimate` walk through the same list."""
 
+import itertools
 from collections.abc import Callable, Mapping
 from decimal import Decimal
 
@@ -93,25 +94,28 @@ def require_budget(
     Raises:
         JobError: a cap can't be kept.
     """
-    cap, most = job.budget.max_cost_usd, job.budget.max_tokens
+    most = job.budget.max_tokens
     largest = max(map(sum, max_request.values()), default=0)
     if most is not None and largest > most:
         raise JobError(
             f"budget.max_tokens: {most:,} are fewer than the largest request may use ({largest:,}, by its upper "
             "bound); set request.max_tokens, or raise the cap"
         )
-    if cap is None:
-        return
     for model, table in tables.items():
+        if table is None and job.canary.rows is not None and job.canary.max_cost_per_row_usd is not None:
+            raise JobError(
+                f"canary.max_cost_per_row_usd: the price of {model} is unknown; "
+                f'give it in [pricing."{model}"] or remove this bound'
+            )
+    for (model, table), (name, cap) in itertools.product(tables.items(), job.budget.caps_usd.items()):
         if table is None:
             raise JobError(
-                f"budget.max_cost_usd: the price of {model} is unknown, so a cap can't be kept; "
+                f"budget.{name}: the price of {model} is unknown, so a cap can't be kept; "
                 f'give it in [pricing."{model}"] or remove the cap'
             )
-        tier = prices.tier_of_job(job.request.extra)
-        bound = prices.upper_bound(*max_request.get(model, (0, 0)), table, tier) or Decimal(0)
+        bound = prices.upper_bound(*max_request.get(model, (0, 0)), table, *job.service_tiers) or Decimal(0)
         if bound > cap:
             raise JobError(
-                f"budget.max_cost_usd: ${cap} is less than the largest request may cost (${bound:.4f}, by its "
+                f"budget.{name}: ${cap} is less than the largest request may cost (${bound:.4f}, by its "
                 "upper bound); set request.max_tokens, or raise the cap"
             )

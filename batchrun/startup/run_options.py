@@ -18,6 +18,7 @@ class RunOptions(msgspec.Struct, frozen=True):
 
     skip_invalid: bool = False
     accept_changes: bool = False
+    accept_canary: bool = False
     only_look: bool = False
     limit: int | None = None
     deadline: Deadline | None = None

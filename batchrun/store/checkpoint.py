@@ -33,7 +33,7 @@ from batchrun.store.totals import (
     with_possibly_billed,
 )
 
-FORMAT = 4
+FORMAT = 5
 """`PRAGMA user_version`. Another number is another version's run directory: exit 7."""
 
 SINCE = "since"

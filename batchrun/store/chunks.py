@@ -3,7 +3,7 @@
 What blocks (reading, writing, waiting for the database) is in `open_next` and `seal`, which run in threads.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -48,9 +48,22 @@ class OpenChunk:
         self._settled = settled or set()
         self.left = chunk.rows - len(self._settled)
         self.is_new = not (self.discarded or self.lost or self.reopened)
+        self._only: list[int] | None = None
+
+    def to_send(self) -> Iterator[int]:
+        """The rows still to be sent, by their numbers."""
+        return (row for row in range(self.chunk.first_row, self.chunk.end_row) if row not in self._settled)
+
+    def limit_to(self, only: Collection[int]) -> bool:
+        """Of the rows still to be sent, `rows` gives these alone from now on; False if there are none."""
+        self._only = [row for row in self.to_send() if row in only]
+        return bool(self._only)
 
     def rows(self) -> Iterator[list[Row]]:
         """The rows still to be asked, in order, up to 1,000 at a time."""
+        if self._only is not None:
+            yield [self.window.row(row) for row in self._only]
+            return
         for batch in self.window.rows():
             yield [row for row in batch if row.row not in self._settled] if self._settled else batch
 

@@ -20,6 +20,7 @@ MAX_PARAMETERS = 32_766
 """What SQLite takes in one statement (sqlite.org, "Implementation Limits")."""
 
 BUSY_S = 1.0  # how long another program may look into the file while a run starts
+SHARED_BUSY_S = 30.0  # how long the transactions of other processes may take together
 
 Field = int | float | str | bytes | None
 Record = tuple[Any, ...]
@@ -55,6 +56,30 @@ class Database:
                 if not database.query("SELECT 1 FROM sqlite_master"):
                     connection.executescript(f"BEGIN; {tables} PRAGMA user_version = {version}; COMMIT;")
                     fsync(path.parent)
+                database._require(tables, version)
+            except BaseException:
+                connection.close()
+                raise
+        return database
+
+    @classmethod
+    def open_shared(cls, path: Path, tables: str, version: int) -> Self:
+        """The file at `path`, which other processes have open too; each transaction waits for theirs.
+
+        It has a rollback journal, which is there only during a transaction: at rest there is one file.
+
+        Raises:
+            CheckpointError: damaged, of another version, or locked for longer than `SHARED_BUSY_S`.
+            DiskError: the file can't be opened or made.
+        """
+        with _ours(path):
+            connection = sqlite3.connect(path, SHARED_BUSY_S, isolation_level=None, check_same_thread=False)
+            try:
+                path.chmod(0o600)
+                connection.execute("PRAGMA synchronous = FULL")
+                database = cls(path, connection, lambda error: False)
+                database._try(lambda: database._make(tables, version))
+                fsync(path.parent)
                 database._require(tables, version)
             except BaseException:
                 connection.close()
@@ -153,6 +178,12 @@ class Database:
             if self._connection.in_transaction:
                 self.query("ROLLBACK")
             raise
+
+    def _make(self, tables: str, version: int) -> None:
+        """A new file has its tables; inside a transaction, since several processes may be the first."""
+        if not self.query("SELECT 1 FROM sqlite_master"):
+            for statement in (*tables.split(";"), f"PRAGMA user_version = {version}"):
+                self.query(statement)
 
     def _require(self, tables: str, version: int) -> None:
         """The file is of this version, and sound in all its pages and records."""

@@ -25,16 +25,17 @@ CREATE TABLE attempts (row INTEGER, n INTEGER, verdict TEXT, counted INTEGER, ht
     PRIMARY KEY (row, n, invocation)) WITHOUT ROWID;
 CREATE TABLE possibly_billed (row INTEGER, n INTEGER, request_key TEXT, upper_bound_usd TEXT,
     upper_bound_tokens INTEGER, cause TEXT, invocation INTEGER, request_id TEXT, crc INTEGER);
-CREATE TABLE totals (invocation INTEGER, model TEXT, status TEXT, day TEXT, rows INTEGER, attempts INTEGER,
-    prompt_tokens INTEGER, cached_tokens INTEGER, completion_tokens INTEGER, reasoning_tokens INTEGER,
-    total_tokens INTEGER, cost_usd TEXT, unpriced INTEGER, without_usage INTEGER, offline_prompt_tokens INTEGER,
-    offline_completion_tokens INTEGER, cache_write_tokens INTEGER, reported_cost_usd TEXT, crc INTEGER,
-    PRIMARY KEY (invocation, model, status, day)) WITHOUT ROWID;
-CREATE TABLE replaced (invocation INTEGER, model TEXT, status TEXT, day TEXT, rows INTEGER, attempts INTEGER,
-    prompt_tokens INTEGER, cached_tokens INTEGER, completion_tokens INTEGER, reasoning_tokens INTEGER,
-    total_tokens INTEGER, cost_usd TEXT, unpriced INTEGER, without_usage INTEGER, offline_prompt_tokens INTEGER,
-    offline_completion_tokens INTEGER, cache_write_tokens INTEGER, reported_cost_usd TEXT, revision INTEGER,
-    crc INTEGER, PRIMARY KEY (invocation, model, status, day)) WITHOUT ROWID;
+CREATE TABLE totals (invocation INTEGER, model TEXT, status TEXT, day TEXT, service_tier TEXT, rows INTEGER,
+    attempts INTEGER, prompt_tokens INTEGER, cached_tokens INTEGER, completion_tokens INTEGER,
+    reasoning_tokens INTEGER, total_tokens INTEGER, cost_usd TEXT, unpriced INTEGER, without_usage INTEGER,
+    offline_prompt_tokens INTEGER, offline_completion_tokens INTEGER, cache_write_tokens INTEGER,
+    reported_cost_usd TEXT, crc INTEGER, PRIMARY KEY (invocation, model, status, day, service_tier)) WITHOUT ROWID;
+CREATE TABLE replaced (invocation INTEGER, model TEXT, status TEXT, day TEXT, service_tier TEXT, rows INTEGER,
+    attempts INTEGER, prompt_tokens INTEGER, cached_tokens INTEGER, completion_tokens INTEGER,
+    reasoning_tokens INTEGER, total_tokens INTEGER, cost_usd TEXT, unpriced INTEGER, without_usage INTEGER,
+    offline_prompt_tokens INTEGER, offline_completion_tokens INTEGER, cache_write_tokens INTEGER,
+    reported_cost_usd TEXT, revision INTEGER, crc INTEGER,
+    PRIMARY KEY (invocation, model, status, day, service_tier)) WITHOUT ROWID;
 CREATE TABLE answered_as (model TEXT PRIMARY KEY, rows INTEGER, crc INTEGER) WITHOUT ROWID;
 CREATE TABLE standing (status TEXT PRIMARY KEY, rows INTEGER, crc INTEGER) WITHOUT ROWID;
 CREATE TABLE reopened (row INTEGER PRIMARY KEY, variant INTEGER, attempts INTEGER, status TEXT, cost_usd TEXT,

@@ -209,6 +209,11 @@ def place(pattern: str, job: str, *, date: str | None, now: datetime, new: bool)
     return path, None
 
 
+def logical_date(date: str | None, now: datetime) -> str:
+    """What `{date}` is in `input.path`: the date that was named or is resumed, without the number that --new gives."""
+    return now.date().isoformat() if date is None else date[:10]
+
+
 def _of_job(pattern: str, job: str) -> str:
     """The pattern with the job's name, in UTF-8 whatever the locale says of names (LANG=C means ASCII)."""
     return os.fsdecode(str(Path(pattern.replace("{job}", job))).encode("utf-8", "surrogateescape"))

@@ -28,7 +28,8 @@ from batchrun.records import (
 DISCARDED = "discarded"
 """The totals' status of attempts whose answers are not in the output: what they cost is wasted."""
 
-FIGURES = tuple(name for name in TotalsLine.__struct_fields__ if name not in ("invocation", "model", "status", "day"))
+_KEYS = frozenset({"invocation", "model", "status", "day", "service_tier"})
+FIGURES = tuple(name for name in TotalsLine.__struct_fields__ if name not in _KEYS)
 """The fields of a line that are added up."""
 
 MAX_NAMED = 1000
@@ -244,7 +245,8 @@ def answer_line(c: Completion, invocation: int) -> TotalsLine:
     restored = c.restored
     usage, cost = (c.usage, c.last_cost_usd) if restored is None else (restored.usage, restored.cost_usd)
     reported = c.reported_cost_usd if restored is None else None
-    return _used(TotalsLine(invocation, c.model, str(c.status), utc_day(c.finished_at), rows=1), usage, cost, reported)
+    key = invocation, c.model, str(c.status), utc_day(c.finished_at), c.service_tier
+    return _used(TotalsLine(*key, rows=1), usage, cost, reported)
 
 
 def plus(one: TotalsLine, other: TotalsLine) -> TotalsLine:
@@ -262,10 +264,10 @@ def _negative(line: TotalsLine) -> TotalsLine:
 def _key(ending: Ending, invocation: int) -> LineKey:
     """The line that the attempt is booked in."""
     if isinstance(ending, Discarded):
-        return invocation, ending.model, DISCARDED, utc_day(ending.at)
-    if ending.restored is not None:
-        return invocation, ending.model, DISCARDED, utc_day(ending.restored.last_at)
-    return invocation, ending.model, str(ending.status), utc_day(ending.finished_at)
+        return invocation, ending.model, DISCARDED, utc_day(ending.at), ending.service_tier
+    if ending.restored is not None:  # the last attempt, which brought no answer that could name a tier
+        return invocation, ending.model, DISCARDED, utc_day(ending.restored.last_at), ""
+    return invocation, ending.model, str(ending.status), utc_day(ending.finished_at), ending.service_tier
 
 
 def _restored(c: Completion, restored: Restored, invocation: int) -> list[TotalsLine]:

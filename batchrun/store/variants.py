@@ -11,6 +11,8 @@ import msgspec
 from batchrun.errors import CheckpointError
 from batchrun.job.job import Job, RequestTemplate
 
+_SERVED_BY = frozenset({"stream_options", "prompt_cache_key"})
+
 ENTRY = "variants"
 """The manifest's entry that holds them."""
 
@@ -67,9 +69,11 @@ def differences(one: Variant, other: Variant) -> list[str]:
 
 
 def as_job(job: Job, variant: Variant) -> Job:
-    """The job, asking as the variant does; how answers travel stays the job's own."""
-    extra = {name: value for name, value in variant.request.extra.items() if name != "stream_options"}
-    if "stream_options" in job.request.extra:
-        extra["stream_options"] = job.request.extra["stream_options"]
-    request = msgspec.structs.replace(variant.request, stream=job.request.stream, extra=extra)
+    """The job, asking as the variant does; how requests are served and answers travel stays the job's own."""
+    extra = {name: value for name, value in variant.request.extra.items() if name not in _SERVED_BY}
+    extra |= {name: value for name, value in job.request.extra.items() if name in _SERVED_BY}
+    own = job.request
+    request = msgspec.structs.replace(
+        variant.request, stream=own.stream, service_tier=own.service_tier, cache_prefix=own.cache_prefix, extra=extra
+    )
     return msgspec.structs.replace(job, request=request)

@@ -14,7 +14,8 @@ _TOKENS = (
     "cache_write_tokens",
 )
 _COLUMNS = (
-    *("invocation", "requested_model", "status", "finished_at", "answer_cost_usd", "reported_cost_usd"),
+    *("invocation", "requested_model", "status", "service_tier", "finished_at"),
+    *("answer_cost_usd", "reported_cost_usd"),
     *_TOKENS,
 )
 
@@ -25,13 +26,14 @@ def lines(own: pa.Table) -> Iterator[TotalsLine]:
     The offline count of an answer without usage is in no column, so it is not in the line.
     """
     columns: list[Any] = [own.column(name).to_pylist() for name in _COLUMNS]
-    for invocation, model, status, finished_at, cost, reported, *tokens in zip(*columns, strict=True):
+    for invocation, model, status, tier, finished_at, cost, reported, *tokens in zip(*columns, strict=True):
         known = tokens[0] is not None  # usage, which brings all or none of the counts that are not parts of others
         yield TotalsLine(
             invocation,
             model,
             status,
             _day(finished_at),
+            tier or "",
             rows=1,
             attempts=1,
             cost_usd=cost or Decimal(0),

@@ -34,6 +34,7 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     choices: tuple[Choice, ...]
     model: str | None
     requested_model: str
+    service_tier: str | None
     completion_id: str | None
     request_id: str | None
     created: datetime | None

@@ -66,6 +66,12 @@ def rows(name: str, *header: str) -> list[list[str]]:
     return found
 
 
+def details(page: str, field: str) -> str:
+    """The text of the list item that explains a field, below the table."""
+    (text,) = re.findall(rf"^- \*\*`{field}`\*\*(.*(?:\n  .*)*)", page, re.MULTILINE)
+    return " ".join(str(text).split())
+
+
 def bare(cell: str) -> str:
     return cell.strip("`")
 
@@ -125,7 +131,7 @@ def test_every_summary_field_is_listed_in_order() -> None:
     page = text_of("docs/output.md").partition("## summary.json")[2].partition("\n## ")[0]
     listed = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
     assert tuple(listed) == Summary.__struct_fields__
-    (doubts,) = [line for line in page.splitlines() if line.startswith("| `possibly_billed` ")]
+    doubts = details(page, "possibly_billed")
     assert [name for name in PossiblyBilled.__struct_fields__ if f"`{name}`" not in doubts] == []
 
 
@@ -141,7 +147,7 @@ def test_every_status_and_every_event_is_listed() -> None:
 
 
 def test_everything_that_limits_rows_is_listed() -> None:
-    (field,) = [row[2] for row in rows("docs/output.md", "field", "type") if row[0] == "`limited_by`"]
+    field = details(text_of("docs/output.md"), "limited_by").partition("; while no rows")[0]
     advised = " ".join(row[0] for row in rows("docs/job.md", "limited by", "what to do for more speed"))
     wanted = {*map(str, Limit), "the reader of completions", "retries"}
     for listed in (field, advised):
@@ -260,6 +266,16 @@ def test_every_promise_has_its_test() -> None:
     promises = text_of("docs/guarantees.md").partition("\n## Verdicts")[0].split("\n### ")[1:]
     assert len(promises) > 100
     assert [promise.partition("\n")[0] for promise in promises if not LISTED_TESTS.search(promise + "\n")] == []
+
+
+def test_the_places_where_changes_go_exist() -> None:
+    """CONTRIBUTING names, for each kind of change, a file and what to change in it."""
+    places = text_of("CONTRIBUTING.md").partition("## Where to add what")[2].partition("\n## ")[0]
+    named = re.findall(r"`(\w+(?:\.\w+)?)`(?:,[^`.;]*)?(?: (?:and|in|of) )`(batchrun/[\w/.]+\.py)`", places)
+    assert len(named) >= 10
+    for name, file in named:
+        assert re.search(rf"\b{name.rpartition('.')[2]}\b", text_of(file)), (name, file)
+    assert places.count("\n### ") == 6
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids_of)

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import resource
 import shutil
 import signal
@@ -33,6 +34,7 @@ from tests.cli_process import (
     write_job,
     write_rows,
 )
+from tests.fault_server import Exchange, answer, echo_key, serving_aside
 from tests.simulator_process import running_simulator
 
 SAME = ["id", "text", "score", "row", "request_key", "status", "content", "finish_reason"]
@@ -523,9 +525,13 @@ def test_an_empty_input_needs_the_job_to_allow_it(tmp_path: Path) -> None:
 def test_the_key_appears_in_no_file_or_stream(tmp_path: Path) -> None:
     """Even though the server repeats it."""
     source = write_rows(tmp_path / "in.jsonl", 60)
-    faults = (Fault(kind="echo_key", status=422, share=0.3, sticky=True),)
-    with running_simulator(SimulatorConfig(faults=faults, api_key=KEY)) as simulator:
-        job = write_job(tmp_path / "job.toml", simulator.url, source, '[output]\nraw = "always"\n')
+
+    async def echo_one_key_in_three(exchange: Exchange) -> None:
+        echoes = re.search(rb"item \d*[147] ", exchange.body) is not None
+        await (echo_key(exchange) if echoes else exchange.send(answer()))
+
+    with serving_aside(echo_one_key_in_three) as server:
+        job = write_job(tmp_path / "job.toml", server.url, source, '[output]\nraw = "always"\n')
         ended = batchrun("run", job, "-o", tmp_path / "out")
     assert ended.exit_code == 3, ended.stderr
     encoded = [urllib.parse.quote(KEY).encode(), base64.b64encode(KEY.encode()).rstrip(b"=")[:-1]]

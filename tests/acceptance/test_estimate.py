@@ -80,13 +80,16 @@ def test_estimated_time_follows_the_tightest_limit(
         ({"max_cost_usd": Decimal("0.07")}, ["max_cost_usd = 0.07"]),
         ({"max_tokens": 34_999}, ["max_tokens = 34,999"]),
         ({"max_requests": 99}, ["max_requests = 99"]),
+        ({"per_start_usd": Decimal("0.08"), "per_day_usd": Decimal("0.08")}, []),
+        ({"per_month_usd": Decimal("0.07")}, ["per_month_usd = 0.07"]),
     ],
 )
 def test_a_budget_that_will_stop_is_named(budget: Mapping[str, object], binds: list[str]) -> None:
     asked = msgspec.structs.replace(job(), budget=Budget(**budget))  # type: ignore[arg-type]
     found = estimate(surveyed(100), asked, {"m": PRICE}, 100, None)
     lines = [line for line in in_words(found, {"m": PRICE}) if line.startswith("budget")]
-    assert lines == [f"budget       {cap} will end the run before its last row" for cap in binds]
+    ends = "a start" if "per_month_usd" in budget else "the run"
+    assert lines == [f"budget       {cap} will end {ends} before its last row" for cap in binds]
 
 
 def test_unknown_prices_leave_estimates_incomplete() -> None:

@@ -15,7 +15,7 @@ from batchrun.credentials import Credentials
 from batchrun.job.job import Endpoint
 from batchrun.records import Answer, FunctionCall, Usage
 from batchrun.response import answer as answers
-from batchrun.simulator import SimulatorConfig
+from batchrun.simulator import SimulatorConfig, parse_faults
 from batchrun.transport.transport import choose, opened
 from tests.pictures import OF_TYPE, data_url
 from tests.simulator_process import RunningSimulator, running_simulator
@@ -302,3 +302,28 @@ def test_several_choices_are_read_alike(client: openai.OpenAI, simulator: Runnin
     streamed = ours(simulator, n=3)
     assert [(choice.index, choice.content, choice.finish_reason) for choice in streamed.choices] == said
     assert streamed.content == plain.choices[0].message.content
+
+
+def test_the_client_reads_tiers_cached_tokens_and_a_full_tier() -> None:
+    config = SimulatorConfig(faults=parse_faults("flex_unavailable=1"), cache_life_s=60)
+    messages: Any = [{"role": "user", "content": "word " * 1_000}]
+    with (
+        running_simulator(config) as simulator,
+        openai.OpenAI(base_url=simulator.url, api_key="sk-any", max_retries=0) as client,
+    ):
+        with pytest.raises(openai.RateLimitError) as caught:
+            client.chat.completions.create(model="m", messages=messages, service_tier="flex")
+        served = [
+            client.chat.completions.create(
+                model="m", messages=messages, service_tier="auto", prompt_cache_key=key, max_tokens=5
+            )
+            for key in ("a", "a", "b")
+        ]
+    assert caught.value.code == "resource_unavailable"
+    assert [completion.service_tier for completion in served] == ["default"] * 3
+    cached = []
+    for completion in served:
+        assert completion.usage is not None
+        assert completion.usage.prompt_tokens_details is not None
+        cached.append(completion.usage.prompt_tokens_details.cached_tokens)
+    assert cached == [0, 1_152, 0]

@@ -99,7 +99,7 @@ def test_unpriced_possible_billing_has_no_bound(bounds: tuple[Decimal | None, ..
 
 
 def test_headlines_say_what_is_known() -> None:
-    totals = [TotalsLine(1, "m", "ok", "2026-11-28", 1, 1, 10, 0, 2, 0, 12, Decimal(0), 0, 1)]
+    totals = [TotalsLine(1, "m", "ok", "2026-11-28", "", 1, 1, 10, 0, 2, 0, 12, Decimal(0), 0, 1)]
     told = summary(totals=totals, cost_usd=Decimal(0), without_usage=1)
     assert "cost unknown" in line(told)
     closing = "\n".join(in_words(told, requests_per_minute=None, max_failures=0))

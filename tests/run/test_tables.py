@@ -82,6 +82,7 @@ def test_our_columns_are_always_the_documented_ones() -> None:
         "choices": "list<element: struct<index: int32, content: large_string, finish_reason: string>>",
         "model": text,
         "requested_model": text,
+        "service_tier": text,
         "completion_id": text,
         "request_id": text,
         "created": utc,
@@ -447,7 +448,7 @@ def test_a_part_damaged_after_moving_is_named(tmp_path: Path) -> None:
 def test_usage_has_all_lines_of_totals(tmp_path: Path) -> None:
     """One for each invocation, model and status."""
     lines = [
-        TotalsLine(1, MODEL, "ok", "2026-11-28", 10, 11, 100, 40, 20, 5, 120, Decimal("0.000123456789"), 1, 2),
+        TotalsLine(1, MODEL, "ok", "2026-11-28", "flex", 10, 11, 100, 40, 20, 5, 120, Decimal("0.000123456789"), 1, 2),
         TotalsLine(2, MODEL, "discarded", attempts=3),
     ]
     files.write_usage(tmp_path / "usage.parquet", lines)

@@ -415,6 +415,11 @@ OTHER_VALUES: Mapping[str, object] = {
     "output.raw": "always",
     "output.layout": "parts",
     "output.compression": "gzip",
+    "on_end": ["true"],
+    "canary.min_ok_share": 0.5,
+    "canary.max_invalid_share": 0.5,
+    "budget.time_zone": "Europe/Berlin",
+    "pricing.MODEL.tiers": {"flex": {"input": 1, "output": 2}},
 }
 """Values that differ from the default where one more, or one more letter, would not be allowed."""
 
@@ -425,8 +430,10 @@ ALONE = {
 }
 """Settings that conflict with another."""
 
+HOW_IT_IS_SERVED = {"request.stream", "request.service_tier", "request.cache_prefix"}
+
 DECIDE_THE_QUESTIONS = {"endpoint.url", "endpoint.name", "input.dialect"} | {
-    path for path, _ in settings() if path.startswith("request.") and path != "request.stream"
+    path for path, _ in settings() if path.startswith("request.") and path not in HOW_IT_IS_SERVED
 }
 
 
@@ -447,8 +454,11 @@ def another_value(path: str, default: object) -> object:
         "max_tokens",
         "temperature",
         "top_p",
-        "max_cost_usd",
+        "_usd",
         "max_requests",
+        "canary.rows",
+        "flex_latency_s",
+        "cache_life_s",
     )
     return 1 if path.endswith(numbers) else "x"
 
@@ -460,7 +470,7 @@ def test_the_fingerprint_covers_exactly_the_question(path: str, default: object)
     tables: Any = {
         "name": "night",
         "endpoint": {"url": "https://h/v1", "api_key_env": "KEY", "headers": {"X-Team": "b"}},
-        "request": {"model": "m", "prompt": "{{ text }}", "images": ["front"]},
+        "request": {"model": "m", "prompt": "{{ text }}", "images": ["front"], "service_tier": "flex"},
         "pricing": {"MODEL": {"input": 1, "output": 2}},
     }
     before = from_tables(tables)
@@ -474,7 +484,8 @@ def test_the_fingerprint_covers_exactly_the_question(path: str, default: object)
     for parent in parents:
         place[parent] = dict(place.get(parent, {}))
         place = place[parent]
-    place[last] = 3 if parents[:1] == ["pricing"] else another_value(path, default)
+    is_price = parents[:1] == ["pricing"] and last != "tiers"
+    place[last] = 3 if is_price else another_value(path, default)
     after = from_tables(changed)
     assert after != before
     assert (after.fingerprint() != before.fingerprint()) == (path in DECIDE_THE_QUESTIONS)

@@ -10,13 +10,13 @@ QUESTIONS = [blake2b(str(number).encode(), digest_size=16).digest() for number i
 
 def _fates(book: FaultBook, questions: list[bytes]) -> dict[bytes, bool]:
     return {
-        question: book.meet(question, b"", ordinal=ordinal, age_s=0.0) is not None
+        question: book.fault_for(question, b"", ordinal=ordinal, age_s=0.0) is not None
         for ordinal, question in enumerate(questions, start=1)
     }
 
 
 def _meets(book: FaultBook, *, ordinal: int = 1, age_s: float = 0.0, body: bytes = b"", question: int = 0) -> bool:
-    return book.meet(QUESTIONS[question], body, ordinal=ordinal, age_s=age_s) is not None
+    return book.fault_for(QUESTIONS[question], body, ordinal=ordinal, age_s=age_s) is not None
 
 
 def test_a_fault_has_its_share() -> None:
@@ -39,13 +39,13 @@ def test_a_retry_meets_another_fate() -> None:
 def test_two_rules_draw_apart() -> None:
     rules = (Fault(kind="status", share=0.5), Fault(kind="cut", share=0.5))
     book = FaultBook(rules, 0)
-    met = [book.meet(question, b"", ordinal=1, age_s=0.0) for question in QUESTIONS]
+    met = [book.fault_for(question, b"", ordinal=1, age_s=0.0) for question in QUESTIONS]
     assert 0.2 < sum(fault is rules[1] for fault in met) / len(met) < 0.3
 
 
 def test_the_first_rule_that_applies_is_met() -> None:
     rules = (Fault(kind="status", match="never there"), Fault(kind="cut"), Fault(kind="hang"))
-    assert FaultBook(rules, 0).meet(QUESTIONS[0], b"body", ordinal=1, age_s=0.0) is rules[1]
+    assert FaultBook(rules, 0).fault_for(QUESTIONS[0], b"body", ordinal=1, age_s=0.0) is rules[1]
 
 
 def test_a_script_holds_from_one_request_to_another() -> None:
@@ -77,7 +77,7 @@ def test_fates_by_attempt_survive_restarts() -> None:
 
     def fates(book: FaultBook, attempt: int) -> list[bool]:
         return [
-            book.meet(question, b"", ordinal=1, age_s=0.0, attempt_of_row=f"{row}-{attempt}") is not None
+            book.fault_for(question, b"", ordinal=1, age_s=0.0, attempt_of_row=f"{row}-{attempt}") is not None
             for row, question in enumerate(QUESTIONS)
         ]
 
@@ -89,5 +89,5 @@ def test_fates_by_attempt_survive_restarts() -> None:
 
 def test_a_sticky_fault_ignores_attempt_names() -> None:
     book = FaultBook((Fault(kind="status", share=0.5, sticky=True),), 0)
-    named = [book.meet(QUESTIONS[0], b"", ordinal=1, age_s=0.0, attempt_of_row=f"0-{n}") for n in range(1, 20)]
+    named = [book.fault_for(QUESTIONS[0], b"", ordinal=1, age_s=0.0, attempt_of_row=f"0-{n}") for n in range(1, 20)]
     assert len(set(named)) == 1

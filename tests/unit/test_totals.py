@@ -60,18 +60,18 @@ def test_the_mean_covers_rows_with_cost() -> None:
         return TotalsLine(1, MODEL, status, rows=rows, attempts=rows, cost_usd=Decimal(cost_usd))
 
     assert Totals().mean_cost_usd() is None
-    free = {(1, MODEL, "error", ""): line("error", 7, "0")}
+    free = {(1, MODEL, "error", "", ""): line("error", 7, "0")}
     assert Totals(totals=free).mean_cost_usd() is None
-    paid = {(1, MODEL, "ok", ""): line("ok", 20, "0.5"), (1, MODEL, DISCARDED, ""): line(DISCARDED, 0, "0.1")}
+    paid = {(1, MODEL, "ok", "", ""): line("ok", 20, "0.5"), (1, MODEL, DISCARDED, "", ""): line(DISCARDED, 0, "0.1")}
     assert Totals(totals=free | paid, standing={"ok": 10, "error": 7}).mean_cost_usd() == Decimal("0.03")
 
 
 def test_an_untouched_line_is_the_same_object() -> None:
     before = fold(Totals(), [completion(0), discarded(1)], 1)
     after = fold(before, [completion(2)], 1)
-    assert after.totals[1, MODEL, DISCARDED, DAY] is before.totals[1, MODEL, DISCARDED, DAY]
-    assert after.totals[1, MODEL, "ok", DAY].rows == 2
-    assert before.totals[1, MODEL, "ok", DAY].rows == 1
+    assert after.totals[1, MODEL, DISCARDED, DAY, ""] is before.totals[1, MODEL, DISCARDED, DAY, ""]
+    assert after.totals[1, MODEL, "ok", DAY, ""].rows == 2
+    assert before.totals[1, MODEL, "ok", DAY, ""].rows == 1
 
 
 def test_each_invocation_has_lines_of_its_own() -> None:

@@ -145,9 +145,10 @@ def test_they_agree_on_odd_json_too(odd: bytes, place: bytes) -> None:
         [(("usage", "prompt_tokens_details"), REMOVED), (("usage", "completion_tokens_details"), None)],
         [(("choices", 0, "finish_reason"), "length")],
         [(("choices", 0, "message", "reasoning_content"), "I think."), (("prompt_logprobs",), None)],
+        [(("service_tier",), "Flex")],
         [(("timings",), {"predicted_ms": 3.5}), (("choices", 0, "stop_reason"), None)],
     ],
-    ids=["OpenAI", "no details", "cut short", "vLLM with reasoning", "llama.cpp"],
+    ids=["OpenAI", "no details", "cut short", "vLLM with reasoning", "a service tier", "llama.cpp"],
 )
 def test_it_accepts_the_answers_of_common_servers(changes: list[tuple[tuple[str | int, ...], Any]]) -> None:
     body = msgspec.json.encode(changed(changes))

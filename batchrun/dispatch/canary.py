@@ -1,0 +1,153 @@
+"""The canary: a few rows from all over the input are sent first, and decide whether the rest is sent.
+
+The manifest keeps the chosen rows and their outcome. So a start that was killed resumes with the same rows, and a start
+after a failed canary stops again without sending anything.
+"""
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from decimal import Decimal
+
+import msgspec
+
+from batchrun.dispatch.store import Store
+from batchrun.errors import ExitCode
+from batchrun.job.job import Canary, Job
+from batchrun.limits.admission import Stop
+from batchrun.records import Completion, Status
+from batchrun.report.wording import are, plural
+from batchrun.store.checkpoint import Checkpoint
+
+ENTRY = "canary"
+"""The manifest's entry that holds a `Record`."""
+
+
+class Seen(msgspec.Struct, frozen=True):
+    """The outcome of the canary's rows. `cost_usd` includes what may have been billed, but no `unpriced` rows."""
+
+    by_status: dict[str, int]
+    cost_usd: Decimal
+    unpriced: int
+    example_error: str | None
+
+    @property
+    def rows(self) -> int:
+        return sum(self.by_status.values())
+
+    @property
+    def cost_per_row_usd(self) -> Decimal | None:
+        """None if a row's cost is unknown."""
+        return self.cost_usd / self.rows if self.rows and not self.unpriced else None
+
+
+class Record(msgspec.Struct, frozen=True):
+    """`question` identifies the job's requests and the layout of the input; `seen` is None until all rows have ended.
+
+    `accepted`: send the rest whatever the outcome.
+    """
+
+    question: str
+    rows: tuple[int, ...]
+    seen: Seen | None = None
+    accepted: bool = False
+
+
+def record_of(job: Job, store: Store) -> Record | None:
+    """The record for the job's present requests; None if there was no canary for them."""
+    entry = store.checkpoint.manifest().get(ENTRY)
+    if entry is None:
+        return None
+    record = msgspec.json.decode(entry, type=Record)
+    return record if record.question == _question(job, store) else None
+
+
+def choose(job: Job, store: Store) -> Record:
+    """Chooses the rows of a new canary and records them. Opens every chunk, which stores the whole input."""
+    rows = (row for chunk in iter(store.chunks.open_next, None) for row in chunk.to_send())
+    chance = random.Random(store.plan.facts.run_id)
+    record = Record(_question(job, store), tuple(spread(rows, job.canary.rows or 0, chance)))
+    keep(store.checkpoint, record)
+    return record
+
+
+def keep(checkpoint: Checkpoint, record: Record) -> None:
+    """Makes the record durable."""
+    checkpoint.write_manifest({ENTRY: msgspec.json.encode(record).decode()})
+
+
+def look(checkpoint: Checkpoint, rows: Sequence[int]) -> Seen:
+    """The outcome of these rows, from their records in open chunks."""
+    found = [each for row in rows for each in checkpoint.completions(row, row + 1)]
+    by_status = {str(status): n for status in Status if (n := sum(each.status is status for each in found))}
+    known = [cost for each in found if (cost := _cost_usd(each)) is not None]
+    errors = (each.error.text for each in found if each.status is not Status.OK and each.error is not None)
+    return Seen(by_status, sum(known, Decimal(0)), len(found) - len(known), next(errors, None))
+
+
+def judge(seen: Seen, wanted: Canary) -> Iterator[str]:
+    """Each bound that the outcome breaks, in words; none if the rest may be sent."""
+    if not seen.rows:
+        return
+    ok, invalid = (seen.by_status.get(status, 0) / seen.rows for status in (Status.OK, Status.INVALID))
+    if ok < wanted.min_ok_share:
+        yield f"{ok:.0%} are ok (canary.min_ok_share = {wanted.min_ok_share:g})"
+    if wanted.max_invalid_share is not None and invalid > wanted.max_invalid_share:
+        yield f"{invalid:.0%} are invalid (canary.max_invalid_share = {wanted.max_invalid_share:g})"
+    if (most := wanted.max_cost_per_row_usd) is None:
+        return
+    if (cost := seen.cost_per_row_usd) is None:
+        yield f"{plural(seen.unpriced, 'row')} {are(seen.unpriced)} of unknown cost (canary.max_cost_per_row_usd)"
+    elif cost > most:
+        yield f"a row costs ${cost:.6f} (canary.max_cost_per_row_usd = {most:f})"
+
+
+def in_words(seen: Seen) -> str:
+    """The outcome in one line."""
+    statuses = ", ".join(f"{n:,} {status}" for status, n in seen.by_status.items())
+    cost = f", ${cost_usd:.6f} a row" if (cost_usd := seen.cost_per_row_usd) is not None else ""
+    return f"{plural(seen.rows, 'row')}: {statuses}{cost}"
+
+
+def stop(seen: Seen, problems: Sequence[str], store: Store) -> Stop:
+    """Ends a start whose canary failed."""
+    example = f"; such as {seen.example_error}" if seen.example_error is not None else ""
+    return Stop(
+        ExitCode.STOPPED,
+        f"the canary failed: {'; '.join(problems)}, of {in_words(seen)}{example}. Look at its answers with batchrun "
+        f"export {store.directory.path}; then change the job, or send the rest with --accept-canary",
+    )
+
+
+def spread(rows: Iterable[int], count: int, chance: random.Random) -> list[int]:
+    """`count` of the rows, or all if they are fewer: a random one from each of about that many equal stretches.
+
+    One pass in bounded memory: when there are twice as many stretches as needed, pairs of them are joined.
+    """
+    kept: list[int] = []
+    stride, place, pick, picked = 1, 0, 0, -1
+    for row in rows:
+        if place == pick:
+            picked = row
+        place += 1
+        if place < stride:
+            continue
+        kept.append(picked)
+        if len(kept) == 2 * count:
+            kept = [chance.choice(pair) for pair in zip(kept[::2], kept[1::2], strict=True)]
+            stride *= 2
+        place, pick = 0, chance.randrange(stride)
+    if place > pick:  # of the last stretch, which is cut short
+        kept.append(picked)
+    if len(kept) <= count:
+        return kept
+    return [kept[int((number + 0.5) * len(kept) / count)] for number in range(count)]
+
+
+def _question(job: Job, store: Store) -> str:
+    return f"{job.fingerprint()}.{store.plan.facts.layout}"
+
+
+def _cost_usd(completion: Completion) -> Decimal | None:
+    """The cost of all the row's attempts, including what may have been billed."""
+    doubt = completion.possibly_billed_usd if completion.maybe_billed else Decimal(0)
+    return None if completion.cost_usd is None or doubt is None else completion.cost_usd + doubt

@@ -1,0 +1,157 @@
+"""What the prompts of a job have in common, and what a prompt cache can serve of it. PURE.
+
+Providers cache the beginning of a prompt, from 1,024 tokens on and in steps of 128, and bill it at a fraction of the
+price (https://developers.openai.com/api/docs/guides/prompt-caching). So text that all rows share has to stand first.
+"""
+
+import re
+from collections.abc import Iterator
+from hashlib import blake2b
+from typing import Any
+
+import msgspec
+
+from batchrun.records import Request
+
+CACHED_FROM_TOKENS = 1_024
+CACHED_STEP_TOKENS = 128
+
+GROUP_BYTES = 3_072
+"""Requests whose bodies begin with the same bytes, this many, are a group. 1,024 tokens have about 4,096 bytes in
+English and 3,000 in languages with denser text; a group that proves too short for a cache costs nothing."""
+
+_TOKENS_PER_BYTE = 0.25
+_MOST_GROUPS = 256  # groups that are measured; a job with more of them is described by the others
+_MOST_COMMON_BYTES = 131_072  # of a shared beginning; longer ones count as this long
+_SAMPLE = 64  # rows whose texts are compared sentence by sentence
+_WORTH_MOVING_BYTES = 1_024  # shared text behind row data that is worth a warning
+_SENTENCE = re.compile(r"(?<=[.!?。！？])\s+|\n+")
+_LEAST_SENTENCE = 12  # characters: shorter ones are shared by chance
+
+
+def group_of(body: bytes) -> bytes | None:
+    """The digest of the beginning that requests of one group share; None: too short for any cache.
+
+    An image in it is not in the body yet, so nothing is known of what follows.
+    """
+    start = body[:GROUP_BYTES]
+    if len(start) < GROUP_BYTES or b'"image_url"' in start:
+        return None
+    return blake2b(start, digest_size=8).digest()
+
+
+class Group(msgspec.Struct):
+    """Requests of one model that begin alike: `common` is what all of them begin with."""
+
+    model: str
+    common: bytes
+    rows: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """The estimated tokens of the shared beginning that a cache can hold."""
+        shared = int(len(self.common) * _TOKENS_PER_BYTE)
+        return shared - shared % CACHED_STEP_TOKENS if shared >= CACHED_FROM_TOKENS else 0
+
+
+class SharedText(msgspec.Struct, frozen=True):
+    """`groups` have at least two rows each, the largest first. `behind_bytes`: text that all sampled rows share behind
+    their row data, where no cache finds it; `behind` is how it begins.
+    """
+
+    rows: int
+    body_bytes: int
+    groups: tuple[Group, ...]
+    behind_bytes: int = 0
+    behind: str = ""
+
+
+class SharedTextSurvey:
+    """Measures request by request, in bounded memory: `add` each, then `result`."""
+
+    def __init__(self) -> None:
+        self._rows = self._bytes = 0
+        self._single: dict[bytes, Group] = {}
+        self._groups: dict[bytes, Group] = {}
+        self._sample: list[list[str]] = []
+
+    def add(self, request: Request) -> None:
+        """One request more."""
+        body, model = request.body, request.model
+        self._rows += 1
+        self._bytes += len(body)
+        if len(self._sample) < _SAMPLE:
+            self._sample.append(_sentences(body))
+        if (digest := group_of(body)) is None:
+            return
+        if (group := self._groups.get(digest)) is not None:
+            group.rows += 1
+            if not body.startswith(group.common):
+                group.common = _common(group.common, body)
+        elif (first := self._single.pop(digest, None)) is not None:
+            if len(self._groups) < _MOST_GROUPS:
+                self._groups[digest] = Group(model, _common(first.common, body), 2)
+        else:
+            self._single[digest] = Group(model, body[:_MOST_COMMON_BYTES])
+            if len(self._single) > _MOST_GROUPS:
+                del self._single[next(iter(self._single))]
+
+    def result(self) -> SharedText:
+        """What was found."""
+        groups = sorted(self._groups.values(), key=lambda group: -group.rows * len(group.common))
+        behind = _behind_row_data(self._sample)
+        size = sum(len(sentence.encode()) for sentence in behind)
+        if size < _WORTH_MOVING_BYTES or size + _leading_bytes(self._sample) < CACHED_FROM_TOKENS / _TOKENS_PER_BYTE:
+            return SharedText(self._rows, self._bytes, tuple(groups))
+        return SharedText(self._rows, self._bytes, tuple(groups), size, behind[0])
+
+
+def _common(one: bytes, other: bytes) -> bytes:
+    """The beginning that both have, by bisection: comparing slices is a hundred times as fast as a loop over bytes."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return one[:low]
+
+
+def _sentences(body: bytes) -> list[str]:
+    return [sentence for text in _texts(body) for sentence in _SENTENCE.split(text) if sentence]
+
+
+def _texts(body: bytes) -> Iterator[str]:
+    fields: dict[str, Any] = msgspec.json.decode(body)
+    if isinstance(instructions := fields.get("instructions"), str):  # of the Responses API
+        yield instructions
+    for message in fields.get("messages") or fields.get("input") or ():
+        content = message.get("content")
+        if isinstance(content, str):
+            yield content
+        for part in content if isinstance(content, list) else ():
+            if isinstance(part, dict) and isinstance(part.get("text"), str):
+                yield part["text"]
+
+
+def _shared(sample: list[list[str]]) -> set[str]:
+    return {sentence for sentence in set[str].intersection(*map(set, sample)) if len(sentence) >= _LEAST_SENTENCE}
+
+
+def _first_of_its_own(sample: list[list[str]], shared: set[str]) -> int:
+    """The index of the first sentence of the first row that is not in every row."""
+    return next((i for i, sentence in enumerate(sample[0]) if sentence not in shared), len(sample[0]))
+
+
+def _behind_row_data(sample: list[list[str]]) -> list[str]:
+    """The sentences that all rows of the sample share and that stand behind the first one that they don't."""
+    if len(sample) < 2:
+        return []
+    shared = _shared(sample)
+    return [sentence for sentence in sample[0][_first_of_its_own(sample, shared) :] if sentence in shared]
+
+
+def _leading_bytes(sample: list[list[str]]) -> int:
+    shared = _shared(sample)
+    return sum(len(sentence.encode()) for sentence in sample[0][: _first_of_its_own(sample, shared)])

@@ -1,0 +1,97 @@
+"""An implicit prompt cache, as OpenAI describes its own. PURE.
+
+https://developers.openai.com/api/docs/guides/prompt-caching
+
+Each machine keeps the prefixes that it has processed, for some minutes after their last use. A request goes to the
+machine that a hash of its first 256 tokens and of its `prompt_cache_key` selects. Beyond about 15 requests a minute
+that machine passes requests on to others, which may not have the prefix yet.
+"""
+
+from collections.abc import Iterator
+from hashlib import blake2b
+from random import Random
+
+import msgspec
+from msgspec import UNSET
+
+from batchrun.simulator.limits import Bucket
+from batchrun.simulator.validate import ChatRequest, ImagePart, JSONSchemaFormat, TextPart
+
+FROM_TOKENS = 1_024
+STEP_TOKENS = 128
+_ROUTING_TOKENS = 256
+_BYTES_PER_TOKEN = 4  # as tokens.py counts
+_REQUESTS_PER_MINUTE = 15
+_MACHINES = 500  # so many that a machine chosen by chance is rarely warm, as behind a large provider
+
+
+class Prompt(msgspec.Struct, frozen=True):
+    """Where a prompt goes, and the digest of each of its cacheable prefixes, shortest first."""
+
+    routed_by: bytes
+    prefixes: tuple[bytes, ...]
+
+
+class PromptCache:
+    """All machines' prefixes. `look_up` when a request arrives, `keep` once its prompt was processed."""
+
+    def __init__(self, life_s: float, seed: int) -> None:
+        """`life_s`: how long a prefix outlives its last use."""
+        self._life_s = life_s
+        self._random = Random(seed)
+        self._homes: dict[bytes, tuple[int, Bucket]] = {}
+        self._kept_until_s: dict[tuple[int, bytes], float] = {}
+
+    def machine(self, prompt: Prompt, now_s: float) -> int:
+        """The machine that gets this request."""
+        home = self._homes.get(prompt.routed_by)
+        if home is None:
+            bucket = Bucket(_REQUESTS_PER_MINUTE, now_s, burst_s=60.0)
+            home = self._homes[prompt.routed_by] = int.from_bytes(prompt.routed_by[:8]) % _MACHINES, bucket
+        machine, bucket = home
+        if bucket.wait_s(1, now_s) > 0:
+            return self._random.randrange(_MACHINES)
+        bucket.take(1)
+        return machine
+
+    def look_up(self, prompt: Prompt, machine: int, now_s: float) -> int:
+        """How many tokens of the prompt the machine has."""
+        for index in range(len(prompt.prefixes) - 1, -1, -1):
+            if self._kept_until_s.get((machine, prompt.prefixes[index]), 0.0) > now_s:
+                self.keep(msgspec.structs.replace(prompt, prefixes=prompt.prefixes[: index + 1]), machine, now_s)
+                return FROM_TOKENS + index * STEP_TOKENS
+        return 0
+
+    def keep(self, prompt: Prompt, machine: int, now_s: float) -> None:
+        """The machine has the prompt's prefixes from now on."""
+        for prefix in prompt.prefixes:
+            self._kept_until_s[machine, prefix] = now_s + self._life_s
+
+
+def prompt_of(request: ChatRequest) -> Prompt:
+    """What the cache sees of a request: tools, schema and messages, in that order."""
+    text = b"".join(_parts(request))
+    digest = blake2b(text[: _ROUTING_TOKENS * _BYTES_PER_TOKEN], digest_size=16)
+    digest.update(b"" if request.prompt_cache_key is UNSET else str(request.prompt_cache_key).encode())
+    chain, prefixes = blake2b(request.model.encode(), digest_size=16), list[bytes]()
+    for end in range(FROM_TOKENS, len(text) // _BYTES_PER_TOKEN + 1, STEP_TOKENS):
+        start = 0 if end == FROM_TOKENS else end - STEP_TOKENS
+        chain.update(text[start * _BYTES_PER_TOKEN : end * _BYTES_PER_TOKEN])
+        prefixes.append(chain.copy().digest())
+    return Prompt(digest.digest(), tuple(prefixes))
+
+
+def _parts(request: ChatRequest) -> Iterator[bytes]:
+    if request.functions or request.tools:
+        yield msgspec.json.encode((request.functions, request.tools))
+    if isinstance(request.response_format, JSONSchemaFormat):
+        yield msgspec.json.encode(request.response_format.json_schema.schema)
+    for message in request.messages:
+        yield f"\n{message.role}\n".encode()
+        for part in message.content if isinstance(message.content, tuple) else (message.content,):
+            if isinstance(part, TextPart):
+                yield part.text.encode()
+            elif isinstance(part, ImagePart):
+                yield part.image_url.url.encode()
+            elif isinstance(part, str):
+                yield part.encode()

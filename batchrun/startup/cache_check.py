@@ -1,0 +1,61 @@
+"""What a prompt cache can serve of a job's requests, and what that is worth at the job's prices, in words. PURE."""
+
+from collections.abc import Iterator, Mapping
+from decimal import Decimal
+
+from batchrun import prices
+from batchrun.job.job import Job
+from batchrun.prices import PriceTable
+from batchrun.report.wording import plural
+from batchrun.request.shared_prefix import CACHED_FROM_TOKENS, Group, SharedText
+
+_TOKENS_PER_BYTE = 0.25
+_QUOTED = 40  # characters of the shared text that a warning quotes
+
+
+def in_words(shared: SharedText, job: Job, tables: Mapping[str, PriceTable | None]) -> Iterator[str]:
+    """One line on the text that rows share at their beginning, and one on text that they share behind row data."""
+    if not shared.rows:
+        return
+    groups = [group for group in shared.groups if group.tokens]
+    if groups:
+        yield f"prompt cache {_of_groups(groups, shared, job, tables)}"
+        if not job.request.cache_prefix:
+            yield "             request.cache_prefix = true sends one row of each group first, and the others behind it"
+    elif job.request.cache_prefix and not shared.behind_bytes:
+        yield f"prompt cache no gain by request.cache_prefix: no rows share {CACHED_FROM_TOKENS:,} first tokens"
+    if shared.behind_bytes:
+        yield _warning(shared, job, tables)
+
+
+def _of_groups(groups: list[Group], shared: SharedText, job: Job, tables: Mapping[str, PriceTable | None]) -> str:
+    rows = sum(group.rows for group in groups)
+    held = sum(group.rows * group.tokens for group in groups)
+    share = min(1.0, held / max(1.0, shared.body_bytes * _TOKENS_PER_BYTE))
+    size = sum(len(group.common) * group.rows for group in groups) // rows
+    alike = f"{rows:,} of {plural(shared.rows, 'row')} begin alike in {plural(len(groups), 'group')}"
+    saved = [_saved(group.tokens * (group.rows - 1), tables.get(group.model), job) for group in groups]
+    known = [usd for usd in saved if usd is not None]
+    worth = f"; cached, they cost ${sum(known):,.4f} less" if len(known) == len(saved) else ""
+    return f"{alike}: {size:,} bytes, about {held // rows:,} tokens each, {share:.0%} of all prompts{worth}"
+
+
+def _warning(shared: SharedText, job: Job, tables: Mapping[str, PriceTable | None]) -> str:
+    tokens = int(shared.behind_bytes * _TOKENS_PER_BYTE)
+    quoted = shared.behind if len(shared.behind) <= _QUOTED else shared.behind[: _QUOTED - 1] + "…"
+    saved = None
+    if len(tables) == 1:
+        saved = _saved(tokens * (shared.rows - 1), next(iter(tables.values())), job)
+    worth = "" if saved is None else f", and all rows cost up to ${saved:,.4f} less"
+    return (
+        f"warning: row data stands before about {tokens:,} tokens that all rows share (from {quoted!r} on), "
+        f"where no prompt cache finds them; put row data last{worth}"
+    )
+
+
+def _saved(tokens: int, table: PriceTable | None, job: Job) -> Decimal | None:
+    """USD that so many tokens cost less when they come from the cache; None where the price is unknown."""
+    if table is None:
+        return None
+    tier = prices.plain_tier(table, job.request.service_tier)
+    return (tokens * (tier.input - tier.cached_input) / prices.PER_TOKEN).quantize(Decimal("0.0001"))

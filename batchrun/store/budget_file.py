@@ -1,0 +1,444 @@
+"""`budget.db`: what the runs of a budget have spent by day and month, for any number of processes.
+
+A process spends only from its **lease**: an amount that one transaction sets aside for it before it spends any. So a
+request costs no transaction, and all leases and all spending together stay within the caps. How much of the lease is
+spent, and how much is reserved for requests in flight, is in a small memory-mapped file, which the page cache keeps
+through `kill -9`. The kernel drops the lock on that file when the process dies. The next process that draws money then
+books what the dead one spent, counts what it had in flight as possibly billed, and takes back the rest.
+"""
+
+import contextlib
+import fcntl
+import glob
+import mmap
+import os
+import secrets
+import socket
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from pathlib import Path
+
+import msgspec
+
+from batchrun.durable import disk_errors
+from batchrun.errors import DiskError, JobError
+from batchrun.prices import PICO
+from batchrun.store.database import Database
+from batchrun.store.rundir import NETWORK_FILE_SYSTEMS, file_system
+
+TABLES = """
+CREATE TABLE windows (budget TEXT, period TEXT, spent_usd TEXT, in_doubt_usd TEXT, crc INTEGER,
+    PRIMARY KEY (budget, period)) WITHOUT ROWID;
+CREATE TABLE leases (lease TEXT PRIMARY KEY, budget TEXT, day TEXT, month TEXT, granted_usd TEXT, spent_usd TEXT,
+    in_doubt_usd TEXT, boot TEXT, pid INTEGER, host TEXT, directory TEXT, crc INTEGER) WITHOUT ROWID;
+"""
+FORMAT = 1
+
+BLOCKS = 50
+"""A lease grows by one of so many parts of the cap, so a cap takes about this many transactions."""
+
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+"""Identifies the present boot on Linux (random(4)); other systems have no such file."""
+
+_STATE = struct.Struct("<QQQQ")
+"""Version of the record; amounts spent, in doubt and reserved, in 10⁻¹² USD: up to 18 million USD."""
+_CRC = struct.Struct("<I")
+SLOT_BYTES = 64
+
+NOTHING = Decimal(0)
+
+
+class Period(msgspec.Struct, frozen=True):
+    """The day and the month, in the budget's time zone, in which money is spent: `2026-11-28`, `2026-11`."""
+
+    day: str
+    month: str
+
+
+class Caps(msgspec.Struct, frozen=True):
+    """USD that may be spent in a day and in a month; None: no cap."""
+
+    day: Decimal | None
+    month: Decimal | None
+
+
+class Use(msgspec.Struct, frozen=True):
+    """What is used of one cap: certainly spent, in doubt (possibly billed), and held by leases of other processes."""
+
+    period: str
+    cap_usd: Decimal
+    spent_usd: Decimal
+    in_doubt_usd: Decimal
+    held_usd: Decimal
+
+
+class Drawn(msgspec.Struct, frozen=True):
+    """What one transaction gave, 0 where too little is left, and what is used of each cap.
+
+    `can_come`: other processes hold so much that enough may yet come back.
+    """
+
+    granted_usd: Decimal
+    uses: tuple[Use, ...]
+    can_come: bool
+
+
+class Spending(msgspec.Struct, frozen=True):
+    """How much of a lease is used, in 10⁻¹² USD. Replaced as a whole, so any thread may read it."""
+
+    spent: int = 0
+    in_doubt: int = 0
+    reserved: int = 0
+
+    @property
+    def used(self) -> int:
+        return self.spent + self.in_doubt + self.reserved
+
+
+class Lease:
+    """Money that this process may spend in one period. One thread at a time, except `spending`."""
+
+    def __init__(self, path: Path, period: Period) -> None:
+        """Makes the lease's file and locks it."""
+        self.path = path
+        self.period = period
+        self.spending = Spending()
+        self.granted = 0
+        self.booked = Spending()  # the part of it that `windows` holds
+        self._version = 0
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.posix_fallocate(self._file, 0, 2 * SLOT_BYTES)
+            self._map = mmap.mmap(self._file, 2 * SLOT_BYTES)
+        except BaseException:
+            os.close(self._file)
+            raise
+        self._write(Spending())
+
+    @property
+    def name(self) -> str:
+        """The lease's key in the table."""
+        return self.path.suffix.removeprefix(".")
+
+    def covers(self, bound_usd: Decimal) -> bool:
+        """Whether so much can be reserved."""
+        return self.granted - self.spending.used >= pico(bound_usd)
+
+    @property
+    def left_usd(self) -> Decimal:
+        """What can still be reserved. Below 0 where answers cost more than their bounds."""
+        return (self.granted - self.spending.used) * PICO
+
+    def since(self, before: Spending) -> tuple[Decimal, Decimal]:
+        """USD that were spent, and that are in doubt, since then."""
+        now = self.spending
+        return (now.spent - before.spent) * PICO, (now.in_doubt - before.in_doubt) * PICO
+
+    @property
+    def is_idle(self) -> bool:
+        """True while nothing is reserved."""
+        return not self.spending.reserved
+
+    def reserve(self, bound_usd: Decimal) -> None:
+        """The most that a request may cost is set aside; to be called before it is sent."""
+        now = self.spending
+        self._write(Spending(now.spent, now.in_doubt, now.reserved + pico(bound_usd)))
+
+    def settle(self, bound_usd: Decimal, spent_usd: Decimal | None) -> None:
+        """The reservation has become what was spent. None, an unknown cost, leaves all of it in doubt."""
+        now, bound = self.spending, pico(bound_usd)
+        spent, doubt = (0, bound) if spent_usd is None else (pico(spent_usd), 0)
+        self._write(Spending(now.spent + spent, now.in_doubt + doubt, now.reserved - bound))
+
+    def shrink(self) -> None:
+        """Gives up the unused rest, so that it can be given back."""
+        self.granted = min(self.granted, self.spending.used)
+
+    def close(self) -> None:
+        """Removes the file."""
+        self.path.unlink(missing_ok=True)
+        self._map.close()
+        os.close(self._file)
+
+    def _write(self, spending: Spending) -> None:
+        """Writes the two slots in turn: a kill during a write leaves the other one intact."""
+        self._version += 1
+        fields = _STATE.pack(self._version, spending.spent, spending.in_doubt, spending.reserved)
+        start = self._version % 2 * SLOT_BYTES
+        self._map[start : start + _STATE.size + _CRC.size] = fields + _CRC.pack(zlib.crc32(fields))
+        self.spending = spending
+
+
+class BudgetFile:
+    """The open file, for one budget by its name. Any thread, one at a time. Close it."""
+
+    def __init__(self, path: Path, budget: str, caps: Caps, directory: Path) -> None:
+        """`directory` is the run's, for people who look into the file.
+
+        Raises:
+            CheckpointError: the file is damaged, or of another version.
+            DiskError: it can't be made or opened.
+        """
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        self._budget = budget
+        self._caps = caps
+        self._directory = str(directory)
+        self._boot = boot_id()
+        self._database = Database.open_shared(path, TABLES, FORMAT)
+        self._inode = path.stat().st_ino
+
+    def lease(self, period: Period) -> Lease:
+        """A new lease, of nothing yet."""
+        leases: list[Lease] = []
+
+        def make() -> None:
+            with disk_errors(self._path):
+                self._remove_orphans()
+                lease = Lease(self._file_of(secrets.token_hex(8)), period)
+            leases.append(lease)
+            self._put(lease)
+
+        self._database.transaction(make)
+        return leases[-1]
+
+    def draw(self, lease: Lease, need_usd: Decimal) -> Drawn:
+        """Grants `need_usd`, or more if there is plenty, or nothing. Books this lease and those of the dead first.
+
+        The caller adds what was granted to `lease.granted`, in the thread that reserves.
+        """
+        drawn: list[Drawn] = []
+        dead: list[Path] = []
+
+        def work() -> None:
+            self._require_there()
+            dead.extend(self._take_back_from_dead())
+            self._book(lease)
+            drawn.append(self._granted(lease, need_usd))
+            if drawn[-1].granted_usd:
+                self._put(lease, more=pico(drawn[-1].granted_usd))
+
+        self._commit(work, lease)
+        for path in dead:
+            path.unlink(missing_ok=True)
+        return drawn[-1]
+
+    def give_back(self, lease: Lease) -> None:
+        """Makes what `lease.shrink` gave up available to others."""
+
+        def work() -> None:
+            self._book(lease)
+            self._put(lease)
+
+        self._commit(work, lease)
+
+    def end(self, lease: Lease) -> None:
+        """Books what was spent, and what is still reserved as in doubt; frees the rest. Closes the lease."""
+
+        def work() -> None:
+            now = lease.spending
+            lease.spending = Spending(now.spent, now.in_doubt + now.reserved)
+            self._book(lease)
+            self._database.query("DELETE FROM leases WHERE lease = ?", (lease.name,))
+
+        self._commit(work, lease)
+        lease.close()
+
+    def close(self) -> None:
+        """Closes the file. Leases that were not ended count as those of a dead process."""
+        self._database.close()
+
+    def _require_there(self) -> None:
+        """SQLite keeps working in a deleted file, while other processes start a new one with nothing spent."""
+        if not self._path.exists() or self._path.stat().st_ino != self._inode:
+            raise DiskError(f"{self._path}: was deleted or replaced; nothing more is sent; run the same command again")
+
+    def _commit(self, work: Callable[[], None], lease: Lease) -> None:
+        """Commits all of `work`, or nothing of it; then the lease is booked as before."""
+        booked = lease.booked
+        try:
+            self._database.transaction(work)
+        except BaseException:
+            lease.booked = booked
+            raise
+
+    def _granted(self, lease: Lease, need_usd: Decimal) -> Drawn:
+        """How much more the lease gets; the caller records it."""
+        others = [held for held in self._leases() if held.lease != lease.name]
+        own = (lease.granted - lease.spending.spent - lease.spending.in_doubt) * PICO
+        uses: list[Use] = []
+        for period, cap in ((lease.period.day, self._caps.day), (lease.period.month, self._caps.month)):
+            if cap is None:
+                continue
+            spent, doubt = self._window(self._budget, period)
+            held = sum((each.open_usd for each in others if period in (each.day, each.month)), NOTHING)
+            uses.append(Use(period, cap, spent, doubt, held))
+        free = min((use.cap_usd - use.spent_usd - use.in_doubt_usd - use.held_usd for use in uses), default=NOTHING)
+        free -= own
+        if free < need_usd:
+            can_come = all(use.cap_usd - use.spent_usd - use.in_doubt_usd - own >= need_usd for use in uses)
+            return Drawn(NOTHING, tuple(uses), can_come)
+        block = min(min(use.cap_usd for use in uses) / BLOCKS, free / (2 * (len(others) + 1)))
+        granted = max(need_usd, min(block, free)).quantize(PICO)
+        return Drawn(granted, tuple(uses), can_come=True)
+
+    def _book(self, lease: Lease) -> None:
+        """Adds what the lease spent since the last booking to its windows."""
+        now, before = lease.spending, lease.booked
+        self._add(self._budget, lease.period, now.spent - before.spent, now.in_doubt - before.in_doubt)
+        if now.spent != before.spent or now.in_doubt != before.in_doubt:
+            lease.booked = Spending(now.spent, now.in_doubt)
+            self._put(lease)
+
+    def _take_back_from_dead(self) -> Iterator[Path]:
+        """Ends the leases of dead processes: books their spending, and what was in flight as in doubt.
+
+        Yields their files, which must stay until the transaction is durable.
+        """
+        for held in self._leases():
+            path = self._file_of(held.lease)
+            with _if_dead(path) as is_dead:
+                if not is_dead:
+                    continue
+                spending = _read(path) if held.boot == self._boot else None
+                booked = pico(Decimal(held.spent_usd)), pico(Decimal(held.in_doubt_usd))
+                if spending is None:  # after a power loss the file may be an old one: all that was granted is in doubt
+                    spent, doubt = 0, max(0, pico(Decimal(held.granted_usd)) - sum(booked))
+                else:
+                    spent, doubt = spending.spent - booked[0], spending.in_doubt + spending.reserved - booked[1]
+                self._add(held.budget, Period(held.day, held.month), spent, doubt)
+                self._database.query("DELETE FROM leases WHERE lease = ?", (held.lease,))
+                yield path
+
+    def _remove_orphans(self) -> None:
+        """Removes files of dead processes whose lease is not in the table."""
+        known = {held.lease for held in self._leases()}
+        for path in self._path.parent.glob(f"{glob.escape(self._path.name)}-lease.*"):
+            with _if_dead(path) as is_dead:
+                if is_dead and path.suffix.removeprefix(".") not in known:
+                    path.unlink(missing_ok=True)
+
+    def _file_of(self, lease: str) -> Path:
+        return self._path.with_name(f"{self._path.name}-lease.{lease}")
+
+    def _add(self, budget: str, period: Period, spent: int, doubt: int) -> None:
+        if not spent and not doubt:
+            return
+        for name in (period.day, period.month):
+            before, doubted = self._window(budget, name)
+            after = str(before + spent * PICO), str(doubted + doubt * PICO)
+            self._database.replace("windows", [(budget, name, *after)])
+
+    def _window(self, budget: str, period: str) -> tuple[Decimal, Decimal]:
+        """USD spent and in doubt in a day or month."""
+        found = self._database.records("windows", "WHERE budget = ? AND period = ?", (budget, period))
+        for _, _, spent, doubt in found:
+            return Decimal(spent), Decimal(doubt)
+        return NOTHING, NOTHING
+
+    def _leases(self) -> "list[_Held]":
+        return [_Held(*record) for record in self._database.records("leases")]
+
+    def _put(self, lease: Lease, more: int = 0) -> None:
+        granted = max(lease.granted, lease.spending.used) + more  # an answer may cost more than its bound
+        booked = lease.booked
+        amounts = (str(amount * PICO) for amount in (granted, booked.spent, booked.in_doubt))
+        who = self._boot, os.getpid(), socket.gethostname(), self._directory
+        self._database.replace("leases", [(lease.name, self._budget, *_names(lease.period), *amounts, *who)])
+
+
+class _Held(msgspec.Struct, frozen=True):
+    """A lease as the table has it."""
+
+    lease: str
+    budget: str
+    day: str
+    month: str
+    granted_usd: str
+    spent_usd: str
+    in_doubt_usd: str
+    boot: str
+    pid: int
+    host: str
+    directory: str
+
+    @property
+    def open_usd(self) -> Decimal:
+        """What is granted and not booked yet."""
+        return Decimal(self.granted_usd) - Decimal(self.spent_usd) - Decimal(self.in_doubt_usd)
+
+
+def require_possible(path: Path) -> None:
+    """Nothing, if a budget can be kept in the file at `path`; nothing is made.
+
+    Raises:
+        JobError: it can't be made or written, or lies on a network file system, whose locks don't hold.
+    """
+    there = path.absolute().parent
+    while not os.path.lexists(there):
+        there = there.parent
+    if not there.is_dir() or path.is_dir():
+        raise JobError(f"budget.state: {path}: a file or directory is in the way; name another file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise JobError(f"budget.state: {path}: can't be written; name another file")
+    if (kind := file_system(there)) in NETWORK_FILE_SYSTEMS:
+        raise JobError(f"budget.state: {path}: lies on a network file system ({kind}); name a local file")
+
+
+def pico(usd: Decimal) -> int:
+    """The amount in 10⁻¹² USD, rounded up."""
+    exact = usd.scaleb(12)
+    whole = int(exact)
+    return whole + 1 if whole < exact else whole
+
+
+def boot_id() -> str:
+    """The id of the present boot; "" if the system has none."""
+    try:
+        return BOOT_ID.read_text().strip()
+    except OSError:
+        return ""
+
+
+def _names(period: Period) -> tuple[str, str]:
+    return period.day, period.month
+
+
+def _read(path: Path) -> Spending | None:
+    """The newer of a dead process's two records; None if neither can be read."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    newest: tuple[int, Spending] | None = None
+    for start in (0, SLOT_BYTES):
+        fields = content[start : start + _STATE.size]
+        if content[start + _STATE.size : start + _STATE.size + _CRC.size] != _CRC.pack(zlib.crc32(fields)):
+            continue
+        version, *amounts = _STATE.unpack(fields)
+        if newest is None or version > newest[0]:
+            newest = version, Spending(*amounts)
+    return None if newest is None else newest[1]
+
+
+@contextlib.contextmanager
+def _if_dead(path: Path) -> Iterator[bool]:
+    """Whether the lease's process is dead; if so, holds its lock while the block lasts."""
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        yield True
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
