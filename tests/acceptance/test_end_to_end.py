@@ -620,7 +620,7 @@ def test_a_run_directory_that_is_deleted_ends_the_run_before_more_is_paid_for_in
         shutil.rmtree(tmp_path / "out")
         ended = finish(process)
         assert ended.exit_code == 5, ended
-        assert ended.stderr.splitlines()[-1].startswith(f"Error: {tmp_path / 'out' / 'checkpoint.db'}: is gone")
+        assert ended.stderr.splitlines()[-1].startswith(f"Error: {tmp_path / 'out' / 'checkpoint.db'}: was deleted")
         assert len(simulator.ledger()) < 200
 
 
