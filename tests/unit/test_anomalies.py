@@ -45,7 +45,7 @@ CASES: dict[str, tuple[dict[str, bool], str, list[int]]] = {
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_a_run_stops_where_nearly_all_of_the_last_rows_are_refused_for_their_content(
+def test_mostly_blocked_recent_rows_stop_the_run(
     case: tuple[dict[str, bool], str, list[int]],
 ) -> None:
     start, rows, expected = case
@@ -55,7 +55,7 @@ def test_a_run_stops_where_nearly_all_of_the_last_rows_are_refused_for_their_con
     assert stops(anomalies, rows) == expected
 
 
-def test_the_stop_says_what_was_said_and_how_to_send_the_rows_again() -> None:
+def test_the_stop_explains_how_to_continue() -> None:
     anomalies = Anomalies(quota_patience_s=60.0, resumed=False)
     found = [stop for row in "o" * 40 + "r" * 40 if (stop := anomalies.settled(*SETTLED[row])) is not None]
     assert [stop.exit_code for stop in found] == [ExitCode.USAGE]

@@ -32,9 +32,7 @@ def ended(pending: Pending, status: int | None, verdict: Verdict, *, corroborate
 
 
 @given(st.lists(st.tuples(ATTEMPTS, VERDICTS, st.booleans()), max_size=12), st.integers(0, 12))
-def test_a_row_that_is_gone_on_with_has_been_through_what_it_had(
-    attempts: list[tuple[int | None, Verdict, bool]], known: int
-) -> None:
+def test_a_resumed_row_keeps_its_history(attempts: list[tuple[int | None, Verdict, bool]], known: int) -> None:
     pending, records = Pending(REQUEST, CHUNK), []
     for status, verdict, corroborated in attempts[:known]:
         one = ended(pending, status, verdict, corroborated=corroborated)
@@ -43,11 +41,11 @@ def test_a_row_that_is_gone_on_with_has_been_through_what_it_had(
     assert history_of(records, 0) == pending.history
 
 
-def test_an_attempt_that_was_lost_has_its_number_and_counts_for_nothing_else() -> None:
+def test_a_lost_attempt_only_has_its_number() -> None:
     assert history_of([], 3) == History(attempts=3)
 
 
-def test_overloads_met_before_a_restart_leave_a_row_its_tries_after_it() -> None:
+def test_earlier_overloads_leave_a_row_its_attempts() -> None:
     pending, records = Pending(REQUEST, CHUNK), []
     for _ in range(4):
         one = ended(pending, 503, Verdict.SLOW, corroborated=True)
@@ -59,7 +57,8 @@ def test_overloads_met_before_a_restart_leave_a_row_its_tries_after_it() -> None
     assert not attempt_caps.exhausted(again, Retry(max_attempts=6, max_5xx=4))
 
 
-def test_an_answer_without_usage_is_doubtful_only_under_a_cap_that_it_counts_in() -> None:
+def test_missing_usage_counts_under_token_caps() -> None:
+    """Only there is the answer's usage possibly unknown."""
     answered = Judgement(Verdict.OK)
     assert maybe_billed(Answer(completion=True), answered, None, capped=True)
     assert not maybe_billed(Answer(completion=True), answered, None, capped=False)

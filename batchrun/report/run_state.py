@@ -1,0 +1,92 @@
+"""Where a run stands: as its last process wrote it, or, if that process was killed, as the disk shows it."""
+
+from datetime import UTC, datetime
+
+import msgspec
+
+from batchrun.errors import CheckpointError
+from batchrun.prices import PriceTable
+from batchrun.records import Summary
+from batchrun.report.summary import Moment, read, summarise
+from batchrun.store import at_rest, manifest
+from batchrun.store.checkpoint import Checkpoint
+from batchrun.store.rundir import RunDirectory
+
+
+class RunState(msgspec.Struct, frozen=True):
+    """`working`: a process works on the run. `died`: its last process was killed, and `summary` is computed from the
+    checkpoint; if that can't be read, `problem` says why and `summary` is the last one that was written.
+    """
+
+    summary: Summary
+    working: bool = False
+    died: bool = False
+    problem: str | None = None
+
+
+def run_state(directory: RunDirectory) -> RunState:
+    """Where the run stands now. Reading holds no lock, so it never blocks a start.
+
+    Raises: as `summary.read`.
+    """
+    written = read(directory)
+    if written.exit_code is not None:
+        return RunState(written)
+    if directory.locked():
+        return RunState(written, working=True)
+    written = read(directory)  # the process may have ended after the first read
+    if written.exit_code is not None:
+        return RunState(written)
+    found, problem = written, None
+    try:
+        with at_rest.opened(directory.checkpoint, directory.inflight, glance=True) as checkpoint:
+            found = from_checkpoint(directory, checkpoint, written)
+    except CheckpointError as error:  # DiskError is one, too
+        problem = str(error)
+    if directory.locked():  # a start changed the checkpoint while it was read
+        return RunState(read(directory), working=True)
+    return RunState(found, died=True, problem=problem)
+
+
+def from_checkpoint(directory: RunDirectory, checkpoint: Checkpoint, written: Summary | None) -> Summary:
+    """The summary that the checkpoint gives.
+
+    `written` is summary.json. Only it knows that a run is a pilot of the first rows, and how its last start ended.
+
+    Raises:
+        CheckpointError: a record is damaged.
+    """
+    entries = checkpoint.manifest()
+    if manifest.ENTRY not in entries and written is not None:
+        return written  # killed while the input was checked: nothing was sent
+    known = manifest.read(entries)
+    prices = msgspec.json.decode(entries.get("prices", "{}"), type=dict[str, PriceTable | None])
+    rows = known.rows
+    if written is not None and written.run_id == known.run_id:
+        opened = max((chunk.end_row for chunk in checkpoint.chunks()), default=0)
+        rows = min(known.rows, max(written.rows, opened))
+    return summarise(known, rows, prices, checkpoint.spent, _moment(directory, checkpoint, written), directory)
+
+
+def _moment(directory: RunDirectory, checkpoint: Checkpoint, written: Summary | None) -> Moment:
+    """The last moment at which anything became durable."""
+    log = at_rest.log_of(directory.checkpoint)
+    files = [path for path in (directory.checkpoint, log) if path.exists()]
+    now = datetime.fromtimestamp(max(path.stat().st_mtime for path in files), UTC)
+    started_at = now if written is None else written.started_at
+    return Moment(
+        state="stopped" if written is None else written.state,
+        invocation=checkpoint.invocation - 1,
+        started_at=started_at,
+        now=now,
+        elapsed_s=max(0.0, (now - started_at).total_seconds()),
+        sent=0,
+        limited_by="stopped",
+        pid=0 if written is None else written.pid,
+        host="" if written is None else written.host,
+        exit_code=None if written is None else written.exit_code,
+        reason=None if written is None else written.reason,
+        limits=None if written is None else written.limits,
+        command=None if written is None else written.command,
+        tags={} if written is None else written.tags,
+    )

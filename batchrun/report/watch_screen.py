@@ -1,0 +1,61 @@
+"""The screen of `batchrun watch`, for a terminal of any width. PURE."""
+
+import unicodedata
+from collections.abc import Callable, Iterator
+
+from batchrun.records import Summary
+from batchrun.report.progress import short_number
+
+FILLED, EMPTY = "█", "░"
+HOME, REST_OF_LINE, REST_OF_SCREEN = "\x1b[H", "\x1b[K", "\x1b[J"
+"""ECMA-48: move to the top left; erase to the end of the line; erase to the end of the screen."""
+
+
+def frame(summary: Summary, lines: list[str], columns: int, rows: int, harmless: Callable[[str], str]) -> str:
+    """One screen: the status lines, cut to the width, a progress bar, and how rows ended.
+
+    Each line is drawn over the old one and erased to its end, so a resize leaves no torn lines.
+    """
+    shown = [*lines, "", *_bars(summary, columns)]
+    shown = shown[: max(1, rows - 1)]
+    drawn = (cut(harmless(line).replace("\n", " "), columns - 1) + REST_OF_LINE + "\r\n" for line in shown)
+    return HOME + "".join(drawn) + REST_OF_SCREEN
+
+
+def _bars(summary: Summary, columns: int) -> Iterator[str]:
+    done = summary.rows - summary.pending
+    if not summary.rows:
+        return
+    room = max(4, min(60, columns - 24))
+    yield _bar("done", done, summary.rows, room)
+    for status, count in summary.by_status.items():
+        yield _bar(str(status), count, summary.rows, room)
+    if summary.retrying is not None:
+        for reason, count in summary.retrying.reasons.items():
+            yield _bar(f"retry {reason}", count, summary.rows, room)
+    if summary.example_error:
+        yield f"for example: {summary.example_error}"
+
+
+def _bar(name: str, count: int, of: int, room: int) -> str:
+    filled = min(room, -(-count * room // of)) if count else 0
+    return f"{cut(name, 12):<12} {FILLED * filled}{EMPTY * (room - filled)} {short_number(count):>6}"
+
+
+def cut(text: str, columns: int) -> str:
+    """The text cut to that many columns, with an ellipsis if it is longer; wide characters take two."""
+    widths = [_width(char) for char in text]
+    if sum(widths) <= columns:
+        return text
+    taken = 0
+    for place, width in enumerate(widths):
+        if taken + width > columns - 1:
+            return text[:place] + "…" * (columns > 0)
+        taken += width
+    return text
+
+
+def _width(char: str) -> int:
+    if unicodedata.combining(char):
+        return 0
+    return 2 if unicodedata.east_asian_width(char) in "WF" else 1
