@@ -120,8 +120,8 @@ class Dispatch:
             return 0  # the disk failed: the slots keep the names for the next start
         await asyncio.sleep(0)  # lets the last commit's `on_commit` run
         run = facts.attempt_prefix if self._job.endpoint.id_header else None
-        lost = in_flight.possibly_billed(open_run.slots.taken(), checkpoint.invocation, "aborted", run)
-        await asyncio.to_thread(checkpoint.name_possibly_billed, lost)
+        lost = in_flight.possibly_billed(open_run.slots.occupied(), checkpoint.invocation, "aborted", run)
+        await asyncio.to_thread(checkpoint.add_possibly_billed, lost)
         open_run.slots.clear_all()
         return len(lost)
 
@@ -159,7 +159,7 @@ class Dispatch:
             limits,
             daily=learned.daily,
             found=Found(known.requests_per_minute, known.tokens_per_minute),
-            purse=_budget_account(self._job.budget, self._store.checkpoint.spent),
+            purse=_budget_account(self._job.budget, self._store.checkpoint.totals),
             overruns=learned.overruns,
             on_pace=functools.partial(_log_pace, log),
             on_kind=functools.partial(_log_kind, log),

@@ -296,7 +296,7 @@ def test_control_file_errors_are_plain_words(content: bytes, problem: str) -> No
 def test_a_new_daily_limit_counts_today(tmp_path: Path) -> None:
     checkpoint = Checkpoint(tmp_path / "checkpoint.db", free_reserve=lambda: False)
     try:
-        checkpoint.begin_invocation(0.0, 1, "host", "0")
+        checkpoint.start_invocation(0.0, 1, "host", "0")
         checkpoint.listen(lambda endings: None, lambda error: None)
         for row, at in enumerate((time.time(), time.time(), 86_400.0)):
             checkpoint.put(completion(row, finished_at=at))
