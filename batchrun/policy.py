@@ -32,6 +32,7 @@ class Fault(StrEnum):
     TOO_LARGE = "answer_too_large"
     ENCODING = "bad_encoding"
     MALFORMED = "malformed_http"
+    KEY_REPLACED = "key_replaced"
 
 
 FAULT_VERDICTS: Mapping[str, Verdict] = {
@@ -48,6 +49,7 @@ FAULT_VERDICTS: Mapping[str, Verdict] = {
     Fault.TOO_LARGE: Verdict.MAYBE,
     Fault.ENCODING: Verdict.MAYBE,
     Fault.MALFORMED: Verdict.MAYBE,
+    Fault.KEY_REPLACED: Verdict.FREE,
 }
 
 STATUS_VERDICTS: Mapping[int, Verdict] = {
