@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-rest test-all readers strace valgrind guard check lint setup bench bench-limits crash build lock clean
+.PHONY: quickstart test test-rest test-all readers strace valgrind chromium guard check lint setup bench bench-limits crash build lock clean
 
 quickstart: .venv/quickstart
 	@echo
@@ -38,10 +38,10 @@ endif
 # Tests wait for processes, so three at a time keep two cores busy; a worker without tests takes over another's.
 PYTEST := $(BIN)/python -m pytest -n 3 --dist worksteal --seed $(SEED)
 
-test: .venv/test readers strace
+test: .venv/test readers strace chromium
 	$(PYTEST) --level sample
 
-test-rest: .venv/test readers strace
+test-rest: .venv/test readers strace chromium
 	$(PYTEST) --level rest
 
 test-all: test test-rest
@@ -61,6 +61,12 @@ READERS := datasets==5.2.0 duckdb==2.0.1 pandas==3.1.1 polars==2.1.0 pyarrow
 	@touch $@
 
 readers: .venv/readers/installed
+
+chromium:                   # the tests look at the page of a bill in it, and `report --png` draws with it
+	@command -v chromium > /dev/null || command -v google-chrome > /dev/null || \
+		(apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium > /dev/null) || \
+		(sudo apt-get update -qq && sudo apt-get install -qq -y --no-install-recommends chromium) || \
+		echo "install chromium: the tests of the page need it"
 
 strace:                     # the tests of failing disks inject their faults with it
 	@command -v strace > /dev/null || (apt-get update -qq && apt-get install -qq -y strace > /dev/null) || \

@@ -12,9 +12,6 @@ import msgspec
 from batchrun.errors import APIConnectionError
 from batchrun.job.answer_schema import ANYTHING, Expected
 
-JsonValue = None | bool | int | float | str | list["JsonValue"] | dict[str, "JsonValue"]
-"""What JSON can say, as msgspec and the standard library decode it."""
-
 
 class Verdict(StrEnum):
     """What one attempt's outcome asks of the run. docs/guarantees.md has the whole table."""

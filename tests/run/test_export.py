@@ -258,7 +258,7 @@ def test_a_stopped_pilot_exports_its_rows(runs: Runs, tmp_path: Path) -> None:
         ("run/../run/x.parquet", "lies in the run directory"),
         ("folder", "is a directory"),
         ("nowhere/x.parquet", "there is no directory"),
-        ("/dev/null", "is no regular file"),
+        ("/dev/null", "is not a regular file"),
         ("in.jsonl", "is the run's input"),
     ],
 )
