@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, also after power loss: temp name, fsync, rename, fsync of the directory."""
+"""Writes files completely or not at all, also across power loss: temp name, fsync, rename, fsync of the directory."""
 
 import contextlib
 import errno
@@ -15,7 +15,7 @@ READ_BYTES = 1 << 20
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """A refusal of the disk inside becomes a DiskError that names `path`, the cause and the next step."""
+    """Raises an OSError inside as a DiskError that names `path`, the cause and the next step."""
     try:
         yield
     except OSError as error:
@@ -23,7 +23,7 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def next_step(error: OSError) -> str:
-    """What to do about a refusal of the disk, or of the kernel to open one more file."""
+    """What the user can do about an error of the disk, or about too many open files."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "make room and run the same command again"
     if error.errno == errno.EMFILE:
@@ -34,14 +34,14 @@ def next_step(error: OSError) -> str:
 
 
 def lacking(error: BaseException) -> str | None:
-    """What the machine lacks, and what to do, where that is what the error means; None for any other error."""
+    """What the machine lacks and what to do about it; None for errors of other kinds."""
     if isinstance(error, MemoryError):
         return "out of memory; give the process more, and run the same command again"
     if isinstance(error, OSError) and error.errno in _LACKS:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}; {next_step(error)}"
     if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
-        return "the system starts no more threads; raise the limit with ulimit -u, and run the same command again"
+        return "the system can't start another thread; raise the limit with ulimit -u, and run the same command again"
     return None
 
 
@@ -49,7 +49,7 @@ _LACKS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errn
 
 
 def replace(path: Path, write: Callable[[Path], None]) -> None:
-    """`path` holds what `write` wrote to the temp name it is given; on any error the old file stays, and no rest."""
+    """Replaces `path` by the file that `write` writes to a temp name; on any error the old file stays."""
     temporary = path.with_name(path.name + TEMP_SUFFIX)
     try:
         with disk_errors(path):
@@ -59,12 +59,12 @@ def replace(path: Path, write: Callable[[Path], None]) -> None:
             fsync(path.parent)
     except BaseException:
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)  # on a full disk it would keep the room that the run needs
+            temporary.unlink(missing_ok=True)  # on a full disk the run needs the space
         raise
 
 
 def replace_bytes(path: Path, content: bytes) -> None:
-    """`path` holds `content`. The file is private: what it says is data."""
+    """Replaces `path` by `content`, readable by its owner alone."""
 
     def write(temporary: Path) -> None:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
@@ -74,7 +74,7 @@ def replace_bytes(path: Path, content: bytes) -> None:
 
 
 def fsync(path: Path) -> None:
-    """What was written to the file or directory is on the disk."""
+    """Flushes the file or directory to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,14 +1,14 @@
-"""One start of a run: this process's share of it. The picture of the whole:
+"""One start of a run, from the lock to the result. Begin reading here.
 
     source ─→ request ─→ gate ─→ transport ─→ policy ─→ checkpoint ─→ output ─→ report
 
-    lock      the directory is this process's alone                        rundir
-    resume    what earlier starts left: complete, stopped, or killed       checkpoint
-    check     the source is read, every request built; or changes adopted  plan
-    dispatch  every pending row is sent, judged, durable, sealed           dispatch
-    finish    parts become the result, usage and summary                   output, report
+    lock      lock the run directory                                       store.rundir
+    resume    find out what earlier starts left                            store.checkpoint
+    check     read the source, build every request, or accept changes      startup
+    dispatch  send every pending row, judge, commit and seal               dispatch
+    finish    write result, usage and summary                              store.result
 
-Every way out leaves a summary.json that says where the run stands.
+Every way out writes summary.json.
 """
 
 import asyncio
@@ -53,23 +53,25 @@ def run(
     job: Job,
     directory: RunDirectory,
     credentials: Credentials,
-    asked: RunOptions = RunOptions(),  # noqa: B008  (frozen)
+    options: RunOptions = RunOptions(),  # noqa: B008  (frozen)
     hooks: Hooks = Hooks(),  # noqa: B008  (frozen)
     loop_factory: LoopFactory | None = None,
 ) -> Summary:
-    """The run is complete, or stopped as its summary says; the same call resumes it. Blocks.
+    """Works on the run until it is complete or has to stop, as the summary says; the same call resumes it. Blocks.
 
     Raises:
-        BatchrunError: the run could not start or go on; what was received is on disk, and summary.json says why.
+        BatchrunError: the run could not start, or failed; what was received is on disk, and summary.json says why.
     """
     directory.create()
     with directory.lock():
-        if (finished := _finished(job, directory, asked)) is not None:
-            _replay_finished(directory, hooks)
+        if (finished := _finished(job, directory, options)) is not None:
+            if hooks.host is not None and hooks.host.replay:
+                replay.hand_over(replay.result(directory), hooks.host.results)
+            hooks.note(f"{directory.path}: complete already; nothing is sent")
             return finished
-        summary, retried = _start(job, directory, credentials, asked, hooks, loop_factory)
-        if summary.complete and not retried and _to_retry(summary, asked, hooks):
-            summary, _ = _start(job, directory, credentials, asked, hooks, loop_factory)
+        summary, retried = _start(job, directory, credentials, options, hooks, loop_factory)
+        if summary.complete and not retried and _has_rows_to_retry(summary, options, hooks):
+            summary, _ = _start(job, directory, credentials, options, hooks, loop_factory)
         return summary
 
 
@@ -77,69 +79,61 @@ def _start(
     job: Job,
     directory: RunDirectory,
     credentials: Credentials,
-    asked: RunOptions,
+    options: RunOptions,
     hooks: Hooks,
     loop_factory: LoopFactory | None,
 ) -> tuple[Summary, bool]:
-    """How this start ended, and whether rows that were settled before were sent in it."""
+    """The summary at the end of this start, and whether it has sent rows again that were settled before."""
     with (
         _status(job, directory, credentials, hooks) as status,
         _checkpoint(directory, status) as checkpoint,
-        signals.raised(),  # while the event loop does not listen itself
+        signals.raised(),  # until the event loop handles them, and after it
     ):
-        store = _check(job, directory, checkpoint, asked, status, hooks)
-        send = functools.partial(_dispatch, job, credentials, asked, status, hooks, loop_factory)
-        if (stop := _canary(job, store, asked, status, hooks, send)) is None:
+        store = _check(job, directory, checkpoint, options, status, hooks)
+        send = functools.partial(_dispatch, job, credentials, options, status, hooks, loop_factory)
+        if (stop := _canary(job, store, options, status, hooks, send)) is None:
             store = _with_all_chunks(store)
             stop = send(store)
         summary = _stopped(job, store, stop, status, hooks) if stop else _finish(job, store, status)
         return summary, checkpoint.has_reopened
 
 
-def _to_retry(summary: Summary, asked: RunOptions, hooks: Hooks) -> bool:
-    """Whether rows that a retry is about are left once the pending ones, which came first, are settled.
-
-    Not where rows come by a stream, which is read, or go to a program, which has them.
-    """
-    if asked.retry is None or asked.stdin is not None or hooks.host is not None:
-        return False
-    return any(summary.by_status.get(status) for status in asked.retry)
+def _has_rows_to_retry(summary: Summary, options: RunOptions, hooks: Hooks) -> bool:
+    """Whether the run has rows to retry, now that the pending ones, which come first, are settled."""
+    if options.retry is None or options.stdin is not None or hooks.host is not None:
+        return False  # a stream was read already, a host program has received the rows already
+    return any(summary.by_status.get(status) for status in options.retry)
 
 
 # ── lock, resume ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _finished(job: Job, directory: RunDirectory, asked: RunOptions) -> Summary | None:
-    """The summary of a run that is complete already, untouched; None where there is still something to do."""
-    directory.given.unlink(missing_ok=True)  # what a start that was killed had been given
+def _finished(job: Job, directory: RunDirectory, options: RunOptions) -> Summary | None:
+    """The summary of a run that is complete already; None if there is something left to do."""
+    directory.given.unlink(missing_ok=True)  # of a start that was killed
     if not (directory.read_summary() or {}).get("complete"):
         return None
     summary = read(directory)
     entries = read_finished(directory.checkpoint)
-    known = manifest.read(entries)
+    known = manifest.decode(entries)
     planning.require_same_shape(job, known)
-    _, _, settings = variants.place(job, variants.read(entries), known.variant, retrying=asked.retry is not None)
-    what = planning.changed_input(input_pass.input_files(job, directory, asked), directory, known)
-    wanted = known.rows if asked.limit is None else min(asked.limit, known.rows)
-    again = asked.retry is not None and any(summary.by_status.get(status) for status in asked.retry)
-    if settings or what is not None or again or wanted > summary.rows_in_output:
+    retrying = options.retry is not None
+    _, _, changed_settings = variants.place(job, variants.decode(entries), known.variant, retrying=retrying)
+    changed_input = planning.changed_input(input_pass.input_files(job, directory, options), directory, known)
+    wanted_rows = known.rows if options.limit is None else min(options.limit, known.rows)
+    to_retry = any(summary.by_status.get(status) for status in options.retry or ())
+    if changed_settings or changed_input is not None or to_retry or wanted_rows > summary.rows_in_output:
         return None
-    result.require_there(directory, known.output.layout, summary.rows_in_output, entries)
+    result.require_intact(directory, known.output.layout, summary.rows_in_output, entries)
     return msgspec.structs.replace(summary, exit_code=int(_exit_code(job, summary)), files=files(directory))
-
-
-def _replay_finished(directory: RunDirectory, hooks: Hooks) -> None:
-    """A program that reads the run has its rows."""
-    if hooks.host is not None and hooks.host.replay:
-        replay.hand_over(replay.result(directory), hooks.host.results)
-    hooks.note(f"{directory.path}: complete already; nothing is sent")
 
 
 @contextlib.contextmanager
 def _status(job: Job, directory: RunDirectory, credentials: Credentials, hooks: Hooks) -> Iterator[RunStatus]:
-    """What is known of the run is in summary.json, from now to whichever end the block has."""
+    """The status of the run, in summary.json from now on; an exception in the block is its last state."""
     live_limits.clear(directory)
-    complete_before = _complete_summary(directory)
+    was_complete = (directory.read_summary() or {}).get("complete")
+    summary_before = directory.summary.read_bytes() if was_complete else None
     status = RunStatus(job.name, directory, credentials, hooks.command, job.job.tags)
     try:
         hooks.progress(status.summary())
@@ -148,8 +142,10 @@ def _status(job: Job, directory: RunDirectory, credentials: Credentials, hooks: 
         yield status
     except BatchrunError as error:
         status.end("failed", error.exit_code, str(error))
-        if complete_before is not None and isinstance(error, JobError | InputError):
-            _restore_complete(directory, complete_before)
+        was_refused = summary_before is not None and isinstance(error, JobError | InputError)
+        if was_refused and result.FINISHED in read_finished(directory.checkpoint):
+            result.tidy(directory)  # this start may not change a complete run, which is complete as before
+            replace_bytes(directory.summary, summary_before or b"")
         raise
     except BaseException as error:
         status.end("failed", ExitCode.INTERNAL_ERROR, f"{type(error).__name__}: {error}")
@@ -159,26 +155,13 @@ def _status(job: Job, directory: RunDirectory, credentials: Credentials, hooks: 
         status.close()
 
 
-def _complete_summary(directory: RunDirectory) -> bytes | None:
-    """The summary of a complete run as it is, None where there is none."""
-    complete = (directory.read_summary() or {}).get("complete")
-    return directory.summary.read_bytes() if complete else None
-
-
-def _restore_complete(directory: RunDirectory, summary: bytes) -> None:
-    """A complete run that this start was refused to change is complete as before."""
-    if result.FINISHED in read_finished(directory.checkpoint):
-        result.tidy(directory)
-        replace_bytes(directory.summary, summary)
-
-
 @contextlib.contextmanager
 def _checkpoint(directory: RunDirectory, status: RunStatus) -> Iterator[Checkpoint]:
-    """The checkpoint is open, and this invocation has its number."""
+    """The open checkpoint, in which this invocation has its number."""
     with contextlib.closing(Checkpoint(directory.checkpoint, free_reserve=directory.free_room)) as checkpoint:
         status.reached(Checking(checkpoint))
         started_at = status.started_at.timestamp()
-        checkpoint.begin_invocation(started_at, os.getpid(), socket.gethostname(), __version__)
+        checkpoint.start_invocation(started_at, os.getpid(), socket.gethostname(), __version__)
         yield checkpoint
 
 
@@ -186,19 +169,22 @@ def _checkpoint(directory: RunDirectory, status: RunStatus) -> Iterator[Checkpoi
 
 
 def _check(
-    job: Job, directory: RunDirectory, checkpoint: Checkpoint, asked: RunOptions, status: RunStatus, hooks: Hooks
+    job: Job, directory: RunDirectory, checkpoint: Checkpoint, options: RunOptions, status: RunStatus, hooks: Hooks
 ) -> Store:
-    """What this start is to do is settled, and nothing was sent. Attempts that a dead process left are named."""
-    lost = at_rest.name_lost(directory.inflight, checkpoint, with_ids=bool(job.endpoint.id_header))
-    plan = planning.make(job, directory, checkpoint, asked, status.started_at)
+    """The store with the plan of this start. Sends nothing; requests that a dead process left are recorded as lost."""
+    lost = at_rest.record_lost(directory.inflight, checkpoint, with_ids=bool(job.endpoint.id_header))
+    plan = planning.make(job, directory, checkpoint, options, status.started_at)
     directory.reserve_room()
-    _unfinish(plan, directory, checkpoint)
+    if result.FINISHED in checkpoint.manifest_entries() and checkpoint.totals.settled() < plan.rows:
+        # the run was complete with --limit and has more rows now
+        chunks = result.restore_parts(plan.facts, checkpoint, checkpoint.chunks(), directory)
+        checkpoint.reopen_chunks(chunks, (), {})
     status.start_running(Running(checkpoint, plan))
-    retrying = asked.retry is not None
-    for line in start_lines(job, plan, directory.path, checkpoint.spent, lost, retrying=retrying):
+    retrying = options.retry is not None
+    for line in start_lines(job, plan, directory.path, checkpoint.totals, lost, retrying=retrying):
         hooks.note(line)
-    if asked.retry is not None:
-        hooks.note(_retried(plan, directory, checkpoint, asked.retry))
+    if options.retry is not None:
+        hooks.note(_reopen_for_retry(plan, directory, checkpoint, options.retry))
     store = _store(plan, directory, checkpoint)
     store.chunks.remove_orphans()
     if hooks.host is not None and hooks.host.replay:
@@ -206,31 +192,25 @@ def _check(
     return store
 
 
-def _unfinish(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint) -> None:
-    """A finished pilot of the first rows is an open run again, if there are more rows to send."""
-    if result.FINISHED in checkpoint.manifest() and checkpoint.spent.settled() < plan.rows:
-        chunks = result.restore_parts(plan.facts, checkpoint, checkpoint.chunks(), directory)
-        checkpoint.reopen_chunks(chunks, (), {})
-
-
-def _retried(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, statuses: frozenset[str]) -> str:
-    """Rows that ended with one of the statuses are pending again, unless rows are pending already; what to say of it.
+def _reopen_for_retry(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, statuses: frozenset[str]) -> str:
+    """Makes rows with one of the statuses pending again, unless rows are pending already; returns a line about it.
 
     Raises:
-        JobError: rows are pending, and this start would send them otherwise than was meant.
+        JobError: rows are pending that this start would send with other settings.
     """
-    pending = plan.rows - checkpoint.spent.settled()
+    pending = plan.rows - checkpoint.totals.settled()
     entries = variants.encode(plan.variants)
-    if pending and checkpoint.manifest()[variants.ENTRY] != entries[variants.ENTRY]:
+    if pending and checkpoint.manifest_entries()[variants.ENTRY] != entries[variants.ENTRY]:
         raise JobError(
-            f"{plural(pending, 'row')} {are(pending)} still pending as asked before; finish the run, then retry"
+            f"{plural(pending, 'row')} {are(pending)} still pending with the earlier settings; "
+            "finish the run with those, then retry"
         )
     if pending:
         return f"{plural(pending, 'row')} {are(pending)} still pending; sent first"
-    mean_cost_usd = checkpoint.spent.mean_cost_usd()
+    mean_cost_usd = checkpoint.totals.mean_cost_usd()
     rows = retry.reopen(plan, directory, checkpoint, statuses, plan.variant, entries)
     ended = f"{plural(rows, 'row')} that ended as {', '.join(sorted(statuses))}"
-    return f"{ended} {are(rows)} asked again{about_cost(rows, mean_cost_usd)}"
+    return f"{ended} will be sent again{about_cost(rows, mean_cost_usd)}"
 
 
 def _store(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint) -> Store:
@@ -246,7 +226,7 @@ def _store(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint) -> Store
         limit=plan.rows if plan.rows < plan.facts.rows else None,
     )
     chunks = Chunks(directory, checkpoint, layout)
-    return Store(directory, checkpoint, plan, chunks, before_usd=checkpoint.spent.most_usd())
+    return Store(directory, checkpoint, plan, chunks, before_usd=checkpoint.totals.most_usd())
 
 
 # ── canary ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -255,7 +235,7 @@ def _store(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint) -> Store
 def _canary(
     job: Job,
     store: Store,
-    asked: RunOptions,
+    options: RunOptions,
     status: RunStatus,
     hooks: Hooks,
     send: Callable[[Store], Stop | None],
@@ -273,7 +253,7 @@ def _canary(
             return stop
         seen = canary.look(store.checkpoint, known.rows)
         status.log.write("canary", **msgspec.to_builtins(seen))
-    known = msgspec.structs.replace(known, seen=seen, accepted=known.accepted or asked.accept_canary)
+    known = msgspec.structs.replace(known, seen=seen, accepted=known.accepted or options.accept_canary)
     canary.keep(store.checkpoint, known)
     problems = list(canary.judge(seen, job.canary))
     if problems and not known.accepted:
@@ -294,43 +274,43 @@ def _with_all_chunks(store: Store) -> Store:
 def _dispatch(
     job: Job,
     credentials: Credentials,
-    asked: RunOptions,
+    options: RunOptions,
     status: RunStatus,
     hooks: Hooks,
     loop_factory: LoopFactory | None,
     store: Store,
 ) -> Stop | None:
-    """Every pending row is settled, or why not. In a canary, every row of it."""
+    """Sends every pending row, in a canary every row of it; why the run stopped before the last, if it did."""
     if not store.pending:
         return None
-    rows = Dispatch(job, store, credentials, status, hooks, asked.deadline)
+    dispatch = Dispatch(job, store, credentials, status, hooks, options.deadline)
     try:
         with asyncio.Runner(loop_factory=loop_factory) as runner:
-            return runner.run(rows.send_all())
+            return runner.run(dispatch.send_all())
     except BatchrunError:
-        _leave(job, store, status, hooks)
+        _write_unfinished(job, store, status, hooks)
         raise
 
 
 def _stopped(job: Job, store: Store, stop: Stop, status: RunStatus, hooks: Hooks) -> Summary:
-    status.end("stopped", stop.exit_code, stop.why)  # first: what follows may take long, or be killed
-    _leave(job, store, status, hooks)
+    status.end("stopped", stop.exit_code, stop.why)  # first, since the rest may take long, or be killed
+    _write_unfinished(job, store, status, hooks)
     summary = status.summary(int(stop.exit_code), stop.why)
     status.write(summary)
     return summary
 
 
-def _leave(job: Job, store: Store, status: RunStatus, hooks: Hooks) -> None:
-    """The bill of a run that is not complete is in usage.parquet, and its rows so far are beside it if the job says so.
+def _write_unfinished(job: Job, store: Store, status: RunStatus, hooks: Hooks) -> None:
+    """Writes usage.parquet of a run that is not complete, and the rows so far if the job has `output.partial`.
 
-    A failure here, and a signal, which ends it at once, change nothing of the way out.
+    A signal ends it. Neither that nor a failure here changes the exit code.
     """
     directory, plan = store.directory, store.plan
     try:
-        write_usage(directory.usage, store.checkpoint.spent.lines())
+        write_usage(directory.usage, store.checkpoint.totals.lines())
         if not job.output.partial:
             return
-        hooks.note(f"writing the rows so far: {directory.partial} (a signal ends that)")
+        hooks.note(f"writing the rows so far: {directory.partial} (send a signal to skip that)")
         with signals.raised():
             batches = _store(plan, directory, store.checkpoint).chunks.so_far()
             compression = plan.facts.output.compression
@@ -344,10 +324,10 @@ def _leave(job: Job, store: Store, status: RunStatus, hooks: Hooks) -> None:
 
 
 def _finish(job: Job, store: Store, status: RunStatus) -> Summary:
-    """The result is written; the exit code says whether more rows failed than the job allows."""
-    with signals.raised():  # the event loop that has ended took its own handlers along
+    """Writes the result; the exit code says whether more rows failed than the job allows."""
+    with signals.raised():  # the event loop has removed these handlers at its end
         if (unsettled := store.chunks.open_next()) is not None:
-            raise CheckpointError(f"chunk {unsettled.chunk.chunk}: has pending rows that the totals count as settled")
+            raise CheckpointError(f"chunk {unsettled.chunk.chunk} has pending rows that the totals count as settled")
         status.start_writing()
         plan = store.plan
         result.write(plan.facts, plan.schema, store.checkpoint, store.chunks, store.directory, status.summary())
@@ -355,6 +335,6 @@ def _finish(job: Job, store: Store, status: RunStatus) -> Summary:
 
 
 def _exit_code(job: Job, summary: Summary) -> ExitCode:
-    """The code of a complete run, by the failures that the job allows now."""
+    """The exit code of a complete run, by the number of failures that the job allows now."""
     failed = failures(summary, failing(job.finish))
     return ExitCode.TOO_MANY_FAILURES if failed > job.output.max_failures else ExitCode.COMPLETE

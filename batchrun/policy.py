@@ -1,7 +1,4 @@
-"""What an attempt's outcome means, and what an answer makes of its row. PURE: a table, not a ladder of ifs.
-
-docs/guarantees.md explains each line; tests/unit/test_policy.py walks the table.
-"""
+"""The verdict on an attempt, and the status of a row by its answer. PURE. docs/guarantees.md explains the tables."""
 
 from collections.abc import Mapping
 from enum import StrEnum
@@ -92,7 +89,7 @@ with a 498 (console.groq.com/docs/flex-processing)."""
 
 
 class Rule(NamedTuple):
-    """Where all `subjects` are spoken of, and no rule above it fits, this is what the status means."""
+    """The verdict if the body speaks of all `subjects` and no earlier rule matches."""
 
     subjects: frozenset[Subject]
     verdict: Verdict
@@ -129,17 +126,17 @@ RULES: Mapping[int, tuple[Rule, ...]] = {
     500: (_rule(Subject.UNABLE, verdict=Verdict.ROW, kind="not_supported"),),
     503: (_rule(Subject.WAIT, verdict=Verdict.SLOW, kind="overloaded"), _BLOCKED),
 }
-"""The statuses whose body decides, and what it may say; the first rule that fits counts. Of a 403 an empty
-account stands before content: vendors speak of both in one breath."""
+"""The statuses whose body decides. The first rule that matches counts. For 403 an empty account comes before content:
+some vendors name both in one message."""
 
 IN_PLAIN_TEXT = frozenset({403, 429, 503})
-"""Of these a short text that is no JSON is read as well: gateways and this vendor may answer so. HTML is a proxy's."""
+"""With these statuses a short plain text is read too, because gateways and this vendor send some. HTML is a proxy's."""
 
 
 class Judgement(msgspec.Struct, frozen=True):
-    """What one attempt came to. `error` is None exactly when the verdict is OK.
+    """The verdict on one attempt. `error` is None exactly if the verdict is OK.
 
-    `in_doubt`: it may have been billed, whatever is done about its row now.
+    `in_doubt`: the attempt may have been billed, whatever happens to its row.
     """
 
     verdict: Verdict
@@ -150,12 +147,12 @@ class Judgement(msgspec.Struct, frozen=True):
 
     @property
     def http_status(self) -> int | None:
-        """Of what failed."""
+        """The status of the failure."""
         return None if self.error is None else self.error.http_status
 
     @property
     def is_retried(self) -> bool:
-        """Whether such an end is retried, whoever is at fault."""
+        """Whether the row is retried, unless it has reached a cap."""
         return self.verdict in (Verdict.FREE, Verdict.MAYBE, Verdict.SLOW)
 
     @property
@@ -165,12 +162,12 @@ class Judgement(msgspec.Struct, frozen=True):
 
     @property
     def is_refusal(self) -> bool:
-        """Whether it is a 429 that time lifts."""
+        """Whether it is a 429 that passes with time."""
         return self.verdict is Verdict.SLOW and self.http_status == 429 and not self.is_capacity
 
     @property
     def is_chargeable(self) -> bool:
-        """Whether it can count against its row: what is retried, but for the wait that a 429 asks for."""
+        """Whether it can count against its row: every retried failure except a 429 and a full service tier."""
         return self.is_retried and not self.is_refusal and not self.is_capacity
 
 
@@ -178,11 +175,12 @@ _ANSWERED = Judgement(Verdict.OK)
 
 
 def judge(attempt: Attempt, answer: Answer, retry: Retry, *, tier_may_be_full: bool = False) -> Judgement:
-    """The verdict on one attempt, with what the `error` column and the gate need of it.
+    """The verdict on one attempt, with its error for the row and its wait for the gate.
 
     `tier_may_be_full`: the request names a service tier that refuses requests while it has no capacity.
     """
-    if attempt.error is not None and not (attempt.streamed and answer.completion):  # a stream says itself when it ends
+    # a stream has a mark at its end: with it the answer is whole, whatever happened to the connection then
+    if attempt.error is not None and not (attempt.streamed and answer.completion):
         error = RowError(attempt.error.kind, attempt.http_status, None, str(attempt.error)[:MAX_MESSAGE_CHARS])
         verdict = FAULT_VERDICTS[attempt.error.kind]
         return Judgement(verdict, error, in_doubt=verdict is Verdict.MAYBE)
@@ -219,20 +217,20 @@ def _judge_status(status: int, attempt: Attempt, answer: Answer, retry: Retry) -
     message = answer.error_message or f"HTTP {status}: {_excerpt(attempt.body)}".rstrip(": ")
     if verdict is Verdict.SLOW and wait_s is not None and wait_s > retry.max_wait_s:
         verdict, message = Verdict.PAUSE, f"the server asks to wait {wait_s:.0f} s: {message}"
-    # tokens were made before the error stood in the answer
-    had_begun = attempt.time_to_first_token_s is not None or bool(answer.content)
-    if had_begun and verdict is Verdict.FREE:
+    # an answer had started before the error came, so its tokens may be billed
+    had_started = attempt.time_to_first_token_s is not None or bool(answer.content)
+    if had_started and verdict is Verdict.FREE:
         verdict = Verdict.MAYBE
-    in_doubt = had_begun or verdict is Verdict.MAYBE
+    in_doubt = had_started or verdict is Verdict.MAYBE
     verdict = _should_retry(attempt.headers.get("x-should-retry"), verdict)
-    # a rate limit that comes with another status is a 429 to all who wait for it
+    # a rate limit with another status is treated as a 429
     shown = 429 if kind in RATE_KINDS else attempt.http_status
     error = RowError(kind, shown, answer.error_code, message[:MAX_MESSAGE_CHARS])
     return Judgement(verdict, error, kind == CONTENT_POLICY and verdict is Verdict.ROW, wait_s, in_doubt)
 
 
 def _by_body(status: int, words: str, wait_s: float | None) -> tuple[Verdict, str] | None:
-    """(verdict, kind) by what the body speaks of; None where that says nothing for this status."""
+    """(verdict, kind) by the subjects of the body; None if no rule matches."""
     for rule in RULES.get(status, ()):
         named = {Subject.WAIT} if wait_s is not None else set()
         if all(subject in named or speaks_of(subject, words) for subject in rule.subjects):
@@ -241,17 +239,17 @@ def _by_body(status: int, words: str, wait_s: float | None) -> tuple[Verdict, st
 
 
 def _by_status(status: int) -> tuple[Verdict, str]:
-    """(verdict, kind) by the table, else by the century."""
+    """(verdict, kind) by the tables, else by the class of the status."""
     if status < 300:
         return Verdict.MAYBE, "error_in_answer"
     if status < 400:
         return Verdict.STOP, "redirect"
-    by_century = (Verdict.FREE, "server_error") if status >= 500 else (Verdict.ROW, "bad_request")
-    return STATUS_VERDICTS.get(status, by_century[0]), KINDS.get(status, by_century[1])
+    default = (Verdict.FREE, "server_error") if status >= 500 else (Verdict.ROW, "bad_request")
+    return STATUS_VERDICTS.get(status, default[0]), KINDS.get(status, default[1])
 
 
 def _words(status: int, attempt: Attempt, answer: Answer) -> str:
-    """What the body says: the error's own words, or a short plain text."""
+    """The text of the error in the body, or a short plain text."""
     if answer.error_message is not None:
         return f"{answer.error_code or ''} {answer.error_words or ''} {answer.error_message}"
     text = _excerpt(attempt.body) if status in IN_PLAIN_TEXT else ""
@@ -259,7 +257,7 @@ def _words(status: int, attempt: Attempt, answer: Answer) -> str:
 
 
 def _should_retry(header: str | None, verdict: Verdict) -> Verdict:
-    """`x-should-retry`, as the reference SDK's servers send it, decides about a row's retry."""
+    """The verdict, changed by the header `x-should-retry`, which the reference SDK's servers send."""
     if header == "true" and verdict is Verdict.ROW:
         return Verdict.FREE
     if header == "false" and verdict in (Verdict.FREE, Verdict.MAYBE):
@@ -268,7 +266,7 @@ def _should_retry(header: str | None, verdict: Verdict) -> Verdict:
 
 
 def _embedded_status(answer: Answer) -> int:
-    """The status that an error object inside a 200 names, as some gateways do; else the 200, whichever 2xx it was."""
+    """The status in the error object of a 2xx answer, which some gateways send; 200 if there is none."""
     return answer.error_status or 200
 
 
@@ -284,9 +282,9 @@ def _why_unreadable(attempt: Attempt) -> str:
 
 
 class Settlement(msgspec.Struct, frozen=True):
-    """What a usable answer makes of its row, and what the job says of such an answer: `accept`, `fail` or `retry`.
+    """The row's status by a usable answer, and the job's `action` for such answers.
 
-    `in_json`: the content is the JSON that the request wants. `correctable`: it is not, and the model can be shown why.
+    `in_json`: the content is valid JSON as requested. `correctable`: it is not, and the model can be shown why.
     """
 
     status: Status
@@ -297,14 +295,14 @@ class Settlement(msgspec.Struct, frozen=True):
 
 
 def settlement(answer: Answer, expected: Expected, finish: Finish, http_status: int | None = None) -> Settlement:
-    """What becomes of a row by its answer's finish_reason (docs/api.md, "Response") and by what was expected.
+    """The settlement by the answer's finish_reason (docs/api.md, "Response") and the expected schema.
 
-    An answer that was cut short is neither read as JSON nor corrected.
+    A truncated answer is neither read as JSON nor corrected.
     """
     if not expected.in_json and finish.stop == "accept" and _is_plain(answer):
         return _PLAIN
     meaning = Meaning.REFUSAL if answer.refusal else meaning_of(answer.finish_reason)
-    status, action = _worth(meaning, finish)
+    status, action = _status_and_action(meaning, finish)
     called = answer.function_call is not None or answer.tool_calls is not None
     if status is Status.OK and not called and not answer.content:
         error = RowError("empty", http_status, None, "the answer has no content")
@@ -322,7 +320,7 @@ def settlement(answer: Answer, expected: Expected, finish: Finish, http_status: 
 
 
 def _is_plain(answer: Answer) -> bool:
-    """True for the answer that nearly all are: text up to its end."""
+    """True for complete text, as nearly all answers are."""
     if answer.finish_reason != "stop" or not answer.content or answer.refusal:
         return False
     return answer.function_call is None and answer.tool_calls is None
@@ -331,8 +329,7 @@ def _is_plain(answer: Answer) -> bool:
 _PLAIN = Settlement(Status.OK)
 
 
-def _worth(meaning: Meaning, finish: Finish) -> tuple[Status, Action]:
-    """The status of an answer that ended so, and what the job says of such."""
+def _status_and_action(meaning: Meaning, finish: Finish) -> tuple[Status, Action]:
     match meaning:
         case Meaning.FILTER:
             return Status.FILTERED, finish.content_filter

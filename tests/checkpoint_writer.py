@@ -48,8 +48,8 @@ def main(path: str) -> None:
             failed.set()
 
     checkpoint.listen(durable, failure)
-    checkpoint.begin_invocation(0.0, 1, "here", "0")
-    row = checkpoint.spent.settled()
+    checkpoint.start_invocation(0.0, 1, "here", "0")
+    row = checkpoint.totals.settled()
     while not failed.is_set():
         if slots.acquire(timeout=0.1):
             checkpoint.put(completion(row))

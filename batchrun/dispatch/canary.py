@@ -54,7 +54,7 @@ class Record(msgspec.Struct, frozen=True):
 
 def record_of(job: Job, store: Store) -> Record | None:
     """The record for the job's present requests; None if there was no canary for them."""
-    entry = store.checkpoint.manifest().get(ENTRY)
+    entry = store.checkpoint.manifest_entries().get(ENTRY)
     if entry is None:
         return None
     record = msgspec.json.decode(entry, type=Record)

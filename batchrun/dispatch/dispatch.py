@@ -131,8 +131,8 @@ class Dispatch:
             return 0  # the disk failed: the slots keep the names for the next start
         await asyncio.sleep(0)  # lets the last commit's `on_commit` run
         run = facts.attempt_prefix if self._job.endpoint.id_header else None
-        lost = in_flight.possibly_billed(open_run.slots.taken(), checkpoint.invocation, "aborted", run)
-        await asyncio.to_thread(checkpoint.name_possibly_billed, lost)
+        lost = in_flight.possibly_billed(open_run.slots.occupied(), checkpoint.invocation, "aborted", run)
+        await asyncio.to_thread(checkpoint.add_possibly_billed, lost)
         open_run.slots.clear_all()
         return len(lost)
 
@@ -279,7 +279,7 @@ class Shutdown:
 
 def _budget_account(job: Job, store: Store, over_time: SharedBudget | None) -> BudgetAccount:
     """The budget's caps, less what the run has spent so far."""
-    budget, totals = job.budget, store.checkpoint.spent
+    budget, totals = job.budget, store.checkpoint.totals
     cost, tokens, requests = budget.max_cost_usd, budget.max_tokens, budget.max_requests
     per_start = budget.per_start_usd
     return BudgetAccount(

@@ -29,7 +29,7 @@ class LearnedLimits:
         """If the job limits requests a day, today's date is stored. `variant`: the variant of the job now in use."""
         self._checkpoint = checkpoint
         self._saved_s = now_s
-        manifest = checkpoint.manifest()
+        manifest = checkpoint.manifest_entries()
         self.known = token_estimates.decode(manifest.get(token_estimates.ENTRY))
         self.estimates = Estimates(self.known.sizes)
         self.overruns = overruns.decode(manifest.get(overruns.ENTRY), variant)
@@ -37,7 +37,7 @@ class LearnedLimits:
         self._day: Day | None = None
         self.daily: DailyCount | None = None
         if limits.requests_per_day is not None:
-            sent, now = checkpoint.spent.requests(), datetime.now(UTC)
+            sent, now = checkpoint.totals.requests(), datetime.now(UTC)
             self._day = daily.today(manifest.get(daily.ENTRY), now, sent)
             checkpoint.write_manifest({daily.ENTRY: daily.encode(self._day)})
             self.daily = DailyCount(
@@ -46,10 +46,10 @@ class LearnedLimits:
 
     def count_day(self, limit: int, in_flight: int, now_s: float) -> DailyCount:
         """A count of today's requests with this limit; requests of all starts today are in it."""
-        now, totals = datetime.now(UTC), self._checkpoint.spent
+        now, totals = datetime.now(UTC), self._checkpoint.totals
         if self._day is None:
             date = now.date().isoformat()
-            sent = sum(line.attempts for line in totals.totals.values() if line.day == date)
+            sent = sum(line.attempts for line in totals.booked.values() if line.day == date)
             self._day = Day(date, totals.requests() - sent)
         sent = totals.requests() + in_flight - self._day.requests_before
         self.daily = DailyCount(limit, sent, now_s + daily.left_s(now))
@@ -59,7 +59,7 @@ class LearnedLimits:
         """True, once, when a minute has passed, a new day has started, or a limit has changed much."""
         day = self._day
         if day is not None:
-            sent = self._checkpoint.spent.requests() + gate.in_flight  # these count for the day that has ended
+            sent = self._checkpoint.totals.requests() + gate.in_flight  # these count for the day that has ended
             self._day = daily.today(daily.encode(day), datetime.now(UTC), sent)
         changed = _differs(self._found.requests_per_minute, gate.found.requests_per_minute)
         changed |= _differs(self._found.tokens_per_minute, gate.found.tokens_per_minute)

@@ -141,17 +141,17 @@ class RunStatus:
             budgets=() if workers is None else tuple(workers.gate.purse.uses()),
         )
         if not isinstance(self.phase, Running):
-            spent = None if checkpoint is None else checkpoint.spent
+            spent = None if checkpoint is None else checkpoint.totals
             return starting(self._job, moment, self._directory, self._earlier, spent)
-        plan, spent = self.phase.plan, self.phase.checkpoint.spent
+        plan, spent = self.phase.plan, self.phase.checkpoint.totals
         return summarise(plan.facts, plan.rows, plan.prices, spent, moment, self._directory)
 
     def observe(self, now_s: float) -> None:
         """Adds a sample of the progress, and updates the forecast."""
         if not isinstance(self.phase, Running) or self.phase.workers is None:
             return
-        totals, workers = self.phase.checkpoint.spent, self.phase.workers
-        tokens = sum(line.total_tokens for line in totals.totals.values())
+        totals, workers = self.phase.checkpoint.totals, self.phase.workers
+        tokens = sum(line.total_tokens for line in totals.booked.values())
         self._recent.add(Sample(now_s, totals.settled(), tokens, workers.gate.binding.limit))
         self._forecast = self._recent.forecast(self.phase.plan.rows)
         is_last = workers.backlog.drained

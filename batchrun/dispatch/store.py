@@ -35,12 +35,12 @@ class Store(msgspec.Struct, frozen=True):
     @property
     def pending(self) -> int:
         """Rows without a completion."""
-        return self.plan.rows - self.checkpoint.spent.settled()
+        return self.plan.rows - self.checkpoint.totals.settled()
 
     @property
     def was_answered(self) -> bool:
         """True if an earlier start received an answer."""
-        return any(rows for status, rows in self.checkpoint.spent.standing.items() if status != Status.ERROR)
+        return any(rows for status, rows in self.checkpoint.totals.standing.items() if status != Status.ERROR)
 
     def attempt_id(self, row: int, n: int) -> str:
         """The id of an attempt, as sent in `endpoint.request_id_header`."""

@@ -276,7 +276,7 @@ class Workers:
         if answer.usage is not None:
             self.learned.estimates.learn(request, answer.usage)
             if self.learned.overruns.learn(request, answer.usage):
-                self._checkpoint.note(overruns.ENTRY, self.learned.overruns.encode())
+                self._checkpoint.put_entry(overruns.ENTRY, self.learned.overruns.encode())
             self.gate.settle(slot, answer.usage.total_tokens, answer.usage.completion_tokens)
         if judgement.is_capacity:
             self.gate.settle(slot, 0)  # nothing was used, and the headers of a full tier tell nothing of our limits

@@ -55,7 +55,7 @@ def unaccounted_usd(known: DbRecords, sums: RowSums) -> tuple[Decimal, bool]:
     ]
     replaced = bool(known.reopened) or any(chunk.generation > 1 for chunk in known.chunks)
     replaced |= SALVAGED in known.manifest or SINCE in known.manifest
-    beyond = known.spent.cost_usd() - sums.cost_usd - sum(waiting, Decimal(0))
+    beyond = known.totals.cost_usd() - sums.cost_usd - sum(waiting, Decimal(0))
     return beyond, not (replaced or sums.unpriced)
 
 
@@ -66,12 +66,12 @@ def rows_due(known: DbRecords) -> int:
 
 def totals_problem(known: DbRecords, sums: RowSums, *, finished: bool) -> str | None:
     """How the totals disagree with the rows, all of which were read; None if they agree."""
-    standing = {status: rows for status, rows in known.spent.standing.items() if rows}
+    standing = {status: rows for status, rows in known.totals.standing.items() if rows}
     if standing != sums.standing or (finished and sums.standing.total() != rows_due(known)):
         return f"its totals count {standing or 'no row'}, the rows say {dict(sums.standing) or 'none'}"
     beyond, exact = unaccounted_usd(known, sums)
     if beyond < 0 or (exact and beyond):
-        return f"its totals say ${known.spent.cost_usd():,.12f}, the rows {'less' if beyond > 0 else 'more'}"
+        return f"its totals say ${known.totals.cost_usd():,.12f}, the rows {'less' if beyond > 0 else 'more'}"
     return None
 
 
@@ -84,14 +84,14 @@ def usage_problem(directory: RunDirectory, known: DbRecords) -> str | None:
     except CheckpointError as error:
         return str(error).removeprefix(f"{directory.usage}: ")
     lines = booked.totals_of([row for rows in tables for row in rows])
-    return None if _in_order(lines) == _in_order(known.spent.lines()) else "does not have the totals' lines"
+    return None if _in_order(lines) == _in_order(known.totals.lines()) else "does not have the totals' lines"
 
 
 def footer_problem(directory: RunDirectory, known: DbRecords, facts: Manifest) -> str | None:
     """How the footer of an intact result disagrees with the totals; None if it agrees."""
     footer = files.read_footer(directory.completions) or {}
     found = footer.get("run_id"), footer.get("rows_in_output"), footer.get("cost_usd")
-    if found == (facts.run_id, rows_due(known), str(known.spent.cost_usd())):
+    if found == (facts.run_id, rows_due(known), str(known.totals.cost_usd())):
         return None
     return "its footer is of run {}, {} rows, ${}".format(*found)
 
@@ -149,7 +149,7 @@ def _agrees(
     name: str, summary: Summary, directory: RunDirectory, known: DbRecords, facts: Manifest, prices: Prices
 ) -> bool:
     written: Any = getattr(summary, name)
-    counted: Any = getattr(summarise(facts, rows_due(known), prices, known.spent, _moment(summary), directory), name)
+    counted: Any = getattr(summarise(facts, rows_due(known), prices, known.totals, _moment(summary), directory), name)
     match name:
         case "totals":
             return _in_order(written) == _in_order(counted)

@@ -46,7 +46,7 @@ def records(database: bytes, log: bytes, tables: str, version: int) -> Iterator[
 def _new(path: Path, tables: str, version: int) -> bytes:
     """A database with empty tables."""
     database = Database.open(path, tables, version, lambda full: False)
-    database.rest()
+    database.leave_wal()
     database.close()
     content = bytearray(path.read_bytes())
     content[18:20] = READ_AS_PLAIN

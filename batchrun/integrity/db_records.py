@@ -14,7 +14,7 @@ from batchrun.integrity import damaged_db
 from batchrun.integrity.damaged_db import FRAME_HEADER_BYTES, LOG_HEADER_BYTES
 from batchrun.records import FAILURES, Completion, PossiblyBilled
 from batchrun.store import db_tables
-from batchrun.store.at_rest import log_of, private_copy
+from batchrun.store.at_rest import private_copy, wal_of
 from batchrun.store.checkpoint import FORMAT, SINCE
 from batchrun.store.database import Database, Record
 from batchrun.store.db_tables import Chunk, Reopened
@@ -38,7 +38,7 @@ class DbRecords(msgspec.Struct, frozen=True):
     rows: dict[int, Completion]
     attempts: list[Record]
     possibly_billed: list[PossiblyBilled]
-    spent: Totals
+    totals: Totals
     reopened: dict[int, Reopened]
     records: int
     whole: bool
@@ -63,7 +63,7 @@ def read(path: Path) -> DbRecords:
 def left(path: Path) -> DbRecords:
     """What can still be read of a damaged database at `path`: the newest version of each record."""
     with disk_errors(path):
-        database, log = (file.read_bytes() if file.exists() else b"" for file in (path, log_of(path)))
+        database, log = (file.read_bytes() if file.exists() else b"" for file in (path, wal_of(path)))
     found: dict[str, dict[Record, Record]] = {name: {} for name in _TABLES}
     for name, record in damaged_db.records(database, log, db_tables.TABLES, FORMAT):
         key = _key(name, record)
@@ -75,7 +75,7 @@ _TABLES = tuple(re.findall(r"CREATE TABLE (\w+)", db_tables.TABLES))
 
 
 def _read(path: Path) -> DbRecords:
-    log = log_of(path).read_bytes() if log_of(path).exists() else b""
+    log = wal_of(path).read_bytes() if wal_of(path).exists() else b""
     with contextlib.closing(Database.open(path, db_tables.TABLES, FORMAT, lambda full: False)) as database:
         known = _as_values({name: list(database.records(name)) for name in _TABLES}, whole=True)
         ((_, frames, _),) = database.query("PRAGMA wal_checkpoint")
@@ -93,8 +93,8 @@ def _as_values(records: dict[str, list[Record]], *, whole: bool) -> DbRecords:
     lines = [db_tables.totals_line(record) for record in records["totals"]]
     changes = [db_tables.replaced_line(record) for record in records["replaced"]]
     doubts = [db_tables.possibly_billed(record) for record in records["possibly_billed"]]
-    spent = Totals(
-        totals={line.key: line for line in lines},
+    totals = Totals(
+        booked={line.key: line for line in lines},
         replaced={line.key: line for line in changes},
         standing=dict(records["standing"]),
         answered_as=dict(records["answered_as"]),
@@ -106,7 +106,7 @@ def _as_values(records: dict[str, list[Record]], *, whole: bool) -> DbRecords:
         rows={record[0]: db_tables.completion(record) for record in records["rows"]},
         attempts=records["attempts"],
         possibly_billed=doubts,
-        spent=with_possibly_billed(spent, doubts),
+        totals=with_possibly_billed(totals, doubts),
         reopened={record[0]: Reopened(*record) for record in records["reopened"]},
         records=sum(map(len, records.values())),
         whole=whole,

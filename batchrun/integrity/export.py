@@ -54,10 +54,10 @@ def export(directory: RunDirectory, to: Path | None = None) -> Exported:
     if not directory.checkpoint.exists():
         raise InputError(f"{directory.path}: no run here (no checkpoint.db); name a run directory")
     with directory.lock(), at_rest.opened(directory.checkpoint, directory.inflight) as checkpoint:
-        entries = checkpoint.manifest()
+        entries = checkpoint.manifest_entries()
         if manifest.ENTRY not in entries:
             raise InputError(f"{directory.path}: no rows yet: the run ended while its input was checked; run it again")
-        known = manifest.read(entries)
+        known = manifest.decode(entries)
         if to is not None:
             _require_place(to, directory, known)
         summary = run_state.from_checkpoint(directory, checkpoint, _written(directory))
@@ -65,7 +65,7 @@ def export(directory: RunDirectory, to: Path | None = None) -> Exported:
             return _complete(directory, known, summary, result.finished(entries).digest, to)
         exported = _so_far(directory, checkpoint, known, summary, to or directory.partial)
         if to is None:
-            files.write_usage(directory.usage, checkpoint.spent.lines())
+            files.write_usage(directory.usage, checkpoint.totals.lines())
         return exported
 
 
@@ -137,7 +137,7 @@ def _so_far(directory: RunDirectory, checkpoint: Checkpoint, known: Manifest, su
         types=types,
         schema=schema,
         settings=known.output,
-        parsed=manifest.parsed(known),
+        parsed=manifest.answer_column(known),
         number=known.layout,
         limit=summary.rows if summary.rows < known.rows else None,
     )
@@ -170,9 +170,9 @@ def _schema(
     elif isinstance(source, TableSource):
         given = source.schema
     elif not (chunks := checkpoint.chunks()):
-        return own_schema(known.output.prefix, manifest.parsed(known))
+        return own_schema(known.output.prefix, manifest.answer_column(known))
     elif chunks[0].open:
         given = stored_window.schema_of(directory.input_of(0, known.layout))
     else:
         return files.schema_of(directory.part_of(0, chunks[0].generation)).remove_metadata()
-    return output_schema(given, known.output, manifest.parsed(known))
+    return output_schema(given, known.output, manifest.answer_column(known))

@@ -68,8 +68,8 @@ class Account:
         rows if that is more.
         """
         if known.whole:
-            return list(known.spent.totals.values())
-        lines = max((known.spent.lines(), summary), key=lambda lines: sum(line.attempts for line in lines))
+            return list(known.totals.booked.values())
+        lines = max((known.totals.lines(), summary), key=lambda lines: sum(line.attempts for line in lines))
         lines = [line for line in lines if line.status != LOST]  # `possibly_billed` counts those
         last_known = sum((line.cost_usd for line in lines), Decimal(0))
         own = [*self._answers.values(), *(line for line in self._discarded.values() if line.attempts)]
@@ -134,7 +134,7 @@ def write(old: RunDirectory, known: DbRecords, account: Account, new: RunDirecto
         "possibly_billed": [db_tables.possibly_billed_record(doubt) for doubt in (*known.possibly_billed, *lost)],
         "totals": [db_tables.totals_record(line) for line in totals],
         "replaced": [db_tables.replaced_record(line, 1) for line in account.replaced(totals)],
-        "answered_as": list(known.spent.answered_as.items()),
+        "answered_as": list(known.totals.answered_as.items()),
         "standing": list(account.standing.items()),
         "reopened": [msgspec.structs.astuple(again) for again in account.reopened],
     }

@@ -99,8 +99,8 @@ def _salvaged(directory: RunDirectory, known: DbRecords) -> Salvaged:
 
 def _facts(known: DbRecords) -> Manifest | None:
     try:
-        variants.read(known.manifest)
-        return manifest.read(known.manifest)
+        variants.decode(known.manifest)
+        return manifest.decode(known.manifest)
     except CheckpointError:
         return None
 
@@ -162,9 +162,9 @@ class Salvage:
         self._settings = Output() if begun is None else begun.output
         self._schema, self._prefix = self._columns()
         self._own = own_schema(self._prefix).names
-        jobs = [] if begun is None else [_job_of(variant) for variant in variants.read(known.manifest)]
+        jobs = [] if begun is None else [_job_of(variant) for variant in variants.decode(known.manifest)]
         self._builders = [] if begun is None else [RequestBuilder(job, begun.dialect) for job in jobs]
-        self._parsed = JSON if begun is None else manifest.parsed(begun)
+        self._parsed = JSON if begun is None else manifest.answer_column(begun)
         self._kept = SoundRows(old, known, self._schema, self._prefix)
         self.account = Account(in_flight.read(old.inflight), rebuilt_checkpoint.spilled(old))
         self.missing = 0

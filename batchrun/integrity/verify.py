@@ -19,7 +19,7 @@ from batchrun.integrity.audit import Prices, RowSums
 from batchrun.integrity.db_records import DbRecords
 from batchrun.report.wording import plural
 from batchrun.store import in_flight, manifest, result, spill, variants
-from batchrun.store.at_rest import log_of
+from batchrun.store.at_rest import wal_of
 from batchrun.store.checkpoint import SPILL
 from batchrun.store.db_tables import Chunk
 from batchrun.store.manifest import Manifest
@@ -116,7 +116,7 @@ class Inspection:
         return Findings(
             tuple(self.sound),
             tuple(self.damages),
-            f"{self.known.spent.cost_usd():,.6f}",
+            f"{self.known.totals.cost_usd():,.6f}",
             f"{beyond:,.6f}" if exact and beyond >= 0 else None,
         )
 
@@ -127,8 +127,8 @@ class Inspection:
             self._without_facts()
             return
         try:
-            begun = manifest.read(self.known.manifest)
-            variants.read(self.known.manifest)
+            begun = manifest.decode(self.known.manifest)
+            variants.decode(self.known.manifest)
             prices = msgspec.json.decode(self.known.manifest.get("prices", "{}"), type=Prices)
         except (CheckpointError, msgspec.DecodeError) as error:
             self._damaged(self.directory.checkpoint, f"its manifest can't be read: {error}")
@@ -166,7 +166,7 @@ class Inspection:
         except CheckpointError as error:
             known = db_records.left(path)
             what = str(error).partition("; keep a copy")[0]
-            broken = log if what.startswith(str(log := log_of(path))) else path
+            broken = log if what.startswith(str(log := wal_of(path))) else path
             self._damaged(broken, f"{what}; {plural(known.records, 'record')} can still be read")
         else:
             self.sound.append(f"checkpoint.db: {plural(known.records, 'record')}, every page")
@@ -175,7 +175,7 @@ class Inspection:
     def _log(self) -> None:
         if self.known.torn:
             what = "the last commit can't be read: torn by a power cut, or damaged; its rows are sent again"
-            self._damaged(log_of(self.directory.checkpoint), what, then=RESUME)
+            self._damaged(wal_of(self.directory.checkpoint), what, then=RESUME)
 
     def _without_facts(self) -> None:
         traces = [path for path in (self.directory.completions, self.directory.inflight) if path.exists()]
@@ -297,7 +297,7 @@ class Inspection:
             size = path.stat().st_size if path.exists() else None
         if size is None:
             reopened_or_salvaged = self.known.reopened or db_records.SALVAGED in self.known.manifest
-            if self.known.rows or (self.known.spent.totals and not reopened_or_salvaged):
+            if self.known.rows or (self.known.totals.booked and not reopened_or_salvaged):
                 self._damaged(
                     path, "is missing: the requests in flight when the last process ended are unknown", then=RESUME
                 )

@@ -208,7 +208,7 @@ def _discarded(found: Found) -> Iterator[Line]:
     if not directory.checkpoint.exists():
         return
     try:
-        with at_rest.opened(directory.checkpoint, directory.inflight, glance=True) as checkpoint:
+        with at_rest.opened(directory.checkpoint, directory.inflight, quick=True) as checkpoint:
             for chunk in checkpoint.chunks():
                 for attempt in checkpoint.discarded(chunk):
                     if attempt.request_id is not None and attempt.usage is not None:

@@ -39,7 +39,7 @@ def run_state(directory: RunDirectory) -> RunState:
         return RunState(written)
     found, problem = written, None
     try:
-        with at_rest.opened(directory.checkpoint, directory.inflight, glance=True) as checkpoint:
+        with at_rest.opened(directory.checkpoint, directory.inflight, quick=True) as checkpoint:
             found = from_checkpoint(directory, checkpoint, written)
     except CheckpointError as error:  # DiskError is one, too
         problem = str(error)
@@ -56,21 +56,21 @@ def from_checkpoint(directory: RunDirectory, checkpoint: Checkpoint, written: Su
     Raises:
         CheckpointError: a record is damaged.
     """
-    entries = checkpoint.manifest()
+    entries = checkpoint.manifest_entries()
     if manifest.ENTRY not in entries and written is not None:
         return written  # killed while the input was checked: nothing was sent
-    known = manifest.read(entries)
+    known = manifest.decode(entries)
     prices = msgspec.json.decode(entries.get("prices", "{}"), type=dict[str, PriceTable | None])
     rows = known.rows
     if written is not None and written.run_id == known.run_id:
         opened = max((chunk.end_row for chunk in checkpoint.chunks()), default=0)
         rows = min(known.rows, max(written.rows, opened))
-    return summarise(known, rows, prices, checkpoint.spent, _moment(directory, checkpoint, written), directory)
+    return summarise(known, rows, prices, checkpoint.totals, _moment(directory, checkpoint, written), directory)
 
 
 def _moment(directory: RunDirectory, checkpoint: Checkpoint, written: Summary | None) -> Moment:
     """The last moment at which anything became durable."""
-    log = at_rest.log_of(directory.checkpoint)
+    log = at_rest.wal_of(directory.checkpoint)
     files = [path for path in (directory.checkpoint, log) if path.exists()]
     now = datetime.fromtimestamp(max(path.stat().st_mtime for path in files), UTC)
     started_at = now if written is None else written.started_at

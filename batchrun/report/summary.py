@@ -156,7 +156,7 @@ def _summary(
 ) -> Summary:
     settled = spent.settled()
     lines = spent.lines()
-    mine = [line for line in spent.totals.values() if line.invocation == moment.invocation]
+    mine = [line for line in spent.booked.values() if line.invocation == moment.invocation]
     minutes = max(moment.elapsed_s, 1e-9) / 60
     names = prices_in_words(tables)
     return Summary(

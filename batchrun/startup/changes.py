@@ -22,7 +22,7 @@ from batchrun.store import result, stored_window, totals
 from batchrun.store.base_part import BasePart
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.db_tables import Chunk
-from batchrun.store.manifest import Manifest, parsed
+from batchrun.store.manifest import Manifest, answer_column
 from batchrun.store.rundir import RunDirectory
 from batchrun.tables import booked, files
 from batchrun.tables.arrow_types import Column
@@ -80,7 +80,7 @@ class Answers:
         self._checkpoint = checkpoint
         self._facts = facts
         self.chunks = checkpoint.chunks()
-        if result.FINISHED in checkpoint.manifest():
+        if result.FINISHED in checkpoint.manifest_entries():
             self.chunks = result.restore_parts(facts, checkpoint, self.chunks, directory)
         self.rows = facts.rows
         self.answered = bytearray()
@@ -125,7 +125,7 @@ class Answers:
             own = self.of_chunk(place)
             for row, answer in zip(own.column("row").to_pylist(), booked.lines(own), strict=True):
                 if not kept[cast(int, row)]:
-                    yield from totals.given_up(answer)
+                    yield from totals.moved_to_discarded(answer)
 
     def _of_chunk(self, place: int) -> pa.Table:
         chunk = self.chunks[place]
@@ -136,7 +136,7 @@ class Answers:
             return newer
         path = self._directory.part_of(chunk.chunk, chunk.generation)
         base = BasePart(path, chunk.part_digest or "", self._facts.output.prefix)
-        return base.under(newer, chunk.first_row, chunk.end_row)
+        return base.updated(newer, chunk.first_row, chunk.end_row)
 
 
 def examine(
@@ -206,7 +206,7 @@ def lay_out(
         part = directory.part_of(number, generation)
         if own.num_rows == read.rows:
             tables = stored_window.StoredWindow(stored, chunk.input_digest, first_row).tables(types)
-            batches = _whole(tables, own, schema, parsed(facts))
+            batches = _whole(tables, own, schema, answer_column(facts))
             digest = files.write_part(part, schema, batches, settings, read.rows)
             chunk = msgspec.structs.replace(chunk, generation=generation, part_digest=digest, open=0)
             stored.unlink()
@@ -217,7 +217,7 @@ def lay_out(
             chunk = msgspec.structs.replace(chunk, generation=generation, part_digest=digest)
         chunks.append(chunk)
         first_row = end_row
-    checkpoint.lay_out(chunks, standing, entries, answers.given_up(matches))
+    checkpoint.replace_chunks(chunks, standing, entries, answers.given_up(matches))
 
 
 def _windows(source: Source, facts: Manifest, upto: int) -> Iterator[Window]:

@@ -111,7 +111,9 @@ def columns_in_words(source: Source, found: Survey) -> str | None:
 def schema_of(source: Source, known: Manifest) -> pa.Schema:
     types = ColumnTypes() if known.types is None else ColumnTypes.from_json(known.types)
     return output_schema(
-        source.schema if isinstance(source, TableSource) else types.schema(), known.output, manifest.parsed(known)
+        source.schema if isinstance(source, TableSource) else types.schema(),
+        known.output,
+        manifest.answer_column(known),
     )
 
 

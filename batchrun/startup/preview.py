@@ -37,10 +37,10 @@ def look(job: Job, directory: RunDirectory) -> Found:
         directory.lock(),
         contextlib.closing(Checkpoint(directory.checkpoint, free_reserve=lambda: False)) as checkpoint,
     ):
-        finished = result.FINISHED in checkpoint.manifest()
+        finished = result.FINISHED in checkpoint.manifest_entries()
         try:
             plan = planning.make(job, directory, checkpoint, RunOptions(only_look=True), datetime.now(UTC))
-            return Found(summary, plan.facts.rows - checkpoint.spent.settled(), None)
+            return Found(summary, plan.facts.rows - checkpoint.totals.settled(), None)
         except ChangedError as changed:
             return Found(summary, changed.drift.rows - changed.drift.kept, changed.drift)
         finally:

@@ -59,7 +59,7 @@ def make(job: Job, directory: RunDirectory, checkpoint: Checkpoint, asked: RunOp
     Raises:
         JobError, InputError: something is wrong or has changed; nothing was sent.
     """
-    entries, today = checkpoint.manifest(), now.astimezone().date().isoformat()
+    entries, today = checkpoint.manifest_entries(), now.astimezone().date().isoformat()
     if "facts" in entries:
         return _resume(job, directory, checkpoint, asked, entries, today)
     if asked.retry is not None:
@@ -114,14 +114,14 @@ def changed_input(files: tuple[Path, ...], directory: RunDirectory, known: Manif
 def _resume(
     job: Job, directory: RunDirectory, checkpoint: Checkpoint, asked: RunOptions, entries: dict[str, str], today: str
 ) -> Plan:
-    known, ways = manifest.read(entries), variants.read(entries)
+    known, ways = manifest.decode(entries), variants.decode(entries)
     require_same_shape(job, known)
     stdin_copy.settle(directory, known)
     files = stdin_copy.put_in_place(input_pass.input_files(job, directory, asked), directory)
     try:
         known, ways, variant, source = _as_it_is_now(job, directory, checkpoint, asked, known, ways, files)
     finally:
-        stdin_copy.settle(directory, manifest.read(checkpoint.manifest()))
+        stdin_copy.settle(directory, manifest.decode(checkpoint.manifest_entries()))
     prices_known = msgspec.json.decode(entries.get("prices", "{}"), type=dict[str, PriceTable | None])
     limit = None if asked.limit is None else max(asked.limit, _begun_rows(checkpoint))
     plan = _plan(job, known, ways, variant, source, prices_known, limit, today, resumed=True)
@@ -185,7 +185,7 @@ def _adopt(
         )
         answers = changes.Answers(directory, checkpoint, known)
         asked_now = questions.rows(found.rejected)
-        mean_cost_usd = checkpoint.spent.mean_cost_usd()
+        mean_cost_usd = checkpoint.totals.mean_cost_usd()
         seen, matches = changes.examine(answers, asked_now, found.rows, reasons, mean_cost_usd, directory.path)
         with matches:
             if asked.only_look or not (seen.harmless or asked.accept_changes):
@@ -211,7 +211,7 @@ class ChangedError(JobError):
 def _require_limit_in_time(limit: int | None, checkpoint: Checkpoint) -> None:
     """Nothing, unless rows behind the limit are begun and pending: an open chunk is asked whole, or not at all."""
     begun = _begun_rows(checkpoint)
-    if limit is not None and limit < begun and checkpoint.spent.settled() < begun:
+    if limit is not None and limit < begun and checkpoint.totals.settled() < begun:
         raise JobError(
             f"--limit {limit}: {plural(begun, 'row')} {are(begun)} begun already; say at least --limit {begun}, or "
             "leave it out"
@@ -252,7 +252,7 @@ def _plan(
         source,
         types,
         input_pass.schema_of(source, facts_),
-        manifest.parsed(facts_),
+        manifest.answer_column(facts_),
         tables,
     )
 

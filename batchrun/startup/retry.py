@@ -36,16 +36,16 @@ def reopen(
         CheckpointError: a part or the result is damaged.
     """
     chunks = checkpoint.chunks()
-    if not any(checkpoint.spent.standing.get(status) for status in statuses):
+    if not any(checkpoint.totals.standing.get(status) for status in statuses):
         return 0
-    if result.FINISHED in checkpoint.manifest():
+    if result.FINISHED in checkpoint.manifest_entries():
         chunks = result.restore_parts(plan.facts, checkpoint, chunks, directory)
     rows: list[Reopened] = []
     start = START
     for place, chunk in enumerate(chunks):
         path = directory.part_of(chunk.chunk, chunk.generation)
         base = BasePart(path, chunk.part_digest or "", plan.facts.output.prefix)
-        if found := base.ended_as(statuses, variant):
+        if found := base.reopened(statuses, variant):
             rows += found
             _store_input_again(plan, directory, chunk, start)
             chunks[place] = msgspec.structs.replace(chunk, open=1)

@@ -1,1 +1,1 @@
-"""What is durable of a run: the database and its thread, the slots, the account, what was fixed at the start."""
+"""The run on disk: its directory, the checkpoint database, the in-flight slots, chunks, parts and the result."""

@@ -1,7 +1,7 @@
-"""The checkpoint of a run that no process works on, read without touching the run directory.
+"""Reads the checkpoint of a run that no process works on, without touching the run directory.
 
-A process that was killed leaves a write-ahead log, and SQLite writes it back into the database even for a reader. So a
-private copy is opened instead, in a temporary directory. The database holds open chunks only and stays small.
+A private copy is opened: SQLite would write the log of a killed process back into the database even for a reader. The
+database holds open chunks only, so it is small.
 """
 
 import contextlib
@@ -20,26 +20,26 @@ from batchrun.store import in_flight, manifest
 from batchrun.store.checkpoint import SPILL, Checkpoint
 
 
-def log_of(path: Path) -> Path:
-    """Where SQLite keeps the write-ahead log."""
+def wal_of(path: Path) -> Path:
+    """The path of the database's write-ahead log."""
     return path.with_name(path.name + "-wal")
 
 
 @contextlib.contextmanager
 def private_copy(path: Path) -> Iterator[Path]:
-    """A copy of the database at `path` with its log and what was spilled; errors inside name `path`, not the copy.
+    """A copy of the database with its log and its spill file; errors raised inside name `path`, not the copy.
 
     Raises:
-        CheckpointError: gone or empty.
+        CheckpointError: missing or empty.
         DiskError: it can't be copied.
     """
     with contextlib.ExitStack() as stack:
         with disk_errors(path):
             if not path.exists() or not path.stat().st_size:
-                raise CheckpointError(f"{path}: gone or empty")
+                raise CheckpointError(f"{path}: missing or empty")
             scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="batchrun-"))
             copy = Path(scratch) / path.name
-            for original in (path, log_of(path), path.with_name(SPILL)):
+            for original in (path, wal_of(path), path.with_name(SPILL)):
                 if original.exists():
                     shutil.copyfile(original, copy.with_name(original.name))
         try:
@@ -51,35 +51,35 @@ def private_copy(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def opened(path: Path, inflight: Path, *, glance: bool = False) -> Iterator[Checkpoint]:
-    """The checkpoint as the next start would find it: spilled answers are in it, requests in flight at a crash named.
+def opened(path: Path, inflight: Path, *, quick: bool = False) -> Iterator[Checkpoint]:
+    """The checkpoint as the next start would find it, with spilled answers and the requests lost in a crash.
 
-    With `glance` only records that are read are checked, so that it takes no longer than the copy.
+    With `quick` only the records that are read are checked.
 
     Raises:
-        CheckpointError: gone, empty, damaged, or of another version.
+        CheckpointError: missing, empty, damaged, or of another version.
         DiskError: it can't be copied.
     """
     with private_copy(path) as copy:
-        checkpoint = Checkpoint(copy, free_reserve=lambda: False, glance=glance)
+        checkpoint = Checkpoint(copy, free_reserve=lambda: False, quick=quick)
         try:
-            checkpoint.begin_invocation(time.time(), os.getpid(), socket.gethostname(), __version__)
-            name_lost(inflight, checkpoint)
+            checkpoint.start_invocation(time.time(), os.getpid(), socket.gethostname(), __version__)
+            record_lost(inflight, checkpoint)
             yield checkpoint
         finally:
             checkpoint.close()
 
 
-def name_lost(inflight: Path, checkpoint: Checkpoint, *, with_ids: bool = False) -> int:
-    """Who was in flight when an earlier process died is on the permanent list, unless their end is known; how many.
+def record_lost(inflight: Path, checkpoint: Checkpoint, *, with_ids: bool = False) -> int:
+    """Lists the attempts in flight when an earlier process died as possibly billed; returns their number.
 
-    `with_ids`: the ids that were sent with these attempts are listed, too.
+    `with_ids`: the list has the ids that were sent with the attempts.
     """
     lost = [
         entry
         for entry in in_flight.read(inflight)
         if entry is in_flight.UNREADABLE or not checkpoint.has_end(entry.row, entry.n)
     ]
-    run = manifest.read(checkpoint.manifest()).attempt_prefix if lost and with_ids else None
-    checkpoint.name_possibly_billed(in_flight.possibly_billed(lost, checkpoint.invocation - 1, "crash", run))
+    run = manifest.decode(checkpoint.manifest_entries()).attempt_prefix if lost and with_ids else None
+    checkpoint.add_possibly_billed(in_flight.possibly_billed(lost, checkpoint.invocation - 1, "crash", run))
     return len(lost)

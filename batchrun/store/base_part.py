@@ -1,4 +1,4 @@
-"""The part that an open chunk stands on: its own columns as they were sealed before, under newer completions."""
+"""The base part of an open chunk: our columns as they were sealed before, to be updated by newer completions."""
 
 from bisect import bisect_left
 from collections.abc import Collection
@@ -17,10 +17,10 @@ from batchrun.tables.rows import as_own, own_schema
 
 
 class BasePart:
-    """Our columns of an earlier part of a chunk; memory is bounded by a chunk's size.
+    """Our columns of a sealed part, in memory.
 
     Raises:
-        CheckpointError: the part is not what was sealed.
+        CheckpointError: the part was changed after it was sealed.
     """
 
     def __init__(self, path: Path, expected_digest: str, prefix: str) -> None:
@@ -33,8 +33,8 @@ class BasePart:
         self.rows = cast(list[int], self._table.column("row").to_pylist())
         self.statuses = cast(list[str], self._table.column("status").to_pylist())
 
-    def ended_as(self, statuses: Collection[str], variant: int) -> list[Reopened]:
-        """The rows that ended with one of the statuses, as they are asked again by `variant`."""
+    def reopened(self, statuses: Collection[str], variant: int) -> list[Reopened]:
+        """The rows with one of the statuses, to be sent again with `variant` of the job."""
         attempts = cast(list[int], self._table.column("attempts").to_pylist())
         costs = self._table.column("cost_usd").to_pylist()
         found = zip(self.rows, attempts, self.statuses, costs, booked.lines(self._table), strict=True)
@@ -44,10 +44,10 @@ class BasePart:
             if status in statuses
         ]
 
-    def under(self, newer: pa.Table, first_row: int, end_row: int) -> pa.Table:
-        """Rows `first_row` to `end_row` - 1 in order: the newer record where there is one, else the base's.
+    def updated(self, newer: pa.Table, first_row: int, end_row: int) -> pa.Table:
+        """Rows `first_row` to `end_row` - 1 in order: the newer record of each row, or the base part's.
 
-        An answer is never given up for a failure: then the base's record stays.
+        A failure never replaces an answer.
         """
         start, end = bisect_left(self.rows, first_row), bisect_left(self.rows, end_row)
         old = dict(zip(self.rows[start:end], self.statuses[start:end], strict=True))

@@ -1,7 +1,7 @@
-"""What is known of a run, in SQLite: manifest, chunks, settled rows, attempts, totals.
+"""The checkpoint of a run in SQLite: manifest, chunks, settled rows, attempts, totals.
 
-One thread owns the database. Endings of attempts are handed to it by `put` and committed in groups: whatever is pending
-when the last commit has ended goes into the next (no timer), each table with one multi-row INSERT.
+One thread owns the database. `put` queues the ending of an attempt; everything in the queue when a commit has ended
+goes into the next one. There is no timer.
 """
 
 import contextlib
@@ -25,24 +25,25 @@ from batchrun.store.totals import (
     UNSTATED,
     Totals,
     Unstated,
-    doubt,
     fold,
-    reopened,
-    settled_still,
+    possibly_billed,
+    row_counts_again,
     with_changes,
     with_possibly_billed,
+    with_reopened,
 )
 
 FORMAT = 5
-"""`PRAGMA user_version`. Another number is another version's run directory: exit 7."""
+"""`PRAGMA user_version`. A run directory with another number is of another version: exit 7."""
 
 SINCE = "since"
-"""The manifest's entry that holds the invocation in which the rows were last laid out."""
+"""The manifest entry with the invocation that made the present chunks. Attempts of earlier invocations are of other
+rows."""
 
 SPILL = "spill.bin"
 
 MAX_GROUP = 1000
-"""Endings a commit: enough to amortise its fsync, few enough to keep its slots from waiting long."""
+"""Endings in one commit: enough to share the cost of its fsync, few enough that no slot waits long."""
 
 T = TypeVar("T")
 
@@ -50,23 +51,23 @@ T = TypeVar("T")
 class Checkpoint:
     """An open checkpoint. Close it."""
 
-    def __init__(self, path: Path, *, free_reserve: Callable[[], bool], glance: bool = False) -> None:
-        """`free_reserve` makes room on a full disk, once, and says whether it did. `glance`: the file is a private
-        copy to be read at once, so only the records that are read are checked.
+    def __init__(self, path: Path, *, free_reserve: Callable[[], bool], quick: bool = False) -> None:
+        """`free_reserve` frees space on a full disk, once, and returns whether it did. `quick`: the file is a private
+        copy to read at once, and only the records that are read are checked.
 
-        `broken` turns True when the database and the spill file have both failed: nothing can be kept any more.
+        `broken` is True once the database and the spill file have both failed: nothing can be stored any more.
 
         Raises:
             CheckpointError: damaged, or of another version.
-            DiskError: the file can't be opened or made.
+            DiskError: the file can't be opened or created.
         """
         self._path = path
         self._free_reserve = free_reserve
-        self._on_durable: Callable[[Sequence[Ending]], None] = lambda endings: None
+        self._on_commit: Callable[[Sequence[Ending]], None] = lambda endings: None
         self._on_failure: Callable[[BatchrunError], None] = lambda error: None
         self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._endings: deque[Ending] = deque()
-        self._notes: deque[tuple[str, str]] = deque()
+        self._entries: deque[tuple[str, str]] = deque()
         self._idle = False
         self._failed: BatchrunError | None = None
         self._spill = path.with_name(SPILL)
@@ -74,28 +75,31 @@ class Checkpoint:
         self._closing = False
         self.invocation = 0
         self._database = (
-            Database.glance(path, FORMAT) if glance else Database.open(path, db_tables.TABLES, FORMAT, self._make_room)
+            Database.open_copy(path, FORMAT)
+            if quick
+            else Database.open(path, db_tables.TABLES, FORMAT, self._make_room)
         )
         manifest: dict[str, str] = dict(self._database.records("manifest"))
         self.since = int(manifest.get(SINCE, "0"))
         self._reopened = bool(self._database.query("SELECT 1 FROM reopened LIMIT 1"))
         ((self._revision,),) = self._database.query("SELECT coalesce(max(revision), 0) FROM replaced")
         self._thread = threading.Thread(target=self._serve, name="checkpoint", daemon=True)
-        self.spent = self._read_spent(msgspec.json.decode(manifest.get(UNSTATED, "{}"), type=Unstated))
-        self._take_in_spilled()
+        self.totals = self._read_totals(msgspec.json.decode(manifest.get(UNSTATED, "{}"), type=Unstated))
+        self._restore_spilled()
         self._thread.start()
 
-    # ── what any thread may call ──────────────────────────────────────────────────────────────────────────────────
+    # ── any thread may call ───────────────────────────────────────────────────────────────────────────────────────
 
     def listen(
-        self, on_durable: Callable[[Sequence[Ending]], None], on_failure: Callable[[BatchrunError], None]
+        self, on_commit: Callable[[Sequence[Ending]], None], on_failure: Callable[[BatchrunError], None]
     ) -> None:
-        """From now on each commit's endings go to `on_durable`, and the first failure to `on_failure`.
+        """From now on `on_commit` gets each commit's endings, and `on_failure` the first failure.
 
-        Both are called in the database's own thread. After a failure the database is not written again: its next fsync
-        may lie. What still arrives is spilled, and taken in by the next start.
+        Both are called in the database's own thread. After a failure the database is not written again, because its
+        next fsync may report a success that is none. Endings that still arrive go to the spill file, and the next start
+        reads them from there.
         """
-        self._on_durable, self._on_failure = on_durable, on_failure
+        self._on_commit, self._on_failure = on_commit, on_failure
 
     @property
     def failed(self) -> bool:
@@ -103,33 +107,33 @@ class Checkpoint:
         return self._failed is not None
 
     def put(self, ending: Ending) -> None:
-        """The ending is on its way to the disk; `on_durable` names it when it is there."""
+        """Queues the ending; `on_commit` gets it once it is durable."""
         self._endings.append(ending)
         if self._idle:  # waking the thread for every row would cost as much as the row's commit (measured)
             self._idle = False
-            self._calls.put(_nothing)
+            self._calls.put(_wake_up)
 
-    def manifest(self) -> dict[str, str]:
-        """The run's fixed facts, by name."""
+    def manifest_entries(self) -> dict[str, str]:
+        """The entries of the manifest by name."""
         return dict(self._call(lambda: list(self._database.records("manifest"))))
 
-    def write_manifest(self, facts: dict[str, str]) -> None:
-        """The facts are durable, each replacing one of the same name."""
-        self._call(lambda: self._replace("manifest", list(facts.items())))
+    def write_manifest(self, entries: dict[str, str]) -> None:
+        """The entries are durable; each replaces one of the same name."""
+        self._call(lambda: self._replace("manifest", list(entries.items())))
 
-    def note(self, name: str, value: str) -> None:
-        """The manifest's entry is durable before any ending that is put after this; nobody waits for it."""
-        self._notes.append((name, value))
+    def put_entry(self, name: str, value: str) -> None:
+        """Queues a manifest entry; it is durable before any ending that is put later."""
+        self._entries.append((name, value))
 
-    def begin_invocation(self, started_at: float, pid: int, host: str, version: str) -> int:
+    def start_invocation(self, started_at: float, pid: int, host: str, version: str) -> int:
         """This process's number among those that worked on the run, from 1."""
 
-        def begin() -> int:
+        def start() -> int:
             ((number,),) = self._database.query("SELECT coalesce(max(invocation), 0) + 1 FROM invocations")
             self._replace("invocations", [(number, started_at, pid, host, version)])
             return int(number)
 
-        self.invocation = self._call(begin)
+        self.invocation = self._call(start)
         return self.invocation
 
     def chunks(self) -> list[Chunk]:
@@ -137,11 +141,11 @@ class Checkpoint:
         return self._call(lambda: [Chunk(*record) for record in self._database.records("chunks", "ORDER BY chunk")])
 
     def open_chunk(self, chunk: Chunk) -> None:
-        """The chunk is on record; its input is on disk already."""
+        """Adds the chunk; its input is on disk already."""
         self._call(lambda: self._replace("chunks", [msgspec.structs.astuple(chunk)]))
 
     def seal_chunk(self, chunk: Chunk) -> None:
-        """The chunk's part, on disk already, takes the place of its rows here: one transaction."""
+        """The chunk's part, on disk already, replaces its rows here, in one transaction."""
 
         def seal() -> None:
             bounds = chunk.first_row, chunk.end_row
@@ -151,46 +155,49 @@ class Checkpoint:
 
         self._call(lambda: self._database.transaction(seal))
 
-    def reopen_chunks(self, chunks: Sequence[Chunk], rows: Sequence[Reopened], facts: Mapping[str, str]) -> None:
-        """The chunks are open again over their base parts, and these rows of theirs are pending: one transaction.
+    def reopen_chunks(self, chunks: Sequence[Chunk], rows: Sequence[Reopened], entries: Mapping[str, str]) -> None:
+        """The chunks are open again over their base parts and these rows of theirs pending, in one transaction.
 
-        `facts` replace those of the same name in the manifest; the run is not finished any more.
+        `entries` replace those of the same name in the manifest. The run is not finished any more.
         """
 
         def reopen() -> Totals:
             self._database.replace("chunks", [msgspec.structs.astuple(chunk) for chunk in chunks])
             self._database.insert("reopened", [msgspec.structs.astuple(row) for row in rows])
             self._database.query("DELETE FROM manifest WHERE name = 'finished'")
-            self._database.replace("manifest", list(facts.items()))
-            return self._stand(reopened(self.spent, (row.line for row in rows)))
+            self._database.replace("manifest", list(entries.items()))
+            return self._write_standing(with_reopened(self.totals, (row.line for row in rows)))
 
-        self._call(lambda: self._account(reopen))
+        self._call(lambda: self._change_totals(reopen))
         self._reopened = self._reopened or bool(rows)
 
-    def lay_out(
+    def replace_chunks(
         self,
         chunks: Sequence[Chunk],
         standing: Mapping[str, int],
-        manifest: Mapping[str, str],
-        given_up: Sequence[TotalsLine] = (),
+        entries: Mapping[str, str],
+        dropped: Sequence[TotalsLine] = (),
     ) -> None:
-        """The run's rows are these chunks now, whatever they were: one transaction.
+        """The run consists of these chunks from now on, in one transaction.
 
-        What the database held of single rows is in the chunks' parts or was given up; attempts and doubts of earlier
-        layouts stay on record, but speak of other rows. `standing` counts the rows that have a completion; `given_up`
-        is what is added to the account's `replaced` for answers that no row has any more.
+        Records of single rows are deleted: they are in the chunks' parts, or dropped. Attempts and possibly billed
+        requests of earlier chunks stay, but are of other rows. `standing` counts the rows that have a completion.
+        `dropped` are changes to the totals for answers that no row has any more.
         """
 
-        def lay_out() -> Totals:
-            spent = with_changes(self._none_pending_again(), given_up)
+        def replace() -> Totals:
+            # no row is reopened any more: each that is still pending counts by its old record again
+            records = self._database.records("reopened", "WHERE row NOT IN (SELECT row FROM rows)")
+            totals = with_changes(self.totals, (row_counts_again(Reopened(*record).line) for record in records))
+            totals = with_changes(totals, dropped)
             for table in ("chunks", "rows", "reopened", "standing"):
                 self._database.query(f"DELETE FROM {table}")  # noqa: S608  (our own names)
             self._database.insert("chunks", [msgspec.structs.astuple(chunk) for chunk in chunks])
             self._database.query("DELETE FROM manifest WHERE name = 'finished'")
-            self._database.replace("manifest", [*manifest.items(), (SINCE, str(self.invocation))])
-            return self._stand(msgspec.structs.replace(spent, standing=dict(standing)))
+            self._database.replace("manifest", [*entries.items(), (SINCE, str(self.invocation))])
+            return self._write_standing(msgspec.structs.replace(totals, standing=dict(standing)))
 
-        self._call(lambda: self._account(lay_out))
+        self._call(lambda: self._change_totals(replace))
         self.since = self.invocation
 
     @property
@@ -199,7 +206,7 @@ class Checkpoint:
         return self._reopened
 
     def reopened(self, chunk: Chunk) -> dict[int, Reopened]:
-        """The rows of a chunk's base part that are asked again."""
+        """The rows of a chunk's base part that are sent again."""
         bounds = chunk.first_row, chunk.end_row
         return self._call(lambda: {record[0]: Reopened(*record) for record in self._between("reopened", *bounds)})
 
@@ -214,7 +221,7 @@ class Checkpoint:
         )
 
     def discarded(self, chunk: Chunk) -> list[Discarded]:
-        """The earlier attempts of a chunk's rows in this layout, in order."""
+        """The earlier attempts of a chunk's rows, in order."""
         bounds = chunk.first_row, chunk.end_row
 
         def read() -> list[Discarded]:
@@ -224,7 +231,7 @@ class Checkpoint:
         return self._call(read)
 
     def has_end(self, row: int, n: int) -> bool:
-        """True when that attempt's end is on record, or that it has none."""
+        """True if the attempt's ending is stored, or the attempt is listed as possibly billed."""
 
         return self._call(lambda: self._has_end(row, n))
 
@@ -237,42 +244,39 @@ class Checkpoint:
         }
         return any(self._database.query(*query) for query in queries.items())
 
-    def last_attempts_lost(self, chunk: Chunk) -> dict[int, int]:
-        """For the rows of a chunk in this layout: the number of the last attempt whose end nobody knows."""
+    def last_lost_attempts(self, chunk: Chunk) -> dict[int, int]:
+        """For the rows of a chunk: the number of the last attempt that is listed as possibly billed."""
         query = "SELECT row, max(n) FROM possibly_billed WHERE row >= ? AND row < ? AND invocation >= ? GROUP BY row"
         return self._call(lambda: dict(self._database.query(query, (chunk.first_row, chunk.end_row, self.since))))
 
     def flushed(self) -> bool:
-        """Everything that was put before is durable; False where a failure prevented it."""
+        """Waits until everything that was put before is durable; False if a failure prevented it."""
         try:
             self._call(lambda: None)
         except BatchrunError:
             return False
         return True
 
-    def name_possibly_billed(self, entries: Sequence[PossiblyBilled]) -> None:
-        """The attempts are on the permanent list."""
+    def add_possibly_billed(self, entries: Sequence[PossiblyBilled]) -> None:
+        """The attempts are on the permanent list of possibly billed requests."""
         if not entries:
             return
 
-        def name() -> None:
+        def insert() -> None:
             self._database.insert("possibly_billed", [db_tables.possibly_billed_record(entry) for entry in entries])
 
         def call() -> None:
-            self._database.transaction(name)
-            self.spent = with_possibly_billed(self.spent, entries)
+            self._database.transaction(insert)
+            self.totals = with_possibly_billed(self.totals, entries)
 
         self._call(call)
 
     def close(self, *, finished: bool = False) -> None:
-        """Everything put before is committed and the file closed.
-
-        A finished run's database leaves WAL mode, so that looking at it later touches no file.
-        """
+        """Commits everything that was put before, and closes the file."""
         if self._thread.is_alive():
-            finished = finished or (self._failed is None and "finished" in self.manifest())
-            if finished:
-                self._call(self._database.rest)
+            finished = finished or (self._failed is None and "finished" in self.manifest_entries())
+            if finished:  # without a log beside it, the file can be read later without touching it
+                self._call(self._database.leave_wal)
             self._calls.put(self._stop)
             self._thread.join()
         self._database.close()
@@ -283,7 +287,7 @@ class Checkpoint:
     # ── the database's own thread ─────────────────────────────────────────────────────────────────────────────────
 
     def _call(self, work: Callable[[], T]) -> T:
-        """What `work` returns, after everything that was put before it is committed."""
+        """Commits everything that was put before, then runs `work` in the database's thread; its result."""
         future: Future[T] = Future()
 
         def run() -> None:
@@ -304,33 +308,33 @@ class Checkpoint:
     def _serve(self) -> None:
         while not self._closing:
             call = self._next_call()
-            while self._endings:  # those put before the call, and what has come since
-                self._commit(self._taken())
-            self._write_notes()
+            while self._endings:  # those put before the call, and those that came since
+                self._commit(self._pop_group())
+            self._write_entries()
             call()
 
     def _next_call(self) -> Callable[[], None]:
-        """The next call; until there is one, endings are committed as soon as the last commit has ended."""
+        """The next call; until there is one, commits endings as they come."""
         while self._calls.empty():
             if self._endings:
-                self._commit(self._taken())
+                self._commit(self._pop_group())
                 continue
-            self._idle = True  # before the last look: what is put after it wakes this thread
+            self._idle = True  # set before the queue is checked: an ending that is put later wakes this thread
             if not self._endings:
                 break
             self._idle = False
         return self._calls.get()
 
-    def _taken(self) -> list[Ending]:
+    def _pop_group(self) -> list[Ending]:
         count = min(len(self._endings), MAX_GROUP)
         return [self._endings.popleft() for _ in range(count)]
 
-    def _write_notes(self) -> None:
-        """To be called when the endings to be written next are known: what was noted before one of them goes first."""
-        notes = dict(self._notes.popleft() for _ in range(len(self._notes)))
-        if notes and self._failed is None:
+    def _write_entries(self) -> None:
+        # called after a group of endings was popped, so that entries put before one of them are written first
+        entries = dict(self._entries.popleft() for _ in range(len(self._entries)))
+        if entries and self._failed is None:
             try:
-                self._replace("manifest", list(notes.items()))
+                self._replace("manifest", list(entries.items()))
             except BatchrunError as error:
                 self._fail(error)
 
@@ -338,44 +342,38 @@ class Checkpoint:
         self._closing = True
 
     def _commit(self, endings: list[Ending]) -> None:
-        self._write_notes()
+        self._write_entries()
         if not endings or self.broken:
             return  # the slots keep the names
         if self._failed is None:
             try:
-                self.spent = self._write(endings, self.invocation)
-                self._on_durable(endings)
+                self.totals = self._write(endings, self.invocation)
+                self._on_commit(endings)
                 return
             except BatchrunError as error:
                 self._fail(error)
-            except Exception as error:  # a value that SQLite has no place for: stop, but never hang those who wait
+            except Exception as error:  # SQLite can't store a value: stop, but let no caller wait for ever
                 self.broken = True
-                self._fail(BatchrunError(f"{self._path}: can't keep an answer ({type(error).__name__}: {error})"))
+                self._fail(BatchrunError(f"{self._path}: can't store an answer ({type(error).__name__}: {error})"))
                 return
-        self._spill_over(endings)
-
-    def _spill_over(self, endings: list[Ending]) -> None:
-        """The endings are durable beside the database that failed."""
         try:
             spill.append(self._spill, endings, self.invocation)
         except BatchrunError as error:
             self.broken = True
             self._on_failure(error)
             return
-        doubts = [entry for ending in endings if (entry := doubt(ending, self.invocation)) is not None]
-        self.spent = with_possibly_billed(fold(self.spent, endings, self.invocation), doubts)
-        self._on_durable(endings)
+        in_doubt = [entry for ending in endings if (entry := possibly_billed(ending, self.invocation)) is not None]
+        self.totals = with_possibly_billed(fold(self.totals, endings, self.invocation), in_doubt)
+        self._on_commit(endings)
 
-    def _take_in_spilled(self) -> None:
-        """What an earlier start spilled is in the database. A commit that failed may have arrived after all, so each
-        ending is looked for first; and so this can be repeated.
-        """
-        frames = list(spill.read(self._spill))
-        for frame in frames:
+    def _restore_spilled(self) -> None:
+        """Endings that an earlier start spilled are in the database. Can be repeated."""
+        for frame in spill.read(self._spill):
+            # a commit that failed may be on the disk after all
             completions = [c for c in frame.completions if not self._has_end(c.row, c.attempts)]
             discarded = [d for d in frame.discarded if not self._has_end(d.row, d.n)]
-            self.spent = self._write([*completions, *discarded], frame.invocation)
-        if self._spill.exists():  # without a whole frame, too: what is torn must not stand before a later frame
+            self.totals = self._write([*completions, *discarded], frame.invocation)
+        if self._spill.exists():  # even without a whole frame: a torn one must not precede a later frame
             with disk_errors(self._spill):
                 self._spill.unlink()
                 fsync(self._path.parent)
@@ -386,59 +384,59 @@ class Checkpoint:
             self._on_failure(error)
 
     def _write(self, endings: Sequence[Ending], invocation: int) -> Totals:
-        """One commit: rows, attempts, doubts and the totals that count them stand or fall together."""
+        """One commit: rows, attempts, possibly billed requests, and the totals that count them."""
         completions = [ending for ending in endings if isinstance(ending, Completion)]
         discarded = [ending for ending in endings if isinstance(ending, Discarded)]
-        doubts = [entry for ending in endings if (entry := doubt(ending, invocation)) is not None]
-        spent = fold(self.spent, endings, invocation, self._before(completions))
-        changed = [line for key, line in spent.totals.items() if self.spent.totals.get(key) is not line]
+        in_doubt = [entry for ending in endings if (entry := possibly_billed(ending, invocation)) is not None]
+        totals = fold(self.totals, endings, invocation, self._earlier_answers(completions))
+        changed = [line for key, line in totals.booked.items() if self.totals.booked.get(key) is not line]
 
         def write() -> None:
             self._database.insert("rows", [db_tables.completion_record(completion) for completion in completions])
             self._database.insert(
                 "attempts", [db_tables.discarded_record(attempt, invocation) for attempt in discarded]
             )
-            self._database.insert("possibly_billed", [db_tables.possibly_billed_record(doubt) for doubt in doubts])
+            self._database.insert("possibly_billed", [db_tables.possibly_billed_record(entry) for entry in in_doubt])
             self._database.replace("totals", [db_tables.totals_record(line) for line in changed])
-            if spent.unstated is not self.spent.unstated:
-                self._database.replace("manifest", [(UNSTATED, msgspec.json.encode(spent.unstated).decode())])
+            if totals.unstated is not self.totals.unstated:
+                self._database.replace("manifest", [(UNSTATED, msgspec.json.encode(totals.unstated).decode())])
             if completions:
-                self._stand(spent)
-            known = self.spent.answered_as.items()
-            self._database.replace("answered_as", [item for item in spent.answered_as.items() if item not in known])
+                self._write_standing(totals)
+            known = self.totals.answered_as.items()
+            self._database.replace("answered_as", [item for item in totals.answered_as.items() if item not in known])
 
         self._database.transaction(write)
-        return with_possibly_billed(spent, doubts)
+        return with_possibly_billed(totals, in_doubt)
 
     def _make_room(self, full: DiskError) -> bool:
-        """The reserve is given back, so that what is in flight may still land; the run hears that it must end."""
+        """Frees the reserve on a full disk, so that requests in flight can still be stored, and ends the run."""
         freed = self._free_reserve()
         if freed:
             self._on_failure(full)
         return freed
 
-    def _account(self, work: Callable[[], Totals]) -> None:
-        """`work` is durable, and the account is what it returns."""
-        account = self.spent
+    def _change_totals(self, work: Callable[[], Totals]) -> None:
+        """Runs `work` in one transaction; the totals are what it returns."""
+        totals = self.totals
 
         def transact() -> None:
-            nonlocal account
-            account = work()
+            nonlocal totals
+            totals = work()
 
         self._database.transaction(transact)
-        self.spent = account
+        self.totals = totals
 
-    def _stand(self, spent: Totals) -> Totals:
-        """How the account's rows stand is in the database, once the transaction at hand commits."""
-        self._database.replace("standing", list(spent.standing.items()))
-        known = self.spent.replaced
-        changed = [line for key, line in spent.replaced.items() if known.get(key) is not line]
+    def _write_standing(self, totals: Totals) -> Totals:
+        """Writes the number of rows by status, and the changes by replaced answers. Call it in a transaction."""
+        self._database.replace("standing", list(totals.standing.items()))
+        known = self.totals.replaced
+        changed = [line for key, line in totals.replaced.items() if known.get(key) is not line]
         self._revision += bool(changed)
         self._database.replace("replaced", [db_tables.replaced_record(line, self._revision) for line in changed])
-        return spent
+        return totals
 
-    def _before(self, completions: Sequence[Completion]) -> dict[int, TotalsLine]:
-        """For those rows that had a record before: what its answer alone used and cost."""
+    def _earlier_answers(self, completions: Sequence[Completion]) -> dict[int, TotalsLine]:
+        """For those of the rows that were reopened: what their earlier answer alone used and cost."""
         if not (self._reopened and completions):
             return {}
         rows = [completion.row for completion in completions]
@@ -446,36 +444,31 @@ class Checkpoint:
         again = [Reopened(*record) for record in found]
         return {each.row: each.line for each in again}
 
-    def _none_pending_again(self) -> Totals:
-        """The account as if no row were reopened: each that is still pending has its old record."""
-        records = self._database.records("reopened", "WHERE row NOT IN (SELECT row FROM rows)")
-        return with_changes(self.spent, (settled_still(Reopened(*record).line) for record in records))
-
     def _replace(self, table: str, records: Sequence[Record]) -> None:
         self._database.transaction(lambda: self._database.replace(table, records))
 
     def _between(self, table: str, first_row: int, end_row: int) -> Iterator[Record]:
         return self._database.records(table, "WHERE row >= ? AND row < ? ORDER BY 1, 2", (first_row, end_row))
 
-    def _read_spent(self, unstated: Unstated) -> Totals:
+    def _read_totals(self, unstated: Unstated) -> Totals:
         lines = [db_tables.totals_line(record) for record in self._database.records("totals")]
         changes = [db_tables.replaced_line(record) for record in self._database.records("replaced")]
-        doubts = self._database.records("possibly_billed", "ORDER BY rowid")
-        spent = Totals(
-            totals={line.key: line for line in lines},
+        in_doubt = self._database.records("possibly_billed", "ORDER BY rowid")
+        totals = Totals(
+            booked={line.key: line for line in lines},
             replaced={line.key: line for line in changes},
             standing=dict(self._database.records("standing")),
             answered_as=dict(self._database.records("answered_as")),
             unstated=unstated,
         )
-        return with_possibly_billed(spent, [db_tables.possibly_billed(record) for record in doubts])
+        return with_possibly_billed(totals, [db_tables.possibly_billed(record) for record in in_doubt])
 
 
-def _nothing() -> None:
-    """What wakes the database's thread."""
+def _wake_up() -> None:
+    """A call that does nothing."""
 
 
 def read_finished(path: Path) -> dict[str, str]:
-    """The manifest of a run that nobody works on, read without touching any file."""
-    with contextlib.closing(Database.open_resting(path, db_tables.TABLES, FORMAT)) as database:
+    """The manifest entries of a finished run, read without touching any file."""
+    with contextlib.closing(Database.open_read_only(path, db_tables.TABLES, FORMAT)) as database:
         return dict(database.records("manifest"))

@@ -1,7 +1,4 @@
-"""The life of a chunk: its window is read and stored, its rows are asked, and it is sealed into a part.
-
-What blocks (reading, writing, waiting for the database) is in `open_next` and `seal`, which run in threads.
-"""
+"""Opens chunks and seals them into parts. `open_next` and `seal` block: call them in threads."""
 
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -28,7 +25,7 @@ from batchrun.tables.rows import OWN_COLUMNS, joined, own_table
 
 
 class OpenChunk:
-    """A chunk whose rows are sent. `left` counts those without a completion; `is_new`: none was sent before."""
+    """A chunk whose rows are sent. `left` counts those without a completion; `is_new`: no row of it was sent before."""
 
     def __init__(
         self,
@@ -39,7 +36,7 @@ class OpenChunk:
         lost: dict[int, int] | None = None,
         reopened: dict[int, Reopened] | None = None,
     ) -> None:
-        """By row: `discarded` earlier attempts, the last attempt `lost` without a known end, and who is `reopened`."""
+        """By row: `discarded` attempts, the number of the last attempt that was `lost`, and the `reopened` rows."""
         self.chunk = chunk
         self.window = window
         self.discarded = discarded or {}
@@ -60,7 +57,7 @@ class OpenChunk:
         return bool(self._only)
 
     def rows(self) -> Iterator[list[Row]]:
-        """The rows still to be asked, in order, up to 1,000 at a time."""
+        """The rows to send, in order, up to 1,000 at a time."""
         if self._only is not None:
             yield [self.window.row(row) for row in self._only]
             return
@@ -69,9 +66,9 @@ class OpenChunk:
 
 
 class Layout(msgspec.Struct, frozen=True):
-    """What a run's chunks are made of. `identities` are the source's files as they were checked, `rejected` the
-    ordinals of records that are no rows; `types` those of JSONL columns, `parsed` the column of answers in JSON.
-    `number` counts how often the rows were laid out; a `limit` ends the run after so many.
+    """How a run's rows become chunks. `identities` are the source's files as they were checked, `rejected` the ordinals
+    of invalid records; `types` are those of JSONL columns, `parsed` the column of answers in JSON. `number` counts how
+    often a changed input or job was accepted; the run ends after `limit` rows.
     """
 
     source: Source
@@ -86,7 +83,7 @@ class Layout(msgspec.Struct, frozen=True):
 
 
 class Chunks:
-    """All chunks of a run, in order: those on record first, then what the source still has."""
+    """All chunks of a run, in order: first those in the checkpoint, then new ones from the source."""
 
     def __init__(self, directory: RunDirectory, checkpoint: Checkpoint, layout: Layout) -> None:
         self._directory = directory
@@ -107,10 +104,10 @@ class Chunks:
         self._windows = self._window_of(self._settings.chunk_rows)
 
     def open_next(self) -> OpenChunk | None:
-        """The next chunk with rows to ask, its input stored; None when there is no more.
+        """The next chunk with rows to send, its input stored; None if there is no other.
 
         Raises:
-            InputError: the input has changed since the run began.
+            InputError: the input has changed since the run started.
         """
         for chunk in self._opened:
             reopened = self._reopen(chunk)
@@ -125,7 +122,7 @@ class Chunks:
         return self._open(window_read)
 
     def seal(self, open_chunk: OpenChunk) -> None:
-        """The chunk's rows are in a part, on record, and out of the database; input and base part are gone."""
+        """Writes the chunk's rows as a part; deletes them from the database, its stored input and its base part."""
         chunk = open_chunk.chunk
         generation = chunk.generation + 1
         part = self._directory.part_of(chunk.chunk, generation)
@@ -139,7 +136,7 @@ class Chunks:
             self._directory.part_of(chunk.chunk, chunk.generation).unlink(missing_ok=True)
 
     def remove_orphans(self) -> None:
-        """Files in `parts/` that no chunk on record names are gone: what a kill left half done."""
+        """Deletes files in `parts/` that belong to no chunk, which a killed process left."""
         known = {self._input_of(chunk.chunk) for chunk in self._checkpoint.chunks() if chunk.open}
         for chunk in self._checkpoint.chunks():
             known.add(self._directory.part_of(chunk.chunk, chunk.generation))
@@ -148,7 +145,7 @@ class Chunks:
                 path.unlink()
 
     def _next_window(self) -> Window | None:
-        """The rows of the next chunk; a `limit` ends the last one short."""
+        """The rows of the next chunk; `limit` may cut the last one."""
         left = None if self._limit is None else self._limit - self._next_row
         if left is not None and left <= 0:
             return None
@@ -164,7 +161,7 @@ class Chunks:
 
     def _check_unchanged(self) -> None:
         if (what := changed(self._source.files, self._layout.identities)) is not None:
-            raise InputError(f"the input changed while the run works: {what}; put it back, or {ANOTHER}")
+            raise InputError(f"the input changed while the run works: {what}; restore it, or {ANOTHER}")
 
     def _reopen(self, chunk: Chunk) -> OpenChunk:
         discarded: dict[int, list[Discarded]] = {}
@@ -178,12 +175,12 @@ class Chunks:
             StoredWindow(self._input_of(chunk.chunk), chunk.input_digest, chunk.first_row),
             settled,
             discarded,
-            self._checkpoint.last_attempts_lost(chunk),
+            self._checkpoint.last_lost_attempts(chunk),
             reopened,
         )
 
     def _base(self, chunk: Chunk) -> BasePart | None:
-        """The chunk's own columns as they were sealed before, if they were."""
+        """Our columns of the chunk's base part, if it has one."""
         if not chunk.generation:
             return None
         path = self._directory.part_of(chunk.chunk, chunk.generation)
@@ -205,9 +202,9 @@ class Chunks:
         return OpenChunk(chunk, StoredWindow(path, chunk.input_digest, chunk.first_row))
 
     def _batches(self, open_chunk: OpenChunk, *, with_pending: bool = False) -> Iterator[pa.RecordBatch]:
-        """The chunk's rows with their completions, the newer over the base.
+        """The chunk's rows with their completions; newer ones replace those of the base part.
 
-        A row without a completion is an error, unless the batches are to be `with_pending` rows.
+        A row without a completion is an error, unless `with_pending`.
         """
         row = open_chunk.chunk.first_row
         base = self._base(open_chunk.chunk)
@@ -216,7 +213,7 @@ class Chunks:
             for first_row, end_row, settled in _by_size(row, row + window.num_rows, completions):
                 table, own = window.slice(first_row - row, end_row - first_row), self._own(settled)
                 if base is not None:
-                    own = base.under(own, first_row, end_row)
+                    own = base.updated(own, first_row, end_row)
                 if with_pending:
                     own = pending.beside(own, first_row, end_row, open_chunk.discarded, open_chunk.lost)
                 if own.num_rows != table.num_rows:
@@ -231,11 +228,11 @@ class Chunks:
     # ── for a program that reads rows as they are settled ─────────────────────────────────────────────────────────────
 
     def rows_of(self, records: Sequence[Completion], inputs: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
-        """These rows as the output will have them; `inputs` are their slices of windows. Any thread may call it."""
+        """These rows as in the output; `inputs` are their slices of windows. Any thread may call it."""
         return joined(typed(inputs, self._types), self._own(records), self._schema, self._parsed)
 
     def settled(self) -> Iterator[pa.RecordBatch]:
-        """The rows that have a completion, in order, as the output will have them. To be called before `open_next`."""
+        """The rows that have a completion, in order, as in the output. Call it before `open_next`."""
         for chunk in self._checkpoint.chunks():
             if chunk.open:
                 yield from self._settled_rows(self._reopen(chunk))
@@ -250,22 +247,22 @@ class Chunks:
             completions = self._checkpoint.completions(row, end_row)
             own, again = self._own(completions), open_chunk.reopened.keys() - {c.row for c in completions}
             if base is not None:
-                own = base.under(own, row, end_row)
+                own = base.updated(own, row, end_row)
             rows = [at for at in cast(list[int], own.column("row").to_pylist()) if at not in again]
             kept = own.filter(pc.is_in(own.column("row"), pa.array(rows, pa.int64())))
             yield joined(table.take(pa.array([at - row for at in rows], pa.int64())), kept, self._schema, self._parsed)
             row = end_row
 
-    # ── for a result of what there is so far ──────────────────────────────────────────────────────────────────────────
+    # ── for a result of the rows so far ───────────────────────────────────────────────────────────────────────────────
 
     def so_far(self) -> Iterator[pa.RecordBatch]:
-        """Every row in order as the output has it, those without an outcome as pending. Opens no chunk.
+        """Every row in order, as in the output, rows without a completion as pending. Opens no chunk.
 
-        To be called before `open_next`. A row that is sent again has its earlier record until the new one is durable.
+        Call it before `open_next`. A row that is sent again has its earlier record until the new one is durable.
 
         Raises:
             CheckpointError: a part or a stored input is damaged.
-            InputError: what is left of the input can't be read.
+            InputError: the rest of the input can't be read.
         """
         for chunk in self._checkpoint.chunks():
             if chunk.open:
@@ -284,7 +281,7 @@ class Chunks:
             row += batch.num_rows
 
     def _part_of(self, chunk: Chunk) -> Path:
-        """Where a sealed chunk is: a process that was killed at the end may have moved it to the result already."""
+        """The path of a sealed chunk. A process that was killed at the end may have moved it to the result already."""
         part = self._directory.part_of(chunk.chunk, chunk.generation)
         moved = files.part_in(self._directory.completions_folder, chunk.chunk)
         return moved if self._settings.layout == "parts" and moved.exists() and not part.exists() else part
@@ -293,15 +290,15 @@ class Chunks:
 def _by_size(
     first_row: int, end_row: int, completions: Sequence[Completion]
 ) -> Iterator[tuple[int, int, Sequence[Completion]]]:
-    """The rows in consecutive ranges whose answers have a row group's bytes at most, or are one: (first, end, theirs).
-
-    A stream takes thirty times in `raw` what it takes in the checkpoint.
+    """Consecutive ranges of the rows whose answers have at most a row group's bytes, or are a single one: (first row,
+    end row, completions).
     """
-    begun, gathered_bytes = 0, 0
+    # by the unpacked size: in the checkpoint a stream may take a thirtieth of that
+    start, range_bytes = 0, 0
     for place, completion in enumerate(completions):
         size = packed.size(completion.raw)
-        if gathered_bytes and gathered_bytes + size > files.ROW_GROUP_BYTES:
-            yield first_row, completion.row, completions[begun:place]
-            first_row, begun, gathered_bytes = completion.row, place, 0
-        gathered_bytes += size
-    yield first_row, end_row, completions[begun:]
+        if range_bytes and range_bytes + size > files.ROW_GROUP_BYTES:
+            yield first_row, completion.row, completions[start:place]
+            first_row, start, range_bytes = completion.row, place, 0
+        range_bytes += size
+    yield first_row, end_row, completions[start:]

@@ -1,5 +1,6 @@
-"""One SQLite file whose every record ends with a CRC-32 of its fields: SQLite does not notice a flipped bit in a
-payload, we must. Sole importer of sqlite3; its errors leave as ours.
+"""A SQLite file whose records each end with a CRC-32, since SQLite does not notice a flipped bit in a value.
+
+The only importer of sqlite3; its errors are raised as ours.
 """
 
 import contextlib
@@ -17,9 +18,9 @@ from batchrun.errors import ANOTHER, BatchrunError, CheckpointError, DiskError, 
 from batchrun.store.wal import commits_dropped
 
 MAX_PARAMETERS = 32_766
-"""What SQLite takes in one statement (sqlite.org, "Implementation Limits")."""
+"""Most parameters in one SQLite statement (sqlite.org, "Implementation Limits")."""
 
-BUSY_S = 1.0  # how long another program may look into the file while a run starts
+BUSY_S = 1.0  # how long another program may read the file while a run starts
 SHARED_BUSY_S = 30.0  # how long the transactions of other processes may take together
 
 Field = int | float | str | bytes | None
@@ -27,7 +28,7 @@ Record = tuple[Any, ...]
 
 
 class Database:
-    """An open file; `PRAGMA user_version` holds its format. One thread at a time. Close it."""
+    """An open file with its format in `PRAGMA user_version`. One thread at a time. Close it."""
 
     def __init__(self, path: Path, connection: sqlite3.Connection, make_room: Callable[[DiskError], bool]) -> None:
         self._path = path
@@ -36,15 +37,15 @@ class Database:
 
     @classmethod
     def open(cls, path: Path, tables: str, version: int, make_room: Callable[[DiskError], bool]) -> Self:
-        """The file at `path`, for this connection alone; a new one gets its tables, an old one is read and checked.
+        """Opens the file for this connection alone. A new file gets its tables, an old one is checked as a whole.
 
-        `make_room` is told of a full disk and says whether there is room now.
+        `make_room` is called when the disk is full, and returns whether it freed space.
 
         Raises:
             CheckpointError: damaged, of another version, or open in another program.
-            DiskError: the file can't be opened or made.
+            DiskError: the file can't be opened or created.
         """
-        with _ours(path):
+        with _sqlite_errors(path):
             _require_whole(path.with_name(path.name + "-wal"))
             connection = sqlite3.connect(path, BUSY_S, isolation_level=None, check_same_thread=False)
             try:
@@ -72,13 +73,13 @@ class Database:
             CheckpointError: damaged, of another version, or locked for longer than `SHARED_BUSY_S`.
             DiskError: the file can't be opened or made.
         """
-        with _ours(path):
+        with _sqlite_errors(path):
             connection = sqlite3.connect(path, SHARED_BUSY_S, isolation_level=None, check_same_thread=False)
             try:
                 path.chmod(0o600)
                 connection.execute("PRAGMA synchronous = FULL")
                 database = cls(path, connection, lambda error: False)
-                database._try(lambda: database._make(tables, version))
+                database._transact(lambda: database._make(tables, version))
                 fsync(path.parent)
                 database._require(tables, version)
             except BaseException:
@@ -87,11 +88,13 @@ class Database:
         return database
 
     @classmethod
-    def open_resting(cls, path: Path, tables: str, version: int) -> Self:
-        """The file at `path` that nobody works on, to be read without touching any file."""
+    def open_read_only(cls, path: Path, tables: str, version: int) -> Self:
+        """Opens the file of a finished run without touching any file."""
         if not path.exists() or not path.stat().st_size:
-            raise CheckpointError(f"{path}: is gone or empty, though its run is complete; put it back, or {ANOTHER}")
-        with _ours(path):
+            raise CheckpointError(
+                f"{path}: missing or empty, though its run is complete; restore the file, or {ANOTHER}"
+            )
+        with _sqlite_errors(path):
             connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True)
             database = cls(path, connection, lambda error: False)
             try:
@@ -102,9 +105,9 @@ class Database:
         return database
 
     @classmethod
-    def glance(cls, path: Path, version: int) -> Self:
-        """A private copy, with its log, to be read at once: a record is checked when it is read, the file is not."""
-        with _ours(path):
+    def open_copy(cls, path: Path, version: int) -> Self:
+        """Opens a private copy, with its log, to read at once: only the records that are read are checked."""
+        with _sqlite_errors(path):
             connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             database = cls(path, connection, lambda error: False)
             try:
@@ -116,13 +119,13 @@ class Database:
         return database
 
     def query(self, statement: str, parameters: Sequence[Field] = ()) -> list[Record]:
-        """What the statement gives, unchecked."""
-        with _ours(self._path):
+        """The statement's rows, without a check of their CRC."""
+        with _sqlite_errors(self._path):
             return self._connection.execute(statement, parameters).fetchall()
 
     def records(self, table: str, clause: str = "", parameters: Sequence[Field] = ()) -> Iterator[Record]:
-        """The table's records without their CRC, each held against it."""
-        with _ours(self._path):
+        """The table's records, each checked against its CRC, which is cut off."""
+        with _sqlite_errors(self._path):
             statement = f"SELECT * FROM {table} {clause}"  # noqa: S608  (our own names)
             for record in self._connection.execute(statement, parameters):
                 if record[-1] != crc_of(record[:-1]):
@@ -133,20 +136,18 @@ class Database:
                 yield record[:-1]
 
     def transaction(self, work: Callable[[], None]) -> None:
-        """All of `work` is durable, or nothing of it. On a full disk it is tried again if room can be made."""
+        """All of `work` is durable, or nothing of it. On a full disk it is tried again if space can be freed."""
         try:
-            self._try(work)
+            self._transact(work)
         except DiskError as error:
             if not _is_full(error) or not self._make_room(error):
                 raise
-            self._try(work)
+            self._transact(work)
 
     def insert(self, table: str, records: Sequence[Record], verb: str = "INSERT") -> None:
-        """The records are in the table, by one statement for as many as it takes.
-
-        (`executemany` would hand the interpreter's lock back and forth once a record: beside a busy event loop a
-        commit took 75 ms, measured.)
-        """
+        """Inserts the records, with as few statements as possible."""
+        # `executemany` releases and takes the interpreter's lock for each record: beside a busy event loop a commit
+        # took 75 ms (measured)
         width = len(records[0]) + 1 if records else 1
         for start in range(0, len(records), MAX_PARAMETERS // width):
             group = records[start : start + MAX_PARAMETERS // width]
@@ -158,18 +159,17 @@ class Database:
             self.query(f"{verb} INTO {table} VALUES {values}", parameters)
 
     def replace(self, table: str, records: Sequence[Record]) -> None:
-        """The records are in the table, each instead of one with the same key."""
+        """Inserts the records; each replaces one with the same key."""
         self.insert(table, records, "INSERT OR REPLACE")
 
-    def rest(self) -> None:
-        """All is in the one file, so that `open_resting` can read it."""
+    def leave_wal(self) -> None:
+        """Everything is in the one file, so that `open_read_only` can read it."""
         self.query("PRAGMA journal_mode = DELETE")
 
     def close(self) -> None:
-        """The file is let go."""
         self._connection.close()
 
-    def _try(self, work: Callable[[], None]) -> None:
+    def _transact(self, work: Callable[[], None]) -> None:
         self.query("BEGIN IMMEDIATE")
         try:
             work()
@@ -186,7 +186,7 @@ class Database:
                 self.query(statement)
 
     def _require(self, tables: str, version: int) -> None:
-        """The file is of this version, and sound in all its pages and records."""
+        """The file is of this version, and all its pages and records are intact."""
         self._require_version(version)
         ((state,),) = self.query("PRAGMA quick_check(1)")
         if state != "ok":
@@ -195,7 +195,7 @@ class Database:
         if set(found_tables.values()) != {statement.strip() for statement in tables.split(";")} - {""}:
             raise CheckpointError(f"{self._path}: damaged (its schema); keep a copy of this directory")
         for table in found_tables:
-            deque(self.records(table), maxlen=0)  # a flipped key would hide its record from whoever looks for it
+            deque(self.records(table), maxlen=0)  # a record whose key is damaged would not be found by its key
 
     def _require_version(self, version: int) -> None:
         ((found,),) = self.query("PRAGMA user_version")
@@ -214,12 +214,13 @@ def _require_whole(log: Path) -> None:
 
 
 @contextlib.contextmanager
-def _ours(path: Path) -> Iterator[None]:
+def _sqlite_errors(path: Path) -> Iterator[None]:
+    """Raises errors of SQLite as ours, with `path` in the message."""
     try:
         yield
     except sqlite3.Error as error:
-        raise _translated(path, error) from error
-    except UnicodeDecodeError as error:  # what sqlite3 makes of a message that quotes damaged text
+        raise _as_ours(path, error) from error
+    except UnicodeDecodeError as error:  # raised by sqlite3 for a message that quotes damaged text
         raise CheckpointError(f"{path}: damaged; keep a copy of this directory before anything else") from error
     except OSError as error:
         raise DiskError(f"{path}: can't be opened: {error.strerror}") from error
@@ -228,14 +229,14 @@ def _ours(path: Path) -> Iterator[None]:
 _REFUSALS = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM)
 
 
-def _translated(path: Path, error: sqlite3.Error) -> BatchrunError:
+def _as_ours(path: Path, error: sqlite3.Error) -> BatchrunError:
     match code := _code(error):
         case sqlite3.SQLITE_FULL:
             return DiskError(f"{path}: the disk is full; make room and run the same command again")
         case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
             return RunLockedError(f"{path}: another program has it open; close that one and run again")
         case _ if code in _REFUSALS:
-            return DiskError(f"{path}: the disk refused a write ({error}); mend it and run the same command again")
+            return DiskError(f"{path}: the disk refused a write ({error}); fix that and run the same command again")
         case _:
             return CheckpointError(f"{path}: damaged ({error}); keep a copy of this directory before anything else")
 
@@ -249,5 +250,5 @@ def _code(error: sqlite3.Error) -> int:
 
 
 def crc_of(record: Record) -> int:
-    """What a record's last field is, by those before it."""
+    """The CRC-32 of a record's fields, which is stored as its last one."""
     return zlib.crc32(msgspec.msgpack.encode(record))

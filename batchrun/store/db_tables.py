@@ -1,6 +1,6 @@
-"""The checkpoint's tables, and each value as the record that a table holds. PURE; no SQL but the tables themselves.
+"""The checkpoint's tables, and the conversion between values and their records. PURE.
 
-The last field of every record is its CRC; the functions here speak of the fields before it, in the tables' order.
+The last field of every record in a table is its CRC; records here are without it.
 """
 
 import re
@@ -44,10 +44,10 @@ CREATE TABLE reopened (row INTEGER PRIMARY KEY, variant INTEGER, attempts INTEGE
 
 
 class Chunk(msgspec.Struct, frozen=True):
-    """A window of consecutive rows: a base part, or none, and the rows in the database over it.
+    """A window of consecutive rows. Rows in the database replace those of its base part, if it has one.
 
-    `generation` is that of the base part, `chunk.g<generation>`; 0: there is none. An open chunk (1) is being asked and
-    has its input stored; a sealed one (0) is its part alone.
+    `generation` is that of the base part, `chunk.g<generation>`; 0: there is none. An open chunk (1) has its input
+    stored, and rows of it may be pending; a sealed one (0) consists of its part alone.
     """
 
     chunk: int
@@ -66,10 +66,11 @@ class Chunk(msgspec.Struct, frozen=True):
 
 
 class Reopened(msgspec.Struct, frozen=True):
-    """A row of a base part that is asked again, by which variant of the job; how it had ended, after how many
-    attempts, and what they cost (USD; None: unknown). The base's record stands until the new one is durable.
+    """A row of a base part that is sent again, with `variant` of the job. Its record in the base part is valid until
+    the new one is durable.
 
-    `answer` is what its answer alone used and cost, as a line of the totals, in JSON.
+    `status`, `attempts` and `cost_usd` (None: unknown) are those of the base part. `answer` is what its answer alone
+    used and cost, as a line of the totals in JSON.
     """
 
     row: int
@@ -81,12 +82,12 @@ class Reopened(msgspec.Struct, frozen=True):
 
     @property
     def line(self) -> TotalsLine:
-        """What its answer alone used and cost, in the line of the totals that it was booked in."""
+        """What its answer alone used and cost, with the key of the line that it is booked in."""
         return msgspec.json.decode(self.answer, type=TotalsLine)
 
 
 def usd(text: str | None) -> Decimal | None:
-    """An amount as a table holds it."""
+    """The amount that a table stores as text."""
     return None if text is None else Decimal(text)
 
 
@@ -98,7 +99,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def _characters(text: str | None) -> str | None:
-    """Half surrogates as U+FFFD: headers and errors may carry them (PEP 383), SQLite and Parquet can't."""
+    """Lone surrogates replaced by U+FFFD: headers and errors may have them (PEP 383), SQLite and Parquet can't."""
     return text if text is None or text.isascii() else _SURROGATE.sub("\ufffd", text)
 
 
@@ -107,10 +108,10 @@ _decode = msgspec.msgpack.Decoder(Completion).decode
 
 
 def completion_record(c: Completion) -> Record:
-    """One blob for a row: a column for each field costs three times as much to write (docs/benchmarks.md)."""
+    # one blob: a column for each field costs three times as much to write (docs/benchmarks.md)
     try:
         return c.row, c.attempts, _encode(c)
-    except UnicodeEncodeError:  # a half surrogate, from a header or an error
+    except UnicodeEncodeError:  # a lone surrogate, from a header or an error
         return c.row, c.attempts, _encode(_in_characters(c))
 
 

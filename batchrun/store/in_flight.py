@@ -1,8 +1,7 @@
-"""`inflight.bin`: who is in flight right now, in a file that outlives the process.
+"""`inflight.bin`: which requests are in flight, in a file that survives the process.
 
-One slot of 64 bytes for each request that may be in flight, mapped into memory: written before the request goes to the
-socket, cleared after the commit of its end. The page cache keeps it through `kill -9`; after power loss names may be
-missing, but never more than the slots there are.
+It has one slot of 64 bytes for each request that may be in flight, mapped into memory. The page cache keeps it through
+`kill -9`; after power loss slots may be missing.
 """
 
 import mmap
@@ -28,7 +27,7 @@ _MAX_PICO = 2**63 - 1
 
 
 class InFlight(NamedTuple):
-    """One request whose end is not known. `row` is −1 where the slot itself can't be read."""
+    """A request without a known ending. `row` is −1 if the slot can't be read."""
 
     row: int
     n: int
@@ -44,31 +43,31 @@ class InFlightFile:
     """The open slot file. Close it."""
 
     def __init__(self, path: Path, count: int) -> None:
-        """Opens a file of `count` empty slots; what an earlier file held is gone, so read it first."""
+        """Opens a file of `count` empty slots. It overwrites an earlier file: read that first."""
         with disk_errors(path):
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
-            os.posix_fallocate(self._file, 0, count * SLOT_BYTES)  # a hole could fail later, as a SIGBUS
+            os.posix_fallocate(self._file, 0, count * SLOT_BYTES)  # a sparse file could fail later, with a SIGBUS
             self._map = mmap.mmap(self._file, count * SLOT_BYTES)
 
     def take(
         self, slot: int, row: int, n: int, key: bytes, upper_bound_usd: Decimal | None, upper_bound_tokens: int | None
     ) -> None:
-        """The slot names the attempt that is about to be sent."""
+        """Writes the attempt into the slot. Call it before the request goes to the socket."""
         pico = -1 if upper_bound_usd is None else min(int(upper_bound_usd / PICO), _MAX_PICO)
         fields = _FIELDS.pack(row, n, key, pico, -1 if upper_bound_tokens is None else upper_bound_tokens)
         _SLOT.pack_into(self._map, slot * SLOT_BYTES, fields, zlib.crc32(fields))
 
     def clear(self, slot: int) -> None:
-        """The attempt's end is durable: the slot is free."""
+        """Empties the slot. Call it after the commit of the attempt's ending."""
         start = slot * SLOT_BYTES
         self._map[start : start + SLOT_BYTES] = _EMPTY
 
     def clear_all(self) -> None:
-        """Whoever was in flight is named elsewhere."""
+        """Empties all slots. Call it after their attempts were listed as possibly billed."""
         self._map[:] = bytes(len(self._map))
 
-    def taken(self) -> list[InFlight]:
-        """Who is in flight now."""
+    def occupied(self) -> list[InFlight]:
+        """The requests in flight now."""
         return list(_occupied(self._map[:]))
 
     def close(self) -> None:
@@ -77,7 +76,7 @@ class InFlightFile:
 
 
 def read(path: Path) -> list[InFlight]:
-    """The attempts without an end that a dead process left behind; none where there is no file."""
+    """The requests that were in flight when the process died; none if there is no file."""
     with disk_errors(path):
         return list(_occupied(path.read_bytes())) if path.exists() else []
 
@@ -85,7 +84,7 @@ def read(path: Path) -> list[InFlight]:
 def possibly_billed(
     lost: Sequence[InFlight], invocation: int, cause: str, run: str | None = None
 ) -> list[PossiblyBilled]:
-    """The attempts without an end as entries of the permanent list; `run` begins the ids that they were sent with."""
+    """The requests as entries of the permanent list; `run` is the start of the ids that they were sent with."""
     return [
         PossiblyBilled(
             row=entry.row,

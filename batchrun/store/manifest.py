@@ -1,4 +1,4 @@
-"""What is fixed when a run first starts, and stands until a changed input or job is accepted. PURE."""
+"""What is fixed when a run first starts, and stays until a changed input or job is accepted. PURE."""
 
 from collections.abc import Mapping
 from datetime import datetime
@@ -12,15 +12,14 @@ from batchrun.source import FileIdentity
 from batchrun.tables.arrow_types import Column, column_of
 
 ENTRY = "facts"
-"""The manifest's entry that holds them."""
+"""The checkpoint's manifest entry that holds it."""
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """What is fixed when a run first starts. `types` are the column types of JSONL input, as JSON;
-    `answer_schema` is the JSON schema that types the column `parsed`.
+    """`types` are the column types of JSONL input, as JSON; `answer_schema` is the JSON schema of the column `parsed`.
 
-    `layout` counts how often the rows were laid out anew over a changed input or job; `variant` is the way in which
-    rows are asked since the last time. `estimate` is what all rows were expected to take.
+    `layout` counts how often a changed input or job was accepted, and `variant` is the variant of the job since then.
+    `estimate` is what all rows were expected to take.
     """
 
     run_id: str
@@ -42,23 +41,27 @@ class Manifest(msgspec.Struct, frozen=True):
 
     @property
     def attempt_prefix(self) -> str:
-        """What the ids of attempts begin with: after a new layout the same row number is another row."""
+        """The start of the ids of attempts: after a change the same row number may be another row."""
         return f"{self.run_id}.{self.layout}" if self.layout else self.run_id
 
 
-def read(manifest: Mapping[str, str]) -> Manifest:
-    """The facts in a manifest."""
+def decode(entries: Mapping[str, str]) -> Manifest:
+    """The manifest in the checkpoint's manifest entries.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
     try:
-        return msgspec.json.decode(manifest[ENTRY], type=Manifest)
+        return msgspec.json.decode(entries[ENTRY], type=Manifest)
     except (KeyError, msgspec.DecodeError) as error:
         raise CheckpointError(f"the run's manifest can't be read: {error}; keep a copy of this directory") from error
 
 
-def parsed(facts: Manifest) -> Column:
+def encode(manifest: Manifest) -> dict[str, str]:
+    """The manifest as a checkpoint entry."""
+    return {ENTRY: msgspec.json.encode(manifest).decode()}
+
+
+def answer_column(manifest: Manifest) -> Column:
     """The type of the column `parsed`."""
-    return column_of(None if facts.answer_schema is None else msgspec.json.decode(facts.answer_schema))
-
-
-def encode(facts: Manifest) -> dict[str, str]:
-    """The facts as the manifest's entry."""
-    return {ENTRY: msgspec.json.encode(facts).decode()}
+    return column_of(None if manifest.answer_schema is None else msgspec.json.decode(manifest.answer_schema))

@@ -1,7 +1,6 @@
-"""The result of a run that is not complete: every row of it, those without an outcome as `pending`.
+"""The partial result of a run that is not complete: every row, those without a completion as `pending`.
 
-Its name and its footer keep it apart from the result, so no reader takes one for the other. A later one takes its
-place; a complete run has none.
+Its name and its footer distinguish it from the result. A complete run has none.
 """
 
 from collections import Counter
@@ -25,13 +24,13 @@ from batchrun.tables.rows import OWN_COLUMNS
 def write(
     path: Path, batches: Iterable[pa.RecordBatch], schema: pa.Schema, compression: files.Compression, summary: Summary
 ) -> int:
-    """`path` holds the rows, and a footer that says how many are pending; returns that number.
+    """Writes the rows, with the number of pending ones in the footer; returns that number.
 
-    `batches` are `Chunks.so_far` or the like. `summary` says where the run stands, with the rows that are due.
+    `batches` are `Chunks.so_far` or similar. `summary` is of the run now, with the number of all its rows.
 
     Raises:
-        CheckpointError: there are fewer rows, or more.
-        DiskError: it can't be written; what was there before is still there.
+        CheckpointError: `batches` has another number of rows.
+        DiskError: the file can't be written; an earlier one is unchanged.
     """
     standing: Counter[str] = Counter()
 
@@ -42,7 +41,7 @@ def write(
                 file.write(batch)
             if (rows := standing.total()) != summary.rows:
                 raise CheckpointError(
-                    f"{path}: {rows:,} rows are on record, {summary.rows:,} are due; nothing is written"
+                    f"{path}: the run has {summary.rows:,} rows, {rows:,} were found; nothing is written"
                 )
             file.write_metadata({files.FOOTER_KEY: msgspec.json.encode(_footer(summary, standing)).decode()})
         files.require_rows(temporary, summary.rows)
@@ -52,7 +51,7 @@ def write(
 
 
 def without_input(first_row: int, end_row: int, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """Pending rows whose input can't be read: its columns are null. `schema` allows that."""
+    """Pending rows whose input can't be read: its columns are null, which `schema` must allow."""
     inputs = len(schema) - len(OWN_COLUMNS)
     for row in range(first_row, end_row, BATCH_ROWS):
         own = pending.beside(OWN_COLUMNS.empty_table(), row, min(row + BATCH_ROWS, end_row))
@@ -66,7 +65,7 @@ def without_input(first_row: int, end_row: int, schema: pa.Schema) -> Iterator[p
 
 
 def _statuses(batch: pa.RecordBatch) -> dict[str, int]:
-    """The rows by status; our columns are the last ones, whatever their prefix."""
+    """The number of rows by status. Our columns are found by position, because their prefix differs."""
     place = OWN_COLUMNS.get_field_index("status") - len(OWN_COLUMNS)
     counts = pc.value_counts(batch.column(batch.num_columns + place))
     pairs = zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist(), strict=True)

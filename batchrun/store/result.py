@@ -1,4 +1,4 @@
-"""The end of a run: the parts become the result, verified; then what the run no longer needs goes."""
+"""The end of a run: writes the result from the parts, verifies it, and deletes the working files."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,11 +17,11 @@ from batchrun.store.rundir import RunDirectory
 from batchrun.tables import files
 
 FINISHED = "finished"
-"""The manifest's entry that says the result is written. From then on the parts are not needed any more."""
+"""The manifest entry that says the result is written. The parts are not needed from then on."""
 
 
 class Written(msgspec.Struct, frozen=True, array_like=True):
-    """A file of the result as it was written: its size, when that was, and the digest of its bytes."""
+    """Size, time and digest of a file of the result when it was written."""
 
     size: int
     mtime_ns: int
@@ -29,8 +29,8 @@ class Written(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Finished(msgspec.Struct, frozen=True):
-    """What the manifest says of a result that is written: `digest` of completions.parquet ("": the parts themselves are
-    the result), `usage` that of usage.parquet, and `files` by their path in the run directory.
+    """The result as it was written: `digest` of completions.parquet ("": the parts themselves are the result), `usage`
+    that of usage.parquet, and all files by their path in the run directory.
     """
 
     digest: str
@@ -39,7 +39,7 @@ class Finished(msgspec.Struct, frozen=True):
 
 
 def finished(manifest: Mapping[str, str]) -> Finished:
-    """The entry `FINISHED` of a manifest that has it."""
+    """The manifest entry `FINISHED`, which must be there."""
     return msgspec.json.decode(manifest[FINISHED], type=Finished)
 
 
@@ -51,15 +51,15 @@ def write(
     directory: RunDirectory,
     summary: Summary,
 ) -> None:
-    """The result is on disk and the checkpoint closed. Every step can be repeated after a kill in the middle."""
-    if FINISHED not in checkpoint.manifest():
+    """Writes the result and closes the checkpoint. Every step can be repeated after a kill."""
+    if FINISHED not in checkpoint.manifest_entries():
         digest = _write_completions(facts, schema, chunks, directory, summary)
-        files.write_usage(directory.usage, checkpoint.spent.lines())
+        files.write_usage(directory.usage, checkpoint.totals.lines())
         usage = durable.digest(directory.usage)
         digests = {directory.usage: usage} | (_digests_of_parts(chunks, directory) if digest is None else {})
         if digest is not None:
             digests[directory.completions] = digest
-        files_written = {str(path.relative_to(directory.path)): _written(path, told) for path, told in digests.items()}
+        files_written = {str(path.relative_to(directory.path)): _written(path, each) for path, each in digests.items()}
         entry = Finished(digest or "", usage, files_written)
         checkpoint.write_manifest({FINISHED: msgspec.json.encode(entry).decode()})
     checkpoint.close(finished=True)
@@ -76,25 +76,25 @@ def _written(path: Path, digest: str) -> Written:
     return Written(found.st_size, found.st_mtime_ns, digest)
 
 
-def require_there(directory: RunDirectory, layout: str, rows: int, manifest: Mapping[str, str]) -> None:
-    """Nothing, if the result of a finished run is as it was written, by the footers, the sizes and the times of its
-    files. A file of another time, such as a copy's, is read as a whole; all others are for `verify` to read.
+def require_intact(directory: RunDirectory, layout: str, rows: int, manifest: Mapping[str, str]) -> None:
+    """Checks the result of a finished run by the footers, sizes and times of its files. Only a file with another time,
+    such as a copy, is read as a whole; `verify` reads them all.
 
     Raises:
-        CheckpointError: a file of it is gone, cut, changed, or has other rows.
+        CheckpointError: a file is missing, cut or changed, or has another number of rows.
     """
     whole = [directory.completions]
     if layout == "parts":
         whole = sorted(directory.completions_folder.glob("*.parquet")) or [directory.completions_folder]
     for path in (*whole, directory.usage):
         if not path.exists():
-            raise CheckpointError(f"{path} is gone, and the run is complete; put it back, or {ANOTHER}")
+            raise CheckpointError(f"{path} is missing, though the run is complete; restore it, or {ANOTHER}")
     found = sum(map(files.rows_in, whole))
     files.rows_in(directory.usage)
     if found != rows:
         raise CheckpointError(
-            f"{directory.path}: the result holds {found:,} rows where {rows:,} were written; "
-            f"batchrun verify {directory.path} tells what is damaged"
+            f"{directory.path}: the result has {found:,} rows, {rows:,} were written; "
+            f"batchrun verify {directory.path} shows what is damaged"
         )
     for name, written in finished(manifest).files.items():
         _require_unchanged(directory, directory.path / name, written)
@@ -106,12 +106,12 @@ def _require_unchanged(directory: RunDirectory, path: Path, written: Written) ->
         return
     if found.st_size != written.size or durable.digest(path) != written.digest:
         raise CheckpointError(
-            f"{path} was changed after it was written; put it back, or see what batchrun verify {directory.path} says"
+            f"{path} was changed after it was written; restore it, or run batchrun verify {directory.path}"
         )
 
 
 def tidy(directory: RunDirectory) -> None:
-    """What only an unfinished run needs is gone."""
+    """Deletes the files that only an unfinished run needs."""
     for path in (*directory.parts.iterdir(), directory.reserve, directory.inflight, directory.partial):
         path.unlink(missing_ok=True)
 
@@ -119,7 +119,7 @@ def tidy(directory: RunDirectory) -> None:
 def _write_completions(
     facts: Manifest, schema: pa.Schema, chunks: Chunks, directory: RunDirectory, summary: Summary
 ) -> str | None:
-    """The digest of completions.parquet; None where the parts themselves are the result."""
+    """Writes the result; the digest of completions.parquet, or None if the parts themselves are the result."""
     parts = [
         (directory.part_of(number, chunk.generation), chunk.part_digest or "", chunk.rows)
         for number, chunk in sorted(chunks.sealed.items())
@@ -127,11 +127,11 @@ def _write_completions(
     settings = facts.output
     if (rows := sum(rows for _, _, rows in parts)) != summary.rows:
         raise CheckpointError(
-            f"{directory.path}: {rows:,} rows are sealed, {summary.rows:,} are due; nothing is written"
+            f"{directory.path}: the run has {summary.rows:,} rows, {rows:,} are sealed; nothing is written"
         )
     if settings.layout == "parts":
         files.move_parts(parts, directory.completions_folder)
-        if not parts:  # a reader of the folder should find its columns
+        if not parts:  # so that the folder has the columns
             files.write_part(files.part_in(directory.completions_folder, 0), schema, (), settings, 0)
         return None
     footer = {files.FOOTER_KEY: msgspec.json.encode(bill(summary)).decode()}
@@ -139,7 +139,9 @@ def _write_completions(
 
 
 def bill(summary: Summary) -> dict[str, object]:
-    """What the footer says of the run: its bill, and that it is whole. A file that was moved still knows it."""
+    """The run in the footer of its result, so that a file that was moved still has it: its bill, and that it is
+    complete.
+    """
     names = ("job", "run_id", "begun_at", "rows", "by_status", "totals", "cost_usd", "wasted_usd")
     doubts = ("unpriced", "without_usage", "possibly_billed_count", "possibly_billed_usd", "models", "price")
     copy = ("invocation", "updated_at")  # which of two copies is the newer
@@ -151,12 +153,12 @@ def bill(summary: Summary) -> dict[str, object]:
 def restore_parts(
     facts: Manifest, checkpoint: Checkpoint, chunks: Sequence[Chunk], directory: RunDirectory
 ) -> list[Chunk]:
-    """The parts of a finished run are there again, cut from its result; the chunks that name them.
+    """Cuts the result of a finished run into parts again; returns the chunks with these parts.
 
-    The result stays where it is until a new one takes its place. Nothing is true before the chunks are on record.
+    The result stays until a new one replaces it. The parts count once the chunks are in the checkpoint.
 
     Raises:
-        CheckpointError: the result is not the one that was written.
+        CheckpointError: the result was changed after it was written.
     """
     directory.parts.mkdir(mode=0o700, exist_ok=True)
     settings = facts.output
@@ -168,7 +170,7 @@ def restore_parts(
                 chunk.part_digest or "",
             )
         return list(chunks)
-    digest = finished(checkpoint.manifest()).digest
+    digest = finished(checkpoint.manifest_entries()).digest
     schema = files.schema_of(directory.completions)
     pieces = files.cut(directory.completions, digest, [chunk.rows for chunk in chunks])
     restored = []

@@ -1,4 +1,4 @@
-"""The run directory: its place by `{job}` and `{date}`, its files, and the lock that one process holds."""
+"""The run directory: its path by `{job}` and `{date}`, its files, and the lock that one process holds."""
 
 import contextlib
 import fcntl
@@ -16,19 +16,19 @@ from batchrun.durable import disk_errors
 from batchrun.errors import JobError, RunLockedError
 
 NETWORK_FILE_SYSTEMS = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "fuse.sshfs", "ceph", "lustre"})
-"""Their locks and fsync do not hold what SQLite needs (sqlite.org, "How To Corrupt", section 2.1)."""
+"""Their locks and fsync are not what SQLite needs (sqlite.org, "How To Corrupt", section 2.1)."""
 
 MOUNTINFO = Path("/proc/self/mountinfo")
-"""Where Linux tells what is mounted (proc_pid_mountinfo(5)); elsewhere there is no such file."""
+"""What is mounted (proc_pid_mountinfo(5)); the file exists on Linux only."""
 
-LOOK_S = 0.05
+LOCK_RETRY_S = 0.05
 
 RESERVE_BYTES = 16_000_000
-"""Given back when the disk is full: room for the answers that are in flight just then."""
+"""Freed when the disk is full: space for the answers that are in flight then."""
 
 
 class RunDirectory:
-    """The files of one run. Paths only; `lock()` takes it."""
+    """The paths of one run, and its lock."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -43,28 +43,28 @@ class RunDirectory:
         self.parts = path / "parts"
         self.rejects = path / "rejects.jsonl"
         self.spool = path / "input.jsonl"
-        self.given = path / "input.given.jsonl"  # other rows than those, until they are accepted
+        self.given = path / "input.given.jsonl"  # rows that differ from those, until they are accepted
         self.spool_before = path / "input.before.jsonl"
         self.log = path / "run.log"
         self.control = path / "control.json"
 
     def input_of(self, chunk: int, layout: int = 0) -> Path:
-        """Where the input rows of an open chunk are; `layout` counts how often the run's rows were laid out anew."""
+        """The stored input of an open chunk; `layout` counts how often a changed input or job was accepted."""
         return self.parts / (f"{chunk:06d}.{layout}.input.arrow" if layout else f"{chunk:06d}.input.arrow")
 
     def part_of(self, chunk: int, generation: int) -> Path:
-        """Where a sealed chunk is."""
+        """The part of a sealed chunk."""
         return self.parts / f"{chunk:06d}.g{generation}.parquet"
 
     def images_of(self, layout: int = 0) -> Path:
-        """Where it stands what the rows' images were when they were checked."""
+        """The digests of the rows' images as the check pass saw them."""
         return self.path / (f"images.{layout}.bin" if layout else "images.bin")
 
     def create(self, mountinfo: Path = MOUNTINFO) -> None:
-        """The directory is there, private, and on a file system that can be trusted.
+        """Creates the directory, readable by its owner alone, on a local file system.
 
         Raises:
-            JobError: a file is in the way, it can't be written, or it lies on a network file system.
+            JobError: a file is in the way, it can't be written, or it is on a network file system.
         """
         try:
             for directory in (self.path, self.parts):
@@ -80,7 +80,7 @@ class RunDirectory:
         _require_local(self.path, self.path, mountinfo)
 
     def require_possible(self, mountinfo: Path = MOUNTINFO) -> None:
-        """Nothing, if `create` would succeed; nothing is made.
+        """Checks whether `create` would succeed, and creates nothing.
 
         Raises:
             JobError: as `create`.
@@ -95,8 +95,8 @@ class RunDirectory:
         _require_local(self.path, there, mountinfo)
 
     def reserve_room(self) -> None:
-        """There is a file to give back when the disk is full; without room even for it, the run goes on without."""
-        with contextlib.suppress(OSError):
+        """Allocates the reserve that is freed when the disk is full."""
+        with contextlib.suppress(OSError):  # without space even for that, the run works without it
             descriptor = os.open(self.reserve, os.O_RDWR | os.O_CREAT, 0o600)
             try:
                 os.posix_fallocate(descriptor, 0, RESERVE_BYTES)
@@ -104,7 +104,7 @@ class RunDirectory:
                 os.close(descriptor)
 
     def free_room(self) -> bool:
-        """The reserved room is free; False where there was none."""
+        """Frees the reserve; False if there was none."""
         try:
             self.reserve.unlink()
         except OSError:
@@ -113,29 +113,28 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """This process alone works in the directory until the block ends, or the process does.
-
-        The kernel holds the lock (flock on the directory itself), so none is left behind by `kill -9`.
+        """Locks the directory for this process until the block ends.
 
         Raises:
-            RunLockedError: another process has it; the message names pid, host and since when.
+            RunLockedError: another process has locked it; the message names pid, host and since when.
         """
+        # flock on the directory itself: the kernel releases it when the process dies, even by kill -9
         with disk_errors(self.path):
             descriptor = os.open(self.path, os.O_RDONLY)
         try:
             with disk_errors(self.path):
-                taken = _flock(descriptor)
-                if not taken:
-                    time.sleep(LOOK_S)  # a look of `batchrun status` holds the lock for microseconds
-                    taken = _flock(descriptor)
-            if not taken:
+                has_lock = _flock(descriptor)
+                if not has_lock:
+                    time.sleep(LOCK_RETRY_S)  # `batchrun status` holds the lock for microseconds
+                    has_lock = _flock(descriptor)
+            if not has_lock:
                 raise RunLockedError(f"{self.path}: another run works here ({self._holder()}); nothing was sent")
             yield
         finally:
             os.close(descriptor)
 
     def locked(self) -> bool:
-        """True while some process holds the lock."""
+        """True while a process holds the lock."""
         try:
             with self.lock():
                 return False
@@ -148,7 +147,7 @@ class RunDirectory:
         return f"pid {pid} on {host}, since {since}" if pid else "it has just started"
 
     def read_summary(self) -> dict[str, object] | None:
-        """summary.json as it stands, or None where there is none to be read."""
+        """The content of summary.json; None if it is missing or can't be read."""
         try:
             summary = msgspec.json.decode(self.summary.read_bytes())
         except (OSError, msgspec.DecodeError):
@@ -158,7 +157,7 @@ class RunDirectory:
 
 def _require_local(path: Path, there: Path, mountinfo: Path) -> None:
     if (kind := file_system(there, mountinfo)) in NETWORK_FILE_SYSTEMS:
-        raise JobError(f"{path}: lies on a network file system ({kind}); choose a local directory with -o")
+        raise JobError(f"{path}: is on a network file system ({kind}); choose a local directory with -o")
 
 
 def _flock(descriptor: int) -> bool:
@@ -170,7 +169,7 @@ def _flock(descriptor: int) -> bool:
 
 
 def file_system(path: Path, mountinfo: Path = MOUNTINFO) -> str:
-    """The type of the file system that `path` lies on, as the kernel names it; "" where it does not say."""
+    """The type of the file system of `path`, as the kernel names it; "" if it does not say."""
     try:
         lines = mountinfo.read_text().splitlines()
     except OSError:
@@ -188,10 +187,10 @@ _DATE = r"\d{4}-\d{2}-\d{2}(?:-\d+)?"
 
 
 def place(pattern: str, job: str, *, date: str | None, now: datetime, new: bool) -> tuple[Path, str | None]:
-    """The run directory for this start, and the date of an earlier unfinished run that it resumes instead of today's.
+    """The run directory for this start, and the date of the earlier unfinished run that it resumes, if it does.
 
-    `{date}` is `date` where given. Else the newest directory of the pattern, if its run is unfinished; else the local
-    date. With `new` a directory that is not there yet, `2026-11-22-2` beside `2026-11-22`.
+    `{date}` is `date` if given; else that of the pattern's newest directory, if its run is unfinished; else the local
+    date. With `new` the directory is a new one, such as `2026-11-22-2` beside `2026-11-22`.
     """
     if date is not None and not _is_date(date):
         raise JobError(f"--date {date}: expected YYYY-MM-DD")
@@ -215,15 +214,14 @@ def logical_date(date: str | None, now: datetime) -> str:
 
 
 def _of_job(pattern: str, job: str) -> str:
-    """The pattern with the job's name, in UTF-8 whatever the locale says of names (LANG=C means ASCII)."""
+    """The pattern with the job's name, in UTF-8 whatever the locale's encoding (with LANG=C it is ASCII)."""
     return os.fsdecode(str(Path(pattern.replace("{job}", job))).encode("utf-8", "surrogateescape"))
 
 
 def unfinished(pattern: str, job: str, chosen: Path) -> list[tuple[str, Path]]:
-    """The dates, and the directories, of this job's runs that stopped before they were complete, oldest first.
+    """The dates and directories of this job's other runs that stopped before they were complete, oldest first.
 
-    Only those of the pattern, and not the `chosen` one nor any that a process works on. Quick with thousands of them: a
-    complete run costs the reading of its summary.
+    Only those of the pattern, without the `chosen` one and any that a process works on.
     """
     fixed = _of_job(pattern, job)
     if "{date}" not in fixed:
@@ -240,7 +238,7 @@ def _stopped(directory: RunDirectory, job: str) -> bool:
         content = directory.summary.read_bytes()
     except OSError:
         return False
-    if b'"complete": true' in content:
+    if b'"complete": true' in content:  # quick, since there may be thousands of complete runs
         return False
     summary = directory.read_summary() or {}
     return summary.get("complete") is False and summary.get("job") == job and not directory.locked()
@@ -248,7 +246,7 @@ def _stopped(directory: RunDirectory, job: str) -> bool:
 
 def _unused(pattern: str, date: str, path: Path) -> Path:
     if "{date}" not in pattern and path.exists():
-        raise JobError(f"--new: {path} is there already and output.path has no {{date}}; name another with -o")
+        raise JobError(f"--new: {path} exists and output.path has no {{date}}; name another with -o")
     number = 1
     while path.exists():
         number += 1
@@ -257,7 +255,7 @@ def _unused(pattern: str, date: str, path: Path) -> Path:
 
 
 def dated(pattern: str, job: str) -> list[Path]:
-    """The directories that the job's runs may be in, the one of the last date first."""
+    """The directories that the job's runs may be in, the last date first."""
     fixed = _of_job(pattern, job)
     if "{date}" not in fixed:
         return [Path(fixed)]
@@ -265,12 +263,12 @@ def dated(pattern: str, job: str) -> list[Path]:
 
 
 def _newest(pattern: str) -> tuple[str, Path] | None:
-    """The last date, and its directory, among those that fit the pattern."""
+    """The last date that fits the pattern, and its directory."""
     return max(_dated(pattern), key=lambda pair: _by_date(pair[0]), default=None)
 
 
 def _dated(pattern: str) -> list[tuple[str, Path]]:
-    """The dates, and the directories, that fit the pattern."""
+    """The dates and directories that fit the pattern."""
     parts = pattern.split("{date}")
     first, *others = map(re.escape, parts)
     expression = re.compile("(?P=date)".join([f"{first}(?P<date>{_DATE}){others[0]}", *others[1:]]))
@@ -279,7 +277,7 @@ def _dated(pattern: str) -> list[tuple[str, Path]]:
 
 
 def _is_date(text: str) -> bool:
-    """True for a day of the calendar, and for one that --new has numbered."""
+    """True for a day of the calendar, with or without a number by --new."""
     try:
         return re.fullmatch(_DATE, text) is not None and bool(datetime.fromisoformat(text[:10]))
     except ValueError:

@@ -1,8 +1,7 @@
-"""`spill.bin`: endings that the database could not take, until the next start takes them in.
+"""`spill.bin`: endings that arrive after the database has failed; the next start moves them into the database.
 
-After one failed fsync a file can't be trusted: the next may report success for pages the kernel has dropped. So a
-database that failed is never written again; what still arrives goes into this file of its own, frame by frame, each
-durable before it counts.
+After a failed fsync a database is never written again: the next fsync may report success for pages that the kernel has
+dropped.
 """
 
 import os
@@ -21,7 +20,7 @@ _HEAD = struct.Struct("<II")  # length, CRC-32
 
 
 class Frame(msgspec.Struct, frozen=True):
-    """The endings of one group, and the invocation that they count for."""
+    """The endings of one commit, and their invocation."""
 
     invocation: int
     completions: tuple[Completion, ...]
@@ -29,10 +28,10 @@ class Frame(msgspec.Struct, frozen=True):
 
 
 def append(path: Path, endings: Sequence[Ending], invocation: int) -> None:
-    """The endings are durable in the file.
+    """Appends the endings durably.
 
     Raises:
-        DiskError: they are not.
+        DiskError: they are not durable.
     """
     completions = tuple(ending for ending in endings if isinstance(ending, Completion))
     discarded = tuple(ending for ending in endings if isinstance(ending, Discarded))
@@ -47,7 +46,7 @@ def append(path: Path, endings: Sequence[Ending], invocation: int) -> None:
 
 
 def read(path: Path) -> Iterator[Frame]:
-    """The frames in the file, none where there is none. A last frame that is not whole was never durable.
+    """The frames in the file, none if there is no file. A last frame that is cut was never durable and is left out.
 
     Raises:
         CheckpointError: a frame before the last is damaged.

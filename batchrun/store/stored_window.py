@@ -1,6 +1,6 @@
-"""The stored input of an open chunk: written once when it opens; dispatch and sealing read it, never the source again.
+"""The stored input of an open chunk. Dispatch and sealing read it instead of the source.
 
-(Compressed sources can't seek, row groups are large, and files get overwritten while a run works.)
+Compressed sources can't seek, row groups are large, and files may be overwritten while a run works.
 """
 
 import threading
@@ -20,7 +20,7 @@ BATCH_ROWS = 1000
 
 
 def write(path: Path, table: pa.Table) -> str:
-    """The window's rows are on disk in batches of 1,000; returns the file's digest."""
+    """Writes the window's rows in batches of 1,000; returns the file's digest."""
 
     def write_batches(temporary: Path) -> None:
         temporary.touch(mode=0o600)
@@ -46,7 +46,7 @@ def schema_of(path: Path) -> pa.Schema:
 
 
 class StoredWindow:
-    """An open chunk's input, mapped into memory: row `first_row` and on."""
+    """An open chunk's input from row `first_row` on, mapped into memory."""
 
     def __init__(self, path: Path, expected_digest: str, first_row: int) -> None:
         with disk_errors(path):
@@ -59,11 +59,11 @@ class StoredWindow:
         self._reading = threading.Lock()
 
     def row(self, row: int) -> Row:
-        """One of the rows, read anew; any thread may."""
+        """One row, read from the file. Any thread may call it."""
         return Row(row, rows_of(self.slice(row))[0])
 
     def slice(self, row: int) -> pa.RecordBatch:
-        """One of the rows as it is stored: a view that outlives the file's name; any thread may."""
+        """One row as it is stored: a view that stays valid after the file is deleted. Any thread may call it."""
         number, place = divmod(row - self._first_row, BATCH_ROWS)
         return self._batch(number).slice(place, 1)
 

@@ -1,10 +1,9 @@
-"""The run's account: what its attempts used and cost, folded ending by ending. PURE.
+"""The totals of a run: what its attempts used and cost. PURE.
 
-Bill = Σ of the totals' lines, discarded attempts included. What may have been billed without an answer stands apart.
-
-An attempt is booked when it ends: under the status of the row that it settles, or as discarded. When another answer
-takes the place of that one later (a retry, an accepted change, a salvage), `replaced` books it over, as discarded. So
-the sum never changes, and wasted is one thing: the cost of what is discarded.
+An attempt is booked when it ends, under the status of the row that it settles, or as discarded. If another answer
+replaces it later (a retry, an accepted change, a salvage), `replaced` moves it to discarded. So the sum of all lines,
+the bill, never changes, and wasted is the cost of what is discarded. Requests that may have been billed without an
+answer are counted apart.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,30 +25,29 @@ from batchrun.records import (
 )
 
 DISCARDED = "discarded"
-"""The totals' status of attempts whose answers are not in the output: what they cost is wasted."""
+"""The status of attempts whose answers are not in the output."""
 
 _KEYS = frozenset({"invocation", "model", "status", "day", "service_tier"})
 FIGURES = tuple(name for name in TotalsLine.__struct_fields__ if name not in _KEYS)
 """The fields of a line that are added up."""
 
 MAX_NAMED = 1000
-"""Possibly billed attempts that are listed one by one; all of them are counted and added."""
+"""How many possibly billed attempts are listed one by one; all are counted."""
 
-
-UNENDED = frozenset({"crash", "aborted"})
-"""The causes of doubts about attempts that no line of the totals counts: they were sent, and nothing came of them."""
+LOST_CAUSES = frozenset({"crash", "aborted"})
+"""Causes of possibly billed attempts without an ending, which no line of the totals counts."""
 
 LOST = "lost"
-"""The status of those attempts in a line of their own."""
+"""The status of the lines with those attempts."""
 
 SEVERAL = "several models"
-"""In the place of a lost attempt's model, which its slot does not name, in a run that asks more than one."""
+"""The model of a lost attempt in a run with more than one model: its slot does not store which."""
 
 
 class Unstated(msgspec.Struct, frozen=True):
-    """The upper bounds, added up, of answers that state no usage or no price and are not on the list of doubts.
+    """The upper bounds, added up, of answers without usage or price that are not listed as possibly billed.
 
-    No bill has them. A cap that a later start sets counts them, as one that was set from the beginning does.
+    They are in no bill, but a budget cap counts them, even one that only a later start sets.
     """
 
     usd: Decimal = Decimal(0)
@@ -57,19 +55,19 @@ class Unstated(msgspec.Struct, frozen=True):
 
 
 UNSTATED = "unstated"
-"""The manifest's entry that holds it."""
+"""The manifest entry that holds it."""
 
 
 class Totals(msgspec.Struct, frozen=True):
-    """What is durable of the run's account: replaced as a whole after each commit, so any thread may read it.
+    """The durable totals. A new object after each commit, so any thread may read it.
 
-    `totals` are what happened, invocation by invocation, and only grow; `replaced` is what has to be added to them
-    since answers were replaced, figures below 0 included. `standing` counts the rows that have a completion now, by
-    status: a row that is asked again leaves it until it is settled again. `lost` counts by
-    invocation the attempts of which nothing came because the process died or was stopped at once.
+    `booked` has the attempts by invocation, and its figures only grow; `replaced` has the changes, negative ones too,
+    by answers that were replaced later. `standing` counts the rows that have a completion, by status, without rows that
+    are being sent again. `lost` counts, by invocation, the attempts in flight when the process died or was stopped at
+    once.
     """
 
-    totals: dict[LineKey, TotalsLine] = {}
+    booked: dict[LineKey, TotalsLine] = {}
     replaced: dict[LineKey, TotalsLine] = {}
     standing: dict[str, int] = {}
     answered_as: dict[str, int] = {}
@@ -85,21 +83,19 @@ class Totals(msgspec.Struct, frozen=True):
         return sum(self.standing.values())
 
     def lines(self) -> list[TotalsLine]:
-        """The bill as the output stands: the rows add up to the output's, and what it doesn't hold is discarded."""
-        lines = dict(self.totals)
+        """The bill of the present output: its rows add up to the output's; other attempts are discarded or lost."""
+        lines = dict(self.booked)
         for key, change in self.replaced.items():
             lines[key] = plus(lines.get(key) or TotalsLine(*key), change)
-        booked = [line for line in lines.values() if any(getattr(line, name) for name in FIGURES)]
-        return [*booked, *self._lost_lines()]
+        lines_with_figures = [line for line in lines.values() if any(getattr(line, name) for name in FIGURES)]
+        return [*lines_with_figures, *self._lost_lines()]
 
     def _lost_lines(self) -> list[TotalsLine]:
-        """The lost attempts in lines of their own: with them attempts add up to those of the rows. Their day is that on
-        which their invocation was last heard of: the last one on which one of its attempts ended.
-        """
-        models = {line.model for line in self.totals.values()}
+        """The lost attempts. Their day is the last one on which another attempt of their invocation ended."""
+        models = {line.model for line in self.booked.values()}
         model = models.pop() if len(models) == 1 else SEVERAL
         days: dict[int, str] = {}
-        for line in self.totals.values():
+        for line in self.booked.values():
             days[line.invocation] = max(line.day, days.get(line.invocation, ""))
         return [
             TotalsLine(invocation, model, LOST, days.get(invocation, ""), attempts=attempts)
@@ -107,37 +103,35 @@ class Totals(msgspec.Struct, frozen=True):
         ]
 
     def wasted_usd(self) -> Decimal:
-        """What was billed for answers that are not in the output, however they came to be replaced."""
+        """The certain cost of answers that are not in the output."""
         return sum((line.cost_usd for line in self.lines() if line.status == DISCARDED), Decimal(0))
 
     def cost_usd(self) -> Decimal:
-        """What was billed for certain."""
-        return sum((line.cost_usd for line in self.totals.values()), Decimal(0))
+        """The certain cost."""
+        return sum((line.cost_usd for line in self.booked.values()), Decimal(0))
 
     def mean_cost_usd(self) -> Decimal | None:
-        """Of one row, what its discarded attempts cost included; None where nothing had a price. Rows that cost nothing
-        are no measure of those to come, and rows that were given up since are one.
-        """
-        rows = sum(line.rows for line in self.totals.values() if line.cost_usd)
+        """The mean cost of a row that cost something, its discarded attempts included; None without a known price."""
+        rows = sum(line.rows for line in self.booked.values() if line.cost_usd)
         return self.cost_usd() / rows if rows else None
 
     def tokens(self) -> int:
-        """The most that attempts so far have used: what their usage says, and the bounds of those that state none."""
-        lines = self.totals.values()
+        """The most tokens that attempts can have used so far: their usage, and bounds for those without."""
+        lines = self.booked.values()
         stated = sum(max(line.total_tokens, line.prompt_tokens + line.completion_tokens) for line in lines)
         return stated + self.possibly_billed_tokens + self.unstated.tokens
 
     def most_usd(self) -> Decimal:
-        """The most that attempts so far have cost: what is billed for certain, and the bounds of all else."""
+        """The most that attempts can have cost so far: the certain cost, and bounds for the rest."""
         return self.cost_usd() + self.possibly_billed_usd + self.unstated.usd
 
     def requests(self) -> int:
-        """Attempts so far, those without a known end included."""
+        """Attempts so far, lost ones included."""
         return sum(line.attempts for line in self.lines())
 
 
-def doubt(ending: Ending, invocation: int) -> PossiblyBilled | None:
-    """The ending's entry on the list of what may have been billed without an answer, if it belongs there."""
+def possibly_billed(ending: Ending, invocation: int) -> PossiblyBilled | None:
+    """The attempt's entry in the list of possibly billed requests, if it belongs there."""
     if not ending.maybe_billed:
         return None
     n = ending.attempts if isinstance(ending, Completion) else ending.n
@@ -155,33 +149,34 @@ def doubt(ending: Ending, invocation: int) -> PossiblyBilled | None:
     )
 
 
-def with_possibly_billed(spent: Totals, entries: Sequence[PossiblyBilled]) -> Totals:
+def with_possibly_billed(totals: Totals, entries: Sequence[PossiblyBilled]) -> Totals:
+    """The totals with these entries added."""
     if not entries:
-        return spent
-    lost = dict(spent.lost)
+        return totals
+    lost = dict(totals.lost)
     for entry in entries:
-        if entry.cause in UNENDED:
+        if entry.cause in LOST_CAUSES:
             lost[entry.invocation] = lost.get(entry.invocation, 0) + 1
     return msgspec.structs.replace(
-        spent,
-        possibly_billed=(*spent.possibly_billed, *entries)[:MAX_NAMED],
-        possibly_billed_count=spent.possibly_billed_count + len(entries),
-        possibly_billed_usd=sum((e.upper_bound_usd or Decimal(0) for e in entries), spent.possibly_billed_usd),
-        possibly_billed_tokens=spent.possibly_billed_tokens + sum(e.upper_bound_tokens or 0 for e in entries),
+        totals,
+        possibly_billed=(*totals.possibly_billed, *entries)[:MAX_NAMED],
+        possibly_billed_count=totals.possibly_billed_count + len(entries),
+        possibly_billed_usd=sum((e.upper_bound_usd or Decimal(0) for e in entries), totals.possibly_billed_usd),
+        possibly_billed_tokens=totals.possibly_billed_tokens + sum(e.upper_bound_tokens or 0 for e in entries),
         lost=lost,
     )
 
 
 def fold(
-    spent: Totals, endings: Sequence[Ending], invocation: int, earlier: Mapping[int, TotalsLine] | None = None
+    totals: Totals, endings: Sequence[Ending], invocation: int, earlier: Mapping[int, TotalsLine] | None = None
 ) -> Totals:
-    """The account with the endings added; lines that no ending touches stay the same objects.
+    """The totals with the endings added; lines that no ending changes stay the same objects.
 
-    `earlier` has, for each row among them that had a record before, what its answer alone used and cost.
+    `earlier` has, for each row that had a record before, what its earlier answer alone used and cost.
     """
-    totals = dict(spent.totals)
-    standing = dict(spent.standing)
-    answered_as = dict(spent.answered_as)
+    booked = dict(totals.booked)
+    standing = dict(totals.standing)
+    answered_as = dict(totals.answered_as)
     changes: list[TotalsLine] = []
     by_line: dict[LineKey, list[Ending]] = {}
     for ending in endings:
@@ -192,16 +187,16 @@ def fold(
         if ending.restored is not None:
             changes += _restored(ending, ending.restored, invocation)
         if earlier and (before := earlier.get(ending.row)) is not None:
-            changes += _again(answer_line(ending, invocation), before)
+            changes += _second_answer(answer_line(ending, invocation), before)
             status = status if replaces(status, before.status) else before.status
         standing[status] = standing.get(status, 0) + 1
         if ending.answered_model is not None:
             answered_as[ending.answered_model] = answered_as.get(ending.answered_model, 0) + 1
     for key, of_line in by_line.items():
-        totals[key] = _added(totals.get(key) or TotalsLine(*key), of_line)
-    unstated = _with_unstated(spent.unstated, endings)
+        booked[key] = _with_endings(booked.get(key) or TotalsLine(*key), of_line)
+    unstated = _with_unstated(totals.unstated, endings)
     folded = msgspec.structs.replace(
-        spent, totals=totals, standing=standing, answered_as=answered_as, unstated=unstated
+        totals, booked=booked, standing=standing, answered_as=answered_as, unstated=unstated
     )
     return with_changes(folded, changes) if changes else folded
 
@@ -210,7 +205,7 @@ def _with_unstated(known: Unstated, endings: Sequence[Ending]) -> Unstated:
     usd, tokens = known.usd, known.tokens
     for ending in endings:
         if ending.maybe_billed:
-            continue  # by its bounds on the list of doubts
+            continue  # its bounds are in the list of possibly billed requests
         if (ending.last_cost_usd if isinstance(ending, Completion) else ending.cost_usd) is None:
             usd += ending.possibly_billed_usd or 0
         if ending.offline is not None:  # an answer came, and no usage
@@ -218,30 +213,30 @@ def _with_unstated(known: Unstated, endings: Sequence[Ending]) -> Unstated:
     return known if (usd, tokens) == (known.usd, known.tokens) else Unstated(usd, tokens)
 
 
-def with_changes(spent: Totals, changes: Iterable[TotalsLine]) -> Totals:
-    """The account with the changes added to `replaced`."""
-    replaced = dict(spent.replaced)
+def with_changes(totals: Totals, changes: Iterable[TotalsLine]) -> Totals:
+    """The totals with the changes added to `replaced`."""
+    replaced = dict(totals.replaced)
     for change in changes:
         replaced[change.key] = plus(replaced.get(change.key) or TotalsLine(*change.key), change)
-    return spent if replaced == spent.replaced else msgspec.structs.replace(spent, replaced=replaced)
+    return totals if replaced == totals.replaced else msgspec.structs.replace(totals, replaced=replaced)
 
 
-def given_up(answer: TotalsLine) -> tuple[TotalsLine, TotalsLine]:
-    """The changes that book an answer over as discarded; `answer` is what it alone used and cost, where it is booked.
+def moved_to_discarded(answer: TotalsLine) -> tuple[TotalsLine, TotalsLine]:
+    """The changes that move an answer to discarded; `answer` is what it alone used and cost, with the key of its line.
 
-    Its row, if it counts one, counts no more.
+    If it counts as a row, it no longer does.
     """
     discarded = msgspec.structs.replace(answer, status=DISCARDED, rows=0)
     return _negative(answer), discarded
 
 
-def settled_still(answer: TotalsLine) -> TotalsLine:
+def row_counts_again(answer: TotalsLine) -> TotalsLine:
     """The change by which the row of a reopened answer counts again."""
     return TotalsLine(*answer.key, rows=1)
 
 
 def answer_line(c: Completion, invocation: int) -> TotalsLine:
-    """What the row's answer alone used and cost, in the line of the totals that it is booked in."""
+    """What the row's answer alone used and cost, with the key of the line that it is booked in."""
     restored = c.restored
     usage, cost = (c.usage, c.last_cost_usd) if restored is None else (restored.usage, restored.cost_usd)
     reported = c.reported_cost_usd if restored is None else None
@@ -271,24 +266,21 @@ def _key(ending: Ending, invocation: int) -> LineKey:
 
 
 def _restored(c: Completion, restored: Restored, invocation: int) -> list[TotalsLine]:
-    """The changes that book an earlier attempt, discarded so far, under the status of the row that it settles."""
+    """The changes that move an earlier attempt, discarded so far, to the status of the row that it settles."""
     answer = answer_line(c, invocation)
     discarded = msgspec.structs.replace(answer, status=DISCARDED, rows=0)
     return [answer, _negative(discarded)]
 
 
-def _again(new: TotalsLine, before: TotalsLine) -> list[TotalsLine]:
-    """The changes where a row is settled that had a record before: one of the two answers is given up.
-
-    The old one's row counts no more since it was reopened.
-    """
+def _second_answer(new: TotalsLine, before: TotalsLine) -> list[TotalsLine]:
+    """The changes for a row that had a record before: one of its two answers is discarded."""
     if replaces(new.status, before.status):
-        return list(given_up(msgspec.structs.replace(before, rows=0)))
-    return [*given_up(new), settled_still(before)]
+        return list(moved_to_discarded(msgspec.structs.replace(before, rows=0)))  # its row left when it was reopened
+    return [*moved_to_discarded(new), row_counts_again(before)]
 
 
 def _used(line: TotalsLine, usage: Usage | None, cost: Decimal | None, reported: Decimal | None) -> TotalsLine:
-    """The line with one attempt's usage and cost in it, besides the offline count, which stays where it was booked."""
+    """The line with one attempt's usage and cost in it, without the offline count, which stays where it was booked."""
     used = usage or Usage(0, 0, 0)
     return msgspec.structs.replace(
         line,
@@ -306,17 +298,17 @@ def _used(line: TotalsLine, usage: Usage | None, cost: Decimal | None, reported:
     )
 
 
-def reopened(spent: Totals, answers: Iterable[TotalsLine]) -> Totals:
-    """The account with the rows of these answers pending again; each stands until another takes its place."""
-    standing, changes = dict(spent.standing), list[TotalsLine]()
+def with_reopened(totals: Totals, answers: Iterable[TotalsLine]) -> Totals:
+    """The totals with the rows of these answers pending again; each answer is valid until another replaces it."""
+    standing, changes = dict(totals.standing), list[TotalsLine]()
     for answer in answers:
         standing[answer.status] = standing.get(answer.status, 0) - 1
         changes.append(TotalsLine(*answer.key, rows=-1))
-    return with_changes(msgspec.structs.replace(spent, standing=standing), changes)
+    return with_changes(msgspec.structs.replace(totals, standing=standing), changes)
 
 
-def _added(line: TotalsLine, endings: Sequence[Ending]) -> TotalsLine:
-    """The line with these attempts in it: sums in plain variables, and one new line a commit."""
+def _with_endings(line: TotalsLine, endings: Sequence[Ending]) -> TotalsLine:
+    """The line with these attempts added: summed in local variables, so that a commit makes one new line."""
     rows = prompt = cached = completion = reasoning = total = unpriced = without_usage = written = 0
     offline_prompt = offline_completion = 0
     cost, reported = line.cost_usd, line.reported_cost_usd

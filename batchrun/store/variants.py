@@ -1,7 +1,7 @@
-"""The ways in which a run's rows were asked: variant 0 as the run began, others by a retry with other settings. PURE.
+"""The variants of the job in a run: 0 is the one it started with; a retry with other settings adds another. PURE.
 
-Each row carries its variant. The templates are kept with the run, so that a row which is pending when a process dies is
-asked by the next one as it was meant, whatever the job file says by then.
+The templates are stored with the run, so that a row that was pending when a process died is sent by the next one as it
+was meant, even if the job file has changed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,62 +14,62 @@ from batchrun.job.job import Job, RequestTemplate
 _SERVED_BY = frozenset({"stream_options", "prompt_cache_key"})
 
 ENTRY = "variants"
-"""The manifest's entry that holds them."""
+"""The manifest entry that holds them."""
 
 
 class Variant(msgspec.Struct, frozen=True):
-    """A request template, and the settings that decide its questions."""
+    """A request template, and all settings that are part of its questions."""
 
     request: RequestTemplate
     question: dict[str, object]
 
 
 def of_job(job: Job) -> Variant:
-    """The variant that the job is."""
+    """The job as a variant."""
     question = msgspec.json.decode(msgspec.json.encode(job.question()), type=dict[str, object])
     return Variant(job.request, question)
 
 
-def read(manifest: Mapping[str, str]) -> tuple[Variant, ...]:
-    """The variants on record.
+def decode(entries: Mapping[str, str]) -> tuple[Variant, ...]:
+    """The variants in the manifest's entries.
 
     Raises:
-        CheckpointError: there are none that can be read.
+        CheckpointError: they are missing or damaged.
     """
     try:
-        return msgspec.json.decode(manifest[ENTRY], type=tuple[Variant, ...])
+        return msgspec.json.decode(entries[ENTRY], type=tuple[Variant, ...])
     except (KeyError, msgspec.DecodeError) as error:
         raise CheckpointError(f"the run's manifest can't be read: {error}; keep a copy of this directory") from error
 
 
 def encode(variants: Sequence[Variant]) -> dict[str, str]:
-    """The variants as the manifest's entry."""
+    """The variants as a manifest entry."""
     return {ENTRY: msgspec.json.encode(variants).decode()}
 
 
 def place(
     job: Job, variants: tuple[Variant, ...], current: int, *, retrying: bool
 ) -> tuple[tuple[Variant, ...], int, tuple[str, ...]]:
-    """The variants with the job's among them, its number, and the settings in which it differs from `current`, the way
-    in which the run's rows are asked. A retry may ask in another way, if by the request alone; that is no difference.
+    """The variants with the job's own added if it is new, its number, and the settings in which it differs from the
+    `current` variant of the run.
     """
-    mine = of_job(job)
-    known = [number for number, variant in enumerate(variants) if variant.question == mine.question]
+    own = of_job(job)
+    known = [number for number, variant in enumerate(variants) if variant.question == own.question]
     number = current if current in known else known[0] if known else len(variants)
-    changed = tuple(differences(variants[current], mine))
+    changed = tuple(differences(variants[current], own))
     if retrying and all(path.startswith("request.") for path in changed):
-        changed = ()
-    return variants if known else (*variants, mine), number, changed
+        changed = ()  # a retry may use another request
+    return variants if known else (*variants, own), number, changed
 
 
 def differences(one: Variant, other: Variant) -> list[str]:
-    """The settings in which two variants ask otherwise, sorted."""
+    """The settings in which two variants differ, sorted."""
     paths = sorted(one.question.keys() | other.question.keys())
     return [path for path in paths if one.question.get(path) != other.question.get(path)]
 
 
 def as_job(job: Job, variant: Variant) -> Job:
-    """The job, asking as the variant does; how requests are served and answers travel stays the job's own."""
+    """The job with the variant's request. How requests are served and answers travel stays as the job has it."""
     extra = {name: value for name, value in variant.request.extra.items() if name not in _SERVED_BY}
     extra |= {name: value for name, value in job.request.extra.items() if name in _SERVED_BY}
     own = job.request

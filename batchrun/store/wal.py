@@ -1,9 +1,9 @@
-"""SQLite's write-ahead log, looked at before SQLite does. PURE.
+"""Checks SQLite's write-ahead log before SQLite opens it. PURE.
 
-SQLite takes the first frame whose checksum is wrong for the end of the log and drops whatever follows, without a word:
-right for a commit that a power cut tore, but a single flipped bit costs thousands of durable rows (measured: up to
-5,248 of 11,328). Each commit is on the disk before the next one begins, so only the last one can be torn: more than one
-commit behind a wrong frame is damage. (sqlite.org, "WAL-mode File Format")
+SQLite takes the first frame with a wrong checksum as the end of the log and silently drops the rest. That is right for
+a commit torn by a power cut, but a single flipped bit can cost thousands of durable rows (measured: up to 5,248 of
+11,328). Each commit is on disk before the next one starts, so a power cut can tear only the last: if more than one
+commit follows a wrong frame, the log is damaged. (sqlite.org, "WAL-mode File Format")
 """
 
 import struct
@@ -11,15 +11,15 @@ from itertools import pairwise
 
 _HEADER = struct.Struct(">8I")  # magic, format, page size, checkpoints, two salts, two checksums
 _FRAME = struct.Struct(">6I")  # page, pages after a commit or 0, two salts, two checksums
-_MAGIC = {0x377F0682: "<", 0x377F0683: ">"}  # and the order of bytes in which words are summed
+_MAGIC = {0x377F0682: "<", 0x377F0683: ">"}  # with the byte order of the words in checksums
 
-PAGE_BYTES = 4096  # SQLite's default, where the header can't be believed
+PAGE_BYTES = 4096  # SQLite's default, used if the header is damaged
 
 Sums = tuple[int, int]
 
 
 def commits_dropped(log: bytes) -> int:
-    """How many commits stand behind the first wrong frame; 0 where every commit can be read."""
+    """How many commits are in or after the first wrong frame; 0 if every commit can be read."""
     if len(log) < _HEADER.size + _FRAME.size:
         return 0
     magic, _, page_bytes, _, *salts_and_sums = _HEADER.unpack_from(log)
@@ -35,7 +35,7 @@ def _dropped(log: bytes, order: str, page_bytes: int, salts: list[int], sums: Su
     dropped, sound = 0, True
     for start, end in pairwise(range(_HEADER.size, len(log) + 1, _FRAME.size + page_bytes)):
         _, pages, *rest = _FRAME.unpack_from(log, start)
-        if rest[:2] != salts:  # of an earlier round, as a rule: the log is written again from its start
+        if rest[:2] != salts:  # usually an old frame: SQLite writes the log again from its start
             sound = False
             continue
         if sound:

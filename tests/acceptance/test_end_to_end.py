@@ -645,7 +645,7 @@ def test_a_deleted_run_directory_stops_the_spending(tmp_path: Path) -> None:
         shutil.rmtree(tmp_path / "out")
         ended = finish(process)
         assert ended.exit_code == 5, ended
-        assert ended.stderr.splitlines()[-1].startswith(f"Error: {tmp_path / 'out' / 'checkpoint.db'}: is gone")
+        assert ended.stderr.splitlines()[-1].startswith(f"Error: {tmp_path / 'out' / 'checkpoint.db'}: was deleted")
         assert len(simulator.ledger()) < 200
 
 

@@ -290,11 +290,11 @@ def test_money_is_booked_on_the_day_spent(tmp_path: Path) -> None:
     ]
     for endings in starts:
         checkpoint = Checkpoint(tmp_path / "checkpoint.db", free_reserve=lambda: False)
-        checkpoint.begin_invocation(0.0, 1, "here", "0")
+        checkpoint.start_invocation(0.0, 1, "here", "0")
         for ending in endings:
             checkpoint.put(ending)
         assert checkpoint.flushed()
-        lines = checkpoint.spent.lines()
+        lines = checkpoint.totals.lines()
         checkpoint.close()
     run = write_summary(tmp_path / "run", summary_of("r", "job", lines, 2, 0))
     each = completion(0).last_cost_usd

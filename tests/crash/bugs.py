@@ -140,7 +140,12 @@ _BUSY_TAKEN_FOR_IDLE = Bug(
 _LOST_UNCOUNTED = Bug(
     "lost attempts have no line",
     "batchrun.store.totals",
-    (("        return [*booked, *self._lost_lines()]\n", "        return [*booked, *self._lost_lines()[:0]]\n"),),
+    (
+        (
+            "        return [*lines_with_figures, *self._lost_lines()]\n",
+            "        return [*lines_with_figures, *self._lost_lines()[:0]]\n",
+        ),
+    ),
     "attempts: the rows say",
     point="after the slot is taken",
     passage=30,

@@ -47,7 +47,7 @@ def test_requests_in_flight_outlive_their_process(
         for slot in cleared:
             flying.clear(slot)
         left = [entry for slot, entry in sorted(taken.items()) if slot not in cleared]
-        assert flying.taken() == left
+        assert flying.occupied() == left
     assert in_flight.read(path) == left
 
 
@@ -64,7 +64,7 @@ def test_a_new_start_clears_all_slots(tmp_path: Path) -> None:
     with opened(path, 64) as flying:
         flying.take(63, 1, 1, KEY, None, 9)
     with opened(path, 4) as flying:
-        assert flying.taken() == []
+        assert flying.occupied() == []
     assert path.stat().st_size == 4 * SLOT_BYTES
 
 
@@ -74,14 +74,14 @@ def test_clearing_all_leaves_no_request_in_flight(tmp_path: Path) -> None:
         for slot in range(8):
             flying.take(slot, slot, 1, KEY, Decimal(1), 9)
         flying.clear_all()
-        assert flying.taken() == []
+        assert flying.occupied() == []
     assert in_flight.read(path) == []
 
 
 def test_a_bound_beyond_64_bits_is_clamped(tmp_path: Path) -> None:
     with opened(tmp_path / "inflight.bin", 1) as flying:
         flying.take(0, 1, 1, KEY, Decimal(10**9), 9)
-        (entry,) = flying.taken()
+        (entry,) = flying.occupied()
     assert entry.upper_bound_usd == Decimal("9223372.036854775807")
 
 

@@ -70,7 +70,7 @@ def test_the_next_start_imports_the_spill_once(tmp_path: Path) -> None:
     spill.append(tmp_path / "spill.bin", endings, 1)  # the failed commit had arrived in part after all
     for _ in range(2):
         checkpoint = opened(path)
-        assert checkpoint.spent.totals == fold(Totals(), endings, 1).totals
+        assert checkpoint.totals.booked == fold(Totals(), endings, 1).booked
         assert [kept.row for kept in checkpoint.completions(0, 10)] == [0, 2]
         checkpoint.close()
         assert not (tmp_path / "spill.bin").exists()

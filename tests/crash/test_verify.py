@@ -24,7 +24,7 @@ from batchrun.job.load import load
 from batchrun.records import Summary
 from batchrun.simulator import Fault, SimulatorConfig, parse_faults
 from batchrun.store import db_tables, in_flight, spill
-from batchrun.store.at_rest import log_of
+from batchrun.store.at_rest import wal_of
 from batchrun.store.checkpoint import FORMAT
 from batchrun.store.database import Database
 from batchrun.store.rundir import RunDirectory
@@ -213,7 +213,7 @@ def state_of(directory: RunDirectory) -> tuple[object, ...]:
 def settled(state: tuple[object, ...]) -> int:
     known = state[0]
     assert isinstance(known, db_records.DbRecords)
-    return known.spent.settled()
+    return known.totals.settled()
 
 
 @pytest.mark.campaign
@@ -360,7 +360,7 @@ def test_a_partial_result_is_not_complete_again(runs: Runs, tmp_path: Path, name
         path.unlink()
         ended = again()
         assert (ended.exit_code, len(ended.stderr.splitlines())) == (7, 1)
-        assert "is gone, and the run is complete; put it back" in ended.stderr or "the result holds" in ended.stderr
+        assert "is missing, though the run is complete; restore it" in ended.stderr or "the result has" in ended.stderr
         path.write_bytes(content)
     content = directory.checkpoint.read_bytes()
     for left in (b"", None):
@@ -368,7 +368,7 @@ def test_a_partial_result_is_not_complete_again(runs: Runs, tmp_path: Path, name
         if left is not None:
             directory.checkpoint.write_bytes(left)
         ended = again()
-        assert (ended.exit_code, f"{directory.checkpoint}: is gone or empty" in ended.stderr) == (7, True)
+        assert (ended.exit_code, f"{directory.checkpoint}: missing or empty" in ended.stderr) == (7, True)
         directory.checkpoint.write_bytes(content)
     assert again().exit_code == 0
     assert len(runs.simulator.ledger()) == served
@@ -384,7 +384,7 @@ def test_a_changed_result_is_noticed_by_stat(runs: Runs, tmp_path: Path, name: s
         flip(path, len(content) // 3)
         ended = again()
         assert (ended.exit_code, len(ended.stderr.splitlines())) == (7, 1)
-        assert f"{path} was changed after it was written; put it back" in ended.stderr
+        assert f"{path} was changed after it was written; restore it" in ended.stderr
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # bits that rot change neither size nor time
         assert again().exit_code == 0
         assert batchrun("verify", directory.path).exit_code == 7
@@ -499,7 +499,7 @@ def test_salvage_keeps_every_whole_record(runs: Runs, tmp_path: Path, harm: str)
     directory = runs.copy("killed", tmp_path / "run")
     known = db_records.read(directory.checkpoint)
     HARMS[harm](directory.checkpoint)
-    HARMS[harm](log_of(directory.checkpoint))
+    HARMS[harm](wal_of(directory.checkpoint))
     findings, salvaged = salvage(directory)
     assert findings.damages
     assert salvaged is not None
@@ -516,7 +516,7 @@ def test_salvage_keeps_every_whole_record(runs: Runs, tmp_path: Path, harm: str)
 
 def test_a_damaged_log_costs_one_page(runs: Runs, tmp_path: Path) -> None:
     directory = runs.copy("killed", tmp_path / "run")
-    known, log = db_records.read(directory.checkpoint), log_of(directory.checkpoint)
+    known, log = db_records.read(directory.checkpoint), wal_of(directory.checkpoint)
     content, chance = log.read_bytes(), level.seeded("test_a_damaged_log_costs_one_page")
     for _ in range(15):
         flip(log, place := chance.randrange(len(content)), chance.randrange(8))
@@ -532,7 +532,7 @@ def test_damaged_pages_cost_only_their_records(tmp_path: Path) -> None:
     path, rows = tmp_path / "checkpoint.db", 3_000
     database = Database.open(path, db_tables.TABLES, FORMAT, lambda full: False)
     database.transaction(lambda: database.insert("rows", [(row, 1, bytes([row % 251]) * 700) for row in range(rows)]))
-    database.rest()
+    database.leave_wal()
     database.close()
     leaves = [place for place in range(12 * 4096, path.stat().st_size, 4096) if path.read_bytes()[place] == 0x0D]
     for place in leaves[:: len(leaves) // 20][:20]:
@@ -555,7 +555,7 @@ def test_a_lost_slot_file_costs_no_row(runs: Runs, tmp_path: Path) -> None:
 def test_salvage_names_requests_in_flight(runs: Runs, tmp_path: Path) -> None:
     directory = runs.copy("killed", tmp_path / "run")
     known, flying = db_records.read(directory.checkpoint), in_flight.read(directory.inflight)
-    flip(log_of(directory.checkpoint), 5000)
+    flip(wal_of(directory.checkpoint), 5000)
     salvage(directory)
     ended = {(row.row, row.attempts) for row in known.rows.values()}
     doubts = db_records.read(tmp_path / "run.salvaged" / "checkpoint.db").possibly_billed
@@ -616,8 +616,8 @@ def test_salvage_keeps_a_retry_under_way(runs: Runs, tmp_path: Path) -> None:
     assert salvaged.rows == ROWS
     new = db_records.read(salvaged.path / "checkpoint.db")
     assert new.reopened.keys() == known.reopened.keys() - known.rows.keys()
-    assert new.spent.settled() == known.spent.settled()
-    assert new.spent.totals == known.spent.totals
+    assert new.totals.settled() == known.totals.settled()
+    assert new.totals.booked == known.totals.booked
     before = len(runs.simulator.ledger())
     assert go_on(runs, RunDirectory(salvaged.path)).complete
     asked = {int(str(line.client_request_id).split("-")[1]) for line in runs.simulator.ledger()[before:]}
@@ -661,7 +661,7 @@ def test_a_part_with_other_questions_is_rejected(runs: Runs, tmp_path: Path) -> 
     moved = pa.array([int(row or 0) + ROWS - 2 * table.num_rows for row in table.column("row").to_pylist()], pa.int64())
     stale = table.set_column(table.column_names.index("row"), "row", moved)
     pq.write_table(stale, directory.part_of(ROWS // 40 - 1, 1), write_page_checksum=True)
-    flip(log_of(directory.checkpoint), 5000)
+    flip(wal_of(directory.checkpoint), 5000)
     salvaged = salvage(directory)[1]
     assert salvaged is not None
     assert set(kept_rows(directory).column("row").to_pylist()) <= answered(known)

@@ -32,7 +32,7 @@ def rows_of(folder: Path, database: bytes, log: bytes) -> int:
     path.with_name("checkpoint.db-wal").write_bytes(log)
     checkpoint = Checkpoint(path, free_reserve=lambda: False)
     checkpoint.close()
-    return checkpoint.spent.settled()
+    return checkpoint.totals.settled()
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from batchrun.records import Completion, Discarded, Ending, PossiblyBilled, RowE
 from batchrun.store import db_tables
 from batchrun.store.checkpoint import FORMAT, MAX_GROUP, Checkpoint, read_finished
 from batchrun.store.db_tables import Chunk, Reopened
-from batchrun.store.totals import Totals, answer_line, doubt, fold, with_possibly_billed
+from batchrun.store.totals import Totals, answer_line, fold, possibly_billed, with_possibly_billed
 from tests import level
 from tests.endings import ENDINGS, completion, discarded, stored_attempt
 
@@ -51,13 +51,13 @@ def everything(path: Path) -> tuple[object, ...]:
     """All that a checkpoint tells."""
     with opened(path) as checkpoint:
         return (
-            checkpoint.manifest(),
+            checkpoint.manifest_entries(),
             checkpoint.chunks(),
             checkpoint.completions(0, 100_000),
             checkpoint.discarded(WHOLE),
             checkpoint.settled_rows(WHOLE),
-            checkpoint.last_attempts_lost(WHOLE),
-            checkpoint.spent,
+            checkpoint.last_lost_attempts(WHOLE),
+            checkpoint.totals,
         )
 
 
@@ -65,7 +65,7 @@ def filled(path: Path) -> Path:
     """A checkpoint with records in every table, closed."""
     with opened(path) as checkpoint:
         checkpoint.write_manifest({"facts": '{"run_id":"1"}', "prices": "{}"})
-        checkpoint.begin_invocation(1_795_000_000.5, 4711, "here", "0.1.0")
+        checkpoint.start_invocation(1_795_000_000.5, 4711, "here", "0.1.0")
         checkpoint.open_chunk(Chunk(0, 0, 50, '{"file":0}', "ab" * 16, 1, "cd" * 16, open=0))
         checkpoint.open_chunk(Chunk(1, 50, 50, '{"file":0}', "ef" * 16))
         error = RowError("bad_request", 400, "too_long", "the context is too long")
@@ -98,13 +98,13 @@ def test_every_field_of_a_result_round_trips(tmp_path: Path, endings: list[Endin
     path.unlink(missing_ok=True)
     with opened(path) as checkpoint:
         put(checkpoint, endings)
-        spent = checkpoint.spent
+        spent = checkpoint.totals
     with opened(path) as checkpoint:
         assert checkpoint.completions(0, 100) == [e for e in endings if isinstance(e, Completion)]
         assert checkpoint.discarded(WHOLE) == [stored_attempt(e) for e in endings if isinstance(e, Discarded)]
         assert checkpoint.settled_rows(WHOLE) == {e.row for e in endings if isinstance(e, Completion)}
-        assert checkpoint.spent == spent
-    doubts = [entry for ending in endings if (entry := doubt(ending, 0)) is not None]
+        assert checkpoint.totals == spent
+    doubts = [entry for ending in endings if (entry := possibly_billed(ending, 0)) is not None]
     assert spent == with_possibly_billed(fold(Totals(), endings, 0), doubts)
 
 
@@ -128,18 +128,18 @@ def test_a_thousand_sparse_results_are_one_commit(tmp_path: Path) -> None:
         gathered.set()
         assert checkpoint.flushed()
         assert checkpoint.completions(0, MAX_GROUP) == endings
-        assert checkpoint.spent.possibly_billed_count == MAX_GROUP
+        assert checkpoint.totals.possibly_billed_count == MAX_GROUP
     assert commits == [1, MAX_GROUP]
 
 
 def test_any_number_of_totals_fits_one_commit(tmp_path: Path) -> None:
     many = 12_000  # SQLite takes 32,766 parameters in one statement
     with opened(tmp_path / "checkpoint.db") as checkpoint:
-        checkpoint.name_possibly_billed([PossiblyBilled(row, 1, "", None, 9, "crash", 1) for row in range(many)])
+        checkpoint.add_possibly_billed([PossiblyBilled(row, 1, "", None, 9, "crash", 1) for row in range(many)])
         put(checkpoint, [completion(row, answered_model=f"model-{row}") for row in range(many)])
     with opened(tmp_path / "checkpoint.db") as checkpoint:
-        assert checkpoint.spent.possibly_billed_count == many
-        assert len(checkpoint.spent.answered_as) == many
+        assert checkpoint.totals.possibly_billed_count == many
+        assert len(checkpoint.totals.answered_as) == many
 
 
 def test_half_surrogates_cost_no_paid_row(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_an_unstorable_value_stops_the_run(tmp_path: Path) -> None:
         assert checkpoint.broken
     assert "OverflowError" in str(failures[0])
     with opened(tmp_path / "checkpoint.db") as checkpoint:
-        assert checkpoint.spent == Totals()
+        assert checkpoint.totals == Totals()
 
 
 def test_reads_see_all_earlier_writes(tmp_path: Path) -> None:
@@ -178,40 +178,40 @@ def test_the_manifest_keeps_the_last_value(tmp_path: Path) -> None:
         checkpoint.write_manifest({"a": "1", "b": "2"})
         checkpoint.write_manifest({"b": "3"})
     with opened(tmp_path / "checkpoint.db") as checkpoint:
-        assert checkpoint.manifest() == {"a": "1", "b": "3"}
+        assert checkpoint.manifest_entries() == {"a": "1", "b": "3"}
 
 
 def test_each_invocation_has_the_next_number(tmp_path: Path) -> None:
     for number in (1, 2, 3):
         with opened(tmp_path / "checkpoint.db") as checkpoint:
-            assert checkpoint.begin_invocation(0.0, os.getpid(), "here", "0") == number == checkpoint.invocation
+            assert checkpoint.start_invocation(0.0, os.getpid(), "here", "0") == number == checkpoint.invocation
 
 
 def test_sealing_a_chunk_takes_only_its_rows(tmp_path: Path) -> None:
     chunk = Chunk(1, 10, 10, "{}", "ab")
     with opened(tmp_path / "checkpoint.db") as checkpoint:
         put(checkpoint, [*(completion(row) for row in range(30)), discarded(12)])
-        spent = checkpoint.spent
+        spent = checkpoint.totals
         checkpoint.open_chunk(chunk)
         checkpoint.seal_chunk(msgspec.structs.replace(chunk, generation=1, part_digest="cd"))
         assert checkpoint.settled_rows(WHOLE) == {*range(10), *range(20, 30)}
         assert len(checkpoint.discarded(WHOLE)) == 1  # the bill needs them for ever
         assert checkpoint.chunks() == [Chunk(1, 10, 10, "{}", "ab", 1, "cd")]
-        assert checkpoint.spent == spent
+        assert checkpoint.totals == spent
 
 
 def test_every_result_is_recognised_when_stored(tmp_path: Path) -> None:
     """By its row and attempt, as a possibly billed attempt, or by its sealed chunk."""
     with opened(tmp_path / "checkpoint.db") as checkpoint:
         put(checkpoint, [completion(0, attempts=2), discarded(1, 3)])
-        checkpoint.name_possibly_billed([PossiblyBilled(2, 4, "", None, 9, "crash", 1)])
+        checkpoint.add_possibly_billed([PossiblyBilled(2, 4, "", None, 9, "crash", 1)])
         checkpoint.open_chunk(Chunk(0, 10, 5, "{}", "ab", 1, "cd", open=0))
         checkpoint.open_chunk(Chunk(1, 15, 5, "{}", "ab"))
         known = [(0, 1), (0, 2), (1, 3), (2, 4), (10, 1), (14, 9)]
         unknown = [(0, 3), (1, 2), (1, 4), (2, 5), (3, 1), (9, 1), (15, 1)]
         assert [checkpoint.has_end(*attempt) for attempt in known] == [True] * len(known)
         assert [checkpoint.has_end(*attempt) for attempt in unknown] == [False] * len(unknown)
-        assert checkpoint.last_attempts_lost(WHOLE) == {2: 4}
+        assert checkpoint.last_lost_attempts(WHOLE) == {2: 4}
 
 
 def test_a_reopened_row_is_pending_until_resealed(tmp_path: Path) -> None:
@@ -224,20 +224,20 @@ def test_a_reopened_row_is_pending_until_resealed(tmp_path: Path) -> None:
         put(checkpoint, [completion(row, status=status) for row, status in statuses.items()])
         sealed = msgspec.structs.replace(chunk, generation=1, part_digest="cd", open=0)
         checkpoint.seal_chunk(sealed)
-        assert checkpoint.spent.standing == {"ok": 1, "truncated": 1, "error": 1}
+        assert checkpoint.totals.standing == {"ok": 1, "truncated": 1, "error": 1}
         rows = [reopened(1, 1, "truncated"), reopened(2, 4, "error")]
         checkpoint.write_manifest({"finished": "{}"})
         checkpoint.reopen_chunks([msgspec.structs.replace(sealed, open=1)], rows, {"variants": "[]"})
-        assert checkpoint.manifest() == {"variants": "[]"}
-        assert checkpoint.spent.settled() == 1
+        assert checkpoint.manifest_entries() == {"variants": "[]"}
+        assert checkpoint.totals.settled() == 1
         assert checkpoint.reopened(chunk) == {1: rows[0], 2: rows[1]}
         put(checkpoint, [completion(1, status=Status.ERROR, attempts=2), completion(2, status=Status.OK, attempts=5)])
         checkpoint.seal_chunk(msgspec.structs.replace(sealed, generation=2))
         assert checkpoint.reopened(chunk) == {}
-        standing = {status: rows for status, rows in checkpoint.spent.standing.items() if rows}
+        standing = {status: rows for status, rows in checkpoint.totals.standing.items() if rows}
         assert standing == {"ok": 2, "truncated": 1}
     with opened(path) as checkpoint:
-        assert {status: rows for status, rows in checkpoint.spent.standing.items() if rows} == standing
+        assert {status: rows for status, rows in checkpoint.totals.standing.items() if rows} == standing
 
 
 # ── all or nothing ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -253,9 +253,9 @@ def require_consistent(path: Path, durable: set[int]) -> None:
     with opened(path) as checkpoint:
         rows = checkpoint.completions(0, 10_000_000)
         assert durable <= {row.row for row in rows}
-        lines = checkpoint.spent.totals.values()
+        lines = checkpoint.totals.booked.values()
         assert sum(line.rows for line in lines) == len(rows)
-        assert checkpoint.spent.cost_usd() == sum((row.cost_usd or Decimal(0) for row in rows), Decimal(0))
+        assert checkpoint.totals.cost_usd() == sum((row.cost_usd or Decimal(0) for row in rows), Decimal(0))
 
 
 def test_durable_rows_survive_kill_9(tmp_path: Path) -> None:

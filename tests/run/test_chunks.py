@@ -304,7 +304,7 @@ def test_any_interruption_gives_the_same_file(tmp_path: Path, kind: str, crash: 
     run = tmp_path / "run"
     with started(run, job) as start:
         crash(start)
-        settled = start.checkpoint.spent.settled()
+        settled = start.checkpoint.totals.settled()
     table, asked = finish(run, job)
     assert table.equals(undisturbed)
     assert len(asked) == len(set(asked)) == 45 - settled  # nothing settled is asked again
@@ -332,7 +332,7 @@ def test_a_resumed_row_knows_its_attempts(tmp_path: Path) -> None:
         start.chunks.open_next()
         for attempt in (discarded(3, 1), discarded(3, 2), discarded(12, 1)):
             start.checkpoint.put(attempt)
-        start.checkpoint.name_possibly_billed([entry for row in (3, 14) for entry in lost(row, 4)])
+        start.checkpoint.add_possibly_billed([entry for row in (3, 14) for entry in lost(row, 4)])
     with started(tmp_path / "run", job) as start:
         first, second = next_chunk(start), next_chunk(start)
         assert {row: [a.n for a in found] for row, found in first.discarded.items()} == {3: [1, 2]}

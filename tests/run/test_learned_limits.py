@@ -25,7 +25,7 @@ def logged(out: Path, event: str) -> Iterator[dict[str, Any]]:
 def manifest(out: Path) -> dict[str, str]:
     checkpoint = Checkpoint(out / "checkpoint.db", free_reserve=lambda: False)
     try:
-        return checkpoint.manifest()
+        return checkpoint.manifest_entries()
     finally:
         checkpoint.close()
 
@@ -95,7 +95,7 @@ def test_answers_without_usage_count_under_later_caps(
     def spent(out: Path) -> Totals:
         checkpoint = Checkpoint(out / "checkpoint.db", free_reserve=lambda: False)
         try:
-            return checkpoint.spent
+            return checkpoint.totals
         finally:
             checkpoint.close()
 

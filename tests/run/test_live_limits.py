@@ -155,9 +155,9 @@ def test_a_running_process_takes_new_limits(tmp_path: Path) -> None:
         (
             1318.44,
             "1,318 requests/min, 8 in flight "
-            "(what holds now: the server's headers or refusals allow less than 6,000 requests/min)",
+            "(limits in force: the server's headers or refusals allow less than 6,000 requests/min)",
         ),
-        (2.5, "2.5 requests/min, 8 in flight (what holds now: the server's headers or refusals allow less than 6,000"),
+        (2.5, "2.5 requests/min, 8 in flight (limits in force: the server's headers or refusals allow less than 6,000"),
     ],
 )
 def test_a_lower_rate_says_why(now: float, words: str) -> None:
@@ -297,7 +297,7 @@ def test_control_file_errors_are_plain_words(content: bytes, problem: str) -> No
 def test_a_new_daily_limit_counts_today(tmp_path: Path) -> None:
     checkpoint = Checkpoint(tmp_path / "checkpoint.db", free_reserve=lambda: False)
     try:
-        checkpoint.begin_invocation(0.0, 1, "host", "0")
+        checkpoint.start_invocation(0.0, 1, "host", "0")
         checkpoint.listen(lambda endings: None, lambda error: None)
         for row, at in enumerate((time.time(), time.time(), 86_400.0)):
             checkpoint.put(completion(row, finished_at=at))

@@ -46,7 +46,7 @@ def test_a_retry_sends_failed_rows_only(tmp_path: Path, layout: str) -> None:
         write_job(job, simulator.url, tmp_path / "in.jsonl", more)
         ended = batchrun("run", job, "-o", out, "--retry-failed")
         assert ended.exit_code == 0, ended.stderr
-        assert "3 rows that ended as empty, error, invalid are asked again, about $0." in ended.stderr
+        assert "3 rows that ended as empty, error, invalid will be sent again, about $0." in ended.stderr
         assert "without --retry-failed" not in ended.stderr
         assert len(simulator.ledger()) == 3
     after = read(out)
@@ -132,7 +132,7 @@ def test_retrying_an_unfinished_run_sends_both(tmp_path: Path) -> None:
         ended = batchrun("run", job, "-o", out, "--retry-failed")
         assert ended.exit_code == 3, ended.stderr
         assert "still pending; sent first" in ended.stderr
-        assert "2 rows that ended as empty, error, invalid are asked again" in ended.stderr
+        assert "2 rows that ended as empty, error, invalid will be sent again" in ended.stderr
     failed = {row["row"]: row["attempts"] for row in table(out).to_pylist() if row["status"] == "error"}
     assert failed == {90: 2}
 

@@ -155,7 +155,7 @@ def mounted(tmp_path: Path, kind: str) -> Path:
 
 @pytest.mark.parametrize("kind", ["nfs4", "cifs", "fuse.sshfs"])
 def test_a_network_file_system_is_refused(tmp_path: Path, kind: str) -> None:
-    with pytest.raises(JobError, match=rf"lies on a network file system \({kind}\)"):
+    with pytest.raises(JobError, match=rf"is on a network file system \({kind}\)"):
         RunDirectory(tmp_path / "out").create(mounted(tmp_path, kind))
 
 

@@ -93,7 +93,7 @@ def run(job: Job, path: Path, rows: int) -> Summary:
     return batchrun.run(job, texts(rows), output=path)
 
 
-def log_of(path: Path) -> list[dict[str, Any]]:
+def wal_of(path: Path) -> list[dict[str, Any]]:
     return [msgspec.json.decode(line) for line in (path / "run.log").read_bytes().splitlines()]
 
 
@@ -130,7 +130,7 @@ def test_a_revoked_key_is_set_aside_and_named(tmp_path: Path) -> None:
     assert summary.by_status == {"ok": 100}
     assert len(first.served) == 100
     assert 2 <= len(second.refused) <= 16
-    (set_aside,) = [entry for entry in log_of(tmp_path / "run") if entry["event"] == "endpoint set aside"]
+    (set_aside,) = [entry for entry in wal_of(tmp_path / "run") if entry["event"] == "endpoint set aside"]
     assert set_aside["endpoint"] == "KEY_B"
     assert "401" in set_aside["why"]
     assert summary.endpoints[1].set_aside is not None
@@ -165,7 +165,7 @@ def test_an_endpoint_that_dies_leaves_its_rows_to_the_other(tmp_path: Path) -> N
     assert len(second.served) == 20
     assert len(first.served) == 280
     assert any(
-        entry.get("endpoint") == "KEY_B" and entry.get("after") == "Cooling" for entry in log_of(tmp_path / "run")
+        entry.get("endpoint") == "KEY_B" and entry.get("after") == "Cooling" for entry in wal_of(tmp_path / "run")
     )
 
 
@@ -205,7 +205,7 @@ def test_a_rotated_key_is_used_without_a_restart(tmp_path: Path) -> None:
         summary = run(job, tmp_path / "run", 200)
     assert summary.by_status == {"ok": 200}
     assert len(server.served) == 200
-    assert any(entry["event"] == "key replaced" for entry in log_of(tmp_path / "run"))
+    assert any(entry["event"] == "key replaced" for entry in wal_of(tmp_path / "run"))
     whole = b"".join(path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file())
     assert b"canary" not in whole
 
@@ -230,7 +230,7 @@ def test_an_endpoint_set_aside_returns_with_its_new_key(tmp_path: Path) -> None:
         summary = run(job, tmp_path / "run", 250)
     assert summary.by_status == {"ok": 250}
     assert len(second.served) > 0
-    events = [entry["event"] for entry in log_of(tmp_path / "run")]
+    events = [entry["event"] for entry in wal_of(tmp_path / "run")]
     assert events.index("endpoint set aside") < events.index("key replaced") < events.index("endpoint restored")
     assert summary.endpoints[1].set_aside is None
 

@@ -7,7 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchrun.records import DAY_S, Completion, Ending, OfflineCount, PossiblyBilled, Status, TotalsLine, Usage, utc_day
-from batchrun.store.totals import DISCARDED, LOST, MAX_NAMED, Totals, Unstated, doubt, fold, with_possibly_billed
+from batchrun.store.totals import (
+    DISCARDED,
+    LOST,
+    MAX_NAMED,
+    Totals,
+    Unstated,
+    fold,
+    possibly_billed,
+    with_possibly_billed,
+)
 from tests.endings import ENDINGS, MODEL, completion, discarded
 
 DAY = "2026-11-18"
@@ -39,7 +48,7 @@ def test_totals_are_the_sum_of_results(endings: list[Ending]) -> None:
     costs = [e.last_cost_usd if isinstance(e, Completion) else e.cost_usd for e in endings]
     assert spent.settled() == len(completions)
     assert spent.cost_usd() == sum(filter(None, costs), Decimal(0))
-    lines = spent.totals.values()
+    lines = spent.booked.values()
     assert sum(line.attempts for line in lines) == len(endings)
     assert sum(line.total_tokens for line in lines) == sum(e.usage.total_tokens for e in endings if e.usage)
     assert sum(line.unpriced for line in lines) == sum(
@@ -61,33 +70,37 @@ def test_the_mean_covers_rows_with_cost() -> None:
 
     assert Totals().mean_cost_usd() is None
     free = {(1, MODEL, "error", "", ""): line("error", 7, "0")}
-    assert Totals(totals=free).mean_cost_usd() is None
+    assert Totals(booked=free).mean_cost_usd() is None
     paid = {(1, MODEL, "ok", "", ""): line("ok", 20, "0.5"), (1, MODEL, DISCARDED, "", ""): line(DISCARDED, 0, "0.1")}
-    assert Totals(totals=free | paid, standing={"ok": 10, "error": 7}).mean_cost_usd() == Decimal("0.03")
+    assert Totals(booked=free | paid, standing={"ok": 10, "error": 7}).mean_cost_usd() == Decimal("0.03")
 
 
 def test_an_untouched_line_is_the_same_object() -> None:
     before = fold(Totals(), [completion(0), discarded(1)], 1)
     after = fold(before, [completion(2)], 1)
-    assert after.totals[1, MODEL, DISCARDED, DAY, ""] is before.totals[1, MODEL, DISCARDED, DAY, ""]
-    assert after.totals[1, MODEL, "ok", DAY, ""].rows == 2
-    assert before.totals[1, MODEL, "ok", DAY, ""].rows == 1
+    assert after.booked[1, MODEL, DISCARDED, DAY, ""] is before.booked[1, MODEL, DISCARDED, DAY, ""]
+    assert after.booked[1, MODEL, "ok", DAY, ""].rows == 2
+    assert before.booked[1, MODEL, "ok", DAY, ""].rows == 1
 
 
 def test_each_invocation_has_lines_of_its_own() -> None:
     spent = fold(fold(Totals(), [completion(0)], 1), [completion(1)], 2)
-    assert [(line.invocation, line.rows) for line in spent.totals.values()] == [(1, 1), (2, 1)]
+    assert [(line.invocation, line.rows) for line in spent.booked.values()] == [(1, 1), (2, 1)]
 
 
 def test_only_possibly_billed_attempts_count_so() -> None:
-    assert doubt(completion(0), 1) is None
-    assert doubt(discarded(0), 1) is None
+    assert possibly_billed(completion(0), 1) is None
+    assert possibly_billed(discarded(0), 1) is None
     lost = discarded(
         3, 2, maybe_billed=True, error_kind="timeout", possibly_billed_usd=Decimal("0.5"), possibly_billed_tokens=700
     )
-    assert doubt(lost, 4) == PossiblyBilled(3, 2, lost.key.hex(), Decimal("0.5"), 700, "timeout", 4, "req-3-2")
+    assert possibly_billed(lost, 4) == PossiblyBilled(
+        3, 2, lost.key.hex(), Decimal("0.5"), 700, "timeout", 4, "req-3-2"
+    )
     answered = completion(3, maybe_billed=True, attempts=2, status=Status.ERROR)
-    assert doubt(answered, 1) == PossiblyBilled(3, 2, answered.key.hex(), None, 0, "no answer", 1, answered.request_id)
+    assert possibly_billed(answered, 1) == PossiblyBilled(
+        3, 2, answered.key.hex(), None, 0, "no answer", 1, answered.request_id
+    )
 
 
 def test_every_possible_billing_is_counted() -> None:
@@ -120,7 +133,7 @@ def test_running_totals_count_every_attempt_once() -> None:
     answered = completion(0, usage=Usage(10, 2, 12))
     refused = discarded(1)
     timed_out = discarded(2, maybe_billed=True, error_kind="timeout", possibly_billed_tokens=700)
-    doubts = [doubt(timed_out, 1), PossiblyBilled(3, 1, "00", None, 50, "crash", 1)]
+    doubts = [possibly_billed(timed_out, 1), PossiblyBilled(3, 1, "00", None, 50, "crash", 1)]
     spent = fold(Totals(), [answered, refused, timed_out], 1)
     spent = with_possibly_billed(spent, [entry for entry in doubts if entry is not None])
     assert (spent.requests(), spent.tokens()) == (4, 12 + 700 + 50)
