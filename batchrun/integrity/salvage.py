@@ -88,13 +88,13 @@ def _salvaged(directory: RunDirectory, known: DbRecords) -> Salvaged:
     to = directory.path.with_name(directory.path.name + ".salvaged")
     if to.exists():
         raise JobError(f"{to}: already exists; move it away, then salvage again")
-    begun = _facts(known)
-    if begun is None:
+    facts = _facts(known)
+    if facts is None:
         return _built(directory, known, None, None, "the facts of its first start can't be read", to)
     try:
-        return _built(directory, known, begun, input_again(begun, directory), None, to)
+        return _built(directory, known, facts, input_again(facts, directory), None, to)
     except InputError as error:
-        return _built(directory, known, begun, None, str(error), to)
+        return _built(directory, known, facts, None, str(error), to)
 
 
 def _facts(known: DbRecords) -> Manifest | None:
@@ -105,16 +105,16 @@ def _facts(known: DbRecords) -> Manifest | None:
         return None
 
 
-def input_again(begun: Manifest, directory: RunDirectory) -> Source:
+def input_again(facts: Manifest, directory: RunDirectory) -> Source:
     """The input, unchanged since the run began.
 
     Raises:
         InputError: it is missing or has changed.
     """
-    paths = tuple(Path(file.path) for file in begun.files)
+    paths = tuple(Path(file.path) for file in facts.files)
     if [path.name for path in paths] == [directory.spool.name] and directory.spool.exists():
         paths = (directory.spool,)
-    if (what := resume.changed_input(paths, directory, begun)) is not None:
+    if (what := resume.changed_input(paths, directory, facts)) is not None:
         raise InputError(what)
     return open_source(paths, ANY_LENGTH)
 
@@ -122,7 +122,7 @@ def input_again(begun: Manifest, directory: RunDirectory) -> Source:
 def _built(
     directory: RunDirectory,
     known: DbRecords,
-    begun: Manifest | None,
+    facts: Manifest | None,
     source: Source | None,
     problem: str | None,
     to: Path,
@@ -131,7 +131,7 @@ def _built(
     shutil.rmtree(building.path, ignore_errors=True)
     building.create()
     try:
-        copy = Salvage(directory, known, begun, source, building)
+        copy = Salvage(directory, known, facts, source, building)
         copy.write()
         with disk_errors(to):
             building.path.rename(to)
@@ -151,20 +151,20 @@ class Salvage:
     """Copies a run into an empty directory; `write` does all of it."""
 
     def __init__(
-        self, old: RunDirectory, known: DbRecords, begun: Manifest | None, source: Source | None, new: RunDirectory
+        self, old: RunDirectory, known: DbRecords, facts: Manifest | None, source: Source | None, new: RunDirectory
     ) -> None:
         self._old = old
         self._known = known
-        self._facts = begun
+        self._facts = facts
         self._source = source
         self._new = new
-        self._types = None if begun is None or begun.types is None else ColumnTypes.from_json(begun.types)
-        self._settings = Output() if begun is None else begun.output
+        self._types = None if facts is None or facts.types is None else ColumnTypes.from_json(facts.types)
+        self._settings = Output() if facts is None else facts.output
         self._schema, self._prefix = self._columns()
         self._own = own_schema(self._prefix).names
-        jobs = [] if begun is None else [_job_of(variant) for variant in variants.decode(known.manifest)]
-        self._builders = [] if begun is None else [RequestBuilder(job, begun.dialect) for job in jobs]
-        self._parsed = JSON if begun is None else manifest.answer_column(begun)
+        jobs = [] if facts is None else [_job_of(variant) for variant in variants.decode(known.manifest)]
+        self._builders = [] if facts is None else [RequestBuilder(job, facts.dialect) for job in jobs]
+        self._parsed = JSON if facts is None else manifest.answer_column(facts)
         self._kept = SoundRows(old, known, self._schema, self._prefix)
         self.account = Account(in_flight.read(old.inflight), rebuilt_checkpoint.spilled(old))
         self.missing = 0
@@ -223,16 +223,16 @@ class Salvage:
             yield self._joined(Chunk(number, first_row, given.rows, end, input_digest), kept, self._facts)
             first_row += given.rows
 
-    def _windows(self, source: Source, begun: Manifest) -> Iterator[Window]:
+    def _windows(self, source: Source, facts: Manifest) -> Iterator[Window]:
         """The recorded chunks (a pilot's last one is short), then those that a start would open."""
-        position, rejected = START, frozenset(begun.rejected)
+        position, rejected = START, frozenset(facts.rejected)
         for chunk in self._known.chunks if self._known.whole else ():
             again = next(source.windows(position, chunk.rows, sys.maxsize, rejected), None)
             if again is None or again.rows != chunk.rows:
                 raise InputError(f"the input has changed from row {chunk.first_row:,} on")
             yield again
             position = again.end
-        yield from source.windows(position, begun.output.chunk_rows, begun.output.chunk_bytes, rejected)
+        yield from source.windows(position, facts.output.chunk_rows, facts.output.chunk_bytes, rejected)
 
     def _was_opened(self, number: int, first_row: int) -> bool:
         if self._known.whole:
@@ -244,9 +244,9 @@ class Salvage:
     def _had_result(self) -> bool:
         return self._old.completions.exists() or self._old.completions_folder.exists()
 
-    def _joined(self, chunk: Chunk, kept: pa.Table, begun: Manifest) -> Piece:
+    def _joined(self, chunk: Chunk, kept: pa.Table, facts: Manifest) -> Piece:
         """Joins the chunk's input and its intact rows: sealed if all rows are there, else open."""
-        path = self._new.input_of(chunk.chunk, begun.layout)
+        path = self._new.input_of(chunk.chunk, facts.layout)
         stored = StoredWindow(path, chunk.input_digest, chunk.first_row)
         kept = self._that_answer(kept, stored)
         rows = self._rows(kept)

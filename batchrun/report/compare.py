@@ -1,20 +1,38 @@
-"""Two runs over the same questions, row by row: for a new prompt or model before it goes to the whole."""
+"""Compares two runs over the same questions, row by row: for a new prompt or model before it goes to the whole input.
 
+Memory does not grow with the results: both are divided by a hash of the id (or by position) into pieces on disk, and
+then compared piece by piece. (A piece is larger only if one id is in very many rows.)
+"""
+
+import heapq
+import tempfile
+import zlib
 from collections import Counter
+from collections.abc import Iterator
 from decimal import Decimal
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pyarrow as pa
 import pyarrow.compute
+import pyarrow.parquet as pq
 
 from batchrun.errors import InputError
 from batchrun.report import run_rows
 from batchrun.report.run_rows import Result
+from batchrun.report.wording import plural
 
 pc: Any = pyarrow.compute  # its stubs know less than it does
 
 MOST_EXAMPLES = 20
+
+PIECE_BYTES, PIECE_ROWS = 16_000_000, 20_000
+"""About how much of both results is compared at once, by its size in the files."""
+
+MOST_PIECES = 400
+"""Files that are open at once; results beyond 6 GB or 8 million rows have larger pieces."""
 
 
 class Example(msgspec.Struct, frozen=True):
@@ -26,9 +44,9 @@ class Example(msgspec.Struct, frozen=True):
 
 
 class Comparison(msgspec.Struct, frozen=True):
-    """Of the rows in both (`both`), how many changed, by field; and what both cost where both costs are known.
+    """How many of the rows in both (`both`) changed, by field; and what both cost over the rows with two known costs.
 
-    `by` is the column that says which rows are the same; `repeated` counts rows left out because their id came twice.
+    `by` is the column that identifies a row; `repeated` counts rows left out because their id is null or not unique.
     """
 
     by: str
@@ -44,38 +62,89 @@ class Comparison(msgspec.Struct, frozen=True):
     examples: tuple[Example, ...]
 
 
-def compare(before: Result, after: Result, by: str | None, examples: int = MOST_EXAMPLES) -> Comparison:
-    """The rows of both, aligned. Both results' answers are held in memory.
+def compare(
+    before: Result, after: Result, by: str | None, examples: int = MOST_EXAMPLES, piece_rows: int = PIECE_ROWS
+) -> Comparison:
+    """The rows of both, aligned by the column `by`; None: by an id that both have, else by position.
 
     Raises:
         InputError: a result has no such column.
     """
     key = by or _common_id(before, after)
-    one, other = _rows(before, key), _rows(after, key)
-    (one, left), (other, right) = _unique(one), _unique(other)
-    places = pc.index_in(other["id"], value_set=one["id"].combine_chunks())
-    both_after = other.filter(pc.is_valid(places))
-    both_before = one.take(pc.drop_null(places))
-    names = [name for name in one.column_names if name in other.column_names and name not in ("id", "cost_usd")]
-    fields = {name: _changed(both_before[name], both_after[name]) for name in names}
-    differs = fields["content"]
-    for name, column in fields.items():
-        if name in ("status", "function_call") or name.startswith("parsed"):
+    sizes = [_size(result, key) for result in (before, after)]
+    rows, size = max(rows for rows, _ in sizes), sum(size for _, size in sizes)
+    count = min(MOST_PIECES, max(1, -(-rows // piece_rows), -(-size // PIECE_BYTES)))
+    piece_of = partial(_by_position, -(-rows // count)) if key == "row" else partial(_by_hash, count)
+    tally = _Tally(examples)
+    with tempfile.TemporaryDirectory(prefix="batchrun-") as folder:
+        for side, result in (("before", before), ("after", after)):
+            Path(folder, side).mkdir()
+            _divide(_tables(result, key), Path(folder, side), piece_of)
+        for name in sorted({path.name for path in Path(folder).glob("*/*")}):
+            tally.add(*(_piece(Path(folder, side, name)) for side in ("before", "after")))
+    return tally.comparison(key)
+
+
+class _Tally:
+    """Adds up pieces. Of the changed rows it keeps those with the smallest hashes of their ids, a fair sample."""
+
+    def __init__(self, examples: int) -> None:
+        self._most = examples
+        self._sums: Counter[str] = Counter()
+        self._changed: Counter[str] = Counter()
+        self._statuses: Counter[str] = Counter()
+        self._usd = [Decimal(0), Decimal(0)]
+        self._examples: list[tuple[int, int, Example]] = []
+
+    def add(self, one: pa.Table | None, other: pa.Table | None) -> None:
+        """Two pieces with the same ids; None: no rows."""
+        (one, one_left), (other, other_left) = _unique(one), _unique(other)
+        self._sums["repeated"] += one_left + other_left
+        if one is None or other is None:
+            self._sums["only_before"] += 0 if one is None else one.num_rows
+            self._sums["only_after"] += 0 if other is None else other.num_rows
+            return
+        places = pc.index_in(other["id"], value_set=one["id"].combine_chunks())
+        after, before = other.filter(pc.is_valid(places)), one.take(pc.drop_null(places))
+        self._sums["both"] += after.num_rows
+        self._sums["only_before"] += one.num_rows - after.num_rows
+        self._sums["only_after"] += other.num_rows - after.num_rows
+        differs = pa.chunked_array([pa.array([False] * after.num_rows, pa.bool_())])
+        for name in [name for name in one.column_names if name in other.column_names and name not in _NOT_COMPARED]:
+            column = _differ(before[name], after[name])
+            self._changed[name] += pc.sum(column).as_py() or 0
             differs = pc.or_(differs, column)
-    priced = pc.and_(pc.is_valid(both_before["cost_usd"]), pc.is_valid(both_after["cost_usd"]))
-    return Comparison(
-        by=key,
-        both=both_after.num_rows,
-        only_before=one.num_rows - both_after.num_rows,
-        only_after=other.num_rows - both_after.num_rows,
-        repeated=left + right,
-        changed={name: pc.sum(column).as_py() or 0 for name, column in fields.items()},
-        statuses=_statuses(both_before, both_after),
-        before_usd=_sum(both_before["cost_usd"].filter(priced)),
-        after_usd=_sum(both_after["cost_usd"].filter(priced)),
-        priced=pc.sum(priced).as_py() or 0,
-        examples=_examples(both_before.filter(differs), both_after.filter(differs), examples),
-    )
+        for pair in zip(before["status"].to_pylist(), after["status"].to_pylist(), strict=True):
+            self._statuses[" → ".join(map(str, pair))] += 1
+        priced = pc.and_(pc.is_valid(before["cost_usd"]), pc.is_valid(after["cost_usd"]))
+        self._sums["priced"] += pc.sum(priced).as_py() or 0
+        for side, table in enumerate((before, after)):
+            self._usd[side] += pc.sum(table["cost_usd"].filter(priced)).as_py() or 0
+        self._keep(before.filter(differs), after.filter(differs))
+
+    def _keep(self, before: pa.Table, after: pa.Table) -> None:
+        ids: list[Any] = after["id"].to_pylist()
+        hashes = [(zlib.crc32(str(id_).encode()), place) for place, id_ in enumerate(ids)]
+        chosen = heapq.nsmallest(self._most, hashes)
+        places = pa.array([place for _, place in chosen], pa.int64())
+        rows, texts = after["row"].take(places).to_pylist(), (_answers(table.take(places)) for table in (before, after))
+        for (hash_, place), row, said_before, said_after in zip(chosen, rows, *texts, strict=True):
+            self._examples.append((hash_, int(row or 0), Example(str(ids[place]), said_before, said_after)))
+        self._examples = heapq.nsmallest(self._most, self._examples, key=lambda each: each[:2])
+
+    def comparison(self, by: str) -> Comparison:
+        """The sums over all pieces, with examples in the order of their rows."""
+        sums = {name: self._sums[name] for name in ("both", "only_before", "only_after", "repeated", "priced")}
+        examples = tuple(example for _, _, example in sorted(self._examples, key=lambda each: each[1]))
+        return Comparison(
+            by=by,
+            changed=dict(self._changed),
+            statuses=dict(self._statuses.most_common()),
+            before_usd=self._usd[0],
+            after_usd=self._usd[1],
+            examples=examples,
+            **sums,
+        )
 
 
 def _common_id(before: Result, after: Result) -> str:
@@ -87,43 +156,93 @@ def _common_id(before: Result, after: Result) -> str:
     return "row"
 
 
-_OWN = ["status", "content", "function_call", "parsed", "cost_usd"]
+_OWN = ["status", "content", "function_call", "parsed", "cost_usd", "row"]
+_NOT_COMPARED = ("id", "row", "cost_usd")
 
 
-def _rows(result: Result, key: str) -> pa.Table:
-    """The rows' id as text, and what is compared of them: a typed answer field by field."""
+def _size(result: Result, key: str) -> tuple[int, int]:
+    """The rows of a result, and the uncompressed bytes of the columns that are compared.
+
+    Raises:
+        InputError: it has no column `key`.
+    """
     if key != "row" and key not in result.inputs:
         raise InputError(f"{result.files[0]}: has no column {key} ({', '.join([*result.inputs, 'row'])})")
-    own, inputs = ([*_OWN, "row"], []) if key == "row" else (_OWN, [key])
-    table = pa.concat_tables(run_rows.tables(result, own, inputs))
-    columns: dict[str, Any] = {"id": pc.cast(table[key], pa.large_string())}
-    columns |= {name: table[name] for name in ("status", "content", "cost_usd")}
-    columns["function_call"] = pc.struct_field(table["function_call"], "arguments")
-    type_ = table["parsed"].type
-    if pa.types.is_struct(type_):
-        for place in range(type_.num_fields):
-            columns[f"parsed.{type_.field(place).name}"] = pc.struct_field(table["parsed"], [place])
-    else:
-        columns["parsed"] = table["parsed"]
-    return pa.table(columns)
+    names, rows, size = {key, *(result.prefix + name for name in _OWN)}, 0, 0
+    for path in result.files:
+        metadata = pq.read_metadata(path)
+        rows += metadata.num_rows
+        for group in map(metadata.row_group, range(metadata.num_row_groups)):
+            columns = map(group.column, range(group.num_columns))
+            size += sum(c.total_uncompressed_size for c in columns if c.path_in_schema.partition(".")[0] in names)
+    return rows, size
 
 
-def _unique(table: pa.Table) -> tuple[pa.Table, int]:
-    """The rows whose id is there and comes once, and how many are left out."""
+def _tables(result: Result, key: str) -> Iterator[pa.Table]:
+    """The rows' id as text, and what is compared of them: a typed answer field by field."""
+    for table in run_rows.tables(result, _OWN, [] if key == "row" else [key]):
+        columns: dict[str, Any] = {"id": pc.cast(table[key], pa.large_string())}
+        columns |= {"row": table["row"], "cost_usd": table["cost_usd"], "status": table["status"]}
+        columns["content"] = table["content"]
+        columns["function_call"] = pc.struct_field(table["function_call"], "arguments")
+        type_ = table["parsed"].type
+        if pa.types.is_struct(type_):
+            for place in range(type_.num_fields):
+                columns[f"parsed.{type_.field(place).name}"] = pc.struct_field(table["parsed"], [place])
+        else:
+            columns["parsed"] = table["parsed"]
+        yield pa.table(
+            {name: column if name in _NOT_COMPARED else _comparable(column) for name, column in columns.items()}
+        )
+
+
+def _by_position(rows: int, table: pa.Table) -> Any:
+    return pc.divide(pc.fill_null(table["row"], 0), max(1, rows))
+
+
+def _by_hash(count: int, table: pa.Table) -> Any:
+    ids: list[Any] = table["id"].to_pylist()
+    return pa.array([0 if id_ is None else zlib.crc32(id_.encode()) % count for id_ in ids], pa.int64())
+
+
+def _divide(tables: Iterator[pa.Table], folder: Path, piece_of: Any) -> None:
+    """Each row is in the file of its piece, named by its number."""
+    writers: dict[int, pa.ipc.RecordBatchStreamWriter] = {}
+    options = pa.ipc.IpcWriteOptions(compression="lz4")
+    try:
+        for table in tables:
+            pieces = piece_of(table)
+            order = pc.sort_indices(pieces)
+            ordered, first = table.take(order), 0
+            for number, rows in sorted(run_rows.counts(pieces).items()):
+                if number not in writers:
+                    writers[number] = pa.ipc.new_stream(folder / str(number), table.schema, options=options)  # type: ignore[arg-type]
+                writers[number].write_table(ordered.slice(first, rows))
+                first += rows
+    finally:
+        for writer in writers.values():
+            writer.close()
+
+
+def _piece(path: Path) -> pa.Table | None:
+    if not path.exists():
+        return None
+    with pa.ipc.open_stream(path) as reader:  # type: ignore[arg-type]
+        return reader.read_all()
+
+
+def _unique(table: pa.Table | None) -> tuple[pa.Table | None, int]:
+    """The rows whose id is not null and comes once, and how many are left out."""
+    if table is None:
+        return None, 0
     counts = pc.value_counts(table["id"].combine_chunks())
     once = counts.field("values").filter(pc.equal(counts.field("counts"), 1))
     kept = table.filter(pc.and_(pc.is_valid(table["id"]), pc.is_in(table["id"], value_set=once)))
     return kept, table.num_rows - kept.num_rows
 
 
-def _changed(one: Any, other: Any) -> Any:
-    """For each row whether the values differ; null equals null."""
-    one, other = _comparable(one), _comparable(other)
-    same = pc.fill_null(pc.equal(one, other), False)
-    return pc.invert(pc.or_(same, pc.and_(pc.is_null(one), pc.is_null(other))))
-
-
 def _comparable(column: Any) -> Any:
+    """Numbers as float64, everything else as text."""
     type_ = column.type
     if pa.types.is_nested(type_):
         texts = [None if value is None else str(value) for value in column.to_pylist()]
@@ -133,31 +252,16 @@ def _comparable(column: Any) -> Any:
     return pc.cast(column, pa.large_string())
 
 
-def _statuses(before: pa.Table, after: pa.Table) -> dict[str, int]:
-    """How often each status became which."""
-    pairs = pa.table({"before": before["status"], "after": after["status"]}).group_by(["before", "after"])
-    counts: Counter[str] = Counter()
-    for each in pairs.aggregate([([], "count_all")]).to_pylist():
-        counts[f"{each['before']} → {each['after']}"] = each["count_all"]
-    return dict(counts.most_common())
-
-
-def _sum(column: Any) -> Decimal:
-    total: Decimal | None = pc.sum(column).as_py()
-    return total or Decimal(0)
-
-
-def _examples(before: pa.Table, after: pa.Table, most: int) -> tuple[Example, ...]:
-    """Changed rows, spread over all of them."""
-    step = max(1, after.num_rows // most) if most else 1
-    chosen = pa.array(list(range(0, after.num_rows, step))[:most], pa.int64())
-    one, other = before.take(chosen), after.take(chosen)
-    texts = zip(one["id"].to_pylist(), _answers(one), _answers(other), strict=True)
-    return tuple(Example(str(id_), one_said, other_said) for id_, one_said, other_said in texts)
+def _differ(one: Any, other: Any) -> Any:
+    """For each row whether the values differ; null equals null."""
+    if one.type != other.type:
+        one, other = pc.cast(one, pa.large_string()), pc.cast(other, pa.large_string())
+    same = pc.fill_null(pc.equal(one, other), False)
+    return pc.invert(pc.or_(same, pc.and_(pc.is_null(one), pc.is_null(other))))
 
 
 def _answers(table: pa.Table) -> list[str | None]:
-    """What each row answered; its status where it has no text."""
+    """Each row's answer, or its status if it has no text."""
     columns = (table[name].to_pylist() for name in ("content", "function_call", "status"))
     return [content or call or f"({status})" for content, call, status in zip(*columns, strict=True)]
 
@@ -166,11 +270,11 @@ def in_words(comparison: Comparison) -> list[str]:
     """The comparison for people."""
     both = comparison.both
     lines = [
-        f"{both:,} rows in both, by {comparison.by}; {comparison.only_before:,} only in the first, "
+        f"{plural(both, 'row')} in both, by {comparison.by}; {comparison.only_before:,} only in the first, "
         f"{comparison.only_after:,} only in the second"
     ]
     if comparison.repeated:
-        lines.append(f"{comparison.repeated:,} rows are left out: their id is empty or not theirs alone")
+        lines.append(f"{plural(comparison.repeated, 'row')} left out: no id, or the id of another row, too")
     for name, count in comparison.changed.items():
         share = f"{count / both:.1%}" if both else "–"
         lines.append(f"  {name}: {count:,} changed ({share})")
@@ -189,7 +293,7 @@ def _cost(comparison: Comparison) -> str:
     sign = "+" if difference >= 0 else "−"
     return (
         f"cost: ${comparison.before_usd:,.6f} → ${comparison.after_usd:,.6f}, {sign}${abs(difference):,.6f}{share}, "
-        f"over {comparison.priced:,} rows of known cost"
+        f"over {plural(comparison.priced, 'row')} of known cost"
     )
 
 

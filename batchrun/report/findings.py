@@ -9,6 +9,7 @@ from batchrun.report.drift import figures
 from batchrun.report.latencies import percentile
 from batchrun.report.profile import Profile
 from batchrun.report.runs import Account
+from batchrun.report.wording import are, plural
 
 THRESHOLDS: dict[str, float] = {
     "one_value": 0.60,
@@ -91,6 +92,10 @@ def findings(now: Night, before: Sequence[Night], limits: Mapping[str, float]) -
 _Found = Iterator[tuple[str, str]]
 
 
+def _before(nights: Sequence[object]) -> str:
+    return "the night before" if len(nights) == 1 else f"the {len(nights)} nights before"
+
+
 def _one_value(now: Night, before: Sequence[Night], limit: float) -> _Found:
     profile = now.profile
     if profile is None or profile.rows < FEW_ROWS:
@@ -118,7 +123,7 @@ def _cut(now: Night, before: Sequence[Night], limit: float) -> _Found:
         known = [each for each in earlier if each is not None]
         usual = sum(known) / len(known) if known else 0.0
         if share is not None and share - usual > limit:
-            than = f", {usual:.1%} in the {len(known)} nights before" if known else ""
+            than = f", {usual:.1%} in {_before(known)}" if known else ""
             yield f"{share:.1%} of the answers are {status}{than}", advice
 
 
@@ -139,7 +144,7 @@ def _length(now: Night, before: Sequence[Night], limit: float) -> _Found:
     usual = sum(known) / len(known)
     if usual and abs(here / usual - 1) > limit:
         yield (
-            f"answers are {here:,.0f} characters long (median), {usual:,.0f} in the {len(known)} nights before",
+            f"answers are {here:,.0f} characters long (median), {usual:,.0f} in {_before(known)}",
             "compare two nights: batchrun compare OLD NEW",
         )
 
@@ -152,7 +157,8 @@ def _identical(now: Night, before: Sequence[Night], limit: float) -> _Found:
     if same / profile.rows > limit:
         value, count = profile.repeated.most_common(1)[0]
         yield (
-            f"{same:,} of {profile.rows:,} rows have the answer of another question: {count:,} times {value[:60]!r}",
+            f"{same:,} of {profile.rows:,} rows have the answer of another question: "
+            f"{plural(count, 'time')} {value[:60]!r}",
             "a cache may answer instead of the model, or the prompt may lack the row's own text",
         )
 
@@ -165,8 +171,7 @@ def _cost(now: Night, before: Sequence[Night], limit: float) -> _Found:
         return
     if here.value / usual - 1 > limit:
         yield (
-            f"1,000 rows cost ${here.value:,.4f}, ${usual:,.4f} in the {len(known)} nights before "
-            f"({here.value / usual - 1:+.0%})",
+            f"1,000 rows cost ${here.value:,.4f}, ${usual:,.4f} in {_before(known)} ({here.value / usual - 1:+.0%})",
             "compare the tokens of both: batchrun report PATH --by night --columns all",
         )
 
@@ -188,7 +193,7 @@ def _retries(now: Night, before: Sequence[Night], limit: float) -> _Found:
     rows, attempts = now.account.done, now.account.attempts
     if rows >= FEW_ROWS and attempts / rows - 1 > limit:
         yield (
-            f"{attempts:,} attempts for {rows:,} rows: {attempts / rows - 1:.1%} retries",
+            f"{plural(attempts, 'attempt')} for {plural(rows, 'row')}: {attempts / rows - 1:.1%} retries",
             "run.log has the reasons; a lower limits.requests_per_minute avoids 429 responses",
         )
 
@@ -200,16 +205,16 @@ def _model(now: Night, before: Sequence[Night], limit: float) -> _Found:
         one, other = (name.rpartition("/")[2].removeprefix("vtrix-") for name in (requested, answered))
         if not one.startswith(other) and not other.startswith(one) and count / now.profile.rows > limit:
             yield (
-                f"{count:,} answers to {requested} name the model {answered}",
+                f"{plural(count, 'answer')} to {requested} {'names' if count == 1 else 'name'} the model {answered}",
                 "ask the provider which model it serves under that name: its price may differ",
             )
 
 
 def _unfinished(now: Night, before: Sequence[Night], limit: float) -> _Found:
     if not now.account.complete:
-        reason = f": {now.account.reason}" if now.account.reason else ""
+        left, reason = now.account.pending, f": {now.account.reason}" if now.account.reason else ""
         yield (
-            f"the run is not complete, {now.account.pending:,} rows are left{reason}",
+            f"the run is not complete, {plural(left, 'row')} {are(left)} left{reason}",
             "batchrun status DIR shows where it stands; run the same command again to resume",
         )
 
@@ -219,7 +224,7 @@ def _unpriced(now: Night, before: Sequence[Night], limit: float) -> _Found:
     for model in models:
         count = sum(line.unpriced for line in now.account.totals if line.model == model)
         yield (
-            f"no known price for {count:,} attempts of {model}: not included in any sum",
+            f"no known price for {plural(count, 'attempt')} of {model}: not included in any sum",
             f'set one in the job: [pricing."{model}"], or try one: batchrun report PATH --reprice FILE',
         )
 

@@ -198,6 +198,20 @@ def test_rows_are_aligned_by_id_in_any_order(tmp_path: Path) -> None:
     assert batchrun("compare", before, after, "--id", "nothing").exit_code == 2
 
 
+@pytest.mark.parametrize("by", ["id", "text", "row"])
+def test_a_comparison_in_pieces_is_the_same(tmp_path: Path, by: str) -> None:
+    """Results are compared piece by piece, so that memory does not grow with them."""
+    one = [row(number, content="good") for number in range(300)]
+    other = [row(number, content="bad" if number % 7 == 0 else "good") for number in reversed(range(50, 400))]
+    results = [run_rows.result_of(write_result(tmp_path / name, rows)) for name, rows in (("a", one), ("b", other))]
+    assert results[0] is not None
+    assert results[1] is not None
+    whole = compare.compare(results[0], results[1], by)
+    assert len(whole.examples) == 20
+    for piece_rows in (1, 13, 100, 399):
+        assert compare.compare(results[0], results[1], by, piece_rows=piece_rows) == whole
+
+
 def test_repeated_ids_are_left_out_and_counted(tmp_path: Path) -> None:
     one = [row(number) for number in range(10)]
     twice = [*one, row(3, row=10), row(11, id=None)]

@@ -317,7 +317,7 @@ def test_waiting_hands_out_nothing_and_returns_the_summary(tmp_path: Path, simul
         job = job_at(simulator.url)
         rows = texts(MAX_ROWS + 100)
         runner = batchrun.Runner(job, rows, output=tmp_path / "out", environ=KEYS, progress=seen.append)
-        with pytest.raises(RuntimeError, match="has not begun"):
+        with pytest.raises(RuntimeError, match="has not started"):
             runner.summary  # noqa: B018  (it raises)
         async with runner:
             return await runner.wait()
