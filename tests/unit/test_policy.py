@@ -88,7 +88,9 @@ def test_every_status_has_one_verdict(status: int) -> None:
 
 
 FAULTS: Mapping[Fault, Verdict] = {
-    **dict.fromkeys((Fault.DNS, Fault.REFUSED, Fault.CONNECT, Fault.TLS, Fault.STALE, Fault.UNSENT), FREE),
+    **dict.fromkeys(
+        (Fault.DNS, Fault.REFUSED, Fault.CONNECT, Fault.TLS, Fault.STALE, Fault.UNSENT, Fault.KEY_REPLACED), FREE
+    ),
     **dict.fromkeys((Fault.TIMEOUT, Fault.RESET, Fault.CUT, Fault.TOO_LARGE, Fault.ENCODING, Fault.MALFORMED), MAYBE),
     Fault.CERTIFICATE: STOP,
 }
@@ -247,7 +249,16 @@ def test_only_certainly_unbilled_ends_are_free() -> None:
         for fault in Fault
         if judge(attempt(None, error=APIConnectionError("x", kind=fault, sent=True)), Answer(), Retry()).in_doubt
     }
-    certain = {Fault.DNS, Fault.REFUSED, Fault.CONNECT, Fault.TLS, Fault.CERTIFICATE, Fault.STALE, Fault.UNSENT}
+    certain = {
+        Fault.DNS,
+        Fault.REFUSED,
+        Fault.CONNECT,
+        Fault.TLS,
+        Fault.CERTIFICATE,
+        Fault.STALE,
+        Fault.UNSENT,
+        Fault.KEY_REPLACED,
+    }
     assert in_doubt == set(Fault) - certain
 
 
