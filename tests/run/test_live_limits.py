@@ -155,9 +155,9 @@ def test_a_running_process_takes_new_limits(tmp_path: Path) -> None:
         (
             1318.44,
             "1,318 requests/min, 8 in flight "
-            "(what holds now: the server's headers or refusals allow less than 6,000 requests/min)",
+            "(limits in force: the server's headers or refusals allow less than 6,000 requests/min)",
         ),
-        (2.5, "2.5 requests/min, 8 in flight (what holds now: the server's headers or refusals allow less than 6,000"),
+        (2.5, "2.5 requests/min, 8 in flight (limits in force: the server's headers or refusals allow less than 6,000"),
     ],
 )
 def test_a_lower_rate_says_why(now: float, words: str) -> None:
