@@ -147,12 +147,14 @@ def _nearest(name: str, steps: list[Step], root: type, settings: Collection[str]
     The same name in another table, else a similar name in this table, else a similar name anywhere.
     """
     name = _ABBREVIATED.get(name, name)
-    for setting in settings:
-        if setting.rpartition(".")[2] == name:
-            return setting
     siblings = [
         field.encode_name for node in _types_at(root, steps) if isinstance(node, StructType) for field in node.fields
     ]
+    if name in siblings:  # an abbreviation
+        return _path([*steps, name])
+    for setting in settings:
+        if setting.rpartition(".")[2] == name:
+            return setting
     if near := difflib.get_close_matches(name, siblings, n=1):
         return _path([*steps, near[0]])
     return next(iter(difflib.get_close_matches(_path([*steps, name]), settings, n=1)), None)

@@ -399,6 +399,7 @@ OTHER_VALUES: Mapping[str, object] = {
     "endpoint.max_tokens_field": "max_completion_tokens",
     "endpoint.developer_role": "system",
     "endpoint.transport": "session",
+    "endpoint.max_in_flight": 3,
     "endpoint.dialect": "responses",
     "request.image_detail": "low",
     "request.reasoning_effort": "low",
@@ -430,8 +431,9 @@ ALONE = {
 }
 """Settings that conflict with another."""
 
-HOW_IT_IS_SERVED = {"request.stream", "request.service_tier", "request.cache_prefix"}
-
+OF_SEVERAL_ENDPOINTS = {
+    f"endpoint.{name}" for name in ("weight", "requests_per_minute", "tokens_per_minute", "max_in_flight")
+}
 DECIDE_THE_QUESTIONS = {"endpoint.url", "endpoint.name", "input.dialect"} | {
     path for path, _ in settings() if path.startswith("request.") and path not in HOW_IT_IS_SERVED
 }
@@ -484,8 +486,10 @@ def test_the_fingerprint_covers_exactly_the_question(path: str, default: object)
     for parent in parents:
         place[parent] = dict(place.get(parent, {}))
         place = place[parent]
-    is_price = parents[:1] == ["pricing"] and last != "tiers"
-    place[last] = 3 if is_price else another_value(path, default)
+    place[last] = 3 if parents[:1] == ["pricing"] else another_value(path, default)
+    if path in OF_SEVERAL_ENDPOINTS:
+        before = from_tables({**tables, "endpoint": [tables["endpoint"], tables["endpoint"]]})
+        changed["endpoint"] = [tables["endpoint"], changed["endpoint"]]
     after = from_tables(changed)
     assert after != before
     assert (after.fingerprint() != before.fingerprint()) == (path in DECIDE_THE_QUESTIONS)
