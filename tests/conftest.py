@@ -47,10 +47,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept: list[pytest.Item] = []
     for name, group in groupby(list(items), key=lambda item: item.nodeid.partition("[")[0]):
         cases = list(group)
-        if mark := cases[0].get_closest_marker("sampled"):
+        # what tries less in the sample is tried whole by the rest
+        thinned = cases[0].get_closest_marker("campaign") or is_hypothesis_test(getattr(cases[0], "obj", None))
+        if (mark := cases[0].get_closest_marker("sampled")) and (in_sample or not thinned):
             chosen = set(level.seeded(name).sample(range(len(cases)), min(mark.args[0], len(cases))))
             kept += [case for place, case in enumerate(cases) if (place in chosen) == in_sample]
-        elif in_sample or cases[0].get_closest_marker("campaign") or is_hypothesis_test(getattr(cases[0], "obj", None)):
+        elif in_sample or thinned:
             kept += cases
     config.hook.pytest_deselected(items=[*{*items}.difference(kept)])
     items[:] = kept
