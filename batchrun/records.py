@@ -410,6 +410,15 @@ class InForce(msgspec.Struct, frozen=True):
     output_tokens_per_minute: float | None = None
 
 
+class EndpointTotals(msgspec.Struct, frozen=True):
+    """What one of several endpoints did in this process; `set_aside` is why it gets no more requests."""
+
+    label: str
+    requests: int
+    answered: int
+    set_aside: str | None = None
+
+
 class Tuned(msgspec.Struct, frozen=True):
     """What became of the last control.json, by its id; `refused` says why it was ignored, None: it was taken."""
 
@@ -479,3 +488,4 @@ class Summary(msgspec.Struct, frozen=True):
     files: dict[str, str]
     retrying: Retrying | None = None
     tags: dict[str, str] = {}
+    endpoints: list[EndpointTotals] = []

@@ -10,7 +10,7 @@ from batchrun.errors import CheckpointError, InputError
 from batchrun.limits.deadline import Deadline
 from batchrun.limits.forecast import Forecast
 from batchrun.prices import PriceTable
-from batchrun.records import FAILURES, Estimate, InForce, Retrying, Status, Summary, Tuned
+from batchrun.records import FAILURES, EndpointTotals, Estimate, InForce, Retrying, Status, Summary, Tuned
 from batchrun.report.cost_lines import prices_in_words, scaled
 from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
@@ -51,6 +51,7 @@ class Moment(msgspec.Struct, frozen=True):
     command: str | None = None
     retrying: Retrying | None = None
     tags: dict[str, str] = {}
+    endpoints: tuple[EndpointTotals, ...] = ()
 
     @property
     def eta(self) -> datetime | None:
@@ -205,6 +206,7 @@ def _summary(
         files=files(directory) if moment.complete else files_so_far(directory, moment.started_at),
         retrying=moment.retrying,
         tags=moment.tags,
+        endpoints=list(moment.endpoints),
     )
 
 

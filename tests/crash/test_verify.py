@@ -146,6 +146,7 @@ def damaged_files(findings: Findings) -> set[str]:
 # ── what is sound ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["done", "killed", "retried", "in-parts"])
 def test_a_sound_run_is_reported_and_untouched(runs: Runs, name: str) -> None:
     before, folder = snapshot(runs.folder / name), (runs.folder / name).stat().st_mtime_ns
@@ -210,8 +211,10 @@ def settled(state: tuple[object, ...]) -> int:
     return known.spent.settled()
 
 
-@pytest.mark.parametrize(("name", "flips"), [("done", 600), ("killed", 300), ("retried", 100)])
-def test_a_flipped_bit_is_named_or_harmless(runs: Runs, tmp_path: Path, name: str, flips: int) -> None:
+@pytest.mark.campaign
+@pytest.mark.parametrize(("name", "most"), [("done", 600), ("killed", 300), ("retried", 100)])
+def test_a_flipped_bit_is_named_or_harmless(runs: Runs, tmp_path: Path, name: str, most: int) -> None:
+    flips = level.amount(most // 10, most)
     directory = runs.copy(name, tmp_path / "run")
     files, before = files_of(directory), state_of(directory)
     chance = level.seeded("test_a_flipped_bit_is_named_or_harmless")

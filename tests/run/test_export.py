@@ -324,6 +324,7 @@ STOPS = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("rows", ["rows", "no rows"])
 @pytest.mark.parametrize("stop", STOPS)
 def test_every_stop_exports_if_the_job_says(tmp_path: Path, stop: str, rows: str) -> None:

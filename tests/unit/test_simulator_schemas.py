@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from batchrun.simulator.instances import instance
 from batchrun.simulator.refusal import Refused
 from batchrun.simulator.schemas import compiled
+from tests import level
 
 TREE = {
     "$ref": "#/$defs/node",
@@ -160,7 +161,7 @@ _SCHEMAS = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=level.amount(50, 300), deadline=None)
 @given(schema=_SCHEMAS, seed=st.integers(0, 2**32))
 def test_any_schema_is_satisfied_or_refused_by_name(schema: dict[str, Any], seed: int) -> None:
     compiled(schema, "schema")
