@@ -2,7 +2,7 @@
 
     python benchmarks/prompt_cache.py               # 2,000 rows each; about a quarter of an hour
 
-Prints a Markdown row a run. Each request has about 1,900 tokens, of which 1,664 can be cached; the simulator has an
+Prints a Markdown row a run. Each request has about 1,900 tokens, of which 1,536 can be cached; the simulator has an
 implicit cache (docs/simulator.md, "The prompt cache"). Costs are at the list price of the model.
 """
 

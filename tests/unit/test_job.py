@@ -434,6 +434,8 @@ ALONE = {
 OF_SEVERAL_ENDPOINTS = {
     f"endpoint.{name}" for name in ("weight", "requests_per_minute", "tokens_per_minute", "max_in_flight")
 }
+HOW_IT_IS_SERVED = {"request.stream", "request.service_tier", "request.cache_prefix"}
+
 DECIDE_THE_QUESTIONS = {"endpoint.url", "endpoint.name", "input.dialect"} | {
     path for path, _ in settings() if path.startswith("request.") and path not in HOW_IT_IS_SERVED
 }
