@@ -1,14 +1,15 @@
-"""The API key: read from the environment or a file, sent as a header, and kept out of everything written.
+"""The API key: read from the environment or a file, sent as a header, and redacted from everything written.
 
-Redaction is by value: whatever repeats the key (a server's error body, an exception's text) is cleaned before it is
-stored or shown, in the forms the key can take on the way: plain, URL-encoded, base64, escaped as JSON.
+Redaction is by value, because a server's error body or an exception may repeat the key: plain, URL-encoded, base64, or
+escaped as JSON.
 """
 
 import base64
+import contextlib
 import json
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
@@ -18,69 +19,151 @@ from batchrun.job.job import Endpoint
 REDACTED = b"[redacted]"
 
 MIN_SECRET_CHARS = 6
-"""Shorter values than this would redact ordinary words; no real key is."""
+"""Shorter values would redact ordinary words; no real key is that short."""
 
 
-class Credentials:
-    """The headers that authenticate, and the cleaning of whatever might repeat them. Its repr shows nothing."""
+class Redaction:
+    """Replaces every form of every known secret. Secrets are added as keys are rotated, and never removed."""
 
-    def __init__(self, headers: Mapping[str, str], secrets: frozenset[str], warning: str | None = None) -> None:
-        self.headers = dict(headers)
-        self.warning = warning
-        forms = sorted({form for secret in secrets for form in _forms(secret)}, key=len, reverse=True)
-        self._forms = tuple(forms)
+    def __init__(self, secrets: Iterable[str] = ()) -> None:
+        self._secrets: set[str] = set()
+        self.forms: tuple[bytes, ...] = ()
+        self._shortest_bytes = 0
+        self.add(secrets)
+
+    def add(self, secrets: Iterable[str]) -> None:
+        """These are redacted from now on, too."""
+        self._secrets.update(secrets)
+        forms = {form for secret in self._secrets for form in _forms(secret)}
+        self.forms = tuple(sorted(forms, key=len, reverse=True))
         self._shortest_bytes = min(map(len, forms), default=0)
-
-    def __repr__(self) -> str:
-        return "Credentials(…)"
 
     def clean(self, raw: bytes) -> bytes:
         """`raw` with every form of every secret replaced."""
         if len(raw) < self._shortest_bytes:
             return raw
-        for form in self._forms:  # a plain search per form: a tenth of a regular expression's cost
+        for form in self.forms:  # a plain search per form: a tenth of a regular expression's cost
             if form in raw:
                 raw = raw.replace(form, REDACTED)
         return raw
 
+
+class KeyFile:
+    """A file that holds the key, and may be replaced while a run works."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._seen: tuple[int, int, int] | None = None
+
+    def read(self) -> tuple[str, str | None]:
+        """The key, and a warning if others may read the file. (Mounted secrets are commonly 0444.)
+
+        Raises:
+            JobError: it can't be read, is empty, or others may write it.
+        """
+        path = self.path
+        try:
+            found = path.stat()
+            key = path.read_text("utf-8-sig").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise JobError(f"endpoint.api_key_file: can't read {path}: {error}") from error
+        if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise JobError(f"endpoint.api_key_file: others may write {path}; chmod 600 {path}")
+        if not key:
+            raise JobError(f"endpoint.api_key_file: {path} is empty")
+        self._seen = found.st_ino, found.st_mtime_ns, found.st_size
+        return key, f"{path} can be read by everyone on this machine" if found.st_mode & stat.S_IROTH else None
+
+    def read_if_changed(self) -> str | None:
+        """The key, if the file was replaced since `read`. A missing or invalid file is tried again later."""
+        with contextlib.suppress(OSError, JobError):
+            found = self.path.stat()
+            if (found.st_ino, found.st_mtime_ns, found.st_size) != self._seen:
+                return self.read()[0]
+        return None
+
+
+class Credentials:
+    """The headers that authenticate at one endpoint, and redaction of the job's secrets. Its repr shows nothing.
+
+    `version` counts the replacements of the key.
+    """
+
+    def __init__(
+        self,
+        headers: Mapping[str, str],
+        secrets: Iterable[str],
+        warning: str | None = None,
+        key_file: KeyFile | None = None,
+    ) -> None:
+        self.headers = dict(headers)
+        self.warning = warning
+        self.version = 0
+        self.members: tuple[Credentials, ...] = (self,)  # of every endpoint of the job, this one first
+        self._key_file = key_file
+        self._redaction = Redaction(secrets)
+
+    def __repr__(self) -> str:
+        return "Credentials(…)"
+
+    def join(self, others: "Iterable[Credentials]") -> None:
+        """These belong to the other endpoints of the job: each redacts the secrets of all."""
+        self.members = (self, *others)
+        for other in others:
+            self._redaction.add(other._redaction._secrets)
+            other._redaction = self._redaction
+
+    def refresh(self) -> bool:
+        """Reads the key file again if it was replaced; True if it holds another key, which is sent from now on."""
+        key = None if self._key_file is None else self._key_file.read_if_changed()
+        if key is None or not _is_sendable(key) or self.headers.get("Authorization") == f"Bearer {key}":
+            return False
+        self._redaction.add((key,))
+        self.headers["Authorization"] = f"Bearer {key}"
+        self.version += 1
+        return True
+
+    def clean(self, raw: bytes) -> bytes:
+        """`raw` with every form of every secret replaced."""
+        return self._redaction.clean(raw)
+
     def clean_text(self, text: str) -> str:
-        """The same for text."""
+        """Redacts text."""
         return self.clean(text.encode("utf-8", "surrogatepass")).decode("utf-8", "surrogatepass")
 
     def cleaner(self) -> "Cleaner":
-        """For bytes that come in pieces."""
-        return Cleaner(self, self._forms)
+        """Redacts bytes that arrive in pieces."""
+        return Cleaner(self, self._redaction.forms)
 
 
 class Cleaner:
-    """Cleans what comes in pieces to what `Credentials.clean` makes of the whole: a key may lie across two pieces."""
+    """Redacts pieces with the same result as `Credentials.clean` on the whole: a key may span two pieces."""
 
     def __init__(self, credentials: Credentials, forms: tuple[bytes, ...]) -> None:
         self._credentials = credentials
         self._forms = forms
-        self._held_bytes = max(map(len, forms), default=1) - 1  # a form that begins before them has ended
+        self._held_bytes = max(map(len, forms), default=1) - 1  # a form that starts earlier is complete
         self._held = b""
 
     def feed(self, piece: bytes) -> bytes:
-        """What is certain of the bytes so far, cleaned; the last of them wait for the next piece."""
+        """Returns what can be redacted with certainty; the last bytes wait for the next piece."""
         raw = self._held + piece
         cut = self._before_a_form(raw, max(0, len(raw) - self._held_bytes))
         self._held = raw[cut:]
         return self._credentials.clean(raw[:cut])
 
     def finish(self) -> bytes:
-        """The rest, cleaned."""
+        """Returns the rest, redacted."""
         held, self._held = self._held, b""
         return self._credentials.clean(held)
 
     def _before_a_form(self, raw: bytes, cut: int) -> int:
-        """The last place up to `cut` that lies in no form."""
-        while (start := self._begun_before(raw, cut)) is not None:
+        """The last position up to `cut` that is not inside a form."""
+        while (start := self._start_of_form_across(raw, cut)) is not None:
             cut = start
         return cut
 
-    def _begun_before(self, raw: bytes, cut: int) -> int | None:
-        """Where a form begins that `cut` would divide."""
+    def _start_of_form_across(self, raw: bytes, cut: int) -> int | None:
         for form in self._forms:
             start = raw.find(form, max(0, cut - len(form) + 1), cut + len(form) - 1)
             if start >= 0:
@@ -88,11 +171,31 @@ class Cleaner:
         return None
 
 
-def read(endpoint: Endpoint, environ: Mapping[str, str]) -> Credentials:
-    """The credentials that the job names.
+def read_all(endpoints: Sequence[Endpoint], environ: Mapping[str, str]) -> Credentials:
+    """The credentials of the first endpoint, whose `members` are those of all.
 
     Raises:
-        JobError: the variable is not set, or the file can't be read or can be written by others.
+        JobError: see `read`; with several endpoints, the message names the one.
+    """
+    members = []
+    for place, endpoint in enumerate(endpoints):
+        try:
+            members.append(read(endpoint, environ))
+        except JobError as error:
+            if len(endpoints) == 1:
+                raise
+            raise JobError(f"endpoint[{place}]{str(error).removeprefix('endpoint')}") from error
+    first, *others = members
+    first.join(others)
+    first.warning = next((each.warning for each in members if each.warning is not None), None)
+    return first
+
+
+def read(endpoint: Endpoint, environ: Mapping[str, str]) -> Credentials:
+    """Reads the credentials that the job names.
+
+    Raises:
+        JobError: the variable is not set, or the file can't be read, or others may write it.
     """
     headers: dict[str, str] = {}
     secrets: set[str] = set()
@@ -100,21 +203,22 @@ def read(endpoint: Endpoint, environ: Mapping[str, str]) -> Credentials:
     for name, value in endpoint.headers.items():
         if value.startswith("env:"):
             value = _from_environ(f"endpoint.headers.{name}", value.removeprefix("env:"), environ)
-            secrets.update((value, value.split()[-1]))  # "Bearer sk-…": the key comes back without its scheme
+            secrets.update((value, value.split()[-1]))  # "Bearer sk-…": a server may repeat the key without its scheme
         if not value.isprintable():
-            raise JobError(f"endpoint.headers.{name}: holds characters that no header can carry")
+            raise JobError(f"endpoint.headers.{name}: contains characters that a header can't carry")
         headers[name] = value
-    key = None
+    key = key_file = None
     if endpoint.api_key_env is not None:
         key = _from_environ("endpoint.api_key_env", endpoint.api_key_env, environ)
     elif endpoint.api_key_file is not None:
-        key, warning = _from_file(Path(endpoint.api_key_file))
+        key_file = KeyFile(Path(endpoint.api_key_file))
+        key, warning = key_file.read()
     if key is not None:
-        if not key.isascii() or any(char.isspace() or not char.isprintable() for char in key):
-            raise JobError("endpoint: the API key holds blanks or characters that no header can carry")
+        if not _is_sendable(key):
+            raise JobError("endpoint: the API key contains blanks or characters that a header can't carry")
         secrets.add(key)
         headers["Authorization"] = f"Bearer {key}"
-    return Credentials(headers, frozenset(secrets), warning)
+    return Credentials(headers, secrets, warning, key_file)
 
 
 def _from_environ(setting: str, name: str, environ: Mapping[str, str]) -> str:
@@ -124,22 +228,12 @@ def _from_environ(setting: str, name: str, environ: Mapping[str, str]) -> str:
     return value
 
 
-def _from_file(path: Path) -> tuple[str, str | None]:
-    """The key and a warning, if others may read the file. (Mounted secrets are commonly 0444.)"""
-    try:
-        mode = path.stat().st_mode
-        key = path.read_text("utf-8-sig").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise JobError(f"endpoint.api_key_file: can't read {path}: {error}") from error
-    if mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise JobError(f"endpoint.api_key_file: others may write {path}; chmod 600 {path}")
-    if not key:
-        raise JobError(f"endpoint.api_key_file: {path} is empty")
-    return key, f"{path} can be read by everyone on this machine" if mode & stat.S_IROTH else None
+def _is_sendable(key: str) -> bool:
+    return key.isascii() and not any(char.isspace() or not char.isprintable() for char in key)
 
 
 def _forms(secret: str) -> Iterator[bytes]:
-    """The forms in which a secret can come back: as encoders of different languages write it."""
+    """The secret as encoders of different languages write it."""
     if len(secret) < MIN_SECRET_CHARS:
         return
     raw = secret.encode()
@@ -157,7 +251,7 @@ _PERCENT = re.compile("%[0-9A-F]{2}")
 
 
 def _json_escaped(secret: str, escaped: str) -> bytes:
-    """The secret inside a JSON string of an encoder that escapes these characters too."""
+    """The secret inside a JSON string, from an encoder that also escapes these characters."""
     text = json.dumps(secret)[1:-1]
     for char in escaped:
         text = text.replace(char, "\\/" if char == "/" else f"\\u{ord(char):04x}")
@@ -165,7 +259,7 @@ def _json_escaped(secret: str, escaped: str) -> bytes:
 
 
 def _base64_forms(raw: bytes) -> Iterator[bytes]:
-    """The base64 digits that the secret alone decides, at each of its three alignments, in both alphabets."""
+    """The base64 digits that only the secret determines, at each of three alignments, in both alphabets."""
     for lead in range(3):
         padded = base64.b64encode(bytes(lead) + raw)
         first = (lead * 8 + 5) // 6

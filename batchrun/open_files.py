@@ -1,4 +1,4 @@
-"""How many files, connections among them, this process may still open (RLIMIT_NOFILE, getrlimit(2))."""
+"""How many files and connections this process may still open (RLIMIT_NOFILE, getrlimit(2))."""
 
 import contextlib
 import resource
@@ -7,30 +7,30 @@ from pathlib import Path
 from batchrun.errors import ExitCode, RunStoppedError
 
 SPARE = 12
-"""Files that a run opens while it sends, beside its connections: chunks that are opened and sealed, images,
-summary.json, a name that is looked up. Measured: 6 at once, in a run of small chunks."""
+"""Files that a run opens while it sends, besides connections: chunks, images, summary.json, DNS lookups. Measured: 6 at
+once, with small chunks."""
 
 BEFORE = 20
-"""Files that a run has open when it begins to send, its own simulator among them (measured)."""
+"""Files open when a run begins to send, its simulator included (measured)."""
 
 FEWEST = BEFORE + SPARE
-"""The lowest limit under which a run works, with one connection."""
+"""The lowest limit with which a run works, with one connection."""
 
 OWN_DESCRIPTORS = (Path("/proc/self/fd"), Path("/dev/fd"))
-"""Where a process sees what it has open: Linux (proc_pid_fd(5)), macOS and BSD."""
+"""Lists a process's open files: Linux (proc_pid_fd(5)), macOS and BSD."""
 
 
 class OpenFiles:
-    """The limit as it is, and what is left of it."""
+    """The present limit, and what is left of it."""
 
     def __init__(self) -> None:
         self.limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
 
     def require_any(self) -> None:
-        """Nothing, if there is room for a run with one connection.
+        """Checks that a run with one connection is possible.
 
         Raises:
-            RunStoppedError: there is not; no file was touched.
+            RunStoppedError: it is not; no file was touched.
         """
         if self.limit < FEWEST:
             raise RunStoppedError(
@@ -40,26 +40,26 @@ class OpenFiles:
             )
 
     def connections(self, wanted: int) -> int:
-        """How many connections may be open at once: as many as wanted, if they fit beside the run's own files."""
+        """How many connections may be open: as many as wanted, if the run's own files fit as well."""
         return max(1, min(wanted, self.limit - _open_now() - SPARE))
 
     def shortage(self, wanted: int, connections: int) -> str:
-        """The line that says so."""
+        """The warning."""
         fewer = "1 connection" if connections == 1 else f"{connections} connections"
         return f"open files limit {self.limit}: {fewer} instead of {wanted}; raise with ulimit -n"
 
 
 def allow(wanted: int) -> None:
-    """The soft limit is high enough for so many connections, where the hard limit lets it be.
+    """Raises the soft limit for so many connections, as far as the hard limit allows.
 
-    For a process that is ours alone: the limit is the whole process's. 1,024 is a usual soft limit, and the hard one
-    is often a million.
+    Only for a process of our own, because the limit holds for the whole process. The soft limit is usually 1,024, the
+    hard one often a million.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = wanted + FEWEST
     needed = needed if hard == resource.RLIM_INFINITY else min(hard, needed)
     if soft != resource.RLIM_INFINITY and soft < needed:
-        with contextlib.suppress(ValueError, OSError):  # macOS refuses more than OPEN_MAX, whatever the hard limit says
+        with contextlib.suppress(ValueError, OSError):  # macOS refuses more than OPEN_MAX
             resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 

@@ -35,6 +35,7 @@ class Fault(StrEnum):
     TOO_LARGE = "answer_too_large"
     ENCODING = "bad_encoding"
     MALFORMED = "malformed_http"
+    KEY_REPLACED = "key_replaced"
 
 
 FAULT_VERDICTS: Mapping[str, Verdict] = {
@@ -51,6 +52,7 @@ FAULT_VERDICTS: Mapping[str, Verdict] = {
     Fault.TOO_LARGE: Verdict.MAYBE,
     Fault.ENCODING: Verdict.MAYBE,
     Fault.MALFORMED: Verdict.MAYBE,
+    Fault.KEY_REPLACED: Verdict.FREE,
 }
 
 STATUS_VERDICTS: Mapping[int, Verdict] = {

@@ -1,6 +1,6 @@
-"""What must hold before a run sends anything, but for its input. `run`, `check` and `estimate` walk through this list.
+"""Settings that must be right before a run sends anything: `run`, `check` and `estimate` check them all.
 
-What must hold of the input is `plan.checks`'s, and they walk through that, too.
+Requirements on the input are in `startup.preconditions`.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,23 +14,24 @@ from batchrun.store import rundir
 from batchrun.store.rundir import RunDirectory
 
 
-def _enough_files_may_be_open(job: Job, directory: RunDirectory) -> None:
+def _open_files_limit(job: Job, directory: RunDirectory) -> None:
     open_files.OpenFiles().require_any()
 
 
-def _the_simulator_can_be_had(job: Job, directory: RunDirectory) -> None:
+def _simulator_settings(job: Job, directory: RunDirectory) -> None:
     if job.simulated:
         simulated.config_of(job)
 
 
-def _certificates_can_be_read(job: Job, directory: RunDirectory) -> None:
-    if job.endpoint.ca_file is not None:
-        from batchrun.transport.connector import ssl_context_of  # aiohttp, 0.2 s: only for a job that names one
+def _ca_file(job: Job, directory: RunDirectory) -> None:
+    for endpoint in job.endpoints:
+        if endpoint.ca_file is not None:
+            from batchrun.transport.connector import ssl_context_of  # aiohttp, 0.2 s: only if the job has one
 
-        ssl_context_of(job.endpoint)
+            ssl_context_of(endpoint)
 
 
-def _the_output_can_be_written(job: Job, directory: RunDirectory) -> None:
+def _output_directory(job: Job, directory: RunDirectory) -> None:
     directory.require_possible()
 
 
@@ -42,17 +43,17 @@ def _the_budget_file_can_be_kept(job: Job, directory: RunDirectory) -> None:
 
 
 REQUIREMENTS: tuple[Callable[[Job, RunDirectory], None], ...] = (
-    _enough_files_may_be_open,
-    _the_simulator_can_be_had,
-    _certificates_can_be_read,
-    _the_output_can_be_written,
+    _open_files_limit,
+    _simulator_settings,
+    _ca_file,
+    _output_directory,
     _the_budget_file_can_be_kept,
 )
-"""Each raises a BatchrunError with the line that a person sees. None of them writes anything."""
+"""Each raises a BatchrunError whose message is shown to the user. None writes anything."""
 
 
 def require_settings(job: Job, directory: RunDirectory) -> None:
-    """Nothing, if a run of this job could begin in the directory, were its input read and its key there.
+    """Checks everything that a run of this job in this directory needs, except its input and its key.
 
     Raises:
         BatchrunError: the first thing that is wrong.
@@ -65,7 +66,7 @@ def place(job: Job, date: str | None = None) -> tuple[RunDirectory, Job]:
     """Where a run of this job would begin or resume now, and the job with its input of that date.
 
     Raises:
-        JobError: output.path holds a name that is not known, or `date` is none.
+        JobError: output.path has an unknown placeholder, or `date` is not a date.
     """
     now = datetime.now().astimezone()
     path, earlier = rundir.place(job.output.path, job.name, date=date, now=now, new=False)
@@ -73,9 +74,9 @@ def place(job: Job, date: str | None = None) -> tuple[RunDirectory, Job]:
 
 
 def key(job: Job, environ: Mapping[str, str]) -> Credentials:
-    """The key that the job names. `check` and `estimate` look for it last: their findings are worth having without.
+    """The job's key. `check` and `estimate` read it last, so that they report their findings even without one.
 
     Raises:
-        JobError: it is not there.
+        JobError: it is missing.
     """
-    return simulated.credentials() if job.simulated else credentials.read(job.endpoint, environ)
+    return simulated.credentials() if job.simulated else credentials.read_all(job.endpoints, environ)

@@ -9,7 +9,7 @@ Whose price counts is decided by the host of the endpoint's URL:
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, time
 from decimal import Decimal
 from importlib.metadata import version
@@ -20,6 +20,7 @@ import genai_prices.types as listing
 from genai_prices.data import providers as _PROVIDERS
 
 from batchrun import prices
+from batchrun.errors import JobError
 from batchrun.job.job import Price as Override
 
 VENDOR_PREFIX = "vtrix-"
@@ -53,6 +54,23 @@ def resolve(model: str, overrides: Mapping[str, Override], today: str, url: str)
     if (own := overrides.get(model)) is not None:
         return prices.stated(model, own, today)
     return listed(model, today, url)
+
+
+def resolve_for_all(
+    model: str, overrides: Mapping[str, Override], today: str, urls: Sequence[str]
+) -> prices.PriceTable | None:
+    """The price of `model`, which must be the same at every endpoint; None if unknown.
+
+    Raises:
+        JobError: it differs, so what a row costs would depend on where it was sent.
+    """
+    tables = [resolve(model, overrides, today, url) for url in urls]
+    if len({None if each is None else each.rates for each in tables}) > 1:
+        raise JobError(
+            f"{model} has different prices at the job's endpoints; state one price for it in [pricing], or use "
+            "a job for each"
+        )
+    return tables[0]
 
 
 def listed(model: str, today: str, url: str) -> prices.PriceTable | None:

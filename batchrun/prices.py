@@ -80,6 +80,11 @@ class PriceTable(msgspec.Struct, frozen=True):
     every_tier: bool = False
     regional: bool = False
 
+    @property
+    def rates(self) -> bytes:
+        """The prices alone, to compare: without their source, date and vendor."""
+        return msgspec.json.encode((self.tiers, sorted(self.services.items()), self.hours, self.per_request))
+
     def describe(self) -> str:
         """For the run's summary: the first tier; then, behind "; ", whose price it is, the source and its date."""
         tier = self.tiers[0]

@@ -12,9 +12,6 @@ import msgspec
 from batchrun.errors import APIConnectionError
 from batchrun.job.answer_schema import ANYTHING, Expected
 
-JsonValue = None | bool | int | float | str | list["JsonValue"] | dict[str, "JsonValue"]
-"""What JSON can say, as msgspec and the standard library decode it."""
-
 
 class Verdict(StrEnum):
     """What one attempt's outcome asks of the run. docs/guarantees.md has the whole table."""
@@ -408,8 +405,8 @@ class InForce(msgspec.Struct, frozen=True):
 class BudgetUse(msgspec.Struct, frozen=True):
     """What is used of a cap over time: `spent_usd`, and `in_doubt_usd` that may have been billed.
 
-    `setting` is the cap's name in `[budget]`; `period` is the day, the month, or `start`; `opens_at` is when it begins
-    anew, None: with the next start.
+    `setting` is the cap's name in `[budget]`; `period` is the day, the month, or `start`; `opens_at` is when it
+    opens again, None: with the next start.
     """
 
     budget: str
@@ -432,6 +429,15 @@ class BudgetUse(msgspec.Struct, frozen=True):
 
 
 NEARLY = Decimal("0.8")
+
+
+class EndpointTotals(msgspec.Struct, frozen=True):
+    """What one of several endpoints did in this process; `set_aside` is why it gets no more requests."""
+
+    label: str
+    requests: int
+    answered: int
+    set_aside: str | None = None
 
 
 class Tuned(msgspec.Struct, frozen=True):
@@ -504,3 +510,4 @@ class Summary(msgspec.Struct, frozen=True):
     retrying: Retrying | None = None
     tags: dict[str, str] = {}
     budgets: list[BudgetUse] = []
+    endpoints: list[EndpointTotals] = []

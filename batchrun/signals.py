@@ -1,4 +1,4 @@
-"""Signals as ways out: which there are, and what they do while no event loop runs; and a program's own word instead."""
+"""Signals that end a run, their exit codes, and the equivalent request from a program that runs us."""
 
 import contextlib
 import signal
@@ -16,18 +16,17 @@ EXIT_CODES = {
 
 
 def ours() -> bool:
-    """True where signals may be listened for: Python lets only the main thread choose what they do."""
+    """True if this thread may handle signals: Python allows only the main thread."""
     return threading.current_thread() is threading.main_thread()
 
 
 @contextlib.contextmanager
 def raised() -> Iterator[None]:
-    """A signal ends the block at once with a RunStoppedError: while the input is checked, or a file is written.
-
-    Whatever the block makes signals do, they do afterwards what they did before.
+    """Inside the block, without an event loop, a signal raises RunStoppedError. Afterwards the earlier handlers are
+    restored.
     """
     if not ours():
-        yield  # the program that runs us as a library has its own way
+        yield  # a program that runs us as a library handles its own signals
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -46,7 +45,7 @@ PROGRAM = "stopped by the program"
 
 
 class StopRequest:
-    """What a signal is to the command line, for a program that runs us in a thread. Made by any thread, at any time."""
+    """The equivalent of a signal, for a program that runs us in a thread. Any thread may make it, at any time."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -54,14 +53,14 @@ class StopRequest:
         self._heard: Callable[[], None] = lambda: None
 
     def make(self) -> None:
-        """The first one drains the run, a second one ends it at once."""
+        """The first call drains the run, a second one ends it at once."""
         with self._lock:
             self._made += 1
             heard = self._heard
         heard()
 
     def listen(self, heard: Callable[[], None]) -> None:
-        """`heard` is called for each request, for those made before, too."""
+        """Calls `heard` for each request, earlier ones included."""
         with self._lock:
             self._heard = heard
             made = self._made
@@ -69,10 +68,10 @@ class StopRequest:
             heard()
 
     def raise_if_made(self) -> None:
-        """While no event loop runs: ends the run here.
+        """Ends the run while no event loop runs.
 
         Raises:
-            RunStoppedError: it was made.
+            RunStoppedError: a stop was requested.
         """
         if self._made:
             raise RunStoppedError(PROGRAM, ExitCode.STOPPED)

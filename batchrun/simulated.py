@@ -1,4 +1,4 @@
-"""A job that asks for `url = "simulator"` gets a simulator process of its own, for as long as the run works."""
+"""Starts a simulator process for a job with `url = "simulator"`, for the time of the run."""
 
 import contextlib
 import os
@@ -16,17 +16,17 @@ from batchrun.job.job import SIMULATOR, Job
 if TYPE_CHECKING:
     from batchrun.simulator import SimulatorConfig
 
-KEY = "simulated-key"  # any bearer will do; the simulator takes it for a key that may stay in no file
+KEY = "simulated-key"  # the simulator accepts any bearer, and treats this one as a secret
 
 START_S = 20.0
 
 
 @contextlib.contextmanager
 def endpoint_of(job: Job) -> Iterator[Job]:
-    """The job with a real URL in the simulator's place; any other job as it is.
+    """Yields the job with the simulator's real URL; any other job unchanged.
 
     Raises:
-        JobError: the simulator did not start; its own words are in the message.
+        JobError: the simulator did not start; the message includes its output.
     """
     if not job.simulated:
         yield job
@@ -36,9 +36,9 @@ def endpoint_of(job: Job) -> Iterator[Job]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         stdin=subprocess.DEVNULL,
-        start_new_session=True,  # a Ctrl-C is for the run, which drains; the simulator must still answer then
+        start_new_session=True,  # Ctrl-C must not stop it: the run drains, and still needs answers
         encoding="utf-8",
-        env={**os.environ, "PYTHONIOENCODING": "utf-8"},  # ours may name another, for what people read
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},  # the user's may differ
     )
     try:
         yield _pointed_at(job, _url_of(process))
@@ -48,17 +48,17 @@ def endpoint_of(job: Job) -> Iterator[Job]:
 
 
 def credentials() -> Credentials:
-    """What the simulator accepts."""
+    """Credentials that the simulator accepts."""
     return Credentials({"Authorization": f"Bearer {KEY}"}, frozenset({KEY}))
 
 
 def config_of(job: Job) -> "SimulatorConfig":
-    """What the job's simulator is to be like.
+    """The configuration of the job's simulator.
 
     Raises:
-        JobError: simulator.faults names no faults.
+        JobError: simulator.faults is invalid.
     """
-    from batchrun.simulator import SimulatorConfig, parse_faults  # aiohttp's server, 90 ms: only for a job that asks
+    from batchrun.simulator import SimulatorConfig, parse_faults  # aiohttp's server, 90 ms: only if it is used
 
     settings = job.simulator
     try:
@@ -71,7 +71,7 @@ def config_of(job: Job) -> "SimulatorConfig":
         tokens_per_minute=None if settings.tokens_per_minute is None else int(settings.tokens_per_minute),
         faults=faults,
         seed=settings.seed,
-        draw_by_request_id=True,  # each start has a process of its own, and a row's attempts go on from one to the next
+        draw_by_request_id=True,  # a row's attempts continue across starts, each with a new simulator
         ledger=settings.ledger,
         parent_pid=os.getpid(),
     )
@@ -82,11 +82,11 @@ def _url_of(process: "subprocess.Popen[str]") -> str:
     line = process.stdout.readline()
     if not line.startswith("listening on "):
         _, problem = process.communicate(timeout=START_S)
-        raise JobError(f"the simulator did not start: {problem.strip() or 'no reason was given'}")
+        raise JobError(f"the simulator did not start: {problem.strip() or 'no reason given'}")
     return line.removeprefix("listening on ").strip()
 
 
 def _pointed_at(job: Job, url: str) -> Job:
-    """The job with the simulator's address; its name stays, since answers are the simulator's wherever it listens."""
+    """The job with the simulator's address. The endpoint's name stays: it is the same endpoint on any port."""
     endpoint = msgspec.structs.replace(job.endpoint, url=url, name=SIMULATOR)
     return msgspec.structs.replace(job, endpoint=endpoint)

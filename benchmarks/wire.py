@@ -24,6 +24,8 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.fault_server import self_signed
+
 HERE = Path(__file__).resolve()
 IN_FLIGHT = 64
 WARM = 2 * IN_FLIGHT
@@ -125,16 +127,6 @@ def server(certificate: Path | None) -> Iterator[str]:
         started.wait()
 
 
-def certify(folder: Path) -> Path:
-    """A certificate for 127.0.0.1 and its key in one file; it vouches for itself."""
-    file = folder / "pair.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-    names = ["-days", "2", "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
-    subprocess.run([*command, *names, "-keyout", file, "-out", f"{file}.crt"], check=True, capture_output=True)
-    file.write_text(file.read_text() + Path(f"{file}.crt").read_text())
-    return file
-
-
 def in_process(variant: str, url: str, ca_file: str | None, requests: int) -> dict[str, float]:
     """`measure` in a process of its own: the variants share no warmed caches."""
     command = [sys.executable, str(HERE), "--one", variant, url, ca_file or "", str(requests)]
@@ -169,7 +161,7 @@ def main() -> None:
         return
     variants = [variant for variant in VARIANTS if given.only in variant]
     with tempfile.TemporaryDirectory(prefix="batchrun-bench-") as folder:
-        for certificate in (None, certify(Path(folder))):
+        for certificate in (None, self_signed(Path(folder))):
             ca_file = f"{certificate}.crt" if certificate else None
             print("TLS" if certificate else "plain HTTP", flush=True)
             with server(certificate) as url:

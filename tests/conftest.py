@@ -2,6 +2,7 @@
 
 import random
 from itertools import groupby
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, is_hypothesis_test, settings
@@ -18,7 +19,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.seed is None:
-        config.option.seed = random.SystemRandom().randrange(10**6)  # xdist hands the options to its workers
+        drawn = getattr(config, "workerinput", {}).get("seed")  # in a process of xdist: what the first process drew
+        config.option.seed = random.SystemRandom().randrange(10**6) if drawn is None else drawn
     level.choose(Level(config.option.level), config.option.seed)
     config.addinivalue_line("markers", "sampled(count): the sample has that many of the function's cases")
     config.addinivalue_line("markers", "campaign: tries less in the sample, by level.amount")
@@ -29,6 +31,12 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("sample" if config.option.level == Level.SAMPLE else "full")
     if config.option.hypothesis_seed is None:
         config.option.hypothesis_seed = config.option.seed
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """xdist: all processes choose the same sample."""
+    node.workerinput["seed"] = node.config.option.seed
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -3,6 +3,9 @@
 `loop.time()` is that clock, so pace, backoff, cooling, heartbeat and the connect timeout live on it; the deadline of an
 attempt is kept on the real one. A connection is made by the kernel, which knows only the real clock: a job on a fast
 clock sets `connect_timeout_s` to `patient(speed)`, or a busy machine makes 50 ms a connect timeout.
+
+The clock counts what the loop waited for, and no pause of the process: on a busy machine, 50 ms in which another
+process had the processor would be ten seconds here, and an outage by the product's clock.
 """
 
 import asyncio
@@ -10,26 +13,44 @@ import selectors
 import time
 from collections.abc import Callable
 
+TURN_S = 0.002
+"""Real time that one turn of the loop may take by its clock; a turn that takes longer was not running all the time."""
+
 
 class _HastySelector(selectors.DefaultSelector):
-    """Sleeps for its part of the time that it is told."""
+    """Sleeps for its part of the time that it is told, and keeps the loop's clock."""
 
-    speed: float = 1.0
+    def __init__(self, speed: float) -> None:
+        super().__init__()
+        self._speed = speed
+        self._real_s = time.monotonic()
+        self._counted_s = 0.0
+
+    def now_s(self) -> float:
+        return self._counted_s * self._speed
+
+    def _count(self, at_most_s: float) -> None:
+        real_s = time.monotonic()
+        self._counted_s += min(real_s - self._real_s, at_most_s)
+        self._real_s = real_s
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        return super().select(timeout and timeout / self.speed)
+        self._count(TURN_S)
+        for_s = None if timeout is None else max(0.0, timeout) / self._speed
+        events = super().select(for_s)
+        self._count(TURN_S if for_s is None else for_s)
+        return events
 
 
 class FastClockLoop(asyncio.SelectorEventLoop):
     """A second on the machine's clock is `speed` seconds here."""
 
     def __init__(self, speed: float) -> None:
-        selector = _HastySelector()
-        selector.speed = self._speed = speed
-        super().__init__(selector)
+        self._clock = _HastySelector(speed)
+        super().__init__(self._clock)
 
     def time(self) -> float:
-        return time.monotonic() * self._speed
+        return self._clock.now_s()
 
 
 def patient(speed: float) -> float:

@@ -8,6 +8,7 @@ Where the start itself is under test (limits, strace, planted bugs) and off Linu
 
 import atexit
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -93,6 +94,8 @@ def _serve(server: socket.socket) -> Callable[[], int | None]:
     threads = sorted(name.read_text().strip() for name in Path("/proc/self/task").glob("*/comm"))
     # a fork keeps one thread only; jemalloc, which Arrow brings and does not use here, knows how to live with that
     assert [name for name in threads if name != "jemalloc_bg_thd"] == [Path("/proc/self/comm").read_text().strip()]
+    gc.collect()
+    gc.freeze()  # a collection in a fork would touch, and so copy, every page of what it shares
     server.send(b"loaded")
     while True:
         message, standard, _, _ = socket.recv_fds(server, _ORDER_BYTES, 3)

@@ -87,7 +87,7 @@ def require_budget(job: Job, found: "Survey") -> "dict[str, PriceTable | None]":
     from batchrun import price_list
     from batchrun.startup import preconditions
 
-    today, url = date.today().isoformat(), job.endpoint.url
-    tables = {model: price_list.resolve(model, job.pricing, today, url) for model in found.models}
+    today, urls = date.today().isoformat(), [each.url for each in job.endpoints]
+    tables = {model: price_list.resolve_for_all(model, job.pricing, today, urls) for model in found.models}
     preconditions.require_budget(job, found.max_request, tables)
     return tables

@@ -1,6 +1,8 @@
 """`batchrun report`: the bill over runs."""
 
+import os
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,6 +56,12 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="A file instead of stdout: .txt, .md, .csv, .json, .parquet, .xlsx or .html.",
 )
+@click.option(
+    *("--png", "picture"),
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Also draw the page as a picture, for mail; needs Chromium.",
+)
 def report(
     paths: tuple[Path, ...],
     by: str,
@@ -69,28 +77,32 @@ def report(
     invoice: Path | None,
     form: str | None,
     target: Path | None,
+    picture: Path | None,
 ) -> None:
     """The bill over run directories and completions files."""
-    from datetime import UTC, datetime
+    import msgspec
 
     from batchrun.errors import JobError
     from batchrun.report import bill as bills
-    from batchrun.report import earlier_runs, formats, reprice, runs
+    from batchrun.report import earlier_runs, formats, reprice, runs, screenshot
     from batchrun.report import findings as unusual
     from batchrun.report import keys as group_keys
 
     form, keys = formats.form_of(target, form), group_keys.keys(by)
     named, span = formats.chosen(columns), group_keys.span(zone, since, until)
-    formats.require_no_input(target, paths)
+    for file in (target, picture):
+        formats.require_no_input(file, paths)
+    drawn = form == "html" or picture is not None
+    browser = None if picture is None else screenshot.browser(os.environ)
     against = None if other is None else earlier_runs.against(other)
     if fail_on_drift and against is None:
         raise JobError("--fail-on-drift needs --against")
-    if new_prices is not None and (form == "html" or span.zone != "UTC"):
+    if new_prices is not None and (drawn or span.zone != "UTC"):
         raise JobError("--reprice works with neither a page nor a --tz other than UTC: rows keep the price they had")
-    thresholds = unusual.thresholds(limits) if findings or limits or form == "html" else None
+    thresholds = unusual.thresholds(limits) if findings or limits or drawn else None
     found = runs.find(paths)
     if invoice is not None:
-        write(_reconciled(invoice, found.found, form), target, for_people=form != "json")
+        write(_reconciled(invoice, found.found, "png" if picture else form), target, for_people=form != "json")
         return
     query = bills.Query(keys, span, thresholds, against)
     if new_prices is None:
@@ -101,12 +113,16 @@ def report(
         bill = bills.what_if(
             bills.of_runs(found, query), str(new_prices), reprice.total(before), reprice.total(found.found)
         )
-    if form == "html":
+    content = b""
+    if drawn:
         from batchrun.report.page import page
 
         content = page(bill, found.found, named or formats.SHOWN, datetime.now(UTC))
-    else:
-        content = formats.render(bill, form, named)
+    if browser is not None:
+        write(screenshot.png(content, browser), picture, for_people=False)
+    if form != "html":
+        shown = bill if findings or limits else msgspec.structs.replace(bill, findings=())
+        content = formats.render(shown, form, named)
     write(content, target, for_people=form in ("table", "markdown"))
     if fail_on_drift and bill.drifted:
         sys.exit(ExitCode.DRIFT)

@@ -1,5 +1,6 @@
 """Where the results of commands go: stdout, or a file."""
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -20,7 +21,15 @@ def write(content: bytes, target: Path | None, *, for_people: bool) -> None:
         text = content.decode()
         say(harmless(text) if for_people or sys.stdout.isatty() else text, nl=False)
         return
+    temporary = target.with_name(target.name + ".tmp")
+    special = target.exists() and not target.is_file()  # /dev/stdout, a named pipe: written in place
     try:
-        target.write_bytes(content)
+        if special:
+            target.write_bytes(content)
+            return
+        temporary.write_bytes(content)
+        temporary.rename(target)
     except OSError as error:
-        raise JobError(f"-o {target}: can't be written: {error.strerror}") from error
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise JobError(f"{target}: can't be written: {error.strerror}") from error

@@ -68,7 +68,7 @@ def run(
         raise JobError("--status needs --retry-failed")
     flags = {"budget.max_cost_usd": max_cost_usd, "output.max_failures": max_failures}
     loaded = read_job(job, input_path, output_path, overrides, flags)
-    open_files.allow(2 * loaded.limits.max_in_flight)  # a stream that has ended keeps its connection for a second
+    open_files.allow(2 * loaded.total_limits.max_in_flight)  # a stream that has ended keeps its connection for a second
     with Progress() as progress:
         started: Options = {
             **options,  # type: ignore[typeddict-item]  # the other flags have the names of `Options`
@@ -102,12 +102,12 @@ def _report(summary: "Summary", job: "Job") -> None:
 
     lines = closing.in_words(
         summary,
-        requests_per_minute=job.limits.requests_per_minute,
+        requests_per_minute=job.total_limits.requests_per_minute,
         max_failures=job.output.max_failures,
         failing=failing(job.finish),
         command=("batchrun", *sys.argv[1:]),
         settings=flatten(msgspec.to_builtins(job.request, builtin_types=(datetime, date, time)), "request"),
-        endpoint=job.endpoint,
+        endpoint=None if job.more_endpoints else job.endpoint,
     )
     for line in lines:
         say(harmless(line))

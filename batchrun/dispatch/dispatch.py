@@ -11,6 +11,7 @@ import msgspec
 
 from batchrun import signals
 from batchrun.credentials import Credentials
+from batchrun.dispatch.endpoints import Connected, Endpoints
 from batchrun.dispatch.heartbeat import Heartbeat
 from batchrun.dispatch.hooks import Hooks, Host
 from batchrun.dispatch.learned_limits import LearnedLimits
@@ -22,12 +23,13 @@ from batchrun.dispatch.shared_budget import SharedBudget, name_of
 from batchrun.dispatch.store import OpenRun, Store
 from batchrun.dispatch.worker import Workers
 from batchrun.errors import ExitCode
-from batchrun.job.job import Job
+from batchrun.job.job import Job, Limits
 from batchrun.limits.admission import Found, Limit, Phase, Stop
 from batchrun.limits.budget import BudgetAccount, Cap
 from batchrun.limits.circuit import Circuit
 from batchrun.limits.deadline import Deadline
-from batchrun.limits.gate import Gate
+from batchrun.limits.gate import Gate, Shared
+from batchrun.limits.gates import AnyGate, Circuits, Gates, Lane
 from batchrun.limits.in_flight import InFlight
 from batchrun.limits.token_bucket import BURST_S
 from batchrun.open_files import OpenFiles
@@ -76,23 +78,22 @@ class Dispatch:
     async def _send_all(self, over_time: SharedBudget | None) -> Stop | None:
         job, store, loop = self._job, self._store, asyncio.get_running_loop()
         learned = LearnedLimits(store.checkpoint, job.limits, loop.time(), store.plan.facts.variant)
-        max_in_flight, spare = self._connections()
-        gate = self._open_gate(loop, learned, max_in_flight, over_time)
-        wire = wires.choose(job.endpoint)
-        self._status.log.write("transport", wire=wire.wire, why=wire.why)
+        in_flight_each, spare = self._connections()
+        gate = self._open_gate(loop, learned, in_flight_each, over_time)
         with (
-            contextlib.closing(InFlightFile(store.directory.inflight, max_in_flight)) as slots,
+            contextlib.closing(InFlightFile(store.directory.inflight, gate.slots)) as slots,
             contextlib.closing(ImageDigests(store.directory.images_of(store.plan.facts.layout))) as checked,
         ):
             requests = Requests(job, store.plan, checked, learned.estimates)
             results = None if self._hooks.host is None else self._hooks.host.results
             open_run = OpenRun(store, slots, results, asyncio.Queue())
-            async with wires.opened(wire, job.url, job.endpoint, self._credentials, tails=spare) as transport:
-                workers = Workers(job, requests, gate, transport, open_run, learned)
+            async with contextlib.AsyncExitStack() as opened:
+                endpoints = Endpoints(await self._connect(opened, spare), gate, self._status.log, self._hooks.note)
+                workers = Workers(job, requests, gate, endpoints, open_run, learned)
                 if over_time is not None:
                     over_time.listen(gate.wake, workers.fail)
                 self._status.reached(Running(store.checkpoint, store.plan, workers, self._deadline))
-                heartbeat = Heartbeat(store.directory, self._status, workers, transport, self._deadline, self._hooks)
+                heartbeat = Heartbeat(store.directory, self._status, workers, self._deadline, self._hooks)
                 shutdown = await self._work(workers, heartbeat, open_run)
                 await asyncio.to_thread(learned.save, gate)
         if workers.failure is not None:
@@ -107,7 +108,7 @@ class Dispatch:
         loop = asyncio.get_running_loop()
         open_run.store.checkpoint.listen(_in_loop(loop, workers.on_commit), _in_loop(loop, workers.fail))
         shutdown = Shutdown(workers, self._hooks, self._status)
-        heartbeat.warn_of_limits(self._job.limits)
+        heartbeat.warn_of_limits(self._job.total_limits)
         heartbeat.check_deadline()
         beat = asyncio.create_task(heartbeat.beat())
         beat.add_done_callback(functools.partial(_on_last_beat, workers))
@@ -145,41 +146,92 @@ class Dispatch:
                 return
             self._status.log.write("sealed", chunk=chunk.chunk.chunk, rows=chunk.chunk.rows)
 
-    def _connections(self) -> tuple[int, int]:
-        """How many requests may be in flight, and how many connections are spare for streams that have ended."""
-        wanted, files = self._job.limits.max_in_flight, OpenFiles()
+    def _connections(self) -> tuple[list[int], int]:
+        """How many requests may be in flight at each endpoint, and how many connections of each are spare for streams
+        that have ended.
+        """
+        job, files = self._job, OpenFiles()
+        each = [job.limits.max_in_flight]
+        if job.more_endpoints:
+            each = [job.limits_of(endpoint).max_in_flight for endpoint in job.endpoints]
+        wanted = sum(each)
         room = files.connections(wanted + MAX_TAILS)
         if room < wanted:
             self._hooks.note(files.shortage(wanted, room))
-        return min(wanted, room), max(0, room - wanted)
+            each = [max(1, one * room // wanted) for one in each]
+        return each, max(0, room - wanted) // len(each)
+
+    async def _connect(self, opened: contextlib.AsyncExitStack, spare: int) -> list[Connected]:
+        """Opens a transport to each endpoint."""
+        connected = []
+        for label, endpoint, credentials in zip(
+            self._job.labels, self._job.endpoints, self._credentials.members, strict=True
+        ):
+            wire = wires.choose(endpoint)
+            self._status.log.write("transport", wire=wire.wire, why=wire.why, **self._named(label))
+            transport = wires.opened(wire, endpoint.full_url, endpoint, credentials, tails=spare)
+            connected.append(Connected(label, await opened.enter_async_context(transport), credentials))
+        return connected
 
     def _open_gate(
         self,
         loop: asyncio.AbstractEventLoop,
         learned: LearnedLimits,
-        max_in_flight: int,
+        in_flight: list[int],
         over_time: SharedBudget | None,
-    ) -> Gate:
-        limits, known, log = self._job.limits, learned.known, self._status.log
+    ) -> AnyGate:
+        job, known = self._job, learned.known
+        budget = _budget_account(job, self._store, over_time)
+        if not job.more_endpoints:
+            circuit = self._circuit(job.limits, in_flight[0], known.in_flight or 0)
+            return Gate(
+                circuit,
+                loop,
+                job.limits,
+                daily=learned.daily,
+                found=Found(known.requests_per_minute, known.tokens_per_minute),
+                purse=budget,
+                overruns=learned.overruns,
+                on_pace=functools.partial(_log_pace, self._status.log, {}),
+                on_kind=functools.partial(_log_kind, self._status.log, {}),
+            )
+        circuits = Circuits()
+        shared = Shared(loop, circuits, budget)
+        lanes, first_slot = [], 0
+        for label, endpoint, most in zip(job.labels, job.endpoints, in_flight, strict=True):
+            limits = job.limits_of(endpoint)
+            gate = Gate(
+                self._circuit(limits, most, 0, label),
+                loop,
+                limits,
+                overruns=learned.overruns,
+                on_pace=functools.partial(_log_pace, self._status.log, self._named(label)),
+                on_kind=functools.partial(_log_kind, self._status.log, self._named(label)),
+                shared=shared,
+                first_slot=first_slot,
+            )
+            lanes.append(Lane(label, gate, endpoint.weight))
+            first_slot += most
+        circuits.gates = Gates(loop, shared, lanes, self._on_set_aside)
+        return circuits.gates
+
+    def _circuit(self, limits: Limits, most: int, known: int, label: str = "") -> Circuit:
         burst = int((limits.requests_per_minute or 0.0) / 60 * BURST_S)  # a rate set by the job needs no slow start
-        circuit = Circuit(
-            in_flight=InFlight(max_in_flight, max(burst, known.in_flight or 0)),
+        return Circuit(
+            in_flight=InFlight(most, max(burst, known)),
             max_outage_s=self._job.retry.max_outage_s,
             resumed=self._store.plan.resumed,
             uniform=random.random,
-            on_change=functools.partial(_log_phase, log),
+            on_change=functools.partial(_log_phase, self._status.log, self._named(label)),
         )
-        return Gate(
-            circuit,
-            loop,
-            limits,
-            daily=learned.daily,
-            found=Found(known.requests_per_minute, known.tokens_per_minute),
-            purse=_budget_account(self._job, self._store, over_time),
-            overruns=learned.overruns,
-            on_pace=functools.partial(_log_pace, log),
-            on_kind=functools.partial(_log_kind, log),
-        )
+
+    def _named(self, label: str) -> dict[str, str]:
+        """The field of a log entry that names one of several endpoints."""
+        return {"endpoint": label} if self._job.more_endpoints else {}
+
+    def _on_set_aside(self, label: str, stop: Stop) -> None:
+        self._status.log.write("endpoint set aside", endpoint=label, why=stop.why)
+        self._hooks.note(f"warning: endpoint {label} is set aside: {self._credentials.clean_text(stop.why)}")
 
 
 class Shutdown:
@@ -246,16 +298,19 @@ def _on_last_beat(workers: Workers, beat: "asyncio.Task[None]") -> None:
         workers.fail(error)
 
 
-def _log_phase(log: RunLog, before: Phase, after: Phase) -> None:
-    log.write("gate", before=type(before).__name__, after=type(after).__name__, why=getattr(after, "why", None))
+def _log_phase(log: RunLog, named: dict[str, str], before: Phase, after: Phase) -> None:
+    why = getattr(after, "why", None)
+    log.write("gate", before=type(before).__name__, after=type(after).__name__, why=why, **named)
 
 
-def _log_pace(log: RunLog, limit: Limit, before: float | None, after: float | None, why: str) -> None:
-    log.write("pace", limit=limit, before=before, after=after, why=why)
+def _log_pace(
+    log: RunLog, named: dict[str, str], limit: Limit, before: float | None, after: float | None, why: str
+) -> None:
+    log.write("pace", limit=limit, before=before, after=after, why=why, **named)
 
 
-def _log_kind(log: RunLog, kind: str, why: str) -> None:
-    log.write("refusals", kind=kind, why=why)
+def _log_kind(log: RunLog, named: dict[str, str], kind: str, why: str) -> None:
+    log.write("refusals", kind=kind, why=why, **named)
 
 
 def _in_loop(loop: asyncio.AbstractEventLoop, call: Callable[[*Ts], None]) -> Callable[[*Ts], None]:

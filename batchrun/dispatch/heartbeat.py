@@ -17,17 +17,20 @@ from batchrun.limits import capacity
 from batchrun.limits.admission import Stop
 from batchrun.limits.deadline import Deadline
 from batchrun.limits.forecast import Concern
+from batchrun.limits.gates import Gates
 from batchrun.limits.rates import Rates
 from batchrun.records import Summary, Tuned
 from batchrun.report.limit_lines import limits_in_words
 from batchrun.store.rundir import RunDirectory
-from batchrun.transport.transport import Transport
 
 BEAT_S = 0.5
 SWEEP_EVERY = 2  # beats: once a second, requests past their deadline are ended
 SUMMARY_EVERY = 10  # beats
 FIRST_SUMMARIES = frozenset({1, 2, 4, 6, 8})
 """Beats at which summary.json is written as well, so that a run that has just started shows progress."""
+
+OWN_LIMITS = (*live_limits.RATES, "requests_per_day", "max_in_flight")
+"""Limits that each of several endpoints has for itself."""
 
 ASLEEP_S = 2 * BEAT_S
 """A beat that took so long means that the process was stopped (SIGSTOP, a paused machine). Answers that came meanwhile
@@ -42,7 +45,6 @@ class Heartbeat:
         directory: RunDirectory,
         status: RunStatus,
         workers: Workers,
-        transport: Transport,
         deadline: Deadline | None,
         hooks: Hooks,
     ) -> None:
@@ -50,7 +52,6 @@ class Heartbeat:
         self._status = status
         self._workers = workers
         self._gate = workers.gate
-        self._transport = transport
         self._deadline = deadline
         self._concern = None if deadline is None else Concern(deadline.at_s - deadline.started_s)
         self._control_file = ControlFile(directory)
@@ -66,6 +67,7 @@ class Heartbeat:
             await asyncio.sleep(BEAT_S)
             beats += 1
             self.check_deadline()
+            self._workers.endpoints.refresh_keys()
             replied = self._read_control()
             self._status.observe(self._clock())
             summary = self._status.summary()
@@ -75,7 +77,7 @@ class Heartbeat:
                 over_time.tidy()
             self._warn(summary)
             if beats % SWEEP_EVERY == 0 and self._clock() - slept_at_s < ASLEEP_S:
-                self._transport.expire()
+                self._workers.endpoints.expire()
             if not self._directory.checkpoint.exists():  # SQLite would keep writing to the deleted file
                 self._workers.fail(DiskError(f"{self._directory.checkpoint}: was deleted; nothing more is sent"))
             if replied or beats in FIRST_SUMMARIES or beats % SUMMARY_EVERY == 0:
@@ -115,6 +117,8 @@ class Heartbeat:
         Raises:
             ValueError: one is not possible; none is changed.
         """
+        if isinstance(self._gate, Gates) and any(getattr(change, name) is not None for name in OWN_LIMITS):
+            raise ValueError("with several endpoints only budgets can be changed; their limits are in the job file")
         slots = self._gate.slots
         if change.max_in_flight is not None and change.max_in_flight > slots:
             raise ValueError(f"max_in_flight can be at most {slots}, as when this process started")

@@ -4,14 +4,14 @@ from batchrun import attempt_caps
 from batchrun.attempt_caps import History
 from batchrun.dispatch.backlog import Backlog
 from batchrun.job.job import Retry
-from batchrun.limits.gate import Gate
+from batchrun.limits.gates import AnyGate
 from batchrun.policy import Judgement
 
 
 class LastRows:
     """Counts which rows were tried in this process, and the share that fails and recovers. One per event loop."""
 
-    def __init__(self, backlog: Backlog, gate: Gate, retry: Retry, *, answered_before: bool) -> None:
+    def __init__(self, backlog: Backlog, gate: AnyGate, retry: Retry, *, answered_before: bool) -> None:
         """`answered_before`: an earlier start of the run received an answer from this endpoint."""
         self._backlog = backlog
         self._gate = gate

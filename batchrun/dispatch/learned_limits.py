@@ -11,7 +11,7 @@ from batchrun.job.job import Limits
 from batchrun.limits import daily, overruns, token_estimates
 from batchrun.limits.admission import Found
 from batchrun.limits.daily import DailyCount, Day
-from batchrun.limits.gate import Gate
+from batchrun.limits.gates import AnyGate
 from batchrun.limits.token_estimates import Estimates, TokenEstimates
 from batchrun.store.checkpoint import Checkpoint
 
@@ -55,7 +55,7 @@ class LearnedLimits:
         self.daily = DailyCount(limit, sent, now_s + daily.left_s(now))
         return self.daily
 
-    def is_due(self, gate: Gate, now_s: float) -> bool:
+    def is_due(self, gate: AnyGate, now_s: float) -> bool:
         """True, once, when a minute has passed, a new day has started, or a limit has changed much."""
         day = self._day
         if day is not None:
@@ -68,7 +68,7 @@ class LearnedLimits:
         self._saved_s, self._found = now_s, gate.found
         return True
 
-    def save(self, gate: Gate) -> None:
+    def save(self, gate: AnyGate) -> None:
         """Stores it for the next start in this run directory. Waits for the disk: call it in a thread."""
         known = TokenEstimates(
             self.known.sizes | self.estimates.sizes(),

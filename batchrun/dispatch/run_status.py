@@ -18,7 +18,8 @@ from batchrun.limits import overruns
 from batchrun.limits.admission import Limit
 from batchrun.limits.deadline import Deadline
 from batchrun.limits.forecast import Forecast, Recent, Sample
-from batchrun.records import Retrying, Summary, Tuned
+from batchrun.limits.gates import Gates
+from batchrun.records import EndpointTotals, Retrying, Summary, Tuned
 from batchrun.report.limit_lines import limiting_factor, waiting_to_retry
 from batchrun.report.notices import nearly_used, unknown_reason, unpriced_tier
 from batchrun.report.summary import Moment, read, starting, summarise
@@ -137,6 +138,7 @@ class RunStatus:
             retrying=self._retrying() if self.state == "running" else None,
             tags=self._tags,
             budgets=() if workers is None else tuple(workers.gate.purse.uses()),
+            endpoints=self._endpoints(),
         )
         if not isinstance(self.phase, Running):
             spent = None if checkpoint is None else checkpoint.spent
@@ -211,6 +213,16 @@ class RunStatus:
         """Why a row of this start failed, else one of an earlier start."""
         now = None if self._workers is None else self._workers.anomalies.example_error
         return now if now is not None or self._earlier is None else self._earlier.example_error
+
+    def _endpoints(self) -> tuple[EndpointTotals, ...]:
+        if self._workers is None or not isinstance(self._workers.gate, Gates):
+            return ()
+        return tuple(
+            each
+            if each.set_aside is None
+            else msgspec.structs.replace(each, set_aside=self._credentials.clean_text(each.set_aside))
+            for each in self._workers.gate.totals
+        )
 
     def _retrying(self) -> Retrying | None:
         return None if self._workers is None else self._workers.retries.summary(datetime.now(UTC))

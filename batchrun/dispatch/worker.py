@@ -15,6 +15,7 @@ from batchrun import attempt_caps, policy, prices
 from batchrun.dispatch.anomalies import Anomalies
 from batchrun.dispatch.attempt_result import NOTHING, AttemptResult, add_costs, cost_of, maybe_billed, reported
 from batchrun.dispatch.backlog import Backlog, Invalid, Pending
+from batchrun.dispatch.endpoints import Endpoints
 from batchrun.dispatch.image_memory import ImageMemory
 from batchrun.dispatch.last_rows import LastRows
 from batchrun.dispatch.learned_limits import LearnedLimits
@@ -25,13 +26,13 @@ from batchrun.errors import BatchrunError, ExitCode, InputError
 from batchrun.job.job import Job
 from batchrun.limits import forecast, overruns
 from batchrun.limits.admission import Outcome, Ruling, Stop
-from batchrun.limits.gate import Gate, GateClosed
+from batchrun.limits.gate import GateClosed
+from batchrun.limits.gates import AnyGate
 from batchrun.limits.probe_turns import InDoubt
 from batchrun.policy import Settlement
 from batchrun.records import Attempt, Completion, Correction, Ending, Request, Status, Verdict
 from batchrun.request.builder import corrected
 from batchrun.response import answer as answers
-from batchrun.transport.transport import Transport
 
 
 class _Uncommitted(msgspec.Struct, frozen=True):
@@ -50,12 +51,18 @@ class Workers:
     """
 
     def __init__(
-        self, job: Job, requests: Requests, gate: Gate, transport: Transport, open_run: OpenRun, learned: LearnedLimits
+        self,
+        job: Job,
+        requests: Requests,
+        gate: AnyGate,
+        endpoints: Endpoints,
+        open_run: OpenRun,
+        learned: LearnedLimits,
     ) -> None:
         """Must be called within the event loop."""
         self._job = job
         self._requests = requests
-        self._transport = transport
+        self.endpoints = endpoints
         self._open_run = open_run
         self._store = store = open_run.store
         self._checkpoint = store.checkpoint
@@ -193,17 +200,23 @@ class Workers:
         self._slots.take(slot, request.row, n, request.key, *bound)
         successes = self.gate.successes
         self.sent += 1
-        attempt = await self._transport.send(request.body, self._store.attempt_id(request.row, n))
+        attempt = await self.endpoints.send(slot, request.body, self._store.attempt_id(request.row, n))
         if pending.successes is None:
             self._last_rows.tried()
         result, ruling = self._judge(pending, attempt, slot, bound, successes)
         self.backlog.ended(pending, result.judgement.verdict)
         for row in ruling.own:
             self._settle_held(row)
+        for row in ruling.elsewhere:
+            if row != request.row and (earlier := self._held.pop(row, None)) is not None:
+                self.backlog.release(row)
+                self._retry(_for_another_endpoint(earlier), None, self.gate.successes)
         # the same refusal met before a restart, with no other row left to confirm it, is the row's own
         refused_again = pending.refused and attempt.http_status in (403, 429) and self.backlog.alone
         if ruling.hold and not refused_again:
             self._hold(result, slot)
+        elif request.row in ruling.elsewhere:
+            self._retry(_for_another_endpoint(result), slot, successes)
         elif result.settlement is not None:
             self._settle_answer(result, result.settlement, slot)
         elif result.judgement.verdict is Verdict.ROW or ruling.hold or self._last_rows.gives_up(result.history):
@@ -240,7 +253,8 @@ class Workers:
             refused_again = is_last and judgement.is_refusal and pending.history.refused_alone > 0
             doubted = judgement.is_retried and self.backlog.is_doubted(row)
             # such a failure is no evidence about the endpoint
-            no_evidence = at_end or refused_again or doubted
+            replaced = judgement.error is not None and judgement.error.kind == policy.Fault.KEY_REPLACED
+            no_evidence = at_end or refused_again or doubted or replaced
             outcome = Outcome(row, judgement.verdict, judgement.error, judgement.retry_after_s, no_evidence)
             ruling = self.gate.observe(slot, outcome)
             before = successes if pending.successes is None else pending.successes
@@ -357,3 +371,9 @@ class Workers:
         self._slots.clear(slot)
         self.gate.release(slot, NOTHING, 0)
         self.backlog.hold(msgspec.structs.replace(result.pending, history=result.history))
+
+
+def _for_another_endpoint(result: AttemptResult) -> AttemptResult:
+    """The refusal concerned its endpoint, not the row: the row can go to another one at once."""
+    judgement = msgspec.structs.replace(result.judgement, verdict=Verdict.FREE, retry_after_s=None)
+    return msgspec.structs.replace(result, judgement=judgement)

@@ -1,4 +1,4 @@
-"""What a run counted twice must agree: rows by status, the bill, summary.json, usage.parquet, the result's footer."""
+"""Figures that a run keeps twice must agree: rows by status, cost, summary.json, usage.parquet, the result's footer."""
 
 import contextlib
 from collections import Counter
@@ -25,11 +25,11 @@ from batchrun.tables.rows import USAGE_COLUMNS
 Prices = dict[str, PriceTable | None]
 
 RATE_STEP = 0.1
-"""Rates are rounded to this, and `elapsed_s` to a thousandth, so a rate can be told from them only so far."""
+"""Rates are rounded to this, and `elapsed_s` to a thousandth, so a rate computed from them is no more exact."""
 
 
-class Held(msgspec.Struct):
-    """What the rows that can be read say, all together."""
+class RowSums(msgspec.Struct):
+    """The sums of the rows that can be read."""
 
     standing: Counter[str] = msgspec.field(default_factory=Counter)
     cost_usd: Decimal = Decimal(0)
@@ -42,10 +42,10 @@ class Held(msgspec.Struct):
             self.cost_usd += cost or 0
 
 
-def unaccounted_usd(known: DbRecords, held: Held) -> tuple[Decimal, bool]:
-    """What the bill has beyond the rows and the attempts of rows still pending; and whether it should be 0.
+def unaccounted_usd(known: DbRecords, sums: RowSums) -> tuple[Decimal, bool]:
+    """The cost beyond that of the rows and of pending rows' attempts; and whether it should be 0.
 
-    It may be more where answers were replaced, given up or lost, and where a row's own cost is unknown.
+    It may be more if answers were replaced, given up or lost, or if a row's cost is unknown.
     """
     pending = [chunk for chunk in known.chunks if chunk.open and not chunk.generation]
     waiting = [
@@ -55,28 +55,28 @@ def unaccounted_usd(known: DbRecords, held: Held) -> tuple[Decimal, bool]:
     ]
     replaced = bool(known.reopened) or any(chunk.generation > 1 for chunk in known.chunks)
     replaced |= SALVAGED in known.manifest or SINCE in known.manifest
-    beyond = known.spent.cost_usd() - held.cost_usd - sum(waiting, Decimal(0))
-    return beyond, not (replaced or held.unpriced)
+    beyond = known.spent.cost_usd() - sums.cost_usd - sum(waiting, Decimal(0))
+    return beyond, not (replaced or sums.unpriced)
 
 
 def rows_due(known: DbRecords) -> int:
-    """The rows of a finished run: of a pilot, not all of the input."""
+    """The rows of a finished run; a pilot has fewer than the input."""
     return sum(chunk.rows for chunk in known.chunks)
 
 
-def totals_problem(known: DbRecords, held: Held, *, finished: bool) -> str | None:
-    """How the totals disagree with the rows, all of which were read; None where they agree."""
+def totals_problem(known: DbRecords, sums: RowSums, *, finished: bool) -> str | None:
+    """How the totals disagree with the rows, all of which were read; None if they agree."""
     standing = {status: rows for status, rows in known.spent.standing.items() if rows}
-    if standing != held.standing or (finished and held.standing.total() != rows_due(known)):
-        return f"its totals count {standing or 'no row'}, the rows say {dict(held.standing) or 'none'}"
-    beyond, exact = unaccounted_usd(known, held)
+    if standing != sums.standing or (finished and sums.standing.total() != rows_due(known)):
+        return f"its totals count {standing or 'no row'}, the rows say {dict(sums.standing) or 'none'}"
+    beyond, exact = unaccounted_usd(known, sums)
     if beyond < 0 or (exact and beyond):
         return f"its totals say ${known.spent.cost_usd():,.12f}, the rows {'less' if beyond > 0 else 'more'}"
     return None
 
 
 def usage_problem(directory: RunDirectory, known: DbRecords) -> str | None:
-    """What is wrong with the usage.parquet of a finished run; None where it has the totals' lines."""
+    """What is wrong with the usage.parquet of a finished run; None if it has the totals' lines."""
     expected = result.finished(known.manifest).usage
     try:
         files.require_digest(directory.usage, expected)
@@ -88,16 +88,16 @@ def usage_problem(directory: RunDirectory, known: DbRecords) -> str | None:
 
 
 def footer_problem(directory: RunDirectory, known: DbRecords, facts: Manifest) -> str | None:
-    """How the footer of a sound result disagrees with the totals; None where it agrees."""
+    """How the footer of an intact result disagrees with the totals; None if it agrees."""
     footer = files.read_footer(directory.completions) or {}
-    told = footer.get("run_id"), footer.get("rows_in_output"), footer.get("cost_usd")
-    if told == (facts.run_id, rows_due(known), str(known.spent.cost_usd())):
+    found = footer.get("run_id"), footer.get("rows_in_output"), footer.get("cost_usd")
+    if found == (facts.run_id, rows_due(known), str(known.spent.cost_usd())):
         return None
-    return "its footer is of run {}, {} rows, ${}".format(*told)
+    return "its footer is of run {}, {} rows, ${}".format(*found)
 
 
 class BillElsewhere(msgspec.Struct, frozen=True):
-    """What a file of a run says of the whole, where the database says nothing."""
+    """The figures of the whole run in one of its files, if the database has none."""
 
     place: str
     rows: int
@@ -105,7 +105,7 @@ class BillElsewhere(msgspec.Struct, frozen=True):
 
 
 def bill_elsewhere(directory: RunDirectory) -> BillElsewhere | None:
-    """The bill in the result's footer, else in summary.json; None where neither can be read."""
+    """The figures in the result's footer, else in summary.json; None if neither can be read."""
     found: tuple[Path, object, object] | None = None
     if directory.completions.exists():
         with contextlib.suppress(CheckpointError):
@@ -121,13 +121,13 @@ def bill_elsewhere(directory: RunDirectory) -> BillElsewhere | None:
 
 
 def summary_problem(directory: RunDirectory, known: DbRecords, facts: Manifest, prices: Prices) -> str | None:
-    """What is wrong with summary.json. While a run is incomplete its figures may be seconds old, and are not looked at.
+    """What is wrong with summary.json. The figures of an incomplete run may be seconds old and are not checked.
 
     `updated_at`, `requests_per_minute`, `limits`, `tuned`, `deadline`, `command` and, to its rounding, `elapsed_s` have
     no second source.
     """
     if SALVAGED in known.manifest and not directory.summary.exists():
-        return None  # nobody has gone on with it yet
+        return None  # no start has resumed it yet
     try:
         content = directory.summary.read_bytes()
         summary = msgspec.json.decode(content, type=Summary)
@@ -148,34 +148,34 @@ def summary_problem(directory: RunDirectory, known: DbRecords, facts: Manifest, 
 def _agrees(
     name: str, summary: Summary, directory: RunDirectory, known: DbRecords, facts: Manifest, prices: Prices
 ) -> bool:
-    told: Any = getattr(summary, name)
+    written: Any = getattr(summary, name)
     counted: Any = getattr(summarise(facts, rows_due(known), prices, known.spent, _moment(summary), directory), name)
     match name:
         case "totals":
-            return _in_order(told) == _in_order(counted)
+            return _in_order(written) == _in_order(counted)
         case "files":  # the directory may have been moved, all of it
-            names = [{key: Path(path).name for key, path in named.items()} for named in (told, counted)]
-            return names[0] == names[1] and len({Path(path).parent for path in told.values()}) == 1
+            names = [{key: Path(path).name for key, path in named.items()} for named in (written, counted)]
+            return names[0] == names[1] and len({Path(path).parent for path in written.values()}) == 1
         case "rows_per_minute" | "tokens_per_minute":
-            return bool(abs(told - counted) <= RATE_STEP + told * 0.001 / max(summary.elapsed_s, 0.001))
+            return bool(abs(written - counted) <= RATE_STEP + written * 0.001 / max(summary.elapsed_s, 0.001))
         case "requests_per_minute" | "updated_at" | "elapsed_s":
-            return told is not None
+            return written is not None
         case (
             "limits" | "tuned" | "deadline" | "command" | "example_error" | "unknown_finish_reasons" | "unpriced_tiers"
         ):
             return True
         case "invocation" | "started_at" | "pid" | "host":
-            begun = {record[0]: record for record in known.invocations}.get(summary.invocation)
-            return begun is not None and begun[1:4] == (summary.started_at.timestamp(), summary.pid, summary.host)
+            start = {record[0]: record for record in known.invocations}.get(summary.invocation)
+            return start is not None and start[1:4] == (summary.started_at.timestamp(), summary.pid, summary.host)
         case "exit_code":
-            # what counts as failed is the job's to say: any row that is not `ok` may
-            return told in ((0, 3) if summary.by_status.keys() - {Status.OK} else (0,))
+            # the job decides what counts as failed: any row that is not `ok` may
+            return written in ((0, 3) if summary.by_status.keys() - {Status.OK} else (0,))
         case "state" | "limited_by":
-            return bool(told == "complete")
+            return bool(written == "complete")
         case "reason":
-            return told is None
+            return written is None
         case _:
-            return bool(told == counted)
+            return bool(written == counted)
 
 
 def _moment(summary: Summary) -> Moment:

@@ -1,16 +1,18 @@
-"""All that a run's database says, read without touching it: from the sound file, or from what is left of a damaged one.
+"""Everything in a run's database, read without changing it: from the intact file, or as far as a damaged one allows.
 
-The sound file is read through a private copy (`checkpoint.at_rest`).
+The intact file is read through a private copy (`store.at_rest`).
 """
 
 import contextlib
+import re
 from pathlib import Path
 
 import msgspec
 
 from batchrun.durable import disk_errors
-from batchrun.integrity.page_carver import FRAME_HEADER_BYTES, LOG_HEADER_BYTES, carve, tables_of
-from batchrun.records import FAILURES, Completion, PossiblyBilled, Status
+from batchrun.integrity import damaged_db
+from batchrun.integrity.damaged_db import FRAME_HEADER_BYTES, LOG_HEADER_BYTES
+from batchrun.records import FAILURES, Completion, PossiblyBilled
 from batchrun.store import db_tables
 from batchrun.store.at_rest import log_of, private_copy
 from batchrun.store.checkpoint import FORMAT, SINCE
@@ -20,14 +22,14 @@ from batchrun.store.totals import Totals, with_possibly_billed
 from batchrun.store.wal import PAGE_BYTES
 
 SALVAGED = "salvaged"
-"""The manifest's entry of a run that was salvaged: its bill may have answers that were lost."""
+"""The manifest's entry of a salvaged run, whose bill may include answers that were lost."""
 
 
 class DbRecords(msgspec.Struct, frozen=True):
-    """The database's records as values. `records` counts them all; `whole` is False where they are what was left.
+    """The database's records as values. `records` counts them; `whole` is False if the database is damaged.
 
-    `torn`: the log's last commit can't be read. `attempts` and doubts before the invocation `since` speak of other
-    rows: those were laid out anew then.
+    `torn`: the log's last commit can't be read. `attempts` and `possibly_billed` before the invocation `since` are
+    about other rows: the input was laid out again then.
     """
 
     manifest: dict[str, str]
@@ -44,12 +46,12 @@ class DbRecords(msgspec.Struct, frozen=True):
 
     @property
     def since(self) -> int:
-        """The invocation in which the rows were laid out as they are."""
+        """The invocation from which on the rows have their present numbers."""
         return int(self.manifest.get(SINCE, "0"))
 
 
 def read(path: Path) -> DbRecords:
-    """What the database at `path` says.
+    """The records of the database at `path`.
 
     Raises:
         CheckpointError: gone, empty, damaged, or of another version.
@@ -59,37 +61,35 @@ def read(path: Path) -> DbRecords:
 
 
 def left(path: Path) -> DbRecords:
-    """What can still be found of a damaged database at `path`: of each record the newest version there is."""
+    """What can still be read of a damaged database at `path`: the newest version of each record."""
     with disk_errors(path):
         database, log = (file.read_bytes() if file.exists() else b"" for file in (path, log_of(path)))
     found: dict[str, dict[Record, Record]] = {name: {} for name in _TABLES}
-    for name, record in carve(database, log, db_tables.TABLES):
-        if _fits(name, record):
-            key = _key(name, record)
-            found[name][key] = _newer(name, record, found[name].get(key, record))
-    return _remains({name: list(records.values()) for name, records in found.items()}, whole=False)
+    for name, record in damaged_db.records(database, log, db_tables.TABLES, FORMAT):
+        key = _key(name, record)
+        found[name][key] = _newer(name, record, found[name].get(key, record))
+    return _as_values({name: list(records.values()) for name, records in found.items()}, whole=False)
 
 
-_STATUSES = frozenset(map(str, Status))
-_TABLES = tuple(table.name for table in tables_of(db_tables.TABLES))
+_TABLES = tuple(re.findall(r"CREATE TABLE (\w+)", db_tables.TABLES))
 
 
 def _read(path: Path) -> DbRecords:
     log = log_of(path).read_bytes() if log_of(path).exists() else b""
     with contextlib.closing(Database.open(path, db_tables.TABLES, FORMAT, lambda full: False)) as database:
-        known = _remains({name: list(database.records(name)) for name in _TABLES}, whole=True)
+        known = _as_values({name: list(database.records(name)) for name in _TABLES}, whole=True)
         ((_, frames, _),) = database.query("PRAGMA wal_checkpoint")
     return msgspec.structs.replace(known, torn=_has_commit(log, frames))
 
 
 def _has_commit(log: bytes, frames: int) -> bool:
-    """Whether a commit of this round stands in the log behind so many frames, which SQLite could read."""
+    """True if the log has a commit of this round after the frames that SQLite could read."""
     salts = log[16:24]
     starts = range(LOG_HEADER_BYTES, len(log), FRAME_HEADER_BYTES + PAGE_BYTES)[max(frames, 0) :]
     return any(any(log[start + 4 : start + 8]) and log[start + 8 : start + 16] == salts for start in starts)
 
 
-def _remains(records: dict[str, list[Record]], *, whole: bool) -> DbRecords:
+def _as_values(records: dict[str, list[Record]], *, whole: bool) -> DbRecords:
     lines = [db_tables.totals_line(record) for record in records["totals"]]
     changes = [db_tables.replaced_line(record) for record in records["replaced"]]
     doubts = [db_tables.possibly_billed(record) for record in records["possibly_billed"]]
@@ -114,7 +114,7 @@ def _remains(records: dict[str, list[Record]], *, whole: bool) -> DbRecords:
 
 
 def _key(name: str, record: Record) -> Record:
-    """What tells a record of the table from others, whatever its version."""
+    """What identifies a record of the table in all its versions."""
     match name:
         case "attempts":
             return (*record[:2], record[-1])
@@ -126,23 +126,8 @@ def _key(name: str, record: Record) -> Record:
             return record[:1]
 
 
-def _fits(name: str, record: Record) -> bool:
-    """Whether the record can be of this table, where tables have the same shape."""
-    match name:
-        case "manifest":
-            return isinstance(record[1], str)
-        case "answered_as" | "standing":
-            return isinstance(record[1], int) and (record[0] in _STATUSES) == (name == "standing")
-        case "invocations" | "reopened":
-            return isinstance(record[1], float) == (name == "invocations")
-        case "totals" | "replaced" | "attempts":
-            return isinstance(record[1], int) == (name == "attempts")
-        case _:
-            return True
-
-
 def _newer(name: str, one: Record, other: Record) -> Record:
-    """The newer of two versions of a record; `one` is of the later image of a page, which may be free."""
+    """The newer of two versions of a record; `one` was read later, from the newer view."""
     match name:
         case "totals":  # a line only grows
             return max(other, one, key=lambda record: record[5])
@@ -164,5 +149,5 @@ def _rank_of(record: Record) -> tuple[bool, int]:
 
 
 def rank(status: str, attempts: int) -> tuple[bool, int]:
-    """Which of a row's records stands: an answer before a failure, then the later one."""
+    """Sorts a row's records: an answer after a failure, then the later attempt."""
     return status not in FAILURES, attempts

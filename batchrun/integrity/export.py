@@ -1,7 +1,7 @@
-"""The rows that a run has so far, for a run that no process works on. Sends nothing and changes nothing of the run.
+"""Writes the rows that a run has so far, if no process works on it. Sends nothing and changes nothing else.
 
 The checkpoint is read through a private copy, sealed parts are copied as they are, open chunks are joined with their
-stored input, and what was never opened is read from the input.
+stored input, and rows that were never opened are read from the input.
 """
 
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ from batchrun.tables.rows import output_schema, own_schema
 
 
 class Exported(msgspec.Struct, frozen=True):
-    """Where the rows are now, and how many of them are pending. `problem`: why pending rows lack their input."""
+    """Where the rows are, and how many of them are pending. `problem`: why pending rows lack their input."""
 
     path: Path
     rows: int
@@ -42,11 +42,11 @@ class Exported(msgspec.Struct, frozen=True):
 
 
 def export(directory: RunDirectory, to: Path | None = None) -> Exported:
-    """The run's rows are in `to`, or in the run directory with its usage beside them; a complete run's are there.
+    """Writes the run's rows to `to`, or into the run directory with usage.parquet; a complete run has them already.
 
     Raises:
         InputError: there is no run, or it has no rows yet.
-        JobError: `to` is no place for them.
+        JobError: they can't be written to `to`.
         RunLockedError: a process works on the run.
         CheckpointError: the run is damaged.
         DiskError: the file can't be written.
@@ -82,7 +82,7 @@ def in_words(exported: Exported) -> Iterator[str]:
 
 
 def _written(directory: RunDirectory) -> Summary | None:
-    """summary.json, where it can be read."""
+    """summary.json, if it can be read."""
     try:
         return read(directory)
     except (InputError, CheckpointError):
@@ -90,15 +90,15 @@ def _written(directory: RunDirectory) -> Summary | None:
 
 
 def _require_place(to: Path, directory: RunDirectory, known: Manifest) -> None:
-    """Nothing, if a file can be put there without taking the place of anything but an earlier export.
+    """Refuses a target that would overwrite anything but an earlier export.
 
     Raises:
-        JobError: it can't.
+        JobError: it would.
     """
     if to.is_dir():
         raise JobError(f"-o {to}: is a directory; name a file in it")
     if to.exists() and not to.is_file():
-        raise JobError(f"-o {to}: is no regular file; name another")
+        raise JobError(f"-o {to}: is not a regular file; name another")
     if not to.parent.is_dir():
         raise JobError(f"-o {to}: there is no directory {to.parent}; make it first")
     place = to.resolve()
@@ -153,7 +153,7 @@ def _so_far(directory: RunDirectory, checkpoint: Checkpoint, known: Manifest, su
 
 
 def _source(directory: RunDirectory, known: Manifest) -> tuple[Source, str | None]:
-    """The input as it was when the run began; or an input without rows, and why."""
+    """The input, if unchanged since the run began; else one without rows, and why."""
     try:
         return input_again(known, directory), None
     except InputError as error:
@@ -164,7 +164,7 @@ def _source(directory: RunDirectory, known: Manifest) -> tuple[Source, str | Non
 def _schema(
     directory: RunDirectory, checkpoint: Checkpoint, known: Manifest, source: Source, types: ColumnTypes | None
 ) -> pa.Schema:
-    """The columns of the result. Where a Parquet input is gone, its columns are those of the first chunk."""
+    """The columns of the result. If a Parquet input is missing, they come from the first chunk."""
     if types is not None:
         given = types.schema()
     elif isinstance(source, TableSource):

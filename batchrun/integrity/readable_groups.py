@@ -1,6 +1,6 @@
-"""What of a completions file can still be read, row group by row group, when the file is not what was written.
+"""Reads the row groups of a damaged completions file that are intact.
 
-A page's checksum covers its content, not its header or the file's footer. So a row group is believed only where all
+A page's checksum covers its content, not its header or the file's footer. So a row group counts as intact only if all
 pages of our columns match their checksums, the types are ours, and its rows are in order and within their bounds.
 (Measured: of 10,000 flipped bits none brought a wrong value. The footer's statistics are no help: pyarrow 26 aborts the
 process when they are read from a damaged footer.)
@@ -22,14 +22,14 @@ from batchrun.tables.rows import OWN_COLUMNS, as_own, own_schema
 _STATUSES = pa.array([str(status) for status in Status])
 
 UNREADABLE = (OSError, ValueError, KeyError, IndexError, OverflowError, pa.ArrowException)
-"""What pyarrow makes of a damaged file; a name in its footer may be no text."""
+"""What pyarrow raises for a damaged file; a name in its footer may be invalid text."""
 
 Group = pa.Table
 """A row group: the columns of the input, null where they can't be read, then ours as `OWN_COLUMNS` has them."""
 
 
 def groups(path: Path, schema: pa.Schema, prefix: str, first_row: int, end_row: int) -> Iterator[Group]:
-    """The row groups that can be believed, in order, in `schema`; none where the footer can't be read.
+    """The intact row groups, in order, in `schema`; none if the footer can't be read.
 
     `first_row` and `end_row` bound the rows that the file may hold.
     """
@@ -76,19 +76,19 @@ def _group(file: pq.ParquetFile, number: int, schema: pa.Schema, prefix: str) ->
 
 
 def _is_ours(table: pa.Table) -> bool:
-    """Whether these are our columns by type; `parsed` has the type that its job gave it."""
+    """True if these are our columns by type; `parsed` has the type of its job."""
     parsed = OWN_COLUMNS.get_field_index("parsed")
     found = zip(table.schema.types, OWN_COLUMNS.types, strict=True)
     return all(place == parsed or one == other for place, (one, other) in enumerate(found))
 
 
 def nullable(schema: pa.Schema) -> pa.Schema:
-    """The schema, with a place for what was lost."""
+    """The schema with all columns nullable, for lost values."""
     return pa.schema([field.with_nullable(True) for field in schema])
 
 
 def _columns(file: pq.ParquetFile, number: int, names: list[str]) -> pa.Table | None:
-    """The columns of a row group, or None where one of them can't be read."""
+    """The columns of a row group, or None if one of them can't be read."""
     try:
         table = file.read_row_group(number, columns=names)
         table.validate(full=True)
@@ -111,7 +111,7 @@ def columns(path: Path, names: Sequence[str]) -> Iterator[pa.Table]:
     """These columns of a file whose digest is right, row group by row group.
 
     Raises:
-        CheckpointError: they can't be read all the same.
+        CheckpointError: they can't be read.
     """
     try:
         with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:

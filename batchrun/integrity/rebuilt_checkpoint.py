@@ -1,4 +1,4 @@
-"""The checkpoint of a salvaged run: the account of the rows that were kept, and with it all that is still known."""
+"""The checkpoint of a salvaged run: totals of the rows that were kept, and everything else that is still known."""
 
 import contextlib
 import shutil
@@ -26,10 +26,10 @@ _KEPT_FACTS = (manifest.ENTRY, "prices", variants.ENTRY, SINCE, UNSTATED)  # and
 
 
 class Account:
-    """What the kept rows say: which chunks they are in, how they ended, what they cost."""
+    """What the kept rows add up to: their chunks, how they ended, what they cost."""
 
     def __init__(self, flying: Sequence[InFlight], spilled: Sequence[Frame]) -> None:
-        """`flying` were in flight when the old run's last process ended; `spilled` no start has taken in yet."""
+        """`flying` were in flight when the old run's last process ended; no start has stored `spilled` yet."""
         self.chunks: list[Chunk] = []
         self.reopened: list[Reopened] = []
         self.standing: Counter[str] = Counter()
@@ -42,7 +42,7 @@ class Account:
         self._discarded: dict[LineKey, TotalsLine] = {}
 
     def add(self, own: pa.Table, chunk: Chunk | None, reopened: Sequence[Reopened]) -> None:
-        """A chunk is counted: its kept rows as our columns, those among them that are `reopened`, its record."""
+        """Counts a chunk: its kept rows as our columns, those among them that are `reopened`, its record."""
         if chunk is not None:
             self.chunks.append(chunk)
         self.reopened += reopened
@@ -59,24 +59,24 @@ class Account:
             _add(self._discarded, TotalsLine(*key, attempts=row["attempts"] - 1, cost_usd=beyond))
 
     def cost_usd(self) -> Decimal:
-        """What the kept rows cost, all their attempts."""
+        """The cost of the kept rows, including all their attempts."""
         lines = (*self._answers.values(), *self._discarded.values())
         return sum((line.cost_usd for line in lines), Decimal(0))
 
     def totals(self, known: DbRecords, summary: Sequence[TotalsLine]) -> list[TotalsLine]:
-        """The bill as the database has it. Where that is damaged: as it, or the summary, had it last; or the rows' own
-        sum, if that is more.
+        """The database's totals. If it is damaged: the last known ones, from it or from the summary, or the sum of the
+        rows if that is more.
         """
         if known.whole:
             return list(known.spent.totals.values())
         lines = max((known.spent.lines(), summary), key=lambda lines: sum(line.attempts for line in lines))
-        lines = [line for line in lines if line.status != LOST]  # those are counted by the list of doubts
+        lines = [line for line in lines if line.status != LOST]  # `possibly_billed` counts those
         last_known = sum((line.cost_usd for line in lines), Decimal(0))
         own = [*self._answers.values(), *(line for line in self._discarded.values() if line.attempts)]
         return own if self.cost_usd() > last_known else list(lines)
 
     def replaced(self, totals: Sequence[TotalsLine]) -> list[TotalsLine]:
-        """What has to be added to the totals so that they say: the kept rows' answers stand, the rest is discarded."""
+        """What to add to the totals so that the kept rows' answers stand, and the rest counts as discarded."""
         booked_as = {line.key: line for line in totals if line.status != DISCARDED}
         changes: dict[LineKey, TotalsLine] = {}
         for key in {**booked_as, **self._answers}:
@@ -86,8 +86,8 @@ class Account:
             _add(changes, msgspec.structs.replace(_difference(discarded, change), rows=0))
         return list(changes.values())
 
-    def without_end(self, known: DbRecords) -> list[InFlight]:
-        """Who was in flight and has no end on record, as the next start would have found."""
+    def without_known_end(self, known: DbRecords) -> list[InFlight]:
+        """Requests in flight without a recorded end, as the next start would have found them."""
         ended = {record[:2] for record in known.attempts if record[-1] >= known.since}
         ended |= {(doubt.row, doubt.n) for doubt in known.possibly_billed if doubt.invocation >= known.since}
         return [
@@ -97,7 +97,7 @@ class Account:
         ]
 
     def still_spilled(self) -> list[Frame]:
-        """What was spilled, without the rows that were kept from elsewhere."""
+        """The spilled answers, without rows that were kept from elsewhere."""
         return [
             msgspec.structs.replace(
                 frame, completions=tuple(c for c in frame.completions if self._ended.get(c.row, -1) < c.attempts)
@@ -111,24 +111,24 @@ def _add(lines: dict[LineKey, TotalsLine], line: TotalsLine) -> None:
 
 
 def _difference(wanted: TotalsLine | None, line: TotalsLine) -> TotalsLine:
-    """What makes `wanted` (None: nothing) of the line. Offline counts stay where they are: no row has them."""
+    """`wanted` (None: nothing) minus the line. Offline counts stay, because no row has them."""
     wanted = wanted or TotalsLine(*line.key)
     figures = {name: getattr(wanted, name) - getattr(line, name) for name in FIGURES if not name.startswith("offline_")}
     return TotalsLine(*wanted.key, **figures)
 
 
 def write(old: RunDirectory, known: DbRecords, account: Account, new: RunDirectory) -> None:
-    """The new directory has a checkpoint that says what was kept; a start goes on with it."""
+    """Writes the checkpoint of the new directory, which a start resumes."""
     invocation = max((record[0] for record in known.invocations), default=1)
-    lost = in_flight.possibly_billed(account.without_end(known), invocation, "crash")
-    told = _last_told(old)
-    totals = account.totals(known, [] if told is None else told.totals)
+    lost = in_flight.possibly_billed(account.without_known_end(known), invocation, "crash")
+    last = _last_summary(old)
+    totals = account.totals(known, [] if last is None else last.totals)
     records: dict[str, list[Record]] = {
         "manifest": [
             (SALVAGED, str(account.rows)),
             *((name, known.manifest[name]) for name in _KEPT_FACTS if name in known.manifest),
         ],
-        "invocations": _invocations(known, told),
+        "invocations": _invocations(known, last),
         "chunks": [msgspec.structs.astuple(chunk) for chunk in account.chunks],
         "attempts": known.attempts,
         "possibly_billed": [db_tables.possibly_billed_record(doubt) for doubt in (*known.possibly_billed, *lost)],
@@ -156,7 +156,7 @@ def write(old: RunDirectory, known: DbRecords, account: Account, new: RunDirecto
 
 
 def spilled(directory: RunDirectory) -> list[Frame]:
-    """What was spilled, up to the first frame that can't be read."""
+    """The spilled answers, up to the first frame that can't be read."""
     frames: list[Frame] = []
     with contextlib.suppress(CheckpointError):
         for frame in spill.read(directory.checkpoint.with_name(SPILL)):
@@ -164,14 +164,14 @@ def spilled(directory: RunDirectory) -> list[Frame]:
     return frames
 
 
-def _invocations(known: DbRecords, told: Summary | None) -> list[Record]:
-    """The starts on record, and the last one that the summary tells of: the next is the newest, whatever was lost."""
-    if told is None or any(record[0] >= told.invocation for record in known.invocations):
+def _invocations(known: DbRecords, last: Summary | None) -> list[Record]:
+    """The recorded starts, and the summary's if it is newer: the next start must have the highest number."""
+    if last is None or any(record[0] >= last.invocation for record in known.invocations):
         return known.invocations
-    return [*known.invocations, (told.invocation, told.started_at.timestamp(), told.pid, told.host, "")]
+    return [*known.invocations, (last.invocation, last.started_at.timestamp(), last.pid, last.host, "")]
 
 
-def _last_told(old: RunDirectory) -> Summary | None:
+def _last_summary(old: RunDirectory) -> Summary | None:
     try:
         return msgspec.json.decode(old.summary.read_bytes(), type=Summary)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError):

@@ -1,8 +1,8 @@
-"""What is sound of a damaged run, in a new directory that the same command can go on with. The old one is not touched.
+"""Copies what is intact of a damaged run into a new directory, which the same command resumes. The old one is kept.
 
-The input is read again and cut into the same chunks. A chunk that has all its rows is sealed; another is open over a
-part that has only some of them, so that only the others are asked. Where the input is not what it was, or what the run
-began with can't be read, the rows that are kept are still in salvaged.parquet.
+The input is read again and cut into the same chunks. A chunk with all its rows is sealed. Another is open, with a part
+that has only some rows, so only the others are sent. If the input has changed, or the facts of the run's first start
+can't be read, salvaged.parquet still has the rows.
 """
 
 import csv
@@ -44,12 +44,12 @@ from batchrun.tables.rows import OWN_COLUMNS, joined, output_schema, own_schema
 
 NAME = "salvaged.parquet"
 LOST = "lost.csv"
-ANY_LENGTH = 1 << 40  # of a line: what was too long has been rejected already
+ANY_LENGTH = 1 << 40  # of a line: longer ones were rejected at the first start
 
 
 class Salvaged(msgspec.Struct, frozen=True):
-    """What was kept, and how many rows of opened chunks were not. `problem`: why the new directory can't be gone on
-    with; None: it can.
+    """What was kept, and how many rows of opened chunks were not. `problem`: why the new directory can't be resumed;
+    None: it can.
     """
 
     path: Path
@@ -60,8 +60,8 @@ class Salvaged(msgspec.Struct, frozen=True):
 
 
 class Piece(NamedTuple):
-    """Rows that were opened together, and those of them that are kept. `chunk` is their record in the new directory;
-    None: they can't be gone on with. `answered`: all of them had a completion once.
+    """Rows of one chunk, and those of them that are kept. `chunk` is its record in the new directory; None: it can't be
+    resumed. `answered`: every row had a completion.
     """
 
     first_row: int
@@ -73,10 +73,10 @@ class Piece(NamedTuple):
 
 
 def salvage(directory: RunDirectory) -> tuple[Findings, Salvaged | None]:
-    """What is sound of a damaged run is in `<directory>.salvaged`, whole or not at all; nothing where all is sound.
+    """Writes what is intact of a damaged run to `<directory>.salvaged`, whole or not at all.
 
     Raises: as `inspected`, and
-        JobError: there is something already.
+        JobError: the target exists.
         DiskError: it can't be written.
     """
     with inspected(directory) as inspection:
@@ -87,10 +87,10 @@ def salvage(directory: RunDirectory) -> tuple[Findings, Salvaged | None]:
 def _salvaged(directory: RunDirectory, known: DbRecords) -> Salvaged:
     to = directory.path.with_name(directory.path.name + ".salvaged")
     if to.exists():
-        raise JobError(f"{to}: is there already; move it away, then salvage again")
+        raise JobError(f"{to}: already exists; move it away, then salvage again")
     begun = _facts(known)
     if begun is None:
-        return _built(directory, known, None, None, "what the run began with can't be read", to)
+        return _built(directory, known, None, None, "the facts of its first start can't be read", to)
     try:
         return _built(directory, known, begun, input_again(begun, directory), None, to)
     except InputError as error:
@@ -106,10 +106,10 @@ def _facts(known: DbRecords) -> Manifest | None:
 
 
 def input_again(begun: Manifest, directory: RunDirectory) -> Source:
-    """The input as it was when the run began.
+    """The input, unchanged since the run began.
 
     Raises:
-        InputError: it is not there, or has changed.
+        InputError: it is missing or has changed.
     """
     paths = tuple(Path(file.path) for file in begun.files)
     if [path.name for path in paths] == [directory.spool.name] and directory.spool.exists():
@@ -131,24 +131,24 @@ def _built(
     shutil.rmtree(building.path, ignore_errors=True)
     building.create()
     try:
-        rescue = Rescue(directory, known, begun, source, building)
-        rescue.write()
+        copy = Salvage(directory, known, begun, source, building)
+        copy.write()
         with disk_errors(to):
             building.path.rename(to)
             fsync(to.parent)
     except BaseException:
         shutil.rmtree(building.path, ignore_errors=True)
         raise
-    return Salvaged(to, rescue.account.rows, rescue.missing, rescue.account.cost_usd(), problem)
+    return Salvaged(to, copy.account.rows, copy.missing, copy.account.cost_usd(), problem)
 
 
-def _as_asked(way: Variant) -> Job:
-    """A job that asks the questions of this variant."""
-    return Job(Endpoint(url=SIMULATOR, name=str(way.question["endpoint.name"])), request=way.request)
+def _job_of(variant: Variant) -> Job:
+    """A job that makes the requests of this variant."""
+    return Job(Endpoint(url=SIMULATOR, name=str(variant.question["endpoint.name"])), request=variant.request)
 
 
-class Rescue:
-    """One rescue into an empty directory. `write` is the whole of it."""
+class Salvage:
+    """Copies a run into an empty directory; `write` does all of it."""
 
     def __init__(
         self, old: RunDirectory, known: DbRecords, begun: Manifest | None, source: Source | None, new: RunDirectory
@@ -162,7 +162,7 @@ class Rescue:
         self._settings = Output() if begun is None else begun.output
         self._schema, self._prefix = self._columns()
         self._own = own_schema(self._prefix).names
-        jobs = [] if begun is None else [_as_asked(way) for way in variants.read(known.manifest)]
+        jobs = [] if begun is None else [_job_of(variant) for variant in variants.read(known.manifest)]
         self._builders = [] if begun is None else [RequestBuilder(job, begun.dialect) for job in jobs]
         self._parsed = JSON if begun is None else manifest.parsed(begun)
         self._kept = SoundRows(old, known, self._schema, self._prefix)
@@ -170,7 +170,7 @@ class Rescue:
         self.missing = 0
 
     def write(self) -> None:
-        """The new directory has everything but its name."""
+        """Writes every file of the new directory."""
         lost: list[tuple[int, int, bool]] = []
 
         def write(temporary: Path) -> None:
@@ -194,9 +194,7 @@ class Rescue:
         return schema.set(place, schema.field(place).with_type(self._parsed.type()))
 
     def _columns(self) -> tuple[pa.Schema, str]:
-        """The output's schema, with `parsed` as JSON text, and prefix: by the input, else as the first part that can be
-        read has them.
-        """
+        """The output's schema, with `parsed` as JSON text, and its prefix: by the input, or by a readable part."""
         given = self._source.schema if isinstance(self._source, TableSource) else None
         if given is None and self._types is not None:
             given = self._types.schema()
@@ -211,7 +209,7 @@ class Rescue:
         return own_schema(self._settings.prefix), self._settings.prefix
 
     def _pieces(self) -> Iterator[Piece]:
-        """Every chunk that was ever opened, or of which something is left."""
+        """Every chunk that was ever opened, or of which rows can be read."""
         if self._source is None or self._facts is None:
             yield from self._pieces_without_input()
             return
@@ -226,12 +224,12 @@ class Rescue:
             first_row += given.rows
 
     def _windows(self, source: Source, begun: Manifest) -> Iterator[Window]:
-        """The chunks on record as they are (a pilot's last one is short), then as a start would open them."""
+        """The recorded chunks (a pilot's last one is short), then those that a start would open."""
         position, rejected = START, frozenset(begun.rejected)
         for chunk in self._known.chunks if self._known.whole else ():
             again = next(source.windows(position, chunk.rows, sys.maxsize, rejected), None)
             if again is None or again.rows != chunk.rows:
-                raise InputError(f"the input of rows {chunk.first_row:,} and on is not what it was")
+                raise InputError(f"the input has changed from row {chunk.first_row:,} on")
             yield again
             position = again.end
         yield from source.windows(position, begun.output.chunk_rows, begun.output.chunk_bytes, rejected)
@@ -247,7 +245,7 @@ class Rescue:
         return self._old.completions.exists() or self._old.completions_folder.exists()
 
     def _joined(self, chunk: Chunk, kept: pa.Table, begun: Manifest) -> Piece:
-        """The chunk with its input beside the rows that are kept: sealed if it has them all, else open over them."""
+        """Joins the chunk's input and its intact rows: sealed if all rows are there, else open."""
         path = self._new.input_of(chunk.chunk, begun.layout)
         stored = StoredWindow(path, chunk.input_digest, chunk.first_row)
         kept = self._that_answer(kept, stored)
@@ -260,7 +258,7 @@ class Rescue:
             batch = joined(given, own, schema, self._parsed)
             part_digest = files.write_part(part, schema, [batch], self._settings, len(rows))
             chunk = msgspec.structs.replace(chunk, generation=1, part_digest=part_digest)
-        again = self._asked_again(set(rows))
+        again = self._to_retry(set(rows))
         if len(rows) == chunk.rows and not again:
             chunk = msgspec.structs.replace(chunk, open=0)
             path.unlink()
@@ -268,19 +266,19 @@ class Rescue:
         return Piece(chunk.first_row, chunk.end_row, self._was_sealed(chunk.chunk), whole, chunk, again)
 
     def _that_answer(self, kept: pa.Table, stored: StoredWindow) -> pa.Table:
-        """The kept rows whose key is that of the row's own question: files of an earlier layout speak of others."""
+        """The rows whose key is that of the row's request: files of an earlier layout hold others."""
         columns = (kept.column(self._prefix + name).to_pylist() for name in ("row", "variant", "request_key"))
-        told = {row: (variant, key) for row, variant, key in zip(*columns, strict=True)}
+        keys = {row: (variant, key) for row, variant, key in zip(*columns, strict=True)}
         right = set()
         for batch in stored.rows():
             for row in batch:
-                if row.row in told and self._is_of(row, *told[row.row]):
+                if row.row in keys and self._is_of(row, *keys[row.row]):
                     right.add(row.row)
         return kept.filter(pa.array([row in right for row in self._rows(kept)], pa.bool_()))
 
     def _is_of(self, row: Row, variant: int, key: bytes) -> bool:
-        """True where the key is that of the row's question. With images nobody can say here; but in rows that were
-        never laid out anew there are no answers to others.
+        """True if the key is that of the row's request. With images the key can't be computed here; but if the input
+        was never laid out again, the row can hold no other answer.
         """
         try:
             request = self._builders[variant].build(row)
@@ -293,8 +291,8 @@ class Rescue:
     def _was_sealed(self, number: int) -> bool:
         return self._had_result() or any(chunk.chunk == number and not chunk.open for chunk in self._known.chunks)
 
-    def _asked_again(self, kept: set[int]) -> tuple[Reopened, ...]:
-        """Rows that a retry was about to ask, where that is certain; elsewhere their old records just stand."""
+    def _to_retry(self, kept: set[int]) -> tuple[Reopened, ...]:
+        """Rows that a retry was about to send, if that is certain; otherwise their old records stand."""
         if not self._known.whole:
             return ()
         reopened = self._known.reopened.items()
@@ -312,7 +310,7 @@ class Rescue:
             yield Piece(chunk.first_row, chunk.end_row, not chunk.open, kept)
 
     def _gaps(self, piece: Piece) -> Iterator[tuple[int, int]]:
-        """The spans of the piece's rows that are not kept."""
+        """Spans of the piece's rows that are not kept."""
         next_row = piece.first_row
         for row in (*self._rows(piece.kept), piece.end_row):
             if row > next_row:
@@ -338,7 +336,7 @@ class Rescue:
         replace(self._new.path / LOST, write)
 
     def _bound_usd(self) -> Decimal | None:
-        """The most that one row can cost; None where a price is unknown."""
+        """The most that one row can cost; None if a price is unknown."""
         if self._facts is None:
             return None
         known = msgspec.json.decode(self._known.manifest.get("prices", "{}"), type=dict[str, PriceTable | None])
@@ -348,12 +346,12 @@ class Rescue:
 
 
 def in_words(salvaged: Salvaged) -> Iterator[str]:
-    """What was kept, and how to go on."""
+    """What was kept, and how to resume."""
     kept = f"{plural(salvaged.rows, 'row')} that cost ${salvaged.cost_usd:,.6f}"
     yield f"kept     {salvaged.path / NAME}: {kept}"
     if salvaged.missing:
         yield f"missing  {salvaged.path / LOST}: {plural(salvaged.missing, 'row')}, lost or not answered yet"
     if salvaged.problem is None:
-        yield f"next     the same command with -o {salvaged.path} asks only rows that are missing"
+        yield f"next     run the same command with -o {salvaged.path}: it sends only the missing rows"
     else:
-        yield f"next     it can't be gone on with ({salvaged.problem}): ask the missing rows by a job of their own"
+        yield f"next     it can't be resumed ({salvaged.problem}): send the missing rows with a job of their own"

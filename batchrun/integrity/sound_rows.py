@@ -1,8 +1,7 @@
-"""The rows of a damaged run that can be believed, from wherever in its directory they are.
+"""The intact rows of a damaged run, wherever in its directory they are.
 
-A row is kept where a record of it matches its own CRC in the database (in pages that are free by now, too), or where
-the pages of a part or result that hold it match their checksums. Of two, an answer stands before a failure, then the
-later one: what a seal would have kept.
+A row is kept if its record in the database matches its CRC, or if the pages that hold it in a part or result match
+their checksums. Of two records of a row, an answer wins over a failure, then the later attempt, as in a sealed chunk.
 """
 
 from collections.abc import Iterator
@@ -12,9 +11,8 @@ from typing import Any, cast
 
 import pyarrow as pa
 
-from batchrun.integrity import db_records, readable_groups
+from batchrun.integrity import readable_groups
 from batchrun.integrity.db_records import DbRecords, rank
-from batchrun.records import Completion
 from batchrun.store.rundir import RunDirectory
 from batchrun.tables.rows import own_schema, own_table
 
@@ -22,12 +20,10 @@ NO_END = 2**63
 
 
 class SoundRows:
-    """Give it spans of rows in ascending order; memory is bounded by the largest of them, and the database's rows."""
+    """Call `between` with ascending spans. Memory is bounded by the largest of them plus the database's rows."""
 
     def __init__(self, directory: RunDirectory, known: DbRecords, schema: pa.Schema, prefix: str) -> None:
-        """`schema` is that of the output, with `parsed` as JSON text; the input's columns are null where they can't be
-        read.
-        """
+        """`schema` is that of the output, with `parsed` as JSON text. Input columns that can't be read are null."""
         self._directory = directory
         self._known = known
         self._prefix = prefix
@@ -36,12 +32,9 @@ class SoundRows:
         self._ahead: list[pa.Table] = []
 
     def between(self, first_row: int, end_row: int) -> pa.Table:
-        """The rows kept of `first_row` to `end_row` - 1 of the input, in order."""
+        """The intact rows from `first_row` to `end_row` - 1, in order."""
         found = [*self._of_parts(first_row, end_row), *self._of_result(first_row, end_row)]
-        table = self._best([*found, self._of_records(self._known.rows, first_row, end_row)])
-        if table.num_rows < end_row - first_row and self._known.whole and not self._is_open(first_row):
-            table = self._best([table, self._of_records(self._carved, first_row, end_row)])
-        return table
+        return self._best([*found, self._of_records(first_row, end_row)])
 
     def _of_parts(self, first_row: int, end_row: int) -> Iterator[pa.Table]:
         for path, (first, last) in self._parts.items():
@@ -51,7 +44,7 @@ class SoundRows:
 
     @cached_property
     def _parts(self) -> dict[Path, tuple[int, int]]:
-        """The first and the last row of each part that has a readable one."""
+        """The first and last row of each part with a readable row."""
         files = (*self._directory.parts.glob("*.parquet"), *self._directory.completions_folder.glob("*.parquet"))
         spans: dict[Path, tuple[int, int]] = {}
         for path in sorted(files):
@@ -61,7 +54,7 @@ class SoundRows:
         return spans
 
     def _of_result(self, first_row: int, end_row: int) -> Iterator[pa.Table]:
-        """The result's groups are taken as far as they are needed, and let go when they lie behind."""
+        """Reads the result's row groups as far as needed and drops those before the span."""
         while not self._ahead or self._last_row(self._ahead[-1]) < end_row - 1:
             group = next(self._result, None)
             if group is None:
@@ -71,7 +64,8 @@ class SoundRows:
             yield self._within(group, first_row, end_row)
         self._ahead = [group for group in self._ahead if self._last_row(group) >= end_row]
 
-    def _of_records(self, records: dict[int, Completion], first_row: int, end_row: int) -> pa.Table:
+    def _of_records(self, first_row: int, end_row: int) -> pa.Table:
+        records = self._known.rows
         found = [records[row] for row in sorted(records) if first_row <= row < end_row]
         own = own_table(found, keep_raw=True)
         named = own.rename_columns(own_schema(self._prefix).names)
@@ -80,14 +74,6 @@ class SoundRows:
             for field in self.schema
         ]
         return pa.Table.from_arrays(arrays, schema=self.schema)
-
-    @cached_property
-    def _carved(self) -> dict[int, Completion]:
-        return db_records.left(self._directory.checkpoint).rows
-
-    def _is_open(self, row: int) -> bool:
-        """True for a row of an open chunk: it may just have no answer yet."""
-        return any(chunk.open and chunk.first_row <= row < chunk.end_row for chunk in self._known.chunks)
 
     def _best(self, candidates: list[pa.Table]) -> pa.Table:
         together = pa.concat_tables([table.select(self.schema.names) for table in candidates])

@@ -1,6 +1,6 @@
-"""Everything in a run directory, held against its checksums and against each other. Touches no file, sends nothing.
+"""Checks everything in a run directory by checksums, and figures that are kept twice. Changes no file, sends nothing.
 
-The database's records have CRCs; parts, stored inputs and results have digests; what was counted twice must agree.
+The database's records have CRCs; parts, stored inputs and results have digests; figures kept twice must agree.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import pyarrow as pa
 from batchrun.durable import digest, disk_errors
 from batchrun.errors import CheckpointError, DiskError, InputError
 from batchrun.integrity import audit, db_records, readable_groups
-from batchrun.integrity.audit import Held, Prices
+from batchrun.integrity.audit import Prices, RowSums
 from batchrun.integrity.db_records import DbRecords
 from batchrun.report.wording import plural
 from batchrun.store import in_flight, manifest, result, spill, variants
@@ -31,16 +31,16 @@ Span = tuple[int, int]
 """Rows: the first, and one past the last."""
 
 MAX_SPANS = 10
-"""So many spans of rows are named for each damage; lost.csv of a rescue has them all."""
+"""Spans of rows named for each damage; lost.csv of a salvaged run has them all."""
 
-SALVAGE = "keep a copy of the directory; --salvage writes what is sound into a new one"
-GO_ON = "the same command goes on all the same"
+SALVAGE = "keep a copy of the directory; --salvage copies what is intact into a new one"
+RESUME = "run the same command again: it resumes all the same"
 EXPORT_AGAIN = "remove it; `batchrun export` writes it again"
-ANEW = "remove it; the same command writes it anew"
+REWRITE = "remove it and run the same command again, which rewrites it"
 
 
 class Damage(msgspec.Struct, frozen=True):
-    """What is wrong with one file, which rows that concerns at most, and what to do."""
+    """What is wrong with one file, which rows it affects at most, and what to do."""
 
     file: str
     what: str
@@ -49,10 +49,10 @@ class Damage(msgspec.Struct, frozen=True):
 
 
 class Findings(msgspec.Struct, frozen=True):
-    """What is sound, in words, and what is damaged.
+    """What is intact, in words, and what is damaged.
 
-    `bill_usd` is the whole run's, as far as it is known; `cost_usd` the part of it that no sound row accounts for.
-    None: nobody can tell, since answers were replaced, or have no known price.
+    `bill_usd` is the known cost of the whole run, `cost_usd` the part of it that no intact row accounts for. None: no
+    one can tell, because answers were replaced or have no known price.
     """
 
     sound: tuple[str, ...]
@@ -61,12 +61,12 @@ class Findings(msgspec.Struct, frozen=True):
     cost_usd: str | None
 
     def rows(self) -> int:
-        """How many rows are concerned, at most."""
+        """How many rows are affected, at most."""
         return sum(end - first for first, end in merged(span for damage in self.damages for span in damage.rows))
 
 
 def verify(directory: RunDirectory) -> Findings:
-    """What is sound and what is damaged.
+    """What is intact and what is damaged.
 
     Raises: as `inspected`.
     """
@@ -76,11 +76,11 @@ def verify(directory: RunDirectory) -> Findings:
 
 @contextlib.contextmanager
 def inspected(directory: RunDirectory) -> "Iterator[Inspection]":
-    """Every file was looked at; the directory's lock is held until the block ends.
+    """Inspects every file, and holds the directory's lock until the block ends.
 
     Raises:
         InputError: there is no run.
-        RunLockedError: a run works there.
+        RunLockedError: a process works on it.
         DiskError: a file can't be read.
     """
     if not directory.path.is_dir() or not any(directory.path.iterdir()):
@@ -92,25 +92,27 @@ def inspected(directory: RunDirectory) -> "Iterator[Inspection]":
 
 
 class Inspection:
-    """One look at a directory, whose lock is held. `known` is what its database says, or what is left of it."""
+    """One inspection of a locked directory. `known` are the records of its database, all or those that can be read."""
 
     def __init__(self, directory: RunDirectory) -> None:
         self.directory = directory
         self.sound: list[str] = []
         self.damages: list[Damage] = []
-        self.held = Held()
+        self.sums = RowSums()
         self.known = self._read()
 
     def findings(self) -> Findings:
-        """All that was found."""
+        """The result of `inspect`."""
         if (
             not self.known.whole
             and not self.known.manifest
             and (bill := audit.bill_elsewhere(self.directory)) is not None
         ):
-            self.sound.append(f"{bill.place}: {plural(bill.rows, 'row')}, ${bill.usd:,.6f}, by its own word alone")
+            self.sound.append(
+                f"{bill.place}: {plural(bill.rows, 'row')}, ${bill.usd:,.6f}, with no other record to check it"
+            )
             return Findings(tuple(self.sound), tuple(self.damages), f"{bill.usd:,.6f}", f"{Decimal(0):,.6f}")
-        beyond, exact = audit.unaccounted_usd(self.known, self.held)
+        beyond, exact = audit.unaccounted_usd(self.known, self.sums)
         return Findings(
             tuple(self.sound),
             tuple(self.damages),
@@ -119,7 +121,7 @@ class Inspection:
         )
 
     def inspect(self) -> None:
-        """Every file was looked at."""
+        """Inspects every file."""
         self._log()
         if "facts" not in self.known.manifest:
             self._without_facts()
@@ -143,7 +145,7 @@ class Inspection:
         if not self._finished:
             self._slots()
             if self.directory.completions.exists():
-                self.sound.append("completions.parquet: of before, until the run is complete again; not looked at")
+                self.sound.append("completions.parquet: from before, until the run is complete again; not checked")
         self._kept_input(begun)
         self._partial()
 
@@ -165,24 +167,24 @@ class Inspection:
             known = db_records.left(path)
             what = str(error).partition("; keep a copy")[0]
             broken = log if what.startswith(str(log := log_of(path))) else path
-            self._damaged(broken, f"{what}; {plural(known.records, 'record')} can still be read one by one")
+            self._damaged(broken, f"{what}; {plural(known.records, 'record')} can still be read")
         else:
             self.sound.append(f"checkpoint.db: {plural(known.records, 'record')}, every page")
         return known
 
     def _log(self) -> None:
         if self.known.torn:
-            what = "the last commit can't be read: torn by a power cut, or damaged; its rows are asked again"
-            self._damaged(log_of(self.directory.checkpoint), what, then=GO_ON)
+            what = "the last commit can't be read: torn by a power cut, or damaged; its rows are sent again"
+            self._damaged(log_of(self.directory.checkpoint), what, then=RESUME)
 
     def _without_facts(self) -> None:
         traces = [path for path in (self.directory.completions, self.directory.inflight) if path.exists()]
         if not self.known.whole:
             return
         if traces:
-            self._damaged(self.directory.checkpoint, f"holds no run, yet {traces[0].name} is there")
+            self._damaged(self.directory.checkpoint, f"holds no run, although {traces[0].name} exists")
         else:
-            self.sound.append("no run has begun here")
+            self.sound.append("no run has started here")
 
     def _chunks(self, begun: Manifest) -> None:
         row = 0
@@ -197,7 +199,7 @@ class Inspection:
         self.sound.append(f"chunks: {len(self.known.chunks):,}, contiguous, {row:,} of {plural(begun.rows, 'row')}")
 
     def _chunk(self, chunk: Chunk, begun: Manifest) -> None:
-        """A sealed chunk is its part; an open one its stored input, its records, and its earlier part if it has one."""
+        """Inspects a chunk: a sealed one is its part; an open one its stored input, records and any earlier part."""
         span = chunk.first_row, chunk.end_row
         newer = {row for row in range(*span) if chunk.open and row in self.known.rows}
         if chunk.generation:
@@ -209,7 +211,7 @@ class Inspection:
         if chunk.open:
             self._stored_input(chunk, begun.layout)
             overlay = [self.known.rows[row] for row in newer]
-            self.held.add([str(row.status) for row in overlay], [row.cost_usd for row in overlay])
+            self.sums.add([str(row.status) for row in overlay], [row.cost_usd for row in overlay])
 
     def _rows_of(
         self,
@@ -221,7 +223,7 @@ class Inspection:
         *,
         all_rows: bool = True,
     ) -> None:
-        """The file is what was written; those of its rows that can be read are counted, but for those `elsewhere`."""
+        """Checks a file of rows, and counts those that can be read and are not `elsewhere`."""
         names = [prefix + column for column in ("row", "status", "cost_usd")]
         problem = None
         try:
@@ -235,7 +237,7 @@ class Inspection:
             rows = _values(group, names[0])
             found.update(rows)
             standing = group.filter(pa.array([row not in elsewhere for row in rows], pa.bool_()))
-            self.held.add(_values(standing, names[1]), _values(standing, names[2]))
+            self.sums.add(_values(standing, names[1]), _values(standing, names[2]))
         lost = merged((row, row + 1) for row in range(*span) if row not in found and row not in elsewhere)
         if problem is not None or (lost and all_rows):
             self._damaged(path, problem or "rows are missing", lost)
@@ -255,19 +257,19 @@ class Inspection:
         all_read = self.known.whole and not any(damage.rows for damage in self.damages)
         result_damaged = any(damage.file == self.directory.completions.name for damage in self.damages)
         if all_read:
-            problem = audit.totals_problem(self.known, self.held, finished=self._finished)
-            self._told(self.directory.checkpoint, problem, "its totals are the sums of its rows")
+            problem = audit.totals_problem(self.known, self.sums, finished=self._finished)
+            self._report(self.directory.checkpoint, problem, "its totals are the sums of its rows")
         if self._finished:
-            self._told(self.directory.usage, audit.usage_problem(self.directory, self.known), "has the totals' lines")
+            self._report(self.directory.usage, audit.usage_problem(self.directory, self.known), "has the totals' lines")
         if self._finished and begun.output.layout == "file" and not result_damaged:
             problem = audit.footer_problem(self.directory, self.known, begun)
-            self._told(self.directory.completions, problem, "its footer has the same bill")
+            self._report(self.directory.completions, problem, "its footer has the same bill")
         if self.known.whole:
             problem = audit.summary_problem(self.directory, self.known, begun, prices)
-            self._told(self.directory.summary, problem, "agrees", ANEW)
+            self._report(self.directory.summary, problem, "agrees", REWRITE)
 
     def _partial(self) -> None:
-        """A copy of the rows as they were: nothing depends on it, so it is only read."""
+        """Nothing depends on the partial result, so it is only read."""
         path = self.directory.partial
         if not path.exists():
             return
@@ -278,33 +280,33 @@ class Inspection:
             self._damaged(path, f"can't be read: {error}".replace(f"{path}: ", ""), then=EXPORT_AGAIN)
             return
         whole = footer.get("complete") is False and footer.get("rows_in_output") == rows
-        self._told(path, None if whole else "its footer is of another file", "readable, of before", EXPORT_AGAIN)
+        self._report(
+            path, None if whole else "its footer belongs to another file", "readable, from before", EXPORT_AGAIN
+        )
 
-    def _told(self, path: Path, problem: str | None, otherwise: str, then: str = SALVAGE) -> None:
+    def _report(self, path: Path, problem: str | None, otherwise: str, then: str = SALVAGE) -> None:
         if problem is None:
             self.sound.append(f"{path.name}: {otherwise}")
         else:
             self._damaged(path, problem, then=then)
 
     def _slots(self) -> None:
-        """Slots are made before the first request is sent, and stay until the run is finished."""
+        """Slots exist from before the first request until the run is finished."""
         path = self.directory.inflight
         with disk_errors(path):
             size = path.stat().st_size if path.exists() else None
         if size is None:
-            begun_anew = self.known.reopened or db_records.SALVAGED in self.known.manifest
-            if self.known.rows or (self.known.spent.totals and not begun_anew):
+            reopened_or_salvaged = self.known.reopened or db_records.SALVAGED in self.known.manifest
+            if self.known.rows or (self.known.spent.totals and not reopened_or_salvaged):
                 self._damaged(
-                    path, "is missing: nobody knows who was in flight when the last process ended", then=GO_ON
+                    path, "is missing: the requests in flight when the last process ended are unknown", then=RESUME
                 )
             return
         taken = in_flight.read(path)
         unreadable = taken.count(in_flight.UNREADABLE)
         if unreadable or size % in_flight.SLOT_BYTES or not size:
-            what = (
-                f"{plural(unreadable, 'slot')} can't be read: as many requests, at most, may have been billed unnamed"
-            )
-            self._damaged(path, what, then=GO_ON)
+            what = f"{plural(unreadable, 'slot')} can't be read: as many requests may have been billed without a name"
+            self._damaged(path, what, then=RESUME)
         else:
             self.sound.append(f"inflight.bin: {plural(size // in_flight.SLOT_BYTES, 'slot')}, {len(taken):,} taken")
 
@@ -322,13 +324,13 @@ class Inspection:
             self.sound.append(f"{path.name}: {plural(rows, 'row')} that the next start takes in")
 
     def _kept_input(self, begun: Manifest) -> None:
-        """Standard input, where it was the input."""
+        """The copy of standard input, if that was the input."""
         path = self.directory.spool
         with disk_errors(path):
             found = digest(path) if path.exists() else None
         if found is None and [file.path for file in begun.files] != [str(path)]:
             return
-        self._told(path, None if (found,) == begun.digests else "is not what this run began with", "as it was read")
+        self._report(path, None if (found,) == begun.digests else "is not the input of this run", "as it was read")
 
 
 def _values(table: pa.Table, name: str) -> list[Any]:
@@ -336,7 +338,7 @@ def _values(table: pa.Table, name: str) -> list[Any]:
 
 
 def merged(spans: Iterable[Span]) -> tuple[Span, ...]:
-    """The same rows in as few spans as can be, in order."""
+    """The same rows in as few spans as possible, in order."""
     found: list[Span] = []
     for first, end in sorted(spans):
         if found and first <= found[-1][1]:
@@ -347,9 +349,9 @@ def merged(spans: Iterable[Span]) -> tuple[Span, ...]:
 
 
 def in_words(findings: Findings) -> Iterator[str]:
-    """A line for each thing that is sound; for each damage what, which rows, and what to do; the sum last."""
+    """A line for each intact thing; for each damage what, which rows, and what to do; the sum last."""
     for line in findings.sound:
-        yield f"sound    {line}"
+        yield f"intact   {line}"
     for damage in findings.damages:
         yield f"damaged  {damage.file}: {damage.what}"
         if damage.rows:
@@ -360,6 +362,6 @@ def in_words(findings: Findings) -> Iterator[str]:
     if not findings.damages:
         yield "nothing is damaged"
         return
-    cost = "cost that nobody can tell" if findings.cost_usd is None else f"${findings.cost_usd}"
-    concerned = f"{plural(findings.rows(), 'row')} and {cost} of ${findings.bill_usd}"
-    yield f"{plural(len(findings.damages), 'damage')}: {concerned} can't be read"
+    cost = "an unknown part" if findings.cost_usd is None else f"${findings.cost_usd}"
+    lost = f"{plural(findings.rows(), 'row')} and {cost} of ${findings.bill_usd}"
+    yield f"{plural(len(findings.damages), 'damage')}: {lost} can't be read"

@@ -6,6 +6,7 @@ Every setting is documented in docs/job.md; a test holds that page and this modu
 import hashlib
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
+from pathlib import PurePath
 from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
@@ -71,6 +72,21 @@ class Endpoint(Table, frozen=True):
     developer_role: Literal["developer", "system"] = "developer"
     dialect: Literal["chat", "responses"] = "chat"
     transport: Literal["auto", "session"] = "auto"
+    label: Text | None = None
+    weight: Positive = 1.0
+    requests_per_minute: Positive | None = None
+    tokens_per_minute: Positive | None = None
+    max_in_flight: Annotated[int, Meta(ge=1, le=4096)] | None = None
+
+    @property
+    def base_path(self) -> str:
+        """The path of the URL before that of the dialect."""
+        return urlsplit(self.url).path.rstrip("/").removesuffix(PATHS[self.dialect])
+
+    @property
+    def full_url(self) -> str:
+        """The whole URL that requests go to: a base such as `…/v1` gets the dialect's own path appended."""
+        return urlsplit(self.url)._replace(path=self.base_path + PATHS[self.dialect]).geturl()
 
     @property
     def id_header(self) -> str | None:
@@ -274,6 +290,7 @@ class Job(Table, frozen=True):
     simulator: Simulator = Simulator()
     on_end: list[Text] = []
     on_end_timeout_s: Positive = 60.0
+    more_endpoints: list[Endpoint] = []  # all `[[endpoint]]` tables but the first
 
     def on(self, date: str) -> "Job":
         """The job with its input of that logical date (`2026-11-28`), where `input.path` holds `{date}`."""
@@ -284,29 +301,68 @@ class Job(Table, frozen=True):
         return msgspec.structs.replace(self, input=dated)
 
     @property
+    def endpoints(self) -> list[Endpoint]:
+        """Every endpoint of the job, in the job file's order."""
+        return [self.endpoint, *self.more_endpoints]
+
+    @property
+    def labels(self) -> list[str]:
+        """What messages call each endpoint: its label, else the variable or file of its key, else its host; unique."""
+        labels: list[str] = []
+        for each in self.endpoints:
+            file = None if each.api_key_file is None else PurePath(each.api_key_file).name
+            label = each.label or each.api_key_env or file or urlsplit(each.url).netloc or each.url
+            same = sum(known.partition(" #")[0] == label for known in labels)
+            labels.append(f"{label} #{same + 1}" if same else label)
+        return labels
+
+    def limits_of(self, endpoint: Endpoint) -> Limits:
+        """The limits of one of several endpoints."""
+        return msgspec.structs.replace(
+            self.limits,
+            requests_per_minute=endpoint.requests_per_minute,
+            tokens_per_minute=endpoint.tokens_per_minute,
+            max_in_flight=endpoint.max_in_flight or self.limits.max_in_flight,
+        )
+
+    @property
+    def total_limits(self) -> Limits:
+        """The limits of all endpoints together. A rate that one of them does not limit is not limited."""
+        if not self.more_endpoints:
+            return self.limits
+        each = [self.limits_of(endpoint) for endpoint in self.endpoints]
+        rpm, tpm = [one.requests_per_minute for one in each], [one.tokens_per_minute for one in each]
+        return msgspec.structs.replace(
+            self.limits,
+            requests_per_minute=None if None in rpm else sum(filter(None, rpm)),
+            tokens_per_minute=None if None in tpm else sum(filter(None, tpm)),
+            max_in_flight=sum(one.max_in_flight for one in each),
+        )
+
+    @property
     def simulated(self) -> bool:
         """True if the job uses the built-in simulator."""
         return self.endpoint.url == SIMULATOR
 
     @property
     def url(self) -> str:
-        """The whole URL that requests go to: a base such as `…/v1` gets the dialect's own path appended."""
-        parts = urlsplit(self.endpoint.url)
-        return parts._replace(path=self._base_path() + PATHS[self.endpoint.dialect]).geturl()
-
-    def _base_path(self) -> str:
-        path = urlsplit(self.endpoint.url).path.rstrip("/")
-        return path.removesuffix(PATHS[self.endpoint.dialect])
+        """The whole URL of the first endpoint."""
+        return self.endpoint.full_url
 
     @property
     def endpoint_name(self) -> str:
-        """The name of the endpoint, a part of every request_key. Two URLs of one server may share a name."""
-        if self.endpoint.name is not None:
-            return self.endpoint.name
+        """The name of the endpoint, a part of every request_key. Two URLs of one server may share a name.
+
+        Several endpoints have one name, since any of them may answer: the one that is set, else that of the first URL.
+        """
+        if (name := next((each.name for each in self.endpoints if each.name is not None), None)) is not None:
+            return name
         if self.simulated:
             return SIMULATOR
         parts = urlsplit(self.url)
-        return f"{parts.scheme}://{parts.netloc}{self._base_path()}{PATHS['chat']}"  # one question in either dialect
+        return (
+            f"{parts.scheme}://{parts.netloc}{self.endpoint.base_path}{PATHS['chat']}"  # one question in either dialect
+        )
 
     def question(self) -> dict[str, Any]:
         """The settings that decide what is asked, as plain values by path. A change here means other answers."""
@@ -323,6 +379,8 @@ class Job(Table, frozen=True):
 def settings() -> Iterator[tuple[str, object]]:
     """Every setting a job file can hold, as (path, default); `msgspec.NODEFAULT` where one is required."""
     for table in msgspec.structs.fields(Job):
+        if table.name == "more_endpoints":
+            continue  # the settings of `endpoint` again
         structs = [t for t in (table.type, *get_args(table.type)) if isinstance(t, type)]
         inner = next((t for t in structs if issubclass(t, Table)), None)
         if inner is None:

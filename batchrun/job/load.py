@@ -49,11 +49,17 @@ def _origin(path: Path, overrides: Sequence[str], problem: str) -> str:
 
 def from_tables(tables: Mapping[str, Any]) -> Job:
     """The validated Job that these TOML tables describe."""
+    endpoints = tables.get("endpoint")
+    if isinstance(endpoints, list):  # [[endpoint]] tables
+        if not endpoints:
+            raise JobError("endpoint: is empty; add an [endpoint] table")
+        tables = {**tables, "endpoint": endpoints[0], "more_endpoints": endpoints[1:]}
     try:
         job = msgspec.convert(tables, Job)
     except msgspec.ValidationError as error:
         known = [name for name, _ in settings()] + list(Job.__struct_fields__)
-        raise JobError(explain(str(error), tables, Job, known)) from error
+        why = explain(str(error), tables, Job, known)
+        raise JobError(re.sub(r"more_endpoints\[(\d+)\]", lambda at: f"endpoint[{int(at[1]) + 1}]", why)) from error
     if problem := next(problems(job), None):
         raise JobError(problem)
     response_format = job.request.response_format
@@ -99,6 +105,8 @@ def _override(tables: dict[str, Any], override: str) -> None:
     table = tables
     for parent in parents:
         table = table.setdefault(parent, {})
+        if isinstance(table, list):
+            raise JobError(f"--set {path}: the job has several [[{parent}]] tables; change them in the job file")
         if not isinstance(table, dict):
             raise JobError(f"--set {path}: {parent} is not a table")
     if text.strip():

@@ -19,6 +19,7 @@ from batchrun.job.job import (
     SIMULATOR,
     Endpoint,
     Job,
+    Limits,
     Price,
     RequestTemplate,
     flatten,
@@ -33,7 +34,11 @@ _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 def problems(job: Job) -> Iterator[str]:
     """Every problem of the job, each in one line that begins with the setting's path."""
     request = job.request
-    yield from _endpoint_problems(job.endpoint)
+    several = len(job.endpoints) > 1
+    for place, endpoint in enumerate(job.endpoints):
+        for problem in _endpoint_problems(endpoint):
+            yield f"endpoint[{place}]{problem.removeprefix('endpoint')}" if several else problem
+    yield from _pool_problems(job) if several else _single_problems(job.endpoint)
     if request.prompt is not None and request.messages is not None:
         yield "request.prompt: conflicts with request.messages; keep one of them"
     if request.system is not None and isinstance(request.messages, list):
@@ -85,6 +90,34 @@ def problems(job: Job) -> Iterator[str]:
             usd: Decimal | None = getattr(price, name)
             if usd is not None and not (usd.is_finite() and 0 <= usd <= MAX_PRICE_USD):
                 yield f"pricing.{model}.{name}: expected 0 to {MAX_PRICE_USD:,} USD per million tokens (is {usd})"
+
+
+_POOL_ONLY = ("weight", "requests_per_minute", "tokens_per_minute", "max_in_flight")
+_SAME = ("dialect", "max_tokens_field", "developer_role")
+"""Settings that decide what is sent: the same request goes to any endpoint."""
+
+
+def _single_problems(endpoint: Endpoint) -> Iterator[str]:
+    defaults = {field.name: field.default for field in msgspec.structs.fields(Endpoint)}
+    for name in _POOL_ONLY:
+        if getattr(endpoint, name) != defaults[name]:
+            instead = "has no meaning for a single endpoint" if name == "weight" else f"set limits.{name} instead"
+            yield f"endpoint.{name}: is for several [[endpoint]] tables; {instead}"
+
+
+def _pool_problems(job: Job) -> Iterator[str]:
+    for name in Limits.__struct_fields__:
+        if "_per_" in name and getattr(job.limits, name) is not None:
+            yield f"limits.{name}: with several [[endpoint]] tables, set the limits of each in its table"
+    names = {each.name for each in job.endpoints if each.name is not None}
+    if len(names) > 1:
+        yield f"endpoint.name: several endpoints share one name ({' and '.join(sorted(names))} differ); use label"
+    for place, each in enumerate(job.endpoints):
+        if each.url == SIMULATOR:
+            yield f'endpoint[{place}].url: "simulator" can be the only endpoint; give the URL of batchrun simulate'
+        for name in _SAME:
+            if getattr(each, name) != getattr(job.endpoint, name):
+                yield f"endpoint[{place}].{name}: must be the same in every [[endpoint]] table"
 
 
 def _schema_problems(request: RequestTemplate) -> Iterator[str]:

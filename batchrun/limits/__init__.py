@@ -1,1 +1,1 @@
-"""The one line in which every attempt waits for pace, tokens, money and a slot; what it knows of the limits."""
+"""The gate: rates, tokens, budget and requests in flight, and what is learned about the endpoint's limits."""

@@ -122,8 +122,10 @@ class Ruling(msgspec.Struct, frozen=True):
 
     `hold`: the verdict concerns the whole run and is not confirmed: keep this row unsettled, and send it again only
     when no other row is left. `own`: rows held earlier whose verdict proved to be only theirs: settle them by it. A
-    row still held when the gate has closed stays pending.
+    row still held when the gate has closed stays pending. `elsewhere`: this row or held ones, whose endpoint was set
+    aside: send them again, to another endpoint.
     """
 
     hold: bool = False
     own: tuple[int, ...] = ()
+    elsewhere: tuple[int, ...] = ()

@@ -154,6 +154,19 @@ class Circuit:
         if self.stop is None:
             self._enter(Stopped(stop))
 
+    def reopen(self, why: str) -> None:
+        """After a stop: one row at a time is sent again, because the cause may be gone (a replaced key)."""
+        self._suspicions.clear()
+        self._unanswered.forget()
+        self._failing_since_s = None
+        self._first_failures = None
+        self._coolings = 0
+        self._episode = self._trouble = self._sent
+        self._out = 0
+        self.phase, before = OPEN, self.phase
+        self._on_change(before, self.phase)
+        self._probe(why)
+
     def observe(self, outcome: Outcome, order: int, now_s: float, finding: Finding = NOTHING) -> Ruling:
         """Takes one admitted attempt's outcome into account; returns what it means for rows.
 

@@ -1,8 +1,8 @@
 """Admits each attempt when rates, budget, requests in flight and the endpoint's circuit all allow it."""
 
 import asyncio
+import functools
 import re
-from collections import deque
 from collections.abc import Callable, Mapping
 from decimal import Decimal
 
@@ -11,21 +11,18 @@ import msgspec
 from batchrun.errors import ExitCode, RunStoppedError
 from batchrun.job.job import Limits
 from batchrun.limits.adaptive_rate import AdaptiveRate, RateChange
-from batchrun.limits.admission import OPEN, Ask, Binding, Found, Limit, Outcome, Ruling, Stop
+from batchrun.limits.admission import OPEN, Ask, Binding, Found, Limit, Outcome, Phase, Ruling, Stop
+from batchrun.limits.admission_queue import UNLIMITED, AdmissionQueue
 from batchrun.limits.budget import BudgetAccount, Lease
 from batchrun.limits.circuit import IN_FLIGHT, Circuit
 from batchrun.limits.daily import DailyCount
 from batchrun.limits.overruns import Overruns
-from batchrun.limits.probe_turns import InDoubt, ProbeTurns
+from batchrun.limits.probe_turns import Breaker, InDoubt, ProbeTurns
 from batchrun.limits.rate_headers import read_limit
 from batchrun.limits.rates import RateLimits, Rates
 from batchrun.limits.refusals import NOTHING, Finding, Refusals
 from batchrun.records import InForce, Verdict
 
-TIMER_GRAIN_S = 0.001
-"""Event loops count in milliseconds: a shorter timer, for a wait of a float's rounding error, would spin."""
-
-UNLIMITED = Binding(Limit.LATENCY)
 BUDGET = Binding(Limit.BUDGET)
 
 HEADERS_EVERY_S = 0.01
@@ -44,7 +41,7 @@ class GateClosed(RunStoppedError):
         self.stop = stop
 
 
-class _Flight(msgspec.Struct):
+class Flight(msgspec.Struct):
     """One admitted attempt, until its outcome is durable."""
 
     ask: Ask
@@ -58,6 +55,21 @@ class _Flight(msgspec.Struct):
     observed: bool = False
     settled: bool = False
     lease: Lease | None = None
+
+
+class Shared:
+    """What gates with one backlog share: the queue, probing turns, budget, and the attempts in flight by slot."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, circuit: Breaker, budget: BudgetAccount | None) -> None:
+        self.queue = AdmissionQueue(loop)
+        self.turns = ProbeTurns(circuit, loop)
+        self.budget = budget or BudgetAccount()
+        self.flights: dict[int, Flight] = {}
+
+    def wake(self) -> None:
+        """Waiting attempts and workers check again."""
+        self.queue.wake()
+        self.turns.wake()
 
 
 class Gate:
@@ -79,12 +91,15 @@ class Gate:
         overruns: Overruns | None = None,
         on_pace: RateChange = lambda limit, before, after, why: None,
         on_kind: Callable[[str, str], None] = lambda kind, why: None,
+        shared: Shared | None = None,
+        first_slot: int = 0,
     ) -> None:
         """The event loop's clock is the gate's clock, as it is aiolimiter's.
 
         `overruns` raises the upper bounds of models that were billed beyond them; without it, bounds are trusted.
         `found` holds the limits that an earlier process found. `on_pace` is called for each change of a limit,
-        `on_kind` when refusals get another explanation.
+        `on_kind` when refusals get another explanation. `shared` is given to the gates of several endpoints, each with
+        slots of its own from `first_slot` on; it has the budget then.
         """
         self._circuit = circuit
         self._loop = loop
@@ -93,15 +108,14 @@ class Gate:
         rates = {Limit.REQUESTS: self._requests, Limit.TOKENS: self._tokens}
         self._refusals = Refusals(rates, circuit.in_flight, on_kind)
         self._next_headers_s = loop.time()
-        self.purse = purse or BudgetAccount()
+        self._shared = shared or Shared(loop, circuit, purse)
+        self.purse = self._shared.budget
         self._overruns = overruns
         self._slots = circuit.in_flight.most
-        self._free = list(range(self._slots - 1, -1, -1))  # a stack, so that low slots are used again
-        self._flights: dict[int, _Flight] = {}
-        self._queue: deque[asyncio.Future[None]] = deque()  # FIFO: small requests never starve a large one
-        self.turns = ProbeTurns(circuit, loop)
-        self._timer: asyncio.TimerHandle | None = None
-        self._blocker = UNLIMITED
+        self._free = list(range(first_slot + self._slots - 1, first_slot - 1, -1))  # a stack: low slots are used again
+        self._flights = self._shared.flights
+        self._queue = self._shared.queue
+        self.turns = self._shared.turns
 
     @property
     def slots(self) -> int:
@@ -111,7 +125,7 @@ class Gate:
     @property
     def in_flight(self) -> int:
         """Attempts that are admitted and not yet durable."""
-        return len(self._flights)
+        return self._slots - len(self._free)
 
     @property
     def allowed_in_flight(self) -> int:
@@ -152,10 +166,10 @@ class Gate:
     def binding(self) -> Binding:
         """What the next attempt waits for; `latency` if nothing but the endpoint's answers."""
         if self._queue:
-            return self._blocker
+            return self._queue.blocker
         if (blocker := self.turns.blocked_by) is not None:
             return blocker
-        return IN_FLIGHT if len(self._flights) >= self._circuit.in_flight.most else UNLIMITED
+        return IN_FLIGHT if self.in_flight >= self._circuit.in_flight.most else UNLIMITED
 
     def tune(self, rates: Rates = Rates(), *, max_in_flight: int | None = None) -> None:  # noqa: B008  (frozen)
         """Changes the limits; None leaves one as it is. Attempts in flight are not affected.
@@ -170,7 +184,7 @@ class Gate:
             self._refusals.searches[Limit.TOKENS].forget()
         if max_in_flight is not None:
             self._circuit.in_flight.limit(min(max_in_flight, self._slots))
-        self._wake_first()
+        self._shared.wake()
 
     @property
     def in_force(self) -> InForce:
@@ -198,10 +212,9 @@ class Gate:
             GateClosed: nothing is admitted any more, or the budget can never cover this attempt.
             InDoubt: the endpoint is in doubt and `probes` is false.
         """
-        if self._queue or self._blocked_by(ask, probes=probes) is not None:
-            await self._wait_in_queue(ask, probes=probes)
-        await self._rates.acquire()  # never suspends right after `_blocked_by`, so all is taken at once
-        return self._take(ask)
+        if self._queue or self.blocked_by(ask, probes=probes) is not None:
+            await self._queue.wait(functools.partial(self.blocked_by, ask, probes=probes))
+        return await self.take(ask)
 
     def bound(self, slot: int) -> tuple[Decimal | None, int]:
         """The attempt's reserved upper bounds: cost in USD (None: unknown) and tokens."""
@@ -219,7 +232,7 @@ class Gate:
         if tokens is not None:
             self._rates.correct(flight.ask, tokens, output_tokens)
             self._refusals.correct(tokens - flight.ask.tokens)
-            self._wake_first()
+            self._shared.wake()
 
     def hear(self, slot: int, headers: Mapping[str, str]) -> None:
         """Reads the rate limit headers of a response. Call it after `settle`: the headers count this usage already."""
@@ -247,7 +260,7 @@ class Gate:
         ruling = self._circuit.observe(outcome, flight.order, now_s, finding)
         if not was_open and self._circuit.phase is OPEN:
             self._refusals.reopened(now_s)
-        self._wake_first()
+        self._shared.wake()
         return ruling
 
     def release(self, slot: int, spent_usd: Decimal | None, spent_tokens: int | None = None) -> None:
@@ -258,18 +271,37 @@ class Gate:
             self._refusals.ended(flight.order, self._loop.time(), reached=False)
         self.purse.settle(flight.ask, spent_usd, spent_tokens, flight.lease)
         self._free.append(slot)
-        self._wake_first()
+        self._shared.wake()
+
+    @property
+    def phase(self) -> Phase:
+        """The circuit's phase."""
+        return self._circuit.phase
+
+    @property
+    def in_doubt(self) -> bool:
+        """True while one row at a time is sent, to find out whether the endpoint works."""
+        return self._circuit.in_doubt
+
+    def circuit_blocker(self, now_s: float) -> Binding | None:
+        """What the circuit alone blocks the next attempt by."""
+        return self._circuit.binding(now_s)
+
+    def reopen(self, why: str) -> None:
+        """Admits one row again after a stop, to find out whether its cause is gone."""
+        self._circuit.reopen(why)
+        self._shared.wake()
 
     def close(self, stop: Stop) -> None:
         """Ends admission: waiting and later attempts get `GateClosed`. The first reason is kept."""
         self._circuit.close(stop)
-        self._wake_first()
+        self._shared.wake()
 
     def wake(self) -> None:
         """The first in the queue checks again: a budget that it waits for may have got money."""
-        self._wake_first()
+        self._shared.wake()
 
-    def _adjust_limits(self, flight: _Flight, outcome: Outcome, now_s: float) -> Finding:
+    def _adjust_limits(self, flight: Flight, outcome: Outcome, now_s: float) -> Finding:
         """Updates rates and requests in flight. A refused attempt used nothing, so it is given back to the buckets,
         unless the rate was itself learned from refusals: then it would be sent and refused again at once.
         """
@@ -308,24 +340,8 @@ class Gate:
         known = min((rate for rate in rates if rate is not None), default=None)
         return None if known is None or (rate.configured is not None and known >= rate.configured) else known
 
-    async def _wait_in_queue(self, ask: Ask, *, probes: bool) -> None:
-        """Returns when this attempt is first in the queue and nothing blocks it. The next one runs after it took."""
-        queue = self._queue
-        turn = self._loop.create_future()
-        queue.append(turn)
-        try:
-            if queue[0] is not turn:
-                await turn
-            while (blocker := self._blocked_by(ask, probes=probes)) is not None:
-                queue[0] = turn = self._loop.create_future()
-                self._set_timer(blocker)
-                await turn
-        finally:
-            queue.remove(turn)
-            self._wake_first()
-
-    def _blocked_by(self, ask: Ask, *, probes: bool) -> Binding | None:
-        """What blocks this attempt, first in the queue; None when it may go. Takes nothing."""
+    def blocked_by(self, ask: Ask, *, probes: bool = True) -> Binding | None:
+        """What blocks this attempt, first in the queue; None when it may go. Takes nothing. Raises as `admit` does."""
         if not probes and self._circuit.in_doubt:
             raise InDoubt
         if self._circuit.stop is not None:
@@ -336,7 +352,7 @@ class Gate:
             return blocker
         if not was_open and self._circuit.phase is OPEN:
             self._refusals.reopened(now_s)  # after a pause all are sent at once, at a lower rate
-        if len(self._flights) >= self._circuit.in_flight.most:
+        if self.in_flight >= self._circuit.in_flight.most:
             return IN_FLIGHT
         if self.purse.is_kept and (blocker := self._blocked_by_budget(self._widened(ask))) is not None:
             return blocker
@@ -361,7 +377,9 @@ class Gate:
             return None
         return BUDGET  # the first answer of this model will show whether its bounds hold
 
-    def _take(self, ask: Ask) -> int:
+    async def take(self, ask: Ask) -> int:
+        """Takes everything the attempt needs, at once; to be called right after `blocked_by` returned None."""
+        await self._rates.acquire()  # never suspends then
         ask = self._widened(ask)
         now_s = self._loop.time()
         before = self._requests.taken, self._tokens.taken
@@ -370,24 +388,8 @@ class Gate:
         slot = self._free.pop()
         others = self._refusals.out
         self._refusals.sent(now_s, ask.tokens)
-        self._flights[slot] = _Flight(ask, self._circuit.admit(now_s), now_s, others, *before, lease=lease)
+        self._flights[slot] = Flight(ask, self._circuit.admit(now_s), now_s, others, *before, lease=lease)
         return slot
-
-    def _set_timer(self, blocker: Binding) -> None:
-        """Sets a timer if time alone lifts the block; anything else wakes the queue when it is given back."""
-        self._blocker = blocker
-        if blocker.until_s is not None:
-            at_s = max(blocker.until_s, self._loop.time() + TIMER_GRAIN_S)
-            self._timer = self._loop.call_at(at_s, self._wake_first)
-
-    def _wake_first(self) -> None:
-        """The first in the queue checks again; its timer is cancelled."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if self._queue and not self._queue[0].done():
-            self._queue[0].set_result(None)
-        self.turns.wake()
 
 
 def _names_tokens(message: str) -> bool:

@@ -1,10 +1,19 @@
 """While the endpoint is in doubt, workers choose rows one at a time, each when its row can be sent."""
 
 import asyncio
+from typing import Protocol
 
-from batchrun.limits.admission import OPEN, Binding, Limit
-from batchrun.limits.circuit import Circuit
+from batchrun.limits.admission import Binding, Limit
 from batchrun.limits.waiters import Waiters
+
+
+class Breaker(Protocol):
+    """The circuit of one endpoint, or those of several as one."""
+
+    @property
+    def in_doubt(self) -> bool: ...
+
+    def binding(self, now_s: float) -> Binding | None: ...
 
 
 class InDoubt(Exception):
@@ -17,7 +26,7 @@ class ProbeTurns:
     A probe chosen earlier would say nothing: out of a hundred bad rows in sequence, the workers would hold the first.
     """
 
-    def __init__(self, circuit: Circuit, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, circuit: Breaker, loop: asyncio.AbstractEventLoop) -> None:
         self._circuit = circuit
         self._loop = loop
         self._waiters = Waiters()
@@ -26,7 +35,7 @@ class ProbeTurns:
     @property
     def blocked_by(self) -> Binding | None:
         """What keeps a worker from choosing a row; None if it may."""
-        if self._circuit.phase is OPEN or not self._circuit.in_doubt:
+        if not self._circuit.in_doubt:
             return None
         return Binding(Limit.PROBING) if self._chosen else self._circuit.binding(self._loop.time())
 

@@ -11,6 +11,9 @@ MISSING = "the page needs another package: pip install 'batchrun[report]'"
 WIDE, NARROW = (760, 320), (350, 340)
 """For a desk and for a phone. The page's style shows the one that fits, so no text is scaled down."""
 
+LETTER_PX = 7
+"""About the width of a letter of a label."""
+
 COLOURS = 8
 """Colours in the page's style. Further series are summed up as `others`."""
 
@@ -41,19 +44,21 @@ def _drawn(chart: Chart, width: int, height: int, shape: str) -> str:
         raise JobError(MISSING) from error
     make = {"stacked": pygal.StackedBar, "bars": pygal.Bar, "lines": pygal.Line}[chart.kind]
     labels = _short(chart.labels)
-    long = max((len(label) for label in labels), default=0) > 5
     every = max(1, -(-len(labels) // (16 if shape == "wide" else 7)))
+    longest = max((len(label) for label in labels), default=0)
+    crowded = longest * LETTER_PX * -(-len(labels) // every) > 0.85 * width
     drawing = make(
         js=[],
         width=width,
         height=height,
         show_legend=False,  # the page has one, in text
         margin=8,
-        margin_bottom=70 if long else 8,
+        margin_bottom=70 if crowded else 8,
         spacing=6,
         show_dots=False,
+        include_x_axis=True,  # values begin at 0
         max_scale=6,
-        x_label_rotation=45 if long else 0,
+        x_label_rotation=45 if crowded else 0,
         truncate_label=24,
         value_formatter=lambda value: f"{value:,.6g}",
     )

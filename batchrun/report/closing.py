@@ -60,6 +60,9 @@ def _account(summary: Summary, requests_per_minute: float | None) -> Iterator[tu
     if (estimate := estimate_in_words(summary)) is not None:
         yield "estimate", estimate
     yield "rate", _rate(summary, requests_per_minute)
+    for each in summary.endpoints:
+        aside = "" if each.set_aside is None else f"; set aside: {each.set_aside}"
+        yield "endpoint", f"{each.label}: {plural(each.requests, 'request')}, {each.answered:,} answered{aside}"
     for name, rows in summary.models.items():
         if all(line.model != name for line in summary.totals):
             yield "note", f"{plural(rows, 'answer')} {'names' if rows == 1 else 'name'} the model {name}"

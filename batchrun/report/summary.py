@@ -10,7 +10,7 @@ from batchrun.errors import CheckpointError, InputError
 from batchrun.limits.deadline import Deadline
 from batchrun.limits.forecast import Forecast
 from batchrun.prices import PriceTable
-from batchrun.records import FAILURES, BudgetUse, Estimate, InForce, Retrying, Status, Summary, Tuned
+from batchrun.records import FAILURES, BudgetUse, EndpointTotals, Estimate, InForce, Retrying, Status, Summary, Tuned
 from batchrun.report.cost_lines import prices_in_words, scaled
 from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
@@ -52,6 +52,7 @@ class Moment(msgspec.Struct, frozen=True):
     retrying: Retrying | None = None
     tags: dict[str, str] = {}
     budgets: tuple[BudgetUse, ...] = ()
+    endpoints: tuple[EndpointTotals, ...] = ()
 
     @property
     def eta(self) -> datetime | None:
@@ -207,6 +208,7 @@ def _summary(
         retrying=moment.retrying,
         tags=moment.tags,
         budgets=list(moment.budgets),
+        endpoints=list(moment.endpoints),
     )
 
 

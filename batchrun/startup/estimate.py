@@ -44,7 +44,7 @@ def estimate(
     mean = (None if done is None else means_of(done, "this run")) or earlier or _usual(found, job)
     prompt, completion = mean.prompt_tokens, mean.completion_tokens
     tokens = (prompt + completion) * to_ask
-    minutes, limit = _time(job.limits, to_ask, mean, day_left_s)
+    minutes, limit = _time(job.total_limits, to_ask, mean, day_left_s)
     expected = _expected(found, tables, to_ask, mean)
     return Estimate(
         rows=to_ask,

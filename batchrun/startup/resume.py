@@ -260,7 +260,7 @@ def _plan(
 def _price(model: str, job: Job, today: str) -> PriceTable | None:
     from batchrun import price_list  # here, because it takes 170 ms
 
-    return price_list.resolve(model, job.pricing, today, job.endpoint.url)
+    return price_list.resolve_for_all(model, job.pricing, today, [each.url for each in job.endpoints])
 
 
 def _encode(value: object) -> str:

@@ -1,1 +1,1 @@
-"""One request → one response over HTTP, and nothing else: no retry, no pace, no meaning."""
+"""Sends one request and receives its response over HTTP: no retry, no rate, no interpretation."""

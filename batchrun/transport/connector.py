@@ -1,8 +1,4 @@
-"""Where connections are made and chosen for both wires, on aiohttp's own connector.
-
-aiohttp's defaults that are wrong for a batch are set here: its pool of 100 connections, no TCP keepalive (NAT drops a
-socket that is silent during a long reasoning call).
-"""
+"""aiohttp's connector, with settings for long batches, used by both transports."""
 
 import asyncio
 import contextvars
@@ -26,32 +22,32 @@ KEEPALIVE_S = 30.0
 TCP_KEEPALIVE_S = 60  # below the 350 s and more after which common NAT gateways forget an idle flow
 
 TLS_ROUND_TRIPS = 3
-"""How many round trips it takes at most until a TLS connection stands: TCP's handshake one, TLS 1.2's two."""
+"""The most round trips until a TLS connection is established: one for TCP, two for TLS 1.2."""
 
 AddressInfo = tuple[int | socket.AddressFamily, int | socket.SocketKind, int, str, tuple[object, ...]]
 
 UNDER_WAY: contextvars.ContextVar[Exchange | None] = contextvars.ContextVar("exchange", default=None)
-"""The exchange for which a connection is wanted: the connector, which aiohttp calls, leaves there what it did."""
+"""The exchange that needs a connection: aiohttp calls the connector, which records in it what it did."""
 
 
 MAX_TAILS = 64
-"""Streams whose last event has come but not the end of their response: more of them are not waited for."""
+"""How many streams are kept whose last event has come but not the end of their response."""
 
 
 class Peer:
-    """What is known of the server, whichever wire it was learned on.
+    """What is known about the server, shared by both transports.
 
-    `round_trip_s` is the least that was measured: infinite before that.
+    `round_trip_s` is the shortest measured; infinite before the first.
     """
 
     def __init__(self, most_tails: int = MAX_TAILS) -> None:
-        """`most_tails`: so many streams that have ended may keep their connection until the next sweep."""
+        """`most_tails`: how many ended streams may keep their connection until the next sweep."""
         self.most_tails = most_tails
         self.round_trip_s = float("inf")
         self.keep_alive = KeepAlive()
 
     async def takes_another(self, link: Link) -> bool:
-        """Whether a request may use a connection that has carried one before."""
+        """Whether a request may be sent on a connection that carried one before."""
         if link.is_over():
             return False
         return self.keep_alive.proven or await self._on_trial(link)
@@ -77,19 +73,19 @@ class Peer:
 
 
 class Connector(aiohttp.TCPConnector):
-    """aiohttp's, which leaves the link that it chose in the exchange that is `UNDER_WAY`."""
+    """aiohttp's connector, which records the link it chose in the exchange that is `UNDER_WAY`."""
 
     def __init__(self, peer: Peer, *, ssl_context: ssl.SSLContext, tls: bool, force_close: bool = False) -> None:
         super().__init__(
             ssl=ssl_context,
-            limit=0,  # the gate is the limit; a second one would queue uncounted
+            limit=0,  # the gate limits requests in flight; aiohttp's default of 100 would queue them unseen
             force_close=force_close,
             keepalive_timeout=None if force_close else KEEPALIVE_S,
             socket_factory=open_socket,
         )
         self._peer = peer
         self._round_trips = TLS_ROUND_TRIPS if tls else 1
-        if getattr(self._factory, "func", None) is ResponseHandler:  # else bytes are not counted, and more is in doubt
+        if getattr(self._factory, "func", None) is ResponseHandler:  # else bytes can't be counted: more stays in doubt
             make: Callable[..., ResponseHandler] = Protocol
             self._factory = functools.partial(make, loop=self._loop)
 
@@ -124,7 +120,7 @@ class Connector(aiohttp.TCPConnector):
         protocol = connection.protocol
         assert protocol is not None
         link = Link(connection, protocol)
-        protocol.link = link  # type: ignore[attr-defined]  # a map from protocols would keep what it maps to alive
+        protocol.link = link  # type: ignore[attr-defined]  # a dict of protocols would keep them alive
         if exchange is not None and exchange.opened_at is not None:
             took_s = (now_s - exchange.opened_at) / self._round_trips
             self._peer.round_trip_s = min(self._peer.round_trip_s, took_s)
@@ -132,12 +128,12 @@ class Connector(aiohttp.TCPConnector):
 
 
 def _known(connection: aiohttp.connector.Connection) -> Link | None:
-    """The link of a connection that has carried a request before."""
+    """The link of a connection that carried a request before."""
     return getattr(connection.protocol, "link", None)
 
 
 def open_socket(address: AddressInfo) -> socket.socket:
-    """A socket with TCP keepalive, and without Nagle's delay."""
+    """A socket with TCP keepalive (NAT drops one that is silent during a long reasoning call) and TCP_NODELAY."""
     family, kind, protocol, _, _ = address
     opened = socket.socket(family, kind, protocol)
     opened.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -145,12 +141,12 @@ def open_socket(address: AddressInfo) -> socket.socket:
         if hasattr(socket, option):
             opened.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), TCP_KEEPALIVE_S)
     if (exchange := UNDER_WAY.get()) is not None:
-        exchange.opened_at = time.monotonic()  # the name is resolved; of several addresses the last counts
+        exchange.opened_at = time.monotonic()  # the name is resolved; with several addresses the last counts
     return opened
 
 
 def ssl_context_of(endpoint: Endpoint) -> ssl.SSLContext:
-    """One verified TLS context for all connections: building it costs 20 ms and more.
+    """One verifying TLS context for all connections: building one costs 20 ms and more.
 
     Raises:
         JobError: `endpoint.ca_file` can't be loaded.

@@ -1,8 +1,8 @@
-"""One exchange while it is under way, and how long it may take.
+"""One exchange in progress, and its timeouts.
 
-A whole answer has a deadline. A stream has none while bytes come (but for `endpoint.stream_timeout_s`): it may be
-silent for `endpoint.attempt_timeout_s` until its first token, since a model thinks before it writes, and for
-`endpoint.idle_timeout_s` from then on.
+A whole answer has a deadline. A stream has none while bytes arrive (except `endpoint.stream_timeout_s`): it may be
+silent for `endpoint.attempt_timeout_s` before its first token, because models think before they write, and for
+`endpoint.idle_timeout_s` after it.
 """
 
 import time
@@ -17,10 +17,10 @@ from batchrun.transport.link import Link
 
 
 class Exchange(msgspec.Struct, eq=False):
-    """What is known of one exchange. `started_at` is wall time, the other moments are the monotonic clock's.
+    """The state of one exchange. `started_at` is wall time, the other moments are on the monotonic clock.
 
-    `opened_at` is when its connection began to be made, `sent_at` when the connection stood; None: nothing was sent.
-    `overdue` says why a sweep ended it, `unsent` that a part of the request has certainly not left.
+    `opened_at` is when its connection began to open, `sent_at` when it was established; None: nothing was sent.
+    `overdue` is the timeout that ended it; `unsent` is true if a part of the request has certainly not left.
     """
 
     started_at: float
@@ -39,11 +39,11 @@ class Exchange(msgspec.Struct, eq=False):
 
     @property
     def is_writing(self) -> bool:
-        """True while a good part of the request waits in this process for the server to read."""
+        """True while much of the request is still buffered in this process."""
         return self.link is not None and self.link.protocol.writing_paused
 
     def answered(self, error: APIConnectionError | None) -> bool | None:
-        """Whether its connection brought an answer; None: it ended in a way that says nothing of the server."""
+        """Whether its connection brought an answer; None if its end says nothing about the server."""
         if self.http_status is not None:
             return True
         return False if error is not None and error.kind in ("reset", "stale_connection") else None
@@ -61,7 +61,7 @@ class Deadlines(msgspec.Struct, frozen=True):
         return cls(endpoint.attempt_timeout_s, endpoint.idle_timeout_s, endpoint.stream_timeout_s)
 
     def overdue(self, exchange: Exchange, now: float) -> str | None:
-        """Why the exchange has taken too long, if it has."""
+        """The timeout that the exchange has exceeded, if any."""
         if exchange.sent_at is None:
             return None
         age_s = now - exchange.sent_at
@@ -73,10 +73,10 @@ class Deadlines(msgspec.Struct, frozen=True):
         return f"a stream without its end after {self.stream_s:g} s" if age_s > self.stream_s else None
 
     def sweep(self, exchanges: Collection[Exchange]) -> int:
-        """The connection of every exchange that has taken too long is ended; returns how many.
+        """Ends the connection of every exchange that exceeded a timeout; returns their number.
 
-        One sweep a second costs less than a timeout object for each of a million requests (measured: 6 to 11 µs each),
-        and ending the connection wakes whoever reads from it without cancelling a task.
+        One sweep per second costs less than a timeout object per request (measured: 6 to 11 µs each), and ending the
+        connection wakes its reader without cancelling a task.
         """
         now = time.monotonic()
         late = 0

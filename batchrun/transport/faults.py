@@ -1,4 +1,4 @@
-"""aiohttp's exceptions as ours."""
+"""Translates aiohttp's exceptions into ours."""
 
 import asyncio
 import errno
@@ -30,13 +30,13 @@ _KINDS: tuple[tuple[tuple[type[Exception], ...], str, bool], ...] = (
 """First match wins; (types, kind, is a timeout)."""
 
 _BEFORE_SENDING = frozenset({"dns", "refused", "connect", "tls"})
-"""Kinds of which the policy says that nothing was sent."""
+"""Kinds for which the policy assumes that nothing was sent."""
 
 
 def translate(raised: Exception, *, sent: bool) -> APIConnectionError:
-    """aiohttp's exception as ours. `sent`: a connection was there, so the request may have left.
+    """aiohttp's exception as ours. `sent`: a connection was established, so the request may have left.
 
-    Anything unknown is taken for a broken transfer after sending: the careful reading, since it may have been billed.
+    An unknown one counts as a transfer that broke after sending, because the request may have been billed.
     """
     message = f"{type(raised).__name__}: {raised}"[:1000]
     for types, kind, timeout in _KINDS:
@@ -44,7 +44,7 @@ def translate(raised: Exception, *, sent: bool) -> APIConnectionError:
             if kind == "reset" and not sent:
                 kind = "connect"
             if sent and kind in _BEFORE_SENDING:
-                kind = "reset"  # whatever it is called: with a connection that stood, it may have been billed
+                kind = "reset"  # on an established connection the request may have been billed
             if isinstance(raised, aiohttp.ClientConnectorError) and kind == "connect":
                 kind = _connect_kind(raised)
             error_type = APITimeoutError if timeout else APIConnectionError

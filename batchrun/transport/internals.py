@@ -1,15 +1,15 @@
-"""What the lean wire relies on of aiohttp's inside, in one place, and a rehearsal that finds out whether it is there.
+"""aiohttp internals that the lean transport relies on, and a self-test that detects a version without them.
 
-Not in aiohttp's reference, and so free to change with any version:
+Not in aiohttp's reference, so any version may change them:
 
-- `TCPConnector.connect(request, traces, timeout)` gives a `Connection` of a `ResponseHandler`, made by `_factory`.
-- `ResponseHandler.set_response_params` sets the parser up, and one parser reads any number of answers, one after
-  another (the server side of aiohttp uses its parser so).
+- `TCPConnector.connect(request, traces, timeout)` returns a `Connection` of a `ResponseHandler`, made by `_factory`.
+- `ResponseHandler.set_response_params` sets the parser up, and one parser reads any number of responses in sequence
+  (aiohttp's server uses its parser that way).
 - `ResponseHandler.read` waits for the next head; `should_close` is true once the connection can't carry another.
-- `StreamReader._buffer` holds what came of a body before its connection broke.
+- `StreamReader._buffer` holds what arrived of a body before its connection broke.
 
-The request that gives the connector its target, and whose headers every request has, is what a client middleware is
-given: that much is documented.
+The request that gives the connector its target, and whose headers all requests share, is passed to client middlewares:
+that much is documented.
 """
 
 import asyncio
@@ -24,26 +24,26 @@ from aiohttp.client_reqrep import ClientRequest
 from batchrun.transport.link import Protocol
 
 TESTED_WITH = ("3.14.5",)
-"""The versions that tests/run/test_transport.py was run with. Another one is rehearsed like these when a run starts."""
+"""Versions that tests/run/test_transport.py ran with. With any version, the self-test runs at the start of a run."""
 
 READ_BUFFER_BYTES = 65_536
-"""How much of a body may wait to be read: at twice that, aiohttp stops reading from the socket."""
+"""How much of a body may be buffered; at twice that, aiohttp stops reading from the socket."""
 
 T = TypeVar("T")
 
 
 class _Captured(Exception):
-    """Not an error: how a request leaves a middleware without being sent."""
+    """Not an error: takes a request out of a middleware without sending it."""
 
     def __init__(self, request: ClientRequest) -> None:
         self.request = request
 
 
 async def request_of(session: aiohttp.ClientSession, url: str) -> ClientRequest:
-    """A request as the session would send it, without a body.
+    """The request that the session would send, without a body.
 
     Raises:
-        aiohttp.InvalidURL: the URL can't be sent to.
+        aiohttp.InvalidURL: the URL is invalid.
     """
 
     async def capture(request: ClientRequest, _: object) -> NoReturn:
@@ -57,38 +57,38 @@ async def request_of(session: aiohttp.ClientSession, url: str) -> ClientRequest:
 
 
 def head_of(request: ClientRequest) -> bytes:
-    """The request's line and headers, as far as they are the same for every body.
+    """The request line and the headers that all requests share.
 
     Raises:
-        ValueError: a header holds a line end.
+        ValueError: a header contains a line end.
     """
     lines = [f"{request.method} {request.url.raw_path_qs} HTTP/1.1"]
     lines += [f"{name}: {value}" for name, value in request.headers.items() if name.lower() != "content-length"]
     if any("\r" in line or "\n" in line or "\0" in line for line in lines):
-        raise ValueError("a header holds a line end")
+        raise ValueError("a header contains a line end")
     return "".join(f"{line}\r\n" for line in lines).encode()
 
 
 def start_parsing(protocol: ResponseHandler) -> None:
-    """The protocol reads answers from now on, for as long as its connection lives."""
+    """Lets the protocol parse responses until its connection ends."""
     protocol.set_response_params(
         read_until_eof=True, auto_decompress=False, read_bufsize=READ_BUFFER_BYTES, read_timeout=None
     )
 
 
 def lacking(loop: asyncio.AbstractEventLoop) -> str | None:
-    """What this aiohttp lacks of all that; None: the lean wire can be used."""
+    """What this aiohttp version lacks; None: the lean transport can be used."""
     try:
         _rehearse(loop)
-    except Exception as error:  # whatever it is, the other wire needs none of this
+    except Exception as error:  # any kind: the session transport needs none of this
         return f"{type(error).__name__}: {error}"
     return None
 
 
 def _rehearse(loop: asyncio.AbstractEventLoop) -> None:
-    """The path of answers is walked once, without a socket. Takes about 0.3 ms."""
+    """Parses a few responses without a socket. Takes about 0.3 ms."""
     parameters = list(inspect.signature(aiohttp.TCPConnector.connect).parameters)
-    _expect(parameters == ["self", "req", "traces", "timeout"], "TCPConnector.connect takes something else")
+    _expect(parameters == ["self", "req", "traces", "timeout"], "TCPConnector.connect has other parameters")
     factory = aiohttp.TCPConnector()._factory
     _expect(factory.func is ResponseHandler, "TCPConnector makes other protocols")
     protocol = Protocol(loop)
@@ -114,7 +114,7 @@ def _expect(true: bool, otherwise: str) -> None:
 
 
 def _now(call: Coroutine[Any, Any, T]) -> T:
-    """What the call returns, which has nothing to wait for."""
+    """The result of a coroutine that must not wait."""
     try:
         call.send(None)
     except StopIteration as returned:

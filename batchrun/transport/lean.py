@@ -1,8 +1,8 @@
-"""The lean wire: one joined write and one wake a request, on aiohttp's connector and C parser, without its session.
+"""The lean transport: one write and one wake-up per request, on aiohttp's connector and C parser, without its session.
 
-`ClientSession._request` costs 50 µs a request beyond what lies below it (measured: docs/benchmarks.md, "The wire"): it
-builds a request, merges headers, starts a timer and a writer. Here, what all requests have in common is made once, and
-a connection's parser lives as long as the connection. What this relies on of aiohttp's inside is in `internals`.
+`ClientSession._request` costs 50 µs per request beyond what lies below it (measured: docs/benchmarks.md, "The wire"):
+it builds a request, merges headers, starts a timer and a writer. Here the shared part is built once, and a
+connection's parser lives as long as the connection. `internals` lists what this needs of aiohttp.
 """
 
 import ssl
@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import aiohttp
+from aiohttp.client_reqrep import ClientRequest
 from multidict import CIMultiDict
 
 from batchrun.credentials import Credentials
@@ -26,14 +27,14 @@ from batchrun.transport.receiving import Receiver
 from batchrun.transport.session import SessionTransport, open_session, session_transport
 
 MAX_JOINED_BYTES = 1_048_576
-"""A larger request goes through the session, piece by piece: one write of it would hold up the event loop."""
+"""A larger request is sent by the session in pieces: writing it at once would block the event loop."""
 
 
 @asynccontextmanager
 async def lean_transport(
     url: str, endpoint: Endpoint, credentials: Credentials, tls: ssl.SSLContext, peer: Peer
 ) -> AsyncIterator["LeanTransport"]:
-    """The lean wire to this URL, while the block lasts."""
+    """A lean transport to this URL, closed at the end of the block."""
     connector = Connector(peer, ssl_context=tls, tls=url.startswith("https:"))
     async with (
         open_session(endpoint, credentials, connector) as session,
@@ -41,7 +42,7 @@ async def lean_transport(
     ):
         request = await request_of(session, url)
         pool = Pool(connector, request, endpoint.connect_timeout_s, peer)
-        head = Head(head_of(request), endpoint.id_header)
+        head = Head(request, endpoint.id_header, credentials)
         try:
             yield LeanTransport(head, pool, peer, Receiver(endpoint, credentials), Deadlines.of(endpoint), large)
         finally:
@@ -49,15 +50,22 @@ async def lean_transport(
 
 
 class Head:
-    """What stands before every body."""
+    """The part of a request before its body."""
 
-    def __init__(self, common: bytes, id_header: str | None) -> None:
-        """`common` is the request's line and the headers that are always the same."""
-        self._common = common
+    def __init__(self, request: ClientRequest, id_header: str | None, credentials: Credentials) -> None:
+        """`request` has the request line and the headers that all requests share."""
+        self._request = request
+        self._credentials = credentials
+        self._version = credentials.version
+        self._common = head_of(request)
         self._id_name = None if id_header is None else f"{id_header}: ".encode()
 
     def joined(self, body: bytes, client_request_id: str) -> bytes:
         """The whole request."""
+        if self._version != self._credentials.version:  # the key was replaced
+            self._version = self._credentials.version
+            self._request.headers.update(self._credentials.headers)
+            self._common = head_of(self._request)
         length = b"Content-Length: %d\r\n" % len(body)
         if self._id_name is None:
             return b"".join((self._common, length, b"\r\n", body))
@@ -70,7 +78,7 @@ class LeanTransport:
     def __init__(
         self, head: Head, pool: Pool, peer: Peer, receiver: Receiver, deadlines: Deadlines, large: SessionTransport
     ) -> None:
-        """`large` takes the requests that are too large for one write."""
+        """`large` sends requests that are too large for one write."""
         self._head = head
         self._pool = pool
         self._peer = peer
@@ -98,7 +106,7 @@ class LeanTransport:
         try:
             link = await self._pool.take(exchange, fresh=fresh)
             error = await self._answered(link, self._head.joined(body, client_request_id), exchange)
-        except Exception as raised:  # translate() knows every exception of aiohttp's; a test walks them
+        except Exception as raised:  # translate() handles every exception of aiohttp; a test walks them
             error = self._receiver.failed(raised, exchange, self._peer.round_trip_s)
         finally:
             self._exchanges.discard(exchange)
@@ -107,7 +115,7 @@ class LeanTransport:
         return self._receiver.attempt(exchange, client_request_id, error)
 
     async def _answered(self, link: Link, request: bytes, exchange: Exchange) -> APIConnectionError | None:
-        """The request is written, its answer is in the exchange, and the link is where it belongs."""
+        """Writes the request, reads its response into the exchange, and returns or closes the link."""
         content: aiohttp.StreamReader | None = None
         try:
             _write(link, request, exchange)
@@ -126,10 +134,10 @@ class LeanTransport:
 
 
 def _write(link: Link, request: bytes, exchange: Exchange) -> None:
-    """The request is on its way: the one write that it takes.
+    """Writes the request at once.
 
     Raises:
-        aiohttp.ClientConnectionResetError: the connection has ended before it; nothing was sent.
+        aiohttp.ClientConnectionResetError: the connection had ended before; nothing was sent.
     """
     if link.transport.is_closing():
         exchange.sent_at = None
@@ -139,10 +147,10 @@ def _write(link: Link, request: bytes, exchange: Exchange) -> None:
 
 
 async def _head_of_answer(link: Link, exchange: Exchange) -> aiohttp.StreamReader:
-    """The answer's status and headers are in the exchange; its body comes from what is returned.
+    """Reads the response's status and headers into the exchange; returns the reader of its body.
 
-    Interim answers (100 Continue, 103 Early Hints) are passed over, requested or not (RFC 9110,
-    section 15.2); 101 would be the last thing that is HTTP on this connection.
+    Interim responses (100 Continue, 103 Early Hints) are skipped, even unexpected ones (RFC 9110, section 15.2); after
+    a 101 the connection is no longer HTTP.
     """
     message, content = await link.protocol.read()
     while message.code < 200 and message.code != 101:

@@ -1,4 +1,4 @@
-"""One connection below both wires: aiohttp's protocol with a count of bytes, and what is known of its use."""
+"""One connection as both transports see it: aiohttp's protocol with a byte count, and its history."""
 
 import select
 from typing import Optional
@@ -8,7 +8,7 @@ from aiohttp.client_proto import ResponseHandler
 
 
 class Protocol(ResponseHandler):
-    """aiohttp's protocol of one connection. `heard_bytes` counts what has come on it, parsed or not."""
+    """aiohttp's protocol of one connection. `heard_bytes` counts the bytes received, parsed or not."""
 
     heard_bytes = 0
     link: Optional["Link"] = None
@@ -18,16 +18,16 @@ class Protocol(ResponseHandler):
         super().data_received(data)
 
     def resume_reading(self, resume_parser: bool = True) -> None:
-        """As aiohttp's, but for the parser's walk over nothing that follows each read of a body that never paused."""
+        """As in aiohttp, but skips its parser call after each read of a body that never paused."""
         if self._reading_paused:
             super().resume_reading(resume_parser)
 
 
 class Link:
-    """One connection, from when it stands to its end.
+    """One established connection.
 
-    `idle_s` is how long it was unused before the exchange at hand; None: it is its first. `free_since` is when its last
-    exchange ended, on the monotonic clock; None while that is not known. `connection` is aiohttp's lease of it.
+    `idle_s` is how long it was idle before the present exchange; None: it is its first. `free_since` is when its last
+    exchange ended, on the monotonic clock; None if unknown. `connection` is aiohttp's lease of it.
     """
 
     __slots__ = ("_heard_before", "_look", "connection", "free_since", "idle_s", "protocol", "transport")
@@ -48,25 +48,24 @@ class Link:
         return self.idle_s is not None
 
     def begin_next(self, now_s: float) -> None:
-        """The exchange at hand is another one."""
+        """Starts the next exchange on this link."""
         self.idle_s = 0.0 if self.free_since is None else now_s - self.free_since
         self.free_since = None
         self._heard_before = self.protocol.heard_bytes if isinstance(self.protocol, Protocol) else 0
 
     @property
     def heard_bytes(self) -> int | None:
-        """What has come since the exchange began; None where aiohttp made a protocol that does not count."""
+        """Bytes received in this exchange; None if aiohttp's protocol does not count them."""
         return self.protocol.heard_bytes - self._heard_before if isinstance(self.protocol, Protocol) else None
 
     def is_over(self) -> bool:
-        """True where the connection can't carry another request.
+        """True if the connection can't carry another request.
 
-        It was closed, or the server has sent something unrequested, or one of these lies in the kernel and the event
-        loop has not come to see it yet: nothing is due on an idle connection. Then nothing was sent, and nothing
-        depends on time.
+        It was closed, or the server sent something unexpected, or either is in the kernel and the event loop has not
+        seen it yet: an idle connection has nothing to receive. Then nothing was sent yet.
         """
         return not self.protocol.is_connected() or self.protocol.should_close or bool(self._look.poll(0))
 
     def abort(self) -> None:
-        """The connection ends now, without waiting for what is still to be written; its reader is woken."""
+        """Ends the connection now, without flushing; its reader is woken."""
         self.transport.abort()

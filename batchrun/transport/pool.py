@@ -1,4 +1,4 @@
-"""The lean wire's connections: made by aiohttp's connector, kept here."""
+"""The lean transport's connection pool. aiohttp's connector opens them."""
 
 import time
 from collections import deque
@@ -14,24 +14,24 @@ from batchrun.transport.link import Link
 
 
 class Pool:
-    """Links that wait for their next request, the one used last on top: what is too many grows old at the bottom.
+    """A stack of idle links: the last used is used next, so surplus ones age at the bottom.
 
-    It holds no more links than there were ever requests at once, and the peer's `most_tails`.
+    It holds at most as many links as there were requests at once, plus the peer's `most_tails`.
     """
 
     def __init__(self, connector: Connector, request: ClientRequest, connect_timeout_s: float, peer: Peer) -> None:
-        """`request` says where connections lead to. It is never sent."""
+        """`request` names the target of connections. It is never sent."""
         self._connector = connector
         self._request = request
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_timeout_s)
         self._peer = peer
         self._idle: deque[Link] = deque()
-        self._tails: dict[Link, None] = {}  # in the order in which they came
+        self._tails: dict[Link, None] = {}  # oldest first
 
     async def take(self, exchange: Exchange, *, fresh: bool) -> Link:
-        """The link on which the exchange goes, kept or new; its connection stands.
+        """A kept or new link, connected, for the exchange.
 
-        Raises what aiohttp raises where none can be made.
+        Raises what aiohttp raises if it can't connect.
         """
         while self._idle and not fresh:
             link = self._idle.pop()
@@ -61,7 +61,7 @@ class Pool:
         return link
 
     def give_back(self, link: Link) -> None:
-        """The link waits for its next request, if it can carry one."""
+        """Keeps the link for its next request, if it can carry one."""
         if link.protocol.should_close or link.protocol.writing_paused:
             self.drop(link)
         else:
@@ -69,7 +69,7 @@ class Pool:
             self._idle.append(link)
 
     def put_aside(self, link: Link, content: aiohttp.StreamReader) -> None:
-        """The rest of the answer is not needed: the link is used again if its end comes before the next sweep."""
+        """Ignores the rest of the response; the link is reused if that ends before the next sweep."""
         while len(self._tails) >= self._peer.most_tails and self._tails:
             self._cut(next(iter(self._tails)))
         if not self._peer.most_tails:
@@ -88,12 +88,12 @@ class Pool:
         self.drop(link)
 
     def drop(self, link: Link) -> None:
-        """The link's connection ends now."""
+        """Ends the link's connection now."""
         link.abort()
         link.connection.close()
 
     def sweep(self, idle_s: float = KEEPALIVE_S) -> None:
-        """What was left open behind streams is closed, and what was idle for so long."""
+        """Closes connections that streams left open, and those idle for `idle_s`."""
         while self._tails:
             self._cut(next(iter(self._tails)))
         before = time.monotonic() - idle_s

@@ -1,4 +1,4 @@
-"""An answer as it arrives on either wire: bounded, unpacked, without the key; and the attempt that it makes."""
+"""Reads a response: bounded, decompressed, without the key; and makes an `Attempt` of it."""
 
 import time
 
@@ -16,32 +16,32 @@ from batchrun.transport.keep_alive import Loss, kind_of
 
 
 class Receiver:
-    """Reads answers into exchanges, and makes attempts of exchanges that have ended."""
+    """Reads responses into exchanges, and turns ended exchanges into attempts."""
 
     def __init__(self, endpoint: Endpoint, credentials: Credentials) -> None:
         self._max_bytes = endpoint.max_answer_bytes
         self._names_attempts = endpoint.id_header is not None
-        self._credentials = credentials
+        self.credentials = credentials
 
     async def receive(self, content: StreamReader, exchange: Exchange) -> APIConnectionError | None:
-        """The body is in the exchange, a stream's up to its last event; or why it is not.
+        """Reads the body into the exchange, a stream's up to its last event; returns the error if that failed.
 
-        `http_status` and `headers` of the exchange are known. Raises what aiohttp raises where the body breaks off.
+        The exchange has `http_status` and `headers`. Raises what aiohttp raises if the body breaks off.
         """
         try:
             coding = exchange.headers.get("Content-Encoding")
             unpacker = None if coding is None else encoding.Unpacker(coding)
             if _is_stream(exchange):
-                exchange.stream = Stream(self._credentials.cleaner())
+                exchange.stream = Stream(self.credentials.cleaner())
                 error = await self._receive_stream(content, exchange, exchange.stream, unpacker)
             else:
                 error = await self._receive_whole(content, exchange, unpacker)
         except encoding.EncodingError as raised:
             if exchange.http_status is not None and exchange.http_status >= 300:
-                return None  # its status says what it is
+                return None  # the status alone decides
             return APIConnectionError(str(raised), kind="bad_encoding", sent=True)
         if error is None and exchange.overdue is not None and not _is_delimited(exchange):
-            return _timeout(exchange.overdue)  # a body that ends with its connection ended with ours
+            return _timeout(exchange.overdue)  # the body ends with its connection, which we ended
         return error
 
     async def _receive_whole(
@@ -63,7 +63,7 @@ class Receiver:
     async def _receive_stream(
         self, content: StreamReader, exchange: Exchange, stream: Stream, unpacker: encoding.Unpacker | None
     ) -> APIConnectionError | None:
-        """Reads up to the last event: some servers leave the connection open behind it."""
+        """Reads up to the last event: some servers leave the connection open after it."""
         exchange.heard_at = time.monotonic()
         while not stream.done and not content.at_eof():
             piece = await _next(content)
@@ -83,23 +83,23 @@ class Receiver:
         return APIConnectionError(message, kind="answer_too_large", sent=True)
 
     def failed(self, raised: Exception, exchange: Exchange, round_trip_s: float) -> APIConnectionError:
-        """What aiohttp raised, as our error: `faults.translate`, and for a lost connection `keep_alive.kind_of`."""
+        """aiohttp's exception as ours: `faults.translate`, and `keep_alive.kind_of` for a lost connection."""
         if exchange.overdue is not None:
             return _timeout(exchange.overdue)
         error = translate(raised, sent=exchange.sent_at is not None)
         if error.kind == "reset" and exchange.http_status is None:
             kind = kind_of(_loss(exchange, round_trip_s))
             error = APIConnectionError(str(error), kind=kind, sent=kind != "stale_connection")
-        error.args = (self._credentials.clean_text(str(error)),)
+        error.args = (self.credentials.clean_text(str(error)),)
         return error
 
     def attempt(self, exchange: Exchange, client_request_id: str, error: APIConnectionError | None) -> Attempt:
-        """The exchange as it ended."""
+        """The ended exchange as an attempt."""
         request_id = exchange.headers.get("x-request-id")
         if request_id is not None:
-            request_id = self._credentials.clean_text(request_id)
+            request_id = self.credentials.clean_text(request_id)
         elif self._names_attempts and exchange.sent_at is not None:
-            request_id = client_request_id  # the one name by which the vendor can look for this exchange
+            request_id = client_request_id  # the only id by which the vendor can find this exchange
         first_token_at = exchange.first_token_at
         return Attempt(
             started_at=exchange.started_at,
@@ -114,17 +114,17 @@ class Receiver:
         )
 
     def _stored(self, exchange: Exchange) -> bytes:
-        """What came, as it is stored: without the key, a stream packed."""
+        """The received bytes as stored: without the key, a stream compressed."""
         if exchange.stream is not None:
             return exchange.stream.stored()
         received = exchange.received
-        return packed.stored(self._credentials.clean(received[0] if len(received) == 1 else b"".join(received)))
+        return packed.stored(self.credentials.clean(received[0] if len(received) == 1 else b"".join(received)))
 
 
 async def _next(content: StreamReader) -> bytes:
-    """The next bytes of a body; where it broke off, first what had come of it until then.
+    """The next bytes of a body; if it broke off, first what had arrived.
 
-    aiohttp raises at once when the end of a connection has come with its last bytes, in one turn of the event loop.
+    aiohttp raises at once if the end of a connection arrives with its last bytes in the same event loop turn.
     """
     try:
         return await content.readany()
@@ -137,7 +137,7 @@ async def _next(content: StreamReader) -> bytes:
 
 
 def _is_stream(exchange: Exchange) -> bool:
-    """True for an answer that comes as server-sent events; what refuses a request comes whole."""
+    """True for server-sent events; refusals are never streamed."""
     status = exchange.http_status
     if status is None or not 200 <= status < 300:
         return False
@@ -145,7 +145,7 @@ def _is_stream(exchange: Exchange) -> bool:
 
 
 def _is_delimited(exchange: Exchange) -> bool:
-    """True where the answer itself says where its body ends (RFC 9112, section 6.3), or where its last event came."""
+    """True if the response marks the end of its body (RFC 9112, section 6.3), or its last event came."""
     if exchange.stream is not None and exchange.stream.done:
         return True
     return "Content-Length" in exchange.headers or "Transfer-Encoding" in exchange.headers
@@ -156,7 +156,7 @@ def _timeout(why: str) -> APITimeoutError:
 
 
 def _loss(exchange: Exchange, round_trip_s: float) -> Loss:
-    """How the exchange stood when its connection ended, which is now."""
+    """The state of an exchange whose connection has just ended."""
     link, sent_at = exchange.link, exchange.sent_at
     if link is None or sent_at is None:
         return Loss(None, 0.0, round_trip_s, None, exchange.unsent)

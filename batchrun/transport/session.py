@@ -1,8 +1,7 @@
-"""The wire through aiohttp's `session.post`: for proxies, for large bodies, and where the lean wire can't be used.
+"""The session transport, through aiohttp's `session.post`: for proxies, large bodies, and unsupported aiohttp versions.
 
-aiohttp's defaults that are wrong for a batch are set here: its total timeout of 300 s, redirects followed (a 307 would
-carry prompt and key headers to another origin), bodies unpacked without a bound, no status for an answer that it can't
-unpack.
+It overrides aiohttp defaults that are wrong for a batch: the total timeout of 300 s, redirects (a 307 would send prompt
+and key headers to another origin), unbounded decompression, no status for a response that it can't decompress.
 """
 
 import asyncio
@@ -29,13 +28,13 @@ from batchrun.transport.internals import READ_BUFFER_BYTES
 from batchrun.transport.receiving import Receiver
 
 PIECE_BYTES = 65_536
-"""Of a large body in one write: what a socket takes at a time."""
+"""How much of a large body is written at once: what a socket accepts."""
 
 
 def open_session(
     endpoint: Endpoint, credentials: Credentials, connector: aiohttp.BaseConnector
 ) -> aiohttp.ClientSession:
-    """A session whose requests carry what each of them has in common."""
+    """A session with the headers that all requests share."""
     headers = {
         "Content-Type": "application/json",
         "Accept": "application/json, text/event-stream",
@@ -57,7 +56,7 @@ def open_session(
 async def session_transport(
     url: str, endpoint: Endpoint, credentials: Credentials, tls: ssl.SSLContext, peer: Peer
 ) -> AsyncIterator["SessionTransport"]:
-    """The wire through a session to this URL, while the block lasts."""
+    """A session transport to this URL, closed at the end of the block."""
     secure = url.startswith("https:")
     kept = Connector(peer, ssl_context=tls, tls=secure)
     unkept = Connector(peer, ssl_context=tls, tls=secure, force_close=True)
@@ -84,7 +83,7 @@ class SessionTransport:
         pooled: aiohttp.ClientSession,
         fresh: aiohttp.ClientSession,
     ) -> None:
-        """`fresh` never uses a connection again: a request that met a stale one goes out once more through it."""
+        """`fresh` never reuses a connection: a request that met a stale one is sent again through it."""
         self._url = url
         self._proxy = endpoint.proxy
         self._id_header = endpoint.id_header
@@ -107,7 +106,7 @@ class SessionTransport:
         return self._deadlines.sweep(self._exchanges)
 
     def close_tails(self, left: int = 0) -> None:
-        """What streams left open behind their last event is closed, but for the newest."""
+        """Closes responses that streams left open, except the `left` newest."""
         while len(self._tails) > left:
             self._tails.popleft().close()
 
@@ -118,7 +117,7 @@ class SessionTransport:
         error: APIConnectionError | None = None
         try:
             error = await self._answered(session, body, client_request_id, exchange)
-        except Exception as raised:  # translate() knows every exception of aiohttp's; a test walks them
+        except Exception as raised:  # translate() handles every exception of aiohttp; a test walks them
             error = self._receiver.failed(raised, exchange, self._peer.round_trip_s)
         finally:
             self._exchanges.discard(exchange)
@@ -132,9 +131,12 @@ class SessionTransport:
         client_request_id: str,
         exchange: Exchange,
     ) -> APIConnectionError | None:
-        """The request is sent and its answer read into the exchange."""
+        """Sends the request and reads its response into the exchange."""
         payload = _payload(body)
-        own_headers = None if self._id_header is None else {self._id_header: client_request_id}
+        credentials = self._receiver.credentials
+        own_headers = dict(credentials.headers) if credentials.version else {}  # the session has those of version 0
+        if self._id_header is not None:
+            own_headers[self._id_header] = client_request_id
         try:
             response = await session.post(
                 self._url, data=payload, headers=own_headers, allow_redirects=False, proxy=self._proxy
@@ -147,16 +149,16 @@ class SessionTransport:
             return await self._receiver.receive(response.content, exchange)
         finally:
             if exchange.stream is not None and exchange.stream.done:
-                self._tails.append(response)  # its connection is used again if its end comes before the next sweep
+                self._tails.append(response)  # its connection is reused if its end comes before the next sweep
                 self.close_tails(self._peer.most_tails)
             elif response.content.is_eof() and not _is_unsent(payload) and not exchange.is_writing:
                 response.release()
                 await response.wait_for_close()
-            else:  # also an early answer: nothing says that the server will ever read the rest of the request
+            else:  # also after an early response: the server may never read the rest of the request
                 response.close()
 
     def _free(self, exchange: Exchange, error: APIConnectionError | None) -> None:
-        """The exchange's connection is no longer in use, and what its end says of the server is known."""
+        """Marks the exchange's connection as free, and records what its end shows about the server."""
         link = exchange.link
         if link is None:
             return
@@ -166,10 +168,10 @@ class SessionTransport:
 
 
 class Pieces(aiohttp.Payload):
-    """A large body, written in pieces so that the event loop is not held up; `written` counts its bytes so far.
+    """A large body, written in pieces so that the event loop is not blocked; `written` counts the bytes so far.
 
-    A BytesIO would do the same, but aiohttp asks for its buffer, which copies the bytes that it shares: 10 to 60 ms of
-    the event loop for the 27 MB of an image of 20 MB (measured).
+    With a BytesIO, aiohttp reads its buffer, which copies shared bytes: 10 to 60 ms for the 27 MB of a 20 MB image
+    (measured).
     """
 
     _value: bytes
@@ -194,10 +196,10 @@ class Pieces(aiohttp.Payload):
 
 
 def _payload(body: bytes) -> bytes | Pieces:
-    """The body as aiohttp likes it: a large one in pieces."""
+    """The body, a large one in pieces."""
     return body if len(body) <= TOO_LARGE_BYTES_BODY else Pieces(body)
 
 
 def _is_unsent(payload: bytes | Pieces) -> bool:
-    """True where a part of the body has certainly not left."""
+    """True if a part of the body has certainly not left."""
     return isinstance(payload, Pieces) and payload.written < len(payload._value)

@@ -1,4 +1,4 @@
-"""`Transport`: one request → one response, in plain values. Two wires carry it; which one is decided here."""
+"""`Transport`: one request → one response, in plain values; and the choice between its two implementations."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -18,47 +18,47 @@ from batchrun.transport.session import session_transport
 
 
 class Transport(Protocol):
-    """Sends requests to one endpoint. What goes in and comes out can be pickled, errors included."""
+    """Sends requests to one endpoint. Arguments, results and errors can be pickled."""
 
     async def send(self, body: bytes, client_request_id: str) -> Attempt:
-        """How one exchange ended, as a value, whatever happened on the wire.
+        """Sends one request and returns how the exchange ended, as a value for every kind of failure.
 
-        Where a kept connection turns out to have been closed while it was idle, the request goes out once more, on a
-        fresh one, within the same attempt: the server can't have read it.
+        If a kept connection had been closed while idle, the request is sent once more on a new one, within the same
+        attempt: the server can't have read it.
         """
         ...
 
     def expire(self) -> int:
-        """Every exchange that has taken too long is ended, and what streams left open is closed; returns how many
-        exchanges. To be called about once a second.
+        """Ends every exchange that exceeded a timeout and closes what streams left open; returns the number of
+        exchanges ended. To be called about once a second.
         """
         ...
 
 
 class Choice(msgspec.Struct, frozen=True):
-    """Which wire carries the requests, and why not the other."""
+    """Which transport is used, and why."""
 
     wire: Literal["lean", "session"]
     why: str
 
 
 def choose(endpoint: Endpoint) -> Choice:
-    """The lean wire, unless it can't be used or is not wanted. Call it within the event loop that will send."""
+    """The lean transport if possible and wanted. Call it within the event loop that will send."""
     version = f"aiohttp {aiohttp.__version__}"
     if endpoint.proxy is not None:
-        return Choice("session", "endpoint.proxy is set, and aiohttp's session knows proxies")
+        return Choice("session", "endpoint.proxy is set, and only aiohttp's session supports proxies")
     if endpoint.transport == "session":
-        return Choice("session", "endpoint.transport asks for it")
+        return Choice("session", "endpoint.transport is set")
     if (lacking := internals.lacking(asyncio.get_running_loop())) is not None:
-        return Choice("session", f"{version} is another inside than the lean wire needs: {lacking}")
-    return Choice("lean", f"{version} has what it needs")
+        return Choice("session", f"{version} does not fit the lean transport: {lacking}")
+    return Choice("lean", f"{version} fits")
 
 
 @asynccontextmanager
 async def opened(
     choice: Choice, url: str, endpoint: Endpoint, credentials: Credentials, *, tails: int = MAX_TAILS
 ) -> AsyncIterator[Transport]:
-    """The chosen wire, while the block lasts. `tails` streams that have ended may keep their connection for a second.
+    """Opens the chosen transport. `tails` ended streams may keep their connection for a second.
 
     Raises:
         JobError: `endpoint.ca_file` can't be loaded.

@@ -65,7 +65,7 @@ def test_the_file_suffix_selects_the_format(runs: Path, tmp_path: Path, form: st
 def test_an_unwritable_bill_is_one_error_line(runs: Path) -> None:
     ended = batchrun("report", runs, "-o", runs / "nowhere" / "bill.csv")
     assert ended.exit_code == 2
-    assert ended.stderr == f"Error: -o {runs}/nowhere/bill.csv: can't be written: No such file or directory\n"
+    assert ended.stderr == f"Error: {runs}/nowhere/bill.csv: can't be written: No such file or directory\n"
 
 
 def test_a_rest_without_price_has_no_cost(tmp_path: Path) -> None:

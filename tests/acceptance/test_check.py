@@ -197,6 +197,7 @@ def test_progress_is_reported_periodically(tmp_path: Path) -> None:
     assert told == [1, 5001, 10_001]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("command", ["check", "estimate"])
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
 def test_reserved_column_names_are_refused_as_by_run(tmp_path: Path, command: str, form: str) -> None:

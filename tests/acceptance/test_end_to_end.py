@@ -228,6 +228,7 @@ def test_all_files_of_a_run_are_private(tmp_path: Path) -> None:
     assert {path.name: oct(path.stat().st_mode & 0o777) for path in files} == {path.name: "0o600" for path in files}
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("refusal", [("--limit", "20"), ("--set", "request.prompt=Other: {{ text }}"), ("-i", "gone")])
 def test_a_refused_start_keeps_the_run_totals(tmp_path: Path, refusal: tuple[str, str]) -> None:
     source, out = write_rows(tmp_path / "in.jsonl", 60), tmp_path / "out"
@@ -266,6 +267,7 @@ def test_the_second_signal_names_requests_in_flight(tmp_path: Path) -> None:
     assert Decimal(summary["possibly_billed_usd"]) > 0
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("fault", "exit_code"),
     [

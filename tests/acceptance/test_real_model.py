@@ -141,6 +141,7 @@ def test_a_text_model_refuses_images_within_ten_rows(tmp_path: Path, url: str) -
     assert sum(line["attempts"] for line in summary["totals"]) == summary["by_status"]["error"]
 
 
+@pytest.mark.sampled(0)
 def test_the_official_client_reads_the_same_answers(tmp_path: Path, url: str) -> None:
     own = {"seed": 7, "cache_prompt": False}  # with a cache, the same prompt is computed in other batches
     with openai.OpenAI(base_url=url, api_key=KEY, max_retries=0) as client:

@@ -27,6 +27,7 @@ from batchrun.report.summary import VERSION
 from batchrun.simulator import SimulatorConfig
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.totals import DISCARDED, FIGURES, plus
+from tests import level
 from tests.cli_process import batchrun, read_summary, write_job, write_rows
 from tests.endings import completion, discarded
 from tests.simulator_process import running_simulator
@@ -75,7 +76,7 @@ RUNS = st.lists(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=level.amount(10, 60))
 @given(RUNS, st.sampled_from([("day",), ("job", "model"), ("status", "run")]), st.randoms(use_true_random=False))
 def test_the_bill_ignores_path_order_and_copies(
     tmp_path_factory: pytest.TempPathFactory, runs: list[Any], by: tuple[str, ...], order: random.Random
@@ -244,6 +245,7 @@ DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_an_unreadable_run_is_never_left_out(tmp_path: Path, damage: str) -> None:
     """A sum that would miss one of our runs is an error."""

@@ -61,6 +61,7 @@ def test_no_answer_is_lost_in_killed_retries(tmp_path: Path, calm: Calm) -> None
     assert [death.place for death in outcome.deaths] == list(AGAIN)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", BUGS)
 def test_the_harness_notices_when(name: str, tmp_path: Path, calm: Calm) -> None:
     bug = BUGS[name]

@@ -121,6 +121,7 @@ def test_strace_is_installed() -> None:
     assert shutil.which("strace"), MISSING
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", PAUSING)
 def test_a_failing_disk_pauses_without_losses(kind: str, tmp_path: Path, calm: Calm) -> None:
     """One line names the disk's error, and no answer is lost."""
@@ -138,6 +139,7 @@ def test_a_failing_disk_pauses_without_losses(kind: str, tmp_path: Path, calm: C
         recover(run, calm)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", HARMLESS)
 def test_files_that_only_report_may_fail(kind: str, tmp_path: Path, calm: Calm) -> None:
     for number, fault in enumerate(HARMLESS[kind]):
@@ -184,6 +186,7 @@ def small_disk(at: Path, kilobytes: int) -> Iterator[Path]:
         subprocess.run(["umount", str(at)], check=True)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("kilobytes", [1_000, 16_400], ids=["no room for the reserve", "with the reserve"])
 def test_a_full_file_system_pauses_the_run(tmp_path: Path, kilobytes: int) -> None:
     """With room again, the run resumes."""

@@ -1,6 +1,6 @@
 """A run's whole life: begun, failed, killed, stopped, changed, retried in any order, and held against a plain model.
 
-Ten lives, the same each time; as many as the environment variable BATCHRUN_LIVES says, new ones each time
+Two lives in the sample, ten at the full level; as many as the environment variable BATCHRUN_LIVES says
 (docs/crash.md).
 """
 
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow.parquet as pq
+import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
@@ -31,6 +32,7 @@ from batchrun.records import FAILURES
 from batchrun.simulator import Fault, SimulatorConfig, read_ledger
 from batchrun.startup.run_options import RunOptions
 from batchrun.store.rundir import RunDirectory
+from tests import level
 from tests.cli_process import KEY, KEY_ENV, finish, read_summary, start, wait_until, write_job
 from tests.simulator_process import running_simulator
 
@@ -394,12 +396,12 @@ class Lifetime(RuleBasedStateMachine):
         return path.read_bytes() if path.exists() else None
 
 
+@pytest.mark.campaign
 def test_a_run_survives_any_life_correctly(tmp_path: Path) -> None:
     """Whatever happens to it, its result is right and nothing is sent without need."""
     (tmp_path / "lives").mkdir()
     profile = settings(
-        derandomize=LIVES is None,
-        max_examples=int(LIVES or 10),
+        max_examples=int(LIVES or level.amount(2, 10)),
         stateful_step_count=STEPS,
         phases=[Phase.generate],  # a life takes seconds: none is lived again to be shorter
         deadline=None,

@@ -40,6 +40,8 @@ from tests.fault_server import (
 from tests.jobs import job_over, write_lines
 from tests.wires import transport_on_test, wire_of_runs
 
+pytestmark = pytest.mark.sampled(6)
+
 __all__ = ["wire_of_runs"]  # the fixture that runs each test on both wires
 
 FAULTY = 5

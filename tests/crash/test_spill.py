@@ -12,12 +12,15 @@ from batchrun.simulator import SimulatorConfig
 from batchrun.store import spill
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.totals import Totals, fold
+from tests import level
 from tests.cli_process import batchrun, finish, read_summary, start, write_job, write_rows
 from tests.crash.strace import Fault, prefix
 from tests.endings import ENDINGS, completion, discarded
 from tests.simulator_process import running_simulator
 
-SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
+SHARED = settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=level.amount(6, 40)
+)
 
 
 def opened(path: Path) -> Checkpoint:

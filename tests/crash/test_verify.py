@@ -1,4 +1,4 @@
-"""A flipped bit of a run directory is named, or changes nothing; what is sound is kept, and the rest asked again."""
+"""A flipped bit of a run directory is named or harmless; salvage keeps what is intact, and the rest is sent again."""
 
 import csv
 import os
@@ -17,14 +17,16 @@ import pytest
 from batchrun import credentials, engine
 from batchrun.durable import digest
 from batchrun.errors import CheckpointError, ExitCode, InputError, JobError
-from batchrun.integrity import db_records, readable_groups
+from batchrun.integrity import damaged_db, db_records, readable_groups
 from batchrun.integrity.salvage import LOST, NAME, salvage
 from batchrun.integrity.verify import Findings, in_words, verify
 from batchrun.job.load import load
 from batchrun.records import Summary
 from batchrun.simulator import Fault, SimulatorConfig, parse_faults
-from batchrun.store import in_flight, spill
+from batchrun.store import db_tables, in_flight, spill
 from batchrun.store.at_rest import log_of
+from batchrun.store.checkpoint import FORMAT
+from batchrun.store.database import Database
 from batchrun.store.rundir import RunDirectory
 from tests import level
 from tests.cli_process import (
@@ -53,6 +55,9 @@ max_in_flight = 16
 chunk_rows = 40
 layout = "{layout}"
 """
+
+PAGE_ROWS = 16
+"""More records of this run than fit into one page."""
 
 NO_SECOND_SOURCE = (
     *("updated_at", "limits", "command", "requests_per_minute", "elapsed_s", "rows_per_minute", "tokens_per_minute"),
@@ -146,6 +151,7 @@ def damaged_files(findings: Findings) -> set[str]:
 # ── what is sound ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["done", "killed", "retried", "in-parts"])
 def test_a_sound_run_is_reported_and_untouched(runs: Runs, name: str) -> None:
     before, folder = snapshot(runs.folder / name), (runs.folder / name).stat().st_mtime_ns
@@ -210,8 +216,10 @@ def settled(state: tuple[object, ...]) -> int:
     return known.spent.settled()
 
 
-@pytest.mark.parametrize(("name", "flips"), [("done", 600), ("killed", 300), ("retried", 100)])
-def test_a_flipped_bit_is_named_or_harmless(runs: Runs, tmp_path: Path, name: str, flips: int) -> None:
+@pytest.mark.campaign
+@pytest.mark.parametrize(("name", "most"), [("done", 600), ("killed", 300), ("retried", 100)])
+def test_a_flipped_bit_is_named_or_harmless(runs: Runs, tmp_path: Path, name: str, most: int) -> None:
+    flips = level.amount(most // 10, most)
     directory = runs.copy(name, tmp_path / "run")
     files, before = files_of(directory), state_of(directory)
     chance = level.seeded("test_a_flipped_bit_is_named_or_harmless")
@@ -318,7 +326,7 @@ def test_a_lost_checkpoint_leaves_the_bill(runs: Runs, tmp_path: Path) -> None:
     directory.checkpoint.unlink()
     for place in ("completions.parquet", "summary.json"):
         found = verify(directory)
-        assert f"{place}: {ROWS} rows, ${bill:,.6f}, by its own word alone" in found.sound
+        assert f"{place}: {ROWS} rows, ${bill:,.6f}, with no other record to check it" in found.sound
         assert list(in_words(found))[-1] == f"1 damage: 0 rows and $0.000000 of ${bill:,.6f} can't be read"
         directory.completions.unlink(missing_ok=True)
 
@@ -506,17 +514,31 @@ def test_salvage_keeps_every_whole_record(runs: Runs, tmp_path: Path, harm: str)
     finishes_as_if_undisturbed(runs, directory, set(range(ROWS)) - rows)
 
 
-def test_a_damaged_log_costs_one_record(runs: Runs, tmp_path: Path) -> None:
+def test_a_damaged_log_costs_one_page(runs: Runs, tmp_path: Path) -> None:
     directory = runs.copy("killed", tmp_path / "run")
     known, log = db_records.read(directory.checkpoint), log_of(directory.checkpoint)
-    content, chance = log.read_bytes(), level.seeded("test_a_damaged_log_costs_one_record")
+    content, chance = log.read_bytes(), level.seeded("test_a_damaged_log_costs_one_page")
     for _ in range(15):
         flip(log, place := chance.randrange(len(content)), chance.randrange(8))
         left = db_records.left(directory.checkpoint)
-        assert len(known.rows.keys() - left.rows.keys()) <= 1, f"byte {place}, {level.replay()}"
+        assert len(known.rows.keys() - left.rows.keys()) <= PAGE_ROWS, f"byte {place}, {level.replay()}"
         same = [row for row in known.rows.keys() & left.rows.keys() if known.rows[row] == left.rows[row]]
         assert len(same) == len(known.rows.keys() & left.rows.keys())
         log.write_bytes(content)
+
+
+def test_damaged_pages_cost_only_their_records(tmp_path: Path) -> None:
+    """A database of many pages: ranges of keys around the damage are read."""
+    path, rows = tmp_path / "checkpoint.db", 3_000
+    database = Database.open(path, db_tables.TABLES, FORMAT, lambda full: False)
+    database.transaction(lambda: database.insert("rows", [(row, 1, bytes([row % 251]) * 700) for row in range(rows)]))
+    database.rest()
+    database.close()
+    leaves = [place for place in range(12 * 4096, path.stat().st_size, 4096) if path.read_bytes()[place] == 0x0D]
+    for place in leaves[:: len(leaves) // 20][:20]:
+        flip(path, place, 7)
+    found = {record[0] for _, record in damaged_db.records(path.read_bytes(), b"", db_tables.TABLES, FORMAT)}
+    assert rows - 20 * 6 <= len(found) < rows
 
 
 def test_a_lost_slot_file_costs_no_row(runs: Runs, tmp_path: Path) -> None:
@@ -580,7 +602,7 @@ def test_a_run_without_input_keeps_its_rows(tmp_path: Path, runs: Runs) -> None:
     directory.usage.unlink()
     ended = batchrun("verify", directory.path, "--salvage")
     assert (ended.exit_code, ended.stderr) == (7, "")
-    assert "it can't be gone on with (the input: " in ended.stdout
+    assert "it can't be resumed (the input: " in ended.stdout
     assert kept_rows(directory).to_pylist() == pq.read_table(directory.completions_folder).to_pylist()
 
 
@@ -602,12 +624,12 @@ def test_salvage_keeps_a_retry_under_way(runs: Runs, tmp_path: Path) -> None:
     assert asked == set(new.reopened)
 
 
-def test_nothing_is_written_over_an_earlier_rescue(runs: Runs, tmp_path: Path) -> None:
+def test_salvage_overwrites_nothing(runs: Runs, tmp_path: Path) -> None:
     directory = runs.copy("done", tmp_path / "run")
     directory.usage.unlink()
     salvage(directory)
     before = snapshot(tmp_path)
-    with pytest.raises(JobError, match="is there already"):
+    with pytest.raises(JobError, match="already exists"):
         salvage(directory)
     assert snapshot(tmp_path) == before
 

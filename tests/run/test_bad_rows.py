@@ -35,6 +35,7 @@ def rows(folder: Path, count: int) -> frozenset[int]:
     return frozenset(range(count))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("bad", [range(20, 90), range(50, 120), range(70)], ids=["amid", "last", "first"])
 @pytest.mark.parametrize("max_outage_s", [40.0, 7_200.0])
 def test_consecutive_bad_rows_do_not_stop_good_ones(tmp_path: Path, bad: range, max_outage_s: float) -> None:

@@ -64,6 +64,7 @@ def mixed(rows: list[Record]) -> list[Record]:
     return [*inserted(edited(kept)), *[dict(row) for row in kept[:5]]]  # five questions are asked twice
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("change", [inserted, edited, shuffled, deleted, mixed], ids=lambda change: change.__name__)
 @pytest.mark.parametrize("killed", [False, True], ids=["finished", "unfinished"])
 def test_a_changed_input_stops_with_its_cost(tmp_path: Path, change: Any, killed: bool) -> None:

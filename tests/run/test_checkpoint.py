@@ -24,7 +24,11 @@ from batchrun.store.totals import Totals, answer_line, doubt, fold, with_possibl
 from tests import level
 from tests.endings import ENDINGS, completion, discarded, stored_attempt
 
-SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
+pytestmark = pytest.mark.sampled(12)
+
+SHARED = settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=level.amount(6, 40)
+)
 WHOLE = Chunk(chunk=0, first_row=0, rows=100_000, end_position="{}", input_digest="")
 
 

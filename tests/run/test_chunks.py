@@ -295,6 +295,7 @@ CRASHES: list[Crash] = [
 ]
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("crash", CRASHES)
 def test_any_interruption_gives_the_same_file(tmp_path: Path, kind: str, crash: Crash) -> None:
@@ -310,6 +311,7 @@ def test_any_interruption_gives_the_same_file(tmp_path: Path, kind: str, crash: 
     assert sorted(path.name for path in (run / "parts").iterdir()) == [f"00000{n}.g1.parquet" for n in range(5)]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("crash", CRASHES)
 def test_a_crash_after_a_crash_changes_nothing_either(tmp_path: Path, crash: Crash) -> None:
     job = small_chunks(lines_of(tmp_path, 45))
@@ -445,6 +447,7 @@ finish(Path(sys.argv[1]), small_chunks(Path(sys.argv[2])))
 """
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", ["jsonl.gz", "parquet"])
 def test_random_kills_give_the_same_file(tmp_path: Path, kind: str) -> None:
     path = input_as(tmp_path, kind, texts(150))

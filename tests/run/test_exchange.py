@@ -43,6 +43,8 @@ from tests.fault_server import (
 )
 from tests.wires import KEY, client_of, run, wire
 
+pytestmark = pytest.mark.sampled(8)
+
 __all__ = ["wire"]  # the fixture that runs each test on every wire
 
 

@@ -258,7 +258,7 @@ def test_a_stopped_pilot_exports_its_rows(runs: Runs, tmp_path: Path) -> None:
         ("run/../run/x.parquet", "lies in the run directory"),
         ("folder", "is a directory"),
         ("nowhere/x.parquet", "there is no directory"),
-        ("/dev/null", "is no regular file"),
+        ("/dev/null", "is not a regular file"),
         ("in.jsonl", "is the run's input"),
     ],
 )
@@ -324,6 +324,7 @@ STOPS = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("rows", ["rows", "no rows"])
 @pytest.mark.parametrize("stop", STOPS)
 def test_every_stop_exports_if_the_job_says(tmp_path: Path, stop: str, rows: str) -> None:

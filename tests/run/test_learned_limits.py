@@ -52,7 +52,7 @@ def test_the_next_start_begins_with_learned_limits(tmp_path: Path) -> None:
         assert batchrun("run", job, "-o", out, *same).exit_code == 0
         assert [line.status for line in simulator.ledger()] == [200] * 200
     found = [(told["limit"], told["after"], told["why"]) for told in logged(out, "pace")]
-    assert found == [("rpm", 6_000.0, "stated by the server"), ("rpm", 6_000.0, "learned by an earlier start")]
+    assert found == [("rpm", 6_000.0, "stated by the server"), ("rpm", 6_000.0, "learned by an earlier process")]
     before = 0
     for told in logged(out, "in flight"):
         assert told["why"]

@@ -16,6 +16,7 @@ from batchrun.limits.budget import BudgetAccount, Cap
 from batchrun.limits.gate import GateClosed
 from batchrun.limits.overruns import Overrun, Overruns, decode, in_words
 from batchrun.records import Request, Usage, Verdict
+from tests import level
 from tests.cli_process import batchrun, finish, read_summary, start, write_job, write_rows
 from tests.fault_server import Exchange, FaultServer, Script, answer, serving
 from tests.moved_clock import run_on_moved_clock
@@ -131,7 +132,7 @@ def usage(prompt: int, output: int) -> Usage:
     return Usage(prompt, output, prompt + output)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=level.amount(16, 100), deadline=None)
 @given(st.integers(0, 400), st.integers(500, 20_000), st.integers(1, 60), st.integers(0, 3))
 def test_spending_exceeds_a_cap_by_one_surprise(output: int, cap: int, in_flight: int, fails: int) -> None:
     """Rows of two models with the same overrun; the first few attempts fail without an answer."""

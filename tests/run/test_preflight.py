@@ -54,6 +54,7 @@ def said(ended: Ended) -> tuple[int, str]:
     return ended.exit_code, ended.stderr.splitlines()[-1]
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("fault", BAD)
 def test_check_and_estimate_refuse_like_run(tmp_path: Path, fault: str) -> None:
     settings, words, prepare = BAD[fault]

@@ -19,6 +19,8 @@ from tests.fault_server import Exchange, Script, serving
 from tests.run.test_exchange import asked, closes, kind_of, resets
 from tests.wires import KEY, client_of, run, wire
 
+pytestmark = pytest.mark.sampled(8)
+
 __all__ = ["wire"]  # the fixture that runs each test on every wire
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nTransfer-Encoding: chunked\r\n\r\n"

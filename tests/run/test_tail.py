@@ -70,6 +70,7 @@ FAULTS: dict[str, tuple[Script, int]] = {
 """A failure, and after how many counted ones a row is given up."""
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     ("fault", "bad", "in_flight"),
     [("500", bad, in_flight) for bad in (1, 2, 3, 10) for in_flight in (1, 64)]

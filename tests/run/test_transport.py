@@ -26,6 +26,8 @@ from tests.fault_server import FINE, Exchange, FaultServer, Script, answer, blac
 from tests.run.test_exchange import asked, closes, ended, kind_of, sweeping
 from tests.wires import KEY, WIRES, client_of, run, wire
 
+pytestmark = pytest.mark.sampled(8)
+
 __all__ = ["wire"]  # the fixture that runs each test on every wire
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -81,12 +83,12 @@ def test_proxies_use_the_session() -> None:
         choice = choose(Endpoint("https://h/v1", **endpoint))  # type: ignore[arg-type]
         return choice.wire, choice.why
 
-    assert run(chosen()) == ("lean", f"aiohttp {aiohttp.__version__} has what it needs")
+    assert run(chosen()) == ("lean", f"aiohttp {aiohttp.__version__} fits")
     assert run(chosen(proxy="http://p:3128")) == (
         "session",
-        "endpoint.proxy is set, and aiohttp's session knows proxies",
+        "endpoint.proxy is set, and only aiohttp's session supports proxies",
     )
-    assert run(chosen(transport="session")) == ("session", "endpoint.transport asks for it")
+    assert run(chosen(transport="session")) == ("session", "endpoint.transport is set")
 
 
 def test_this_aiohttp_version_was_tested() -> None:
@@ -362,7 +364,7 @@ def test_streams_left_open_are_bounded() -> None:
 
 def test_the_versions_are_in_the_docs() -> None:
     page = (DOCS / "design.md").read_text()
-    found = re.search(r"was run with aiohttp ([0-9., and]+)", page)
+    found = re.search(r"was tested with aiohttp ([0-9., and]+)", page)
     assert found is not None
     assert tuple(re.findall(r"\d+\.\d+\.\d+", found[1])) == internals.TESTED_WITH
 

@@ -184,6 +184,7 @@ WAYS: list[tuple[Callable[[Night], None], bool]] = [
 ]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("way", "wasteful"), WAYS, ids=[way.__name__ for way, _ in WAYS])
 def test_rejected_paid_answers_are_waste(tmp_path: Path, way: Callable[[Night], None], wasteful: bool) -> None:
     night = Night(tmp_path)

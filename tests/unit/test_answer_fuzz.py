@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 import pyarrow as pa
+import pytest
 
 from batchrun.credentials import Credentials
 from batchrun.job.job import Retry
@@ -21,8 +22,10 @@ from batchrun.response import packed
 from batchrun.response.answer import MAX_CHOICES, read
 from batchrun.response.stream import Stream
 from batchrun.response.usage import MAX_COUNT
+from tests import level
 from tests.unit.test_answer import COUNTED, FIRST, STOP, USAGE, WORDS, body, chunk, stream
 
+COUNT = level.amount(sample=1_000, full=10_000)
 NOTHING_SECRET = Credentials({}, frozenset())
 
 BODIES = [
@@ -176,25 +179,27 @@ def attempt(stored: bytes, *, streamed: bool) -> Attempt:
     return Attempt(0.0, 1.0, 200, {}, stored, streamed=streamed)
 
 
+@pytest.mark.campaign
 def test_ten_thousand_mutated_bodies_are_safe() -> None:
     """They count only as what they are."""
     counted = sum(
         check(attempt(packed.stored(raw), streamed=False), read(packed.stored(raw)), raw)
-        for raw in mutated([*BODIES, *STREAMS[:1]], 10_000, random.Random(4711))
+        for raw in mutated([*BODIES, *STREAMS[:1]], COUNT, random.Random(4711))
     )
-    assert 1000 < counted < 9000
+    assert COUNT // 10 < counted < COUNT * 9 // 10
 
 
+@pytest.mark.campaign
 def test_ten_thousand_mutated_streams_are_safe() -> None:
     """They count only as what they are, in any split."""
     chance = random.Random(4712)
     counted = 0
-    for raw in mutated([*STREAMS, *STREAMS[:3], BODIES[0]], 10_000, chance):
+    for raw in mutated([*STREAMS, *STREAMS[:3], BODIES[0]], COUNT, chance):
         cuts = sorted(chance.randint(0, len(raw)) for _ in range(chance.choice((0, 1, 3, 9))))
         whole, split = received(raw), received(*(raw[at:to] for at, to in pairwise([0, *cuts, len(raw)])))
         assert (whole.speaks, whole.done) == (split.speaks, split.done)
         counted += check(attempt(split.stored(), streamed=True), read(raw), raw)
-    assert 1000 < counted < 9000
+    assert COUNT // 10 < counted < COUNT * 9 // 10
 
 
 def received(*pieces: bytes) -> Stream:

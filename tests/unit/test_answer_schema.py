@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from batchrun.errors import JobError
 from batchrun.job.answer_schema import ANYTHING, MAX_MESSAGE_CHARS, Expected, check_of, of, problem, schema_of
 from batchrun.tables.arrow_types import column_of
+from tests import level
 
 LABEL = {
     "type": "object",
@@ -276,7 +277,7 @@ def deeper(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 SCHEMAS = st.recursive(st.fixed_dictionaries({}, optional={"type": TYPES}) | st.booleans(), deeper, max_leaves=8)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=level.amount(20, 120), deadline=None)
 @given(SCHEMAS.filter(lambda schema: isinstance(schema, dict)), st.lists(VALUES, min_size=1, max_size=5))
 def test_it_judges_as_the_reference_validator_does(schema: dict[str, Any], values: list[Any]) -> None:
     reference = jsonschema.Draft202012Validator(schema)

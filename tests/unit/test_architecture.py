@@ -53,7 +53,7 @@ FORBIDDEN: dict[str, frozenset[str]] = {
 SOLE_IMPORTERS: dict[str, frozenset[str]] = {
     "aiohttp": frozenset({"transport", "simulator"}),
     "aiolimiter": frozenset({"limits.rates"}),
-    "sqlite3": frozenset({"store.database"}),
+    "sqlite3": frozenset({"store.database", "integrity.damaged_db"}),
     "click": frozenset({"cli", "commands"}),
     "tqdm": frozenset({"terminal"}),
     "uvloop": frozenset({"api", "simulator"}),

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchrun.tables.arrow_types import JSON, MAX_PLACES, array_of, column_of
+from tests import level
 
 STRING, ENUM = "large_string", "dictionary<values=string, indices=int32, ordered=0>"
 
@@ -258,7 +259,7 @@ def as_column(value: Any, schema: dict[str, Any]) -> Any:
     return value
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=level.amount(10, 60), deadline=None)
 @given(st.data())
 def test_any_answer_round_trips_through_parquet(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     schema, strategy = data.draw(WHOLE)

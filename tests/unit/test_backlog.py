@@ -20,6 +20,7 @@ from batchrun.source.window import LINES
 from batchrun.store.chunks import OpenChunk
 from batchrun.store.db_tables import Chunk
 from batchrun.store.stored_window import StoredWindow, write
+from tests import level
 from tests.moved_clock import NothingWillHappen, run_on_moved_clock
 
 T = TypeVar("T")
@@ -488,7 +489,9 @@ class Workers:
             self._backlog.retry(pending, self._due[row])
 
 
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None, max_examples=level.amount(25, 150), suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.lists(st.integers(1, 12), max_size=4), st.integers(1, 12), st.integers(0, 2**32))
 def test_every_row_settles_without_idle_workers(tmp_path: Path, sizes: list[int], count: int, seed: int) -> None:
     async def test() -> Workers:

@@ -103,7 +103,7 @@ def test_an_unset_variable_is_named(environ: dict[str, str]) -> None:
 
 @pytest.mark.parametrize("key", ["sk canary", "sk-can\nary", "sk-canarý", "sk-\x00canary", "sk\u200bcanary"])
 def test_an_unsendable_key_is_refused_unshown(key: str) -> None:
-    with pytest.raises(JobError, match="the API key holds blanks or characters") as caught:
+    with pytest.raises(JobError, match="the API key contains blanks or characters") as caught:
         holding(key)
     assert "ary" not in str(caught.value).removesuffix("carry")
 
@@ -122,7 +122,7 @@ def test_a_secret_header_is_cleaned() -> None:
 
 @pytest.mark.parametrize("headers", [{"X-A": "a\r\nX-B: b"}, {"X-A": "env:SPLIT"}])
 def test_a_header_that_would_become_two_is_refused(headers: dict[str, str]) -> None:
-    with pytest.raises(JobError, match=r"endpoint\.headers\.X-A: holds characters"):
+    with pytest.raises(JobError, match=r"endpoint\.headers\.X-A: contains characters"):
         read(Endpoint(URL, headers=headers), {"SPLIT": "canary\nX-B: b"})
 
 

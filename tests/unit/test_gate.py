@@ -23,6 +23,7 @@ from batchrun.limits.overruns import Overruns
 from batchrun.limits.rates import Rates
 from batchrun.records import RowError, Verdict
 from batchrun.report.limit_lines import limits_in_words
+from tests import level
 from tests.moved_clock import NothingWillHappen, run_on_moved_clock
 
 SMALL = Ask(tokens=1)
@@ -101,7 +102,7 @@ def on_moved_clock(test: Callable[[], Awaitable[None]]) -> Callable[[], None]:
 # pace
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=level.amount(5, 25), deadline=None)
 @given(st.sampled_from([7.0, 60.0, 90.0, 119.0, 600.0, 6_000.0]))
 def test_the_request_rate_is_kept_and_used(limit: float) -> None:
     """From the first minute on."""
@@ -118,7 +119,7 @@ def test_the_request_rate_is_kept_and_used(limit: float) -> None:
     run_on_moved_clock(main())
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=level.amount(5, 25), deadline=None)
 @given(st.lists(st.integers(1, 9_000), min_size=50, max_size=100), st.sampled_from([6_000.0, 200_000.0]))
 def test_the_token_rate_is_kept_and_used(sizes: list[int], limit: float) -> None:
     """Whatever the sizes."""
@@ -412,7 +413,7 @@ PLANS = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=level.amount(16, 100), deadline=None)
 @given(
     PLANS,
     st.integers(1, 8),
@@ -530,7 +531,7 @@ def test_no_timer_remains_without_waiters() -> None:
 CENTS = st.integers(0, 50).map(lambda n: Decimal(n) / 100)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=level.amount(16, 100), deadline=None)
 @given(
     st.lists(st.tuples(CENTS, st.none() | CENTS, st.floats(0, 3)), min_size=1, max_size=20),
     st.integers(0, 300).map(lambda n: Decimal(n) / 100),
@@ -562,7 +563,7 @@ def test_spending_and_reservations_respect_the_cap(
     run_on_moved_clock(main())
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=level.amount(16, 100), deadline=None)
 @given(
     st.lists(
         st.tuples(st.integers(1, 50), st.none() | st.integers(0, 50), st.floats(0, 3), st.integers(1, 4)), min_size=1

@@ -32,6 +32,8 @@ from batchrun.records import Answer, Attempt, FunctionCall, RowError, Status, Ve
 from batchrun.response.answer import read
 from batchrun.response.retry_after import retry_after_s
 
+pytestmark = pytest.mark.sampled(20)
+
 OK, ROW, FREE, MAYBE, SLOW, PAUSE, STOP = Verdict
 NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC).timestamp()
 FINE = json.dumps({"choices": [{"message": {"content": "Fine."}, "finish_reason": "stop"}]}).encode()

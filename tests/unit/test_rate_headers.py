@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from batchrun.limits.rate_headers import StatedLimit, duration_s, read_limit
 from batchrun.simulator.limits import duration_text
+from tests import level
 
 
 @pytest.mark.parametrize(
@@ -37,7 +38,7 @@ def test_the_simulators_reset_is_exact(milliseconds: int) -> None:
     assert duration_s(duration_text(milliseconds / 1_000)) == pytest.approx(milliseconds / 1_000, rel=1e-5, abs=1e-6)
 
 
-@settings(max_examples=50)
+@settings(max_examples=level.amount(8, 50))
 @given(st.text(max_size=30), st.text(max_size=30), st.text(max_size=30))
 def test_no_header_raises_or_misleads(limit: str, left: str, reset: str) -> None:
     said = read_limit(headers(limit, left, reset), "requests")

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from batchrun.simulator.instances import instance
 from batchrun.simulator.refusal import Refused
 from batchrun.simulator.schemas import UNSUPPORTED, check_schema, equal, matches
+from tests import level
 
 TREE = {
     "$ref": "#/$defs/node",
@@ -159,7 +160,7 @@ _SCHEMAS = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=level.amount(50, 300), deadline=None)
 @given(schema=_SCHEMAS, seed=st.integers(0, 2**32))
 def test_any_schema_is_satisfied_or_refused_by_name(schema: dict[str, Any], seed: int) -> None:
     check_schema(schema, "schema")
@@ -186,7 +187,7 @@ _VALUES = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=level.amount(50, 300), deadline=None)
 @given(schema=_SCHEMAS, value=_VALUES)
 def test_our_judgement_is_the_librarys(schema: dict[str, Any], value: object) -> None:
     assert matches(value, schema, schema) == jsonschema.Draft202012Validator(schema).is_valid(value)

@@ -15,8 +15,11 @@ from hypothesis import strategies as st
 
 from batchrun.errors import InputError
 from batchrun.source import START, JsonlSource, Position, TableSource, Window, rows_of
+from tests import level
 
-SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
+SHARED = settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=level.amount(8, 50)
+)
 DAY = dt.datetime(2026, 11, 22, 6, 0, 0, 250, tzinfo=dt.UTC)
 
 

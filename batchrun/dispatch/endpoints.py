@@ -1,0 +1,64 @@
+"""The job's endpoints: each attempt goes to the one that its slot belongs to, with the key that its file holds now."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from batchrun.credentials import Credentials
+from batchrun.dispatch.runlog import RunLog
+from batchrun.errors import APIConnectionError
+from batchrun.limits.gates import AnyGate, Gates
+from batchrun.policy import Fault
+from batchrun.records import Attempt
+from batchrun.transport.transport import Transport
+
+
+class Connected(NamedTuple):
+    """One endpoint with its open transport."""
+
+    label: str
+    transport: Transport
+    credentials: Credentials
+
+
+class Endpoints:
+    """Sends attempts and replaces keys. One per run."""
+
+    def __init__(self, connected: Sequence[Connected], gate: AnyGate, log: RunLog, note: Callable[[str], None]) -> None:
+        self._connected = connected
+        self._gate = gate
+        self.log = log
+        self._note = note
+
+    async def send(self, slot: int, body: bytes, client_request_id: str) -> Attempt:
+        """As `Transport.send`. A refused key that was replaced meanwhile is an error of its own, and no refusal."""
+        index = self._gate.index_of(slot) if isinstance(self._gate, Gates) else 0
+        to = self._connected[index]
+        version = to.credentials.version
+        attempt = await to.transport.send(body, client_request_id)
+        if attempt.http_status not in (401, 403) or attempt.error is not None:
+            return attempt
+        if not self._refresh(index) and to.credentials.version == version:
+            return attempt
+        why = f"HTTP {attempt.http_status}: the key was replaced while the request was in flight"
+        return msgspec.structs.replace(attempt, error=APIConnectionError(why, kind=Fault.KEY_REPLACED, sent=True))
+
+    def expire(self) -> int:
+        """As `Transport.expire`, for every endpoint."""
+        return sum(each.transport.expire() for each in self._connected)
+
+    def refresh_keys(self) -> None:
+        """Uses the keys of files that were replaced; an endpoint that was set aside is tried again with its new key."""
+        for index in range(len(self._connected)):
+            self._refresh(index)
+
+    def _refresh(self, index: int) -> bool:
+        label, _, credentials = self._connected[index]
+        if not credentials.refresh():
+            return False
+        self.log.write("key replaced", endpoint=label)
+        self._note(f"{label}: the key file was replaced; the new key is used from now on")
+        if isinstance(self._gate, Gates) and self._gate.restore(index, "a new key"):
+            self.log.write("endpoint restored", endpoint=label, why="a new key")
+        return True

@@ -1,0 +1,277 @@
+"""One gate for each of several endpoints, with one queue and one budget over all of them."""
+
+import asyncio
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
+
+import msgspec
+
+from batchrun.errors import ExitCode
+from batchrun.limits.admission import OPEN, Ask, Binding, Cooling, Found, Limit, Outcome, Probing, Ruling, Stop
+from batchrun.limits.admission_queue import UNLIMITED
+from batchrun.limits.gate import Gate, GateClosed, Shared
+from batchrun.limits.probe_turns import InDoubt, ProbeTurns
+from batchrun.limits.rates import Rates
+from batchrun.records import EndpointTotals, InForce, Verdict
+
+IN_FLIGHT = Binding(Limit.IN_FLIGHT)
+STOPPED = Binding(Limit.STOPPED)
+
+
+class Lane:
+    """One endpoint: its gate, its share of the load, and why it was set aside, if it was."""
+
+    __slots__ = ("answered", "finish", "gate", "held", "label", "sent", "set_aside", "weight")
+
+    def __init__(self, label: str, gate: Gate, weight: float) -> None:
+        self.label = label
+        self.gate = gate
+        self.weight = weight
+        self.finish = 0.0  # virtual time at which it has done what it was given
+        self.sent = self.answered = 0
+        self.held: set[int] = set()
+        self.set_aside: Stop | None = None
+
+
+class Gates:
+    """Used like a `Gate`. The first attempt in the queue goes to any endpoint that admits it now.
+
+    If several do, they take turns by weight (start-time fair queueing), so an endpoint that was blocked for a while
+    gets no more than its share afterwards. An endpoint whose circuit has stopped is set aside; the last one ends
+    admission.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        shared: Shared,
+        lanes: Sequence[Lane],
+        on_set_aside: Callable[[str, Stop], None] = lambda label, stop: None,
+    ) -> None:
+        """The lanes' gates have consecutive slots and were made with `shared`."""
+        self._loop = loop
+        self._shared = shared
+        self.lanes = lanes
+        self._on_set_aside = on_set_aside
+        self._lane_of = [lane for lane in lanes for _ in range(lane.gate.slots)]
+        self._stop: Stop | None = None
+        self._virtual = 0.0
+        self._chosen = lanes[0]
+        self.purse = shared.budget
+        self.turns: ProbeTurns = shared.turns
+
+    @property
+    def _live(self) -> list[Lane]:
+        return [lane for lane in self.lanes if lane.set_aside is None]
+
+    @property
+    def slots(self) -> int:
+        return len(self._lane_of)
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._shared.flights)
+
+    @property
+    def allowed_in_flight(self) -> int:
+        return sum(lane.gate.allowed_in_flight for lane in self._live)
+
+    @property
+    def why_in_flight(self) -> str:
+        return "; ".join(f"{lane.label}: {lane.gate.why_in_flight}" for lane in self._live)
+
+    @property
+    def refusals(self) -> str | None:
+        """Every endpoint in trouble, and why."""
+        return "; ".join(f"{lane.label}: {trouble}" for lane in self.lanes if (trouble := _trouble(lane))) or None
+
+    @property
+    def successes(self) -> int:
+        return sum(lane.gate.successes for lane in self.lanes)
+
+    @property
+    def unanswered_s(self) -> float:
+        return min((lane.gate.unanswered_s for lane in self._live), default=0.0)
+
+    @property
+    def stop(self) -> Stop | None:
+        return self._stop
+
+    @property
+    def found(self) -> Found:
+        """Limits found are not kept for the next start: they belong to one endpoint each."""
+        return Found()
+
+    @property
+    def binding(self) -> Binding:
+        if self._shared.queue:
+            return self._shared.queue.blocker
+        if (blocker := self.turns.blocked_by) is not None:
+            return blocker
+        return IN_FLIGHT if self.in_flight >= self.slots else UNLIMITED
+
+    @property
+    def in_force(self) -> InForce:
+        """The sum over the endpoints in use; a rate that one of them does not limit is not limited."""
+        each = [lane.gate.in_force for lane in self._live or self.lanes]
+        rpm, tpm = [one.requests_per_minute for one in each], [one.tokens_per_minute for one in each]
+        return msgspec.structs.replace(
+            each[0],
+            requests_per_minute=None if None in rpm else sum(filter(None, rpm)),
+            tokens_per_minute=None if None in tpm else sum(filter(None, tpm)),
+            max_in_flight=sum(one.max_in_flight for one in each),
+        )
+
+    @property
+    def totals(self) -> list[EndpointTotals]:
+        """What each endpoint did in this process."""
+        return [
+            EndpointTotals(lane.label, lane.sent, lane.answered, None if lane.set_aside is None else lane.set_aside.why)
+            for lane in self.lanes
+        ]
+
+    def tune(self, rates: Rates = Rates(), *, max_in_flight: int | None = None) -> None:  # noqa: B008  (frozen)
+        """Lets the queue check again after a change of the budget.
+
+        Raises:
+            ValueError: a rate or the number in flight is to change, which each endpoint has for itself.
+        """
+        if rates != Rates() or max_in_flight is not None:
+            raise ValueError("with several endpoints only the budget can be changed; each has its limits in the job")
+        self._shared.wake()
+
+    async def admit(self, ask: Ask, *, probes: bool = True) -> int:
+        """As `Gate.admit`, at any of the endpoints."""
+        if self._shared.queue or self._blocked_by(ask, probes=probes) is not None:
+            await self._shared.queue.wait(functools.partial(self._blocked_by, ask, probes=probes))
+        lane = self._chosen
+        start = max(lane.finish, self._virtual)
+        self._virtual, lane.finish = start, start + 1 / lane.weight
+        lane.sent += 1
+        return await lane.gate.take(ask)
+
+    def _blocked_by(self, ask: Ask, *, probes: bool) -> Binding | None:
+        """None if an endpoint admits the attempt now, which is `_chosen` then; else the block that time lifts first."""
+        if self._stop is not None:
+            raise GateClosed(self._stop)
+        live = self._live
+        if not probes and all(lane.gate.in_doubt for lane in live):
+            raise InDoubt
+        blockers: list[Binding] = []
+        for lane in sorted(live, key=lambda lane: max(lane.finish, self._virtual)):
+            try:
+                blocker = lane.gate.blocked_by(ask)
+            except GateClosed as closed:  # the budget, which is that of all
+                self.close(closed.stop)
+                raise
+            if blocker is None:
+                self._chosen = lane
+                return None
+            blockers.append(blocker)
+        return _first_lifted(blockers)
+
+    def index_of(self, slot: int) -> int:
+        """Which endpoint the slot belongs to."""
+        return self.lanes.index(self._lane_of[slot])
+
+    def bound(self, slot: int) -> tuple[Decimal | None, int]:
+        return self._lane_of[slot].gate.bound(slot)
+
+    def settle(self, slot: int, tokens: int | None, output_tokens: int = 0) -> None:
+        self._lane_of[slot].gate.settle(slot, tokens, output_tokens)
+
+    def hear(self, slot: int, headers: Mapping[str, str]) -> None:
+        self._lane_of[slot].gate.hear(slot, headers)
+
+    def observe(self, slot: int, outcome: Outcome) -> Ruling:
+        """As `Gate.observe`. If this sets the endpoint aside, its rows in question are sent elsewhere."""
+        lane = self._lane_of[slot]
+        ruling = lane.gate.observe(slot, outcome)
+        lane.answered += outcome.verdict is Verdict.OK
+        for each in self.lanes:
+            each.held.discard(outcome.row)
+        lane.held.difference_update(ruling.own)
+        if ruling.hold:
+            lane.held.add(outcome.row)
+        if lane.gate.stop is None or self._stop is not None:
+            return ruling
+        if lane.set_aside is None and self._is_last_set_aside(lane, lane.gate.stop):
+            return ruling
+        elsewhere, lane.held = tuple(lane.held), set()
+        return msgspec.structs.replace(ruling, hold=False, elsewhere=elsewhere)
+
+    def release(self, slot: int, spent_usd: Decimal | None, spent_tokens: int | None = None) -> None:
+        self._lane_of[slot].gate.release(slot, spent_usd, spent_tokens)
+
+    def wake(self) -> None:
+        """The first in the queue checks again: a budget that it waits for may have got money."""
+        self._shared.wake()
+
+    def close(self, stop: Stop) -> None:
+        """Ends admission at all endpoints. The first reason is kept."""
+        if self._stop is None:
+            self._stop = stop
+        for lane in self.lanes:
+            lane.gate.close(stop)
+
+    def restore(self, index: int, why: str) -> bool:
+        """Tries an endpoint again that was set aside, one row at a time; True if it was."""
+        lane = self.lanes[index]
+        if lane.set_aside is None or self._stop is not None:
+            return False
+        lane.set_aside = None
+        lane.gate.reopen(why)
+        return True
+
+    def _is_last_set_aside(self, lane: Lane, stop: Stop) -> bool:
+        """Sets the endpoint aside; True, and admission has ended, if no other is left."""
+        lane.set_aside = stop
+        self._on_set_aside(lane.label, stop)
+        if self._live:
+            return False
+        stops = [each.set_aside for each in self.lanes if each.set_aside is not None]
+        paused = any(each.exit_code is ExitCode.PAUSED for each in stops)
+        why = "; ".join(f"{each.label}: {each.set_aside.why}" for each in self.lanes if each.set_aside is not None)
+        self.close(Stop(ExitCode.PAUSED if paused else stop.exit_code, f"no endpoint is left: {why}"))
+        return True
+
+
+AnyGate = Gate | Gates
+
+
+class Circuits:
+    """The circuits of several endpoints as one: in doubt only if all are that are in use."""
+
+    def __init__(self) -> None:
+        self.gates: Gates | None = None
+
+    @property
+    def in_doubt(self) -> bool:
+        live = [] if self.gates is None else self.gates._live
+        return bool(live) and all(lane.gate.in_doubt for lane in live)
+
+    def binding(self, now_s: float) -> Binding | None:
+        blockers = []
+        for lane in [] if self.gates is None else self.gates._live:
+            if (blocker := lane.gate.circuit_blocker(now_s)) is None:
+                return None
+            blockers.append(blocker)
+        return _first_lifted(blockers)
+
+
+def _first_lifted(blockers: Sequence[Binding]) -> Binding:
+    timed = [blocker for blocker in blockers if blocker.until_s is not None]
+    return min(timed, key=lambda blocker: blocker.until_s or 0.0) if timed else next(iter(blockers), STOPPED)
+
+
+def _trouble(lane: Lane) -> str | None:
+    """Why the endpoint gets less than its share, in words; None if it does not."""
+    if lane.set_aside is not None:
+        return f"set aside, {lane.set_aside.why}"
+    match lane.gate.phase:
+        case Cooling(because=because):
+            return f"cooling down ({because})"
+        case Probing(why=why):
+            return f"probing ({why})"
+    return lane.gate.refusals if lane.gate.phase is OPEN else None
