@@ -419,8 +419,8 @@ class EndpointTotals(msgspec.Struct, frozen=True):
 class BudgetUse(msgspec.Struct, frozen=True):
     """What is used of a cap over time: `spent_usd`, and `in_doubt_usd` that may have been billed.
 
-    `setting` is the cap's name in `[budget]`; `period` is the day, the month, or `start`; `opens_at` is when it begins
-    anew, None: with the next start.
+    `setting` is the cap's name in `[budget]`; `period` is the day, the month, or `start`; `opens_at` is when it
+    opens again, None: with the next start.
     """
 
     budget: str

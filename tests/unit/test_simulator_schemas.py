@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from batchrun.simulator.instances import instance
 from batchrun.simulator.refusal import Refused
 from batchrun.simulator.schemas import compiled
-from tests import level
 
 TREE = {
     "$ref": "#/$defs/node",
