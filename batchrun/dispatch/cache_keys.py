@@ -7,6 +7,7 @@ to about 15 a minute; beyond that they go to machines without the prefix
 first request of each key goes ahead of the others with that key.
 """
 
+from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -49,8 +50,26 @@ class Key(msgspec.Struct):
 
 
 class _Group(msgspec.Struct, Generic[Parked]):
+    """`current`: the key that was used last. It is used while it has room, so that a low pace keeps few keys warm."""
+
     keys: list[Key]
-    parked: list[Parked]
+    parked: deque[Parked]
+    current: int = 0
+
+    def with_room(self, now_s: float) -> Key | None:
+        """A warm key that may be used now."""
+        for step in range(len(self.keys)):
+            place = (self.current + step) % len(self.keys)
+            if self.keys[place].is_warm(now_s) and self.keys[place].has_room(now_s):
+                self.current = place
+                return self.keys[place]
+        return None
+
+    def room(self, now_s: float) -> int:
+        """How many rows may be sent now, at least one: with warm keys, and as the first of a new one."""
+        warm = [key for key in self.keys if key.is_warm(now_s)]
+        leading = sum(key.leads for key in self.keys)
+        return sum(int(key.level) for key in warm if key.has_room(now_s)) + max(1, len(warm) - leading)
 
 
 class CacheKeys(Generic[Parked]):
@@ -71,13 +90,12 @@ class CacheKeys(Generic[Parked]):
             return NO_KEY
         group = self._groups.get(digest)
         if group is None:
-            group = self._groups[digest] = _Group([], [])
+            group = self._groups[digest] = _Group([], deque())
             self._forget_some()
         now_s = self._clock()
-        for key in group.keys:
-            if key.is_warm(now_s) and key.has_room(now_s):
-                key.level -= 1
-                return key
+        if (warm := group.with_room(now_s)) is not None:
+            warm.level -= 1
+            return warm
         leading = sum(key.leads for key in group.keys)
         # twice as many keys with each answer, until the pace has enough of them
         if leading and leading >= sum(key.is_warm(now_s) for key in group.keys) and may_wait:
@@ -103,12 +121,13 @@ class CacheKeys(Generic[Parked]):
     def ended(self, key: Key, *, answered: bool) -> list[Parked]:
         """The rows that may be sent now."""
         group = self._group_of_key.get(key.name)
-        if group is None or not (answered or key.leads):
+        if group is None:
             return []
         key.leads = False
         if answered:
             key.answered_s = self._clock()
-        released, group.parked = group.parked, []
+        # no more than can go now: the others would only be parked again. One at least, and its end releases the next
+        released = [group.parked.popleft() for _ in range(min(len(group.parked), group.room(self._clock())))]
         self.parked -= len(released)
         return released
 

@@ -93,32 +93,37 @@ def test_a_probe_is_never_parked() -> None:
     assert not keys.park(_body("a"), -1)
 
 
-@given(st.lists(st.tuples(st.sampled_from("abc"), st.booleans(), st.floats(0, 90)), max_size=60))
-def test_no_parked_row_is_lost(steps: list[tuple[str, bool, float]]) -> None:
+@given(
+    rows=st.lists(st.sampled_from("abc"), max_size=60),
+    steps=st.lists(st.tuples(st.booleans(), st.booleans(), st.floats(0, 90)), max_size=120),
+)
+def test_no_parked_row_is_lost(rows: list[str], steps: list[tuple[bool, bool, float]]) -> None:
     clock = Clock()
     keys = CacheKeys[int](clock)
-    waiting, flying, sent = list(range(len(steps))), list[tuple[int, Key]](), set[int]()
-    parked = set[int]()
-    for group, answered, pause_s in steps:
+    waiting, flying, ended = list(enumerate(rows)), list[tuple[int, Key]](), set[int]()
+
+    def send() -> None:
+        row, group = waiting.pop(0)
+        if (key := _take(keys, group, row)) is None:
+            assert flying, "a row may wait only for one that is in flight"
+            keys.park(_body(group, row), row)
+        else:
+            flying.append((row, key))
+
+    def end(*, answered: bool) -> None:
+        row, key = flying.pop(0)
+        ended.add(row)
+        waiting.extend((released, rows[released]) for released in keys.ended(key, answered=answered))
+
+    for sends, answered, pause_s in steps:
         clock.now_s += pause_s
-        if waiting:
-            row = waiting.pop()
-            if (key := _take(keys, group, row)) is None:
-                keys.park(_body(group, row), row)
-                parked.add(row)
-            else:
-                flying.append((row, key))
-                sent.add(row)
-        if flying and answered:
-            _, key = flying.pop(0)
-            released = keys.ended(key, answered=True)
-            parked -= set(released)
-            waiting += released
-    while flying:
-        _, key = flying.pop(0)
-        released = keys.ended(key, answered=False)
-        parked -= set(released)
-    assert not parked
+        if sends and waiting:
+            send()
+        elif flying:
+            end(answered=answered)
+    while waiting or flying:
+        send() if waiting else end(answered=False)
+    assert ended == set(range(len(rows)))
     assert keys.parked == 0
 
 
