@@ -211,7 +211,7 @@ while sent < requests:
     cost = Decimal(chance.randrange(10, 101)) / 10_000
     in_flight.append(cost)
     sent += 1
-    if len(in_flight) > 4 or then == "end":
+    if len(in_flight) > 4:
         cost = in_flight.pop(0)
         lease.settle(bound, cost)
         say(spent=cost)
