@@ -94,7 +94,8 @@ def test_invalid_records_are_reported_once_by_kind(starts: Starts) -> None:
     write_lines(starts.input, [*texts(3), *[{"bad": number} for number in range(30)]])
     message = starts.refused()
     assert message == (
-        "30 of 33 input records make no valid request. Correct them, or set them aside with batchrun run ... --skip-invalid"
+        "30 of 33 input records make no valid request. "
+        "Correct them, or set them aside with batchrun run ... --skip-invalid"
     )
     assert len(starts.told) == 1
     assert starts.told[0].startswith(f"{starts.input}:4: ")
