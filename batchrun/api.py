@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import BinaryIO, TypedDict, Unpack
+from typing import BinaryIO, Literal, TypedDict, Unpack
 
 import msgspec
 
@@ -41,7 +41,7 @@ class Options(TypedDict, total=False):
     new: bool
     limit: int | None
     deadline: str | None
-    accept_changes: bool
+    accept_changes: bool | Literal["input"]
     retry_failed: bool | Collection[str]
     skip_invalid: bool
     grace_s: float | None

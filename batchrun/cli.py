@@ -49,7 +49,17 @@ def _amount(what: str) -> "Callable[[click.Context, click.Parameter, str | None]
 JOB = click.argument("job", type=click.Path(dir_okay=False, path_type=Path))
 INPUT = click.option("-i", "--input", "input_path", metavar="PATH", help="Input instead of input.path; - is stdin.")
 SET = click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Lay one setting over the job.")
+REUSE = click.option(
+    "--reuse",
+    multiple=True,
+    metavar="PATH",
+    help="Take answers of earlier runs instead of input.reuse_from: a run, a pattern, a Parquet file, or latest.",
+)
 SKIP = click.option("--skip-invalid", is_flag=True, help="Set bad records aside (run: in rejects.jsonl).")
+
+
+ACCEPT_INPUT = "--accept-changes-of-input"
+"""What `--accept-changes=input` is to click."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -58,9 +68,17 @@ def cli() -> None:
     """Run a file of prompts against a chat-completions API; get a Parquet file of answers and their cost."""
 
 
-@cli.command()
+class RunCommand(click.Command):
+    """`--accept-changes` alone, and with a value: click would take the next word for one."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, [ACCEPT_INPUT if word == "--accept-changes=input" else word for word in args])
+
+
+@cli.command(cls=RunCommand)
 @JOB
 @INPUT
+@REUSE
 @click.option("-o", "--output", "output_path", metavar="DIR", help="Run directory instead of output.path.")
 @click.option("--date", metavar="YYYY-MM-DD", help="The logical date for {date}; default: the first start's.")
 @click.option("--new", is_flag=True, help="Start another run instead of going on with the last.")
@@ -73,7 +91,12 @@ def cli() -> None:
 @click.option("--max-failures", type=int, metavar="N", help="Failed rows that still exit 0.")
 @click.option("--deadline", metavar="WHEN", help="End by then: 6h, 90m, 06:00 (the next), 2026-11-26T06:00.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N rows; without it the run goes on.")
-@click.option("--accept-changes", is_flag=True, help="Go on over a changed input or job: what has no answer is asked.")
+@click.option(
+    "--accept-changes",
+    is_flag=True,
+    help="Go on over a changed input or job: what has no answer is sent. --accept-changes=input: not a changed job.",
+)
+@click.option(ACCEPT_INPUT, "accept_input", is_flag=True, hidden=True)
 @click.option("--retry-failed", is_flag=True, help="Ask failed rows of a complete run again; --set may vary request.*.")
 @click.option("--status", "statuses", metavar="LIST", help="With --retry-failed: which, e.g. truncated,error.")
 @SKIP
@@ -87,6 +110,7 @@ def cli() -> None:
 def run(
     job: Path,
     input_path: str | None,
+    reuse: tuple[str, ...],
     output_path: str | None,
     date: str | None,
     new: bool,
@@ -95,6 +119,7 @@ def run(
     deadline: str | None,
     limit: int | None,
     accept_changes: bool,
+    accept_input: bool,
     retry_failed: bool,
     statuses: str | None,
     skip_invalid: bool,
@@ -107,7 +132,7 @@ def run(
     from batchrun.report import again
 
     flags = {"budget.max_cost_usd": max_cost_usd, "output.max_failures": max_failures}
-    loaded = _load(job, input_path, output_path, overrides, flags)
+    loaded = _load(job, input_path, output_path, overrides, {**flags, "input.reuse_from": reuse or None})
     open_files.allow(2 * loaded.limits.max_in_flight)  # a stream that has ended keeps its connection for a second
     with Progress() as progress:
         try:
@@ -117,7 +142,7 @@ def run(
                 new=new,
                 limit=limit,
                 deadline=deadline,
-                accept_changes=accept_changes,
+                accept_changes=accept_changes or ("input" if accept_input else False),
                 retry_failed=_retry_statuses(retry_failed, statuses),
                 skip_invalid=skip_invalid,
                 grace_s=None if grace_s is None else float(grace_s),
@@ -135,9 +160,12 @@ def run(
 @cli.command()
 @JOB
 @INPUT
+@REUSE
 @SKIP
 @SET
-def check(job: Path, input_path: str | None, skip_invalid: bool, overrides: tuple[str, ...]) -> None:
+def check(
+    job: Path, input_path: str | None, reuse: tuple[str, ...], skip_invalid: bool, overrides: tuple[str, ...]
+) -> None:
     """Check all that a run would refuse: the job, every input record and its request. Sends nothing."""
     from batchrun import preflight
     from batchrun.report.summary import plural
@@ -359,7 +387,7 @@ def _load(
     input_path: str | None,
     output_path: str | None,
     overrides: tuple[str, ...],
-    flags: "Mapping[str, int | Decimal | None]",
+    flags: "Mapping[str, int | Decimal | tuple[str, ...] | None]",
 ) -> "Job":
     """The job with the command line's settings over it."""
     from batchrun.job.load import load
@@ -420,8 +448,10 @@ def _require_budget(job: "Job", found: "Survey") -> "dict[str, PriceTable | None
     return tables
 
 
-def _toml(value: "str | int | Decimal") -> str:
+def _toml(value: "str | int | Decimal | tuple[str, ...]") -> str:
     """A flag's value as TOML."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml, value))}]"
     if not isinstance(value, str):
         return str(value) if isinstance(value, int) else f"{value:f}"
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # a path may hold a newline

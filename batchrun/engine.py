@@ -13,6 +13,7 @@ Every way out leaves a summary.json that says where the run stands.
 
 import asyncio
 import contextlib
+import functools
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -39,6 +40,7 @@ from batchrun.startup import resume as planning
 from batchrun.startup.resume import Plan
 from batchrun.startup.run_options import RunOptions
 from batchrun.store import at_rest, manifest, partial, result, variants
+from batchrun.store.carry_over import CarryOver
 from batchrun.store.checkpoint import Checkpoint, read_finished
 from batchrun.store.chunks import Chunks, Layout
 from batchrun.store.rundir import RunDirectory
@@ -194,7 +196,7 @@ def _check(
         hooks.note(line)
     if asked.retry is not None:
         hooks.note(_retried(plan, directory, checkpoint, asked.retry))
-    store = _store(plan, directory, checkpoint)
+    store = _store(plan, directory, checkpoint, hooks)
     store.chunks.remove_orphans()
     if hooks.host is not None and hooks.host.replay:
         replay.hand_over(store.chunks.settled(), hooks.host.results)
@@ -228,7 +230,7 @@ def _retried(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, status
     return f"{ended} {are(rows)} asked again{about(rows, mean_cost_usd)}"
 
 
-def _store(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint) -> Store:
+def _store(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, hooks: Hooks) -> Store:
     layout = Layout(
         source=plan.source,
         identities=plan.facts.files,
@@ -240,7 +242,11 @@ def _store(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint) -> Store
         number=plan.facts.layout,
         limit=plan.rows if plan.rows < plan.facts.rows else None,
     )
-    return Store(directory, checkpoint, plan, Chunks(directory, checkpoint, layout))
+    model = next(iter(plan.facts.models), "")
+    path = directory.origins_of(plan.facts.layout)
+    carry = CarryOver(plan.origins, path, variant=plan.facts.variant, model=model)
+    hand_over = None if hooks.host is None else functools.partial(replay.hand_over, results=hooks.host.results)
+    return Store(directory, checkpoint, plan, Chunks(directory, checkpoint, layout, carry, hand_over))
 
 
 # ── dispatch ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -287,7 +293,7 @@ def _leave(job: Job, store: Store, status: RunStatus, hooks: Hooks) -> None:
             return
         hooks.note(f"writing the rows so far: {directory.partial} (a signal ends that)")
         with signals.raised():
-            batches = _store(plan, directory, store.checkpoint).chunks.so_far()
+            batches = _store(plan, directory, store.checkpoint, hooks).chunks.so_far()
             compression = plan.facts.output.compression
             partial.write(directory.partial, batches, plan.schema, compression, status.summary())
     except BatchrunError as error:

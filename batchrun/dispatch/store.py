@@ -11,6 +11,7 @@ from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.chunks import Chunks, OpenChunk
 from batchrun.store.in_flight import InFlightFile
 from batchrun.store.rundir import RunDirectory
+from batchrun.store.totals import DISCARDED, LOST
 
 
 class Store(msgspec.Struct, frozen=True):
@@ -28,8 +29,9 @@ class Store(msgspec.Struct, frozen=True):
 
     @property
     def was_answered(self) -> bool:
-        """True where an earlier start got an answer."""
-        return any(rows for status, rows in self.checkpoint.spent.standing.items() if status != Status.ERROR)
+        """True where an earlier start got an answer from the endpoint."""
+        failed = (Status.ERROR, DISCARDED, LOST)
+        return any(line.rows > line.reused for line in self.checkpoint.spent.lines() if line.status not in failed)
 
     def attempt_id(self, row: int, n: int) -> str:
         """The name of an attempt, as it is sent in `endpoint.request_id_header`."""

@@ -144,8 +144,8 @@ def _fits(name: str, record: Record) -> bool:
 def _newer(name: str, one: Record, other: Record) -> Record:
     """The newer of two versions of a record; `one` is of the later image of a page, which may be free."""
     match name:
-        case "totals":  # a line only grows
-            return max(other, one, key=lambda record: record[5])
+        case "totals":  # a line only grows, in rows or in attempts
+            return max(other, one, key=lambda record: record[4] + record[5])
         case "replaced":
             return max(other, one, key=lambda record: record[-1])
         case "chunks":

@@ -64,6 +64,8 @@ def problems(job: Job) -> Iterator[str]:
     yield from _schema_problems(request)
     if unknown := re.search(r"\{(?!(?:job|date)\})[^}]*\}", job.output.path):
         yield f"output.path: {unknown[0]} is not known; {{job}} and {{date}} are"
+    if isinstance(most := job.input.max_changed, str) and not re.fullmatch(r"(\d{1,2}(\.\d+)?|100)%", most):
+        yield f'input.max_changed: expected a number of rows, or a share of them such as "5%" (is {most!r})'
     if (cap := job.budget.max_cost_usd) is not None and not (cap.is_finite() and 0 < cap <= MAX_COST_USD):
         yield f"budget.max_cost_usd: expected 0 to {MAX_COST_USD:,} USD (is {cap})"
     for model, price in job.pricing.items():

@@ -102,6 +102,7 @@ _ACCOUNT = (
     *("job", "run_id", "begun_at", "rows", "rejected", "by_status", "pending", "totals", "cost_usd", "wasted_usd"),
     *("unpriced", "without_usage", "possibly_billed", "possibly_billed_count", "possibly_billed_usd", "models"),
     *("unknown_finish_reasons", "unpriced_tiers", "example_error", "price", "estimate", "invocation"),
+    *("reused", "duplicates", "saved_usd"),
 )
 """What a summary says of the run, whichever start says it."""
 
@@ -230,6 +231,9 @@ def _summary(
         files=files(directory) if moment.complete else files_so_far(directory, moment.started_at),
         retrying=moment.retrying,
         tags=moment.tags,
+        reused=sum(line.reused for line in lines),
+        duplicates=sum(line.duplicates for line in lines),
+        saved_usd=sum((line.saved_usd for line in lines), Decimal(0)),
     )
 
 
@@ -322,11 +326,20 @@ def in_words(
         yield f"{label:<13}{text}"
 
 
+def reused_in_words(summary: Summary) -> str:
+    """The rows that took their answer without a request, and what it cost when it was paid for."""
+    copies = f", {summary.duplicates:,} of them equal to an earlier row" if summary.duplicates else ""
+    saved = f"; ${summary.saved_usd:,.6f} saved" if summary.saved_usd else ""
+    return f"{plural(summary.reused, 'row')} without a request{copies}{saved}"
+
+
 def _closing(summary: Summary, requests_per_minute: float | None) -> Iterator[tuple[str, str]]:
     done = summary.rows - summary.pending
     counts = ", ".join(f"{n:,} {status}" for status, n in summary.by_status.items()) or "none"
     aside = f"; {plural(summary.rejected, 'input record')} set aside in rejects.jsonl" if summary.rejected else ""
     yield "rows", f"{done:,} of {summary.rows:,} done: {counts}{aside}"
+    if summary.reused:
+        yield "reused", reused_in_words(summary)
     prompt, cached, completion, reasoning = (
         sum(getattr(line, name) for line in summary.totals)
         for name in ("prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens")

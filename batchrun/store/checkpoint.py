@@ -8,9 +8,10 @@ import contextlib
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar
 
 import msgspec
@@ -18,8 +19,8 @@ import msgspec
 from batchrun.durable import disk_errors, fsync
 from batchrun.errors import BatchrunError, DiskError
 from batchrun.records import Completion, Discarded, Ending, PossiblyBilled, TotalsLine
-from batchrun.store import db_tables, spill
-from batchrun.store.database import Database, Record
+from batchrun.store import db_tables, spill, totals
+from batchrun.store.database import MAX_PARAMETERS, Database, Record
 from batchrun.store.db_tables import Chunk, Reopened
 from batchrun.store.totals import (
     UNSTATED,
@@ -33,7 +34,7 @@ from batchrun.store.totals import (
     with_possibly_billed,
 )
 
-FORMAT = 4
+FORMAT = 5
 """`PRAGMA user_version`. Another number is another version's run directory: exit 7."""
 
 SINCE = "since"
@@ -140,16 +141,35 @@ class Checkpoint:
         """The chunk is on record; its input is on disk already."""
         self._call(lambda: self._replace("chunks", [msgspec.structs.astuple(chunk)]))
 
-    def seal_chunk(self, chunk: Chunk) -> None:
-        """The chunk's part, on disk already, takes the place of its rows here: one transaction."""
+    def seal_chunk(
+        self,
+        chunk: Chunk,
+        carried: Mapping[int, TotalsLine] = MappingProxyType({}),
+        *,
+        keep: Collection[int] = (),
+        drop: Collection[int] = (),
+    ) -> None:
+        """The chunk's part, on disk already, takes the place of its rows here: one transaction.
 
-        def seal() -> None:
+        `carried` are its rows that took their answer without a request, as lines of the bill: they are settled now.
+        The records of the rows `keep` are wanted by copies in later chunks, those of `drop` by none any more.
+        """
+
+        def seal() -> Totals:
             bounds = chunk.first_row, chunk.end_row
+            spent = totals.carried(self.spent, carried, self._before(list(carried)))
             self._database.replace("chunks", [msgspec.structs.astuple(chunk)])
+            for rows in _groups(keep):
+                query = f"INSERT OR REPLACE INTO originals SELECT * FROM rows {_among(rows)}"  # noqa: S608
+                self._database.query(query, rows)
+            for rows in _groups(drop):
+                self._database.query(f"DELETE FROM originals {_among(rows)}", rows)  # noqa: S608
             self._database.query("DELETE FROM rows WHERE row >= ? AND row < ?", bounds)
             self._database.query("DELETE FROM reopened WHERE row >= ? AND row < ?", bounds)
+            self._write_totals(spent)
+            return self._stand(spent) if carried else spent
 
-        self._call(lambda: self._database.transaction(seal))
+        self._call(lambda: self._account(seal))
 
     def reopen_chunks(self, chunks: Sequence[Chunk], rows: Sequence[Reopened], facts: Mapping[str, str]) -> None:
         """The chunks are open again over their base parts, and these rows of theirs are pending: one transaction.
@@ -183,7 +203,7 @@ class Checkpoint:
 
         def lay_out() -> Totals:
             spent = with_changes(self._none_pending_again(), given_up)
-            for table in ("chunks", "rows", "reopened", "standing"):
+            for table in ("chunks", "rows", "originals", "reopened", "standing"):
                 self._database.query(f"DELETE FROM {table}")  # noqa: S608  (our own names)
             self._database.insert("chunks", [msgspec.structs.astuple(chunk) for chunk in chunks])
             self._database.query("DELETE FROM manifest WHERE name = 'finished'")
@@ -212,6 +232,31 @@ class Checkpoint:
         return self._call(
             lambda: [db_tables.completion(record) for record in self._between("rows", first_row, end_row)]
         )
+
+    def rows_among(self, rows: Sequence[int]) -> set[int]:
+        """Of these rows, those whose completion the database has."""
+
+        def read() -> set[int]:
+            found: set[int] = set()
+            for group in _groups(rows):
+                query = f"SELECT row FROM rows {_among(group)}"  # noqa: S608
+                found |= {row for (row,) in self._database.query(query, group)}
+            return found
+
+        return self._call(read)
+
+    def records_of(self, rows: Sequence[int]) -> list[Completion]:
+        """The completions of these rows that the database still has, in order of rows."""
+
+        def read() -> list[Completion]:
+            found: dict[int, Completion] = {}
+            for table in ("originals", "rows"):  # the newer record is the one of an open chunk
+                for group in _groups(rows):
+                    records = self._database.records(table, _among(group), group)
+                    found |= {record[0]: db_tables.completion(record) for record in records}
+            return [found[row] for row in sorted(found)]
+
+        return self._call(read)
 
     def discarded(self, chunk: Chunk) -> list[Discarded]:
         """The earlier attempts of a chunk's rows in this layout, in order."""
@@ -390,8 +435,7 @@ class Checkpoint:
         completions = [ending for ending in endings if isinstance(ending, Completion)]
         discarded = [ending for ending in endings if isinstance(ending, Discarded)]
         doubts = [entry for ending in endings if (entry := doubt(ending, invocation)) is not None]
-        spent = fold(self.spent, endings, invocation, self._before(completions))
-        changed = [line for key, line in spent.totals.items() if self.spent.totals.get(key) is not line]
+        spent = fold(self.spent, endings, invocation, self._before([completion.row for completion in completions]))
 
         def write() -> None:
             self._database.insert("rows", [db_tables.completion_record(completion) for completion in completions])
@@ -399,7 +443,7 @@ class Checkpoint:
                 "attempts", [db_tables.discarded_record(attempt, invocation) for attempt in discarded]
             )
             self._database.insert("possibly_billed", [db_tables.possibly_billed_record(doubt) for doubt in doubts])
-            self._database.replace("totals", [db_tables.totals_record(line) for line in changed])
+            self._write_totals(spent)
             if spent.unstated is not self.spent.unstated:
                 self._database.replace("manifest", [(UNSTATED, msgspec.json.encode(spent.unstated).decode())])
             if completions:
@@ -437,13 +481,20 @@ class Checkpoint:
         self._database.replace("replaced", [db_tables.replaced_record(line, self._revision) for line in changed])
         return spent
 
-    def _before(self, completions: Sequence[Completion]) -> dict[int, TotalsLine]:
+    def _write_totals(self, spent: Totals) -> None:
+        """The lines that the account has anew are in the database, once the transaction at hand commits."""
+        known = self.spent.totals
+        changed = [line for key, line in spent.totals.items() if known.get(key) is not line]
+        self._database.replace("totals", [db_tables.totals_record(line) for line in changed])
+
+    def _before(self, rows: Sequence[int]) -> dict[int, TotalsLine]:
         """For those rows that had a record before: what its answer alone used and cost."""
-        if not (self._reopened and completions):
+        if not self._reopened:
             return {}
-        rows = [completion.row for completion in completions]
-        found = self._database.records("reopened", f"WHERE row IN ({','.join('?' * len(rows))})", rows)
-        again = [Reopened(*record) for record in found]
+        again: list[Reopened] = []
+        for group in _groups(rows):
+            found = self._database.records("reopened", _among(group), group)
+            again += [Reopened(*record) for record in found]
         return {each.row: each.line for each in again}
 
     def _none_pending_again(self) -> Totals:
@@ -469,6 +520,18 @@ class Checkpoint:
             unstated=unstated,
         )
         return with_possibly_billed(spent, [db_tables.possibly_billed(record) for record in doubts])
+
+
+def _groups(rows: Collection[int]) -> Iterator[list[int]]:
+    """The rows in as many as one statement takes."""
+    left = list(rows)
+    for start in range(0, len(left), MAX_PARAMETERS):
+        yield left[start : start + MAX_PARAMETERS]
+
+
+def _among(rows: Sequence[int]) -> str:
+    """The clause of a statement that is about these rows."""
+    return f"WHERE row IN ({','.join('?' * len(rows))})"
 
 
 def _nothing() -> None:

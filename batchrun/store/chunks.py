@@ -3,7 +3,10 @@
 What blocks (reading, writing, waiting for the database) is in `open_next` and `seal`, which run in threads.
 """
 
-from collections.abc import Iterator, Sequence
+import functools
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -13,22 +16,23 @@ import pyarrow.compute as pc
 
 from batchrun.errors import ANOTHER, CheckpointError, InputError
 from batchrun.job.job import Output
-from batchrun.records import Completion, Discarded, Row
+from batchrun.records import Completion, Discarded, Row, TotalsLine
 from batchrun.response import packed
 from batchrun.source import START, FileIdentity, Position, Source, Window, changed
 from batchrun.store.base_part import BasePart
+from batchrun.store.carry_over import CarryOver, Taken
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.db_tables import Chunk, Reopened
 from batchrun.store.rundir import RunDirectory
 from batchrun.store.stored_window import BATCH_ROWS, StoredWindow, typed, write
-from batchrun.tables import files, pending
+from batchrun.tables import booked, files, pending
 from batchrun.tables.arrow_types import JSON, Column
 from batchrun.tables.json_columns import ColumnTypes
 from batchrun.tables.rows import OWN_COLUMNS, joined, own_table
 
 
 class OpenChunk:
-    """A chunk whose rows are sent. `left` counts those without a completion; `is_new`: none was sent before."""
+    """A chunk whose rows are sent. `left` counts those still to be sent; `is_new`: none was sent before."""
 
     def __init__(
         self,
@@ -38,21 +42,25 @@ class OpenChunk:
         discarded: dict[int, list[Discarded]] | None = None,
         lost: dict[int, int] | None = None,
         reopened: dict[int, Reopened] | None = None,
+        carried: Mapping[int, Taken] | None = None,
     ) -> None:
-        """By row: `discarded` earlier attempts, the last attempt `lost` without a known end, and who is `reopened`."""
+        """By row: `discarded` earlier attempts, the last attempt `lost` without a known end, and who is `reopened`.
+        Rows that are `carried` take their answer without a request, when the chunk is sealed.
+        """
         self.chunk = chunk
         self.window = window
         self.discarded = discarded or {}
         self.lost = lost or {}
         self.reopened = reopened or {}
-        self._settled = settled or set()
-        self.left = chunk.rows - len(self._settled)
+        self.carried = carried or {}
+        self._not_sent = (settled or set()) | self.carried.keys()
+        self.left = chunk.rows - len(self._not_sent)
         self.is_new = not (self.discarded or self.lost or self.reopened)
 
     def rows(self) -> Iterator[list[Row]]:
-        """The rows still to be asked, in order, up to 1,000 at a time."""
-        for batch in self.window.rows():
-            yield [row for row in batch if row.row not in self._settled] if self._settled else batch
+        """The rows still to be sent, in order, up to 1,000 at a time."""
+        if self.left:
+            yield from self.window.rows(self._not_sent)
 
 
 class Layout(msgspec.Struct, frozen=True):
@@ -72,10 +80,26 @@ class Layout(msgspec.Struct, frozen=True):
     limit: int | None = None
 
 
+NOTHING_CARRIED = CarryOver(None, Path())
+
+
 class Chunks:
     """All chunks of a run, in order: those on record first, then what the source still has."""
 
-    def __init__(self, directory: RunDirectory, checkpoint: Checkpoint, layout: Layout) -> None:
+    def __init__(
+        self,
+        directory: RunDirectory,
+        checkpoint: Checkpoint,
+        layout: Layout,
+        carry: CarryOver = NOTHING_CARRIED,
+        on_carried: Callable[[Iterator[pa.RecordBatch]], None] | None = None,
+    ) -> None:
+        """`on_carried` gets the rows that took their answer without a request, as each chunk is sealed."""
+        self._carry = carry
+        self._on_carried = on_carried
+        self._sealing = threading.Lock()  # of the thread that opens chunks and the one that seals them
+        self._full: list[OpenChunk] = []
+        self._part = functools.lru_cache(maxsize=2)(self._read_part)  # copies of rows of a part come together
         self._directory = directory
         self._checkpoint = checkpoint
         self._layout = layout
@@ -86,6 +110,7 @@ class Chunks:
         self._parsed = layout.parsed
         self._limit = layout.limit
         on_record = checkpoint.chunks()
+        self._on_record = list(on_record)
         self.sealed = {chunk.chunk: chunk for chunk in on_record if not chunk.open}
         self._opened = iter([chunk for chunk in on_record if chunk.open])
         self._next = len(on_record)
@@ -94,10 +119,11 @@ class Chunks:
         self._windows = self._window_of(self._settings.chunk_rows)
 
     def open_next(self) -> OpenChunk | None:
-        """The next chunk with rows to ask, its input stored; None when there is no more.
+        """The next chunk, its input stored; None when there is no more. A new one that has no row to send is sealed
+        already, or will be.
 
         Raises:
-            InputError: the input has changed since the run began.
+            InputError: the input has changed since the run began, or an earlier result whose answers are reused.
         """
         for chunk in self._opened:
             reopened = self._reopen(chunk)
@@ -109,21 +135,99 @@ class Chunks:
         if window_read is None:
             return None
         self._check_unchanged()
-        return self._open(window_read)
+        opened = self._open(window_read)
+        if not opened.left:
+            self.seal(opened)
+        return opened
 
     def seal(self, open_chunk: OpenChunk) -> None:
-        """The chunk's rows are in a part, on record, and out of the database; input and base part are gone."""
+        """The chunk's rows are in a part, on record, and out of the database; input and base part are gone.
+
+        Where a row is a copy of one further up that is not settled yet, that happens when a later chunk is sealed.
+        """
+        with self._sealing:
+            self._full.append(open_chunk)
+            while (ready := next((full for full in self._full if self._has_all(full)), None)) is not None:
+                self._full.remove(ready)
+                self._seal(ready)
+
+    def _seal(self, open_chunk: OpenChunk) -> None:
         chunk = open_chunk.chunk
         generation = chunk.generation + 1
         part = self._directory.part_of(chunk.chunk, generation)
-        batches = self._batches(open_chunk)
+        carried: dict[int, TotalsLine] = {}
+        batches = self._batches(open_chunk, carried)
         part_digest = files.write_part(part, self._schema, batches, self._settings, chunk.rows)
         sealed = msgspec.structs.replace(chunk, generation=generation, part_digest=part_digest, open=0)
-        self._checkpoint.seal_chunk(sealed)
-        self.sealed[chunk.chunk] = sealed
+        self._checkpoint.seal_chunk(sealed, carried, keep=self._still_wanted(chunk), drop=self._wanted_last(open_chunk))
+        self.sealed[chunk.chunk] = self._on_record[chunk.chunk] = sealed
+        if carried and self._on_carried is not None:
+            self._on_carried(self._rows_in(part, carried))
         self._input_of(chunk.chunk).unlink(missing_ok=True)
         if chunk.generation:
             self._directory.part_of(chunk.chunk, chunk.generation).unlink(missing_ok=True)
+
+    def _rows_in(self, part: Path, rows: Container[int]) -> Iterator[pa.RecordBatch]:
+        name = f"{self._settings.prefix}row"
+        for batch in files.batches_of(part):
+            numbers = cast(list[int], batch.column(name).to_pylist())
+            yield batch.filter(pa.array([row in rows for row in numbers], pa.bool_()))
+
+    # ── rows that take the answer of an equal one ─────────────────────────────────────────────────────────────────────
+
+    def _has_all(self, full: OpenChunk) -> bool:
+        """Whether every row whose answer a row of the chunk takes has it."""
+        first, end = full.chunk.first_row, full.chunk.end_row
+        originals = {
+            taken.original
+            for taken in full.carried.values()
+            if taken.file < 0 and taken.original is not None and not first <= taken.original < end
+        }
+        unsealed = [row for row in originals if self._chunk_of(row).open]
+        if not unsealed:
+            return True
+        left = set(unsealed) - self._checkpoint.rows_among(unsealed)
+        return all(row in self._settled_in_base(self._chunk_of(row)) for row in left)
+
+    def _settled_in_base(self, chunk: Chunk) -> set[int]:
+        base = self._base(chunk)
+        return set() if base is None else set(base.rows) - self._checkpoint.reopened(chunk).keys()
+
+    def _own_answers(self, rows: Sequence[int]) -> pa.Table:
+        """The records of settled rows of this run, in this order: from the database, else from their parts."""
+        records = self._checkpoint.records_of(sorted(set(rows)))
+        found = {record.row for record in records}
+        tables = [self._own(records)]
+        by_chunk: dict[int, list[int]] = {}
+        for row in sorted(set(rows) - found):
+            by_chunk.setdefault(self._chunk_of(row).chunk, []).append(row)
+        for number, of_chunk in by_chunk.items():
+            chunk = self._on_record[number]
+            tables.append(self._part(number, chunk.generation, chunk.part_digest or "").take(of_chunk))
+        together = pa.concat_tables(tables)
+        place = {row: at for at, row in enumerate(cast(list[int], together.column("row").to_pylist()))}
+        return together.take(pa.array([place[row] for row in rows], pa.int64()))
+
+    def _read_part(self, chunk: int, generation: int, digest: str) -> BasePart:
+        return BasePart(self._directory.part_of(chunk, generation), digest, self._settings.prefix)
+
+    def _still_wanted(self, chunk: Chunk) -> list[int]:
+        """The rows of the chunk whose answer a row of a later chunk takes that is not sealed yet."""
+        wanted = self._carry.last_copies(chunk.first_row, chunk.end_row)
+        return [row for row, last in wanted.items() if last >= chunk.end_row and not self._is_sealed(last)]
+
+    def _wanted_last(self, open_chunk: OpenChunk) -> list[int]:
+        """The rows before the chunk whose answer no later one takes."""
+        first, end = open_chunk.chunk.first_row, open_chunk.chunk.end_row
+        originals = {taken.original for taken in open_chunk.carried.values() if taken.file < 0} - {None}
+        before = sorted(row for row in originals if row is not None and row < first)
+        return [row for row in before if self._carry.last_copies(row, row + 1).get(row, -1) < end]
+
+    def _is_sealed(self, row: int) -> bool:
+        return row < self._next_row and not self._chunk_of(row).open
+
+    def _chunk_of(self, row: int) -> Chunk:
+        return self._on_record[bisect_right(self._on_record, row, key=lambda chunk: chunk.first_row) - 1]
 
     def remove_orphans(self) -> None:
         """Files in `parts/` that no chunk on record names are gone: what a kill left half done."""
@@ -160,6 +264,15 @@ class Chunks:
         settled, reopened = self._checkpoint.settled_rows(chunk), self._checkpoint.reopened(chunk)
         if (base := self._base(chunk)) is not None:
             settled |= set(base.rows) - reopened.keys()
+        carried = {
+            row: taken
+            for row, taken in self._carry.window(chunk.first_row, chunk.end_row).items()
+            if row not in settled and row not in reopened
+        }
+        if base is not None:  # a copy that is asked again is given the new answer of the row that it is a copy of
+            carried |= {
+                row: Taken(base.originals[row]) for row in reopened.keys() & base.originals.keys() if row not in settled
+            }
         return OpenChunk(
             chunk,
             StoredWindow(self._input_of(chunk.chunk), chunk.input_digest, chunk.first_row),
@@ -167,6 +280,7 @@ class Chunks:
             discarded,
             self._checkpoint.last_attempts_lost(chunk),
             reopened,
+            carried,
         )
 
     def _base(self, chunk: Chunk) -> BasePart | None:
@@ -186,13 +300,18 @@ class Chunks:
             input_digest=write(path, window.table),
         )
         self._checkpoint.open_chunk(chunk)
+        self._on_record.append(chunk)
         self._position = window.end
         self._next += 1
         self._next_row = chunk.end_row
-        return OpenChunk(chunk, StoredWindow(path, chunk.input_digest, chunk.first_row))
+        stored = StoredWindow(path, chunk.input_digest, chunk.first_row)
+        return OpenChunk(chunk, stored, carried=self._carry.window(chunk.first_row, chunk.end_row))
 
-    def _batches(self, open_chunk: OpenChunk, *, with_pending: bool = False) -> Iterator[pa.RecordBatch]:
-        """The chunk's rows with their completions, the newer over the base.
+    def _batches(
+        self, open_chunk: OpenChunk, carried: dict[int, TotalsLine] | None = None, *, with_pending: bool = False
+    ) -> Iterator[pa.RecordBatch]:
+        """The chunk's rows with their completions, the newer over the base. Rows that take their answer without a
+        request have it, and are booked in `carried`, where there is one.
 
         A row without a completion is an error, unless the batches are to be `with_pending` rows.
         """
@@ -202,6 +321,11 @@ class Chunks:
             completions = self._checkpoint.completions(row, row + window.num_rows)
             for first_row, end_row, settled in _by_size(row, row + window.num_rows, completions):
                 table, own = window.slice(first_row - row, end_row - first_row), self._own(settled)
+                if carried is not None and open_chunk.carried:
+                    taken = {at: each for at in range(first_row, end_row) if (each := open_chunk.carried.get(at))}
+                    more = self._carry.table(taken, self._own_answers, invocation=self._checkpoint.invocation)
+                    carried.update(zip(taken, booked.lines(more), strict=True))
+                    own = pa.concat_tables([own, more]).sort_by("row")
                 if base is not None:
                     own = base.under(own, first_row, end_row)
                 if with_pending:

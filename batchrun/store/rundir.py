@@ -60,6 +60,10 @@ class RunDirectory:
         """Where it stands what the rows' images were when they were checked."""
         return self.path / (f"images.{layout}.bin" if layout else "images.bin")
 
+    def origins_of(self, layout: int = 0) -> Path:
+        """Where it stands which rows take an earlier answer, or that of an equal row."""
+        return self.path / (f"origins.{layout}.bin" if layout else "origins.bin")
+
     def create(self, mountinfo: Path = MOUNTINFO) -> None:
         """The directory is there, private, and on a file system that can be trusted.
 

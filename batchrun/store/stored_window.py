@@ -4,7 +4,7 @@
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -67,13 +67,19 @@ class StoredWindow:
         number, place = divmod(row - self._first_row, BATCH_ROWS)
         return self._batch(number).slice(place, 1)
 
-    def rows(self) -> Iterator[list[Row]]:
-        """The rows in order, up to 1,000 at a time."""
+    def rows(self, skip: Container[int] = ()) -> Iterator[list[Row]]:
+        """The rows in order, up to 1,000 at a time. Those in `skip` are not even decoded."""
         row = self._first_row
         for number in range(self._reader.num_record_batches):
-            batch = [Row(row + place, columns) for place, columns in enumerate(rows_of(self._batch(number)))]
-            row += len(batch)
-            yield batch
+            batch = self._batch(number)
+            numbers = [each for each in range(row, row + batch.num_rows) if each not in skip]
+            if len(numbers) < batch.num_rows:
+                stored = batch.take(pa.array([each - row for each in numbers], pa.int64()))
+            else:
+                stored = batch
+            row += batch.num_rows
+            if numbers:
+                yield [Row(each, columns) for each, columns in zip(numbers, rows_of(stored), strict=True)]
 
     def tables(self, types: ColumnTypes | None) -> Iterator[pa.Table]:
         """The same rows as typed columns, up to 1,000 at a time; `types` are those of JSONL input."""
