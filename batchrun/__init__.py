@@ -91,11 +91,11 @@ if not TYPE_CHECKING:  # a type checker would take it that every name is there
         **dict.fromkeys((*_ERRORS, "RunStoppedError"), "errors"),
         **dict.fromkeys(("Choice", "FunctionCall", "RowError", "Status", "Summary", "TotalsLine"), "records"),
         **dict.fromkeys(("Options", "RunIncompleteError", "run"), "api"),
-        "ChangedError": "plan.plan",
-        "Completion": "output.completions",
+        "ChangedError": "startup.resume",
+        "Completion": "tables.completions",
         "Runner": "runner",
         "load_job": "job.load",
-        "schema_of": "job.expected",
+        "schema_of": "job.answer_schema",
     }
 
     def __getattr__(name):

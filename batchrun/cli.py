@@ -253,9 +253,9 @@ def tune(out: Path, **settings: str | None) -> None:
     from batchrun.dispatch import live_limits
     from batchrun.store.rundir import RunDirectory
 
-    wish = live_limits.wish({name: value for name, value in settings.items() if value is not None})
-    limits = live_limits.ask(RunDirectory(out), wish)
-    say("taken" if limits is None else f"taken: {live_limits.in_words(wish, limits)}")
+    wish = live_limits.parse({name: value for name, value in settings.items() if value is not None})
+    limits = live_limits.apply(RunDirectory(out), wish)
+    say("taken" if limits is None else f"taken: {live_limits.describe(wish, limits)}")
 
 
 @cli.command()

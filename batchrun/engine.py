@@ -26,7 +26,7 @@ from batchrun.dispatch import live_limits, replay
 from batchrun.dispatch.dispatch import Dispatch
 from batchrun.dispatch.hooks import Hooks
 from batchrun.dispatch.run_status import Checking, Running, RunStatus
-from batchrun.dispatch.start_messages import about, told_at_start
+from batchrun.dispatch.start_messages import about_cost, start_lines
 from batchrun.dispatch.store import Store
 from batchrun.durable import replace_bytes
 from batchrun.errors import BatchrunError, CheckpointError, ExitCode, InputError, JobError
@@ -192,7 +192,7 @@ def _check(
     _unfinish(plan, directory, checkpoint)
     status.start_running(Running(checkpoint, plan))
     retrying = asked.retry is not None
-    for line in told_at_start(job, plan, directory.path, checkpoint.spent, lost, retrying=retrying):
+    for line in start_lines(job, plan, directory.path, checkpoint.spent, lost, retrying=retrying):
         hooks.note(line)
     if asked.retry is not None:
         hooks.note(_retried(plan, directory, checkpoint, asked.retry))
@@ -227,7 +227,7 @@ def _retried(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, status
     mean_cost_usd = checkpoint.spent.mean_cost_usd()
     rows = retry.reopen(plan, directory, checkpoint, statuses, plan.variant, entries)
     ended = f"{plural(rows, 'row')} that ended as {', '.join(sorted(statuses))}"
-    return f"{ended} {are(rows)} asked again{about(rows, mean_cost_usd)}"
+    return f"{ended} {are(rows)} asked again{about_cost(rows, mean_cost_usd)}"
 
 
 def _store(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, hooks: Hooks) -> Store:

@@ -102,7 +102,7 @@ class Runner:
 
     async def wait(self) -> Summary:
         """The run is complete; completions that were not read are not handed out any more."""
-        self._results.give_up()
+        self._results.stop_reading()
         await self._ended.wait()
         self._raise()
         return self.summary
@@ -117,7 +117,7 @@ class Runner:
 
     async def _leave(self) -> None:
         """The run's thread has ended. Being cancelled while waiting for that is as a second signal."""
-        self._results.give_up()
+        self._results.stop_reading()
         cancelled: asyncio.CancelledError | None = None
         if not self._ended.is_set():
             self.stop()

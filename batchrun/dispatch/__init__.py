@@ -1,1 +1,1 @@
-"""Pending rows are asked: the event loop's share of a run, and what it tells while it works."""
+"""The event loop's part of a run: it sends pending rows and reports progress."""

@@ -1,4 +1,4 @@
-"""How one attempt of a row ended, and the records that are made of it. PURE."""
+"""The result of one attempt, and the records made from it. PURE."""
 
 from collections.abc import Sequence
 from decimal import Decimal
@@ -29,12 +29,12 @@ from batchrun.response.usage import LITELLM_COST, cost_in_headers
 NOTHING = Decimal(0)
 
 
-class Ended(msgspec.Struct, frozen=True):
-    """One attempt's end, with all that settling its row or asking it again needs.
+class AttemptResult(msgspec.Struct, frozen=True):
+    """One attempt with everything that settling or retrying its row needs.
 
-    `settlement` is what a usable answer makes of the row, None where there is none. `cost_usd` is this attempt's alone:
-    0 where no answer came, None where one came that can't be priced. `maybe_billed`: it may have cost something that
-    no usage states, at most `bound_usd` for `bound_tokens`.
+    `settlement` is the row's status by a usable answer, None without one. `cost_usd` is this attempt's alone: 0 if no
+    answer came, None if an answer can't be priced. `maybe_billed`: it may have cost something that no usage states, at
+    most `bound_usd` for `bound_tokens`.
     """
 
     pending: Pending
@@ -51,7 +51,7 @@ class Ended(msgspec.Struct, frozen=True):
 
     @property
     def error(self) -> RowError | None:
-        """Why there is no usable answer, or what is odd about it: readable only leniently (then `raw` is kept)."""
+        """Why there is no usable answer, or why it is flagged: it was not strict JSON (then `raw` is kept)."""
         settled = None if self.settlement is None else self.settlement.error
         if (error := self.judgement.error or settled) is None and self.answer.flagged:
             status = self.attempt.http_status
@@ -59,14 +59,14 @@ class Ended(msgspec.Struct, frozen=True):
         return error
 
     @property
-    def said(self) -> str:
-        """What the model said, as a message of its own: calls as the JSON that they are."""
+    def answer_text(self) -> str:
+        """The model's answer as the text of a message; function and tool calls as JSON."""
         call = self.answer.function_call
         if call is not None:
             return msgspec.json.encode(call).decode()
         return self.answer.tool_calls or self.answer.content or ""
 
-    def spent(self) -> tuple[Decimal | None, int | None]:
+    def used(self) -> tuple[Decimal | None, int | None]:
         """USD and tokens to book against the budget; None books the whole reservation."""
         if self.maybe_billed:
             return None, None
@@ -75,10 +75,11 @@ class Ended(msgspec.Struct, frozen=True):
         return self.cost_usd, usage.prompt_tokens + usage.billed_output_tokens
 
     def completion(self, status: Status, invocation: int) -> Completion:
-        """The row's final record. No answer that there was is given up for none."""
+        """The row's final record."""
         pending, attempt, error = self.pending, self.attempt, self.error
         cost_usd, restored = self.cost_usd, None
         if self.settlement is None and (invalid := pending.invalid) is not None:
+            # a correction failed: the invalid answer before it is better than none
             attempt, error, status, cost_usd = invalid.attempt, invalid.error, Status.INVALID, invalid.cost_usd
             restored = Restored(invalid.usage, invalid.cost_usd, self._ended_at)
         return Completion(
@@ -95,7 +96,7 @@ class Ended(msgspec.Struct, frozen=True):
             model=pending.request.model,
             answered_model=self.answer.model if self.judgement.verdict is Verdict.OK else None,
             usage=self.answer.usage,
-            cost_usd=together(pending.cost_usd, self.cost_usd),
+            cost_usd=add_costs(pending.cost_usd, self.cost_usd),
             last_cost_usd=self.cost_usd,
             maybe_billed=self.maybe_billed,
             possibly_billed_usd=self.bound_usd,
@@ -104,7 +105,7 @@ class Ended(msgspec.Struct, frozen=True):
             possibly_billed_tokens=self.bound_tokens,
             in_json=self.settlement is not None and self.settlement.in_json,
             offline=self._offline(),
-            reported_cost_usd=self.reported_cost_usd if restored is None else None,  # it is of another answer then
+            reported_cost_usd=self.reported_cost_usd if restored is None else None,  # then it is another answer's
             invocation=invocation,
             answer_cost_usd=cost_usd,
             restored=restored,
@@ -112,7 +113,7 @@ class Ended(msgspec.Struct, frozen=True):
         )
 
     def discarded(self) -> Discarded:
-        """The record of an attempt that is not its row's last."""
+        """The attempt's record if its row is retried or stays pending."""
         error = self.error or RowError("unknown")
         request = self.pending.request
         return Discarded(
@@ -134,7 +135,7 @@ class Ended(msgspec.Struct, frozen=True):
             possibly_billed_tokens=self.bound_tokens,
             offline=self._offline(),
             reported_cost_usd=self.reported_cost_usd,
-            said=self.said if self.judgement.verdict is Verdict.OK else None,
+            said=self.answer_text if self.judgement.verdict is Verdict.OK else None,
         )
 
     @property
@@ -142,30 +143,30 @@ class Ended(msgspec.Struct, frozen=True):
         return self.attempt.started_at + self.attempt.latency_s
 
     def _offline(self) -> OfflineCount | None:
-        """A count of our own for an answer that came without usage."""
+        """Tokens counted offline, for an answer without usage."""
         if self.answer.usage is not None or self.judgement.verdict is not Verdict.OK:
             return None
         return token_count.count(self.pending.request.body, self.answer)
 
 
 def _without_last_invalid(set_aside: tuple[SetAside, ...]) -> tuple[SetAside, ...]:
-    """All but the answer that stands after all: the last one that the model was told of."""
-    stands = max((each.attempt for each in set_aside if each.kind in KINDS), default=0)
-    return tuple(each for each in set_aside if each.attempt != stands)
+    """All but the answer that was restored: the last one that a correction was about."""
+    restored = max((each.attempt for each in set_aside if each.kind in KINDS), default=0)
+    return tuple(each for each in set_aside if each.attempt != restored)
 
 
-def remembered(earlier: Sequence[Discarded], begun: int) -> History:
-    """What a row has been through, by the records of its attempts: what `caps.after` made of them as they ended.
+def history_of(earlier: Sequence[Discarded], last_sent: int) -> History:
+    """A row's history by the records of its attempts: the same as `attempt_caps.after` made of them as they ended.
 
-    `begun` is the last attempt that is known to have been begun, ended or not.
+    `last_sent` is the number of the last attempt known to be sent, whether it ended or not.
     """
     counted = [attempt for attempt in earlier if attempt.counted]
     return History(
-        attempts=max([begun, *(attempt.n for attempt in earlier)]),
+        attempts=max([last_sent, *(attempt.n for attempt in earlier)]),
         counted=len(counted),
         counted_5xx=sum((a.http_status or 0) >= 500 and a.verdict is not Verdict.SLOW for a in counted),
         maybe_billed=sum(attempt.verdict is Verdict.MAYBE for attempt in counted),
-        witnessed=len(counted),
+        corroborated=len(counted),
         corrected=sum(attempt.verdict is Verdict.OK and attempt.error_kind in KINDS for attempt in earlier),
     )
 
@@ -173,28 +174,30 @@ def remembered(earlier: Sequence[Discarded], begun: int) -> History:
 def cost_of(
     attempt: Attempt, answer: Answer, judgement: Judgement, table: PriceTable | None, reported_usd: Decimal | None
 ) -> Decimal | None:
-    """What the attempt cost for certain: 0 where no answer came, None where one came that can't be priced.
+    """The attempt's certain cost: 0 if no answer came, None if an answer can't be priced.
 
-    The price known comes first; `reported_usd`, what the server states, is the cost where there is none. A stated 0 is
-    not: gateways state it of models for which they have no price.
+    Without a known price, the cost that the server reports counts.
     """
     if answer.usage is None and judgement.verdict is not Verdict.OK:
         return NOTHING if reported_usd is None else reported_usd
     known = prices.cost(answer.usage, table, answer.service_tier, attempt.started_at + attempt.latency_s)
-    return (reported_usd or None) if known is None else known
+    if known is None:
+        return reported_usd or None  # gateways report 0 for models whose price they don't know
+    return known
 
 
 def reported(attempt: Attempt, answer: Answer) -> Decimal | None:
-    """USD that the server states for the answer, in it or in a header."""
+    """The cost in USD that the server reports, in the answer or in a header."""
     if answer.reported_cost_usd is not None:
         return answer.reported_cost_usd
     return cost_in_headers(attempt.headers) if LITELLM_COST in attempt.headers else None
 
 
 def maybe_billed(answer: Answer, judgement: Judgement, cost_usd: Decimal | None, *, capped: bool) -> bool:
-    """True when the attempt may have cost something that nothing states. An answer whose cost is unknown is on the list
-    only under a cap that it counts in (`capped`), which must hold across starts; elsewhere it is counted as
-    `without_usage`, or as `unpriced`.
+    """True if the attempt may have cost something that is stated nowhere.
+
+    An answer of unknown cost is listed as possibly billed only under a budget cap (`capped`), which must hold across
+    starts. Otherwise it is counted as `without_usage` or `unpriced`.
     """
     if cost_usd:
         return False
@@ -203,16 +206,11 @@ def maybe_billed(answer: Answer, judgement: Judgement, cost_usd: Decimal | None,
     return judgement.in_doubt or (judgement.verdict is Verdict.OK and capped)
 
 
-def together(earlier: Decimal | None, cost: Decimal | None) -> Decimal | None:
-    """The sum of two costs, or None where one is unknown."""
-    return None if earlier is None or cost is None else earlier + cost
-
-
-def total(costs: Sequence[Decimal | None]) -> Decimal | None:
-    """The sum, or None where a part of it is unknown."""
-    known = NOTHING
-    for cost in costs:
-        if cost is None:
+def add_costs(first: Decimal | None, *others: Decimal | None) -> Decimal | None:
+    """The sum, or None if one of them is unknown."""
+    total = first
+    for cost in others:
+        if total is None or cost is None:
             return None
-        known += cost
-    return known
+        total += cost
+    return total

@@ -1,4 +1,4 @@
-"""What the caller of a run wants to hear of it, and how it is stopped."""
+"""How the caller of a run follows its progress and stops it."""
 
 from collections.abc import Callable
 
@@ -9,13 +9,13 @@ from batchrun.dispatch.result_queue import ResultQueue
 from batchrun.records import Summary
 
 GRACE_S = 20.0
-"""How long the first signal lets requests in flight end; Kubernetes kills after 30."""
+"""How long requests in flight may take after the first signal. Kubernetes kills after 30 s."""
 
 
 class Host(msgspec.Struct, frozen=True):
-    """A program that runs us in a thread beside its own: how it stops the run, and what it reads of it.
+    """A program that runs batchrun in a thread: how it stops the run, and the queue it reads results from.
 
-    `replay`: rows that earlier starts settled are handed over first.
+    `replay`: rows that earlier starts settled are put into the queue first.
     """
 
     stop: signals.StopRequest
@@ -26,8 +26,8 @@ class Host(msgspec.Struct, frozen=True):
 class Hooks(msgspec.Struct, frozen=True):
     """`progress` is called at the start and twice a second, `note` for single lines.
 
-    `command` is the command line that resumes the run, but for its directory. `grace_s`: how long requests in flight
-    may take after the first signal, or after the deadline.
+    `command` is the command line that resumes the run, without its directory. `grace_s`: how long requests in flight
+    may take after the first signal or after the deadline.
     """
 
     progress: Callable[[Summary], None] = lambda summary: None

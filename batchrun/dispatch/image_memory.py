@@ -1,4 +1,4 @@
-"""Requests with their images in memory: about so many bytes at once, however large the images are."""
+"""A bound on the memory of requests that hold their images."""
 
 import asyncio
 from collections.abc import Callable
@@ -6,37 +6,37 @@ from collections.abc import Callable
 from batchrun.records import Request
 
 MOST_BYTES = 64_000_000
-"""A fast line is busy with less; 64 photographs of a telephone have more."""
+"""A fast connection is busy with less; 64 photos from a phone are more."""
 
-AT_ONCE = 2
-"""So many are read and encoded beyond the bound: how large they are is not known before."""
+READERS = 2
+"""How many requests may be read beyond the bound: their size is known only after the images are encoded."""
 
 
 class ImageMemory:
-    """Where requests are from when their images are read until they are answered. One per event loop."""
+    """Counts the bytes of requests from when their images are read until they are answered. One per event loop."""
 
     def __init__(self, most_bytes: int = MOST_BYTES) -> None:
         self._most_bytes = most_bytes
         self._bytes = 0
-        self._turn = asyncio.Semaphore(AT_ONCE)
-        self._free = asyncio.Event()
-        self._free.set()
+        self._reading = asyncio.Semaphore(READERS)
+        self._has_room = asyncio.Event()
+        self._has_room.set()
 
     async def load(self, read: Callable[[], Request]) -> Request:
-        """What `read` gives, called in a thread once there is room; first come, first served."""
-        async with self._turn:
-            await self._free.wait()
+        """The result of `read`, called in a thread once there is room; first come, first served."""
+        async with self._reading:
+            await self._has_room.wait()
             request = await asyncio.to_thread(read)
-            self._hold(len(request.body))
+            self._count(len(request.body))
         return request
 
-    def leave(self, request: Request) -> None:
-        """A request that was loaded is not needed any more."""
-        self._hold(-len(request.body))
+    def release(self, request: Request) -> None:
+        """A loaded request is not needed any more."""
+        self._count(-len(request.body))
 
-    def _hold(self, more_bytes: int) -> None:
+    def _count(self, more_bytes: int) -> None:
         self._bytes += more_bytes
         if self._bytes < self._most_bytes:
-            self._free.set()
+            self._has_room.set()
         else:
-            self._free.clear()
+            self._has_room.clear()

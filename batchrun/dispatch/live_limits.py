@@ -1,7 +1,6 @@
-"""`control.json`: what `batchrun tune` asks of the process that works in a run directory, and how it is answered.
+"""`control.json`: the limits that `batchrun tune` sets in a running process. The process replies in summary.json.
 
-The file is there whole or not at all, and private. The process looks at it with every heartbeat, takes it or refuses
-it, and says so in summary.json. It holds for that process alone: the file goes with its end.
+The limits hold for that process alone: the file is deleted when it ends.
 """
 
 import contextlib
@@ -22,12 +21,12 @@ from batchrun.report.summary import limits_in_words, read
 from batchrun.store.rundir import RunDirectory
 
 PATIENCE_S = 15.0
-"""How long `tune` waits for its answer: thirty heartbeats of a process that is not even busy."""
+"""How long `tune` waits for the reply: thirty heartbeats."""
 
-LOOK_S = 0.1
+POLL_S = 0.1
 
 LONGEST_SHOWN = 40
-"""Characters of a wrong value that its message repeats."""
+"""How many characters of an invalid value an error message repeats."""
 
 MOST_IN_FLIGHT = 4096
 """As `limits.max_in_flight`."""
@@ -47,8 +46,8 @@ FLAGS = {
 """Each limit with the flag of `batchrun tune` that sets it."""
 
 
-class Control(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Limits that are to hold from now on; None leaves one as it is. `id` names this wish in the answer."""
+class LimitChange(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """New limits; None leaves one as it is. The reply repeats `id`."""
 
     id: Annotated[str, Meta(min_length=1, max_length=64)]
     requests_per_second: Positive | None = None
@@ -64,7 +63,7 @@ class Control(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
 
     @property
     def rates(self) -> dict[str, float | None]:
-        """The rates among them, but for that of a day."""
+        """The rates a second and a minute."""
         return {name: getattr(self, name) for name in RATES}
 
 
@@ -79,68 +78,65 @@ EXPECTED = (
         "max_cost_usd": f"an amount in USD above 0, at most {MAX_COST_USD:,}",
     }
 )
-"""What each of them must be."""
+"""The values that each of them takes, in words."""
 
 
-def wish(limits: Mapping[str, str]) -> Control:
-    """The wish that these limits hold, by a name that no other has. They are as a person typed them.
+def parse(limits: Mapping[str, str]) -> LimitChange:
+    """The limits as typed on the command line, with a new id.
 
     Raises:
-        JobError: there are none, or one can't be.
+        JobError: no limit is given, or one is invalid.
     """
     if not limits:
         raise JobError("nothing to change: name a limit, such as --rpm 500 or --max-in-flight 32")
     for name, limit in limits.items():
-        if not _can_be(name, limit, strict=False):
+        if not _is_valid(name, limit, strict=False):
             raise JobError(f"{FLAGS[name]} {limit or repr('')}: expected {EXPECTED[name]}")
-    return msgspec.convert({"id": secrets.token_hex(8), **limits}, Control, strict=False)
+    return msgspec.convert({"id": secrets.token_hex(8), **limits}, LimitChange, strict=False)
 
 
-def decode(content: bytes) -> Control:
-    """The wish in the file.
+def decode(content: bytes) -> LimitChange:
+    """The limits in the file.
 
     Raises:
-        ValueError: it is nonsense; the message says where.
+        ValueError: the content is invalid; the message says where.
     """
     try:
-        asked = msgspec.json.decode(content, type=dict[str, msgspec.Raw])
-        values = {name: msgspec.json.decode(value) for name, value in asked.items()}
+        fields = msgspec.json.decode(content, type=dict[str, msgspec.Raw])
+        values = {name: msgspec.json.decode(value) for name, value in fields.items()}
     except (ValueError, RecursionError):
         raise ValueError("expected a JSON object of limits") from None
-    for name, value in asked.items():
+    for name, value in fields.items():
         if name not in EXPECTED:
             raise ValueError(f"{name}: no such limit; there are {', '.join(FLAGS)}")
-        if not _can_be(name, values[name], strict=True):
-            raise ValueError(f"{name} {_in_short(bytes(value))}: expected {EXPECTED[name]}")
-    if "id" not in asked:
+        if not _is_valid(name, values[name], strict=True):
+            text = bytes(value).decode("utf-8", "replace")
+            shown = text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
+            raise ValueError(f"{name} {shown}: expected {EXPECTED[name]}")
+    if "id" not in fields:
         raise ValueError(f"id is missing: expected {EXPECTED['id']}")
-    return msgspec.json.decode(content, type=Control)
+    return msgspec.json.decode(content, type=LimitChange)
 
 
-def _can_be(name: str, value: object, *, strict: bool) -> bool:
-    """Whether the value may stand there; `strict` where it comes from JSON, which has numbers of its own."""
+def _is_valid(name: str, value: object, *, strict: bool) -> bool:
+    """Whether the limit can have this value. Not `strict`: numbers may be given as text."""
     try:
-        wanted = msgspec.convert({"id": "a", name: value}, Control, strict=strict)
+        change = msgspec.convert({"id": "a", name: value}, LimitChange, strict=strict)
     except ValueError:
         return False
-    cap = wanted.max_cost_usd
+    cap = change.max_cost_usd
     return cap is None or (cap.is_finite() and 0 < cap <= MAX_COST_USD)
 
 
-def _in_short(value: bytes) -> str:
-    text = value.decode("utf-8", "replace")
-    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
-
-
-class Wishes:
-    """The file as a running process sees it."""
+class ControlFile:
+    """control.json as the running process reads it."""
 
     def __init__(self, directory: RunDirectory) -> None:
         self._path = directory.control
         self._seen: tuple[int, int, int] | None = None
 
-    def newest(self) -> bytes | None:
-        """The file's content, once for each time that it was written; None where there is nothing new."""
+    def read_new(self) -> bytes | None:
+        """The file's content, once for each time it was written; None if there is nothing new."""
         try:
             found = self._path.stat()
         except OSError:
@@ -155,55 +151,56 @@ class Wishes:
 
 
 def clear(directory: RunDirectory) -> None:
-    """No wish is left, if the disk lets it go: one that stays is older than the next start, which clears it again."""
-    with contextlib.suppress(OSError):
+    """Deletes control.json, so that it does not change the limits of the next start."""
+    with contextlib.suppress(OSError):  # the next start deletes it too, before it reads any
         directory.control.unlink()
 
 
-def ask(directory: RunDirectory, wish: Control, patience_s: float = PATIENCE_S) -> InForce | None:
-    """The process that works in the directory has taken the wish; what holds there now.
+def apply(directory: RunDirectory, change: LimitChange, patience_s: float = PATIENCE_S) -> InForce | None:
+    """Passes the change to the process that works in the directory, and waits for the reply; the limits in force then.
 
     Raises:
         InputError: there is no run.
-        JobError: no process works there, or it refuses the wish, or does not answer.
+        JobError: no process works there, or it refuses the change or does not reply.
     """
     read(directory)
     if not directory.locked():
-        raise _nobody(directory)
-    replace_bytes(directory.control, msgspec.json.encode(wish))
+        raise _no_process(directory)
+    replace_bytes(directory.control, msgspec.json.encode(change))
     until_s = time.monotonic() + patience_s
     while time.monotonic() < until_s:
-        works = directory.locked()  # looked at first: a cap below what is spent is taken, and ends the process
-        answer = (directory.read_summary() or {}).get("tuned")
-        if isinstance(answer, dict) and answer.get("id") == wish.id:
-            if (refused := answer.get("refused")) is not None:
-                raise JobError(f"{directory.path}: not taken: {refused}")
+        # before the summary is read: a cap below what is spent is accepted, and then the process ends
+        works = directory.locked()
+        reply = (directory.read_summary() or {}).get("tuned")
+        if isinstance(reply, dict) and reply.get("id") == change.id:
+            if (refused := reply.get("refused")) is not None:
+                raise JobError(f"{directory.path}: refused: {refused}")
             return read(directory).limits
         if not works:
             clear(directory)
-            raise _nobody(directory)
-        time.sleep(LOOK_S)
+            raise _no_process(directory)
+        time.sleep(POLL_S)
     raise JobError(
-        f"{directory.path}: the process has not answered within {patience_s:g} s; it asks no rows just now, "
-        "and takes what was said when it does"
+        f"{directory.path}: the process did not reply within {patience_s:g} s; it sends no rows now, "
+        "and will apply the change when it does"
     )
 
 
-def in_words(wish: Control, limits: InForce) -> str:
-    """What holds now, and why that is less than was asked for."""
+def describe(change: LimitChange, limits: InForce) -> str:
+    """The limits in force, and why they are below the ones that were set."""
     lower = [
-        f"{asked:,.0f} {unit}"
-        for asked, now, unit in (
-            (wish.requests_per_minute, limits.requests_per_minute, "requests/min"),
-            (wish.tokens_per_minute, limits.tokens_per_minute, "tokens/min"),
+        f"{wanted:,.0f} {unit}"
+        for wanted, now, unit in (
+            (change.requests_per_minute, limits.requests_per_minute, "requests/min"),
+            (change.tokens_per_minute, limits.tokens_per_minute, "tokens/min"),
         )
-        if asked is not None and now is not None and now < asked * 0.999
+        if wanted is not None and now is not None and now < wanted * 0.999
     ]
-    why = f" (what holds now: the server's headers or refusals allow less than {' and '.join(lower)})" if lower else ""
+    why = f" (limits in force: the server's headers or refusals allow less than {' and '.join(lower)})" if lower else ""
     return limits_in_words(limits) + why
 
 
-def _nobody(directory: RunDirectory) -> InputError:
+def _no_process(directory: RunDirectory) -> InputError:
     return InputError(
         f"{directory.path}: no process is running there; limits for the next start belong in its job, or in --set"
     )

@@ -1,4 +1,4 @@
-"""Rows that earlier starts settled, handed over to who reads this one: from the result, or parts and checkpoint."""
+"""Puts rows that earlier starts settled into the result queue: from the result, or from parts and checkpoint."""
 
 from collections.abc import Iterable, Iterator
 
@@ -10,7 +10,7 @@ from batchrun.tables import completions, files
 
 
 def hand_over(batches: Iterable[pa.RecordBatch], results: ResultQueue) -> None:
-    """The rows were handed over as they were read, or nobody reads any more. Blocks while the reader is behind."""
+    """Every row is in the queue, or the reader has stopped reading. Blocks while the queue is full."""
     for batch in batches:
         for completion in completions.read(batch):
             if not results.put_earlier(completion):

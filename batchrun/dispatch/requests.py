@@ -1,4 +1,4 @@
-"""What rows become: the request of each, as the job asks it, with what one attempt can cost at most."""
+"""Makes the request of each row, and what one attempt of it reserves at the gate."""
 
 import time
 from decimal import Decimal
@@ -6,7 +6,7 @@ from decimal import Decimal
 import msgspec
 
 from batchrun import prices
-from batchrun.dispatch.attempt_result import remembered, total
+from batchrun.dispatch.attempt_result import add_costs, history_of
 from batchrun.dispatch.backlog import Pending
 from batchrun.errors import InputError
 from batchrun.job.job import Job
@@ -27,7 +27,7 @@ class Requests:
     """Makes requests. Each variant of the job has its own builder."""
 
     def __init__(self, job: Job, plan: Plan, checked: ImageDigests, estimates: Estimates) -> None:
-        """`checked` says what the rows' images were when they were checked."""
+        """`checked` has the digests of the rows' images as the check pass saw them."""
         self._plan = plan
         self._estimates = estimates
         self._max_wait_s = job.retry.max_wait_s
@@ -37,10 +37,10 @@ class Requests:
         self._dearest: dict[tuple[str, str | None], Dearest] = {}
 
     def pending(self, row: Row, chunk: OpenChunk) -> Pending:
-        """The row's request, with what earlier invocations did for it.
+        """The row's request, with the history of its attempts in earlier starts.
 
         Raises:
-            InputError: it can't be made. The check pass made this very request: the input was changed since.
+            InputError: it can't be made. The check pass made it, so the input has changed since.
         """
         reopened = chunk.reopened.get(row.row)
         variant = self._plan.facts.variant if reopened is None else reopened.variant
@@ -53,48 +53,49 @@ class Requests:
         before = 0 if reopened is None else reopened.attempts
         cost_usd = Decimal(0) if reopened is None else usd(reopened.cost_usd)
         earlier = [attempt for attempt in chunk.discarded.get(row.row, ()) if attempt.n > before]
-        begun = max(before, chunk.lost.get(row.row, 0))
-        refused = any(attempt.verdict is Verdict.PAUSE and self._outlives_a_start(attempt) for attempt in earlier)
-        cost_usd = total([cost_usd, *(attempt.cost_usd for attempt in earlier)])
+        last_sent = max(before, chunk.lost.get(row.row, 0))
+        refused = any(attempt.verdict is Verdict.PAUSE and self._is_evidence(attempt) for attempt in earlier)
         return Pending(
             request,
             chunk,
-            remembered(earlier, begun),
-            cost_usd,
+            history_of(earlier, last_sent),
+            add_costs(cost_usd, *(attempt.cost_usd for attempt in earlier)),
             refused=refused,
             variant=variant,
             set_aside=tuple(each for attempt in earlier if (each := attempt.set_aside) is not None),
         )
 
-    def _outlives_a_start(self, refusal: Discarded) -> bool:
-        """Whether the same again says that the row is at fault. A long wait has to be over for that."""
+    def _is_evidence(self, refusal: Discarded) -> bool:
+        """Whether the same refusal again would show that the row is at fault; after a 429 only once the longest
+        wait is over.
+        """
         waited_s = time.time() - refusal.at
         return refusal.http_status == 403 or (refusal.http_status == 429 and waited_s > self._max_wait_s)
 
     def with_pictures(self, pending: Pending) -> Request:
-        """The request with its images, as they are now. For a thread: it reads files.
+        """The request with its images in the body. Reads files: call it in a thread.
 
         Raises:
-            InputError: they can't be read, or are not what was checked.
+            InputError: the images can't be read, or have changed since the check pass.
         """
         row = pending.request.row
         try:
-            read = pending.chunk.window.row(row)
-            request, digest = self._builders[pending.variant].whole(read, self._images.read)
+            input_row = pending.chunk.window.row(row)
+            request, digest = self._builders[pending.variant].whole(input_row, self._images.read)
             known = self._checked.of(row) if pending.variant == self._plan.facts.variant else None
             if known not in (None, digest):
-                raise InputError("its images are not those that were checked")
+                raise InputError("its images have changed since they were checked")
         except InputError as error:
-            ways_on = "put them back, or take the images as they are with --accept-changes"
-            raise InputError(f"row {row}: {error}: changed while the run works; {ways_on}") from error
+            fixes = "restore them, or accept the images as they are with --accept-changes"
+            raise InputError(f"row {row}: {error}, while the run was working; {fixes}") from error
         return corrected(request, pending.corrections)
 
     def price(self, model: str) -> PriceTable | None:
-        """What the model costs; None where nobody knows."""
+        """The model's prices; None if they are unknown."""
         return self._plan.prices.get(model)
 
-    def ask(self, request: Request) -> Ask:
-        """What one attempt at the request takes, and may take at most."""
+    def reservation(self, request: Request) -> Ask:
+        """The tokens and USD that one attempt is expected to take, and the most it can take."""
         prompt, output = self._estimates.of(request)
         tokens, most_tokens = prompt + output, request.upper_bound_tokens
         if (dearest := self._dearest_of(request)) is None:
@@ -103,7 +104,7 @@ class Requests:
         return Ask(tokens, bound_usd, most_tokens, output, request.model, dearest.prompt, dearest.output)
 
     def _dearest_of(self, request: Request) -> Dearest | None:
-        """The most that its tokens can cost; None where the price is unknown."""
+        """The highest prices that its tokens can have; None if the price is unknown."""
         table = self._plan.prices.get(request.model)
         if table is None:
             return None
@@ -113,6 +114,6 @@ class Requests:
         return dearest
 
 
-def identified(pending: Pending, key: bytes) -> Pending:
-    """The row with its key, and still without its images: it may have to wait again."""
+def with_key(pending: Pending, key: bytes) -> Pending:
+    """The row with its key, but without its images, which would fill memory while it waits for a retry."""
     return msgspec.structs.replace(pending, request=msgspec.structs.replace(pending.request, key=key))

@@ -1,4 +1,4 @@
-"""Settled rows on their way from the thread that asks to who reads them: bounded, so a slow reader slows the run."""
+"""The bounded queue of settled rows between the event loop's thread and a reader: a slow reader slows the run."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -13,11 +13,10 @@ from batchrun.tables import completions
 from batchrun.tables.completions import Completion
 
 MAX_ROWS = 256
-"""Unread rows that stop the handing out of new ones: enough for a reader that looks up now and then."""
+"""With so many unread rows no new row is sent: enough for a reader that is slow now and then."""
 
 MAX_BYTES = 64_000_000
-"""The same in bytes of their answers, unpacked, which may be large."""
-
+"""The same limit in bytes of the rows' answers, unpacked."""
 
 RowsOf = Callable[[Sequence[Record], Sequence[pa.RecordBatch]], pa.RecordBatch]
 
@@ -30,11 +29,11 @@ class Settled(msgspec.Struct, frozen=True):
 
 
 class ResultQueue:
-    """Between two threads. The asking thread puts; the reader takes all that there is, or gives up reading."""
+    """The sending thread puts rows; the reader takes all that are there, or stops reading."""
 
-    def __init__(self, on_news: Callable[[], None], max_rows: int = MAX_ROWS, max_bytes: int = MAX_BYTES) -> None:
-        """`on_news` is called, in the asking thread, when there is something to take after there was nothing."""
-        self._on_news = on_news
+    def __init__(self, on_rows: Callable[[], None], max_rows: int = MAX_ROWS, max_bytes: int = MAX_BYTES) -> None:
+        """`on_rows` is called in the sending thread when a row is put into the empty queue."""
+        self._on_rows = on_rows
         self._on_room: Callable[[], None] = lambda: None
         self._rows_of: RowsOf | None = None
         self._max_rows = max_rows
@@ -42,50 +41,50 @@ class ResultQueue:
         self._changed = threading.Condition()
         self._unread: list[Settled | Completion] = []
         self._bytes = 0
-        self._given_up = False
+        self._stopped_reading = False
 
-    # ── the thread that asks ──────────────────────────────────────────────────────────────────────────────────────────
+    # ── the sending thread ────────────────────────────────────────────────────────────────────────────────────────────
 
     def listen(self, on_room: Callable[[], None], rows_of: RowsOf) -> None:
-        """From now on `on_room` is called, in the reader's thread, when there is room after there was none; there,
-        too, `rows_of` makes rows of the output of what was put.
+        """From now on `on_room` is called when the queue has room again, and `rows_of` makes output rows of what was
+        put: both in the reader's thread.
         """
         self._on_room, self._rows_of = on_room, rows_of
 
-    def room(self) -> bool:
-        """True while another row may be asked."""
-        return self._given_up or (len(self._unread) < self._max_rows and self._bytes < self._max_bytes)
+    def has_room(self) -> bool:
+        """True while another row may be sent."""
+        return self._stopped_reading or (len(self._unread) < self._max_rows and self._bytes < self._max_bytes)
 
     def put(self, record: Record, chunk: OpenChunk) -> None:
-        """The row, just settled, is there to take."""
-        if not self._given_up:
+        """The row, settled just now, is in the queue."""
+        if not self._stopped_reading:
             self._put(Settled(record, chunk.window.slice(record.row)), packed.size(record.raw))
 
     def put_earlier(self, completion: Completion) -> bool:
-        """The row, settled by an earlier start, is there to take; waits for room. False: nobody will take it."""
+        """The row, settled by an earlier start, is in the queue; waits for room. False: the reader has stopped."""
         with self._changed:
-            self._changed.wait_for(self.room)
-        if not self._given_up:
+            self._changed.wait_for(self.has_room)
+        if not self._stopped_reading:
             self._put(completion, len(completion.content or ""))
-        return not self._given_up
+        return not self._stopped_reading
 
     def _put(self, item: Settled | Completion, size_bytes: int) -> None:
         with self._changed:
-            first = not self._unread
+            was_empty = not self._unread
             self._unread.append(item)
             self._bytes += size_bytes
-        if first:
-            self._on_news()
+        if was_empty:
+            self._on_rows()
 
     # ── the reader ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def take(self) -> list[Completion]:
-        """Everything that is there, in the order in which it was put; it is nobody else's any more."""
+        """Every row in the queue, in the order in which it was put; the queue is empty afterwards."""
         with self._changed:
-            full = not self.room()
+            was_full = not self.has_room()
             taken, self._unread, self._bytes = self._unread, [], 0
             self._changed.notify_all()
-        if full:
+        if was_full:
             self._on_room()
         earlier = [item for item in taken if isinstance(item, Completion)]
         settled = [item for item in taken if isinstance(item, Settled)]
@@ -94,10 +93,10 @@ class ResultQueue:
         rows = self._rows_of([item.record for item in settled], [item.input for item in settled])
         return [*earlier, *completions.read(rows)]
 
-    def give_up(self) -> None:
-        """Nothing more is handed over: the run goes on, or ends, as if nobody had read."""
+    def stop_reading(self) -> None:
+        """The queue drops every row from now on; the run continues as if it had no reader."""
         with self._changed:
-            self._given_up = True
+            self._stopped_reading = True
             self._unread, self._bytes = [], 0
             self._changed.notify_all()
         self._on_room()

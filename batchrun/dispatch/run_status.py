@@ -1,5 +1,6 @@
-"""What is told of a run while it works: lines in run.log, and summary.json from the first second to the last."""
+"""The status of a run while it works: summary.json from the first second to the last, and run.log."""
 
+import contextlib
 import os
 import socket
 import time
@@ -34,13 +35,13 @@ from batchrun.store.rundir import RunDirectory
 
 
 class Checking(msgspec.Struct, frozen=True):
-    """The input is being read; nothing is known of the run yet but its checkpoint, once that is open."""
+    """The input is being checked; only the checkpoint is known, once it is open."""
 
     checkpoint: Checkpoint | None = None
 
 
 class Running(msgspec.Struct, frozen=True):
-    """The plan is made. `workers` send rows; None before that, and where no row is left."""
+    """The plan is made. `workers` is None before rows are sent, and if no row is pending."""
 
     checkpoint: Checkpoint
     plan: Plan
@@ -49,9 +50,9 @@ class Running(msgspec.Struct, frozen=True):
 
 
 class RunStatus:
-    """What is known of the run now, for people and for the next process. Close it.
+    """The status of the run for people, programs and the next process. Close it.
 
-    `phase` is how far this start has come. `state` is summary.json's word for it.
+    `phase` is how far this start has come, `state` the word for it in summary.json.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class RunStatus:
         command: str | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> None:
-        """summary.json names this process from now on, and the `command` that resumes the run."""
+        """Writes the first summary.json, with this process's id and the `command` that resumes the run."""
         self._tags = dict(tags or {})
         self._job = job
         self._directory = directory
@@ -77,14 +78,16 @@ class RunStatus:
         self._seen_in_flight = 0
         self._seen_reasons = self._seen_tiers = 0
         self._recent = Recent()
-        self._earlier = _left_by_the_last_start(directory)
+        self._earlier: Summary | None = None
+        with contextlib.suppress(InputError, CheckpointError):  # none, or not readable
+            self._earlier = read(directory)
         with disk_errors(directory.log):
             self.log = RunLog(directory.log)
         self.write(self.summary())
 
     @property
     def forecast(self) -> Forecast | None:
-        """When the run will be done, at the pace of the last minutes."""
+        """When the run will be complete, at the pace of the last minutes."""
         return self._forecast
 
     @property
@@ -92,11 +95,11 @@ class RunStatus:
         return self.phase.workers if isinstance(self.phase, Running) else None
 
     def reached(self, phase: Checking | Running) -> None:
-        """The start has come so far."""
+        """The start has reached this phase."""
         self.phase = phase
 
     def start_running(self, phase: Running) -> None:
-        """The plan is made: the run is under way."""
+        """The plan is made; the state is "running"."""
         self.phase, self.state = phase, "running"
         plan = phase.plan
         self.log.write("started", invocation=phase.checkpoint.invocation, resumed=plan.resumed, rows=plan.rows)
@@ -106,9 +109,9 @@ class RunStatus:
         """All rows are settled: the result is being written."""
         self.state = "writing"
 
-    def tuned(self, answer: Tuned) -> None:
-        """`batchrun tune` finds its answer in the next summary."""
-        self._tuned = answer
+    def tuned(self, reply: Tuned) -> None:
+        """The next summary has this reply for `batchrun tune`."""
+        self._tuned = reply
 
     def summary(self, exit_code: int | None = None, reason: str | None = None) -> Summary:
         """The run as it stands now; all its figures are durable."""
@@ -131,8 +134,8 @@ class RunStatus:
             now_s=time.monotonic(),
             limits=None if workers is None else workers.gate.in_force,
             tuned=self._tuned,
-            unknown_finish_reasons=self._of_every_start("unknown_finish_reasons", "finish_reasons"),
-            unpriced_tiers=self._of_every_start("unpriced_tiers", "unpriced_tiers"),
+            unknown_finish_reasons=self._with_earlier("unknown_finish_reasons"),
+            unpriced_tiers=self._with_earlier("unpriced_tiers"),
             example_error=self._example_error(),
             command=self._command,
             retrying=self._retrying() if self.state == "running" else None,
@@ -145,28 +148,30 @@ class RunStatus:
         return summarise(plan.facts, plan.rows, plan.prices, spent, moment, self._directory)
 
     def observe(self, now_s: float) -> None:
-        """One more moment is known, and so what will come."""
+        """Adds a sample of the progress, and updates the forecast."""
         if not isinstance(self.phase, Running) or self.phase.workers is None:
             return
-        spent = self.phase.checkpoint.spent
-        tokens = sum(line.total_tokens for line in spent.totals.values())
-        self._recent.add(Sample(now_s, spent.settled(), tokens, self.phase.workers.gate.binding.limit))
+        totals, workers = self.phase.checkpoint.spent, self.phase.workers
+        tokens = sum(line.total_tokens for line in totals.totals.values())
+        self._recent.add(Sample(now_s, totals.settled(), tokens, workers.gate.binding.limit))
         self._forecast = self._recent.forecast(self.phase.plan.rows)
-        self._log_retries(self.phase.workers)
+        is_last = workers.backlog.drained
+        if (retrying := self._retrying()) is not None and workers.retries.should_log(last=is_last):
+            self.log.write("retrying", nothing_else_left=is_last, **msgspec.to_builtins(retrying))
 
     def log_changes(self) -> list[str]:
-        """What has changed since the last call is in run.log; what a person should hear of it."""
+        """Logs what has changed since the last call; returns the warnings to print."""
         if (workers := self._workers) is None:
             return []
         now, before = workers.gate.allowed_in_flight, self._seen_in_flight
         if now != before:
             self._seen_in_flight = now
             self.log.write("in flight", before=before, after=now, why=workers.gate.why_in_flight)
-        new = workers.signs.finish_reasons[self._seen_reasons :]
+        new = workers.anomalies.unknown_finish_reasons[self._seen_reasons :]
         self._seen_reasons += len(new)
         for reason in new:
             self.log.write("unknown finish_reason", finish_reason=reason)
-        tiers = workers.signs.unpriced_tiers[self._seen_tiers :]
+        tiers = workers.anomalies.unpriced_tiers[self._seen_tiers :]
         self._seen_tiers += len(tiers)
         for tier in tiers:
             self.log.write("unpriced service_tier", service_tier=tier)
@@ -177,14 +182,14 @@ class RunStatus:
         return [f"warning: {line}" for line in words]
 
     def write(self, summary: Summary) -> None:
-        """summary.json holds the summary, if the disk takes it: a heartbeat must never cost an answer."""
+        """Replaces summary.json."""
         try:
             replace_bytes(self._directory.summary, msgspec.json.format(msgspec.json.encode(summary), indent=2))
-        except DiskError as error:
+        except DiskError as error:  # not raised: a heartbeat must never cost an answer
             self.log.write("summary not written", why=str(error))
 
     def end(self, state: str, exit_code: ExitCode, reason: str | None) -> Summary:
-        """The last summary of this invocation is written."""
+        """Writes the last summary of this invocation."""
         self.state = state
         summary = self.summary(int(exit_code), reason)
         self.log.write(state, exit_code=int(exit_code), reason=summary.reason)
@@ -194,25 +199,19 @@ class RunStatus:
     def close(self) -> None:
         self.log.close()
 
-    def _of_every_start(self, field: str, sign: str) -> tuple[str, ...]:
-        """The words of this start's signs and of the starts before, as the summary's field has them."""
-        before = [] if self._earlier is None else getattr(self._earlier, field)
-        now = [] if self._workers is None else getattr(self._workers.signs, sign)
+    def _with_earlier(self, name: str) -> tuple[str, ...]:
+        """This field of the summary: what earlier starts saw and what this one has seen."""
+        before = [] if self._earlier is None else getattr(self._earlier, name)
+        now = [] if self._workers is None else getattr(self._workers.anomalies, name)
         return tuple(dict.fromkeys((*before, *now)))
 
     def _example_error(self) -> str | None:
-        """Why the first row of this start failed; of an earlier start where none did."""
-        now = None if self._workers is None else self._workers.signs.example_error
+        """Why a row of this start failed, else one of an earlier start."""
+        now = None if self._workers is None else self._workers.anomalies.example_error
         return now if now is not None or self._earlier is None else self._earlier.example_error
 
     def _retrying(self) -> Retrying | None:
-        return None if self._workers is None else self._workers.retries.stand(datetime.now(UTC))
-
-    def _log_retries(self, workers: Workers) -> None:
-        """run.log has heard which rows are retried, and for what."""
-        last = workers.backlog.drained
-        if (retrying := self._retrying()) is not None and workers.retries.is_due(last=last):
-            self.log.write("retrying", nothing_else_left=last, **msgspec.to_builtins(retrying))
+        return None if self._workers is None else self._workers.retries.summary(datetime.now(UTC))
 
     def _limited_by(self) -> str:
         workers = self._workers
@@ -223,15 +222,7 @@ class RunStatus:
             return "the reader of completions"
         if gate.binding.limit is Limit.LATENCY and not gate.in_flight and (retrying := self._retrying()):
             return waiting_to_retry(retrying)
-        # the gate's clock is the event loop's, which is time.monotonic()
+        # the gate's clock is the event loop's: time.monotonic()
         factor = limiting_factor(gate.binding, time.time() - time.monotonic())
         quiet = gate.refusals is None or gate.binding.limit is Limit.COOLING
         return factor if quiet else f"{factor}; {gate.refusals}"
-
-
-def _left_by_the_last_start(directory: RunDirectory) -> Summary | None:
-    """The run's summary until now; None where there is none that can be read."""
-    try:
-        return read(directory)
-    except (InputError, CheckpointError):
-        return None

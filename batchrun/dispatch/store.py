@@ -1,4 +1,4 @@
-"""The run on disk as one noun, and where what is in flight lands in it."""
+"""The run on disk, and what is open on it while requests are sent."""
 
 import asyncio
 
@@ -15,7 +15,7 @@ from batchrun.store.totals import DISCARDED, LOST
 
 
 class Store(msgspec.Struct, frozen=True):
-    """One run as this start has it: its directory, what is durable of it, what it is to do, and its chunks."""
+    """One run in this start: its directory, its durable records, the plan, and its chunks."""
 
     directory: RunDirectory
     checkpoint: Checkpoint
@@ -29,18 +29,20 @@ class Store(msgspec.Struct, frozen=True):
 
     @property
     def was_answered(self) -> bool:
-        """True where an earlier start got an answer from the endpoint."""
+        """True if an earlier start received an answer from the endpoint."""
         failed = (Status.ERROR, DISCARDED, LOST)
         return any(line.rows > line.reused for line in self.checkpoint.spent.lines() if line.status not in failed)
 
     def attempt_id(self, row: int, n: int) -> str:
-        """The name of an attempt, as it is sent in `endpoint.request_id_header`."""
+        """The id of an attempt, as sent in `endpoint.request_id_header`."""
         return f"{self.plan.facts.attempt_prefix}-{row}-{n}"
 
 
-class Landing(msgspec.Struct, frozen=True):
-    """Where attempts land: `slots` name them while they are out, `results` hands settled rows to a program that reads
-    them, `full` holds the chunks whose last row is durable.
+class OpenRun(msgspec.Struct, frozen=True):
+    """The store, and what is open on it while requests are sent.
+
+    `slots` names the requests in flight, `results` passes settled rows to a program that reads them, `full` queues the
+    chunks whose last row is durable.
     """
 
     store: Store
@@ -49,11 +51,11 @@ class Landing(msgspec.Struct, frozen=True):
     full: "asyncio.Queue[OpenChunk | None]"
 
     def has_room(self) -> bool:
-        """False while settled rows wait for the program to read them."""
-        return self.results is None or self.results.room()
+        """False while too many settled rows wait for the program to read them."""
+        return self.results is None or self.results.has_room()
 
     def settled(self, ending: Ending, chunk: OpenChunk) -> None:
-        """The row's last record is durable: it is handed over, and its chunk is full if it was the last."""
+        """The row's completion is durable: it goes to the reader, and its chunk to the sealer after the last row."""
         if self.results is not None and isinstance(ending, Completion):
             self.results.put(ending, chunk)
         chunk.left -= 1

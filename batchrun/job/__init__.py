@@ -1,1 +1,1 @@
-"""What is asked: the job file and its mistakes, the API's fields, what an answer is expected to be."""
+"""The job file: its settings, its validation and error messages, the API's fields and the expected answer."""

@@ -1,7 +1,7 @@
-"""What a request expects of its answer, and what an answer lacks of it. PURE; sole importer of jsonschema_rs.
+"""Validates answers against the JSON schema and the tools of their request. PURE; sole importer of jsonschema_rs.
 
-Schemas are JSON Schema 2020-12, or the draft that their `$schema` names. References lead to places within the schema:
-nothing is ever fetched or opened. `format` is an annotation and is not judged, as the standard has it.
+Schemas are JSON Schema 2020-12, or the draft that their `$schema` names. References are resolved within the schema:
+nothing is ever fetched or opened. `format` is not validated: the standard makes it an annotation.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,31 +12,33 @@ import msgspec
 from batchrun.errors import JobError
 
 MAX_MESSAGE_CHARS = 300
-"""A flaw is told by its place and its rule; the answer itself is in the row's content."""
+"""A message names the place and the rule that failed; the answer itself is in the column `content`."""
 
 MAX_PLACE_CHARS = 100
 
 Schema = Mapping[str, Any]
 
 Check = Callable[[Any], str | None]
-"""What is wrong with a JSON value, with its place; None where nothing is."""
+"""Returns what is wrong with a JSON value and where, or None for a valid value."""
 
 
 class Flaw(msgspec.Struct, frozen=True):
-    """What an answer lacks: `kind` and `message` of the column `error`."""
+    """Why an answer is invalid: `kind` and `message` of the column `error`."""
 
     kind: str
     message: str
 
 
 KINDS = frozenset({"invalid_json", "schema", "unknown_function"})
-"""The kinds of flaws: those of an answer that another one may not have."""
+"""The kinds of flaws. Another attempt may cure each of them."""
 
 
 class Offered(msgspec.Struct, frozen=True):
-    """What an answer may call: `functions`, whether the request offers them as such or as tools, each with the check of
-    its arguments (None: any JSON), of which `bare` have no parameters, and tools that take any `texts`. `others`: there
-    are tools of another kind too, whose names are not known, so a call of any name may be one of theirs.
+    """What an answer may call.
+
+    `functions`: functions and function tools by name, each with the check of its arguments (None: any JSON).
+    `bare`: those of them without parameters. `texts`: custom tools, which take any text.
+    `others`: the request has tools of a kind that only the server knows, so a call of any name may be valid.
     """
 
     functions: Mapping[str, Check | None] = {}
@@ -46,10 +48,10 @@ class Offered(msgspec.Struct, frozen=True):
 
 
 class Expected:
-    """What the answer to a request must be. One is shared by all requests that expect the same.
+    """What a valid answer to a request looks like. All requests with the same expectation share one object.
 
-    `in_json`: the content is to be JSON. `schema` is what it is to fit, if anything; `offered` is what may be called.
-    None: the request offers nothing, so nothing is said of calls.
+    `in_json`: the content must be JSON. `schema`: the schema that the content must match, if there is one.
+    `offered`: what the answer may call; None for a request without functions or tools, whose calls are not validated.
     """
 
     def __init__(
@@ -59,29 +61,33 @@ class Expected:
         schema: Schema | None = None,
         offered: Offered | None = None,
     ) -> None:
-        """Raises: JobError: the schema is none."""
+        """Raises: JobError: the schema is invalid."""
         self.in_json = in_json
         self.schema = schema
         self._check = None if schema is None else check_of(schema)
         self._offered = offered
 
     def content_flaw(self, content: str) -> Flaw | None:
-        """What the content lacks; None where it is as asked."""
+        """Why the content is invalid, or None."""
         return _flaw(content, self._check, "the answer") if self.in_json else None
 
     def call_flaw(self, name: str | None, arguments: str | None) -> Flaw | None:
-        """What the call of a function lacks; None where it is one that was offered, with arguments that fit."""
+        """Why a function call is invalid, or None. The request must offer the function, and the arguments must fit."""
         if (offered := self._offered) is None:
             return None
         if name is None or name not in offered.functions:
-            return None if offered.others else _unknown(name)
+            return (
+                None
+                if offered.others
+                else Flaw("unknown_function", f"the answer calls {name!r:.100}, which the request does not offer")
+            )
         check = offered.functions[name]
         if name in offered.bare and not (arguments or "").strip():
-            return None  # it needs no `{}`
+            return None  # a function without parameters may be called with no text at all
         return _flaw(arguments or "", check, f"the text of the arguments of {name}")
 
     def tool_flaw(self, calls: str) -> Flaw | None:
-        """What the first call that is not as asked lacks; `calls` of tools, as JSON text."""
+        """Why the first invalid tool call is invalid, or None; `calls` is the list of tool calls as JSON text."""
         if self._offered is None:
             return None
         try:
@@ -102,10 +108,10 @@ class Expected:
 
 
 def of(response_format: Any, functions: Any, tools: Any = None) -> Expected:
-    """What a request with these fields, as the wire has them, expects.
+    """The expectation of a request with these fields of its body.
 
     Raises:
-        JobError: a schema among them is none; the message names its field.
+        JobError: one of the schemas is invalid; the message names its field.
     """
     wanted = response_format if isinstance(response_format, dict) else {}
     named = wanted.get("json_schema") if wanted.get("type") == "json_schema" else None
@@ -121,8 +127,9 @@ def of(response_format: Any, functions: Any, tools: Any = None) -> Expected:
 
 
 def _offered(functions: Any, tools: Any) -> Offered | None:
-    """What a request with these fields offers; None where it has neither. Tools are the server's matter: whatever has
-    another form than those of functions and of custom tools is taken for a kind that only the server knows.
+    """What a request with these fields offers; None for a request with neither.
+
+    A tool that is neither a function nor a custom tool counts as a kind that only the server knows.
     """
     if not isinstance(functions, list) and not isinstance(tools, list):
         return None
@@ -141,18 +148,18 @@ def _offered(functions: Any, tools: Any) -> Offered | None:
 
 
 def _is_bare(parameters: Any) -> bool:
-    """True for no parameters, and for an object without properties, which says the same."""
+    """True if the function takes no parameters: there are none, or they are an object without properties."""
     return not parameters or parameters.get("properties") == {}
 
 
 def _named(tool: Any, kind: str) -> dict[str, Any] | None:
-    """The part of a tool, or of a call, that describes it as one of this kind, if it has one with a name."""
+    """`tool[kind]` of a tool or a tool call, if it is an object with a name; else None."""
     part = tool.get(kind) if isinstance(tool, dict) else None
     return part if isinstance(part, dict) and isinstance(part.get("name"), str) else None
 
 
 def tool_schemas(tools: Any) -> dict[str, Any]:
-    """The `parameters` of those tools that are functions, by their place: `tools[0].function.parameters`."""
+    """The `parameters` of the function tools by their path, such as `tools[0].function.parameters`."""
     functions = [_named(tool, "function") for tool in tools] if isinstance(tools, list) else []
     return {
         f"tools[{place}].function.parameters": function["parameters"]
@@ -162,10 +169,10 @@ def tool_schemas(tools: Any) -> dict[str, Any]:
 
 
 def _parameters_check(function: Mapping[str, Any], place: str) -> Check | None:
-    """The check of a function's arguments; None where it has no parameters.
+    """The check of a function's arguments; None for a function without parameters.
 
     Raises:
-        JobError: its parameters are no schema.
+        JobError: the parameters are not a valid schema.
     """
     if not (parameters := function.get("parameters")):
         return None
@@ -175,30 +182,29 @@ def _parameters_check(function: Mapping[str, Any], place: str) -> Check | None:
         raise JobError(f"{place}.parameters: {error}") from error
 
 
-def _unknown(name: object) -> Flaw:
-    return Flaw("unknown_function", f"the answer calls {name!r:.100}, which the request does not offer")
-
-
 def check_of(schema: Schema) -> Check:
-    """The check of values against the schema. 0.3 µs for a value of two fields (measured).
+    """A check of values against the schema. 0.3 µs for a value of two fields (measured).
 
     Raises:
-        JobError: it is no JSON schema, or refers to something outside; the message says where, without the field.
+        JobError: the schema is invalid, or refers to something outside it; the message says where in the schema.
     """
     import jsonschema_rs  # 55 ms: only for a job that has a schema
 
     try:
         validator = jsonschema_rs.validator_for(dict(schema), offline=True, validate_formats=False)
     except (ValueError, TypeError, RecursionError) as error:
-        told = getattr(error, "message", str(error))
-        raise JobError(f"no JSON schema: {_bounded(_at(getattr(error, 'instance_path', ())), told)}") from error
+        reason = getattr(error, "message", str(error))
+        raise JobError(f"invalid JSON schema: {_bounded(_at(getattr(error, 'instance_path', ())), reason)}") from error
 
     def check(value: Any) -> str | None:
         try:
             validator.validate(value)
         except jsonschema_rs.ValidationError as error:
             return _bounded(_at(error.instance_path), error.message)
-        except (ValueError, RecursionError) as error:  # of half a character, or nesting beyond what it walks
+        except (
+            ValueError,
+            RecursionError,
+        ) as error:  # half a surrogate pair, or nesting deeper than the validator goes
             return _bounded("", str(error))
         return None
 
@@ -206,28 +212,28 @@ def check_of(schema: Schema) -> Check:
 
 
 def schema_of(wanted: Any) -> dict[str, Any]:
-    """The JSON schema of `wanted`: itself, that of a Pydantic model class, or of a type that msgspec knows (its own
-    structs, dataclasses, TypedDicts). A type that is a reference to its own definition is given as that.
+    """The JSON schema of `wanted`: a schema as a dict, a Pydantic model class, or a type that msgspec knows (its own
+    structs, dataclasses, TypedDicts).
 
     Raises:
-        JobError: it has no JSON schema, or no valid one.
+        JobError: it has no JSON schema, or an invalid one.
     """
     if isinstance(wanted, Mapping):
         schema = dict(wanted)
-    elif callable(told := getattr(wanted, "model_json_schema", None)):  # Pydantic, without importing it
-        schema = told()
+    elif callable(method := getattr(wanted, "model_json_schema", None)):  # Pydantic, without importing it
+        schema = method()
     else:
         try:
             schema = msgspec.json.schema(wanted)
         except (TypeError, RecursionError) as error:
             raise JobError(f"response_format: {wanted!r:.100} has no JSON schema: {error}") from error
-    if (said := problem(schema)) is not None:
-        raise JobError(f"response_format: {said}")
-    return _opened(schema)
+    if (reason := problem(schema)) is not None:
+        raise JobError(f"response_format: {reason}")
+    return _with_object_at_top(schema)
 
 
-def _opened(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema with its definition in place of a mere reference to it: servers want an object at the top."""
+def _with_object_at_top(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema with its definition in place of a top-level `$ref` to it: servers want an object at the top."""
     definitions, reference = schema.get("$defs"), schema.get("$ref")
     if not isinstance(definitions, dict) or set(schema) != {"$ref", "$defs"}:
         return schema
@@ -236,7 +242,7 @@ def _opened(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def problem(schema: Schema) -> str | None:
-    """Why this is no schema to check by; None where it is one."""
+    """Why the schema is invalid, or None."""
     try:
         check_of(schema)
     except JobError as error:
@@ -245,17 +251,17 @@ def problem(schema: Schema) -> str | None:
 
 
 def _flaw(text: str, check: Check | None, what: str) -> Flaw | None:
-    """What JSON text lacks. Nothing is repaired: white space around it is JSON's own, a fence is none."""
+    """Why JSON text is invalid, or None. Nothing is repaired: white space around it is allowed, a code fence is not."""
     try:
         value = msgspec.json.decode(text)
     except (msgspec.DecodeError, UnicodeEncodeError, RecursionError) as error:
-        return Flaw("invalid_json", _bounded("", f"{what} is no JSON: {error}"))
-    told = None if check is None else check(value)
-    return None if told is None else Flaw("schema", _bounded("", f"{what} does not fit its schema: {told}"))
+        return Flaw("invalid_json", _bounded("", f"{what} is not valid JSON: {error}"))
+    reason = None if check is None else check(value)
+    return None if reason is None else Flaw("schema", _bounded("", f"{what} does not match its schema: {reason}"))
 
 
 def _at(path: Sequence[str | int]) -> str:
-    """A place in a value: `$.items[0].name`."""
+    """A place in a value as the start of a message: `at $.items[0].name: `."""
     if not path:
         return ""
     steps = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
@@ -267,4 +273,4 @@ def _bounded(place: str, message: str) -> str:
 
 
 ANYTHING = Expected()
-"""Whatever comes is fine."""
+"""Accepts any answer."""

@@ -1,4 +1,4 @@
-"""The API's fields as docs/api.md has them: what a row brings is held to their types and ranges. PURE."""
+"""Validates the API's fields that come from a row, by the types and ranges in docs/api.md. PURE."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -9,30 +9,30 @@ import msgspec
 from batchrun.errors import InputError
 
 ROLES = ("user", "assistant", "system", "developer", "tool", "function")
-"""`tool` and `function`, the results of calls, are practice: `tool` goes with `tools`, which pass unchanged."""
+"""`tool` and `function` hold the results of calls. docs/api.md does not name them, but servers accept them."""
 
 OUTPUT_LIMITS = ("max_tokens", "max_completion_tokens")
-"""The two names of the limit of output. No request has both: servers refuse that, or count by either."""
+"""The two names of the output limit. No request has both: some servers reject that, others pick one of the two."""
 
 EFFORTS = ("low", "medium", "high", "xhigh")
 MAX_TOKENS = 128_000
 
 
 def as_json(value: Any) -> Any:
-    """A value that a column holds as JSON text (mixed types, or a text column of JSON), decoded; others as they are."""
+    """A text value decoded as JSON; any other value unchanged. Columns of mixed types hold JSON text."""
     if not isinstance(value, str):
         return value
     try:
         return msgspec.json.decode(value)
     except (msgspec.DecodeError, RecursionError) as error:
-        raise InputError(f"a column that should hold JSON does not: {error}") from error
+        raise InputError(f"a column that should hold JSON text holds something else: {error}") from error
 
 
 def plain(value: Any, column: str) -> Any:
     """`value` without the null fields of its objects: Parquet pads every struct with them.
 
     Raises:
-        InputError: JSON has no form for a value in it. The encoder would send NaN as null and bytes as base64.
+        InputError: JSON can't represent a value in it. The encoder would send NaN as null and bytes as base64.
     """
     if isinstance(value, dict):
         return {name: plain(item, column) for name, item in value.items() if item is not None}
@@ -44,12 +44,16 @@ def plain(value: Any, column: str) -> Any:
 
 
 def same_number(value: Any) -> Any:
-    """A whole number as an integer: Parquet makes doubles of integers beside nulls or fractions, JSONL does not."""
+    """A whole number as an integer: Parquet stores integers beside nulls or fractions as doubles, JSONL does not."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def check_messages(messages: Any) -> list[Any]:
-    """The messages, if they are such by docs/api.md; an InputError names what is not."""
+    """The messages, unchanged.
+
+    Raises:
+        InputError: they don't match docs/api.md; the message names the field.
+    """
     if not isinstance(messages, list) or not messages:
         raise InputError("messages: expected at least one message")
     for place, message in enumerate(messages):
@@ -60,7 +64,7 @@ def check_messages(messages: Any) -> list[Any]:
         calls = "function_call" in message or "tool_calls" in message
         declined = message["role"] == "assistant" and isinstance(message.get("refusal"), str)
         if content is None and declined and not calls:
-            message["content"] = None  # the API wants the field, and `plain` leaves a null of Parquet's out
+            message["content"] = None  # the API wants the field, and `plain` has removed it as a null
         elif not isinstance(content, str | list) and not (content is None and (calls or message["role"] == "function")):
             raise InputError(f"messages[{place}].content: expected text or a list of parts")
         if message["role"] == "function" and not isinstance(message.get("name"), str):
@@ -71,7 +75,11 @@ def check_messages(messages: Any) -> list[Any]:
 
 
 def check_parameter(name: str, value: Any) -> Any:
-    """The value, if docs/api.md allows it for this field; fields that page does not know pass unchanged."""
+    """The value, as an integer where it is a whole number. Fields that docs/api.md does not list pass unchanged.
+
+    Raises:
+        InputError: docs/api.md does not allow the value for this field.
+    """
     if (check := _CHECKS.get(name)) is not None:
         value = same_number(value)
         allowed, expected = check
@@ -82,7 +90,7 @@ def check_parameter(name: str, value: Any) -> Any:
 
 def _number_within(value: Any, low: float, high: float) -> bool:
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and low <= value <= high  # NaN is neither
+    return number and low <= value <= high  # False for NaN
 
 
 _CHECKS: Mapping[str, tuple[Callable[[Any], bool], str]] = {

@@ -1,4 +1,4 @@
-"""What to ask, as one frozen, typed `Job` of tables. `load` makes one of a TOML file.
+"""The job file as one frozen, typed `Job` of tables. `load` reads one from a TOML file.
 
 Every setting is documented in docs/job.md; a test holds that page and this module together.
 """
@@ -14,7 +14,7 @@ from msgspec import Meta
 
 from batchrun.job import answer_schema
 
-Positive = Annotated[float, Meta(gt=0, le=1e12)]  # not inf: no clock or bucket can reckon with it
+Positive = Annotated[float, Meta(gt=0, le=1e12)]  # not inf: clocks and token buckets can't calculate with it
 AtLeastZero = Annotated[float, Meta(ge=0, le=1e12)]
 AtLeastOne = Annotated[int, Meta(ge=1)]
 Count = Annotated[int, Meta(ge=0)]
@@ -28,20 +28,20 @@ HeaderName = Annotated[str, Meta(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,100}$")
 SIMULATOR = "simulator"
 
 ID_HEADER = "X-Client-Request-Id"
-"""The header that carries our id of each attempt: a name of its own, so that it takes the place of nobody's."""
+"""The header that carries our id of each attempt. A name of its own, so it replaces no other client's header."""
 
 VENDOR = ".vtrix.ai"
 VENDOR_ID_HEADER = "X-Request-Id"
-"""By what the vendor lets a caller name a request (docs/api.md, "Request"): then it can be found there by our id."""
+"""The header in which the vendor accepts a caller's id (docs/api.md, "Request"): its logs can be searched by our id."""
 
 FROM_COLUMNS = frozenset({"model", "reasoning_effort", "max_tokens", "temperature", "top_p"})
-"""The parameters that a column can set row by row."""
+"""The parameters that a column can set for each row."""
 
 MAX_COST_USD = 10_000_000
-"""What no run costs: a cap beyond it is a slip of the finger."""
+"""No run costs more, so a higher cap is a typing mistake."""
 
 MAX_PRICE_USD = 100_000
-"""Per million tokens. Beyond it a cost would leave decimal128(20, 12), the column it is stored in."""
+"""Per million tokens. A cost at a higher price would not fit decimal128(20, 12), the type of its column."""
 
 
 class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -59,7 +59,7 @@ class Endpoint(Table, frozen=True):
     proxy: Text | None = None
     connect_timeout_s: Positive = 10.0
     attempt_timeout_s: Positive = 900.0  # long reasoning calls; counted from the send, not from queueing
-    idle_timeout_s: Positive = 300.0  # who writes is seldom silent for a minute, but may stop to think again
+    idle_timeout_s: Positive = 300.0  # a model that writes is seldom silent for a minute, but may pause to reason
     stream_timeout_s: Positive = 14_400.0  # 128,000 tokens at ten a second take 3.6 hours
     max_answer_bytes: AtLeastOne = 64_000_000
     client_request_id: bool = True
@@ -87,18 +87,18 @@ class Input(Table, frozen=True):
     path: Text | None = None
     id: Text | None = None
     dialect: Literal["auto", "columns", "messages", "openai-batch"] = "auto"
-    min_rows: Count = 1  # an input without rows is mostly the end of a pipe that broke
+    min_rows: Count = 1  # an empty input usually means that a pipe broke
     max_line_bytes: AtLeastOne = 64_000_000
     dedupe: bool = True  # equal requests are sent once, whatever the temperature: who wants samples says so
     reuse_from: Text | tuple[Text, ...] = ()
     reuse_status: tuple[Reusable, ...] = ("ok", "filtered", "refused")
     max_changed: Text | Count | None = None
     image_root: Text | None = None
-    max_image_bytes: AtLeastOne = 20_000_000  # what common endpoints take; a larger one is mostly a mistake
+    max_image_bytes: AtLeastOne = 20_000_000  # the limit of common endpoints; a larger image is usually a mistake
 
 
 class MessageTemplate(Table, frozen=True):
-    """One message: a role and a template; or, with `column`, as many as the row has there."""
+    """One message: a role and a template. With `column`, all messages that the row has in that column."""
 
     role: Role | None = None
     content: str | list[dict[str, Any]] | None = None
@@ -114,10 +114,10 @@ class ResponseFormat(Table, frozen=True):
 
     @classmethod
     def of(cls, wanted: Any, *, strict: bool = True) -> "ResponseFormat":
-        """Answers of this type and no others: whatever `answer_schema.schema_of` takes. Named as the type is.
+        """A format that requires answers of the type `wanted`: anything that `answer_schema.schema_of` accepts.
 
         Raises:
-            JobError: it has no JSON schema.
+            JobError: the type has no JSON schema.
         """
         name = getattr(wanted, "__name__", "answer")
         return cls(type="json_schema", name=name, schema=answer_schema.schema_of(wanted), strict=strict)
@@ -160,23 +160,23 @@ class Limits(Table, frozen=True):
     input_tokens_per_minute: Positive | None = None
     output_tokens_per_minute: Positive | None = None
     max_in_flight: Annotated[int, Meta(ge=1, le=4096)] = 64
-    max_output_tokens: AtLeastOne = 128_000  # the model's own maximum; the bound of a request without max_tokens
-    max_image_tokens: AtLeastOne = 6_000  # above all of the upstream's own table of tile and patch counts
+    max_output_tokens: AtLeastOne = 128_000  # the model's maximum; the upper bound for a request without max_tokens
+    max_image_tokens: AtLeastOne = 6_000  # more than any entry of the upstream's table of tile and patch counts
 
 
 class Retry(Table, frozen=True):
     max_attempts: AtLeastOne = 6
     max_5xx: AtLeastOne = 4
     max_maybe_billed: Count = 1
-    invalid: Count = 0  # each is paid for again, and a model that answers wrongly twice rarely mends it
-    max_wait_s: Positive = 900.0  # the longest Retry-After obeyed; beyond it the run pauses
+    invalid: Count = 0  # each retry is paid for, and a model that is wrong twice rarely gets it right
+    max_wait_s: Positive = 900.0  # the longest Retry-After that a row waits for; the run pauses for a longer one
     max_outage_s: Positive = 7200.0
     backoff_base_s: Positive = 1.0
     backoff_cap_s: Positive = 60.0
 
 
 class Finish(Table, frozen=True):
-    """What an answer is worth by what its finish_reason means. `other`: a reason that is not known, or none."""
+    """Whether an answer is a success, a failure or is retried, by its finish_reason. `other`: unknown, or missing."""
 
     stop: Action = "accept"
     length: Action = "accept"
@@ -207,7 +207,7 @@ class Output(Table, frozen=True):
 
 
 class Price(Table, frozen=True):
-    """USD per million tokens; `per_request` is USD for each request that is answered."""
+    """USD per million tokens; `per_request` is USD for each answered request."""
 
     input: Decimal
     output: Decimal
@@ -225,18 +225,18 @@ class Simulator(Table, frozen=True):
     ledger: Text | None = None
 
 
-TagName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,60}$")]  # a column of a bill: `tag.team`
+TagName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,60}$")]  # becomes a column of a bill: `tag.team`
 TagValue = Annotated[str, Meta(min_length=1, max_length=200)]
 
 
 class About(Table, frozen=True):
-    """What a bill should know of the job. `tags` change nothing of what is sent."""
+    """Facts for the bill. `tags` never change what is sent."""
 
     tags: dict[TagName, TagValue] = {}
 
 
 class Job(Table, frozen=True):
-    """What to ask, of whom, within which limits. Holds no secret. `name` is the job file's stem."""
+    """What to send, where, and within which limits. Holds no secret. `name` is the job file's stem."""
 
     endpoint: Endpoint
     request: RequestTemplate = RequestTemplate()
@@ -253,7 +253,7 @@ class Job(Table, frozen=True):
 
     @property
     def simulated(self) -> bool:
-        """True when the job asks for the built-in simulator."""
+        """True if the job uses the built-in simulator."""
         return self.endpoint.url == SIMULATOR
 
     @property
@@ -266,7 +266,7 @@ class Job(Table, frozen=True):
 
     @property
     def endpoint_name(self) -> str:
-        """Whose answers these are: part of every request_key. Two URLs of one server may share a name."""
+        """The name of the endpoint, a part of every request_key. Two URLs of one server may share a name."""
         if self.endpoint.name is not None:
             return self.endpoint.name
         if self.simulated:
@@ -275,15 +275,14 @@ class Job(Table, frozen=True):
         return f"{parts.scheme}://{parts.netloc}{parts.path}"
 
     def question(self) -> dict[str, Any]:
-        """What decides the questions, as plain values by setting: a change here means other answers."""
+        """The settings that decide what is asked, as plain values by path. A change here means other answers."""
         settings = flatten(msgspec.to_builtins(self.request, str_keys=True), "request")
         settings["endpoint.name"] = self.endpoint_name
         settings["input.dialect"] = self.input.dialect
-        # how an answer travels is not what was asked
-        return {path: value for path, value in settings.items() if not path.startswith(_HOW_IT_TRAVELS)}
+        return {path: value for path, value in settings.items() if not path.startswith(_WIRE_ONLY)}
 
     def fingerprint(self) -> str:
-        """The digest of `question()`: equal fingerprints ask equal questions of equal rows."""
+        """The digest of `question()`. Jobs with equal fingerprints send equal requests for equal rows."""
         return hashlib.blake2b(msgspec.json.encode(self.question(), order="sorted"), digest_size=16).hexdigest()
 
 
@@ -301,11 +300,11 @@ def settings() -> Iterator[tuple[str, object]]:
             yield f"{path}.{field.name}", default
 
 
-_HOW_IT_TRAVELS = ("request.stream", "request.extra.stream_options")
+_WIRE_ONLY = ("request.stream", "request.extra.stream_options")  # change how an answer is sent, not what is asked
 
 
 def flatten(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Nested tables as one level of dotted paths; lists and empty tables stay whole."""
+    """Nested tables as one level of dotted paths; lists and empty tables are kept as values."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         path = f"{prefix}.{name}" if prefix else name

@@ -1,4 +1,4 @@
-"""A `Job` from a TOML file and overrides, or from code; a mistake names its path and the nearest known name."""
+"""Loads a `Job` from a TOML file and overrides, or from code. An error names the setting and the nearest known name."""
 
 import os
 import re
@@ -19,20 +19,20 @@ from batchrun.job.validation import SECRET, problems
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Job:
-    """The job in the TOML file at `path`, with `a.b=c` overrides laid over it.
+    """The job in the TOML file at `path`, with `a.b=c` overrides applied.
 
     Raises:
-        JobError: unreadable, not TOML, or a setting that does not fit; the message names its path.
+        JobError: the file is unreadable or not TOML, or a setting is invalid; the message names its path.
     """
     try:
-        tables = tomllib.loads(path.read_text("utf-8-sig"))  # some editors put a byte order mark in front
+        tables = tomllib.loads(path.read_text("utf-8-sig"))  # some editors write a byte order mark
     except OSError as error:
         raise JobError(f"{path}: can't read the job file: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise JobError(f"{path}: not valid TOML: {error}") from error
     for override in overrides:
         _override(tables, override)
-    tables.setdefault("name", os.fsencode(path.stem).decode("utf-8", "replace"))  # a name may have any bytes
+    tables.setdefault("name", os.fsencode(path.stem).decode("utf-8", "replace"))  # a file name may hold any bytes
     try:
         return from_tables(tables)
     except JobError as error:
@@ -40,15 +40,15 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Job:
 
 
 def _origin(path: Path, overrides: Sequence[str], problem: str) -> str:
-    """Where the setting that the problem begins with was made: in the job file, or over it."""
-    said = re.split(r"[:\[]", problem, maxsplit=1)[0] + "."
+    """Where the invalid setting was made: in the job file, or by an override."""
+    path_of_problem = re.split(r"[:\[]", problem, maxsplit=1)[0] + "."
     names = (".".join(_keys(override.partition("=")[0])) + "." for override in overrides)
-    over = any(name.startswith(said) or said.startswith(name) for name in names)
-    return f"set over {path} (by --set or an option)" if over else str(path)
+    overridden = any(name.startswith(path_of_problem) or path_of_problem.startswith(name) for name in names)
+    return f"{path}, overridden by --set or an option" if overridden else str(path)
 
 
 def from_tables(tables: Mapping[str, Any]) -> Job:
-    """The checked Job that `tables` (as TOML gives them) describe."""
+    """The validated Job that these TOML tables describe."""
     try:
         job = msgspec.convert(tables, Job)
     except msgspec.ValidationError as error:
@@ -64,10 +64,10 @@ def from_tables(tables: Mapping[str, Any]) -> Job:
 
 
 def checked(job: Job) -> Job:
-    """The job, built in code, as a file that says the same would give it: the same checks, messages and fingerprint.
+    """A job that was built in code, validated like a job file: the same checks, messages and fingerprint.
 
     Raises:
-        JobError: a setting does not fit; the message names its path.
+        JobError: a setting is invalid; the message names its path.
     """
     kept = (datetime, date, time, Decimal)
     return from_tables(msgspec.to_builtins(job, builtin_types=kept, str_keys=True, enc_hook=_plain))
@@ -76,15 +76,13 @@ def checked(job: Job) -> Job:
 def _plain(value: object) -> str:
     if isinstance(value, PurePath):
         return str(value)
-    raise JobError(
-        f"the job holds a {type(value).__name__}, which is no setting's value; docs/job.md lists every setting"
-    )
+    raise JobError(f"no setting takes a {type(value).__name__}; docs/job.md lists every setting")
 
 
 def _override(tables: dict[str, Any], override: str) -> None:
-    """Lay one `a.b=c` over the tables; the path is read as a TOML key, the value as TOML, else as a plain string.
+    """Apply one `a.b=c` to the tables. The path is a TOML key; the value is TOML, else a plain string.
 
-    `a.b=` takes the setting out of the job, as if the file did not have it.
+    `a.b=` removes the setting from the job.
     """
     path, equals, text = override.partition("=")
     keys = _keys(path)
@@ -102,7 +100,7 @@ def _override(tables: dict[str, Any], override: str) -> None:
     for parent in parents:
         table = table.setdefault(parent, {})
         if not isinstance(table, dict):
-            raise JobError(f"--set {path}: {parent} is no table")
+            raise JobError(f"--set {path}: {parent} is not a table")
     if text.strip():
         table[last] = value
     else:
@@ -110,7 +108,7 @@ def _override(tables: dict[str, Any], override: str) -> None:
 
 
 def _keys(path: str) -> list[str]:
-    """The names in a dotted TOML key, which may quote those that hold dots; [] if it is none."""
+    """The names in a dotted TOML key, which may quote names that hold dots; [] for an invalid key."""
     try:
         tree = tomllib.loads(f"{path} = 0")
     except tomllib.TOMLDecodeError:
@@ -123,7 +121,7 @@ def _keys(path: str) -> list[str]:
 
 
 def _read_schema(file: str) -> dict[str, Any]:
-    """The JSON schema in `file`, as the request carries it."""
+    """The JSON schema in `file`."""
     try:
         schema = msgspec.json.decode(Path(file).read_text("utf-8-sig"))
     except OSError as error:
@@ -131,7 +129,7 @@ def _read_schema(file: str) -> dict[str, Any]:
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise JobError(f"request.response_format.file: {file} is not JSON: {error}") from error
     if not isinstance(schema, dict):
-        raise JobError(f"request.response_format.file: {file} holds no JSON object")
+        raise JobError(f"request.response_format.file: {file} does not hold a JSON object")
     if (problem := answer_schema.problem(schema)) is not None:
         raise JobError(f"request.response_format.file: {file}: {problem}")
     return schema

@@ -1,7 +1,7 @@
-"""What is wrong in a job file, in one line: the setting's path, what was expected there, the nearest known name. PURE.
+"""Error messages for a job file in one line: the setting's path, what was expected, the nearest known name. PURE.
 
-msgspec's own message lacks three things that a person needs: which key of a dict it was, which values a name may have,
-and what an unknown setting was probably meant to be.
+msgspec's messages lack three things that a person needs: which key of a dict is wrong, which values a name may have,
+and which setting an unknown name probably means.
 """
 
 import difflib
@@ -32,7 +32,7 @@ _ANY_KEY = "..."  # how msgspec writes a dict's key
 
 
 def explain(message: str, tables: Mapping[str, Any], root: type, settings: Collection[str]) -> str:
-    """`message`, from msgspec's conversion of `tables` to `root`, as `path: what was expected`."""
+    """Rewrites `message`, from msgspec's conversion of `tables` to `root`, as `path: what was expected`."""
     match = _MESSAGE.match(message)
     what, at = (match["what"], match["at"] or "") if match else (message, "")
     steps = _steps(message, at, tables, root)
@@ -40,9 +40,9 @@ def explain(message: str, tables: Mapping[str, Any], root: type, settings: Colle
         name = unknown["name"]
         near = _nearest(name, steps, root, settings)
         hint = f"did you mean {near}?" if near else "docs/job.md lists every setting"
-        return f"{_path([*steps, name])}: no such setting: {hint}"
+        return f"{_path([*steps, name])}: unknown setting: {hint}"
     if missing := _MISSING.match(what):
-        return f"{_path([*steps, missing['name']])}: is missing; batchrun new FILE writes a job that has all it needs"
+        return f"{_path([*steps, missing['name']])}: is missing; batchrun new FILE writes a complete job file"
     value = _value_at(tables, steps)
     choices = [f'"{choice}"' for node in _types_at(root, steps) for choice in _choices(node)]
     if choices and isinstance(value, str):
@@ -55,13 +55,13 @@ def explain(message: str, tables: Mapping[str, Any], root: type, settings: Colle
 
 
 def _in_plain_words(types: re.Match[str]) -> str:
-    """msgspec's "`int | null`" as "an integer": TOML has no null that could be meant."""
+    """msgspec's "`int | null`" as "an integer": TOML has no null."""
     names = [name for name in (types["expected"] or types["got"]).split(" | ") if name != "null"]
     return " or ".join(_PLAIN.get(name, f"`{name}`") for name in names) or "nothing"
 
 
 def _path(steps: Sequence[Step]) -> str:
-    """The steps as a person would write them: `request.messages[0].role`."""
+    """The steps as a path: `request.messages[0].role`."""
     path = ""
     for step in steps:
         path += f"[{step}]" if isinstance(step, int) else f".{step}"
@@ -69,18 +69,18 @@ def _path(steps: Sequence[Step]) -> str:
 
 
 def _steps(message: str, at: str, tables: Mapping[str, Any], root: type) -> list[Step]:
-    """msgspec's path, with the keys of dicts that it leaves open found by trial."""
+    """msgspec's path as steps. msgspec does not name the keys of dicts; trying each key finds them."""
     steps: list[Step] = []
     for match in _STEP.finditer(at):
         if match["index"] == _ANY_KEY:
-            steps.append(_guilty_key(message, tables, steps, root))
+            steps.append(_invalid_key(message, tables, steps, root))
         else:
             steps.append(int(match["index"]) if match["index"] else match["name"])
     return steps
 
 
-def _guilty_key(message: str, tables: Mapping[str, Any], steps: list[Step], root: type) -> str:
-    """The first key of the dict at `steps` that alone leads to the same message."""
+def _invalid_key(message: str, tables: Mapping[str, Any], steps: list[Step], root: type) -> str:
+    """The first key of the dict at `steps` that causes the same message when it is the only key."""
     entries = _value_at(tables, steps)
     for key, value in entries.items() if isinstance(entries, Mapping) else ():
         try:
@@ -112,7 +112,7 @@ def _value_at(tables: object, steps: Sequence[Step]) -> object:
 
 
 def _types_at(root: type, steps: Sequence[Step]) -> list[Type]:
-    """What may stand at `steps`, unions taken apart."""
+    """The types that are allowed at `steps`; a union counts as its alternatives."""
     nodes = list(_alternatives(type_info(root)))
     for step in steps:
         nodes = [each for node in nodes for below in _below(node, step) for each in _alternatives(below)]
@@ -142,7 +142,10 @@ def _choices(node: Type) -> Iterator[str]:
 
 
 def _nearest(name: str, steps: list[Step], root: type, settings: Collection[str]) -> str | None:
-    """The same name in another table, else the nearest of this table, else the nearest of all."""
+    """The setting that an unknown name probably means.
+
+    The same name in another table, else a similar name in this table, else a similar name anywhere.
+    """
     name = _ABBREVIATED.get(name, name)
     for setting in settings:
         if setting.rpartition(".")[2] == name:

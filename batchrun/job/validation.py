@@ -1,4 +1,4 @@
-"""What is wrong with a job that its types allow: settings that exclude each other, secrets in the open. PURE"""
+"""Validates what types can't: settings that exclude each other, secrets in the job file. PURE."""
 
 import re
 from collections.abc import Iterator
@@ -28,11 +28,11 @@ _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 def problems(job: Job) -> Iterator[str]:
-    """Each in one line that begins with the setting's path."""
+    """Every problem of the job, each in one line that begins with the setting's path."""
     request = job.request
     yield from _endpoint_problems(job.endpoint)
     if request.prompt is not None and request.messages is not None:
-        yield "request.prompt: can't stand beside request.messages; keep one of them"
+        yield "request.prompt: conflicts with request.messages; keep one of them"
     if request.system is not None and isinstance(request.messages, list):
         yield "request.system: put it into request.messages as a message with role = 'system'"
     for place, each in enumerate(request.messages if isinstance(request.messages, list) else ()):
@@ -42,7 +42,7 @@ def problems(job: Job) -> Iterator[str]:
         ):
             yield f"request.messages[{place}]: expected a `role` with its `content`, or a `column` that holds messages"
     if request.image_detail is not None and not request.images:
-        yield "request.image_detail: names the detail of request.images, and there are none"
+        yield "request.image_detail: applies to request.images, which is not set"
     if request.response_format is not None and request.response_format.type == "json_schema":
         given = (request.response_format.file is not None) + (request.response_format.schema is not None)
         if given != 1:
@@ -51,11 +51,11 @@ def problems(job: Job) -> Iterator[str]:
         yield 'request.function_call: expected "none", "auto" or { name = "…" }'
     own = set(RequestTemplate.__struct_fields__) - {"extra", "from_columns"}
     for name in request.extra.keys() & own:
-        yield f"request.extra.{name}: this one has a setting of its own, request.{name}"
+        yield f"request.extra.{name}: has its own setting, request.{name}"
     limited = request.max_tokens is not None or "max_tokens" in request.from_columns
     if limited and "max_completion_tokens" in request.extra:
         yield (
-            "request.extra.max_completion_tokens: can't stand beside request.max_tokens, a second limit of output; "
+            "request.extra.max_completion_tokens: conflicts with request.max_tokens, which also limits the output; "
             'keep one of them (endpoint.max_tokens_field = "max_completion_tokens" sends max_tokens under that name)'
         )
     for name in request.from_columns.keys() - FROM_COLUMNS:
@@ -63,7 +63,7 @@ def problems(job: Job) -> Iterator[str]:
     yield from _json_problems(request)
     yield from _schema_problems(request)
     if unknown := re.search(r"\{(?!(?:job|date)\})[^}]*\}", job.output.path):
-        yield f"output.path: {unknown[0]} is not known; {{job}} and {{date}} are"
+        yield f"output.path: {unknown[0]} is unknown; {{job}} and {{date}} are allowed"
     if isinstance(most := job.input.max_changed, str) and not re.fullmatch(r"(\d{1,2}(\.\d+)?|100)%", most):
         yield f'input.max_changed: expected a number of rows, or a share of them such as "5%" (is {most!r})'
     if (cap := job.budget.max_cost_usd) is not None and not (cap.is_finite() and 0 < cap <= MAX_COST_USD):
@@ -76,7 +76,7 @@ def problems(job: Job) -> Iterator[str]:
 
 
 def _schema_problems(request: RequestTemplate) -> Iterator[str]:
-    """Answers are held against the job's schemas: they must be such, and whole."""
+    """Answers are validated against the job's schemas, so the schemas must be valid."""
     schemas = {f"request.functions[{i}].parameters": each.parameters for i, each in enumerate(request.functions or ())}
     if request.response_format is not None:
         schemas["request.response_format.schema"] = request.response_format.schema
@@ -88,18 +88,18 @@ def _schema_problems(request: RequestTemplate) -> Iterator[str]:
 
 
 def _json_problems(request: RequestTemplate) -> Iterator[str]:
-    """TOML's dates, nan and inf would reach the API as texts and nulls that nobody wrote."""
-    asked = msgspec.to_builtins(request, builtin_types=(datetime, date, time))
-    for path, value in flatten(asked, "request").items():
+    """JSON has no dates, nan or inf. The encoder would send texts and nulls in their place."""
+    values = msgspec.to_builtins(request, builtin_types=(datetime, date, time))
+    for path, value in flatten(values, "request").items():
         if msgspec.json.decode(msgspec.json.encode(value)) != value:
-            yield f"{path}: JSON has no such value (is {value}); dates belong in quotes"
+            yield f"{path}: JSON has no such value (is {value}); write dates in quotes"
 
 
 def _is_http_url(text: str) -> bool:
     try:
         parts = urlsplit(text)
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # brackets that don't match, or an invalid port
+    except ValueError:  # unmatched brackets, or an invalid port
         return False
 
 
@@ -113,17 +113,17 @@ def _endpoint_problems(endpoint: Endpoint) -> Iterator[str]:
     if parts.username or parts.password or "key=" in parts.query:
         yield "endpoint.url: holds a secret; use endpoint.api_key_env"
     if endpoint.api_key_env and endpoint.api_key_file:
-        yield "endpoint.api_key_file: can't stand beside endpoint.api_key_env; keep one of them"
+        yield "endpoint.api_key_file: conflicts with endpoint.api_key_env; keep one of them"
     given = endpoint.api_key_env or endpoint.api_key_file
     if given and endpoint.auth == "none":
-        yield 'endpoint.auth: "none" can\'t stand beside a key; keep one of them'
+        yield 'endpoint.auth: "none" conflicts with a key; keep one of them'
     if not given and not endpoint.headers and endpoint.auth != "none":
         yield (
             "endpoint.api_key_env: name the environment variable that holds the key (or api_key_file); "
-            'or set endpoint.auth = "none" for a server that wants none'
+            'or set endpoint.auth = "none" for a server without keys'
         )
     if endpoint.proxy is not None and "@" in endpoint.proxy:
-        yield "endpoint.proxy: holds a secret; name a proxy that needs no password, such as a local one that adds it"
+        yield "endpoint.proxy: holds a secret; use a proxy that needs no password, such as a local one that adds it"
     elif endpoint.proxy is not None and not _is_http_url(endpoint.proxy):
         yield f"endpoint.proxy: expected the http(s) URL of an HTTP proxy (is {endpoint.proxy!r})"
     keyless = endpoint.auth == "none" and not any(value.startswith("env:") for value in endpoint.headers.values())
@@ -131,7 +131,7 @@ def _endpoint_problems(endpoint: Endpoint) -> Iterator[str]:
         yield f"endpoint.url: the key would travel unencrypted to {parts.hostname}; use https://"
     taken = {name.lower() for name in (*endpoint.headers, "Authorization", "Content-Type", "Content-Length", "Host")}
     if endpoint.request_id_header is not None and endpoint.request_id_header.lower() in taken:
-        yield f"endpoint.request_id_header: {endpoint.request_id_header} carries something else already"
+        yield f"endpoint.request_id_header: {endpoint.request_id_header} is already in use"
     for name, value in endpoint.headers.items():
         if SECRET.search(name) and not value.startswith("env:"):
-            yield f'endpoint.headers.{name}: a job file holds no secret; write "env:NAME"'
+            yield f'endpoint.headers.{name}: a job file must not hold a secret; write "env:NAME"'

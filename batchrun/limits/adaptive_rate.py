@@ -1,41 +1,41 @@
-"""How fast one kind of thing may go: requests, tokens, input tokens, output tokens. PURE.
+"""One adaptive rate: of requests, tokens, input or output tokens per minute. PURE.
 
-Three may say: the user (`told`), the server's headers (`stated`), and its refusals (`learned`, by `rate_search`). The
-lowest holds. Without any of them there is no limit, and it costs next to nothing.
+The lowest of three holds: the one `configured` by the user, the one `stated` in the server's headers, and the one
+`learned` from refusals (by `rate_search`). Without any there is no limit, at almost no cost.
 
-- What headers state holds at once where it is lower, and is approached by 5 % a second where it is higher: a limit that
-  flickers does no harm, and a restored one is in use within a quarter of a minute.
-- What the server says is left in its bucket (`remaining`) moves the level of ours: up where nobody else limits us, down
-  where somebody else draws on the same limit.
+- A lower stated limit holds at once; a higher one is approached by 5 % a second, so that a flickering header does no
+  harm and a restored limit is in use within 15 s.
+- The server's `remaining` adjusts the level of our bucket: up if nothing else limits us, down if another client draws
+  on the same limit.
 """
 
 import math
 from collections.abc import Callable
 
 from batchrun.limits.admission import Limit
-from batchrun.limits.rate_headers import Stated
+from batchrun.limits.rate_headers import StatedLimit
 from batchrun.limits.token_bucket import BURST_S, Bucket
 
-PaceChange = Callable[[Limit, float | None, float | None, str], None]
+RateChange = Callable[[Limit, float | None, float | None, str], None]
 """Called with the limit, its rate per minute before and after (None: no limit), and why."""
 
 MAX_BURST_S = 2.0
-"""The burst where a server's headers show that it is free: more would break a told limit within its first minute."""
+"""The largest burst, if the server's headers allow it: more would exceed a configured limit in its first minute."""
 
 MARGIN_S = 0.08
-"""How much of its bucket the server is left with: what clocks, networks and estimates may be wrong by. Spending it
-would gain a moment once, and cost refusals for good."""
+"""How much of its bucket the server is left with, for errors of clocks, networks and estimates: using it would gain a
+moment once, and cost refusals for good."""
 
 RISE = 1.05
 RISE_EVERY_S = 1.0
 """Towards a higher stated limit: doubled within 15 s."""
 
-ON_ITS_WAY_S = 0.05
-"""How long a request may take to where the server counts it."""
+IN_TRANSIT_S = 0.05
+"""How long a request may take to reach the server's counter."""
 
 
 class AdaptiveRate:
-    """One limit's pace. `per_minute` is what holds now, None while nothing does."""
+    """One limit's rate. `per_minute` is the limit in force, None if there is none."""
 
     __slots__ = (
         "_bucket",
@@ -47,6 +47,7 @@ class AdaptiveRate:
         "_on_change",
         "_raised_s",
         "_room",
+        "configured",
         "learned",
         "limit",
         "per_minute",
@@ -54,44 +55,43 @@ class AdaptiveRate:
         "stated",
         "stated_now",
         "taken",
-        "told",
     )
 
     def __init__(
         self,
         limit: Limit,
-        told: float | None,
+        configured: float | None,
         now_s: float,
-        on_change: PaceChange,
+        on_change: RateChange,
         *,
         learned: float | None = None,
     ) -> None:
-        """`learned` is what an earlier process had learned: where this one begins."""
+        """`learned` comes from an earlier process."""
         self.limit = limit
-        self.told = told
+        self.configured = configured
         self.stated: float | None = None
         self.stated_now: float | None = None
         self.learned = learned
         self.per_minute: float | None = None
-        self.taken = 0.0  # requests or tokens that were sent, less what was given back
+        self.taken = 0.0  # requests or tokens sent, less refunds
         self.requests = 0
         self._inherited = learned is not None
-        self._least = 1.0 if limit is Limit.REQUESTS else 0.0  # a request goes whole; tokens of any number can wait
+        self._least = 1.0 if limit is Limit.REQUESTS else 0.0  # a bucket of requests must hold a whole one
         self._on_change = on_change
         self._bucket: Bucket | None = None
         self._room: float | None = None
         self._lowered_s = self._raised_s = now_s
-        self._older = self._newer = (now_s, 0.0)  # moments, and what had been sent by then
-        self._hold("told" if told is not None else "learned by an earlier start", now_s)
+        self._older = self._newer = (now_s, 0.0)  # (moment, what had been taken by then)
+        self._apply_lowest("configured" if configured is not None else "learned by an earlier process", now_s)
 
-    # ── what every request does ───────────────────────────────────────────────────────────────────────────────────
+    # ── on every request ───────────────────────────────────────────────────────────────────────────────────
 
     def level(self, now_s: float) -> float:
-        """What may be taken now without a debt; infinite where nothing holds."""
+        """What may be taken now without a debt; infinite without a limit."""
         return math.inf if self._bucket is None else self._bucket.level(now_s)
 
     def ready_in_s(self, amount: float, now_s: float) -> float:
-        """Seconds until so much may be taken; 0.0 when it may be taken now."""
+        """Seconds until `amount` may be taken; 0.0 if it may be taken now."""
         if self._bucket is None:
             return 0.0
         if now_s - self._raised_s >= RISE_EVERY_S:
@@ -99,8 +99,8 @@ class AdaptiveRate:
         return self._bucket.ready_in_s(amount, now_s)
 
     def take(self, amount: float, now_s: float) -> None:
-        """So much is taken by a request."""
-        if now_s - self._newer[0] >= ON_ITS_WAY_S:
+        """Takes `amount` for one request."""
+        if now_s - self._newer[0] >= IN_TRANSIT_S:
             self._older, self._newer = self._newer, (now_s, self.taken)
         self.taken += amount
         self.requests += 1
@@ -108,68 +108,69 @@ class AdaptiveRate:
             self._bucket.take(amount, now_s)
 
     def settle(self, actual_minus_estimate: float) -> None:
-        """What was taken was so much more than was thought, or less if negative."""
+        """Corrects an earlier `take` to the actual amount."""
         self.taken += actual_minus_estimate
         if self._bucket is not None:
             self._bucket.settle(actual_minus_estimate)
 
-    # ── what changes it ───────────────────────────────────────────────────────────────────────────────────────────
+    # ── changes of the limit ──────────────────────────────────────────────────────────────────────────────────────────
 
-    def tell(self, per_minute: float, now_s: float) -> None:
-        """The user tells another limit, which holds from now on. No burst comes with it."""
-        self.told = per_minute
-        self.learned = None  # somebody who knows has spoken; what is refused from now on is learned again
-        self._hold("told", now_s)
+    def configure(self, per_minute: float, now_s: float) -> None:
+        """The user sets another limit, in force from now on, without a burst."""
+        self.configured = per_minute
+        self.learned = None  # learned again from the next refusals
+        self._apply_lowest("configured", now_s)
 
     def learn(self, per_minute: float | None, now_s: float, why: str) -> None:
-        """Refusals have taught another rate, or (None) that there is none. One beyond what is told or stated is no more
-        than that.
+        """Sets the rate learned from refusals; None: there is none. A rate at or above the configured and stated ones
+        is dropped.
         """
-        others = _lowest(self.told, self.stated_now)
+        others = _lowest(self.configured, self.stated_now)
         if per_minute is not None and others is not None and per_minute >= others:
             per_minute = None
         self.learned = per_minute
         self._inherited = False
-        self._hold(why, now_s)
+        self._apply_lowest(why, now_s)
 
     def stand_at(self, level: float, now_s: float) -> None:
-        """So much may be taken now."""
+        """Sets the bucket's level."""
         if self._bucket is not None:
             self._bucket.stand_at(level, now_s)
 
-    def hear(self, said: Stated, now_s: float, *, sent_s: float, sent_total: float) -> None:
-        """The server has stated its limit, answering a request sent at `sent_s`, when `taken` was `sent_total`."""
-        if said.per_minute != self.stated:
-            self._state(said.per_minute, now_s)
-        if said.remaining is None or self._bucket is None or self.per_minute is None:
+    def apply_headers(self, limit: StatedLimit, now_s: float, *, sent_s: float, sent_total: float) -> None:
+        """Applies the limit stated in the response to a request sent at `sent_s`, when `taken` was `sent_total`."""
+        if limit.per_minute != self.stated:
+            self._set_stated(limit.per_minute, now_s)
+        if limit.remaining is None or self._bucket is None or self.per_minute is None:
             return
-        margin = MARGIN_S * said.per_minute / 60
-        if said.remaining > 0 and said.reset_s is not None:
-            self._make_room(min(said.remaining + said.reset_s * said.per_minute / 60, said.per_minute) - margin, now_s)
-        # whether the headers were made when the request came in or when its answer left is unknown: at least so much
-        # is there in either case, once what was sent since has been counted, and what is on its way
+        margin = MARGIN_S * limit.per_minute / 60
+        if limit.remaining > 0 and limit.reset_s is not None:
+            depth = min(limit.remaining + limit.reset_s * limit.per_minute / 60, limit.per_minute)
+            self._make_room(depth - margin, now_s)
+        # the server may have written the headers when the request came in or when its answer left: at least this much
+        # is left in either case, after what was sent since and what is in transit
         refilled = (now_s - sent_s) * self.per_minute / 60
-        uncounted = max(self._lately(now_s), self.taken - sent_total - refilled)
-        at_least = said.remaining - uncounted - margin
-        at_most = max(0.0, said.remaining + self._least - margin)
+        uncounted = max(self._uncounted(now_s), self.taken - sent_total - refilled)
+        at_least = limit.remaining - uncounted - margin
+        at_most = max(0.0, limit.remaining + self._least - margin)
         level = self._bucket.level(now_s)
         if level < at_least and self.per_minute == self.stated:
             self._bucket.stand_at(at_least, now_s)
-        elif level > at_most and sent_s >= self._lowered_s:  # once a round trip: older answers tell of the same
+        elif level > at_most and sent_s >= self._lowered_s:  # once per round trip: older answers report the same
             self._lowered_s = now_s
             self._bucket.stand_at(at_most, now_s)
 
-    def _state(self, per_minute: float, now_s: float) -> None:
+    def _set_stated(self, per_minute: float, now_s: float) -> None:
         first = self.stated is None
         self.stated = per_minute
         if first or self.stated_now is None or per_minute < self.stated_now:
             self.stated_now = per_minute
             if first and self._inherited:
-                self.learned = None  # by an earlier start: the server knows better
-            self._hold("stated by the server", now_s)
+                self.learned = None  # by an earlier process: the server knows better
+            self._apply_lowest("stated by the server", now_s)
 
     def _make_room(self, room: float, now_s: float) -> None:
-        """The bucket is as deep as the server's, within what we allow ourselves."""
+        """Makes the bucket as deep as the server's, up to our own maximum."""
         if self.per_minute is None or self._bucket is None:
             return
         capacity = max(self._least, min(room, MAX_BURST_S * self.per_minute / 60))
@@ -178,19 +179,19 @@ class AdaptiveRate:
             self._bucket.change(self.per_minute, capacity, now_s)
 
     def _rise(self, now_s: float) -> None:
-        """A second has passed, or more: towards what the server states."""
+        """Approaches a higher stated limit by one step."""
         if self.stated is not None and self.stated_now is not None and self.stated_now < self.stated:
             self._raised_s = now_s
             self.stated_now = min(self.stated, self.stated_now * RISE)
-            self._hold("towards what the server states", now_s)
+            self._apply_lowest("towards what the server states", now_s)
 
-    def _lately(self, now_s: float) -> float:
-        """What was sent so lately that the server may not have counted it."""
-        return self.taken - (self._newer if now_s - self._newer[0] >= ON_ITS_WAY_S else self._older)[1]
+    def _uncounted(self, now_s: float) -> float:
+        """What was sent too recently for the server to have counted it."""
+        return self.taken - (self._newer if now_s - self._newer[0] >= IN_TRANSIT_S else self._older)[1]
 
-    def _hold(self, why: str, now_s: float) -> None:
-        """The lowest of what is told, stated and learned holds."""
-        before, self.per_minute = self.per_minute, _lowest(self.told, self.stated_now, self.learned)
+    def _apply_lowest(self, why: str, now_s: float) -> None:
+        """Puts the lowest of the three rates in force."""
+        before, self.per_minute = self.per_minute, _lowest(self.configured, self.stated_now, self.learned)
         if self.per_minute == before:
             return
         if self.per_minute is None:
@@ -205,7 +206,7 @@ class AdaptiveRate:
         if self._bucket is None:
             self._bucket = Bucket(self.per_minute, now_s, least=self._least)
         self._bucket.change(self.per_minute, capacity, now_s)
-        if before is not None or self.per_minute != self.told:
+        if before is not None or self.per_minute != self.configured:
             self._on_change(self.limit, before, self.per_minute, why)
 
 

@@ -1,4 +1,4 @@
-"""The frozen values the gate is spoken to in, and answers in."""
+"""The frozen values that go into the gate and come out of it."""
 
 from decimal import Decimal
 from enum import StrEnum
@@ -10,10 +10,11 @@ from batchrun.records import RowError, Verdict
 
 
 class Ask(msgspec.Struct, frozen=True):
-    """What one attempt wants: `tokens`, an estimate of prompt and answer together, and the most it may cost and use.
+    """What one attempt needs from the limits.
 
-    `output_tokens` is the answer's part of `tokens`. `upper_bound_usd` may be None only where no `max_cost_usd` is set.
-    `model` is asked at these dearest prices; without a name, its answers are believed to keep to the bounds.
+    `tokens` estimates prompt and answer together, `output_tokens` is the answer's part. The upper bounds are the most
+    it may cost and use; `upper_bound_usd` may be None only without `max_cost_usd`. Prices are the dearest that may
+    apply. Without a `model`, the bounds are never raised for overruns.
     """
 
     tokens: int
@@ -31,27 +32,27 @@ class Ask(msgspec.Struct, frozen=True):
 
 
 class Found(msgspec.Struct, frozen=True):
-    """Limits that were found, by headers or refusals; None where none was."""
+    """Rate limits found from headers or refusals; None where none was found."""
 
     requests_per_minute: float | None = None
     tokens_per_minute: float | None = None
 
 
 class Stop(msgspec.Struct, frozen=True):
-    """Why the run admits no more, and the exit code that says so."""
+    """Why the run stops admitting attempts, and its exit code."""
 
     exit_code: ExitCode
     why: str
 
 
 class Open(msgspec.Struct, frozen=True):
-    """Rows are admitted, as many at once as the ramp allows."""
+    """Attempts are admitted, as many at once as `InFlight` allows."""
 
 
 class Cooling(msgspec.Struct, frozen=True):
-    """Nothing is admitted before `until_s` on the machine's clock. `because` is the reason in a word or two.
+    """Nothing is admitted before `until_s` on the gate's clock. `because` is the reason in a word or two.
 
-    `probe`: one row goes first then, and all others when it is answered.
+    `probe`: then one row is sent first, and the others once it is answered.
     """
 
     until_s: float
@@ -61,7 +62,7 @@ class Cooling(msgspec.Struct, frozen=True):
 
 
 class Probing(msgspec.Struct, frozen=True):
-    """One row at a time is admitted, to see whether `why` still holds."""
+    """One row at a time is sent, to find out whether `why` still holds."""
 
     why: str
 
@@ -74,11 +75,11 @@ class Stopped(msgspec.Struct, frozen=True):
 
 Phase = Open | Cooling | Probing | Stopped
 OPEN = Open()
-"""The one there is: `phase is OPEN` is the hot path's question."""
+"""The only instance, so that the hot path can test `phase is OPEN`."""
 
 
 class Limit(StrEnum):
-    """What the next row waits for, in the progress line's words."""
+    """What the next row waits for, as the progress line names it."""
 
     REQUESTS = "rpm"
     REQUESTS_PER_SECOND = "rps"
@@ -95,7 +96,7 @@ class Limit(StrEnum):
 
 
 class Binding(msgspec.Struct, frozen=True):
-    """The limit that binds now, and why; `until_s`, on the gate's clock, where time alone lifts it."""
+    """The limit that blocks the next attempt, and why; `until_s` (gate's clock) if time alone lifts it."""
 
     limit: Limit
     until_s: float | None = None
@@ -103,10 +104,10 @@ class Binding(msgspec.Struct, frozen=True):
 
 
 class Outcome(msgspec.Struct, frozen=True):
-    """What one attempt came to, as far as the gate must know: whose, which verdict, why, and the wait asked for.
+    """How one attempt ended, as far as the gate needs to know.
 
-    `says_nothing` of the endpoint: rows like this one fail while others are answered, or only rows that have failed are
-    left, and each failure counts against its row. The row's own waits keep the pace.
+    `says_nothing`: no evidence about the endpoint, because rows like this one fail while others are answered, or only
+    rows that failed before are left. The failure counts against the row, whose own backoff limits the rate.
     """
 
     row: int
@@ -119,9 +120,9 @@ class Outcome(msgspec.Struct, frozen=True):
 class Ruling(msgspec.Struct, frozen=True):
     """What an outcome means for rows.
 
-    `hold`: the verdict is on the run and not yet corroborated: keep this row unsettled and ask it again only when no
-    other row is left to ask. `own`: rows held earlier whose verdict has turned out to be their own: settle them by
-    it. A row still held when the gate has closed stays pending.
+    `hold`: the verdict concerns the whole run and is not confirmed: keep this row unsettled, and send it again only
+    when no other row is left. `own`: rows held earlier whose verdict proved to be only theirs: settle them by it. A
+    row still held when the gate has closed stays pending.
     """
 
     hold: bool = False

@@ -1,8 +1,4 @@
-"""The budget: dollars, tokens and requests that do not come back, each with a hard cap. PURE.
-
-What an attempt may take at most is reserved before it is sent, and settled by what it took. `spent` starts at what
-earlier starts of the run took, possibly billed attempts by their upper bounds: a cap covers the run, not the process.
-"""
+"""The budget: hard caps on dollars, tokens and requests, which unlike rates do not refill. PURE."""
 
 from collections.abc import Iterator
 from decimal import Decimal
@@ -14,7 +10,10 @@ Amount = TypeVar("Amount", int, Decimal)
 
 
 class Cap(Generic[Amount]):
-    """One hard cap: spent + reserved never exceeds `most`."""
+    """One hard cap: spent + reserved never exceeds `most`.
+
+    `spent` starts at what earlier processes of the run spent, possibly billed attempts at their upper bounds.
+    """
 
     __slots__ = ("most", "reserved", "spent")
 
@@ -24,21 +23,21 @@ class Cap(Generic[Amount]):
         self.reserved: Amount = type(spent)(0)
 
     def fits(self, bound: Amount) -> bool:
-        """Whether an attempt that may take this much can be sent without any risk to the cap."""
+        """Whether an attempt with this upper bound can be sent without exceeding the cap."""
         return self.spent + self.reserved + bound <= self.most
 
     def reserve(self, bound: Amount) -> None:
-        """The bound is set aside until it is settled."""
+        """Sets the upper bound aside until `settle`."""
         self.reserved += bound
 
     def settle(self, bound: Amount, spent: Amount | None) -> None:
-        """The reservation has become what was spent; None, which nobody knows, spends the whole of it."""
+        """Replaces the reservation by what was spent; None (unknown) spends all of it."""
         self.reserved -= bound
         self.spent += bound if spent is None else spent
 
 
 class BudgetAccount:
-    """The caps of one budget, taken together or not at all. A cap that is None is not kept."""
+    """The caps of one budget, reserved together or not at all. None: no such cap."""
 
     __slots__ = ("cost_usd", "requests", "tokens")
 
@@ -55,19 +54,19 @@ class BudgetAccount:
 
     @property
     def is_kept(self) -> bool:
-        """True where there is a cap."""
+        """True if there is any cap."""
         return self.rests_on_bounds or self.requests is not None
 
     @property
     def rests_on_bounds(self) -> bool:
-        """True where a cap is only as good as the upper bounds of what is in flight."""
+        """True if a cap relies on the upper bounds of what is in flight."""
         return self.cost_usd is not None or self.tokens is not None
 
     def fits(self, ask: Ask) -> bool:
-        """Whether the attempt can be sent without any risk to a cap.
+        """Whether the attempt can be sent without exceeding a cap.
 
         Raises:
-            ValueError: it has no upper bound, so no cap can be kept: a caller's bug, not a row's fault.
+            ValueError: it has no upper bound, so the cap can't be kept: the caller's bug.
         """
         return (
             (self.requests is None or self.requests.fits(1))
@@ -76,7 +75,7 @@ class BudgetAccount:
         )
 
     def reserve(self, ask: Ask) -> None:
-        """The most that the attempt may take is set aside until it is settled."""
+        """Sets the attempt's upper bounds aside until `settle`."""
         if self.cost_usd is not None:
             self.cost_usd.reserve(_bound_usd(ask))
         if self.tokens is not None:
@@ -85,7 +84,7 @@ class BudgetAccount:
             self.requests.reserve(1)
 
     def settle(self, ask: Ask, spent_usd: Decimal | None, spent_tokens: int | None) -> None:
-        """The reservation has become what the attempt took; None, which nobody knows, takes the whole of it."""
+        """Replaces the attempt's reservation by what it used; None (unknown) uses all of it."""
         if self.cost_usd is not None:
             self.cost_usd.settle(_bound_usd(ask), spent_usd)
         if self.tokens is not None:
@@ -94,10 +93,10 @@ class BudgetAccount:
             self.requests.settle(1, None)
 
     def change(self, *, cost_usd: Decimal | None, tokens: int | None, requests: int | None) -> None:
-        """Other caps hold from now on; None leaves one as it is. What was sent under the old ones stays sent.
+        """Changes caps; None leaves one as it is. What was sent under the old caps stays sent.
 
         Raises:
-            ValueError: a cap that is not kept can't begin now: not all that was spent has been counted for it.
+            ValueError: the run started without this cap, so its spending was not counted.
         """
         for setting, cap, most in (
             ("max_cost_usd", self.cost_usd, cost_usd),
@@ -114,7 +113,7 @@ class BudgetAccount:
             self.requests.most = requests
 
     def refusal(self, ask: Ask) -> str:
-        """Why the attempt does not fit, and what to raise."""
+        """Why the attempt does not fit, and which setting to raise."""
         return f"the budget is used up: {'; '.join(self._refusals(ask))} and run again"
 
     def _refusals(self, ask: Ask) -> Iterator[str]:
@@ -135,7 +134,7 @@ class BudgetAccount:
 
 
 def _in_usd(amount: Decimal) -> str:
-    """ "$0.20", "$0.194642": every digit that counts, and the cents."""
+    """ "$0.20", "$0.194642": all significant digits, at least two decimals."""
     whole, _, part = f"{amount:,f}".partition(".")
     return f"${whole}.{part.rstrip('0').ljust(2, '0')}"
 

@@ -1,7 +1,6 @@
-"""What the job's own limits allow: how long rows take at least, and how many can be done by a moment. PURE.
+"""Bounds from the job's own limits: how long rows take at least, how many can be done by a moment. PURE.
 
-Both are bounds: the gate's bursts count, retries and limits that are only learned on the way don't. A limit on tokens
-holds for rows of the mean size, so its bound is as good as that mean.
+Bursts are included; retries and limits learned while running are not. A token limit is applied to rows of mean size.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,14 +14,14 @@ from batchrun.limits.admission import Limit
 from batchrun.records import TotalsLine
 
 MOST_BURST_S = MAX_BURST_S
-"""So many seconds of a limit may go at once, where the server's headers show that it has more."""
+"""How many seconds of a limit may be sent at once, if the server's headers show room for it."""
 
 ONE = 1
-"""The request that goes when a bucket holds less than it takes: it leaves a debt, but it goes."""
+"""A request that needs more than the bucket holds is sent, too, and leaves a debt."""
 
 
 class Size(msgspec.Struct, frozen=True):
-    """Mean tokens of a row, and how many answers say so; zeros where nothing is known, which no limit holds back."""
+    """Mean tokens of a row, from so many answers; zeros if unknown, and then no token limit applies."""
 
     prompt_tokens: float = 0.0
     completion_tokens: float = 0.0
@@ -30,7 +29,7 @@ class Size(msgspec.Struct, frozen=True):
 
 
 class Allowance(msgspec.Struct, frozen=True):
-    """How many rows a limit lets be done; `pace` is the limit in words. `by_mean`: rows of other sizes may be more."""
+    """How many rows a limit allows; `pace` is the limit in words. `by_mean`: computed from the mean row size."""
 
     limit: Limit
     rows: float
@@ -39,7 +38,7 @@ class Allowance(msgspec.Struct, frozen=True):
 
 
 def size_of(totals: Iterable[TotalsLine]) -> Size:
-    """The mean of the answers so far."""
+    """The mean over the answers so far."""
     lines = [line for line in totals if line.prompt_tokens]
     answers = sum(line.rows - line.reused for line in lines)
     if not answers:
@@ -49,7 +48,7 @@ def size_of(totals: Iterable[TotalsLine]) -> Size:
 
 
 def least_minutes(limits: Limits, rows: int, size: Size, day_left_s: float) -> tuple[float, Limit] | None:
-    """How long so many rows take at least, and the limit that makes it so; None where no limit does."""
+    """The least time that so many rows take, and the limit responsible; None if no limit applies."""
     times = [(max(0.0, (rows - ONE) / pace.rows - MOST_BURST_S / 60), pace.limit) for pace in _a_minute(limits, size)]
     if limits.requests_per_day is not None:
         days = daily.least_s(rows, limits.requests_per_day, day_left_s) / 60
@@ -58,7 +57,7 @@ def least_minutes(limits: Limits, rows: int, size: Size, day_left_s: float) -> t
 
 
 def most_rows(limits: Limits, within_s: float, size: Size, day_requests: int | None) -> Allowance | None:
-    """How many rows can be done within that time, `day_requests` by what the days allow; None where no limit is set."""
+    """How many rows can be done in that time, with `day_requests` allowed by the daily limit; None without limits."""
     time_s = within_s + MOST_BURST_S
     allowed = [msgspec.structs.replace(pace, rows=pace.rows / 60 * time_s + ONE) for pace in _a_minute(limits, size)]
     if limits.requests_per_day is not None and day_requests is not None:
@@ -68,7 +67,7 @@ def most_rows(limits: Limits, within_s: float, size: Size, day_requests: int | N
 
 
 def _a_minute(limits: Limits, size: Size) -> Iterator[Allowance]:
-    """What each limit allows in a minute, but for that of a day."""
+    """What each limit allows per minute, except the daily one."""
     prompt, completion = size.prompt_tokens, size.completion_tokens
     table = (
         (Limit.REQUESTS, limits.requests_per_minute, 1.0, 1.0, "requests a minute"),
@@ -77,6 +76,7 @@ def _a_minute(limits: Limits, size: Size) -> Iterator[Allowance]:
         (Limit.INPUT_TOKENS, limits.input_tokens_per_minute, 1.0, prompt, "input tokens a minute"),
         (Limit.OUTPUT_TOKENS, limits.output_tokens_per_minute, 1.0, completion, "output tokens a minute"),
     )
-    for limit, told, times_a_minute, of_a_row, words in table:
-        if told is not None and of_a_row:
-            yield Allowance(limit, told * times_a_minute / of_a_row, f"{told:,g} {words}", "tokens" in words)
+    for limit, configured, times_a_minute, of_a_row, words in table:
+        if configured is not None and of_a_row:
+            rows = configured * times_a_minute / of_a_row
+            yield Allowance(limit, rows, f"{configured:,g} {words}", "tokens" in words)

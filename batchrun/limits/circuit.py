@@ -1,19 +1,11 @@
-"""Whether the endpoint may be asked at all: one small state machine for every kind of trouble. PURE.
+"""The circuit breaker: whether the endpoint may be sent to at all. One state machine for every kind of trouble. PURE.
 
-    Open ──a storm of refusals, an outage──→ Cooling(until) ──time──→ Probing ──its row is answered──→ Open
-      │                                        └──time, after a first storm: the rate is lowered──────↗
-      └──a verdict on the run, met by one row only──→ Probing ──more trouble──→ Cooling, for longer
-    any of them ──two rows agree, an outage without end, close()──→ Stopped(why)
+    Open ──storm of refusals, outage──→ Cooling(until) ──time──→ Probing ──its row is answered──→ Open
+      │                                   └──time, after a first storm: the rate was lowered────────↗
+      └──run-wide verdict from one row──→ Probing ──more trouble──→ Cooling, for longer
+    any of them ──second row confirms, outage too long, close()──→ Stopped(why)
 
-One refusal is no trouble: its row waits, and `refusals` finds out what many of them are evidence of.
-
-Probing lets one real row through at a time. Time is an argument (`now_s`, seconds of a clock that never jumps),
-chance is a function; nothing here waits, sends or knows what a row is beyond its number.
-
-An **episode** begins whenever what was believed of the endpoint becomes doubtful. Each attempt carries its `order`
-among all that were admitted, so an answer is read for what it can prove: one sent before the episode began says
-nothing about now. That is also why a suspect is only cleared by a row sent *after* its verdict had come: when a key
-is revoked, older requests still bring good answers for minutes.
+A single refusal changes nothing here: its row waits, and `Refusals` decides what many of them mean.
 """
 
 from collections.abc import Callable
@@ -29,29 +21,30 @@ from batchrun.limits.refusals import NOTHING, Finding
 from batchrun.records import RowError, Verdict
 
 ALIKE_ROWS = 10
-"""So many first rows that fail alike are the job's fault: a wrong parameter refuses ten rows as it would a million."""
+"""This many first rows that fail alike are the job's fault: a wrong parameter fails a million rows as it does ten."""
 
 FIRST_REACH_S = 15.0
-"""How long an endpoint that never gave a byte is tried: a name server's hiccup is over by then, a wrong name is not."""
+"""How long to try an endpoint that never sent a byte: a DNS hiccup is over by then, a wrong name is not."""
 
 BACKOFF_BASE_S = 1.0
 BACKOFF_CAP_S = 60.0
-"""Probes after 1, 2, 4 … 60 s: 10 of them in five minutes of outage, and never a minute and a half without a look."""
+"""Probes after 1, 2, 4 … 60 s: 10 in a five-minute outage, and at least one every minute and a half."""
 
 PATIENT_COOLINGS = 3
-"""After a storm of 429 in the midst of answers, so many more coolings of a second before they double: a bucket fills
-within seconds, and many spells are as short."""
+"""After a storm of 429 among answers, this many more coolings of a second before they double: a bucket refills
+within seconds, and many storms are as short."""
 
 JITTER = 0.5
 LEAST_JITTERED_S = 0.1
-"""Up to half of the wait is added, never subtracted: no probe before its time, no two processes in step. After a short
-wait that the server asked for, only a little."""
+"""Up to half of the wait is added, never subtracted: no probe is early, and no two processes are in step. Little is
+added to a short wait that the server named."""
 
-CALMER = 0.7
-"""What is left in flight after an overload or connect trouble; a 5xx says nothing of load, a 429 only of pace."""
+IN_FLIGHT_KEPT = 0.7
+"""The factor for requests in flight after an overload or a connection failure. A 5xx is no sign of load, and a 429
+only of the rate."""
 
 UNREACHED = frozenset({"dns", "refused", "connect", "tls"})
-"""Failures before a word was said; after any other the server was there."""
+"""Failures before a byte was sent; after any other kind the server was reached."""
 
 IN_FLIGHT = Binding(Limit.IN_FLIGHT)
 PROCEED = Ruling()
@@ -59,17 +52,21 @@ HOLD = Ruling(hold=True)
 
 
 class _Suspicion(msgspec.Struct, frozen=True):
-    """A verdict on the run that one row alone has met; attempts of order `since` and on were sent after it."""
+    """A run-wide verdict that only one row has met; attempts of order >= `since` were sent after it."""
 
     verdict: Verdict
     since: int
 
 
 class Circuit:
-    """The machine. `phase` is what is believed; `successes` counts the good answers of this process.
+    """The state machine: `phase` is the current state, `successes` counts this process's good answers.
 
-    A row's failed attempt may count against the row only if `successes` has moved since the row was first asked:
-    then the endpoint was well, and an outage burns no row.
+    A failed attempt may count against its row only if `successes` has grown since the row was first sent: then the
+    endpoint was working, so an outage uses up no row's attempts.
+
+    An **episode** begins whenever the endpoint's state becomes doubtful. Each attempt has an `order` among all that
+    were admitted: one sent before the episode is no evidence of the present. For the same reason only a row sent
+    *after* a verdict can disprove it: when a key is revoked, older requests still succeed for minutes.
     """
 
     def __init__(
@@ -81,7 +78,7 @@ class Circuit:
         uniform: Callable[[], float],
         on_change: Callable[[Phase, Phase], None],
     ) -> None:
-        """`uniform` draws from [0, 1). `resumed` runs have had their first ten rows."""
+        """`uniform` draws from [0, 1). In `resumed` runs the first rows were checked earlier."""
         self.phase: Phase = OPEN
         self.successes = 0
         self.in_flight = in_flight
@@ -95,7 +92,7 @@ class Circuit:
         self._probe_out = False
         self._extended = False
         self._coolings = 0
-        self._unwell_since_s: float | None = None
+        self._failing_since_s: float | None = None
         self._reached = False
         self._unanswered = Unanswered()
         self._suspicions: dict[int, _Suspicion] = {}
@@ -108,15 +105,15 @@ class Circuit:
 
     @property
     def in_doubt(self) -> bool:
-        """True while one row at a time is let through, or will be, to show whether the endpoint is well."""
+        """True while one row at a time is sent, or will be, to find out whether the endpoint works."""
         return isinstance(self.phase, Probing) or (isinstance(self.phase, Cooling) and self.phase.probe)
 
     def unanswered_s(self, now_s: float) -> float:
-        """How long the endpoint has failed without an answer between; 0 where the last attempt was answered."""
-        return 0.0 if self._unwell_since_s is None else now_s - self._unwell_since_s
+        """How long the endpoint has failed without an answer; 0 if the last attempt was answered."""
+        return 0.0 if self._failing_since_s is None else now_s - self._failing_since_s
 
     def binding(self, now_s: float) -> Binding | None:
-        """What bars the next row; None when `admit` may be called. A cooling whose time is over becomes probing."""
+        """What blocks the next attempt; None if `admit` may be called. A cooling that is over becomes probing."""
         if self.phase is OPEN:
             return self._room(now_s)
         match self.phase:
@@ -138,7 +135,7 @@ class Circuit:
         return IN_FLIGHT if ready_s is None else Binding(Limit.IN_FLIGHT, ready_s)
 
     def admit(self, now_s: float) -> int:
-        """One attempt more is out; its order among all, to be given back with its outcome."""
+        """Counts one more attempt in flight; returns its order, to be passed back with its outcome."""
         self._out += 1
         self.in_flight.sent(self._out, now_s)
         self._probe_out = True
@@ -146,21 +143,21 @@ class Circuit:
         return self._sent - 1
 
     def withdraw(self, order: int) -> None:
-        """An admitted attempt is no longer out: it has ended, or was never sent."""
+        """An admitted attempt is no longer in flight: it ended, or was never sent."""
         if order >= self._trouble:
             self._out -= 1
         if order >= self._episode:
             self._probe_out = False
 
     def close(self, stop: Stop) -> None:
-        """Nothing is admitted any more. The first reason stays the reason."""
+        """Ends admission. The first reason is kept."""
         if self.stop is None:
             self._enter(Stopped(stop))
 
     def observe(self, outcome: Outcome, order: int, now_s: float, finding: Finding = NOTHING) -> Ruling:
-        """The outcome is taken into account, once per admitted attempt; what it means for rows.
+        """Takes one admitted attempt's outcome into account; returns what it means for rows.
 
-        `finding` is what a refusal is evidence of.
+        `finding` is what `Refusals` concluded from a refusal.
         """
         self.withdraw(order)
         if outcome.says_nothing:
@@ -169,13 +166,13 @@ class Circuit:
             case Verdict.OK:
                 return self._succeeded(outcome.row, order, now_s)
             case Verdict.ROW:
-                return self._failed_alone(outcome, order, now_s)
+                return self._row_failed(outcome, order, now_s)
             case Verdict.FREE | Verdict.MAYBE:
-                return self._failed_unanswered(outcome, order, now_s)
+                return self._got_no_answer(outcome, order, now_s)
             case Verdict.SLOW:
                 return self._refused(outcome, order, now_s, finding)
             case Verdict.PAUSE | Verdict.STOP:
-                return self._judged_the_run(outcome)
+                return self._run_failed(outcome)
             case _:
                 assert_never(outcome.verdict)
 
@@ -186,57 +183,58 @@ class Circuit:
         self._answered(order, now_s)
         return Ruling(own=own) if own else PROCEED
 
-    def _failed_alone(self, outcome: Outcome, order: int, now_s: float) -> Ruling:
-        """An answer, if a bad one: the endpoint works. That the key does, only a success would show."""
+    def _row_failed(self, outcome: Outcome, order: int, now_s: float) -> Ruling:
+        """A bad answer is still an answer: the endpoint works. Only a success would show that the key does, too."""
         self._count_alike(outcome.error)
         self._answered(order, now_s)
         return PROCEED
 
-    def _failed_unanswered(self, outcome: Outcome, order: int, now_s: float) -> Ruling:
-        if order < self._trouble or self._outage_is_over_long(outcome, now_s):
+    def _got_no_answer(self, outcome: Outcome, order: int, now_s: float) -> Ruling:
+        if order < self._trouble or self._outage_is_too_long(outcome, now_s):
             return PROCEED
         probe_failed = isinstance(self.phase, Probing) and order >= self._episode
         is_outage = self._unanswered.fail(outcome.row, order, sent=self._sent, allowed_in_flight=self.in_flight.allowed)
         if is_outage or probe_failed:
             answered = outcome.error is not None and outcome.error.http_status is not None
-            self.in_flight.calm_down(1.0 if answered else CALMER, _text(outcome.error), first=not self._coolings)
-            why = f"the endpoint is not answering: {_text(outcome.error)}"
-            self._cool(why, _in_brief(outcome.error), now_s, None)
+            kept = 1.0 if answered else IN_FLIGHT_KEPT
+            self.in_flight.back_off(kept, _reason(outcome.error), first=not self._coolings)
+            why = f"the endpoint is not answering: {_reason(outcome.error)}"
+            self._cool(why, _brief_reason(outcome.error), now_s, None)
         return PROCEED
 
     def _refused(self, outcome: Outcome, order: int, now_s: float, finding: Finding) -> Ruling:
-        """One refusal is its row's matter. A storm of them, or a probe that is refused, makes everyone wait."""
+        """A single refusal only delays its row. A storm, or a refused probe, pauses admission."""
         error, floor_s = outcome.error, outcome.retry_after_s
         if order < self._trouble:
             self._extend_once(now_s + (floor_s or 0.0))
-        elif not self._outage_is_over_long(outcome, now_s):
+        elif not self._outage_is_too_long(outcome, now_s):
             probing = isinstance(self.phase, Probing) and order >= self._episode
             if finding.storm or (probing and not self._suspicions):
-                if finding.storm and finding.taken:
+                if finding.storm and finding.accepted:
                     self._coolings = 0
                 paced = error is not None and error.http_status == 429
                 if not paced:
-                    self.in_flight.calm_down(CALMER, _text(error), first=not self._coolings)
-                # after a storm of 429 the rate is lowered, so all may go on at once; but not where nothing is taken
-                probe = not (paced and finding.storm and finding.taken and self.successes)
-                self._cool(_text(error), _in_brief(error), now_s, floor_s, paced=paced, probe=probe)
+                    self.in_flight.back_off(IN_FLIGHT_KEPT, _reason(error), first=not self._coolings)
+                # after a storm of 429 the rate is lowered, so all may be sent at once; but not if nothing was accepted
+                probe = not (paced and finding.storm and finding.accepted and self.successes)
+                self._cool(_reason(error), _brief_reason(error), now_s, floor_s, paced=paced, probe=probe)
             else:
-                self._unwell_since_s = None if finding.taken else self._unwell_since_s
+                self._failing_since_s = None if finding.accepted else self._failing_since_s
         return PROCEED
 
-    def _judged_the_run(self, outcome: Outcome) -> Ruling:
-        """Two that agree end the run: another row, or the same one again, which is asked twice only when alone."""
+    def _run_failed(self, outcome: Outcome) -> Ruling:
+        """A second row with the same verdict stops the run; so does the same row again, sent when no other is left."""
         if any(suspicion.verdict is outcome.verdict for suspicion in self._suspicions.values()):
             exit_code = ExitCode.PAUSED if outcome.verdict is Verdict.PAUSE else ExitCode.USAGE
-            self.close(Stop(exit_code, _text(outcome.error)))
+            self.close(Stop(exit_code, _reason(outcome.error)))
         else:
             self._suspect(outcome)
         return HOLD
 
     def _answered(self, order: int, now_s: float) -> None:
-        """The endpoint gave an answer. Sent after the last trouble, it reopens the gate and may let more in flight."""
+        """An answer came. If sent after the last trouble, it closes the episode and may allow more in flight."""
         self._unanswered.answer(order)
-        self._unwell_since_s = None
+        self._failing_since_s = None
         self._reached = True
         if order < self._trouble:
             return
@@ -247,9 +245,9 @@ class Circuit:
             self._enter(OPEN)
 
     def _count_alike(self, error: RowError | None) -> None:
-        """Ten first rows with one and the same failure close the gate; the first that differs ends the count.
+        """Ten first rows with the same failure close the gate; a different one ends the count.
 
-        A content policy speaks of the rows: a file may well begin with ten that it refuses.
+        A content policy refusal also ends it: that is about the rows, and ten of them may well come first in a file.
         """
         if error is not None and error.kind == "content_policy":
             self._first_failures = None
@@ -260,43 +258,43 @@ class Circuit:
         if _kind(failures[0]) != _kind(error):
             self._first_failures = None
         elif len(failures) == ALIKE_ROWS:
-            self.close(Stop(ExitCode.USAGE, f"the first {ALIKE_ROWS} rows all failed alike: {_text(error)}"))
+            self.close(Stop(ExitCode.USAGE, f"the first {ALIKE_ROWS} rows all failed alike: {_reason(error)}"))
 
     def _suspect(self, outcome: Outcome) -> None:
-        """Admission stops at once but for one row, which shows whether the verdict was on the run."""
+        """Admission stops except for one row at a time, which shows whether the verdict concerns the run."""
         self._episode = self._sent
         self._suspicions[outcome.row] = _Suspicion(outcome.verdict, self._episode)
         if not isinstance(self.phase, Cooling | Stopped):
-            self._probe(_text(outcome.error))
+            self._probe(_reason(outcome.error))
 
     def _cleared_by(self, row: int, order: int) -> tuple[int, ...]:
-        """Forgets what this row's success disproves; the other rows whose verdict was their own."""
+        """Drops suspicions that this success disproves; returns the other rows whose verdict was their own."""
         cleared = [r for r, suspicion in self._suspicions.items() if r == row or order >= suspicion.since]
         for suspect in cleared:
             del self._suspicions[suspect]
         return tuple(suspect for suspect in cleared if suspect != row)
 
-    def _outage_is_over_long(self, outcome: Outcome, now_s: float) -> bool:
-        """True, and the gate closed, when nothing was answered for longer than `max_outage_s`; an endpoint that was
-        never reached at all, in this process, is not waited for: its name or address is likely wrong.
+    def _outage_is_too_long(self, outcome: Outcome, now_s: float) -> bool:
+        """Closes the gate and returns True after `max_outage_s` without an answer; much earlier if this process never
+        reached the endpoint: then its name or address is probably wrong.
         """
         self._reached |= outcome.error is None or outcome.error.http_status is not None
-        if self._unwell_since_s is None:
-            self._unwell_since_s = now_s
+        if self._failing_since_s is None:
+            self._failing_since_s = now_s
         patience_s = self._max_outage_s if self._reached else min(FIRST_REACH_S, self._max_outage_s)
-        if now_s - self._unwell_since_s <= patience_s:
+        if now_s - self._failing_since_s <= patience_s:
             return False
         unreached = not self._reached and outcome.error is not None and outcome.error.kind in UNREACHED
         what = "the endpoint was never reached" if unreached else "no answer"
-        self.close(Stop(ExitCode.PAUSED, f"{what} for {_duration(patience_s)}: {_text(outcome.error)}"))
+        self.close(Stop(ExitCode.PAUSED, f"{what} for {_duration(patience_s)}: {_reason(outcome.error)}"))
         return True
 
     def _cool(
         self, why: str, because: str, now_s: float, floor_s: float | None, *, paced: bool = False, probe: bool = True
     ) -> None:
-        """Nothing goes out until the server's own wait or the backoff is over; clamped first, jittered then.
+        """Pauses until the server's own wait or the backoff is over: clamped first, then jittered.
 
-        A first 429 that says how long is taken at its word (`paced`): the endpoint is well, and the pace is lowered.
+        A first 429 that names a wait is believed (`paced`): the endpoint works, and the rate is lowered.
         """
         doublings = max(0, self._coolings - PATIENT_COOLINGS) if paced and self.successes else self._coolings
         backoff_s = min(BACKOFF_CAP_S, BACKOFF_BASE_S * 2 ** min(doublings, 30))
@@ -315,7 +313,7 @@ class Circuit:
         self._enter(Cooling(until_s, why, because, probe))
 
     def _extend_once(self, until_s: float) -> None:
-        """A straggler repeats no cooling; only a longer wait asked for by the server moves its end, and only once."""
+        """A straggler starts no new cooling; a longer wait named by the server extends it, once."""
         if isinstance(self.phase, Cooling) and until_s > self.phase.until_s and not self._extended:
             self._extended = True
             jitter_s = self._uniform() * JITTER * BACKOFF_BASE_S
@@ -340,14 +338,14 @@ def _kind(error: RowError | None) -> tuple[str, int | None, str | None] | None:
     return None if error is None else (error.kind, error.http_status, error.code)
 
 
-def _in_brief(error: RowError | None) -> str:
-    """The status alone, or the kind of a failure without one: what a progress line has room for."""
+def _brief_reason(error: RowError | None) -> str:
+    """The status, or the kind of failure without one: short enough for the progress line."""
     if error is None:
         return "no reason given"
     return error.kind.replace("_", " ") if error.http_status is None else str(error.http_status)
 
 
-def _text(error: RowError | None) -> str:
+def _reason(error: RowError | None) -> str:
     """The reason in the server's words, with its status."""
     if error is None:
         return "no reason was given"

@@ -1,8 +1,7 @@
-"""A cap on requests in flight where a server refuses what is too many at once. PURE.
+"""A cap on requests in flight for a server that refuses too many at once. PURE.
 
-Such a server refuses by number and not by rate: what was refused was sent with more others in flight than what was
-taken. That is a suspicion only, as it also looks so where a limit is met while the number in flight still grows. So it
-is tried: with fewer in flight, refusals end; where it was a limit, they go on, and the cap goes.
+Such a server refuses by concurrency, not by rate: refused requests were sent with more others in flight than accepted
+ones. A rate limit met during ramp-up looks the same, so the cap is tried first and dropped if refusals continue.
 """
 
 from collections import deque
@@ -10,71 +9,71 @@ from collections.abc import Callable
 
 REMEMBERED = 64
 RECENT_S = 30.0
-LEAST_TAKEN = 3
-"""Fewer attempts that were taken say nothing of how many at once are borne."""
+LEAST_ACCEPTED = 3
+"""Fewer accepted attempts say nothing about how many the server accepts at once."""
 
 OVERLAP = 0.35
-"""Attempts that were taken although as many others were in flight as with a refused one: up to this share may be so,
-since we see an ending later than the server does."""
+"""The share of accepted attempts that may have had as many others in flight as a refused one: we see an attempt end
+later than the server does."""
 
 BELOW_REFUSED = 0.85
-"""The first cap, of the least number that was refused: where 16 others are too many, for the same delay 15 may be."""
+"""The first cap, as a share of the lowest refused number: if 16 others are too many, 15 may be, too."""
 
 TRIED = 3
-"""A cap is believed after as many attempts as it allows, times this, without too many refusals."""
+"""The trial of a cap ends after this many times as many attempts as it allows, without too many refusals."""
 
 PROBE_EVERY_S = 1.0
 MAX_PROBE_EVERY_S = 20.0
-"""More is tried after a second, then 2, 4 … 20 s: each time costs some refusals, and a cap that was raised is in use
-within half a minute."""
+"""A higher cap is tried after a second, then 2, 4 … 20 s: each trial costs some refusals, and a raised limit is in
+use within half a minute."""
 
 LOWERED = 0.9
 LOWERED_AGAIN_S = 2.0
-"""Where refusals come back, the cap is too high. Where they come back at once, it is no matter of numbers."""
+"""The cap is lowered when refusals return. If they return at once, concurrency is not the cause."""
 
-WRONG_FOR_S = 30.0
-"""How long crowding is not suspected again after it was wrong; twice as long the next time."""
+RULED_OUT_FOR_S = 30.0
+"""How long crowding is ruled out after it proved wrong; doubled each time."""
 
 
 class Crowding:
-    """The cap, None while there is none. `others` are always other attempts in flight, at the moment of sending."""
+    """The cap; None while there is none. `others` counts the other attempts in flight at the moment of sending."""
 
     __slots__ = (
+        "_accepted",
         "_lowered_s",
         "_not_before_s",
         "_on_change",
         "_probe_s",
         "_probing_from",
         "_refused",
+        "_ruled_out_for_s",
         "_step",
-        "_taken",
         "_tried",
         "_wait_s",
-        "_wrong_for_s",
         "cap",
     )
 
     def __init__(self, on_change: Callable[[int | None, int | None, str], None]) -> None:
-        """`on_change` is told each change of the cap: before, after, why."""
+        """`on_change` is called with each change of the cap: before, after, why."""
         self._on_change = on_change
         self.cap: int | None = None
-        self._taken: deque[tuple[float, int]] = deque(maxlen=REMEMBERED)
+        self._accepted: deque[tuple[float, int]] = deque(maxlen=REMEMBERED)
         self._refused: deque[int] = deque(maxlen=REMEMBERED)
         self._tried: int | None = None
         self._probing_from: int | None = None
         self._lowered_s = self._probe_s = self._not_before_s = -1.0
         self._wait_s = PROBE_EVERY_S
         self._step = 1
-        self._wrong_for_s = WRONG_FOR_S
+        self._ruled_out_for_s = RULED_OUT_FOR_S
 
     @property
     def on_trial(self) -> bool:
-        """True while it is not known whether the cap helps."""
+        """True until it is known whether the cap helps."""
         return self._tried is not None
 
-    def took(self, now_s: float, others: int, most: int) -> None:
-        """An attempt was taken; `most` is the most that may be in flight at all."""
-        self._taken.append((now_s, others))
+    def accepted(self, now_s: float, others: int, most: int) -> None:
+        """An attempt was accepted; at most `most` may be in flight."""
+        self._accepted.append((now_s, others))
         if self.cap is None:
             return
         if self._tried is not None:
@@ -89,9 +88,9 @@ class Crowding:
             self._probe_s = now_s + self._wait_s
 
     def refused(self, now_s: float, others: int) -> bool:
-        """True where the cap explains the refusal: it was sent with more in flight than is known to be borne."""
-        borne = self.cap if self._probing_from is None else self._probing_from
-        if borne is None or others < borne:
+        """True if the cap explains the refusal: more were in flight than the server is known to accept."""
+        capacity = self.cap if self._probing_from is None else self._probing_from
+        if capacity is None or others < capacity:
             self._refused.append(others)
             return False
         if self._probing_from is not None:
@@ -102,15 +101,15 @@ class Crowding:
         return True
 
     def suspect(self, now_s: float, refused: int, overlap: float = OVERLAP) -> bool:
-        """True, and a cap on trial, where the last refusals were sent with more in flight than what was taken."""
+        """Starts a cap on trial and returns True if the last refusals had more in flight than accepted attempts."""
         if now_s < self._not_before_s or self.cap is not None:
             return False
-        taken = [others for at_s, others in self._taken if now_s - at_s < RECENT_S]
+        accepted = [others for at_s, others in self._accepted if now_s - at_s < RECENT_S]
         numbers = sorted(list(self._refused)[-refused:])
-        if len(taken) < LEAST_TAKEN or len(numbers) < refused:
+        if len(accepted) < LEAST_ACCEPTED or len(numbers) < refused:
             return False
         low = numbers[len(numbers) // 10]
-        if low < 2 or sum(others >= low for others in taken) > overlap * len(taken):
+        if low < 2 or sum(others >= low for others in accepted) > overlap * len(accepted):
             return False
         self._tried, self._probing_from, self._step, self._wait_s = 0, None, 1, PROBE_EVERY_S
         self._lowered_s = now_s
@@ -118,7 +117,7 @@ class Crowding:
         return True
 
     def doubt(self, now_s: float) -> bool:
-        """Too much is refused below the cap: it is lowered, or (False) given up, as it was no matter of numbers."""
+        """Too much is refused below the cap: lowers it (True), or drops it as the wrong explanation (False)."""
         assert self.cap is not None
         if self._tried is None and now_s - self._lowered_s > LOWERED_AGAIN_S and self.cap > 1:
             self._lowered_s, self._probe_s = now_s, now_s + self._wait_s
@@ -126,8 +125,8 @@ class Crowding:
             self._set(max(1, min(self.cap - 1, int(self.cap * LOWERED))), "still refused")
             return True
         self._tried = self._probing_from = None
-        self._not_before_s = now_s + self._wrong_for_s
-        self._wrong_for_s *= 2
+        self._not_before_s = now_s + self._ruled_out_for_s
+        self._ruled_out_for_s *= 2
         self._set(None, "fewer in flight did not help")
         return False
 

@@ -1,7 +1,6 @@
-"""The requests of a day, for `limits.requests_per_day`. PURE.
+"""Requests per UTC day, for `limits.requests_per_day`. PURE.
 
-A day is a day of UTC. Its count survives every end of a process, as it is no count of its own: it is what the run's
-account says now, less what it said when the day began.
+The count survives a crash because it is derived: the run's total now, minus its total when the day began.
 """
 
 import math
@@ -17,14 +16,14 @@ _DAY_S = 86_400.0
 
 
 class Day(msgspec.Struct, frozen=True):
-    """A day, as `2026-11-25`, and how many requests the run had made before it began."""
+    """A UTC date, like `2026-11-25`, and the run's total of requests when it began."""
 
     date: str
     requests_before: int
 
 
 def today(entry: str | None, now: datetime, requests: int) -> Day:
-    """The day that it is now: the one on record, or a new one, which begins with so many requests made."""
+    """The stored day if it is still today, or a new one that begins with so many requests made."""
     date = now.astimezone(UTC).date().isoformat()
     if entry is not None:
         day = msgspec.json.decode(entry, type=Day)
@@ -34,7 +33,7 @@ def today(entry: str | None, now: datetime, requests: int) -> Day:
 
 
 def encode(day: Day) -> str:
-    """The manifest's entry."""
+    """The manifest entry."""
     return msgspec.json.encode(day).decode()
 
 
@@ -46,13 +45,13 @@ def left_s(now: datetime) -> float:
 
 
 def least_s(requests: int, limit: int, day_left_s: float) -> float:
-    """How long so many requests take at least, at `limit` a day, from a day that ends in `day_left_s`."""
+    """The least time for so many requests at `limit` a day, if the present day ends in `day_left_s`."""
     midnights = -(-requests // limit) - 1
     return day_left_s + (midnights - 1) * _DAY_S if midnights > 0 else 0.0
 
 
 class DailyCount:
-    """How many of its `limit` requests a day still has: none are left until it ends at `ends_s`, then all again."""
+    """Counts a day's requests up to `limit`; the count restarts at `ends_s`, and a day later each time."""
 
     __slots__ = ("_made", "ends_s", "limit")
 
@@ -62,17 +61,17 @@ class DailyCount:
         self.ends_s = ends_s
 
     def is_spent(self, now_s: float) -> bool:
-        """True when no request may be made before `ends_s`."""
+        """True if no request may be sent before `ends_s`."""
         while now_s >= self.ends_s:
             self.ends_s += _DAY_S
             self._made = 0
         return self._made >= self.limit
 
     def take(self) -> None:
-        """One request is made."""
+        """Counts one request."""
         self._made += 1
 
     def most(self, until_s: float) -> int:
-        """How many requests may be made until then."""
+        """How many requests may be sent until then."""
         midnights = max(0, math.ceil((until_s - self.ends_s) / _DAY_S))
         return max(0, self.limit - self._made) + midnights * self.limit

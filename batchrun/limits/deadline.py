@@ -1,4 +1,4 @@
-"""`--deadline`: the moment by which a start is to have ended, read once and kept on a clock that never jumps. PURE."""
+"""`--deadline`: the moment at which a run must have ended, converted once to a clock that never jumps. PURE."""
 
 import re
 from collections.abc import Callable
@@ -13,21 +13,21 @@ _DURATION = re.compile(r"(?:(?P<days>\d+(?:\.\d+)?)d)?(?:(?P<hours>\d+(?:\.\d+)?
 _TIME_OF_DAY = re.compile(r"\d{1,2}:\d{2}(?::\d{2})?")
 
 LONGEST = timedelta(days=366)
-"""Beyond it a deadline is a slip of the pen."""
+"""A longer deadline is taken for a typing error."""
 
 LEAD_SHARE = 0.5
-"""At most this share of the time is kept for what is in flight at its end, however slow the answers are."""
+"""At most this share of the time is reserved for requests in flight at the end, however slow the answers are."""
 
 
 class Deadline(msgspec.Struct, frozen=True):
-    """`at` is wall time, for people; `at_s` is the same moment on the machine's clock, and decides."""
+    """`at` is wall time, to show; `at_s` is the same moment on the monotonic clock, to compare."""
 
     at: datetime
     started_s: float
     at_s: float
 
     def last_send_s(self, latency_s: float) -> float:
-        """When the last request may go, if answers take so long: what is in flight then ends by the deadline."""
+        """The last moment to send a request that takes `latency_s`, so that it ends by the deadline."""
         return self.at_s - min(latency_s, LEAD_SHARE * (self.at_s - self.started_s))
 
     def __str__(self) -> str:
@@ -35,17 +35,17 @@ class Deadline(msgspec.Struct, frozen=True):
 
 
 Local = Callable[[datetime], datetime]
-"""What clocks show here → the moment. `datetime.astimezone` knows the machine's own time zone, summer time and all."""
+"""Local time → moment. `datetime.astimezone` uses the machine's own time zone, with daylight saving time."""
 
 
 def read(text: str, now: datetime, now_s: float, local: Local = datetime.astimezone) -> Deadline:
-    """The deadline that the text names, seen from `now` (local time, aware), which is `now_s` on the machine's clock.
+    """Parses a deadline, given `now` (local, aware), which is `now_s` on the monotonic clock.
 
-    A duration (`6h`, `90m`, `1h30m`), a time of day (`06:00`: the next one), or a moment (`2026-11-26T06:00`, local
-    where it names no time zone).
+    Accepts a duration (`6h`, `90m`, `1h30m`), a time of day (`06:00`: the next one), or a moment (`2026-11-26T06:00`,
+    local without a time zone).
 
     Raises:
-        JobError: it is none of these, or over already.
+        JobError: it is invalid, or in the past.
     """
     at = _moment(text.strip(), now, local)
     if at is None:
@@ -54,14 +54,14 @@ def read(text: str, now: datetime, now_s: float, local: Local = datetime.astimez
         )
     ahead = at.astimezone(UTC) - now.astimezone(UTC)
     if ahead <= timedelta(0):
-        raise JobError(f"--deadline {text}: is over already; name a later one")
+        raise JobError(f"--deadline {text}: is in the past; name a later one")
     if ahead > LONGEST:
-        raise JobError(f"--deadline {text}: is more than a year ahead; name an earlier one, or none")
+        raise JobError(f"--deadline {text}: is more than a year ahead; name an earlier one")
     return Deadline(at, now_s, now_s + ahead.total_seconds())
 
 
 def in_words(at: datetime, now: datetime) -> str:
-    """A moment as short as it is clear: the time, with its day where that is not today."""
+    """The time, with its date unless that is today."""
     seconds = ":%S" if at.second else ""
     if at.date() == now.astimezone(at.tzinfo).date():
         return at.strftime(f"%H:%M{seconds}")
@@ -69,7 +69,7 @@ def in_words(at: datetime, now: datetime) -> str:
 
 
 def _moment(text: str, now: datetime, local: Local) -> datetime | None:
-    """None where the text names no moment."""
+    """None if the text is not a moment."""
     try:
         if _TIME_OF_DAY.fullmatch(text):
             return _next(text, now, local)
@@ -83,7 +83,7 @@ def _moment(text: str, now: datetime, local: Local) -> datetime | None:
 
 
 def _next(time_of_day: str, now: datetime, local: Local) -> datetime:
-    """The next moment at which clocks here show that time."""
+    """The next moment at which local clocks show that time."""
     hour, minute, *second = map(int, time_of_day.split(":"))
     today = now.replace(hour=hour, minute=minute, second=second[0] if second else 0, microsecond=0, tzinfo=None)
     at = local(today)

@@ -1,7 +1,7 @@
-"""What became of attempts, in the order in which they were sent; and when a share of refusals is no chance. PURE.
+"""Attempts in the order of sending, and sequential tests on the share that is refused. PURE.
 
-Refusals come back at once and answers take their time, so the order of endings says little. A server decides when a
-request arrives: only in the order of sending do refusals stand side by side where its bucket was empty.
+The order of sending matters, not that of ending: a server decides when a request arrives, and refusals return faster
+than answers. Only in the order of sending do refusals stand side by side where a bucket was empty.
 """
 
 import math
@@ -11,17 +11,16 @@ from collections.abc import Callable, Iterator
 import msgspec
 
 PATIENCE = 1.25
-"""An attempt that is out for longer than refusals take, times this, counts as taken: the slack is for jitter."""
+"""An attempt in flight for this many times as long as refusals take counts as accepted; the slack is for jitter."""
 
 PATIENCE_KEPT = 0.9
-"""The slowest refusal is forgotten by this much with each faster one."""
+"""The factor by which the slowest refusal is forgotten with each faster one."""
 
 
 class Sent(msgspec.Struct):
     """One attempt: when it was sent, with how many others in flight, and for how many tokens.
 
-    `refused` is None while nobody knows. `counts` is False for an attempt that proves nothing: it never reached the
-    server.
+    `refused` is None while unknown. `counts` is False if it never reached the server, which proves nothing.
     """
 
     at_s: float
@@ -31,8 +30,8 @@ class Sent(msgspec.Struct):
     counts: bool = True
 
 
-class Trail:
-    """Attempts in the order of sending, until it is known whether the server took them."""
+class SendLog:
+    """Attempts in the order of sending, each kept until it is known whether the server accepted it."""
 
     __slots__ = ("_first", "_out", "_patience_s")
 
@@ -43,24 +42,24 @@ class Trail:
 
     @property
     def next_order(self) -> int:
-        """The order that the next attempt will have."""
+        """The order of the next attempt."""
         return self._first + len(self._out)
 
     def sent(self, at_s: float, others: int, tokens: int) -> None:
-        """One attempt more is out; its order is that of all before it, plus one."""
+        """Adds an attempt; its order is one more than that of the last."""
         self._out.append(Sent(at_s, others, tokens))
 
     def ended(self, order: int, now_s: float, *, refused: bool, counts: bool = True) -> None:
-        """The attempt of this order was refused, or was not."""
+        """Records whether the attempt of this order was refused."""
         if order < self._first:
-            return  # it was out for so long that it had counted as taken
+            return  # it took so long that it was counted as accepted
         attempt = self._out[order - self._first]
         attempt.refused, attempt.counts = refused, counts
         if refused:
             self._patience_s = max(PATIENCE_KEPT * self._patience_s, now_s - attempt.at_s)
 
     def known(self, now_s: float) -> Iterator[tuple[int, Sent]]:
-        """Attempts of which it has become known whether they were taken, with their order, in that order."""
+        """Yields, in order, the attempts for which it is now known whether they were accepted."""
         while self._out:
             attempt = self._out[0]
             if attempt.refused is None and not 0 < PATIENCE * self._patience_s <= now_s - attempt.at_s:
@@ -71,18 +70,17 @@ class Trail:
                 yield self._first - 1, attempt
 
 
-class Walk:
-    """A sequential test: is a share `much` refused, and not just the ordinary share?
+class SequentialTest:
+    """A sequential test (Wald): is the refused share `much`, or only `ordinary`?
 
-    Each refusal takes a step up and each attempt that was taken one down, by the logarithm of how much more likely it
-    is under the one than under the other (Wald's test). At zero it starts again. A share that is as ordinary reaches
-    `bar` once in about e^bar excursions.
+    Each refusal steps up and each accepted attempt steps down, by the log of the likelihood ratio. At zero it starts
+    again. With an ordinary share it reaches `bar` about once in e^bar excursions.
     """
 
     __slots__ = ("_at", "_bar", "_on_zero", "count", "refused")
 
     def __init__(self, bar: float, on_zero: Callable[[int, int], None] = lambda refused, count: None) -> None:
-        """`on_zero` gets what an excursion that came to nothing has counted: refusals, and attempts."""
+        """`on_zero` is called when an excursion ends below the bar, with its refusals and its attempts."""
         self._bar = bar
         self._on_zero = on_zero
         self.clear()
@@ -98,14 +96,14 @@ class Walk:
         return self._at < self._bar / 3
 
     def clear(self) -> None:
-        """The next attempt begins a new excursion."""
+        """Starts a new excursion."""
         self._at = 0.0
         self.refused = self.count = 0
 
     def step(self, ordinary: float, much: float, *, refused: bool, times: float = 1.0) -> bool:
-        """One attempt more; True where this refusal makes it too many, `times` as many as usual."""
+        """Adds one attempt; True if this refusal reaches the bar, raised by the factor `times`."""
         if not refused and not self._at:
-            self._on_zero(0, 1)  # what nearly every attempt comes to, without a logarithm
+            self._on_zero(0, 1)  # nearly every attempt takes this path, without a logarithm
             return False
         self.count += 1
         if refused:
@@ -119,17 +117,17 @@ class Walk:
         return False
 
 
-class Share:
-    """The share of attempts that is refused in ordinary times, over the last few hundred of them."""
+class RefusedShare:
+    """The refused share in ordinary times: a moving average over a few hundred attempts."""
 
     __slots__ = ("_count", "_refused")
 
     MEMORY = 300
-    """Attempts after which an older count is all but forgotten: a share of 1 % is known to within a per cent then, and
+    """Attempts after which an older count is nearly forgotten: a share of 1 % is then known to within one percent, and
     a share that begins or ends is noticed within a few hundred requests."""
 
     PRIOR = 20
-    """Attempts' worth of belief, before anything is known, that next to nothing is refused."""
+    """Weight of the initial belief that almost nothing is refused, in attempts."""
 
     def __init__(self) -> None:
         self._refused = self._count = 0.0
@@ -139,16 +137,16 @@ class Share:
 
     @property
     def is_known(self) -> bool:
-        """True once it says more than the prior."""
+        """True once observations outweigh the prior."""
         return self._count >= 3 * self.PRIOR
 
     def add(self, refused: int, count: int) -> None:
-        """So many more attempts, so many of them refused."""
+        """Adds attempts, so many of them refused."""
         kept = max(0.0, 1 - count / self.MEMORY)
         self._refused = self._refused * kept + refused
         self._count = self._count * kept + count
 
-    def be(self, share: float, count: int) -> None:
-        """It is this, by so many attempts."""
+    def set(self, share: float, count: int) -> None:
+        """Sets the share, as measured over so many attempts."""
         self._count = min(count, self.MEMORY)
         self._refused = share * self._count

@@ -1,7 +1,6 @@
-"""When a run will be done, how much of it by its deadline, and which limit it is that makes it so. PURE.
+"""Predicts when a run ends, and how much is done by its deadline: the last minutes are extrapolated. PURE.
 
-What the last minutes brought goes on: that is the whole forecast. It includes waits, retries and coolings as they were.
-Times are seconds of a clock that never jumps.
+Waits, retries and coolings are included as they occurred. Times are seconds of a clock that never jumps.
 """
 
 from collections import Counter, deque
@@ -11,29 +10,28 @@ import msgspec
 from batchrun.limits.admission import Limit
 
 WINDOW_S = 300.0
-"""So much of the past speaks for the future: long enough for a cooling to be a part of it, short enough to follow a
-limit that changes."""
+"""How much of the past is extrapolated: long enough to include a cooling, short enough to follow a changed limit."""
 
 RATE_S = 30.0
-"""So much of it makes the rate that is shown as the present one."""
+"""The span of the rate shown as the present one."""
 
 RIPE_S = 60.0
 RIPE_SHARE = 0.1
-"""A warning waits for a minute of experience, or for a tenth of the time there is: the first seconds, with few in
-flight, say little."""
+"""A warning needs a minute of experience, or a tenth of the time available: the first seconds, with few requests in
+flight, are not representative."""
 
 MARGIN = 0.98
-"""Less than this of the rows by the deadline is worth a warning; the rest is the forecast's own error."""
+"""Warn if a smaller share of the rows will be done by the deadline; the rest is the forecast's own error."""
 
 WORSE = 0.1
-"""A warning is repeated when so much less of the rows will be done than was told."""
+"""Warn again when the share has fallen by this much since the last warning."""
 
 LEAK = 0.01
-"""How fast a slow answer is forgotten: after a hundred quicker ones, two thirds of the difference."""
+"""How fast a slow answer is forgotten: after a hundred faster ones, two thirds of the difference."""
 
 
 LONGEST_S = 10 * 365 * 86_400.0
-"""What would take longer is not foretold."""
+"""Longer forecasts are not shown."""
 
 
 class Sample(msgspec.Struct, frozen=True):
@@ -46,7 +44,7 @@ class Sample(msgspec.Struct, frozen=True):
 
 
 class Forecast(msgspec.Struct, frozen=True):
-    """`done_in_s`: None where next to nothing was done lately. `limit`: what rows waited for most of the time."""
+    """`done_in_s`: None if hardly anything was done lately. `limit`: what rows waited for most of the time."""
 
     rows_per_s: float
     tokens_per_s: float
@@ -67,14 +65,14 @@ class Recent:
         self._limits: Counter[Limit] = Counter()
 
     def add(self, sample: Sample) -> None:
-        """The newest sample; what is older than the window is forgotten."""
+        """Adds the newest sample and drops those older than the window."""
         self._samples.append(sample)
         self._limits[sample.limit] += 1
         while sample.at_s - self._samples[0].at_s > WINDOW_S:
             self._limits[self._samples.popleft().limit] -= 1
 
     def forecast(self, rows: int) -> Forecast | None:
-        """What will come of a run of so many rows; None before there are two moments to compare."""
+        """The forecast for a run of so many rows; None with fewer than two samples."""
         if len(self._samples) < 2:
             return None
         first, last = self._samples[0], self._samples[-1]
@@ -92,21 +90,23 @@ class Recent:
 
 
 class Concern:
-    """Whether people should hear that a deadline will not be met: once, and again when it gets markedly worse."""
+    """Decides when to warn that a deadline will be missed: once, and again when the forecast gets markedly worse."""
 
     def __init__(self, allotted_s: float) -> None:
-        """`allotted_s` is all the time that there was."""
+        """`allotted_s` is the whole time available."""
         self._ripe_s = min(RIPE_S, RIPE_SHARE * allotted_s)
-        self._told = 1.0 + WORSE
+        self._warned_at = 1.0 + WORSE
 
     def rises(self, share: float, seen_s: float) -> bool:
-        """Whether to tell that so much of the rows will be done, after so much experience; True counts as told."""
-        if seen_s < self._ripe_s or share >= MARGIN or share > self._told - WORSE:
+        """Whether to warn now, given the share of rows done by the deadline after so much experience; True counts as
+        warned.
+        """
+        if seen_s < self._ripe_s or share >= MARGIN or share > self._warned_at - WORSE:
             return False
-        self._told = share
+        self._warned_at = share
         return True
 
 
 def peak(held_s: float, latency_s: float) -> float:
-    """The latency that nearly all answers keep, one answer later: it rises to each slower one, and sinks slowly."""
+    """The latency that nearly all answers keep, updated by one: rises at once to a slower answer, sinks slowly."""
     return max(latency_s, held_s - (held_s - latency_s) * LEAK)

@@ -1,22 +1,22 @@
-"""How many requests may be in flight: a ramp upwards, and two caps that are found (`crowding`, `knee`). PURE."""
+"""How many requests may be in flight: a ramp upwards, and two caps found while running. PURE."""
 
 from batchrun.limits.crowding import Crowding
 from batchrun.limits.useful_in_flight import UsefulInFlight
 
 FIRST_IN_FLIGHT = 8
-"""Requests in flight before anything is known: enough to fill a normal connection set, few enough to be wrong with."""
+"""Requests in flight before anything is known: enough to fill a normal set of connections, few enough to be wrong."""
 
 USED = 0.8
-"""More is allowed only while so much of it is used: else nobody knows whether the endpoint bears it."""
+"""More is allowed only while this share is used: otherwise nothing shows that the endpoint can handle it."""
 
 SILENT_S = 1.0
-"""What was sent a second ago and not refused is being worked on, so more may go out: where answers take eight seconds,
-a ramp that waits for them takes half a minute. One more at a time, as many in a second as are allowed: if they were
+"""What was sent a second ago and not refused is being processed, so more may be sent: if answers take eight seconds, a
+ramp that waits for them takes half a minute. One more at a time, as many per second as are allowed: if they were
 doubled at once, half of them would meet an empty bucket in the same moment."""
 
 
 class InFlight:
-    """The number in use: the least of the ramp and the caps, and never more than `most`."""
+    """The number allowed: the least of ramp, caps and `most`."""
 
     def __init__(self, most: int, first: int = FIRST_IN_FLIGHT) -> None:
         self.most = most
@@ -24,8 +24,8 @@ class InFlight:
         self.crowding = Crowding(self._capped)
         self.knee = UsefulInFlight(self._capped)
         self._ramp = min(max(FIRST_IN_FLIGHT, first), most)
-        self._ramp_to = most  # below it one more with every answer, above it with every round
-        self._round = self._left_in_round = self._ramp  # answers a round has, and still lacks
+        self._ramp_to = most  # one more with every answer below it, one more per round above
+        self._round = self._left_in_round = self._ramp  # answers per round, and still to come
         self._most_out = 0  # since the round began
         self._grown_s: float | None = None
         self._proven = False
@@ -41,20 +41,20 @@ class InFlight:
         return allowed
 
     def limit(self, most: int) -> None:
-        """No more than so many from now on, as attempts that are out end."""
+        """Sets a new upper limit; attempts above it are left to end."""
         self.most = most
         self._ramp = min(self._ramp, most)
-        self.why = "told"
+        self.why = "set by the user"
 
     def sent(self, out: int, now_s: float) -> None:
-        """One more went out; so many are out now."""
+        """One more was sent; `out` are in flight now."""
         if self._grown_s is None:
             self._grown_s = now_s
         if out > self._most_out:
             self._most_out = out
 
     def ready_s(self, out: int, now_s: float) -> float | None:
-        """When one more may go, with so many out: now, at a later moment, or (None) when one has ended."""
+        """When one more may be sent with `out` in flight: now, at a later moment, or (None) when one has ended."""
         if out < self.allowed:
             return now_s
         if not self._proven or self._ramp >= self.most or self.allowed < self._ramp or self._grown_s is None:
@@ -65,8 +65,8 @@ class InFlight:
         return now_s
 
     def answered(self, out: int, now_s: float) -> None:
-        """One more with every answer, which doubles it with every round; after a trouble only up to what was borne
-        before, and one more a round from there. Only while what is allowed is used.
+        """Adds one with every answer, which doubles the ramp every round; after trouble that holds up to the number
+        that worked before, and beyond it one more per round. Only while what is allowed is used.
         """
         self._proven = True
         if self._ramp >= self.most:
@@ -80,8 +80,8 @@ class InFlight:
             self._round = self._left_in_round = self._ramp
             self._most_out = out
 
-    def calm_down(self, share: float, why: str, *, first: bool) -> None:
-        """One in flight, and then a ramp up to this share of what was allowed before the `first` trouble."""
+    def back_off(self, share: float, why: str, *, first: bool) -> None:
+        """Restarts at one in flight; the ramp is fast up to `share` of what was allowed before the `first` trouble."""
         if first:
             self._ramp_to = max(1, int(self._ramp * share))
         self._ramp = self._round = self._left_in_round = 1

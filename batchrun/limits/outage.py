@@ -1,20 +1,20 @@
-"""When failures are an outage, and not chance. PURE."""
+"""Tells an outage from failures by chance. PURE."""
 
 OUTAGE_ROWS = 5
 MANY_OUTAGE_ROWS = 8
-"""So many different rows without an answer, and none with one between, are an outage: with 30 % random failures five
-in a row are one chance in 400, and a false alarm costs a second. Where many are in flight, eight: one chance in 15,000,
-and still so few that ten minutes of an outage see fewer than thirty requests, with those that probe."""
+"""This many different rows in a row without an answer are an outage: with 30 % random failures, five are one chance in
+400, and a false alarm costs a second. With many in flight, eight: one chance in 15,000, and few enough that a
+ten-minute outage sees fewer than thirty requests, probes included."""
 
 STILL_OUT = 3
-"""Nearly all: for each that is still out, three have failed. With 30 % random failures it is the other way about."""
+"""Nearly all: three have failed for each still in flight. With 30 % random failures it is the other way round."""
 
 
 class Unanswered:
-    """Attempts without an answer: which rows they were for, and how many of those sent since the first.
+    """Attempts without an answer: their rows, and how many were sent since the first.
 
-    Where failures come at once and answers take their time, answers to older requests go on coming between them. They
-    end the row of failures, but not the count of what was sent since.
+    If failures are fast and answers slow, answers to older requests arrive between failures. They end the series of
+    failed rows, but not the count of attempts sent since the first failure.
     """
 
     __slots__ = ("_attempts", "_in_a_row", "_rows", "_since")
@@ -24,7 +24,7 @@ class Unanswered:
         self.forget()
 
     def forget(self) -> None:
-        """What was sent before this is of another episode."""
+        """Starts a new episode."""
         self._since: int | None = None
         self._attempts = 0
         self._rows: set[int] = set()
@@ -36,7 +36,7 @@ class Unanswered:
             self.forget()
 
     def fail(self, row: int, order: int, *, sent: int, allowed_in_flight: int) -> bool:
-        """One more had no answer, of `sent` in all; True when that makes it an outage."""
+        """Counts one more attempt without an answer, of `sent` in all; True if that makes an outage."""
         if self._since is None:
             self._since = order
         self._rows.add(row)

@@ -1,8 +1,8 @@
-"""How far the answers of each model are billed beyond the bounds of their requests. PURE.
+"""How far a model's answers are billed beyond the upper bounds of their requests. PURE.
 
-A request is bounded by its bytes for the prompt and by `max_tokens` for the answer. Some servers write reasoning beyond
-the one, or add a prompt of their own to the other. Only an answer shows it, so under a cap the first answer of a model
-is waited for before more of its requests go out; from then on more is reserved for each.
+A request is bounded by its bytes (prompt) and by `max_tokens` (answer). Some servers bill reasoning beyond `max_tokens`
+or add a prompt of their own. Only an answer shows it: under a budget, a model's first answer must arrive before more
+of its requests are sent, and later ones reserve more.
 """
 
 from collections import Counter
@@ -15,16 +15,16 @@ from batchrun.limits.admission import Ask
 from batchrun.records import Request, Usage, Verdict
 
 ENTRY = "overruns"
-"""The manifest's entry that holds them."""
+"""The manifest entry of all overruns."""
 
 ROOM = 2
-"""So many times the largest overrun so far is reserved: the next answer may reason for longer than the first."""
+"""The factor on the largest overrun that is reserved: the next answer may reason for longer."""
 
 _PICO = Decimal("1e-12")
 
 
 class Overrun(msgspec.Struct, frozen=True):
-    """The most tokens that an answer was billed for beyond the bounds of its request; zeros where it kept to them."""
+    """The most tokens an answer was billed beyond its request's bounds; zeros if it kept to them."""
 
     prompt_tokens: int = 0
     output_tokens: int = 0
@@ -34,17 +34,17 @@ KEPT = Overrun()
 
 
 class _Entry(msgspec.Struct, frozen=True):
-    """`variant` is the way in which rows were asked: another one may ask for more reasoning."""
+    """`variant` numbers the run's settings: another one may ask for more reasoning."""
 
     variant: int = 0
     models: dict[str, Overrun] = {}
 
 
 class Overruns:
-    """The largest overrun of each model whose answers are known. One per run."""
+    """The largest overrun of each model that has answered. One per run."""
 
     def __init__(self, known: Mapping[str, Overrun] | None = None, *, variant: int = 0, tried: bool = True) -> None:
-        """`known` is what earlier starts saw. Not `tried`: that was in another variant, so this one has its trial."""
+        """`known` comes from earlier processes. `tried` is false if that was another variant, which proves nothing."""
         self._variant = variant
         self._largest = dict(known or {})
         self._answered = set(self._largest) if tried else set[str]()
@@ -52,12 +52,12 @@ class Overruns:
         self._new: list[tuple[str, Overrun]] = []
 
     def taken(self) -> list[tuple[str, Overrun]]:
-        """The models that were seen to overrun since the last call."""
+        """The models first seen to overrun since the last call."""
         new, self._new = self._new, []
         return new
 
     def widened(self, ask: Ask) -> Ask:
-        """The ask, with bounds that its answer will keep as far as is known now."""
+        """The attempt with its upper bounds raised by the model's overruns."""
         largest = self._largest.get(ask.model)
         if largest is None or largest == KEPT:
             return ask
@@ -70,16 +70,16 @@ class Overruns:
         return msgspec.structs.replace(ask, upper_bound_usd=usd, upper_bound_tokens=tokens)
 
     def most_in_flight(self, model: str) -> int | None:
-        """How many requests of the model may be out before its first answer has come; None once it has.
+        """How many requests of the model may be in flight before its first answer; None once it has answered.
 
-        One, and one more for each that failed: rows that bring no answer must not make all others go one by one.
+        One, plus one for each that failed, so that rows without an answer don't force all others to go one by one.
         """
         return None if model in self._answered else 1 + self._failed[model]
 
     def ended(self, model: str, verdict: Verdict) -> None:
-        """An attempt has ended. An answer without usage ends the trial as well: no other one would show more.
+        """Records an attempt's end. An answer without usage also counts as the first answer: no other would show more.
 
-        What was refused or not reached goes again, and says nothing.
+        A refused or unreached attempt says nothing, as it will be sent again.
         """
         if verdict is Verdict.OK:
             self._answered.add(model)
@@ -87,10 +87,10 @@ class Overruns:
             self._failed[model] += 1
 
     def learn(self, request: Request, usage: Usage) -> bool:
-        """The usage of an answer is known; True where it must be kept for the next start."""
+        """Learns from an answer's usage; True if the entry must be saved."""
         known = self._largest.get(request.model)
         if known is KEPT and request.model in self._answered and _keeps_to_its_bounds(request, usage):
-            return False  # nearly every answer
+            return False  # the usual case
         before = known or KEPT
         seen = Overrun(
             max(before.prompt_tokens, usage.prompt_tokens - request.max_prompt_tokens),
@@ -104,7 +104,7 @@ class Overruns:
         return is_news
 
     def encode(self) -> str:
-        """The manifest's entry."""
+        """The manifest entry."""
         return msgspec.json.encode(_Entry(self._variant, self._largest)).decode()
 
 
@@ -114,7 +114,7 @@ def _keeps_to_its_bounds(request: Request, usage: Usage) -> bool:
 
 
 def decode(entry: str | None, variant: int) -> Overruns:
-    """What the manifest's entry says; nothing where there is none, or one that another version wrote."""
+    """Reads the manifest entry; empty if it is missing or of another version."""
     try:
         kept = msgspec.json.decode(entry or "{}", type=_Entry)
     except msgspec.MsgspecError:
@@ -123,7 +123,7 @@ def decode(entry: str | None, variant: int) -> Overruns:
 
 
 def in_words(model: str, overrun: Overrun) -> str:
-    """What a person should know of a model that overruns."""
+    """The warning about a model that overruns."""
     parts = [
         f"{tokens:,} {kind} tokens beyond {bound}"
         for tokens, kind, bound in (

@@ -1,4 +1,4 @@
-"""Who chooses a row while the endpoint is in doubt: one worker at a time, when the row can be sent."""
+"""While the endpoint is in doubt, workers choose rows one at a time, each when its row can be sent."""
 
 import asyncio
 
@@ -8,43 +8,43 @@ from batchrun.limits.waiters import Waiters
 
 
 class InDoubt(Exception):
-    """The endpoint came into doubt while the row waited: it goes back, and the next one to be sent is chosen then."""
+    """The endpoint became doubtful while the row waited. The row goes back, and the probe is chosen later."""
 
 
 class ProbeTurns:
-    """While the gate is open everyone chooses at once. In doubt one chooses, and no other until that row has ended.
+    """Any worker may choose a row while the circuit is open; in doubt only one, until its row has ended.
 
-    A row that was chosen before would say nothing: of a hundred bad rows in a row, the workers would hold the first.
+    A probe chosen earlier would say nothing: out of a hundred bad rows in sequence, the workers would hold the first.
     """
 
-    def __init__(self, state: Circuit, loop: asyncio.AbstractEventLoop) -> None:
-        self._state = state
+    def __init__(self, circuit: Circuit, loop: asyncio.AbstractEventLoop) -> None:
+        self._circuit = circuit
         self._loop = loop
         self._waiters = Waiters()
         self._chosen = False
 
     @property
-    def barred(self) -> Binding | None:
-        """What keeps a worker from choosing a row; None where it may."""
-        if self._state.phase is OPEN or not self._state.in_doubt:
+    def blocked_by(self) -> Binding | None:
+        """What keeps a worker from choosing a row; None if it may."""
+        if self._circuit.phase is OPEN or not self._circuit.in_doubt:
             return None
-        return Binding(Limit.PROBING) if self._chosen else self._state.binding(self._loop.time())
+        return Binding(Limit.PROBING) if self._chosen else self._circuit.binding(self._loop.time())
 
     async def take(self) -> bool:
-        """Returns when the caller may choose a row; True where this row is the probe."""
-        while (barred := self.barred) is not None:
-            await self._waiters.wait(None if barred.until_s is None else barred.until_s - self._loop.time())
-        if not self._state.in_doubt:
+        """Waits until the caller may choose a row; True if that row is the probe."""
+        while (blocked_by := self.blocked_by) is not None:
+            await self._waiters.wait(None if blocked_by.until_s is None else blocked_by.until_s - self._loop.time())
+        if not self._circuit.in_doubt:
             return False
         self._chosen = True
         return True
 
     def end(self) -> None:
-        """Who had the turn has sent its row, or has found none."""
+        """Ends the turn: the row was sent, or there was none."""
         self._chosen = False
         self.wake()
 
     def wake(self) -> None:
-        """Those who wait look again, if one of them may choose now."""
-        if self._waiters and self.barred is None:
+        """Lets waiting workers check again, if one of them may choose now."""
+        if self._waiters and self.blocked_by is None:
             self._waiters.wake()

@@ -1,7 +1,7 @@
-"""What an answer's headers say of the limits: `x-ratelimit-{limit,remaining,reset}-{requests,tokens}`. PURE.
+"""Reads the rate limit headers `x-ratelimit-{limit,remaining,reset}-{requests,tokens}`. PURE.
 
-docs/api.md, "Limits in headers": practice, not in the vendor's document. Whatever can't be meant is left out, as if it
-had not been sent: these headers come from many gateways, and some speak of a day, of nothing, or of another unit.
+docs/api.md, "Limits in headers": common practice, not in the vendor's document. Implausible values are ignored: many
+gateways send these headers, some of them per day, empty, or in another unit.
 """
 
 import re
@@ -10,10 +10,10 @@ from collections.abc import Mapping
 import msgspec
 
 MAX_PER_MINUTE = 1e12
-"""Beyond it a number is a mistake or "no limit", not a limit."""
+"""A larger number is a mistake or means "no limit"."""
 
 MAX_RESET_S = 66.0
-"""A limit per minute is whole again within a minute, give or take: a longer reset speaks of a day or a month."""
+"""A limit per minute refills within about a minute: a longer reset belongs to a day or a month."""
 
 _DURATION = re.compile(
     r"(?:(\d{1,6}(?:\.\d{1,9})?)d)?(?:(\d{1,6}(?:\.\d{1,9})?)h)?(?:(\d{1,6}(?:\.\d{1,9})?)m(?!s))?"
@@ -23,16 +23,16 @@ _UNITS_S = (86_400.0, 3_600.0, 60.0, 1.0, 0.001)
 _NUMBER = re.compile(r"\d{1,15}(?:\.\d{1,9})?")
 
 
-class Stated(msgspec.Struct, frozen=True):
-    """One limit as the server states it: per minute, what is left of it now, and the time until it is whole again."""
+class StatedLimit(msgspec.Struct, frozen=True):
+    """One limit as the server states it: per minute, what is left now, and the time until it is full again."""
 
     per_minute: float
     remaining: float | None = None
     reset_s: float | None = None
 
 
-def stated(headers: Mapping[str, str], what: str) -> Stated | None:
-    """The limit on `what`, "requests" or "tokens", per minute; None where no such limit can be read."""
+def read_limit(headers: Mapping[str, str], what: str) -> StatedLimit | None:
+    """The limit on `what`, "requests" or "tokens"; None without a plausible one per minute."""
     text = headers.get(f"x-ratelimit-limit-{what}")
     if text is None:
         return None
@@ -45,7 +45,7 @@ def stated(headers: Mapping[str, str], what: str) -> Stated | None:
     reset_s = duration_s(headers.get(f"x-ratelimit-reset-{what}"))
     if reset_s is not None and reset_s > MAX_RESET_S:
         return None
-    return Stated(per_minute, remaining, reset_s)
+    return StatedLimit(per_minute, remaining, reset_s)
 
 
 def duration_s(text: str | None) -> float | None:

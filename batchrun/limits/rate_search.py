@@ -1,9 +1,9 @@
-"""The rate that a limit allows, found from refusals: measured between two of them, then tried upwards. PURE.
+"""Finds the rate of an unknown limit from refusals: measured between two of them, then tried upwards. PURE.
 
-Where a server's bucket is empty, it takes exactly what its limit gives. So between two moments at which it was empty,
-accepted ÷ time *is* the limit, bursts and pauses included. Between two refusals by chance it is only the pace of the
-moment, and taking that for a limit makes each refusal shrink the next rate. What tells them apart is going slower: a
-little below a measured limit refusals end, and by chance they stay. If they stay, the rate before is restored.
+While a server's bucket is empty it accepts exactly what its limit refills. So accepted ÷ time between two moments at
+which it was empty *is* the limit, bursts and pauses included. Between two random refusals it is only the present rate,
+and taking it for a limit would lower the rate with each refusal. The test is to go slower: slightly below a measured
+limit refusals end, and random ones stay. If they stay, the earlier rate is restored.
 """
 
 from enum import Enum, auto
@@ -12,84 +12,84 @@ import msgspec
 
 from batchrun.limits.adaptive_rate import AdaptiveRate
 from batchrun.limits.admission import Limit
-from batchrun.limits.evidence import Share
+from batchrun.limits.evidence import RefusedShare
 from batchrun.limits.throughput import LEAST_SPAN_S, WINDOW_S, Throughput
 
 BELOW_MEASURED = 0.98
-"""What is kept of a measured rate: refusals stop, and the server's bucket fills a little for the next try."""
+"""The share of a measured rate that is used: refusals stop, and the server's bucket fills a little for the next try."""
 
 BELOW_BURST = 0.5
-"""What is kept of a rate that a burst of unknown size is part of: too low is made up for in seconds, too high costs
-refusals until it can be measured."""
+"""The share of a rate that includes a burst of unknown size: too low is corrected in seconds, too high costs refusals
+until it can be measured."""
 
 BELOW_REFUSED = 0.7
-"""What is kept of a rate that nearly everything was refused at, before anything could be measured."""
+"""The share of a rate at which nearly everything was refused before anything could be measured."""
 
 LEAST_LEARNED = 0.3
-"""What is kept at least of a rate that was learned: at a low one, what was taken in the last second says little."""
+"""The least share of a learned rate that is kept: at a low rate, the last second says little."""
 
 BELOW_LONE = 0.95
-"""What is kept of a rate of tokens after a single refusal, which a wrong estimate of a request's size explains as well.
-A single request too many has no such excuse: somebody else draws on the limit, and gets room."""
+"""The share of a token rate kept after a single refusal, which a wrong size estimate explains as well. A single refused
+request in a request limit has no such excuse: someone else draws on the limit."""
 
 LEAST_AFTER_PAUSE = 0.4
-"""What is kept at least of the rate after a pause: what the bucket saved up meanwhile may not all have been used."""
+"""The least share of the rate kept after a pause: what the bucket refilled meanwhile may not all have been used."""
 
 LEAST_TIMES = 10
-"""Over less than a second, or ten times what was refused, one request more or less is too much of a rate."""
+"""Over less than a second, or ten times the refused amount, one request more or less distorts the rate."""
 
 FIRM_TIMES = 20
-"""Over less, the rate is a rough one, and tried upwards faster."""
+"""Below this the rate is rough, and tried upwards faster."""
 
 BURST_OFF = 0.85
-"""Where the bucket was empty long ago, less than the limit may have been sent since: what was taken in the last ten
-seconds bounds the limit from below, once a burst is taken off it."""
+"""If the bucket was empty long ago, less than the limit may have been sent since: what was accepted in the last ten
+seconds, less a burst, is a lower bound of the limit."""
 
 ROUGH_STEP, ROUGH_EVERY_S, ROUGH_EVERY = 0.05, 1.0, 10
 STEP, EVERY_S, MAX_EVERY_S, EVERY = 0.01, 3.0, 8.0, 40
 FASTER, ROUGH_FASTER, MAX_STEP = 2.0, 1.5, 0.32
 """Upwards by 1, 2, 4 … 32 %, after three seconds or forty requests each (a rough rate by 5 % after one second or ten):
-a limit that was doubled is in use within half a minute, and one that was not costs a refusal in a hundred requests."""
+a doubled limit is in use within half a minute, and an unchanged one costs one refusal in a hundred requests."""
 
 DOUBLED = 1.0
-"""After refusals whose cause was not the rate it doubles each second, until they come back."""
+"""If the rate did not cause the refusals, it doubles each second until they return."""
 
 WORTH = 0.02
 MOST_REST = 100
 AGREES = 0.05
-"""Where a climb ends at the limit that was known, its refusals were its price: the next one waits until they are 2 %
-of what was sent, for 100 requests at most. Below ten a second that is longer than the steps take by themselves."""
+"""If a climb ends at the limit already known, it cost its refusals for nothing: the next climb waits until they are 2 %
+of what was sent, for 100 requests at most. Below ten a second that is longer than the steps take anyway."""
 
 USED = 0.8
-"""A rate is raised only while so much of it is used: else nothing would be learned from not being refused."""
+"""The rate is raised only while this share of it is used: otherwise the absence of refusals proves nothing."""
 
 LEAST_COUNT = 12
 LEAST_CALM_SHARE, LEAST_SHARE = 0.05, 0.1
 MAX_SHARE = 0.8
 ALIKE = 2.0
 FAR_BELOW = 0.85
-"""Refusals are chance where a rate below the measured one meets the same share of them, within a factor of two. A small
-share proves that only before the rate was raised again; nearly everything refused is no chance at any rate."""
+"""Refusals are random if a rate below the measured one meets the same share of them, within a factor of two. A small
+share proves that only before the rate was raised again; when nearly everything is refused it is never random."""
 
 MUCH_CHANCE = 0.25
-"""Where so much is refused at any rate, nothing that was learned is kept: a limit beside it shows again at once."""
+"""If this share is refused at any rate, no learned rate is kept: a real limit would show again at once."""
 
 LEAST_SURE = 100
-"""A share that was found at two rates is believed as if it were of so many attempts. Else few of them would not
-outweigh the belief that next to nothing is refused, and the next refusals would be taken for a storm."""
+"""A share found at two rates gets the weight of this many attempts. With fewer, the prior (almost nothing is refused)
+would win, and the next refusals would look like a storm."""
 
 LEAST_PER_S = 0.02
 
 
 class Step(Enum):
-    """What too many refusals came to."""
+    """The result of `RateSearch.exceeded`."""
 
     TOO_EARLY = auto()
     LOWERED = auto()
 
 
 class _Cut(msgspec.Struct, frozen=True):
-    """The rate was lowered to just below a measured one: from what, at which share of how many attempts refused."""
+    """The rate was lowered to just below a measured one: from `per_s`, with `share` of `count` attempts refused."""
 
     per_s: float | None
     share: float
@@ -97,12 +97,12 @@ class _Cut(msgspec.Struct, frozen=True):
 
 
 class RateSearch:
-    """One limit's learned rate, kept in its `AdaptiveRate`. Amounts are requests, or tokens; rates are per second."""
+    """Searches one learned rate, kept in its `AdaptiveRate`. Amounts are requests or tokens; rates are per second."""
 
-    def __init__(self, pace: AdaptiveRate) -> None:
-        self._pace = pace
-        self.raised = pace.learned is not None
-        self.confirmed = pace.learned
+    def __init__(self, rate: AdaptiveRate) -> None:
+        self._rate = rate
+        self.raised = rate.learned is not None
+        self.confirmed = rate.learned
         self._rough = False
         self._step = STEP
         self._raised_s = 0.0
@@ -111,7 +111,7 @@ class RateSearch:
         self._mark: tuple[float, float] | None = None
         self._paused = False
         self._counted = self._refused = 0
-        self._amount = 1.0  # what the last refusal was of
+        self._amount = 1.0  # of the last refused attempt
         self._cut: _Cut | None = None
         self._before_chain: float | None = None
         self._limit: float | None = None  # what was measured last
@@ -120,22 +120,22 @@ class RateSearch:
 
     @property
     def per_s(self) -> float | None:
-        """The learned rate, None while there is none."""
-        learned = self._pace.learned
+        """The learned rate; None without one."""
+        learned = self._rate.learned
         return None if learned is None else learned / 60
 
     @property
     def is_firm(self) -> bool:
-        """True where the rate was measured over enough requests."""
+        """True if the rate was measured over enough requests."""
         return self.per_s is not None and not self._rough
 
     @property
     def is_settled(self) -> bool:
-        """True where refusals can only be chance: there is no learned rate, or one just below a measured limit."""
+        """True if refusals can only be random: no rate was learned, or it is just below a measured limit."""
         return self.per_s is None or not (self.raised or self._rough or self._paused)
 
     def count(self, at_s: float, amount: float, *, refused: bool) -> None:
-        """An attempt sent then, of so much, was taken or refused. In the order of sending."""
+        """An attempt sent at `at_s` was accepted or refused. To be called in the order of sending."""
         self._counted += 1
         if refused:
             self._refused += 1
@@ -144,18 +144,18 @@ class RateSearch:
         self._delivered.add(at_s, amount)
 
     def correct(self, more: float) -> None:
-        """What was taken was so much more than was thought."""
+        """An accepted attempt used this much more than its estimate."""
         self._delivered.total += more
 
     def lately(self, at_s: float) -> float | None:
-        """What was taken per second in the last ten; None over less than a second."""
+        """The accepted rate over the last ten seconds; None over less than one."""
         return self._delivered.lately(at_s)
 
     def storm(self, at_s: float, now_s: float, *, lone: bool = False, keep: bool = False) -> None:
         """Nearly everything sent at about `at_s` was refused: the bucket is empty, and the gate pauses.
 
-        `lone`: it was one refusal whose headers show an empty bucket. `keep`: refusals come in runs here, so the rate
-        stays as high as what was delivered lately.
+        `lone`: a single refusal whose headers show an empty bucket. `keep`: refusals come in runs here, so the rate
+        stays at least at what was accepted lately.
         """
         rate, rough = self._measured(at_s), False
         before, share = self.per_s, self._share
@@ -164,7 +164,7 @@ class RateSearch:
             rough = self._taken_since() < FIRM_TIMES * self._amount
             self._cut = _Cut(before, share, self._counted)
             rate *= BELOW_MEASURED
-        elif lone and self._pace.limit is Limit.TOKENS and (known := before or self._known_per_s) is not None:
+        elif lone and self._rate.limit is Limit.TOKENS and (known := before or self._known_per_s) is not None:
             rate, rough = BELOW_LONE * known, True
         elif (known := before or self._known_per_s) is not None:
             rate, rough = BELOW_REFUSED * known, True
@@ -194,14 +194,14 @@ class RateSearch:
         rough = self._paused or self._taken_since() < FIRM_TIMES * self._amount
         if not self._paused:
             self._cut = _Cut(before, share, self._counted)
-        self._pay(rate, ordinary)
+        self._schedule_next_climb(rate, ordinary)
         self._lower(rate * BELOW_MEASURED, now_s, rough=rough, why=f"refused; {rate * 60:.0f} a minute were accepted")
         self._set_mark(at_s)
         self._paused = False
         return Step.LOWERED
 
-    def is_chance(self, at_s: float, now_s: float, ordinary: Share) -> bool:
-        """True where going slower has not lowered the share of refusals: it is the ordinary one from now on."""
+    def is_chance(self, at_s: float, now_s: float, ordinary: RefusedShare) -> bool:
+        """True if a lower rate did not lower the refused share: that share counts as ordinary from now on."""
         cut, share, rate = self._cut, self._share, self.per_s
         if cut is None or rate is None or self._counted < LEAST_COUNT:
             return False
@@ -212,9 +212,9 @@ class RateSearch:
             return False
         count = cut.count + self._counted
         share = (cut.share * cut.count + self._refused) / count
-        ordinary.be(share, max(LEAST_SURE, count))
+        ordinary.set(share, max(LEAST_SURE, count))
         restored = None
-        if self.confirmed is not None and share < MUCH_CHANCE:  # else the first lowering was a mistake, too
+        if self.confirmed is not None and share < MUCH_CHANCE:  # else the first lowering was also a mistake
             restored = cut.per_s if self.raised else self._before_chain
         self._cut = self.confirmed = None
         self._set_mark(at_s)
@@ -223,30 +223,30 @@ class RateSearch:
         return True
 
     def restore(self, per_s: float | None, now_s: float, why: str) -> None:
-        """The rate was no cause of refusals: the one from before holds again."""
+        """Restores an earlier rate, because the rate did not cause the refusals."""
         self._cut = self.confirmed = None
         self._mark = None
         self._set(per_s, now_s, why)
         self._rough, self._step, self.raised = True, DOUBLED, True
 
     def slower_helped(self, per_s: float, now_s: float) -> None:
-        """At a lower rate nothing was refused: so much was accepted before, and that is the limit."""
+        """A lower rate ended refusals: what was accepted before is the limit."""
         self._mark = self._cut = None
         self._lower(BELOW_MEASURED * per_s, now_s, rough=False, why="slower on purpose, nothing was refused")
 
     def rise(self, now_s: float, share: float) -> None:
-        """The rate is tried upwards when it is time; `share` is what is refused in ordinary times."""
+        """Tries a higher rate when it is time; `share` is refused in ordinary times."""
         rate = self.per_s
         if rate is None:
             return
-        requests_per_s = rate * self._pace.requests / self._delivered.total if self._delivered.total else rate
+        requests_per_s = rate * self._rate.requests / self._delivered.total if self._delivered.total else rate
         if self._rough:
             every_s = min(MAX_EVERY_S, max(ROUGH_EVERY_S, ROUGH_EVERY / requests_per_s))
         else:
             every_s = min(MAX_EVERY_S, max(EVERY_S, EVERY / requests_per_s))
         if now_s - self._raised_s < every_s:
             return
-        total = self._pace.taken
+        total = self._rate.taken
         used = total - self._raised_total >= USED * (now_s - self._raised_s) * rate
         self._raised_s, self._raised_total = now_s, total
         self._rest -= every_s * requests_per_s
@@ -254,7 +254,7 @@ class RateSearch:
             return
         if not self.raised:
             self._climbs_from = self._counted
-            rate /= 1 - min(0.5, share)  # the rate measured is of what was accepted, and what is sent is more
+            rate /= 1 - min(0.5, share)  # the measured rate counts accepted requests; more must be sent
         elif not self._rough:
             self.confirmed = rate * 60
         self.raised = True
@@ -263,24 +263,24 @@ class RateSearch:
             self._step = min(MAX_STEP, (ROUGH_FASTER if self._rough else FASTER) * self._step)
 
     def drop(self, now_s: float, why: str) -> None:
-        """There is no learned rate any more."""
-        if self._pace.learned is not None:
+        """Drops the learned rate."""
+        if self._rate.learned is not None:
             self._set(None, now_s, why)
 
     def reopened(self, now_s: float) -> None:
-        """The pause is over. What the server's bucket saved up meanwhile is its own margin."""
-        self._raised_s, self._raised_total = now_s, self._pace.taken
-        self._pace.stand_at(0.0, now_s)
+        """The pause is over. What the server's bucket refilled meanwhile is left as a margin."""
+        self._raised_s, self._raised_total = now_s, self._rate.taken
+        self._rate.stand_at(0.0, now_s)
 
     def forget(self) -> None:
-        """Nothing is learned any more: somebody who knows has said what the limit is."""
+        """Drops everything learned, because the limit is now known from a better source."""
         self.confirmed = self._cut = self._mark = None
         self._rough = self._paused = self.raised = False
 
     @property
     def _known_per_s(self) -> float | None:
-        """What is told or stated."""
-        return None if self._pace.per_minute is None else self._pace.per_minute / 60
+        """The configured or stated rate."""
+        return None if self._rate.per_minute is None else self._rate.per_minute / 60
 
     @property
     def _share(self) -> float:
@@ -290,7 +290,7 @@ class RateSearch:
         return self._delivered.total - (0.0 if self._mark is None else self._mark[1])
 
     def _measured(self, at_s: float) -> float | None:
-        """Accepted ÷ time since the bucket was last empty; None where that says nothing yet."""
+        """Accepted ÷ time since the bucket was last empty; None if that says nothing yet."""
         if self._mark is None:
             return None
         span_s, taken = at_s - self._mark[0], self._taken_since()
@@ -300,7 +300,7 @@ class RateSearch:
         return max(taken / span_s, at_least)
 
     def shown(self, at_s: float) -> float | None:
-        """What is measured, but for a bucket that a pause has filled without all of it being used."""
+        """The measured rate, corrected for a bucket that refilled in a pause and was not all used."""
         rate = self._measured(at_s)
         if rate is None or not self._paused or self.per_s is None:
             return rate
@@ -310,8 +310,8 @@ class RateSearch:
         self._mark = at_s, self._delivered.total
         self._counted = self._refused = 0
 
-    def _pay(self, measured: float, ordinary: float) -> None:
-        """The climb that has ended here met a limit; if it is the one that was known, it was for nothing."""
+    def _schedule_next_climb(self, measured: float, ordinary: float) -> None:
+        """This climb met a limit; if it is the one already known, the next climb has to wait."""
         known, self._limit = self._limit, measured
         if known is not None and abs(measured - known) <= AGREES * known:
             refused = self._refused - ordinary * self._counted
@@ -319,7 +319,7 @@ class RateSearch:
             self._rest = min(MOST_REST, refused / WORTH - climb)
 
     def _remember(self, before: float | None) -> None:
-        """The rate before a chain of lowerings, none of which was followed by a rise."""
+        """Keeps the rate from before a series of lowerings without a rise between them."""
         if before is None or self.raised:
             self._before_chain = before
 
@@ -329,11 +329,11 @@ class RateSearch:
             per_s = min(per_s, BELOW_MEASURED * before)
         self._rough, self.raised = rough, False
         self._step = ROUGH_STEP if rough else STEP
-        self._raised_s, self._raised_total = now_s, self._pace.taken
+        self._raised_s, self._raised_total = now_s, self._rate.taken
         self._set(max(per_s, LEAST_PER_S), now_s, why)
-        self._pace.stand_at(min(0.0, self._pace.level(now_s)), now_s)
+        self._rate.stand_at(min(0.0, self._rate.level(now_s)), now_s)
 
     def _set(self, per_s: float | None, now_s: float, why: str) -> None:
-        self._pace.learn(None if per_s is None else per_s * 60, now_s, why)
-        if self._pace.learned is None:
+        self._rate.learn(None if per_s is None else per_s * 60, now_s, why)
+        if self._rate.learned is None:
             self.forget()

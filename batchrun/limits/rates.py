@@ -1,22 +1,21 @@
-"""Every rate that a job can limit: requests per second, minute and day; tokens per minute, input and output apart.
+"""Every rate that a job can limit: requests per second, minute and day; tokens, input and output tokens per minute.
 
-aiolimiter holds what the user told of requests, whatever is learned beside it, and is imported nowhere else. What was
-measured of 1.3.0 shapes its use here: its bucket starts with its whole burst free, so the burst is small; its waiters
-wake smallest first, so nobody ever waits in it; a changed `max_rate` leaves the leak as it was, so a new limit needs a
-new limiter.
+The only importer of aiolimiter, which enforces the configured request limits. What was measured of 1.3.0 shapes its
+use: its bucket starts with the whole burst, so bursts are small; its waiters wake smallest first, so none ever waits
+in it; a changed `max_rate` does not change the leak, so a new limit gets a new limiter.
 """
 
 import msgspec
 from aiolimiter import AsyncLimiter
 
 from batchrun.job.job import Limits
-from batchrun.limits.adaptive_rate import AdaptiveRate, PaceChange
+from batchrun.limits.adaptive_rate import AdaptiveRate, RateChange
 from batchrun.limits.admission import Ask, Binding, Found, Limit
 from batchrun.limits.daily import DailyCount
 from batchrun.limits.token_bucket import BURST_S
 
 GUARD_BURST_S = 2.0
-"""The burst that a told request limit may never exceed, whatever a server's headers show to be free."""
+"""A configured request limit never bursts for longer, whatever the server's headers allow."""
 
 _GUARDED = {Limit.REQUESTS: GUARD_BURST_S, Limit.REQUESTS_PER_SECOND: BURST_S}
 _TOKENS = {
@@ -27,7 +26,7 @@ _TOKENS = {
 
 
 class Rates(msgspec.Struct, frozen=True, kw_only=True):
-    """Rates that are to hold from now on; None leaves one as it is. `daily` counts what the day has had already."""
+    """New rates; None leaves one as it is. `daily` has counted today's requests."""
 
     requests_per_second: float | None = None
     requests_per_minute: float | None = None
@@ -38,13 +37,13 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RateLimits:
-    """What all rates together allow. `requests` and `tokens` may also be stated or learned, the others are only told.
+    """What all rates together allow. `requests` and `tokens` may also be stated or learned, the others only configured.
 
-    A rate that nothing limits costs next to nothing per call.
+    A rate without a limit costs next to nothing per call.
     """
 
     def __init__(
-        self, limits: Limits, now_s: float, *, daily: DailyCount | None, found: Found, on_pace: PaceChange
+        self, limits: Limits, now_s: float, *, daily: DailyCount | None, found: Found, on_pace: RateChange
     ) -> None:
         self._on_pace = on_pace
         self._sent_at_s = now_s
@@ -55,87 +54,87 @@ class RateLimits:
         self.tokens = AdaptiveRate(
             Limit.TOKENS, limits.tokens_per_minute, now_s, on_pace, learned=found.tokens_per_minute
         )
-        self._apart: dict[Limit, AdaptiveRate] = {}  # input and output tokens, each where it is limited
+        self._apart: dict[Limit, AdaptiveRate] = {}  # input and output tokens, if limited
         for limit in (Limit.INPUT_TOKENS, Limit.OUTPUT_TOKENS):
-            if (told := getattr(limits, _TOKENS[limit])) is not None:
-                self._apart[limit] = AdaptiveRate(limit, told, now_s, on_pace)
+            if (configured := getattr(limits, _TOKENS[limit])) is not None:
+                self._apart[limit] = AdaptiveRate(limit, configured, now_s, on_pace)
         self.daily = daily
         self._guard(Limit.REQUESTS, limits.requests_per_minute)
         self._guard(Limit.REQUESTS_PER_SECOND, limits.requests_per_second)
         self.requests_per_second = limits.requests_per_second
 
-    def told(self, limit: Limit) -> float | None:
+    def token_limit(self, limit: Limit) -> float | None:
         """The limit on input or output tokens, per minute."""
-        pace = self._apart.get(limit)
-        return None if pace is None else pace.per_minute
+        rate = self._apart.get(limit)
+        return None if rate is None else rate.per_minute
 
     def tune(self, rates: Rates, now_s: float) -> None:
-        """These hold from now on. No burst comes with them."""
+        """Changes rates, without a burst."""
         if rates.requests_per_minute is not None:
             self._guard(Limit.REQUESTS, rates.requests_per_minute)
-            self.requests.tell(rates.requests_per_minute, now_s)
+            self.requests.configure(rates.requests_per_minute, now_s)
         if rates.requests_per_second is not None:
             self._guard(Limit.REQUESTS_PER_SECOND, rates.requests_per_second)
             self.requests_per_second = rates.requests_per_second
         self.daily = rates.daily or self.daily
         for limit, setting in _TOKENS.items():
-            if (told := getattr(rates, setting)) is not None:
-                self._tell_tokens(limit, told, now_s)
+            if (configured := getattr(rates, setting)) is not None:
+                self._configure_tokens(limit, configured, now_s)
 
-    def lack(self, ask: Ask, now_s: float) -> Binding | None:
-        """What keeps this ask from going now, and until when; None when nothing does. Takes nothing."""
+    def blocked_by(self, ask: Ask, now_s: float) -> Binding | None:
+        """What blocks this attempt, and until when; None when nothing does. Takes nothing."""
         if self.daily is not None and self.daily.is_spent(now_s):
             return Binding(Limit.REQUESTS_PER_DAY, self.daily.ends_s)
         if (wait_s := self.tokens.ready_in_s(ask.tokens, now_s)) > 0:
             return Binding(Limit.TOKENS, now_s + wait_s)
         if (wait_s := self.requests.ready_in_s(1, now_s)) > 0:
             return Binding(Limit.REQUESTS, now_s + wait_s)
-        for limit, pace in self._apart.items():
-            if (wait_s := pace.ready_in_s(_part(limit, ask), now_s)) > 0:
+        for limit, rate in self._apart.items():
+            if (wait_s := rate.ready_in_s(_part(limit, ask), now_s)) > 0:
                 return Binding(limit, now_s + wait_s)
         for limit, guard in self._guards.items():
             if not guard.has_capacity():
-                # at the latest then: what has leaked by that time beyond one request stays there for the next one
+                # at the latest then; what has leaked by that time beyond one request is left for the next one
                 return Binding(limit, self._sent_at_s + guard.time_period / guard.max_rate)
         return None
 
     async def acquire(self) -> None:
-        """One request is counted by what was told. Never suspends where `lack` has just found nothing."""
+        """Counts one request in the configured limits. Never suspends right after `blocked_by` returned None."""
         for guard in self._guards.values():
             await guard.acquire()
 
     def take(self, ask: Ask, now_s: float) -> None:
-        """The ask is counted by all else."""
+        """Counts the attempt in all other limits."""
         self._sent_at_s = now_s
         self.requests.take(1, now_s)
         self.tokens.take(ask.tokens, now_s)
-        for limit, pace in self._apart.items():
-            pace.take(_part(limit, ask), now_s)
+        for limit, rate in self._apart.items():
+            rate.take(_part(limit, ask), now_s)
         if self.daily is not None:
             self.daily.take()
 
     def correct(self, ask: Ask, tokens: int, output_tokens: int) -> None:
-        """What was taken by estimate is so much instead."""
+        """Replaces the estimate by the actual usage."""
         self.tokens.settle(tokens - ask.tokens)
-        for limit, pace in self._apart.items():
+        for limit, rate in self._apart.items():
             actual = output_tokens if limit is Limit.OUTPUT_TOKENS else tokens - output_tokens
-            pace.settle(actual - _part(limit, ask))
+            rate.settle(actual - _part(limit, ask))
 
     def _guard(self, limit: Limit, rate: float | None) -> None:
-        """`rate` is per minute, or per second where the limit is."""
+        """`rate` is per second for `REQUESTS_PER_SECOND`, else per minute."""
         if rate is not None:
             per_s = rate if limit is Limit.REQUESTS_PER_SECOND else rate / 60
             burst = max(1.0, per_s * _GUARDED[limit])
             self._guards[limit] = AsyncLimiter(burst, burst / per_s)
 
-    def _tell_tokens(self, limit: Limit, per_minute: float, now_s: float) -> None:
-        pace = self.tokens if limit is Limit.TOKENS else self._apart.get(limit)
-        if pace is None:
-            pace = self._apart[limit] = AdaptiveRate(limit, None, now_s, self._on_pace)
-        was_free = pace.per_minute is None
-        pace.tell(per_minute, now_s)
+    def _configure_tokens(self, limit: Limit, per_minute: float, now_s: float) -> None:
+        rate = self.tokens if limit is Limit.TOKENS else self._apart.get(limit)
+        if rate is None:
+            rate = self._apart[limit] = AdaptiveRate(limit, None, now_s, self._on_pace)
+        was_free = rate.per_minute is None
+        rate.configure(per_minute, now_s)
         if was_free:
-            pace.stand_at(0.0, now_s)
+            rate.stand_at(0.0, now_s)
 
 
 def _part(limit: Limit, ask: Ask) -> int:

@@ -1,21 +1,21 @@
-"""What was taken lately, in total and per second. PURE."""
+"""Accepted amounts, in total and per second. PURE."""
 
 from collections import deque
 
 WINDOW_S = 10.0
 GRAIN_S = 0.05
 LEAST_SPAN_S = 1.0
-"""Over less than a second, one request more or less is too much of a rate."""
+"""Over less than a second, one request more or less distorts the rate."""
 
 HISTORY_S = 30.0
 HISTORY_GRAIN_S = 0.5
 SUSTAINED_S = 5.0
-"""A rate that was delivered for five seconds is more than a burst: a bucket that saves up two seconds of its limit
-looks 1.4 times as fast over so long, and the excess of refusals that follows corrects that."""
+"""A rate sustained for five seconds is more than a burst: a bucket that holds two seconds of its limit looks 1.4 times
+as fast over that time, and the excess of refusals that follows corrects it."""
 
 
 class Throughput:
-    """Amounts that the server took, in the order of sending: requests, or tokens. Rates are per second."""
+    """Amounts (requests or tokens) that the server accepted, in the order of sending. Rates are per second."""
 
     __slots__ = ("_history", "_lately", "total")
 
@@ -25,7 +25,7 @@ class Throughput:
         self._history: deque[tuple[float, float]] = deque()
 
     def add(self, at_s: float, amount: float) -> None:
-        """So much more was taken of what was sent at that moment."""
+        """Adds an amount that was sent at `at_s` and accepted."""
         self.total += amount
         lately, history = self._lately, self._history
         if not lately or at_s - lately[-1][0] >= GRAIN_S:
@@ -38,14 +38,14 @@ class Throughput:
             history.popleft()
 
     def lately(self, at_s: float) -> float | None:
-        """The rate of the last ten seconds; None over less than a second."""
+        """The rate of the last ten seconds; None over less than one."""
         if not self._lately or at_s - self._lately[0][0] < LEAST_SPAN_S:
             return None
         first_s, first = self._lately[0]
         return (self.total - first) / (at_s - first_s)
 
     def in_last_second(self, at_s: float) -> float:
-        """How much was taken in the last second."""
+        """The amount accepted in the last second."""
         before = [total for moment_s, total in self._lately if at_s - moment_s > LEAST_SPAN_S]
         return self.total - (before[-1] if before else 0.0)
 

@@ -1,15 +1,14 @@
-"""The account of a rate limit that the gate draws on: what comes back with time, requests or tokens.
+"""A token bucket. PURE.
 
-Pure arithmetic, in floats, because they accrue by the second. It does not know who asks, waits, or keeps the time:
-`now_s` is an argument, in seconds of any clock that never jumps. What does not come back is in `purse`.
+Pure arithmetic in floats; `now_s` is an argument, in seconds of any clock that never jumps.
 """
 
 BURST_S = 1.0
-"""How many seconds of a limit may be spent at once. Small, so that the first minute keeps the limit as the others
-do: a bucket as deep as the minute admits nearly twice the limit in its first one (measured: 119 of 60)."""
+"""How many seconds of a limit may be sent at once. Small, so that the first minute keeps the limit like any other: a
+bucket as deep as the minute admits nearly twice the limit in its first one (measured: 119 of 60)."""
 
 NOISE = 1e-6
-"""A shortfall this small is rounding in a float, not a token that is missing; waiting for it would never end."""
+"""A smaller shortfall is a float's rounding error; waiting for it would never end."""
 
 
 class Bucket:
@@ -23,44 +22,44 @@ class Bucket:
     __slots__ = ("_as_of_s", "_level", "_per_s", "capacity")
 
     def __init__(self, per_minute: float, now_s: float, *, burst_s: float = BURST_S, least: float = 0.0) -> None:
-        """Full, with `burst_s` of the limit as its capacity, but never less than `least`."""
+        """Starts full, with a capacity of `burst_s` of the limit, but at least `least`."""
         self._per_s = per_minute / 60
         self.capacity = max(least, self._per_s * burst_s)
         self._level = self.capacity
         self._as_of_s = now_s
 
     def level(self, now_s: float) -> float:
-        """What may be taken now without a debt; below zero while there is one."""
+        """What may be taken now; below zero there is a debt."""
         self._rise(now_s)
         return self._level
 
     def ready_in_s(self, amount: float, now_s: float) -> float:
-        """Seconds until `amount` may be taken; 0.0 when it may be taken now.
+        """Seconds until `amount` may be taken; 0.0 if it may be taken now.
 
-        More than a full bucket is never there: such a request waits for a full one, goes alone and leaves its debt.
+        An amount above the capacity waits for a full bucket, goes alone and leaves a debt.
         """
         self._rise(now_s)
         short = min(amount, self.capacity) - self._level
         return short / self._per_s if short > NOISE else 0.0
 
     def take(self, amount: float, now_s: float) -> None:
-        """The level is lower by `amount`, whether or not it was there."""
+        """Lowers the level by `amount`, below zero if need be."""
         self._rise(now_s)
         self._level -= amount
 
     def settle(self, actual_minus_estimate: float) -> None:
-        """The level stands as if the actual number had been taken: a debt above zero, a refund below."""
+        """Corrects the level to what was actually taken: a debt if positive, a refund if negative."""
         self._level = min(self.capacity, self._level - actual_minus_estimate)
 
     def change(self, per_minute: float, capacity: float, now_s: float) -> None:
-        """From now on another limit holds; the level stays where it is, as far as the new capacity has room."""
+        """Changes the limit; the level stays, unless the new capacity is lower."""
         self._rise(now_s)
         self._per_s = per_minute / 60
         self.capacity = capacity
         self._level = min(capacity, self._level)
 
     def stand_at(self, level: float, now_s: float) -> None:
-        """The level is this one: somebody who sees more of the account than we do has said so."""
+        """Sets the level to what a better source reports."""
         self._level = min(self.capacity, level)
         self._as_of_s = now_s
 

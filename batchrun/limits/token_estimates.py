@@ -1,10 +1,8 @@
-"""What a run learns while it works, to know more the next time. PURE.
+"""Estimates the tokens of requests without a tokenizer, learning from the API's own usage. PURE.
 
-How large requests are: there is no tokenizer here. A prompt is its bytes times a ratio that the API's own usage
-teaches, and its images what they usually count times another; an answer is a high quantile of the answers so far. Both
-are set right when the usage comes, so a wrong estimate costs a little time and never a limit.
-
-And how fast they may go, where headers or refusals have shown it.
+A prompt is its bytes times a learned ratio, plus its images' usual tokens times another; an answer is a high quantile
+of the answers so far. Both are corrected when the usage arrives, so a wrong estimate costs a little time and never a
+limit.
 """
 
 from collections import deque
@@ -14,35 +12,35 @@ import msgspec
 from batchrun.records import Request, Usage
 
 ENTRY = "learned"
-"""The manifest's entry that `TokenEstimates` is kept in."""
+"""The manifest entry of `TokenEstimates`."""
 
 TOKENS_PER_BYTE = 0.3
-"""Where the estimate of a prompt starts: English prose has 4 to 5 bytes a token, code and JSON about 3."""
+"""The initial ratio: English prose has 4 to 5 bytes a token, code and JSON about 3."""
 
 OUTPUT_TOKENS = 1_000
-"""The estimate of an answer before there was one; `max_tokens` is never exceeded."""
+"""The estimate for a model's first answer; `max_tokens` is never exceeded."""
 
 KEEP = 0.99
-"""What a ratio keeps of itself with every answer: the last hundred or so count. Inputs change along a file."""
+"""The weight a ratio keeps with every answer: about the last hundred count, because inputs vary along a file."""
 
 ANSWERS = 200
 QUANTILE = 0.9
 EVERY = 10
-"""An answer is estimated as one in ten is longer, of the last 200, looked at anew with every tenth: too low an estimate
-sends more than the limit bears, too high a one only waits for its refund."""
+"""The estimate of an answer is the 90 % quantile of the last 200, updated with every tenth: a low estimate sends more
+than the limit allows, a high one only waits for its refund."""
 
 
 class Sizes(msgspec.Struct, frozen=True):
-    """What is known of one model's requests."""
+    """What is known about one model's requests."""
 
     tokens_per_byte: float = TOKENS_PER_BYTE
     image_share: float = 1.0
-    """What images count as, of what they usually do (`Request.image_tokens`)."""
+    """The actual tokens of images over their usual number (`Request.image_tokens`)."""
     output_tokens: float = OUTPUT_TOKENS
 
 
 class TokenEstimates(msgspec.Struct, frozen=True):
-    """What one process hands to the next: sizes by model, and what limits were found where none were told."""
+    """What one process passes to the next: sizes by model, and limits found without being configured."""
 
     sizes: dict[str, Sizes] = {}
     requests_per_minute: float | None = None
@@ -62,7 +60,7 @@ class _Model:
         self._answers: deque[int] = deque(maxlen=ANSWERS)
 
     def learn(self, text_bytes: int, image_tokens: int, usage: Usage) -> None:
-        """One answer more is known."""
+        """Learns from one more answer."""
         if image_tokens:
             of_images = max(0.0, usage.prompt_tokens - text_bytes * self.sizes.tokens_per_byte)
             self._usual = self._usual * KEEP + image_tokens
@@ -91,14 +89,14 @@ class Estimates:
         self._models = {model: _Model(sizes) for model, sizes in known.items()}
 
     def of(self, request: Request) -> tuple[int, int]:
-        """(prompt tokens, completion tokens) that the request will probably be counted as."""
+        """The estimate (prompt tokens, completion tokens) of a request."""
         model = self._models.get(request.model)
         sizes = _UNKNOWN if model is None else model.sizes
         prompt = len(request.body) * sizes.tokens_per_byte + request.image_tokens * sizes.image_share
         return int(prompt), int(min(request.max_output_tokens, sizes.output_tokens))
 
     def learn(self, request: Request, usage: Usage) -> None:
-        """An answer has told what its request, without its pictures, was counted as. A count of nothing is none."""
+        """Learns from an answer's usage. A prompt count of zero is ignored."""
         if usage.prompt_tokens <= 0:
             return
         if (model := self._models.get(request.model)) is None:
@@ -106,7 +104,7 @@ class Estimates:
         model.learn(len(request.body), request.image_tokens, usage)
 
     def sizes(self) -> dict[str, Sizes]:
-        """What is known by now, by model."""
+        """What is known now, by model."""
         return {name: model.sizes for name, model in self._models.items()}
 
 
@@ -114,7 +112,7 @@ _UNKNOWN = Sizes()
 
 
 def decode(entry: str | None) -> TokenEstimates:
-    """What the manifest's entry says; nothing where there is none, or one that another version wrote."""
+    """Reads the manifest entry; empty if it is missing or of another version."""
     try:
         return msgspec.json.decode(entry or "{}", type=TokenEstimates)
     except msgspec.MsgspecError:
@@ -122,5 +120,5 @@ def decode(entry: str | None) -> TokenEstimates:
 
 
 def encode(learned: TokenEstimates) -> str:
-    """The manifest's entry."""
+    """The manifest entry."""
     return msgspec.json.encode(learned).decode()

@@ -1,40 +1,39 @@
-"""The fewest requests in flight that deliver as much: where a server never refuses, but lets requests queue. PURE.
+"""Finds the knee of the throughput curve: the fewest requests in flight that deliver as much. PURE.
 
-Answers that take longer than they did with fewer in flight are a suspicion only: they may just be longer. So fewer are
-tried: where as much is delivered by three quarters, it was a queue, and a row need not wait in it. Where answers take
-as long as before, it was none, and that is known after one round.
+For servers that never refuse but queue. Slower answers with more in flight are only a suspicion, because the answers
+may just be longer. So fewer are tried: if three quarters deliver as much, it was a queue, and a row need not wait in
+it. If answers take as long as before, it was none, and one round shows that.
 """
 
 from collections.abc import Callable
 
 SLOWER = 1.5
-"""Answers take so much longer than the fastest round did: what an even spread of lengths does not do by itself."""
+"""The suspicious factor over the fastest round's latency: more than evenly spread answer lengths explain."""
 
 FEWER = 0.75
 AS_MUCH = 0.92
-"""Half way between what three quarters deliver where there is no queue (75 %) and where there is (100 %), and a little
-more, as a rate over some sixty answers is off by a few per cent."""
+"""Halfway between what three quarters deliver without a queue (75 %) and with one (100 %), and a little more, because a
+rate over some sixty answers has an error of a few percent."""
 
 AS_SLOW = 0.9
-"""Where three quarters wait in a shorter queue, their answers take three quarters of the time."""
+"""In a shorter queue, three quarters of the requests wait three quarters of the time."""
 
 LEAST_ROUND = 20
 LEAST_COMPARED = 60
 LEAST_IN_FLIGHT = 4
-"""Below so many there is nothing to win."""
+"""With fewer there is nothing to gain."""
 
 AGAIN_S = 5.0
 MAX_AGAIN_S = 120.0
-"""When a suspicion may be tried again: after 5 s, and after 5, 10, 20 … 120 s where it was wrong."""
+"""When a suspicion may be tried again: after 5 s, or after 5, 10, 20 … 120 s if it was wrong."""
 
 
 class UsefulInFlight:
-    """The cap, None while there is none."""
+    """The cap; None while there is none."""
 
     __slots__ = (
         "_again_s",
         "_before",
-        "_begun_s",
         "_compared",
         "_fastest_s",
         "_latencies",
@@ -42,31 +41,32 @@ class UsefulInFlight:
         "_on_change",
         "_settling",
         "_slow_s",
+        "_started_s",
         "cap",
     )
 
     def __init__(self, on_change: Callable[[int | None, int | None, str], None]) -> None:
-        """`on_change` is told each change of the cap: before, after, why."""
+        """`on_change` is called with each change of the cap: before, after, why."""
         self._on_change = on_change
         self.cap: int | None = None
         self._fastest_s: float | None = None
         self._latencies: list[float] = []
-        self._begun_s: float | None = None
+        self._started_s: float | None = None
         self._compared: int | None = None  # the number in flight that is being measured
         self._before: float | None = None  # answers per second with more in flight
         self._slow_s = 0.0  # the median latency then
-        self._settling = 0  # answers still to come that were asked for under the number before
+        self._settling = 0  # answers still to come to requests sent under the previous number
         self._next_s = 0.0
         self._again_s = AGAIN_S
 
     def answered(self, now_s: float, latency_s: float, others: int, limit: int, most: int, *, free: bool) -> None:
-        """One answer came. `limit` may be in flight now, `most` at all; `free` where only that holds rows back."""
+        """One answer came. `limit` may be in flight now, `most` at all; `free`: nothing else limits the rate."""
         if self._settling:
             self._settling -= 1
             self._start_round(now_s)
             return
-        if self._begun_s is None:
-            self._begun_s = now_s
+        if self._started_s is None:
+            self._started_s = now_s
         self._latencies.append(latency_s)
         if self._compared is None:
             self._watch(now_s, others, limit, free=free)
@@ -92,8 +92,8 @@ class UsefulInFlight:
             return
         if count < max(LEAST_COMPARED, 3 * compared):
             return
-        assert self._begun_s is not None
-        rate, median_s = count / max(1e-9, now_s - self._begun_s), self._median_s()
+        assert self._started_s is not None
+        rate, median_s = count / max(1e-9, now_s - self._started_s), self._median_s()
         self._start_round(now_s)
         if self._before is not None and rate < AS_MUCH * self._before:
             self._give_back(now_s, compared, most, "fewer in flight deliver less")
@@ -120,7 +120,7 @@ class UsefulInFlight:
         self._start_round(now_s)
 
     def _start_round(self, now_s: float) -> None:
-        self._begun_s = now_s
+        self._started_s = now_s
         self._latencies.clear()
 
     def _median_s(self) -> float:

@@ -1,20 +1,20 @@
-"""Tasks that wait until something has changed, or a moment has come: a future and at most one timer for each."""
+"""Lets tasks wait until something changes or a time comes: a future and at most one timer each."""
 
 import asyncio
 
 
 class Waiters:
-    """One for each thing that is waited for. One per event loop. (`asyncio.wait_for` would take a task each.)"""
+    """The tasks waiting for one thing. One event loop only. (`asyncio.wait_for` would cost a task each.)"""
 
     def __init__(self) -> None:
         self._waiting: set[asyncio.Future[None]] = set()
 
     def __bool__(self) -> bool:
-        """True while somebody waits."""
+        """True while a task waits."""
         return bool(self._waiting)
 
     async def wait(self, most_s: float | None = None) -> None:
-        """Returns when `wake` was called, or after so many seconds."""
+        """Returns when `wake` was called, or after `most_s` seconds."""
         loop = asyncio.get_running_loop()
         waiter = loop.create_future()
         self._waiting.add(waiter)
@@ -27,7 +27,7 @@ class Waiters:
                 timer.cancel()
 
     def wake(self) -> None:
-        """Everyone who waits looks again."""
+        """Wakes all waiting tasks."""
         for waiter in self._waiting:
             _release(waiter)
 

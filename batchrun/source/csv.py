@@ -1,9 +1,9 @@
-"""CSV: a file's header as a schema, and its rows in small batches. Every column is text.
+"""Reads a CSV file's header as a schema, and its rows in small batches. Every column is text.
 
-Nothing is guessed: "007" and "1.10" reach the prompt as they stand. An empty cell that is not quoted is null; a quoted
-one is the empty text. The first line names the columns. What the header has between its cells, outside quotes, parts
-all cells: a comma, else a semicolon, a tab, a bar; a first line `sep=;`, as Excel understands it, says it instead.
-Quotes are doubled within quotes; a quoted cell may span lines. Text behind a closing quote is refused.
+No types are guessed: "007" and "1.10" reach the prompt unchanged. An empty cell without quotes is null; with quotes it
+is the empty text. The first line names the columns and decides the delimiter: a comma if the header has one outside
+quotes, else a semicolon, a tab, a bar. A first line `sep=;`, as Excel writes it, sets the delimiter instead.
+A quote within quotes is doubled; a quoted cell may span lines. Text after a closing quote is an error.
 """
 
 import csv
@@ -19,12 +19,12 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 
 from batchrun.errors import InputError
-from batchrun.source import foreign
+from batchrun.source import unsupported
 from batchrun.source.files import BOM, DAMAGED, blocks, opened
 
 BLOCK_BYTES = (1 << 20, 8 << 20)
-"""How much is parsed at a time, and so the longest row: the second where a row does not fit into the first. Arrow reads
-more than 30 blocks ahead (measured: 45 MB in all for blocks of 1 MB, 300 MB for blocks of 8 MB).
+"""How many bytes are parsed at a time, which is also the longest row. The second size is for files with a longer row.
+Arrow reads more than 30 blocks ahead (measured: 45 MB in all for blocks of 1 MB, 300 MB for 8 MB).
 """
 
 BATCH_ROWS = 1024
@@ -49,10 +49,10 @@ def schema_of(path: Path) -> pa.Schema:
 
 
 def batches(path: Path, skip: int) -> Iterator[pa.RecordBatch]:
-    """The rows behind the first `skip`.
+    """The rows after the first `skip`.
 
     Raises:
-        InputError: a row has another number of cells than the header, or is not UTF-8; the line says where.
+        InputError: a row has more or fewer cells than the header, or is not UTF-8; the message says where.
     """
     schema = schema_of(path)
     if skip == 0:
@@ -77,7 +77,7 @@ def _batches(path: Path, schema: pa.Schema, skip: int, block_bytes: int) -> Iter
             skip = max(0, skip - block.num_rows)
 
 
-_LONGER_THAN_A_BLOCK = re.compile("straddling|Empty CSV file or block")  # Arrow's words for a row, and for the header
+_LONGER_THAN_A_BLOCK = re.compile("straddling|Empty CSV file or block")  # Arrow's messages for a row and for the header
 
 
 class _LongRowError(InputError):
@@ -86,7 +86,7 @@ class _LongRowError(InputError):
 
 @contextmanager
 def _rows_of(path: Path, delimiter: str, errors: Literal["strict", "surrogateescape"]) -> Iterator[Any]:
-    """A strict reader of the file's rows, blank lines as empty ones, for the largest cell that Arrow would read."""
+    """A strict reader of the file's rows. Blank lines are empty rows; cells may be as large as Arrow allows."""
     limit = csv.field_size_limit(BLOCK_BYTES[-1])
     try:
         with opened(path) as stream:
@@ -125,14 +125,14 @@ def _reading(path: Path, schema: pa.Schema, block_bytes: int) -> Iterator[pacsv.
 
 
 _QUOTED = re.compile(rb'"[^"]*"')
-_SAID_BY_EXCEL = re.compile(rb'"?sep=(.)"?\r?\n', re.IGNORECASE)
+_EXCEL_SEPARATOR = re.compile(rb'"?sep=(.)"?\r?\n', re.IGNORECASE)
 
 
 def _layout(path: Path) -> tuple[str, int]:
-    """What stands between cells, and how many lines stand above the header."""
+    """The delimiter between cells, and the number of lines above the header."""
     head = next(blocks(path, 0, HEADER_BYTES), b"").removeprefix(BOM)
-    if said := _SAID_BY_EXCEL.match(head):
-        return said[1].decode("latin-1"), 1
+    if separator := _EXCEL_SEPARATOR.match(head):
+        return separator[1].decode("latin-1"), 1
     if ".tsv" in (suffix.lower() for suffix in path.suffixes):
         return "\t", 0
     header = re.split(rb"[\r\n]", _QUOTED.sub(b"", head).lstrip(b"\r\n"), maxsplit=1)[0]
@@ -140,21 +140,21 @@ def _layout(path: Path) -> tuple[str, int]:
 
 
 def _require_strict_quotes(path: Path) -> None:
-    """Nothing, if each quoted cell ends where its quote does. Reads the whole file, 6 s for a GB (measured).
+    """Reject text after a closing quote, and unclosed quotes. Reads the whole file, 6 s for a GB (measured).
 
-    Arrow reads on behind a closing quote, and takes all that follows an open one for a cell's text.
+    Arrow accepts text after a closing quote, and reads everything after an unclosed one as one cell.
     """
     with _rows_of(path, _layout(path)[0], "surrogateescape") as rows:
         try:
             for _ in rows:
                 pass
         except csv.Error as error:
-            if "field larger" not in str(error):  # then a row is too long, which Arrow names
+            if "field larger" not in str(error):  # Arrow reports a row that is too long
                 what = "a quote is not closed" if "end of data" in str(error) else _DOUBLE_THEM
                 raise InputError(f"{path} can't be read as CSV: line {rows.line_num}: {what}") from error
 
 
-_DOUBLE_THEM = 'text stands behind a closing quote; quotes within a quoted cell must be doubled: "" and not \\"'
+_DOUBLE_THEM = 'there is text after a closing quote; quotes within a quoted cell must be doubled: "" and not \\"'
 
 
 def _reason(path: Path, error: Exception, bad: list[pacsv.InvalidRow]) -> str:
@@ -162,20 +162,20 @@ def _reason(path: Path, error: Exception, bad: list[pacsv.InvalidRow]) -> str:
         row = bad[0]
         where = "a row" if row.number is None else f"row {row.number} (the header is 1)"
         start = row.text[:60] + ("…" if len(row.text) > 60 else "")
-        return f"{where} has {row.actual_columns} cells, the header {row.expected_columns}: {start!r}; {_way_on(row)}"
+        return f"{where} has {row.actual_columns} cells, the header {row.expected_columns}: {start!r}; {_hint(row)}"
     text = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
     if "UTF8" in text or "UTF-8" in text or isinstance(error, UnicodeDecodeError):
-        return f"it is not UTF-8 ({text}); if it is Latin-1, {foreign.convert_from('WINDOWS-1252', path)}"
+        return f"it is not UTF-8 ({text}); if it is Latin-1, {unsupported.encoding_hint('WINDOWS-1252', path)}"
     if _LONGER_THAN_A_BLOCK.search(text):
         return f"a row is longer than {BLOCK_BYTES[-1]:,} bytes, or a quote is not closed; {text}"
     return text
 
 
-def _way_on(row: pacsv.InvalidRow) -> str:
+def _hint(row: pacsv.InvalidRow) -> str:
     if '\\"' in row.text:
         return _DOUBLE_THEM
     if row.text.count('"') % 2:
         return "a quote is not closed"
     if row.actual_columns > row.expected_columns:
         return "put cells that hold the delimiter in double quotes"
-    return "every row needs a cell for each column, an empty one too"
+    return "every row needs a cell for each column, even an empty one"

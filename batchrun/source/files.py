@@ -1,4 +1,4 @@
-"""Which files an input path means, whether they can be read, and whether they are still the same."""
+"""Finds the files of an input path, checks that they can be read, and detects that a file has changed."""
 
 import glob
 import gzip
@@ -17,14 +17,16 @@ import msgspec
 import pyarrow as pa
 
 from batchrun.errors import DiskError, InputError
-from batchrun.source import foreign
-from batchrun.source.foreign import HEAD_BYTES
+from batchrun.source import unsupported
+from batchrun.source.unsupported import HEAD_BYTES
 
 Content = Literal["parquet", "gzip", "zstd", "plain"]
 Format = Literal["jsonl", "parquet", "csv"]
 
 _MAGIC: dict[bytes, Content] = {b"PAR1": "parquet", b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
-_SKIPPABLE = re.compile(rb"[\x50-\x5f]\x2a\x4d\x18")  # a zstd frame without data, RFC 8878 3.1.2; pzstd begins with one
+_SKIPPABLE = re.compile(
+    rb"[\x50-\x5f]\x2a\x4d\x18"
+)  # a zstd frame without data, RFC 8878 3.1.2; pzstd writes one first
 COPY_BYTES = 1 << 20
 BOM = b"\xef\xbb\xbf"
 CSV_ENDINGS = (".csv", ".tsv", ".tab", ".psv")
@@ -38,7 +40,7 @@ def find_files(path: str) -> tuple[Path, ...]:
     `_temporary`), and so are checksums (`.crc`).
 
     Raises:
-        InputError: nothing matches, a file is unreadable, no regular file, or of another format than the first.
+        InputError: nothing matches; a file is unreadable, not a regular file, or in another format than the first.
     """
     files = tuple(sorted(_matches(path), key=str))
     if not files:
@@ -67,7 +69,7 @@ def _matches(path: str) -> list[Path]:
         return list(_files_below(named))
     if os.path.lexists(path):
         return [named]
-    fixed = len(Path(glob.escape(path.partition("*")[0])).parts)  # hidden folders that are named may be read
+    fixed = len(Path(glob.escape(path.partition("*")[0])).parts)  # a hidden folder that the path names is read
     found = [Path(match) for match in glob.glob(path, recursive=True) if not Path(match).is_dir()]  # noqa: PTH207
     return [file for file in found if not any(map(_is_left_out, file.parts[min(fixed, len(file.parts) - 1) :]))]
 
@@ -90,7 +92,7 @@ def _is_left_out(name: str) -> bool:
 
 
 def _folders_in(path: str) -> str:
-    """What to write for a directory that holds only folders; nothing for anything else."""
+    """A hint for a directory that holds only folders; "" for any other path."""
     if not Path(path).is_dir():
         return ""
     below = [file for file in Path(path).rglob("*") if file.is_file() and not any(map(_is_left_out, file.parts[1:]))]
@@ -101,7 +103,7 @@ def _folders_in(path: str) -> str:
 
 
 def _require_unicode(path: Path) -> None:
-    """Nothing, if the path is text: it goes into the checkpoint, the log and the result's footer, which are UTF-8."""
+    """Reject a path that is not UTF-8: the checkpoint, the log and the result's footer store paths as UTF-8."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -110,12 +112,12 @@ def _require_unicode(path: Path) -> None:
 
 
 def format_of(path: Path) -> Format:
-    """How the file is read: by its content, and where that is text by its name (`CSV_ENDINGS`, also compressed).
+    """The format in which the file is read. Its content decides; for text, its name (`CSV_ENDINGS`, also compressed).
 
-    A file of that name that begins with "{" is read as JSON lines.
+    A file with a CSV name that begins with "{" is read as JSON lines.
 
     Raises:
-        InputError: the file can't be read, or its name promises a Parquet file that is not there.
+        InputError: the file can't be read, or is named like a Parquet file and is not one.
     """
     content = content_of(path)
     if content == "parquet":
@@ -130,31 +132,32 @@ def format_of(path: Path) -> Format:
 
 
 def _require_text_within(head: bytes, path: Path, content: Content) -> None:
-    """Nothing, if the text behind one layer of compression may be JSON lines or CSV."""
-    foreign.refuse(head, path, packed=content)
+    """Reject compressed content that can be neither JSON lines nor CSV."""
+    unsupported.refuse(head, path, packed=content)
     if classify(head, path) != "plain":
-        raise InputError(f"{path} holds another compressed or Parquet file; {foreign.unpack(content, path)}")
+        raise InputError(f"{path} holds another compressed or Parquet file; {unsupported.unpack_hint(content, path)}")
 
 
 def content_of(path: Path) -> Content:
-    """What the first bytes of a file say it is; the name only matters where they contradict ".parquet".
+    """What the file is by its first bytes.
 
     Raises:
-        InputError: unreadable, no regular file, a known format that can't be read, or no Parquet despite its name.
+        InputError: the file is unreadable, not a regular file, in a format that batchrun does not read, or is named
+            like a Parquet file and is not one.
     """
     head = _head_of(path)
     content = classify(head, path)
     if content != "parquet" and path.suffix in (".parquet", ".pq"):
         what = f"begins with {head[:4]!r}, not b'PAR1'" if head else "is empty (0 bytes)"
-        raise InputError(f"{path} {what}: no Parquet file; write it again, or rename it if it is JSONL")
+        raise InputError(f"{path} {what}: not a Parquet file; write it again, or rename it if it is JSONL")
     return content
 
 
 def _head_of(path: Path) -> bytes:
     with reading(path):
-        mode = path.stat().st_mode  # before opening: opening a pipe waits for its writer
+        mode = path.stat().st_mode  # checked first: opening a pipe waits for its writer
         if not stat.S_ISREG(mode):
-            raise InputError(f"{path} is no regular file; save a pipe's data to a file first, or feed it to '-'")
+            raise InputError(f"{path} is not a regular file; save a pipe's data to a file first, or pass it to '-'")
         with path.open("rb") as file:
             return file.read(HEAD_BYTES)
 
@@ -163,19 +166,19 @@ def classify(head: bytes, path: Path) -> Content:
     """What content that begins with `head` is.
 
     Raises:
-        InputError: a known format or encoding that batchrun does not read; the line says how to convert it.
+        InputError: a format or encoding that batchrun does not read; the message says how to convert the file.
     """
     for magic, content in _MAGIC.items():
         if head.startswith(magic):
             return content
     if _SKIPPABLE.match(head):
         return "zstd"
-    foreign.refuse(head, path)
+    unsupported.refuse(head, path)
     return "plain"
 
 
 def blocks(file: Path, offset: int, block_bytes: int) -> Iterator[bytes]:
-    """The unpacked content of a text file from `offset` on.
+    """The unpacked content of a text file, starting at `offset`.
 
     Raises:
         InputError: the file is unreadable, or a compressed stream in it is cut or damaged.
@@ -195,11 +198,10 @@ DAMAGED = (OSError, EOFError, zlib.error)
 
 @contextmanager
 def opened(file: Path) -> Iterator[BinaryIO]:
-    """The unpacked content of a text file. gzip by Python's own module: Arrow's reader refuses zeros behind the last
-    member, with which tapes and object stores pad.
-    """
+    """The unpacked content of a text file."""
     content = content_of(file)
     if content == "gzip":
+        # not by Arrow: its reader rejects zeros after the last member, with which tapes and object stores pad
         with gzip.open(file) as unpacked:
             yield cast(BinaryIO, unpacked)
     elif content == "zstd":
@@ -220,7 +222,7 @@ def _skip(stream: BinaryIO, offset: int, block_bytes: int) -> None:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turns the system's refusal to read `path` into an InputError."""
+    """Turns an OSError while `path` is read into an InputError."""
     try:
         yield
     except OSError as error:
@@ -228,7 +230,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 class FileIdentity(msgspec.Struct, frozen=True):
-    """What tells a file from its replacement without reading it."""
+    """Distinguishes a file from its replacement without reading it."""
 
     path: str
     size_bytes: int
@@ -240,7 +242,7 @@ def fingerprint(files: tuple[Path, ...]) -> tuple[FileIdentity, ...]:
     """The identities of `files` now, in their order.
 
     Raises:
-        InputError: a file is gone or can't be looked at.
+        InputError: a file is gone or its status can't be read.
     """
     return tuple(_identity(file) for file in files)
 
@@ -252,7 +254,7 @@ def _identity(file: Path) -> FileIdentity:
 
 
 def changed(files: tuple[Path, ...], identities: tuple[FileIdentity, ...]) -> str | None:
-    """What is no longer as `fingerprint` saw it, in words that go after "the input changed: ", or None."""
+    """How the files differ from what `fingerprint` saw, as words after "the input changed: ", or None."""
     before = {identity.path: identity for identity in identities}
     for file in files:
         if str(file) not in before:
@@ -264,11 +266,11 @@ def changed(files: tuple[Path, ...], identities: tuple[FileIdentity, ...]) -> st
             return f"{file} had {was.size_bytes:,} bytes and has {now.size_bytes:,}"
         if was != now:
             return f"{file} was written again"
-    return f"{next(iter(before))} is no longer part of it" if before else None
+    return f"{next(iter(before))} is no longer part of the input" if before else None
 
 
 def digest(path: Path) -> str:
-    """BLAKE2b-128 of the file's bytes, in hex, read in one pass of constant memory.
+    """BLAKE2b-128 of the file's bytes in hex. One pass with constant memory.
 
     Raises:
         InputError: the file can't be read.
@@ -278,10 +280,10 @@ def digest(path: Path) -> str:
 
 
 def spool(stream: BinaryIO, to: Path) -> None:
-    """`to` holds all that `stream` had, durably, mode 0600; on any failure `to` is as it was.
+    """Copies all of `stream` to `to`, durably, with mode 0600. After a failure `to` is unchanged.
 
     Raises:
-        DiskError: the copy could not be written; nothing of it is left.
+        DiskError: the copy could not be written; nothing of it is left behind.
     """
     descriptor, name = tempfile.mkstemp(dir=to.parent, prefix=f".{to.name}.")
     partial = Path(name)
@@ -294,7 +296,7 @@ def spool(stream: BinaryIO, to: Path) -> None:
         partial.replace(to)
         _sync_directory(to.parent)
     except OSError as error:
-        raise DiskError(f"{to}: standard input can't be kept: {error.strerror}; make room there") from error
+        raise DiskError(f"{to}: can't save standard input: {error.strerror}; free some space there") from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -303,7 +305,7 @@ def _read(stream: BinaryIO) -> bytes:
     """The next bytes of standard input.
 
     Raises:
-        InputError: it can't be read: it is open for writing only, a directory, a terminal that is gone.
+        InputError: standard input can't be read, such as a directory or a terminal that is gone.
     """
     try:
         return stream.read(COPY_BYTES)

@@ -1,7 +1,7 @@
-"""Folders named `key=value`, as Spark, Hive, DuckDB and pandas lay out data: their keys are columns. PURE over paths.
+"""Reads the keys of folders named `key=value`, as Spark, Hive, DuckDB and pandas write them, as columns. PURE.
 
-The keys of a file are those of the unbroken chain of such folders right above it, however the input was named: a
-file, a folder and a glob give the same columns.
+A file's keys are those of the unbroken chain of such folders directly above it. A path to the file, its folder or a
+glob gives the same columns.
 """
 
 import re
@@ -13,13 +13,13 @@ import pyarrow as pa
 Keys = dict[str, int | str | None]
 
 NULL = "__HIVE_DEFAULT_PARTITION__"
-_INTEGER = re.compile(r"0|-?[1-9]\d{0,17}")  # as an integer is written again: "007" stays text
+_INTEGER = re.compile(r"0|-?[1-9]\d{0,17}")  # only integers in their shortest form: "007" stays text
 
 
 def keys_of(files: tuple[Path, ...]) -> list[Keys]:
     """The keys of each file's folders, outermost first.
 
-    A key is an integer where all its values, in all files, are written as integers are; else it is text.
+    A key is an integer if all its values in all files are integers in their shortest form; else it is text.
     """
     found = [_texts(file) for file in files]
     for name in {name for keys in found for name in keys}:

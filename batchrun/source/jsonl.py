@@ -1,4 +1,4 @@
-"""JSON lines, plain or compressed: blocks → lines → records and windows."""
+"""Reads JSON lines, plain or compressed, as records and windows."""
 
 from collections.abc import Container, Iterator
 from pathlib import Path
@@ -13,12 +13,12 @@ from batchrun.source.files import BOM, blocks, format_of
 from batchrun.source.lines import read_row, split_lines
 from batchrun.source.window import LINES, START, Position, Record, Window
 
-BLOCK_BYTES = 1 << 20  # beyond it reading gets no faster (measured), only larger
+BLOCK_BYTES = 1 << 20  # larger blocks are no faster (measured)
 MAX_LINE_BYTES = 64 << 20
 
 
 class _Line(msgspec.Struct, frozen=True, gc=False):
-    """One line that is not blank. `text` is None beyond the length limit; `end` is the offset behind it."""
+    """One line that is not blank. `text` is None for a line over the length limit; `end` is the offset after it."""
 
     file: int
     number: int
@@ -31,19 +31,19 @@ class _Line(msgspec.Struct, frozen=True, gc=False):
 
 
 class JsonlSource:
-    """Files of JSON lines, each plain, gzip or zstd whatever its name says. Blank lines are no records.
+    """Files of JSON lines, each plain, gzip or zstd by its content. Blank lines are skipped.
 
-    The keys of folders named `key=value` are columns of the files in them; a row's own value stands before them."""
+    The keys of folders named `key=value` are columns of the files in them. A row's own value overrides such a key."""
 
     format: Literal["jsonl"] = "jsonl"
 
     def __init__(
         self, files: tuple[Path, ...], max_line_bytes: int = MAX_LINE_BYTES, block_bytes: int = BLOCK_BYTES
     ) -> None:
-        """Every file's head was looked at, inside its compression too.
+        """Reads every file's head, inside its compression too.
 
         Raises:
-            InputError: a file is unreadable, of another format, or in another encoding than UTF-8.
+            InputError: a file is unreadable, in another format, or in another encoding than UTF-8.
         """
         self.files = files
         self._max_line_bytes = max_line_bytes
@@ -51,13 +51,13 @@ class JsonlSource:
         self._keys = hive.keys_of(files)
         for file in files:
             if format_of(file) != "jsonl":
-                raise InputError(f"{file} is not JSON lines; an input has one format")
+                raise InputError(f"{file} is not JSON lines; all files of an input must have one format")
 
     def records(self, start: Position = START) -> Iterator[Record]:
         """Every record from `start` on: the decoded line or its problem.
 
         Raises:
-            InputError: the file can't be read any further, such as a cut or damaged compressed stream.
+            InputError: the rest of the file can't be read, as in a truncated or damaged compressed stream.
         """
         origins = [f"{file}:" for file in self.files]
         too_long = f"the line is longer than {self._max_line_bytes:,} bytes"
@@ -71,23 +71,23 @@ class JsonlSource:
                 yield Record(line.ordinal, origins[line.file], line.number, row)
 
     def windows(self, start: Position, max_rows: int, max_bytes: int, skip: Container[int] = ()) -> Iterator[Window]:
-        """The lines from `start` on without those in `skip`, undecoded, in windows of `LINES`.
+        """The lines from `start` on without those in `skip`, undecoded, in windows with the schema `LINES`.
 
         Raises:
-            InputError: as `records`, or a line beyond the length limit is not in `skip`.
+            InputError: as `records`, or a line over the length limit is not in `skip`.
         """
         lines: list[bytes] = []
         size, end = 0, start
-        in_front = [msgspec.json.encode(keys)[:-1] if keys else b"" for keys in self._keys]
+        prefixes = [msgspec.json.encode(keys)[:-1] if keys else b"" for keys in self._keys]
         for line in self._lines(start):
             if line.ordinal not in skip:
                 if line.text is None:
                     raise InputError(f"{self.files[line.file]}:{line.number}: the line is too long")
                 if lines and (len(lines) >= max_rows or size + len(line.text) > max_bytes):
                     window, lines, size = _window(lines, end), [], 0
-                    yield window  # after letting go of what it was made of
+                    yield window  # its lines have been released
                     del window
-                text = _with_keys(in_front[line.file], line.text) if in_front[line.file] else line.text
+                text = _with_keys(prefixes[line.file], line.text) if prefixes[line.file] else line.text
                 lines.append(text)
                 size += len(text)
             end = line.after()
@@ -99,7 +99,7 @@ class JsonlSource:
         for index in range(start.file, len(self.files)):
             content = blocks(self.files[index], offset, self._block_bytes)
             for text, size in split_lines(content, self._max_line_bytes):
-                if text is not None:  # files that were joined have a mark in front of each
+                if text is not None:  # joined files have a mark at the start of each
                     text = text.removeprefix(BOM)
                 offset += size
                 number += 1
@@ -111,8 +111,9 @@ class JsonlSource:
 
 
 def _with_keys(keys: bytes, line: bytes) -> bytes:
-    """The object in `line` with the folders' `keys` in front: `{"k":1` is what these are. The line's own value of such
-    a key comes later, and the last one counts.
+    """The object in `line` with the folders' `keys` first, which are bytes such as `{"k":1`.
+
+    A key that the line has itself comes later, and the decoder keeps the last value.
     """
     members = line.strip()[1:]
     return keys + (b"" if members.lstrip().startswith(b"}") else b",") + members

@@ -1,4 +1,4 @@
-"""JSON lines: bytes → lines → rows, or in plain words what is wrong with a line. PURE."""
+"""Splits and decodes JSON lines, and explains what is wrong with an invalid line. PURE."""
 
 import json
 import math
@@ -9,8 +9,8 @@ from itertools import accumulate
 import msgspec
 
 MAX_DEPTH = 500
-"""Levels of nesting a row may have. Python gives up between 900 and 1,000 depending on how deep its own stack
-is, so without a limit below that a row could pass the check and fail when it is sent."""
+"""The deepest nesting of a row. Python's own limit is between 900 and 1,000 and depends on its stack, so without a
+lower limit a row could pass the input check and fail when it is sent."""
 
 _decode = msgspec.json.Decoder().decode
 
@@ -25,9 +25,9 @@ _ESCAPE = re.compile(
 
 
 def split_lines(blocks: Iterable[bytes], max_line_bytes: int) -> Iterator[tuple[bytes | None, int]]:
-    r"""Every line of the stream without its "\n", and its size with it; only "\n" ends a line.
+    r"""Every line of the stream without its "\n", and its size including it. Only "\n" ends a line.
 
-    A line beyond `max_line_bytes` comes as None: no more than that and one block is ever held.
+    A line longer than `max_line_bytes` is yielded as None: memory never holds more than that and one block.
     """
     held: list[bytes] = []
     held_bytes = 0
@@ -50,9 +50,10 @@ def split_lines(blocks: Iterable[bytes], max_line_bytes: int) -> Iterator[tuple[
 
 
 def read_row(line: bytes) -> dict[str, object] | str:
-    """The object that `line` holds, or what is wrong with it. Bytes count from 1; "near" is msgspec's own count.
+    """The object in `line`, or a message about what is wrong with it.
 
-    A repeated key, at any depth, is a problem: readers differ in which value counts. Integers keep all their digits.
+    Bytes count from 1; "near byte N" is msgspec's count. A repeated key at any depth is invalid, because readers differ
+    in which value they use. Integers keep all their digits.
     """
     try:
         row = _decode(line)
@@ -62,13 +63,15 @@ def read_row(line: bytes) -> dict[str, object] | str:
         return f"the line holds {_NAMES[type(row)]}, not an object"
     if len(line) > 2 * MAX_DEPTH and line.count(b"[") + line.count(b"{") > MAX_DEPTH and _depth(line) > MAX_DEPTH:
         return _TOO_DEEP
-    if line.count(b":") > len(row) and (name := _repeated(line)) is not None:  # each key has a colon
-        return f"the key {name!r} stands twice in one object; no one knows which value counts"
+    if (
+        line.count(b":") > len(row) and (name := _repeated(line)) is not None
+    ):  # there are more colons than keys at the top
+        return f"the key {name!r} appears twice in one object, so its value is ambiguous"
     return row
 
 
 def _repeated(line: bytes) -> str | None:
-    """A key that one of the line's objects has twice, or None. 9 µs for 350 bytes (measured): by Python's decoder."""
+    """A key that one of the line's objects has twice, or None. 9 µs for 350 bytes by Python's decoder (measured)."""
     twice: list[str] = []
 
     def note(members: list[tuple[str, object]]) -> None:
@@ -117,7 +120,9 @@ def _encoding_problem(line: bytes) -> str | None:
     if bad == 0xED and line[at : at + 1] >= b"\xa0":
         return f"byte {at} begins half of a surrogate pair, which is not UTF-8"
     if control := _CONTROL.search(line):
-        return f"byte {at} (0x{bad:02x}) is not UTF-8, and byte {control.start() + 1} is no text either: a binary file?"
+        return (
+            f"byte {at} (0x{bad:02x}) is not UTF-8, and byte {control.start() + 1} is not text either: a binary file?"
+        )
     guess = "WINDOWS-1252" if any(0x80 <= byte < 0xA0 for byte in line) else "ISO-8859-1"
     return f"byte {at} (0x{bad:02x}) is not UTF-8; it looks like {guess}: iconv -f {guess} -t UTF-8"
 
@@ -125,7 +130,9 @@ def _encoding_problem(line: bytes) -> str | None:
 def _surrogate_problem(line: bytes) -> str | None:
     for match in _ESCAPE.finditer(line):
         if match[1]:
-            return f"{match[1].decode()} at byte {match.start() + 1} is half of a surrogate pair, which is no character"
+            return (
+                f"{match[1].decode()} at byte {match.start() + 1} is half of a surrogate pair, which is not a character"
+            )
     return None
 
 
@@ -143,7 +150,7 @@ def _number_problem(line: bytes, error: Exception) -> str | None:
 
 def _word_problem(line: bytes, message: str) -> str | None:
     if "invalid character" not in message and "invalid number" not in message:
-        return None  # a cut line may end inside a string that holds such a word
+        return None  # a truncated line may end inside a string that holds such a word
     for match in _NOT_JSON.finditer(line):
         if match[1]:
             return f"{match[1].decode()} at byte {match.start() + 1} is not JSON"
@@ -156,11 +163,11 @@ def _syntax_problem(line: bytes, message: str) -> str:
     if message == "Input data was truncated":
         return f"the JSON ends too early, at byte {len(line)}"
     if line.lstrip()[:1] not in (b"{", b"["):
-        return "it is not JSON: it does not begin with `{`; a CSV file is read where its name ends in .csv or .tsv"
+        return "it is not JSON: it does not begin with `{`; the name of a CSV file must end in .csv or .tsv"
     if "trailing characters" in message:
         at = message.partition("(byte ")[2].rstrip(")")
-        return f"more stands behind the object, near byte {at}; write one object a line, with nothing between the lines"
+        return f"there is more text after the object, near byte {at}; write one object per line and nothing else"
     if "object keys must be strings" in message:
-        return "it is not JSON: names of keys stand in double quotes; is it Python's own form? (json.dumps writes JSON)"
+        return "it is not JSON: keys need double quotes; if Python printed it, write it with json.dumps"
     what = message.removeprefix("JSON is malformed: ")
     return "it is not JSON: " + re.sub(r"\(byte (\d+)\)", r"near byte \1", what)

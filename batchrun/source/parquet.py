@@ -1,4 +1,4 @@
-"""Parquet: a file's schema, and its rows in small batches, row group by row group."""
+"""Reads a Parquet file's schema, and its rows in small batches, row group by row group."""
 
 import io
 from collections.abc import Iterator
@@ -10,17 +10,17 @@ import pyarrow.parquet as pq
 
 from batchrun.errors import InputError
 
-BATCH_ROWS = 1024  # more gets no faster (measured); a 40 KB text repeated by a dictionary is 40 MB then
+BATCH_ROWS = 1024  # larger is no faster (measured); 1,024 copies of a 40 KB text from a dictionary are 40 MB
 BATCH_BYTES = 1 << 20
-PAGE_BUFFER_BYTES = 1 << 18  # without one, a whole column chunk is read at once: 1 GB for a 1 GB row group (measured)
-DAMAGE = (OSError, pa.ArrowException, UnicodeDecodeError)  # the last for a column's name that is not UTF-8
+PAGE_BUFFER_BYTES = 1 << 18  # without it, a whole column chunk is read at once: 1 GB for a 1 GB row group (measured)
+DAMAGE = (OSError, pa.ArrowException, UnicodeDecodeError)  # the last one: a column's name is not UTF-8
 
 
 def schema_of(path: Path) -> pa.Schema:
     """The schema in the file's footer.
 
     Raises:
-        InputError: the file is cut, damaged or encrypted.
+        InputError: the file is truncated, damaged or encrypted.
     """
     try:
         with _open(path) as file:
@@ -32,7 +32,7 @@ def schema_of(path: Path) -> pa.Schema:
 
 
 def batches(path: Path, skip: int) -> Iterator[pa.RecordBatch]:
-    """The rows behind the first `skip`, row group by row group: nested dictionaries can't be read across two.
+    """The rows after the first `skip`, one row group at a time: Arrow can't read nested dictionaries across two.
 
     Raises:
         InputError: a page is damaged, encrypted, or of a type Arrow can't read.
@@ -47,10 +47,10 @@ def batches(path: Path, skip: int) -> Iterator[pa.RecordBatch]:
 
 
 def require_writable(schema: pa.Schema, place: str = "") -> None:
-    """Nothing, if a Parquet file can hold each of the columns, as the output must.
+    """Reject columns that a Parquet file can't hold, because the output is one.
 
     Raises:
-        InputError: names the column behind `place`, its type, and what to do.
+        InputError: names `place`, the column, its type, and what to do.
     """
     for field in schema:
         try:
@@ -61,7 +61,7 @@ def require_writable(schema: pa.Schema, place: str = "") -> None:
 
 
 def _group(file: pq.ParquetFile, path: Path, group: int, first: int, skip: int) -> Iterator[pa.RecordBatch]:
-    """The rows of a row group behind its first `skip`; `first` is the group's place in the file."""
+    """The rows of a row group after its first `skip`; `first` is the group's first row in the file."""
     meta = file.metadata.row_group(group)
     batch_rows = max(1, min(BATCH_ROWS, BATCH_BYTES * meta.num_rows // max(1, meta.total_byte_size)))
     done = 0
@@ -76,7 +76,7 @@ def _group(file: pq.ParquetFile, path: Path, group: int, first: int, skip: int) 
 
 
 def _where(file: pq.ParquetFile, group: int) -> str:
-    """The column that can't be read there, with its type; nothing where each can be read by itself."""
+    """Names the column that can't be read there, with its type; "" if each column can be read alone."""
     for field in file.schema_arrow:
         try:
             for _ in file.iter_batches(BATCH_ROWS, [group], [field.name]):
@@ -106,4 +106,4 @@ def _reason(error: Exception) -> str:
         return "a column is nested more than 100 levels deep; write it as JSON text"
     if "not implemented" in text or isinstance(error, pa.ArrowNotImplementedError):
         return f"{text}; cast that column to a plain type"
-    return f"{text}; the file is damaged or was not written to its end: write or copy it again"
+    return f"{text}; the file is damaged or truncated: write or copy it again"

@@ -1,4 +1,4 @@
-"""Stored windows back to Python rows, for dispatch. PURE."""
+"""Turns stored windows into Python rows for dispatch. PURE."""
 
 import re
 from datetime import timedelta
@@ -16,14 +16,14 @@ _decode = msgspec.json.Decoder(dict[str, object]).decode
 
 
 def rows_of(batch: pa.RecordBatch) -> list[dict[str, object]]:
-    """The rows of a window's batch as dicts: decoded lines, or Arrow's own Python values.
+    """The rows of a window's batch as dicts: decoded lines, or Arrow's Python values with three exceptions.
 
-    A time with nanoseconds that Python's types can't hold comes as text of full precision, a float of less than double
-    precision as the shortest number that it is, a map as a dict.
+    A time with nanoseconds is text of full precision, a float of less than double precision is the shortest decimal
+    that rounds to it, and a map is a dict.
     0.7 µs for a JSONL row of 350 bytes and for a Parquet row of 5 columns (measured).
 
     Raises:
-        ValueError: a Parquet value has no Python form, such as a date beyond year 9999; names the column and its type.
+        ValueError: Python has no value for a Parquet value, such as a date after year 9999; names the column.
     """
     if batch.schema.metadata == LINES.metadata:
         return [_decode(line) for line in cast(list[bytes], batch.column(0).to_pylist())]
@@ -35,15 +35,15 @@ def rows_of(batch: pa.RecordBatch) -> list[dict[str, object]]:
 
 
 def _values(name: str, column: "pa.Array[Any]") -> list[object]:
-    formed = _is_formed(column.type)
-    if not formed or not has_views(column.type):  # Arrow's cast empties views within lists
+    converts = _needs_conversion(column.type)
+    if not converts or not has_views(column.type):  # Arrow's cast loses the elements of views within lists
         column = shortest(column)
     try:
         try:
             values = column.to_pylist()
-        except (ValueError, OverflowError):  # value by value, so that a value's form does not depend on its neighbours
+        except (ValueError, OverflowError):  # one by one, so that a value's form does not depend on other values
             values = [_value(scalar) for scalar in column]
-        return [_formed(value, column.type) for value in values] if formed else values
+        return [_converted(value, column.type) for value in values] if converts else values
     except ValueError as error:
         raise ValueError(f"column '{name}' of type {column.type}: {error}") from error
 
@@ -55,13 +55,13 @@ def _value(scalar: "pa.Scalar[Any]") -> object:
         match scalar:
             case pa.StructScalar():
                 return {name: _value(member) for name, member in scalar.items()}
-            case pa.ListScalar():  # of every width, views too; a map is one, of structs
+            case pa.ListScalar():  # all kinds of lists and views; a map is a list of structs
                 elements = [_value(element) for element in cast("pa.Array[Any]", scalar.values)]
                 if pa.types.is_map(scalar.type):
                     return [tuple(cast(dict[str, object], entry).values()) for entry in elements]
                 return elements
         if getattr(scalar.type, "unit", None) != "ns":
-            raise ValueError(_without_form(error)) from error
+            raise ValueError(_conversion_problem(error)) from error
         if pa.types.is_duration(scalar.type):
             whole, rest = divmod(pc.cast(scalar, pa.int64()).as_py(), 1000)
             text = str(timedelta(microseconds=whole))
@@ -72,23 +72,23 @@ def _value(scalar: "pa.Scalar[Any]") -> object:
 _OFFSET = re.compile(r"([+-]\d\d)(\d\d)$")  # Arrow writes +0100, Python +01:00
 
 
-def _without_form(error: Exception) -> str:
-    """What to say of a value that Python's types can't hold, and what to do."""
+def _conversion_problem(error: Exception) -> str:
+    """Why Python's types can't hold a value, and what to do."""
     if "zoneinfo" in str(error) or "pytz" in str(error):
         return "its time zone is not known here; install tzdata, or cast the column to UTC"
     if isinstance(error, UnicodeDecodeError):
-        return f"a text is not UTF-8 ({error.reason} at byte {error.start + 1}); write it again as UTF-8"
-    return f"a value is beyond what Python's own type holds ({error}); cast the column to text or integers"
+        return f"a text is not UTF-8 ({error.reason} at byte {error.start + 1}); write the column as UTF-8"
+    return f"a value is out of the range of Python's type ({error}); cast the column to text or integers"
 
 
 @cache
-def _is_formed(type_: pa.DataType) -> bool:
-    """Whether `_formed` would change a value of that type: it has maps, or floats where `shortest` does not reach."""
+def _needs_conversion(type_: pa.DataType) -> bool:
+    """True if `_converted` would change a value of that type: it has maps, or floats that `shortest` can't reach."""
     if pa.types.is_map(type_):
         return True
     if isinstance(type_, pa.DictionaryType | pa.BaseExtensionType) or is_view(type_):
-        return _is_formed(inner := _inner(type_)) or _has_short_floats(inner)
-    return pa.types.is_nested(type_) and any(_is_formed(type_.field(n).type) for n in range(type_.num_fields))
+        return _needs_conversion(inner := _inner(type_)) or _has_short_floats(inner)
+    return pa.types.is_nested(type_) and any(_needs_conversion(type_.field(n).type) for n in range(type_.num_fields))
 
 
 def _has_short_floats(type_: pa.DataType) -> bool:
@@ -104,27 +104,27 @@ def _inner(type_: pa.DataType) -> pa.DataType:
     return inner
 
 
-def _formed(value: Any, type_: pa.DataType) -> Any:
-    """The value with dicts for maps, and with the shortest number for a float.
+def _converted(value: Any, type_: pa.DataType) -> Any:
+    """The value with maps as dicts and each float as the shortest decimal that rounds to it.
 
     Raises:
         ValueError: a map has a key twice.
     """
     if isinstance(type_, pa.DictionaryType | pa.BaseExtensionType) and isinstance(value, float | list | dict):
-        return _formed(value, _inner(type_))
+        return _converted(value, _inner(type_))
     if value is None:
         return None
     if isinstance(type_, pa.MapType):
-        entries = [(_formed(key, type_.key_type), _formed(item, type_.item_type)) for key, item in value]
+        entries = [(_converted(key, type_.key_type), _converted(item, type_.item_type)) for key, item in value]
         keys = [str(key) if isinstance(key, dict | list) else key for key, _ in entries]
         if len(set(keys)) < len(keys):
             raise ValueError("a map has the key twice: " + repr(max(keys, key=keys.count)))
         return dict(zip(keys, (item for _, item in entries), strict=True))
     if pa.types.is_struct(type_):
-        return {field.name: _formed(value[field.name], field.type) for field in type_.fields}
+        return {field.name: _converted(value[field.name], field.type) for field in type_.fields}
     if isinstance(value, list):
         inner = _inner(type_)
-        return [_formed(item, inner) for item in value]
+        return [_converted(item, inner) for item in value]
     if isinstance(value, float) and (pa.types.is_float32(type_) or pa.types.is_float16(type_)):
         return float(pc.cast(pa.scalar(value, pa.float32()), pa.string()).as_py())
     return value

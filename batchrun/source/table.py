@@ -1,4 +1,4 @@
-"""Files that hold columns, Parquet or CSV: batches of one schema → records and windows."""
+"""Reads Parquet or CSV files as records and windows of one schema."""
 
 from bisect import bisect_right
 from collections import Counter
@@ -17,7 +17,7 @@ from batchrun.source.window import START, Position, Record, Window
 
 
 class _Batch(msgspec.Struct, frozen=True):
-    """Rows that follow one another in a file: `row` is the first one's place there, `ordinal` in the input."""
+    """Consecutive rows of a file. `row` is the first one's position in the file, `ordinal` the one in the input."""
 
     rows: pa.RecordBatch
     file: int
@@ -36,16 +36,17 @@ class _Batch(msgspec.Struct, frozen=True):
 
 
 class TableSource:
-    """Parquet or CSV files with one schema over all of them (`unify`). File metadata is left behind.
+    """Parquet or CSV files with one schema over all of them (`unify`). File metadata is dropped.
 
-    The keys of folders named `key=value` come first among the columns, where no file has a column of that name.
+    The keys of folders named `key=value` are the first columns, unless a file has a column of that name.
     """
 
     def __init__(self, files: tuple[Path, ...]) -> None:
-        """Every file's footer, or header, was read.
+        """Reads every file's footer or header.
 
         Raises:
-            InputError: a file is cut, damaged, encrypted or has a column name twice, or the schemas don't meet.
+            InputError: a file is truncated, damaged or encrypted, has two columns of one name, or its schema can't be
+                combined with the others.
         """
         self.files = files
         self.format: Format = format_of(files[0])
@@ -63,11 +64,13 @@ class TableSource:
 
     def _is_like_the_first(self, file: Path) -> bool:
         if format_of(file) != self.format:
-            raise InputError(f"{file} is no {self.format.capitalize()} file; an input has one format")
+            raise InputError(
+                f"{file} is not a {self.format.capitalize()} file; all files of an input must have one format"
+            )
         return True
 
     def records(self, start: Position = START) -> Iterator[Record]:
-        """Every record from `start` on; a value without a Python form is that record's problem.
+        """Every record from `start` on. A value that Python can't hold makes its record invalid.
 
         Raises:
             InputError: a page is damaged, encrypted, or of a type Arrow can't read.
@@ -83,7 +86,7 @@ class TableSource:
                     yield Record(batch.ordinal + i, origins[batch.file], batch.row + i, row)
 
     def windows(self, start: Position, max_rows: int, max_bytes: int, skip: Container[int] = ()) -> Iterator[Window]:
-        """The rows from `start` on without those in `skip`; bytes are Arrow's, dictionaries not counted.
+        """The rows from `start` on without those in `skip`. `max_bytes` counts Arrow's bytes without dictionaries.
 
         Raises:
             InputError: as `records`.
@@ -95,7 +98,7 @@ class TableSource:
                 fitting = _fitting(run.rows, max_rows - rows, max_bytes - size)
                 if parts and not fitting:
                     window, parts, rows, size = self._window(parts, end), [], 0, 0
-                    yield window  # after letting go of what it was made of
+                    yield window  # its parts have been released
                     del window
                     continue
                 part, run = run.cut(max(1, fitting))
@@ -108,7 +111,7 @@ class TableSource:
         return Window(pa.Table.from_batches(parts, schema=self.schema).combine_chunks(), end)
 
     def _accepted(self, start: Position, skip: Container[int]) -> Iterator[_Batch]:
-        """The longest runs within a batch that have no ordinal of `skip`."""
+        """The longest stretches of each batch without an ordinal in `skip`."""
         for batch in self._batches(start):
             ordinals = range(batch.ordinal, batch.ordinal + batch.rows.num_rows)
             for skipped, run in groupby(ordinals, skip.__contains__):
@@ -164,11 +167,11 @@ def _record(batch: _Batch, origin: str) -> Record:
 
 
 def _size_of(rows: pa.RecordBatch) -> int:
-    """Bytes of the rows themselves: a dictionary is the file's, however few of its rows are here."""
+    """Bytes of the rows without dictionaries, which belong to the whole file."""
     return sum((c.indices if isinstance(c, pa.DictionaryArray) else c).nbytes for c in rows.columns)
 
 
 def _fitting(rows: pa.RecordBatch, max_rows: int, max_bytes: int) -> int:
-    """How many of the first rows stay within both limits."""
+    """How many rows from the first on stay within both limits."""
     counts = range(1, min(rows.num_rows, max_rows) + 1)
     return bisect_right(counts, max_bytes, key=lambda count: _size_of(rows.slice(0, count)))

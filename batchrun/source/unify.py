@@ -1,15 +1,15 @@
-"""One schema over many files, and the batches of each file in it. PURE. Types meet only where no value is lost.
+"""Combines the schemas of many files, and casts each file's batches. PURE. Types combine only if no value is lost.
 
 | in one file | in another | column |
 | --- | --- | --- |
 | all null (Arrow's null type), or missing | any type | that type |
 | string | large_string, string_view, a dictionary of strings | string or large_string |
 | integers of different widths; `float` | `double` | the wider |
-| integers | `double` | double; an integer beyond 2^53 is refused where it stands |
+| integers | `double` | double; an integer beyond 2^53 is an error |
 | decimals of one scale; timestamps of one zone | other precision; other unit | the finer |
-| structs, lists | others, with members that meet | members unified; an absent one is null |
+| structs, lists | others, with members that combine | members combined; a missing one is null |
 
-All else is refused: text beside numbers, text beside bytes, decimals of other scales (they would read otherwise).
+All other pairs are errors: text and numbers, text and bytes, decimals of two scales (whose text would change).
 """
 
 from collections.abc import Iterable
@@ -27,7 +27,7 @@ def schema_over(schemas: "Iterable[tuple[Path, pa.Schema]]") -> pa.Schema:
     """The columns of all files, in order of first appearance, each with the type that holds the values of all.
 
     Raises:
-        InputError: names a column, two of its types, their files, and the way on.
+        InputError: names a column, two of its types, their files, and what to do.
     """
     fields: dict[str, tuple[pa.DataType, Path]] = {}
     for path, schema in schemas:
@@ -37,14 +37,14 @@ def schema_over(schemas: "Iterable[tuple[Path, pa.Schema]]") -> pa.Schema:
             if common is None:
                 raise InputError(
                     f"{path} has column '{field.name}' as {field.type}, {first} as {known}; no type holds both without "
-                    "loss: write one of the files again with the other's type, or read them as two inputs"
+                    "loss: write one of the files with the other's type, or use them as two inputs"
                 )
             fields[field.name] = (common, path if common == field.type else first)
     return pa.schema([(name, type_) for name, (type_, _) in fields.items()])
 
 
 def _common(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
-    """The type that holds the values of both as they are; None where there is none."""
+    """The type that holds the values of both unchanged, or None."""
     if one == other:
         return one
     one, other = plain(one), plain(other)
@@ -74,26 +74,26 @@ def plain(type_: pa.DataType) -> pa.DataType:
 
 
 def is_view(type_: pa.DataType) -> "TypeGuard[pa.ListViewType[Any] | pa.LargeListViewType[Any]]":
-    """Whether it is a list whose elements may stand anywhere."""
+    """True for a list view: a list whose elements need not be in order in memory."""
     return isinstance(type_, pa.ListViewType | pa.LargeListViewType)
 
 
 @cache
 def has_views(type_: pa.DataType) -> bool:
-    """Whether there is such a list in it, at any depth."""
+    """True if the type holds a list view at any depth."""
     if is_view(type_):
         return True
     return pa.types.is_nested(type_) and any(has_views(type_.field(n).type) for n in range(type_.num_fields))
 
 
 def with_members(type_: pa.DataType, change: Any) -> pa.DataType:
-    """A list, struct or map with the types of its members changed; any other type as it is."""
+    """A list, struct or map with the types of its members changed; any other type unchanged."""
     if pa.types.is_struct(type_):
         return pa.struct([field.with_type(change(field.type)) for field in type_.fields])
     if isinstance(type_, pa.MapType):
         item = change(type_.item_type)
         if item == type_.item_type:
-            return type_  # DuckDB's map {} has keys of no type, which `map_` refuses
+            return type_  # DuckDB's map {} has keys of the null type, which `map_` rejects
         return pa.map_(type_.key_type, item)
     if isinstance(type_, pa.FixedSizeListType):
         return pa.list_(type_.value_field.with_type(change(type_.value_type)), type_.list_size)
@@ -105,7 +105,7 @@ def with_members(type_: pa.DataType, change: Any) -> pa.DataType:
 
 
 def _reads_the_same(one: pa.DataType, other: pa.DataType) -> bool:
-    """Whether a value of either type is written the same in a prompt once Arrow has unified them."""
+    """True if the common type does not change how a value of either type is written in a prompt."""
     if pa.types.is_null(one) or pa.types.is_null(other):
         return True
     if pa.types.is_decimal(one) or pa.types.is_decimal(other):
@@ -131,10 +131,10 @@ def _kind(type_: pa.DataType) -> str:
 
 
 def fitted(rows: pa.RecordBatch, schema: pa.Schema, keys: dict[str, Any]) -> pa.RecordBatch:
-    """The rows in the columns of `schema`: cast, filled from the folders' `keys`, or null.
+    """The rows in the columns of `schema`. Missing columns are filled from the folders' `keys`, or are null.
 
     Raises:
-        ValueError: a value does not fit its column's common type; the message names the column.
+        ValueError: a value does not fit its column's common type; names the column.
     """
     columns, names = [], set(rows.schema.names)
     for field in schema:
@@ -154,7 +154,7 @@ def _cast(column: "pa.Array[Any]", to: pa.DataType) -> "pa.Array[Any]":
         return shortest(column)
     if isinstance(column, pa.RunEndEncodedArray):
         return _cast(pc.call_function("run_end_decode", [column]), to)
-    if has_views(column.type):  # Arrow's cast of such a list within a list gives an empty one
+    if has_views(column.type):  # Arrow's cast loses the elements of a list view within a list
         return pa.array(column.to_pylist(), to)
     try:
         return pc.cast(column, to)
@@ -163,19 +163,19 @@ def _cast(column: "pa.Array[Any]", to: pa.DataType) -> "pa.Array[Any]":
 
 
 def shortest(column: "pa.Array[Any]") -> "pa.Array[Any]":
-    """Floats of less than double precision, at any depth, as the doubles that are written the same: 0.1 stays 0.1.
+    """Floats of less than double precision, at any depth, as doubles with the same shortest decimal: 0.1 stays 0.1.
 
-    A cast alone makes 0.10000000149011612 of it. By way of text, so that it is the shortest number that it is.
+    A plain cast gives 0.10000000149011612, so the values are cast to text and back.
     """
-    wide = _changed(column.type, pa.float32())
-    if wide == column.type and _changed(column.type, pa.float64()) == column.type:
+    wide = _with_floats_as(column.type, pa.float32())
+    if wide == column.type and _with_floats_as(column.type, pa.float64()) == column.type:
         return column
-    texts = pc.cast(pc.cast(column, wide), _changed(column.type, pa.string()))
-    return pc.cast(texts, _changed(column.type, pa.float64()))
+    texts = pc.cast(pc.cast(column, wide), _with_floats_as(column.type, pa.string()))
+    return pc.cast(texts, _with_floats_as(column.type, pa.float64()))
 
 
-def _changed(type_: pa.DataType, to: pa.DataType) -> pa.DataType:
-    """The type with every float of less than double precision in it replaced."""
+def _with_floats_as(type_: pa.DataType, to: pa.DataType) -> pa.DataType:
+    """The type with every float of less than double precision replaced by `to`."""
     if pa.types.is_float32(type_) or pa.types.is_float16(type_):
         return to
-    return with_members(type_, lambda member: _changed(member, to))
+    return with_members(type_, lambda member: _with_floats_as(member, to))

@@ -1,4 +1,4 @@
-"""The values that reading yields, whatever the format: positions, records and windows."""
+"""The values that every source yields: positions, records and windows."""
 
 from collections.abc import Container, Iterator
 from pathlib import Path
@@ -9,7 +9,7 @@ import pyarrow as pa
 
 
 class Position(msgspec.Struct, frozen=True, gc=False):
-    """A place between two records, from which reading can go on.
+    """A place between two records from which reading can resume.
 
     `file` indexes the files of the source. `offset` is in bytes of the decompressed stream (JSONL) or in rows
     of the file (Parquet). `line` counts the lines before it in the file (0 for Parquet), `ordinal` the records
@@ -26,10 +26,10 @@ START = Position(file=0, offset=0, line=0, ordinal=0)
 
 
 class Record(msgspec.Struct, frozen=True, gc=False):
-    """One record of the input: its columns, or the problem that makes it unreadable.
+    """One record of the input: its columns, or the problem that makes it invalid.
 
     `place` is `origin` and `number` joined: "reviews.jsonl:17" (lines from 1), "reviews.parquet row 16" (from 0).
-    `columns` is empty when there is a `problem`; `line` is what could not be read, where it is short enough to be held.
+    `columns` is empty if there is a `problem`. `line` is the text of an invalid line within the length limit.
     """
 
     ordinal: int
@@ -41,12 +41,12 @@ class Record(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def place(self) -> str:
-        """Where a reader finds the record."""
+        """Where a person finds the record in the input."""
         return f"{self.origin}{self.number}"
 
 
 class Window(msgspec.Struct, frozen=True):
-    """Consecutive accepted records, as they are to be stored, and where the next window begins.
+    """Consecutive accepted records in the form in which they are stored, and where the next window begins.
 
     `table` has one chunk per column, so it can be written in batches of any size to an Arrow IPC file
     (which can't hold a dictionary that changes between batches). JSONL: one column `line`, see `LINES`.
@@ -62,7 +62,7 @@ class Window(msgspec.Struct, frozen=True):
 
 
 class Source(Protocol):
-    """An opened input; both methods can be called again and start from any `Window.end` of the same files."""
+    """An opened input. Both methods can be called repeatedly, from any `Window.end` of the same files."""
 
     files: tuple[Path, ...]
 
@@ -71,11 +71,11 @@ class Source(Protocol):
         """The format of every file."""
 
     def records(self, start: Position = START) -> Iterator[Record]:
-        """Every record from `start` on, unreadable ones included."""
+        """Every record from `start` on, invalid ones included."""
 
     def windows(self, start: Position, max_rows: int, max_bytes: int, skip: Container[int] = ()) -> Iterator[Window]:
         """The records from `start` on without the ordinals in `skip`, in windows of at least one record."""
 
 
 LINES = pa.schema([pa.field("line", pa.large_binary(), nullable=False)], metadata={"batchrun.window": "jsonl lines"})
-"""The schema of a JSONL window. The metadata tells it from a Parquet file that has such a column of its own."""
+"""The schema of a JSONL window. The metadata distinguishes it from a Parquet file with a column `line`."""

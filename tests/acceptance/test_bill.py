@@ -32,7 +32,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_an_unknown_price_is_null_in_every_row_and_unknown_in_every_bill(runs: Path) -> None:
+def test_unknown_price_is_null_in_every_row(runs: Path) -> None:
+    """A cost without a price is null in every row and "unknown" in every bill, never zero."""
     assert pq.read_table(runs / "unknown" / "completions.parquet").column("cost_usd").null_count == 10
     assert "cost    unknown; no known price for 10 attempts" in batchrun("status", runs / "unknown").stdout
     table = batchrun("report", runs / "unknown", "--columns", "cost_usd,wasted_usd").stdout.splitlines()
@@ -44,7 +45,7 @@ def test_an_unknown_price_is_null_in_every_row_and_unknown_in_every_bill(runs: P
     assert (line["cost_usd"], line["unpriced"]) == ("", "10")
 
 
-def test_what_has_a_price_is_summed_beside_what_has_none(runs: Path) -> None:
+def test_priced_rows_are_summed_beside_unpriced_ones(runs: Path) -> None:
     bill = json.loads(batchrun("report", runs, "--format", "json").stdout)
     spent = Decimal(read_summary(runs / "known")["cost_usd"])
     assert spent > 0
@@ -56,31 +57,33 @@ def test_what_has_a_price_is_summed_beside_what_has_none(runs: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["csv", "json"])
-def test_a_files_ending_says_the_format(runs: Path, tmp_path: Path, form: str) -> None:
+def test_the_file_suffix_selects_the_format(runs: Path, tmp_path: Path, form: str) -> None:
     assert batchrun("report", runs, "-o", tmp_path / f"bill.{form}").exit_code == 0
     assert (tmp_path / f"bill.{form}").read_text() == batchrun("report", runs, "--format", form).stdout
 
 
-def test_a_bill_that_can_not_be_written_is_told_in_one_line(runs: Path) -> None:
+def test_an_unwritable_bill_is_one_error_line(runs: Path) -> None:
     ended = batchrun("report", runs, "-o", runs / "nowhere" / "bill.csv")
     assert ended.exit_code == 2
     assert ended.stderr == f"Error: -o {runs}/nowhere/bill.csv: can't be written: No such file or directory\n"
 
 
-def test_a_rest_whose_price_is_unknown_is_announced_without_a_cost(tmp_path: Path) -> None:
+def test_a_rest_without_price_has_no_cost(tmp_path: Path) -> None:
+    """What is left of a run whose price is unknown is announced without a cost."""
     source, out = write_rows(tmp_path / "in.jsonl", 10), tmp_path / "out"
     with running_simulator(SimulatorConfig()) as simulator:
         job = write_job(tmp_path / "job.toml", simulator.url, source)
         pilot = batchrun("run", job, "-o", out, "--limit", "1", *UNKNOWN).stderr.splitlines()
         assert pilot[:2] == [
             "input: 10 rows in 1 file, read as columns",
-            "only 1 row of them; without --limit the run goes on",
+            "only the first 1 row; run without --limit to send the rest",
         ]
         rest = batchrun("run", job, "-o", out, *UNKNOWN).stderr.splitlines()
-        assert rest[:2] == [f"resuming {out}: 1 of 10 rows done", "9 rows are to be asked"]
+        assert rest[:2] == [f"resuming {out}: 1 of 10 rows done", "9 rows to send"]
 
 
-def test_doubts_and_answers_whose_price_nobody_knows_are_no_sum_of_nothing(tmp_path: Path) -> None:
+def test_unpriced_answers_are_not_summed_as_zero(tmp_path: Path) -> None:
+    """Possibly billed attempts and answers without a price never add up to a sum of zero."""
     faults = (Fault(kind="reset", billed=True, match="item 3 "),)
     with running_simulator(SimulatorConfig(faults=faults)) as simulator:
         job = write_job(tmp_path / "job.toml", simulator.url, write_rows(tmp_path / "in.jsonl", 10))

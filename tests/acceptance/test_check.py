@@ -26,7 +26,7 @@ def with_id(path: Path) -> Job:
     return job_over(path, input={"id": "id"})
 
 
-def test_every_row_is_counted_with_what_it_asks(tmp_path: Path) -> None:
+def test_every_row_is_counted_with_its_size(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "in.jsonl", texts(7))
     found = surveyed(path)
     requests = [RequestBuilder(job_over(path), "columns").build(Row(n, row)) for n, row in enumerate(texts(7))]
@@ -45,7 +45,7 @@ def test_parquet_brings_its_own_types(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n  \n", b"\xef\xbb\xbf\n"])
-def test_an_input_without_records_is_empty_and_no_error(tmp_path: Path, content: bytes) -> None:
+def test_an_empty_input_is_no_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "in.jsonl").write_bytes(content)
     found = surveyed(tmp_path / "in.jsonl")
     assert (found.rows, len(found.rejected), found.models, found.max_request) == (0, 0, {}, {})
@@ -53,7 +53,7 @@ def test_an_input_without_records_is_empty_and_no_error(tmp_path: Path, content:
     assert found.types.schema() == pa.schema([])
 
 
-def test_every_unusable_record_is_named_by_its_place_and_reason(tmp_path: Path) -> None:
+def test_every_invalid_record_has_place_and_reason(tmp_path: Path) -> None:
     lines = [b'{"text": "a"}', b"", b'{"text": ', b"[1]", b'{"other": 1}', b'{"text": null}', b'{"text": "b"}']
     (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
     kept: list[Problem] = []
@@ -68,7 +68,7 @@ def test_every_unusable_record_is_named_by_its_place_and_reason(tmp_path: Path) 
     assert [problem.record for problem in kept] == [None, None, {"other": 1}, {"text": None}]
 
 
-def test_the_first_twenty_are_told_and_all_are_counted(tmp_path: Path) -> None:
+def test_twenty_messages_are_shown_all_are_counted(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "in.jsonl", [{"text": "good"}, *[{"bad": number} for number in range(50)]])
     kept: list[Problem] = []
     found = surveyed(path, keep=kept.append)
@@ -106,9 +106,8 @@ def test_one_mistake_is_one_message_with_its_count(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_missing_column_is_one_message_with_the_columns_there_are_however_the_records_differ(
-    tmp_path: Path, settings: dict[str, dict[str, Any]], said: str
-) -> None:
+def test_a_missing_column_is_one_message(tmp_path: Path, settings: dict[str, dict[str, Any]], said: str) -> None:
+    """It lists the columns there are, however the records differ."""
     path = write_lines(tmp_path / "in.jsonl", [{"txt": "x", chr(97 + n): n} for n in range(26)])
     changes = {"request": {"prompt": "{{ txt }}"} | settings.get("request", {}), "input": settings.get("input", {})}
     found = surveyed(path, job_over(path, **changes))
@@ -119,7 +118,8 @@ def test_a_missing_column_is_one_message_with_the_columns_there_are_however_the_
     assert told[0].endswith(f"{said} (and 25 more such records)")
 
 
-def test_a_record_whose_id_stands_earlier_is_no_row_and_names_the_first(tmp_path: Path) -> None:
+def test_a_repeated_id_names_its_first_record(tmp_path: Path) -> None:
+    """A record whose id appeared earlier is not a row."""
     rows: list[Any] = [
         *texts(3),
         {"id": "r1", "text": "again"},
@@ -141,14 +141,14 @@ def test_a_record_whose_id_stands_earlier_is_no_row_and_names_the_first(tmp_path
     assert kept[1].record == {"id": "r1", "text": "again"}
 
 
-def test_a_model_that_only_repetitions_named_is_not_asked(tmp_path: Path) -> None:
+def test_models_of_repeated_rows_are_not_used(tmp_path: Path) -> None:
     rows = [{"id": 1, "text": "a", "m": "one"}, {"id": 1, "text": "a", "m": "two"}]
     path = write_lines(tmp_path / "in.jsonl", rows)
     job = job_over(path, input={"id": "id"}, request={"from_columns": {"model": "m"}})
     assert surveyed(path, job).models == {"one": 1}
 
 
-def test_ids_that_are_none_are_problems(tmp_path: Path) -> None:
+def test_invalid_ids_are_reported(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "in.jsonl", [{"text": "a"}, {"text": "b", "id": None}, {"text": "c", "id": 1.5}])
     found = surveyed(path, with_id(path))
     assert found.rows == 0
@@ -160,7 +160,7 @@ def test_ids_that_are_none_are_problems(tmp_path: Path) -> None:
     ]
 
 
-def test_custom_ids_of_provider_batch_lines_may_not_repeat(tmp_path: Path) -> None:
+def test_batch_lines_must_have_unique_custom_ids(tmp_path: Path) -> None:
     body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}
     line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}
     path = write_lines(tmp_path / "in.jsonl", [line, line])
@@ -168,7 +168,8 @@ def test_custom_ids_of_provider_batch_lines_may_not_repeat(tmp_path: Path) -> No
     assert (found.dialect, found.rows, list(found.rejected)) == ("openai-batch", 1, [1])
 
 
-def test_a_wrong_id_column_that_repeats_everywhere_is_told_by_its_first_twenty(tmp_path: Path) -> None:
+def test_a_non_unique_id_column_shows_twenty(tmp_path: Path) -> None:
+    """An id column that repeats everywhere is reported by its first twenty repetitions."""
     path = write_lines(tmp_path / "in.jsonl", ({"id": "same", "text": "t"} for _ in range(4000)))
     kept: list[Problem] = []
     found = surveyed(path, with_id(path), kept.append)
@@ -177,19 +178,19 @@ def test_a_wrong_id_column_that_repeats_everywhere_is_told_by_its_first_twenty(t
     assert kept[SHOWN].problem == "an earlier record has its id"
 
 
-def test_a_dialect_that_nobody_says_is_asked_for(tmp_path: Path) -> None:
+def test_an_ambiguous_dialect_must_be_chosen(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "in.jsonl", texts(1))
     with pytest.raises(InputError, match="can't tell what to ask"):
         surveyed(path, job_over(path, request={"prompt": None}))
 
 
-def test_a_template_that_is_none_is_the_jobs_mistake(tmp_path: Path) -> None:
+def test_an_invalid_template_is_a_job_error(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "in.jsonl", texts(1))
     with pytest.raises(JobError, match="prompt"):
         surveyed(path, job_over(path, request={"prompt": "{{ text"}))
 
 
-def test_progress_is_told_now_and_then(tmp_path: Path) -> None:
+def test_progress_is_reported_periodically(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "in.jsonl", texts(10_001))
     told: list[int] = []
     survey(open_source((path,)), job_over(path), tmp_path, progress=told.append)
@@ -198,9 +199,7 @@ def test_progress_is_told_now_and_then(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", ["check", "estimate"])
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
-def test_a_column_that_bears_a_name_of_the_outputs_own_is_refused_as_run_refuses_it(
-    tmp_path: Path, command: str, form: str
-) -> None:
+def test_reserved_column_names_are_refused_as_by_run(tmp_path: Path, command: str, form: str) -> None:
     source = tmp_path / f"in.{form}"
     rows = [{**row, "status": "new"} for row in texts(3)]
     if form == "jsonl":
@@ -214,7 +213,8 @@ def test_a_column_that_bears_a_name_of_the_outputs_own_is_refused_as_run_refuses
     assert batchrun(command, job, "--set", "output.prefix=batchrun_").exit_code == 0
 
 
-def test_parquet_whose_columns_the_output_cannot_have_is_refused_before_a_row_is_read(tmp_path: Path) -> None:
+def test_parquet_with_unusable_columns_is_refused_early(tmp_path: Path) -> None:
+    """Columns that the output can't have are refused before a row is read."""
     source = tmp_path / "in.parquet"
     pq.write_table(pa.table({"text": ["a"] * 1_000, "status": [None] * 1_000}), source)
     content = bytearray(source.read_bytes())
@@ -234,7 +234,7 @@ def test_check_names_the_columns_with_their_types(tmp_path: Path) -> None:
     assert "columns: id int64, text string\n" in batchrun("check", job, "-i", tmp_path / "in.jsonl").stdout
 
 
-def test_an_input_with_any_text_in_its_name_can_be_named_and_is_one_line(tmp_path: Path) -> None:
+def test_any_file_name_is_shown_on_one_line(tmp_path: Path) -> None:
     path = write_lines(tmp_path / 'a\n"b\\\x7f.jsonl', [{"txt": "x"}])
     ended = batchrun("check", write_job(tmp_path / "job.toml", "simulator", "unused"), "-i", path)
     first, second, *more = ended.stderr.splitlines()

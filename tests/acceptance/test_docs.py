@@ -1,4 +1,4 @@
-"""The documentation says what the code does: its tables are read back and held against it."""
+"""The documentation matches the code: these tests read its tables, examples and citations back."""
 
 import re
 import subprocess
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import batchrun
@@ -24,11 +25,13 @@ from batchrun.report.bill import KEYS
 from batchrun.report.figures import FIGURES
 from batchrun.report.findings import THRESHOLDS
 from batchrun.response.answer import read
+from batchrun.simulator import SimulatorConfig, parse_faults
 from batchrun.source import find_files, open_source
 from batchrun.startup.input_check import survey
 from batchrun.store.checkpoint import SPILL
 from batchrun.store.rundir import RunDirectory
 from batchrun.tables.rows import OWN_COLUMNS, USAGE_COLUMNS
+from tests.simulator_process import running_simulator
 from tests.unit.test_architecture import LAYERS
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +42,8 @@ USER_PAGES = [page for page in PAGES if page.name != "CHANGELOG.md"]  # which ma
 CODE = re.compile(r"^ {4,}(?P<block>.+)$|^```.*\n(?P<fence>[\s\S]*?)^```|`(?P<span>[^`]+)`", re.MULTILINE)
 NOT_YET = re.compile(r"^- Not yet:.*(?:\n .*)*|^## Not yet\n(?:(?!## ).*\n?)*", re.MULTILINE)
 OPTION = re.compile(r"(?<!\S)--?[a-z][\w-]*")
-CITED_TESTS = re.compile(r"((?:`test_\w+`(?:, | and )?)+) in (tests/\w+/test_\w+\.py)")
+CITED_TESTS = re.compile(r"(?P<names>(?:`test_\w+`(?:,\s+|\s+and\s+)?)+)\s+in\s+(?P<file>tests/\w+/test_\w+\.py)")
+LISTED_TESTS = re.compile(r"^- (?P<file>tests/\w+/test_\w+\.py):\n(?P<names>(?:  `test_\w+`,?\n)+)", re.MULTILINE)
 
 
 def text_of(name: str) -> str:
@@ -81,7 +85,7 @@ def ids_of(page: Path) -> str:
 # ── the reference tables ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_every_setting_is_listed_exactly_once_with_its_default(tmp_path: Path) -> None:
+def test_every_setting_is_listed_with_its_default(tmp_path: Path) -> None:
     listed = [(bare(path), default) for path, _, default, *_ in rows("docs/job.md", "setting", "type", "default")]
     assert sorted(path for path, _ in listed) == sorted(path for path, _ in settings())
     told = dict(listed)
@@ -100,7 +104,7 @@ def _default(cell: str) -> object:
 
 
 @pytest.mark.parametrize("schema", [OWN_COLUMNS, USAGE_COLUMNS], ids=["completions", "usage"])
-def test_every_column_is_listed_in_order_with_its_type(schema: pa.Schema) -> None:
+def test_every_column_is_listed_with_its_type(schema: pa.Schema) -> None:
     columns = rows("docs/output.md", "column", "Arrow type")
     completions, usage = columns[: len(OWN_COLUMNS)], columns[len(OWN_COLUMNS) :]
     listed = completions if schema is OWN_COLUMNS else usage
@@ -117,7 +121,7 @@ def test_usage_has_the_fields_of_a_totals_line() -> None:
     assert tuple(USAGE_COLUMNS.names) == TotalsLine.__struct_fields__
 
 
-def test_every_field_of_the_summary_is_listed_in_order() -> None:
+def test_every_summary_field_is_listed_in_order() -> None:
     page = text_of("docs/output.md").partition("## summary.json")[2].partition("\n## ")[0]
     listed = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
     assert tuple(listed) == Summary.__struct_fields__
@@ -136,7 +140,7 @@ def test_every_status_and_every_event_is_listed() -> None:
     assert listed == written | {"complete", "stopped", "failed"}
 
 
-def test_everything_that_a_row_may_wait_for_is_listed() -> None:
+def test_everything_that_limits_rows_is_listed() -> None:
     (field,) = [row[2] for row in rows("docs/output.md", "field", "type") if row[0] == "`limited_by`"]
     advised = " ".join(row[0] for row in rows("docs/job.md", "limited by", "what to do for more speed"))
     wanted = {*map(str, Limit), "the reader of completions", "retries"}
@@ -155,7 +159,7 @@ def test_every_key_of_the_report_is_listed() -> None:
     assert tuple(bare(row[0]) for row in rows("docs/output.md", "`--by`")) == KEYS
 
 
-def test_every_figure_of_a_bill_has_its_formula_in_order() -> None:
+def test_every_bill_figure_has_its_formula() -> None:
     assert tuple(bare(row[0]) for row in rows("docs/cost.md", "figure", "formula")) == FIGURES
 
 
@@ -203,6 +207,19 @@ def test_every_package_has_its_line_in_the_design() -> None:
     assert listed == [f"{name}/" if name in packages else name for name in from_the_ground_up]
 
 
+def test_the_tree_of_objects_names_classes_that_exist() -> None:
+    tree = text_of("docs/design.md").partition("### The tree of objects")[2].partition("\n### ")[0]
+    block = "\n".join(line for line in tree.splitlines() if line.startswith("    "))
+    named = set(re.findall(r"\b[A-Z][a-z]+(?:[A-Z][a-z]+)*\b", block))
+    defined = {
+        name
+        for module in (ROOT / "batchrun").rglob("*.py")
+        for name in re.findall(r"^class (\w+)", module.read_text("utf-8"), re.MULTILINE)
+    }
+    assert len(named) > 15
+    assert named - defined == set()
+
+
 def test_every_dependency_has_its_reason_in_the_design() -> None:
     listed = [row[0].partition(" ")[0] for row in rows("docs/design.md", "package", "reason")]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
@@ -211,7 +228,7 @@ def test_every_dependency_has_its_reason_in_the_design() -> None:
     assert sorted(listed) == sorted(re.match(r"[\w-]+", name)[0] for name in wanted)  # type: ignore[index]
 
 
-def test_every_package_that_only_tests_use_is_named_in_the_design() -> None:
+def test_design_names_every_package_of_tests() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
     names = [re.split("[>=]", requirement)[0] for requirement in extras["test"]]
     assert len(set(names)) == len(names)
@@ -223,7 +240,12 @@ def test_every_package_that_only_tests_use_is_named_in_the_design() -> None:
 
 def test_every_test_that_a_page_names_exists() -> None:
     text = "\n".join(page.read_text("utf-8") for page in PAGES)
-    cited = [(name, file) for names, file in CITED_TESTS.findall(text) for name in re.findall(r"test_\w+", names)]
+    cited = [
+        (name, match["file"])
+        for form in (CITED_TESTS, LISTED_TESTS)
+        for match in form.finditer(text)
+        for name in re.findall(r"test_\w+", match["names"])
+    ]
     assert {name for name, _ in cited} == set(re.findall(r"`(test_\w+)`", text)), "a test is cited without its file"
     assert cited
     missing = [
@@ -232,6 +254,12 @@ def test_every_test_that_a_page_names_exists() -> None:
         if not (ROOT / file).exists() or f"def {name}(" not in (ROOT / file).read_text("utf-8")
     ]
     assert missing == []
+
+
+def test_every_promise_has_its_test() -> None:
+    promises = text_of("docs/guarantees.md").partition("\n## Verdicts")[0].split("\n### ")[1:]
+    assert len(promises) > 100
+    assert [promise.partition("\n")[0] for promise in promises if not LISTED_TESTS.search(promise + "\n")] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids_of)
@@ -258,7 +286,7 @@ def test_every_file_that_a_page_names_is_there(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", USER_PAGES, ids=ids_of)
-def test_every_command_and_option_that_a_page_names_is_there(page: Path) -> None:
+def test_every_command_and_option_named_exists(page: Path) -> None:
     options = {
         name: {option for parameter in command.params for option in parameter.opts}
         for name, command in cli.commands.items()
@@ -286,7 +314,7 @@ EXAMPLES = [
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.splitlines()[0])
-def test_every_example_of_a_job_can_be_asked(example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_job_example_is_a_valid_job(example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     job = from_tables({"endpoint": {"url": "simulator"}, **tomllib.loads(example)})
     if job.input.path is not None:
@@ -295,7 +323,7 @@ def test_every_example_of_a_job_can_be_asked(example: str, tmp_path: Path, monke
         assert len(found.rejected) == 0
 
 
-def test_every_commented_line_of_the_template_is_a_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_commented_template_line_is_a_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "answer.schema.json").write_text("{}")
     lines = text_of("batchrun/new_job.toml").replace('url = "simulator"', "", 1).splitlines()
@@ -312,6 +340,25 @@ def test_there_are_examples_of_all_three_dialects(tmp_path: Path, monkeypatch: p
     assert dialects == {"columns", "messages", "openai-batch"}
 
 
+def test_the_miniature_sends_every_row_and_retries(tmp_path: Path) -> None:
+    """docs/miniature.py runs against the simulator, which fails some attempts."""
+    faults = parse_faults("500=0.1,429=0.05")
+    with running_simulator(SimulatorConfig(latency_s=0, faults=faults, seed=7)) as simulator:
+        command: list[str | Path] = [
+            sys.executable,
+            ROOT / "docs/miniature.py",
+            ROOT / "sample_inputs/changes.jsonl",
+            simulator.url,
+        ]
+        shown = subprocess.run([*command, tmp_path / "out"], capture_output=True, text=True)
+        served = len(simulator.ledger())
+    assert shown.returncode == 0, shown.stderr
+    part = pq.read_table(tmp_path / "out/part.parquet", columns=["row", "status", "attempts"]).to_pydict()
+    assert part["row"] == list(range(400))
+    assert set(part["status"]) == {"ok"}
+    assert sum(part["attempts"]) == served > 400
+
+
 # ── the library ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -320,7 +367,7 @@ def test_every_public_name_is_listed() -> None:
     assert sorted(listed) == sorted(set(batchrun.__all__) - {"__version__"})
 
 
-def test_every_option_of_a_start_is_listed_in_order() -> None:
+def test_every_option_is_listed_in_order() -> None:
     assert [bare(name) for name, *_ in rows("docs/library.md", "option", "type")] == list(
         batchrun.Options.__annotations__
     )

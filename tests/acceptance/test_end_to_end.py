@@ -74,7 +74,8 @@ def settled(out: Path) -> int:
     return int(summary["rows"]) - int(summary["pending"])
 
 
-def test_jsonl_and_parquet_ask_the_same_questions_and_bring_the_same_answers(tmp_path: Path) -> None:
+def test_jsonl_and_parquet_give_the_same_answers(tmp_path: Path) -> None:
+    """The same questions are sent from both and the same answers come back."""
     source = write_rows(tmp_path / "in.jsonl", 2000)
     rows = [json.loads(line) for line in source.read_text().splitlines()]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in.parquet", row_group_size=700)
@@ -93,7 +94,8 @@ def test_jsonl_and_parquet_ask_the_same_questions_and_bring_the_same_answers(tmp
     assert tables[0].column("row").to_pylist() == list(range(2000))
 
 
-def test_killed_twice_nothing_is_lost_and_only_what_was_in_flight_is_asked_again(tmp_path: Path) -> None:
+def test_killed_twice_only_requests_in_flight_repeat(tmp_path: Path) -> None:
+    """Nothing is lost, and only what was in flight is sent again."""
     source = write_rows(tmp_path / "in.jsonl", 2000)
     faults = (
         Fault(kind="status", status=500, share=0.03, times=1, per_question=True),
@@ -112,7 +114,7 @@ def test_killed_twice_nothing_is_lost_and_only_what_was_in_flight_is_asked_again
         assert any(name.endswith(".parquet") for name in parts), "the kills came before the first seal"
         ended = batchrun("run", job, "-o", out)
         assert ended.exit_code == 0, ended.stderr
-        assert " in flight when the last process died: asked again\n" in ended.stderr
+        assert " in flight when the last process died; sent again\n" in ended.stderr
         ledger = simulator.ledger()
     summary = read_summary(out)
     undisturbed = undisturbed_run(tmp_path, source, faults)
@@ -150,7 +152,8 @@ def repeated_answers(ledger: list[LedgerLine], run_id: str) -> set[tuple[int, in
     return {(row, n) for row, attempts in by_row.items() for n in sorted(attempts)[:-1]}
 
 
-def test_a_finished_run_again_sends_nothing_and_touches_no_file(tmp_path: Path) -> None:
+def test_repeating_a_finished_run_changes_nothing(tmp_path: Path) -> None:
+    """Nothing is sent and no file is touched."""
     source = write_rows(tmp_path / "in.jsonl", 50)
     with running_simulator(SimulatorConfig(ledger=str(tmp_path / "ledger"))) as simulator:
         job = write_job(tmp_path / "job.toml", simulator.url, source)
@@ -163,7 +166,7 @@ def test_a_finished_run_again_sends_nothing_and_touches_no_file(tmp_path: Path) 
     assert snapshot(tmp_path / "out") == before
 
 
-def test_of_two_starts_at_once_one_runs_and_the_other_says_who_holds_the_lock(tmp_path: Path) -> None:
+def test_the_second_concurrent_start_names_the_lock_holder(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "in.jsonl", 300)
     with running_simulator(SimulatorConfig(latency_s=0.1, ledger=str(tmp_path / "ledger"))) as simulator:
         job = write_job(tmp_path / "job.toml", simulator.url, source)
@@ -174,7 +177,8 @@ def test_of_two_starts_at_once_one_runs_and_the_other_says_who_holds_the_lock(tm
         assert len(simulator.ledger()) == 300
 
 
-def test_the_first_signal_drains_and_the_resume_repeats_nothing(tmp_path: Path) -> None:
+def test_the_first_signal_drains_without_repeats(tmp_path: Path) -> None:
+    """The run drains at the first signal; the resume repeats nothing."""
     source = write_rows(tmp_path / "in.jsonl", 400)
     with running_simulator(SimulatorConfig(latency_s=0.2, ledger=str(tmp_path / "ledger"))) as simulator:
         job = write_job(tmp_path / "job.toml", simulator.url, source)
@@ -209,7 +213,8 @@ def test_input_and_output_may_be_called_by_numbers(tmp_path: Path) -> None:
     assert completions(tmp_path / "2026", ["row"]).num_rows == 3
 
 
-def test_every_file_of_a_run_is_its_owners_alone_and_a_start_that_is_refused_reserves_no_room(tmp_path: Path) -> None:
+def test_all_files_of_a_run_are_private(tmp_path: Path) -> None:
+    """Every file is readable by its owner only, and a start that is refused reserves no room."""
     source, out = write_rows(tmp_path / "in.jsonl", 300), tmp_path / "out"
     with running_simulator(SimulatorConfig(latency_s=0.2, ledger=str(tmp_path / "ledger"))) as simulator:
         job = write_job(tmp_path / "job.toml", simulator.url, source, "[output]\nchunk_rows = 40\n")
@@ -224,9 +229,7 @@ def test_every_file_of_a_run_is_its_owners_alone_and_a_start_that_is_refused_res
 
 
 @pytest.mark.parametrize("refusal", [("--limit", "20"), ("--set", "request.prompt=Other: {{ text }}"), ("-i", "gone")])
-def test_a_start_that_is_refused_leaves_the_account_of_an_unfinished_run(
-    tmp_path: Path, refusal: tuple[str, str]
-) -> None:
+def test_a_refused_start_keeps_the_run_totals(tmp_path: Path, refusal: tuple[str, str]) -> None:
     source, out = write_rows(tmp_path / "in.jsonl", 60), tmp_path / "out"
     with running_simulator() as simulator:
         job = write_job(tmp_path / "job.toml", simulator.url, source)
@@ -243,7 +246,8 @@ def test_a_start_that_is_refused_leaves_the_account_of_an_unfinished_run(
     assert sum(read_summary(out)["by_status"].values()) == 60
 
 
-def test_the_second_signal_ends_at_once_and_names_who_was_in_flight(tmp_path: Path) -> None:
+def test_the_second_signal_names_requests_in_flight(tmp_path: Path) -> None:
+    """It ends the process at once."""
     source = write_rows(tmp_path / "in.jsonl", 100)
     with running_simulator(SimulatorConfig(latency_s=30, latency_sigma=0)) as simulator:
         job = write_job(tmp_path / "job.toml", simulator.url, source)
@@ -282,9 +286,8 @@ def test_the_second_signal_ends_at_once_and_names_who_was_in_flight(tmp_path: Pa
     ],
     ids=lambda value: str(getattr(value, "status", value)),
 )
-def test_trouble_of_the_run_stops_it_within_a_window_and_fails_no_row(
-    tmp_path: Path, fault: Fault, exit_code: int
-) -> None:
+def test_run_wide_trouble_stops_and_fails_nothing(tmp_path: Path, fault: Fault, exit_code: int) -> None:
+    """It stops the run within a window of rows."""
     source = write_rows(tmp_path / "in.jsonl", 400)
     with running_simulator(
         SimulatorConfig(faults=(fault,), latency_s=0.02, ledger=str(tmp_path / "ledger"))
@@ -304,7 +307,8 @@ def test_trouble_of_the_run_stops_it_within_a_window_and_fails_no_row(
         assert len(simulator.ledger()) == summary["pending"]
 
 
-def test_one_bad_row_fails_alone_and_too_many_failures_have_their_own_exit_code(tmp_path: Path) -> None:
+def test_too_many_failures_have_an_exit_code(tmp_path: Path) -> None:
+    """One bad row fails alone; too many failed rows end the run with their own exit code."""
     source = write_rows(tmp_path / "in.jsonl", 300)
     faults = (
         Fault(kind="status", status=500, match="item 7 "),
@@ -326,7 +330,8 @@ def test_one_bad_row_fails_alone_and_too_many_failures_have_their_own_exit_code(
     assert read_summary(tmp_path / "out")["by_status"]["error"] == 3
 
 
-def test_a_wrong_job_stops_after_ten_rows_that_fail_alike_and_a_resume_tries_no_guard_again(tmp_path: Path) -> None:
+def test_ten_equal_first_failures_stop_the_run(tmp_path: Path) -> None:
+    """A resume doesn't check the first ten rows again."""
     source = write_rows(tmp_path / "in.jsonl", 100)
     faults = (Fault(kind="status", status=400, message="no such parameter"),)
     with running_simulator(SimulatorConfig(faults=faults, ledger=str(tmp_path / "ledger"))) as simulator:
@@ -341,7 +346,8 @@ def test_a_wrong_job_stops_after_ten_rows_that_fail_alike_and_a_resume_tries_no_
         assert len(simulator.ledger()) == 100
 
 
-def test_answers_that_are_no_strict_json_keep_their_bytes_in_a_valid_output(tmp_path: Path) -> None:
+def test_invalid_json_answers_keep_their_bytes(tmp_path: Path) -> None:
+    """The output file stays valid."""
     source = write_rows(tmp_path / "in.jsonl", 6)
     choices = '"choices": [{"message": {"content": %s}, "finish_reason": "stop"}]'
     bodies = [
@@ -364,7 +370,8 @@ def test_answers_that_are_no_strict_json_keep_their_bytes_in_a_valid_output(tmp_
     assert rows[4]["content"] == "twice \x00 and \u2028"
 
 
-def test_content_policy_503_is_one_request_each_and_no_outage(tmp_path: Path) -> None:
+def test_content_policy_503_is_not_an_outage(tmp_path: Path) -> None:
+    """Such a row is sent once."""
     source = write_rows(tmp_path / "in.jsonl", 300)
     faults = parse_faults("content_policy=0.1")
     with running_simulator(SimulatorConfig(faults=faults, ledger=str(tmp_path / "ledger"))) as simulator:
@@ -376,7 +383,8 @@ def test_content_policy_503_is_one_request_each_and_no_outage(tmp_path: Path) ->
     assert '"Cooling"' not in (tmp_path / "out" / "run.log").read_text()
 
 
-def test_the_budget_is_never_overshot_and_a_higher_one_goes_on(tmp_path: Path) -> None:
+def test_the_budget_is_never_exceeded(tmp_path: Path) -> None:
+    """A higher budget resumes the run."""
     source = write_rows(tmp_path / "in.jsonl", 400)
     with running_simulator(SimulatorConfig(latency_s=0.02, ledger=str(tmp_path / "ledger"))) as simulator:
         job = write_job(tmp_path / "job.toml", simulator.url, source)
@@ -390,7 +398,8 @@ def test_the_budget_is_never_overshot_and_a_higher_one_goes_on(tmp_path: Path) -
     assert Decimal(read_summary(tmp_path / "out")["cost_usd"]) == billed_usd(simulator.ledger())
 
 
-def test_a_rehearsal_in_two_starts_meets_the_faults_of_one_in_a_single_start(tmp_path: Path) -> None:
+def test_a_resumed_rehearsal_meets_the_same_faults(tmp_path: Path) -> None:
+    """Two starts meet the faults that one start would have met."""
     source = write_rows(tmp_path / "in.jsonl", 60)
     more = (
         '[simulator]\nlatency_s = 0\nfaults = "500=0.2"\nledger = "{ledger}"\n'
@@ -410,7 +419,8 @@ def test_a_rehearsal_in_two_starts_meets_the_faults_of_one_in_a_single_start(tmp
     assert len(fates[0]) > 60
 
 
-def test_token_and_request_budgets_hold_over_retries_and_kills_and_a_higher_one_goes_on(tmp_path: Path) -> None:
+def test_request_and_token_budgets_survive_kills(tmp_path: Path) -> None:
+    """Both hold over retries and kills; higher ones resume the run."""
     source = write_rows(tmp_path / "in.jsonl", 200)
     faults = parse_faults("500=0.1")
     config = SimulatorConfig(latency_s=0.05, faults=faults, ledger=str(tmp_path / "ledger"))
@@ -432,7 +442,8 @@ def test_token_and_request_budgets_hold_over_retries_and_kills_and_a_higher_one_
         assert batchrun("run", job, "-o", out).exit_code == 0
 
 
-def test_an_endpoint_that_is_not_there_ends_the_start_quickly_and_fails_no_row(tmp_path: Path) -> None:
+def test_an_unreachable_endpoint_ends_quickly(tmp_path: Path) -> None:
+    """No row fails."""
     source = write_rows(tmp_path / "in.jsonl", 50)
     for url, word in (("http://127.0.0.1:9/v1", "127.0.0.1:9"), ("https://nowhere.invalid/v1", "nowhere.invalid")):
         job = write_job(tmp_path / "job.toml", url, source, "[retry]\nmax_outage_s = 1.5\n")
@@ -444,7 +455,7 @@ def test_an_endpoint_that_is_not_there_ends_the_start_quickly_and_fails_no_row(t
         assert (summary["pending"], summary["possibly_billed_count"]) == (50, 0)
 
 
-def test_an_unfinished_run_of_an_earlier_date_is_gone_on_with(tmp_path: Path) -> None:
+def test_an_unfinished_run_resumes_another_day(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "in.jsonl", 200)
     with running_simulator(SimulatorConfig(latency_s=0.2, ledger=str(tmp_path / "ledger"))) as simulator:
         job = write_job(tmp_path / "job.toml", simulator.url, source, '[output]\npath = "runs/{job}/{date}"\n')
@@ -458,7 +469,8 @@ def test_an_unfinished_run_of_an_earlier_date_is_gone_on_with(tmp_path: Path) ->
     assert [path.name for path in (tmp_path / "runs" / "job").iterdir()] == ["2026-01-31"]
 
 
-def test_bad_records_are_named_before_the_first_request_or_set_aside(tmp_path: Path) -> None:
+def test_bad_records_are_reported_before_sending(tmp_path: Path) -> None:
+    """They are named before the first request, or set aside if the job says so."""
     source = tmp_path / "in.jsonl"
     source.write_text('{"text": "a"}\nnot json\n{"other": 1}\n[1]\n{"text": "b"}\n')
     with running_simulator(SimulatorConfig(ledger=str(tmp_path / "ledger"))) as simulator:
@@ -479,7 +491,7 @@ def test_bad_records_are_named_before_the_first_request_or_set_aside(tmp_path: P
     ]
 
 
-def test_an_empty_input_is_refused_unless_the_job_allows_it(tmp_path: Path) -> None:
+def test_an_empty_input_needs_the_job_to_allow_it(tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
     source.write_text("\n\n")
     job = write_job(tmp_path / "job.toml", "http://127.0.0.1:9/v1", source)
@@ -504,7 +516,8 @@ def test_an_empty_input_is_refused_unless_the_job_allows_it(tmp_path: Path) -> N
         assert "content" in table.column_names
 
 
-def test_the_key_is_in_no_file_and_no_stream_though_the_server_repeats_it(tmp_path: Path) -> None:
+def test_the_key_appears_in_no_file_or_stream(tmp_path: Path) -> None:
+    """Even though the server repeats it."""
     source = write_rows(tmp_path / "in.jsonl", 60)
     faults = (Fault(kind="echo_key", status=422, share=0.3, sticky=True),)
     with running_simulator(SimulatorConfig(faults=faults, api_key=KEY)) as simulator:
@@ -518,7 +531,7 @@ def test_the_key_is_in_no_file_and_no_stream_though_the_server_repeats_it(tmp_pa
     assert any(b"[redacted]" in (row["raw"] or b"") for row in completions(tmp_path / "out", ["raw"]).to_pylist())
 
 
-def test_standard_input_is_kept_for_the_resume(tmp_path: Path) -> None:
+def test_standard_input_is_stored_for_the_resume(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "in.jsonl", 200)
     with running_simulator(SimulatorConfig(latency_s=0.1, ledger=str(tmp_path / "ledger"))) as simulator:
         job = write_job(tmp_path / "job.toml", simulator.url, "-")
@@ -531,7 +544,8 @@ def test_standard_input_is_kept_for_the_resume(tmp_path: Path) -> None:
     assert completions(tmp_path / "out", ["id"]).column("id").to_pylist() == list(range(200))
 
 
-def test_a_full_disk_pauses_the_run_and_room_lets_it_go_on(tmp_path: Path) -> None:
+def test_a_full_disk_pauses_the_run(tmp_path: Path) -> None:
+    """With room again, the run resumes."""
     source = write_rows(tmp_path / "in.jsonl", 600)
 
     def small_files() -> None:
@@ -551,7 +565,7 @@ def test_a_full_disk_pauses_the_run_and_room_lets_it_go_on(tmp_path: Path) -> No
     assert completions(tmp_path / "out", ["row"]).column("row").to_pylist() == list(range(600))
 
 
-def test_a_changed_question_is_noticed_and_never_silently_reused(tmp_path: Path) -> None:
+def test_a_changed_question_is_never_silently_reused(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "in.jsonl", 30)
     with running_simulator(SimulatorConfig(ledger=str(tmp_path / "ledger"))) as simulator:
         job = write_job(tmp_path / "job.toml", simulator.url, source)
@@ -588,7 +602,7 @@ def test_new_check_status_and_report_go_together(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("killed", [True, False], ids=["killed", "finished"])
-def test_a_run_directory_that_was_copied_elsewhere_is_as_good(tmp_path: Path, killed: bool) -> None:
+def test_a_copied_run_directory_works_as_well(tmp_path: Path, killed: bool) -> None:
     source = write_rows(tmp_path / "in.jsonl", 200)
     first, second = tmp_path / "out", tmp_path / "elsewhere" / "copy"
     with running_simulator(SimulatorConfig(latency_s=0.1, ledger=str(tmp_path / "ledger"))) as simulator:
@@ -611,7 +625,8 @@ def test_a_run_directory_that_was_copied_elsewhere_is_as_good(tmp_path: Path, ki
     assert not first.exists()
 
 
-def test_a_run_directory_that_is_deleted_ends_the_run_before_more_is_paid_for_in_vain(tmp_path: Path) -> None:
+def test_a_deleted_run_directory_stops_the_spending(tmp_path: Path) -> None:
+    """The run ends before it pays for more answers that nothing would keep."""
     source = write_rows(tmp_path / "in.jsonl", 400)
     with running_simulator(SimulatorConfig(latency_s=0.2, ledger=str(tmp_path / "ledger"))) as simulator:
         job = write_job(tmp_path / "job.toml", simulator.url, source, "[limits]\nmax_in_flight = 4\n")
@@ -631,7 +646,8 @@ time.time = lambda: real() + 86_400 * (int(time.monotonic() * 3) % 3 - 1)
 """
 
 
-def test_a_clock_that_jumps_a_day_either_way_delays_nothing_and_fails_no_row(tmp_path: Path) -> None:
+def test_clock_jumps_of_a_day_change_nothing(tmp_path: Path) -> None:
+    """A wall clock that jumps a day either way delays no request and fails no row."""
     (tmp_path / "sitecustomize.py").write_text(JUMPING_CLOCK)
     source = write_rows(tmp_path / "in.jsonl", 120)
     faults = parse_faults("500=0.1,429=0.05")

@@ -30,7 +30,7 @@ def job(**limits: float) -> Job:
     return from_tables({"endpoint": {"url": "simulator"}, "request": request, "limits": limits})
 
 
-def test_the_expected_cost_lies_between_bounds_that_hold() -> None:
+def test_expected_cost_lies_between_valid_bounds() -> None:
     found = estimate(surveyed(100), job(), {"m": PRICE}, 100, None)
     assert (found.prompt_tokens, found.completion_tokens) == (30_000, 5_000)
     assert found.low_usd is not None
@@ -61,7 +61,7 @@ def test_images_count_as_images_and_not_as_bytes() -> None:
         ({"requests_per_day": 60, "requests_per_minute": 1}, 100.0, "rpm"),
     ],
 )
-def test_the_time_is_that_of_the_limit_that_binds(
+def test_estimated_time_follows_the_tightest_limit(
     limits: Mapping[str, float], minutes: float | None, limited_by: str
 ) -> None:
     found = estimate(surveyed(100), job(**limits), {"m": PRICE}, 100, None, day_left_s=3600)
@@ -82,20 +82,22 @@ def test_the_time_is_that_of_the_limit_that_binds(
         ({"max_requests": 99}, ["max_requests = 99"]),
     ],
 )
-def test_a_budget_that_will_end_the_run_is_named(budget: Mapping[str, object], binds: list[str]) -> None:
+def test_a_budget_that_will_stop_is_named(budget: Mapping[str, object], binds: list[str]) -> None:
     asked = msgspec.structs.replace(job(), budget=Budget(**budget))  # type: ignore[arg-type]
     found = estimate(surveyed(100), asked, {"m": PRICE}, 100, None)
     lines = [line for line in in_words(found, {"m": PRICE}) if line.startswith("budget")]
     assert lines == [f"budget       {cap} will end the run before its last row" for cap in binds]
 
 
-def test_an_unknown_price_is_no_price_and_a_part_costs_its_part() -> None:
+def test_unknown_prices_leave_estimates_incomplete() -> None:
+    """An unknown price is shown as unknown, and the priced part is still estimated."""
     assert estimate(surveyed(100), job(), {"m": None}, 100, None).expected_usd is None
     part = estimate(surveyed(100), job(), {"m": PRICE}, 25, None)
     assert (part.expected_usd, part.high_usd) == (Decimal("0.02"), Decimal("0.0375"))
 
 
-def test_the_estimate_of_the_rest_learns_from_the_pilot_and_is_met(tmp_path: Path) -> None:
+def test_the_estimate_learns_from_the_pilot(tmp_path: Path) -> None:
+    """The estimate of the rest of a run learns from its own answers and comes true."""
     source = write_rows(tmp_path / "in.jsonl", 200)
     with running_simulator(SimulatorConfig(ledger=str(tmp_path / "ledger"))) as simulator:
         written = write_job(tmp_path / "job.toml", simulator.url, source)

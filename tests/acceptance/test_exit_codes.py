@@ -308,7 +308,7 @@ WAYS = {
     "the requests are used up": Way(the_requests_are_used_up, 4, "stopped", "raise budget.max_requests"),
     "the tokens are used up": Way(the_tokens_are_used_up, 4, "stopped", "raise budget.max_tokens"),
     "the deadline has come": Way(the_deadline_has_come, 4, "stopped", "the deadline"),
-    "the deadline is over": Way(the_deadline_is_over, 2, None, "is over already"),
+    "the deadline is over": Way(the_deadline_is_over, 2, None, "is in the past"),
     "the key is revoked": Way(the_key_is_revoked, 5, "stopped", "Incorrect API key provided"),
     "nobody listens": Way(nobody_listens, 5, "stopped", "never reached"),
     "the disk is full": Way(the_disk_is_full, 5, "failed", "run the same command again"),
@@ -333,7 +333,7 @@ def test_every_exit_code_has_a_way() -> None:
 
 
 @pytest.mark.parametrize("name", WAYS)
-def test_every_way_out_has_its_exit_code_and_its_summary(name: str, tmp_path: Path) -> None:
+def test_every_exit_code_leaves_its_summary(name: str, tmp_path: Path) -> None:
     way = WAYS[name]
     write_rows(tmp_path / "in.jsonl", ROWS)
     with place_in(tmp_path) as place:

@@ -149,7 +149,8 @@ async def rows_from(tmp_path: Path, *, stream_wanted: bool) -> tuple[list[dict[s
     return pq.read_table(out / "completions.parquet").to_pylist(), server.exchanges, read_summary(out)
 
 
-def test_answers_in_other_servers_shapes_are_read_with_usage_and_without_their_thoughts(tmp_path: Path) -> None:
+def test_answers_of_other_servers_are_read(tmp_path: Path) -> None:
+    """With their usage, and without the model's reasoning in the content."""
     rows, exchanges, summary = asyncio.run(rows_from(tmp_path, stream_wanted=False))
     for row in rows:
         only_thought = row["shape"] == "only reasoning"
@@ -165,7 +166,8 @@ def test_answers_in_other_servers_shapes_are_read_with_usage_and_without_their_t
     assert {(body["max_completion_tokens"], "max_tokens" in body) for body in bodies} == {(8, False)}
 
 
-def test_a_stream_in_other_servers_shape_is_read_with_usage_and_without_its_thoughts(tmp_path: Path) -> None:
+def test_streams_of_other_servers_are_read(tmp_path: Path) -> None:
+    """With their usage, and without the model's reasoning in the content."""
     rows, _, summary = asyncio.run(rows_from(tmp_path, stream_wanted=True))
     for row in rows:
         assert (row["status"], row["content"], row["finish_reason"]) == ("ok", "Fine.", "stop")

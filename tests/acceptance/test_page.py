@@ -126,7 +126,7 @@ def test_hostile_text_is_only_text(page: str) -> None:
     assert page.count("</style>") == 1
 
 
-def test_no_question_and_no_answer_is_on_the_page(page: str) -> None:
+def test_the_page_holds_no_prompts_or_answers(page: str) -> None:
     assert "question 1" not in page
     assert "answer 1" not in page
 
@@ -156,7 +156,7 @@ def test_the_tables_have_the_bills_figures(runs: Path, elements: Elements) -> No
     assert costs[0] == pytest.approx((79 + NIGHTS) / 10_000)
 
 
-def test_every_chart_has_a_name_and_a_table_behind_it(elements: Elements) -> None:
+def test_every_chart_has_name_and_table(elements: Elements) -> None:
     drawn = [attributes for tag, attributes in elements.tags if tag == "svg"]
     charts = [chart for chart in drawn if "pygal-chart" in (chart["class"] or "")]
     assert len(charts) == 2 * 4  # for a desk and for a phone
@@ -212,7 +212,7 @@ def test_a_browser_shows_it_without_a_complaint(runs: Path, page: str, tmp_path:
     assert struct.unpack(">II", picture.read_bytes()[16:24]) == (width, 3000)
 
 
-def test_where_the_package_for_charts_is_missing_it_is_named(runs: Path, tmp_path: Path) -> None:
+def test_a_missing_chart_package_is_named(runs: Path, tmp_path: Path) -> None:
     (tmp_path / "pygal.py").write_text("raise ImportError('no pygal')")
     (tmp_path / "xlsxwriter.py").write_text("raise ImportError('no xlsxwriter')")
     for name in ("bill.html", "bill.xlsx"):
@@ -225,7 +225,7 @@ def test_where_the_package_for_charts_is_missing_it_is_named(runs: Path, tmp_pat
         assert ended.stderr.endswith("needs a package more: pip install 'batchrun[report]'\n")
 
 
-def test_a_span_without_a_run_is_a_page_without_charts(runs: Path, tmp_path: Path) -> None:
+def test_a_period_without_runs_has_no_charts(runs: Path, tmp_path: Path) -> None:
     target = tmp_path / "none.html"
     assert batchrun("report", runs, "--since", "2099-01", "-o", target).exit_code == 0
     elements = Elements(target.read_text("utf-8"))
@@ -233,7 +233,7 @@ def test_a_span_without_a_run_is_a_page_without_charts(runs: Path, tmp_path: Pat
     assert "Failures by kind" not in elements.tables
 
 
-def test_a_page_of_a_span_has_nothing_of_runs_beyond_it(runs: Path, tmp_path: Path) -> None:
+def test_the_page_excludes_runs_outside_its_period(runs: Path, tmp_path: Path) -> None:
     target = tmp_path / "one.html"
     assert batchrun("report", runs, "--until", "2026-11-01", "--by", "night", "-o", target).exit_code == 0
     elements = Elements(target.read_text("utf-8"))
@@ -253,7 +253,8 @@ def test_a_workbook_holds_hostile_names_as_text(runs: Path, tmp_path: Path) -> N
         assert not [cell for cell in cells if cell.hyperlink]
 
 
-def test_a_result_that_is_damaged_in_its_middle_costs_the_page_that_runs_rows_alone(runs: Path, tmp_path: Path) -> None:
+def test_a_damaged_result_costs_its_rows_only(runs: Path, tmp_path: Path) -> None:
+    """The page of all other runs is complete."""
     place = tmp_path / "runs" / "2026-11-04"
     shutil.copytree(runs, place.parent)
     completions = place / "completions.parquet"

@@ -75,9 +75,8 @@ def asked(tmp_path: Path) -> Path:
     return write_lines(tmp_path / "in.jsonl", [{"text": question} for question in QUESTIONS])
 
 
-def test_every_answer_of_a_real_model_to_a_json_schema_job_validates_whole_or_streamed(
-    tmp_path: Path, url: str
-) -> None:
+def test_answers_of_a_real_model_fit_their_schema(tmp_path: Path, url: str) -> None:
+    """Whole and streamed."""
     changes = Path(__file__).parents[2] / "sample_inputs" / "changes.jsonl"
     lines = sorted(changes.read_text("utf-8").splitlines(), key=len)
     source = tmp_path / "changes.jsonl"
@@ -105,7 +104,8 @@ response_format = {{ type = "json_schema", file = "{tmp_path}/schema.json" }}
     assert all(row["time_to_first_token_s"] > 0 for row in rows)
 
 
-def test_a_real_server_takes_its_own_words_tools_and_a_stream_without_usage(tmp_path: Path, url: str) -> None:
+def test_a_real_server_accepts_our_requests(tmp_path: Path, url: str) -> None:
+    """With its own parameters, with tools, and with a stream that states no usage."""
     request = """
 prompt = "{{ text }}"
 max_tokens = 3
@@ -123,16 +123,15 @@ extra = { stream_options = {}, tools = [
         assert row["time_to_first_token_s"] > 0
 
 
-def test_a_wrong_key_pauses_the_run_and_fails_no_row(tmp_path: Path, url: str) -> None:
+def test_a_wrong_key_pauses_without_failed_rows(tmp_path: Path, url: str) -> None:
     ended, out = run(tmp_path, url, asked(tmp_path), 'prompt = "{{ text }}"', key="some-other-key")
     assert ended.exit_code == 5, ended.stderr
     summary = read_summary(out)
     assert (summary["pending"], summary["by_status"]) == (len(QUESTIONS), {})
 
 
-def test_a_model_that_cannot_see_refuses_an_image_job_within_ten_rows_and_in_its_own_words(
-    tmp_path: Path, url: str
-) -> None:
+def test_a_text_model_refuses_images_within_ten_rows(tmp_path: Path, url: str) -> None:
+    """The stop repeats the server's own words."""
     source = write_lines(tmp_path / "in.jsonl", [{"image": path.name} for path in sorted(SAMPLES.iterdir())])
     ended, out = run(tmp_path, url, source, 'prompt = "Caption it."\nimages = ["image"]\nmax_tokens = 5')
     assert ended.exit_code == 2, ended.stderr
@@ -142,9 +141,7 @@ def test_a_model_that_cannot_see_refuses_an_image_job_within_ten_rows_and_in_its
     assert sum(line["attempts"] for line in summary["totals"]) == summary["by_status"]["error"]
 
 
-def test_what_a_real_model_says_is_the_same_through_the_official_client_and_through_us(
-    tmp_path: Path, url: str
-) -> None:
+def test_the_official_client_reads_the_same_answers(tmp_path: Path, url: str) -> None:
     own = {"seed": 7, "cache_prompt": False}  # with a cache, the same prompt is computed in other batches
     with openai.OpenAI(base_url=url, api_key=KEY, max_retries=0) as client:
         expected = []

@@ -77,9 +77,10 @@ RUNS = st.lists(
 
 @settings(max_examples=60)
 @given(RUNS, st.sampled_from([("day",), ("job", "model"), ("status", "run")]), st.randoms(use_true_random=False))
-def test_the_bill_is_the_sum_of_the_newest_ledgers_in_any_order_of_any_number_of_copies(
+def test_the_bill_ignores_path_order_and_copies(
     tmp_path_factory: pytest.TempPathFactory, runs: list[Any], by: tuple[str, ...], order: random.Random
 ) -> None:
+    """It is the sum of the newest account of each run."""
     folder = tmp_path_factory.mktemp("runs")
     places, ledgers = [], []
     for number, (lines, copies) in enumerate(runs):
@@ -134,7 +135,8 @@ def assert_every_form_says_the_same(bill: report.Bill) -> None:
     assert remarks == len(shown) - len(bill.lines) - 2 >= len(bill.left_out)
 
 
-def test_of_two_copies_the_newest_counts_and_the_other_is_named(tmp_path: Path) -> None:
+def test_the_newest_of_two_copies_counts(tmp_path: Path) -> None:
+    """The other copy is named."""
     source, out = write_rows(tmp_path / "in.jsonl", 20), tmp_path / "out"
     with running_simulator(SimulatorConfig()) as simulator:
         job = write_job(tmp_path / "job.toml", simulator.url, source)
@@ -158,7 +160,8 @@ def test_of_two_copies_the_newest_counts_and_the_other_is_named(tmp_path: Path) 
     assert "left out: " in told
 
 
-def test_a_copy_that_was_resumed_by_itself_is_said_to_have_spent_what_no_figure_holds(tmp_path: Path) -> None:
+def test_a_forked_copy_is_reported_as_uncounted(tmp_path: Path) -> None:
+    """A copy that was resumed by itself has spent money that no figure holds; the report says so."""
     first, cost = TotalsLine(1, "m", "ok", "2026-11-27", rows=5, attempts=5, cost_usd=Decimal(1)), Decimal("0.25")
     here = [first, TotalsLine(3, "m", "ok", "2026-11-28", rows=9, attempts=9, cost_usd=Decimal(2))]
     there = [first, TotalsLine(2, "m", "ok", "2026-11-28", rows=1, attempts=1, cost_usd=cost)]
@@ -173,7 +176,7 @@ def test_a_copy_that_was_resumed_by_itself_is_said_to_have_spent_what_no_figure_
 
 
 @pytest.mark.parametrize("ending", [".pdf", ".parq", ".jsonl", ""])
-def test_an_ending_that_says_no_format_is_refused_before_anything_is_read(tmp_path: Path, ending: str) -> None:
+def test_an_unknown_suffix_is_refused_before_reading(tmp_path: Path, ending: str) -> None:
     ended = batchrun("report", tmp_path / "nowhere", "-o", target := tmp_path / f"bill{ending}")
     known = ".txt, .md, .csv, .json, .parquet, .xlsx, .html"
     assert (ended.exit_code, ended.stdout) == (2, "")
@@ -181,7 +184,7 @@ def test_an_ending_that_says_no_format_is_refused_before_anything_is_read(tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_bill_is_never_written_over_what_it_is_made_from(tmp_path: Path) -> None:
+def test_a_bill_never_overwrites_its_sources(tmp_path: Path) -> None:
     run = write_summary(tmp_path / "run", summary_of("r", "job", [], 1, 0))
     (run / "checkpoint.db").touch()
     (run / "completions.parquet").touch()
@@ -199,7 +202,8 @@ def test_a_bill_is_never_written_over_what_it_is_made_from(tmp_path: Path) -> No
 # ── what lies under the paths ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_what_is_no_run_is_named_in_a_folder_and_refused_by_name(tmp_path: Path) -> None:
+def test_what_is_not_a_run_is_named(tmp_path: Path) -> None:
+    """In a folder it is named; given by name it is refused."""
     write_summary(tmp_path / "runs" / "night", summary_of("r", "job", [], 1, 0))
     for name, content in {
         "coverage": '{"totals": {"percent": 93}}',
@@ -219,7 +223,7 @@ def test_what_is_no_run_is_named_in_a_folder_and_refused_by_name(tmp_path: Path)
             report.collect([path], ("job",))
 
 
-def test_a_file_without_a_bill_is_refused_with_what_to_name(tmp_path: Path) -> None:
+def test_a_file_without_a_bill_is_refused(tmp_path: Path) -> None:
     run = write_summary(tmp_path / "run", summary_of("r", "job", [], 1, 0))
     (run / "checkpoint.db").touch()
     pq.write_table(pa.table({"a": [1]}), run / "usage.parquet")
@@ -241,7 +245,8 @@ DAMAGES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_run_of_ours_that_can_not_be_read_is_never_left_out_of_a_sum(tmp_path: Path, damage: str) -> None:
+def test_an_unreadable_run_is_never_left_out(tmp_path: Path, damage: str) -> None:
+    """A sum that would miss one of our runs is an error."""
     write_summary(tmp_path / "sound", summary_of("r", "job", [], 1, 0))
     run = write_summary(tmp_path / "unsound", summary_of("s", "job", [], 1, 0))
     (run / "checkpoint.db").touch()
@@ -275,7 +280,7 @@ def test_runs_behind_links_count_once(tmp_path: Path) -> None:
 MIDNIGHT = 1_795_824_000.0  # 2026-11-28, UTC
 
 
-def test_money_is_booked_on_the_day_it_was_spent_over_midnight_and_over_starts(tmp_path: Path) -> None:
+def test_money_is_booked_on_the_day_spent(tmp_path: Path) -> None:
     """The real checkpoint, with endings whose time is made: two starts, the first of them over midnight."""
     starts: list[list[Ending]] = [
         [discarded(0, at=MIDNIGHT - 9.0, cost_usd=Decimal(1)), completion(0, finished_at=MIDNIGHT - 0.5, attempts=2)],
@@ -302,7 +307,7 @@ def test_money_is_booked_on_the_day_it_was_spent_over_midnight_and_over_starts(t
     assert {day: line.rows for day, line in by_day.items()} == {"2026-11-27": 1, "2026-11-28": 1, "2026-12-01": 1}
 
 
-def test_a_real_runs_lines_are_of_the_days_on_which_its_rows_ended(tmp_path: Path) -> None:
+def test_booked_lines_carry_their_rows_day(tmp_path: Path) -> None:
     source, out = write_rows(tmp_path / "in.jsonl", 10), tmp_path / "out"
     with running_simulator(SimulatorConfig()) as simulator:
         job = write_job(tmp_path / "job.toml", simulator.url, source)
@@ -321,7 +326,7 @@ def test_a_real_runs_lines_are_of_the_days_on_which_its_rows_ended(tmp_path: Pat
 # ── what was expected ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_estimate_is_kept_and_shown_beside_what_it_cost(tmp_path: Path) -> None:
+def test_the_estimate_is_shown_beside_the_cost(tmp_path: Path) -> None:
     source, out = write_rows(tmp_path / "in.jsonl", 40), tmp_path / "out"
     with running_simulator(SimulatorConfig()) as simulator:
         job = write_job(tmp_path / "job.toml", simulator.url, source)
@@ -342,7 +347,7 @@ def test_the_estimate_is_kept_and_shown_beside_what_it_cost(tmp_path: Path) -> N
     assert batchrun("verify", out).exit_code == 0
 
 
-def test_an_estimate_takes_the_means_of_the_jobs_newest_run_and_says_so(tmp_path: Path) -> None:
+def test_an_estimate_uses_the_newest_runs_means(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "in.jsonl", 60)
     runs = f'[output]\npath = "{tmp_path}/runs/{{job}}/{{date}}"\n'
     with running_simulator(SimulatorConfig()) as simulator:

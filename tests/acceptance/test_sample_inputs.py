@@ -70,7 +70,7 @@ def readme_rows() -> dict[str, int]:
 
 
 @pytest.mark.parametrize("path", PARQUET, ids=lambda path: path.name)
-def test_jsonl_and_parquet_of_one_name_hold_the_same_rows(path: Path) -> None:
+def test_jsonl_and_parquet_hold_the_same_rows(path: Path) -> None:
     assert pq.read_table(path).to_pylist() == rows_of(path.with_suffix(".jsonl"))
 
 
@@ -118,7 +118,7 @@ def test_chats_are_conversations_waiting_for_the_assistant() -> None:
     assert lengths == {2, 4}
 
 
-def test_pictures_are_png_images_of_32_by_32_pixels() -> None:
+def test_pictures_are_small_png_images() -> None:
     for row in rows_of(SAMPLES / "pictures.jsonl"):
         png = (SAMPLES / "pictures" / str(row["image"])).read_bytes()
         assert png.startswith(b"\x89PNG\r\n\x1a\n")

@@ -67,14 +67,14 @@ def test_where_is_the_filter_that_it_reads_like(run: Path, where: str, holds: ob
         "(" * 500 + "row > 1" + ")" * 500,
     ],
 )
-def test_what_is_no_filter_is_refused_in_one_line(run: Path, where: str) -> None:
+def test_an_invalid_filter_is_one_error_line(run: Path, where: str) -> None:
     result = look.result_at(RunDirectory(run))
     with pytest.raises(JobError, match=r"^--where") as refused:
         Where(where, result.schema)
     assert "\n" not in str(refused.value)
 
 
-def test_a_comparison_of_a_text_with_a_number_is_refused(run: Path) -> None:
+def test_comparing_text_with_numbers_is_refused(run: Path) -> None:
     ended = batchrun("show", run, "--where", "status > 3")
     assert (ended.exit_code, ended.stderr.count("\n")) == (2, 1)
     assert ended.stderr.startswith("Error: --where status > 3: ")
@@ -93,7 +93,7 @@ def test_rows_are_shown_with_question_answer_and_reason(run: Path) -> None:
     assert batchrun("show", run, "--status", "nothing").stdout == "no such row\n"
 
 
-def test_json_has_every_column_and_all_rows_that_hold(run: Path) -> None:
+def test_json_output_has_every_column_and_row(run: Path) -> None:
     rows = pq.read_table(run / "completions.parquet").to_pylist()
     told = [json.loads(line) for line in batchrun("show", run, "-n", "0", "--json").stdout.splitlines()]
     assert len(told) == 60
@@ -106,7 +106,8 @@ def test_json_has_every_column_and_all_rows_that_hold(run: Path) -> None:
     assert batchrun("show", run, "--columns", "text", "-n", "1").stdout.startswith("row 0 · ")
 
 
-def test_a_text_can_neither_steer_the_terminal_nor_read_as_a_line_of_ours(run: Path, tmp_path: Path) -> None:
+def test_model_text_cannot_steer_the_terminal(run: Path, tmp_path: Path) -> None:
+    """Nor can it look like a line of ours."""
     table = pq.read_table(run / "completions.parquet")
     rows = table.to_pylist()
     rows[0]["content"] = "\x1b[2J\x07fine\nrow 99 · ok · $0.000000\r\u202eevil"
@@ -133,7 +134,7 @@ def test_where_reads_the_fields_of_typed_answers(tmp_path: Path) -> None:
         assert len(list(look.rows(result, look.Look(where=where, most=0)))) == count, where
 
 
-def test_a_file_that_another_tool_wrote_anew_reads_the_same(run: Path, tmp_path: Path) -> None:
+def test_files_rewritten_by_other_tools_read_alike(run: Path, tmp_path: Path) -> None:
     """Texts as large ones, columns without a value as null: as polars and pandas write them."""
     table = pq.read_table(run / "completions.parquet")
     for place, field in enumerate(table.schema):
@@ -154,7 +155,7 @@ def test_a_file_that_another_tool_wrote_anew_reads_the_same(run: Path, tmp_path:
     assert "content: 0 changed (0.0%)" in batchrun("compare", run, other).stdout
 
 
-def test_where_there_are_no_rows_the_next_step_is_named(run: Path, tmp_path: Path) -> None:
+def test_missing_rows_name_the_next_step(run: Path, tmp_path: Path) -> None:
     assert batchrun("show", tmp_path).stderr.startswith(f"Error: {tmp_path}: no rows here; ")
     (tmp_path / "checkpoint.db").touch()
     assert f"batchrun export {tmp_path} writes the rows so far" in batchrun("show", tmp_path).stderr

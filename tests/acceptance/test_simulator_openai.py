@@ -40,9 +40,7 @@ def client(simulator: RunningSimulator) -> Iterator[openai.OpenAI]:
         yield connected
 
 
-def test_a_plain_completion_is_on_the_ledger_as_it_was_billed(
-    client: openai.OpenAI, simulator: RunningSimulator
-) -> None:
+def test_a_completion_is_billed_on_the_ledger(client: openai.OpenAI, simulator: RunningSimulator) -> None:
     made = client.chat.completions.with_raw_response.create(
         model="vtrix-x",
         messages=[{"role": "user", "content": "Hello"}],
@@ -61,7 +59,8 @@ def test_a_plain_completion_is_on_the_ledger_as_it_was_billed(
     assert line.reasoning_tokens == completion.usage.completion_tokens_details.reasoning_tokens
 
 
-def test_a_stream_adds_up_to_the_plain_answer_and_carries_usage_when_asked(client: openai.OpenAI) -> None:
+def test_a_stream_equals_the_plain_answer(client: openai.OpenAI) -> None:
+    """It carries usage when the request wants it."""
     plain = client.chat.completions.create(model="vtrix-x", messages=[{"role": "user", "content": "Hi"}])
     chunks = list(
         client.chat.completions.create(
@@ -77,7 +76,7 @@ def test_a_stream_adds_up_to_the_plain_answer_and_carries_usage_when_asked(clien
     assert (chunks[-1].choices, chunks[-1].usage) == ([], plain.usage)
 
 
-def test_a_stream_is_silent_about_usage_unless_asked(client: openai.OpenAI) -> None:
+def test_a_stream_states_usage_only_on_request(client: openai.OpenAI) -> None:
     stream = client.chat.completions.create(model="vtrix-x", messages=[{"role": "user", "content": "Hi"}], stream=True)
     assert all(chunk.usage is None and chunk.choices for chunk in stream)
 
@@ -114,7 +113,8 @@ def test_a_json_schema_is_answered(client: openai.OpenAI) -> None:
     jsonschema.validate(json.loads(completion.choices[0].message.content or ""), SCHEMA)
 
 
-def test_a_wrong_key_is_401_and_an_unknown_model_404(client: openai.OpenAI) -> None:
+def test_wrong_keys_and_models_are_refused(client: openai.OpenAI) -> None:
+    """401 for the key, 404 for the model."""
     with pytest.raises(openai.AuthenticationError, match="Incorrect API key"):
         client.with_options(api_key="sk-wrong").chat.completions.create(
             model="vtrix-x", messages=[{"role": "user", "content": "Hi"}]
@@ -123,7 +123,7 @@ def test_a_wrong_key_is_401_and_an_unknown_model_404(client: openai.OpenAI) -> N
         client.chat.completions.create(model="vtrix-y", messages=[{"role": "user", "content": "Hi"}])
 
 
-def test_a_field_out_of_range_is_400_by_name(client: openai.OpenAI) -> None:
+def test_an_invalid_field_is_400_by_name(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model="vtrix-x", messages=[{"role": "user", "content": "Hi"}], temperature=2.5)
     assert caught.value.param == "temperature"
@@ -133,7 +133,7 @@ def test_the_models_are_listed(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["vtrix-x"]
 
 
-def test_too_many_requests_are_429_with_the_time_to_wait() -> None:
+def test_a_429_says_how_long_to_wait() -> None:
     with (
         running_simulator(SimulatorConfig(requests_per_minute=1)) as simulator,
         openai.OpenAI(base_url=simulator.url, api_key="any", max_retries=0) as client,
@@ -257,9 +257,7 @@ TOOLS: Any = [
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "label"}}])
-def test_a_tool_is_called_when_asked_for_and_both_clients_read_it_alike(
-    client: openai.OpenAI, simulator: RunningSimulator, choice: Any
-) -> None:
+def test_both_clients_read_tool_calls_alike(client: openai.OpenAI, simulator: RunningSimulator, choice: Any) -> None:
     asked: Any = {"model": "vtrix-x", "messages": [{"role": "user", "content": "Hi"}], "tools": TOOLS}
     plain = client.chat.completions.create(**asked, tool_choice=choice)
     (call,) = plain.choices[0].message.tool_calls or []
@@ -275,7 +273,7 @@ def test_a_tool_is_called_when_asked_for_and_both_clients_read_it_alike(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_the_clients_own_round_trip_with_a_tool_is_taken(client: openai.OpenAI, stream: bool) -> None:
+def test_the_clients_tool_round_trip_works(client: openai.OpenAI, stream: bool) -> None:
     asked: Any = {"model": "vtrix-x", "messages": [{"role": "user", "content": "Hi"}], "tools": TOOLS}
     plain = client.chat.completions.create(**asked, tool_choice="required")
     message = plain.choices[0].message

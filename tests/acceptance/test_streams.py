@@ -107,7 +107,7 @@ def test_every_command_works_with_a_closed_stream(place: Place, closing: str) ->
 
 
 @pytest.mark.parametrize(("state", "code"), [(full_disk, ExitCode.PAUSED), (broken_pipe, ExitCode.SIGPIPE)])
-def test_a_result_that_cannot_be_written_ends_in_its_documented_code(place: Place, state: object, code: int) -> None:
+def test_an_unwritable_result_has_its_exit_code(place: Place, state: object, code: int) -> None:
     assert callable(state)
     for name, arguments in place.commands().items():
         with state() as stdout:
@@ -120,7 +120,7 @@ def test_a_result_that_cannot_be_written_ends_in_its_documented_code(place: Plac
 
 
 @pytest.mark.parametrize("state", [full_disk, broken_pipe])
-def test_a_line_for_people_that_cannot_be_written_changes_nothing(place: Place, state: object) -> None:
+def test_an_unwritable_message_changes_nothing(place: Place, state: object) -> None:
     assert callable(state)
     for name, arguments in place.commands().items():
         with state() as stderr:
@@ -151,7 +151,7 @@ def test_every_command_works_in_an_odd_environment(place: Place, environ: tuple[
     place.require_nothing_lost()
 
 
-def test_nothing_on_stdin_is_refused_and_a_stream_that_cannot_be_read_is_named(place: Place) -> None:
+def test_missing_or_unreadable_stdin_is_named(place: Place) -> None:
     run = ("run", place.job, "-i", "-", "-o", place.folder / "out")
     closed = batchrun(*run, before=["sh", "-c", 'exec "$@" <&-', "sh"])
     assert closed.exit_code == ExitCode.USAGE

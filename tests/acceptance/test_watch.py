@@ -23,7 +23,7 @@ HOSTILE = "\x1b[2J模型\r\n" * 30
 
 
 @pytest.mark.parametrize("columns", [1, 2, 10, 39, 80, 200])
-def test_no_line_of_a_frame_is_wider_than_the_terminal(columns: int) -> None:
+def test_no_frame_line_exceeds_the_terminal(columns: int) -> None:
     told = watching.frame(summary(example_error=HOSTILE), [HOSTILE, "plain"], columns, 24, harmless)
     lines = told.removeprefix(watching.HOME).removesuffix(watching.REST_OF_SCREEN).split("\r\n")
     assert lines.pop() == ""
@@ -40,7 +40,8 @@ def drawn(frame: str) -> list[str]:
     return frame.partition(watching.REST_OF_SCREEN)[0].split("\r\n")
 
 
-def test_a_run_is_watched_to_its_end_with_and_without_a_terminal(tmp_path: Path) -> None:
+def test_watch_follows_a_run_to_its_end(tmp_path: Path) -> None:
+    """With and without a terminal."""
     with running_simulator(SimulatorConfig(latency_s=0.3)) as simulator:
         job = write_job(tmp_path / "job.toml", simulator.url, write_rows(tmp_path / "in.jsonl", 200))
         process = start("run", job, "-o", tmp_path / "out", "--set", "limits.max_in_flight=16")
@@ -72,5 +73,6 @@ def test_a_run_is_watched_to_its_end_with_and_without_a_terminal(tmp_path: Path)
     assert "200 of 200 done" in frames[-1]
 
 
-def test_a_run_that_is_none_is_refused_and_an_ended_one_ends_it(tmp_path: Path) -> None:
+def test_watch_refuses_what_is_not_a_run(tmp_path: Path) -> None:
+    """For a run that has ended it ends at once."""
     assert batchrun("watch", tmp_path).exit_code == 2

@@ -83,9 +83,9 @@ _SLOT_TAKEN_LATE = Bug(
     (
         ("        self._slots.take(slot, request.row, n, request.key, *bound)\n", ""),
         (
-            "        ended, ruling = self._judged(pending, attempt, slot, bound, successes)\n",
+            "        result, ruling = self._judge(pending, attempt, slot, bound, successes)\n",
             "        self._slots.take(slot, request.row, n, request.key, *bound)\n"
-            "        ended, ruling = self._judged(pending, attempt, slot, bound, successes)\n",
+            "        result, ruling = self._judge(pending, attempt, slot, bound, successes)\n",
         ),
     ),
     "nobody knew of the first",
@@ -116,10 +116,10 @@ _RETRY_UNCOUNTED = Bug(
     "batchrun.dispatch.worker",
     (
         (
-            "        self._flights[ended.pending.request.row, history.attempts] = flight\n"
+            "        self._uncommitted[row, history.attempts] = _Uncommitted(result, slot, retry, due_s)\n"
             "        self._checkpoint.put(discarded)\n",
-            "        self._flights[ended.pending.request.row, history.attempts] = flight\n"
-            "        self.durable([discarded])\n",
+            "        self._uncommitted[row, history.attempts] = _Uncommitted(result, slot, retry, due_s)\n"
+            "        self.on_commit([discarded])\n",
         ),
     ),
     "0 retries",

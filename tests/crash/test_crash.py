@@ -22,9 +22,8 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Calm:
     return calm_run(tmp_path_factory.mktemp("calm"))
 
 
-def test_killed_at_every_marked_point_and_resumed_no_answer_is_lost_and_none_is_paid_twice_unnamed(
-    tmp_path: Path, calm: Calm
-) -> None:
+def test_no_answer_is_lost_at_any_marked_point(tmp_path: Path, calm: Calm) -> None:
+    """The process is killed there and resumed: nothing is lost or, without being named, paid for twice."""
     told: list[str] = []
     plans = every_point(random.Random(SEED), RUNS, calm.took_s)
     campaign = Campaign(tmp_path, calm, plans, told.append)
@@ -55,9 +54,8 @@ AGAIN = (
 )
 
 
-def test_killed_while_failed_rows_are_asked_again_every_answer_stays_and_none_is_paid_twice_unnamed(
-    tmp_path: Path, calm: Calm
-) -> None:
+def test_no_answer_is_lost_in_killed_retries(tmp_path: Path, calm: Calm) -> None:
+    """Killed while failed rows are sent again: every answer stays, and nothing unnamed is paid for twice."""
     outcome = killed_retry(tmp_path / "run", [Kill(name) for name in AGAIN], calm)
     assert outcome.violations == []
     assert [death.place for death in outcome.deaths] == list(AGAIN)
@@ -72,7 +70,7 @@ def test_the_harness_notices_when(name: str, tmp_path: Path, calm: Calm) -> None
     assert any(bug.noticed in violation for violation in outcome.violations), outcome.violations
 
 
-def test_in_a_long_campaign_each_point_has_as_many_deaths_as_any_other() -> None:
+def test_a_campaign_spreads_over_all_points() -> None:
     plans = drawn(random.Random(SEED), 3.0)
     points = Counter(kill.point for _ in range(len(FIRST_ROUND) * 4) for kill in next(plans).kills)
     random_moments = points.pop(None)
@@ -81,7 +79,7 @@ def test_in_a_long_campaign_each_point_has_as_many_deaths_as_any_other() -> None
     assert random_moments > 100
 
 
-def test_a_record_of_calls_is_in_order_only_with_every_fsync_before_what_needs_it() -> None:
+def test_calls_need_every_fsync_before_dependents() -> None:
     right = ["1\tfsync\t/p/x.tmp", "1\trename\t/p/x.tmp\t/p/x", "1\tfsync\t/p", "1\trecord\tthe seal"]
     assert list(wrong_order(right)) == []
     for missing in (0, 2):

@@ -122,9 +122,8 @@ def test_strace_is_installed() -> None:
 
 
 @pytest.mark.parametrize("kind", PAUSING)
-def test_a_disk_that_fails_pauses_the_run_with_one_line_and_no_answer_is_lost(
-    kind: str, tmp_path: Path, calm: Calm
-) -> None:
+def test_a_failing_disk_pauses_without_losses(kind: str, tmp_path: Path, calm: Calm) -> None:
+    """One line names the disk's error, and no answer is lost."""
     with trial(tmp_path) as run:
         for fault in PAUSING[kind]:
             ended = run.suffer(prefix(fault, run.out))
@@ -140,7 +139,7 @@ def test_a_disk_that_fails_pauses_the_run_with_one_line_and_no_answer_is_lost(
 
 
 @pytest.mark.parametrize("kind", HARMLESS)
-def test_what_only_tells_of_the_run_may_fail_without_harm(kind: str, tmp_path: Path, calm: Calm) -> None:
+def test_files_that_only_report_may_fail(kind: str, tmp_path: Path, calm: Calm) -> None:
     for number, fault in enumerate(HARMLESS[kind]):
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -165,7 +164,7 @@ def test_after_one_failed_fsync_nothing_more_is_committed(tmp_path: Path, calm: 
         recover(run, calm)
 
 
-def test_a_torn_spill_is_gone_before_another_frame_could_follow_it(tmp_path: Path) -> None:
+def test_a_torn_spill_is_cut_before_appending(tmp_path: Path) -> None:
     spilled = tmp_path / "spill.bin"
     spilled.write_bytes(b"\xff\x00\x00\x00\x01\x02\x03\x04torn")
     Checkpoint(tmp_path / "checkpoint.db", free_reserve=lambda: False).close()
@@ -186,7 +185,8 @@ def small_disk(at: Path, kilobytes: int) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("kilobytes", [1_000, 16_400], ids=["no room for the reserve", "with the reserve"])
-def test_a_full_file_system_pauses_the_run_and_room_lets_it_go_on(tmp_path: Path, kilobytes: int) -> None:
+def test_a_full_file_system_pauses_the_run(tmp_path: Path, kilobytes: int) -> None:
+    """With room again, the run resumes."""
     calm = calm_run(tmp_path, ROWS)
     with (
         small_disk(tmp_path / "disk", kilobytes) as disk,
@@ -200,7 +200,8 @@ def test_a_full_file_system_pauses_the_run_and_room_lets_it_go_on(tmp_path: Path
         recover(run, calm)
 
 
-def test_a_stopped_process_goes_on_without_false_timeouts_and_without_a_storm(tmp_path: Path) -> None:
+def test_a_stopped_process_resumes_without_storm(tmp_path: Path) -> None:
+    """SIGSTOP and SIGCONT cause no false timeouts and no burst of requests."""
     source = write_rows(tmp_path / "in.jsonl", 150)
     per_second, timeout_s = 30, 1.5
     with running_simulator(SimulatorConfig(latency_s=0.1, ledger=str(tmp_path / "ledger"))) as simulator:
@@ -233,7 +234,8 @@ def test_too_few_file_descriptors_fail_no_row(tmp_path: Path) -> None:
     assert read_summary(tmp_path / "out")["by_status"].keys() == {"ok", "truncated"}
 
 
-def test_a_name_of_any_bytes_works_or_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_any_file_name_works_or_is_refused(tmp_path: Path) -> None:
+    """Names of any bytes; a refusal is one line."""
     odd = os.fsdecode(b"caf\xe9")
     source = write_rows(tmp_path / "in.jsonl", 2)
     job = write_job(tmp_path / f"{odd}.toml", "simulator", source, "")
@@ -258,15 +260,16 @@ def test_check_names_standard_input_and_not_its_copy(tmp_path: Path) -> None:
 WALL_CLOCKS = {"time", "time_ns", "now", "utcnow", "today"}
 
 PACES = {
-    *("gate.accounts", "gate.admission", "gate.deadline", "gate.forecast", "gate.gate", "gate.outage", "gate.pace"),
-    *("gate.crowding", "gate.evidence", "gate.in_flight", "gate.knee", "gate.rate_search", "gate.refusals"),
-    *("gate.purse", "gate.state", "policy"),
+    *("limits.token_bucket", "limits.admission", "limits.deadline", "limits.forecast", "limits.gate", "limits.outage"),
+    *("limits.adaptive_rate", "limits.crowding", "limits.in_flight", "limits.useful_in_flight", "limits.rate_search"),
+    *("limits.refusals", "limits.budget", "limits.circuit", "policy"),
     *("dispatch.dispatch", "dispatch.backlog", "dispatch.heartbeat", "dispatch.worker"),
 }
 """The modules that wait, limit or give up. Their clock is the event loop's: a jump of the system's does not move it."""
 
 
-def test_no_wait_limit_or_deadline_looks_at_the_clock_on_the_wall() -> None:
+def test_no_timer_uses_the_wall_clock() -> None:
+    """No wait, limit or deadline changes when the wall clock is moved."""
     looks = set()
     package = Path(__file__).parents[2] / "batchrun"
     files = {".".join(file.relative_to(package).with_suffix("").parts): file for file in package.rglob("*.py")}

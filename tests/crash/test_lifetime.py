@@ -394,7 +394,8 @@ class Lifetime(RuleBasedStateMachine):
         return path.read_bytes() if path.exists() else None
 
 
-def test_whatever_happens_to_a_run_in_its_life_its_result_is_right_and_nothing_is_asked_in_vain(tmp_path: Path) -> None:
+def test_a_run_survives_any_life_correctly(tmp_path: Path) -> None:
+    """Whatever happens to it, its result is right and nothing is sent without need."""
     (tmp_path / "lives").mkdir()
     profile = settings(
         derandomize=LIVES is None,

@@ -148,9 +148,8 @@ def crawls(start: bytes) -> Script:
 
 
 @pytest.mark.parametrize("where", ["nobody listens", "no such name", "a black hole"])
-def test_an_endpoint_that_cant_be_reached_at_the_start_ends_the_run_quickly_and_fails_no_row(
-    tmp_path: Path, where: str
-) -> None:
+def test_an_unreachable_endpoint_ends_the_start_quickly(tmp_path: Path, where: str) -> None:
+    """No row fails."""
     with black_hole() as hole:
         url = {
             "nobody listens": "http://127.0.0.1:9/v1",
@@ -166,7 +165,9 @@ def test_an_endpoint_that_cant_be_reached_at_the_start_ends_the_run_quickly_and_
 
 
 @pytest.mark.parametrize("hole", [False, True], ids=["refused", "black hole"])
-def test_a_minute_without_a_server_in_mid_run_fails_no_row_and_all_are_done_after(tmp_path: Path, hole: bool) -> None:
+def test_a_minute_without_server_fails_no_row(tmp_path: Path, hole: bool) -> None:
+    """An outage in mid run; every row is answered after it."""
+
     async def slowly(exchange: Exchange) -> None:
         await asyncio.sleep(0.005)
         await answers(exchange)
@@ -224,9 +225,8 @@ DEADLINE = {"attempt_timeout_s": 0.3, "max_answer_bytes": 1_000_000}
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_an_answer_that_breaks_may_have_been_billed_is_asked_once_more_and_kept_as_it_came(
-    tmp_path: Path, name: str
-) -> None:
+def test_a_broken_answer_is_retried_once(tmp_path: Path, name: str) -> None:
+    """It may have been billed, and what came of it is kept."""
     broken = BROKEN[name]
     with serving_aside(meeting(broken.script)) as server:
         told = ask(tmp_path, server.url, endpoint=DEADLINE)
@@ -244,9 +244,8 @@ def test_an_answer_that_breaks_may_have_been_billed_is_asked_once_more_and_kept_
 
 
 @pytest.mark.parametrize("name", ["silence", "a chunked body that is cut", "a reset before a byte", "a page of HTML"])
-def test_an_answer_that_breaks_once_is_had_the_second_time_and_the_first_stays_in_doubt(
-    tmp_path: Path, name: str
-) -> None:
+def test_a_retried_broken_answer_stays_possibly_billed(tmp_path: Path, name: str) -> None:
+    """The second attempt brings the answer."""
     with serving_aside(meeting(BROKEN[name].script, times=1)) as server:
         told = ask(tmp_path, server.url, endpoint=DEADLINE)
     assert told.exit_code == 0
@@ -254,7 +253,7 @@ def test_an_answer_that_breaks_once_is_had_the_second_time_and_the_first_stays_i
     assert [(doubt.row, doubt.n) for doubt in told.summary.possibly_billed] == [(FAULTY, 1)]
 
 
-def test_a_valid_answer_of_10_mb_is_an_answer(tmp_path: Path) -> None:
+def test_a_valid_answer_may_have_ten_megabytes(tmp_path: Path) -> None:
     content = "0123456789" * 1_000_000
     with serving_aside(meeting(says(choices=message(content)))) as server:
         told = ask(tmp_path, server.url)
@@ -272,7 +271,9 @@ def test_a_compressed_answer_is_an_answer(tmp_path: Path) -> None:
 # ── 16: connections that were closed while idle ───────────────────────────────────────────────────────────────────────
 
 
-def test_keep_alive_that_is_closed_after_every_answer_costs_no_attempt_and_nothing_twice(tmp_path: Path) -> None:
+def test_closed_keep_alive_costs_no_attempt(tmp_path: Path) -> None:
+    """A server that closes every connection after its answer causes no retry and no request twice."""
+
     async def answers_and_closes(exchange: Exchange) -> None:
         await answers(exchange)
         exchange.writer.close()
@@ -320,7 +321,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_an_odd_answer_is_taken_for_what_it_says_at_its_first_attempt(tmp_path: Path, name: str) -> None:
+def test_an_odd_answer_counts_at_first_attempt(tmp_path: Path, name: str) -> None:
     odd = ODD[name]
     with serving_aside(meeting(odd.script)) as server:
         told = ask(tmp_path, server.url)
@@ -332,7 +333,7 @@ def test_an_odd_answer_is_taken_for_what_it_says_at_its_first_attempt(tmp_path: 
     assert told.summary.possibly_billed_count == 0
 
 
-def test_an_error_inside_a_200_counts_as_the_status_that_it_names(tmp_path: Path) -> None:
+def test_an_error_inside_200_has_its_status(tmp_path: Path) -> None:
     refused = b'{"error": {"message": "no such parameter", "code": 400}}'
     with serving_aside(meeting(says(refused))) as server:
         told = ask(tmp_path, server.url)
@@ -341,7 +342,8 @@ def test_an_error_inside_a_200_counts_as_the_status_that_it_names(tmp_path: Path
     assert told.summary.possibly_billed_count == 0
 
 
-def test_an_answer_of_another_model_is_an_answer_shown_as_it_is_and_counted_by_its_name(tmp_path: Path) -> None:
+def test_an_answer_of_another_model_is_kept(tmp_path: Path) -> None:
+    """It is shown as it is and counted under the name it states."""
     with serving_aside(meeting(says(model="another-model"))) as server:
         told = ask(tmp_path, server.url)
     assert told.exit_code == 0
@@ -354,7 +356,8 @@ def test_an_answer_of_another_model_is_an_answer_shown_as_it_is_and_counted_by_i
 
 
 @pytest.mark.parametrize("status", ["302 Found", "307 Temporary Redirect"])
-def test_a_redirect_stops_the_run_and_the_other_server_sees_neither_key_nor_prompt(tmp_path: Path, status: str) -> None:
+def test_a_redirect_stops_the_run(tmp_path: Path, status: str) -> None:
+    """The other server sees neither the key nor a prompt."""
     with serving_aside(answers) as other, serving_aside(says(b"", f"Location: {other.url}", status=status)) as server:
         told = ask(tmp_path, server.url)
         assert other.connections == 0
@@ -364,7 +367,8 @@ def test_a_redirect_stops_the_run_and_the_other_server_sees_neither_key_nor_prom
     assert f"HTTP {status[:3]}" in str(told.summary.reason)
 
 
-def test_a_certificate_that_nobody_vouches_for_stops_the_run_before_a_word_is_said(tmp_path: Path) -> None:
+def test_an_untrusted_certificate_stops_the_run(tmp_path: Path) -> None:
+    """Nothing is sent before that."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(self_signed(tmp_path))
     with serving_aside(answers, context) as server:
@@ -399,7 +403,7 @@ SPEED = 50.0
 
 
 @pytest.mark.parametrize("name", WAITS)
-def test_a_wait_that_is_asked_for_is_kept_and_bounded_whatever_its_form(tmp_path: Path, name: str) -> None:
+def test_retry_after_is_obeyed_within_bounds(tmp_path: Path, name: str) -> None:
     """Its row waits so long, and the others don't."""
     headers, wait_s = WAITS[name]
     times: dict[bytes, list[float]] = {}
@@ -423,7 +427,8 @@ def test_a_wait_that_is_asked_for_is_kept_and_bounded_whatever_its_form(tmp_path
         assert others[0][0] < again_s
 
 
-def test_a_wait_longer_than_allowed_pauses_the_run_and_fails_no_row(tmp_path: Path) -> None:
+def test_an_excessive_retry_after_pauses_the_run(tmp_path: Path) -> None:
+    """No row fails."""
     refusal = says(b'{"error": {"message": "slow down"}}', "Retry-After: 1000000000", status="429 Slow Down")
     with serving_aside(refusal) as server:
         told = ask(tmp_path, server.url)
@@ -436,7 +441,8 @@ def test_a_wait_longer_than_allowed_pauses_the_run_and_fails_no_row(tmp_path: Pa
 # ── 26: whose refusal it was ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_last_row_that_is_refused_alone_pauses_one_start_and_not_the_next(tmp_path: Path) -> None:
+def test_a_refused_last_row_pauses_once(tmp_path: Path) -> None:
+    """The next start gives the row up."""
     refusal = b'{"error": {"message": "not for you"}}'
     with serving_aside(meeting(says(refusal, status="403 Forbidden"))) as server:
         first = ask(tmp_path, server.url, 6)  # the refused row is the last
@@ -466,9 +472,7 @@ BUSY = answer(b'{"error": {"message": "The server is overloaded"}}', status="503
         pytest.param(BUSY, 200, id="503 in mid-run"),
     ],
 )
-def test_five_minutes_of_nothing_but_trouble_are_fewer_than_thirty_requests_and_all_rows_are_done_after(
-    tmp_path: Path, trouble: bytes, from_request: int
-) -> None:
+def test_five_minutes_of_trouble_need_few_requests(tmp_path: Path, trouble: bytes, from_request: int) -> None:
     """Who is out when the trouble begins is refused as well, and nobody can call them back: fifteen at most here."""
     speed, served, refused, well_at_s = 200.0, 0, 0, 0.0
 
@@ -492,7 +496,7 @@ def test_five_minutes_of_nothing_but_trouble_are_fewer_than_thirty_requests_and_
     assert told.summary.possibly_billed_count == 0
 
 
-def test_a_third_of_all_attempts_failing_at_random_fails_no_row(tmp_path: Path) -> None:
+def test_random_failures_of_a_third_fail_nothing(tmp_path: Path) -> None:
     chance = Random(22)
 
     async def fails_often(exchange: Exchange) -> None:

@@ -26,7 +26,7 @@ def opened(path: Path) -> Checkpoint:
 
 @SHARED
 @given(ENDINGS)
-def test_every_field_of_every_ending_comes_back(tmp_path: Path, endings: list[Ending]) -> None:
+def test_every_field_of_a_result_round_trips(tmp_path: Path, endings: list[Ending]) -> None:
     path = tmp_path / "spill.bin"
     path.unlink(missing_ok=True)
     spill.append(path, endings, 3)
@@ -39,7 +39,8 @@ def test_every_field_of_every_ending_comes_back(tmp_path: Path, endings: list[En
     assert path.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_last_frame_cut_short_was_never_durable_and_any_other_damage_is_reported(tmp_path: Path) -> None:
+def test_only_a_cut_last_frame_is_tolerated(tmp_path: Path) -> None:
+    """It was never durable; any other damage is reported."""
     path = tmp_path / "spill.bin"
     spill.append(path, [completion(1)], 1)
     whole = path.read_bytes()
@@ -54,7 +55,7 @@ def test_a_last_frame_cut_short_was_never_durable_and_any_other_damage_is_report
             list(spill.read(path))
 
 
-def test_the_next_start_takes_in_what_is_not_there_yet_and_counts_it_once(tmp_path: Path) -> None:
+def test_the_next_start_imports_the_spill_once(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.db"
     endings: list[Ending] = [completion(0), discarded(1, 1), completion(2), discarded(3, 2)]
     checkpoint = opened(path)
@@ -72,7 +73,8 @@ def test_the_next_start_takes_in_what_is_not_there_yet_and_counts_it_once(tmp_pa
         assert not (tmp_path / "spill.bin").exists()
 
 
-def test_what_is_in_flight_when_the_database_fails_is_kept_and_nothing_is_asked_twice(tmp_path: Path) -> None:
+def test_a_failing_database_keeps_requests_in_flight(tmp_path: Path) -> None:
+    """Their answers are kept and nothing is sent twice."""
     source = write_rows(tmp_path / "in.jsonl", 200)
     config = SimulatorConfig(latency_s=0.3, latency_sigma=0.6, ledger=str(tmp_path / "ledger"))
     out = tmp_path / "out"

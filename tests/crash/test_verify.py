@@ -147,7 +147,7 @@ def damaged_files(findings: Findings) -> set[str]:
 
 
 @pytest.mark.parametrize("name", ["done", "killed", "retried", "in-parts"])
-def test_a_run_that_is_sound_is_said_to_be_and_no_file_is_touched(runs: Runs, name: str) -> None:
+def test_a_sound_run_is_reported_and_untouched(runs: Runs, name: str) -> None:
     before, folder = snapshot(runs.folder / name), (runs.folder / name).stat().st_mtime_ns
     served = len(runs.simulator.ledger())
     ended = batchrun("verify", runs.folder / name)
@@ -157,7 +157,7 @@ def test_a_run_that_is_sound_is_said_to_be_and_no_file_is_touched(runs: Runs, na
     assert len(runs.simulator.ledger()) == served
 
 
-def test_the_killed_run_has_everything_that_can_be_damaged(runs: Runs) -> None:
+def test_the_killed_run_has_every_kind_of_file(runs: Runs) -> None:
     names = {path.name for path in (runs.folder / "killed").rglob("*")}
     assert {"checkpoint.db", "checkpoint.db-wal", "inflight.bin", "000000.g1.parquet"} <= names
     assert any(name.endswith(".input.arrow") for name in names)
@@ -211,9 +211,7 @@ def settled(state: tuple[object, ...]) -> int:
 
 
 @pytest.mark.parametrize(("name", "flips"), [("done", 600), ("killed", 300), ("retried", 100)])
-def test_a_flipped_bit_in_any_file_is_named_or_changes_nothing(
-    runs: Runs, tmp_path: Path, name: str, flips: int
-) -> None:
+def test_a_flipped_bit_is_named_or_harmless(runs: Runs, tmp_path: Path, name: str, flips: int) -> None:
     directory = runs.copy(name, tmp_path / "run")
     files, before = files_of(directory), state_of(directory)
     seed = random.randrange(2**32)
@@ -238,7 +236,8 @@ def test_a_flipped_bit_in_any_file_is_named_or_changes_nothing(
 
 
 @pytest.mark.parametrize("name", ["done", "killed"])
-def test_a_run_with_a_flipped_bit_ends_7_or_as_if_nothing_had_been(runs: Runs, tmp_path: Path, name: str) -> None:
+def test_a_start_over_a_flipped_bit_is_safe(runs: Runs, tmp_path: Path, name: str) -> None:
+    """It exits with 7 or as if nothing had happened."""
     seed = random.randrange(2**32)
     chance = random.Random(seed)
     for number in range(6):
@@ -267,9 +266,10 @@ def test_a_run_with_a_flipped_bit_ends_7_or_as_if_nothing_had_been(runs: Runs, t
         ("killed", "parts/000000.g1.parquet", last_of_a_page),
     ],
 )
-def test_the_command_names_file_rows_and_cost_and_exits_7_without_a_traceback(
+def test_verify_names_file_rows_and_cost(
     runs: Runs, tmp_path: Path, name: str, file: str, place_in: Callable[[Path], int]
 ) -> None:
+    """It exits with 7 and shows no traceback."""
     directory = runs.copy(name, tmp_path / "run")
     flip(directory.path / file, place_in(directory.path / file))
     before = snapshot(directory.path)
@@ -303,7 +303,7 @@ def test_a_file_that_was_cut_is_named(runs: Runs, tmp_path: Path, name: str, kep
 
 
 @pytest.mark.parametrize("name", ["done", "killed", "in-parts"])
-def test_a_file_that_is_gone_is_named(runs: Runs, tmp_path: Path, name: str) -> None:
+def test_a_missing_file_is_named(runs: Runs, tmp_path: Path, name: str) -> None:
     directory = runs.copy(name, tmp_path / "run")
     for path in files_of(directory):
         if path.name.endswith("-wal"):
@@ -313,9 +313,8 @@ def test_a_file_that_is_gone_is_named(runs: Runs, tmp_path: Path, name: str) -> 
         aside.rename(path)
 
 
-def test_a_run_whose_checkpoint_is_gone_still_has_its_bill_by_its_result_or_its_summary(
-    runs: Runs, tmp_path: Path
-) -> None:
+def test_a_lost_checkpoint_leaves_the_bill(runs: Runs, tmp_path: Path) -> None:
+    """The result or the summary still has it."""
     directory = runs.copy("done", tmp_path / "run")
     bill = Decimal(read_summary(directory.path)["cost_usd"])
     directory.checkpoint.unlink()
@@ -326,7 +325,7 @@ def test_a_run_whose_checkpoint_is_gone_still_has_its_bill_by_its_result_or_its_
         directory.completions.unlink(missing_ok=True)
 
 
-def test_a_summary_that_cannot_be_read_is_damaged_and_not_no_run(runs: Runs, tmp_path: Path) -> None:
+def test_an_unreadable_summary_is_damage(runs: Runs, tmp_path: Path) -> None:
     directory = runs.copy("done", tmp_path / "run")
     for content in (b'{"job', b"", b"[]", b"\xff\xfe"):
         directory.summary.write_bytes(content)
@@ -343,9 +342,7 @@ def result_and_start(runs: Runs, directory: RunDirectory, layout: str) -> tuple[
 
 
 @pytest.mark.parametrize(("name", "layout"), [("done", "file"), ("in-parts", "parts")])
-def test_a_complete_run_without_its_whole_result_is_not_complete_again(
-    runs: Runs, tmp_path: Path, name: str, layout: str
-) -> None:
+def test_a_partial_result_is_not_complete_again(runs: Runs, tmp_path: Path, name: str, layout: str) -> None:
     directory, served = runs.copy(name, tmp_path / "run"), len(runs.simulator.ledger())
     result, again = result_and_start(runs, directory, layout)
     assert again().exit_code == 0
@@ -372,9 +369,8 @@ def test_a_complete_run_without_its_whole_result_is_not_complete_again(
 
 
 @pytest.mark.parametrize(("name", "layout"), [("done", "file"), ("in-parts", "parts")])
-def test_a_start_over_a_complete_run_notices_a_changed_result_by_its_size_and_time(
-    runs: Runs, tmp_path: Path, name: str, layout: str
-) -> None:
+def test_a_changed_result_is_noticed_by_stat(runs: Runs, tmp_path: Path, name: str, layout: str) -> None:
+    """A start over a complete run compares its size and time."""
     directory, served = runs.copy(name, tmp_path / "run"), len(runs.simulator.ledger())
     result, again = result_and_start(runs, directory, layout)
     for path in (result, directory.usage):
@@ -402,7 +398,7 @@ def test_another_versions_run_is_named_as_such(runs: Runs, tmp_path: Path) -> No
     assert "of another version of batchrun" in damage.what
 
 
-def test_files_of_two_runs_are_told_apart(runs: Runs, tmp_path: Path) -> None:
+def test_files_of_two_runs_are_not_confused(runs: Runs, tmp_path: Path) -> None:
     directory = runs.copy("done", tmp_path / "run")
     shutil.copy(runs.folder / "in-parts" / "summary.json", directory.summary)
     assert damaged_files(verify(directory)) == {"summary.json"}
@@ -411,9 +407,7 @@ def test_files_of_two_runs_are_told_apart(runs: Runs, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value"), [("cost_usd", "0.1"), ("rows", 7), ("complete", True), ("by_status", {"ok": 320}), ("pid", 1)]
 )
-def test_a_summary_of_a_finished_run_agrees_with_the_checkpoint_in_every_figure(
-    runs: Runs, tmp_path: Path, field: str, value: object
-) -> None:
+def test_summary_and_checkpoint_agree_in_every_figure(runs: Runs, tmp_path: Path, field: str, value: object) -> None:
     directory = runs.copy("done", tmp_path / "run")
     told: dict[str, Any] = msgspec.json.decode(directory.summary.read_bytes())
     told[field] = value
@@ -451,7 +445,8 @@ def test_of_a_sound_run_nothing_is_salvaged(runs: Runs, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_a_damaged_part_costs_its_own_rows_and_only_those_are_asked_again(runs: Runs, tmp_path: Path) -> None:
+def test_a_damaged_part_costs_its_rows_only(runs: Runs, tmp_path: Path) -> None:
+    """Only those are sent again."""
     directory = runs.copy("killed", tmp_path / "run")
     known = db_records.read(directory.checkpoint)
     part = next(chunk for chunk in known.chunks if not chunk.open)
@@ -494,7 +489,7 @@ def scratched(content: bytes, every: int) -> bytes:
 
 
 @pytest.mark.parametrize("harm", HARMS)
-def test_of_a_damaged_database_every_record_that_is_whole_is_kept(runs: Runs, tmp_path: Path, harm: str) -> None:
+def test_salvage_keeps_every_whole_record(runs: Runs, tmp_path: Path, harm: str) -> None:
     directory = runs.copy("killed", tmp_path / "run")
     known = db_records.read(directory.checkpoint)
     HARMS[harm](directory.checkpoint)
@@ -513,7 +508,7 @@ def test_of_a_damaged_database_every_record_that_is_whole_is_kept(runs: Runs, tm
     finishes_as_if_undisturbed(runs, directory, set(range(ROWS)) - rows)
 
 
-def test_a_flipped_bit_in_the_log_costs_one_record_at_most(runs: Runs, tmp_path: Path) -> None:
+def test_a_damaged_log_costs_one_record(runs: Runs, tmp_path: Path) -> None:
     directory = runs.copy("killed", tmp_path / "run")
     known, log = db_records.read(directory.checkpoint), log_of(directory.checkpoint)
     content, chance = log.read_bytes(), random.Random(seed := random.randrange(2**32))
@@ -537,7 +532,7 @@ def test_a_lost_slot_file_costs_no_row(runs: Runs, tmp_path: Path) -> None:
     finishes_as_if_undisturbed(runs, directory, set(range(ROWS)) - answered(known))
 
 
-def test_who_was_in_flight_is_named_in_what_was_salvaged(runs: Runs, tmp_path: Path) -> None:
+def test_salvage_names_requests_in_flight(runs: Runs, tmp_path: Path) -> None:
     directory = runs.copy("killed", tmp_path / "run")
     known, flying = db_records.read(directory.checkpoint), in_flight.read(directory.inflight)
     flip(log_of(directory.checkpoint), 5000)
@@ -549,7 +544,7 @@ def test_who_was_in_flight_is_named_in_what_was_salvaged(runs: Runs, tmp_path: P
     assert named <= {(entry.row, entry.n) for entry in flying} - ended
 
 
-def test_a_part_of_a_result_in_parts_is_lost_alone(runs: Runs, tmp_path: Path) -> None:
+def test_a_damaged_part_of_a_result_is_lost_alone(runs: Runs, tmp_path: Path) -> None:
     directory = runs.copy("in-parts", tmp_path / "run")
     path = directory.completions_folder / "part-000003.parquet"
     flip(path, middle_of(path))
@@ -577,7 +572,8 @@ def test_a_lost_checkpoint_leaves_the_result(runs: Runs, tmp_path: Path) -> None
     assert kept_rows(directory).to_pylist() == runs.undisturbed.to_pylist()
 
 
-def test_without_its_input_a_run_keeps_its_rows_but_cannot_go_on(tmp_path: Path, runs: Runs) -> None:
+def test_a_run_without_input_keeps_its_rows(tmp_path: Path, runs: Runs) -> None:
+    """It can't resume."""
     source = write_rows(tmp_path / "in.jsonl", 60)
     job = write_job(tmp_path / "job.toml", runs.simulator.url, source, MORE.format(layout="parts"))
     assert batchrun("run", job, "-o", tmp_path / "run").exit_code == 0
@@ -590,7 +586,7 @@ def test_without_its_input_a_run_keeps_its_rows_but_cannot_go_on(tmp_path: Path,
     assert kept_rows(directory).to_pylist() == pq.read_table(directory.completions_folder).to_pylist()
 
 
-def test_a_retry_under_way_is_gone_on_with(runs: Runs, tmp_path: Path) -> None:
+def test_salvage_keeps_a_retry_under_way(runs: Runs, tmp_path: Path) -> None:
     directory = runs.copy("retried", tmp_path / "run")
     known = db_records.read(directory.checkpoint)
     directory.inflight.unlink()
@@ -637,7 +633,7 @@ def test_row_groups_are_kept_one_by_one(runs: Runs, tmp_path: Path) -> None:
     assert some > 20
 
 
-def test_a_part_that_answers_other_questions_is_not_believed(runs: Runs, tmp_path: Path) -> None:
+def test_a_part_with_other_questions_is_rejected(runs: Runs, tmp_path: Path) -> None:
     directory = runs.copy("killed", tmp_path / "run")
     known = db_records.read(directory.checkpoint)
     part = next(chunk for chunk in known.chunks if not chunk.open)
@@ -652,7 +648,8 @@ def test_a_part_that_answers_other_questions_is_not_believed(runs: Runs, tmp_pat
     assert equal_to_the_undisturbed(runs, kept_rows(directory))
 
 
-def test_what_was_spilled_is_kept_and_a_damaged_spill_file_is_named(runs: Runs, tmp_path: Path) -> None:
+def test_salvage_keeps_what_was_spilled(runs: Runs, tmp_path: Path) -> None:
+    """A damaged spill file is named."""
     directory = runs.copy("killed", tmp_path / "run")
     known = db_records.read(directory.checkpoint)
     arrived = next(iter(known.rows.values()))

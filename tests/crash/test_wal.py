@@ -54,7 +54,7 @@ def test_what_a_kill_leaves_has_every_commit(left: Left) -> None:
     assert commits_dropped(b"") == commits_dropped(left.log[:32]) == commits_dropped(left.log[:40]) == 0
 
 
-def test_a_flipped_bit_in_the_log_costs_no_rows_in_silence(tmp_path: Path, left: Left) -> None:
+def test_a_damaged_log_never_hides_lost_rows(tmp_path: Path, left: Left) -> None:
     seed = random.randrange(2**32)
     places = random.Random(seed)
     last_commit = max(end for end in range(32, len(left.log), 4120) if any(left.log[end + 4 : end + 8]))
@@ -72,11 +72,11 @@ def test_a_flipped_bit_in_the_log_costs_no_rows_in_silence(tmp_path: Path, left:
 
 
 @pytest.mark.parametrize("kept", [0.2, 0.5, 0.9])
-def test_a_log_that_ends_early_is_what_a_power_cut_may_leave(left: Left, kept: float) -> None:
+def test_an_early_log_end_is_a_power_cut(left: Left, kept: float) -> None:
     assert commits_dropped(left.log[: int(len(left.log) * kept)]) == 0
 
 
-def test_a_last_commit_that_was_torn_is_no_damage(tmp_path: Path, left: Left) -> None:
+def test_a_torn_last_commit_is_no_damage(tmp_path: Path, left: Left) -> None:
     frames = range(32, len(left.log) - 4119, 4120)
     commits = [start for start in frames if any(left.log[start + 4 : start + 8])]
     torn = bytearray(left.log[: commits[-1] + 4120])

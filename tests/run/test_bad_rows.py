@@ -37,9 +37,7 @@ def rows(folder: Path, count: int) -> frozenset[int]:
 
 @pytest.mark.parametrize("bad", [range(20, 90), range(50, 120), range(70)], ids=["amid", "last", "first"])
 @pytest.mark.parametrize("max_outage_s", [40.0, 7_200.0])
-def test_any_number_of_bad_rows_in_a_row_ends_with_good_rows_served(
-    tmp_path: Path, bad: range, max_outage_s: float
-) -> None:
+def test_consecutive_bad_rows_do_not_stop_good_ones(tmp_path: Path, bad: range, max_outage_s: float) -> None:
     rows(tmp_path, 120)
     limits, retry = {"max_in_flight": 16}, {"max_outage_s": max_outage_s}
     with serving_aside(bad_rows(frozenset(bad), sends(FAILURE))) as server:
@@ -76,7 +74,7 @@ def fails_at_first(fault: Script, of: frozenset[int]) -> Script:
 
 
 @pytest.mark.parametrize("fault", ONCE)
-def test_a_server_that_fails_each_row_once_is_done_with_in_two_requests_a_row(tmp_path: Path, fault: str) -> None:
+def test_rows_failing_once_need_two_requests(tmp_path: Path, fault: str) -> None:
     every = rows(tmp_path, 120)
     with serving_aside(fails_at_first(ONCE[fault], every)) as server:
         summary = run(tmp_path, server.url, limits={"max_in_flight": 16})
@@ -85,7 +83,7 @@ def test_a_server_that_fails_each_row_once_is_done_with_in_two_requests_a_row(tm
     assert summary.elapsed_s < 5.0, "a quarter of an hour on the fast clock; at one row a minute it would be hours"
 
 
-def test_forty_rows_in_a_row_that_fail_once_hold_nobody_up(tmp_path: Path) -> None:
+def test_forty_failing_rows_delay_no_other(tmp_path: Path) -> None:
     rows(tmp_path, 120)
     some = frozenset(range(20, 60))
     with serving_aside(fails_at_first(sends(FAILURE), some)) as server:
@@ -96,9 +94,7 @@ def test_forty_rows_in_a_row_that_fail_once_hold_nobody_up(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("bad", [range(0), range(20, 60)], ids=["each fails once", "and forty for ever"])
 @pytest.mark.parametrize("trouble", [FAILURE, BUSY], ids=["500", "503"])
-def test_an_outage_that_comes_while_rows_take_turns_burns_none_and_sees_few_requests(
-    tmp_path: Path, bad: range, trouble: bytes
-) -> None:
+def test_an_outage_among_retries_gives_up_nothing(tmp_path: Path, bad: range, trouble: bytes) -> None:
     """Five minutes of it, on a clock 200 times as fast."""
     every, until_s, during = rows(tmp_path, 120), 0.0, 0
     usual = bad_rows(frozenset(bad), sends(FAILURE)) if bad else fails_at_first(sends(FAILURE), every)
@@ -120,7 +116,7 @@ def test_an_outage_that_comes_while_rows_take_turns_burns_none_and_sees_few_requ
     assert during < 45, "sixteen were out when it began"
 
 
-def test_a_row_that_is_refused_for_ever_amid_others_is_given_up_before_they_end(tmp_path: Path) -> None:
+def test_an_always_refused_row_is_given_up_early(tmp_path: Path) -> None:
     """At two in flight, ten seconds an answer, three hundred rows take twenty-five minutes; it is given up in ten."""
     rows(tmp_path, 300)
     with serving_aside(bad_rows(frozenset({5}), sends(WITH_A_WAIT), good_s=0.05)) as server:
@@ -140,21 +136,19 @@ def refused(folder: Path, fault: Script, **retry: float) -> tuple[Summary, Count
 
 @pytest.mark.parametrize("max_outage_s", [60.0, 7_200.0])
 @pytest.mark.parametrize("refusal", [RATE_LIMIT, WITH_A_WAIT], ids=["429", "429 that asks for a second"])
-def test_a_row_that_is_refused_for_ever_is_given_up_at_the_tail(
-    tmp_path: Path, refusal: bytes, max_outage_s: float
-) -> None:
+def test_an_always_refused_last_row_is_given_up(tmp_path: Path, refusal: bytes, max_outage_s: float) -> None:
     summary, sent = refused(tmp_path, sends(refusal), max_outage_s=max_outage_s)
     assert (summary.exit_code, summary.by_status) == (3, {"ok": 38, "error": 2})
     assert max(sent.values()) <= 12
 
 
-def test_a_request_that_is_larger_than_the_limit_is_sent_once(tmp_path: Path) -> None:
+def test_a_request_above_the_limit_is_sent_once(tmp_path: Path) -> None:
     summary, sent = refused(tmp_path, sends(TOO_LARGE))
     assert (summary.exit_code, summary.by_status) == (3, {"ok": 38, "error": 2})
     assert set(sent.values()) == {1}
 
 
-def test_a_limit_that_holds_the_last_rows_for_minutes_burns_none(tmp_path: Path) -> None:
+def test_a_minute_limit_gives_up_no_last_row(tmp_path: Path) -> None:
     """Four minutes of refusals, on a clock 200 times as fast."""
     last, until_s = frozenset(range(30, 40)), 0.0
 
@@ -169,7 +163,8 @@ def test_a_limit_that_holds_the_last_rows_for_minutes_burns_none(tmp_path: Path)
     assert (summary.exit_code, summary.by_status) == (0, {"ok": 40})
 
 
-def test_where_only_a_long_wait_is_left_the_start_ends_at_once_and_a_later_one_gives_it_up(tmp_path: Path) -> None:
+def test_only_long_waits_left_end_the_start(tmp_path: Path) -> None:
+    """At once; a later start gives the row up."""
     said = answer(b'{"error": {"message": "slow down"}}', "Retry-After: 1000", status="429 Slow Down")
     with serving_aside(bad_rows(frozenset({5}), sends(said))) as server:
         first = run(tmp_path, server.url)

@@ -90,7 +90,7 @@ def unexpected(error: BatchrunError) -> None:
 
 @SHARED
 @given(ENDINGS)
-def test_every_field_of_every_ending_comes_back(tmp_path: Path, endings: list[Ending]) -> None:
+def test_every_field_of_a_result_round_trips(tmp_path: Path, endings: list[Ending]) -> None:
     path = tmp_path / "checkpoint.db"
     path.unlink(missing_ok=True)
     with opened(path) as checkpoint:
@@ -105,7 +105,7 @@ def test_every_field_of_every_ending_comes_back(tmp_path: Path, endings: list[En
     assert spent == with_possibly_billed(fold(Totals(), endings, 0), doubts)
 
 
-def test_a_thousand_endings_with_every_optional_field_empty_are_one_commit(tmp_path: Path) -> None:
+def test_a_thousand_sparse_results_are_one_commit(tmp_path: Path) -> None:
     optional = {f.name: None for f in msgspec.structs.fields(Completion) if "None" in str(f.type)}
     endings = [completion(row, **optional, raw=b"", maybe_billed=True) for row in range(MAX_GROUP)]
     commits: list[int] = []
@@ -129,7 +129,7 @@ def test_a_thousand_endings_with_every_optional_field_empty_are_one_commit(tmp_p
     assert commits == [1, MAX_GROUP]
 
 
-def test_any_number_of_doubts_and_models_fits_into_one_commit(tmp_path: Path) -> None:
+def test_any_number_of_totals_fits_one_commit(tmp_path: Path) -> None:
     many = 12_000  # SQLite takes 32,766 parameters in one statement
     with opened(tmp_path / "checkpoint.db") as checkpoint:
         checkpoint.name_possibly_billed([PossiblyBilled(row, 1, "", None, 9, "crash", 1) for row in range(many)])
@@ -139,7 +139,8 @@ def test_any_number_of_doubts_and_models_fits_into_one_commit(tmp_path: Path) ->
         assert len(checkpoint.spent.answered_as) == many
 
 
-def test_half_surrogates_from_headers_and_errors_cost_no_paid_row(tmp_path: Path) -> None:
+def test_half_surrogates_cost_no_paid_row(tmp_path: Path) -> None:
+    """They come from headers and error texts."""
     error = RowError("reset", None, "\udcff", "\ud800 came")
     with opened(tmp_path / "checkpoint.db") as checkpoint:
         put(checkpoint, [completion(0, request_id="a\udcff", error=error), discarded(1, message="\udfff")])
@@ -148,7 +149,8 @@ def test_half_surrogates_from_headers_and_errors_cost_no_paid_row(tmp_path: Path
         assert [attempt.message for attempt in checkpoint.discarded(WHOLE)] == ["\ufffd"]
 
 
-def test_a_value_without_a_place_in_the_tables_stops_the_run_and_hangs_nobody(tmp_path: Path) -> None:
+def test_an_unstorable_value_stops_the_run(tmp_path: Path) -> None:
+    """Nothing hangs."""
     failures: list[BatchrunError] = []
     with opened(tmp_path / "checkpoint.db") as checkpoint:
         checkpoint.listen(lambda endings: pytest.fail("nothing is durable"), failures.append)
@@ -160,7 +162,7 @@ def test_a_value_without_a_place_in_the_tables_stops_the_run_and_hangs_nobody(tm
         assert checkpoint.spent == Totals()
 
 
-def test_what_is_asked_of_the_checkpoint_comes_after_what_was_put_before(tmp_path: Path) -> None:
+def test_reads_see_all_earlier_writes(tmp_path: Path) -> None:
     with opened(tmp_path / "checkpoint.db") as checkpoint:
         for row in range(2500):
             checkpoint.put(completion(row))
@@ -168,7 +170,7 @@ def test_what_is_asked_of_the_checkpoint_comes_after_what_was_put_before(tmp_pat
                 assert checkpoint.settled_rows(WHOLE) == set(range(row + 1))
 
 
-def test_the_manifest_keeps_the_last_value_of_each_name(tmp_path: Path) -> None:
+def test_the_manifest_keeps_the_last_value(tmp_path: Path) -> None:
     with opened(tmp_path / "checkpoint.db") as checkpoint:
         checkpoint.write_manifest({"a": "1", "b": "2"})
         checkpoint.write_manifest({"b": "3"})
@@ -182,7 +184,7 @@ def test_each_invocation_has_the_next_number(tmp_path: Path) -> None:
             assert checkpoint.begin_invocation(0.0, os.getpid(), "here", "0") == number == checkpoint.invocation
 
 
-def test_sealing_a_chunk_takes_its_rows_and_no_others(tmp_path: Path) -> None:
+def test_sealing_a_chunk_takes_only_its_rows(tmp_path: Path) -> None:
     chunk = Chunk(1, 10, 10, "{}", "ab")
     with opened(tmp_path / "checkpoint.db") as checkpoint:
         put(checkpoint, [*(completion(row) for row in range(30)), discarded(12)])
@@ -195,7 +197,8 @@ def test_sealing_a_chunk_takes_its_rows_and_no_others(tmp_path: Path) -> None:
         assert checkpoint.spent == spent
 
 
-def test_an_end_is_known_by_row_attempt_doubt_or_sealed_chunk(tmp_path: Path) -> None:
+def test_every_result_is_recognised_when_stored(tmp_path: Path) -> None:
+    """By its row and attempt, as a possibly billed attempt, or by its sealed chunk."""
     with opened(tmp_path / "checkpoint.db") as checkpoint:
         put(checkpoint, [completion(0, attempts=2), discarded(1, 3)])
         checkpoint.name_possibly_billed([PossiblyBilled(2, 4, "", None, 9, "crash", 1)])
@@ -208,7 +211,8 @@ def test_an_end_is_known_by_row_attempt_doubt_or_sealed_chunk(tmp_path: Path) ->
         assert checkpoint.last_attempts_lost(WHOLE) == {2: 4}
 
 
-def test_a_reopened_row_is_pending_until_it_is_sealed_again_and_what_was_better_stands(tmp_path: Path) -> None:
+def test_a_reopened_row_is_pending_until_resealed(tmp_path: Path) -> None:
+    """The better of two results is kept."""
     path = tmp_path / "checkpoint.db"
     with opened(path) as checkpoint:
         chunk = Chunk(0, 0, 3, "{}", "ab")
@@ -251,7 +255,7 @@ def require_consistent(path: Path, durable: set[int]) -> None:
         assert checkpoint.spent.cost_usd() == sum((row.cost_usd or Decimal(0) for row in rows), Decimal(0))
 
 
-def test_rows_told_durable_survive_kill_9_at_any_moment(tmp_path: Path) -> None:
+def test_durable_rows_survive_kill_9(tmp_path: Path) -> None:
     seed = random.randrange(2**32)
     moments = random.Random(seed)
     durable: set[int] = set()
@@ -267,7 +271,8 @@ def test_rows_told_durable_survive_kill_9_at_any_moment(tmp_path: Path) -> None:
     assert len(durable) > 500, f"seed {seed}"
 
 
-def test_a_disk_that_refuses_writes_is_told_and_nothing_lost_was_called_durable(tmp_path: Path) -> None:
+def test_a_refused_write_is_reported(tmp_path: Path) -> None:
+    """Nothing that was lost had been reported as durable."""
     path = tmp_path / "checkpoint.db"
     with writer(path, MAX_FILE_BYTES="300000") as process:
         out, err = process.communicate(timeout=60)
@@ -285,7 +290,8 @@ cp "$1"/checkpoint.db* "$4"
 """
 
 
-def test_a_full_disk_gets_the_reserve_and_then_ends_the_run(tmp_path: Path) -> None:
+def test_a_full_disk_uses_the_reserve_first(tmp_path: Path) -> None:
+    """Then the run ends."""
     disk, copy = tmp_path / "disk", tmp_path / "copy"
     disk.mkdir()
     copy.mkdir()
@@ -336,7 +342,7 @@ def test_a_changed_field_of_any_table_is_named(tmp_path: Path, table: str, colum
     assert error.value.exit_code == ExitCode.DAMAGED
 
 
-def test_a_flipped_bit_anywhere_is_reported_or_changes_nothing(tmp_path: Path) -> None:
+def test_a_flipped_bit_is_reported_or_harmless(tmp_path: Path) -> None:
     path = filled(tmp_path / "checkpoint.db")
     content, before = path.read_bytes(), everything(path)
     seed = random.randrange(2**32)
@@ -376,7 +382,8 @@ def test_another_versions_file_is_refused_with_its_number(tmp_path: Path) -> Non
         assert error.value.exit_code == ExitCode.DAMAGED
 
 
-def test_a_file_that_is_no_database_is_damage_and_not_the_disks_fault(tmp_path: Path) -> None:
+def test_a_file_without_database_is_damage(tmp_path: Path) -> None:
+    """It is not reported as an error of the disk."""
     path = tmp_path / "checkpoint.db"
     path.write_text("dear diary, " * 1000)
     with pytest.raises(CheckpointError) as error:
@@ -384,7 +391,7 @@ def test_a_file_that_is_no_database_is_damage_and_not_the_disks_fault(tmp_path: 
     assert error.value.exit_code == ExitCode.DAMAGED
 
 
-def test_a_file_that_another_program_has_open_is_no_damage(tmp_path: Path) -> None:
+def test_a_file_in_use_is_no_damage(tmp_path: Path) -> None:
     path = filled(tmp_path / "checkpoint.db")
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
@@ -394,7 +401,7 @@ def test_a_file_that_another_program_has_open_is_no_damage(tmp_path: Path) -> No
     everything(path)
 
 
-def test_a_place_where_no_file_can_be_is_a_disk_error(tmp_path: Path) -> None:
+def test_an_impossible_place_is_a_disk_error(tmp_path: Path) -> None:
     with pytest.raises(DiskError, match="unable to open"):
         everything(tmp_path / "missing" / "checkpoint.db")
 
@@ -417,7 +424,7 @@ def test_reading_a_finished_run_touches_no_file(tmp_path: Path) -> None:
     assert (state_of(tmp_path), tmp_path.stat().st_mtime_ns) == (before, folder)
 
 
-def test_a_finished_run_is_read_by_who_may_only_read(tmp_path: Path) -> None:
+def test_a_finished_run_is_readable_without_writing(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.db"
     with opened(path, finished=True) as checkpoint:
         checkpoint.write_manifest({"facts": "{}"})
@@ -445,7 +452,7 @@ def test_a_finished_run_can_be_opened_again(tmp_path: Path) -> None:
         assert checkpoint.settled_rows(WHOLE) == {0, 1}
 
 
-def test_a_commit_is_durable_for_another_process_the_moment_it_is_told(tmp_path: Path) -> None:
+def test_a_commit_is_visible_to_other_processes(tmp_path: Path) -> None:
     path, copy = tmp_path / "checkpoint.db", tmp_path / "copy.db"
     with opened(path) as checkpoint:
 

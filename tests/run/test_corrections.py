@@ -36,7 +36,7 @@ def asked(simulator: RunningSimulator, row: int) -> int:
     return sum((line.client_request_id or "").split("-")[-2] == str(row) for line in simulator.ledger())
 
 
-def test_an_answer_that_does_not_fit_is_mended_at_its_price(tmp_path: Path) -> None:
+def test_an_invalid_answer_is_corrected_and_billed(tmp_path: Path) -> None:
     faults = (
         Fault(kind=UNFIT, match="item 1 ", times=1),
         Fault(kind="invalid_json", match="item 2 ", times=1),
@@ -66,7 +66,7 @@ def test_an_answer_that_does_not_fit_is_mended_at_its_price(tmp_path: Path) -> N
     ]
     first = rows[1]["set_aside"][0]
     assert json.loads(first["content"])["name"] == "label"
-    assert "does not fit its schema" in first["message"]
+    assert "does not match its schema" in first["message"]
     assert rows[4]["error"]["http_status"] == 200
     assert rows[4]["function_call"] is not None
     assert rows[4]["raw"]
@@ -79,7 +79,7 @@ def test_an_answer_that_does_not_fit_is_mended_at_its_price(tmp_path: Path) -> N
     assert batchrun("verify", tmp_path / "out").exit_code == 0
 
 
-def test_a_model_that_says_the_same_again_is_not_asked_a_third_time(tmp_path: Path) -> None:
+def test_a_repeated_wrong_answer_ends_the_correction(tmp_path: Path) -> None:
     body = (
         b'{"choices":[{"message":{"function_call":{"name":"other","arguments":"{}"}},"finish_reason":"function_call"}]}'
     )
@@ -91,7 +91,7 @@ def test_a_model_that_says_the_same_again_is_not_asked_a_third_time(tmp_path: Pa
     assert rows[1]["error"]["kind"] == "unknown_function"
 
 
-def test_a_start_after_a_kill_knows_how_often_the_model_was_told(tmp_path: Path) -> None:
+def test_a_resume_remembers_the_corrections_sent(tmp_path: Path) -> None:
     slow = SimulatorConfig(faults=(Fault(kind=UNFIT),), latency_s=0.3, latency_sigma=0.0)
     with running_simulator(slow) as simulator:
         source = write_rows(tmp_path / "in.jsonl", 4)
@@ -114,7 +114,7 @@ def test_a_start_after_a_kill_knows_how_often_the_model_was_told(tmp_path: Path)
     assert all(times <= row["attempts"] <= times + lost for row, times in zip(rows, served, strict=True))
 
 
-def test_the_longer_request_is_within_the_budget_or_not_sent(tmp_path: Path) -> None:
+def test_the_longer_request_respects_the_budget(tmp_path: Path) -> None:
     # one request of 100 bytes and 40 tokens of output costs at most $0.0019 at the dearest service tier; its correction
     # more than is left then
     with running_simulator(SimulatorConfig(faults=(Fault(kind=UNFIT),))) as simulator:
@@ -149,7 +149,7 @@ def calling(name: str, arguments: str) -> bytes:
     return json.dumps({"choices": [choice]}).encode()
 
 
-def test_calls_of_tools_are_held_against_their_parameters_and_mended_at_their_price(tmp_path: Path) -> None:
+def test_tool_calls_are_validated_and_corrected(tmp_path: Path) -> None:
     wrong = {1: ("label", '{"a": "x"}'), 2: ("label", '{"a": 1'), 3: ("other", "{}"), 4: ("label", '{"a": "x"}')}
     faults = tuple(
         Fault(kind="body", match=f"item {row} ", body_base64=calling(*call), billed=True, times=None if row == 4 else 1)
@@ -163,7 +163,7 @@ def test_calls_of_tools_are_held_against_their_parameters_and_mended_at_their_pr
         assert [row["status"] for row in rows] == ["ok", "invalid", "invalid", "invalid", "invalid", "ok"]
         kinds = [None, "schema", "invalid_json", "unknown_function", "schema", None]
         assert [(row["error"] or {}).get("kind") for row in rows] == kinds
-        assert 'the text of the arguments of label does not fit its schema: at $.a: "x"' in rows[1]["error"]["message"]
+        assert 'arguments of label does not match its schema: at $.a: "x"' in rows[1]["error"]["message"]
     with running_simulator(SimulatorConfig(faults=faults)) as simulator:
         job = write_job(tmp_path / "job.toml", simulator.url, source, TOOLS.format(invalid=2))
         assert batchrun("run", job, "-o", tmp_path / "again").exit_code == 3
@@ -175,7 +175,7 @@ def test_calls_of_tools_are_held_against_their_parameters_and_mended_at_their_pr
         assert [(call["name"], call["arguments"]) for call in calls] == [wrong[row] for row in (1, 2, 3)]
 
 
-def test_a_tool_whose_parameters_are_no_schema_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
+def test_an_invalid_tool_schema_is_refused_early(tmp_path: Path) -> None:
     with running_simulator() as simulator:
         source = write_rows(tmp_path / "in.jsonl", 2)
         job = write_job(tmp_path / "job.toml", simulator.url, source, TOOLS.format(invalid=0))
@@ -183,7 +183,7 @@ def test_a_tool_whose_parameters_are_no_schema_is_refused_before_anything_is_sen
         for command in ("check", "run"):
             ended = batchrun(command, job, *(("-o", tmp_path / "out") if command == "run" else ()))
             assert ended.exit_code == 2
-            assert "request.extra.tools[0].function.parameters: no JSON schema: at $.properties.a.type" in ended.stderr
+            assert "tools[0].function.parameters: invalid JSON schema: at $.properties.a.type" in ended.stderr
         assert not simulator.ledger()
 
 
@@ -195,7 +195,7 @@ max_attempts = 3
 """
 
 
-def test_a_finish_reason_that_is_not_accepted_fails_its_row_or_is_asked_again(tmp_path: Path) -> None:
+def test_rejected_finish_reasons_fail_or_retry(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "in.jsonl", 3)
     short = b'{"choices":[{"message":{"content":"Fi"},"finish_reason":"length"}]}'
     once = Fault(kind="body", match="item 1 ", body_base64=short, billed=True, times=1)

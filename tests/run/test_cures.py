@@ -119,9 +119,7 @@ CURES: list[tuple[str, str | None, str | None]] = [
 
 
 @pytest.mark.parametrize(("message", "setting", "value"), CURES)
-def test_a_refusal_that_names_a_parameter_names_the_setting_that_cures_it(
-    message: str, setting: str | None, value: str | None
-) -> None:
+def test_a_refused_parameter_names_its_setting(message: str, setting: str | None, value: str | None) -> None:
     cure = cure_of(f"HTTP 400: {message}")
     assert (cure and cure.setting) == setting
     assert (cure.flags if cure else ()) == (() if value is None else ("--set", f"{setting}={value}"))
@@ -186,9 +184,7 @@ def job_of(folder: Path, url: str, rows: int, name: str, more: str) -> Path:
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_the_command_that_the_closing_lines_print_cures_a_run_that_the_first_rows_stopped(
-    name: str, tmp_path: Path
-) -> None:
+def test_the_printed_command_cures_a_stopped_run(name: str, tmp_path: Path) -> None:
     script, more, commands = REFUSALS[name]
     with serving_aside(script) as server:
         job = job_of(tmp_path, server.url, 30, name, more)
@@ -204,7 +200,7 @@ def test_the_command_that_the_closing_lines_print_cures_a_run_that_the_first_row
 
 
 @pytest.mark.parametrize("name", ["max_tokens", "temperature"])
-def test_the_command_that_is_printed_cures_a_complete_run(name: str, tmp_path: Path) -> None:
+def test_the_printed_command_cures_a_complete_run(name: str, tmp_path: Path) -> None:
     script, more, _ = REFUSALS[name]
     with serving_aside(script) as server:
         job = job_of(tmp_path, server.url, 4, name, more)

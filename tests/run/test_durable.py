@@ -21,7 +21,8 @@ while True:
 """
 
 
-def test_a_reader_finds_the_old_file_or_the_new_one_whole_even_after_kill_9(tmp_path: Path) -> None:
+def test_readers_see_a_whole_file_after_kill_9(tmp_path: Path) -> None:
+    """The old one or the new one."""
     path = tmp_path / "summary.json"
     wholes = {letter * 300_000 for letter in (b"a", b"b")}
     seen = set()
@@ -34,7 +35,7 @@ def test_a_reader_finds_the_old_file_or_the_new_one_whole_even_after_kill_9(tmp_
     assert seen | {path.read_bytes()} <= wholes
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "part"
     replace_bytes(path, b"old")
 
@@ -48,7 +49,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_rest(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_an_error_that_is_not_the_disks_stays_what_it_is(tmp_path: Path) -> None:
+def test_only_disk_errors_become_disk_errors(tmp_path: Path) -> None:
     def write(temporary: Path) -> None:
         temporary.write_bytes(b"half")
         raise ValueError("no")
@@ -59,7 +60,7 @@ def test_an_error_that_is_not_the_disks_stays_what_it_is(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("mask", [0o000, 0o077])
-def test_what_is_written_is_private_whatever_the_umask(tmp_path: Path, mask: int) -> None:
+def test_files_are_private_under_any_umask(tmp_path: Path, mask: int) -> None:
     before = os.umask(mask)
     try:
         replace_bytes(tmp_path / "summary.json", b"{}")
@@ -68,7 +69,7 @@ def test_what_is_written_is_private_whatever_the_umask(tmp_path: Path, mask: int
     assert (tmp_path / "summary.json").stat().st_mode & 0o777 == 0o600
 
 
-def test_a_refusal_names_the_file_the_cause_and_the_next_step(tmp_path: Path) -> None:
+def test_a_refusal_names_file_cause_and_step(tmp_path: Path) -> None:
     with pytest.raises(DiskError) as error, disk_errors(tmp_path / "x"):
         (tmp_path / "missing" / "file").read_bytes()
     assert str(error.value) == (

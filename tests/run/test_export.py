@@ -95,7 +95,8 @@ def settled(table: pa.Table) -> pa.Table:
 # ── the rows of a run that was killed ─────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_killed_run_has_its_rows_and_the_others_are_pending_in_input_order(runs: Runs, tmp_path: Path) -> None:
+def test_a_killed_run_exports_rows_in_order(runs: Runs, tmp_path: Path) -> None:
+    """Rows without an answer are pending."""
     directory = runs.copy("killed", tmp_path / "run")
     before, served = snapshot(directory.path), len(runs.simulator.ledger())
     ended = batchrun("export", directory.path)
@@ -119,7 +120,8 @@ def test_a_killed_run_has_its_rows_and_the_others_are_pending_in_input_order(run
     assert after.keys() - before.keys() == {directory.partial.name, directory.usage.name}
 
 
-def test_the_bill_of_a_killed_run_is_beside_its_rows_and_in_their_footer(runs: Runs, tmp_path: Path) -> None:
+def test_the_bill_is_exported_with_the_rows(runs: Runs, tmp_path: Path) -> None:
+    """In a file beside them and in their footer."""
     directory = runs.copy("killed", tmp_path / "run")
     exported = export(directory)
     footer: dict[str, Any] = files.read_footer(directory.partial) or {}
@@ -135,7 +137,7 @@ def test_the_bill_of_a_killed_run_is_beside_its_rows_and_in_their_footer(runs: R
     assert f"{ROWS - exported.pending}" in told
 
 
-def test_the_finished_run_takes_the_place_of_its_rows_so_far(runs: Runs, tmp_path: Path) -> None:
+def test_the_finished_result_replaces_the_export(runs: Runs, tmp_path: Path) -> None:
     directory = runs.copy("killed", tmp_path / "run")
     export(directory)
     assert runs.resume(directory).complete
@@ -144,7 +146,7 @@ def test_the_finished_run_takes_the_place_of_its_rows_so_far(runs: Runs, tmp_pat
     assert verify(directory).damages == ()
 
 
-def test_elsewhere_the_run_directory_is_not_touched_at_all(runs: Runs, tmp_path: Path) -> None:
+def test_exporting_elsewhere_leaves_the_run_untouched(runs: Runs, tmp_path: Path) -> None:
     directory = runs.copy("killed", tmp_path / "run")
     before = snapshot(directory.path)
     exported = export(directory, tmp_path / "so far.parquet")
@@ -153,7 +155,8 @@ def test_elsewhere_the_run_directory_is_not_touched_at_all(runs: Runs, tmp_path:
     assert pq.read_metadata(exported.path).num_rows == ROWS
 
 
-def test_a_flipped_bit_in_the_rows_so_far_is_named_and_harms_no_run(runs: Runs, tmp_path: Path) -> None:
+def test_a_flipped_bit_in_an_export_is_named(runs: Runs, tmp_path: Path) -> None:
+    """The run is not harmed."""
     directory = runs.copy("killed", tmp_path / "run")
     export(directory)
     assert verify(directory).damages == ()
@@ -164,9 +167,8 @@ def test_a_flipped_bit_in_the_rows_so_far_is_named_and_harms_no_run(runs: Runs, 
 
 
 @pytest.mark.parametrize("what", ["gone", "changed"])
-def test_without_the_input_the_answers_are_there_and_rows_never_read_say_why_not(
-    runs: Runs, tmp_path: Path, what: str
-) -> None:
+def test_an_export_works_without_the_input(runs: Runs, tmp_path: Path, what: str) -> None:
+    """Rows that were never read say why they have no columns."""
     directory = runs.copy("killed", tmp_path / "run")
     source, whole = runs.folder / "in.jsonl", (runs.folder / "in.jsonl").read_bytes()
     try:
@@ -184,7 +186,7 @@ def test_without_the_input_the_answers_are_there_and_rows_never_read_say_why_not
     assert "no input columns" in "\n".join(in_words(exported))
 
 
-def test_a_parquet_input_that_is_gone_leaves_its_columns(tmp_path: Path) -> None:
+def test_a_missing_parquet_input_leaves_its_columns(tmp_path: Path) -> None:
     source = tmp_path / "in.parquet"
     text = pa.field("text", pa.string(), nullable=False)
     given = pa.table({"text": [f"item {row}" for row in range(100)], "n": pa.array(range(100), pa.int16())})
@@ -208,9 +210,7 @@ def test_a_parquet_input_that_is_gone_leaves_its_columns(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["done", "in-parts"])
-def test_a_complete_run_says_so_and_its_rows_are_copied_where_one_wants_them(
-    runs: Runs, tmp_path: Path, name: str
-) -> None:
+def test_a_complete_run_is_copied_on_request(runs: Runs, tmp_path: Path, name: str) -> None:
     directory = RunDirectory(runs.folder / name)
     before = snapshot(directory.path)
     ended = batchrun("export", directory.path)
@@ -223,7 +223,8 @@ def test_a_complete_run_says_so_and_its_rows_are_copied_where_one_wants_them(
     assert snapshot(directory.path) == before
 
 
-def test_a_row_that_is_sent_again_keeps_its_record_until_the_new_one_is_there(runs: Runs, tmp_path: Path) -> None:
+def test_a_row_sent_again_keeps_its_record(runs: Runs, tmp_path: Path) -> None:
+    """Until the new one is there."""
     directory = runs.copy("done", tmp_path / "run")
     truncated = by_status(runs.undisturbed)["truncated"]
     assert truncated > 10
@@ -239,7 +240,7 @@ def test_a_row_that_is_sent_again_keeps_its_record_until_the_new_one_is_there(ru
     assert Counter(table.column("variant").to_pylist()) == {0: ROWS - 5, 1: 5}
 
 
-def test_a_pilot_that_stopped_has_the_rows_of_the_pilot(runs: Runs, tmp_path: Path) -> None:
+def test_a_stopped_pilot_exports_its_rows(runs: Runs, tmp_path: Path) -> None:
     limits = ["--limit", "100", "--set", "budget.max_requests=40"]
     ended = batchrun("run", runs.folder / "file.toml", "-o", tmp_path / "run", *limits)
     assert ended.exit_code == 4, ended
@@ -285,7 +286,7 @@ def test_no_rows_are_no_export(tmp_path: Path) -> None:
         export(RunDirectory(tmp_path / "run"))
 
 
-def test_a_run_at_work_and_a_damaged_one_are_not_exported(runs: Runs, tmp_path: Path) -> None:
+def test_active_and_damaged_runs_are_not_exported(runs: Runs, tmp_path: Path) -> None:
     directory = runs.copy("killed", tmp_path / "run")
     with directory.lock():
         assert batchrun("export", directory.path).exit_code == 6
@@ -296,7 +297,7 @@ def test_a_run_at_work_and_a_damaged_one_are_not_exported(runs: Runs, tmp_path: 
     assert not directory.partial.exists()
 
 
-def test_an_export_that_is_cut_short_leaves_the_one_before(runs: Runs, tmp_path: Path) -> None:
+def test_an_interrupted_export_leaves_the_one_before(runs: Runs, tmp_path: Path) -> None:
     schema = runs.undisturbed.schema
     summary = read(RunDirectory(runs.folder / "done"))
 
@@ -325,7 +326,7 @@ STOPS = {
 
 @pytest.mark.parametrize("rows", ["rows", "no rows"])
 @pytest.mark.parametrize("stop", STOPS)
-def test_every_stop_leaves_the_bill_and_the_rows_if_the_job_says_so(tmp_path: Path, stop: str, rows: str) -> None:
+def test_every_stop_exports_if_the_job_says(tmp_path: Path, stop: str, rows: str) -> None:
     source = write_rows(tmp_path / "in.jsonl", ROWS)
     exit_code, flags = STOPS[stop]
     revoked = Fault(kind="status", status=401, from_request=50)
@@ -349,7 +350,7 @@ def test_every_stop_leaves_the_bill_and_the_rows_if_the_job_says_so(tmp_path: Pa
     assert (table.num_rows, by_status(table)[PENDING]) == (ROWS, summary["pending"])
 
 
-def test_a_stop_whose_rows_cant_be_written_ends_as_it_would_have(tmp_path: Path) -> None:
+def test_a_failed_export_keeps_the_stops_exit_code(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "in.jsonl", ROWS)
     out = RunDirectory(tmp_path / "run")
     out.partial.with_name(out.partial.name + ".tmp").mkdir(parents=True)
@@ -375,7 +376,8 @@ def test_a_signal_leaves_the_rows_too(tmp_path: Path) -> None:
     assert by_status(pq.read_table(out.partial))[PENDING] == read_summary(out.path)["pending"]
 
 
-def test_a_pending_row_says_how_often_it_was_sent_what_that_cost_and_what_came_of_it() -> None:
+def test_a_pending_row_lists_its_attempts() -> None:
+    """How often it was sent, what that cost and how it ended."""
     own = own_table([completion(1)], keep_raw=False)
     tried = [discarded(2, 1, cost_usd=Decimal("0.5")), discarded(2, 2, http_status=503, error_kind="overloaded")]
     rows = beside(own, 0, 5, {2: tried, 3: [discarded(3, cost_usd=None)]}, {4: 3}).to_pylist()

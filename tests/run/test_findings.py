@@ -70,7 +70,7 @@ FOUND: dict[str, tuple[Change, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", FOUND)
-def test_each_finding_is_said_of_a_night_that_has_it_and_can_be_muted(tmp_path: Path, name: str) -> None:
+def test_each_finding_is_reported_and_can_be_muted(tmp_path: Path, name: str) -> None:
     change, summary, said = FOUND[name]
     for number in (1, 2):
         night(tmp_path, number, plain)
@@ -84,14 +84,14 @@ def test_each_finding_is_said_of_a_night_that_has_it_and_can_be_muted(tmp_path: 
     assert name not in {each.name for each in collect([tmp_path], Asked(("job",), limits=limits)).findings}
 
 
-def test_of_usual_nights_nothing_is_said(tmp_path: Path) -> None:
+def test_usual_runs_have_no_findings(tmp_path: Path) -> None:
     assert list(FOUND) == list(findings.THRESHOLDS)
     for number in (1, 2, 3):
         night(tmp_path, number, plain)
     assert collect([tmp_path], Asked(("job",), limits=findings.THRESHOLDS)).findings == ()
 
 
-def test_thresholds_can_be_set_and_a_wrong_one_is_refused(tmp_path: Path) -> None:
+def test_thresholds_can_be_set_within_range(tmp_path: Path) -> None:
     night(tmp_path, 1, lambda n: {"attempts": 2 if n % 10 == 0 else 1})
     assert "finding (retries): job: 220 attempts" in batchrun("report", tmp_path, "--findings").stdout
     assert "finding" not in batchrun("report", tmp_path).stdout
@@ -118,7 +118,7 @@ def labels(shares: Sequence[int], scores: float = 0.0) -> Change:
     return change
 
 
-def test_what_jumped_beyond_the_spread_is_named_and_fails_where_it_shall(tmp_path: Path) -> None:
+def test_jumps_beyond_the_spread_can_fail(tmp_path: Path) -> None:
     for number, shares in enumerate(((50, 30, 20), (54, 27, 19), (47, 32, 21)), 1):
         night(tmp_path, number, labels(shares), typed=True)
     night(tmp_path, 4, labels((51, 30, 19)), typed=True)
@@ -146,7 +146,7 @@ def test_what_jumped_beyond_the_spread_is_named_and_fails_where_it_shall(tmp_pat
     assert other["against"][0]["before"] == [str(tmp_path / "2026-11-02")]
 
 
-def test_chance_is_no_jump_and_a_value_that_never_came_is_one(tmp_path: Path) -> None:
+def test_noise_is_no_jump_a_new_value_is(tmp_path: Path) -> None:
     night(tmp_path, 1, lambda n: {"status": "ok" if n % 50 else "filtered"})
     night(tmp_path, 2, lambda n: {"status": "ok" if n % 33 else "filtered"})
     assert not collect([tmp_path], Asked(("job",), against=nightly.against("last"))).drifted
@@ -155,7 +155,7 @@ def test_chance_is_no_jump_and_a_value_that_never_came_is_one(tmp_path: Path) ->
     assert "status empty" in compared.jumped
 
 
-def test_without_a_night_before_there_is_nothing_to_compare(tmp_path: Path) -> None:
+def test_comparing_needs_an_earlier_run(tmp_path: Path) -> None:
     night(tmp_path, 1, plain)
     with pytest.raises(InputError, match="no complete run before"):
         collect([tmp_path], Asked(("job",), against=nightly.against("last")))
@@ -168,7 +168,8 @@ def test_without_a_night_before_there_is_nothing_to_compare(tmp_path: Path) -> N
 # ── row by row ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_rows_are_aligned_by_id_whatever_their_order_and_changes_are_counted_by_field(tmp_path: Path) -> None:
+def test_rows_are_aligned_by_id_in_any_order(tmp_path: Path) -> None:
+    """Changes are counted field by field."""
     label = {"label": "good", "score": 1.0, "note": None}
     one = [row(number, parsed=label) for number in range(100)]
     other = [
@@ -197,7 +198,7 @@ def test_rows_are_aligned_by_id_whatever_their_order_and_changes_are_counted_by_
     assert batchrun("compare", before, after, "--id", "nothing").exit_code == 2
 
 
-def test_ids_that_come_twice_are_left_out_and_counted(tmp_path: Path) -> None:
+def test_repeated_ids_are_left_out_and_counted(tmp_path: Path) -> None:
     one = [row(number) for number in range(10)]
     twice = [*one, row(3, row=10), row(11, id=None)]
     results = [run_rows.result_of(write_result(tmp_path / name, rows)) for name, rows in (("a", one), ("b", twice))]

@@ -52,9 +52,7 @@ def jsonl(path: Path) -> bytes:
 
 
 @pytest.mark.parametrize(("kind", "files"), [(parquet, 400), (jsonl, 1_000)], ids=["Parquet", "JSONL"])
-def test_a_damaged_input_is_read_or_refused_in_one_line(
-    tmp_path: Path, kind: Callable[[Path], bytes], files: int
-) -> None:
+def test_a_damaged_input_is_one_line_or_read(tmp_path: Path, kind: Callable[[Path], bytes], files: int) -> None:
     whole, path = kind(tmp_path / "whole"), tmp_path / "damaged"
     noticed = 0
     for seed in range(files):
@@ -77,7 +75,7 @@ def problems_of(path: Path) -> list[str]:
     return list(bad.values())
 
 
-def test_damaged_answers_end_their_own_rows_and_nothing_else(tmp_path: Path) -> None:
+def test_damaged_answers_fail_only_their_rows(tmp_path: Path) -> None:
     answered = 0
 
     async def damages_two_of_three(exchange: Exchange) -> None:

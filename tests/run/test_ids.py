@@ -22,7 +22,7 @@ def test_every_repetition_names_its_first_record(tmp_path: Path, values: list[in
     ]
 
 
-def test_repetitions_are_found_across_what_was_spilled_to_disk(tmp_path: Path) -> None:
+def test_repeated_ids_are_found_on_disk(tmp_path: Path) -> None:
     count = 2 * ids.BUCKETS * ids.SPILL_BYTES // 24
     with IdIndex(tmp_path) as index:
         for ordinal in range(count):
@@ -41,7 +41,7 @@ def test_an_id_is_a_string_or_an_integer(tmp_path: Path, value: object, said: st
         assert list(index.duplicates()) == []
 
 
-def test_the_string_7_and_the_integer_7_are_two_ids(tmp_path: Path) -> None:
+def test_string_and_integer_ids_differ(tmp_path: Path) -> None:
     with IdIndex(tmp_path) as index:
         index.add(0, 7)
         index.add(1, "7")

@@ -75,7 +75,7 @@ def holding_a_picture(folder: Path) -> list[str]:
     return [path.name for path in files if any(form in path.read_bytes() for form in forms)]
 
 
-def test_the_caption_job_runs_on_the_samples_by_path(tmp_path: Path) -> None:
+def test_the_caption_job_runs_on_samples(tmp_path: Path) -> None:
     job = ROOT / "jobs" / "caption_pictures.toml"
     quick = ("--set", "endpoint.url=simulator", "--set", "simulator.latency_s=0")
     ended = batchrun("run", job, "-o", tmp_path / "out", *quick, cwd=ROOT)
@@ -88,7 +88,8 @@ def test_the_caption_job_runs_on_the_samples_by_path(tmp_path: Path) -> None:
     assert holding_a_picture(tmp_path / "out") == []
 
 
-def test_an_image_as_path_bytes_or_data_url_is_one_question_with_one_answer(tmp_path: Path, pictures: Path) -> None:
+def test_image_forms_are_one_question(tmp_path: Path, pictures: Path) -> None:
+    """A path, bytes and a data URL bring one answer."""
     contents = [(SAMPLES / name).read_bytes() for name in NAMES]
     pq.write_table(pa.table({"image": contents}), tmp_path / "bytes.parquet")
     urls = write_lines(tmp_path / "urls.jsonl", [{"image": data_url(content)} for content in contents])
@@ -107,7 +108,7 @@ def test_an_image_as_path_bytes_or_data_url_is_one_question_with_one_answer(tmp_
     assert table.to_pydict() == {"image": contents}
 
 
-def test_bad_images_are_named_before_the_first_request_or_set_aside(tmp_path: Path, pictures: Path) -> None:
+def test_bad_images_are_reported_before_sending(tmp_path: Path, pictures: Path) -> None:
     (tmp_path / "pictures" / NAMES[3]).unlink()
     (tmp_path / "pictures" / NAMES[5]).write_text("no image")
     with running_simulator() as simulator:
@@ -124,9 +125,8 @@ def test_bad_images_are_named_before_the_first_request_or_set_aside(tmp_path: Pa
     assert [reject["record"]["image"] for reject in rejects] == [NAMES[3], NAMES[5]]
 
 
-def test_an_image_that_changes_or_goes_after_the_check_stops_the_run_and_is_taken_by_consent(
-    tmp_path: Path, pictures: Path
-) -> None:
+def test_a_changed_image_stops_the_run(tmp_path: Path, pictures: Path) -> None:
+    """By consent the run takes it."""
     gone, changed = tmp_path / "pictures" / NAMES[-1], tmp_path / "pictures" / NAMES[-2]
     with running_simulator() as simulator:
         job, out = write_job(tmp_path, simulator, pictures), tmp_path / "out"
@@ -159,9 +159,7 @@ def test_an_image_that_changes_or_goes_after_the_check_stops_the_run_and_is_take
     assert [path.name for path in out.glob("images*.bin")] == ["images.1.bin"]
 
 
-def test_a_killed_run_over_images_goes_on_and_what_is_sound_of_a_damaged_one_is_kept(
-    tmp_path: Path, pictures: Path
-) -> None:
+def test_a_killed_image_run_resumes_and_salvages(tmp_path: Path, pictures: Path) -> None:
     with running_simulator(SimulatorConfig(latency_s=0.1)) as simulator:
         job, out = write_job(tmp_path, simulator, pictures), tmp_path / "out"
         job.write_text(job.read_text().replace("chunk_rows = 7", "chunk_rows = 3"))
@@ -189,9 +187,8 @@ def test_a_killed_run_over_images_goes_on_and_what_is_sound_of_a_damaged_one_is_
     assert [path for path in (out, damaged) if holding_a_picture(path)] == []
 
 
-def test_the_official_client_and_batchrun_ask_the_same_about_an_image_and_a_retry_may_look_closer(
-    tmp_path: Path, pictures: Path
-) -> None:
+def test_both_clients_send_the_same_image(tmp_path: Path, pictures: Path) -> None:
+    """A retry may ask for more detail."""
     name = NAMES[0]
     with running_simulator() as simulator, openai.OpenAI(base_url=simulator.url, api_key=KEY) as client:
         source = write_lines(tmp_path / "one.jsonl", [{"image": name}])

@@ -71,14 +71,14 @@ def tar_gz() -> bytes:
 
 
 TOLD = {
-    "a comma behind each line": (b'{"text":"a"},\n{"text":"b"},\n', "more stands behind the object"),
-    "objects without newlines": (ROW.rstrip() * 3, "write one object a line"),
-    "Python's own form": (b"{'text': 'a'}\n", "json.dumps writes JSON"),
-    "CSV without its ending": (b"text,b\nx,1\ny,2\n", "a CSV file is read where its name ends in .csv"),
+    "a comma behind each line": (b'{"text":"a"},\n{"text":"b"},\n', "there is more text after the object"),
+    "objects without newlines": (ROW.rstrip() * 3, "write one object per line"),
+    "Python's own form": (b"{'text': 'a'}\n", "write it with json.dumps"),
+    "CSV without its ending": (b"text,b\nx,1\ny,2\n", "the name of a CSV file must end in .csv"),
     "plain text": (b"hello\nworld\n", "does not begin with `{`"),
     "a number a line": (b"1\n2\n", "the line holds a number, not an object"),
-    "keys twice": (b'{"text":"a","text":"b"}\n' * 30, "the key 'text' stands twice in one object"),
-    "keys twice further down": (b'{"text":"a","m":{"x":1,"x":2}}\n' * 3, "the key 'x' stands twice"),
+    "keys twice": (b'{"text":"a","text":"b"}\n' * 30, "the key 'text' appears twice in one object"),
+    "keys twice further down": (b'{"text":"a","m":{"x":1,"x":2}}\n' * 3, "the key 'x' appears twice"),
     "NaN": (b'{"text":"a","n":NaN}\n' * 9, "NaN at byte 17 is not JSON (and 8 more such records)"),
     "Infinity": (b'{"text":"a","n":-Infinity}\n', "-Infinity at byte 17 is not JSON"),
     "600 levels": (b'{"text":"a","d":' + b"[" * 600 + b"]" * 600 + b"}\n", "nested more than 500 levels deep"),
@@ -93,7 +93,7 @@ TOLD = {
 
 
 @pytest.mark.parametrize("name", TOLD)
-def test_what_is_wrong_is_one_line_with_its_count(tmp_path: Path, name: str) -> None:
+def test_each_mistake_is_one_counted_line(tmp_path: Path, name: str) -> None:
     content, said = TOLD[name]
     (tmp_path / "in.jsonl").write_bytes(content)
     first, *more = told(tmp_path / "in.jsonl")
@@ -147,7 +147,8 @@ def test_a_glob_may_name_a_file_with_brackets(tmp_path: Path) -> None:
         assert surveyed(tmp_path / pattern).rows == 1
 
 
-def test_a_dataset_folder_of_arrow_streams_is_named_with_what_converts_one(tmp_path: Path) -> None:
+def test_an_arrow_dataset_folder_is_named(tmp_path: Path) -> None:
+    """With the command that converts it."""
     table = pa.table({"text": ["a"]})  # as `save_to_disk` of Hugging Face's datasets leaves it
     with (
         pa.OSFile(str(tmp_path / "data-00000-of-00001.arrow"), "wb") as sink,
@@ -165,12 +166,12 @@ def told_at_once(path: Path) -> str:
     return str(refused.value)
 
 
-def test_standard_input_and_a_pipe_end_in_one_line_and_never_wait(tmp_path: Path) -> None:
+def test_standard_input_and_pipes_never_wait(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     job = write_job(tmp_path / "job.toml", "simulator", "unused")
     ended = batchrun("check", job, "-i", tmp_path / "pipe")
     assert ended.stderr.count("\n") == 1
-    assert "is no regular file" in ended.stderr
+    assert "is not a regular file" in ended.stderr
     command = [sys.executable, "-c", "from batchrun.cli import main; main()", "check", str(job), "-i", "-"]
     piped = subprocess.run(command, input=b'[{"text": "a"}]', capture_output=True, check=False)
     assert piped.stderr.decode().splitlines() == [

@@ -26,7 +26,8 @@ def run_with(limit: int, folder: Path, more: str = "") -> Ended:
 
 
 @pytest.mark.parametrize("limit", [32, 40, 64])
-def test_a_low_limit_of_open_files_means_fewer_connections_and_no_failed_row(tmp_path: Path, limit: int) -> None:
+def test_few_descriptors_mean_fewer_connections(tmp_path: Path, limit: int) -> None:
+    """No row fails."""
     ended = run_with(limit, tmp_path)
     assert ended.exit_code == ExitCode.COMPLETE, ended
     assert f"open files limit {limit}: " in ended.stderr
@@ -34,13 +35,13 @@ def test_a_low_limit_of_open_files_means_fewer_connections_and_no_failed_row(tmp
     assert set(pq.read_table(tmp_path / "out/completions.parquet").column("attempts").to_pylist()) == {1}
 
 
-def test_a_limit_that_is_enough_is_not_spoken_of(tmp_path: Path) -> None:
+def test_a_sufficient_limit_is_not_mentioned(tmp_path: Path) -> None:
     ended = run_with(256, tmp_path)
     assert ended.exit_code == ExitCode.COMPLETE, ended
     assert "open files" not in ended.stderr
 
 
-def test_a_soft_limit_is_raised_as_far_as_the_hard_one_allows(tmp_path: Path) -> None:
+def test_the_soft_limit_is_raised(tmp_path: Path) -> None:
     ended = run_with(64, tmp_path)
     assert "open files limit 64" in ended.stderr
     (tmp_path / "again").mkdir()
@@ -52,14 +53,14 @@ def test_a_soft_limit_is_raised_as_far_as_the_hard_one_allows(tmp_path: Path) ->
     assert "open files" not in ended.stderr
 
 
-def test_too_low_a_limit_is_refused_before_any_file_is_touched(tmp_path: Path) -> None:
+def test_a_low_limit_is_refused_before_starting(tmp_path: Path) -> None:
     ended = run_with(24, tmp_path)
     assert ended.exit_code == ExitCode.PAUSED
     assert f"Error: open files limit 24: too few, a run needs {open_files.FEWEST}" in ended.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_files_that_others_opened_meanwhile_count_against_no_row(tmp_path: Path) -> None:
+def test_descriptors_of_others_fail_no_row(tmp_path: Path) -> None:
     with running_simulator(SimulatorConfig(latency_s=0.2, latency_sigma=0)) as simulator:
         job = write_job(tmp_path / "job.toml", simulator.url, write_rows(tmp_path / "in.jsonl", ROWS))
         process = start("run", job, "-o", tmp_path / "out")
@@ -76,7 +77,7 @@ def test_files_that_others_opened_meanwhile_count_against_no_row(tmp_path: Path)
     assert set(pq.read_table(tmp_path / "out/completions.parquet").column("status").to_pylist()) <= {"ok", "truncated"}
 
 
-def test_connections_are_what_the_limit_leaves_beside_the_files_of_a_run() -> None:
+def test_connections_fit_the_descriptor_limit() -> None:
     files = OpenFiles()
     assert files.connections(1) == 1
     assert files.connections(10**9) <= files.limit - open_files.SPARE

@@ -82,7 +82,8 @@ def played(tmp_path: Path, server: Reasoning, *starts: tuple[str, ...], kill_at:
 MODEL = ("--set", "request.model=grok-4", "--set", f"request.max_tokens={MAX_TOKENS}")
 
 
-def test_a_cap_is_passed_by_the_first_answers_surprise_at_most_over_kills_and_restarts(tmp_path: Path) -> None:
+def test_a_cap_is_passed_once_at_most(tmp_path: Path) -> None:
+    """By no more than the first answer's surprise, over kills and restarts."""
     server = Reasoning()
     (sent,) = played(tmp_path, server, ("--max-cost", "0.03", *MODEL))
     assert server.before_first == [1]
@@ -101,7 +102,7 @@ def test_a_cap_is_passed_by_the_first_answers_surprise_at_most_over_kills_and_re
     assert batchrun("verify", tmp_path / "out").exit_code == 0
 
 
-def test_a_cap_on_tokens_is_kept_as_well_and_people_hear_why(tmp_path: Path) -> None:
+def test_a_token_cap_is_kept_as_well(tmp_path: Path) -> None:
     server = Reasoning()
     (sent,) = played(tmp_path, server, ("--set", "budget.max_tokens=4000", *MODEL))
     assert 4_000 / 2 < sent * 175 <= 4_000
@@ -111,7 +112,7 @@ def test_a_cap_on_tokens_is_kept_as_well_and_people_hear_why(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("flags", "reasoning", "waits"), [(("--max-cost", "5"), 0, True), ((), REASONING, False), ((), 0, False)]
 )
-def test_only_a_cap_waits_for_the_first_answer_and_for_no_other(
+def test_only_capped_runs_await_the_first_answer(
     tmp_path: Path, flags: tuple[str, ...], reasoning: int, waits: bool
 ) -> None:
     server = Reasoning(reasoning)
@@ -132,9 +133,7 @@ def usage(prompt: int, output: int) -> Usage:
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 400), st.integers(500, 20_000), st.integers(1, 60), st.integers(0, 3))
-def test_spent_never_passes_a_cap_by_more_than_the_first_surprise(
-    output: int, cap: int, in_flight: int, fails: int
-) -> None:
+def test_spending_exceeds_a_cap_by_one_surprise(output: int, cap: int, in_flight: int, fails: int) -> None:
     """Rows of two models with the same overrun; the first few attempts fail without an answer."""
 
     async def main() -> None:
@@ -164,7 +163,7 @@ def test_spent_never_passes_a_cap_by_more_than_the_first_surprise(
     run_on_moved_clock(main())
 
 
-def test_who_stood_in_line_while_the_first_answer_came_is_reserved_for_as_it_showed() -> None:
+def test_waiting_rows_reserve_by_the_first_answer() -> None:
     async def main() -> None:
         overruns = Overruns()
         gate = new_gate(purse=BudgetAccount(cost_usd=Cap(Decimal(1), Decimal(0))), overruns=overruns)
@@ -186,7 +185,7 @@ def test_who_stood_in_line_while_the_first_answer_came_is_reserved_for_as_it_sho
     run_on_moved_clock(main())
 
 
-def test_a_model_has_one_trial_and_one_more_for_each_row_that_brings_nothing() -> None:
+def test_each_model_has_one_trial_at_once() -> None:
     overruns = Overruns()
     assert overruns.most_in_flight("m") == 1
     overruns.ended("m", Verdict.SLOW)
@@ -198,7 +197,8 @@ def test_a_model_has_one_trial_and_one_more_for_each_row_that_brings_nothing() -
     assert overruns.most_in_flight("other") == 1
 
 
-def test_the_next_start_knows_what_this_one_saw_and_another_variant_has_a_trial_of_its_own() -> None:
+def test_the_next_start_knows_the_overrun() -> None:
+    """Another variant has a trial of its own."""
     overruns = Overruns()
     assert overruns.learn(REQUEST, usage(100, 20))  # that a model keeps to its bounds is worth keeping, too
     assert not overruns.learn(REQUEST, usage(10, 10))
@@ -214,7 +214,7 @@ def test_the_next_start_knows_what_this_one_saw_and_another_variant_has_a_trial_
     assert varied.widened(Ask(1, None, 120, 20, "m")).upper_bound_tokens == 420
 
 
-def test_an_overrun_is_told_in_plain_words() -> None:
+def test_an_overrun_is_reported_in_plain_words() -> None:
     assert in_words("grok-4", Overrun(3, 1_500)) == (
         "an answer of grok-4 was billed 1,500 output tokens beyond max_tokens and 3 prompt tokens beyond what was "
         "sent: budgets reserve more for its requests from now on"

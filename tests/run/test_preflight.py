@@ -28,7 +28,7 @@ def nothing(folder: Path) -> None:
 
 
 BAD: dict[str, tuple[list[str], str, Callable[[Path], None]]] = {
-    "a name in output.path": (["output.path=runs/{jobname}"], "output.path: {jobname} is not known", nothing),
+    "a name in output.path": (["output.path=runs/{jobname}"], "output.path: {jobname} is unknown", nothing),
     "faults": (["endpoint.url=simulator", 'simulator.faults="nonsense"'], "simulator.faults: ", nothing),
     "faults of no kind": (["endpoint.url=simulator", "simulator.faults=999x=0.1"], "simulator.faults: ", nothing),
     "no key": (["endpoint.api_key_env=NOT_SET_ANYWHERE"], "endpoint.api_key_env: ", nothing),
@@ -45,7 +45,7 @@ BAD: dict[str, tuple[list[str], str, Callable[[Path], None]]] = {
     "no such column": (['output.columns=["nope"]'], "output.columns: 'nope' is no input column", nothing),
     "no input": (["input.path=nowhere.jsonl"], "nowhere.jsonl", nothing),
     "a bad template": (['request.prompt="{{ text"'], "request.prompt: ", nothing),
-    "a wrong setting": (["limits.max_in_flihgt=3"], "limits.max_in_flihgt: no such setting", nothing),
+    "a wrong setting": (["limits.max_in_flihgt=3"], "limits.max_in_flihgt: unknown setting", nothing),
 }
 
 
@@ -55,7 +55,7 @@ def said(ended: Ended) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("fault", BAD)
-def test_what_run_refuses_is_refused_by_check_and_estimate_in_the_same_words(tmp_path: Path, fault: str) -> None:
+def test_check_and_estimate_refuse_like_run(tmp_path: Path, fault: str) -> None:
     settings, words, prepare = BAD[fault]
     write_rows(tmp_path / "in.jsonl", 3)
     prepare(tmp_path)
@@ -73,7 +73,7 @@ def test_what_run_refuses_is_refused_by_check_and_estimate_in_the_same_words(tmp
     assert estimate == run
 
 
-def test_records_that_run_would_skip_are_skipped_by_check_and_estimate(tmp_path: Path) -> None:
+def test_check_and_estimate_skip_like_run(tmp_path: Path) -> None:
     write_rows(tmp_path / "in.jsonl", 3)
     bad_record(tmp_path)
     job = write_job(tmp_path / "job.toml", "http://127.0.0.1:9/v1", tmp_path / "in.jsonl")
@@ -83,7 +83,7 @@ def test_records_that_run_would_skip_are_skipped_by_check_and_estimate(tmp_path:
     assert "to ask       3 rows" in estimate.stdout
 
 
-def test_without_a_key_the_findings_are_told_before_it_is_missed(tmp_path: Path) -> None:
+def test_findings_come_before_a_missing_key(tmp_path: Path) -> None:
     write_rows(tmp_path / "in.jsonl", 3)
     job = write_job(tmp_path / "job.toml", "http://127.0.0.1:9/v1", tmp_path / "in.jsonl")
     missing = ("--set", "endpoint.api_key_env=NOT_SET_ANYWHERE")

@@ -66,14 +66,14 @@ SUMMARIES = st.builds(
 
 
 @given(SUMMARIES, st.integers(80, 250))
-def test_the_bar_and_all_figures_fit_any_terminal_of_80_columns_or_more(told: Summary, columns: int) -> None:
+def test_the_bar_fits_any_terminal(told: Summary, columns: int) -> None:
     left, right, bar = around_bar(told, columns)
     assert len(left) + len(right) + (3 + 8 if bar else 1) < columns
     assert re.match(r"\S+/\S+ \S+ failed (\S+ tok/s )?\$\S+ ETA ", right)
     assert right.endswith(told.limited_by)
 
 
-def test_a_wide_terminal_has_the_figures_in_full_and_a_narrow_one_shortens_them() -> None:
+def test_a_narrow_terminal_shortens_figures() -> None:
     told = summary(eta=NOW + timedelta(hours=1))
     assert around_bar(told, 200)[1].startswith("6,120/10,000 3 failed 1,234 tok/s $12.35 ETA ")
     assert around_bar(told, 80)[1].startswith("6.12k/10k 3 failed 1.23k tok/s $12.35 ETA ")
@@ -89,7 +89,7 @@ def test_a_short_number_is_short_and_near(number: float) -> None:
     assert float(text.rstrip("kMGT").replace(",", "")) * scale == pytest.approx(number, rel=0.006, abs=0.5)
 
 
-def test_a_line_for_a_log_says_it_in_full_words() -> None:
+def test_a_log_line_uses_full_words() -> None:
     told = line(summary(by_deadline=0.617))
     assert told == (
         "6,120/10,000 rows (61%), 3 failed, 1,234 tokens/s, $12.3456, ETA ?, 61 % by the deadline, limited by rpm"
@@ -97,7 +97,7 @@ def test_a_line_for_a_log_says_it_in_full_words() -> None:
 
 
 @pytest.mark.parametrize("columns", [80, 200])
-def test_on_a_terminal_the_bar_never_breaks_its_line(columns: int, tmp_path: Path) -> None:
+def test_the_bar_never_breaks_its_line(columns: int, tmp_path: Path) -> None:
     source = write_rows(tmp_path / "in.jsonl", 400)
     ours, theirs = pty.openpty()
     ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))

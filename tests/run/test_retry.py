@@ -37,7 +37,7 @@ def finished(tmp_path: Path, more: str = SMALL_CHUNKS, rows: int = 150) -> tuple
 
 
 @pytest.mark.parametrize("layout", ["file", "parts"])
-def test_a_retry_asks_failed_rows_only_and_leaves_the_others_as_they_are(tmp_path: Path, layout: str) -> None:
+def test_a_retry_sends_failed_rows_only(tmp_path: Path, layout: str) -> None:
     job, out = finished(tmp_path, SMALL_CHUNKS + f'layout = "{layout}"\n')
     read = table if layout == "file" else lambda out: pq.read_table(out / "completions")
     before = read(out)
@@ -66,7 +66,7 @@ def test_a_retry_asks_failed_rows_only_and_leaves_the_others_as_they_are(tmp_pat
     assert batchrun("run", job, "-o", out, "--retry-failed").exit_code == 0
 
 
-def test_a_retry_where_no_run_has_begun_asks_nothing(tmp_path: Path) -> None:
+def test_a_retry_without_a_run_sends_nothing(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "in.jsonl", 5)
     with running_simulator(SimulatorConfig(ledger=str(tmp_path / "ledger"))) as simulator:
         job = write_job(tmp_path / "job.toml", simulator.url, source)
@@ -78,7 +78,7 @@ def test_a_retry_where_no_run_has_begun_asks_nothing(tmp_path: Path) -> None:
         assert simulator.ledger() == []
 
 
-def test_a_retry_with_other_settings_is_a_variant_and_each_row_says_which(tmp_path: Path) -> None:
+def test_retried_rows_name_their_variant(tmp_path: Path) -> None:
     job, out = finished(tmp_path)
     truncated = table(out).column("status").to_pylist().count("truncated")
     assert truncated > 20
@@ -96,7 +96,7 @@ def test_a_retry_with_other_settings_is_a_variant_and_each_row_says_which(tmp_pa
     assert {row["status"] for row in after} == {"ok"}
 
 
-def test_a_retry_that_is_killed_goes_on_by_the_plain_command_as_it_was_meant(tmp_path: Path) -> None:
+def test_a_killed_retry_resumes_by_plain_command(tmp_path: Path) -> None:
     job, out = finished(tmp_path)
     before = {row["row"]: row for row in table(out).to_pylist()}
     longer = ("--retry-failed", "--status", "truncated,error", "--set", "request.max_tokens=4000")
@@ -117,7 +117,8 @@ def test_a_retry_that_is_killed_goes_on_by_the_plain_command_as_it_was_meant(tmp
     assert {row["variant"] for number, row in after.items() if before[number] != row} == {1}
 
 
-def test_a_retry_of_an_unfinished_run_sends_what_is_pending_and_then_what_failed_once(tmp_path: Path) -> None:
+def test_retrying_an_unfinished_run_sends_both(tmp_path: Path) -> None:
+    """First what is pending, then what failed."""
     source, out = write_rows(tmp_path / "in.jsonl", 150), tmp_path / "out"
     slow = SMALL_CHUNKS + "[limits]\nmax_in_flight = 4\n"
     with running_simulator(SimulatorConfig(faults=FAILING, latency_s=0.1, ledger=str(tmp_path / "slow"))) as simulator:
@@ -136,7 +137,7 @@ def test_a_retry_of_an_unfinished_run_sends_what_is_pending_and_then_what_failed
     assert failed == {90: 2}
 
 
-def test_an_answer_is_not_given_up_for_a_failure(tmp_path: Path) -> None:
+def test_a_failure_never_replaces_an_answer(tmp_path: Path) -> None:
     job, out = finished(tmp_path, rows=60)
     before = table(out).to_pylist()
     everything = (Fault(kind="status", status=400, message="no more"),)

@@ -46,7 +46,7 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("absolute", [False, True])
-def test_a_run_killed_before_midnight_is_resumed_after_it(tmp_path: Path, pattern: str, absolute: bool) -> None:
+def test_a_run_resumes_after_midnight(tmp_path: Path, pattern: str, absolute: bool) -> None:
     pattern = f"{tmp_path}/{pattern}" if absolute else pattern
     first, resumed = placed(pattern)
     assert "2026-11-22" in first
@@ -56,14 +56,14 @@ def test_a_run_killed_before_midnight_is_resumed_after_it(tmp_path: Path, patter
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_a_complete_run_makes_room_for_the_next_day(pattern: str) -> None:
+def test_a_complete_run_frees_the_next_day(pattern: str) -> None:
     begun(Path(placed(pattern)[0]), complete=True)
     path, resumed = placed(pattern, now=EARLY)
     assert path == str(Path(pattern.replace("{job}", "reviews").replace("{date}", "2026-11-23")))
     assert resumed is None
 
 
-def test_only_the_newest_run_and_only_of_this_job_is_resumed() -> None:
+def test_only_the_newest_own_run_is_resumed() -> None:
     begun(Path("runs/2026-11-19"))
     begun(Path("runs/2026-11-20"), complete=True)
     assert placed("runs/{date}") == ("runs/2026-11-22", None)
@@ -71,25 +71,26 @@ def test_only_the_newest_run_and_only_of_this_job_is_resumed() -> None:
     assert placed("runs/{date}") == ("runs/2026-11-22", None)
 
 
-def test_what_only_looks_like_a_date_is_no_run() -> None:
+def test_names_resembling_dates_are_no_runs() -> None:
     for name in ("2026-11-21-old", "backup", "2026-1-1", "x2026-11-21"):
         begun(Path("runs") / name)
     (Path("runs") / "2026-11-20").mkdir()  # nothing is known of it
     assert placed("runs/{date}") == ("runs/2026-11-22", None)
 
 
-def test_a_date_that_was_given_is_the_place_whatever_else_is_there() -> None:
+def test_a_given_date_is_always_used() -> None:
     begun(Path("runs/2026-11-21"))
     assert placed("runs/{date}", date="2026-10-01") == ("runs/2026-10-01", None)
 
 
 @pytest.mark.parametrize("date", ["yesterday", "2026-13-01", "2026-02-30", "26-11-22", "2026-11-22/..", "2026-11-22-"])
-def test_a_date_that_is_none_is_refused(date: str) -> None:
+def test_an_invalid_date_is_refused(date: str) -> None:
     with pytest.raises(JobError, match="expected YYYY-MM-DD"):
         placed("runs/{date}", date=date)
 
 
-def test_new_numbers_the_runs_of_a_day_and_the_last_one_is_resumed() -> None:
+def test_new_runs_of_a_day_are_numbered() -> None:
+    """The last one is resumed."""
     for expected in ("runs/2026-11-22", "runs/2026-11-22-2", "runs/2026-11-22-3"):
         assert placed("runs/{date}", new=True) == (expected, None)
         begun(Path(expected))
@@ -111,7 +112,7 @@ def test_new_needs_a_place_of_its_own() -> None:
         placed("runs/fixed", new=True)
 
 
-def test_a_place_without_a_date_is_always_the_same() -> None:
+def test_a_place_without_date_is_constant() -> None:
     begun(Path("out"))
     assert placed("out") == placed("./out/") == placed("out", now=EARLY) == ("out", None)
 
@@ -124,7 +125,7 @@ def test_an_unknown_placeholder_is_named() -> None:
 # ── the directory ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_directory_is_private_and_may_be_there_already(tmp_path: Path) -> None:
+def test_the_directory_is_private_and_may_exist(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "a" / "b")
     directory.create()
     directory.create()
@@ -132,14 +133,14 @@ def test_the_directory_is_private_and_may_be_there_already(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("where", ["out", "out/below", "out/below/it"])
-def test_a_file_in_the_way_is_said_before_anything_is_sent(where: str) -> None:
+def test_a_file_in_the_way_is_reported_early(where: str) -> None:
     Path("out").write_text("mine")
     with pytest.raises(JobError, match="a file is in the way; choose another directory with -o"):
         RunDirectory(Path(where)).create()
     assert Path("out").read_text() == "mine"
 
 
-def test_a_place_where_nothing_can_be_made_is_said(tmp_path: Path) -> None:
+def test_an_unusable_place_is_reported(tmp_path: Path) -> None:
     with pytest.raises(JobError, match="/proc/batchrun: can't make the run directory"):
         RunDirectory(Path("/proc/batchrun")).create()
 
@@ -158,7 +159,7 @@ def test_a_network_file_system_is_refused(tmp_path: Path, kind: str) -> None:
         RunDirectory(tmp_path / "out").create(mounted(tmp_path, kind))
 
 
-def test_a_local_file_system_is_named_as_the_kernel_does(tmp_path: Path) -> None:
+def test_local_file_systems_have_their_kernel_names(tmp_path: Path) -> None:
     assert file_system(tmp_path, mounted(tmp_path, "xfs")) == "xfs"
     RunDirectory(tmp_path / "out").create(mounted(tmp_path, "xfs"))
     assert file_system(Path("/proc")) == "proc"
@@ -177,7 +178,8 @@ with RunDirectory(Path(sys.argv[1])).lock():
 """
 
 
-def test_a_second_process_is_refused_and_kill_9_leaves_no_lock_behind(tmp_path: Path) -> None:
+def test_a_second_process_is_refused(tmp_path: Path) -> None:
+    """Kill -9 leaves no lock behind."""
     directory = RunDirectory(tmp_path)
     with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
@@ -197,7 +199,7 @@ def test_a_second_process_is_refused_and_kill_9_leaves_no_lock_behind(tmp_path: 
     assert not directory.locked()
 
 
-def test_a_lock_is_free_again_after_an_error_inside(tmp_path: Path) -> None:
+def test_an_error_inside_frees_the_lock(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path)
     with pytest.raises(ValueError, match="no"), directory.lock():
         raise ValueError("no")
@@ -209,13 +211,13 @@ def test_the_lock_leaves_no_file(tmp_path: Path) -> None:
         assert list(tmp_path.iterdir()) == []
 
 
-def test_a_directory_that_is_gone_is_said(tmp_path: Path) -> None:
+def test_a_missing_directory_is_reported(tmp_path: Path) -> None:
     with pytest.raises(DiskError, match="No such file"), RunDirectory(tmp_path / "gone").lock():
         pytest.fail("locked nothing")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"[]", b'{"job"', b"\xff"])
-def test_a_summary_that_cant_be_read_is_none(tmp_path: Path, content: bytes | None) -> None:
+def test_an_unreadable_summary_counts_as_absent(tmp_path: Path, content: bytes | None) -> None:
     directory = RunDirectory(tmp_path)
     if content is not None:
         directory.summary.write_bytes(content)

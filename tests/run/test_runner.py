@@ -23,7 +23,7 @@ from batchrun.simulator import SimulatorConfig, parse_faults
 from batchrun.tables.completions import OWN
 from batchrun.tables.rows import OWN_COLUMNS
 from tests.cli_process import kill_when, read_summary, start, write_job, write_rows
-from tests.run.test_start import KEYS, job_at, texts
+from tests.run.test_api import KEYS, job_at, texts
 from tests.simulator_process import RunningSimulator, running_simulator
 
 IN_FLIGHT = batchrun.Limits(max_in_flight=4)
@@ -65,7 +65,7 @@ async def the_whole(job: batchrun.Job, out: Path, rows: Any = None, **options: A
 # ── what is handed out ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_each_row_is_handed_out_once_as_the_output_has_it(tmp_path: Path, simulator: RunningSimulator) -> None:
+def test_each_row_is_yielded_once_as_written(tmp_path: Path, simulator: RunningSimulator) -> None:
     template = batchrun.RequestTemplate(model="vtrix-gpt-5.3-codex", prompt="{{ text }}", max_tokens=40)
     job = msgspec.structs.replace(job_at(simulator.url), request=template)
     found = asyncio.run(the_whole(job, tmp_path / "out", texts(50)))
@@ -86,7 +86,7 @@ def test_a_completion_has_every_column_of_the_output() -> None:
     assert list(OWN) == OWN_COLUMNS.names
 
 
-def test_a_finished_run_is_handed_out_again_and_asks_nothing(tmp_path: Path, simulator: RunningSimulator) -> None:
+def test_a_finished_run_is_yielded_without_sending(tmp_path: Path, simulator: RunningSimulator) -> None:
     for layout in ("file", "parts"):
         job = job_at(simulator.url, output=batchrun.Output(layout=layout, chunk_rows=7, prefix="b_"))
         found = asyncio.run(the_whole(job, tmp_path / layout, texts(20)))
@@ -97,7 +97,8 @@ def test_a_finished_run_is_handed_out_again_and_asks_nothing(tmp_path: Path, sim
         assert len(simulator.ledger()) == served
 
 
-def test_rows_that_a_killed_run_settled_come_first_and_none_comes_twice(tmp_path: Path) -> None:
+def test_settled_rows_of_killed_runs_come_first(tmp_path: Path) -> None:
+    """None is yielded twice."""
     source, out = write_rows(tmp_path / "in.jsonl", 60), tmp_path / "out"
     with running_simulator(SimulatorConfig(latency_s=0.05)) as running:
         more = "[limits]\nmax_in_flight = 4\n[output]\nchunk_rows = 10\n"
@@ -115,7 +116,7 @@ def test_rows_that_a_killed_run_settled_come_first_and_none_comes_twice(tmp_path
     assert {completion.input["id"] for completion in found} == set(range(60))
 
 
-def test_json_that_was_asked_for_is_handed_out_as_values(tmp_path: Path, simulator: RunningSimulator) -> None:
+def test_json_columns_are_yielded_as_values(tmp_path: Path, simulator: RunningSimulator) -> None:
     wanted = batchrun.ResponseFormat.of(Label)
     template = batchrun.RequestTemplate(
         model="vtrix-gpt-5.3-codex", prompt="{{ text }}", max_tokens=400, response_format=wanted
@@ -131,7 +132,7 @@ def test_json_that_was_asked_for_is_handed_out_as_values(tmp_path: Path, simulat
         batchrun.ResponseFormat.of(object())
 
 
-def test_failed_rows_that_are_asked_again_are_handed_out_with_their_new_end(tmp_path: Path) -> None:
+def test_retried_rows_are_yielded_with_new_results(tmp_path: Path) -> None:
     with running_simulator(SimulatorConfig(latency_s=0, faults=parse_faults("400=0.3"))) as strict:
         job = job_at(strict.url, output=batchrun.Output(max_failures=40), limits=batchrun.Limits(max_in_flight=1))
 
@@ -164,7 +165,7 @@ def completion_of(content: str | None) -> batchrun.Completion:
     return batchrun.Completion(**{**values, "content": content})
 
 
-def test_an_answer_is_read_as_the_type_that_is_wanted() -> None:
+def test_an_answer_is_read_as_the_wanted_type() -> None:
     good, bad, none = completion_of('{"sentiment": "good"}'), completion_of('{"sentiment": 3}'), completion_of(None)
     assert good.parse(Label) == Label("good")
     assert good.parse(Model) == Model(sentiment="good")
@@ -177,7 +178,7 @@ def test_an_answer_is_read_as_the_type_that_is_wanted() -> None:
 # ── leaving early ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_leaving_early_drains_the_run_and_the_next_one_goes_on(tmp_path: Path, slow: RunningSimulator) -> None:
+def test_leaving_early_drains_and_resumes_later(tmp_path: Path, slow: RunningSimulator) -> None:
     job, served = job_at(slow.url, limits=IN_FLIGHT), len(slow.ledger())
 
     async def leave(how: str) -> batchrun.Summary:
@@ -205,7 +206,7 @@ def test_leaving_early_drains_the_run_and_the_next_one_goes_on(tmp_path: Path, s
     assert len(slow.ledger()) - served == 40
 
 
-def test_a_task_that_is_cancelled_leaves_a_run_that_can_be_gone_on_with(tmp_path: Path, slow: RunningSimulator) -> None:
+def test_a_cancelled_task_leaves_a_resumable_run(tmp_path: Path, slow: RunningSimulator) -> None:
     job, served = job_at(slow.url, limits=IN_FLIGHT), len(slow.ledger())
 
     async def cancel() -> None:
@@ -256,7 +257,9 @@ def test_ctrl_c_in_a_program_drains_its_run(tmp_path: Path) -> None:
         assert len(out.splitlines()) <= 400 - summary["pending"] == len(running.ledger())
 
 
-def test_a_second_stop_ends_the_run_at_once_and_names_who_was_in_flight(tmp_path: Path) -> None:
+def test_a_second_stop_ends_at_once(tmp_path: Path) -> None:
+    """It names the requests in flight."""
+
     async def stop_twice(url: str) -> batchrun.Summary:
         runner = batchrun.Runner(job_at(url, limits=IN_FLIGHT), texts(9), output=tmp_path / "out", environ=KEYS)
         async with runner:
@@ -277,7 +280,7 @@ def test_a_second_stop_ends_the_run_at_once_and_names_who_was_in_flight(tmp_path
 # ── how it ends ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_run_that_stops_raises_after_its_last_completion(tmp_path: Path, simulator: RunningSimulator) -> None:
+def test_a_stopped_run_raises_after_its_completions(tmp_path: Path, simulator: RunningSimulator) -> None:
     found: list[batchrun.Completion] = []
 
     async def ask() -> None:
@@ -292,7 +295,9 @@ def test_a_run_that_stops_raises_after_its_last_completion(tmp_path: Path, simul
     assert len(found) == 40 - caught.value.summary.pending > 0
 
 
-def test_what_keeps_a_run_from_starting_is_raised_on_entering_and_bad_rows_by_the_loop(tmp_path: Path) -> None:
+def test_start_errors_raise_on_entering(tmp_path: Path) -> None:
+    """Errors of rows are raised by the loop."""
+
     async def ask(job: batchrun.Job, rows: Any, environ: dict[str, str]) -> str:
         async with batchrun.Runner(job, rows, output=tmp_path / "out", environ=environ) as runner:
             with pytest.raises(batchrun.InputError) as caught:
@@ -339,9 +344,9 @@ def test_a_slow_reader_slows_the_run_within_bounds(tmp_path: Path, simulator: Ru
     asyncio.run(ask())
 
 
-def test_two_runs_at_once_in_one_loop_and_never_two_in_one_directory(
-    tmp_path: Path, simulator: RunningSimulator
-) -> None:
+def test_one_loop_runs_two_directories_at_once(tmp_path: Path, simulator: RunningSimulator) -> None:
+    """Never two runs in one directory."""
+
     async def ask() -> None:
         job = job_at(simulator.url)
         one, other = await asyncio.gather(
@@ -356,7 +361,7 @@ def test_two_runs_at_once_in_one_loop_and_never_two_in_one_directory(
     asyncio.run(ask())
 
 
-def test_a_loop_in_a_thread_can_run_one_and_no_signal_is_touched(tmp_path: Path, simulator: RunningSimulator) -> None:
+def test_a_thread_can_run_without_signals(tmp_path: Path, simulator: RunningSimulator) -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     found: list[batchrun.Completion] = []
 

@@ -25,7 +25,7 @@ def steering(text: str) -> set[str]:
 
 
 @pytest.mark.parametrize("status", ["200 OK", "401 Unauthorized"])
-def test_a_hostile_servers_words_are_shown_and_steer_no_terminal(tmp_path: Path, status: str) -> None:
+def test_a_hostile_server_cannot_steer_the_terminal(tmp_path: Path, status: str) -> None:
     error = b'{"error": {"message": "%s", "code": "x"}}' % HOSTILE.encode("unicode_escape").replace(b"\\x", b"\\u00")
 
     async def hostile(exchange: Exchange) -> None:
@@ -41,7 +41,7 @@ def test_a_hostile_servers_words_are_shown_and_steer_no_terminal(tmp_path: Path,
     assert "gnp.exe" in said, "nothing of it was said, so nothing was tested"
 
 
-def test_a_model_that_an_input_names_steers_no_terminal(tmp_path: Path) -> None:
+def test_a_model_name_cannot_steer_the_terminal(tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
     source.write_text(json.dumps({"text": "Hi", "kind": HOSTILE}) + "\n", "utf-8")
     more = f'[request.from_columns]\nmodel = "kind"\n[pricing.{json.dumps(HOSTILE)}]\ninput = 1\noutput = 2\n'

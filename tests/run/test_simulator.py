@@ -126,7 +126,7 @@ def test_the_door_is_strict(simulator: RunningSimulator, headers: dict[str, str]
     assert (line.status, line.billed, line.request_id) == (status, False, reply.headers["x-request-id"])
 
 
-def test_a_body_that_is_no_json_and_one_with_a_wrong_field_are_400(simulator: RunningSimulator) -> None:
+def test_invalid_bodies_are_400(simulator: RunningSimulator) -> None:
     assert _ask(simulator, b"{").json()["error"]["code"] == "invalid_json"
     reply = _ask(simulator, _body(temperature=3))
     assert reply.status == 400
@@ -140,7 +140,7 @@ def test_a_body_whose_encoding_is_broken_is_400(simulator: RunningSimulator) -> 
     )
 
 
-def test_a_client_that_leaves_before_the_end_of_its_body_has_asked_nothing(simulator: RunningSimulator) -> None:
+def test_a_client_leaving_early_sent_nothing(simulator: RunningSimulator) -> None:
     before = simulator.ledger()
     address = urlsplit(simulator.url)
     with socket.create_connection((address.hostname, address.port)) as raw:
@@ -153,7 +153,7 @@ def test_a_body_that_is_too_large_is_413(simulator: RunningSimulator) -> None:
     assert _ask(simulator, b" " * 64_000_001).status == 413
 
 
-def test_any_path_to_chat_completions_is_served_and_no_other(simulator: RunningSimulator) -> None:
+def test_only_chat_completions_paths_are_served(simulator: RunningSimulator) -> None:
     assert _ask(simulator, path="/llm/chat/completions").status == 200
     assert _ask(simulator, path="/v1/embeddings").status == 404
 
@@ -169,7 +169,7 @@ def test_an_answer_has_the_documented_shape(simulator: RunningSimulator) -> None
     assert usage["prompt_tokens_details"] == {"cached_tokens": 0}
 
 
-def test_the_same_question_differs_in_nothing_but_its_id(simulator: RunningSimulator) -> None:
+def test_equal_questions_differ_by_id_only(simulator: RunningSimulator) -> None:
     first, second = (_ask(simulator).json() for _ in range(2))
     assert first.pop("id") != second.pop("id")
     first.pop("created"), second.pop("created")
@@ -200,7 +200,7 @@ def test_the_totals_can_be_read(simulator: RunningSimulator) -> None:
     assert totals["completion_tokens"] == sum(line.completion_tokens for line in billed)
 
 
-def test_a_client_that_leaves_before_its_answer_is_billed() -> None:
+def test_a_client_leaving_before_answers_is_billed() -> None:
     with running_simulator(SimulatorConfig(latency_s=0.6, latency_sigma=0)) as simulator:
         connection = _connect(simulator, timeout_s=0.05)
         with pytest.raises(TimeoutError):
@@ -211,7 +211,7 @@ def test_a_client_that_leaves_before_its_answer_is_billed() -> None:
         assert [line.billed for line in simulator.ledger()] == [True, True]
 
 
-def test_an_answer_takes_its_latency_and_a_stream_its_pace() -> None:
+def test_answers_take_their_latency_and_pace() -> None:
     config = SimulatorConfig(latency_s=0.1, latency_sigma=0, tokens_per_second=200)
     with running_simulator(config) as simulator:
         started_s = time.monotonic()
@@ -224,7 +224,8 @@ def test_an_answer_takes_its_latency_and_a_stream_its_pace() -> None:
     assert streamed_s >= 0.1 + (tokens - 4) / 200
 
 
-def test_limits_change_at_their_time_and_the_ledger_tells_when_each_request_came() -> None:
+def test_limits_change_at_their_time() -> None:
+    """The ledger has the time of each request."""
     change = LimitChange(at_s=0.3, requests_per_minute=60)
     config = SimulatorConfig(requests_per_minute=6_000, limit_changes=(change,), latency_s=0.2, latency_sigma=0)
     with running_simulator(config) as running:
@@ -238,7 +239,7 @@ def test_limits_change_at_their_time_and_the_ledger_tells_when_each_request_came
     assert ledger[1].arrived_s - ledger[0].time_s >= 0.3
 
 
-def test_usage_can_be_left_out_and_is_billed_all_the_same() -> None:
+def test_usage_can_be_omitted_and_is_billed() -> None:
     with running_simulator(SimulatorConfig(omit_usage=True)) as simulator:
         assert "usage" not in _ask(simulator).json()
         stream = _ask(simulator, _body(stream=True, stream_options={"include_usage": True}))
@@ -262,9 +263,7 @@ def test_usage_can_be_left_out_and_is_billed_all_the_same() -> None:
         ("gzip_bomb", 200, b"\x1f\x8b"),
     ],
 )
-def test_a_fault_that_answers_is_seen_and_not_billed(
-    faulty: RunningSimulator, name: str, status: int, part: bytes
-) -> None:
+def test_an_answering_fault_is_not_billed(faulty: RunningSimulator, name: str, status: int, part: bytes) -> None:
     reply = _ask(faulty, _body(name))
     line = faulty.ledger()[-1]
     assert reply.status == status
@@ -290,13 +289,13 @@ def test_a_redirect_names_its_target(faulty: RunningSimulator) -> None:
     assert _ask(faulty, _body("redirect")).headers["Location"] == "http://127.0.0.1:9/x"
 
 
-def test_a_careless_gateway_echoes_the_key_in_three_writings(faulty: RunningSimulator) -> None:
+def test_a_careless_gateway_echoes_the_key(faulty: RunningSimulator) -> None:
     message = _ask(faulty, _body("echo_key")).json()["error"]["message"]
     for writing in ("Bearer sk-canary/1", "sk-canary%2F1", "c2stY2FuYXJ5LzE="):
         assert writing in message
 
 
-def test_a_gzip_bomb_is_small_on_the_wire_and_large_inside(faulty: RunningSimulator) -> None:
+def test_a_gzip_bomb_is_small_on_wire(faulty: RunningSimulator) -> None:
     reply = _ask(faulty, _body("gzip_bomb"))
     assert reply.headers["Content-Encoding"] == "gzip"
     assert len(reply.body) < 300_000
@@ -327,7 +326,7 @@ def test_a_cut_answer_is_billed_and_incomplete(faulty: RunningSimulator, stream:
     assert faulty.ledger()[-1].billed
 
 
-def test_a_hang_is_silent_until_the_client_leaves_and_not_billed(faulty: RunningSimulator) -> None:
+def test_a_hang_is_silent_and_free(faulty: RunningSimulator) -> None:
     served = len(faulty.ledger())
     address = urlsplit(faulty.url)
     with socket.create_connection((address.hostname, address.port)) as raw:
@@ -341,7 +340,7 @@ def test_a_hang_is_silent_until_the_client_leaves_and_not_billed(faulty: Running
     assert (line.status, line.fault, line.billed) == (None, "hang", False)
 
 
-def test_a_slow_body_comes_a_byte_at_a_time(faulty: RunningSimulator) -> None:
+def test_a_slow_body_comes_byte_by_byte(faulty: RunningSimulator) -> None:
     started_s = time.monotonic()
     reply = _ask(faulty, _body("slow_body"))
     assert time.monotonic() - started_s >= 0.001 * len(reply.body)
@@ -349,7 +348,7 @@ def test_a_slow_body_comes_a_byte_at_a_time(faulty: RunningSimulator) -> None:
     assert faulty.ledger()[-1].billed
 
 
-def test_an_answered_connection_is_closed_without_a_word(faulty: RunningSimulator) -> None:
+def test_a_connection_closes_after_its_answer(faulty: RunningSimulator) -> None:
     connection = _connect(faulty)
     reply = _send(connection, _body("close_after"), HEADERS)
     assert (reply.status, reply.headers["Connection"]) == (200, None)
@@ -368,7 +367,7 @@ def test_an_outage_passes() -> None:
         assert [_ask(simulator).status for _ in range(3)] == [500, 500, 200]
 
 
-def test_it_announces_one_line_and_leaves_at_a_signal_with_its_exchanges_cut() -> None:
+def test_it_announces_its_port_and_stops() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         process = start(SimulatorConfig(faults=parse_faults("hang=1")))
         assert process.stdout is not None
@@ -381,7 +380,7 @@ def test_it_announces_one_line_and_leaves_at_a_signal_with_its_exchanges_cut() -
         assert (process.returncode, rest) == (0, "")
 
 
-def test_what_a_client_saw_is_on_the_ledger_of_a_simulator_killed_at_once(tmp_path: Path) -> None:
+def test_a_killed_simulator_has_written_its_ledger(tmp_path: Path) -> None:
     path = tmp_path / "ledger.jsonl"
     process = start(SimulatorConfig(ledger=str(path)))
     assert process.stdout is not None
@@ -415,7 +414,8 @@ def test_wrong_settings_are_one_line_and_exit_2() -> None:
     assert done.stderr == "Error: simulator: port = -1 is not within 0 to 65535\n"
 
 
-def test_a_taken_port_and_a_ledger_out_of_reach_are_one_line_and_exit_2() -> None:
+def test_startup_errors_are_one_line_exit_2() -> None:
+    """A port that is in use, a ledger that can't be written."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         for settings, complaint in (({"port": port}, "can't listen"), ({"ledger": "/none/l"}, "can't be opened")):
@@ -426,7 +426,7 @@ def test_a_taken_port_and_a_ledger_out_of_reach_are_one_line_and_exit_2() -> Non
 
 
 @pytest.mark.parametrize("follows", [True, False])
-def test_it_ends_with_its_parent_only_when_told_to(follows: bool) -> None:
+def test_it_ends_with_its_parent_on_request(follows: bool) -> None:
     parent = "import os, subprocess, sys; settings = sys.argv[1].replace('\"PARENT\"', str(os.getpid()))\n"
     parent += "subprocess.Popen([sys.executable, '-m', 'batchrun.simulator', settings]); input()"
     settings = '{"parent_pid": "PARENT"}' if follows else "{}"

@@ -29,14 +29,15 @@ def refused(path: Path | str) -> str:
     return str(error.value)
 
 
-def test_a_directory_is_its_own_files_sorted_without_hidden_and_marker_files(tmp_path: Path) -> None:
+def test_a_directory_lists_its_own_data_files(tmp_path: Path) -> None:
+    """Sorted, without hidden files and markers."""
     for name in ("b.jsonl", "a.jsonl", ".hidden", "_SUCCESS", "10.jsonl", "9.jsonl"):
         write(tmp_path / name)
     write(tmp_path / "sub" / "c.jsonl")
     assert [file.name for file in find_files(str(tmp_path))] == ["10.jsonl", "9.jsonl", "a.jsonl", "b.jsonl"]
 
 
-def test_a_glob_matches_files_in_all_directories_in_path_order(tmp_path: Path) -> None:
+def test_a_glob_matches_in_path_order(tmp_path: Path) -> None:
     for name in ("2/a.jsonl", "1/b.jsonl", "1/_SUCCESS"):
         write(tmp_path / name)
     files = find_files(str(tmp_path / "**" / "*"))
@@ -49,19 +50,19 @@ def test_a_name_with_glob_characters_is_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["no.jsonl", "*.jsonl", ""])
-def test_nothing_there_is_one_line_with_what_can_be_named(tmp_path: Path, name: str) -> None:
+def test_a_missing_input_is_one_line(tmp_path: Path, name: str) -> None:
     assert "name a JSONL or Parquet file" in refused(tmp_path / name)
 
 
-def test_a_pipe_a_socket_and_a_device_are_refused_without_being_opened(tmp_path: Path) -> None:
+def test_special_files_are_refused_without_opening(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")  # opening it would wait for a writer for ever
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "socket"))
         for path in (tmp_path / "pipe", tmp_path / "socket", Path("/dev/zero")):
-            assert "no regular file" in refused(path)
+            assert "not a regular file" in refused(path)
 
 
-def test_an_unreadable_file_is_named_with_the_systems_reason(tmp_path: Path) -> None:
+def test_an_unreadable_file_names_the_reason(tmp_path: Path) -> None:
     loop = tmp_path / "loop.jsonl"
     loop.symlink_to(loop)
     dangling = tmp_path / "dangling.jsonl"
@@ -107,9 +108,8 @@ def test_a_format_that_is_not_read_is_named(tmp_path: Path, head: bytes, said: s
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le"])
-def test_another_unicode_encoding_is_named_with_file_line_and_the_command_to_convert(
-    tmp_path: Path, encoding: str
-) -> None:
+def test_other_unicode_encodings_are_named(tmp_path: Path, encoding: str) -> None:
+    """With file, line and the command that converts them."""
     said = refused(write(tmp_path / "a.jsonl", '{"a": "ä"}\n'.encode(encoding)))
     assert f"{tmp_path / 'a.jsonl'} is UTF-{encoding[4:6]}" in said
     assert "iconv -f UTF-" in said
@@ -121,11 +121,11 @@ def test_the_content_decides_where_the_name_says_nothing(tmp_path: Path) -> None
     assert open_source((write(tmp_path / "lines.txt"),)).format == "jsonl"
 
 
-def test_a_file_is_unchanged_until_it_is_written_replaced_or_removed(tmp_path: Path) -> None:
+def test_a_file_changes_by_write_or_removal(tmp_path: Path) -> None:
     a, b = write(tmp_path / "a.jsonl"), write(tmp_path / "b.jsonl")
     before = fingerprint((a, b))
     assert changed((a, b), before) is None
-    assert changed((a,), before) == f"{b} is no longer part of it"
+    assert changed((a,), before) == f"{b} is no longer part of the input"
     write(a, b'{"a": 1}\n{"a": 2}\n')
     assert changed((a, b), before) == f"{a} had 9 bytes and has 18"
     write(tmp_path / "other").replace(a)
@@ -149,7 +149,7 @@ def test_spooled_input_is_whole_and_private(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "stdin.jsonl"]
 
 
-def test_a_spool_that_hits_a_full_disk_leaves_nothing_and_says_so(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_no_stdin_copy(tmp_path: Path) -> None:
     script = (
         "import io, resource, signal, pathlib; from batchrun.source import spool\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"

@@ -47,7 +47,7 @@ def test_a_large_csv_is_read_in_bounded_memory(tmp_path: Path) -> None:
     assert grown_mb < 110
 
 
-def test_many_shards_of_other_schemas_are_read_in_bounded_memory(tmp_path: Path) -> None:
+def test_many_shards_need_bounded_memory(tmp_path: Path) -> None:
     """Measured: 65 MB for 400 shards of 0.2 GB in all, once unpacked."""
     texts = [f"text {n} " + "word " * 100 for n in range(500)]
     for shard in range(300):
@@ -65,7 +65,7 @@ def test_many_shards_of_other_schemas_are_read_in_bounded_memory(tmp_path: Path)
 
 
 @pytest.mark.parametrize("place", ["first", "middle", "last"])
-def test_a_row_of_csv_longer_than_a_block_is_read_and_no_row_twice(tmp_path: Path, place: str) -> None:
+def test_a_long_csv_row_is_read_once(tmp_path: Path, place: str) -> None:
     rows = [f"{n},short" for n in range(2_000)]
     rows.insert({"first": 0, "middle": 1_500, "last": 2_000}[place], 'long,"' + "x\n" * 1_200_000 + '"')
     path = tmp_path / "in.csv"
@@ -76,14 +76,14 @@ def test_a_row_of_csv_longer_than_a_block_is_read_and_no_row_twice(tmp_path: Pat
     assert sum(window.rows for window in source.windows(START, 500, 1 << 20)) == 2_001
 
 
-def test_a_row_of_csv_beyond_the_limit_is_refused(tmp_path: Path) -> None:
+def test_an_oversized_csv_row_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "in.csv"
     path.write_text("id,text\n1,a\n2," + "x" * (20 << 20) + "\n")
     with pytest.raises(InputError, match="a row is longer than 8,388,608 bytes"):
         list(open_source((path,)).records())
 
 
-def test_a_header_of_csv_longer_than_a_block_is_read(tmp_path: Path) -> None:
+def test_a_long_csv_header_is_read(tmp_path: Path) -> None:
     path = tmp_path / "in.csv"
     path.write_text(f"id,{'x' * (2 << 20)}\n1,2\n")
     (record,) = open_source((path,)).records()

@@ -16,7 +16,7 @@ from batchrun.records import Attempt, Verdict
 from batchrun.response import answer as answers
 from batchrun.response.packed import MARK, plain
 from tests.fault_server import Exchange, Script, serving
-from tests.run.test_client import asked, closes, kind_of, resets
+from tests.run.test_exchange import asked, closes, kind_of, resets
 from tests.wires import KEY, client_of, run, wire
 
 __all__ = ["wire"]  # the fixture that runs each test on every wire
@@ -82,7 +82,7 @@ def content(attempt: Attempt) -> str | None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 10_000])
-def test_a_stream_in_any_pieces_is_kept_byte_for_byte_and_packed(size: int) -> None:
+def test_a_stream_is_kept_byte_for_byte(size: int) -> None:
     raw = PING + b"".join(WHOLE)
     attempt = ended(*(raw[at : at + size] for at in range(0, len(raw), size)), ends)
     assert (attempt.error, attempt.streamed) == (None, True)
@@ -92,7 +92,7 @@ def test_a_stream_in_any_pieces_is_kept_byte_for_byte_and_packed(size: int) -> N
     assert judged(attempt).verdict is Verdict.OK
 
 
-def test_a_key_that_lies_across_two_pieces_is_not_kept() -> None:
+def test_a_key_across_two_pieces_is_removed() -> None:
     named = event({"content": f"for {KEY} and {KEY}"})
     raw = named * 400  # more than is gathered before it is packed
     attempt = ended(*(raw[at : at + 13] for at in range(0, len(raw), 13)), DONE, ends)
@@ -117,14 +117,14 @@ def test_the_bound_counts_what_a_stream_is_unpacked() -> None:
     assert set(content(attempt) or "") == {"F", "i"}
 
 
-def test_what_refuses_a_request_comes_whole_whatever_it_is_called() -> None:
+def test_a_refusal_of_a_stream_is_whole() -> None:
     body = b'{"error":{"message":"no"}}'
     head = HEAD.replace(b"200 OK", b"400 Bad Request")
     attempt = ended(body, ends, head=head)
     assert (attempt.http_status, attempt.body, attempt.streamed) == (400, body, False)
 
 
-def test_an_answer_that_comes_whole_though_a_stream_was_asked_for_is_read() -> None:
+def test_an_unstreamed_answer_is_read() -> None:
     body = b'{"choices":[{"message":{"content":"Fine."},"finish_reason":"stop"}]}'
     for content_type in (b"text/event-stream", b"application/json"):
         attempt = ended(body, ends, head=HEAD.replace(b"text/event-stream", content_type))
@@ -148,20 +148,20 @@ def test_an_answer_that_comes_whole_though_a_stream_was_asked_for_is_read() -> N
     ],
     ids=lambda delta: next(iter(delta)),
 )
-def test_a_stream_is_timed_to_its_first_token_and_not_to_its_first_byte(first: dict[str, Any]) -> None:
+def test_a_stream_is_timed_to_first_token(first: dict[str, Any]) -> None:
     attempt = ended(PING, ROLE, event({"content": None}), 0.1, event(first), 0.3, NE, STOP, DONE, ends)
     assert attempt.time_to_first_token_s is not None
     assert 0.1 <= attempt.time_to_first_token_s <= attempt.latency_s - 0.1
 
 
-def test_a_stream_without_a_token_has_no_time_to_it() -> None:
+def test_a_stream_without_token_has_no_time() -> None:
     assert ended(PING, ROLE, STOP, USAGE, DONE, ends).time_to_first_token_s is None
 
 
 # -- how long it may take
 
 
-def test_a_stream_lives_beyond_the_deadline_of_whole_answers_as_long_as_bytes_come() -> None:
+def test_a_live_stream_outlives_the_deadline() -> None:
     thinking: tuple[Step, ...] = (ROLE, *(0.1, PING) * 12)
     writing: tuple[Step, ...] = (FI, *(0.1, event({"content": "."})) * 12)
     attempt = ended(*thinking, *writing, STOP, DONE, ends, attempt_timeout_s=1.0, idle_timeout_s=1.0)
@@ -169,7 +169,7 @@ def test_a_stream_lives_beyond_the_deadline_of_whole_answers_as_long_as_bytes_co
     assert attempt.latency_s > 2
 
 
-def test_a_model_may_think_in_silence_longer_than_it_may_pause_while_it_writes() -> None:
+def test_reasoning_may_pause_longer_than_writing() -> None:
     attempt = ended(ROLE, 1.2, FI, NE, STOP, DONE, ends, attempt_timeout_s=60.0, idle_timeout_s=0.6)
     assert (attempt.error, content(attempt)) == (None, "Fine.")
 
@@ -193,9 +193,7 @@ def test_a_model_may_think_in_silence_longer_than_it_may_pause_while_it_writes()
         pytest.param((), {"attempt_timeout_s": 0.2}, "no whole answer within 0.2 s", id="before its head"),
     ],
 )
-def test_silence_ends_a_stream_with_what_had_come(
-    before: tuple[bytes, ...], limits: dict[str, float], said: str
-) -> None:
+def test_silence_ends_a_stream(before: tuple[bytes, ...], limits: dict[str, float], said: str) -> None:
     attempt = ended(*before, Exchange.silence, head=HEAD if before else b"", **limits)
     assert isinstance(attempt.error, APITimeoutError)
     assert str(attempt.error) == said
@@ -204,7 +202,7 @@ def test_silence_ends_a_stream_with_what_had_come(
     assert 0.2 <= attempt.latency_s < 10
 
 
-def test_a_stream_that_only_ever_pings_ends_at_last() -> None:
+def test_a_stream_of_pings_ends() -> None:
     attempt = ended(ROLE, *(PING, 0.02) * 1000, stream_timeout_s=0.2)
     assert str(attempt.error) == "a stream without its end after 0.2 s"
     assert attempt.latency_s < 10
@@ -213,13 +211,14 @@ def test_a_stream_that_only_ever_pings_ends_at_last() -> None:
 # -- how it ends
 
 
-def test_a_stream_is_done_at_its_last_event_though_the_connection_stays_open() -> None:
+def test_the_last_event_ends_a_stream() -> None:
+    """Even if the connection stays open."""
     attempt = ended(*WHOLE, Exchange.silence, attempt_timeout_s=5.0, idle_timeout_s=5.0)
     assert (attempt.error, content(attempt)) == (None, "Fine.")
     assert attempt.latency_s < 5
 
 
-def test_the_connection_of_a_stream_that_ended_behind_its_last_event_is_used_again() -> None:
+def test_a_streams_connection_is_used_again() -> None:
     async def script(exchange: Exchange) -> None:
         await streams(*WHOLE, 0.001, ends)(exchange)
 
@@ -236,7 +235,7 @@ def test_the_connection_of_a_stream_that_ended_behind_its_last_event_is_used_aga
     assert run(main()) == 1
 
 
-def test_a_connection_that_stays_open_behind_the_last_event_is_closed_by_the_next_sweep() -> None:
+def test_an_open_streams_connection_is_swept() -> None:
     closed: list[bytes] = []
 
     async def script(exchange: Exchange) -> None:
@@ -262,9 +261,8 @@ def test_a_connection_that_stays_open_behind_the_last_event_is_closed_by_the_nex
 @pytest.mark.parametrize(
     "sent", [(), (ROLE,), (ROLE, FI), (ROLE, FI, NE), (ROLE, FI, NE, STOP[:-30])], ids=lambda sent: str(len(sent))
 )
-def test_a_stream_that_is_cut_may_have_been_billed_and_keeps_its_text(
-    sent: tuple[bytes, ...], how: Callable[[Exchange], Awaitable[None]]
-) -> None:
+def test_a_cut_stream_keeps_its_text(sent: tuple[bytes, ...], how: Callable[[Exchange], Awaitable[None]]) -> None:
+    """It may have been billed."""
     attempt = ended(*sent, 0.02, how)
     assert kind_of(attempt) in ("cut", "reset")
     assert plain(attempt.body) == b"".join(sent)
@@ -277,7 +275,7 @@ def test_a_stream_that_is_cut_may_have_been_billed_and_keeps_its_text(
 
 @pytest.mark.parametrize("how", [ends, closes, resets], ids=["end", "FIN", "RST"])
 @pytest.mark.parametrize("last", [(), (USAGE,), (USAGE[:-9],)], ids=["no usage", "usage", "half its usage"])
-def test_a_stream_that_gave_its_finish_reason_is_whole_without_done(
+def test_a_finish_reason_completes_a_stream(
     last: tuple[bytes, ...], how: Callable[[Exchange], Awaitable[None]]
 ) -> None:
     attempt = ended(ROLE, FI, NE, STOP, *last, 0.02, how)
@@ -303,7 +301,7 @@ ITS_END = event(choices=[{"index": 1, "delta": {}, "finish_reason": "stop"}])
     ],
     ids=["before the second", "within it", "behind it", "DONE"],
 )
-def test_a_stream_without_done_is_whole_only_when_every_choice_that_was_asked_for_has_ended(
+def test_without_done_every_choice_must_end(
     sent: tuple[bytes, ...], *, whole: bool, how: Callable[[Exchange], Awaitable[None]]
 ) -> None:
     attempt = ended(*sent, 0.02, how)
@@ -326,7 +324,7 @@ def test_a_stream_without_done_is_whole_only_when_every_choice_that_was_asked_fo
     ],
     ids=["with choices", "object", "named object", "named bare object", "named text", "an event that nobody can read"],
 )
-def test_an_error_in_a_stream_makes_it_no_answer_whatever_else_it_says(failure: bytes) -> None:
+def test_an_error_in_a_stream_is_no_answer(failure: bytes) -> None:
     attempt = ended(ROLE, FI, NE, failure, STOP, DONE, ends)
     answer = answers.read(attempt.body)
     assert not answer.completion
@@ -345,6 +343,6 @@ def test_an_error_in_a_stream_makes_it_no_answer_whatever_else_it_says(failure: 
     ],
     ids=["content policy", "overload", "rate", "bad request"],
 )
-def test_an_error_in_a_stream_that_names_a_status_is_judged_by_it(failure: dict[str, Any], verdict: Verdict) -> None:
+def test_a_streamed_error_has_its_status(failure: dict[str, Any], verdict: Verdict) -> None:
     attempt = ended(f"data: {json.dumps({'error': failure})}\n\n".encode(), DONE, ends)
     assert judged(attempt).verdict is verdict

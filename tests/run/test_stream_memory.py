@@ -8,7 +8,7 @@ from pathlib import Path
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "streams.py"
 
 
-def test_64_long_streams_at_once_take_a_part_of_their_bytes_in_memory() -> None:
+def test_sixty_four_long_streams_need_little_memory() -> None:
     command = [sys.executable, str(BENCHMARK), "64", "1500000"]
     ended = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     figures = json.loads(ended.stdout)

@@ -11,7 +11,7 @@ from batchrun.response.token_count import ENCODING
 from batchrun.simulator import Fault, SimulatorConfig
 from tests.cli_process import KEY, Ended, batchrun, finish, kill_when, read_summary, start, write_job, write_rows
 from tests.fault_server import Exchange, Script, serving
-from tests.run.test_client import closes
+from tests.run.test_exchange import closes
 from tests.run.test_stream import DONE, FI, NE, ROLE, STOP, USAGE, ends, event, streams
 from tests.simulator_process import running_simulator
 
@@ -19,9 +19,10 @@ SAME = ["id", "row", "request_key", "status", "content", "finish_reason", "model
 STREAM = ("--set", "request.stream=true", "--set", "output.raw=always")
 
 
-def test_a_streamed_run_that_was_killed_brings_the_answers_of_a_whole_one_and_its_events_as_text(
+def test_a_killed_streamed_run_is_equivalent(
     tmp_path: Path,
 ) -> None:
+    """It brings the answers of a run that wasn't streamed."""
     source = write_rows(tmp_path / "in.jsonl", 150)
     config = SimulatorConfig(latency_s=0.02, faults=(Fault(kind="cut", share=0.05, times=1, per_question=True),))
     with running_simulator(config) as simulator:
@@ -57,7 +58,7 @@ def asked(tmp_path: Path, script: Script, rows: int, *flags: str) -> tuple[Ended
     return asyncio.run(main()), tmp_path / "out"
 
 
-def test_a_row_whose_stream_is_cut_every_time_fails_with_the_text_that_came(tmp_path: Path) -> None:
+def test_an_always_cut_stream_fails_with_text(tmp_path: Path) -> None:
     named = event({"content": f"is {KEY}."})
 
     async def script(exchange: Exchange) -> None:
@@ -78,9 +79,10 @@ def test_a_row_whose_stream_is_cut_every_time_fails_with_the_text_that_came(tmp_
     assert [entry["cause"] for entry in read_summary(out)["possibly_billed"]] == ["cut", "cut"]
 
 
-def test_answers_without_usage_cost_nobody_knows_what_and_are_counted_offline_in_a_line_of_the_report(
+def test_answers_without_usage_are_counted_offline(
     tmp_path: Path,
 ) -> None:
+    """Their cost is unknown and the report has a line for them."""
     ended, out = asked(tmp_path, streams(ROLE, FI, NE, STOP, DONE, ends), 3)
     assert ended.exit_code == 0, ended.stderr
     rows = pq.read_table(out / "completions.parquet").to_pylist()
@@ -100,7 +102,8 @@ def test_answers_without_usage_cost_nobody_knows_what_and_are_counted_offline_in
     assert not any("offline" in name for name in (*bill["total"], *rows[0]))
 
 
-def test_each_row_thinks_as_hard_as_it_says_and_its_reasoning_is_counted_in_its_column(tmp_path: Path) -> None:
+def test_each_row_has_its_reasoning_effort(tmp_path: Path) -> None:
+    """Its reasoning tokens are in their column."""
     efforts = ["low", "xhigh", None, "high"]
     source = tmp_path / "in.jsonl"
     rows = [{"id": row, "text": f"item {row}", "effort": efforts[row % 4]} for row in range(20)]
@@ -120,7 +123,7 @@ def test_each_row_thinks_as_hard_as_it_says_and_its_reasoning_is_counted_in_its_
     assert thought[0] < thought[-1] / 4
 
 
-def test_a_stream_that_ends_before_its_second_choice_began_is_sent_again(tmp_path: Path) -> None:
+def test_a_stream_missing_a_choice_is_retried(tmp_path: Path) -> None:
     sent: list[bytes] = []
 
     async def script(exchange: Exchange) -> None:

@@ -75,9 +75,7 @@ FAULTS: dict[str, tuple[Script, int]] = {
     [("500", bad, in_flight) for bad in (1, 2, 3, 10) for in_flight in (1, 64)]
     + [(fault, *some) for fault in FAULTS if fault != "500" for some in ((3, 1), (10, 64))],
 )
-def test_any_number_of_bad_last_rows_is_given_up_within_the_documented_attempts(
-    tmp_path: Path, bad: int, in_flight: int, fault: str
-) -> None:
+def test_bad_last_rows_are_given_up_soon(tmp_path: Path, bad: int, in_flight: int, fault: str) -> None:
     script, attempts = FAULTS[fault]
     last = frozenset(range(ROWS - bad, ROWS))
     with serving_aside(bad_rows(last, script)) as server:
@@ -91,9 +89,7 @@ def test_any_number_of_bad_last_rows_is_given_up_within_the_documented_attempts(
 
 @pytest.mark.parametrize("bad", [{3, 21}, {3, 4, 21}, set(range(10, 20))], ids=["two", "three", "ten in a row"])
 @pytest.mark.parametrize("max_outage_s", [10.0, 7_200.0])
-def test_bad_rows_anywhere_are_given_up_however_short_an_outage_may_be(
-    tmp_path: Path, bad: set[int], max_outage_s: float
-) -> None:
+def test_bad_rows_are_given_up_under_short_outages(tmp_path: Path, bad: set[int], max_outage_s: float) -> None:
     with serving_aside(bad_rows(frozenset(bad), sends(FAILURE))) as server:
         summary = run(tmp_path, server.url, retry={"max_outage_s": max_outage_s})
     assert (summary.exit_code, summary.by_status) == (3, {"ok": ROWS - len(bad), "error": len(bad)})
@@ -101,7 +97,7 @@ def test_bad_rows_anywhere_are_given_up_however_short_an_outage_may_be(
 
 
 @pytest.mark.parametrize("max_outage_s", [10.0, 7_200.0])
-def test_a_start_to_which_only_bad_rows_are_left_gives_them_up(tmp_path: Path, max_outage_s: float) -> None:
+def test_a_start_with_only_bad_rows_ends(tmp_path: Path, max_outage_s: float) -> None:
     """The first start ends by the balance, with three rows left, and no answer comes in the second."""
     last = frozenset(range(ROWS - 3, ROWS))
     no_balance = sends(answer(b'{"error": {"message": "Insufficient balance"}}', status="402 Payment Required"))
@@ -116,7 +112,7 @@ def test_a_start_to_which_only_bad_rows_are_left_gives_them_up(tmp_path: Path, m
 
 
 @pytest.mark.parametrize("left", [1, 3, 10])
-def test_an_outage_of_a_minute_that_begins_with_the_last_rows_burns_none(tmp_path: Path, left: int) -> None:
+def test_an_outage_at_the_end_fails_nothing(tmp_path: Path, left: int) -> None:
     last, ends_at_s = frozenset(range(ROWS - left, ROWS)), 0.0
 
     async def fails_for_a_minute(exchange: Exchange) -> None:
@@ -130,7 +126,8 @@ def test_an_outage_of_a_minute_that_begins_with_the_last_rows_burns_none(tmp_pat
     assert len(server.exchanges) < ROWS + 6 * left
 
 
-def test_meanwhile_progress_status_and_log_say_which_rows_are_retried_and_for_what(tmp_path: Path) -> None:
+def test_progress_and_log_name_retried_rows(tmp_path: Path) -> None:
+    """With the reason of the retry."""
     seen: list[Summary] = []
     with serving_aside(bad_rows(frozenset({38, 39}), sends(FAILURE))) as server:
         run(tmp_path, server.url, tell=seen.append, limits={"max_in_flight": 1})
@@ -152,14 +149,15 @@ def test_meanwhile_progress_status_and_log_say_which_rows_are_retried_and_for_wh
     assert len(lines) < 10
 
 
-def test_of_many_retried_rows_ten_are_named_and_the_log_hears_seldom() -> None:
+def test_ten_of_many_retried_rows_are_named() -> None:
+    """The log has such a line seldom."""
     now_s, now = 0.0, datetime.now(UTC)
     retries = Retries(lambda: now_s)
-    assert retries.stand(now) is None
-    assert not retries.is_due(last=True)
+    assert retries.summary(now) is None
+    assert not retries.should_log(last=True)
     for row in range(1_000):
         retries.put(row, 1 + row % 3, RowError("timeout") if row % 4 else RowError("server_error", 500), 7.0 + row)
-    told = retries.stand(now)
+    told = retries.summary(now)
     assert told is not None
     assert (told.rows, told.first, told.attempts) == (1_000, list(range(10)), 3)
     assert told.reasons == {"timeout": 750, "500 server error": 250}
@@ -167,8 +165,8 @@ def test_of_many_retried_rows_ten_are_named_and_the_log_hears_seldom() -> None:
     due = Counter[bool]()
     for _ in range(600):
         now_s += 0.5
-        due[retries.is_due(last=now_s > 100)] += 1
+        due[retries.should_log(last=now_s > 100)] += 1
     assert due[True] == 300 / LOG_EVERY_S + 1
     for row in range(1_000):
         retries.drop(row)
-    assert retries.stand(now) is None
+    assert retries.summary(now) is None

@@ -101,7 +101,7 @@ def parquet(tmp_path: Path, column: "pa.Array[Any]") -> Path:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_value_of_every_type_appears_as_json_writes_it(tmp_path: Path, name: str) -> None:
+def test_every_type_is_written_as_json(tmp_path: Path, name: str) -> None:
     column, text, in_json = CASES[name]
     file = parquet(tmp_path, column)
     assert prompt_of(request_of(file, "{{ x }}")) == text
@@ -134,7 +134,7 @@ def test_what_is_no_text_never_reaches_a_prompt(tmp_path: Path, name: str) -> No
     ],
     ids=repr,
 )
-def test_json_lines_and_parquet_of_the_same_row_are_the_same_question(tmp_path: Path, value: object) -> None:
+def test_json_lines_and_parquet_ask_alike(tmp_path: Path, value: object) -> None:
     lines = tmp_path / "in.jsonl"
     lines.write_text(json.dumps({"x": value}) + "\n")
     file = parquet(tmp_path, pa.array([value]))
@@ -143,13 +143,13 @@ def test_json_lines_and_parquet_of_the_same_row_are_the_same_question(tmp_path: 
         assert (one.body, one.key) == (other.body, other.key)
 
 
-def test_json_over_several_lines_and_integers_of_any_size() -> None:
+def test_multiline_json_and_large_integers_work() -> None:
     tables = {"endpoint": {"url": "simulator"}, "request": {"model": "m", "prompt": "{{ x | tojson(2) }} {{ x.a }}"}}
     made = RequestBuilder(from_tables(tables), "columns").build(Row(0, {"x": {"a": 2**70}}))
     assert prompt_of(made) == f'{{\n  "a": {2**70}\n}} {2**70}'
 
 
-def test_a_run_over_every_type_gives_every_column_back_as_it_was(tmp_path: Path) -> None:
+def test_every_column_type_round_trips_a_run(tmp_path: Path) -> None:
     columns = {name: column for name, (column, *_) in (CASES | REFUSED).items()}
     table = pa.table({**columns, "text": ["hello"]})
     pq.write_table(table, tmp_path / "in.parquet")

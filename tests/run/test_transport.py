@@ -1,4 +1,4 @@
-"""What a transport keeps beyond `test_client`: plain values, a wire chosen with a reason, odd but valid HTTP."""
+"""What a transport keeps beyond `test_exchange`: plain values, a wire chosen with a reason, odd but valid HTTP."""
 
 import asyncio
 import pickle
@@ -23,7 +23,7 @@ from batchrun.transport.receiving import Receiver
 from batchrun.transport.session import Pieces, _is_unsent, _payload
 from batchrun.transport.transport import choose
 from tests.fault_server import FINE, Exchange, FaultServer, Script, answer, black_hole, chunked, sends, serving
-from tests.run.test_client import asked, closes, ended, kind_of, sweeping
+from tests.run.test_exchange import asked, closes, ended, kind_of, sweeping
 from tests.wires import KEY, WIRES, client_of, run, wire
 
 __all__ = ["wire"]  # the fixture that runs each test on every wire
@@ -50,7 +50,7 @@ def same(attempt: Attempt) -> bool:
     [sends(answer(FINE, "Retry-After: 3", status="429 Slow")), closes, sends(answer(length=500), then=closes)],
     ids=["answer", "reset", "cut"],
 )
-def test_what_a_transport_returns_can_be_sent_to_another_process(script: Script) -> None:
+def test_a_transport_result_can_be_pickled(script: Script) -> None:
     assert same(ended(script))
 
 
@@ -65,7 +65,7 @@ def test_errors_are_the_same_in_another_process() -> None:
         assert (type(copy), copy.args, vars(copy)) == (type(error), error.args, vars(error))
 
 
-def test_headers_are_found_in_any_case_and_the_first_of_several_counts() -> None:
+def test_headers_ignore_case_and_repetition() -> None:
     headers = ended(sends(answer(FINE, "RETRY-AFTER: 3", "retry-after: 500"))).headers
     for name in ("Retry-After", "retry-after", "RETRY-AFTER"):
         assert headers.get(name) == headers[name] == "3"
@@ -75,7 +75,9 @@ def test_headers_are_found_in_any_case_and_the_first_of_several_counts() -> None
 # -- which wire
 
 
-def test_proxies_and_wishes_get_the_session_and_everything_else_the_lean_wire() -> None:
+def test_proxies_use_the_session() -> None:
+    """Everything else uses the lean wire."""
+
     async def chosen(**endpoint: str) -> tuple[str, str]:
         choice = choose(Endpoint("https://h/v1", **endpoint))  # type: ignore[arg-type]
         return choice.wire, choice.why
@@ -88,12 +90,12 @@ def test_proxies_and_wishes_get_the_session_and_everything_else_the_lean_wire() 
     assert run(chosen(transport="session")) == ("session", "endpoint.transport asks for it")
 
 
-def test_this_aiohttp_is_one_that_the_lean_wire_was_tested_with() -> None:
-    """Another version: run this file and tests/run/test_client.py with it, then add it to `TESTED_WITH`."""
+def test_this_aiohttp_version_was_tested() -> None:
+    """Another version: run this file and tests/run/test_exchange.py with it, then add it to `TESTED_WITH`."""
     assert aiohttp.__version__ in internals.TESTED_WITH
 
 
-def test_an_aiohttp_of_another_shape_is_noticed_before_anything_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_aiohttp_is_noticed_early(monkeypatch: pytest.MonkeyPatch) -> None:
     """The attributes that are removed here stand for those of a version that does not exist yet."""
 
     async def found() -> str | None:
@@ -127,7 +129,7 @@ def test_both_wires_send_the_same_head() -> None:
     assert "Content-Length: 2" in lines
 
 
-def test_a_path_and_query_are_sent_as_they_are() -> None:
+def test_path_and_query_are_sent_unchanged() -> None:
     async def main() -> bytes:
         async with serving(sends(answer())) as server, client_of(f"{server.url}?api-version=1&x=a%20b") as client:
             await client.send(b"{}", "x")
@@ -136,7 +138,7 @@ def test_a_path_and_query_are_sent_as_they_are() -> None:
     assert run(main()) == b"POST /v1/chat/completions?api-version=1&x=a%20b HTTP/1.1"
 
 
-def test_a_header_with_a_line_end_is_never_sent() -> None:
+def test_a_header_with_line_end_is_refused() -> None:
     async def main() -> int:
         async with serving(sends(answer())) as server:
             bad = Credentials({"X-Bad": "a\r\nX-Injected: b"}, frozenset())
@@ -172,14 +174,14 @@ TRAILERS = chunked(FINE, end=False) + b"0\r\nX-Checksum: 1\r\nX-More: 2\r\n\r\n"
         pytest.param(answer(FINE, "Content-Encoding: identity"), None, 1, id="identity"),
     ],
 )
-def test_an_answer_in_any_form_of_http_is_an_answer(raw: bytes, then: Script | None, connections: int) -> None:
+def test_every_http_form_of_answer_is_read(raw: bytes, then: Script | None, connections: int) -> None:
     attempts, server = asked(sends(raw, then=then), b"0", b"1", b"2")
     assert [(kind_of(attempt), attempt.http_status, attempt.body) for attempt in attempts] == [(None, 200, FINE)] * 3
     assert [exchange.body for exchange in server.exchanges] == [b"0", b"1", b"2"]
     assert server.connections == connections
 
 
-def test_bytes_of_an_answer_come_one_by_one_and_make_the_same_answer() -> None:
+def test_an_answer_may_come_byte_by_byte() -> None:
     async def trickles(exchange: Exchange) -> None:
         for byte in answer():
             await exchange.send(bytes([byte]))
@@ -191,7 +193,7 @@ def test_bytes_of_an_answer_come_one_by_one_and_make_the_same_answer() -> None:
 
 
 @pytest.mark.parametrize("late_s", [0.0, 0.02], ids=["at once", "while idle"])
-def test_an_answer_that_nobody_asked_for_is_never_taken_for_the_next_ones(late_s: float) -> None:
+def test_an_unrequested_answer_is_never_used(late_s: float) -> None:
     async def answers_twice(exchange: Exchange) -> None:
         own = answer(exchange.body)
         if late_s:
@@ -215,7 +217,7 @@ def test_an_answer_that_nobody_asked_for_is_never_taken_for_the_next_ones(late_s
 
 
 @pytest.mark.parametrize("garbage", [b"\r\n\r\ngarbage", b"\x00\x01\x02", b"{}"], ids=["text", "bytes", "json"])
-def test_garbage_behind_an_answer_ends_the_connection_and_nothing_else(garbage: bytes) -> None:
+def test_garbage_after_an_answer_ends_the_connection(garbage: bytes) -> None:
     """In one packet with its answer it makes aiohttp's parser refuse both: then the answer is in doubt, not lost."""
     attempts, server = asked(sends(answer() + garbage), b"0", b"1", b"2")
     assert {kind_of(attempt) for attempt in attempts} <= {None, "malformed_http"}
@@ -226,7 +228,7 @@ def test_garbage_before_an_answer_is_no_http() -> None:
     assert kind_of(ended(sends(b"garbage\r\n" + answer()))) == "malformed_http"
 
 
-def test_what_comes_of_a_body_in_one_turn_with_the_end_of_its_connection_is_kept() -> None:
+def test_a_body_with_its_close_is_kept() -> None:
     """uvloop tells of both before the reader runs. Told here by hand, to a protocol without a socket."""
 
     async def main() -> tuple[list[bytes], str]:
@@ -246,7 +248,7 @@ def test_what_comes_of_a_body_in_one_turn_with_the_end_of_its_connection_is_kept
 
 @pytest.mark.parametrize("size", [300_000, 8_000_000])
 @pytest.mark.parametrize("then_closes", [True, False])
-def test_an_answer_that_comes_before_the_request_has_left_is_taken(size: int, then_closes: bool) -> None:
+def test_an_early_answer_is_accepted(size: int, then_closes: bool) -> None:
     """413, say: the server reads no more, so the rest of the body could not be sent by any deadline."""
 
     async def main() -> Attempt:
@@ -273,7 +275,7 @@ def test_an_answer_that_comes_before_the_request_has_left_is_taken(size: int, th
     assert attempt.latency_s < 3
 
 
-def test_a_body_that_ends_with_its_connection_is_not_whole_when_we_end_it() -> None:
+def test_our_close_does_not_complete_a_body() -> None:
     attempt = ended(sends(OLD + b"\r\n" + FINE, then=Exchange.silence), attempt_timeout_s=0.2)
     assert kind_of(attempt) == "timeout"
     assert attempt.body == FINE
@@ -282,7 +284,7 @@ def test_a_body_that_ends_with_its_connection_is_not_whole_when_we_end_it() -> N
 # -- connections
 
 
-def test_there_are_never_more_connections_than_requests_at_once() -> None:
+def test_connections_never_outnumber_requests() -> None:
     async def slowly(exchange: Exchange) -> None:
         await asyncio.sleep(0.002)
         await exchange.send(answer())
@@ -303,7 +305,7 @@ def test_there_are_never_more_connections_than_requests_at_once() -> None:
     assert run(main()) <= 16
 
 
-def test_a_transport_that_is_closed_leaves_no_connection_open() -> None:
+def test_closing_a_transport_closes_its_connections() -> None:
     ends: list[int] = []
 
     async def script(exchange: Exchange) -> None:
@@ -323,7 +325,7 @@ def test_a_transport_that_is_closed_leaves_no_connection_open() -> None:
     assert len(ends) == 5
 
 
-def test_connecting_to_nobody_ends_with_the_worker() -> None:
+def test_connecting_ends_with_its_worker() -> None:
     async def main() -> None:
         with black_hole() as port:
             async with client_of(f"http://127.0.0.1:{port}/v1") as client:
@@ -369,7 +371,7 @@ def test_the_versions_are_in_the_docs() -> None:
 # -- large bodies
 
 
-def test_a_large_body_is_not_copied_before_it_is_written() -> None:
+def test_a_large_body_is_written_uncopied() -> None:
     """27 MB of a picture are copied in 10 to 60 ms, during which no other request is served."""
     body = bytes(20_000_000)
     tracemalloc.start()

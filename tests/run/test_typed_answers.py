@@ -55,7 +55,8 @@ NO_JSON, NO_FIT, TOO_LARGE = "late, I think", '{"label": "soon"}', f'{{"label": 
 ODD = (saying("item 7 ", NO_JSON), saying("item 90 ", NO_FIT), saying("item 33 ", TOO_LARGE))
 
 
-def test_answers_are_typed_by_their_schema_and_a_retry_leaves_them_as_they_are(tmp_path: Path) -> None:
+def test_answers_are_typed_by_their_schema(tmp_path: Path) -> None:
+    """A retry leaves them as they are."""
     out = tmp_path / "out"
     with running_simulator(SimulatorConfig(faults=ODD, latency_s=0.02)) as simulator:
         job = prepared(tmp_path, simulator.url, SCHEMA)
@@ -95,7 +96,8 @@ def test_answers_are_typed_by_their_schema_and_a_retry_leaves_them_as_they_are(t
         assert after.to_pylist()[row]["parsed"] == as_struct(after.column("content")[row].as_py())
 
 
-def test_another_schema_types_the_columns_anew_and_a_retry_with_one_fits_the_old(tmp_path: Path) -> None:
+def test_another_schema_changes_the_column_types(tmp_path: Path) -> None:
+    """A retry with another schema fits the old types."""
     out = tmp_path / "out"
     with running_simulator(SimulatorConfig(faults=(saying("item 7 ", NO_JSON),))) as simulator:
         job = prepared(tmp_path, simulator.url, SCHEMA, rows=50)
@@ -123,7 +125,7 @@ def test_another_schema_types_the_columns_anew_and_a_retry_with_one_fits_the_old
     assert table.column("parsed").to_pylist() == contents
 
 
-def test_what_is_salvaged_of_a_run_is_typed_and_gone_on_with(tmp_path: Path) -> None:
+def test_salvaged_answers_keep_their_types(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with running_simulator(SimulatorConfig(latency_s=0.02)) as simulator:
         job = prepared(tmp_path, simulator.url, SCHEMA)
@@ -158,7 +160,7 @@ def batch_line(number: int, schema: dict[str, Any] | None) -> dict[str, Any]:
     return {"custom_id": f"c{number}", "method": "POST", "url": "/v1/chat/completions", "body": body}
 
 
-def test_the_lines_of_a_batch_file_are_each_held_against_their_own_schema(tmp_path: Path) -> None:
+def test_batch_lines_have_their_own_schemas(tmp_path: Path) -> None:
     closed = {**OTHER, "additionalProperties": False}
     one = [batch_line(number, OTHER if number % 3 else None) for number in range(9)]
     two = [batch_line(number, OTHER if number % 2 else closed) for number in range(9)]
@@ -177,7 +179,7 @@ def test_the_lines_of_a_batch_file_are_each_held_against_their_own_schema(tmp_pa
             if name != "bad":
                 tables[name] = result(tmp_path / name)
         assert ended.exit_code == 2
-        assert ended.stderr.count("response_format.json_schema.schema: no JSON schema") == 2
+        assert ended.stderr.count("response_format.json_schema.schema: invalid JSON schema") == 2
     assert str(tables["one"].schema.field("parsed").type) == "struct<label: large_string>"
     for row in tables["one"].to_pylist():
         assert (row["parsed"] is None) == (row["row"] % 3 == 0)

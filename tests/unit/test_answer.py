@@ -171,7 +171,7 @@ DEEP = b"[" * 100_000 + b"]" * 100_000
         ),
     ],
 )
-def test_an_odd_body_is_read_as_far_as_it_can_be(raw: bytes, answer: Answer) -> None:
+def test_an_odd_body_is_read_where_possible(raw: bytes, answer: Answer) -> None:
     assert read(raw) == answer
 
 
@@ -186,7 +186,7 @@ def test_an_odd_body_is_read_as_far_as_it_can_be(raw: bytes, answer: Answer) -> 
         pytest.param(b"\xef\xbb\xbf" + body(), WHOLE, id="BOM"),
     ],
 )
-def test_what_strict_json_refuses_is_read_leniently_and_flagged(raw: bytes, answer: Answer) -> None:
+def test_lenient_json_is_read_and_flagged(raw: bytes, answer: Answer) -> None:
     assert read(raw) == msgspec.structs.replace(answer, flagged=True)
 
 
@@ -200,7 +200,7 @@ def test_an_error_message_is_bounded() -> None:
 
 
 @pytest.mark.parametrize("depth", range(850, 1010, 3))
-def test_an_error_nested_to_any_depth_is_no_exception(depth: int) -> None:
+def test_a_deeply_nested_error_raises_nothing(depth: int) -> None:
     assert not read(b'{"error":{"x":' + b"[" * depth + b"]" * depth + b"}}").completion
 
 
@@ -319,11 +319,11 @@ COUNTED = chunk(choices=[], usage=USAGE)
         ),
     ],
 )
-def test_a_stream_is_read_as_the_completion_it_spells(raw: bytes, answer: Answer) -> None:
+def test_a_stream_is_read_as_a_completion(raw: bytes, answer: Answer) -> None:
     assert read(raw) == answer
 
 
-def test_a_stream_that_ends_after_any_byte_is_a_completion_only_once_its_end_was_said() -> None:
+def test_a_cut_stream_is_complete_only_after_its_end() -> None:
     raw = stream(*WORDS, STOP, COUNTED)
     said = raw.index(b'"stop"}') + len(b'"stop"}]}')
     for length in range(len(raw)):
@@ -363,7 +363,7 @@ CALLS = [
 ]
 
 
-def test_calls_of_tools_are_json_text_as_they_came_whole_or_streamed() -> None:
+def test_tool_calls_are_kept_as_json_text() -> None:
     message = {"role": "assistant", "content": None, "tool_calls": CALLS}
     whole = read(msgspec.json.encode({"choices": [{"message": message, "finish_reason": "tool_calls"}]}))
     pieces: list[dict[str, object]] = [
@@ -389,7 +389,7 @@ def spelled(*tool_calls: Sequence[object]) -> Any:
     return json.loads(said.tool_calls or "null")
 
 
-def test_a_streams_calls_are_told_apart_however_the_server_numbers_and_names_them() -> None:
+def test_streamed_calls_are_separated_by_any_index() -> None:
     """Each as it was reported of a server: Ollama, Mistral, vLLM, gateways that repeat the name, custom tools."""
     first, second = CALLS[0], {**CALLS[1], "function": {"name": "stop", "arguments": "{}"}}
     assert spelled([{"index": 0, **first}], [{"index": 0, **second}]) == [first, second], "all with the number 0"
@@ -408,11 +408,11 @@ def test_a_streams_calls_are_told_apart_however_the_server_numbers_and_names_the
 
 
 @pytest.mark.parametrize("calls", [None, [], {}, "call", 7])
-def test_what_are_no_calls_of_tools_are_none(calls: object) -> None:
+def test_malformed_tool_calls_are_ignored(calls: object) -> None:
     assert read(msgspec.json.encode({"choices": [{"message": {"tool_calls": calls}}]})).tool_calls is None
 
 
-def test_several_choices_are_all_there_in_order_whole_or_streamed() -> None:
+def test_several_choices_keep_their_order() -> None:
     reasons = ["stop", "length", None]
     whole = read(
         msgspec.json.encode(
@@ -435,7 +435,8 @@ def test_several_choices_are_all_there_in_order_whole_or_streamed() -> None:
         assert (said.content, said.finish_reason, said.completion) == ("c0", "stop", True)
 
 
-def test_one_choice_is_no_list_of_choices_and_absurd_numbers_are_left_out() -> None:
+def test_one_choice_is_not_a_list() -> None:
+    """Absurd usage numbers are left out."""
     assert read(msgspec.json.encode({"choices": [{"message": {"content": "c"}}]})).choices == ()
     events = [{"choices": [{"index": at, "delta": {"content": "c"}, "finish_reason": "stop"}]} for at in (0, 10**8)]
     streamed = read(b"".join(b"data: %b\n\n" % msgspec.json.encode(event) for event in events))
@@ -459,9 +460,7 @@ STATED = {"prompt_tokens": 10, "completion_tokens": 3, "total_tokens": 13}
         ([{"input_tokens": 0, "output_tokens": 7}], (10, 3, 17)),
     ],
 )
-def test_what_a_stream_states_of_its_usage_bit_by_bit_adds_up(
-    later: list[dict[str, int]], counts: tuple[int, int, int]
-) -> None:
+def test_usage_in_pieces_adds_up(later: list[dict[str, int]], counts: tuple[int, int, int]) -> None:
     usages = [chunk(choices=[], usage=usage) for usage in (STATED, *later)]
     usage = read(stream(*WORDS, STOP, *usages)).usage
     assert usage is not None
@@ -494,13 +493,13 @@ AROUND: list[dict[str, Any]] = [
         ),
     ],
 )
-def test_a_whole_answer_is_read_in_whatever_a_gateway_wraps_it(raw: bytes, flagged: bool) -> None:
+def test_a_gateway_wrapper_is_removed(raw: bytes, flagged: bool) -> None:
     answer = read(raw)
     assert (answer.completion, answer.content, answer.flagged) == (True, "Fine.", flagged)
     assert answer.usage == read(body()).usage
 
 
-def test_a_usage_beside_a_wrapped_answer_is_its_own() -> None:
+def test_usage_beside_a_wrapped_answer_counts() -> None:
     usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
     inner = {name: value for name, value in COMPLETE.items() if name != "usage"}
     read_usage = read(json.dumps({"usage": usage, "data": inner}).encode()).usage
@@ -522,5 +521,5 @@ def test_a_usage_beside_a_wrapped_answer_is_its_own() -> None:
         b": {\n" * 50_000,
     ],
 )
-def test_what_wraps_a_failure_or_two_answers_is_no_answer(raw: bytes) -> None:
+def test_wrapped_failures_are_no_answers(raw: bytes) -> None:
     assert not read(raw).completion

@@ -176,7 +176,8 @@ def attempt(stored: bytes, *, streamed: bool) -> Attempt:
     return Attempt(0.0, 1.0, 200, {}, stored, streamed=streamed)
 
 
-def test_10000_mutated_bodies_count_only_as_what_they_are() -> None:
+def test_ten_thousand_mutated_bodies_are_safe() -> None:
+    """They count only as what they are."""
     counted = sum(
         check(attempt(packed.stored(raw), streamed=False), read(packed.stored(raw)), raw)
         for raw in mutated([*BODIES, *STREAMS[:1]], 10_000, random.Random(4711))
@@ -184,7 +185,8 @@ def test_10000_mutated_bodies_count_only_as_what_they_are() -> None:
     assert 1000 < counted < 9000
 
 
-def test_10000_mutated_streams_count_only_as_what_they_are_in_any_split() -> None:
+def test_ten_thousand_mutated_streams_are_safe() -> None:
+    """They count only as what they are, in any split."""
     chance = random.Random(4712)
     counted = 0
     for raw in mutated([*STREAMS, *STREAMS[:3], BODIES[0]], 10_000, chance):

@@ -111,11 +111,11 @@ def test_imports_go_to_lower_layers_only() -> None:
 
 
 @pytest.mark.parametrize("module", FORBIDDEN)
-def test_a_package_keeps_out_of_what_is_not_its_business(module: str) -> None:
+def test_packages_keep_out_of_foreign_concerns(module: str) -> None:
     assert EDGES[module] & FORBIDDEN[module] == set()
 
 
-def test_no_two_files_import_each_other_by_any_way() -> None:
+def test_no_two_files_import_each_other() -> None:
     files = {dotted(file): file for _, file in modules()}
     graph = {
         module: {
@@ -130,7 +130,7 @@ def test_no_two_files_import_each_other_by_any_way() -> None:
     TopologicalSorter(graph).prepare()
 
 
-def test_the_simulator_knows_nothing_of_the_client_it_judges() -> None:
+def test_the_simulator_is_independent_of_the_client() -> None:
     assert EDGES["simulator"] <= {"errors"}
     assert {module for module, targets in EDGES.items() if "simulator" in targets} == {"cli", "simulated"}
 
@@ -168,7 +168,7 @@ def test_the_command_line_starts_without_anything_heavy() -> None:
     assert shown.stdout == "[]\n"
 
 
-def test_a_run_loads_a_server_only_where_its_job_asks_for_the_simulator() -> None:
+def test_only_simulator_jobs_load_a_server() -> None:
     code = "import sys, batchrun.api; print('aiohttp.web' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout == "False\n"

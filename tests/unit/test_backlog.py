@@ -109,7 +109,7 @@ def test_an_input_without_rows_ends_at_once(tmp_path: Path) -> None:
     assert moved(test) == []
 
 
-def test_a_due_retry_comes_before_new_rows_and_the_oldest_first(tmp_path: Path) -> None:
+def test_due_retries_precede_new_rows(tmp_path: Path) -> None:
     async def test() -> list[int]:
         backlog = backlog_of(Source(tmp_path, 6))
         first, second, third = [await taken(backlog) for _ in range(3)]
@@ -122,7 +122,7 @@ def test_a_due_retry_comes_before_new_rows_and_the_oldest_first(tmp_path: Path) 
     assert moved(test) == [2, 0, 3, 4, 5, 1]
 
 
-def test_of_retries_due_together_the_lower_row_comes_first(tmp_path: Path) -> None:
+def test_equal_retries_go_by_row_number(tmp_path: Path) -> None:
     async def test() -> list[int]:
         backlog = backlog_of(Source(tmp_path, 4))
         for pending in reversed([await taken(backlog) for _ in range(4)]):
@@ -132,7 +132,7 @@ def test_of_retries_due_together_the_lower_row_comes_first(tmp_path: Path) -> No
     assert moved(test) == [0, 1, 2, 3]
 
 
-def test_a_retry_is_never_handed_out_before_it_is_due(tmp_path: Path) -> None:
+def test_no_retry_comes_before_its_time(tmp_path: Path) -> None:
     async def test() -> float:
         backlog = backlog_of(Source(tmp_path, 1))
         started = now()
@@ -143,7 +143,7 @@ def test_a_retry_is_never_handed_out_before_it_is_due(tmp_path: Path) -> None:
     assert moved(test) == 3600
 
 
-def test_a_retry_with_an_earlier_time_wakes_whoever_waits_for_a_later_one(tmp_path: Path) -> None:
+def test_an_earlier_retry_wakes_the_waiter(tmp_path: Path) -> None:
     async def test() -> None:
         backlog = backlog_of(Source(tmp_path, 2))
         started = now()
@@ -158,7 +158,7 @@ def test_a_retry_with_an_earlier_time_wakes_whoever_waits_for_a_later_one(tmp_pa
     moved(test)
 
 
-def test_while_very_many_wait_for_a_retry_new_rows_wait_too(tmp_path: Path) -> None:
+def test_many_waiting_retries_hold_new_rows(tmp_path: Path) -> None:
     async def test() -> None:
         source = Source(tmp_path, backlogs.MAX_WAITING + 1, 10, 10)
         backlog = backlog_of(source)
@@ -175,7 +175,7 @@ def test_while_very_many_wait_for_a_retry_new_rows_wait_too(tmp_path: Path) -> N
 # ── held rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_held_row_comes_again_only_when_there_is_no_other(tmp_path: Path) -> None:
+def test_a_held_row_comes_last(tmp_path: Path) -> None:
     async def test() -> list[int]:
         backlog = backlog_of(Source(tmp_path, 5))
         backlog.hold(await taken(backlog))
@@ -185,7 +185,7 @@ def test_a_held_row_comes_again_only_when_there_is_no_other(tmp_path: Path) -> N
     assert moved(test) == [2, 3, 4, 1, 0]
 
 
-def test_a_held_row_waits_for_those_that_are_out(tmp_path: Path) -> None:
+def test_a_held_row_waits_for_rows_in_flight(tmp_path: Path) -> None:
     async def test() -> None:
         backlog = backlog_of(Source(tmp_path, 2))
         held, out = await taken(backlog), await taken(backlog)
@@ -212,7 +212,7 @@ def test_a_released_row_is_not_handed_out_again(tmp_path: Path) -> None:
     assert moved(test) == [2, 1]
 
 
-def test_a_row_is_alone_when_it_is_the_last_there_is(tmp_path: Path) -> None:
+def test_the_last_row_is_alone(tmp_path: Path) -> None:
     async def test() -> list[bool]:
         backlog = backlog_of(Source(tmp_path, 2, 1))
         found = []
@@ -243,7 +243,9 @@ async def failed(backlog: Backlog, *pendings: Pending, due_in_s: float = 0.0) ->
         backlog.retry(msgspec.structs.replace(pending, successes=0), now() + due_in_s)
 
 
-def test_where_new_rows_fail_a_retry_a_row_from_further_on_and_the_next_one_take_turns(tmp_path: Path) -> None:
+def test_failing_new_rows_take_turns_with_retries(tmp_path: Path) -> None:
+    """A retry, a row from further on and the next row in turn."""
+
     async def test() -> list[int]:
         backlog = backlog_of(Source(tmp_path, 1500, 1500))
         await failed(backlog, *[await taken(backlog) for _ in range(3)])
@@ -255,7 +257,7 @@ def test_where_new_rows_fail_a_retry_a_row_from_further_on_and_the_next_one_take
     assert far_next == far - 1
 
 
-def test_a_row_from_further_on_that_fails_sends_the_next_one_elsewhere_and_further(tmp_path: Path) -> None:
+def test_a_failing_distant_row_moves_the_search(tmp_path: Path) -> None:
     async def test() -> list[int]:
         backlog = backlog_of(Source(tmp_path, 1500, 1500, 1500, 1500))
         await failed(backlog, *[await taken(backlog) for _ in range(3)], due_in_s=1e6)
@@ -271,7 +273,7 @@ def test_a_row_from_further_on_that_fails_sends_the_next_one_elsewhere_and_furth
     assert third > 3000
 
 
-def test_what_is_answered_goes_on_and_of_the_others_only_a_few_are_out(tmp_path: Path) -> None:
+def test_answered_regions_continue_failing_ones_slow(tmp_path: Path) -> None:
     async def test() -> list[int]:
         backlog = backlog_of(Source(tmp_path, 1500))
         await failed(backlog, *[await taken(backlog) for _ in range(3)], due_in_s=1e6)
@@ -285,7 +287,7 @@ def test_what_is_answered_goes_on_and_of_the_others_only_a_few_are_out(tmp_path:
     assert near == list(range(3, 3 + backlogs.MOST_DOUBTED))
 
 
-def test_a_row_that_is_put_back_comes_again_in_its_order_as_if_it_had_not_been_out(tmp_path: Path) -> None:
+def test_a_returned_row_keeps_its_order(tmp_path: Path) -> None:
     async def test() -> list[int]:
         backlog = backlog_of(Source(tmp_path, 5))
         first, second, third = [await taken(backlog) for _ in range(3)]
@@ -298,7 +300,7 @@ def test_a_row_that_is_put_back_comes_again_in_its_order_as_if_it_had_not_been_o
     assert moved(test) == [1, 2, 3, 4, 0]
 
 
-def test_where_only_long_waits_are_left_nothing_is_waited_for(tmp_path: Path) -> None:
+def test_only_long_waits_are_not_waited_for(tmp_path: Path) -> None:
     async def test() -> int:
         backlog, started = backlog_of(Source(tmp_path, 2)), now()
         first, second = await taken(backlog), await taken(backlog)
@@ -316,7 +318,7 @@ def test_where_only_long_waits_are_left_nothing_is_waited_for(tmp_path: Path) ->
 # ── the end ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_closing_wakes_everyone_and_nothing_more_is_handed_out(tmp_path: Path) -> None:
+def test_closing_wakes_every_worker(tmp_path: Path) -> None:
     async def test() -> None:
         backlog = backlog_of(Source(tmp_path, 10, 10))
         for _ in range(20):
@@ -343,7 +345,7 @@ def test_the_last_row_done_ends_everyones_wait(tmp_path: Path) -> None:
     moved(test)
 
 
-def test_a_row_that_never_comes_back_is_waited_for(tmp_path: Path) -> None:
+def test_a_missing_row_is_waited_for(tmp_path: Path) -> None:
     async def test() -> None:
         backlog = backlog_of(Source(tmp_path, 1))
         await taken(backlog)
@@ -393,7 +395,7 @@ def test_an_error_of_opening_reaches_every_worker(tmp_path: Path, after: int) ->
     in_time(test)
 
 
-def test_an_error_of_opening_ahead_that_nobody_waits_for_is_no_noise(tmp_path: Path) -> None:
+def test_errors_ahead_are_silent_until_needed(tmp_path: Path) -> None:
     source, noise = Source(tmp_path, 3), []
 
     def open_next() -> OpenChunk | None:
@@ -488,9 +490,7 @@ class Workers:
 
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.integers(1, 12), max_size=4), st.integers(1, 12), st.integers(0, 2**32))
-def test_every_row_is_settled_once_and_no_worker_idles_while_one_is_due(
-    tmp_path: Path, sizes: list[int], count: int, seed: int
-) -> None:
+def test_every_row_settles_without_idle_workers(tmp_path: Path, sizes: list[int], count: int, seed: int) -> None:
     async def test() -> Workers:
         workers = Workers(backlog_of(Source(tmp_path, *sizes)), Random(seed))
         async with asyncio.TaskGroup() as tasks:

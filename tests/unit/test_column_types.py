@@ -120,9 +120,12 @@ TEXTS: dict[str, tuple["pa.Array[Any]", str, str]] = {
 }
 
 REFUSED: dict[str, tuple["pa.Array[Any]", str]] = {
-    "date": (pa.array([10**7], pa.date32()), "column 'x' of type date32[day]: a value is beyond what"),
-    "timestamp": (pa.array([2**62], pa.timestamp("us")), "column 'x' of type timestamp[us]: a value is beyond what"),
-    "duration": (pa.array([2**62], pa.duration("s")), "column 'x' of type duration[s]: a value is beyond what"),
+    "date": (pa.array([10**7], pa.date32()), "column 'x' of type date32[day]: a value is out of the range"),
+    "timestamp": (
+        pa.array([2**62], pa.timestamp("us")),
+        "column 'x' of type timestamp[us]: a value is out of the range",
+    ),
+    "duration": (pa.array([2**62], pa.duration("s")), "column 'x' of type duration[s]: a value is out of the range"),
     "zone": (
         pa.array([MOMENT], pa.timestamp("us", "Mars/Base")),
         "column 'x' of type timestamp[us, tz=Mars/Base]: its time zone is not known here; install tzdata, or cast",
@@ -150,7 +153,7 @@ def parquet(tmp_path: Path, column: "pa.Array[Any]") -> Path:
 
 
 @pytest.mark.parametrize("name", AS_JSON)
-def test_a_prompt_from_parquet_is_that_from_json_lines(tmp_path: Path, name: str) -> None:
+def test_parquet_and_json_lines_give_equal_prompts(tmp_path: Path, name: str) -> None:
     column, value = AS_JSON[name]
     lines = tmp_path / "in.jsonl"
     lines.write_text(json.dumps({"x": value}, default=str) + "\n")
@@ -158,13 +161,13 @@ def test_a_prompt_from_parquet_is_that_from_json_lines(tmp_path: Path, name: str
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_a_time_or_decimal_is_the_text_that_the_docs_say(tmp_path: Path, name: str) -> None:
+def test_times_and_decimals_have_documented_texts(tmp_path: Path, name: str) -> None:
     column, text, in_json = TEXTS[name]
     assert [each.strip('"') for each in prompts_of(parquet(tmp_path, column))] == [text, in_json]
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_value_that_can_not_be_read_is_named_with_its_column_and_type(tmp_path: Path, name: str) -> None:
+def test_an_unreadable_value_names_its_column(tmp_path: Path, name: str) -> None:
     column, said = REFUSED[name]
     (record,) = open_source(find_files(str(parquet(tmp_path, column)))).records()
     assert record.problem is not None
@@ -179,7 +182,7 @@ def test_a_struct_with_a_field_twice_is_refused(tmp_path: Path) -> None:
         open_source((file,))
 
 
-def test_a_column_that_is_nested_too_deep_for_arrow_is_not_called_damaged(tmp_path: Path) -> None:
+def test_deep_nesting_is_not_called_damage(tmp_path: Path) -> None:
     value: Any = 1
     for _ in range(60):
         value = [value]
@@ -198,7 +201,7 @@ def test_a_damaged_column_is_named_with_its_type(tmp_path: Path) -> None:
         list(open_source((path,)).records())
 
 
-def test_a_table_of_a_library_may_hold_types_that_parquet_has_not(tmp_path: Path) -> None:
+def test_tables_may_hold_types_without_parquet(tmp_path: Path) -> None:
     given = pa.table(
         {
             "x": pa.RunEndEncodedArray.from_arrays(pa.array([2], pa.int32()), pa.array(["a"])),
@@ -212,7 +215,7 @@ def test_a_table_of_a_library_may_hold_types_that_parquet_has_not(tmp_path: Path
 
 
 @pytest.mark.parametrize("column", [pa.nulls(1, pa.month_day_nano_interval()), pa.array([{}], pa.struct([]))])
-def test_a_column_of_a_table_that_no_file_can_hold_is_named_with_its_type(tmp_path: Path, column: Any) -> None:
+def test_an_unstorable_table_column_is_named(tmp_path: Path, column: Any) -> None:
     with (
         pytest.raises(InputError, match=f"column 'x' of type {column.type}: .*; cast it"),
         as_file(pa.table({"a": [1], "x": column}), tmp_path),

@@ -56,16 +56,14 @@ def test_no_form_of_the_key_survives(form: str, key: str, before: str, after: st
 
 
 @given(KEYS)
-def test_percent_escapes_in_small_letters_do_not_survive_either(key: str) -> None:
+def test_lower_case_percent_escapes_are_removed(key: str) -> None:
     first, *escapes = urllib.parse.quote(key, safe="").split("%")
     written = first + "".join(f"%{escape[:2].lower()}{escape[2:]}" for escape in escapes)
     assert written not in holding(key).clean_text(f"<{written}>")
 
 
 @given(KEYS, st.binary(max_size=5), st.binary(max_size=5), st.booleans())
-def test_base64_of_a_text_with_the_key_at_any_offset_cannot_be_read_back(
-    key: str, before: bytes, after: bytes, url_safe: bool
-) -> None:
+def test_base64_at_any_offset_is_removed(key: str, before: bytes, after: bytes, url_safe: bool) -> None:
     encode, decode = (
         (base64.urlsafe_b64encode, base64.urlsafe_b64decode) if url_safe else (base64.b64encode, base64.b64decode)
     )
@@ -77,12 +75,12 @@ def test_base64_of_a_text_with_the_key_at_any_offset_cannot_be_read_back(
             assert key.encode() not in decode(digits[: len(digits) // 4 * 4])
 
 
-def test_a_text_without_the_key_is_the_very_same_object() -> None:
+def test_a_text_without_key_is_unchanged() -> None:
     raw = b'{"choices":[]}' * 100
     assert holding(KEY).clean(raw) is raw
 
 
-def test_half_characters_are_kept_while_cleaning() -> None:
+def test_half_characters_survive_cleaning() -> None:
     assert holding("sk-canary").clean_text("\ud800 sk-canary") == "\ud800 [redacted]"
 
 
@@ -93,24 +91,25 @@ def test_its_repr_shows_nothing() -> None:
 # -- where it comes from
 
 
-def test_the_key_of_the_environment_goes_into_a_bearer_header() -> None:
+def test_the_key_becomes_a_bearer_header() -> None:
     assert holding(" sk-canary\n").headers == {"Authorization": "Bearer sk-canary"}
 
 
 @pytest.mark.parametrize("environ", [{}, {"KEY": ""}, {"KEY": "  "}])
-def test_a_variable_that_is_not_set_is_named_with_what_to_do(environ: dict[str, str]) -> None:
+def test_an_unset_variable_is_named(environ: dict[str, str]) -> None:
     with pytest.raises(JobError, match=r"endpoint\.api_key_env: the environment variable KEY is not set; export KEY="):
         read(Endpoint(URL, api_key_env="KEY"), environ)
 
 
 @pytest.mark.parametrize("key", ["sk canary", "sk-can\nary", "sk-canarý", "sk-\x00canary", "sk\u200bcanary"])
-def test_a_key_that_no_header_can_carry_is_refused_without_showing_it(key: str) -> None:
+def test_an_unsendable_key_is_refused_unshown(key: str) -> None:
     with pytest.raises(JobError, match="the API key holds blanks or characters") as caught:
         holding(key)
     assert "ary" not in str(caught.value).removesuffix("carry")
 
 
-def test_a_header_can_hold_a_secret_of_the_environment_which_is_cleaned_with_and_without_its_scheme() -> None:
+def test_a_secret_header_is_cleaned() -> None:
+    """With and without its scheme."""
     endpoint = Endpoint(URL, headers={"X-Team": "blue", "Authorization": "env:AUTH"})
     credentials = read(endpoint, {"AUTH": "Bearer sk-canary"})
     assert credentials.headers == {"X-Team": "blue", "Authorization": "Bearer sk-canary"}
@@ -142,19 +141,19 @@ def test_a_key_file_of_ones_own_is_read(tmp_path: Path, mode: int) -> None:
 
 
 @pytest.mark.parametrize("mode", [0o444, 0o644, 0o604])
-def test_a_key_file_that_everyone_can_read_is_warned_of(tmp_path: Path, mode: int) -> None:
+def test_a_readable_key_file_is_warned_of(tmp_path: Path, mode: int) -> None:
     credentials = read(key_file(tmp_path, mode), {})
     assert credentials.headers == {"Authorization": "Bearer sk-canary"}
     assert "can be read by everyone" in (credentials.warning or "")
 
 
 @pytest.mark.parametrize("mode", [0o620, 0o602, 0o666, 0o660])
-def test_a_key_file_that_others_may_write_is_refused(tmp_path: Path, mode: int) -> None:
+def test_a_writable_key_file_is_refused(tmp_path: Path, mode: int) -> None:
     with pytest.raises(JobError, match=r"endpoint\.api_key_file: others may write .*; chmod 600 "):
         read(key_file(tmp_path, mode), {})
 
 
-def test_a_key_file_that_holds_or_is_nothing_is_named(tmp_path: Path) -> None:
+def test_an_unusable_key_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(JobError, match=r"endpoint\.api_key_file: .* is empty"):
         read(key_file(tmp_path, 0o600, " \n"), {})
     with pytest.raises(JobError, match=r"endpoint\.api_key_file: can't read .*gone"):
@@ -174,22 +173,20 @@ def in_pieces(credentials: Credentials, raw: bytes, cuts: list[int]) -> bytes:
     words=st.lists(st.one_of(st.just("KEY"), st.text("ab", max_size=12), st.text(max_size=5)), max_size=6),
     data=st.data(),
 )
-def test_a_key_that_comes_in_pieces_is_cut_out_as_from_the_whole(
-    key: str, words: list[str], data: st.DataObject
-) -> None:
+def test_a_key_in_pieces_is_removed(key: str, words: list[str], data: st.DataObject) -> None:
     raw = "".join(key if word == "KEY" else word for word in words).encode("utf-8", "replace")
     cuts = data.draw(st.lists(st.integers(0, len(raw)), max_size=8))
     assert in_pieces(holding(key), raw, cuts) == holding(key).clean(raw)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_no_form_of_the_key_survives_byte_by_byte(form: str) -> None:
+def test_no_key_form_survives_byte_by_byte(form: str) -> None:
     written = FORMS[form](KEY).strip('"').encode()
     raw = b"data: Bearer " + written + b"\n\n" + written + written
     cleaned = in_pieces(holding(KEY), raw, list(range(len(raw))))
     assert cleaned == b"data: Bearer [redacted]\n\n[redacted][redacted]"
 
 
-def test_without_a_key_nothing_is_held_back() -> None:
+def test_without_key_nothing_is_held_back() -> None:
     cleaner = Credentials({}, frozenset()).cleaner()
     assert (cleaner.feed(b"abc"), cleaner.finish()) == (b"abc", b"")

@@ -29,17 +29,17 @@ GUESSED: dict[Meaning, str] = {
 
 
 @pytest.mark.parametrize(("word", "meaning"), [(word, m) for m, words in GUESSED.items() for word in words.split()])
-def test_a_word_that_no_table_has_is_judged_by_its_parts(word: str, meaning: Meaning) -> None:
+def test_an_unknown_reason_is_judged_by_parts(word: str, meaning: Meaning) -> None:
     assert meaning_of(word) is meaning
     assert not is_known(word), "and it is reported"
 
 
 @pytest.mark.parametrize("word", ["stop", "MAX_TOKENS", "content_filter_error", "error_limit", "null", "", None])
-def test_the_table_comes_first_and_its_words_are_not_reported(word: str | None) -> None:
+def test_the_table_of_reasons_comes_first(word: str | None) -> None:
     assert is_known(word)
 
 
-def test_a_long_text_is_no_word() -> None:
+def test_a_long_text_is_no_reason() -> None:
     assert meaning_of("error " * 50) is Meaning.OTHER
 
 

@@ -25,26 +25,27 @@ def forecast(recent: Recent, rows: int) -> Forecast:
     return found
 
 
-def test_a_steady_pace_is_gone_on_with() -> None:
+def test_a_steady_rate_is_extrapolated() -> None:
     found = forecast(seen(5, 60), 1000)
     assert (found.rows_per_s, found.tokens_per_s, found.seen_s) == (5, 50, 60)
     assert found.done_in_s == (1000 - 300) / 5
     assert found.limit is Limit.REQUESTS
 
 
-def test_before_there_are_two_moments_nothing_is_foretold() -> None:
+def test_two_moments_are_needed_to_predict() -> None:
     assert Recent().forecast(10) is None
     assert seen(1, 0).forecast(10) is None
 
 
-def test_a_run_that_stands_still_has_no_end_and_one_that_is_done_has_come_to_it() -> None:
+def test_only_a_moving_run_has_an_end() -> None:
     assert forecast(seen(0, 60), 10).done_in_s is None
     assert forecast(seen(0, 60), 0).done_in_s == 0.0
     assert forecast(seen(0.1, 60), 10**12).done_in_s is None
     assert forecast(seen(1, 60), 60).done_in_s == 0.0
 
 
-def test_only_the_last_minutes_count_and_the_shown_rate_is_of_the_last_seconds() -> None:
+def test_only_recent_minutes_count() -> None:
+    """The rate that is shown is of the last seconds."""
     recent = Recent()
     for at_s in range(1000):  # ten rows a second until 700, then none but in the last half minute
         settled = min(at_s, 700) * 10 + max(0, at_s - (999 - int(RATE_S))) * 4
@@ -54,7 +55,7 @@ def test_only_the_last_minutes_count_and_the_shown_rate_is_of_the_last_seconds()
     assert found.tokens_per_s == 4
 
 
-def test_the_limit_is_the_one_that_bound_most_of_the_time() -> None:
+def test_the_limit_that_bound_most_is_named() -> None:
     recent = seen(1, 20, Limit.LATENCY)
     seen(1, 40, Limit.TOKENS, into=recent, at_s=20.5)
     seen(1, 5, Limit.COOLING, into=recent, at_s=61)
@@ -63,7 +64,7 @@ def test_the_limit_is_the_one_that_bound_most_of_the_time() -> None:
     assert forecast(recent, 100).limit is Limit.BUDGET
 
 
-def test_the_share_by_a_deadline_counts_what_is_settled_already_and_is_never_more_than_all() -> None:
+def test_the_share_by_a_deadline_includes_settled_rows() -> None:
     found = forecast(seen(2, 60), 1000)
     assert found.share_by(100, 120, 1000) == pytest.approx(0.32)
     assert found.share_by(-5, 120, 1000) == pytest.approx(0.12)
@@ -71,13 +72,13 @@ def test_the_share_by_a_deadline_counts_what_is_settled_already_and_is_never_mor
     assert found.share_by(0, 0, 0) == 1.0
 
 
-def test_a_concern_is_told_once_and_again_only_when_it_gets_markedly_worse() -> None:
+def test_a_concern_repeats_only_when_worse() -> None:
     concern = Concern(allotted_s=6 * 3600)
     told = [share for share in (0.97, 0.95, 0.9, 0.88, 0.86, 0.8, 0.77, 0.9, 0.76) if concern.rises(share, 60)]
     assert told == [0.97, 0.86, 0.76]
 
 
-def test_a_concern_waits_for_experience_and_for_a_reason() -> None:
+def test_a_concern_needs_data_and_a_reason() -> None:
     concern = Concern(allotted_s=6 * 3600)
     assert not concern.rises(0.5, 59)
     assert not concern.rises(0.99, 3600)
@@ -86,14 +87,14 @@ def test_a_concern_waits_for_experience_and_for_a_reason() -> None:
 
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=300))
-def test_the_held_latency_covers_the_last_answer_and_never_passes_the_slowest(latencies: list[float]) -> None:
+def test_expected_latency_covers_the_last_answer(latencies: list[float]) -> None:
     held = 0.0
     for latency in latencies:
         held = peak(held, latency)
         assert latency <= held <= max(latencies)
 
 
-def test_one_slow_answer_is_forgotten_after_some_hundred_quick_ones() -> None:
+def test_one_slow_answer_is_soon_forgotten() -> None:
     held = peak(0.0, 900.0)
     for _ in range(500):
         held = peak(held, 1.0)

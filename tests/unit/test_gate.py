@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from batchrun.errors import ExitCode
 from batchrun.job.job import Limits
-from batchrun.limits.adaptive_rate import PaceChange
+from batchrun.limits.adaptive_rate import RateChange
 from batchrun.limits.admission import Ask, Binding, Limit, Outcome, Ruling, Stop
 from batchrun.limits.budget import BudgetAccount, Cap
 from batchrun.limits.circuit import Circuit
@@ -36,7 +36,7 @@ def new_gate(
     daily: DailyCount | None = None,
     purse: BudgetAccount | None = None,
     overruns: Overruns | None = None,
-    on_pace: PaceChange = lambda limit, before, after, why: None,
+    on_pace: RateChange = lambda limit, before, after, why: None,
     **limits: Any,
 ) -> Gate:
     state = Circuit(
@@ -103,7 +103,9 @@ def on_moved_clock(test: Callable[[], Awaitable[None]]) -> Callable[[], None]:
 
 @settings(max_examples=25, deadline=None)
 @given(st.sampled_from([7.0, 60.0, 90.0, 119.0, 600.0, 6_000.0]))
-def test_the_request_rate_is_kept_and_used_from_the_first_minute_on(limit: float) -> None:
+def test_the_request_rate_is_kept_and_used(limit: float) -> None:
+    """From the first minute on."""
+
     async def main() -> None:
         gate = new_gate(requests_per_minute=limit)
         admitted_at_s = [await use(gate, SMALL) for _ in range(int(limit * 5) + 1)]
@@ -118,7 +120,9 @@ def test_the_request_rate_is_kept_and_used_from_the_first_minute_on(limit: float
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(1, 9_000), min_size=50, max_size=100), st.sampled_from([6_000.0, 200_000.0]))
-def test_the_token_rate_is_kept_and_used_whatever_the_sizes(sizes: list[int], limit: float) -> None:
+def test_the_token_rate_is_kept_and_used(sizes: list[int], limit: float) -> None:
+    """Whatever the sizes."""
+
     async def main() -> None:
         gate = new_gate(tokens_per_minute=limit)
         first_s = now_s()
@@ -134,7 +138,8 @@ def test_the_token_rate_is_kept_and_used_whatever_the_sizes(sizes: list[int], li
 
 
 @on_moved_clock
-async def test_a_long_answer_delays_the_next_and_a_short_one_brings_it_forward() -> None:
+async def test_actual_tokens_shift_the_next_request() -> None:
+    """A long answer delays it, a short one brings it forward."""
     for actual, wait_s in ((100, 0.6), (40, 0.0), (160, 1.2)):
         gate = new_gate(tokens_per_minute=6_000)
         slot = await gate.admit(Ask(100))
@@ -145,7 +150,7 @@ async def test_a_long_answer_delays_the_next_and_a_short_one_brings_it_forward()
 
 
 @on_moved_clock
-async def test_a_refund_lets_the_first_in_line_go_at_once() -> None:
+async def test_a_refund_releases_the_first_waiter() -> None:
     gate = new_gate(tokens_per_minute=6_000)
     slot = await gate.admit(Ask(1_000_000))
     waiting = await turns(gate.admit(Ask(50)))
@@ -167,7 +172,7 @@ async def test_an_answer_without_usage_leaves_the_estimate_standing() -> None:
 
 
 @on_moved_clock
-async def test_hours_without_a_request_save_up_one_second_of_the_limits_and_no_storm() -> None:
+async def test_idle_hours_save_one_second_only() -> None:
     gate = new_gate(requests_per_minute=600, tokens_per_minute=6_000)
     await use(gate, SMALL)
     await asyncio.sleep(36_000)
@@ -177,7 +182,7 @@ async def test_hours_without_a_request_save_up_one_second_of_the_limits_and_no_s
 
 
 @on_moved_clock
-async def test_input_and_output_tokens_have_limits_of_their_own() -> None:
+async def test_input_and_output_have_separate_limits() -> None:
     for limit, ask in (
         ("input_tokens_per_minute", Ask(100, output_tokens=10)),
         ("output_tokens_per_minute", Ask(100, output_tokens=90)),
@@ -193,7 +198,7 @@ async def test_input_and_output_tokens_have_limits_of_their_own() -> None:
 
 
 @on_moved_clock
-async def test_what_input_and_output_were_in_fact_is_settled_apart() -> None:
+async def test_input_and_output_are_settled_separately() -> None:
     gate = new_gate(input_tokens_per_minute=6_000, output_tokens_per_minute=6_000)
     gate.settle(await gate.admit(Ask(100, output_tokens=50)), 160, 150)
     waiting = await turns(gate.admit(Ask(20, output_tokens=10)))
@@ -216,7 +221,7 @@ async def test_a_limit_per_second_holds_within_every_second() -> None:
 
 
 @on_moved_clock
-async def test_a_days_requests_are_made_and_then_the_next_day_is_waited_for() -> None:
+async def test_daily_requests_wait_for_the_next_day() -> None:
     start_s = now_s()
     gate = new_gate(daily=DailyCount(10, made=4, ends_s=start_s + 3_600))
     admitted_at_s = [await use(gate, SMALL) - start_s for _ in range(27)]
@@ -232,7 +237,7 @@ async def test_a_days_requests_are_made_and_then_the_next_day_is_waited_for() ->
 
 
 @on_moved_clock
-async def test_every_limit_that_holds_is_in_force_and_in_words() -> None:
+async def test_every_active_limit_is_described() -> None:
     gate = new_gate(
         requests_per_second=2,
         requests_per_minute=60,
@@ -248,7 +253,7 @@ async def test_every_limit_that_holds_is_in_force_and_in_words() -> None:
 
 
 @on_moved_clock
-async def test_other_limits_hold_from_the_moment_they_are_told() -> None:
+async def test_new_limits_apply_at_once() -> None:
     changes: list[tuple[Limit, float | None, float | None, str]] = []
     gate = new_gate(requests_per_minute=6_000, on_pace=lambda *change: changes.append(change))
     for _ in range(300):
@@ -264,8 +269,8 @@ async def test_other_limits_hold_from_the_moment_they_are_told() -> None:
         await use(gate, SMALL)
     assert now_s() - start_s == pytest.approx(1.0, abs=0.2)
     assert changes == [
-        (Limit.REQUESTS, 6_000, 600, "told"),
-        (Limit.REQUESTS, 600, 6_000, "told"),
+        (Limit.REQUESTS, 6_000, 600, "configured"),
+        (Limit.REQUESTS, 600, 6_000, "configured"),
     ]
 
 
@@ -281,9 +286,7 @@ async def test_other_limits_hold_from_the_moment_they_are_told() -> None:
         ({}, Rates(output_tokens_per_minute=12_000), 5),
     ],
 )
-def test_a_rate_that_is_tuned_holds_whether_or_not_the_job_had_one(
-    before: dict[str, Any], rates: Rates, per_s: float
-) -> None:
+def test_a_tuned_rate_always_applies(before: dict[str, Any], rates: Rates, per_s: float) -> None:
     async def main() -> None:
         gate, sent_s = new_gate(**before), list[float]()
         for row in range(61):
@@ -301,7 +304,7 @@ def test_a_rate_that_is_tuned_holds_whether_or_not_the_job_had_one(
 
 
 @on_moved_clock
-async def test_a_limit_of_a_day_that_is_tuned_makes_the_rest_wait_for_the_next_day() -> None:
+async def test_a_tuned_daily_limit_delays_the_rest() -> None:
     gate = new_gate()
     gate.tune(Rates(daily=DailyCount(5, 3, now_s() + 600)))
     start_s = now_s()
@@ -311,7 +314,7 @@ async def test_a_limit_of_a_day_that_is_tuned_makes_the_rest_wait_for_the_next_d
 
 
 @on_moved_clock
-async def test_who_waits_for_a_slow_pace_goes_as_soon_as_a_faster_one_allows_it() -> None:
+async def test_a_faster_rate_releases_waiters() -> None:
     gate = new_gate(requests_per_minute=1)
     await gate.admit(SMALL)
     waiting = await turns(gate.admit(SMALL))
@@ -322,7 +325,7 @@ async def test_who_waits_for_a_slow_pace_goes_as_soon_as_a_faster_one_allows_it(
 
 
 @on_moved_clock
-async def test_fewer_in_flight_takes_effect_as_slots_return_and_never_more_than_there_are_slots() -> None:
+async def test_lower_concurrency_applies_as_slots_return() -> None:
     gate = new_gate(max_in_flight=4)
     slots = [await gate.admit(SMALL) for _ in range(4)]
     gate.tune(max_in_flight=2)
@@ -345,7 +348,7 @@ async def test_fewer_in_flight_takes_effect_as_slots_return_and_never_more_than_
 
 
 @on_moved_clock
-async def test_no_more_than_max_in_flight_and_each_has_a_slot_of_its_own() -> None:
+async def test_every_request_in_flight_has_its_slot() -> None:
     gate = new_gate(max_in_flight=4)
     slots = [await gate.admit(SMALL) for _ in range(4)]
     assert sorted(slots) == [0, 1, 2, 3]
@@ -358,7 +361,7 @@ async def test_no_more_than_max_in_flight_and_each_has_a_slot_of_its_own() -> No
 
 
 @on_moved_clock
-async def test_only_as_many_slots_are_used_as_were_ever_in_flight() -> None:
+async def test_only_the_slots_needed_are_used() -> None:
     gate = new_gate(max_in_flight=64)
     used = set()
     for _ in range(50):
@@ -370,7 +373,7 @@ async def test_only_as_many_slots_are_used_as_were_ever_in_flight() -> None:
 
 
 @on_moved_clock
-async def test_a_slot_is_released_and_settled_and_observed_once() -> None:
+async def test_a_slot_is_settled_exactly_once() -> None:
     gate = new_gate()
     slot = await gate.admit(SMALL)
     gate.settle(slot, 1)
@@ -416,9 +419,11 @@ PLANS = st.lists(
     st.sampled_from([None, 60.0, 6_000.0]),
     st.sampled_from([None, 6_000.0]),
 )
-def test_nobody_overtakes_whatever_the_sizes_costs_and_cancellations(
+def test_the_queue_is_strictly_first_in_first_out(
     plans: list[Plan], max_in_flight: int, rpm: float | None, tpm: float | None
 ) -> None:
+    """Whatever the sizes, costs and cancellations."""
+
     async def main() -> None:
         gate = new_gate(
             max_in_flight=max_in_flight,
@@ -454,7 +459,7 @@ def test_nobody_overtakes_whatever_the_sizes_costs_and_cancellations(
 
 
 @on_moved_clock
-async def test_a_large_prompt_keeps_its_turn_before_smaller_ones_that_would_fit() -> None:
+async def test_a_large_prompt_keeps_its_turn() -> None:
     gate = new_gate(tokens_per_minute=6_000)
     await gate.admit(Ask(50))
     admitted: list[int] = []
@@ -468,7 +473,7 @@ async def test_a_large_prompt_keeps_its_turn_before_smaller_ones_that_would_fit(
 
 
 @on_moved_clock
-async def test_what_the_first_in_line_waits_for_is_not_taken_before_it_can_go() -> None:
+async def test_a_waiter_reserves_nothing_early() -> None:
     purse = money(Decimal(10))
     gate = new_gate(max_in_flight=1, requests_per_minute=60, tokens_per_minute=6_000, purse=purse)
     slot = await gate.admit(Ask(100, Decimal(1)))
@@ -486,7 +491,7 @@ async def test_what_the_first_in_line_waits_for_is_not_taken_before_it_can_go() 
 
 
 @on_moved_clock
-async def test_when_the_first_in_line_leaves_the_next_one_is_served_in_its_time() -> None:
+async def test_a_leaving_waiter_frees_the_next() -> None:
     gate = new_gate(tokens_per_minute=6_000)
     await gate.admit(Ask(100))
     large = await turns(gate.admit(Ask(100)))
@@ -497,7 +502,7 @@ async def test_when_the_first_in_line_leaves_the_next_one_is_served_in_its_time(
     assert now_s() - start_s == pytest.approx(0.1)
 
 
-def test_no_timer_is_left_when_nobody_waits() -> None:
+def test_no_timer_remains_without_waiters() -> None:
     left_at_s: list[float] = []
 
     async def main() -> None:
@@ -531,7 +536,7 @@ CENTS = st.integers(0, 50).map(lambda n: Decimal(n) / 100)
     st.integers(0, 300).map(lambda n: Decimal(n) / 100),
     CENTS,
 )
-def test_confirmed_and_possibly_billed_and_in_flight_never_pass_the_cap(
+def test_spending_and_reservations_respect_the_cap(
     rows: list[tuple[Decimal, Decimal | None, float]], cap: Decimal, spent_before: Decimal
 ) -> None:
     async def main() -> None:
@@ -566,9 +571,11 @@ def test_confirmed_and_possibly_billed_and_in_flight_never_pass_the_cap(
     st.integers(0, 30),
     st.integers(0, 20),
 )
-def test_tokens_and_requests_never_pass_their_caps_whatever_is_retried_or_never_known(
+def test_token_and_request_caps_are_kept(
     rows: list[tuple[int, int | None, float, int]], max_tokens: int, max_requests: int, before: int
 ) -> None:
+    """Whatever is retried, and whatever is never known."""
+
     async def main() -> None:
         used, sent, bounds = min(before, max_tokens), min(before, max_requests), 0
         gate = new_gate(purse=BudgetAccount(tokens=Cap(max_tokens, used), requests=Cap(max_requests, sent)))
@@ -595,7 +602,7 @@ def test_tokens_and_requests_never_pass_their_caps_whatever_is_retried_or_never_
 
 
 @on_moved_clock
-async def test_a_row_that_does_not_fit_waits_for_what_is_in_flight_and_then_stops_the_run() -> None:
+async def test_an_unaffordable_row_waits_then_stops() -> None:
     purse = money(Decimal("1.00"))
     gate = new_gate(purse=purse)
     first = await gate.admit(Ask(1, Decimal("0.60")))
@@ -613,7 +620,7 @@ async def test_a_row_that_does_not_fit_waits_for_what_is_in_flight_and_then_stop
 
 
 @on_moved_clock
-async def test_a_budget_too_small_for_the_first_request_stops_before_it() -> None:
+async def test_a_tiny_budget_stops_before_sending() -> None:
     gate = new_gate(purse=money(Decimal("0.01")))
     with pytest.raises(GateClosed, match="budget"):
         await gate.admit(Ask(1, Decimal("0.02")))
@@ -631,7 +638,7 @@ async def test_without_a_cap_a_known_bound_limits_nothing() -> None:
 
 
 @on_moved_clock
-async def test_closing_ends_every_wait_at_once_and_later_rows_too() -> None:
+async def test_closing_ends_every_wait() -> None:
     gate = new_gate(requests_per_minute=1)
     await gate.admit(SMALL)
     waiting = [await turns(gate.admit(SMALL)) for _ in range(5)]
@@ -669,7 +676,7 @@ async def test_closing_ends_a_cooling_wait() -> None:
 
 
 @on_moved_clock
-async def test_a_cooling_ends_by_itself_and_lets_one_row_try() -> None:
+async def test_a_cooling_ends_with_a_probe() -> None:
     gate = new_gate()
     await storm(gate, 30.0)
     start_s = now_s()
@@ -686,7 +693,7 @@ async def test_a_cooling_ends_by_itself_and_lets_one_row_try() -> None:
 
 
 @on_moved_clock
-async def test_a_probe_released_unsent_lets_the_next_row_try() -> None:
+async def test_an_unsent_probe_frees_the_next() -> None:
     gate = new_gate()
     await storm(gate)
     probe = await gate.admit(SMALL)
@@ -696,7 +703,7 @@ async def test_a_probe_released_unsent_lets_the_next_row_try() -> None:
 
 
 @on_moved_clock
-async def test_a_failure_that_cost_nothing_gives_its_tokens_back() -> None:
+async def test_a_free_failure_returns_its_tokens() -> None:
     gate = new_gate(tokens_per_minute=6_000)
     slot = await gate.admit(Ask(tokens=100))
     gate.observe(slot, Outcome(0, Verdict.FREE, SERVER_ERROR))
@@ -707,7 +714,7 @@ async def test_a_failure_that_cost_nothing_gives_its_tokens_back() -> None:
 
 
 @on_moved_clock
-async def test_one_refusal_makes_nobody_else_wait_and_gives_back_what_it_had_taken() -> None:
+async def test_one_refusal_delays_no_other_row() -> None:
     gate = new_gate(tokens_per_minute=6_000)
     slot = await gate.admit(Ask(tokens=100))
     gate.observe(slot, Outcome(0, Verdict.SLOW, RATE_LIMIT, retry_after_s=60.0))
@@ -720,9 +727,9 @@ async def test_one_refusal_makes_nobody_else_wait_and_gives_back_what_it_had_tak
 @pytest.mark.parametrize(
     ("verdict", "error"), [(Verdict.SLOW, RATE_LIMIT), (Verdict.FREE, SERVER_ERROR), (Verdict.MAYBE, None)]
 )
-def test_workers_send_fewer_than_thirty_requests_in_five_minutes_of_trouble_and_then_finish(
-    verdict: Verdict, error: RowError | None
-) -> None:
+def test_five_minutes_of_trouble_need_few_requests(verdict: Verdict, error: RowError | None) -> None:
+    """Workers send fewer than thirty and then finish."""
+
     async def main() -> None:
         gate = new_gate(max_in_flight=64)
         well_at_s = now_s() + 300.0
@@ -750,7 +757,7 @@ def test_workers_send_fewer_than_thirty_requests_in_five_minutes_of_trouble_and_
 
 
 @on_moved_clock
-async def test_a_suspect_row_is_held_and_the_next_rows_success_gives_it_its_verdict() -> None:
+async def test_the_next_success_judges_a_suspect_row() -> None:
     gate = new_gate()
     suspect = await gate.admit(SMALL)
     forbidden = RowError("forbidden", 403, None, "HTTP 403")
@@ -764,7 +771,7 @@ async def test_a_suspect_row_is_held_and_the_next_rows_success_gives_it_its_verd
 # the clock these tests live on
 
 
-def test_a_test_that_would_wait_for_ever_fails_instead() -> None:
+def test_an_endless_test_fails_instead() -> None:
     async def main() -> None:
         gate = new_gate(max_in_flight=1)
         await gate.admit(SMALL)

@@ -107,7 +107,7 @@ def live(endpoint: Endpoint, rows: int) -> Night:
         verdict, error = endpoint(row, sent_s)
         finding = NOTHING
         if verdict is Verdict.SLOW:
-            finding = refusals.refused(order, now_s, Limit.REQUESTS, told_when=False)
+            finding = refusals.refused(order, now_s, Limit.REQUESTS, names_time=False)
         else:
             refusals.ended(order, now_s)
         refusals.rise(now_s)
@@ -156,7 +156,7 @@ TROUBLES = 30
         pytest.param(always(BAD), ExitCode.USAGE, set(range(10)), 10 + FIRST_IN_FLIGHT, id="the job itself is wrong"),
     ],
 )
-def test_what_becomes_of_a_night(
+def test_each_scenario_has_its_outcome(
     endpoint: Endpoint, exit_code: ExitCode | None, failed: set[int], in_trouble: int
 ) -> None:
     night = live(endpoint, 3_000)
@@ -175,18 +175,19 @@ def test_what_becomes_of_a_night(
         pytest.param(for_rows(lambda row: row == 77, BAD), id="one that is bad"),
     ],
 )
-def test_what_is_a_rows_own_fault_never_closes_the_gate_for_the_others(endpoint: Endpoint) -> None:
+def test_row_errors_never_close_the_gate(endpoint: Endpoint) -> None:
     night = live(endpoint, 3_000)
     assert night.phases == []
     assert all(night.sent[row] == 1 for row in night.done)
 
 
-def test_a_forbidden_row_costs_the_night_one_probe_and_no_cooling() -> None:
+def test_a_forbidden_row_costs_one_probe() -> None:
     night = live(for_rows(lambda row: row == 77, FORBIDDEN), 3_000)
     assert [type(phase).__name__ for phase in night.phases] == ["Probing", "Open"]
 
 
-def test_thirty_in_a_hundred_at_random_are_answered_in_the_end_and_hardly_ever_taken_for_an_outage() -> None:
+def test_random_failures_are_hardly_ever_outages() -> None:
+    """With thirty in a hundred failing, every row is answered in the end."""
     chance = iter(range(10**9))
     night = live(lambda row, now_s: BROKEN if next(chance) * 2_654_435_761 % 1_000 < 300 else WELL, 3_000)
     assert night.stop is None

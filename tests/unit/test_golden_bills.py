@@ -10,7 +10,7 @@ BILLS = bills()
 
 
 @pytest.mark.parametrize("bill", BILLS, ids=[f"{bill.vendor}: {bill.what}" for bill in BILLS])
-def test_a_vendors_answer_is_billed_as_that_vendor_does(bill: Bill) -> None:
+def test_an_answer_is_billed_as_its_vendor(bill: Bill) -> None:
     if bill.parts:
         assert sum(tokens * price for tokens, price in bill.parts) == (bill.usd or 0) * 1_000_000, "the line itself"
     assert billed(bill) == bill.usd

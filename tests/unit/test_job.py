@@ -44,16 +44,16 @@ def test_every_job_that_is_shipped_loads(file: Path, monkeypatch: pytest.MonkeyP
     [
         (
             "[limits]\nrequest_per_minute = 1",
-            "limits.request_per_minute: no such setting: did you mean limits.requests_per_minute?",
+            "limits.request_per_minute: unknown setting: did you mean limits.requests_per_minute?",
         ),
-        ("[limits]\nrpm = 1", "limits.rpm: no such setting: did you mean limits.requests_per_minute?"),
+        ("[limits]\nrpm = 1", "limits.rpm: unknown setting: did you mean limits.requests_per_minute?"),
         ("[limits]\nmax_in_flight = [1]", "limits.max_in_flight: expected an integer, got a list"),
-        ("[limit]\nmax_in_flight = 1", "limit: no such setting: did you mean limits?"),
-        ("[limits]\nmax_cost_usd = 1", "limits.max_cost_usd: no such setting: did you mean budget.max_cost_usd?"),
-        ("[xyzzy]", "xyzzy: no such setting: docs/job.md lists every setting"),
+        ("[limit]\nmax_in_flight = 1", "limit: unknown setting: did you mean limits?"),
+        ("[limits]\nmax_cost_usd = 1", "limits.max_cost_usd: unknown setting: did you mean budget.max_cost_usd?"),
+        ("[xyzzy]", "xyzzy: unknown setting: docs/job.md lists every setting"),
         (
             '[[request.messages]]\nroll = "user"',
-            "request.messages[0].roll: no such setting: did you mean request.messages[0].role?",
+            "request.messages[0].roll: unknown setting: did you mean request.messages[0].role?",
         ),
         (
             '[[request.messages]]\nrole = "usr"\ncontent = "x"',
@@ -61,7 +61,7 @@ def test_every_job_that_is_shipped_loads(file: Path, monkeypatch: pytest.MonkeyP
         ),
         (
             '[request]\nfunctions = [{nam = "f"}]',
-            "request.functions[0].nam: no such setting: did you mean request.functions[0].name?",
+            "request.functions[0].nam: unknown setting: did you mean request.functions[0].name?",
         ),
         ("[request]\nmax_tokens = 0", "request.max_tokens: expected an integer >= 1 (is 0)"),
         ("[request]\nmax_tokens = 128_001", "request.max_tokens: expected an integer <= 128000 (is 128001)"),
@@ -75,7 +75,7 @@ def test_every_job_that_is_shipped_loads(file: Path, monkeypatch: pytest.MonkeyP
         ('[request]\nfunction_call = "always"', 'request.function_call: expected "none", "auto" or { name = "…" }'),
         (
             '[request]\nprompt = "x"\nmessages = "chat"',
-            "request.prompt: can't stand beside request.messages; keep one of them",
+            "request.prompt: conflicts with request.messages; keep one of them",
         ),
         (
             '[request]\nsystem = "x"\n[[request.messages]]\nrole = "user"\ncontent = "x"',
@@ -91,15 +91,15 @@ def test_every_job_that_is_shipped_loads(file: Path, monkeypatch: pytest.MonkeyP
         ),
         (
             "[request]\nextra = { stream = true }",
-            "request.extra.stream: this one has a setting of its own, request.stream",
+            "request.extra.stream: has its own setting, request.stream",
         ),
         (
             "[request]\nextra = { until = 2026-11-22 }",
-            "request.extra.until: JSON has no such value (is 2026-11-22); dates belong in quotes",
+            "request.extra.until: JSON has no such value (is 2026-11-22); write dates in quotes",
         ),
         (
             "[request]\nextra = { bias = { a = nan } }",
-            "request.extra.bias.a: JSON has no such value (is nan); dates belong in quotes",
+            "request.extra.bias.a: JSON has no such value (is nan); write dates in quotes",
         ),
         (
             '[request]\nfrom_columns = { seed = "s" }',
@@ -120,7 +120,7 @@ def test_every_job_that_is_shipped_loads(file: Path, monkeypatch: pytest.MonkeyP
         ('[budget]\nmax_cost_usd = "ten"', "budget.max_cost_usd: expected an amount in USD (is 'ten')"),
         (
             "[pricing.m]\ninput = 1",
-            "pricing.m.output: is missing; batchrun new FILE writes a job that has all it needs",
+            "pricing.m.output: is missing; batchrun new FILE writes a complete job file",
         ),
         (
             '[pricing.a]\ninput = 1\noutput = 2\n[pricing."b.c"]\ninput = "x"\noutput = 1',
@@ -128,7 +128,7 @@ def test_every_job_that_is_shipped_loads(file: Path, monkeypatch: pytest.MonkeyP
         ),
         (
             "[pricing.m]\ninput = 1\noutput = 1\ncache_input = 1",
-            "pricing.m.cache_input: no such setting: did you mean pricing.m.cached_input?",
+            "pricing.m.cache_input: unknown setting: did you mean pricing.m.cached_input?",
         ),
         (
             "[pricing.m]\ninput = nan\noutput = 1",
@@ -140,17 +140,16 @@ def test_every_job_that_is_shipped_loads(file: Path, monkeypatch: pytest.MonkeyP
         ),
         ('[output]\nlayout = "csv"', 'output.layout: expected "file" or "parts" (is \'csv\')'),
         ("name = 3", "endpoint.name: expected text (is 3)"),
-        ("[simulator]\nlatency = 1", "simulator.latency: no such setting: did you mean simulator.latency_s?"),
+        ("[simulator]\nlatency = 1", "simulator.latency: unknown setting: did you mean simulator.latency_s?"),
     ],
 )
-def test_a_mistake_names_its_path_what_was_expected_and_the_nearest_name(
-    tmp_path: Path, toml: str, problem: str
-) -> None:
+def test_a_mistake_names_path_and_suggestion(tmp_path: Path, toml: str, problem: str) -> None:
     assert problem_of(tmp_path, f"{SIMULATOR}{toml}") == problem
 
 
 @pytest.mark.parametrize(
-    ("toml", "problem"), [("", "endpoint: is missing; batchrun new FILE writes a job"), ("a = ", "not valid TOML")]
+    ("toml", "problem"),
+    [("", "endpoint: is missing; batchrun new FILE writes a complete job"), ("a = ", "not valid TOML")],
 )
 def test_a_file_that_is_no_job_is_named(tmp_path: Path, toml: str, problem: str) -> None:
     assert problem_of(tmp_path, toml).startswith(problem)
@@ -164,7 +163,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "default"), list(settings()), ids=lambda value: value if isinstance(value, str) else ""
 )
-def test_every_setting_refuses_a_value_of_another_kind_by_its_path(path: str, default: object) -> None:
+def test_every_setting_refuses_other_types(path: str, default: object) -> None:
     *tables, name = path.replace("MODEL", "m").split(".")
     wrong: Any = {"endpoint": {"url": "simulator"}}
     place = wrong
@@ -211,18 +210,18 @@ def test_an_override_is_laid_over_the_file(tmp_path: Path) -> None:
         "endpoint.headers.x.y-secret",
     ],
 )
-def test_an_override_refuses_names_of_secrets_and_does_not_repeat_the_value(tmp_path: Path, path: str) -> None:
+def test_an_override_never_repeats_a_secret(tmp_path: Path, path: str) -> None:
     problem = problem_of(tmp_path, SIMULATOR, f"{path}=canary-4711")
     assert "a secret does not belong on a command line" in problem
     assert "canary" not in problem
 
 
-def test_an_override_can_name_the_variable_of_a_secret(tmp_path: Path) -> None:
+def test_an_override_can_name_a_secret(tmp_path: Path) -> None:
     assert read(tmp_path, SIMULATOR, "endpoint.api_key_env=OTHER").endpoint.api_key_env == "OTHER"
 
 
 @pytest.mark.parametrize("override", ["limits", "=3", "a b=3", "name.x=3", ""])
-def test_an_override_that_is_none_is_refused(tmp_path: Path, override: str) -> None:
+def test_an_invalid_override_is_refused(tmp_path: Path, override: str) -> None:
     assert problem_of(tmp_path, f'name = "n"\n{SIMULATOR}', override).startswith("--set ")
 
 
@@ -251,15 +250,13 @@ def test_a_base_url_gets_the_route_appended(url: str, whole: str) -> None:
 @pytest.mark.parametrize("request_", [{"max_tokens": 5}, {"from_columns": {"max_tokens": "limit"}}])
 def test_a_second_limit_of_output_is_a_mistake(request_: dict[str, Any]) -> None:
     tables = {"endpoint": {"url": "simulator"}, "request": {**request_, "extra": {"max_completion_tokens": 5}}}
-    with pytest.raises(
-        JobError, match=r"request\.extra\.max_completion_tokens: can't stand beside request\.max_tokens"
-    ):
+    with pytest.raises(JobError, match=r"request\.extra\.max_completion_tokens: conflicts with request\.max_tokens"):
         from_tables(tables)
     assert from_tables({**tables, "request": {"extra": {"max_completion_tokens": 5}}})
 
 
 @pytest.mark.parametrize("path", ["request.temperature", "request.extra.seed", "request.response_format", "budget.x"])
-def test_an_override_without_a_value_takes_the_setting_out(path: str, tmp_path: Path) -> None:
+def test_an_empty_override_removes_the_setting(path: str, tmp_path: Path) -> None:
     job = tmp_path / "night.toml"
     job.write_text(
         'endpoint.url = "simulator"\n[request]\nmodel = "m"\ntemperature = 0.5\n'
@@ -277,7 +274,7 @@ def test_a_proxy_with_a_password_is_refused() -> None:
 
 
 @pytest.mark.parametrize("proxy", ["proxy.local:3128", "notaurl", "socks5://127.0.0.1:1080", "http://", "http://p:x"])
-def test_a_proxy_that_no_request_could_go_through_is_refused(proxy: str) -> None:
+def test_an_unusable_proxy_is_refused(proxy: str) -> None:
     with pytest.raises(JobError, match=r"endpoint\.proxy: expected the http\(s\) URL of an HTTP proxy"):
         at("https://h", proxy=proxy)
 
@@ -298,22 +295,22 @@ def test_a_proxy_that_no_request_could_go_through_is_refused(proxy: str) -> None
         ("https://h:port", "expected an http"),
     ],
 )
-def test_a_url_that_would_leak_or_lead_nowhere_is_refused(url: str, problem: str) -> None:
+def test_an_unsafe_url_is_refused(url: str, problem: str) -> None:
     with pytest.raises(JobError, match=problem) as caught:
         at(url)
     assert str(caught.value).startswith("endpoint.url: ")
 
 
 def test_a_job_names_one_place_for_its_key() -> None:
-    with pytest.raises(JobError, match=r"endpoint\.api_key_file: can't stand beside"):
+    with pytest.raises(JobError, match=r"endpoint\.api_key_file: conflicts with"):
         at("https://h", api_key_file="k")
     with pytest.raises(JobError, match=r"endpoint\.api_key_env: name the environment variable"):
         at("https://h", api_key_env=None)
-    with pytest.raises(JobError, match=r'endpoint\.auth: "none" can\'t stand beside a key'):
+    with pytest.raises(JobError, match=r'endpoint\.auth: "none" conflicts with a key'):
         at("https://h", auth="none")
 
 
-def test_a_server_without_a_key_may_be_anywhere_but_secrets_go_over_https_only() -> None:
+def test_secrets_require_https() -> None:
     keyless = {"api_key_env": None, "auth": "none"}
     for url in ("http://127.0.0.1:8080/v1", "http://gpu-box:8000/v1", "https://h"):
         assert at(url, **keyless).url.startswith(url)
@@ -323,13 +320,13 @@ def test_a_server_without_a_key_may_be_anywhere_but_secrets_go_over_https_only()
 
 
 def test_a_job_file_holds_no_secret() -> None:
-    with pytest.raises(JobError, match=r"endpoint\.headers\.X-Api-Key: a job file holds no secret") as caught:
+    with pytest.raises(JobError, match=r"endpoint\.headers\.X-Api-Key: a job file must not hold a secret") as caught:
         at("https://h", headers={"X-Api-Key": "canary-4711"})
     assert "canary" not in str(caught.value)
     assert at("https://h", headers={"X-Api-Key": "env:OTHER"}).endpoint.headers == {"X-Api-Key": "env:OTHER"}
 
 
-def test_the_endpoint_name_is_the_origin_and_path_unless_the_job_gives_one() -> None:
+def test_the_endpoint_name_defaults_to_the_url() -> None:
     assert at("https://h/v1?api-version=1").endpoint_name == "https://h/v1/chat/completions"
     assert at("https://h/v1", name="ours").endpoint_name == "ours"
     assert from_tables({"endpoint": {"url": "simulator"}}).endpoint_name == "simulator"
@@ -343,7 +340,7 @@ def with_schema(file: Path) -> Mapping[str, Any]:
     return {"endpoint": {"url": "simulator"}, "request": {"response_format": response_format}}
 
 
-def test_a_schema_file_is_part_of_the_job_and_of_its_fingerprint(tmp_path: Path) -> None:
+def test_a_schema_file_belongs_to_the_fingerprint(tmp_path: Path) -> None:
     file = tmp_path / "label.schema.json"
     file.write_text(json.dumps({"type": "object"}))
     job = from_tables(with_schema(file))
@@ -360,13 +357,13 @@ def test_a_schema_file_is_part_of_the_job_and_of_its_fingerprint(tmp_path: Path)
     [
         (None, "can't read"),
         ("{", "is not JSON"),
-        ("[]", "holds no JSON object"),
+        ("[]", "does not hold a JSON object"),
         ("\udcff", "is not JSON"),
-        ('{"type": "strin"}', r"s\.json: no JSON schema: at \$\.type: "),
-        ('{"$ref": "https://example.com/s"}', r"s\.json: no JSON schema: .*https://example\.com/s"),
+        ('{"type": "strin"}', r"s\.json: invalid JSON schema: at \$\.type: "),
+        ('{"$ref": "https://example.com/s"}', r"s\.json: invalid JSON schema: .*https://example\.com/s"),
     ],
 )
-def test_a_schema_file_that_is_none_is_named(tmp_path: Path, text: str | None, problem: str) -> None:
+def test_an_invalid_schema_file_is_named(tmp_path: Path, text: str | None, problem: str) -> None:
     file = tmp_path / "s.json"
     if text is not None:
         file.write_bytes(text.encode("utf-8", "surrogateescape"))
@@ -375,14 +372,14 @@ def test_a_schema_file_that_is_none_is_named(tmp_path: Path, text: str | None, p
     assert str(caught.value).startswith("request.response_format.file: ")
 
 
-def test_a_schema_in_the_job_that_is_none_is_named(tmp_path: Path) -> None:
+def test_an_invalid_inline_schema_is_named(tmp_path: Path) -> None:
     bad = {"properties": {"a": {"type": "strin"}}}
     asked = {"response_format": {"type": "json_schema", "schema": bad}}
     functions = {"functions": [{"name": "f"}, {"name": "g", "parameters": bad}]}
     for request, path in ((asked, "response_format.schema"), (functions, "functions[1].parameters")):
         with pytest.raises(JobError) as caught:
             from_tables({"endpoint": {"url": "simulator"}, "request": request})
-        assert str(caught.value).startswith(f"request.{path}: no JSON schema: at $.properties.a.type: ")
+        assert str(caught.value).startswith(f"request.{path}: invalid JSON schema: at $.properties.a.type: ")
 
 
 # -- fingerprint
@@ -427,7 +424,7 @@ ALONE = {
     "endpoint.api_key_file": "endpoint.api_key_env",
     "endpoint.auth": "endpoint.api_key_env",
 }
-"""Settings that can't stand beside another."""
+"""Settings that conflict with another."""
 
 DECIDE_THE_QUESTIONS = {"endpoint.url", "endpoint.name", "input.dialect"} | {
     path for path, _ in settings() if path.startswith("request.") and path != "request.stream"
@@ -460,7 +457,7 @@ def another_value(path: str, default: object) -> object:
 @pytest.mark.parametrize(
     ("path", "default"), list(settings()), ids=lambda value: value if isinstance(value, str) else ""
 )
-def test_the_fingerprint_changes_exactly_with_what_decides_the_questions(path: str, default: object) -> None:
+def test_the_fingerprint_covers_exactly_the_question(path: str, default: object) -> None:
     tables: Any = {
         "name": "night",
         "endpoint": {"url": "https://h/v1", "api_key_env": "KEY", "headers": {"X-Team": "b"}},
@@ -484,7 +481,7 @@ def test_the_fingerprint_changes_exactly_with_what_decides_the_questions(path: s
     assert (after.fingerprint() != before.fingerprint()) == (path in DECIDE_THE_QUESTIONS)
 
 
-def test_how_an_answer_travels_is_not_what_was_asked() -> None:
+def test_transport_settings_are_no_question() -> None:
     plain = from_tables({"endpoint": {"url": "simulator"}})
     streamed = from_tables(
         {
@@ -495,20 +492,20 @@ def test_how_an_answer_travels_is_not_what_was_asked() -> None:
     assert streamed.fingerprint() == plain.fingerprint()
 
 
-def test_an_empty_table_in_the_body_is_part_of_the_question() -> None:
+def test_an_empty_body_table_is_kept() -> None:
     plain = from_tables({"endpoint": {"url": "simulator"}})
     empty = from_tables({"endpoint": {"url": "simulator"}, "request": {"extra": {"logit_bias": {}}}})
     assert empty.fingerprint() != plain.fingerprint()
 
 
-def test_decimals_are_money_in_prices_and_numbers_in_the_body(tmp_path: Path) -> None:
+def test_decimals_are_exact_only_in_prices(tmp_path: Path) -> None:
     job = read(tmp_path, f"{SIMULATOR}[request]\nextra = {{ a = 0.1 }}\n[budget]\nmax_cost_usd = 25.10")
     assert job.budget.max_cost_usd == Decimal("25.10")
     assert msgspec.json.encode(job.request.extra) == b'{"a":0.1}'
 
 
 @pytest.mark.parametrize("override", ["limits.rpm=4", "limits.max_in_flight=many", "limits={rpm=4}", "limit.x.y=1"])
-def test_a_mistake_in_a_setting_laid_over_the_job_is_not_blamed_on_the_file(tmp_path: Path, override: str) -> None:
+def test_an_override_mistake_names_the_override(tmp_path: Path, override: str) -> None:
     file = tmp_path / "night.toml"
-    assert problem_of(tmp_path, SIMULATOR, override).startswith(f"set over {file} (by --set or an option): limit")
+    assert problem_of(tmp_path, SIMULATOR, override).startswith(f"{file}, overridden by --set or an option: limit")
     assert problem_of(tmp_path, "[limits]\nrpm = 4", "limits.max_in_flight=4").startswith("limits.rpm: ")

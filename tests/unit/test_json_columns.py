@@ -71,7 +71,7 @@ def test_no_value_is_lost(rows: list[dict[str, Any]]) -> None:
 
 
 @given(ROWS, st.randoms(use_true_random=False))
-def test_the_types_do_not_depend_on_the_order_of_the_rows(rows: list[dict[str, Any]], random: Any) -> None:
+def test_types_do_not_depend_on_row_order(rows: list[dict[str, Any]], random: Any) -> None:
     lines = [json.dumps(row) for row in rows]
     before = shapes(types_of(*lines))
     random.shuffle(lines)
@@ -79,9 +79,7 @@ def test_the_types_do_not_depend_on_the_order_of_the_rows(rows: list[dict[str, A
 
 
 @given(ROWS, ROWS)
-def test_types_read_back_from_the_manifest_go_on_learning_as_if_never_stored(
-    first: list[dict[str, Any]], later: list[dict[str, Any]]
-) -> None:
+def test_stored_types_continue_learning(first: list[dict[str, Any]], later: list[dict[str, Any]]) -> None:
     kept = types_of(*map(json.dumps, first))
     read = ColumnTypes.from_json(kept.to_json())
     for row in later:
@@ -92,7 +90,7 @@ def test_types_read_back_from_the_manifest_go_on_learning_as_if_never_stored(
 
 
 @given(ROWS)
-def test_the_table_is_valid_parquet_with_the_very_same_schema(rows: list[dict[str, Any]]) -> None:
+def test_the_table_is_valid_parquet(rows: list[dict[str, Any]]) -> None:
     table = table_of(*map(json.dumps, rows)).append_column("row", pa.array(range(len(rows)), pa.int64()))
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
@@ -116,7 +114,7 @@ def test_the_table_is_valid_parquet_with_the_very_same_schema(rows: list[dict[st
         (['{"x": {"y": null}}'], pa.struct([("x", pa.struct([("y", pa.string())]))])),
     ],
 )
-def test_what_was_seen_decides_the_type_in_any_order(values: list[str], type_: pa.DataType) -> None:
+def test_observed_types_merge_in_any_order(values: list[str], type_: pa.DataType) -> None:
     for order in permutations(values):
         types = types_of(*(f'{{"a": {value}}}' for value in order))
         assert shape(types.schema().field("a").type) == shape(type_)
@@ -138,20 +136,20 @@ def test_what_was_seen_decides_the_type_in_any_order(values: list[str], type_: p
         [json.dumps({f"k{n}": n for n in range(60)}), json.dumps({f"l{n}": n for n in range(MAX_KEYS - 59)}), "{}"],
     ],
 )
-def test_what_has_no_common_type_is_json_text_in_any_order(values: list[str]) -> None:
+def test_unmergeable_types_become_json_text(values: list[str]) -> None:
     for order in permutations(values):
         lines = [f'{{"a": {value}}}' for value in order]
         assert types_of(*lines).json_text() == ("a",)
         assert table_of(*lines)["a"].to_pylist() == [None if value == "null" else value for value in order]
 
 
-def test_as_many_keys_and_levels_as_allowed_stay_typed() -> None:
+def test_keys_and_levels_within_limits_stay_typed() -> None:
     wide = {f"k{n}": n for n in range(MAX_KEYS)}
     deep = "[" * MAX_DEPTH + "]" * MAX_DEPTH
     assert types_of(json.dumps({"wide": wide}), f'{{"deep": {deep}}}').json_text() == ()
 
 
-def test_json_text_is_the_source_to_the_byte_at_any_depth() -> None:
+def test_json_text_is_the_exact_source() -> None:
     table = table_of(
         b'{"a": {"mix": 1.50, "n": 1}, "b": [ {"m": {"x" :  1e2}} ], "c": "\\u00e9"}',
         b'{"a": {"mix": "\\u00e9"}, "b": [{"m": 12345678901234567890123}, null], "c": 1}',
@@ -164,7 +162,7 @@ def test_json_text_is_the_source_to_the_byte_at_any_depth() -> None:
     ]
 
 
-def test_of_a_repeated_key_the_last_value_counts_whatever_the_first_was() -> None:
+def test_the_last_of_repeated_keys_counts() -> None:
     assert table_of(b'{"a": {"x": 1}, "a": 5}', b'{"a": {"y": "z"}, "a": 6}').to_pydict() == {"a": [5, 6]}
     text = table_of(b'{"m": 1, "a": [], "a": 5}', b'{"m": "x", "a": 6}')
     assert text.to_pydict() == {"m": ["1", '"x"'], "a": [5, 6]}
@@ -174,7 +172,7 @@ def test_columns_keep_their_order_of_first_appearance() -> None:
     assert table_of('{"z": 1, "b": 1}', '{"a": 1, "b": 1}').column_names == ["z", "b", "a"]
 
 
-def test_data_used_as_keys_stops_with_a_clear_line() -> None:
+def test_data_used_as_keys_is_refused() -> None:
     types = ColumnTypes()
     with pytest.raises(InputError, match="more than 5,000 different keys"):
         types.observe({f"k{n}": 1 for n in range(MAX_COLUMNS + 1)})
@@ -182,7 +180,7 @@ def test_data_used_as_keys_stops_with_a_clear_line() -> None:
 
 @pytest.mark.parametrize("line", [b'{"b": 1}', b'{"a": "x"}', b'{"a": 9223372036854775808}', b"[]"])
 @pytest.mark.parametrize("text", [b"", b', "t": 1'])
-def test_a_line_with_a_key_or_kind_that_was_never_observed_is_refused(line: bytes, text: bytes) -> None:
+def test_an_unobserved_key_is_refused(line: bytes, text: bytes) -> None:
     types = types_of(b'{"a": 1, "m": {"x": 1}' + text + b"}", b'{"a": 2' + text.replace(b"1", b'"1"') + b"}")
     with pytest.raises(InputError, match="was the input changed"):
         lines_to_table([line], types)

@@ -25,7 +25,7 @@ def test_a_column_with_any_name_is_in_reach(name: str) -> None:
     assert columns == {name: "here"}
 
 
-def test_a_template_that_does_not_parse_says_how_such_a_column_is_written() -> None:
+def test_an_unparsable_template_shows_the_syntax() -> None:
     with pytest.raises(JobError, match=r'template error .*\{\{ row\["its name"\] \}\}'):
         text_template("{{ customer name }}", "request.prompt")
 
@@ -38,21 +38,21 @@ def test_a_template_that_does_not_parse_says_how_such_a_column_is_written() -> N
         ('{{ row["texts"] }}', "did you mean text? (columns: customer-name, text)"),
     ],
 )
-def test_a_missing_column_is_told_with_those_that_there_are(text: str, said: str) -> None:
+def test_a_missing_column_lists_the_others(text: str, said: str) -> None:
     with pytest.raises(InputError) as error:
         rendered(text, {"customer-name": "x", "text": "y"})
     assert str(error.value).endswith(said)
 
 
 @pytest.mark.parametrize(("value", "text"), [(0, "0"), (False, "false"), (None, ""), ("", "")])
-def test_what_is_proposed_for_a_null_keeps_what_is_not_null(value: object, text: str) -> None:
+def test_null_proposals_keep_other_values(value: object, text: str) -> None:
     with pytest.raises(InputError) as error:
         rendered("{{ n }}", {"n": None})
     proposed = str(error.value).partition("write ")[2].partition(" where")[0]
     assert rendered(proposed, {"n": value}) == text
 
 
-def test_job_key_and_schema_files_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+def test_files_may_begin_with_a_bom(tmp_path: Path) -> None:
     mark = b"\xef\xbb\xbf"
     schema, key, job = tmp_path / "s.json", tmp_path / "key", tmp_path / "job.toml"
     schema.write_bytes(mark + b'{"type": "object"}')

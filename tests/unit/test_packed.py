@@ -34,7 +34,8 @@ def test_a_packed_stream_gives_back_its_bytes(fed: list[bytes]) -> None:
 @example(MARK)
 @example(MARK + b"no zlib")
 @example(packed(b"data: a\n\n"))
-def test_a_whole_body_is_stored_as_it_came_unless_it_could_be_taken_for_a_packed_one(body: bytes) -> None:
+def test_whole_bodies_are_stored_unpacked(body: bytes) -> None:
+    """Unless one could be mistaken for a packed one."""
     assert plain(stored(body)) == body
     assert size(stored(body)) == len(body)
     assert (stored(body) == body) == (not body.startswith(MARK))
@@ -51,7 +52,7 @@ def test_a_packed_stream_that_is_damaged_raises_nothing(fed: bytes) -> None:
         answer.read(bytes(damaged))
 
 
-def test_reading_a_long_stream_takes_its_text_in_memory_and_not_its_bytes() -> None:
+def test_reading_a_stream_needs_its_text_only() -> None:
     event = b'data: {"choices":[{"index":0,"delta":{"content":"word "}}],"padding":"%s"}\n\n' % (b"x" * 2000)
     end = b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n'
     stream = packed(*[event] * 5000, end)

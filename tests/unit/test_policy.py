@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 from multidict import CIMultiDict
 
 from batchrun import attempt_caps
-from batchrun.attempt_caps import History, after, asked_again, backoff_s, exhausted, failing_share, stretch, tail_wait_s
+from batchrun.attempt_caps import (
+    History,
+    after,
+    after_unwanted_answer,
+    backoff_s,
+    end_wait_s,
+    exhausted,
+    failing_share,
+    stretch,
+)
 from batchrun.errors import APIConnectionError, APITimeoutError
 from batchrun.job.answer_schema import ANYTHING, Expected, of
 from batchrun.job.job import Finish, Retry
@@ -87,7 +96,7 @@ FAULTS: Mapping[Fault, Verdict] = {
 
 @pytest.mark.parametrize("fault", Fault)
 @pytest.mark.parametrize("body", [b"", FINE[:30], FINE], ids=["no body", "cut", "whole"])
-def test_every_fault_of_the_wire_has_one_verdict_whatever_had_arrived(fault: Fault, body: bytes) -> None:
+def test_every_fault_has_one_verdict(fault: Fault, body: bytes) -> None:
     error_type = APITimeoutError if fault is Fault.TIMEOUT else APIConnectionError
     exchange = attempt(200 if body else None, body, error=error_type("why", kind=fault, sent=True))
     judgement = judge(exchange, read(body), Retry())
@@ -194,7 +203,7 @@ QUOTA = "You exceeded your current quota, please check your plan and billing det
         pytest.param(500, b"", {"retry-after": "3600"}, FREE, "server_error", id="500 with a long wait"),
     ],
 )
-def test_body_and_headers_decide_where_the_status_does_not(
+def test_body_and_headers_refine_the_status(
     status: int, body: bytes, headers: dict[str, str], verdict: Verdict, kind: str | None
 ) -> None:
     judgement = judged(status, body, headers)
@@ -218,7 +227,7 @@ def test_body_and_headers_decide_where_the_status_does_not(
         (402, {}, None, None, PAUSE, False),
     ],
 )
-def test_what_may_have_been_billed_is_in_doubt_whatever_is_done_about_its_row(
+def test_billed_attempts_are_counted_whatever_follows(
     status: int,
     headers: dict[str, str],
     first_token_s: float | None,
@@ -232,7 +241,7 @@ def test_what_may_have_been_billed_is_in_doubt_whatever_is_done_about_its_row(
     assert (judgement.verdict, judgement.in_doubt) == (verdict, in_doubt)
 
 
-def test_no_end_of_the_wire_is_free_that_is_not_certainly_unbilled() -> None:
+def test_only_certainly_unbilled_ends_are_free() -> None:
     in_doubt = {
         fault
         for fault in Fault
@@ -242,7 +251,7 @@ def test_no_end_of_the_wire_is_free_that_is_not_certainly_unbilled() -> None:
     assert in_doubt == set(Fault) - certain
 
 
-def test_the_error_column_says_what_the_server_said_and_is_bounded() -> None:
+def test_errors_repeat_the_server_bounded() -> None:
     judgement = judged(400, said("context is too long", "context_length_exceeded"))
     assert judgement.error == RowError("bad_request", 400, "context_length_exceeded", "context is too long")
     html = judged(502, b"<html>\r\n <b>Bad   gateway</b>\xff")
@@ -301,7 +310,7 @@ def http_date(at: float) -> str:
     ],
 )
 @pytest.mark.usefixtures("far_from_greenwich")
-def test_every_form_of_retry_after_gives_a_wait_or_none(headers: dict[str, str], wait_s: float | None) -> None:
+def test_every_retry_after_form_is_parsed(headers: dict[str, str], wait_s: float | None) -> None:
     assert retry_after_s(CIMultiDict(headers), NOW) == wait_s
     assert judged(429, headers=headers).retry_after_s == wait_s
 
@@ -344,14 +353,14 @@ def told(verdict: Verdict, status: int | None = None) -> Judgement:
         (told(STOP), 0, 0, 0),
     ],
 )
-def test_an_attempt_counts_against_its_row_only_if_another_row_succeeded_meanwhile(
+def test_an_attempt_counts_only_with_other_successes(
     judgement: Judgement, counted: int, counted_5xx: int, maybe_billed: int
 ) -> None:
     before = History(3, 2, 1, 0)
     assert after(before, judgement, corroborated=False) == History(4, 2, 1, 0)
     charged = History(4, 2 + counted, 1 + counted_5xx, maybe_billed)
-    assert after(before, judgement, corroborated=True) == msgspec.structs.replace(charged, witnessed=counted)
-    assert after(before, judgement, corroborated=False, at_tail=True) == charged
+    assert after(before, judgement, corroborated=True) == msgspec.structs.replace(charged, corroborated=counted)
+    assert after(before, judgement, corroborated=False, at_end=True) == charged
 
 
 @pytest.mark.parametrize(
@@ -367,11 +376,9 @@ def test_an_attempt_counts_against_its_row_only_if_another_row_succeeded_meanwhi
         (told(FREE, 500), Retry(max_5xx=1), 90.0),
     ],
 )
-def test_without_a_witness_a_row_has_its_attempts_over_a_minute_and_a_half(
-    judgement: Judgement, retry: Retry, wait_s: float
-) -> None:
-    assert tail_wait_s(History(1, 1), judgement, retry) == wait_s
-    assert tail_wait_s(History(2, 2, witnessed=1), judgement, retry) == 0
+def test_without_successes_attempts_last_ninety_seconds(judgement: Judgement, retry: Retry, wait_s: float) -> None:
+    assert end_wait_s(History(1, 1), judgement, retry) == wait_s
+    assert end_wait_s(History(2, 2, corroborated=1), judgement, retry) == 0
 
 
 @pytest.mark.parametrize(
@@ -386,14 +393,14 @@ def test_without_a_witness_a_row_has_its_attempts_over_a_minute_and_a_half(
         (told(PAUSE, 401), None),
     ],
 )
-def test_a_row_is_given_up_at_its_cap_and_not_before(judgement: Judgement, attempts: int | None) -> None:
+def test_a_row_is_given_up_at_its_cap(judgement: Judgement, attempts: int | None) -> None:
     history = History()
     for n in range(1, 100):
         history = after(history, judgement, corroborated=True)
         assert exhausted(history, Retry()) == (attempts is not None and n >= attempts)
 
 
-def test_an_outage_of_any_length_gives_up_no_row() -> None:
+def test_an_outage_gives_up_no_row() -> None:
     history = History()
     for judgement in [told(FREE, 500), told(MAYBE), told(SLOW, 503)] * 1000:
         history = after(history, judgement, corroborated=False)
@@ -402,7 +409,7 @@ def test_an_outage_of_any_length_gives_up_no_row() -> None:
 
 
 @pytest.mark.parametrize("share", [0.05, 0.1, 0.2, 0.3, 0.4, 0.5])
-def test_chance_alone_uses_up_no_rows_caps_however_many_attempts_fail(share: float) -> None:
+def test_random_failures_use_up_no_caps(share: float) -> None:
     history, attempts = History(), 0
     while not exhausted(history, Retry(), stretch(share)):
         history, attempts = after(history, told(FREE, 500), corroborated=True), attempts + 1
@@ -411,12 +418,12 @@ def test_chance_alone_uses_up_no_rows_caps_however_many_attempts_fail(share: flo
     assert 1 < stretch(share) <= stretch(0.9) == stretch(1.0) == 5
 
 
-def test_what_may_have_been_billed_is_asked_no_oftener_however_many_attempts_fail() -> None:
+def test_possibly_billed_attempts_have_one_cap() -> None:
     twice = after(after(History(), told(MAYBE), corroborated=True), told(MAYBE), corroborated=True)
     assert exhausted(twice, Retry(), stretch(0.9))
 
 
-def test_the_share_that_fails_is_that_of_first_attempts_lately() -> None:
+def test_the_failing_share_is_of_recent_attempts() -> None:
     share = 0.0
     for n in range(1_000):
         share = failing_share(share, History(1), told(FREE, 500) if n % 10 < 3 else told(OK))
@@ -445,9 +452,7 @@ RETRIES = st.builds(
 
 
 @given(RETRIES, st.integers(0, 10**6), st.none() | st.floats(0, 1e12), UNIFORM)
-def test_a_wait_is_bounded_and_never_below_what_the_server_asked_for(
-    retry: Retry, attempts: int, floor_s: float | None, uniform: float
-) -> None:
+def test_a_wait_is_bounded_by_retry_after(retry: Retry, attempts: int, floor_s: float | None, uniform: float) -> None:
     wait_s = backoff_s(History(attempts=attempts), floor_s, retry, uniform)
     assert min(floor_s or 0, retry.max_wait_s) <= wait_s <= retry.max_wait_s + retry.backoff_cap_s
 
@@ -458,7 +463,7 @@ def test_the_ceiling_doubles_up_to_its_cap(attempts: int, ceiling_s: float) -> N
     assert backoff_s(History(attempts=attempts), None, Retry(), 0.5) == ceiling_s / 2
 
 
-def test_late_waits_differ_because_the_ceiling_is_clamped_before_the_jitter() -> None:
+def test_late_waits_still_have_jitter() -> None:
     late = History(attempts=50)
     waits = {backoff_s(late, 10.0, Retry(), uniform / 100) for uniform in range(100)}
     assert len(waits) == 100
@@ -515,7 +520,7 @@ ANSWERS_BY_REASON: dict[str, tuple[dict[str, Any], Status, Status]] = {
 
 @pytest.mark.parametrize("reason", Finish.__struct_fields__)
 @pytest.mark.parametrize("action", ["accept", "fail", "retry"])
-def test_what_an_answer_is_worth_is_the_jobs_word_reason_by_reason(reason: str, action: str) -> None:
+def test_the_job_judges_each_finish_reason(reason: str, action: str) -> None:
     given, accepted, refused = ANSWERS_BY_REASON[reason]
     whole = msgspec.convert({"completion": True, **given}, Answer)
     finish = msgspec.convert({reason: action}, Finish)
@@ -535,28 +540,30 @@ def test_an_answer_without_a_reason_is_any_other() -> None:
     assert settlement(whole, ANYTHING, Finish(stop="fail", length="fail")).status is Status.OK
 
 
-def test_an_answer_set_aside_counts_as_an_attempt_until_there_are_none_left() -> None:
+def test_discarded_answers_count_as_attempts() -> None:
     history, sent = History(attempts=1), 1
-    while (again := asked_again(history, Settlement(Status.TRUNCATED, "retry"), Retry(max_attempts=3))) is not None:
+    while (
+        again := after_unwanted_answer(history, Settlement(Status.TRUNCATED, "retry"), Retry(max_attempts=3))
+    ) is not None:
         history, sent = msgspec.structs.replace(again, attempts=again.attempts + 1), sent + 1
     assert sent == 3
-    assert asked_again(History(attempts=1), Settlement(Status.TRUNCATED, "fail"), Retry()) is None
-    assert asked_again(History(attempts=1), Settlement(Status.OK), Retry()) is None
+    assert after_unwanted_answer(History(attempts=1), Settlement(Status.TRUNCATED, "fail"), Retry()) is None
+    assert after_unwanted_answer(History(attempts=1), Settlement(Status.OK), Retry()) is None
 
 
-def test_an_answer_that_does_not_fit_is_asked_about_as_often_as_the_job_says() -> None:
+def test_invalid_answers_retry_as_configured() -> None:
     wrong = settlement(Answer(completion=True, content="no"), Expected(in_json=True), Finish())
-    assert asked_again(History(attempts=1), wrong, Retry()) is None
-    again = asked_again(History(attempts=1, counted=5), wrong, Retry(invalid=2))
+    assert after_unwanted_answer(History(attempts=1), wrong, Retry()) is None
+    again = after_unwanted_answer(History(attempts=1, counted=5), wrong, Retry(invalid=2))
     assert again == History(attempts=1, counted=5, corrected=1)
-    assert asked_again(History(attempts=3, corrected=2), wrong, Retry(invalid=2)) is None
+    assert after_unwanted_answer(History(attempts=3, corrected=2), wrong, Retry(invalid=2)) is None
     refused = settlement(Answer(completion=True, content="no", finish_reason="stop"), ANYTHING, Finish(stop="fail"))
-    assert asked_again(History(attempts=1), refused, Retry(invalid=2)) is None
+    assert after_unwanted_answer(History(attempts=1), refused, Retry(invalid=2)) is None
     kept = after(History(corrected=1), Judgement(Verdict.FREE, RowError("reset")), corroborated=True)
     assert kept.corrected == 1
 
 
-def test_an_answer_that_was_cut_short_is_not_held_against_its_schema() -> None:
+def test_a_truncated_answer_is_not_validated() -> None:
     for reason, status in (("length", Status.TRUNCATED), ("content_filter", Status.FILTERED)):
         settled = settlement(
             Answer(completion=True, content='{"a": 1', finish_reason=reason), Expected(in_json=True), Finish()
@@ -564,7 +571,7 @@ def test_an_answer_that_was_cut_short_is_not_held_against_its_schema() -> None:
         assert (settled.status, settled.error, settled.in_json) == (status, None, False)
 
 
-def test_a_call_is_held_against_the_functions_and_content_beside_it_is_not() -> None:
+def test_calls_are_validated_beside_content() -> None:
     expected = of({"type": "json_object"}, [{"name": "f", "parameters": {"type": "object", "required": ["a"]}}])
     for arguments, status in (('{"a":1}', Status.OK), ("{}", Status.INVALID), ("{", Status.INVALID)):
         call = Answer(completion=True, content="no JSON", function_call=FunctionCall("f", arguments))
@@ -574,26 +581,26 @@ def test_a_call_is_held_against_the_functions_and_content_beside_it_is_not() -> 
         assert settled.error is None or settled.error.http_status == 200
 
 
-def test_a_row_that_is_refused_by_chance_at_the_tail_waits_no_longer_than_it_was_told() -> None:
+def test_a_random_last_refusal_waits_as_told() -> None:
     refused = Judgement(Verdict.SLOW, RowError("rate_limit", 429, None, "slow down"), retry_after_s=1.0)
     failed = Judgement(Verdict.FREE, RowError("server_error", 500, None, "broken"))
-    assert attempt_caps.tail_wait_s(History(attempts=1), refused, Retry()) == 0.0
-    assert attempt_caps.tail_wait_s(History(attempts=1), failed, Retry()) > 10.0
+    assert attempt_caps.end_wait_s(History(attempts=1), refused, Retry()) == 0.0
+    assert attempt_caps.end_wait_s(History(attempts=1), failed, Retry()) > 10.0
 
 
 def refusal(kind: str = "rate_limit") -> Judgement:
     return Judgement(Verdict.SLOW, RowError(kind, 429))
 
 
-def after_refusals(count: int, *, corroborated: bool, at_tail: bool, kind: str = "rate_limit") -> History:
+def after_refusals(count: int, *, corroborated: bool, at_end: bool, kind: str = "rate_limit") -> History:
     history = History()
     for _ in range(count):
-        history = attempt_caps.refused(history, refusal(kind), corroborated=corroborated, at_tail=at_tail)
+        history = attempt_caps.refused(history, refusal(kind), corroborated=corroborated, at_end=at_end)
     return history
 
 
 @pytest.mark.parametrize(
-    ("corroborated", "at_tail", "kind", "share", "given_up_after"),
+    ("corroborated", "at_end", "kind", "share", "given_up_after"),
     [
         (True, False, "rate_limit", 0.0, 24),
         (True, False, "rate_limit", 0.5, 122),  # a coin that falls so 122 times in a row is none
@@ -604,34 +611,33 @@ def after_refusals(count: int, *, corroborated: bool, at_tail: bool, kind: str =
         (False, False, "rate_limit", 0.0, None),
     ],
 )
-def test_a_refused_row_is_given_up_only_where_others_are_answered_or_none_is_left(
-    corroborated: bool, at_tail: bool, kind: str, share: float, given_up_after: int | None
+def test_a_refused_row_needs_others_answered(
+    corroborated: bool, at_end: bool, kind: str, share: float, given_up_after: int | None
 ) -> None:
+    """It is given up only where other rows are answered or none is left."""
     counts = [
         count
         for count in range(200)
         if attempt_caps.is_refused_for_good(
-            after_refusals(count, corroborated=corroborated, at_tail=at_tail, kind=kind), Retry(), share
+            after_refusals(count, corroborated=corroborated, at_end=at_end, kind=kind), Retry(), share
         )
     ]
     assert next(iter(counts), None) == given_up_after
 
 
-def test_an_answer_between_shows_that_a_limit_lets_rows_through_at_the_tail() -> None:
-    alone = after_refusals(5, corroborated=False, at_tail=True)
-    assert attempt_caps.refused(alone, refusal(), corroborated=True, at_tail=True).refused_alone == 0
+def test_an_answer_proves_the_limit_passes_rows() -> None:
+    alone = after_refusals(5, corroborated=False, at_end=True)
+    assert attempt_caps.refused(alone, refusal(), corroborated=True, at_end=True).refused_alone == 0
 
 
 @pytest.mark.parametrize(("left", "wait_s"), [(0, 75.0), (8, 150.0), (1_000_000, 900.0)])
-def test_at_the_tail_refusals_are_spread_over_minutes_and_over_more_where_more_rows_are_left(
-    left: int, wait_s: float
-) -> None:
-    few, many = (after_refusals(count, corroborated=False, at_tail=True) for count in (1, 2))
-    assert attempt_caps.tail_wait_s(few, refusal(), Retry(), left) == 0.0
-    assert attempt_caps.tail_wait_s(many, refusal(), Retry(), left) == wait_s
+def test_refusals_at_the_end_are_spread(left: int, wait_s: float) -> None:
+    few, many = (after_refusals(count, corroborated=False, at_end=True) for count in (1, 2))
+    assert attempt_caps.end_wait_s(few, refusal(), Retry(), left) == 0.0
+    assert attempt_caps.end_wait_s(many, refusal(), Retry(), left) == wait_s
 
 
-def test_a_row_that_is_refused_again_and_again_waits_longer_than_it_is_told() -> None:
+def test_repeated_refusals_wait_longer() -> None:
     usual, stubborn = History(attempts=9, refused=5), History(attempts=9, refused=6)
     assert attempt_caps.backoff_s(usual, 1.0, Retry(), 0.999) < 2.0
     assert attempt_caps.backoff_s(stubborn, 1.0, Retry(), 0.999) > 50.0

@@ -49,14 +49,14 @@ def test_a_cost_is_the_exact_sum(usage: Usage, usd: str) -> None:
     assert cost(usage, CODEX) == D(usd)
 
 
-def test_tiers_apply_to_each_request_and_not_to_their_sum() -> None:
+def test_tiers_apply_request_by_request() -> None:
     requests = [used(160_000, 0)] * 10
     assert sum(cost(usage, TIERED) or 0 for usage in requests) == D("4.00")
     assert cost(used(1_600_000, 0), TIERED) == D("8.00")
 
 
 @pytest.mark.parametrize(("prompt", "usd"), [(272_000, "0.680"), (272_001, "1.360005")])
-def test_a_tier_begins_above_its_threshold_and_covers_the_whole_request(prompt: int, usd: str) -> None:
+def test_a_tier_covers_the_whole_request(prompt: int, usd: str) -> None:
     assert cost(used(prompt, 0), TIERED) == D(usd)
     assert cost(used(prompt, 1_000_000), TIERED) == D(usd) + (10 if prompt == 272_000 else 15)
 
@@ -65,7 +65,7 @@ def test_the_smallest_price_is_not_rounded_away() -> None:
     assert cost(used(1, 0), table((0, "0.000001", "0.000001", "1"))) == D("1e-12")
 
 
-def test_what_is_unknown_costs_none_and_not_zero() -> None:
+def test_an_unknown_cost_is_not_zero() -> None:
     assert cost(None, CODEX) is None
     assert cost(used(1, 1), None) is None
     assert upper_bound(1, 1, None) is None
@@ -87,7 +87,7 @@ TABLES = st.lists(
 
 
 @given(TABLES, COUNT, COUNT, st.none() | COUNT, st.integers(0, 1000), st.integers(0, 1000))
-def test_no_usage_within_the_bounds_costs_more_than_the_upper_bound(
+def test_no_usage_exceeds_the_upper_bound(
     prices: PriceTable, prompt: int, completion: int, cached: int | None, more_prompt: int, more_completion: int
 ) -> None:
     bound, paid = (
@@ -100,7 +100,7 @@ def test_no_usage_within_the_bounds_costs_more_than_the_upper_bound(
 
 
 @given(TABLES, st.integers(0, 10**9), st.integers(0, 10**9))
-def test_a_cost_fits_the_column_it_is_stored_in(prices: PriceTable, prompt: int, completion: int) -> None:
+def test_a_cost_fits_its_column(prices: PriceTable, prompt: int, completion: int) -> None:
     usd = cost(used(prompt, completion), prices)
     assert usd is not None
     assert usd.as_tuple().exponent == -12
@@ -110,7 +110,7 @@ def test_a_cost_fits_the_column_it_is_stored_in(prices: PriceTable, prompt: int,
 # -- where a price comes from
 
 
-def test_the_vendors_model_has_the_upstreams_list_price_and_says_so() -> None:
+def test_a_vendor_model_uses_the_list_price() -> None:
     found = resolve("vtrix-gpt-5.3-codex", {}, TODAY, GATEWAY)
     assert found is not None
     assert found.tiers == CODEX.tiers
@@ -128,7 +128,7 @@ def test_a_listed_model_is_its_own() -> None:
     assert found.source.startswith("genai-prices 0.")
 
 
-def test_the_jobs_own_price_goes_before_any_list() -> None:
+def test_the_jobs_price_precedes_lists() -> None:
     own = {"vtrix-gpt-5.3-codex": Price(D(1), D(2)), "x": Price(D(1), D(2), D("0.5"))}
     found = resolve("vtrix-gpt-5.3-codex", own, TODAY, GATEWAY)
     assert found is not None
@@ -139,7 +139,7 @@ def test_the_jobs_own_price_goes_before_any_list() -> None:
     assert discounted.tiers[0].cached_input == D("0.5")
 
 
-def test_a_dearer_tier_is_told() -> None:
+def test_a_dearer_tier_is_reported() -> None:
     found = resolve("gemini-2.5-pro", {}, TODAY, GATEWAY)
     assert found is not None
     assert "dearer beyond 200,000 tokens" in found.describe()
@@ -183,7 +183,7 @@ OPENAI, CEREBRAS, DEEPSEEK = "https://api.openai.com/v1", "https://api.cerebras.
         ("models/gemini-2.5-flash", "https://generativelanguage.googleapis.com/v1beta/openai", "Google", "0.00055"),
     ],
 )
-def test_a_price_is_that_of_the_endpoints_own_vendor(model: str, url: str, vendor: str | None, usd: str | None) -> None:
+def test_prices_are_of_the_endpoints_vendor(model: str, url: str, vendor: str | None, usd: str | None) -> None:
     found = resolve(model, {}, TODAY, url)
     assert (None if found is None else found.vendor) == vendor
     assert cost(used(1000, 100), found) == (None if usd is None else D(usd))
@@ -220,7 +220,7 @@ def test_a_price_is_that_of_the_endpoints_own_vendor(model: str, url: str, vendo
         ("http://127.0.0.1:8000/v1", None),
     ],
 )
-def test_a_host_is_a_vendors_only_as_a_whole(url: str, vendor: str | None) -> None:
+def test_a_host_must_match_wholly(url: str, vendor: str | None) -> None:
     found = price_list._host(url)
     assert (None if found is None else found.name) == vendor
 
@@ -236,7 +236,7 @@ def test_a_host_is_a_vendors_only_as_a_whole(url: str, vendor: str | None) -> No
         ("https://generativelanguage.googleapis.com/v1beta/openai", "gemini-2.5-flash", "the price of Google by"),
     ],
 )
-def test_a_regions_price_is_named_as_the_plain_one(url: str, model: str, whose: str) -> None:
+def test_regional_models_have_the_plain_name(url: str, model: str, whose: str) -> None:
     found = resolve(model, {}, TODAY, url)
     assert found is not None
     plain = f"the plain list price of {found.vendor}, not that of the endpoint's region"
@@ -253,18 +253,19 @@ def test_a_regions_price_is_named_as_the_plain_one(url: str, model: str, whose: 
         ("scale", None),  # sold by contract: no list has its price
     ],
 )
-def test_a_tier_that_the_answer_names_has_its_own_price(tier: str | None, usd: str | None) -> None:
+def test_a_stated_tier_has_its_price(tier: str | None, usd: str | None) -> None:
     found = resolve("gpt-5-mini", {}, TODAY, OPENAI)
     assert cost(used(1000, 100), found, tier) == (None if usd is None else D(usd))
 
 
-def test_a_tier_without_a_price_is_told_from_a_model_without_one() -> None:
+def test_an_unpriced_tier_is_not_an_unpriced_model() -> None:
     found = resolve("gpt-5-mini", {}, TODAY, OPENAI)
     assert found is not None
     assert [lacks_tier(found, tier) for tier in (None, "default", "priority", "scale")] == [False, False, False, True]
 
 
-def test_the_jobs_own_price_is_for_every_tier_and_may_have_a_fee() -> None:
+def test_the_jobs_price_covers_every_tier() -> None:
+    """It may have a fee per request."""
     own = {"m": Price(D(1), D(2), per_request=D("0.005"))}
     found = resolve("m", own, TODAY, GATEWAY)
     assert cost(used(1000, 100), found, "scale") == D("0.0062")
@@ -282,7 +283,7 @@ def test_the_jobs_own_price_is_for_every_tier_and_may_have_a_fee() -> None:
         (rb'{"content":"\"service_tier\":\"flex\""}', "0.00081"),  # a text that speaks of it
     ],
 )
-def test_money_is_reserved_for_the_dearest_tier_that_the_request_allows(body: bytes, usd: str) -> None:
+def test_reservations_use_the_dearest_tier(body: bytes, usd: str) -> None:
     found = resolve("gpt-5-mini", {}, TODAY, OPENAI)
     assert upper_bound(1000, 100, found, asked_tier(found, body)) == D(usd)
 
@@ -290,7 +291,7 @@ def test_money_is_reserved_for_the_dearest_tier_that_the_request_allows(body: by
 @pytest.mark.parametrize(
     ("hour", "usd"), [(0.9, "0.00021"), (1, "0.00042"), (3.99, "0.00042"), (4, "0.00021"), (9, "0.00042")]
 )
-def test_a_price_by_the_clock_is_that_of_the_hour(hour: float, usd: str) -> None:
+def test_a_timed_price_follows_the_hour(hour: float, usd: str) -> None:
     found = resolve("deepseek-flash", {}, TODAY, DEEPSEEK)
     assert cost(used(1000, 100), found, None, 86_400 * 20_000 + hour * 3600) == D(usd)
     assert upper_bound(1000, 100, found) == D("0.00042")

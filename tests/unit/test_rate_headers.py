@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchrun.limits.rate_headers import Stated, duration_s, stated
+from batchrun.limits.rate_headers import StatedLimit, duration_s, read_limit
 from batchrun.simulator.limits import duration_text
 
 
@@ -28,19 +28,19 @@ from batchrun.simulator.limits import duration_text
         (None, None),
     ],
 )
-def test_a_reset_is_read_in_every_form_it_comes_in(text: str | None, seconds: float | None) -> None:
+def test_a_reset_is_read_in_every_form(text: str | None, seconds: float | None) -> None:
     assert duration_s(text) == (None if seconds is None else pytest.approx(seconds))
 
 
 @given(st.integers(0, 10_000_000))
-def test_a_reset_as_the_simulator_writes_it_is_read_to_the_millisecond(milliseconds: int) -> None:
+def test_the_simulators_reset_is_exact(milliseconds: int) -> None:
     assert duration_s(duration_text(milliseconds / 1_000)) == pytest.approx(milliseconds / 1_000, rel=1e-5, abs=1e-6)
 
 
 @settings(max_examples=50)
 @given(st.text(max_size=30), st.text(max_size=30), st.text(max_size=30))
-def test_no_header_whatever_it_holds_raises_or_makes_a_limit_that_is_none(limit: str, left: str, reset: str) -> None:
-    said = stated(headers(limit, left, reset), "requests")
+def test_no_header_raises_or_misleads(limit: str, left: str, reset: str) -> None:
+    said = read_limit(headers(limit, left, reset), "requests")
     assert said is None or (said.per_minute > 0 and (said.remaining is None or 0 <= said.remaining <= said.per_minute))
 
 
@@ -52,11 +52,11 @@ def headers(limit: str | None, remaining: str | None = None, reset: str | None =
 @pytest.mark.parametrize(
     ("sent", "said"),
     [
-        (headers("3000", "99", "20ms"), Stated(3_000, 99, 0.02)),
-        (headers("3000"), Stated(3_000)),
-        (headers("3000", "nonsense", "soon"), Stated(3_000)),
-        (headers("3000", "-1"), Stated(3_000)),
-        (headers("3000", "3001"), Stated(3_000)),
+        (headers("3000", "99", "20ms"), StatedLimit(3_000, 99, 0.02)),
+        (headers("3000"), StatedLimit(3_000)),
+        (headers("3000", "nonsense", "soon"), StatedLimit(3_000)),
+        (headers("3000", "-1"), StatedLimit(3_000)),
+        (headers("3000", "3001"), StatedLimit(3_000)),
         (headers(None, "99", "20ms"), None),
         (headers("0"), None),
         (headers("-5"), None),
@@ -67,6 +67,6 @@ def headers(limit: str | None, remaining: str | None = None, reset: str | None =
         ({}, None),
     ],
 )
-def test_what_can_not_be_meant_is_as_if_it_had_not_been_sent(sent: dict[str, str], said: Stated | None) -> None:
-    assert stated(sent, "requests") == said
-    assert stated(sent, "tokens") is None
+def test_implausible_values_are_ignored(sent: dict[str, str], said: StatedLimit | None) -> None:
+    assert read_limit(sent, "requests") == said
+    assert read_limit(sent, "tokens") is None

@@ -102,7 +102,7 @@ OUTAGES: dict[str, object] = {
 
 
 @pytest.mark.parametrize("said", OUTAGES.values(), ids=OUTAGES.keys())
-def test_a_503_is_an_outage_unless_it_speaks_of_content(said: object) -> None:
+def test_a_503_about_content_is_no_outage(said: object) -> None:
     judgement = judged(503, said)
     assert judgement.error is not None
     assert (judgement.verdict, judgement.error.kind, judgement.filtered) == (SLOW, "overloaded", False)
@@ -154,7 +154,7 @@ BLOCKED: dict[str, object] = {
 
 @pytest.mark.parametrize("status", [403, 503])
 @pytest.mark.parametrize("said", BLOCKED.values(), ids=BLOCKED.keys())
-def test_a_body_that_speaks_of_content_is_the_rows_own(said: object, status: int) -> None:
+def test_a_body_about_content_blames_the_row(said: object, status: int) -> None:
     judgement = judged(status, said)
     assert judgement.error is not None
     assert (judgement.verdict, judgement.error.kind, judgement.filtered) == (ROW, "content_policy", True)
@@ -176,7 +176,7 @@ FORBIDDEN: dict[str, object] = {
 
 
 @pytest.mark.parametrize("said", FORBIDDEN.values(), ids=FORBIDDEN.keys())
-def test_any_other_403_is_about_the_key_or_the_balance(said: object) -> None:
+def test_other_403_concern_key_or_balance(said: object) -> None:
     judgement = judged(403, said)
     assert judgement.error is not None
     assert (judgement.verdict, judgement.error.kind, judgement.filtered) == (PAUSE, "forbidden", False)
@@ -451,7 +451,7 @@ LIMITS: dict[str, tuple[int, object, dict[str, str], Verdict, str, float | None]
 
 
 @pytest.mark.parametrize("case", LIMITS.values(), ids=LIMITS.keys())
-def test_a_minutes_limit_is_waited_for_and_an_empty_account_pauses(
+def test_quotas_wait_and_empty_accounts_pause(
     case: tuple[int, object, dict[str, str], Verdict, str, float | None],
 ) -> None:
     status, said, headers, verdict, kind, wait_s = case
@@ -491,7 +491,7 @@ ROWS_OWN: dict[str, tuple[int, object]] = {
 
 
 @pytest.mark.parametrize("case", ROWS_OWN.values(), ids=ROWS_OWN.keys())
-def test_what_is_wrong_with_a_request_is_its_rows_own_and_no_matter_of_content(case: tuple[int, object]) -> None:
+def test_an_invalid_request_blames_its_row(case: tuple[int, object]) -> None:
     judgement = judged(*case)
     assert judgement.error is not None
     assert (judgement.verdict, judgement.error.kind, judgement.filtered) == (ROW, "bad_request", False)
@@ -553,7 +553,7 @@ def test_every_envelope_gives_its_code_and_its_message(case: tuple[object, str |
     assert (answer.completion, answer.error_code, answer.error_message) == (False, code, message)
 
 
-def test_an_answer_that_says_that_all_is_well_is_no_failure() -> None:
+def test_an_error_saying_success_is_no_failure() -> None:
     fine: list[dict[str, Any]] = [
         {"base_resp": {"status_code": 0, "status_msg": ""}},
         {"status": {"code": 200, "message": "success"}},
@@ -572,7 +572,7 @@ BROKEN = {"code": 502, "message": "Provider disconnected"}
 
 
 @pytest.mark.parametrize("reason", ["error", "abort", "network_error", "insufficient_system_resource", "ERROR"])
-def test_a_choice_that_says_it_failed_is_no_answer_whole_and_streamed(reason: str) -> None:
+def test_a_failed_choice_is_no_answer(reason: str) -> None:
     choice = {"index": 0, "message": {"content": "Fi"}, "finish_reason": reason}
     for raw in (
         body(choices=[choice]),
@@ -588,9 +588,7 @@ def test_a_choice_that_says_it_failed_is_no_answer_whole_and_streamed(reason: st
 
 @pytest.mark.parametrize("reason", ["error", "stop", None])
 @pytest.mark.parametrize(("code", "verdict"), [(502, MAYBE), (429, SLOW), ("server_error", MAYBE), (None, MAYBE)])
-def test_an_error_in_the_choice_counts_whatever_its_reason_and_keeps_its_words(
-    reason: str | None, code: object, verdict: Verdict
-) -> None:
+def test_an_error_in_a_choice_counts(reason: str | None, code: object, verdict: Verdict) -> None:
     broken = {**BROKEN, "code": code}
     choice = {"index": 0, "message": {"content": "Fi"}, "finish_reason": reason, "error": broken}
     last = {"index": 0, "delta": {"content": ""}, "finish_reason": reason, "error": broken}
@@ -612,7 +610,7 @@ GLUED = [
 
 @pytest.mark.parametrize("tail", GLUED)
 @pytest.mark.parametrize("head", [b"", b"\n\n", b"\xef\xbb\xbf"])
-def test_a_whole_answer_with_a_streams_end_glued_to_it_is_an_answer(tail: bytes, head: bytes) -> None:
+def test_a_glued_stream_end_is_ignored(tail: bytes, head: bytes) -> None:
     answer = read(head + body() + tail)
     assert (answer.completion, answer.content, answer.flagged) == (True, "Fine.", True)
     assert judged(200, head + body() + tail).verdict is OK
@@ -628,5 +626,5 @@ def test_a_whole_answer_with_a_streams_end_glued_to_it_is_an_answer(tail: bytes,
         body() + b'data: {"error":"gone"}\n\ndata: [DONE]',
     ],
 )
-def test_what_is_no_whole_answer_is_none_for_its_tail(raw: bytes) -> None:
+def test_a_stream_end_completes_nothing(raw: bytes) -> None:
     assert judged(200, raw).verdict is MAYBE

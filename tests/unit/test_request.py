@@ -66,9 +66,7 @@ def problem_of(job: Job, columns: Columns) -> str:
         ({}, {"messages": HELLO}, "messages"),
     ],
 )
-def test_the_dialect_is_what_the_job_asks_else_what_the_columns_say(
-    request_table: Columns, columns: Columns, dialect: str
-) -> None:
+def test_the_dialect_follows_job_then_columns(request_table: Columns, columns: Columns, dialect: str) -> None:
     assert detect_dialect(a_job(**request_table), columns) == dialect
 
 
@@ -77,7 +75,7 @@ def test_columns_that_say_nothing_are_named() -> None:
         detect_dialect(a_job(), {"id": 1, "text": "x"})
 
 
-def test_the_columns_dialect_sends_the_api_fields_in_their_order() -> None:
+def test_the_columns_dialect_orders_api_fields() -> None:
     job = a_job(
         system="You label.",
         prompt="Label: {{ text }}",
@@ -96,7 +94,7 @@ def test_the_columns_dialect_sends_the_api_fields_in_their_order() -> None:
     )
 
 
-def test_a_message_template_may_be_a_list_of_parts() -> None:
+def test_a_message_template_may_have_parts() -> None:
     parts = [{"type": "text", "text": "{{ ask }}"}, {"type": "image_url", "image_url": {"url": "{{ url }}"}}]
     job = a_job(messages=[{"role": "user", "content": parts}])
     (message,) = body_of(job, {"ask": "What?", "url": "https://h/a.png"})["messages"]
@@ -106,7 +104,7 @@ def test_a_message_template_may_be_a_list_of_parts() -> None:
     ]
 
 
-def test_a_message_column_gets_the_system_prompt_unless_it_has_its_own() -> None:
+def test_a_message_column_gets_the_system_prompt() -> None:
     job = a_job(system="Be {{ tone }}.")
     assert body_of(job, {"messages": HELLO, "tone": "brief"})["messages"] == [
         {"role": "system", "content": "Be brief."},
@@ -120,7 +118,7 @@ def test_messages_may_be_json_text() -> None:
     assert body_of(a_job(), {"messages": json.dumps(HELLO)})["messages"] == HELLO
 
 
-def test_a_batch_line_keeps_what_it_says_and_the_job_fills_the_gaps() -> None:
+def test_the_job_fills_gaps_of_batch_lines() -> None:
     job = a_job(max_tokens=10, temperature=0.5, extra={"seed": 1})
     given = {"messages": HELLO, "temperature": 1.5, "stop": ["x"], "logit_bias": {"5": -1}, "stream": True}
     body = body_of(job, {"custom_id": "a", "url": "/v1/chat/completions", "body": given})
@@ -140,7 +138,7 @@ def test_a_batch_line_keeps_what_it_says_and_the_job_fills_the_gaps() -> None:
     ("columns", "problem"),
     [
         ({"body": [1]}, "`body` is no JSON object"),
-        ({"body": "{"}, "a column that should hold JSON does not"),
+        ({"body": "{"}, "a column that should hold JSON text holds something else"),
         ({"body": {"messages": HELLO}, "url": "/v1/embeddings"}, "`url` is '/v1/embeddings'"),
         ({"body": {"messages": []}}, "messages: expected at least one message"),
         ({"body": {"messages": HELLO, "model": 5}}, "model: expected a model id (is 5)"),
@@ -148,7 +146,7 @@ def test_a_batch_line_keeps_what_it_says_and_the_job_fills_the_gaps() -> None:
         ({"body": {"messages": HELLO, "max_tokens": 0}}, "max_tokens: expected an integer from 1 to 128,000 (is 0)"),
     ],
 )
-def test_a_batch_line_that_cannot_be_asked_is_named(columns: Columns, problem: str) -> None:
+def test_an_unusable_batch_line_is_named(columns: Columns, problem: str) -> None:
     assert problem_of(a_job(), {"custom_id": "a", **columns}).startswith(problem)
 
 
@@ -178,7 +176,7 @@ def test_a_request_without_a_model_is_refused() -> None:
         ([{"role": "user", "content": 5}], "messages[0].content: expected text or a list of parts"),
     ],
 )
-def test_messages_that_are_none_are_named(messages: object, problem: str) -> None:
+def test_invalid_messages_are_named(messages: object, problem: str) -> None:
     assert problem_of(a_job(), {"messages": messages}).startswith(problem)
 
 
@@ -217,7 +215,7 @@ def test_any_other_message_without_content_is_refused(message: dict[str, object]
     assert "content: expected text or a list of parts" in problem_of(a_job(), {"messages": [message]})
 
 
-def test_a_conversation_with_the_results_of_tools_is_sent_as_it_is(tmp_path: Path) -> None:
+def test_tool_conversations_are_sent_unchanged(tmp_path: Path) -> None:
     call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
     result = {"role": "tool", "tool_call_id": "c1", "content": "7"}
     talk = [*HELLO, {"role": "assistant", "tool_calls": [call]}, result]
@@ -228,7 +226,7 @@ def test_a_conversation_with_the_results_of_tools_is_sent_as_it_is(tmp_path: Pat
     assert parquet[0].key == jsonl[0].key
 
 
-def test_a_larger_answer_than_the_api_knows_can_be_asked_of_other_servers_and_is_bounded() -> None:
+def test_larger_max_tokens_are_allowed_and_bounded() -> None:
     request = build(a_job(extra={"max_completion_tokens": 200_000}), {"messages": HELLO})
     assert json.loads(request.body)["max_completion_tokens"] == 200_000
     assert request.max_output_tokens == 200_000
@@ -249,7 +247,7 @@ def both_formats(tmp_path: Path, rows: list[Columns]) -> list[list[Request]]:
     return made
 
 
-def test_parquet_and_jsonl_of_the_same_data_ask_the_same_with_the_same_key(tmp_path: Path) -> None:
+def test_parquet_and_jsonl_have_equal_keys(tmp_path: Path) -> None:
     image = {"type": "image_url", "image_url": {"url": "https://h/a.png"}}
     rows: list[Columns] = [
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}, image]}], "t": 1},
@@ -262,7 +260,7 @@ def test_parquet_and_jsonl_of_the_same_data_ask_the_same_with_the_same_key(tmp_p
     assert len({request.key for request in jsonl}) == 3
 
 
-def test_the_order_of_an_objects_names_is_kept_in_the_body_and_is_not_in_the_key() -> None:
+def test_key_order_changes_body_not_key() -> None:
     given = {"model": "m", "messages": HELLO, "response_format": {"type": "json_object", "b": 1, "a": 2}}
     other = dict(reversed(given.items())) | {"response_format": {"a": 2, "b": 1, "type": "json_object"}}
     first, second = (build(a_job(), {"custom_id": "x", "body": each}) for each in (given, other))
@@ -285,14 +283,14 @@ def test_the_order_of_an_objects_names_is_kept_in_the_body_and_is_not_in_the_key
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_a_value_that_json_cannot_say_is_named_and_not_sent_as_something_else(value: object) -> None:
+def test_an_unserialisable_value_is_named(value: object) -> None:
     in_messages = problem_of(a_job(), {"messages": [{**HELLO[0], "weight": value}]})
     in_body = problem_of(a_job(), {"custom_id": "a", "body": {"messages": HELLO, "metadata": {"x": [value]}}})
     assert in_messages.startswith(f"messages: JSON has no {type(value).__name__} such as {value!r:.80}")
     assert in_body.startswith(f"body: JSON has no {type(value).__name__}")
 
 
-def test_a_request_nested_too_deep_or_with_half_a_character_is_the_rows_own_problem() -> None:
+def test_deep_or_broken_requests_are_row_errors() -> None:
     deep: Any = "x"
     for _ in range(5000):
         deep = [deep]
@@ -320,12 +318,12 @@ def test_a_request_nested_too_deep_or_with_half_a_character_is_the_rows_own_prob
         ("{% include 'x' %}", "request.prompt: TypeError"),
     ],
 )
-def test_a_missing_column_and_a_null_are_named_and_never_sent(template: str, problem: str) -> None:
+def test_missing_columns_and_nulls_are_never_sent(template: str, problem: str) -> None:
     columns = {"text": "x", "empty": None, "zero": 0, "struct": {"empty": None}}
     assert problem_of(a_job(prompt=template), columns).startswith(problem)
 
 
-def test_a_template_problem_names_the_setting_it_stands_in() -> None:
+def test_a_template_problem_names_its_setting() -> None:
     assert problem_of(a_job(prompt="x", system="{{ gone }}"), {}).startswith("request.system: ")
     messages = [{"role": "system", "content": "x"}, {"role": "user", "content": "{{ gone }}"}]
     assert problem_of(a_job(messages=messages), {}).startswith("request.messages[1].content: ")
@@ -339,7 +337,7 @@ def test_a_null_may_be_provided_for() -> None:
 
 
 @pytest.mark.parametrize("text", ["{{ 7 * 7 }}", "{% for x in y %}", "{# c #}", "{{", "%}", "{{ secret }}"])
-def test_row_text_that_looks_like_a_template_stays_text(text: str) -> None:
+def test_row_text_is_never_a_template(text: str) -> None:
     columns = {"text": text, "secret": "canary"}
     assert body_of(a_job(prompt="{{ text }}"), columns)["messages"][0]["content"] == text
     assert body_of(a_job(), {"messages": [{"role": "user", "content": text}]})["messages"][0]["content"] == text
@@ -376,7 +374,7 @@ def test_row_text_that_looks_like_a_template_stays_text(text: str) -> None:
         "{{ request }}",
     ],
 )
-def test_a_template_cannot_reach_internals_or_change_the_row(template: str) -> None:
+def test_a_template_cannot_reach_internals(template: str) -> None:
     columns: Columns = {"text": "x", "tags": ["a"], "struct": {"a": 0}}
     with pytest.raises((InputError, JobError)):
         build(a_job(prompt=template), columns)
@@ -394,7 +392,7 @@ def test_what_a_template_sets_stays_in_its_row() -> None:
 # -- parameters
 
 
-def test_a_column_overrides_a_parameter_row_by_row_and_its_null_leaves_the_jobs() -> None:
+def test_a_column_overrides_a_parameter_by_row() -> None:
     columns_of = {"model": "m", "temperature": "t", "max_tokens": "n", "top_p": "p", "reasoning_effort": "e"}
     job = a_job(prompt="x", temperature=0.25, from_columns=columns_of)
     own = {"m": "m2", "t": 1.5, "n": 64.0, "p": 0.5, "e": "high"}
@@ -437,7 +435,7 @@ NAN = float("nan")
         ("unknown_to_the_page", [None, 1, "x", [], {"a": None}], []),
     ],
 )
-def test_a_parameter_is_held_to_its_documented_range(name: str, allowed: list[Any], refused: list[Any]) -> None:
+def test_parameters_stay_within_documented_ranges(name: str, allowed: list[Any], refused: list[Any]) -> None:
     for value in allowed:
         assert check_parameter(name, value) == value
     for value in refused:
@@ -448,7 +446,7 @@ def test_a_parameter_is_held_to_its_documented_range(name: str, allowed: list[An
 # -- several turns
 
 
-def test_turns_by_template_and_turns_of_a_column_come_in_the_jobs_order() -> None:
+def test_turns_keep_the_jobs_order() -> None:
     part = {"type": "text", "text": "{{ ask }}"}
     job = a_job(
         messages=[
@@ -479,7 +477,7 @@ def test_turns_by_template_and_turns_of_a_column_come_in_the_jobs_order() -> Non
         assert body_of(job, {**columns, "history": nothing})["messages"] == [*before, asked]
 
 
-def test_a_column_of_turns_that_is_missing_empty_or_wrong_is_named() -> None:
+def test_an_invalid_turns_column_is_named() -> None:
     job = a_job(messages=[{"column": "history"}])
     assert problem_of(job, {}) == "column 'history', which request.messages[0].column names, is missing (columns: none)"
     assert problem_of(job, {"history": None}) == "messages: expected at least one message"
@@ -490,7 +488,7 @@ def test_a_column_of_turns_that_is_missing_empty_or_wrong_is_named() -> None:
     "message",
     [{}, {"role": "user"}, {"content": "x"}, {"column": "a", "content": "x"}, {"role": "user", "column": "a"}],
 )
-def test_a_message_is_a_role_with_content_or_a_column(message: Columns) -> None:
+def test_a_message_is_content_or_column(message: Columns) -> None:
     with pytest.raises(JobError, match=r"request\.messages\[0\]: expected a `role` with its `content`, or a `column`"):
         a_job(messages=[message])
 
@@ -502,7 +500,7 @@ def worded(job: Job, **endpoint: str) -> Job:
     return msgspec.structs.replace(job, endpoint=msgspec.structs.replace(job.endpoint, **endpoint))
 
 
-def test_another_servers_words_change_what_is_sent_and_not_what_is_asked() -> None:
+def test_renamed_parameters_are_the_same_question() -> None:
     turns = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
     job = a_job(messages=turns, max_tokens=5, temperature=0.5)
     other = worded(job, max_tokens_field="max_completion_tokens", developer_role="system")
@@ -572,11 +570,12 @@ def test_the_key_ignores_how_the_answer_travels() -> None:
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_the_key_depends_on_every_field_of_the_body(change: Columns) -> None:
+def test_the_key_covers_every_body_field(change: Columns) -> None:
     assert key_of(a_job(), batch(**change)) != key_of(a_job(), batch())
 
 
-def test_the_key_depends_on_the_endpoints_name_and_not_on_row_or_other_columns() -> None:
+def test_the_key_covers_the_endpoints_name() -> None:
+    """It doesn't depend on the row number or on other columns."""
     assert key_of(a_job(endpoint="a"), batch()) != key_of(a_job(endpoint="b"), batch())
     builder = RequestBuilder(a_job(prompt="{{ a }}"), "columns")
     first, second = builder.build(Row(0, {"a": "x"})), builder.build(Row(9, {"a": "x", "b": 1}))
@@ -587,7 +586,7 @@ def test_the_key_depends_on_the_endpoints_name_and_not_on_row_or_other_columns()
 # -- the bounds
 
 
-def test_the_bounds_cover_all_that_one_attempt_can_be_billed_for() -> None:
+def test_bounds_cover_everything_billable() -> None:
     request = build(a_job(), batch(max_tokens=100, n=3))
     assert request.max_output_tokens == 300
     assert request.max_prompt_tokens == len(request.body)
@@ -601,7 +600,7 @@ def test_the_bounds_cover_all_that_one_attempt_can_be_billed_for() -> None:
 
 
 @pytest.mark.parametrize("limit", [0, -5, True, "100", 100.5, [], {}])
-def test_a_limit_that_no_server_understands_is_no_bound(limit: object) -> None:
+def test_an_unknown_limit_is_no_bound(limit: object) -> None:
     request = build(a_job(), batch(max_completion_tokens=limit, n=limit))
     assert request.max_output_tokens == 128_000
 
@@ -617,7 +616,7 @@ JSON = st.recursive(
 
 
 @given(TEXT, TEXT)
-def test_a_rendered_prompt_reaches_the_body_letter_by_letter(before: str, text: str) -> None:
+def test_a_prompt_reaches_the_body_exactly(before: str, text: str) -> None:
     job = a_job(prompt="<{{ before }}|{{ text }}>")
     columns = {"before": before, "text": text}
     assert body_of(job, columns)["messages"] == [{"role": "user", "content": f"<{before}|{text}>"}]
@@ -640,7 +639,7 @@ KNOWN_FIELDS = {
         TEXT.filter(lambda name: name not in ("model", "messages", "stream", "stream_options")), JSON, max_size=4
     ).filter(lambda extra: not extra.keys() & KNOWN_FIELDS)
 )
-def test_a_batch_body_is_sent_as_it_was_meant_and_equal_columns_have_one_key(extra: Columns) -> None:
+def test_batch_bodies_are_sent_as_meant(extra: Columns) -> None:
     meant = {"model": "m", "messages": HELLO, **extra}
     assert body_of(a_job(), {"custom_id": "a", "body": meant}) == meant
     again = json.loads(json.dumps(dict(reversed(meant.items()))))
@@ -660,7 +659,7 @@ def test_what_a_batch_file_would_ignore_is_refused(setting: dict[str, Any]) -> N
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_request_is_asked_again_with_the_answer_and_what_is_wrong_with_it(stream: bool) -> None:
+def test_a_correction_repeats_the_wrong_answer(stream: bool) -> None:
     asked = build(a_job(prompt="Label {{ text }}", stream=stream), {"text": "this"}, "columns")
     again = corrected(corrected(asked, [Correction("so", "no JSON")]), [Correction("{}", "no label")])
     assert again == corrected(asked, [Correction("so", "no JSON"), Correction("{}", "no label")])
@@ -683,7 +682,7 @@ def test_a_request_is_asked_again_with_the_answer_and_what_is_wrong_with_it(stre
     ),
     st.dictionaries(st.sampled_from(["a", "b", "loop"]), st.text(max_size=5) | st.integers() | st.none() | st.floats()),
 )
-def test_a_template_of_plain_columns_gives_what_jinja_gives(parts: list[str], columns: Columns) -> None:
+def test_simple_templates_equal_jinja(parts: list[str], columns: Columns) -> None:
     def rendered(text: str) -> str:
         try:
             return text_template(text, "request.prompt")(columns)

@@ -27,13 +27,13 @@ def _answers(count: int = 60, **fields: Any) -> list[Answer]:
     return [answer_to(_question(f"Question {number}", **fields), seed=0) for number in range(count)]
 
 
-def test_the_same_question_has_the_same_answer_and_bill() -> None:
+def test_equal_questions_have_equal_answers() -> None:
     assert answer_to(_question(), seed=1) == answer_to(_question(stream=True), seed=1)
     assert answer_to(_question(), seed=1) != answer_to(_question(), seed=2)
     assert len({answer.choices[0].content for answer in _answers()}) == 60
 
 
-def test_an_answer_ends_at_max_tokens_and_says_so() -> None:
+def test_an_answer_ends_at_max_tokens() -> None:
     for answer in _answers(max_tokens=5):
         assert (answer.choices[0].finish_reason, answer.usage.completion_tokens) == ("length", 5)
     for answer in _answers(max_tokens=500):
@@ -42,7 +42,7 @@ def test_an_answer_ends_at_max_tokens_and_says_so() -> None:
         assert answer.usage.completion_tokens == text_tokens(choice.content or "")
 
 
-def test_more_effort_thinks_longer_and_is_part_of_the_completion() -> None:
+def test_more_effort_means_more_reasoning() -> None:
     means = []
     for effort in ("low", "medium", "high", "xhigh"):
         usages = [answer.usage for answer in _answers(reasoning_effort=effort)]
@@ -70,7 +70,7 @@ def test_only_a_long_system_prompt_is_cached() -> None:
     assert cached.cached_tokens % 128 == 0
 
 
-def test_a_prompt_counts_its_text_images_functions_and_schema() -> None:
+def test_a_prompt_counts_all_its_content() -> None:
     def prompt(**fields: Any) -> int:
         return answer_to(_question(**fields), seed=0).usage.prompt_tokens
 
@@ -91,19 +91,19 @@ def test_a_named_function_is_called_with_fitting_arguments() -> None:
         jsonschema.validate(json.loads(choice.function_call.arguments), PARAMETERS)
 
 
-def test_a_function_without_parameters_is_called_with_none() -> None:
+def test_a_call_without_parameters_works() -> None:
     (answer,) = _answers(1, functions=FUNCTIONS, function_call={"name": "time"})
     assert answer.choices[0].function_call == FunctionCall("time", "{}")
 
 
-def test_auto_calls_sometimes_and_none_never() -> None:
+def test_auto_calls_sometimes_none_never() -> None:
     free = [answer.choices[0].function_call is not None for answer in _answers(functions=FUNCTIONS)]
     assert 10 < sum(free) < 50
     silent = _answers(functions=FUNCTIONS, function_call="none")
     assert all(answer.choices[0].function_call is None for answer in silent)
 
 
-def test_json_is_asked_for_and_given() -> None:
+def test_requested_json_is_generated() -> None:
     for answer in _answers(response_format={"type": "json_object"}):
         assert isinstance(json.loads(answer.choices[0].content or ""), dict)
     form = {"type": "json_schema", "json_schema": {"name": "p", "schema": PARAMETERS}}
@@ -111,7 +111,7 @@ def test_json_is_asked_for_and_given() -> None:
         jsonschema.validate(json.loads(answer.choices[0].content or ""), PARAMETERS)
 
 
-def test_each_choice_is_its_own_and_all_are_billed() -> None:
+def test_each_choice_is_billed() -> None:
     (answer,) = _answers(1, n=3)
     assert len({choice.content for choice in answer.choices}) == 3
     assert answer.usage.completion_tokens == sum(choice.completion_tokens for choice in answer.choices)
@@ -123,7 +123,7 @@ def test_a_prompt_beyond_the_context_is_refused() -> None:
     assert (caught.value.status, caught.value.code) == (400, "context_length_exceeded")
 
 
-def test_latency_spreads_around_its_median_and_stays_with_its_question() -> None:
+def test_latency_is_random_per_question() -> None:
     delays = sorted(latency_s(_question(str(n)), 0, median_s=2.0, sigma=0.5) for n in range(500))
     assert 1.7 < delays[250] < 2.3
     assert delays[12] < 1.0 < 4.0 < delays[-12]
@@ -151,7 +151,7 @@ def test_a_tool_is_called_as_tool_choice_says() -> None:
     assert not any(answer.choices[0].tool_call for answer in _answers(tools=TOOLS, tool_choice="none"))
 
 
-def test_a_spoiled_answer_is_no_json_or_json_of_another_shape() -> None:
+def test_a_spoiled_answer_is_invalid_json() -> None:
     asked = {"type": "json_schema", "json_schema": {"name": "w", "schema": PARAMETERS}}
     for fields in ({"response_format": asked}, {"functions": FUNCTIONS[:1], "function_call": {"name": "weather"}}):
         (answer,) = _answers(1, **fields)

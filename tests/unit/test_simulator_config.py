@@ -25,7 +25,7 @@ def test_every_field_of_a_fault_is_documented(field: str) -> None:
 
 
 @pytest.mark.parametrize("field", LimitChange.__struct_fields__)
-def test_every_field_of_a_change_of_limits_is_documented(field: str) -> None:
+def test_every_field_of_limit_changes_is_documented(field: str) -> None:
     assert f'"{field}"' in DOCUMENT or f"`{field}`" in DOCUMENT
 
 

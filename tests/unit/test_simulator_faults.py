@@ -19,7 +19,7 @@ def _meets(book: FaultBook, *, ordinal: int = 1, age_s: float = 0.0, body: bytes
     return book.meet(QUESTIONS[question], body, ordinal=ordinal, age_s=age_s) is not None
 
 
-def test_a_share_is_met_by_that_share_in_any_order() -> None:
+def test_a_fault_has_its_share() -> None:
     faults = (Fault(kind="status", share=0.3),)
     forwards = _fates(FaultBook(faults, 7), QUESTIONS)
     backwards = _fates(FaultBook(faults, 7), QUESTIONS[::-1])
@@ -28,7 +28,8 @@ def test_a_share_is_met_by_that_share_in_any_order() -> None:
     assert forwards != _fates(FaultBook(faults, 8), QUESTIONS)
 
 
-def test_a_retry_draws_anew_unless_the_fault_sticks() -> None:
+def test_a_retry_meets_another_fate() -> None:
+    """Unless the fault sticks to its request."""
     free, sticky = (FaultBook((Fault(kind="status", share=0.5, sticky=on),), 0) for on in (False, True))
     first, second = _fates(free, QUESTIONS), _fates(free, QUESTIONS)
     assert 0.4 < sum(first[question] == second[question] for question in QUESTIONS) / len(QUESTIONS) < 0.6
@@ -57,7 +58,7 @@ def test_an_outage_has_a_beginning_and_an_end() -> None:
     assert [_meets(book, age_s=age_s) for age_s in (0, 9.9, 10, 19.9, 20)] == [False, False, True, True, False]
 
 
-def test_a_fault_looks_for_its_text_in_the_body() -> None:
+def test_a_fault_matches_text_in_bodies() -> None:
     book = FaultBook((Fault(kind="status", match="poison"),), 0)
     assert _meets(book, body=b'{"a": "the poison row"}')
     assert not _meets(book, body=b'{"a": "a good row"}')
@@ -70,7 +71,8 @@ def test_times_count_over_all_or_for_each_question() -> None:
     assert [_meets(for_each, question=index) for index in (0, 1, 0, 1)] == [True, True, False, False]
 
 
-def test_a_fate_drawn_by_the_rows_own_attempt_is_the_same_in_a_new_process_and_a_retry_there_draws_anew() -> None:
+def test_fates_by_attempt_survive_restarts() -> None:
+    """A retry in a new process still meets another fate."""
     faults = (Fault(kind="status", share=0.5),)
 
     def fates(book: FaultBook, attempt: int) -> list[bool]:
@@ -85,7 +87,7 @@ def test_a_fate_drawn_by_the_rows_own_attempt_is_the_same_in_a_new_process_and_a
     assert 900 < sum(a != b for a, b in zip(first, second, strict=True)) < 1_100
 
 
-def test_a_fault_that_sticks_sticks_however_attempts_are_named() -> None:
+def test_a_sticky_fault_ignores_attempt_names() -> None:
     book = FaultBook((Fault(kind="status", share=0.5, sticky=True),), 0)
     named = [book.meet(QUESTIONS[0], b"", ordinal=1, age_s=0.0, attempt_of_row=f"0-{n}") for n in range(1, 20)]
     assert len(set(named)) == 1

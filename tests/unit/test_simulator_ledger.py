@@ -46,7 +46,7 @@ def test_a_ledger_that_is_not_there_is_empty(tmp_path: Path) -> None:
     assert read_ledger(tmp_path / "none") == []
 
 
-def test_a_torn_last_line_is_left_out_wherever_it_was_cut(tmp_path: Path) -> None:
+def test_a_torn_last_line_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "l"
     _written(path, 1, 2)
     whole = path.read_bytes()
@@ -56,7 +56,7 @@ def test_a_torn_last_line_is_left_out_wherever_it_was_cut(tmp_path: Path) -> Non
         assert read_ledger(path) == [_line(1)]
 
 
-def test_a_new_simulator_goes_on_after_a_torn_line(tmp_path: Path) -> None:
+def test_a_new_simulator_continues_a_torn_ledger(tmp_path: Path) -> None:
     path = tmp_path / "l"
     _written(path, 1, 2)
     os.truncate(path, path.stat().st_size - 7)
@@ -64,7 +64,7 @@ def test_a_new_simulator_goes_on_after_a_torn_line(tmp_path: Path) -> None:
     assert read_ledger(path) == [_line(1), _line(3)]
 
 
-def test_a_line_is_in_the_file_before_write_returns(tmp_path: Path) -> None:
+def test_a_written_line_is_on_disk(tmp_path: Path) -> None:
     ledger = Ledger(str(tmp_path / "l"))
     for ordinal in range(1, 4):
         ledger.write(_line(ordinal))
@@ -78,7 +78,7 @@ def test_the_ledger_is_private(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", [None, "l"])
-def test_totals_count_what_was_billed_and_what_was_refused(tmp_path: Path, path: str | None) -> None:
+def test_totals_count_billed_and_refused(tmp_path: Path, path: str | None) -> None:
     ledger = Ledger(None if path is None else str(tmp_path / path))
     for line in (_line(1), _line(2), _line(3, status=429, billed=False), _line(4, status=None, billed=False)):
         ledger.write(line)

@@ -46,7 +46,7 @@ def test_tokens_are_limited_like_requests() -> None:
     assert [_is_admitted(limits, 1_000, now_s) for now_s in (0, 0, 0, 0.5, 1.0)] == [True, True, False, False, True]
 
 
-def test_a_request_larger_than_the_bucket_waits_for_a_full_one_and_leaves_a_debt() -> None:
+def test_an_oversized_request_leaves_a_debt() -> None:
     limits = _limits(None, 60_000)
     assert _is_admitted(limits, 5_000, 0.0)
     assert not _is_admitted(limits, 1, 3.0)
@@ -62,7 +62,7 @@ def test_a_refusal_takes_nothing_of_either_limit() -> None:
     assert dict(limits.headers(0.0)) == before
 
 
-def test_a_refusal_says_how_long_to_wait_and_waiting_that_long_is_enough() -> None:
+def test_waiting_as_told_is_enough() -> None:
     limits = _limits(80)
     while _is_admitted(limits, 1, 0.0):
         pass
@@ -75,7 +75,7 @@ def test_a_refusal_says_how_long_to_wait_and_waiting_that_long_is_enough() -> No
     assert _is_admitted(limits, 1, 0.25)
 
 
-def test_without_headers_a_refusal_tells_whole_seconds_only() -> None:
+def test_refusals_without_headers_state_whole_seconds() -> None:
     limits = _limits(60, headers=False)
     assert _is_admitted(limits, 1, 0.0)
     assert _is_admitted(limits, 1, 0.0)
@@ -84,7 +84,7 @@ def test_without_headers_a_refusal_tells_whole_seconds_only() -> None:
     assert caught.value.headers == (("Retry-After", "1"),)
 
 
-def test_limits_that_change_hold_from_their_time_on_for_requests_and_tokens() -> None:
+def test_changed_limits_apply_on_time() -> None:
     changes = (
         LimitChange(at_s=60, requests_per_minute=300),
         LimitChange(at_s=120, requests_per_minute=600),
@@ -107,7 +107,7 @@ def test_limits_that_change_hold_from_their_time_on_for_requests_and_tokens() ->
     }
 
 
-def test_a_change_that_nobody_saw_happen_has_happened_at_its_own_time() -> None:
+def test_an_unseen_change_keeps_its_time() -> None:
     changes = (LimitChange(at_s=1, requests_per_minute=60), LimitChange(at_s=2, requests_per_minute=6_000))
     limits = Limits(600, None, headers=True, now_s=0.0, changes=changes)
     while _is_admitted(limits, 1, 0.0):
@@ -116,7 +116,7 @@ def test_a_change_that_nobody_saw_happen_has_happened_at_its_own_time() -> None:
     assert dict(limits.headers(2.25))["x-ratelimit-remaining-requests"] == "27"
 
 
-def test_the_headers_tell_limit_remaining_and_reset() -> None:
+def test_headers_state_limit_remaining_reset() -> None:
     limits = _limits(600, 6_000_000)
     limits.admit(50_000, 0.0)
     assert dict(limits.headers(0.0)) == {
@@ -129,7 +129,7 @@ def test_the_headers_tell_limit_remaining_and_reset() -> None:
     }
 
 
-def test_headers_are_silent_when_told_and_where_nothing_is_limited() -> None:
+def test_headers_can_be_switched_off() -> None:
     assert _limits(600, headers=False).headers(0.0) == ()
     assert _limits().headers(0.0) == ()
     assert all(_is_admitted(_limits(), 10**9, 0.0) for _ in range(3))

@@ -181,7 +181,7 @@ def test_what_it_does_not_is_refused_by_name(body: dict[str, Any], param: str, c
         (_data_url("jpeg", TINY_IMAGES["png"]), "not a jpeg"),
     ],
 )
-def test_an_image_that_is_none_is_refused(url: str, complaint: str) -> None:
+def test_an_invalid_image_is_refused(url: str, complaint: str) -> None:
     with pytest.raises(Refused, match=complaint) as caught:
         parse_question(_image(url))
     assert (caught.value.code, caught.value.param) == ("invalid_image", "messages[0].content[1].image_url.url")
@@ -192,13 +192,13 @@ def test_an_image_that_is_none_is_refused(url: str, complaint: str) -> None:
     [b"", b"{", b"[]", b'"text"', b'{"model": NaN}', b'{"model": "\\ud800"}', b'{"model": "\xff"}', b'{"a":' * 100_000],
     ids=["empty", "cut", "array", "text", "NaN", "lone surrogate", "not UTF-8", "too deep"],
 )
-def test_a_body_that_is_no_json_object_is_refused(body: bytes) -> None:
+def test_a_body_without_object_is_refused(body: bytes) -> None:
     with pytest.raises(Refused) as caught:
         parse_body(body)
     assert (caught.value.status, caught.value.code) == (400, "invalid_json")
 
 
-def test_the_question_is_the_same_however_it_is_delivered() -> None:
+def test_delivery_does_not_change_the_question() -> None:
     plain = parse_question(_body(temperature=0)).digest
     assert parse_question(_body(temperature=0, stream=True, stream_options={"include_usage": True})).digest == plain
     assert parse_question(dict(reversed(_body(temperature=0).items()))).digest == plain

@@ -67,7 +67,7 @@ def stored(window: Window) -> pa.Table:
     block_bytes=st.integers(1, 50),
     limits=st.tuples(st.integers(1, 6), st.integers(1, 200)),
 )
-def test_rows_come_back_whatever_the_compression_blocks_line_ends_and_window_limits(
+def test_rows_survive_any_file_layout(
     tmp_path: Path,
     rows: list[dict[str, object]],
     packing: str,
@@ -77,6 +77,7 @@ def test_rows_come_back_whatever_the_compression_blocks_line_ends_and_window_lim
     block_bytes: int,
     limits: tuple[int, int],
 ) -> None:
+    """Whatever the compression, blocks, line ends and window limits."""
     text = ending.join(json.dumps(row, ensure_ascii=False).encode() for row in rows)
     data = b"\xef\xbb\xbf" * bom + text + ending * last_ending
     jsonl = source(tmp_path, PACKED[packing](data), block_bytes=block_bytes)
@@ -94,7 +95,7 @@ def test_rows_come_back_whatever_the_compression_blocks_line_ends_and_window_lim
     packing=st.sampled_from(sorted(PACKED)),
     max_rows=st.integers(1, 4),
 )
-def test_reading_from_the_end_of_any_window_gives_exactly_the_rest(
+def test_any_windows_end_resumes_exactly(
     tmp_path: Path, counts: list[int], skip: set[int], packing: str, max_rows: int
 ) -> None:
     contents = [b"\n".join(b'{"n": "%d.%d"}\n' % (k, i) for i in range(count)) for k, count in enumerate(counts)]
@@ -117,7 +118,7 @@ def test_places_count_blank_lines_and_ordinals_do_not(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n \n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\r\n"])
-def test_an_empty_file_and_blank_lines_have_no_records(tmp_path: Path, content: bytes) -> None:
+def test_blank_lines_and_files_are_empty(tmp_path: Path, content: bytes) -> None:
     empty = source(tmp_path, content)
     assert list(empty.records()) == []
     assert list(empty.windows(START, 10, 10)) == []
@@ -128,7 +129,7 @@ def test_only_a_newline_ends_a_line(tmp_path: Path) -> None:
     assert [record.columns for record in source(tmp_path, line).records()] == [{"a": "x\u2028y\u2029z\x85\x7f"}]
 
 
-def test_a_line_beyond_the_limit_is_one_problem_and_the_next_line_is_read(tmp_path: Path) -> None:
+def test_an_oversized_line_is_one_problem(tmp_path: Path) -> None:
     jsonl = source(tmp_path, b'{"a": "' + b"x" * 5_000 + b'"}\n{"a": 1}\n', max_line_bytes=100, block_bytes=64)
     long, short = jsonl.records()
     assert (long.number, long.problem) == (1, "the line is longer than 100 bytes")
@@ -138,7 +139,7 @@ def test_a_line_beyond_the_limit_is_one_problem_and_the_next_line_is_read(tmp_pa
         list(jsonl.windows(START, 10, 10))
 
 
-def test_a_window_holds_the_line_as_it_was_written(tmp_path: Path) -> None:
+def test_a_window_keeps_the_written_line(tmp_path: Path) -> None:
     (window,) = source(tmp_path, b' {"a":1.50, "a": 2} \r\n').windows(START, 10, 1)
     assert window.table.to_pydict() == {"line": [b' {"a":1.50, "a": 2} ']}
     assert window.end == Position(file=0, offset=22, line=1, ordinal=1)
@@ -151,7 +152,8 @@ def test_a_cut_compressed_file_is_named(tmp_path: Path, packing: str) -> None:
         list(source(tmp_path, data[:-10]).records())
 
 
-def test_a_file_compressed_twice_or_parquet_inside_is_refused(tmp_path: Path) -> None:
+def test_a_double_compressed_file_is_refused(tmp_path: Path) -> None:
+    """So is Parquet inside a compressed file."""
     for inner in (gzip.compress(b"{}"), b"PAR1"):
         with pytest.raises(InputError, match="unpack it first: gzip -dc"):
             source(tmp_path, gzip.compress(inner))

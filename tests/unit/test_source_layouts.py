@@ -67,9 +67,7 @@ SKIPPABLE = struct.pack("<II", 0x184D2A50, 4) + b"size"
     ids=["gzip padded", "gzip members", "gzip empty member", "zstd frames", "zstd skippable", "joined with marks"],
 )
 @pytest.mark.parametrize("name", ["in.jsonl", "in.gz", "in.zst"])
-def test_a_compressed_file_is_read_as_other_tools_write_it_whatever_its_name(
-    tmp_path: Path, content: bytes, count: int, name: str
-) -> None:
+def test_foreign_compressed_files_are_read(tmp_path: Path, content: bytes, count: int, name: str) -> None:
     assert rows(write(tmp_path / name, content)) == [{"a": 1}] * count
 
 
@@ -85,7 +83,7 @@ def test_a_cut_or_spoilt_compressed_file_is_named(tmp_path: Path, content: bytes
 FOLDERS = (("day=1/lang=de%20AT", 1, "de AT"), ("day=2/lang=__HIVE_DEFAULT_PARTITION__", 2, None))
 
 
-def test_keys_of_folders_are_columns_of_parquet_and_of_json_lines_alike(tmp_path: Path) -> None:
+def test_folder_keys_become_columns(tmp_path: Path) -> None:
     for place, day, language in (
         ("day=1/lang=de%20AT", 1, "de AT"),
         ("day=2/lang=__HIVE_DEFAULT_PARTITION__", 2, None),
@@ -106,7 +104,7 @@ def test_a_key_with_leading_zeros_stays_text(tmp_path: Path) -> None:
     assert [row["id"] for row in rows(tmp_path)] == ["007", "8"]
 
 
-def test_a_directory_of_plain_folders_names_the_glob_that_reads_them(tmp_path: Path) -> None:
+def test_a_folder_of_folders_names_the_glob(tmp_path: Path) -> None:
     write(tmp_path / "monday" / "a.jsonl")
     assert f"write '{tmp_path}/**/*.jsonl'" in refused(tmp_path)
     assert rows(tmp_path / "**" / "*.jsonl") == [{"a": 1}]
@@ -130,15 +128,13 @@ WORDS = pa.array(["x", "y"])
         (pa.array([{"a": 1}]), pa.array([{"b": "x"}]), [{"a": 1, "b": None}, {"a": None, "b": "x"}]),
     ],
 )
-def test_shards_of_other_types_are_read_as_one_where_nothing_is_lost(
-    tmp_path: Path, one: Any, other: Any, values: list[object]
-) -> None:
+def test_shards_of_other_types_merge_losslessly(tmp_path: Path, one: Any, other: Any, values: list[object]) -> None:
     table(tmp_path / "0.parquet", {"n": [0] * len(one), "c": one})
     table(tmp_path / "1.parquet", {"c": other, "n": [0] * len(other)})
     assert [row["c"] for row in rows(tmp_path)] == values
 
 
-def test_a_column_that_some_shards_lack_is_null_there(tmp_path: Path) -> None:
+def test_a_column_missing_in_shards_is_null(tmp_path: Path) -> None:
     table(tmp_path / "0.parquet", {"a": [1]})
     table(tmp_path / "1.parquet", {"b": ["x"]})
     assert rows(tmp_path) == [{"a": 1, "b": None}, {"a": None, "b": "x"}]
@@ -153,13 +149,13 @@ def test_a_column_that_some_shards_lack_is_null_there(tmp_path: Path) -> None:
         (pa.array([1], pa.decimal128(5, 2)), pa.array([1], pa.decimal128(6, 3))),
     ],
 )
-def test_types_that_do_not_meet_are_named_with_both_files(tmp_path: Path, one: Any, other: Any) -> None:
+def test_incompatible_types_name_both_files(tmp_path: Path, one: Any, other: Any) -> None:
     first, second = table(tmp_path / "0.parquet", {"c": one}), table(tmp_path / "1.parquet", {"c": other})
     said = refused(tmp_path)
     assert said.startswith(f"{second} has column 'c' as {other.type}, {first} as {one.type}")
 
 
-def test_an_integer_that_a_double_would_change_is_refused_where_it_stands(tmp_path: Path) -> None:
+def test_an_unsafe_integer_is_refused(tmp_path: Path) -> None:
     table(tmp_path / "0.parquet", {"c": [0.5]})
     second = table(tmp_path / "1.parquet", {"c": [2**60 + 1]})
     assert refused(tmp_path).startswith(f"{second} rows 0 to 0 can't be read: column 'c' as double")
@@ -174,7 +170,7 @@ def test_an_integer_that_a_double_would_change_is_refused_where_it_stands(tmp_pa
         pa.struct([("x", pa.list_(pa.float32()))]),
     ],
 )
-def test_a_float_is_the_shortest_number_that_it_is_within_lists_and_structs(tmp_path: Path, type_: pa.DataType) -> None:
+def test_floats_are_their_shortest_number(tmp_path: Path, type_: pa.DataType) -> None:
     value: Any = {"x": [0.25, 0.1]} if pa.types.is_struct(type_) else [0.25, 0.5]
     if pa.types.is_list(type_):
         value = [0.1, 3.3]
@@ -183,9 +179,7 @@ def test_a_float_is_the_shortest_number_that_it_is_within_lists_and_structs(tmp_
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress, zstd])
 @pytest.mark.parametrize(("name", "mark"), [("in.csv", ","), ("in.csv", ";"), ("in.TSV", "\t")])
-def test_csv_is_read_with_every_column_as_the_text_that_stands_there(
-    tmp_path: Path, pack: Any, name: str, mark: str
-) -> None:
+def test_csv_columns_are_text(tmp_path: Path, pack: Any, name: str, mark: str) -> None:
     lines = [["id", "text", "x y"], ["007", '"a ""b""\nc, d; e"', ""], ["1.10", '""', "ü"]]
     content = "\r\n".join(mark.join(cells) for cells in lines).encode()
     path = write(tmp_path / (name if pack is bytes else f"{name}.gz"), pack(b"\xef\xbb\xbf" + content))
@@ -195,7 +189,7 @@ def test_csv_is_read_with_every_column_as_the_text_that_stands_there(
     ]
 
 
-def test_csv_goes_on_where_a_window_ended(tmp_path: Path) -> None:
+def test_csv_resumes_at_a_window(tmp_path: Path) -> None:
     path = write(tmp_path / "in.csv", b"n\n" + b"".join(b"%d\n" % n for n in range(3_000)))
     source = open_source(find_files(str(path)))
     first = next(source.windows(START, 1_500, 1 << 20))
@@ -210,15 +204,15 @@ def test_csv_goes_on_where_a_window_ended(tmp_path: Path) -> None:
         (b"a\nm\xfcde\n", "not UTF-8"),
         (b"a,a\n1,2\n", "two columns named 'a'"),
         (b"", "its first line must name the columns"),
-        (b'a,b\n"x \\"y\\" z",1\n', "line 2: text stands behind a closing quote"),
-        (b'a,b\nx,"1" y\n', "line 2: text stands behind a closing quote"),
+        (b'a,b\n"x \\"y\\" z",1\n', "line 2: there is text after a closing quote"),
+        (b'a,b\nx,"1" y\n', "line 2: there is text after a closing quote"),
         (b'a,b\nx,"1\ny,2\nz,3\n', "a quote is not closed"),
         (b'a,b\n"x \\"y, z\\"",1\n', "quotes within a quoted cell must be doubled"),
         (b'a,b\n"x,1\ny,2\n', "a quote is not closed"),
         (b"a,b\nx,1,2\n", "put cells that hold the delimiter in double quotes"),
     ],
 )
-def test_csv_that_can_not_be_read_is_one_line(tmp_path: Path, content: bytes, said: str) -> None:
+def test_unreadable_csv_is_one_line(tmp_path: Path, content: bytes, said: str) -> None:
     assert said in refused(write(tmp_path / "in.csv", content))
 
 
@@ -241,9 +235,7 @@ def test_csv_that_can_not_be_read_is_one_line(tmp_path: Path, content: bytes, sa
         ("a.csv", "a,b\nx\0y,1\n", {"a": "x\0y", "b": "1"}),
     ],
 )
-def test_csv_is_read_as_spreadsheets_and_others_write_it(
-    tmp_path: Path, name: str, content: str, columns: dict[str, object]
-) -> None:
+def test_csv_of_spreadsheets_is_read(tmp_path: Path, name: str, content: str, columns: dict[str, object]) -> None:
     assert rows(write(tmp_path / name, content.encode())) == [columns]
 
 
@@ -259,21 +251,21 @@ def test_json_lines_named_csv_are_json_lines(tmp_path: Path) -> None:
         ("a.jsonl", "", "zip archive"),
     ],
 )
-def test_a_zip_archive_is_told_from_a_spreadsheet(tmp_path: Path, member: str, content: str, said: str) -> None:
+def test_zip_archives_differ_from_spreadsheets(tmp_path: Path, member: str, content: str, said: str) -> None:
     path = tmp_path / "in"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(member, content)
     assert said in refused(path)
 
 
-def test_a_name_that_is_not_utf8_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_a_non_utf8_name_is_refused(tmp_path: Path) -> None:
     name = b"caf\xe9.jsonl"
     with open(bytes(tmp_path) + b"/" + name, "wb") as file:
         file.write(LINE)
     assert r"caf\xe9.jsonl: the name holds bytes that are not UTF-8" in refused(tmp_path)
 
 
-def test_a_table_with_dictionaries_of_views_is_read_as_plain_text(tmp_path: Path) -> None:
+def test_dictionary_views_are_plain_text(tmp_path: Path) -> None:
     words = pa.DictionaryArray.from_arrays(pa.array([0, 1, None], pa.uint32()), pa.array(["x", "y"], pa.string_view()))
     lists = pa.ListArray.from_arrays(pa.array([0, 1, 2, 3], pa.int32()), words)
     given = pa.table({"c": words, "v": pa.array(["x", "y", "x"], pa.string_view()), "l": lists})  # as polars has them

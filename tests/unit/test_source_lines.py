@@ -24,7 +24,7 @@ def test_lines_do_not_depend_on_where_blocks_end(lines: list[bytes], places: lis
     assert sum(size for _, size in split) == len(data)
 
 
-def test_a_line_beyond_the_limit_is_counted_but_never_held() -> None:
+def test_an_oversized_line_is_never_held() -> None:
     def blocks() -> list[bytes]:
         return [b"a\n", *[b"x" * 1_000] * 100, b"\nb"]
 
@@ -37,11 +37,11 @@ def test_a_line_beyond_the_limit_is_counted_but_never_held() -> None:
         (b'{"a": 1', "the JSON ends too early, at byte 7"),
         (
             b'{"a": 1}x',
-            "more stands behind the object, near byte 9; write one object a line, with nothing between the lines",
+            "there is more text after the object, near byte 9; write one object per line and nothing else",
         ),
         (
             b"{'a': 1}",
-            "it is not JSON: names of keys stand in double quotes; is it Python's own form? (json.dumps writes JSON)",
+            "it is not JSON: keys need double quotes; if Python printed it, write it with json.dumps",
         ),
         (b"[1, 2]", "the line holds an array, not an object"),
         (b"null", "the line holds null, not an object"),
@@ -53,8 +53,11 @@ def test_a_line_beyond_the_limit_is_counted_but_never_held() -> None:
         (b'{"a": "NaN", "b": -Infinity}', "-Infinity at byte 19 is not JSON"),
         (b'{"a": None, "b": 1}', "None at byte 7 is not JSON"),
         (b'{"a": "inf', "the JSON ends too early, at byte 10"),
-        (b'{"a": "\\ud800"}', "\\ud800 at byte 8 is half of a surrogate pair, which is no character"),
-        (b'{"a": "\\ud83d\\ude00 \\udc00x"}', "\\udc00 at byte 21 is half of a surrogate pair, which is no character"),
+        (b'{"a": "\\ud800"}', "\\ud800 at byte 8 is half of a surrogate pair, which is not a character"),
+        (
+            b'{"a": "\\ud83d\\ude00 \\udc00x"}',
+            "\\udc00 at byte 21 is half of a surrogate pair, which is not a character",
+        ),
         (b'{"a": "\\\\ud800", "b"', "the JSON ends too early, at byte 20"),
         (b'{"a": "\xed\xa0\x80"}', "byte 8 begins half of a surrogate pair, which is not UTF-8"),
         (
@@ -72,15 +75,15 @@ def test_a_line_beyond_the_limit_is_counted_but_never_held() -> None:
         (b'{"a":' + b"[" * 100_000, f"it is nested more than {MAX_DEPTH} levels deep"),
     ],
 )
-def test_a_broken_line_is_told_in_plain_words_with_the_byte(line: bytes, said: str) -> None:
+def test_a_broken_line_names_its_byte(line: bytes, said: str) -> None:
     assert read_row(line) == said
 
 
 @pytest.mark.parametrize(
     "line", [b'{"a": 1, "a": 1}', b'{"b": {"a": 1, "c": ":", "a": 2}}', b'{"b": [{"a":1,"\\u0061":2}]}']
 )
-def test_a_repeated_key_is_a_problem_at_any_depth(line: bytes) -> None:
-    assert read_row(line) == "the key 'a' stands twice in one object; no one knows which value counts"
+def test_repeated_keys_are_reported_at_any_depth(line: bytes) -> None:
+    assert read_row(line) == "the key 'a' appears twice in one object, so its value is ambiguous"
     assert isinstance(read_row(b'{"b": {"a": "a: 1, a: 2"}, "a": [{"a": 1}, {"a": 2}]}'), dict)
 
 
@@ -101,5 +104,5 @@ def test_any_bytes_are_a_row_or_a_problem(line: bytes) -> None:
 
 
 @given(st.binary(max_size=20))
-def test_any_bytes_in_a_string_are_a_row_or_a_problem(text: bytes) -> None:
+def test_any_string_bytes_are_row_or_problem(text: bytes) -> None:
     assert isinstance(read_row(b'{"a": "' + text + b'"}'), dict | str)

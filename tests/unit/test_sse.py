@@ -37,7 +37,8 @@ def decoded(*pieces: bytes) -> list[Event]:
         ),
     ],
 )
-def test_a_stream_gives_the_events_of_the_specification_byte_by_byte_too(raw: bytes, expected: list[Event]) -> None:
+def test_events_match_the_specification(raw: bytes, expected: list[Event]) -> None:
+    """Byte by byte too."""
     assert decoded(raw) == expected
     assert decoded(*(raw[at : at + 1] for at in range(len(raw)))) == expected
 
@@ -51,12 +52,12 @@ LINES = st.lists(
 
 
 @given(st.one_of(LINES.map(b"".join), st.binary(max_size=60)), st.data())
-def test_the_same_bytes_in_any_split_give_the_same_events(raw: bytes, data: st.DataObject) -> None:
+def test_events_ignore_how_bytes_are_split(raw: bytes, data: st.DataObject) -> None:
     cuts = sorted(data.draw(st.lists(st.integers(0, len(raw)), max_size=8)))
     assert decoded(*(raw[start:end] for start, end in zip([0, *cuts], [*cuts, len(raw)], strict=True))) == decoded(raw)
 
 
-def test_an_event_is_given_as_soon_as_its_blank_line_has_come() -> None:
+def test_an_event_follows_its_blank_line() -> None:
     decoder = Decoder()
     assert [decoder.feed(piece) for piece in (b"data: a", b"\r", b"\n", b"\r", b"\ndata: b\n", b"\n")] == [
         [],
@@ -68,7 +69,7 @@ def test_an_event_is_given_as_soon_as_its_blank_line_has_come() -> None:
     ]
 
 
-def test_a_line_in_a_hundred_thousand_pieces_takes_no_square_of_time() -> None:
+def test_many_pieces_take_linear_time() -> None:
     decoder = Decoder()
     for _ in range(100_000):
         assert decoder.feed(b"x" * 10) == []

@@ -1,0 +1,71 @@
+"""The end of a run, when only rows that failed are left: no other row can then show whether the endpoint is well."""
+
+from batchrun import attempt_caps
+from batchrun.attempt_caps import History
+from batchrun.dispatch.backlog import Backlog
+from batchrun.job.job import Retry
+from batchrun.limits.gate import Gate
+from batchrun.policy import Judgement
+
+
+class LastRows:
+    """Counts which rows were tried in this process, and the share that fails and recovers. One per event loop."""
+
+    def __init__(self, backlog: Backlog, gate: Gate, retry: Retry, *, answered_before: bool) -> None:
+        """`answered_before`: an earlier start of the run received an answer from this endpoint."""
+        self._backlog = backlog
+        self._gate = gate
+        self._retry = retry
+        self._answered_before = answered_before
+        self._untried = 0  # rows in flight or at the gate that are on their first attempt in this process
+        self._recovered = 0  # rows that were answered after a failure
+        self._failing = 0.0  # the share of first attempts that fail
+        self._refusing = 0.0  # the share of first attempts that get a 429
+        self._recovering = 0.0  # the share of recent answers that are of rows which had failed
+        self._answers = 0
+
+    def started(self) -> None:
+        """A row was handed out for its first attempt in this process."""
+        self._untried += 1
+
+    def tried(self) -> None:
+        """Such a row has had its first attempt, or goes back without one."""
+        self._untried -= 1
+
+    def answered(self, *, after_failure: bool) -> None:
+        """A row was answered."""
+        self._recovered += after_failure
+        self._answers += 1
+        self._recovering += (after_failure - self._recovering) / min(self._answers, attempt_caps.SHARE_OF)
+
+    def ended(self, history: History, judgement: Judgement) -> None:
+        """An attempt has ended."""
+        self._failing = attempt_caps.failing_share(self._failing, history, judgement)
+        self._refusing = attempt_caps.refused_share(self._refusing, history, judgement)
+
+    @property
+    def only_failed_left(self) -> bool:
+        """True if every row left has failed in this process, in a run whose endpoint has answered before. The only row
+        of a run counts from the start.
+        """
+        if not (self._answered_before or self._gate.successes or self._backlog.alone):
+            return False
+        if not self._untried and self._backlog.drained:
+            return True
+        # A few untried rows may be left too, once nothing was answered for long enough: what was tried of them failed,
+        # and while the circuit probes with one row a minute the others would take hours.
+        left = self._untried + self._backlog.untried
+        if not self._backlog.exhausted or left > attempt_caps.MOST_LEFT:
+            return False
+        return self._gate.unanswered_s > attempt_caps.patience_s(attempt_caps.END_S, left, self._retry)
+
+    def gives_up(self, history: History) -> bool:
+        """Whether the row has used up its attempts.
+
+        The caps are higher where many attempts fail by chance. Only rows that recovered show how many do: other bad
+        rows, which never recover, are no evidence for this one.
+        """
+        recovering = self._recovered / max(1, self._gate.successes) if self.only_failed_left else self._recovering
+        if attempt_caps.is_refused_for_good(history, self._retry, min(self._refusing, recovering)):
+            return True
+        return attempt_caps.exhausted(history, self._retry, attempt_caps.stretch(min(self._failing, recovering)))

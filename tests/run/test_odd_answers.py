@@ -1,0 +1,298 @@
+"""Answers and refusals as other servers send them, through a whole run: what becomes of the rows and of the run."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from batchrun import credentials, engine
+from batchrun.dispatch.hooks import Hooks
+from batchrun.records import Summary
+from batchrun.report.summary import in_words
+from batchrun.startup.run_options import RunOptions
+from batchrun.store.rundir import RunDirectory
+from tests.cli_process import KEY, KEY_ENV
+from tests.crash.test_network_faults import asked_for, row_of
+from tests.endings import answer_body
+from tests.fast_clock import fast_clock, patient
+from tests.fault_server import Exchange, Script, answer, serving_aside
+from tests.jobs import job_over, write_lines
+
+FIRST = RunOptions()
+
+
+def ask(
+    folder: Path,
+    url: str,
+    rows: int = 12,
+    *,
+    speed: float = 10.0,
+    notes: list[str] | None = None,
+    asked: RunOptions = FIRST,
+    **tables: Any,
+) -> tuple[Summary, list[dict[str, Any]]]:
+    """The run over rows `item 0`, `item 1` … on a fast clock, and its result if it is complete."""
+    source = write_lines(folder / "in.jsonl", [{"text": f"item {row}."} for row in range(rows)])
+    endpoint = {"url": url, "api_key_env": KEY_ENV, "connect_timeout_s": patient(speed)}
+    job = job_over(source, **{"endpoint": endpoint, "retry": {}, **tables})
+    key = credentials.read(job.endpoint, {KEY_ENV: KEY})
+    told: list[str] = [] if notes is None else notes
+    hooks = Hooks(note=told.append)
+    directory = RunDirectory(folder / "out")
+    summary = engine.run(job, directory, key, asked=asked, hooks=hooks, loop_factory=fast_clock(speed))
+    result = pq.read_table(directory.completions).to_pylist() if summary.complete else []
+    return summary, result
+
+
+def says(said: Callable[[int, int], bytes]) -> Script:
+    """A server that answers with the response that `said` gives for a row and how often it came."""
+    times: dict[int, int] = {}
+
+    async def script(exchange: Exchange) -> None:
+        row = row_of(exchange)
+        times[row] = times.get(row, 0) + 1
+        await exchange.send(said(row, times[row]))
+
+    return script
+
+
+def refused(status: str, said: object, *headers: str) -> bytes:
+    return answer(said if isinstance(said, bytes) else json.dumps(said).encode(), *headers, status=status)
+
+
+def choice(content: str | None = "Fine.", reason: str | None = "stop", **more: object) -> bytes:
+    message = {"role": "assistant", "content": content, **{k: v for k, v in more.items() if k == "refusal"}}
+    own = {k: v for k, v in more.items() if k != "refusal"}
+    return answer(answer_body(choices=[{"index": 0, "message": message, "finish_reason": reason, **own}]))
+
+
+def events(*chunks: object) -> bytes:
+    body = b"".join(b"data: " + json.dumps(each).encode() + b"\n\n" for each in chunks) + b"data: [DONE]\n\n"
+    return answer(body).replace(b"application/json", b"text/event-stream")
+
+
+def delta(content: dict[str, object], reason: str | None = None, **more: object) -> dict[str, object]:
+    return {"model": "m", "choices": [{"index": 0, "delta": content, "finish_reason": reason, **more}]}
+
+
+OUTAGES = [
+    {"error": {"message": "No available workers (all circuits open or unhealthy)"}},
+    {"detail": "Worker died"},
+    {"error": {"message": "Engine is dead", "code": 503}},
+    b"upstream connect error or disconnect/reset before headers",
+]
+
+
+@pytest.mark.parametrize("said", OUTAGES)
+def test_a_503_storm_is_not_blocked_content(said: object, tmp_path: Path) -> None:
+    """A server that answers everything with 503 has an outage."""
+    with serving_aside(says(lambda row, n: refused("503 Service Unavailable", said))) as server:
+        summary, _ = ask(tmp_path, server.url, 40, speed=200.0, retry={"max_outage_s": 60})
+    assert (summary.exit_code, summary.complete, summary.by_status) == (5, False, {})
+    assert len(server.exchanges) < 60
+
+
+def test_a_503_that_ends_leaves_no_trace(tmp_path: Path) -> None:
+    out = iter([True] * 25)
+    with serving_aside(says(lambda row, n: refused("503 Out", OUTAGES[0]) if next(out, False) else choice())) as server:
+        summary, rows = ask(tmp_path, server.url, 40, speed=100.0)
+    assert (summary.exit_code, {row["status"] for row in rows}) == (0, {"ok"})
+    assert sum(asked_for(server).values()) >= 65
+
+
+def test_a_run_of_filtered_rows_stops_once(tmp_path: Path) -> None:
+    """A resume sends the rest."""
+    blocked = refused("503 Service Unavailable", {"error": {"message": "Content Policy Violation"}})
+    with serving_aside(says(lambda row, n: blocked if row else choice())) as server:
+        summary, _ = ask(tmp_path, server.url, 300)
+        assert (summary.exit_code, summary.complete) == (2, False)
+        assert "of the first 40 rows were filtered (HTTP 503: Content Policy Violation)" in (summary.reason or "")
+        assert summary.by_status["filtered"] < 40 + 64
+        summary, _ = ask(tmp_path, server.url, 300)
+    assert (summary.exit_code, summary.by_status) == (0, {"ok": 1, "filtered": 299})
+    assert set(asked_for(server).values()) == {1}
+
+
+def test_an_outage_mentioning_content_stops_midway(tmp_path: Path) -> None:
+    """No answer is lost."""
+    blocked, out = refused("503 Service Unavailable", {"error": {"message": "Content Policy Violation"}}), [True]
+    truly = range(0, 300, 10)
+
+    def said(row: int, n: int) -> bytes:
+        return blocked if row in truly or (out[0] and row >= 100) else choice()
+
+    with serving_aside(says(said)) as server:
+        summary, _ = ask(tmp_path, server.url, 300)
+        assert (summary.exit_code, summary.complete) == (2, False)
+        assert "of the last 40 rows were filtered (HTTP 503: Content Policy Violation)" in (summary.reason or "")
+        assert "--retry-failed --status filtered" in (summary.reason or "")
+        assert summary.by_status["filtered"] < 10 + 40 + 64
+        out[0] = False
+        summary, _ = ask(tmp_path, server.url, 300)
+        assert (summary.exit_code, summary.complete) == (0, True)
+        assert summary.by_status["filtered"] > len(truly)
+        summary, rows = ask(tmp_path, server.url, 300, asked=RunOptions(retry=frozenset({"filtered"})))
+    assert (summary.exit_code, summary.by_status) == (0, {"ok": 270, "filtered": 30})
+    assert [place for place, row in enumerate(rows) if row["status"] == "filtered"] == list(truly)
+
+
+def test_a_half_blocked_input_runs_through(tmp_path: Path) -> None:
+    blocked = choice(None, "content_filter")
+    with serving_aside(says(lambda row, n: blocked if row % 2 else choice())) as server:
+        summary, _ = ask(tmp_path, server.url, 100)
+    assert (summary.exit_code, summary.by_status) == (0, {"ok": 50, "filtered": 50})
+
+
+def test_a_single_403_is_its_rows_error(tmp_path: Path) -> None:
+    """It counts as blocked only where the body says so."""
+    said = {3: {"error": {"message": "No access"}}, 5: {"error": {"message": "Your input was flagged by moderation"}}}
+    with serving_aside(says(lambda row, n: refused("403 Forbidden", said[row]) if row in said else choice())) as server:
+        summary, rows = ask(tmp_path, server.url)
+    assert (rows[3]["status"], rows[3]["error"]["kind"]) == ("error", "forbidden")
+    assert (rows[5]["status"], rows[5]["error"]["kind"]) == ("filtered", "content_policy")
+    assert summary.by_status == {"ok": 10, "filtered": 1, "error": 1}
+
+
+BROKEN = {"code": 502, "message": "Provider disconnected"}
+FAILURES: dict[str, bytes] = {
+    "whole, with an error": choice("Fi", "error", error=BROKEN),
+    "whole, without": choice("Fi", "error"),
+    "whole, aborted": choice("Fi", "abort"),
+    "stream, with an error": events(delta({"content": "Fi"}), delta({"content": ""}, "error", error=BROKEN)),
+    "stream, without": events(delta({"content": "Fi"}), delta({}, "error")),
+}
+
+
+@pytest.mark.parametrize("said", FAILURES.values(), ids=FAILURES.keys())
+@pytest.mark.parametrize("times", [1, 100])
+def test_a_choice_reporting_failure_is_retried(said: bytes, times: int, tmp_path: Path) -> None:
+    """It never counts as ok."""
+    with serving_aside(says(lambda row, n: said if row == 5 and n <= times else choice())) as server:
+        summary, rows = ask(tmp_path, server.url)
+    failed = rows[5]
+    assert failed["attempts"] == asked_for(server)[5] == 2
+    assert failed["status"] == ("ok" if times == 1 else "error")
+    if times > 1:
+        assert (failed["content"], failed["error"]["http_status"]) == ("Fi", 200)
+        assert summary.exit_code == 3
+
+
+MEANINGS = {
+    "max_tokens": "truncated",
+    "MAX_TOKENS": "truncated",
+    "model_length": "truncated",
+    "SAFETY": "filtered",
+    "sensitive": "filtered",
+    "content-filter": "filtered",
+    "content_filter: RECITATION": "filtered",
+    "eos_token": "ok",
+    "COMPLETE": "ok",
+    "end_turn": "ok",
+    "refusal": "refused",
+    "quux": "ok",
+    None: "ok",
+}
+
+
+def test_foreign_finish_reasons_are_understood(tmp_path: Path) -> None:
+    """They are judged by their meaning; unknown ones are reported once."""
+    reasons = list(MEANINGS)
+    notes: list[str] = []
+    with serving_aside(says(lambda row, n: choice("Fi", reasons[row % len(reasons)]))) as server:
+        summary, rows = ask(tmp_path, server.url, 2 * len(reasons), notes=notes)
+    assert [row["status"] for row in rows] == list(MEANINGS.values()) * 2
+    assert [row["finish_reason"] for row in rows] == reasons * 2
+    assert [note for note in notes if "finish_reason" in note] == [
+        "warning: answers ended with the finish_reason 'quux', which batchrun does not know: "
+        "finish.other decides on them"
+    ]
+    logged = [json.loads(line) for line in (tmp_path / "out" / "run.log").read_text().splitlines()]
+    assert [line["finish_reason"] for line in logged if line["event"] == "unknown finish_reason"] == ["quux"]
+    assert summary.unknown_finish_reasons == ["quux"]
+    assert any("'quux'" in line for line in in_words(summary, requests_per_minute=None, max_failures=0))
+
+
+@pytest.mark.parametrize(("setting", "rows_refused"), [("length", 3), ("content_filter", 4), ("other", 2)])
+def test_the_settings_of_finish_go_by_the_meaning(setting: str, rows_refused: int, tmp_path: Path) -> None:
+    reasons = list(MEANINGS)
+    with serving_aside(says(lambda row, n: choice("Fi", reasons[row]))) as server:
+        summary, rows = ask(tmp_path, server.url, len(reasons), finish={setting: "fail"})
+    assert summary.exit_code == 3
+    assert sum(row["error"] is not None for row in rows) == rows_refused
+
+
+REFUSAL = "I can't help with that."
+REFUSALS: dict[str, bytes] = {
+    "whole": choice(None, "stop", refusal=REFUSAL),
+    "a part": choice([{"type": "refusal", "refusal": REFUSAL}]),  # type: ignore[arg-type]
+    "stream": events(delta({"refusal": REFUSAL[:7]}), delta({"refusal": REFUSAL[7:]}), delta({}, "stop")),
+}
+
+
+@pytest.mark.parametrize("said", REFUSALS.values(), ids=REFUSALS.keys())
+@pytest.mark.parametrize(("action", "exit_code", "attempts"), [("accept", 0, 1), ("fail", 3, 1), ("retry", 3, 6)])
+def test_a_refusal_is_a_status_with_its_text(
+    said: bytes, action: str, exit_code: int, attempts: int, tmp_path: Path
+) -> None:
+    with serving_aside(says(lambda row, n: said if row == 5 else choice('{"a":1}'))) as server:
+        summary, rows = ask(
+            tmp_path,
+            server.url,
+            finish={"refusal": action},
+            request={"response_format": {"type": "json_object"}},
+        )
+    assert (summary.exit_code, summary.by_status) == (exit_code, {"ok": 11, "refused": 1})
+    refusal = rows[5]
+    assert (refusal["status"], refusal["refusal"], refusal["attempts"]) == ("refused", REFUSAL, attempts)
+    assert not refusal["content"]
+    assert (refusal["parsed"], rows[4]["refusal"]) == (None, None)
+
+
+QUOTA = refused("429 Too Many Requests", {"error": {"message": "Quota exceeded, check quota"}})
+
+
+def test_a_quota_that_time_lifts_is_waited_for(tmp_path: Path) -> None:
+    out = iter([True] * 6)
+    with serving_aside(says(lambda row, n: QUOTA if next(out, False) else choice())) as server:
+        summary, rows = ask(tmp_path, server.url, speed=50.0)
+    assert (summary.exit_code, {row["status"] for row in rows}) == (0, {"ok"})
+    assert len(server.exchanges) == 12 + 6
+
+
+def test_a_lasting_quota_pauses_the_run(tmp_path: Path) -> None:
+    with serving_aside(says(lambda row, n: QUOTA if row > 2 else choice())) as server:
+        summary, _ = ask(tmp_path, server.url, speed=200.0, retry={"max_wait_s": 120})
+        assert (summary.exit_code, summary.by_status) == (5, {"ok": 3})
+        assert "minutes: Quota exceeded" in (summary.reason or "")
+        assert len(server.exchanges) < 40
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        ("429 Too Many Requests", {"error": {"message": "No.", "code": "insufficient_quota"}}),
+        ("400 Bad Request", {"error": {"message": "Your credit balance is too low to access the API"}}),
+        ("402 Payment Required", {"status": {"code": 402, "message": "no", "error_code": 40201}, "data": None}),
+        ("200 OK", {"status": {"code": 402, "message": "insufficient credits", "error_code": 40201}, "data": None}),
+        ("200 OK", {"base_resp": {"status_code": 1008, "status_msg": "insufficient balance"}}),
+        ("403 Forbidden", "insufficient balance"),
+    ],
+)
+def test_an_empty_account_pauses_the_run(status: str, said: object, tmp_path: Path) -> None:
+    """Whatever the error's envelope; no row fails."""
+    with serving_aside(says(lambda row, n: refused(status, said))) as server:
+        summary, _ = ask(tmp_path, server.url)
+    assert (summary.exit_code, summary.by_status) == (5, {})
+    assert len(server.exchanges) <= 9
+
+
+def test_a_glued_stream_end_is_ignored(tmp_path: Path) -> None:
+    glued = answer(answer_body("Fine.") + b"\n\ndata: [DONE]\n\n")
+    with serving_aside(says(lambda row, n: glued)) as server:
+        summary, rows = ask(tmp_path, server.url)
+    assert (summary.exit_code, {row["status"] for row in rows}) == (0, {"ok"})
+    assert {row["error"]["kind"] for row in rows} == {"not_strict_json"}
+    assert set(asked_for(server).values()) == {1}

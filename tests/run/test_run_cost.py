@@ -1,0 +1,106 @@
+"""What a run says of its cost, against servers whose usage is in words of their own."""
+
+import asyncio
+from decimal import Decimal
+from pathlib import Path
+
+import msgspec
+import pyarrow.parquet as pq
+import pytest
+
+from batchrun.records import PossiblyBilled, TotalsLine
+from batchrun.report.progress import line
+from batchrun.report.summary import cost_in_words, in_words
+from tests.cli_process import Ended, finish, read_summary, start, write_job, write_rows
+from tests.fault_server import FaultServer, answer, sends, serving
+from tests.run.test_progress import summary
+
+REASONING = {"reasoning_tokens": 150}
+GROK = {"prompt_tokens": 5, "completion_tokens": 20, "total_tokens": 175, "completion_tokens_details": REASONING}
+
+
+def ran(tmp_path: Path, model: str, fields: dict[str, object], *flags: str, header: str = "") -> tuple[Ended, int]:
+    """A run of 100 rows against a server with this answer, and how many it answered."""
+    choice = {"message": {"content": "Fine."}, "finish_reason": "stop"}
+    body = msgspec.json.encode({"id": "c", "model": model, "choices": [choice], **fields})
+
+    async def main() -> tuple[Ended, FaultServer]:
+        async with serving(sends(answer(body, *([header] if header else [])))) as server:
+            job = write_job(tmp_path / "job.toml", server.url, write_rows(tmp_path / "in.jsonl", 100))
+            process = start("run", job, "-o", tmp_path / "out", "--set", f"request.model={model}", *flags)
+            return await asyncio.to_thread(finish, process), server
+
+    ended, server = asyncio.run(main())
+    return ended, len(server.exchanges)
+
+
+def test_a_cap_covers_reasoning_outside_the_completion(tmp_path: Path) -> None:
+    flags = ("--max-cost", "0.03", "--set", "request.max_tokens=200")
+    ended, answered = ran(tmp_path, "grok-4", {"usage": GROK}, *flags)
+    assert ended.exit_code == 4, ended.stderr
+    assert 0 < answered * Decimal("0.002565") <= Decimal("0.03")
+    assert Decimal(read_summary(tmp_path / "out")["cost_usd"]) == answered * Decimal("0.002565")
+    assert "the list price of X AI for grok-4, not the endpoint's own" in ended.stderr + ended.stdout
+
+
+def test_a_cap_covers_the_dearest_tier(tmp_path: Path) -> None:
+    usage = {"prompt_tokens": 20, "completion_tokens": 100, "total_tokens": 120}
+    flags = ("--max-cost", "0.005", "--set", "request.max_tokens=100")
+    ended, answered = ran(tmp_path, "gpt-5-mini", {"usage": usage, "service_tier": "priority"}, *flags)
+    assert ended.exit_code == 4, ended.stderr
+    assert 0 < answered * Decimal("0.000369") <= Decimal("0.005")  # 20 x 0.45 + 100 x 3.60 per million
+    assert Decimal(read_summary(tmp_path / "out")["cost_usd"]) == answered * Decimal("0.000369")
+
+
+def test_an_unpriced_tier_is_not_an_unpriced_model(tmp_path: Path) -> None:
+    usage = {"prompt_tokens": 20, "completion_tokens": 100, "total_tokens": 120}
+    ended, _ = ran(tmp_path, "gpt-5-mini", {"usage": usage, "service_tier": "scale"})
+    assert ended.exit_code == 0, ended.stderr
+    told = "answers came from the service tier 'scale', of which no price is known, though the model's is"
+    assert ended.stderr.count(f"warning: {told}") == 1
+    said = "no known price for 100 attempts (none for the service tier scale), which no sum holds"
+    assert said in ended.stderr + ended.stdout
+    assert read_summary(tmp_path / "out")["unpriced_tiers"] == ["scale"]
+
+
+def test_a_stated_cost_is_kept(tmp_path: Path) -> None:
+    """It is the cost where no price is known."""
+    ended, answered = ran(tmp_path, "my-alias", {"usage": GROK}, header="x-litellm-response-cost: 0.00123")
+    assert (ended.exit_code, answered) == (0, 100), ended.stderr
+    rows = pq.read_table(tmp_path / "out" / "completions.parquet").to_pylist()
+    assert {(row["cost_usd"], row["reported_cost_usd"]) for row in rows} == {(Decimal("0.00123"),) * 2}
+    (totals,) = pq.read_table(tmp_path / "out" / "usage.parquet").to_pylist()
+    assert (totals["cost_usd"], totals["reported_cost_usd"]) == (Decimal("0.123"), Decimal("0.123"))
+
+
+def test_an_unknown_cost_reads_unknown_in_every_line(tmp_path: Path) -> None:
+    ended, _ = ran(tmp_path, "my-alias", {})
+    assert ended.exit_code == 0, ended.stderr
+    assert "$0.00" not in ended.stdout + ended.stderr
+    assert "cached" not in ended.stdout + ended.stderr
+
+
+DOUBT = PossiblyBilled(0, 1, "k", None, 100, "timeout", 1)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "usd", "said"),
+    [
+        ((None,), "0", "at a price that is not known"),
+        ((None, Decimal(1)), "1", "at most $1.000000 for those whose price is known"),
+        ((Decimal(1),), "1", "at most $1.000000"),
+    ],
+)
+def test_unpriced_possible_billing_has_no_bound(bounds: tuple[Decimal | None, ...], usd: str, said: str) -> None:
+    doubts = [msgspec.structs.replace(DOUBT, upper_bound_usd=bound) for bound in bounds]
+    told = summary(possibly_billed=doubts, possibly_billed_count=len(doubts), possibly_billed_usd=Decimal(usd))
+    assert cost_in_words(told).endswith(f"without a known end, {said}")
+
+
+def test_headlines_say_what_is_known() -> None:
+    totals = [TotalsLine(1, "m", "ok", "2026-11-28", 1, 1, 10, 0, 2, 0, 12, Decimal(0), 0, 1)]
+    told = summary(totals=totals, cost_usd=Decimal(0), without_usage=1)
+    assert "cost unknown" in line(told)
+    closing = "\n".join(in_words(told, requests_per_minute=None, max_failures=0))
+    assert "10 in, 2 out" in closing
+    assert "$0.00" not in closing
