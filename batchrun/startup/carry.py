@@ -6,9 +6,10 @@ earlier answers (docs/benchmarks.md).
 """
 
 import contextlib
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pyarrow as pa
@@ -62,64 +63,74 @@ def make(
         DiskError: there is no room for the file.
     """
     earlier = find(job, own, tell)
-    files = tuple(file for result in earlier for file in result.files)
     count = buckets_of(now.rows)
     reused = duplicates = 0
-    used: set[int] = set()
     with OriginsWriter(path, now.rows) as writer, Spread(keys, count, path.parent) as buckets:
         for bucket in range(count):
-            rows_of: dict[bytes, list[int]] = {}
-            for key, row in buckets.entries(bucket):
-                rows_of.setdefault(key, []).append(row)
-            found = _found(rows_of, earlier, files, now)
-            for rows, answers in zip(rows_of.values(), found, strict=True):
-                reused += len(answers)
-                used.update(place[0] for answer in answers if (place := origins.place(answer)) is not None)
-                duplicates += _say(writer, rows, answers, dedupe=now.dedupe)
-        made = msgspec.structs.replace(now, files=files, reused=reused, duplicates=duplicates)
+            equal = _EqualRows(buckets.entries(bucket), writer, dedupe=now.dedupe)
+            duplicates += equal.copies
+            reused += _take_earlier(equal, earlier, now, writer)
+        made = msgspec.structs.replace(now, reused=reused, duplicates=duplicates)
+        if reused:
+            files = tuple(file for result in earlier for file in result.files)
+            made = msgspec.structs.replace(made, files=files)
         if reused or duplicates:
             made = msgspec.structs.replace(made, digest=writer.keep())
-    return made if used else msgspec.structs.replace(made, files=())
+    return made
 
 
-def _say(writer: OriginsWriter, rows: Sequence[int], answers: Sequence[int], *, dedupe: bool) -> int:
-    """The equal rows have their origins; how many are copies of the first."""
-    for row, answer in zip(rows, answers, strict=False):
-        writer[row] = answer
-    if not dedupe or len(rows) < 2:
-        return 0
-    for row in rows[1:]:
-        writer[row] = origins.copy_of(rows[0])
-    if not answers:
-        writer[rows[0]] = origins.wanted_until(rows[-1])
-    return len(rows) - 1
+class _EqualRows:
+    """A bucket's rows by their keys, in flat arrays: `keys` are the different ones, `first` the first row of each.
 
-
-def _found(
-    rows_of: dict[bytes, list[int]], earlier: Sequence[EarlierResult], files: Sequence[OldFile], now: Origins
-) -> list[list[int]]:
-    """For each key the earlier answers that its rows take: one, or where equal rows are sent one for each of them.
-
-    All of a key's are of the first result that has any: another may have the same answers, reused.
+    With `dedupe` the other rows of a key are copies of the first; else `others` has them by the key's place.
     """
-    found: list[list[int]] = [[] for _ in rows_of]
-    if not earlier or not rows_of:
-        return found
-    keys, left, number = pa.array(list(rows_of), pa.binary(16)), len(rows_of), 0
-    most = [1] * len(rows_of) if now.dedupe else [len(rows) for rows in rows_of.values()]
+
+    def __init__(self, entries: Iterable[tuple[bytes, int]], writer: OriginsWriter, *, dedupe: bool) -> None:
+        every, rows = bytearray(), array("q")
+        for key, row in entries:
+            every += key
+            rows.append(row)
+        keys = pa.Array.from_buffers(pa.binary(16), len(rows), [None, pa.py_buffer(every)])
+        self.keys: pa.Array[Any] = keys.unique()
+        self.first = array("q", [-1]) * len(self.keys)
+        self.others: dict[int, list[int]] = {}
+        self.copies = 0
+        places = cast(list[int], pc.index_in(keys, value_set=self.keys).to_pylist())
+        for row, place in zip(rows, places, strict=True):
+            if (first := self.first[place]) < 0:
+                self.first[place] = row
+            elif dedupe:
+                writer[row] = origins.copy_of(first)
+                writer[first] = origins.wanted_until(row)
+                self.copies += 1
+            else:
+                self.others.setdefault(place, []).append(row)
+
+
+def _take_earlier(equal: _EqualRows, earlier: Sequence[EarlierResult], now: Origins, writer: OriginsWriter) -> int:
+    """The rows whose keys have an acceptable earlier answer take it; how many do.
+
+    All answers of a key are of the first result that has any: another may have the same ones, reused. Where equal rows
+    are sent each takes one of its own.
+    """
+    taken = number = 0
+    is_found = bytearray(len(equal.keys))
     for result in earlier:
-        fresh: dict[int, list[int]] = {}
-        for file in result.files:
-            for at, row in _matches(file, keys, now):
-                if not found[at] and len(answers := fresh.setdefault(at, [])) < most[at]:
-                    answers.append(origins.earlier(number, row))
-            number += 1
-        for at, answers in fresh.items():
-            found[at] = answers
-        left -= len(fresh)
-        if not left:
+        if 0 not in is_found:
             break
-    return found
+        fresh = bytearray(len(equal.keys))
+        for file in result.files:
+            for place, row in _matches(file, equal.keys, now):
+                others = equal.others.get(place)
+                if is_found[place] or (fresh[place] and not others):
+                    continue
+                taker = others.pop(0) if fresh[place] and others else equal.first[place]
+                writer[taker] = origins.earlier(number, row)
+                fresh[place] = 1
+                taken += 1
+            number += 1
+        is_found = bytearray(map(int.__or__, is_found, fresh))
+    return taken
 
 
 def _matches(file: OldFile, keys: "pa.Array[Any]", now: Origins) -> Iterator[tuple[int, int]]:

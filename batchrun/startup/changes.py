@@ -238,7 +238,7 @@ def _with_originals(own: pa.Table, taken: Mapping[int, Taken]) -> pa.Table:
     """The records with the numbers that the rows have now whose answers they took."""
     rows, reused = (own.column(name).to_pylist() for name in ("row", "reused"))
     originals = [
-        taken[row].original if copied and row in taken else None
+        taken[row].original if copied and row in taken and taken[row].original >= 0 else None
         for row, copied in cast(Iterator[tuple[int, bool]], zip(rows, reused, strict=True))
     ]
     field = OWN_COLUMNS.field("duplicate_of")

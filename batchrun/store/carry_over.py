@@ -21,14 +21,18 @@ OPEN_FILES = 8
 
 
 class Taken(NamedTuple):
-    """Where a row's answer is: in an earlier result, by `file` and its `row`, or that of the `original` in this run.
-
-    An equal row of one that takes an earlier answer has all of them.
+    """Where a row's answer is: in an earlier result, by `file` and its `row`, or else that of its `original` in this
+    run. -1: none. An equal row of one that takes an earlier answer has all three.
     """
 
-    original: int | None
+    original: int
     file: int = -1
     row: int = -1
+
+    @property
+    def of_this_run(self) -> bool:
+        """True if the answer is that of another row of this run."""
+        return self.file < 0
 
 
 class CarryOver:
@@ -53,7 +57,7 @@ class CarryOver:
         numbers = self._numbers(first_row, end_row)
         for row, origin in enumerate(numbers, first_row):
             if (found := origins.place(origin)) is not None:
-                taken[row] = Taken(None, *found)
+                taken[row] = Taken(-1, *found)
             elif (original := origins.original(origin)) is not None:
                 inside = original >= first_row
                 of = numbers[original - first_row] if inside else self._numbers(original, original + 1)[0]
@@ -85,9 +89,9 @@ class CarryOver:
         for row, each in taken.items():
             by_file.setdefault(each.file, []).append(row)
         for file, rows in by_file.items():
-            originals = [taken[row].original for row in rows]
+            originals = [None if (original := taken[row].original) < 0 else original for row in rows]
             if file < 0:
-                answers = own_answers([original for original in originals if original is not None])
+                answers = own_answers([taken[row].original for row in rows])
                 tables.append(carried(answers, rows, originals, invocation=invocation, at_s=now_s))
                 continue
             answers = self._answers_of(file).take([taken[row].row for row in rows])

@@ -6,7 +6,7 @@ What blocks (reading, writing, waiting for the database) is in `open_next` and `
 import functools
 import threading
 from bisect import bisect_right
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -30,6 +30,12 @@ from batchrun.tables.arrow_types import JSON, Column
 from batchrun.tables.json_columns import ColumnTypes
 from batchrun.tables.rows import OWN_COLUMNS, joined, own_table
 
+TO_SEND, SETTLED, CARRIED = range(3)
+"""The state of a row when its chunk is opened."""
+
+MOST_FULL = 2
+"""Chunks whose rows are all settled may wait to be sealed; with more, no other is opened until one is sealed."""
+
 
 class OpenChunk:
     """A chunk whose rows are sent. `left` counts those still to be sent; `is_new`: none was sent before."""
@@ -42,25 +48,37 @@ class OpenChunk:
         discarded: dict[int, list[Discarded]] | None = None,
         lost: dict[int, int] | None = None,
         reopened: dict[int, Reopened] | None = None,
-        carried: Mapping[int, Taken] | None = None,
+        carried: Iterable[int] = (),
+        copied_again: Mapping[int, Taken] | None = None,
     ) -> None:
         """By row: `discarded` earlier attempts, the last attempt `lost` without a known end, and who is `reopened`.
-        Rows that are `carried` take their answer without a request, when the chunk is sealed.
+        Rows that are `carried` take their answer without a request, when the chunk is sealed; so do those that are
+        `copied_again`, whose original is sent again.
         """
         self.chunk = chunk
         self.window = window
         self.discarded = discarded or {}
         self.lost = lost or {}
         self.reopened = reopened or {}
-        self.carried = carried or {}
-        self._not_sent = (settled or set()) | self.carried.keys()
-        self.left = chunk.rows - len(self._not_sent)
+        self.copied_again = copied_again or {}
+        self.waits_for: set[int] | None = None  # originals in earlier chunks that are not settled; None: not known yet
+        self._state = bytearray(chunk.rows)  # a byte a row: many chunks may wait for one row that is retried for long
+        for row in settled or ():
+            self._state[row - chunk.first_row] = SETTLED
+        for row in (*carried, *self.copied_again):
+            self._state[row - chunk.first_row] = CARRIED
+        self.left = self._state.count(TO_SEND)
+        self.has_carried = CARRIED in self._state
         self.is_new = not (self.discarded or self.lost or self.reopened)
 
     def rows(self) -> Iterator[list[Row]]:
         """The rows still to be sent, in order, up to 1,000 at a time."""
         if self.left:
-            yield from self.window.rows(self._not_sent)
+            yield from self.window.rows(self._state)
+
+    def is_carried(self, row: int) -> bool:
+        """True if the row takes its answer without a request."""
+        return self._state[row - self.chunk.first_row] == CARRIED
 
 
 class Layout(msgspec.Struct, frozen=True):
@@ -98,7 +116,10 @@ class Chunks:
         self._carry = carry
         self._on_carried = on_carried
         self._sealing = threading.Lock()  # of the thread that opens chunks and the one that seals them
-        self._full: list[OpenChunk] = []
+        self._sealed_one = threading.Condition()
+        self._open_chunks: dict[int, OpenChunk] = {}
+        self._waiting: list[OpenChunk] = []  # full chunks with copies of rows further up that are not settled yet
+        self._failed = False
         self._part = functools.lru_cache(maxsize=2)(self._read_part)  # copies of rows of a part come together
         self._directory = directory
         self._checkpoint = checkpoint
@@ -126,10 +147,12 @@ class Chunks:
             InputError: the input has changed since the run began, or an earlier result whose answers are reused.
         """
         for chunk in self._opened:
-            reopened = self._reopen(chunk)
+            reopened = self._open_chunks[chunk.chunk] = self._reopen(chunk)
             if reopened.left:
                 return reopened
             self.seal(reopened)  # the process died between the last row's commit and the seal
+        with self._sealed_one:
+            self._sealed_one.wait_for(lambda: self._failed or self._full_chunks() <= MOST_FULL)
         self._check_unchanged()
         window_read = self._next_window()
         if window_read is None:
@@ -145,11 +168,22 @@ class Chunks:
 
         Where a row is a copy of one further up that is not settled yet, that happens when a later chunk is sealed.
         """
-        with self._sealing:
-            self._full.append(open_chunk)
-            while (ready := next((full for full in self._full if self._has_all(full)), None)) is not None:
-                self._full.remove(ready)
-                self._seal(ready)
+        try:
+            with self._sealing:
+                self._waiting.append(open_chunk)
+                while (ready := next((full for full in self._waiting if self._has_all(full)), None)) is not None:
+                    self._waiting.remove(ready)
+                    self._seal(ready)
+        except BaseException:
+            self._failed = True
+            raise
+        finally:
+            with self._sealed_one:
+                self._sealed_one.notify_all()
+
+    def _full_chunks(self) -> int:
+        """How many chunks only wait to be sealed."""
+        return sum(not each.left for each in list(self._open_chunks.values())) - len(self._waiting)
 
     def _seal(self, open_chunk: OpenChunk) -> None:
         chunk = open_chunk.chunk
@@ -161,6 +195,7 @@ class Chunks:
         sealed = msgspec.structs.replace(chunk, generation=generation, part_digest=part_digest, open=0)
         self._checkpoint.seal_chunk(sealed, carried, keep=self._still_wanted(chunk), drop=self._wanted_last(open_chunk))
         self.sealed[chunk.chunk] = self._on_record[chunk.chunk] = sealed
+        self._open_chunks.pop(chunk.chunk, None)
         if carried and self._on_carried is not None:
             self._on_carried(self._rows_in(part, carried))
         self._input_of(chunk.chunk).unlink(missing_ok=True)
@@ -177,17 +212,26 @@ class Chunks:
 
     def _has_all(self, full: OpenChunk) -> bool:
         """Whether every row whose answer a row of the chunk takes has it."""
-        first, end = full.chunk.first_row, full.chunk.end_row
-        originals = {
-            taken.original
-            for taken in full.carried.values()
-            if taken.file < 0 and taken.original is not None and not first <= taken.original < end
+        if full.waits_for is None:
+            first, end = full.chunk.first_row, full.chunk.end_row
+            taken = self._carried_rows(full, first, end).values()
+            full.waits_for = {each.original for each in taken if each.of_this_run and not first <= each.original < end}
+        full.waits_for = {row for row in full.waits_for if self._chunk_of(row).open}
+        full.waits_for -= self._checkpoint.rows_among(list(full.waits_for))
+        for number in {self._chunk_of(row).chunk for row in full.waits_for}:
+            full.waits_for -= self._settled_in_base(self._on_record[number])
+        return not full.waits_for
+
+    def _carried_rows(self, open_chunk: OpenChunk, first_row: int, end_row: int) -> dict[int, Taken]:
+        """Of these rows of the chunk, those that take their answer without a request, and where it is."""
+        if not open_chunk.has_carried:
+            return {}
+        rows = range(first_row, end_row)
+        found = {
+            row: each for row, each in self._carry.window(first_row, end_row).items() if open_chunk.is_carried(row)
         }
-        unsealed = [row for row in originals if self._chunk_of(row).open]
-        if not unsealed:
-            return True
-        left = set(unsealed) - self._checkpoint.rows_among(unsealed)
-        return all(row in self._settled_in_base(self._chunk_of(row)) for row in left)
+        found |= {row: each for row, each in open_chunk.copied_again.items() if row in rows}
+        return dict(sorted(found.items()))
 
     def _settled_in_base(self, chunk: Chunk) -> set[int]:
         base = self._base(chunk)
@@ -219,8 +263,8 @@ class Chunks:
     def _wanted_last(self, open_chunk: OpenChunk) -> list[int]:
         """The rows before the chunk whose answer no later one takes."""
         first, end = open_chunk.chunk.first_row, open_chunk.chunk.end_row
-        originals = {taken.original for taken in open_chunk.carried.values() if taken.file < 0} - {None}
-        before = sorted(row for row in originals if row is not None and row < first)
+        taken = self._carried_rows(open_chunk, first, end).values()
+        before = {each.original for each in taken if each.of_this_run and each.original < first}
         return [row for row in before if self._carry.last_copies(row, row + 1).get(row, -1) < end]
 
     def _is_sealed(self, row: int) -> bool:
@@ -264,15 +308,11 @@ class Chunks:
         settled, reopened = self._checkpoint.settled_rows(chunk), self._checkpoint.reopened(chunk)
         if (base := self._base(chunk)) is not None:
             settled |= set(base.rows) - reopened.keys()
-        carried = {
-            row: taken
-            for row, taken in self._carry.window(chunk.first_row, chunk.end_row).items()
-            if row not in settled and row not in reopened
-        }
-        if base is not None:  # a copy that is asked again is given the new answer of the row that it is a copy of
-            carried |= {
-                row: Taken(base.originals[row]) for row in reopened.keys() & base.originals.keys() if row not in settled
-            }
+        taken = self._carry.window(chunk.first_row, chunk.end_row)
+        copied_again: dict[int, Taken] = {}
+        if base is not None:  # a copy that is sent again takes the new answer of the row that it is a copy of
+            copies = reopened.keys() & base.originals.keys() - settled
+            copied_again = {row: Taken(base.originals[row]) for row in copies}
         return OpenChunk(
             chunk,
             StoredWindow(self._input_of(chunk.chunk), chunk.input_digest, chunk.first_row),
@@ -280,7 +320,8 @@ class Chunks:
             discarded,
             self._checkpoint.last_attempts_lost(chunk),
             reopened,
-            carried,
+            [row for row in taken if row not in settled and row not in reopened],
+            copied_again,
         )
 
     def _base(self, chunk: Chunk) -> BasePart | None:
@@ -305,7 +346,9 @@ class Chunks:
         self._next += 1
         self._next_row = chunk.end_row
         stored = StoredWindow(path, chunk.input_digest, chunk.first_row)
-        return OpenChunk(chunk, stored, carried=self._carry.window(chunk.first_row, chunk.end_row))
+        carried = self._carry.window(chunk.first_row, chunk.end_row)
+        opened = self._open_chunks[chunk.chunk] = OpenChunk(chunk, stored, carried=carried)
+        return opened
 
     def _batches(
         self, open_chunk: OpenChunk, carried: dict[int, TotalsLine] | None = None, *, with_pending: bool = False
@@ -321,8 +364,8 @@ class Chunks:
             completions = self._checkpoint.completions(row, row + window.num_rows)
             for first_row, end_row, settled in _by_size(row, row + window.num_rows, completions):
                 table, own = window.slice(first_row - row, end_row - first_row), self._own(settled)
-                if carried is not None and open_chunk.carried:
-                    taken = {at: each for at in range(first_row, end_row) if (each := open_chunk.carried.get(at))}
+                taken = {} if carried is None else self._carried_rows(open_chunk, first_row, end_row)
+                if carried is not None and taken:
                     more = self._carry.table(taken, self._own_answers, invocation=self._checkpoint.invocation)
                     carried.update(zip(taken, booked.lines(more), strict=True))
                     own = pa.concat_tables([own, more]).sort_by("row")

@@ -4,7 +4,7 @@
 """
 
 import threading
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -67,12 +67,13 @@ class StoredWindow:
         number, place = divmod(row - self._first_row, BATCH_ROWS)
         return self._batch(number).slice(place, 1)
 
-    def rows(self, skip: Container[int] = ()) -> Iterator[list[Row]]:
-        """The rows in order, up to 1,000 at a time. Those in `skip` are not even decoded."""
+    def rows(self, skip: bytes | bytearray = b"") -> Iterator[list[Row]]:
+        """The rows in order, up to 1,000 at a time. Those that have a byte in `skip` other than 0 are not decoded."""
         row = self._first_row
         for number in range(self._reader.num_record_batches):
             batch = self._batch(number)
-            numbers = [each for each in range(row, row + batch.num_rows) if each not in skip]
+            marks = skip[row - self._first_row : row - self._first_row + batch.num_rows]
+            numbers = [each for each, mark in enumerate(marks or bytes(batch.num_rows), row) if not mark]
             if len(numbers) < batch.num_rows:
                 stored = batch.take(pa.array([each - row for each in numbers], pa.int64()))
             else:

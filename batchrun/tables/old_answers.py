@@ -19,7 +19,8 @@ from batchrun.records import Status
 from batchrun.tables.rows import NOT_IN_PARSED, OWN_COLUMNS
 
 KEY = "request_key"
-KEYS_AT_ONCE = 1_000_000
+KEYS_AT_ONCE = 500_000
+KEYS_A_BATCH = 65_536
 BATCH_ROWS = 1_000
 
 _ANSWERS = ("content", "function_call", "tool_calls")
@@ -61,14 +62,14 @@ class OldAnswers:
         self._batch: pa.RecordBatch | None = None
 
     def keys(self, statuses: Collection[str], *, copies: bool) -> Iterator[tuple[Any, Any]]:
-        """The request keys of acceptable answers with their rows in the file, a million rows at a time.
+        """The request keys of acceptable answers with their rows in the file, half a million rows at a time.
 
         `copies`: answers that an equal row of the same run was given without a request count, too.
         """
         wanted = [name for name in (KEY, "status", "duplicate_of") if name in self._names]
         if "status" not in self._names:
             wanted += [name for name in _ANSWERS if name in self._names]
-        size = KEYS_AT_ONCE if "status" in self._names else BATCH_ROWS
+        size = KEYS_A_BATCH if "status" in self._names else BATCH_ROWS
         keys: list[pa.Array[Any]] = []
         rows: list[pa.Array[Any]] = []
         first = held = 0
