@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from batchrun.records import Summary
     from batchrun.source import Source
     from batchrun.startup.input_check import Survey
+    from batchrun.store.origins import Origins
+    from batchrun.store.rundir import RunDirectory
 
 
 def _amount(what: str) -> "Callable[[click.Context, click.Parameter, str | None], Decimal | None]":
@@ -169,11 +171,11 @@ def check(
     """Check all that a run would refuse: the job, every input record and its request. Sends nothing."""
     from batchrun import preflight
     from batchrun.report.summary import plural
-    from batchrun.startup import input_pass
+    from batchrun.startup import carry, input_pass
 
-    loaded = _load(job, input_path, None, overrides, {})
+    loaded = _load(job, input_path, None, overrides, {"input.reuse_from": reuse or None})
     preflight.require_settings(loaded, preflight.place(loaded))
-    source, found = _read_through(loaded, skip_invalid=skip_invalid)
+    source, found, origins = _read_through(loaded, preflight.place(loaded), skip_invalid=skip_invalid)
     _require_budget(loaded, found)
     models = ", ".join(f"{model} ({rows:,})" for model, rows in found.models.items())
     where = plural(len(source.files), "file")
@@ -182,40 +184,52 @@ def check(
     say(harmless(asks) if found.rows else f"0 rows in {where}: there is nothing to send")
     if (columns := input_pass.columns_in_words(source, found)) is not None:
         say(harmless(columns))
+    if origins is not None and (line := carry.in_words(origins)) is not None:
+        say(line)
     preflight.key(loaded, os.environ)
 
 
 @cli.command()
 @JOB
 @INPUT
+@REUSE
 @click.option(
     "-o", "--output", "out", type=click.Path(path_type=Path), help="A run directory: what the rest would take."
 )
 @SKIP
 @SET
 def estimate(
-    job: Path, input_path: str | None, out: Path | None, skip_invalid: bool, overrides: tuple[str, ...]
+    job: Path,
+    input_path: str | None,
+    reuse: tuple[str, ...],
+    out: Path | None,
+    skip_invalid: bool,
+    overrides: tuple[str, ...],
 ) -> None:
     """Tokens, cost and time of a job, or of the rest of a run. Sends nothing."""
     from datetime import datetime
 
     from batchrun import preflight
     from batchrun.limits import daily
+    from batchrun.startup import carry, previous_run
     from batchrun.startup import estimate as estimating
-    from batchrun.startup import previous_run
     from batchrun.startup.preview import look
     from batchrun.store.rundir import RunDirectory
 
-    loaded = _load(job, input_path, None, overrides, {})
+    loaded = _load(job, input_path, None, overrides, {"input.reuse_from": reuse or None})
     found = None if out is None else look(loaded, RunDirectory(out))
-    preflight.require_settings(loaded, preflight.place(loaded) if out is None else RunDirectory(out))
-    _, surveyed = _read_through(loaded, skip_invalid=skip_invalid)
+    directory = preflight.place(loaded) if out is None else RunDirectory(out)
+    preflight.require_settings(loaded, directory)
+    _, surveyed, origins = _read_through(loaded, directory, skip_invalid=skip_invalid)
     tables = _require_budget(loaded, surveyed)
     now = datetime.now().astimezone()
     if found is not None:
         for line in estimating.run_in_words(found.summary, None if found.drift is None else str(found.drift)):
             say(harmless(line))
-    to_ask = surveyed.rows if found is None else found.to_ask
+    if origins is not None and found is None and (not_sent := carry.in_words(origins)) is not None:
+        say(not_sent)
+    new = surveyed.rows if origins is None else origins.new
+    to_ask = new if found is None else found.to_ask
     done = None if found is None else found.summary
     means = previous_run.newest(loaded, besides=out)
     estimated = estimating.estimate(surveyed, loaded, tables, to_ask, done, daily.left_s(now), means)
@@ -397,13 +411,16 @@ def _load(
     return load(path, [*overrides, *own])
 
 
-def _read_through(job: "Job", *, skip_invalid: bool) -> "tuple[Source, Survey]":
-    """The input, each record checked, and no reason why a run could not begin with it; nothing is kept."""
+def _read_through(job: "Job", own: "RunDirectory", *, skip_invalid: bool) -> "tuple[Source, Survey, Origins | None]":
+    """The input, each record checked, no reason why a run in the directory `own` could not begin with it, and which
+    rows would not be sent. Nothing is kept.
+    """
     import tempfile
 
     from batchrun.errors import InputError
     from batchrun.source import open_source
-    from batchrun.startup import input_pass, preconditions
+    from batchrun.startup import carry, input_pass, preconditions
+    from batchrun.startup.answer_match import Questions
     from batchrun.startup.input_check import survey
     from batchrun.startup.run_options import RunOptions
     from batchrun.store.rundir import RunDirectory
@@ -412,18 +429,22 @@ def _read_through(job: "Job", *, skip_invalid: bool) -> "tuple[Source, Survey]":
         files = input_pass.input_files(
             job, RunDirectory(Path(scratch)), RunOptions(stdin=streams.standard_input()), begun=False
         )
+
+        def tell(text: str) -> None:
+            note(_of_stdin(text, job, files[0]))
+
         try:
             source = open_source(files, job.input.max_line_bytes)
             preconditions.require_columns(job, source)
-            found = survey(source, job, Path(scratch), progress=progress.checked)
+            with Questions(Path(scratch)) as keys:
+                found = survey(source, job, Path(scratch), progress=progress.checked, question=keys.add)
+                preconditions.require_input(job, source, found, tell, skip_invalid=skip_invalid)
+                if (origins := carry.wanted(job, found.rows, 0)) is not None:
+                    every = keys.rows(found.rejected)
+                    origins = carry.make(job, every, origins, own.path, Path(scratch) / "origins.bin", note)
         except InputError as error:
             raise InputError(_of_stdin(str(error), job, files[0])) from error
-
-    def tell(text: str) -> None:
-        note(_of_stdin(text, job, source.files[0]))
-
-    preconditions.require_input(job, source, found, tell, skip_invalid=skip_invalid)
-    return source, found
+    return source, found, origins
 
 
 def _of_stdin(text: str, job: "Job", copy: Path) -> str:

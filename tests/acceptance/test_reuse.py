@@ -1,5 +1,6 @@
 """Nights that know each other, and equal rows of one input: what was answered before costs no request."""
 
+import asyncio
 import json
 import random
 import shutil
@@ -9,12 +10,16 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import batchrun as batchrun_package
+from batchrun import Completion
+from batchrun.job.load import load
 from batchrun.simulator import Fault, SimulatorConfig, parse_faults
-from tests.cli_process import Ended, batchrun, kill_when, read_summary, start, write_job
+from tests.cli_process import KEY, KEY_ENV, Ended, batchrun, kill_when, read_summary, start, write_job
 from tests.simulator_process import RunningSimulator, running_simulator
 
 Record = dict[str, Any]
@@ -344,6 +349,81 @@ def test_copies_survive_pilots_and_changed_input(tmp_path: Path) -> None:
         first = numbers.index(row["id"])
         assert row["duplicate_of"] == (None if first == row["row"] else first)
     assert batchrun("verify", tmp_path / "out").exit_code == 0
+
+
+def test_a_program_gets_every_row_once(tmp_path: Path) -> None:
+    numbers = [*range(120), *range(60), *range(200, 260)]
+    with running_simulator() as simulator:
+        job = job_of(tmp_path, simulator, records(range(40)))
+        run(job, tmp_path / "one")
+        asked = load(job)
+        reuse = msgspec.structs.replace(asked.input, path=None, reuse_from=str(tmp_path / "one"))
+        template = msgspec.structs.replace(asked.request, max_tokens=4000)
+        asked = msgspec.structs.replace(asked, input=reuse, request=template)
+
+        async def read() -> list[Completion]:
+            environ = {KEY_ENV: KEY}
+            async with batchrun_package.Runner(
+                asked, records(numbers), output=tmp_path / "two", environ=environ
+            ) as runner:
+                return [completion async for completion in runner]
+
+        for _ in range(2):  # the second start replays a complete run
+            found = asyncio.run(read())
+            assert sorted(completion.row for completion in found) == list(range(len(numbers)))
+            assert Counter(bool(completion.reused) for completion in found) == {True: 100, False: 140}
+        assert len(simulator.ledger()) == 40 + 140
+    by_row = {completion.row: completion for completion in found}
+    assert by_row[50].duplicate_of is None
+    assert by_row[170].duplicate_of == 50
+    assert by_row[170].content == by_row[50].content
+    assert by_row[0].reused_from == str(tmp_path / "one")
+
+
+def test_what_is_salvaged_keeps_reused_rows_and_copies(tmp_path: Path) -> None:
+    numbers = [number % 150 for number in range(400)]
+    with running_simulator(SimulatorConfig(latency_s=0.03)) as simulator:
+        job = job_of(tmp_path, simulator, records(range(40)))
+        run(job, tmp_path / "one")
+        write(tmp_path / "in.jsonl", records(numbers))
+        reuse = ("--reuse", tmp_path / "one")
+        process = start("run", job, "-o", tmp_path / "two", *LONG, *reuse, "--set", "limits.max_in_flight=8")
+        kill_when(process, lambda: len(list((tmp_path / "two" / "parts").glob("*.parquet"))) >= 2)
+        process.communicate()
+        before = {line.question for line in simulator.ledger()}
+        part = min((tmp_path / "two" / "parts").glob("*.parquet"))
+        content = bytearray(part.read_bytes())
+        content[len(content) // 3] ^= 1
+        part.write_bytes(bytes(content))
+        salvaged = batchrun("verify", tmp_path / "two", "--salvage")
+        assert salvaged.exit_code == 7, salvaged.stdout
+        run(job, tmp_path / "two.salvaged", *reuse)
+        asked = Counter(line.question for line in simulator.ledger())
+    assert len(asked) == 150
+    rows = rows_of(tmp_path / "two.salvaged")
+    assert [row["id"] for row in rows] == numbers
+    assert len({row["id"]: row["content"] for row in rows}) == len({(row["id"], row["content"]) for row in rows}) == 150
+    assert sum(not row["reused"] for row in rows) == 110
+    assert before <= asked.keys()
+    verified = batchrun("verify", tmp_path / "two.salvaged")
+    assert verified.exit_code == 0, verified.stdout
+
+
+def test_check_and_estimate_say_what_is_new(tmp_path: Path) -> None:
+    with running_simulator() as simulator:
+        job = job_of(tmp_path, simulator, records(range(40)))
+        run(job, tmp_path / "one")
+        write(tmp_path / "in.jsonl", records([*range(100), *range(100)]))
+        line = "to send: 60 of 200 rows; not sent: 40 reused, 100 equal to an earlier row"
+        more = (*LONG, "--reuse", tmp_path / "one")
+        assert line in batchrun("check", job, *more).stdout
+        estimated = batchrun("estimate", job, *more).stdout
+        assert line in estimated
+        assert "to ask       60 rows" in estimated
+        run(job, tmp_path / "two", "--reuse", tmp_path / "one", "--set", "budget.max_requests=20", exit_code=4)
+        rest = batchrun("estimate", job, "-o", tmp_path / "two", *more)
+        assert "to ask       40 rows" in rest.stdout, rest.stdout
+        assert len(simulator.ledger()) == 60
 
 
 # ── how much may change ───────────────────────────────────────────────────────────────────────────────────────────────
