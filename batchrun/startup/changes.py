@@ -36,6 +36,7 @@ class Changes(msgspec.Struct, frozen=True):
 
     A row that ended as `error` is no answer: it stays where its question does, and is no loss where not. `in_place`:
     every answer stays in its row. `fewer`: so many rows less than `before`, of which some were `pending`.
+    `carried` of the rows without an answer take one without a request.
     `mean_cost_usd`: of one row, by the rows so far.
     """
 
@@ -48,6 +49,7 @@ class Changes(msgspec.Struct, frozen=True):
     fewer: int = 0
     before: int = 0
     pending: int = 0
+    carried: int = 0
 
     @property
     def harmless(self) -> bool:
@@ -61,13 +63,20 @@ class Changes(msgspec.Struct, frozen=True):
         """Rows with another question, rows that came and rows that went: the larger of what is new and what is gone."""
         return max(self.rows - self.kept - self.pending, self.dropped, self.fewer)
 
+    @property
+    def to_send(self) -> int:
+        """The rows that a start sends."""
+        return self.rows - self.kept - self.carried
+
     def __str__(self) -> str:
-        asked = self.rows - self.kept
+        asked = self.to_send
         cost = "" if self.mean_cost_usd is None else f", about ${self.mean_cost_usd * asked:,.4f}"
         what = ", ".join(each if " " in each else f"{each} has changed" for each in self.changed)  # settings: one word
         stay = "1 answer stays" if self.kept == 1 else f"{self.kept:,} answers stay"
         ask = "1 row is to be asked" if asked == 1 else f"{asked:,} rows are to be asked"
         fewer = f"; {self.fewer:,} fewer than before" if self.fewer else ""
+        if self.carried:
+            fewer = f"; {self.carried:,} without a request{fewer}"
         return f"{what}: {stay}, {ask}{cost}{fewer}{self._in_vain()}"
 
     def _in_vain(self) -> str:

@@ -4,8 +4,9 @@ A run's facts are fixed when it first starts and kept in the manifest: which que
 shape. Later starts are held against them; limits, prices, retries and the budget may change from start to start.
 """
 
+import contextlib
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
@@ -20,7 +21,7 @@ from batchrun.prices import PriceTable
 from batchrun.report.summary import are, plural, scaled
 from batchrun.source import FileIdentity, Source, changed, digest, fingerprint, open_source
 from batchrun.startup import carry, changes, input_pass, preconditions, previous_run, stdin_copy
-from batchrun.startup.answer_match import Questions
+from batchrun.startup.answer_match import NONE, Questions
 from batchrun.startup.estimate import estimate
 from batchrun.startup.run_options import RunOptions
 from batchrun.store import manifest, origins, variants
@@ -232,20 +233,32 @@ def _adopt(
         asked_now = questions.rows(found.rejected)
         mean_cost_usd = checkpoint.spent.mean_cost_usd()
         seen, matches = changes.examine(answers, asked_now, found.rows, reasons, mean_cost_usd, directory.path)
-        with matches:
+        with matches, _unless_refused(directory.origins_of(new.layout)):
+            silent = msgspec.structs.replace(asked, told=lambda line: None)
+            made = _origins(job, directory, new, silent, questions.rows(found.rejected))
+            carry_over = CarryOver(made, directory.origins_of(new.layout))
+            seen = msgspec.structs.replace(seen, carried=carry_over.count(found.rows, lambda row: matches[row] == NONE))
             _require_consent(job, asked, seen, settings)
             asked.told(str(seen))
             schema = input_pass.schema_of(source, new)
-            made = _origins(job, directory, new, asked, questions.rows(found.rejected))
             entries = {**manifest.encode(new), **variants.encode(ways), origins.ENTRY: _encode(made)}
             input_pass.keep_digests(job, directory, new.layout, pictures, found)
-            carry_over = CarryOver(made, directory.origins_of(new.layout))
             changes.lay_out(
                 answers, matches, source, new, schema, directory, checkpoint, entries, asked.limit, carry_over
             )
             for old in (directory.images_of(known.layout), directory.origins_of(known.layout)):
                 old.unlink(missing_ok=True)
     return new
+
+
+@contextlib.contextmanager
+def _unless_refused(path: Path) -> Iterator[None]:
+    """What the block writes at `path` stays only if the block ends well."""
+    try:
+        yield
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _require_consent(job: Job, asked: RunOptions, seen: changes.Changes, settings: tuple[str, ...]) -> None:

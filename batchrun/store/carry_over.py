@@ -20,6 +20,9 @@ OPEN_FILES = 8
 """Earlier results that are kept open, each at the place where it was read last."""
 
 
+BLOCK_ROWS = 8192
+
+
 class Taken(NamedTuple):
     """Where a row's answer is: in an earlier result, by `file` and its `row`, or else that of its `original` in this
     run. -1: none. An equal row of one that takes an earlier answer has all three.
@@ -63,6 +66,13 @@ class CarryOver:
                 of = numbers[original - first_row] if inside else self._numbers(original, original + 1)[0]
                 taken[row] = Taken(original, *(origins.place(of) or (-1, -1)))
         return taken
+
+    def count(self, rows: int, among: Callable[[int], bool]) -> int:
+        """How many of the run's rows that are `among` those in question are not sent."""
+        if self._made is None or self._made.digest is None:
+            return 0
+        blocks = ((first, min(first + BLOCK_ROWS, rows)) for first in range(0, rows, BLOCK_ROWS))
+        return sum(among(row) for block in blocks for row in self.window(*block))
 
     def last_copies(self, first_row: int, end_row: int) -> dict[int, int]:
         """Of these rows, those whose answer a later row takes, with the last one that does."""
