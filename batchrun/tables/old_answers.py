@@ -19,8 +19,8 @@ from batchrun.records import Status
 from batchrun.tables.rows import NOT_IN_PARSED, OWN_COLUMNS
 
 KEY = "request_key"
-KEYS_AT_ONCE = 500_000
-KEYS_A_BATCH = 65_536
+KEYS_AT_ONCE = 262_144
+KEYS_A_BATCH = 32_768
 BATCH_ROWS = 1_000
 
 _ANSWERS = ("content", "function_call", "tool_calls")
@@ -62,7 +62,7 @@ class OldAnswers:
         self._batch: pa.RecordBatch | None = None
 
     def keys(self, statuses: Collection[str], *, copies: bool) -> Iterator[tuple[Any, Any]]:
-        """The request keys of acceptable answers with their rows in the file, half a million rows at a time.
+        """The request keys of acceptable answers with their rows in the file, 262,144 rows at a time.
 
         `copies`: answers that an equal row of the same run was given without a request count, too.
         """
