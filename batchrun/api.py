@@ -1,4 +1,4 @@
-"""A run as a program asks for it, the command line too: job, rows and options in; a complete run, or why not."""
+"""Runs a job for a program, the command line included: job, rows and options in, a complete run or an error out."""
 
 import asyncio
 import contextlib
@@ -30,11 +30,11 @@ from batchrun.store.rundir import RunDirectory
 _LOG = logging.getLogger("batchrun")
 
 RETRIED = frozenset(str(status) for status in Status if status is not Status.OK)
-"""The statuses whose rows can be asked again."""
+"""The statuses whose rows can be retried."""
 
 
 class Options(TypedDict, total=False):
-    """What can be asked of one start beyond its job. All are optional; docs/library.md says what each does."""
+    """Options of one start, all of them optional. docs/library.md says what each does."""
 
     output: str | Path | None
     date: str | None
@@ -53,9 +53,9 @@ class Options(TypedDict, total=False):
 
 
 class RunIncompleteError(RunStoppedError):
-    """The run began and stopped before it was complete: by its budget, by the provider, by a signal.
+    """The run started and stopped before it was complete: because of its budget, the provider or a signal.
 
-    `summary` says where it stands, `exit_code` by whose rule it stopped. The same call goes on with it.
+    `summary` says where it stands, `exit_code` why it stopped. The same call resumes it.
     """
 
     def __init__(self, summary: Summary) -> None:
@@ -64,18 +64,18 @@ class RunIncompleteError(RunStoppedError):
 
 
 def run(job: Job | str | Path, rows: Rows | None = None, **options: Unpack[Options]) -> Summary:
-    """Every row is asked, and the result is written. The same call again goes on where this one stopped. Blocks.
+    """Sends every row and writes the result. The same call again resumes where this one stopped. Blocks.
 
-    `job` is a Job or a job file's path; `rows` stand in place of `input.path`. More rows that failed than the job
-    allows are no exception: `exit_code` of the summary says so, `by_status` how many.
+    `job` is a Job or the path of a job file; `rows` replace `input.path`. Too many failed rows raise nothing: the
+    summary's `exit_code` says so, and `by_status` how many.
 
-    In the main thread a first SIGINT, SIGTERM or SIGHUP drains the run, a second one ends it at once; afterwards they
-    do what they did before. Elsewhere signals are not touched.
+    In the main thread a first SIGINT, SIGTERM or SIGHUP drains the run, a second one ends it at once; afterwards the
+    former handlers are back. In other threads signals are not touched.
 
     Raises:
-        RunIncompleteError: the run stopped before it was complete; the same call goes on with it.
+        RunIncompleteError: the run stopped before it was complete; the same call resumes it.
         KeyboardInterrupt: the same after SIGINT; its `__cause__` is the RunIncompleteError.
-        BatchrunError: the run could not start or go on; what was received is on disk.
+        BatchrunError: the run could not start or continue; what was received is on disk.
         RuntimeError: an event loop runs in this thread, which this call would block.
     """
     if _loop_runs():
@@ -89,13 +89,13 @@ def run(job: Job | str | Path, rows: Rows | None = None, **options: Unpack[Optio
 
 
 def begin(job: Job | str | Path, rows: Rows | None, options: Options, host: Host | None = None) -> Summary:
-    """The run, started in this thread, is complete. `host` is the program whose loop runs in another one.
+    """Runs the job in this thread. `host` is the program whose event loop runs in another thread.
 
     Raises:
         BatchrunError: as `run` does.
     """
     if unknown := sorted(options.keys() - Options.__annotations__.keys()):
-        raise TypeError(f"{unknown[0]} is no option; there are {', '.join(Options.__annotations__)}")
+        raise TypeError(f"unknown option {unknown[0]}; expected some of {', '.join(Options.__annotations__)}")
     note = options.get("note", _LOG.info)
     deadline = _deadline(options.get("deadline"))
     wanted = _job(job, rows, options)
@@ -120,42 +120,42 @@ def _invoke(
     deadline: Deadline | None,
     host: Host | None,
 ) -> Summary:
-    asked = RunOptions(
+    run_options = RunOptions(
         skip_invalid=options.get("skip_invalid", False),
         accept_changes=options.get("accept_changes", False),
         limit=options.get("limit"),
         deadline=deadline,
         retry=_retried(job, options.get("retry_failed", False)),
         stdin=stream,
-        problem=options.get("note", _LOG.warning),  # a program that listens to nothing should still see these
+        problem=options.get("note", _LOG.warning),  # a program that configured no logging should still see these
         told=note,
         checked=_checked(options, host),
     )
     grace_s = options.get("grace_s")
     progress: Callable[[Summary], None] = options.get("progress", lambda summary: None)
     hooks = Hooks(progress, note, host, options.get("command"), GRACE_S if grace_s is None else grace_s)
-    return engine.run(job, directory, keys, asked, hooks, _loop_factory())
+    return engine.run(job, directory, keys, run_options, hooks, _loop_factory())
 
 
 def _checked(options: Options, host: Host | None) -> Callable[[int], None]:
-    """What the check pass calls now and then: there the host can stop it."""
-    told: Callable[[int], None] = options.get("checked", lambda rows: None)
+    """What the input check calls from time to time; there the host can stop it."""
+    report: Callable[[int], None] = options.get("checked", lambda rows: None)
     if host is None:
-        return told
+        return report
 
     def checked(rows: int) -> None:
         host.stop.raise_if_made()
-        told(rows)
+        report(rows)
 
     return checked
 
 
 def _job(job: Job | str | Path, rows: Rows | None, options: Options) -> Job:
-    """The job, checked, with its input and output as this start has them."""
+    """The job, checked, with the input and output of this start."""
     job = checked(job) if isinstance(job, Job) else load(Path(job))
     if rows is not None:
         if job.input.path not in (None, "-"):
-            raise JobError(f"input.path: rows are given instead of {job.input.path}; keep one of them")
+            raise JobError(f"input.path: the call has rows and the job has {job.input.path}; keep one of them")
         job = msgspec.structs.replace(job, input=msgspec.structs.replace(job.input, path="-"))
     if (output := options.get("output")) is not None:
         job = msgspec.structs.replace(job, output=msgspec.structs.replace(job.output, path=str(output)))
@@ -163,7 +163,7 @@ def _job(job: Job | str | Path, rows: Rows | None, options: Options) -> Job:
 
 
 def _deadline(text: str | None) -> Deadline | None:
-    """Seen from now, the start of this invocation."""
+    """The deadline, counted from now."""
     return None if text is None else deadlines.read(text, datetime.now().astimezone(), time.monotonic())
 
 
@@ -173,7 +173,7 @@ def _place(job: Job, options: Options, note: Callable[[str], None]) -> RunDirect
         job.output.path, job.name, date=options.get("date"), now=now, new=options.get("new", False)
     )
     if earlier is not None:
-        note(f"going on with the unfinished run of {earlier} ({path}); --new starts another")
+        note(f"resuming the unfinished run of {earlier} ({path}); --new starts another")
     if not str(path).isprintable() and "\\x" in (shown := os.fsencode(path).decode("utf-8", "backslashreplace")):
         raise JobError(
             f"output.path {shown}: holds bytes that are not UTF-8, as the run's log is; name another directory"
@@ -184,11 +184,11 @@ def _place(job: Job, options: Options, note: Callable[[str], None]) -> RunDirect
 
 
 MOST_DATES = 5
-"""So many dates of unfinished runs are named."""
+"""Dates of unfinished runs that are named."""
 
 
 def _left_in_words(left: list[tuple[str, Path]]) -> str:
-    """Earlier runs of the job that are unfinished, oldest first, and what finishes them."""
+    """The unfinished earlier runs of the job, oldest first, and how to finish them."""
     dates = [date for date, _ in left]
     named = ", ".join(dates[:MOST_DATES]) + (f" and {len(dates) - MOST_DATES:,} more" if dates[MOST_DATES:] else "")
     if len(dates) == 1:
@@ -198,7 +198,7 @@ def _left_in_words(left: list[tuple[str, Path]]) -> str:
 
 @contextlib.contextmanager
 def _stream(job: Job, rows: Rows | None, directory: RunDirectory) -> Iterator[BinaryIO | None]:
-    """What is read where the input is "-": the given rows, else standard input."""
+    """What is read if the input is "-": the given rows, else standard input."""
     if rows is None:
         yield streams.standard_input() if job.input.path == "-" else None
         return
@@ -208,7 +208,7 @@ def _stream(job: Job, rows: Rows | None, directory: RunDirectory) -> Iterator[Bi
 
 
 def _retried(job: Job, retry_failed: bool | Collection[str]) -> frozenset[str] | None:
-    """The statuses whose rows are asked again; None where no retry was asked for."""
+    """The statuses whose rows are retried; None without a retry."""
     if isinstance(retry_failed, bool):
         return frozenset(map(str, failing(job.finish))) if retry_failed else None
     chosen = frozenset(map(str, retry_failed))
@@ -226,7 +226,7 @@ def _loop_runs() -> bool:
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """uvloop's event loop where it is installed: half the CPU per request."""
+    """uvloop's event loop, if it is installed: half the CPU per request."""
     try:
         import uvloop
     except ImportError:

@@ -30,7 +30,7 @@ def next_step(error: OSError) -> str:
         return "raise the limit with ulimit -n and run the same command again"
     if error.errno == errno.ENFILE:
         return "the whole machine has too many files open; run the same command again when it has fewer"
-    return "mend the disk or choose another directory with -o, then run again"
+    return "repair the disk or choose another directory with -o, then run again"
 
 
 def lacking(error: BaseException) -> str | None:
@@ -86,7 +86,7 @@ def digest(path: Path) -> str:
     """BLAKE2b-128 of the file's bytes, in hexadecimal.
 
     Raises:
-        FileNotFoundError: there is none; callers know what that means.
+        FileNotFoundError: it is missing; callers know what that means.
         DiskError: it is there, but can't be read.
     """
     hasher = hashlib.blake2b(digest_size=16)

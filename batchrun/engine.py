@@ -34,7 +34,8 @@ from batchrun.job.job import Job
 from batchrun.limits.admission import Stop
 from batchrun.policy import failing
 from batchrun.records import Summary
-from batchrun.report.summary import are, failures, files, plural, read
+from batchrun.report.summary import failures, files, read
+from batchrun.report.wording import are, plural
 from batchrun.startup import input_pass, retry
 from batchrun.startup import resume as planning
 from batchrun.startup.resume import Plan

@@ -7,16 +7,15 @@
     │   ├── RunLockedError      another process holds the run directory
     │   └── DiskError           the disk refused a write: full, failing, read-only
     ├── RunStoppedError         the run ended before it was complete, for a reason outside its rows
-    └── APIError                what one HTTP exchange with the endpoint came to
-        ├── APIConnectionError  no answer: the name, connection or transfer failed
-        │   └── APITimeoutError no answer in time
-        └── APIStatusError      an answer that is not a completion
-            ├── BadRequestError, AuthenticationError, RateLimitError, InternalServerError
+    └── APIConnectionError      one HTTP exchange brought no whole answer
+        └── APITimeoutError     not within its deadline
 
-A failed row is data, not an exception: `APIError`s travel as values inside an `Attempt`. Only a failed run raises.
+A failed row is data, not an exception: an `APIConnectionError` travels as a value inside an `Attempt`. Only a failed
+run raises.
 """
 
 from enum import IntEnum
+from functools import partial
 
 
 class ExitCode(IntEnum):
@@ -38,11 +37,11 @@ class ExitCode(IntEnum):
 
 
 ANOTHER = "start another run (--new, or another -o)"
-"""The way on that every run has, in the words of an error's line."""
+"""The last resort that an error line can offer."""
 
 
 class BatchrunError(Exception):
-    """A failed run, told in one line: what, where, and what to do next."""
+    """A failed run. The message is one line: what, where, and what to do next."""
 
     exit_code = ExitCode.INTERNAL_ERROR
 
@@ -54,7 +53,7 @@ class JobError(BatchrunError):
 
 
 class InputError(BatchrunError):
-    """An input file or record is wrong. The message begins with `file:line` or `file` where there is one."""
+    """An input file or record is wrong. The message begins with `file:line` or `file` if there is one."""
 
     exit_code = ExitCode.USAGE
 
@@ -78,66 +77,24 @@ class DiskError(CheckpointError):
 
 
 class RunStoppedError(BatchrunError):
-    """The run ended early with its rows intact; `exit_code` says by whose rule."""
+    """The run ended early with its rows intact; `exit_code` says why."""
 
     def __init__(self, message: str, exit_code: ExitCode) -> None:
         super().__init__(message)
         self.exit_code = exit_code
 
 
-class APIError(BatchrunError):
-    """What one exchange with the endpoint came to, when it was not a completion. Can be pickled."""
-
-    def __reduce__(self) -> tuple[object, ...]:  # the usual way calls the class without its keyword arguments
-        return _restored, (type(self), self.args, vars(self))
-
-
-class APIConnectionError(APIError):
-    """No whole answer arrived. `sent` is False only where no byte of the request can have reached the server."""
+class APIConnectionError(BatchrunError):
+    """No whole answer arrived. `sent` is False only if no byte of the request can have reached the server."""
 
     def __init__(self, message: str, *, kind: str, sent: bool) -> None:
         super().__init__(message)
         self.kind = kind
         self.sent = sent
 
+    def __reduce__(self) -> tuple[object, ...]:  # pickle calls the class without its keyword arguments by default
+        return partial(type(self), kind=self.kind, sent=self.sent), self.args
+
 
 class APITimeoutError(APIConnectionError):
     """No whole answer arrived within the attempt's deadline."""
-
-
-class APIStatusError(APIError):
-    """The server answered with something that is not a completion."""
-
-    def __init__(self, message: str, *, http_status: int, code: str | None = None) -> None:
-        super().__init__(message)
-        self.http_status = http_status
-        self.code = code
-
-
-class BadRequestError(APIStatusError):
-    """400, 413, 415 or 422: this row's request can't be served as it is."""
-
-
-class AuthenticationError(APIStatusError):
-    """401: the key is missing, wrong or revoked."""
-
-
-class RateLimitError(APIStatusError):
-    """429: too many requests. `retry_after_s` is what the server asked for, in seconds, if it did."""
-
-    def __init__(
-        self, message: str, *, http_status: int, code: str | None = None, retry_after_s: float | None = None
-    ) -> None:
-        super().__init__(message, http_status=http_status, code=code)
-        self.retry_after_s = retry_after_s
-
-
-class InternalServerError(APIStatusError):
-    """5xx: the server's own trouble."""
-
-
-def _restored(kind: type[APIError], args: tuple[object, ...], fields: dict[str, object]) -> APIError:
-    """The error that was pickled."""
-    error = kind.__new__(kind, *args)
-    vars(error).update(fields)
-    return error

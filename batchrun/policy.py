@@ -61,7 +61,7 @@ STATUS_VERDICTS: Mapping[int, Verdict] = {
     **dict.fromkeys((401, 402, 403), Verdict.PAUSE),
     **dict.fromkeys((404, 405), Verdict.STOP),
 }
-"""By status alone. `RULES` has those where the body has the last word; 520 to 524 are Cloudflare's "origin" errors."""
+"""By status alone. `RULES` has those where the body decides; 520 to 524 are Cloudflare's "origin" errors."""
 
 KINDS: Mapping[int, str] = {
     400: "bad_request",
@@ -77,7 +77,7 @@ KINDS: Mapping[int, str] = {
 
 CONTENT_POLICY = "content_policy"
 QUOTA = "quota"
-"""The `error.kind` of a quota that may be a minute's or a month's: only time tells."""
+"""The `error.kind` of a quota that may be a minute's or a month's: only time shows which."""
 
 RATE_KINDS = frozenset({"rate_limit", QUOTA})
 
@@ -120,7 +120,7 @@ RULES: Mapping[int, tuple[Rule, ...]] = {
     500: (_rule(Subject.UNABLE, verdict=Verdict.ROW, kind="not_supported"),),
     503: (_rule(Subject.WAIT, verdict=Verdict.SLOW, kind="overloaded"), _BLOCKED),
 }
-"""The statuses whose body has the last word, and what it may say; the first rule that fits counts. Of a 403 an empty
+"""The statuses whose body decides, and what it may say; the first rule that fits counts. Of a 403 an empty
 account stands before content: vendors speak of both in one breath."""
 
 IN_PLAIN_TEXT = frozenset({403, 429, 503})
@@ -188,7 +188,7 @@ def _judge_status(status: int, attempt: Attempt, answer: Answer, retry: Retry) -
     verdict, kind = _by_body(status, _words(status, attempt, answer), wait_s) or _by_status(status)
     message = answer.error_message or f"HTTP {status}: {_excerpt(attempt.body)}".rstrip(": ")
     if verdict is Verdict.SLOW and wait_s is not None and wait_s > retry.max_wait_s:
-        verdict, message = Verdict.PAUSE, f"asked to wait {wait_s:.0f} s: {message}"
+        verdict, message = Verdict.PAUSE, f"the server asks to wait {wait_s:.0f} s: {message}"
     # tokens were made before the error stood in the answer
     had_begun = attempt.time_to_first_token_s is not None or bool(answer.content)
     if had_begun and verdict is Verdict.FREE:
@@ -229,7 +229,7 @@ def _words(status: int, attempt: Attempt, answer: Answer) -> str:
 
 
 def _should_retry(header: str | None, verdict: Verdict) -> Verdict:
-    """`x-should-retry`, as the reference SDK's servers send it, has the last word on a row's retry."""
+    """`x-should-retry`, as the reference SDK's servers send it, decides about a row's retry."""
     if header == "true" and verdict is Verdict.ROW:
         return Verdict.FREE
     if header == "false" and verdict in (Verdict.FREE, Verdict.MAYBE):
@@ -256,7 +256,7 @@ def _why_unreadable(attempt: Attempt) -> str:
 class Settlement(msgspec.Struct, frozen=True):
     """What a usable answer makes of its row, and what the job says of such an answer: `accept`, `fail` or `retry`.
 
-    `in_json`: the content is the JSON that was asked for. `correctable`: it is not, and the model can be told why.
+    `in_json`: the content is the JSON that the request wants. `correctable`: it is not, and the model can be shown why.
     """
 
     status: Status
@@ -269,7 +269,7 @@ class Settlement(msgspec.Struct, frozen=True):
 def settlement(answer: Answer, expected: Expected, finish: Finish, http_status: int | None = None) -> Settlement:
     """What becomes of a row by its answer's finish_reason (docs/api.md, "Response") and by what was expected.
 
-    An answer that was cut short is neither read as JSON nor mended.
+    An answer that was cut short is neither read as JSON nor corrected.
     """
     if not expected.in_json and finish.stop == "accept" and _is_plain(answer):
         return _PLAIN
@@ -281,10 +281,10 @@ def settlement(answer: Answer, expected: Expected, finish: Finish, http_status: 
         return Settlement(Status.EMPTY, finish.empty, error)
     if action != "accept":
         status = Status.INVALID if status is Status.OK else status
-        told = f"the finish_reason is {answer.finish_reason or 'not said'}, which the job does not accept"
+        message = f"the finish_reason is {answer.finish_reason or 'missing'}, which the job does not accept"
         if answer.refusal:
-            told = f"the model refused, which the job does not accept: {answer.refusal}"
-        return Settlement(status, action, RowError("finish_reason", http_status, None, told[:MAX_MESSAGE_CHARS]))
+            message = f"the model refused, which the job does not accept: {answer.refusal}"
+        return Settlement(status, action, RowError("finish_reason", http_status, None, message[:MAX_MESSAGE_CHARS]))
     if status is Status.OK and (flaw := _flaw(answer, expected)) is not None:
         error = RowError(flaw.kind, http_status, None, flaw.message)
         return Settlement(Status.INVALID, "fail", error, correctable=True)

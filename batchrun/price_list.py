@@ -43,7 +43,7 @@ _REGION = re.compile(r"(^|[.-])(eu|us|[a-z]{2,}(-[a-z]+)*-(north|south|east|west
 _TOKEN_KINDS = ("input_mtok", "cache_read_mtok", "output_mtok", "cache_write_mtok", "cache_write_1h_mtok")
 
 _OUT_OF_REACH = frozenset({"requests_kcount", "output_reasoning_mtok", "output_citation_mtok"})
-"""Parts of a price that no usage of a chat completion tells: fees by search context, kinds of output with a price of
+"""Parts of a price that no usage of a chat completion states: fees by search context, kinds of output with a price of
 their own. Such a price is unknown here; the servers that have one state what an answer cost.
 """
 

@@ -132,7 +132,7 @@ def upper_bound(
 ) -> Decimal | None:
     """The most one attempt can cost, USD: the dearest hour, and the dearest service tier that `asked_tier` allows.
 
-    A request that names no tier, or `auto`, gets the one that the account is set to, which nobody here knows.
+    A request that names no tier, or `auto`, gets the one that the account is set to, which is unknown here.
     None where the price is unknown.
     """
     return None if table is None else dearest(table, asked_tier).bound(max_prompt_tokens, max_output_tokens)
@@ -158,7 +158,7 @@ def dearest(table: PriceTable, asked_tier: str | None = None) -> Dearest:
 
 
 def asked_tier(table: PriceTable | None, body: bytes) -> str | None:
-    """The service tier that an encoded body names; None: it names none, or it can't be told for certain."""
+    """The service tier that an encoded body names; None: it names none, or it is uncertain."""
     if table is None or not table.services:
         return None
     found = _TIER_ASKED_FOR.findall(body)
@@ -199,12 +199,12 @@ def _tiers_for(table: PriceTable, service_tier: str | None, at_s: float) -> Tier
     return table.tiers
 
 
-def _allowed(table: PriceTable, asked: str | None) -> list[Tiers]:
+def _allowed(table: PriceTable, requested: str | None) -> list[Tiers]:
     ordinary = [table.tiers, *(hours.tiers for hours in table.hours)]
-    if asked in ORDINARY - {"", "auto"}:
+    if requested in ORDINARY - {"", "auto"}:
         return ordinary
-    if asked in table.services:  # the server may fall back to the ordinary one
-        return [*ordinary, table.services[asked]]
+    if requested in table.services:  # the server may fall back to the ordinary one
+        return [*ordinary, table.services[requested]]
     return [*ordinary, *table.services.values()]
 
 

@@ -109,7 +109,7 @@ class Request(msgspec.Struct, frozen=True, gc=False):
     `key` is the identity of the question (BLAKE2b-128, docs/design.md); `body` goes to the wire as it is.
     `max_prompt_tokens` and `max_output_tokens` bound what one attempt can be billed for; no tokenizer makes more
     tokens than the body has bytes. `pictures` of its images are put in when it is sent; until then the body
-    lacks them. `image_tokens` is what all its images usually count. `expected` is what the answer is held against,
+    lacks them. `image_tokens` is what all its images usually count. `expected` is what the answer is validated against,
     `choices` how many of them it asks for (`n`).
     """
 
@@ -131,7 +131,7 @@ class Request(msgspec.Struct, frozen=True, gc=False):
 
 
 class Correction(msgspec.Struct, frozen=True, gc=False):
-    """An answer that was not what was asked for, and what is said to the model of it when it is asked again."""
+    """An invalid answer, and what the model reads about it in the next request."""
 
     answer: str
     complaint: str
@@ -224,7 +224,7 @@ class RowError(msgspec.Struct, frozen=True, gc=False):
 class SetAside(msgspec.Struct, frozen=True):
     """An answer that was billed and is not its row's, since the row was sent again in the hope of a better one.
 
-    `kind` and `message` are what was wrong with it, `content` is what it said: calls as the JSON that they are.
+    `kind` and `message` are what was wrong with it, `content` is its text; calls are JSON.
     """
 
     attempt: int
@@ -282,7 +282,7 @@ class Completion(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """The final record of a row. `cost_usd` is of all its attempts; None where one could not be priced.
 
     `usage` and `last_cost_usd` are the last attempt's alone: what the totals still lack. The record is that attempt's,
-    unless an earlier one was `restored`. `in_json`: the content is the JSON that was asked for, and belongs into
+    unless an earlier one was `restored`. `in_json`: the content is the JSON that the request wants, and belongs into
     `parsed`. `invocation` is the start of the run that settled the row. `reported_cost_usd` is what the
     server states for its answer. `set_aside` are the row's earlier answers, oldest first.
     """
@@ -317,7 +317,7 @@ class Completion(msgspec.Struct, frozen=True, gc=False, array_like=True):
 
 
 Ending = Completion | Discarded
-"""How an attempt ends for the checkpoint: with its row settled, or with the row still to be asked."""
+"""How an attempt ends for the checkpoint: with its row settled, or with the row still pending."""
 
 
 class PossiblyBilled(msgspec.Struct, frozen=True):
@@ -371,7 +371,7 @@ class TotalsLine(msgspec.Struct, frozen=True):
 
     @property
     def key(self) -> "LineKey":
-        """What tells the line from the run's other lines."""
+        """What distinguishes the line from the run's other lines."""
         return self.invocation, self.model, self.status, self.day
 
 

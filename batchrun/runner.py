@@ -1,6 +1,6 @@
-"""A run inside a program that has an event loop of its own: completions one by one, as they become durable.
+"""A run inside a program that has its own event loop: completions one by one, as they become durable.
 
-The run works in a thread, with a loop of its own: whatever the program does meanwhile, no request is late for it.
+The run has its own thread and loop, so a busy program delays no request.
 """
 
 import asyncio
@@ -26,15 +26,15 @@ from batchrun.tables.completions import Completion
 class Runner:
     """`async with Runner(job, rows, output=…) as runner`: the run works from here to the end of the block.
 
-    Iterating over it hands out each row once, as soon as its completion is durable, in the order in which that
-    happens; rows that earlier starts settled come first, unless `replay` is False. A reader that is slow slows the
-    run: it asks no new row while some hundred wait to be read.
+    Iterating yields each row once, as soon as its completion is durable, in that order. Rows that earlier starts
+    completed come first, unless `replay` is False. A slow reader slows the run: while some hundred completions wait to
+    be read, no new row is sent.
 
-    Leaving the block early drains the run as a first signal does the command line's: what is in flight may end within
-    `grace_s`, and another Runner goes on with the rest. No signal is touched.
+    Leaving the block early drains the run, like a first signal on the command line: requests in flight may end within
+    `grace_s`, and another Runner resumes the rest. Signals are not touched.
 
-    Entering raises what keeps the run from starting. Iterating, `wait` and leaving raise what ends it before it is
-    complete: RunIncompleteError, or another BatchrunError.
+    Entering raises the error that keeps the run from starting. Iterating, `wait` and leaving raise the error that ended
+    it before it was complete: RunIncompleteError, or another BatchrunError.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Runner:
         self._job = job
         self._rows = rows
         self._replay = replay
-        self._tell = options.get("progress")
+        self._on_progress = options.get("progress")
         self._options: Options = {**options, "progress": self._progress}
         self._stop = StopRequest()
         self._summary: Summary | None = None
@@ -58,11 +58,11 @@ class Runner:
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
-        self._news, self._begun, self._ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._news, self._started, self._ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._results = ResultQueue(lambda: self._call(self._news))
         threading.Thread(target=self._work, name="batchrun", daemon=True).start()
         try:
-            await self._begun.wait()
+            await self._started.wait()
         except BaseException:
             await self._leave()
             raise
@@ -95,28 +95,28 @@ class Runner:
 
     @property
     def summary(self) -> Summary:
-        """Where the run stands, half a second old at most; once it has ended, its last word."""
+        """Where the run stands, at most half a second old; after its end, the last summary."""
         if self._summary is None:
-            raise RuntimeError("the run has not begun: enter the block first")
+            raise RuntimeError("the run has not started: enter the block first")
         return self._summary
 
     async def wait(self) -> Summary:
-        """The run is complete; completions that were not read are not handed out any more."""
+        """Waits until the run is complete. Completions that were not read yet are dropped."""
         self._results.stop_reading()
         await self._ended.wait()
         self._raise()
         return self.summary
 
     def stop(self) -> None:
-        """No new row is asked; what is in flight ends and is handed out, then the iteration ends. From any thread.
+        """Sends no new row. Requests in flight end and are yielded, then the iteration ends. Callable from any thread.
 
-        Called again, the run ends at once: requests in flight are given up, and named as possibly billed.
+        A second call ends the run at once: requests in flight are given up, and named as possibly billed.
         """
         self._left = True
         self._stop.make()
 
     async def _leave(self) -> None:
-        """The run's thread has ended. Being cancelled while waiting for that is as a second signal."""
+        """Waits for the run's thread. Being cancelled meanwhile acts like a second signal."""
         self._results.stop_reading()
         cancelled: asyncio.CancelledError | None = None
         if not self._ended.is_set():
@@ -146,15 +146,15 @@ class Runner:
             self._failure, self._summary = stopped, stopped.summary
         except BaseException as error:
             self._failure = error
-        for event in (self._ended, self._begun, self._news):
+        for event in (self._ended, self._started, self._news):
             self._call(event)
 
     def _progress(self, summary: Summary) -> None:
         first, self._summary = self._summary is None, summary
         if first:
-            self._call(self._begun)
-        if self._tell is not None:
-            self._tell(summary)
+            self._call(self._started)
+        if self._on_progress is not None:
+            self._on_progress(summary)
 
     def _call(self, event: asyncio.Event) -> None:
         with contextlib.suppress(RuntimeError):  # what a closed loop raises: the program is gone

@@ -1,7 +1,7 @@
 """Standard input, output and error as a process finds them: closed, full, hung up, or in another encoding.
 
 Results go to stdout: one that can't be written ends the command with the documented exit code. Lines for people go to
-stderr: one that can't be written is dropped, and the run goes on.
+stderr: one that can't be written is dropped, and the run continues.
 """
 
 import contextlib

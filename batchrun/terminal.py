@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def note(line: str) -> None:
-    """A line for people; model text in it can't steer the terminal."""
+    """Writes a line for people. Text of a model in it can't steer the terminal."""
     with streams.for_people():
         from tqdm import tqdm
 
@@ -19,18 +19,18 @@ def note(line: str) -> None:
 
 
 def harmless(text: str) -> str:
-    """The text with control and bidirectional characters made visible: what a model or server wrote is only text."""
+    """The text with control and bidirectional characters escaped, so that a model's or server's text is only text."""
     return "".join(char if char.isprintable() or char == "\n" else f"\\x{ord(char):02x}" for char in text)
 
 
 class Progress:
-    """On a terminal one bar; elsewhere a line every 30 seconds, without carriage returns. Use it as a context."""
+    """A bar on a terminal; elsewhere a line every 30 seconds, without carriage returns. A context manager."""
 
     LINE_EVERY_S = 30.0
 
     def __init__(self) -> None:
         self._bar: Any = None
-        self._told_s = 0.0
+        self._shown_s = 0.0
         self._terminal = sys.stderr.isatty()
 
     def __enter__(self) -> "Progress":
@@ -42,9 +42,9 @@ class Progress:
                 self._bar.close()
 
     def checked(self, rows: int) -> None:
-        """How far the check pass is."""
+        """Shows how many rows the input check has read."""
         if self._terminal:
-            from batchrun.report.summary import plural
+            from batchrun.report.wording import plural
 
             with streams.for_people():
                 if self._bar is None:
@@ -52,7 +52,7 @@ class Progress:
                 self._bar.set_description_str(f"checking the input: {plural(rows, 'row')} so far")
 
     def show(self, summary: "Summary") -> None:
-        """Where the run stands."""
+        """Shows where the run stands."""
         from batchrun.report import progress
 
         if summary.state == "checking":
@@ -60,8 +60,8 @@ class Progress:
         if self._terminal:
             with streams.for_people():
                 self._show_bar(summary)
-        elif summary.elapsed_s - self._told_s >= self.LINE_EVERY_S:
-            self._told_s = summary.elapsed_s
+        elif summary.elapsed_s - self._shown_s >= self.LINE_EVERY_S:
+            self._shown_s = summary.elapsed_s
             note(progress.line(summary))
 
     def _show_bar(self, summary: "Summary") -> None:
@@ -81,10 +81,10 @@ class Progress:
 def _bar(**options: Any) -> Any:
     from tqdm import tqdm
 
-    tqdm.monitor_interval = 0  # its thread would write to a terminal that is gone, and no one could catch that
+    tqdm.monitor_interval = 0  # its thread would write to a terminal that is gone, where no one can catch the error
     return tqdm(dynamic_ncols=True, leave=False, **options)
 
 
 def _escaped(text: str) -> str:
-    """The text as a format string that says just this; a job's name may hold braces, or worse."""
+    """The text as a format string for itself: a job's name may hold braces."""
     return harmless(text).replace("{", "{{").replace("}", "}}")

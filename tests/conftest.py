@@ -1,6 +1,52 @@
-"""What holds for all tests."""
+"""The levels of the tests (tests/level.py), their seed, and what holds for all of them."""
 
-from hypothesis import HealthCheck, settings
+import random
+from itertools import groupby
 
-settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("unhurried")  # how long an example takes says how busy the machine is, nothing of the product
+import pytest
+from hypothesis import HealthCheck, is_hypothesis_test, settings
+
+from tests import level
+from tests.level import Level
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("batchrun", "levels of the tests (tests/level.py)")
+    group.addoption("--level", choices=[*Level], default=Level.FULL, help="sample, the rest of it, or both")
+    group.addoption("--seed", type=int, help="replays the random choices of the run that printed this seed")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.seed is None:
+        config.option.seed = random.SystemRandom().randrange(10**6)  # xdist hands the options to its workers
+    level.choose(Level(config.option.level), config.option.seed)
+    config.addinivalue_line("markers", "sampled(count): the sample has that many of the function's cases")
+    config.addinivalue_line("markers", "campaign: tries less in the sample, by level.amount")
+    # how long an example takes shows how busy the machine is, and nothing about the product
+    calm = [HealthCheck.too_slow]
+    settings.register_profile("full", deadline=None, suppress_health_check=calm)
+    settings.register_profile("sample", deadline=None, suppress_health_check=calm, max_examples=20)
+    settings.load_profile("sample" if config.option.level == Level.SAMPLE else "full")
+    if config.option.hypothesis_seed is None:
+        config.option.hypothesis_seed = config.option.seed
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The sample, or all that it leaves out."""
+    if config.option.level == Level.FULL:
+        return
+    in_sample = config.option.level == Level.SAMPLE
+    kept: list[pytest.Item] = []
+    for name, group in groupby(list(items), key=lambda item: item.nodeid.partition("[")[0]):
+        cases = list(group)
+        if mark := cases[0].get_closest_marker("sampled"):
+            chosen = set(level.seeded(name).sample(range(len(cases)), min(mark.args[0], len(cases))))
+            kept += [case for place, case in enumerate(cases) if (place in chosen) == in_sample]
+        elif in_sample or cases[0].get_closest_marker("campaign") or is_hypothesis_test(getattr(cases[0], "obj", None)):
+            kept += cases
+    config.hook.pytest_deselected(items=[*{*items}.difference(kept)])
+    items[:] = kept
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.write_line(level.replay())

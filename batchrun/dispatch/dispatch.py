@@ -30,7 +30,7 @@ from batchrun.limits.gate import Gate
 from batchrun.limits.in_flight import InFlight
 from batchrun.limits.token_bucket import BURST_S
 from batchrun.open_files import OpenFiles
-from batchrun.report.summary import plural
+from batchrun.report.wording import plural
 from batchrun.request.image_digests import ImageDigests
 from batchrun.store import in_flight
 from batchrun.store.in_flight import InFlightFile

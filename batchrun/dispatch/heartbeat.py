@@ -19,7 +19,7 @@ from batchrun.limits.deadline import Deadline
 from batchrun.limits.forecast import Concern
 from batchrun.limits.rates import Rates
 from batchrun.records import Summary, Tuned
-from batchrun.report.summary import limits_in_words
+from batchrun.report.limit_lines import limits_in_words
 from batchrun.store.rundir import RunDirectory
 from batchrun.transport.transport import Transport
 

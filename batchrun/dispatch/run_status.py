@@ -19,16 +19,9 @@ from batchrun.limits.admission import Limit
 from batchrun.limits.deadline import Deadline
 from batchrun.limits.forecast import Forecast, Recent, Sample
 from batchrun.records import Retrying, Summary, Tuned
-from batchrun.report.summary import (
-    Moment,
-    limiting_factor,
-    read,
-    starting,
-    summarise,
-    unknown_reason,
-    unpriced_tier,
-    waiting_to_retry,
-)
+from batchrun.report.limit_lines import limiting_factor, waiting_to_retry
+from batchrun.report.notices import unknown_reason, unpriced_tier
+from batchrun.report.summary import Moment, read, starting, summarise
 from batchrun.startup.resume import Plan
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.rundir import RunDirectory

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from batchrun.job.job import Job
 from batchrun.policy import failing
-from batchrun.report.summary import plural
+from batchrun.report.wording import plural
 from batchrun.startup.resume import Plan
 from batchrun.store.totals import Totals
 

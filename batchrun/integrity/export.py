@@ -16,8 +16,9 @@ from batchrun.errors import CheckpointError, InputError, JobError
 from batchrun.integrity.readable_groups import nullable
 from batchrun.integrity.salvage import input_again
 from batchrun.records import Summary
-from batchrun.report import at_rest as reporting
-from batchrun.report.summary import plural, read
+from batchrun.report import run_state
+from batchrun.report.summary import read
+from batchrun.report.wording import plural
 from batchrun.source import JsonlSource, Source, TableSource
 from batchrun.store import at_rest, manifest, partial, result, stored_window
 from batchrun.store.checkpoint import Checkpoint
@@ -59,7 +60,7 @@ def export(directory: RunDirectory, to: Path | None = None) -> Exported:
         known = manifest.read(entries)
         if to is not None:
             _require_place(to, directory, known)
-        summary = reporting.on_disk(directory, checkpoint, _written(directory))
+        summary = run_state.from_checkpoint(directory, checkpoint, _written(directory))
         if result.FINISHED in entries:
             return _complete(directory, known, summary, result.finished(entries).digest, to)
         exported = _so_far(directory, checkpoint, known, summary, to or directory.partial)

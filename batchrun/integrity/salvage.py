@@ -27,7 +27,7 @@ from batchrun.integrity.verify import Findings, inspected
 from batchrun.job.job import SIMULATOR, Endpoint, Job, Output
 from batchrun.prices import PriceTable
 from batchrun.records import Row
-from batchrun.report.summary import plural
+from batchrun.report.wording import plural
 from batchrun.request.builder import RequestBuilder
 from batchrun.source import START, Source, TableSource, Window, open_source
 from batchrun.startup import resume

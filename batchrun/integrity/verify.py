@@ -17,7 +17,7 @@ from batchrun.errors import CheckpointError, DiskError, InputError
 from batchrun.integrity import audit, db_records, readable_groups
 from batchrun.integrity.audit import Held, Prices
 from batchrun.integrity.db_records import DbRecords
-from batchrun.report.summary import plural
+from batchrun.report.wording import plural
 from batchrun.store import in_flight, manifest, result, spill, variants
 from batchrun.store.at_rest import log_of
 from batchrun.store.checkpoint import SPILL

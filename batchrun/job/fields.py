@@ -14,6 +14,9 @@ ROLES = ("user", "assistant", "system", "developer", "tool", "function")
 OUTPUT_LIMITS = ("max_tokens", "max_completion_tokens")
 """The two names of the output limit. No request has both: some servers reject that, others pick one of the two."""
 
+CHAT_ONLY = frozenset({"n", "stop", "seed", "logit_bias", "logprobs", "presence_penalty", "frequency_penalty"})
+"""Fields of a chat completion that the Responses API does not have. Leaving one out would change the question."""
+
 EFFORTS = ("low", "medium", "high", "xhigh")
 MAX_TOKENS = 128_000
 

@@ -34,6 +34,9 @@ VENDOR = ".vtrix.ai"
 VENDOR_ID_HEADER = "X-Request-Id"
 """The header in which the vendor accepts a caller's id (docs/api.md, "Request"): its logs can be searched by our id."""
 
+PATHS = {"chat": "/chat/completions", "responses": "/responses"}
+"""Where each dialect of the API is served, behind a base such as `…/v1`."""
+
 FROM_COLUMNS = frozenset({"model", "reasoning_effort", "max_tokens", "temperature", "top_p"})
 """The parameters that a column can set for each row."""
 
@@ -66,6 +69,7 @@ class Endpoint(Table, frozen=True):
     request_id_header: HeaderName | None = None
     max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     developer_role: Literal["developer", "system"] = "developer"
+    dialect: Literal["chat", "responses"] = "chat"
     transport: Literal["auto", "session"] = "auto"
 
     @property
@@ -258,11 +262,13 @@ class Job(Table, frozen=True):
 
     @property
     def url(self) -> str:
-        """The whole URL that requests go to: a base such as `…/v1` gets `/chat/completions` appended."""
+        """The whole URL that requests go to: a base such as `…/v1` gets the dialect's own path appended."""
         parts = urlsplit(self.endpoint.url)
-        path = parts.path.rstrip("/")
-        whole = path if path.endswith("/chat/completions") else f"{path}/chat/completions"
-        return parts._replace(path=whole).geturl()
+        return parts._replace(path=self._base_path() + PATHS[self.endpoint.dialect]).geturl()
+
+    def _base_path(self) -> str:
+        path = urlsplit(self.endpoint.url).path.rstrip("/")
+        return path.removesuffix(PATHS[self.endpoint.dialect])
 
     @property
     def endpoint_name(self) -> str:
@@ -272,7 +278,7 @@ class Job(Table, frozen=True):
         if self.simulated:
             return SIMULATOR
         parts = urlsplit(self.url)
-        return f"{parts.scheme}://{parts.netloc}{parts.path}"
+        return f"{parts.scheme}://{parts.netloc}{self._base_path()}{PATHS['chat']}"  # one question in either dialect
 
     def question(self) -> dict[str, Any]:
         """The settings that decide what is asked, as plain values by path. A change here means other answers."""

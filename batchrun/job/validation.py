@@ -9,10 +9,12 @@ from urllib.parse import urlsplit
 import msgspec
 
 from batchrun.job import answer_schema
+from batchrun.job.fields import CHAT_ONLY
 from batchrun.job.job import (
     FROM_COLUMNS,
     MAX_COST_USD,
     MAX_PRICE_USD,
+    PATHS,
     SIMULATOR,
     Endpoint,
     Job,
@@ -60,6 +62,9 @@ def problems(job: Job) -> Iterator[str]:
         )
     for name in request.from_columns.keys() - FROM_COLUMNS:
         yield f"request.from_columns.{name}: expected one of {', '.join(sorted(FROM_COLUMNS))}"
+    if job.endpoint.dialect == "responses":
+        for name in sorted(request.extra.keys() & CHAT_ONLY):
+            yield f"request.extra.{name}: the Responses API has no such field; leave it out"
     yield from _json_problems(request)
     yield from _schema_problems(request)
     if unknown := re.search(r"\{(?!(?:job|date)\})[^}]*\}", job.output.path):
@@ -110,6 +115,9 @@ def _endpoint_problems(endpoint: Endpoint) -> Iterator[str]:
         yield f'endpoint.url: expected an http(s) URL or "simulator" (is {endpoint.url!r})'
         return
     parts = urlsplit(endpoint.url)
+    for dialect, path in PATHS.items():
+        if dialect != endpoint.dialect and parts.path.rstrip("/").endswith(path):
+            yield f'endpoint.dialect: "{endpoint.dialect}" is not served at {path}; set it to "{dialect}"'
     if parts.username or parts.password or "key=" in parts.query:
         yield "endpoint.url: holds a secret; use endpoint.api_key_env"
     if endpoint.api_key_env and endpoint.api_key_file:

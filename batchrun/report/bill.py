@@ -1,4 +1,4 @@
-"""The bill over runs: their totals' lines folded into groups. PURE, but for reading the runs."""
+"""The bill over runs: the lines of their totals, summed by group. PURE, except that it reads the runs."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,27 +10,27 @@ from typing import NamedTuple
 import msgspec
 
 from batchrun.records import Status, TotalsLine
-from batchrun.report import days, latencies, nightly, run_rows, runs
+from batchrun.report import days, earlier_runs, latencies, run_rows, runs
+from batchrun.report.cost_lines import up_to
+from batchrun.report.earlier_runs import Against, Compared
 from batchrun.report.figures import FIGURES, BillLine, added
 from batchrun.report.findings import Finding
 from batchrun.report.keys import KEYS, OF_LINES, Span, day_of, group, keys
 from batchrun.report.latencies import Scanned
-from batchrun.report.nightly import Against, Compared
 from batchrun.report.runs import Account, Found, LeftOut, Runs
-from batchrun.report.summary import at_most
 from batchrun.store.totals import DISCARDED, LOST
 
 __all__ = ["FIGURES", "KEYS", "Bill", "BillLine", "collect", "keys"]
 
 RATE_S = 60.0
-"""A start that took less has no rate to hold against a limit: a burst is allowed at its beginning."""
+"""A shorter start has no rate to compare with a limit, which allows a burst at first."""
 
 READERS = 2
-"""Threads that read results: decoding is Arrow's, which needs no lock for it."""
+"""Threads that read results; Arrow decodes without Python's lock."""
 
 
 class WithoutUsage(msgspec.Struct, frozen=True):
-    """A job's answers that came without usage, and about how many tokens they had by an offline count."""
+    """A job's answers that came without usage, and their tokens by an offline count."""
 
     job: str
     answers: int
@@ -47,12 +47,12 @@ class Expected(msgspec.Struct, frozen=True):
 
 
 class Bill(msgspec.Struct, frozen=True):
-    """The lines in the order of their groups, their sum, and what is beyond it: the upper bound of what may have been
-    billed, the answers without usage, attempts without a known price by model, and what was found and not counted.
-    The sum's attempts include the `lost` ones, sent before the process died or was stopped at once.
+    """The lines in the order of their groups, their total, and what it does not cover: what may have been billed at
+    most, answers without usage, attempts without a known price by model, and files that were not counted.
+    The total's attempts include the `lost` ones, which were in flight when a process died.
 
-    `unread` counts the runs without rows to read: no latency of theirs is in any figure. `supposed` says at whose
-    prices the bill is, where these are not those that were paid.
+    `unread` counts the runs whose rows can't be read; no figure includes their latencies. `supposed` names the prices
+    of a what-if bill.
     """
 
     by: tuple[str, ...]
@@ -61,7 +61,7 @@ class Bill(msgspec.Struct, frozen=True):
     runs: int
     possibly_billed: int
     possibly_billed_usd: Decimal
-    possibly_billed_at_most: str
+    possibly_billed_bound: str
     lost: int
     without_usage: tuple[WithoutUsage, ...]
     unpriced: dict[str, int]
@@ -76,7 +76,7 @@ class Bill(msgspec.Struct, frozen=True):
 
     @property
     def drifted(self) -> bool:
-        """A figure jumped beyond the spread of what it was compared with."""
+        """A figure is further from the earlier runs than their spread allows."""
         return any(each.jumped for each in self.against)
 
 
@@ -88,10 +88,8 @@ class Counted(NamedTuple):
     scanned: Scanned | None
 
 
-class Asked(msgspec.Struct, frozen=True):
-    """What a bill is to say. With `limits` there are findings, by these thresholds; with `against` the newest runs are
-    compared.
-    """
+class Query(msgspec.Struct, frozen=True):
+    """What a bill includes: `limits` adds findings by these thresholds, `against` a comparison with earlier runs."""
 
     by: tuple[str, ...] = ("job", "model")
     span: Span = Span()
@@ -105,29 +103,33 @@ def collect(paths: Sequence[Path], by: tuple[str, ...], span: Span | None = None
     Raises:
         InputError: a path holds no run, or one that can't be read.
     """
-    return of_runs(runs.find(paths), Asked(by, span or Span()))
+    return of_runs(runs.find(paths), Query(by, span or Span()))
 
 
-def of_runs(found: Runs, asked: Asked) -> Bill:
-    """The bill over runs that were found. Raises: InputError: there is nothing to compare with."""
-    span = asked.span
-    bill = fold(counted(found.found, asked.by, span), asked.by, span, found.left_out)
+def of_runs(found: Runs, query: Query) -> Bill:
+    """The bill over runs that were found.
+
+    Raises:
+        InputError: `against` has nothing to compare with.
+    """
+    span = query.span
+    bill = fold(counted(found.found, query.by, span), query.by, span, found.left_out)
     until = [each for each in found.found if not span.is_over(day_of(each.account.began, span.zone))]
     return msgspec.structs.replace(
         bill,
-        findings=() if asked.limits is None else tuple(nightly.noticed(until, asked.limits)),
-        against=() if asked.against is None else tuple(nightly.compared(until, asked.against)),
+        findings=() if query.limits is None else tuple(earlier_runs.unusual(until, query.limits)),
+        against=() if query.against is None else tuple(earlier_runs.compared(until, query.against)),
     )
 
 
 def what_if(bill: Bill, prices: str, before_usd: Decimal, after_usd: Decimal) -> Bill:
-    """The bill, which says that it is at these prices, and what the runs did cost."""
-    said = f"what if: at the prices of {prices} ${after_usd:,.6f}; paid were ${before_usd:,.6f}"
-    return msgspec.structs.replace(bill, supposed=said)
+    """The bill, marked as one at these prices instead of those that were paid."""
+    supposed = f"what if: at the prices of {prices} ${after_usd:,.6f}; paid were ${before_usd:,.6f}"
+    return msgspec.structs.replace(bill, supposed=supposed)
 
 
 def counted(found: Sequence[Found], by: tuple[str, ...], span: Span, *, rows: bool = True) -> list[Counted]:
-    """The runs that have lines within the span, in order."""
+    """The runs with lines within the span, in order."""
 
     def count(each: Found) -> Counted:
         began = day_of(each.account.began, span.zone)
@@ -141,7 +143,7 @@ def counted(found: Sequence[Found], by: tuple[str, ...], span: Span, *, rows: bo
 
 
 def _scan(each: Found, by: tuple[str, ...], span: Span, began: str) -> Scanned | None:
-    """The rows' latencies within the span; None where there are no rows to read: a bill stands without them."""
+    """The latencies of the rows within the span; None if the rows can't be read, which a bill does not need."""
     names = _scanned_by(by, span)
     scanned = run_rows.if_readable(each.place, lambda result: latencies.scan(result, names, span.zone))
     if scanned is not None and "day" in names:
@@ -161,6 +163,7 @@ def fold(every: Sequence[Counted], by: tuple[str, ...], span: Span, left_out: tu
         for place, line in _grouped(each, whole, by, span).items():
             lines[place] = added(lines.get(place) or _empty(place, by), line)
     accounts = [each.found.account for each in every]
+    possibly_billed = sum(account.possibly_billed_count for account in accounts)
     possibly_usd = sum((account.possibly_billed_usd for account in accounts), Decimal(0))
     booked = [line for each in every for line in each.lines]
     return Bill(
@@ -168,10 +171,10 @@ def fold(every: Sequence[Counted], by: tuple[str, ...], span: Span, left_out: tu
         lines=tuple(lines[place] for place in sorted(lines)),
         total=total,
         runs=len(every),
-        possibly_billed=sum(account.possibly_billed_count for account in accounts),
+        possibly_billed=possibly_billed,
         possibly_billed_usd=possibly_usd,
-        possibly_billed_at_most=at_most(
-            possibly_usd, (doubt for account in accounts for doubt in account.possibly_billed)
+        possibly_billed_bound=up_to(
+            possibly_billed, possibly_usd, (doubt for account in accounts for doubt in account.possibly_billed)
         ),
         lost=sum(line.attempts for line in booked if line.status == LOST),
         without_usage=tuple(_without_usage(every)),
@@ -185,7 +188,7 @@ def fold(every: Sequence[Counted], by: tuple[str, ...], span: Span, left_out: tu
 
 
 def _grouped(each: Counted, whole: BillLine, by: tuple[str, ...], span: Span) -> dict[tuple[str, ...], BillLine]:
-    """One run's lines by group, with what is known of a whole run where a group holds all of it."""
+    """One run's lines by group. A group that holds the whole run also has the figures that only a whole run has."""
     found = each.found
     divided = bool(OF_LINES & set(by))
     if not divided:
@@ -209,7 +212,7 @@ def _grouped(each: Counted, whole: BillLine, by: tuple[str, ...], span: Span) ->
 
 
 def _empty(place: tuple[str, ...], by: tuple[str, ...]) -> BillLine:
-    """A group before anything is added: what no group knows where runs are divided among them is None."""
+    """An empty group. Figures of whole runs are None where groups divide runs."""
     if OF_LINES & set(by):
         return BillLine(place, complete=None, pending=None, possibly_billed=None, possibly_billed_usd=None)
     return BillLine(place)
@@ -248,7 +251,7 @@ def _of_line(line: TotalsLine) -> BillLine:
 
 
 def _of_run(whole: BillLine, each: Counted) -> BillLine:
-    """The run's sums, and what is known of it as a whole."""
+    """The run's sums, with the figures that only a whole run has."""
     account, scanned = each.found.account, each.scanned
     expected = _expected([account])
     used_s, limit_s = _limit(account)
@@ -269,7 +272,7 @@ def _of_run(whole: BillLine, each: Counted) -> BillLine:
 
 
 def _limit(account: Account) -> tuple[float | None, float | None]:
-    """The seconds of the last start, times the share of its tightest limit that it used; and those seconds."""
+    """The last start's length in seconds, times the share of its tightest limit that it used; and that length."""
     limits = account.limits
     if limits is None or account.elapsed_s < RATE_S:
         return None, None
@@ -293,9 +296,9 @@ def _scanned_by(by: tuple[str, ...], span: Span) -> list[str]:
 
 
 def _line_of_row(values: tuple[object, ...], names: Sequence[str]) -> TotalsLine:
-    """What a group of rows is to the keys."""
-    told = dict(zip(names, values, strict=True))
-    return TotalsLine(0, str(told.get("requested_model", "")), str(told.get("status", "")), str(told.get("day", "")))
+    """A totals line that the group keys see for a group of rows."""
+    value = dict(zip(names, values, strict=True))
+    return TotalsLine(0, str(value.get("requested_model", "")), str(value.get("status", "")), str(value.get("day", "")))
 
 
 def _unpriced(lines: Iterable[TotalsLine]) -> dict[str, int]:
@@ -308,7 +311,7 @@ def _unpriced(lines: Iterable[TotalsLine]) -> dict[str, int]:
 
 
 def _expected(accounts: Sequence[Account]) -> Expected | None:
-    """None where no complete run has both an estimate and a cost."""
+    """None if no complete run has both an estimate and a cost."""
     known = [
         (account.estimate.expected_usd, account.cost_usd)
         for account in accounts

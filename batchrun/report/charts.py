@@ -1,4 +1,4 @@
-"""Charts as SVG that holds no script, style or address: the page's own style paints them. Sole importer of pygal."""
+"""Charts as SVG without script, style or address; the page's style colours them. Sole importer of pygal."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -6,17 +6,17 @@ from xml.etree import ElementTree
 
 from batchrun.errors import JobError
 
-MISSING = "-o bill.html needs a package more: pip install 'batchrun[report]'"
+MISSING = "the page needs another package: pip install 'batchrun[report]'"
 
 WIDE, NARROW = (760, 320), (350, 340)
-"""One for a desk, one for a phone: the page's style shows the one that fits, so that no text is scaled to nothing."""
+"""For a desk and for a phone. The page's style shows the one that fits, so no text is scaled down."""
 
 COLOURS = 8
-"""Series that the page's style has a colour for; what is beyond is one series, `others`."""
+"""Colours in the page's style. Further series are summed up as `others`."""
 
 
 class Chart(NamedTuple):
-    """What is to be seen. `kind`: `stacked`, `bars` or `lines`; `series` are (name, values), one value a label."""
+    """`kind`: `stacked`, `bars` or `lines`. `series` are (name, values), one value for each label."""
 
     kind: str
     title: str
@@ -65,14 +65,14 @@ def _drawn(chart: Chart, width: int, height: int, shape: str) -> str:
 
 
 def _short(labels: Sequence[str]) -> list[str]:
-    """Days without a year that all of them share."""
+    """Days without their year if all share it."""
     if len({label[:5] for label in labels}) == 1 and all(len(label) == 10 and label[4] == "-" for label in labels):
         return [label[5:] for label in labels]
     return list(labels)
 
 
 def _stripped(tree: Any, chart: Chart, shape: str) -> str:
-    """Without what pygal adds for its script: definitions, tooltips, values at places of their own."""
+    """Removes what pygal adds for its script: definitions, tooltips, separate values."""
     for parent in list(tree.iter()):
         for child in list(parent):
             name = child.tag.rpartition("}")[2] if isinstance(child.tag, str) else ""

@@ -1,9 +1,8 @@
-"""A run's totals by the days of another time zone than UTC. PURE, but for reading rows where a UTC day spans two.
+"""A run's totals by the days of a time zone other than UTC. PURE, except that it may read rows.
 
-Totals are kept by UTC day. Where all of a day's part of a run lies within one local day, that is the day. Else the rows
-are read, each of which says when it ended. Attempts that no row stands for (discarded ones, or all where the rows can't
-be read) can't be divided so: their day is given as `2026-11-27 or 2026-11-28`, and in months and spans they count as
-of the first.
+Totals are kept by UTC day. If the run's part of a UTC day lies within one local day, that is its day. Otherwise the
+rows are read, which have the time of their end. Attempts without a row (discarded ones, or all if rows can't be read)
+can't be divided: their day reads `2026-11-27 or 2026-11-28`, and they count in the month and span of the first.
 """
 
 from collections import defaultdict
@@ -30,7 +29,7 @@ _OF_REUSE = ("reused_cost_usd", "duplicate_of")
 
 
 def localised(found: Found, zone: str) -> list[TotalsLine]:
-    """The run's totals with local days in `day`; their sum is that of the run's own."""
+    """The run's totals with local days in `day`; their sum does not change."""
     if zone == "UTC":
         return [_on(line, line.day or UNKNOWN) for line in found.account.totals]
     lines, divided = [], []
@@ -44,14 +43,14 @@ def localised(found: Found, zone: str) -> list[TotalsLine]:
 
 
 def _days(found: Found, line: TotalsLine, zone: str) -> list[str]:
-    """The local days that the part of the run on the line's UTC day can be of."""
+    """The local days on which the run's part of the line's UTC day can lie."""
     if not line.day:
         return [UNKNOWN]
     first = datetime.combine(date.fromisoformat(line.day), time(), UTC)
     last = first + timedelta(days=1) - timedelta(microseconds=1)
     account = found.account
     begin, end = max(first, account.began), min(last, account.updated_at)
-    if begin > end:  # a clock was set meanwhile
+    if begin > end:  # the clock was set during the run
         begin, end = first, last
     return sorted({day_of(begin, zone), day_of(end, zone)})
 

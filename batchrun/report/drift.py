@@ -1,8 +1,8 @@
-"""Night over night: what jumped beyond the spread of the nights before. PURE.
+"""Night over night: which figures jumped beyond the spread of the nights before. PURE.
 
-A figure has jumped when it is further from the mean of the earlier nights than each of: three standard deviations
-between those nights; what chance makes of so many rows (four standard errors of a share); and a floor below which
-nothing is worth a word (2 points of a share, a quarter of an amount).
+A figure has jumped if its distance from the mean of the earlier nights exceeds each of these: three standard deviations
+between those nights; four standard errors of a share over so many rows, which is what chance does; and a minimum change
+(2 percentage points of a share, a quarter of an amount).
 """
 
 import math
@@ -21,7 +21,7 @@ LEAST_SHARE = 0.02
 LEAST_CHANGE = 0.25
 
 MOST_VALUES = 12
-"""Values of an enum that are compared one by one; the field is a free text beyond."""
+"""A field with more values is free text, whose values are not compared one by one."""
 
 
 class Figure(msgspec.Struct, frozen=True):
@@ -33,7 +33,7 @@ class Figure(msgspec.Struct, frozen=True):
 
 
 class Jump(msgspec.Struct, frozen=True):
-    """A figure beside those of the nights before. `allowed` is how far it may be from their mean."""
+    """A figure and those of the nights before. `allowed` is the distance from their mean that is no jump."""
 
     name: str
     now: float
@@ -44,12 +44,12 @@ class Jump(msgspec.Struct, frozen=True):
 
     @property
     def jumped(self) -> bool:
-        """It is further away than that."""
+        """True if the distance is larger."""
         return abs(self.now - self.before) > self.allowed
 
 
 def figures(account: Account, profile: Profile | None) -> dict[str, Figure]:
-    """What is compared of one night."""
+    """The figures of one night that are compared."""
     found: dict[str, Figure] = {}
     rows = account.done
     if rows and account.all_priced:
@@ -80,7 +80,7 @@ def figures(account: Account, profile: Profile | None) -> dict[str, Figure]:
 
 
 def jumps(now: Mapping[str, Figure], before: Sequence[Mapping[str, Figure]]) -> list[Jump]:
-    """Every figure of now or before, those furthest beyond what is allowed first."""
+    """Every figure of now or before, those furthest beyond the allowed distance first."""
     names = list(dict.fromkeys([*now, *(name for night in before for name in night)]))
     found = [jump for name in names if (jump := _jump(name, now, before)) is not None]
     return sorted(found, key=lambda jump: (not jump.jumped, -abs(jump.now - jump.before) / (jump.allowed or 1)))
@@ -89,7 +89,7 @@ def jumps(now: Mapping[str, Figure], before: Sequence[Mapping[str, Figure]]) -> 
 def _jump(name: str, now: Mapping[str, Figure], before: Sequence[Mapping[str, Figure]]) -> Jump | None:
     known = [night[name] for night in before if name in night]
     kind = (known or [now[name]])[0]
-    if kind.share:  # a value that never came is a share of 0
+    if kind.share:  # a value that never occurred has a share of 0
         values = [night[name].value if name in night else 0.0 for night in before]
         value = now[name].value if name in now else 0.0
     elif not known or name not in now:

@@ -1,6 +1,6 @@
-"""The figures of a bill's line: what is added up, and what is worked out of the sums. PURE.
+"""The figures of a bill's line: sums, and what is computed from the sums. PURE.
 
-docs/cost.md has every formula. A figure that is not known is None, never 0.
+docs/cost.md has every formula. An unknown figure is None, never 0.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,17 +10,16 @@ from typing import Any
 import msgspec
 
 from batchrun.prices import PICO
+from batchrun.report.cost_lines import known_cost
 from batchrun.report.latencies import percentile
-from batchrun.report.summary import known_cost
 
 
 class BillLine(msgspec.Struct, frozen=True):
-    """What one group used and cost. `wasted_usd` is the part of `cost_usd` that was paid for answers that are not in
-    the output, however they came to be replaced.
+    """What one group used and cost. `wasted_usd` is the part of `cost_usd` paid for answers that are not in the output.
 
-    None where a run is divided among groups and the figure can't be: `complete`, `pending`, `possibly_billed`,
+    Figures of whole runs are None where groups divide runs: `complete`, `pending`, `possibly_billed`,
     `possibly_billed_usd`, `expected_usd` and the share of the limit. `expected_usd` is what complete runs were
-    estimated to cost, and `compared_usd` what these cost. `latencies` are buckets, None where rows were not read.
+    estimated to cost, `compared_usd` what the same runs cost. `latencies` are buckets; None if rows were not read.
     """
 
     group: tuple[str, ...]
@@ -60,7 +59,7 @@ def _share(part: float | None, whole: float | None) -> float | None:
 
 
 def _all_cost(line: BillLine) -> Decimal | None:
-    """The cost, where all of it is known: a cost per row of which a part is unknown would be too low."""
+    """The cost if all of it is known: a cost per row that leaves out a part would be too low."""
     return None if line.unpriced or line.without_usage else line.cost_usd
 
 
@@ -90,7 +89,7 @@ DERIVED: dict[str, Callable[[BillLine], Decimal | float | None]] = {
     "limit_share": lambda line: _share(line.limit_used_s, line.limit_s),
     "estimate_off": _off,
 }
-"""Worked out of a line's sums, so those of a total are never a mean of means."""
+"""Computed from a line's sums, so those of the total are no mean of means."""
 
 _HELD = ("latencies", "limit_used_s", "limit_s")
 SUMS = tuple(name for name in BillLine.__struct_fields__[1:] if name not in _HELD)
@@ -101,7 +100,7 @@ Value = int | float | Decimal | None
 
 
 def figure(line: BillLine, name: str) -> Value:
-    """One of `FIGURES`; None where it is not known, and for a cost of which nothing is known."""
+    """One of `FIGURES`; None if it is unknown."""
     if name in DERIVED:
         return DERIVED[name](line)
     if name == "cost_usd":
@@ -122,7 +121,7 @@ def kind(name: str) -> str:
 
 
 def added(one: BillLine, other: BillLine) -> BillLine:
-    """Both lines as one; a figure that one of them does not know is the other's."""
+    """The sum of both lines. A figure that only one of them has is taken as it is."""
     changes: dict[str, Any] = {
         name: _sum(getattr(one, name), getattr(other, name)) for name in BillLine.__struct_fields__[1:]
     }

@@ -1,4 +1,4 @@
-"""What a careful colleague would notice in a job's newest run, with figures, a threshold and advice. PURE."""
+"""What is unusual in a job's newest run, each with its figures, a threshold and advice. PURE."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -23,37 +23,37 @@ THRESHOLDS: dict[str, float] = {
     "unfinished": 0.0,
     "unpriced": 0.0,
 }
-"""By finding, the share beyond which it is said; docs/cost.md says of what."""
+"""Finding → the share above which it is reported. docs/cost.md says what the share is of."""
 
 CACHED_FROM = 1_024
 """Tokens from which providers keep a prefix (their pages on prompt caching, 2026-11)."""
 
 FEW_ROWS = 20
-"""Below so many rows a share says little: nothing is said of it."""
+"""With fewer rows a share means little, and is not reported."""
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """What was noticed. `name` is by which it is muted."""
+    """One finding. `--finding name=off` mutes it. `text` is what is unusual."""
 
     name: str
     job: str
     run_id: str
-    said: str
+    text: str
     advice: str
 
 
 class Night(msgspec.Struct, frozen=True):
-    """One run with its rows' profile; None where its rows can't be read."""
+    """One run with its rows' profile; None if its rows can't be read."""
 
     account: Account
     profile: Profile | None
 
 
 def thresholds(settings: Sequence[str]) -> dict[str, float]:
-    """The thresholds with `retries=0.1` laid over them; `retries=off` mutes one, `off` all.
+    """The thresholds changed by settings such as `retries=0.1`; `retries=off` mutes one, `off` all.
 
     Raises:
-        JobError: an unknown finding, or no number.
+        JobError: an unknown finding, or not a number.
     """
     found = dict(THRESHOLDS)
     for setting in settings:
@@ -69,29 +69,29 @@ def thresholds(settings: Sequence[str]) -> dict[str, float]:
         try:
             found[name] = float(value)
         except ValueError as error:
-            raise JobError(f"--finding {setting}: {value!r} is no number") from error
+            raise JobError(f"--finding {setting}: {value!r} is not a number") from error
         if not 0 <= found[name] <= 1_000:
             raise JobError(f"--finding {setting}: expected a share of 0 or more")
     return found
 
 
 def findings(now: Night, before: Sequence[Night], limits: Mapping[str, float]) -> list[Finding]:
-    """What is to be noticed in `now`, of which `before` are the job's nights before, the newest first."""
+    """What is unusual in `now`. `before` are the job's earlier nights, the newest first."""
     found = []
-    for name, look in _LOOKS.items():
+    for name, find in _FINDERS.items():
         if name in limits:
             account = now.account
             found += [
-                Finding(name, account.job, account.run_id, said, advice)
-                for said, advice in look(now, before, limits[name])
+                Finding(name, account.job, account.run_id, text, advice)
+                for text, advice in find(now, before, limits[name])
             ]
     return found
 
 
-_Said = Iterator[tuple[str, str]]
+_Found = Iterator[tuple[str, str]]
 
 
-def _one_value(now: Night, before: Sequence[Night], limit: float) -> _Said:
+def _one_value(now: Night, before: Sequence[Night], limit: float) -> _Found:
     profile = now.profile
     if profile is None or profile.rows < FEW_ROWS:
         return
@@ -104,15 +104,15 @@ def _one_value(now: Night, before: Sequence[Night], limit: float) -> _Said:
             shown = value if len(value) <= 60 else value[:60] + "…"
             yield (
                 f"{name} is {shown!r} in {count / known:.0%} of {known:,} answers",
-                "look at a few of those rows: a prompt that asks nothing, or an input that is always the same",
+                "check a few of those rows: the prompt may ask nothing, or the input may always be the same",
             )
 
 
-def _cut(now: Night, before: Sequence[Night], limit: float) -> _Said:
+def _cut(now: Night, before: Sequence[Night], limit: float) -> _Found:
     for status, advice in (
         ("truncated", "raise request.max_tokens, and retry them: --retry-failed --status truncated"),
-        ("filtered", "look at the rows: batchrun show DIR --status filtered"),
-        ("refused", "look at the rows: batchrun show DIR --status refused"),
+        ("filtered", "check the rows: batchrun show DIR --status filtered"),
+        ("refused", "check the rows: batchrun show DIR --status refused"),
     ):
         share, earlier = _status(now, status), [_status(night, status) for night in before]
         known = [each for each in earlier if each is not None]
@@ -122,16 +122,16 @@ def _cut(now: Night, before: Sequence[Night], limit: float) -> _Said:
             yield f"{share:.1%} of the answers are {status}{than}", advice
 
 
-def _invalid(now: Night, before: Sequence[Night], limit: float) -> _Said:
+def _invalid(now: Night, before: Sequence[Night], limit: float) -> _Found:
     share = _status(now, "invalid")
     if share is not None and share > limit:
         yield (
             f"{share:.1%} of the answers are invalid",
-            "batchrun show DIR --status invalid says what they lack; retry.invalid asks once more",
+            "batchrun show DIR --status invalid shows why; retry.invalid lets the model correct them",
         )
 
 
-def _length(now: Night, before: Sequence[Night], limit: float) -> _Said:
+def _length(now: Night, before: Sequence[Night], limit: float) -> _Found:
     lengths = [percentile(night.profile.lengths, 0.5) for night in (now, *before) if night.profile is not None]
     here, *known = [length for length in lengths if length is not None] or [0.0]
     if now.profile is None or not known:
@@ -144,7 +144,7 @@ def _length(now: Night, before: Sequence[Night], limit: float) -> _Said:
         )
 
 
-def _identical(now: Night, before: Sequence[Night], limit: float) -> _Said:
+def _identical(now: Night, before: Sequence[Night], limit: float) -> _Found:
     profile = now.profile
     if profile is None or profile.rows < FEW_ROWS:
         return
@@ -153,11 +153,11 @@ def _identical(now: Night, before: Sequence[Night], limit: float) -> _Said:
         value, count = profile.repeated.most_common(1)[0]
         yield (
             f"{same:,} of {profile.rows:,} rows have the answer of another question: {count:,} times {value[:60]!r}",
-            "a cache that answers for the model, or a prompt without the row's own text",
+            "a cache may answer instead of the model, or the prompt may lack the row's own text",
         )
 
 
-def _cost(now: Night, before: Sequence[Night], limit: float) -> _Said:
+def _cost(now: Night, before: Sequence[Night], limit: float) -> _Found:
     name = "cost per 1,000 rows, $"
     here = figures(now.account, None).get(name)
     known = [each.value for night in before if (each := figures(night.account, None).get(name)) is not None]
@@ -167,11 +167,11 @@ def _cost(now: Night, before: Sequence[Night], limit: float) -> _Said:
         yield (
             f"1,000 rows cost ${here.value:,.4f}, ${usual:,.4f} in the {len(known)} nights before "
             f"({here.value / usual - 1:+.0%})",
-            "look at tokens in and out of both: batchrun report PATH --by night --columns all",
+            "compare the tokens of both: batchrun report PATH --by night --columns all",
         )
 
 
-def _cache(now: Night, before: Sequence[Night], limit: float) -> _Said:
+def _cache(now: Night, before: Sequence[Night], limit: float) -> _Found:
     profile = now.profile
     if profile is None or profile.rows < FEW_ROWS or not profile.prompt_tokens:
         return
@@ -180,47 +180,47 @@ def _cache(now: Night, before: Sequence[Night], limit: float) -> _Said:
     if shortest >= CACHED_FROM and share < limit:
         yield (
             f"{share:.1%} of the prompts' tokens came from a cache; the shortest prompt has {shortest:,.0f}",
-            "put what all rows share first, the row's own text last: a prefix is cached up to the first difference",
+            "put the text that all rows share first, the row's own text last: only a common prefix is cached",
         )
 
 
-def _retries(now: Night, before: Sequence[Night], limit: float) -> _Said:
+def _retries(now: Night, before: Sequence[Night], limit: float) -> _Found:
     rows, attempts = now.account.done, now.account.attempts
     if rows >= FEW_ROWS and attempts / rows - 1 > limit:
         yield (
             f"{attempts:,} attempts for {rows:,} rows: {attempts / rows - 1:.1%} retries",
-            "run.log says for what; a lower limits.requests_per_minute spares refusals",
+            "run.log has the reasons; a lower limits.requests_per_minute avoids 429 responses",
         )
 
 
-def _model(now: Night, before: Sequence[Night], limit: float) -> _Said:
+def _model(now: Night, before: Sequence[Night], limit: float) -> _Found:
     if now.profile is None:
         return
-    for (asked, answered), count in now.profile.models.most_common():
-        one, other = (name.rpartition("/")[2].removeprefix("vtrix-") for name in (asked, answered))
+    for (requested, answered), count in now.profile.models.most_common():
+        one, other = (name.rpartition("/")[2].removeprefix("vtrix-") for name in (requested, answered))
         if not one.startswith(other) and not other.startswith(one) and count / now.profile.rows > limit:
             yield (
-                f"{count:,} answers to {asked} name the model {answered}",
-                "ask the provider what it serves under that name: its price may be another",
+                f"{count:,} answers to {requested} name the model {answered}",
+                "ask the provider which model it serves under that name: its price may differ",
             )
 
 
-def _unfinished(now: Night, before: Sequence[Night], limit: float) -> _Said:
+def _unfinished(now: Night, before: Sequence[Night], limit: float) -> _Found:
     if not now.account.complete:
         reason = f": {now.account.reason}" if now.account.reason else ""
         yield (
             f"the run is not complete, {now.account.pending:,} rows are left{reason}",
-            "batchrun status DIR says where it stands, and the same command resumes it",
+            "batchrun status DIR shows where it stands; run the same command again to resume",
         )
 
 
-def _unpriced(now: Night, before: Sequence[Night], limit: float) -> _Said:
+def _unpriced(now: Night, before: Sequence[Night], limit: float) -> _Found:
     models = sorted({line.model for line in now.account.totals if line.unpriced})
     for model in models:
         count = sum(line.unpriced for line in now.account.totals if line.model == model)
         yield (
-            f"no known price for {count:,} attempts of {model}: no sum holds them",
-            f'state it in the job: [pricing."{model}"], or see what it would cost: batchrun report PATH --reprice FILE',
+            f"no known price for {count:,} attempts of {model}: not included in any sum",
+            f'set one in the job: [pricing."{model}"], or try one: batchrun report PATH --reprice FILE',
         )
 
 
@@ -231,7 +231,7 @@ def _status(night: Night, status: str) -> float | None:
     return sum(line.rows for line in night.account.totals if line.status == status) / rows
 
 
-_LOOKS: dict[str, Callable[[Night, Sequence[Night], float], _Said]] = {
+_FINDERS: dict[str, Callable[[Night, Sequence[Night], float], _Found]] = {
     "one_value": _one_value,
     "cut": _cut,
     "invalid": _invalid,

@@ -1,5 +1,5 @@
-"""A bill as text for people, spreadsheets and programs. Each form says the same: figures, what is beyond them, and what
-was left out. PURE, but for looking at what a target is.
+"""A bill in each of its formats. All have the same content: figures, what the figures do not cover, and what was left
+out. PURE, except that it checks what a target file is.
 """
 
 import csv
@@ -13,9 +13,11 @@ import msgspec
 from batchrun.errors import JobError
 from batchrun.report import drift
 from batchrun.report.bill import Bill
+from batchrun.report.cost_lines import possibly_billed
 from batchrun.report.figures import FIGURES, BillLine, Value, figure, kind
 from batchrun.report.keys import Span
-from batchrun.report.summary import lost_in_words, plural
+from batchrun.report.text_table import aligned
+from batchrun.report.wording import plural
 from batchrun.store.rundir import RunDirectory
 
 ENDINGS = {
@@ -27,31 +29,31 @@ ENDINGS = {
     ".xlsx": "xlsx",
     ".html": "html",
 }
-"""What the ending of a file's name says of the form."""
+"""File suffix → format."""
 
 BINARY = frozenset({"parquet", "xlsx"})
 
 
 def form_of(target: Path | None, form: str | None) -> str:
-    """The form that is asked for by name, or by the target's ending.
+    """The format, from `--format` or from the suffix of the target.
 
     Raises:
-        JobError: the ending says nothing, or something else than the name; or Parquet is wanted on the terminal.
+        JobError: the suffix is unknown, or contradicts `--format`; or a binary format has no target.
     """
     if target is None:
         if form in BINARY:
-            raise JobError(f"--format {form} needs a file: name it with -o")
+            raise JobError(f"--format {form} needs a file: name one with -o")
         return form or "table"
     said = ENDINGS.get(target.suffix.lower())
     if said is None and form is None:
-        raise JobError(f"-o {target}: its ending says no format; known are {', '.join(ENDINGS)}, or give --format")
+        raise JobError(f"-o {target}: unknown suffix; expected one of {', '.join(ENDINGS)}, or --format")
     if said is not None and form is not None and said != form:
-        raise JobError(f"-o {target}: its ending says {said}, --format says {form}; give one of them")
+        raise JobError(f"-o {target}: the suffix means {said}, --format says {form}; give one of them")
     return form or said or "table"
 
 
 def require_no_input(target: Path | None, paths: Sequence[Path]) -> None:
-    """Nothing, if writing the bill there destroys no run.
+    """Refuses a target that would overwrite what the bill is made from.
 
     Raises:
         JobError: the target is one of the paths, or a file of a run.
@@ -61,14 +63,14 @@ def require_no_input(target: Path | None, paths: Sequence[Path]) -> None:
     where = target.resolve()
     in_a_run = RunDirectory(where.parent).checkpoint.exists() and where.exists()
     if in_a_run or where in [path.resolve() for path in paths]:
-        raise JobError(f"-o {target}: is a file that the bill is made from; name another")
+        raise JobError(f"-o {target}: the bill is made from this file; name another")
 
 
 def chosen(columns: str | None) -> tuple[str, ...] | None:
-    """The figures that `--columns` names; None: those that the form shows.
+    """The figures that `--columns` names; None: the format's own choice.
 
     Raises:
-        JobError: an unknown one.
+        JobError: an unknown figure.
     """
     if columns is None:
         return None
@@ -79,9 +81,9 @@ def chosen(columns: str | None) -> tuple[str, ...] | None:
 
 
 def render(bill: Bill, form: str, columns: Sequence[str] | None = None) -> bytes:
-    """The bill in one of the forms of `ENDINGS` but html; text is UTF-8 and ends in a newline.
+    """The bill in one of the formats of `ENDINGS` except html. Text is UTF-8 and ends in a newline.
 
-    A program's forms hold every figure; for people some are chosen.
+    Formats for programs have every figure, those for people a selection.
     """
     match form:
         case "csv":
@@ -111,12 +113,12 @@ def _csv(bill: Bill, columns: Sequence[str]) -> str:
 
 
 def exact(value: float | Decimal) -> str:
-    """Every digit, and no exponent."""
+    """Every digit, without an exponent."""
     return f"{value:f}" if isinstance(value, Decimal) else str(value)
 
 
 def guarded(cell: str) -> str:
-    """The cell as text even for a spreadsheet, which would run what begins like a formula."""
+    """The cell as text: a spreadsheet would run one that begins like a formula."""
     return "'" + cell if cell[:1] in ("=", "+", "-", "@", "\t", "\r") else cell
 
 
@@ -157,7 +159,7 @@ def _in_json(value: Value) -> int | float | str | None:
 
 
 def _parquet(bill: Bill, columns: Sequence[str]) -> bytes:
-    """The lines as a Parquet file; the sum, and what is beyond it, are the entry `batchrun` of its footer, as JSON."""
+    """The lines as a Parquet file. The rest of the bill is JSON under `batchrun` in its footer."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -179,7 +181,7 @@ SHOWN = (
     *("runs", "pending", "rows", "ok_share", "cost_usd", "cost_per_1000_rows_usd", "wasted_usd"),
     *("prompt_tokens", "cached_share", "completion_tokens", "attempts_per_row", "p50_latency_s", "p95_latency_s"),
 )
-"""What people are shown if they choose nothing."""
+"""The figures shown to people by default."""
 
 HEADINGS = {
     "ok_share": "ok share",
@@ -209,35 +211,26 @@ def heading(name: str) -> str:
 
 
 def _table(bill: Bill, columns: Sequence[str]) -> str:
-    """Columns in line, numbers to the right, the sum last."""
-    cells = with_total(bill, columns)
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    names = len(bill.by)
-    lines = [
-        "  ".join(
-            cell.ljust(width) if column < names else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
-    ]
+    """Aligned columns, the total last, then the remarks."""
+    lines = aligned(with_total(bill, columns), range(len(bill.by)))
     return "\n".join([*lines, *remarks(bill)]) + "\n"
 
 
 def _markdown(bill: Bill, columns: Sequence[str]) -> str:
-    """The same as a table of Markdown, what is beyond it as a list."""
+    """A Markdown table, then the remarks as a list."""
     header, *body = ([cell.translate(_MARKUP) for cell in row] for row in with_total(bill, columns))
     rule = [*["---"] * len(bill.by), *["---:"] * len(columns)]
     lines = [f"| {' | '.join(row)} |" for row in (header, rule, *body)]
-    said = [f"- {remark.translate(_MARKUP)}" for remark in remarks(bill)]
-    return "\n".join([*lines, *(["", *said] if said else [])]) + "\n"
+    notes = [f"- {remark.translate(_MARKUP)}" for remark in remarks(bill)]
+    return "\n".join([*lines, *(["", *notes] if notes else [])]) + "\n"
 
 
 _MARKUP = {ord(sign): f"\\{sign}" for sign in "\\|`*<>[]"} | {ord("\n"): " ", ord("\r"): " "}
-"""What a job's or model's name must not do to a page."""
+"""Escapes: the name of a job or model must not act as markup."""
 
 
 def with_total(bill: Bill, columns: Sequence[str]) -> list[tuple[str, ...]]:
-    """The header, a row of cells for each line, and the sum."""
+    """The header, a row of cells for each line, and the total."""
     lines = [(*line.group, *_cells(line, columns)) for line in bill.lines]
     total = ("total", *[""] * (len(bill.by) - 1), *_cells(bill.total, columns))
     return [(*bill.by, *map(heading, columns)), *lines, total]
@@ -248,7 +241,7 @@ def _cells(line: BillLine, columns: Sequence[str]) -> list[str]:
 
 
 def cell(value: Value, name: str) -> str:
-    """A figure as people read it."""
+    """A figure for people."""
     if value is None:
         return "unknown" if name == "cost_usd" else "–"
     match kind(name):
@@ -264,21 +257,16 @@ def cell(value: Value, name: str) -> str:
 
 
 def remarks(bill: Bill) -> Iterator[str]:
-    """What is beyond the figures, a line each."""
+    """What the figures do not cover, a line each."""
     if bill.supposed is not None:
         yield _one_line(bill.supposed)
     if bill.possibly_billed:
-        yield (
-            f"possibly billed beyond that: {plural(bill.possibly_billed, 'attempt')} without a known end, "
-            f"{bill.possibly_billed_at_most}"
-        )
-    if bill.lost:
-        yield lost_in_words(bill.lost)
+        yield possibly_billed(bill.possibly_billed, bill.lost, bill.possibly_billed_bound)
     for model, attempts in bill.unpriced.items():
-        yield f"no known price for {plural(attempts, 'attempt')} of {model}: not in cost_usd"
+        yield f"no known price for {plural(attempts, 'attempt')} of {model}: not included in cost_usd"
     for missing in bill.without_usage:
         yield (
-            f"without usage: {plural(missing.answers, 'answer')} of {missing.job}, not in cost_usd; "
+            f"without usage: {plural(missing.answers, 'answer')} of {missing.job}, not included in cost_usd; "
             f"about {missing.offline_prompt_tokens:,} tokens in, {missing.offline_completion_tokens:,} out "
             "by an offline count"
         )
@@ -291,11 +279,11 @@ def remarks(bill: Bill) -> Iterator[str]:
         yield f"latency: without {plural(bill.unread, 'run')} whose rows can't be read"
     if (span := bill.span) != Span():
         ends = (f" from {span.since}" if span.since else "") + (f" to {span.until}" if span.until else "")
-        yield f"days are of {span.zone}{', and money is that spent' + ends if ends else ''}"
+        yield f"days are in {span.zone}{'; only money spent' + ends if ends else ''}"
     for each in bill.left_out:
         yield f"left out: {each.path}: {each.why}"
     for finding in bill.findings:
-        yield f"finding ({finding.name}): {finding.job}: {_one_line(finding.said)}; {_one_line(finding.advice)}"
+        yield f"finding ({finding.name}): {finding.job}: {_one_line(finding.text)}; {_one_line(finding.advice)}"
     for compared in bill.against:
         jumps, nights = compared.jumps, plural(len(compared.before), "run")
         yield f"against {nights} of {compared.job}: {len(compared.jumped):,} of {len(jumps):,} figures jumped"

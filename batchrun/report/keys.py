@@ -1,4 +1,4 @@
-"""What a bill is grouped by, and in whose days. PURE, but for the machine's own time zone."""
+"""What a bill is grouped by, and the time zone of its days. PURE, except for the machine's own time zone."""
 
 import os
 import re
@@ -16,32 +16,32 @@ KEYS = ("night", "day", "month", "job", "model", "status", "tag", "run")
 """`tag` stands for all tags of a job, `tag.team` for one of them."""
 
 OF_LINES = frozenset({"day", "month", "model", "status"})
-"""The keys that divide a run. Grouped by the others, a run is in one group, with all that is known of it."""
+"""The keys that divide a run. Grouped by the others, a run is in one group, with its whole-run figures."""
 
 UNKNOWN = "unknown"
 
 
 class Span(msgspec.Struct, frozen=True):
-    """Days, both included; None: no end. `zone` is whose days they are."""
+    """From `since` to `until`, both included; None: no end. The days are those of `zone`."""
 
     zone: str = "UTC"
     since: date | None = None
     until: date | None = None
 
     def holds(self, day: str, run_began: str) -> bool:
-        """Whether money spent on `day` counts. Where the day is unknown, the day on which the run began decides."""
+        """True if money spent on `day` counts. If the day is unknown, the first day of the run decides."""
         if self.since is None and self.until is None:
             return True
         on = date.fromisoformat((run_began if day == UNKNOWN else day)[:10])
         return (self.since is None or on >= self.since) and not self.is_over(on.isoformat())
 
     def is_over(self, day: str) -> bool:
-        """Whether the day is behind the last one."""
+        """True if the day is after `until`."""
         return self.until is not None and date.fromisoformat(day) > self.until
 
 
 def keys(by: str) -> tuple[str, ...]:
-    """What to group by, of a text such as `job,model`.
+    """The group keys of a text such as `job,model`.
 
     Raises:
         JobError: an unknown key, or one twice.
@@ -58,7 +58,7 @@ def span(zone: str, since: str | None, until: str | None) -> Span:
     """The days between two dates, in the time zone of that name; `local` is the machine's.
 
     Raises:
-        JobError: no such zone, no dates, or none between them.
+        JobError: an unknown zone, an invalid date, or an empty span.
     """
     name = _local_zone() if zone == "local" else zone
     try:
@@ -94,9 +94,9 @@ def _local_zone() -> str:
 
 
 def night(found: Found, zone: str) -> str:
-    """The date of a run: the one its directory is named after (`{date}`), else the day on which it first began.
+    """The date of a run: the `{date}` in its directory's name, else the day of its first start.
 
-    All that the run cost is of that night, however long it took.
+    The whole cost of the run belongs to that night, however long it took.
     """
     place = found.place if found.place.is_dir() else None
     for name in () if place is None else (place.name, place.absolute().parent.name):

@@ -1,7 +1,7 @@
-"""How long answers took, counted in narrow buckets: sums of any number of rows in little memory. PURE, but for reading.
+"""Latencies counted in narrow buckets, so any number of rows takes little memory. PURE, except that it reads rows.
 
-A bucket is 1 % wide, so a percentile is exact to half a percent. Buckets of groups and of runs are added; percentiles
-can't be.
+A bucket is 1 % wide, so a percentile is exact to half a percent. Buckets of groups and runs can be added; percentiles
+can't.
 """
 
 import math
@@ -22,7 +22,7 @@ Group = tuple[object, ...]
 
 
 def percentile(buckets: Mapping[int, int], share: float) -> float | None:
-    """Seconds that this share of the rows stayed within (nearest rank); None without rows."""
+    """The latency in seconds that this share of the rows did not exceed (nearest rank); None without rows."""
     rank = math.ceil(share * sum(buckets.values()))
     for bucket in sorted(buckets):
         rank -= buckets[bucket]
@@ -37,7 +37,7 @@ def seconds_of(bucket: int) -> float:
 
 
 def buckets_of(numbers: Any) -> dict[int, int]:
-    """How many of the numbers are in each bucket; nulls in none."""
+    """Bucket → how many of the numbers are in it, without nulls."""
     return {int(bucket): count for bucket, count in run_rows.counts(_bucket(numbers)).items()}
 
 

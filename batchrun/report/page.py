@@ -1,4 +1,4 @@
-"""The bill as one page: it loads nothing and runs no script, whatever a model, a server or a job's name holds."""
+"""The bill as one HTML page, which loads nothing and runs no script, whatever a model, server or job name contains."""
 
 import base64
 import hashlib
@@ -16,7 +16,7 @@ from batchrun.report.figures import figure
 from batchrun.report.runs import Found
 
 MOST_MESSAGE = 300
-"""Characters of a server's message that are shown."""
+"""Characters shown of a server's message."""
 
 
 def page(bill: Bill, found: Sequence[Found], columns: Sequence[str], now: datetime) -> bytes:
@@ -64,7 +64,7 @@ def _headline(bill: Bill) -> list[tuple[str, str]]:
 
 
 def plain(text: object) -> str:
-    """The text with every character that is not to be seen made visible: none turns its direction or hides."""
+    """The text with invisible characters escaped, so none changes its direction or hides."""
     characters = (" " if char in "\n\t" else char for char in str(text))
     return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in characters)
 

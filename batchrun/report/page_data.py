@@ -1,6 +1,6 @@
-"""What the page shows besides the bill: cost and tokens by night, throughput, failures, the dearest rows.
+"""What the page shows besides the bill: cost and tokens by night, throughput, failures, the most expensive rows.
 
-No row's question or answer is read for it: a page is mailed, and prompts are data.
+It reads no row's question or answer: the page is mailed, and prompts are data.
 """
 
 import math
@@ -26,14 +26,14 @@ pc: Any = pyarrow.compute  # its stubs know less than it does
 
 DEAREST = 10
 MOST_NIGHTS = 62
-"""Beyond, bars are of months."""
+"""With more nights, bars are of months."""
 
 BINS = 40
-"""Moments of a run at which its throughput is shown."""
+"""Points of the throughput chart."""
 
 
 class Failure(msgspec.Struct, frozen=True):
-    """One kind of failure: its rows, and one of their messages, from which the key was cut out when it was written."""
+    """One kind of failure: its rows, and one of their messages, which never holds the API key."""
 
     kind: str
     rows: int
@@ -41,7 +41,7 @@ class Failure(msgspec.Struct, frozen=True):
 
 
 class Dear(NamedTuple):
-    """One of the dearest rows."""
+    """One of the most expensive rows."""
 
     cost_usd: Decimal
     job: str
@@ -54,7 +54,7 @@ class Dear(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What is collected of every run's rows."""
+    """What is collected from the rows of every run."""
 
     failures: list[Failure]
     dearest: list[Dear]
@@ -102,7 +102,7 @@ def _by_model(bill: Bill) -> dict[str, Decimal]:
 
 
 def latency(bill: Bill) -> Chart | None:
-    """How many rows took how long, in steps that double four times over."""
+    """How many rows took how long, in steps of a factor of √2."""
     if not bill.total.latencies:
         return None
     steps: Counter[int] = Counter()
@@ -114,7 +114,7 @@ def latency(bill: Bill) -> Chart | None:
 
 
 def throughput(found: Sequence[Found]) -> Chart | None:
-    """Rows a minute over the newest run, beside the requests a minute that it was allowed."""
+    """Rows per minute over the newest run, with the requests per minute that its limit allows."""
     newest = max(found, key=lambda each: each.account.began, default=None)
     seconds = None if newest is None else run_rows.if_readable(newest.place, _by_second)
     if newest is None or seconds is None or len(seconds) < 2:
@@ -133,7 +133,7 @@ def throughput(found: Sequence[Found]) -> Chart | None:
 
 
 def _by_second(result: Result) -> Counter[int]:
-    """How many rows ended in each second of Unix time."""
+    """Second of Unix time → rows that ended in it."""
     seconds: Counter[int] = Counter()
     for table in run_rows.tables(result, ["finished_at"]):
         whole = pc.cast(pc.floor_temporal(table["finished_at"], unit="second"), pa.int64())
@@ -142,7 +142,7 @@ def _by_second(result: Result) -> Counter[int]:
 
 
 def rows(found: Sequence[Found], span: Span) -> Rows:
-    """Failures by kind and the dearest rows, of every run whose rows can be read."""
+    """Failures by kind and the most expensive rows, of every run whose rows can be read."""
     read = (run_rows.if_readable(each.place, partial(_of_run, each, span)) for each in found)
     known = [each for each in read if each is not None]
     failures = [failure for each in known for failure in each.failures]
@@ -158,7 +158,7 @@ def _of_run(found: Found, span: Span, result: Result) -> Rows:
 
 
 def _together(failures: Iterable[Failure], dearest: Iterable[Dear]) -> Rows:
-    """Failures of a kind as one, the commonest first, and the dearest of the rows."""
+    """Failures summed by kind, the commonest first, and the most expensive rows."""
     kinds: dict[str, Failure] = {}
     for each in failures:
         before = kinds.setdefault(each.kind, Failure(each.kind, 0, each.example))

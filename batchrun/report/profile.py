@@ -1,4 +1,4 @@
-"""What a run's answers look like as a whole: one pass over its rows, column by column, in bounded memory."""
+"""Counts over all answers of a run, made in one pass over its columns, in bounded memory."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -13,17 +13,17 @@ from batchrun.report.run_rows import Result
 pc: Any = pyarrow.compute  # its stubs know less than it does
 
 MOST_VALUES = 5_000
-"""Values of one column that are counted. What is in a large part of the rows stays among them (Misra, Gries 1982)."""
+"""Distinct values of one column that are counted. A value in a large part of the rows is kept (Misra, Gries 1982)."""
 
 SAMPLE_ROWS = 2_000
-"""Numbers that are kept of each row group for the quantiles of a field."""
+"""Numbers kept of each row group for a field's quantiles."""
 
 LONG_CHARS = 40
-"""From here on an answer is a text of its own: labels repeat by nature."""
+"""Shorter answers are labels, which repeat by nature."""
 
 
 class Field:
-    """One place of the answers: its nulls, its commonest values, and a sample of its numbers."""
+    """One field of the answers: its nulls, its commonest values, and a sample of its numbers."""
 
     def __init__(self) -> None:
         self.rows = 0
@@ -32,7 +32,7 @@ class Field:
         self.numbers: list[float] = []
 
     def add(self, column: Any) -> None:
-        """More rows of it."""
+        """Counts the field in more rows."""
         self.rows += len(column)
         self.nulls += column.null_count
         type_ = column.type
@@ -47,7 +47,7 @@ class Field:
                 self.values = Counter(dict(self.values.most_common(MOST_VALUES // 2)))
 
     def quantile(self, share: float) -> float | None:
-        """Of the numbers; None without any."""
+        """A quantile of the numbers; None without any."""
         if not self.numbers:
             return None
         ordered = sorted(self.numbers)
@@ -104,7 +104,7 @@ def profile(result: Result) -> Profile:
 
 
 def _repeated(answered: pa.Table, repeated: Counter[str]) -> None:
-    """How many questions have each long answer."""
+    """Counts how many different questions have each long answer."""
     longer = answered.filter(pc.greater_equal(pc.utf8_length(answered["content"]), LONG_CHARS))
     groups = longer.group_by("content").aggregate([("request_key", "count_distinct")])
     for each in groups.to_pylist():
@@ -115,7 +115,7 @@ def _repeated(answered: pa.Table, repeated: Counter[str]) -> None:
 
 
 def _leaves(column: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """The places of typed answers that hold values; lists and JSON text count as one place, by their nulls."""
+    """The fields of typed answers by dotted path. A list or JSON text is one field, of which nulls are counted."""
     type_ = column.type
     if not pa.types.is_struct(type_):
         if path:

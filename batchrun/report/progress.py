@@ -1,17 +1,18 @@
-"""Where a run stands, in one line: a bar that fits the terminal, or a line for a log. PURE."""
+"""The progress of a run in one line: a bar that fits the terminal, or a line for a log. PURE."""
 
 from collections.abc import Callable, Iterator
 from datetime import datetime
 
 from batchrun.limits.deadline import in_words
 from batchrun.records import Summary
-from batchrun.report.summary import failures, headline_usd
+from batchrun.report.cost_lines import headline_usd
+from batchrun.report.summary import failures
 
 LEAST_BAR = 8
-"""Columns that a bar needs to show anything."""
+"""Columns below which a bar shows nothing."""
 
 FRAME = 3
-"""Columns that a bar's ends take, and the space behind it."""
+"""Columns of the bar's two ends and the space after it."""
 
 MOST_NAME = 16
 MOST_ETA = len("ETA Thu 06:00")
@@ -35,10 +36,10 @@ def line(summary: Summary) -> str:
 
 
 def around_bar(summary: Summary, columns: int) -> tuple[str, str, bool]:
-    """What stands before a bar and behind it, and whether there is room for one between them.
+    """The text before the bar and after it, and whether there is room for a bar between them.
 
-    The first of these that fits: all; numbers shortened; no name; no bar; figures only, without tokens. `columns` is
-    the width of the terminal, of which the last column stays free.
+    The first of these that fits: all; short numbers; no name; no bar; figures only, without tokens. `columns` is the
+    width of the terminal; the last column stays free.
     """
     name = summary.job if len(summary.job) <= MOST_NAME else summary.job[: MOST_NAME - 1] + "…"
     share = f"{(summary.rows - summary.pending) / summary.rows if summary.rows else 1:.0%}"

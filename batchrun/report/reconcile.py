@@ -1,4 +1,4 @@
-"""The runs beside a provider's invoice: by request, or by day and model. Of our part no more is held than is shown."""
+"""Compares runs with a provider's invoice, by request or by day and model. The invoice is held in memory, not rows."""
 
 import csv
 import re
@@ -24,14 +24,14 @@ _USD = ("cost_usd", "amount_usd", "usd", "cost", "amount", "amount_value", "tota
 
 
 class Line(NamedTuple):
-    """One thing that was billed; a request by its id, or a day and a model. `cost_usd` None: unknown here."""
+    """One billed item: a request by its id, or a day and a model. `cost_usd` None: unknown here."""
 
     key: str
     cost_usd: Decimal | None
 
 
 class Difference(msgspec.Struct, frozen=True):
-    """What both know, at different prices."""
+    """An item that both have, at different amounts."""
 
     key: str
     here_usd: Decimal
@@ -39,10 +39,10 @@ class Difference(msgspec.Struct, frozen=True):
 
 
 class Reconciled(msgspec.Struct, frozen=True):
-    """An invoice beside the runs. `by`: `request` or `day and model`. The named ones are the first 20 of each.
-    `unread` are runs without rows to read.
+    """An invoice compared with the runs. `by`: `request` or `day and model`. The named items are the first 20 of each.
+    `unread` are runs whose rows can't be read.
 
-    `doubtful` are lines of the invoice that we named as possibly billed: they are neither missing nor in `cost_usd`.
+    `doubtful` are items on the invoice that the runs name as possibly billed: neither missing nor in `cost_usd`.
     """
 
     by: str
@@ -65,7 +65,7 @@ class Reconciled(msgspec.Struct, frozen=True):
 
 
 def reconcile(invoice: Path, found: Sequence[Found]) -> Reconciled:
-    """The invoice's lines beside ours.
+    """The comparison.
 
     Raises:
         InputError: the invoice can't be read, or has no column of ids (or of days and models) and amounts.
@@ -119,19 +119,19 @@ def reconcile(invoice: Path, found: Sequence[Found]) -> Reconciled:
 
 
 def _unread(found: Sequence[Found]) -> Iterator[str]:
-    """Runs whose rows are not there to read: what the invoice has of them is missing here."""
+    """Runs without readable rows: their items on the invoice are missing here."""
     return (str(each.place) for each in found if run_rows.result_of(each.place) is None)
 
 
 def _same(here: Decimal, there: Decimal) -> bool:
-    """Whether the invoice's amount is ours, rounded as it is."""
+    """True if the invoice has our amount, as rounded there."""
     exponent = there.as_tuple().exponent
     half = Decimal(1).scaleb(exponent) / 2 if isinstance(exponent, int) and exponent < 0 else Decimal("0.5")
     return abs(here - there) <= half
 
 
 def _invoice(path: Path) -> tuple[str, dict[str, Decimal]]:
-    """By what its lines are told apart, and their amounts; lines of the same key are added up."""
+    """What identifies its lines, and the amount for each key; lines with the same key are added."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             lines = csv.DictReader(file)
@@ -172,9 +172,9 @@ def _amount(text: str | None, path: Path, number: int) -> Decimal:
     try:
         amount = Decimal(_text(text).removeprefix("$").replace(",", ""))
     except InvalidOperation as error:
-        raise InputError(f"{path}:{number}: {text!r} is no amount") from error
+        raise InputError(f"{path}:{number}: {text!r} is not an amount") from error
     if not amount.is_finite():
-        raise InputError(f"{path}:{number}: {text!r} is no amount")
+        raise InputError(f"{path}:{number}: {text!r} is not an amount")
     return amount
 
 
@@ -192,7 +192,7 @@ def _days(found: Sequence[Found]) -> Iterator[Line]:
 
 
 def _requests(found: Sequence[Found]) -> Iterator[Line]:
-    """Every attempt of which we know an answer: rows' own, and those whose answers are not in the output."""
+    """Every attempt with an answer: those of the rows, and those whose answers are not in the output."""
     for each in found:
         if (result := run_rows.result_of(each.place)) is not None:
             for table in run_rows.tables(result, ["request_id", "answer_cost_usd", "prompt_tokens"]):
@@ -217,19 +217,19 @@ def _discarded(found: Found) -> Iterator[Line]:
         raise InputError(f"{found.place}: its attempts can't be read: {error}") from error
 
 
-def in_words(told: Reconciled) -> Iterator[str]:
+def in_words(found: Reconciled) -> Iterator[str]:
     """The comparison for people."""
-    yield f"by {told.by}: ${told.here_usd:,.6f} here, ${told.there_usd:,.6f} on the invoice"
-    yield f"matched: {told.matched:,}"
-    yield f"at another price: {told.different:,}, the invoice is ${told.difference_usd:,.6f} higher"
-    yield from (f"  {each.key}: ${each.here_usd:,.6f} here, ${each.there_usd:,.6f} there" for each in told.differences)
-    yield f"missing here: {told.missing_here:,}, ${told.missing_here_usd:,.6f}"
-    yield from (f"  {key}" for key in told.only_there)
-    yield f"missing there: {told.missing_there:,}, ${told.missing_there_usd:,.6f}"
-    yield from (f"  {key}" for key in told.only_here)
-    for place in told.unread:
+    yield f"by {found.by}: ${found.here_usd:,.6f} here, ${found.there_usd:,.6f} on the invoice"
+    yield f"matched: {found.matched:,}"
+    yield f"different amount: {found.different:,}, the invoice is ${found.difference_usd:,.6f} higher"
+    yield from (f"  {each.key}: ${each.here_usd:,.6f} here, ${each.there_usd:,.6f} there" for each in found.differences)
+    yield f"missing here: {found.missing_here:,}, ${found.missing_here_usd:,.6f}"
+    yield from (f"  {key}" for key in found.only_there)
+    yield f"missing there: {found.missing_there:,}, ${found.missing_there_usd:,.6f}"
+    yield from (f"  {key}" for key in found.only_here)
+    for place in found.unread:
         yield f"not read: {place} has no rows yet; batchrun export writes them"
-    if told.unpriced:
-        yield f"on the invoice, at a price that is not known here: {told.unpriced:,}"
-    if told.doubtful:
-        yield f"possibly billed, and on the invoice: {told.doubtful:,}, ${told.doubtful_usd:,.6f}"
+    if found.unpriced:
+        yield f"on the invoice, with an unknown price here: {found.unpriced:,}"
+    if found.doubtful:
+        yield f"possibly billed, and on the invoice: {found.doubtful:,}, ${found.doubtful_usd:,.6f}"

@@ -1,4 +1,4 @@
-"""What the runs would have cost at other prices: `report --reprice prices.toml`. PURE but for reading that file."""
+"""What the runs would have cost at other prices: `report --reprice prices.toml`. PURE, except for reading it."""
 
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -15,10 +15,10 @@ from batchrun.report.runs import Account, Found
 
 
 def read(path: Path) -> dict[str, Price]:
-    """Prices by model, as a job states them: `[pricing."model"]` with `input` and `output` in USD a million tokens.
+    """Prices by model, as in a job: `[pricing."model"]` with `input` and `output` in USD per million tokens.
 
     Raises:
-        JobError: unreadable, or no such tables.
+        JobError: the file can't be read, or has no such tables.
     """
     try:
         tables = tomllib.loads(path.read_text("utf-8-sig"))
@@ -36,9 +36,9 @@ def read(path: Path) -> dict[str, Price]:
 
 
 def repriced(found: Sequence[Found], new: Mapping[str, Price]) -> tuple[Found, ...]:
-    """The runs as if their attempts of these models had cost that; other models' stay as they are.
+    """The runs as if attempts of these models had those prices. Other models keep theirs.
 
-    The prices have no tiers, so the cost of a sum of tokens is the sum of costs, but for rounding each to 12 decimals.
+    The prices have no tiers, so the cost of a sum of tokens is the sum of their costs, up to rounding at 12 decimals.
     """
     return tuple(each._replace(account=_account(each.account, new)) for each in found)
 
@@ -65,5 +65,5 @@ def _line(line: TotalsLine, price: Price) -> TotalsLine:
 
 
 def total(found: Sequence[Found]) -> Decimal:
-    """What the runs cost, as far as it is known."""
+    """The known cost of the runs."""
     return sum((each.account.cost_usd for each in found), Decimal(0))

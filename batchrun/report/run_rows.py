@@ -1,4 +1,4 @@
-"""The rows of a run's result, read column by column: never more than a row group, or 65,536 rows of narrow columns."""
+"""Reads the rows of a run's result by column, at most a row group or 65,536 rows of narrow columns at once."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ _T = TypeVar("_T")
 
 
 class Result(NamedTuple):
-    """The files of a result in the order of their rows; `prefix` stands before our columns' names in them."""
+    """The files of a result in the order of their rows; our columns' names in them begin with `prefix`."""
 
     files: tuple[Path, ...]
     prefix: str
@@ -31,15 +31,18 @@ class Result(NamedTuple):
 
     @property
     def parsed(self) -> pa.DataType:
-        """The type of the answers that a JSON schema types; JSON text else."""
+        """The type of `parsed`: the one of the job's JSON schema, else JSON text."""
         type_: pa.DataType = self.schema.field(self.prefix + "parsed").type
         return type_
 
 
 def result_of(place: Path) -> Result | None:
-    """The result of the run in the directory, or the file itself; None where there is none, or not ours.
+    """The result of the run in the directory, or the file itself; None if there is none, or it is not ours.
 
-    A run that is not complete has one after `batchrun export`.
+    An incomplete run has one after `batchrun export`.
+
+    Raises:
+        InputError: the file can't be read.
     """
     files = _files(place)
     if not files:
@@ -58,17 +61,17 @@ def result_of(place: Path) -> Result | None:
     return Result(tuple(files), prefix, schema)
 
 
-def if_readable(place: Path, look: Callable[[Result], _T]) -> _T | None:
-    """What `look` finds in the run's rows; None where there are none, or they can't be read: a bill stands without."""
+def if_readable(place: Path, read: Callable[[Result], _T]) -> _T | None:
+    """What `read` returns for the run's rows; None if they can't be read, which a bill does not need."""
     try:
         result = result_of(place)
-        return None if result is None else look(result)
+        return None if result is None else read(result)
     except InputError:
         return None
 
 
 def counts(column: Any) -> dict[Any, int]:
-    """How often each value comes; nulls are not counted."""
+    """Value → how often it occurs, without nulls."""
     return {each["values"]: each["counts"] for each in pc.value_counts(pc.drop_null(column)).to_pylist()}
 
 
@@ -84,13 +87,13 @@ def _files(place: Path) -> list[Path]:
 
 
 _WIDE = frozenset({"parsed", "content", "raw", "choices", "error"})
-"""Columns that are read by row group: they may be large, and dictionaries in structs can't be read across two."""
+"""Columns read one row group at a time: they may be large, and Arrow can't join dictionaries in structs."""
 
 ROWS_AT_ONCE = 65_536
 
 
 def _together(file: pq.ParquetFile, *, narrow: bool) -> Iterator[list[int]]:
-    """Row groups that are read at once: small ones of narrow columns cost more to begin than to read."""
+    """Row groups to read at once: opening a small group of narrow columns costs more than reading it."""
     groups: list[int] = []
     held = 0
     for group in range(file.num_row_groups):
@@ -105,7 +108,7 @@ def _together(file: pq.ParquetFile, *, narrow: bool) -> Iterator[list[int]]:
 
 
 def _ours(table: pa.Table, first: int) -> pa.Table:
-    """Our columns, from the place `first` on, in our types: a tool that wrote the file anew may have changed them."""
+    """Casts our columns, from position `first` on, to our types: a tool that rewrote the file may have changed them."""
     for place in range(first, table.num_columns):
         field = table.schema.field(place)
         wanted = OWN_COLUMNS.field(field.name).type

@@ -1,6 +1,6 @@
-"""The runs that paths name or hold, each once: of two copies of one run the newer one counts, and the other is named.
+"""Finds the runs that paths name or hold, each once: of two copies of a run the newer one counts, the other is named.
 
-A run directory speaks by its summary.json, a completions file that was moved elsewhere by its footer.
+The figures come from summary.json, or from the footer of a completions file that was moved out of its run.
 """
 
 import os
@@ -14,7 +14,7 @@ import msgspec
 
 from batchrun.errors import CheckpointError, InputError
 from batchrun.records import Estimate, InForce, PossiblyBilled, TotalsLine
-from batchrun.report.at_rest import standing
+from batchrun.report.run_state import run_state
 from batchrun.report.summary import VERSION
 from batchrun.store.rundir import RunDirectory
 from batchrun.store.totals import LOST
@@ -22,11 +22,11 @@ from batchrun.tables.files import read_footer
 
 NO_RUN = "no run here; name a run directory, a folder of them, or a completions file"
 UNFINISHED = ".tmp"
-"""How the name of what a process was still writing ends."""
+"""Suffix of a directory that a process did not finish."""
 
 
 class Account(msgspec.Struct, frozen=True):
-    """The part of a summary, or of a footer, that a bill needs. A footer lacks the fields from `state` on."""
+    """The part of a summary, or of a footer, that a bill needs. A footer lacks the fields after `price`."""
 
     version: int
     job: str
@@ -56,12 +56,12 @@ class Account(msgspec.Struct, frozen=True):
 
     @property
     def began(self) -> datetime:
-        """When the run first began, as far as it is known."""
+        """The first start of the run, if known."""
         return self.begun_at or self.updated_at
 
     @property
     def cost_usd(self) -> Decimal:
-        """What is known of its cost: all of it where `all_priced`."""
+        """The known cost, which is complete if `all_priced`."""
         return sum((line.cost_usd for line in self.totals), Decimal(0))
 
     @property
@@ -71,17 +71,17 @@ class Account(msgspec.Struct, frozen=True):
 
     @property
     def done(self) -> int:
-        """Rows that are in the totals."""
+        """Rows in the totals."""
         return sum(line.rows for line in self.totals)
 
     @property
     def attempts(self) -> int:
-        """Requests that were sent for them, and for what was discarded."""
+        """Requests sent for them, including those whose answers were discarded."""
         return sum(line.attempts for line in self.totals)
 
 
 class LeftOut(msgspec.Struct, frozen=True):
-    """What was found under the paths and is in no figure, and why."""
+    """Something found under the paths that no figure includes, and why."""
 
     path: str
     why: str
@@ -95,7 +95,7 @@ class Found(NamedTuple):
 
 
 class Runs(NamedTuple):
-    """The runs that count, and what is left out; both sorted, whatever the order of the paths was."""
+    """The runs that count, and what is left out; both sorted, so the order of the paths does not matter."""
 
     found: tuple[Found, ...]
     left_out: tuple[LeftOut, ...]
@@ -141,23 +141,23 @@ def _each_once(found: list[Found], left_out: list[LeftOut]) -> Runs:
 
 
 def _age(found: Found) -> tuple[int, datetime, bool, str]:
-    """What sorts copies of one run from the oldest to the newest; of equal ones any may count, but always the same."""
+    """Sorts copies of one run from the oldest to the newest; among equal ones always the same counts."""
     account = found.account
     return account.invocation, account.updated_at, found.place.is_dir(), str(found.place.resolve())
 
 
 def _copy(other: Account, newest: Found) -> str:
-    """Why a copy is left out. Of one that was resumed by itself, what it spent is known to be missing."""
+    """Why a copy is left out, and how much it spent by itself if it was resumed separately."""
     why = f"a copy of run {other.run_id}, counted as {_shown(newest.place)}"
     own, counted = _spent(other), _spent(newest.account)
     missing = [cost - counted.get(key, (0, Decimal(0)))[1] for key, (n, cost) in own.items() if n > _n(counted, key)]
     if not missing:
         return why
-    return f"{why}, but resumed by itself: at least ${max(sum(missing), Decimal(0)):,.6f} of it is in no figure"
+    return f"{why}, but resumed separately: no figure includes at least ${max(sum(missing), Decimal(0)):,.6f} of it"
 
 
 def _shown(path: Path) -> str:
-    """The path as one line of text, whatever bytes are in it."""
+    """The path as one line of text, whatever its bytes."""
     return os.fsencode(path).decode("utf-8", "backslashreplace").replace("\n", "\\n")
 
 
@@ -165,11 +165,11 @@ _Part = tuple[int, str, str]
 
 
 def _spent(account: Account) -> dict[_Part, tuple[int, Decimal]]:
-    """Attempts and cost by invocation, model and day: both only grow, whatever answers are replaced."""
+    """Attempts and cost by invocation, model and day. Both only grow, also when answers are replaced."""
     parts: dict[_Part, tuple[int, Decimal]] = {}
     for line in account.totals:
         if line.status == LOST:
-            continue  # these cost nothing here, and are named by one model or by several as the run goes on
+            continue  # these cost nothing here, and move from one model to several while the run continues
         key = line.invocation, line.model, line.day
         attempts, cost = parts.get(key, (0, Decimal(0)))
         parts[key] = attempts + line.attempts, cost + line.cost_usd
@@ -181,18 +181,17 @@ def _n(parts: dict[_Part, tuple[int, Decimal]], key: _Part) -> int:
 
 
 def _named(path: Path) -> Path | None:
-    """The run directory or completions file that `path` names; None where it is a folder of them, or nothing."""
+    """The run directory or completions file that `path` names; None if it is a folder of them, or nothing."""
     if path.name == "summary.json" and path.is_file():
         return path.parent
     return path if path.is_file() or _is_run(path) else None
 
 
 def _runs_below(folder: Path) -> Iterator[Path]:
-    """The directories below that look like a run's, none where there is no folder. Links are followed, each directory
-    once.
+    """The directories below `folder` that look like a run's. Links are followed, each directory once.
 
     Raises:
-        InputError: a directory can't be read: a bill without what it holds would be wrong.
+        InputError: a directory can't be read, and a bill without its runs would be wrong.
     """
     if not folder.is_dir():
         return
@@ -209,12 +208,12 @@ def _runs_below(folder: Path) -> Iterator[Path]:
         if "summary.json" in files or "checkpoint.db" in files:
             yield Path(name)
         if _is_run(Path(name)):
-            folders.clear()  # a run holds no other
+            folders.clear()  # no run inside a run
         folders[:] = [each for each in folders if not each.endswith(UNFINISHED)]
 
 
 def _is_run(directory: Path) -> bool:
-    """Whether the directory is one of ours, however damaged."""
+    """True for a run directory, even a damaged one."""
     files = RunDirectory(directory)
     if files.checkpoint.exists():
         return True
@@ -223,10 +222,10 @@ def _is_run(directory: Path) -> bool:
 
 
 def _account(place: Path) -> tuple[Account | None, str]:
-    """The run's account; None where there is no run or nothing to count, and why.
+    """The run's account; or None, and why there is none to count.
 
     Raises:
-        InputError: it is a run of ours, and its account can't be read.
+        InputError: it is a run, and its account can't be read.
     """
     if place.is_file():
         return _of_file(place)
@@ -235,8 +234,8 @@ def _account(place: Path) -> tuple[Account | None, str]:
         return None, "its summary.json is not batchrun's"
     if not files.summary.exists():
         if (place / "salvaged.parquet").exists():
-            return None, "salvaged and not resumed yet; the run that it was made of has the bill"
-        raise InputError(f"{files.summary} is gone; resume that run, which writes it again, or leave it out")
+            return None, "salvaged and not resumed yet; the damaged run has the bill"
+        raise InputError(f"{files.summary} is missing; resume that run, which writes it again, or leave the run out")
     try:
         account = _decoded(files.summary.read_bytes(), files.summary)
         return (account if account.exit_code is not None else _on_disk(files, account)), ""
@@ -245,9 +244,9 @@ def _account(place: Path) -> tuple[Account | None, str]:
 
 
 def _on_disk(files: RunDirectory, written: Account) -> Account:
-    """The account of a run whose last process did not end it: killed, it spent more than summary.json came to say."""
+    """The account of a run whose last process was killed or still works: it spent more than summary.json says."""
     try:
-        found = standing(files)
+        found = run_state(files)
     except CheckpointError:
         return written
     return msgspec.convert(msgspec.to_builtins(found.summary), Account)
@@ -268,9 +267,11 @@ def _decoded(content: bytes, path: Path) -> Account:
     try:
         version = msgspec.json.decode(content, type=dict[str, object]).get("version")
         if version != VERSION:
-            raise InputError(f"{path}: of another version of batchrun (schema {version}, this one reads {VERSION})")
+            raise InputError(
+                f"{path}: written by another version of batchrun (schema {version}, this one reads {VERSION})"
+            )
         return msgspec.json.decode(content, type=Account)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InputError(
-            f"{path}: damaged: {error}; batchrun verify says more; mend it, or leave that run out of the paths"
+            f"{path}: damaged: {error}; run batchrun verify, then repair it or leave that run out of the paths"
         ) from error

@@ -8,14 +8,14 @@ from batchrun.errors import JobError
 from batchrun.report.bill import Bill
 from batchrun.report.figures import figure, kind
 
-MISSING = "needs a package more: pip install 'batchrun[report]'"
+MISSING = "needs another package: pip install 'batchrun[report]'"
 
 _FORMS = {"usd": "#,##0.000000", "share": "0.0%", "seconds": "#,##0.00", "ratio": "0.000", "count": "#,##0"}
 
 
 def workbook(bill: Bill, columns: Sequence[str], remarks: Sequence[str]) -> bytes:
-    """Three sheets: figures as numbers that can be added up; the same with money as text to its last digit, since a
-    cell's number has 15; and what is beyond the figures.
+    """Three sheets: figures as numbers that can be added; the same with money as text, because a number in a
+    cell has only 15 digits; and what the figures do not cover.
 
     Raises:
         JobError: xlsxwriter is not installed.

@@ -1,27 +1,23 @@
-"""Where one run stands, for people."""
+"""The lines of `batchrun status` for one run."""
 
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
 from batchrun.limits import deadline
 from batchrun.records import Summary
-from batchrun.report.at_rest import Standing
-from batchrun.report.summary import (
-    age_in_words,
-    cost_in_words,
-    estimate_in_words,
-    limits_in_words,
-    pace,
-    retrying_in_words,
-)
+from batchrun.report.closing import pace
+from batchrun.report.cost_lines import cost_in_words, estimate_in_words
+from batchrun.report.limit_lines import limits_in_words, retrying_in_words
+from batchrun.report.run_state import RunState
+from batchrun.report.wording import age_in_words
 from batchrun.store.rundir import RunDirectory
 
 
-def lines(directory: RunDirectory, found: Standing) -> Iterator[str]:
-    """Where a run stands, also while it works."""
+def lines(directory: RunDirectory, found: RunState) -> Iterator[str]:
+    """Where the run stands; if a process works on it, also its rate, ETA and limits."""
     summary = found.summary
-    state = "died; the same command resumes it" if found.died else summary.state
-    yield f"{summary.job}  {state}" + (f" (pid {summary.pid} on {summary.host})" if found.alive else "")
+    state = "died; run the same command again to resume" if found.died else summary.state
+    yield f"{summary.job}  {state}" + (f" (pid {summary.pid} on {summary.host})" if found.working else "")
     done = summary.rows - summary.pending
     counts = ", ".join(f"{rows:,} {status}" for status, rows in summary.by_status.items())
     if summary.rows:
@@ -31,12 +27,12 @@ def lines(directory: RunDirectory, found: Standing) -> Iterator[str]:
     yield f"cost    {cost_in_words(summary)}"
     if (estimated := estimate_in_words(summary)) is not None:
         yield f"estimate {estimated}"
-    if found.alive:
+    if found.working:
         yield from _outlook(summary)
         if summary.retrying is not None:
             yield f"retries {retrying_in_words(summary.retrying)}"
     if found.problem is not None:
-        yield f"note    what is on disk can't be read, so this may be old: {found.problem}"
+        yield f"note    the checkpoint can't be read, so this may be out of date: {found.problem}"
     if summary.reason:
         yield f"reason  {summary.reason}"
     if not summary.complete and directory.partial.exists():
@@ -47,7 +43,7 @@ def lines(directory: RunDirectory, found: Standing) -> Iterator[str]:
 
 
 def _outlook(summary: Summary) -> Iterator[str]:
-    """What will come of a run at work: its pace, its end, and the limits that hold."""
+    """The rate of a running run, when it will be done, and its limits."""
     if summary.pending and summary.rows_per_minute:
         end = "" if summary.eta is None else f"; done at {_clock(summary.eta, summary)}"
         yield f"rate    {pace(summary)}, limited by {summary.limited_by}{end}"

@@ -21,6 +21,7 @@ from batchrun.job.job import Endpoint, Job, MessageTemplate, RequestTemplate
 from batchrun.records import Correction, Request, Row
 from batchrun.request import image_parts
 from batchrun.request.image_parts import Image, Picture, Source
+from batchrun.request.responses_body import append_message, responses_body
 from batchrun.request.templates import Columns, among, template, text_template
 
 _JUDGED_BY = ("response_format", "functions", "tools")
@@ -36,7 +37,7 @@ _SIZES = frozenset({*OUTPUT_LIMITS, "n"})
 
 
 def detect_dialect(job: Job, columns: Collection[str]) -> str:
-    """How the rows become messages: the job's word, else what the job asks, else what the columns say.
+    """How the rows become messages: `input.dialect`, else what `[request]` implies, else what the columns say.
 
     Raises:
         InputError: neither says.
@@ -53,7 +54,7 @@ def detect_dialect(job: Job, columns: Collection[str]) -> str:
     if "messages" in columns:
         return "messages"
     shown = ", ".join(list(columns)[:12]) or "none"
-    raise InputError(f"can't tell what to ask: set request.prompt to a template over the columns ({shown})")
+    raise InputError(f"can't see what to send: set request.prompt to a template over the columns ({shown})")
 
 
 class RequestBuilder:
@@ -70,7 +71,7 @@ class RequestBuilder:
         self._parameters = _parameters(job.request)
         self._expected = answer_schema.of(*map(self._parameters.get, _JUDGED_BY))
         self._expected_of_lines: dict[bytes, Expected] = {}
-        self._stream = _stream_fields(job.request)
+        self._stream = _stream_fields(job.request, job.endpoint)
         sized_by_row = dialect == "openai-batch" or not _SIZES.isdisjoint(job.request.from_columns)
         self._max_output = None if sized_by_row else self._most_output(self._parameters)
         self._messages = _message_maker(job.request, dialect)
@@ -83,7 +84,7 @@ class RequestBuilder:
         """The request of one row. With `pictures`, it lacks their content, and its key is empty.
 
         Raises:
-            InputError: the row can't be asked; the message says why, without the place.
+            InputError: the row makes no valid request; the message says why, without the place.
         """
         return self._made(row, None, image_parts.without)[0]
 
@@ -154,22 +155,22 @@ class RequestBuilder:
         return key.digest()
 
     def _expected_by(self, body: Body) -> Expected:
-        """What the answer to this body is held against; lines of a batch file may each bring their own."""
+        """What the answer is validated against; each line of a batch file may bring its own."""
         if self.dialect != "openai-batch":
             return self._expected
-        asked = tuple(map(body.get, _JUDGED_BY))
-        known = image_parts.canonical(asked)
+        wanted = tuple(map(body.get, _JUDGED_BY))
+        known = image_parts.canonical(wanted)
         if known not in self._expected_of_lines:
             if len(self._expected_of_lines) >= MAX_EXPECTED:
                 self._expected_of_lines.clear()
             try:
-                self._expected_of_lines[known] = answer_schema.of(*asked)
+                self._expected_of_lines[known] = answer_schema.of(*wanted)
             except JobError as error:
                 raise InputError(str(error)) from error
         return self._expected_of_lines[known]
 
     def _most_output(self, body: Body) -> int:
-        """The most tokens that the answer can have, all its choices; a limit no server will understand is none."""
+        """The most tokens that the answer can have, all its choices; an invalid limit is ignored."""
         limits = [_count(body.get(name)) for name in OUTPUT_LIMITS]
         return (max(limits) or self._max_output_tokens) * _choices(body)
 
@@ -209,7 +210,7 @@ class RequestBuilder:
             raise InputError("`body` is no JSON object")
         url = columns.get("url")
         if url is not None and not str(url).rstrip("/").endswith("/chat/completions"):
-            raise InputError(f"`url` is {url!r}: only chat/completions can be asked")
+            raise InputError(f"`url` is {url!r}: only chat/completions is supported")
         given = plain(given, "body")
         model = given.get("model", self._request.model)
         if model is None:
@@ -226,7 +227,7 @@ class RequestBuilder:
 
 
 def corrected(request: Request, corrections: Sequence[Correction]) -> Request:
-    """The request with each answer that was not as asked, and what is wrong with it, as messages at its end.
+    """The request with each invalid answer, and what is wrong with it, as messages at its end.
 
     It is still the same question: the key stays. The bound of its tokens grows with the body.
     """
@@ -235,17 +236,15 @@ def corrected(request: Request, corrections: Sequence[Correction]) -> Request:
     body = msgspec.json.decode(request.body)
     for each in corrections:
         complaint = f"This answer can't be used: {each.complaint}. Answer again so that it can."
-        body["messages"] += [
-            {"role": "assistant", "content": each.answer},
-            {"role": "user", "content": complaint},
-        ]
+        append_message(body, "assistant", each.answer)
+        append_message(body, "user", complaint)
     longer = msgspec.json.encode(body)
     bound = request.max_prompt_tokens + len(longer) - len(request.body)
     return msgspec.structs.replace(request, body=longer, max_prompt_tokens=bound)
 
 
 def _unused_by_batch(request: RequestTemplate) -> str | None:
-    """A setting that would be ignored without a word where each line brings its whole body."""
+    """A setting that would be ignored silently because each line brings its whole body."""
     names = ("prompt", "system", "messages", "images", "from_columns")
     return next((name for name in names if getattr(request, name)), None)
 
@@ -271,12 +270,14 @@ def _parameters(request: RequestTemplate) -> Body:
     return {name: value for name, value in fields.items() if value is not None} | extra
 
 
-def _stream_fields(request: RequestTemplate) -> bytes:
+def _stream_fields(request: RequestTemplate, endpoint: Endpoint) -> bytes:
     """The bytes that end a streamed body in place of its brace; empty when the answer comes whole. Some servers refuse
     `stream_options`: empty ones are not sent.
     """
     if not request.stream:
         return b""
+    if endpoint.dialect == "responses":
+        return b',"stream":true}'  # usage is always in the last event
     options = request.extra.get("stream_options", {"include_usage": True})
     return b',"stream":true' + (b',"stream_options":' + msgspec.json.encode(options) if options else b"") + b"}"
 
@@ -284,6 +285,8 @@ def _stream_fields(request: RequestTemplate) -> bytes:
 def _wording(endpoint: Endpoint) -> Callable[[Body], Body] | None:
     """The function from a body to the one that says the same in this server's words; None where they are the usual."""
     limit, role = endpoint.max_tokens_field, endpoint.developer_role
+    if endpoint.dialect == "responses":
+        return responses_body
     if (limit, role) == ("max_tokens", "developer"):
         return None
 
@@ -328,10 +331,10 @@ def _messages_from_column(request: RequestTemplate) -> Callable[[Columns], list[
     return make
 
 
-ProbeTurns = Callable[[Columns], list[Any]]
+Turns = Callable[[Columns], list[Any]]
 
 
-def _turns_of(given: MessageTemplate, place: str) -> ProbeTurns:
+def _turns_of(given: MessageTemplate, place: str) -> Turns:
     """The function to one message by template, or to those that a column holds, if it holds any."""
     column = given.column
     if column is None:
@@ -348,7 +351,7 @@ def _turns_of(given: MessageTemplate, place: str) -> ProbeTurns:
     return make
 
 
-def _joined(parts: Sequence[ProbeTurns]) -> ProbeTurns:
+def _joined(parts: Sequence[Turns]) -> Turns:
     """All of their messages, one after the other; there must be one."""
 
     def make(columns: Columns) -> list[Any]:

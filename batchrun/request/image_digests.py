@@ -1,7 +1,7 @@
 """`images.bin`: what the images of each row were when they were checked, so that a change before the send is noticed.
 
 One entry a row, in row order: BLAKE2b-128 over the digests of its images, and a CRC. An entry that can't be read says
-nothing, so a row without images needs none, and a damaged file changes nothing: the question that is asked is always
+nothing, so a row without images needs none, and a damaged file changes nothing: the question that is sent is always
 that of the images that are sent.
 """
 

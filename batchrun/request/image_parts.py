@@ -1,8 +1,8 @@
 """Images in a request: where they stand, and what stands for them until it is sent. PURE.
 
-An image is said by its bytes, a `data:` URL, an http(s) URL, or a path. An http(s) URL stays as it is. For the others a
-`Picture` stands in the body, so that a waiting request holds no base64; the question has the digest of its bytes, so
-that one picture is one question however it is said.
+An image is given by its bytes, a `data:` URL, an http(s) URL, or a path. An http(s) URL stays as it is. The others are
+a `Picture` in the body, so that a waiting request holds no base64. The `request_key` has the digest of the bytes, so
+one picture makes one question however it is given.
 """
 
 import binascii
@@ -205,7 +205,7 @@ def taken(messages: list[Any]) -> tuple[list[Any], list[Picture], list[str]]:
     """The messages with a picture in place of each image that is to be looked at; these; and every image's detail.
 
     Raises:
-        InputError: an image part is none by docs/api.md.
+        InputError: an image part is invalid by docs/api.md.
     """
     pictures: list[Picture] = []
     details: list[str] = []
@@ -228,25 +228,25 @@ def taken(messages: list[Any]) -> tuple[list[Any], list[Picture], list[str]]:
 
 def _taken(part: dict[str, Any], place: str, pictures: list[Picture]) -> dict[str, Any]:
     """The part, with a picture in it that is also among `pictures` where its image is to be looked at."""
-    said = part.get("image_url")
-    url = said.get("url") if isinstance(said, dict) else None
-    if not isinstance(said, dict) or not isinstance(url, str | bytes):
+    given = part.get("image_url")
+    url = given.get("url") if isinstance(given, dict) else None
+    if not isinstance(given, dict) or not isinstance(url, str | bytes):
         raise InputError(f"{place}: expected an object with a url")
-    detail = said.get("detail", "auto")
+    detail = given.get("detail", "auto")
     if not isinstance(detail, str) or detail not in USUAL_TOKENS:
         raise InputError(f"{place}.detail: expected one of {', '.join(USUAL_TOKENS)} (is {detail!r:.80})")
     if isinstance(url, str) and _is_http(url, place):
         return part
     picture = Picture(url)
     pictures.append(picture)
-    return {**part, "image_url": {**said, "url": picture}}
+    return {**part, "image_url": {**given, "url": picture}}
 
 
 def _is_http(url: str, place: str) -> bool:
     """True for an http(s) URL; False for a data URL, a file URL or a path.
 
     Raises:
-        InputError: it is neither, nor anything else that can be asked.
+        InputError: it is neither, nor anything else that can be sent.
     """
     if url.startswith(("data:", "file:")):
         return False

@@ -159,7 +159,7 @@ def _or_empty(column: str) -> str:
 
 
 def _in_row(column: str) -> str:
-    """The column as a template names it where its name is no plain word."""
+    """The column as a template names it where its name is not a plain word."""
     return f"row[{json_of(column)}]"
 
 

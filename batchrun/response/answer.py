@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from batchrun.records import Answer, Choice
-from batchrun.response import error_body, messages, packed, sse, typed
+from batchrun.response import error_body, messages, packed, responses_object, sse, typed
 from batchrun.response import usage as usages
 from batchrun.response.finish_reasons import Meaning, meaning_of
 
@@ -34,7 +34,7 @@ Possessive: no tail of a server's makes it try again and again."""
 
 def read(stored: bytes, choices: int = 1) -> Answer:
     """What a body in its stored form says: a chat completion as JSON or as server-sent events, an error object, or
-    nothing usable. `choices`: how many were asked for. A stream without `[DONE]` is whole only when so many have ended.
+    nothing usable. `choices`: how many the request wants. A stream without `[DONE]` is whole only when all have ended.
     """
     return typed.read(stored) or read_carefully(stored, choices)
 
@@ -57,7 +57,7 @@ def read_carefully(stored: bytes, choices: int = 1) -> Answer:
 
 
 def _unwrapped(decoded: Any) -> Any:
-    """The completion inside a gateway's envelope that tells of no failure; else the value as it is."""
+    """The completion inside a gateway's envelope that reports no failure; else the value as it is."""
     if isinstance(decoded, list) and len(decoded) == 1:
         return decoded[0] if _is_completion(decoded[0]) else decoded
     if not isinstance(decoded, dict) or "choices" in decoded:
@@ -72,7 +72,9 @@ def _unwrapped(decoded: Any) -> Any:
 
 
 def _is_completion(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("choices"), list) and bool(value["choices"])
+    if not isinstance(value, dict):
+        return False
+    return bool(isinstance(value.get("choices"), list) and value["choices"]) or responses_object.is_response(value)
 
 
 def _unglued(body: bytes) -> Any:
@@ -121,6 +123,8 @@ def _without_surrogates(value: Any) -> Any:
 
 
 def _from_object(body: dict[str, Any], flagged: bool) -> Answer:
+    if responses_object.is_response(body):
+        body = responses_object.as_completion(body)
     choice = _first_choice(body)
     message = choice.get("message")
     failure = error_body.read(body)
@@ -155,7 +159,7 @@ def _from_object(body: dict[str, Any], flagged: bool) -> Answer:
 
 
 def _failed(answer: Answer, failure: error_body.Failure | None) -> Answer:
-    """The answer with the failure that its body tells of: it is no completion then, whatever else it says."""
+    """The answer with the failure that its body reports. It is then not a completion, whatever else it holds."""
     if failure is None:
         return answer
     return msgspec.structs.replace(
@@ -206,6 +210,8 @@ def _created(value: Any) -> int | None:
 def has_token(data: bytes) -> bool:
     """True when the event's data carries something of an answer, be it text, a call or reasoning: no mere role."""
     event, _ = decode(data)
+    if isinstance(event, dict) and str(event.get("type")).endswith(".delta"):
+        return bool(event.get("delta"))  # text, arguments or reasoning of the Responses API
     choices = event.get("choices") if isinstance(event, dict) else None
     deltas = (
         [messages.delta(choice) for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
@@ -217,9 +223,12 @@ _SPOKEN = ("content", "function_call", "tool_calls", "reasoning_content", "reaso
 """What servers call the parts of a delta (practice)."""
 
 
+_DONE = b"[DONE]"
+
+
 def is_done(data: bytes) -> bool:
     """True for the data of a stream's last event."""
-    return data == b"[DONE]" or data.strip() == b"[DONE]"
+    return data == _DONE or data.strip() == _DONE or responses_object.ends(data)
 
 
 def _from_events(pieces: Iterable[bytes], choices: int) -> Answer:
@@ -228,9 +237,11 @@ def _from_events(pieces: Iterable[bytes], choices: int) -> Answer:
     """
     spelled = _Spelled()
     for event in sse.events(pieces):
-        if is_done(event.data):
+        done = event.data.strip() == _DONE
+        if not done:
+            spelled.take(event)
+        if done or spelled.ended:
             return spelled.answer(done=True, choices=choices)
-        spelled.take(event)
     return spelled.answer(done=False, choices=choices)
 
 
@@ -248,6 +259,7 @@ class _Spelled:
         self._finish_reasons: dict[int, str] = {}
         self._usages: dict[int, dict[str, Any]] = {}
         self._flagged = self._broken = False
+        self.ended = False  # by the last event of the Responses API
 
     def take(self, event: sse.Event) -> None:
         decoded, lenient = decode(event.data)
@@ -256,9 +268,11 @@ class _Spelled:
         if not isinstance(decoded, dict):
             if event.whole:  # else it was cut, which is no oddity of its own
                 self._flagged |= lenient
-                self._broken |= event.data.lstrip().startswith(b"{")  # a piece of the answer that nobody can read
+                self._broken |= event.data.lstrip().startswith(b"{")  # a piece of the answer that can't be read
             return
         self._flagged |= lenient
+        if str(decoded.get("type")).startswith("response."):
+            decoded = self._as_chunk(decoded)
         for name in _LAST_COUNTS:
             if (value := decoded.get(name)) is not None:
                 self._last[name] = value
@@ -272,6 +286,15 @@ class _Spelled:
         for choice in choices if isinstance(choices, list) else ():
             if isinstance(choice, dict):
                 self._take_choice(choice)
+
+    def _as_chunk(self, event: dict[str, Any]) -> dict[str, Any]:
+        """An event of the Responses API as a chunk. The last event holds the whole message: it replaces the deltas."""
+        self.ended = event["type"] in responses_object.ENDS
+        chunk = responses_object.as_chunk(event)
+        message = chunk.get("choices", [{}])[0].get("message")
+        if message is not None and any(message.get(name) for name in _SPOKEN):
+            self._messages.pop(0, None)
+        return chunk
 
     def _take_choice(self, choice: dict[str, Any]) -> None:
         index = messages.index(choice, 0)

@@ -1,4 +1,4 @@
-"""A body's Content-Encoding (RFC 9110, section 8.4): gzip and deflate are asked for and unpacked, in bounded memory.
+"""A body's Content-Encoding (RFC 9110, section 8.4): gzip and deflate are requested and unpacked, in bounded memory.
 
 The transport does this itself because its library reads no status from an answer whose encoding it can't unpack: such
 an answer would look like none.
@@ -26,7 +26,7 @@ class EncodingError(Exception):
 
 
 class Unpacker:
-    """Unpacks one body as it arrives. Its first bytes have the last word: a plain answer may be labelled as packed."""
+    """Unpacks one body as it arrives. Its first bytes decide: a plain answer may be labelled as packed."""
 
     def __init__(self, encoding: str) -> None:
         """`encoding` is the header's value: names in the order in which they were applied."""
@@ -39,7 +39,7 @@ class Unpacker:
         """What the piece holds; no more than `at_most` bytes of it, the rest is dropped.
 
         Raises:
-            EncodingError: it is not in that encoding, or in one that was not asked for.
+            EncodingError: it is not in that encoding, or in one that was not requested.
         """
         if self._layers is None:
             if not piece.strip() and "deflate" not in self._names:
@@ -56,7 +56,7 @@ class Unpacker:
         if not self._names:
             return [_Layer("gzip")] if is_gzip(first) else []
         if any(name not in _WINDOWS for name in self._names):
-            raise EncodingError(f"the answer's encoding was not asked for: {self._label[:100]}")
+            raise EncodingError(f"the answer has an encoding that was not requested: {self._label[:100]}")
         return [_Layer(name) for name in reversed(self._names)]
 
 

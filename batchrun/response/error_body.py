@@ -33,7 +33,7 @@ _ECHOES = frozenset(
         *("choices", "usage", "id", "model", "object", "request_id"),
     }
 )
-"""Fields that repeat the question or hold an answer: what a row or a model says is no word of the server's."""
+"""Fields that repeat the question or hold an answer: a row's or a model's text is not a statement of the server's."""
 
 _FINE = frozenset({"0", "200", "ok", "success", "succeeded"})
 """Codes with which an envelope says that nothing is wrong."""
@@ -67,7 +67,7 @@ class Failure(msgspec.Struct, frozen=True):
 
 
 def read(body: Any) -> Failure | None:
-    """The failure that a decoded body tells of; None where it tells of none.
+    """The failure that a decoded body reports; None if it reports none.
 
     Beside `choices` only `error` counts: an answer may have a `status` or a `message` of its own.
     """
@@ -98,7 +98,7 @@ def _of_error(error: Any, body: Mapping[str, Any]) -> Failure:
 
 
 def _inside(said: Mapping[str, Any], depth: int) -> Failure | None:
-    """The failure that an object tells of, itself or one inside it."""
+    """The failure that an object or one inside it reports."""
     if depth > MAX_DEPTH:
         return None
     code = _code(said)

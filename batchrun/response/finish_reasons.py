@@ -1,4 +1,4 @@
-"""What a finish_reason means, whoever's word it is. PURE: one table, and for words that it does not have their parts.
+"""What a finish_reason means, in any vendor's words. PURE: one table; unknown words are judged by their parts.
 
 The API has four (docs/api.md, "Response"). The others are what vendors and servers send in the same place; docs/api.md,
 "Finish reasons", has their sources. Upper case, hyphens and prefixes such as `FINISH_REASON_` make no difference.
@@ -27,7 +27,7 @@ class Meaning(StrEnum):
     FAILURE = "failure"
     """The server broke off, or the model's output was unusable: what there is of it is no answer."""
     OTHER = "other"
-    """A word that this table does not have, or none."""
+    """Unknown, or missing."""
 
 
 UNSAID = frozenset({None, "", "null", "none", "None"})
@@ -69,7 +69,7 @@ _NAMES: Mapping[Meaning, str] = {
 _MEANINGS: Mapping[str, Meaning] = {name: meaning for meaning, names in _NAMES.items() for name in names.split()}
 
 MAX_CHARS = 200
-"""A longer text is no word."""
+"""A longer text is not a reason."""
 
 _PREFIX = re.compile(r"^(?:finish_reason|stop_reason|finish|reason|response)_(?=.)")
 _COMPOUND = re.compile(r"[a-z_]+: [A-Z_]+")

@@ -87,7 +87,7 @@ class Message:
                 self._add_tool_call(number, piece)
 
     def _add_tool_call(self, number: int, piece: dict[str, Any]) -> None:
-        """Most servers number their calls; some give each the same number and tell them apart by id alone."""
+        """Most servers number their calls; some give each the same number and distinguish them by id alone."""
         calls = self._tool_calls.setdefault(number, [])
         if not calls or calls[-1].is_another(piece):
             calls.append(_ToolCall())
@@ -98,7 +98,7 @@ class Message:
             "content": "".join(self._contents) if self._contents else None,
             "refusal": "".join(self._refusals),
         }
-        if self._call.begun:
+        if self._call.started:
             message["function_call"] = self._call.whole("arguments")
         if self._tool_calls:
             message["tool_calls"] = [call.whole() for _, calls in sorted(self._tool_calls.items()) for call in calls]
@@ -109,12 +109,12 @@ class _Called:
     """What is called, as a stream's deltas spell it: a name, and the pieces of what is passed."""
 
     def __init__(self) -> None:
-        self.begun = False
+        self.started = False
         self.name = ""
         self._passed: list[str] = []
 
     def add(self, piece: dict[str, Any]) -> None:
-        self.begun = True
+        self.started = True
         name = text(piece.get("name")) or ""
         if name != self.name:  # some servers repeat it in every piece
             self.name += name
@@ -132,10 +132,10 @@ _PASSED_AS = {"function": "arguments", "custom": "input"}
 
 
 class _ToolCall:
-    """One call of a tool as a stream's deltas spell it: what is told once, and the pieces of what is passed."""
+    """One call of a tool as a stream's deltas spell it: what is sent once, and the pieces of its arguments."""
 
     def __init__(self) -> None:
-        self._told: dict[str, Any] = {}
+        self._once: dict[str, Any] = {}
         self._called: dict[str, _Called] = {}
 
     def is_another(self, piece: dict[str, Any]) -> bool:
@@ -143,16 +143,16 @@ class _ToolCall:
         servers were seen that draw one for each piece.
         """
         named = any(isinstance(part := piece.get(kind), dict) and part.get("name") for kind in _PASSED_AS)
-        ids = piece.get("id"), self._told.get("id")
+        ids = piece.get("id"), self._once.get("id")
         return named and None not in ids and ids[0] != ids[1]
 
     def add(self, piece: dict[str, Any]) -> None:
         for name, value in piece.items():
             if value not in (None, "") and name != "index":
-                self._told.setdefault(name, value)  # the first id that it was given counts
+                self._once.setdefault(name, value)  # the first id that it was given counts
         for kind in _PASSED_AS:
             if isinstance(part := piece.get(kind), dict):
                 self._called.setdefault(kind, _Called()).add(part)
 
     def whole(self) -> dict[str, Any]:
-        return self._told | {kind: called.whole(_PASSED_AS[kind]) for kind, called in self._called.items()}
+        return self._once | {kind: called.whole(_PASSED_AS[kind]) for kind, called in self._called.items()}

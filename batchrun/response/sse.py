@@ -46,7 +46,7 @@ class Decoder:
         return self._events(self._lines(piece))
 
     def close(self) -> list[Event]:
-        """The event that was begun when the stream ended, not `whole`; the specification would drop it."""
+        """The event that was incomplete when the stream ended, not `whole`; the specification would drop it."""
         last = b"".join(self._partial)
         events = self._events([last]) if last else []
         if self._data:
@@ -55,7 +55,7 @@ class Decoder:
         return events
 
     def _lines(self, piece: bytes) -> list[bytes]:
-        """The lines that `piece` completes, without their ends; what is begun waits for the next piece."""
+        """The lines that `piece` completes, without their ends; an incomplete line waits for the next piece."""
         if b"\n" not in piece and b"\r" not in piece:
             self._partial.append(piece)
             return []

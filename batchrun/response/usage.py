@@ -169,9 +169,9 @@ def in_choice(choice: Any) -> dict[str, Any] | None:
     return usage if isinstance(usage, dict) else None
 
 
-def of_choices(told: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+def of_choices(stated: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
     """One usage of all choices' (Moonshot): the prompt is read once, each completion is written."""
-    usages = list(told)
+    usages = list(stated)
     if len(usages) < 2:
         return usages[0] if usages else None
     prompt = max(_first(usage, _PROMPT) or 0 for usage in usages)

@@ -53,11 +53,11 @@ def _head(envelope: Envelope, kind: str) -> dict[str, Any]:
 def _message(choice: Choice) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": choice.content}
     if choice.tool_call:
-        return message | {"tool_calls": [_tool_call(choice.tool_call, choice.tool_call.arguments)]}
+        return message | {"tool_calls": [call_object(choice.tool_call, choice.tool_call.arguments)]}
     return message | {"function_call": choice.function_call} if choice.function_call else message
 
 
-def _tool_call(call: FunctionCall, arguments: str) -> dict[str, Any]:
+def call_object(call: FunctionCall, arguments: str) -> dict[str, Any]:
     """The call as the wire has it; its id is a function of what it says, so the same answer has the same."""
     identity = blake2b(f"{call.name} {call.arguments}".encode(), digest_size=9).hexdigest()
     return {"id": f"call_{identity}", "type": "function", "function": {"name": call.name, "arguments": arguments}}
@@ -66,21 +66,22 @@ def _tool_call(call: FunctionCall, arguments: str) -> dict[str, Any]:
 def _deltas(choice: Choice) -> Iterator[tuple[dict[str, Any], str | None]]:
     call = choice.function_call
     if (tool_call := choice.tool_call) is not None:
-        named_tool = {"index": 0, **_tool_call(tool_call, "")}
+        named_tool = {"index": 0, **call_object(tool_call, "")}
         yield {"role": "assistant", "content": None, "tool_calls": [named_tool]}, None
-        for piece in _pieces(tool_call.arguments):
+        for piece in pieces(tool_call.arguments):
             yield {"tool_calls": [{"index": 0, "function": {"arguments": piece}}]}, None
     elif call is None:
         yield {"role": "assistant", "content": ""}, None
-        yield from (({"content": piece}, None) for piece in _pieces(choice.content or ""))
+        yield from (({"content": piece}, None) for piece in pieces(choice.content or ""))
     else:
         named = {"name": call.name, "arguments": ""}
         yield {"role": "assistant", "content": None, "function_call": named}, None
-        yield from (({"function_call": {"arguments": piece}}, None) for piece in _pieces(call.arguments))
+        yield from (({"function_call": {"arguments": piece}}, None) for piece in pieces(call.arguments))
     yield {}, choice.finish_reason
 
 
-def _pieces(text: str) -> Iterator[str]:
+def pieces(text: str) -> Iterator[str]:
+    """A text as the deltas of a stream carry it."""
     return (text[start : start + _DELTA_CHARACTERS] for start in range(0, len(text), _DELTA_CHARACTERS))
 
 

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import msgspec
 from aiohttp import web
 
-from batchrun.simulator import trouble
+from batchrun.simulator import responses, trouble
 from batchrun.simulator.answers import Answer, Usage, answer_to, latency_s, spoiled
 from batchrun.simulator.config import SimulatorConfig
 from batchrun.simulator.faults import SPOILING, Fault, FaultBook
@@ -22,6 +22,7 @@ from batchrun.simulator.render import DELTA_TOKENS, Envelope, completion, events
 from batchrun.simulator.validate import Question, parse_body, parse_question
 
 DEFAULT_MODEL = "vtrix-gpt-5.3-codex"
+_RESPONSES = "/responses"
 _MAX_BODY_BYTES = 64_000_000  # some images as data URLs; beyond it 413
 
 
@@ -66,7 +67,7 @@ class Simulator:
 
     async def _route(self, http: web.BaseRequest) -> web.StreamResponse:
         """A completion, the list of models, the ledger's totals, or a 404 that says what there is."""
-        if http.path.endswith("/chat/completions"):
+        if http.path.endswith(("/chat/completions", _RESPONSES)):
             if http.method == "POST":
                 return await self._exchange(http)
             await http.content.read()
@@ -76,7 +77,8 @@ class Simulator:
         if http.method == "GET" and http.path == "/v1/models":
             return trouble.answer(200, self._models(), "application/json", ())
         await http.content.read()
-        message = f"{http.method} {http.path} is not served: POST /v1/chat/completions, GET /v1/models, GET /ledger"
+        served = "POST /v1/chat/completions, POST /v1/responses, GET /v1/models, GET /ledger"
+        message = f"{http.method} {http.path} is not served: {served}"
         return _refuse(Refused(404, message, code="not_found"))
 
     async def _exchange(self, http: web.BaseRequest) -> web.StreamResponse:
@@ -87,6 +89,8 @@ class Simulator:
             body = await _read(http)
             self._check_headers(http)
             fields = parse_body(body)
+            if http.path.endswith(_RESPONSES):
+                fields = responses.as_chat(fields)
             question = parse_question(fields)
             reply = self._admitted_answer(question)
         except Refused as refused:
@@ -106,7 +110,7 @@ class Simulator:
         self._record_outcome(http, turn, question, reply.usage, fault)
         if fault is not None and not spoiled:
             return await trouble.replace(http, fault, self._headers(turn))
-        delivery = self._delivery(turn, question, reply, fault)
+        delivery = self._delivery(turn, question, reply, fault, as_response=http.path.endswith(_RESPONSES))
         if fault is not None:
             return await trouble.spoil(http, fault, delivery, self._headers(turn))
         return await trouble.deliver(http, delivery, self._headers(turn))
@@ -160,12 +164,14 @@ class Simulator:
         self._limits.admit(tokens, time.monotonic())
         return reply
 
-    def _delivery(self, turn: _Turn, question: Question, reply: Answer, fault: Fault | None) -> trouble.Delivery:
+    def _delivery(
+        self, turn: _Turn, question: Question, reply: Answer, fault: Fault | None, *, as_response: bool
+    ) -> trouble.Delivery:
         request = question.request
         kind = None if fault is None else fault.kind
         asked_for_usage = not request.stream or request.stream_options.include_usage
         envelope = Envelope(
-            id=f"chatcmpl-{question.digest.hex()[:16]}-{turn.ordinal}",
+            id=f"{'resp_' if as_response else 'chatcmpl-'}{question.digest.hex()[:16]}-{turn.ordinal}",
             created=int(time.time()),
             model=f"{request.model}-other" if kind == "wrong_model" else request.model,
             with_usage=asked_for_usage and kind != "no_usage" and not self._config.omit_usage,
@@ -173,10 +179,12 @@ class Simulator:
         if kind == "invalid_json" or kind == "unfit_json":
             reply = spoiled(reply, kind)
         if not request.stream:
-            return trouble.Delivery("application/json", (completion(reply, envelope),))
+            whole = responses.response(reply, envelope) if as_response else completion(reply, envelope)
+            return trouble.Delivery("application/json", (whole,))
         pace = self._config.tokens_per_second
         pause_s = DELTA_TOKENS / pace if pace else 0.0
-        return trouble.Delivery("text/event-stream", events(reply, envelope), streamed=True, pause_s=pause_s)
+        stream = responses.events(reply, envelope) if as_response else events(reply, envelope)
+        return trouble.Delivery("text/event-stream", stream, streamed=True, pause_s=pause_s)
 
     def _record_outcome(
         self, http: web.BaseRequest, turn: _Turn, question: Question, usage: Usage, fault: Fault | None

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from batchrun import durable
 from batchrun.errors import InputError
 from batchrun.job.job import Job
-from batchrun.report.summary import plural
+from batchrun.report.wording import plural
 from batchrun.startup.answer_match import Spread, buckets_of
 from batchrun.startup.earlier_results import EarlierResult, find, sources
 from batchrun.store import origins

@@ -15,7 +15,9 @@ from batchrun.limits.admission import Limit
 from batchrun.limits.capacity import Size
 from batchrun.prices import PriceTable
 from batchrun.records import Estimate, Summary, Usage
-from batchrun.report.summary import failures, headline_usd, plural
+from batchrun.report.cost_lines import headline_usd
+from batchrun.report.summary import failures
+from batchrun.report.wording import plural
 from batchrun.startup.input_check import Survey
 from batchrun.startup.previous_run import Means
 from batchrun.startup.previous_run import of as means_of

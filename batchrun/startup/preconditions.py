@@ -7,7 +7,7 @@ from batchrun import prices
 from batchrun.errors import InputError, JobError
 from batchrun.job.job import Job
 from batchrun.prices import PriceTable
-from batchrun.report.summary import plural
+from batchrun.report.wording import plural
 from batchrun.source import Source, TableSource
 from batchrun.startup.input_check import Survey
 from batchrun.tables.rows import output_schema

@@ -16,6 +16,7 @@ from batchrun.limits import capacity
 from batchrun.prices import PriceTable
 from batchrun.records import Summary
 from batchrun.report import summary as summaries
+from batchrun.report.cost_lines import prices_in_words
 from batchrun.store import rundir
 from batchrun.store.rundir import RunDirectory
 
@@ -74,7 +75,7 @@ def of(summary: Summary, whose: str) -> Means | None:
 
 def _in_words(tables: Mapping[str, PriceTable | None]) -> str:
     """The prices as a summary has them."""
-    return "; ".join(summaries.prices_in_words(tables))
+    return "; ".join(prices_in_words(tables))
 
 
 def _undated(price: str) -> str:

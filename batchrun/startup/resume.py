@@ -18,7 +18,8 @@ from batchrun.errors import ANOTHER, CheckpointError, JobError
 from batchrun.job.job import Job
 from batchrun.limits import daily
 from batchrun.prices import PriceTable
-from batchrun.report.summary import are, plural, scaled
+from batchrun.report.cost_lines import scaled
+from batchrun.report.wording import are, plural
 from batchrun.source import FileIdentity, Source, changed, digest, fingerprint, open_source
 from batchrun.startup import carry, changes, input_pass, preconditions, previous_run, stdin_copy
 from batchrun.startup.answer_match import NONE, Questions

@@ -51,7 +51,7 @@ class Peer:
         self.keep_alive = KeepAlive()
 
     async def takes_another(self, link: Link) -> bool:
-        """Whether a request may go on a connection that has carried one before."""
+        """Whether a request may use a connection that has carried one before."""
         if link.is_over():
             return False
         return self.keep_alive.proven or await self._on_trial(link)
@@ -82,7 +82,7 @@ class Connector(aiohttp.TCPConnector):
     def __init__(self, peer: Peer, *, ssl_context: ssl.SSLContext, tls: bool, force_close: bool = False) -> None:
         super().__init__(
             ssl=ssl_context,
-            limit=0,  # the gate is the limit; a second one would queue where nobody counts
+            limit=0,  # the gate is the limit; a second one would queue uncounted
             force_close=force_close,
             keepalive_timeout=None if force_close else KEEPALIVE_S,
             socket_factory=open_socket,

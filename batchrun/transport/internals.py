@@ -8,7 +8,7 @@ Not in aiohttp's reference, and so free to change with any version:
 - `ResponseHandler.read` waits for the next head; `should_close` is true once the connection can't carry another.
 - `StreamReader._buffer` holds what came of a body before its connection broke.
 
-The request that tells the connector where to go, and whose headers every request has, is what a client middleware is
+The request that gives the connector its target, and whose headers every request has, is what a client middleware is
 given: that much is documented.
 """
 
@@ -43,7 +43,7 @@ async def request_of(session: aiohttp.ClientSession, url: str) -> ClientRequest:
     """A request as the session would send it, without a body.
 
     Raises:
-        aiohttp.InvalidURL: the URL is none that can be sent to.
+        aiohttp.InvalidURL: the URL can't be sent to.
     """
 
     async def capture(request: ClientRequest, _: object) -> NoReturn:

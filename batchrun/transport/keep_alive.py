@@ -35,7 +35,7 @@ class Loss(msgspec.Struct, frozen=True):
 
     `idle_s` is how long the connection was unused before; None: this was its first request. `ended_after_s` counts from
     the write. `round_trip_s` is infinite while none was measured. `heard_bytes` is what had come since the write; None
-    where nobody counted. `unsent`: a part of the request has certainly not left this process.
+    where bytes were not counted. `unsent`: a part of the request has certainly not left this process.
     """
 
     idle_s: float | None
@@ -57,7 +57,7 @@ def kind_of(loss: Loss) -> str:
 
 
 class KeepAlive:
-    """What a server has shown of keeping connections open. Connections are told apart by identity alone."""
+    """What a server has shown of keeping connections open. Connections are distinguished by identity alone."""
 
     def __init__(self) -> None:
         self.proven = False

@@ -141,7 +141,7 @@ def _write(link: Link, request: bytes, exchange: Exchange) -> None:
 async def _head_of_answer(link: Link, exchange: Exchange) -> aiohttp.StreamReader:
     """The answer's status and headers are in the exchange; its body comes from what is returned.
 
-    Interim answers (100 Continue, 103 Early Hints) are passed over, whether or not they were asked for (RFC 9110,
+    Interim answers (100 Continue, 103 Early Hints) are passed over, requested or not (RFC 9110,
     section 15.2); 101 would be the last thing that is HTTP on this connection.
     """
     message, content = await link.protocol.read()

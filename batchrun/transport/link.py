@@ -61,7 +61,7 @@ class Link:
     def is_over(self) -> bool:
         """True where the connection can't carry another request.
 
-        It was closed, or the server has sent what nobody asked for, or one of these lies in the kernel and the event
+        It was closed, or the server has sent something unrequested, or one of these lies in the kernel and the event
         loop has not come to see it yet: nothing is due on an idle connection. Then nothing was sent, and nothing
         depends on time.
         """

@@ -69,7 +69,7 @@ class Pool:
             self._idle.append(link)
 
     def put_aside(self, link: Link, content: aiohttp.StreamReader) -> None:
-        """The rest of the answer interests nobody: the link is used again if its end comes before the next sweep."""
+        """The rest of the answer is not needed: the link is used again if its end comes before the next sweep."""
         while len(self._tails) >= self._peer.most_tails and self._tails:
             self._cut(next(iter(self._tails)))
         if not self._peer.most_tails:

@@ -28,7 +28,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             assert ended.exit_code == 0, ended.stderr
             if more:
                 assert "cost         unknown\n" in ended.stdout
-                assert "no known price for 10 attempts, which no sum holds" in ended.stdout
+                assert "no known price for 10 attempts: not included in any sum" in ended.stdout
     return folder
 
 
@@ -38,7 +38,7 @@ def test_unknown_price_is_null_in_every_row(runs: Path) -> None:
     assert "cost    unknown; no known price for 10 attempts" in batchrun("status", runs / "unknown").stdout
     table = batchrun("report", runs / "unknown", "--columns", "cost_usd,wasted_usd").stdout.splitlines()
     assert [line.split()[-2] for line in table[1:3]] == ["unknown", "unknown"]
-    assert table[3] == "no known price for 10 attempts of mystery-model: not in cost_usd"
+    assert table[3] == "no known price for 10 attempts of mystery-model: not included in cost_usd"
     bill = json.loads(batchrun("report", runs / "unknown", "--format", "json").stdout)
     assert (bill["lines"][0]["cost_usd"], bill["total"]["cost_usd"], bill["total"]["unpriced"]) == (None, None, 10)
     (line,) = csv.DictReader(io.StringIO(batchrun("report", runs / "unknown", "--format", "csv").stdout))
@@ -90,5 +90,5 @@ def test_unpriced_answers_are_not_summed_as_zero(tmp_path: Path) -> None:
         batchrun("run", job, "-o", tmp_path / "out", "--set", "request.model=mystery-model")
     assert read_summary(tmp_path / "out")["possibly_billed_count"]
     report = batchrun("report", tmp_path / "out").stdout
-    assert "without a known end, at a price that is not known" in report
+    assert "may have been billed, at an unknown price" in report
     assert "$0.000000" not in report

@@ -1,5 +1,6 @@
 """The documentation matches the code: these tests read its tables, examples and citations back."""
 
+import os
 import re
 import subprocess
 import sys
@@ -371,6 +372,27 @@ def test_every_option_is_listed_in_order() -> None:
     assert [bare(name) for name, *_ in rows("docs/library.md", "option", "type")] == list(
         batchrun.Options.__annotations__
     )
+
+
+def test_the_readmes_transcripts_are_what_the_commands_print(tmp_path: Path) -> None:
+    """Every command of the README runs in order, as a stranger types them; dates and speeds are masked."""
+    for name in ("jobs", "sample_inputs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    shell = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "LC_ALL": "C.UTF-8"}
+    for block in re.findall(r"^```console\n([\s\S]*?)^```", text_of("README.md"), re.MULTILINE):
+        for command, shown in re.findall(r"^\$ (.+)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE):
+            if command.startswith(("make ", "source ")):
+                continue
+            ended = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=tmp_path, env=shell)
+            assert ended.returncode == 0, ended.stderr
+            if shown:
+                printed = (ended.stderr + ended.stdout).splitlines()
+                assert [_masked(line) for line in printed] == [_masked(line) for line in shown.splitlines()]
+
+
+def _masked(line: str) -> str:
+    line = re.sub(r"\d{4}-\d\d-\d\d", "DATE", line)
+    return re.sub(r"[\d,.]+ tokens in [\d.]+ s", "TOKENS in TIME", line)
 
 
 def test_the_readmes_programs_run(tmp_path: Path) -> None:

@@ -296,7 +296,9 @@ def test_run_wide_trouble_stops_and_fails_nothing(tmp_path: Path, fault: Fault, 
         ended = batchrun("run", job, "-o", tmp_path / "out")
         assert ended.exit_code == exit_code, ended.stderr
         assert str(fault.message) in ended.stdout
-        assert ("\ncheck        the key: endpoint.api_key_env names " in ended.stdout) == (fault.status == 401)
+        assert ("\nfix          endpoint.api_key_env: the server rejects the key in $" in ended.stdout) == (
+            fault.status == 401
+        )
         assert len(simulator.ledger()) <= 200 + 64
     summary = read_summary(tmp_path / "out")
     assert summary["by_status"].get("error", 0) == 0

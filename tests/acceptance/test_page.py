@@ -149,7 +149,7 @@ def test_the_tables_have_the_bills_figures(runs: Path, elements: Elements) -> No
     assert sum(int(step[1]) for step in steps) == NIGHTS * 80 + 1
     _, failure = elements.tables["Failures by kind"]
     assert failure[:2] == ["error, quota", str(NIGHTS * 4)]
-    _, *dearest = elements.tables["The dearest rows"]
+    _, *dearest = elements.tables["The most expensive rows"]
     costs = [float(line[4]) for line in dearest]
     assert len(costs) == 10
     assert all(one >= other for one, other in pairwise(costs))
@@ -222,7 +222,7 @@ def test_a_missing_chart_package_is_named(runs: Path, tmp_path: Path) -> None:
         ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert ended.returncode == 2
         assert ended.stderr.startswith("Error: ")
-        assert ended.stderr.endswith("needs a package more: pip install 'batchrun[report]'\n")
+        assert ended.stderr.endswith("needs another package: pip install 'batchrun[report]'\n")
 
 
 def test_a_period_without_runs_has_no_charts(runs: Path, tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_the_page_excludes_runs_outside_its_period(runs: Path, tmp_path: Path) -
     target = tmp_path / "one.html"
     assert batchrun("report", runs, "--until", "2026-11-01", "--by", "night", "-o", target).exit_code == 0
     elements = Elements(target.read_text("utf-8"))
-    assert [line[1] for line in elements.tables["The dearest rows"][1:]] == ["2026-11-01"] * 10
+    assert [line[1] for line in elements.tables["The most expensive rows"][1:]] == ["2026-11-01"] * 10
     assert elements.tables["Failures by kind"][1][:2] == ["error, quota", "4"]
 
 
@@ -266,7 +266,7 @@ def test_a_damaged_result_costs_its_rows_only(runs: Path, tmp_path: Path) -> Non
     assert (ended.exit_code, ended.stderr) == (0, "")
     tables = Elements(target.read_text("utf-8")).tables
     assert [line[1] for line in tables["Failures by kind"][1:]] == ["12"]  # 4 in each of the other three nights
-    assert {line[1] for line in tables["The dearest rows"][1:]} == {"2026-11-03", "2026-11-02", "2026-11-01"}
+    assert {line[1] for line in tables["The most expensive rows"][1:]} == {"2026-11-03", "2026-11-02", "2026-11-01"}
     by_day = ("report", place.parent, "--by", "night,day", "--tz", "America/Noronha", "--format", "json")
     ended = batchrun(*by_day)
     assert (ended.exit_code, ended.stderr) == (0, "")

@@ -172,7 +172,7 @@ def test_a_forked_copy_is_reported_as_uncounted(tmp_path: Path) -> None:
         assert bill.total.cost_usd == 3
         (left_out,) = bill.left_out
         assert left_out.path == str(other)
-        assert left_out.why.endswith("but resumed by itself: at least $0.250000 of it is in no figure")
+        assert left_out.why.endswith("but resumed separately: no figure includes at least $0.250000 of it")
 
 
 @pytest.mark.parametrize("ending", [".pdf", ".parq", ".jsonl", ""])
@@ -180,7 +180,7 @@ def test_an_unknown_suffix_is_refused_before_reading(tmp_path: Path, ending: str
     ended = batchrun("report", tmp_path / "nowhere", "-o", target := tmp_path / f"bill{ending}")
     known = ".txt, .md, .csv, .json, .parquet, .xlsx, .html"
     assert (ended.exit_code, ended.stdout) == (2, "")
-    assert ended.stderr == (f"Error: -o {target}: its ending says no format; known are {known}, or give --format\n")
+    assert ended.stderr == (f"Error: -o {target}: unknown suffix; expected one of {known}, or --format\n")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -192,7 +192,7 @@ def test_a_bill_never_overwrites_its_sources(tmp_path: Path) -> None:
     for target in ("summary.json", "completions.parquet", "usage.parquet"):
         ended = batchrun("report", run, "-o", run / target)
         assert ended.exit_code == 2
-        assert ended.stderr == f"Error: -o {run / target}: is a file that the bill is made from; name another\n"
+        assert ended.stderr == f"Error: -o {run / target}: the bill is made from this file; name another\n"
     assert (run / "completions.parquet").stat().st_size == 0
     assert batchrun("report", run, "-o", run / "bill.csv").exit_code == 0
     for wrong in (("--format", "json", "-o", tmp_path / "b.csv"), ("--format", "parquet"), ("--by", "job,job")):
@@ -259,7 +259,7 @@ def test_an_unreadable_run_is_never_left_out(tmp_path: Path, damage: str) -> Non
         assert why in ended.stderr
         assert ended.stderr.count("\n") == 1
     (run / "summary.json").unlink()
-    assert f"{run}/summary.json is gone" in batchrun("report", tmp_path).stderr
+    assert f"{run}/summary.json is missing" in batchrun("report", tmp_path).stderr
     (run / "salvaged.parquet").touch()
     bill = report.collect([tmp_path], ("job",))
     assert (bill.runs, [each.path for each in bill.left_out]) == (1, [str(run)])

@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchrun.errors import JobError
-from batchrun.report import look, run_rows
-from batchrun.report.where import Where
+from batchrun.report import row_view, run_rows
+from batchrun.report.row_filter import RowFilter
 from batchrun.simulator import SimulatorConfig, parse_faults
 from batchrun.store.rundir import RunDirectory
 from tests.cli_process import batchrun, write_job, write_rows
@@ -52,11 +52,11 @@ def test_where_is_the_filter_that_it_reads_like(run: Path, where: str, holds: ob
     expected = [row["row"] for row in rows if holds(row)]
     assert 0 < len(expected) < 60
     for place in (run, run.parent / "prefixed"):
-        result = look.result_at(RunDirectory(place))
-        found = [row["row"] for row in look.rows(result, look.Look(where=where, most=0))]
+        result = row_view.result_at(RunDirectory(place))
+        found = [row["row"] for row in row_view.rows(result, row_view.Selection(where=where, most=0))]
         if place == run:
             assert found == expected
-        assert "raw" not in next(look.rows(result, look.Look()))
+        assert "raw" not in next(row_view.rows(result, row_view.Selection()))
 
 
 @pytest.mark.parametrize(
@@ -68,9 +68,9 @@ def test_where_is_the_filter_that_it_reads_like(run: Path, where: str, holds: ob
     ],
 )
 def test_an_invalid_filter_is_one_error_line(run: Path, where: str) -> None:
-    result = look.result_at(RunDirectory(run))
+    result = row_view.result_at(RunDirectory(run))
     with pytest.raises(JobError, match=r"^--where") as refused:
-        Where(where, result.schema)
+        RowFilter(where, result.schema)
     assert "\n" not in str(refused.value)
 
 
@@ -90,7 +90,7 @@ def test_rows_are_shown_with_question_answer_and_reason(run: Path) -> None:
         assert (rows[number]["content"] or rows[number]["error"]["kind"]).split("\n")[0] in block
     failed = next(row for row in rows if row["status"] == "filtered")
     assert failed["error"]["message"].split("\n")[0] in batchrun("show", run, "--status", "filtered", "-n", "1").stdout
-    assert batchrun("show", run, "--status", "nothing").stdout == "no such row\n"
+    assert batchrun("show", run, "--status", "nothing").stdout == "no row matches\n"
 
 
 def test_json_output_has_every_column_and_row(run: Path) -> None:
@@ -120,7 +120,7 @@ def test_model_text_cannot_steer_the_terminal(run: Path, tmp_path: Path) -> None
 def test_where_reads_the_fields_of_typed_answers(tmp_path: Path) -> None:
     labels = ("good", "bad", "mixed")
     rows = [row(n, parsed={"label": labels[n % 3], "score": n / 2, "note": None}) for n in range(90)]
-    result = look.result_at(RunDirectory(write_result(tmp_path / "run", rows, typed=True)))
+    result = row_view.result_at(RunDirectory(write_result(tmp_path / "run", rows, typed=True)))
     for where, count in (
         ("parsed.label == 'bad'", 30),
         ("parsed.label in ['good', 'mixed'] and parsed.score < 15", 20),
@@ -131,7 +131,7 @@ def test_where_reads_the_fields_of_typed_answers(tmp_path: Path) -> None:
         ("cost_usd in [0.001]", 90),
         ("cost_usd > 0.0010000000000000000001", 0),
     ):
-        assert len(list(look.rows(result, look.Look(where=where, most=0)))) == count, where
+        assert len(list(row_view.rows(result, row_view.Selection(where=where, most=0)))) == count, where
 
 
 def test_files_rewritten_by_other_tools_read_alike(run: Path, tmp_path: Path) -> None:

@@ -17,9 +17,11 @@ from batchrun.dispatch.run_status import RunStatus
 from batchrun.limits.admission import Limit
 from batchrun.limits.forecast import Forecast
 from batchrun.records import Summary, TotalsLine
-from batchrun.report import again, nights, status
-from batchrun.report.at_rest import standing
-from batchrun.report.summary import Moment, age_in_words, in_words, pace
+from batchrun.report import resume_command, run_list, status
+from batchrun.report.closing import in_words, pace
+from batchrun.report.run_state import run_state
+from batchrun.report.summary import Moment
+from batchrun.report.wording import age_in_words
 from batchrun.simulator import SimulatorConfig
 from batchrun.store import rundir
 from batchrun.store.rundir import RunDirectory
@@ -66,7 +68,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
 def test_status_after_a_kill_reads_the_disk(runs: Runs) -> None:
     """Soon after a kill, `status` reports what is on disk and touches nothing."""
     before = snapshot(runs.killed)
-    found = standing(RunDirectory(runs.killed))
+    found = run_state(RunDirectory(runs.killed))
     assert found.died
     assert found.summary.rows - found.summary.pending >= 60
     assert sum(found.summary.by_status.values()) == found.summary.rows - found.summary.pending
@@ -74,14 +76,14 @@ def test_status_after_a_kill_reads_the_disk(runs: Runs) -> None:
     assert (ended.exit_code, ended.stderr) == (0, "")
     done = ROWS - found.summary.pending
     assert f"rows    {done} of {ROWS} done, {found.summary.pending} pending" in ended.stdout
-    assert "died; the same command resumes it" in ended.stdout
+    assert "died; run the same command again to resume" in ended.stdout
     assert snapshot(runs.killed) == before
 
 
 def test_status_after_a_kill_matches_the_resume(runs: Runs, tmp_path: Path) -> None:
     """What it reports is what the next start finds."""
     shutil.copytree(runs.killed, tmp_path / "run")
-    found = standing(RunDirectory(tmp_path / "run")).summary
+    found = run_state(RunDirectory(tmp_path / "run")).summary
     assert 1 <= found.possibly_billed_count <= 4
     ended = batchrun("run", runs.job, "-o", tmp_path / "run")
     assert ended.exit_code == 0
@@ -104,9 +106,9 @@ def test_status_reports_an_unreadable_disk(runs: Runs, tmp_path: Path, harm: str
         whole = directory.checkpoint.read_bytes()
         directory.checkpoint.write_bytes(bytes(4096) if harm == "garbage" else whole[:1000])
         directory.checkpoint.with_name("checkpoint.db-wal").unlink()
-    lines = list(status.lines(directory, standing(directory)))
-    assert any("this may be old" in line and "checkpoint.db" in line for line in lines), lines
-    assert standing(directory).died
+    lines = list(status.lines(directory, run_state(directory)))
+    assert any("this may be out of date" in line and "checkpoint.db" in line for line in lines), lines
+    assert run_state(directory).died
 
 
 # ── many runs ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -140,7 +142,7 @@ def test_status_json_is_complete_for_programs(runs: Runs) -> None:
     """It has every field, and the exit code serves a scheduler."""
     ended = batchrun("status", runs.folder / "runs", "--json", "--exit-code")
     killed, done = json.loads(ended.stdout)
-    assert tuple(killed) == tuple(done) == nights.Night.__struct_fields__
+    assert tuple(killed) == tuple(done) == run_list.ListedRun.__struct_fields__
     assert (killed["state"], killed["complete"], killed["working"]) == ("died", False, False)
     assert killed["done"] + killed["pending"] == killed["rows"] == ROWS
     assert Decimal(done["cost_usd"]) > 0
@@ -158,9 +160,9 @@ def test_status_ignores_foreign_files_names_damaged_runs(runs: Runs, tmp_path: P
     (folder / "report" / "summary.json").write_text('{"total": 3}')
     (folder / "night" / "parts" / "summary.json").write_text("{}")
     (folder / "latest").symlink_to("night")
-    assert [night.path for night in nights.collect([folder], NOW)] == [str(folder / "night")]
+    assert [night.path for night in run_list.collect([folder], NOW)] == [str(folder / "night")]
     (folder / "night" / "summary.json").write_text('{"run_id": 3')
-    (unreadable,) = nights.collect([folder], NOW)
+    (unreadable,) = run_list.collect([folder], NOW)
     assert (unreadable.state, unreadable.unfinished) == ("unreadable", True)
     assert batchrun("status", folder, "--exit-code").exit_code == 7
     for place in (tmp_path / "nowhere", folder / "report"):
@@ -172,7 +174,7 @@ def test_status_ignores_foreign_files_names_damaged_runs(runs: Runs, tmp_path: P
 def test_a_run_at_work_is_not_unfinished(runs: Runs, tmp_path: Path) -> None:
     shutil.copytree(runs.killed, tmp_path / "run")
     with RunDirectory(tmp_path / "run").lock():
-        (night,) = nights.collect([tmp_path / "run"], NOW)
+        (night,) = run_list.collect([tmp_path / "run"], NOW)
     assert (night.state, night.working, night.unfinished, night.next) == ("running", True, False, None)
 
 
@@ -191,7 +193,7 @@ def test_a_run_at_work_is_not_unfinished(runs: Runs, tmp_path: Path) -> None:
     ],
 )
 def test_the_resume_command_is_complete(options: dict[str, object], expected: str) -> None:
-    assert again.command({"job": Path("a.toml"), **options}) == expected
+    assert resume_command.command({"job": Path("a.toml"), **options}) == expected
 
 
 def test_the_command_in_the_summary_has_no_key(tmp_path: Path) -> None:
@@ -210,7 +212,7 @@ def test_an_age_uses_its_largest_unit(age_s: float, words: str) -> None:
     assert age_in_words(age_s) == words
 
 
-# ── earlier nights, at a start ────────────────────────────────────────────────────────────────────────────────────────
+# ── earlier runs, at a start ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_start_names_earlier_unfinished_runs(runs: Runs, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from batchrun.report import watching
+from batchrun.report import watch_screen
 from batchrun.simulator import SimulatorConfig
 from batchrun.terminal import harmless
 from tests.cli_process import batchrun, finish, start, wait_until, write_job, write_rows
@@ -24,20 +24,20 @@ HOSTILE = "\x1b[2J模型\r\n" * 30
 
 @pytest.mark.parametrize("columns", [1, 2, 10, 39, 80, 200])
 def test_no_frame_line_exceeds_the_terminal(columns: int) -> None:
-    told = watching.frame(summary(example_error=HOSTILE), [HOSTILE, "plain"], columns, 24, harmless)
-    lines = told.removeprefix(watching.HOME).removesuffix(watching.REST_OF_SCREEN).split("\r\n")
+    told = watch_screen.frame(summary(example_error=HOSTILE), [HOSTILE, "plain"], columns, 24, harmless)
+    lines = told.removeprefix(watch_screen.HOME).removesuffix(watch_screen.REST_OF_SCREEN).split("\r\n")
     assert lines.pop() == ""
     assert 0 < len(lines) < 24
     for line in lines:
-        assert line.endswith(watching.REST_OF_LINE)
-        text = line.removesuffix(watching.REST_OF_LINE)
+        assert line.endswith(watch_screen.REST_OF_LINE)
+        text = line.removesuffix(watch_screen.REST_OF_LINE)
         assert text.isprintable()
         assert sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text) < max(columns, 2)
 
 
 def drawn(frame: str) -> list[str]:
     """The lines of a frame, without what the command says behind the last one."""
-    return frame.partition(watching.REST_OF_SCREEN)[0].split("\r\n")
+    return frame.partition(watch_screen.REST_OF_SCREEN)[0].split("\r\n")
 
 
 def test_watch_follows_a_run_to_its_end(tmp_path: Path) -> None:
@@ -66,10 +66,10 @@ def test_watch_follows_a_run_to_its_end(tmp_path: Path) -> None:
     assert told.exit_code == 0
     assert "\x1b" not in told.stdout
     assert told.stdout.splitlines()[-1].startswith("200/200 rows (100%), 0 failed")
-    frames = shown.decode().split(watching.HOME)
+    frames = shown.decode().split(watch_screen.HOME)
     assert len(frames) > 2
-    lines = [line.replace(watching.REST_OF_LINE, "") for frame in frames[1:] for line in drawn(frame)]
-    assert max(len(line.replace(watching.REST_OF_SCREEN, "").strip("\r")) for line in lines) < 60
+    lines = [line.replace(watch_screen.REST_OF_LINE, "") for frame in frames[1:] for line in drawn(frame)]
+    assert max(len(line.replace(watch_screen.REST_OF_SCREEN, "").strip("\r")) for line in lines) < 60
     assert "200 of 200 done" in frames[-1]
 
 

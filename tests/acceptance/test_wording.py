@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from batchrun.report.summary import are, plural
+from batchrun.report.wording import are, plural
 from batchrun.simulator import SimulatorConfig, parse_faults
 from batchrun.startup.estimate import duration
 from tests.cli_process import batchrun, write_job, write_rows

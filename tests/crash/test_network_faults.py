@@ -433,7 +433,7 @@ def test_an_excessive_retry_after_pauses_the_run(tmp_path: Path) -> None:
     with serving_aside(refusal) as server:
         told = ask(tmp_path, server.url)
     assert told.exit_code == 5
-    assert "asked to wait 1000000000 s" in str(told.summary.reason)
+    assert "the server asks to wait 1000000000 s" in str(told.summary.reason)
     assert (told.summary.pending, told.summary.by_status) == (12, {})
     assert len(server.exchanges) <= 9
 

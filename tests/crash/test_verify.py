@@ -2,7 +2,6 @@
 
 import csv
 import os
-import random
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from batchrun.simulator import Fault, SimulatorConfig, parse_faults
 from batchrun.store import in_flight, spill
 from batchrun.store.at_rest import log_of
 from batchrun.store.rundir import RunDirectory
+from tests import level
 from tests.cli_process import (
     KEY,
     KEY_ENV,
@@ -214,8 +214,7 @@ def settled(state: tuple[object, ...]) -> int:
 def test_a_flipped_bit_is_named_or_harmless(runs: Runs, tmp_path: Path, name: str, flips: int) -> None:
     directory = runs.copy(name, tmp_path / "run")
     files, before = files_of(directory), state_of(directory)
-    seed = random.randrange(2**32)
-    chance = random.Random(seed)
+    chance = level.seeded("test_a_flipped_bit_is_named_or_harmless")
     named = 0
     for _ in range(flips):
         path = chance.choice(files)
@@ -225,7 +224,7 @@ def test_a_flipped_bit_is_named_or_harmless(runs: Runs, tmp_path: Path, name: st
             named += 1
         else:
             after = state_of(directory)
-            what = f"{path.name}, byte {place}, bit {bit}, seed {seed}"
+            what = f"{path.name}, byte {place}, bit {bit}, {level.replay()}"
             if path.name.endswith("-wal"):  # the last commit may be taken for one that a power cut tore
                 assert settled(before) - settled(after) <= 16, what
             else:
@@ -238,14 +237,13 @@ def test_a_flipped_bit_is_named_or_harmless(runs: Runs, tmp_path: Path, name: st
 @pytest.mark.parametrize("name", ["done", "killed"])
 def test_a_start_over_a_flipped_bit_is_safe(runs: Runs, tmp_path: Path, name: str) -> None:
     """It exits with 7 or as if nothing had happened."""
-    seed = random.randrange(2**32)
-    chance = random.Random(seed)
+    chance = level.seeded("test_a_start_over_a_flipped_bit_is_safe")
     for number in range(6):
         directory = runs.copy(name, tmp_path / str(number))
         path = chance.choice(files_of(directory))
         place = chance.randrange(path.stat().st_size)
         flip(path, place)
-        damages, what = verify(directory).damages, f"{path.name}, byte {place}, seed {seed}"
+        damages, what = verify(directory).damages, f"{path.name}, byte {place}, {level.replay()}"
         try:
             assert go_on(runs, directory).complete, what
         except CheckpointError:  # exit 7
@@ -511,11 +509,11 @@ def test_salvage_keeps_every_whole_record(runs: Runs, tmp_path: Path, harm: str)
 def test_a_damaged_log_costs_one_record(runs: Runs, tmp_path: Path) -> None:
     directory = runs.copy("killed", tmp_path / "run")
     known, log = db_records.read(directory.checkpoint), log_of(directory.checkpoint)
-    content, chance = log.read_bytes(), random.Random(seed := random.randrange(2**32))
+    content, chance = log.read_bytes(), level.seeded("test_a_damaged_log_costs_one_record")
     for _ in range(15):
         flip(log, place := chance.randrange(len(content)), chance.randrange(8))
         left = db_records.left(directory.checkpoint)
-        assert len(known.rows.keys() - left.rows.keys()) <= 1, f"byte {place}, seed {seed}"
+        assert len(known.rows.keys() - left.rows.keys()) <= 1, f"byte {place}, {level.replay()}"
         same = [row for row in known.rows.keys() & left.rows.keys() if known.rows[row] == left.rows[row]]
         assert len(same) == len(known.rows.keys() & left.rows.keys())
         log.write_bytes(content)
@@ -618,7 +616,7 @@ def test_row_groups_are_kept_one_by_one(runs: Runs, tmp_path: Path) -> None:
     path = tmp_path / "groups.parquet"
     pq.write_table(runs.undisturbed, path, row_group_size=32, write_page_checksum=True)
     schema, content = runs.undisturbed.schema.remove_metadata(), path.read_bytes()
-    chance = random.Random(seed := random.randrange(2**32))
+    chance = level.seeded("test_row_groups_are_kept_one_by_one")
     some = 0
     for _ in range(60):
         flip(path, place := chance.randrange(len(content)), chance.randrange(8))
@@ -628,7 +626,7 @@ def test_row_groups_are_kept_one_by_one(runs: Runs, tmp_path: Path) -> None:
             first = group.column("row")[0].as_py()
             own = [name for name in group.column_names if name not in ("id", "text", "score")]
             expected = runs.undisturbed.slice(first, group.num_rows)
-            assert group.select(own).to_pylist() == expected.select(own).to_pylist(), f"byte {place}, seed {seed}"
+            assert group.select(own).to_pylist() == expected.select(own).to_pylist(), f"byte {place}, {level.replay()}"
         path.write_bytes(content)
     assert some > 20
 

@@ -14,6 +14,7 @@ from batchrun.errors import CheckpointError, ExitCode
 from batchrun.store import wal
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.wal import commits_dropped
+from tests import level
 
 
 class Left(NamedTuple):
@@ -55,8 +56,7 @@ def test_what_a_kill_leaves_has_every_commit(left: Left) -> None:
 
 
 def test_a_damaged_log_never_hides_lost_rows(tmp_path: Path, left: Left) -> None:
-    seed = random.randrange(2**32)
-    places = random.Random(seed)
+    places = level.seeded("test_a_damaged_log_never_hides_lost_rows")
     last_commit = max(end for end in range(32, len(left.log), 4120) if any(left.log[end + 4 : end + 8]))
     reported = 0
     for place in [*range(32), *range(32, 56), *(places.randrange(last_commit) for _ in range(60))]:
@@ -67,8 +67,8 @@ def test_a_damaged_log_never_hides_lost_rows(tmp_path: Path, left: Left) -> None
         except CheckpointError as error:
             reported += error.exit_code == ExitCode.DAMAGED
         else:  # only the last commit may be taken for one that a power cut tore: 64 rows at most were in flight
-            assert left.rows - found <= 64, f"byte {place}, seed {seed}"
-    assert reported > 50, f"seed {seed}"
+            assert left.rows - found <= 64, f"byte {place}, {level.replay()}"
+    assert reported > 50, f"{level.replay()}"
 
 
 @pytest.mark.parametrize("kept", [0.2, 0.5, 0.9])

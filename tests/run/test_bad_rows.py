@@ -171,7 +171,7 @@ def test_only_long_waits_left_end_the_start(tmp_path: Path) -> None:
         second = run(tmp_path, server.url)
         third = run(tmp_path, server.url, retry={"max_wait_s": 0.001})
     assert (first.exit_code, first.pending) == (second.exit_code, second.pending) == (5, 1)
-    assert "row 5: HTTP 429: asked to wait 1000 s" in str(first.reason)
+    assert "row 5: HTTP 429: the server asks to wait 1000 s" in str(first.reason)
     assert first.elapsed_s < 4.0, "the wait itself would take five seconds on the fast clock"
     assert (third.exit_code, third.by_status) == (3, {"ok": 39, "error": 1})
     assert asked_for(server)[5] <= 5, "a lone row is sent twice before it pauses a start"

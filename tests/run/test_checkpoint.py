@@ -1,5 +1,4 @@
 import os
-import random
 import shutil
 import signal
 import sqlite3
@@ -22,6 +21,7 @@ from batchrun.store import db_tables
 from batchrun.store.checkpoint import FORMAT, MAX_GROUP, Checkpoint, read_finished
 from batchrun.store.db_tables import Chunk, Reopened
 from batchrun.store.totals import Totals, answer_line, doubt, fold, with_possibly_billed
+from tests import level
 from tests.endings import ENDINGS, completion, discarded, stored_attempt
 
 SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
@@ -256,8 +256,7 @@ def require_consistent(path: Path, durable: set[int]) -> None:
 
 
 def test_durable_rows_survive_kill_9(tmp_path: Path) -> None:
-    seed = random.randrange(2**32)
-    moments = random.Random(seed)
+    moments = level.seeded("test_durable_rows_survive_kill_9")
     durable: set[int] = set()
     for _ in range(6):
         with writer(tmp_path / "checkpoint.db") as process:
@@ -268,7 +267,7 @@ def test_durable_rows_survive_kill_9(tmp_path: Path) -> None:
             whole_lines = process.stdout.read().rpartition("\n")[0]  # the last one may be cut
         durable |= {int(row) for row in whole_lines.split()}
         require_consistent(tmp_path / "checkpoint.db", durable)
-    assert len(durable) > 500, f"seed {seed}"
+    assert len(durable) > 500, f"{level.replay()}"
 
 
 def test_a_refused_write_is_reported(tmp_path: Path) -> None:
@@ -345,20 +344,19 @@ def test_a_changed_field_of_any_table_is_named(tmp_path: Path, table: str, colum
 def test_a_flipped_bit_is_reported_or_harmless(tmp_path: Path) -> None:
     path = filled(tmp_path / "checkpoint.db")
     content, before = path.read_bytes(), everything(path)
-    seed = random.randrange(2**32)
-    places = random.Random(seed)
+    places = level.seeded("test_a_flipped_bit_is_reported_or_harmless")
     reported = silent = 0
     for place in [*range(100), *(places.randrange(len(content)) for _ in range(500))]:
         flipped = bytearray(content)
         flipped[place] ^= 1 << places.randrange(8)
         path.write_bytes(flipped)
         try:
-            assert everything(path) == before, f"byte {place}, seed {seed}"
+            assert everything(path) == before, f"byte {place}, {level.replay()}"
         except CheckpointError as error:
             reported += error.exit_code == ExitCode.DAMAGED
         else:
             silent += 1
-    assert reported + silent == 600, f"seed {seed}"
+    assert reported + silent == 600, f"{level.replay()}"
     assert reported > 50
 
 

@@ -1,6 +1,5 @@
 import gzip
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from batchrun.store.rundir import RunDirectory
 from batchrun.store.stored_window import StoredWindow, write
 from batchrun.tables import files
 from batchrun.tables.json_columns import ColumnTypes
+from tests import level
 from tests.endings import answer_body, completion, discarded
 from tests.jobs import job_over, texts, write_lines
 from tests.unit.test_source_parquet import COLUMNS
@@ -450,8 +450,7 @@ def test_random_kills_give_the_same_file(tmp_path: Path, kind: str) -> None:
     path = input_as(tmp_path, kind, texts(150))
     undisturbed, _ = finish(tmp_path / "undisturbed", small_chunks(path))
     command = [sys.executable, "-c", FINISH, str(tmp_path / "run"), str(path)]
-    seed = random.randrange(2**32)
-    moments, patience_s = random.Random(seed), 0.4
+    moments, patience_s = level.seeded("test_random_kills_give_the_same_file"), 0.4
     for _ in range(40):
         with subprocess.Popen(command, cwd=Path(__file__).parents[2]) as process:
             try:
@@ -462,5 +461,5 @@ def test_random_kills_give_the_same_file(tmp_path: Path, kind: str) -> None:
         if process.returncode == 0:
             break
     table, asked = finish(tmp_path / "run", small_chunks(path))
-    assert table.equals(undisturbed), f"seed {seed}"
+    assert table.equals(undisturbed), f"{level.replay()}"
     assert asked == [] or process.returncode != 0

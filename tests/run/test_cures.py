@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from batchrun.report.cures import cure_of
+from batchrun.report.suggested_fixes import fix_for
 from tests.cli_process import KEY, Ended, batchrun, read_summary, write_job, write_rows
 from tests.endings import answer_body
 from tests.fault_server import Exchange, Script, answer, serving_aside
@@ -120,7 +120,7 @@ CURES: list[tuple[str, str | None, str | None]] = [
 
 @pytest.mark.parametrize(("message", "setting", "value"), CURES)
 def test_a_refused_parameter_names_its_setting(message: str, setting: str | None, value: str | None) -> None:
-    cure = cure_of(f"HTTP 400: {message}")
+    cure = fix_for(f"HTTP 400: {message}")
     assert (cure and cure.setting) == setting
     assert (cure.flags if cure else ()) == (() if value is None else ("--set", f"{setting}={value}"))
 
@@ -190,7 +190,7 @@ def test_the_printed_command_cures_a_stopped_run(name: str, tmp_path: Path) -> N
         job = job_of(tmp_path, server.url, 30, name, more)
         ended = batchrun("run", job, "-o", tmp_path / "out")
         assert ended.exit_code == 2, ended.stdout + ended.stderr
-        assert "cure " in ended.stdout
+        assert "fix " in ended.stdout
         for _ in range(commands):
             assert ended.exit_code in (2, 3), ended.stdout + ended.stderr
             ended = batchrun(*next_command(ended))
@@ -213,16 +213,16 @@ def test_the_printed_command_cures_a_complete_run(name: str, tmp_path: Path) -> 
 def test_what_the_rows_bring_themselves_no_setting_cures() -> None:
     said = "HTTP 400: Unsupported parameter: 'temperature' is not supported with this model."
     for settings in ([], ["request.model", "request.from_columns.temperature"]):
-        cure = cure_of(said, settings)
+        cure = fix_for(said, settings)
         assert cure is not None
         assert (cure.setting, cure.flags) == ("temperature", ())
-        assert "the rows of the input bring it" in cure.what
-    set_by_the_job = cure_of(said, ["request.temperature"])
+        assert "set by the rows of the input, not by the job" in cure.what
+    set_by_the_job = fix_for(said, ["request.temperature"])
     assert set_by_the_job is not None
     assert set_by_the_job.flags == ("--set", "request.temperature=")
-    schema = cure_of("Invalid schema for response_format 'answer'", ["request.response_format.type"])
+    schema = fix_for("Invalid schema for response_format 'answer'", ["request.response_format.type"])
     assert schema is not None
     assert schema.setting == "request.response_format.strict"
-    field = cure_of("Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.", [])
+    field = fix_for("Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.", [])
     assert field is not None
     assert field.setting == FIELD

@@ -73,7 +73,7 @@ def test_a_refusal_names_file_cause_and_step(tmp_path: Path) -> None:
     with pytest.raises(DiskError) as error, disk_errors(tmp_path / "x"):
         (tmp_path / "missing" / "file").read_bytes()
     assert str(error.value) == (
-        f"{tmp_path}/x: No such file or directory; mend the disk or choose another directory with -o, then run again"
+        f"{tmp_path}/x: No such file or directory; repair the disk or choose another directory with -o, then run again"
     )
     assert error.value.exit_code == ExitCode.PAUSED
 

@@ -174,7 +174,7 @@ def test_an_unrequested_encoding_is_named(encoding: str, headers: tuple[str, ...
     assert b"\r\naccept-encoding: gzip, deflate\r\n" in server.exchanges[0].head.lower()
     assert attempt.error is not None
     assert (attempt.error.kind, attempt.error.sent, attempt.http_status) == ("bad_encoding", True, 200)
-    assert str(attempt.error) == f"the answer's encoding was not asked for: {encoding}"
+    assert str(attempt.error) == f"the answer has an encoding that was not requested: {encoding}"
     assert (attempt.body, attempt.request_id) == (b"", "r-9")
 
 

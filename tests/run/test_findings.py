@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from batchrun.errors import InputError, JobError
-from batchrun.report import compare, findings, nightly, run_rows
-from batchrun.report.bill import Asked, Bill, of_runs
+from batchrun.report import compare, earlier_runs, findings, run_rows
+from batchrun.report.bill import Bill, Query, of_runs
 from batchrun.report.runs import find
 from tests.cli_process import batchrun
 from tests.result_files import row, write_result
@@ -25,8 +25,8 @@ def night(folder: Path, number: int, change: Change, *, typed: bool = False, **s
     return write_result(folder / f"2026-11-{number:02d}", rows, typed=typed, begun_at=begun, **summary)
 
 
-def collect(folder: list[Path], asked: Asked) -> Bill:
-    return of_runs(find(folder), asked)
+def collect(folder: list[Path], query: Query) -> Bill:
+    return of_runs(find(folder), query)
 
 
 def plain(_: int) -> dict[str, Any]:
@@ -75,20 +75,20 @@ def test_each_finding_is_reported_and_can_be_muted(tmp_path: Path, name: str) ->
     for number in (1, 2):
         night(tmp_path, number, plain)
     night(tmp_path, 3, change, **summary)
-    found = collect([tmp_path], Asked(("job",), limits=findings.THRESHOLDS)).findings
+    found = collect([tmp_path], Query(("job",), limits=findings.THRESHOLDS)).findings
     (mine,) = [each for each in found if each.name == name]
-    assert said in mine.said
+    assert said in mine.text
     assert (mine.run_id, bool(mine.advice)) == ("2026-11-03", True)
     assert {each.name for each in found} <= {name, "identical", "one_value", "length"}
     limits = findings.thresholds([f"{name}=off"])
-    assert name not in {each.name for each in collect([tmp_path], Asked(("job",), limits=limits)).findings}
+    assert name not in {each.name for each in collect([tmp_path], Query(("job",), limits=limits)).findings}
 
 
 def test_usual_runs_have_no_findings(tmp_path: Path) -> None:
     assert list(FOUND) == list(findings.THRESHOLDS)
     for number in (1, 2, 3):
         night(tmp_path, number, plain)
-    assert collect([tmp_path], Asked(("job",), limits=findings.THRESHOLDS)).findings == ()
+    assert collect([tmp_path], Query(("job",), limits=findings.THRESHOLDS)).findings == ()
 
 
 def test_thresholds_can_be_set_within_range(tmp_path: Path) -> None:
@@ -149,19 +149,19 @@ def test_jumps_beyond_the_spread_can_fail(tmp_path: Path) -> None:
 def test_noise_is_no_jump_a_new_value_is(tmp_path: Path) -> None:
     night(tmp_path, 1, lambda n: {"status": "ok" if n % 50 else "filtered"})
     night(tmp_path, 2, lambda n: {"status": "ok" if n % 33 else "filtered"})
-    assert not collect([tmp_path], Asked(("job",), against=nightly.against("last"))).drifted
+    assert not collect([tmp_path], Query(("job",), against=earlier_runs.against("last"))).drifted
     night(tmp_path, 3, lambda n: {"status": "ok" if n % 5 else "empty"})
-    (compared,) = collect([tmp_path], Asked(("job",), against=nightly.against("2"))).against
+    (compared,) = collect([tmp_path], Query(("job",), against=earlier_runs.against("2"))).against
     assert "status empty" in compared.jumped
 
 
 def test_comparing_needs_an_earlier_run(tmp_path: Path) -> None:
     night(tmp_path, 1, plain)
     with pytest.raises(InputError, match="no complete run before"):
-        collect([tmp_path], Asked(("job",), against=nightly.against("last")))
+        collect([tmp_path], Query(("job",), against=earlier_runs.against("last")))
     for wrong in ("0", "yesterday", str(tmp_path / "nowhere")):
         with pytest.raises(JobError, match=r"^--against"):
-            nightly.against(wrong)
+            earlier_runs.against(wrong)
     assert batchrun("report", tmp_path, "--fail-on-drift").exit_code == 2
 
 

@@ -135,7 +135,7 @@ def test_a_running_process_takes_new_limits(tmp_path: Path) -> None:
         newer = ("--rps", "900", "--rpd", "5000", "--tpm", "9000000", "--input-tpm", "8e6", "--output-tpm", "7e6")
         tuned = batchrun("tune", out, "--rpm", "60000", "--max-in-flight", "4", "--max-cost", "6", *newer)
         assert tuned.exit_code == 0, tuned.stderr
-        assert tuned.stdout == f"taken: {ALL}\n"
+        assert tuned.stdout == f"accepted: {ALL}\n"
         ended = finish(process)  # at 30 a minute it would have taken ten
     assert ended.exit_code == 0, ended.stderr
     assert f"limits now: {ALL}" in ended.stderr

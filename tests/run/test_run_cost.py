@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchrun.records import PossiblyBilled, TotalsLine
+from batchrun.report.closing import in_words
+from batchrun.report.cost_lines import cost_in_words
 from batchrun.report.progress import line
-from batchrun.report.summary import cost_in_words, in_words
 from tests.cli_process import Ended, finish, read_summary, start, write_job, write_rows
 from tests.fault_server import FaultServer, answer, sends, serving
 from tests.run.test_progress import summary
@@ -56,9 +57,9 @@ def test_an_unpriced_tier_is_not_an_unpriced_model(tmp_path: Path) -> None:
     usage = {"prompt_tokens": 20, "completion_tokens": 100, "total_tokens": 120}
     ended, _ = ran(tmp_path, "gpt-5-mini", {"usage": usage, "service_tier": "scale"})
     assert ended.exit_code == 0, ended.stderr
-    told = "answers came from the service tier 'scale', of which no price is known, though the model's is"
+    told = "answers came from the service tier 'scale', whose price is unknown, while the model's plain price is known"
     assert ended.stderr.count(f"warning: {told}") == 1
-    said = "no known price for 100 attempts (none for the service tier scale), which no sum holds"
+    said = "no known price for 100 attempts (none for the service tier scale): not included in any sum"
     assert said in ended.stderr + ended.stdout
     assert read_summary(tmp_path / "out")["unpriced_tiers"] == ["scale"]
 
@@ -86,15 +87,15 @@ DOUBT = PossiblyBilled(0, 1, "k", None, 100, "timeout", 1)
 @pytest.mark.parametrize(
     ("bounds", "usd", "said"),
     [
-        ((None,), "0", "at a price that is not known"),
-        ((None, Decimal(1)), "1", "at most $1.000000 for those whose price is known"),
-        ((Decimal(1),), "1", "at most $1.000000"),
+        ((None,), "0", "it may have been billed, at an unknown price"),
+        ((None, Decimal(1)), "1", "those with a known price may have cost up to $1.000000 more"),
+        ((Decimal(1),), "1", "it may have cost up to $1.000000 more"),
     ],
 )
 def test_unpriced_possible_billing_has_no_bound(bounds: tuple[Decimal | None, ...], usd: str, said: str) -> None:
     doubts = [msgspec.structs.replace(DOUBT, upper_bound_usd=bound) for bound in bounds]
     told = summary(possibly_billed=doubts, possibly_billed_count=len(doubts), possibly_billed_usd=Decimal(usd))
-    assert cost_in_words(told).endswith(f"without a known end, {said}")
+    assert cost_in_words(told).endswith(f"without a known end; {said}")
 
 
 def test_headlines_say_what_is_known() -> None:

@@ -17,7 +17,7 @@ from batchrun.dispatch.hooks import Hooks
 from batchrun.dispatch.retries import LOG_EVERY_S, Retries
 from batchrun.records import RowError, Summary
 from batchrun.report import progress
-from batchrun.report.summary import retrying_in_words
+from batchrun.report.limit_lines import retrying_in_words
 from batchrun.store.rundir import RunDirectory
 from tests.cli_process import KEY, KEY_ENV
 from tests.crash.test_network_faults import BUSY, FAILURE, answers, asked_for, resets, row_of

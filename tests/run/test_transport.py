@@ -11,7 +11,7 @@ import pytest
 from aiohttp.payload import PAYLOAD_REGISTRY
 
 from batchrun.credentials import Credentials
-from batchrun.errors import APIConnectionError, APITimeoutError, RateLimitError
+from batchrun.errors import APIConnectionError, APITimeoutError
 from batchrun.job.job import Endpoint
 from batchrun.records import Attempt
 from batchrun.transport import internals
@@ -58,7 +58,6 @@ def test_errors_are_the_same_in_another_process() -> None:
     errors = (
         APIConnectionError("gone", kind="reset", sent=True),
         APITimeoutError("late", kind="timeout", sent=False),
-        RateLimitError("slow down", http_status=429, code="x", retry_after_s=1.5),
     )
     for error in errors:
         copy = pickle.loads(pickle.dumps(error))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from batchrun.report.summary import unknown_reason
+from batchrun.report.notices import unknown_reason
 from batchrun.response.finish_reasons import Meaning, is_known, meaning_of
 
 GUESSED: dict[Meaning, str] = {

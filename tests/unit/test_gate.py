@@ -22,7 +22,7 @@ from batchrun.limits.in_flight import InFlight
 from batchrun.limits.overruns import Overruns
 from batchrun.limits.rates import Rates
 from batchrun.records import RowError, Verdict
-from batchrun.report.summary import limits_in_words
+from batchrun.report.limit_lines import limits_in_words
 from tests.moved_clock import NothingWillHappen, run_on_moved_clock
 
 SMALL = Ask(tokens=1)

@@ -401,6 +401,7 @@ OTHER_VALUES: Mapping[str, object] = {
     "endpoint.max_tokens_field": "max_completion_tokens",
     "endpoint.developer_role": "system",
     "endpoint.transport": "session",
+    "endpoint.dialect": "responses",
     "request.image_detail": "low",
     "request.reasoning_effort": "low",
     "request.functions": [{"name": "f", "parameters": {"type": "object"}}],

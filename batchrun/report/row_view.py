@@ -1,4 +1,4 @@
-"""Rows of a result for people: the question beside the answer, and why there is none. PURE but for reading."""
+"""Rows of a result for people: the question beside the answer or the error. PURE, except that it reads rows."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -13,18 +13,18 @@ import pyarrow.compute as pc
 from batchrun.errors import InputError, JobError
 from batchrun.records import RowError
 from batchrun.report import run_rows
+from batchrun.report.row_filter import RowFilter
 from batchrun.report.run_rows import Result
-from batchrun.report.summary import plural
-from batchrun.report.where import Where
+from batchrun.report.wording import plural
 from batchrun.store.rundir import RunDirectory
 from batchrun.tables.rows import OWN_COLUMNS
 
 MOST_SHOWN = 2_000
-"""Characters of one value on the terminal; --json has all of it."""
+"""Characters shown of one value; --json has all of it."""
 
 
-class Look(msgspec.Struct, frozen=True):
-    """Which rows: all that is given must hold. `most` 0: all. `columns`: what is shown of them."""
+class Selection(msgspec.Struct, frozen=True):
+    """Which rows to show: those that meet every condition, at most `most` (0: all), and their `columns` (none: all)."""
 
     statuses: tuple[str, ...] = ()
     rows: tuple[int, ...] = ()
@@ -34,10 +34,10 @@ class Look(msgspec.Struct, frozen=True):
 
 
 def result_at(place: RunDirectory) -> Result:
-    """The rows to look at.
+    """The result in the directory, or the file itself.
 
     Raises:
-        InputError: there are none yet.
+        InputError: there is none yet.
     """
     given = place.path
     if (found := run_rows.result_of(given)) is not None:
@@ -47,7 +47,7 @@ def result_at(place: RunDirectory) -> Result:
     raise InputError(f"{given}: no rows here; name a run directory or a completions file")
 
 
-def rows_of(text: str) -> tuple[int, ...]:
+def row_numbers(text: str) -> tuple[int, ...]:
     """`3` or `3,10-12`.
 
     Raises:
@@ -64,24 +64,24 @@ def rows_of(text: str) -> tuple[int, ...]:
     return tuple(rows)
 
 
-def rows(result: Result, look: Look) -> Iterator[dict[str, Any]]:
-    """The rows, in order, each as its columns and what its headline says; read no further than they are taken."""
-    inputs, own = _columns(result, look)
+def rows(result: Result, selection: Selection) -> Iterator[dict[str, Any]]:
+    """The selected rows in order, each with its columns and those of its headline. Reads no further than needed."""
+    inputs, own = _columns(result, selection)
     schema = pa.schema([_as_read(result, field) for field in result.schema])
-    where = None if look.where is None else Where(look.where, schema)
+    where = None if selection.where is None else RowFilter(selection.where, schema)
     needed = dict.fromkeys([*own, "row", "status", *(where.columns if where else ())])
     extra = [name for name in needed if name not in run_rows.OWN and name not in inputs]
-    left = look.most or None
+    left = selection.most or None
     for table in run_rows.tables(result, [name for name in needed if name in run_rows.OWN], [*inputs, *extra]):
-        if look.statuses:
-            table = table.filter(pc.is_in(table["status"], pa.array(look.statuses, pa.string())))
-        if look.rows:
-            table = table.filter(pc.is_in(table["row"], pa.array(look.rows, pa.int64())))
+        if selection.statuses:
+            table = table.filter(pc.is_in(table["status"], pa.array(selection.statuses, pa.string())))
+        if selection.rows:
+            table = table.filter(pc.is_in(table["row"], pa.array(selection.rows, pa.int64())))
         if where is not None:
             try:
                 table = table.filter(where.expression)
             except (pa.ArrowNotImplementedError, pa.ArrowInvalid, pa.ArrowTypeError) as error:
-                raise JobError(f"--where {look.where}: {str(error).splitlines()[0]}") from error
+                raise JobError(f"--where {selection.where}: {str(error).splitlines()[0]}") from error
         if left is not None:
             table = table.slice(0, left)
             left -= table.num_rows
@@ -91,21 +91,21 @@ def rows(result: Result, look: Look) -> Iterator[dict[str, Any]]:
             return
 
 
-def _columns(result: Result, look: Look) -> tuple[list[str], list[str]]:
-    """Which of the input's columns and of ours."""
-    if not look.columns:
+def _columns(result: Result, selection: Selection) -> tuple[list[str], list[str]]:
+    """The columns to show: of the input, and ours."""
+    if not selection.columns:
         return result.inputs, [
             name for name in run_rows.OWN if name != "raw" and result.prefix + name in result.schema.names
         ]
-    inputs = [name for name in look.columns if name in result.inputs]
-    own = [name for name in look.columns if name in run_rows.OWN and name not in inputs]
-    if unknown := set(look.columns) - {*inputs, *own}:
+    inputs = [name for name in selection.columns if name in result.inputs]
+    own = [name for name in selection.columns if name in run_rows.OWN and name not in inputs]
+    if unknown := set(selection.columns) - {*inputs, *own}:
         raise JobError(f"--columns {min(unknown)}: expected some of {', '.join([*result.inputs, *run_rows.OWN])}")
     return inputs, own
 
 
 def _as_read(result: Result, field: "pa.Field[Any]") -> "pa.Field[Any]":
-    """A column under the name and in the type in which it is read."""
+    """A column with the name and type in which it is read."""
     own = field.name.removeprefix(result.prefix)
     if field.name in result.inputs or own not in run_rows.OWN:
         return field
@@ -133,7 +133,7 @@ def _in_json(value: Any, name: str = "") -> Any:
 
 
 def lines(row: dict[str, Any], inputs: Sequence[str], chosen: Sequence[str]) -> Iterator[str]:
-    """A row for people: headline, question, answer. Further lines of a text are marked: none reads as ours."""
+    """A row for people: headline, question, answer. A text's further lines begin with `|`, to tell them from ours."""
     yield " · ".join(_headline(row))
     shown = chosen or [*inputs, "content", "refusal", "function_call", "tool_calls", "error"]
     width = max((len(name) for name in shown), default=0)

@@ -16,11 +16,11 @@ _FLAGS = {
     "overrides": "--set",
 }
 """The options of `batchrun run` that a resume needs, too. Not those that choose the run (--date, --new, -o: the
-directory is named instead), nor those of one start alone (--deadline, --limit, --grace, --accept-changes)."""
+directory is named instead), nor those for one start only (--deadline, --limit, --grace, --accept-changes)."""
 
 
 def command(options: Mapping[str, object]) -> str:
-    """`batchrun run JOB …` with the options of a start, by their names in `cli.run`; the directory is to be added."""
+    """`batchrun run JOB …` with the options of a start, by their names in `commands.run`. `in_directory` adds -o."""
     words = ["batchrun", "run", str(options["job"])]
     for name, flag in _FLAGS.items():
         match value := options.get(name):
@@ -38,7 +38,7 @@ def command(options: Mapping[str, object]) -> str:
 
 
 def _quoted(word: str) -> str:
-    """The word as a shell takes it. A name that is not UTF-8 is spelt byte by byte, as bash and zsh read it."""
+    """The word quoted for a shell. A name that is not UTF-8 is written byte by byte, which bash and zsh can read."""
     try:
         word.encode()
     except UnicodeEncodeError:
@@ -48,5 +48,5 @@ def _quoted(word: str) -> str:
 
 
 def in_directory(command: str | None, path: Path) -> str | None:
-    """The command with the run's directory, so that it resumes this run whatever day it is."""
+    """The command with the run's directory, so that it resumes this run on any day."""
     return None if command is None else f"{command} -o {shlex.quote(str(path))}"

@@ -1,7 +1,7 @@
-"""The setting that cures a refusal which names a parameter, and the flags that try it. PURE.
+"""Reads a server's error message and suggests the setting that fixes it, with the flags that try it. PURE.
 
-Servers of this API differ in which parameters they take; the words are those of OpenAI, Azure, Mistral, vLLM, FastAPI
-and others. A cure is proposed only where the refusal names the parameter.
+Servers of this API accept different parameters. The patterns cover the messages of OpenAI, Azure, Mistral, vLLM,
+FastAPI and others. A fix is suggested only if the message names the parameter.
 """
 
 import re
@@ -10,17 +10,23 @@ from collections.abc import Collection, Sequence
 
 import msgspec
 
+from batchrun.job.job import Endpoint
 
-class Cure(msgspec.Struct, frozen=True):
-    """`setting` is to be changed as `what` says; `flags` do that for one start, none where a person must choose."""
+
+class Fix(msgspec.Struct, frozen=True):
+    """Change `setting` as `what` says. `flags` do that for one start; empty if a person must choose the value.
+
+    `same_command`: no flag is needed after the fix; the same command resumes the run.
+    """
 
     setting: str
     what: str
     flags: tuple[str, ...] = ()
+    same_command: bool = False
 
     @property
     def changes_the_question(self) -> bool:
-        """True where answers that are there already would be answers to another question."""
+        """True if answers received so far would belong to another question."""
         return self.setting.startswith("request.") and self.setting not in _HOW_IT_TRAVELS
 
 
@@ -31,7 +37,7 @@ _REQUEST = (
     *("reasoning_effort", "temperature", "top_p", "functions", "function_call", "response_format"),
     "image_detail",
 )
-"""Parameters that have a setting of their own; any other is one of `request.extra`."""
+"""Parameters with a setting of their own; any other is in `request.extra`."""
 
 _EXTRA = (
     *("tools", "tool_choice", "parallel_tool_calls", "seed", "stop", "logprobs", "top_logprobs", "logit_bias", "n"),
@@ -76,32 +82,46 @@ _AT_MOST = re.compile(
 )
 
 
-def cure_of(message: str, settings: Collection[str] | None = None) -> Cure | None:
-    """The cure for what a server says of a request; None where its words name no parameter of ours.
+def fix_for(message: str, settings: Collection[str] | None = None) -> Fix | None:
+    """The fix for a server's error message; None if it names no parameter of ours.
 
-    `settings` are the paths that the job sets: a parameter that is none of them came with the rows.
+    `settings` are the paths that the job sets: any other parameter came with the rows of the input.
     """
-    looks = (_context, _limit, _role, _stream, _schema, _both, _parameter)
-    cure = next((found for look in looks if (found := look(message)) is not None), None)
-    if cure is None or settings is None or not cure.flags or not cure.changes_the_question:
-        return cure
-    parts = cure.setting.split(".")
+    readings = (_context, _limit, _role, _stream, _schema, _both, _parameter)
+    fix = next((found for read in readings if (found := read(message)) is not None), None)
+    if fix is None or settings is None or not fix.flags or not fix.changes_the_question:
+        return fix
+    parts = fix.setting.split(".")
     given = ".".join(parts[: 3 if parts[1] == "extra" else 2])
     if any(path == given or path.startswith(f"{given}.") for path in settings):
-        return cure
-    parameter = cure.setting.removeprefix("request.").removeprefix("extra.")
-    return Cure(parameter, f"the rows of the input bring it, and not the job: {cure.what}")
+        return fix
+    parameter = fix.setting.removeprefix("request.").removeprefix("extra.")
+    return Fix(parameter, f"set by the rows of the input, not by the job: {fix.what}")
 
 
-def command(words: Sequence[str], cure: Cure, *, retry: bool) -> list[str]:
-    """The command line `words` with the flags of the cure; `retry`: for rows of a complete run that failed.
+def fix_for_key(reason: str, endpoint: Endpoint) -> Fix | None:
+    """Where to look for the API key that the server rejected; None if the run stopped for another reason."""
+    if re.search(r"\bHTTP 401\b", reason) is None:
+        return None
+    rejected = "the server rejects the key"
+    if endpoint.api_key_env is not None:
+        return Fix("endpoint.api_key_env", f"{rejected} in ${endpoint.api_key_env}", same_command=True)
+    if endpoint.api_key_file is not None:
+        return Fix("endpoint.api_key_file", f"{rejected} in {endpoint.api_key_file}", same_command=True)
+    if endpoint.headers:
+        return Fix("endpoint.headers", f"{rejected} that they hold, if any", same_command=True)
+    return Fix("endpoint.api_key_env", "the server wants a key, and the job names none", same_command=True)
 
-    In an unfinished run --accept-changes sends rows that failed as another question; where the question is the same,
-    --retry-failed sends them once the pending rows are settled.
+
+def command_with(words: Sequence[str], fix: Fix, *, retry: bool) -> list[str]:
+    """The command line `words` with the flags of the fix. `retry`: the run is complete, and its failed rows are sent.
+
+    In an unfinished run, --accept-changes sends failed rows as another question. If the question stays the same,
+    --retry-failed sends them after the pending rows.
     """
-    consent = "--accept-changes" if cure.changes_the_question and not retry else "--retry-failed"
+    consent = "--accept-changes" if fix.changes_the_question and not retry else "--retry-failed"
     kept = [word for word in words if word not in ("--new", consent)]
-    flags = [] if shlex.join(cure.flags) in shlex.join(kept) else cure.flags
+    flags = [] if shlex.join(fix.flags) in shlex.join(kept) else fix.flags
     return [*kept, *flags, consent]
 
 
@@ -113,87 +133,87 @@ def _names(message: str, parameter: str) -> bool:
     return re.search(rf"(?<![\w-]){re.escape(parameter)}(?![\w-])", message) is not None
 
 
-def _context(message: str) -> Cure | None:
-    """A limit of output that leaves the context no room for the prompt, where the message says how long that is."""
+def _context(message: str) -> Fix | None:
+    """An output limit that leaves no room in the context for the prompt, if the message gives the prompt's length."""
     room, prompt = _ROOM.search(message), _PROMPT.search(message)
     if room is None or prompt is None:
         return None
     left = int(room[1]) - int(prompt[1] or prompt[2])
     if left < 2:
-        return None  # the prompt alone is too long, which no setting cures
+        return None  # the prompt alone is too long, which no setting fixes
     less = str(max(1, left * 3 // 4))
-    what = f"the context holds {left} beside this prompt; a quarter less leaves room for longer ones"
-    return Cure("request.max_tokens", what, _set("request.max_tokens", less))
+    what = f"the context has room for {left} after this prompt; a quarter less leaves room for longer prompts"
+    return Fix("request.max_tokens", what, _set("request.max_tokens", less))
 
 
-def _limit(message: str) -> Cure | None:
-    """The limit of output: under another name, lower, or asked for."""
+def _limit(message: str) -> Fix | None:
+    """The output limit: under another name, too high or too low, or missing."""
     named = [match[0] for match in re.finditer(r"\bmax_(?:completion_|output_)?tokens\b", message)]
     if not named:
         return None
     if (least := _AT_LEAST.search(message)) is not None and int(least[1]) > 1:
-        return Cure("request.max_tokens", f"at least {least[1]} here", _set("request.max_tokens", least[1]))
+        return Fix("request.max_tokens", f"at least {least[1]} here", _set("request.max_tokens", least[1]))
     setting = "endpoint.max_tokens_field"
     if (wanted := _WANTED.search(message)) is not None and _REFUSES.search(message):
         other = wanted[1].lower()
-        return Cure(setting, f"this endpoint wants {other}", _set(setting, other))
+        return Fix(setting, f"this endpoint wants {other}", _set(setting, other))
     if _CONTEXT.search(message):
-        return Cure("request.max_tokens", "lower it: the model's context holds prompt and answer")
+        return Fix("request.max_tokens", "lower it: prompt and answer must fit into the model's context")
     if (most := _ABOVE.search(message) or _AT_MOST.search(message)) is not None:
         number = most[1].replace(",", "")
         if int(number) > 0:
-            return Cure("request.max_tokens", f"at most {number} here", _set("request.max_tokens", number))
+            return Fix("request.max_tokens", f"at most {number} here", _set("request.max_tokens", number))
     if _NOT_TAKEN.search(message):
         other = _LIMITS[named[0] == "max_tokens"]
-        return Cure(setting, f"this endpoint does not take {named[0]}", _set(setting, other))
-    return Cure("request.max_tokens", "set it as the message says")
+        return Fix(setting, f"this endpoint does not take {named[0]}", _set(setting, other))
+    return Fix("request.max_tokens", "set it as the message says")
 
 
-def _role(message: str) -> Cure | None:
-    """The role `developer` under the name that older servers know; a `system` that a model knows not at all."""
+def _role(message: str) -> Fix | None:
+    """The role `developer`, which older servers call `system`; or a model without system messages."""
     if re.search(r"\brole\b.{0,40}['\"`]system['\"`]|\bsystem\b.{0,12}\brole\b", message) and (
         _NOT_TAKEN.search(message) and "developer" not in message
     ):
-        return Cure("request.system", "this model takes no system message: say it in the prompt")
+        return Fix("request.system", "this model takes no system message: put it into the prompt")
     if "developer" not in message or not re.search(r"role|messages|system", message):
         return None
     if _REFUSES.search(message) is None:
         return None
     setting = "endpoint.developer_role"
-    return Cure(setting, "this endpoint does not take the role developer", _set(setting, "system"))
+    return Fix(setting, "this endpoint does not take the role developer", _set(setting, "system"))
 
 
-def _stream(message: str) -> Cure | None:
+def _stream(message: str) -> Fix | None:
     if _names(message, "stream_options") and _REFUSES.search(message):
         setting = "request.extra.stream_options"
-        return Cure(setting, "this endpoint does not take it; a stream may then bring no usage", _set(setting, "{}"))
+        return Fix(setting, "this endpoint does not take it; a stream may then bring no usage", _set(setting, "{}"))
     if _ONLY_STREAMS.search(message):
-        return Cure("request.stream", "this endpoint only streams", _set("request.stream", "true"))
+        return Fix("request.stream", "this endpoint only streams", _set("request.stream", "true"))
     if _NEVER_STREAMS.search(message):
-        return Cure("request.stream", "this endpoint does not stream", _set("request.stream", "false"))
+        return Fix("request.stream", "this endpoint does not stream", _set("request.stream", "false"))
     return None
 
 
-def _schema(message: str) -> Cure | None:
-    """A schema that is sound, but not what `strict` takes."""
+def _schema(message: str) -> Fix | None:
+    """A valid schema that `strict` does not allow."""
     if _BAD_SCHEMA.search(message):
         setting = "request.response_format.strict"
-        return Cure(setting, "the schema is not one that strict takes", _set(setting, "false"))
+        return Fix(setting, "strict does not allow this schema", _set(setting, "false"))
     return None
 
 
-def _both(message: str) -> Cure | None:
-    """Two parameters of which one goes."""
+def _both(message: str) -> Fix | None:
+    """Two parameters that exclude each other, or a type of response_format."""
     if _BOTH.search(message) and _names(message, "temperature") and _names(message, "top_p"):
-        return Cure("request.top_p", "this endpoint takes one of both: leave it out", _set("request.top_p", ""))
+        return Fix("request.top_p", "this endpoint takes only one of the two: leave it out", _set("request.top_p", ""))
     if _FORMAT.search(message):
         setting = "request.response_format"
-        return Cure(setting, "this endpoint does not take this type: leave it out", _set(setting, ""))
+        return Fix(setting, "this endpoint does not take this type: leave it out", _set(setting, ""))
     return None
 
 
-def _parameter(message: str) -> Cure | None:
-    """Any other parameter: it is left out."""
+def _parameter(message: str) -> Fix | None:
+    """Any other parameter: leave it out."""
     if _REFUSES.search(message) is None:
         return None
     named = [(message.find(name), name) for name in (*_REQUEST, *_EXTRA) if _quoted(message, name)]
@@ -201,11 +221,11 @@ def _parameter(message: str) -> Cure | None:
         return None
     name = min(named)[1]
     setting = f"request.{name}" if name in _REQUEST else f"request.extra.{name}"
-    return Cure(setting, "this endpoint does not take it, or not this value: leave it out", _set(setting, ""))
+    return Fix(setting, "this endpoint does not take it, or not this value: leave it out", _set(setting, ""))
 
 
 def _quoted(message: str, name: str) -> bool:
-    """True where the name stands as a parameter's, and not as an English word (`stop`, `user`, `store`)."""
+    """True if the name is used as a parameter, not as an English word (`stop`, `user`, `store`)."""
     if "_" in name or name in ("temperature", "logprobs", "seed"):
         return _names(message, name)
     as_parameter = rf"['\"`.]{name}['\"`]|param(eter)?:? {name}\b|\bbody\.{name}\b|supplied: {name}\b"

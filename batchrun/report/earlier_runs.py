@@ -1,4 +1,4 @@
-"""The newest run of each job beside its runs before: what is found in it, and what jumped."""
+"""Compares the newest run of each job with its earlier runs: what is unusual, and what jumped."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,18 +13,18 @@ from batchrun.report.profile import profile
 from batchrun.report.runs import Found
 
 NIGHTS = 7
-"""Nights before that the newest is held against."""
+"""Earlier nights with which the newest is compared."""
 
 
 class Against(msgspec.Struct, frozen=True):
-    """What the newest run of each job is compared with: the `nights` before, or the newest run at a `path`."""
+    """What the newest run of each job is compared with: the `nights` before it, or the newest run at a `path`."""
 
     nights: int = NIGHTS
     path: Path | None = None
 
 
 class Compared(msgspec.Struct, frozen=True):
-    """A job's newest run, and every figure of it beside those before; `before` names those runs' directories."""
+    """A job's newest run, with every figure compared; `before` are the directories of the earlier runs."""
 
     job: str
     run_id: str
@@ -41,7 +41,7 @@ def against(text: str) -> Against:
     """`last`, a number of nights, or a path.
 
     Raises:
-        JobError: none of them.
+        JobError: it is none of these.
     """
     if text == "last":
         return Against(1)
@@ -54,8 +54,8 @@ def against(text: str) -> Against:
     return Against(path=Path(text))
 
 
-def noticed(found: Sequence[Found], limits: Mapping[str, float]) -> list[Finding]:
-    """What is to be noticed in the newest run of each job."""
+def unusual(found: Sequence[Found], limits: Mapping[str, float]) -> list[Finding]:
+    """What is unusual in the newest run of each job."""
     return [
         finding
         for newest, *before in _by_job(found)
@@ -64,10 +64,10 @@ def noticed(found: Sequence[Found], limits: Mapping[str, float]) -> list[Finding
 
 
 def compared(found: Sequence[Found], with_: Against) -> list[Compared]:
-    """The newest run of each job beside what it is compared with.
+    """The newest run of each job, compared.
 
     Raises:
-        InputError: no run to compare with.
+        InputError: there is no run to compare with.
     """
     other = None if with_.path is None else runs.find([with_.path]).found
     table = []

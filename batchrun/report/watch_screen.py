@@ -1,4 +1,4 @@
-"""What `batchrun watch` draws: a run at work in a terminal of any width. PURE"""
+"""The screen of `batchrun watch`, for a terminal of any width. PURE."""
 
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -8,13 +8,13 @@ from batchrun.report.progress import short_number
 
 FILLED, EMPTY = "█", "░"
 HOME, REST_OF_LINE, REST_OF_SCREEN = "\x1b[H", "\x1b[K", "\x1b[J"
-"""ECMA-48: to the first place; erase to the line's end; erase to the screen's end."""
+"""ECMA-48: move to the top left; erase to the end of the line; erase to the end of the screen."""
 
 
 def frame(summary: Summary, lines: list[str], columns: int, rows: int, harmless: Callable[[str], str]) -> str:
-    """A screen: the status lines cut to the width, a bar, and how rows ended.
+    """One screen: the status lines, cut to the width, a progress bar, and how rows ended.
 
-    Each line is drawn over the one before and erased to its end, so that a resize leaves nothing torn.
+    Each line is drawn over the old one and erased to its end, so a resize leaves no torn lines.
     """
     shown = [*lines, "", *_bars(summary, columns)]
     shown = shown[: max(1, rows - 1)]
@@ -43,7 +43,7 @@ def _bar(name: str, count: int, of: int, room: int) -> str:
 
 
 def cut(text: str, columns: int) -> str:
-    """The text in so many columns, wide characters as two, an ellipsis where it is longer."""
+    """The text cut to that many columns, with an ellipsis if it is longer; wide characters take two."""
     widths = [_width(char) for char in text]
     if sum(widths) <= columns:
         return text

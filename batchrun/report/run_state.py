@@ -1,4 +1,4 @@
-"""Where a run stands: as its last process said, or as the disk says where that process was killed."""
+"""Where a run stands: as its last process wrote it, or, if that process was killed, as the disk shows it."""
 
 from datetime import UTC, datetime
 
@@ -13,44 +13,45 @@ from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.rundir import RunDirectory
 
 
-class Standing(msgspec.Struct, frozen=True):
-    """`alive`: a process works on the run. `died`: its last process was killed. Then `summary` says what is on disk;
-    where `problem` says why the disk can't be read, it is what that process wrote last.
+class RunState(msgspec.Struct, frozen=True):
+    """`working`: a process works on the run. `died`: its last process was killed, and `summary` is computed from the
+    checkpoint; if that can't be read, `problem` says why and `summary` is the last one that was written.
     """
 
     summary: Summary
-    alive: bool = False
+    working: bool = False
     died: bool = False
     problem: str | None = None
 
 
-def standing(directory: RunDirectory) -> Standing:
-    """Where the run stands now. No lock is held while the disk is read: a start is never refused because of a look.
+def run_state(directory: RunDirectory) -> RunState:
+    """Where the run stands now. Reading holds no lock, so it never blocks a start.
 
     Raises: as `summary.read`.
     """
     written = read(directory)
     if written.exit_code is not None:
-        return Standing(written)
+        return RunState(written)
     if directory.locked():
-        return Standing(written, alive=True)
-    written = read(directory)  # the process may have ended between the two looks
+        return RunState(written, working=True)
+    written = read(directory)  # the process may have ended after the first read
     if written.exit_code is not None:
-        return Standing(written)
+        return RunState(written)
     found, problem = written, None
     try:
         with at_rest.opened(directory.checkpoint, directory.inflight, glance=True) as checkpoint:
-            found = on_disk(directory, checkpoint, written)
-    except CheckpointError as error:  # a DiskError, too
+            found = from_checkpoint(directory, checkpoint, written)
+    except CheckpointError as error:  # DiskError is one, too
         problem = str(error)
-    if directory.locked():  # a start came meanwhile and changed what was being read
-        return Standing(read(directory), alive=True)
-    return Standing(found, died=True, problem=problem)
+    if directory.locked():  # a start changed the checkpoint while it was read
+        return RunState(read(directory), working=True)
+    return RunState(found, died=True, problem=problem)
 
 
-def on_disk(directory: RunDirectory, checkpoint: Checkpoint, written: Summary | None) -> Summary:
-    """The summary that the checkpoint gives. `written` is summary.json; it alone knows that a run is a pilot of the
-    first rows, and how its last start ended.
+def from_checkpoint(directory: RunDirectory, checkpoint: Checkpoint, written: Summary | None) -> Summary:
+    """The summary that the checkpoint gives.
+
+    `written` is summary.json. Only it knows that a run is a pilot of the first rows, and how its last start ended.
 
     Raises:
         CheckpointError: a record is damaged.

@@ -1,6 +1,6 @@
-"""`--where "cost_usd > 0.01 and error.kind == 'quota'"` as a filter of Arrow's. PURE.
+"""`--where "cost_usd > 0.01 and error.kind == 'quota'"` as an Arrow filter. PURE.
 
-A small part of Python's expressions: names of columns (dots into structs), numbers, strings, comparisons, `in`,
+A small part of Python's expressions: column names (with dots into structs), numbers, strings, comparisons, `in`,
 `is None`, `and`, `or`, `not`. Nothing is called or evaluated.
 """
 
@@ -26,11 +26,15 @@ _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
 }
 
 
-class Where:
-    """A filter, and the columns that it needs."""
+class RowFilter:
+    """A filter, and the columns it needs."""
 
     def __init__(self, text: str, schema: pa.Schema) -> None:
-        """Raises: JobError: not such an expression, or an unknown column."""
+        """Parses the expression.
+
+        Raises:
+            JobError: it is no such expression, or names an unknown column.
+        """
         self._text = text
         self._schema = schema
         self.columns: list[str] = []
@@ -54,7 +58,7 @@ class Where:
                 return self._compare(left, op, right)
             case ast.Name() | ast.Attribute():
                 return self._column(node)[0]
-        raise self._wrong("holds more than comparisons of columns")
+        raise self._wrong("only comparisons of columns are allowed")
 
     def _compare(self, left: ast.expr, op: ast.cmpop, right: ast.expr) -> Any:
         column, type_ = self._column(left)
@@ -66,11 +70,11 @@ class Where:
                 found = functools.reduce(operator.or_, equal, pc.scalar(False))
                 return found if isinstance(op, ast.In) else ~found | column.is_null()
         if type(op) not in _COMPARE:
-            raise self._wrong("compares in a way that is not known")
+            raise self._wrong("unknown comparison")
         try:
             return _COMPARE[type(op)](column, pc.scalar(_literal(right, type_)))
         except TypeError as error:
-            raise self._wrong("compares with something else than a number or a text") from error
+            raise self._wrong("a column can be compared only with a number or a text") from error
 
     def _column(self, node: ast.expr) -> tuple[pc.Expression, pa.DataType]:
         path: list[str] = []
@@ -78,7 +82,7 @@ class Where:
             path.insert(0, node.attr)
             node = node.value
         if not isinstance(node, ast.Name):
-            raise self._wrong("the left side is no column")
+            raise self._wrong("the left side is not a column")
         path.insert(0, node.id)
         if path[0] not in self._schema.names:
             raise self._wrong(f"there is no column {path[0]} ({', '.join(self._schema.names)})")
@@ -92,7 +96,7 @@ class Where:
 
 
 def _literal(node: ast.expr, type_: pa.DataType) -> Any:
-    """A number or text; Decimal where the column holds money, so that no digit of it is lost."""
+    """A number or text; Decimal for a column of money, so no digit is lost."""
     value = ast.literal_eval(node)
     if not isinstance(value, bool | int | float | str):
         raise TypeError(value)

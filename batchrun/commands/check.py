@@ -1,0 +1,98 @@
+"""`batchrun check` and `batchrun estimate`: what a run would refuse, and what it would cost. Neither sends anything."""
+
+import os
+from pathlib import Path
+
+import click
+
+from batchrun.commands.options import INPUT, JOB, REUSE, SET, SKIP
+from batchrun.commands.results import say
+from batchrun.terminal import harmless
+
+
+@click.command()
+@JOB
+@INPUT
+@REUSE
+@SKIP
+@SET
+def check(
+    job: Path, input_path: str | None, reuse: tuple[str, ...], skip_invalid: bool, overrides: tuple[str, ...]
+) -> None:
+    """Check everything that a run would refuse: the job, every input record and its request. Sends nothing."""
+    from batchrun import preflight
+    from batchrun.commands.job_input import read_input, read_job, require_budget
+    from batchrun.report.wording import plural
+    from batchrun.startup import carry, input_pass
+
+    loaded = read_job(job, input_path, overrides=overrides, flags={"input.reuse_from": reuse or None})
+    directory = preflight.place(loaded)
+    preflight.require_settings(loaded, directory)
+    source, found, origins = read_input(loaded, directory, skip_invalid=skip_invalid)
+    require_budget(loaded, found)
+    where = plural(len(source.files), "file")
+    if found.rows:
+        models = ", ".join(f"{model} ({rows:,})" for model, rows in found.models.items())
+        aside = f", {len(found.rejected):,} set aside" if found.rejected else ""
+        say(harmless(f"{plural(found.rows, 'row')} in {where}{aside}, read as {found.dialect}; {models}"))
+    else:
+        say(f"0 rows in {where}: there is nothing to send")
+    if (columns := input_pass.columns_in_words(source, found)) is not None:
+        say(harmless(columns))
+    if origins is not None and (not_sent := carry.in_words(origins)) is not None:
+        say(not_sent)
+    preflight.key(loaded, os.environ)
+
+
+@click.command()
+@JOB
+@INPUT
+@REUSE
+@click.option(
+    *("-o", "--output", "out"), type=click.Path(path_type=Path), help="A run directory: estimate the rest of that run."
+)
+@SKIP
+@SET
+def estimate(
+    job: Path,
+    input_path: str | None,
+    reuse: tuple[str, ...],
+    out: Path | None,
+    skip_invalid: bool,
+    overrides: tuple[str, ...],
+) -> None:
+    """Tokens, cost and time of a job, or of the rest of a run. Sends nothing."""
+    from datetime import datetime
+
+    from batchrun import preflight
+    from batchrun.commands.job_input import read_input, read_job, require_budget
+    from batchrun.limits import daily
+    from batchrun.startup import carry, previous_run
+    from batchrun.startup import estimate as estimating
+    from batchrun.startup.preview import look
+    from batchrun.store.rundir import RunDirectory
+
+    loaded = read_job(job, input_path, overrides=overrides, flags={"input.reuse_from": reuse or None})
+    found = None if out is None else look(loaded, RunDirectory(out))
+    directory = preflight.place(loaded) if out is None else RunDirectory(out)
+    preflight.require_settings(loaded, directory)
+    _, surveyed, origins = read_input(loaded, directory, skip_invalid=skip_invalid)
+    tables = require_budget(loaded, surveyed)
+    if found is not None:
+        for line in estimating.run_in_words(found.summary, None if found.drift is None else str(found.drift)):
+            say(harmless(line))
+    elif origins is not None and (not_sent := carry.in_words(origins)) is not None:
+        say(not_sent)
+    new = surveyed.rows if origins is None else origins.new
+    estimated = estimating.estimate(
+        surveyed,
+        loaded,
+        tables,
+        new if found is None else found.to_ask,
+        None if found is None else found.summary,
+        daily.left_s(datetime.now().astimezone()),
+        previous_run.newest(loaded, besides=out),
+    )
+    for line in estimating.in_words(estimated, tables, loaded.endpoint.url):
+        say(harmless(line))
+    preflight.key(loaded, os.environ)

@@ -1,0 +1,31 @@
+"""`batchrun compare`."""
+
+from pathlib import Path
+
+import click
+
+from batchrun.commands.results import say
+from batchrun.terminal import harmless
+
+
+@click.command()
+@click.argument("before", type=click.Path(path_type=Path))
+@click.argument("after", type=click.Path(path_type=Path))
+@click.option("--id", "by", metavar="COLUMN", help="The input's column that identifies a row, or `row`, its position.")
+@click.option("-n", "examples", type=click.IntRange(0), default=20, show_default=True, help="Changed rows to show.")
+@click.option("--json", "as_json", is_flag=True, help="A JSON object instead of lines.")
+def compare(before: Path, after: Path, by: str | None, examples: int, as_json: bool) -> None:
+    """Two runs over the same questions, row by row: what changed, and what it cost."""
+    import msgspec
+
+    from batchrun.report import compare as comparing
+    from batchrun.report.row_view import result_at
+    from batchrun.store.rundir import RunDirectory
+
+    one, other = (result_at(RunDirectory(place)) for place in (before, after))
+    comparison = comparing.compare(one, other, by, examples)
+    if as_json:
+        say(msgspec.json.format(msgspec.json.encode(comparison), indent=2).decode())
+        return
+    for line in comparing.in_words(comparison):
+        say(harmless(line))

@@ -1,0 +1,126 @@
+"""`batchrun report`: the bill over runs."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from batchrun.commands.options import PATHS
+from batchrun.commands.results import write
+from batchrun.errors import ExitCode
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from batchrun.report.runs import Found
+
+
+@click.command()
+@PATHS
+@click.option(
+    "--by", default="job,model", metavar="KEYS", help="Some of night,day,month,job,model,status,tag,tag.NAME,run."
+)
+@click.option("--since", metavar="DATE", help="Only what was spent from this day or month on.")
+@click.option("--until", metavar="DATE", help="Only what was spent up to and including this day or month.")
+@click.option(
+    *("--tz", "zone"),
+    default="UTC",
+    metavar="ZONE",
+    help="Time zone of the days: UTC (as on invoices), local, Europe/Berlin.",
+)
+@click.option("--columns", metavar="NAMES", help="Figures to show, or all.")
+@click.option("--findings", is_flag=True, help="Report what is unusual in the newest run of each job.")
+@click.option(
+    *("--finding", "limits"), multiple=True, metavar="NAME=SHARE", help="A finding's threshold, NAME=off, or off."
+)
+@click.option("--against", "other", metavar="last|N|PATH", help="Compare the newest run of each job with earlier ones.")
+@click.option("--fail-on-drift", is_flag=True, help="Exit 8 if a figure jumped; needs --against.")
+@click.option(
+    *("--reprice", "new_prices"),
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="What if: the bill at the prices of a TOML file.",
+)
+@click.option(
+    *("--reconcile", "invoice"),
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Compare the runs with an invoice (CSV) by request id, or by day and model, instead of a bill.",
+)
+@click.option("--format", "form", type=click.Choice(["table", "markdown", "csv", "json", "parquet", "xlsx", "html"]))
+@click.option(
+    *("-o", "--output", "target"),
+    type=click.Path(path_type=Path),
+    help="A file instead of stdout: .txt, .md, .csv, .json, .parquet, .xlsx or .html.",
+)
+def report(
+    paths: tuple[Path, ...],
+    by: str,
+    since: str | None,
+    until: str | None,
+    zone: str,
+    columns: str | None,
+    findings: bool,
+    limits: tuple[str, ...],
+    other: str | None,
+    fail_on_drift: bool,
+    new_prices: Path | None,
+    invoice: Path | None,
+    form: str | None,
+    target: Path | None,
+) -> None:
+    """The bill over run directories and completions files."""
+    from datetime import UTC, datetime
+
+    from batchrun.errors import JobError
+    from batchrun.report import bill as bills
+    from batchrun.report import earlier_runs, formats, reprice, runs
+    from batchrun.report import findings as unusual
+    from batchrun.report import keys as group_keys
+
+    form, keys = formats.form_of(target, form), group_keys.keys(by)
+    named, span = formats.chosen(columns), group_keys.span(zone, since, until)
+    formats.require_no_input(target, paths)
+    against = None if other is None else earlier_runs.against(other)
+    if fail_on_drift and against is None:
+        raise JobError("--fail-on-drift needs --against")
+    if new_prices is not None and (form == "html" or span.zone != "UTC"):
+        raise JobError("--reprice works with neither a page nor a --tz other than UTC: rows keep the price they had")
+    thresholds = unusual.thresholds(limits) if findings or limits or form == "html" else None
+    found = runs.find(paths)
+    if invoice is not None:
+        write(_reconciled(invoice, found.found, form), target, for_people=form != "json")
+        return
+    query = bills.Query(keys, span, thresholds, against)
+    if new_prices is None:
+        bill = bills.of_runs(found, query)
+    else:
+        before = found.found
+        found = found._replace(found=reprice.repriced(before, reprice.read(new_prices)))
+        bill = bills.what_if(
+            bills.of_runs(found, query), str(new_prices), reprice.total(before), reprice.total(found.found)
+        )
+    if form == "html":
+        from batchrun.report.page import page
+
+        content = page(bill, found.found, named or formats.SHOWN, datetime.now(UTC))
+    else:
+        content = formats.render(bill, form, named)
+    write(content, target, for_people=form in ("table", "markdown"))
+    if fail_on_drift and bill.drifted:
+        sys.exit(ExitCode.DRIFT)
+
+
+def _reconciled(invoice: Path, found: "Sequence[Found]", form: str) -> bytes:
+    import msgspec
+
+    from batchrun.errors import JobError
+    from batchrun.report import reconcile
+
+    if form not in ("table", "json"):
+        raise JobError(f"--reconcile works with --format table or json, not {form}")
+    reconciled = reconcile.reconcile(invoice, found)
+    if form == "json":
+        return msgspec.json.format(msgspec.json.encode(reconciled), indent=2) + b"\n"
+    return "".join(f"{line}\n" for line in reconcile.in_words(reconciled)).encode()

@@ -1,0 +1,66 @@
+"""`batchrun status` and `batchrun watch`: where runs stand. Neither changes anything."""
+
+import sys
+from pathlib import Path
+
+import click
+
+from batchrun.commands.options import OUT, PATHS
+from batchrun.commands.results import say
+from batchrun.errors import ExitCode
+from batchrun.terminal import harmless
+
+
+@click.command()
+@PATHS
+@click.option("--json", "as_json", is_flag=True, help="A JSON array with an object for each run.")
+@click.option("--exit-code", is_flag=True, help="Exit 4 if a run is unfinished and no process works on it.")
+def status(paths: tuple[Path, ...], as_json: bool, exit_code: bool) -> None:
+    """Where a run stands, also while it works; or many runs, a line each, unfinished ones first."""
+    from datetime import UTC, datetime
+
+    from batchrun.report import run_list, status
+    from batchrun.report.run_state import run_state
+    from batchrun.store.rundir import RunDirectory
+
+    one = len(paths) == 1 and not as_json and run_list.is_run(paths[0])
+    found = [] if one and not exit_code else run_list.collect(paths, datetime.now(UTC))
+    if as_json:
+        say(run_list.as_json(found))
+    else:
+        directory = RunDirectory(paths[0])
+        for line in status.lines(directory, run_state(directory)) if one else run_list.lines(found):
+            say(harmless(line))
+    if exit_code:
+        sys.exit(run_list.exit_code(found))
+
+
+@click.command()
+@OUT
+@click.option("--every", "every_s", type=click.FloatRange(0.1, 3600), default=1.0, metavar="SECONDS", show_default=True)
+def watch(out: Path, every_s: float) -> None:
+    """Follow a running run: throughput, limits, cost, ETA, how rows end. Exits with the run's exit code."""
+    import os
+    import time
+
+    from batchrun.report import status, watch_screen
+    from batchrun.report.progress import line
+    from batchrun.report.run_state import run_state
+    from batchrun.store.rundir import RunDirectory
+
+    directory, screen = RunDirectory(out), sys.stdout.isatty()
+    if screen:
+        say("\x1b[2J", nl=False)
+    shown = ""
+    while True:
+        found = run_state(directory)
+        if screen:
+            size = os.get_terminal_size(sys.stdout.fileno())  # not COLUMNS: it does not follow a resize
+            lines = list(status.lines(directory, found))
+            say(watch_screen.frame(found.summary, lines, size.columns, size.lines, harmless), nl=False)
+        elif (text := harmless(line(found.summary))) != shown:
+            shown = text
+            say(shown)
+        if not found.working:
+            sys.exit(ExitCode.STOPPED if found.died else found.summary.exit_code or 0)
+        time.sleep(every_s)

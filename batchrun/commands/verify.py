@@ -1,0 +1,41 @@
+"""`batchrun verify` and `batchrun export`: the files of a stopped run."""
+
+import sys
+from pathlib import Path
+
+import click
+
+from batchrun.commands.options import OUT
+from batchrun.commands.results import say
+from batchrun.errors import ExitCode
+from batchrun.terminal import harmless
+
+
+@click.command()
+@OUT
+@click.option("--salvage", is_flag=True, help="Copy what is intact into OUT.salvaged.")
+def verify(out: Path, salvage: bool) -> None:
+    """Check every record and digest of a run that no process works on. Changes no file, sends nothing."""
+    from batchrun.integrity import salvage as salvaging
+    from batchrun.integrity import verify as verifying
+    from batchrun.store.rundir import RunDirectory
+
+    if salvage:
+        findings, salvaged = salvaging.salvage(RunDirectory(out))
+    else:
+        findings, salvaged = verifying.verify(RunDirectory(out)), None
+    for line in (*verifying.in_words(findings), *(salvaging.in_words(salvaged) if salvaged else ())):
+        say(harmless(line))
+    sys.exit(ExitCode.DAMAGED if findings.damages else ExitCode.COMPLETE)
+
+
+@click.command()
+@OUT
+@click.option("-o", "--output", "target", type=click.Path(path_type=Path), help="A file instead, outside of OUT.")
+def export(out: Path, target: Path | None) -> None:
+    """Write the rows that a stopped run has so far, the others as pending. Changes nothing else, sends nothing."""
+    from batchrun.integrity import export as exporting
+    from batchrun.store.rundir import RunDirectory
+
+    for line in exporting.in_words(exporting.export(RunDirectory(out), target)):
+        say(harmless(line))

@@ -1,0 +1,150 @@
+"""The lines that a start prints at its end: rows by status, tokens, cost, rate, files, and what to do next. PURE."""
+
+import shlex
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+
+from batchrun.job.job import Endpoint
+from batchrun.records import FAILURES, Status, Summary
+from batchrun.report.cost_lines import cost_lines, estimate_in_words
+from batchrun.report.notices import unknown_reason
+from batchrun.report.suggested_fixes import Fix, command_with, fix_for, fix_for_key
+from batchrun.report.summary import failures
+from batchrun.report.wording import are, plural, rounded
+
+RATE_S = 60.0
+"""A shorter start has no rate per minute: the burst that a limit allows would read as a broken limit. 348 requests in
+10 s are 2,087 a minute, and within 1,500 a minute if the first of them went out at once."""
+
+
+def in_words(
+    summary: Summary,
+    *,
+    requests_per_minute: float | None,
+    max_failures: int,
+    failing: Collection[Status] = FAILURES,
+    command: Sequence[str] = (),
+    settings: Collection[str] | None = None,
+    endpoint: Endpoint | None = None,
+) -> Iterator[str]:
+    """The closing lines.
+
+    `command` is the command line that ran, from which the next one is made. `settings` are the paths that the job sets
+    in `[request]`: no setting changes what the rows bring themselves. `endpoint` says where the API key comes from.
+    """
+    for label, text in (
+        *_account(summary, requests_per_minute),
+        *_failed(summary, max_failures, failing, command, settings),
+        *_stopped(summary, command, settings, endpoint),
+    ):
+        yield f"{label:<13}{text}"
+
+
+def _account(summary: Summary, requests_per_minute: float | None) -> Iterator[tuple[str, str]]:
+    done = summary.rows - summary.pending
+    counts = ", ".join(f"{n:,} {status}" for status, n in summary.by_status.items()) or "none"
+    aside = f"; {plural(summary.rejected, 'input record')} set aside in rejects.jsonl" if summary.rejected else ""
+    yield "rows", f"{done:,} of {summary.rows:,} done: {counts}{aside}"
+    if summary.reused:
+        copies = f", {summary.duplicates:,} of them equal to an earlier row" if summary.duplicates else ""
+        saved = f"; ${summary.saved_usd:,.6f} saved" if summary.saved_usd else ""
+        yield "reused", f"{plural(summary.reused, 'row')} without a request{copies}{saved}"
+    prompt, cached, completion, reasoning = (
+        sum(getattr(line, name) for line in summary.totals)
+        for name in ("prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens")
+    )
+    cached_part = f" ({cached:,} cached)" if cached else ""  # 0 may only mean that the server reports no cache
+    reasoning_part = f" ({reasoning:,} reasoning)" if reasoning else ""
+    yield "tokens", f"{prompt:,} in{cached_part}, {completion:,} out{reasoning_part}"
+    cost, *beyond = cost_lines(summary)
+    yield "cost", cost
+    for line in (*beyond, *(summary.price or "").split("; ")):
+        if line:
+            yield "", line
+    if (estimate := estimate_in_words(summary)) is not None:
+        yield "estimate", estimate
+    yield "rate", _rate(summary, requests_per_minute)
+    for name, rows in summary.models.items():
+        if all(line.model != name for line in summary.totals):
+            yield "note", f"{plural(rows, 'answer')} {'names' if rows == 1 else 'name'} the model {name}"
+    for reason in summary.unknown_finish_reasons:
+        yield "note", unknown_reason(reason)
+    yield from summary.files.items()
+
+
+def _rate(summary: Summary, requests_per_minute: float | None) -> str:
+    """What this start sent, against the limit."""
+    allowed = f"{rounded(float(requests_per_minute)):,}" if requests_per_minute else ""
+    if summary.elapsed_s < RATE_S:
+        sent = plural(round(summary.requests_per_minute * summary.elapsed_s / 60), "request")
+        tokens = plural(round(summary.tokens_per_minute * summary.elapsed_s / 60), "token")
+        limit = f" ({allowed} requests/min allowed)" if allowed else ""
+        return f"{sent}, {tokens} in {summary.elapsed_s:,.1f} s{limit}"
+    limit = f" of {allowed} allowed" if allowed else ""
+    if requests_per_minute and summary.requests_per_minute > requests_per_minute:
+        changed = summary.tuned is not None and summary.tuned.refused is None
+        limit = f" ({allowed} allowed" + (", changed during the run)" if changed else " after the first burst)")
+    requests = f"{summary.requests_per_minute:,.0f} requests/min{limit}"
+    return f"{requests}, {summary.tokens_per_minute:,.0f} tokens/min, {summary.elapsed_s:,.1f} s"
+
+
+def pace(summary: Summary) -> str:
+    """How fast this start completes rows, as a rate if it has run for a minute."""
+    if summary.elapsed_s >= RATE_S:
+        return f"{summary.rows_per_minute:,.0f} rows/min"
+    rows = sum(line.rows for line in summary.totals if line.invocation == summary.invocation)
+    return f"{plural(rows, 'row')} in {summary.elapsed_s:,.0f} s"
+
+
+def _failed(
+    summary: Summary,
+    max_failures: int,
+    failing: Collection[Status],
+    command: Sequence[str],
+    settings: Collection[str] | None,
+) -> Iterator[tuple[str, str]]:
+    """The failed rows of a complete run, one of their errors, and how to retry them."""
+    failed = failures(summary, failing)
+    if not summary.complete or not failed:
+        return
+    allowed = f"{'more than' if failed > max_failures else 'within'} output.max_failures = {max_failures:,}"
+    them = "it" if failed == 1 else "them"
+    yield "failed", f"{plural(failed, 'row')}, {allowed}: see the column `error`; --retry-failed retries {them}"
+    if summary.example_error is not None and summary.by_status.get(Status.ERROR):
+        yield "", f"for example: {summary.example_error}"
+        if (fix := fix_for(summary.example_error, settings)) is not None:
+            yield from _fixed(fix, command, retry=True)
+
+
+def _stopped(
+    summary: Summary, command: Sequence[str], settings: Collection[str] | None, endpoint: Endpoint | None
+) -> Iterator[tuple[str, str]]:
+    """Why the run is not complete, and how to resume it."""
+    if summary.complete:
+        return
+    reason = summary.reason or "before the end"
+    yield "stopped", reason
+    fix = None if endpoint is None else fix_for_key(reason, endpoint)
+    if fix is None and summary.example_error is not None and summary.example_error in reason:
+        fix = fix_for(summary.example_error, settings)
+    if fix is not None:
+        yield from _fixed(fix, command, retry=False)
+    else:
+        left = f"{plural(summary.pending, 'row')} {are(summary.pending)} left"
+        yield "next", f"{left}; run the same command again to resume"
+    if summary.by_status and "partial" not in summary.files and "usage" in summary.files:
+        yield "rows so far", f"batchrun export {shlex.quote(str(Path(summary.files['usage']).parent))}"
+
+
+def _fixed(fix: Fix, command: Sequence[str], *, retry: bool) -> Iterator[tuple[str, str]]:
+    """The setting that fixes what the server rejects, and the command that tries it."""
+    yield "fix", f"{fix.setting}: {fix.what}"
+    if fix.flags and command:
+        yield "next", shlex.join(command_with(command, fix, retry=retry))
+    elif fix.flags:
+        yield "next", f"the same with {shlex.join(command_with((), fix, retry=retry))}"
+    elif fix.same_command:
+        yield "next", "then run the same command again to resume"
+    else:
+        flag = "--retry-failed" if retry else "--accept-changes"
+        yield "next", f"change it, then run the same command with {flag}"

@@ -1,0 +1,103 @@
+"""The cost of a run in words, and everything that the amount does not cover. PURE."""
+
+from collections.abc import Iterable, Mapping
+from decimal import Decimal
+
+import msgspec
+
+from batchrun.prices import PICO, PriceTable
+from batchrun.records import Estimate, PossiblyBilled, Summary
+from batchrun.report.wording import plural, were
+from batchrun.store.totals import LOST
+
+
+def prices_in_words(tables: Mapping[str, PriceTable | None]) -> list[str]:
+    """The price of each model."""
+    return [f"{model}: no known price" if table is None else table.describe() for model, table in tables.items()]
+
+
+def known_cost(cost_usd: Decimal, unknown: int) -> Decimal | None:
+    """The sum of all known costs; None if no cost is known, because an unknown cost is not 0.
+
+    `unknown` counts the attempts whose price or usage is unknown.
+    """
+    return None if unknown and not cost_usd else cost_usd
+
+
+def headline_usd(summary: Summary, form: str = ",.6f") -> str:
+    """The cost so far, as every line shows it."""
+    cost_usd = known_cost(summary.cost_usd, summary.unpriced + summary.without_usage)
+    return "unknown" if cost_usd is None else f"${cost_usd:{form}}"
+
+
+def cost_in_words(summary: Summary) -> str:
+    """The cost in one line, with what it does not cover."""
+    return "; ".join(cost_lines(summary))
+
+
+def cost_lines(summary: Summary) -> list[str]:
+    """The cost, then a line for each thing that it does not cover."""
+    lines = [headline_usd(summary)]
+    if summary.wasted_usd:
+        lines.append(f"${summary.wasted_usd:,.6f} of it paid for answers that are not in the output")
+    lost = sum(line.attempts for line in summary.totals if line.status == LOST)
+    if count := max(summary.possibly_billed_count, lost):
+        lines.append(possibly_billed(count, lost, up_to(count, summary.possibly_billed_usd, summary.possibly_billed)))
+    if reported := sum((line.reported_cost_usd for line in summary.totals), Decimal(0)):
+        lines.append(f"the server itself reports ${reported:,.6f}")
+    if summary.unpriced:
+        tiers = f" (none for the service tier {', '.join(summary.unpriced_tiers)})" if summary.unpriced_tiers else ""
+        lines.append(f"no known price for {plural(summary.unpriced, 'attempt')}{tiers}: not included in any sum")
+    if summary.without_usage:
+        lines.append(f"{plural(summary.without_usage, 'answer')} came without usage: not included in any sum")
+    return lines
+
+
+def possibly_billed(count: int, lost: int, bound: str) -> str:
+    """Requests that were sent and whose end is unknown; `lost` of them because a process died. `bound` is `up_to`'s."""
+    if lost >= count:
+        return f"{plural(count, 'request')} {were(count)} in flight when a process died; {bound}"
+    some = f", {lost:,} of them because a process died" if lost else ""
+    return f"{plural(count, 'request')} {were(count)} sent without a known end{some}; {bound}"
+
+
+def up_to(count: int, usd: Decimal, doubts: Iterable[PossiblyBilled]) -> str:
+    """The upper bound of what these requests may have cost. Without a known price there is none."""
+    they = "it" if count == 1 else "they"
+    if all(doubt.upper_bound_usd is not None for doubt in doubts):
+        return f"{they} may have cost up to ${usd:,.6f} more"
+    if not usd:
+        return f"{they} may have been billed, at an unknown price"
+    return f"those with a known price may have cost up to ${usd:,.6f} more"
+
+
+def estimate_in_words(summary: Summary) -> str | None:
+    """What the run was estimated to cost before its first request, compared with what the same rows did cost."""
+    if (estimate := summary.estimate) is None:
+        return None
+    done, rows = summary.rows - summary.pending, plural(estimate.rows, "row")
+    if estimate.expected_usd is None:
+        return f"{estimate.prompt_tokens:,} tokens in and {estimate.completion_tokens:,} out for {rows}"
+    whole = f"${estimate.expected_usd:,.6f} for {rows}"
+    expected_usd = scaled(estimate, done).expected_usd or Decimal(0)
+    if not done or not expected_usd or summary.unpriced or summary.without_usage:
+        return whole  # a cost that is known only in part can't be compared
+    so_far = f", ${expected_usd:,.6f} for the {done:,} done" if summary.pending else ""
+    off = (summary.cost_usd / expected_usd - 1) * 100
+    return f"{whole}{so_far}; the cost is {abs(off):.0f} % {'above' if off >= 0 else 'below'} that"
+
+
+def scaled(estimate: Estimate, rows: int) -> Estimate:
+    """The estimate for that many of its rows."""
+    if rows == estimate.rows or not estimate.rows:
+        return estimate
+    share = Decimal(rows) / estimate.rows
+    usd = {name: getattr(estimate, name) for name in ("low_usd", "expected_usd", "high_usd")}
+    return msgspec.structs.replace(
+        estimate,
+        rows=rows,
+        prompt_tokens=round(estimate.prompt_tokens * share),
+        completion_tokens=round(estimate.completion_tokens * share),
+        minutes=None if estimate.minutes is None else estimate.minutes * float(share),
+        **{name: None if known is None else (known * share).quantize(PICO) for name, known in usd.items()},
+    )

@@ -1,0 +1,162 @@
+"""The lines of `batchrun status` for many runs: one each, unfinished ones first."""
+
+import os
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
+
+import msgspec
+
+from batchrun.errors import CheckpointError, ExitCode, InputError
+from batchrun.report import resume_command
+from batchrun.report.cost_lines import known_cost
+from batchrun.report.run_state import RunState, run_state
+from batchrun.report.summary import failures
+from batchrun.report.text_table import aligned
+from batchrun.report.wording import age_in_words
+from batchrun.store.rundir import RunDirectory
+
+
+class ListedRun(msgspec.Struct, frozen=True):
+    """One run. `state` is that of summary.json, or `died`, or `unreadable`; the figures of an unreadable one are 0.
+
+    `working`: a process works on it. `next` is the command that finishes it; None if nothing is left to do, or if no
+    command line started it. `age_s` counts from `updated_at`.
+    """
+
+    path: str
+    job: str
+    state: str
+    working: bool
+    complete: bool
+    rows: int
+    done: int
+    failed: int
+    pending: int
+    by_status: dict[str, int]
+    cost_usd: Decimal | None
+    possibly_billed_usd: Decimal
+    unpriced: int
+    begun_at: datetime | None
+    updated_at: datetime | None
+    age_s: float | None
+    exit_code: int | None
+    reason: str | None
+    next: str | None
+
+    @property
+    def unfinished(self) -> bool:
+        """Rows are pending, and no process works on them."""
+        return not self.complete and not self.working
+
+
+def collect(paths: Sequence[Path], now: datetime) -> list[ListedRun]:
+    """Every run that the paths name or hold, once: unfinished ones first, then running ones, each newest first.
+
+    Raises:
+        InputError: a path holds no run.
+    """
+    places: dict[Path, Path] = {}
+    for path in paths:
+        found = list(_run_directories(path))
+        if not found:
+            raise InputError(f"{path}: no run here; name a run directory, or a folder of them")
+        for place in found:
+            places.setdefault(place.resolve(), place)
+    runs = sorted((_run(place, now) for place in places.values()), key=_age, reverse=True)
+    return sorted(runs, key=lambda run: (not run.unfinished, run.complete))
+
+
+def exit_code(runs: Sequence[ListedRun]) -> ExitCode:
+    """The exit code of `--exit-code`."""
+    if any(run.state == "unreadable" for run in runs):
+        return ExitCode.DAMAGED
+    return ExitCode.STOPPED if any(run.unfinished for run in runs) else ExitCode.COMPLETE
+
+
+def as_json(runs: Sequence[ListedRun]) -> str:
+    """A JSON array with an object for each run; amounts are strings, times are UTC."""
+    return msgspec.json.format(msgspec.json.encode(runs), indent=2).decode()
+
+
+def lines(runs: Sequence[ListedRun]) -> Iterator[str]:
+    """A table with a line for each run, and a count if there are several."""
+    yield from aligned([_HEADER, *map(_cells, runs)], _LEFT)
+    unfinished = sum(run.unfinished for run in runs)
+    if len(runs) > 1:
+        yield f"{len(runs):,} runs, {unfinished:,} unfinished"
+
+
+_HEADER = ("state", "done", "rows", "failed", "pending", "cost", "age", "run", "next")
+_LEFT = (0, 7, 8)
+
+
+def _cells(run: ListedRun) -> tuple[str, ...]:
+    cost = "unknown" if run.cost_usd is None else f"${run.cost_usd:,.4f}"
+    counts = (f"{number:,}" for number in (run.done, run.rows, run.failed, run.pending))
+    age = "" if run.age_s is None else age_in_words(run.age_s)
+    if run.state == "unreadable":
+        return (run.state, "", "", "", "", "", "", run.path, run.reason or "")
+    return (run.state, *counts, cost, age, run.path, run.next or "")
+
+
+def is_run(path: Path) -> bool:
+    """True for a run directory: other programs write a file called summary.json, too."""
+    directory = RunDirectory(path)
+    return directory.summary.exists() and (
+        directory.checkpoint.exists() or "run_id" in (directory.read_summary() or {})
+    )
+
+
+def _run_directories(path: Path) -> Iterator[Path]:
+    """The run directories that `path` is or holds, at any depth, but not inside another run directory."""
+    for folder, names, files in os.walk(path):
+        if "summary.json" in files and is_run(Path(folder)):
+            names.clear()
+            yield Path(folder)
+        names.sort()
+
+
+def _run(path: Path, now: datetime) -> ListedRun:
+    try:
+        return _listed(path, run_state(RunDirectory(path)), now)
+    except (InputError, CheckpointError) as error:
+        return _unreadable(path, str(error))
+
+
+def _listed(path: Path, found: RunState, now: datetime) -> ListedRun:
+    summary = found.summary
+    return ListedRun(
+        path=str(path),
+        job=summary.job,
+        state="died" if found.died else summary.state,
+        working=found.working,
+        complete=summary.complete,
+        rows=summary.rows,
+        done=summary.rows - summary.pending,
+        failed=failures(summary),
+        pending=summary.pending,
+        by_status=summary.by_status,
+        cost_usd=known_cost(summary.cost_usd, summary.unpriced + summary.without_usage),
+        possibly_billed_usd=summary.possibly_billed_usd,
+        unpriced=summary.unpriced,
+        begun_at=summary.begun_at,
+        updated_at=summary.updated_at,
+        age_s=round((now - summary.updated_at).total_seconds(), 1),
+        exit_code=summary.exit_code,
+        reason=found.problem or summary.reason,
+        next=None if summary.complete or found.working else resume_command.in_directory(summary.command, path),
+    )
+
+
+def _unreadable(path: Path, why: str) -> ListedRun:
+    return ListedRun(
+        path=str(path), job="", state="unreadable", working=False, complete=False, rows=0, done=0, failed=0, pending=0,
+        by_status={}, cost_usd=None, possibly_billed_usd=Decimal(0), unpriced=0, begun_at=None, updated_at=None,
+        age_s=None, exit_code=None, reason=why, next=None,
+    )  # fmt: skip
+
+
+def _age(run: ListedRun) -> tuple[datetime, str]:
+    return run.begun_at or datetime.max.replace(tzinfo=UTC), run.path
