@@ -88,9 +88,9 @@ class Questions:
 
 def match(old: Iterable[tuple[bytes, int]], new: Iterable[tuple[bytes, int]], rows: int, directory: Path) -> Matches:
     """The matches of `rows` new rows. Both sides give (key, row), each in the order of its rows."""
-    buckets = min(MAX_BUCKETS, 1 + rows // ROWS_A_BUCKET)
+    buckets = buckets_of(rows)
     matches = Matches(rows, directory)
-    with _Spread(old, buckets, directory) as answers, _Spread(new, buckets, directory) as questions:
+    with Spread(old, buckets, directory) as answers, Spread(new, buckets, directory) as questions:
         for bucket in range(buckets):
             waiting: dict[bytes, deque[int]] = {}
             for key, row in answers.entries(bucket):
@@ -101,7 +101,12 @@ def match(old: Iterable[tuple[bytes, int]], new: Iterable[tuple[bytes, int]], ro
     return matches
 
 
-class _Spread:
+def buckets_of(rows: int) -> int:
+    """How many buckets so many rows take."""
+    return min(MAX_BUCKETS, 1 + rows // ROWS_A_BUCKET)
+
+
+class Spread:
     """Entries spread over bucket files by their key."""
 
     def __init__(self, entries: Iterable[tuple[bytes, int]], buckets: int, directory: Path) -> None:
