@@ -67,7 +67,7 @@ def carried(
 
 OF_THE_REQUEST = frozenset(
     {
-        *("request_id", "reported_cost_usd", "set_aside", "latency_s", "time_to_first_token_s"),
+        *("request_id", "service_tier", "reported_cost_usd", "set_aside", "latency_s", "time_to_first_token_s"),
         *(name for name in OWN_COLUMNS.names if name.endswith("_tokens")),
     }
 )

@@ -29,7 +29,7 @@ _ANSWERS = ("content", "function_call", "tool_calls")
 _OF_THE_EXCHANGE = frozenset(
     {
         *("row", "request_id", "attempts", "set_aside", "latency_s", "time_to_first_token_s", "invocation"),
-        *("variant", "reported_cost_usd", "answer_cost_usd", "finished_at"),
+        *("variant", "service_tier", "reported_cost_usd", "answer_cost_usd", "finished_at"),
         *(name for name in OWN_COLUMNS.names if name.endswith("_tokens")),
     }
 )
