@@ -138,7 +138,7 @@ def test_an_unserialisable_row_is_named_early(
 
 def test_rows_beside_a_path_are_refused(tmp_path: Path) -> None:
     job = job_at("simulator", input=batchrun.Input(path="in.jsonl"))
-    with pytest.raises(batchrun.JobError, match=r"rows are given instead of in\.jsonl; keep one of them"):
+    with pytest.raises(batchrun.JobError, match=r"the call has rows and the job has in\.jsonl; keep one of them"):
         batchrun.run(job, texts(1), output=tmp_path / "out")
 
 
@@ -224,7 +224,7 @@ def test_a_missing_key_is_reported_first(tmp_path: Path) -> None:
 
 def test_an_unknown_option_is_named() -> None:
     options: Any = {"limt": 3}
-    with pytest.raises(TypeError, match="limt is no option; there are output, "):
+    with pytest.raises(TypeError, match="unknown option limt; expected some of output, "):
         batchrun.run(job_at("simulator"), texts(1), **options)
 
 

@@ -141,7 +141,7 @@ def test_a_changed_image_stops_the_run(tmp_path: Path, pictures: Path) -> None:
             (f"Error: row 19: {NAMES[-1]}: can't be read: No such file", "Error: row 18: its images")
         )
         assert line.endswith(
-            "changed while the run works; put them back, or take the images as they are with --accept-changes"
+            "while the run was working; restore them, or accept the images as they are with --accept-changes"
         )
         summary = read_summary(out)
         assert summary["pending"] >= 2
