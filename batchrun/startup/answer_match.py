@@ -86,9 +86,9 @@ class Questions:
 
 def match(old: Iterable[tuple[bytes, int]], new: Iterable[tuple[bytes, int]], rows: int, directory: Path) -> Matches:
     """Matches `rows` new rows. Both sides are (key, row), in the order of rows."""
-    buckets = min(MAX_BUCKETS, 1 + rows // ROWS_A_BUCKET)
+    buckets = buckets_of(rows)
     matches = Matches(rows, directory)
-    with _Spread(old, buckets, directory) as answers, _Spread(new, buckets, directory) as questions:
+    with Spread(old, buckets, directory) as answers, Spread(new, buckets, directory) as questions:
         for bucket in range(buckets):
             waiting: dict[bytes, deque[int]] = {}
             for key, row in answers.entries(bucket):
@@ -99,7 +99,12 @@ def match(old: Iterable[tuple[bytes, int]], new: Iterable[tuple[bytes, int]], ro
     return matches
 
 
-class _Spread:
+def buckets_of(rows: int) -> int:
+    """How many buckets so many rows take."""
+    return min(MAX_BUCKETS, 1 + rows // ROWS_A_BUCKET)
+
+
+class Spread:
     """Entries spread over bucket files by their key."""
 
     def __init__(self, entries: Iterable[tuple[bytes, int]], buckets: int, directory: Path) -> None:

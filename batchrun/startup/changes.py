@@ -7,7 +7,7 @@ the top asks one row. What no question asks for any more was paid for in vain: t
 import functools
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import cast
@@ -20,6 +20,7 @@ from batchrun.source import START, Source, Window
 from batchrun.startup.answer_match import NONE, Matches, match
 from batchrun.store import result, stored_window, totals
 from batchrun.store.base_part import BasePart
+from batchrun.store.carry_over import CarryOver, Taken
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.db_tables import Chunk
 from batchrun.store.manifest import Manifest, answer_column
@@ -34,8 +35,9 @@ class Changes(msgspec.Struct, frozen=True):
     """What changed, and what it means for answers: `kept` still fit, `dropped` are asked for by nothing any more.
 
     A row that ended as `error` is no answer: it stays where its question does, and is no loss where not. `in_place`:
-    every answer stays in its row. `fewer`: so many rows less than before. `mean_cost_usd`: of one row, by the rows so
-    far.
+    every answer stays in its row. `fewer`: so many rows less than `before`, of which some were `pending`.
+    `carried` of the rows without an answer take one without a request.
+    `mean_cost_usd`: of one row, by the rows so far.
     """
 
     changed: tuple[str, ...]
@@ -45,6 +47,9 @@ class Changes(msgspec.Struct, frozen=True):
     in_place: bool
     mean_cost_usd: Decimal | None
     fewer: int = 0
+    before: int = 0
+    pending: int = 0
+    carried: int = 0
 
     @property
     def harmless(self) -> bool:
@@ -53,13 +58,25 @@ class Changes(msgspec.Struct, frozen=True):
         """
         return self.in_place and not self.dropped and not self.fewer
 
+    @property
+    def rows_changed(self) -> int:
+        """Rows with another question, rows that came and rows that went: the larger of what is new and what is gone."""
+        return max(self.rows - self.kept - self.pending, self.dropped, self.fewer)
+
+    @property
+    def to_send(self) -> int:
+        """The rows that a start sends."""
+        return self.rows - self.kept - self.carried
+
     def __str__(self) -> str:
-        asked = self.rows - self.kept
+        asked = self.to_send
         cost = "" if self.mean_cost_usd is None else f", about ${self.mean_cost_usd * asked:,.4f}"
         what = ", ".join(each if " " in each else f"{each} has changed" for each in self.changed)  # settings: one word
         stay = "1 answer stays" if self.kept == 1 else f"{self.kept:,} answers stay"
         ask = "1 row is to be asked" if asked == 1 else f"{asked:,} rows are to be asked"
         fewer = f"; {self.fewer:,} fewer than before" if self.fewer else ""
+        if self.carried:
+            fewer = f"; {self.carried:,} without a request{fewer}"
         return f"{what}: {stay}, {ask}{cost}{fewer}{self._in_vain()}"
 
     def _in_vain(self) -> str:
@@ -84,6 +101,7 @@ class Answers:
             self.chunks = result.restore_parts(facts, checkpoint, self.chunks, directory)
         self.rows = facts.rows
         self.answered = bytearray()
+        self.settled = checkpoint.totals.settled()
         self._first_rows = [chunk.first_row for chunk in self.chunks]
         self.of_chunk = functools.lru_cache(maxsize=4)(self._of_chunk)  # a shuffled input reads chunks again
 
@@ -158,7 +176,10 @@ def examine(
         in_place += answers.answered[old] and old == new
     paid = sum(answers.answered)
     fewer = max(0, answers.rows - rows) if paid else 0
-    return Changes(changed, rows, kept, paid - kept_answers, in_place == paid, mean_cost_usd, fewer), matches
+    pending = answers.rows - answers.settled
+    dropped = paid - kept_answers
+    seen = Changes(changed, rows, kept, dropped, in_place == paid, mean_cost_usd, fewer, answers.rows, pending)
+    return seen, matches
 
 
 def lay_out(
@@ -171,6 +192,7 @@ def lay_out(
     checkpoint: Checkpoint,
     entries: dict[str, str],
     limit: int | None,
+    carry: CarryOver,
 ) -> None:
     """The run's rows lie as the new input has them, with the answers that fit; one transaction makes it true.
 
@@ -192,6 +214,7 @@ def lay_out(
             break
         end_row = first_row + read.rows
         own = answers.take([(new, old) for new in range(first_row, end_row) if (old := matches[new]) != NONE])
+        own = _with_originals(own, carry.window(first_row, end_row))
         left -= own.num_rows
         standing.update(cast(list[str], own.column("status").to_pylist()))
         number = len(chunks)
@@ -218,6 +241,17 @@ def lay_out(
         chunks.append(chunk)
         first_row = end_row
     checkpoint.replace_chunks(chunks, standing, entries, answers.given_up(matches))
+
+
+def _with_originals(own: pa.Table, taken: Mapping[int, Taken]) -> pa.Table:
+    """The records with the numbers that the rows have now whose answers they took."""
+    rows, reused = (own.column(name).to_pylist() for name in ("row", "reused"))
+    originals = [
+        taken[row].original if copied and row in taken and taken[row].original >= 0 else None
+        for row, copied in cast(Iterator[tuple[int, bool]], zip(rows, reused, strict=True))
+    ]
+    field = OWN_COLUMNS.field("duplicate_of")
+    return own.set_column(OWN_COLUMNS.get_field_index(field.name), field, pa.array(originals, field.type))
 
 
 def _windows(source: Source, facts: Manifest, upto: int) -> Iterator[Window]:

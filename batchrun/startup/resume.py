@@ -4,8 +4,11 @@ A run's facts are fixed when it first starts and kept in the manifest: which que
 shape. Later starts are held against them; limits, prices, retries and the budget may change from start to start.
 """
 
+import contextlib
 import uuid
+from collections.abc import Iterable, Iterator
 from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 
 import msgspec
@@ -18,13 +21,15 @@ from batchrun.prices import PriceTable
 from batchrun.report.cost_lines import scaled
 from batchrun.report.wording import are, plural
 from batchrun.source import FileIdentity, Source, changed, digest, fingerprint, open_source
-from batchrun.startup import changes, input_pass, preconditions, previous_run, stdin_copy
-from batchrun.startup.answer_match import Questions
+from batchrun.startup import carry, changes, input_pass, preconditions, previous_run, stdin_copy
+from batchrun.startup.answer_match import NONE, Questions
 from batchrun.startup.estimate import estimate
 from batchrun.startup.run_options import RunOptions
-from batchrun.store import manifest, variants
+from batchrun.store import manifest, origins, variants
+from batchrun.store.carry_over import CarryOver
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.manifest import Manifest
+from batchrun.store.origins import Origins
 from batchrun.store.rundir import RunDirectory
 from batchrun.store.variants import Variant
 from batchrun.tables.arrow_types import Column
@@ -38,7 +43,7 @@ class Plan(msgspec.Struct, frozen=True):
     """Everything a run works by. `prices` holds None for a model whose price nobody knows.
 
     `rows` are those that this start is to settle: all, or the first so many. `variants[k]` is how rows of variant k are
-    asked, 0 as the run began; `variant` is the one that this start's job is.
+    asked, 0 as the run began; `variant` is the one that this start's job is. `origins` says which rows are not sent.
     """
 
     facts: Manifest
@@ -51,6 +56,7 @@ class Plan(msgspec.Struct, frozen=True):
     schema: pa.Schema
     parsed: Column
     prices: dict[str, PriceTable | None]
+    origins: Origins | None = None
 
 
 def make(job: Job, directory: RunDirectory, checkpoint: Checkpoint, asked: RunOptions, now: datetime) -> Plan:
@@ -70,17 +76,34 @@ def make(job: Job, directory: RunDirectory, checkpoint: Checkpoint, asked: RunOp
     _require_unused(directory)
     source = open_source(input_pass.input_files(job, directory, asked, begun=False), job.input.max_line_bytes)
     files = fingerprint(source.files)
-    with Questions(directory.path) as pictures:
-        found = input_pass.read(source, job, directory, asked, pictured=pictures.add)
+    with Questions(directory.path) as keys, Questions(directory.path) as pictures:
+        found = input_pass.read(source, job, directory, asked, keys.add, pictures.add)
         new = input_pass.facts_of(job, source, files, found, run_id=uuid.uuid4().hex[:12], begun_at=now)
         input_pass.keep_digests(job, directory, new.layout, pictures, found)
+        made = _origins(job, directory, new, asked, keys.rows(found.rejected))
     ways = (variants.of_job(job),)
     plan = _plan(job, new, ways, 0, source, {}, asked.limit, today, resumed=False)
     before = previous_run.newest(job, besides=directory.path)
-    expected = estimate(found, job, plan.prices, found.rows, None, daily.left_s(now), before)
-    plan = msgspec.structs.replace(plan, facts=msgspec.structs.replace(new, estimate=expected))
-    checkpoint.write_manifest({**manifest.encode(plan.facts), "prices": _encode(plan.prices), **variants.encode(ways)})
+    to_send = found.rows if made is None else made.new
+    expected = estimate(found, job, plan.prices, to_send, None, daily.left_s(now), before)
+    expected = msgspec.structs.replace(expected, rows=found.rows)  # those that are not sent cost nothing
+    plan = msgspec.structs.replace(plan, facts=msgspec.structs.replace(new, estimate=expected), origins=made)
+    entries = {**manifest.encode(plan.facts), "prices": _encode(plan.prices), **variants.encode(ways)}
+    checkpoint.write_manifest({**entries, origins.ENTRY: _encode(made)})
     return plan
+
+
+def _origins(
+    job: Job, directory: RunDirectory, facts: Manifest, asked: RunOptions, keys: Iterable[tuple[bytes, int]]
+) -> Origins | None:
+    """Which of the rows, whose keys these are, take an answer without a request; None where the job wants all sent."""
+    wanted = carry.wanted(job, facts.rows, facts.layout)
+    if wanted is None:
+        return None
+    made = carry.make(job, keys, wanted, directory.path, directory.origins_of(facts.layout), asked.told)
+    if (line := carry.in_words(made)) is not None:
+        asked.told(line)
+    return made
 
 
 def _require_unused(directory: RunDirectory) -> None:
@@ -120,6 +143,7 @@ def _resume(
     files = stdin_copy.put_in_place(input_pass.input_files(job, directory, asked), directory)
     try:
         known, ways, variant, source = _as_it_is_now(job, directory, checkpoint, asked, known, ways, files)
+        made = _origins_now(job, directory, checkpoint, asked, known, source)
     finally:
         stdin_copy.settle(directory, manifest.decode(checkpoint.manifest_entries()))
     prices_known = msgspec.json.decode(entries.get("prices", "{}"), type=dict[str, PriceTable | None])
@@ -127,7 +151,29 @@ def _resume(
     plan = _plan(job, known, ways, variant, source, prices_known, limit, today, resumed=True)
     if plan.prices != prices_known:
         checkpoint.write_manifest({"prices": _encode(plan.prices)})
-    return plan
+    return msgspec.structs.replace(plan, origins=made)
+
+
+def _origins_now(
+    job: Job, directory: RunDirectory, checkpoint: Checkpoint, asked: RunOptions, known: Manifest, source: Source
+) -> Origins | None:
+    """The origins of the run's rows: as they were found, or found again where the job wants others, or what they were
+    made of is gone. That takes the input's keys, so it is read once more.
+    """
+    entry = checkpoint.manifest_entries().get(origins.ENTRY, "null")
+    made = msgspec.json.decode(entry, type=Origins | None)
+    path = directory.origins_of(known.layout)
+    wanted = carry.wanted(job, known.rows, known.layout)
+    if carry.still_holds(made, wanted, path):
+        return None if wanted is None else made
+    settled, opened = checkpoint.totals.settled(), _begun_rows(checkpoint)
+    if asked.only_look or settled == known.rows or (checkpoint.has_reopened and opened == known.rows):
+        return None  # no row is left but such as a retry sends
+    with Questions(directory.path) as keys:
+        found = input_pass.read(source, job, directory, asked, keys.add)
+        made = _origins(job, directory, known, asked, keys.rows(found.rejected))
+    checkpoint.write_manifest({origins.ENTRY: _encode(made)})
+    return made
 
 
 def _as_it_is_now(
@@ -152,7 +198,7 @@ def _as_it_is_now(
         what = "the images"
     if settings or what is not None:
         reasons = (*settings, *([what] if what else []))
-        known = _adopt(job, directory, checkpoint, asked, known, ways, variant, source, identities, reasons)
+        known = _adopt(job, directory, checkpoint, asked, known, ways, variant, source, identities, reasons, settings)
     else:
         _require_limit_in_time(asked.limit, checkpoint)
         known = msgspec.structs.replace(known, files=identities)
@@ -170,6 +216,7 @@ def _adopt(
     source: Source,
     identities: tuple[FileIdentity, ...],
     reasons: tuple[str, ...],
+    settings: tuple[str, ...],
 ) -> Manifest:
     """The facts of the run over the changed input or job, laid out anew, if the user accepts that or nothing is lost.
 
@@ -187,17 +234,58 @@ def _adopt(
         asked_now = questions.rows(found.rejected)
         mean_cost_usd = checkpoint.totals.mean_cost_usd()
         seen, matches = changes.examine(answers, asked_now, found.rows, reasons, mean_cost_usd, directory.path)
-        with matches:
-            if asked.only_look or not (seen.harmless or asked.accept_changes):
-                ways_on = f"Go on with --accept-changes, put it back, or {ANOTHER}"
-                raise ChangedError(f"{seen}. {ways_on}", seen)
+        with matches, _unless_refused(directory.origins_of(new.layout)):
+            silent = msgspec.structs.replace(asked, told=lambda line: None)
+            made = _origins(job, directory, new, silent, questions.rows(found.rejected))
+            carry_over = CarryOver(made, directory.origins_of(new.layout))
+            seen = msgspec.structs.replace(seen, carried=carry_over.count(found.rows, lambda row: matches[row] == NONE))
+            _require_consent(job, asked, seen, settings)
             asked.told(str(seen))
             schema = input_pass.schema_of(source, new)
-            entries = {**manifest.encode(new), **variants.encode(ways)}
+            entries = {**manifest.encode(new), **variants.encode(ways), origins.ENTRY: _encode(made)}
             input_pass.keep_digests(job, directory, new.layout, pictures, found)
-            changes.lay_out(answers, matches, source, new, schema, directory, checkpoint, entries, asked.limit)
-            directory.images_of(known.layout).unlink(missing_ok=True)
+            changes.lay_out(
+                answers, matches, source, new, schema, directory, checkpoint, entries, asked.limit, carry_over
+            )
+            for old in (directory.images_of(known.layout), directory.origins_of(known.layout)):
+                old.unlink(missing_ok=True)
     return new
+
+
+@contextlib.contextmanager
+def _unless_refused(path: Path) -> Iterator[None]:
+    """What the block writes at `path` stays only if the block ends well."""
+    try:
+        yield
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _require_consent(job: Job, asked: RunOptions, seen: changes.Changes, settings: tuple[str, ...]) -> None:
+    """Nothing, if the user accepts the change, or it gives up and moves nothing. `settings` of the job have changed.
+
+    Raises:
+        ChangedError: the change may not be taken.
+    """
+    if asked.only_look or not (seen.harmless or asked.accept_changes):
+        raise ChangedError(f"{seen}. Go on with --accept-changes, put it back, or {ANOTHER}", seen)
+    if seen.harmless:
+        return
+    if asked.accept_changes == "input" and settings:
+        raise ChangedError(
+            f"{seen}. --accept-changes=input accepts changed rows and not a changed job ({', '.join(settings)}); "
+            f"put it back, go on with --accept-changes, or {ANOTHER}",
+            seen,
+        )
+    bound = job.input.max_changed
+    most = seen.before * Decimal(bound[:-1]) / 100 if isinstance(bound, str) else bound
+    if most is not None and seen.rows_changed > most:
+        raise ChangedError(
+            f"{seen}. {plural(seen.rows_changed, 'row')} of {seen.before:,} changed, and input.max_changed = {bound} "
+            f"allows {most:,.0f}; see whether the input is whole, raise it, or {ANOTHER}",
+            seen,
+        )
 
 
 class ChangedError(JobError):

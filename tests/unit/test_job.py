@@ -396,6 +396,8 @@ OTHER_VALUES: Mapping[str, object] = {
     "request.messages": "chat",
     "request.images": ["photo"],
     "endpoint.auth": "none",
+    "input.reuse_status": ["ok"],
+    "input.max_changed": "5%",
     "endpoint.max_tokens_field": "max_completion_tokens",
     "endpoint.developer_role": "system",
     "endpoint.transport": "session",
