@@ -140,7 +140,7 @@ def _invoke(
         retry=_retried(job, options.get("retry_failed", False)),
         stdin=stream,
         problem=options.get("note", _LOG.warning),  # a program that configured no logging should still see these
-        told=note,
+        note=note,
         checked=_checked(options, host),
     )
     grace_s = options.get("grace_s")

@@ -66,7 +66,7 @@ def read_input(
 
     with tempfile.TemporaryDirectory(prefix="batchrun-") as scratch, Progress() as progress:
         files = input_pass.input_files(
-            job, RunDirectory(Path(scratch)), RunOptions(stdin=streams.standard_input()), begun=False
+            job, RunDirectory(Path(scratch)), RunOptions(stdin=streams.standard_input()), started=False
         )
 
         def warn(text: str) -> None:

@@ -1,7 +1,7 @@
-"""The input or the job is not what it was: which answers still fit, and how the rows come to lie anew.
+"""A changed input or job: finds which answers still fit, and arranges the rows in new chunks.
 
-Answers are matched with questions by key, the k-th answer to the k-th equal question, so a line that was inserted at
-the top asks one row. What no question asks for any more was paid for in vain: that takes the user's consent.
+Answers are matched with rows by request key, the k-th answer with the k-th row of that key, so a line that was inserted
+at the top sends one row. Answers that no row needs any more were paid for in vain, so the user must accept that.
 """
 
 import functools
@@ -32,12 +32,12 @@ from batchrun.tables.rows import OWN_COLUMNS, joined, own_schema, own_table
 
 
 class Changes(msgspec.Struct, frozen=True):
-    """What changed, and what it means for answers: `kept` still fit, `dropped` are asked for by nothing any more.
+    """What changed, and what it means for answers: `kept` still fit, no row needs the `dropped` ones.
 
-    A row that ended as `error` is no answer: it stays where its question does, and is no loss where not. `in_place`:
+    A row that ended as `error` is not an answer: it stays with its request, and is no loss without it. `in_place`:
     every answer stays in its row. `fewer`: so many rows less than `before`, of which some were `pending`.
     `carried` of the rows without an answer take one without a request.
-    `mean_cost_usd`: of one row, by the rows so far.
+    `mean_cost_usd`: the mean of a row so far.
     """
 
     changed: tuple[str, ...]
@@ -53,14 +53,14 @@ class Changes(msgspec.Struct, frozen=True):
 
     @property
     def harmless(self) -> bool:
-        """True where no answer and no row is given up or moved: rows appended, columns changed, or nothing answered
-        yet. An export that was cut short may well have lost only rows that are still to be asked.
+        """True if no answer and no row is discarded or moved: rows were appended, columns changed, or nothing was
+        answered yet. (A truncated export may have lost only pending rows, so fewer rows are not harmless.)
         """
         return self.in_place and not self.dropped and not self.fewer
 
     @property
     def rows_changed(self) -> int:
-        """Rows with another question, rows that came and rows that went: the larger of what is new and what is gone."""
+        """New or changed rows, or removed ones, whichever are more."""
         return max(self.rows - self.kept - self.pending, self.dropped, self.fewer)
 
     @property
@@ -69,28 +69,28 @@ class Changes(msgspec.Struct, frozen=True):
         return self.rows - self.kept - self.carried
 
     def __str__(self) -> str:
-        asked = self.to_send
-        cost = "" if self.mean_cost_usd is None else f", about ${self.mean_cost_usd * asked:,.4f}"
+        new = self.to_send
+        cost = "" if self.mean_cost_usd is None else f", about ${self.mean_cost_usd * new:,.4f}"
         what = ", ".join(each if " " in each else f"{each} has changed" for each in self.changed)  # settings: one word
         stay = "1 answer stays" if self.kept == 1 else f"{self.kept:,} answers stay"
-        ask = "1 row is to be asked" if asked == 1 else f"{asked:,} rows are to be asked"
+        send = "1 row will be sent" if new == 1 else f"{new:,} rows will be sent"
         fewer = f"; {self.fewer:,} fewer than before" if self.fewer else ""
         if self.carried:
             fewer = f"; {self.carried:,} without a request{fewer}"
-        return f"{what}: {stay}, {ask}{cost}{fewer}{self._in_vain()}"
+        return f"{what}: {stay}, {send}{cost}{fewer}{self._in_vain()}"
 
     def _in_vain(self) -> str:
         match self.dropped:
             case 0:
                 return ""
             case 1:
-                return "; 1 answer that was paid for fits no row any more"
+                return "; 1 paid answer no longer fits any row"
             case dropped:
-                return f"; {dropped:,} answers that were paid for fit no row any more"
+                return f"; {dropped:,} paid answers no longer fit any row"
 
 
 class Answers:
-    """The settled rows of a run as they lie on record, in our own columns. Open chunks and parts alike."""
+    """The settled rows of a run, in our own columns, from open chunks and parts."""
 
     def __init__(self, directory: RunDirectory, checkpoint: Checkpoint, facts: Manifest) -> None:
         self._directory = directory

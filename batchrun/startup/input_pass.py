@@ -24,14 +24,14 @@ from batchrun.tables.json_columns import ColumnTypes
 from batchrun.tables.rows import output_schema
 
 
-def input_files(job: Job, directory: RunDirectory, asked: RunOptions, *, begun: bool = True) -> tuple[Path, ...]:
+def input_files(job: Job, directory: RunDirectory, options: RunOptions, *, started: bool = True) -> tuple[Path, ...]:
     """The files of the input. Standard input and a program's rows are copied into the run directory (`stdin_copy`)."""
     if job.input.path is None:
         raise JobError("input.path: name the input in the job or with -i")
     if job.input.path != "-":
         return find_files(job.input.path)
-    if asked.stdin is not None and not asked.stdin.isatty():
-        return (stdin_copy.take(asked.stdin, directory, started=begun),)
+    if options.stdin is not None and not options.stdin.isatty():
+        return (stdin_copy.take(options.stdin, directory, started=started),)
     if not directory.spool.exists():
         raise InputError("standard input is a terminal, or closed; pipe JSON lines into it, or name a file with -i")
     return (directory.spool,)
@@ -41,7 +41,7 @@ def read(
     source: Source,
     job: Job,
     directory: RunDirectory,
-    asked: RunOptions,
+    options: RunOptions,
     question: Callable[[int, bytes], None] = lambda ordinal, key: None,
     pictured: Callable[[int, bytes], None] = lambda ordinal, digest: None,
 ) -> Survey:
@@ -51,7 +51,7 @@ def read(
         rejects.unlink(missing_ok=True)
 
     def keep(problem: Problem) -> None:
-        if asked.skip_invalid:
+        if options.skip_invalid:
             with (
                 disk_errors(rejects),
                 open(os.open(rejects, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as file,
@@ -59,8 +59,10 @@ def read(
                 file.write(msgspec.json.encode(problem, enc_hook=str) + b"\n")
 
     preconditions.require_columns(job, source)
-    found = survey(source, job, directory.path, keep=keep, progress=asked.checked, question=question, pictured=pictured)
-    preconditions.require_input(job, source, found, asked.problem, skip_invalid=asked.skip_invalid)
+    found = survey(
+        source, job, directory.path, keep=keep, progress=options.checked, question=question, pictured=pictured
+    )
+    preconditions.require_input(job, source, found, options.problem, skip_invalid=options.skip_invalid)
     if found.rejected:
         with disk_errors(rejects):
             fsync(rejects)

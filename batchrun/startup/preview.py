@@ -45,7 +45,7 @@ def look(job: Job, directory: RunDirectory) -> Found:
                 to_send -= max(0, made.reused + made.duplicates - summary.reused)
             return Found(summary, to_send, None)
         except ChangedError as changed:
-            return Found(summary, changed.drift.to_send, changed.drift)
+            return Found(summary, changed.changes.to_send, changed.changes)
         finally:
             if finished:
                 result.tidy(directory)  # the parts that a comparison cut from the result

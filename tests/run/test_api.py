@@ -153,9 +153,9 @@ def test_changed_rows_send_only_what_lacks_answers(tmp_path: Path, simulator: Ru
     appended = batchrun.run(job, texts(12), output=out, environ=KEYS)
     assert (appended.rows, len(simulator.ledger()) - served) == (12, 12)
     before = (out / "completions.parquet").read_bytes()
-    with pytest.raises(batchrun.ChangedError, match="9 answers stay, 1 row is to be asked") as caught:
+    with pytest.raises(batchrun.ChangedError, match="9 answers stay, 1 row will be sent") as caught:
         batchrun.run(job, texts(10, 3), output=out, environ=KEYS)
-    assert (caught.value.drift.rows, caught.value.drift.kept) == (10, 9)
+    assert (caught.value.changes.rows, caught.value.changes.kept) == (10, 9)
     assert (out / "completions.parquet").read_bytes() == before
     assert batchrun.run(job, texts(12), output=out, environ=KEYS).complete
     changed = batchrun.run(job, texts(10, 3), output=out, environ=KEYS, accept_changes=True)

@@ -50,7 +50,7 @@ class Starts:
 
     def make(self, job: Job | None = None, **asked: Any) -> Plan:
         with opened(self.directory) as checkpoint:
-            asked_for = RunOptions(problem=self.told.append, told=self.told.append, **asked)
+            asked_for = RunOptions(problem=self.told.append, note=self.told.append, **asked)
             return resume.make(job or self.job(), self.directory, checkpoint, asked_for, NOW)
 
     def refused(self, job: Job | None = None, **asked: Any) -> str:
@@ -152,7 +152,7 @@ def test_a_run_without_checkpoint_is_not_repaid(starts: Starts, left: str, empti
     starts.make()
     (starts.directory.path / left).write_bytes(b"paid")
     os.truncate(starts.directory.checkpoint, 0) if emptied else starts.directory.checkpoint.unlink()
-    with pytest.raises(CheckpointError, match=r"is of a run whose checkpoint\.db is gone or empty") as error:
+    with pytest.raises(CheckpointError, match=r"belongs to a run whose checkpoint\.db is missing or empty") as error:
         starts.make()
     assert error.value.exit_code == 7
     assert (starts.directory.path / left).read_bytes() == b"paid"
@@ -190,7 +190,7 @@ def test_a_changed_question_names_its_setting(starts: Starts, setting: str, tabl
     """It is accepted while no row has an answer."""
     starts.make()
     changed = starts.make(starts.job(**tables))
-    assert starts.told == [f"{setting} has changed: 0 answers stay, 5 rows are to be asked"]
+    assert starts.told == [f"{setting} has changed: 0 answers stay, 5 rows will be sent"]
     assert (changed.facts.layout, changed.facts.variant, len(changed.variants)) == (1, 1, 2)
     assert starts.make(starts.job(**tables)).facts.layout == 1
     assert starts.make().facts.variant == 0  # put back
