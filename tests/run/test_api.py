@@ -123,7 +123,7 @@ def test_a_table_equals_the_same_dicts(tmp_path: Path, simulator: RunningSimulat
     [
         ([{"text": "a"}, ["b"]], "rows[1]: expected a dict with a value for each column (is a list)"),
         ([{"text": "a"}, {"text": b"b"}], "rows[1]: JSON can't represent it: Object of type bytes is not JSON"),
-        ([{"text": "a"}, {"text": float("nan")}], "1 of 2 input records can't be asked"),
+        ([{"text": "a"}, {"text": float("nan")}], "1 of 2 input records make no valid request"),
     ],
 )
 def test_an_unserialisable_row_is_named_early(

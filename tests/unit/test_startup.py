@@ -94,7 +94,8 @@ def test_invalid_records_are_reported_once_by_kind(starts: Starts) -> None:
     write_lines(starts.input, [*texts(3), *[{"bad": number} for number in range(30)]])
     message = starts.refused()
     assert message == (
-        "30 of 33 input records can't be asked. Mend them, or set them aside with batchrun run ... --skip-invalid"
+        "30 of 33 input records make no valid request. "
+        "Correct them, or set them aside with batchrun run ... --skip-invalid"
     )
     assert len(starts.told) == 1
     assert starts.told[0].startswith(f"{starts.input}:4: ")
@@ -119,7 +120,7 @@ def test_skipped_records_keep_place_and_reason(starts: Starts) -> None:
         (3, f"{starts.input}:4", {"id": 1, "text": "b"}),
     ]
     assert [reject["line"] for reject in rejects] == [None, "[7]", None]
-    assert rejects[2]["problem"] == f"its id stands at {starts.input}:1 already"
+    assert rejects[2]["problem"] == f"{starts.input}:1 has its id already"
     assert starts.directory.rejects.stat().st_mode & 0o777 == 0o600
 
 
@@ -303,7 +304,7 @@ def test_other_standard_input_is_a_changed_input(starts: Starts) -> None:
     assert starts.make(STDIN, stdin=io.BytesIO()).facts.rows == 4
     assert starts.told[0].startswith("standard input has other rows")
     refused = starts.refused(STDIN, stdin=piped({"bad": 1}))
-    assert "none of the input records (1) can be asked" in refused
+    assert "none of the input records (1) make a valid request" in refused
     assert "--skip-invalid" not in refused
     assert starts.make(STDIN, stdin=io.BytesIO()).facts.rows == 4
     assert [path.name for path in starts.directory.path.glob("input*")] == ["input.jsonl"]
