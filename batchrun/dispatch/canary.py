@@ -63,16 +63,11 @@ def record_of(job: Job, store: Store) -> Record | None:
 
 def choose(job: Job, store: Store) -> Record:
     """Chooses the rows of a new canary and records them. Opens every chunk, which stores the whole input."""
+    rows = (row for chunk in iter(store.chunks.open_next, None) for row in chunk.to_send())
     chance = random.Random(store.plan.facts.run_id)
-    record = Record(_question(job, store), tuple(spread(_rows_to_send(store), job.canary.rows or 0, chance)))
+    record = Record(_question(job, store), tuple(spread(rows, job.canary.rows or 0, chance)))
     keep(store.checkpoint, record)
     return record
-
-
-def _rows_to_send(store: Store) -> Iterator[int]:
-    while (chunk := store.chunks.open_next()) is not None:
-        yield from chunk.to_send()
-        chunk.window.release()
 
 
 def keep(checkpoint: Checkpoint, record: Record) -> None:

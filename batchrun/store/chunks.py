@@ -2,6 +2,7 @@
 
 import functools
 import threading
+import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -126,7 +127,8 @@ class Chunks:
         self._on_carried = on_carried
         self._sealing = threading.Lock()  # of the thread that opens chunks and the one that seals them
         self._sealed_one = threading.Condition()
-        self._open_chunks: dict[int, OpenChunk] = {}
+        # weak, because each open chunk has a file open: it is closed when no row of the chunk is wanted any more
+        self._open_chunks = weakref.WeakValueDictionary[int, OpenChunk]()
         self._waiting: list[OpenChunk] = []  # full chunks with copies of rows further up that are not settled yet
         self._failed = False
         self._part = functools.lru_cache(maxsize=2)(self._read_part)  # copies of rows of a part come together
@@ -195,7 +197,9 @@ class Chunks:
 
     def _full_chunks(self) -> int:
         """How many chunks only wait to be sealed."""
-        return sum(not each.left for each in list(self._open_chunks.values())) - len(self._waiting)
+        # not `values()`: the thread that seals chunks may change the dictionary meanwhile
+        opened = [each for ref in self._open_chunks.valuerefs() if (each := ref()) is not None]
+        return sum(not each.left for each in opened) - len(self._waiting)
 
     def _seal(self, open_chunk: OpenChunk) -> None:
         chunk = open_chunk.chunk

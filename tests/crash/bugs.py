@@ -68,8 +68,8 @@ _SEALED_BEFORE_RENAME = Bug(
             '        part = named.with_suffix(".aside")\n',
         ),
         (
-            "        self.sealed[chunk.chunk] = sealed\n",
-            "        part.rename(named)\n        self.sealed[chunk.chunk] = sealed\n",
+            "        self.sealed[chunk.chunk] = self._on_record[chunk.chunk] = sealed\n",
+            "        part.rename(named)\n        self.sealed[chunk.chunk] = self._on_record[chunk.chunk] = sealed\n",
         ),
     ),
     "a sealed part can't be read",
