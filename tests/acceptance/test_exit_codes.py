@@ -314,7 +314,7 @@ WAYS = {
     "the disk is full": Way(the_disk_is_full, 5, "failed", "run the same command again"),
     "another process works here": Way(another_process_works_here, 6, "running", "another run works here"),
     "the checkpoint is damaged": Way(the_checkpoint_is_damaged, 7, "failed", "checkpoint.db"),
-    "the checkpoint is lost": Way(the_checkpoint_is_lost, 7, "failed", "checkpoint.db is gone"),
+    "the checkpoint is lost": Way(the_checkpoint_is_lost, 7, "failed", "checkpoint.db is missing"),
     "SIGHUP": Way(a_signal(signal.SIGHUP), 129, "stopped", "SIGHUP: drained"),
     "SIGINT": Way(a_signal(signal.SIGINT), 130, "stopped", "SIGINT: drained"),
     "SIGTERM": Way(a_signal(signal.SIGTERM), 143, "stopped", "SIGTERM: drained"),

@@ -375,7 +375,9 @@ class Lifetime(RuleBasedStateMachine):
 
     def overrides(self) -> list[str]:
         word, max_tokens = self.settings
-        return [f"request.prompt={word}: {{{{ text }}}}", f"request.max_tokens={max_tokens}"]
+        # the model counts every row as a request of its own, also where two have the same text
+        own = "input.dedupe=false"
+        return [f"request.prompt={word}: {{{{ text }}}}", f"request.max_tokens={max_tokens}", own]
 
     def new_rows(self, count: int) -> list[Row]:
         """Rows that were never there; every sixth is odd."""
