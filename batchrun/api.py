@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO, TypedDict, Unpack
+from typing import BinaryIO, Literal, TypedDict, Unpack
 
 import msgspec
 
@@ -42,7 +42,7 @@ class Options(TypedDict, total=False):
     new: bool
     limit: int | None
     deadline: str | None
-    accept_changes: bool
+    accept_changes: bool | Literal["input"]
     accept_canary: bool
     retry_failed: bool | Collection[str]
     skip_invalid: bool
@@ -140,7 +140,7 @@ def _invoke(
         retry=_retried(job, options.get("retry_failed", False)),
         stdin=stream,
         problem=options.get("note", _LOG.warning),  # a program that configured no logging should still see these
-        told=note,
+        note=note,
         checked=_checked(options, host),
     )
     grace_s = options.get("grace_s")

@@ -41,6 +41,7 @@ from batchrun.startup import resume as planning
 from batchrun.startup.resume import Plan
 from batchrun.startup.run_options import RunOptions
 from batchrun.store import at_rest, manifest, partial, result, variants
+from batchrun.store.carry_over import CarryOver
 from batchrun.store.checkpoint import Checkpoint, read_finished
 from batchrun.store.chunks import Chunks, Layout
 from batchrun.store.rundir import RunDirectory
@@ -92,7 +93,7 @@ def _start(
         store = _check(job, directory, checkpoint, options, status, hooks)
         send = functools.partial(_dispatch, job, credentials, options, status, hooks, loop_factory)
         if (stop := _canary(job, store, options, status, hooks, send)) is None:
-            store = _with_all_chunks(store)
+            store = _with_all_chunks(store, hooks)
             stop = send(store)
         summary = _stopped(job, store, stop, status, hooks) if stop else _finish(job, store, status)
         return summary, checkpoint.has_reopened
@@ -185,7 +186,7 @@ def _check(
         hooks.note(line)
     if options.retry is not None:
         hooks.note(_reopen_for_retry(plan, directory, checkpoint, options.retry))
-    store = _store(plan, directory, checkpoint)
+    store = _store(plan, directory, checkpoint, hooks)
     store.chunks.remove_orphans()
     if hooks.host is not None and hooks.host.replay:
         replay.hand_over(store.chunks.settled(), hooks.host.results)
@@ -213,7 +214,7 @@ def _reopen_for_retry(plan: Plan, directory: RunDirectory, checkpoint: Checkpoin
     return f"{ended} will be sent again{about_cost(rows, mean_cost_usd)}"
 
 
-def _store(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint) -> Store:
+def _store(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, hooks: Hooks) -> Store:
     layout = Layout(
         source=plan.source,
         identities=plan.facts.files,
@@ -225,7 +226,11 @@ def _store(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint) -> Store
         number=plan.facts.layout,
         limit=plan.rows if plan.rows < plan.facts.rows else None,
     )
-    chunks = Chunks(directory, checkpoint, layout)
+    model = next(iter(plan.facts.models), "")
+    path = directory.origins_of(plan.facts.layout)
+    carry = CarryOver(plan.origins, path, variant=plan.facts.variant, model=model)
+    hand_over = None if hooks.host is None else functools.partial(replay.hand_over, results=hooks.host.results)
+    chunks = Chunks(directory, checkpoint, layout, carry, hand_over)
     return Store(directory, checkpoint, plan, chunks, before_usd=checkpoint.totals.most_usd())
 
 
@@ -245,10 +250,13 @@ def _canary(
     if job.canary.rows is None or (known is None and store.pending <= job.canary.rows):
         return None
     if known is None:
-        hooks.note(f"canary: {plural(job.canary.rows, 'row')}, spread over the input, are sent first")
         known = canary.choose(job, store)
+        if known.rows:
+            hooks.note(f"canary: {plural(len(known.rows), 'row')}, spread over the input, are sent first")
+    if not known.rows:  # every row takes an answer without a request
+        return None
     if (seen := known.seen) is None:
-        of_canary = msgspec.structs.replace(_with_all_chunks(store), canary=CanaryRows(known.rows))
+        of_canary = msgspec.structs.replace(_with_all_chunks(store, hooks), canary=CanaryRows(known.rows))
         if (stop := send(of_canary)) is not None:
             return stop
         seen = canary.look(store.checkpoint, known.rows)
@@ -263,9 +271,9 @@ def _canary(
     return None
 
 
-def _with_all_chunks(store: Store) -> Store:
+def _with_all_chunks(store: Store, hooks: Hooks) -> Store:
     """The store, with none of its chunks opened in this process yet."""
-    return msgspec.structs.replace(store, chunks=_store(store.plan, store.directory, store.checkpoint).chunks)
+    return msgspec.structs.replace(store, chunks=_store(store.plan, store.directory, store.checkpoint, hooks).chunks)
 
 
 # ── dispatch ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -312,7 +320,7 @@ def _write_unfinished(job: Job, store: Store, status: RunStatus, hooks: Hooks) -
             return
         hooks.note(f"writing the rows so far: {directory.partial} (send a signal to skip that)")
         with signals.raised():
-            batches = _store(plan, directory, store.checkpoint).chunks.so_far()
+            batches = _store(plan, directory, store.checkpoint, hooks).chunks.so_far()
             compression = plan.facts.output.compression
             partial.write(directory.partial, batches, plan.schema, compression, status.summary())
     except BatchrunError as error:

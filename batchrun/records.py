@@ -343,6 +343,9 @@ class TotalsLine(msgspec.Struct, frozen=True):
     `unpriced` counts attempts whose price is unknown, `without_usage` answers that brought no usage;
     neither adds to `cost_usd`. `offline_*` are about the tokens of the latter, by a count of our own: no other figure
     holds them.
+
+    `reused` of the `rows` took an answer without a request, `duplicates` of those that of an equal row of this run;
+    `saved_usd` is what these answers cost when they were paid for.
     """
 
     invocation: int
@@ -364,6 +367,9 @@ class TotalsLine(msgspec.Struct, frozen=True):
     offline_completion_tokens: int = 0
     cache_write_tokens: int = 0
     reported_cost_usd: Decimal = Decimal(0)
+    reused: int = 0
+    duplicates: int = 0
+    saved_usd: Decimal = Decimal(0)
 
     @property
     def key(self) -> "LineKey":
@@ -516,3 +522,6 @@ class Summary(msgspec.Struct, frozen=True):
     tags: dict[str, str] = {}
     endpoints: list[EndpointTotals] = []
     budgets: list[BudgetUse] = []
+    reused: int = 0
+    duplicates: int = 0
+    saved_usd: Decimal = Decimal(0)

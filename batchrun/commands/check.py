@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from batchrun.commands.options import DATE, INPUT, JOB, SET, SKIP
+from batchrun.commands.options import DATE, INPUT, JOB, REUSE, SET, SKIP
 from batchrun.commands.results import say
 from batchrun.terminal import harmless, note
 
@@ -14,21 +14,29 @@ from batchrun.terminal import harmless, note
 @JOB
 @INPUT
 @DATE
+@REUSE
 @SKIP
 @SET
-def check(job: Path, input_path: str | None, date: str | None, skip_invalid: bool, overrides: tuple[str, ...]) -> None:
+def check(
+    job: Path,
+    input_path: str | None,
+    date: str | None,
+    reuse: tuple[str, ...],
+    skip_invalid: bool,
+    overrides: tuple[str, ...],
+) -> None:
     """Check everything that a run would refuse: the job, every input record and its request. Sends nothing."""
     from batchrun import preflight
     from batchrun.commands.job_input import read_input, read_job, require_budget
     from batchrun.report.wording import plural
     from batchrun.request.shared_prefix import SharedTextSurvey
-    from batchrun.startup import cache_check, input_pass
+    from batchrun.startup import cache_check, carry, input_pass
 
-    loaded = read_job(job, input_path, overrides=overrides)
+    loaded = read_job(job, input_path, overrides=overrides, flags={"input.reuse_from": reuse or None})
     directory, loaded = preflight.place(loaded, date)
     preflight.require_settings(loaded, directory)
     measured = SharedTextSurvey()
-    source, found = read_input(loaded, skip_invalid=skip_invalid, accepted=measured.add)
+    source, found, origins = read_input(loaded, directory, skip_invalid=skip_invalid, accepted=measured.add)
     tables = require_budget(loaded, found)
     where = plural(len(source.files), "file")
     if found.rows:
@@ -39,6 +47,8 @@ def check(job: Path, input_path: str | None, date: str | None, skip_invalid: boo
         say(f"0 rows in {where}: there is nothing to send")
     if (columns := input_pass.columns_in_words(source, found)) is not None:
         say(harmless(columns))
+    if origins is not None and (not_sent := carry.in_words(origins)) is not None:
+        say(not_sent)
     for line in cache_check.in_words(measured.result(), loaded, tables):
         (note if line.startswith("warning: ") else say)(harmless(line))
     preflight.key(loaded, os.environ)
@@ -48,6 +58,7 @@ def check(job: Path, input_path: str | None, date: str | None, skip_invalid: boo
 @JOB
 @INPUT
 @DATE
+@REUSE
 @click.option(
     *("-o", "--output", "out"), type=click.Path(path_type=Path), help="A run directory: estimate the rest of that run."
 )
@@ -57,6 +68,7 @@ def estimate(
     job: Path,
     input_path: str | None,
     date: str | None,
+    reuse: tuple[str, ...],
     out: Path | None,
     skip_invalid: bool,
     overrides: tuple[str, ...],
@@ -67,24 +79,29 @@ def estimate(
     from batchrun import preflight
     from batchrun.commands.job_input import read_input, read_job, require_budget
     from batchrun.limits import daily
+    from batchrun.startup import carry, previous_run
     from batchrun.startup import estimate as estimating
-    from batchrun.startup import previous_run
     from batchrun.startup.preview import look
     from batchrun.store.rundir import RunDirectory
 
-    directory, loaded = preflight.place(read_job(job, input_path, overrides=overrides), date)
+    loaded = read_job(job, input_path, overrides=overrides, flags={"input.reuse_from": reuse or None})
+    directory, loaded = preflight.place(loaded, date)
     found = None if out is None else look(loaded, RunDirectory(out))
-    preflight.require_settings(loaded, directory if out is None else RunDirectory(out))
-    _, surveyed = read_input(loaded, skip_invalid=skip_invalid)
+    own = directory if out is None else RunDirectory(out)
+    preflight.require_settings(loaded, own)
+    _, surveyed, origins = read_input(loaded, own, skip_invalid=skip_invalid)
     tables = require_budget(loaded, surveyed)
     if found is not None:
         for line in estimating.run_in_words(found.summary, None if found.drift is None else str(found.drift)):
             say(harmless(line))
+    elif origins is not None and (not_sent := carry.in_words(origins)) is not None:
+        say(not_sent)
+    new = surveyed.rows if origins is None else origins.new
     estimated = estimating.estimate(
         surveyed,
         loaded,
         tables,
-        surveyed.rows if found is None else found.to_ask,
+        new if found is None else found.to_ask,
         None if found is None else found.summary,
         daily.left_s(datetime.now().astimezone()),
         previous_run.newest(loaded, besides=out),

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from batchrun.records import Request
     from batchrun.source import Source
     from batchrun.startup.input_check import Survey
+    from batchrun.store.origins import Origins
+    from batchrun.store.rundir import RunDirectory
 
 
 def read_job(
@@ -27,49 +29,63 @@ def read_job(
     input_path: str | None = None,
     output_path: str | None = None,
     overrides: tuple[str, ...] = (),
-    flags: Mapping[str, int | Decimal | None] | None = None,
+    flags: Mapping[str, int | Decimal | tuple[str, ...] | None] | None = None,
 ) -> Job:
     """The job, with `--set` and then the flags laid over it. `flags` are settings by their path."""
     given = {"input.path": input_path, "output.path": output_path, **(flags or {})}
     return load(path, [*overrides, *(f"{name}={_toml(value)}" for name, value in given.items() if value is not None)])
 
 
-def _toml(value: str | int | Decimal) -> str:
+def _toml(value: str | int | Decimal | tuple[str, ...]) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml, value))}]"
     if not isinstance(value, str):
         return str(value) if isinstance(value, int) else f"{value:f}"
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # a path may hold a newline
 
 
 def read_input(
-    job: Job, *, skip_invalid: bool, accepted: "Callable[[Request], None]" = lambda request: None
-) -> "tuple[Source, Survey]":
-    """The input, with every record checked. Nothing is kept on disk. `accepted` gets each request.
+    job: Job,
+    own: "RunDirectory",
+    *,
+    skip_invalid: bool,
+    accepted: "Callable[[Request], None]" = lambda request: None,
+) -> "tuple[Source, Survey, Origins | None]":
+    """The input, with every record checked, and which rows a run in the directory `own` would not send. Nothing is kept
+    on disk. `accepted` gets each request.
 
     Raises:
         InputError: a run could not start with it.
     """
     from batchrun.source import open_source
-    from batchrun.startup import input_pass, preconditions
+    from batchrun.startup import carry, input_pass, preconditions
+    from batchrun.startup.answer_match import Questions
     from batchrun.startup.input_check import survey
     from batchrun.startup.run_options import RunOptions
     from batchrun.store.rundir import RunDirectory
 
     with tempfile.TemporaryDirectory(prefix="batchrun-") as scratch, Progress() as progress:
         files = input_pass.input_files(
-            job, RunDirectory(Path(scratch)), RunOptions(stdin=streams.standard_input()), begun=False
+            job, RunDirectory(Path(scratch)), RunOptions(stdin=streams.standard_input()), started=False
         )
+
+        def warn(text: str) -> None:
+            note(_about_stdin(text, job, files[0]))
+
         try:
             source = open_source(files, job.input.max_line_bytes)
             preconditions.require_columns(job, source)
-            found = survey(source, job, Path(scratch), progress=progress.checked, accepted=accepted)
+            with Questions(Path(scratch)) as keys:
+                found = survey(
+                    source, job, Path(scratch), progress=progress.checked, accepted=accepted, question=keys.add
+                )
+                preconditions.require_input(job, source, found, warn, skip_invalid=skip_invalid)
+                if (origins := carry.wanted(job, found.rows, 0)) is not None:
+                    every = keys.rows(found.rejected)
+                    origins = carry.make(job, every, origins, own.path, Path(scratch) / "origins.bin", note)
         except InputError as error:
             raise InputError(_about_stdin(str(error), job, files[0])) from error
-
-    def warn(text: str) -> None:
-        note(_about_stdin(text, job, source.files[0]))
-
-    preconditions.require_input(job, source, found, warn, skip_invalid=skip_invalid)
-    return source, found
+    return source, found, origins
 
 
 def _about_stdin(text: str, job: Job, copy: Path) -> str:

@@ -15,6 +15,12 @@ PATHS = click.argument("paths", metavar="PATH...", nargs=-1, required=True, type
 INPUT = click.option("-i", "--input", "input_path", metavar="PATH", help="Input instead of input.path; - is stdin.")
 DATE = click.option("--date", metavar="YYYY-MM-DD", help="The logical date for {date}; default: the first start's.")
 SET = click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Override one setting of the job.")
+REUSE = click.option(
+    "--reuse",
+    multiple=True,
+    metavar="PATH",
+    help="Take answers of earlier runs instead of input.reuse_from: a run, a pattern, a Parquet file, or latest.",
+)
 SKIP = click.option("--skip-invalid", is_flag=True, help="Set bad records aside (run: in rejects.jsonl).")
 
 

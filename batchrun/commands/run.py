@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from batchrun.commands.options import DATE, INPUT, JOB, SET, SKIP, amount
+from batchrun.commands.options import DATE, INPUT, JOB, REUSE, SET, SKIP, amount
 from batchrun.commands.results import say
 from batchrun.terminal import Progress, harmless, note
 
@@ -18,9 +18,21 @@ if TYPE_CHECKING:
     from batchrun.records import Summary
 
 
-@click.command()
+ACCEPT_INPUT = "--accept-changes-of-input"
+"""What `--accept-changes=input` is to click."""
+
+
+class RunCommand(click.Command):
+    """`--accept-changes` alone, and with a value: click would take the next word for one."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, [ACCEPT_INPUT if word == "--accept-changes=input" else word for word in args])
+
+
+@click.command(cls=RunCommand)
 @JOB
 @INPUT
+@REUSE
 @click.option("-o", "--output", "output_path", metavar="DIR", help="Run directory instead of output.path.")
 @DATE
 @click.option("--new", is_flag=True, help="Start another run instead of resuming the last.")
@@ -33,7 +45,12 @@ if TYPE_CHECKING:
 @click.option("--max-failures", type=int, metavar="N", help="Failed rows that still exit 0.")
 @click.option("--deadline", metavar="WHEN", help="Stop by then: 6h, 90m, 06:00 (the next), 2026-11-26T06:00.")
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Only the first N rows; omit it to run the rest.")
-@click.option("--accept-changes", is_flag=True, help="Resume with a changed input or job: send rows without an answer.")
+@click.option(
+    "--accept-changes",
+    is_flag=True,
+    help="Resume with a changed input or job: send rows without an answer. --accept-changes=input: not a changed job.",
+)
+@click.option(ACCEPT_INPUT, "accept_input", is_flag=True, hidden=True)
 @click.option("--accept-canary", is_flag=True, help="Send the rest, whatever the canary shows.")
 @click.option("--retry-failed", is_flag=True, help="Retry failed rows of a complete run; --set may vary request.*.")
 @click.option("--status", "statuses", metavar="LIST", help="With --retry-failed: which, e.g. truncated,error.")
@@ -48,7 +65,10 @@ if TYPE_CHECKING:
 def run(
     job: Path,
     input_path: str | None,
+    reuse: tuple[str, ...],
     output_path: str | None,
+    accept_changes: bool,
+    accept_input: bool,
     max_cost_usd: "Decimal | None",
     max_failures: int | None,
     retry_failed: bool,
@@ -66,12 +86,16 @@ def run(
 
     if statuses is not None and not retry_failed:
         raise JobError("--status needs --retry-failed")
-    flags = {"budget.max_cost_usd": max_cost_usd, "output.max_failures": max_failures}
+    flags = {
+        **{"budget.max_cost_usd": max_cost_usd, "output.max_failures": max_failures},
+        "input.reuse_from": reuse or None,
+    }
     loaded = read_job(job, input_path, output_path, overrides, flags)
     open_files.allow(2 * loaded.total_limits.max_in_flight)  # a stream that has ended keeps its connection for a second
     with Progress() as progress:
         started: Options = {
             **options,  # type: ignore[typeddict-item]  # the other flags have the names of `Options`
+            "accept_changes": accept_changes or ("input" if accept_input else False),
             "retry_failed": retry_failed if statuses is None else statuses.split(","),
             "grace_s": None if grace_s is None else float(grace_s),
             "progress": progress.show,

@@ -13,6 +13,7 @@ from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.chunks import Chunks, OpenChunk
 from batchrun.store.in_flight import InFlightFile
 from batchrun.store.rundir import RunDirectory
+from batchrun.store.totals import DISCARDED, LOST
 
 
 class Store(msgspec.Struct, frozen=True):
@@ -39,8 +40,9 @@ class Store(msgspec.Struct, frozen=True):
 
     @property
     def was_answered(self) -> bool:
-        """True if an earlier start received an answer."""
-        return any(rows for status, rows in self.checkpoint.totals.standing.items() if status != Status.ERROR)
+        """True if an earlier start received an answer from the endpoint."""
+        failed = (Status.ERROR, DISCARDED, LOST)
+        return any(line.rows > line.reused for line in self.checkpoint.totals.lines() if line.status not in failed)
 
     def attempt_id(self, row: int, n: int) -> str:
         """The id of an attempt, as sent in `endpoint.request_id_header`."""
@@ -55,7 +57,7 @@ class CanaryRows:
 
     def open_next(self, chunks: Chunks) -> OpenChunk | None:
         """The next chunk with such rows to send; None when there is no more."""
-        while self._left and (chunk := chunks.open_next()) is not None:
+        while self._left and (chunk := chunks.open_next(keep_settled=True)) is not None:
             here = {row for row in self._left if row < chunk.chunk.end_row}
             self._left = [row for row in self._left if row not in here]
             if chunk.limit_to(here):

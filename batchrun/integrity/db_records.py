@@ -129,8 +129,8 @@ def _key(name: str, record: Record) -> Record:
 def _newer(name: str, one: Record, other: Record) -> Record:
     """The newer of two versions of a record; `one` was read later, from the newer view."""
     match name:
-        case "totals":  # a line only grows
-            return max(other, one, key=lambda record: record[6])
+        case "totals":  # a line only grows, in rows or in attempts
+            return max(other, one, key=lambda record: record[5] + record[6])
         case "replaced":
             return max(other, one, key=lambda record: record[-1])
         case "chunks":

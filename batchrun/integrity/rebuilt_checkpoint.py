@@ -56,7 +56,7 @@ class Account:
             _add(self._answers, msgspec.structs.replace(answer, rows=int(stands)))
             beyond = (row["cost_usd"] or answer.cost_usd) - answer.cost_usd
             key = answer.invocation, answer.model, DISCARDED, answer.day, answer.service_tier
-            _add(self._discarded, TotalsLine(*key, attempts=row["attempts"] - 1, cost_usd=beyond))
+            _add(self._discarded, TotalsLine(*key, attempts=row["attempts"] - answer.attempts, cost_usd=beyond))
 
     def cost_usd(self) -> Decimal:
         """The cost of the kept rows, including all their attempts."""
@@ -83,7 +83,8 @@ class Account:
             change = _difference(self._answers.get(key), booked_as.get(key) or TotalsLine(*key))
             _add(changes, change)
             discarded = TotalsLine(change.invocation, change.model, DISCARDED, change.day, change.service_tier)
-            _add(changes, msgspec.structs.replace(_difference(discarded, change), rows=0))
+            unbooked = _difference(discarded, change)
+            _add(changes, msgspec.structs.replace(unbooked, rows=0, reused=0, duplicates=0, saved_usd=Decimal(0)))
         return list(changes.values())
 
     def without_known_end(self, known: DbRecords) -> list[InFlight]:

@@ -99,12 +99,20 @@ class Endpoint(Table, frozen=True):
         return VENDOR_ID_HEADER if vendor else ID_HEADER
 
 
+Reusable = Literal["ok", "truncated", "filtered", "refused", "empty", "invalid", "error"]
+"""The statuses of earlier answers that may be reused."""
+
+
 class Input(Table, frozen=True):
     path: Text | None = None
     id: Text | None = None
     dialect: Literal["auto", "columns", "messages", "openai-batch"] = "auto"
     min_rows: Count = 1  # an empty input usually means that a pipe broke
     max_line_bytes: AtLeastOne = 64_000_000
+    dedupe: bool = True  # equal requests are sent once, whatever the temperature: who wants samples says so
+    reuse_from: Text | tuple[Text, ...] = ()
+    reuse_status: tuple[Reusable, ...] = ("ok", "filtered", "refused")
+    max_changed: Text | Count | None = None
     image_root: Text | None = None
     max_image_bytes: AtLeastOne = 20_000_000  # the limit of common endpoints; a larger image is usually a mistake
 

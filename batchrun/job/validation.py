@@ -77,12 +77,14 @@ def problems(job: Job) -> Iterator[str]:
     yield from _schema_problems(request)
     if unknown := re.search(r"\{(?!(?:job|date)\})[^}]*\}", job.output.path):
         yield f"output.path: {unknown[0]} is unknown; {{job}} and {{date}} are allowed"
+    if isinstance(most := job.input.max_changed, str) and not re.fullmatch(r"(\d{1,2}(\.\d+)?|100)%", most):
+        yield f'input.max_changed: expected a number of rows, or a share of them such as "5%" (is {most!r})'
     for name, cap in job.budget.caps_usd.items():
         if not (cap.is_finite() and 0 < cap <= MAX_COST_USD):
             yield f"budget.{name}: expected 0 to {MAX_COST_USD:,} USD (is {cap})"
-    most = job.canary.max_cost_per_row_usd
-    if most is not None and not (most.is_finite() and 0 < most <= MAX_COST_USD):
-        yield f"canary.max_cost_per_row_usd: expected 0 to {MAX_COST_USD:,} USD (is {most})"
+    most_usd = job.canary.max_cost_per_row_usd
+    if most_usd is not None and not (most_usd.is_finite() and 0 < most_usd <= MAX_COST_USD):
+        yield f"canary.max_cost_per_row_usd: expected 0 to {MAX_COST_USD:,} USD (is {most_usd})"
     try:
         ZoneInfo(job.budget.time_zone)
     except (ZoneInfoNotFoundError, ValueError, OSError):

@@ -40,7 +40,7 @@ class Allowance(msgspec.Struct, frozen=True):
 def size_of(totals: Iterable[TotalsLine]) -> Size:
     """The mean over the answers so far."""
     lines = [line for line in totals if line.prompt_tokens]
-    answers = sum(line.rows for line in lines)
+    answers = sum(line.rows - line.reused for line in lines)
     if not answers:
         return Size()
     prompt, completion = (sum(getattr(line, name) for line in lines) for name in ("prompt_tokens", "completion_tokens"))

@@ -149,7 +149,7 @@ def _scan(each: Found, by: tuple[str, ...], span: Span, began: str) -> Scanned |
     if scanned is not None and "day" in names:
         place = names.index("day")
         for values in [values for values in scanned if not span.holds(str(values[place]), began)]:
-            del scanned[values], scanned.reused[values]
+            del scanned[values]
     return scanned
 
 
@@ -207,7 +207,7 @@ def _grouped(each: Counted, whole: BillLine, by: tuple[str, ...], span: Span) ->
     if each.scanned is not None:
         for values, buckets in each.scanned.items():
             row = _line_of_row(values, _scanned_by(by, span))
-            add(row, msgspec.structs.replace(empty, latencies=buckets, reused=each.scanned.reused[values]))
+            add(row, msgspec.structs.replace(empty, latencies=buckets))
     return lines
 
 
@@ -245,6 +245,8 @@ def _of_line(line: TotalsLine) -> BillLine:
         possibly_billed_usd=None,
         unpriced=line.unpriced,
         without_usage=line.without_usage,
+        reused=line.reused,
+        saved_usd=line.saved_usd,
     )
 
 
@@ -261,7 +263,6 @@ def _of_run(whole: BillLine, each: Counted) -> BillLine:
         pending=account.pending,
         possibly_billed=account.possibly_billed_count,
         possibly_billed_usd=account.possibly_billed_usd,
-        reused=None if scanned is None else sum(scanned.reused.values()),
         expected_usd=None if expected is None else expected.expected_usd,
         compared_usd=None if expected is None else expected.cost_usd,
         latencies=None if scanned is None else buckets,

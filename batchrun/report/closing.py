@@ -46,6 +46,10 @@ def _account(summary: Summary, requests_per_minute: float | None) -> Iterator[tu
     counts = ", ".join(f"{n:,} {status}" for status, n in summary.by_status.items()) or "none"
     aside = f"; {plural(summary.rejected, 'input record')} set aside in rejects.jsonl" if summary.rejected else ""
     yield "rows", f"{done:,} of {summary.rows:,} done: {counts}{aside}"
+    if summary.reused:
+        copies = f", {summary.duplicates:,} of them equal to an earlier row" if summary.duplicates else ""
+        saved = f"; ${summary.saved_usd:,.6f} saved" if summary.saved_usd else ""
+        yield "reused", f"{plural(summary.reused, 'row')} without a request{copies}{saved}"
     prompt, cached, completion, reasoning = (
         sum(getattr(line, name) for line in summary.totals)
         for name in ("prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens")

@@ -25,6 +25,7 @@ from batchrun.store.totals import FIGURES
 
 _TOKENS = tuple(name for name in FIGURES if name.endswith("_tokens") and not name.startswith("offline"))
 _SUMMED = (*_TOKENS, "answer_cost_usd", "reported_cost_usd")
+_OF_REUSE = ("reused_cost_usd", "duplicate_of")
 
 
 def localised(found: Found, zone: str) -> list[TotalsLine]:
@@ -72,7 +73,8 @@ def _divided(found: Found, lines: list[TotalsLine], zone: str) -> list[TotalsLin
 def _rows_by_day(result: Result, zone: str) -> Iterator[tuple[str, TotalsLine]]:
     """The rows' own part of the totals, by local day, each with its UTC day."""
     keys = ["invocation", "requested_model", "status", "service_tier"]
-    for table in run_rows.tables(result, [*keys, "finished_at", *_SUMMED]):
+    beside = [name for name in _OF_REUSE if result.prefix + name in result.schema.names]  # older results have none
+    for table in run_rows.tables(result, [*keys, "finished_at", *_SUMMED, "reused", *beside]):
         columns: dict[str, Any] = {name: table[name] for name in (*keys, *_SUMMED)}
         columns["utc"] = local_days(table["finished_at"], "UTC")
         columns["local"] = local_days(table["finished_at"], zone)
@@ -82,7 +84,11 @@ def _rows_by_day(result: Result, zone: str) -> Iterator[tuple[str, TotalsLine]]:
         columns["without_usage"] = pc.cast(
             pc.and_(pc.is_null(table["prompt_tokens"]), pc.is_null(table["answer_cost_usd"])), pa.int64()
         )
-        summed = [*_SUMMED, "unpriced", "without_usage"]
+        nulls = pa.nulls(table.num_rows, pa.int64())
+        columns["reused"] = pc.cast(table["reused"], pa.int64())
+        columns["saved_usd"] = table["reused_cost_usd"] if "reused_cost_usd" in beside else nulls
+        columns["duplicates"] = pc.cast(pc.is_valid(table["duplicate_of"] if beside else nulls), pa.int64())
+        summed = [*_SUMMED, "unpriced", "without_usage", "reused", "saved_usd", "duplicates"]
         grouped = pa.table(columns).group_by([*keys, "utc", "local"])
         for row in grouped.aggregate([*((name, "sum") for name in summed), ([], "count_all")]).to_pylist():
             if row["local"] is not None:
@@ -90,6 +96,7 @@ def _rows_by_day(result: Result, zone: str) -> Iterator[tuple[str, TotalsLine]]:
 
 
 def _line(row: dict[str, Any]) -> TotalsLine:
+    tokens: dict[str, Any] = {name: row[f"{name}_sum"] or 0 for name in _TOKENS}
     return TotalsLine(
         row["invocation"],
         row["requested_model"],
@@ -97,12 +104,15 @@ def _line(row: dict[str, Any]) -> TotalsLine:
         row["local"].isoformat(),
         row["service_tier"] or "",
         rows=row["count_all"],
-        attempts=row["count_all"],
+        attempts=row["count_all"] - (row["reused_sum"] or 0),
         cost_usd=row["answer_cost_usd_sum"] or Decimal(0),
         unpriced=row["unpriced_sum"],
         without_usage=row["without_usage_sum"],
         reported_cost_usd=row["reported_cost_usd_sum"] or Decimal(0),
-        **{name: row[f"{name}_sum"] or 0 for name in _TOKENS},
+        reused=row["reused_sum"] or 0,
+        duplicates=row["duplicates_sum"] or 0,
+        saved_usd=row["saved_usd_sum"] or Decimal(0),
+        **tokens,
     )
 
 

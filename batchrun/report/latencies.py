@@ -47,11 +47,7 @@ def _bucket(numbers: Any) -> Any:
 
 
 class Scanned(dict[Group, "Counter[int]"]):
-    """Buckets by group; `reused` counts the rows whose answer was reused, by group."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.reused: Counter[Group] = Counter()
+    """Buckets by group."""
 
 
 def scan(result: Result, keys: Sequence[str], zone: str) -> Scanned:
@@ -60,22 +56,16 @@ def scan(result: Result, keys: Sequence[str], zone: str) -> Scanned:
     for table in run_rows.tables(result, _needed(keys)):
         columns: dict[str, Any] = {key: _key(table, key, zone) for key in keys}
         columns["bucket"] = _bucket(table["latency_s"])
-        columns["reused"] = pc.cast(table["reused"], pa.int64())
-        grouped = (
-            pa.table(columns)
-            .group_by([*keys, "bucket"], use_threads=False)
-            .aggregate([("reused", "sum"), ([], "count_all")])
-        )
-        values = [grouped[name].to_pylist() for name in (*keys, "bucket", "count_all", "reused_sum")]
-        for *group, bucket, count, reused in zip(*values, strict=True):
-            if bucket is not None:  # a pending row has no latency
+        grouped = pa.table(columns).group_by([*keys, "bucket"], use_threads=False).aggregate([([], "count_all")])
+        values = [grouped[name].to_pylist() for name in (*keys, "bucket", "count_all")]
+        for *group, bucket, count in zip(*values, strict=True):
+            if bucket is not None:  # a pending row and a reused one have no latency
                 found.setdefault(tuple(group), Counter())[int(bucket)] += count
-            found.reused[tuple(group)] += reused or 0
     return found
 
 
 def _needed(keys: Sequence[str]) -> list[str]:
-    return [*("finished_at" if key == "day" else key for key in keys), "latency_s", "reused"]
+    return [*("finished_at" if key == "day" else key for key in keys), "latency_s"]
 
 
 def _key(table: pa.Table, key: str, zone: str) -> "pa.ChunkedArray[Any]":

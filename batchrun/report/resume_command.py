@@ -7,6 +7,7 @@ from pathlib import Path
 
 _FLAGS = {
     "input_path": "-i",
+    "reuse": "--reuse",
     "max_cost_usd": "--max-cost",
     "max_failures": "--max-failures",
     "skip_invalid": "--skip-invalid",

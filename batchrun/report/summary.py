@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 
 import msgspec
@@ -95,6 +96,7 @@ _OF_THE_RUN = (
     *("job", "run_id", "begun_at", "rows", "rejected", "by_status", "pending", "totals", "cost_usd", "wasted_usd"),
     *("unpriced", "without_usage", "possibly_billed", "possibly_billed_count", "possibly_billed_usd", "models"),
     *("unknown_finish_reasons", "unpriced_tiers", "example_error", "price", "estimate", "invocation"),
+    *("reused", "duplicates", "saved_usd"),
 )
 """The fields that describe the run and not one start of it."""
 
@@ -209,6 +211,9 @@ def _summary(
         tags=moment.tags,
         endpoints=list(moment.endpoints),
         budgets=list(moment.budgets),
+        reused=sum(line.reused for line in lines),
+        duplicates=sum(line.duplicates for line in lines),
+        saved_usd=sum((line.saved_usd for line in lines), Decimal(0)),
     )
 
 

@@ -1,7 +1,7 @@
-"""Which new row asks the question of which old one: the k-th equal question goes to the k-th answer.
+"""Matches new rows with old answers by request key: the k-th row of a key gets the k-th answer to it.
 
-Keys of any number of rows are matched in flat memory: both sides are spread over buckets by their first bits, in files
-without a name, and matched bucket by bucket.
+Memory is flat for any number of rows: both sides are spread over buckets by their first bits, in files without a name,
+and matched bucket by bucket.
 """
 
 import mmap
@@ -16,7 +16,7 @@ from typing import IO, Self
 from batchrun.durable import disk_errors
 
 NONE = -1
-"""The old row of a new question."""
+"""The old row of a new request."""
 
 ROWS_A_BUCKET = 250_000
 MAX_BUCKETS = 48  # two files each: within a small limit on open files together with all else
@@ -27,7 +27,7 @@ _OLD = struct.Struct("<q")
 
 
 class Matches:
-    """For each new row, in order, the old row whose answer fits, or `NONE`. Close it."""
+    """For each new row, in order, the old row whose answer it takes, or `NONE`. Close it."""
 
     def __init__(self, rows: int, directory: Path) -> None:
         self.rows = rows
@@ -55,20 +55,18 @@ class Matches:
 
 
 class Questions:
-    """What is known of an input's records by ordinal while it is checked, in a file without a name: their keys, or the
-    digests of their images.
-    """
+    """A digest of each record by ordinal, in a file without a name: its request key, or the digest of its images."""
 
     def __init__(self, directory: Path) -> None:
         with disk_errors(directory):
             self._file = tempfile.TemporaryFile(dir=directory, buffering=BUFFER_BYTES)  # noqa: SIM115
 
     def add(self, ordinal: int, key: bytes) -> None:
-        """One record more, in the order of ordinals."""
+        """Adds the next record; ordinals ascend."""
         self._file.write(_ENTRY.pack(key, ordinal))
 
     def rows(self, rejected: Sequence[int]) -> Iterator[tuple[bytes, int]]:
-        """(key, row) of each record that was added but the rejected ones, whose ordinals ascend."""
+        """(key, row) of each record that was not rejected. The ordinals in `rejected` ascend."""
         self._file.seek(0)
         place = 0
         while block := self._file.read(_ENTRY.size * 4096):
@@ -87,10 +85,10 @@ class Questions:
 
 
 def match(old: Iterable[tuple[bytes, int]], new: Iterable[tuple[bytes, int]], rows: int, directory: Path) -> Matches:
-    """The matches of `rows` new rows. Both sides give (key, row), each in the order of its rows."""
-    buckets = min(MAX_BUCKETS, 1 + rows // ROWS_A_BUCKET)
+    """Matches `rows` new rows. Both sides are (key, row), in the order of rows."""
+    buckets = buckets_of(rows)
     matches = Matches(rows, directory)
-    with _Spread(old, buckets, directory) as answers, _Spread(new, buckets, directory) as questions:
+    with Spread(old, buckets, directory) as answers, Spread(new, buckets, directory) as questions:
         for bucket in range(buckets):
             waiting: dict[bytes, deque[int]] = {}
             for key, row in answers.entries(bucket):
@@ -101,7 +99,12 @@ def match(old: Iterable[tuple[bytes, int]], new: Iterable[tuple[bytes, int]], ro
     return matches
 
 
-class _Spread:
+def buckets_of(rows: int) -> int:
+    """How many buckets so many rows take."""
+    return min(MAX_BUCKETS, 1 + rows // ROWS_A_BUCKET)
+
+
+class Spread:
     """Entries spread over bucket files by their key."""
 
     def __init__(self, entries: Iterable[tuple[bytes, int]], buckets: int, directory: Path) -> None:
@@ -113,7 +116,7 @@ class _Spread:
                 self._files[int.from_bytes(key[:4], "little") % buckets].write(_ENTRY.pack(key, row))
 
     def entries(self, bucket: int) -> Iterator[tuple[bytes, int]]:
-        """The bucket's entries in the order in which they came."""
+        """The bucket's entries in the order in which they were added."""
         self._files[bucket].seek(0)
         while block := self._files[bucket].read(_ENTRY.size * 4096):
             yield from _ENTRY.iter_unpack(block)

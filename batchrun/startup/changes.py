@@ -1,13 +1,13 @@
-"""The input or the job is not what it was: which answers still fit, and how the rows come to lie anew.
+"""A changed input or job: finds which answers still fit, and arranges the rows in new chunks.
 
-Answers are matched with questions by key, the k-th answer to the k-th equal question, so a line that was inserted at
-the top asks one row. What no question asks for any more was paid for in vain: that takes the user's consent.
+Answers are matched with rows by request key, the k-th answer with the k-th row of that key, so a line that was inserted
+at the top sends one row. Answers that no row needs any more were paid for in vain, so the user must accept that.
 """
 
 import functools
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import cast
@@ -20,6 +20,7 @@ from batchrun.source import START, Source, Window
 from batchrun.startup.answer_match import NONE, Matches, match
 from batchrun.store import result, stored_window, totals
 from batchrun.store.base_part import BasePart
+from batchrun.store.carry_over import CarryOver, Taken
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.db_tables import Chunk
 from batchrun.store.manifest import Manifest, answer_column
@@ -31,11 +32,12 @@ from batchrun.tables.rows import OWN_COLUMNS, joined, own_schema, own_table
 
 
 class Changes(msgspec.Struct, frozen=True):
-    """What changed, and what it means for answers: `kept` still fit, `dropped` are asked for by nothing any more.
+    """What changed, and what it means for answers: `kept` still fit, no row needs the `dropped` ones.
 
-    A row that ended as `error` is no answer: it stays where its question does, and is no loss where not. `in_place`:
-    every answer stays in its row. `fewer`: so many rows less than before. `mean_cost_usd`: of one row, by the rows so
-    far.
+    A row that ended as `error` is not an answer: it stays with its request, and is no loss without it. `in_place`:
+    every answer stays in its row. `fewer`: so many rows less than `before`, of which some were `pending`.
+    `carried` of the rows without an answer take one without a request.
+    `mean_cost_usd`: the mean of a row so far.
     """
 
     changed: tuple[str, ...]
@@ -45,35 +47,50 @@ class Changes(msgspec.Struct, frozen=True):
     in_place: bool
     mean_cost_usd: Decimal | None
     fewer: int = 0
+    before: int = 0
+    pending: int = 0
+    carried: int = 0
 
     @property
     def harmless(self) -> bool:
-        """True where no answer and no row is given up or moved: rows appended, columns changed, or nothing answered
-        yet. An export that was cut short may well have lost only rows that are still to be asked.
+        """True if no answer and no row is discarded or moved: rows were appended, columns changed, or nothing was
+        answered yet. (A truncated export may have lost only pending rows, so fewer rows are not harmless.)
         """
         return self.in_place and not self.dropped and not self.fewer
 
+    @property
+    def rows_changed(self) -> int:
+        """New or changed rows, or removed ones, whichever are more."""
+        return max(self.rows - self.kept - self.pending, self.dropped, self.fewer)
+
+    @property
+    def to_send(self) -> int:
+        """The rows that a start sends."""
+        return self.rows - self.kept - self.carried
+
     def __str__(self) -> str:
-        asked = self.rows - self.kept
-        cost = "" if self.mean_cost_usd is None else f", about ${self.mean_cost_usd * asked:,.4f}"
+        new = self.to_send
+        cost = "" if self.mean_cost_usd is None else f", about ${self.mean_cost_usd * new:,.4f}"
         what = ", ".join(each if " " in each else f"{each} has changed" for each in self.changed)  # settings: one word
         stay = "1 answer stays" if self.kept == 1 else f"{self.kept:,} answers stay"
-        ask = "1 row is to be asked" if asked == 1 else f"{asked:,} rows are to be asked"
+        send = "1 row will be sent" if new == 1 else f"{new:,} rows will be sent"
         fewer = f"; {self.fewer:,} fewer than before" if self.fewer else ""
-        return f"{what}: {stay}, {ask}{cost}{fewer}{self._in_vain()}"
+        if self.carried:
+            fewer = f"; {self.carried:,} without a request{fewer}"
+        return f"{what}: {stay}, {send}{cost}{fewer}{self._in_vain()}"
 
     def _in_vain(self) -> str:
         match self.dropped:
             case 0:
                 return ""
             case 1:
-                return "; 1 answer that was paid for fits no row any more"
+                return "; 1 paid answer no longer fits any row"
             case dropped:
-                return f"; {dropped:,} answers that were paid for fit no row any more"
+                return f"; {dropped:,} paid answers no longer fit any row"
 
 
 class Answers:
-    """The settled rows of a run as they lie on record, in our own columns. Open chunks and parts alike."""
+    """The settled rows of a run, in our own columns, from open chunks and parts."""
 
     def __init__(self, directory: RunDirectory, checkpoint: Checkpoint, facts: Manifest) -> None:
         self._directory = directory
@@ -84,6 +101,7 @@ class Answers:
             self.chunks = result.restore_parts(facts, checkpoint, self.chunks, directory)
         self.rows = facts.rows
         self.answered = bytearray()
+        self.settled = checkpoint.totals.settled()
         self._first_rows = [chunk.first_row for chunk in self.chunks]
         self.of_chunk = functools.lru_cache(maxsize=4)(self._of_chunk)  # a shuffled input reads chunks again
 
@@ -158,7 +176,10 @@ def examine(
         in_place += answers.answered[old] and old == new
     paid = sum(answers.answered)
     fewer = max(0, answers.rows - rows) if paid else 0
-    return Changes(changed, rows, kept, paid - kept_answers, in_place == paid, mean_cost_usd, fewer), matches
+    pending = answers.rows - answers.settled
+    dropped = paid - kept_answers
+    seen = Changes(changed, rows, kept, dropped, in_place == paid, mean_cost_usd, fewer, answers.rows, pending)
+    return seen, matches
 
 
 def lay_out(
@@ -171,6 +192,7 @@ def lay_out(
     checkpoint: Checkpoint,
     entries: dict[str, str],
     limit: int | None,
+    carry: CarryOver,
 ) -> None:
     """The run's rows lie as the new input has them, with the answers that fit; one transaction makes it true.
 
@@ -192,6 +214,7 @@ def lay_out(
             break
         end_row = first_row + read.rows
         own = answers.take([(new, old) for new in range(first_row, end_row) if (old := matches[new]) != NONE])
+        own = _with_originals(own, carry.window(first_row, end_row))
         left -= own.num_rows
         standing.update(cast(list[str], own.column("status").to_pylist()))
         number = len(chunks)
@@ -218,6 +241,17 @@ def lay_out(
         chunks.append(chunk)
         first_row = end_row
     checkpoint.replace_chunks(chunks, standing, entries, answers.given_up(matches))
+
+
+def _with_originals(own: pa.Table, taken: Mapping[int, Taken]) -> pa.Table:
+    """The records with the numbers that the rows have now whose answers they took."""
+    rows, reused = (own.column(name).to_pylist() for name in ("row", "reused"))
+    originals = [
+        taken[row].original if copied and row in taken and taken[row].original >= 0 else None
+        for row, copied in cast(Iterator[tuple[int, bool]], zip(rows, reused, strict=True))
+    ]
+    field = OWN_COLUMNS.field("duplicate_of")
+    return own.set_column(OWN_COLUMNS.get_field_index(field.name), field, pa.array(originals, field.type))
 
 
 def _windows(source: Source, facts: Manifest, upto: int) -> Iterator[Window]:

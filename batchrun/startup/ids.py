@@ -1,4 +1,4 @@
-"""Repeated ids among any number of records, in flat memory."""
+"""Finds repeated ids among any number of records, in flat memory."""
 
 import os
 import struct
@@ -15,10 +15,10 @@ SPILL_BYTES = _ENTRY.size * 1024  # per bucket: 6 MB in all, and nothing on disk
 
 
 class IdIndex:
-    """The ids of an input: added once each with their ordinal, then asked for repetitions.
+    """The ids of an input: add each with its ordinal, then read the `duplicates`.
 
-    Whatever does not fit its buffers is in one unnamed file in `directory`: one descriptor, 24 bytes an id,
-    gone with the process. Use as a context manager, or close.
+    Ids that don't fit the buffers go to one unnamed file in `directory`: one descriptor, 24 bytes an id. Use it as a
+    context manager, or close it.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -27,12 +27,12 @@ class IdIndex:
         self._file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115  closed by close()
 
     def add(self, ordinal: int, id: object) -> str | None:
-        """The id is known, or the text says why it can't be one. 1.2 µs (measured).
+        """Adds the id; returns why it is invalid, if it is. 1.2 µs (measured).
 
         The integer 7 and the string "7" are two ids. `ordinal` must grow from call to call.
 
         Raises:
-            DiskError: the directory has no room.
+            DiskError: the disk is full.
         """
         if isinstance(id, str):
             source = b"s" + id.encode()
@@ -48,7 +48,7 @@ class IdIndex:
         return None
 
     def duplicates(self) -> Iterator[tuple[int, int]]:
-        """(ordinal, ordinal of the first record with the same id) of every repetition, in no particular order."""
+        """(ordinal, ordinal of the first record with the same id) of every repetition, in any order."""
         for number in range(BUCKETS):
             first_of: dict[bytes, int] = {}
             for digest, ordinal in self._entries(number):
@@ -70,10 +70,10 @@ class IdIndex:
             while rest:  # an unbuffered write may take a part only
                 rest = rest[self._file.write(rest) :]
         except OSError as error:
-            raise DiskError(f"the ids to compare don't fit on the disk: {error.strerror}; make room") from error
+            raise DiskError(f"the ids to compare don't fit on the disk: {error.strerror}; free some space") from error
 
     def close(self) -> None:
-        """The file is gone."""
+        """Deletes the file."""
         self._file.close()
 
     def __enter__(self) -> "IdIndex":

@@ -1,6 +1,6 @@
-"""Everything about the input that can be known before the first request: each record is read and its request built.
+"""Checks the input before the first request: reads each record and builds its request.
 
-Nothing is kept but counts, the first problems and the rejected ordinals: ten million rows take no more memory than ten.
+It keeps only counts, the first problems and the rejected ordinals, so ten million rows need no more memory than ten.
 """
 
 import heapq
@@ -24,17 +24,17 @@ from batchrun.startup.ids import IdIndex
 from batchrun.tables.json_columns import ColumnTypes
 
 SHOWN = 20
-"""Problems that are told one by one; all are counted."""
+"""Problems that are reported one by one; all are counted."""
 
 PROGRESS_EVERY = 5000
 
 _VARYING = re.compile(r"\d+|(?:; did you mean .*?\?)? \(columns: .*\)$", re.DOTALL)
-"""What a problem of one kind says differently from record to record: numbers, and the columns of JSON lines."""
+"""What differs between messages of one kind: numbers, and the columns of JSON lines."""
 
 
 class Problem(msgspec.Struct, frozen=True):
-    """Why one record can't be asked, and where it stands. `record` is None where it could not be read: then `line` is
-    the line as it stands there, unless it is too long even for that.
+    """Why one record is invalid, and its place. `record` is None if it could not be read; `line` is its line then,
+    unless that is too long.
     """
 
     ordinal: int
@@ -51,10 +51,10 @@ class Survey(msgspec.Struct, frozen=True):
     """What the input holds. `rows` are accepted records; `rejected` the ordinals of the others, ascending.
 
     By model: `models` counts rows, `max_request` bounds the (prompt, output) tokens of the largest request, and
-    `max_tokens` those of all requests together. `answer_schema`: the one JSON schema that all answers in JSON are to
-    fit; None where there is none, or more than one. `image_tokens` is what all images usually count. `mistakes`: the
-    first problem of each kind with how many there are of that kind, at most `SHOWN`; problems that differ only in
-    numbers, or in the columns that there are, are of one kind.
+    `max_tokens` those of all requests together. `answer_schema`: the one JSON schema of all answers in JSON;
+    None if there is none, or more than one. `image_tokens` is what all images usually count. `mistakes`: the
+    first problem of each kind with the count of that kind, at most `SHOWN` kinds; problems that differ only in numbers
+    or in the list of columns are of one kind.
     """
 
     dialect: str
@@ -72,7 +72,7 @@ class Survey(msgspec.Struct, frozen=True):
 
 
 class _Tally:
-    """The survey while it is being made."""
+    """Counts while the survey runs."""
 
     def __init__(self, keep: Callable[[Problem], None]) -> None:
         self.rows = self.body_bytes = self.image_tokens = 0
@@ -100,14 +100,14 @@ class _Tally:
             self._note(request.expected)
 
     def _note(self, expected: Expected) -> None:
-        """Answers of another kind are expected than of the request before; two schemas are as good as a thousand."""
+        """Notes another answer schema than that of the request before; two show that there are several."""
         self._expected = expected
         if expected.in_json and len(self.answer_schemas) < 2:
             schema = expected.schema
             self.answer_schemas.add(None if schema is None else msgspec.json.encode(schema).decode())
 
     def withdraw(self, request: Request) -> None:
-        """It was accepted before it was known to be a repetition; the largest and the sums stay upper bounds."""
+        """Takes back a request that turned out to repeat an id; the maxima and sums stay upper bounds."""
         self.rows -= 1
         self.body_bytes -= len(request.body)
         self.image_tokens -= request.image_tokens
@@ -144,8 +144,8 @@ def survey(
     `scratch` is a directory for what does not fit into memory.
 
     Raises:
-        InputError: the input can't be read on, or says nothing of what to ask.
-        JobError: the template is none.
+        InputError: the input can't be read further, or nothing says what to send.
+        JobError: the template is invalid.
     """
     tally = _Tally(keep)
     types = ColumnTypes() if source.format == "jsonl" else None
@@ -197,7 +197,7 @@ def _take(
     pictured: Callable[[int, bytes], None],
     accepted: Callable[[Request], None],
 ) -> str | None:
-    """Counts the record if it can be asked; else the reason why not."""
+    """Counts the record if it makes a valid request; else returns the reason."""
     try:
         request = builder.build(Row(tally.rows, record.columns))
         if request.pictures:
@@ -218,10 +218,10 @@ def _take(
 
 
 def _reject_repeated(source: Source, builder: RequestBuilder, ids: IdIndex, tally: _Tally) -> None:
-    """Records whose id an earlier one bears are no rows. Their places take a second reading, only if there are any.
+    """Rejects records that repeat an earlier record's id. If there are any, the input is read again for their places.
 
-    A wrong input.id makes nearly every record one: a byte for each record marks them, and only the first few are told
-    with the place of the record they repeat.
+    With a wrong input.id nearly every record is one: a byte for each record marks them, and only the first few are
+    reported with the place of the record that they repeat.
     """
     shown = dict(heapq.nsmallest(SHOWN, ids.duplicates()))
     if not shown:
@@ -236,5 +236,5 @@ def _reject_repeated(source: Source, builder: RequestBuilder, ids: IdIndex, tall
         if marked[record.ordinal]:
             tally.withdraw(builder.build(Row(0, record.columns)))
             first = shown.get(record.ordinal)
-            problem = "an earlier record has its id" if first is None else f"its id stands at {places[first]} already"
+            problem = "an earlier record has its id" if first is None else f"{places[first]} has its id already"
             tally.reject(Problem(record.ordinal, record.place, problem, record.columns), tally.repeated)

@@ -1,4 +1,4 @@
-"""The input, read once from end to end: every record is checked, and the facts of a run are made of what was found."""
+"""Reads the input once from end to end: checks every record, and makes the run's manifest of what it finds."""
 
 import os
 from collections.abc import Callable
@@ -24,14 +24,14 @@ from batchrun.tables.json_columns import ColumnTypes
 from batchrun.tables.rows import output_schema
 
 
-def input_files(job: Job, directory: RunDirectory, asked: RunOptions, *, begun: bool = True) -> tuple[Path, ...]:
-    """The files of the input. Standard input, and a program's rows, are kept in the run directory (`spooled`)."""
+def input_files(job: Job, directory: RunDirectory, options: RunOptions, *, started: bool = True) -> tuple[Path, ...]:
+    """The files of the input. Standard input and a program's rows are copied into the run directory (`stdin_copy`)."""
     if job.input.path is None:
         raise JobError("input.path: name the input in the job or with -i")
     if job.input.path != "-":
         return find_files(job.input.path)
-    if asked.stdin is not None and not asked.stdin.isatty():
-        return (stdin_copy.take(asked.stdin, directory, begun=begun),)
+    if options.stdin is not None and not options.stdin.isatty():
+        return (stdin_copy.take(options.stdin, directory, started=started),)
     if not directory.spool.exists():
         raise InputError("standard input is a terminal, or closed; pipe JSON lines into it, or name a file with -i")
     return (directory.spool,)
@@ -41,17 +41,17 @@ def read(
     source: Source,
     job: Job,
     directory: RunDirectory,
-    asked: RunOptions,
+    options: RunOptions,
     question: Callable[[int, bytes], None] = lambda ordinal, key: None,
     pictured: Callable[[int, bytes], None] = lambda ordinal, digest: None,
 ) -> Survey:
-    """The input, read once; problems end the start unless they are to be set aside in rejects.jsonl."""
+    """Reads the input; invalid records end the start, or go to rejects.jsonl with --skip-invalid."""
     rejects = directory.rejects
     with disk_errors(rejects):
         rejects.unlink(missing_ok=True)
 
     def keep(problem: Problem) -> None:
-        if asked.skip_invalid:
+        if options.skip_invalid:
             with (
                 disk_errors(rejects),
                 open(os.open(rejects, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as file,
@@ -59,8 +59,10 @@ def read(
                 file.write(msgspec.json.encode(problem, enc_hook=str) + b"\n")
 
     preconditions.require_columns(job, source)
-    found = survey(source, job, directory.path, keep=keep, progress=asked.checked, question=question, pictured=pictured)
-    preconditions.require_input(job, source, found, asked.problem, skip_invalid=asked.skip_invalid)
+    found = survey(
+        source, job, directory.path, keep=keep, progress=options.checked, question=question, pictured=pictured
+    )
+    preconditions.require_input(job, source, found, options.problem, skip_invalid=options.skip_invalid)
     if found.rejected:
         with disk_errors(rejects):
             fsync(rejects)
@@ -70,10 +72,14 @@ def read(
 def facts_of(
     job: Job, source: Source, files: tuple[FileIdentity, ...], found: Survey, *, run_id: str, begun_at: datetime
 ) -> Manifest:
-    """The facts of a run over this input; it must not have changed since `files` was taken."""
+    """The manifest of a run over this input.
+
+    Raises:
+        InputError: the input has changed since `files` was taken.
+    """
     digests = tuple(digest(file) for file in source.files)
     if (what := changed(source.files, files)) is not None:
-        raise InputError(f"the input changed while it was read: {what}; run again when it is at rest")
+        raise InputError(f"the input changed while it was read: {what}; run again when it no longer changes")
     return Manifest(
         run_id=run_id,
         begun_at=begun_at,
@@ -92,11 +98,11 @@ def facts_of(
 
 
 MOST_NAMED = 30
-"""Columns that a line for people names; a table may have thousands."""
+"""Columns that a message names; a table may have thousands."""
 
 
 def columns_in_words(source: Source, found: Survey) -> str | None:
-    """The input's columns with their types; None where it has none of its own. Every CSV column is text."""
+    """The input's columns with their types; None if it has none of its own. Every CSV column is text."""
     if isinstance(source, TableSource):
         schema = source.schema
     elif found.types is not None:
@@ -118,6 +124,6 @@ def schema_of(source: Source, known: Manifest) -> pa.Schema:
 
 
 def keep_digests(job: Job, directory: RunDirectory, layout: int, pictures: Questions, found: Survey) -> None:
-    """What the rows' images are is on disk, if they can change behind the input's back: as files of their own."""
+    """Stores the digests of the rows' images if these are files, which can change while the input does not."""
     if job.input.image_root is not None:
         image_digests.write(directory.images_of(layout), pictures.rows(found.rejected))

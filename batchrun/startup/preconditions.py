@@ -1,4 +1,4 @@
-"""What must hold of the input before a run sends anything. `run`, `check` and `estimate` walk through the same list."""
+"""What must be true of the input before a run sends anything; `run`, `check` and `estimate` all test it."""
 
 import itertools
 from collections.abc import Callable, Mapping
@@ -15,39 +15,39 @@ from batchrun.tables.rows import output_schema
 
 
 def require_input(
-    job: Job, source: Source, found: Survey, tell: Callable[[str], None], *, skip_invalid: bool = False
+    job: Job, source: Source, found: Survey, report: Callable[[str], None], *, skip_invalid: bool = False
 ) -> None:
-    """Nothing, if a run over what was found can begin. `tell` gets a line for each of the first bad records.
+    """Returns if a run over what was found can start. `report` gets a line for each kind of invalid record.
 
     Raises:
-        InputError: records can't be asked and are not to be skipped, or there are too few rows.
+        InputError: records are invalid and not skipped, or there are too few rows.
         JobError: the output can't have the input's columns.
     """
     if found.rejected and not skip_invalid:
-        raise_problems(found, tell)
+        raise_problems(found, report)
     require_columns(job, source, found)
     require_rows(job, found)
 
 
 def require_rows(job: Job, found: Survey) -> None:
-    """Nothing, if there are as many rows as the job expects at least: a pipe that broke ends like one that is done.
+    """Returns if there are as many rows as the job expects: a broken pipe ends like a complete one.
 
     Raises:
         InputError: there are fewer.
     """
     if not found.rows and job.input.min_rows == 1:
         raise InputError(
-            "the input has no rows; see whether it is whole, or set input.min_rows = 0 for an empty result"
+            "the input has no rows; check that it is complete, or set input.min_rows = 0 for an empty result"
         )
     if found.rows < job.input.min_rows:
         raise InputError(
             f"the input has {plural(found.rows, 'row')}, and input.min_rows expects {job.input.min_rows:,} or more; "
-            "see whether it is whole, or lower input.min_rows"
+            "check that it is complete, or lower input.min_rows"
         )
 
 
 def require_columns(job: Job, source: Source, found: Survey | None = None) -> None:
-    """Nothing, if the output can have the input's columns: Parquet knows them at once, JSON lines once it was `found`.
+    """Returns if the output can have the input's columns. Parquet states them; JSON lines' must be `found` first.
 
     Raises:
         JobError: as `output_schema`.
@@ -58,7 +58,7 @@ def require_columns(job: Job, source: Source, found: Survey | None = None) -> No
         output_schema(found.types.schema(), job.output)
 
 
-def raise_problems(found: Survey, tell: Callable[[str], None]) -> None:
+def raise_problems(found: Survey, report: Callable[[str], None]) -> None:
     """Reports each kind of problem in one line, with its first record and its count, then raises with the total.
 
     Raises:
@@ -66,7 +66,7 @@ def raise_problems(found: Survey, tell: Callable[[str], None]) -> None:
     """
     for problem, others in found.mistakes:
         one_line = str(problem).replace("\n", "\\n")  # a name may hold a newline
-        tell(one_line + (f" (and {others - 1:,} more such records)" if others > 1 else ""))
+        report(one_line + (f" (and {others - 1:,} more such records)" if others > 1 else ""))
     count, named = len(found.rejected), sum(others for _, others in found.mistakes)
     shown = f"; the first {len(found.mistakes)} kinds of problem are above" if count > named else ""
     if not found.rows and all(problem.record is None for problem in found.first_problems):
@@ -75,19 +75,19 @@ def raise_problems(found: Survey, tell: Callable[[str], None]) -> None:
         )
     if not found.rows:
         raise InputError(
-            f"none of the input records ({count:,}) can be asked{shown}. "
-            "The job (its template, input.id, input.dialect) does not fit this input: mend one of the two"
+            f"none of the input records ({count:,}) make a valid request{shown}. "
+            "The job (its template, input.id, input.dialect) does not fit this input: change one of the two"
         )
     raise InputError(
-        f"{count:,} of {plural(count + found.rows, 'input record')} can't be asked{shown}. "
-        "Mend them, or set them aside with batchrun run ... --skip-invalid"
+        f"{count:,} of {plural(count + found.rows, 'input record')} make no valid request{shown}. "
+        "Correct them, or set them aside with batchrun run ... --skip-invalid"
     )
 
 
 def require_budget(
     job: Job, max_request: Mapping[str, tuple[int, int]], tables: Mapping[str, PriceTable | None]
 ) -> None:
-    """Nothing, if the caps can be kept: every price is known, and the largest single request fits.
+    """Returns if the caps can be kept: every price is known, and the largest request fits.
 
     `max_request`: upper bounds of (prompt, output) tokens by model.
 

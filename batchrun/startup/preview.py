@@ -40,9 +40,12 @@ def look(job: Job, directory: RunDirectory) -> Found:
         finished = result.FINISHED in checkpoint.manifest_entries()
         try:
             plan = planning.make(job, directory, checkpoint, RunOptions(only_look=True), datetime.now(UTC))
-            return Found(summary, plan.facts.rows - checkpoint.totals.settled(), None)
+            to_send = plan.facts.rows - checkpoint.totals.settled()
+            if (made := plan.origins) is not None:
+                to_send -= max(0, made.reused + made.duplicates - summary.reused)
+            return Found(summary, to_send, None)
         except ChangedError as changed:
-            return Found(summary, changed.drift.rows - changed.drift.kept, changed.drift)
+            return Found(summary, changed.changes.to_send, changed.changes)
         finally:
             if finished:
                 result.tidy(directory)  # the parts that a comparison cut from the result

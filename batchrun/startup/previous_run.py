@@ -62,7 +62,7 @@ def of(summary: Summary, whose: str) -> Means | None:
     prompt, cached = (
         sum(getattr(line, name) for line in summary.totals) for name in ("prompt_tokens", "cached_tokens")
     )
-    rows = sum(line.rows for line in summary.totals if line.cost_usd)
+    rows = sum(line.rows - line.reused for line in summary.totals if line.cost_usd)
     return Means(
         basis=f"{'the one answer' if size.answers == 1 else f'the mean of {size.answers:,} answers'} of {whose}",
         prompt_tokens=size.prompt_tokens,

@@ -1,11 +1,14 @@
-"""What a start finds and settles before the first request: a new run, one to go on with, or a finished one.
+"""Plans a start before its first request: a new run, or one to resume.
 
-A run's facts are fixed when it first starts and kept in the manifest: which questions, over which input, in which
-shape. Later starts are held against them; limits, prices, retries and the budget may change from start to start.
+A run's manifest is fixed when the run first starts: its requests, its input and the shape of its output. Later starts
+are compared with it. Limits, prices, retries and the budget may change from start to start.
 """
 
+import contextlib
 import uuid
+from collections.abc import Iterable, Iterator
 from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 
 import msgspec
@@ -18,27 +21,29 @@ from batchrun.prices import PriceTable
 from batchrun.report.cost_lines import scaled
 from batchrun.report.wording import are, plural
 from batchrun.source import FileIdentity, Source, changed, digest, fingerprint, open_source
-from batchrun.startup import changes, input_pass, preconditions, previous_run, stdin_copy
-from batchrun.startup.answer_match import Questions
+from batchrun.startup import carry, changes, input_pass, preconditions, previous_run, stdin_copy
+from batchrun.startup.answer_match import NONE, Questions
 from batchrun.startup.estimate import estimate
 from batchrun.startup.run_options import RunOptions
-from batchrun.store import manifest, variants
+from batchrun.store import manifest, origins, variants
+from batchrun.store.carry_over import CarryOver
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.manifest import Manifest
+from batchrun.store.origins import Origins
 from batchrun.store.rundir import RunDirectory
 from batchrun.store.variants import Variant
 from batchrun.tables.arrow_types import Column
 from batchrun.tables.json_columns import ColumnTypes
 
 SHAPE = ("columns", "prefix", "raw", "layout", "compression", "chunk_rows", "chunk_bytes")
-"""The output settings that a run keeps from its first start: its parts are written by them."""
+"""The output settings that a run keeps from its first start, because its parts were written with them."""
 
 
 class Plan(msgspec.Struct, frozen=True):
-    """Everything a run works by. `prices` holds None for a model whose price nobody knows.
+    """Everything that a start needs to know. `prices` has None for a model without a known price.
 
-    `rows` are those that this start is to settle: all, or the first so many. `variants[k]` is how rows of variant k are
-    asked, 0 as the run began; `variant` is the one that this start's job is.
+    `rows`: how many rows this start settles, all or the first of them. `variants[k]` is the request of variant k, 0 for
+    the run's first job; `variant` is that of this start's job. `origins` says which rows are not sent.
     """
 
     facts: Manifest
@@ -51,60 +56,78 @@ class Plan(msgspec.Struct, frozen=True):
     schema: pa.Schema
     parsed: Column
     prices: dict[str, PriceTable | None]
+    origins: Origins | None = None
 
 
-def make(job: Job, directory: RunDirectory, checkpoint: Checkpoint, asked: RunOptions, now: datetime) -> Plan:
-    """The plan of this start; on a first start everything is read and checked, and the facts are durable.
+def make(job: Job, directory: RunDirectory, checkpoint: Checkpoint, options: RunOptions, now: datetime) -> Plan:
+    """Plans this start. A first start reads and checks the whole input and stores the manifest.
 
     Raises:
-        JobError, InputError: something is wrong or has changed; nothing was sent.
+        JobError, InputError: something is invalid or has changed; nothing was sent.
     """
     entries, today = checkpoint.manifest_entries(), now.astimezone().date().isoformat()
     if "facts" in entries:
-        return _resume(job, directory, checkpoint, asked, entries, today)
-    if asked.retry is not None:
+        return _resume(job, directory, checkpoint, options, entries, today)
+    if options.retry is not None:
         raise JobError(
-            f"{directory.path}: no run has begun here whose rows could be asked again; name its directory with -o, or "
-            "its day with --date"
+            f"{directory.path}: no run was started here, so no rows can be retried; name its directory with -o, or its "
+            "day with --date"
         )
     _require_unused(directory)
-    source = open_source(input_pass.input_files(job, directory, asked, begun=False), job.input.max_line_bytes)
+    source = open_source(input_pass.input_files(job, directory, options, started=False), job.input.max_line_bytes)
     files = fingerprint(source.files)
-    with Questions(directory.path) as pictures:
-        found = input_pass.read(source, job, directory, asked, pictured=pictures.add)
+    with Questions(directory.path) as keys, Questions(directory.path) as pictures:
+        found = input_pass.read(source, job, directory, options, keys.add, pictures.add)
         new = input_pass.facts_of(job, source, files, found, run_id=uuid.uuid4().hex[:12], begun_at=now)
         input_pass.keep_digests(job, directory, new.layout, pictures, found)
+        made = _origins(job, directory, new, options, keys.rows(found.rejected))
     ways = (variants.of_job(job),)
-    plan = _plan(job, new, ways, 0, source, {}, asked.limit, today, resumed=False)
+    plan = _plan(job, new, ways, 0, source, {}, options.limit, today, resumed=False)
     before = previous_run.newest(job, besides=directory.path)
-    expected = estimate(found, job, plan.prices, found.rows, None, daily.left_s(now), before)
-    plan = msgspec.structs.replace(plan, facts=msgspec.structs.replace(new, estimate=expected))
-    checkpoint.write_manifest({**manifest.encode(plan.facts), "prices": _encode(plan.prices), **variants.encode(ways)})
+    to_send = found.rows if made is None else made.new
+    expected = estimate(found, job, plan.prices, to_send, None, daily.left_s(now), before)
+    expected = msgspec.structs.replace(expected, rows=found.rows)  # those that are not sent cost nothing
+    plan = msgspec.structs.replace(plan, facts=msgspec.structs.replace(new, estimate=expected), origins=made)
+    entries = {**manifest.encode(plan.facts), "prices": _encode(plan.prices), **variants.encode(ways)}
+    checkpoint.write_manifest({**entries, origins.ENTRY: _encode(made)})
     return plan
 
 
+def _origins(
+    job: Job, directory: RunDirectory, facts: Manifest, options: RunOptions, keys: Iterable[tuple[bytes, int]]
+) -> Origins | None:
+    """Which rows take an answer without a request, by their keys; None if the job sends all of them."""
+    wanted = carry.wanted(job, facts.rows, facts.layout)
+    if wanted is None:
+        return None
+    made = carry.make(job, keys, wanted, directory.path, directory.origins_of(facts.layout), options.note)
+    if (line := carry.in_words(made)) is not None:
+        options.note(line)
+    return made
+
+
 def _require_unused(directory: RunDirectory) -> None:
-    """Nothing, if no run has begun here: one that lost its checkpoint must not be overwritten and paid again."""
+    """Returns if no run was started here: a run that lost its checkpoint must not be overwritten and paid for again."""
     for path in (directory.completions, directory.inflight, *directory.parts.iterdir()):
         if path.exists():
             raise CheckpointError(
-                f"{path} is of a run whose checkpoint.db is gone or empty; keep a copy, and {ANOTHER}"
+                f"{path} belongs to a run whose checkpoint.db is missing or empty; keep a copy, and {ANOTHER}"
             )
 
 
 def require_same_shape(job: Job, known: Manifest) -> None:
-    """Nothing, if the job wants this run's output in the shape that it has.
+    """Returns if the job wants the output in the shape that this run has.
 
     Raises:
-        JobError: names what changed, and the ways on.
+        JobError: a setting differs; the message says which, and what to do.
     """
     for name in SHAPE:
         if getattr(job.output, name) != getattr(known.output, name):
-            raise JobError(f"output.{name} can't change within a run; put it back to go on, or {ANOTHER}")
+            raise JobError(f"output.{name} can't change within a run; restore it to resume, or {ANOTHER}")
 
 
 def changed_input(files: tuple[Path, ...], directory: RunDirectory, known: Manifest) -> str | None:
-    """What is not as the run knows its input, by identity and then by content; None where it is the same."""
+    """How the input differs from the one of the run, by identity and then by content; None if it is the same."""
     what = changed(files, known.files)
     if what is None or tuple(digest(file) for file in files) == known.digests:
         return None
@@ -112,49 +135,72 @@ def changed_input(files: tuple[Path, ...], directory: RunDirectory, known: Manif
 
 
 def _resume(
-    job: Job, directory: RunDirectory, checkpoint: Checkpoint, asked: RunOptions, entries: dict[str, str], today: str
+    job: Job, directory: RunDirectory, checkpoint: Checkpoint, options: RunOptions, entries: dict[str, str], today: str
 ) -> Plan:
     known, ways = manifest.decode(entries), variants.decode(entries)
     require_same_shape(job, known)
     stdin_copy.settle(directory, known)
-    files = stdin_copy.put_in_place(input_pass.input_files(job, directory, asked), directory)
+    files = stdin_copy.put_in_place(input_pass.input_files(job, directory, options), directory)
     try:
-        known, ways, variant, source = _as_it_is_now(job, directory, checkpoint, asked, known, ways, files)
+        known, ways, variant, source = _as_it_is_now(job, directory, checkpoint, options, known, ways, files)
+        made = _origins_now(job, directory, checkpoint, options, known, source)
     finally:
         stdin_copy.settle(directory, manifest.decode(checkpoint.manifest_entries()))
     prices_known = msgspec.json.decode(entries.get("prices", "{}"), type=dict[str, PriceTable | None])
-    limit = None if asked.limit is None else max(asked.limit, _begun_rows(checkpoint))
+    limit = None if options.limit is None else max(options.limit, _opened_rows(checkpoint))
     plan = _plan(job, known, ways, variant, source, prices_known, limit, today, resumed=True)
     if plan.prices != prices_known:
         checkpoint.write_manifest({"prices": _encode(plan.prices)})
-    return plan
+    return msgspec.structs.replace(plan, origins=made)
+
+
+def _origins_now(
+    job: Job, directory: RunDirectory, checkpoint: Checkpoint, options: RunOptions, known: Manifest, source: Source
+) -> Origins | None:
+    """The origins of the run's rows, as stored. They are found again, which reads the input once more for its keys, if
+    the job wants others or their sources have changed.
+    """
+    entry = checkpoint.manifest_entries().get(origins.ENTRY, "null")
+    made = msgspec.json.decode(entry, type=Origins | None)
+    path = directory.origins_of(known.layout)
+    wanted = carry.wanted(job, known.rows, known.layout)
+    if carry.still_holds(made, wanted, path):
+        return None if wanted is None else made
+    settled, opened = checkpoint.totals.settled(), _opened_rows(checkpoint)
+    if options.only_look or settled == known.rows or (checkpoint.has_reopened and opened == known.rows):
+        return None  # only rows of a retry are left
+    with Questions(directory.path) as keys:
+        found = input_pass.read(source, job, directory, options, keys.add)
+        made = _origins(job, directory, known, options, keys.rows(found.rejected))
+    checkpoint.write_manifest({origins.ENTRY: _encode(made)})
+    return made
 
 
 def _as_it_is_now(
     job: Job,
     directory: RunDirectory,
     checkpoint: Checkpoint,
-    asked: RunOptions,
+    options: RunOptions,
     known: Manifest,
     ways: tuple[Variant, ...],
     files: tuple[Path, ...],
 ) -> tuple[Manifest, tuple[Variant, ...], int, Source]:
-    """The run's facts, the ways it asks, this start's among them, and the source: as known, or as changes are adopted.
+    """The manifest, the variants with this start's, and the source, with changes adopted if the user accepts them.
 
     Raises:
-        JobError: something changed that the user does not accept.
+        JobError: something has changed and is not accepted.
     """
-    identities = fingerprint(files)  # before the content is read: what changes meanwhile is noticed later
-    ways, variant, settings = variants.place(job, ways, known.variant, retrying=asked.retry is not None)
+    identities = fingerprint(files)  # before the content is read, so that a change meanwhile is noticed later
+    ways, variant, settings = variants.place(job, ways, known.variant, retrying=options.retry is not None)
     what = changed_input(files, directory, known)
     source = open_source(files, job.input.max_line_bytes)
-    if what is None and asked.accept_changes and job.input.image_root is not None:
+    if what is None and options.accept_changes and job.input.image_root is not None:
         what = "the images"
     if settings or what is not None:
         reasons = (*settings, *([what] if what else []))
-        known = _adopt(job, directory, checkpoint, asked, known, ways, variant, source, identities, reasons)
+        known = _adopt(job, directory, checkpoint, options, known, ways, variant, source, identities, reasons, settings)
     else:
-        _require_limit_in_time(asked.limit, checkpoint)
+        _require_limit_in_time(options.limit, checkpoint)
         known = msgspec.structs.replace(known, files=identities)
     return known, ways, variant, source
 
@@ -163,62 +209,104 @@ def _adopt(
     job: Job,
     directory: RunDirectory,
     checkpoint: Checkpoint,
-    asked: RunOptions,
+    options: RunOptions,
     known: Manifest,
     ways: tuple[Variant, ...],
     variant: int,
     source: Source,
     identities: tuple[FileIdentity, ...],
     reasons: tuple[str, ...],
+    settings: tuple[str, ...],
 ) -> Manifest:
-    """The facts of the run over the changed input or job, laid out anew, if the user accepts that or nothing is lost.
+    """The manifest over the changed input or job, with new chunks, if the change is accepted or loses nothing.
 
     Raises:
-        JobError: what changed, and what it would cost; nothing was sent or given up.
+        JobError: the change is not accepted; the message has what it would cost. Nothing was sent or discarded.
     """
     with Questions(directory.path) as questions, Questions(directory.path) as pictures:
-        found = input_pass.read(source, job, directory, asked, questions.add, pictures.add)
+        found = input_pass.read(source, job, directory, options, questions.add, pictures.add)
         new = input_pass.facts_of(job, source, identities, found, run_id=known.run_id, begun_at=known.begun_at)
         expected = None if known.estimate is None else scaled(known.estimate, found.rows)
         new = msgspec.structs.replace(
             new, layout=known.layout + 1, variant=variant, dialect=found.dialect, estimate=expected
         )
         answers = changes.Answers(directory, checkpoint, known)
-        asked_now = questions.rows(found.rejected)
+        keys_now = questions.rows(found.rejected)
         mean_cost_usd = checkpoint.totals.mean_cost_usd()
-        seen, matches = changes.examine(answers, asked_now, found.rows, reasons, mean_cost_usd, directory.path)
-        with matches:
-            if asked.only_look or not (seen.harmless or asked.accept_changes):
-                ways_on = f"Go on with --accept-changes, put it back, or {ANOTHER}"
-                raise ChangedError(f"{seen}. {ways_on}", seen)
-            asked.told(str(seen))
+        seen, matches = changes.examine(answers, keys_now, found.rows, reasons, mean_cost_usd, directory.path)
+        with matches, _unless_refused(directory.origins_of(new.layout)):
+            silent = msgspec.structs.replace(options, note=lambda line: None)
+            made = _origins(job, directory, new, silent, questions.rows(found.rejected))
+            carry_over = CarryOver(made, directory.origins_of(new.layout))
+            seen = msgspec.structs.replace(seen, carried=carry_over.count(found.rows, lambda row: matches[row] == NONE))
+            _require_consent(job, options, seen, settings)
+            options.note(str(seen))
             schema = input_pass.schema_of(source, new)
-            entries = {**manifest.encode(new), **variants.encode(ways)}
+            entries = {**manifest.encode(new), **variants.encode(ways), origins.ENTRY: _encode(made)}
             input_pass.keep_digests(job, directory, new.layout, pictures, found)
-            changes.lay_out(answers, matches, source, new, schema, directory, checkpoint, entries, asked.limit)
-            directory.images_of(known.layout).unlink(missing_ok=True)
+            changes.lay_out(
+                answers, matches, source, new, schema, directory, checkpoint, entries, options.limit, carry_over
+            )
+            for old in (directory.images_of(known.layout), directory.origins_of(known.layout)):
+                old.unlink(missing_ok=True)
     return new
 
 
-class ChangedError(JobError):
-    """The input or the job is not what the run began with, and answers would be given up or moved; `drift` says how."""
+@contextlib.contextmanager
+def _unless_refused(path: Path) -> Iterator[None]:
+    """Deletes what the block has written at `path` if the block raises."""
+    try:
+        yield
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
-    def __init__(self, message: str, drift: changes.Changes) -> None:
-        super().__init__(message)
-        self.drift = drift
 
+def _require_consent(job: Job, options: RunOptions, seen: changes.Changes, settings: tuple[str, ...]) -> None:
+    """Returns if the user accepts the change, or if it discards and moves nothing. `settings` of the job have changed.
 
-def _require_limit_in_time(limit: int | None, checkpoint: Checkpoint) -> None:
-    """Nothing, unless rows behind the limit are begun and pending: an open chunk is asked whole, or not at all."""
-    begun = _begun_rows(checkpoint)
-    if limit is not None and limit < begun and checkpoint.totals.settled() < begun:
-        raise JobError(
-            f"--limit {limit}: {plural(begun, 'row')} {are(begun)} begun already; say at least --limit {begun}, or "
-            "leave it out"
+    Raises:
+        ChangedError: the change is not accepted.
+    """
+    if options.only_look or not (seen.harmless or options.accept_changes):
+        raise ChangedError(f"{seen}. Resume with --accept-changes, restore it, or {ANOTHER}", seen)
+    if seen.harmless:
+        return
+    if options.accept_changes == "input" and settings:
+        raise ChangedError(
+            f"{seen}. --accept-changes=input accepts changed rows and not a changed job ({', '.join(settings)}); "
+            f"restore it, resume with --accept-changes, or {ANOTHER}",
+            seen,
+        )
+    bound = job.input.max_changed
+    most = seen.before * Decimal(bound[:-1]) / 100 if isinstance(bound, str) else bound
+    if most is not None and seen.rows_changed > most:
+        raise ChangedError(
+            f"{seen}. {plural(seen.rows_changed, 'row')} of {seen.before:,} changed, and input.max_changed = {bound} "
+            f"allows {most:,.0f}; check that the input is complete, raise the bound, or {ANOTHER}",
+            seen,
         )
 
 
-def _begun_rows(checkpoint: Checkpoint) -> int:
+class ChangedError(JobError):
+    """The input or the job differs from the run's, and answers would be discarded or moved; `changes` says how."""
+
+    def __init__(self, message: str, found: changes.Changes) -> None:
+        super().__init__(message)
+        self.changes = found
+
+
+def _require_limit_in_time(limit: int | None, checkpoint: Checkpoint) -> None:
+    """Raises if rows behind the limit belong to an open chunk with pending rows: a chunk is sent as a whole."""
+    opened = _opened_rows(checkpoint)
+    if limit is not None and limit < opened and checkpoint.totals.settled() < opened:
+        raise JobError(
+            f"--limit {limit}: {plural(opened, 'row')} {are(opened)} already started; use at least "
+            f"--limit {opened}, or leave it out"
+        )
+
+
+def _opened_rows(checkpoint: Checkpoint) -> int:
     """The rows of chunks that were opened."""
     chunks = checkpoint.chunks()
     return chunks[-1].end_row if chunks else 0
@@ -226,7 +314,7 @@ def _begun_rows(checkpoint: Checkpoint) -> int:
 
 def _plan(
     job: Job,
-    facts_: Manifest,
+    facts: Manifest,
     ways: tuple[Variant, ...],
     variant: int,
     source: Source,
@@ -236,23 +324,23 @@ def _plan(
     *,
     resumed: bool,
 ) -> Plan:
-    types = None if facts_.types is None else ColumnTypes.from_json(facts_.types)
+    types = None if facts.types is None else ColumnTypes.from_json(facts.types)
     tables = {
         model: known.get(model) if known.get(model) and model not in job.pricing else _price(model, job, today)
-        for model in (*facts_.models, *(way.request.model for way in ways[1:] if way.request.model is not None))
+        for model in (*facts.models, *(way.request.model for way in ways[1:] if way.request.model is not None))
     }
-    preconditions.require_budget(job, facts_.max_request, tables)
-    rows = facts_.rows if limit is None else min(limit, facts_.rows)
+    preconditions.require_budget(job, facts.max_request, tables)
+    rows = facts.rows if limit is None else min(limit, facts.rows)
     return Plan(
-        facts_,
+        facts,
         rows,
         ways,
         variant,
         resumed,
         source,
         types,
-        input_pass.schema_of(source, facts_),
-        manifest.answer_column(facts_),
+        input_pass.schema_of(source, facts),
+        manifest.answer_column(facts),
         tables,
     )
 

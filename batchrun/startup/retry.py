@@ -1,7 +1,7 @@
-"""Rows that are settled are asked again: their chunks open once more over the parts they have.
+"""Retries settled rows: their chunks are opened again over the parts they have.
 
-Only those rows are touched; the others' records are copied as they are when the chunk is sealed anew. Until then, and
-wherever a process dies meanwhile, the old records stand.
+The records of other rows are copied unchanged when the chunk is sealed again. Until then the old records count, also if
+the process dies meanwhile.
 """
 
 import sys
@@ -27,12 +27,12 @@ def reopen(
     variant: int,
     entries: Mapping[str, str],
 ) -> int:
-    """Every row that ended with one of the statuses is pending again; how many. One transaction makes it true.
+    """Makes every row with one of the statuses pending again, in one transaction; returns how many.
 
-    `entries` of the manifest are written with it. Nothing is touched where no row ended so.
+    The `entries` of the manifest are written with it. Nothing is touched if there is no such row.
 
     Raises:
-        InputError: the input is not what a chunk was made from.
+        InputError: the input differs from what a chunk was made of.
         CheckpointError: a part or the result is damaged.
     """
     chunks = checkpoint.chunks()
@@ -55,9 +55,9 @@ def reopen(
 
 
 def _store_input_again(plan: Plan, directory: RunDirectory, chunk: Chunk, start: Position) -> None:
-    """The chunk's input is where an open chunk has it; its digest shows that it is the same."""
+    """Stores the input of the chunk again, as an open chunk has it; its digest shows that it is the same."""
     windows = plan.source.windows(start, chunk.rows, sys.maxsize, frozenset(plan.facts.rejected))
     again = next(windows, None)
     path = directory.input_of(chunk.chunk, plan.facts.layout)
     if again is None or again.rows != chunk.rows or stored_window.write(path, again.table) != chunk.input_digest:
-        raise InputError(f"the input of rows {chunk.first_row:,} and on is not what it was; put it back, then retry")
+        raise InputError(f"the input of rows {chunk.first_row:,} and on has changed; restore it, then retry")

@@ -1,7 +1,7 @@
-"""What the user asks of a start, beyond the job."""
+"""The options of one start, beyond the job."""
 
 from collections.abc import Callable
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import msgspec
 
@@ -9,15 +9,15 @@ from batchrun.limits.deadline import Deadline
 
 
 class RunOptions(msgspec.Struct, frozen=True):
-    """What the user asked of this start beyond the job. `stdin` is read where the input is "-"; `only_look` takes no
-    change, not even a harmless one.
+    """The options of one start. `stdin` is read if the input is "-". `only_look` refuses every change.
 
-    `limit`: only the first so many rows, a pilot that a later start without it goes on with. `retry`: the statuses
-    whose rows are to be asked again once every row is settled; None: no row is.
+    `accept_changes`: True accepts a changed input or job, "input" a changed input only. `limit`: a pilot over the first
+    rows, which a later start without it completes. `retry`: the statuses whose rows are sent again once every row is
+    settled; None: no retry. `problem` gets a line for each kind of invalid record, `note` other lines for the user.
     """
 
     skip_invalid: bool = False
-    accept_changes: bool = False
+    accept_changes: bool | Literal["input"] = False
     accept_canary: bool = False
     only_look: bool = False
     limit: int | None = None
@@ -25,5 +25,5 @@ class RunOptions(msgspec.Struct, frozen=True):
     retry: frozenset[str] | None = None
     stdin: BinaryIO | None = None
     problem: Callable[[str], None] = lambda line: None
-    told: Callable[[str], None] = lambda line: None
+    note: Callable[[str], None] = lambda line: None
     checked: Callable[[int], None] = lambda rows: None

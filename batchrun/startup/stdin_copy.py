@@ -1,4 +1,4 @@
-"""Rows that came by standard input or from a program: kept in the run directory, where a resume reads them again."""
+"""Copies rows from standard input or a program into the run directory, where a resume reads them again."""
 
 import hashlib
 import tempfile
@@ -14,13 +14,13 @@ NOTHING = hashlib.blake2b(digest_size=16).hexdigest()
 """The digest of an empty input."""
 
 
-def take(stream: BinaryIO, directory: RunDirectory, *, begun: bool) -> Path:
-    """The file that holds the rows of this start; the run's own where the stream has the same rows, or none.
+def take(stream: BinaryIO, directory: RunDirectory, *, started: bool) -> Path:
+    """The file with the rows of this start: the run's own copy if the stream has the same rows, or none.
 
-    A start that has not begun takes what it is given, and what an earlier one left only if that is nothing. Other rows
-    than a run began with lie beside its own until they are accepted.
+    A new run takes the rows that it is given, and the copy of an earlier start only if it is given none. Rows that
+    differ from those of a started run stay beside its own copy until they are accepted.
     """
-    if begun and directory.spool.exists():
+    if started and directory.spool.exists():
         return _take_beside(stream, directory)
     spool(stream, directory.given)
     if directory.given.stat().st_size or not directory.spool.exists():
@@ -32,11 +32,11 @@ def take(stream: BinaryIO, directory: RunDirectory, *, begun: bool) -> Path:
 
 def _take_beside(stream: BinaryIO, directory: RunDirectory) -> Path:
     found = hashlib.blake2b(digest_size=16)
-    with tempfile.TemporaryFile(dir=directory.path) as copy:  # it has no name: a finished run is left as it is
+    with tempfile.TemporaryFile(dir=directory.path) as copy:  # without a name, so that a finished run stays as it is
         while block := stream.read(READ_BYTES):
             found.update(block)
             copy.write(block)
-        if found.hexdigest() == NOTHING:  # read before by this start, or not given
+        if found.hexdigest() == NOTHING:  # already read by this start, or not given
             return directory.given if directory.given.exists() else directory.spool
         if found.hexdigest() == digest(directory.spool):
             return directory.spool
@@ -46,7 +46,7 @@ def _take_beside(stream: BinaryIO, directory: RunDirectory) -> Path:
 
 
 def put_in_place(files: tuple[Path, ...], directory: RunDirectory) -> tuple[Path, ...]:
-    """Other rows than the run's own lie where those do, and those beside them until `settle`; the files now."""
+    """Puts other rows in the place of the run's own, which stay beside them until `settle`; returns the files."""
     if files != (directory.given,):
         return files
     with disk_errors(directory.path):
@@ -57,7 +57,7 @@ def put_in_place(files: tuple[Path, ...], directory: RunDirectory) -> tuple[Path
 
 
 def settle(directory: RunDirectory, known: Manifest) -> None:
-    """The rows that the run knows lie in their place: those before are put back unless the others were accepted."""
+    """Restores the rows that the run knows, unless the others were accepted."""
     if directory.spool_before.exists():
         with disk_errors(directory.path):
             if digest(directory.spool_before) in known.digests:

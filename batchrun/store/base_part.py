@@ -1,7 +1,7 @@
 """The base part of an open chunk: our columns as they were sealed before, to be updated by newer completions."""
 
 from bisect import bisect_left
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -32,6 +32,8 @@ class BasePart:
         self._table = pa.concat_tables([as_own(group) for group in groups or [empty]])
         self.rows = cast(list[int], self._table.column("row").to_pylist())
         self.statuses = cast(list[str], self._table.column("status").to_pylist())
+        firsts = cast(list[int | None], self._table.column("duplicate_of").to_pylist())
+        self.originals = {row: first for row, first in zip(self.rows, firsts, strict=True) if first is not None}
 
     def reopened(self, statuses: Collection[str], variant: int) -> list[Reopened]:
         """The rows with one of the statuses, to be sent again with `variant` of the job."""
@@ -43,6 +45,11 @@ class BasePart:
             for row, n, status, cost, answer in found
             if status in statuses
         ]
+
+    def take(self, rows: Sequence[int]) -> pa.Table:
+        """The records of these rows of the part, in this order."""
+        places = [bisect_left(self.rows, row) for row in rows]
+        return self._table.take(pa.array(places, pa.int64()))
 
     def updated(self, newer: pa.Table, first_row: int, end_row: int) -> pa.Table:
         """Rows `first_row` to `end_row` - 1 in order: the newer record of each row, or the base part's.

@@ -8,9 +8,10 @@ import contextlib
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar
 
 import msgspec
@@ -19,7 +20,7 @@ from batchrun.durable import disk_errors, fsync
 from batchrun.errors import BatchrunError, DiskError
 from batchrun.records import Completion, Discarded, Ending, PossiblyBilled, TotalsLine
 from batchrun.store import db_tables, spill
-from batchrun.store.database import Database, Record
+from batchrun.store.database import MAX_PARAMETERS, Database, Record
 from batchrun.store.db_tables import Chunk, Reopened
 from batchrun.store.totals import (
     UNSTATED,
@@ -28,6 +29,7 @@ from batchrun.store.totals import (
     fold,
     possibly_billed,
     row_counts_again,
+    with_carried,
     with_changes,
     with_possibly_billed,
     with_reopened,
@@ -144,16 +146,35 @@ class Checkpoint:
         """Adds the chunk; its input is on disk already."""
         self._call(lambda: self._replace("chunks", [msgspec.structs.astuple(chunk)]))
 
-    def seal_chunk(self, chunk: Chunk) -> None:
-        """The chunk's part, on disk already, replaces its rows here, in one transaction."""
+    def seal_chunk(
+        self,
+        chunk: Chunk,
+        carried: Mapping[int, TotalsLine] = MappingProxyType({}),
+        *,
+        keep: Collection[int] = (),
+        drop: Collection[int] = (),
+    ) -> None:
+        """The chunk's part, on disk already, replaces its rows here, in one transaction.
 
-        def seal() -> None:
+        `carried` has its rows that took their answer without a request, as lines of the totals: they are settled now.
+        Copies in later chunks need the records of the rows `keep`, and those of the rows `drop` no longer.
+        """
+
+        def seal() -> Totals:
             bounds = chunk.first_row, chunk.end_row
+            totals = with_carried(self.totals, carried, self._earlier_answers(carried.keys()))
             self._database.replace("chunks", [msgspec.structs.astuple(chunk)])
+            for rows in _groups(keep):
+                query = f"INSERT OR REPLACE INTO originals SELECT * FROM rows {_among(rows)}"  # noqa: S608
+                self._database.query(query, rows)
+            for rows in _groups(drop):
+                self._database.query(f"DELETE FROM originals {_among(rows)}", rows)  # noqa: S608
             self._database.query("DELETE FROM rows WHERE row >= ? AND row < ?", bounds)
             self._database.query("DELETE FROM reopened WHERE row >= ? AND row < ?", bounds)
+            self._write_booked(totals)
+            return self._write_standing(totals) if carried else totals
 
-        self._call(lambda: self._database.transaction(seal))
+        self._call(lambda: self._change_totals(seal))
 
     def reopen_chunks(self, chunks: Sequence[Chunk], rows: Sequence[Reopened], entries: Mapping[str, str]) -> None:
         """The chunks are open again over their base parts and these rows of theirs pending, in one transaction.
@@ -190,7 +211,7 @@ class Checkpoint:
             records = self._database.records("reopened", "WHERE row NOT IN (SELECT row FROM rows)")
             totals = with_changes(self.totals, (row_counts_again(Reopened(*record).line) for record in records))
             totals = with_changes(totals, dropped)
-            for table in ("chunks", "rows", "reopened", "standing"):
+            for table in ("chunks", "rows", "originals", "reopened", "standing"):
                 self._database.query(f"DELETE FROM {table}")  # noqa: S608  (our own names)
             self._database.insert("chunks", [msgspec.structs.astuple(chunk) for chunk in chunks])
             self._database.query("DELETE FROM manifest WHERE name = 'finished'")
@@ -219,6 +240,31 @@ class Checkpoint:
         return self._call(
             lambda: [db_tables.completion(record) for record in self._between("rows", first_row, end_row)]
         )
+
+    def rows_among(self, rows: Sequence[int]) -> set[int]:
+        """Of these rows, those whose completion the database has."""
+
+        def read() -> set[int]:
+            found: set[int] = set()
+            for group in _groups(rows):
+                query = f"SELECT row FROM rows {_among(group)}"  # noqa: S608
+                found |= {row for (row,) in self._database.query(query, group)}
+            return found
+
+        return self._call(read)
+
+    def records_of(self, rows: Sequence[int]) -> list[Completion]:
+        """The completions of these rows that the database still has, in order of rows."""
+
+        def read() -> list[Completion]:
+            found: dict[int, Completion] = {}
+            for table in ("originals", "rows"):  # the newer record is the one of an open chunk
+                for group in _groups(rows):
+                    records = self._database.records(table, _among(group), group)
+                    found |= {record[0]: db_tables.completion(record) for record in records}
+            return [found[row] for row in sorted(found)]
+
+        return self._call(read)
 
     def discarded(self, chunk: Chunk) -> list[Discarded]:
         """The earlier attempts of a chunk's rows, in order."""
@@ -388,8 +434,8 @@ class Checkpoint:
         completions = [ending for ending in endings if isinstance(ending, Completion)]
         discarded = [ending for ending in endings if isinstance(ending, Discarded)]
         in_doubt = [entry for ending in endings if (entry := possibly_billed(ending, invocation)) is not None]
-        totals = fold(self.totals, endings, invocation, self._earlier_answers(completions))
-        changed = [line for key, line in totals.booked.items() if self.totals.booked.get(key) is not line]
+        earlier = self._earlier_answers([completion.row for completion in completions])
+        totals = fold(self.totals, endings, invocation, earlier)
 
         def write() -> None:
             self._database.insert("rows", [db_tables.completion_record(completion) for completion in completions])
@@ -397,7 +443,7 @@ class Checkpoint:
                 "attempts", [db_tables.discarded_record(attempt, invocation) for attempt in discarded]
             )
             self._database.insert("possibly_billed", [db_tables.possibly_billed_record(entry) for entry in in_doubt])
-            self._database.replace("totals", [db_tables.totals_record(line) for line in changed])
+            self._write_booked(totals)
             if totals.unstated is not self.totals.unstated:
                 self._database.replace("manifest", [(UNSTATED, msgspec.json.encode(totals.unstated).decode())])
             if completions:
@@ -435,13 +481,20 @@ class Checkpoint:
         self._database.replace("replaced", [db_tables.replaced_record(line, self._revision) for line in changed])
         return totals
 
-    def _earlier_answers(self, completions: Sequence[Completion]) -> dict[int, TotalsLine]:
+    def _write_booked(self, totals: Totals) -> None:
+        """Writes the lines of the totals that have changed. Call it in a transaction."""
+        known = self.totals.booked
+        changed = [line for key, line in totals.booked.items() if known.get(key) is not line]
+        self._database.replace("totals", [db_tables.totals_record(line) for line in changed])
+
+    def _earlier_answers(self, rows: Collection[int]) -> dict[int, TotalsLine]:
         """For those of the rows that were reopened: what their earlier answer alone used and cost."""
-        if not (self._reopened and completions):
+        if not self._reopened:
             return {}
-        rows = [completion.row for completion in completions]
-        found = self._database.records("reopened", f"WHERE row IN ({','.join('?' * len(rows))})", rows)
-        again = [Reopened(*record) for record in found]
+        again: list[Reopened] = []
+        for group in _groups(rows):
+            found = self._database.records("reopened", _among(group), group)
+            again += [Reopened(*record) for record in found]
         return {each.row: each.line for each in again}
 
     def _replace(self, table: str, records: Sequence[Record]) -> None:
@@ -462,6 +515,18 @@ class Checkpoint:
             unstated=unstated,
         )
         return with_possibly_billed(totals, [db_tables.possibly_billed(record) for record in in_doubt])
+
+
+def _groups(rows: Collection[int]) -> Iterator[list[int]]:
+    """The rows, in lists that fit into one statement."""
+    left = list(rows)
+    for start in range(0, len(left), MAX_PARAMETERS):
+        yield left[start : start + MAX_PARAMETERS]
+
+
+def _among(rows: Sequence[int]) -> str:
+    """The clause that selects these rows."""
+    return f"WHERE row IN ({','.join('?' * len(rows))})"
 
 
 def _wake_up() -> None:

@@ -1,6 +1,10 @@
 """Opens chunks and seals them into parts. `open_next` and `seal` block: call them in threads."""
 
-from collections.abc import Collection, Iterator, Sequence
+import functools
+import threading
+import weakref
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -10,22 +14,29 @@ import pyarrow.compute as pc
 
 from batchrun.errors import ANOTHER, CheckpointError, InputError
 from batchrun.job.job import Output
-from batchrun.records import Completion, Discarded, Row
+from batchrun.records import Completion, Discarded, Row, TotalsLine
 from batchrun.response import packed
 from batchrun.source import START, FileIdentity, Position, Source, Window, changed
 from batchrun.store.base_part import BasePart
+from batchrun.store.carry_over import CarryOver, Taken
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.db_tables import Chunk, Reopened
 from batchrun.store.rundir import RunDirectory
 from batchrun.store.stored_window import BATCH_ROWS, StoredWindow, typed, write
-from batchrun.tables import files, pending
+from batchrun.tables import booked, files, pending
 from batchrun.tables.arrow_types import JSON, Column
 from batchrun.tables.json_columns import ColumnTypes
 from batchrun.tables.rows import OWN_COLUMNS, joined, own_table
 
+TO_SEND, SETTLED, CARRIED = range(3)
+"""The state of a row when its chunk is opened."""
+
+MOST_FULL = 2
+"""Chunks whose rows are all settled may wait to be sealed; with more, no other is opened until one is sealed."""
+
 
 class OpenChunk:
-    """A chunk whose rows are sent. `left` counts those without a completion; `is_new`: no row of it was sent before."""
+    """A chunk whose rows are sent. `left` counts those still to be sent; `is_new`: no row of it was sent before."""
 
     def __init__(
         self,
@@ -35,21 +46,33 @@ class OpenChunk:
         discarded: dict[int, list[Discarded]] | None = None,
         lost: dict[int, int] | None = None,
         reopened: dict[int, Reopened] | None = None,
+        carried: Iterable[int] = (),
+        copied_again: Mapping[int, Taken] | None = None,
     ) -> None:
-        """By row: `discarded` attempts, the number of the last attempt that was `lost`, and the `reopened` rows."""
+        """By row: `discarded` attempts, the number of the last attempt that was `lost`, and the `reopened` rows. Rows
+        that are `carried` take their answer without a request when the chunk is sealed; so do rows that are
+        `copied_again`, whose original is sent again.
+        """
         self.chunk = chunk
         self.window = window
         self.discarded = discarded or {}
         self.lost = lost or {}
         self.reopened = reopened or {}
-        self._settled = settled or set()
-        self.left = chunk.rows - len(self._settled)
+        self.copied_again = copied_again or {}
+        self.waits_for: set[int] | None = None  # originals in earlier chunks that are not settled; None: not known yet
+        self._state = bytearray(chunk.rows)  # a byte a row: many chunks may wait for one row that is retried for long
+        for row in settled or ():
+            self._state[row - chunk.first_row] = SETTLED
+        for row in (*carried, *self.copied_again):
+            self._state[row - chunk.first_row] = CARRIED
+        self.left = self._state.count(TO_SEND)
+        self.has_carried = CARRIED in self._state
         self.is_new = not (self.discarded or self.lost or self.reopened)
         self._only: list[int] | None = None
 
     def to_send(self) -> Iterator[int]:
         """The rows still to be sent, by their numbers."""
-        return (row for row in range(self.chunk.first_row, self.chunk.end_row) if row not in self._settled)
+        return (row for row, state in enumerate(self._state, self.chunk.first_row) if state == TO_SEND)
 
     def limit_to(self, only: Collection[int]) -> bool:
         """Of the rows still to be sent, `rows` gives these alone from now on; False if there are none."""
@@ -60,9 +83,12 @@ class OpenChunk:
         """The rows to send, in order, up to 1,000 at a time."""
         if self._only is not None:
             yield [self.window.row(row) for row in self._only]
-            return
-        for batch in self.window.rows():
-            yield [row for row in batch if row.row not in self._settled] if self._settled else batch
+        elif self.left:
+            yield from self.window.rows(self._state)
+
+    def is_carried(self, row: int) -> bool:
+        """True if the row takes its answer without a request."""
+        return self._state[row - self.chunk.first_row] == CARRIED
 
 
 class Layout(msgspec.Struct, frozen=True):
@@ -82,10 +108,30 @@ class Layout(msgspec.Struct, frozen=True):
     limit: int | None = None
 
 
+NOTHING_CARRIED = CarryOver(None, Path())
+
+
 class Chunks:
     """All chunks of a run, in order: first those in the checkpoint, then new ones from the source."""
 
-    def __init__(self, directory: RunDirectory, checkpoint: Checkpoint, layout: Layout) -> None:
+    def __init__(
+        self,
+        directory: RunDirectory,
+        checkpoint: Checkpoint,
+        layout: Layout,
+        carry: CarryOver = NOTHING_CARRIED,
+        on_carried: Callable[[Iterator[pa.RecordBatch]], None] | None = None,
+    ) -> None:
+        """`on_carried` gets the rows that took their answer without a request, as each chunk is sealed."""
+        self._carry = carry
+        self._on_carried = on_carried
+        self._sealing = threading.Lock()  # of the thread that opens chunks and the one that seals them
+        self._sealed_one = threading.Condition()
+        # weak, because each open chunk has a file open: it is closed when no row of the chunk is wanted any more
+        self._open_chunks = weakref.WeakValueDictionary[int, OpenChunk]()
+        self._waiting: list[OpenChunk] = []  # full chunks with copies of rows further up that are not settled yet
+        self._failed = False
+        self._part = functools.lru_cache(maxsize=2)(self._read_part)  # copies of rows of a part come together
         self._directory = directory
         self._checkpoint = checkpoint
         self._layout = layout
@@ -96,6 +142,7 @@ class Chunks:
         self._parsed = layout.parsed
         self._limit = layout.limit
         on_record = checkpoint.chunks()
+        self._on_record = list(on_record)
         self.sealed = {chunk.chunk: chunk for chunk in on_record if not chunk.open}
         self._opened = iter([chunk for chunk in on_record if chunk.open])
         self._next = len(on_record)
@@ -103,37 +150,144 @@ class Chunks:
         self._position = msgspec.json.decode(on_record[-1].end_position, type=Position) if on_record else START
         self._windows = self._window_of(self._settings.chunk_rows)
 
-    def open_next(self) -> OpenChunk | None:
-        """The next chunk with rows to send, its input stored; None if there is no other.
+    def open_next(self, *, keep_settled: bool = False) -> OpenChunk | None:
+        """The next chunk, its input stored; None if there is no other. A new one without a row to send is sealed
+        already, or will be. `keep_settled`: chunks whose rows are settled stay open, and are not waited for.
 
         Raises:
-            InputError: the input has changed since the run started.
+            InputError: the input has changed since the run started, or an earlier result whose answers are reused.
         """
         for chunk in self._opened:
-            reopened = self._reopen(chunk)
+            reopened = self._open_chunks[chunk.chunk] = self._reopen(chunk)
             if reopened.left:
                 return reopened
-            self.seal(reopened)  # the process died between the last row's commit and the seal
+            if not keep_settled:
+                self.seal(reopened)  # the process died between the last row's commit and the seal
+        if not keep_settled:
+            with self._sealed_one:
+                self._sealed_one.wait_for(lambda: self._failed or self._full_chunks() <= MOST_FULL)
         self._check_unchanged()
         window_read = self._next_window()
         if window_read is None:
             return None
         self._check_unchanged()
-        return self._open(window_read)
+        opened = self._open(window_read)
+        if not opened.left:
+            self.seal(opened)
+        return opened
 
     def seal(self, open_chunk: OpenChunk) -> None:
-        """Writes the chunk's rows as a part; deletes them from the database, its stored input and its base part."""
+        """Writes the chunk's rows as a part; deletes them from the database, its stored input and its base part.
+
+        If a row is a copy of an earlier one that is not settled yet, that happens when a later chunk is sealed.
+        """
+        try:
+            with self._sealing:
+                self._waiting.append(open_chunk)
+                open_chunk.window.release()
+                while (ready := next((full for full in self._waiting if self._has_all(full)), None)) is not None:
+                    self._waiting.remove(ready)
+                    self._seal(ready)
+        except BaseException:
+            self._failed = True
+            raise
+        finally:
+            with self._sealed_one:
+                self._sealed_one.notify_all()
+
+    def _full_chunks(self) -> int:
+        """How many chunks only wait to be sealed."""
+        # not `values()`: the thread that seals chunks may change the dictionary meanwhile
+        opened = [each for ref in self._open_chunks.valuerefs() if (each := ref()) is not None]
+        return sum(not each.left for each in opened) - len(self._waiting)
+
+    def _seal(self, open_chunk: OpenChunk) -> None:
         chunk = open_chunk.chunk
         generation = chunk.generation + 1
         part = self._directory.part_of(chunk.chunk, generation)
-        batches = self._batches(open_chunk)
+        carried: dict[int, TotalsLine] = {}
+        batches = self._batches(open_chunk, carried)
         part_digest = files.write_part(part, self._schema, batches, self._settings, chunk.rows)
         sealed = msgspec.structs.replace(chunk, generation=generation, part_digest=part_digest, open=0)
-        self._checkpoint.seal_chunk(sealed)
-        self.sealed[chunk.chunk] = sealed
+        self._checkpoint.seal_chunk(sealed, carried, keep=self._still_wanted(chunk), drop=self._wanted_last(open_chunk))
+        self.sealed[chunk.chunk] = self._on_record[chunk.chunk] = sealed
+        self._open_chunks.pop(chunk.chunk, None)
+        if carried and self._on_carried is not None:
+            self._on_carried(self._rows_in(part, carried))
         self._input_of(chunk.chunk).unlink(missing_ok=True)
         if chunk.generation:
             self._directory.part_of(chunk.chunk, chunk.generation).unlink(missing_ok=True)
+
+    def _rows_in(self, part: Path, rows: Container[int]) -> Iterator[pa.RecordBatch]:
+        name = f"{self._settings.prefix}row"
+        for batch in files.batches_of(part):
+            numbers = cast(list[int], batch.column(name).to_pylist())
+            yield batch.filter(pa.array([row in rows for row in numbers], pa.bool_()))
+
+    # ── rows that take the answer of an equal one ─────────────────────────────────────────────────────────────────────
+
+    def _has_all(self, full: OpenChunk) -> bool:
+        """Whether every row whose answer a row of the chunk takes has it."""
+        if full.waits_for is None:
+            first, end = full.chunk.first_row, full.chunk.end_row
+            taken = self._carried_rows(full, first, end).values()
+            full.waits_for = {each.original for each in taken if each.of_this_run and not first <= each.original < end}
+        full.waits_for = {row for row in full.waits_for if self._chunk_of(row).open}
+        full.waits_for -= self._checkpoint.rows_among(list(full.waits_for))
+        for number in {self._chunk_of(row).chunk for row in full.waits_for}:
+            full.waits_for -= self._settled_in_base(self._on_record[number])
+        return not full.waits_for
+
+    def _carried_rows(self, open_chunk: OpenChunk, first_row: int, end_row: int) -> dict[int, Taken]:
+        """Of these rows of the chunk, those that take their answer without a request, and where it is."""
+        if not open_chunk.has_carried:
+            return {}
+        rows = range(first_row, end_row)
+        found = {
+            row: each for row, each in self._carry.window(first_row, end_row).items() if open_chunk.is_carried(row)
+        }
+        found |= {row: each for row, each in open_chunk.copied_again.items() if row in rows}
+        return dict(sorted(found.items()))
+
+    def _settled_in_base(self, chunk: Chunk) -> set[int]:
+        base = self._base(chunk)
+        return set() if base is None else set(base.rows) - self._checkpoint.reopened(chunk).keys()
+
+    def _own_answers(self, rows: Sequence[int]) -> pa.Table:
+        """The records of settled rows of this run, in this order: from the database, else from their parts."""
+        records = self._checkpoint.records_of(sorted(set(rows)))
+        found = {record.row for record in records}
+        tables = [self._own(records)]
+        by_chunk: dict[int, list[int]] = {}
+        for row in sorted(set(rows) - found):
+            by_chunk.setdefault(self._chunk_of(row).chunk, []).append(row)
+        for number, of_chunk in by_chunk.items():
+            chunk = self._on_record[number]
+            tables.append(self._part(number, chunk.generation, chunk.part_digest or "").take(of_chunk))
+        together = pa.concat_tables(tables)
+        place = {row: at for at, row in enumerate(cast(list[int], together.column("row").to_pylist()))}
+        return together.take(pa.array([place[row] for row in rows], pa.int64()))
+
+    def _read_part(self, chunk: int, generation: int, digest: str) -> BasePart:
+        return BasePart(self._directory.part_of(chunk, generation), digest, self._settings.prefix)
+
+    def _still_wanted(self, chunk: Chunk) -> list[int]:
+        """The rows of the chunk whose answer a row of a later chunk takes that is not sealed yet."""
+        wanted = self._carry.last_copies(chunk.first_row, chunk.end_row)
+        return [row for row, last in wanted.items() if last >= chunk.end_row and not self._is_sealed(last)]
+
+    def _wanted_last(self, open_chunk: OpenChunk) -> list[int]:
+        """The rows before the chunk whose answer no later one takes."""
+        first, end = open_chunk.chunk.first_row, open_chunk.chunk.end_row
+        taken = self._carried_rows(open_chunk, first, end).values()
+        before = {each.original for each in taken if each.of_this_run and each.original < first}
+        return [row for row in before if self._carry.last_copies(row, row + 1).get(row, -1) < end]
+
+    def _is_sealed(self, row: int) -> bool:
+        return row < self._next_row and not self._chunk_of(row).open
+
+    def _chunk_of(self, row: int) -> Chunk:
+        return self._on_record[bisect_right(self._on_record, row, key=lambda chunk: chunk.first_row) - 1]
 
     def remove_orphans(self) -> None:
         """Deletes files in `parts/` that belong to no chunk, which a killed process left."""
@@ -170,6 +324,11 @@ class Chunks:
         settled, reopened = self._checkpoint.settled_rows(chunk), self._checkpoint.reopened(chunk)
         if (base := self._base(chunk)) is not None:
             settled |= set(base.rows) - reopened.keys()
+        taken = self._carry.window(chunk.first_row, chunk.end_row)
+        copied_again: dict[int, Taken] = {}
+        if base is not None:  # a copy that is sent again takes the new answer of the row that it is a copy of
+            copies = reopened.keys() & base.originals.keys() - settled
+            copied_again = {row: Taken(base.originals[row]) for row in copies}
         return OpenChunk(
             chunk,
             StoredWindow(self._input_of(chunk.chunk), chunk.input_digest, chunk.first_row),
@@ -177,6 +336,8 @@ class Chunks:
             discarded,
             self._checkpoint.last_lost_attempts(chunk),
             reopened,
+            [row for row in taken if row not in settled and row not in reopened],
+            copied_again,
         )
 
     def _base(self, chunk: Chunk) -> BasePart | None:
@@ -196,13 +357,20 @@ class Chunks:
             input_digest=write(path, window.table),
         )
         self._checkpoint.open_chunk(chunk)
+        self._on_record.append(chunk)
         self._position = window.end
         self._next += 1
         self._next_row = chunk.end_row
-        return OpenChunk(chunk, StoredWindow(path, chunk.input_digest, chunk.first_row))
+        stored = StoredWindow(path, chunk.input_digest, chunk.first_row)
+        carried = self._carry.window(chunk.first_row, chunk.end_row)
+        opened = self._open_chunks[chunk.chunk] = OpenChunk(chunk, stored, carried=carried)
+        return opened
 
-    def _batches(self, open_chunk: OpenChunk, *, with_pending: bool = False) -> Iterator[pa.RecordBatch]:
-        """The chunk's rows with their completions; newer ones replace those of the base part.
+    def _batches(
+        self, open_chunk: OpenChunk, carried: dict[int, TotalsLine] | None = None, *, with_pending: bool = False
+    ) -> Iterator[pa.RecordBatch]:
+        """The chunk's rows with their completions; newer ones replace those of the base part. With `carried`, rows that
+        take their answer without a request have it, and their lines of the totals are added there.
 
         A row without a completion is an error, unless `with_pending`.
         """
@@ -212,6 +380,11 @@ class Chunks:
             completions = self._checkpoint.completions(row, row + window.num_rows)
             for first_row, end_row, settled in _by_size(row, row + window.num_rows, completions):
                 table, own = window.slice(first_row - row, end_row - first_row), self._own(settled)
+                taken = {} if carried is None else self._carried_rows(open_chunk, first_row, end_row)
+                if carried is not None and taken:
+                    more = self._carry.table(taken, self._own_answers, invocation=self._checkpoint.invocation)
+                    carried.update(zip(taken, booked.lines(more), strict=True))
+                    own = pa.concat_tables([own, more]).sort_by("row")
                 if base is not None:
                     own = base.updated(own, first_row, end_row)
                 if with_pending:

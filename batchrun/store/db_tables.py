@@ -18,6 +18,7 @@ CREATE TABLE invocations (invocation INTEGER PRIMARY KEY, started_at REAL, pid I
 CREATE TABLE chunks (chunk INTEGER PRIMARY KEY, first_row INTEGER, rows INTEGER, end_position TEXT, input_digest TEXT,
     generation INTEGER, part_digest TEXT, open INTEGER, crc INTEGER);
 CREATE TABLE rows (row INTEGER PRIMARY KEY, attempts INTEGER, completion BLOB, crc INTEGER);
+CREATE TABLE originals (row INTEGER PRIMARY KEY, attempts INTEGER, completion BLOB, crc INTEGER);
 CREATE TABLE attempts (row INTEGER, n INTEGER, verdict TEXT, counted INTEGER, http_status INTEGER, error_kind TEXT,
     message TEXT, request_id TEXT, at REAL, model TEXT, prompt_tokens INTEGER, completion_tokens INTEGER,
     total_tokens INTEGER, cached_tokens INTEGER, reasoning_tokens INTEGER, cache_write_tokens INTEGER,
@@ -29,12 +30,13 @@ CREATE TABLE totals (invocation INTEGER, model TEXT, status TEXT, day TEXT, serv
     attempts INTEGER, prompt_tokens INTEGER, cached_tokens INTEGER, completion_tokens INTEGER,
     reasoning_tokens INTEGER, total_tokens INTEGER, cost_usd TEXT, unpriced INTEGER, without_usage INTEGER,
     offline_prompt_tokens INTEGER, offline_completion_tokens INTEGER, cache_write_tokens INTEGER,
-    reported_cost_usd TEXT, crc INTEGER, PRIMARY KEY (invocation, model, status, day, service_tier)) WITHOUT ROWID;
+    reported_cost_usd TEXT, reused INTEGER, duplicates INTEGER, saved_usd TEXT, crc INTEGER,
+    PRIMARY KEY (invocation, model, status, day, service_tier)) WITHOUT ROWID;
 CREATE TABLE replaced (invocation INTEGER, model TEXT, status TEXT, day TEXT, service_tier TEXT, rows INTEGER,
     attempts INTEGER, prompt_tokens INTEGER, cached_tokens INTEGER, completion_tokens INTEGER,
     reasoning_tokens INTEGER, total_tokens INTEGER, cost_usd TEXT, unpriced INTEGER, without_usage INTEGER,
     offline_prompt_tokens INTEGER, offline_completion_tokens INTEGER, cache_write_tokens INTEGER,
-    reported_cost_usd TEXT, revision INTEGER, crc INTEGER,
+    reported_cost_usd TEXT, reused INTEGER, duplicates INTEGER, saved_usd TEXT, revision INTEGER, crc INTEGER,
     PRIMARY KEY (invocation, model, status, day, service_tier)) WITHOUT ROWID;
 CREATE TABLE answered_as (model TEXT PRIMARY KEY, rows INTEGER, crc INTEGER) WITHOUT ROWID;
 CREATE TABLE standing (status TEXT PRIMARY KEY, rows INTEGER, crc INTEGER) WITHOUT ROWID;
@@ -166,7 +168,7 @@ def possibly_billed(record: Record) -> PossiblyBilled:
     return PossiblyBilled(row, n, key, usd(bound), tokens, cause, invocation, request_id)
 
 
-_USD = [TotalsLine.__struct_fields__.index(name) for name in ("cost_usd", "reported_cost_usd")]
+_USD = [TotalsLine.__struct_fields__.index(name) for name in ("cost_usd", "reported_cost_usd", "saved_usd")]
 
 
 def totals_record(line: TotalsLine) -> Record:

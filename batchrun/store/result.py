@@ -112,7 +112,8 @@ def _require_unchanged(directory: RunDirectory, path: Path, written: Written) ->
 
 def tidy(directory: RunDirectory) -> None:
     """Deletes the files that only an unfinished run needs."""
-    for path in (*directory.parts.iterdir(), directory.reserve, directory.inflight, directory.partial):
+    origins = directory.path.glob("origins*")
+    for path in (*directory.parts.iterdir(), *origins, directory.reserve, directory.inflight, directory.partial):
         path.unlink(missing_ok=True)
 
 
@@ -145,7 +146,7 @@ def bill(summary: Summary) -> dict[str, object]:
     names = ("job", "run_id", "begun_at", "rows", "by_status", "totals", "cost_usd", "wasted_usd")
     doubts = ("unpriced", "without_usage", "possibly_billed_count", "possibly_billed_usd", "models", "price")
     copy = ("invocation", "updated_at")  # which of two copies is the newer
-    beside = ("tags", "estimate")
+    beside = ("tags", "estimate", "reused", "duplicates", "saved_usd")
     bill = {name: getattr(summary, name) for name in (*names, *doubts, *copy, *beside)}
     return {"version": summary.version, "complete": True, "rows_in_output": summary.rows, **bill}
 

@@ -60,6 +60,10 @@ class RunDirectory:
         """The digests of the rows' images as the check pass saw them."""
         return self.path / (f"images.{layout}.bin" if layout else "images.bin")
 
+    def origins_of(self, layout: int = 0) -> Path:
+        """Where it stands which rows take an earlier answer, or that of an equal row."""
+        return self.path / (f"origins.{layout}.bin" if layout else "origins.bin")
+
     def create(self, mountinfo: Path = MOUNTINFO) -> None:
         """Creates the directory, readable by its owner alone, on a local file system.
 

@@ -54,8 +54,9 @@ class StoredWindow:
         if found != expected_digest:
             what = "missing" if found is None else "damaged"
             raise CheckpointError(f"{path}: the input of an open chunk is {what}")
+        self._path = path
         self._first_row = first_row
-        self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        self._mapped: pa.RecordBatchFileReader | None = None
         self._reading = threading.Lock()
 
     def row(self, row: int) -> Row:
@@ -67,22 +68,43 @@ class StoredWindow:
         number, place = divmod(row - self._first_row, BATCH_ROWS)
         return self._batch(number).slice(place, 1)
 
-    def rows(self) -> Iterator[list[Row]]:
-        """The rows in order, up to 1,000 at a time."""
+    def rows(self, skip: bytes | bytearray = b"") -> Iterator[list[Row]]:
+        """The rows in order, up to 1,000 at a time. Those that have a byte in `skip` other than 0 are not decoded."""
         row = self._first_row
-        for number in range(self._reader.num_record_batches):
-            batch = [Row(row + place, columns) for place, columns in enumerate(rows_of(self._batch(number)))]
-            row += len(batch)
-            yield batch
+        for number in range(self._batches()):
+            batch = self._batch(number)
+            marks = skip[row - self._first_row : row - self._first_row + batch.num_rows]
+            numbers = [each for each, mark in enumerate(marks or bytes(batch.num_rows), row) if not mark]
+            if len(numbers) < batch.num_rows:
+                stored = batch.take(pa.array([each - row for each in numbers], pa.int64()))
+            else:
+                stored = batch
+            row += batch.num_rows
+            if numbers:
+                yield [Row(each, columns) for each, columns in zip(numbers, rows_of(stored), strict=True)]
 
     def tables(self, types: ColumnTypes | None) -> Iterator[pa.Table]:
         """The same rows as typed columns, up to 1,000 at a time; `types` are those of JSONL input."""
-        for number in range(self._reader.num_record_batches):
+        for number in range(self._batches()):
             yield typed([self._batch(number)], types)
+
+    def release(self) -> None:
+        """Closes the file until it is read again: a chunk that waits for others must not take a file descriptor."""
+        with self._reading:
+            self._mapped = None
+
+    def _batches(self) -> int:
+        with self._reading:
+            return int(self._reader().num_record_batches)
 
     def _batch(self, number: int) -> pa.RecordBatch:
         with self._reading:
-            return self._reader.get_batch(number)
+            return self._reader().get_batch(number)
+
+    def _reader(self) -> pa.RecordBatchFileReader:
+        if self._mapped is None:
+            self._mapped = pa.ipc.open_file(pa.memory_map(str(self._path)))
+        return self._mapped
 
 
 def typed(batches: Sequence[pa.RecordBatch], types: ColumnTypes | None) -> pa.Table:

@@ -111,8 +111,8 @@ class Totals(msgspec.Struct, frozen=True):
         return sum((line.cost_usd for line in self.booked.values()), Decimal(0))
 
     def mean_cost_usd(self) -> Decimal | None:
-        """The mean cost of a row that cost something, its discarded attempts included; None without a known price."""
-        rows = sum(line.rows for line in self.booked.values() if line.cost_usd)
+        """The mean cost of a sent row that cost something, discarded attempts included; None without a known price."""
+        rows = sum(line.rows - line.reused for line in self.booked.values() if line.cost_usd)
         return self.cost_usd() / rows if rows else None
 
     def tokens(self) -> int:
@@ -201,6 +201,36 @@ def fold(
     return with_changes(folded, changes) if changes else folded
 
 
+def with_carried(totals: Totals, lines: Mapping[int, TotalsLine], earlier: Mapping[int, TotalsLine]) -> Totals:
+    """The totals with rows that took their answer without a request: by row, each as a line that counts it.
+
+    `earlier` has, for each row among them that had a record before, what its answer alone used and cost.
+    """
+    if not lines:
+        return totals
+    booked, standing = dict(totals.booked), dict(totals.standing)
+    changes: list[TotalsLine] = []
+    sums: dict[LineKey, list[TotalsLine]] = {}
+    for row, line in lines.items():
+        sums.setdefault(line.key, []).append(line)
+        status = line.status
+        if (before := earlier.get(row)) is not None:
+            changes += _second_answer(line, before)
+            status = status if replaces(status, before.status) else before.status
+        standing[status] = standing.get(status, 0) + 1
+    for key, of_line in sums.items():
+        known = booked.get(key) or TotalsLine(*key)
+        booked[key] = msgspec.structs.replace(
+            known,
+            rows=known.rows + len(of_line),
+            reused=known.reused + len(of_line),
+            duplicates=known.duplicates + sum(line.duplicates for line in of_line),
+            saved_usd=sum((line.saved_usd for line in of_line), known.saved_usd),
+        )
+    folded = msgspec.structs.replace(totals, booked=booked, standing=standing)
+    return with_changes(folded, changes) if changes else folded
+
+
 def _with_unstated(known: Unstated, endings: Sequence[Ending]) -> Unstated:
     usd, tokens = known.usd, known.tokens
     for ending in endings:
@@ -226,7 +256,7 @@ def moved_to_discarded(answer: TotalsLine) -> tuple[TotalsLine, TotalsLine]:
 
     If it counts as a row, it no longer does.
     """
-    discarded = msgspec.structs.replace(answer, status=DISCARDED, rows=0)
+    discarded = msgspec.structs.replace(answer, status=DISCARDED, rows=0, reused=0, duplicates=0, saved_usd=Decimal(0))
     return _negative(answer), discarded
 
 
@@ -247,7 +277,7 @@ def answer_line(c: Completion, invocation: int) -> TotalsLine:
 def plus(one: TotalsLine, other: TotalsLine) -> TotalsLine:
     """The line `one` with the figures of `other` added."""
     figures = {name: getattr(one, name) + getattr(other, name) for name in FIGURES}
-    for name in ("cost_usd", "reported_cost_usd"):
+    for name in ("cost_usd", "reported_cost_usd", "saved_usd"):
         figures[name] = figures[name] or Decimal(0)  # and no 0E-12
     return msgspec.structs.replace(one, **figures)
 
@@ -351,4 +381,7 @@ def _with_endings(line: TotalsLine, endings: Sequence[Ending]) -> TotalsLine:
         offline_completion_tokens=line.offline_completion_tokens + offline_completion,
         cache_write_tokens=line.cache_write_tokens + written,
         reported_cost_usd=reported,
+        reused=line.reused,
+        duplicates=line.duplicates,
+        saved_usd=line.saved_usd,
     )

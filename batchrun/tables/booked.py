@@ -15,7 +15,7 @@ _TOKENS = (
 )
 _COLUMNS = (
     *("invocation", "requested_model", "status", "service_tier", "finished_at"),
-    *("answer_cost_usd", "reported_cost_usd"),
+    *("answer_cost_usd", "reported_cost_usd", "reused", "reused_cost_usd", "duplicate_of"),
     *_TOKENS,
 )
 
@@ -23,10 +23,13 @@ _COLUMNS = (
 def lines(own: pa.Table) -> Iterator[TotalsLine]:
     """For each row of our columns (`OWN_COLUMNS`), in order: its answer as a line of the totals that counts 1 row.
 
-    The offline count of an answer without usage is in no column, so it is not in the line.
+    The offline count of an answer without usage is in no column, so it is not in the line. A reused answer took no
+    attempt.
     """
     columns: list[Any] = [own.column(name).to_pylist() for name in _COLUMNS]
-    for invocation, model, status, tier, finished_at, cost, reported, *tokens in zip(*columns, strict=True):
+    for invocation, model, status, tier, finished_at, cost, reported, reused, saved, first, *tokens in zip(
+        *columns, strict=True
+    ):
         known = tokens[0] is not None  # usage, which brings all or none of the counts that are not parts of others
         yield TotalsLine(
             invocation,
@@ -35,11 +38,14 @@ def lines(own: pa.Table) -> Iterator[TotalsLine]:
             _day(finished_at),
             tier or "",
             rows=1,
-            attempts=1,
+            attempts=int(not reused),
             cost_usd=cost or Decimal(0),
             unpriced=int(known and cost is None),
             without_usage=int(not known and cost is None),
             reported_cost_usd=reported or Decimal(0),
+            reused=int(reused),
+            duplicates=int(first is not None),
+            saved_usd=saved or Decimal(0),
             **{name: n or 0 for name, n in zip(_TOKENS, tokens, strict=True)},
         )
 

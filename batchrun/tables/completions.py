@@ -55,6 +55,9 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
     error: RowError | None
     request_key: bytes
     reused: bool
+    reused_from: str | None
+    reused_cost_usd: Decimal | None
+    duplicate_of: int | None
     variant: int
     invocation: int
     raw: bytes | None

@@ -61,6 +61,9 @@ _OWN: list[tuple[str, pa.DataType]] = [
     ),
     ("request_key", pa.binary(16)),
     ("reused", pa.bool_()),
+    ("reused_from", pa.string()),
+    ("reused_cost_usd", USD),
+    ("duplicate_of", pa.int64()),
     ("variant", pa.int32()),
     ("invocation", pa.int32()),
     ("raw", pa.large_binary()),
@@ -93,6 +96,9 @@ _USAGE: list[tuple[str, pa.DataType]] = [
     ("offline_completion_tokens", pa.int64()),
     ("cache_write_tokens", pa.int64()),
     ("reported_cost_usd", USD),
+    ("reused", pa.int64()),
+    ("duplicates", pa.int64()),
+    ("saved_usd", USD),
 ]
 USAGE_COLUMNS = pa.schema(_USAGE)
 """The columns of usage.parquet: the fields of `TotalsLine`, with its day as a date."""
@@ -162,6 +168,7 @@ def own_table(completions: Sequence[Completion], *, keep_raw: bool) -> pa.Table:
         "error": [None if c.error is None else msgspec.to_builtins(c.error) for c in completions],
         "request_key": [c.key for c in completions],
         "reused": [False] * len(completions),
+        **{name: [None] * len(completions) for name in ("reused_from", "reused_cost_usd", "duplicate_of")},
         "variant": [c.variant for c in completions],
         "invocation": [c.invocation for c in completions],
         "raw": [packed.plain(c.raw) if keep_raw or c.status is not Status.OK or a.flagged else None for c, a in pairs],

@@ -80,7 +80,7 @@ def test_one_mistake_is_one_message_with_its_count(tmp_path: Path) -> None:
     rows: list[Any] = [{"text": "good"}, *[{"bad": number} for number in range(50)], {"text": None}]
     found = surveyed(write_lines(tmp_path / "in.jsonl", rows))
     told: list[str] = []
-    with pytest.raises(InputError, match=r"51 of 52 input records can't be asked\. "):
+    with pytest.raises(InputError, match=r"51 of 52 input records make no valid request\. "):
         raise_problems(found, told.append)
     missing, null = told
     assert missing.startswith(f"{tmp_path}/in.jsonl:2: request.prompt: 'text' is undefined")
@@ -135,8 +135,8 @@ def test_a_repeated_id_names_its_first_record(tmp_path: Path) -> None:
     assert found.body_bytes == surveyed(write_lines(tmp_path / "good.jsonl", texts(5))).body_bytes
     repeated = [str(problem) for problem in kept if "its id" in problem.problem]
     assert repeated == [
-        f"{path}:4: its id stands at {path}:2 already",
-        f"{path}:8: its id stands at {path}:2 already",
+        f"{path}:4: {path}:2 has its id already",
+        f"{path}:8: {path}:2 has its id already",
     ]
     assert kept[1].record == {"id": "r1", "text": "again"}
 
@@ -174,7 +174,7 @@ def test_a_non_unique_id_column_shows_twenty(tmp_path: Path) -> None:
     kept: list[Problem] = []
     found = surveyed(path, with_id(path), kept.append)
     assert (found.rows, list(found.rejected)) == (1, list(range(1, 4000)))
-    assert {problem.problem for problem in found.first_problems} == {f"its id stands at {path}:1 already"}
+    assert {problem.problem for problem in found.first_problems} == {f"{path}:1 has its id already"}
     assert kept[SHOWN].problem == "an earlier record has its id"
 
 
@@ -242,5 +242,5 @@ def test_any_file_name_is_shown_on_one_line(tmp_path: Path) -> None:
     assert first.endswith(
         "a\\n\"b\\\\x7f.jsonl:1: request.prompt: 'text' is undefined; did you mean txt? (columns: txt)"
     )
-    assert second.startswith("Error: none of the input records (1) can be asked")
+    assert second.startswith("Error: none of the input records (1) make a valid request")
     assert not more

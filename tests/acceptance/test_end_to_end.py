@@ -509,7 +509,7 @@ def test_an_empty_input_needs_the_job_to_allow_it(tmp_path: Path) -> None:
         ended = batchrun(*given)  # standard input is empty here
         assert ended.exit_code == 2
         assert ended.stderr.count("Error: ") == 1
-        assert "Error: the input has no rows; see whether it is whole, or set input.min_rows = 0" in ended.stderr
+        assert "Error: the input has no rows; check that it is complete, or set input.min_rows = 0" in ended.stderr
     assert not (tmp_path / "out" / "completions.parquet").exists()
     allowed = ("--set", "input.min_rows=0")
     ended = batchrun("run", job, "-o", tmp_path / "out", *allowed)

@@ -112,7 +112,7 @@ def test_the_estimate_learns_from_the_pilot(tmp_path: Path) -> None:
         assert "to ask       150 rows" in told.stdout
         assert "the mean of 50 answers" in told.stdout
         changed = batchrun("estimate", written, "-o", tmp_path / "out", "--set", "request.max_tokens=30")
-        assert "changed      request.max_tokens has changed: 0 answers stay, 200 rows are to be asked" in changed.stdout
+        assert "changed      request.max_tokens has changed: 0 answers stay, 200 rows will be sent" in changed.stdout
         after = snapshot(tmp_path / "out")
         assert after.keys() == before.keys()
         assert [name for name in after if after[name][3] != before[name][3]] in ([], ["checkpoint.db"])  # a counter

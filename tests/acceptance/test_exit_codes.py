@@ -296,7 +296,7 @@ WAYS = {
     "the job is wrong": Way(the_job_is_wrong, 2, None, "limits.max_in_flihgt"),
     "a flag is wrong": Way(a_flag_is_wrong, 2, None, "--limit"),
     "the key is missing": Way(the_key_is_missing, 2, None, "BATCHRUN_TEST_KEY"),
-    "a record is wrong": Way(a_record_is_wrong, 2, "failed", "1 of 2 input records can't be asked"),
+    "a record is wrong": Way(a_record_is_wrong, 2, "failed", "1 of 2 input records make no valid request"),
     "the input is empty": Way(the_input_is_empty, 2, "failed", "the input has no rows"),
     "the route is wrong": Way(the_route_is_wrong, 2, "stopped", "no such route"),
     "the first rows all fail alike": Way(the_first_rows_all_fail_alike, 2, "stopped", "all failed alike"),

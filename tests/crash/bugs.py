@@ -68,8 +68,8 @@ _SEALED_BEFORE_RENAME = Bug(
             '        part = named.with_suffix(".aside")\n',
         ),
         (
-            "        self.sealed[chunk.chunk] = sealed\n",
-            "        part.rename(named)\n        self.sealed[chunk.chunk] = sealed\n",
+            "        self.sealed[chunk.chunk] = self._on_record[chunk.chunk] = sealed\n",
+            "        part.rename(named)\n        self.sealed[chunk.chunk] = self._on_record[chunk.chunk] = sealed\n",
         ),
     ),
     "a sealed part can't be read",
@@ -83,9 +83,9 @@ _SLOT_TAKEN_LATE = Bug(
     (
         ("        self._slots.take(slot, request.row, n, request.key, *bound)\n", ""),
         (
-            "        result, ruling = self._judge(pending, attempt, slot, bound, successes)\n",
+            "        result, ruling = self._judge(pending, attempt, slot, bound, successes, tier)\n",
             "        self._slots.take(slot, request.row, n, request.key, *bound)\n"
-            "        result, ruling = self._judge(pending, attempt, slot, bound, successes)\n",
+            "        result, ruling = self._judge(pending, attempt, slot, bound, successes, tier)\n",
         ),
     ),
     "nobody knew of the first",

@@ -123,7 +123,7 @@ def test_a_table_equals_the_same_dicts(tmp_path: Path, simulator: RunningSimulat
     [
         ([{"text": "a"}, ["b"]], "rows[1]: expected a dict with a value for each column (is a list)"),
         ([{"text": "a"}, {"text": b"b"}], "rows[1]: JSON can't represent it: Object of type bytes is not JSON"),
-        ([{"text": "a"}, {"text": float("nan")}], "1 of 2 input records can't be asked"),
+        ([{"text": "a"}, {"text": float("nan")}], "1 of 2 input records make no valid request"),
     ],
 )
 def test_an_unserialisable_row_is_named_early(
@@ -138,7 +138,7 @@ def test_an_unserialisable_row_is_named_early(
 
 def test_rows_beside_a_path_are_refused(tmp_path: Path) -> None:
     job = job_at("simulator", input=batchrun.Input(path="in.jsonl"))
-    with pytest.raises(batchrun.JobError, match=r"rows are given instead of in\.jsonl; keep one of them"):
+    with pytest.raises(batchrun.JobError, match=r"the call has rows and the job has in\.jsonl; keep one of them"):
         batchrun.run(job, texts(1), output=tmp_path / "out")
 
 
@@ -153,9 +153,9 @@ def test_changed_rows_send_only_what_lacks_answers(tmp_path: Path, simulator: Ru
     appended = batchrun.run(job, texts(12), output=out, environ=KEYS)
     assert (appended.rows, len(simulator.ledger()) - served) == (12, 12)
     before = (out / "completions.parquet").read_bytes()
-    with pytest.raises(batchrun.ChangedError, match="9 answers stay, 1 row is to be asked") as caught:
+    with pytest.raises(batchrun.ChangedError, match="9 answers stay, 1 row will be sent") as caught:
         batchrun.run(job, texts(10, 3), output=out, environ=KEYS)
-    assert (caught.value.drift.rows, caught.value.drift.kept) == (10, 9)
+    assert (caught.value.changes.rows, caught.value.changes.kept) == (10, 9)
     assert (out / "completions.parquet").read_bytes() == before
     assert batchrun.run(job, texts(12), output=out, environ=KEYS).complete
     changed = batchrun.run(job, texts(10, 3), output=out, environ=KEYS, accept_changes=True)
@@ -224,7 +224,7 @@ def test_a_missing_key_is_reported_first(tmp_path: Path) -> None:
 
 def test_an_unknown_option_is_named() -> None:
     options: Any = {"limt": 3}
-    with pytest.raises(TypeError, match="limt is no option; there are output, "):
+    with pytest.raises(TypeError, match="unknown option limt; expected some of output, "):
         batchrun.run(job_at("simulator"), texts(1), **options)
 
 

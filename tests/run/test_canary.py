@@ -149,6 +149,40 @@ def test_a_small_run_has_no_canary(simulator: RunningSimulator, tmp_path: Path) 
     assert "canary.max_cost_per_row_usd: the price of nobody-knows is unknown" in unknown.stderr
 
 
+def test_a_canary_sends_no_row_that_needs_no_request(simulator: RunningSimulator, tmp_path: Path) -> None:
+    file = job(tmp_path, simulator.url, "rows = 20\nmin_ok_share = 0.5")
+    texts = [f"item {row % 100}" for row in range(ROWS)]  # each one three times
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    few = ("sh", "-c", 'ulimit -n 128; exec "$@"', "sh")
+    many_chunks = ("--set", "output.chunk_rows=2", "--set", "limits.max_in_flight=8")
+    ended = batchrun("run", file, "-o", tmp_path / "one", *many_chunks, before=few)
+    assert ended.exit_code == 0, ended.stderr
+    assert "canary passed: 20 rows: " in ended.stderr
+    assert sorted(rows_sent(simulator)) == list(range(100))
+    again = batchrun("run", file, "-o", tmp_path / "two", "--reuse", tmp_path / "one")
+    assert again.exit_code == 0, again.stderr
+    assert "canary" not in again.stderr
+    assert len(simulator.ledger()) == 100
+    for out in (tmp_path / "one", tmp_path / "two"):
+        assert batchrun("verify", out).exit_code == 0
+        rows = pq.read_table(out / "completions.parquet").to_pylist()
+        assert [row["text"] for row in rows] == texts
+        by_text = {row["text"]: row["content"] for row in rows}
+        assert all(row["content"] == by_text[row["text"]] for row in rows)
+
+
+def test_a_canary_that_was_stopped_judges_all_of_its_rows(simulator: RunningSimulator, tmp_path: Path) -> None:
+    file = job(tmp_path, simulator.url, "rows = 20", "chunk_rows = 1", rows=200)
+    file.write_text(file.read_text().replace("chunk_rows = 40\n", "").replace("max_tokens = 400", "max_tokens = 1"))
+    stopped = batchrun("run", file, "-o", tmp_path / "out", "--set", "budget.max_requests=19")
+    assert stopped.exit_code == 4, stopped.stderr
+    assert len(simulator.ledger()) == 19
+    failed = batchrun("run", file, "-o", tmp_path / "out")
+    assert failed.exit_code == 4, failed.stderr
+    assert "of 20 rows: 20 truncated" in read_summary(tmp_path / "out")["reason"]
+    assert len(simulator.ledger()) == 20
+
+
 # ── by itself ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -108,7 +108,7 @@ def test_rows_that_are_appended_are_no_change(tmp_path: Path) -> None:
         write(source, records(100))
         ended = batchrun("run", job, "-o", tmp_path / "out")
         assert ended.exit_code == 0, ended.stderr
-        assert "60 answers stay, 40 rows are to be asked" in ended.stderr
+        assert "60 answers stay, 40 rows will be sent" in ended.stderr
         assert len(simulator.ledger()) == 100
         assert rows_of(tmp_path / "out") == fresh(tmp_path, simulator, records(100))
 
@@ -162,8 +162,8 @@ def test_another_template_needs_consent(tmp_path: Path) -> None:
         other = ("--set", "request.prompt=Tell: {{ text }}")
         ended = batchrun("run", job, "-o", out, *other)
         assert ended.exit_code == 2
-        assert "request.prompt has changed: 0 answers stay, 40 rows are to be asked, about $" in ended.stderr
-        assert "40 answers that were paid for fit no row any more" in ended.stderr
+        assert "request.prompt has changed: 0 answers stay, 40 rows will be sent, about $" in ended.stderr
+        assert "40 paid answers no longer fit any row" in ended.stderr
         assert batchrun("run", job, "-o", out, *other, "--accept-changes").exit_code == 0
         assert len(simulator.ledger()) == 80
         assert batchrun("run", job, "-o", out, *other).exit_code == 0
@@ -198,8 +198,8 @@ def test_a_shorter_input_always_needs_consent(tmp_path: Path) -> None:
         write(tmp_path / "in.jsonl", rows[:59])
         refused = batchrun("run", job, "-o", out)
         assert refused.exit_code == 2
-        assert "20 answers stay, 39 rows are to be asked" in refused.stderr
-        assert "; 1 fewer than before. Go on with --accept-changes" in refused.stderr
+        assert "20 answers stay, 39 rows will be sent" in refused.stderr
+        assert "; 1 fewer than before. Resume with --accept-changes" in refused.stderr
         assert len(simulator.ledger()) == 20
         assert batchrun("run", job, "-o", out, "--accept-changes").exit_code == 0
         assert len(simulator.ledger()) == 59

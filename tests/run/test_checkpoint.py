@@ -66,7 +66,8 @@ def filled(path: Path) -> Path:
     with opened(path) as checkpoint:
         checkpoint.write_manifest({"facts": '{"run_id":"1"}', "prices": "{}"})
         checkpoint.start_invocation(1_795_000_000.5, 4711, "here", "0.1.0")
-        checkpoint.open_chunk(Chunk(0, 0, 50, '{"file":0}', "ab" * 16, 1, "cd" * 16, open=0))
+        put(checkpoint, [completion(3)])
+        checkpoint.seal_chunk(Chunk(0, 0, 50, '{"file":0}', "ab" * 16, 1, "cd" * 16, open=0), keep=[3])
         checkpoint.open_chunk(Chunk(1, 50, 50, '{"file":0}', "ef" * 16))
         error = RowError("bad_request", 400, "too_long", "the context is too long")
         endings: list[Ending] = [completion(row) for row in range(50, 70)]

@@ -40,7 +40,7 @@ BAD: dict[str, tuple[list[str], str, Callable[[Path], None]]] = {
     "a cap below one request": (["budget.max_cost_usd=0.0000001"], "is less than the largest request", nothing),
     "a cap on tokens below one": (["budget.max_tokens=1"], "are fewer than the largest request", nothing),
     "too few rows": (["input.min_rows=100"], "input.min_rows expects 100 or more", nothing),
-    "a bad record": ([], "1 of 4 input records can't be asked", bad_record),
+    "a bad record": ([], "1 of 4 input records make no valid request", bad_record),
     "a column of ours": ([], "bears a name of the output's own", own_column),
     "no such column": (['output.columns=["nope"]'], "output.columns: 'nope' is no input column", nothing),
     "no input": (["input.path=nowhere.jsonl"], "nowhere.jsonl", nothing),

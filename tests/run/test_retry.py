@@ -72,9 +72,7 @@ def test_a_retry_without_a_run_sends_nothing(tmp_path: Path) -> None:
         job = write_job(tmp_path / "job.toml", simulator.url, source)
         ended = batchrun("run", job, "-o", tmp_path / "typo", "--retry-failed")
         assert ended.exit_code == 2
-        assert ended.stderr.startswith(
-            f"Error: {tmp_path}/typo: no run has begun here whose rows could be asked again;"
-        )
+        assert ended.stderr.startswith(f"Error: {tmp_path}/typo: no run was started here, so no rows can be retried;")
         assert simulator.ledger() == []
 
 

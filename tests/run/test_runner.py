@@ -307,7 +307,7 @@ def test_start_errors_raise_on_entering(tmp_path: Path) -> None:
     job = job_at("http://127.0.0.1:1/v1")
     with pytest.raises(batchrun.JobError, match="environment variable"):
         asyncio.run(ask(job, texts(3), {}))
-    assert "none of the input records (1) can be asked" in asyncio.run(ask(job, [{"txt": "a"}], KEYS))
+    assert "none of the input records (1) make a valid request" in asyncio.run(ask(job, [{"txt": "a"}], KEYS))
 
 
 def test_waiting_hands_out_nothing_and_returns_the_summary(tmp_path: Path, simulator: RunningSimulator) -> None:

@@ -94,7 +94,7 @@ def test_answers_without_usage_are_counted_offline(
     prompts = [f"Say: item {row} " + "word " * row for row in range(3)]
     counted = (sum(toktok.batch_count(prompts, ENCODING)), sum(toktok.batch_count(["Fine."] * 3, ENCODING)))
     assert (line["offline_prompt_tokens"], line["offline_completion_tokens"]) == counted
-    told = "without usage: 3 answers of job, not in cost_usd; about {} tokens in, {} out by an offline count"
+    told = "without usage: 3 answers of job, not included in cost_usd; about {} tokens in, {} out by an offline count"
     assert batchrun("report", out).stdout.splitlines()[-1] == told.format(*counted)
     bill = json.loads(batchrun("report", out, "--format", "json").stdout)
     names = ("job", "answers", "offline_prompt_tokens", "offline_completion_tokens")

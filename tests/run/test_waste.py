@@ -221,9 +221,7 @@ def test_a_resumed_salvage_is_the_newest_copy(tmp_path: Path) -> None:
     assert batchrun("verify", night.out, "--salvage").exit_code == 7
     damaged, night.out = night.out, night.out.with_name("out.salvaged")
     before = report.collect([tmp_path], ("job",))
-    assert [each.why for each in before.left_out] == [
-        "salvaged and not resumed yet; the run that it was made of has the bill"
-    ]
+    assert [each.why for each in before.left_out] == ["salvaged and not resumed yet; the damaged run has the bill"]
     night.start(faults=UNFIT_ROWS, code=3)
     for paths in ([tmp_path], [damaged, night.out], [night.out, damaged]):
         bill = report.collect(paths, ("job",))

@@ -396,6 +396,8 @@ OTHER_VALUES: Mapping[str, object] = {
     "request.messages": "chat",
     "request.images": ["photo"],
     "endpoint.auth": "none",
+    "input.reuse_status": ["ok"],
+    "input.max_changed": "5%",
     "endpoint.max_tokens_field": "max_completion_tokens",
     "endpoint.developer_role": "system",
     "endpoint.transport": "session",
@@ -488,7 +490,8 @@ def test_the_fingerprint_covers_exactly_the_question(path: str, default: object)
     for parent in parents:
         place[parent] = dict(place.get(parent, {}))
         place = place[parent]
-    place[last] = 3 if parents[:1] == ["pricing"] else another_value(path, default)
+    price = {"flex": {"input": 1, "output": 1}} if last == "tiers" else 3
+    place[last] = price if parents[:1] == ["pricing"] else another_value(path, default)
     if path in OF_SEVERAL_ENDPOINTS:
         before = from_tables({**tables, "endpoint": [tables["endpoint"], tables["endpoint"]]})
         changed["endpoint"] = [tables["endpoint"], changed["endpoint"]]

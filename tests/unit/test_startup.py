@@ -50,7 +50,7 @@ class Starts:
 
     def make(self, job: Job | None = None, **asked: Any) -> Plan:
         with opened(self.directory) as checkpoint:
-            asked_for = RunOptions(problem=self.told.append, told=self.told.append, **asked)
+            asked_for = RunOptions(problem=self.told.append, note=self.told.append, **asked)
             return resume.make(job or self.job(), self.directory, checkpoint, asked_for, NOW)
 
     def refused(self, job: Job | None = None, **asked: Any) -> str:
@@ -94,7 +94,8 @@ def test_invalid_records_are_reported_once_by_kind(starts: Starts) -> None:
     write_lines(starts.input, [*texts(3), *[{"bad": number} for number in range(30)]])
     message = starts.refused()
     assert message == (
-        "30 of 33 input records can't be asked. Mend them, or set them aside with batchrun run ... --skip-invalid"
+        "30 of 33 input records make no valid request. "
+        "Correct them, or set them aside with batchrun run ... --skip-invalid"
     )
     assert len(starts.told) == 1
     assert starts.told[0].startswith(f"{starts.input}:4: ")
@@ -119,7 +120,7 @@ def test_skipped_records_keep_place_and_reason(starts: Starts) -> None:
         (3, f"{starts.input}:4", {"id": 1, "text": "b"}),
     ]
     assert [reject["line"] for reject in rejects] == [None, "[7]", None]
-    assert rejects[2]["problem"] == f"its id stands at {starts.input}:1 already"
+    assert rejects[2]["problem"] == f"{starts.input}:1 has its id already"
     assert starts.directory.rejects.stat().st_mode & 0o777 == 0o600
 
 
@@ -151,7 +152,7 @@ def test_a_run_without_checkpoint_is_not_repaid(starts: Starts, left: str, empti
     starts.make()
     (starts.directory.path / left).write_bytes(b"paid")
     os.truncate(starts.directory.checkpoint, 0) if emptied else starts.directory.checkpoint.unlink()
-    with pytest.raises(CheckpointError, match=r"is of a run whose checkpoint\.db is gone or empty") as error:
+    with pytest.raises(CheckpointError, match=r"belongs to a run whose checkpoint\.db is missing or empty") as error:
         starts.make()
     assert error.value.exit_code == 7
     assert (starts.directory.path / left).read_bytes() == b"paid"
@@ -189,7 +190,7 @@ def test_a_changed_question_names_its_setting(starts: Starts, setting: str, tabl
     """It is accepted while no row has an answer."""
     starts.make()
     changed = starts.make(starts.job(**tables))
-    assert starts.told == [f"{setting} has changed: 0 answers stay, 5 rows are to be asked"]
+    assert starts.told == [f"{setting} has changed: 0 answers stay, 5 rows will be sent"]
     assert (changed.facts.layout, changed.facts.variant, len(changed.variants)) == (1, 1, 2)
     assert starts.make(starts.job(**tables)).facts.layout == 1
     assert starts.make().facts.variant == 0  # put back
@@ -303,7 +304,7 @@ def test_other_standard_input_is_a_changed_input(starts: Starts) -> None:
     assert starts.make(STDIN, stdin=io.BytesIO()).facts.rows == 4
     assert starts.told[0].startswith("standard input has other rows")
     refused = starts.refused(STDIN, stdin=piped({"bad": 1}))
-    assert "none of the input records (1) can be asked" in refused
+    assert "none of the input records (1) make a valid request" in refused
     assert "--skip-invalid" not in refused
     assert starts.make(STDIN, stdin=io.BytesIO()).facts.rows == 4
     assert [path.name for path in starts.directory.path.glob("input*")] == ["input.jsonl"]

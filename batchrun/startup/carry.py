@@ -1,0 +1,156 @@
+"""Which rows take an answer without a request: found once, from the request keys of the input that was just checked.
+
+Keys are spread over buckets, so equal ones are together. Against each bucket every earlier result is read once, keys
+only: nothing of it is held but the places of the answers that are wanted. Memory does not grow with the number of
+earlier answers (docs/benchmarks.md).
+"""
+
+import contextlib
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from batchrun import durable
+from batchrun.errors import InputError
+from batchrun.job.job import Job
+from batchrun.report.wording import plural
+from batchrun.startup.answer_match import Spread, buckets_of
+from batchrun.startup.earlier_results import EarlierResult, find, sources
+from batchrun.store import origins
+from batchrun.store.carry_over import is_unchanged
+from batchrun.store.origins import OldFile, Origins, OriginsWriter
+from batchrun.tables.old_answers import OldAnswers
+
+
+def wanted(job: Job, rows: int, layout: int) -> Origins | None:
+    """What the origins of a run's rows are made of, as the job says now; None where every row is to be sent."""
+    named = sources(job)
+    if not (named or job.input.dedupe):
+        return None
+    return Origins(rows, layout, job.input.dedupe, tuple(sorted(job.input.reuse_status)), named)
+
+
+def still_holds(made: Origins | None, now: Origins | None, path: Path) -> bool:
+    """Whether the origins that were found before are those that would be found now."""
+    if made is None or now is None:
+        return now is None
+    if made.made_of() != now or not all(map(is_unchanged, made.files)):
+        return False
+    if made.digest is None:
+        return True
+    return path.exists() and durable.digest(path) == made.digest
+
+
+def make(
+    job: Job,
+    keys: Iterable[tuple[bytes, int]],
+    now: Origins,
+    own: Path,
+    path: Path,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Origins:
+    """The origins of the rows are in a file at `path`, unless every row is to be sent. `keys` are (key, row) in order.
+
+    `own` is the run's directory.
+
+    Raises:
+        InputError: an earlier result is not there or can't be read.
+        DiskError: there is no room for the file.
+    """
+    earlier = find(job, own, tell)
+    count = buckets_of(now.rows)
+    reused = duplicates = 0
+    with OriginsWriter(path, now.rows) as writer, Spread(keys, count, path.parent) as buckets:
+        for bucket in range(count):
+            equal = _EqualRows(buckets.entries(bucket), writer, dedupe=now.dedupe)
+            duplicates += equal.copies
+            reused += _take_earlier(equal, earlier, now, writer)
+        made = msgspec.structs.replace(now, reused=reused, duplicates=duplicates)
+        if reused:
+            files = tuple(file for result in earlier for file in result.files)
+            made = msgspec.structs.replace(made, files=files)
+        if reused or duplicates:
+            made = msgspec.structs.replace(made, digest=writer.keep())
+    return made
+
+
+class _EqualRows:
+    """A bucket's rows by their keys, in flat arrays: `keys` are the different ones, `first` the first row of each.
+
+    With `dedupe` the other rows of a key are copies of the first; else `others` has them by the key's place.
+    """
+
+    def __init__(self, entries: Iterable[tuple[bytes, int]], writer: OriginsWriter, *, dedupe: bool) -> None:
+        every, rows = bytearray(), array("q")
+        for key, row in entries:
+            every += key
+            rows.append(row)
+        keys = pa.Array.from_buffers(pa.binary(16), len(rows), [None, pa.py_buffer(every)])
+        self.keys: pa.Array[Any] = keys.unique()
+        self.first = array("q", [-1]) * len(self.keys)
+        self.others: dict[int, list[int]] = {}
+        self.copies = 0
+        places = cast(list[int], pc.index_in(keys, value_set=self.keys).to_pylist())
+        for row, place in zip(rows, places, strict=True):
+            if (first := self.first[place]) < 0:
+                self.first[place] = row
+            elif dedupe:
+                writer[row] = origins.copy_of(first)
+                writer[first] = origins.wanted_until(row)
+                self.copies += 1
+            else:
+                self.others.setdefault(place, []).append(row)
+
+
+def _take_earlier(equal: _EqualRows, earlier: Sequence[EarlierResult], now: Origins, writer: OriginsWriter) -> int:
+    """The rows whose keys have an acceptable earlier answer take it; how many do.
+
+    All answers of a key are of the first result that has any: another may have the same ones, reused. Where equal rows
+    are sent each takes one of its own.
+    """
+    taken = number = 0
+    is_found = bytearray(len(equal.keys))
+    for result in earlier:
+        if 0 not in is_found:
+            break
+        fresh = bytearray(len(equal.keys))
+        for file in result.files:
+            for place, row in _matches(file, equal.keys, now):
+                others = equal.others.get(place)
+                if is_found[place] or (fresh[place] and not others):
+                    continue
+                taker = others.pop(0) if fresh[place] and others else equal.first[place]
+                writer[taker] = origins.earlier(number, row)
+                fresh[place] = 1
+                taken += 1
+            number += 1
+        is_found = bytearray(map(int.__or__, is_found, fresh))
+    return taken
+
+
+def _matches(file: OldFile, keys: "pa.Array[Any]", now: Origins) -> Iterator[tuple[int, int]]:
+    """(place in `keys`, row in the file) of each acceptable answer of the file to one of them."""
+    with contextlib.closing(OldAnswers(Path(file.path))) as answers:
+        for known, rows in answers.keys(now.statuses, copies=now.dedupe):
+            places = pc.index_in(known, value_set=keys)
+            there = pc.is_valid(places)
+            yield from zip(places.filter(there).to_pylist(), rows.filter(there).to_pylist(), strict=True)
+    if not is_unchanged(file):
+        raise InputError(f"{file.path}: an earlier result changed while it was read; run again when it is at rest")
+
+
+def in_words(made: Origins) -> str | None:
+    """What a start says of the rows that are not sent; None where all are."""
+    parts = []
+    if made.reused:
+        parts.append(f"{made.reused:,} reused")
+    if made.duplicates:
+        parts.append(f"{made.duplicates:,} equal to an earlier row")
+    if not parts:
+        return None
+    return f"to send: {made.new:,} of {plural(made.rows, 'row')}; not sent: {', '.join(parts)}"

@@ -1,0 +1,112 @@
+"""Earlier results whose answers may be reused: what `--reuse` and `input.reuse_from` name, as Parquet files."""
+
+import glob
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+
+from batchrun.errors import InputError
+from batchrun.job.job import Job
+from batchrun.store import rundir
+from batchrun.store.origins import OldFile
+from batchrun.store.rundir import RunDirectory
+
+LATEST = "latest"
+"""The newest other run of the job's `output.path` that has answers."""
+
+
+class EarlierResult(msgspec.Struct, frozen=True):
+    """The files of one run, or of one folder that another program wrote."""
+
+    name: str
+    files: tuple[OldFile, ...]
+
+
+def sources(job: Job) -> tuple[str, ...]:
+    """What the job wants to reuse, in its order."""
+    named = job.input.reuse_from
+    return (named,) if isinstance(named, str) else tuple(named)
+
+
+def find(job: Job, own: Path, tell: Callable[[str], None] = lambda line: None) -> list[EarlierResult]:
+    """The earlier results, those first that are looked at first: as named, and of a pattern the last name first.
+
+    `own` is the run's directory, which is none. `tell` gets a line for each source that has nothing.
+
+    Raises:
+        InputError: a path that is no pattern is not there, or holds no answers.
+    """
+    found: dict[str, EarlierResult] = {}
+    for source in sources(job):
+        before = len(found)
+        for path in _paths(source, job):
+            for result in _results(path):
+                if not Path(result.name).resolve().is_relative_to(own.resolve()):
+                    found.setdefault(str(Path(result.name).resolve()), result)
+        if len(found) == before:
+            _require_pattern(source, own)
+            tell(f"reuse: {source}: no earlier answers there yet")
+    return list(found.values())
+
+
+def _require_pattern(source: str, own: Path) -> None:
+    if source == LATEST or glob.has_magic(source) or "{" in source:
+        return
+    path = Path(source)
+    if not path.exists():
+        raise InputError(f"reuse: {source}: there is no such file or directory")
+    if path.resolve().is_relative_to(own.resolve()):
+        raise InputError(f"reuse: {source}: is the run itself; name earlier results")
+    if RunDirectory(path).checkpoint.exists():
+        raise InputError(
+            f"reuse: {source}: the run is not complete, and its answers so far are in no file; write them with "
+            f"batchrun export {source}"
+        )
+    raise InputError(f"reuse: {source}: no Parquet file there")
+
+
+def _paths(source: str, job: Job) -> Iterator[Path]:
+    if source == LATEST:
+        yield from _with_answers(rundir.dated(job.output.path, job.name))
+        return
+    pattern = source.replace("{job}", glob.escape(job.name)).replace("{date}", "*")
+    if glob.has_magic(pattern):
+        yield from map(Path, sorted(glob.glob(pattern, recursive=True), reverse=True))  # noqa: PTH207
+    elif Path(source).exists():
+        yield Path(source)
+
+
+def _with_answers(runs: Sequence[Path]) -> Iterator[Path]:
+    """The first of the runs that has answers, and the one before: the first may be the run itself."""
+    left = 2
+    for path in runs:
+        if left and any(_results(path)):
+            left -= 1
+            yield path
+
+
+def _results(path: Path) -> Iterator[EarlierResult]:
+    """What a path holds: a file, a run, a folder of Parquet files, or a folder of such folders, the last name first."""
+    if path.is_file():
+        if path.suffix == ".parquet" or not glob.has_magic(str(path)):
+            yield EarlierResult(str(path), (_old_file(path, path),))
+        return
+    run = RunDirectory(path)
+    if run.completions.exists():
+        files = [run.completions]
+    elif run.checkpoint.exists():
+        files = sorted(run.completions_folder.glob("*.parquet")) or [run.partial]
+    else:
+        children = [child for child in path.iterdir() if not child.name.startswith((".", "_"))]
+        files = sorted(child for child in children if child.suffix == ".parquet" and child.is_file())
+        for child in sorted(children, reverse=True):
+            if child.is_dir():
+                yield from _results(child)
+    if files := [file for file in files if file.exists()]:
+        yield EarlierResult(str(path), tuple(_old_file(file, path) for file in files))
+
+
+def _old_file(file: Path, named: Path) -> OldFile:
+    status = file.stat()
+    return OldFile(str(file), str(named), status.st_size, status.st_mtime_ns)
