@@ -173,7 +173,7 @@ def _check(
     job: Job, directory: RunDirectory, checkpoint: Checkpoint, options: RunOptions, status: RunStatus, hooks: Hooks
 ) -> Store:
     """The store with the plan of this start. Sends nothing; requests that a dead process left are recorded as lost."""
-    lost = at_rest.record_lost(directory.inflight, checkpoint, with_ids=bool(job.endpoint.id_header))
+    lost = at_rest.record_lost(directory.inflight, checkpoint)
     plan = planning.make(job, directory, checkpoint, options, status.started_at)
     directory.reserve_room()
     if result.FINISHED in checkpoint.manifest_entries() and checkpoint.totals.settled() < plan.rows:

@@ -80,8 +80,9 @@ class Dispatch:
         learned = LearnedLimits(store.checkpoint, job.limits, loop.time(), store.plan.facts.variant)
         in_flight_each, spare = self._connections()
         gate = self._open_gate(loop, learned, in_flight_each, over_time)
+        with_ids = job.endpoint.id_header is not None
         with (
-            contextlib.closing(InFlightFile(store.directory.inflight, gate.slots)) as slots,
+            contextlib.closing(InFlightFile(store.directory.inflight, gate.slots, with_ids=with_ids)) as slots,
             contextlib.closing(ImageDigests(store.directory.images_of(store.plan.facts.layout))) as checked,
         ):
             requests = Requests(job, store.plan, checked, learned.estimates)
@@ -130,8 +131,8 @@ class Dispatch:
         if not await asyncio.to_thread(checkpoint.flushed):
             return 0  # the disk failed: the slots keep the names for the next start
         await asyncio.sleep(0)  # lets the last commit's `on_commit` run
-        run = facts.attempt_prefix if self._job.endpoint.id_header else None
-        lost = in_flight.possibly_billed(open_run.slots.occupied(), checkpoint.invocation, "aborted", run)
+        occupied = open_run.slots.occupied()
+        lost = in_flight.possibly_billed(occupied, checkpoint.invocation, "aborted", facts.attempt_prefix)
         await asyncio.to_thread(checkpoint.add_possibly_billed, lost)
         open_run.slots.clear_all()
         return len(lost)

@@ -121,7 +121,8 @@ def _difference(wanted: TotalsLine | None, line: TotalsLine) -> TotalsLine:
 def write(old: RunDirectory, known: DbRecords, account: Account, new: RunDirectory) -> None:
     """Writes the checkpoint of the new directory, which a start resumes."""
     invocation = max((record[0] for record in known.invocations), default=1)
-    lost = in_flight.possibly_billed(account.without_known_end(known), invocation, "crash")
+    prefix = manifest.decode(known.manifest).attempt_prefix
+    lost = in_flight.possibly_billed(account.without_known_end(known), invocation, "crash", prefix)
     last = _last_summary(old)
     totals = account.totals(known, [] if last is None else last.totals)
     records: dict[str, list[Record]] = {

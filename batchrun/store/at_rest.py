@@ -70,16 +70,14 @@ def opened(path: Path, inflight: Path, *, quick: bool = False) -> Iterator[Check
             checkpoint.close()
 
 
-def record_lost(inflight: Path, checkpoint: Checkpoint, *, with_ids: bool = False) -> int:
-    """Lists the attempts in flight when an earlier process died as possibly billed; returns their number.
-
-    `with_ids`: the list has the ids that were sent with the attempts.
-    """
+def record_lost(inflight: Path, checkpoint: Checkpoint) -> int:
+    """Lists the attempts in flight when an earlier process died as possibly billed; returns their number."""
     lost = [
         entry
         for entry in in_flight.read(inflight)
         if entry is in_flight.UNREADABLE or not checkpoint.has_end(entry.row, entry.n)
     ]
-    run = manifest.decode(checkpoint.manifest_entries()).attempt_prefix if lost and with_ids else None
-    checkpoint.add_possibly_billed(in_flight.possibly_billed(lost, checkpoint.invocation - 1, "crash", run))
+    has_ids = any(entry.has_id for entry in lost)
+    prefix = manifest.decode(checkpoint.manifest_entries()).attempt_prefix if has_ids else ""
+    checkpoint.add_possibly_billed(in_flight.possibly_billed(lost, checkpoint.invocation - 1, "crash", prefix))
     return len(lost)

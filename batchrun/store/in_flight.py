@@ -17,8 +17,8 @@ from batchrun.durable import disk_errors
 from batchrun.prices import PICO
 from batchrun.records import PossiblyBilled
 
-_FIELDS = struct.Struct("<qi16sqq")
-"""row, attempt, request_key, upper bounds in 10⁻¹² USD (−1: price unknown) and in tokens (−1: unknown)."""
+_FIELDS = struct.Struct("<qi16sqq?")
+"""row, attempt, request_key, upper bounds in 10⁻¹² USD (−1: price unknown) and in tokens (−1: unknown), has_id."""
 _CRC = struct.Struct("<I")
 SLOT_BYTES = 64
 _EMPTY = bytes(SLOT_BYTES)
@@ -27,13 +27,14 @@ _MAX_PICO = 2**63 - 1
 
 
 class InFlight(NamedTuple):
-    """A request without a known ending. `row` is −1 if the slot can't be read."""
+    """A request without a known ending. `row` is −1 if the slot can't be read. `has_id`: our id was sent with it."""
 
     row: int
     n: int
     key: bytes
     upper_bound_usd: Decimal | None
     upper_bound_tokens: int | None
+    has_id: bool = False
 
 
 UNREADABLE = InFlight(-1, 0, b"", None, None)
@@ -42,8 +43,13 @@ UNREADABLE = InFlight(-1, 0, b"", None, None)
 class InFlightFile:
     """The open slot file. Close it."""
 
-    def __init__(self, path: Path, count: int) -> None:
-        """Opens a file of `count` empty slots. It overwrites an earlier file: read that first."""
+    def __init__(self, path: Path, count: int, *, with_ids: bool = False) -> None:
+        """Opens a file of `count` empty slots. It overwrites an earlier file: read that first.
+
+        `with_ids`: our ids are sent with the attempts. Each slot says so, because whoever reads them after a crash may
+        have no job, or a job that has changed.
+        """
+        self._with_ids = with_ids
         with disk_errors(path):
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
             os.posix_fallocate(self._file, 0, count * SLOT_BYTES)  # a sparse file could fail later, with a SIGBUS
@@ -54,7 +60,9 @@ class InFlightFile:
     ) -> None:
         """Writes the attempt into the slot. Call it before the request goes to the socket."""
         pico = -1 if upper_bound_usd is None else min(int(upper_bound_usd / PICO), _MAX_PICO)
-        fields = _FIELDS.pack(row, n, key, pico, -1 if upper_bound_tokens is None else upper_bound_tokens)
+        fields = _FIELDS.pack(
+            row, n, key, pico, -1 if upper_bound_tokens is None else upper_bound_tokens, self._with_ids
+        )
         _SLOT.pack_into(self._map, slot * SLOT_BYTES, fields, zlib.crc32(fields))
 
     def clear(self, slot: int) -> None:
@@ -81,10 +89,8 @@ def read(path: Path) -> list[InFlight]:
         return list(_occupied(path.read_bytes())) if path.exists() else []
 
 
-def possibly_billed(
-    lost: Sequence[InFlight], invocation: int, cause: str, run: str | None = None
-) -> list[PossiblyBilled]:
-    """The requests as entries of the permanent list; `run` is the start of the ids that they were sent with."""
+def possibly_billed(lost: Sequence[InFlight], invocation: int, cause: str, prefix: str) -> list[PossiblyBilled]:
+    """The requests as entries of the permanent list; `prefix` is the start of the ids that they were sent with."""
     return [
         PossiblyBilled(
             row=entry.row,
@@ -94,7 +100,7 @@ def possibly_billed(
             upper_bound_tokens=entry.upper_bound_tokens,
             cause=cause,
             invocation=invocation,
-            request_id=None if run is None or entry is UNREADABLE else f"{run}-{entry.row}-{entry.n}",
+            request_id=f"{prefix}-{entry.row}-{entry.n}" if entry.has_id else None,
         )
         for entry in lost
     ]
@@ -109,5 +115,5 @@ def _occupied(content: bytes) -> Iterator[InFlight]:
         if len(slot) < SLOT_BYTES or crc != _CRC.pack(zlib.crc32(fields)):
             yield UNREADABLE
             continue
-        row, n, key, pico, tokens = _FIELDS.unpack(fields)
-        yield InFlight(row, n, key, None if pico < 0 else pico * PICO, None if tokens < 0 else tokens)
+        row, n, key, pico, tokens, has_id = _FIELDS.unpack(fields)
+        yield InFlight(row, n, key, None if pico < 0 else pico * PICO, None if tokens < 0 else tokens, has_id)

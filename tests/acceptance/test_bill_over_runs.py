@@ -17,9 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchrun.errors import JobError
+from batchrun.records import PossiblyBilled
 from batchrun.report import bill, figures, keys
-from batchrun.report.runs import find
-from batchrun.simulator import SimulatorConfig, parse_faults
+from batchrun.report.runs import Found, find
+from batchrun.simulator import Fault, LedgerLine, SimulatorConfig, parse_faults
 from tests.cli_process import batchrun, finish, kill_when, read_summary, start, write_job, write_rows
 from tests.result_files import row, write_result
 from tests.simulator_process import running_simulator
@@ -110,6 +111,11 @@ def known_to_the_ledger(nights: Nights) -> dict[str, list[dict[str, Any]]]:
     return by_night
 
 
+def lost(found: Found) -> list[PossiblyBilled]:
+    """The attempts in flight when a process of the run died."""
+    return [doubt for doubt in found.account.possibly_billed if doubt.cause == "crash"]
+
+
 def test_each_run_costs_what_the_ledger_billed(nights: Nights) -> None:
     served = known_to_the_ledger(nights)
     bill = report(nights, "--by", "night")
@@ -128,8 +134,10 @@ def test_each_run_costs_what_the_ledger_billed(nights: Nights) -> None:
         else:
             assert Decimal(line["cost_usd"]) == cost
     assert list(bill["unpriced"]) == ["mystery-model"]
-    sent = len({entry["client_request_id"] for entry in nights.ledger})
-    assert bill["total"]["attempts"] == sent
+    # the kill of the last night may come after a slot was taken and before the server has done the work
+    listed = {doubt.request_id for found in find([nights.folder / "runs"]).found for doubt in lost(found)}
+    sent = {entry["client_request_id"] for entry in nights.ledger}
+    assert bill["total"]["attempts"] == len(sent | listed)
 
 
 def test_every_column_is_an_independent_sum(nights: Nights) -> None:
@@ -218,6 +226,44 @@ def test_a_workbook_holds_figures_as_exact_numbers(nights: Nights, tmp_path: Pat
                 else:
                     assert told[str(name)] == value or (value == 0 and told[str(name)] == 0), name
     assert any("mystery-model" in str(cells[0]) for cells in book["beyond the figures"].values)
+
+
+def killed_in_flight(folder: Path, *flags: str) -> tuple[list[LedgerLine], Path, Path]:
+    """A run killed while billed requests of it are in flight: the ledger, the run, and its job without the server."""
+    config = SimulatorConfig(faults=(Fault(kind="hang", billed=True, share=0.4),))
+    with running_simulator(config) as simulator:
+        job = write_job(folder / "job.toml", simulator.url, write_rows(folder / "in.jsonl", ROWS))
+        process = start("run", job, "-o", (out := folder / "out"), *flags)
+        kill_when(process, lambda: len(simulator.ledger()) == ROWS)
+        finish(process)
+        return simulator.ledger(), out, job
+
+
+def test_a_killed_run_names_the_ids_it_had_in_flight(tmp_path: Path) -> None:
+    """Before any resume, and when it is resumed by a job that sends no ids: those in flight were sent with theirs."""
+    ledger, out, job = killed_in_flight(tmp_path)
+    sent = {str(each.client_request_id) for each in ledger}
+    hung = {str(each.client_request_id) for each in ledger if each.fault == "hang"}
+    (found,) = find([out]).found
+    doubts = {doubt.request_id for doubt in found.account.possibly_billed}
+    assert hung <= doubts <= sent
+    lines = ["request_id,amount_usd", *(f"{each},0.001" for each in sorted(hung))]
+    (tmp_path / "invoice.csv").write_text("\n".join(lines) + "\n")
+    compared = batchrun("report", out, "--reconcile", tmp_path / "invoice.csv", "--format", "json")
+    reconciled = json.loads(compared.stdout)
+    assert (reconciled["doubtful"], reconciled["missing_here"]) == (len(hung), 0)
+    with running_simulator() as simulator:
+        write_job(job, simulator.url, tmp_path / "in.jsonl")
+        resumed = batchrun("run", job, "-o", out, "--set", "endpoint.client_request_id=false")
+    assert resumed.exit_code == 0, resumed.stderr
+    assert {doubt["request_id"] for doubt in read_summary(out)["possibly_billed"]} == doubts
+
+
+def test_a_killed_run_without_ids_names_none(tmp_path: Path) -> None:
+    """An id that was not sent can't be looked up."""
+    _, out, _ = killed_in_flight(tmp_path, "--set", "endpoint.client_request_id=false")
+    (found,) = find([out]).found
+    assert {doubt.request_id for doubt in found.account.possibly_billed} == {None}
 
 
 # ── whose days ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -20,15 +20,17 @@ from batchrun.store.in_flight import SLOT_BYTES, UNREADABLE, InFlight, InFlightF
 BOUNDS = st.none() | st.decimals(0, 9_000_000, places=12)
 KEYS = st.binary(min_size=16, max_size=16)
 ENTRIES = st.builds(
-    InFlight, st.integers(0, 2**63 - 1), st.integers(1, 1000), KEYS, BOUNDS, st.none() | st.integers(0, 10**9)
+    InFlight,
+    *(st.integers(0, 2**63 - 1), st.integers(1, 1000), KEYS, BOUNDS, st.none() | st.integers(0, 10**9)),
+    has_id=st.just(False),  # the file sets it
 )
 SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 KEY = bytes(range(16))
 
 
 @contextmanager
-def opened(path: Path, count: int) -> Iterator[InFlightFile]:
-    flying = InFlightFile(path, count)
+def opened(path: Path, count: int, *, with_ids: bool = False) -> Iterator[InFlightFile]:
+    flying = InFlightFile(path, count, with_ids=with_ids)
     try:
         yield flying
     finally:
@@ -36,17 +38,17 @@ def opened(path: Path, count: int) -> Iterator[InFlightFile]:
 
 
 @SHARED
-@given(st.dictionaries(st.integers(0, 15), ENTRIES), st.sets(st.integers(0, 15)))
+@given(st.dictionaries(st.integers(0, 15), ENTRIES), st.sets(st.integers(0, 15)), st.booleans())
 def test_requests_in_flight_outlive_their_process(
-    tmp_path: Path, taken: dict[int, InFlight], cleared: set[int]
+    tmp_path: Path, taken: dict[int, InFlight], cleared: set[int], with_ids: bool
 ) -> None:
     path = tmp_path / "inflight.bin"
-    with opened(path, 16) as flying:
+    with opened(path, 16, with_ids=with_ids) as flying:
         for slot, entry in taken.items():
-            flying.take(slot, *entry)
+            flying.take(slot, *entry[:5])
         for slot in cleared:
             flying.clear(slot)
-        left = [entry for slot, entry in sorted(taken.items()) if slot not in cleared]
+        left = [entry._replace(has_id=with_ids) for slot, entry in sorted(taken.items()) if slot not in cleared]
         assert flying.occupied() == left
     assert in_flight.read(path) == left
 
@@ -91,7 +93,7 @@ def test_a_flipped_bit_is_reported_or_changes_nothing(tmp_path: Path, entries: l
     path = tmp_path / "inflight.bin"
     with opened(path, 4) as flying:
         for slot, entry in enumerate(entries):
-            flying.take(slot, *entry)
+            flying.take(slot, *entry[:5])
     content = bytearray(path.read_bytes())
     content[bit // 8] ^= 1 << bit % 8
     path.write_bytes(content)
@@ -109,7 +111,7 @@ def test_a_half_written_slot_counts_as_one(tmp_path: Path, written: int) -> None
     content = path.read_bytes()
     path.write_bytes(content[:written] + bytes(SLOT_BYTES - written))
     (entry,) = in_flight.read(path)
-    assert entry == UNREADABLE or written >= 48  # behind its fields and their CRC a slot is only padding
+    assert entry == UNREADABLE or written >= 49  # behind its fields and their CRC a slot is only padding
 
 
 def test_a_cut_slot_counts_as_one(tmp_path: Path) -> None:
@@ -127,8 +129,10 @@ def test_no_file_means_no_request_in_flight(tmp_path: Path) -> None:
 
 def test_lost_attempts_are_named_with_cause_and_invocation() -> None:
     known = InFlight(7, 2, KEY, Decimal("0.5"), 40)
-    assert in_flight.possibly_billed([known, UNREADABLE], 3, "crash") == [
+    with_id = known._replace(n=3, has_id=True)
+    assert in_flight.possibly_billed([known, with_id, UNREADABLE], 3, "crash", "run.1") == [
         PossiblyBilled(7, 2, KEY.hex(), Decimal("0.5"), 40, "crash", 3),
+        PossiblyBilled(7, 3, KEY.hex(), Decimal("0.5"), 40, "crash", 3, "run.1-7-3"),
         PossiblyBilled(-1, 0, "", None, None, "crash", 3),
     ]
 
