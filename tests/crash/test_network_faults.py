@@ -283,8 +283,7 @@ def test_closed_keep_alive_costs_no_attempt(tmp_path: Path) -> None:
     with serving_aside(answers_and_closes) as server:
         told = ask(tmp_path, server.url, 200)
     assert told.exit_code == 0
-    # a close that meets a request being written costs an attempt, and never a request that the server has read
-    assert sum(row["attempts"] > 1 for row in told.rows) <= 3
+    assert {row["attempts"] for row in told.rows} == {1}
     assert asked_for(server) == Counter(range(200))
     assert told.summary.possibly_billed_count == 0
 
@@ -494,7 +493,7 @@ def test_five_minutes_of_trouble_need_few_requests(tmp_path: Path, trouble: byte
         told = ask(tmp_path, server.url, 300, speed=speed, limits={"max_in_flight": 16})
     assert told.exit_code == 0
     assert told.summary.by_status == {"ok": 300}
-    assert 3 <= refused < 45  # sixteen are in flight when it begins, and may meet it twice before the gate cools
+    assert 3 <= refused < 30
     assert len(server.exchanges) == 300 + refused
     assert told.summary.possibly_billed_count == 0
 
