@@ -48,19 +48,13 @@ class Database:
         with _sqlite_errors(path):
             _require_whole(path.with_name(path.name + "-wal"))
             connection = sqlite3.connect(path, BUSY_S, isolation_level=None, check_same_thread=False)
-            try:
+            with _closed_on_error(connection):
                 path.chmod(0o600)
                 for pragma in ("locking_mode = EXCLUSIVE", "journal_mode = WAL", "synchronous = FULL"):
                     connection.execute(f"PRAGMA {pragma}").fetchone()
                 connection.execute("PRAGMA temp_store = MEMORY")
                 database = cls(path, connection, make_room)
-                if not database.query("SELECT 1 FROM sqlite_master"):
-                    connection.executescript(f"BEGIN; {tables} PRAGMA user_version = {version}; COMMIT;")
-                    fsync(path.parent)
-                database._require(tables, version)
-            except BaseException:
-                connection.close()
-                raise
+                database._set_up(tables, version)
         return database
 
     @classmethod
@@ -75,16 +69,11 @@ class Database:
         """
         with _sqlite_errors(path):
             connection = sqlite3.connect(path, SHARED_BUSY_S, isolation_level=None, check_same_thread=False)
-            try:
+            with _closed_on_error(connection):
                 path.chmod(0o600)
                 connection.execute("PRAGMA synchronous = FULL")
                 database = cls(path, connection, lambda error: False)
-                database._transact(lambda: database._make(tables, version))
-                fsync(path.parent)
-                database._require(tables, version)
-            except BaseException:
-                connection.close()
-                raise
+                database._set_up(tables, version)
         return database
 
     @classmethod
@@ -97,11 +86,8 @@ class Database:
         with _sqlite_errors(path):
             connection = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True)
             database = cls(path, connection, lambda error: False)
-            try:
+            with _closed_on_error(connection):
                 database._require(tables, version)
-            except BaseException:
-                connection.close()
-                raise
         return database
 
     @classmethod
@@ -110,12 +96,9 @@ class Database:
         with _sqlite_errors(path):
             connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             database = cls(path, connection, lambda error: False)
-            try:
+            with _closed_on_error(connection):
                 connection.execute("PRAGMA locking_mode = EXCLUSIVE").fetchone()
                 database._require_version(version)
-            except BaseException:
-                connection.close()
-                raise
         return database
 
     def query(self, statement: str, parameters: Sequence[Field] = ()) -> list[Record]:
@@ -179,11 +162,18 @@ class Database:
                 self.query("ROLLBACK")
             raise
 
-    def _make(self, tables: str, version: int) -> None:
-        """A new file has its tables; inside a transaction, since several processes may be the first."""
+    def _set_up(self, tables: str, version: int) -> None:
+        """Creates the tables of a new file; checks those of an old one."""
+
+        def create() -> None:
+            if not self.query("SELECT 1 FROM sqlite_master"):  # read again: another process may be first
+                for statement in (*tables.split(";"), f"PRAGMA user_version = {version}"):
+                    self.query(statement)
+
         if not self.query("SELECT 1 FROM sqlite_master"):
-            for statement in (*tables.split(";"), f"PRAGMA user_version = {version}"):
-                self.query(statement)
+            self._transact(create)
+            fsync(self._path.parent)
+        self._require(tables, version)
 
     def _require(self, tables: str, version: int) -> None:
         """The file is of this version, and all its pages and records are intact."""
@@ -211,6 +201,16 @@ def _require_whole(log: Path) -> None:
         raise CheckpointError(
             f"{log}: damaged ({dropped} commits can't be read); keep a copy of this directory before anything else"
         )
+
+
+@contextlib.contextmanager
+def _closed_on_error(connection: sqlite3.Connection) -> Iterator[None]:
+    """Closes the connection if the block, which sets it up, raises."""
+    try:
+        yield
+    except BaseException:
+        connection.close()
+        raise
 
 
 @contextlib.contextmanager
