@@ -33,7 +33,7 @@ Exchange = tuple[int, int]
 class Evidence:
     """What is left of a run after its last process. `in_flight` is what inflight.bin held after each kill.
 
-    `asked_again` are rows that failed for good and were asked once more because the user said so.
+    `asked_again` are rows that failed for good and were sent once more because the user wanted it.
     """
 
     rows: int
@@ -70,7 +70,7 @@ def _answers(evidence: Evidence) -> Iterator[str]:
 
 
 def _exchanges(evidence: Evidence) -> Iterator[str]:
-    """Nobody is asked again but who was in flight at a kill, and who is counted as a retry."""
+    """Only rows that were in flight at a kill, and counted retries, are sent again."""
     times = Counter(_exchange(line) for line in evidence.ledger)
     for exchange, number in times.items():
         if number > 1:
