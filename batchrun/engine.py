@@ -126,7 +126,7 @@ def _finished(job: Job, directory: RunDirectory, options: RunOptions) -> Summary
     to_retry = any(summary.by_status.get(status) for status in options.retry or ())
     if changed_settings or changed_input is not None or to_retry or wanted_rows > summary.rows_in_output:
         return None
-    result.require_intact(directory, known.output.layout, summary.rows_in_output, entries)
+    result.require_intact(directory, summary.rows_in_output, entries)
     return msgspec.structs.replace(summary, exit_code=int(_exit_code(job, summary)), files=files(directory))
 
 

@@ -525,3 +525,30 @@ class Summary(msgspec.Struct, frozen=True):
     reused: int = 0
     duplicates: int = 0
     saved_usd: Decimal = Decimal(0)
+
+
+class ResultFile(msgspec.Struct, frozen=True):
+    """A finished file of a result. `name`: its path in the run directory, with "/"; `digest`: BLAKE2b-128 in hex."""
+
+    name: str
+    rows: int
+    size_bytes: int
+    mtime_ns: int
+    digest: str
+
+
+class FinishedResult(msgspec.Struct, frozen=True):
+    """The result of a complete run in any layout: local files that are whole and on disk.
+
+    `files` hold the rows. `beside` describe them, and are published after them, in this order: `_manifest.json` of a
+    folder, then usage.parquet. `folder`: the files are a set below this folder, which appears as a whole; "": one file.
+    """
+
+    files: tuple[ResultFile, ...]
+    beside: tuple[ResultFile, ...]
+    folder: str = ""
+
+    @property
+    def rows(self) -> int:
+        """The rows of all files together."""
+        return sum(file.rows for file in self.files)

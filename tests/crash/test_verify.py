@@ -343,7 +343,7 @@ def test_an_unreadable_summary_is_damage(runs: Runs, tmp_path: Path) -> None:
 
 def result_and_start(runs: Runs, directory: RunDirectory, layout: str) -> tuple[Path, Callable[[], Ended]]:
     """A file of the complete run's result, and what starts the run's command once more."""
-    result = directory.completions if layout == "file" else sorted(directory.completions_folder.iterdir())[1]
+    result = directory.completions if layout == "file" else sorted(directory.completions_folder.glob("*.parquet"))[1]
     return result, lambda: batchrun("run", runs.folder / f"{layout}.toml", "-o", directory.path)
 
 

@@ -134,7 +134,7 @@ def _money(evidence: Evidence) -> Iterator[str]:
 
 def _files(evidence: Evidence) -> Iterator[str]:
     """Nothing is left in the run directory but the result and what a finished run keeps."""
-    results = {name for name in evidence.files if name == "completions.parquet" or name.startswith("completions/part-")}
+    results = {name for name in evidence.files if name == "completions.parquet" or name.startswith("completions/")}
     if orphans := evidence.files - LEFT_BEHIND - results:
         yield f"left behind: {sorted(orphans)}"
     if missing := LEFT_BEHIND - evidence.files:
