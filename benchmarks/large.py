@@ -102,8 +102,8 @@ class Server:
         command = [sys.executable, str(HERE / "fixed_answer.py")]
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, bufsize=1, start_new_session=True)
         assert self._process.stdout is not None
-        self._out = self._process.stdout
-        self.url = self._out.readline().strip()
+        self.out = self._process.stdout
+        self.url = self.out.readline().strip()
 
     def watch(self) -> None:
         """The next request's time will be printed."""
@@ -112,7 +112,7 @@ class Server:
 
     def first_request(self) -> float | None:
         """The time of the first request since `watch`; None if there was none."""
-        return float(self._out.readline()) if select.select([self._out], [], [], 0)[0] else None
+        return float(self.out.readline()) if select.select([self.out], [], [], 0)[0] else None
 
     def close(self) -> None:
         self._process.terminate()
