@@ -38,13 +38,13 @@ class Finished(msgspec.Struct, frozen=True):
     files: dict[str, Written] = {}
 
 
-def finished(manifest: Mapping[str, str]) -> Finished:
+def finished(entries: Mapping[str, str]) -> Finished:
     """The manifest entry `FINISHED`, which must be there."""
-    return msgspec.json.decode(manifest[FINISHED], type=Finished)
+    return msgspec.json.decode(entries[FINISHED], type=Finished)
 
 
 def write(
-    facts: Manifest,
+    manifest: Manifest,
     schema: pa.Schema,
     checkpoint: Checkpoint,
     chunks: Chunks,
@@ -53,7 +53,7 @@ def write(
 ) -> None:
     """Writes the result and closes the checkpoint. Every step can be repeated after a kill."""
     if FINISHED not in checkpoint.manifest_entries():
-        digest = _write_completions(facts, schema, chunks, directory, summary)
+        digest = _write_completions(manifest, schema, chunks, directory, summary)
         files.write_usage(directory.usage, checkpoint.totals.lines())
         usage = durable.digest(directory.usage)
         digests = {directory.usage: usage} | (_digests_of_parts(chunks, directory) if digest is None else {})
@@ -76,7 +76,7 @@ def _written(path: Path, digest: str) -> Written:
     return Written(found.st_size, found.st_mtime_ns, digest)
 
 
-def require_intact(directory: RunDirectory, layout: str, rows: int, manifest: Mapping[str, str]) -> None:
+def require_intact(directory: RunDirectory, layout: str, rows: int, entries: Mapping[str, str]) -> None:
     """Checks the result of a finished run by the footers, sizes and times of its files. Only a file with another time,
     such as a copy, is read as a whole; `verify` reads them all.
 
@@ -96,7 +96,7 @@ def require_intact(directory: RunDirectory, layout: str, rows: int, manifest: Ma
             f"{directory.path}: the result has {found:,} rows, {rows:,} were written; "
             f"batchrun verify {directory.path} shows what is damaged"
         )
-    for name, written in finished(manifest).files.items():
+    for name, written in finished(entries).files.items():
         _require_unchanged(directory, directory.path / name, written)
 
 
@@ -118,14 +118,14 @@ def tidy(directory: RunDirectory) -> None:
 
 
 def _write_completions(
-    facts: Manifest, schema: pa.Schema, chunks: Chunks, directory: RunDirectory, summary: Summary
+    manifest: Manifest, schema: pa.Schema, chunks: Chunks, directory: RunDirectory, summary: Summary
 ) -> str | None:
     """Writes the result; the digest of completions.parquet, or None if the parts themselves are the result."""
     parts = [
         (directory.part_of(number, chunk.generation), chunk.part_digest or "", chunk.rows)
         for number, chunk in sorted(chunks.sealed.items())
     ]
-    settings = facts.output
+    settings = manifest.output
     if (rows := sum(rows for _, _, rows in parts)) != summary.rows:
         raise CheckpointError(
             f"{directory.path}: the run has {summary.rows:,} rows, {rows:,} are sealed; nothing is written"
@@ -143,7 +143,7 @@ def bill(summary: Summary) -> dict[str, object]:
     """The run in the footer of its result, so that a file that was moved still has it: its bill, and that it is
     complete.
     """
-    names = ("job", "run_id", "begun_at", "rows", "by_status", "totals", "cost_usd", "wasted_usd")
+    names = ("job", "run_id", "created_at", "rows", "by_status", "totals", "cost_usd", "wasted_usd")
     doubts = ("unpriced", "without_usage", "possibly_billed_count", "possibly_billed_usd", "models", "price")
     copy = ("invocation", "updated_at")  # which of two copies is the newer
     beside = ("tags", "estimate", "reused", "duplicates", "saved_usd")
@@ -152,7 +152,7 @@ def bill(summary: Summary) -> dict[str, object]:
 
 
 def restore_parts(
-    facts: Manifest, checkpoint: Checkpoint, chunks: Sequence[Chunk], directory: RunDirectory
+    manifest: Manifest, checkpoint: Checkpoint, chunks: Sequence[Chunk], directory: RunDirectory
 ) -> list[Chunk]:
     """Cuts the result of a finished run into parts again; returns the chunks with these parts.
 
@@ -162,7 +162,7 @@ def restore_parts(
         CheckpointError: the result was changed after it was written.
     """
     directory.parts.mkdir(mode=0o700, exist_ok=True)
-    settings = facts.output
+    settings = manifest.output
     if settings.layout == "parts":
         for chunk in chunks:
             files.copy_part(
