@@ -136,7 +136,7 @@ def _status(job: Job, directory: RunDirectory, credentials: Credentials, hooks: 
     live_limits.clear(directory)
     was_complete = (directory.read_summary() or {}).get("complete")
     summary_before = directory.summary.read_bytes() if was_complete else None
-    status = RunStatus(job.name, directory, credentials, hooks.command, job.job.tags)
+    status = RunStatus(job.name, directory, credentials, hooks.command, job.job.tags, hooks.shown)
     try:
         hooks.progress(status.summary())
         if credentials.warning:

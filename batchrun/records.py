@@ -470,6 +470,19 @@ class Retrying(msgspec.Struct, frozen=True):
     next_at: datetime | None
 
 
+class Live(msgspec.Struct, frozen=True):
+    """How the run sends now. Rates and `refused_share` (None: nothing was sent) are of the last half minute, `refused`
+    counts this start's. `circuit` is `open`, `cooling`, `probing` or `stopped`; open: requests are sent.
+    """
+
+    in_flight: int
+    allowed_in_flight: int
+    requests_per_second: float
+    refused: int
+    refused_share: float | None
+    circuit: str
+
+
 class Summary(msgspec.Struct, frozen=True):
     """`summary.json`: what is known of a run, from its first second to its last. Its schema is in docs/output.md."""
 
@@ -525,6 +538,8 @@ class Summary(msgspec.Struct, frozen=True):
     reused: int = 0
     duplicates: int = 0
     saved_usd: Decimal = Decimal(0)
+    live: Live | None = None
+    last_answer_at: datetime | None = None
 
 
 class ResultFile(msgspec.Struct, frozen=True):

@@ -32,8 +32,10 @@ from batchrun.startup.input_check import survey
 from batchrun.store.checkpoint import SPILL
 from batchrun.store.rundir import RunDirectory
 from batchrun.tables.rows import OWN_COLUMNS, USAGE_COLUMNS
+from batchrun.telemetry.metrics import METRICS
 from tests.simulator_process import running_simulator
 from tests.unit.test_architecture import LAYERS
+from tests.unit.test_metrics import FULL, samples_of
 
 ROOT = Path(__file__).parents[2]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -160,6 +162,14 @@ def test_every_file_of_a_run_directory_is_listed() -> None:
     directory = RunDirectory(ROOT)
     files = {path.name for path in vars(directory).values() if path != directory.path}
     assert {name.rstrip("/") for name in listed} == {*files, SPILL, directory.images_of().name}
+
+
+def test_every_metric_is_listed_with_its_meaning() -> None:
+    listed = [(bare(name), kind, says.lower()) for name, kind, _, says in rows("docs/telemetry.md", "metric", "type")]
+    assert listed == [(each.prometheus_name, each.kind, each.help.rstrip(".").lower()) for each in METRICS]
+    labels = {bare(name): set(re.findall(r"\w+", cell)) for name, _, cell, _ in rows("docs/telemetry.md", "metric")}
+    for name, there in samples_of(FULL):
+        assert labels[name] == set(there)
 
 
 def test_every_key_of_the_report_is_listed() -> None:
