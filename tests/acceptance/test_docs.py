@@ -423,6 +423,7 @@ def _masked(line: str) -> str:
     return re.sub(r"[\d,.]+ tokens in [\d.]+ s", "TOKENS in TIME", line)
 
 
+@pytest.mark.heavy
 def test_the_readmes_programs_run(tmp_path: Path) -> None:
     programs = re.findall(r"^```python\n([\s\S]*?)^```", text_of("README.md"), re.MULTILINE)
     program = "\n".join([*programs, "import asyncio; asyncio.run(label([{'text': 'Fine.'}]))"])

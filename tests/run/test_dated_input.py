@@ -13,6 +13,7 @@ TODAY = date.today()
 YESTERDAY = TODAY - timedelta(days=1)
 
 
+@pytest.mark.heavy
 def test_each_run_reads_the_input_of_its_date(tmp_path: Path) -> None:
     for day, rows in ((YESTERDAY, 3), (TODAY, 5)):
         write_rows(tmp_path / f"{day}.jsonl", rows)

@@ -399,6 +399,7 @@ def test_startup_errors_are_one_line_exit_2() -> None:
             assert complaint in done.stderr
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("follows", [True, False])
 def test_it_ends_with_its_parent_on_request(follows: bool) -> None:
     parent = "import os, subprocess, sys; settings = sys.argv[1].replace('\"PARENT\"', str(os.getpid()))\n"
