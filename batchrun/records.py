@@ -500,7 +500,7 @@ class Summary(msgspec.Struct, frozen=True):
     price: str | None
     estimate: Estimate | None
     invocation: int
-    begun_at: datetime
+    created_at: datetime
     started_at: datetime
     updated_at: datetime
     elapsed_s: float

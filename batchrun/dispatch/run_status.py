@@ -138,13 +138,13 @@ class RunStatus:
             retrying=self._retrying() if self.state == "running" else None,
             tags=self._tags,
             endpoints=self._endpoints(),
-            budgets=() if workers is None else tuple(workers.gate.purse.uses()),
+            budgets=() if workers is None else tuple(workers.gate.budget.uses()),
         )
         if not isinstance(self.phase, Running):
             spent = None if checkpoint is None else checkpoint.totals
             return starting(self._job, moment, self._directory, self._earlier, spent)
         plan, spent = self.phase.plan, self.phase.checkpoint.totals
-        return summarise(plan.facts, plan.rows, plan.prices, spent, moment, self._directory)
+        return summarise(plan.manifest, plan.rows, plan.prices, spent, moment, self._directory)
 
     def observe(self, now_s: float) -> None:
         """Adds a sample of the progress, and updates the forecast."""
@@ -177,7 +177,7 @@ class RunStatus:
         beyond = workers.learned.overruns.taken()
         for model, overrun in beyond:
             self.log.write("overrun", model=model, **msgspec.structs.asdict(overrun))
-        used = [use for use in workers.gate.purse.uses() if use.is_nearly_used and use.key not in self._seen_used]
+        used = [use for use in workers.gate.budget.uses() if use.is_nearly_used and use.key not in self._seen_used]
         for use in used:
             self._seen_used.add(use.key)
             self.log.write("budget nearly used", **msgspec.structs.asdict(use))

@@ -19,7 +19,7 @@ from batchrun.report import run_state
 from batchrun.report.summary import read
 from batchrun.report.wording import plural
 from batchrun.source import JsonlSource, Source, TableSource
-from batchrun.store import at_rest, manifest, partial, result, stored_window
+from batchrun.store import at_rest, partial, result, stored_window
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.chunks import Chunks, Layout
 from batchrun.store.manifest import Manifest
@@ -54,9 +54,9 @@ def export(directory: RunDirectory, to: Path | None = None) -> Exported:
         raise InputError(f"{directory.path}: no run here (no checkpoint.db); name a run directory")
     with directory.lock(), at_rest.opened(directory.checkpoint, directory.inflight) as checkpoint:
         entries = checkpoint.manifest_entries()
-        if manifest.ENTRY not in entries:
+        if Manifest.ENTRY not in entries:
             raise InputError(f"{directory.path}: no rows yet: the run ended while its input was checked; run it again")
-        known = manifest.decode(entries)
+        known = Manifest.decode(entries)
         if to is not None:
             _require_place(to, directory, known)
         summary = run_state.from_checkpoint(directory, checkpoint, _written(directory))
@@ -135,7 +135,7 @@ def _so_far(directory: RunDirectory, checkpoint: Checkpoint, known: Manifest, su
         types=types,
         schema=schema,
         settings=known.output,
-        parsed=manifest.answer_column(known),
+        parsed=known.answer_column,
         number=known.layout,
         limit=summary.rows if summary.rows < known.rows else None,
     )
@@ -168,9 +168,9 @@ def _schema(
     elif isinstance(source, TableSource):
         given = source.schema
     elif not (chunks := checkpoint.chunks()):
-        return own_schema(known.output.prefix, manifest.answer_column(known))
+        return own_schema(known.output.prefix, known.answer_column)
     elif chunks[0].open:
         given = stored_window.schema_of(directory.input_of(0, known.layout))
     else:
         return files.schema_of(directory.part_of(0, chunks[0].generation)).remove_metadata()
-    return output_schema(given, known.output, manifest.answer_column(known))
+    return output_schema(given, known.output, known.answer_column)

@@ -22,13 +22,13 @@ FINISHED = "finished"
 """The manifest entry that says the result is written. The parts are not needed from then on."""
 
 
-def finished(manifest: Mapping[str, str]) -> FinishedResult:
+def finished(entries: Mapping[str, str]) -> FinishedResult:
     """The result that was written: the manifest entry `FINISHED`, which must be there."""
-    return msgspec.json.decode(manifest[FINISHED], type=FinishedResult)
+    return msgspec.json.decode(entries[FINISHED], type=FinishedResult)
 
 
 def write(
-    facts: Manifest,
+    manifest: Manifest,
     schema: pa.Schema,
     checkpoint: Checkpoint,
     chunks: Chunks,
@@ -40,7 +40,7 @@ def write(
     if FINISHED in entries:
         written = finished(entries)
     else:
-        written = _written(facts, schema, chunks, checkpoint, directory, summary)
+        written = _written(manifest, schema, chunks, checkpoint, directory, summary)
         checkpoint.write_manifest({FINISHED: msgspec.json.encode(written).decode()})
     checkpoint.close(finished=True)
     tidy(directory)
@@ -48,7 +48,7 @@ def write(
 
 
 def _written(
-    facts: Manifest,
+    manifest: Manifest,
     schema: pa.Schema,
     chunks: Chunks,
     checkpoint: Checkpoint,
@@ -63,30 +63,30 @@ def _written(
             f"{directory.path}: the run has {summary.rows:,} rows, {rows:,} are sealed; nothing is written"
         )
     folder, beside = "", []
-    if facts.output.layout == "parts":
+    if manifest.output.layout == "parts":
         staged = result_folder.stage_parts(parts, directory)
         if not parts:  # so that the folder has the columns
             path = files.part_in(directory.staging, 0)
-            staged = [described(directory.path, path, files.write_part(path, schema, (), facts.output, 0), 0)]
-        completions, manifest = result_folder.publish(staged, bill(summary), directory)
-        folder, beside = directory.completions_folder.name, [manifest]
+            staged = [described(directory.path, path, files.write_part(path, schema, (), manifest.output, 0), 0)]
+        completions, listed = result_folder.publish(staged, bill(summary), directory)
+        folder, beside = directory.completions_folder.name, [listed]
     else:
         footer = {files.FOOTER_KEY: msgspec.json.encode(bill(summary)).decode()}
-        digest = files.assemble(parts, directory.completions, schema, facts.output.compression, footer)
+        digest = files.assemble(parts, directory.completions, schema, manifest.output.compression, footer)
         completions = (described(directory.path, directory.completions, digest, rows),)
     files.write_usage(directory.usage, checkpoint.totals.lines())
     usage = described(directory.path, directory.usage, durable.digest(directory.usage), 0)
     return FinishedResult(completions, (*beside, usage), folder)
 
 
-def require_intact(directory: RunDirectory, rows: int, manifest: Mapping[str, str]) -> None:
+def require_intact(directory: RunDirectory, rows: int, entries: Mapping[str, str]) -> None:
     """Checks the result of a finished run by the footers, sizes and times of its files. Only a file with another time,
     such as a copy, is read as a whole; `verify` reads them all.
 
     Raises:
         CheckpointError: a file is missing, cut, changed or new, or has another number of rows.
     """
-    written = finished(manifest)
+    written = finished(entries)
     for file in (*written.files, *written.beside):
         if not (path := directory.path / file.name).exists():
             raise CheckpointError(f"{path} is missing, though the run is complete; restore it, or {ANOTHER}")
@@ -137,7 +137,7 @@ def bill(summary: Summary) -> dict[str, object]:
     """The run in the footer of its result, so that a file that was moved still has it: its bill, and that it is
     complete.
     """
-    names = ("job", "run_id", "begun_at", "rows", "by_status", "totals", "cost_usd", "wasted_usd")
+    names = ("job", "run_id", "created_at", "rows", "by_status", "totals", "cost_usd", "wasted_usd")
     doubts = ("unpriced", "without_usage", "possibly_billed_count", "possibly_billed_usd", "models", "price")
     copy = ("invocation", "updated_at")  # which of two copies is the newer
     beside = ("tags", "estimate", "reused", "duplicates", "saved_usd")
@@ -146,7 +146,7 @@ def bill(summary: Summary) -> dict[str, object]:
 
 
 def restore_parts(
-    facts: Manifest, checkpoint: Checkpoint, chunks: Sequence[Chunk], directory: RunDirectory
+    manifest: Manifest, checkpoint: Checkpoint, chunks: Sequence[Chunk], directory: RunDirectory
 ) -> list[Chunk]:
     """Cuts the result of a finished run into parts again; returns the chunks with these parts.
 
@@ -156,7 +156,7 @@ def restore_parts(
         CheckpointError: the result was changed after it was written.
     """
     directory.parts.mkdir(mode=0o700, exist_ok=True)
-    settings = facts.output
+    settings = manifest.output
     if settings.layout == "parts":
         for chunk in chunks:
             files.link_part(

@@ -283,7 +283,7 @@ def test_rows_name_their_local_day_within_utc(nights: Nights) -> None:
     copy.mkdir(exist_ok=True)
     pq.write_table(table.from_pylist(moved, table.schema), copy / "completions.parquet")
     lines = [line | {"day": "2026-11-28"} for line in summary["totals"]]
-    told = summary | {"totals": lines, "begun_at": "2026-11-28T14:00:00Z", "updated_at": "2026-11-28T16:00:00Z"}
+    told = summary | {"totals": lines, "created_at": "2026-11-28T14:00:00Z", "updated_at": "2026-11-28T16:00:00Z"}
     (copy / "summary.json").write_text(json.dumps(told))
     bills = {line.group[0]: line for line in bill.collect([copy], ("day",), keys.span("Asia/Tokyo", None, None)).lines}
     assert list(bills) == ["2026-11-28", "2026-11-28 or 2026-11-29", "2026-11-29"]
@@ -438,7 +438,7 @@ def test_a_run_is_filed_under_its_date(tmp_path: Path) -> None:
     begun = "2026-11-02T23:30:00Z"
     places = ("2026-11-01", "2026-11-01-2", "nightly", "2026-12-01/reviews")
     for number, place in enumerate(places):
-        write_result(tmp_path / place, [row(0)], run_id=str(number), begun_at=begun)
+        write_result(tmp_path / place, [row(0)], run_id=str(number), created_at=begun)
     told = bill.collect([tmp_path], ("night",), keys.span("Asia/Tokyo", None, None))
     assert {line.group: line.runs for line in told.lines} == {
         ("2026-11-01",): 2,

@@ -374,5 +374,7 @@ def holds_together(summary: Summary) -> None:
     assert all(Path(file).is_file() for file in summary.files.values())
     assert summary.cost_usd == sum(line.cost_usd for line in summary.totals)
     assert len(summary.possibly_billed) == summary.possibly_billed_count
-    assert summary.begun_at <= summary.updated_at >= summary.started_at
-    assert all(moment.utcoffset() is not None for moment in (summary.begun_at, summary.started_at, summary.updated_at))
+    assert summary.created_at <= summary.updated_at >= summary.started_at
+    assert all(
+        moment.utcoffset() is not None for moment in (summary.created_at, summary.started_at, summary.updated_at)
+    )

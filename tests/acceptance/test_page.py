@@ -44,7 +44,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 changes |= {"status": "error", "content": None, "error": error}
             rows.append(row(number, **changes))
         begun = f"2026-11-{night:02d}T01:00:00Z"
-        write_result(folder / f"2026-11-{night:02d}", rows, job=HOSTILE, begun_at=begun)
+        write_result(folder / f"2026-11-{night:02d}", rows, job=HOSTILE, created_at=begun)
     write_result(folder / "2026-11-09", [row(0)], job="stopped", complete=False, pending=5, reason=HOSTILE)
     return folder
 

@@ -116,11 +116,11 @@ def started(path: Path, job: Job) -> Iterator[Start]:
         made = resume.make(job, directory, checkpoint, RunOptions(), NOW)
         layout = Layout(
             source=made.source,
-            identities=made.facts.files,
-            rejected=frozenset(made.facts.rejected),
+            identities=made.manifest.files,
+            rejected=frozenset(made.manifest.rejected),
             types=made.types,
             schema=made.schema,
-            settings=made.facts.output,
+            settings=made.manifest.output,
         )
         chunks = Chunks(directory, checkpoint, layout)
         chunks.remove_orphans()

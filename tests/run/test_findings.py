@@ -22,7 +22,7 @@ Change = Callable[[int], dict[str, Any]]
 def night(folder: Path, number: int, change: Change, *, typed: bool = False, **summary: Any) -> Path:
     begun = f"2026-11-{number:02d}T01:00:00Z"
     rows = [row(place, **change(place)) for place in range(ROWS)]
-    return write_result(folder / f"2026-11-{number:02d}", rows, typed=typed, begun_at=begun, **summary)
+    return write_result(folder / f"2026-11-{number:02d}", rows, typed=typed, created_at=begun, **summary)
 
 
 def collect(folder: list[Path], query: Query) -> Bill:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchrun.limits.admission import Ask, Outcome
+from batchrun.limits.admission import Demand, Outcome
 from batchrun.limits.budget import BudgetAccount, Cap
 from batchrun.limits.gate import GateClosed
 from batchrun.limits.overruns import Overrun, Overruns, decode, in_words
@@ -140,13 +140,13 @@ def test_spending_exceeds_a_cap_by_one_surprise(output: int, cap: int, in_flight
     async def main() -> None:
         spent = attempts = 0
         overruns = Overruns()
-        gate = new_gate(max_in_flight=in_flight, purse=BudgetAccount(tokens=Cap(cap, 0)), overruns=overruns)
+        gate = new_gate(max_in_flight=in_flight, budget=BudgetAccount(tokens=Cap(cap, 0)), overruns=overruns)
 
         async def worker(number: int) -> None:
             nonlocal spent, attempts
             request = msgspec.structs.replace(REQUEST, model="ab"[number % 2])
             for row in range(50):
-                slot = await gate.admit(Ask(1, None, request.upper_bound_tokens, model=request.model))
+                slot = await gate.admit(Demand(1, None, request.upper_bound_tokens, model=request.model))
                 attempts += 1
                 fate = Verdict.ROW if attempts <= fails else Verdict.OK
                 await asyncio.sleep(0.1)
@@ -167,8 +167,8 @@ def test_spending_exceeds_a_cap_by_one_surprise(output: int, cap: int, in_flight
 def test_waiting_rows_reserve_by_the_first_answer() -> None:
     async def main() -> None:
         overruns = Overruns()
-        gate = new_gate(purse=BudgetAccount(cost_usd=Cap(Decimal(1), Decimal(0))), overruns=overruns)
-        ask = Ask(1, Decimal("0.10"), 120, 20, "m", Decimal(100), Decimal(1_000))
+        gate = new_gate(budget=BudgetAccount(cost_usd=Cap(Decimal(1), Decimal(0))), overruns=overruns)
+        ask = Demand(1, Decimal("0.10"), 120, 20, "m", Decimal(100), Decimal(1_000))
         slot = await gate.admit(ask)
         assert gate.bound(slot) == (Decimal("0.10"), 120)
         waiting = asyncio.create_task(gate.admit(ask))
@@ -212,7 +212,7 @@ def test_the_next_start_knows_the_overrun() -> None:
     assert other.most_in_flight("m") == none.most_in_flight("m") == 1
     varied = decode(overruns.encode(), 1)
     assert varied.most_in_flight("m") == 1
-    assert varied.widened(Ask(1, None, 120, 20, "m")).upper_bound_tokens == 420
+    assert varied.widened(Demand(1, None, 120, 20, "m")).upper_bound_tokens == 420
 
 
 def test_an_overrun_is_reported_in_plain_words() -> None:

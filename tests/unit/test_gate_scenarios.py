@@ -111,10 +111,10 @@ def live(endpoint: Endpoint, rows: int) -> Night:
         else:
             refusals.ended(order, now_s)
         refusals.rise(now_s)
-        ruling = state.observe(Outcome(row, verdict, error), order, now_s, finding)
-        night.failed |= held.intersection(ruling.own)
-        held.difference_update(ruling.own)
-        if ruling.hold:
+        decision = state.observe(Outcome(row, verdict, error), order, now_s, finding)
+        night.failed |= held.intersection(decision.own)
+        held.difference_update(decision.own)
+        if decision.hold:
             held.add(row)
         elif verdict is Verdict.OK:
             night.done.add(row)
