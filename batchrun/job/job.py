@@ -105,6 +105,7 @@ Reusable = Literal["ok", "truncated", "filtered", "refused", "empty", "invalid",
 
 class Input(Table, frozen=True):
     path: Text | None = None
+    partitions: dict[Text, Text | int | list[Text | int]] = {}
     id: Text | None = None
     dialect: Literal["auto", "columns", "messages", "openai-batch"] = "auto"
     min_rows: Count = 1  # an empty input usually means that a pipe broke
@@ -370,12 +371,18 @@ class Job(Table, frozen=True):
         )
 
     def on(self, date: str) -> "Job":
-        """The job with its input of that logical date (`2026-11-28`), where `input.path` holds `{date}`."""
-        path = self.input.path
-        if path is None or "{date}" not in path:
-            return self
-        dated = msgspec.structs.replace(self.input, path=path.replace("{date}", date))
-        return msgspec.structs.replace(self, input=dated)
+        """The job with its input of that logical date (`2026-11-28`), where `input.path` or a value of
+        `input.partitions` holds `{date}`.
+        """
+
+        def dated(value: Any) -> Any:
+            if isinstance(value, list):
+                return [dated(each) for each in value]
+            return value.replace("{date}", date) if isinstance(value, str) else value
+
+        partitions = {name: dated(value) for name, value in self.input.partitions.items()}
+        given = msgspec.structs.replace(self.input, path=dated(self.input.path), partitions=partitions)
+        return self if given == self.input else msgspec.structs.replace(self, input=given)
 
     @property
     def simulated(self) -> bool:

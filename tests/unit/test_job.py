@@ -398,6 +398,7 @@ OTHER_VALUES: Mapping[str, object] = {
     "endpoint.auth": "none",
     "input.reuse_status": ["ok"],
     "input.max_changed": "5%",
+    "input.partitions": {"lang": "de"},
     "endpoint.max_tokens_field": "max_completion_tokens",
     "endpoint.developer_role": "system",
     "endpoint.transport": "session",
