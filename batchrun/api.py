@@ -28,6 +28,7 @@ from batchrun.source import Rows, as_file
 from batchrun.startup.run_options import RunOptions
 from batchrun.store import rundir
 from batchrun.store.rundir import RunDirectory
+from batchrun.telemetry.views import Views
 
 _LOG = logging.getLogger("batchrun")
 
@@ -106,6 +107,7 @@ def begin(job: Job | str | Path, rows: Rows | None, options: Options, host: Host
     if (dated := wanted.on(date)) is not wanted and (command := options.get("command")) is not None:
         options["command"] = f"{command} --date {date}"
     wanted, began_at = dated, datetime.now(UTC)
+    views = Views(wanted, directory, note)
     try:
         environ = options.get("environ", os.environ)
         preflight.require_settings(wanted, directory)
@@ -115,11 +117,13 @@ def begin(job: Job | str | Path, rows: Rows | None, options: Options, host: Host
             _stream(wanted, rows, directory) as stream,
             _runtime(pointed, environ, note) as runtime,
         ):
-            summary = _invoke(pointed, directory, keys, options, stream, note, deadline, host, runtime)
+            summary = _invoke(pointed, directory, keys, options, stream, note, deadline, host, runtime, views)
     except BaseException as error:
         code = error.exit_code if isinstance(error, BatchrunError) else ExitCode.INTERNAL_ERROR
+        views.end(code, str(error), None)
         on_end.run(wanted, directory, End(int(code), str(error)), began_at, note)
         raise
+    views.end(summary.exit_code or 0, summary.reason, summary)
     on_end.run(wanted, directory, End(summary.exit_code or 0, summary.reason, summary), began_at, note)
     if not summary.complete:
         raise RunIncompleteError(summary)
@@ -136,6 +140,7 @@ def _invoke(
     deadline: Deadline | None,
     host: Host | None,
     runtime: Runtime,
+    views: Views,
 ) -> Summary:
     run_options = RunOptions(
         skip_invalid=options.get("skip_invalid", False),
@@ -151,7 +156,7 @@ def _invoke(
     )
     grace_s = options.get("grace_s")
     progress: Callable[[Summary], None] = options.get("progress", lambda summary: None)
-    hooks = Hooks(progress, note, host, options.get("command"), GRACE_S if grace_s is None else grace_s)
+    hooks = Hooks(progress, note, host, options.get("command"), GRACE_S if grace_s is None else grace_s, views.show)
     return engine.run(job, directory, keys, run_options, hooks, runtime)
 
 

@@ -12,7 +12,7 @@ from batchrun.store.totals import Totals
 
 def start_lines(job: Job, plan: Plan, where: Path, totals: Totals, lost: int, *, retrying: bool) -> list[str]:
     """`lost`: how many requests were in flight when the last process died."""
-    known, lines = plan.facts, []
+    known, lines = plan.manifest, []
     if plan.resumed:
         done, cost = totals.settled(), totals.cost_usd()
         failed = sum(totals.standing.get(status, 0) for status in failing(job.finish))

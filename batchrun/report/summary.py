@@ -11,7 +11,18 @@ from batchrun.errors import CheckpointError, InputError
 from batchrun.limits.deadline import Deadline
 from batchrun.limits.forecast import Forecast
 from batchrun.prices import PriceTable
-from batchrun.records import FAILURES, BudgetUse, EndpointTotals, Estimate, InForce, Retrying, Status, Summary, Tuned
+from batchrun.records import (
+    FAILURES,
+    BudgetUse,
+    EndpointTotals,
+    Estimate,
+    InForce,
+    Live,
+    Retrying,
+    Status,
+    Summary,
+    Tuned,
+)
 from batchrun.report.cost_lines import prices_in_words, scaled
 from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
@@ -54,6 +65,8 @@ class Moment(msgspec.Struct, frozen=True):
     tags: dict[str, str] = {}
     endpoints: tuple[EndpointTotals, ...] = ()
     budgets: tuple[BudgetUse, ...] = ()
+    live: Live | None = None
+    last_answer_at: datetime | None = None
 
     @property
     def eta(self) -> datetime | None:
@@ -93,7 +106,7 @@ def read(directory: RunDirectory) -> Summary:
 
 
 _OF_THE_RUN = (
-    *("job", "run_id", "begun_at", "rows", "rejected", "by_status", "pending", "totals", "cost_usd", "wasted_usd"),
+    *("job", "run_id", "created_at", "rows", "rejected", "by_status", "pending", "totals", "cost_usd", "wasted_usd"),
     *("unpriced", "without_usage", "possibly_billed", "possibly_billed_count", "possibly_billed_usd", "models"),
     *("unknown_finish_reasons", "unpriced_tiers", "example_error", "price", "estimate", "invocation"),
     *("reused", "duplicates", "saved_usd"),
@@ -117,7 +130,7 @@ def starting(
     now = _summary(
         earlier.job,
         earlier.run_id,
-        earlier.begun_at,
+        earlier.created_at,
         earlier.rows,
         earlier.rejected,
         {},
@@ -131,7 +144,7 @@ def starting(
 
 
 def summarise(
-    facts: Manifest,
+    manifest: Manifest,
     rows: int,
     tables: dict[str, PriceTable | None],
     spent: Totals,
@@ -139,15 +152,17 @@ def summarise(
     directory: RunDirectory,
 ) -> Summary:
     """The summary of the run now. Everything in it is durable."""
-    rejected = len(facts.rejected)
-    estimate = None if facts.estimate is None else scaled(facts.estimate, rows)
-    return _summary(facts.job, facts.run_id, facts.begun_at, rows, rejected, tables, spent, moment, directory, estimate)
+    rejected = len(manifest.rejected)
+    estimate = None if manifest.estimate is None else scaled(manifest.estimate, rows)
+    return _summary(
+        manifest.job, manifest.run_id, manifest.created_at, rows, rejected, tables, spent, moment, directory, estimate
+    )
 
 
 def _summary(
     job: str,
     run_id: str,
-    begun_at: datetime,
+    created_at: datetime,
     rows: int,
     rejected: int,
     tables: dict[str, PriceTable | None],
@@ -189,7 +204,7 @@ def _summary(
         price="; ".join(names) or None,
         estimate=estimate,
         invocation=moment.invocation,
-        begun_at=begun_at,
+        created_at=created_at,
         started_at=moment.started_at,
         updated_at=moment.now,
         elapsed_s=round(moment.elapsed_s, 3),
@@ -214,6 +229,8 @@ def _summary(
         reused=sum(line.reused for line in lines),
         duplicates=sum(line.duplicates for line in lines),
         saved_usd=sum((line.saved_usd for line in lines), Decimal(0)),
+        live=moment.live,
+        last_answer_at=moment.last_answer_at,
     )
 
 

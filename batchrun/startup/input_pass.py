@@ -17,7 +17,6 @@ from batchrun.startup import preconditions, stdin_copy
 from batchrun.startup.answer_match import Questions
 from batchrun.startup.input_check import Problem, Survey, survey
 from batchrun.startup.run_options import RunOptions
-from batchrun.store import manifest
 from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
 from batchrun.tables.json_columns import ColumnTypes
@@ -69,8 +68,8 @@ def read(
     return found
 
 
-def facts_of(
-    job: Job, source: Source, files: tuple[FileIdentity, ...], found: Survey, *, run_id: str, begun_at: datetime
+def manifest_of(
+    job: Job, source: Source, files: tuple[FileIdentity, ...], found: Survey, *, run_id: str, created_at: datetime
 ) -> Manifest:
     """The manifest of a run over this input.
 
@@ -82,7 +81,7 @@ def facts_of(
         raise InputError(f"the input changed while it was read: {what}; run again when it no longer changes")
     return Manifest(
         run_id=run_id,
-        begun_at=begun_at,
+        created_at=created_at,
         job=job.name,
         dialect=found.dialect,
         files=files,
@@ -119,7 +118,7 @@ def schema_of(source: Source, known: Manifest) -> pa.Schema:
     return output_schema(
         source.schema if isinstance(source, TableSource) else types.schema(),
         known.output,
-        manifest.answer_column(known),
+        known.answer_column,
     )
 
 

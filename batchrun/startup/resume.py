@@ -25,7 +25,7 @@ from batchrun.startup import carry, changes, input_pass, preconditions, previous
 from batchrun.startup.answer_match import NONE, Questions
 from batchrun.startup.estimate import estimate
 from batchrun.startup.run_options import RunOptions
-from batchrun.store import manifest, origins, variants
+from batchrun.store import origins, variants
 from batchrun.store.carry_over import CarryOver
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.manifest import Manifest
@@ -46,7 +46,7 @@ class Plan(msgspec.Struct, frozen=True):
     the run's first job; `variant` is that of this start's job. `origins` says which rows are not sent.
     """
 
-    facts: Manifest
+    manifest: Manifest
     rows: int
     variants: tuple[Variant, ...]
     variant: int
@@ -66,7 +66,7 @@ def make(job: Job, directory: RunDirectory, checkpoint: Checkpoint, options: Run
         JobError, InputError: something is invalid or has changed; nothing was sent.
     """
     entries, today = checkpoint.manifest_entries(), now.astimezone().date().isoformat()
-    if "facts" in entries:
+    if Manifest.ENTRY in entries:
         return _resume(job, directory, checkpoint, options, entries, today)
     if options.retry is not None:
         raise JobError(
@@ -78,7 +78,7 @@ def make(job: Job, directory: RunDirectory, checkpoint: Checkpoint, options: Run
     files = fingerprint(source.files)
     with Questions(directory.path) as keys, Questions(directory.path) as pictures:
         found = input_pass.read(source, job, directory, options, keys.add, pictures.add)
-        new = input_pass.facts_of(job, source, files, found, run_id=uuid.uuid4().hex[:12], begun_at=now)
+        new = input_pass.manifest_of(job, source, files, found, run_id=uuid.uuid4().hex[:12], created_at=now)
         input_pass.keep_digests(job, directory, new.layout, pictures, found)
         made = _origins(job, directory, new, options, keys.rows(found.rejected))
     ways = (variants.of_job(job),)
@@ -87,20 +87,20 @@ def make(job: Job, directory: RunDirectory, checkpoint: Checkpoint, options: Run
     to_send = found.rows if made is None else made.new
     expected = estimate(found, job, plan.prices, to_send, None, daily.left_s(now), before)
     expected = msgspec.structs.replace(expected, rows=found.rows)  # those that are not sent cost nothing
-    plan = msgspec.structs.replace(plan, facts=msgspec.structs.replace(new, estimate=expected), origins=made)
-    entries = {**manifest.encode(plan.facts), "prices": _encode(plan.prices), **variants.encode(ways)}
+    plan = msgspec.structs.replace(plan, manifest=msgspec.structs.replace(new, estimate=expected), origins=made)
+    entries = {**plan.manifest.encode(), "prices": _encode(plan.prices), **variants.encode(ways)}
     checkpoint.write_manifest({**entries, origins.ENTRY: _encode(made)})
     return plan
 
 
 def _origins(
-    job: Job, directory: RunDirectory, facts: Manifest, options: RunOptions, keys: Iterable[tuple[bytes, int]]
+    job: Job, directory: RunDirectory, manifest: Manifest, options: RunOptions, keys: Iterable[tuple[bytes, int]]
 ) -> Origins | None:
     """Which rows take an answer without a request, by their keys; None if the job sends all of them."""
-    wanted = carry.wanted(job, facts.rows, facts.layout)
+    wanted = carry.wanted(job, manifest.rows, manifest.layout)
     if wanted is None:
         return None
-    made = carry.make(job, keys, wanted, directory.path, directory.origins_of(facts.layout), options.note)
+    made = carry.make(job, keys, wanted, directory.path, directory.origins_of(manifest.layout), options.note)
     if (line := carry.in_words(made)) is not None:
         options.note(line)
     return made
@@ -137,7 +137,7 @@ def changed_input(files: tuple[Path, ...], directory: RunDirectory, known: Manif
 def _resume(
     job: Job, directory: RunDirectory, checkpoint: Checkpoint, options: RunOptions, entries: dict[str, str], today: str
 ) -> Plan:
-    known, ways = manifest.decode(entries), variants.decode(entries)
+    known, ways = Manifest.decode(entries), variants.decode(entries)
     require_same_shape(job, known)
     stdin_copy.settle(directory, known)
     files = stdin_copy.put_in_place(input_pass.input_files(job, directory, options), directory)
@@ -145,7 +145,7 @@ def _resume(
         known, ways, variant, source = _as_it_is_now(job, directory, checkpoint, options, known, ways, files)
         made = _origins_now(job, directory, checkpoint, options, known, source)
     finally:
-        stdin_copy.settle(directory, manifest.decode(checkpoint.manifest_entries()))
+        stdin_copy.settle(directory, Manifest.decode(checkpoint.manifest_entries()))
     prices_known = msgspec.json.decode(entries.get("prices", "{}"), type=dict[str, PriceTable | None])
     limit = None if options.limit is None else max(options.limit, _opened_rows(checkpoint))
     plan = _plan(job, known, ways, variant, source, prices_known, limit, today, resumed=True)
@@ -225,7 +225,7 @@ def _adopt(
     """
     with Questions(directory.path) as questions, Questions(directory.path) as pictures:
         found = input_pass.read(source, job, directory, options, questions.add, pictures.add)
-        new = input_pass.facts_of(job, source, identities, found, run_id=known.run_id, begun_at=known.begun_at)
+        new = input_pass.manifest_of(job, source, identities, found, run_id=known.run_id, created_at=known.created_at)
         expected = None if known.estimate is None else scaled(known.estimate, found.rows)
         new = msgspec.structs.replace(
             new, layout=known.layout + 1, variant=variant, dialect=found.dialect, estimate=expected
@@ -242,7 +242,7 @@ def _adopt(
             _require_consent(job, options, seen, settings)
             options.note(str(seen))
             schema = input_pass.schema_of(source, new)
-            entries = {**manifest.encode(new), **variants.encode(ways), origins.ENTRY: _encode(made)}
+            entries = {**new.encode(), **variants.encode(ways), origins.ENTRY: _encode(made)}
             input_pass.keep_digests(job, directory, new.layout, pictures, found)
             changes.lay_out(
                 answers, matches, source, new, schema, directory, checkpoint, entries, options.limit, carry_over
@@ -314,7 +314,7 @@ def _opened_rows(checkpoint: Checkpoint) -> int:
 
 def _plan(
     job: Job,
-    facts: Manifest,
+    manifest: Manifest,
     ways: tuple[Variant, ...],
     variant: int,
     source: Source,
@@ -324,23 +324,23 @@ def _plan(
     *,
     resumed: bool,
 ) -> Plan:
-    types = None if facts.types is None else ColumnTypes.from_json(facts.types)
+    types = None if manifest.types is None else ColumnTypes.from_json(manifest.types)
     tables = {
         model: known.get(model) if known.get(model) and model not in job.pricing else _price(model, job, today)
-        for model in (*facts.models, *(way.request.model for way in ways[1:] if way.request.model is not None))
+        for model in (*manifest.models, *(way.request.model for way in ways[1:] if way.request.model is not None))
     }
-    preconditions.require_budget(job, facts.max_request, tables)
-    rows = facts.rows if limit is None else min(limit, facts.rows)
+    preconditions.require_budget(job, manifest.max_request, tables)
+    rows = manifest.rows if limit is None else min(limit, manifest.rows)
     return Plan(
-        facts,
+        manifest,
         rows,
         ways,
         variant,
         resumed,
         source,
         types,
-        input_pass.schema_of(source, facts),
-        manifest.answer_column(facts),
+        input_pass.schema_of(source, manifest),
+        manifest.answer_column,
         tables,
     )
 

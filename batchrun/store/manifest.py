@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from datetime import datetime
+from typing import ClassVar, Self
 
 import msgspec
 
@@ -11,9 +12,6 @@ from batchrun.records import Estimate
 from batchrun.source import FileIdentity
 from batchrun.tables.arrow_types import Column, column_of
 
-ENTRY = "facts"
-"""The checkpoint's manifest entry that holds it."""
-
 
 class Manifest(msgspec.Struct, frozen=True):
     """`types` are the column types of JSONL input, as JSON; `answer_schema` is the JSON schema of the column `parsed`.
@@ -22,8 +20,11 @@ class Manifest(msgspec.Struct, frozen=True):
     `estimate` is what all rows were expected to take.
     """
 
+    ENTRY: ClassVar[str] = "manifest"
+    """The checkpoint's manifest entry that holds it."""
+
     run_id: str
-    begun_at: datetime
+    created_at: datetime
     job: str
     dialect: str
     files: tuple[FileIdentity, ...]
@@ -44,24 +45,25 @@ class Manifest(msgspec.Struct, frozen=True):
         """The start of the ids of attempts: after a change the same row number may be another row."""
         return f"{self.run_id}.{self.layout}" if self.layout else self.run_id
 
+    @classmethod
+    def decode(cls, entries: Mapping[str, str]) -> Self:
+        """The manifest in the checkpoint's manifest entries.
 
-def decode(entries: Mapping[str, str]) -> Manifest:
-    """The manifest in the checkpoint's manifest entries.
+        Raises:
+            CheckpointError: it is missing or damaged.
+        """
+        try:
+            return msgspec.json.decode(entries[cls.ENTRY], type=cls)
+        except (KeyError, msgspec.DecodeError) as error:
+            raise CheckpointError(
+                f"the run's manifest can't be read: {error}; keep a copy of this directory"
+            ) from error
 
-    Raises:
-        CheckpointError: it is missing or damaged.
-    """
-    try:
-        return msgspec.json.decode(entries[ENTRY], type=Manifest)
-    except (KeyError, msgspec.DecodeError) as error:
-        raise CheckpointError(f"the run's manifest can't be read: {error}; keep a copy of this directory") from error
+    def encode(self) -> dict[str, str]:
+        """The manifest as a checkpoint entry."""
+        return {self.ENTRY: msgspec.json.encode(self).decode()}
 
-
-def encode(manifest: Manifest) -> dict[str, str]:
-    """The manifest as a checkpoint entry."""
-    return {ENTRY: msgspec.json.encode(manifest).decode()}
-
-
-def answer_column(manifest: Manifest) -> Column:
-    """The type of the column `parsed`."""
-    return column_of(None if manifest.answer_schema is None else msgspec.json.decode(manifest.answer_schema))
+    @property
+    def answer_column(self) -> Column:
+        """The type of the column `parsed`."""
+        return column_of(None if self.answer_schema is None else msgspec.json.decode(self.answer_schema))

@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("transport", "policy", "tables"),
     ("attempt_caps", "store", "ray_engine"),
     ("report",),
-    ("startup",),
+    ("startup", "telemetry"),
     ("dispatch",),
     ("engine", "integrity", "simulator"),
     ("simulated", "terminal"),
