@@ -99,6 +99,8 @@ class Endpoint(Table, frozen=True):
         return VENDOR_ID_HEADER if vendor else ID_HEADER
 
 
+ActorCount = Annotated[int, Meta(ge=1, le=1000)]
+
 Reusable = Literal["ok", "truncated", "filtered", "refused", "empty", "invalid", "error"]
 """The statuses of earlier answers that may be reused."""
 
@@ -192,6 +194,18 @@ class Limits(Table, frozen=True):
     max_in_flight: Annotated[int, Meta(ge=1, le=4096)] = 64
     max_output_tokens: AtLeastOne = 128_000  # the model's maximum; the upper bound for a request without max_tokens
     max_image_tokens: AtLeastOne = 6_000  # more than any entry of the upstream's table of tile and patch counts
+
+
+class Engine(Table, frozen=True):
+    """Which processes send: this one, or actors of a Ray cluster."""
+
+    name: Literal["local", "ray"] = "local"
+    ray_address: Text | None = None
+    actors: ActorCount = 2
+    max_actors: ActorCount | None = None
+    requests_per_actor: AtLeastOne = 256
+    cpus_per_actor: AtLeastZero = 1.0
+    start_timeout_s: Positive = 300.0
 
 
 class Retry(Table, frozen=True):
@@ -319,6 +333,7 @@ class Job(Table, frozen=True):
     job: About = About()
     input: Input = Input()
     limits: Limits = Limits()
+    engine: Engine = Engine()
     retry: Retry = Retry()
     finish: Finish = Finish()
     budget: Budget = Budget()
