@@ -28,6 +28,7 @@ from batchrun.source import Rows, as_file
 from batchrun.startup.run_options import RunOptions
 from batchrun.store import rundir
 from batchrun.store.rundir import RunDirectory
+from batchrun.telemetry.views import Views
 
 _LOG = logging.getLogger("batchrun")
 
@@ -109,16 +110,19 @@ def begin(job: Job | str | Path, rows: Rows | None, options: Options, host: Host
     if (url := rundir.published_at(wanted.output, directory.path)) and (command := options.get("command")) is not None:
         options["command"] = destination.command(command, wanted, url)
     wanted, began_at = dated, datetime.now(UTC)
+    views = Views(wanted, directory, note)
     try:
         environ = options.get("environ", os.environ)
         preflight.require_settings(wanted, directory)
         keys = preflight.key(wanted, environ)
         with simulated.endpoint_of(wanted) as pointed, _stream(wanted, rows, directory) as stream:
-            summary = _invoke(pointed, directory, keys, options, stream, note, deadline, host)
+            summary = _invoke(pointed, directory, keys, options, stream, note, deadline, host, views)
     except BaseException as error:
         code = error.exit_code if isinstance(error, BatchrunError) else ExitCode.INTERNAL_ERROR
+        views.end(code, str(error), None)
         on_end.run(wanted, directory, End(int(code), str(error)), began_at, note)
         raise
+    views.end(summary.exit_code or 0, summary.reason, summary)
     on_end.run(wanted, directory, End(summary.exit_code or 0, summary.reason, summary), began_at, note)
     if not summary.complete:
         raise RunIncompleteError(summary)
@@ -134,6 +138,7 @@ def _invoke(
     note: Callable[[str], None],
     deadline: Deadline | None,
     host: Host | None,
+    views: Views,
 ) -> Summary:
     run_options = RunOptions(
         skip_invalid=options.get("skip_invalid", False),
@@ -149,13 +154,10 @@ def _invoke(
     )
     grace_s = options.get("grace_s")
     progress: Callable[[Summary], None] = options.get("progress", lambda summary: None)
-    hooks = Hooks(progress, note, host, options.get("command"), GRACE_S if grace_s is None else grace_s)
+    hooks = Hooks(progress, note, host, options.get("command"), GRACE_S if grace_s is None else grace_s, views.show)
     work = functools.partial(engine.run, job, directory, keys, run_options, hooks, _loop_factory())
-    return (
-        work()
-        if (url := rundir.published_at(job.output, directory.path)) is None
-        else destination.run(job, directory, url, work, note)
-    )
+    url = rundir.published_at(job.output, directory.path)
+    return work() if url is None else destination.run(job, directory, url, work, note)
 
 
 def _checked(options: Options, host: Host | None) -> Callable[[int], None]:

@@ -116,15 +116,15 @@ def _published(
     """
     entries = read_finished(directory.checkpoint)
     known, written = Manifest.decode(entries), result.finished(entries)
-    named = sorted(written.files.items(), key=lambda each: directory.path / each[0] == directory.usage)
-    files = [Published(name, directory.path / name, each.digest) for name, each in named]
+    files = [Published(each.name, directory.path / each.name, each.digest) for each in written.files]
+    beside = [Published(each.name, directory.path / each.name, each.digest) for each in written.beside]
     record = RunRecord(known.run_id, known.job, job.fingerprint(), known.digests, summary.rows_in_output)
     found = summaries.read(directory)
     places = {name: str(folder.url.child(Path(path).name)) for name, path in found.files.items()}
     content = msgspec.json.format(msgspec.json.encode(msgspec.structs.replace(found, files=places)), indent=2)
     with contextlib.closing(RunLog(directory.log)) as log:
         try:
-            new = publish.publish(folder, files, content, record, claim)
+            new = publish.publish(folder, files, beside, content, record, claim)
         except BatchrunError as error:
             log.write("publish failed", url=str(folder), why=str(error))
             why = f"{error} (the result is complete in {directory.path}; publishing it sends no request)"

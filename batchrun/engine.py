@@ -126,7 +126,7 @@ def _finished(job: Job, directory: RunDirectory, options: RunOptions) -> Summary
     to_retry = any(summary.by_status.get(status) for status in options.retry or ())
     if changed_settings or changed_input is not None or to_retry or wanted_rows > summary.rows_in_output:
         return None
-    result.require_intact(directory, known.output.layout, summary.rows_in_output, entries)
+    result.require_intact(directory, summary.rows_in_output, entries)
     return msgspec.structs.replace(summary, exit_code=int(_exit_code(job, summary)), files=files(directory))
 
 
@@ -136,7 +136,7 @@ def _status(job: Job, directory: RunDirectory, credentials: Credentials, hooks: 
     live_limits.clear(directory)
     was_complete = (directory.read_summary() or {}).get("complete")
     summary_before = directory.summary.read_bytes() if was_complete else None
-    status = RunStatus(job.name, directory, credentials, hooks.command, job.job.tags)
+    status = RunStatus(job.name, directory, credentials, hooks.command, job.job.tags, hooks.shown)
     try:
         hooks.progress(status.summary())
         if credentials.warning:

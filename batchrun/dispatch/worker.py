@@ -91,12 +91,13 @@ class Workers:
         self._unparked = asyncio.Event()
         self.failure: BaseException | None = None
         self._working: asyncio.Task[None] | None = None
-        self.sent = 0
+        self.sent = self.refused = 0
         self.slow_s = 0.0  # nearly all responses are faster
 
     def resume(self, earlier: "Workers") -> None:
         """What the workers before these counted in this start counts on: they sent its canary."""
         self.sent += earlier.sent
+        self.refused += earlier.refused
         before, now = earlier.anomalies, self.anomalies
         now.unknown_finish_reasons[:] = before.unknown_finish_reasons
         now.unpriced_tiers[:] = before.unpriced_tiers
@@ -289,6 +290,7 @@ class Workers:
             settlement = policy.settlement(answer, request.expected, self._job.finish, attempt.http_status)
             self._last_rows.answered(after_failure=pending.history.attempts > 0)
         else:
+            self.refused += judgement.verdict is Verdict.SLOW
             reached = attempt.error is None or attempt.error.sent
             is_last = reached and self._last_rows.only_failed_left
             at_end = judgement.is_chargeable and is_last

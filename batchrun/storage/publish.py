@@ -73,13 +73,14 @@ def record_of(folder: RemoteFolder) -> RunRecord | None:
 def publish(
     folder: RemoteFolder,
     files: Sequence[Published],
+    beside: Sequence[Published],
     summary: bytes,
     record: RunRecord,
     claim: Claim,
     reached: Callable[[str], None] = lambda step: None,
 ) -> bool:
-    """The folder holds the result; False if it held it already. `files` are put in this order; `reached` gets the name
-    of each step that is done.
+    """The folder holds the result; False if it held it already. `files` hold the rows, those `beside` describe them
+    and are put after them; `reached` gets the name of each step that is done.
 
     Raises:
         RunLockedError: another run has published there, or works there.
@@ -92,7 +93,10 @@ def publish(
     folder.delete(SUMMARY)
     reached("summary deleted")
     _put_files(folder, files, record.run_id, reached)
-    _delete_others(folder, files)
+    _delete_others(folder, (*files, *beside))
+    for each in beside:
+        folder.put_file(each.name, each.local)
+        reached(each.name)
     folder.put(RECORD, msgspec.json.encode(record))
     claim.require_held()
     reached("files put")
@@ -119,10 +123,9 @@ def require_ours(folder: RemoteFolder, run_id: str | None) -> None:
 
 def _put_files(folder: RemoteFolder, files: Sequence[Published], run_id: str, reached: Callable[[str], None]) -> None:
     """The files are in their places, all that can be copied within the store at the same moment or nearly."""
-    if len({each.name.partition("/")[0] for each in files}) == len(files):
-        for each in files:  # single files, each of which is replaced as a whole
-            folder.put_file(each.name, each.local)
-            reached(each.name)
+    if len(files) == 1:  # it is replaced as a whole
+        folder.put_file(files[0].name, files[0].local)
+        reached(files[0].name)
         return
     staged = f"{CONTROL}/{run_id}/staged"
     small = [each for each in files if each.local.stat().st_size <= LARGEST_COPY_BYTES]
