@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import time
@@ -12,7 +13,7 @@ from typing import BinaryIO, Literal, TypedDict, Unpack
 
 import msgspec
 
-from batchrun import engine, on_end, preflight, simulated, streams
+from batchrun import destination, engine, on_end, preflight, simulated, streams
 from batchrun.credentials import Credentials
 from batchrun.dispatch.hooks import GRACE_S, Hooks, Host
 from batchrun.engine import Runtime
@@ -40,6 +41,7 @@ class Options(TypedDict, total=False):
     """Options of one start, all of them optional. docs/library.md says what each does."""
 
     output: str | Path | None
+    state_dir: str | Path | None
     date: str | None
     new: bool
     limit: int | None
@@ -106,6 +108,8 @@ def begin(job: Job | str | Path, rows: Rows | None, options: Options, host: Host
     directory, date = _place(wanted, options, note)
     if (dated := wanted.on(date)) is not wanted and (command := options.get("command")) is not None:
         options["command"] = f"{command} --date {date}"
+    if (url := rundir.published_at(wanted.output, directory.path)) and (command := options.get("command")) is not None:
+        options["command"] = destination.command(command, wanted, url)
     wanted, began_at = dated, datetime.now(UTC)
     views = Views(wanted, directory, note)
     try:
@@ -157,7 +161,9 @@ def _invoke(
     grace_s = options.get("grace_s")
     progress: Callable[[Summary], None] = options.get("progress", lambda summary: None)
     hooks = Hooks(progress, note, host, options.get("command"), GRACE_S if grace_s is None else grace_s, views.show)
-    return engine.run(job, directory, keys, run_options, hooks, runtime)
+    work = functools.partial(engine.run, job, directory, keys, run_options, hooks, runtime)
+    url = rundir.published_at(job.output, directory.path)
+    return work() if url is None else destination.run(job, directory, url, work, note)
 
 
 def _checked(options: Options, host: Host | None) -> Callable[[int], None]:
@@ -182,6 +188,8 @@ def _job(job: Job | str | Path, rows: Rows | None, options: Options) -> Job:
         job = msgspec.structs.replace(job, input=msgspec.structs.replace(job.input, path="-"))
     if (output := options.get("output")) is not None:
         job = msgspec.structs.replace(job, output=msgspec.structs.replace(job.output, path=str(output)))
+    if (state_dir := options.get("state_dir")) is not None:
+        job = msgspec.structs.replace(job, output=msgspec.structs.replace(job.output, state_dir=str(state_dir)))
     return job
 
 
@@ -193,16 +201,16 @@ def _deadline(text: str | None) -> Deadline | None:
 def _place(job: Job, options: Options, note: Callable[[str], None]) -> tuple[RunDirectory, str]:
     """The run's directory, and its logical date."""
     now = datetime.now().astimezone()
-    path, earlier = rundir.place(
-        job.output.path, job.name, date=options.get("date"), now=now, new=options.get("new", False)
-    )
+    pattern, new = rundir.pattern_of(job.output), options.get("new", False)
+    taken = destination.taken(job)
+    path, earlier = rundir.place(pattern, job.name, date=options.get("date"), now=now, new=new, taken=taken)
     if earlier is not None:
         note(f"resuming the unfinished run of {earlier} ({path}); --new starts another")
     if not str(path).isprintable() and "\\x" in (shown := os.fsencode(path).decode("utf-8", "backslashreplace")):
         raise JobError(
             f"output.path {shown}: holds bytes that are not UTF-8, as the run's log is; name another directory"
         )
-    if left := rundir.unfinished(job.output.path, job.name, path):
+    if left := rundir.unfinished(pattern, job.name, path):
         note(_left_in_words(left))
     return RunDirectory(path), rundir.logical_date(options.get("date") or earlier, now)
 

@@ -33,7 +33,8 @@ class RunCommand(click.Command):
 @JOB
 @INPUT
 @REUSE
-@click.option("-o", "--output", "output_path", metavar="DIR", help="Run directory instead of output.path.")
+@click.option("-o", "--output", "output_path", metavar="DIR", help="Run directory or URL instead of output.path.")
+@click.option("--state-dir", metavar="DIR", help="With a URL: where runs keep their files; ~/.local/state/batchrun.")
 @DATE
 @click.option("--new", is_flag=True, help="Start another run instead of resuming the last.")
 @click.option(
@@ -71,6 +72,7 @@ def run(
     input_path: str | None,
     reuse: tuple[str, ...],
     output_path: str | None,
+    state_dir: str | None,
     accept_changes: bool,
     accept_input: bool,
     max_cost_usd: "Decimal | None",
@@ -95,6 +97,7 @@ def run(
     flags = {
         **{"budget.max_cost_usd": max_cost_usd, "output.max_failures": max_failures},
         **{"input.reuse_from": reuse or None, "engine.name": engine, "engine.ray_address": ray_address},
+        "output.state_dir": state_dir,
     }
     memory.give_back()
     loaded = read_job(job, input_path, output_path, overrides, flags)

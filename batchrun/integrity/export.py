@@ -19,6 +19,7 @@ from batchrun.report import run_state
 from batchrun.report.summary import read
 from batchrun.report.wording import plural
 from batchrun.source import JsonlSource, Source, TableSource
+from batchrun.storage.urls import is_url
 from batchrun.store import at_rest, partial, result, stored_window
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.chunks import Chunks, Layout
@@ -155,7 +156,7 @@ def _source(directory: RunDirectory, known: Manifest) -> tuple[Source, str | Non
     try:
         return input_again(known, directory), None
     except InputError as error:
-        relative = any(not Path(file.path).is_absolute() for file in known.files)
+        relative = any(not (is_url(file.path) or Path(file.path).is_absolute()) for file in known.files)
         return JsonlSource(()), f"{error}" + ("; run this where the run was started" if relative else "")
 
 

@@ -264,6 +264,7 @@ class Canary(Table, frozen=True):
 
 class Output(Table, frozen=True):
     path: Text = "runs/{job}/{date}"
+    state_dir: Text | None = None
     columns: Literal["all"] | list[str] = "all"
     prefix: str = ""
     raw: Literal["failed", "always"] = "failed"
@@ -317,6 +318,14 @@ TagName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,60}$")]  # becomes a c
 TagValue = Annotated[str, Meta(min_length=1, max_length=200)]
 
 
+class Storage(Table, frozen=True):
+    """How to reach object stores, where the environment does not say it."""
+
+    endpoint: Text | None = None
+    region: Text | None = None
+    anonymous: bool = False
+
+
 class About(Table, frozen=True):
     """Facts for the bill. `tags` never change what is sent."""
 
@@ -339,6 +348,7 @@ class Job(Table, frozen=True):
     budget: Budget = Budget()
     canary: Canary = Canary()
     output: Output = Output()
+    storage: Storage = Storage()
     pricing: dict[str, Price] = {}
     telemetry: Telemetry = Telemetry()
     simulator: Simulator = Simulator()

@@ -20,7 +20,7 @@ from batchrun.limits import daily
 from batchrun.prices import PriceTable
 from batchrun.report.cost_lines import scaled
 from batchrun.report.wording import are, plural
-from batchrun.source import FileIdentity, Source, changed, digest, fingerprint, open_source
+from batchrun.source import FileIdentity, InputFile, Source, changed, digest, fingerprint, open_source
 from batchrun.startup import carry, changes, input_pass, preconditions, previous_run, stdin_copy
 from batchrun.startup.answer_match import NONE, Questions
 from batchrun.startup.estimate import estimate
@@ -126,7 +126,7 @@ def require_same_shape(job: Job, known: Manifest) -> None:
             raise JobError(f"output.{name} can't change within a run; restore it to resume, or {ANOTHER}")
 
 
-def changed_input(files: tuple[Path, ...], directory: RunDirectory, known: Manifest) -> str | None:
+def changed_input(files: tuple[InputFile, ...], directory: RunDirectory, known: Manifest) -> str | None:
     """How the input differs from the one of the run, by identity and then by content; None if it is the same."""
     what = changed(files, known.files)
     if what is None or tuple(digest(file) for file in files) == known.digests:
@@ -183,7 +183,7 @@ def _as_it_is_now(
     options: RunOptions,
     known: Manifest,
     ways: tuple[Variant, ...],
-    files: tuple[Path, ...],
+    files: tuple[InputFile, ...],
 ) -> tuple[Manifest, tuple[Variant, ...], int, Source]:
     """The manifest, the variants with this start's, and the source, with changes adopted if the user accepts them.
 
