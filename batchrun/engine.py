@@ -23,7 +23,6 @@ import msgspec
 from batchrun import __version__, signals
 from batchrun.credentials import Credentials
 from batchrun.dispatch import canary, live_limits, replay
-from batchrun.dispatch.dispatch import Dispatch
 from batchrun.dispatch.hooks import Hooks
 from batchrun.dispatch.run_status import Checking, Running, RunStatus
 from batchrun.dispatch.start_messages import about_cost, start_lines
@@ -292,6 +291,8 @@ def _dispatch(
     """Sends every pending row, in a canary every row of it; why the run stopped before the last, if it did."""
     if not store.pending:
         return None
+    from batchrun.dispatch.dispatch import Dispatch  # here, because a complete run does not need aiohttp: 0.25 s
+
     dispatch = Dispatch(job, store, credentials, status, hooks, options.deadline)
     try:
         with asyncio.Runner(loop_factory=loop_factory) as runner:

@@ -1,4 +1,4 @@
-"""How long a start takes: to its first request, of a complete run, of `--help`; and what a Runner's reader adds to a row.
+"""How long a start takes, to its first request, of a complete run, of `--help`; what a Runner's reader adds to a row.
 
     python benchmarks/starts.py            # some two minutes
 
@@ -105,7 +105,9 @@ def measure(server: Server, folder: Path) -> None:
     line(f"first request, {LONG:,} rows: {each:.1f} µs of CPU for each row more", long, "15 µs")
     job = job_of(folder, server.url, SHORT, "complete")
     whole([*BATCHRUN, "run", str(job)])
-    line(f"a complete run of {SHORT:,} rows started again", median(lambda: whole([*BATCHRUN, "run", str(job)])), "0.5 s")
+    line(
+        f"a complete run of {SHORT:,} rows started again", median(lambda: whole([*BATCHRUN, "run", str(job)])), "0.5 s"
+    )
 
     def through(how: str) -> Seconds:
         job = job_of(folder, server.url, READ_ROWS, f"{how}-{next(made)}")
