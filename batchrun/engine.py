@@ -17,14 +17,13 @@ import functools
 import os
 import socket
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from batchrun import __version__, signals
 from batchrun.credentials import Credentials
 from batchrun.dispatch import canary, live_limits, replay
-from batchrun.dispatch.dispatch import Dispatch
-from batchrun.dispatch.endpoints import OpenTransports
 from batchrun.dispatch.hooks import Hooks
 from batchrun.dispatch.run_status import Checking, Running, RunStatus
 from batchrun.dispatch.start_messages import about_cost, start_lines
@@ -49,12 +48,15 @@ from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
 from batchrun.tables.files import write_usage
 
+if TYPE_CHECKING:
+    from batchrun.dispatch.endpoints import OpenTransports
+
 
 class Runtime(msgspec.Struct, frozen=True):
     """What makes the event loop (None: asyncio), and what opens the transports (None: this process sends)."""
 
     loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
-    open_transports: OpenTransports | None = None
+    open_transports: "OpenTransports | None" = None
 
 
 def run(
@@ -298,6 +300,8 @@ def _dispatch(
     """Sends every pending row, in a canary every row of it; why the run stopped before the last, if it did."""
     if not store.pending:
         return None
+    from batchrun.dispatch.dispatch import Dispatch  # here, because a complete run does not need aiohttp: 0.25 s
+
     dispatch = Dispatch(job, store, credentials, status, hooks, options.deadline, runtime.open_transports)
     try:
         with asyncio.Runner(loop_factory=runtime.loop_factory) as runner:

@@ -16,7 +16,7 @@ from batchrun.dispatch.heartbeat import Heartbeat
 from batchrun.dispatch.hooks import Hooks, Host
 from batchrun.dispatch.learned_limits import LearnedLimits
 from batchrun.dispatch.requests import Requests
-from batchrun.dispatch.result_queue import RowsOf
+from batchrun.dispatch.result_queue import CompletionsOf
 from batchrun.dispatch.run_status import Running, RunStatus
 from batchrun.dispatch.runlog import RunLog
 from batchrun.dispatch.shared_budget import SharedBudget, name_of
@@ -119,7 +119,7 @@ class Dispatch:
         beat = asyncio.create_task(heartbeat.beat())
         beat.add_done_callback(functools.partial(_on_last_beat, workers))
         sealing = asyncio.create_task(self._seal(workers, open_run))
-        shutdown.listen(self._hooks.host, open_run.store.chunks.rows_of)
+        shutdown.listen(self._hooks.host, open_run.store.chunks.completions_of)
         await workers.work_all()
         shutdown.abandoned = await self._flush(workers, open_run)
         heartbeat.report_changes()
@@ -253,11 +253,11 @@ class Shutdown:
         self._by: str | None = None
         self.abandoned = 0
 
-    def listen(self, host: Host | None, rows_of: RowsOf) -> None:
+    def listen(self, host: Host | None, completions_of: CompletionsOf) -> None:
         """From now on signals and the host can end the run, and the host receives settled rows."""
         loop = asyncio.get_running_loop()
         if host is not None:
-            host.results.listen(_in_loop(loop, self._workers.backlog.wake), rows_of)
+            host.results.listen(_in_loop(loop, self._workers.backlog.wake), completions_of, loop.call_soon)
             host.stop.listen(_in_loop(loop, functools.partial(self.request, signals.PROGRAM, ExitCode.STOPPED)))
         for number, exit_code in signals.EXIT_CODES.items() if signals.ours() else ():
             loop.add_signal_handler(number, self.request, number.name, exit_code)

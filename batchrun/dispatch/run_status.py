@@ -6,12 +6,12 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from batchrun.credentials import Credentials
 from batchrun.dispatch.runlog import RunLog
-from batchrun.dispatch.worker import Workers
 from batchrun.durable import disk_errors, replace_bytes
 from batchrun.errors import CheckpointError, DiskError, ExitCode, InputError
 from batchrun.limits import overruns
@@ -27,6 +27,9 @@ from batchrun.startup.resume import Plan
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.rundir import RunDirectory
 
+if TYPE_CHECKING:
+    from batchrun.dispatch.worker import Workers  # with aiohttp, which a start without a request does not need
+
 
 class Checking(msgspec.Struct, frozen=True):
     """The input is being checked; only the checkpoint is known, once it is open."""
@@ -39,7 +42,7 @@ class Running(msgspec.Struct, frozen=True):
 
     checkpoint: Checkpoint
     plan: Plan
-    workers: Workers | None = None
+    workers: "Workers | None" = None
     deadline: Deadline | None = None
 
 
@@ -92,7 +95,7 @@ class RunStatus:
         return self._forecast
 
     @property
-    def _workers(self) -> Workers | None:
+    def _workers(self) -> "Workers | None":
         return self.phase.workers if isinstance(self.phase, Running) else None
 
     def reached(self, phase: Checking | Running) -> None:

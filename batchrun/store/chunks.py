@@ -24,7 +24,7 @@ from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.db_tables import Chunk, Reopened
 from batchrun.store.rundir import RunDirectory
 from batchrun.store.stored_window import BATCH_ROWS, StoredWindow, typed, write
-from batchrun.tables import booked, files, pending
+from batchrun.tables import booked, completions, files, pending
 from batchrun.tables.arrow_types import JSON, Column
 from batchrun.tables.json_columns import ColumnTypes
 from batchrun.tables.rows import OWN_COLUMNS, joined, own_table
@@ -401,9 +401,12 @@ class Chunks:
 
     # ── for a program that reads rows as they are settled ─────────────────────────────────────────────────────────────
 
-    def rows_of(self, records: Sequence[Completion], inputs: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
+    def completions_of(
+        self, records: Sequence[Completion], inputs: Sequence[pa.RecordBatch]
+    ) -> Iterator[completions.Completion]:
         """These rows as in the output; `inputs` are their slices of windows. Any thread may call it."""
-        return joined(typed(inputs, self._types), self._own(records), self._schema, self._parsed)
+        table = typed(inputs, self._types).select(self._schema.names[: -len(OWN_COLUMNS)])
+        return completions.settled(records, table, self._parsed, keep_raw=self._settings.raw == "always")
 
     def settled(self) -> Iterator[pa.RecordBatch]:
         """The rows that have a completion, in order, as in the output. Call it before `open_next`."""
