@@ -8,7 +8,7 @@ import click
 
 from batchrun.commands.options import DATE, INPUT, JOB, REUSE, SET, SKIP, amount
 from batchrun.commands.results import say
-from batchrun.terminal import Progress, harmless, note
+from batchrun.terminal import LOG_FORMAT, LOG_FORMAT_ENV, Progress, about, ended, note, result
 
 if TYPE_CHECKING:
     from decimal import Decimal
@@ -61,6 +61,13 @@ class RunCommand(click.Command):
     callback=amount("seconds, 0 or more"),
     help="Time to drain after a signal or the deadline; 20.",
 )
+@click.option(
+    LOG_FORMAT,
+    type=click.Choice(["plain", "json"]),
+    envvar=LOG_FORMAT_ENV,
+    expose_value=False,
+    help="json: each line on stderr and stdout is a JSON object, without a bar.",
+)  # `cli` reads it first
 @SET
 def run(
     job: Path,
@@ -91,6 +98,7 @@ def run(
         "input.reuse_from": reuse or None,
     }
     loaded = read_job(job, input_path, output_path, overrides, flags)
+    about(loaded.name)
     open_files.allow(2 * loaded.total_limits.max_in_flight)  # a stream that has ended keeps its connection for a second
     with Progress() as progress:
         started: Options = {
@@ -134,4 +142,5 @@ def _report(summary: "Summary", job: "Job") -> None:
         endpoint=None if job.more_endpoints else job.endpoint,
     )
     for line in lines:
-        say(harmless(line))
+        say(result(line))
+    ended(summary)
