@@ -24,7 +24,7 @@ from batchrun.limits import deadline as deadlines
 from batchrun.limits.deadline import Deadline
 from batchrun.on_end import End
 from batchrun.policy import failing
-from batchrun.records import Status, Summary
+from batchrun.records import Notice, Status, Summary
 from batchrun.source import Rows, as_file
 from batchrun.startup.run_options import RunOptions
 from batchrun.store import rundir
@@ -205,13 +205,14 @@ def _place(job: Job, options: Options, note: Callable[[str], None]) -> tuple[Run
     taken = destination.taken(job)
     path, earlier = rundir.place(pattern, job.name, date=options.get("date"), now=now, new=new, taken=taken)
     if earlier is not None:
-        note(f"resuming the unfinished run of {earlier} ({path}); --new starts another")
+        line = f"resuming the unfinished run of {earlier} ({path}); --new starts another"
+        note(Notice(line, "resuming", date=earlier, directory=path))
     if not str(path).isprintable() and "\\x" in (shown := os.fsencode(path).decode("utf-8", "backslashreplace")):
         raise JobError(
             f"output.path {shown}: holds bytes that are not UTF-8, as the run's log is; name another directory"
         )
     if left := rundir.unfinished(pattern, job.name, path):
-        note(_left_in_words(left))
+        note(Notice(_left_in_words(left), "unfinished runs", dates=[earlier for earlier, _ in left]))
     return RunDirectory(path), rundir.logical_date(options.get("date") or earlier, now)
 
 

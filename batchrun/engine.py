@@ -33,7 +33,7 @@ from batchrun.errors import BatchrunError, CheckpointError, ExitCode, InputError
 from batchrun.job.job import Job
 from batchrun.limits.admission import Stop
 from batchrun.policy import failing
-from batchrun.records import Summary
+from batchrun.records import Notice, Summary
 from batchrun.report.summary import failures, files, read
 from batchrun.report.wording import are, plural
 from batchrun.startup import input_pass, retry
@@ -77,7 +77,7 @@ def run(
         if (finished := _finished(job, directory, options)) is not None:
             if hooks.host is not None and hooks.host.replay:
                 replay.hand_over(replay.result(directory), hooks.host.results)
-            hooks.note(f"{directory.path}: complete already; nothing is sent")
+            hooks.note(Notice(f"{directory.path}: complete already; nothing is sent", "complete already"))
             return finished
         summary, retried = _start(job, directory, credentials, options, hooks, runtime)
         if summary.complete and not retried and _has_rows_to_retry(summary, options, hooks):
@@ -148,7 +148,7 @@ def _status(job: Job, directory: RunDirectory, credentials: Credentials, hooks: 
     try:
         hooks.progress(status.summary())
         if credentials.warning:
-            hooks.note(f"warning: {credentials.warning}")
+            hooks.note(Notice(f"warning: {credentials.warning}", "key file"))
         yield status
     except BatchrunError as error:
         status.end("failed", error.exit_code, str(error))
@@ -190,6 +190,7 @@ def _check(
         chunks = result.restore_parts(plan.manifest, checkpoint, checkpoint.chunks(), directory)
         checkpoint.reopen_chunks(chunks, (), {})
     status.start_running(Running(checkpoint, plan))
+    hooks.progress(status.summary())
     retrying = options.retry is not None
     for line in start_lines(job, plan, directory.path, checkpoint.totals, lost, retrying=retrying):
         hooks.note(line)
@@ -216,11 +217,11 @@ def _reopen_for_retry(plan: Plan, directory: RunDirectory, checkpoint: Checkpoin
             "finish the run with those, then retry"
         )
     if pending:
-        return f"{plural(pending, 'row')} {are(pending)} still pending; sent first"
+        return Notice(f"{plural(pending, 'row')} {are(pending)} still pending; sent first", "retry", pending=pending)
     mean_cost_usd = checkpoint.totals.mean_cost_usd()
     rows = retry.reopen(plan, directory, checkpoint, statuses, plan.variant, entries)
     ended = f"{plural(rows, 'row')} that ended as {', '.join(sorted(statuses))}"
-    return f"{ended} will be sent again{about_cost(rows, mean_cost_usd)}"
+    return Notice(f"{ended} will be sent again{about_cost(rows, mean_cost_usd)}", "retry", rows=rows)
 
 
 def _store(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, hooks: Hooks) -> Store:
@@ -261,7 +262,8 @@ def _canary(
     if known is None:
         known = canary.choose(job, store)
         if known.rows:
-            hooks.note(f"canary: {plural(len(known.rows), 'row')}, spread over the input, are sent first")
+            line = f"canary: {plural(len(known.rows), 'row')}, spread over the input, are sent first"
+            hooks.note(Notice(line, "canary", rows=len(known.rows)))
     if not known.rows:  # every row takes an answer without a request
         return None
     if (seen := known.seen) is None:
@@ -276,7 +278,8 @@ def _canary(
     if problems and not known.accepted:
         return canary.stop(seen, problems, store)
     if store.pending:
-        hooks.note(f"canary {'accepted' if problems else 'passed'}: {canary.in_words(seen)}; the rest is sent")
+        line = f"canary {'accepted' if problems else 'passed'}: {canary.in_words(seen)}; the rest is sent"
+        hooks.note(Notice(line, "canary", passed=not problems, **msgspec.structs.asdict(seen)))
     return None
 
 
@@ -329,14 +332,16 @@ def _write_unfinished(job: Job, store: Store, status: RunStatus, hooks: Hooks) -
         write_usage(directory.usage, store.checkpoint.totals.lines())
         if not job.output.partial:
             return
-        hooks.note(f"writing the rows so far: {directory.partial} (send a signal to skip that)")
+        line = f"writing the rows so far: {directory.partial} (send a signal to skip that)"
+        hooks.note(Notice(line, "writing partial", path=directory.partial))
         with signals.raised():
             batches = _store(plan, directory, store.checkpoint, hooks).chunks.so_far()
             compression = plan.manifest.output.compression
             partial.write(directory.partial, batches, plan.schema, compression, status.summary())
     except BatchrunError as error:
         status.log.write("export failed", why=str(error))
-        hooks.note(f"warning: {error}; batchrun export {directory.path} writes the rows so far")
+        line = f"warning: {error}; batchrun export {directory.path} writes the rows so far"
+        hooks.note(Notice(line, "export failed", why=str(error)))
 
 
 # ── finish ────────────────────────────────────────────────────────────────────────────────────────────────────────────

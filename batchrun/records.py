@@ -5,12 +5,24 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from enum import StrEnum
 from functools import lru_cache
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 
 from batchrun.errors import APIConnectionError
 from batchrun.job.answer_schema import ANYTHING, Expected
+
+
+class Notice(str):
+    """A line for people that also says which `event` it reports, with its figures, for programs that read lines."""
+
+    event: str
+    fields: Mapping[str, object]
+
+    def __new__(cls, line: str, event: str, **fields: object) -> Self:
+        self = super().__new__(cls, line)
+        self.event, self.fields = event, fields
+        return self
 
 
 class Verdict(StrEnum):

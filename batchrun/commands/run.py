@@ -8,7 +8,7 @@ import click
 
 from batchrun.commands.options import DATE, INPUT, JOB, REUSE, SET, SKIP, amount
 from batchrun.commands.results import say
-from batchrun.terminal import Progress, harmless, note
+from batchrun.terminal import LOG_FORMAT, LOG_FORMAT_ENV, Progress, about, ended, note, result
 
 if TYPE_CHECKING:
     from decimal import Decimal
@@ -66,6 +66,13 @@ class RunCommand(click.Command):
 @click.option(
     "--ray-address", metavar="ADDRESS", help="The Ray cluster, host:port or auto; else RAY_ADDRESS, else local."
 )
+@click.option(
+    LOG_FORMAT,
+    type=click.Choice(["plain", "json"]),
+    envvar=LOG_FORMAT_ENV,
+    expose_value=False,
+    help="json: each line on stderr and stdout is a JSON object, without a bar.",
+)  # `cli` reads it first
 @SET
 def run(
     job: Path,
@@ -101,6 +108,7 @@ def run(
     }
     memory.give_back()
     loaded = read_job(job, input_path, output_path, overrides, flags)
+    about(loaded.name)
     open_files.allow(2 * loaded.total_limits.max_in_flight)  # a stream that has ended keeps its connection for a second
     with Progress() as progress:
         started: Options = {
@@ -144,4 +152,5 @@ def _report(summary: "Summary", job: "Job") -> None:
         endpoint=None if job.more_endpoints else job.endpoint,
     )
     for line in lines:
-        say(harmless(line))
+        say(result(line))
+    ended(summary)

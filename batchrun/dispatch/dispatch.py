@@ -33,6 +33,7 @@ from batchrun.limits.gates import AnyGate, Circuits, Gates, Lane
 from batchrun.limits.in_flight import InFlight
 from batchrun.limits.token_bucket import BURST_S
 from batchrun.open_files import OpenFiles
+from batchrun.records import Notice
 from batchrun.report.wording import plural
 from batchrun.request.image_digests import ImageDigests
 from batchrun.store import in_flight
@@ -163,7 +164,7 @@ class Dispatch:
         wanted = sum(each)
         room = files.connections(wanted + MAX_TAILS)
         if room < wanted:
-            self._hooks.note(files.shortage(wanted, room))
+            self._hooks.note(Notice(files.shortage(wanted, room), "open files", wanted=wanted, possible=room))
             each = [max(1, one * room // wanted) for one in each]
         return each, max(0, room - wanted) // len(each)
 
@@ -237,7 +238,8 @@ class Dispatch:
 
     def _on_set_aside(self, label: str, stop: Stop) -> None:
         self._status.log.write("endpoint set aside", endpoint=label, why=stop.why)
-        self._hooks.note(f"warning: endpoint {label} is set aside: {self._credentials.clean_text(stop.why)}")
+        line = f"warning: endpoint {label} is set aside: {self._credentials.clean_text(stop.why)}"
+        self._hooks.note(Notice(line, "endpoint set aside", endpoint=label))
 
 
 class Shutdown:
@@ -271,7 +273,8 @@ class Shutdown:
         in_flight, grace_s = self._workers.gate.in_flight, self._hooks.grace_s
         self._status.log.write("signal", name=by, in_flight=in_flight)
         drain = f"waiting up to {grace_s:g} s for {plural(in_flight, 'request')} in flight"
-        self._hooks.note(f"{by}: {drain}; send it again to stop now")
+        fields = {"name": by, "in_flight": in_flight, "grace_s": grace_s}
+        self._hooks.note(Notice(f"{by}: {drain}; send it again to stop now", "signal", **fields))
         self._workers.close(Stop(exit_code, f"{by}: drained"))
         asyncio.get_running_loop().call_later(grace_s, self._workers.cancel)
 

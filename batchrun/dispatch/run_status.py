@@ -19,7 +19,7 @@ from batchrun.limits.admission import Limit
 from batchrun.limits.deadline import Deadline
 from batchrun.limits.forecast import Forecast, Recent, Sample
 from batchrun.limits.gates import Gates
-from batchrun.records import EndpointTotals, Live, Retrying, Summary, Tuned
+from batchrun.records import EndpointTotals, Live, Notice, Retrying, Summary, Tuned
 from batchrun.report.limit_lines import limiting_factor, waiting_to_retry
 from batchrun.report.notices import nearly_used, unknown_reason, unpriced_tier
 from batchrun.report.summary import Moment, read, starting, summarise
@@ -170,7 +170,7 @@ class RunStatus:
         if (retrying := self._retrying()) is not None and workers.retries.should_log(last=is_last):
             self.log.write("retrying", nothing_else_left=is_last, **msgspec.to_builtins(retrying))
 
-    def log_changes(self) -> list[str]:
+    def log_changes(self) -> list[Notice]:
         """Logs what has changed since the last call; returns the warnings to print."""
         if (workers := self._workers) is None:
             return []
@@ -182,24 +182,28 @@ class RunStatus:
         if now != before:
             self._seen_in_flight = now
             self.log.write("in flight", before=before, after=now, why=workers.gate.why_in_flight)
+        warnings: list[Notice] = []
+
+        def warn(event: str, words: str, **fields: object) -> None:
+            self.log.write(event, **fields)
+            warnings.append(Notice(f"warning: {words}", event, **fields))
+
         new = workers.anomalies.unknown_finish_reasons[self._seen_reasons :]
         self._seen_reasons += len(new)
         for reason in new:
-            self.log.write("unknown finish_reason", finish_reason=reason)
+            warn("unknown finish_reason", unknown_reason(reason), finish_reason=reason)
         tiers = workers.anomalies.unpriced_tiers[self._seen_tiers :]
         self._seen_tiers += len(tiers)
         for tier in tiers:
-            self.log.write("unpriced service_tier", service_tier=tier)
-        beyond = workers.learned.overruns.taken()
-        for model, overrun in beyond:
-            self.log.write("overrun", model=model, **msgspec.structs.asdict(overrun))
+            warn("unpriced service_tier", unpriced_tier(tier), service_tier=tier)
+        for model, overrun in workers.learned.overruns.taken():
+            words = overruns.in_words(model, overrun)
+            warn("overrun", words, model=model, **msgspec.structs.asdict(overrun))
         used = [use for use in workers.gate.budget.uses() if use.is_nearly_used and use.key not in self._seen_used]
         for use in used:
             self._seen_used.add(use.key)
-            self.log.write("budget nearly used", **msgspec.structs.asdict(use))
-        of_answers = (*map(unknown_reason, new), *map(unpriced_tier, tiers))
-        words = (*of_answers, *(overruns.in_words(*each) for each in beyond), *map(nearly_used, used))
-        return [f"warning: {line}" for line in words]
+            warn("budget nearly used", nearly_used(use), **msgspec.structs.asdict(use))
+        return warnings
 
     def write(self, summary: Summary) -> None:
         """Replaces summary.json."""

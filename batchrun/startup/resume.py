@@ -18,6 +18,7 @@ from batchrun.errors import ANOTHER, CheckpointError, JobError
 from batchrun.job.job import Job
 from batchrun.limits import daily
 from batchrun.prices import PriceTable
+from batchrun.records import Notice
 from batchrun.report.cost_lines import scaled
 from batchrun.report.wording import are, plural
 from batchrun.source import FileIdentity, InputFile, Source, changed, digest, fingerprint, open_source
@@ -102,7 +103,8 @@ def _origins(
         return None
     made = carry.make(job, keys, wanted, directory.path, directory.origins_of(manifest.layout), options.note)
     if (line := carry.in_words(made)) is not None:
-        options.note(line)
+        fields = {"rows": made.rows, "to_send": made.new, "reused": made.reused, "duplicates": made.duplicates}
+        options.note(Notice(line, "reused", **fields))
     return made
 
 
@@ -240,7 +242,8 @@ def _adopt(
             carry_over = CarryOver(made, directory.origins_of(new.layout))
             seen = msgspec.structs.replace(seen, carried=carry_over.count(found.rows, lambda row: matches[row] == NONE))
             _require_consent(job, options, seen, settings)
-            options.note(str(seen))
+            counts = {"kept": seen.kept, "dropped": seen.dropped, "to_send": seen.to_send}
+            options.note(Notice(str(seen), "changes", changed=seen.changed, **counts))
             schema = input_pass.schema_of(source, new)
             entries = {**new.encode(), **variants.encode(ways), origins.ENTRY: _encode(made)}
             input_pass.keep_digests(job, directory, new.layout, pictures, found)
