@@ -22,8 +22,9 @@ from batchrun.limits import deadline as deadlines
 from batchrun.limits.deadline import Deadline
 from batchrun.on_end import End
 from batchrun.policy import failing
-from batchrun.records import Status, Summary
+from batchrun.records import Shard, Status, Summary
 from batchrun.source import Rows, as_file
+from batchrun.startup import shard as shards
 from batchrun.startup.run_options import RunOptions
 from batchrun.store import rundir
 from batchrun.store.rundir import RunDirectory
@@ -41,6 +42,7 @@ class Options(TypedDict, total=False):
     date: str | None
     new: bool
     limit: int | None
+    shard: str | None
     deadline: str | None
     accept_changes: bool | Literal["input"]
     accept_canary: bool
@@ -100,7 +102,10 @@ def begin(job: Job | str | Path, rows: Rows | None, options: Options, host: Host
         raise TypeError(f"unknown option {unknown[0]}; expected some of {', '.join(Options.__annotations__)}")
     note = options.get("note", _LOG.info)
     deadline = _deadline(options.get("deadline"))
-    wanted = _job(job, rows, options)
+    wanted = whole = _job(job, rows, options)
+    shard = None if (named := options.get("shard")) is None else shards.read(named)
+    if shard is not None:
+        wanted = shards.job_of(whole, shard)
     directory, date = _place(wanted, options, note)
     if (dated := wanted.on(date)) is not wanted and (command := options.get("command")) is not None:
         options["command"] = f"{command} --date {date}"
@@ -110,7 +115,9 @@ def begin(job: Job | str | Path, rows: Rows | None, options: Options, host: Host
         preflight.require_settings(wanted, directory)
         keys = preflight.key(wanted, environ)
         with simulated.endpoint_of(wanted) as pointed, _stream(wanted, rows, directory) as stream:
-            summary = _invoke(pointed, directory, keys, options, stream, note, deadline, host)
+            for line in () if shard is None else shards.in_words(whole, wanted, shard):
+                note(line)
+            summary = _invoke(pointed, directory, keys, options, stream, note, deadline, host, shard)
     except BaseException as error:
         code = error.exit_code if isinstance(error, BatchrunError) else ExitCode.INTERNAL_ERROR
         on_end.run(wanted, directory, End(int(code), str(error)), began_at, note)
@@ -130,6 +137,7 @@ def _invoke(
     note: Callable[[str], None],
     deadline: Deadline | None,
     host: Host | None,
+    shard: Shard | None,
 ) -> Summary:
     run_options = RunOptions(
         skip_invalid=options.get("skip_invalid", False),
@@ -138,6 +146,7 @@ def _invoke(
         limit=options.get("limit"),
         deadline=deadline,
         retry=_retried(job, options.get("retry_failed", False)),
+        shard=shard,
         stdin=stream,
         problem=options.get("note", _LOG.warning),  # a program that configured no logging should still see these
         note=note,

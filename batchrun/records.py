@@ -470,6 +470,21 @@ class Retrying(msgspec.Struct, frozen=True):
     next_at: datetime | None
 
 
+class Shard(msgspec.Struct, frozen=True):
+    """One of `count` runs that share an input; `number` counts from 0, as array jobs do."""
+
+    number: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+    @property
+    def suffix(self) -> str:
+        """What its run directory's name ends in: shards sort in their order."""
+        return f".shard-{self.number:0{len(str(self.count - 1))}d}-of-{self.count}"
+
+
 class Summary(msgspec.Struct, frozen=True):
     """`summary.json`: what is known of a run, from its first second to its last. Its schema is in docs/output.md."""
 
@@ -525,3 +540,5 @@ class Summary(msgspec.Struct, frozen=True):
     reused: int = 0
     duplicates: int = 0
     saved_usd: Decimal = Decimal(0)
+    shard: str | None = None
+    merged: list[str] = []

@@ -31,7 +31,9 @@ def start_lines(job: Job, plan: Plan, where: Path, totals: Totals, lost: int, *,
     if lost:
         were = "was" if lost == 1 else "were"
         lines.append(f"{plural(lost, 'request')} {were} in flight when the last process died; sent again")
-    if not known.rows:
+    if not known.rows and known.part is not None:
+        lines.append("this shard has no rows: the result will be empty")
+    elif not known.rows:
         lines.append("there is nothing to send: the result will be empty, as input.min_rows = 0 allows")
     unknown = [model for model, table in plan.prices.items() if table is None]
     if unknown:

@@ -136,7 +136,8 @@ class Inspection:
         self._chunks(facts)
         if self._finished and facts.output.layout == "file":
             expected = result.finished(self.known.manifest).digest
-            self._rows_of(self.directory.completions, expected, (0, audit.rows_due(self.known)), facts.output.prefix)
+            span = facts.first_row, facts.first_row + audit.rows_due(self.known)
+            self._rows_of(self.directory.completions, expected, span, facts.output.prefix)
         else:
             for chunk in self.known.chunks:
                 self._chunk(chunk, facts)
@@ -187,16 +188,17 @@ class Inspection:
             self.sound.append("no run has started here")
 
     def _chunks(self, facts: Manifest) -> None:
-        row = 0
+        row = facts.first_row
         for number, chunk in enumerate(self.known.chunks):
             if (chunk.chunk, chunk.first_row) != (number, row) or chunk.rows < 1:
                 self._damaged(self.directory.checkpoint, f"chunk {number} should begin at row {row:,}")
                 return
             row = chunk.end_row
-        if row > facts.rows:
-            self._damaged(self.directory.checkpoint, f"its chunks have {row:,} rows, the input has {facts.rows:,}")
+        rows = row - facts.first_row
+        if rows > facts.rows:
+            self._damaged(self.directory.checkpoint, f"its chunks have {rows:,} rows, the input has {facts.rows:,}")
             return
-        self.sound.append(f"chunks: {len(self.known.chunks):,}, contiguous, {row:,} of {plural(facts.rows, 'row')}")
+        self.sound.append(f"chunks: {len(self.known.chunks):,}, contiguous, {rows:,} of {plural(facts.rows, 'row')}")
 
     def _chunk(self, chunk: Chunk, facts: Manifest) -> None:
         """Inspects a chunk: a sealed one is its part; an open one its stored input, records and any earlier part."""

@@ -96,11 +96,19 @@ _OF_THE_RUN = (
     *("job", "run_id", "begun_at", "rows", "rejected", "by_status", "pending", "totals", "cost_usd", "wasted_usd"),
     *("unpriced", "without_usage", "possibly_billed", "possibly_billed_count", "possibly_billed_usd", "models"),
     *("unknown_finish_reasons", "unpriced_tiers", "example_error", "price", "estimate", "invocation"),
-    *("reused", "duplicates", "saved_usd"),
+    *("reused", "duplicates", "saved_usd", "shard", "merged"),
 )
 """The fields that describe the run and not one start of it."""
 
-_NOT_IN_CHECKPOINT = ("unknown_finish_reasons", "unpriced_tiers", "example_error", "price", "estimate")
+_NOT_IN_CHECKPOINT = (
+    "unknown_finish_reasons",
+    "unpriced_tiers",
+    "example_error",
+    "price",
+    "estimate",
+    "shard",
+    "merged",
+)
 """Those of them that the checkpoint does not hold."""
 
 
@@ -141,7 +149,9 @@ def summarise(
     """The summary of the run now. Everything in it is durable."""
     rejected = len(facts.rejected)
     estimate = None if facts.estimate is None else scaled(facts.estimate, rows)
-    return _summary(facts.job, facts.run_id, facts.begun_at, rows, rejected, tables, spent, moment, directory, estimate)
+    made = _summary(facts.job, facts.run_id, facts.begun_at, rows, rejected, tables, spent, moment, directory, estimate)
+    shard = None if facts.part is None else str(facts.part.shard)
+    return msgspec.structs.replace(made, shard=shard, merged=list(facts.merged))
 
 
 def _summary(

@@ -67,7 +67,8 @@ class OldFile(msgspec.Struct, frozen=True):
 class Origins(msgspec.Struct, frozen=True):
     """What the file was made of, and what it says. `digest` is the file's; None: every row is sent, there is no file.
 
-    `reused` rows take an earlier answer and `duplicates` that of an equal row; the others are sent.
+    `reused` rows take an earlier answer and `duplicates` that of an equal row; the others are sent. The file begins
+    with `first_row`.
     """
 
     rows: int
@@ -79,6 +80,7 @@ class Origins(msgspec.Struct, frozen=True):
     reused: int = 0
     duplicates: int = 0
     digest: str | None = None
+    first_row: int = 0
 
     @property
     def new(self) -> int:
@@ -93,8 +95,9 @@ class Origins(msgspec.Struct, frozen=True):
 class OriginsWriter:
     """A new file of origins: every row is sent until it is said otherwise. Use as a context manager, then `keep` it."""
 
-    def __init__(self, path: Path, rows: int) -> None:
+    def __init__(self, path: Path, rows: int, first_row: int = 0) -> None:
         self._path = path
+        self._first_row = first_row
         self._temporary = path.with_name(path.name + durable.TEMP_SUFFIX)
         with disk_errors(path):
             self._file = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -106,10 +109,10 @@ class OriginsWriter:
             self._map[start : start + len(block)] = block[: 8 * rows - start]
 
     def __setitem__(self, row: int, origin: int) -> None:
-        self._numbers[row] = origin
+        self._numbers[row - self._first_row] = origin
 
     def __getitem__(self, row: int) -> int:
-        return self._numbers[row]
+        return self._numbers[row - self._first_row]
 
     def keep(self) -> str:
         """The file is there under its name, durable; returns its digest."""
@@ -131,7 +134,7 @@ class OriginsWriter:
 
 
 def read(path: Path, first_row: int, end_row: int) -> "array[int]":
-    """The origins of these rows."""
+    """The origins of these rows, counted from the file's first one."""
     numbers = array("q")
     with disk_errors(path), path.open("rb") as file:
         file.seek(8 * first_row)
