@@ -22,12 +22,13 @@ from batchrun.limits import deadline as deadlines
 from batchrun.limits.deadline import Deadline
 from batchrun.on_end import End
 from batchrun.policy import failing
-from batchrun.records import Shard, Status, Summary
+from batchrun.records import Status, Summary
 from batchrun.source import Rows, as_file
 from batchrun.startup import shard as shards
 from batchrun.startup.run_options import RunOptions
 from batchrun.store import rundir
 from batchrun.store.rundir import RunDirectory
+from batchrun.telemetry.views import Views
 
 _LOG = logging.getLogger("batchrun")
 
@@ -110,6 +111,7 @@ def begin(job: Job | str | Path, rows: Rows | None, options: Options, host: Host
     if (dated := wanted.on(date)) is not wanted and (command := options.get("command")) is not None:
         options["command"] = f"{command} --date {date}"
     wanted, began_at = dated, datetime.now(UTC)
+    views = Views(wanted, directory, note)
     try:
         environ = options.get("environ", os.environ)
         preflight.require_settings(wanted, directory)
@@ -117,11 +119,13 @@ def begin(job: Job | str | Path, rows: Rows | None, options: Options, host: Host
         with simulated.endpoint_of(wanted) as pointed, _stream(wanted, rows, directory) as stream:
             for line in () if shard is None else shards.in_words(whole, wanted, shard):
                 note(line)
-            summary = _invoke(pointed, directory, keys, options, stream, note, deadline, host, shard)
+            summary = _invoke(pointed, directory, keys, options, stream, note, deadline, host, views)
     except BaseException as error:
         code = error.exit_code if isinstance(error, BatchrunError) else ExitCode.INTERNAL_ERROR
+        views.end(code, str(error), None)
         on_end.run(wanted, directory, End(int(code), str(error)), began_at, note)
         raise
+    views.end(summary.exit_code or 0, summary.reason, summary)
     on_end.run(wanted, directory, End(summary.exit_code or 0, summary.reason, summary), began_at, note)
     if not summary.complete:
         raise RunIncompleteError(summary)
@@ -137,7 +141,7 @@ def _invoke(
     note: Callable[[str], None],
     deadline: Deadline | None,
     host: Host | None,
-    shard: Shard | None,
+    views: Views,
 ) -> Summary:
     run_options = RunOptions(
         skip_invalid=options.get("skip_invalid", False),
@@ -146,7 +150,7 @@ def _invoke(
         limit=options.get("limit"),
         deadline=deadline,
         retry=_retried(job, options.get("retry_failed", False)),
-        shard=shard,
+        shard=None if (shard := options.get("shard")) is None else shards.read(shard),
         stdin=stream,
         problem=options.get("note", _LOG.warning),  # a program that configured no logging should still see these
         note=note,
@@ -154,7 +158,7 @@ def _invoke(
     )
     grace_s = options.get("grace_s")
     progress: Callable[[Summary], None] = options.get("progress", lambda summary: None)
-    hooks = Hooks(progress, note, host, options.get("command"), GRACE_S if grace_s is None else grace_s)
+    hooks = Hooks(progress, note, host, options.get("command"), GRACE_S if grace_s is None else grace_s, views.show)
     return engine.run(job, directory, keys, run_options, hooks, _loop_factory())
 
 

@@ -40,10 +40,11 @@ from batchrun.startup import input_pass, retry, shard
 from batchrun.startup import resume as planning
 from batchrun.startup.resume import Plan
 from batchrun.startup.run_options import RunOptions
-from batchrun.store import at_rest, manifest, partial, result, variants
+from batchrun.store import at_rest, partial, result, variants
 from batchrun.store.carry_over import CarryOver
 from batchrun.store.checkpoint import Checkpoint, read_finished
 from batchrun.store.chunks import Chunks, Layout
+from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
 from batchrun.tables.files import write_usage
 
@@ -116,7 +117,7 @@ def _finished(job: Job, directory: RunDirectory, options: RunOptions) -> Summary
         return None
     summary = read(directory)
     entries = read_finished(directory.checkpoint)
-    known = manifest.decode(entries)
+    known = Manifest.decode(entries)
     shard.require_same(options.shard, known, directory.path)
     planning.require_same_shape(job, known)
     retrying = options.retry is not None
@@ -126,7 +127,7 @@ def _finished(job: Job, directory: RunDirectory, options: RunOptions) -> Summary
     to_retry = any(summary.by_status.get(status) for status in options.retry or ())
     if changed_settings or changed_input is not None or to_retry or wanted_rows > summary.rows_in_output:
         return None
-    result.require_intact(directory, known.output.layout, summary.rows_in_output, entries)
+    result.require_intact(directory, summary.rows_in_output, entries)
     return msgspec.structs.replace(summary, exit_code=int(_exit_code(job, summary)), files=files(directory))
 
 
@@ -136,7 +137,7 @@ def _status(job: Job, directory: RunDirectory, credentials: Credentials, hooks: 
     live_limits.clear(directory)
     was_complete = (directory.read_summary() or {}).get("complete")
     summary_before = directory.summary.read_bytes() if was_complete else None
-    status = RunStatus(job.name, directory, credentials, hooks.command, job.job.tags)
+    status = RunStatus(job.name, directory, credentials, hooks.command, job.job.tags, hooks.shown)
     try:
         hooks.progress(status.summary())
         if credentials.warning:
@@ -179,7 +180,7 @@ def _check(
     directory.reserve_room()
     if result.FINISHED in checkpoint.manifest_entries() and checkpoint.totals.settled() < plan.rows:
         # the run was complete with --limit and has more rows now
-        chunks = result.restore_parts(plan.facts, checkpoint, checkpoint.chunks(), directory)
+        chunks = result.restore_parts(plan.manifest, checkpoint, checkpoint.chunks(), directory)
         checkpoint.reopen_chunks(chunks, (), {})
     status.start_running(Running(checkpoint, plan))
     retrying = options.retry is not None
@@ -218,19 +219,19 @@ def _reopen_for_retry(plan: Plan, directory: RunDirectory, checkpoint: Checkpoin
 def _store(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, hooks: Hooks) -> Store:
     layout = Layout(
         source=plan.source,
-        identities=plan.facts.files,
-        rejected=frozenset(plan.facts.rejected),
+        identities=plan.manifest.files,
+        rejected=frozenset(plan.manifest.rejected),
         types=plan.types,
         schema=plan.schema,
-        settings=plan.facts.output,
+        settings=plan.manifest.output,
         parsed=plan.parsed,
-        number=plan.facts.layout,
-        limit=plan.rows if plan.rows < plan.facts.rows else None,
-        first_row=plan.facts.first_row,
+        number=plan.manifest.layout,
+        limit=plan.rows if plan.rows < plan.manifest.rows else None,
+        first_row=plan.manifest.first_row,
     )
-    model = next(iter(plan.facts.models), "")
-    path = directory.origins_of(plan.facts.layout)
-    carry = CarryOver(plan.origins, path, variant=plan.facts.variant, model=model)
+    model = next(iter(plan.manifest.models), "")
+    path = directory.origins_of(plan.manifest.layout)
+    carry = CarryOver(plan.origins, path, variant=plan.manifest.variant, model=model)
     hand_over = None if hooks.host is None else functools.partial(replay.hand_over, results=hooks.host.results)
     chunks = Chunks(directory, checkpoint, layout, carry, hand_over)
     return Store(directory, checkpoint, plan, chunks, before_usd=checkpoint.totals.most_usd())
@@ -323,7 +324,7 @@ def _write_unfinished(job: Job, store: Store, status: RunStatus, hooks: Hooks) -
         hooks.note(f"writing the rows so far: {directory.partial} (send a signal to skip that)")
         with signals.raised():
             batches = _store(plan, directory, store.checkpoint, hooks).chunks.so_far()
-            compression = plan.facts.output.compression
+            compression = plan.manifest.output.compression
             partial.write(directory.partial, batches, plan.schema, compression, status.summary())
     except BatchrunError as error:
         status.log.write("export failed", why=str(error))
@@ -340,7 +341,7 @@ def _finish(job: Job, store: Store, status: RunStatus) -> Summary:
             raise CheckpointError(f"chunk {unsettled.chunk.chunk} has pending rows that the totals count as settled")
         status.start_writing()
         plan = store.plan
-        result.write(plan.facts, plan.schema, store.checkpoint, store.chunks, store.directory, status.summary())
+        result.write(plan.manifest, plan.schema, store.checkpoint, store.chunks, store.directory, status.summary())
         return status.end("complete", _exit_code(job, status.summary()), None)
 
 

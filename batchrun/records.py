@@ -485,6 +485,19 @@ class Shard(msgspec.Struct, frozen=True):
         return f".shard-{self.number:0{len(str(self.count - 1))}d}-of-{self.count}"
 
 
+class Live(msgspec.Struct, frozen=True):
+    """How the run sends now. Rates and `refused_share` (None: nothing was sent) are of the last half minute, `refused`
+    counts this start's. `circuit` is `open`, `cooling`, `probing` or `stopped`; open: requests are sent.
+    """
+
+    in_flight: int
+    allowed_in_flight: int
+    requests_per_second: float
+    refused: int
+    refused_share: float | None
+    circuit: str
+
+
 class Summary(msgspec.Struct, frozen=True):
     """`summary.json`: what is known of a run, from its first second to its last. Its schema is in docs/output.md."""
 
@@ -515,7 +528,7 @@ class Summary(msgspec.Struct, frozen=True):
     price: str | None
     estimate: Estimate | None
     invocation: int
-    begun_at: datetime
+    created_at: datetime
     started_at: datetime
     updated_at: datetime
     elapsed_s: float
@@ -542,3 +555,32 @@ class Summary(msgspec.Struct, frozen=True):
     saved_usd: Decimal = Decimal(0)
     shard: str | None = None
     merged: list[str] = []
+    live: Live | None = None
+    last_answer_at: datetime | None = None
+
+
+class ResultFile(msgspec.Struct, frozen=True):
+    """A finished file of a result. `name`: its path in the run directory, with "/"; `digest`: BLAKE2b-128 in hex."""
+
+    name: str
+    rows: int
+    size_bytes: int
+    mtime_ns: int
+    digest: str
+
+
+class FinishedResult(msgspec.Struct, frozen=True):
+    """The result of a complete run in any layout: local files that are whole and on disk.
+
+    `files` hold the rows. `beside` describe them, and are published after them, in this order: `_manifest.json` of a
+    folder, then usage.parquet. `folder`: the files are a set below this folder, which appears as a whole; "": one file.
+    """
+
+    files: tuple[ResultFile, ...]
+    beside: tuple[ResultFile, ...]
+    folder: str = ""
+
+    @property
+    def rows(self) -> int:
+        """The rows of all files together."""
+        return sum(file.rows for file in self.files)

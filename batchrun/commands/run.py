@@ -80,7 +80,7 @@ def run(
 ) -> None:
     """Send every row of the input. Run the same command again to resume where it stopped."""
     import batchrun
-    from batchrun import open_files
+    from batchrun import memory, open_files
     from batchrun.commands.job_input import read_job
     from batchrun.errors import JobError
     from batchrun.report import resume_command
@@ -92,6 +92,7 @@ def run(
         **{"budget.max_cost_usd": max_cost_usd, "output.max_failures": max_failures},
         "input.reuse_from": reuse or None,
     }
+    memory.give_back()
     loaded = read_job(job, input_path, output_path, overrides, flags)
     open_files.allow(2 * loaded.total_limits.max_in_flight)  # a stream that has ended keeps its connection for a second
     with Progress() as progress:

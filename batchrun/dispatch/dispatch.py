@@ -77,13 +77,13 @@ class Dispatch:
 
     async def _send_all(self, over_time: SharedBudget | None) -> Stop | None:
         job, store, loop = self._job, self._store, asyncio.get_running_loop()
-        learned = LearnedLimits(store.checkpoint, job.limits, loop.time(), store.plan.facts.variant)
+        learned = LearnedLimits(store.checkpoint, job.limits, loop.time(), store.plan.manifest.variant)
         in_flight_each, spare = self._connections()
         gate = self._open_gate(loop, learned, in_flight_each, over_time)
         with_ids = job.endpoint.id_header is not None
         with (
             contextlib.closing(InFlightFile(store.directory.inflight, gate.slots, with_ids=with_ids)) as slots,
-            contextlib.closing(ImageDigests(store.directory.images_of(store.plan.facts.layout))) as checked,
+            contextlib.closing(ImageDigests(store.directory.images_of(store.plan.manifest.layout))) as checked,
         ):
             requests = Requests(job, store.plan, checked, learned.estimates)
             results = None if self._hooks.host is None else self._hooks.host.results
@@ -127,12 +127,12 @@ class Dispatch:
         """Everything received is durable, and requests still in flight are listed as possibly billed; their number."""
         await workers.backlog.stop()
         workers.record_held()
-        checkpoint, facts = self._store.checkpoint, self._store.plan.facts
+        checkpoint, manifest = self._store.checkpoint, self._store.plan.manifest
         if not await asyncio.to_thread(checkpoint.flushed):
             return 0  # the disk failed: the slots keep the names for the next start
         await asyncio.sleep(0)  # lets the last commit's `on_commit` run
         occupied = open_run.slots.occupied()
-        lost = in_flight.possibly_billed(occupied, checkpoint.invocation, "aborted", facts.attempt_prefix)
+        lost = in_flight.possibly_billed(occupied, checkpoint.invocation, "aborted", manifest.attempt_prefix)
         await asyncio.to_thread(checkpoint.add_possibly_billed, lost)
         open_run.slots.clear_all()
         return len(lost)
@@ -191,7 +191,7 @@ class Dispatch:
                 job.limits,
                 daily=learned.daily,
                 found=Found(known.requests_per_minute, known.tokens_per_minute),
-                purse=budget,
+                budget=budget,
                 overruns=learned.overruns,
                 on_pace=functools.partial(_log_pace, self._status.log, {}),
                 on_kind=functools.partial(_log_kind, self._status.log, {}),

@@ -73,7 +73,7 @@ class Heartbeat:
             summary = self._status.summary()
             self._hooks.progress(summary)
             self.report_changes()
-            if (over_time := self._gate.purse.over_time) is not None:
+            if (over_time := self._gate.budget.over_time) is not None:
                 over_time.tidy()
             self._warn(summary)
             self._choose_tier()
@@ -132,7 +132,7 @@ class Heartbeat:
         slots = self._gate.slots
         if change.max_in_flight is not None and change.max_in_flight > slots:
             raise ValueError(f"max_in_flight can be at most {slots}, as when this process started")
-        self._gate.purse.change(cost_usd=change.max_cost_usd, tokens=change.max_tokens, requests=change.max_requests)
+        self._gate.budget.change(cost_usd=change.max_cost_usd, tokens=change.max_tokens, requests=change.max_requests)
         day = change.requests_per_day
         daily = None if day is None else self._workers.learned.count_day(day, self._gate.in_flight, self._clock())
         self._gate.tune(Rates(**change.rates, daily=daily), max_in_flight=change.max_in_flight)

@@ -12,7 +12,7 @@ from batchrun.store.totals import Totals
 
 def start_lines(job: Job, plan: Plan, where: Path, totals: Totals, lost: int, *, retrying: bool) -> list[str]:
     """`lost`: how many requests were in flight when the last process died."""
-    known, lines = plan.facts, []
+    known, lines = plan.manifest, []
     if plan.resumed:
         done, cost = totals.settled(), totals.cost_usd()
         failed = sum(totals.standing.get(status, 0) for status in failing(job.finish))
@@ -31,7 +31,7 @@ def start_lines(job: Job, plan: Plan, where: Path, totals: Totals, lost: int, *,
     if lost:
         were = "was" if lost == 1 else "were"
         lines.append(f"{plural(lost, 'request')} {were} in flight when the last process died; sent again")
-    if not known.rows and known.part is not None:
+    if not known.rows and known.share is not None:
         lines.append("this shard has no rows: the result will be empty")
     elif not known.rows:
         lines.append("there is nothing to send: the result will be empty, as input.min_rows = 0 allows")

@@ -11,16 +11,15 @@ from pathlib import Path
 import msgspec
 import pyarrow as pa
 
-from batchrun.durable import digest
 from batchrun.errors import CheckpointError, InputError, JobError
 from batchrun.integrity.readable_groups import nullable
 from batchrun.integrity.salvage import input_again
-from batchrun.records import Summary
+from batchrun.records import FinishedResult, Summary
 from batchrun.report import run_state
 from batchrun.report.summary import read
 from batchrun.report.wording import plural
 from batchrun.source import JsonlSource, Source, TableSource
-from batchrun.store import at_rest, manifest, partial, result, stored_window
+from batchrun.store import at_rest, partial, result, stored_window
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.chunks import Chunks, Layout
 from batchrun.store.manifest import Manifest
@@ -55,14 +54,14 @@ def export(directory: RunDirectory, to: Path | None = None) -> Exported:
         raise InputError(f"{directory.path}: no run here (no checkpoint.db); name a run directory")
     with directory.lock(), at_rest.opened(directory.checkpoint, directory.inflight) as checkpoint:
         entries = checkpoint.manifest_entries()
-        if manifest.ENTRY not in entries:
+        if Manifest.ENTRY not in entries:
             raise InputError(f"{directory.path}: no rows yet: the run ended while its input was checked; run it again")
-        known = manifest.decode(entries)
+        known = Manifest.decode(entries)
         if to is not None:
             _require_place(to, directory, known)
         summary = run_state.from_checkpoint(directory, checkpoint, _written(directory))
         if result.FINISHED in entries:
-            return _complete(directory, known, summary, result.finished(entries).digest, to)
+            return _complete(directory, known, summary, result.finished(entries), to)
         exported = _so_far(directory, checkpoint, known, summary, to or directory.partial)
         if to is None:
             files.write_usage(directory.usage, checkpoint.totals.lines())
@@ -109,7 +108,7 @@ def _require_place(to: Path, directory: RunDirectory, known: Manifest) -> None:
 
 
 def _complete(
-    directory: RunDirectory, known: Manifest, summary: Summary, result_digest: str, to: Path | None
+    directory: RunDirectory, known: Manifest, summary: Summary, written: FinishedResult, to: Path | None
 ) -> Exported:
     in_parts = known.output.layout == "parts"
     rows = summary.rows - summary.pending
@@ -117,12 +116,11 @@ def _complete(
         there = directory.completions_folder if in_parts else directory.completions
         return Exported(there, rows, 0, complete=True, written=False)
     if in_parts:
-        paths = sorted(directory.completions_folder.glob("*.parquet"))
-        parts = [(path, digest(path), files.rows_in(path)) for path in paths]
+        parts = [(directory.path / file.name, file.digest, file.rows) for file in written.files]
         footer = {files.FOOTER_KEY: msgspec.json.encode(result.bill(summary)).decode()}
-        files.assemble(parts, to, files.schema_of(paths[0]), known.output.compression, footer)
+        files.assemble(parts, to, files.schema_of(parts[0][0]), known.output.compression, footer)
     else:
-        files.copy_part(directory.completions, to, result_digest)
+        files.copy_part(directory.completions, to, written.files[0].digest)
     return Exported(to, rows, 0, complete=True, written=True)
 
 
@@ -137,7 +135,7 @@ def _so_far(directory: RunDirectory, checkpoint: Checkpoint, known: Manifest, su
         types=types,
         schema=schema,
         settings=known.output,
-        parsed=manifest.answer_column(known),
+        parsed=known.answer_column,
         number=known.layout,
         limit=summary.rows if summary.rows < known.rows else None,
         first_row=known.first_row,
@@ -172,9 +170,9 @@ def _schema(
     elif isinstance(source, TableSource):
         given = source.schema
     elif not (chunks := checkpoint.chunks()):
-        return own_schema(known.output.prefix, manifest.answer_column(known))
+        return own_schema(known.output.prefix, known.answer_column)
     elif chunks[0].open:
         given = stored_window.schema_of(directory.input_of(0, known.layout))
     else:
         return files.schema_of(directory.part_of(0, chunks[0].generation)).remove_metadata()
-    return output_schema(given, known.output, manifest.answer_column(known))
+    return output_schema(given, known.output, known.answer_column)

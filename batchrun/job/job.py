@@ -282,6 +282,12 @@ class Price(Table, frozen=True):
     tiers: dict[str, TierPrice] = {}
 
 
+class Telemetry(Table, frozen=True):
+    """What other programs are told of a run while it works."""
+
+    prometheus_dir: Text | None = None
+
+
 class Simulator(Table, frozen=True):
     latency_s: AtLeastZero = 0.4
     requests_per_minute: Positive | None = None
@@ -319,6 +325,7 @@ class Job(Table, frozen=True):
     canary: Canary = Canary()
     output: Output = Output()
     pricing: dict[str, Price] = {}
+    telemetry: Telemetry = Telemetry()
     simulator: Simulator = Simulator()
     on_end: list[Text] = []
     on_end_timeout_s: Positive = 60.0

@@ -8,13 +8,28 @@ from decimal import Decimal
 import msgspec
 
 from batchrun.errors import ExitCode
-from batchrun.limits.admission import OPEN, Ask, Binding, Cooling, Found, Limit, Outcome, Probing, Ruling, Stop
+from batchrun.limits.admission import (
+    OPEN,
+    Binding,
+    Cooling,
+    Decision,
+    Demand,
+    Found,
+    Limit,
+    Open,
+    Outcome,
+    Phase,
+    Probing,
+    Stop,
+    Stopped,
+)
 from batchrun.limits.admission_queue import UNLIMITED
 from batchrun.limits.gate import Gate, GateClosed, Shared
 from batchrun.limits.probe_turns import InDoubt, ProbeTurns
 from batchrun.limits.rates import Rates
 from batchrun.records import EndpointTotals, InForce, Verdict
 
+BEST_FIRST = (Open, Probing, Cooling, Stopped)
 IN_FLIGHT = Binding(Limit.IN_FLIGHT)
 STOPPED = Binding(Limit.STOPPED)
 
@@ -58,7 +73,7 @@ class Gates:
         self._stop: Stop | None = None
         self._virtual = 0.0
         self._chosen = lanes[0]
-        self.purse = shared.budget
+        self.budget = shared.budget
         self.turns: ProbeTurns = shared.turns
 
     @property
@@ -97,6 +112,12 @@ class Gates:
     @property
     def stop(self) -> Stop | None:
         return self._stop
+
+    @property
+    def phase(self) -> Phase:
+        """That of the endpoint in use which is the best off."""
+        phases: list[Phase] = [lane.gate.phase for lane in self._live or self.lanes]
+        return min(phases, key=lambda phase: BEST_FIRST.index(type(phase)))
 
     @property
     def found(self) -> Found:
@@ -141,17 +162,17 @@ class Gates:
             raise ValueError("with several endpoints only the budget can be changed; each has its limits in the job")
         self._shared.wake()
 
-    async def admit(self, ask: Ask, *, probes: bool = True) -> int:
+    async def admit(self, demand: Demand, *, probes: bool = True) -> int:
         """As `Gate.admit`, at any of the endpoints."""
-        if self._shared.queue or self._blocked_by(ask, probes=probes) is not None:
-            await self._shared.queue.wait(functools.partial(self._blocked_by, ask, probes=probes))
+        if self._shared.queue or self._blocked_by(demand, probes=probes) is not None:
+            await self._shared.queue.wait(functools.partial(self._blocked_by, demand, probes=probes))
         lane = self._chosen
         start = max(lane.finish, self._virtual)
         self._virtual, lane.finish = start, start + 1 / lane.weight
         lane.sent += 1
-        return await lane.gate.take(ask)
+        return await lane.gate.take(demand)
 
-    def _blocked_by(self, ask: Ask, *, probes: bool) -> Binding | None:
+    def _blocked_by(self, demand: Demand, *, probes: bool) -> Binding | None:
         """None if an endpoint admits the attempt now, which is `_chosen` then; else the block that time lifts first."""
         if self._stop is not None:
             raise GateClosed(self._stop)
@@ -161,7 +182,7 @@ class Gates:
         blockers: list[Binding] = []
         for lane in sorted(live, key=lambda lane: max(lane.finish, self._virtual)):
             try:
-                blocker = lane.gate.blocked_by(ask)
+                blocker = lane.gate.blocked_by(demand)
             except GateClosed as closed:  # the budget, which is that of all
                 self.close(closed.stop)
                 raise
@@ -181,25 +202,25 @@ class Gates:
     def settle(self, slot: int, tokens: int | None, output_tokens: int = 0) -> None:
         self._lane_of[slot].gate.settle(slot, tokens, output_tokens)
 
-    def hear(self, slot: int, headers: Mapping[str, str]) -> None:
-        self._lane_of[slot].gate.hear(slot, headers)
+    def read_headers(self, slot: int, headers: Mapping[str, str]) -> None:
+        self._lane_of[slot].gate.read_headers(slot, headers)
 
-    def observe(self, slot: int, outcome: Outcome) -> Ruling:
+    def observe(self, slot: int, outcome: Outcome) -> Decision:
         """As `Gate.observe`. If this sets the endpoint aside, its rows in question are sent elsewhere."""
         lane = self._lane_of[slot]
-        ruling = lane.gate.observe(slot, outcome)
+        decision = lane.gate.observe(slot, outcome)
         lane.answered += outcome.verdict is Verdict.OK
         for each in self.lanes:
             each.held.discard(outcome.row)
-        lane.held.difference_update(ruling.own)
-        if ruling.hold:
+        lane.held.difference_update(decision.own)
+        if decision.hold:
             lane.held.add(outcome.row)
         if lane.gate.stop is None or self._stop is not None:
-            return ruling
+            return decision
         if lane.set_aside is None and self._is_last_set_aside(lane, lane.gate.stop):
-            return ruling
+            return decision
         elsewhere, lane.held = tuple(lane.held), set()
-        return msgspec.structs.replace(ruling, hold=False, elsewhere=elsewhere)
+        return msgspec.structs.replace(decision, hold=False, elsewhere=elsewhere)
 
     def release(self, slot: int, spent_usd: Decimal | None, spent_tokens: int | None = None) -> None:
         self._lane_of[slot].gate.release(slot, spent_usd, spent_tokens)

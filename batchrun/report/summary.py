@@ -11,7 +11,18 @@ from batchrun.errors import CheckpointError, InputError
 from batchrun.limits.deadline import Deadline
 from batchrun.limits.forecast import Forecast
 from batchrun.prices import PriceTable
-from batchrun.records import FAILURES, BudgetUse, EndpointTotals, Estimate, InForce, Retrying, Status, Summary, Tuned
+from batchrun.records import (
+    FAILURES,
+    BudgetUse,
+    EndpointTotals,
+    Estimate,
+    InForce,
+    Live,
+    Retrying,
+    Status,
+    Summary,
+    Tuned,
+)
 from batchrun.report.cost_lines import prices_in_words, scaled
 from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
@@ -54,6 +65,8 @@ class Moment(msgspec.Struct, frozen=True):
     tags: dict[str, str] = {}
     endpoints: tuple[EndpointTotals, ...] = ()
     budgets: tuple[BudgetUse, ...] = ()
+    live: Live | None = None
+    last_answer_at: datetime | None = None
 
     @property
     def eta(self) -> datetime | None:
@@ -93,7 +106,7 @@ def read(directory: RunDirectory) -> Summary:
 
 
 _OF_THE_RUN = (
-    *("job", "run_id", "begun_at", "rows", "rejected", "by_status", "pending", "totals", "cost_usd", "wasted_usd"),
+    *("job", "run_id", "created_at", "rows", "rejected", "by_status", "pending", "totals", "cost_usd", "wasted_usd"),
     *("unpriced", "without_usage", "possibly_billed", "possibly_billed_count", "possibly_billed_usd", "models"),
     *("unknown_finish_reasons", "unpriced_tiers", "example_error", "price", "estimate", "invocation"),
     *("reused", "duplicates", "saved_usd", "shard", "merged"),
@@ -125,7 +138,7 @@ def starting(
     now = _summary(
         earlier.job,
         earlier.run_id,
-        earlier.begun_at,
+        earlier.created_at,
         earlier.rows,
         earlier.rejected,
         {},
@@ -139,7 +152,7 @@ def starting(
 
 
 def summarise(
-    facts: Manifest,
+    manifest: Manifest,
     rows: int,
     tables: dict[str, PriceTable | None],
     spent: Totals,
@@ -147,17 +160,19 @@ def summarise(
     directory: RunDirectory,
 ) -> Summary:
     """The summary of the run now. Everything in it is durable."""
-    rejected = len(facts.rejected)
-    estimate = None if facts.estimate is None else scaled(facts.estimate, rows)
-    made = _summary(facts.job, facts.run_id, facts.begun_at, rows, rejected, tables, spent, moment, directory, estimate)
-    shard = None if facts.part is None else str(facts.part.shard)
-    return msgspec.structs.replace(made, shard=shard, merged=list(facts.merged))
+    rejected = len(manifest.rejected)
+    estimate = None if manifest.estimate is None else scaled(manifest.estimate, rows)
+    made = _summary(
+        manifest.job, manifest.run_id, manifest.created_at, rows, rejected, tables, spent, moment, directory, estimate
+    )
+    shard = None if manifest.share is None else str(manifest.share.shard)
+    return msgspec.structs.replace(made, shard=shard, merged=list(manifest.merged))
 
 
 def _summary(
     job: str,
     run_id: str,
-    begun_at: datetime,
+    created_at: datetime,
     rows: int,
     rejected: int,
     tables: dict[str, PriceTable | None],
@@ -199,7 +214,7 @@ def _summary(
         price="; ".join(names) or None,
         estimate=estimate,
         invocation=moment.invocation,
-        begun_at=begun_at,
+        created_at=created_at,
         started_at=moment.started_at,
         updated_at=moment.now,
         elapsed_s=round(moment.elapsed_s, 3),
@@ -224,6 +239,8 @@ def _summary(
         reused=sum(line.reused for line in lines),
         duplicates=sum(line.duplicates for line in lines),
         saved_usd=sum((line.saved_usd for line in lines), Decimal(0)),
+        live=moment.live,
+        last_answer_at=moment.last_answer_at,
     )
 
 

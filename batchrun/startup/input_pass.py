@@ -17,8 +17,7 @@ from batchrun.startup import preconditions, shard, stdin_copy
 from batchrun.startup.answer_match import Questions
 from batchrun.startup.input_check import Problem, Survey, survey
 from batchrun.startup.run_options import RunOptions
-from batchrun.store import manifest
-from batchrun.store.manifest import Manifest, Part
+from batchrun.store.manifest import InputShare, Manifest
 from batchrun.store.rundir import RunDirectory
 from batchrun.tables.json_columns import ColumnTypes
 from batchrun.tables.rows import output_schema
@@ -69,27 +68,27 @@ def read(
     return found
 
 
-def facts_of(
+def manifest_of(
     job: Job,
     source: Source,
     files: tuple[FileIdentity, ...],
     found: Survey,
     *,
     run_id: str,
-    begun_at: datetime,
-    part: Part | None = None,
+    created_at: datetime,
+    share: InputShare | None = None,
 ) -> Manifest:
     """The manifest of a run over this input.
 
     Raises:
         InputError: the input has changed since `files` was taken.
     """
-    digests = shard.digests(source.files, sharded=part is not None)
+    digests = shard.digests(source.files, sharded=share is not None)
     if (what := changed(source.files, files)) is not None:
         raise InputError(f"the input changed while it was read: {what}; run again when it no longer changes")
     return Manifest(
         run_id=run_id,
-        begun_at=begun_at,
+        created_at=created_at,
         job=job.name,
         dialect=found.dialect,
         files=files,
@@ -101,7 +100,7 @@ def facts_of(
         models=found.models,
         max_request=found.max_request,
         output=job.output,
-        part=part,
+        share=share,
     )
 
 
@@ -127,7 +126,7 @@ def schema_of(source: Source, known: Manifest) -> pa.Schema:
     return output_schema(
         source.schema if isinstance(source, TableSource) else types.schema(),
         known.output,
-        manifest.answer_column(known),
+        known.answer_column,
     )
 
 

@@ -40,7 +40,7 @@ def look(job: Job, directory: RunDirectory, shard: Shard | None = None) -> Found
         finished = result.FINISHED in checkpoint.manifest_entries()
         try:
             plan = planning.make(job, directory, checkpoint, RunOptions(only_look=True, shard=shard), datetime.now(UTC))
-            to_send = plan.facts.rows - checkpoint.totals.settled()
+            to_send = plan.manifest.rows - checkpoint.totals.settled()
             if (made := plan.origins) is not None:
                 to_send -= max(0, made.reused + made.duplicates - summary.reused)
             return Found(summary, to_send, None)

@@ -27,10 +27,10 @@ from batchrun.startup import shard as shards
 from batchrun.startup.answer_match import NONE, Questions
 from batchrun.startup.estimate import estimate
 from batchrun.startup.run_options import RunOptions
-from batchrun.store import manifest, origins, variants
+from batchrun.store import origins, variants
 from batchrun.store.carry_over import CarryOver
 from batchrun.store.checkpoint import Checkpoint
-from batchrun.store.manifest import Manifest, Part
+from batchrun.store.manifest import InputShare, Manifest
 from batchrun.store.origins import Origins
 from batchrun.store.rundir import RunDirectory
 from batchrun.store.variants import Variant
@@ -48,7 +48,7 @@ class Plan(msgspec.Struct, frozen=True):
     the run's first job; `variant` is that of this start's job. `origins` says which rows are not sent.
     """
 
-    facts: Manifest
+    manifest: Manifest
     rows: int
     variants: tuple[Variant, ...]
     variant: int
@@ -68,7 +68,7 @@ def make(job: Job, directory: RunDirectory, checkpoint: Checkpoint, options: Run
         JobError, InputError: something is invalid or has changed; nothing was sent.
     """
     entries, today = checkpoint.manifest_entries(), now.astimezone().date().isoformat()
-    if "facts" in entries:
+    if Manifest.ENTRY in entries:
         return _resume(job, directory, checkpoint, options, entries, today)
     if options.retry is not None:
         raise JobError(
@@ -85,9 +85,9 @@ def make(job: Job, directory: RunDirectory, checkpoint: Checkpoint, options: Run
         found = input_pass.read(source, as_read, directory, options, keys.add, pictures.add)
         if own is not None:
             found = msgspec.structs.replace(found, types=own.types)
-        part = None if own is None else Part(own.shard, own.span, tuple(sorted(map(str, failing(job.finish)))))
+        share = None if own is None else InputShare(own.shard, own.span, tuple(sorted(map(str, failing(job.finish)))))
         run_id = uuid.uuid4().hex[:12]
-        new = input_pass.facts_of(job, source, files, found, run_id=run_id, begun_at=now, part=part)
+        new = input_pass.manifest_of(job, source, files, found, run_id=run_id, created_at=now, share=share)
         input_pass.keep_digests(job, directory, new.layout, pictures, found)
         made = _origins(job, directory, new, options, keys.rows(found.rejected))
     ways = (variants.of_job(job),)
@@ -96,20 +96,20 @@ def make(job: Job, directory: RunDirectory, checkpoint: Checkpoint, options: Run
     to_send = found.rows if made is None else made.new
     expected = estimate(found, job, plan.prices, to_send, None, daily.left_s(now), before)
     expected = msgspec.structs.replace(expected, rows=found.rows)  # those that are not sent cost nothing
-    plan = msgspec.structs.replace(plan, facts=msgspec.structs.replace(new, estimate=expected), origins=made)
-    entries = {**manifest.encode(plan.facts), "prices": _encode(plan.prices), **variants.encode(ways)}
+    plan = msgspec.structs.replace(plan, manifest=msgspec.structs.replace(new, estimate=expected), origins=made)
+    entries = {**plan.manifest.encode(), "prices": _encode(plan.prices), **variants.encode(ways)}
     checkpoint.write_manifest({**entries, origins.ENTRY: _encode(made)})
     return plan
 
 
 def _origins(
-    job: Job, directory: RunDirectory, facts: Manifest, options: RunOptions, keys: Iterable[tuple[bytes, int]]
+    job: Job, directory: RunDirectory, manifest: Manifest, options: RunOptions, keys: Iterable[tuple[bytes, int]]
 ) -> Origins | None:
     """Which rows take an answer without a request, by their keys; None if the job sends all of them."""
-    wanted = carry.wanted(job, facts.rows, facts.layout, facts.first_row)
+    wanted = carry.wanted(job, manifest.rows, manifest.layout)
     if wanted is None:
         return None
-    made = carry.make(job, keys, wanted, directory.path, directory.origins_of(facts.layout), options.note)
+    made = carry.make(job, keys, wanted, directory.path, directory.origins_of(manifest.layout), options.note)
     if (line := carry.in_words(made)) is not None:
         options.note(line)
     return made
@@ -146,7 +146,7 @@ def changed_input(files: tuple[Path, ...], directory: RunDirectory, known: Manif
 def _resume(
     job: Job, directory: RunDirectory, checkpoint: Checkpoint, options: RunOptions, entries: dict[str, str], today: str
 ) -> Plan:
-    known, ways = manifest.decode(entries), variants.decode(entries)
+    known, ways = Manifest.decode(entries), variants.decode(entries)
     shards.require_same(options.shard, known, directory.path)
     require_same_shape(job, known)
     stdin_copy.settle(directory, known)
@@ -155,7 +155,7 @@ def _resume(
         known, ways, variant, source = _as_it_is_now(job, directory, checkpoint, options, known, ways, files)
         made = _origins_now(job, directory, checkpoint, options, known, source)
     finally:
-        stdin_copy.settle(directory, manifest.decode(checkpoint.manifest_entries()))
+        stdin_copy.settle(directory, Manifest.decode(checkpoint.manifest_entries()))
     prices_known = msgspec.json.decode(entries.get("prices", "{}"), type=dict[str, PriceTable | None])
     limit = None if options.limit is None else max(options.limit, _opened_rows(checkpoint, known))
     plan = _plan(job, known, ways, variant, source, prices_known, limit, today, resumed=True)
@@ -180,7 +180,7 @@ def _origins_now(
     if options.only_look or settled == known.rows or (checkpoint.has_reopened and opened == known.rows):
         return None  # only rows of a retry are left
     with Questions(directory.path) as keys:
-        as_read = job if known.part is None else shards.reading(job, known.dialect)
+        as_read = job if known.share is None else shards.reading(job, known.dialect)
         found = input_pass.read(source, as_read, directory, options, keys.add)
         made = _origins(job, directory, known, options, keys.rows(found.rejected))
     checkpoint.write_manifest({origins.ENTRY: _encode(made)})
@@ -204,7 +204,7 @@ def _as_it_is_now(
     identities = fingerprint(files)  # before the content is read, so that a change meanwhile is noticed later
     ways, variant, settings = variants.place(job, ways, known.variant, retrying=options.retry is not None)
     what = changed_input(files, directory, known)
-    source = open_source(files, job.input.max_line_bytes, None if known.part is None else known.part.span)
+    source = open_source(files, job.input.max_line_bytes, None if known.share is None else known.share.span)
     if what is None and options.accept_changes and job.input.image_root is not None:
         what = "the images"
     if settings or what is not None:
@@ -237,7 +237,7 @@ def _adopt(
     """
     with Questions(directory.path) as questions, Questions(directory.path) as pictures:
         found = input_pass.read(source, job, directory, options, questions.add, pictures.add)
-        new = input_pass.facts_of(job, source, identities, found, run_id=known.run_id, begun_at=known.begun_at)
+        new = input_pass.manifest_of(job, source, identities, found, run_id=known.run_id, created_at=known.created_at)
         expected = None if known.estimate is None else scaled(known.estimate, found.rows)
         new = msgspec.structs.replace(
             new, layout=known.layout + 1, variant=variant, dialect=found.dialect, estimate=expected
@@ -254,7 +254,7 @@ def _adopt(
             _require_consent(job, options, seen, settings)
             options.note(str(seen))
             schema = input_pass.schema_of(source, new)
-            entries = {**manifest.encode(new), **variants.encode(ways), origins.ENTRY: _encode(made)}
+            entries = {**new.encode(), **variants.encode(ways), origins.ENTRY: _encode(made)}
             input_pass.keep_digests(job, directory, new.layout, pictures, found)
             changes.lay_out(
                 answers, matches, source, new, schema, directory, checkpoint, entries, options.limit, carry_over
@@ -326,7 +326,7 @@ def _opened_rows(checkpoint: Checkpoint, known: Manifest) -> int:
 
 def _plan(
     job: Job,
-    facts: Manifest,
+    manifest: Manifest,
     ways: tuple[Variant, ...],
     variant: int,
     source: Source,
@@ -336,23 +336,23 @@ def _plan(
     *,
     resumed: bool,
 ) -> Plan:
-    types = None if facts.types is None else ColumnTypes.from_json(facts.types)
+    types = None if manifest.types is None else ColumnTypes.from_json(manifest.types)
     tables = {
         model: known.get(model) if known.get(model) and model not in job.pricing else _price(model, job, today)
-        for model in (*facts.models, *(way.request.model for way in ways[1:] if way.request.model is not None))
+        for model in (*manifest.models, *(way.request.model for way in ways[1:] if way.request.model is not None))
     }
-    preconditions.require_budget(job, facts.max_request, tables)
-    rows = facts.rows if limit is None else min(limit, facts.rows)
+    preconditions.require_budget(job, manifest.max_request, tables)
+    rows = manifest.rows if limit is None else min(limit, manifest.rows)
     return Plan(
-        facts,
+        manifest,
         rows,
         ways,
         variant,
         resumed,
         source,
         types,
-        input_pass.schema_of(source, facts),
-        manifest.answer_column(facts),
+        input_pass.schema_of(source, manifest),
+        manifest.answer_column,
         tables,
     )
 

@@ -39,12 +39,12 @@ def reopen(
     if not any(checkpoint.totals.standing.get(status) for status in statuses):
         return 0
     if result.FINISHED in checkpoint.manifest_entries():
-        chunks = result.restore_parts(plan.facts, checkpoint, chunks, directory)
+        chunks = result.restore_parts(plan.manifest, checkpoint, chunks, directory)
     rows: list[Reopened] = []
     start = START
     for place, chunk in enumerate(chunks):
         path = directory.part_of(chunk.chunk, chunk.generation)
-        base = BasePart(path, chunk.part_digest or "", plan.facts.output.prefix)
+        base = BasePart(path, chunk.part_digest or "", plan.manifest.output.prefix)
         if found := base.reopened(statuses, variant):
             rows += found
             _store_input_again(plan, directory, chunk, start)
@@ -56,8 +56,8 @@ def reopen(
 
 def _store_input_again(plan: Plan, directory: RunDirectory, chunk: Chunk, start: Position) -> None:
     """Stores the input of the chunk again, as an open chunk has it; its digest shows that it is the same."""
-    windows = plan.source.windows(start, chunk.rows, sys.maxsize, frozenset(plan.facts.rejected))
+    windows = plan.source.windows(start, chunk.rows, sys.maxsize, frozenset(plan.manifest.rejected))
     again = next(windows, None)
-    path = directory.input_of(chunk.chunk, plan.facts.layout)
+    path = directory.input_of(chunk.chunk, plan.manifest.layout)
     if again is None or again.rows != chunk.rows or stored_window.write(path, again.table) != chunk.input_digest:
         raise InputError(f"the input of rows {chunk.first_row:,} and on has changed; restore it, then retry")

@@ -222,7 +222,7 @@ def require_same(shard: Shard | None, known: Manifest, directory: Path) -> None:
     Raises:
         JobError: it is another shard, or one without `--shard`, or the other way round.
     """
-    there = None if known.part is None else known.part.shard
+    there = None if known.share is None else known.share.shard
     if there == shard:
         return
     if there is None:
@@ -237,7 +237,7 @@ def require_unchanged(known: Manifest, reasons: tuple[str, ...]) -> None:
     Raises:
         JobError: the input or the job of a shard has changed.
     """
-    if known.part is None or not reasons:
+    if known.share is None or not reasons:
         return
     what = ", ".join(each if " " in each else f"{each} has changed" for each in reasons)
     raise JobError(

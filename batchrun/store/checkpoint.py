@@ -35,7 +35,7 @@ from batchrun.store.totals import (
     with_reopened,
 )
 
-FORMAT = 5
+FORMAT = 6
 """`PRAGMA user_version`. A run directory with another number is of another version: exit 7."""
 
 SINCE = "since"
@@ -81,12 +81,12 @@ class Checkpoint:
             if quick
             else Database.open(path, db_tables.TABLES, FORMAT, self._make_room)
         )
-        manifest: dict[str, str] = dict(self._database.records("manifest"))
-        self.since = int(manifest.get(SINCE, "0"))
+        entries: dict[str, str] = dict(self._database.records("manifest"))
+        self.since = int(entries.get(SINCE, "0"))
         self._reopened = bool(self._database.query("SELECT 1 FROM reopened LIMIT 1"))
         ((self._revision,),) = self._database.query("SELECT coalesce(max(revision), 0) FROM replaced")
         self._thread = threading.Thread(target=self._serve, name="checkpoint", daemon=True)
-        self.totals = self._read_totals(msgspec.json.decode(manifest.get(UNSTATED, "{}"), type=Unstated))
+        self.totals = self._read_totals(msgspec.json.decode(entries.get(UNSTATED, "{}"), type=Unstated))
         self._restore_spilled()
         self._thread.start()
 

@@ -17,6 +17,7 @@ from batchrun.job.job import Output
 from batchrun.records import Completion, Discarded, Row, TotalsLine
 from batchrun.response import packed
 from batchrun.source import START, FileIdentity, Position, Source, Window, changed
+from batchrun.store import result_folder
 from batchrun.store.base_part import BasePart
 from batchrun.store.carry_over import CarryOver, Taken
 from batchrun.store.checkpoint import Checkpoint
@@ -457,8 +458,9 @@ class Chunks:
     def _part_of(self, chunk: Chunk) -> Path:
         """The path of a sealed chunk. A process that was killed at the end may have moved it to the result already."""
         part = self._directory.part_of(chunk.chunk, chunk.generation)
-        moved = files.part_in(self._directory.completions_folder, chunk.chunk)
-        return moved if self._settings.layout == "parts" and moved.exists() and not part.exists() else part
+        if self._settings.layout != "parts":
+            return part
+        return result_folder.place_of(part, chunk.chunk, chunk.part_digest or "", self._directory)
 
 
 def _by_size(

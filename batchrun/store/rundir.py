@@ -34,6 +34,7 @@ class RunDirectory:
         self.path = path
         self.completions = path / "completions.parquet"
         self.completions_folder = path / "completions"  # layout = "parts"
+        self.staging = path / "completions.tmp"  # that folder while it is made
         self.partial = path / "completions.partial.parquet"  # of a run that is not complete
         self.usage = path / "usage.parquet"
         self.summary = path / "summary.json"

@@ -63,9 +63,9 @@ def require_sums(out: Path) -> None:
     reused = [row for row in rows if row["reused"]]
     copies = [row for row in reused if row["duplicate_of"] is not None]
     saved_usd = sum((row["reused_cost_usd"] or Decimal(0) for row in reused), Decimal(0))
-    told = {name: sum(line[name] for line in usage) for name in ("rows", "attempts", "reused", "duplicates")}
-    assert told["rows"] == len(rows)
-    assert (told["reused"], told["duplicates"]) == (len(reused), len(copies))
+    reported = {name: sum(line[name] for line in usage) for name in ("rows", "attempts", "reused", "duplicates")}
+    assert reported["rows"] == len(rows)
+    assert (reported["reused"], reported["duplicates"]) == (len(reused), len(copies))
     assert (summary["reused"], summary["duplicates"]) == (len(reused), len(copies))
     assert Decimal(summary["saved_usd"]) == sum(line["saved_usd"] for line in usage) == saved_usd
     billed = [line for line in usage if line["status"] not in ("discarded", "lost")]
@@ -91,11 +91,11 @@ def test_the_second_night_sends_exactly_the_changed_rows(tmp_path: Path) -> None
         shuffled = records(random.Random(1).sample(range(500), 500), changed)
         write(tmp_path / "in.jsonl", shuffled)
         ended = run(job, tmp_path / "two", "--reuse", tmp_path / "one")
-        asked = simulator.ledger()[sent:]
+        requested = simulator.ledger()[sent:]
     assert "to send: 5 of 500 rows; not sent: 495 reused" in ended.stderr
     assert "495 rows without a request; $" in ended.stdout
     rows = rows_of(tmp_path / "two")
-    assert len(asked) == 5
+    assert len(requested) == 5
     assert {row["id"] for row in rows if not row["reused"]} == changed
     before = {row["id"]: row for row in rows_of(tmp_path / "one")}
     for row in rows:
@@ -232,11 +232,11 @@ def test_kills_repeat_only_requests_in_flight(tmp_path: Path, seed: int) -> None
             process.communicate()
             possible += 16
         run(job, tmp_path / "two", "--reuse", tmp_path / "one")
-        asked = Counter(line.question for line in simulator.ledger()[sent:])
+        requested = Counter(line.question for line in simulator.ledger()[sent:])
     known = {row["text"] for row in first}
     new = {row["text"] for row in rows} - known
-    assert len(asked) == len(new)
-    assert asked.total() - len(asked) <= possible
+    assert len(requested) == len(new)
+    assert requested.total() - len(requested) <= possible
     done = rows_of(tmp_path / "two")
     assert [row["text"] for row in done] == [row["text"] for row in rows]
     by_text: dict[str, set[str]] = {}
@@ -264,9 +264,9 @@ def test_changed_sources_are_looked_up_again(tmp_path: Path) -> None:
         (tmp_path / "one").rename(tmp_path / "other")
         (tmp_path / "one").mkdir()
         ended = run(job, tmp_path / "two", *reuse[2:])
-        asked = Counter(line.question for line in simulator.ledger()[sent:])
+        requested = Counter(line.question for line in simulator.ledger()[sent:])
     assert "100 reused" in ended.stderr
-    assert len(asked) == 500
+    assert len(requested) == 500
     require_sums(tmp_path / "two")
 
 
@@ -302,8 +302,8 @@ def test_a_copy_fails_with_its_original(tmp_path: Path) -> None:
     with running_simulator(SimulatorConfig(faults=parse_faults("400=0.2"))) as simulator:
         job = job_of(tmp_path, simulator, records(numbers))
         run(job, tmp_path / "out", exit_code=3)
-        asked = Counter(line.question for line in simulator.ledger())
-        assert max(asked.values()) == 1
+        requested = Counter(line.question for line in simulator.ledger())
+        assert max(requested.values()) == 1
     failed = [row for row in rows_of(tmp_path / "out") if row["status"] == "error"]
     assert len(failed) % 3 == 0
     assert len({(row["id"], row["error"]["message"]) for row in failed}) == len(failed) // 3 > 5
@@ -324,9 +324,9 @@ def test_copies_wait_for_a_retried_original(tmp_path: Path) -> None:
     with running_simulator(SimulatorConfig(faults=(slow,))) as simulator:
         job = job_of(tmp_path, simulator, records(numbers))
         run(job, tmp_path / "out")
-        asked = Counter(line.question for line in simulator.ledger())
-    assert len(asked) == 90
-    assert set(asked.values()) <= {1, 2, 3}
+        requested = Counter(line.question for line in simulator.ledger())
+    assert len(requested) == 90
+    assert set(requested.values()) <= {1, 2, 3}
     require_sums(tmp_path / "out")
 
 
@@ -356,15 +356,15 @@ def test_a_program_gets_every_row_once(tmp_path: Path) -> None:
     with running_simulator() as simulator:
         job = job_of(tmp_path, simulator, records(range(40)))
         run(job, tmp_path / "one")
-        asked = load(job)
-        reuse = msgspec.structs.replace(asked.input, path=None, reuse_from=str(tmp_path / "one"))
-        template = msgspec.structs.replace(asked.request, max_tokens=4000)
-        asked = msgspec.structs.replace(asked, input=reuse, request=template)
+        requested = load(job)
+        reuse = msgspec.structs.replace(requested.input, path=None, reuse_from=str(tmp_path / "one"))
+        template = msgspec.structs.replace(requested.request, max_tokens=4000)
+        requested = msgspec.structs.replace(requested, input=reuse, request=template)
 
         async def read() -> list[Completion]:
             environ = {KEY_ENV: KEY}
             async with batchrun_package.Runner(
-                asked, records(numbers), output=tmp_path / "two", environ=environ
+                requested, records(numbers), output=tmp_path / "two", environ=environ
             ) as runner:
                 return [completion async for completion in runner]
 
@@ -398,13 +398,13 @@ def test_what_is_salvaged_keeps_reused_rows_and_copies(tmp_path: Path) -> None:
         salvaged = batchrun("verify", tmp_path / "two", "--salvage")
         assert salvaged.exit_code == 7, salvaged.stdout
         run(job, tmp_path / "two.salvaged", *reuse)
-        asked = Counter(line.question for line in simulator.ledger())
-    assert len(asked) == 150
+        requested = Counter(line.question for line in simulator.ledger())
+    assert len(requested) == 150
     rows = rows_of(tmp_path / "two.salvaged")
     assert [row["id"] for row in rows] == numbers
     assert len({row["id"]: row["content"] for row in rows}) == len({(row["id"], row["content"]) for row in rows}) == 150
     assert sum(not row["reused"] for row in rows) == 110
-    assert before <= asked.keys()
+    assert before <= requested.keys()
     verified = batchrun("verify", tmp_path / "two.salvaged")
     assert verified.exit_code == 0, verified.stdout
 

@@ -204,9 +204,9 @@ def state_of(directory: RunDirectory) -> tuple[object, ...]:
     finished = not directory.inflight.exists()
     digests = {path.name: digest(path) for path in files_of(directory) if path.suffix in (".parquet", ".arrow")}
     summary: object = None
-    if finished:  # elsewhere the next start writes it anew
-        told = msgspec.json.decode(directory.summary.read_bytes(), type=Summary)
-        summary = {name: getattr(told, name) for name in Summary.__struct_fields__ if name not in NO_SECOND_SOURCE}
+    if finished:  # elsewhere the next start writes it again
+        reported = msgspec.json.decode(directory.summary.read_bytes(), type=Summary)
+        summary = {name: getattr(reported, name) for name in Summary.__struct_fields__ if name not in NO_SECOND_SOURCE}
     return db_records.read(directory.checkpoint), in_flight.read(directory.inflight), digests, summary
 
 
@@ -313,7 +313,7 @@ def test_a_missing_file_is_named(runs: Runs, tmp_path: Path, name: str) -> None:
     directory = runs.copy(name, tmp_path / "run")
     for path in files_of(directory):
         if path.name.endswith("-wal"):
-            continue  # nobody can tell a run without a log from one that lost it
+            continue  # a run without a log looks like one that lost it
         aside = path.rename(tmp_path / "aside")
         assert path.name in {Path(file).name for file in damaged_files(verify(directory))}
         aside.rename(path)
@@ -343,7 +343,7 @@ def test_an_unreadable_summary_is_damage(runs: Runs, tmp_path: Path) -> None:
 
 def result_and_start(runs: Runs, directory: RunDirectory, layout: str) -> tuple[Path, Callable[[], Ended]]:
     """A file of the complete run's result, and what starts the run's command once more."""
-    result = directory.completions if layout == "file" else sorted(directory.completions_folder.iterdir())[1]
+    result = directory.completions if layout == "file" else sorted(directory.completions_folder.glob("*.parquet"))[1]
     return result, lambda: batchrun("run", runs.folder / f"{layout}.toml", "-o", directory.path)
 
 
@@ -415,9 +415,9 @@ def test_files_of_two_runs_are_not_confused(runs: Runs, tmp_path: Path) -> None:
 )
 def test_summary_and_checkpoint_agree_in_every_figure(runs: Runs, tmp_path: Path, field: str, value: object) -> None:
     directory = runs.copy("done", tmp_path / "run")
-    told: dict[str, Any] = msgspec.json.decode(directory.summary.read_bytes())
-    told[field] = value
-    directory.summary.write_bytes(msgspec.json.format(msgspec.json.encode(told), indent=2))
+    reported: dict[str, Any] = msgspec.json.decode(directory.summary.read_bytes())
+    reported[field] = value
+    directory.summary.write_bytes(msgspec.json.format(msgspec.json.encode(reported), indent=2))
     expected = set() if field == "complete" else {"summary.json"}
     assert damaged_files(verify(directory)) == expected
 

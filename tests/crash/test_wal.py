@@ -92,7 +92,7 @@ def test_frames_of_an_earlier_round_are_not_missed(tmp_path: Path) -> None:
         with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]) as process:
             assert process.stdout is not None
             for _ in range(random.randrange(20, 60)):
-                process.stdout.readline()  # a commit that was told
+                process.stdout.readline()  # a commit that was reported
             process.send_signal(signal.SIGKILL)
         assert commits_dropped(path.with_name("checkpoint.db-wal").read_bytes()) == 0
 

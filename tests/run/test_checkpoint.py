@@ -64,7 +64,7 @@ def everything(path: Path) -> tuple[object, ...]:
 def filled(path: Path) -> Path:
     """A checkpoint with records in every table, closed."""
     with opened(path) as checkpoint:
-        checkpoint.write_manifest({"facts": '{"run_id":"1"}', "prices": "{}"})
+        checkpoint.write_manifest({"manifest": '{"run_id":"1"}', "prices": "{}"})
         checkpoint.start_invocation(1_795_000_000.5, 4711, "here", "0.1.0")
         put(checkpoint, [completion(3)])
         checkpoint.seal_chunk(Chunk(0, 0, 50, '{"file":0}', "ab" * 16, 1, "cd" * 16, open=0), keep=[3])
@@ -80,7 +80,7 @@ def filled(path: Path) -> Path:
 
 
 def reopened(row: int, attempts: int, status: str) -> Reopened:
-    """A row that `completion` settled with this status, asked again by variant 1."""
+    """A row that `completion` settled with this status, sent again by variant 1."""
     answer = answer_line(completion(row, status=Status(status)), 0)
     return Reopened(row, 1, attempts, status, None, msgspec.json.encode(answer).decode())
 
@@ -250,7 +250,7 @@ def writer(path: Path, **limits: str) -> "subprocess.Popen[str]":
 
 
 def require_consistent(path: Path, durable: set[int]) -> None:
-    """Every row told durable is there, none is counted that is not, and the totals are the sum of the rows."""
+    """Every row that was reported durable is there, no other is counted, and the totals are the sum of the rows."""
     with opened(path) as checkpoint:
         rows = checkpoint.completions(0, 10_000_000)
         assert durable <= {row.row for row in rows}
@@ -303,7 +303,7 @@ def test_a_full_disk_uses_the_reserve_first(tmp_path: Path) -> None:
     reserve = {"RESERVE": str(disk / "reserve.bin")}
     done = subprocess.run([*unshare, *inside], capture_output=True, text=True, env=os.environ | reserve, check=False)
     if done.returncode == 75 or "unshare" in done.stderr:
-        pytest.skip(f"this kernel lets nobody mount a small disk: {done.stderr.strip()}")
+        pytest.skip(f"this kernel refuses to mount a small disk: {done.stderr.strip()}")
     full = f"DiskError: {disk}/checkpoint.db: the disk is full; make room and run the same command again"
     *freed, spilled = done.stderr.splitlines()
     assert freed == ["reserve freed", full, full]
@@ -418,29 +418,29 @@ def state_of(folder: Path) -> dict[str, tuple[int, int, bytes]]:
 def test_reading_a_finished_run_touches_no_file(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.db"
     with opened(path, finished=True) as checkpoint:
-        checkpoint.write_manifest({"facts": "{}"})
+        checkpoint.write_manifest({"manifest": "{}"})
         put(checkpoint, [completion(0)])
     before, folder = state_of(tmp_path), tmp_path.stat().st_mtime_ns
     assert list(before) == ["checkpoint.db"]
-    assert read_finished(path) == {"facts": "{}"}
+    assert read_finished(path) == {"manifest": "{}"}
     assert (state_of(tmp_path), tmp_path.stat().st_mtime_ns) == (before, folder)
 
 
 def test_a_finished_run_is_readable_without_writing(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.db"
     with opened(path, finished=True) as checkpoint:
-        checkpoint.write_manifest({"facts": "{}"})
+        checkpoint.write_manifest({"manifest": "{}"})
     assert path.stat().st_mode & 0o777 == 0o600
     path.chmod(0o400)
-    assert read_finished(path) == {"facts": "{}"}
+    assert read_finished(path) == {"manifest": "{}"}
 
 
 def test_damage_in_a_finished_manifest_is_reported(tmp_path: Path) -> None:
     path = filled(tmp_path / "checkpoint.db")
     with sqlite3.connect(path) as database:
-        database.execute("UPDATE manifest SET value = '{}' WHERE name = 'facts'")
+        database.execute("UPDATE manifest SET value = '{}' WHERE name = 'manifest'")
     database.close()
-    with pytest.raises(CheckpointError, match="table manifest, record 'facts'"):
+    with pytest.raises(CheckpointError, match="table manifest, record 'manifest'"):
         read_finished(path)
 
 

@@ -224,8 +224,8 @@ def test_limits_change_at_their_time() -> None:
         time.sleep(0.3)
         after = _ask(running)
         ledger = running.ledger()
-    told = [reply.headers["x-ratelimit-limit-requests"] for reply in (before, after)]
-    assert told == ["6000", "60"]
+    reported = [reply.headers["x-ratelimit-limit-requests"] for reply in (before, after)]
+    assert reported == ["6000", "60"]
     assert all(0.2 <= line.time_s - line.arrived_s < 0.5 for line in ledger)
     assert ledger[1].arrived_s - ledger[0].time_s >= 0.3
 

@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("transport", "policy", "tables"),
     ("attempt_caps", "store"),
     ("report",),
-    ("startup",),
+    ("startup", "telemetry"),
     ("dispatch",),
     ("engine", "integrity", "simulator"),
     ("simulated", "terminal"),

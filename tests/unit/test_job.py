@@ -374,9 +374,9 @@ def test_an_invalid_schema_file_is_named(tmp_path: Path, text: str | None, probl
 
 def test_an_invalid_inline_schema_is_named(tmp_path: Path) -> None:
     bad = {"properties": {"a": {"type": "strin"}}}
-    asked = {"response_format": {"type": "json_schema", "schema": bad}}
+    requested = {"response_format": {"type": "json_schema", "schema": bad}}
     functions = {"functions": [{"name": "f"}, {"name": "g", "parameters": bad}]}
-    for request, path in ((asked, "response_format.schema"), (functions, "functions[1].parameters")):
+    for request, path in ((requested, "response_format.schema"), (functions, "functions[1].parameters")):
         with pytest.raises(JobError) as caught:
             from_tables({"endpoint": {"url": "simulator"}, "request": request})
         assert str(caught.value).startswith(f"request.{path}: invalid JSON schema: at $.properties.a.type: ")
