@@ -15,6 +15,7 @@ import msgspec
 from batchrun import engine, on_end, preflight, simulated, streams
 from batchrun.credentials import Credentials
 from batchrun.dispatch.hooks import GRACE_S, Hooks, Host
+from batchrun.engine import Runtime
 from batchrun.errors import BatchrunError, ExitCode, JobError, RunStoppedError
 from batchrun.job.job import Job
 from batchrun.job.load import checked, load
@@ -107,6 +108,8 @@ def begin(job: Job | str | Path, rows: Rows | None, options: Options, host: Host
     shard = None if (named := options.get("shard")) is None else shards.read(named)
     if shard is not None:
         wanted = shards.job_of(whole, shard)
+        for line in shards.in_words(whole, wanted, shard):
+            note(line)
     directory, date = _place(wanted, options, note)
     if (dated := wanted.on(date)) is not wanted and (command := options.get("command")) is not None:
         options["command"] = f"{command} --date {date}"
@@ -116,10 +119,12 @@ def begin(job: Job | str | Path, rows: Rows | None, options: Options, host: Host
         environ = options.get("environ", os.environ)
         preflight.require_settings(wanted, directory)
         keys = preflight.key(wanted, environ)
-        with simulated.endpoint_of(wanted) as pointed, _stream(wanted, rows, directory) as stream:
-            for line in () if shard is None else shards.in_words(whole, wanted, shard):
-                note(line)
-            summary = _invoke(pointed, directory, keys, options, stream, note, deadline, host, views)
+        with (
+            simulated.endpoint_of(wanted) as pointed,
+            _stream(wanted, rows, directory) as stream,
+            _runtime(pointed, environ, note) as runtime,
+        ):
+            summary = _invoke(pointed, directory, keys, options, stream, note, deadline, host, runtime, views)
     except BaseException as error:
         code = error.exit_code if isinstance(error, BatchrunError) else ExitCode.INTERNAL_ERROR
         views.end(code, str(error), None)
@@ -141,6 +146,7 @@ def _invoke(
     note: Callable[[str], None],
     deadline: Deadline | None,
     host: Host | None,
+    runtime: Runtime,
     views: Views,
 ) -> Summary:
     run_options = RunOptions(
@@ -159,7 +165,7 @@ def _invoke(
     grace_s = options.get("grace_s")
     progress: Callable[[Summary], None] = options.get("progress", lambda summary: None)
     hooks = Hooks(progress, note, host, options.get("command"), GRACE_S if grace_s is None else grace_s, views.show)
-    return engine.run(job, directory, keys, run_options, hooks, _loop_factory())
+    return engine.run(job, directory, keys, run_options, hooks, runtime)
 
 
 def _checked(options: Options, host: Host | None) -> Callable[[int], None]:
@@ -249,6 +255,18 @@ def _loop_runs() -> bool:
     except RuntimeError:
         return False
     return True
+
+
+@contextlib.contextmanager
+def _runtime(job: Job, environ: Mapping[str, str], note: Callable[[str], None]) -> Iterator[Runtime]:
+    """The event loop, and the engine that the job wants."""
+    if job.engine.name == "local":
+        yield Runtime(_loop_factory())
+        return
+    from batchrun.ray_engine.cluster import opened  # only if the job wants it: it loads much
+
+    with opened(job, environ, note) as open_transports:
+        yield Runtime(_loop_factory(), open_transports)
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

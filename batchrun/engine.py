@@ -24,6 +24,7 @@ from batchrun import __version__, signals
 from batchrun.credentials import Credentials
 from batchrun.dispatch import canary, live_limits, replay
 from batchrun.dispatch.dispatch import Dispatch
+from batchrun.dispatch.endpoints import OpenTransports
 from batchrun.dispatch.hooks import Hooks
 from batchrun.dispatch.run_status import Checking, Running, RunStatus
 from batchrun.dispatch.start_messages import about_cost, start_lines
@@ -48,7 +49,12 @@ from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
 from batchrun.tables.files import write_usage
 
-LoopFactory = Callable[[], asyncio.AbstractEventLoop]
+
+class Runtime(msgspec.Struct, frozen=True):
+    """What makes the event loop (None: asyncio), and what opens the transports (None: this process sends)."""
+
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
+    open_transports: OpenTransports | None = None
 
 
 def run(
@@ -57,7 +63,7 @@ def run(
     credentials: Credentials,
     options: RunOptions = RunOptions(),  # noqa: B008  (frozen)
     hooks: Hooks = Hooks(),  # noqa: B008  (frozen)
-    loop_factory: LoopFactory | None = None,
+    runtime: Runtime = Runtime(),  # noqa: B008  (frozen)
 ) -> Summary:
     """Works on the run until it is complete or has to stop, as the summary says; the same call resumes it. Blocks.
 
@@ -71,9 +77,9 @@ def run(
                 replay.hand_over(replay.result(directory), hooks.host.results)
             hooks.note(f"{directory.path}: complete already; nothing is sent")
             return finished
-        summary, retried = _start(job, directory, credentials, options, hooks, loop_factory)
+        summary, retried = _start(job, directory, credentials, options, hooks, runtime)
         if summary.complete and not retried and _has_rows_to_retry(summary, options, hooks):
-            summary, _ = _start(job, directory, credentials, options, hooks, loop_factory)
+            summary, _ = _start(job, directory, credentials, options, hooks, runtime)
         return summary
 
 
@@ -83,7 +89,7 @@ def _start(
     credentials: Credentials,
     options: RunOptions,
     hooks: Hooks,
-    loop_factory: LoopFactory | None,
+    runtime: Runtime,
 ) -> tuple[Summary, bool]:
     """The summary at the end of this start, and whether it has sent rows again that were settled before."""
     with (
@@ -92,7 +98,7 @@ def _start(
         signals.raised(),  # until the event loop handles them, and after it
     ):
         store = _check(job, directory, checkpoint, options, status, hooks)
-        send = functools.partial(_dispatch, job, credentials, options, status, hooks, loop_factory)
+        send = functools.partial(_dispatch, job, credentials, options, status, hooks, runtime)
         if (stop := _canary(job, store, options, status, hooks, send)) is None:
             store = _with_all_chunks(store, hooks)
             stop = send(store)
@@ -288,15 +294,15 @@ def _dispatch(
     options: RunOptions,
     status: RunStatus,
     hooks: Hooks,
-    loop_factory: LoopFactory | None,
+    runtime: Runtime,
     store: Store,
 ) -> Stop | None:
     """Sends every pending row, in a canary every row of it; why the run stopped before the last, if it did."""
     if not store.pending:
         return None
-    dispatch = Dispatch(job, store, credentials, status, hooks, options.deadline)
+    dispatch = Dispatch(job, store, credentials, status, hooks, options.deadline, runtime.open_transports)
     try:
-        with asyncio.Runner(loop_factory=loop_factory) as runner:
+        with asyncio.Runner(loop_factory=runtime.loop_factory) as runner:
             return runner.run(dispatch.send_all())
     except BatchrunError:
         _write_unfinished(job, store, status, hooks)

@@ -31,6 +31,13 @@ def _ca_file(job: Job, directory: RunDirectory) -> None:
             ssl_context_of(endpoint)
 
 
+def _engine(job: Job, directory: RunDirectory) -> None:
+    if job.engine.name == "ray":
+        from batchrun.ray_engine.settings import require_possible  # only for a job that wants it
+
+        require_possible(job)
+
+
 def _output_directory(job: Job, directory: RunDirectory) -> None:
     directory.require_possible()
 
@@ -46,6 +53,7 @@ REQUIREMENTS: tuple[Callable[[Job, RunDirectory], None], ...] = (
     _open_files_limit,
     _simulator_settings,
     _ca_file,
+    _engine,
     _output_directory,
     _budget_file,
 )

@@ -29,7 +29,7 @@ def read_job(
     input_path: str | None = None,
     output_path: str | None = None,
     overrides: tuple[str, ...] = (),
-    flags: Mapping[str, int | Decimal | tuple[str, ...] | None] | None = None,
+    flags: Mapping[str, str | int | Decimal | tuple[str, ...] | None] | None = None,
 ) -> Job:
     """The job, with `--set` and then the flags laid over it. `flags` are settings by their path."""
     given = {"input.path": input_path, "output.path": output_path, **(flags or {})}

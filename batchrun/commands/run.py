@@ -62,6 +62,10 @@ class RunCommand(click.Command):
     callback=amount("seconds, 0 or more"),
     help="Time to drain after a signal or the deadline; 20.",
 )
+@click.option("--engine", type=click.Choice(["local", "ray"]), help="Which processes send: this one, or Ray's actors.")
+@click.option(
+    "--ray-address", metavar="ADDRESS", help="The Ray cluster, host:port or auto; else RAY_ADDRESS, else local."
+)
 @SET
 def run(
     job: Path,
@@ -75,6 +79,8 @@ def run(
     retry_failed: bool,
     statuses: str | None,
     grace_s: "Decimal | None",
+    engine: str | None,
+    ray_address: str | None,
     overrides: tuple[str, ...],
     **options: Any,
 ) -> None:
@@ -90,7 +96,7 @@ def run(
         raise JobError("--status needs --retry-failed")
     flags = {
         **{"budget.max_cost_usd": max_cost_usd, "output.max_failures": max_failures},
-        "input.reuse_from": reuse or None,
+        **{"input.reuse_from": reuse or None, "engine.name": engine, "engine.ray_address": ray_address},
     }
     memory.give_back()
     loaded = read_job(job, input_path, output_path, overrides, flags)

@@ -14,6 +14,8 @@ _FLAGS = {
     "skip_invalid": "--skip-invalid",
     "retry_failed": "--retry-failed",
     "statuses": "--status",
+    "engine": "--engine",
+    "ray_address": "--ray-address",
     "overrides": "--set",
 }
 """The options of `batchrun run` that a resume needs, too. Not those that choose the run (--date, --new, -o: the

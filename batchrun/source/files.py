@@ -17,7 +17,8 @@ import msgspec
 import pyarrow as pa
 
 from batchrun.errors import DiskError, InputError
-from batchrun.source import unsupported
+from batchrun.source import partitions, unsupported
+from batchrun.source.partitions import Filters
 from batchrun.source.unsupported import HEAD_BYTES
 
 Content = Literal["parquet", "gzip", "zstd", "plain"]
@@ -28,25 +29,30 @@ _SKIPPABLE = re.compile(
     rb"[\x50-\x5f]\x2a\x4d\x18"
 )  # a zstd frame without data, RFC 8878 3.1.2; pzstd writes one first
 COPY_BYTES = 1 << 20
+_ALL: Filters = {}
 BOM = b"\xef\xbb\xbf"
 CSV_ENDINGS = (".csv", ".tsv", ".tab", ".psv")
 
 
-def find_files(path: str) -> tuple[Path, ...]:
-    """The input files that `path` means, sorted by path string: a file, a directory, or a glob.
+def find_files(path: str, filters: Filters = _ALL) -> tuple[Path, ...]:
+    """The input files that `path` means, sorted by path string: a file, a directory, or a glob. Of those in folders
+    named `key=value`, the ones that match the `filters`; no other is opened.
 
     A directory means its own files and those in its folders named `key=value`, at every depth. In directories and
     globs, names that begin with "." or "_" are left out, files and folders both, as Spark and Hive do (`_SUCCESS`,
     `_temporary`), and so are checksums (`.crc`).
 
     Raises:
-        InputError: nothing matches; a file is unreadable, not a regular file, or in another format than the first.
+        InputError: nothing matches; a filter names an unknown key; a file is unreadable, not a regular file, or in
+            another format than the first.
     """
     files = tuple(sorted(_matches(path), key=str))
     if not files:
         raise InputError(
             f"{path}: no input file there{_folders_in(path)}; name a JSONL or Parquet file, CSV, a directory, or a glob"
         )
+    if filters:
+        files = partitions.chosen(files, filters, path)
     formats: dict[Format, Path] = {}
     for file in files:
         _require_unicode(file)

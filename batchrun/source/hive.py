@@ -21,7 +21,7 @@ def keys_of(files: tuple[Path, ...]) -> list[Keys]:
 
     A key is an integer if all its values in all files are integers in their shortest form; else it is text.
     """
-    found = [_texts(file) for file in files]
+    found: list[Keys] = [dict(texts_of(file)) for file in files]
     for name in {name for keys in found for name in keys}:
         values = [keys[name] for keys in found if keys.get(name) is not None]
         if values and all(_INTEGER.fullmatch(str(value)) for value in values):
@@ -31,8 +31,9 @@ def keys_of(files: tuple[Path, ...]) -> list[Keys]:
     return found
 
 
-def _texts(file: Path) -> Keys:
-    keys: Keys = {}
+def texts_of(file: Path) -> dict[str, str | None]:
+    """The keys of the file's folders as text, outermost first; null is None."""
+    keys: dict[str, str | None] = {}
     for folder in file.parents:
         name, equals, value = folder.name.partition("=")
         if not (name and equals):

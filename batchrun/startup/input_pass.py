@@ -28,7 +28,7 @@ def input_files(job: Job, directory: RunDirectory, options: RunOptions, *, start
     if job.input.path is None:
         raise JobError("input.path: name the input in the job or with -i")
     if job.input.path != "-":
-        return find_files(job.input.path)
+        return find_files(job.input.path, job.input.partitions)
     if options.stdin is not None and not options.stdin.isatty():
         return (stdin_copy.take(options.stdin, directory, started=started),)
     if not directory.spool.exists():

@@ -68,8 +68,8 @@ def _written(
         if not parts:  # so that the folder has the columns
             path = files.part_in(directory.staging, 0)
             staged = [described(directory.path, path, files.write_part(path, schema, (), manifest.output, 0), 0)]
-        completions, listing = result_folder.publish(staged, bill(summary), directory)
-        folder, beside = directory.completions_folder.name, [listing]
+        completions, listed = result_folder.publish(staged, bill(summary), directory)
+        folder, beside = directory.completions_folder.name, [listed]
     else:
         footer = {files.FOOTER_KEY: msgspec.json.encode(bill(summary)).decode()}
         digest = files.assemble(parts, directory.completions, schema, manifest.output.compression, footer)

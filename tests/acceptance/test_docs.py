@@ -243,7 +243,7 @@ def test_every_dependency_has_its_reason_in_the_design() -> None:
     listed = [row[0].partition(" ")[0] for row in rows("docs/design.md", "package", "reason")]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *(name for extra in ("uvloop", "tokens", "report") for name in extras[extra])]
+    wanted = [*project["dependencies"], *(name for extra in extras if extra != "test" for name in extras[extra])]
     assert sorted(listed) == sorted(re.match(r"[\w-]+", name)[0] for name in wanted)  # type: ignore[index]
 
 
@@ -423,6 +423,7 @@ def _masked(line: str) -> str:
     return re.sub(r"[\d,.]+ tokens in [\d.]+ s", "TOKENS in TIME", line)
 
 
+@pytest.mark.heavy
 def test_the_readmes_programs_run(tmp_path: Path) -> None:
     programs = re.findall(r"^```python\n([\s\S]*?)^```", text_of("README.md"), re.MULTILINE)
     program = "\n".join([*programs, "import asyncio; asyncio.run(label([{'text': 'Fine.'}]))"])

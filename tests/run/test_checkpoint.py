@@ -259,6 +259,7 @@ def require_consistent(path: Path, durable: set[int]) -> None:
         assert checkpoint.totals.cost_usd() == sum((row.cost_usd or Decimal(0) for row in rows), Decimal(0))
 
 
+@pytest.mark.heavy
 def test_durable_rows_survive_kill_9(tmp_path: Path) -> None:
     moments = level.seeded("test_durable_rows_survive_kill_9")
     durable: set[int] = set()
@@ -345,6 +346,7 @@ def test_a_changed_field_of_any_table_is_named(tmp_path: Path, table: str, colum
     assert error.value.exit_code == ExitCode.DAMAGED
 
 
+@pytest.mark.heavy
 def test_a_flipped_bit_is_reported_or_harmless(tmp_path: Path) -> None:
     path = filled(tmp_path / "checkpoint.db")
     content, before = path.read_bytes(), everything(path)

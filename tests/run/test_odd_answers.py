@@ -42,7 +42,7 @@ def ask(
     messages: list[str] = [] if notes is None else notes
     hooks = Hooks(note=messages.append)
     directory = RunDirectory(folder / "out")
-    summary = engine.run(job, directory, key, options=requested, hooks=hooks, loop_factory=fast_clock(speed))
+    summary = engine.run(job, directory, key, options=requested, hooks=hooks, runtime=engine.Runtime(fast_clock(speed)))
     result = pq.read_table(directory.completions).to_pylist() if summary.complete else []
     return summary, result
 
@@ -95,6 +95,7 @@ def test_a_503_storm_is_not_blocked_content(said: object, tmp_path: Path) -> Non
     assert len(server.exchanges) < 60
 
 
+@pytest.mark.heavy
 def test_a_503_that_ends_leaves_no_trace(tmp_path: Path) -> None:
     out = iter([True] * 25)
     with serving_aside(says(lambda row, n: refused("503 Out", OUTAGES[0]) if next(out, False) else choice())) as server:

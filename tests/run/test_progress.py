@@ -97,6 +97,7 @@ def test_a_log_line_uses_full_words() -> None:
     )
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("columns", [80, 200])
 def test_the_bar_never_breaks_its_line(columns: int, tmp_path: Path) -> None:
     source = write_rows(tmp_path / "in.jsonl", 400)

@@ -386,6 +386,7 @@ def test_an_invalid_inline_schema_is_named(tmp_path: Path) -> None:
 
 OTHER_VALUES: Mapping[str, object] = {
     "limits.limits_are": "per_process",
+    "engine.name": "ray",
     "endpoint.proxy": "http://proxy:3128",
     "endpoint.url": "https://other/v1",
     "endpoint.name": "other",
@@ -399,6 +400,7 @@ OTHER_VALUES: Mapping[str, object] = {
     "endpoint.auth": "none",
     "input.reuse_status": ["ok"],
     "input.max_changed": "5%",
+    "input.partitions": {"lang": "de"},
     "endpoint.max_tokens_field": "max_completion_tokens",
     "endpoint.developer_role": "system",
     "endpoint.transport": "session",
@@ -466,6 +468,7 @@ def another_value(path: str, default: object) -> object:
         "canary.rows",
         "flex_latency_s",
         "cache_life_s",
+        "max_actors",
     )
     return 1 if path.endswith(numbers) else "x"
 
