@@ -26,6 +26,7 @@ from batchrun.on_end import End
 from batchrun.policy import failing
 from batchrun.records import Notice, Status, Summary
 from batchrun.source import Rows, as_file
+from batchrun.startup import shard as shards
 from batchrun.startup.run_options import RunOptions
 from batchrun.store import rundir
 from batchrun.store.rundir import RunDirectory
@@ -45,6 +46,7 @@ class Options(TypedDict, total=False):
     date: str | None
     new: bool
     limit: int | None
+    shard: str | None
     deadline: str | None
     accept_changes: bool | Literal["input"]
     accept_canary: bool
@@ -104,7 +106,12 @@ def begin(job: Job | str | Path, rows: Rows | None, options: Options, host: Host
         raise TypeError(f"unknown option {unknown[0]}; expected some of {', '.join(Options.__annotations__)}")
     note = options.get("note", _LOG.info)
     deadline = _deadline(options.get("deadline"))
-    wanted = _job(job, rows, options)
+    wanted = whole = _job(job, rows, options)
+    shard = None if (named := options.get("shard")) is None else shards.read(named)
+    if shard is not None:
+        wanted = shards.job_of(whole, shard)
+        for line in shards.in_words(whole, wanted, shard):
+            note(line)
     directory, date = _place(wanted, options, note)
     if (dated := wanted.on(date)) is not wanted and (command := options.get("command")) is not None:
         options["command"] = f"{command} --date {date}"
@@ -153,6 +160,7 @@ def _invoke(
         limit=options.get("limit"),
         deadline=deadline,
         retry=_retried(job, options.get("retry_failed", False)),
+        shard=None if (shard := options.get("shard")) is None else shards.read(shard),
         stdin=stream,
         problem=options.get("note", _LOG.warning),  # a program that configured no logging should still see these
         note=note,

@@ -36,7 +36,7 @@ from batchrun.policy import failing
 from batchrun.records import Notice, Summary
 from batchrun.report.summary import failures, files, read
 from batchrun.report.wording import are, plural
-from batchrun.startup import input_pass, retry
+from batchrun.startup import input_pass, retry, shard
 from batchrun.startup import resume as planning
 from batchrun.startup.resume import Plan
 from batchrun.startup.run_options import RunOptions
@@ -126,6 +126,7 @@ def _finished(job: Job, directory: RunDirectory, options: RunOptions) -> Summary
     summary = read(directory)
     entries = read_finished(directory.checkpoint)
     known = Manifest.decode(entries)
+    shard.require_same(options.shard, known, directory.path)
     planning.require_same_shape(job, known)
     retrying = options.retry is not None
     _, _, changed_settings = variants.place(job, variants.decode(entries), known.variant, retrying=retrying)
@@ -235,6 +236,7 @@ def _store(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, hooks: H
         parsed=plan.parsed,
         number=plan.manifest.layout,
         limit=plan.rows if plan.rows < plan.manifest.rows else None,
+        first_row=plan.manifest.first_row,
     )
     model = next(iter(plan.manifest.models), "")
     path = directory.origins_of(plan.manifest.layout)

@@ -482,6 +482,21 @@ class Retrying(msgspec.Struct, frozen=True):
     next_at: datetime | None
 
 
+class Shard(msgspec.Struct, frozen=True):
+    """One of `count` runs that share an input; `number` counts from 0, as array jobs do."""
+
+    number: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+    @property
+    def suffix(self) -> str:
+        """What its run directory's name ends in: shards sort in their order."""
+        return f".shard-{self.number:0{len(str(self.count - 1))}d}-of-{self.count}"
+
+
 class Live(msgspec.Struct, frozen=True):
     """How the run sends now. Rates and `refused_share` (None: nothing was sent) are of the last half minute, `refused`
     counts this start's. `circuit` is `open`, `cooling`, `probing` or `stopped`; open: requests are sent.
@@ -550,6 +565,8 @@ class Summary(msgspec.Struct, frozen=True):
     reused: int = 0
     duplicates: int = 0
     saved_usd: Decimal = Decimal(0)
+    shard: str | None = None
+    merged: list[str] = []
     live: Live | None = None
     last_answer_at: datetime | None = None
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from batchrun.commands.options import DATE, INPUT, JOB, REUSE, SET, SKIP, amount
+from batchrun.commands.options import DATE, INPUT, JOB, REUSE, SET, SHARD, SKIP, amount
 from batchrun.commands.results import say
 from batchrun.terminal import LOG_FORMAT, LOG_FORMAT_ENV, Progress, about, ended, note, result
 
@@ -36,6 +36,7 @@ class RunCommand(click.Command):
 @click.option("-o", "--output", "output_path", metavar="DIR", help="Run directory or URL instead of output.path.")
 @click.option("--state-dir", metavar="DIR", help="With a URL: where runs keep their files; ~/.local/state/batchrun.")
 @DATE
+@SHARD
 @click.option("--new", is_flag=True, help="Start another run instead of resuming the last.")
 @click.option(
     *("--max-cost", "max_cost_usd"),
@@ -98,6 +99,7 @@ def run(
     from batchrun.commands.job_input import read_job
     from batchrun.errors import JobError
     from batchrun.report import resume_command
+    from batchrun.startup import shard as shards
 
     if statuses is not None and not retry_failed:
         raise JobError("--status needs --retry-failed")
@@ -129,7 +131,7 @@ def run(
             if not isinstance(stopped.__cause__, batchrun.RunIncompleteError):
                 raise stopped.__cause__ or stopped  # noqa: B904
             summary = stopped.__cause__.summary
-    _report(summary, loaded)
+    _report(summary, loaded if options["shard"] is None else shards.job_of(loaded, shards.read(options["shard"])))
     sys.exit(summary.exit_code or 0)
 
 

@@ -139,14 +139,16 @@ def _so_far(directory: RunDirectory, checkpoint: Checkpoint, known: Manifest, su
         parsed=known.answer_column,
         number=known.layout,
         limit=summary.rows if summary.rows < known.rows else None,
+        first_row=known.first_row,
     )
     batches = Chunks(directory, checkpoint, layout).so_far()
     if problem is not None:
         schema = nullable(schema)
-        opened = max((chunk.end_row for chunk in checkpoint.chunks()), default=0)
-        problem = problem if opened < summary.rows else None
+        opened = max((chunk.end_row for chunk in checkpoint.chunks()), default=known.first_row)
+        end_row = known.first_row + summary.rows
+        problem = problem if opened < end_row else None
         widened = (pa.RecordBatch.from_arrays(batch.columns, schema=schema) for batch in batches)
-        batches = chain(widened, partial.without_input(opened, summary.rows, schema))
+        batches = chain(widened, partial.without_input(opened, end_row, schema))
     pending = partial.write(to, batches, schema, known.output.compression, summary)
     return Exported(to, summary.rows, pending, complete=False, written=True, problem=problem)
 

@@ -185,6 +185,7 @@ class Tiers(Table, frozen=True):
 
 
 class Limits(Table, frozen=True):
+    limits_are: Literal["whole", "per_process"] = "whole"  # with --shard: divided by the number of shards, or not
     requests_per_second: Positive | None = None
     requests_per_minute: Positive | None = None
     requests_per_day: AtLeastOne | None = None

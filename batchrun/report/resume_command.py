@@ -8,6 +8,7 @@ from pathlib import Path
 _FLAGS = {
     "input_path": "-i",
     "reuse": "--reuse",
+    "shard": "--shard",
     "max_cost_usd": "--max-cost",
     "max_failures": "--max-failures",
     "skip_invalid": "--skip-invalid",

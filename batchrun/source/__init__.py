@@ -22,7 +22,7 @@ from batchrun.source.in_memory import Rows, as_file
 from batchrun.source.jsonl import MAX_LINE_BYTES, JsonlSource
 from batchrun.source.rows import rows_of
 from batchrun.source.table import TableSource
-from batchrun.source.window import START, Position, Record, Source, Window
+from batchrun.source.window import START, Position, Record, Source, Span, Window
 from batchrun.storage.objects import InputFile
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "Position",
     "Record",
     "Source",
+    "Span",
     "Window",
     "JsonlSource",
     "TableSource",
@@ -48,10 +49,13 @@ __all__ = [
 ]
 
 
-def open_source(files: tuple[InputFile, ...], max_line_bytes: int = MAX_LINE_BYTES) -> Source:
-    """The source that reads `files`, all of one format, as `find_files` returned them. A longer line is rejected.
+def open_source(files: tuple[InputFile, ...], max_line_bytes: int = MAX_LINE_BYTES, span: Span | None = None) -> Source:
+    """The source that reads `files`, all of one format, as `find_files` returned them, or a `span` of their records. A
+    longer line is rejected.
 
     Raises:
         InputError: a file can't be read in its format. Only heads and footers have been read.
     """
-    return JsonlSource(files, max_line_bytes) if format_of(files[0]) == "jsonl" else TableSource(files)
+    if format_of(files[0]) == "jsonl":
+        return JsonlSource(files, max_line_bytes, span=span)
+    return TableSource(files, span)

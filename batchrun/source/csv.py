@@ -48,6 +48,15 @@ def schema_of(path: InputFile) -> pa.Schema:
     return pa.schema([(name, pa.string()) for name in names])
 
 
+def rows_in(path: InputFile) -> int:
+    """The number of rows, for which the file is read to its end.
+
+    Raises:
+        InputError: as `batches`.
+    """
+    return sum(batch.num_rows for batch in batches(path, 0))
+
+
 def batches(path: InputFile, skip: int) -> Iterator[pa.RecordBatch]:
     """The rows after the first `skip`.
 

@@ -1,17 +1,22 @@
 """Reads a Parquet file's schema, and its rows in small batches, row group by row group."""
 
+import hashlib
 import io
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchrun.errors import InputError
+from batchrun.source.files import reading
 from batchrun.storage.objects import InputFile, RemoteFile
 
 BATCH_ROWS = 1024  # larger is no faster (measured); 1,024 copies of a 40 KB text from a dictionary are 40 MB
 BATCH_BYTES = 1 << 20
+TAIL_BYTES = 8  # at the end: the length of the footer in four bytes, then "PAR1"
 PAGE_BUFFER_BYTES = 1 << 18  # without it, a whole column chunk is read at once: 1 GB for a 1 GB row group (measured)
 REMOTE_BUFFER_BYTES = 4 << 20  # a column's bytes that one request brings; a request takes tens of milliseconds
 DAMAGE = (OSError, pa.ArrowException, UnicodeDecodeError)  # the last one: a column's name is not UTF-8
@@ -30,6 +35,33 @@ def schema_of(path: InputFile) -> pa.Schema:
     except DAMAGE as error:
         raise InputError(f"{path} can't be read: {_reason(error)}") from error
     return schema
+
+
+def rows_in(path: InputFile) -> int:
+    """The number of rows, by the file's footer.
+
+    Raises:
+        InputError: as `schema_of`.
+    """
+    with _open(path) as file:
+        return file.metadata.num_rows
+
+
+def footer_digest(path: Path) -> str:
+    """BLAKE2b-128, in hex, of the footer, which has place, size and statistics of every column chunk, and of the file's
+    size. Reads nothing else.
+
+    Raises:
+        InputError: the file can't be read, or has no footer.
+    """
+    with reading(path), path.open("rb") as file:
+        size = file.seek(-TAIL_BYTES, os.SEEK_END) + TAIL_BYTES
+        tail = file.read()
+        footer_bytes = int.from_bytes(tail[:4], "little") + TAIL_BYTES
+        if footer_bytes > size:
+            raise InputError(f"{path} can't be read: its footer is damaged; write or copy it again")
+        file.seek(-footer_bytes, os.SEEK_END)
+        return hashlib.blake2b(b"%d " % size + file.read(), digest_size=16).hexdigest()
 
 
 def batches(path: InputFile, skip: int) -> Iterator[pa.RecordBatch]:

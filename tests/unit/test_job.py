@@ -385,6 +385,7 @@ def test_an_invalid_inline_schema_is_named(tmp_path: Path) -> None:
 # -- fingerprint
 
 OTHER_VALUES: Mapping[str, object] = {
+    "limits.limits_are": "per_process",
     "engine.name": "ray",
     "endpoint.proxy": "http://proxy:3128",
     "endpoint.url": "https://other/v1",
