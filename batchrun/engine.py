@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from batchrun import __version__, signals
+from batchrun import __version__, memory, signals
 from batchrun.credentials import Credentials
 from batchrun.dispatch import canary, live_limits, replay
 from batchrun.dispatch.hooks import Hooks
@@ -355,6 +355,7 @@ def _finish(job: Job, store: Store, status: RunStatus) -> Summary:
         if (unsettled := store.chunks.open_next()) is not None:
             raise CheckpointError(f"chunk {unsettled.chunk.chunk} has pending rows that the totals count as settled")
         status.start_writing()
+        memory.give_back()  # a file's footer, which grows with its rows, gets what sending has freed
         plan = store.plan
         result.write(plan.manifest, plan.schema, store.checkpoint, store.chunks, store.directory, status.summary())
         return status.end("complete", _exit_code(job, status.summary()), None)
