@@ -5,12 +5,24 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from enum import StrEnum
 from functools import lru_cache
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 
 from batchrun.errors import APIConnectionError
 from batchrun.job.answer_schema import ANYTHING, Expected
+
+
+class Notice(str):
+    """A line for people that also says which `event` it reports, with its figures, for programs that read lines."""
+
+    event: str
+    fields: Mapping[str, object]
+
+    def __new__(cls, line: str, event: str, **fields: object) -> Self:
+        self = super().__new__(cls, line)
+        self.event, self.fields = event, fields
+        return self
 
 
 class Verdict(StrEnum):
@@ -470,6 +482,19 @@ class Retrying(msgspec.Struct, frozen=True):
     next_at: datetime | None
 
 
+class Live(msgspec.Struct, frozen=True):
+    """How the run sends now. Rates and `refused_share` (None: nothing was sent) are of the last half minute, `refused`
+    counts this start's. `circuit` is `open`, `cooling`, `probing` or `stopped`; open: requests are sent.
+    """
+
+    in_flight: int
+    allowed_in_flight: int
+    requests_per_second: float
+    refused: int
+    refused_share: float | None
+    circuit: str
+
+
 class Summary(msgspec.Struct, frozen=True):
     """`summary.json`: what is known of a run, from its first second to its last. Its schema is in docs/output.md."""
 
@@ -525,3 +550,32 @@ class Summary(msgspec.Struct, frozen=True):
     reused: int = 0
     duplicates: int = 0
     saved_usd: Decimal = Decimal(0)
+    live: Live | None = None
+    last_answer_at: datetime | None = None
+
+
+class ResultFile(msgspec.Struct, frozen=True):
+    """A finished file of a result. `name`: its path in the run directory, with "/"; `digest`: BLAKE2b-128 in hex."""
+
+    name: str
+    rows: int
+    size_bytes: int
+    mtime_ns: int
+    digest: str
+
+
+class FinishedResult(msgspec.Struct, frozen=True):
+    """The result of a complete run in any layout: local files that are whole and on disk.
+
+    `files` hold the rows. `beside` describe them, and are published after them, in this order: `_manifest.json` of a
+    folder, then usage.parquet. `folder`: the files are a set below this folder, which appears as a whole; "": one file.
+    """
+
+    files: tuple[ResultFile, ...]
+    beside: tuple[ResultFile, ...]
+    folder: str = ""
+
+    @property
+    def rows(self) -> int:
+        """The rows of all files together."""
+        return sum(file.rows for file in self.files)

@@ -27,7 +27,7 @@ class Hooks(msgspec.Struct, frozen=True):
     """`progress` is called at the start and twice a second, `note` for single lines.
 
     `command` is the command line that resumes the run, without its directory. `grace_s`: how long requests in flight
-    may take after the first signal or after the deadline.
+    may take after the first signal or after the deadline. `shown` gets every summary that is written, in any thread.
     """
 
     progress: Callable[[Summary], None] = lambda summary: None
@@ -35,3 +35,4 @@ class Hooks(msgspec.Struct, frozen=True):
     host: Host | None = None
     command: str | None = None
     grace_s: float = GRACE_S
+    shown: Callable[[Summary], None] = lambda summary: None

@@ -21,6 +21,6 @@ def result(directory: RunDirectory) -> Iterator[pa.RecordBatch]:
     """The rows of a complete run, in order."""
     paths = [directory.completions]
     if not directory.completions.exists():  # layout = "parts"
-        paths = sorted(directory.completions_folder.iterdir())
+        paths = sorted(directory.completions_folder.glob("*.parquet"))
     for path in paths:
         yield from files.batches_of(path)

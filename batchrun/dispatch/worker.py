@@ -91,12 +91,13 @@ class Workers:
         self._unparked = asyncio.Event()
         self.failure: BaseException | None = None
         self._working: asyncio.Task[None] | None = None
-        self.sent = 0
+        self.sent = self.refused = 0
         self.slow_s = 0.0  # nearly all responses are faster
 
     def resume(self, earlier: "Workers") -> None:
         """What the workers before these counted in this start counts on: they sent its canary."""
         self.sent += earlier.sent
+        self.refused += earlier.refused
         before, now = earlier.anomalies, self.anomalies
         now.unknown_finish_reasons[:] = before.unknown_finish_reasons
         now.unpriced_tiers[:] = before.unpriced_tiers
@@ -289,14 +290,15 @@ class Workers:
             settlement = policy.settlement(answer, request.expected, self._job.finish, attempt.http_status)
             self._last_rows.answered(after_failure=pending.history.attempts > 0)
         else:
+            self.refused += judgement.verdict is Verdict.SLOW
             reached = attempt.error is None or attempt.error.sent
             is_last = reached and self._last_rows.only_failed_left
             at_end = judgement.is_chargeable and is_last
             refused_again = is_last and judgement.is_refusal and pending.history.refused_alone > 0
             doubted = judgement.is_retried and self.backlog.is_doubted(row)
             # such a failure is no evidence about the endpoint
-            replaced = judgement.error is not None and judgement.error.kind == policy.Fault.KEY_REPLACED
-            no_evidence = at_end or refused_again or doubted or replaced or judgement.is_capacity
+            elsewhere = judgement.error is not None and judgement.error.kind in policy.NO_EVIDENCE
+            no_evidence = at_end or refused_again or doubted or elsewhere or judgement.is_capacity
             outcome = Outcome(row, judgement.verdict, judgement.error, judgement.retry_after_s, no_evidence)
             decision = self.gate.observe(slot, outcome)
             before = successes if pending.successes is None else pending.successes

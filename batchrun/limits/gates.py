@@ -7,13 +7,28 @@ from decimal import Decimal
 import msgspec
 
 from batchrun.errors import ExitCode
-from batchrun.limits.admission import OPEN, Binding, Cooling, Decision, Demand, Found, Limit, Outcome, Probing, Stop
+from batchrun.limits.admission import (
+    OPEN,
+    Binding,
+    Cooling,
+    Decision,
+    Demand,
+    Found,
+    Limit,
+    Open,
+    Outcome,
+    Phase,
+    Probing,
+    Stop,
+    Stopped,
+)
 from batchrun.limits.admission_queue import UNLIMITED
 from batchrun.limits.gate import NO_SLOT, Gate, GateClosed, Shared
 from batchrun.limits.probe_turns import InDoubt, ProbeTurns
 from batchrun.limits.rates import Rates
 from batchrun.records import EndpointTotals, InForce, Verdict
 
+BEST_FIRST = (Open, Probing, Cooling, Stopped)
 IN_FLIGHT = Binding(Limit.IN_FLIGHT)
 STOPPED = Binding(Limit.STOPPED)
 
@@ -95,6 +110,12 @@ class Gates:
     @property
     def stop(self) -> Stop | None:
         return self._stop
+
+    @property
+    def phase(self) -> Phase:
+        """That of the endpoint in use which is the best off."""
+        phases: list[Phase] = [lane.gate.phase for lane in self._live or self.lanes]
+        return min(phases, key=lambda phase: BEST_FIRST.index(type(phase)))
 
     @property
     def found(self) -> Found:

@@ -125,11 +125,6 @@ class RateSearch:
         return None if learned is None else learned / 60
 
     @property
-    def is_firm(self) -> bool:
-        """True if the rate was measured over enough requests."""
-        return self.per_s is not None and not self._rough
-
-    @property
     def is_settled(self) -> bool:
         """True if refusals can only be random: no rate was learned, or it is just below a measured limit."""
         return self.per_s is None or not (self.raised or self._rough or self._paused)

@@ -40,7 +40,6 @@ EXCESS_ABOVE = 0.04
 """At a learned rate, three refusals in a hundred are an excess if none is ordinary: a false alarm costs 2 %."""
 
 TRIAL_ORDINARY, TRIAL_ABOVE = 0.05, 0.1
-LEAST_REFUSED, LEAST_OVERLAP = 10, 0.1
 NONE_TAKEN = 3
 """After a storm, this many refusals with nothing accepted are the next storm."""
 
@@ -202,15 +201,15 @@ class Refusals:
         if refused or self._runs.in_a_row or self._runs.is_found:
             self._runs.count(attempt.at_s, refused=refused)
         if not refused and self._is_quiet:
-            self._crowding.accepted(now_s, attempt.others, self._in_flight.most)
+            self._crowding.accepted(now_s, attempt.others, self._in_flight.most, float(self.share))
             if order >= self._since:
                 self._accepted = True
                 self.share.add(0, 1)
             return
-        if refused and self._crowding.refused(now_s, attempt.others):
+        if refused and self._crowding.refused(now_s, attempt.others, float(self.share)):
             return
         if not refused:
-            self._crowding.accepted(now_s, attempt.others, self._in_flight.most)
+            self._crowding.accepted(now_s, attempt.others, self._in_flight.most, float(self.share))
         if order < self._since:
             return
         self._accepted |= not refused
@@ -259,7 +258,7 @@ class Refusals:
                 self._start_again()
             else:
                 self._pause(at_s, now_s)
-        elif self._suspects_crowding(search, now_s):
+        elif self._is_storm and not self._names_time and self._crowding.suspect(now_s, self._storm.refused):
             for each in self.searches.values():
                 each.drop(now_s, "fewer in flight instead")
             self._on_kind("crowding", f"at most {self._crowding.cap} in flight")
@@ -279,13 +278,6 @@ class Refusals:
             self._runs.is_handled = True
             self._on_kind("limit", "more was refused than in ordinary times")
             self._start_again()
-
-    def _suspects_crowding(self, search: RateSearch, now_s: float) -> bool:
-        """After a storm without a time to come back, or an excess at a measured rate."""
-        if self._is_storm:
-            return not self._names_time and self._crowding.suspect(now_s, self._storm.refused)
-        stated = any(rate.stated is not None for rate in self._rates.values())
-        return search.is_firm and not stated and self._crowding.suspect(now_s, LEAST_REFUSED, LEAST_OVERLAP)
 
     def _pause(self, at_s: float, now_s: float, *, lone: bool = False) -> None:
         self._finding = Finding(storm=True, accepted=self._accepted)

@@ -11,7 +11,18 @@ from batchrun.errors import CheckpointError, InputError
 from batchrun.limits.deadline import Deadline
 from batchrun.limits.forecast import Forecast
 from batchrun.prices import PriceTable
-from batchrun.records import FAILURES, BudgetUse, EndpointTotals, Estimate, InForce, Retrying, Status, Summary, Tuned
+from batchrun.records import (
+    FAILURES,
+    BudgetUse,
+    EndpointTotals,
+    Estimate,
+    InForce,
+    Live,
+    Retrying,
+    Status,
+    Summary,
+    Tuned,
+)
 from batchrun.report.cost_lines import prices_in_words, scaled
 from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
@@ -54,6 +65,8 @@ class Moment(msgspec.Struct, frozen=True):
     tags: dict[str, str] = {}
     endpoints: tuple[EndpointTotals, ...] = ()
     budgets: tuple[BudgetUse, ...] = ()
+    live: Live | None = None
+    last_answer_at: datetime | None = None
 
     @property
     def eta(self) -> datetime | None:
@@ -216,6 +229,8 @@ def _summary(
         reused=sum(line.reused for line in lines),
         duplicates=sum(line.duplicates for line in lines),
         saved_usd=sum((line.saved_usd for line in lines), Decimal(0)),
+        live=moment.live,
+        last_answer_at=moment.last_answer_at,
     )
 
 

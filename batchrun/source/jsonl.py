@@ -1,7 +1,6 @@
 """Reads JSON lines, plain or compressed, as records and windows."""
 
 from collections.abc import Container, Iterator
-from pathlib import Path
 from typing import Literal
 
 import msgspec
@@ -12,6 +11,7 @@ from batchrun.source import hive
 from batchrun.source.files import BOM, blocks, format_of
 from batchrun.source.lines import read_row, split_lines
 from batchrun.source.window import LINES, START, Position, Record, Window
+from batchrun.storage.objects import InputFile
 
 BLOCK_BYTES = 1 << 20  # larger blocks are no faster (measured)
 MAX_LINE_BYTES = 64 << 20
@@ -38,7 +38,7 @@ class JsonlSource:
     format: Literal["jsonl"] = "jsonl"
 
     def __init__(
-        self, files: tuple[Path, ...], max_line_bytes: int = MAX_LINE_BYTES, block_bytes: int = BLOCK_BYTES
+        self, files: tuple[InputFile, ...], max_line_bytes: int = MAX_LINE_BYTES, block_bytes: int = BLOCK_BYTES
     ) -> None:
         """Reads every file's head, inside its compression too.
 

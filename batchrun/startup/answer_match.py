@@ -4,8 +4,6 @@ Memory is flat for any number of rows: both sides are spread over buckets by the
 and matched bucket by bucket.
 """
 
-import mmap
-import os
 import struct
 import tempfile
 from collections import deque
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import IO, Self
 
 from batchrun.durable import disk_errors
+from batchrun.store.row_numbers import RowNumbers
 
 NONE = -1
 """The old row of a new request."""
@@ -23,35 +22,22 @@ MAX_BUCKETS = 48  # two files each: within a small limit on open files together 
 BUFFER_BYTES = 1 << 16
 
 _ENTRY = struct.Struct("<16sq")
-_OLD = struct.Struct("<q")
 
 
-class Matches:
+class Matches(RowNumbers):
     """For each new row, in order, the old row whose answer it takes, or `NONE`. Close it."""
 
     def __init__(self, rows: int, directory: Path) -> None:
-        self.rows = rows
         with disk_errors(directory):
-            self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115  (lives as long as this object)
-            os.posix_fallocate(self._file.fileno(), 0, max(rows, 1) * _OLD.size)
-        self._map = mmap.mmap(self._file.fileno(), max(rows, 1) * _OLD.size)
-
-    def __getitem__(self, row: int) -> int:
-        (old,) = _OLD.unpack_from(self._map, row * _OLD.size)
-        return int(old)
-
-    def __setitem__(self, row: int, old: int) -> None:
-        _OLD.pack_into(self._map, row * _OLD.size, old)
-
-    def __iter__(self) -> Iterator[int]:
-        return (self[row] for row in range(self.rows))
+            self._unnamed = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115  (lives as long as this object)
+        super().__init__(self._unnamed.fileno(), rows, directory)
+        self.fill(NONE)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._map.close()
-        self._file.close()
+        self._unnamed.close()
 
 
 class Questions:
@@ -94,8 +80,8 @@ def match(old: Iterable[tuple[bytes, int]], new: Iterable[tuple[bytes, int]], ro
             for key, row in answers.entries(bucket):
                 waiting.setdefault(key, deque()).append(row)
             for key, row in questions.entries(bucket):
-                found = waiting.get(key)
-                matches[row] = found.popleft() if found else NONE
+                if found := waiting.get(key):
+                    matches[row] = found.popleft()
     return matches
 
 

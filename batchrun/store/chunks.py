@@ -17,13 +17,14 @@ from batchrun.job.job import Output
 from batchrun.records import Completion, Discarded, Row, TotalsLine
 from batchrun.response import packed
 from batchrun.source import START, FileIdentity, Position, Source, Window, changed
+from batchrun.store import result_folder
 from batchrun.store.base_part import BasePart
 from batchrun.store.carry_over import CarryOver, Taken
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.db_tables import Chunk, Reopened
 from batchrun.store.rundir import RunDirectory
 from batchrun.store.stored_window import BATCH_ROWS, StoredWindow, typed, write
-from batchrun.tables import booked, files, pending
+from batchrun.tables import booked, completions, files, pending
 from batchrun.tables.arrow_types import JSON, Column
 from batchrun.tables.json_columns import ColumnTypes
 from batchrun.tables.rows import OWN_COLUMNS, joined, own_table
@@ -400,9 +401,12 @@ class Chunks:
 
     # ── for a program that reads rows as they are settled ─────────────────────────────────────────────────────────────
 
-    def rows_of(self, records: Sequence[Completion], inputs: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
+    def completions_of(
+        self, records: Sequence[Completion], inputs: Sequence[pa.RecordBatch]
+    ) -> Iterator[completions.Completion]:
         """These rows as in the output; `inputs` are their slices of windows. Any thread may call it."""
-        return joined(typed(inputs, self._types), self._own(records), self._schema, self._parsed)
+        table = typed(inputs, self._types).select(self._schema.names[: -len(OWN_COLUMNS)])
+        return completions.settled(records, table, self._parsed, keep_raw=self._settings.raw == "always")
 
     def settled(self) -> Iterator[pa.RecordBatch]:
         """The rows that have a completion, in order, as in the output. Call it before `open_next`."""
@@ -456,8 +460,9 @@ class Chunks:
     def _part_of(self, chunk: Chunk) -> Path:
         """The path of a sealed chunk. A process that was killed at the end may have moved it to the result already."""
         part = self._directory.part_of(chunk.chunk, chunk.generation)
-        moved = files.part_in(self._directory.completions_folder, chunk.chunk)
-        return moved if self._settings.layout == "parts" and moved.exists() and not part.exists() else part
+        if self._settings.layout != "parts":
+            return part
+        return result_folder.place_of(part, chunk.chunk, chunk.part_digest or "", self._directory)
 
 
 def _by_size(

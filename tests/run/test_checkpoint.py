@@ -80,7 +80,7 @@ def filled(path: Path) -> Path:
 
 
 def reopened(row: int, attempts: int, status: str) -> Reopened:
-    """A row that `completion` settled with this status, asked again by variant 1."""
+    """A row that `completion` settled with this status, sent again by variant 1."""
     answer = answer_line(completion(row, status=Status(status)), 0)
     return Reopened(row, 1, attempts, status, None, msgspec.json.encode(answer).decode())
 
@@ -250,7 +250,7 @@ def writer(path: Path, **limits: str) -> "subprocess.Popen[str]":
 
 
 def require_consistent(path: Path, durable: set[int]) -> None:
-    """Every row told durable is there, none is counted that is not, and the totals are the sum of the rows."""
+    """Every row that was reported durable is there, no other is counted, and the totals are the sum of the rows."""
     with opened(path) as checkpoint:
         rows = checkpoint.completions(0, 10_000_000)
         assert durable <= {row.row for row in rows}
@@ -259,6 +259,7 @@ def require_consistent(path: Path, durable: set[int]) -> None:
         assert checkpoint.totals.cost_usd() == sum((row.cost_usd or Decimal(0) for row in rows), Decimal(0))
 
 
+@pytest.mark.heavy
 def test_durable_rows_survive_kill_9(tmp_path: Path) -> None:
     moments = level.seeded("test_durable_rows_survive_kill_9")
     durable: set[int] = set()
@@ -303,7 +304,7 @@ def test_a_full_disk_uses_the_reserve_first(tmp_path: Path) -> None:
     reserve = {"RESERVE": str(disk / "reserve.bin")}
     done = subprocess.run([*unshare, *inside], capture_output=True, text=True, env=os.environ | reserve, check=False)
     if done.returncode == 75 or "unshare" in done.stderr:
-        pytest.skip(f"this kernel lets nobody mount a small disk: {done.stderr.strip()}")
+        pytest.skip(f"this kernel refuses to mount a small disk: {done.stderr.strip()}")
     full = f"DiskError: {disk}/checkpoint.db: the disk is full; make room and run the same command again"
     *freed, spilled = done.stderr.splitlines()
     assert freed == ["reserve freed", full, full]
@@ -345,6 +346,7 @@ def test_a_changed_field_of_any_table_is_named(tmp_path: Path, table: str, colum
     assert error.value.exit_code == ExitCode.DAMAGED
 
 
+@pytest.mark.heavy
 def test_a_flipped_bit_is_reported_or_harmless(tmp_path: Path) -> None:
     path = filled(tmp_path / "checkpoint.db")
     content, before = path.read_bytes(), everything(path)
