@@ -47,9 +47,10 @@ class AdmissionQueue:
         try:
             return await turn
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled() and turn.exception() is None:
+            if turn.cancelled():
+                self._leave(turn)
+            elif turn.exception() is None:
                 give_back(turn.result())
-            self.wake()  # the next one may fit where this one did not
             raise
 
     def wake(self) -> None:
@@ -58,16 +59,25 @@ class AdmissionQueue:
             self._is_woken = True
             self._loop.call_soon(self._grant_all)
 
+    def _leave(self, turn: "asyncio.Future[int]") -> None:
+        """The attempt no longer waits; the next one may fit where this one did not."""
+        self._waiting = deque(waiting for waiting in self._waiting if waiting[0] is not turn)
+        self._stop_timer()
+        self.wake()
+
     def _grant_all(self) -> None:
         self._is_woken = False
+        self._stop_timer()
+        while self._waiting:
+            turn, try_, demand, probes = self._waiting[0]
+            if not turn.done() and not self._grant(turn, try_, demand, probes):  # done: it is being cancelled
+                return
+            self._waiting.popleft()
+
+    def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        while self._waiting:
-            turn, try_, demand, probes = self._waiting[0]
-            if not turn.done() and not self._grant(turn, try_, demand, probes):  # done: it was cancelled
-                return
-            self._waiting.popleft()
 
     def _grant(self, turn: "asyncio.Future[int]", try_: Try, demand: Demand, probes: bool) -> bool:
         """False if the attempt has to wait."""

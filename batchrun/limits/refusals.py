@@ -187,8 +187,9 @@ class Refusals:
         last = known[-1][1]
         self._requests.accepted(last.at_s, len(known), len(known))
         self._tokens.accepted(last.at_s, sum(attempt.tokens for _, attempt in known), len(known))
+        share = float(self.share)
         for _, attempt in known[-REMEMBERED:]:
-            self._crowding.accepted(now_s, attempt.others, self._in_flight.most)
+            self._crowding.accepted(now_s, attempt.others, self._in_flight.most, share)
         evidence = sum(order >= self._since for order, _ in known)
         self._accepted |= evidence > 0
         self.share.add(0, evidence)
