@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from batchrun import __version__, signals
+from batchrun import __version__, memory, signals
 from batchrun.credentials import Credentials
 from batchrun.dispatch import canary, live_limits, replay
 from batchrun.dispatch.hooks import Hooks
@@ -154,8 +154,10 @@ def _status(job: Job, directory: RunDirectory, credentials: Credentials, hooks: 
     except BatchrunError as error:
         status.end("failed", error.exit_code, str(error))
         was_refused = summary_before is not None and isinstance(error, JobError | InputError)
-        if was_refused and result.FINISHED in read_finished(directory.checkpoint):
-            result.tidy(directory)  # this start may not change a complete run, which is complete as before
+        entries = read_finished(directory.checkpoint) if was_refused else {}
+        if was_refused and result.FINISHED in entries:
+            # this start may not change a complete run, which is complete as before
+            result.tidy(directory, result.finished(entries))
             replace_bytes(directory.summary, summary_before or b"")
         raise
     except BaseException as error:
@@ -355,6 +357,7 @@ def _finish(job: Job, store: Store, status: RunStatus) -> Summary:
         if (unsettled := store.chunks.open_next()) is not None:
             raise CheckpointError(f"chunk {unsettled.chunk.chunk} has pending rows that the totals count as settled")
         status.start_writing()
+        memory.give_back()  # a file's footer, which grows with its rows, gets what sending has freed
         plan = store.plan
         result.write(plan.manifest, plan.schema, store.checkpoint, store.chunks, store.directory, status.summary())
         return status.end("complete", _exit_code(job, status.summary()), None)

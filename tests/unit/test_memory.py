@@ -53,7 +53,7 @@ ARENAS = """
 import ctypes, sys, threading
 from batchrun import memory
 if sys.argv[1] == "one":
-    memory.give_back()
+    memory.share_one_arena()
 libc = ctypes.CDLL(None)
 libc.malloc.restype = libc.fopen.restype = ctypes.c_void_p
 at_once = threading.Barrier(4)
