@@ -244,7 +244,7 @@ def _store(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, hooks: H
     path = directory.origins_of(plan.manifest.layout)
     carry = CarryOver(plan.origins, path, variant=plan.manifest.variant, model=model)
     hand_over = None if hooks.host is None else functools.partial(replay.hand_over, results=hooks.host.results)
-    chunks = Chunks(directory, checkpoint, layout, carry, hand_over)
+    chunks = Chunks(directory, checkpoint, layout, carry, hand_over, hooks.mirror)
     return Store(directory, checkpoint, plan, chunks, before_usd=checkpoint.totals.most_usd())
 
 

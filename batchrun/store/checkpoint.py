@@ -138,6 +138,12 @@ class Checkpoint:
         self.invocation = self._call(start)
         return self.invocation
 
+    def last_invocation(self) -> int:
+        """The number of the start that worked on the run last."""
+        return self._call(
+            lambda: int(self._database.query("SELECT coalesce(max(invocation), 0) FROM invocations")[0][0])
+        )
+
     def chunks(self) -> list[Chunk]:
         """All chunks that were ever opened, in order."""
         return self._call(lambda: [Chunk(*record) for record in self._database.records("chunks", "ORDER BY chunk")])
@@ -316,6 +322,10 @@ class Checkpoint:
             self.totals = with_possibly_billed(self.totals, entries)
 
         self._call(call)
+
+    def copy_to(self, path: Path) -> None:
+        """A copy of the database with everything that was put before, in a file that must not exist."""
+        self._call(lambda: self._database.copy_to(path))
 
     def close(self, *, finished: bool = False) -> None:
         """Commits everything that was put before, and closes the file."""
@@ -531,6 +541,13 @@ def _among(rows: Sequence[int]) -> str:
 
 def _wake_up() -> None:
     """A call that does nothing."""
+
+
+def read_copy(path: Path) -> tuple[dict[str, str], list[Chunk]]:
+    """The manifest entries and the chunks of a copy that `Checkpoint.copy_to` made."""
+    with contextlib.closing(Database.open_read_only(path, db_tables.TABLES, FORMAT)) as database:
+        chunks = [Chunk(*record) for record in database.records("chunks", "ORDER BY chunk")]
+        return dict(database.records("manifest")), chunks
 
 
 def read_finished(path: Path) -> dict[str, str]:
