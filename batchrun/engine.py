@@ -154,8 +154,10 @@ def _status(job: Job, directory: RunDirectory, credentials: Credentials, hooks: 
     except BatchrunError as error:
         status.end("failed", error.exit_code, str(error))
         was_refused = summary_before is not None and isinstance(error, JobError | InputError)
-        if was_refused and result.FINISHED in read_finished(directory.checkpoint):
-            result.tidy(directory)  # this start may not change a complete run, which is complete as before
+        entries = read_finished(directory.checkpoint) if was_refused else {}
+        if was_refused and result.FINISHED in entries:
+            # this start may not change a complete run, which is complete as before
+            result.tidy(directory, result.finished(entries))
             replace_bytes(directory.summary, summary_before or b"")
         raise
     except BaseException as error:

@@ -586,11 +586,13 @@ class FinishedResult(msgspec.Struct, frozen=True):
 
     `files` hold the rows. `beside` describe them, and are published after them, in this order: `_manifest.json` of a
     folder, then usage.parquet. `folder`: the files are a set below this folder, which appears as a whole; "": one file.
+    `kept`: the run's parts, which stay in its directory where the files don't hold all that they do; not published.
     """
 
     files: tuple[ResultFile, ...]
     beside: tuple[ResultFile, ...]
     folder: str = ""
+    kept: tuple[ResultFile, ...] = ()
 
     @property
     def rows(self) -> int:

@@ -270,11 +270,18 @@ class Output(Table, frozen=True):
     prefix: str = ""
     raw: Literal["failed", "always"] = "failed"
     layout: Literal["file", "parts"] = "file"
+    partition_by: list[Text] = []
+    max_partitions: AtLeastOne = 1000  # each is a folder and a file; pyarrow's own limit is 1,024
     compression: Literal["zstd", "snappy", "gzip", "none"] = "zstd"
     chunk_rows: Annotated[int, Meta(ge=1, le=1_000_000)] = 8192
     chunk_bytes: AtLeastOne = 32_000_000
     max_failures: Count = 0
     partial: bool = False
+
+    @property
+    def is_one_file(self) -> bool:
+        """Whether the result is one Parquet file with everything in it, which needs no parts any more."""
+        return self.layout == "file" and not self.partition_by
 
 
 class TierPrice(Table, frozen=True):
