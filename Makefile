@@ -90,7 +90,7 @@ lint: .venv/test
 	$(BIN)/mypy benchmarks/fixed_answer.py benchmarks/throughput.py benchmarks/durability.py benchmarks/streams.py
 	$(BIN)/mypy benchmarks/limits.py benchmarks/second_client.py benchmarks/retry_client.py benchmarks/wire.py
 	$(BIN)/mypy benchmarks/stages.py
-	MYPYPATH=benchmarks $(BIN)/mypy benchmarks/row.py
+	MYPYPATH=benchmarks $(BIN)/mypy benchmarks/row.py benchmarks/ray_engine.py
 
 check: lint test
 

@@ -24,6 +24,8 @@ from batchrun.transport.transport import Choice, Opened, Wanted
 OBJECT_STORE_BYTES = 128_000_000
 """Of a cluster of our own: only requests with a body above 64 KB (images) pass through it."""
 
+CONNECT_S = 10.0
+
 Note = Callable[[str], None]
 
 
@@ -76,9 +78,9 @@ class Cluster:
         fleet = Fleet(engine, setup, wanted.credentials, self._require_reachable, report)
         try:
             first = await fleet.start()
-            most = "" if engine.max_actors is None else f" to {engine.max_actors}"
+            many = str(engine.actors) if engine.max_actors is None else f"{engine.actors} to {engine.max_actors}"
             where = "a local Ray" if self._address == LOCAL else f"the Ray cluster at {self._address}"
-            self._note(f"sending from {engine.actors}{most} actors of {where} ({version})")
+            self._note(f"sending from {many} {'actor' if many == '1' else 'actors'} of {where} ({version})")
             yield [
                 Opened(
                     ActorTransport(fleet, place),
@@ -117,6 +119,7 @@ class Cluster:
                 }
             with _environ_for_ray(self._job.endpoints), _own_signals():
                 try:
+                    _require_listener(self._address)
                     ray.init(address=self._address, **options)
                 except Exception as error:
                     raise JobError(f"engine ray: can't connect to {self._address}: {_in_a_line(error)}") from error
@@ -149,6 +152,17 @@ class ActorTransport:
         if self._place == 0:
             self._fleet.tend()
         return 0
+
+
+def _require_listener(address: str) -> None:
+    """Ray itself tries for minutes, and writes to stderr meanwhile.
+
+    Raises:
+        OSError: nothing listens at `host:port`.
+    """
+    host, _, port = address.rpartition(":")
+    if port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
 
 
 @contextlib.contextmanager
