@@ -173,7 +173,7 @@ def _environ_for_ray(endpoints: Sequence[Endpoint]) -> Iterator[None]:
         value.removeprefix("env:") for each in endpoints for value in each.headers.values() if value.startswith("env:")
     }
     hidden = {name: os.environ.pop(name) for name in (*names, "PYTHONWARNINGS") if name in os.environ}
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a local Ray reports to nobody
     try:
         yield
     finally:
