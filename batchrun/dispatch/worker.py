@@ -297,8 +297,8 @@ class Workers:
             refused_again = is_last and judgement.is_refusal and pending.history.refused_alone > 0
             doubted = judgement.is_retried and self.backlog.is_doubted(row)
             # such a failure is no evidence about the endpoint
-            replaced = judgement.error is not None and judgement.error.kind == policy.Fault.KEY_REPLACED
-            no_evidence = at_end or refused_again or doubted or replaced or judgement.is_capacity
+            elsewhere = judgement.error is not None and judgement.error.kind in policy.NO_EVIDENCE
+            no_evidence = at_end or refused_again or doubted or elsewhere or judgement.is_capacity
             outcome = Outcome(row, judgement.verdict, judgement.error, judgement.retry_after_s, no_evidence)
             decision = self.gate.observe(slot, outcome)
             before = successes if pending.successes is None else pending.successes

@@ -19,6 +19,7 @@ from batchrun.report import run_state
 from batchrun.report.summary import read
 from batchrun.report.wording import plural
 from batchrun.source import JsonlSource, Source, TableSource
+from batchrun.storage.urls import is_url
 from batchrun.store import at_rest, partial, result, result_files, stored_window
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.chunks import Chunks, Layout
@@ -136,14 +137,16 @@ def _so_far(directory: RunDirectory, checkpoint: Checkpoint, known: Manifest, su
         parsed=known.answer_column,
         number=known.layout,
         limit=summary.rows if summary.rows < known.rows else None,
+        first_row=known.first_row,
     )
     batches = Chunks(directory, checkpoint, layout).so_far()
     if problem is not None:
         schema = nullable(schema)
-        opened = max((chunk.end_row for chunk in checkpoint.chunks()), default=0)
-        problem = problem if opened < summary.rows else None
+        opened = max((chunk.end_row for chunk in checkpoint.chunks()), default=known.first_row)
+        end_row = known.first_row + summary.rows
+        problem = problem if opened < end_row else None
         widened = (pa.RecordBatch.from_arrays(batch.columns, schema=schema) for batch in batches)
-        batches = chain(widened, partial.without_input(opened, summary.rows, schema))
+        batches = chain(widened, partial.without_input(opened, end_row, schema))
     pending = partial.write(to, batches, schema, known.output.compression, summary)
     return Exported(to, summary.rows, pending, complete=False, written=True, problem=problem)
 
@@ -153,7 +156,7 @@ def _source(directory: RunDirectory, known: Manifest) -> tuple[Source, str | Non
     try:
         return input_again(known, directory), None
     except InputError as error:
-        relative = any(not Path(file.path).is_absolute() for file in known.files)
+        relative = any(not (is_url(file.path) or Path(file.path).is_absolute()) for file in known.files)
         return JsonlSource(()), f"{error}" + ("; run this where the run was started" if relative else "")
 
 

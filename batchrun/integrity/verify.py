@@ -137,9 +137,8 @@ class Inspection:
         self._chunks(manifest)
         if self._finished and manifest.output.is_one_file:
             (whole,) = result.finished(self.known.manifest).files
-            self._rows_of(
-                self.directory.completions, whole.digest, (0, audit.rows_due(self.known)), manifest.output.prefix
-            )
+            span = manifest.first_row, manifest.first_row + audit.rows_due(self.known)
+            self._rows_of(self.directory.completions, whole.digest, span, manifest.output.prefix)
         else:
             for chunk in self.known.chunks:
                 self._chunk(chunk, manifest)
@@ -190,16 +189,17 @@ class Inspection:
             self.sound.append("no run has started here")
 
     def _chunks(self, manifest: Manifest) -> None:
-        row = 0
+        row = manifest.first_row
         for number, chunk in enumerate(self.known.chunks):
             if (chunk.chunk, chunk.first_row) != (number, row) or chunk.rows < 1:
                 self._damaged(self.directory.checkpoint, f"chunk {number} should begin at row {row:,}")
                 return
             row = chunk.end_row
-        if row > manifest.rows:
-            self._damaged(self.directory.checkpoint, f"its chunks have {row:,} rows, the input has {manifest.rows:,}")
+        rows = row - manifest.first_row
+        if rows > manifest.rows:
+            self._damaged(self.directory.checkpoint, f"its chunks have {rows:,} rows, the input has {manifest.rows:,}")
             return
-        self.sound.append(f"chunks: {len(self.known.chunks):,}, contiguous, {row:,} of {plural(manifest.rows, 'row')}")
+        self.sound.append(f"chunks: {len(self.known.chunks):,}, contiguous, {rows:,} of {plural(manifest.rows, 'row')}")
 
     def _chunk(self, chunk: Chunk, manifest: Manifest) -> None:
         """Inspects a chunk: a sealed one is its part; an open one its stored input, records and any earlier part."""

@@ -99,6 +99,8 @@ class Endpoint(Table, frozen=True):
         return VENDOR_ID_HEADER if vendor else ID_HEADER
 
 
+ActorCount = Annotated[int, Meta(ge=1, le=1000)]
+
 Reusable = Literal["ok", "truncated", "filtered", "refused", "empty", "invalid", "error"]
 """The statuses of earlier answers that may be reused."""
 
@@ -183,6 +185,7 @@ class Tiers(Table, frozen=True):
 
 
 class Limits(Table, frozen=True):
+    limits_are: Literal["whole", "per_process"] = "whole"  # with --shard: divided by the number of shards, or not
     requests_per_second: Positive | None = None
     requests_per_minute: Positive | None = None
     requests_per_day: AtLeastOne | None = None
@@ -192,6 +195,18 @@ class Limits(Table, frozen=True):
     max_in_flight: Annotated[int, Meta(ge=1, le=4096)] = 64
     max_output_tokens: AtLeastOne = 128_000  # the model's maximum; the upper bound for a request without max_tokens
     max_image_tokens: AtLeastOne = 6_000  # more than any entry of the upstream's table of tile and patch counts
+
+
+class Engine(Table, frozen=True):
+    """Which processes send: this one, or actors of a Ray cluster."""
+
+    name: Literal["local", "ray"] = "local"
+    ray_address: Text | None = None
+    actors: ActorCount = 2
+    max_actors: ActorCount | None = None
+    requests_per_actor: AtLeastOne = 256
+    cpus_per_actor: AtLeastZero = 1.0
+    start_timeout_s: Positive = 300.0
 
 
 class Retry(Table, frozen=True):
@@ -250,6 +265,7 @@ class Canary(Table, frozen=True):
 
 class Output(Table, frozen=True):
     path: Text = "runs/{job}/{date}"
+    state_dir: Text | None = None
     columns: Literal["all"] | list[str] = "all"
     prefix: str = ""
     raw: Literal["failed", "always"] = "failed"
@@ -310,6 +326,14 @@ TagName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,60}$")]  # becomes a c
 TagValue = Annotated[str, Meta(min_length=1, max_length=200)]
 
 
+class Storage(Table, frozen=True):
+    """How to reach object stores, where the environment does not say it."""
+
+    endpoint: Text | None = None
+    region: Text | None = None
+    anonymous: bool = False
+
+
 class About(Table, frozen=True):
     """Facts for the bill. `tags` never change what is sent."""
 
@@ -326,11 +350,13 @@ class Job(Table, frozen=True):
     job: About = About()
     input: Input = Input()
     limits: Limits = Limits()
+    engine: Engine = Engine()
     retry: Retry = Retry()
     finish: Finish = Finish()
     budget: Budget = Budget()
     canary: Canary = Canary()
     output: Output = Output()
+    storage: Storage = Storage()
     pricing: dict[str, Price] = {}
     telemetry: Telemetry = Telemetry()
     simulator: Simulator = Simulator()

@@ -27,12 +27,12 @@ from batchrun.store.origins import OldFile, Origins, OriginsWriter
 from batchrun.tables.old_answers import OldAnswers
 
 
-def wanted(job: Job, rows: int, layout: int) -> Origins | None:
+def wanted(job: Job, rows: int, layout: int, first_row: int = 0) -> Origins | None:
     """What the origins of a run's rows are made of, as the job says now; None where every row is to be sent."""
     named = sources(job)
     if not (named or job.input.dedupe):
         return None
-    return Origins(rows, layout, job.input.dedupe, tuple(sorted(job.input.reuse_status)), named)
+    return Origins(rows, layout, job.input.dedupe, tuple(sorted(job.input.reuse_status)), named, first_row=first_row)
 
 
 def still_holds(made: Origins | None, now: Origins | None, path: Path) -> bool:
@@ -65,7 +65,7 @@ def make(
     earlier = find(job, own, tell)
     count = buckets_of(now.rows)
     reused = duplicates = 0
-    with OriginsWriter(path, now.rows) as writer, Spread(keys, count, path.parent) as buckets:
+    with OriginsWriter(path, now.rows, now.first_row) as writer, Spread(keys, count, path.parent) as buckets:
         for bucket in range(count):
             equal = _EqualRows(buckets.entries(bucket), writer, dedupe=now.dedupe)
             duplicates += equal.copies

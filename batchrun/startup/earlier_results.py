@@ -68,7 +68,7 @@ def _require_pattern(source: str, own: Path) -> None:
 
 def _paths(source: str, job: Job) -> Iterator[Path]:
     if source == LATEST:
-        yield from _with_answers(rundir.dated(job.output.path, job.name))
+        yield from _with_answers(rundir.dated(rundir.pattern_of(job.output), job.name))
         return
     pattern = source.replace("{job}", glob.escape(job.name)).replace("{date}", "*")
     if glob.has_magic(pattern):

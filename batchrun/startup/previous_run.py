@@ -41,7 +41,7 @@ class Means(msgspec.Struct, frozen=True):
 
 def newest(job: Job, besides: Path | None = None) -> Means | None:
     """The means of the job's newest run in `output.path`, not counting `besides`; None where no run has answers."""
-    for path in rundir.dated(job.output.path, job.name):
+    for path in rundir.dated(rundir.pattern_of(job.output), job.name):
         if besides is not None and path.resolve() == besides.resolve():
             continue
         directory = RunDirectory(path)

@@ -42,7 +42,7 @@ def ask(
     messages: list[str] = [] if notes is None else notes
     hooks = Hooks(note=messages.append)
     directory = RunDirectory(folder / "out")
-    summary = engine.run(job, directory, key, options=requested, hooks=hooks, loop_factory=fast_clock(speed))
+    summary = engine.run(job, directory, key, options=requested, hooks=hooks, runtime=engine.Runtime(fast_clock(speed)))
     result = pq.read_table(directory.completions).to_pylist() if summary.complete else []
     return summary, result
 

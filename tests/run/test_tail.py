@@ -38,7 +38,7 @@ def run(folder: Path, url: str, tell: Callable[[Summary], None] | None = None, *
     job = job_over(source, endpoint=endpoint, **tables)
     key = credentials.read(job.endpoint, {KEY_ENV: KEY})
     hooks = Hooks() if tell is None else Hooks(progress=tell)
-    return engine.run(job, RunDirectory(folder / "out"), key, hooks=hooks, loop_factory=fast_clock(SPEED))
+    return engine.run(job, RunDirectory(folder / "out"), key, hooks=hooks, runtime=engine.Runtime(fast_clock(SPEED)))
 
 
 def bad_rows(bad: frozenset[int], fault: Script, good_s: float = 0.001) -> Script:

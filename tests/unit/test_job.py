@@ -385,6 +385,8 @@ def test_an_invalid_inline_schema_is_named(tmp_path: Path) -> None:
 # -- fingerprint
 
 OTHER_VALUES: Mapping[str, object] = {
+    "limits.limits_are": "per_process",
+    "engine.name": "ray",
     "endpoint.proxy": "http://proxy:3128",
     "endpoint.url": "https://other/v1",
     "endpoint.name": "other",
@@ -467,6 +469,7 @@ def another_value(path: str, default: object) -> object:
         "canary.rows",
         "flex_latency_s",
         "cache_life_s",
+        "max_actors",
     )
     return 1 if path.endswith(numbers) else "x"
 

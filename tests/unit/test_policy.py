@@ -94,6 +94,7 @@ FAULTS: Mapping[Fault, Verdict] = {
         (Fault.DNS, Fault.REFUSED, Fault.CONNECT, Fault.TLS, Fault.STALE, Fault.UNSENT, Fault.KEY_REPLACED), FREE
     ),
     **dict.fromkeys((Fault.TIMEOUT, Fault.RESET, Fault.CUT, Fault.TOO_LARGE, Fault.ENCODING, Fault.MALFORMED), MAYBE),
+    Fault.SENDER_LOST: MAYBE,
     Fault.CERTIFICATE: STOP,
 }
 
