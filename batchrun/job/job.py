@@ -270,6 +270,7 @@ class Output(Table, frozen=True):
     prefix: str = ""
     raw: Literal["failed", "always"] = "failed"
     layout: Literal["file", "parts"] = "file"
+    format: Literal["parquet", "jsonl", "jsonl.gz", "jsonl.zst"] = "parquet"
     partition_by: list[Text] = []
     max_partitions: AtLeastOne = 1000  # each is a folder and a file; pyarrow's own limit is 1,024
     compression: Literal["zstd", "snappy", "gzip", "none"] = "zstd"
@@ -282,7 +283,7 @@ class Output(Table, frozen=True):
     @property
     def is_one_file(self) -> bool:
         """Whether the result is one Parquet file with everything in it, which needs no parts any more."""
-        return self.layout == "file" and not self.partition_by
+        return self.layout == "file" and not self.partition_by and self.format == "parquet"
 
 
 class TierPrice(Table, frozen=True):

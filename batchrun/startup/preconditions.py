@@ -56,7 +56,9 @@ def require_columns(job: Job, source: Source, found: Survey | None = None) -> No
     if isinstance(source, TableSource):
         require_keys(output_schema(source.schema, job.output), job.output)
     elif found is not None and found.types is not None:
-        require_keys(output_schema(found.types.schema(), job.output), job.output)
+        schema = output_schema(found.types.schema(), job.output)
+        if found.rows:  # no row has no columns
+            require_keys(schema, job.output)
 
 
 def raise_problems(found: Survey, report: Callable[[str], None]) -> None:
