@@ -107,6 +107,7 @@ Reusable = Literal["ok", "truncated", "filtered", "refused", "empty", "invalid",
 
 class Input(Table, frozen=True):
     path: Text | None = None
+    partitions: dict[Text, Text | int | list[Text | int]] = {}
     id: Text | None = None
     dialect: Literal["auto", "columns", "messages", "openai-batch"] = "auto"
     min_rows: Count = 1  # an empty input usually means that a pipe broke
@@ -184,6 +185,7 @@ class Tiers(Table, frozen=True):
 
 
 class Limits(Table, frozen=True):
+    limits_are: Literal["whole", "per_process"] = "whole"  # with --shard: divided by the number of shards, or not
     requests_per_second: Positive | None = None
     requests_per_minute: Positive | None = None
     requests_per_day: AtLeastOne | None = None
@@ -263,15 +265,24 @@ class Canary(Table, frozen=True):
 
 class Output(Table, frozen=True):
     path: Text = "runs/{job}/{date}"
+    state_dir: Text | None = None
     columns: Literal["all"] | list[str] = "all"
     prefix: str = ""
     raw: Literal["failed", "always"] = "failed"
     layout: Literal["file", "parts"] = "file"
+    partition_by: list[Text] = []
+    max_partitions: AtLeastOne = 1000  # each is a folder and a file; pyarrow's own limit is 1,024
     compression: Literal["zstd", "snappy", "gzip", "none"] = "zstd"
     chunk_rows: Annotated[int, Meta(ge=1, le=1_000_000)] = 8192
     chunk_bytes: AtLeastOne = 32_000_000
     max_failures: Count = 0
     partial: bool = False
+    keep_parts_remote: bool = False
+
+    @property
+    def is_one_file(self) -> bool:
+        """Whether the result is one Parquet file with everything in it, which needs no parts any more."""
+        return self.layout == "file" and not self.partition_by
 
 
 class TierPrice(Table, frozen=True):
@@ -316,6 +327,14 @@ TagName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,60}$")]  # becomes a c
 TagValue = Annotated[str, Meta(min_length=1, max_length=200)]
 
 
+class Storage(Table, frozen=True):
+    """How to reach object stores, where the environment does not say it."""
+
+    endpoint: Text | None = None
+    region: Text | None = None
+    anonymous: bool = False
+
+
 class About(Table, frozen=True):
     """Facts for the bill. `tags` never change what is sent."""
 
@@ -338,6 +357,7 @@ class Job(Table, frozen=True):
     budget: Budget = Budget()
     canary: Canary = Canary()
     output: Output = Output()
+    storage: Storage = Storage()
     pricing: dict[str, Price] = {}
     telemetry: Telemetry = Telemetry()
     simulator: Simulator = Simulator()
@@ -385,12 +405,18 @@ class Job(Table, frozen=True):
         )
 
     def on(self, date: str) -> "Job":
-        """The job with its input of that logical date (`2026-11-28`), where `input.path` holds `{date}`."""
-        path = self.input.path
-        if path is None or "{date}" not in path:
-            return self
-        dated = msgspec.structs.replace(self.input, path=path.replace("{date}", date))
-        return msgspec.structs.replace(self, input=dated)
+        """The job with its input of that logical date (`2026-11-28`), where `input.path` or a value of
+        `input.partitions` holds `{date}`.
+        """
+
+        def dated(value: Any) -> Any:
+            if isinstance(value, list):
+                return [dated(each) for each in value]
+            return value.replace("{date}", date) if isinstance(value, str) else value
+
+        partitions = {name: dated(value) for name, value in self.input.partitions.items()}
+        given = msgspec.structs.replace(self.input, path=dated(self.input.path), partitions=partitions)
+        return self if given == self.input else msgspec.structs.replace(self, input=given)
 
     @property
     def simulated(self) -> bool:

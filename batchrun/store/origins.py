@@ -67,7 +67,8 @@ class OldFile(msgspec.Struct, frozen=True):
 class Origins(msgspec.Struct, frozen=True):
     """What the file was made of, and what it says. `digest` is the file's; None: every row is sent, there is no file.
 
-    `reused` rows take an earlier answer and `duplicates` that of an equal row; the others are sent.
+    `reused` rows take an earlier answer and `duplicates` that of an equal row; the others are sent. The file begins
+    with `first_row`.
     """
 
     rows: int
@@ -79,6 +80,7 @@ class Origins(msgspec.Struct, frozen=True):
     reused: int = 0
     duplicates: int = 0
     digest: str | None = None
+    first_row: int = 0
 
     @property
     def new(self) -> int:
@@ -95,8 +97,9 @@ class OriginsWriter:
     it if anything was written.
     """
 
-    def __init__(self, path: Path, rows: int) -> None:
+    def __init__(self, path: Path, rows: int, first_row: int = 0) -> None:
         self._path = path
+        self._first_row = first_row
         self._temporary = path.with_name(path.name + durable.TEMP_SUFFIX)
         self._rows = rows
         self._file = -1
@@ -105,7 +108,7 @@ class OriginsWriter:
     def __setitem__(self, row: int, origin: int) -> None:
         if self._numbers is None:
             self._numbers = self._made()
-        self._numbers[row] = origin
+        self._numbers[row - self._first_row] = origin
 
     def _made(self) -> RowNumbers:
         with disk_errors(self._path):
@@ -132,7 +135,7 @@ class OriginsWriter:
 
 
 def read(path: Path, first_row: int, end_row: int) -> "array[int]":
-    """The origins of these rows."""
+    """The origins of these rows, counted from the file's first one."""
     numbers = array("q")
     with disk_errors(path), path.open("rb") as file:
         file.seek(8 * first_row)

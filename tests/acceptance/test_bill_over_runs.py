@@ -455,6 +455,7 @@ def test_a_run_is_filed_under_its_date(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.heavy
 def test_a_thousand_runs_report_within_five_seconds(tmp_path: Path) -> None:
     first = write_result(tmp_path / "0", [row(number) for number in range(400)])
     summary = json.loads((first / "summary.json").read_text())

@@ -197,6 +197,7 @@ def test_progress_is_reported_periodically(tmp_path: Path) -> None:
     assert shown == [1, 5001, 10_001]
 
 
+@pytest.mark.heavy
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("command", ["check", "estimate"])
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])

@@ -144,7 +144,7 @@ def test_every_status_and_every_event_is_listed() -> None:
     written = {
         event
         for module in (ROOT / "batchrun").rglob("*.py")
-        for event in re.findall(rf'\blog\.{RunLog.write.__name__}\(\s*"([^"]+)"', module.read_text("utf-8"))
+        for event in re.findall(rf'\b(?:log\.{RunLog.write.__name__}|warn)\(\s*"([^"]+)"', module.read_text("utf-8"))
     }
     assert listed == written | {"complete", "stopped", "failed"}
 
@@ -423,6 +423,7 @@ def _masked(line: str) -> str:
     return re.sub(r"[\d,.]+ tokens in [\d.]+ s", "TOKENS in TIME", line)
 
 
+@pytest.mark.heavy
 def test_the_readmes_programs_run(tmp_path: Path) -> None:
     programs = re.findall(r"^```python\n([\s\S]*?)^```", text_of("README.md"), re.MULTILINE)
     program = "\n".join([*programs, "import asyncio; asyncio.run(label([{'text': 'Fine.'}]))"])

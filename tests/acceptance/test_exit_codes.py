@@ -332,6 +332,7 @@ def test_every_exit_code_has_a_way() -> None:
     assert {way.exit_code for way in WAYS.values()} == {*ExitCode} - {ExitCode.DRIFT} | {KILLED}
 
 
+@pytest.mark.heavy
 @pytest.mark.sampled(12)
 @pytest.mark.parametrize("name", WAYS)
 def test_every_exit_code_leaves_its_summary(name: str, tmp_path: Path) -> None:

@@ -200,6 +200,7 @@ def luminance(colour: str) -> float:
 SCREENSHOTS = Path(__file__).parents[2] / "build" / "screenshots"
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("width", [390, 1400])
 def test_a_browser_draws_the_page_silently(runs: Path, page: str, tmp_path: Path, width: int) -> None:
     """Its console stays empty, and the whole page is drawn. The pictures stay in build/screenshots to be looked at."""

@@ -89,6 +89,7 @@ def test_one_row_of_each_group_goes_first(tmp_path: Path) -> None:
         assert all(line.arrived_s > first.time_s for line in others)
 
 
+@pytest.mark.heavy
 def test_cache_prefix_raises_the_cached_share(tmp_path: Path) -> None:
     shares = []
     for cache_prefix in ("false", "true"):

@@ -75,6 +75,7 @@ def prompts(tmp_path: Path) -> Path:
     return write_lines(tmp_path / "in.jsonl", [{"text": question} for question in QUESTIONS])
 
 
+@pytest.mark.heavy
 def test_answers_of_a_real_model_fit_their_schema(tmp_path: Path, url: str) -> None:
     """Whole and streamed."""
     changes = Path(__file__).parents[2] / "sample_inputs" / "changes.jsonl"
@@ -104,6 +105,7 @@ response_format = {{ type = "json_schema", file = "{tmp_path}/schema.json" }}
     assert all(row["time_to_first_token_s"] > 0 for row in rows)
 
 
+@pytest.mark.heavy
 def test_a_real_server_accepts_our_requests(tmp_path: Path, url: str) -> None:
     """With its own parameters, with tools, and with a stream that states no usage."""
     request = """

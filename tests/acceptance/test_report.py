@@ -136,6 +136,7 @@ def assert_every_form_says_the_same(bill: report.Bill) -> None:
     assert remarks == len(shown) - len(bill.lines) - 2 >= len(bill.left_out)
 
 
+@pytest.mark.heavy
 def test_the_newest_of_two_copies_counts(tmp_path: Path) -> None:
     """The other copy is named."""
     source, out = write_rows(tmp_path / "in.jsonl", 20), tmp_path / "out"

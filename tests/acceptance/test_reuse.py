@@ -82,6 +82,7 @@ def require_sums(out: Path) -> None:
         )
 
 
+@pytest.mark.heavy
 def test_the_second_night_sends_exactly_the_changed_rows(tmp_path: Path) -> None:
     with running_simulator() as simulator:
         job = job_of(tmp_path, simulator, records(range(500)))
@@ -106,6 +107,7 @@ def test_the_second_night_sends_exactly_the_changed_rows(tmp_path: Path) -> None
     require_sums(tmp_path / "two")
 
 
+@pytest.mark.heavy
 def test_a_night_without_news_sends_nothing(tmp_path: Path) -> None:
     with running_simulator() as simulator:
         job = job_of(tmp_path, simulator, records(range(120)))
@@ -124,6 +126,7 @@ def test_a_night_without_news_sends_nothing(tmp_path: Path) -> None:
     require_sums(outs[2])
 
 
+@pytest.mark.heavy
 def test_failed_and_truncated_answers_are_sent_again(tmp_path: Path) -> None:
     faults = parse_faults("content_policy=0.1")
     with running_simulator(SimulatorConfig(faults=faults)) as simulator:
@@ -147,6 +150,7 @@ def test_failed_and_truncated_answers_are_sent_again(tmp_path: Path) -> None:
 FOREIGN = ("large_binary", "hexadecimal", "prefixed", "bare", "dictionary", "floats")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_answers_of_other_programs_are_reused(tmp_path: Path, kind: str) -> None:
     with running_simulator() as simulator:
@@ -183,6 +187,7 @@ def test_answers_of_other_programs_are_reused(tmp_path: Path, kind: str) -> None
     require_sums(tmp_path / "two")
 
 
+@pytest.mark.heavy
 def test_sources_may_be_moved_or_missing(tmp_path: Path) -> None:
     with running_simulator(SimulatorConfig(latency_s=0.01)) as simulator:
         job = job_of(tmp_path, simulator, records(range(100)))
@@ -214,6 +219,7 @@ def test_sources_may_be_moved_or_missing(tmp_path: Path) -> None:
     require_sums(tmp_path / "two")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("seed", [1, 2])
 def test_kills_repeat_only_requests_in_flight(tmp_path: Path, seed: int) -> None:
     chance = random.Random(seed)
@@ -251,6 +257,7 @@ def test_kills_repeat_only_requests_in_flight(tmp_path: Path, seed: int) -> None
     require_sums(tmp_path / "two")
 
 
+@pytest.mark.heavy
 def test_changed_sources_are_looked_up_again(tmp_path: Path) -> None:
     with running_simulator(SimulatorConfig(latency_s=0.05)) as simulator:
         job = job_of(tmp_path, simulator, records(range(300)))
@@ -273,6 +280,7 @@ def test_changed_sources_are_looked_up_again(tmp_path: Path) -> None:
 # ── equal rows of one input ───────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.heavy
 def test_equal_rows_are_sent_once(tmp_path: Path) -> None:
     numbers = [0, 1, 1, 2, 0, *range(3, 160), 2, 159, *([7] * 70)]
     with running_simulator() as simulator:
@@ -297,6 +305,7 @@ def test_equal_rows_are_sent_once(tmp_path: Path) -> None:
         require_sums(tmp_path / name)
 
 
+@pytest.mark.heavy
 def test_a_copy_fails_with_its_original(tmp_path: Path) -> None:
     numbers = [*range(80), *range(80), *range(80)]
     with running_simulator(SimulatorConfig(faults=parse_faults("400=0.2"))) as simulator:
@@ -330,6 +339,7 @@ def test_copies_wait_for_a_retried_original(tmp_path: Path) -> None:
     require_sums(tmp_path / "out")
 
 
+@pytest.mark.heavy
 def test_copies_survive_pilots_and_changed_input(tmp_path: Path) -> None:
     numbers = [number % 70 for number in range(260)]
     with running_simulator() as simulator:
@@ -380,6 +390,7 @@ def test_a_program_gets_every_row_once(tmp_path: Path) -> None:
     assert by_row[0].reused_from == str(tmp_path / "one")
 
 
+@pytest.mark.heavy
 def test_what_is_salvaged_keeps_reused_rows_and_copies(tmp_path: Path) -> None:
     numbers = [number % 150 for number in range(400)]
     with running_simulator(SimulatorConfig(latency_s=0.03)) as simulator:
@@ -409,6 +420,7 @@ def test_what_is_salvaged_keeps_reused_rows_and_copies(tmp_path: Path) -> None:
     assert verified.exit_code == 0, verified.stdout
 
 
+@pytest.mark.heavy
 def test_check_and_estimate_say_what_is_new(tmp_path: Path) -> None:
     with running_simulator() as simulator:
         job = job_of(tmp_path, simulator, records(range(40)))
@@ -429,6 +441,7 @@ def test_check_and_estimate_say_what_is_new(tmp_path: Path) -> None:
 # ── how much may change ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.heavy
 def test_accepting_input_refuses_a_changed_prompt(tmp_path: Path) -> None:
     with running_simulator() as simulator:
         job = job_of(tmp_path, simulator, records(range(100)))

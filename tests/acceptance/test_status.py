@@ -215,6 +215,7 @@ def test_an_age_uses_its_largest_unit(age_s: float, words: str) -> None:
 # ── earlier runs, at a start ──────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.heavy
 def test_a_start_names_earlier_unfinished_runs(runs: Runs, tmp_path: Path) -> None:
     """Only those of its own job and output pattern."""
     pattern = str(tmp_path / "runs" / "{job}" / "{date}")
@@ -267,6 +268,7 @@ def test_a_shown_rate_never_exceeds_the_limit(changes: dict[str, object], limit:
     assert rate.startswith(f"rate         {expected}")
 
 
+@pytest.mark.heavy
 def test_a_short_run_reports_counts_not_rates(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "in.jsonl", ROWS)
     with running_simulator() as simulator:

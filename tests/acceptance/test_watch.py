@@ -40,6 +40,7 @@ def drawn(frame: str) -> list[str]:
     return frame.partition(watch_screen.REST_OF_SCREEN)[0].split("\r\n")
 
 
+@pytest.mark.heavy
 def test_watch_follows_a_run_to_its_end(tmp_path: Path) -> None:
     """With and without a terminal."""
     with running_simulator(SimulatorConfig(latency_s=0.3)) as simulator:

@@ -36,6 +36,7 @@ def test_a_duration_uses_a_useful_unit(minutes: float, words: str) -> None:
     assert duration(minutes) == words
 
 
+@pytest.mark.heavy
 def test_a_single_row_is_never_plural(tmp_path: Path) -> None:
     source, out = write_rows(tmp_path / "in.jsonl", 1), tmp_path / "out"
     config = SimulatorConfig(latency_s=0, faults=parse_faults("400=1"))

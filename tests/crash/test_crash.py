@@ -54,6 +54,7 @@ AGAIN = (
 )
 
 
+@pytest.mark.heavy
 def test_no_answer_is_lost_in_killed_retries(tmp_path: Path, calm: Calm) -> None:
     """Killed while failed rows are sent again: every answer stays, and nothing unnamed is paid for twice."""
     outcome = killed_retry(tmp_path / "run", [Kill(name) for name in AGAIN], calm)
@@ -61,6 +62,7 @@ def test_no_answer_is_lost_in_killed_retries(tmp_path: Path, calm: Calm) -> None
     assert [death.place for death in outcome.deaths] == list(AGAIN)
 
 
+@pytest.mark.heavy
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", BUGS)
 def test_the_harness_notices_when(name: str, tmp_path: Path, calm: Calm) -> None:

@@ -398,6 +398,7 @@ class Lifetime(RuleBasedStateMachine):
         return path.read_bytes() if path.exists() else None
 
 
+@pytest.mark.heavy
 @pytest.mark.campaign
 def test_a_run_survives_any_life_correctly(tmp_path: Path) -> None:
     """Whatever happens to it, its result is right and nothing is sent without need."""

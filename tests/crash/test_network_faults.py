@@ -463,6 +463,7 @@ FAILURE = answer(b'{"error": {"message": "The server had an error"}}', status="5
 BUSY = answer(b'{"error": {"message": "The server is overloaded"}}', status="503 Service Unavailable")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("trouble", "from_request"),
     [

@@ -61,6 +61,7 @@ PAGE_ROWS = 16
 
 NO_SECOND_SOURCE = (
     *("updated_at", "limits", "command", "requests_per_minute", "elapsed_s", "rows_per_minute", "tokens_per_minute"),
+    "last_answer_at",
 )
 """Fields of summary.json that nothing else can vouch for, but for two rates to their rounding."""
 
@@ -216,6 +217,7 @@ def settled(state: tuple[object, ...]) -> int:
     return known.totals.settled()
 
 
+@pytest.mark.heavy
 @pytest.mark.campaign
 @pytest.mark.parametrize(("name", "most"), [("done", 600), ("killed", 300), ("retried", 100)])
 def test_a_flipped_bit_is_named_or_harmless(runs: Runs, tmp_path: Path, name: str, most: int) -> None:
@@ -347,6 +349,7 @@ def result_and_start(runs: Runs, directory: RunDirectory, layout: str) -> tuple[
     return result, lambda: batchrun("run", runs.folder / f"{layout}.toml", "-o", directory.path)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("name", "layout"), [("done", "file"), ("in-parts", "parts")])
 def test_a_partial_result_is_not_complete_again(runs: Runs, tmp_path: Path, name: str, layout: str) -> None:
     directory, served = runs.copy(name, tmp_path / "run"), len(runs.simulator.ledger())
@@ -374,6 +377,7 @@ def test_a_partial_result_is_not_complete_again(runs: Runs, tmp_path: Path, name
     assert len(runs.simulator.ledger()) == served
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("name", "layout"), [("done", "file"), ("in-parts", "parts")])
 def test_a_changed_result_is_noticed_by_stat(runs: Runs, tmp_path: Path, name: str, layout: str) -> None:
     """A start over a complete run compares its size and time."""
@@ -494,6 +498,7 @@ def scratched(content: bytes, every: int) -> bytes:
     return bytes(harmed)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("harm", HARMS)
 def test_salvage_keeps_every_whole_record(runs: Runs, tmp_path: Path, harm: str) -> None:
     directory = runs.copy("killed", tmp_path / "run")
@@ -634,6 +639,7 @@ def test_salvage_overwrites_nothing(runs: Runs, tmp_path: Path) -> None:
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.heavy
 def test_row_groups_are_kept_one_by_one(runs: Runs, tmp_path: Path) -> None:
     path = tmp_path / "groups.parquet"
     pq.write_table(runs.undisturbed, path, row_group_size=32, write_page_checksum=True)

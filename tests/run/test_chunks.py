@@ -311,6 +311,7 @@ def test_any_interruption_gives_the_same_file(tmp_path: Path, kind: str, crash: 
     assert sorted(path.name for path in (run / "parts").iterdir()) == [f"00000{n}.g1.parquet" for n in range(5)]
 
 
+@pytest.mark.heavy
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("crash", CRASHES)
 def test_a_crash_after_a_crash_changes_nothing_either(tmp_path: Path, crash: Crash) -> None:
@@ -447,6 +448,7 @@ finish(Path(sys.argv[1]), small_chunks(Path(sys.argv[2])))
 """
 
 
+@pytest.mark.heavy
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", ["jsonl.gz", "parquet"])
 def test_random_kills_give_the_same_file(tmp_path: Path, kind: str) -> None:

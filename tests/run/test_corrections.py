@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow.parquet as pq
+import pytest
 
 from batchrun.simulator import Fault, SimulatorConfig
 from tests.cli_process import batchrun, kill_when, read_summary, start, write_job, write_rows
@@ -36,6 +37,7 @@ def times_sent(simulator: RunningSimulator, row: int) -> int:
     return sum((line.client_request_id or "").split("-")[-2] == str(row) for line in simulator.ledger())
 
 
+@pytest.mark.heavy
 def test_an_invalid_answer_is_corrected_and_billed(tmp_path: Path) -> None:
     faults = (
         Fault(kind=UNFIT, match="item 1 ", times=1),
@@ -149,6 +151,7 @@ def calling(name: str, arguments: str) -> bytes:
     return json.dumps({"choices": [choice]}).encode()
 
 
+@pytest.mark.heavy
 def test_tool_calls_are_validated_and_corrected(tmp_path: Path) -> None:
     wrong = {1: ("label", '{"a": "x"}'), 2: ("label", '{"a": 1'), 3: ("other", "{}"), 4: ("label", '{"a": "x"}')}
     faults = tuple(
@@ -195,6 +198,7 @@ max_attempts = 3
 """
 
 
+@pytest.mark.heavy
 def test_rejected_finish_reasons_fail_or_retry(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "in.jsonl", 3)
     short = b'{"choices":[{"message":{"content":"Fi"},"finish_reason":"length"}]}'

@@ -324,6 +324,7 @@ STOPS = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("rows", ["rows", "no rows"])
 @pytest.mark.parametrize("stop", STOPS)

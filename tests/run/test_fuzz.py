@@ -51,6 +51,7 @@ def jsonl(path: Path) -> bytes:
     return path.read_bytes()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("kind", "files"), [(parquet, 400), (jsonl, 1_000)], ids=["Parquet", "JSONL"])
 def test_a_damaged_input_is_one_line_or_read(tmp_path: Path, kind: Callable[[Path], bytes], files: int) -> None:
     whole, path = kind(tmp_path / "whole"), tmp_path / "damaged"
@@ -75,6 +76,7 @@ def problems_of(path: Path) -> list[str]:
     return list(bad.values())
 
 
+@pytest.mark.heavy
 def test_damaged_answers_fail_only_their_rows(tmp_path: Path) -> None:
     answered = 0
 

@@ -45,6 +45,7 @@ def has_log(out: Path, event: str) -> bool:
 # ── the deadline ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.heavy
 def test_a_deadline_drains_the_start_in_time(tmp_path: Path) -> None:
     source, out = write_rows(tmp_path / "in.jsonl", 200), tmp_path / "out"
     config = SimulatorConfig(latency_s=0.2, latency_sigma=0, ledger=str(tmp_path / "ledger"))

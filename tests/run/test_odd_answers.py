@@ -95,6 +95,7 @@ def test_a_503_storm_is_not_blocked_content(said: object, tmp_path: Path) -> Non
     assert len(server.exchanges) < 60
 
 
+@pytest.mark.heavy
 def test_a_503_that_ends_leaves_no_trace(tmp_path: Path) -> None:
     out = iter([True] * 25)
     with serving_aside(says(lambda row, n: refused("503 Out", OUTAGES[0]) if next(out, False) else choice())) as server:

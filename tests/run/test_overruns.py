@@ -110,6 +110,7 @@ def test_a_token_cap_is_kept_as_well(tmp_path: Path) -> None:
     assert '"event":"overrun"' in (tmp_path / "out" / "run.log").read_text()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("flags", "reasoning", "waits"), [(("--max-cost", "5"), 0, True), ((), REASONING, False), ((), 0, False)]
 )

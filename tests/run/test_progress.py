@@ -34,7 +34,7 @@ def summary(**changes: object) -> Summary:
             **{"tags": {}, "totals": [], "cost_usd": "12.3456", "wasted_usd": "0", "unpriced": 0, "without_usage": 0},
             **{"possibly_billed": [], "possibly_billed_count": 0, "possibly_billed_usd": "0", "models": {}},
             **{"unknown_finish_reasons": [], "unpriced_tiers": [], "endpoints": [], "budgets": []},
-            **{"reused": 0, "duplicates": 0, "saved_usd": "0"},
+            **{"reused": 0, "duplicates": 0, "saved_usd": "0", "merged": []},
             **{"invocation": 1, "created_at": NOW, "started_at": NOW, "updated_at": NOW, "elapsed_s": 60.0},
             **{"rows_per_minute": 0.0, "requests_per_minute": 0.0, "tokens_per_minute": 0.0},
             **{"tokens_per_second": 1234.5, "limited_by": "rpm", "pid": 1, "host": "h", "files": {}},
@@ -97,6 +97,7 @@ def test_a_log_line_uses_full_words() -> None:
     )
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("columns", [80, 200])
 def test_the_bar_never_breaks_its_line(columns: int, tmp_path: Path) -> None:
     source = write_rows(tmp_path / "in.jsonl", 400)

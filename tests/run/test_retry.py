@@ -36,6 +36,7 @@ def finished(tmp_path: Path, more: str = SMALL_CHUNKS, rows: int = 150) -> tuple
     return job, out
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("layout", ["file", "parts"])
 def test_a_retry_sends_failed_rows_only(tmp_path: Path, layout: str) -> None:
     job, out = finished(tmp_path, SMALL_CHUNKS + f'layout = "{layout}"\n')

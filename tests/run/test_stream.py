@@ -163,6 +163,7 @@ def test_a_stream_without_token_has_no_time() -> None:
 # -- how long it may take
 
 
+@pytest.mark.heavy
 def test_a_live_stream_outlives_the_deadline() -> None:
     thinking: tuple[Step, ...] = (ROLE, *(0.1, PING) * 12)
     writing: tuple[Step, ...] = (FI, *(0.1, event({"content": "."})) * 12)

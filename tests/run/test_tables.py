@@ -402,6 +402,7 @@ while True:
 """
 
 
+@pytest.mark.heavy
 def test_killed_finishing_leaves_one_whole_result(tmp_path: Path) -> None:
     """The old file or the new one."""
     command = [sys.executable, "-c", ASSEMBLE_FOR_EVER, str(tmp_path)]

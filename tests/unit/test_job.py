@@ -385,6 +385,7 @@ def test_an_invalid_inline_schema_is_named(tmp_path: Path) -> None:
 # -- fingerprint
 
 OTHER_VALUES: Mapping[str, object] = {
+    "limits.limits_are": "per_process",
     "engine.name": "ray",
     "endpoint.proxy": "http://proxy:3128",
     "endpoint.url": "https://other/v1",
@@ -399,6 +400,7 @@ OTHER_VALUES: Mapping[str, object] = {
     "endpoint.auth": "none",
     "input.reuse_status": ["ok"],
     "input.max_changed": "5%",
+    "input.partitions": {"lang": "de"},
     "endpoint.max_tokens_field": "max_completion_tokens",
     "endpoint.developer_role": "system",
     "endpoint.transport": "session",
@@ -418,6 +420,7 @@ OTHER_VALUES: Mapping[str, object] = {
     "output.columns": ["a"],
     "output.raw": "always",
     "output.layout": "parts",
+    "output.partition_by": ["lang"],
     "output.compression": "gzip",
     "on_end": ["true"],
     "canary.min_ok_share": 0.5,
