@@ -8,8 +8,9 @@ import contextlib
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
@@ -182,21 +183,25 @@ class Checkpoint:
 
         self._call(lambda: self._change_totals(seal))
 
-    def reopen_chunks(self, chunks: Sequence[Chunk], rows: Sequence[Reopened], entries: Mapping[str, str]) -> None:
+    def reopen_chunks(self, chunks: Sequence[Chunk], rows: Iterable[Reopened], entries: Mapping[str, str]) -> None:
         """The chunks are open again over their base parts and these rows of theirs pending, in one transaction.
 
-        `entries` replace those of the same name in the manifest. The run is not finished any more.
+        `entries` replace those of the same name in the manifest. The run is not finished any more. `rows` may be
+        millions: a group of them is held at a time. On a full disk they are read again from the first one.
         """
 
         def reopen() -> Totals:
+            totals, left = self.totals, iter(rows)
             self._database.replace("chunks", [msgspec.structs.astuple(chunk) for chunk in chunks])
-            self._database.insert("reopened", [msgspec.structs.astuple(row) for row in rows])
+            while group := list(islice(left, MAX_GROUP)):
+                self._database.insert("reopened", [msgspec.structs.astuple(row) for row in group])
+                totals = with_reopened(totals, (row.line for row in group))
+                self._reopened = True
             self._database.query("DELETE FROM manifest WHERE name = 'finished'")
             self._database.replace("manifest", list(entries.items()))
-            return self._write_standing(with_reopened(self.totals, (row.line for row in rows)))
+            return self._write_standing(totals)
 
         self._call(lambda: self._change_totals(reopen))
-        self._reopened = self._reopened or bool(rows)
 
     def replace_chunks(
         self,
