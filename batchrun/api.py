@@ -14,6 +14,7 @@ import msgspec
 
 from batchrun import engine, on_end, preflight, simulated, streams
 from batchrun.credentials import Credentials
+from batchrun.destination import place as destination
 from batchrun.dispatch.hooks import GRACE_S, Hooks, Host
 from batchrun.engine import Runtime
 from batchrun.errors import BatchrunError, ExitCode, JobError, RunStoppedError
@@ -23,11 +24,12 @@ from batchrun.limits import deadline as deadlines
 from batchrun.limits.deadline import Deadline
 from batchrun.on_end import End
 from batchrun.policy import failing
-from batchrun.records import Status, Summary
+from batchrun.records import Notice, Status, Summary
 from batchrun.source import Rows, as_file
 from batchrun.startup import shard as shards
 from batchrun.startup.run_options import RunOptions
 from batchrun.store import rundir
+from batchrun.store.chunks import Mirror
 from batchrun.store.rundir import RunDirectory
 from batchrun.telemetry.views import Views
 
@@ -41,6 +43,7 @@ class Options(TypedDict, total=False):
     """Options of one start, all of them optional. docs/library.md says what each does."""
 
     output: str | Path | None
+    state_dir: str | Path | None
     date: str | None
     new: bool
     limit: int | None
@@ -113,6 +116,8 @@ def begin(job: Job | str | Path, rows: Rows | None, options: Options, host: Host
     directory, date = _place(wanted, options, note)
     if (dated := wanted.on(date)) is not wanted and (command := options.get("command")) is not None:
         options["command"] = f"{command} --date {date}"
+    if (url := rundir.published_at(wanted.output, directory.path)) and (command := options.get("command")) is not None:
+        options["command"] = destination.command(command, wanted, url)
     wanted, began_at = dated, datetime.now(UTC)
     views = Views(wanted, directory, note)
     try:
@@ -165,7 +170,12 @@ def _invoke(
     grace_s = options.get("grace_s")
     progress: Callable[[Summary], None] = options.get("progress", lambda summary: None)
     hooks = Hooks(progress, note, host, options.get("command"), GRACE_S if grace_s is None else grace_s, views.show)
-    return engine.run(job, directory, keys, run_options, hooks, runtime)
+
+    def work(mirror: Mirror | None = None) -> Summary:
+        return engine.run(job, directory, keys, run_options, msgspec.structs.replace(hooks, mirror=mirror), runtime)
+
+    url = rundir.published_at(job.output, directory.path)
+    return work() if url is None else destination.run(job, directory, url, work, note)
 
 
 def _checked(options: Options, host: Host | None) -> Callable[[int], None]:
@@ -190,6 +200,8 @@ def _job(job: Job | str | Path, rows: Rows | None, options: Options) -> Job:
         job = msgspec.structs.replace(job, input=msgspec.structs.replace(job.input, path="-"))
     if (output := options.get("output")) is not None:
         job = msgspec.structs.replace(job, output=msgspec.structs.replace(job.output, path=str(output)))
+    if (state_dir := options.get("state_dir")) is not None:
+        job = msgspec.structs.replace(job, output=msgspec.structs.replace(job.output, state_dir=str(state_dir)))
     return job
 
 
@@ -201,17 +213,18 @@ def _deadline(text: str | None) -> Deadline | None:
 def _place(job: Job, options: Options, note: Callable[[str], None]) -> tuple[RunDirectory, str]:
     """The run's directory, and its logical date."""
     now = datetime.now().astimezone()
-    path, earlier = rundir.place(
-        job.output.path, job.name, date=options.get("date"), now=now, new=options.get("new", False)
-    )
+    pattern, new = rundir.pattern_of(job.output), options.get("new", False)
+    taken = destination.taken(job)
+    path, earlier = rundir.place(pattern, job.name, date=options.get("date"), now=now, new=new, taken=taken)
     if earlier is not None:
-        note(f"resuming the unfinished run of {earlier} ({path}); --new starts another")
+        line = f"resuming the unfinished run of {earlier} ({path}); --new starts another"
+        note(Notice(line, "resuming", date=earlier, directory=path))
     if not str(path).isprintable() and "\\x" in (shown := os.fsencode(path).decode("utf-8", "backslashreplace")):
         raise JobError(
             f"output.path {shown}: holds bytes that are not UTF-8, as the run's log is; name another directory"
         )
-    if left := rundir.unfinished(job.output.path, job.name, path):
-        note(_left_in_words(left))
+    if left := rundir.unfinished(pattern, job.name, path):
+        note(Notice(_left_in_words(left), "unfinished runs", dates=[earlier for earlier, _ in left]))
     return RunDirectory(path), rundir.logical_date(options.get("date") or earlier, now)
 
 

@@ -17,14 +17,13 @@ import functools
 import os
 import socket
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from batchrun import __version__, signals
+from batchrun import __version__, memory, signals
 from batchrun.credentials import Credentials
 from batchrun.dispatch import canary, live_limits, replay
-from batchrun.dispatch.dispatch import Dispatch
-from batchrun.dispatch.endpoints import OpenTransports
 from batchrun.dispatch.hooks import Hooks
 from batchrun.dispatch.run_status import Checking, Running, RunStatus
 from batchrun.dispatch.start_messages import about_cost, start_lines
@@ -34,7 +33,7 @@ from batchrun.errors import BatchrunError, CheckpointError, ExitCode, InputError
 from batchrun.job.job import Job
 from batchrun.limits.admission import Stop
 from batchrun.policy import failing
-from batchrun.records import Summary
+from batchrun.records import Notice, Summary
 from batchrun.report.summary import failures, files, read
 from batchrun.report.wording import are, plural
 from batchrun.startup import input_pass, retry, shard
@@ -49,12 +48,15 @@ from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
 from batchrun.tables.files import write_usage
 
+if TYPE_CHECKING:
+    from batchrun.dispatch.endpoints import OpenTransports
+
 
 class Runtime(msgspec.Struct, frozen=True):
     """What makes the event loop (None: asyncio), and what opens the transports (None: this process sends)."""
 
     loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
-    open_transports: OpenTransports | None = None
+    open_transports: "OpenTransports | None" = None
 
 
 def run(
@@ -75,7 +77,7 @@ def run(
         if (finished := _finished(job, directory, options)) is not None:
             if hooks.host is not None and hooks.host.replay:
                 replay.hand_over(replay.result(directory), hooks.host.results)
-            hooks.note(f"{directory.path}: complete already; nothing is sent")
+            hooks.note(Notice(f"{directory.path}: complete already; nothing is sent", "complete already"))
             return finished
         summary, retried = _start(job, directory, credentials, options, hooks, runtime)
         if summary.complete and not retried and _has_rows_to_retry(summary, options, hooks):
@@ -147,13 +149,15 @@ def _status(job: Job, directory: RunDirectory, credentials: Credentials, hooks: 
     try:
         hooks.progress(status.summary())
         if credentials.warning:
-            hooks.note(f"warning: {credentials.warning}")
+            hooks.note(Notice(f"warning: {credentials.warning}", "key file"))
         yield status
     except BatchrunError as error:
         status.end("failed", error.exit_code, str(error))
         was_refused = summary_before is not None and isinstance(error, JobError | InputError)
-        if was_refused and result.FINISHED in read_finished(directory.checkpoint):
-            result.tidy(directory)  # this start may not change a complete run, which is complete as before
+        entries = read_finished(directory.checkpoint) if was_refused else {}
+        if was_refused and result.FINISHED in entries:
+            # this start may not change a complete run, which is complete as before
+            result.tidy(directory, result.finished(entries))
             replace_bytes(directory.summary, summary_before or b"")
         raise
     except BaseException as error:
@@ -189,6 +193,7 @@ def _check(
         chunks = result.restore_parts(plan.manifest, checkpoint, checkpoint.chunks(), directory)
         checkpoint.reopen_chunks(chunks, (), {})
     status.start_running(Running(checkpoint, plan))
+    hooks.progress(status.summary())
     retrying = options.retry is not None
     for line in start_lines(job, plan, directory.path, checkpoint.totals, lost, retrying=retrying):
         hooks.note(line)
@@ -215,11 +220,11 @@ def _reopen_for_retry(plan: Plan, directory: RunDirectory, checkpoint: Checkpoin
             "finish the run with those, then retry"
         )
     if pending:
-        return f"{plural(pending, 'row')} {are(pending)} still pending; sent first"
+        return Notice(f"{plural(pending, 'row')} {are(pending)} still pending; sent first", "retry", pending=pending)
     mean_cost_usd = checkpoint.totals.mean_cost_usd()
     rows = retry.reopen(plan, directory, checkpoint, statuses, plan.variant, entries)
     ended = f"{plural(rows, 'row')} that ended as {', '.join(sorted(statuses))}"
-    return f"{ended} will be sent again{about_cost(rows, mean_cost_usd)}"
+    return Notice(f"{ended} will be sent again{about_cost(rows, mean_cost_usd)}", "retry", rows=rows)
 
 
 def _store(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, hooks: Hooks) -> Store:
@@ -239,7 +244,7 @@ def _store(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, hooks: H
     path = directory.origins_of(plan.manifest.layout)
     carry = CarryOver(plan.origins, path, variant=plan.manifest.variant, model=model)
     hand_over = None if hooks.host is None else functools.partial(replay.hand_over, results=hooks.host.results)
-    chunks = Chunks(directory, checkpoint, layout, carry, hand_over)
+    chunks = Chunks(directory, checkpoint, layout, carry, hand_over, hooks.mirror)
     return Store(directory, checkpoint, plan, chunks, before_usd=checkpoint.totals.most_usd())
 
 
@@ -261,7 +266,8 @@ def _canary(
     if known is None:
         known = canary.choose(job, store)
         if known.rows:
-            hooks.note(f"canary: {plural(len(known.rows), 'row')}, spread over the input, are sent first")
+            line = f"canary: {plural(len(known.rows), 'row')}, spread over the input, are sent first"
+            hooks.note(Notice(line, "canary", rows=len(known.rows)))
     if not known.rows:  # every row takes an answer without a request
         return None
     if (seen := known.seen) is None:
@@ -276,7 +282,8 @@ def _canary(
     if problems and not known.accepted:
         return canary.stop(seen, problems, store)
     if store.pending:
-        hooks.note(f"canary {'accepted' if problems else 'passed'}: {canary.in_words(seen)}; the rest is sent")
+        line = f"canary {'accepted' if problems else 'passed'}: {canary.in_words(seen)}; the rest is sent"
+        hooks.note(Notice(line, "canary", passed=not problems, **msgspec.structs.asdict(seen)))
     return None
 
 
@@ -300,6 +307,8 @@ def _dispatch(
     """Sends every pending row, in a canary every row of it; why the run stopped before the last, if it did."""
     if not store.pending:
         return None
+    from batchrun.dispatch.dispatch import Dispatch  # here, because a complete run does not need aiohttp: 0.25 s
+
     dispatch = Dispatch(job, store, credentials, status, hooks, options.deadline, runtime.open_transports)
     try:
         with asyncio.Runner(loop_factory=runtime.loop_factory) as runner:
@@ -327,14 +336,16 @@ def _write_unfinished(job: Job, store: Store, status: RunStatus, hooks: Hooks) -
         write_usage(directory.usage, store.checkpoint.totals.lines())
         if not job.output.partial:
             return
-        hooks.note(f"writing the rows so far: {directory.partial} (send a signal to skip that)")
+        line = f"writing the rows so far: {directory.partial} (send a signal to skip that)"
+        hooks.note(Notice(line, "writing partial", path=directory.partial))
         with signals.raised():
             batches = _store(plan, directory, store.checkpoint, hooks).chunks.so_far()
             compression = plan.manifest.output.compression
             partial.write(directory.partial, batches, plan.schema, compression, status.summary())
     except BatchrunError as error:
         status.log.write("export failed", why=str(error))
-        hooks.note(f"warning: {error}; batchrun export {directory.path} writes the rows so far")
+        line = f"warning: {error}; batchrun export {directory.path} writes the rows so far"
+        hooks.note(Notice(line, "export failed", why=str(error)))
 
 
 # ── finish ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -346,6 +357,7 @@ def _finish(job: Job, store: Store, status: RunStatus) -> Summary:
         if (unsettled := store.chunks.open_next()) is not None:
             raise CheckpointError(f"chunk {unsettled.chunk.chunk} has pending rows that the totals count as settled")
         status.start_writing()
+        memory.give_back()  # a file's footer, which grows with its rows, gets what sending has freed
         plan = store.plan
         result.write(plan.manifest, plan.schema, store.checkpoint, store.chunks, store.directory, status.summary())
         return status.end("complete", _exit_code(job, status.summary()), None)

@@ -77,7 +77,7 @@ def place(job: Job, date: str | None = None) -> tuple[RunDirectory, Job]:
         JobError: output.path has an unknown placeholder, or `date` is invalid.
     """
     now = datetime.now().astimezone()
-    path, earlier = rundir.place(job.output.path, job.name, date=date, now=now, new=False)
+    path, earlier = rundir.place(rundir.pattern_of(job.output), job.name, date=date, now=now, new=False)
     return RunDirectory(path), job.on(rundir.logical_date(date or earlier, now))
 
 

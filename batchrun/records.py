@@ -5,12 +5,24 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from enum import StrEnum
 from functools import lru_cache
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 
 from batchrun.errors import APIConnectionError
 from batchrun.job.answer_schema import ANYTHING, Expected
+
+
+class Notice(str):
+    """A line for people that also says which `event` it reports, with its figures, for programs that read lines."""
+
+    event: str
+    fields: Mapping[str, object]
+
+    def __new__(cls, line: str, event: str, **fields: object) -> Self:
+        self = super().__new__(cls, line)
+        self.event, self.fields = event, fields
+        return self
 
 
 class Verdict(StrEnum):
@@ -584,11 +596,13 @@ class FinishedResult(msgspec.Struct, frozen=True):
 
     `files` hold the rows. `beside` describe them, and are published after them, in this order: `_manifest.json` of a
     folder, then usage.parquet. `folder`: the files are a set below this folder, which appears as a whole; "": one file.
+    `kept`: the run's parts, which stay in its directory where the files don't hold all that they do; not published.
     """
 
     files: tuple[ResultFile, ...]
     beside: tuple[ResultFile, ...]
     folder: str = ""
+    kept: tuple[ResultFile, ...] = ()
 
     @property
     def rows(self) -> int:

@@ -1,4 +1,4 @@
-"""The time of a start: to its first request, of a complete run, of `--help`; and what a Runner's reader adds to a row.
+"""How long a start takes, to its first request, of a complete run, of `--help`; what a Runner's reader adds to a row.
 
     python benchmarks/starts.py            # some two minutes
 

@@ -29,7 +29,7 @@ def read_job(
     input_path: str | None = None,
     output_path: str | None = None,
     overrides: tuple[str, ...] = (),
-    flags: Mapping[str, str | int | Decimal | tuple[str, ...] | None] | None = None,
+    flags: Mapping[str, int | str | Decimal | tuple[str, ...] | None] | None = None,
 ) -> Job:
     """The job, with `--set` and then the flags laid over it. `flags` are settings by their path."""
     given = {"input.path": input_path, "output.path": output_path, **(flags or {})}
@@ -112,7 +112,7 @@ def read_input(
     return source, found, origins
 
 
-def _about_stdin(text: str, job: Job, copy: Path) -> str:
+def _about_stdin(text: str, job: Job, copy: object) -> str:
     """The message with standard input in place of its temporary copy, which no command can convert."""
     if job.input.path != "-":
         return text

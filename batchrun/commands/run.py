@@ -8,7 +8,7 @@ import click
 
 from batchrun.commands.options import DATE, INPUT, JOB, REUSE, SET, SHARD, SKIP, amount
 from batchrun.commands.results import say
-from batchrun.terminal import Progress, harmless, note
+from batchrun.terminal import LOG_FORMAT, LOG_FORMAT_ENV, Progress, about, ended, note, result
 
 if TYPE_CHECKING:
     from decimal import Decimal
@@ -33,7 +33,8 @@ class RunCommand(click.Command):
 @JOB
 @INPUT
 @REUSE
-@click.option("-o", "--output", "output_path", metavar="DIR", help="Run directory instead of output.path.")
+@click.option("-o", "--output", "output_path", metavar="DIR", help="Run directory or URL instead of output.path.")
+@click.option("--state-dir", metavar="DIR", help="With a URL: where runs keep their files; ~/.local/state/batchrun.")
 @DATE
 @SHARD
 @click.option("--new", is_flag=True, help="Start another run instead of resuming the last.")
@@ -66,12 +67,20 @@ class RunCommand(click.Command):
 @click.option(
     "--ray-address", metavar="ADDRESS", help="The Ray cluster, host:port or auto; else RAY_ADDRESS, else local."
 )
+@click.option(
+    LOG_FORMAT,
+    type=click.Choice(["plain", "json"]),
+    envvar=LOG_FORMAT_ENV,
+    expose_value=False,
+    help="json: each line on stderr and stdout is a JSON object, without a bar.",
+)  # `cli` reads it first
 @SET
 def run(
     job: Path,
     input_path: str | None,
     reuse: tuple[str, ...],
     output_path: str | None,
+    state_dir: str | None,
     accept_changes: bool,
     accept_input: bool,
     max_cost_usd: "Decimal | None",
@@ -97,9 +106,11 @@ def run(
     flags = {
         **{"budget.max_cost_usd": max_cost_usd, "output.max_failures": max_failures},
         **{"input.reuse_from": reuse or None, "engine.name": engine, "engine.ray_address": ray_address},
+        "output.state_dir": state_dir,
     }
-    memory.give_back()
+    memory.share_one_arena()
     loaded = read_job(job, input_path, output_path, overrides, flags)
+    about(loaded.name)
     open_files.allow(2 * loaded.total_limits.max_in_flight)  # a stream that has ended keeps its connection for a second
     with Progress() as progress:
         started: Options = {
@@ -143,4 +154,5 @@ def _report(summary: "Summary", job: "Job") -> None:
         endpoint=None if job.more_endpoints else job.endpoint,
     )
     for line in lines:
-        say(harmless(line))
+        say(result(line))
+    ended(summary)

@@ -16,7 +16,7 @@ from batchrun.dispatch.heartbeat import Heartbeat
 from batchrun.dispatch.hooks import Hooks, Host
 from batchrun.dispatch.learned_limits import LearnedLimits
 from batchrun.dispatch.requests import Requests
-from batchrun.dispatch.result_queue import RowsOf
+from batchrun.dispatch.result_queue import CompletionsOf
 from batchrun.dispatch.run_status import Running, RunStatus
 from batchrun.dispatch.runlog import RunLog
 from batchrun.dispatch.shared_budget import SharedBudget, name_of
@@ -33,6 +33,7 @@ from batchrun.limits.gates import AnyGate, Circuits, Gates, Lane
 from batchrun.limits.in_flight import InFlight
 from batchrun.limits.token_bucket import BURST_S
 from batchrun.open_files import OpenFiles
+from batchrun.records import Notice
 from batchrun.report.wording import plural
 from batchrun.request.image_digests import ImageDigests
 from batchrun.store import in_flight
@@ -119,7 +120,7 @@ class Dispatch:
         beat = asyncio.create_task(heartbeat.beat())
         beat.add_done_callback(functools.partial(_on_last_beat, workers))
         sealing = asyncio.create_task(self._seal(workers, open_run))
-        shutdown.listen(self._hooks.host, open_run.store.chunks.rows_of)
+        shutdown.listen(self._hooks.host, open_run.store.chunks.completions_of)
         await workers.work_all()
         shutdown.abandoned = await self._flush(workers, open_run)
         heartbeat.report_changes()
@@ -163,7 +164,7 @@ class Dispatch:
         wanted = sum(each)
         room = files.connections(wanted + MAX_TAILS)
         if room < wanted:
-            self._hooks.note(files.shortage(wanted, room))
+            self._hooks.note(Notice(files.shortage(wanted, room), "open files", wanted=wanted, possible=room))
             each = [max(1, one * room // wanted) for one in each]
         return each, max(0, room - wanted) // len(each)
 
@@ -237,7 +238,8 @@ class Dispatch:
 
     def _on_set_aside(self, label: str, stop: Stop) -> None:
         self._status.log.write("endpoint set aside", endpoint=label, why=stop.why)
-        self._hooks.note(f"warning: endpoint {label} is set aside: {self._credentials.clean_text(stop.why)}")
+        line = f"warning: endpoint {label} is set aside: {self._credentials.clean_text(stop.why)}"
+        self._hooks.note(Notice(line, "endpoint set aside", endpoint=label))
 
 
 class Shutdown:
@@ -253,11 +255,11 @@ class Shutdown:
         self._by: str | None = None
         self.abandoned = 0
 
-    def listen(self, host: Host | None, rows_of: RowsOf) -> None:
+    def listen(self, host: Host | None, completions_of: CompletionsOf) -> None:
         """From now on signals and the host can end the run, and the host receives settled rows."""
         loop = asyncio.get_running_loop()
         if host is not None:
-            host.results.listen(_in_loop(loop, self._workers.backlog.wake), rows_of)
+            host.results.listen(_in_loop(loop, self._workers.backlog.wake), completions_of, loop.call_soon)
             host.stop.listen(_in_loop(loop, functools.partial(self.request, signals.PROGRAM, ExitCode.STOPPED)))
         for number, exit_code in signals.EXIT_CODES.items() if signals.ours() else ():
             loop.add_signal_handler(number, self.request, number.name, exit_code)
@@ -271,7 +273,8 @@ class Shutdown:
         in_flight, grace_s = self._workers.gate.in_flight, self._hooks.grace_s
         self._status.log.write("signal", name=by, in_flight=in_flight)
         drain = f"waiting up to {grace_s:g} s for {plural(in_flight, 'request')} in flight"
-        self._hooks.note(f"{by}: {drain}; send it again to stop now")
+        fields = {"name": by, "in_flight": in_flight, "grace_s": grace_s}
+        self._hooks.note(Notice(f"{by}: {drain}; send it again to stop now", "signal", **fields))
         self._workers.close(Stop(exit_code, f"{by}: drained"))
         asyncio.get_running_loop().call_later(grace_s, self._workers.cancel)
 

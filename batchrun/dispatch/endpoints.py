@@ -11,7 +11,7 @@ from batchrun.dispatch.runlog import RunLog
 from batchrun.errors import APIConnectionError
 from batchrun.limits.gates import AnyGate, Gates
 from batchrun.policy import Fault
-from batchrun.records import Attempt
+from batchrun.records import Attempt, Notice
 from batchrun.transport.transport import Opened, Transport, Wanted
 
 OpenTransports = Callable[[Wanted], AbstractAsyncContextManager[Sequence[Opened]]]
@@ -62,7 +62,8 @@ class Endpoints:
         if not credentials.refresh():
             return False
         self.log.write("key replaced", endpoint=label)
-        self._note(f"{label}: the key file was replaced; the new key is used from now on")
+        line = f"{label}: the key file was replaced; the new key is used from now on"
+        self._note(Notice(line, "key replaced", endpoint=label))
         if isinstance(self._gate, Gates) and self._gate.restore(index, "a new key"):
             self.log.write("endpoint restored", endpoint=label, why="a new key")
         return True

@@ -6,12 +6,12 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from batchrun.credentials import Credentials
 from batchrun.dispatch.runlog import RunLog
-from batchrun.dispatch.worker import Workers
 from batchrun.durable import disk_errors, replace_bytes
 from batchrun.errors import CheckpointError, DiskError, ExitCode, InputError
 from batchrun.limits import overruns
@@ -19,13 +19,16 @@ from batchrun.limits.admission import Limit
 from batchrun.limits.deadline import Deadline
 from batchrun.limits.forecast import Forecast, Recent, Sample
 from batchrun.limits.gates import Gates
-from batchrun.records import EndpointTotals, Live, Retrying, Summary, Tuned
+from batchrun.records import EndpointTotals, Live, Notice, Retrying, Summary, Tuned
 from batchrun.report.limit_lines import limiting_factor, waiting_to_retry
 from batchrun.report.notices import nearly_used, unknown_reason, unpriced_tier
 from batchrun.report.summary import Moment, read, starting, summarise
 from batchrun.startup.resume import Plan
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.rundir import RunDirectory
+
+if TYPE_CHECKING:
+    from batchrun.dispatch.worker import Workers  # with aiohttp, which a start without a request does not need
 
 
 class Checking(msgspec.Struct, frozen=True):
@@ -39,7 +42,7 @@ class Running(msgspec.Struct, frozen=True):
 
     checkpoint: Checkpoint
     plan: Plan
-    workers: Workers | None = None
+    workers: "Workers | None" = None
     deadline: Deadline | None = None
 
 
@@ -92,7 +95,7 @@ class RunStatus:
         return self._forecast
 
     @property
-    def _workers(self) -> Workers | None:
+    def _workers(self) -> "Workers | None":
         return self.phase.workers if isinstance(self.phase, Running) else None
 
     def reached(self, phase: Checking | Running) -> None:
@@ -167,7 +170,7 @@ class RunStatus:
         if (retrying := self._retrying()) is not None and workers.retries.should_log(last=is_last):
             self.log.write("retrying", nothing_else_left=is_last, **msgspec.to_builtins(retrying))
 
-    def log_changes(self) -> list[str]:
+    def log_changes(self) -> list[Notice]:
         """Logs what has changed since the last call; returns the warnings to print."""
         if (workers := self._workers) is None:
             return []
@@ -179,24 +182,28 @@ class RunStatus:
         if now != before:
             self._seen_in_flight = now
             self.log.write("in flight", before=before, after=now, why=workers.gate.why_in_flight)
+        warnings: list[Notice] = []
+
+        def warn(event: str, words: str, **fields: object) -> None:
+            self.log.write(event, **fields)
+            warnings.append(Notice(f"warning: {words}", event, **fields))
+
         new = workers.anomalies.unknown_finish_reasons[self._seen_reasons :]
         self._seen_reasons += len(new)
         for reason in new:
-            self.log.write("unknown finish_reason", finish_reason=reason)
+            warn("unknown finish_reason", unknown_reason(reason), finish_reason=reason)
         tiers = workers.anomalies.unpriced_tiers[self._seen_tiers :]
         self._seen_tiers += len(tiers)
         for tier in tiers:
-            self.log.write("unpriced service_tier", service_tier=tier)
-        beyond = workers.learned.overruns.taken()
-        for model, overrun in beyond:
-            self.log.write("overrun", model=model, **msgspec.structs.asdict(overrun))
+            warn("unpriced service_tier", unpriced_tier(tier), service_tier=tier)
+        for model, overrun in workers.learned.overruns.taken():
+            words = overruns.in_words(model, overrun)
+            warn("overrun", words, model=model, **msgspec.structs.asdict(overrun))
         used = [use for use in workers.gate.budget.uses() if use.is_nearly_used and use.key not in self._seen_used]
         for use in used:
             self._seen_used.add(use.key)
-            self.log.write("budget nearly used", **msgspec.structs.asdict(use))
-        of_answers = (*map(unknown_reason, new), *map(unpriced_tier, tiers))
-        words = (*of_answers, *(overruns.in_words(*each) for each in beyond), *map(nearly_used, used))
-        return [f"warning: {line}" for line in words]
+            warn("budget nearly used", nearly_used(use), **msgspec.structs.asdict(use))
+        return warnings
 
     def write(self, summary: Summary) -> None:
         """Replaces summary.json."""

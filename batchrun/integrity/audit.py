@@ -123,8 +123,8 @@ def bill_elsewhere(directory: RunDirectory) -> BillElsewhere | None:
 def summary_problem(directory: RunDirectory, known: DbRecords, manifest: Manifest, prices: Prices) -> str | None:
     """What is wrong with summary.json. The figures of an incomplete run may be seconds old and are not checked.
 
-    `updated_at`, `requests_per_minute`, `limits`, `tuned`, `deadline`, `command` and, to its rounding, `elapsed_s` have
-    no second source.
+    `updated_at`, `last_answer_at`, `requests_per_minute`, `limits`, `tuned`, `deadline`, `command` and, to its
+    rounding, `elapsed_s` have no second source.
     """
     if SALVAGED in known.manifest and not directory.summary.exists():
         return None  # no start has resumed it yet
@@ -164,7 +164,9 @@ def _agrees(
             return bool(abs(written - counted) <= RATE_STEP + written * 0.001 / max(summary.elapsed_s, 0.001))
         case "requests_per_minute" | "updated_at" | "elapsed_s":
             return written is not None
-        case "last_answer_at" | (
+        case "last_answer_at":
+            return written is None or bool(written <= summary.updated_at)
+        case (
             "limits" | "tuned" | "deadline" | "command" | "example_error" | "unknown_finish_reasons" | "unpriced_tiers"
         ):
             return True

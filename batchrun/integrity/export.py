@@ -19,7 +19,8 @@ from batchrun.report import run_state
 from batchrun.report.summary import read
 from batchrun.report.wording import plural
 from batchrun.source import JsonlSource, Source, TableSource
-from batchrun.store import at_rest, partial, result, stored_window
+from batchrun.storage.urls import is_url
+from batchrun.store import at_rest, partial, result, result_files, stored_window
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.chunks import Chunks, Layout
 from batchrun.store.manifest import Manifest
@@ -110,13 +111,11 @@ def _require_place(to: Path, directory: RunDirectory, known: Manifest) -> None:
 def _complete(
     directory: RunDirectory, known: Manifest, summary: Summary, written: FinishedResult, to: Path | None
 ) -> Exported:
-    in_parts = known.output.layout == "parts"
     rows = summary.rows - summary.pending
     if to is None:
-        there = directory.completions_folder if in_parts else directory.completions
-        return Exported(there, rows, 0, complete=True, written=False)
-    if in_parts:
-        parts = [(directory.path / file.name, file.digest, file.rows) for file in written.files]
+        return Exported(result_files.shown(directory), rows, 0, complete=True, written=False)
+    if written.folder:
+        parts = [(directory.path / file.name, file.digest, file.rows) for file in written.kept or written.files]
         footer = {files.FOOTER_KEY: msgspec.json.encode(result.bill(summary)).decode()}
         files.assemble(parts, to, files.schema_of(parts[0][0]), known.output.compression, footer)
     else:
@@ -157,7 +156,7 @@ def _source(directory: RunDirectory, known: Manifest) -> tuple[Source, str | Non
     try:
         return input_again(known, directory), None
     except InputError as error:
-        relative = any(not Path(file.path).is_absolute() for file in known.files)
+        relative = any(not (is_url(file.path) or Path(file.path).is_absolute()) for file in known.files)
         return JsonlSource(()), f"{error}" + ("; run this where the run was started" if relative else "")
 
 

@@ -29,7 +29,7 @@ from batchrun.prices import PriceTable
 from batchrun.records import Row
 from batchrun.report.wording import plural
 from batchrun.request.builder import RequestBuilder
-from batchrun.source import START, Source, TableSource, Window, open_source
+from batchrun.source import START, Source, TableSource, Window, file_at, open_source
 from batchrun.startup import resume
 from batchrun.store import in_flight, stored_window, variants
 from batchrun.store.db_tables import Chunk, Reopened
@@ -111,7 +111,7 @@ def input_again(manifest: Manifest, directory: RunDirectory) -> Source:
     Raises:
         InputError: it is missing or has changed.
     """
-    paths = tuple(Path(file.path) for file in manifest.files)
+    paths = tuple(file_at(file.path) for file in manifest.files)
     if [path.name for path in paths] == [directory.spool.name] and directory.spool.exists():
         paths = (directory.spool,)
     if (what := resume.changed_input(paths, directory, manifest)) is not None:

@@ -36,6 +36,7 @@ MAX_SPANS = 10
 SALVAGE = "keep a copy of the directory; --salvage copies what is intact into a new one"
 RESUME = "run the same command again: it resumes all the same"
 EXPORT_AGAIN = "remove it; `batchrun export` writes it again"
+EXPORT_ROWS = "the run's parts have its rows: `batchrun export DIR -o FILE` writes them"
 REWRITE = "remove it and run the same command again, which rewrites it"
 
 
@@ -134,7 +135,7 @@ class Inspection:
             self._damaged(self.directory.checkpoint, f"its manifest can't be read: {error}")
             return
         self._chunks(manifest)
-        if self._finished and manifest.output.layout == "file":
+        if self._finished and manifest.output.is_one_file:
             (whole,) = result.finished(self.known.manifest).files
             span = manifest.first_row, manifest.first_row + audit.rows_due(self.known)
             self._rows_of(self.directory.completions, whole.digest, span, manifest.output.prefix)
@@ -266,7 +267,7 @@ class Inspection:
         if self._finished:
             self._report(self.directory.usage, audit.usage_problem(self.directory, self.known), "has the totals' lines")
             self._folder()
-        if self._finished and manifest.output.layout == "file" and not result_damaged:
+        if self._finished and manifest.output.is_one_file and not result_damaged:
             problem = audit.footer_problem(self.directory, self.known, manifest)
             self._report(self.directory.completions, problem, "its footer has the same bill")
         if self.known.whole:
@@ -282,6 +283,15 @@ class Inspection:
                 found = digest(path) if path.exists() else None
             problem = "is missing" if found is None else "its digest is not the one on record"
             self._report(path, None if found == file.digest else problem, "as it was written")
+        if written.kept:  # else its files are the parts, or the one file, and were read above
+            for file in written.files:
+                path = self.directory.path / file.name
+                try:
+                    files.require_digest(path, file.digest)
+                except CheckpointError as error:
+                    self._damaged(path, str(error), then=EXPORT_ROWS)
+                else:
+                    self.sound.append(f"{file.name}: {plural(file.rows, 'row')}")
         for path in result.unknown_files(self.directory, written):
             self._damaged(path, "is no file of the result", then="move it away: readers of the folder would read it")
 

@@ -265,15 +265,24 @@ class Canary(Table, frozen=True):
 
 class Output(Table, frozen=True):
     path: Text = "runs/{job}/{date}"
+    state_dir: Text | None = None
     columns: Literal["all"] | list[str] = "all"
     prefix: str = ""
     raw: Literal["failed", "always"] = "failed"
     layout: Literal["file", "parts"] = "file"
+    partition_by: list[Text] = []
+    max_partitions: AtLeastOne = 1000  # each is a folder and a file; pyarrow's own limit is 1,024
     compression: Literal["zstd", "snappy", "gzip", "none"] = "zstd"
     chunk_rows: Annotated[int, Meta(ge=1, le=1_000_000)] = 8192
     chunk_bytes: AtLeastOne = 32_000_000
     max_failures: Count = 0
     partial: bool = False
+    keep_parts_remote: bool = False
+
+    @property
+    def is_one_file(self) -> bool:
+        """Whether the result is one Parquet file with everything in it, which needs no parts any more."""
+        return self.layout == "file" and not self.partition_by
 
 
 class TierPrice(Table, frozen=True):
@@ -318,6 +327,14 @@ TagName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,60}$")]  # becomes a c
 TagValue = Annotated[str, Meta(min_length=1, max_length=200)]
 
 
+class Storage(Table, frozen=True):
+    """How to reach object stores, where the environment does not say it."""
+
+    endpoint: Text | None = None
+    region: Text | None = None
+    anonymous: bool = False
+
+
 class About(Table, frozen=True):
     """Facts for the bill. `tags` never change what is sent."""
 
@@ -340,6 +357,7 @@ class Job(Table, frozen=True):
     budget: Budget = Budget()
     canary: Canary = Canary()
     output: Output = Output()
+    storage: Storage = Storage()
     pricing: dict[str, Price] = {}
     telemetry: Telemetry = Telemetry()
     simulator: Simulator = Simulator()

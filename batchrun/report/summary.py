@@ -24,6 +24,7 @@ from batchrun.records import (
     Tuned,
 )
 from batchrun.report.cost_lines import prices_in_words, scaled
+from batchrun.store import result_files
 from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
 from batchrun.store.totals import Totals
@@ -246,8 +247,7 @@ def _summary(
 
 def files(directory: RunDirectory) -> dict[str, str]:
     """The files of a complete run."""
-    result = directory.completions if directory.completions.exists() else directory.completions_folder
-    return {"completions": str(result), "usage": str(directory.usage)}
+    return {"completions": str(result_files.shown(directory)), "usage": str(directory.usage)}
 
 
 def files_so_far(directory: RunDirectory, since: datetime) -> dict[str, str]:

@@ -5,10 +5,11 @@ glob gives the same columns.
 """
 
 import re
-from pathlib import Path
 from urllib.parse import unquote
 
 import pyarrow as pa
+
+from batchrun.storage.objects import InputFile
 
 Keys = dict[str, int | str | None]
 
@@ -16,7 +17,7 @@ NULL = "__HIVE_DEFAULT_PARTITION__"
 _INTEGER = re.compile(r"0|-?[1-9]\d{0,17}")  # only integers in their shortest form: "007" stays text
 
 
-def keys_of(files: tuple[Path, ...]) -> list[Keys]:
+def keys_of(files: tuple[InputFile, ...]) -> list[Keys]:
     """The keys of each file's folders, outermost first.
 
     A key is an integer if all its values in all files are integers in their shortest form; else it is text.
@@ -31,7 +32,7 @@ def keys_of(files: tuple[Path, ...]) -> list[Keys]:
     return found
 
 
-def texts_of(file: Path) -> dict[str, str | None]:
+def texts_of(file: InputFile) -> dict[str, str | None]:
     """The keys of the file's folders as text, outermost first; null is None."""
     keys: dict[str, str | None] = {}
     for folder in file.parents:

@@ -1,7 +1,6 @@
 """Reads JSON lines, plain or compressed, as records and windows."""
 
 from collections.abc import Callable, Container, Iterator
-from pathlib import Path
 from typing import Literal
 
 import msgspec
@@ -12,6 +11,7 @@ from batchrun.source import hive
 from batchrun.source.files import BOM, blocks, format_of
 from batchrun.source.lines import read_row, split_lines
 from batchrun.source.window import LINES, START, Position, Record, Span, Window
+from batchrun.storage.objects import InputFile
 
 BLOCK_BYTES = 1 << 20  # larger blocks are no faster (measured)
 MAX_LINE_BYTES = 64 << 20
@@ -40,7 +40,7 @@ class JsonlSource:
 
     def __init__(
         self,
-        files: tuple[Path, ...],
+        files: tuple[InputFile, ...],
         max_line_bytes: int = MAX_LINE_BYTES,
         block_bytes: int = BLOCK_BYTES,
         span: Span | None = None,

@@ -11,11 +11,11 @@ text, in which dates of the form 2026-11-01 are in order. As in SQL, no comparis
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from batchrun.errors import InputError
 from batchrun.source.hive import NULL, texts_of
+from batchrun.storage.objects import InputFile
 
 Value = str | int
 Filters = Mapping[str, Value | Sequence[Value]]
@@ -31,7 +31,7 @@ _COMPARISON = re.compile(r"\s*(==|=|!=|<=|<|>=|>)\s*(.*)", re.DOTALL)
 _INTEGER = re.compile(r"[+-]?\d{1,18}")
 
 
-def chosen(files: Sequence[Path], filters: Filters, path: str) -> tuple[Path, ...]:
+def chosen(files: Sequence[InputFile], filters: Filters, path: str) -> tuple[InputFile, ...]:
     """Those of the files whose keys match every filter. `path` is the input's, for messages.
 
     Raises:

@@ -5,7 +5,6 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator
 from itertools import groupby
-from pathlib import Path
 
 import msgspec
 import pyarrow as pa
@@ -15,6 +14,7 @@ from batchrun.source import csv, hive, parquet, unify
 from batchrun.source.files import Format, format_of
 from batchrun.source.rows import rows_of
 from batchrun.source.window import START, Position, Record, Span, Window
+from batchrun.storage.objects import InputFile
 
 
 class _Batch(msgspec.Struct, frozen=True):
@@ -42,7 +42,7 @@ class TableSource:
     The keys of folders named `key=value` are the first columns, unless a file has a column of that name.
     """
 
-    def __init__(self, files: tuple[Path, ...], span: Span | None = None) -> None:
+    def __init__(self, files: tuple[InputFile, ...], span: Span | None = None) -> None:
         """Reads every file's footer or header. With a `span` nothing else is yielded.
 
         Raises:
@@ -64,7 +64,7 @@ class TableSource:
         keys = {name: type_ for name, type_ in hive.fields_of(self._keys).items() if name not in inside.names}
         self.schema: pa.Schema = pa.schema([*(pa.field(name, type_) for name, type_ in keys.items()), *inside])
 
-    def _is_like_the_first(self, file: Path) -> bool:
+    def _is_like_the_first(self, file: InputFile) -> bool:
         if format_of(file) != self.format:
             raise InputError(
                 f"{file} is not a {self.format.capitalize()} file; all files of an input must have one format"
@@ -163,7 +163,7 @@ class TableSource:
             raise InputError(f"{self.files[index]} rows {row} to {last} can't be read: {error}") from error
 
 
-def _require_single_names(path: Path, schema: pa.Schema) -> None:
+def _require_single_names(path: InputFile, schema: pa.Schema) -> None:
     for name in _repeated(schema.names):
         raise InputError(f"{path} has two columns named '{name}'; rename one")
     for name, type_ in zip(schema.names, schema.types, strict=True):

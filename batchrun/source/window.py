@@ -1,11 +1,12 @@
 """The values that every source yields: positions, records and windows."""
 
 from collections.abc import Callable, Container, Iterator
-from pathlib import Path
 from typing import Literal, Protocol
 
 import msgspec
 import pyarrow as pa
+
+from batchrun.storage.objects import InputFile
 
 
 class Position(msgspec.Struct, frozen=True, gc=False):
@@ -76,7 +77,7 @@ class Window(msgspec.Struct, frozen=True):
 class Source(Protocol):
     """An opened input. Both methods can be called repeatedly, from any `Window.end` of the same files."""
 
-    files: tuple[Path, ...]
+    files: tuple[InputFile, ...]
 
     @property
     def format(self) -> Literal["jsonl", "parquet", "csv"]:

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable
 from datetime import datetime
-from pathlib import Path
 
 import msgspec
 import pyarrow as pa
@@ -12,7 +11,7 @@ from batchrun.durable import disk_errors, fsync
 from batchrun.errors import InputError, JobError
 from batchrun.job.job import Job
 from batchrun.request import image_digests
-from batchrun.source import FileIdentity, Source, TableSource, changed, find_files
+from batchrun.source import FileIdentity, InputFile, Source, TableSource, changed, find_files
 from batchrun.startup import preconditions, shard, stdin_copy
 from batchrun.startup.answer_match import Questions
 from batchrun.startup.input_check import Problem, Survey, survey
@@ -23,12 +22,14 @@ from batchrun.tables.json_columns import ColumnTypes
 from batchrun.tables.rows import output_schema
 
 
-def input_files(job: Job, directory: RunDirectory, options: RunOptions, *, started: bool = True) -> tuple[Path, ...]:
+def input_files(
+    job: Job, directory: RunDirectory, options: RunOptions, *, started: bool = True
+) -> tuple[InputFile, ...]:
     """The files of the input. Standard input and a program's rows are copied into the run directory (`stdin_copy`)."""
     if job.input.path is None:
         raise JobError("input.path: name the input in the job or with -i")
     if job.input.path != "-":
-        return find_files(job.input.path, job.input.partitions)
+        return find_files(job.input.path, job.input.partitions, job.storage)
     if options.stdin is not None and not options.stdin.isatty():
         return (stdin_copy.take(options.stdin, directory, started=started),)
     if not directory.spool.exists():

@@ -37,7 +37,7 @@ def look(job: Job, directory: RunDirectory, shard: Shard | None = None) -> Found
         directory.lock(),
         contextlib.closing(Checkpoint(directory.checkpoint, free_reserve=lambda: False)) as checkpoint,
     ):
-        finished = result.FINISHED in checkpoint.manifest_entries()
+        entries = checkpoint.manifest_entries()
         try:
             plan = planning.make(job, directory, checkpoint, RunOptions(only_look=True, shard=shard), datetime.now(UTC))
             to_send = plan.manifest.rows - checkpoint.totals.settled()
@@ -47,5 +47,5 @@ def look(job: Job, directory: RunDirectory, shard: Shard | None = None) -> Found
         except ChangedError as changed:
             return Found(summary, changed.changes.to_send, changed.changes)
         finally:
-            if finished:
-                result.tidy(directory)  # the parts that a comparison cut from the result
+            if result.FINISHED in entries:
+                result.tidy(directory, result.finished(entries))  # the parts that a comparison cut from the result

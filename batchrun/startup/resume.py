@@ -19,9 +19,10 @@ from batchrun.job.job import Job
 from batchrun.limits import daily
 from batchrun.policy import failing
 from batchrun.prices import PriceTable
+from batchrun.records import Notice
 from batchrun.report.cost_lines import scaled
 from batchrun.report.wording import are, plural
-from batchrun.source import FileIdentity, Source, changed, fingerprint, open_source
+from batchrun.source import FileIdentity, InputFile, Source, changed, fingerprint, open_source
 from batchrun.startup import carry, changes, input_pass, preconditions, previous_run, stdin_copy
 from batchrun.startup import shard as shards
 from batchrun.startup.answer_match import NONE, Questions
@@ -37,7 +38,7 @@ from batchrun.store.variants import Variant
 from batchrun.tables.arrow_types import Column
 from batchrun.tables.json_columns import ColumnTypes
 
-SHAPE = ("columns", "prefix", "raw", "layout", "compression", "chunk_rows", "chunk_bytes")
+SHAPE = ("columns", "prefix", "raw", "layout", "partition_by", "compression", "chunk_rows", "chunk_bytes")
 """The output settings that a run keeps from its first start, because its parts were written with them."""
 
 
@@ -111,7 +112,8 @@ def _origins(
         return None
     made = carry.make(job, keys, wanted, directory.path, directory.origins_of(manifest.layout), options.note)
     if (line := carry.in_words(made)) is not None:
-        options.note(line)
+        fields = {"rows": made.rows, "to_send": made.new, "reused": made.reused, "duplicates": made.duplicates}
+        options.note(Notice(line, "reused", **fields))
     return made
 
 
@@ -135,7 +137,7 @@ def require_same_shape(job: Job, known: Manifest) -> None:
             raise JobError(f"output.{name} can't change within a run; restore it to resume, or {ANOTHER}")
 
 
-def changed_input(files: tuple[Path, ...], directory: RunDirectory, known: Manifest) -> str | None:
+def changed_input(files: tuple[InputFile, ...], directory: RunDirectory, known: Manifest) -> str | None:
     """How the input differs from the one of the run, by identity and then by content; None if it is the same."""
     what = changed(files, known.files)
     if what is None or shards.digests(files, sharded=known.is_sharded) == known.digests:
@@ -194,7 +196,7 @@ def _as_it_is_now(
     options: RunOptions,
     known: Manifest,
     ways: tuple[Variant, ...],
-    files: tuple[Path, ...],
+    files: tuple[InputFile, ...],
 ) -> tuple[Manifest, tuple[Variant, ...], int, Source]:
     """The manifest, the variants with this start's, and the source, with changes adopted if the user accepts them.
 
@@ -252,7 +254,8 @@ def _adopt(
             carry_over = CarryOver(made, directory.origins_of(new.layout))
             seen = msgspec.structs.replace(seen, carried=carry_over.count(found.rows, lambda row: matches[row] == NONE))
             _require_consent(job, options, seen, settings)
-            options.note(str(seen))
+            counts = {"kept": seen.kept, "dropped": seen.dropped, "to_send": seen.to_send}
+            options.note(Notice(str(seen), "changes", changed=seen.changed, **counts))
             schema = input_pass.schema_of(source, new)
             entries = {**new.encode(), **variants.encode(ways), origins.ENTRY: _encode(made)}
             input_pass.keep_digests(job, directory, new.layout, pictures, found)

@@ -17,7 +17,7 @@ from batchrun.job.job import Budget, Endpoint, Job, Limits
 from batchrun.records import Shard
 from batchrun.report.wording import plural, rounded
 from batchrun.request.builder import detect_dialect
-from batchrun.source import JsonlSource, Source, Span, digest, open_source, parquet
+from batchrun.source import InputFile, JsonlSource, Source, Span, digest, open_source, parquet
 from batchrun.source.files import content_of
 from batchrun.store.manifest import Manifest
 from batchrun.tables.json_columns import ColumnTypes
@@ -172,7 +172,9 @@ class Found(msgspec.Struct, frozen=True):
     types: ColumnTypes | None
 
 
-def find(job: Job, files: tuple[Path, ...], shard: Shard, progress: Callable[[int], None] = lambda rows: None) -> Found:
+def find(
+    job: Job, files: tuple[InputFile, ...], shard: Shard, progress: Callable[[int], None] = lambda rows: None
+) -> Found:
     """The shard's part of the input.
 
     Parquet footers say where it is. Text has no such index: it is read once from end to end, JSON lines twice, to know
@@ -209,10 +211,10 @@ def reading(job: Job, dialect: str) -> Job:
     return msgspec.structs.replace(job, input=msgspec.structs.replace(job.input, dialect=dialect, min_rows=0))
 
 
-def digests(files: tuple[Path, ...], *, sharded: bool) -> tuple[str, ...]:
+def digests(files: tuple[InputFile, ...], *, sharded: bool) -> tuple[str, ...]:
     """What the files' content is known by. Shards read no more than the footer of a Parquet file for it."""
     if sharded and files and content_of(files[0]) == "parquet":
-        return tuple(map(parquet.footer_digest, files))
+        return tuple(parquet.footer_digest(file) if isinstance(file, Path) else digest(file) for file in files)
     return tuple(map(digest, files))
 
 

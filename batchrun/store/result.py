@@ -43,7 +43,7 @@ def write(
         written = _written(manifest, schema, chunks, checkpoint, directory, summary)
         checkpoint.write_manifest({FINISHED: msgspec.json.encode(written).decode()})
     checkpoint.close(finished=True)
-    tidy(directory)
+    tidy(directory, written)
     return written
 
 
@@ -62,21 +62,24 @@ def _written(
         raise CheckpointError(
             f"{directory.path}: the run has {summary.rows:,} rows, {rows:,} are sealed; nothing is written"
         )
-    folder, beside = "", []
     if manifest.output.layout == "parts":
         staged = result_folder.stage_parts(parts, directory)
         if not parts:  # so that the folder has the columns
             path = files.part_in(directory.staging, 0)
             staged = [described(directory.path, path, files.write_part(path, schema, (), manifest.output, 0), 0)]
-        completions, listed = result_folder.publish(staged, bill(summary), directory)
-        folder, beside = directory.completions_folder.name, [listed]
+        written = result_folder.publish(staged, bill(summary), directory)
+    elif manifest.output.partition_by:
+        staged = result_folder.stage_partitions(parts, schema, manifest.output, directory)
+        written = result_folder.publish(staged, bill(summary), directory)
+        kept = tuple(described(directory.path, *part) for part in parts)
+        written = msgspec.structs.replace(written, kept=kept)
     else:
         footer = {files.FOOTER_KEY: msgspec.json.encode(bill(summary)).decode()}
         digest = files.assemble(parts, directory.completions, schema, manifest.output.compression, footer)
-        completions = (described(directory.path, directory.completions, digest, rows),)
+        written = FinishedResult((described(directory.path, directory.completions, digest, rows),), ())
     files.write_usage(directory.usage, checkpoint.totals.lines())
     usage = described(directory.path, directory.usage, durable.digest(directory.usage), 0)
-    return FinishedResult(completions, (*beside, usage), folder)
+    return msgspec.structs.replace(written, beside=(*written.beside, usage))
 
 
 def require_intact(directory: RunDirectory, rows: int, entries: Mapping[str, str]) -> None:
@@ -87,7 +90,8 @@ def require_intact(directory: RunDirectory, rows: int, entries: Mapping[str, str
         CheckpointError: a file is missing, cut, changed or new, or has another number of rows.
     """
     written = finished(entries)
-    for file in (*written.files, *written.beside):
+    every = (*written.files, *written.beside, *written.kept)
+    for file in every:
         if not (path := directory.path / file.name).exists():
             raise CheckpointError(f"{path} is missing, though the run is complete; restore it, or {ANOTHER}")
     if unknown := unknown_files(directory, written):
@@ -101,7 +105,7 @@ def require_intact(directory: RunDirectory, rows: int, entries: Mapping[str, str
             f"{directory.path}: the result has {found:,} rows, {rows:,} were written; "
             f"batchrun verify {directory.path} shows what is damaged"
         )
-    for file in (*written.files, *written.beside):
+    for file in every:
         _require_unchanged(directory, directory.path / file.name, file)
 
 
@@ -124,11 +128,13 @@ def _require_unchanged(directory: RunDirectory, path: Path, written: ResultFile)
         )
 
 
-def tidy(directory: RunDirectory) -> None:
+def tidy(directory: RunDirectory, written: FinishedResult) -> None:
     """Deletes the files that only an unfinished run needs."""
+    kept = {directory.path / file.name for file in written.kept}
     origins = directory.path.glob("origins*")
     for path in (*directory.parts.iterdir(), *origins, directory.reserve, directory.inflight, directory.partial):
-        path.unlink(missing_ok=True)
+        if path not in kept:
+            path.unlink(missing_ok=True)
     for folder in directory.path.glob(f"{directory.completions_folder.name}*{durable.TEMP_SUFFIX}"):
         durable.remove_folder(folder)
 
@@ -148,7 +154,7 @@ def bill(summary: Summary) -> dict[str, object]:
 def restore_parts(
     manifest: Manifest, checkpoint: Checkpoint, chunks: Sequence[Chunk], directory: RunDirectory
 ) -> list[Chunk]:
-    """Cuts the result of a finished run into parts again; returns the chunks with these parts.
+    """Cuts the result of a finished run into parts again, unless they were kept; returns the chunks with these parts.
 
     The result stays until a new one replaces it. The parts count once the chunks are in the checkpoint.
 
@@ -165,7 +171,10 @@ def restore_parts(
                 chunk.part_digest or "",
             )
         return list(chunks)
-    (whole,) = finished(checkpoint.manifest_entries()).files
+    written = finished(checkpoint.manifest_entries())
+    if written.kept:
+        return list(chunks)
+    (whole,) = written.files
     schema = files.schema_of(directory.completions)
     pieces = files.cut(directory.completions, whole.digest, [chunk.rows for chunk in chunks])
     restored = []

@@ -1,15 +1,18 @@
 """A result of several files: a folder that is made beside its place and appears there as a whole, with a manifest."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, starmap
 from pathlib import Path
 
 import msgspec
+import pyarrow as pa
 
 from batchrun import durable
 from batchrun.durable import disk_errors
-from batchrun.records import ResultFile
+from batchrun.job.job import Output
+from batchrun.records import FinishedResult, ResultFile
 from batchrun.store.rundir import RunDirectory
-from batchrun.tables import files
+from batchrun.tables import files, partitioned
 
 MANIFEST = "_manifest.json"
 """The file in the folder that names all others. Readers of Parquet folders leave out names that begin with `_`."""
@@ -41,6 +44,22 @@ def stage_parts(parts: Sequence[tuple[Path, str, int]], directory: RunDirectory)
     ]
 
 
+def stage_partitions(
+    parts: Sequence[tuple[Path, str, int]], schema: pa.Schema, output: Output, directory: RunDirectory
+) -> list[ResultFile]:
+    """Writes the rows of the parts into the staging folder, a file for each partition. The parts stay.
+
+    Raises:
+        CheckpointError: a part is missing, or is not what was sealed.
+    """
+    durable.remove_folder(directory.staging)
+    with disk_errors(directory.staging):
+        directory.staging.mkdir(mode=0o700)
+    batches = chain.from_iterable(starmap(files.sealed_batches, parts))
+    written = partitioned.write(batches, schema, output.partition_by, directory.staging, output.compression)
+    return [described(directory.path, *each) for each in written]
+
+
 def place_of(part: Path, number: int, digest: str, directory: RunDirectory) -> Path:
     """Where the part is that was sealed as `part`: a start that was killed at the end may have moved it into the
     staging folder, or have published it.
@@ -65,12 +84,8 @@ def described(root: Path, path: Path, digest: str, rows: int) -> ResultFile:
     return ResultFile(path.relative_to(root).as_posix(), rows, found.st_size, found.st_mtime_ns, digest)
 
 
-def publish(
-    staged: Iterable[ResultFile], bill: Mapping[str, object], directory: RunDirectory
-) -> tuple[tuple[ResultFile, ...], ResultFile]:
-    """The staged files, under their final names, and the manifest beside them. Readers see the folder whole, the old
-    one until now.
-    """
+def publish(staged: Iterable[ResultFile], bill: Mapping[str, object], directory: RunDirectory) -> FinishedResult:
+    """The staged files are in their place with a manifest beside them. Until now readers saw the old folder whole."""
     before, after = directory.staging.name, directory.completions_folder.name
     names = [(file, file.name.removeprefix(f"{before}/")) for file in staged]
     listed = [
@@ -81,5 +96,8 @@ def publish(
     durable.replace_bytes(path, msgspec.json.format(msgspec.json.encode(content), indent=2) + b"\n")
     manifest = described(directory.path, path, durable.digest(path), 0)
     durable.replace_folder(directory.staging, directory.completions_folder)
-    renamed = msgspec.structs.replace(manifest, name=f"{after}/{MANIFEST}")
-    return tuple(msgspec.structs.replace(file, name=f"{after}/{name}") for file, name in names), renamed
+    return FinishedResult(
+        tuple(msgspec.structs.replace(file, name=f"{after}/{name}") for file, name in names),
+        (msgspec.structs.replace(manifest, name=f"{after}/{MANIFEST}"),),
+        after,
+    )

@@ -13,6 +13,7 @@ from urllib.parse import quote
 import msgspec
 
 from batchrun.durable import TEMP_SUFFIX
+from batchrun.records import Notice
 from batchrun.telemetry.metrics import Snapshot
 from batchrun.telemetry.prometheus import render
 
@@ -84,7 +85,7 @@ class TextFile:
 
     def _warn(self, line: str) -> None:
         if self._note is not None:
-            self._note(f"warning: {line}")
+            self._note(Notice(f"warning: {line}", "telemetry", path=self.path))
             self._note = None
 
 

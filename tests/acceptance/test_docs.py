@@ -144,7 +144,7 @@ def test_every_status_and_every_event_is_listed() -> None:
     written = {
         event
         for module in (ROOT / "batchrun").rglob("*.py")
-        for event in re.findall(rf'\blog\.{RunLog.write.__name__}\(\s*"([^"]+)"', module.read_text("utf-8"))
+        for event in re.findall(rf'\b(?:log\.{RunLog.write.__name__}|warn)\(\s*"([^"]+)"', module.read_text("utf-8"))
     }
     assert listed == written | {"complete", "stopped", "failed"}
 

@@ -61,6 +61,7 @@ PAGE_ROWS = 16
 
 NO_SECOND_SOURCE = (
     *("updated_at", "limits", "command", "requests_per_minute", "elapsed_s", "rows_per_minute", "tokens_per_minute"),
+    "last_answer_at",
 )
 """Fields of summary.json that nothing else can vouch for, but for two rates to their rounding."""
 

@@ -27,7 +27,7 @@ WIDE = 5_000
 
 def surveyed(path: Path | str) -> Survey:
     source = open_source(find_files(str(path)))
-    return survey(source, job_over(path), source.files[0].parent)
+    return survey(source, job_over(path), Path(str(source.files[0])).parent)
 
 
 def reported(path: Path | str) -> list[str]:

@@ -28,9 +28,11 @@ def directory_with(path: Path, parts: int = 3) -> tuple[RunDirectory, list[Part]
 
 
 def published(directory: RunDirectory, parts: list[Part]) -> tuple[ResultFile, ...]:
-    files, manifest = publish(stage_parts(parts, directory), BILL, directory)
+    written = publish(stage_parts(parts, directory), BILL, directory)
+    (manifest,) = written.beside
     assert manifest.digest == digest(directory.path / manifest.name)
-    return files
+    assert (written.folder, written.rows) == ("completions", sum(rows for _, _, rows in parts))
+    return written.files
 
 
 def test_parts_become_a_folder_with_a_manifest(tmp_path: Path) -> None:

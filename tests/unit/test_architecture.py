@@ -14,9 +14,9 @@ PACKAGE = Path(__file__).parents[2] / "batchrun"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("signals", "streams", "open_files", "durable", "memory", "job"),
+    ("signals", "streams", "open_files", "memory", "durable", "job"),
     ("records",),
-    ("prices", "credentials"),
+    ("prices", "credentials", "storage"),
     ("price_list", "source", "request", "limits", "response"),
     ("transport", "policy", "tables"),
     ("attempt_caps", "store", "ray_engine"),
@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("dispatch",),
     ("engine", "integrity", "simulator"),
     ("simulated", "terminal", "merge"),
-    ("preflight", "on_end"),
+    ("preflight", "destination", "on_end"),
     ("api",),
     ("runner",),
     ("__init__",),
@@ -64,7 +64,9 @@ SOLE_IMPORTERS: dict[str, frozenset[str]] = {
     "jsonschema_rs": frozenset({"job.answer_schema", "simulator.schemas"}),
     "toktok": frozenset({"response.token_count"}),
     "xlsxwriter": frozenset({"report.spreadsheet"}),
-    "pyarrow": frozenset({"source", "tables", "store", "report", "startup", "dispatch", "integrity", "merge"}),
+    "pyarrow": frozenset(
+        {"storage", "source", "tables", "store", "report", "startup", "dispatch", "integrity", "merge"}
+    ),
 }
 """Library → the packages and modules that import it."""
 

@@ -420,6 +420,7 @@ OTHER_VALUES: Mapping[str, object] = {
     "output.columns": ["a"],
     "output.raw": "always",
     "output.layout": "parts",
+    "output.partition_by": ["lang"],
     "output.compression": "gzip",
     "on_end": ["true"],
     "canary.min_ok_share": 0.5,

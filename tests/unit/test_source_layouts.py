@@ -323,7 +323,7 @@ def test_integer_keys_are_compared_as_numbers(tmp_path: Path) -> None:
         write(tmp_path / f"month={month}" / "in.jsonl")
 
     def months(wanted: Any) -> set[str]:
-        return {file.parent.name.removeprefix("month=") for file in find_files(str(tmp_path), {"month": wanted})}
+        return {file.parents[0].name.removeprefix("month=") for file in find_files(str(tmp_path), {"month": wanted})}
 
     assert months(1) == months("1") == months("01") == {"01"}
     assert months(">=2") == {"2", "10", "x"}  # text is compared as text
