@@ -23,7 +23,7 @@ from batchrun.errors import CheckpointError, ExitCode, InputError, JobError
 from batchrun.integrity.db_records import SALVAGED
 from batchrun.merge.shards import CompleteShard
 from batchrun.prices import PriceTable
-from batchrun.records import Estimate, MergedShard, Status, Summary, TotalsLine
+from batchrun.records import Estimate, MergedShard, ResultFile, Status, Summary, TotalsLine
 from batchrun.report.summary import Moment, failures, summarise
 from batchrun.report.summary import files as summary_files
 from batchrun.report.summary import read as read_summary
@@ -184,7 +184,7 @@ class Writer:
     def _schema(self) -> pa.Schema:
         """The columns of the result: those of the input are the same in all shards."""
         first = next((shard for shard in self._shards if shard.manifest.rows), self._shards[0])
-        given = files.schema_of(first.directory.path / first.result.files[0].name).remove_metadata()
+        given = files.schema_of(first.directory.path / _in_order(first)[0].name).remove_metadata()
         prefix = first.manifest.output.prefix
         own = own_schema(prefix, self._parsed)
         return pa.schema([*list(given)[: len(given) - len(own)], *own])
@@ -289,13 +289,18 @@ def _of_start(line: TotalsLine, more: int) -> TotalsLine:
     return msgspec.structs.replace(line, invocation=line.invocation + more)
 
 
+def _in_order(shard: CompleteShard) -> tuple[ResultFile, ...]:
+    """The files that hold the shard's rows in their order: its parts where the result has another."""
+    return shard.result.kept or shard.result.files
+
+
 def _pieces(shard: CompleteShard) -> Iterator[Iterator[pa.RecordBatch]]:
     """The rows of each of the shard's chunks, in order; take each piece whole before the next.
 
     Raises:
         CheckpointError: the result is not what was written.
     """
-    written = [(shard.directory.path / file.name, file.digest, file.rows) for file in shard.result.files]
+    written = [(shard.directory.path / file.name, file.digest, file.rows) for file in _in_order(shard)]
     if shard.result.folder:
         return (files.sealed_batches(*file) for file in written)
     ((path, digest, _),) = written

@@ -48,7 +48,9 @@ def write_input(path: Path, rows: int = 60) -> Path:
         if row > rows - 5:
             line["late"] = {"a": row}
         lines.append(line)
-    table = pa.Table.from_pylist([{name: line[name] for name in ("id", "text")} for line in lines])
+    table = pa.Table.from_pylist(
+        [{name: line[name] for name in ("id", "text")} | {"shape": str(line["id"])[-1]} for line in lines]
+    )
     if path.suffix == ".parquet":
         pq.write_table(table, path, row_group_size=7)
     else:
@@ -73,7 +75,8 @@ def shards_of(job: Path, count: int, *arguments: str) -> list[Path]:
 
 def table(out: Path) -> pa.Table:
     path = out / "completions"
-    return pq.read_table(path if path.is_dir() else out / "completions.parquet")
+    found = pq.read_table(path if path.is_dir() else out / "completions.parquet")
+    return found.sort_by("row") if path.is_dir() else found
 
 
 def content(out: Path) -> pa.Table:
@@ -85,14 +88,20 @@ def content(out: Path) -> pa.Table:
 @pytest.mark.heavy
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize(
-    ("name", "layout", "count"), [("in.jsonl", "file", 3), ("in.parquet", "file", 7), ("in.jsonl", "parts", 2)]
+    ("name", "setting", "count"),
+    [
+        ("in.jsonl", "layout=file", 3),
+        ("in.parquet", "layout=file", 7),
+        ("in.jsonl", "layout=parts", 2),
+        ("in.parquet", 'partition_by=["shape"]', 2),
+    ],
 )
 def test_merged_shards_are_the_run_of_one_process(
-    tmp_path: Path, server: RunningSimulator, name: str, layout: str, count: int
+    tmp_path: Path, server: RunningSimulator, name: str, setting: str, count: int
 ) -> None:
     source = write_input(tmp_path / name)
     job = job_at(tmp_path, server.url, source)
-    chosen = ("--set", f"output.layout={layout}")
+    chosen = ("--set", f"output.{setting}")
     one = tmp_path / "one"
     assert batchrun("run", job, "-o", one, *chosen).exit_code == 0
     folders = shards_of(job, count, *chosen)
@@ -105,7 +114,7 @@ def test_merged_shards_are_the_run_of_one_process(
     assert content(out).equals(content(one))
 
     mine, whole = read_summary(out), read_summary(one)
-    for field in ("rows", "rows_in_output", "by_status", "models", "complete", "exit_code", "cost_usd", "rejected"):
+    for field in ("rows", "plainin_output", "by_status", "models", "complete", "exit_code", "cost_usd", "rejected"):
         assert mine[field] == whole[field], field
     assert (mine["shard"], len(mine["merged"])) == (None, count)
     assert Decimal(mine["cost_usd"]) == sum(Decimal(read_summary(folder)["cost_usd"]) for folder in folders)
@@ -141,7 +150,7 @@ def test_merged_shards_are_the_run_of_one_process(
 
 
 @pytest.mark.heavy
-def test_rows_are_numbered_through_where_records_were_set_aside(tmp_path: Path, server: RunningSimulator) -> None:
+def test_plainare_numbered_through_where_records_were_set_aside(tmp_path: Path, server: RunningSimulator) -> None:
     source = write_input(tmp_path / "in.jsonl")
     lines = source.read_text().splitlines()
     lines[3], lines[25], lines[40] = "nonsense", "{}", lines[41].replace('"id": 41', '"id": 40')
