@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import functools
 import logging
 import os
 import time
@@ -13,8 +12,9 @@ from typing import BinaryIO, Literal, TypedDict, Unpack
 
 import msgspec
 
-from batchrun import destination, engine, on_end, preflight, simulated, streams
+from batchrun import engine, on_end, preflight, simulated, streams
 from batchrun.credentials import Credentials
+from batchrun.destination import place as destination
 from batchrun.dispatch.hooks import GRACE_S, Hooks, Host
 from batchrun.engine import Runtime
 from batchrun.errors import BatchrunError, ExitCode, JobError, RunStoppedError
@@ -29,6 +29,7 @@ from batchrun.source import Rows, as_file
 from batchrun.startup import shard as shards
 from batchrun.startup.run_options import RunOptions
 from batchrun.store import rundir
+from batchrun.store.chunks import Mirror
 from batchrun.store.rundir import RunDirectory
 from batchrun.telemetry.views import Views
 
@@ -169,7 +170,10 @@ def _invoke(
     grace_s = options.get("grace_s")
     progress: Callable[[Summary], None] = options.get("progress", lambda summary: None)
     hooks = Hooks(progress, note, host, options.get("command"), GRACE_S if grace_s is None else grace_s, views.show)
-    work = functools.partial(engine.run, job, directory, keys, run_options, hooks, runtime)
+
+    def work(mirror: Mirror | None = None) -> Summary:
+        return engine.run(job, directory, keys, run_options, msgspec.structs.replace(hooks, mirror=mirror), runtime)
+
     url = rundir.published_at(job.output, directory.path)
     return work() if url is None else destination.run(job, directory, url, work, note)
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from batchrun import __version__, signals
+from batchrun import __version__, memory, signals
 from batchrun.credentials import Credentials
 from batchrun.dispatch import canary, live_limits, replay
 from batchrun.dispatch.hooks import Hooks
@@ -244,7 +244,7 @@ def _store(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, hooks: H
     path = directory.origins_of(plan.manifest.layout)
     carry = CarryOver(plan.origins, path, variant=plan.manifest.variant, model=model)
     hand_over = None if hooks.host is None else functools.partial(replay.hand_over, results=hooks.host.results)
-    chunks = Chunks(directory, checkpoint, layout, carry, hand_over)
+    chunks = Chunks(directory, checkpoint, layout, carry, hand_over, hooks.mirror)
     return Store(directory, checkpoint, plan, chunks, before_usd=checkpoint.totals.most_usd())
 
 
@@ -357,6 +357,7 @@ def _finish(job: Job, store: Store, status: RunStatus) -> Summary:
         if (unsettled := store.chunks.open_next()) is not None:
             raise CheckpointError(f"chunk {unsettled.chunk.chunk} has pending rows that the totals count as settled")
         status.start_writing()
+        memory.give_back()  # a file's footer, which grows with its rows, gets what sending has freed
         plan = store.plan
         result.write(plan.manifest, plan.schema, store.checkpoint, store.chunks, store.directory, status.summary())
         return status.end("complete", _exit_code(job, status.summary()), None)

@@ -20,6 +20,7 @@ import re
 import select
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -60,7 +61,8 @@ FLAT = 1.1
 
 class Sample(msgspec.Struct, frozen=True):
     """A moment of a start. `peak_mb` is the highest resident set since the sample before, `anon_mb` what of the present
-    one is not of files. `disk_mb` is the run's directory, `database_mb` the checkpoint in it, with its log.
+    one is not of files. `disk_mb` is the run's directory, files without a name included; `database_mb` of it is the
+    checkpoint with its log.
     """
 
     at_s: float
@@ -141,11 +143,21 @@ def kilobytes(pid: int) -> dict[str, int]:
 
 
 def megabytes_on_disk(folder: Path, pattern: str = "**/*") -> float:
-    """Blocks in use, files without a name not included."""
+    """Blocks in use by files that have a name."""
     blocks = 0
     for path in folder.glob(pattern):
         with contextlib.suppress(FileNotFoundError):
             blocks += path.stat().st_blocks
+    return blocks * 512 / 1e6
+
+
+def megabytes_without_name(pid: int) -> float:
+    """Blocks in use by files that only the process has open."""
+    blocks = 0
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found = descriptor.stat()
+            blocks += found.st_blocks if stat.S_ISREG(found.st_mode) and not found.st_nlink else 0
     return blocks * 512 / 1e6
 
 
@@ -183,7 +195,7 @@ def start(server: Server, job: Path, source: Path, out: Path, stop_at: int | Non
                     rows=settled(summary),
                     peak_mb=memory["VmHWM"] / 1024,
                     anon_mb=memory["RssAnon"] / 1024,
-                    disk_mb=megabytes_on_disk(out),
+                    disk_mb=megabytes_on_disk(out) + megabytes_without_name(process.pid),
                     database_mb=megabytes_on_disk(out, "checkpoint.db*"),
                 )
             )

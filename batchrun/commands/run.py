@@ -108,7 +108,7 @@ def run(
         **{"input.reuse_from": reuse or None, "engine.name": engine, "engine.ray_address": ray_address},
         "output.state_dir": state_dir,
     }
-    memory.give_back()
+    memory.share_one_arena()
     loaded = read_job(job, input_path, output_path, overrides, flags)
     about(loaded.name)
     open_files.allow(2 * loaded.total_limits.max_in_flight)  # a stream that has ended keeps its connection for a second

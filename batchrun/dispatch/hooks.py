@@ -7,6 +7,7 @@ import msgspec
 from batchrun import signals
 from batchrun.dispatch.result_queue import ResultQueue
 from batchrun.records import Summary
+from batchrun.store.chunks import Mirror
 
 GRACE_S = 20.0
 """How long requests in flight may take after the first signal. Kubernetes kills after 30 s."""
@@ -28,6 +29,7 @@ class Hooks(msgspec.Struct, frozen=True):
 
     `command` is the command line that resumes the run, without its directory. `grace_s`: how long requests in flight
     may take after the first signal or after the deadline. `shown` gets every summary that is written, in any thread.
+    `mirror` keeps a copy of the sealed parts elsewhere.
     """
 
     progress: Callable[[Summary], None] = lambda summary: None
@@ -36,3 +38,4 @@ class Hooks(msgspec.Struct, frozen=True):
     command: str | None = None
     grace_s: float = GRACE_S
     shown: Callable[[Summary], None] = lambda summary: None
+    mirror: Mirror | None = None

@@ -278,6 +278,7 @@ class Output(Table, frozen=True):
     chunk_bytes: AtLeastOne = 32_000_000
     max_failures: Count = 0
     partial: bool = False
+    keep_parts_remote: bool = False
 
     @property
     def is_one_file(self) -> bool:

@@ -1,7 +1,6 @@
 """Matches new rows with old answers by request key: the k-th row of a key gets the k-th answer to it.
 
-Memory is flat for any number of rows: both sides are spread over buckets by their first bits, in files without a name,
-and matched bucket by bucket.
+Memory is flat for any number of rows: both sides are spread over buckets and matched bucket by bucket.
 """
 
 import struct
@@ -9,16 +8,18 @@ import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Self
+from typing import Self
 
 from batchrun.durable import disk_errors
+from batchrun.startup import buckets
+from batchrun.startup.buckets import Buckets
 from batchrun.store.row_numbers import RowNumbers
 
 NONE = -1
 """The old row of a new request."""
 
-ROWS_A_BUCKET = 250_000
-MAX_BUCKETS = 48  # two files each: within a small limit on open files together with all else
+KEYS = "request keys"
+
 BUFFER_BYTES = 1 << 16
 
 _ENTRY = struct.Struct("<16sq")
@@ -72,10 +73,12 @@ class Questions:
 
 def match(old: Iterable[tuple[bytes, int]], new: Iterable[tuple[bytes, int]], rows: int, directory: Path) -> Matches:
     """Matches `rows` new rows. Both sides are (key, row), in the order of rows."""
-    buckets = buckets_of(rows)
+    count = buckets.count_for(rows)
     matches = Matches(rows, directory)
-    with Spread(old, buckets, directory) as answers, Spread(new, buckets, directory) as questions:
-        for bucket in range(buckets):
+    with Buckets(directory, count, KEYS) as answers, Buckets(directory, count, KEYS) as questions:
+        answers.add_all(old)
+        questions.add_all(new)
+        for bucket in range(count):
             waiting: dict[bytes, deque[int]] = {}
             for key, row in answers.entries(bucket):
                 waiting.setdefault(key, deque()).append(row)
@@ -83,33 +86,3 @@ def match(old: Iterable[tuple[bytes, int]], new: Iterable[tuple[bytes, int]], ro
                 if found := waiting.get(key):
                     matches[row] = found.popleft()
     return matches
-
-
-def buckets_of(rows: int) -> int:
-    """How many buckets so many rows take."""
-    return min(MAX_BUCKETS, 1 + rows // ROWS_A_BUCKET)
-
-
-class Spread:
-    """Entries spread over bucket files by their key."""
-
-    def __init__(self, entries: Iterable[tuple[bytes, int]], buckets: int, directory: Path) -> None:
-        self._files: list[IO[bytes]] = []
-        with disk_errors(directory):
-            for _ in range(buckets):
-                self._files.append(tempfile.TemporaryFile(dir=directory, buffering=BUFFER_BYTES))  # noqa: SIM115
-            for key, row in entries:
-                self._files[int.from_bytes(key[:4], "little") % buckets].write(_ENTRY.pack(key, row))
-
-    def entries(self, bucket: int) -> Iterator[tuple[bytes, int]]:
-        """The bucket's entries in the order in which they were added."""
-        self._files[bucket].seek(0)
-        while block := self._files[bucket].read(_ENTRY.size * 4096):
-            yield from _ENTRY.iter_unpack(block)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in self._files:
-            file.close()

@@ -213,7 +213,7 @@ def _take(
         if id_column not in record.columns:
             missing = f"column {id_column!r}, which input.id names, is missing"
             return missing + among(tuple(record.columns), id_column)
-        if (problem := ids.add(record.ordinal, record.columns[id_column])) is not None:
+        if (problem := ids.add_id(record.ordinal, record.columns[id_column])) is not None:
             return f"{id_column}: {problem}"
     tally.accept(request)
     question(record.ordinal, request.key)

@@ -48,8 +48,12 @@ class RemoteFolder:
             stream.close()
 
     def put_file(self, name: str, local: Path) -> None:
-        """The object is a copy of the local file, whose size is checked afterwards."""
-        with failures.writing(self.url.child(name)), local.open("rb") as source:
+        """The object is a copy of the local file, whose size is checked afterwards.
+
+        Raises:
+            FileNotFoundError: there is no such local file.
+        """
+        with local.open("rb") as source, failures.writing(self.url.child(name)):
             stream = self._filesystem.open_output_stream(self._at(name), compression=None)
             size = 0
             while block := source.read(COPY_BYTES):

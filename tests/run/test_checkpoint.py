@@ -23,6 +23,7 @@ from batchrun.store.db_tables import Chunk, Reopened
 from batchrun.store.totals import Totals, answer_line, fold, possibly_billed, with_possibly_billed
 from tests import level
 from tests.endings import ENDINGS, completion, discarded, stored_attempt
+from tests.unit.test_memory import resident_mb
 
 pytestmark = pytest.mark.sampled(12)
 
@@ -239,6 +240,21 @@ def test_a_reopened_row_is_pending_until_resealed(tmp_path: Path) -> None:
         assert standing == {"ok": 2, "truncated": 1}
     with opened(path) as checkpoint:
         assert {status: rows for status, rows in checkpoint.totals.standing.items() if rows} == standing
+
+
+def test_rows_that_are_reopened_are_not_in_memory(tmp_path: Path) -> None:
+    """The failures of a large run: 30,000 of them would be some 30 MB."""
+    rows, before = 30_000, resident_mb()
+    template = reopened(0, 1, "error")
+    with opened(tmp_path / "checkpoint.db") as checkpoint:
+        again = Chunk(0, 0, rows, "{}", "ab", 1, "cd")
+        one_by_one = (
+            msgspec.structs.replace(template, row=row, answer=f"{template.answer}{' ' * 200}") for row in range(rows)
+        )
+        checkpoint.reopen_chunks([again], one_by_one, {})
+        assert resident_mb() - before < 15
+        assert checkpoint.totals.standing == {"error": -rows}
+        assert checkpoint.has_reopened
 
 
 # ── all or nothing ────────────────────────────────────────────────────────────────────────────────────────────────────

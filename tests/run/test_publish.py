@@ -35,12 +35,14 @@ def api() -> Iterator[RunningSimulator]:
 class Machine:
     """A machine with a disk of its own, on which the job is run."""
 
-    def __init__(self, disk: Path, api: RunningSimulator, to: str, more: str = "") -> None:
+    def __init__(
+        self, disk: Path, api: RunningSimulator, to: str, more: str = "", *, rows: int = ROWS, output: str = ""
+    ) -> None:
         disk.mkdir(exist_ok=True)
         self.state = disk / "state"
-        source = write_rows(disk / "in.jsonl", ROWS)
+        source = write_rows(disk / "in.jsonl", rows)
         self.to = f"s3://{BUCKET}/{to}"
-        self.job = write_job(disk / "job.toml", api.url, source, f"{more}\n[output]\npath = '{self.to}'\n")
+        self.job = write_job(disk / "job.toml", api.url, source, f"{more}\n[output]\npath = '{self.to}'\n{output}")
 
     def run(self, **options: Any) -> Summary:
         return batchrun.run(self.job, state_dir=self.state, **options)

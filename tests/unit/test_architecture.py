@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "batchrun"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("signals", "streams", "open_files", "durable", "memory", "job"),
+    ("signals", "streams", "open_files", "memory", "durable", "job"),
     ("records",),
     ("prices", "credentials", "storage"),
     ("price_list", "source", "request", "limits", "response"),

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from batchrun.startup import buckets
 from batchrun.startup.answer_match import NONE, Matches
+from batchrun.startup.buckets import Buckets
 from batchrun.store import origins
 from batchrun.store.origins import SENT, OriginsWriter
 
@@ -49,11 +51,27 @@ def test_origins_of_rows_that_are_all_sent_take_no_disk(tmp_path: Path) -> None:
         assert list(tmp_path.iterdir()) == []
 
 
+def test_keys_to_compare_are_not_in_memory(tmp_path: Path) -> None:
+    """Nor do they take more than one file: a hundred million rows have 400 buckets of them."""
+    keys, before, files = 1_000_000, resident_mb(), len(list(Path("/proc/self/fd").iterdir()))
+    with Buckets(tmp_path, buckets.count_for(100_000_000), "keys") as spread:
+        spread.add_all((number.to_bytes(4, "little") * 4, number) for number in range(keys))
+        assert resident_mb() - before < 2 * MOST_MB < 24 * keys / 1e6
+        assert len(list(Path("/proc/self/fd").iterdir())) == files + 1
+        found = [number for bucket in range(spread.count) for _, number in spread.entries(bucket)]
+        assert sorted(found) == list(range(keys))
+        assert list(spread.entries(7))[:2] == [
+            ((7).to_bytes(4, "little") * 4, 7),
+            ((408).to_bytes(4, "little") * 4, 408),
+        ]
+    assert list(tmp_path.iterdir()) == []
+
+
 ARENAS = """
 import ctypes, sys, threading
 from batchrun import memory
 if sys.argv[1] == "one":
-    memory.give_back()
+    memory.share_one_arena()
 libc = ctypes.CDLL(None)
 libc.malloc.restype = libc.fopen.restype = ctypes.c_void_p
 at_once = threading.Barrier(4)
