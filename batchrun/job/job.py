@@ -272,6 +272,7 @@ class Output(Table, frozen=True):
     layout: Literal["file", "parts"] = "file"
     format: Literal["parquet", "jsonl", "jsonl.gz", "jsonl.zst"] = "parquet"
     partition_by: list[Text] = []
+    dataset: Text | None = None
     max_partitions: AtLeastOne = 1000  # each is a folder and a file; pyarrow's own limit is 1,024
     compression: Literal["zstd", "snappy", "gzip", "none"] = "zstd"
     chunk_rows: Annotated[int, Meta(ge=1, le=1_000_000)] = 8192

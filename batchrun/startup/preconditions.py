@@ -11,6 +11,7 @@ from batchrun.prices import PriceTable
 from batchrun.report.wording import plural
 from batchrun.source import Source, TableSource
 from batchrun.startup.input_check import Survey
+from batchrun.store import shared_dataset
 from batchrun.tables.partitioned import require_keys
 from batchrun.tables.rows import output_schema
 
@@ -27,6 +28,7 @@ def require_input(
     if found.rejected and not skip_invalid:
         raise_problems(found, report)
     require_columns(job, source, found)
+    shared_dataset.require_possible(job.output, source.files)
     require_rows(job, found)
 
 
