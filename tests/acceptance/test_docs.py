@@ -241,7 +241,8 @@ def test_every_dependency_has_its_reason_in_the_design() -> None:
     listed = [row[0].partition(" ")[0] for row in rows("docs/design.md", "package", "reason")]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *(name for extra in ("uvloop", "tokens", "report") for name in extras[extra])]
+    of_users = ("uvloop", "tokens", "report", "otel")
+    wanted = [*project["dependencies"], *(name for extra in of_users for name in extras[extra])]
     assert sorted(listed) == sorted(re.match(r"[\w-]+", name)[0] for name in wanted)  # type: ignore[index]
 
 

@@ -61,6 +61,7 @@ SOLE_IMPORTERS: dict[str, frozenset[str]] = {
     "pygal": frozenset({"report.charts"}),
     "genai_prices": frozenset({"price_list"}),
     "jsonschema_rs": frozenset({"job.answer_schema", "simulator.schemas"}),
+    "opentelemetry": frozenset({"telemetry.otel"}),
     "toktok": frozenset({"response.token_count"}),
     "xlsxwriter": frozenset({"report.spreadsheet"}),
     "pyarrow": frozenset({"source", "tables", "store", "report", "startup", "dispatch", "integrity"}),
