@@ -79,7 +79,7 @@ class Cluster:
         try:
             first = await fleet.start()
             many = str(engine.actors) if engine.max_actors is None else f"{engine.actors} to {engine.max_actors}"
-            where = "a local Ray" if self._address == LOCAL else f"the Ray cluster at {self._address}"
+            where = self._where()
             self._note(f"sending from {many} {'actor' if many == '1' else 'actors'} of {where} ({version})")
             yield [
                 Opened(
@@ -90,6 +90,13 @@ class Cluster:
             ]
         finally:
             await fleet.close()
+
+    def _where(self) -> str:
+        import ray
+
+        return (
+            "a local Ray" if self._address == LOCAL else f"the Ray cluster at {ray.get_runtime_context().gcs_address}"
+        )
 
     def disconnect(self) -> None:
         """Leaves the cluster, and ends one that was started by `_connect`."""

@@ -17,7 +17,7 @@ import ray
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
 from batchrun.credentials import Credentials
-from batchrun.errors import APIConnectionError, BatchrunError, ExitCode, JobError, RunStoppedError
+from batchrun.errors import APIConnectionError, ExitCode, JobError, RunStoppedError
 from batchrun.job.job import Engine
 from batchrun.policy import Fault
 from batchrun.ray_engine.sender import Answered, Parcel, Ready, Sender, Setup
@@ -103,6 +103,7 @@ class Fleet:
         self._no_actor_since: float | None = None
         self._surplus_since: float | None = None
         self._closing = False
+        self._last_failure: str | None = None
         self._first: asyncio.Future[Ready] = self._loop.create_future()
 
     # ── the life of the fleet ─────────────────────────────────────────────────────────────────────────────────────────
@@ -123,6 +124,8 @@ class Fleet:
             raise RunStoppedError(self._no_room(), ExitCode.PAUSED) from None
 
     def _no_room(self) -> str:
+        if self._last_failure is not None:
+            return f"no Ray actor could start: {self._last_failure}; run the same command again"
         free, all_of_them = ray.available_resources().get("CPU", 0), ray.cluster_resources().get("CPU", 0)
         return (
             f"no Ray actor could start within {self._engine.start_timeout_s:g} s: each needs "
@@ -203,12 +206,20 @@ class Fleet:
         await self._collect(actor)
 
     def _could_not_start(self, error: Exception) -> None:
-        """An error of the first actor ends the start: it would be that of all."""
-        why = _in_words(error)
-        self._report("actor failed", None if not self._first.done() else f"warning: no Ray actor more: {why}", why=why)
-        if not self._first.done():
-            known = error.cause if isinstance(error, RayTaskError) else error
-            self._first.set_exception(known if isinstance(known, BatchrunError) else JobError(_not_started(why)))
+        """Before the first actor works, an error that all would have ends the start; a node that dies does not."""
+        self._last_failure = why = _in_words(error)
+        if self._first.done():
+            self._report("actor failed", f"warning: a Ray actor could not start: {why}", why=why)
+            return
+        self._report("actor failed", None, why=why)
+        if (known := _as_ours(error, why)) is not None:
+            self._first.set_exception(known)
+        else:
+            self._loop.call_later(REPEAT_S, self._start_another)
+
+    def _start_another(self) -> None:
+        if not self._closing:
+            self._start_one()
 
     def _end(self, actor: Actor) -> None:
         if actor in self._actors:
@@ -376,12 +387,21 @@ def _in_words(error: Exception) -> str:
     if isinstance(error, RayTaskError):
         return f"{type(error.cause).__name__}: {error.cause}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if getattr(error, "actor_init_failed", False) and (raised := [line for line in lines if _RAISED.match(line)]):
+        return raised[-1][:300]
     line = next((line for line in lines if line.startswith("The actor") and "because" in line), "".join(lines[:1]))
     return _DETAILS.split(re.split("because |is unavailable: ", line)[-1])[0][:300].rstrip(". ") or type(error).__name__
 
 
+_RAISED = re.compile(r"\w+(Error|Exception): ")
 _DETAILS = re.compile(r"\.? (?:Worker exit type|Node Id|Some common causes|The task may or may not)")
 
 
-def _not_started(why: str) -> str:
-    return f"a Ray actor could not start: {why}; batchrun[ray] must be installed on every node of the cluster"
+def _as_ours(error: Exception, why: str) -> JobError | None:
+    """The error if every actor would have it."""
+    known = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(known, JobError):
+        return known
+    if isinstance(known, RayTaskError | ImportError) or getattr(error, "actor_init_failed", False):
+        return JobError(f"a Ray actor could not start: {why}; install batchrun[ray] on every node of the cluster")
+    return None
