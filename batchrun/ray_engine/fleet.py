@@ -104,6 +104,7 @@ class Fleet:
         self._surplus_since: float | None = None
         self._closing = False
         self._last_failure: str | None = None
+        self._cut_off: RunStoppedError | None = None
         self._first: asyncio.Future[Ready] = self._loop.create_future()
 
     # ── the life of the fleet ─────────────────────────────────────────────────────────────────────────────────────────
@@ -142,7 +143,13 @@ class Fleet:
             await asyncio.wait(self._tasks, timeout=CLOSE_S)
 
     def tend(self) -> None:
-        """To be called about once a second: gives up silent actors, starts and ends some, fails what waits too long."""
+        """To be called about once a second: gives up silent actors, starts and ends some, fails what waits too long.
+
+        Raises:
+            RunStoppedError: this process can't have an actor any more.
+        """
+        if self._cut_off is not None:
+            raise self._cut_off
         now = self._loop.time()
         for actor in self._alive():
             if now - actor.heard_at > SILENT_S:
@@ -156,7 +163,7 @@ class Fleet:
         elif self._no_actor_since is None:
             self._no_actor_since = now
         elif now - self._no_actor_since > UNSENT_S:
-            self._fail_unsent(now)
+            self._fail_unsent(f"no Ray actor has been there for {UNSENT_S:g} s")
 
     def _wanted(self) -> int:
         """An actor for every `requests_per_actor` in flight, within the bounds."""
@@ -207,12 +214,13 @@ class Fleet:
 
     def _could_not_start(self, error: Exception) -> None:
         """Before the first actor works, an error that all would have ends the start; a node that dies does not."""
+        self._note_cut_off(error)
         self._last_failure = why = _in_words(error)
         if self._first.done():
             self._report("actor failed", f"warning: a Ray actor could not start: {why}", why=why)
             return
         self._report("actor failed", None, why=why)
-        if (known := _as_ours(error, why)) is not None:
+        if (known := self._cut_off or _as_ours(error, why)) is not None:
             self._first.set_exception(known)
         else:
             self._loop.call_later(REPEAT_S, self._start_another)
@@ -245,6 +253,8 @@ class Fleet:
 
     async def send(self, endpoint: int, body: bytes, client_request_id: str) -> Attempt:
         """As `Transport.send`, to the endpoint at this place."""
+        if self._cut_off is not None:
+            return _not_sent(time.time(), str(self._cut_off))
         self._last_number = number = self._last_number + 1
         reply: asyncio.Future[Attempt] = self._loop.create_future()
         self._replies[number] = reply
@@ -335,7 +345,15 @@ class Fleet:
             await asyncio.sleep(REPEAT_S)
             return actor in self._actors
         self._lost(actor, _in_words(error))
+        self._note_cut_off(error)
         return False
+
+    def _note_cut_off(self, error: Exception) -> None:
+        """If the node of this process has died, its actors are gone, and it can have no others: `tend` ends the run."""
+        if "owner has died" in str(error) and not self._closing and self._cut_off is None:
+            why = "the Ray node that this process is on has died, and all actors with it; run the same command again"
+            self._cut_off = RunStoppedError(why, ExitCode.PAUSED)
+            self._fail_unsent(why)
 
     def _answer(self, number: int, attempt: Attempt | Exception) -> None:
         reply = self._replies.get(number)
@@ -360,13 +378,16 @@ class Fleet:
         actor.in_flight.clear()
         self._deal_soon()
 
-    def _fail_unsent(self, now: float) -> None:
+    def _fail_unsent(self, why: str) -> None:
         """Requests that no actor has taken were certainly not sent."""
-        why = f"no Ray actor has been there for {UNSENT_S:g} s"
         while self._unsent:
             queued_at, (number, *_) = self._unsent.popleft()
-            error = APIConnectionError(why, kind=Fault.CONNECT, sent=False)
-            self._answer(number, Attempt(queued_at, max(0.0, time.time() - queued_at), None, {}, b"", error))
+            self._answer(number, _not_sent(queued_at, why))
+
+
+def _not_sent(queued_at: float, why: str) -> Attempt:
+    error = APIConnectionError(why, kind=Fault.CONNECT, sent=False)
+    return Attempt(queued_at, max(0.0, time.time() - queued_at), None, {}, b"", error)
 
 
 def _pieces(batch: list[Parcel]) -> Iterator[list[Parcel]]:
@@ -394,7 +415,7 @@ def _in_words(error: Exception) -> str:
 
 
 _RAISED = re.compile(r"\w+(Error|Exception): ")
-_DETAILS = re.compile(r"\.? (?:Worker exit type|Node Id|Some common causes|The task may or may not)")
+_DETAILS = re.compile(r"\.? (?:Worker exit type|Node Id|Owner Id|Some common causes|The task may or may not)")
 
 
 def _as_ours(error: Exception, why: str) -> JobError | None:
