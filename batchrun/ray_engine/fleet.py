@@ -31,8 +31,8 @@ CALL_BYTES = 4_000_000
 """How many bytes of bodies one call has: Ray sends 10 MB of arguments with it."""
 
 MOST_CALLS_PER_S = 1_000
-"""How often the driver calls actors, in all. A call costs it some 0.3 ms of CPU, however much it carries (measured:
-docs/benchmarks.md), so what comes sooner waits for the next one: 2 ms with one actor, 32 ms with 16."""
+"""How often the driver calls actors, in all. A call costs it about 0.5 ms of CPU, however much it carries (measured:
+docs/ray.md), so what comes sooner waits for the next one: 2 ms with one actor, 32 ms with 16."""
 
 SILENT_S = 60.0
 """An actor is lost that has answered no call for so long. Each answers every `sender.POLL_S` seconds."""
