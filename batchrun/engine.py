@@ -17,6 +17,7 @@ import functools
 import os
 import socket
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -40,7 +41,7 @@ from batchrun.startup import input_pass, retry, shard
 from batchrun.startup import resume as planning
 from batchrun.startup.resume import Plan
 from batchrun.startup.run_options import RunOptions
-from batchrun.store import at_rest, partial, result, variants
+from batchrun.store import at_rest, partial, result, shared_dataset, variants
 from batchrun.store.carry_over import CarryOver
 from batchrun.store.checkpoint import Checkpoint, read_finished
 from batchrun.store.chunks import Chunks, Layout
@@ -359,7 +360,13 @@ def _finish(job: Job, store: Store, status: RunStatus) -> Summary:
         status.start_writing()
         memory.give_back()  # a file's footer, which grows with its rows, gets what sending has freed
         plan = store.plan
-        result.write(plan.manifest, plan.schema, store.checkpoint, store.chunks, store.directory, status.summary())
+        written = result.write(
+            plan.manifest, plan.schema, store.checkpoint, store.chunks, store.directory, status.summary()
+        )
+        if job.output.dataset is not None:
+            dataset = Path(job.output.dataset)
+            partitions = shared_dataset.publish(written, store.directory, dataset, plan.manifest.run_id)
+            status.log.write("partitions published", dataset=str(dataset), partitions=partitions)
         return status.end("complete", _exit_code(job, status.summary()), None)
 
 
