@@ -254,7 +254,8 @@ def place(
         summary = RunDirectory(newest[1]).read_summary()
         if summary is not None and not summary.get("complete") and summary.get("job") == job:
             return newest[1], newest[0]
-    if date is None and "{date}" in fixed and not path.exists() and (there := elsewhere()) is not None:
+    started = RunDirectory(path).checkpoint.exists()
+    if date is None and "{date}" in fixed and not started and (there := elsewhere()) is not None:
         return there
     return path, None
 
