@@ -232,8 +232,9 @@ def _place(job: Job, options: Options, note: Callable[[str], None]) -> tuple[Run
     """The run's directory, and its logical date."""
     now = datetime.now().astimezone()
     pattern, new = rundir.pattern_of(job.output), options.get("new", False)
-    taken = destination.taken(job)
-    path, earlier = rundir.place(pattern, job.name, date=options.get("date"), now=now, new=new, taken=taken)
+    taken, elsewhere = destination.taken(job), destination.elsewhere(job)
+    date = options.get("date")
+    path, earlier = rundir.place(pattern, job.name, date=date, now=now, new=new, taken=taken, elsewhere=elsewhere)
     if earlier is not None:
         line = f"resuming the unfinished run of {earlier} ({path}); --new starts another"
         note(Notice(line, "resuming", date=earlier, directory=path))
