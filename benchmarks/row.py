@@ -46,7 +46,7 @@ def tell():
     threads = {"event loop, check and result": time.thread_time(), **spent}
     print(json.dumps({"threads": threads, "user": used.user, "system": used.system}))
 atexit.register(tell)
-from batchrun.cli import main; main
+from batchrun.cli import main; main()
 """
 
 

@@ -24,6 +24,8 @@ from batchrun.transport.transport import Choice, Opened, Wanted
 OBJECT_STORE_BYTES = 128_000_000
 """Of a cluster of our own: only requests with a body above 64 KB (images) pass through it."""
 
+CONNECT_S = 10.0
+
 Note = Callable[[str], None]
 
 
@@ -76,9 +78,9 @@ class Cluster:
         fleet = Fleet(engine, setup, wanted.credentials, self._require_reachable, report)
         try:
             first = await fleet.start()
-            most = "" if engine.max_actors is None else f" to {engine.max_actors}"
+            many = str(engine.actors) if engine.max_actors is None else f"{engine.actors} to {engine.max_actors}"
             where = "a local Ray" if self._address == LOCAL else f"the Ray cluster at {self._address}"
-            self._note(f"sending from {engine.actors}{most} actors of {where} ({version})")
+            self._note(f"sending from {many} {'actor' if many == '1' else 'actors'} of {where} ({version})")
             yield [
                 Opened(
                     ActorTransport(fleet, place),
@@ -117,6 +119,7 @@ class Cluster:
                 }
             with _environ_for_ray(self._job.endpoints), _own_signals():
                 try:
+                    _require_listener(self._address)
                     ray.init(address=self._address, **options)
                 except Exception as error:
                     raise JobError(f"engine ray: can't connect to {self._address}: {_in_a_line(error)}") from error
@@ -151,6 +154,17 @@ class ActorTransport:
         return 0
 
 
+def _require_listener(address: str) -> None:
+    """Ray itself tries for minutes, and writes to stderr meanwhile.
+
+    Raises:
+        OSError: nothing listens at `host:port`.
+    """
+    host, _, port = address.rpartition(":")
+    if port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+
+
 @contextlib.contextmanager
 def _environ_for_ray(endpoints: Sequence[Endpoint]) -> Iterator[None]:
     """The environment that a local Ray's processes get: without the job's secrets, which come to actors by a call."""
@@ -159,7 +173,7 @@ def _environ_for_ray(endpoints: Sequence[Endpoint]) -> Iterator[None]:
         value.removeprefix("env:") for each in endpoints for value in each.headers.values() if value.startswith("env:")
     }
     hidden = {name: os.environ.pop(name) for name in (*names, "PYTHONWARNINGS") if name in os.environ}
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a local Ray reports to nobody
     try:
         yield
     finally:

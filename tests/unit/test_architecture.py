@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("startup", "telemetry"),
     ("dispatch",),
     ("engine", "integrity", "simulator"),
-    ("simulated", "terminal"),
+    ("simulated", "terminal", "merge"),
     ("preflight", "destination", "on_end"),
     ("api",),
     ("runner",),
@@ -64,7 +64,9 @@ SOLE_IMPORTERS: dict[str, frozenset[str]] = {
     "jsonschema_rs": frozenset({"job.answer_schema", "simulator.schemas"}),
     "toktok": frozenset({"response.token_count"}),
     "xlsxwriter": frozenset({"report.spreadsheet"}),
-    "pyarrow": frozenset({"storage", "source", "tables", "store", "report", "startup", "dispatch", "integrity"}),
+    "pyarrow": frozenset(
+        {"storage", "source", "tables", "store", "report", "startup", "dispatch", "integrity", "merge"}
+    ),
 }
 """Library → the packages and modules that import it."""
 
