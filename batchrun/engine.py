@@ -146,7 +146,7 @@ def _status(job: Job, directory: RunDirectory, credentials: Credentials, hooks: 
     live_limits.clear(directory)
     was_complete = (directory.read_summary() or {}).get("complete")
     summary_before = directory.summary.read_bytes() if was_complete else None
-    status = RunStatus(job.name, directory, credentials, hooks.command, job.job.tags, hooks.shown)
+    status = RunStatus(job.name, directory, credentials, hooks.command, job.job.tags, hooks.views)
     try:
         hooks.progress(status.summary())
         if credentials.warning:
@@ -245,8 +245,10 @@ def _store(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, hooks: H
     path = directory.origins_of(plan.manifest.layout)
     carry = CarryOver(plan.origins, path, variant=plan.manifest.variant, model=model)
     hand_over = None if hooks.host is None else functools.partial(replay.hand_over, results=hooks.host.results)
+    otel = hooks.otel
+    opened = None if otel is None else otel.chunk_opened
     chunks = Chunks(directory, checkpoint, layout, carry, hand_over, hooks.mirror)
-    return Store(directory, checkpoint, plan, chunks, before_usd=checkpoint.totals.most_usd())
+    return Store(directory, checkpoint, plan, chunks, before_usd=checkpoint.totals.most_usd(), opened=opened)
 
 
 # ── canary ────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -312,6 +312,8 @@ class Telemetry(Table, frozen=True):
     """What other programs are told of a run while it works."""
 
     prometheus_dir: Text | None = None
+    otel: bool = False
+    request_spans: Share = 0.0
 
 
 class Simulator(Table, frozen=True):

@@ -222,16 +222,8 @@ def test_a_moved_folder_is_still_a_result(done: Path, tmp_path: Path, simulator:
     costs = [json.loads(bill.stdout)["total"]["cost_usd"] for bill in bills]
     assert costs[0] == costs[1], (bills[0].stderr, bills[1].stderr)
     served = len(simulator.ledger())
-    ended = batchrun(
-        "run",
-        done / "job.toml",
-        "-o",
-        tmp_path / "all",
-        "--reuse",
-        moved,
-        "--set",
-        'input.reuse_status=["ok", "truncated"]',
-    )
+    every = ("--reuse", moved, "--set", 'input.reuse_status=["ok", "truncated"]')
+    ended = batchrun("run", done / "job.toml", "-o", tmp_path / "all", *every)
     assert (ended.exit_code, len(simulator.ledger())) == (0, served), ended.stderr
     statuses = {row["row"]: row["status"] for row in rows_of(done / "out")}
     assert {row["row"]: row["status"] for row in rows_of(tmp_path / "all")} == statuses
