@@ -29,7 +29,7 @@ from batchrun.report.summary import files as summary_files
 from batchrun.report.summary import read as read_summary
 from batchrun.request import image_digests
 from batchrun.source import JsonlSource
-from batchrun.store import db_tables, result, variants
+from batchrun.store import db_tables, result, shared_dataset, variants
 from batchrun.store.checkpoint import FORMAT, Checkpoint, read_finished
 from batchrun.store.chunks import Chunks, Layout
 from batchrun.store.database import Database, Record
@@ -61,7 +61,9 @@ def merge(shards: Sequence[CompleteShard], to: Path) -> Merged:
     target, building = RunDirectory(to), RunDirectory(to.with_name(to.name + durable.TEMP_SUFFIX))
     writer = Writer(shards, building, target)
     if to.exists():
-        return Merged(target, writer.merged_before(), written=False)
+        before = writer.merged_before()
+        _publish(target)
+        return Merged(target, before, written=False)
     building.require_possible()
     shutil.rmtree(building.path, ignore_errors=True)
     building.create()
@@ -75,7 +77,17 @@ def merge(shards: Sequence[CompleteShard], to: Path) -> Merged:
     except BaseException:
         shutil.rmtree(building.path, ignore_errors=True)
         raise
+    _publish(target)
     return Merged(target, summary, written=True)
+
+
+def _publish(directory: RunDirectory) -> None:
+    """The run's partitions are in the dataset that its job names: a shard's would replace those of the others."""
+    entries = read_finished(directory.checkpoint)
+    manifest = Manifest.decode(entries)
+    if manifest.output.dataset is not None:
+        dataset = Path(manifest.output.dataset)
+        shared_dataset.publish(result.finished(entries), directory, dataset, manifest.run_id)
 
 
 class Renumbering(msgspec.Struct, frozen=True):
@@ -301,7 +313,7 @@ def _pieces(shard: CompleteShard) -> Iterator[Iterator[pa.RecordBatch]]:
         CheckpointError: the result is not what was written.
     """
     written = [(shard.directory.path / file.name, file.digest, file.rows) for file in _in_order(shard)]
-    if shard.result.folder:
+    if shard.result.folder or shard.result.kept:
         return (files.sealed_batches(*file) for file in written)
     ((path, digest, _),) = written
     return files.cut(path, digest, [chunk.rows for chunk in shard.known.chunks])
