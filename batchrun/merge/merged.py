@@ -137,7 +137,7 @@ class Writer:
             result.write(self._manifest, self._schema, checkpoint, chunks_sealed, self._to, summary)
         finally:
             checkpoint.close()
-        for path in (self._to.rejects, self._to.images_of()):
+        for path in (self._to.rejects, self._to.images_of(), self._to.log):
             self._join_files(path.name)
         summary = msgspec.structs.replace(summary, files=_files(self._to, self._target))
         durable.replace_bytes(self._to.summary, msgspec.json.format(msgspec.json.encode(summary), indent=2))
