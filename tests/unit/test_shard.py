@@ -1,6 +1,8 @@
 """Ranges of rows, and parts of limits, for every shard of a run: together they are the whole and nothing twice."""
 
+import asyncio
 import gzip
+from bisect import bisect_right
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
@@ -16,6 +18,8 @@ from batchrun.records import Shard
 from batchrun.source import START, open_source
 from batchrun.startup import shard as shards
 from tests.jobs import job_over, texts, write_lines
+from tests.limited_server import Run, Server, ask_all, new_gate
+from tests.moved_clock import run_on_moved_clock
 
 COUNTS = (1, 2, 3, 7, 16, 100)
 
@@ -221,3 +225,40 @@ def test_a_parquet_footer_says_that_a_file_changed(tmp_path: Path) -> None:
     assert footer_digest(one) == footer_digest(other)
     pq.write_table(pa.Table.from_pylist(texts(100, first=1)), other)
     assert footer_digest(one) != footer_digest(other)
+
+
+# ── together at one endpoint ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("rpm", "tpm", "count"), [(600, None, 7), (None, 30_000, 3), (617, 60_000, 16)])
+def test_all_shards_together_keep_the_limits_and_use_them(rpm: int | None, tpm: int | None, count: int) -> None:
+    given = {"requests_per_minute": rpm, "tokens_per_minute": tpm}
+    limits = {name: limit for name, limit in given.items() if limit is not None}
+    job = job_over("in.jsonl", limits=limits)
+    rows, tokens = 1800, 100
+
+    async def main() -> Server:
+        server = Server(rpm, tpm, headers=False)
+        work = []
+        for shard in all_of(count):
+            own = shards.job_of(job, shard).limits
+            first, end = shards.rows_of(shard, rows)
+            run = Run(server)
+            gate = new_gate(
+                run,
+                max_in_flight=own.max_in_flight,
+                first_in_flight=min(8, own.max_in_flight),
+                requests_per_minute=own.requests_per_minute,
+                tokens_per_minute=own.tokens_per_minute,
+            )
+            work.append(ask_all(run, gate, [tokens] * (end - first), workers=own.max_in_flight))
+        await asyncio.gather(*work)
+        return server
+
+    server = run_on_moved_clock(main())
+    assert server.refused() <= 0.025  # at the start all of them send at once, and this server allows two seconds' worth
+    times = [exchange.at_s for exchange in server.accepted()]
+    a_minute = min(limit for limit in (rpm, None if tpm is None else tpm / tokens) if limit is not None)
+    most = max(bisect_right(times, at_s + 60) - place for place, at_s in enumerate(times))
+    assert most <= a_minute * (1 + 1 / 60) + count  # each part may burst by a second, and by one request at least
+    assert times[-1] - times[0] <= rows / a_minute * 60 * 1.05
