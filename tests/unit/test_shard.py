@@ -238,7 +238,7 @@ def test_all_shards_together_keep_the_limits_and_use_them(rpm: int | None, tpm: 
     rows, tokens = 1800, 100
 
     async def main() -> Server:
-        server = Server(rpm, tpm, headers=False)
+        server = Server(rpm, tpm, headers=tpm is not None)
         work = []
         for shard in all_of(count):
             own = shards.job_of(job, shard).limits
