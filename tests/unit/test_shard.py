@@ -13,7 +13,7 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import pytest
 
-from batchrun.errors import JobError
+from batchrun.errors import InputError, JobError
 from batchrun.records import Shard
 from batchrun.source import START, open_source
 from batchrun.startup import shard as shards
@@ -194,8 +194,23 @@ def test_the_shards_of_any_format_read_each_row_once(tmp_path: Path) -> None:
 def test_more_shards_than_rows_leave_some_without(tmp_path: Path) -> None:
     for rows, sizes in ((0, [0, 0, 0, 0]), (2, [1, 1, 0, 0])):
         files = (write_lines(tmp_path / f"{rows}.jsonl", texts(rows)),)
-        own = [shards.find(job_over(files[0], input={"min_rows": 0}), files, shard) for shard in all_of(4)]
+        own = [shards.find(job_over(files[0], input={"min_rows": 0}), files, shard, tmp_path) for shard in all_of(4)]
         assert [len(list(each.source.records())) for each in own] == sizes
+
+
+def test_an_id_that_repeats_anywhere_is_refused_by_every_shard(tmp_path: Path) -> None:
+    rows = texts(50)
+    rows[40]["id"] = "r3"
+    table = pa.Table.from_pylist(rows)
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=7)
+    pacsv.write_csv(table, tmp_path / "b.csv")
+    for file in (tmp_path / "a.parquet", tmp_path / "b.csv", write_lines(tmp_path / "c.jsonl", rows)):
+        job = job_over(file, input={"id": "id"})
+        for shard in all_of(5):
+            with pytest.raises(InputError, match="id: record 40 of the input, counted from 0, has the id of record 3;"):
+                shards.find(job, (file,), shard, tmp_path)
+            assert shards.find(job, (file,), shard, tmp_path, skip_invalid=True).span.records == 50
+        assert shards.find(job_over(file), (file,), Shard(0, 5), tmp_path).span.records == 50
 
 
 def test_a_parquet_shard_reads_no_row_group_of_the_others(tmp_path: Path) -> None:
