@@ -169,7 +169,7 @@ def _invoke(
     )
     grace_s = options.get("grace_s")
     progress: Callable[[Summary], None] = options.get("progress", lambda summary: None)
-    hooks = Hooks(progress, note, host, options.get("command"), GRACE_S if grace_s is None else grace_s, views.show)
+    hooks = Hooks(progress, note, host, options.get("command"), GRACE_S if grace_s is None else grace_s, views)
 
     def work(mirror: Mirror | None = None) -> Summary:
         return engine.run(job, directory, keys, run_options, msgspec.structs.replace(hooks, mirror=mirror), runtime)
