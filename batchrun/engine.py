@@ -17,13 +17,13 @@ import functools
 import os
 import socket
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from batchrun import __version__, signals
+from batchrun import __version__, memory, signals
 from batchrun.credentials import Credentials
 from batchrun.dispatch import canary, live_limits, replay
-from batchrun.dispatch.dispatch import Dispatch
 from batchrun.dispatch.hooks import Hooks
 from batchrun.dispatch.run_status import Checking, Running, RunStatus
 from batchrun.dispatch.start_messages import about_cost, start_lines
@@ -36,7 +36,7 @@ from batchrun.policy import failing
 from batchrun.records import Notice, Summary
 from batchrun.report.summary import failures, files, read
 from batchrun.report.wording import are, plural
-from batchrun.startup import input_pass, retry
+from batchrun.startup import input_pass, retry, shard
 from batchrun.startup import resume as planning
 from batchrun.startup.resume import Plan
 from batchrun.startup.run_options import RunOptions
@@ -48,7 +48,15 @@ from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
 from batchrun.tables.files import write_usage
 
-LoopFactory = Callable[[], asyncio.AbstractEventLoop]
+if TYPE_CHECKING:
+    from batchrun.dispatch.endpoints import OpenTransports
+
+
+class Runtime(msgspec.Struct, frozen=True):
+    """What makes the event loop (None: asyncio), and what opens the transports (None: this process sends)."""
+
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
+    open_transports: "OpenTransports | None" = None
 
 
 def run(
@@ -57,7 +65,7 @@ def run(
     credentials: Credentials,
     options: RunOptions = RunOptions(),  # noqa: B008  (frozen)
     hooks: Hooks = Hooks(),  # noqa: B008  (frozen)
-    loop_factory: LoopFactory | None = None,
+    runtime: Runtime = Runtime(),  # noqa: B008  (frozen)
 ) -> Summary:
     """Works on the run until it is complete or has to stop, as the summary says; the same call resumes it. Blocks.
 
@@ -71,9 +79,9 @@ def run(
                 replay.hand_over(replay.result(directory), hooks.host.results)
             hooks.note(Notice(f"{directory.path}: complete already; nothing is sent", "complete already"))
             return finished
-        summary, retried = _start(job, directory, credentials, options, hooks, loop_factory)
+        summary, retried = _start(job, directory, credentials, options, hooks, runtime)
         if summary.complete and not retried and _has_rows_to_retry(summary, options, hooks):
-            summary, _ = _start(job, directory, credentials, options, hooks, loop_factory)
+            summary, _ = _start(job, directory, credentials, options, hooks, runtime)
         return summary
 
 
@@ -83,7 +91,7 @@ def _start(
     credentials: Credentials,
     options: RunOptions,
     hooks: Hooks,
-    loop_factory: LoopFactory | None,
+    runtime: Runtime,
 ) -> tuple[Summary, bool]:
     """The summary at the end of this start, and whether it has sent rows again that were settled before."""
     with (
@@ -92,7 +100,7 @@ def _start(
         signals.raised(),  # until the event loop handles them, and after it
     ):
         store = _check(job, directory, checkpoint, options, status, hooks)
-        send = functools.partial(_dispatch, job, credentials, options, status, hooks, loop_factory)
+        send = functools.partial(_dispatch, job, credentials, options, status, hooks, runtime)
         if (stop := _canary(job, store, options, status, hooks, send)) is None:
             store = _with_all_chunks(store, hooks)
             stop = send(store)
@@ -118,6 +126,7 @@ def _finished(job: Job, directory: RunDirectory, options: RunOptions) -> Summary
     summary = read(directory)
     entries = read_finished(directory.checkpoint)
     known = Manifest.decode(entries)
+    shard.require_same(options.shard, known, directory.path)
     planning.require_same_shape(job, known)
     retrying = options.retry is not None
     _, _, changed_settings = variants.place(job, variants.decode(entries), known.variant, retrying=retrying)
@@ -126,7 +135,7 @@ def _finished(job: Job, directory: RunDirectory, options: RunOptions) -> Summary
     to_retry = any(summary.by_status.get(status) for status in options.retry or ())
     if changed_settings or changed_input is not None or to_retry or wanted_rows > summary.rows_in_output:
         return None
-    result.require_intact(directory, known.output.layout, summary.rows_in_output, entries)
+    result.require_intact(directory, summary.rows_in_output, entries)
     return msgspec.structs.replace(summary, exit_code=int(_exit_code(job, summary)), files=files(directory))
 
 
@@ -145,8 +154,10 @@ def _status(job: Job, directory: RunDirectory, credentials: Credentials, hooks: 
     except BatchrunError as error:
         status.end("failed", error.exit_code, str(error))
         was_refused = summary_before is not None and isinstance(error, JobError | InputError)
-        if was_refused and result.FINISHED in read_finished(directory.checkpoint):
-            result.tidy(directory)  # this start may not change a complete run, which is complete as before
+        entries = read_finished(directory.checkpoint) if was_refused else {}
+        if was_refused and result.FINISHED in entries:
+            # this start may not change a complete run, which is complete as before
+            result.tidy(directory, result.finished(entries))
             replace_bytes(directory.summary, summary_before or b"")
         raise
     except BaseException as error:
@@ -227,14 +238,14 @@ def _store(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, hooks: H
         parsed=plan.parsed,
         number=plan.manifest.layout,
         limit=plan.rows if plan.rows < plan.manifest.rows else None,
+        first_row=plan.manifest.first_row,
     )
     model = next(iter(plan.manifest.models), "")
     path = directory.origins_of(plan.manifest.layout)
     carry = CarryOver(plan.origins, path, variant=plan.manifest.variant, model=model)
     hand_over = None if hooks.host is None else functools.partial(replay.hand_over, results=hooks.host.results)
-    chunks = Chunks(directory, checkpoint, layout, carry, hand_over)
-    otel = hooks.otel
-    opened = None if otel is None else otel.chunk_opened
+    chunks = Chunks(directory, checkpoint, layout, carry, hand_over, hooks.mirror)
+    opened = None if hooks.otel is None else hooks.otel.chunk_opened
     return Store(directory, checkpoint, plan, chunks, before_usd=checkpoint.totals.most_usd(), opened=opened)
 
 
@@ -291,15 +302,17 @@ def _dispatch(
     options: RunOptions,
     status: RunStatus,
     hooks: Hooks,
-    loop_factory: LoopFactory | None,
+    runtime: Runtime,
     store: Store,
 ) -> Stop | None:
     """Sends every pending row, in a canary every row of it; why the run stopped before the last, if it did."""
     if not store.pending:
         return None
-    dispatch = Dispatch(job, store, credentials, status, hooks, options.deadline)
+    from batchrun.dispatch.dispatch import Dispatch  # here, because a complete run does not need aiohttp: 0.25 s
+
+    dispatch = Dispatch(job, store, credentials, status, hooks, options.deadline, runtime.open_transports)
     try:
-        with asyncio.Runner(loop_factory=loop_factory) as runner:
+        with asyncio.Runner(loop_factory=runtime.loop_factory) as runner:
             return runner.run(dispatch.send_all())
     except BatchrunError:
         _write_unfinished(job, store, status, hooks)
@@ -345,6 +358,7 @@ def _finish(job: Job, store: Store, status: RunStatus) -> Summary:
         if (unsettled := store.chunks.open_next()) is not None:
             raise CheckpointError(f"chunk {unsettled.chunk.chunk} has pending rows that the totals count as settled")
         status.start_writing()
+        memory.give_back()  # a file's footer, which grows with its rows, gets what sending has freed
         plan = store.plan
         result.write(plan.manifest, plan.schema, store.checkpoint, store.chunks, store.directory, status.summary())
         return status.end("complete", _exit_code(job, status.summary()), None)

@@ -27,11 +27,12 @@ RETRY_S, JITTER_S = 0.3, 0.3
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What a server makes of one request."""
+    """What a server makes of one request. `by_chance`: it refuses, and would have done so at any rate."""
 
     taken: bool
     takes_s: float
     retry_after_s: float | None = None
+    by_chance: bool = False
 
 
 class RefusingServer(Protocol):
@@ -71,8 +72,9 @@ class Limited:
         else:
             self._level = math.inf
         self._at_s = now_s
-        if rng.random() < self.chance or self._level < 1:
-            return Reply(False, self.refusal_s, self.retry_after_s)
+        chance, empty = rng.random() < self.chance, self._level < 1
+        if chance or empty:
+            return Reply(False, self.refusal_s, self.retry_after_s, by_chance=not empty)
         self._level -= 1
         return Reply(True, spread(self.latency_s, 0.25, rng))
 
@@ -98,7 +100,7 @@ class InRuns:
     def ask(self, now_s: float, in_flight: int, rng: random.Random) -> Reply:
         self._arrived += 1
         if (self._arrived - 1) % self.of >= self.of - self.refused:
-            return Reply(False, REFUSAL_S, self.retry_after_s)
+            return Reply(False, REFUSAL_S, self.retry_after_s, by_chance=True)
         return self._limit.ask(now_s, in_flight, rng)
 
 
@@ -118,7 +120,7 @@ class BlackedOut:
 
     def ask(self, now_s: float, in_flight: int, rng: random.Random) -> Reply:
         if now_s % self.every_s < self.dark_s:
-            return Reply(False, REFUSAL_S, self.retry_after_s)
+            return Reply(False, REFUSAL_S, self.retry_after_s, by_chance=True)
         return self._limit.ask(now_s, in_flight, rng)
 
 
@@ -157,8 +159,9 @@ class Crowded:
         arrives_s = now_s + self.network_s * rng.random()
         while self._ends and self._ends[0] <= arrives_s:
             heapq.heappop(self._ends)
-        if len(self._ends) >= self.most or rng.random() < self.chance:
-            return Reply(False, REFUSAL_S, self.retry_after_s)
+        full = len(self._ends) >= self.most
+        if full or rng.random() < self.chance:
+            return Reply(False, REFUSAL_S, self.retry_after_s, by_chance=not full)
         works_s = spread(self.latency_s, 0.25, rng)
         heapq.heappush(self._ends, arrives_s + works_s)
         return Reply(True, arrives_s - now_s + works_s + self.network_s)
@@ -182,11 +185,12 @@ class Queueing:
 
 @dataclass(slots=True)
 class Played:
-    """How a run went: seconds until the last answer, the share refused, latencies, most in flight, what was told."""
+    """How a run went: seconds until the last answer, refusals and those not by chance, latencies, most in flight."""
 
     took_s: float = 0.0
     sent: int = 0
     refused: int = 0
+    refused_for_cause: int = 0
     latencies_s: list[float] = field(default_factory=list)
     in_flight: list[int] = field(default_factory=list)
     answered_s: list[float] = field(default_factory=list)
@@ -280,6 +284,7 @@ async def play(server: RefusingServer, rows: int, max_in_flight: int, seed: int,
                 error = RowError("rate_limit", 429, None, "refused")
                 gate.observe(slot, Outcome(row, Verdict.SLOW, error, reply.retry_after_s))
                 played.refused += 1
+                played.refused_for_cause += not reply.by_chance
                 wait_s = RETRY_S if reply.retry_after_s is None else reply.retry_after_s
                 waiting.again(row, loop.time() + wait_s + rng.random() * JITTER_S)
             gate.release(slot, Decimal(0))

@@ -11,12 +11,12 @@ import msgspec
 
 from batchrun import signals
 from batchrun.credentials import Credentials
-from batchrun.dispatch.endpoints import Connected, Endpoints
+from batchrun.dispatch.endpoints import Connected, Endpoints, OpenTransports
 from batchrun.dispatch.heartbeat import Heartbeat
 from batchrun.dispatch.hooks import Hooks, Host
 from batchrun.dispatch.learned_limits import LearnedLimits
 from batchrun.dispatch.requests import Requests
-from batchrun.dispatch.result_queue import RowsOf
+from batchrun.dispatch.result_queue import CompletionsOf
 from batchrun.dispatch.run_status import Running, RunStatus
 from batchrun.dispatch.runlog import RunLog
 from batchrun.dispatch.shared_budget import SharedBudget, name_of
@@ -38,8 +38,8 @@ from batchrun.report.wording import plural
 from batchrun.request.image_digests import ImageDigests
 from batchrun.store import in_flight
 from batchrun.store.in_flight import InFlightFile
-from batchrun.transport import transport as wires
 from batchrun.transport.connector import MAX_TAILS
+from batchrun.transport.transport import Wanted, opened_here
 
 Ts = TypeVarTuple("Ts")
 
@@ -55,7 +55,10 @@ class Dispatch:
         status: RunStatus,
         hooks: Hooks,
         deadline: Deadline | None = None,
+        open_transports: OpenTransports | None = None,
     ) -> None:
+        """Without `open_transports`, this process sends."""
+        self._open_transports = open_transports or opened_here
         self._job = job
         self._store = store
         self._credentials = credentials
@@ -90,7 +93,9 @@ class Dispatch:
             results = None if self._hooks.host is None else self._hooks.host.results
             open_run = OpenRun(store, slots, results, asyncio.Queue())
             async with contextlib.AsyncExitStack() as opened:
-                endpoints = Endpoints(await self._connect(opened, spare), gate, self._status.log, self._hooks.note)
+                endpoints = Endpoints(
+                    await self._connect(opened, sum(in_flight_each), spare), gate, self._status.log, self._hooks.note
+                )
                 workers = Workers(job, requests, gate, endpoints, open_run, learned)
                 if over_time is not None:
                     over_time.listen(gate.wake, workers.fail)
@@ -116,7 +121,7 @@ class Dispatch:
         beat = asyncio.create_task(heartbeat.beat())
         beat.add_done_callback(functools.partial(_on_last_beat, workers))
         sealing = asyncio.create_task(self._seal(workers, open_run))
-        shutdown.listen(self._hooks.host, open_run.store.chunks.rows_of)
+        shutdown.listen(self._hooks.host, open_run.store.chunks.completions_of)
         await workers.work_all()
         shutdown.abandoned = await self._flush(workers, open_run)
         heartbeat.report_changes()
@@ -166,16 +171,16 @@ class Dispatch:
             each = [max(1, one * room // wanted) for one in each]
         return each, max(0, room - wanted) // len(each)
 
-    async def _connect(self, opened: contextlib.AsyncExitStack, spare: int) -> list[Connected]:
+    async def _connect(self, stack: contextlib.AsyncExitStack, in_flight: int, spare: int) -> list[Connected]:
         """Opens a transport to each endpoint."""
+        wanted = Wanted(self._job.endpoints, self._credentials, in_flight, spare, self._status.log.write)
+        opened = await stack.enter_async_context(self._open_transports(wanted))
         connected = []
-        for label, endpoint, credentials in zip(
-            self._job.labels, self._job.endpoints, self._credentials.members, strict=True
+        for label, (transport, choice), credentials in zip(
+            self._job.labels, opened, self._credentials.members, strict=True
         ):
-            wire = wires.choose(endpoint)
-            self._status.log.write("transport", wire=wire.wire, why=wire.why, **self._named(label))
-            transport = wires.opened(wire, endpoint.full_url, endpoint, credentials, tails=spare)
-            connected.append(Connected(label, await opened.enter_async_context(transport), credentials))
+            self._status.log.write("transport", wire=choice.wire, why=choice.why, **self._named(label))
+            connected.append(Connected(label, transport, credentials))
         return connected
 
     def _open_gate(
@@ -253,11 +258,11 @@ class Shutdown:
         self._by: str | None = None
         self.abandoned = 0
 
-    def listen(self, host: Host | None, rows_of: RowsOf) -> None:
+    def listen(self, host: Host | None, completions_of: CompletionsOf) -> None:
         """From now on signals and the host can end the run, and the host receives settled rows."""
         loop = asyncio.get_running_loop()
         if host is not None:
-            host.results.listen(_in_loop(loop, self._workers.backlog.wake), rows_of)
+            host.results.listen(_in_loop(loop, self._workers.backlog.wake), completions_of, loop.call_soon)
             host.stop.listen(_in_loop(loop, functools.partial(self.request, signals.PROGRAM, ExitCode.STOPPED)))
         for number, exit_code in signals.EXIT_CODES.items() if signals.ours() else ():
             loop.add_signal_handler(number, self.request, number.name, exit_code)

@@ -1,6 +1,7 @@
 """The job's endpoints: each attempt goes to the one that its slot belongs to, with the key that its file holds now."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import NamedTuple
 
 import msgspec
@@ -11,7 +12,10 @@ from batchrun.errors import APIConnectionError
 from batchrun.limits.gates import AnyGate, Gates
 from batchrun.policy import Fault
 from batchrun.records import Attempt, Notice
-from batchrun.transport.transport import Transport
+from batchrun.transport.transport import Opened, Transport, Wanted
+
+OpenTransports = Callable[[Wanted], AbstractAsyncContextManager[Sequence[Opened]]]
+"""What opens the transports of a run: in this process (`transport.opened_here`) or elsewhere."""
 
 
 class Connected(NamedTuple):

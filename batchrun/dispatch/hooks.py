@@ -8,6 +8,7 @@ import msgspec
 from batchrun import signals
 from batchrun.dispatch.result_queue import ResultQueue
 from batchrun.records import Summary
+from batchrun.store.chunks import Mirror
 from batchrun.telemetry.views import Views
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ class Hooks(msgspec.Struct, frozen=True):
     """`progress` is called at the start and twice a second, `note` for single lines.
 
     `command` is the command line that resumes the run, without its directory. `grace_s`: how long requests in flight
-    may take after the first signal or after the deadline. `views` get every summary that is written.
+    may take after the first signal or after the deadline. `views` get every summary that is written, in any thread.
+    `mirror` keeps a copy of the sealed parts elsewhere.
     """
 
     progress: Callable[[Summary], None] = lambda summary: None
@@ -41,6 +43,7 @@ class Hooks(msgspec.Struct, frozen=True):
     command: str | None = None
     grace_s: float = GRACE_S
     views: Views | None = None
+    mirror: Mirror | None = None
 
     @property
     def otel(self) -> "OpenTelemetry | None":

@@ -6,12 +6,12 @@ import socket
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from batchrun.credentials import Credentials
 from batchrun.dispatch.runlog import RunLog
-from batchrun.dispatch.worker import Workers
 from batchrun.durable import disk_errors, replace_bytes
 from batchrun.errors import CheckpointError, DiskError, ExitCode, InputError
 from batchrun.limits import overruns
@@ -28,6 +28,9 @@ from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.rundir import RunDirectory
 from batchrun.telemetry.views import Views
 
+if TYPE_CHECKING:
+    from batchrun.dispatch.worker import Workers  # with aiohttp, which a start without a request does not need
+
 
 class Checking(msgspec.Struct, frozen=True):
     """The input is being checked; only the checkpoint is known, once it is open."""
@@ -40,7 +43,7 @@ class Running(msgspec.Struct, frozen=True):
 
     checkpoint: Checkpoint
     plan: Plan
-    workers: Workers | None = None
+    workers: "Workers | None" = None
     deadline: Deadline | None = None
 
 
@@ -93,7 +96,7 @@ class RunStatus:
         return self._forecast
 
     @property
-    def _workers(self) -> Workers | None:
+    def _workers(self) -> "Workers | None":
         return self.phase.workers if isinstance(self.phase, Running) else None
 
     def reached(self, phase: Checking | Running) -> None:

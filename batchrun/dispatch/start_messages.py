@@ -38,7 +38,9 @@ def start_lines(job: Job, plan: Plan, where: Path, totals: Totals, lost: int, *,
         were = "was" if lost == 1 else "were"
         line = f"{plural(lost, 'request')} {were} in flight when the last process died; sent again"
         lines.append(Notice(line, "lost", requests=lost))
-    if not known.rows:
+    if not known.rows and known.share is not None:
+        lines.append("this shard has no rows: the result will be empty")
+    elif not known.rows:
         lines.append("there is nothing to send: the result will be empty, as input.min_rows = 0 allows")
     unknown = [model for model, table in plan.prices.items() if table is None]
     if unknown:

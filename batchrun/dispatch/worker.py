@@ -297,8 +297,8 @@ class Workers:
             refused_again = is_last and judgement.is_refusal and pending.history.refused_alone > 0
             doubted = judgement.is_retried and self.backlog.is_doubted(row)
             # such a failure is no evidence about the endpoint
-            replaced = judgement.error is not None and judgement.error.kind == policy.Fault.KEY_REPLACED
-            no_evidence = at_end or refused_again or doubted or replaced or judgement.is_capacity
+            elsewhere = judgement.error is not None and judgement.error.kind in policy.NO_EVIDENCE
+            no_evidence = at_end or refused_again or doubted or elsewhere or judgement.is_capacity
             outcome = Outcome(row, judgement.verdict, judgement.error, judgement.retry_after_s, no_evidence)
             decision = self.gate.observe(slot, outcome)
             before = successes if pending.successes is None else pending.successes
@@ -318,6 +318,7 @@ class Workers:
 
     def on_commit(self, endings: Sequence[Ending]) -> None:
         """The endings are durable: their slots are free, rows are settled or wait for their retry."""
+        spent: list[tuple[int, Decimal | None, int | None]] = []
         for ending in endings:
             n = ending.attempts if isinstance(ending, Completion) else ending.n
             attempt = self._uncommitted.pop((ending.row, n), None)
@@ -325,12 +326,13 @@ class Workers:
                 continue  # the record of a held attempt, whose slot was freed when it was held
             if attempt.slot is not None:
                 self._slots.clear(attempt.slot)
-                self.gate.release(attempt.slot, *attempt.result.used())
+                spent.append((attempt.slot, *attempt.result.used()))
             if attempt.retry is not None:
                 self.backlog.retry(attempt.retry, attempt.due_s)
                 continue
             self._open_run.settled(ending, attempt.result.pending.chunk)
             self.backlog.done()
+        self.gate.release_all(spent)
 
     def record_held(self) -> None:
         """The attempts of rows that are still held are on the checkpoint's queue; the rows stay pending."""

@@ -77,9 +77,9 @@ def totals_problem(known: DbRecords, sums: RowSums, *, finished: bool) -> str | 
 
 def usage_problem(directory: RunDirectory, known: DbRecords) -> str | None:
     """What is wrong with the usage.parquet of a finished run; None if it has the totals' lines."""
-    expected = result.finished(known.manifest).usage
+    usage = result.finished(known.manifest).beside[-1]
     try:
-        files.require_digest(directory.usage, expected)
+        files.require_digest(directory.usage, usage.digest)
         tables = [table.to_pylist() for table in readable_groups.columns(directory.usage, USAGE_COLUMNS.names)]
     except CheckpointError as error:
         return str(error).removeprefix(f"{directory.usage}: ")

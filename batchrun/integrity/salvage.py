@@ -29,7 +29,7 @@ from batchrun.prices import PriceTable
 from batchrun.records import Row
 from batchrun.report.wording import plural
 from batchrun.request.builder import RequestBuilder
-from batchrun.source import START, Source, TableSource, Window, open_source
+from batchrun.source import START, Source, TableSource, Window, file_at, open_source
 from batchrun.startup import resume
 from batchrun.store import in_flight, stored_window, variants
 from batchrun.store.db_tables import Chunk, Reopened
@@ -111,12 +111,12 @@ def input_again(manifest: Manifest, directory: RunDirectory) -> Source:
     Raises:
         InputError: it is missing or has changed.
     """
-    paths = tuple(Path(file.path) for file in manifest.files)
+    paths = tuple(file_at(file.path) for file in manifest.files)
     if [path.name for path in paths] == [directory.spool.name] and directory.spool.exists():
         paths = (directory.spool,)
     if (what := resume.changed_input(paths, directory, manifest)) is not None:
         raise InputError(what)
-    return open_source(paths, ANY_LENGTH)
+    return open_source(paths, ANY_LENGTH, None if manifest.share is None else manifest.share.span)
 
 
 def _built(
@@ -213,7 +213,7 @@ class Salvage:
         if self._source is None or self._manifest is None:
             yield from self._pieces_without_input()
             return
-        first_row = 0
+        first_row = self._manifest.first_row
         for number, given in enumerate(self._windows(self._source, self._manifest)):
             if not self._was_opened(number, first_row):
                 return
@@ -300,7 +300,7 @@ class Salvage:
 
     def _pieces_without_input(self) -> Iterator[Piece]:
         chunks = self._known.chunks
-        starts = [0, *(chunk.end_row for chunk in chunks)]
+        starts = [0 if self._manifest is None else self._manifest.first_row, *(chunk.end_row for chunk in chunks)]
         if not self._known.whole or [chunk.first_row for chunk in chunks] != starts[:-1]:
             kept = self._kept.between(0, NO_END)
             yield Piece(0, max(self._rows(kept), default=-1) + 1, self._had_result(), kept)

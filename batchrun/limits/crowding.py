@@ -7,6 +7,8 @@ ones. A rate limit met during ramp-up looks the same, so the cap is tried first 
 from collections import deque
 from collections.abc import Callable
 
+from batchrun.limits.evidence import SequentialTest
+
 REMEMBERED = 64
 RECENT_S = 30.0
 LEAST_ACCEPTED = 3
@@ -21,6 +23,14 @@ BELOW_REFUSED = 0.85
 
 TRIED = 3
 """The trial of a cap ends after this many times as many attempts as it allows, without too many refusals."""
+
+TRIALS = 2
+"""The first cap may be slightly too high; if the second one does not help either, the number in flight is no cause."""
+
+PROBE_BAR = 4.0
+LEAST_ORDINARY, TOO_MANY = 0.003, 0.3
+"""A higher cap is too high if three in ten of the additional requests are refused: that is one refusal if hardly any is
+by chance, and two or three where a few per cent are."""
 
 PROBE_EVERY_S = 1.0
 MAX_PROBE_EVERY_S = 20.0
@@ -43,11 +53,13 @@ class Crowding:
         "_lowered_s",
         "_not_before_s",
         "_on_change",
+        "_probe",
         "_probe_s",
         "_probing_from",
         "_refused",
         "_ruled_out_for_s",
         "_step",
+        "_trials",
         "_tried",
         "_wait_s",
         "cap",
@@ -60,8 +72,10 @@ class Crowding:
         self._accepted: deque[tuple[float, int]] = deque(maxlen=REMEMBERED)
         self._refused: deque[int] = deque(maxlen=REMEMBERED)
         self._tried: int | None = None
+        self._trials = 0
         self._probing_from: int | None = None
         self._lowered_s = self._probe_s = self._not_before_s = -1.0
+        self._probe = SequentialTest(PROBE_BAR)
         self._wait_s = PROBE_EVERY_S
         self._step = 1
         self._ruled_out_for_s = RULED_OUT_FOR_S
@@ -71,8 +85,8 @@ class Crowding:
         """True until it is known whether the cap helps."""
         return self._tried is not None
 
-    def accepted(self, now_s: float, others: int, most: int) -> None:
-        """An attempt was accepted; at most `most` may be in flight."""
+    def accepted(self, now_s: float, others: int, most: int, ordinary: float) -> None:
+        """An attempt was accepted; at most `most` may be in flight, and the share `ordinary` is refused by chance."""
         self._accepted.append((now_s, others))
         if self.cap is None:
             return
@@ -81,26 +95,31 @@ class Crowding:
             if self._tried >= TRIED * self.cap:
                 self._tried = None
                 self._probe_s = now_s + self._wait_s
-        elif now_s >= self._probe_s and others >= self.cap - 1 and self.cap < most:
+            return
+        if self._probing_from is not None and others >= self._probing_from:
+            self._probe.step(max(LEAST_ORDINARY, ordinary), ordinary + TOO_MANY, refused=False)
+        if now_s >= self._probe_s and others >= self.cap - 1 and self.cap < most:
             self._probing_from = self.cap
+            self._probe.clear()
             self._set(min(most, self.cap + self._step), "nothing refused since")
             self._step = min(2 * self._step, max(1, self.cap // 4))
             self._probe_s = now_s + self._wait_s
 
-    def refused(self, now_s: float, others: int) -> bool:
+    def refused(self, now_s: float, others: int, ordinary: float) -> bool:
         """True if the cap explains the refusal: more were in flight than the server is known to accept."""
         capacity = self.cap if self._probing_from is None else self._probing_from
         if capacity is None or others < capacity:
             self._refused.append(others)
             return False
-        if self._probing_from is not None:
+        is_probe = self._probing_from is not None
+        if is_probe and self._probe.step(max(LEAST_ORDINARY, ordinary), ordinary + TOO_MANY, refused=True):
             self._set(self._probing_from, "more were refused")
             self._probing_from, self._step = None, 1
             self._wait_s = min(MAX_PROBE_EVERY_S, 2 * self._wait_s)
             self._probe_s = now_s + self._wait_s
         return True
 
-    def suspect(self, now_s: float, refused: int, overlap: float = OVERLAP) -> bool:
+    def suspect(self, now_s: float, refused: int) -> bool:
         """Starts a cap on trial and returns True if the last refusals had more in flight than accepted attempts."""
         if now_s < self._not_before_s or self.cap is not None:
             return False
@@ -109,16 +128,18 @@ class Crowding:
         if len(accepted) < LEAST_ACCEPTED or len(numbers) < refused:
             return False
         low = numbers[len(numbers) // 10]
-        if low < 2 or sum(others >= low for others in accepted) > overlap * len(accepted):
+        if low < 2 or sum(others >= low for others in accepted) > OVERLAP * len(accepted):
             return False
-        self._tried, self._probing_from, self._step, self._wait_s = 0, None, 1, PROBE_EVERY_S
-        self._lowered_s = now_s
-        self._set(max(1, int(BELOW_REFUSED * low)), f"refused with {low} and more others in flight")
+        self._trials = 0
+        self._try(low, now_s)
         return True
 
     def doubt(self, now_s: float) -> bool:
         """Too much is refused below the cap: lowers it (True), or drops it as the wrong explanation (False)."""
         assert self.cap is not None
+        if self._tried is not None and self._trials < TRIALS and self.cap > 1:
+            self._try(self.cap, now_s)
+            return True
         if self._tried is None and now_s - self._lowered_s > LOWERED_AGAIN_S and self.cap > 1:
             self._lowered_s, self._probe_s = now_s, now_s + self._wait_s
             self._probing_from = None
@@ -129,6 +150,13 @@ class Crowding:
         self._ruled_out_for_s *= 2
         self._set(None, "fewer in flight did not help")
         return False
+
+    def _try(self, low: int, now_s: float) -> None:
+        """Starts the trial of a cap below `low` others in flight."""
+        self._trials += 1
+        self._tried, self._probing_from, self._step, self._wait_s = 0, None, 1, PROBE_EVERY_S
+        self._lowered_s = now_s
+        self._set(max(1, int(BELOW_REFUSED * low)), f"refused with {low} and more others in flight")
 
     def _set(self, cap: int | None, why: str) -> None:
         before, self.cap = self.cap, cap

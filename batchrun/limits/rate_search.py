@@ -125,11 +125,6 @@ class RateSearch:
         return None if learned is None else learned / 60
 
     @property
-    def is_firm(self) -> bool:
-        """True if the rate was measured over enough requests."""
-        return self.per_s is not None and not self._rough
-
-    @property
     def is_settled(self) -> bool:
         """True if refusals can only be random: no rate was learned, or it is just below a measured limit."""
         return self.per_s is None or not (self.raised or self._rough or self._paused)
@@ -141,6 +136,11 @@ class RateSearch:
             self._refused += 1
             self._amount = amount
             return
+        self._delivered.add(at_s, amount)
+
+    def accepted(self, at_s: float, amount: float, count: int) -> None:
+        """As `count`, for several attempts that were accepted, the last of them sent at `at_s`."""
+        self._counted += count
         self._delivered.add(at_s, amount)
 
     def correct(self, more: float) -> None:

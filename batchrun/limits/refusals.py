@@ -15,12 +15,13 @@ Cardwell et al. 2016; PCC Vivace, Dong et al. 2018).
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
 from batchrun.limits.adaptive_rate import AdaptiveRate
 from batchrun.limits.admission import Limit
+from batchrun.limits.crowding import REMEMBERED
 from batchrun.limits.evidence import RefusedShare, SendLog, Sent, SequentialTest
 from batchrun.limits.in_flight import InFlight
 from batchrun.limits.rate_search import RateSearch, Step
@@ -39,7 +40,6 @@ EXCESS_ABOVE = 0.04
 """At a learned rate, three refusals in a hundred are an excess if none is ordinary: a false alarm costs 2 %."""
 
 TRIAL_ORDINARY, TRIAL_ABOVE = 0.05, 0.1
-LEAST_REFUSED, LEAST_OVERLAP = 10, 0.1
 NONE_TAKEN = 3
 """After a storm, this many refusals with nothing accepted are the next storm."""
 
@@ -53,6 +53,9 @@ HELPED = 0.005
 HELPED_SHARE = 1 / 3
 """A trial lasts until six refusals are expected. It helped if there are at most a third of them, and so few would occur
 by chance once in two hundred trials."""
+
+ADD_UP_EVERY_S = 0.02
+"""How often accepted attempts are counted in quiet times."""
 
 WORTH_A_WORD = 0.005
 """A smaller refused share is not reported."""
@@ -113,6 +116,8 @@ class Refusals:
         self._trial_wait_s = TRY_AGAIN_S
         self._is_storm = False
         self._finding = NOTHING
+        self._may_add_up = False
+        self._add_up_from_s = 0.0
 
     @property
     def in_words(self) -> str | None:
@@ -133,7 +138,8 @@ class Refusals:
         """The attempt was not refused: it was answered, failed otherwise, or (not `reached`) was never sent."""
         self.out -= 1
         self._log.ended(order, now_s, refused=False, counts=reached)
-        self._judge(now_s)
+        if not self._may_add_up or now_s >= self._add_up_from_s:
+            self._judge(now_s)
 
     def refused(self, order: int, now_s: float, limit: Limit, *, names_time: bool, empty: bool = False) -> Finding:
         """The attempt was refused by `limit`, as far as the server says; `names_time` if it named a time to come back.
@@ -145,6 +151,7 @@ class Refusals:
         if order >= self._since:
             self._limit, self._names_time = limit, names_time
         if empty and order >= self._since:
+            self._may_add_up = False
             self._pause(now_s, now_s, lone=True)
         else:
             self._judge(now_s)
@@ -166,8 +173,26 @@ class Refusals:
         self.searches[self._limit].reopened(now_s)
 
     def _judge(self, now_s: float) -> None:
-        for order, attempt in self._log.known(now_s):
-            self._count(order, attempt, now_s)
+        known = self._log.known(now_s)
+        if known and self._may_add_up and not any(attempt.refused for _, attempt in known):
+            self._add_up(known, now_s)
+        else:
+            for order, attempt in known:
+                self._count(order, attempt, now_s)
+        self._may_add_up = self._is_quiet and not (self._runs.in_a_row or self._runs.is_found)
+        self._add_up_from_s = now_s + ADD_UP_EVERY_S
+
+    def _add_up(self, known: Sequence[tuple[int, Sent]], now_s: float) -> None:
+        """Counts accepted attempts in quiet times, when none of them changes anything."""
+        last = known[-1][1]
+        self._requests.accepted(last.at_s, len(known), len(known))
+        self._tokens.accepted(last.at_s, sum(attempt.tokens for _, attempt in known), len(known))
+        share = float(self.share)
+        for _, attempt in known[-REMEMBERED:]:
+            self._crowding.accepted(now_s, attempt.others, self._in_flight.most, share)
+        evidence = sum(order >= self._since for order, _ in known)
+        self._accepted |= evidence > 0
+        self.share.add(0, evidence)
 
     def _count(self, order: int, attempt: Sent, now_s: float) -> None:
         """Counts an attempt, in the order of sending, once it is known whether it was accepted."""
@@ -177,15 +202,15 @@ class Refusals:
         if refused or self._runs.in_a_row or self._runs.is_found:
             self._runs.count(attempt.at_s, refused=refused)
         if not refused and self._is_quiet:
-            self._crowding.accepted(now_s, attempt.others, self._in_flight.most)
+            self._crowding.accepted(now_s, attempt.others, self._in_flight.most, float(self.share))
             if order >= self._since:
                 self._accepted = True
                 self.share.add(0, 1)
             return
-        if refused and self._crowding.refused(now_s, attempt.others):
+        if refused and self._crowding.refused(now_s, attempt.others, float(self.share)):
             return
         if not refused:
-            self._crowding.accepted(now_s, attempt.others, self._in_flight.most)
+            self._crowding.accepted(now_s, attempt.others, self._in_flight.most, float(self.share))
         if order < self._since:
             return
         self._accepted |= not refused
@@ -234,7 +259,7 @@ class Refusals:
                 self._start_again()
             else:
                 self._pause(at_s, now_s)
-        elif self._suspects_crowding(search, now_s):
+        elif self._is_storm and not self._names_time and self._crowding.suspect(now_s, self._storm.refused):
             for each in self.searches.values():
                 each.drop(now_s, "fewer in flight instead")
             self._on_kind("crowding", f"at most {self._crowding.cap} in flight")
@@ -254,13 +279,6 @@ class Refusals:
             self._runs.is_handled = True
             self._on_kind("limit", "more was refused than in ordinary times")
             self._start_again()
-
-    def _suspects_crowding(self, search: RateSearch, now_s: float) -> bool:
-        """After a storm without a time to come back, or an excess at a measured rate."""
-        if self._is_storm:
-            return not self._names_time and self._crowding.suspect(now_s, self._storm.refused)
-        stated = any(rate.stated is not None for rate in self._rates.values())
-        return search.is_firm and not stated and self._crowding.suspect(now_s, LEAST_REFUSED, LEAST_OVERLAP)
 
     def _pause(self, at_s: float, now_s: float, *, lone: bool = False) -> None:
         self._finding = Finding(storm=True, accepted=self._accepted)

@@ -64,7 +64,7 @@ def from_checkpoint(directory: RunDirectory, checkpoint: Checkpoint, written: Su
     prices = msgspec.json.decode(entries.get("prices", "{}"), type=dict[str, PriceTable | None])
     rows = known.rows
     if written is not None and written.run_id == known.run_id:
-        opened = max((chunk.end_row for chunk in checkpoint.chunks()), default=0)
+        opened = max((chunk.end_row - known.first_row for chunk in checkpoint.chunks()), default=0)
         rows = min(known.rows, max(written.rows, opened))
     return summarise(known, rows, prices, checkpoint.totals, _moment(directory, checkpoint, written), directory)
 

@@ -53,6 +53,8 @@ class Account(msgspec.Struct, frozen=True):
     requests_per_minute: float = 0.0
     tokens_per_minute: float = 0.0
     limits: InForce | None = None
+    shard: str | None = None
+    merged: list[str] = []
 
     @property
     def began(self) -> datetime:

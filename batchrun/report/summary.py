@@ -24,6 +24,7 @@ from batchrun.records import (
     Tuned,
 )
 from batchrun.report.cost_lines import prices_in_words, scaled
+from batchrun.store import result_files
 from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
 from batchrun.store.totals import Totals
@@ -109,11 +110,19 @@ _OF_THE_RUN = (
     *("job", "run_id", "created_at", "rows", "rejected", "by_status", "pending", "totals", "cost_usd", "wasted_usd"),
     *("unpriced", "without_usage", "possibly_billed", "possibly_billed_count", "possibly_billed_usd", "models"),
     *("unknown_finish_reasons", "unpriced_tiers", "example_error", "price", "estimate", "invocation"),
-    *("reused", "duplicates", "saved_usd"),
+    *("reused", "duplicates", "saved_usd", "shard", "merged"),
 )
 """The fields that describe the run and not one start of it."""
 
-_NOT_IN_CHECKPOINT = ("unknown_finish_reasons", "unpriced_tiers", "example_error", "price", "estimate")
+_NOT_IN_CHECKPOINT = (
+    "unknown_finish_reasons",
+    "unpriced_tiers",
+    "example_error",
+    "price",
+    "estimate",
+    "shard",
+    "merged",
+)
 """Those of them that the checkpoint does not hold."""
 
 
@@ -154,9 +163,11 @@ def summarise(
     """The summary of the run now. Everything in it is durable."""
     rejected = len(manifest.rejected)
     estimate = None if manifest.estimate is None else scaled(manifest.estimate, rows)
-    return _summary(
+    made = _summary(
         manifest.job, manifest.run_id, manifest.created_at, rows, rejected, tables, spent, moment, directory, estimate
     )
+    shard = None if manifest.share is None else str(manifest.share.shard)
+    return msgspec.structs.replace(made, shard=shard, merged=list(manifest.merged))
 
 
 def _summary(
@@ -236,8 +247,7 @@ def _summary(
 
 def files(directory: RunDirectory) -> dict[str, str]:
     """The files of a complete run."""
-    result = directory.completions if directory.completions.exists() else directory.completions_folder
-    return {"completions": str(result), "usage": str(directory.usage)}
+    return {"completions": str(result_files.shown(directory)), "usage": str(directory.usage)}
 
 
 def files_so_far(directory: RunDirectory, since: datetime) -> dict[str, str]:

@@ -17,26 +17,28 @@ import pyarrow as pa
 from batchrun.errors import ANOTHER, CheckpointError, JobError
 from batchrun.job.job import Job
 from batchrun.limits import daily
+from batchrun.policy import failing
 from batchrun.prices import PriceTable
 from batchrun.records import Notice
 from batchrun.report.cost_lines import scaled
 from batchrun.report.wording import are, plural
-from batchrun.source import FileIdentity, Source, changed, digest, fingerprint, open_source
+from batchrun.source import FileIdentity, InputFile, Source, changed, fingerprint, open_source
 from batchrun.startup import carry, changes, input_pass, preconditions, previous_run, stdin_copy
+from batchrun.startup import shard as shards
 from batchrun.startup.answer_match import NONE, Questions
 from batchrun.startup.estimate import estimate
 from batchrun.startup.run_options import RunOptions
 from batchrun.store import origins, variants
 from batchrun.store.carry_over import CarryOver
 from batchrun.store.checkpoint import Checkpoint
-from batchrun.store.manifest import Manifest
+from batchrun.store.manifest import InputShare, Manifest
 from batchrun.store.origins import Origins
 from batchrun.store.rundir import RunDirectory
 from batchrun.store.variants import Variant
 from batchrun.tables.arrow_types import Column
 from batchrun.tables.json_columns import ColumnTypes
 
-SHAPE = ("columns", "prefix", "raw", "layout", "compression", "chunk_rows", "chunk_bytes")
+SHAPE = ("columns", "prefix", "raw", "layout", "partition_by", "compression", "chunk_rows", "chunk_bytes")
 """The output settings that a run keeps from its first start, because its parts were written with them."""
 
 
@@ -75,11 +77,18 @@ def make(job: Job, directory: RunDirectory, checkpoint: Checkpoint, options: Run
             "day with --date"
         )
     _require_unused(directory)
-    source = open_source(input_pass.input_files(job, directory, options, started=False), job.input.max_line_bytes)
-    files = fingerprint(source.files)
+    paths = input_pass.input_files(job, directory, options, started=False)
+    files = fingerprint(paths)
+    own = None if options.shard is None else shards.find(job, paths, options.shard, options.checked)
+    source = open_source(paths, job.input.max_line_bytes) if own is None else own.source
+    as_read = job if own is None else shards.reading(job, own.dialect)
     with Questions(directory.path) as keys, Questions(directory.path) as pictures:
-        found = input_pass.read(source, job, directory, options, keys.add, pictures.add)
-        new = input_pass.manifest_of(job, source, files, found, run_id=uuid.uuid4().hex[:12], created_at=now)
+        found = input_pass.read(source, as_read, directory, options, keys.add, pictures.add)
+        if own is not None:
+            found = msgspec.structs.replace(found, types=own.types)
+        share = None if own is None else InputShare(own.shard, own.span, tuple(sorted(map(str, failing(job.finish)))))
+        run_id = uuid.uuid4().hex[:12]
+        new = input_pass.manifest_of(job, source, files, found, run_id=run_id, created_at=now, share=share)
         input_pass.keep_digests(job, directory, new.layout, pictures, found)
         made = _origins(job, directory, new, options, keys.rows(found.rejected))
     ways = (variants.of_job(job),)
@@ -128,10 +137,10 @@ def require_same_shape(job: Job, known: Manifest) -> None:
             raise JobError(f"output.{name} can't change within a run; restore it to resume, or {ANOTHER}")
 
 
-def changed_input(files: tuple[Path, ...], directory: RunDirectory, known: Manifest) -> str | None:
+def changed_input(files: tuple[InputFile, ...], directory: RunDirectory, known: Manifest) -> str | None:
     """How the input differs from the one of the run, by identity and then by content; None if it is the same."""
     what = changed(files, known.files)
-    if what is None or tuple(digest(file) for file in files) == known.digests:
+    if what is None or shards.digests(files, sharded=known.is_sharded) == known.digests:
         return None
     return "standard input has other rows" if files == (directory.spool,) else f"the input: {what}"
 
@@ -140,6 +149,7 @@ def _resume(
     job: Job, directory: RunDirectory, checkpoint: Checkpoint, options: RunOptions, entries: dict[str, str], today: str
 ) -> Plan:
     known, ways = Manifest.decode(entries), variants.decode(entries)
+    shards.require_same(options.shard, known, directory.path)
     require_same_shape(job, known)
     stdin_copy.settle(directory, known)
     files = stdin_copy.put_in_place(input_pass.input_files(job, directory, options), directory)
@@ -149,7 +159,7 @@ def _resume(
     finally:
         stdin_copy.settle(directory, Manifest.decode(checkpoint.manifest_entries()))
     prices_known = msgspec.json.decode(entries.get("prices", "{}"), type=dict[str, PriceTable | None])
-    limit = None if options.limit is None else max(options.limit, _opened_rows(checkpoint))
+    limit = None if options.limit is None else max(options.limit, _opened_rows(checkpoint, known))
     plan = _plan(job, known, ways, variant, source, prices_known, limit, today, resumed=True)
     if plan.prices != prices_known:
         checkpoint.write_manifest({"prices": _encode(plan.prices)})
@@ -165,14 +175,15 @@ def _origins_now(
     entry = checkpoint.manifest_entries().get(origins.ENTRY, "null")
     made = msgspec.json.decode(entry, type=Origins | None)
     path = directory.origins_of(known.layout)
-    wanted = carry.wanted(job, known.rows, known.layout)
+    wanted = carry.wanted(job, known.rows, known.layout, known.first_row)
     if carry.still_holds(made, wanted, path):
         return None if wanted is None else made
-    settled, opened = checkpoint.totals.settled(), _opened_rows(checkpoint)
+    settled, opened = checkpoint.totals.settled(), _opened_rows(checkpoint, known)
     if options.only_look or settled == known.rows or (checkpoint.has_reopened and opened == known.rows):
         return None  # only rows of a retry are left
     with Questions(directory.path) as keys:
-        found = input_pass.read(source, job, directory, options, keys.add)
+        as_read = job if known.share is None else shards.reading(job, known.dialect)
+        found = input_pass.read(source, as_read, directory, options, keys.add)
         made = _origins(job, directory, known, options, keys.rows(found.rejected))
     checkpoint.write_manifest({origins.ENTRY: _encode(made)})
     return made
@@ -185,7 +196,7 @@ def _as_it_is_now(
     options: RunOptions,
     known: Manifest,
     ways: tuple[Variant, ...],
-    files: tuple[Path, ...],
+    files: tuple[InputFile, ...],
 ) -> tuple[Manifest, tuple[Variant, ...], int, Source]:
     """The manifest, the variants with this start's, and the source, with changes adopted if the user accepts them.
 
@@ -195,14 +206,15 @@ def _as_it_is_now(
     identities = fingerprint(files)  # before the content is read, so that a change meanwhile is noticed later
     ways, variant, settings = variants.place(job, ways, known.variant, retrying=options.retry is not None)
     what = changed_input(files, directory, known)
-    source = open_source(files, job.input.max_line_bytes)
+    source = open_source(files, job.input.max_line_bytes, None if known.share is None else known.share.span)
     if what is None and options.accept_changes and job.input.image_root is not None:
         what = "the images"
     if settings or what is not None:
         reasons = (*settings, *([what] if what else []))
+        shards.require_unchanged(known, reasons)
         known = _adopt(job, directory, checkpoint, options, known, ways, variant, source, identities, reasons, settings)
     else:
-        _require_limit_in_time(options.limit, checkpoint)
+        _require_limit_in_time(options.limit, checkpoint, known)
         known = msgspec.structs.replace(known, files=identities)
     return known, ways, variant, source
 
@@ -299,9 +311,9 @@ class ChangedError(JobError):
         self.changes = found
 
 
-def _require_limit_in_time(limit: int | None, checkpoint: Checkpoint) -> None:
+def _require_limit_in_time(limit: int | None, checkpoint: Checkpoint, known: Manifest) -> None:
     """Raises if rows behind the limit belong to an open chunk with pending rows: a chunk is sent as a whole."""
-    opened = _opened_rows(checkpoint)
+    opened = _opened_rows(checkpoint, known)
     if limit is not None and limit < opened and checkpoint.totals.settled() < opened:
         raise JobError(
             f"--limit {limit}: {plural(opened, 'row')} {are(opened)} already started; use at least "
@@ -309,10 +321,10 @@ def _require_limit_in_time(limit: int | None, checkpoint: Checkpoint) -> None:
         )
 
 
-def _opened_rows(checkpoint: Checkpoint) -> int:
+def _opened_rows(checkpoint: Checkpoint, known: Manifest) -> int:
     """The rows of chunks that were opened."""
     chunks = checkpoint.chunks()
-    return chunks[-1].end_row if chunks else 0
+    return chunks[-1].end_row - known.first_row if chunks else 0
 
 
 def _plan(

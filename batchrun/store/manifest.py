@@ -8,16 +8,25 @@ import msgspec
 
 from batchrun.errors import CheckpointError
 from batchrun.job.job import Output
-from batchrun.records import Estimate
-from batchrun.source import FileIdentity
+from batchrun.records import Estimate, Shard
+from batchrun.source import FileIdentity, Span
 from batchrun.tables.arrow_types import Column, column_of
+
+
+class InputShare(msgspec.Struct, frozen=True):
+    """What a shard reads of the input, and the statuses of rows that its job counts as failed."""
+
+    shard: Shard
+    span: Span
+    failing: tuple[str, ...]
 
 
 class Manifest(msgspec.Struct, frozen=True):
     """`types` are the column types of JSONL input, as JSON; `answer_schema` is the JSON schema of the column `parsed`.
 
     `layout` counts how often a changed input or job was accepted, and `variant` is the variant of the job since then.
-    `estimate` is what all rows were expected to take.
+    `estimate` is what all rows were expected to take. `share` is set in a shard; `merged` are the runs that were merged
+    into this one.
     """
 
     ENTRY: ClassVar[str] = "manifest"
@@ -39,6 +48,23 @@ class Manifest(msgspec.Struct, frozen=True):
     layout: int = 0
     variant: int = 0
     estimate: Estimate | None = None
+    share: InputShare | None = None
+    merged: tuple[str, ...] = ()
+
+    @property
+    def is_sharded(self) -> bool:
+        """True for a shard, and for what shards were merged into."""
+        return self.share is not None or bool(self.merged)
+
+    @property
+    def first_row(self) -> int:
+        """The number of the first row: in a shard, how many records of the input come before it."""
+        return 0 if self.share is None else self.share.span.start.ordinal
+
+    @property
+    def end_row(self) -> int:
+        """One past the last row."""
+        return self.first_row + self.rows
 
     @property
     def attempt_prefix(self) -> str:

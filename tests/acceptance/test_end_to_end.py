@@ -448,6 +448,7 @@ def test_request_and_token_budgets_survive_kills(tmp_path: Path) -> None:
         assert batchrun("run", job, "-o", out).exit_code == 0
 
 
+@pytest.mark.heavy
 def test_an_unreachable_endpoint_ends_quickly(tmp_path: Path) -> None:
     """No row fails."""
     source = write_rows(tmp_path / "in.jsonl", 50)

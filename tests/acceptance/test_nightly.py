@@ -223,6 +223,7 @@ def test_the_cron_job_retries_by_exit_code(place: Place) -> None:
     assert len(place.runs()) == 1
 
 
+@pytest.mark.heavy
 def test_each_index_runs_its_part(place: Place) -> None:
     spec = documents()["Job"]["spec"]
     assert spec["completionMode"] == "Indexed"

@@ -80,7 +80,7 @@ def _fact(name: str) -> Matches:
 
 _PART = r"/parts/\d+\.g\d+\.parquet"
 _INPUT = r"/parts/\d+\.input\.arrow"
-_RESULT = r"/completions(\.parquet|/part-\d+\.parquet)$"
+_RESULT = r"/completions(\.parquet|\.tmp/part-\d+\.parquet|)$"
 
 _CHECKPOINT = "batchrun.store.checkpoint:Checkpoint"
 _INSERT = "batchrun.store.database:Database.insert"

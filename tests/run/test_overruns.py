@@ -35,13 +35,13 @@ class Reasoning:
     """Answers that are billed 150 tokens beyond `max_tokens`; `before_first` are requests out at the first answer."""
 
     reasoning: int = REASONING
-    asked: int = 0
+    requested: int = 0
     answered: int = 0
     before_first: list[int] = field(default_factory=list)
 
     def begin(self) -> None:
         """Another start."""
-        self.asked = self.answered = 0
+        self.requested = self.answered = 0
 
     def script(self) -> Script:
         usage = {"prompt_tokens": PROMPT, "completion_tokens": MAX_TOKENS, "total_tokens": 25 + self.reasoning}
@@ -49,10 +49,10 @@ class Reasoning:
         body = answer(msgspec.json.encode({"id": "c", "model": "grok-4", "choices": [choice], "usage": usage}))
 
         async def work(exchange: Exchange) -> None:
-            self.asked += 1
+            self.requested += 1
             await asyncio.sleep(LATENCY_S)
             if not self.answered:
-                self.before_first.append(self.asked)
+                self.before_first.append(self.requested)
             self.answered += 1
             await exchange.send(body)
 
@@ -67,7 +67,7 @@ def played(tmp_path: Path, server: Reasoning, *starts: tuple[str, ...], kill_at:
         async with serving(server.script(), served=served):
             job = write_job(tmp_path / "job.toml", served.url or "", job_of["rows"])
             process = start("run", job, "-o", tmp_path / "out", *flags)
-            while kill_at and process.poll() is None and server.asked < kill_at:
+            while kill_at and process.poll() is None and server.requested < kill_at:
                 await asyncio.sleep(0.001)
             if kill_at:
                 process.kill()
@@ -110,6 +110,7 @@ def test_a_token_cap_is_kept_as_well(tmp_path: Path) -> None:
     assert '"event":"overrun"' in (tmp_path / "out" / "run.log").read_text()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("flags", "reasoning", "waits"), [(("--max-cost", "5"), 0, True), ((), REASONING, False), ((), 0, False)]
 )

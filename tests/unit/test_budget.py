@@ -15,7 +15,7 @@ COUNTS = st.integers(0, 500)
 
 
 class Plan(NamedTuple):
-    """An attempt by its bounds, what it takes of them (None: nobody knows), and who ends after it has been sent."""
+    """An attempt by its bounds, what it takes of them (None: unknown), and how many end after it has been sent."""
 
     bound_usd: Decimal
     bound_tokens: int

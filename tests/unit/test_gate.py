@@ -1,4 +1,4 @@
-"""The one line: every limit at once, nobody overtakes, nothing is lost when a worker leaves. On a clock that jumps."""
+"""One FIFO queue for every limit; no row overtakes another; nothing is lost when a worker leaves. On a moved clock."""
 
 import asyncio
 import random

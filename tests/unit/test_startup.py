@@ -43,19 +43,19 @@ class Starts:
     def __init__(self, tmp_path: Path) -> None:
         self.input = tmp_path / "in.jsonl"
         self.directory = RunDirectory(tmp_path / "run")
-        self.told: list[str] = []
+        self.messages: list[str] = []
 
     def job(self, **tables: Mapping[str, Any]) -> Job:
         return job_over(self.input, **tables)
 
-    def make(self, job: Job | None = None, **asked: Any) -> Plan:
+    def make(self, job: Job | None = None, **requested: Any) -> Plan:
         with opened(self.directory) as checkpoint:
-            asked_for = RunOptions(problem=self.told.append, note=self.told.append, **asked)
+            asked_for = RunOptions(problem=self.messages.append, note=self.messages.append, **requested)
             return resume.make(job or self.job(), self.directory, checkpoint, asked_for, NOW)
 
-    def refused(self, job: Job | None = None, **asked: Any) -> str:
+    def refused(self, job: Job | None = None, **requested: Any) -> str:
         with pytest.raises(BatchrunError) as error:
-            self.make(job, **asked)
+            self.make(job, **requested)
         assert isinstance(error.value, JobError | InputError)
         assert "\n" not in str(error.value)
         return str(error.value)
@@ -97,11 +97,11 @@ def test_invalid_records_are_reported_once_by_kind(starts: Starts) -> None:
         "30 of 33 input records make no valid request. "
         "Correct them, or set them aside with batchrun run ... --skip-invalid"
     )
-    assert len(starts.told) == 1
-    assert starts.told[0].startswith(f"{starts.input}:4: ")
-    assert starts.told[0].endswith(" (and 29 more such records)")
+    assert len(starts.messages) == 1
+    assert starts.messages[0].startswith(f"{starts.input}:4: ")
+    assert starts.messages[0].endswith(" (and 29 more such records)")
     assert not starts.directory.rejects.exists()
-    write_lines(starts.input, texts(3))  # mended: nothing had begun
+    write_lines(starts.input, texts(3))  # mended: nothing had been sent
     assert starts.make().manifest.rows == 3
 
 
@@ -190,7 +190,7 @@ def test_a_changed_question_names_its_setting(starts: Starts, setting: str, tabl
     """It is accepted while no row has an answer."""
     starts.make()
     changed = starts.make(starts.job(**tables))
-    assert starts.told == [f"{setting} has changed: 0 answers stay, 5 rows will be sent"]
+    assert starts.messages == [f"{setting} has changed: 0 answers stay, 5 rows will be sent"]
     assert (changed.manifest.layout, changed.manifest.variant, len(changed.variants)) == (1, 1, 2)
     assert starts.make(starts.job(**tables)).manifest.layout == 1
     assert starts.make().manifest.variant == 0  # put back
@@ -250,13 +250,13 @@ def test_an_edited_input_is_reported(starts: Starts) -> None:
     starts.input.write_bytes(content)
     resumed = starts.make()
     assert resumed.manifest.files[0].inode == starts.input.stat().st_ino
-    assert starts.told == []
+    assert starts.messages == []
     starts.input.write_bytes(content.replace(b"text 3", b"TEXT 3"))
     assert starts.make().manifest.layout == 1
-    assert starts.told[0].startswith(f"the input: {starts.input} was written again: 0 answers stay, 5 rows")
+    assert starts.messages[0].startswith(f"the input: {starts.input} was written again: 0 answers stay, 5 rows")
     starts.input.write_bytes(content + b'{"text": "more"}\n')
     assert starts.make().manifest.rows == 6
-    assert "bytes and has" in starts.told[1]
+    assert "bytes and has" in starts.messages[1]
     starts.input.unlink()
     assert "no input file there" in starts.refused()
 
@@ -266,9 +266,9 @@ def test_equal_content_is_the_same_input(starts: Starts, tmp_path: Path) -> None
     other = tmp_path / "moved.jsonl"
     starts.input.rename(other)
     assert starts.make(job_over(other)).resumed
-    assert starts.told == []
+    assert starts.messages == []
     assert starts.make(job_over(write_lines(tmp_path / "else.jsonl", texts(6)))).manifest.rows == 6
-    assert "is new" in starts.told[0]
+    assert "is new" in starts.messages[0]
 
 
 @pytest.mark.parametrize("manifest", ["{}", "[", '{"run_id": 7}'])
@@ -302,7 +302,7 @@ def test_other_standard_input_is_a_changed_input(starts: Starts) -> None:
     starts.make(STDIN, stdin=piped(*texts(3)))
     assert starts.make(STDIN, stdin=piped(*texts(4))).manifest.rows == 4  # nothing is answered yet: no harm
     assert starts.make(STDIN, stdin=io.BytesIO()).manifest.rows == 4
-    assert starts.told[0].startswith("standard input has other rows")
+    assert starts.messages[0].startswith("standard input has other rows")
     refused = starts.refused(STDIN, stdin=piped({"bad": 1}))
     assert "none of the input records (1) make a valid request" in refused
     assert "--skip-invalid" not in refused

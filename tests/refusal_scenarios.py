@@ -1,0 +1,239 @@
+"""The table of servers that refuse, queue or crowd, each with its ideal and with what the gate has to reach before it.
+
+    python -m tests.refusal_scenarios                           # the whole table over five seeds: worst and median
+    python -m tests.refusal_scenarios --seeds 20 --first 200    # over seeds 200 to 219
+    python -m tests.refusal_scenarios --only "chance|one a"     # scenarios whose name matches
+
+`ideal` is the time of the best client over the time taken, in per cent. `refused` is the share of all that was sent
+which was refused because of the limit or the crowd; what a server refuses by chance is not the client's to avoid.
+"""
+
+import argparse
+import functools
+import re
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+from tests.moved_clock import run_on_moved_clock
+from tests.refusing_servers import (
+    BlackedOut,
+    Crowded,
+    InRuns,
+    Limited,
+    Played,
+    Queueing,
+    RefusingServer,
+    Windowed,
+    play,
+    play_retry,
+)
+
+TUNED_ON = range(100, 120)
+"""The seeds by which thresholds of batchrun/limits/ were chosen. Tests use others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """`ideal_s` None: the time of a client that only retries. `percent` of it, and at most `refused` per cent."""
+
+    name: str
+    server: Callable[[], RefusingServer]
+    rows: int
+    allowed: int
+    ideal_s: float | None = None
+    percent: float
+    refused: float | None = None
+    configured: int | None = None
+    """Requests per minute in the job."""
+
+    def play(self, seed: int) -> Played:
+        return run_on_moved_clock(
+            play(self.server(), self.rows, self.allowed, seed, requests_per_minute=self.configured)
+        )
+
+    def ideal(self) -> float:
+        """Seconds. By the client that only retries, it is the median of five runs: the last row's wait is luck."""
+        if self.ideal_s is not None:
+            return self.ideal_s
+        runs = [run_on_moved_clock(play_retry(self.server(), self.rows, self.allowed, seed)) for seed in range(5)]
+        return sorted(run.took_s for run in runs)[2]
+
+
+LIMITED_S = 58.4
+"""3,000 rows at 50 a second, less two seconds' burst, and one latency."""
+
+DARK_S = 3_000 / 50 / 0.7 - 2
+"""3,000 rows at 50 a second in seven of each ten seconds, less two seconds' burst."""
+
+
+def limit(
+    name: str,
+    server: Callable[[], RefusingServer],
+    rows: int,
+    allowed: int,
+    ideal_s: float,
+    percent: float,
+    refused: float,
+    configured: int | None = None,
+) -> Scenario:
+    return Scenario(
+        name=f"limit, {name}",
+        server=server,
+        rows=rows,
+        allowed=allowed,
+        ideal_s=ideal_s,
+        percent=percent,
+        refused=refused,
+        configured=configured,
+    )
+
+
+def chance(
+    name: str, share: float, percent: float, *, rows: int = 6_000, allowed: int = 32, **more: object
+) -> Scenario:
+    server = functools.partial(Limited, **{"latency_s": 0.1, "chance": share, **more})  # type: ignore[arg-type]
+    return Scenario(name=f"chance, {name}", server=server, rows=rows, allowed=allowed, percent=percent)
+
+
+def in_runs(name: str, server: Callable[[], RefusingServer], percent: float) -> Scenario:
+    return Scenario(name=f"runs, {name}", server=server, rows=10_000, allowed=32, percent=percent)
+
+
+def limited_in_runs(
+    name: str, server: Callable[[], RefusingServer], percent: float, *, ideal_s: float = LIMITED_S
+) -> Scenario:
+    return Scenario(
+        name=f"limit and runs, {name}", server=server, rows=3_000, allowed=64, ideal_s=ideal_s, percent=percent
+    )
+
+
+def crowd(
+    name: str,
+    server: Callable[[], RefusingServer],
+    percent: float,
+    *,
+    rows: int = 3_000,
+    allowed: int = 64,
+    ideal_s: float,
+) -> Scenario:
+    return Scenario(
+        name=f"crowd, {name}", server=server, rows=rows, allowed=allowed, ideal_s=ideal_s, percent=percent, refused=2
+    )
+
+
+LIMITS = [
+    limit("256 allowed", lambda: Limited(50), 3_000, 256, LIMITED_S, 98, 1.5),
+    limit("64 allowed", lambda: Limited(50), 3_000, 64, LIMITED_S, 98, 1.3),
+    limit("24 allowed", lambda: Limited(50), 3_000, 24, LIMITED_S, 97, 1.4),
+    limit("no Retry-After", lambda: Limited(50, retry_after_s=None), 3_000, 256, LIMITED_S, 98, 1.5),
+    limit("slow refusals", lambda: Limited(50, refusal_s=0.4), 3_000, 64, LIMITED_S, 98, 3.5),
+    limit("answers of 8 s", lambda: Limited(5, latency_s=8.0), 900, 64, 186.0, 94, 3),
+    limit("one a second", lambda: Limited(1), 200, 64, 198.0, 96, 9),
+    limit("one a second, half an hour", lambda: Limited(1), 1_800, 64, 1_798.0, 95, 2.8),
+    limit("answers of 8 s, a quarter of an hour", lambda: Limited(5, latency_s=8.0), 5_000, 64, 1_006.0, 98, 1.9),
+    limit("moved", lambda: Limited(50, changes=((40, "per_s", 25), (95, "per_s", 50))), 6_000, 256, 145.4, 96, 1.4),
+    limit("and chance of 1 %", lambda: Limited(50, chance=0.01), 3_000, 256, LIMITED_S, 97, 2),
+    limit("and chance of 5 %", lambda: Limited(50, chance=0.05), 3_000, 256, LIMITED_S, 96, 10),
+    limit("configured, and chance of 1 %", lambda: Limited(50, chance=0.01), 3_000, 64, LIMITED_S, 95, 0.5, 3_000),
+    limit("from five seconds on", lambda: Limited(changes=((5, "per_s", 50),)), 5_000, 64, 89.0, 97, 0.9),
+]
+CHANCE = [
+    chance("0.5 %", 0.005, 94),
+    chance("1 %", 0.01, 97),
+    chance("5 %", 0.05, 93),
+    chance("20 %", 0.20, 94),
+    chance("40 %", 0.40, 50, rows=3_000),
+    chance("5 %, no Retry-After", 0.05, 96, retry_after_s=None),
+    chance("5 %, no Retry-After, few rows", 0.05, 90, rows=3_000, retry_after_s=None),
+    chance("5 %, slow refusals", 0.05, 96, refusal_s=0.1),
+    chance("5 %, answers of 8 s", 0.05, 94, rows=1_500, allowed=64, latency_s=8.0),
+    chance("5 % for ten seconds", 0.0, 98, rows=8_000, changes=((5, "chance", 0.05), (15, "chance", 0.0))),
+    chance("20 % for ten seconds", 0.0, 97, rows=8_000, changes=((5, "chance", 0.2), (15, "chance", 0.0))),
+]
+RUNS = [
+    in_runs("5 of 50", lambda: InRuns(5, 50), 95),
+    in_runs("7 of 50", lambda: InRuns(7, 50), 70),
+    in_runs("9 of 50", lambda: InRuns(9, 50), 75),
+    in_runs("12 of 50", lambda: InRuns(12, 50), 50),
+    in_runs("7 of 100", lambda: InRuns(7, 100), 70),
+    in_runs("9 of 200", lambda: InRuns(9, 200), 70),
+    in_runs("12 of 200", lambda: InRuns(12, 200), 70),
+    in_runs("9 of 50, Retry-After", lambda: InRuns(9, 50, retry_after_s=1.0), 95),
+    in_runs("12 of 50, Retry-After", lambda: InRuns(12, 50, retry_after_s=1.0), 75),
+    in_runs("12 of 100, Retry-After", lambda: InRuns(12, 100, retry_after_s=1.0), 70),
+    in_runs("3 s of each 10", lambda: BlackedOut(3, 10), 75),
+    in_runs("3 s of each 10, Retry-After", lambda: BlackedOut(3, 10, retry_after_s=1.0), 75),
+    in_runs("1 s of each 10", lambda: BlackedOut(1, 10), 80),
+]
+LIMITED_RUNS = [
+    limited_in_runs("9 of 50", lambda: InRuns(9, 50, 50.0, 0.4), 65),
+    limited_in_runs("7 of 100", lambda: InRuns(7, 100, 50.0, 0.4), 75),
+    limited_in_runs("12 of 200, Retry-After", lambda: InRuns(12, 200, 50.0, 0.4, 1.0), 60),
+    limited_in_runs("3 s of each 10", lambda: BlackedOut(3, 10, 50.0, 0.4), 75, ideal_s=DARK_S),
+    limited_in_runs("3 s of each 10, Retry-After", lambda: BlackedOut(3, 10, 50.0, 0.4, 1.0), 75, ideal_s=DARK_S),
+    limited_in_runs("500 in ten seconds, then none", lambda: Windowed(500, 10.0), 80, ideal_s=50.0),
+]
+CROWDS = [
+    crowd("16 of 64", lambda: Crowded(16), 90, ideal_s=38.6),
+    crowd("16 of 64, across a network", lambda: Crowded(16, network_s=0.01), 97, ideal_s=41.5),
+    crowd("4 of 64", lambda: Crowded(4, network_s=0.01), 97, rows=1_000, ideal_s=55.0),
+    crowd("100 of 256", lambda: Crowded(100, latency_s=1.0), 92, rows=6_000, allowed=256, ideal_s=62.0),
+    crowd("and chance of 1 %", lambda: Crowded(16, network_s=0.01, chance=0.01), 86, ideal_s=41.5),
+]
+QUEUES = [
+    Scenario(name="queue, 16 at a time", server=lambda: Queueing(16), rows=3_000, allowed=64, ideal_s=37.5, percent=97)
+]
+SCENARIOS = LIMITS + CHANCE + RUNS + LIMITED_RUNS + CROWDS + QUEUES
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What a scenario reached over some seeds, in per cent, sorted."""
+
+    ideal: list[float]
+    refused: list[float]
+
+
+def measure(scenario: Scenario, seeds: Iterable[int]) -> Reached:
+    """Plays the scenario once a seed."""
+    ideal_s = scenario.ideal()
+    played = [scenario.play(seed) for seed in seeds]
+    return Reached(
+        sorted(100 * ideal_s / run.took_s for run in played),
+        sorted(100 * run.refused_for_cause / run.sent for run in played),
+    )
+
+
+def line(scenario: Scenario, reached: Reached) -> str:
+    """The scenario's line of the table."""
+    worst, most = reached.ideal[0], reached.refused[-1]
+    missed = worst < scenario.percent or (scenario.refused is not None and most > scenario.refused)
+    bound = f"≥ {scenario.percent:g}" + ("" if scenario.refused is None else f", ≤ {scenario.refused:g}")
+    half = len(reached.ideal) // 2
+    figures = f"{worst:6.1f} {reached.ideal[half]:6.1f} {most:7.2f} {reached.refused[half]:6.2f}"
+    return f"{scenario.name:44} {figures}   {bound}{'  MISSED' if missed else ''}"
+
+
+def _measure(place: int, seeds: Iterable[int]) -> Reached:
+    return measure(SCENARIOS[place], seeds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first", type=int, default=TUNED_ON.start, help="the first seed")
+    parser.add_argument("--only", default="", help="a regular expression for the names of scenarios")
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args()
+    chosen = [place for place, scenario in enumerate(SCENARIOS) if re.search(options.only, scenario.name)]
+    seeds = range(options.first, options.first + options.seeds)
+    title = f"per cent, seeds {seeds[0]} to {seeds[-1]}"
+    print(f"{title:44} {'ideal':>6} {'median':>6} {'refused':>7} {'median':>6}")
+    with ProcessPoolExecutor(options.jobs) as pool:
+        for place, reached in zip(chosen, pool.map(_measure, chosen, [seeds] * len(chosen)), strict=True):
+            print(line(SCENARIOS[place], reached), flush=True)
+
+
+if __name__ == "__main__":
+    main()
