@@ -33,7 +33,7 @@ class Hooks(msgspec.Struct, frozen=True):
     """`progress` is called at the start and twice a second, `note` for single lines.
 
     `command` is the command line that resumes the run, without its directory. `grace_s`: how long requests in flight
-    may take after the first signal or after the deadline. `views` get every summary that is written, in any thread.
+    may take after the first signal or after the deadline. `views` get every summary that is written.
     `mirror` keeps a copy of the sealed parts elsewhere.
     """
 

@@ -320,6 +320,7 @@ class Fleet:
         if self._closing:
             return False
         if isinstance(error, RayError) and not isinstance(error, ActorDiedError | RayTaskError):
+            self._report("call repeated", None, actor=str(actor), why=_in_words(error))
             await asyncio.sleep(REPEAT_S)
             return actor in self._actors
         self._lost(actor, _in_words(error))
@@ -376,10 +377,10 @@ def _in_words(error: Exception) -> str:
         return f"{type(error.cause).__name__}: {error.cause}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     line = next((line for line in lines if line.startswith("The actor") and "because" in line), "".join(lines[:1]))
-    return _DETAILS.split(line.rpartition("because ")[2])[0][:300].rstrip(". ") or type(error).__name__
+    return _DETAILS.split(re.split("because |is unavailable: ", line)[-1])[0][:300].rstrip(". ") or type(error).__name__
 
 
-_DETAILS = re.compile(r"\.? (?:Worker exit type|Node Id|Some common causes)")
+_DETAILS = re.compile(r"\.? (?:Worker exit type|Node Id|Some common causes|The task may or may not)")
 
 
 def _not_started(why: str) -> str:

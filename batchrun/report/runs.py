@@ -13,7 +13,7 @@ from typing import NamedTuple
 import msgspec
 
 from batchrun.errors import CheckpointError, InputError
-from batchrun.records import Estimate, InForce, PossiblyBilled, TotalsLine
+from batchrun.records import Estimate, InForce, MergedShard, PossiblyBilled, TotalsLine
 from batchrun.report.run_state import run_state
 from batchrun.report.summary import VERSION
 from batchrun.store.rundir import RunDirectory
@@ -54,7 +54,7 @@ class Account(msgspec.Struct, frozen=True):
     tokens_per_minute: float = 0.0
     limits: InForce | None = None
     shard: str | None = None
-    merged: list[str] = []
+    merged: list[MergedShard] = []
 
     @property
     def began(self) -> datetime:
@@ -138,8 +138,26 @@ def _each_once(found: list[Found], left_out: list[LeftOut]) -> Runs:
         newest, *others = sorted(copies, key=_age, reverse=True)
         counted.append(newest)
         left_out += (LeftOut(_shown(other.place), _copy(other.account, newest)) for other in others)
+    counted, merged = _without_merged(counted)
+    left_out += merged
     counted.sort(key=lambda each: (each.account.job, each.account.run_id, each.account.updated_at))
     return Runs(tuple(counted), tuple(sorted(left_out, key=lambda each: each.path)))
+
+
+def _without_merged(found: list[Found]) -> tuple[list[Found], list[LeftOut]]:
+    """The runs without the shards that another of them was merged from, which counts them; and those."""
+    merged = {shard.run_id: (each, shard) for each in found for shard in each.account.merged}
+    left_out = []
+    for each in found:
+        if each.account.run_id not in merged:
+            continue
+        whole, shard = merged[each.account.run_id]
+        why = f"shard {shard.shard}, merged into {_shown(whole.place)}, which counts it"
+        if each.account.attempts > shard.attempts:
+            later_usd = each.account.cost_usd - shard.cost_usd
+            why += f", but resumed since: no figure includes at least ${max(later_usd, Decimal(0)):,.6f} of it"
+        left_out.append(LeftOut(_shown(each.place), why))
+    return [each for each in found if each.account.run_id not in merged], left_out
 
 
 def _age(found: Found) -> tuple[int, datetime, bool, str]:

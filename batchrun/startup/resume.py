@@ -38,7 +38,7 @@ from batchrun.store.variants import Variant
 from batchrun.tables.arrow_types import Column
 from batchrun.tables.json_columns import ColumnTypes
 
-SHAPE = ("columns", "prefix", "raw", "layout", "partition_by", "compression", "chunk_rows", "chunk_bytes")
+SHAPE = ("columns", "prefix", "raw", "layout", "format", "partition_by", "compression", "chunk_rows", "chunk_bytes")
 """The output settings that a run keeps from its first start, because its parts were written with them."""
 
 

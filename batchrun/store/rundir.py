@@ -36,6 +36,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.completions = path / "completions.parquet"
+        self.lines = path / "completions.jsonl"  # format = "jsonl"; with .gz or .zst behind it
         self.completions_folder = path / "completions"  # layout = "parts"
         self.staging = path / "completions.tmp"  # that folder while it is made
         self.partial = path / "completions.partial.parquet"  # of a run that is not complete

@@ -116,3 +116,12 @@ def test_the_command_line_publishes_and_finds_the_run_again(
     shown = command("run", machine.job, "--state-dir", machine.state, "--date", "2026-11-22", "--new", "--limit", "5")
     assert shown.exit_code == 0, shown.stderr
     assert s3.names(f"{BUCKET}/cli/job/2026-11-22-2")[-1] == "usage.parquet"
+
+    shown = command("report", f"s3://{BUCKET}/cli", "--by", "run", "--format", "json")
+    assert shown.exit_code == 0, shown.stderr
+    assert len(json.loads(shown.stdout)["lines"]) == 2
+    assert f"s3://{BUCKET}/cli/job/2026-11-22-2" in command("status", f"s3://{BUCKET}/cli").stdout
+    shown = command("show", f"s3://{BUCKET}/cli/job/2026-11-22", "--row", "3", "--json")
+    assert json.loads(shown.stdout)["row"] == 3, shown.stderr
+    shown = command("report", f"s3://{BUCKET}/nothing")
+    assert (shown.exit_code, "no run is published there" in shown.stderr) == (2, True), shown.stderr
