@@ -114,7 +114,7 @@ def begin(job: Job | str | Path, rows: Rows | None, options: Options, host: Host
         note(line)
     wanted, directory, command = _placed(wanted, options, note)
     began_at = datetime.now(UTC)
-    views = Views(wanted, directory, note)
+    views = Views(wanted, directory, note, shard)
 
     def ended(code: int, reason: str | None, summary: Summary | None = None) -> None:
         views.end(code, reason, summary)
