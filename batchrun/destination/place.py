@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from batchrun import signals
 from batchrun.destination import restore
 from batchrun.destination.replica import Replica, kept_parts
 from batchrun.dispatch.runlog import RunLog
@@ -59,8 +60,11 @@ def run(
         mirror = None
         if job.output.keep_parts_remote:
             mirror = Replica(folder, mine, claim, note)
-            if not directory.checkpoint.exists() and (found := restore.restore(job, folder, directory)) is not None:
-                note(found)
+            if not directory.checkpoint.exists():
+                with signals.raised():
+                    found = restore.restore(job, folder, directory)
+                if found is not None:
+                    note(found)
         summary = work(mirror)
         return _published(job, directory, folder, summary, claim, mine, note) if summary.complete else summary
 
@@ -172,7 +176,8 @@ def _published(
     with contextlib.closing(RunLog(directory.log)) as log:
         try:
             kept = kept_parts(folder, known.run_id) if job.output.keep_parts_remote else {}
-            new = publish.publish(folder, files, beside, content, record, claim, kept)
+            with signals.raised():  # the event loop has removed these handlers at its end
+                new = publish.publish(folder, files, beside, content, record, claim, kept)
         except BatchrunError as error:
             log.write("publish failed", url=str(folder), why=str(error))
             why = f"{error} (the result is complete in {directory.path}; publishing it sends no request)"
