@@ -146,12 +146,14 @@ class Writer:
             settings = self._manifest.output
             layout = Layout(JsonlSource(()), (), frozenset(), None, self._schema, settings, self._parsed)
             chunks_sealed = Chunks(self._to, checkpoint, layout)
-            result.write(self._manifest, self._schema, checkpoint, chunks_sealed, self._to, summary)
+            written = result.write(self._manifest, self._schema, checkpoint, chunks_sealed, self._to, summary)
         finally:
             checkpoint.close()
-        for path in (self._to.rejects, self._to.images_of()):
+        for path in (self._to.rejects, self._to.images_of(), self._to.log):
             self._join_files(path.name)
         summary = msgspec.structs.replace(summary, files=_files(self._to, self._target))
+        if settings.dataset is not None:  # before the merged run is there, so that a merge that is cut does it again
+            shared_dataset.publish(written, self._to, Path(settings.dataset), self._manifest.run_id)
         durable.replace_bytes(self._to.summary, msgspec.json.format(msgspec.json.encode(summary), indent=2))
         return summary
 
@@ -313,7 +315,7 @@ def _pieces(shard: CompleteShard) -> Iterator[Iterator[pa.RecordBatch]]:
         CheckpointError: the result is not what was written.
     """
     written = [(shard.directory.path / file.name, file.digest, file.rows) for file in _in_order(shard)]
-    if shard.result.folder or shard.result.kept:
+    if shard.result.kept or shard.result.folder:
         return (files.sealed_batches(*file) for file in written)
     ((path, digest, _),) = written
     return files.cut(path, digest, [chunk.rows for chunk in shard.known.chunks])
