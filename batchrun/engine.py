@@ -365,7 +365,7 @@ def _finish(job: Job, store: Store, status: RunStatus) -> Summary:
         written = result.write(
             plan.manifest, plan.schema, store.checkpoint, store.chunks, store.directory, status.summary()
         )
-        if job.output.dataset is not None:
+        if job.output.dataset is not None and not plan.manifest.is_sharded:  # `merge` publishes the shards together
             dataset = Path(job.output.dataset)
             partitions = shared_dataset.publish(written, store.directory, dataset, plan.manifest.run_id)
             status.log.write("partitions published", dataset=str(dataset), partitions=partitions)

@@ -70,9 +70,29 @@ def taken(job: Job) -> Callable[[Path], bool]:
 
     def taken(path: Path) -> bool:
         url = rundir.published_at(job.output, path)
-        return path.exists() or (url is not None and bool(RemoteFolder(url, job.storage).list()))
+        return path.exists() or (url is not None and bool(RemoteFolder(url, job.storage).objects()))
 
     return taken
+
+
+def elsewhere(job: Job) -> Callable[[], tuple[Path, str] | None]:
+    """Finds the newest run of the job that another machine has left unfinished with its parts in the store."""
+
+    def names(above: str) -> list[str]:
+        url = rundir.published_at(job.output, Path(above))
+        return [] if url is None else RemoteFolder(url, job.storage).folders()
+
+    def found() -> tuple[Path, str] | None:
+        if not job.output.keep_parts_remote:
+            return None
+        for path, date in rundir.dates_among(rundir.pattern_of(job.output), job.name, names)[:1]:
+            url = rundir.published_at(job.output, path)
+            folder = None if url is None else RemoteFolder(url, job.storage)
+            if folder is not None and publish.standing(folder) is None and folder.below(publish.RUNS).objects():
+                return path, date
+        return None
+
+    return found
 
 
 def command(line: str, job: Job, url: Url) -> str:

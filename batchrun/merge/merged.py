@@ -29,7 +29,7 @@ from batchrun.report.summary import files as summary_files
 from batchrun.report.summary import read as read_summary
 from batchrun.request import image_digests
 from batchrun.source import JsonlSource
-from batchrun.store import db_tables, result, variants
+from batchrun.store import db_tables, result, shared_dataset, variants
 from batchrun.store.checkpoint import FORMAT, Checkpoint, read_finished
 from batchrun.store.chunks import Chunks, Layout
 from batchrun.store.database import Database, Record
@@ -61,7 +61,9 @@ def merge(shards: Sequence[CompleteShard], to: Path) -> Merged:
     target, building = RunDirectory(to), RunDirectory(to.with_name(to.name + durable.TEMP_SUFFIX))
     writer = Writer(shards, building, target)
     if to.exists():
-        return Merged(target, writer.merged_before(), written=False)
+        before = writer.merged_before()
+        _publish(target)
+        return Merged(target, before, written=False)
     building.require_possible()
     shutil.rmtree(building.path, ignore_errors=True)
     building.create()
@@ -75,7 +77,17 @@ def merge(shards: Sequence[CompleteShard], to: Path) -> Merged:
     except BaseException:
         shutil.rmtree(building.path, ignore_errors=True)
         raise
+    _publish(target)
     return Merged(target, summary, written=True)
+
+
+def _publish(directory: RunDirectory) -> None:
+    """The run's partitions are in the dataset that its job names: a shard's would replace those of the others."""
+    entries = read_finished(directory.checkpoint)
+    manifest = Manifest.decode(entries)
+    if manifest.output.dataset is not None:
+        dataset = Path(manifest.output.dataset)
+        shared_dataset.publish(result.finished(entries), directory, dataset, manifest.run_id)
 
 
 class Renumbering(msgspec.Struct, frozen=True):
@@ -134,12 +146,14 @@ class Writer:
             settings = self._manifest.output
             layout = Layout(JsonlSource(()), (), frozenset(), None, self._schema, settings, self._parsed)
             chunks_sealed = Chunks(self._to, checkpoint, layout)
-            result.write(self._manifest, self._schema, checkpoint, chunks_sealed, self._to, summary)
+            written = result.write(self._manifest, self._schema, checkpoint, chunks_sealed, self._to, summary)
         finally:
             checkpoint.close()
-        for path in (self._to.rejects, self._to.images_of()):
+        for path in (self._to.rejects, self._to.images_of(), self._to.log):
             self._join_files(path.name)
         summary = msgspec.structs.replace(summary, files=_files(self._to, self._target))
+        if settings.dataset is not None:  # before the merged run is there, so that a merge that is cut does it again
+            shared_dataset.publish(written, self._to, Path(settings.dataset), self._manifest.run_id)
         durable.replace_bytes(self._to.summary, msgspec.json.format(msgspec.json.encode(summary), indent=2))
         return summary
 
@@ -301,7 +315,7 @@ def _pieces(shard: CompleteShard) -> Iterator[Iterator[pa.RecordBatch]]:
         CheckpointError: the result is not what was written.
     """
     written = [(shard.directory.path / file.name, file.digest, file.rows) for file in _in_order(shard)]
-    if shard.result.folder:
+    if shard.result.kept or shard.result.folder:
         return (files.sealed_batches(*file) for file in written)
     ((path, digest, _),) = written
     return files.cut(path, digest, [chunk.rows for chunk in shard.known.chunks])

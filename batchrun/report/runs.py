@@ -16,6 +16,7 @@ from batchrun.errors import CheckpointError, InputError
 from batchrun.records import Estimate, InForce, MergedShard, PossiblyBilled, TotalsLine
 from batchrun.report.run_state import run_state
 from batchrun.report.summary import VERSION
+from batchrun.store.result_folder import MANIFEST
 from batchrun.store.rundir import RunDirectory
 from batchrun.store.totals import LOST
 from batchrun.tables.files import read_footer
@@ -204,7 +205,9 @@ def _named(path: Path) -> Path | None:
     """The run directory or completions file that `path` names; None if it is a folder of them, or nothing."""
     if path.name == "summary.json" and path.is_file():
         return path.parent
-    return path if path.is_file() or _is_run(path) else None
+    if path.is_file() or _is_run(path):
+        return path
+    return path / MANIFEST if (path / MANIFEST).is_file() else None  # a result's folder that was moved
 
 
 def _runs_below(folder: Path) -> Iterator[Path]:
@@ -273,6 +276,12 @@ def _on_disk(files: RunDirectory, written: Account) -> Account:
 
 
 def _of_file(path: Path) -> tuple[Account | None, str]:
+    if path.name == MANIFEST:
+        try:
+            bill = msgspec.json.decode(path.read_bytes(), type=dict[str, object]).get("bill")
+        except (OSError, msgspec.DecodeError) as error:
+            return None, f"can't be read: {error}"
+        return (None, "no bill in it") if bill is None else (_decoded(msgspec.json.encode(bill), path), "")
     try:
         footer = read_footer(path)
     except CheckpointError as error:

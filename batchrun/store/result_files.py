@@ -20,6 +20,8 @@ def of(place: Path) -> list[Path]:
     Raises:
         InputError: the file is JSON lines, or the manifest of a moved folder can't be read.
     """
+    if place.name == MANIFEST:
+        place = place.parent
     if place.is_file():
         if json_lines.packing_of(place) is not None:
             raise InputError(f"{place}: JSON lines, which hold no types; name the run's directory, or a Parquet file")

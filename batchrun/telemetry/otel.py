@@ -186,10 +186,10 @@ class OpenTelemetry:
 
     def observations(self, metric: Metric) -> Iterator[Observation]:
         """The metric's values now; none before the first summary."""
-        if self._snapshot is not None:
-            for labels, value in metric.present(self._snapshot):
+        if (snapshot := self._snapshot) is not None:
+            for labels, value in metric.present(snapshot):
                 number = int(value) if isinstance(value, int) else float(value)
-                yield Observation(number, {"batchrun.job": self._job.name, **labels})
+                yield Observation(number, snapshot.labels("batchrun.") | labels)
 
     def _add_request(self, c: Completion, attributes: genai.Attributes) -> None:
         """A span for the row's last request, within its chunk's."""

@@ -11,7 +11,7 @@ import msgspec
 
 from batchrun.errors import CheckpointError, ExitCode, InputError, JobError
 from batchrun.job.job import Job
-from batchrun.records import Notice, Summary
+from batchrun.records import Notice, Shard, Summary
 from batchrun.report.summary import Moment, read, starting
 from batchrun.store.rundir import RunDirectory
 from batchrun.telemetry.metrics import Snapshot
@@ -58,18 +58,25 @@ def _open_telemetry(job: Job, note: Callable[[str], None]) -> "OpenTelemetry | N
 class Views:
     """What is shown of one start of a run. Call `end` at its end."""
 
-    def __init__(self, job: Job, directory: RunDirectory, note: Callable[[str], None]) -> None:
+    def __init__(
+        self, job: Job, directory: RunDirectory, note: Callable[[str], None], shard: Shard | None = None
+    ) -> None:
+        """`note` gets one line for each view that can't be shown, in any thread."""
         self._job = job.name
         self._directory = directory
         self._started_at = datetime.now(UTC)
         self._last: Summary | None = None
         folder = job.telemetry.prometheus_dir
-        self._file = None if folder is None else TextFile(Path(folder), job.name, note)
+        self._shard = None if shard is None else str(shard)
+        name = job.name if shard is None else job.name + shard.suffix
+        self._file = None if folder is None else TextFile(Path(folder), name, note)
         self.otel = None if not wants_otel(job) else _open_telemetry(job, note)
 
     def show(self, summary: Summary) -> None:
         """The views show this summary from now on. In any thread, but in one at a time."""
         self._last = summary
+        if summary.complete:  # the result may still go to an object store: `end` says how that ended
+            summary = msgspec.structs.replace(summary, state="writing", exit_code=None)
         if self._file is not None:
             self._file.show(self._snapshot(summary))
         if self.otel is not None:
@@ -80,8 +87,7 @@ class Views:
         if self._file is None and self.otel is None:
             return
         if summary is None:
-            is_last = self._last is not None and self._last.exit_code is not None
-            summary = self._last if is_last and self._last is not None else self._failed(exit_code, reason)
+            summary = self._failed(exit_code, reason)
         snapshot, is_ours = self._snapshot(summary), exit_code != ExitCode.LOCKED  # else another process shows it
         if self._file is not None:
             if is_ours:
@@ -91,10 +97,13 @@ class Views:
             self.otel.end(snapshot, with_metrics=is_ours)
 
     def _snapshot(self, summary: Summary) -> Snapshot:
-        return Snapshot(summary, str(self._directory.path.absolute()))
+        return Snapshot(summary, str(self._directory.path.absolute()), shard=self._shard)
 
     def _failed(self, exit_code: int, reason: str | None) -> Summary:
-        """The summary of a start that ended before it wrote one: the figures of the run are those before it."""
+        """The last summary of a start that failed. If it wrote none, the figures of the run are those before it."""
+        if (last := self._last) is not None and last.exit_code is not None:
+            state = last.state if last.exit_code == exit_code else "failed"
+            return msgspec.structs.replace(last, state=state, exit_code=int(exit_code))
         try:
             earlier = read(self._directory)
         except (InputError, CheckpointError):

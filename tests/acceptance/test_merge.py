@@ -114,7 +114,7 @@ def test_merged_shards_are_the_run_of_one_process(
     assert content(out).equals(content(one))
 
     mine, whole = read_summary(out), read_summary(one)
-    for field in ("rows", "plainin_output", "by_status", "models", "complete", "exit_code", "cost_usd", "rejected"):
+    for field in ("rows", "rows_in_output", "by_status", "models", "complete", "exit_code", "cost_usd", "rejected"):
         assert mine[field] == whole[field], field
     assert (mine["shard"], len(mine["merged"])) == (None, count)
     assert Decimal(mine["cost_usd"]) == sum(Decimal(read_summary(folder)["cost_usd"]) for folder in folders)
@@ -150,7 +150,7 @@ def test_merged_shards_are_the_run_of_one_process(
 
 
 @pytest.mark.heavy
-def test_plainare_numbered_through_where_records_were_set_aside(tmp_path: Path, server: RunningSimulator) -> None:
+def test_rows_are_numbered_through_where_records_were_set_aside(tmp_path: Path, server: RunningSimulator) -> None:
     source = write_input(tmp_path / "in.jsonl")
     lines = source.read_text().splitlines()
     lines[3], lines[25], lines[40] = "nonsense", "{}", lines[41].replace('"id": 41', '"id": 40')
@@ -166,6 +166,30 @@ def test_plainare_numbered_through_where_records_were_set_aside(tmp_path: Path, 
     assert table(out).column("duplicate_of").to_pylist()[39] == 38
     assert (out / "rejects.jsonl").read_bytes() == (one / "rejects.jsonl").read_bytes()
     assert batchrun("verify", out).exit_code == 0
+
+
+@pytest.mark.heavy
+def test_other_forms_of_a_result_are_merged_too(tmp_path: Path, server: RunningSimulator) -> None:
+    job = job_at(tmp_path, server.url, write_input(tmp_path / "in.parquet"))
+    chosen = ("--set", "output.format=jsonl")
+    assert batchrun("run", job, "-o", tmp_path / "one", *chosen).exit_code == 0
+    assert batchrun("merge", *shards_of(job, 3, *chosen)).exit_code == 0
+
+    def lines(out: Path) -> list[dict[str, object]]:
+        found = map(json.loads, (out / "completions.jsonl").read_text().splitlines())
+        return [{name: value for name, value in line.items() if name not in OF_A_START} for line in found]
+
+    out = tmp_path / "runs/night"
+    assert lines(out) == lines(tmp_path / "one")
+    assert batchrun("verify", out).exit_code == 0
+    shutil.rmtree(tmp_path / "runs")
+
+    shared = tmp_path / "shared"
+    settings = ("--set", 'output.partition_by=["shape"]', "--set", f"output.dataset={shared}")
+    folders = shards_of(job, 2, *settings)
+    assert not shared.exists()  # a shard has some rows of each partition, and would replace the others' rows
+    assert batchrun("merge", *folders).exit_code == 0
+    assert pq.read_table(shared).sort_by("row").column("row").to_pylist() == list(range(60))
 
 
 @pytest.fixture(scope="module")

@@ -140,3 +140,26 @@ def test_a_killed_publish_leaves_whole_partitions(tmp_path: Path) -> None:
             folder = tmp_path / "dataset" / f"k={place}"
             assert os.listdir(folder) == ["part-000000.parquet"]  # noqa: PTH208
             assert set((folder / "part-000000.parquet").read_text()) in ({"a"}, {"b"})
+
+
+def test_shards_are_merged_in_every_layout(tmp_path: Path, simulator: RunningSimulator) -> None:
+    """Not the shards but the merge publishes their partitions: a shard has some of their rows only."""
+    write_input(tmp_path / "in.jsonl", 21, ("de", "en", None))
+    dataset = tmp_path / "labels"
+    job = write_job(tmp_path / "job.toml", simulator.url, tmp_path / "in.jsonl", MORE.format(dataset=dataset))
+    lines = ("--set", "output.partition_by=[]", "--set", "output.format=jsonl")
+    for name, flags in (("parted", ()), ("lines", (*lines, "--set", "output.chunk_rows=4"))):
+        if flags:
+            job.write_text(job.read_text("utf-8").replace(f'dataset = "{dataset}"', ""), "utf-8")
+        for number in (0, 1):
+            ended = batchrun("run", job, "-o", tmp_path / name, "--shard", f"{number}/2", *flags)
+            assert ended.exit_code == 0, ended.stderr
+            assert dataset.exists() == (name == "lines")
+        for _ in range(2):
+            ended = batchrun("merge", *sorted(tmp_path.glob(f"{name}.shard-*")), "-o", tmp_path / name)
+            assert ended.exit_code == 0, ended.stderr
+        assert "nothing is damaged" in batchrun("verify", tmp_path / name).stdout
+        assert "21 rows" in batchrun("export", tmp_path / name, "-o", tmp_path / f"{name}.parquet").stdout
+        assert pq.read_table(tmp_path / f"{name}.parquet").column("row").to_pylist() == list(range(21))
+    assert sum(rows for _, rows in files_of(dataset).values()) == 21
+    assert len((tmp_path / "lines" / "completions.jsonl").read_text("utf-8").splitlines()) == 21
