@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-rest test-all readers airflow strace valgrind chromium guard check lint setup bench bench-limits crash build lock clean
+.PHONY: quickstart test test-rest test-all readers airflow strace valgrind chromium guard check lint setup bench bench-limits bench-large crash build lock clean
 
 quickstart: .venv/quickstart
 	@echo
@@ -89,8 +89,9 @@ lint: .venv/test
 	$(BIN)/mypy sample_inputs/make.py sample_inputs/packages.py
 	$(BIN)/mypy benchmarks/fixed_answer.py benchmarks/throughput.py benchmarks/durability.py benchmarks/streams.py
 	$(BIN)/mypy benchmarks/limits.py benchmarks/second_client.py benchmarks/retry_client.py benchmarks/wire.py
-	$(BIN)/mypy benchmarks/stages.py
-	MYPYPATH=benchmarks $(BIN)/mypy benchmarks/row.py
+	$(BIN)/mypy benchmarks/stages.py benchmarks/large.py
+	MYPYPATH=benchmarks $(BIN)/mypy benchmarks/starts.py
+	MYPYPATH=benchmarks $(BIN)/mypy benchmarks/row.py benchmarks/ray_engine.py
 
 check: lint test
 
@@ -98,6 +99,7 @@ bench: .venv/test valgrind
 	$(BIN)/python benchmarks/row.py
 	$(BIN)/python benchmarks/row.py --instructions
 	$(BIN)/python benchmarks/stages.py
+	$(BIN)/python benchmarks/starts.py
 	$(BIN)/python benchmarks/throughput.py 20000 200000
 	$(BIN)/python benchmarks/durability.py
 	$(BIN)/python benchmarks/streams.py 64 5000000
@@ -105,6 +107,11 @@ bench: .venv/test valgrind
 
 bench-limits: .venv/test     # ONLY=told,shared: some scenarios; LONG=1: outages of ten minutes (docs/benchmarks.md)
 	$(BIN)/python benchmarks/limits.py $(if $(ONLY),--only $(ONLY)) $(if $(LONG),--long)
+
+ROWS ?= 10000000
+LARGE ?= build/bench-large-$(ROWS)
+bench-large: .venv/test      # ROWS=1000000; stopped and started again it continues (docs/scale.md)
+	$(BIN)/python benchmarks/large.py --rows $(ROWS) --layout parts --in-flight 256 --folder $(LARGE)
 
 N ?= 1000
 crash: .venv/test            # N processes killed and resumed, judged by the ledger (docs/crash.md)

@@ -14,7 +14,9 @@ import msgspec
 
 from batchrun import engine, on_end, preflight, simulated, streams
 from batchrun.credentials import Credentials
+from batchrun.destination import place as destination
 from batchrun.dispatch.hooks import GRACE_S, Hooks, Host
+from batchrun.engine import Runtime
 from batchrun.errors import BatchrunError, ExitCode, JobError, RunStoppedError
 from batchrun.job.job import Job
 from batchrun.job.load import checked, load
@@ -22,11 +24,14 @@ from batchrun.limits import deadline as deadlines
 from batchrun.limits.deadline import Deadline
 from batchrun.on_end import End
 from batchrun.policy import failing
-from batchrun.records import Status, Summary
+from batchrun.records import Notice, Status, Summary
 from batchrun.source import Rows, as_file
+from batchrun.startup import shard as shards
 from batchrun.startup.run_options import RunOptions
 from batchrun.store import rundir
+from batchrun.store.chunks import Mirror
 from batchrun.store.rundir import RunDirectory
+from batchrun.telemetry.views import Views
 
 _LOG = logging.getLogger("batchrun")
 
@@ -38,9 +43,11 @@ class Options(TypedDict, total=False):
     """Options of one start, all of them optional. docs/library.md says what each does."""
 
     output: str | Path | None
+    state_dir: str | Path | None
     date: str | None
     new: bool
     limit: int | None
+    shard: str | None
     deadline: str | None
     accept_changes: bool | Literal["input"]
     accept_canary: bool
@@ -100,21 +107,35 @@ def begin(job: Job | str | Path, rows: Rows | None, options: Options, host: Host
         raise TypeError(f"unknown option {unknown[0]}; expected some of {', '.join(Options.__annotations__)}")
     note = options.get("note", _LOG.info)
     deadline = _deadline(options.get("deadline"))
-    wanted = _job(job, rows, options)
+    wanted = whole = _job(job, rows, options)
+    shard = None if (named := options.get("shard")) is None else shards.read(named)
+    if shard is not None:
+        wanted = shards.job_of(whole, shard)
+        for line in shards.in_words(whole, wanted, shard):
+            note(line)
     directory, date = _place(wanted, options, note)
     if (dated := wanted.on(date)) is not wanted and (command := options.get("command")) is not None:
         options["command"] = f"{command} --date {date}"
+    if (url := rundir.published_at(wanted.output, directory.path)) and (command := options.get("command")) is not None:
+        options["command"] = destination.command(command, wanted, url)
     wanted, began_at = dated, datetime.now(UTC)
+    views = Views(wanted, directory, note)
     try:
         environ = options.get("environ", os.environ)
         preflight.require_settings(wanted, directory)
         keys = preflight.key(wanted, environ)
-        with simulated.endpoint_of(wanted) as pointed, _stream(wanted, rows, directory) as stream:
-            summary = _invoke(pointed, directory, keys, options, stream, note, deadline, host)
+        with (
+            simulated.endpoint_of(wanted) as pointed,
+            _stream(wanted, rows, directory) as stream,
+            _runtime(pointed, environ, note) as runtime,
+        ):
+            summary = _invoke(pointed, directory, keys, options, stream, note, deadline, host, runtime, views)
     except BaseException as error:
         code = error.exit_code if isinstance(error, BatchrunError) else ExitCode.INTERNAL_ERROR
+        views.end(code, str(error), None)
         on_end.run(wanted, directory, End(int(code), str(error)), began_at, note)
         raise
+    views.end(summary.exit_code or 0, summary.reason, summary)
     on_end.run(wanted, directory, End(summary.exit_code or 0, summary.reason, summary), began_at, note)
     if not summary.complete:
         raise RunIncompleteError(summary)
@@ -130,6 +151,8 @@ def _invoke(
     note: Callable[[str], None],
     deadline: Deadline | None,
     host: Host | None,
+    runtime: Runtime,
+    views: Views,
 ) -> Summary:
     run_options = RunOptions(
         skip_invalid=options.get("skip_invalid", False),
@@ -138,6 +161,7 @@ def _invoke(
         limit=options.get("limit"),
         deadline=deadline,
         retry=_retried(job, options.get("retry_failed", False)),
+        shard=None if (shard := options.get("shard")) is None else shards.read(shard),
         stdin=stream,
         problem=options.get("note", _LOG.warning),  # a program that configured no logging should still see these
         note=note,
@@ -145,8 +169,13 @@ def _invoke(
     )
     grace_s = options.get("grace_s")
     progress: Callable[[Summary], None] = options.get("progress", lambda summary: None)
-    hooks = Hooks(progress, note, host, options.get("command"), GRACE_S if grace_s is None else grace_s)
-    return engine.run(job, directory, keys, run_options, hooks, _loop_factory())
+    hooks = Hooks(progress, note, host, options.get("command"), GRACE_S if grace_s is None else grace_s, views.show)
+
+    def work(mirror: Mirror | None = None) -> Summary:
+        return engine.run(job, directory, keys, run_options, msgspec.structs.replace(hooks, mirror=mirror), runtime)
+
+    url = rundir.published_at(job.output, directory.path)
+    return work() if url is None else destination.run(job, directory, url, work, note)
 
 
 def _checked(options: Options, host: Host | None) -> Callable[[int], None]:
@@ -171,6 +200,8 @@ def _job(job: Job | str | Path, rows: Rows | None, options: Options) -> Job:
         job = msgspec.structs.replace(job, input=msgspec.structs.replace(job.input, path="-"))
     if (output := options.get("output")) is not None:
         job = msgspec.structs.replace(job, output=msgspec.structs.replace(job.output, path=str(output)))
+    if (state_dir := options.get("state_dir")) is not None:
+        job = msgspec.structs.replace(job, output=msgspec.structs.replace(job.output, state_dir=str(state_dir)))
     return job
 
 
@@ -182,17 +213,18 @@ def _deadline(text: str | None) -> Deadline | None:
 def _place(job: Job, options: Options, note: Callable[[str], None]) -> tuple[RunDirectory, str]:
     """The run's directory, and its logical date."""
     now = datetime.now().astimezone()
-    path, earlier = rundir.place(
-        job.output.path, job.name, date=options.get("date"), now=now, new=options.get("new", False)
-    )
+    pattern, new = rundir.pattern_of(job.output), options.get("new", False)
+    taken = destination.taken(job)
+    path, earlier = rundir.place(pattern, job.name, date=options.get("date"), now=now, new=new, taken=taken)
     if earlier is not None:
-        note(f"resuming the unfinished run of {earlier} ({path}); --new starts another")
+        line = f"resuming the unfinished run of {earlier} ({path}); --new starts another"
+        note(Notice(line, "resuming", date=earlier, directory=path))
     if not str(path).isprintable() and "\\x" in (shown := os.fsencode(path).decode("utf-8", "backslashreplace")):
         raise JobError(
             f"output.path {shown}: holds bytes that are not UTF-8, as the run's log is; name another directory"
         )
-    if left := rundir.unfinished(job.output.path, job.name, path):
-        note(_left_in_words(left))
+    if left := rundir.unfinished(pattern, job.name, path):
+        note(Notice(_left_in_words(left), "unfinished runs", dates=[earlier for earlier, _ in left]))
     return RunDirectory(path), rundir.logical_date(options.get("date") or earlier, now)
 
 
@@ -236,6 +268,18 @@ def _loop_runs() -> bool:
     except RuntimeError:
         return False
     return True
+
+
+@contextlib.contextmanager
+def _runtime(job: Job, environ: Mapping[str, str], note: Callable[[str], None]) -> Iterator[Runtime]:
+    """The event loop, and the engine that the job wants."""
+    if job.engine.name == "local":
+        yield Runtime(_loop_factory())
+        return
+    from batchrun.ray_engine.cluster import opened  # only if the job wants it: it loads much
+
+    with opened(job, environ, note) as open_transports:
+        yield Runtime(_loop_factory(), open_transports)
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

@@ -11,7 +11,8 @@ import click
 from batchrun import __version__, streams
 from batchrun.commands import check, compare, new, report, run, show, simulate, status, tune, verify
 from batchrun.errors import BatchrunError, ExitCode
-from batchrun.terminal import note
+from batchrun.terminal import choose_format, is_json
+from batchrun.terminal import error as error_line
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -31,6 +32,7 @@ def main() -> None:
     """Runs the command line."""
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # gives memory back; must be set before pyarrow loads
     streams.open_all()
+    choose_format(sys.argv[1:], os.environ)
     stdout = sys.stdout
     try:
         cli(standalone_mode=False)
@@ -45,6 +47,8 @@ def main() -> None:
     except BatchrunError as error:
         _end(f"Error: {error}", error.exit_code)
     except click.ClickException as error:
+        if is_json():
+            _end(f"Error: {error.format_message()}", ExitCode.USAGE)
         with streams.for_people():
             error.show()
         sys.exit(ExitCode.USAGE)
@@ -74,5 +78,5 @@ def _unexpected(error: Exception) -> tuple[str, ExitCode]:
 
 
 def _end(line: str, exit_code: ExitCode) -> None:
-    note(line)
+    error_line(line, int(exit_code))
     sys.exit(exit_code)

@@ -1,9 +1,11 @@
 """Writes files completely or not at all, also across power loss: temp name, fsync, rename, fsync of the directory."""
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -61,6 +63,71 @@ def replace(path: Path, write: Callable[[Path], None]) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)  # on a full disk the run needs the space
         raise
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """`folder` is now what `new` was, in one step: readers see its old content whole, or the new one. `new` then holds
+    the old content, or is gone.
+
+    Where the file system can't exchange two directories (Linux can since 3.15, on ext4, xfs, btrfs and tmpfs), the
+    folder is missing for a moment, and never half there.
+    """
+    with disk_errors(folder):
+        fsync(new)
+        if not folder.exists():
+            new.rename(folder)
+        elif not _exchange(new, folder):
+            exchange_in_steps(new, folder)
+        fsync(folder.parent)
+
+
+def remove_folder(folder: Path) -> None:
+    """The folder and all in it are gone."""
+    if folder.is_dir():
+        with disk_errors(folder):
+            shutil.rmtree(folder)
+
+
+def exchange_in_steps(new: Path, folder: Path) -> None:
+    """The two folders have changed places; after a kill one of them may stand beside as `.old.tmp`."""
+    aside = folder.with_name(folder.name + ".old" + TEMP_SUFFIX)
+    remove_folder(aside)
+    folder.rename(aside)
+    new.rename(folder)
+    aside.rename(new)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """True if the two paths have changed places; False if the system can't do that."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    error = ctypes.get_errno()
+    if error in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(error, os.strerror(error), str(other))
+
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # fcntl.h and linux/fs.h; see renameat2(2)
+
+
+def link(file: Path, to: Path) -> None:
+    """`to` is the same file under a second name, or a copy where the file system has no links. Replaces `to`."""
+    to.unlink(missing_ok=True)
+    try:
+        os.link(file, to)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EXDEV, errno.EMLINK):
+            raise
+
+        def copy(temporary: Path) -> None:
+            temporary.touch(mode=0o600)
+            shutil.copyfile(file, temporary)
+
+        replace(to, copy)
 
 
 def replace_bytes(path: Path, content: bytes) -> None:

@@ -17,13 +17,13 @@ import functools
 import os
 import socket
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from batchrun import __version__, signals
+from batchrun import __version__, memory, signals
 from batchrun.credentials import Credentials
 from batchrun.dispatch import canary, live_limits, replay
-from batchrun.dispatch.dispatch import Dispatch
 from batchrun.dispatch.hooks import Hooks
 from batchrun.dispatch.run_status import Checking, Running, RunStatus
 from batchrun.dispatch.start_messages import about_cost, start_lines
@@ -33,21 +33,30 @@ from batchrun.errors import BatchrunError, CheckpointError, ExitCode, InputError
 from batchrun.job.job import Job
 from batchrun.limits.admission import Stop
 from batchrun.policy import failing
-from batchrun.records import Summary
+from batchrun.records import Notice, Summary
 from batchrun.report.summary import failures, files, read
 from batchrun.report.wording import are, plural
-from batchrun.startup import input_pass, retry
+from batchrun.startup import input_pass, retry, shard
 from batchrun.startup import resume as planning
 from batchrun.startup.resume import Plan
 from batchrun.startup.run_options import RunOptions
-from batchrun.store import at_rest, manifest, partial, result, variants
+from batchrun.store import at_rest, partial, result, variants
 from batchrun.store.carry_over import CarryOver
 from batchrun.store.checkpoint import Checkpoint, read_finished
 from batchrun.store.chunks import Chunks, Layout
+from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
 from batchrun.tables.files import write_usage
 
-LoopFactory = Callable[[], asyncio.AbstractEventLoop]
+if TYPE_CHECKING:
+    from batchrun.dispatch.endpoints import OpenTransports
+
+
+class Runtime(msgspec.Struct, frozen=True):
+    """What makes the event loop (None: asyncio), and what opens the transports (None: this process sends)."""
+
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None
+    open_transports: "OpenTransports | None" = None
 
 
 def run(
@@ -56,7 +65,7 @@ def run(
     credentials: Credentials,
     options: RunOptions = RunOptions(),  # noqa: B008  (frozen)
     hooks: Hooks = Hooks(),  # noqa: B008  (frozen)
-    loop_factory: LoopFactory | None = None,
+    runtime: Runtime = Runtime(),  # noqa: B008  (frozen)
 ) -> Summary:
     """Works on the run until it is complete or has to stop, as the summary says; the same call resumes it. Blocks.
 
@@ -68,11 +77,11 @@ def run(
         if (finished := _finished(job, directory, options)) is not None:
             if hooks.host is not None and hooks.host.replay:
                 replay.hand_over(replay.result(directory), hooks.host.results)
-            hooks.note(f"{directory.path}: complete already; nothing is sent")
+            hooks.note(Notice(f"{directory.path}: complete already; nothing is sent", "complete already"))
             return finished
-        summary, retried = _start(job, directory, credentials, options, hooks, loop_factory)
+        summary, retried = _start(job, directory, credentials, options, hooks, runtime)
         if summary.complete and not retried and _has_rows_to_retry(summary, options, hooks):
-            summary, _ = _start(job, directory, credentials, options, hooks, loop_factory)
+            summary, _ = _start(job, directory, credentials, options, hooks, runtime)
         return summary
 
 
@@ -82,7 +91,7 @@ def _start(
     credentials: Credentials,
     options: RunOptions,
     hooks: Hooks,
-    loop_factory: LoopFactory | None,
+    runtime: Runtime,
 ) -> tuple[Summary, bool]:
     """The summary at the end of this start, and whether it has sent rows again that were settled before."""
     with (
@@ -91,7 +100,7 @@ def _start(
         signals.raised(),  # until the event loop handles them, and after it
     ):
         store = _check(job, directory, checkpoint, options, status, hooks)
-        send = functools.partial(_dispatch, job, credentials, options, status, hooks, loop_factory)
+        send = functools.partial(_dispatch, job, credentials, options, status, hooks, runtime)
         if (stop := _canary(job, store, options, status, hooks, send)) is None:
             store = _with_all_chunks(store, hooks)
             stop = send(store)
@@ -116,7 +125,8 @@ def _finished(job: Job, directory: RunDirectory, options: RunOptions) -> Summary
         return None
     summary = read(directory)
     entries = read_finished(directory.checkpoint)
-    known = manifest.decode(entries)
+    known = Manifest.decode(entries)
+    shard.require_same(options.shard, known, directory.path)
     planning.require_same_shape(job, known)
     retrying = options.retry is not None
     _, _, changed_settings = variants.place(job, variants.decode(entries), known.variant, retrying=retrying)
@@ -125,7 +135,7 @@ def _finished(job: Job, directory: RunDirectory, options: RunOptions) -> Summary
     to_retry = any(summary.by_status.get(status) for status in options.retry or ())
     if changed_settings or changed_input is not None or to_retry or wanted_rows > summary.rows_in_output:
         return None
-    result.require_intact(directory, known.output.layout, summary.rows_in_output, entries)
+    result.require_intact(directory, summary.rows_in_output, entries)
     return msgspec.structs.replace(summary, exit_code=int(_exit_code(job, summary)), files=files(directory))
 
 
@@ -135,17 +145,19 @@ def _status(job: Job, directory: RunDirectory, credentials: Credentials, hooks: 
     live_limits.clear(directory)
     was_complete = (directory.read_summary() or {}).get("complete")
     summary_before = directory.summary.read_bytes() if was_complete else None
-    status = RunStatus(job.name, directory, credentials, hooks.command, job.job.tags)
+    status = RunStatus(job.name, directory, credentials, hooks.command, job.job.tags, hooks.shown)
     try:
         hooks.progress(status.summary())
         if credentials.warning:
-            hooks.note(f"warning: {credentials.warning}")
+            hooks.note(Notice(f"warning: {credentials.warning}", "key file"))
         yield status
     except BatchrunError as error:
         status.end("failed", error.exit_code, str(error))
         was_refused = summary_before is not None and isinstance(error, JobError | InputError)
-        if was_refused and result.FINISHED in read_finished(directory.checkpoint):
-            result.tidy(directory)  # this start may not change a complete run, which is complete as before
+        entries = read_finished(directory.checkpoint) if was_refused else {}
+        if was_refused and result.FINISHED in entries:
+            # this start may not change a complete run, which is complete as before
+            result.tidy(directory, result.finished(entries))
             replace_bytes(directory.summary, summary_before or b"")
         raise
     except BaseException as error:
@@ -178,9 +190,10 @@ def _check(
     directory.reserve_room()
     if result.FINISHED in checkpoint.manifest_entries() and checkpoint.totals.settled() < plan.rows:
         # the run was complete with --limit and has more rows now
-        chunks = result.restore_parts(plan.facts, checkpoint, checkpoint.chunks(), directory)
+        chunks = result.restore_parts(plan.manifest, checkpoint, checkpoint.chunks(), directory)
         checkpoint.reopen_chunks(chunks, (), {})
     status.start_running(Running(checkpoint, plan))
+    hooks.progress(status.summary())
     retrying = options.retry is not None
     for line in start_lines(job, plan, directory.path, checkpoint.totals, lost, retrying=retrying):
         hooks.note(line)
@@ -207,30 +220,31 @@ def _reopen_for_retry(plan: Plan, directory: RunDirectory, checkpoint: Checkpoin
             "finish the run with those, then retry"
         )
     if pending:
-        return f"{plural(pending, 'row')} {are(pending)} still pending; sent first"
+        return Notice(f"{plural(pending, 'row')} {are(pending)} still pending; sent first", "retry", pending=pending)
     mean_cost_usd = checkpoint.totals.mean_cost_usd()
     rows = retry.reopen(plan, directory, checkpoint, statuses, plan.variant, entries)
     ended = f"{plural(rows, 'row')} that ended as {', '.join(sorted(statuses))}"
-    return f"{ended} will be sent again{about_cost(rows, mean_cost_usd)}"
+    return Notice(f"{ended} will be sent again{about_cost(rows, mean_cost_usd)}", "retry", rows=rows)
 
 
 def _store(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, hooks: Hooks) -> Store:
     layout = Layout(
         source=plan.source,
-        identities=plan.facts.files,
-        rejected=frozenset(plan.facts.rejected),
+        identities=plan.manifest.files,
+        rejected=frozenset(plan.manifest.rejected),
         types=plan.types,
         schema=plan.schema,
-        settings=plan.facts.output,
+        settings=plan.manifest.output,
         parsed=plan.parsed,
-        number=plan.facts.layout,
-        limit=plan.rows if plan.rows < plan.facts.rows else None,
+        number=plan.manifest.layout,
+        limit=plan.rows if plan.rows < plan.manifest.rows else None,
+        first_row=plan.manifest.first_row,
     )
-    model = next(iter(plan.facts.models), "")
-    path = directory.origins_of(plan.facts.layout)
-    carry = CarryOver(plan.origins, path, variant=plan.facts.variant, model=model)
+    model = next(iter(plan.manifest.models), "")
+    path = directory.origins_of(plan.manifest.layout)
+    carry = CarryOver(plan.origins, path, variant=plan.manifest.variant, model=model)
     hand_over = None if hooks.host is None else functools.partial(replay.hand_over, results=hooks.host.results)
-    chunks = Chunks(directory, checkpoint, layout, carry, hand_over)
+    chunks = Chunks(directory, checkpoint, layout, carry, hand_over, hooks.mirror)
     return Store(directory, checkpoint, plan, chunks, before_usd=checkpoint.totals.most_usd())
 
 
@@ -252,7 +266,8 @@ def _canary(
     if known is None:
         known = canary.choose(job, store)
         if known.rows:
-            hooks.note(f"canary: {plural(len(known.rows), 'row')}, spread over the input, are sent first")
+            line = f"canary: {plural(len(known.rows), 'row')}, spread over the input, are sent first"
+            hooks.note(Notice(line, "canary", rows=len(known.rows)))
     if not known.rows:  # every row takes an answer without a request
         return None
     if (seen := known.seen) is None:
@@ -267,7 +282,8 @@ def _canary(
     if problems and not known.accepted:
         return canary.stop(seen, problems, store)
     if store.pending:
-        hooks.note(f"canary {'accepted' if problems else 'passed'}: {canary.in_words(seen)}; the rest is sent")
+        line = f"canary {'accepted' if problems else 'passed'}: {canary.in_words(seen)}; the rest is sent"
+        hooks.note(Notice(line, "canary", passed=not problems, **msgspec.structs.asdict(seen)))
     return None
 
 
@@ -285,15 +301,17 @@ def _dispatch(
     options: RunOptions,
     status: RunStatus,
     hooks: Hooks,
-    loop_factory: LoopFactory | None,
+    runtime: Runtime,
     store: Store,
 ) -> Stop | None:
     """Sends every pending row, in a canary every row of it; why the run stopped before the last, if it did."""
     if not store.pending:
         return None
-    dispatch = Dispatch(job, store, credentials, status, hooks, options.deadline)
+    from batchrun.dispatch.dispatch import Dispatch  # here, because a complete run does not need aiohttp: 0.25 s
+
+    dispatch = Dispatch(job, store, credentials, status, hooks, options.deadline, runtime.open_transports)
     try:
-        with asyncio.Runner(loop_factory=loop_factory) as runner:
+        with asyncio.Runner(loop_factory=runtime.loop_factory) as runner:
             return runner.run(dispatch.send_all())
     except BatchrunError:
         _write_unfinished(job, store, status, hooks)
@@ -318,14 +336,16 @@ def _write_unfinished(job: Job, store: Store, status: RunStatus, hooks: Hooks) -
         write_usage(directory.usage, store.checkpoint.totals.lines())
         if not job.output.partial:
             return
-        hooks.note(f"writing the rows so far: {directory.partial} (send a signal to skip that)")
+        line = f"writing the rows so far: {directory.partial} (send a signal to skip that)"
+        hooks.note(Notice(line, "writing partial", path=directory.partial))
         with signals.raised():
             batches = _store(plan, directory, store.checkpoint, hooks).chunks.so_far()
-            compression = plan.facts.output.compression
+            compression = plan.manifest.output.compression
             partial.write(directory.partial, batches, plan.schema, compression, status.summary())
     except BatchrunError as error:
         status.log.write("export failed", why=str(error))
-        hooks.note(f"warning: {error}; batchrun export {directory.path} writes the rows so far")
+        line = f"warning: {error}; batchrun export {directory.path} writes the rows so far"
+        hooks.note(Notice(line, "export failed", why=str(error)))
 
 
 # ── finish ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -337,8 +357,9 @@ def _finish(job: Job, store: Store, status: RunStatus) -> Summary:
         if (unsettled := store.chunks.open_next()) is not None:
             raise CheckpointError(f"chunk {unsettled.chunk.chunk} has pending rows that the totals count as settled")
         status.start_writing()
+        memory.give_back()  # a file's footer, which grows with its rows, gets what sending has freed
         plan = store.plan
-        result.write(plan.facts, plan.schema, store.checkpoint, store.chunks, store.directory, status.summary())
+        result.write(plan.manifest, plan.schema, store.checkpoint, store.chunks, store.directory, status.summary())
         return status.end("complete", _exit_code(job, status.summary()), None)
 
 

@@ -6,6 +6,7 @@
     ├── CheckpointError         the run directory is damaged or of another version
     │   ├── RunLockedError      another process holds the run directory
     │   └── DiskError           the disk refused a write: full, failing, read-only
+    ├── StorageError            the object store refused, failed or can't be reached
     ├── RunStoppedError         the run ended before it was complete, for a reason outside its rows
     └── APIConnectionError      one HTTP exchange brought no whole answer
         └── APITimeoutError     not within its deadline
@@ -72,6 +73,12 @@ class RunLockedError(CheckpointError):
 
 class DiskError(CheckpointError):
     """The disk refused a write. What was received before is kept; run again when there is room."""
+
+    exit_code = ExitCode.PAUSED
+
+
+class StorageError(BatchrunError):
+    """The object store refused, failed or can't be reached. What was received is kept; the same command tries again."""
 
     exit_code = ExitCode.PAUSED
 

@@ -16,7 +16,7 @@ from batchrun import signals
 from batchrun.dispatch.runlog import RunLog
 from batchrun.errors import RunStoppedError
 from batchrun.job.job import Job
-from batchrun.records import Summary
+from batchrun.records import Notice, Summary
 from batchrun.store.rundir import RunDirectory
 
 TERM_S = 2.0
@@ -47,7 +47,8 @@ def run(job: Job, directory: RunDirectory, end: End, began_at: datetime, note: C
         return
     problem = _run(job, _input(job, directory, end, began_at), _environment(job, directory, end))
     if problem is not None:
-        note(f"warning: on_end: {job.on_end[0]} {problem}; the run ended as it would have without it")
+        line = f"warning: on_end: {job.on_end[0]} {problem}; the run ended as it would have without it"
+        note(Notice(line, "on_end", command=job.on_end[0], problem=problem))
     if directory.path.is_dir():
         with contextlib.suppress(OSError), contextlib.closing(RunLog(directory.log)) as log:
             log.write("on_end", command=job.on_end[0], exit_code=end.exit_code, problem=problem)

@@ -33,6 +33,7 @@ class Fault(StrEnum):
     ENCODING = "bad_encoding"
     MALFORMED = "malformed_http"
     KEY_REPLACED = "key_replaced"
+    SENDER_LOST = "sender_lost"
 
 
 FAULT_VERDICTS: Mapping[str, Verdict] = {
@@ -50,7 +51,11 @@ FAULT_VERDICTS: Mapping[str, Verdict] = {
     Fault.ENCODING: Verdict.MAYBE,
     Fault.MALFORMED: Verdict.MAYBE,
     Fault.KEY_REPLACED: Verdict.FREE,
+    Fault.SENDER_LOST: Verdict.MAYBE,
 }
+
+NO_EVIDENCE = frozenset({Fault.KEY_REPLACED, Fault.SENDER_LOST})
+"""Faults that show nothing about the endpoint."""
 
 STATUS_VERDICTS: Mapping[int, Verdict] = {
     **dict.fromkeys((400, 413, 415, 422, 501), Verdict.ROW),

@@ -31,6 +31,13 @@ def _ca_file(job: Job, directory: RunDirectory) -> None:
             ssl_context_of(endpoint)
 
 
+def _engine(job: Job, directory: RunDirectory) -> None:
+    if job.engine.name == "ray":
+        from batchrun.ray_engine.settings import require_possible  # only for a job that wants it
+
+        require_possible(job)
+
+
 def _output_directory(job: Job, directory: RunDirectory) -> None:
     directory.require_possible()
 
@@ -46,6 +53,7 @@ REQUIREMENTS: tuple[Callable[[Job, RunDirectory], None], ...] = (
     _open_files_limit,
     _simulator_settings,
     _ca_file,
+    _engine,
     _output_directory,
     _budget_file,
 )
@@ -69,7 +77,7 @@ def place(job: Job, date: str | None = None) -> tuple[RunDirectory, Job]:
         JobError: output.path has an unknown placeholder, or `date` is invalid.
     """
     now = datetime.now().astimezone()
-    path, earlier = rundir.place(job.output.path, job.name, date=date, now=now, new=False)
+    path, earlier = rundir.place(rundir.pattern_of(job.output), job.name, date=date, now=now, new=False)
     return RunDirectory(path), job.on(rundir.logical_date(date or earlier, now))
 
 

@@ -5,12 +5,24 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from enum import StrEnum
 from functools import lru_cache
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 
 from batchrun.errors import APIConnectionError
 from batchrun.job.answer_schema import ANYTHING, Expected
+
+
+class Notice(str):
+    """A line for people that also says which `event` it reports, with its figures, for programs that read lines."""
+
+    event: str
+    fields: Mapping[str, object]
+
+    def __new__(cls, line: str, event: str, **fields: object) -> Self:
+        self = super().__new__(cls, line)
+        self.event, self.fields = event, fields
+        return self
 
 
 class Verdict(StrEnum):
@@ -470,6 +482,34 @@ class Retrying(msgspec.Struct, frozen=True):
     next_at: datetime | None
 
 
+class Shard(msgspec.Struct, frozen=True):
+    """One of `count` runs that share an input; `number` counts from 0, as array jobs do."""
+
+    number: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+    @property
+    def suffix(self) -> str:
+        """What its run directory's name ends in: shards sort in their order."""
+        return f".shard-{self.number:0{len(str(self.count - 1))}d}-of-{self.count}"
+
+
+class Live(msgspec.Struct, frozen=True):
+    """How the run sends now. Rates and `refused_share` (None: nothing was sent) are of the last half minute, `refused`
+    counts this start's. `circuit` is `open`, `cooling`, `probing` or `stopped`; open: requests are sent.
+    """
+
+    in_flight: int
+    allowed_in_flight: int
+    requests_per_second: float
+    refused: int
+    refused_share: float | None
+    circuit: str
+
+
 class Summary(msgspec.Struct, frozen=True):
     """`summary.json`: what is known of a run, from its first second to its last. Its schema is in docs/output.md."""
 
@@ -500,7 +540,7 @@ class Summary(msgspec.Struct, frozen=True):
     price: str | None
     estimate: Estimate | None
     invocation: int
-    begun_at: datetime
+    created_at: datetime
     started_at: datetime
     updated_at: datetime
     elapsed_s: float
@@ -525,3 +565,36 @@ class Summary(msgspec.Struct, frozen=True):
     reused: int = 0
     duplicates: int = 0
     saved_usd: Decimal = Decimal(0)
+    shard: str | None = None
+    merged: list[str] = []
+    live: Live | None = None
+    last_answer_at: datetime | None = None
+
+
+class ResultFile(msgspec.Struct, frozen=True):
+    """A finished file of a result. `name`: its path in the run directory, with "/"; `digest`: BLAKE2b-128 in hex."""
+
+    name: str
+    rows: int
+    size_bytes: int
+    mtime_ns: int
+    digest: str
+
+
+class FinishedResult(msgspec.Struct, frozen=True):
+    """The result of a complete run in any layout: local files that are whole and on disk.
+
+    `files` hold the rows. `beside` describe them, and are published after them, in this order: `_manifest.json` of a
+    folder, then usage.parquet. `folder`: the files are a set below this folder, which appears as a whole; "": one file.
+    `kept`: the run's parts, which stay in its directory where the files don't hold all that they do; not published.
+    """
+
+    files: tuple[ResultFile, ...]
+    beside: tuple[ResultFile, ...]
+    folder: str = ""
+    kept: tuple[ResultFile, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """The rows of all files together."""
+        return sum(file.rows for file in self.files)

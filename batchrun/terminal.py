@@ -1,21 +1,97 @@
-"""What people see while a command works, on stderr. Sole importer of tqdm."""
+"""What people see while a command works, on stderr: plain lines and a bar, or JSON lines. Sole importer of tqdm."""
 
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from batchrun import streams
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from batchrun.records import Summary
+    from batchrun.telemetry.log_lines import LogLines
+
+LOG_FORMAT = "--log-format"
+LOG_FORMAT_ENV = "BATCHRUN_LOG_FORMAT"
+
+
+class _Format:
+    json: "LogLines | None" = None
+
+
+def choose_format(arguments: Sequence[str], environ: Mapping[str, str]) -> None:
+    """Lines are plain or JSON from now on. Before the command line is read: its errors are lines as well."""
+    chosen = environ.get(LOG_FORMAT_ENV, "")
+    for word, value in zip(arguments, [*arguments[1:], ""], strict=False):
+        if word == LOG_FORMAT:
+            chosen = value
+        elif word.startswith(f"{LOG_FORMAT}="):
+            chosen = word.partition("=")[2]
+    _Format.json = None
+    if chosen == "json":
+        from batchrun.telemetry.log_lines import LogLines
+
+        _Format.json = LogLines()
+
+
+def is_json() -> bool:
+    return _Format.json is not None
+
+
+def about(job: str) -> None:
+    """The lines are about this job from now on."""
+    if _Format.json is not None:
+        _Format.json.job = job
 
 
 def note(line: str) -> None:
     """Writes a line for people. Text of a model in it can't steer the terminal."""
+    if _Format.json is not None:
+        write_json(_Format.json.note(line, _now()))
+        return
     with streams.for_people():
         from tqdm import tqdm
 
         tqdm.write(harmless(line), file=sys.stderr)
+
+
+def write_json(line: str) -> None:
+    """Writes a line that is JSON already."""
+    with streams.for_people():
+        sys.stderr.write(line + "\n")
+        sys.stderr.flush()
+
+
+def error(line: str, exit_code: int) -> None:
+    """Writes the last line of a command that failed."""
+    if _Format.json is not None:
+        write_json(_Format.json.error(line, exit_code, _now()))
+    else:
+        note(line)
+
+
+def result(line: str) -> str:
+    """A line of the account at the end as it goes to stdout, `label        text`."""
+    if _Format.json is None:
+        return harmless(line)
+    from batchrun.report.closing import LABEL_WIDTH
+
+    return _Format.json.result(line[:LABEL_WIDTH].strip(), line[LABEL_WIDTH:], _now())
+
+
+def ended(summary: "Summary") -> None:
+    """How a start ended, as a JSON line; without JSON the account at the end says so."""
+    if _Format.json is not None:
+        _Format.json.run = summary.run_id or None
+        write_json(_Format.json.ended(summary, _now()))
+
+
+def _now() -> "datetime":
+    from datetime import UTC, datetime
+
+    return datetime.now(UTC)
 
 
 def harmless(text: str) -> str:
@@ -31,7 +107,7 @@ class Progress:
     def __init__(self) -> None:
         self._bar: Any = None
         self._shown_s = 0.0
-        self._terminal = sys.stderr.isatty()
+        self._terminal = sys.stderr.isatty() and _Format.json is None
 
     def __enter__(self) -> "Progress":
         return self
@@ -55,6 +131,8 @@ class Progress:
         """Shows where the run stands."""
         from batchrun.report import progress
 
+        if _Format.json is not None:
+            _Format.json.job, _Format.json.run = summary.job, summary.run_id or None
         if summary.state == "checking":
             return
         if self._terminal:
@@ -62,7 +140,10 @@ class Progress:
                 self._show_bar(summary)
         elif summary.elapsed_s - self._shown_s >= self.LINE_EVERY_S:
             self._shown_s = summary.elapsed_s
-            note(progress.line(summary))
+            if _Format.json is not None:
+                write_json(_Format.json.progress(summary, _now()))
+            else:
+                note(progress.line(summary))
 
     def _show_bar(self, summary: "Summary") -> None:
         from batchrun.report import progress

@@ -1,12 +1,15 @@
 """A server that gives every request the same small answer at once: a target that is never the bottleneck.
 
 python benchmarks/fixed_answer.py [PEM]  # prints its URL, serves until killed; over TLS with certificate and key in PEM
+
+After a SIGUSR1 it prints the time (seconds since the epoch) at which the next request arrives.
 """
 
 import asyncio
 import signal
 import ssl
 import sys
+import time
 from typing import cast
 
 import msgspec
@@ -38,6 +41,8 @@ RESPONSE = (
 class FixedAnswer(asyncio.Protocol):
     """One connection: counts whole requests by their Content-Length and answers each."""
 
+    prints_next = False
+
     def __init__(self) -> None:
         self._buffer = b""
 
@@ -45,6 +50,9 @@ class FixedAnswer(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)  # uvloop's transports only look like one
 
     def data_received(self, data: bytes) -> None:
+        if FixedAnswer.prints_next:
+            FixedAnswer.prints_next = False
+            print(time.time(), flush=True)
         self._buffer += data
         while (head := self._buffer.find(b"\r\n\r\n")) >= 0:
             start = self._buffer.lower().find(b"content-length:", 0, head)
@@ -57,14 +65,15 @@ class FixedAnswer(asyncio.Protocol):
 
 async def main() -> None:
     loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    loop.add_signal_handler(signal.SIGTERM, ended.set)
+    loop.add_signal_handler(signal.SIGUSR1, setattr, FixedAnswer, "prints_next", True)
     tls = None
     if len(sys.argv) > 1:
         tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         tls.load_cert_chain(sys.argv[1])
     server = await loop.create_server(FixedAnswer, "127.0.0.1", 0, ssl=tls)
     print(f"{'https' if tls else 'http'}://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", flush=True)
-    ended = asyncio.Event()
-    loop.add_signal_handler(signal.SIGTERM, ended.set)
     await ended.wait()
 
 

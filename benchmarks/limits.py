@@ -112,7 +112,7 @@ class Served:
 
 @dataclass(frozen=True)
 class Scenario:
-    """A simulator, a run against it, and what is asked of it."""
+    """A simulator, a run against it, and its targets."""
 
     name: str
     server: SimulatorConfig
@@ -173,7 +173,7 @@ def mixed_tokens() -> Scenario:
     big = [row for row, words in enumerate(prompts) if words >= 8_000]
 
     def latest(served: Served) -> int:
-        """How many rows that come after it in the input were asked before a big one, at most."""
+        """How many rows that come after it in the input were sent before a big one, at most."""
         order = list(dict.fromkeys(row_of(line) for line in sorted(served.lines, key=lambda line: line.arrived_s)))
         return max(sum(later > row for later in order[: order.index(row)]) for row in big if row in order)
 
@@ -426,7 +426,7 @@ def serve(scenario: Scenario, folder: Path) -> Served:
 
 
 def run(job: Path, source: Path, timeout_s: float) -> None:
-    """The command line has ended; after `timeout_s` it was told to, and what is pending tells so."""
+    """The command line has ended; after `timeout_s` it was stopped, and the pending rows show it."""
     started = subprocess.Popen(
         [sys.executable, "-c", "from batchrun.cli import main; main()", "run", str(job), "-i", str(source)],
         env={**os.environ, "BENCH_KEY": "bench-key-000000"},

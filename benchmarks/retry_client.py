@@ -12,7 +12,7 @@ import sys
 import aiohttp
 
 NOT_TOLD_S = 0.3
-"""What a refused row waits that was not told how long."""
+"""The wait of a refused row without a Retry-After."""
 
 
 async def main(url: str, rows: int, in_flight: int) -> None:

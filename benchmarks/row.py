@@ -6,7 +6,7 @@
     python benchmarks/row.py --guard             # the same, against benchmarks/row_baseline.json: 1 beyond 15 %
 
 A whole `batchrun run` from JSONL to Parquet against `fixed_answer.py`. The cost of a row is the slope between a short
-run and a long one; what both have, imports and the connections, is told apart as fixed. Medians of the rounds. The
+run and a long one; what both have, imports and the connections, is counted apart as fixed. Medians of the rounds. The
 instructions are those of user space, which other work on the machine does not change: they are what the guard counts.
 """
 
@@ -46,7 +46,7 @@ def tell():
     threads = {"event loop, check and result": time.thread_time(), **spent}
     print(json.dumps({"threads": threads, "user": used.user, "system": used.system}))
 atexit.register(tell)
-from batchrun.cli import main; main
+from batchrun.cli import main; main()
 """
 
 
@@ -70,9 +70,9 @@ def cpu_s(url: str, rows: int, in_flight: int) -> dict[str, float]:
         ended = subprocess.run(
             [sys.executable, "-c", BY_THREAD, *arguments], check=True, capture_output=True, text=True, env=environ()
         )
-    told = json.loads(ended.stdout.splitlines()[-1])
-    whole = told["user"] + told["system"]
-    return {**told["threads"], "all": whole, "of it in the kernel": told["system"]}
+    reported = json.loads(ended.stdout.splitlines()[-1])
+    whole = reported["user"] + reported["system"]
+    return {**reported["threads"], "all": whole, "of it in the kernel": reported["system"]}
 
 
 def bare_us(url: str, in_flight: int) -> float:

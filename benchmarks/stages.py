@@ -18,7 +18,7 @@ from pathlib import Path
 from batchrun import policy, prices
 from batchrun.job.job import Finish, Job, Limits, Price, Retry
 from batchrun.job.load import from_tables
-from batchrun.limits.admission import Ask, Outcome
+from batchrun.limits.admission import Demand, Outcome
 from batchrun.limits.circuit import Circuit
 from batchrun.limits.gate import Gate
 from batchrun.limits.in_flight import InFlight
@@ -115,7 +115,7 @@ async def at_the_gate() -> float:
     gate = Gate(state, loop, Limits())
     started, rows = time.process_time(), 20_000
     for row in range(rows):
-        slot = await gate.admit(Ask(1100, Decimal(1), 2000, 100))
+        slot = await gate.admit(Demand(1100, Decimal(1), 2000, 100))
         gate.settle(slot, 1100, 100)
         gate.hear(slot, {})
         gate.observe(slot, Outcome(row, Verdict.OK))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from batchrun.credentials import Credentials
 from batchrun.job.job import Endpoint, Job, Limits, RequestTemplate
-from batchrun.limits.admission import Ask, Outcome
+from batchrun.limits.admission import Demand, Outcome
 from batchrun.limits.circuit import Circuit
 from batchrun.limits.gate import Gate
 from batchrun.limits.in_flight import InFlight
@@ -47,7 +47,7 @@ async def send_all(job: Job, rows: list[Row], checkpoint: Checkpoint) -> None:
         while (turn := again.pop() if again else next(((row, 0) for row in waiting), None)) is not None:
             row, attempts = turn
             request = builder.build(row)
-            slot = await gate.admit(Ask(tokens=request.max_prompt_tokens))  # waits for rate, budget and a free slot
+            slot = await gate.admit(Demand(tokens=request.max_prompt_tokens))  # waits for rate, budget and a free slot
             attempt = await wire.send(request.body, f"miniature-{row.row}-{attempts + 1}")
             answer = read(attempt.body)
             judgement = judge(attempt, answer, job.retry)

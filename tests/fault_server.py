@@ -170,7 +170,7 @@ def black_hole(port: int = 0) -> Iterator[int]:
 
 
 def self_signed(folder: Path) -> Path:
-    """A certificate for 127.0.0.1 that nobody vouches for, and its key, in one file; alone it is `<file>.crt`."""
+    """A self-signed certificate for 127.0.0.1, and its key, in one file; alone it is `<file>.crt`."""
     file = folder / "pair.pem"
     command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
     names = ["-days", "2", "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]

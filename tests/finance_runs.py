@@ -15,9 +15,9 @@ ROWS = 120
 def write(folder: Path) -> None:
     """`runs/`, an invoice of the last night of reviews, and other prices."""
     for number in range(12):
-        begun = FIRST + timedelta(days=number)
-        reviews(folder / "runs" / "reviews" / f"{begun:%Y-%m-%d}", begun, number)
-        tickets(folder / "runs" / "tickets" / f"{begun:%Y-%m-%d}", begun + timedelta(hours=2), number)
+        started = FIRST + timedelta(days=number)
+        reviews(folder / "runs" / "reviews" / f"{started:%Y-%m-%d}", started, number)
+        tickets(folder / "runs" / "tickets" / f"{started:%Y-%m-%d}", started + timedelta(hours=2), number)
     (folder / "invoice.csv").write_text(invoice(11))
     (folder / "prices.toml").write_text('[pricing."vtrix-mini"]\ninput = 0.5\noutput = 4\n')
 
@@ -28,8 +28,8 @@ def cost(model: str, prompt: int, completion: int) -> Decimal:
     return (prompt * into + completion * out) / 1_000_000
 
 
-def reviews(place: Path, begun: datetime, number: int) -> None:
-    """The last night's answers are twice as long; each third night has answers that were asked for again."""
+def reviews(place: Path, started: datetime, number: int) -> None:
+    """The last night's answers are twice as long; each third night has answers that were requested again."""
     rows = []
     for at in range(ROWS):
         model, prompt, completion = (MODEL, 900 + at, 40 * (1 + (number == 11)))
@@ -38,12 +38,12 @@ def reviews(place: Path, begun: datetime, number: int) -> None:
         changes = {
             **{"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion},
             **{"cached_tokens": 512, "cost_usd": usd, "answer_cost_usd": usd, "status": status},
-            **{"latency_s": 1 + at / 100, "finished_at": begun + timedelta(seconds=at)},
+            **{"latency_s": 1 + at / 100, "finished_at": started + timedelta(seconds=at)},
             "request_id": f"req_{number}_{at}",
         }
         rows.append(row(at, **changes))
     again = TotalsLine(
-        *(1, MODEL, "discarded", f"{begun:%Y-%m-%d}"),
+        *(1, MODEL, "discarded", f"{started:%Y-%m-%d}"),
         attempts=4,
         prompt_tokens=4000,
         completion_tokens=200,
@@ -58,15 +58,15 @@ def reviews(place: Path, begun: datetime, number: int) -> None:
         job="reviews",
         run_id=f"a{number:011d}",
         tags={"team": "search"},
-        begun_at=begun.isoformat(),
-        updated_at=(begun + timedelta(seconds=ROWS)).isoformat(),
+        created_at=started.isoformat(),
+        updated_at=(started + timedelta(seconds=ROWS)).isoformat(),
         possibly_billed_count=2 if number % 3 == 2 else 0,
         possibly_billed_usd="0.0123" if number % 3 == 2 else "0",
         estimate={**estimate, "high_usd": "0.3", "minutes": 2.0, "limited_by": "rpm", "basis": "the job's own counts"},
     )
 
 
-def tickets(place: Path, begun: datetime, number: int) -> None:
+def tickets(place: Path, started: datetime, number: int) -> None:
     """Two models, one of which has no price; the last night is not complete."""
     rows = []
     for at in range(ROWS):
@@ -75,7 +75,7 @@ def tickets(place: Path, begun: datetime, number: int) -> None:
         changes = {"prompt_tokens": 300, "completion_tokens": 25, "total_tokens": 325, "model": model}
         rows.append(
             row(at, **changes, requested_model=model, cost_usd=usd, answer_cost_usd=usd, latency_s=0.5)
-            | {"finished_at": begun + timedelta(seconds=at), "request_id": f"tick_{number}_{at}"}
+            | {"finished_at": started + timedelta(seconds=at), "request_id": f"tick_{number}_{at}"}
         )
     last = number == 11
     write_result(
@@ -84,8 +84,8 @@ def tickets(place: Path, begun: datetime, number: int) -> None:
         job="tickets",
         run_id=f"b{number:011d}",
         tags={"team": "support"},
-        begun_at=begun.isoformat(),
-        updated_at=(begun + timedelta(seconds=ROWS)).isoformat(),
+        created_at=started.isoformat(),
+        updated_at=(started + timedelta(seconds=ROWS)).isoformat(),
         rows=ROWS,
         complete=not last,
         pending=30 if last else 0,
@@ -94,7 +94,7 @@ def tickets(place: Path, begun: datetime, number: int) -> None:
 
 
 def invoice(number: int) -> str:
-    """One request is dearer there, one is missing, and one is nobody's here."""
+    """One request is dearer there, one is missing, and one is unknown here."""
     lines = ["request_id,amount_usd"]
     for at in range(1, ROWS):
         usd = cost(MODEL, 900 + at, 40 * (1 + (number == 11)))

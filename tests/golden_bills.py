@@ -22,7 +22,7 @@ TODAY, DAY_S = "2026-11-22", 86_400 * 20_000
 
 
 class Bill(msgspec.Struct, frozen=True):
-    """One answer with its right bill; `usd` None: nobody can tell it."""
+    """One answer with its right bill; `usd` None: unknown."""
 
     vendor: str
     url: str

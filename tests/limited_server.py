@@ -10,7 +10,7 @@ from decimal import Decimal
 from typing import Any
 
 from batchrun.job import job
-from batchrun.limits.admission import Ask, Found, Limit, Outcome
+from batchrun.limits.admission import Demand, Found, Limit, Outcome
 from batchrun.limits.circuit import Circuit
 from batchrun.limits.gate import Gate
 from batchrun.limits.in_flight import InFlight
@@ -139,14 +139,14 @@ async def ask_all(
                 await asyncio.sleep(max(0.0, due_s - _now_s()))
             else:
                 row, tokens = rows.pop()
-            ask = Ask(estimate(row), Decimal(0))
+            ask = Demand(estimate(row), Decimal(0))
             slot = await gate.admit(ask)
             run.sent.append(row)
             status, message, headers = await run.server.ask(row, tokens)
             if status == 200:
                 learn(row, tokens)
                 gate.settle(slot, tokens)
-            gate.hear(slot, headers)
+            gate.read_headers(slot, headers)
             gate.observe(slot, outcome(row, status, message, headers))
             gate.release(slot, Decimal(0))
             if status == 200:

@@ -47,7 +47,7 @@ class MovedClockLoop(asyncio.SelectorEventLoop):
         return self._clock.now_s
 
     def call_exception_handler(self, context: Mapping[str, Any]) -> None:
-        """An exception nobody took fails the test instead of printing itself."""
+        """An unhandled exception fails the test instead of being printed."""
         raise context.get("exception") or AssertionError(context["message"])
 
 

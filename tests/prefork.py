@@ -109,7 +109,7 @@ def _serve(server: socket.socket) -> Callable[[], int | None]:
             for descriptor in (server.detach(), reading, writing):
                 os.close(descriptor)
             return _begin(json.loads(message), standard)
-        os.waitpid(between, 0)  # not before may the child be told of: nobody could wait for it
+        os.waitpid(between, 0)  # only now may the child's pid be reported: before, no process could wait for it
         server.send(os.read(reading, 16))
         for descriptor in (*standard, reading, writing):
             os.close(descriptor)
@@ -134,5 +134,5 @@ def _begin(order: Mapping[str, Any], standard: Sequence[int]) -> Callable[[], in
 
 if __name__ == "__main__":
     os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")  # as batchrun.cli.main does
-    begun = _serve(socket.socket(fileno=int(sys.argv[1])))
-    sys.exit(begun())
+    started = _serve(socket.socket(fileno=int(sys.argv[1])))
+    sys.exit(started())

@@ -14,7 +14,7 @@ from decimal import Decimal
 from typing import Any, Protocol
 
 from batchrun.job import job
-from batchrun.limits.admission import Ask, Found, Outcome
+from batchrun.limits.admission import Demand, Found, Outcome
 from batchrun.limits.circuit import Circuit
 from batchrun.limits.gate import Gate
 from batchrun.limits.in_flight import InFlight
@@ -267,7 +267,7 @@ async def play(server: RefusingServer, rows: int, max_in_flight: int, seed: int,
     async def work() -> None:
         nonlocal in_flight
         while (row := await waiting.next()) is not None:
-            slot = await gate.admit(Ask(100, Decimal(0)))
+            slot = await gate.admit(Demand(100, Decimal(0)))
             sent_s = loop.time()
             reply = server.ask(sent_s - begun_s, in_flight, rng)
             in_flight += 1

@@ -68,10 +68,10 @@ def write_result(
         changes = {name: getattr(before, name) + getattr(line, name) for name in TotalsLine.__struct_fields__[5:]}
         changes["attempts"] += each["attempts"] - 1
         totals[line.key] = msgspec.structs.replace(before, **changes)
-    told = {
+    reported = {
         **{"version": VERSION, "job": "job", "run_id": folder.name, "invocation": 1, "complete": True},
-        **{"begun_at": "2026-11-01T01:00:00Z", "updated_at": "2026-11-01T03:00:00Z", "rows": len(rows)},
+        **{"created_at": "2026-11-01T01:00:00Z", "updated_at": "2026-11-01T03:00:00Z", "rows": len(rows)},
         **{"totals": [*totals.values(), *also], "possibly_billed_count": 0, "possibly_billed_usd": "0", "pending": 0},
     }
-    (folder / "summary.json").write_bytes(msgspec.json.encode(told | summary))
+    (folder / "summary.json").write_bytes(msgspec.json.encode(reported | summary))
     return folder

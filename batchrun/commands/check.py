@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from batchrun.commands.options import DATE, INPUT, JOB, REUSE, SET, SKIP
+from batchrun.commands.options import DATE, INPUT, JOB, REUSE, SET, SHARD, SKIP
 from batchrun.commands.results import say
 from batchrun.terminal import harmless, note
 
@@ -14,6 +14,7 @@ from batchrun.terminal import harmless, note
 @JOB
 @INPUT
 @DATE
+@SHARD
 @REUSE
 @SKIP
 @SET
@@ -21,22 +22,26 @@ def check(
     job: Path,
     input_path: str | None,
     date: str | None,
+    shard: str | None,
     reuse: tuple[str, ...],
     skip_invalid: bool,
     overrides: tuple[str, ...],
 ) -> None:
     """Check everything that a run would refuse: the job, every input record and its request. Sends nothing."""
     from batchrun import preflight
-    from batchrun.commands.job_input import read_input, read_job, require_budget
+    from batchrun.commands.job_input import part_of, read_input, read_job, require_budget
     from batchrun.report.wording import plural
     from batchrun.request.shared_prefix import SharedTextSurvey
     from batchrun.startup import cache_check, carry, input_pass
 
     loaded = read_job(job, input_path, overrides=overrides, flags={"input.reuse_from": reuse or None})
+    loaded, own_part = part_of(loaded, shard)
     directory, loaded = preflight.place(loaded, date)
     preflight.require_settings(loaded, directory)
     measured = SharedTextSurvey()
-    source, found, origins = read_input(loaded, directory, skip_invalid=skip_invalid, accepted=measured.add)
+    source, found, origins = read_input(
+        loaded, directory, skip_invalid=skip_invalid, shard=own_part, accepted=measured.add
+    )
     tables = require_budget(loaded, found)
     where = plural(len(source.files), "file")
     if found.rows:
@@ -58,6 +63,7 @@ def check(
 @JOB
 @INPUT
 @DATE
+@SHARD
 @REUSE
 @click.option(
     *("-o", "--output", "out"), type=click.Path(path_type=Path), help="A run directory: estimate the rest of that run."
@@ -68,6 +74,7 @@ def estimate(
     job: Path,
     input_path: str | None,
     date: str | None,
+    shard: str | None,
     reuse: tuple[str, ...],
     out: Path | None,
     skip_invalid: bool,
@@ -77,7 +84,7 @@ def estimate(
     from datetime import datetime
 
     from batchrun import preflight
-    from batchrun.commands.job_input import read_input, read_job, require_budget
+    from batchrun.commands.job_input import part_of, read_input, read_job, require_budget
     from batchrun.limits import daily
     from batchrun.startup import carry, previous_run
     from batchrun.startup import estimate as estimating
@@ -85,11 +92,12 @@ def estimate(
     from batchrun.store.rundir import RunDirectory
 
     loaded = read_job(job, input_path, overrides=overrides, flags={"input.reuse_from": reuse or None})
+    loaded, own_part = part_of(loaded, shard)
     directory, loaded = preflight.place(loaded, date)
-    found = None if out is None else look(loaded, RunDirectory(out))
+    found = None if out is None else look(loaded, RunDirectory(out), own_part)
     own = directory if out is None else RunDirectory(out)
     preflight.require_settings(loaded, own)
-    _, surveyed, origins = read_input(loaded, own, skip_invalid=skip_invalid)
+    _, surveyed, origins = read_input(loaded, own, skip_invalid=skip_invalid, shard=own_part)
     tables = require_budget(loaded, surveyed)
     if found is not None:
         for line in estimating.run_in_words(found.summary, None if found.drift is None else str(found.drift)):

@@ -17,7 +17,7 @@ from batchrun.terminal import Progress, note
 
 if TYPE_CHECKING:
     from batchrun.prices import PriceTable
-    from batchrun.records import Request
+    from batchrun.records import Request, Shard
     from batchrun.source import Source
     from batchrun.startup.input_check import Survey
     from batchrun.store.origins import Origins
@@ -29,7 +29,7 @@ def read_job(
     input_path: str | None = None,
     output_path: str | None = None,
     overrides: tuple[str, ...] = (),
-    flags: Mapping[str, int | Decimal | tuple[str, ...] | None] | None = None,
+    flags: Mapping[str, int | str | Decimal | tuple[str, ...] | None] | None = None,
 ) -> Job:
     """The job, with `--set` and then the flags laid over it. `flags` are settings by their path."""
     given = {"input.path": input_path, "output.path": output_path, **(flags or {})}
@@ -44,11 +44,25 @@ def _toml(value: str | int | Decimal | tuple[str, ...]) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # a path may hold a newline
 
 
+def part_of(job: Job, shard: str | None) -> "tuple[Job, Shard | None]":
+    """The job with the limits of the shard that `--shard` names, and that shard."""
+    if shard is None:
+        return job, None
+    from batchrun.startup import shard as shards
+
+    named = shards.read(shard)
+    own = shards.job_of(job, named)
+    for line in shards.in_words(job, own, named):
+        note(line)
+    return own, named
+
+
 def read_input(
     job: Job,
     own: "RunDirectory",
     *,
     skip_invalid: bool,
+    shard: "Shard | None" = None,
     accepted: "Callable[[Request], None]" = lambda request: None,
 ) -> "tuple[Source, Survey, Origins | None]":
     """The input, with every record checked, and which rows a run in the directory `own` would not send. Nothing is kept
@@ -57,8 +71,11 @@ def read_input(
     Raises:
         InputError: a run could not start with it.
     """
+    import msgspec
+
     from batchrun.source import open_source
     from batchrun.startup import carry, input_pass, preconditions
+    from batchrun.startup import shard as shards
     from batchrun.startup.answer_match import Questions
     from batchrun.startup.input_check import survey
     from batchrun.startup.run_options import RunOptions
@@ -73,14 +90,21 @@ def read_input(
             note(_about_stdin(text, job, files[0]))
 
         try:
-            source = open_source(files, job.input.max_line_bytes)
+            if shard is None:
+                source: Source = open_source(files, job.input.max_line_bytes)
+                as_read, types = job, None
+            else:
+                part = shards.find(job, files, shard, progress.checked)
+                source, as_read, types = part.source, shards.reading(job, part.dialect), part.types
             preconditions.require_columns(job, source)
             with Questions(Path(scratch)) as keys:
                 found = survey(
-                    source, job, Path(scratch), progress=progress.checked, accepted=accepted, question=keys.add
+                    source, as_read, Path(scratch), progress=progress.checked, accepted=accepted, question=keys.add
                 )
-                preconditions.require_input(job, source, found, warn, skip_invalid=skip_invalid)
-                if (origins := carry.wanted(job, found.rows, 0)) is not None:
+                found = msgspec.structs.replace(found, types=types or found.types)
+                preconditions.require_input(as_read, source, found, warn, skip_invalid=skip_invalid)
+                first_row = 0 if shard is None else part.span.start.ordinal
+                if (origins := carry.wanted(job, found.rows, 0, first_row)) is not None:
                     every = keys.rows(found.rejected)
                     origins = carry.make(job, every, origins, own.path, Path(scratch) / "origins.bin", note)
         except InputError as error:
@@ -88,7 +112,7 @@ def read_input(
     return source, found, origins
 
 
-def _about_stdin(text: str, job: Job, copy: Path) -> str:
+def _about_stdin(text: str, job: Job, copy: object) -> str:
     """The message with standard input in place of its temporary copy, which no command can convert."""
     if job.input.path != "-":
         return text

@@ -21,6 +21,9 @@ REUSE = click.option(
     metavar="PATH",
     help="Take answers of earlier runs instead of input.reuse_from: a run, a pattern, a Parquet file, or latest.",
 )
+SHARD = click.option(
+    "--shard", metavar="K/N", help="Only the Kth of N equal ranges of rows, from 0: one task of an array job."
+)
 SKIP = click.option("--skip-invalid", is_flag=True, help="Set bad records aside (run: in rejects.jsonl).")
 
 

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from batchrun.commands.options import DATE, INPUT, JOB, REUSE, SET, SKIP, amount
+from batchrun.commands.options import DATE, INPUT, JOB, REUSE, SET, SHARD, SKIP, amount
 from batchrun.commands.results import say
-from batchrun.terminal import Progress, harmless, note
+from batchrun.terminal import LOG_FORMAT, LOG_FORMAT_ENV, Progress, about, ended, note, result
 
 if TYPE_CHECKING:
     from decimal import Decimal
@@ -33,8 +33,10 @@ class RunCommand(click.Command):
 @JOB
 @INPUT
 @REUSE
-@click.option("-o", "--output", "output_path", metavar="DIR", help="Run directory instead of output.path.")
+@click.option("-o", "--output", "output_path", metavar="DIR", help="Run directory or URL instead of output.path.")
+@click.option("--state-dir", metavar="DIR", help="With a URL: where runs keep their files; ~/.local/state/batchrun.")
 @DATE
+@SHARD
 @click.option("--new", is_flag=True, help="Start another run instead of resuming the last.")
 @click.option(
     *("--max-cost", "max_cost_usd"),
@@ -61,12 +63,24 @@ class RunCommand(click.Command):
     callback=amount("seconds, 0 or more"),
     help="Time to drain after a signal or the deadline; 20.",
 )
+@click.option("--engine", type=click.Choice(["local", "ray"]), help="Which processes send: this one, or Ray's actors.")
+@click.option(
+    "--ray-address", metavar="ADDRESS", help="The Ray cluster, host:port or auto; else RAY_ADDRESS, else local."
+)
+@click.option(
+    LOG_FORMAT,
+    type=click.Choice(["plain", "json"]),
+    envvar=LOG_FORMAT_ENV,
+    expose_value=False,
+    help="json: each line on stderr and stdout is a JSON object, without a bar.",
+)  # `cli` reads it first
 @SET
 def run(
     job: Path,
     input_path: str | None,
     reuse: tuple[str, ...],
     output_path: str | None,
+    state_dir: str | None,
     accept_changes: bool,
     accept_input: bool,
     max_cost_usd: "Decimal | None",
@@ -74,23 +88,29 @@ def run(
     retry_failed: bool,
     statuses: str | None,
     grace_s: "Decimal | None",
+    engine: str | None,
+    ray_address: str | None,
     overrides: tuple[str, ...],
     **options: Any,
 ) -> None:
     """Send every row of the input. Run the same command again to resume where it stopped."""
     import batchrun
-    from batchrun import open_files
+    from batchrun import memory, open_files
     from batchrun.commands.job_input import read_job
     from batchrun.errors import JobError
     from batchrun.report import resume_command
+    from batchrun.startup import shard as shards
 
     if statuses is not None and not retry_failed:
         raise JobError("--status needs --retry-failed")
     flags = {
         **{"budget.max_cost_usd": max_cost_usd, "output.max_failures": max_failures},
-        "input.reuse_from": reuse or None,
+        **{"input.reuse_from": reuse or None, "engine.name": engine, "engine.ray_address": ray_address},
+        "output.state_dir": state_dir,
     }
+    memory.share_one_arena()
     loaded = read_job(job, input_path, output_path, overrides, flags)
+    about(loaded.name)
     open_files.allow(2 * loaded.total_limits.max_in_flight)  # a stream that has ended keeps its connection for a second
     with Progress() as progress:
         started: Options = {
@@ -111,7 +131,7 @@ def run(
             if not isinstance(stopped.__cause__, batchrun.RunIncompleteError):
                 raise stopped.__cause__ or stopped  # noqa: B904
             summary = stopped.__cause__.summary
-    _report(summary, loaded)
+    _report(summary, loaded if options["shard"] is None else shards.job_of(loaded, shards.read(options["shard"])))
     sys.exit(summary.exit_code or 0)
 
 
@@ -134,4 +154,5 @@ def _report(summary: "Summary", job: "Job") -> None:
         endpoint=None if job.more_endpoints else job.endpoint,
     )
     for line in lines:
-        say(harmless(line))
+        say(result(line))
+    ended(summary)

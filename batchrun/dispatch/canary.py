@@ -64,7 +64,7 @@ def record_of(job: Job, store: Store) -> Record | None:
 def choose(job: Job, store: Store) -> Record:
     """Chooses the rows of a new canary and records them. Opens every chunk, which stores the whole input."""
     rows = (row for chunk in iter(store.chunks.open_next, None) for row in chunk.to_send())
-    chance = random.Random(store.plan.facts.run_id)
+    chance = random.Random(store.plan.manifest.run_id)
     record = Record(_question(job, store), tuple(spread(rows, job.canary.rows or 0, chance)))
     keep(store.checkpoint, record)
     return record
@@ -144,7 +144,7 @@ def spread(rows: Iterable[int], count: int, chance: random.Random) -> list[int]:
 
 
 def _question(job: Job, store: Store) -> str:
-    return f"{job.fingerprint()}.{store.plan.facts.layout}"
+    return f"{job.fingerprint()}.{store.plan.manifest.layout}"
 
 
 def _cost_usd(completion: Completion) -> Decimal | None:

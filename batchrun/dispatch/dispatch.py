@@ -11,12 +11,12 @@ import msgspec
 
 from batchrun import signals
 from batchrun.credentials import Credentials
-from batchrun.dispatch.endpoints import Connected, Endpoints
+from batchrun.dispatch.endpoints import Connected, Endpoints, OpenTransports
 from batchrun.dispatch.heartbeat import Heartbeat
 from batchrun.dispatch.hooks import Hooks, Host
 from batchrun.dispatch.learned_limits import LearnedLimits
 from batchrun.dispatch.requests import Requests
-from batchrun.dispatch.result_queue import RowsOf
+from batchrun.dispatch.result_queue import CompletionsOf
 from batchrun.dispatch.run_status import Running, RunStatus
 from batchrun.dispatch.runlog import RunLog
 from batchrun.dispatch.shared_budget import SharedBudget, name_of
@@ -33,12 +33,13 @@ from batchrun.limits.gates import AnyGate, Circuits, Gates, Lane
 from batchrun.limits.in_flight import InFlight
 from batchrun.limits.token_bucket import BURST_S
 from batchrun.open_files import OpenFiles
+from batchrun.records import Notice
 from batchrun.report.wording import plural
 from batchrun.request.image_digests import ImageDigests
 from batchrun.store import in_flight
 from batchrun.store.in_flight import InFlightFile
-from batchrun.transport import transport as wires
 from batchrun.transport.connector import MAX_TAILS
+from batchrun.transport.transport import Wanted, opened_here
 
 Ts = TypeVarTuple("Ts")
 
@@ -54,7 +55,10 @@ class Dispatch:
         status: RunStatus,
         hooks: Hooks,
         deadline: Deadline | None = None,
+        open_transports: OpenTransports | None = None,
     ) -> None:
+        """Without `open_transports`, this process sends."""
+        self._open_transports = open_transports or opened_here
         self._job = job
         self._store = store
         self._credentials = credentials
@@ -77,19 +81,21 @@ class Dispatch:
 
     async def _send_all(self, over_time: SharedBudget | None) -> Stop | None:
         job, store, loop = self._job, self._store, asyncio.get_running_loop()
-        learned = LearnedLimits(store.checkpoint, job.limits, loop.time(), store.plan.facts.variant)
+        learned = LearnedLimits(store.checkpoint, job.limits, loop.time(), store.plan.manifest.variant)
         in_flight_each, spare = self._connections()
         gate = self._open_gate(loop, learned, in_flight_each, over_time)
         with_ids = job.endpoint.id_header is not None
         with (
             contextlib.closing(InFlightFile(store.directory.inflight, gate.slots, with_ids=with_ids)) as slots,
-            contextlib.closing(ImageDigests(store.directory.images_of(store.plan.facts.layout))) as checked,
+            contextlib.closing(ImageDigests(store.directory.images_of(store.plan.manifest.layout))) as checked,
         ):
             requests = Requests(job, store.plan, checked, learned.estimates)
             results = None if self._hooks.host is None else self._hooks.host.results
             open_run = OpenRun(store, slots, results, asyncio.Queue())
             async with contextlib.AsyncExitStack() as opened:
-                endpoints = Endpoints(await self._connect(opened, spare), gate, self._status.log, self._hooks.note)
+                endpoints = Endpoints(
+                    await self._connect(opened, sum(in_flight_each), spare), gate, self._status.log, self._hooks.note
+                )
                 workers = Workers(job, requests, gate, endpoints, open_run, learned)
                 if over_time is not None:
                     over_time.listen(gate.wake, workers.fail)
@@ -114,7 +120,7 @@ class Dispatch:
         beat = asyncio.create_task(heartbeat.beat())
         beat.add_done_callback(functools.partial(_on_last_beat, workers))
         sealing = asyncio.create_task(self._seal(workers, open_run))
-        shutdown.listen(self._hooks.host, open_run.store.chunks.rows_of)
+        shutdown.listen(self._hooks.host, open_run.store.chunks.completions_of)
         await workers.work_all()
         shutdown.abandoned = await self._flush(workers, open_run)
         heartbeat.report_changes()
@@ -127,12 +133,12 @@ class Dispatch:
         """Everything received is durable, and requests still in flight are listed as possibly billed; their number."""
         await workers.backlog.stop()
         workers.record_held()
-        checkpoint, facts = self._store.checkpoint, self._store.plan.facts
+        checkpoint, manifest = self._store.checkpoint, self._store.plan.manifest
         if not await asyncio.to_thread(checkpoint.flushed):
             return 0  # the disk failed: the slots keep the names for the next start
         await asyncio.sleep(0)  # lets the last commit's `on_commit` run
         occupied = open_run.slots.occupied()
-        lost = in_flight.possibly_billed(occupied, checkpoint.invocation, "aborted", facts.attempt_prefix)
+        lost = in_flight.possibly_billed(occupied, checkpoint.invocation, "aborted", manifest.attempt_prefix)
         await asyncio.to_thread(checkpoint.add_possibly_billed, lost)
         open_run.slots.clear_all()
         return len(lost)
@@ -158,20 +164,20 @@ class Dispatch:
         wanted = sum(each)
         room = files.connections(wanted + MAX_TAILS)
         if room < wanted:
-            self._hooks.note(files.shortage(wanted, room))
+            self._hooks.note(Notice(files.shortage(wanted, room), "open files", wanted=wanted, possible=room))
             each = [max(1, one * room // wanted) for one in each]
         return each, max(0, room - wanted) // len(each)
 
-    async def _connect(self, opened: contextlib.AsyncExitStack, spare: int) -> list[Connected]:
+    async def _connect(self, stack: contextlib.AsyncExitStack, in_flight: int, spare: int) -> list[Connected]:
         """Opens a transport to each endpoint."""
+        wanted = Wanted(self._job.endpoints, self._credentials, in_flight, spare, self._status.log.write)
+        opened = await stack.enter_async_context(self._open_transports(wanted))
         connected = []
-        for label, endpoint, credentials in zip(
-            self._job.labels, self._job.endpoints, self._credentials.members, strict=True
+        for label, (transport, choice), credentials in zip(
+            self._job.labels, opened, self._credentials.members, strict=True
         ):
-            wire = wires.choose(endpoint)
-            self._status.log.write("transport", wire=wire.wire, why=wire.why, **self._named(label))
-            transport = wires.opened(wire, endpoint.full_url, endpoint, credentials, tails=spare)
-            connected.append(Connected(label, await opened.enter_async_context(transport), credentials))
+            self._status.log.write("transport", wire=choice.wire, why=choice.why, **self._named(label))
+            connected.append(Connected(label, transport, credentials))
         return connected
 
     def _open_gate(
@@ -191,7 +197,7 @@ class Dispatch:
                 job.limits,
                 daily=learned.daily,
                 found=Found(known.requests_per_minute, known.tokens_per_minute),
-                purse=budget,
+                budget=budget,
                 overruns=learned.overruns,
                 on_pace=functools.partial(_log_pace, self._status.log, {}),
                 on_kind=functools.partial(_log_kind, self._status.log, {}),
@@ -232,7 +238,8 @@ class Dispatch:
 
     def _on_set_aside(self, label: str, stop: Stop) -> None:
         self._status.log.write("endpoint set aside", endpoint=label, why=stop.why)
-        self._hooks.note(f"warning: endpoint {label} is set aside: {self._credentials.clean_text(stop.why)}")
+        line = f"warning: endpoint {label} is set aside: {self._credentials.clean_text(stop.why)}"
+        self._hooks.note(Notice(line, "endpoint set aside", endpoint=label))
 
 
 class Shutdown:
@@ -248,11 +255,11 @@ class Shutdown:
         self._by: str | None = None
         self.abandoned = 0
 
-    def listen(self, host: Host | None, rows_of: RowsOf) -> None:
+    def listen(self, host: Host | None, completions_of: CompletionsOf) -> None:
         """From now on signals and the host can end the run, and the host receives settled rows."""
         loop = asyncio.get_running_loop()
         if host is not None:
-            host.results.listen(_in_loop(loop, self._workers.backlog.wake), rows_of)
+            host.results.listen(_in_loop(loop, self._workers.backlog.wake), completions_of, loop.call_soon)
             host.stop.listen(_in_loop(loop, functools.partial(self.request, signals.PROGRAM, ExitCode.STOPPED)))
         for number, exit_code in signals.EXIT_CODES.items() if signals.ours() else ():
             loop.add_signal_handler(number, self.request, number.name, exit_code)
@@ -266,7 +273,8 @@ class Shutdown:
         in_flight, grace_s = self._workers.gate.in_flight, self._hooks.grace_s
         self._status.log.write("signal", name=by, in_flight=in_flight)
         drain = f"waiting up to {grace_s:g} s for {plural(in_flight, 'request')} in flight"
-        self._hooks.note(f"{by}: {drain}; send it again to stop now")
+        fields = {"name": by, "in_flight": in_flight, "grace_s": grace_s}
+        self._hooks.note(Notice(f"{by}: {drain}; send it again to stop now", "signal", **fields))
         self._workers.close(Stop(exit_code, f"{by}: drained"))
         asyncio.get_running_loop().call_later(grace_s, self._workers.cancel)
 

@@ -1,6 +1,7 @@
 """The job's endpoints: each attempt goes to the one that its slot belongs to, with the key that its file holds now."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import NamedTuple
 
 import msgspec
@@ -10,8 +11,11 @@ from batchrun.dispatch.runlog import RunLog
 from batchrun.errors import APIConnectionError
 from batchrun.limits.gates import AnyGate, Gates
 from batchrun.policy import Fault
-from batchrun.records import Attempt
-from batchrun.transport.transport import Transport
+from batchrun.records import Attempt, Notice
+from batchrun.transport.transport import Opened, Transport, Wanted
+
+OpenTransports = Callable[[Wanted], AbstractAsyncContextManager[Sequence[Opened]]]
+"""What opens the transports of a run: in this process (`transport.opened_here`) or elsewhere."""
 
 
 class Connected(NamedTuple):
@@ -58,7 +62,8 @@ class Endpoints:
         if not credentials.refresh():
             return False
         self.log.write("key replaced", endpoint=label)
-        self._note(f"{label}: the key file was replaced; the new key is used from now on")
+        line = f"{label}: the key file was replaced; the new key is used from now on"
+        self._note(Notice(line, "key replaced", endpoint=label))
         if isinstance(self._gate, Gates) and self._gate.restore(index, "a new key"):
             self.log.write("endpoint restored", endpoint=label, why="a new key")
         return True

@@ -19,7 +19,7 @@ from batchrun.limits.deadline import Deadline
 from batchrun.limits.forecast import Concern
 from batchrun.limits.gates import Gates
 from batchrun.limits.rates import Rates
-from batchrun.records import Summary, Tuned
+from batchrun.records import Notice, Summary, Tuned
 from batchrun.report.limit_lines import limits_in_words
 from batchrun.store.rundir import RunDirectory
 
@@ -73,7 +73,7 @@ class Heartbeat:
             summary = self._status.summary()
             self._hooks.progress(summary)
             self.report_changes()
-            if (over_time := self._gate.purse.over_time) is not None:
+            if (over_time := self._gate.budget.over_time) is not None:
                 over_time.tidy()
             self._warn(summary)
             self._choose_tier()
@@ -118,7 +118,8 @@ class Heartbeat:
             return True
         self._status.log.write("tuned", **msgspec.to_builtins(change, builtin_types=(Decimal,)))
         self._status.tuned(Tuned(change.id, None))
-        self._hooks.note(f"limits now: {limits_in_words(self._gate.in_force)}")
+        limits = self._gate.in_force
+        self._hooks.note(Notice(f"limits now: {limits_in_words(limits)}", "tuned", **msgspec.structs.asdict(limits)))
         return True
 
     def _change_limits(self, change: LimitChange) -> None:
@@ -132,14 +133,14 @@ class Heartbeat:
         slots = self._gate.slots
         if change.max_in_flight is not None and change.max_in_flight > slots:
             raise ValueError(f"max_in_flight can be at most {slots}, as when this process started")
-        self._gate.purse.change(cost_usd=change.max_cost_usd, tokens=change.max_tokens, requests=change.max_requests)
+        self._gate.budget.change(cost_usd=change.max_cost_usd, tokens=change.max_tokens, requests=change.max_requests)
         day = change.requests_per_day
         daily = None if day is None else self._workers.learned.count_day(day, self._gate.in_flight, self._clock())
         self._gate.tune(Rates(**change.rates, daily=daily), max_in_flight=change.max_in_flight)
 
     def _refuse(self, why: str) -> None:
         self._status.log.write("control ignored", why=why)
-        self._hooks.note(f"warning: {self._directory.control} is ignored: {why}")
+        self._hooks.note(Notice(f"warning: {self._directory.control} is ignored: {why}", "control ignored", why=why))
 
     def check_deadline(self) -> None:
         """Ends admission if the answer to a request sent before the next beat would come after the deadline."""
@@ -180,5 +181,7 @@ class Heartbeat:
             self._warn_behind("at this pace", int(share * 100), str(forecast.limit), self._deadline)
 
     def _warn_behind(self, pace: str, percent: int, limit: str, deadline: Deadline) -> None:
-        self._status.log.write("behind", share=percent / 100, deadline=deadline.at, limited_by=limit)
-        self._hooks.note(f"warning: {pace} {percent} % of the rows will be done by {deadline}; limited by {limit}")
+        fields = {"share": percent / 100, "deadline": deadline.at, "limited_by": limit}
+        self._status.log.write("behind", **fields)
+        line = f"warning: {pace} {percent} % of the rows will be done by {deadline}; limited by {limit}"
+        self._hooks.note(Notice(line, "behind", **fields))

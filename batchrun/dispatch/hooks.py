@@ -7,6 +7,7 @@ import msgspec
 from batchrun import signals
 from batchrun.dispatch.result_queue import ResultQueue
 from batchrun.records import Summary
+from batchrun.store.chunks import Mirror
 
 GRACE_S = 20.0
 """How long requests in flight may take after the first signal. Kubernetes kills after 30 s."""
@@ -27,7 +28,8 @@ class Hooks(msgspec.Struct, frozen=True):
     """`progress` is called at the start and twice a second, `note` for single lines.
 
     `command` is the command line that resumes the run, without its directory. `grace_s`: how long requests in flight
-    may take after the first signal or after the deadline.
+    may take after the first signal or after the deadline. `shown` gets every summary that is written, in any thread.
+    `mirror` keeps a copy of the sealed parts elsewhere.
     """
 
     progress: Callable[[Summary], None] = lambda summary: None
@@ -35,3 +37,5 @@ class Hooks(msgspec.Struct, frozen=True):
     host: Host | None = None
     command: str | None = None
     grace_s: float = GRACE_S
+    shown: Callable[[Summary], None] = lambda summary: None
+    mirror: Mirror | None = None

@@ -29,16 +29,16 @@ class LearnedLimits:
         """If the job limits requests a day, today's date is stored. `variant`: the variant of the job now in use."""
         self._checkpoint = checkpoint
         self._saved_s = now_s
-        manifest = checkpoint.manifest_entries()
-        self.known = token_estimates.decode(manifest.get(token_estimates.ENTRY))
+        entries = checkpoint.manifest_entries()
+        self.known = token_estimates.decode(entries.get(token_estimates.ENTRY))
         self.estimates = Estimates(self.known.sizes)
-        self.overruns = overruns.decode(manifest.get(overruns.ENTRY), variant)
+        self.overruns = overruns.decode(entries.get(overruns.ENTRY), variant)
         self._found = Found(self.known.requests_per_minute, self.known.tokens_per_minute)
         self._day: Day | None = None
         self.daily: DailyCount | None = None
         if limits.requests_per_day is not None:
             sent, now = checkpoint.totals.requests(), datetime.now(UTC)
-            self._day = daily.today(manifest.get(daily.ENTRY), now, sent)
+            self._day = daily.today(entries.get(daily.ENTRY), now, sent)
             checkpoint.write_manifest({daily.ENTRY: daily.encode(self._day)})
             self.daily = DailyCount(
                 limits.requests_per_day, sent - self._day.requests_before, now_s + daily.left_s(now)

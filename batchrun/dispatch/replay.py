@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 import pyarrow as pa
 
 from batchrun.dispatch.result_queue import ResultQueue
+from batchrun.store import result_files
 from batchrun.store.rundir import RunDirectory
 from batchrun.tables import completions, files
 
@@ -19,8 +20,5 @@ def hand_over(batches: Iterable[pa.RecordBatch], results: ResultQueue) -> None:
 
 def result(directory: RunDirectory) -> Iterator[pa.RecordBatch]:
     """The rows of a complete run, in order."""
-    paths = [directory.completions]
-    if not directory.completions.exists():  # layout = "parts"
-        paths = sorted(directory.completions_folder.iterdir())
-    for path in paths:
+    for path in result_files.of(directory.path):
         yield from files.batches_of(path)

@@ -10,7 +10,7 @@ from batchrun.dispatch.attempt_result import add_costs, history_of
 from batchrun.dispatch.backlog import Pending
 from batchrun.errors import InputError
 from batchrun.job.job import Job
-from batchrun.limits.admission import Ask
+from batchrun.limits.admission import Demand
 from batchrun.limits.token_estimates import Estimates
 from batchrun.prices import Dearest, PriceTable
 from batchrun.records import Discarded, Request, Row, Verdict
@@ -34,7 +34,7 @@ class Requests:
         self._service_tiers = job.service_tiers
         self._checked = checked
         self._images = Images(job.input)
-        self._builders = [RequestBuilder(variants.as_job(job, way), plan.facts.dialect) for way in plan.variants]
+        self._builders = [RequestBuilder(variants.as_job(job, way), plan.manifest.dialect) for way in plan.variants]
         self._dearest: dict[tuple[str, str | None], Dearest] = {}
 
     def pending(self, row: Row, chunk: OpenChunk) -> Pending:
@@ -44,7 +44,7 @@ class Requests:
             InputError: it can't be made. The check pass made it, so the input has changed since.
         """
         reopened = chunk.reopened.get(row.row)
-        variant = self._plan.facts.variant if reopened is None else reopened.variant
+        variant = self._plan.manifest.variant if reopened is None else reopened.variant
         try:
             request = self._builders[variant].build(row)
         except InputError as error:
@@ -83,7 +83,7 @@ class Requests:
         try:
             input_row = pending.chunk.window.row(row)
             request, digest = self._builders[pending.variant].whole(input_row, self._images.read)
-            known = self._checked.of(row) if pending.variant == self._plan.facts.variant else None
+            known = self._checked.of(row) if pending.variant == self._plan.manifest.variant else None
             if known not in (None, digest):
                 raise InputError("its images have changed since they were checked")
         except InputError as error:
@@ -95,14 +95,14 @@ class Requests:
         """The model's prices; None if they are unknown."""
         return self._plan.prices.get(model)
 
-    def reservation(self, request: Request) -> Ask:
+    def reservation(self, request: Request) -> Demand:
         """The tokens and USD that one attempt is expected to take, and the most it can take."""
         prompt, output = self._estimates.of(request)
         tokens, most_tokens = prompt + output, request.upper_bound_tokens
         if (dearest := self._dearest_of(request)) is None:
-            return Ask(tokens, None, most_tokens, output, request.model)
+            return Demand(tokens, None, most_tokens, output, request.model)
         bound_usd = dearest.bound(request.max_prompt_tokens, request.max_output_tokens)
-        return Ask(tokens, bound_usd, most_tokens, output, request.model, dearest.prompt, dearest.output)
+        return Demand(tokens, bound_usd, most_tokens, output, request.model, dearest.prompt, dearest.output)
 
     def _dearest_of(self, request: Request) -> Dearest | None:
         """The highest prices that its tokens can have; None if the price is unknown."""

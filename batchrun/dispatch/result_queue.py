@@ -1,7 +1,7 @@
 """The bounded queue of settled rows between the event loop's thread and a reader: a slow reader slows the run."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 import pyarrow as pa
@@ -9,7 +9,6 @@ import pyarrow as pa
 from batchrun.records import Completion as Record
 from batchrun.response import packed
 from batchrun.store.chunks import OpenChunk
-from batchrun.tables import completions
 from batchrun.tables.completions import Completion
 
 MAX_ROWS = 256
@@ -18,7 +17,7 @@ MAX_ROWS = 256
 MAX_BYTES = 64_000_000
 """The same limit in bytes of the rows' answers, unpacked."""
 
-RowsOf = Callable[[Sequence[Record], Sequence[pa.RecordBatch]], pa.RecordBatch]
+CompletionsOf = Callable[[Sequence[Record], Sequence[pa.RecordBatch]], Iterable[Completion]]
 
 
 class Settled(msgspec.Struct, frozen=True):
@@ -32,10 +31,11 @@ class ResultQueue:
     """The sending thread puts rows; the reader takes all that are there, or stops reading."""
 
     def __init__(self, on_rows: Callable[[], None], max_rows: int = MAX_ROWS, max_bytes: int = MAX_BYTES) -> None:
-        """`on_rows` is called in the sending thread when a row is put into the empty queue."""
+        """`on_rows` is called in the sending thread after a row was put into the empty queue."""
         self._on_rows = on_rows
+        self._call_soon: Callable[[Callable[[], None]], object] = lambda call: call()
         self._on_room: Callable[[], None] = lambda: None
-        self._rows_of: RowsOf | None = None
+        self._completions_of: CompletionsOf | None = None
         self._max_rows = max_rows
         self._max_bytes = max_bytes
         self._changed = threading.Condition()
@@ -45,11 +45,17 @@ class ResultQueue:
 
     # ── the sending thread ────────────────────────────────────────────────────────────────────────────────────────────
 
-    def listen(self, on_room: Callable[[], None], rows_of: RowsOf) -> None:
-        """From now on `on_room` is called when the queue has room again, and `rows_of` makes output rows of what was
-        put: both in the reader's thread.
+    def listen(
+        self,
+        on_room: Callable[[], None],
+        completions_of: CompletionsOf,
+        call_soon: Callable[[Callable[[], None]], object],
+    ) -> None:
+        """From now on `on_room` is called when the queue has room again, and `completions_of` reads what was put:
+        both in the reader's thread. `call_soon` is the sending event loop's: the reader is woken once a commit, after
+        all of its rows are there, because a row alone costs it ten times as much as one of many.
         """
-        self._on_room, self._rows_of = on_room, rows_of
+        self._on_room, self._completions_of, self._call_soon = on_room, completions_of, call_soon
 
     def has_room(self) -> bool:
         """True while another row may be sent."""
@@ -74,12 +80,14 @@ class ResultQueue:
             self._unread.append(item)
             self._bytes += size_bytes
         if was_empty:
-            self._on_rows()
+            self._call_soon(self._on_rows)
 
     # ── the reader ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def take(self) -> list[Completion]:
         """Every row in the queue, in the order in which it was put; the queue is empty afterwards."""
+        if not self._unread:
+            return []
         with self._changed:
             was_full = not self.has_room()
             taken, self._unread, self._bytes = self._unread, [], 0
@@ -88,10 +96,10 @@ class ResultQueue:
             self._on_room()
         earlier = [item for item in taken if isinstance(item, Completion)]
         settled = [item for item in taken if isinstance(item, Settled)]
-        if not settled or self._rows_of is None:
+        if not settled or self._completions_of is None:
             return earlier
-        rows = self._rows_of([item.record for item in settled], [item.input for item in settled])
-        return [*earlier, *completions.read(rows)]
+        now = self._completions_of([item.record for item in settled], [item.input for item in settled])
+        return [*earlier, *now]
 
     def stop_reading(self) -> None:
         """The queue drops every row from now on; the run continues as if it had no reader."""

@@ -4,14 +4,14 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from batchrun.credentials import Credentials
 from batchrun.dispatch.runlog import RunLog
-from batchrun.dispatch.worker import Workers
 from batchrun.durable import disk_errors, replace_bytes
 from batchrun.errors import CheckpointError, DiskError, ExitCode, InputError
 from batchrun.limits import overruns
@@ -19,13 +19,16 @@ from batchrun.limits.admission import Limit
 from batchrun.limits.deadline import Deadline
 from batchrun.limits.forecast import Forecast, Recent, Sample
 from batchrun.limits.gates import Gates
-from batchrun.records import EndpointTotals, Retrying, Summary, Tuned
+from batchrun.records import EndpointTotals, Live, Notice, Retrying, Summary, Tuned
 from batchrun.report.limit_lines import limiting_factor, waiting_to_retry
 from batchrun.report.notices import nearly_used, unknown_reason, unpriced_tier
 from batchrun.report.summary import Moment, read, starting, summarise
 from batchrun.startup.resume import Plan
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.rundir import RunDirectory
+
+if TYPE_CHECKING:
+    from batchrun.dispatch.worker import Workers  # with aiohttp, which a start without a request does not need
 
 
 class Checking(msgspec.Struct, frozen=True):
@@ -39,7 +42,7 @@ class Running(msgspec.Struct, frozen=True):
 
     checkpoint: Checkpoint
     plan: Plan
-    workers: Workers | None = None
+    workers: "Workers | None" = None
     deadline: Deadline | None = None
 
 
@@ -56,8 +59,13 @@ class RunStatus:
         credentials: Credentials,
         command: str | None = None,
         tags: Mapping[str, str] | None = None,
+        shown: Callable[[Summary], None] = lambda summary: None,
     ) -> None:
-        """Writes the first summary.json, with this process's id and the `command` that resumes the run."""
+        """Writes the first summary.json, with this process's id and the `command` that resumes the run.
+
+        `shown` gets every summary that is written; it must not raise.
+        """
+        self._shown = shown
         self._tags = dict(tags or {})
         self._job = job
         self._directory = directory
@@ -69,13 +77,14 @@ class RunStatus:
         self.phase: Checking | Running = Checking()
         self._forecast: Forecast | None = None
         self._tuned: Tuned | None = None
-        self._seen_in_flight = 0
+        self._seen_in_flight = self._seen_answers = 0
         self._seen_reasons = self._seen_tiers = 0
         self._seen_used: set[tuple[str, str]] = set()
         self._recent = Recent()
         self._earlier: Summary | None = None
         with contextlib.suppress(InputError, CheckpointError):  # none, or not readable
             self._earlier = read(directory)
+        self._last_answer_at = None if self._earlier is None else self._earlier.last_answer_at
         with disk_errors(directory.log):
             self.log = RunLog(directory.log)
         self.write(self.summary())
@@ -86,7 +95,7 @@ class RunStatus:
         return self._forecast
 
     @property
-    def _workers(self) -> Workers | None:
+    def _workers(self) -> "Workers | None":
         return self.phase.workers if isinstance(self.phase, Running) else None
 
     def reached(self, phase: Checking | Running) -> None:
@@ -138,13 +147,15 @@ class RunStatus:
             retrying=self._retrying() if self.state == "running" else None,
             tags=self._tags,
             endpoints=self._endpoints(),
-            budgets=() if workers is None else tuple(workers.gate.purse.uses()),
+            budgets=() if workers is None else tuple(workers.gate.budget.uses()),
+            live=self._live() if self.state == "running" else None,
+            last_answer_at=self._last_answer_at,
         )
         if not isinstance(self.phase, Running):
             spent = None if checkpoint is None else checkpoint.totals
             return starting(self._job, moment, self._directory, self._earlier, spent)
         plan, spent = self.phase.plan, self.phase.checkpoint.totals
-        return summarise(plan.facts, plan.rows, plan.prices, spent, moment, self._directory)
+        return summarise(plan.manifest, plan.rows, plan.prices, spent, moment, self._directory)
 
     def observe(self, now_s: float) -> None:
         """Adds a sample of the progress, and updates the forecast."""
@@ -152,38 +163,47 @@ class RunStatus:
             return
         totals, workers = self.phase.checkpoint.totals, self.phase.workers
         tokens = sum(line.total_tokens for line in totals.booked.values())
-        self._recent.add(Sample(now_s, totals.settled(), tokens, workers.gate.binding.limit))
+        limit = workers.gate.binding.limit
+        self._recent.add(Sample(now_s, totals.settled(), tokens, limit, workers.sent, workers.refused))
         self._forecast = self._recent.forecast(self.phase.plan.rows)
         is_last = workers.backlog.drained
         if (retrying := self._retrying()) is not None and workers.retries.should_log(last=is_last):
             self.log.write("retrying", nothing_else_left=is_last, **msgspec.to_builtins(retrying))
 
-    def log_changes(self) -> list[str]:
+    def log_changes(self) -> list[Notice]:
         """Logs what has changed since the last call; returns the warnings to print."""
         if (workers := self._workers) is None:
             return []
+        answers, seen_answers = workers.gate.successes, self._seen_answers
+        self._seen_answers = answers  # after a canary it counts from 0 again
+        if answers > seen_answers:
+            self._last_answer_at = datetime.now(UTC)
         now, before = workers.gate.allowed_in_flight, self._seen_in_flight
         if now != before:
             self._seen_in_flight = now
             self.log.write("in flight", before=before, after=now, why=workers.gate.why_in_flight)
+        warnings: list[Notice] = []
+
+        def warn(event: str, words: str, **fields: object) -> None:
+            self.log.write(event, **fields)
+            warnings.append(Notice(f"warning: {words}", event, **fields))
+
         new = workers.anomalies.unknown_finish_reasons[self._seen_reasons :]
         self._seen_reasons += len(new)
         for reason in new:
-            self.log.write("unknown finish_reason", finish_reason=reason)
+            warn("unknown finish_reason", unknown_reason(reason), finish_reason=reason)
         tiers = workers.anomalies.unpriced_tiers[self._seen_tiers :]
         self._seen_tiers += len(tiers)
         for tier in tiers:
-            self.log.write("unpriced service_tier", service_tier=tier)
-        beyond = workers.learned.overruns.taken()
-        for model, overrun in beyond:
-            self.log.write("overrun", model=model, **msgspec.structs.asdict(overrun))
-        used = [use for use in workers.gate.purse.uses() if use.is_nearly_used and use.key not in self._seen_used]
+            warn("unpriced service_tier", unpriced_tier(tier), service_tier=tier)
+        for model, overrun in workers.learned.overruns.taken():
+            words = overruns.in_words(model, overrun)
+            warn("overrun", words, model=model, **msgspec.structs.asdict(overrun))
+        used = [use for use in workers.gate.budget.uses() if use.is_nearly_used and use.key not in self._seen_used]
         for use in used:
             self._seen_used.add(use.key)
-            self.log.write("budget nearly used", **msgspec.structs.asdict(use))
-        of_answers = (*map(unknown_reason, new), *map(unpriced_tier, tiers))
-        words = (*of_answers, *(overruns.in_words(*each) for each in beyond), *map(nearly_used, used))
-        return [f"warning: {line}" for line in words]
+            warn("budget nearly used", nearly_used(use), **msgspec.structs.asdict(use))
+        return warnings
 
     def write(self, summary: Summary) -> None:
         """Replaces summary.json."""
@@ -191,6 +211,7 @@ class RunStatus:
             replace_bytes(self._directory.summary, msgspec.json.format(msgspec.json.encode(summary), indent=2))
         except DiskError as error:  # not raised: a heartbeat must never cost an answer
             self.log.write("summary not written", why=str(error))
+        self._shown(summary)
 
     def end(self, state: str, exit_code: ExitCode, reason: str | None) -> Summary:
         """Writes the last summary of this invocation."""
@@ -222,6 +243,20 @@ class RunStatus:
             if each.set_aside is None
             else msgspec.structs.replace(each, set_aside=self._credentials.clean_text(each.set_aside))
             for each in self._workers.gate.totals
+        )
+
+    def _live(self) -> Live | None:
+        """How requests are sent now; None while none are."""
+        if (workers := self._workers) is None:
+            return None
+        forecast = self._forecast
+        return Live(
+            in_flight=workers.gate.in_flight,
+            allowed_in_flight=workers.gate.allowed_in_flight,
+            requests_per_second=0.0 if forecast is None else round(forecast.requests_per_s, 3),
+            refused=workers.refused,
+            refused_share=None if forecast is None else forecast.refused_share,
+            circuit=type(workers.gate.phase).__name__.lower(),
         )
 
     def _retrying(self) -> Retrying | None:

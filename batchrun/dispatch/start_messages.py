@@ -5,6 +5,7 @@ from pathlib import Path
 
 from batchrun.job.job import Job
 from batchrun.policy import failing
+from batchrun.records import Notice
 from batchrun.report.wording import plural
 from batchrun.startup.resume import Plan
 from batchrun.store.totals import Totals
@@ -12,33 +13,45 @@ from batchrun.store.totals import Totals
 
 def start_lines(job: Job, plan: Plan, where: Path, totals: Totals, lost: int, *, retrying: bool) -> list[str]:
     """`lost`: how many requests were in flight when the last process died."""
-    known, lines = plan.facts, []
+    known, lines = plan.manifest, list[str]()
     if plan.resumed:
         done, cost = totals.settled(), totals.cost_usd()
         failed = sum(totals.standing.get(status, 0) for status in failing(job.finish))
         spent_usd = f", ${cost:,.6f} spent" if cost else ""
-        lines.append(f"resuming {where}: {done:,} of {plural(plan.rows, 'row')} done{spent_usd}")
+        line = f"resuming {where}: {done:,} of {plural(plan.rows, 'row')} done{spent_usd}"
+        lines.append(Notice(line, "resuming", directory=where, rows=plan.rows, done=done, cost_usd=cost))
         if not retrying:  # a retry prints a line of its own
             pending = plan.rows - done
             left = f"; without --retry-failed {plural(failed, 'failed row')} will stay so" if failed else ""
-            lines.append(f"{plural(pending, 'row')} to send{about_cost(pending, totals.mean_cost_usd())}{left}")
+            line = f"{plural(pending, 'row')} to send{about_cost(pending, totals.mean_cost_usd())}{left}"
+            lines.append(Notice(line, "to send", pending=pending, failed=failed))
     else:
         aside = f", {len(known.rejected):,} set aside" if known.rejected else ""
         files = plural(len(plan.source.files), "file")
-        lines.append(f"input: {plural(known.rows, 'row')} in {files}{aside}, read as {known.dialect}")
+        line = f"input: {plural(known.rows, 'row')} in {files}{aside}, read as {known.dialect}"
+        counts = {"rows": known.rows, "files": len(plan.source.files), "rejected": len(known.rejected)}
+        lines.append(Notice(line, "input", dialect=known.dialect, **counts))
     if plan.rows < known.rows:
-        lines.append(f"only the first {plural(plan.rows, 'row')}; run without --limit to send the rest")
+        line = f"only the first {plural(plan.rows, 'row')}; run without --limit to send the rest"
+        lines.append(Notice(line, "limit", rows=plan.rows, of=known.rows))
     if lost:
         were = "was" if lost == 1 else "were"
-        lines.append(f"{plural(lost, 'request')} {were} in flight when the last process died; sent again")
-    if not known.rows:
+        line = f"{plural(lost, 'request')} {were} in flight when the last process died; sent again"
+        lines.append(Notice(line, "lost", requests=lost))
+    if not known.rows and known.share is not None:
+        lines.append("this shard has no rows: the result will be empty")
+    elif not known.rows:
         lines.append("there is nothing to send: the result will be empty, as input.min_rows = 0 allows")
     unknown = [model for model, table in plan.prices.items() if table is None]
     if unknown:
         from batchrun import price_list  # imported late: it takes 170 ms
     lines += [
-        f"the price of {model} is unknown ({price_list.unknown_because(model, job.endpoint.url)}), "
-        f'cost_usd will be null where the server states none; give it in [pricing."{model}"]'
+        Notice(
+            f"the price of {model} is unknown ({price_list.unknown_because(model, job.endpoint.url)}), "
+            f'cost_usd will be null where the server states none; give it in [pricing."{model}"]',
+            "unknown price",
+            model=model,
+        )
         for model in unknown
     ]
     return lines

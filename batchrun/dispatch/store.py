@@ -46,7 +46,7 @@ class Store(msgspec.Struct, frozen=True):
 
     def attempt_id(self, row: int, n: int) -> str:
         """The id of an attempt, as sent in `endpoint.request_id_header`."""
-        return f"{self.plan.facts.attempt_prefix}-{row}-{n}"
+        return f"{self.plan.manifest.attempt_prefix}-{row}-{n}"
 
 
 class CanaryRows:

@@ -27,7 +27,7 @@ from batchrun.dispatch.store import OpenRun
 from batchrun.errors import BatchrunError, ExitCode, InputError
 from batchrun.job.job import Job
 from batchrun.limits import forecast, overruns
-from batchrun.limits.admission import Outcome, Ruling, Stop
+from batchrun.limits.admission import Decision, Outcome, Stop
 from batchrun.limits.gate import GateClosed
 from batchrun.limits.gates import AnyGate
 from batchrun.limits.probe_turns import InDoubt
@@ -87,16 +87,17 @@ class Workers:
             retried=store.checkpoint.has_reopened,
         )
         self.retries = Retries(self._clock)
-        self.serving = Serving(job, store.plan.facts.dialect, self._clock)
+        self.serving = Serving(job, store.plan.manifest.dialect, self._clock)
         self._unparked = asyncio.Event()
         self.failure: BaseException | None = None
         self._working: asyncio.Task[None] | None = None
-        self.sent = 0
+        self.sent = self.refused = 0
         self.slow_s = 0.0  # nearly all responses are faster
 
     def resume(self, earlier: "Workers") -> None:
         """What the workers before these counted in this start counts on: they sent its canary."""
         self.sent += earlier.sent
+        self.refused += earlier.refused
         before, now = earlier.anomalies, self.anomalies
         now.unknown_finish_reasons[:] = before.unknown_finish_reasons
         now.unpriced_tiers[:] = before.unpriced_tiers
@@ -230,28 +231,28 @@ class Workers:
         attempt = await self.endpoints.send(slot, body, self._store.attempt_id(request.row, n))
         if pending.successes is None:
             self._last_rows.tried()
-        result, ruling = self._judge(pending, attempt, slot, bound, successes, tier)
+        result, decision = self._judge(pending, attempt, slot, bound, successes, tier)
         judgement = result.judgement
         # a full tier is an answer as far as the backlog is concerned: the endpoint is well
         self.backlog.ended(pending, Verdict.ROW if judgement.is_capacity else judgement.verdict)
         self._unpark(key, answered=judgement.verdict is Verdict.OK)
         if (stop := self.serving.stop_for(judgement)) is not None:
             self.close(stop)
-        for row in ruling.own:
+        for row in decision.own:
             self._settle_held(row)
-        for row in ruling.elsewhere:
+        for row in decision.elsewhere:
             if row != request.row and (earlier := self._held.pop(row, None)) is not None:
                 self.backlog.release(row)
                 self._retry(_for_another_endpoint(earlier), None, self.gate.successes)
         # the same refusal met before a restart, with no other row left to confirm it, is the row's own
         refused_again = pending.refused and attempt.http_status in (403, 429) and self.backlog.alone
-        if ruling.hold and not refused_again:
+        if decision.hold and not refused_again:
             self._hold(result, slot)
-        elif request.row in ruling.elsewhere:
+        elif request.row in decision.elsewhere:
             self._retry(_for_another_endpoint(result), slot, successes)
         elif result.settlement is not None:
             self._settle_answer(result, result.settlement, slot)
-        elif result.judgement.verdict is Verdict.ROW or ruling.hold or self._last_rows.gives_up(result.history):
+        elif result.judgement.verdict is Verdict.ROW or decision.hold or self._last_rows.gives_up(result.history):
             self._complete(result, slot, Status.FILTERED if result.judgement.filtered else Status.ERROR)
         else:
             self._retry(result, slot, successes)
@@ -264,7 +265,7 @@ class Workers:
         bound: tuple[Decimal | None, int],
         successes: int,
         tier: str | None,
-    ) -> tuple[AttemptResult, Ruling]:
+    ) -> tuple[AttemptResult, Decision]:
         """The attempt's result with its cost, and what the gate decides about the run."""
         request, row = pending.request, pending.request.row
         self.slow_s = forecast.peak(self.slow_s, attempt.latency_s)
@@ -281,24 +282,25 @@ class Workers:
         if judgement.is_capacity:
             self.gate.settle(slot, 0)  # nothing was used, and the headers of a full tier tell nothing of our limits
         else:
-            self.gate.hear(slot, attempt.headers)
+            self.gate.read_headers(slot, attempt.headers)
         settlement: Settlement | None = None
         if judgement.verdict is Verdict.OK:
-            ruling = self.gate.observe(slot, Outcome(row, Verdict.OK))
+            decision = self.gate.observe(slot, Outcome(row, Verdict.OK))
             history = attempt_caps.answered(pending.history)
             settlement = policy.settlement(answer, request.expected, self._job.finish, attempt.http_status)
             self._last_rows.answered(after_failure=pending.history.attempts > 0)
         else:
+            self.refused += judgement.verdict is Verdict.SLOW
             reached = attempt.error is None or attempt.error.sent
             is_last = reached and self._last_rows.only_failed_left
             at_end = judgement.is_chargeable and is_last
             refused_again = is_last and judgement.is_refusal and pending.history.refused_alone > 0
             doubted = judgement.is_retried and self.backlog.is_doubted(row)
             # such a failure is no evidence about the endpoint
-            replaced = judgement.error is not None and judgement.error.kind == policy.Fault.KEY_REPLACED
-            no_evidence = at_end or refused_again or doubted or replaced or judgement.is_capacity
+            elsewhere = judgement.error is not None and judgement.error.kind in policy.NO_EVIDENCE
+            no_evidence = at_end or refused_again or doubted or elsewhere or judgement.is_capacity
             outcome = Outcome(row, judgement.verdict, judgement.error, judgement.retry_after_s, no_evidence)
-            ruling = self.gate.observe(slot, outcome)
+            decision = self.gate.observe(slot, outcome)
             before = successes if pending.successes is None else pending.successes
             corroborated = reached and self.gate.successes > before
             history = attempt_caps.after(pending.history, judgement, corroborated=corroborated, at_end=at_end)
@@ -312,10 +314,11 @@ class Workers:
         in_doubt = maybe_billed(answer, judgement, cost_usd, capped=self._capped)
         bound_usd, bound_tokens = bound
         parts = pending, attempt, answer, judgement, settlement, history
-        return AttemptResult(*parts, bound_usd, cost_usd, in_doubt, reported_usd, bound_tokens), ruling
+        return AttemptResult(*parts, bound_usd, cost_usd, in_doubt, reported_usd, bound_tokens), decision
 
     def on_commit(self, endings: Sequence[Ending]) -> None:
         """The endings are durable: their slots are free, rows are settled or wait for their retry."""
+        spent: list[tuple[int, Decimal | None, int | None]] = []
         for ending in endings:
             n = ending.attempts if isinstance(ending, Completion) else ending.n
             attempt = self._uncommitted.pop((ending.row, n), None)
@@ -323,12 +326,13 @@ class Workers:
                 continue  # the record of a held attempt, whose slot was freed when it was held
             if attempt.slot is not None:
                 self._slots.clear(attempt.slot)
-                self.gate.release(attempt.slot, *attempt.result.used())
+                spent.append((attempt.slot, *attempt.result.used()))
             if attempt.retry is not None:
                 self.backlog.retry(attempt.retry, attempt.due_s)
                 continue
             self._open_run.settled(ending, attempt.result.pending.chunk)
             self.backlog.done()
+        self.gate.release_all(spent)
 
     def record_held(self) -> None:
         """The attempts of rows that are still held are on the checkpoint's queue; the rows stay pending."""

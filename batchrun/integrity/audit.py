@@ -77,9 +77,9 @@ def totals_problem(known: DbRecords, sums: RowSums, *, finished: bool) -> str | 
 
 def usage_problem(directory: RunDirectory, known: DbRecords) -> str | None:
     """What is wrong with the usage.parquet of a finished run; None if it has the totals' lines."""
-    expected = result.finished(known.manifest).usage
+    usage = result.finished(known.manifest).beside[-1]
     try:
-        files.require_digest(directory.usage, expected)
+        files.require_digest(directory.usage, usage.digest)
         tables = [table.to_pylist() for table in readable_groups.columns(directory.usage, USAGE_COLUMNS.names)]
     except CheckpointError as error:
         return str(error).removeprefix(f"{directory.usage}: ")
@@ -87,11 +87,11 @@ def usage_problem(directory: RunDirectory, known: DbRecords) -> str | None:
     return None if _in_order(lines) == _in_order(known.totals.lines()) else "does not have the totals' lines"
 
 
-def footer_problem(directory: RunDirectory, known: DbRecords, facts: Manifest) -> str | None:
+def footer_problem(directory: RunDirectory, known: DbRecords, manifest: Manifest) -> str | None:
     """How the footer of an intact result disagrees with the totals; None if it agrees."""
     footer = files.read_footer(directory.completions) or {}
     found = footer.get("run_id"), footer.get("rows_in_output"), footer.get("cost_usd")
-    if found == (facts.run_id, rows_due(known), str(known.totals.cost_usd())):
+    if found == (manifest.run_id, rows_due(known), str(known.totals.cost_usd())):
         return None
     return "its footer is of run {}, {} rows, ${}".format(*found)
 
@@ -120,11 +120,11 @@ def bill_elsewhere(directory: RunDirectory) -> BillElsewhere | None:
     return BillElsewhere(place.name, rows, Decimal(usd))
 
 
-def summary_problem(directory: RunDirectory, known: DbRecords, facts: Manifest, prices: Prices) -> str | None:
+def summary_problem(directory: RunDirectory, known: DbRecords, manifest: Manifest, prices: Prices) -> str | None:
     """What is wrong with summary.json. The figures of an incomplete run may be seconds old and are not checked.
 
-    `updated_at`, `requests_per_minute`, `limits`, `tuned`, `deadline`, `command` and, to its rounding, `elapsed_s` have
-    no second source.
+    `updated_at`, `last_answer_at`, `requests_per_minute`, `limits`, `tuned`, `deadline`, `command` and, to its
+    rounding, `elapsed_s` have no second source.
     """
     if SALVAGED in known.manifest and not directory.summary.exists():
         return None  # no start has resumed it yet
@@ -135,21 +135,25 @@ def summary_problem(directory: RunDirectory, known: DbRecords, facts: Manifest, 
         return f"can't be read: {error}"
     if msgspec.json.format(msgspec.json.encode(summary), indent=2) != content:
         return "was changed since it was written"
-    if summary.run_id not in ("", facts.run_id):
-        return f"is of run {summary.run_id}, this is {facts.run_id}"
+    if summary.run_id not in ("", manifest.run_id):
+        return f"is of run {summary.run_id}, this is {manifest.run_id}"
     if result.FINISHED not in known.manifest:
         return "says complete, and the run is not" if summary.complete else None
     if not summary.complete:
         return None  # the process died between its last two steps
-    wrong = [name for name in Summary.__struct_fields__ if not _agrees(name, summary, directory, known, facts, prices)]
+    wrong = [
+        name for name in Summary.__struct_fields__ if not _agrees(name, summary, directory, known, manifest, prices)
+    ]
     return f"{', '.join(wrong)}: not as in checkpoint.db" if wrong else None
 
 
 def _agrees(
-    name: str, summary: Summary, directory: RunDirectory, known: DbRecords, facts: Manifest, prices: Prices
+    name: str, summary: Summary, directory: RunDirectory, known: DbRecords, manifest: Manifest, prices: Prices
 ) -> bool:
     written: Any = getattr(summary, name)
-    counted: Any = getattr(summarise(facts, rows_due(known), prices, known.totals, _moment(summary), directory), name)
+    counted: Any = getattr(
+        summarise(manifest, rows_due(known), prices, known.totals, _moment(summary), directory), name
+    )
     match name:
         case "totals":
             return _in_order(written) == _in_order(counted)
@@ -160,6 +164,8 @@ def _agrees(
             return bool(abs(written - counted) <= RATE_STEP + written * 0.001 / max(summary.elapsed_s, 0.001))
         case "requests_per_minute" | "updated_at" | "elapsed_s":
             return written is not None
+        case "last_answer_at":
+            return written is None or bool(written <= summary.updated_at)
         case (
             "limits" | "tuned" | "deadline" | "command" | "example_error" | "unknown_finish_reasons" | "unpriced_tiers"
         ):

@@ -11,16 +11,16 @@ from pathlib import Path
 import msgspec
 import pyarrow as pa
 
-from batchrun.durable import digest
 from batchrun.errors import CheckpointError, InputError, JobError
 from batchrun.integrity.readable_groups import nullable
 from batchrun.integrity.salvage import input_again
-from batchrun.records import Summary
+from batchrun.records import FinishedResult, Summary
 from batchrun.report import run_state
 from batchrun.report.summary import read
 from batchrun.report.wording import plural
 from batchrun.source import JsonlSource, Source, TableSource
-from batchrun.store import at_rest, manifest, partial, result, stored_window
+from batchrun.storage.urls import is_url
+from batchrun.store import at_rest, partial, result, result_files, stored_window
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.chunks import Chunks, Layout
 from batchrun.store.manifest import Manifest
@@ -55,14 +55,14 @@ def export(directory: RunDirectory, to: Path | None = None) -> Exported:
         raise InputError(f"{directory.path}: no run here (no checkpoint.db); name a run directory")
     with directory.lock(), at_rest.opened(directory.checkpoint, directory.inflight) as checkpoint:
         entries = checkpoint.manifest_entries()
-        if manifest.ENTRY not in entries:
+        if Manifest.ENTRY not in entries:
             raise InputError(f"{directory.path}: no rows yet: the run ended while its input was checked; run it again")
-        known = manifest.decode(entries)
+        known = Manifest.decode(entries)
         if to is not None:
             _require_place(to, directory, known)
         summary = run_state.from_checkpoint(directory, checkpoint, _written(directory))
         if result.FINISHED in entries:
-            return _complete(directory, known, summary, result.finished(entries).digest, to)
+            return _complete(directory, known, summary, result.finished(entries), to)
         exported = _so_far(directory, checkpoint, known, summary, to or directory.partial)
         if to is None:
             files.write_usage(directory.usage, checkpoint.totals.lines())
@@ -109,20 +109,17 @@ def _require_place(to: Path, directory: RunDirectory, known: Manifest) -> None:
 
 
 def _complete(
-    directory: RunDirectory, known: Manifest, summary: Summary, result_digest: str, to: Path | None
+    directory: RunDirectory, known: Manifest, summary: Summary, written: FinishedResult, to: Path | None
 ) -> Exported:
-    in_parts = known.output.layout == "parts"
     rows = summary.rows - summary.pending
     if to is None:
-        there = directory.completions_folder if in_parts else directory.completions
-        return Exported(there, rows, 0, complete=True, written=False)
-    if in_parts:
-        paths = sorted(directory.completions_folder.glob("*.parquet"))
-        parts = [(path, digest(path), files.rows_in(path)) for path in paths]
+        return Exported(result_files.shown(directory), rows, 0, complete=True, written=False)
+    if written.folder:
+        parts = [(directory.path / file.name, file.digest, file.rows) for file in written.kept or written.files]
         footer = {files.FOOTER_KEY: msgspec.json.encode(result.bill(summary)).decode()}
-        files.assemble(parts, to, files.schema_of(paths[0]), known.output.compression, footer)
+        files.assemble(parts, to, files.schema_of(parts[0][0]), known.output.compression, footer)
     else:
-        files.copy_part(directory.completions, to, result_digest)
+        files.copy_part(directory.completions, to, written.files[0].digest)
     return Exported(to, rows, 0, complete=True, written=True)
 
 
@@ -137,17 +134,19 @@ def _so_far(directory: RunDirectory, checkpoint: Checkpoint, known: Manifest, su
         types=types,
         schema=schema,
         settings=known.output,
-        parsed=manifest.answer_column(known),
+        parsed=known.answer_column,
         number=known.layout,
         limit=summary.rows if summary.rows < known.rows else None,
+        first_row=known.first_row,
     )
     batches = Chunks(directory, checkpoint, layout).so_far()
     if problem is not None:
         schema = nullable(schema)
-        opened = max((chunk.end_row for chunk in checkpoint.chunks()), default=0)
-        problem = problem if opened < summary.rows else None
+        opened = max((chunk.end_row for chunk in checkpoint.chunks()), default=known.first_row)
+        end_row = known.first_row + summary.rows
+        problem = problem if opened < end_row else None
         widened = (pa.RecordBatch.from_arrays(batch.columns, schema=schema) for batch in batches)
-        batches = chain(widened, partial.without_input(opened, summary.rows, schema))
+        batches = chain(widened, partial.without_input(opened, end_row, schema))
     pending = partial.write(to, batches, schema, known.output.compression, summary)
     return Exported(to, summary.rows, pending, complete=False, written=True, problem=problem)
 
@@ -157,7 +156,7 @@ def _source(directory: RunDirectory, known: Manifest) -> tuple[Source, str | Non
     try:
         return input_again(known, directory), None
     except InputError as error:
-        relative = any(not Path(file.path).is_absolute() for file in known.files)
+        relative = any(not (is_url(file.path) or Path(file.path).is_absolute()) for file in known.files)
         return JsonlSource(()), f"{error}" + ("; run this where the run was started" if relative else "")
 
 
@@ -170,9 +169,9 @@ def _schema(
     elif isinstance(source, TableSource):
         given = source.schema
     elif not (chunks := checkpoint.chunks()):
-        return own_schema(known.output.prefix, manifest.answer_column(known))
+        return own_schema(known.output.prefix, known.answer_column)
     elif chunks[0].open:
         given = stored_window.schema_of(directory.input_of(0, known.layout))
     else:
         return files.schema_of(directory.part_of(0, chunks[0].generation)).remove_metadata()
-    return output_schema(given, known.output, manifest.answer_column(known))
+    return output_schema(given, known.output, known.answer_column)

@@ -12,17 +12,18 @@ import pyarrow as pa
 from batchrun.errors import CheckpointError
 from batchrun.integrity.db_records import SALVAGED, DbRecords
 from batchrun.records import LineKey, Summary, TotalsLine
-from batchrun.store import db_tables, in_flight, manifest, spill, variants
+from batchrun.store import db_tables, in_flight, spill, variants
 from batchrun.store.checkpoint import FORMAT, SINCE, SPILL
 from batchrun.store.database import Database, Record
 from batchrun.store.db_tables import Chunk, Reopened
 from batchrun.store.in_flight import InFlight
+from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
 from batchrun.store.spill import Frame
 from batchrun.store.totals import DISCARDED, FIGURES, LOST, UNSTATED, plus
 from batchrun.tables import booked
 
-_KEPT_FACTS = (manifest.ENTRY, "prices", variants.ENTRY, SINCE, UNSTATED)  # and not that the run is finished
+_KEPT_ENTRIES = (Manifest.ENTRY, "prices", variants.ENTRY, SINCE, UNSTATED)  # and not that the run is finished
 
 
 class Account:
@@ -121,14 +122,14 @@ def _difference(wanted: TotalsLine | None, line: TotalsLine) -> TotalsLine:
 def write(old: RunDirectory, known: DbRecords, account: Account, new: RunDirectory) -> None:
     """Writes the checkpoint of the new directory, which a start resumes."""
     invocation = max((record[0] for record in known.invocations), default=1)
-    prefix = manifest.decode(known.manifest).attempt_prefix
+    prefix = Manifest.decode(known.manifest).attempt_prefix
     lost = in_flight.possibly_billed(account.without_known_end(known), invocation, "crash", prefix)
     last = _last_summary(old)
     totals = account.totals(known, [] if last is None else last.totals)
     records: dict[str, list[Record]] = {
         "manifest": [
             (SALVAGED, str(account.rows)),
-            *((name, known.manifest[name]) for name in _KEPT_FACTS if name in known.manifest),
+            *((name, known.manifest[name]) for name in _KEPT_ENTRIES if name in known.manifest),
         ],
         "invocations": _invocations(known, last),
         "chunks": [msgspec.structs.astuple(chunk) for chunk in account.chunks],

@@ -1,7 +1,7 @@
 """Copies what is intact of a damaged run into a new directory, which the same command resumes. The old one is kept.
 
 The input is read again and cut into the same chunks. A chunk with all its rows is sealed. Another is open, with a part
-that has only some rows, so only the others are sent. If the input has changed, or the facts of the run's first start
+that has only some rows, so only the others are sent. If the input has changed, or the run's manifest
 can't be read, salvaged.parquet still has the rows.
 """
 
@@ -29,9 +29,9 @@ from batchrun.prices import PriceTable
 from batchrun.records import Row
 from batchrun.report.wording import plural
 from batchrun.request.builder import RequestBuilder
-from batchrun.source import START, Source, TableSource, Window, open_source
+from batchrun.source import START, Source, TableSource, Window, file_at, open_source
 from batchrun.startup import resume
-from batchrun.store import in_flight, manifest, stored_window, variants
+from batchrun.store import in_flight, stored_window, variants
 from batchrun.store.db_tables import Chunk, Reopened
 from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
@@ -88,41 +88,41 @@ def _salvaged(directory: RunDirectory, known: DbRecords) -> Salvaged:
     to = directory.path.with_name(directory.path.name + ".salvaged")
     if to.exists():
         raise JobError(f"{to}: already exists; move it away, then salvage again")
-    facts = _facts(known)
-    if facts is None:
-        return _built(directory, known, None, None, "the facts of its first start can't be read", to)
+    manifest = _manifest(known)
+    if manifest is None:
+        return _built(directory, known, None, None, "its manifest can't be read", to)
     try:
-        return _built(directory, known, facts, input_again(facts, directory), None, to)
+        return _built(directory, known, manifest, input_again(manifest, directory), None, to)
     except InputError as error:
-        return _built(directory, known, facts, None, str(error), to)
+        return _built(directory, known, manifest, None, str(error), to)
 
 
-def _facts(known: DbRecords) -> Manifest | None:
+def _manifest(known: DbRecords) -> Manifest | None:
     try:
         variants.decode(known.manifest)
-        return manifest.decode(known.manifest)
+        return Manifest.decode(known.manifest)
     except CheckpointError:
         return None
 
 
-def input_again(facts: Manifest, directory: RunDirectory) -> Source:
+def input_again(manifest: Manifest, directory: RunDirectory) -> Source:
     """The input, unchanged since the run began.
 
     Raises:
         InputError: it is missing or has changed.
     """
-    paths = tuple(Path(file.path) for file in facts.files)
+    paths = tuple(file_at(file.path) for file in manifest.files)
     if [path.name for path in paths] == [directory.spool.name] and directory.spool.exists():
         paths = (directory.spool,)
-    if (what := resume.changed_input(paths, directory, facts)) is not None:
+    if (what := resume.changed_input(paths, directory, manifest)) is not None:
         raise InputError(what)
-    return open_source(paths, ANY_LENGTH)
+    return open_source(paths, ANY_LENGTH, None if manifest.share is None else manifest.share.span)
 
 
 def _built(
     directory: RunDirectory,
     known: DbRecords,
-    facts: Manifest | None,
+    manifest: Manifest | None,
     source: Source | None,
     problem: str | None,
     to: Path,
@@ -131,7 +131,7 @@ def _built(
     shutil.rmtree(building.path, ignore_errors=True)
     building.create()
     try:
-        copy = Salvage(directory, known, facts, source, building)
+        copy = Salvage(directory, known, manifest, source, building)
         copy.write()
         with disk_errors(to):
             building.path.rename(to)
@@ -151,20 +151,20 @@ class Salvage:
     """Copies a run into an empty directory; `write` does all of it."""
 
     def __init__(
-        self, old: RunDirectory, known: DbRecords, facts: Manifest | None, source: Source | None, new: RunDirectory
+        self, old: RunDirectory, known: DbRecords, manifest: Manifest | None, source: Source | None, new: RunDirectory
     ) -> None:
         self._old = old
         self._known = known
-        self._facts = facts
+        self._manifest = manifest
         self._source = source
         self._new = new
-        self._types = None if facts is None or facts.types is None else ColumnTypes.from_json(facts.types)
-        self._settings = Output() if facts is None else facts.output
+        self._types = None if manifest is None or manifest.types is None else ColumnTypes.from_json(manifest.types)
+        self._settings = Output() if manifest is None else manifest.output
         self._schema, self._prefix = self._columns()
         self._own = own_schema(self._prefix).names
-        jobs = [] if facts is None else [_job_of(variant) for variant in variants.decode(known.manifest)]
-        self._builders = [] if facts is None else [RequestBuilder(job, facts.dialect) for job in jobs]
-        self._parsed = JSON if facts is None else manifest.answer_column(facts)
+        jobs = [] if manifest is None else [_job_of(variant) for variant in variants.decode(known.manifest)]
+        self._builders = [] if manifest is None else [RequestBuilder(job, manifest.dialect) for job in jobs]
+        self._parsed = JSON if manifest is None else manifest.answer_column
         self._kept = SoundRows(old, known, self._schema, self._prefix)
         self.account = Account(in_flight.read(old.inflight), rebuilt_checkpoint.spilled(old))
         self.missing = 0
@@ -210,29 +210,29 @@ class Salvage:
 
     def _pieces(self) -> Iterator[Piece]:
         """Every chunk that was ever opened, or of which rows can be read."""
-        if self._source is None or self._facts is None:
+        if self._source is None or self._manifest is None:
             yield from self._pieces_without_input()
             return
-        first_row = 0
-        for number, given in enumerate(self._windows(self._source, self._facts)):
+        first_row = self._manifest.first_row
+        for number, given in enumerate(self._windows(self._source, self._manifest)):
             if not self._was_opened(number, first_row):
                 return
             kept = self._kept.between(first_row, first_row + given.rows)
             end = msgspec.json.encode(given.end).decode()
-            input_digest = stored_window.write(self._new.input_of(number, self._facts.layout), given.table)
-            yield self._joined(Chunk(number, first_row, given.rows, end, input_digest), kept, self._facts)
+            input_digest = stored_window.write(self._new.input_of(number, self._manifest.layout), given.table)
+            yield self._joined(Chunk(number, first_row, given.rows, end, input_digest), kept, self._manifest)
             first_row += given.rows
 
-    def _windows(self, source: Source, facts: Manifest) -> Iterator[Window]:
+    def _windows(self, source: Source, manifest: Manifest) -> Iterator[Window]:
         """The recorded chunks (a pilot's last one is short), then those that a start would open."""
-        position, rejected = START, frozenset(facts.rejected)
+        position, rejected = START, frozenset(manifest.rejected)
         for chunk in self._known.chunks if self._known.whole else ():
             again = next(source.windows(position, chunk.rows, sys.maxsize, rejected), None)
             if again is None or again.rows != chunk.rows:
                 raise InputError(f"the input has changed from row {chunk.first_row:,} on")
             yield again
             position = again.end
-        yield from source.windows(position, facts.output.chunk_rows, facts.output.chunk_bytes, rejected)
+        yield from source.windows(position, manifest.output.chunk_rows, manifest.output.chunk_bytes, rejected)
 
     def _was_opened(self, number: int, first_row: int) -> bool:
         if self._known.whole:
@@ -244,9 +244,9 @@ class Salvage:
     def _had_result(self) -> bool:
         return self._old.completions.exists() or self._old.completions_folder.exists()
 
-    def _joined(self, chunk: Chunk, kept: pa.Table, facts: Manifest) -> Piece:
+    def _joined(self, chunk: Chunk, kept: pa.Table, manifest: Manifest) -> Piece:
         """Joins the chunk's input and its intact rows: sealed if all rows are there, else open."""
-        path = self._new.input_of(chunk.chunk, facts.layout)
+        path = self._new.input_of(chunk.chunk, manifest.layout)
         stored = StoredWindow(path, chunk.input_digest, chunk.first_row)
         kept = self._that_answer(kept, stored)
         rows = self._rows(kept)
@@ -285,7 +285,7 @@ class Salvage:
         except (InputError, IndexError):
             return False
         if request.pictures:
-            return self._facts is not None and not self._facts.layout
+            return self._manifest is not None and not self._manifest.layout
         return request.key == key
 
     def _was_sealed(self, number: int) -> bool:
@@ -300,7 +300,7 @@ class Salvage:
 
     def _pieces_without_input(self) -> Iterator[Piece]:
         chunks = self._known.chunks
-        starts = [0, *(chunk.end_row for chunk in chunks)]
+        starts = [0 if self._manifest is None else self._manifest.first_row, *(chunk.end_row for chunk in chunks)]
         if not self._known.whole or [chunk.first_row for chunk in chunks] != starts[:-1]:
             kept = self._kept.between(0, NO_END)
             yield Piece(0, max(self._rows(kept), default=-1) + 1, self._had_result(), kept)
@@ -337,10 +337,10 @@ class Salvage:
 
     def _bound_usd(self) -> Decimal | None:
         """The most that one row can cost; None if a price is unknown."""
-        if self._facts is None:
+        if self._manifest is None:
             return None
         known = msgspec.json.decode(self._known.manifest.get("prices", "{}"), type=dict[str, PriceTable | None])
-        requests = self._facts.max_request.items()
+        requests = self._manifest.max_request.items()
         bounds = [prices.upper_bound(*tokens, known.get(model)) for model, tokens in requests]
         return max((bound or Decimal(0) for bound in bounds), default=None) if None not in bounds else None
 

@@ -18,7 +18,7 @@ from batchrun.integrity import audit, db_records, readable_groups
 from batchrun.integrity.audit import Prices, RowSums
 from batchrun.integrity.db_records import DbRecords
 from batchrun.report.wording import plural
-from batchrun.store import in_flight, manifest, result, spill, variants
+from batchrun.store import in_flight, result, result_folder, spill, variants
 from batchrun.store.at_rest import wal_of
 from batchrun.store.checkpoint import SPILL
 from batchrun.store.db_tables import Chunk
@@ -36,6 +36,7 @@ MAX_SPANS = 10
 SALVAGE = "keep a copy of the directory; --salvage copies what is intact into a new one"
 RESUME = "run the same command again: it resumes all the same"
 EXPORT_AGAIN = "remove it; `batchrun export` writes it again"
+EXPORT_ROWS = "the run's parts have its rows: `batchrun export DIR -o FILE` writes them"
 REWRITE = "remove it and run the same command again, which rewrites it"
 
 
@@ -123,30 +124,31 @@ class Inspection:
     def inspect(self) -> None:
         """Inspects every file."""
         self._log()
-        if "facts" not in self.known.manifest:
-            self._without_facts()
+        if Manifest.ENTRY not in self.known.manifest:
+            self._without_manifest()
             return
         try:
-            facts = manifest.decode(self.known.manifest)
+            manifest = Manifest.decode(self.known.manifest)
             variants.decode(self.known.manifest)
             prices = msgspec.json.decode(self.known.manifest.get("prices", "{}"), type=Prices)
         except (CheckpointError, msgspec.DecodeError) as error:
             self._damaged(self.directory.checkpoint, f"its manifest can't be read: {error}")
             return
-        self._chunks(facts)
-        if self._finished and facts.output.layout == "file":
-            expected = result.finished(self.known.manifest).digest
-            self._rows_of(self.directory.completions, expected, (0, audit.rows_due(self.known)), facts.output.prefix)
+        self._chunks(manifest)
+        if self._finished and manifest.output.is_one_file:
+            (whole,) = result.finished(self.known.manifest).files
+            span = manifest.first_row, manifest.first_row + audit.rows_due(self.known)
+            self._rows_of(self.directory.completions, whole.digest, span, manifest.output.prefix)
         else:
             for chunk in self.known.chunks:
-                self._chunk(chunk, facts)
-        self._counted_twice(facts, prices)
+                self._chunk(chunk, manifest)
+        self._counted_twice(manifest, prices)
         self._spilled()
         if not self._finished:
             self._slots()
             if self.directory.completions.exists():
                 self.sound.append("completions.parquet: from before, until the run is complete again; not checked")
-        self._kept_input(facts)
+        self._kept_input(manifest)
         self._partial()
 
     @property
@@ -177,7 +179,7 @@ class Inspection:
             what = "the last commit can't be read: torn by a power cut, or damaged; its rows are sent again"
             self._damaged(wal_of(self.directory.checkpoint), what, then=RESUME)
 
-    def _without_facts(self) -> None:
+    def _without_manifest(self) -> None:
         traces = [path for path in (self.directory.completions, self.directory.inflight) if path.exists()]
         if not self.known.whole:
             return
@@ -186,30 +188,33 @@ class Inspection:
         else:
             self.sound.append("no run has started here")
 
-    def _chunks(self, facts: Manifest) -> None:
-        row = 0
+    def _chunks(self, manifest: Manifest) -> None:
+        row = manifest.first_row
         for number, chunk in enumerate(self.known.chunks):
             if (chunk.chunk, chunk.first_row) != (number, row) or chunk.rows < 1:
                 self._damaged(self.directory.checkpoint, f"chunk {number} should begin at row {row:,}")
                 return
             row = chunk.end_row
-        if row > facts.rows:
-            self._damaged(self.directory.checkpoint, f"its chunks have {row:,} rows, the input has {facts.rows:,}")
+        rows = row - manifest.first_row
+        if rows > manifest.rows:
+            self._damaged(self.directory.checkpoint, f"its chunks have {rows:,} rows, the input has {manifest.rows:,}")
             return
-        self.sound.append(f"chunks: {len(self.known.chunks):,}, contiguous, {row:,} of {plural(facts.rows, 'row')}")
+        self.sound.append(f"chunks: {len(self.known.chunks):,}, contiguous, {rows:,} of {plural(manifest.rows, 'row')}")
 
-    def _chunk(self, chunk: Chunk, facts: Manifest) -> None:
+    def _chunk(self, chunk: Chunk, manifest: Manifest) -> None:
         """Inspects a chunk: a sealed one is its part; an open one its stored input, records and any earlier part."""
         span = chunk.first_row, chunk.end_row
         newer = {row for row in range(*span) if chunk.open and row in self.known.rows}
         if chunk.generation:
             path = self.directory.part_of(chunk.chunk, chunk.generation)
-            if facts.output.layout == "parts" and not path.exists():
-                path = files.part_in(self.directory.completions_folder, chunk.chunk)
+            if manifest.output.layout == "parts":
+                path = result_folder.place_of(path, chunk.chunk, chunk.part_digest or "", self.directory)
             elsewhere = newer | self.known.reopened.keys() if chunk.open else newer
-            self._rows_of(path, chunk.part_digest or "", span, facts.output.prefix, elsewhere, all_rows=not chunk.open)
+            self._rows_of(
+                path, chunk.part_digest or "", span, manifest.output.prefix, elsewhere, all_rows=not chunk.open
+            )
         if chunk.open:
-            self._stored_input(chunk, facts.layout)
+            self._stored_input(chunk, manifest.layout)
             overlay = [self.known.rows[row] for row in newer]
             self.sums.add([str(row.status) for row in overlay], [row.cost_usd for row in overlay])
 
@@ -253,7 +258,7 @@ class Inspection:
         else:
             self._damaged(path, "is missing" if found is None else "its digest is not the one on record")
 
-    def _counted_twice(self, facts: Manifest, prices: Prices) -> None:
+    def _counted_twice(self, manifest: Manifest, prices: Prices) -> None:
         all_read = self.known.whole and not any(damage.rows for damage in self.damages)
         result_damaged = any(damage.file == self.directory.completions.name for damage in self.damages)
         if all_read:
@@ -261,12 +266,34 @@ class Inspection:
             self._report(self.directory.checkpoint, problem, "its totals are the sums of its rows")
         if self._finished:
             self._report(self.directory.usage, audit.usage_problem(self.directory, self.known), "has the totals' lines")
-        if self._finished and facts.output.layout == "file" and not result_damaged:
-            problem = audit.footer_problem(self.directory, self.known, facts)
+            self._folder()
+        if self._finished and manifest.output.is_one_file and not result_damaged:
+            problem = audit.footer_problem(self.directory, self.known, manifest)
             self._report(self.directory.completions, problem, "its footer has the same bill")
         if self.known.whole:
-            problem = audit.summary_problem(self.directory, self.known, facts, prices)
+            problem = audit.summary_problem(self.directory, self.known, manifest, prices)
             self._report(self.directory.summary, problem, "agrees", REWRITE)
+
+    def _folder(self) -> None:
+        """The manifest of a result of several files, and files beside them that are not of the result."""
+        written = result.finished(self.known.manifest)
+        for file in written.beside[:-1]:
+            path = self.directory.path / file.name
+            with disk_errors(path):
+                found = digest(path) if path.exists() else None
+            problem = "is missing" if found is None else "its digest is not the one on record"
+            self._report(path, None if found == file.digest else problem, "as it was written")
+        if written.kept:  # else its files are the parts, or the one file, and were read above
+            for file in written.files:
+                path = self.directory.path / file.name
+                try:
+                    files.require_digest(path, file.digest)
+                except CheckpointError as error:
+                    self._damaged(path, str(error), then=EXPORT_ROWS)
+                else:
+                    self.sound.append(f"{file.name}: {plural(file.rows, 'row')}")
+        for path in result.unknown_files(self.directory, written):
+            self._damaged(path, "is no file of the result", then="move it away: readers of the folder would read it")
 
     def _partial(self) -> None:
         """Nothing depends on the partial result, so it is only read."""
@@ -323,14 +350,14 @@ class Inspection:
             rows = sum(len(frame.completions) for frame in frames)
             self.sound.append(f"{path.name}: {plural(rows, 'row')} that the next start takes in")
 
-    def _kept_input(self, facts: Manifest) -> None:
+    def _kept_input(self, manifest: Manifest) -> None:
         """The copy of standard input, if that was the input."""
         path = self.directory.spool
         with disk_errors(path):
             found = digest(path) if path.exists() else None
-        if found is None and [file.path for file in facts.files] != [str(path)]:
+        if found is None and [file.path for file in manifest.files] != [str(path)]:
             return
-        self._report(path, None if (found,) == facts.digests else "is not the input of this run", "as it was read")
+        self._report(path, None if (found,) == manifest.digests else "is not the input of this run", "as it was read")
 
 
 def _values(table: pa.Table, name: str) -> list[Any]:

@@ -99,12 +99,15 @@ class Endpoint(Table, frozen=True):
         return VENDOR_ID_HEADER if vendor else ID_HEADER
 
 
+ActorCount = Annotated[int, Meta(ge=1, le=1000)]
+
 Reusable = Literal["ok", "truncated", "filtered", "refused", "empty", "invalid", "error"]
 """The statuses of earlier answers that may be reused."""
 
 
 class Input(Table, frozen=True):
     path: Text | None = None
+    partitions: dict[Text, Text | int | list[Text | int]] = {}
     id: Text | None = None
     dialect: Literal["auto", "columns", "messages", "openai-batch"] = "auto"
     min_rows: Count = 1  # an empty input usually means that a pipe broke
@@ -182,6 +185,7 @@ class Tiers(Table, frozen=True):
 
 
 class Limits(Table, frozen=True):
+    limits_are: Literal["whole", "per_process"] = "whole"  # with --shard: divided by the number of shards, or not
     requests_per_second: Positive | None = None
     requests_per_minute: Positive | None = None
     requests_per_day: AtLeastOne | None = None
@@ -191,6 +195,18 @@ class Limits(Table, frozen=True):
     max_in_flight: Annotated[int, Meta(ge=1, le=4096)] = 64
     max_output_tokens: AtLeastOne = 128_000  # the model's maximum; the upper bound for a request without max_tokens
     max_image_tokens: AtLeastOne = 6_000  # more than any entry of the upstream's table of tile and patch counts
+
+
+class Engine(Table, frozen=True):
+    """Which processes send: this one, or actors of a Ray cluster."""
+
+    name: Literal["local", "ray"] = "local"
+    ray_address: Text | None = None
+    actors: ActorCount = 2
+    max_actors: ActorCount | None = None
+    requests_per_actor: AtLeastOne = 256
+    cpus_per_actor: AtLeastZero = 1.0
+    start_timeout_s: Positive = 300.0
 
 
 class Retry(Table, frozen=True):
@@ -249,15 +265,24 @@ class Canary(Table, frozen=True):
 
 class Output(Table, frozen=True):
     path: Text = "runs/{job}/{date}"
+    state_dir: Text | None = None
     columns: Literal["all"] | list[str] = "all"
     prefix: str = ""
     raw: Literal["failed", "always"] = "failed"
     layout: Literal["file", "parts"] = "file"
+    partition_by: list[Text] = []
+    max_partitions: AtLeastOne = 1000  # each is a folder and a file; pyarrow's own limit is 1,024
     compression: Literal["zstd", "snappy", "gzip", "none"] = "zstd"
     chunk_rows: Annotated[int, Meta(ge=1, le=1_000_000)] = 8192
     chunk_bytes: AtLeastOne = 32_000_000
     max_failures: Count = 0
     partial: bool = False
+    keep_parts_remote: bool = False
+
+    @property
+    def is_one_file(self) -> bool:
+        """Whether the result is one Parquet file with everything in it, which needs no parts any more."""
+        return self.layout == "file" and not self.partition_by
 
 
 class TierPrice(Table, frozen=True):
@@ -281,6 +306,12 @@ class Price(Table, frozen=True):
     tiers: dict[str, TierPrice] = {}
 
 
+class Telemetry(Table, frozen=True):
+    """What other programs are told of a run while it works."""
+
+    prometheus_dir: Text | None = None
+
+
 class Simulator(Table, frozen=True):
     latency_s: AtLeastZero = 0.4
     requests_per_minute: Positive | None = None
@@ -294,6 +325,14 @@ class Simulator(Table, frozen=True):
 
 TagName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{1,60}$")]  # becomes a column of a bill: `tag.team`
 TagValue = Annotated[str, Meta(min_length=1, max_length=200)]
+
+
+class Storage(Table, frozen=True):
+    """How to reach object stores, where the environment does not say it."""
+
+    endpoint: Text | None = None
+    region: Text | None = None
+    anonymous: bool = False
 
 
 class About(Table, frozen=True):
@@ -312,12 +351,15 @@ class Job(Table, frozen=True):
     job: About = About()
     input: Input = Input()
     limits: Limits = Limits()
+    engine: Engine = Engine()
     retry: Retry = Retry()
     finish: Finish = Finish()
     budget: Budget = Budget()
     canary: Canary = Canary()
     output: Output = Output()
+    storage: Storage = Storage()
     pricing: dict[str, Price] = {}
+    telemetry: Telemetry = Telemetry()
     simulator: Simulator = Simulator()
     on_end: list[Text] = []
     on_end_timeout_s: Positive = 60.0
@@ -363,12 +405,18 @@ class Job(Table, frozen=True):
         )
 
     def on(self, date: str) -> "Job":
-        """The job with its input of that logical date (`2026-11-28`), where `input.path` holds `{date}`."""
-        path = self.input.path
-        if path is None or "{date}" not in path:
-            return self
-        dated = msgspec.structs.replace(self.input, path=path.replace("{date}", date))
-        return msgspec.structs.replace(self, input=dated)
+        """The job with its input of that logical date (`2026-11-28`), where `input.path` or a value of
+        `input.partitions` holds `{date}`.
+        """
+
+        def dated(value: Any) -> Any:
+            if isinstance(value, list):
+                return [dated(each) for each in value]
+            return value.replace("{date}", date) if isinstance(value, str) else value
+
+        partitions = {name: dated(value) for name, value in self.input.partitions.items()}
+        given = msgspec.structs.replace(self.input, path=dated(self.input.path), partitions=partitions)
+        return self if given == self.input else msgspec.structs.replace(self, input=given)
 
     @property
     def simulated(self) -> bool:

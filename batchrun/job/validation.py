@@ -77,6 +77,10 @@ def problems(job: Job) -> Iterator[str]:
     yield from _schema_problems(request)
     if unknown := re.search(r"\{(?!(?:job|date)\})[^}]*\}", job.output.path):
         yield f"output.path: {unknown[0]} is unknown; {{job}} and {{date}} are allowed"
+    if job.output.partition_by and job.output.layout == "parts":
+        yield "output.partition_by: writes one file for each partition; leave out output.layout"
+    if job.input.partitions and job.input.path == "-":
+        yield "input.partitions: standard input has no folders; leave it out, or name a directory"
     if isinstance(most := job.input.max_changed, str) and not re.fullmatch(r"(\d{1,2}(\.\d+)?|100)%", most):
         yield f'input.max_changed: expected a number of rows, or a share of them such as "5%" (is {most!r})'
     for name, cap in job.budget.caps_usd.items():

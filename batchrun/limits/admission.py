@@ -9,7 +9,7 @@ from batchrun.errors import ExitCode
 from batchrun.records import RowError, Verdict
 
 
-class Ask(msgspec.Struct, frozen=True):
+class Demand(msgspec.Struct, frozen=True):
     """What one attempt needs from the limits.
 
     `tokens` estimates prompt and answer together, `output_tokens` is the answer's part. The upper bounds are the most
@@ -117,7 +117,7 @@ class Outcome(msgspec.Struct, frozen=True):
     says_nothing: bool = False
 
 
-class Ruling(msgspec.Struct, frozen=True):
+class Decision(msgspec.Struct, frozen=True):
     """What an outcome means for rows.
 
     `hold`: the verdict concerns the whole run and is not confirmed: keep this row unsettled, and send it again only

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from decimal import Decimal
 from typing import Generic, Protocol, TypeVar
 
-from batchrun.limits.admission import Ask
+from batchrun.limits.admission import Demand
 from batchrun.records import BudgetUse
 
 Amount = TypeVar("Amount", int, Decimal)
@@ -67,9 +67,12 @@ class OverTime(Protocol):
 
 
 class BudgetAccount:
-    """The caps of one budget, reserved together or not at all. None: no such cap."""
+    """The caps of one budget, reserved together or not at all. None: no such cap.
 
-    __slots__ = ("cost_usd", "name", "over_time", "requests", "start_usd", "tokens")
+    `is_kept`: there is any cap. `rests_on_bounds`: one relies on the upper bounds of what is in flight.
+    """
+
+    __slots__ = ("cost_usd", "is_kept", "name", "over_time", "requests", "rests_on_bounds", "start_usd", "tokens")
 
     def __init__(
         self,
@@ -88,41 +91,30 @@ class BudgetAccount:
         self.start_usd = start_usd
         self.over_time = over_time
         self.name = name
+        caps_cost = cost_usd is not None or start_usd is not None or over_time is not None
+        self.rests_on_bounds = tokens is not None or caps_cost
+        self.is_kept = self.rests_on_bounds or requests is not None
 
-    @property
-    def is_kept(self) -> bool:
-        """True if there is any cap."""
-        return self.rests_on_bounds or self.requests is not None
-
-    @property
-    def rests_on_bounds(self) -> bool:
-        """True if a cap relies on the upper bounds of what is in flight."""
-        return self.tokens is not None or self._caps_cost
-
-    @property
-    def _caps_cost(self) -> bool:
-        return self.cost_usd is not None or self.start_usd is not None or self.over_time is not None
-
-    def fits(self, ask: Ask) -> bool:
+    def fits(self, demand: Demand) -> bool:
         """Whether the attempt can be sent without exceeding a cap.
 
         Raises:
             ValueError: it has no upper bound, so the cap can't be kept: the caller's bug.
         """
-        return self._fits_run(ask) and (self.over_time is None or self.over_time.fits(_bound_usd(ask)))
+        return self._fits_run(demand) and (self.over_time is None or self.over_time.fits(_bound_usd(demand)))
 
-    def may_come(self, ask: Ask) -> bool:
+    def may_come(self, demand: Demand) -> bool:
         """Whether an attempt that does not fit may fit later, though nothing of this process is in flight."""
         over_time = self.over_time
-        return over_time is not None and self._fits_run(ask) and not over_time.is_used_up(_bound_usd(ask))
+        return over_time is not None and self._fits_run(demand) and not over_time.is_used_up(_bound_usd(demand))
 
-    def _fits_run(self, ask: Ask) -> bool:
+    def _fits_run(self, demand: Demand) -> bool:
         """The same as `fits`, for the caps of this run and start alone."""
         return (
             (self.requests is None or self.requests.fits(1))
-            and (self.tokens is None or self.tokens.fits(ask.upper_bound_tokens))
-            and (self.cost_usd is None or self.cost_usd.fits(_bound_usd(ask)))
-            and (self.start_usd is None or self.start_usd.fits(_bound_usd(ask)))
+            and (self.tokens is None or self.tokens.fits(demand.upper_bound_tokens))
+            and (self.cost_usd is None or self.cost_usd.fits(_bound_usd(demand)))
+            and (self.start_usd is None or self.start_usd.fits(_bound_usd(demand)))
         )
 
     def uses(self) -> list[BudgetUse]:
@@ -133,28 +125,30 @@ class BudgetAccount:
             found.append(spent)
         return found
 
-    def reserve(self, ask: Ask) -> Lease | None:
+    def reserve(self, demand: Demand) -> Lease | None:
         """Sets the attempt's upper bounds aside until `settle`, which is to be given what this returns."""
         if self.cost_usd is not None:
-            self.cost_usd.reserve(_bound_usd(ask))
+            self.cost_usd.reserve(_bound_usd(demand))
         if self.start_usd is not None:
-            self.start_usd.reserve(_bound_usd(ask))
+            self.start_usd.reserve(_bound_usd(demand))
         if self.tokens is not None:
-            self.tokens.reserve(ask.upper_bound_tokens)
+            self.tokens.reserve(demand.upper_bound_tokens)
         if self.requests is not None:
             self.requests.reserve(1)
-        return None if self.over_time is None else self.over_time.reserve(_bound_usd(ask))
+        return None if self.over_time is None else self.over_time.reserve(_bound_usd(demand))
 
-    def settle(self, ask: Ask, spent_usd: Decimal | None, spent_tokens: int | None, lease: Lease | None = None) -> None:
+    def settle(
+        self, demand: Demand, spent_usd: Decimal | None, spent_tokens: int | None, lease: Lease | None = None
+    ) -> None:
         """Replaces the attempt's reservation by what it used; None (unknown) uses all of it."""
         if lease is not None:
-            lease.settle(_bound_usd(ask), spent_usd)
+            lease.settle(_bound_usd(demand), spent_usd)
         if self.cost_usd is not None:
-            self.cost_usd.settle(_bound_usd(ask), spent_usd)
+            self.cost_usd.settle(_bound_usd(demand), spent_usd)
         if self.start_usd is not None:
-            self.start_usd.settle(_bound_usd(ask), spent_usd)
+            self.start_usd.settle(_bound_usd(demand), spent_usd)
         if self.tokens is not None:
-            self.tokens.settle(ask.upper_bound_tokens, spent_tokens)
+            self.tokens.settle(demand.upper_bound_tokens, spent_tokens)
         if self.requests is not None:
             self.requests.settle(1, None)
 
@@ -178,31 +172,31 @@ class BudgetAccount:
         if self.requests is not None and requests is not None:
             self.requests.most = requests
 
-    def refusal(self, ask: Ask) -> str:
+    def refusal(self, demand: Demand) -> str:
         """Why the attempt does not fit, and which setting to raise."""
-        return f"the budget is used up: {'; '.join(self._refusals(ask))} and run again"
+        return f"the budget is used up: {'; '.join(self._refusals(demand))} and run again"
 
-    def _refusals(self, ask: Ask) -> Iterator[str]:
+    def _refusals(self, demand: Demand) -> Iterator[str]:
         cost, tokens, requests = self.cost_usd, self.tokens, self.requests
-        if cost is not None and not cost.fits(bound := _bound_usd(ask)):
+        if cost is not None and not cost.fits(bound := _bound_usd(demand)):
             yield (
                 f"{in_usd(cost.spent)} of {in_usd(cost.most)} spent, and the next request may cost "
                 f"{in_usd(bound)}; "
                 "raise budget.max_cost_usd"
             )
-        if tokens is not None and not tokens.fits(ask.upper_bound_tokens):
+        if tokens is not None and not tokens.fits(demand.upper_bound_tokens):
             yield (
                 f"{tokens.spent:,} of {tokens.most:,} tokens used, and the next request may use "
-                f"{ask.upper_bound_tokens:,}; raise budget.max_tokens"
+                f"{demand.upper_bound_tokens:,}; raise budget.max_tokens"
             )
         if requests is not None and not requests.fits(1):
             yield f"{requests.spent:,} of {requests.most:,} requests sent; raise budget.max_requests"
-        if (start := self.start_usd) is not None and not start.fits(bound := _bound_usd(ask)):
+        if (start := self.start_usd) is not None and not start.fits(bound := _bound_usd(demand)):
             yield (
                 f"{in_usd(start.spent)} of {in_usd(start.most)} spent in this start, and the next request may cost "
                 f"{in_usd(bound)}; the same command resumes with as much again; or raise budget.per_start_usd"
             )
-        if self.over_time is not None and self.over_time.is_used_up(bound := _bound_usd(ask)):
+        if self.over_time is not None and self.over_time.is_used_up(bound := _bound_usd(demand)):
             yield self.over_time.refusal(bound)
 
 
@@ -212,7 +206,7 @@ def in_usd(amount: Decimal) -> str:
     return f"${whole}.{part.rstrip('0').ljust(2, '0')}"
 
 
-def _bound_usd(ask: Ask) -> Decimal:
-    if ask.upper_bound_usd is None:
+def _bound_usd(demand: Demand) -> Decimal:
+    if demand.upper_bound_usd is None:
         raise ValueError("there is a cap on cost, but the request came without an upper bound of its cost")
-    return ask.upper_bound_usd
+    return demand.upper_bound_usd

@@ -14,7 +14,7 @@ from typing import assert_never
 import msgspec
 
 from batchrun.errors import ExitCode
-from batchrun.limits.admission import OPEN, Binding, Cooling, Limit, Outcome, Phase, Probing, Ruling, Stop, Stopped
+from batchrun.limits.admission import OPEN, Binding, Cooling, Decision, Limit, Outcome, Phase, Probing, Stop, Stopped
 from batchrun.limits.in_flight import InFlight
 from batchrun.limits.outage import Unanswered
 from batchrun.limits.refusals import NOTHING, Finding
@@ -47,8 +47,8 @@ UNREACHED = frozenset({"dns", "refused", "connect", "tls"})
 """Failures before a byte was sent; after any other kind the server was reached."""
 
 IN_FLIGHT = Binding(Limit.IN_FLIGHT)
-PROCEED = Ruling()
-HOLD = Ruling(hold=True)
+PROCEED = Decision()
+HOLD = Decision(hold=True)
 
 
 class _Suspicion(msgspec.Struct, frozen=True):
@@ -115,7 +115,7 @@ class Circuit:
     def binding(self, now_s: float) -> Binding | None:
         """What blocks the next attempt; None if `admit` may be called. A cooling that is over becomes probing."""
         if self.phase is OPEN:
-            return self._room(now_s)
+            return None if self._out < self.in_flight.allowed else self._room(now_s)
         match self.phase:
             case Cooling(until_s=until_s, because=because) if now_s < until_s:
                 return Binding(Limit.COOLING, until_s, because)
@@ -167,17 +167,17 @@ class Circuit:
         self._on_change(before, self.phase)
         self._probe(why)
 
-    def observe(self, outcome: Outcome, order: int, now_s: float, finding: Finding = NOTHING) -> Ruling:
+    def observe(self, outcome: Outcome, order: int, now_s: float, finding: Finding = NOTHING) -> Decision:
         """Takes one admitted attempt's outcome into account; returns what it means for rows.
 
         `finding` is what `Refusals` concluded from a refusal.
         """
         self.withdraw(order)
+        if outcome.verdict is Verdict.OK:
+            return self._succeeded(outcome.row, order, now_s)
         if outcome.says_nothing:
             return PROCEED
         match outcome.verdict:
-            case Verdict.OK:
-                return self._succeeded(outcome.row, order, now_s)
             case Verdict.ROW:
                 return self._row_failed(outcome, order, now_s)
             case Verdict.FREE | Verdict.MAYBE:
@@ -189,20 +189,20 @@ class Circuit:
             case _:
                 assert_never(outcome.verdict)
 
-    def _succeeded(self, row: int, order: int, now_s: float) -> Ruling:
+    def _succeeded(self, row: int, order: int, now_s: float) -> Decision:
         self.successes += 1
         self._first_failures = None
         own = self._cleared_by(row, order) if self._suspicions else ()
         self._answered(order, now_s)
-        return Ruling(own=own) if own else PROCEED
+        return Decision(own=own) if own else PROCEED
 
-    def _row_failed(self, outcome: Outcome, order: int, now_s: float) -> Ruling:
+    def _row_failed(self, outcome: Outcome, order: int, now_s: float) -> Decision:
         """A bad answer is still an answer: the endpoint works. Only a success would show that the key does, too."""
         self._count_alike(outcome.error)
         self._answered(order, now_s)
         return PROCEED
 
-    def _got_no_answer(self, outcome: Outcome, order: int, now_s: float) -> Ruling:
+    def _got_no_answer(self, outcome: Outcome, order: int, now_s: float) -> Decision:
         if order < self._trouble or self._outage_is_too_long(outcome, now_s):
             return PROCEED
         probe_failed = isinstance(self.phase, Probing) and order >= self._episode
@@ -215,7 +215,7 @@ class Circuit:
             self._cool(why, _brief_reason(outcome.error), now_s, None)
         return PROCEED
 
-    def _refused(self, outcome: Outcome, order: int, now_s: float, finding: Finding) -> Ruling:
+    def _refused(self, outcome: Outcome, order: int, now_s: float, finding: Finding) -> Decision:
         """A single refusal only delays its row. A storm, or a refused probe, pauses admission."""
         error, floor_s = outcome.error, outcome.retry_after_s
         if order < self._trouble:
@@ -235,7 +235,7 @@ class Circuit:
                 self._failing_since_s = None if finding.accepted else self._failing_since_s
         return PROCEED
 
-    def _run_failed(self, outcome: Outcome) -> Ruling:
+    def _run_failed(self, outcome: Outcome) -> Decision:
         """A second row with the same verdict stops the run; so does the same row again, sent when no other is left."""
         if any(suspicion.verdict is outcome.verdict for suspicion in self._suspicions.values()):
             exit_code = ExitCode.PAUSED if outcome.verdict is Verdict.PAUSE else ExitCode.USAGE

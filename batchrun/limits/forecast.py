@@ -35,22 +35,32 @@ LONGEST_S = 10 * 365 * 86_400.0
 
 
 class Sample(msgspec.Struct, frozen=True):
-    """The run at one moment: rows settled, tokens used, and what the next row waits for."""
+    """The run at one moment: rows settled, tokens used, and what the next row waits for.
+
+    `sent` and `refused` count this process's requests.
+    """
 
     at_s: float
     settled: int
     tokens: int
     limit: Limit
+    sent: int = 0
+    refused: int = 0
 
 
 class Forecast(msgspec.Struct, frozen=True):
-    """`done_in_s`: None if hardly anything was done lately. `limit`: what rows waited for most of the time."""
+    """`done_in_s`: None if hardly anything was done lately. `limit`: what rows waited for most of the time.
+
+    `refused_share`: of the requests of the last seconds; None without a request.
+    """
 
     rows_per_s: float
     tokens_per_s: float
     done_in_s: float | None
     limit: Limit
     seen_s: float
+    requests_per_s: float = 0.0
+    refused_share: float | None = None
 
     def share_by(self, left_s: float, settled: int, rows: int) -> float:
         """The share of all rows that will be settled in `left_s` seconds, at most 1."""
@@ -79,13 +89,16 @@ class Recent:
         per_s = (last.settled - first.settled) / (last.at_s - first.at_s)
         shown = next(sample for sample in self._samples if last.at_s - sample.at_s <= RATE_S or sample is last)
         shown = first if shown is last else shown
-        pending = rows - last.settled
+        pending, shown_s = rows - last.settled, last.at_s - shown.at_s
+        sent, refused = last.sent - shown.sent, last.refused - shown.refused
         return Forecast(
             rows_per_s=per_s,
-            tokens_per_s=(last.tokens - shown.tokens) / (last.at_s - shown.at_s),
+            tokens_per_s=(last.tokens - shown.tokens) / shown_s,
             done_in_s=0.0 if not pending else pending / per_s if per_s * LONGEST_S > pending else None,
             limit=self._limits.most_common(1)[0][0],
             seen_s=last.at_s - first.at_s,
+            requests_per_s=sent / shown_s,
+            refused_share=min(1.0, refused / max(sent, 1)) if sent or refused else None,
         )
 
 

@@ -1,9 +1,8 @@
 """Admits each attempt when rates, budget, requests in flight and the endpoint's circuit all allow it."""
 
 import asyncio
-import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from decimal import Decimal
 
 import msgspec
@@ -11,7 +10,7 @@ import msgspec
 from batchrun.errors import ExitCode, RunStoppedError
 from batchrun.job.job import Limits
 from batchrun.limits.adaptive_rate import AdaptiveRate, RateChange
-from batchrun.limits.admission import OPEN, Ask, Binding, Found, Limit, Outcome, Phase, Ruling, Stop
+from batchrun.limits.admission import OPEN, Binding, Decision, Demand, Found, Limit, Outcome, Phase, Stop
 from batchrun.limits.admission_queue import UNLIMITED, AdmissionQueue
 from batchrun.limits.budget import BudgetAccount, Lease
 from batchrun.limits.circuit import IN_FLIGHT, Circuit
@@ -24,6 +23,8 @@ from batchrun.limits.refusals import NOTHING, Finding, Refusals
 from batchrun.records import InForce, Verdict
 
 BUDGET = Binding(Limit.BUDGET)
+NO_SLOT = Binding(Limit.IN_FLIGHT)
+"""All slots are taken: only a commit helps, as no other block does."""
 
 HEADERS_EVERY_S = 0.01
 """How often rate limit headers are read: often enough to know a limit's level, and cheap in a busy run."""
@@ -44,7 +45,7 @@ class GateClosed(RunStoppedError):
 class Flight(msgspec.Struct):
     """One admitted attempt, until its outcome is durable."""
 
-    ask: Ask
+    demand: Demand
     order: int
     sent_s: float
     others: int
@@ -87,7 +88,7 @@ class Gate:
         *,
         daily: DailyCount | None = None,
         found: Found = Found(),  # noqa: B008  (frozen)
-        purse: BudgetAccount | None = None,
+        budget: BudgetAccount | None = None,
         overruns: Overruns | None = None,
         on_pace: RateChange = lambda limit, before, after, why: None,
         on_kind: Callable[[str, str], None] = lambda kind, why: None,
@@ -108,8 +109,8 @@ class Gate:
         rates = {Limit.REQUESTS: self._requests, Limit.TOKENS: self._tokens}
         self._refusals = Refusals(rates, circuit.in_flight, on_kind)
         self._next_headers_s = loop.time()
-        self._shared = shared or Shared(loop, circuit, purse)
-        self.purse = self._shared.budget
+        self._shared = shared or Shared(loop, circuit, budget)
+        self.budget = self._shared.budget
         self._overruns = overruns
         self._slots = circuit.in_flight.most
         self._free = list(range(first_slot + self._slots - 1, first_slot - 1, -1))  # a stack: low slots are used again
@@ -189,7 +190,7 @@ class Gate:
     @property
     def in_force(self) -> InForce:
         """The limits in force now."""
-        caps = self.purse
+        caps = self.budget
         return InForce(
             requests_per_minute=self._requests.per_minute,
             tokens_per_minute=self._tokens.per_minute,
@@ -203,7 +204,7 @@ class Gate:
             output_tokens_per_minute=self._rates.token_limit(Limit.OUTPUT_TOKENS),
         )
 
-    async def admit(self, ask: Ask, *, probes: bool = True) -> int:
+    async def admit(self, demand: Demand, *, probes: bool = True) -> int:
         """Waits its turn, takes everything the attempt needs, and returns its slot, in [0, max_in_flight).
 
         `probes`: whether this attempt may be sent while the endpoint is in doubt.
@@ -212,14 +213,12 @@ class Gate:
             GateClosed: nothing is admitted any more, or the budget can never cover this attempt.
             InDoubt: the endpoint is in doubt and `probes` is false.
         """
-        if self._queue or self.blocked_by(ask, probes=probes) is not None:
-            await self._queue.wait(functools.partial(self.blocked_by, ask, probes=probes))
-        return await self.take(ask)
+        return await self._queue.admit(self.try_admit, demand, probes, self._give_back)
 
     def bound(self, slot: int) -> tuple[Decimal | None, int]:
         """The attempt's reserved upper bounds: cost in USD (None: unknown) and tokens."""
-        ask = self._flights[slot].ask
-        return ask.upper_bound_usd, ask.upper_bound_tokens
+        demand = self._flights[slot].demand
+        return demand.upper_bound_usd, demand.upper_bound_tokens
 
     def settle(self, slot: int, tokens: int | None, output_tokens: int = 0) -> None:
         """Corrects the token buckets to the usage: `tokens` in all, `output_tokens` of them for the answer.
@@ -230,11 +229,12 @@ class Gate:
         assert not flight.settled, f"slot {slot} is settled twice"
         flight.settled = True
         if tokens is not None:
-            self._rates.correct(flight.ask, tokens, output_tokens)
-            self._refusals.correct(tokens - flight.ask.tokens)
-            self._shared.wake()
+            self._rates.correct(flight.demand, tokens, output_tokens)
+            self._refusals.correct(tokens - flight.demand.tokens)
+            if self._rates.limit_tokens:
+                self._shared.wake()
 
-    def hear(self, slot: int, headers: Mapping[str, str]) -> None:
+    def read_headers(self, slot: int, headers: Mapping[str, str]) -> None:
         """Reads the rate limit headers of a response. Call it after `settle`: the headers count this usage already."""
         now_s = self._loop.time()
         if now_s < self._next_headers_s and "retry-after" not in headers:
@@ -245,33 +245,45 @@ class Gate:
             flight.drained = limit.remaining is not None and limit.remaining < 1
             self._requests.apply_headers(limit, now_s, sent_s=flight.sent_s, sent_total=flight.requests_before)
         if (limit := read_limit(headers, "tokens")) is not None:
-            flight.drained |= limit.remaining is not None and limit.remaining < flight.ask.tokens
+            flight.drained |= limit.remaining is not None and limit.remaining < flight.demand.tokens
             self._tokens.apply_headers(limit, now_s, sent_s=flight.sent_s, sent_total=flight.tokens_before)
 
-    def observe(self, slot: int, outcome: Outcome) -> Ruling:
+    def observe(self, slot: int, outcome: Outcome) -> Decision:
         """Records how the attempt ended; returns what that means for its row and for rows held earlier."""
         flight = self._flights[slot]
         assert not flight.observed, f"slot {slot} is observed twice"
         flight.observed = True
-        if self._overruns is not None and self._overruns.most_in_flight(flight.ask.model) is not None:
-            self._overruns.ended(flight.ask.model, outcome.verdict)
-        was_open, now_s = self._circuit.phase is OPEN, self._loop.time()
+        if self._overruns is not None and self._overruns.most_in_flight(flight.demand.model) is not None:
+            self._overruns.ended(flight.demand.model, outcome.verdict)
+        circuit, now_s = self._circuit, self._loop.time()
+        was_open = circuit.phase is OPEN
         finding = self._adjust_limits(flight, outcome, now_s)
-        ruling = self._circuit.observe(outcome, flight.order, now_s, finding)
-        if not was_open and self._circuit.phase is OPEN:
+        decision = circuit.observe(outcome, flight.order, now_s, finding)
+        if not was_open and circuit.phase is OPEN:
             self._refusals.reopened(now_s)
-        self._shared.wake()
-        return ruling
+        if self._queue.blocker is not NO_SLOT or circuit.phase is not OPEN or not was_open:
+            self._shared.wake()
+        return decision
 
     def release(self, slot: int, spent_usd: Decimal | None, spent_tokens: int | None = None) -> None:
         """Frees the slot of a durable outcome and spends its budget; None spends the whole reservation."""
+        self.release_all([(slot, spent_usd, spent_tokens)])
+
+    def release_all(self, spent: Iterable[tuple[int, Decimal | None, int | None]]) -> None:
+        """As `release`, for all outcomes of a commit: (slot, USD, tokens). Those that wait are granted together."""
+        for slot, usd, tokens in spent:
+            self.put_down(slot, usd, tokens)
+        self._shared.wake()
+
+    def put_down(self, slot: int, spent_usd: Decimal | None, spent_tokens: int | None) -> None:
+        """As `release`, but nothing that waits is granted yet."""
         flight = self._flights.pop(slot)
         if not flight.observed:
             self._circuit.withdraw(flight.order)
             self._refusals.ended(flight.order, self._loop.time(), reached=False)
-        self.purse.settle(flight.ask, spent_usd, spent_tokens, flight.lease)
+        if self.budget.is_kept:
+            self.budget.settle(flight.demand, spent_usd, spent_tokens, flight.lease)
         self._free.append(slot)
-        self._shared.wake()
 
     @property
     def phase(self) -> Phase:
@@ -306,7 +318,7 @@ class Gate:
         unless the rate was itself learned from refusals: then it would be sent and refused again at once.
         """
         if outcome.verdict is Verdict.FREE and not flight.settled:
-            self._rates.correct(flight.ask, 0, 0)  # the model did not run, so no tokens were used
+            self._rates.correct(flight.demand, 0, 0)  # the model did not run, so no tokens were used
         if outcome.verdict is Verdict.SLOW and outcome.says_nothing:
             self._refusals.ended(flight.order, now_s, reached=False)
             return NOTHING
@@ -315,20 +327,16 @@ class Gate:
                 outcome.error is not None and outcome.error.http_status is not None
             )
             if outcome.verdict is Verdict.OK:
-                self._circuit.in_flight.knee.answered(
-                    now_s,
-                    now_s - flight.sent_s,
-                    flight.others,
-                    self._circuit.in_flight.allowed,
-                    self._circuit.in_flight.most,
-                    free=self._requests.learned is None and self._circuit.in_flight.crowding.cap is None,
-                )
+                in_flight = self._circuit.in_flight
+                free = self._requests.learned is None and in_flight.crowding.cap is None
+                latency_s, allowed = now_s - flight.sent_s, in_flight.allowed
+                in_flight.knee.answered(now_s, latency_s, flight.others, allowed, in_flight.most, free=free)
             self._refusals.ended(flight.order, now_s, reached=reached)
             return NOTHING
         if self._requests.learned is None:
             self._requests.settle(-1)
         if self._tokens.learned is None and not flight.settled:
-            self._rates.correct(flight.ask, 0, 0)
+            self._rates.correct(flight.demand, 0, 0)
         message = "" if outcome.error is None else outcome.error.message or ""
         limit = Limit.TOKENS if _names_tokens(message) else Limit.REQUESTS
         names_time = outcome.retry_after_s is not None
@@ -340,56 +348,66 @@ class Gate:
         known = min((rate for rate in rates if rate is not None), default=None)
         return None if known is None or (rate.configured is not None and known >= rate.configured) else known
 
-    def blocked_by(self, ask: Ask, *, probes: bool = True) -> Binding | None:
-        """What blocks this attempt, first in the queue; None when it may go. Takes nothing. Raises as `admit` does."""
-        if not probes and self._circuit.in_doubt:
-            raise InDoubt
-        if self._circuit.stop is not None:
-            raise GateClosed(self._circuit.stop)
-        now_s = self._loop.time()
-        was_open = self._circuit.phase is OPEN
-        if (blocker := self._circuit.binding(now_s)) is not None:
+    def try_admit(self, demand: Demand, probes: bool) -> int | Binding:
+        """Takes everything the attempt needs and returns its slot, or takes nothing and returns what blocks it.
+
+        Raises as `admit` does.
+        """
+        circuit, now_s = self._circuit, self._loop.time()
+        if circuit.phase is not OPEN:
+            if not probes and circuit.in_doubt:
+                raise InDoubt
+            if circuit.stop is not None:
+                raise GateClosed(circuit.stop)
+        was_open = circuit.phase is OPEN
+        if (blocker := circuit.binding(now_s)) is not None:
             return blocker
-        if not was_open and self._circuit.phase is OPEN:
+        if not was_open and circuit.phase is OPEN:
             self._refusals.reopened(now_s)  # after a pause all are sent at once, at a lower rate
-        if self.in_flight >= self._circuit.in_flight.most:
-            return IN_FLIGHT
-        if self.purse.is_kept and (blocker := self._blocked_by_budget(self._widened(ask))) is not None:
+        if not self._free or self.in_flight >= circuit.in_flight.most:
+            return NO_SLOT
+        demand = self._widened(demand)
+        if self.budget.is_kept and (blocker := self._blocked_by_budget(demand)) is not None:
             return blocker
         self._refusals.rise(now_s)
-        return self._rates.blocked_by(ask, now_s)
+        if (blocker := self._rates.blocked_by(demand, now_s)) is not None:
+            return blocker
+        return self._take(demand, now_s)
 
-    def _widened(self, ask: Ask) -> Ask:
+    def _widened(self, demand: Demand) -> Demand:
         """With the upper bounds known now: an answer may have shown an overrun while the attempt waited."""
-        return ask if self._overruns is None else self._overruns.widened(ask)
+        return demand if self._overruns is None else self._overruns.widened(demand)
 
-    def _blocked_by_budget(self, ask: Ask) -> Binding | None:
-        if not self.purse.fits(ask):
-            if self._flights or self.purse.may_come(ask):
+    def _blocked_by_budget(self, demand: Demand) -> Binding | None:
+        if not self.budget.fits(demand):
+            if self._flights or self.budget.may_come(demand):
                 return BUDGET  # what is in flight, here or in other runs, may return a part of its reservation
-            stop = Stop(ExitCode.STOPPED, self.purse.refusal(ask))
+            stop = Stop(ExitCode.STOPPED, self.budget.refusal(demand))
             self._circuit.close(stop)
             raise GateClosed(stop)
-        if self._overruns is None or not self.purse.rests_on_bounds:
+        if self._overruns is None or not self.budget.rests_on_bounds:
             return None
-        most = self._overruns.most_in_flight(ask.model)
-        if most is None or sum(f.ask.model == ask.model and not f.observed for f in self._flights.values()) < most:
+        most = self._overruns.most_in_flight(demand.model)
+        if (
+            most is None
+            or sum(f.demand.model == demand.model and not f.observed for f in self._flights.values()) < most
+        ):
             return None
         return BUDGET  # the first answer of this model will show whether its bounds hold
 
-    async def take(self, ask: Ask) -> int:
-        """Takes everything the attempt needs, at once; to be called right after `blocked_by` returned None."""
-        await self._rates.acquire()  # never suspends then
-        ask = self._widened(ask)
-        now_s = self._loop.time()
-        before = self._requests.taken, self._tokens.taken
-        self._rates.take(ask, now_s)
-        lease = self.purse.reserve(ask)
+    def _take(self, demand: Demand, now_s: float) -> int:
+        sent = self._requests.taken, self._tokens.taken
+        self._rates.take(demand, now_s)
+        lease = self.budget.reserve(demand) if self.budget.is_kept else None
         slot = self._free.pop()
         others = self._refusals.out
-        self._refusals.sent(now_s, ask.tokens)
-        self._flights[slot] = Flight(ask, self._circuit.admit(now_s), now_s, others, *before, lease=lease)
+        self._refusals.sent(now_s, demand.tokens)
+        self._flights[slot] = Flight(demand, self._circuit.admit(now_s), now_s, others, *sent, lease=lease)
         return slot
+
+    def _give_back(self, slot: int) -> None:
+        """The attempt was never sent."""
+        self.release(slot, Decimal(0), 0)
 
 
 def _names_tokens(message: str) -> bool:

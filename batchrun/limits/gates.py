@@ -1,20 +1,34 @@
 """One gate for each of several endpoints, with one queue and one budget over all of them."""
 
 import asyncio
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
 
 import msgspec
 
 from batchrun.errors import ExitCode
-from batchrun.limits.admission import OPEN, Ask, Binding, Cooling, Found, Limit, Outcome, Probing, Ruling, Stop
+from batchrun.limits.admission import (
+    OPEN,
+    Binding,
+    Cooling,
+    Decision,
+    Demand,
+    Found,
+    Limit,
+    Open,
+    Outcome,
+    Phase,
+    Probing,
+    Stop,
+    Stopped,
+)
 from batchrun.limits.admission_queue import UNLIMITED
-from batchrun.limits.gate import Gate, GateClosed, Shared
+from batchrun.limits.gate import NO_SLOT, Gate, GateClosed, Shared
 from batchrun.limits.probe_turns import InDoubt, ProbeTurns
 from batchrun.limits.rates import Rates
 from batchrun.records import EndpointTotals, InForce, Verdict
 
+BEST_FIRST = (Open, Probing, Cooling, Stopped)
 IN_FLIGHT = Binding(Limit.IN_FLIGHT)
 STOPPED = Binding(Limit.STOPPED)
 
@@ -57,8 +71,7 @@ class Gates:
         self._lane_of = [lane for lane in lanes for _ in range(lane.gate.slots)]
         self._stop: Stop | None = None
         self._virtual = 0.0
-        self._chosen = lanes[0]
-        self.purse = shared.budget
+        self.budget = shared.budget
         self.turns: ProbeTurns = shared.turns
 
     @property
@@ -97,6 +110,12 @@ class Gates:
     @property
     def stop(self) -> Stop | None:
         return self._stop
+
+    @property
+    def phase(self) -> Phase:
+        """That of the endpoint in use which is the best off."""
+        phases: list[Phase] = [lane.gate.phase for lane in self._live or self.lanes]
+        return min(phases, key=lambda phase: BEST_FIRST.index(type(phase)))
 
     @property
     def found(self) -> Found:
@@ -141,18 +160,12 @@ class Gates:
             raise ValueError("with several endpoints only the budget can be changed; each has its limits in the job")
         self._shared.wake()
 
-    async def admit(self, ask: Ask, *, probes: bool = True) -> int:
+    async def admit(self, demand: Demand, *, probes: bool = True) -> int:
         """As `Gate.admit`, at any of the endpoints."""
-        if self._shared.queue or self._blocked_by(ask, probes=probes) is not None:
-            await self._shared.queue.wait(functools.partial(self._blocked_by, ask, probes=probes))
-        lane = self._chosen
-        start = max(lane.finish, self._virtual)
-        self._virtual, lane.finish = start, start + 1 / lane.weight
-        lane.sent += 1
-        return await lane.gate.take(ask)
+        return await self._shared.queue.admit(self._try_admit, demand, probes, self._give_back)
 
-    def _blocked_by(self, ask: Ask, *, probes: bool) -> Binding | None:
-        """None if an endpoint admits the attempt now, which is `_chosen` then; else the block that time lifts first."""
+    def _try_admit(self, demand: Demand, probes: bool) -> int | Binding:
+        """The slot at the first endpoint in turn that admits the attempt now; else the block that is lifted first."""
         if self._stop is not None:
             raise GateClosed(self._stop)
         live = self._live
@@ -161,15 +174,21 @@ class Gates:
         blockers: list[Binding] = []
         for lane in sorted(live, key=lambda lane: max(lane.finish, self._virtual)):
             try:
-                blocker = lane.gate.blocked_by(ask)
+                granted = lane.gate.try_admit(demand, probes=True)
             except GateClosed as closed:  # the budget, which is that of all
                 self.close(closed.stop)
                 raise
-            if blocker is None:
-                self._chosen = lane
-                return None
-            blockers.append(blocker)
+            if isinstance(granted, int):
+                start = max(lane.finish, self._virtual)
+                self._virtual, lane.finish = start, start + 1 / lane.weight
+                lane.sent += 1
+                return granted
+            blockers.append(granted)
         return _first_lifted(blockers)
+
+    def _give_back(self, slot: int) -> None:
+        self._lane_of[slot].sent -= 1
+        self.release(slot, Decimal(0), 0)
 
     def index_of(self, slot: int) -> int:
         """Which endpoint the slot belongs to."""
@@ -181,28 +200,33 @@ class Gates:
     def settle(self, slot: int, tokens: int | None, output_tokens: int = 0) -> None:
         self._lane_of[slot].gate.settle(slot, tokens, output_tokens)
 
-    def hear(self, slot: int, headers: Mapping[str, str]) -> None:
-        self._lane_of[slot].gate.hear(slot, headers)
+    def read_headers(self, slot: int, headers: Mapping[str, str]) -> None:
+        self._lane_of[slot].gate.read_headers(slot, headers)
 
-    def observe(self, slot: int, outcome: Outcome) -> Ruling:
+    def observe(self, slot: int, outcome: Outcome) -> Decision:
         """As `Gate.observe`. If this sets the endpoint aside, its rows in question are sent elsewhere."""
         lane = self._lane_of[slot]
-        ruling = lane.gate.observe(slot, outcome)
+        decision = lane.gate.observe(slot, outcome)
         lane.answered += outcome.verdict is Verdict.OK
         for each in self.lanes:
             each.held.discard(outcome.row)
-        lane.held.difference_update(ruling.own)
-        if ruling.hold:
+        lane.held.difference_update(decision.own)
+        if decision.hold:
             lane.held.add(outcome.row)
         if lane.gate.stop is None or self._stop is not None:
-            return ruling
+            return decision
         if lane.set_aside is None and self._is_last_set_aside(lane, lane.gate.stop):
-            return ruling
+            return decision
         elsewhere, lane.held = tuple(lane.held), set()
-        return msgspec.structs.replace(ruling, hold=False, elsewhere=elsewhere)
+        return msgspec.structs.replace(decision, hold=False, elsewhere=elsewhere)
 
     def release(self, slot: int, spent_usd: Decimal | None, spent_tokens: int | None = None) -> None:
         self._lane_of[slot].gate.release(slot, spent_usd, spent_tokens)
+
+    def release_all(self, spent: Iterable[tuple[int, Decimal | None, int | None]]) -> None:
+        for slot, usd, tokens in spent:
+            self._lane_of[slot].gate.put_down(slot, usd, tokens)
+        self._shared.wake()
 
     def wake(self) -> None:
         """The first in the queue checks again: a budget that it waits for may have got money."""
@@ -262,7 +286,10 @@ class Circuits:
 
 def _first_lifted(blockers: Sequence[Binding]) -> Binding:
     timed = [blocker for blocker in blockers if blocker.until_s is not None]
-    return min(timed, key=lambda blocker: blocker.until_s or 0.0) if timed else next(iter(blockers), STOPPED)
+    if timed:
+        return min(timed, key=lambda blocker: blocker.until_s or 0.0)
+    # one that more than a commit may lift comes first
+    return next((blocker for blocker in blockers if blocker is not NO_SLOT), NO_SLOT if blockers else STOPPED)
 
 
 def _trouble(lane: Lane) -> str | None:

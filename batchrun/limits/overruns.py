@@ -11,7 +11,7 @@ from decimal import ROUND_UP, Decimal
 
 import msgspec
 
-from batchrun.limits.admission import Ask
+from batchrun.limits.admission import Demand
 from batchrun.records import Request, Usage, Verdict
 
 ENTRY = "overruns"
@@ -56,18 +56,18 @@ class Overruns:
         new, self._new = self._new, []
         return new
 
-    def widened(self, ask: Ask) -> Ask:
+    def widened(self, demand: Demand) -> Demand:
         """The attempt with its upper bounds raised by the model's overruns."""
-        largest = self._largest.get(ask.model)
+        largest = self._largest.get(demand.model)
         if largest is None or largest == KEPT:
-            return ask
+            return demand
         prompt, output = ROOM * largest.prompt_tokens, ROOM * largest.output_tokens
-        usd = ask.upper_bound_usd
+        usd = demand.upper_bound_usd
         if usd is not None:
-            more = (prompt * ask.usd_per_million_in + output * ask.usd_per_million_out) / 1_000_000
+            more = (prompt * demand.usd_per_million_in + output * demand.usd_per_million_out) / 1_000_000
             usd = (usd + more).quantize(_PICO, ROUND_UP)
-        tokens = ask.upper_bound_tokens + prompt + output
-        return msgspec.structs.replace(ask, upper_bound_usd=usd, upper_bound_tokens=tokens)
+        tokens = demand.upper_bound_tokens + prompt + output
+        return msgspec.structs.replace(demand, upper_bound_usd=usd, upper_bound_tokens=tokens)
 
     def most_in_flight(self, model: str) -> int | None:
         """How many requests of the model may be in flight before its first answer; None once it has answered.

@@ -145,6 +145,11 @@ class RateSearch:
             return
         self._delivered.add(at_s, amount)
 
+    def accepted(self, at_s: float, amount: float, count: int) -> None:
+        """As `count`, for several attempts that were accepted, the last of them sent at `at_s`."""
+        self._counted += count
+        self._delivered.add(at_s, amount)
+
     def correct(self, more: float) -> None:
         """An accepted attempt used this much more than its estimate."""
         self._delivered.total += more

@@ -15,12 +15,13 @@ Cardwell et al. 2016; PCC Vivace, Dong et al. 2018).
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
 from batchrun.limits.adaptive_rate import AdaptiveRate
 from batchrun.limits.admission import Limit
+from batchrun.limits.crowding import REMEMBERED
 from batchrun.limits.evidence import RefusedShare, SendLog, Sent, SequentialTest
 from batchrun.limits.in_flight import InFlight
 from batchrun.limits.rate_search import RateSearch, Step
@@ -55,6 +56,9 @@ HELPED = 0.005
 HELPED_SHARE = 1 / 3
 """A trial lasts until six refusals are expected. It helped if there are at most a third of them, and so few would occur
 by chance once in two hundred trials."""
+
+ADD_UP_EVERY_S = 0.02
+"""How often accepted attempts are counted in quiet times."""
 
 WORTH_A_WORD = 0.005
 """A smaller refused share is not reported."""
@@ -115,6 +119,8 @@ class Refusals:
         self._trial_wait_s = TRY_AGAIN_S
         self._is_storm = False
         self._finding = NOTHING
+        self._may_add_up = False
+        self._add_up_from_s = 0.0
 
     @property
     def in_words(self) -> str | None:
@@ -135,7 +141,8 @@ class Refusals:
         """The attempt was not refused: it was answered, failed otherwise, or (not `reached`) was never sent."""
         self.out -= 1
         self._log.ended(order, now_s, refused=False, counts=reached)
-        self._judge(now_s)
+        if not self._may_add_up or now_s >= self._add_up_from_s:
+            self._judge(now_s)
 
     def refused(self, order: int, now_s: float, limit: Limit, *, names_time: bool, empty: bool = False) -> Finding:
         """The attempt was refused by `limit`, as far as the server says; `names_time` if it named a time to come back.
@@ -147,6 +154,7 @@ class Refusals:
         if order >= self._since:
             self._limit, self._names_time = limit, names_time
         if empty and order >= self._since:
+            self._may_add_up = False
             self._pause(now_s, now_s, lone=True)
         else:
             self._judge(now_s)
@@ -168,8 +176,26 @@ class Refusals:
         self.searches[self._limit].reopened(now_s)
 
     def _judge(self, now_s: float) -> None:
-        for order, attempt in self._log.known(now_s):
-            self._count(order, attempt, now_s)
+        known = self._log.known(now_s)
+        if known and self._may_add_up and not any(attempt.refused for _, attempt in known):
+            self._add_up(known, now_s)
+        else:
+            for order, attempt in known:
+                self._count(order, attempt, now_s)
+        self._may_add_up = self._is_quiet and not (self._runs.in_a_row or self._runs.is_found)
+        self._add_up_from_s = now_s + ADD_UP_EVERY_S
+
+    def _add_up(self, known: Sequence[tuple[int, Sent]], now_s: float) -> None:
+        """Counts accepted attempts in quiet times, when none of them changes anything."""
+        last = known[-1][1]
+        self._requests.accepted(last.at_s, len(known), len(known))
+        self._tokens.accepted(last.at_s, sum(attempt.tokens for _, attempt in known), len(known))
+        share = float(self.share)
+        for _, attempt in known[-REMEMBERED:]:
+            self._crowding.accepted(now_s, attempt.others, self._in_flight.most, share)
+        evidence = sum(order >= self._since for order, _ in known)
+        self._accepted |= evidence > 0
+        self.share.add(0, evidence)
 
     def _count(self, order: int, attempt: Sent, now_s: float) -> None:
         """Counts an attempt, in the order of sending, once it is known whether it was accepted."""

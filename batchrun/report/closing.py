@@ -13,6 +13,8 @@ from batchrun.report.suggested_fixes import Fix, command_with, fix_for, fix_for_
 from batchrun.report.summary import failures
 from batchrun.report.wording import are, plural, rounded
 
+LABEL_WIDTH = 13
+
 RATE_S = 60.0
 """A shorter start has no rate per minute: the burst that a limit allows would read as a broken limit. 348 requests in
 10 s are 2,087 a minute, and within 1,500 a minute if the first of them went out at once."""
@@ -38,7 +40,7 @@ def in_words(
         *_failed(summary, max_failures, failing, command, settings),
         *_stopped(summary, command, settings, endpoint),
     ):
-        yield f"{label:<13}{text}"
+        yield f"{label:<{LABEL_WIDTH}}{text}"
 
 
 def _account(summary: Summary, requests_per_minute: float | None) -> Iterator[tuple[str, str]]:

@@ -8,11 +8,14 @@ from pathlib import Path
 _FLAGS = {
     "input_path": "-i",
     "reuse": "--reuse",
+    "shard": "--shard",
     "max_cost_usd": "--max-cost",
     "max_failures": "--max-failures",
     "skip_invalid": "--skip-invalid",
     "retry_failed": "--retry-failed",
     "statuses": "--status",
+    "engine": "--engine",
+    "ray_address": "--ray-address",
     "overrides": "--set",
 }
 """The options of `batchrun run` that a resume needs, too. Not those that choose the run (--date, --new, -o: the
@@ -48,5 +51,7 @@ def _quoted(word: str) -> str:
 
 
 def in_directory(command: str | None, path: Path) -> str | None:
-    """The command with the run's directory, so that it resumes this run on any day."""
+    """The command with the run's directory, so that it resumes this run on any day. It may name a URL already."""
+    if command is not None and " -o " in command:
+        return command
     return None if command is None else f"{command} -o {shlex.quote(str(path))}"

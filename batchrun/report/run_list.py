@@ -38,7 +38,7 @@ class ListedRun(msgspec.Struct, frozen=True):
     cost_usd: Decimal | None
     possibly_billed_usd: Decimal
     unpriced: int
-    begun_at: datetime | None
+    created_at: datetime | None
     updated_at: datetime | None
     age_s: float | None
     exit_code: int | None
@@ -141,7 +141,7 @@ def _listed(path: Path, found: RunState, now: datetime) -> ListedRun:
         cost_usd=known_cost(summary.cost_usd, summary.unpriced + summary.without_usage),
         possibly_billed_usd=summary.possibly_billed_usd,
         unpriced=summary.unpriced,
-        begun_at=summary.begun_at,
+        created_at=summary.created_at,
         updated_at=summary.updated_at,
         age_s=round((now - summary.updated_at).total_seconds(), 1),
         exit_code=summary.exit_code,
@@ -153,10 +153,10 @@ def _listed(path: Path, found: RunState, now: datetime) -> ListedRun:
 def _unreadable(path: Path, why: str) -> ListedRun:
     return ListedRun(
         path=str(path), job="", state="unreadable", working=False, complete=False, rows=0, done=0, failed=0, pending=0,
-        by_status={}, cost_usd=None, possibly_billed_usd=Decimal(0), unpriced=0, begun_at=None, updated_at=None,
+        by_status={}, cost_usd=None, possibly_billed_usd=Decimal(0), unpriced=0, created_at=None, updated_at=None,
         age_s=None, exit_code=None, reason=why, next=None,
     )  # fmt: skip
 
 
 def _age(run: ListedRun) -> tuple[datetime, str]:
-    return run.begun_at or datetime.max.replace(tzinfo=UTC), run.path
+    return run.created_at or datetime.max.replace(tzinfo=UTC), run.path

@@ -9,7 +9,7 @@ import pyarrow.compute
 import pyarrow.parquet as pq
 
 from batchrun.errors import InputError
-from batchrun.store.rundir import RunDirectory
+from batchrun.store import result_files
 from batchrun.tables.rows import OWN_COLUMNS
 
 pc: Any = pyarrow.compute  # its stubs know less than it does
@@ -44,7 +44,7 @@ def result_of(place: Path) -> Result | None:
     Raises:
         InputError: the file can't be read.
     """
-    files = _files(place)
+    files = result_files.of(place)
     if not files:
         return None
     try:
@@ -73,17 +73,6 @@ def if_readable(place: Path, read: Callable[[Result], _T]) -> _T | None:
 def counts(column: Any) -> dict[Any, int]:
     """Value → how often it occurs, without nulls."""
     return {each["values"]: each["counts"] for each in pc.value_counts(pc.drop_null(column)).to_pylist()}
-
-
-def _files(place: Path) -> list[Path]:
-    if place.is_file():
-        return [place]
-    directory = RunDirectory(place)
-    if directory.completions.exists():
-        return [directory.completions]
-    if parts := sorted(directory.completions_folder.glob("*.parquet")):
-        return parts
-    return [directory.partial] if directory.partial.exists() else []
 
 
 _WIDE = frozenset({"parsed", "content", "raw", "choices", "error"})

@@ -8,8 +8,9 @@ from batchrun.errors import CheckpointError
 from batchrun.prices import PriceTable
 from batchrun.records import Summary
 from batchrun.report.summary import Moment, read, summarise
-from batchrun.store import at_rest, manifest
+from batchrun.store import at_rest
 from batchrun.store.checkpoint import Checkpoint
+from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
 
 
@@ -57,13 +58,13 @@ def from_checkpoint(directory: RunDirectory, checkpoint: Checkpoint, written: Su
         CheckpointError: a record is damaged.
     """
     entries = checkpoint.manifest_entries()
-    if manifest.ENTRY not in entries and written is not None:
+    if Manifest.ENTRY not in entries and written is not None:
         return written  # killed while the input was checked: nothing was sent
-    known = manifest.decode(entries)
+    known = Manifest.decode(entries)
     prices = msgspec.json.decode(entries.get("prices", "{}"), type=dict[str, PriceTable | None])
     rows = known.rows
     if written is not None and written.run_id == known.run_id:
-        opened = max((chunk.end_row for chunk in checkpoint.chunks()), default=0)
+        opened = max((chunk.end_row - known.first_row for chunk in checkpoint.chunks()), default=0)
         rows = min(known.rows, max(written.rows, opened))
     return summarise(known, rows, prices, checkpoint.totals, _moment(directory, checkpoint, written), directory)
 

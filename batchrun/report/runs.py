@@ -38,7 +38,7 @@ class Account(msgspec.Struct, frozen=True):
     possibly_billed_count: int
     possibly_billed_usd: Decimal
     estimate: Estimate | None = None
-    begun_at: datetime | None = None
+    created_at: datetime | None = None
     rows: int = 0
     by_status: dict[str, int] = {}
     models: dict[str, int] = {}
@@ -53,11 +53,13 @@ class Account(msgspec.Struct, frozen=True):
     requests_per_minute: float = 0.0
     tokens_per_minute: float = 0.0
     limits: InForce | None = None
+    shard: str | None = None
+    merged: list[str] = []
 
     @property
     def began(self) -> datetime:
         """The first start of the run, if known."""
-        return self.begun_at or self.updated_at
+        return self.created_at or self.updated_at
 
     @property
     def cost_usd(self) -> Decimal:

@@ -11,8 +11,20 @@ from batchrun.errors import CheckpointError, InputError
 from batchrun.limits.deadline import Deadline
 from batchrun.limits.forecast import Forecast
 from batchrun.prices import PriceTable
-from batchrun.records import FAILURES, BudgetUse, EndpointTotals, Estimate, InForce, Retrying, Status, Summary, Tuned
+from batchrun.records import (
+    FAILURES,
+    BudgetUse,
+    EndpointTotals,
+    Estimate,
+    InForce,
+    Live,
+    Retrying,
+    Status,
+    Summary,
+    Tuned,
+)
 from batchrun.report.cost_lines import prices_in_words, scaled
+from batchrun.store import result_files
 from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
 from batchrun.store.totals import Totals
@@ -54,6 +66,8 @@ class Moment(msgspec.Struct, frozen=True):
     tags: dict[str, str] = {}
     endpoints: tuple[EndpointTotals, ...] = ()
     budgets: tuple[BudgetUse, ...] = ()
+    live: Live | None = None
+    last_answer_at: datetime | None = None
 
     @property
     def eta(self) -> datetime | None:
@@ -93,14 +107,22 @@ def read(directory: RunDirectory) -> Summary:
 
 
 _OF_THE_RUN = (
-    *("job", "run_id", "begun_at", "rows", "rejected", "by_status", "pending", "totals", "cost_usd", "wasted_usd"),
+    *("job", "run_id", "created_at", "rows", "rejected", "by_status", "pending", "totals", "cost_usd", "wasted_usd"),
     *("unpriced", "without_usage", "possibly_billed", "possibly_billed_count", "possibly_billed_usd", "models"),
     *("unknown_finish_reasons", "unpriced_tiers", "example_error", "price", "estimate", "invocation"),
-    *("reused", "duplicates", "saved_usd"),
+    *("reused", "duplicates", "saved_usd", "shard", "merged"),
 )
 """The fields that describe the run and not one start of it."""
 
-_NOT_IN_CHECKPOINT = ("unknown_finish_reasons", "unpriced_tiers", "example_error", "price", "estimate")
+_NOT_IN_CHECKPOINT = (
+    "unknown_finish_reasons",
+    "unpriced_tiers",
+    "example_error",
+    "price",
+    "estimate",
+    "shard",
+    "merged",
+)
 """Those of them that the checkpoint does not hold."""
 
 
@@ -117,7 +139,7 @@ def starting(
     now = _summary(
         earlier.job,
         earlier.run_id,
-        earlier.begun_at,
+        earlier.created_at,
         earlier.rows,
         earlier.rejected,
         {},
@@ -131,7 +153,7 @@ def starting(
 
 
 def summarise(
-    facts: Manifest,
+    manifest: Manifest,
     rows: int,
     tables: dict[str, PriceTable | None],
     spent: Totals,
@@ -139,15 +161,19 @@ def summarise(
     directory: RunDirectory,
 ) -> Summary:
     """The summary of the run now. Everything in it is durable."""
-    rejected = len(facts.rejected)
-    estimate = None if facts.estimate is None else scaled(facts.estimate, rows)
-    return _summary(facts.job, facts.run_id, facts.begun_at, rows, rejected, tables, spent, moment, directory, estimate)
+    rejected = len(manifest.rejected)
+    estimate = None if manifest.estimate is None else scaled(manifest.estimate, rows)
+    made = _summary(
+        manifest.job, manifest.run_id, manifest.created_at, rows, rejected, tables, spent, moment, directory, estimate
+    )
+    shard = None if manifest.share is None else str(manifest.share.shard)
+    return msgspec.structs.replace(made, shard=shard, merged=list(manifest.merged))
 
 
 def _summary(
     job: str,
     run_id: str,
-    begun_at: datetime,
+    created_at: datetime,
     rows: int,
     rejected: int,
     tables: dict[str, PriceTable | None],
@@ -189,7 +215,7 @@ def _summary(
         price="; ".join(names) or None,
         estimate=estimate,
         invocation=moment.invocation,
-        begun_at=begun_at,
+        created_at=created_at,
         started_at=moment.started_at,
         updated_at=moment.now,
         elapsed_s=round(moment.elapsed_s, 3),
@@ -214,13 +240,14 @@ def _summary(
         reused=sum(line.reused for line in lines),
         duplicates=sum(line.duplicates for line in lines),
         saved_usd=sum((line.saved_usd for line in lines), Decimal(0)),
+        live=moment.live,
+        last_answer_at=moment.last_answer_at,
     )
 
 
 def files(directory: RunDirectory) -> dict[str, str]:
     """The files of a complete run."""
-    result = directory.completions if directory.completions.exists() else directory.completions_folder
-    return {"completions": str(result), "usage": str(directory.usage)}
+    return {"completions": str(result_files.shown(directory)), "usage": str(directory.usage)}
 
 
 def files_so_far(directory: RunDirectory, since: datetime) -> dict[str, str]:

@@ -8,17 +8,26 @@
 Files are read block by block: the longest line or one batch bounds memory, never the file's size.
 """
 
-from pathlib import Path
-
-from batchrun.source.files import FileIdentity, changed, digest, find_files, fingerprint, format_of, spool
+from batchrun.source.files import (
+    FileIdentity,
+    changed,
+    digest,
+    file_at,
+    find_files,
+    fingerprint,
+    format_of,
+    spool,
+)
 from batchrun.source.in_memory import Rows, as_file
 from batchrun.source.jsonl import MAX_LINE_BYTES, JsonlSource
 from batchrun.source.rows import rows_of
 from batchrun.source.table import TableSource
-from batchrun.source.window import START, Position, Record, Source, Window
+from batchrun.source.window import START, Position, Record, Source, Span, Window
+from batchrun.storage.objects import InputFile
 
 __all__ = [
     "find_files",
+    "file_at",
     "open_source",
     "rows_of",
     "spool",
@@ -28,20 +37,25 @@ __all__ = [
     "Position",
     "Record",
     "Source",
+    "Span",
     "Window",
     "JsonlSource",
     "TableSource",
     "FileIdentity",
+    "InputFile",
     "changed",
     "digest",
     "fingerprint",
 ]
 
 
-def open_source(files: tuple[Path, ...], max_line_bytes: int = MAX_LINE_BYTES) -> Source:
-    """The source that reads `files`, all of one format, as `find_files` returned them. A longer line is rejected.
+def open_source(files: tuple[InputFile, ...], max_line_bytes: int = MAX_LINE_BYTES, span: Span | None = None) -> Source:
+    """The source that reads `files`, all of one format, as `find_files` returned them, or a `span` of their records. A
+    longer line is rejected.
 
     Raises:
         InputError: a file can't be read in its format. Only heads and footers have been read.
     """
-    return JsonlSource(files, max_line_bytes) if format_of(files[0]) == "jsonl" else TableSource(files)
+    if format_of(files[0]) == "jsonl":
+        return JsonlSource(files, max_line_bytes, span=span)
+    return TableSource(files, span)

@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
-from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -20,7 +19,8 @@ import pyarrow.csv as pacsv
 
 from batchrun.errors import InputError
 from batchrun.source import unsupported
-from batchrun.source.files import BOM, DAMAGED, blocks, opened
+from batchrun.source.files import BOM, DAMAGED, blocks, local_copy, opened
+from batchrun.storage.objects import InputFile
 
 BLOCK_BYTES = (1 << 20, 8 << 20)
 """How many bytes are parsed at a time, which is also the longest row. The second size is for files with a longer row.
@@ -31,7 +31,7 @@ BATCH_ROWS = 1024
 HEADER_BYTES = 1 << 16
 
 
-def schema_of(path: Path) -> pa.Schema:
+def schema_of(path: InputFile) -> pa.Schema:
     """The columns that the header names, each as text.
 
     Raises:
@@ -48,7 +48,16 @@ def schema_of(path: Path) -> pa.Schema:
     return pa.schema([(name, pa.string()) for name in names])
 
 
-def batches(path: Path, skip: int) -> Iterator[pa.RecordBatch]:
+def rows_in(path: InputFile) -> int:
+    """The number of rows, for which the file is read to its end.
+
+    Raises:
+        InputError: as `batches`.
+    """
+    return sum(batch.num_rows for batch in batches(path, 0))
+
+
+def batches(path: InputFile, skip: int) -> Iterator[pa.RecordBatch]:
     """The rows after the first `skip`.
 
     Raises:
@@ -69,7 +78,7 @@ def batches(path: Path, skip: int) -> Iterator[pa.RecordBatch]:
             return
 
 
-def _batches(path: Path, schema: pa.Schema, skip: int, block_bytes: int) -> Iterator[pa.RecordBatch]:
+def _batches(path: InputFile, schema: pa.Schema, skip: int, block_bytes: int) -> Iterator[pa.RecordBatch]:
     with _reading(path, schema, block_bytes) as reader:
         for block in reader:
             for first in range(min(skip, block.num_rows), block.num_rows, BATCH_ROWS):
@@ -85,7 +94,7 @@ class _LongRowError(InputError):
 
 
 @contextmanager
-def _rows_of(path: Path, delimiter: str, errors: Literal["strict", "surrogateescape"]) -> Iterator[Any]:
+def _rows_of(path: InputFile, delimiter: str, errors: Literal["strict", "surrogateescape"]) -> Iterator[Any]:
     """A strict reader of the file's rows. Blank lines are empty rows; cells may be as large as Arrow allows."""
     limit = csv.field_size_limit(BLOCK_BYTES[-1])
     try:
@@ -100,7 +109,7 @@ def _rows_of(path: Path, delimiter: str, errors: Literal["strict", "surrogateesc
 
 
 @contextmanager
-def _reading(path: Path, schema: pa.Schema, block_bytes: int) -> Iterator[pacsv.CSVStreamingReader]:
+def _reading(path: InputFile, schema: pa.Schema, block_bytes: int) -> Iterator[pacsv.CSVStreamingReader]:
     bad: list[pacsv.InvalidRow] = []
 
     def note(row: pacsv.InvalidRow) -> Literal["error"]:
@@ -128,7 +137,7 @@ _QUOTED = re.compile(rb'"[^"]*"')
 _EXCEL_SEPARATOR = re.compile(rb'"?sep=(.)"?\r?\n', re.IGNORECASE)
 
 
-def _layout(path: Path) -> tuple[str, int]:
+def _layout(path: InputFile) -> tuple[str, int]:
     """The delimiter between cells, and the number of lines above the header."""
     head = next(blocks(path, 0, HEADER_BYTES), b"").removeprefix(BOM)
     if separator := _EXCEL_SEPARATOR.match(head):
@@ -139,7 +148,7 @@ def _layout(path: Path) -> tuple[str, int]:
     return next((mark for mark in ",;\t|" if mark.encode() in header), ","), 0
 
 
-def _require_strict_quotes(path: Path) -> None:
+def _require_strict_quotes(path: InputFile) -> None:
     """Reject text after a closing quote, and unclosed quotes. Reads the whole file, 6 s for a GB (measured).
 
     Arrow accepts text after a closing quote, and reads everything after an unclosed one as one cell.
@@ -157,7 +166,7 @@ def _require_strict_quotes(path: Path) -> None:
 _DOUBLE_THEM = 'there is text after a closing quote; quotes within a quoted cell must be doubled: "" and not \\"'
 
 
-def _reason(path: Path, error: Exception, bad: list[pacsv.InvalidRow]) -> str:
+def _reason(path: InputFile, error: Exception, bad: list[pacsv.InvalidRow]) -> str:
     if bad:
         row = bad[0]
         where = "a row" if row.number is None else f"row {row.number} (the header is 1)"
@@ -165,7 +174,8 @@ def _reason(path: Path, error: Exception, bad: list[pacsv.InvalidRow]) -> str:
         return f"{where} has {row.actual_columns} cells, the header {row.expected_columns}: {start!r}; {_hint(row)}"
     text = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
     if "UTF8" in text or "UTF-8" in text or isinstance(error, UnicodeDecodeError):
-        return f"it is not UTF-8 ({text}); if it is Latin-1, {unsupported.encoding_hint('WINDOWS-1252', path)}"
+        hint = unsupported.encoding_hint("WINDOWS-1252", local_copy(path))
+        return f"it is not UTF-8 ({text}); if it is Latin-1, {hint}"
     if _LONGER_THAN_A_BLOCK.search(text):
         return f"a row is longer than {BLOCK_BYTES[-1]:,} bytes, or a quote is not closed; {text}"
     return text

@@ -5,10 +5,11 @@ glob gives the same columns.
 """
 
 import re
-from pathlib import Path
 from urllib.parse import unquote
 
 import pyarrow as pa
+
+from batchrun.storage.objects import InputFile
 
 Keys = dict[str, int | str | None]
 
@@ -16,12 +17,12 @@ NULL = "__HIVE_DEFAULT_PARTITION__"
 _INTEGER = re.compile(r"0|-?[1-9]\d{0,17}")  # only integers in their shortest form: "007" stays text
 
 
-def keys_of(files: tuple[Path, ...]) -> list[Keys]:
+def keys_of(files: tuple[InputFile, ...]) -> list[Keys]:
     """The keys of each file's folders, outermost first.
 
     A key is an integer if all its values in all files are integers in their shortest form; else it is text.
     """
-    found = [_texts(file) for file in files]
+    found: list[Keys] = [dict(texts_of(file)) for file in files]
     for name in {name for keys in found for name in keys}:
         values = [keys[name] for keys in found if keys.get(name) is not None]
         if values and all(_INTEGER.fullmatch(str(value)) for value in values):
@@ -31,8 +32,9 @@ def keys_of(files: tuple[Path, ...]) -> list[Keys]:
     return found
 
 
-def _texts(file: Path) -> Keys:
-    keys: Keys = {}
+def texts_of(file: InputFile) -> dict[str, str | None]:
+    """The keys of the file's folders as text, outermost first; null is None."""
+    keys: dict[str, str | None] = {}
     for folder in file.parents:
         name, equals, value = folder.name.partition("=")
         if not (name and equals):

@@ -1,7 +1,6 @@
 """Reads JSON lines, plain or compressed, as records and windows."""
 
-from collections.abc import Container, Iterator
-from pathlib import Path
+from collections.abc import Callable, Container, Iterator
 from typing import Literal
 
 import msgspec
@@ -11,10 +10,12 @@ from batchrun.errors import InputError
 from batchrun.source import hive
 from batchrun.source.files import BOM, blocks, format_of
 from batchrun.source.lines import read_row, split_lines
-from batchrun.source.window import LINES, START, Position, Record, Window
+from batchrun.source.window import LINES, START, Position, Record, Span, Window
+from batchrun.storage.objects import InputFile
 
 BLOCK_BYTES = 1 << 20  # larger blocks are no faster (measured)
 MAX_LINE_BYTES = 64 << 20
+MARK_EVERY = 1000  # records; a span is found by one pass, and a second one over so many at most
 
 
 class _Line(msgspec.Struct, frozen=True, gc=False):
@@ -38,9 +39,13 @@ class JsonlSource:
     format: Literal["jsonl"] = "jsonl"
 
     def __init__(
-        self, files: tuple[Path, ...], max_line_bytes: int = MAX_LINE_BYTES, block_bytes: int = BLOCK_BYTES
+        self,
+        files: tuple[InputFile, ...],
+        max_line_bytes: int = MAX_LINE_BYTES,
+        block_bytes: int = BLOCK_BYTES,
+        span: Span | None = None,
     ) -> None:
-        """Reads every file's head, inside its compression too.
+        """Reads every file's head, inside its compression too. With a `span` nothing else is yielded.
 
         Raises:
             InputError: a file is unreadable, in another format, or in another encoding than UTF-8.
@@ -49,6 +54,7 @@ class JsonlSource:
         self._max_line_bytes = max_line_bytes
         self._block_bytes = block_bytes
         self._keys = hive.keys_of(files)
+        self._span = span
         for file in files:
             if format_of(file) != "jsonl":
                 raise InputError(f"{file} is not JSON lines; all files of an input must have one format")
@@ -94,7 +100,28 @@ class JsonlSource:
         if lines:
             yield _window(lines, end)
 
+    def find_span(self, choose: Callable[[int], tuple[int, int]]) -> Span:
+        """The span of the ordinals that `choose` returns for the number of records. Reads all files once.
+
+        Raises:
+            InputError: as `records`.
+        """
+        marks, count = [START], 0
+        for line in self._lines(START):
+            count = line.ordinal + 1
+            if count % MARK_EVERY == 0:
+                marks.append(line.after())
+        first, end = choose(count)
+        start = marks[min(first // MARK_EVERY, len(marks) - 1)]
+        lines = self._lines(start)
+        while start.ordinal < first:
+            start = next(lines).after()
+        return Span(start, end, count)
+
     def _lines(self, start: Position) -> Iterator[_Line]:
+        if self._span is not None:
+            start = self._span.enter(start)
+        end = None if self._span is None else self._span.end
         offset, number, ordinal = start.offset, start.line, start.ordinal
         for index in range(start.file, len(self.files)):
             content = blocks(self.files[index], offset, self._block_bytes)
@@ -104,6 +131,8 @@ class JsonlSource:
                 offset += size
                 number += 1
                 if text is None or text.strip():
+                    if ordinal == end:
+                        return
                     text = text[:-1] if text is not None and text.endswith(b"\r") else text
                     yield _Line(index, number, ordinal, text, offset)
                     ordinal += 1

@@ -1,10 +1,10 @@
 """Reads Parquet or CSV files as records and windows of one schema."""
 
+import sys
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from itertools import groupby
-from pathlib import Path
 
 import msgspec
 import pyarrow as pa
@@ -13,7 +13,8 @@ from batchrun.errors import InputError
 from batchrun.source import csv, hive, parquet, unify
 from batchrun.source.files import Format, format_of
 from batchrun.source.rows import rows_of
-from batchrun.source.window import START, Position, Record, Window
+from batchrun.source.window import START, Position, Record, Span, Window
+from batchrun.storage.objects import InputFile
 
 
 class _Batch(msgspec.Struct, frozen=True):
@@ -41,14 +42,15 @@ class TableSource:
     The keys of folders named `key=value` are the first columns, unless a file has a column of that name.
     """
 
-    def __init__(self, files: tuple[Path, ...]) -> None:
-        """Reads every file's footer or header.
+    def __init__(self, files: tuple[InputFile, ...], span: Span | None = None) -> None:
+        """Reads every file's footer or header. With a `span` nothing else is yielded.
 
         Raises:
             InputError: a file is truncated, damaged or encrypted, has two columns of one name, or its schema can't be
                 combined with the others.
         """
         self.files = files
+        self._span = span
         self.format: Format = format_of(files[0])
         self._module = csv if self.format == "csv" else parquet
         schemas = [self._module.schema_of(file) for file in files if self._is_like_the_first(file)]
@@ -62,7 +64,7 @@ class TableSource:
         keys = {name: type_ for name, type_ in hive.fields_of(self._keys).items() if name not in inside.names}
         self.schema: pa.Schema = pa.schema([*(pa.field(name, type_) for name, type_ in keys.items()), *inside])
 
-    def _is_like_the_first(self, file: Path) -> bool:
+    def _is_like_the_first(self, file: InputFile) -> bool:
         if format_of(file) != self.format:
             raise InputError(
                 f"{file} is not a {self.format.capitalize()} file; all files of an input must have one format"
@@ -107,6 +109,21 @@ class TableSource:
         if parts:
             yield self._window(parts, end)
 
+    def find_span(self, choose: Callable[[int], tuple[int, int]]) -> Span:
+        """The span of the ordinals that `choose` returns for the number of records. Parquet footers have that number;
+        CSV is read to its end.
+
+        Raises:
+            InputError: as `records`.
+        """
+        counts = [self._module.rows_in(file) for file in self.files]
+        first, end = choose(sum(counts))
+        file, row = 0, first
+        while file < len(counts) - 1 and row >= counts[file]:
+            row -= counts[file]
+            file += 1
+        return Span(Position(file, row, 0, first), end, sum(counts))
+
     def _window(self, parts: list[pa.RecordBatch], end: Position) -> Window:
         return Window(pa.Table.from_batches(parts, schema=self.schema).combine_chunks(), end)
 
@@ -121,11 +138,19 @@ class TableSource:
 
     def _batches(self, start: Position) -> Iterator[_Batch]:
         """The rows from `start` on, in the columns of the whole input."""
+        if self._span is not None:
+            start = self._span.enter(start)
+        end = sys.maxsize if self._span is None else self._span.end
         row, ordinal = start.offset, start.ordinal
         for index in range(start.file, len(self.files)):
-            for rows in self._module.batches(self.files[index], row):
+            if ordinal >= end:
+                return
+            for batch in self._module.batches(self.files[index], row):
+                rows = batch.slice(0, end - ordinal)
                 yield _Batch(self._fitted(rows.replace_schema_metadata(None), index, row), index, row, ordinal)
                 row, ordinal = row + rows.num_rows, ordinal + rows.num_rows
+                if ordinal == end:
+                    return
             row = 0
 
     def _fitted(self, rows: pa.RecordBatch, index: int, row: int) -> pa.RecordBatch:
@@ -138,7 +163,7 @@ class TableSource:
             raise InputError(f"{self.files[index]} rows {row} to {last} can't be read: {error}") from error
 
 
-def _require_single_names(path: Path, schema: pa.Schema) -> None:
+def _require_single_names(path: InputFile, schema: pa.Schema) -> None:
     for name in _repeated(schema.names):
         raise InputError(f"{path} has two columns named '{name}'; rename one")
     for name, type_ in zip(schema.names, schema.types, strict=True):

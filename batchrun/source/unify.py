@@ -14,22 +14,22 @@ All other pairs are errors: text and numbers, text and bytes, decimals of two sc
 
 from collections.abc import Iterable
 from functools import cache
-from pathlib import Path
 from typing import Any, TypeGuard
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from batchrun.errors import InputError
+from batchrun.storage.objects import InputFile
 
 
-def schema_over(schemas: "Iterable[tuple[Path, pa.Schema]]") -> pa.Schema:
+def schema_over(schemas: "Iterable[tuple[InputFile, pa.Schema]]") -> pa.Schema:
     """The columns of all files, in order of first appearance, each with the type that holds the values of all.
 
     Raises:
         InputError: names a column, two of its types, their files, and what to do.
     """
-    fields: dict[str, tuple[pa.DataType, Path]] = {}
+    fields: dict[str, tuple[pa.DataType, InputFile]] = {}
     for path, schema in schemas:
         for field in schema:
             known, first = fields.get(field.name, (field.type, path))

@@ -1,11 +1,12 @@
 """The values that every source yields: positions, records and windows."""
 
-from collections.abc import Container, Iterator
-from pathlib import Path
+from collections.abc import Callable, Container, Iterator
 from typing import Literal, Protocol
 
 import msgspec
 import pyarrow as pa
+
+from batchrun.storage.objects import InputFile
 
 
 class Position(msgspec.Struct, frozen=True, gc=False):
@@ -23,6 +24,18 @@ class Position(msgspec.Struct, frozen=True, gc=False):
 
 
 START = Position(file=0, offset=0, line=0, ordinal=0)
+
+
+class Span(msgspec.Struct, frozen=True):
+    """A stretch of the input: the records from `start` on, up to but without ordinal `end`. `records` are all."""
+
+    start: Position
+    end: int
+    records: int
+
+    def enter(self, position: Position) -> Position:
+        """Where to read from if `position` is wanted: not before the span."""
+        return position if position.ordinal > self.start.ordinal else self.start
 
 
 class Record(msgspec.Struct, frozen=True, gc=False):
@@ -64,7 +77,7 @@ class Window(msgspec.Struct, frozen=True):
 class Source(Protocol):
     """An opened input. Both methods can be called repeatedly, from any `Window.end` of the same files."""
 
-    files: tuple[Path, ...]
+    files: tuple[InputFile, ...]
 
     @property
     def format(self) -> Literal["jsonl", "parquet", "csv"]:
@@ -75,6 +88,9 @@ class Source(Protocol):
 
     def windows(self, start: Position, max_rows: int, max_bytes: int, skip: Container[int] = ()) -> Iterator[Window]:
         """The records from `start` on without the ordinals in `skip`, in windows of at least one record."""
+
+    def find_span(self, choose: Callable[[int], tuple[int, int]]) -> Span:
+        """The span of the ordinals (first, end) that `choose` returns for the number of records."""
 
 
 LINES = pa.schema([pa.field("line", pa.large_binary(), nullable=False)], metadata={"batchrun.window": "jsonl lines"})

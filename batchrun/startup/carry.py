@@ -19,20 +19,24 @@ from batchrun import durable
 from batchrun.errors import InputError
 from batchrun.job.job import Job
 from batchrun.report.wording import plural
-from batchrun.startup.answer_match import Spread, buckets_of
+from batchrun.startup.answer_match import KEYS
+from batchrun.startup.buckets import MOST_BUCKETS, Buckets, count_for
 from batchrun.startup.earlier_results import EarlierResult, find, sources
 from batchrun.store import origins
 from batchrun.store.carry_over import is_unchanged
 from batchrun.store.origins import OldFile, Origins, OriginsWriter
 from batchrun.tables.old_answers import OldAnswers
 
+MOST_READS = 48
+"""How often each earlier result is read at most: once a bucket, so there are no more buckets then."""
 
-def wanted(job: Job, rows: int, layout: int) -> Origins | None:
+
+def wanted(job: Job, rows: int, layout: int, first_row: int = 0) -> Origins | None:
     """What the origins of a run's rows are made of, as the job says now; None where every row is to be sent."""
     named = sources(job)
     if not (named or job.input.dedupe):
         return None
-    return Origins(rows, layout, job.input.dedupe, tuple(sorted(job.input.reuse_status)), named)
+    return Origins(rows, layout, job.input.dedupe, tuple(sorted(job.input.reuse_status)), named, first_row=first_row)
 
 
 def still_holds(made: Origins | None, now: Origins | None, path: Path) -> bool:
@@ -63,9 +67,10 @@ def make(
         DiskError: there is no room for the file.
     """
     earlier = find(job, own, tell)
-    count = buckets_of(now.rows)
+    count = min(count_for(now.rows), MOST_READS if earlier else MOST_BUCKETS)
     reused = duplicates = 0
-    with OriginsWriter(path, now.rows) as writer, Spread(keys, count, path.parent) as buckets:
+    with OriginsWriter(path, now.rows, now.first_row) as writer, Buckets(path.parent, count, KEYS) as buckets:
+        buckets.add_all(keys)
         for bucket in range(count):
             equal = _EqualRows(buckets.entries(bucket), writer, dedupe=now.dedupe)
             duplicates += equal.copies

@@ -23,7 +23,7 @@ from batchrun.store.base_part import BasePart
 from batchrun.store.carry_over import CarryOver, Taken
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.db_tables import Chunk
-from batchrun.store.manifest import Manifest, answer_column
+from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
 from batchrun.tables import booked, files
 from batchrun.tables.arrow_types import Column
@@ -92,14 +92,14 @@ class Changes(msgspec.Struct, frozen=True):
 class Answers:
     """The settled rows of a run, in our own columns, from open chunks and parts."""
 
-    def __init__(self, directory: RunDirectory, checkpoint: Checkpoint, facts: Manifest) -> None:
+    def __init__(self, directory: RunDirectory, checkpoint: Checkpoint, manifest: Manifest) -> None:
         self._directory = directory
         self._checkpoint = checkpoint
-        self._facts = facts
+        self._manifest = manifest
         self.chunks = checkpoint.chunks()
         if result.FINISHED in checkpoint.manifest_entries():
-            self.chunks = result.restore_parts(facts, checkpoint, self.chunks, directory)
-        self.rows = facts.rows
+            self.chunks = result.restore_parts(manifest, checkpoint, self.chunks, directory)
+        self.rows = manifest.rows
         self.answered = bytearray()
         self.settled = checkpoint.totals.settled()
         self._first_rows = [chunk.first_row for chunk in self.chunks]
@@ -148,12 +148,12 @@ class Answers:
     def _of_chunk(self, place: int) -> pa.Table:
         chunk = self.chunks[place]
         completions = self._checkpoint.completions(chunk.first_row, chunk.end_row)
-        keep_raw = self._facts.output.raw == "always"
+        keep_raw = self._manifest.output.raw == "always"
         newer = own_table(completions, keep_raw=keep_raw)
         if not chunk.generation:
             return newer
         path = self._directory.part_of(chunk.chunk, chunk.generation)
-        base = BasePart(path, chunk.part_digest or "", self._facts.output.prefix)
+        base = BasePart(path, chunk.part_digest or "", self._manifest.output.prefix)
         return base.updated(newer, chunk.first_row, chunk.end_row)
 
 
@@ -186,7 +186,7 @@ def lay_out(
     answers: Answers,
     matches: Matches,
     source: Source,
-    facts: Manifest,
+    manifest: Manifest,
     schema: pa.Schema,
     directory: RunDirectory,
     checkpoint: Checkpoint,
@@ -200,16 +200,16 @@ def lay_out(
     Windows behind the last answer are left to be opened in their turn. A `limit` opens no row that needn't be: behind
     it and the last answer.
     """
-    types = None if facts.types is None else ColumnTypes.from_json(facts.types)
+    types = None if manifest.types is None else ColumnTypes.from_json(manifest.types)
     generation = 1 + max((chunk.generation for chunk in answers.chunks), default=0)
     left = sum(old != NONE for old in matches)
     chunks: list[Chunk] = []
     standing: Counter[str] = Counter()
     first_row = 0
-    settings = facts.output
+    settings = manifest.output
     last = max((new for new, old in enumerate(matches) if old != NONE), default=0)
-    upto = facts.rows if limit is None else max(limit, last + 1)
-    for read in _windows(source, facts, upto):
+    upto = manifest.rows if limit is None else max(limit, last + 1)
+    for read in _windows(source, manifest, upto):
         if not left:
             break
         end_row = first_row + read.rows
@@ -218,7 +218,7 @@ def lay_out(
         left -= own.num_rows
         standing.update(cast(list[str], own.column("status").to_pylist()))
         number = len(chunks)
-        stored = directory.input_of(number, facts.layout)
+        stored = directory.input_of(number, manifest.layout)
         chunk = Chunk(
             chunk=number,
             first_row=first_row,
@@ -229,7 +229,7 @@ def lay_out(
         part = directory.part_of(number, generation)
         if own.num_rows == read.rows:
             tables = stored_window.StoredWindow(stored, chunk.input_digest, first_row).tables(types)
-            batches = _whole(tables, own, schema, answer_column(facts))
+            batches = _whole(tables, own, schema, manifest.answer_column)
             digest = files.write_part(part, schema, batches, settings, read.rows)
             chunk = msgspec.structs.replace(chunk, generation=generation, part_digest=digest, open=0)
             stored.unlink()
@@ -254,9 +254,9 @@ def _with_originals(own: pa.Table, taken: Mapping[int, Taken]) -> pa.Table:
     return own.set_column(OWN_COLUMNS.get_field_index(field.name), field, pa.array(originals, field.type))
 
 
-def _windows(source: Source, facts: Manifest, upto: int) -> Iterator[Window]:
+def _windows(source: Source, manifest: Manifest, upto: int) -> Iterator[Window]:
     """The windows that chunks are made from; none goes beyond the first `upto` rows."""
-    settings, rejected = facts.output, frozenset(facts.rejected)
+    settings, rejected = manifest.output, frozenset(manifest.rejected)
     position, rows = START, 0
     windows = source.windows(position, settings.chunk_rows, settings.chunk_bytes, rejected)
     while rows < upto:

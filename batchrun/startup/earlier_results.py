@@ -8,7 +8,7 @@ import msgspec
 
 from batchrun.errors import InputError
 from batchrun.job.job import Job
-from batchrun.store import rundir
+from batchrun.store import result_files, rundir
 from batchrun.store.origins import OldFile
 from batchrun.store.rundir import RunDirectory
 
@@ -68,7 +68,7 @@ def _require_pattern(source: str, own: Path) -> None:
 
 def _paths(source: str, job: Job) -> Iterator[Path]:
     if source == LATEST:
-        yield from _with_answers(rundir.dated(job.output.path, job.name))
+        yield from _with_answers(rundir.dated(rundir.pattern_of(job.output), job.name))
         return
     pattern = source.replace("{job}", glob.escape(job.name)).replace("{date}", "*")
     if glob.has_magic(pattern):
@@ -92,12 +92,8 @@ def _results(path: Path) -> Iterator[EarlierResult]:
         if path.suffix == ".parquet" or not glob.has_magic(str(path)):
             yield EarlierResult(str(path), (_old_file(path, path),))
         return
-    run = RunDirectory(path)
-    if run.completions.exists():
-        files = [run.completions]
-    elif run.checkpoint.exists():
-        files = sorted(run.completions_folder.glob("*.parquet")) or [run.partial]
-    else:
+    files = result_files.of(path)
+    if not files and not RunDirectory(path).checkpoint.exists():
         children = [child for child in path.iterdir() if not child.name.startswith((".", "_"))]
         files = sorted(child for child in children if child.suffix == ".parquet" and child.is_file())
         for child in sorted(children, reverse=True):

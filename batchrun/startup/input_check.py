@@ -22,6 +22,7 @@ from batchrun.request.templates import among
 from batchrun.source import Record, Source
 from batchrun.startup.ids import IdIndex
 from batchrun.tables.json_columns import ColumnTypes
+from batchrun.tables.partitioned import PartitionLimit
 
 SHOWN = 20
 """Problems that are reported one by one; all are counted."""
@@ -145,10 +146,11 @@ def survey(
 
     Raises:
         InputError: the input can't be read further, or nothing says what to send.
-        JobError: the template is invalid.
+        JobError: the template is invalid, or the output would have too many partitions.
     """
     tally = _Tally(keep)
     types = ColumnTypes() if source.format == "jsonl" else None
+    partitions = PartitionLimit(job.output)
     builder: RequestBuilder | None = None
     images = Images(job.input)
     with IdIndex(scratch) as ids:
@@ -164,8 +166,10 @@ def survey(
                 problem := _take(record, builder, images, ids, id_column, tally, question, pictured, accepted)
             ) is not None:
                 tally.reject(Problem(record.ordinal, record.place, problem, record.columns), tally.unusable)
-            elif types is not None:
-                types.observe(record.columns)
+            else:
+                partitions.observe(record.columns)
+                if types is not None:
+                    types.observe(record.columns)
             if record.ordinal % PROGRESS_EVERY == 0:
                 progress(tally.rows)
         if builder is not None:
@@ -209,7 +213,7 @@ def _take(
         if id_column not in record.columns:
             missing = f"column {id_column!r}, which input.id names, is missing"
             return missing + among(tuple(record.columns), id_column)
-        if (problem := ids.add(record.ordinal, record.columns[id_column])) is not None:
+        if (problem := ids.add_id(record.ordinal, record.columns[id_column])) is not None:
             return f"{id_column}: {problem}"
     tally.accept(request)
     question(record.ordinal, request.key)

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable
 from datetime import datetime
-from pathlib import Path
 
 import msgspec
 import pyarrow as pa
@@ -12,24 +11,25 @@ from batchrun.durable import disk_errors, fsync
 from batchrun.errors import InputError, JobError
 from batchrun.job.job import Job
 from batchrun.request import image_digests
-from batchrun.source import FileIdentity, Source, TableSource, changed, digest, find_files
-from batchrun.startup import preconditions, stdin_copy
+from batchrun.source import FileIdentity, InputFile, Source, TableSource, changed, find_files
+from batchrun.startup import preconditions, shard, stdin_copy
 from batchrun.startup.answer_match import Questions
 from batchrun.startup.input_check import Problem, Survey, survey
 from batchrun.startup.run_options import RunOptions
-from batchrun.store import manifest
-from batchrun.store.manifest import Manifest
+from batchrun.store.manifest import InputShare, Manifest
 from batchrun.store.rundir import RunDirectory
 from batchrun.tables.json_columns import ColumnTypes
 from batchrun.tables.rows import output_schema
 
 
-def input_files(job: Job, directory: RunDirectory, options: RunOptions, *, started: bool = True) -> tuple[Path, ...]:
+def input_files(
+    job: Job, directory: RunDirectory, options: RunOptions, *, started: bool = True
+) -> tuple[InputFile, ...]:
     """The files of the input. Standard input and a program's rows are copied into the run directory (`stdin_copy`)."""
     if job.input.path is None:
         raise JobError("input.path: name the input in the job or with -i")
     if job.input.path != "-":
-        return find_files(job.input.path)
+        return find_files(job.input.path, job.input.partitions, job.storage)
     if options.stdin is not None and not options.stdin.isatty():
         return (stdin_copy.take(options.stdin, directory, started=started),)
     if not directory.spool.exists():
@@ -69,20 +69,27 @@ def read(
     return found
 
 
-def facts_of(
-    job: Job, source: Source, files: tuple[FileIdentity, ...], found: Survey, *, run_id: str, begun_at: datetime
+def manifest_of(
+    job: Job,
+    source: Source,
+    files: tuple[FileIdentity, ...],
+    found: Survey,
+    *,
+    run_id: str,
+    created_at: datetime,
+    share: InputShare | None = None,
 ) -> Manifest:
     """The manifest of a run over this input.
 
     Raises:
         InputError: the input has changed since `files` was taken.
     """
-    digests = tuple(digest(file) for file in source.files)
+    digests = shard.digests(source.files, sharded=share is not None)
     if (what := changed(source.files, files)) is not None:
         raise InputError(f"the input changed while it was read: {what}; run again when it no longer changes")
     return Manifest(
         run_id=run_id,
-        begun_at=begun_at,
+        created_at=created_at,
         job=job.name,
         dialect=found.dialect,
         files=files,
@@ -94,6 +101,7 @@ def facts_of(
         models=found.models,
         max_request=found.max_request,
         output=job.output,
+        share=share,
     )
 
 
@@ -119,7 +127,7 @@ def schema_of(source: Source, known: Manifest) -> pa.Schema:
     return output_schema(
         source.schema if isinstance(source, TableSource) else types.schema(),
         known.output,
-        manifest.answer_column(known),
+        known.answer_column,
     )
 
 

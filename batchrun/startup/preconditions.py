@@ -11,6 +11,7 @@ from batchrun.prices import PriceTable
 from batchrun.report.wording import plural
 from batchrun.source import Source, TableSource
 from batchrun.startup.input_check import Survey
+from batchrun.tables.partitioned import require_keys
 from batchrun.tables.rows import output_schema
 
 
@@ -50,12 +51,12 @@ def require_columns(job: Job, source: Source, found: Survey | None = None) -> No
     """Returns if the output can have the input's columns. Parquet states them; JSON lines' must be `found` first.
 
     Raises:
-        JobError: as `output_schema`.
+        JobError: as `output_schema` and `require_keys`.
     """
     if isinstance(source, TableSource):
-        output_schema(source.schema, job.output)
+        require_keys(output_schema(source.schema, job.output), job.output)
     elif found is not None and found.types is not None:
-        output_schema(found.types.schema(), job.output)
+        require_keys(output_schema(found.types.schema(), job.output), job.output)
 
 
 def raise_problems(found: Survey, report: Callable[[str], None]) -> None:

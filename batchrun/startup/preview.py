@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 import msgspec
 
 from batchrun.job.job import Job
-from batchrun.records import Summary
+from batchrun.records import Shard, Summary
 from batchrun.report import summary as summaries
 from batchrun.startup import resume as planning
 from batchrun.startup.changes import Changes
@@ -25,7 +25,7 @@ class Found(msgspec.Struct, frozen=True):
     drift: Changes | None
 
 
-def look(job: Job, directory: RunDirectory) -> Found:
+def look(job: Job, directory: RunDirectory, shard: Shard | None = None) -> Found:
     """What a start with this job would go on with.
 
     Raises:
@@ -37,15 +37,15 @@ def look(job: Job, directory: RunDirectory) -> Found:
         directory.lock(),
         contextlib.closing(Checkpoint(directory.checkpoint, free_reserve=lambda: False)) as checkpoint,
     ):
-        finished = result.FINISHED in checkpoint.manifest_entries()
+        entries = checkpoint.manifest_entries()
         try:
-            plan = planning.make(job, directory, checkpoint, RunOptions(only_look=True), datetime.now(UTC))
-            to_send = plan.facts.rows - checkpoint.totals.settled()
+            plan = planning.make(job, directory, checkpoint, RunOptions(only_look=True, shard=shard), datetime.now(UTC))
+            to_send = plan.manifest.rows - checkpoint.totals.settled()
             if (made := plan.origins) is not None:
                 to_send -= max(0, made.reused + made.duplicates - summary.reused)
             return Found(summary, to_send, None)
         except ChangedError as changed:
             return Found(summary, changed.changes.to_send, changed.changes)
         finally:
-            if finished:
-                result.tidy(directory)  # the parts that a comparison cut from the result
+            if result.FINISHED in entries:
+                result.tidy(directory, result.finished(entries))  # the parts that a comparison cut from the result

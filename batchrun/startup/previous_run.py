@@ -17,7 +17,7 @@ from batchrun.prices import PriceTable
 from batchrun.records import Summary
 from batchrun.report import summary as summaries
 from batchrun.report.cost_lines import prices_in_words
-from batchrun.store import rundir
+from batchrun.store import result_files, rundir
 from batchrun.store.rundir import RunDirectory
 
 
@@ -41,7 +41,7 @@ class Means(msgspec.Struct, frozen=True):
 
 def newest(job: Job, besides: Path | None = None) -> Means | None:
     """The means of the job's newest run in `output.path`, not counting `besides`; None where no run has answers."""
-    for path in rundir.dated(job.output.path, job.name):
+    for path in rundir.dated(rundir.pattern_of(job.output), job.name):
         if besides is not None and path.resolve() == besides.resolve():
             continue
         directory = RunDirectory(path)
@@ -85,12 +85,9 @@ def _undated(price: str) -> str:
 def _latency_s(directory: RunDirectory, prefix: str) -> float | None:
     """The mean latency of the result's rows; None where there is no result that can be read."""
     name = f"{prefix}latency_s"
-    parts = (
-        [directory.completions] if directory.completions.exists() else directory.completions_folder.glob("*.parquet")
-    )
     total, rows = 0.0, 0
     try:
-        for part in sorted(parts):
+        for part in result_files.of(directory.path):
             column = pq.read_table(part, columns=[name], partitioning=None).column(name)
             total, rows = total + float(pc.sum(column).as_py() or 0.0), rows + len(column)
     except (OSError, KeyError, pa.ArrowException):

@@ -17,25 +17,28 @@ import pyarrow as pa
 from batchrun.errors import ANOTHER, CheckpointError, JobError
 from batchrun.job.job import Job
 from batchrun.limits import daily
+from batchrun.policy import failing
 from batchrun.prices import PriceTable
+from batchrun.records import Notice
 from batchrun.report.cost_lines import scaled
 from batchrun.report.wording import are, plural
-from batchrun.source import FileIdentity, Source, changed, digest, fingerprint, open_source
+from batchrun.source import FileIdentity, InputFile, Source, changed, fingerprint, open_source
 from batchrun.startup import carry, changes, input_pass, preconditions, previous_run, stdin_copy
+from batchrun.startup import shard as shards
 from batchrun.startup.answer_match import NONE, Questions
 from batchrun.startup.estimate import estimate
 from batchrun.startup.run_options import RunOptions
-from batchrun.store import manifest, origins, variants
+from batchrun.store import origins, variants
 from batchrun.store.carry_over import CarryOver
 from batchrun.store.checkpoint import Checkpoint
-from batchrun.store.manifest import Manifest
+from batchrun.store.manifest import InputShare, Manifest
 from batchrun.store.origins import Origins
 from batchrun.store.rundir import RunDirectory
 from batchrun.store.variants import Variant
 from batchrun.tables.arrow_types import Column
 from batchrun.tables.json_columns import ColumnTypes
 
-SHAPE = ("columns", "prefix", "raw", "layout", "compression", "chunk_rows", "chunk_bytes")
+SHAPE = ("columns", "prefix", "raw", "layout", "partition_by", "compression", "chunk_rows", "chunk_bytes")
 """The output settings that a run keeps from its first start, because its parts were written with them."""
 
 
@@ -46,7 +49,7 @@ class Plan(msgspec.Struct, frozen=True):
     the run's first job; `variant` is that of this start's job. `origins` says which rows are not sent.
     """
 
-    facts: Manifest
+    manifest: Manifest
     rows: int
     variants: tuple[Variant, ...]
     variant: int
@@ -66,7 +69,7 @@ def make(job: Job, directory: RunDirectory, checkpoint: Checkpoint, options: Run
         JobError, InputError: something is invalid or has changed; nothing was sent.
     """
     entries, today = checkpoint.manifest_entries(), now.astimezone().date().isoformat()
-    if "facts" in entries:
+    if Manifest.ENTRY in entries:
         return _resume(job, directory, checkpoint, options, entries, today)
     if options.retry is not None:
         raise JobError(
@@ -74,11 +77,18 @@ def make(job: Job, directory: RunDirectory, checkpoint: Checkpoint, options: Run
             "day with --date"
         )
     _require_unused(directory)
-    source = open_source(input_pass.input_files(job, directory, options, started=False), job.input.max_line_bytes)
-    files = fingerprint(source.files)
+    paths = input_pass.input_files(job, directory, options, started=False)
+    files = fingerprint(paths)
+    own = None if options.shard is None else shards.find(job, paths, options.shard, options.checked)
+    source = open_source(paths, job.input.max_line_bytes) if own is None else own.source
+    as_read = job if own is None else shards.reading(job, own.dialect)
     with Questions(directory.path) as keys, Questions(directory.path) as pictures:
-        found = input_pass.read(source, job, directory, options, keys.add, pictures.add)
-        new = input_pass.facts_of(job, source, files, found, run_id=uuid.uuid4().hex[:12], begun_at=now)
+        found = input_pass.read(source, as_read, directory, options, keys.add, pictures.add)
+        if own is not None:
+            found = msgspec.structs.replace(found, types=own.types)
+        share = None if own is None else InputShare(own.shard, own.span, tuple(sorted(map(str, failing(job.finish)))))
+        run_id = uuid.uuid4().hex[:12]
+        new = input_pass.manifest_of(job, source, files, found, run_id=run_id, created_at=now, share=share)
         input_pass.keep_digests(job, directory, new.layout, pictures, found)
         made = _origins(job, directory, new, options, keys.rows(found.rejected))
     ways = (variants.of_job(job),)
@@ -87,22 +97,23 @@ def make(job: Job, directory: RunDirectory, checkpoint: Checkpoint, options: Run
     to_send = found.rows if made is None else made.new
     expected = estimate(found, job, plan.prices, to_send, None, daily.left_s(now), before)
     expected = msgspec.structs.replace(expected, rows=found.rows)  # those that are not sent cost nothing
-    plan = msgspec.structs.replace(plan, facts=msgspec.structs.replace(new, estimate=expected), origins=made)
-    entries = {**manifest.encode(plan.facts), "prices": _encode(plan.prices), **variants.encode(ways)}
+    plan = msgspec.structs.replace(plan, manifest=msgspec.structs.replace(new, estimate=expected), origins=made)
+    entries = {**plan.manifest.encode(), "prices": _encode(plan.prices), **variants.encode(ways)}
     checkpoint.write_manifest({**entries, origins.ENTRY: _encode(made)})
     return plan
 
 
 def _origins(
-    job: Job, directory: RunDirectory, facts: Manifest, options: RunOptions, keys: Iterable[tuple[bytes, int]]
+    job: Job, directory: RunDirectory, manifest: Manifest, options: RunOptions, keys: Iterable[tuple[bytes, int]]
 ) -> Origins | None:
     """Which rows take an answer without a request, by their keys; None if the job sends all of them."""
-    wanted = carry.wanted(job, facts.rows, facts.layout)
+    wanted = carry.wanted(job, manifest.rows, manifest.layout)
     if wanted is None:
         return None
-    made = carry.make(job, keys, wanted, directory.path, directory.origins_of(facts.layout), options.note)
+    made = carry.make(job, keys, wanted, directory.path, directory.origins_of(manifest.layout), options.note)
     if (line := carry.in_words(made)) is not None:
-        options.note(line)
+        fields = {"rows": made.rows, "to_send": made.new, "reused": made.reused, "duplicates": made.duplicates}
+        options.note(Notice(line, "reused", **fields))
     return made
 
 
@@ -126,10 +137,10 @@ def require_same_shape(job: Job, known: Manifest) -> None:
             raise JobError(f"output.{name} can't change within a run; restore it to resume, or {ANOTHER}")
 
 
-def changed_input(files: tuple[Path, ...], directory: RunDirectory, known: Manifest) -> str | None:
+def changed_input(files: tuple[InputFile, ...], directory: RunDirectory, known: Manifest) -> str | None:
     """How the input differs from the one of the run, by identity and then by content; None if it is the same."""
     what = changed(files, known.files)
-    if what is None or tuple(digest(file) for file in files) == known.digests:
+    if what is None or shards.digests(files, sharded=known.is_sharded) == known.digests:
         return None
     return "standard input has other rows" if files == (directory.spool,) else f"the input: {what}"
 
@@ -137,7 +148,8 @@ def changed_input(files: tuple[Path, ...], directory: RunDirectory, known: Manif
 def _resume(
     job: Job, directory: RunDirectory, checkpoint: Checkpoint, options: RunOptions, entries: dict[str, str], today: str
 ) -> Plan:
-    known, ways = manifest.decode(entries), variants.decode(entries)
+    known, ways = Manifest.decode(entries), variants.decode(entries)
+    shards.require_same(options.shard, known, directory.path)
     require_same_shape(job, known)
     stdin_copy.settle(directory, known)
     files = stdin_copy.put_in_place(input_pass.input_files(job, directory, options), directory)
@@ -145,9 +157,9 @@ def _resume(
         known, ways, variant, source = _as_it_is_now(job, directory, checkpoint, options, known, ways, files)
         made = _origins_now(job, directory, checkpoint, options, known, source)
     finally:
-        stdin_copy.settle(directory, manifest.decode(checkpoint.manifest_entries()))
+        stdin_copy.settle(directory, Manifest.decode(checkpoint.manifest_entries()))
     prices_known = msgspec.json.decode(entries.get("prices", "{}"), type=dict[str, PriceTable | None])
-    limit = None if options.limit is None else max(options.limit, _opened_rows(checkpoint))
+    limit = None if options.limit is None else max(options.limit, _opened_rows(checkpoint, known))
     plan = _plan(job, known, ways, variant, source, prices_known, limit, today, resumed=True)
     if plan.prices != prices_known:
         checkpoint.write_manifest({"prices": _encode(plan.prices)})
@@ -163,14 +175,15 @@ def _origins_now(
     entry = checkpoint.manifest_entries().get(origins.ENTRY, "null")
     made = msgspec.json.decode(entry, type=Origins | None)
     path = directory.origins_of(known.layout)
-    wanted = carry.wanted(job, known.rows, known.layout)
+    wanted = carry.wanted(job, known.rows, known.layout, known.first_row)
     if carry.still_holds(made, wanted, path):
         return None if wanted is None else made
-    settled, opened = checkpoint.totals.settled(), _opened_rows(checkpoint)
+    settled, opened = checkpoint.totals.settled(), _opened_rows(checkpoint, known)
     if options.only_look or settled == known.rows or (checkpoint.has_reopened and opened == known.rows):
         return None  # only rows of a retry are left
     with Questions(directory.path) as keys:
-        found = input_pass.read(source, job, directory, options, keys.add)
+        as_read = job if known.share is None else shards.reading(job, known.dialect)
+        found = input_pass.read(source, as_read, directory, options, keys.add)
         made = _origins(job, directory, known, options, keys.rows(found.rejected))
     checkpoint.write_manifest({origins.ENTRY: _encode(made)})
     return made
@@ -183,7 +196,7 @@ def _as_it_is_now(
     options: RunOptions,
     known: Manifest,
     ways: tuple[Variant, ...],
-    files: tuple[Path, ...],
+    files: tuple[InputFile, ...],
 ) -> tuple[Manifest, tuple[Variant, ...], int, Source]:
     """The manifest, the variants with this start's, and the source, with changes adopted if the user accepts them.
 
@@ -193,14 +206,15 @@ def _as_it_is_now(
     identities = fingerprint(files)  # before the content is read, so that a change meanwhile is noticed later
     ways, variant, settings = variants.place(job, ways, known.variant, retrying=options.retry is not None)
     what = changed_input(files, directory, known)
-    source = open_source(files, job.input.max_line_bytes)
+    source = open_source(files, job.input.max_line_bytes, None if known.share is None else known.share.span)
     if what is None and options.accept_changes and job.input.image_root is not None:
         what = "the images"
     if settings or what is not None:
         reasons = (*settings, *([what] if what else []))
+        shards.require_unchanged(known, reasons)
         known = _adopt(job, directory, checkpoint, options, known, ways, variant, source, identities, reasons, settings)
     else:
-        _require_limit_in_time(options.limit, checkpoint)
+        _require_limit_in_time(options.limit, checkpoint, known)
         known = msgspec.structs.replace(known, files=identities)
     return known, ways, variant, source
 
@@ -225,7 +239,7 @@ def _adopt(
     """
     with Questions(directory.path) as questions, Questions(directory.path) as pictures:
         found = input_pass.read(source, job, directory, options, questions.add, pictures.add)
-        new = input_pass.facts_of(job, source, identities, found, run_id=known.run_id, begun_at=known.begun_at)
+        new = input_pass.manifest_of(job, source, identities, found, run_id=known.run_id, created_at=known.created_at)
         expected = None if known.estimate is None else scaled(known.estimate, found.rows)
         new = msgspec.structs.replace(
             new, layout=known.layout + 1, variant=variant, dialect=found.dialect, estimate=expected
@@ -240,9 +254,10 @@ def _adopt(
             carry_over = CarryOver(made, directory.origins_of(new.layout))
             seen = msgspec.structs.replace(seen, carried=carry_over.count(found.rows, lambda row: matches[row] == NONE))
             _require_consent(job, options, seen, settings)
-            options.note(str(seen))
+            counts = {"kept": seen.kept, "dropped": seen.dropped, "to_send": seen.to_send}
+            options.note(Notice(str(seen), "changes", changed=seen.changed, **counts))
             schema = input_pass.schema_of(source, new)
-            entries = {**manifest.encode(new), **variants.encode(ways), origins.ENTRY: _encode(made)}
+            entries = {**new.encode(), **variants.encode(ways), origins.ENTRY: _encode(made)}
             input_pass.keep_digests(job, directory, new.layout, pictures, found)
             changes.lay_out(
                 answers, matches, source, new, schema, directory, checkpoint, entries, options.limit, carry_over
@@ -296,9 +311,9 @@ class ChangedError(JobError):
         self.changes = found
 
 
-def _require_limit_in_time(limit: int | None, checkpoint: Checkpoint) -> None:
+def _require_limit_in_time(limit: int | None, checkpoint: Checkpoint, known: Manifest) -> None:
     """Raises if rows behind the limit belong to an open chunk with pending rows: a chunk is sent as a whole."""
-    opened = _opened_rows(checkpoint)
+    opened = _opened_rows(checkpoint, known)
     if limit is not None and limit < opened and checkpoint.totals.settled() < opened:
         raise JobError(
             f"--limit {limit}: {plural(opened, 'row')} {are(opened)} already started; use at least "
@@ -306,15 +321,15 @@ def _require_limit_in_time(limit: int | None, checkpoint: Checkpoint) -> None:
         )
 
 
-def _opened_rows(checkpoint: Checkpoint) -> int:
+def _opened_rows(checkpoint: Checkpoint, known: Manifest) -> int:
     """The rows of chunks that were opened."""
     chunks = checkpoint.chunks()
-    return chunks[-1].end_row if chunks else 0
+    return chunks[-1].end_row - known.first_row if chunks else 0
 
 
 def _plan(
     job: Job,
-    facts: Manifest,
+    manifest: Manifest,
     ways: tuple[Variant, ...],
     variant: int,
     source: Source,
@@ -324,23 +339,23 @@ def _plan(
     *,
     resumed: bool,
 ) -> Plan:
-    types = None if facts.types is None else ColumnTypes.from_json(facts.types)
+    types = None if manifest.types is None else ColumnTypes.from_json(manifest.types)
     tables = {
         model: known.get(model) if known.get(model) and model not in job.pricing else _price(model, job, today)
-        for model in (*facts.models, *(way.request.model for way in ways[1:] if way.request.model is not None))
+        for model in (*manifest.models, *(way.request.model for way in ways[1:] if way.request.model is not None))
     }
-    preconditions.require_budget(job, facts.max_request, tables)
-    rows = facts.rows if limit is None else min(limit, facts.rows)
+    preconditions.require_budget(job, manifest.max_request, tables)
+    rows = manifest.rows if limit is None else min(limit, manifest.rows)
     return Plan(
-        facts,
+        manifest,
         rows,
         ways,
         variant,
         resumed,
         source,
         types,
-        input_pass.schema_of(source, facts),
-        manifest.answer_column(facts),
+        input_pass.schema_of(source, manifest),
+        manifest.answer_column,
         tables,
     )
 

@@ -6,6 +6,7 @@ from typing import BinaryIO, Literal
 import msgspec
 
 from batchrun.limits.deadline import Deadline
+from batchrun.records import Shard
 
 
 class RunOptions(msgspec.Struct, frozen=True):
@@ -13,7 +14,8 @@ class RunOptions(msgspec.Struct, frozen=True):
 
     `accept_changes`: True accepts a changed input or job, "input" a changed input only. `limit`: a pilot over the first
     rows, which a later start without it completes. `retry`: the statuses whose rows are sent again once every row is
-    settled; None: no retry. `problem` gets a line for each kind of invalid record, `note` other lines for the user.
+    settled; None: no retry. `shard`: the part of the input that this run is over; None: all of it. `problem` gets a
+    line for each kind of invalid record, `note` other lines for the user.
     """
 
     skip_invalid: bool = False
@@ -23,6 +25,7 @@ class RunOptions(msgspec.Struct, frozen=True):
     limit: int | None = None
     deadline: Deadline | None = None
     retry: frozenset[str] | None = None
+    shard: Shard | None = None
     stdin: BinaryIO | None = None
     problem: Callable[[str], None] = lambda line: None
     note: Callable[[str], None] = lambda line: None

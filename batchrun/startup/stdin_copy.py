@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from batchrun.durable import READ_BYTES, disk_errors, fsync
-from batchrun.source import digest, spool
+from batchrun.source import InputFile, digest, spool
 from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
 
@@ -45,7 +45,7 @@ def _take_beside(stream: BinaryIO, directory: RunDirectory) -> Path:
     return directory.given
 
 
-def put_in_place(files: tuple[Path, ...], directory: RunDirectory) -> tuple[Path, ...]:
+def put_in_place(files: tuple[InputFile, ...], directory: RunDirectory) -> tuple[InputFile, ...]:
     """Puts other rows in the place of the run's own, which stay beside them until `settle`; returns the files."""
     if files != (directory.given,):
         return files

@@ -16,8 +16,9 @@ from pathlib import Path
 from batchrun import __version__
 from batchrun.durable import disk_errors
 from batchrun.errors import CheckpointError, DiskError
-from batchrun.store import in_flight, manifest
+from batchrun.store import in_flight
 from batchrun.store.checkpoint import SPILL, Checkpoint
+from batchrun.store.manifest import Manifest
 
 
 def wal_of(path: Path) -> Path:
@@ -78,6 +79,6 @@ def record_lost(inflight: Path, checkpoint: Checkpoint) -> int:
         if entry is in_flight.UNREADABLE or not checkpoint.has_end(entry.row, entry.n)
     ]
     has_ids = any(entry.has_id for entry in lost)
-    prefix = manifest.decode(checkpoint.manifest_entries()).attempt_prefix if has_ids else ""
+    prefix = Manifest.decode(checkpoint.manifest_entries()).attempt_prefix if has_ids else ""
     checkpoint.add_possibly_billed(in_flight.possibly_billed(lost, checkpoint.invocation - 1, "crash", prefix))
     return len(lost)

@@ -120,7 +120,8 @@ class CarryOver:
         return pa.concat_tables(tables).sort_by("row")
 
     def _numbers(self, first_row: int, end_row: int) -> "array[int]":
-        return origins.read(self._path, first_row, end_row)
+        before = 0 if self._made is None else self._made.first_row
+        return origins.read(self._path, first_row - before, end_row - before)
 
     def _file(self, number: int) -> OldFile:
         assert self._made is not None

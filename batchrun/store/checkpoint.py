@@ -8,8 +8,9 @@ import contextlib
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
@@ -35,7 +36,7 @@ from batchrun.store.totals import (
     with_reopened,
 )
 
-FORMAT = 5
+FORMAT = 6
 """`PRAGMA user_version`. A run directory with another number is of another version: exit 7."""
 
 SINCE = "since"
@@ -81,12 +82,12 @@ class Checkpoint:
             if quick
             else Database.open(path, db_tables.TABLES, FORMAT, self._make_room)
         )
-        manifest: dict[str, str] = dict(self._database.records("manifest"))
-        self.since = int(manifest.get(SINCE, "0"))
+        entries: dict[str, str] = dict(self._database.records("manifest"))
+        self.since = int(entries.get(SINCE, "0"))
         self._reopened = bool(self._database.query("SELECT 1 FROM reopened LIMIT 1"))
         ((self._revision,),) = self._database.query("SELECT coalesce(max(revision), 0) FROM replaced")
         self._thread = threading.Thread(target=self._serve, name="checkpoint", daemon=True)
-        self.totals = self._read_totals(msgspec.json.decode(manifest.get(UNSTATED, "{}"), type=Unstated))
+        self.totals = self._read_totals(msgspec.json.decode(entries.get(UNSTATED, "{}"), type=Unstated))
         self._restore_spilled()
         self._thread.start()
 
@@ -138,6 +139,12 @@ class Checkpoint:
         self.invocation = self._call(start)
         return self.invocation
 
+    def last_invocation(self) -> int:
+        """The number of the start that worked on the run last."""
+        return self._call(
+            lambda: int(self._database.query("SELECT coalesce(max(invocation), 0) FROM invocations")[0][0])
+        )
+
     def chunks(self) -> list[Chunk]:
         """All chunks that were ever opened, in order."""
         return self._call(lambda: [Chunk(*record) for record in self._database.records("chunks", "ORDER BY chunk")])
@@ -176,21 +183,25 @@ class Checkpoint:
 
         self._call(lambda: self._change_totals(seal))
 
-    def reopen_chunks(self, chunks: Sequence[Chunk], rows: Sequence[Reopened], entries: Mapping[str, str]) -> None:
+    def reopen_chunks(self, chunks: Sequence[Chunk], rows: Iterable[Reopened], entries: Mapping[str, str]) -> None:
         """The chunks are open again over their base parts and these rows of theirs pending, in one transaction.
 
-        `entries` replace those of the same name in the manifest. The run is not finished any more.
+        `entries` replace those of the same name in the manifest. The run is not finished any more. `rows` may be
+        millions: a group of them is held at a time. On a full disk they are read again from the first one.
         """
 
         def reopen() -> Totals:
+            totals, left = self.totals, iter(rows)
             self._database.replace("chunks", [msgspec.structs.astuple(chunk) for chunk in chunks])
-            self._database.insert("reopened", [msgspec.structs.astuple(row) for row in rows])
+            while group := list(islice(left, MAX_GROUP)):
+                self._database.insert("reopened", [msgspec.structs.astuple(row) for row in group])
+                totals = with_reopened(totals, (row.line for row in group))
+                self._reopened = True
             self._database.query("DELETE FROM manifest WHERE name = 'finished'")
             self._database.replace("manifest", list(entries.items()))
-            return self._write_standing(with_reopened(self.totals, (row.line for row in rows)))
+            return self._write_standing(totals)
 
         self._call(lambda: self._change_totals(reopen))
-        self._reopened = self._reopened or bool(rows)
 
     def replace_chunks(
         self,
@@ -316,6 +327,10 @@ class Checkpoint:
             self.totals = with_possibly_billed(self.totals, entries)
 
         self._call(call)
+
+    def copy_to(self, path: Path) -> None:
+        """A copy of the database with everything that was put before, in a file that must not exist."""
+        self._call(lambda: self._database.copy_to(path))
 
     def close(self, *, finished: bool = False) -> None:
         """Commits everything that was put before, and closes the file."""
@@ -531,6 +546,13 @@ def _among(rows: Sequence[int]) -> str:
 
 def _wake_up() -> None:
     """A call that does nothing."""
+
+
+def read_copy(path: Path) -> tuple[dict[str, str], list[Chunk]]:
+    """The manifest entries and the chunks of a copy that `Checkpoint.copy_to` made."""
+    with contextlib.closing(Database.open_read_only(path, db_tables.TABLES, FORMAT)) as database:
+        chunks = [Chunk(*record) for record in database.records("chunks", "ORDER BY chunk")]
+        return dict(database.records("manifest")), chunks
 
 
 def read_finished(path: Path) -> dict[str, str]:

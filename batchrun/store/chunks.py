@@ -6,7 +6,7 @@ import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Protocol, cast
 
 import msgspec
 import pyarrow as pa
@@ -17,13 +17,14 @@ from batchrun.job.job import Output
 from batchrun.records import Completion, Discarded, Row, TotalsLine
 from batchrun.response import packed
 from batchrun.source import START, FileIdentity, Position, Source, Window, changed
+from batchrun.store import result_folder
 from batchrun.store.base_part import BasePart
 from batchrun.store.carry_over import CarryOver, Taken
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.db_tables import Chunk, Reopened
 from batchrun.store.rundir import RunDirectory
 from batchrun.store.stored_window import BATCH_ROWS, StoredWindow, typed, write
-from batchrun.tables import booked, files, pending
+from batchrun.tables import booked, completions, files, pending
 from batchrun.tables.arrow_types import JSON, Column
 from batchrun.tables.json_columns import ColumnTypes
 from batchrun.tables.rows import OWN_COLUMNS, joined, own_table
@@ -94,7 +95,7 @@ class OpenChunk:
 class Layout(msgspec.Struct, frozen=True):
     """How a run's rows become chunks. `identities` are the source's files as they were checked, `rejected` the ordinals
     of invalid records; `types` are those of JSONL columns, `parsed` the column of answers in JSON. `number` counts how
-    often a changed input or job was accepted; the run ends after `limit` rows.
+    often a changed input or job was accepted; the run begins with `first_row` and ends after `limit` rows.
     """
 
     source: Source
@@ -106,9 +107,20 @@ class Layout(msgspec.Struct, frozen=True):
     parsed: Column = JSON
     number: int = 0
     limit: int | None = None
+    first_row: int = 0
 
 
 NOTHING_CARRIED = CarryOver(None, Path())
+
+
+class Mirror(Protocol):
+    """Keeps a copy of the chunks in another place. Both calls block; an error ends the run."""
+
+    def opened(self, chunk: Chunk, directory: RunDirectory, checkpoint: Checkpoint) -> None:
+        """The chunk's input is stored in the other place, before any of its rows is sent."""
+
+    def sealed(self, chunk: Chunk, directory: RunDirectory, checkpoint: Checkpoint) -> None:
+        """The chunk's part is stored there, and the checkpoint that names it."""
 
 
 class Chunks:
@@ -121,8 +133,10 @@ class Chunks:
         layout: Layout,
         carry: CarryOver = NOTHING_CARRIED,
         on_carried: Callable[[Iterator[pa.RecordBatch]], None] | None = None,
+        mirror: Mirror | None = None,
     ) -> None:
         """`on_carried` gets the rows that took their answer without a request, as each chunk is sealed."""
+        self._mirror = mirror
         self._carry = carry
         self._on_carried = on_carried
         self._sealing = threading.Lock()  # of the thread that opens chunks and the one that seals them
@@ -140,13 +154,13 @@ class Chunks:
         self._schema = layout.schema
         self._settings = layout.settings
         self._parsed = layout.parsed
-        self._limit = layout.limit
+        self._end_row = None if layout.limit is None else layout.first_row + layout.limit
         on_record = checkpoint.chunks()
         self._on_record = list(on_record)
         self.sealed = {chunk.chunk: chunk for chunk in on_record if not chunk.open}
         self._opened = iter([chunk for chunk in on_record if chunk.open])
         self._next = len(on_record)
-        self._next_row = on_record[-1].end_row if on_record else 0
+        self._next_row = on_record[-1].end_row if on_record else layout.first_row
         self._position = msgspec.json.decode(on_record[-1].end_position, type=Position) if on_record else START
         self._windows = self._window_of(self._settings.chunk_rows)
 
@@ -160,6 +174,7 @@ class Chunks:
         for chunk in self._opened:
             reopened = self._open_chunks[chunk.chunk] = self._reopen(chunk)
             if reopened.left:
+                self._mirror_opened(chunk)
                 return reopened
             if not keep_settled:
                 self.seal(reopened)  # the process died between the last row's commit and the seal
@@ -172,9 +187,14 @@ class Chunks:
             return None
         self._check_unchanged()
         opened = self._open(window_read)
+        self._mirror_opened(opened.chunk)
         if not opened.left:
             self.seal(opened)
         return opened
+
+    def _mirror_opened(self, chunk: Chunk) -> None:
+        if self._mirror is not None:
+            self._mirror.opened(chunk, self._directory, self._checkpoint)
 
     def seal(self, open_chunk: OpenChunk) -> None:
         """Writes the chunk's rows as a part; deletes them from the database, its stored input and its base part.
@@ -217,6 +237,8 @@ class Chunks:
         self._input_of(chunk.chunk).unlink(missing_ok=True)
         if chunk.generation:
             self._directory.part_of(chunk.chunk, chunk.generation).unlink(missing_ok=True)
+        if self._mirror is not None:
+            self._mirror.sealed(sealed, self._directory, self._checkpoint)
 
     def _rows_in(self, part: Path, rows: Container[int]) -> Iterator[pa.RecordBatch]:
         name = f"{self._settings.prefix}row"
@@ -300,7 +322,7 @@ class Chunks:
 
     def _next_window(self) -> Window | None:
         """The rows of the next chunk; `limit` may cut the last one."""
-        left = None if self._limit is None else self._limit - self._next_row
+        left = None if self._end_row is None else self._end_row - self._next_row
         if left is not None and left <= 0:
             return None
         if left is not None and left < self._settings.chunk_rows:
@@ -400,9 +422,12 @@ class Chunks:
 
     # ── for a program that reads rows as they are settled ─────────────────────────────────────────────────────────────
 
-    def rows_of(self, records: Sequence[Completion], inputs: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
+    def completions_of(
+        self, records: Sequence[Completion], inputs: Sequence[pa.RecordBatch]
+    ) -> Iterator[completions.Completion]:
         """These rows as in the output; `inputs` are their slices of windows. Any thread may call it."""
-        return joined(typed(inputs, self._types), self._own(records), self._schema, self._parsed)
+        table = typed(inputs, self._types).select(self._schema.names[: -len(OWN_COLUMNS)])
+        return completions.settled(records, table, self._parsed, keep_raw=self._settings.raw == "always")
 
     def settled(self) -> Iterator[pa.RecordBatch]:
         """The rows that have a completion, in order, as in the output. Call it before `open_next`."""
@@ -456,8 +481,9 @@ class Chunks:
     def _part_of(self, chunk: Chunk) -> Path:
         """The path of a sealed chunk. A process that was killed at the end may have moved it to the result already."""
         part = self._directory.part_of(chunk.chunk, chunk.generation)
-        moved = files.part_in(self._directory.completions_folder, chunk.chunk)
-        return moved if self._settings.layout == "parts" and moved.exists() and not part.exists() else part
+        if self._settings.layout != "parts":
+            return part
+        return result_folder.place_of(part, chunk.chunk, chunk.part_digest or "", self._directory)
 
 
 def _by_size(

@@ -149,6 +149,11 @@ class Database:
         """Everything is in the one file, so that `open_read_only` can read it."""
         self.query("PRAGMA journal_mode = DELETE")
 
+    def copy_to(self, path: Path) -> None:
+        """A copy of the database as of now, without free pages, in a file that must not exist."""
+        with _sqlite_errors(path):
+            self._connection.execute("VACUUM INTO ?", (str(path),))
+
     def close(self) -> None:
         self._connection.close()
 

@@ -4,7 +4,6 @@ A row is sent, or takes its answer without a request: of an earlier result, or o
 The numbers are found once, when the input is checked, so that a chunk knows its own whenever it is opened or sealed.
 """
 
-import mmap
 import os
 from array import array
 from pathlib import Path
@@ -14,6 +13,7 @@ import msgspec
 
 from batchrun import durable
 from batchrun.durable import disk_errors
+from batchrun.store.row_numbers import RowNumbers
 
 ENTRY = "origins"
 """The manifest's entry that says what the file is made of."""
@@ -67,7 +67,8 @@ class OldFile(msgspec.Struct, frozen=True):
 class Origins(msgspec.Struct, frozen=True):
     """What the file was made of, and what it says. `digest` is the file's; None: every row is sent, there is no file.
 
-    `reused` rows take an earlier answer and `duplicates` that of an equal row; the others are sent.
+    `reused` rows take an earlier answer and `duplicates` that of an equal row; the others are sent. The file begins
+    with `first_row`.
     """
 
     rows: int
@@ -79,6 +80,7 @@ class Origins(msgspec.Struct, frozen=True):
     reused: int = 0
     duplicates: int = 0
     digest: str | None = None
+    first_row: int = 0
 
     @property
     def new(self) -> int:
@@ -91,30 +93,33 @@ class Origins(msgspec.Struct, frozen=True):
 
 
 class OriginsWriter:
-    """A new file of origins: every row is sent until it is said otherwise. Use as a context manager, then `keep` it."""
+    """A new file of origins, made when the first row is said not to be sent. Use it as a context manager, and `keep`
+    it if anything was written.
+    """
 
-    def __init__(self, path: Path, rows: int) -> None:
+    def __init__(self, path: Path, rows: int, first_row: int = 0) -> None:
         self._path = path
+        self._first_row = first_row
         self._temporary = path.with_name(path.name + durable.TEMP_SUFFIX)
-        with disk_errors(path):
-            self._file = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
-            os.posix_fallocate(self._file, 0, 8 * max(rows, 1))
-        self._map = mmap.mmap(self._file, 8 * max(rows, 1))
-        self._numbers = memoryview(self._map).cast("q")
-        block = b"\xff" * (1 << 20)  # SENT
-        for start in range(0, 8 * rows, len(block)):
-            self._map[start : start + len(block)] = block[: 8 * rows - start]
+        self._rows = rows
+        self._file = -1
+        self._numbers: RowNumbers | None = None
 
     def __setitem__(self, row: int, origin: int) -> None:
-        self._numbers[row] = origin
+        if self._numbers is None:
+            self._numbers = self._made()
+        self._numbers[row - self._first_row] = origin
 
-    def __getitem__(self, row: int) -> int:
-        return self._numbers[row]
+    def _made(self) -> RowNumbers:
+        with disk_errors(self._path):
+            self._file = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        numbers = RowNumbers(self._file, self._rows, self._path)
+        numbers.fill(SENT)
+        return numbers
 
     def keep(self) -> str:
         """The file is there under its name, durable; returns its digest."""
         with disk_errors(self._path):
-            self._map.flush()
             os.fsync(self._file)
             self._temporary.rename(self._path)
             durable.fsync(self._path.parent)
@@ -124,14 +129,13 @@ class OriginsWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._numbers.release()
-        self._map.close()
-        os.close(self._file)
-        self._temporary.unlink(missing_ok=True)
+        if self._numbers is not None:
+            os.close(self._file)
+            self._temporary.unlink(missing_ok=True)
 
 
 def read(path: Path, first_row: int, end_row: int) -> "array[int]":
-    """The origins of these rows."""
+    """The origins of these rows, counted from the file's first one."""
     numbers = array("q")
     with disk_errors(path), path.open("rb") as file:
         file.seek(8 * first_row)

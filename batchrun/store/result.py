@@ -8,11 +8,13 @@ import pyarrow as pa
 
 from batchrun import durable
 from batchrun.errors import ANOTHER, CheckpointError
-from batchrun.records import Summary
+from batchrun.records import FinishedResult, ResultFile, Summary
+from batchrun.store import result_folder
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.chunks import Chunks
 from batchrun.store.db_tables import Chunk
 from batchrun.store.manifest import Manifest
+from batchrun.store.result_folder import described
 from batchrun.store.rundir import RunDirectory
 from batchrun.tables import files
 
@@ -20,141 +22,139 @@ FINISHED = "finished"
 """The manifest entry that says the result is written. The parts are not needed from then on."""
 
 
-class Written(msgspec.Struct, frozen=True, array_like=True):
-    """Size, time and digest of a file of the result when it was written."""
-
-    size: int
-    mtime_ns: int
-    digest: str
-
-
-class Finished(msgspec.Struct, frozen=True):
-    """The result as it was written: `digest` of completions.parquet ("": the parts themselves are the result), `usage`
-    that of usage.parquet, and all files by their path in the run directory.
-    """
-
-    digest: str
-    usage: str
-    files: dict[str, Written] = {}
-
-
-def finished(manifest: Mapping[str, str]) -> Finished:
-    """The manifest entry `FINISHED`, which must be there."""
-    return msgspec.json.decode(manifest[FINISHED], type=Finished)
+def finished(entries: Mapping[str, str]) -> FinishedResult:
+    """The result that was written: the manifest entry `FINISHED`, which must be there."""
+    return msgspec.json.decode(entries[FINISHED], type=FinishedResult)
 
 
 def write(
-    facts: Manifest,
+    manifest: Manifest,
     schema: pa.Schema,
     checkpoint: Checkpoint,
     chunks: Chunks,
     directory: RunDirectory,
     summary: Summary,
-) -> None:
+) -> FinishedResult:
     """Writes the result and closes the checkpoint. Every step can be repeated after a kill."""
-    if FINISHED not in checkpoint.manifest_entries():
-        digest = _write_completions(facts, schema, chunks, directory, summary)
-        files.write_usage(directory.usage, checkpoint.totals.lines())
-        usage = durable.digest(directory.usage)
-        digests = {directory.usage: usage} | (_digests_of_parts(chunks, directory) if digest is None else {})
-        if digest is not None:
-            digests[directory.completions] = digest
-        files_written = {str(path.relative_to(directory.path)): _written(path, each) for path, each in digests.items()}
-        entry = Finished(digest or "", usage, files_written)
-        checkpoint.write_manifest({FINISHED: msgspec.json.encode(entry).decode()})
+    entries = checkpoint.manifest_entries()
+    if FINISHED in entries:
+        written = finished(entries)
+    else:
+        written = _written(manifest, schema, chunks, checkpoint, directory, summary)
+        checkpoint.write_manifest({FINISHED: msgspec.json.encode(written).decode()})
     checkpoint.close(finished=True)
-    tidy(directory)
+    tidy(directory, written)
+    return written
 
 
-def _digests_of_parts(chunks: Chunks, directory: RunDirectory) -> dict[Path, str]:
-    folder = directory.completions_folder
-    return {files.part_in(folder, number): chunk.part_digest or "" for number, chunk in chunks.sealed.items()}
+def _written(
+    manifest: Manifest,
+    schema: pa.Schema,
+    chunks: Chunks,
+    checkpoint: Checkpoint,
+    directory: RunDirectory,
+    summary: Summary,
+) -> FinishedResult:
+    """The result in its layout, in its place, with usage.parquet."""
+    sealed = sorted(chunks.sealed.items())
+    parts = [(directory.part_of(n, chunk.generation), chunk.part_digest or "", chunk.rows) for n, chunk in sealed]
+    if (rows := sum(rows for _, _, rows in parts)) != summary.rows:
+        raise CheckpointError(
+            f"{directory.path}: the run has {summary.rows:,} rows, {rows:,} are sealed; nothing is written"
+        )
+    if manifest.output.layout == "parts":
+        staged = result_folder.stage_parts(parts, directory)
+        if not parts:  # so that the folder has the columns
+            path = files.part_in(directory.staging, 0)
+            staged = [described(directory.path, path, files.write_part(path, schema, (), manifest.output, 0), 0)]
+        written = result_folder.publish(staged, bill(summary), directory)
+    elif manifest.output.partition_by:
+        staged = result_folder.stage_partitions(parts, schema, manifest.output, directory)
+        written = result_folder.publish(staged, bill(summary), directory)
+        kept = tuple(described(directory.path, *part) for part in parts)
+        written = msgspec.structs.replace(written, kept=kept)
+    else:
+        footer = {files.FOOTER_KEY: msgspec.json.encode(bill(summary)).decode()}
+        digest = files.assemble(parts, directory.completions, schema, manifest.output.compression, footer)
+        written = FinishedResult((described(directory.path, directory.completions, digest, rows),), ())
+    files.write_usage(directory.usage, checkpoint.totals.lines())
+    usage = described(directory.path, directory.usage, durable.digest(directory.usage), 0)
+    return msgspec.structs.replace(written, beside=(*written.beside, usage))
 
 
-def _written(path: Path, digest: str) -> Written:
-    found = path.stat()
-    return Written(found.st_size, found.st_mtime_ns, digest)
-
-
-def require_intact(directory: RunDirectory, layout: str, rows: int, manifest: Mapping[str, str]) -> None:
+def require_intact(directory: RunDirectory, rows: int, entries: Mapping[str, str]) -> None:
     """Checks the result of a finished run by the footers, sizes and times of its files. Only a file with another time,
     such as a copy, is read as a whole; `verify` reads them all.
 
     Raises:
-        CheckpointError: a file is missing, cut or changed, or has another number of rows.
+        CheckpointError: a file is missing, cut, changed or new, or has another number of rows.
     """
-    whole = [directory.completions]
-    if layout == "parts":
-        whole = sorted(directory.completions_folder.glob("*.parquet")) or [directory.completions_folder]
-    for path in (*whole, directory.usage):
-        if not path.exists():
+    written = finished(entries)
+    every = (*written.files, *written.beside, *written.kept)
+    for file in every:
+        if not (path := directory.path / file.name).exists():
             raise CheckpointError(f"{path} is missing, though the run is complete; restore it, or {ANOTHER}")
-    found = sum(map(files.rows_in, whole))
+    if unknown := unknown_files(directory, written):
+        raise CheckpointError(
+            f"{unknown[0]} is no file of the result, and who reads the folder would take it for one; move it away"
+        )
+    found = sum(files.rows_in(directory.path / file.name) for file in written.files)
     files.rows_in(directory.usage)
     if found != rows:
         raise CheckpointError(
             f"{directory.path}: the result has {found:,} rows, {rows:,} were written; "
             f"batchrun verify {directory.path} shows what is damaged"
         )
-    for name, written in finished(manifest).files.items():
-        _require_unchanged(directory, directory.path / name, written)
+    for file in every:
+        _require_unchanged(directory, directory.path / file.name, file)
 
 
-def _require_unchanged(directory: RunDirectory, path: Path, written: Written) -> None:
+def unknown_files(directory: RunDirectory, written: FinishedResult) -> list[Path]:
+    """Files in the result's folder that are not of it, and that readers of the folder would read."""
+    if not written.folder:
+        return []
+    folder, known = directory.path / written.folder, {directory.path / file.name for file in written.files}
+    below = (path for path in folder.rglob("*") if path.is_file() and path not in known)
+    return sorted(path for path in below if not path.name.startswith((".", "_")))
+
+
+def _require_unchanged(directory: RunDirectory, path: Path, written: ResultFile) -> None:
     found = path.stat()
-    if found.st_size == written.size and found.st_mtime_ns == written.mtime_ns:
+    if found.st_size == written.size_bytes and found.st_mtime_ns == written.mtime_ns:
         return
-    if found.st_size != written.size or durable.digest(path) != written.digest:
+    if found.st_size != written.size_bytes or durable.digest(path) != written.digest:
         raise CheckpointError(
             f"{path} was changed after it was written; restore it, or run batchrun verify {directory.path}"
         )
 
 
-def tidy(directory: RunDirectory) -> None:
+def tidy(directory: RunDirectory, written: FinishedResult) -> None:
     """Deletes the files that only an unfinished run needs."""
+    kept = {directory.path / file.name for file in written.kept}
     origins = directory.path.glob("origins*")
     for path in (*directory.parts.iterdir(), *origins, directory.reserve, directory.inflight, directory.partial):
-        path.unlink(missing_ok=True)
-
-
-def _write_completions(
-    facts: Manifest, schema: pa.Schema, chunks: Chunks, directory: RunDirectory, summary: Summary
-) -> str | None:
-    """Writes the result; the digest of completions.parquet, or None if the parts themselves are the result."""
-    parts = [
-        (directory.part_of(number, chunk.generation), chunk.part_digest or "", chunk.rows)
-        for number, chunk in sorted(chunks.sealed.items())
-    ]
-    settings = facts.output
-    if (rows := sum(rows for _, _, rows in parts)) != summary.rows:
-        raise CheckpointError(
-            f"{directory.path}: the run has {summary.rows:,} rows, {rows:,} are sealed; nothing is written"
-        )
-    if settings.layout == "parts":
-        files.move_parts(parts, directory.completions_folder)
-        if not parts:  # so that the folder has the columns
-            files.write_part(files.part_in(directory.completions_folder, 0), schema, (), settings, 0)
-        return None
-    footer = {files.FOOTER_KEY: msgspec.json.encode(bill(summary)).decode()}
-    return files.assemble(parts, directory.completions, schema, settings.compression, footer)
+        if path not in kept:
+            path.unlink(missing_ok=True)
+    for folder in directory.path.glob(f"{directory.completions_folder.name}*{durable.TEMP_SUFFIX}"):
+        durable.remove_folder(folder)
 
 
 def bill(summary: Summary) -> dict[str, object]:
     """The run in the footer of its result, so that a file that was moved still has it: its bill, and that it is
     complete.
     """
-    names = ("job", "run_id", "begun_at", "rows", "by_status", "totals", "cost_usd", "wasted_usd")
+    names = ("job", "run_id", "created_at", "rows", "by_status", "totals", "cost_usd", "wasted_usd")
     doubts = ("unpriced", "without_usage", "possibly_billed_count", "possibly_billed_usd", "models", "price")
     copy = ("invocation", "updated_at")  # which of two copies is the newer
-    beside = ("tags", "estimate", "reused", "duplicates", "saved_usd")
+    beside = ("tags", "estimate", "reused", "duplicates", "saved_usd", "shard", "merged")
     bill = {name: getattr(summary, name) for name in (*names, *doubts, *copy, *beside)}
     return {"version": summary.version, "complete": True, "rows_in_output": summary.rows, **bill}
 
 
 def restore_parts(
-    facts: Manifest, checkpoint: Checkpoint, chunks: Sequence[Chunk], directory: RunDirectory
+    manifest: Manifest, checkpoint: Checkpoint, chunks: Sequence[Chunk], directory: RunDirectory
 ) -> list[Chunk]:
-    """Cuts the result of a finished run into parts again; returns the chunks with these parts.
+    """Cuts the result of a finished run into parts again, unless they were kept; returns the chunks with these parts.
 
     The result stays until a new one replaces it. The parts count once the chunks are in the checkpoint.
 
@@ -162,18 +162,21 @@ def restore_parts(
         CheckpointError: the result was changed after it was written.
     """
     directory.parts.mkdir(mode=0o700, exist_ok=True)
-    settings = facts.output
+    settings = manifest.output
     if settings.layout == "parts":
         for chunk in chunks:
-            files.copy_part(
+            files.link_part(
                 files.part_in(directory.completions_folder, chunk.chunk),
                 directory.part_of(chunk.chunk, chunk.generation),
                 chunk.part_digest or "",
             )
         return list(chunks)
-    digest = finished(checkpoint.manifest_entries()).digest
+    written = finished(checkpoint.manifest_entries())
+    if written.kept:
+        return list(chunks)
+    (whole,) = written.files
     schema = files.schema_of(directory.completions)
-    pieces = files.cut(directory.completions, digest, [chunk.rows for chunk in chunks])
+    pieces = files.cut(directory.completions, whole.digest, [chunk.rows for chunk in chunks])
     restored = []
     for chunk, batches in zip(chunks, pieces, strict=True):
         generation = chunk.generation + 1

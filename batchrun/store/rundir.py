@@ -6,7 +6,7 @@ import glob
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -14,6 +14,9 @@ import msgspec
 
 from batchrun.durable import disk_errors
 from batchrun.errors import JobError, RunLockedError
+from batchrun.job.job import Output
+from batchrun.storage import urls
+from batchrun.storage.urls import Url
 
 NETWORK_FILE_SYSTEMS = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "fuse.sshfs", "ceph", "lustre"})
 """Their locks and fsync are not what SQLite needs (sqlite.org, "How To Corrupt", section 2.1)."""
@@ -34,6 +37,7 @@ class RunDirectory:
         self.path = path
         self.completions = path / "completions.parquet"
         self.completions_folder = path / "completions"  # layout = "parts"
+        self.staging = path / "completions.tmp"  # that folder while it is made
         self.partial = path / "completions.partial.parquet"  # of a run that is not complete
         self.usage = path / "usage.parquet"
         self.summary = path / "summary.json"
@@ -47,6 +51,7 @@ class RunDirectory:
         self.spool_before = path / "input.before.jsonl"
         self.log = path / "run.log"
         self.control = path / "control.json"
+        self.writer = path / "writer"  # our name among the writers of an object store
 
     def input_of(self, chunk: int, layout: int = 0) -> Path:
         """The stored input of an open chunk; `layout` counts how often a changed input or job was accepted."""
@@ -187,10 +192,47 @@ def file_system(path: Path, mountinfo: Path = MOUNTINFO) -> str:
     return ""
 
 
+STATE_DIR = "~/.local/state/batchrun"
+"""Where the directories of runs are whose result goes to an object store."""
+
+
+def pattern_of(output: Output) -> str:
+    """The pattern of the run's own directory: `output.path`, or for a URL its path below `output.state_dir`.
+
+    Raises:
+        JobError: the URL is invalid, or there is a `state_dir` and no URL.
+    """
+    if not urls.is_url(output.path):
+        if output.state_dir is not None:
+            raise JobError("output.state_dir: is for a run whose output.path is a URL such as s3://bucket/folder")
+        return output.path
+    return str(_state_of(output) / urls.parse(output.path, "output.path").path.rstrip("/"))
+
+
+def published_at(output: Output, directory: Path) -> Url | None:
+    """Where the result of the run in the directory is published; None if the directory itself is the place."""
+    if not urls.is_url(output.path):
+        return None
+    return urls.parse(output.path, "output.path").at(directory.relative_to(_state_of(output)).as_posix())
+
+
+def _state_of(output: Output) -> Path:
+    root = Path(output.state_dir or STATE_DIR).expanduser()
+    return root / urls.parse(output.path, "output.path").scheme
+
+
 _DATE = r"\d{4}-\d{2}-\d{2}(?:-\d+)?"
 
 
-def place(pattern: str, job: str, *, date: str | None, now: datetime, new: bool) -> tuple[Path, str | None]:
+def place(
+    pattern: str,
+    job: str,
+    *,
+    date: str | None,
+    now: datetime,
+    new: bool,
+    taken: Callable[[Path], bool] = Path.exists,
+) -> tuple[Path, str | None]:
     """The run directory for this start, and the date of the earlier unfinished run that it resumes, if it does.
 
     `{date}` is `date` if given; else that of the pattern's newest directory, if its run is unfinished; else the local
@@ -204,7 +246,7 @@ def place(pattern: str, job: str, *, date: str | None, now: datetime, new: bool)
     wanted = date or now.date().isoformat()
     path = Path(fixed.replace("{date}", wanted))
     if new:
-        return _unused(fixed, wanted, path), None
+        return _unused(fixed, wanted, path, taken), None
     if date is None and "{date}" in fixed and (newest := _newest(fixed)) is not None and newest[0] != wanted:
         summary = RunDirectory(newest[1]).read_summary()
         if summary is not None and not summary.get("complete") and summary.get("job") == job:
@@ -248,11 +290,11 @@ def _stopped(directory: RunDirectory, job: str) -> bool:
     return summary.get("complete") is False and summary.get("job") == job and not directory.locked()
 
 
-def _unused(pattern: str, date: str, path: Path) -> Path:
-    if "{date}" not in pattern and path.exists():
+def _unused(pattern: str, date: str, path: Path, taken: Callable[[Path], bool]) -> Path:
+    if "{date}" not in pattern and taken(path):
         raise JobError(f"--new: {path} exists and output.path has no {{date}}; name another with -o")
     number = 1
-    while path.exists():
+    while taken(path):
         number += 1
         path = Path(pattern.replace("{date}", f"{date}-{number}"))
     return path

@@ -45,6 +45,12 @@ def schema_of(path: Path) -> pa.Schema:
         raise CheckpointError(f"{path}: the input of an open chunk can't be read: {error}") from error
 
 
+def rows_stored(path: Path) -> int:
+    """How many rows the stored input has."""
+    with pa.OSFile(str(path), "rb") as file, pa.ipc.open_file(file) as reader:
+        return sum(reader.get_batch(number).num_rows for number in range(reader.num_record_batches))
+
+
 class StoredWindow:
     """An open chunk's input from row `first_row` on, mapped into memory."""
 
@@ -57,6 +63,7 @@ class StoredWindow:
         self._path = path
         self._first_row = first_row
         self._mapped: pa.RecordBatchFileReader | None = None
+        self._last: dict[int, pa.RecordBatch] = {}  # the last two by number: rows are settled in nearly their order
         self._reading = threading.Lock()
 
     def row(self, row: int) -> Row:
@@ -92,6 +99,7 @@ class StoredWindow:
         """Closes the file until it is read again: a chunk that waits for others must not take a file descriptor."""
         with self._reading:
             self._mapped = None
+            self._last.clear()
 
     def _batches(self) -> int:
         with self._reading:
@@ -99,7 +107,11 @@ class StoredWindow:
 
     def _batch(self, number: int) -> pa.RecordBatch:
         with self._reading:
-            return self._reader().get_batch(number)
+            if (batch := self._last.get(number)) is None:
+                if len(self._last) == 2:
+                    del self._last[min(self._last)]
+                batch = self._last[number] = self._reader().get_batch(number)
+            return batch
 
     def _reader(self) -> pa.RecordBatchFileReader:
         if self._mapped is None:

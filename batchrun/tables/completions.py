@@ -1,7 +1,7 @@
 """Rows of the output as values of a program: what `async for` over a Runner hands out. PURE."""
 
-from collections.abc import Iterator
-from datetime import datetime
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any, TypeVar
 
@@ -9,7 +9,9 @@ import msgspec
 import pyarrow as pa
 
 from batchrun.records import Choice, FunctionCall, RowError, SetAside, Status
-from batchrun.tables.rows import OWN_COLUMNS
+from batchrun.records import Completion as Record
+from batchrun.tables.arrow_types import Column, array_of
+from batchrun.tables.rows import OWN_COLUMNS, USD, own_values, with_problems
 
 T = TypeVar("T")
 
@@ -78,14 +80,38 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
 
 OWN = tuple(name for name in Completion.__struct_fields__ if name != "input")
 
+_EPOCH = datetime.fromtimestamp(0, UTC)
+_USD = Decimal(1).scaleb(-USD.scale)
+
 
 def read(rows: pa.RecordBatch) -> Iterator[Completion]:
     """The completions that rows of the output are: its own columns are the last ones, whatever their prefix."""
-    names = rows.schema.names[-len(OWN_COLUMNS) :]
-    own = {column: name for column, name in zip(names, OWN_COLUMNS.names, strict=True) if name in OWN}
-    for row in rows.to_pylist():
-        values = {name: row[column] for column, name in own.items()}
-        values["input"] = {column: value for column, value in row.items() if column not in names}
+    inputs = len(rows.schema) - len(OWN_COLUMNS)
+    own = zip(OWN_COLUMNS.names, rows.columns[inputs:], strict=True)
+    return _made({name: column.to_pylist() for name, column in own}, rows.select(range(inputs)).to_pylist())
+
+
+def settled(records: Sequence[Record], inputs: pa.Table, parsed: Column, *, keep_raw: bool) -> Iterator[Completion]:
+    """The completions that these records are, equal to what `read` gives once they are in the output. `inputs` are the
+    rows' columns that the output has.
+
+    Without 40 Arrow columns between, since a reader gets a few rows at a time.
+    """
+    values = own_values(records, keep_raw=keep_raw)
+    for name in ("created", "finished_at"):
+        values[name] = [None if us is None else _EPOCH + timedelta(microseconds=us) for us in values[name]]
+    for name in ("cost_usd", "reported_cost_usd", "answer_cost_usd"):
+        values[name] = [None if usd is None else usd.quantize(_USD) for usd in values[name]]
+    if parsed.kind != "json":
+        array, problems = array_of(parsed, values["parsed"])
+        values["parsed"] = array.to_pylist()
+        values["error"] = with_problems(values["error"], problems)
+    return _made(values, inputs.to_pylist())
+
+
+def _made(columns: Mapping[str, Sequence[Any]], inputs: Sequence[dict[str, Any]]) -> Iterator[Completion]:
+    for *own, row in zip(*(columns[name] for name in OWN), inputs, strict=True):
+        values = dict(zip(OWN, own, strict=True))
         values["status"] = Status(values["status"])
         if values["parsed"] is not None:  # a column may have less of it than there is, such as no names of its own
             values["parsed"] = msgspec.json.decode(values["content"])
@@ -97,4 +123,4 @@ def read(rows: pa.RecordBatch) -> Iterator[Completion]:
             values["tool_calls"] = msgspec.json.decode(values["tool_calls"])
         values["set_aside"] = tuple(SetAside(**answer) for answer in values["set_aside"] or ())
         values["choices"] = tuple(Choice(**choice) for choice in values["choices"] or ())
-        yield Completion(**values)
+        yield Completion(**values, input=row)

@@ -15,7 +15,7 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchrun.durable import digest, disk_errors, fsync, replace
+from batchrun.durable import digest, disk_errors, link, replace
 from batchrun.errors import CheckpointError
 from batchrun.job.job import Output
 from batchrun.records import TotalsLine
@@ -128,21 +128,16 @@ def assemble(
     return digest(to)
 
 
-def move_parts(parts: Sequence[tuple[Path, str, int]], folder: Path) -> None:
-    """The parts are the result: `folder/part-000000.parquet` and on. Safe to repeat after a crash in the middle."""
-    with disk_errors(folder):
-        folder.mkdir(mode=0o700, exist_ok=True)
-        for number, (path, expected, _) in enumerate(parts):
-            target = part_in(folder, number)
-            found = path if path.exists() else target
-            require_digest(found, expected)
-            found.rename(target)
-        fsync(folder)
-
-
 def part_in(folder: Path, number: int) -> Path:
     """Where a part is when the parts themselves are the result."""
     return folder / f"part-{number:06d}.parquet"
+
+
+def link_part(source: Path, to: Path, expected_digest: str) -> None:
+    """`to` is the part, too, without a byte copied where the file system has links: parts are never changed."""
+    require_digest(source, expected_digest)
+    with disk_errors(to):
+        link(source, to)
 
 
 def copy_part(source: Path, to: Path, expected_digest: str) -> None:

@@ -1,7 +1,7 @@
 """Settled rows as an Arrow table: the input's columns, then ours. The schemas are constants. PURE"""
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import msgspec
 import pyarrow as pa
@@ -73,6 +73,8 @@ OWN_COLUMNS = pa.schema(_OWN)
 text here, and gets the type that the job's schema gives it where rows are written into a file (`joined`).
 """
 
+TOKENS = tuple(name for name in OWN_COLUMNS.names if name.endswith("_tokens"))
+
 NOT_IN_PARSED = "not_in_parsed"
 """The `error.kind` of a good answer of which `parsed` can't hold everything: the rest is in `content` only."""
 
@@ -133,14 +135,20 @@ def own_schema(prefix: str, parsed: Column = JSON) -> pa.Schema:
 
 def own_table(completions: Sequence[Completion], *, keep_raw: bool) -> pa.Table:
     """The completions as our columns, `OWN_COLUMNS`. Answers are read from `raw` here."""
+    values = own_values(completions, keep_raw=keep_raw)
+    return pa.Table.from_arrays([pa.array(values[field.name], field.type) for field in OWN_COLUMNS], schema=OWN_COLUMNS)
+
+
+def own_values(completions: Sequence[Completion], *, keep_raw: bool) -> dict[str, list[Any]]:
+    """The same as lists of Python values by the columns' names; times are microseconds."""
     read = [answers.read(completion.raw) if completion.raw else Answer() for completion in completions]
     pairs = list(zip(completions, read, strict=True))
     usages = [answer.usage for answer in read]
 
-    def tokens(name: str) -> list[int | None]:
+    def tokens(name: str) -> list[Any]:
         return [None if usage is None else getattr(usage, name) for usage in usages]
 
-    values: dict[str, list[object]] = {
+    return {
         "row": [c.row for c in completions],
         "status": [str(c.status) for c in completions],
         "content": [a.content for a in read],
@@ -157,7 +165,7 @@ def own_table(completions: Sequence[Completion], *, keep_raw: bool) -> pa.Table:
         "request_id": [c.request_id for c in completions],
         "created": [None if a.created is None else a.created * 1_000_000 for a in read],
         "finished_at": [int(c.finished_at * 1_000_000) for c in completions],
-        **{name: list(tokens(name)) for name in OWN_COLUMNS.names if name.endswith("_tokens")},
+        **{name: tokens(name) for name in TOKENS},
         "cost_usd": [c.cost_usd for c in completions],
         "reported_cost_usd": [c.reported_cost_usd for c in completions],
         "answer_cost_usd": [c.answer_cost_usd for c in completions],
@@ -173,7 +181,6 @@ def own_table(completions: Sequence[Completion], *, keep_raw: bool) -> pa.Table:
         "invocation": [c.invocation for c in completions],
         "raw": [packed.plain(c.raw) if keep_raw or c.status is not Status.OK or a.flagged else None for c, a in pairs],
     }
-    return pa.Table.from_arrays([pa.array(values[field.name], field.type) for field in OWN_COLUMNS], schema=OWN_COLUMNS)
 
 
 def joined(table: pa.Table, own: pa.Table, schema: pa.Schema, parsed: Column = JSON) -> pa.RecordBatch:
@@ -188,15 +195,20 @@ def _typed(own: pa.Table, parsed: Column) -> pa.Table:
     """Our columns with `parsed` in its type; rows of which it can't hold everything say so in `error`."""
     texts = cast(list[str | None], own.column("parsed").to_pylist())
     array, problems = array_of(parsed, texts)
-    errors = own.column("error").to_pylist()
-    for row, message in problems.items():
-        errors[row] = errors[row] or msgspec.to_builtins(RowError(NOT_IN_PARSED, None, None, message))
+    errors = with_problems(own.column("error").to_pylist(), problems)
     place = own.schema.get_field_index("parsed")
     typed = own.set_column(place, pa.field("parsed", parsed.type()), array)
     if not problems:
         return typed
     error = own.schema.field("error")
     return typed.set_column(own.schema.get_field_index("error"), error, pa.array(errors, error.type))
+
+
+def with_problems(errors: list[Any], problems: Mapping[int, str]) -> list[Any]:
+    """The `error` of each row; where a row has none, what `array_of` says of its place."""
+    for row, message in problems.items():
+        errors[row] = errors[row] or msgspec.to_builtins(RowError(NOT_IN_PARSED, None, None, message))
+    return errors
 
 
 def as_own(ours: pa.Table) -> pa.Table:

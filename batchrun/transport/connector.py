@@ -145,13 +145,14 @@ def open_socket(address: AddressInfo) -> socket.socket:
     return opened
 
 
-def ssl_context_of(endpoint: Endpoint) -> ssl.SSLContext:
-    """One verifying TLS context for all connections: building one costs 20 ms and more.
+def ssl_context_of(endpoint: Endpoint, ca: str | None = None) -> ssl.SSLContext:
+    """One verifying TLS context for all connections: building one costs 20 ms and more. `ca` stands for the content of
+    `endpoint.ca_file`.
 
     Raises:
         JobError: `endpoint.ca_file` can't be loaded.
     """
     try:
-        return ssl.create_default_context(cafile=endpoint.ca_file)
+        return ssl.create_default_context(cafile=endpoint.ca_file if ca is None else None, cadata=ca)
     except OSError as error:
         raise JobError(f"endpoint.ca_file: can't load {endpoint.ca_file}: {error}") from error

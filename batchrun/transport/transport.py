@@ -1,9 +1,9 @@
 """`Transport`: one request → one response, in plain values; and the choice between its two implementations."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import Literal, Protocol
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Literal, NamedTuple, Protocol
 
 import aiohttp
 import msgspec
@@ -38,8 +38,29 @@ class Transport(Protocol):
 class Choice(msgspec.Struct, frozen=True):
     """Which transport is used, and why."""
 
-    wire: Literal["lean", "session"]
+    wire: Literal["lean", "session", "ray"]
     why: str
+
+
+class Wanted(NamedTuple):
+    """What a run needs: a transport to each endpoint, in their order.
+
+    At most `in_flight` requests are sent at once, and so many `tails` of ended streams may keep their connection for a
+    second. `log` writes an event to run.log.
+    """
+
+    endpoints: Sequence[Endpoint]
+    credentials: Credentials
+    in_flight: int
+    tails: int
+    log: Callable[..., None]
+
+
+class Opened(NamedTuple):
+    """An open transport, and why it is of its kind."""
+
+    transport: Transport
+    choice: Choice
 
 
 def choose(endpoint: Endpoint) -> Choice:
@@ -55,15 +76,38 @@ def choose(endpoint: Endpoint) -> Choice:
 
 
 @asynccontextmanager
-async def opened(
-    choice: Choice, url: str, endpoint: Endpoint, credentials: Credentials, *, tails: int = MAX_TAILS
-) -> AsyncIterator[Transport]:
-    """Opens the chosen transport. `tails` ended streams may keep their connection for a second.
+async def opened_here(wanted: Wanted) -> AsyncIterator[list[Opened]]:
+    """Opens transports in this process.
 
     Raises:
         JobError: `endpoint.ca_file` can't be loaded.
     """
-    tls, peer = ssl_context_of(endpoint), Peer(tails)
+    transports = []
+    async with AsyncExitStack() as stack:
+        for endpoint, credentials in zip(wanted.endpoints, wanted.credentials.members, strict=True):
+            choice = choose(endpoint)
+            transport = opened(choice, endpoint.full_url, endpoint, credentials, tails=wanted.tails)
+            transports.append(Opened(await stack.enter_async_context(transport), choice))
+        yield transports
+
+
+@asynccontextmanager
+async def opened(
+    choice: Choice,
+    url: str,
+    endpoint: Endpoint,
+    credentials: Credentials,
+    *,
+    tails: int = MAX_TAILS,
+    ca: str | None = None,
+) -> AsyncIterator[Transport]:
+    """Opens the chosen transport. `tails` ended streams may keep their connection for a second. `ca` is the content of
+    `endpoint.ca_file`, where that file can't be read.
+
+    Raises:
+        JobError: `endpoint.ca_file` can't be loaded.
+    """
+    tls, peer = ssl_context_of(endpoint, ca), Peer(tails)
     if choice.wire == "lean":
         async with lean_transport(url, endpoint, credentials, tls, peer) as lean:
             yield lean

@@ -1,4 +1,4 @@
-"""The bill over runs, from the command line: what nobody knows the price of is never shown as free."""
+"""The bill over runs, from the command line: an unknown price is never shown as free."""
 
 import csv
 import io

@@ -86,8 +86,8 @@ def settled(out: Path) -> int:
 def report(nights: Nights, *arguments: str) -> dict[str, Any]:
     ended = batchrun("report", nights.folder / "runs", "--format", "json", *arguments)
     assert ended.exit_code == 0, ended.stderr
-    told: dict[str, Any] = json.loads(ended.stdout)
-    return told
+    reported: dict[str, Any] = json.loads(ended.stdout)
+    return reported
 
 
 # ── against the ledger, and against an independent sum over the files ─────────────────────────────────────────────────
@@ -219,12 +219,12 @@ def test_a_workbook_holds_figures_as_exact_numbers(nights: Nights, tmp_path: Pat
     for sheet, exact in (("bill", False), ("exact", True)):
         header, *lines = list(book[sheet].values)
         for line, cells in zip([*bill["lines"], {"night": "total", **bill["total"]}], lines, strict=True):
-            told = dict(zip(header, cells, strict=True))
+            reported = dict(zip(header, cells, strict=True))
             for name, value in line.items():
                 if name.endswith("_usd") and value is not None and not exact:
-                    assert told[str(name)] == pytest.approx(float(value), rel=1e-14)
+                    assert reported[str(name)] == pytest.approx(float(value), rel=1e-14)
                 else:
-                    assert told[str(name)] == value or (value == 0 and told[str(name)] == 0), name
+                    assert reported[str(name)] == value or (value == 0 and reported[str(name)] == 0), name
     assert any("mystery-model" in str(cells[0]) for cells in book["beyond the figures"].values)
 
 
@@ -283,8 +283,8 @@ def test_rows_name_their_local_day_within_utc(nights: Nights) -> None:
     copy.mkdir(exist_ok=True)
     pq.write_table(table.from_pylist(moved, table.schema), copy / "completions.parquet")
     lines = [line | {"day": "2026-11-28"} for line in summary["totals"]]
-    told = summary | {"totals": lines, "begun_at": "2026-11-28T14:00:00Z", "updated_at": "2026-11-28T16:00:00Z"}
-    (copy / "summary.json").write_text(json.dumps(told))
+    reported = summary | {"totals": lines, "created_at": "2026-11-28T14:00:00Z", "updated_at": "2026-11-28T16:00:00Z"}
+    (copy / "summary.json").write_text(json.dumps(reported))
     bills = {line.group[0]: line for line in bill.collect([copy], ("day",), keys.span("Asia/Tokyo", None, None)).lines}
     assert list(bills) == ["2026-11-28", "2026-11-28 or 2026-11-29", "2026-11-29"]
     for day, parity in (("2026-11-28", 0), ("2026-11-29", 1)):
@@ -351,21 +351,21 @@ def test_an_invoice_is_reconciled_request_by_request(nights: Nights, tmp_path: P
     runs = nights.folder / "runs"
     complete = [out for out in sorted((runs / "night").iterdir()) if out.name != NIGHTS[-1]]
     arguments = ("--reconcile", tmp_path / "invoice.csv", "--format", "json")
-    told = json.loads(batchrun("report", *complete, *arguments).stdout)
+    reported = json.loads(batchrun("report", *complete, *arguments).stdout)
     bill = json.loads(batchrun("report", *complete, "--format", "json").stdout)
-    assert told["by"] == "request"
-    assert (told["different"], told["missing_there"]) == (0, 0)
-    assert told["unpriced"] == bill["unpriced"]["mystery-model"]
-    assert Decimal(told["here_usd"]) == Decimal(bill["total"]["cost_usd"])
-    assert Decimal(told["there_usd"]) == total
+    assert reported["by"] == "request"
+    assert (reported["different"], reported["missing_there"]) == (0, 0)
+    assert reported["unpriced"] == bill["unpriced"]["mystery-model"]
+    assert Decimal(reported["here_usd"]) == Decimal(bill["total"]["cost_usd"])
+    assert Decimal(reported["there_usd"]) == total
     ids = run_ids(nights)
     last = [
         each
         for each in nights.ledger
         if each["billed"] and ids[each["client_request_id"].partition("-")[0]] == NIGHTS[-1]
     ]
-    assert told["missing_here"] == len(last)
-    assert told["doubtful"] <= bill["possibly_billed"]
+    assert reported["missing_here"] == len(last)
+    assert reported["doubtful"] <= bill["possibly_billed"]
     shown = batchrun("report", *complete, "--reconcile", tmp_path / "invoice.csv").stdout
     assert f"missing here: {len(last):,}, $" in shown
     whole = json.loads(batchrun("report", runs, *arguments).stdout)
@@ -373,22 +373,30 @@ def test_an_invoice_is_reconciled_request_by_request(nights: Nights, tmp_path: P
 
 
 def test_reconciliation_separates_prices_from_missing_lines(tmp_path: Path) -> None:
-    """Other prices, lines that were lost and lines we don't know are reported separately."""
+    """Other prices, lines that were lost and lines we don't know are said separately."""
     rows = [row(number, request_id=f"req_{number}") for number in range(10)]
     run = write_result(tmp_path / "run", rows)
     lines = [f"req_{number},{'0.003' if number == 4 else '$0.001'}" for number in range(1, 10)]
     (tmp_path / "invoice.csv").write_text(
         "\ufeffRequest ID,Amount (USD)\n" + "\n".join([*lines, 'stranger,"1,000.5"']) + "\n"
     )
-    told = json.loads(batchrun("report", run, "--reconcile", tmp_path / "invoice.csv", "--format", "json").stdout)
-    assert (told["matched"], told["different"], told["missing_here"], told["missing_there"]) == (8, 1, 1, 1)
-    assert told["differences"] == [{"key": "req_4", "here_usd": "0.001000000000", "there_usd": "0.003"}]
-    assert (told["only_there"], told["only_here"]) == (["stranger"], ["req_0"])
-    assert (Decimal(told["missing_here_usd"]), Decimal(told["difference_usd"])) == (Decimal("1000.5"), Decimal("0.002"))
+    said = json.loads(batchrun("report", run, "--reconcile", tmp_path / "invoice.csv", "--format", "json").stdout)
+    assert (said["matched"], said["different"], said["missing_here"], said["missing_there"]) == (
+        8,
+        1,
+        1,
+        1,
+    )
+    assert said["differences"] == [{"key": "req_4", "here_usd": "0.001000000000", "there_usd": "0.003"}]
+    assert (said["only_there"], said["only_here"]) == (["stranger"], ["req_0"])
+    assert (Decimal(said["missing_here_usd"]), Decimal(said["difference_usd"])) == (
+        Decimal("1000.5"),
+        Decimal("0.002"),
+    )
     by_day = "date,model,cost\n2026-11-01T00:00:00Z,vtrix-gpt-5.3-codex,0.01\n2026-11-02,other,5\n"
     (tmp_path / "days.csv").write_text(by_day)
-    told = json.loads(batchrun("report", run, "--reconcile", tmp_path / "days.csv", "--format", "json").stdout)
-    assert (told["by"], told["matched"], told["only_there"]) == ("day and model", 1, ["2026-11-02 other"])
+    said = json.loads(batchrun("report", run, "--reconcile", tmp_path / "days.csv", "--format", "json").stdout)
+    assert (said["by"], said["matched"], said["only_there"]) == ("day and model", 1, ["2026-11-02 other"])
     for wrong in ("a,b\n1,2\n", "", "request_id,amount\nx,much\n", "request_id,amount\nx,nan\n"):
         (tmp_path / "wrong.csv").write_text(wrong)
         ended = batchrun("report", run, "--reconcile", tmp_path / "wrong.csv")
@@ -399,16 +407,16 @@ def test_reconciliation_separates_prices_from_missing_lines(tmp_path: Path) -> N
 def test_repricing_equals_the_ledger_at_new_prices(nights: Nights, tmp_path: Path) -> None:
     (tmp_path / "prices.toml").write_text('[pricing."mystery-model"]\ninput = 2\noutput = 3\nper_request = 0.5\n')
     paid = report(nights, "--by", "model")
-    told = report(nights, "--by", "model", "--reprice", str(tmp_path / "prices.toml"))
+    said = report(nights, "--by", "model", "--reprice", str(tmp_path / "prices.toml"))
     (mystery, *_), (kept, *_) = (
-        [line for line in told["lines"] if line["model"].startswith(m)] for m in ("mys", "vtr")
+        [line for line in said["lines"] if line["model"].startswith(m)] for m in ("mys", "vtr")
     )
     served = [each for night in NIGHTS[1::4] for each in known_to_the_ledger(nights)[night]]
     cost = sum((2 * each["prompt_tokens"] + 3 * each["completion_tokens"]) * Decimal("1e-6") for each in served)
     assert Decimal(mystery["cost_usd"]) == cost + Decimal("0.5") * len(served)
     assert kept["cost_usd"] == next(line["cost_usd"] for line in paid["lines"] if line["model"].startswith("vtr"))
-    assert told["supposed"].endswith(f"; paid were ${Decimal(paid['total']['cost_usd']):,.6f}")
-    assert told["unpriced"] == {}
+    assert said["supposed"].endswith(f"; paid were ${Decimal(paid['total']['cost_usd']):,.6f}")
+    assert said["unpriced"] == {}
     for wrong in ("", "[pricing.m]\ninput = 1\n", "x = ["):
         (tmp_path / "prices.toml").write_text(wrong)
         ended = batchrun("report", nights.folder / "runs", "--reprice", tmp_path / "prices.toml")
@@ -435,18 +443,19 @@ def test_limit_share_is_of_the_tightest_limit(tmp_path: Path) -> None:
 
 def test_a_run_is_filed_under_its_date(tmp_path: Path) -> None:
     """The date is the run's own, whenever it started and ended."""
-    begun = "2026-11-02T23:30:00Z"
+    started = "2026-11-02T23:30:00Z"
     places = ("2026-11-01", "2026-11-01-2", "nightly", "2026-12-01/reviews")
     for number, place in enumerate(places):
-        write_result(tmp_path / place, [row(0)], run_id=str(number), begun_at=begun)
-    told = bill.collect([tmp_path], ("night",), keys.span("Asia/Tokyo", None, None))
-    assert {line.group: line.runs for line in told.lines} == {
+        write_result(tmp_path / place, [row(0)], run_id=str(number), created_at=started)
+    reported = bill.collect([tmp_path], ("night",), keys.span("Asia/Tokyo", None, None))
+    assert {line.group: line.runs for line in reported.lines} == {
         ("2026-11-01",): 2,
         ("2026-11-03",): 1,
         ("2026-12-01",): 1,
     }
 
 
+@pytest.mark.heavy
 def test_a_thousand_runs_report_within_five_seconds(tmp_path: Path) -> None:
     first = write_result(tmp_path / "0", [row(number) for number in range(400)])
     summary = json.loads((first / "summary.json").read_text())
@@ -455,6 +464,6 @@ def test_a_thousand_runs_report_within_five_seconds(tmp_path: Path) -> None:
         (folder / "completions.parquet").hardlink_to(first / "completions.parquet")
         (folder / "summary.json").write_text(json.dumps(summary | {"run_id": f"r{number}"}))
     began = time.process_time()  # of all threads: other tests share the machine
-    told = bill.collect([tmp_path], ("night", "model"))
+    reported = bill.collect([tmp_path], ("night", "model"))
     assert time.process_time() - began < 5
-    assert (told.runs, told.total.rows, told.total.cost_usd) == (1000, 400_000, Decimal(400))
+    assert (reported.runs, reported.total.rows, reported.total.cost_usd) == (1000, 400_000, Decimal(400))

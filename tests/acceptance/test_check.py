@@ -61,8 +61,8 @@ def test_every_invalid_record_has_place_and_reason(tmp_path: Path) -> None:
     assert found.rows == 2
     assert list(found.rejected) == [1, 2, 3, 4]
     assert kept == list(found.first_problems)
-    told = [str(problem) for problem in kept]
-    for place, line, words in zip(told, (3, 4, 5, 6), ("ends too early", "an array", "text", "null"), strict=True):
+    shown = [str(problem) for problem in kept]
+    for place, line, words in zip(shown, (3, 4, 5, 6), ("ends too early", "an array", "text", "null"), strict=True):
         assert place.startswith(f"{tmp_path}/in.jsonl:{line}: ")
         assert words in place
     assert [problem.record for problem in kept] == [None, None, {"other": 1}, {"text": None}]
@@ -79,10 +79,10 @@ def test_twenty_messages_are_shown_all_are_counted(tmp_path: Path) -> None:
 def test_one_mistake_is_one_message_with_its_count(tmp_path: Path) -> None:
     rows: list[Any] = [{"text": "good"}, *[{"bad": number} for number in range(50)], {"text": None}]
     found = surveyed(write_lines(tmp_path / "in.jsonl", rows))
-    told: list[str] = []
+    shown: list[str] = []
     with pytest.raises(InputError, match=r"51 of 52 input records make no valid request\. "):
-        raise_problems(found, told.append)
-    missing, null = told
+        raise_problems(found, shown.append)
+    missing, null = shown
     assert missing.startswith(f"{tmp_path}/in.jsonl:2: request.prompt: 'text' is undefined")
     assert missing.endswith("(columns: bad) (and 49 more such records)")
     assert null.startswith(f"{tmp_path}/in.jsonl:52: request.prompt: column 'text' is null")
@@ -111,11 +111,11 @@ def test_a_missing_column_is_one_message(tmp_path: Path, settings: dict[str, dic
     path = write_lines(tmp_path / "in.jsonl", [{"txt": "x", chr(97 + n): n} for n in range(26)])
     changes = {"request": {"prompt": "{{ txt }}"} | settings.get("request", {}), "input": settings.get("input", {})}
     found = surveyed(path, job_over(path, **changes))
-    told: list[str] = []
+    shown: list[str] = []
     with pytest.raises(InputError):
-        raise_problems(found, told.append)
-    assert len(told) == 1
-    assert told[0].endswith(f"{said} (and 25 more such records)")
+        raise_problems(found, shown.append)
+    assert len(shown) == 1
+    assert shown[0].endswith(f"{said} (and 25 more such records)")
 
 
 def test_a_repeated_id_names_its_first_record(tmp_path: Path) -> None:
@@ -192,11 +192,12 @@ def test_an_invalid_template_is_a_job_error(tmp_path: Path) -> None:
 
 def test_progress_is_reported_periodically(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "in.jsonl", texts(10_001))
-    told: list[int] = []
-    survey(open_source((path,)), job_over(path), tmp_path, progress=told.append)
-    assert told == [1, 5001, 10_001]
+    shown: list[int] = []
+    survey(open_source((path,)), job_over(path), tmp_path, progress=shown.append)
+    assert shown == [1, 5001, 10_001]
 
 
+@pytest.mark.heavy
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("command", ["check", "estimate"])
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])

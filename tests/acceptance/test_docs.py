@@ -32,8 +32,10 @@ from batchrun.startup.input_check import survey
 from batchrun.store.checkpoint import SPILL
 from batchrun.store.rundir import RunDirectory
 from batchrun.tables.rows import OWN_COLUMNS, USAGE_COLUMNS
+from batchrun.telemetry.metrics import METRICS
 from tests.simulator_process import running_simulator
 from tests.unit.test_architecture import LAYERS
+from tests.unit.test_metrics import FULL, samples_of
 
 ROOT = Path(__file__).parents[2]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -95,11 +97,11 @@ def ids_of(page: Path) -> str:
 def test_every_setting_is_listed_with_its_default(tmp_path: Path) -> None:
     listed = [(bare(path), default) for path, _, default, *_ in rows("docs/job.md", "setting", "type", "default")]
     assert sorted(path for path, _ in listed) == sorted(path for path, _ in settings())
-    told = dict(listed)
+    stated = dict(listed)
     for path, default in settings():
         wanted = list(default) if isinstance(default, tuple) else default
-        assert path == "name" or _default(told[path]) == wanted, path
-    assert told["name"] == "the job file's stem"
+        assert path == "name" or _default(stated[path]) == wanted, path
+    assert stated["name"] == "the job file's stem"
     (tmp_path / "nightly.toml").write_text('endpoint.url = "simulator"')
     assert load(tmp_path / "nightly.toml").name == "nightly"
 
@@ -142,7 +144,7 @@ def test_every_status_and_every_event_is_listed() -> None:
     written = {
         event
         for module in (ROOT / "batchrun").rglob("*.py")
-        for event in re.findall(rf'\blog\.{RunLog.write.__name__}\(\s*"([^"]+)"', module.read_text("utf-8"))
+        for event in re.findall(rf'\b(?:log\.{RunLog.write.__name__}|warn)\(\s*"([^"]+)"', module.read_text("utf-8"))
     }
     assert listed == written | {"complete", "stopped", "failed"}
 
@@ -160,6 +162,14 @@ def test_every_file_of_a_run_directory_is_listed() -> None:
     directory = RunDirectory(ROOT)
     files = {path.name for path in vars(directory).values() if path != directory.path}
     assert {name.rstrip("/") for name in listed} == {*files, SPILL, directory.images_of().name}
+
+
+def test_every_metric_is_listed_with_its_meaning() -> None:
+    listed = [(bare(name), kind, says.lower()) for name, kind, _, says in rows("docs/telemetry.md", "metric", "type")]
+    assert listed == [(each.prometheus_name, each.kind, each.help.rstrip(".").lower()) for each in METRICS]
+    labels = {bare(name): set(re.findall(r"\w+", cell)) for name, _, cell, _ in rows("docs/telemetry.md", "metric")}
+    for name, there in samples_of(FULL):
+        assert labels[name] == set(there)
 
 
 def test_every_key_of_the_report_is_listed() -> None:
@@ -189,22 +199,24 @@ def test_every_verdict_is_listed() -> None:
 
 
 def test_the_table_of_statuses_is_the_policys_own() -> None:
-    told: dict[int, tuple[str, str]] = {}
+    stated: dict[int, tuple[str, str]] = {}
     for statuses, verdict, kind, *_ in rows("docs/guarantees.md", "status", "verdict"):
         for status in map(int, statuses.split(",")):
-            assert status not in told
-            told[status] = (bare(verdict), bare(kind))
-    assert {status: verdict for status, (verdict, _) in told.items()} == STATUS_VERDICTS
+            assert status not in stated
+            stated[status] = (bare(verdict), bare(kind))
+    assert {status: verdict for status, (verdict, _) in stated.items()} == STATUS_VERDICTS
     body = b'{"error": {"message": "no"}}'
-    for status, (verdict, kind) in told.items():
+    for status, (verdict, kind) in stated.items():
         judgement = judge(Attempt(0.0, 0.0, status, {}, body), read(body), Retry())
         assert judgement.error is not None
         assert (judgement.verdict, judgement.error.kind) == (verdict, kind), status
 
 
 def test_the_table_of_faults_is_the_policys_own() -> None:
-    told = [(bare(kind), bare(verdict)) for kind, verdict, *_ in rows("docs/guarantees.md", "`error.kind`", "verdict")]
-    assert sorted(told) == sorted((str(fault), str(verdict)) for fault, verdict in FAULT_VERDICTS.items())
+    stated = [
+        (bare(kind), bare(verdict)) for kind, verdict, *_ in rows("docs/guarantees.md", "`error.kind`", "verdict")
+    ]
+    assert sorted(stated) == sorted((str(fault), str(verdict)) for fault, verdict in FAULT_VERDICTS.items())
 
 
 def test_every_package_has_its_line_in_the_design() -> None:
@@ -231,7 +243,7 @@ def test_every_dependency_has_its_reason_in_the_design() -> None:
     listed = [row[0].partition(" ")[0] for row in rows("docs/design.md", "package", "reason")]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *(name for extra in ("uvloop", "tokens", "report") for name in extras[extra])]
+    wanted = [*project["dependencies"], *(name for extra in extras if extra != "test" for name in extras[extra])]
     assert sorted(listed) == sorted(re.match(r"[\w-]+", name)[0] for name in wanted)  # type: ignore[index]
 
 
@@ -411,6 +423,7 @@ def _masked(line: str) -> str:
     return re.sub(r"[\d,.]+ tokens in [\d.]+ s", "TOKENS in TIME", line)
 
 
+@pytest.mark.heavy
 def test_the_readmes_programs_run(tmp_path: Path) -> None:
     programs = re.findall(r"^```python\n([\s\S]*?)^```", text_of("README.md"), re.MULTILINE)
     program = "\n".join([*programs, "import asyncio; asyncio.run(label([{'text': 'Fine.'}]))"])

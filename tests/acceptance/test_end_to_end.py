@@ -243,7 +243,7 @@ def test_a_refused_start_keeps_the_run_totals(tmp_path: Path, refusal: tuple[str
         assert ended.exit_code == 2, ended.stderr
         after = read_summary(out)
         assert after["state"] == "failed"
-        for name in ("run_id", "rows", "pending", "by_status", "totals", "cost_usd", "begun_at", "price"):
+        for name in ("run_id", "rows", "pending", "by_status", "totals", "cost_usd", "created_at", "price"):
             assert after[name] == before[name], name
         assert batchrun("run", job, "-o", out).exit_code == 0
     assert sum(read_summary(out)["by_status"].values()) == 60
@@ -448,6 +448,7 @@ def test_request_and_token_budgets_survive_kills(tmp_path: Path) -> None:
         assert batchrun("run", job, "-o", out).exit_code == 0
 
 
+@pytest.mark.heavy
 def test_an_unreachable_endpoint_ends_quickly(tmp_path: Path) -> None:
     """No row fails."""
     source = write_rows(tmp_path / "in.jsonl", 50)

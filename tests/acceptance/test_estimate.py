@@ -68,7 +68,7 @@ def test_estimated_time_follows_the_tightest_limit(
     assert found.limited_by == limited_by
     if minutes is None:
         assert found.minutes is None
-    else:  # a bound: the first request waits for nobody, and two seconds of the limit may go at once
+    else:  # a bound: the first request does not wait, and two seconds of the limit may go at once
         assert found.minutes is not None
         assert minutes - 1.04 <= found.minutes <= minutes
 
@@ -85,8 +85,8 @@ def test_estimated_time_follows_the_tightest_limit(
     ],
 )
 def test_a_budget_that_will_stop_is_named(budget: Mapping[str, object], binds: list[str]) -> None:
-    asked = msgspec.structs.replace(job(), budget=Budget(**budget))  # type: ignore[arg-type]
-    found = estimate(surveyed(100), asked, {"m": PRICE}, 100, None)
+    requested = msgspec.structs.replace(job(), budget=Budget(**budget))  # type: ignore[arg-type]
+    found = estimate(surveyed(100), requested, {"m": PRICE}, 100, None)
     lines = [line for line in in_words(found, {"m": PRICE}) if line.startswith("budget")]
     ends = "a start" if "per_month_usd" in budget else "the run"
     assert lines == [f"budget       {cap} will end {ends} before its last row" for cap in binds]
@@ -106,11 +106,11 @@ def test_the_estimate_learns_from_the_pilot(tmp_path: Path) -> None:
         written = write_job(tmp_path / "job.toml", simulator.url, source)
         assert batchrun("run", written, "-o", tmp_path / "out", "--limit", "50").exit_code == 0
         before = snapshot(tmp_path / "out")
-        told = batchrun("estimate", written, "-o", tmp_path / "out")
-        assert told.exit_code == 0, told.stderr
-        assert "run          50 of 50 rows done" in told.stdout
-        assert "to ask       150 rows" in told.stdout
-        assert "the mean of 50 answers" in told.stdout
+        reported = batchrun("estimate", written, "-o", tmp_path / "out")
+        assert reported.exit_code == 0, reported.stderr
+        assert "run          50 of 50 rows done" in reported.stdout
+        assert "to ask       150 rows" in reported.stdout
+        assert "the mean of 50 answers" in reported.stdout
         changed = batchrun("estimate", written, "-o", tmp_path / "out", "--set", "request.max_tokens=30")
         assert "changed      request.max_tokens has changed: 0 answers stay, 200 rows will be sent" in changed.stdout
         after = snapshot(tmp_path / "out")
@@ -120,7 +120,7 @@ def test_the_estimate_learns_from_the_pilot(tmp_path: Path) -> None:
         spent = Decimal(read_summary(tmp_path / "out")["cost_usd"])
         assert batchrun("run", written, "-o", tmp_path / "out").exit_code == 0
         rest = Decimal(read_summary(tmp_path / "out")["cost_usd"]) - spent
-    expected = Decimal(told.stdout.split("about $")[1].split(";")[0])
+    expected = Decimal(reported.stdout.split("about $")[1].split(";")[0])
     assert abs(rest - expected) < expected * Decimal("0.25")
     assert batchrun("estimate", written, "-o", tmp_path / "nowhere").exit_code == 2
 

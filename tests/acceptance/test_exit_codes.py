@@ -276,7 +276,7 @@ def nobody_reads_stdout_of_a_run_that_is_stopped(place: Place) -> Ended:
 
 
 class Way(NamedTuple):
-    """How a process ends, and what summary.json says then: `state` None, nothing is said; `told`, its exit code where
+    """How a process ends, and what summary.json says then: `state` None, nothing; `told`, its exit code where
     that is not the process's; `reason`, words of its reason, or of the error line where it has none of its own.
     """
 
@@ -284,7 +284,7 @@ class Way(NamedTuple):
     exit_code: int
     state: str | None
     reason: str | None = None
-    told: int | None = None
+    reported: int | None = None
 
 
 WAYS = {
@@ -320,9 +320,9 @@ WAYS = {
     "SIGTERM": Way(a_signal(signal.SIGTERM), 143, "stopped", "SIGTERM: drained"),
     "SIGINT twice": Way(a_signal(signal.SIGINT, signal.SIGINT), 130, "stopped", "SIGINT"),
     "the grace is over": Way(the_grace_is_over, 143, "stopped", "SIGTERM"),
-    "nobody reads stdout": Way(nobody_reads_stdout, 141, "complete", told=0),
+    "nobody reads stdout": Way(nobody_reads_stdout, 141, "complete", reported=0),
     "nobody reads stdout of a run that is stopped": Way(
-        nobody_reads_stdout_of_a_run_that_is_stopped, 141, "stopped", "SIGTERM: drained", told=143
+        nobody_reads_stdout_of_a_run_that_is_stopped, 141, "stopped", "SIGTERM: drained", reported=143
     ),
     "SIGKILL": Way(a_signal(signal.SIGKILL), KILLED, "running"),
 }
@@ -332,6 +332,7 @@ def test_every_exit_code_has_a_way() -> None:
     assert {way.exit_code for way in WAYS.values()} == {*ExitCode} - {ExitCode.DRIFT} | {KILLED}
 
 
+@pytest.mark.heavy
 @pytest.mark.sampled(12)
 @pytest.mark.parametrize("name", WAYS)
 def test_every_exit_code_leaves_its_summary(name: str, tmp_path: Path) -> None:
@@ -350,10 +351,10 @@ def test_every_exit_code_leaves_its_summary(name: str, tmp_path: Path) -> None:
         return
     running = way.state == "running"
     assert summary.state == way.state
-    assert summary.exit_code == (None if running else way.exit_code if way.told is None else way.told)
+    assert summary.exit_code == (None if running else way.exit_code if way.reported is None else way.reported)
     assert (summary.reason is None) == (running or summary.complete)
     assert (way.reason or "") in (summary.reason or way.reason or "")
-    assert summary.reason is None or way.told is not None or summary.reason in ended.stdout + ended.stderr
+    assert summary.reason is None or way.reported is not None or summary.reason in ended.stdout + ended.stderr
     holds_together(summary)
 
 
@@ -374,5 +375,7 @@ def holds_together(summary: Summary) -> None:
     assert all(Path(file).is_file() for file in summary.files.values())
     assert summary.cost_usd == sum(line.cost_usd for line in summary.totals)
     assert len(summary.possibly_billed) == summary.possibly_billed_count
-    assert summary.begun_at <= summary.updated_at >= summary.started_at
-    assert all(moment.utcoffset() is not None for moment in (summary.begun_at, summary.started_at, summary.updated_at))
+    assert summary.created_at <= summary.updated_at >= summary.started_at
+    assert all(
+        moment.utcoffset() is not None for moment in (summary.created_at, summary.started_at, summary.updated_at)
+    )

@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from batchrun.errors import ExitCode
+from batchrun.telemetry.metrics import METRICS
 from tests.acceptance.test_docs import rows
 from tests.cli_process import write_rows
 
@@ -195,7 +196,7 @@ def test_the_units_say_what_the_table_says(place: Place) -> None:
 
 
 def documents() -> dict[str, Any]:
-    found = [yaml.safe_load(text) for text in blocks("yaml")]
+    found = [yaml.safe_load(text) for text in blocks("yaml") if "# /etc/prometheus" not in text]
     return {each.get("kind", "workflow"): each for each in found}
 
 
@@ -222,6 +223,7 @@ def test_the_cron_job_retries_by_exit_code(place: Place) -> None:
     assert len(place.runs()) == 1
 
 
+@pytest.mark.heavy
 def test_each_index_runs_its_part(place: Place) -> None:
     spec = documents()["Job"]["spec"]
     assert spec["completionMode"] == "Indexed"
@@ -258,6 +260,17 @@ def test_the_workflow_fails_by_exit_code(place: Place, code: int, ends: int) -> 
 
 
 # ── Airflow ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_alerts_are_about_metrics_that_exist(tmp_path: Path) -> None:
+    rules = block("yaml", "# /etc/prometheus")
+    (group,) = yaml.safe_load(rules)["groups"]
+    named = {name for rule in group["rules"] for name in re.findall(r"batchrun_\w+", rule["expr"])}
+    assert len(named) >= 7
+    assert named <= {metric.prometheus_name for metric in METRICS}
+    if shutil.which("promtool"):
+        (tmp_path / "rules.yml").write_text(rules)
+        subprocess.run(["promtool", "check", "rules", tmp_path / "rules.yml"], check=True)
 
 
 def dags(place: Place) -> list[Path]:

@@ -43,8 +43,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 error = {"kind": "quota", "http_status": 429, "code": None, "message": f"no more {HOSTILE}"}
                 changes |= {"status": "error", "content": None, "error": error}
             rows.append(row(number, **changes))
-        begun = f"2026-11-{night:02d}T01:00:00Z"
-        write_result(folder / f"2026-11-{night:02d}", rows, job=HOSTILE, begun_at=begun)
+        started = f"2026-11-{night:02d}T01:00:00Z"
+        write_result(folder / f"2026-11-{night:02d}", rows, job=HOSTILE, created_at=started)
     write_result(folder / "2026-11-09", [row(0)], job="stopped", complete=False, pending=5, reason=HOSTILE)
     return folder
 
@@ -200,6 +200,7 @@ def luminance(colour: str) -> float:
 SCREENSHOTS = Path(__file__).parents[2] / "build" / "screenshots"
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("width", [390, 1400])
 def test_a_browser_draws_the_page_silently(runs: Path, page: str, tmp_path: Path, width: int) -> None:
     """Its console stays empty, and the whole page is drawn. The pictures stay in build/screenshots to be looked at."""

@@ -89,6 +89,7 @@ def test_one_row_of_each_group_goes_first(tmp_path: Path) -> None:
         assert all(line.arrived_s > first.time_s for line in others)
 
 
+@pytest.mark.heavy
 def test_cache_prefix_raises_the_cached_share(tmp_path: Path) -> None:
     shares = []
     for cache_prefix in ("false", "true"):
@@ -97,10 +98,10 @@ def test_cache_prefix_raises_the_cached_share(tmp_path: Path) -> None:
         job = _job(place, system=RULES, prompt="{{ text }}")
         with running_simulator(SimulatorConfig(latency_s=0.2, cache_life_s=60)) as simulator:
             job.write_text(job.read_text().replace("http://127.0.0.1:9/v1", simulator.url))
-            told = _run(place, job, f"request.cache_prefix={cache_prefix}")
+            reported = _run(place, job, f"request.cache_prefix={cache_prefix}")
             ledger = simulator.ledger()
         assert len(ledger) == 200
-        assert f" cached, {_cached_share(ledger):.0%})" in told
+        assert f" cached, {_cached_share(ledger):.0%})" in reported
         totals = read_summary(place / "out")["totals"]
         assert sum(line["cached_tokens"] for line in totals) == sum(line.cached_tokens for line in ledger)
         shares.append(_cached_share(ledger))

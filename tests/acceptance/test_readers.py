@@ -62,7 +62,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_results_open_with_money_to_the_last_digit(result: Path, tmp_path: Path, reader: str) -> None:
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HOME": str(tmp_path)}
     code = f"path = {str(result)!r}\n{PROGRAMS[reader]}"
-    told = subprocess.run(
+    reported = subprocess.run(
         [PYTHON, "-c", code], capture_output=True, text=True, env={**os.environ, **offline, "TMPDIR": str(tmp_path)}
     )
-    assert told.stdout.split() == [str(SUM), "4", "67"], told.stderr
+    assert reported.stdout.split() == [str(SUM), "4", "67"], reported.stderr

@@ -1,4 +1,4 @@
-"""The same product against a server and a model that nobody here wrote."""
+"""The same product against a server and a model from elsewhere."""
 
 import json
 from collections.abc import Iterator
@@ -70,11 +70,12 @@ def rows_of(out: Path) -> list[dict[str, Any]]:
     return pq.read_table(out / "completions.parquet").to_pylist()
 
 
-def asked(tmp_path: Path) -> Path:
+def prompts(tmp_path: Path) -> Path:
     """An input of a few questions."""
     return write_lines(tmp_path / "in.jsonl", [{"text": question} for question in QUESTIONS])
 
 
+@pytest.mark.heavy
 def test_answers_of_a_real_model_fit_their_schema(tmp_path: Path, url: str) -> None:
     """Whole and streamed."""
     changes = Path(__file__).parents[2] / "sample_inputs" / "changes.jsonl"
@@ -104,6 +105,7 @@ response_format = {{ type = "json_schema", file = "{tmp_path}/schema.json" }}
     assert all(row["time_to_first_token_s"] > 0 for row in rows)
 
 
+@pytest.mark.heavy
 def test_a_real_server_accepts_our_requests(tmp_path: Path, url: str) -> None:
     """With its own parameters, with tools, and with a stream that states no usage."""
     request = """
@@ -114,7 +116,7 @@ extra = { stream_options = {}, tools = [
   { type = "function", function = { name = "f", parameters = { type = "object", properties = {} } } }] }
 """
     words = 'max_tokens_field = "max_completion_tokens"\ndeveloper_role = "system"'
-    ended, out = run(tmp_path, url, asked(tmp_path), request, words)
+    ended, out = run(tmp_path, url, prompts(tmp_path), request, words)
     assert ended.exit_code == 0, ended.stderr
     assert read_summary(out)["without_usage"] == len(QUESTIONS)
     for row in rows_of(out):
@@ -124,7 +126,7 @@ extra = { stream_options = {}, tools = [
 
 
 def test_a_wrong_key_pauses_without_failed_rows(tmp_path: Path, url: str) -> None:
-    ended, out = run(tmp_path, url, asked(tmp_path), 'prompt = "{{ text }}"', key="some-other-key")
+    ended, out = run(tmp_path, url, prompts(tmp_path), 'prompt = "{{ text }}"', key="some-other-key")
     assert ended.exit_code == 5, ended.stderr
     summary = read_summary(out)
     assert (summary["pending"], summary["by_status"]) == (len(QUESTIONS), {})
@@ -162,7 +164,7 @@ def test_the_official_client_reads_the_same_answers(tmp_path: Path, url: str) ->
             )
     request = 'prompt = "{{ text }}"\nmax_tokens = 6\nextra = { seed = 7, cache_prompt = false }\n'
     for stream in ("stream = false", "stream = true"):
-        ended, out = run(tmp_path, url, asked(tmp_path), request + stream, in_flight=1)
+        ended, out = run(tmp_path, url, prompts(tmp_path), request + stream, in_flight=1)
         assert ended.exit_code == 0, ended.stderr
         columns = ("content", "finish_reason", "prompt_tokens", "completion_tokens")
         assert [tuple(row[name] for name in columns) for row in rows_of(out)] == expected

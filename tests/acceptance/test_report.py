@@ -115,16 +115,16 @@ def test_the_bill_ignores_path_order_and_copies(
 
 
 def assert_every_form_says_the_same(bill: report.Bill) -> None:
-    told = json.loads(formats.render(bill, "json"))
+    reported = json.loads(formats.render(bill, "json"))
     lines = list(csv.DictReader(io.StringIO(formats.render(bill, "csv").decode())))
     table = pq.read_table(io.BytesIO(formats.render(bill, "parquet")))
-    for in_json, in_csv, in_parquet in zip(told["lines"], lines, table.to_pylist(), strict=True):
+    for in_json, in_csv, in_parquet in zip(reported["lines"], lines, table.to_pylist(), strict=True):
         for name, value in in_json.items():
             exact = Decimal(value) if kind(name) == "usd" and value is not None else value
             assert in_parquet[name] == exact
             assert in_csv[name].removeprefix("'") == ("" if value is None else str(value))
     rest = json.loads(table.schema.metadata[b"batchrun"])
-    assert rest == {name: value for name, value in told.items() if name != "lines"}
+    assert rest == {name: value for name, value in reported.items() if name != "lines"}
     shown = formats.render(bill, "table").decode().splitlines()
     page = formats.render(bill, "markdown").decode().splitlines()
     body = [line for line in page if line.startswith("|")]
@@ -136,6 +136,7 @@ def assert_every_form_says_the_same(bill: report.Bill) -> None:
     assert remarks == len(shown) - len(bill.lines) - 2 >= len(bill.left_out)
 
 
+@pytest.mark.heavy
 def test_the_newest_of_two_copies_counts(tmp_path: Path) -> None:
     """The other copy is named."""
     source, out = write_rows(tmp_path / "in.jsonl", 20), tmp_path / "out"
@@ -155,10 +156,10 @@ def test_the_newest_of_two_copies_counts(tmp_path: Path) -> None:
             ]
         assert f"left out: {copy}: a copy of run " in batchrun("report", copy, out).stdout
         assert batchrun("run", job, "-o", copy).exit_code == 0  # resumed by itself: real money that no one bill holds
-    told = batchrun("report", copy, out).stdout
+    reported = batchrun("report", copy, out).stdout
     own = Decimal(read_summary(copy)["cost_usd"]) - Decimal(read_summary(out)["cost_usd"])
     assert abs(own) < cost
-    assert "left out: " in told
+    assert "left out: " in reported
 
 
 def test_a_forked_copy_is_reported_as_uncounted(tmp_path: Path) -> None:
@@ -332,12 +333,12 @@ def test_the_estimate_is_shown_beside_the_cost(tmp_path: Path) -> None:
     source, out = write_rows(tmp_path / "in.jsonl", 40), tmp_path / "out"
     with running_simulator(SimulatorConfig()) as simulator:
         job = write_job(tmp_path / "job.toml", simulator.url, source)
-        told = batchrun("estimate", job).stdout
+        reported = batchrun("estimate", job).stdout
         pilot = batchrun("run", job, "-o", out, "--limit", "10")
         assert msgspec.convert(read_summary(out)["estimate"], dict[str, Any])["rows"] == 10
         ended = batchrun("run", job, "-o", out)
     expected = Decimal(read_summary(out)["estimate"]["expected_usd"])
-    assert f"about ${expected:,.4f}; " in told
+    assert f"about ${expected:,.4f}; " in reported
     assert f"estimate     ${expected / 4:,.6f} for 10 rows; the cost is " in pilot.stdout
     off = Decimal(read_summary(out)["cost_usd"]) / expected - 1
     words = f"{abs(off) * 100:.0f} % {'above' if off >= 0 else 'below'} that"
@@ -361,7 +362,7 @@ def test_an_estimate_uses_the_newest_runs_means(tmp_path: Path) -> None:
         assert "of the newest run, " in last["estimate"]["basis"]
         assert "2026-11-25" in last["estimate"]["basis"]
         write_rows(tmp_path / "in.jsonl", 120)
-        told = batchrun("estimate", job).stdout
+        reported = batchrun("estimate", job).stdout
         dearer = '[pricing."vtrix-gpt-5.3-codex"]\ninput = 1000\noutput = 1000\n'
         write_job(job, simulator.url, source, runs + dearer)
         dear = batchrun("estimate", job).stdout
@@ -370,11 +371,12 @@ def test_an_estimate_uses_the_newest_runs_means(tmp_path: Path) -> None:
     )
     cost = Decimal(last["cost_usd"])
     assert (
-        f"about {round(prompt * 120):,} in, {round(answer * 120):,} out (the mean of 60 answers of the newest" in told
+        f"about {round(prompt * 120):,} in, {round(answer * 120):,} out (the mean of 60 answers of the newest"
+        in reported
     )
-    assert f"{tmp_path}/runs/job/2026-11-26" in told
-    assert f"about ${cost * 2:,.4f}; " in told
-    assert f"${cost / 60:,.6f} a row" in told
-    assert "s an answer)" in told
+    assert f"{tmp_path}/runs/job/2026-11-26" in reported
+    assert f"about ${cost * 2:,.4f}; " in reported
+    assert f"${cost / 60:,.6f} a row" in reported
+    assert "s an answer)" in reported
     expected = Decimal(dear.split("about $")[1].split(";")[0].replace(",", ""))
     assert abs(expected - Decimal(prompt + answer) * 120 / 1000) < 1  # another price: by tokens

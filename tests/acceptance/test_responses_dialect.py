@@ -114,6 +114,7 @@ def job_of(path: Path, url: str, source: Path, dialect: str, more: str) -> Path:
     return job
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", MORE)
 def test_both_dialects_give_the_same_result(tmp_path: Path, kind: str) -> None:
     """Answers, keys and cost are equal; the ledger has the same questions."""

@@ -63,9 +63,9 @@ def require_sums(out: Path) -> None:
     reused = [row for row in rows if row["reused"]]
     copies = [row for row in reused if row["duplicate_of"] is not None]
     saved_usd = sum((row["reused_cost_usd"] or Decimal(0) for row in reused), Decimal(0))
-    told = {name: sum(line[name] for line in usage) for name in ("rows", "attempts", "reused", "duplicates")}
-    assert told["rows"] == len(rows)
-    assert (told["reused"], told["duplicates"]) == (len(reused), len(copies))
+    reported = {name: sum(line[name] for line in usage) for name in ("rows", "attempts", "reused", "duplicates")}
+    assert reported["rows"] == len(rows)
+    assert (reported["reused"], reported["duplicates"]) == (len(reused), len(copies))
     assert (summary["reused"], summary["duplicates"]) == (len(reused), len(copies))
     assert Decimal(summary["saved_usd"]) == sum(line["saved_usd"] for line in usage) == saved_usd
     billed = [line for line in usage if line["status"] not in ("discarded", "lost")]
@@ -82,6 +82,7 @@ def require_sums(out: Path) -> None:
         )
 
 
+@pytest.mark.heavy
 def test_the_second_night_sends_exactly_the_changed_rows(tmp_path: Path) -> None:
     with running_simulator() as simulator:
         job = job_of(tmp_path, simulator, records(range(500)))
@@ -91,11 +92,11 @@ def test_the_second_night_sends_exactly_the_changed_rows(tmp_path: Path) -> None
         shuffled = records(random.Random(1).sample(range(500), 500), changed)
         write(tmp_path / "in.jsonl", shuffled)
         ended = run(job, tmp_path / "two", "--reuse", tmp_path / "one")
-        asked = simulator.ledger()[sent:]
+        requested = simulator.ledger()[sent:]
     assert "to send: 5 of 500 rows; not sent: 495 reused" in ended.stderr
     assert "495 rows without a request; $" in ended.stdout
     rows = rows_of(tmp_path / "two")
-    assert len(asked) == 5
+    assert len(requested) == 5
     assert {row["id"] for row in rows if not row["reused"]} == changed
     before = {row["id"]: row for row in rows_of(tmp_path / "one")}
     for row in rows:
@@ -106,6 +107,7 @@ def test_the_second_night_sends_exactly_the_changed_rows(tmp_path: Path) -> None
     require_sums(tmp_path / "two")
 
 
+@pytest.mark.heavy
 def test_a_night_without_news_sends_nothing(tmp_path: Path) -> None:
     with running_simulator() as simulator:
         job = job_of(tmp_path, simulator, records(range(120)))
@@ -124,6 +126,7 @@ def test_a_night_without_news_sends_nothing(tmp_path: Path) -> None:
     require_sums(outs[2])
 
 
+@pytest.mark.heavy
 def test_failed_and_truncated_answers_are_sent_again(tmp_path: Path) -> None:
     faults = parse_faults("content_policy=0.1")
     with running_simulator(SimulatorConfig(faults=faults)) as simulator:
@@ -147,6 +150,7 @@ def test_failed_and_truncated_answers_are_sent_again(tmp_path: Path) -> None:
 FOREIGN = ("large_binary", "hexadecimal", "prefixed", "bare", "dictionary", "floats")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_answers_of_other_programs_are_reused(tmp_path: Path, kind: str) -> None:
     with running_simulator() as simulator:
@@ -183,6 +187,7 @@ def test_answers_of_other_programs_are_reused(tmp_path: Path, kind: str) -> None
     require_sums(tmp_path / "two")
 
 
+@pytest.mark.heavy
 def test_sources_may_be_moved_or_missing(tmp_path: Path) -> None:
     with running_simulator(SimulatorConfig(latency_s=0.01)) as simulator:
         job = job_of(tmp_path, simulator, records(range(100)))
@@ -214,6 +219,7 @@ def test_sources_may_be_moved_or_missing(tmp_path: Path) -> None:
     require_sums(tmp_path / "two")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("seed", [1, 2])
 def test_kills_repeat_only_requests_in_flight(tmp_path: Path, seed: int) -> None:
     chance = random.Random(seed)
@@ -232,11 +238,11 @@ def test_kills_repeat_only_requests_in_flight(tmp_path: Path, seed: int) -> None
             process.communicate()
             possible += 16
         run(job, tmp_path / "two", "--reuse", tmp_path / "one")
-        asked = Counter(line.question for line in simulator.ledger()[sent:])
+        requested = Counter(line.question for line in simulator.ledger()[sent:])
     known = {row["text"] for row in first}
     new = {row["text"] for row in rows} - known
-    assert len(asked) == len(new)
-    assert asked.total() - len(asked) <= possible
+    assert len(requested) == len(new)
+    assert requested.total() - len(requested) <= possible
     done = rows_of(tmp_path / "two")
     assert [row["text"] for row in done] == [row["text"] for row in rows]
     by_text: dict[str, set[str]] = {}
@@ -251,6 +257,7 @@ def test_kills_repeat_only_requests_in_flight(tmp_path: Path, seed: int) -> None
     require_sums(tmp_path / "two")
 
 
+@pytest.mark.heavy
 def test_changed_sources_are_looked_up_again(tmp_path: Path) -> None:
     with running_simulator(SimulatorConfig(latency_s=0.05)) as simulator:
         job = job_of(tmp_path, simulator, records(range(300)))
@@ -264,15 +271,16 @@ def test_changed_sources_are_looked_up_again(tmp_path: Path) -> None:
         (tmp_path / "one").rename(tmp_path / "other")
         (tmp_path / "one").mkdir()
         ended = run(job, tmp_path / "two", *reuse[2:])
-        asked = Counter(line.question for line in simulator.ledger()[sent:])
+        requested = Counter(line.question for line in simulator.ledger()[sent:])
     assert "100 reused" in ended.stderr
-    assert len(asked) == 500
+    assert len(requested) == 500
     require_sums(tmp_path / "two")
 
 
 # ── equal rows of one input ───────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.heavy
 def test_equal_rows_are_sent_once(tmp_path: Path) -> None:
     numbers = [0, 1, 1, 2, 0, *range(3, 160), 2, 159, *([7] * 70)]
     with running_simulator() as simulator:
@@ -297,13 +305,14 @@ def test_equal_rows_are_sent_once(tmp_path: Path) -> None:
         require_sums(tmp_path / name)
 
 
+@pytest.mark.heavy
 def test_a_copy_fails_with_its_original(tmp_path: Path) -> None:
     numbers = [*range(80), *range(80), *range(80)]
     with running_simulator(SimulatorConfig(faults=parse_faults("400=0.2"))) as simulator:
         job = job_of(tmp_path, simulator, records(numbers))
         run(job, tmp_path / "out", exit_code=3)
-        asked = Counter(line.question for line in simulator.ledger())
-        assert max(asked.values()) == 1
+        requested = Counter(line.question for line in simulator.ledger())
+        assert max(requested.values()) == 1
     failed = [row for row in rows_of(tmp_path / "out") if row["status"] == "error"]
     assert len(failed) % 3 == 0
     assert len({(row["id"], row["error"]["message"]) for row in failed}) == len(failed) // 3 > 5
@@ -324,12 +333,13 @@ def test_copies_wait_for_a_retried_original(tmp_path: Path) -> None:
     with running_simulator(SimulatorConfig(faults=(slow,))) as simulator:
         job = job_of(tmp_path, simulator, records(numbers))
         run(job, tmp_path / "out")
-        asked = Counter(line.question for line in simulator.ledger())
-    assert len(asked) == 90
-    assert set(asked.values()) <= {1, 2, 3}
+        requested = Counter(line.question for line in simulator.ledger())
+    assert len(requested) == 90
+    assert set(requested.values()) <= {1, 2, 3}
     require_sums(tmp_path / "out")
 
 
+@pytest.mark.heavy
 def test_copies_survive_pilots_and_changed_input(tmp_path: Path) -> None:
     numbers = [number % 70 for number in range(260)]
     with running_simulator() as simulator:
@@ -356,15 +366,15 @@ def test_a_program_gets_every_row_once(tmp_path: Path) -> None:
     with running_simulator() as simulator:
         job = job_of(tmp_path, simulator, records(range(40)))
         run(job, tmp_path / "one")
-        asked = load(job)
-        reuse = msgspec.structs.replace(asked.input, path=None, reuse_from=str(tmp_path / "one"))
-        template = msgspec.structs.replace(asked.request, max_tokens=4000)
-        asked = msgspec.structs.replace(asked, input=reuse, request=template)
+        requested = load(job)
+        reuse = msgspec.structs.replace(requested.input, path=None, reuse_from=str(tmp_path / "one"))
+        template = msgspec.structs.replace(requested.request, max_tokens=4000)
+        requested = msgspec.structs.replace(requested, input=reuse, request=template)
 
         async def read() -> list[Completion]:
             environ = {KEY_ENV: KEY}
             async with batchrun_package.Runner(
-                asked, records(numbers), output=tmp_path / "two", environ=environ
+                requested, records(numbers), output=tmp_path / "two", environ=environ
             ) as runner:
                 return [completion async for completion in runner]
 
@@ -380,6 +390,7 @@ def test_a_program_gets_every_row_once(tmp_path: Path) -> None:
     assert by_row[0].reused_from == str(tmp_path / "one")
 
 
+@pytest.mark.heavy
 def test_what_is_salvaged_keeps_reused_rows_and_copies(tmp_path: Path) -> None:
     numbers = [number % 150 for number in range(400)]
     with running_simulator(SimulatorConfig(latency_s=0.03)) as simulator:
@@ -398,17 +409,18 @@ def test_what_is_salvaged_keeps_reused_rows_and_copies(tmp_path: Path) -> None:
         salvaged = batchrun("verify", tmp_path / "two", "--salvage")
         assert salvaged.exit_code == 7, salvaged.stdout
         run(job, tmp_path / "two.salvaged", *reuse)
-        asked = Counter(line.question for line in simulator.ledger())
-    assert len(asked) == 150
+        requested = Counter(line.question for line in simulator.ledger())
+    assert len(requested) == 150
     rows = rows_of(tmp_path / "two.salvaged")
     assert [row["id"] for row in rows] == numbers
     assert len({row["id"]: row["content"] for row in rows}) == len({(row["id"], row["content"]) for row in rows}) == 150
     assert sum(not row["reused"] for row in rows) == 110
-    assert before <= asked.keys()
+    assert before <= requested.keys()
     verified = batchrun("verify", tmp_path / "two.salvaged")
     assert verified.exit_code == 0, verified.stdout
 
 
+@pytest.mark.heavy
 def test_check_and_estimate_say_what_is_new(tmp_path: Path) -> None:
     with running_simulator() as simulator:
         job = job_of(tmp_path, simulator, records(range(40)))
@@ -429,6 +441,7 @@ def test_check_and_estimate_say_what_is_new(tmp_path: Path) -> None:
 # ── how much may change ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.heavy
 def test_accepting_input_refuses_a_changed_prompt(tmp_path: Path) -> None:
     with running_simulator() as simulator:
         job = job_of(tmp_path, simulator, records(range(100)))

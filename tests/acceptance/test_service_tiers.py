@@ -91,6 +91,7 @@ def test_capacity_refusals_teach_no_limit(tmp_path: Path) -> None:
     assert in_flight == sorted(in_flight)
 
 
+@pytest.mark.heavy
 def test_a_deadline_sends_rows_to_the_standard_tier(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "in.jsonl", 120)
     config = SimulatorConfig(latency_s=0.02, flex_latency_s=1.0, latency_sigma=0)
@@ -121,6 +122,7 @@ def test_without_a_fallback_the_run_pauses(tmp_path: Path) -> None:
     assert Counter(line.service_tier for line in ledger) == {"default": 20}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("served_by", ["flex", "default"])
 def test_tiers_can_be_rehearsed_on_the_simulator(tmp_path: Path, served_by: str) -> None:
     source = write_rows(tmp_path / "in.jsonl", 10)

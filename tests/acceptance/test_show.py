@@ -1,4 +1,4 @@
-"""`batchrun show`: rows on the terminal, by what is asked for; text of a model can't steer it."""
+"""`batchrun show`: rows on the terminal, chosen by filters; a model's text can't control the terminal."""
 
 import json
 from pathlib import Path
@@ -95,9 +95,9 @@ def test_rows_are_shown_with_question_answer_and_reason(run: Path) -> None:
 
 def test_json_output_has_every_column_and_row(run: Path) -> None:
     rows = pq.read_table(run / "completions.parquet").to_pylist()
-    told = [json.loads(line) for line in batchrun("show", run, "-n", "0", "--json").stdout.splitlines()]
-    assert len(told) == 60
-    for shown, stored in zip(told, rows, strict=True):
+    reported = [json.loads(line) for line in batchrun("show", run, "-n", "0", "--json").stdout.splitlines()]
+    assert len(reported) == 60
+    for shown, stored in zip(reported, rows, strict=True):
         assert shown["cost_usd"] == f"{stored['cost_usd']:f}"
         assert shown["request_key"] == stored["request_key"].hex()
         assert (shown["content"], shown["text"], shown["error"]) == (stored["content"], stored["text"], stored["error"])

@@ -155,14 +155,14 @@ def test_a_429_says_how_long_to_wait() -> None:
 
 def ours(simulator: RunningSimulator, **fields: Any) -> Answer:
     """What batchrun's transport makes of the same request, streamed."""
-    asked = {"model": "vtrix-x", "messages": [{"role": "user", "content": "Hi"}], "stream": True, **fields}
+    requested = {"model": "vtrix-x", "messages": [{"role": "user", "content": "Hi"}], "stream": True, **fields}
     url = f"{simulator.url}/chat/completions"
 
     async def main() -> Answer:
         credentials = Credentials({"Authorization": "Bearer sk-right"}, frozenset({"sk-right"}))
         endpoint = Endpoint(url, api_key_env="KEY")
         async with opened(choose(endpoint), url, endpoint, credentials) as transport:
-            attempt = await transport.send(json.dumps(asked).encode(), "x")
+            attempt = await transport.send(json.dumps(requested).encode(), "x")
             assert attempt.error is None
             assert attempt.streamed
             assert attempt.time_to_first_token_s is not None
@@ -173,8 +173,8 @@ def ours(simulator: RunningSimulator, **fields: Any) -> Answer:
 
 def theirs(client: openai.OpenAI, **fields: Any) -> Answer:
     """What the official client's chunks add up to."""
-    asked: Any = {"model": "vtrix-x", "messages": [{"role": "user", "content": "Hi"}], "stream": True, **fields}
-    chunks = list(client.chat.completions.create(**asked))
+    requested: Any = {"model": "vtrix-x", "messages": [{"role": "user", "content": "Hi"}], "stream": True, **fields}
+    chunks = list(client.chat.completions.create(**requested))
     deltas = [choice.delta for chunk in chunks for choice in chunk.choices]
     contents = [delta.content for delta in deltas if delta.content is not None]
     calls = [delta.function_call for delta in deltas if delta.function_call is not None]
@@ -258,8 +258,8 @@ TOOLS: Any = [
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "label"}}])
 def test_both_clients_read_tool_calls_alike(client: openai.OpenAI, simulator: RunningSimulator, choice: Any) -> None:
-    asked: Any = {"model": "vtrix-x", "messages": [{"role": "user", "content": "Hi"}], "tools": TOOLS}
-    plain = client.chat.completions.create(**asked, tool_choice=choice)
+    requested: Any = {"model": "vtrix-x", "messages": [{"role": "user", "content": "Hi"}], "tools": TOOLS}
+    plain = client.chat.completions.create(**requested, tool_choice=choice)
     (call,) = plain.choices[0].message.tool_calls or []
     assert plain.choices[0].finish_reason == "tool_calls"
     assert call.type == "function"
@@ -274,29 +274,29 @@ def test_both_clients_read_tool_calls_alike(client: openai.OpenAI, simulator: Ru
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_clients_tool_round_trip_works(client: openai.OpenAI, stream: bool) -> None:
-    asked: Any = {"model": "vtrix-x", "messages": [{"role": "user", "content": "Hi"}], "tools": TOOLS}
-    plain = client.chat.completions.create(**asked, tool_choice="required")
+    requested: Any = {"model": "vtrix-x", "messages": [{"role": "user", "content": "Hi"}], "tools": TOOLS}
+    plain = client.chat.completions.create(**requested, tool_choice="required")
     message = plain.choices[0].message
     (call,) = message.tool_calls or []
     for said in (message, message.model_dump(), message.model_dump(exclude_none=True) | {"content": None}):
         result = {"role": "tool", "tool_call_id": call.id, "content": '{"sun": true}'}
-        again: Any = {**asked, "messages": [*asked["messages"], said, result], "stream": stream}
-        told = client.chat.completions.create(**again)
-        last = list(told)[-1].choices[0] if stream else told.choices[0]
+        again: Any = {**requested, "messages": [*requested["messages"], said, result], "stream": stream}
+        reported = client.chat.completions.create(**again)
+        last = list(reported)[-1].choices[0] if stream else reported.choices[0]
         assert last.finish_reason == "stop"
 
 
 def test_a_tool_choice_that_leads_nowhere_is_refused(client: openai.OpenAI) -> None:
-    asked: Any = {"model": "vtrix-x", "messages": [{"role": "user", "content": "Hi"}]}
+    requested: Any = {"model": "vtrix-x", "messages": [{"role": "user", "content": "Hi"}]}
     nowhere: Any = {"type": "function", "function": {"name": "none"}}
     for fields in ({"tools": TOOLS, "tool_choice": nowhere}, {"tool_choice": "required"}, {"tools": TOOLS * 2}):
         with pytest.raises(openai.BadRequestError):
-            client.chat.completions.create(**asked, **fields)
+            client.chat.completions.create(**requested, **fields)
 
 
 def test_several_choices_are_read_alike(client: openai.OpenAI, simulator: RunningSimulator) -> None:
-    asked: Any = {"model": "vtrix-x", "messages": [{"role": "user", "content": "Hi"}], "n": 3}
-    plain = client.chat.completions.create(**asked)
+    requested: Any = {"model": "vtrix-x", "messages": [{"role": "user", "content": "Hi"}], "n": 3}
+    plain = client.chat.completions.create(**requested)
     said = [(choice.index, choice.message.content, choice.finish_reason) for choice in plain.choices]
     assert len({content for _, content, _ in said}) == 3
     streamed = ours(simulator, n=3)

@@ -131,8 +131,8 @@ def test_status_lists_unfinished_runs_first(runs: Runs) -> None:
 
 def test_the_command_that_status_names_finishes_the_run(runs: Runs, tmp_path: Path) -> None:
     shutil.copytree(runs.killed, tmp_path / "runs" / "a night")
-    (told,) = json.loads(batchrun("status", tmp_path / "runs", "--json").stdout)
-    words = shlex.split(told["next"])
+    (reported,) = json.loads(batchrun("status", tmp_path / "runs", "--json").stdout)
+    words = shlex.split(reported["next"])
     assert words[:2] == ["batchrun", "run"]
     assert batchrun(*words[1:]).exit_code == 0
     assert batchrun("status", tmp_path / "runs", "--exit-code").exit_code == 0
@@ -215,6 +215,7 @@ def test_an_age_uses_its_largest_unit(age_s: float, words: str) -> None:
 # ── earlier runs, at a start ──────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.heavy
 def test_a_start_names_earlier_unfinished_runs(runs: Runs, tmp_path: Path) -> None:
     """Only those of its own job and output pattern."""
     pattern = str(tmp_path / "runs" / "{job}" / "{date}")
@@ -223,8 +224,8 @@ def test_a_start_names_earlier_unfinished_runs(runs: Runs, tmp_path: Path) -> No
     shutil.copytree(runs.killed, tmp_path / "elsewhere" / "2026-11-19")
     ended = batchrun("run", runs.job, "--set", f'output.path="{pattern}"', "--date", "2026-11-21")
     assert ended.exit_code == 0
-    told = [line for line in ended.stderr.splitlines() if "unfinished" in line]
-    assert told == [
+    reported = [line for line in ended.stderr.splitlines() if "unfinished" in line]
+    assert reported == [
         "earlier runs of this job are unfinished: 2026-11-18, 2026-11-19; "
         "this command with --date 2026-11-18 finishes the first"
     ]
@@ -267,6 +268,7 @@ def test_a_shown_rate_never_exceeds_the_limit(changes: dict[str, object], limit:
     assert rate.startswith(f"rate         {expected}")
 
 
+@pytest.mark.heavy
 def test_a_short_run_reports_counts_not_rates(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "in.jsonl", ROWS)
     with running_simulator() as simulator:

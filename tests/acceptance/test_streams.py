@@ -96,6 +96,7 @@ def require_calm(name: str, ended: Ended) -> None:
     assert not [word for word in TROUBLE if word in ended.stderr + ended.stdout], (name, ended)
 
 
+@pytest.mark.heavy
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("closing", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_every_command_works_with_a_closed_stream(place: Place, closing: str) -> None:
@@ -107,6 +108,7 @@ def test_every_command_works_with_a_closed_stream(place: Place, closing: str) ->
     place.require_nothing_lost()
 
 
+@pytest.mark.heavy
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize(("state", "code"), [(full_disk, ExitCode.PAUSED), (broken_pipe, ExitCode.SIGPIPE)])
 def test_an_unwritable_result_has_its_exit_code(place: Place, state: object, code: int) -> None:
@@ -121,6 +123,7 @@ def test_an_unwritable_result_has_its_exit_code(place: Place, state: object, cod
     place.require_nothing_lost()
 
 
+@pytest.mark.heavy
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("state", [full_disk, broken_pipe])
 def test_an_unwritable_message_changes_nothing(place: Place, state: object) -> None:
@@ -133,6 +136,7 @@ def test_an_unwritable_message_changes_nothing(place: Place, state: object) -> N
     place.require_nothing_lost()
 
 
+@pytest.mark.heavy
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "environ",

@@ -24,8 +24,8 @@ HOSTILE = "\x1b[2J模型\r\n" * 30
 
 @pytest.mark.parametrize("columns", [1, 2, 10, 39, 80, 200])
 def test_no_frame_line_exceeds_the_terminal(columns: int) -> None:
-    told = watch_screen.frame(summary(example_error=HOSTILE), [HOSTILE, "plain"], columns, 24, harmless)
-    lines = told.removeprefix(watch_screen.HOME).removesuffix(watch_screen.REST_OF_SCREEN).split("\r\n")
+    reported = watch_screen.frame(summary(example_error=HOSTILE), [HOSTILE, "plain"], columns, 24, harmless)
+    lines = reported.removeprefix(watch_screen.HOME).removesuffix(watch_screen.REST_OF_SCREEN).split("\r\n")
     assert lines.pop() == ""
     assert 0 < len(lines) < 24
     for line in lines:
@@ -40,6 +40,7 @@ def drawn(frame: str) -> list[str]:
     return frame.partition(watch_screen.REST_OF_SCREEN)[0].split("\r\n")
 
 
+@pytest.mark.heavy
 def test_watch_follows_a_run_to_its_end(tmp_path: Path) -> None:
     """With and without a terminal."""
     with running_simulator(SimulatorConfig(latency_s=0.3)) as simulator:
@@ -61,11 +62,11 @@ def test_watch_follows_a_run_to_its_end(tmp_path: Path) -> None:
                 break
         assert finish(process).exit_code == 0
         assert finish(watcher).exit_code == 0
-        told = finish(plain)
+        reported = finish(plain)
     os.close(main)
-    assert told.exit_code == 0
-    assert "\x1b" not in told.stdout
-    assert told.stdout.splitlines()[-1].startswith("200/200 rows (100%), 0 failed")
+    assert reported.exit_code == 0
+    assert "\x1b" not in reported.stdout
+    assert reported.stdout.splitlines()[-1].startswith("200/200 rows (100%), 0 failed")
     frames = shown.decode().split(watch_screen.HOME)
     assert len(frames) > 2
     lines = [line.replace(watch_screen.REST_OF_LINE, "") for frame in frames[1:] for line in drawn(frame)]

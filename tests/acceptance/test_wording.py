@@ -36,16 +36,17 @@ def test_a_duration_uses_a_useful_unit(minutes: float, words: str) -> None:
     assert duration(minutes) == words
 
 
+@pytest.mark.heavy
 def test_a_single_row_is_never_plural(tmp_path: Path) -> None:
     source, out = write_rows(tmp_path / "in.jsonl", 1), tmp_path / "out"
     config = SimulatorConfig(latency_s=0, faults=parse_faults("400=1"))
     with running_simulator(config) as simulator:
         job = write_job(tmp_path / "job.toml", simulator.url, source, "[limits]\nrequests_per_minute = 6000\n")
-        told = [batchrun(command, job) for command in ("check", "estimate")]
-        told += [batchrun("run", job, "-o", out, *more) for more in ((), (), ("--retry-failed",))]
-        told += [batchrun("estimate", job, "-o", out)]
-        told += [batchrun(command, out) for command in ("status", "verify")]
-    for ended in told:
+        reported = [batchrun(command, job) for command in ("check", "estimate")]
+        reported += [batchrun("run", job, "-o", out, *more) for more in ((), (), ("--retry-failed",))]
+        reported += [batchrun("estimate", job, "-o", out)]
+        reported += [batchrun(command, out) for command in ("status", "verify")]
+    for ended in reported:
         assert ended.exit_code in (0, 2, 3), ended
         assert not ODD.search(ended.stdout + ended.stderr), ended
-    assert "1 row, more than output.max_failures = 0" in told[2].stdout
+    assert "1 row, more than output.max_failures = 0" in reported[2].stdout

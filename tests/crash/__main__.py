@@ -18,9 +18,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None, help="default: a new one, which is printed")
     parser.add_argument("--at-once", type=int, default=2, help="runs at the same time (default 2)")
     parser.add_argument("--folder", type=Path, help="where runs with violations stay (default: a new one)")
-    asked = parser.parse_args()
-    seed = random.SystemRandom().randrange(10**6) if asked.seed is None else asked.seed
-    folder = asked.folder or Path(tempfile.mkdtemp(prefix="crash-"))
+    requested = parser.parse_args()
+    seed = random.SystemRandom().randrange(10**6) if requested.seed is None else requested.seed
+    folder = requested.folder or Path(tempfile.mkdtemp(prefix="crash-"))
     folder.mkdir(parents=True, exist_ok=True)
     started_s = time.monotonic()
     calm = calm_run(folder)
@@ -29,7 +29,7 @@ def main() -> int:
     )
     plans = drawn(random.Random(seed), calm.took_s)
     campaign = Campaign(folder, calm, plans, lambda line: print(line, flush=True))
-    campaign.run(asked.kills, asked.at_once)
+    campaign.run(requested.kills, requested.at_once)
     deaths, broken = campaign.deaths(), campaign.violations()
     print(*histogram(deaths), sep="\n")
     runs, minutes = len(campaign.outcomes), (time.monotonic() - started_s) / 60

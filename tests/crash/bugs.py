@@ -83,9 +83,9 @@ _SLOT_TAKEN_LATE = Bug(
     (
         ("        self._slots.take(slot, request.row, n, request.key, *bound)\n", ""),
         (
-            "        result, ruling = self._judge(pending, attempt, slot, bound, successes, tier)\n",
+            "        result, decision = self._judge(pending, attempt, slot, bound, successes, tier)\n",
             "        self._slots.take(slot, request.row, n, request.key, *bound)\n"
-            "        result, ruling = self._judge(pending, attempt, slot, bound, successes, tier)\n",
+            "        result, decision = self._judge(pending, attempt, slot, bound, successes, tier)\n",
         ),
     ),
     "nobody knew of the first",

@@ -71,7 +71,7 @@ def cut_small() -> None:
 
 
 def trace_to(path: str) -> None:
-    """Each fsync, each rename, and each file that the database is told of, is a line in `path`, with its thread."""
+    """Each fsync, each rename, and each file that the database is handed, is a line in `path`, with its thread."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     fsync, rename = os.fsync, os.rename
 

@@ -80,7 +80,7 @@ def _fact(name: str) -> Matches:
 
 _PART = r"/parts/\d+\.g\d+\.parquet"
 _INPUT = r"/parts/\d+\.input\.arrow"
-_RESULT = r"/completions(\.parquet|/part-\d+\.parquet)$"
+_RESULT = r"/completions(\.parquet|\.tmp/part-\d+\.parquet|)$"
 
 _CHECKPOINT = "batchrun.store.checkpoint:Checkpoint"
 _INSERT = "batchrun.store.database:Database.insert"
@@ -93,8 +93,8 @@ def _points() -> tuple[Point, ...]:
     return (
         Point("before the reopening is on record", f"{_CHECKPOINT}.reopen_chunks", _B, _any, reopening, 1),
         Point("after the reopening is on record", f"{_CHECKPOINT}.reopen_chunks", _A, _any, reopening, 1),
-        Point("before the facts are on record", f"{_CHECKPOINT}.write_manifest", _B, _fact("facts"), starting, 1),
-        Point("after the facts are on record", f"{_CHECKPOINT}.write_manifest", _A, _fact("facts"), starting, 1),
+        Point("before the manifest is on record", f"{_CHECKPOINT}.write_manifest", _B, _fact("manifest"), starting, 1),
+        Point("after the manifest is on record", f"{_CHECKPOINT}.write_manifest", _A, _fact("manifest"), starting, 1),
         Point("before the invocation is on record", f"{_CHECKPOINT}.start_invocation", _B, _any, starting, 1),
         Point("before the lost are named", f"{_CHECKPOINT}.add_possibly_billed", _B, _any, starting, 1),
         Point("after the lost are named", f"{_CHECKPOINT}.add_possibly_billed", _A, _any, starting, 1),

@@ -53,9 +53,9 @@ def _plan(rng: random.Random, dealt: set[str], moments: list[float], *, early: b
     points = [point for point in FIRST_ROUND.values() if point.name in dealt]
     kills = [Kill(point.name, 1 if early else _passage(rng, point)) for point in points]
     starting = sum(point.phase is Phase.STARTING for point in points)
-    asked = sum(point.phase is not Phase.FINISHING for point in points)
+    requested = sum(point.phase is not Phase.FINISHING for point in points)
     for moment_s in moments:
-        kills.insert(asked if early else rng.randint(starting, asked), Kill(after_s=moment_s))
+        kills.insert(requested if early else rng.randint(starting, requested), Kill(after_s=moment_s))
     one_file = dealt & NEEDS_ONE_FILE or rng.random() < 0.7
     return Plan(tuple(kills), "file" if one_file else "parts")
 

@@ -1,4 +1,4 @@
-"""A disk that fails where it is told to: strace makes chosen system calls on chosen files return an error."""
+"""A disk that fails on request: strace makes chosen system calls on chosen files return an error."""
 
 import shutil
 from dataclasses import dataclass

@@ -24,11 +24,11 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Calm:
 
 def test_no_answer_is_lost_at_any_marked_point(tmp_path: Path, calm: Calm) -> None:
     """The process is killed there and resumed: nothing is lost or, without being named, paid for twice."""
-    told: list[str] = []
+    reported: list[str] = []
     plans = every_point(random.Random(SEED), RUNS, calm.took_s)
-    campaign = Campaign(tmp_path, calm, plans, told.append)
+    campaign = Campaign(tmp_path, calm, plans, reported.append)
     campaign.run(deaths=1000, at_once=2)
-    assert told == []
+    assert reported == []
     assert {death.place for death in campaign.deaths() if death.marked} == FIRST_ROUND.keys()
     assert len(campaign.outcomes) == RUNS
 
@@ -54,6 +54,7 @@ AGAIN = (
 )
 
 
+@pytest.mark.heavy
 def test_no_answer_is_lost_in_killed_retries(tmp_path: Path, calm: Calm) -> None:
     """Killed while failed rows are sent again: every answer stays, and nothing unnamed is paid for twice."""
     outcome = killed_retry(tmp_path / "run", [Kill(name) for name in AGAIN], calm)
@@ -61,6 +62,7 @@ def test_no_answer_is_lost_in_killed_retries(tmp_path: Path, calm: Calm) -> None
     assert [death.place for death in outcome.deaths] == list(AGAIN)
 
 
+@pytest.mark.heavy
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", BUGS)
 def test_the_harness_notices_when(name: str, tmp_path: Path, calm: Calm) -> None:

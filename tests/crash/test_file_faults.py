@@ -121,6 +121,7 @@ def test_strace_is_installed() -> None:
     assert shutil.which("strace"), MISSING
 
 
+@pytest.mark.heavy
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", PAUSING)
 def test_a_failing_disk_pauses_without_losses(kind: str, tmp_path: Path, calm: Calm) -> None:
@@ -139,6 +140,7 @@ def test_a_failing_disk_pauses_without_losses(kind: str, tmp_path: Path, calm: C
         recover(run, calm)
 
 
+@pytest.mark.heavy
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", HARMLESS)
 def test_files_that_only_report_may_fail(kind: str, tmp_path: Path, calm: Calm) -> None:
@@ -153,6 +155,7 @@ def test_files_that_only_report_may_fail(kind: str, tmp_path: Path, calm: Calm) 
             recover(run, calm)
 
 
+@pytest.mark.heavy
 def test_after_one_failed_fsync_nothing_more_is_committed(tmp_path: Path, calm: Calm) -> None:
     with trial(tmp_path) as run:
         log = run.out.with_name("strace.log")
@@ -186,6 +189,7 @@ def small_disk(at: Path, kilobytes: int) -> Iterator[Path]:
         subprocess.run(["umount", str(at)], check=True)
 
 
+@pytest.mark.heavy
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("kilobytes", [1_000, 16_400], ids=["no room for the reserve", "with the reserve"])
 def test_a_full_file_system_pauses_the_run(tmp_path: Path, kilobytes: int) -> None:
@@ -203,6 +207,7 @@ def test_a_full_file_system_pauses_the_run(tmp_path: Path, kilobytes: int) -> No
         recover(run, calm)
 
 
+@pytest.mark.heavy
 def test_a_stopped_process_resumes_without_storm(tmp_path: Path) -> None:
     """SIGSTOP and SIGCONT cause no false timeouts and no burst of requests."""
     source = write_rows(tmp_path / "in.jsonl", 150)
@@ -225,6 +230,7 @@ def test_a_stopped_process_resumes_without_storm(tmp_path: Path) -> None:
     assert max(seconds.values()) <= 2 * per_second + 8, "the pause was made up for in a rush"
 
 
+@pytest.mark.heavy
 def test_too_few_file_descriptors_fail_no_row(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "in.jsonl", 300)
     with running_simulator(SimulatorConfig(latency_s=0.2, ledger=str(tmp_path / "ledger"))) as simulator:

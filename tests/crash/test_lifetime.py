@@ -1,4 +1,4 @@
-"""A run's whole life: begun, failed, killed, stopped, changed, retried in any order, and held against a plain model.
+"""A run's whole life: started, failed, killed, stopped, changed, retried in any order, and compared with a plain model.
 
 Two lives in the sample, ten at the full level; as many as the environment variable BATCHRUN_LIVES says
 (docs/crash.md).
@@ -115,7 +115,7 @@ class Lifetime(RuleBasedStateMachine):
     """The model: `rows` and `settings` are what the user has written; `laid` and `adopted` what the run goes by.
 
     `fate` is what can have become of each odd question; `held` bounds how many answers there are to each question,
-    `due` how often it may have been asked, but for requests that were lost.
+    `due` how often it may have been requested, but for requests that were lost.
     """
 
     at: Endpoints
@@ -201,7 +201,7 @@ class Lifetime(RuleBasedStateMachine):
         assert exit_code in (0, 7)
         if exit_code == 0:
             self.done(None)
-        assert len(read_ledger(self.at.ledger)) == served, "an answer that was there was asked for again"
+        assert len(read_ledger(self.at.ledger)) == served, "an answer that was there was requested again"
         self.rows = self.laid = rows
         self.fate, self.settled = fate, len(rows)
         shutil.rmtree(self.out)
@@ -252,7 +252,7 @@ class Lifetime(RuleBasedStateMachine):
         self.fate = {question: set(fates) for question, fates in self.fate.items()}
         self.held, self.due = self.held.copy(), self.due.copy()
         self.lay_out()
-        target = Counter(self.questions()[: limit and max(limit, self.begun())])
+        target = Counter(self.questions()[: limit and max(limit, self.reached())])
         self.due += target - self.held
         self.held |= target
 
@@ -297,8 +297,8 @@ class Lifetime(RuleBasedStateMachine):
         self.held &= Counter(questions)
         self.fate = {question: self.fate.get(question, {PENDING}) for question in questions if ODD in question.text}
 
-    def begun(self) -> int:
-        """The rows up to the last that may have its answer: what is between is asked, whatever the limit."""
+    def reached(self) -> int:
+        """The rows up to the last that may have its answer: all rows before it are sent, whatever the limit."""
         return max((row + 1 for row, question in enumerate(self.questions()) if self.held[question]), default=0)
 
     def outcome(self) -> str:
@@ -334,7 +334,7 @@ class Lifetime(RuleBasedStateMachine):
         self.settled = len(result)
 
     def judge_ledger(self) -> None:
-        """No question was asked oftener than it was due, but for requests that are named as lost, and retries."""
+        """No request was sent more often than due, except requests that are named as lost, and retries."""
         summary = read_summary(self.out)
         retries = sum(line["attempts"] for line in summary["totals"] if line["status"] == "discarded")
         flying = 4 if self.settled is None else 0  # who was in flight at a kill is named by the next start
@@ -398,6 +398,7 @@ class Lifetime(RuleBasedStateMachine):
         return path.read_bytes() if path.exists() else None
 
 
+@pytest.mark.heavy
 @pytest.mark.campaign
 def test_a_run_survives_any_life_correctly(tmp_path: Path) -> None:
     """Whatever happens to it, its result is right and nothing is sent without need."""

@@ -73,7 +73,7 @@ def ask(folder: Path, url: str, rows: int = 12, *, speed: float = 10.0, **tables
     endpoint = {**fixed, **tables.pop("endpoint", {})}
     job = job_over(source, **{"endpoint": endpoint, "retry": QUICK_RETRY, **tables})
     key = credentials.read(job.endpoint, {KEY_ENV: KEY})
-    summary = engine.run(job, RunDirectory(folder / "out"), key, loop_factory=fast_clock(speed))
+    summary = engine.run(job, RunDirectory(folder / "out"), key, runtime=engine.Runtime(fast_clock(speed)))
     assert holds_key(folder / "out", [KEY.encode()]) == []
     result = pq.read_table(folder / "out" / "completions.parquet").to_pylist() if summary.complete else []
     return Told(summary, result)
@@ -463,6 +463,7 @@ FAILURE = answer(b'{"error": {"message": "The server had an error"}}', status="5
 BUSY = answer(b'{"error": {"message": "The server is overloaded"}}', status="503 Service Unavailable")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("trouble", "from_request"),
     [

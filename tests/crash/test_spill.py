@@ -76,6 +76,7 @@ def test_the_next_start_imports_the_spill_once(tmp_path: Path) -> None:
         assert not (tmp_path / "spill.bin").exists()
 
 
+@pytest.mark.heavy
 def test_a_failing_database_keeps_requests_in_flight(tmp_path: Path) -> None:
     """Their answers are kept and nothing is sent twice."""
     source = write_rows(tmp_path / "in.jsonl", 200)

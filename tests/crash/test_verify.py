@@ -61,6 +61,7 @@ PAGE_ROWS = 16
 
 NO_SECOND_SOURCE = (
     *("updated_at", "limits", "command", "requests_per_minute", "elapsed_s", "rows_per_minute", "tokens_per_minute"),
+    "last_answer_at",
 )
 """Fields of summary.json that nothing else can vouch for, but for two rates to their rounding."""
 
@@ -204,9 +205,9 @@ def state_of(directory: RunDirectory) -> tuple[object, ...]:
     finished = not directory.inflight.exists()
     digests = {path.name: digest(path) for path in files_of(directory) if path.suffix in (".parquet", ".arrow")}
     summary: object = None
-    if finished:  # elsewhere the next start writes it anew
-        told = msgspec.json.decode(directory.summary.read_bytes(), type=Summary)
-        summary = {name: getattr(told, name) for name in Summary.__struct_fields__ if name not in NO_SECOND_SOURCE}
+    if finished:  # elsewhere the next start writes it again
+        reported = msgspec.json.decode(directory.summary.read_bytes(), type=Summary)
+        summary = {name: getattr(reported, name) for name in Summary.__struct_fields__ if name not in NO_SECOND_SOURCE}
     return db_records.read(directory.checkpoint), in_flight.read(directory.inflight), digests, summary
 
 
@@ -216,6 +217,7 @@ def settled(state: tuple[object, ...]) -> int:
     return known.totals.settled()
 
 
+@pytest.mark.heavy
 @pytest.mark.campaign
 @pytest.mark.parametrize(("name", "most"), [("done", 600), ("killed", 300), ("retried", 100)])
 def test_a_flipped_bit_is_named_or_harmless(runs: Runs, tmp_path: Path, name: str, most: int) -> None:
@@ -313,7 +315,7 @@ def test_a_missing_file_is_named(runs: Runs, tmp_path: Path, name: str) -> None:
     directory = runs.copy(name, tmp_path / "run")
     for path in files_of(directory):
         if path.name.endswith("-wal"):
-            continue  # nobody can tell a run without a log from one that lost it
+            continue  # a run without a log looks like one that lost it
         aside = path.rename(tmp_path / "aside")
         assert path.name in {Path(file).name for file in damaged_files(verify(directory))}
         aside.rename(path)
@@ -343,10 +345,11 @@ def test_an_unreadable_summary_is_damage(runs: Runs, tmp_path: Path) -> None:
 
 def result_and_start(runs: Runs, directory: RunDirectory, layout: str) -> tuple[Path, Callable[[], Ended]]:
     """A file of the complete run's result, and what starts the run's command once more."""
-    result = directory.completions if layout == "file" else sorted(directory.completions_folder.iterdir())[1]
+    result = directory.completions if layout == "file" else sorted(directory.completions_folder.glob("*.parquet"))[1]
     return result, lambda: batchrun("run", runs.folder / f"{layout}.toml", "-o", directory.path)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("name", "layout"), [("done", "file"), ("in-parts", "parts")])
 def test_a_partial_result_is_not_complete_again(runs: Runs, tmp_path: Path, name: str, layout: str) -> None:
     directory, served = runs.copy(name, tmp_path / "run"), len(runs.simulator.ledger())
@@ -374,6 +377,7 @@ def test_a_partial_result_is_not_complete_again(runs: Runs, tmp_path: Path, name
     assert len(runs.simulator.ledger()) == served
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("name", "layout"), [("done", "file"), ("in-parts", "parts")])
 def test_a_changed_result_is_noticed_by_stat(runs: Runs, tmp_path: Path, name: str, layout: str) -> None:
     """A start over a complete run compares its size and time."""
@@ -415,9 +419,9 @@ def test_files_of_two_runs_are_not_confused(runs: Runs, tmp_path: Path) -> None:
 )
 def test_summary_and_checkpoint_agree_in_every_figure(runs: Runs, tmp_path: Path, field: str, value: object) -> None:
     directory = runs.copy("done", tmp_path / "run")
-    told: dict[str, Any] = msgspec.json.decode(directory.summary.read_bytes())
-    told[field] = value
-    directory.summary.write_bytes(msgspec.json.format(msgspec.json.encode(told), indent=2))
+    reported: dict[str, Any] = msgspec.json.decode(directory.summary.read_bytes())
+    reported[field] = value
+    directory.summary.write_bytes(msgspec.json.format(msgspec.json.encode(reported), indent=2))
     expected = set() if field == "complete" else {"summary.json"}
     assert damaged_files(verify(directory)) == expected
 
@@ -494,6 +498,7 @@ def scratched(content: bytes, every: int) -> bytes:
     return bytes(harmed)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("harm", HARMS)
 def test_salvage_keeps_every_whole_record(runs: Runs, tmp_path: Path, harm: str) -> None:
     directory = runs.copy("killed", tmp_path / "run")
@@ -634,6 +639,7 @@ def test_salvage_overwrites_nothing(runs: Runs, tmp_path: Path) -> None:
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.heavy
 def test_row_groups_are_kept_one_by_one(runs: Runs, tmp_path: Path) -> None:
     path = tmp_path / "groups.parquet"
     pq.write_table(runs.undisturbed, path, row_group_size=32, write_page_checksum=True)

@@ -85,6 +85,7 @@ def test_a_torn_last_commit_is_no_damage(tmp_path: Path, left: Left) -> None:
     assert 0 <= left.rows - rows_of(tmp_path, left.database, bytes(torn)) <= 64
 
 
+@pytest.mark.heavy
 def test_frames_of_an_earlier_round_are_not_missed(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.db"
     command = [sys.executable, "-m", "tests.checkpoint_writer", str(path)]
@@ -92,7 +93,7 @@ def test_frames_of_an_earlier_round_are_not_missed(tmp_path: Path) -> None:
         with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]) as process:
             assert process.stdout is not None
             for _ in range(random.randrange(20, 60)):
-                process.stdout.readline()  # a commit that was told
+                process.stdout.readline()  # a commit that was reported
             process.send_signal(signal.SIGKILL)
         assert commits_dropped(path.with_name("checkpoint.db-wal").read_bytes()) == 0
 

@@ -55,7 +55,7 @@ max_failures = {ROWS}
 """
 
 REFUSED = Fault(kind="status", status=400, share=0.2, sticky=True, times=1, per_question=True)
-"""Rows that fail for good when they are asked first, and would succeed if they were asked again."""
+"""Rows that fail for good when they are first sent, and would succeed if they were sent again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +212,7 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Calm:
-    """A run that nobody killed: what it brought, and how long it took."""
+    """A run that was not killed: its result, and how long it took."""
 
     output: pa.Table
     took_s: float

@@ -33,7 +33,7 @@ Exchange = tuple[int, int]
 class Evidence:
     """What is left of a run after its last process. `in_flight` is what inflight.bin held after each kill.
 
-    `asked_again` are rows that failed for good and were asked once more because the user said so.
+    `asked_again` are rows that failed for good and were sent once more because the user wanted it.
     """
 
     rows: int
@@ -70,7 +70,7 @@ def _answers(evidence: Evidence) -> Iterator[str]:
 
 
 def _exchanges(evidence: Evidence) -> Iterator[str]:
-    """Nobody is asked again but who was in flight at a kill, and who is counted as a retry."""
+    """Only rows that were in flight at a kill, and counted retries, are sent again."""
     times = Counter(_exchange(line) for line in evidence.ledger)
     for exchange, number in times.items():
         if number > 1:
@@ -134,7 +134,7 @@ def _money(evidence: Evidence) -> Iterator[str]:
 
 def _files(evidence: Evidence) -> Iterator[str]:
     """Nothing is left in the run directory but the result and what a finished run keeps."""
-    results = {name for name in evidence.files if name == "completions.parquet" or name.startswith("completions/part-")}
+    results = {name for name in evidence.files if name == "completions.parquet" or name.startswith("completions/")}
     if orphans := evidence.files - LEFT_BEHIND - results:
         yield f"left behind: {sorted(orphans)}"
     if missing := LEFT_BEHIND - evidence.files:

@@ -266,6 +266,7 @@ signal.raise_signal(signal.SIGTERM)
 """
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("number", "told"), [(signal.SIGINT, "KeyboardInterrupt True"), (signal.SIGTERM, "SIGTERM")])
 def test_signals_drain_and_are_restored(tmp_path: Path, number: int, told: str) -> None:
     with running_simulator(SimulatorConfig(latency_s=0.3)) as slow:

@@ -35,6 +35,7 @@ def rows(folder: Path, count: int) -> frozenset[int]:
     return frozenset(range(count))
 
 
+@pytest.mark.heavy
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("bad", [range(20, 90), range(50, 120), range(70)], ids=["amid", "last", "first"])
 @pytest.mark.parametrize("max_outage_s", [40.0, 7_200.0])
@@ -74,6 +75,7 @@ def fails_at_first(fault: Script, of: frozenset[int]) -> Script:
     return script
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("fault", ONCE)
 def test_rows_failing_once_need_two_requests(tmp_path: Path, fault: str) -> None:
     every = rows(tmp_path, 120)
@@ -81,7 +83,7 @@ def test_rows_failing_once_need_two_requests(tmp_path: Path, fault: str) -> None
         summary = run(tmp_path, server.url, limits={"max_in_flight": 16})
     assert (summary.exit_code, summary.by_status) == (0, {"ok": 120})
     assert set(asked_for(server).values()) == {2}
-    assert summary.elapsed_s < 5.0, "a quarter of an hour on the fast clock; at one row a minute it would be hours"
+    assert summary.elapsed_s < 18, "120 rows at one a minute would take 36 s on this clock, which is 200 times as fast"
 
 
 def test_forty_failing_rows_delay_no_other(tmp_path: Path) -> None:
@@ -93,6 +95,7 @@ def test_forty_failing_rows_delay_no_other(tmp_path: Path) -> None:
     assert max(asked_for(server).values()) <= 3
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("bad", [range(0), range(20, 60)], ids=["each fails once", "and forty for ever"])
 @pytest.mark.parametrize("trouble", [FAILURE, BUSY], ids=["500", "503"])
 def test_an_outage_among_retries_gives_up_nothing(tmp_path: Path, bad: range, trouble: bytes) -> None:
@@ -117,6 +120,7 @@ def test_an_outage_among_retries_gives_up_nothing(tmp_path: Path, bad: range, tr
     assert during < 45, "sixteen were out when it began"
 
 
+@pytest.mark.heavy
 def test_an_always_refused_row_is_given_up_early(tmp_path: Path) -> None:
     """At two in flight, ten seconds an answer, three hundred rows take twenty-five minutes; it is given up in ten."""
     rows(tmp_path, 300)
@@ -135,6 +139,7 @@ def refused(folder: Path, fault: Script, **retry: float) -> tuple[Summary, Count
     return summary, asked_for(server)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("max_outage_s", [60.0, 7_200.0])
 @pytest.mark.parametrize("refusal", [RATE_LIMIT, WITH_A_WAIT], ids=["429", "429 that asks for a second"])
 def test_an_always_refused_last_row_is_given_up(tmp_path: Path, refusal: bytes, max_outage_s: float) -> None:

@@ -68,6 +68,7 @@ def test_each_start_has_its_own_budget(simulator: RunningSimulator, tmp_path: Pa
     assert not (tmp_path / "budget.db").exists()  # nothing is shared
 
 
+@pytest.mark.heavy
 def test_runs_share_the_budget_of_a_day(simulator: RunningSimulator, tmp_path: Path) -> None:
     file = job(tmp_path, simulator.url, 'per_day_usd = 4\nper_month_usd = 50\ntime_zone = "Asia/Tokyo"\nname = "ours"')
     first = batchrun("run", file, "-o", tmp_path / "first", "--limit", "5")
@@ -101,6 +102,7 @@ def test_runs_share_the_budget_of_a_day(simulator: RunningSimulator, tmp_path: P
     assert other.exit_code == 0
 
 
+@pytest.mark.heavy
 def test_eight_runs_never_pass_one_budget(tmp_path: Path) -> None:
     chance, cap = random.Random(12), Decimal(30)
     with running_simulator(SimulatorConfig(latency_s=0.1, ledger=str(tmp_path / "ledger"))) as simulator:
@@ -129,6 +131,7 @@ def test_eight_runs_never_pass_one_budget(tmp_path: Path) -> None:
     assert list(tmp_path.glob("budget.db-*")) == []
 
 
+@pytest.mark.heavy
 def test_a_killed_runs_requests_stay_counted(tmp_path: Path) -> None:
     with running_simulator(SimulatorConfig(latency_s=0.3, ledger=str(tmp_path / "ledger"))) as simulator:
         file = job(tmp_path, simulator.url, "per_day_usd = 60", rows=60)

@@ -66,6 +66,7 @@ def test_a_passing_canary_sends_every_row_once(simulator: RunningSimulator, tmp_
     assert len(simulator.ledger()) == ROWS
 
 
+@pytest.mark.heavy
 def test_a_failed_canary_stops_until_something_changes(simulator: RunningSimulator, tmp_path: Path) -> None:
     file = job(tmp_path, simulator.url, "rows = 20", rows=200)
     text = file.read_text()
@@ -104,6 +105,7 @@ def test_a_canary_sees_beyond_a_good_head(simulator: RunningSimulator, tmp_path:
     assert 8 <= read_summary(tmp_path / "out")["by_status"]["truncated"] <= 12
 
 
+@pytest.mark.heavy
 def test_an_accepted_canary_sends_the_rest(simulator: RunningSimulator, tmp_path: Path) -> None:
     file = job(tmp_path, simulator.url, "rows = 10\nmin_ok_share = 1", rows=100)
     options = ("--set", "canary.max_cost_per_row_usd=0.0000001")
@@ -149,6 +151,7 @@ def test_a_small_run_has_no_canary(simulator: RunningSimulator, tmp_path: Path) 
     assert "canary.max_cost_per_row_usd: the price of nobody-knows is unknown" in unknown.stderr
 
 
+@pytest.mark.heavy
 def test_a_canary_sends_no_row_that_needs_no_request(simulator: RunningSimulator, tmp_path: Path) -> None:
     file = job(tmp_path, simulator.url, "rows = 20\nmin_ok_share = 0.5")
     texts = [f"item {row % 100}" for row in range(ROWS)]  # each one three times

@@ -1,4 +1,4 @@
-"""The input or the job changes between starts: answers that fit are kept, and nothing is asked or given up unsaid."""
+"""The input or the job changes between starts: answers that fit are kept, and nothing is sent or given up silently."""
 
 import json
 import random
@@ -61,9 +61,10 @@ def deleted(rows: list[Record]) -> list[Record]:
 def mixed(rows: list[Record]) -> list[Record]:
     chance = random.Random(11)
     kept = [row for row in shuffled(rows) if chance.random() > 0.2]
-    return [*inserted(edited(kept)), *[dict(row) for row in kept[:5]]]  # five questions are asked twice
+    return [*inserted(edited(kept)), *[dict(row) for row in kept[:5]]]  # five questions stand there twice
 
 
+@pytest.mark.heavy
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("change", [inserted, edited, shuffled, deleted, mixed], ids=lambda change: change.__name__)
 @pytest.mark.parametrize("killed", [False, True], ids=["finished", "unfinished"])
@@ -80,13 +81,13 @@ def test_a_changed_input_stops_with_its_cost(tmp_path: Path, change: Any, killed
             kill_when(process, lambda: len(simulator.ledger()) >= 55)
         process.communicate()
         write(source, after)
-        asked = len(simulator.ledger())
+        requested = len(simulator.ledger())
         refused = batchrun("run", job, "-o", out)
         if refused.exit_code:
             assert refused.exit_code == 2, refused.stderr
             for word in ("in.jsonl", "answers stay", "--accept-changes"):
                 assert word in refused.stderr
-            assert killed or len(simulator.ledger()) == asked  # what was in flight at a kill is still served
+            assert killed or len(simulator.ledger()) == requested  # what was in flight at a kill is still served
         else:
             assert killed, "what was paid for and is dropped needs consent"
         ended = batchrun("run", job, "-o", out, "--accept-changes")
@@ -100,6 +101,7 @@ def test_a_changed_input_stops_with_its_cost(tmp_path: Path, change: Any, killed
     assert max(questions.values()) <= 2 + (lost > 0)
 
 
+@pytest.mark.heavy
 def test_rows_that_are_appended_are_no_change(tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", records(60))
     with running_simulator(SimulatorConfig(ledger=str(tmp_path / "ledger"))) as simulator:
@@ -125,6 +127,7 @@ def test_a_column_that_no_question_uses_may_change(tmp_path: Path) -> None:
     assert [row["note"] for row in rows_of(tmp_path / "out")] == list(range(60))
 
 
+@pytest.mark.heavy
 def test_a_refused_change_leaves_the_run_alone(tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", records(60))
     out = tmp_path / "out"
@@ -152,6 +155,7 @@ def test_a_refused_change_leaves_the_run_alone(tmp_path: Path) -> None:
         assert "60 of 60 done" in again.stdout
 
 
+@pytest.mark.heavy
 def test_another_template_needs_consent(tmp_path: Path) -> None:
     """Then every row is sent again."""
     source = write(tmp_path / "in.jsonl", records(40))
@@ -176,6 +180,7 @@ def test_another_template_needs_consent(tmp_path: Path) -> None:
     assert sum(summary["by_status"].values()) == 40
 
 
+@pytest.mark.heavy
 def test_a_pilot_of_first_rows_is_resumed(tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", records(120))
     out = tmp_path / "out"
@@ -205,6 +210,7 @@ def test_a_shorter_input_always_needs_consent(tmp_path: Path) -> None:
         assert len(simulator.ledger()) == 59
 
 
+@pytest.mark.heavy
 def test_a_kill_during_a_change_loses_nothing(tmp_path: Path) -> None:
     after = mixed(records(90))
     source = write(tmp_path / "in.jsonl", records(90))
@@ -234,16 +240,17 @@ def test_a_late_limit_is_reported_and_sends_nothing(tmp_path: Path) -> None:
         job = write_job(tmp_path / "job.toml", simulator.url, source, SMALL_CHUNKS + "[limits]\nmax_in_flight = 8\n")
         kill_when(process := start("run", job, "-o", out), lambda: len(simulator.ledger()) >= 30, signal.SIGTERM)
         process.communicate()
-        asked = len(simulator.ledger())
+        requested = len(simulator.ledger())
         ended = batchrun("run", job, "-o", out, "--limit", "10")
         assert ended.exit_code == 2
-        begun = ended.stderr.partition("at least --limit ")[2].partition(",")[0]
-        assert asked <= int(begun) < 120, ended.stderr
-        assert len(simulator.ledger()) == asked
-        assert batchrun("run", job, "-o", out, "--limit", begun).exit_code == 0
-        assert len(simulator.ledger()) == len(rows_of(out)) == int(begun)
+        started = ended.stderr.partition("at least --limit ")[2].partition(",")[0]
+        assert requested <= int(started) < 120, ended.stderr
+        assert len(simulator.ledger()) == requested
+        assert batchrun("run", job, "-o", out, "--limit", started).exit_code == 0
+        assert len(simulator.ledger()) == len(rows_of(out)) == int(started)
 
 
+@pytest.mark.heavy
 def test_a_pilot_over_changes_keeps_its_limit(tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", records(120))
     out = tmp_path / "out"

@@ -23,6 +23,7 @@ from batchrun.store.db_tables import Chunk, Reopened
 from batchrun.store.totals import Totals, answer_line, fold, possibly_billed, with_possibly_billed
 from tests import level
 from tests.endings import ENDINGS, completion, discarded, stored_attempt
+from tests.unit.test_memory import resident_mb
 
 pytestmark = pytest.mark.sampled(12)
 
@@ -64,7 +65,7 @@ def everything(path: Path) -> tuple[object, ...]:
 def filled(path: Path) -> Path:
     """A checkpoint with records in every table, closed."""
     with opened(path) as checkpoint:
-        checkpoint.write_manifest({"facts": '{"run_id":"1"}', "prices": "{}"})
+        checkpoint.write_manifest({"manifest": '{"run_id":"1"}', "prices": "{}"})
         checkpoint.start_invocation(1_795_000_000.5, 4711, "here", "0.1.0")
         put(checkpoint, [completion(3)])
         checkpoint.seal_chunk(Chunk(0, 0, 50, '{"file":0}', "ab" * 16, 1, "cd" * 16, open=0), keep=[3])
@@ -80,7 +81,7 @@ def filled(path: Path) -> Path:
 
 
 def reopened(row: int, attempts: int, status: str) -> Reopened:
-    """A row that `completion` settled with this status, asked again by variant 1."""
+    """A row that `completion` settled with this status, sent again by variant 1."""
     answer = answer_line(completion(row, status=Status(status)), 0)
     return Reopened(row, 1, attempts, status, None, msgspec.json.encode(answer).decode())
 
@@ -241,6 +242,21 @@ def test_a_reopened_row_is_pending_until_resealed(tmp_path: Path) -> None:
         assert {status: rows for status, rows in checkpoint.totals.standing.items() if rows} == standing
 
 
+def test_rows_that_are_reopened_are_not_in_memory(tmp_path: Path) -> None:
+    """The failures of a large run: 30,000 of them would be some 30 MB."""
+    rows, before = 30_000, resident_mb()
+    template = reopened(0, 1, "error")
+    with opened(tmp_path / "checkpoint.db") as checkpoint:
+        again = Chunk(0, 0, rows, "{}", "ab", 1, "cd")
+        one_by_one = (
+            msgspec.structs.replace(template, row=row, answer=f"{template.answer}{' ' * 200}") for row in range(rows)
+        )
+        checkpoint.reopen_chunks([again], one_by_one, {})
+        assert resident_mb() - before < 15
+        assert checkpoint.totals.standing == {"error": -rows}
+        assert checkpoint.has_reopened
+
+
 # ── all or nothing ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -250,7 +266,7 @@ def writer(path: Path, **limits: str) -> "subprocess.Popen[str]":
 
 
 def require_consistent(path: Path, durable: set[int]) -> None:
-    """Every row told durable is there, none is counted that is not, and the totals are the sum of the rows."""
+    """Every row that was reported durable is there, no other is counted, and the totals are the sum of the rows."""
     with opened(path) as checkpoint:
         rows = checkpoint.completions(0, 10_000_000)
         assert durable <= {row.row for row in rows}
@@ -259,6 +275,7 @@ def require_consistent(path: Path, durable: set[int]) -> None:
         assert checkpoint.totals.cost_usd() == sum((row.cost_usd or Decimal(0) for row in rows), Decimal(0))
 
 
+@pytest.mark.heavy
 def test_durable_rows_survive_kill_9(tmp_path: Path) -> None:
     moments = level.seeded("test_durable_rows_survive_kill_9")
     durable: set[int] = set()
@@ -303,7 +320,7 @@ def test_a_full_disk_uses_the_reserve_first(tmp_path: Path) -> None:
     reserve = {"RESERVE": str(disk / "reserve.bin")}
     done = subprocess.run([*unshare, *inside], capture_output=True, text=True, env=os.environ | reserve, check=False)
     if done.returncode == 75 or "unshare" in done.stderr:
-        pytest.skip(f"this kernel lets nobody mount a small disk: {done.stderr.strip()}")
+        pytest.skip(f"this kernel refuses to mount a small disk: {done.stderr.strip()}")
     full = f"DiskError: {disk}/checkpoint.db: the disk is full; make room and run the same command again"
     *freed, spilled = done.stderr.splitlines()
     assert freed == ["reserve freed", full, full]
@@ -345,6 +362,7 @@ def test_a_changed_field_of_any_table_is_named(tmp_path: Path, table: str, colum
     assert error.value.exit_code == ExitCode.DAMAGED
 
 
+@pytest.mark.heavy
 def test_a_flipped_bit_is_reported_or_harmless(tmp_path: Path) -> None:
     path = filled(tmp_path / "checkpoint.db")
     content, before = path.read_bytes(), everything(path)
@@ -418,29 +436,29 @@ def state_of(folder: Path) -> dict[str, tuple[int, int, bytes]]:
 def test_reading_a_finished_run_touches_no_file(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.db"
     with opened(path, finished=True) as checkpoint:
-        checkpoint.write_manifest({"facts": "{}"})
+        checkpoint.write_manifest({"manifest": "{}"})
         put(checkpoint, [completion(0)])
     before, folder = state_of(tmp_path), tmp_path.stat().st_mtime_ns
     assert list(before) == ["checkpoint.db"]
-    assert read_finished(path) == {"facts": "{}"}
+    assert read_finished(path) == {"manifest": "{}"}
     assert (state_of(tmp_path), tmp_path.stat().st_mtime_ns) == (before, folder)
 
 
 def test_a_finished_run_is_readable_without_writing(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.db"
     with opened(path, finished=True) as checkpoint:
-        checkpoint.write_manifest({"facts": "{}"})
+        checkpoint.write_manifest({"manifest": "{}"})
     assert path.stat().st_mode & 0o777 == 0o600
     path.chmod(0o400)
-    assert read_finished(path) == {"facts": "{}"}
+    assert read_finished(path) == {"manifest": "{}"}
 
 
 def test_damage_in_a_finished_manifest_is_reported(tmp_path: Path) -> None:
     path = filled(tmp_path / "checkpoint.db")
     with sqlite3.connect(path) as database:
-        database.execute("UPDATE manifest SET value = '{}' WHERE name = 'facts'")
+        database.execute("UPDATE manifest SET value = '{}' WHERE name = 'manifest'")
     database.close()
-    with pytest.raises(CheckpointError, match="table manifest, record 'facts'"):
+    with pytest.raises(CheckpointError, match="table manifest, record 'manifest'"):
         read_finished(path)
 
 

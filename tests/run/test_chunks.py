@@ -116,11 +116,11 @@ def started(path: Path, job: Job) -> Iterator[Start]:
         made = resume.make(job, directory, checkpoint, RunOptions(), NOW)
         layout = Layout(
             source=made.source,
-            identities=made.facts.files,
-            rejected=frozenset(made.facts.rejected),
+            identities=made.manifest.files,
+            rejected=frozenset(made.manifest.rejected),
             types=made.types,
             schema=made.schema,
-            settings=made.facts.output,
+            settings=made.manifest.output,
         )
         chunks = Chunks(directory, checkpoint, layout)
         chunks.remove_orphans()
@@ -130,7 +130,7 @@ def started(path: Path, job: Job) -> Iterator[Start]:
 
 
 def ask(start: Start, chunk: OpenChunk, most: int = 1_000_000) -> list[int]:
-    """Which rows were asked: the pending ones of the chunk, at most so many. Their answers are durable."""
+    """The rows that were sent: the pending ones of the chunk, at most so many. Their answers are durable."""
     rows = [row for batch in chunk.rows() for row in batch][:most]
     for row in rows:
         raw = answer_body(f"answer to {row.columns.get('text')}")
@@ -140,13 +140,13 @@ def ask(start: Start, chunk: OpenChunk, most: int = 1_000_000) -> list[int]:
 
 
 def finish(path: Path, job: Job) -> tuple[pa.Table, list[int]]:
-    """The final file, and the rows that were asked for it."""
-    asked: list[int] = []
+    """The final file, and the rows that were sent for it."""
+    requested: list[int] = []
     with started(path, job) as start:
         while (chunk := start.chunks.open_next()) is not None:
-            asked += ask(start, chunk)
+            requested += ask(start, chunk)
             start.chunks.seal(chunk)
-        return assembled(start), asked
+        return assembled(start), requested
 
 
 def assembled(start: Start) -> pa.Table:
@@ -184,8 +184,8 @@ def input_as(tmp_path: Path, kind: str, rows: list[dict[str, object]]) -> Path:
 @pytest.mark.parametrize("kind", FORMATS)
 def test_all_rows_come_once_in_order(tmp_path: Path, kind: str) -> None:
     rows = texts(35)
-    table, asked = finish(tmp_path / "run", small_chunks(input_as(tmp_path, kind, rows)))
-    assert asked == list(range(35))
+    table, requested = finish(tmp_path / "run", small_chunks(input_as(tmp_path, kind, rows)))
+    assert requested == list(range(35))
     assert table.select(["id", "text"]).to_pylist() == rows
     assert table.column("row").to_pylist() == list(range(35))
     assert table.column("content").to_pylist() == [f"answer to {row['text']}" for row in rows]
@@ -266,7 +266,7 @@ def part_written_but_not_sealed(start: Start) -> None:
     chunk = next_chunk(start)
     ask(start, chunk)
     part = start.directory.part_of(chunk.chunk.chunk, 1)
-    part.write_bytes(b"a part that nobody knows")
+    part.write_bytes(b"a part without a record")
     part.with_name(part.name + ".tmp").write_bytes(b"half a part")
 
 
@@ -305,12 +305,13 @@ def test_any_interruption_gives_the_same_file(tmp_path: Path, kind: str, crash: 
     with started(run, job) as start:
         crash(start)
         settled = start.checkpoint.totals.settled()
-    table, asked = finish(run, job)
+    table, requested = finish(run, job)
     assert table.equals(undisturbed)
-    assert len(asked) == len(set(asked)) == 45 - settled  # nothing settled is asked again
+    assert len(requested) == len(set(requested)) == 45 - settled  # nothing settled is sent again
     assert sorted(path.name for path in (run / "parts").iterdir()) == [f"00000{n}.g1.parquet" for n in range(5)]
 
 
+@pytest.mark.heavy
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("crash", CRASHES)
 def test_a_crash_after_a_crash_changes_nothing_either(tmp_path: Path, crash: Crash) -> None:
@@ -447,6 +448,7 @@ finish(Path(sys.argv[1]), small_chunks(Path(sys.argv[2])))
 """
 
 
+@pytest.mark.heavy
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", ["jsonl.gz", "parquet"])
 def test_random_kills_give_the_same_file(tmp_path: Path, kind: str) -> None:

@@ -1,4 +1,4 @@
-"""A model whose answer does not fit is told so and asked again: bounded, billed, and never worse off than before."""
+"""A model whose answer does not fit gets the error and a second request: bounded, billed, and never a worse answer."""
 
 import json
 from decimal import Decimal
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow.parquet as pq
+import pytest
 
 from batchrun.simulator import Fault, SimulatorConfig
 from tests.cli_process import batchrun, kill_when, read_summary, start, write_job, write_rows
@@ -31,11 +32,12 @@ def ran(
     return pq.read_table(tmp_path / "out" / "completions.parquet").to_pylist()
 
 
-def asked(simulator: RunningSimulator, row: int) -> int:
-    """How often the row was asked, by the ledger."""
+def times_sent(simulator: RunningSimulator, row: int) -> int:
+    """How often the row was sent, by the ledger."""
     return sum((line.client_request_id or "").split("-")[-2] == str(row) for line in simulator.ledger())
 
 
+@pytest.mark.heavy
 def test_an_invalid_answer_is_corrected_and_billed(tmp_path: Path) -> None:
     faults = (
         Fault(kind=UNFIT, match="item 1 ", times=1),
@@ -48,9 +50,9 @@ def test_an_invalid_answer_is_corrected_and_billed(tmp_path: Path) -> None:
     with running_simulator(SimulatorConfig(faults=faults)) as simulator:
         rows = ran(tmp_path, simulator, 2)
         assert [row["status"] for row in rows] == ["ok", "ok", "ok", "invalid", "invalid", "ok"]
-        # 3 is never mended; 4 is refused when it is asked again, and keeps the answer there was
+        # 3 is never mended; 4 is refused when it is sent again, and keeps its first answer
         assert [row["attempts"] for row in rows] == [1, 2, 3, 3, 2, 1]
-        assert [asked(simulator, row) for row in range(6)] == [1, 2, 3, 3, 2, 1]
+        assert [times_sent(simulator, row) for row in range(6)] == [1, 2, 3, 3, 2, 1]
         billed = sum(line.billed for line in simulator.ledger())
         prompt = sum(line.prompt_tokens for line in simulator.ledger())
     assert [(row["error"] or {}).get("kind") for row in rows] == [None, None, None, "schema", "schema", None]
@@ -86,7 +88,7 @@ def test_a_repeated_wrong_answer_ends_the_correction(tmp_path: Path) -> None:
     stubborn = Fault(kind="body", match="item 1 ", body_base64=body, billed=True)
     with running_simulator(SimulatorConfig(faults=(stubborn,))) as simulator:
         rows = ran(tmp_path, simulator, 5, rows=2)
-        assert asked(simulator, 1) == 2
+        assert times_sent(simulator, 1) == 2
     assert (rows[1]["status"], rows[1]["attempts"]) == ("invalid", 2)
     assert rows[1]["error"]["kind"] == "unknown_function"
 
@@ -101,11 +103,11 @@ def test_a_resume_remembers_the_corrections_sent(tmp_path: Path) -> None:
         process.communicate()
         before = len(simulator.ledger())
         rows = ran(tmp_path, simulator, 3, rows=4)
-        served = [asked(simulator, row) for row in range(4)]
+        served = [times_sent(simulator, row) for row in range(4)]
     lost = read_summary(tmp_path / "out")["possibly_billed_count"]
     assert before >= 9
     assert {row["status"] for row in rows} == {"invalid"}
-    # told three times at most; an attempt whose answer was lost with the process was not told of
+    # corrected three times at most; an attempt whose answer was lost with the process does not count
     assert sum(served) <= 4 * 4 + lost
     # what was said before the kill is kept: each answer is there, or is the row's, or was lost
     kept = sum(len(row["set_aside"] or ()) for row in rows)
@@ -149,6 +151,7 @@ def calling(name: str, arguments: str) -> bytes:
     return json.dumps({"choices": [choice]}).encode()
 
 
+@pytest.mark.heavy
 def test_tool_calls_are_validated_and_corrected(tmp_path: Path) -> None:
     wrong = {1: ("label", '{"a": "x"}'), 2: ("label", '{"a": 1'), 3: ("other", "{}"), 4: ("label", '{"a": "x"}')}
     faults = tuple(
@@ -195,6 +198,7 @@ max_attempts = 3
 """
 
 
+@pytest.mark.heavy
 def test_rejected_finish_reasons_fail_or_retry(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "in.jsonl", 3)
     short = b'{"choices":[{"message":{"content":"Fi"},"finish_reason":"length"}]}'
@@ -209,7 +213,7 @@ def test_rejected_finish_reasons_fail_or_retry(tmp_path: Path) -> None:
             assert ended.exit_code == code, ended.stderr
             rows = pq.read_table(out / "completions.parquet").to_pylist()
             assert [row["attempts"] for row in rows] == attempts
-            assert [asked(simulator, row) for row in range(3)] == attempts
+            assert [times_sent(simulator, row) for row in range(3)] == attempts
         assert [row["status"] for row in rows] == ["ok", "ok" if length == "retry" else "truncated", "truncated"]
         assert rows[2]["content"] == "Fi"
         contents = [[each["content"] for each in row["set_aside"] or ()] for row in rows]

@@ -183,6 +183,7 @@ def job_of(folder: Path, url: str, rows: int, name: str, more: str) -> Path:
     return job
 
 
+@pytest.mark.heavy
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", REFUSALS)
 def test_the_printed_command_cures_a_stopped_run(name: str, tmp_path: Path) -> None:

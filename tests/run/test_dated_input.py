@@ -13,6 +13,7 @@ TODAY = date.today()
 YESTERDAY = TODAY - timedelta(days=1)
 
 
+@pytest.mark.heavy
 def test_each_run_reads_the_input_of_its_date(tmp_path: Path) -> None:
     for day, rows in ((YESTERDAY, 3), (TODAY, 5)):
         write_rows(tmp_path / f"{day}.jsonl", rows)
@@ -48,3 +49,29 @@ def test_a_missing_input_of_a_date_is_named(tmp_path: Path, command: str) -> Non
     assert ended.exit_code == 2
     assert "in-2026-11-02.jsonl" in ended.stderr
     assert batchrun(command, job, "--date", "tomorrow", cwd=tmp_path).exit_code == 2
+
+
+def test_partition_filters_choose_what_is_sent(tmp_path: Path) -> None:
+    """By `{date}`, by --set; a filter that can't be meant is the same line in run, check and estimate."""
+    for lang in ("de", "en"):
+        for day, rows in ((YESTERDAY, 2), (TODAY, 3)):
+            (folder := tmp_path / "in" / f"lang={lang}" / f"day={day}").mkdir(parents=True)
+            write_rows(folder / "a.jsonl", rows)
+    (tmp_path / "in" / "lang=it").mkdir()
+    (tmp_path / "in" / "lang=it" / "a.parquet").write_bytes(b"of another format, and never opened")
+    with running_simulator(SimulatorConfig(latency_s=0.01)) as simulator:
+        job = write_job(tmp_path / "job.toml", simulator.url, f"{tmp_path}/in", '[input.partitions]\nday = "{date}"')
+        ended = batchrun("run", job, "-o", tmp_path / "a", "--date", str(YESTERDAY))
+        assert (ended.exit_code, read_summary(tmp_path / "a")["rows"]) == (0, 4), ended.stderr
+        chosen = ("--set", 'input.partitions.lang=["en"]', "--date", str(TODAY))
+        ended = batchrun("run", job, "-o", tmp_path / "b", *chosen)
+        assert (ended.exit_code, read_summary(tmp_path / "b")["rows"]) == (0, 3), ended.stderr
+        again = batchrun("run", job, "-o", tmp_path / "b", *chosen[:-1], str(YESTERDAY))
+        assert again.exit_code == 2  # another day is a changed input
+        lines = set()
+        for command in ("run", "check", "estimate"):
+            ended = batchrun(command, job, "--set", "input.partitions.lang=fr")
+            assert ended.exit_code == 2
+            lines.add(ended.stderr)
+        assert len(lines) == 1
+        assert "none of the 5 files" in lines.pop()

@@ -64,7 +64,7 @@ async def sweeping(client: Transport) -> AsyncIterator[None]:
         task.cancel()
 
 
-def asked(script: Script, *bodies: bytes, **endpoint: Any) -> tuple[list[Attempt], FaultServer]:
+def exchange_all(script: Script, *bodies: bytes, **endpoint: Any) -> tuple[list[Attempt], FaultServer]:
     """The attempts for the bodies, one after another, each ended by a sweep if it takes too long."""
 
     async def main() -> tuple[list[Attempt], FaultServer]:
@@ -76,7 +76,7 @@ def asked(script: Script, *bodies: bytes, **endpoint: Any) -> tuple[list[Attempt
 
 
 def ended(script: Script, **endpoint: Any) -> Attempt:
-    (attempt,), _ = asked(script, **endpoint)
+    (attempt,), _ = exchange_all(script, **endpoint)
     return attempt
 
 
@@ -97,7 +97,7 @@ async def resets(exchange: Exchange) -> None:
 
 
 def test_an_answer_arrives_with_status_headers_and_body() -> None:
-    (attempt,), server = asked(sends(answer(FINE, "X-Request-Id: r-1")), b'{"a":1}')
+    (attempt,), server = exchange_all(sends(answer(FINE, "X-Request-Id: r-1")), b'{"a":1}')
     assert (attempt.http_status, attempt.body, attempt.error, attempt.request_id) == (200, FINE, None, "r-1")
     assert attempt.time_to_first_token_s is None
     assert abs(attempt.started_at - time.time()) < 60
@@ -116,7 +116,7 @@ def test_a_key_in_the_request_id_is_removed() -> None:
 
 
 def test_the_request_id_can_be_switched_off() -> None:
-    _, server = asked(sends(answer()), client_request_id=False)
+    _, server = exchange_all(sends(answer()), client_request_id=False)
     assert b"x-client-request-id" not in server.exchanges[0].head.lower()
 
 
@@ -132,7 +132,7 @@ def test_an_error_status_is_an_answer_too(status: str) -> None:
 @pytest.mark.parametrize("size", [0, 1, 2_000_000, 10_000_000])
 def test_large_answers_and_requests_arrive_whole(size: int) -> None:
     body = os.urandom(size)
-    (attempt,), server = asked(sends(answer(body)), body)
+    (attempt,), server = exchange_all(sends(answer(body)), body)
     assert attempt.error is None
     assert attempt.body == body
     assert server.exchanges[0].body == body
@@ -172,7 +172,7 @@ def test_a_readable_answer_is_read_whatever_its_label(label: str | None, body: b
 @pytest.mark.parametrize("headers", [(), ("Content-Type: text/event-stream",)], ids=["whole", "streamed"])
 def test_an_unrequested_encoding_is_named(encoding: str, headers: tuple[str, ...]) -> None:
     script = sends(answer(b"\x1b\x00packed", f"Content-Encoding: {encoding}", "X-Request-Id: r-9", *headers))
-    (attempt,), server = asked(script)
+    (attempt,), server = exchange_all(script)
     assert b"\r\naccept-encoding: gzip, deflate\r\n" in server.exchanges[0].head.lower()
     assert attempt.error is not None
     assert (attempt.error.kind, attempt.error.sent, attempt.http_status) == ("bad_encoding", True, 200)
@@ -222,12 +222,12 @@ def test_the_attempt_id_uses_the_vendors_header(url: str, endpoint: dict[str, An
 
 
 def test_an_unanswered_attempt_has_its_id() -> None:
-    (attempt,), server = asked(closes, request_id_header="X-Request-Id")
+    (attempt,), server = exchange_all(closes, request_id_header="X-Request-Id")
     assert attempt.request_id == "run-0-1"
     assert b"\r\nx-request-id: run-0-1\r\n" in server.exchanges[0].head.lower()
-    (attempt,), _ = asked(closes, client_request_id=False)
+    (attempt,), _ = exchange_all(closes, client_request_id=False)
     assert attempt.request_id is None
-    (attempt,), _ = asked(sends(answer(FINE, "X-Request-Id: theirs")), request_id_header="X-Request-Id")
+    (attempt,), _ = exchange_all(sends(answer(FINE, "X-Request-Id: theirs")), request_id_header="X-Request-Id")
     assert attempt.request_id == "theirs"
 
 
@@ -235,7 +235,7 @@ def test_an_unanswered_attempt_has_its_id() -> None:
 
 
 def test_a_connection_is_used_again() -> None:
-    attempts, server = asked(sends(answer()), *[b"{}"] * 5)
+    attempts, server = exchange_all(sends(answer()), *[b"{}"] * 5)
     assert [kind_of(attempt) for attempt in attempts] == [None] * 5
     assert (server.connections, len(server.exchanges)) == (1, 5)
 
@@ -290,7 +290,7 @@ def test_a_closed_busy_connection_may_be_billed(after_ms: int, how: str) -> None
         await asyncio.sleep(after_ms / 1000)
         exchange.reset() if how == "RST" else exchange.writer.close()
 
-    attempts, server = asked(dropping_the_second(bills_and_ends), b"0", b"1", b"2")
+    attempts, server = exchange_all(dropping_the_second(bills_and_ends), b"0", b"1", b"2")
     assert [kind_of(attempt) for attempt in attempts] == [None, "reset", None]
     assert FAULT_VERDICTS["reset"] is Verdict.MAYBE
     assert [exchange.body for exchange in server.exchanges] == [b"0", b"1", b"2"]
@@ -397,12 +397,12 @@ def test_closing_after_each_answer_is_never_ambiguous(closes_after_s: float, wor
         async def answers_and_closes(exchange: Exchange) -> None:
             nonlocal in_time
             places.add(exchange.place)
-            begun = time.monotonic()
+            started = time.monotonic()
             await exchange.send(answer())
             await asyncio.sleep(closes_after_s)
             exchange.writer.close()
             await exchange.writer.wait_closed()
-            in_time &= time.monotonic() - begun < rules.SETTLING_S - 0.002
+            in_time &= time.monotonic() - started < rules.SETTLING_S - 0.002
 
         async with serving(answers_and_closes) as server, client_of(server.url) as client:
 
@@ -495,7 +495,7 @@ def test_a_sent_request_may_have_been_served() -> None:
 @pytest.mark.parametrize("interim", [b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 103 Early Hints\r\n\r\n"])
 @pytest.mark.parametrize("then", ["an answer", "the end"])
 def test_an_interim_response_is_no_answer(interim: bytes, then: str) -> None:
-    attempts, _ = asked(
+    attempts, _ = exchange_all(
         dropping_the_second(sends(interim + answer()) if then == "an answer" else sends(interim, then=closes)),
         b"0",
         b"1",
@@ -523,7 +523,7 @@ def test_a_tls_close_before_answer_is_ambiguous(certificate: Path) -> None:
     ids=["head", "half"],
 )
 def test_a_started_answer_is_not_sent_again(part: bytes, how: Script) -> None:
-    attempts, server = asked(dropping_the_second(sends(part, then=how)), b"0", b"1")
+    attempts, server = exchange_all(dropping_the_second(sends(part, then=how)), b"0", b"1")
     assert kind_of(attempts[1]) in ("reset", "cut")
     assert len(server.exchanges) == 2
 
@@ -602,7 +602,7 @@ def test_a_deadline_ends_only_its_attempt() -> None:
     async def script(exchange: Exchange) -> None:
         await (exchange.silence() if exchange.body == b"slow" else exchange.send(answer()))
 
-    attempts, _ = asked(script, b"slow", b"quick", b"slow", b"quick", attempt_timeout_s=0.2)
+    attempts, _ = exchange_all(script, b"slow", b"quick", b"slow", b"quick", attempt_timeout_s=0.2)
     assert [kind_of(attempt) for attempt in attempts] == ["timeout", None, "timeout", None]
 
 

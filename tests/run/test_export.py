@@ -133,8 +133,8 @@ def test_the_bill_is_exported_with_the_rows(runs: Runs, tmp_path: Path) -> None:
     assert sum(cast(list[Decimal], usage.column("cost_usd").to_pylist())) == sum(costs) == Decimal(footer["cost_usd"])
     assert sum(cast(list[int], usage.column("rows").to_pylist())) == ROWS - exported.pending
     assert footer["possibly_billed_count"] >= 1  # the row that hung
-    told = batchrun("report", directory.partial, "--by", "job").stdout
-    assert f"{ROWS - exported.pending}" in told
+    reported = batchrun("report", directory.partial, "--by", "job").stdout
+    assert f"{ROWS - exported.pending}" in reported
 
 
 def test_the_finished_result_replaces_the_export(runs: Runs, tmp_path: Path) -> None:
@@ -324,6 +324,7 @@ STOPS = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("rows", ["rows", "no rows"])
 @pytest.mark.parametrize("stop", STOPS)

@@ -20,9 +20,9 @@ Change = Callable[[int], dict[str, Any]]
 
 
 def night(folder: Path, number: int, change: Change, *, typed: bool = False, **summary: Any) -> Path:
-    begun = f"2026-11-{number:02d}T01:00:00Z"
+    started = f"2026-11-{number:02d}T01:00:00Z"
     rows = [row(place, **change(place)) for place in range(ROWS)]
-    return write_result(folder / f"2026-11-{number:02d}", rows, typed=typed, begun_at=begun, **summary)
+    return write_result(folder / f"2026-11-{number:02d}", rows, typed=typed, created_at=started, **summary)
 
 
 def collect(folder: list[Path], query: Query) -> Bill:
@@ -97,8 +97,8 @@ def test_thresholds_can_be_set_within_range(tmp_path: Path) -> None:
     assert "finding" not in batchrun("report", tmp_path).stdout
     for quiet in ("retries=0.2", "retries=off", "off"):
         assert "finding" not in batchrun("report", tmp_path, "--finding", quiet).stdout
-    told = json.loads(batchrun("report", tmp_path, "--findings", "--format", "json").stdout)
-    assert [each["name"] for each in told["findings"]] == ["retries"]
+    reported = json.loads(batchrun("report", tmp_path, "--findings", "--format", "json").stdout)
+    assert [each["name"] for each in reported["findings"]] == ["retries"]
     for wrong in ("nothing=1", "retries=much", "retries", "retries=-1", "retries=nan"):
         with pytest.raises(JobError, match=r"^--finding"):
             findings.thresholds([wrong])
@@ -138,8 +138,8 @@ def test_jumps_beyond_the_spread_can_fail(tmp_path: Path) -> None:
     }
     assert any(line.startswith("label = good: 20.0%, before 50.5% (± ") for line in jumped)
     assert batchrun("report", tmp_path, "--against", "4").exit_code == 0
-    told = json.loads(batchrun("report", tmp_path, "--against", "last", "--format", "json").stdout)
-    (compared,) = told["against"]
+    reported = json.loads(batchrun("report", tmp_path, "--against", "last", "--format", "json").stdout)
+    (compared,) = reported["against"]
     assert (compared["job"], len(compared["before"])) == ("job", 1)
     assert "label = good" in compared["jumped"]
     other = json.loads(batchrun("report", tmp_path, "--against", tmp_path / "2026-11-02", "--format", "json").stdout)
@@ -193,8 +193,8 @@ def test_rows_are_aligned_by_id_in_any_order(tmp_path: Path) -> None:
     shown = batchrun("compare", before, after, "-n", "3").stdout
     assert "parsed.label: 9 changed (10.0%)" in shown
     assert "cost: $0.090000 → $0.180000, +$0.090000 (+100.0%), over 90 rows of known cost" in shown
-    told = json.loads(batchrun("compare", before, after, "--json", "--id", "text").stdout)
-    assert (told["by"], told["both"]) == ("text", 90)
+    reported = json.loads(batchrun("compare", before, after, "--json", "--id", "text").stdout)
+    assert (reported["by"], reported["both"]) == ("text", 90)
     assert batchrun("compare", before, after, "--id", "nothing").exit_code == 2
 
 

@@ -94,7 +94,7 @@ def test_image_forms_are_one_question(tmp_path: Path, pictures: Path) -> None:
     pq.write_table(pa.table({"image": contents}), tmp_path / "bytes.parquet")
     urls = write_lines(tmp_path / "urls.jsonl", [{"image": data_url(content)} for content in contents])
     answers = []
-    faults = parse_faults("500=0.2")  # asked again, the image is read again
+    faults = parse_faults("500=0.2")  # a retry reads the image again
     with running_simulator(SimulatorConfig(faults=faults)) as simulator:
         for source in (pictures, tmp_path / "bytes.parquet", urls):
             out = tmp_path / f"out-{source.stem}"
@@ -170,7 +170,7 @@ def test_a_killed_image_run_resumes_and_salvages(tmp_path: Path, pictures: Path)
         shutil.copytree(out, damaged)
         served = len(simulator.ledger())
         assert batchrun("run", job, "-o", out).exit_code == 0
-        assert len(simulator.ledger()) <= 20 + 4  # who was in flight is asked again, and nobody else
+        assert len(simulator.ledger()) <= 20 + 4  # only rows in flight are sent again
         first = damaged / "parts" / "000000.g1.parquet"
         content = bytearray(first.read_bytes())
         content[len(content) // 3] ^= 4

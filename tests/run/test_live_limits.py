@@ -1,4 +1,4 @@
-"""A run while it works: its deadline, its limits, what is told of it. Real processes against the simulator's ledger."""
+"""A run while it works: its deadline, its limits, its progress. Real processes against the simulator's ledger."""
 
 import json
 import re
@@ -45,6 +45,7 @@ def has_log(out: Path, event: str) -> bool:
 # ── the deadline ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.heavy
 def test_a_deadline_drains_the_start_in_time(tmp_path: Path) -> None:
     source, out = write_rows(tmp_path / "in.jsonl", 200), tmp_path / "out"
     config = SimulatorConfig(latency_s=0.2, latency_sigma=0, ledger=str(tmp_path / "ledger"))
@@ -112,8 +113,8 @@ def test_falling_behind_names_the_tightest_limit(tmp_path: Path) -> None:
         ended = finish(process)
     assert "% of the rows will be done by " in ended.stderr
     assert "limited by in flight" in ended.stderr
-    (told,) = log(out, "behind")
-    assert 0.1 < told["share"] < 0.9
+    (reported,) = log(out, "behind")
+    assert 0.1 < reported["share"] < 0.9
 
 
 # ── other limits ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -236,8 +237,8 @@ def test_every_limit_of_a_job_is_tunable() -> None:
     single = {"max_output_tokens", "max_image_tokens"}
     over_time = {"per_start_usd", "per_day_usd", "per_month_usd", "name", "state", "time_zone"}
     assert {*Limits.__struct_fields__, *Budget.__struct_fields__} - single - over_time == live_limits.FLAGS.keys()
-    told = live_limits.parse(dict.fromkeys(live_limits.FLAGS, "7"))
-    assert live_limits.decode(msgspec.json.encode(told)) == told
+    reported = live_limits.parse(dict.fromkeys(live_limits.FLAGS, "7"))
+    assert live_limits.decode(msgspec.json.encode(reported)) == reported
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def ask(
     *,
     speed: float = 10.0,
     notes: list[str] | None = None,
-    asked: RunOptions = FIRST,
+    requested: RunOptions = FIRST,
     **tables: Any,
 ) -> tuple[Summary, list[dict[str, Any]]]:
     """The run over rows `item 0`, `item 1` … on a fast clock, and its result if it is complete."""
@@ -39,10 +39,10 @@ def ask(
     endpoint = {"url": url, "api_key_env": KEY_ENV, "connect_timeout_s": patient(speed)}
     job = job_over(source, **{"endpoint": endpoint, "retry": {}, **tables})
     key = credentials.read(job.endpoint, {KEY_ENV: KEY})
-    told: list[str] = [] if notes is None else notes
-    hooks = Hooks(note=told.append)
+    messages: list[str] = [] if notes is None else notes
+    hooks = Hooks(note=messages.append)
     directory = RunDirectory(folder / "out")
-    summary = engine.run(job, directory, key, options=asked, hooks=hooks, loop_factory=fast_clock(speed))
+    summary = engine.run(job, directory, key, options=requested, hooks=hooks, runtime=engine.Runtime(fast_clock(speed)))
     result = pq.read_table(directory.completions).to_pylist() if summary.complete else []
     return summary, result
 
@@ -95,6 +95,7 @@ def test_a_503_storm_is_not_blocked_content(said: object, tmp_path: Path) -> Non
     assert len(server.exchanges) < 60
 
 
+@pytest.mark.heavy
 def test_a_503_that_ends_leaves_no_trace(tmp_path: Path) -> None:
     out = iter([True] * 25)
     with serving_aside(says(lambda row, n: refused("503 Out", OUTAGES[0]) if next(out, False) else choice())) as server:
@@ -134,7 +135,7 @@ def test_an_outage_mentioning_content_stops_midway(tmp_path: Path) -> None:
         summary, _ = ask(tmp_path, server.url, 300)
         assert (summary.exit_code, summary.complete) == (0, True)
         assert summary.by_status["filtered"] > len(truly)
-        summary, rows = ask(tmp_path, server.url, 300, asked=RunOptions(retry=frozenset({"filtered"})))
+        summary, rows = ask(tmp_path, server.url, 300, requested=RunOptions(retry=frozenset({"filtered"})))
     assert (summary.exit_code, summary.by_status) == (0, {"ok": 270, "filtered": 30})
     assert [place for place, row in enumerate(rows) if row["status"] == "filtered"] == list(truly)
 

@@ -27,10 +27,10 @@ WIDE = 5_000
 
 def surveyed(path: Path | str) -> Survey:
     source = open_source(find_files(str(path)))
-    return survey(source, job_over(path), source.files[0].parent)
+    return survey(source, job_over(path), Path(str(source.files[0])).parent)
 
 
-def told(path: Path | str) -> list[str]:
+def reported(path: Path | str) -> list[str]:
     """All that a user sees of an input that is refused."""
     lines: list[str] = []
     try:
@@ -96,7 +96,7 @@ TOLD = {
 def test_each_mistake_is_one_counted_line(tmp_path: Path, name: str) -> None:
     content, said = TOLD[name]
     (tmp_path / "in.jsonl").write_bytes(content)
-    first, *more = told(tmp_path / "in.jsonl")
+    first, *more = reported(tmp_path / "in.jsonl")
     assert said in first
     assert len(more) <= 1
 

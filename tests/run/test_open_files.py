@@ -25,6 +25,7 @@ def run_with(limit: int, folder: Path, more: str = "") -> Ended:
         return batchrun("run", job, "-o", folder / "out", before=few)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("limit", [32, 40, 64])
 def test_few_descriptors_mean_fewer_connections(tmp_path: Path, limit: int) -> None:
     """No row fails."""
@@ -41,6 +42,7 @@ def test_a_sufficient_limit_is_not_mentioned(tmp_path: Path) -> None:
     assert "open files" not in ended.stderr
 
 
+@pytest.mark.heavy
 def test_the_soft_limit_is_raised(tmp_path: Path) -> None:
     ended = run_with(64, tmp_path)
     assert "open files limit 64" in ended.stderr
@@ -60,6 +62,7 @@ def test_a_low_limit_is_refused_before_starting(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.heavy
 def test_descriptors_of_others_fail_no_row(tmp_path: Path) -> None:
     with running_simulator(SimulatorConfig(latency_s=0.2, latency_sigma=0)) as simulator:
         job = write_job(tmp_path / "job.toml", simulator.url, write_rows(tmp_path / "in.jsonl", ROWS))

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchrun.limits.admission import Ask, Outcome
+from batchrun.limits.admission import Demand, Outcome
 from batchrun.limits.budget import BudgetAccount, Cap
 from batchrun.limits.gate import GateClosed
 from batchrun.limits.overruns import Overrun, Overruns, decode, in_words
@@ -35,13 +35,13 @@ class Reasoning:
     """Answers that are billed 150 tokens beyond `max_tokens`; `before_first` are requests out at the first answer."""
 
     reasoning: int = REASONING
-    asked: int = 0
+    requested: int = 0
     answered: int = 0
     before_first: list[int] = field(default_factory=list)
 
     def begin(self) -> None:
         """Another start."""
-        self.asked = self.answered = 0
+        self.requested = self.answered = 0
 
     def script(self) -> Script:
         usage = {"prompt_tokens": PROMPT, "completion_tokens": MAX_TOKENS, "total_tokens": 25 + self.reasoning}
@@ -49,10 +49,10 @@ class Reasoning:
         body = answer(msgspec.json.encode({"id": "c", "model": "grok-4", "choices": [choice], "usage": usage}))
 
         async def work(exchange: Exchange) -> None:
-            self.asked += 1
+            self.requested += 1
             await asyncio.sleep(LATENCY_S)
             if not self.answered:
-                self.before_first.append(self.asked)
+                self.before_first.append(self.requested)
             self.answered += 1
             await exchange.send(body)
 
@@ -67,7 +67,7 @@ def played(tmp_path: Path, server: Reasoning, *starts: tuple[str, ...], kill_at:
         async with serving(server.script(), served=served):
             job = write_job(tmp_path / "job.toml", served.url or "", job_of["rows"])
             process = start("run", job, "-o", tmp_path / "out", *flags)
-            while kill_at and process.poll() is None and server.asked < kill_at:
+            while kill_at and process.poll() is None and server.requested < kill_at:
                 await asyncio.sleep(0.001)
             if kill_at:
                 process.kill()
@@ -110,6 +110,7 @@ def test_a_token_cap_is_kept_as_well(tmp_path: Path) -> None:
     assert '"event":"overrun"' in (tmp_path / "out" / "run.log").read_text()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("flags", "reasoning", "waits"), [(("--max-cost", "5"), 0, True), ((), REASONING, False), ((), 0, False)]
 )
@@ -140,13 +141,13 @@ def test_spending_exceeds_a_cap_by_one_surprise(output: int, cap: int, in_flight
     async def main() -> None:
         spent = attempts = 0
         overruns = Overruns()
-        gate = new_gate(max_in_flight=in_flight, purse=BudgetAccount(tokens=Cap(cap, 0)), overruns=overruns)
+        gate = new_gate(max_in_flight=in_flight, budget=BudgetAccount(tokens=Cap(cap, 0)), overruns=overruns)
 
         async def worker(number: int) -> None:
             nonlocal spent, attempts
             request = msgspec.structs.replace(REQUEST, model="ab"[number % 2])
             for row in range(50):
-                slot = await gate.admit(Ask(1, None, request.upper_bound_tokens, model=request.model))
+                slot = await gate.admit(Demand(1, None, request.upper_bound_tokens, model=request.model))
                 attempts += 1
                 fate = Verdict.ROW if attempts <= fails else Verdict.OK
                 await asyncio.sleep(0.1)
@@ -167,8 +168,8 @@ def test_spending_exceeds_a_cap_by_one_surprise(output: int, cap: int, in_flight
 def test_waiting_rows_reserve_by_the_first_answer() -> None:
     async def main() -> None:
         overruns = Overruns()
-        gate = new_gate(purse=BudgetAccount(cost_usd=Cap(Decimal(1), Decimal(0))), overruns=overruns)
-        ask = Ask(1, Decimal("0.10"), 120, 20, "m", Decimal(100), Decimal(1_000))
+        gate = new_gate(budget=BudgetAccount(cost_usd=Cap(Decimal(1), Decimal(0))), overruns=overruns)
+        ask = Demand(1, Decimal("0.10"), 120, 20, "m", Decimal(100), Decimal(1_000))
         slot = await gate.admit(ask)
         assert gate.bound(slot) == (Decimal("0.10"), 120)
         waiting = asyncio.create_task(gate.admit(ask))
@@ -212,7 +213,7 @@ def test_the_next_start_knows_the_overrun() -> None:
     assert other.most_in_flight("m") == none.most_in_flight("m") == 1
     varied = decode(overruns.encode(), 1)
     assert varied.most_in_flight("m") == 1
-    assert varied.widened(Ask(1, None, 120, 20, "m")).upper_bound_tokens == 420
+    assert varied.widened(Demand(1, None, 120, 20, "m")).upper_bound_tokens == 420
 
 
 def test_an_overrun_is_reported_in_plain_words() -> None:

@@ -34,8 +34,8 @@ def summary(**changes: object) -> Summary:
             **{"tags": {}, "totals": [], "cost_usd": "12.3456", "wasted_usd": "0", "unpriced": 0, "without_usage": 0},
             **{"possibly_billed": [], "possibly_billed_count": 0, "possibly_billed_usd": "0", "models": {}},
             **{"unknown_finish_reasons": [], "unpriced_tiers": [], "endpoints": [], "budgets": []},
-            **{"reused": 0, "duplicates": 0, "saved_usd": "0"},
-            **{"invocation": 1, "begun_at": NOW, "started_at": NOW, "updated_at": NOW, "elapsed_s": 60.0},
+            **{"reused": 0, "duplicates": 0, "saved_usd": "0", "merged": []},
+            **{"invocation": 1, "created_at": NOW, "started_at": NOW, "updated_at": NOW, "elapsed_s": 60.0},
             **{"rows_per_minute": 0.0, "requests_per_minute": 0.0, "tokens_per_minute": 0.0},
             **{"tokens_per_second": 1234.5, "limited_by": "rpm", "pid": 1, "host": "h", "files": {}},
         },
@@ -67,17 +67,17 @@ SUMMARIES = st.builds(
 
 
 @given(SUMMARIES, st.integers(80, 250))
-def test_the_bar_fits_any_terminal(told: Summary, columns: int) -> None:
-    left, right, bar = around_bar(told, columns)
+def test_the_bar_fits_any_terminal(reported: Summary, columns: int) -> None:
+    left, right, bar = around_bar(reported, columns)
     assert len(left) + len(right) + (3 + 8 if bar else 1) < columns
     assert re.match(r"\S+/\S+ \S+ failed (\S+ tok/s )?\$\S+ ETA ", right)
-    assert right.endswith(told.limited_by)
+    assert right.endswith(reported.limited_by)
 
 
 def test_a_narrow_terminal_shortens_figures() -> None:
-    told = summary(eta=NOW + timedelta(hours=1))
-    assert around_bar(told, 200)[1].startswith("6,120/10,000 3 failed 1,234 tok/s $12.35 ETA ")
-    assert around_bar(told, 80)[1].startswith("6.12k/10k 3 failed 1.23k tok/s $12.35 ETA ")
+    reported = summary(eta=NOW + timedelta(hours=1))
+    assert around_bar(reported, 200)[1].startswith("6,120/10,000 3 failed 1,234 tok/s $12.35 ETA ")
+    assert around_bar(reported, 80)[1].startswith("6.12k/10k 3 failed 1.23k tok/s $12.35 ETA ")
     cooling = summary(limited_by="cooling (429) till 02:14:07", eta=NOW)
     assert around_bar(cooling, 80) == ("61%", around_bar(cooling, 80)[1], False)
 
@@ -91,12 +91,13 @@ def test_a_short_number_is_short_and_near(number: float) -> None:
 
 
 def test_a_log_line_uses_full_words() -> None:
-    told = line(summary(by_deadline=0.617))
-    assert told == (
+    reported = line(summary(by_deadline=0.617))
+    assert reported == (
         "6,120/10,000 rows (61%), 3 failed, 1,234 tokens/s, $12.3456, ETA ?, 61 % by the deadline, limited by rpm"
     )
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("columns", [80, 200])
 def test_the_bar_never_breaks_its_line(columns: int, tmp_path: Path) -> None:
     source = write_rows(tmp_path / "in.jsonl", 400)
@@ -110,7 +111,7 @@ def test_the_bar_never_breaks_its_line(columns: int, tmp_path: Path) -> None:
         while process.poll() is None or shown.count(b"tok/s") < 2:
             try:
                 shown += os.read(ours, 65536)
-            except OSError:  # nobody holds the other end any more
+            except OSError:  # the other end is closed
                 break
         ended = finish(process)
     os.close(ours)

@@ -1,4 +1,4 @@
-"""Rows of a complete run that are asked again: only they, killed or not, and nothing that was paid for is given up."""
+"""Rows of a complete run are sent again: only these, killed or not, and no answer that was paid for is lost."""
 
 import json
 from collections import Counter
@@ -36,6 +36,7 @@ def finished(tmp_path: Path, more: str = SMALL_CHUNKS, rows: int = 150) -> tuple
     return job, out
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("layout", ["file", "parts"])
 def test_a_retry_sends_failed_rows_only(tmp_path: Path, layout: str) -> None:
     job, out = finished(tmp_path, SMALL_CHUNKS + f'layout = "{layout}"\n')
@@ -108,8 +109,8 @@ def test_a_killed_retry_resumes_by_plain_command(tmp_path: Path) -> None:
         ended = batchrun("run", job, "-o", out)
         assert ended.exit_code == 0, ended.stderr
         lost = read_summary(out)["possibly_billed_count"]
-        asked = sum(row["status"] != "ok" for row in before.values())
-        assert asked <= len(simulator.ledger()) <= asked + lost
+        requested = sum(row["status"] != "ok" for row in before.values())
+        assert requested <= len(simulator.ledger()) <= requested + lost
     after = {row["row"]: row for row in table(out).to_pylist()}
     assert {row["status"] for row in after.values()} == {"ok"}
     assert {row["variant"] for number, row in after.items() if before[number] != row} == {1}

@@ -57,8 +57,10 @@ def test_an_unpriced_tier_is_not_an_unpriced_model(tmp_path: Path) -> None:
     usage = {"prompt_tokens": 20, "completion_tokens": 100, "total_tokens": 120}
     ended, _ = ran(tmp_path, "gpt-5-mini", {"usage": usage, "service_tier": "scale"})
     assert ended.exit_code == 0, ended.stderr
-    told = "answers came from the service tier 'scale', whose price is unknown, while the model's plain price is known"
-    assert ended.stderr.count(f"warning: {told}") == 1
+    reported = (
+        "answers came from the service tier 'scale', whose price is unknown, while the model's plain price is known"
+    )
+    assert ended.stderr.count(f"warning: {reported}") == 1
     said = "no known price for 100 attempts (none for the service tier scale): not included in any sum"
     assert said in ended.stderr + ended.stdout
     assert read_summary(tmp_path / "out")["unpriced_tiers"] == ["scale"]
@@ -94,14 +96,14 @@ DOUBT = PossiblyBilled(0, 1, "k", None, 100, "timeout", 1)
 )
 def test_unpriced_possible_billing_has_no_bound(bounds: tuple[Decimal | None, ...], usd: str, said: str) -> None:
     doubts = [msgspec.structs.replace(DOUBT, upper_bound_usd=bound) for bound in bounds]
-    told = summary(possibly_billed=doubts, possibly_billed_count=len(doubts), possibly_billed_usd=Decimal(usd))
-    assert cost_in_words(told).endswith(f"without a known end; {said}")
+    reported = summary(possibly_billed=doubts, possibly_billed_count=len(doubts), possibly_billed_usd=Decimal(usd))
+    assert cost_in_words(reported).endswith(f"without a known end; {said}")
 
 
 def test_headlines_say_what_is_known() -> None:
     totals = [TotalsLine(1, "m", "ok", "2026-11-28", "", 1, 1, 10, 0, 2, 0, 12, Decimal(0), 0, 1)]
-    told = summary(totals=totals, cost_usd=Decimal(0), without_usage=1)
-    assert "cost unknown" in line(told)
-    closing = "\n".join(in_words(told, requests_per_minute=None, max_failures=0))
+    reported = summary(totals=totals, cost_usd=Decimal(0), without_usage=1)
+    assert "cost unknown" in line(reported)
+    closing = "\n".join(in_words(reported, requests_per_minute=None, max_failures=0))
     assert "10 in, 2 out" in closing
     assert "$0.00" not in closing

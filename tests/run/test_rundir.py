@@ -15,7 +15,7 @@ LATE = datetime(2026, 11, 22, 23, 50)
 EARLY = datetime(2026, 11, 23, 0, 10)
 
 
-def begun(path: Path, *, complete: bool = False, job: str = "reviews") -> Path:
+def start(path: Path, *, complete: bool = False, job: str = "reviews") -> Path:
     """A run directory as far as `place` looks into it."""
     path.mkdir(parents=True)
     (path / "summary.json").write_text(json.dumps({"job": job, "complete": complete}))
@@ -51,35 +51,35 @@ def test_a_run_resumes_after_midnight(tmp_path: Path, pattern: str, absolute: bo
     first, resumed = placed(pattern)
     assert "2026-11-22" in first
     assert resumed is None
-    begun(Path(first))
+    start(Path(first))
     assert placed(pattern, now=EARLY) == (first, "2026-11-22")
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_complete_run_frees_the_next_day(pattern: str) -> None:
-    begun(Path(placed(pattern)[0]), complete=True)
+    start(Path(placed(pattern)[0]), complete=True)
     path, resumed = placed(pattern, now=EARLY)
     assert path == str(Path(pattern.replace("{job}", "reviews").replace("{date}", "2026-11-23")))
     assert resumed is None
 
 
 def test_only_the_newest_own_run_is_resumed() -> None:
-    begun(Path("runs/2026-11-19"))
-    begun(Path("runs/2026-11-20"), complete=True)
+    start(Path("runs/2026-11-19"))
+    start(Path("runs/2026-11-20"), complete=True)
     assert placed("runs/{date}") == ("runs/2026-11-22", None)
-    begun(Path("runs/2026-11-21"), job="others")
+    start(Path("runs/2026-11-21"), job="others")
     assert placed("runs/{date}") == ("runs/2026-11-22", None)
 
 
 def test_names_resembling_dates_are_no_runs() -> None:
     for name in ("2026-11-21-old", "backup", "2026-1-1", "x2026-11-21"):
-        begun(Path("runs") / name)
+        start(Path("runs") / name)
     (Path("runs") / "2026-11-20").mkdir()  # nothing is known of it
     assert placed("runs/{date}") == ("runs/2026-11-22", None)
 
 
 def test_a_given_date_is_always_used() -> None:
-    begun(Path("runs/2026-11-21"))
+    start(Path("runs/2026-11-21"))
     assert placed("runs/{date}", date="2026-10-01") == ("runs/2026-10-01", None)
 
 
@@ -93,27 +93,27 @@ def test_new_runs_of_a_day_are_numbered() -> None:
     """The last one is resumed."""
     for expected in ("runs/2026-11-22", "runs/2026-11-22-2", "runs/2026-11-22-3"):
         assert placed("runs/{date}", new=True) == (expected, None)
-        begun(Path(expected))
+        start(Path(expected))
     assert placed("runs/{date}") == ("runs/2026-11-22-3", "2026-11-22-3")
     for number in range(4, 11):
-        begun(Path(f"runs/2026-11-22-{number}"))
+        start(Path(f"runs/2026-11-22-{number}"))
     assert placed("runs/{date}", now=EARLY) == ("runs/2026-11-22-10", "2026-11-22-10")  # not "-9": numbers, not text
 
 
 def test_new_takes_an_explicit_date_too() -> None:
-    begun(Path("runs/2026-10-01"))
+    start(Path("runs/2026-10-01"))
     assert placed("runs/{date}", date="2026-10-01", new=True) == ("runs/2026-10-01-2", None)
 
 
 def test_new_needs_a_place_of_its_own() -> None:
     assert placed("runs/fixed", new=True) == ("runs/fixed", None)
-    begun(Path("runs/fixed"))
+    start(Path("runs/fixed"))
     with pytest.raises(JobError, match=r"has no \{date\}"):
         placed("runs/fixed", new=True)
 
 
 def test_a_place_without_date_is_constant() -> None:
-    begun(Path("out"))
+    start(Path("out"))
     assert placed("out") == placed("./out/") == placed("out", now=EARLY) == ("out", None)
 
 

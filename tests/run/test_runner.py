@@ -143,7 +143,7 @@ def test_retried_rows_are_yielded_with_new_results(tmp_path: Path) -> None:
 
         first = asyncio.run(the_whole(job, tmp_path / "out", texts(40)))
         failed = {completion.row for completion in first if completion.status == "error"}
-        asyncio.run(leave_after(42 - len(failed)))  # two of them are asked again, and settled when the next one starts
+        asyncio.run(leave_after(42 - len(failed)))  # two of them are retried, and settled when the next one starts
         again = asyncio.run(the_whole(job, tmp_path / "out", texts(40)))
     assert len(failed) > 4
     assert rows_of(again) == list(range(40))

@@ -154,6 +154,7 @@ def test_the_run_pauses_only_when_no_endpoint_is_left(tmp_path: Path) -> None:
     assert len(first.served) == 50
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("keys")
 def test_an_endpoint_that_dies_leaves_its_rows_to_the_other(tmp_path: Path) -> None:
     first, second = Script("sk-first-canary", per_minute=6_000), Script("sk-second-canary")

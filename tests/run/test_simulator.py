@@ -216,18 +216,17 @@ def test_answers_take_their_latency_and_pace() -> None:
 
 
 def test_limits_change_at_their_time() -> None:
-    """The ledger has the time of each request."""
-    change = LimitChange(at_s=0.3, requests_per_minute=60)
+    """After 2 s of the simulator's life; the ledger has the time of each request."""
+    change = LimitChange(at_s=2, requests_per_minute=60)
     config = SimulatorConfig(requests_per_minute=6_000, limit_changes=(change,), latency_s=0.2, latency_sigma=0)
     with running_simulator(config) as running:
-        before = _ask(running)
-        time.sleep(0.3)
-        after = _ask(running)
+        replies = [_ask(running)]
+        while (reply := _ask(running)).headers["x-ratelimit-limit-requests"] == "6000":
+            replies.append(reply)
         ledger = running.ledger()
-    told = [reply.headers["x-ratelimit-limit-requests"] for reply in (before, after)]
-    assert told == ["6000", "60"]
-    assert all(0.2 <= line.time_s - line.arrived_s < 0.5 for line in ledger)
-    assert ledger[1].arrived_s - ledger[0].time_s >= 0.3
+    assert {reply.headers["x-ratelimit-limit-requests"] for reply in replies} == {"6000"}
+    assert reply.headers["x-ratelimit-limit-requests"] == "60"
+    assert all(line.time_s - line.arrived_s >= 0.2 for line in ledger)
 
 
 def test_a_cached_prefix_shows_in_the_usage_and_in_the_ledger() -> None:
@@ -399,6 +398,7 @@ def test_startup_errors_are_one_line_exit_2() -> None:
             assert complaint in done.stderr
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("follows", [True, False])
 def test_it_ends_with_its_parent_on_request(follows: bool) -> None:
     parent = "import os, subprocess, sys; settings = sys.argv[1].replace('\"PARENT\"', str(os.getpid()))\n"

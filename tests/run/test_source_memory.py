@@ -38,6 +38,7 @@ def read(path: Path) -> tuple[int, int, int]:
     return int(checked), int(sent), int(grown_mb)
 
 
+@pytest.mark.heavy
 def test_a_large_csv_is_read_in_bounded_memory(tmp_path: Path) -> None:
     """Measured: 62 MB for 0.1 GB and for 2 GB alike; 500 MB with blocks of 8 MB, which Arrow reads far ahead."""
     line = b'7,"' + b"word, " * 60 + b'"\n'
@@ -47,6 +48,7 @@ def test_a_large_csv_is_read_in_bounded_memory(tmp_path: Path) -> None:
     assert grown_mb < 110
 
 
+@pytest.mark.heavy
 def test_many_shards_need_bounded_memory(tmp_path: Path) -> None:
     """Measured: 65 MB for 400 shards of 0.2 GB in all, once unpacked."""
     texts = [f"text {n} " + "word " * 100 for n in range(500)]

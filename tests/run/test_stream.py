@@ -16,7 +16,7 @@ from batchrun.records import Attempt, Verdict
 from batchrun.response import answer as answers
 from batchrun.response.packed import MARK, plain
 from tests.fault_server import Exchange, Script, serving
-from tests.run.test_exchange import asked, closes, kind_of, resets
+from tests.run.test_exchange import closes, exchange_all, kind_of, resets
 from tests.wires import KEY, client_of, run, wire
 
 pytestmark = pytest.mark.sampled(8)
@@ -68,7 +68,7 @@ async def ends(exchange: Exchange) -> None:
 
 
 def ended(*steps: Step, head: bytes = HEAD, **endpoint: Any) -> Attempt:
-    (attempt,), _ = asked(streams(*steps, head=head), **endpoint)
+    (attempt,), _ = exchange_all(streams(*steps, head=head), **endpoint)
     return attempt
 
 
@@ -163,6 +163,7 @@ def test_a_stream_without_token_has_no_time() -> None:
 # -- how long it may take
 
 
+@pytest.mark.heavy
 def test_a_live_stream_outlives_the_deadline() -> None:
     thinking: tuple[Step, ...] = (ROLE, *(0.1, PING) * 12)
     writing: tuple[Step, ...] = (FI, *(0.1, event({"content": "."})) * 12)
@@ -324,7 +325,7 @@ def test_without_done_every_choice_must_end(
         b"event: error\ndata: gone\n\n",
         b'data: {"choices": [{"delta": \n\n',
     ],
-    ids=["with choices", "object", "named object", "named bare object", "named text", "an event that nobody can read"],
+    ids=["with choices", "object", "named object", "named bare object", "named text", "an unreadable event"],
 )
 def test_an_error_in_a_stream_is_no_answer(failure: bytes) -> None:
     attempt = ended(ROLE, FI, NE, failure, STOP, DONE, ends)

@@ -46,7 +46,7 @@ def test_a_killed_streamed_run_is_equivalent(
     assert read_summary(streamed)["without_usage"] == 0
 
 
-def asked(tmp_path: Path, script: Script, rows: int, *flags: str) -> tuple[Ended, Path]:
+def requested(tmp_path: Path, script: Script, rows: int, *flags: str) -> tuple[Ended, Path]:
     """A streamed run over `rows` rows against a scripted server."""
 
     async def main() -> Ended:
@@ -67,7 +67,7 @@ def test_an_always_cut_stream_fails_with_text(tmp_path: Path) -> None:
             exchange
         )
 
-    ended, out = asked(tmp_path, script, 5)
+    ended, out = requested(tmp_path, script, 5)
     assert ended.exit_code == 3
     rows = pq.read_table(out / "completions.parquet").to_pylist()
     assert [row["status"] for row in rows] == ["ok", "ok", "ok", "error", "ok"]
@@ -83,7 +83,7 @@ def test_answers_without_usage_are_counted_offline(
     tmp_path: Path,
 ) -> None:
     """Their cost is unknown and the report has a line for them."""
-    ended, out = asked(tmp_path, streams(ROLE, FI, NE, STOP, DONE, ends), 3)
+    ended, out = requested(tmp_path, streams(ROLE, FI, NE, STOP, DONE, ends), 3)
     assert ended.exit_code == 0, ended.stderr
     rows = pq.read_table(out / "completions.parquet").to_pylist()
     assert [row["content"] for row in rows] == ["Fine."] * 3
@@ -94,8 +94,10 @@ def test_answers_without_usage_are_counted_offline(
     prompts = [f"Say: item {row} " + "word " * row for row in range(3)]
     counted = (sum(toktok.batch_count(prompts, ENCODING)), sum(toktok.batch_count(["Fine."] * 3, ENCODING)))
     assert (line["offline_prompt_tokens"], line["offline_completion_tokens"]) == counted
-    told = "without usage: 3 answers of job, not included in cost_usd; about {} tokens in, {} out by an offline count"
-    assert batchrun("report", out).stdout.splitlines()[-1] == told.format(*counted)
+    reported = (
+        "without usage: 3 answers of job, not included in cost_usd; about {} tokens in, {} out by an offline count"
+    )
+    assert batchrun("report", out).stdout.splitlines()[-1] == reported.format(*counted)
     bill = json.loads(batchrun("report", out, "--format", "json").stdout)
     names = ("job", "answers", "offline_prompt_tokens", "offline_completion_tokens")
     assert bill["without_usage"] == [dict(zip(names, ("job", 3, *counted), strict=True))]
@@ -115,10 +117,10 @@ def test_each_row_has_its_reasoning_effort(tmp_path: Path) -> None:
         ended = batchrun("run", job, "-o", tmp_path / "out", *STREAM, *effort, *room)
         assert ended.exit_code == 0, ended.stderr
         served = {int((line.client_request_id or "").split("-")[1]): line for line in simulator.ledger()}
-    told = pq.read_table(tmp_path / "out" / "completions.parquet").to_pylist()
-    assert [row["reasoning_tokens"] for row in told] == [served[row].reasoning_tokens for row in range(20)]
-    assert [row["completion_tokens"] for row in told] == [served[row].completion_tokens for row in range(20)]
-    thought = [sum(row["reasoning_tokens"] for row in told[place::4]) for place in (0, 2, 3, 1)]
+    reported = pq.read_table(tmp_path / "out" / "completions.parquet").to_pylist()
+    assert [row["reasoning_tokens"] for row in reported] == [served[row].reasoning_tokens for row in range(20)]
+    assert [row["completion_tokens"] for row in reported] == [served[row].completion_tokens for row in range(20)]
+    thought = [sum(row["reasoning_tokens"] for row in reported[place::4]) for place in (0, 2, 3, 1)]
     assert thought == sorted(thought)
     assert thought[0] < thought[-1] / 4
 
@@ -135,7 +137,7 @@ def test_a_stream_missing_a_choice_is_retried(tmp_path: Path) -> None:
         await streams(first, *(() if len(sent) == 1 else (second,)), ends)(exchange)
 
     flags = ("--set", "request.extra.n=2", "--set", "retry.backoff_base_s=0.02", "--set", "limits.max_in_flight=1")
-    ended, out = asked(tmp_path, script, 2, *flags)
+    ended, out = requested(tmp_path, script, 2, *flags)
     assert ended.exit_code == 0, ended.stderr
     rows = pq.read_table(out / "completions.parquet").to_pylist()
     assert sorted(row["attempts"] for row in rows) == [1, 2]

@@ -18,7 +18,7 @@ from batchrun.errors import CheckpointError, JobError
 from batchrun.job.job import Output
 from batchrun.records import Completion, RowError, Status, TotalsLine
 from batchrun.tables import booked, files
-from batchrun.tables.files import ROW_GROUP_BYTES, assemble, move_parts, write_part
+from batchrun.tables.files import ROW_GROUP_BYTES, assemble, write_part
 from batchrun.tables.rows import OWN_COLUMNS, USAGE_COLUMNS, joined, output_schema, own_table
 from tests.endings import MODEL, answer_body, completion
 from tests.unit.test_source_parquet import COLUMNS
@@ -402,6 +402,7 @@ while True:
 """
 
 
+@pytest.mark.heavy
 def test_killed_finishing_leaves_one_whole_result(tmp_path: Path) -> None:
     """The old file or the new one."""
     command = [sys.executable, "-c", ASSEMBLE_FOR_EVER, str(tmp_path)]
@@ -419,33 +420,6 @@ def test_killed_finishing_leaves_one_whole_result(tmp_path: Path) -> None:
 
 
 # ── the other files ───────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_finishing_can_be_repeated(tmp_path: Path) -> None:
-    parts = [part_of(tmp_path, number, table_of(2, 2 * number), 2 * number) for number in range(3)]
-    folder = tmp_path / "completions"
-    folder.mkdir()
-    parts[0][0].rename(folder / "part-000000.parquet")  # a kill came after the first
-    move_parts(parts, folder)
-    move_parts(parts, folder)
-    assert [path.name for path in sorted(folder.iterdir())] == [f"part-00000{number}.parquet" for number in range(3)]
-    assert pq.read_table(folder).column("row").to_pylist() == list(range(6))
-
-
-def test_a_missing_part_is_named(tmp_path: Path) -> None:
-    parts = [part_of(tmp_path, number, table_of(2, 2 * number), 2 * number) for number in range(2)]
-    parts[1][0].unlink()
-    with pytest.raises(CheckpointError, match=r"part-000001\.parquet"):
-        move_parts(parts, tmp_path / "completions")
-
-
-def test_a_part_damaged_after_moving_is_named(tmp_path: Path) -> None:
-    parts = [part_of(tmp_path, 0, table_of(2), 0)]
-    move_parts(parts, tmp_path / "completions")
-    moved = tmp_path / "completions" / "part-000000.parquet"
-    os.truncate(moved, moved.stat().st_size - 1)
-    with pytest.raises(CheckpointError, match=r"part-000000\.parquet"):
-        move_parts(parts, tmp_path / "completions")
 
 
 def test_usage_has_all_lines_of_totals(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def run(folder: Path, url: str, tell: Callable[[Summary], None] | None = None, *
     job = job_over(source, endpoint=endpoint, **tables)
     key = credentials.read(job.endpoint, {KEY_ENV: KEY})
     hooks = Hooks() if tell is None else Hooks(progress=tell)
-    return engine.run(job, RunDirectory(folder / "out"), key, hooks=hooks, loop_factory=fast_clock(SPEED))
+    return engine.run(job, RunDirectory(folder / "out"), key, hooks=hooks, runtime=engine.Runtime(fast_clock(SPEED)))
 
 
 def bad_rows(bad: frozenset[int], fault: Script, good_s: float = 0.001) -> Script:
@@ -134,13 +134,13 @@ def test_progress_and_log_name_retried_rows(tmp_path: Path) -> None:
         run(tmp_path, server.url, tell=seen.append, limits={"max_in_flight": 1})
     waiting = [each for each in seen if each.retrying is not None and each.retrying.rows == each.pending == 2]
     again = [each for each in waiting if each.retrying is not None and each.retrying.attempts > 1]
-    told = next(each for each in again if each.limited_by.startswith("retries"))
-    assert told.retrying is not None
-    assert told.retrying.first == [38, 39]
-    assert told.limited_by.startswith("retries (500)")
-    assert "2 retried (500 server error), " in progress.line(told)
-    assert "2 retried" in progress.around_bar(told, 200)[1]
-    assert retrying_in_words(told.retrying).startswith("2 rows (38, 39), sent up to ")
+    reported = next(each for each in again if each.limited_by.startswith("retries"))
+    assert reported.retrying is not None
+    assert reported.retrying.first == [38, 39]
+    assert reported.limited_by.startswith("retries (500)")
+    assert "2 retried (500 server error), " in progress.line(reported)
+    assert "2 retried" in progress.around_bar(reported, 200)[1]
+    assert retrying_in_words(reported.retrying).startswith("2 rows (38, 39), sent up to ")
     assert seen[-1].retrying is None
     log = [json.loads(line) for line in (tmp_path / "out" / "run.log").read_text().splitlines()]
     lines = [line for line in log if line["event"] == "retrying"]
@@ -158,11 +158,11 @@ def test_ten_of_many_retried_rows_are_named() -> None:
     assert not retries.should_log(last=True)
     for row in range(1_000):
         retries.put(row, 1 + row % 3, RowError("timeout") if row % 4 else RowError("server_error", 500), 7.0 + row)
-    told = retries.summary(now)
-    assert told is not None
-    assert (told.rows, told.first, told.attempts) == (1_000, list(range(10)), 3)
-    assert told.reasons == {"timeout": 750, "500 server error": 250}
-    assert told.next_at == now + timedelta(seconds=7)
+    reported = retries.summary(now)
+    assert reported is not None
+    assert (reported.rows, reported.first, reported.attempts) == (1_000, list(range(10)), 3)
+    assert reported.reasons == {"timeout": 750, "500 server error": 250}
+    assert reported.next_at == now + timedelta(seconds=7)
     due = Counter[bool]()
     for _ in range(600):
         now_s += 0.5

@@ -23,7 +23,7 @@ from batchrun.transport.receiving import Receiver
 from batchrun.transport.session import Pieces, _is_unsent, _payload
 from batchrun.transport.transport import choose
 from tests.fault_server import FINE, Exchange, FaultServer, Script, answer, black_hole, chunked, sends, serving
-from tests.run.test_exchange import asked, closes, ended, kind_of, sweeping
+from tests.run.test_exchange import closes, ended, exchange_all, kind_of, sweeping
 from tests.wires import KEY, WIRES, client_of, run, wire
 
 pytestmark = pytest.mark.sampled(8)
@@ -117,7 +117,7 @@ def test_an_unknown_aiohttp_is_noticed_early(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_both_wires_send_the_same_head() -> None:
     """The lean wire's is made of a request of the session's, so they can only differ in their order."""
-    _, server = asked(sends(answer()), b"{}", headers={})
+    _, server = exchange_all(sends(answer()), b"{}", headers={})
     lines = server.exchanges[0].head.decode().split("\r\n")
     assert lines[0] == "POST /v1/chat/completions HTTP/1.1"
     names = {line.partition(":")[0].lower() for line in lines[1:] if line}
@@ -176,7 +176,7 @@ TRAILERS = chunked(FINE, end=False) + b"0\r\nX-Checksum: 1\r\nX-More: 2\r\n\r\n"
     ],
 )
 def test_every_http_form_of_answer_is_read(raw: bytes, then: Script | None, connections: int) -> None:
-    attempts, server = asked(sends(raw, then=then), b"0", b"1", b"2")
+    attempts, server = exchange_all(sends(raw, then=then), b"0", b"1", b"2")
     assert [(kind_of(attempt), attempt.http_status, attempt.body) for attempt in attempts] == [(None, 200, FINE)] * 3
     assert [exchange.body for exchange in server.exchanges] == [b"0", b"1", b"2"]
     assert server.connections == connections
@@ -188,7 +188,7 @@ def test_an_answer_may_come_byte_by_byte() -> None:
             await exchange.send(bytes([byte]))
             await asyncio.sleep(0)
 
-    attempts, server = asked(trickles, b"0", b"1")
+    attempts, server = exchange_all(trickles, b"0", b"1")
     assert [attempt.body for attempt in attempts] == [FINE, FINE]
     assert server.connections == 1
 
@@ -220,7 +220,7 @@ def test_an_unrequested_answer_is_never_used(late_s: float) -> None:
 @pytest.mark.parametrize("garbage", [b"\r\n\r\ngarbage", b"\x00\x01\x02", b"{}"], ids=["text", "bytes", "json"])
 def test_garbage_after_an_answer_ends_the_connection(garbage: bytes) -> None:
     """In one packet with its answer it makes aiohttp's parser refuse both: then the answer is in doubt, not lost."""
-    attempts, server = asked(sends(answer() + garbage), b"0", b"1", b"2")
+    attempts, server = exchange_all(sends(answer() + garbage), b"0", b"1", b"2")
     assert {kind_of(attempt) for attempt in attempts} <= {None, "malformed_http"}
     assert (server.connections, len(server.exchanges)) == (3, 3)
 

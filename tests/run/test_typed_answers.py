@@ -6,6 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from batchrun.simulator import Fault, SimulatorConfig
 from batchrun.tables.arrow_types import column_of
@@ -55,6 +56,7 @@ NO_JSON, NO_FIT, TOO_LARGE = "late, I think", '{"label": "soon"}', f'{{"label": 
 ODD = (saying("item 7 ", NO_JSON), saying("item 90 ", NO_FIT), saying("item 33 ", TOO_LARGE))
 
 
+@pytest.mark.heavy
 def test_answers_are_typed_by_their_schema(tmp_path: Path) -> None:
     """A retry leaves them as they are."""
     out = tmp_path / "out"
@@ -96,6 +98,7 @@ def test_answers_are_typed_by_their_schema(tmp_path: Path) -> None:
         assert after.to_pylist()[row]["parsed"] == as_struct(after.column("content")[row].as_py())
 
 
+@pytest.mark.heavy
 def test_another_schema_changes_the_column_types(tmp_path: Path) -> None:
     """A retry with another schema fits the old types."""
     out = tmp_path / "out"

@@ -184,6 +184,7 @@ WAYS: list[tuple[Callable[[Night], None], bool]] = [
 ]
 
 
+@pytest.mark.heavy
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize(("way", "wasteful"), WAYS, ids=[way.__name__ for way, _ in WAYS])
 def test_rejected_paid_answers_are_waste(tmp_path: Path, way: Callable[[Night], None], wasteful: bool) -> None:
@@ -208,6 +209,7 @@ def test_rejected_paid_answers_are_waste(tmp_path: Path, way: Callable[[Night], 
     assert ended.exit_code == 0, ended.stdout
 
 
+@pytest.mark.heavy
 def test_a_resumed_salvage_is_the_newest_copy(tmp_path: Path) -> None:
     """It has the whole bill."""
     night = Night(tmp_path)

@@ -396,10 +396,10 @@ def test_streamed_calls_are_separated_by_any_index() -> None:
     assert spelled([first], [second]) == [first, second], "without a number, one a delta"
     assert spelled([first, second]) == [first, second], "without a number, in one delta"
     pieces = [[{"index": 0, "id": f"c{n}", "function": {"arguments": part}}] for n, part in enumerate(('{"id"', ":7}"))]
-    begun = [{"index": 0, **first, "function": {"name": "find"}}]
-    assert spelled(begun, *pieces) == [first], "another id in each piece"
+    started = [{"index": 0, **first, "function": {"name": "find"}}]
+    assert spelled(started, *pieces) == [first], "another id in each piece"
     named = [[{"index": 0, "function": {"name": "find", "arguments": part}}] for part in ('{"id"', ":7}")]
-    assert spelled(begun, *named) == [first], "the name in each piece"
+    assert spelled(started, *named) == [first], "the name in each piece"
     whole = [{"index": 0, **first, "function": {"name": "find", "arguments": {"id": 7}}}]
     assert spelled(whole) == [first], "arguments as an object"
     text = {"id": "c", "type": "custom", "custom": {"name": "note", "input": "two words"}}

@@ -6,7 +6,7 @@ from pathlib import Path
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from batchrun.startup import answer_match
+from batchrun.startup import buckets
 from batchrun.startup.answer_match import NONE, Questions, match
 
 KEYS = st.integers(0, 5).map(lambda number: bytes([number]) * 16)
@@ -31,7 +31,7 @@ def test_the_kth_equal_question_gets_the_kth_answer(tmp_path: Path, old: list[by
 
 
 def test_many_rows_are_matched_over_several_buckets(tmp_path: Path) -> None:
-    rows = answer_match.ROWS_A_BUCKET + 10
+    rows = buckets.ENTRIES_A_BUCKET + 10
     keys = [row.to_bytes(16, "little") for row in range(rows)]
     with match(numbered(keys), ((key, row) for row, key in enumerate(reversed(keys))), rows, tmp_path) as matches:
         assert matches[0] == rows - 1

@@ -1,4 +1,4 @@
-"""An answer is held against what was asked: JSON, a schema, the functions offered. Nothing is fetched or mended."""
+"""An answer is validated against the request: JSON, a schema, the functions offered. Nothing is fetched or mended."""
 
 import dataclasses
 import enum
@@ -46,7 +46,7 @@ def kind_of(expected: Expected, content: str) -> str | None:
         ("[]", "schema"),
         ("null", "schema"),
         ('```json\n{"label": "bug"}\n```', "invalid_json"),
-        ('{"label": "bug"} as you asked', "invalid_json"),
+        ('{"label": "bug"} as you requested', "invalid_json"),
         ('{"label": "bug"', "invalid_json"),
         ('{"label": "bug", "scores": [NaN]}', "invalid_json"),
         ('{"label": "\\ud800"}', "invalid_json"),
@@ -172,7 +172,7 @@ def test_an_invalid_parameter_schema_is_refused_early(parameters: object) -> Non
 
 
 @pytest.mark.parametrize(
-    ("schema", "told"),
+    ("schema", "reported"),
     [
         ({"type": "strin"}, "at $.type"),
         ({"properties": {"a": {"minimum": "low"}}}, "at $.properties.a.minimum"),
@@ -182,11 +182,11 @@ def test_an_invalid_parameter_schema_is_refused_early(parameters: object) -> Non
         ({"required": "a"}, "at $.required"),
     ],
 )
-def test_an_invalid_schema_is_reported_with_place(schema: dict[str, Any], told: str) -> None:
+def test_an_invalid_schema_is_reported_with_place(schema: dict[str, Any], reported: str) -> None:
     said = problem(schema)
     assert said is not None
     assert said.startswith("invalid JSON schema: ")
-    assert told in said
+    assert reported in said
     assert "\n" not in said
     with pytest.raises(JobError, match=r"^functions\[0\]\.parameters: invalid JSON schema"):
         of(None, [{"name": "f", "parameters": schema}])
@@ -195,10 +195,10 @@ def test_an_invalid_schema_is_reported_with_place(schema: dict[str, Any], told: 
 
 
 class Counting(http.server.BaseHTTPRequestHandler):
-    asked = 0
+    requested = 0
 
     def do_GET(self) -> None:
-        type(self).asked += 1
+        type(self).requested += 1
         self.send_response(200)
         self.end_headers()
         self.wfile.write(b'{"type": "string"}')
@@ -208,7 +208,7 @@ class Counting(http.server.BaseHTTPRequestHandler):
 
 @contextmanager
 def counting_server() -> Iterator[str]:
-    Counting.asked = 0
+    Counting.requested = 0
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Counting) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/schema.json"
@@ -225,7 +225,7 @@ def test_nothing_is_ever_fetched_for_a_schema(form: str) -> None:
             "dynamic": {"$dynamicRef": url},
         }
         assert problem(schemas[form]) is not None
-        assert Counting.asked == 0
+        assert Counting.requested == 0
 
 
 def test_no_file_is_ever_opened_for_a_schema(tmp_path: Path) -> None:

@@ -14,18 +14,18 @@ PACKAGE = Path(__file__).parents[2] / "batchrun"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("signals", "streams", "open_files", "durable", "job"),
+    ("signals", "streams", "open_files", "memory", "durable", "job"),
     ("records",),
-    ("prices", "credentials"),
+    ("prices", "credentials", "storage"),
     ("price_list", "source", "request", "limits", "response"),
     ("transport", "policy", "tables"),
-    ("attempt_caps", "store"),
+    ("attempt_caps", "store", "ray_engine"),
     ("report",),
-    ("startup",),
+    ("startup", "telemetry"),
     ("dispatch",),
     ("engine", "integrity", "simulator"),
     ("simulated", "terminal"),
-    ("preflight", "on_end"),
+    ("preflight", "destination", "on_end"),
     ("api",),
     ("runner",),
     ("__init__",),
@@ -59,11 +59,12 @@ SOLE_IMPORTERS: dict[str, frozenset[str]] = {
     "uvloop": frozenset({"api", "simulator"}),
     "jinja2": frozenset({"request.templates", "report.page"}),
     "pygal": frozenset({"report.charts"}),
+    "ray": frozenset({"ray_engine.cluster", "ray_engine.fleet"}),
     "genai_prices": frozenset({"price_list"}),
     "jsonschema_rs": frozenset({"job.answer_schema", "simulator.schemas"}),
     "toktok": frozenset({"response.token_count"}),
     "xlsxwriter": frozenset({"report.spreadsheet"}),
-    "pyarrow": frozenset({"source", "tables", "store", "report", "startup", "dispatch", "integrity"}),
+    "pyarrow": frozenset({"storage", "source", "tables", "store", "report", "startup", "dispatch", "integrity"}),
 }
 """Library → the packages and modules that import it."""
 
@@ -168,6 +169,7 @@ def test_the_command_line_starts_without_anything_heavy() -> None:
         "uvloop",
         "asyncio",
         "decimal",
+        "ray",
     )
     code = f"import sys, batchrun.cli; print([name for name in {heavy} if name in sys.modules])"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""A schema's type holds what its answers say, in Parquet too; what has no place in it is told, never just dropped."""
+"""A schema's type holds what its answers say, in Parquet too; what does not fit is reported, never dropped."""
 
 import json
 from pathlib import Path
@@ -164,7 +164,7 @@ def test_absent_and_null_are_null_at_every_level() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "held", "told"),
+    ("value", "held", "reported"),
     [
         ({"i": 2**63}, {"i": None}, "$.i can't hold 9223372036854775808"),
         ({"i": 1e30}, {"i": None}, "$.i can't hold 1e30"),
@@ -176,7 +176,7 @@ def test_absent_and_null_are_null_at_every_level() -> None:
         ([1], None, "$ can't hold [1]"),
     ],
 )
-def test_what_does_not_fit_is_reported(value: Any, held: Any, told: str) -> None:
+def test_what_does_not_fit_is_reported(value: Any, held: Any, reported: str) -> None:
     schema = {
         "type": "object",
         "properties": {
@@ -191,7 +191,7 @@ def test_what_does_not_fit_is_reported(value: Any, held: Any, told: str) -> None
     }
     rows, problems = parsed(schema, {"i": 1}, value)
     assert list(problems) == [1]
-    assert told in problems[1]
+    assert reported in problems[1]
     assert len(problems[1]) <= 300
     assert rows[1] == (None if held is None else dict.fromkeys("insbelo") | held)
 

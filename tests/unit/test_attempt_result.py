@@ -69,4 +69,4 @@ def test_missing_usage_counts_under_token_caps() -> None:
         Answer(), Judgement(Verdict.ROW, RowError("server_error", 504), in_doubt=True), Decimal(0), capped=False
     )
     assert not maybe_billed(Answer(), Judgement(Verdict.FREE, RowError("server_error", 500)), Decimal(0), capped=True)
-    assert not KINDS & {"timeout", "server_error"}, "kinds of answers that are asked for again are no others"
+    assert not KINDS & {"timeout", "server_error"}, "kinds of answers that are retried are no others"

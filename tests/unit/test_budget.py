@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchrun.limits.admission import Ask
+from batchrun.limits.admission import Demand
 from batchrun.limits.budget import BudgetAccount, Cap
 
 CENTS = st.integers(0, 500).map(lambda n: Decimal(n) / 100)
@@ -15,7 +15,7 @@ COUNTS = st.integers(0, 500)
 
 
 class Plan(NamedTuple):
-    """An attempt by its bounds, what it takes of them (None: nobody knows), and who ends after it has been sent."""
+    """An attempt by its bounds, what it takes of them (None: unknown), and how many end after it has been sent."""
 
     bound_usd: Decimal
     bound_tokens: int
@@ -27,7 +27,7 @@ class Plan(NamedTuple):
 PLANS = st.builds(Plan, CENTS, COUNTS, st.none() | CENTS, st.none() | COUNTS, st.integers(0, 9))
 
 
-def purse(usd: object = 1, tokens: int = 100, requests: int = 10, spent: int = 0) -> BudgetAccount:
+def account(usd: object = 1, tokens: int = 100, requests: int = 10, spent: int = 0) -> BudgetAccount:
     return BudgetAccount(
         cost_usd=Cap(Decimal(str(usd)), Decimal(spent)), tokens=Cap(tokens, spent), requests=Cap(requests, spent)
     )
@@ -35,18 +35,18 @@ def purse(usd: object = 1, tokens: int = 100, requests: int = 10, spent: int = 0
 
 @given(st.lists(PLANS, max_size=60), CENTS, st.integers(0, 2000), st.integers(0, 40))
 def test_spending_never_exceeds_a_cap(plans: list[Plan], usd: Decimal, tokens: int, requests: int) -> None:
-    budget = purse(usd, tokens, requests)
+    budget = account(usd, tokens, requests)
     cost, used, sent = budget.cost_usd, budget.tokens, budget.requests
     assert cost is not None
     assert used is not None
     assert sent is not None
-    in_flight: list[tuple[Ask, Plan]] = []
+    in_flight: list[tuple[Demand, Plan]] = []
     attempts = 0
     for plan in plans:
-        ask = Ask(1, plan.bound_usd, plan.bound_tokens)
-        if budget.fits(ask):
-            budget.reserve(ask)
-            in_flight.append((ask, plan))
+        demand = Demand(1, plan.bound_usd, plan.bound_tokens)
+        if budget.fits(demand):
+            budget.reserve(demand)
+            in_flight.append((demand, plan))
             attempts += 1
         if plan.ends < len(in_flight):
             ended, its = in_flight.pop(plan.ends)
@@ -60,48 +60,48 @@ def test_spending_never_exceeds_a_cap(plans: list[Plan], usd: Decimal, tokens: i
 
 
 def test_unknown_usage_spends_its_reservation() -> None:
-    budget = purse(usd=1, tokens=100, requests=2)
-    ask = Ask(1, Decimal("0.60"), 60)
-    budget.reserve(ask)
-    assert not budget.fits(ask)
-    budget.settle(ask, None, None)
-    assert budget.refusal(ask) == (
+    budget = account(usd=1, tokens=100, requests=2)
+    demand = Demand(1, Decimal("0.60"), 60)
+    budget.reserve(demand)
+    assert not budget.fits(demand)
+    budget.settle(demand, None, None)
+    assert budget.refusal(demand) == (
         "the budget is used up: $0.60 of $1.00 spent, and the next request may cost $0.60; raise budget.max_cost_usd; "
         "60 of 100 tokens used, and the next request may use 60; raise budget.max_tokens and run again"
     )
 
 
-@pytest.mark.parametrize("bound", [Ask(1, Decimal("0.10"), 0), Ask(1, Decimal(0), 10), Ask(1, Decimal(0), 0)])
-def test_the_last_unit_can_be_spent(bound: Ask) -> None:
+@pytest.mark.parametrize("bound", [Demand(1, Decimal("0.10"), 0), Demand(1, Decimal(0), 10), Demand(1, Decimal(0), 0)])
+def test_the_last_unit_can_be_spent(bound: Demand) -> None:
     budget = BudgetAccount(cost_usd=Cap(Decimal("0.30"), Decimal("0.20")), tokens=Cap(30, 20), requests=Cap(3, 2))
     assert budget.fits(bound)
     budget.reserve(bound)
-    assert not budget.fits(Ask(1, Decimal("0.100000000001"), 11))
+    assert not budget.fits(Demand(1, Decimal("0.100000000001"), 11))
 
 
 @pytest.mark.parametrize(
-    ("ask", "setting"),
+    ("demand", "setting"),
     [
-        (Ask(1, Decimal("1.01"), 0), "max_cost_usd"),
-        (Ask(1, Decimal(0), 101), "max_tokens"),
-        (Ask(1, Decimal(0), 0), "max_requests"),
+        (Demand(1, Decimal("1.01"), 0), "max_cost_usd"),
+        (Demand(1, Decimal(0), 101), "max_tokens"),
+        (Demand(1, Decimal(0), 0), "max_requests"),
     ],
 )
-def test_each_cap_names_what_to_raise(ask: Ask, setting: str) -> None:
-    budget = purse(requests=0 if setting == "max_requests" else 10)
-    assert not budget.fits(ask)
-    assert budget.refusal(ask).endswith(f"raise budget.{setting} and run again")
-    assert budget.refusal(ask).count("raise") == 1
+def test_each_cap_names_what_to_raise(demand: Demand, setting: str) -> None:
+    budget = account(requests=0 if setting == "max_requests" else 10)
+    assert not budget.fits(demand)
+    assert budget.refusal(demand).endswith(f"raise budget.{setting} and run again")
+    assert budget.refusal(demand).count("raise") == 1
 
 
 def test_a_cap_that_is_not_set_limits_nothing() -> None:
-    ask = Ask(1, None, 10**9)
+    demand = Demand(1, None, 10**9)
     budget = BudgetAccount(requests=Cap(2, 0))
-    budget.reserve(ask)
-    budget.settle(ask, None, None)
-    assert budget.fits(ask)
+    budget.reserve(demand)
+    budget.settle(demand, None, None)
+    assert budget.fits(demand)
 
 
 def test_a_cost_cap_needs_an_upper_bound() -> None:
     with pytest.raises(ValueError, match="upper bound"):
-        purse().fits(Ask(1, None))
+        account().fits(Demand(1, None))

@@ -47,15 +47,15 @@ def test_the_gate_stays_within_computed_capacity(
 ) -> None:
     """A server that has ten times as much, and says so in its headers: the bursts are as large as they can be."""
     name = "tokens_per_minute" if by_tokens else "requests_per_minute"
-    told = {name: per_minute * tokens if by_tokens else per_minute}
-    limits = msgspec.convert(told, Limits)
+    reported = {name: per_minute * tokens if by_tokens else per_minute}
+    limits = msgspec.convert(reported, Limits)
     size = Size(prompt_tokens=tokens / 2, completion_tokens=tokens / 2, answers=1)
     most = most_rows(limits, within_s, size, None)
     assert most is not None
 
     async def main() -> None:
         run = Run(Server(int(10 * per_minute) + 100, int(10 * per_minute * tokens) + 100 * tokens))
-        gate = new_gate(run, max_in_flight=64, first_in_flight=64, **told)  # type: ignore[arg-type]
+        gate = new_gate(run, max_in_flight=64, first_in_flight=64, **reported)  # type: ignore[arg-type]
         rows = int(most.rows) + 20
         await ask_all(run, gate, [tokens] * rows, estimate=lambda row: tokens)
         assert len(run.server.accepted(until_s=within_s)) <= most.rows
@@ -73,8 +73,8 @@ def test_unknown_row_sizes_bound_no_capacity() -> None:
 
 
 def test_row_size_is_the_mean_of_stated_usage() -> None:
-    told = TotalsLine(1, "m", "ok", rows=4, prompt_tokens=400, completion_tokens=40)
-    assert size_of([told, TotalsLine(1, "m", "error", rows=9)]) == Size(100, 10, 4)
+    reported = TotalsLine(1, "m", "ok", rows=4, prompt_tokens=400, completion_tokens=40)
+    assert size_of([reported, TotalsLine(1, "m", "error", rows=9)]) == Size(100, 10, 4)
 
 
 @pytest.mark.parametrize(("until_s", "most"), [(0, 6), (100, 6), (100.1, 16), (100 + 86_400, 16), (100 + 86_400.1, 26)])

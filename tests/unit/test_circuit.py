@@ -7,15 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchrun.errors import ExitCode
-from batchrun.limits.admission import OPEN, Binding, Cooling, Limit, Outcome, Phase, Probing, Ruling, Stop, Stopped
+from batchrun.limits.admission import OPEN, Binding, Cooling, Decision, Limit, Outcome, Phase, Probing, Stop, Stopped
 from batchrun.limits.circuit import ALIKE_ROWS, BACKOFF_CAP_S, FIRST_REACH_S, JITTER, Circuit
 from batchrun.limits.in_flight import FIRST_IN_FLIGHT, InFlight
 from batchrun.limits.outage import MANY_OUTAGE_ROWS, OUTAGE_ROWS
 from batchrun.limits.refusals import Finding
 from batchrun.records import RowError, Verdict
 
-HOLD = Ruling(hold=True)
-PROCEED = Ruling()
+HOLD = Decision(hold=True)
+PROCEED = Decision()
 MAX_OUTAGE_S = 7_200.0
 
 
@@ -61,7 +61,7 @@ class Story:
         *,
         storm: bool = True,
         accepted: bool = False,
-    ) -> Ruling:
+    ) -> Decision:
         """A refusal is one of a storm, after which nothing was accepted, unless the test says otherwise."""
         finding = Finding(storm=storm, accepted=accepted)
         outcome = Outcome(row, verdict, failure, retry_after_s)
@@ -362,7 +362,7 @@ def test_an_unconfirmed_fatal_error_is_the_rows(verdict: Verdict, failure: RowEr
     assert story.ends(0, verdict, failure) == HOLD
     story.send(1)
     assert story.barred()
-    assert story.ends(1, Verdict.OK) == Ruling(own=(0,))
+    assert story.ends(1, Verdict.OK) == Decision(own=(0,))
     assert story.phase() is OPEN
     assert story.state.in_flight.allowed == 64
     story.send(2)
@@ -407,7 +407,7 @@ def test_different_verdicts_do_not_confirm() -> None:
     story.ends(1, Verdict.STOP, MISSING_404)
     assert isinstance(story.phase(), Probing)
     story.send(2)
-    assert story.ends(2, Verdict.OK) == Ruling(own=(0, 1))
+    assert story.ends(2, Verdict.OK) == Decision(own=(0, 1))
 
 
 def test_an_early_probe_clears_one_suspect() -> None:
@@ -416,10 +416,10 @@ def test_an_early_probe_clears_one_suspect() -> None:
     story.ends(0, Verdict.PAUSE, FORBIDDEN_403)
     story.send(2)
     story.ends(1, Verdict.STOP, MISSING_404)
-    assert story.ends(2, Verdict.OK) == Ruling(own=(0,))
+    assert story.ends(2, Verdict.OK) == Decision(own=(0,))
     assert isinstance(story.phase(), Probing)
     story.send(3)
-    assert story.ends(3, Verdict.OK) == Ruling(own=(1,))
+    assert story.ends(3, Verdict.OK) == Decision(own=(1,))
     assert story.phase() is OPEN
 
 
@@ -431,7 +431,7 @@ def test_a_refused_probe_decides_nothing() -> None:
     assert story.ends(1, Verdict.ROW, BAD_400) == PROCEED
     assert isinstance(story.phase(), Probing)
     story.send(2)
-    assert story.ends(2, Verdict.OK) == Ruling(own=(0,))
+    assert story.ends(2, Verdict.OK) == Decision(own=(0,))
 
 
 def test_suspicion_outlives_an_unanswered_probe() -> None:
@@ -454,7 +454,7 @@ def test_a_fatal_error_in_cooling_waits() -> None:
     assert isinstance(story.phase(), Cooling)
     story.cooled_down()
     story.send(2)
-    assert story.ends(2, Verdict.OK) == Ruling(own=(1,))
+    assert story.ends(2, Verdict.OK) == Decision(own=(1,))
 
 
 # outage
@@ -678,9 +678,9 @@ def test_the_gate_never_forgets_a_held_row(
             story.send(row := row + 1)
         if story.out:
             ended = list(story.out)[pick % len(story.out)]
-            ruling = story.ends(ended, verdict, failure, retry_after_s)
-            assert held.issuperset(ruling.own)
-            held = held.difference(ruling.own) | ({ended} if ruling.hold else set())
+            decision = story.ends(ended, verdict, failure, retry_after_s)
+            assert held.issuperset(decision.own)
+            held = held.difference(decision.own) | ({ended} if decision.hold else set())
         elif isinstance(story.phase(), Cooling):
             story.cooled_down()
     if isinstance(story.phase(), Stopped):

@@ -1,4 +1,4 @@
-"""What the last minutes brought goes on: when a run is done, how much of it by a deadline, and who is told."""
+"""The forecast extends the last minutes: when a run ends, how much is done by a deadline, and the warning."""
 
 import pytest
 from hypothesis import given
@@ -74,8 +74,8 @@ def test_the_share_by_a_deadline_includes_settled_rows() -> None:
 
 def test_a_concern_repeats_only_when_worse() -> None:
     concern = Concern(allotted_s=6 * 3600)
-    told = [share for share in (0.97, 0.95, 0.9, 0.88, 0.86, 0.8, 0.77, 0.9, 0.76) if concern.rises(share, 60)]
-    assert told == [0.97, 0.86, 0.76]
+    reported = [share for share in (0.97, 0.95, 0.9, 0.88, 0.86, 0.8, 0.77, 0.9, 0.76) if concern.rises(share, 60)]
+    assert reported == [0.97, 0.86, 0.76]
 
 
 def test_a_concern_needs_data_and_a_reason() -> None:

@@ -1,4 +1,4 @@
-"""The one line: every limit at once, nobody overtakes, nothing is lost when a worker leaves. On a clock that jumps."""
+"""One FIFO queue for every limit; no row overtakes another; nothing is lost when a worker leaves. On a moved clock."""
 
 import asyncio
 import random
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from batchrun.errors import ExitCode
 from batchrun.job.job import Limits
 from batchrun.limits.adaptive_rate import RateChange
-from batchrun.limits.admission import Ask, Binding, Limit, Outcome, Ruling, Stop
+from batchrun.limits.admission import Binding, Decision, Demand, Limit, Outcome, Stop
 from batchrun.limits.budget import BudgetAccount, Cap
 from batchrun.limits.circuit import Circuit
 from batchrun.limits.daily import DailyCount
@@ -26,7 +26,7 @@ from batchrun.report.limit_lines import limits_in_words
 from tests import level
 from tests.moved_clock import NothingWillHappen, run_on_moved_clock
 
-SMALL = Ask(tokens=1)
+SMALL = Demand(tokens=1)
 RATE_LIMIT = RowError("rate_limit", 429, None, "HTTP 429")
 SERVER_ERROR = RowError("server_error", 500, None, "HTTP 500")
 
@@ -35,7 +35,7 @@ def new_gate(
     *,
     max_in_flight: int = 8,
     daily: DailyCount | None = None,
-    purse: BudgetAccount | None = None,
+    budget: BudgetAccount | None = None,
     overruns: Overruns | None = None,
     on_pace: RateChange = lambda limit, before, after, why: None,
     **limits: Any,
@@ -52,7 +52,7 @@ def new_gate(
         asyncio.get_running_loop(),
         Limits(**limits),
         daily=daily,
-        purse=purse,
+        budget=budget,
         overruns=overruns,
         on_pace=on_pace,
     )
@@ -74,7 +74,7 @@ async def turns(coroutine: Coroutine[object, object, int]) -> asyncio.Task[int]:
     return task
 
 
-async def use(gate: Gate, ask: Ask, *, row: int = 0, work_s: float = 0.0) -> float:
+async def use(gate: Gate, ask: Demand, *, row: int = 0, work_s: float = 0.0) -> float:
     """One row from admission to durable, without trouble; when it was admitted."""
     slot = await gate.admit(ask)
     admitted_at_s = now_s()
@@ -129,7 +129,7 @@ def test_the_token_rate_is_kept_and_used(sizes: list[int], limit: float) -> None
         first_s = now_s()
         taken = 0
         for tokens in sizes:
-            at_s = await use(gate, Ask(tokens))
+            at_s = await use(gate, Demand(tokens))
             assert taken + min(tokens, limit / 60) <= limit / 60 * (1 + at_s - first_s) + 1e-3
             taken += tokens
         at_s = await use(gate, SMALL)
@@ -143,18 +143,18 @@ async def test_actual_tokens_shift_the_next_request() -> None:
     """A long answer delays it, a short one brings it forward."""
     for actual, wait_s in ((100, 0.6), (40, 0.0), (160, 1.2)):
         gate = new_gate(tokens_per_minute=6_000)
-        slot = await gate.admit(Ask(100))
+        slot = await gate.admit(Demand(100))
         gate.settle(slot, actual)
         start_s = now_s()
-        await gate.admit(Ask(60))
+        await gate.admit(Demand(60))
         assert now_s() - start_s == pytest.approx(wait_s)
 
 
 @on_moved_clock
 async def test_a_refund_releases_the_first_waiter() -> None:
     gate = new_gate(tokens_per_minute=6_000)
-    slot = await gate.admit(Ask(1_000_000))
-    waiting = await turns(gate.admit(Ask(50)))
+    slot = await gate.admit(Demand(1_000_000))
+    waiting = await turns(gate.admit(Demand(50)))
     assert gate.binding.limit is Limit.TOKENS
     assert gate.binding.until_s == pytest.approx(now_s() + 9_999.5)
     start_s = now_s()
@@ -166,9 +166,9 @@ async def test_a_refund_releases_the_first_waiter() -> None:
 @on_moved_clock
 async def test_an_answer_without_usage_leaves_the_estimate_standing() -> None:
     gate = new_gate(tokens_per_minute=6_000)
-    gate.settle(await gate.admit(Ask(100)), None)
+    gate.settle(await gate.admit(Demand(100)), None)
     start_s = now_s()
-    await gate.admit(Ask(50))
+    await gate.admit(Demand(50))
     assert now_s() - start_s == pytest.approx(0.5)
 
 
@@ -185,8 +185,8 @@ async def test_idle_hours_save_one_second_only() -> None:
 @on_moved_clock
 async def test_input_and_output_have_separate_limits() -> None:
     for limit, ask in (
-        ("input_tokens_per_minute", Ask(100, output_tokens=10)),
-        ("output_tokens_per_minute", Ask(100, output_tokens=90)),
+        ("input_tokens_per_minute", Demand(100, output_tokens=10)),
+        ("output_tokens_per_minute", Demand(100, output_tokens=90)),
     ):
         gate = new_gate(**dict[str, Any]({limit: 5_400}))
         start_s = now_s()
@@ -201,8 +201,8 @@ async def test_input_and_output_have_separate_limits() -> None:
 @on_moved_clock
 async def test_input_and_output_are_settled_separately() -> None:
     gate = new_gate(input_tokens_per_minute=6_000, output_tokens_per_minute=6_000)
-    gate.settle(await gate.admit(Ask(100, output_tokens=50)), 160, 150)
-    waiting = await turns(gate.admit(Ask(20, output_tokens=10)))
+    gate.settle(await gate.admit(Demand(100, output_tokens=50)), 160, 150)
+    waiting = await turns(gate.admit(Demand(20, output_tokens=10)))
     assert gate.binding.limit is Limit.OUTPUT_TOKENS
     start_s = now_s()
     await waiting
@@ -291,7 +291,7 @@ def test_a_tuned_rate_always_applies(before: dict[str, Any], rates: Rates, per_s
     async def main() -> None:
         gate, sent_s = new_gate(**before), list[float]()
         for row in range(61):
-            slot = await gate.admit(Ask(100, output_tokens=40))
+            slot = await gate.admit(Demand(100, output_tokens=40))
             sent_s.append(now_s())
             gate.settle(slot, 100, 40)
             gate.observe(slot, Outcome(row, Verdict.OK))
@@ -430,13 +430,13 @@ def test_the_queue_is_strictly_first_in_first_out(
             max_in_flight=max_in_flight,
             requests_per_minute=rpm,
             tokens_per_minute=tpm,
-            purse=money(Decimal(100)),
+            budget=money(Decimal(100)),
         )
         admitted: list[int] = []
         cancelled: set[int] = set()
 
         async def worker(row: int, plan: Plan) -> None:
-            slot = await gate.admit(Ask(plan.tokens, plan.usd))
+            slot = await gate.admit(Demand(plan.tokens, plan.usd))
             admitted.append(row)
             await asyncio.sleep(plan.work_s)
             gate.observe(slot, Outcome(row, Verdict.OK))
@@ -462,11 +462,11 @@ def test_the_queue_is_strictly_first_in_first_out(
 @on_moved_clock
 async def test_a_large_prompt_keeps_its_turn() -> None:
     gate = new_gate(tokens_per_minute=6_000)
-    await gate.admit(Ask(50))
+    await gate.admit(Demand(50))
     admitted: list[int] = []
 
     async def worker(tokens: int) -> None:
-        await gate.admit(Ask(tokens))
+        await gate.admit(Demand(tokens))
         admitted.append(tokens)
 
     await asyncio.gather(worker(1_000), worker(1), worker(2))
@@ -475,28 +475,28 @@ async def test_a_large_prompt_keeps_its_turn() -> None:
 
 @on_moved_clock
 async def test_a_waiter_reserves_nothing_early() -> None:
-    purse = money(Decimal(10))
-    gate = new_gate(max_in_flight=1, requests_per_minute=60, tokens_per_minute=6_000, purse=purse)
-    slot = await gate.admit(Ask(100, Decimal(1)))
-    waiting = await turns(gate.admit(Ask(100, Decimal(2))))
+    budget = money(Decimal(10))
+    gate = new_gate(max_in_flight=1, requests_per_minute=60, tokens_per_minute=6_000, budget=budget)
+    slot = await gate.admit(Demand(100, Decimal(1)))
+    waiting = await turns(gate.admit(Demand(100, Decimal(2))))
     await asyncio.sleep(10)
-    assert purse.cost_usd is not None
-    assert purse.cost_usd.reserved == Decimal(1)
+    assert budget.cost_usd is not None
+    assert budget.cost_usd.reserved == Decimal(1)
     waiting.cancel()
     await asyncio.sleep(0)
     gate.release(slot, Decimal(1))
     start_s = now_s()
-    await gate.admit(Ask(100, Decimal(3)))
+    await gate.admit(Demand(100, Decimal(3)))
     assert now_s() == start_s
-    assert purse.cost_usd.reserved == Decimal(3)
+    assert budget.cost_usd.reserved == Decimal(3)
 
 
 @on_moved_clock
 async def test_a_leaving_waiter_frees_the_next() -> None:
     gate = new_gate(tokens_per_minute=6_000)
-    await gate.admit(Ask(100))
-    large = await turns(gate.admit(Ask(100)))
-    small = await turns(gate.admit(Ask(10)))
+    await gate.admit(Demand(100))
+    large = await turns(gate.admit(Demand(100)))
+    small = await turns(gate.admit(Demand(10)))
     start_s = now_s()
     large.cancel()
     await small
@@ -542,12 +542,12 @@ def test_spending_and_reservations_respect_the_cap(
 ) -> None:
     async def main() -> None:
         bill = min(cap, spent_before)
-        gate = new_gate(purse=money(cap, bill))
+        gate = new_gate(budget=money(cap, bill))
         in_flight: dict[int, Decimal] = {}
 
         async def worker(row: int, bound: Decimal, cost: Decimal | None, work_s: float) -> None:
             nonlocal bill
-            slot = await gate.admit(Ask(1, bound))
+            slot = await gate.admit(Demand(1, bound))
             in_flight[row] = bound
             assert bill + sum(in_flight.values()) <= cap
             await asyncio.sleep(work_s)
@@ -579,12 +579,12 @@ def test_token_and_request_caps_are_kept(
 
     async def main() -> None:
         used, sent, bounds = min(before, max_tokens), min(before, max_requests), 0
-        gate = new_gate(purse=BudgetAccount(tokens=Cap(max_tokens, used), requests=Cap(max_requests, sent)))
+        gate = new_gate(budget=BudgetAccount(tokens=Cap(max_tokens, used), requests=Cap(max_requests, sent)))
 
         async def worker(row: int, bound: int, tokens: int | None, work_s: float, attempts: int) -> None:
             nonlocal used, sent, bounds
             for _ in range(attempts):
-                slot = await gate.admit(Ask(1, None, bound))
+                slot = await gate.admit(Demand(1, None, bound))
                 sent, bounds = sent + 1, bounds + bound
                 assert sent <= max_requests
                 assert used + bounds <= max_tokens
@@ -604,34 +604,34 @@ def test_token_and_request_caps_are_kept(
 
 @on_moved_clock
 async def test_an_unaffordable_row_waits_then_stops() -> None:
-    purse = money(Decimal("1.00"))
-    gate = new_gate(purse=purse)
-    first = await gate.admit(Ask(1, Decimal("0.60")))
-    waiting = await turns(gate.admit(Ask(1, Decimal("0.50"))))
+    budget = money(Decimal("1.00"))
+    gate = new_gate(budget=budget)
+    first = await gate.admit(Demand(1, Decimal("0.60")))
+    waiting = await turns(gate.admit(Demand(1, Decimal("0.50"))))
     assert (waiting.done(), gate.binding) == (False, Binding(Limit.BUDGET))
     gate.release(first, Decimal("0.10"))
     second = await waiting
-    third = await turns(gate.admit(Ask(1, Decimal("0.50"))))
+    third = await turns(gate.admit(Demand(1, Decimal("0.50"))))
     gate.release(second, None)
     with pytest.raises(GateClosed, match=r"\$0\.60 of \$1\.00 spent, and the next request may cost \$0\.50") as closed:
         await third
     assert closed.value.exit_code is ExitCode.STOPPED
     with pytest.raises(GateClosed):
-        await gate.admit(Ask(1, Decimal(0)))
+        await gate.admit(Demand(1, Decimal(0)))
 
 
 @on_moved_clock
 async def test_a_tiny_budget_stops_before_sending() -> None:
-    gate = new_gate(purse=money(Decimal("0.01")))
+    gate = new_gate(budget=money(Decimal("0.01")))
     with pytest.raises(GateClosed, match="budget"):
-        await gate.admit(Ask(1, Decimal("0.02")))
+        await gate.admit(Demand(1, Decimal("0.02")))
 
 
 @on_moved_clock
 async def test_without_a_cap_a_known_bound_limits_nothing() -> None:
     gate = new_gate(max_in_flight=1)
     for _ in range(3):
-        gate.release(await gate.admit(Ask(1, Decimal(1_000_000))), None)
+        gate.release(await gate.admit(Demand(1, Decimal(1_000_000))), None)
     assert gate.stop is None
 
 
@@ -689,7 +689,7 @@ async def test_a_cooling_ends_with_a_probe() -> None:
     assert now_s() == pytest.approx(until_s)
     await asyncio.sleep(100)
     assert (second.done(), gate.binding) == (False, Binding(Limit.PROBING))
-    assert gate.observe(probe, Outcome(1, Verdict.OK)) == Ruling()
+    assert gate.observe(probe, Outcome(1, Verdict.OK)) == Decision()
     await second
 
 
@@ -706,22 +706,22 @@ async def test_an_unsent_probe_frees_the_next() -> None:
 @on_moved_clock
 async def test_a_free_failure_returns_its_tokens() -> None:
     gate = new_gate(tokens_per_minute=6_000)
-    slot = await gate.admit(Ask(tokens=100))
+    slot = await gate.admit(Demand(tokens=100))
     gate.observe(slot, Outcome(0, Verdict.FREE, SERVER_ERROR))
     gate.release(slot, Decimal(0))
     start_s = now_s()
-    await gate.admit(Ask(tokens=100))
+    await gate.admit(Demand(tokens=100))
     assert now_s() == start_s
 
 
 @on_moved_clock
 async def test_one_refusal_delays_no_other_row() -> None:
     gate = new_gate(tokens_per_minute=6_000)
-    slot = await gate.admit(Ask(tokens=100))
+    slot = await gate.admit(Demand(tokens=100))
     gate.observe(slot, Outcome(0, Verdict.SLOW, RATE_LIMIT, retry_after_s=60.0))
     gate.release(slot, Decimal(0))
     start_s = now_s()
-    await gate.admit(Ask(tokens=100))
+    await gate.admit(Demand(tokens=100))
     assert now_s() == start_s
 
 
@@ -762,10 +762,10 @@ async def test_the_next_success_judges_a_suspect_row() -> None:
     gate = new_gate()
     suspect = await gate.admit(SMALL)
     forbidden = RowError("forbidden", 403, None, "HTTP 403")
-    assert gate.observe(suspect, Outcome(7, Verdict.PAUSE, forbidden)) == Ruling(hold=True)
+    assert gate.observe(suspect, Outcome(7, Verdict.PAUSE, forbidden)) == Decision(hold=True)
     gate.release(suspect, Decimal(0))
     probe = await gate.admit(SMALL)
-    assert gate.observe(probe, Outcome(8, Verdict.OK)) == Ruling(own=(7,))
+    assert gate.observe(probe, Outcome(8, Verdict.OK)) == Decision(own=(7,))
     assert gate.successes == 1
 
 

@@ -11,7 +11,7 @@ from decimal import Decimal
 import pytest
 
 from batchrun.limits.adaptive_rate import AdaptiveRate
-from batchrun.limits.admission import Ask, Limit, Outcome
+from batchrun.limits.admission import Demand, Limit, Outcome
 from batchrun.limits.rate_search import RateSearch
 from batchrun.limits.rates import Rates
 from batchrun.limits.refusal_runs import RefusalRuns
@@ -89,11 +89,11 @@ def test_a_stated_limit_replaces_the_learned_one() -> None:
         gate = new_gate(max_in_flight=32, requests_per_minute=6_000)
         refused = RowError("rate_limit", 429, None, "HTTP 429")
         for row in range(12):
-            slot = await gate.admit(Ask(tokens=1))
+            slot = await gate.admit(Demand(tokens=1))
             verdict = Verdict.OK if row < 4 else Verdict.SLOW
             gate.observe(slot, Outcome(row, verdict, None if row < 4 else refused, 1.0))
             gate.release(slot, Decimal(0))
-        slot = await gate.admit(Ask(tokens=1))
+        slot = await gate.admit(Demand(tokens=1))
         learned = gate.in_force.requests_per_minute
         assert learned is not None
         assert learned < 6_000
@@ -101,7 +101,7 @@ def test_a_stated_limit_replaces_the_learned_one() -> None:
         assert gate.in_force.requests_per_minute == 9_000
         before_s = now_s()
         gate.release(slot, Decimal(0))
-        await gate.admit(Ask(tokens=1))
+        await gate.admit(Demand(tokens=1))
         assert now_s() - before_s < 0.5
 
     run_on_moved_clock(main())
@@ -127,10 +127,10 @@ def test_a_lone_refusal_lowers_no_rate() -> None:
         gate = new_gate(max_in_flight=32, requests_per_minute=3_000, tokens_per_minute=600_000)
         refused = RowError("rate_limit", 429, None, "Rate limit reached for tokens per minute")
         for row in range(60):
-            slot = await gate.admit(Ask(tokens=9_000))
+            slot = await gate.admit(Demand(tokens=9_000))
             if row == 30:
                 said = {"x-ratelimit-limit-tokens": "600000", "x-ratelimit-remaining-tokens": "10", "retry-after": "1"}
-                gate.hear(slot, {**said, "x-ratelimit-reset-tokens": "900ms"})
+                gate.read_headers(slot, {**said, "x-ratelimit-reset-tokens": "900ms"})
                 gate.observe(slot, Outcome(row, Verdict.SLOW, refused, 1.0))
             else:
                 gate.settle(slot, 9_000)

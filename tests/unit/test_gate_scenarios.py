@@ -67,7 +67,7 @@ class Night:
 
 
 def live(endpoint: Endpoint, rows: int) -> Night:
-    """The rows are asked by workers, as the pipeline does it, on a clock moved by hand."""
+    """Workers send the rows as dispatch does, on a clock moved by hand."""
     night, now_s = Night(), 0.0
     state = Circuit(
         in_flight=InFlight(WORKERS),
@@ -85,7 +85,7 @@ def live(endpoint: Endpoint, rows: int) -> Night:
     out: deque[tuple[float, int, int]] = deque()
     while state.stop is None and (left or out or held):
         if not left and not out:
-            left.extend(held)  # nobody else is left to bear witness
+            left.extend(held)  # no other row is left as a witness
             held.clear()
         while left and state.binding(now_s) is None and not requests.ready_in_s(1, now_s):
             row = left.popleft()
@@ -111,10 +111,10 @@ def live(endpoint: Endpoint, rows: int) -> Night:
         else:
             refusals.ended(order, now_s)
         refusals.rise(now_s)
-        ruling = state.observe(Outcome(row, verdict, error), order, now_s, finding)
-        night.failed |= held.intersection(ruling.own)
-        held.difference_update(ruling.own)
-        if ruling.hold:
+        decision = state.observe(Outcome(row, verdict, error), order, now_s, finding)
+        night.failed |= held.intersection(decision.own)
+        held.difference_update(decision.own)
+        if decision.hold:
             held.add(row)
         elif verdict is Verdict.OK:
             night.done.add(row)

@@ -7,7 +7,7 @@ import pytest
 
 from batchrun.errors import ExitCode
 from batchrun.job.job import Limits
-from batchrun.limits.admission import Ask, Limit, Outcome, Stop
+from batchrun.limits.admission import Demand, Limit, Outcome, Stop
 from batchrun.limits.budget import BudgetAccount, Cap
 from batchrun.limits.circuit import Circuit
 from batchrun.limits.gate import Gate, GateClosed, Shared
@@ -17,7 +17,7 @@ from batchrun.limits.rates import Rates
 from batchrun.records import RowError, Verdict
 from tests.moved_clock import run_on_moved_clock
 
-SMALL = Ask(10)
+SMALL = Demand(10)
 UNLIMITED = Limits()
 UNAUTHORISED = RowError("http", 401, None, "no such key")
 
@@ -108,8 +108,8 @@ def test_the_last_endpoint_set_aside_ends_admission() -> None:
     async def story() -> Stop | None:
         gates = gates_of(1, 1)
         for row, slot in enumerate([await gates.admit(SMALL) for _ in range(4)]):
-            ruling = gates.observe(slot, Outcome(row, Verdict.PAUSE, UNAUTHORISED))
-        assert ruling.hold
+            decision = gates.observe(slot, Outcome(row, Verdict.PAUSE, UNAUTHORISED))
+        assert decision.hold
         with pytest.raises(GateClosed, match="no endpoint is left"):
             await gates.admit(SMALL)
         return gates.stop

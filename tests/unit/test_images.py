@@ -453,9 +453,9 @@ def test_unusable_images_are_named_and_counted(root: Path) -> None:
     pictured: list[int] = []
     found = survey(open_source((path,)), job, root.parent, pictured=lambda ordinal, _: pictured.append(ordinal))
     assert (found.rows, list(found.rejected), pictured) == (1, [1, 2, 3, 4], [0])
-    told = [str(problem) for problem in found.first_problems]
+    reported = [str(problem) for problem in found.first_problems]
     for line, (place, words) in enumerate(
-        zip(told, ("can't be read: No such file", "holds `..`", "no png, jpeg, gif", "1,600 bytes"), strict=True), 2
+        zip(reported, ("can't be read: No such file", "holds `..`", "no png, jpeg, gif", "1,600 bytes"), strict=True), 2
     ):
         assert place.startswith(f"{path}:{line}: {rows[line - 1]['photo']}: "), place
         assert words in place

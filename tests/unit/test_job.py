@@ -374,9 +374,9 @@ def test_an_invalid_schema_file_is_named(tmp_path: Path, text: str | None, probl
 
 def test_an_invalid_inline_schema_is_named(tmp_path: Path) -> None:
     bad = {"properties": {"a": {"type": "strin"}}}
-    asked = {"response_format": {"type": "json_schema", "schema": bad}}
+    requested = {"response_format": {"type": "json_schema", "schema": bad}}
     functions = {"functions": [{"name": "f"}, {"name": "g", "parameters": bad}]}
-    for request, path in ((asked, "response_format.schema"), (functions, "functions[1].parameters")):
+    for request, path in ((requested, "response_format.schema"), (functions, "functions[1].parameters")):
         with pytest.raises(JobError) as caught:
             from_tables({"endpoint": {"url": "simulator"}, "request": request})
         assert str(caught.value).startswith(f"request.{path}: invalid JSON schema: at $.properties.a.type: ")
@@ -385,6 +385,8 @@ def test_an_invalid_inline_schema_is_named(tmp_path: Path) -> None:
 # -- fingerprint
 
 OTHER_VALUES: Mapping[str, object] = {
+    "limits.limits_are": "per_process",
+    "engine.name": "ray",
     "endpoint.proxy": "http://proxy:3128",
     "endpoint.url": "https://other/v1",
     "endpoint.name": "other",
@@ -398,6 +400,7 @@ OTHER_VALUES: Mapping[str, object] = {
     "endpoint.auth": "none",
     "input.reuse_status": ["ok"],
     "input.max_changed": "5%",
+    "input.partitions": {"lang": "de"},
     "endpoint.max_tokens_field": "max_completion_tokens",
     "endpoint.developer_role": "system",
     "endpoint.transport": "session",
@@ -417,6 +420,7 @@ OTHER_VALUES: Mapping[str, object] = {
     "output.columns": ["a"],
     "output.raw": "always",
     "output.layout": "parts",
+    "output.partition_by": ["lang"],
     "output.compression": "gzip",
     "on_end": ["true"],
     "canary.min_ok_share": 0.5,
@@ -465,6 +469,7 @@ def another_value(path: str, default: object) -> object:
         "canary.rows",
         "flex_latency_s",
         "cache_life_s",
+        "max_actors",
     )
     return 1 if path.endswith(numbers) else "x"
 

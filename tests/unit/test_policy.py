@@ -94,6 +94,7 @@ FAULTS: Mapping[Fault, Verdict] = {
         (Fault.DNS, Fault.REFUSED, Fault.CONNECT, Fault.TLS, Fault.STALE, Fault.UNSENT, Fault.KEY_REPLACED), FREE
     ),
     **dict.fromkeys((Fault.TIMEOUT, Fault.RESET, Fault.CUT, Fault.TOO_LARGE, Fault.ENCODING, Fault.MALFORMED), MAYBE),
+    Fault.SENDER_LOST: MAYBE,
     Fault.CERTIFICATE: STOP,
 }
 
@@ -345,25 +346,25 @@ def test_no_header_raises_and_no_wait_is_negative(text: str, date: str) -> None:
 # -- caps
 
 
-def told(verdict: Verdict, status: int | None = None) -> Judgement:
+def reported(verdict: Verdict, status: int | None = None) -> Judgement:
     return Judgement(verdict, RowError("kind", status))
 
 
 @pytest.mark.parametrize(
     ("judgement", "counted", "counted_5xx", "maybe_billed"),
     [
-        (told(FREE), 1, 0, 0),
-        (told(FREE, 408), 1, 0, 0),
-        (told(FREE, 500), 1, 1, 0),
-        (told(MAYBE), 1, 0, 1),
-        (told(MAYBE, 200), 1, 0, 1),
-        (told(MAYBE, 504), 1, 1, 1),
-        (told(SLOW, 429), 0, 0, 0),
-        (told(SLOW, 503), 1, 0, 0),
-        (told(SLOW, 529), 1, 0, 0),
-        (told(PAUSE, 401), 0, 0, 0),
-        (told(STOP, 404), 0, 0, 0),
-        (told(STOP), 0, 0, 0),
+        (reported(FREE), 1, 0, 0),
+        (reported(FREE, 408), 1, 0, 0),
+        (reported(FREE, 500), 1, 1, 0),
+        (reported(MAYBE), 1, 0, 1),
+        (reported(MAYBE, 200), 1, 0, 1),
+        (reported(MAYBE, 504), 1, 1, 1),
+        (reported(SLOW, 429), 0, 0, 0),
+        (reported(SLOW, 503), 1, 0, 0),
+        (reported(SLOW, 529), 1, 0, 0),
+        (reported(PAUSE, 401), 0, 0, 0),
+        (reported(STOP, 404), 0, 0, 0),
+        (reported(STOP), 0, 0, 0),
     ],
 )
 def test_an_attempt_counts_only_with_other_successes(
@@ -379,14 +380,14 @@ def test_an_attempt_counts_only_with_other_successes(
 @pytest.mark.parametrize(
     ("judgement", "retry", "wait_s"),
     [
-        (told(FREE, 500), Retry(), 30.0),
-        (told(FREE, 408), Retry(), 18.0),
-        (told(SLOW, 503), Retry(), 18.0),
-        (told(MAYBE), Retry(), 90.0),
-        (told(MAYBE, 504), Retry(), 90.0),
-        (told(MAYBE), Retry(max_maybe_billed=0), 90.0),
-        (told(FREE, 500), Retry(max_outage_s=10), 5 / 3),
-        (told(FREE, 500), Retry(max_5xx=1), 90.0),
+        (reported(FREE, 500), Retry(), 30.0),
+        (reported(FREE, 408), Retry(), 18.0),
+        (reported(SLOW, 503), Retry(), 18.0),
+        (reported(MAYBE), Retry(), 90.0),
+        (reported(MAYBE, 504), Retry(), 90.0),
+        (reported(MAYBE), Retry(max_maybe_billed=0), 90.0),
+        (reported(FREE, 500), Retry(max_outage_s=10), 5 / 3),
+        (reported(FREE, 500), Retry(max_5xx=1), 90.0),
     ],
 )
 def test_without_successes_attempts_last_ninety_seconds(judgement: Judgement, retry: Retry, wait_s: float) -> None:
@@ -397,13 +398,13 @@ def test_without_successes_attempts_last_ninety_seconds(judgement: Judgement, re
 @pytest.mark.parametrize(
     ("judgement", "attempts"),
     [
-        (told(FREE), 6),
-        (told(FREE, 500), 4),
-        (told(FREE, 408), 6),
-        (told(MAYBE), 2),
-        (told(SLOW, 503), 6),
-        (told(SLOW, 429), None),
-        (told(PAUSE, 401), None),
+        (reported(FREE), 6),
+        (reported(FREE, 500), 4),
+        (reported(FREE, 408), 6),
+        (reported(MAYBE), 2),
+        (reported(SLOW, 503), 6),
+        (reported(SLOW, 429), None),
+        (reported(PAUSE, 401), None),
     ],
 )
 def test_a_row_is_given_up_at_its_cap(judgement: Judgement, attempts: int | None) -> None:
@@ -415,7 +416,7 @@ def test_a_row_is_given_up_at_its_cap(judgement: Judgement, attempts: int | None
 
 def test_an_outage_gives_up_no_row() -> None:
     history = History()
-    for judgement in [told(FREE, 500), told(MAYBE), told(SLOW, 503)] * 1000:
+    for judgement in [reported(FREE, 500), reported(MAYBE), reported(SLOW, 503)] * 1000:
         history = after(history, judgement, corroborated=False)
     assert not exhausted(history, Retry())
     assert history.attempts == 3000
@@ -425,32 +426,32 @@ def test_an_outage_gives_up_no_row() -> None:
 def test_random_failures_use_up_no_caps(share: float) -> None:
     history, attempts = History(), 0
     while not exhausted(history, Retry(), stretch(share)):
-        history, attempts = after(history, told(FREE, 500), corroborated=True), attempts + 1
+        history, attempts = after(history, reported(FREE, 500), corroborated=True), attempts + 1
     assert 1e-8 < share**attempts <= 1e-6
     assert stretch(0.0) == stretch(0.03) == 1.0
     assert 1 < stretch(share) <= stretch(0.9) == stretch(1.0) == 5
 
 
 def test_possibly_billed_attempts_have_one_cap() -> None:
-    twice = after(after(History(), told(MAYBE), corroborated=True), told(MAYBE), corroborated=True)
+    twice = after(after(History(), reported(MAYBE), corroborated=True), reported(MAYBE), corroborated=True)
     assert exhausted(twice, Retry(), stretch(0.9))
 
 
 def test_the_failing_share_is_of_recent_attempts() -> None:
     share = 0.0
     for n in range(1_000):
-        share = failing_share(share, History(1), told(FREE, 500) if n % 10 < 3 else told(OK))
-        share = failing_share(share, History(2), told(FREE, 500))
+        share = failing_share(share, History(1), reported(FREE, 500) if n % 10 < 3 else reported(OK))
+        share = failing_share(share, History(2), reported(FREE, 500))
     assert 0.2 < share < 0.4
     for _ in range(200):
-        share = failing_share(share, History(1), told(OK))
+        share = failing_share(share, History(1), reported(OK))
     assert share < 0.01
 
 
 def test_maybe_billed_zero_gives_up_at_the_first() -> None:
     retry = Retry(max_maybe_billed=0)
-    assert exhausted(after(History(), told(MAYBE), corroborated=True), retry)
-    assert not exhausted(after(History(), told(FREE), corroborated=True), retry)
+    assert exhausted(after(History(), reported(MAYBE), corroborated=True), retry)
+    assert not exhausted(after(History(), reported(FREE), corroborated=True), retry)
 
 
 # -- waits

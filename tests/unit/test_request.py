@@ -1,4 +1,4 @@
-"""From a row to the very body and key: what the row says is asked, nothing else, and the same question has one key."""
+"""From a row to its body and key: only what the row says is sent, and the same question has one key."""
 
 import json
 import uuid
@@ -469,12 +469,12 @@ def test_turns_keep_the_jobs_order() -> None:
         {"role": "user", "content": "Up is good. Down is bad. "},
         {"role": "assistant", "content": "Understood."},
     ]
-    asked = {"role": "user", "content": [{"type": "text", "text": "Sideways?"}] * 2}
-    assert body_of(job, columns)["messages"] == [*before, *history, asked]
-    assert body_of(job, {**columns, "history": json.dumps(history)})["messages"] == [*before, *history, asked]
+    requested = {"role": "user", "content": [{"type": "text", "text": "Sideways?"}] * 2}
+    assert body_of(job, columns)["messages"] == [*before, *history, requested]
+    assert body_of(job, {**columns, "history": json.dumps(history)})["messages"] == [*before, *history, requested]
     no_turns: list[object] = [None, []]
     for nothing in no_turns:
-        assert body_of(job, {**columns, "history": nothing})["messages"] == [*before, asked]
+        assert body_of(job, {**columns, "history": nothing})["messages"] == [*before, requested]
 
 
 def test_an_invalid_turns_column_is_named() -> None:
@@ -660,10 +660,10 @@ def test_what_a_batch_file_would_ignore_is_refused(setting: dict[str, Any]) -> N
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_correction_repeats_the_wrong_answer(stream: bool) -> None:
-    asked = build(a_job(prompt="Label {{ text }}", stream=stream), {"text": "this"}, "columns")
-    again = corrected(corrected(asked, [Correction("so", "no JSON")]), [Correction("{}", "no label")])
-    assert again == corrected(asked, [Correction("so", "no JSON"), Correction("{}", "no label")])
-    before, after = json.loads(asked.body), json.loads(again.body)
+    requested = build(a_job(prompt="Label {{ text }}", stream=stream), {"text": "this"}, "columns")
+    again = corrected(corrected(requested, [Correction("so", "no JSON")]), [Correction("{}", "no label")])
+    assert again == corrected(requested, [Correction("so", "no JSON"), Correction("{}", "no label")])
+    before, after = json.loads(requested.body), json.loads(again.body)
     first, *added = after.pop("messages")
     assert [first] == before.pop("messages")
     assert after == before
@@ -671,9 +671,9 @@ def test_a_correction_repeats_the_wrong_answer(stream: bool) -> None:
     assert [added[0]["content"], added[2]["content"]] == ["so", "{}"]
     assert "no JSON" in added[1]["content"]
     assert "no label" in added[3]["content"]
-    assert again.key == asked.key
-    assert again.max_prompt_tokens - asked.max_prompt_tokens == len(again.body) - len(asked.body) > 0
-    assert corrected(asked, []) is asked
+    assert again.key == requested.key
+    assert again.max_prompt_tokens - requested.max_prompt_tokens == len(again.body) - len(requested.body) > 0
+    assert corrected(requested, []) is requested
 
 
 @given(

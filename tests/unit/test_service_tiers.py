@@ -80,8 +80,8 @@ def _own(**tiers: tuple[str, str]) -> PriceTable:
 
 def test_the_budget_reserves_the_dearest_tier() -> None:
     table = _own(flex=("1", "5"), priority=("4", "20"))
-    asked: list[tuple[str | None, ...]] = [("flex",), ("flex", "priority"), (None,)]
-    bounds = [prices.upper_bound(1_000_000, 0, table, *tiers) for tiers in asked]
+    requested: list[tuple[str | None, ...]] = [("flex",), ("flex", "priority"), (None,)]
+    bounds = [prices.upper_bound(1_000_000, 0, table, *tiers) for tiers in requested]
     assert bounds == [2, 4, 4]  # flex may be served as the plain tier
     tables = {"endpoint": {"url": "simulator"}, "request": {"service_tier": "flex"}, "tiers": {"fallback": "priority"}}
     job = from_tables(tables)

@@ -152,8 +152,8 @@ def test_a_tool_is_called_as_tool_choice_says() -> None:
 
 
 def test_a_spoiled_answer_is_invalid_json() -> None:
-    asked = {"type": "json_schema", "json_schema": {"name": "w", "schema": PARAMETERS}}
-    for fields in ({"response_format": asked}, {"functions": FUNCTIONS[:1], "function_call": {"name": "weather"}}):
+    requested = {"type": "json_schema", "json_schema": {"name": "w", "schema": PARAMETERS}}
+    for fields in ({"response_format": requested}, {"functions": FUNCTIONS[:1], "function_call": {"name": "weather"}}):
         (answer,) = _answers(1, **fields)
         for kind, loads in (("invalid_json", False), ("unfit_json", True)):
             (choice,) = spoiled(answer, kind).choices  # type: ignore[arg-type]

@@ -276,3 +276,86 @@ def test_dictionary_views_are_plain_text(tmp_path: Path) -> None:
         {"c": "y", "v": "y", "l": ["y"]},
         {"c": None, "v": "x", "l": [None]},
     ]
+
+
+# ── partition filters ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+FILTERED = (
+    *("lang=de/day=2026-10-31", "lang=de/day=2026-11-01", "lang=en/day=2026-11-02", "lang=pt%20BR/day=2026-11-30"),
+    *("lang=__HIVE_DEFAULT_PARTITION__/day=2026-12-01", "lang=en", "lang=A%2FB/day=2026-01-01"),
+)
+
+
+def test_filters_choose_files_by_their_folders(tmp_path: Path) -> None:
+    for folder in FILTERED:
+        write(tmp_path / folder / "in.jsonl")
+    (tmp_path / "lang=it").mkdir()
+    (tmp_path / "lang=it" / "in.parquet").write_bytes(b"not opened, so not refused")
+    every = {"lang": "!=it"}
+    cases: list[tuple[dict[str, Any], list[int]]] = [
+        ({"lang": "de"}, [0, 1]),
+        ({"lang": ["de", "en"]}, [0, 1, 2, 5]),
+        ({"lang": "pt BR"}, [3]),
+        ({"lang": "A/B"}, [6]),
+        ({"lang": "=de"}, [0, 1]),
+        ({"lang": "__HIVE_DEFAULT_PARTITION__"}, [4]),
+        ({"lang": ["__HIVE_DEFAULT_PARTITION__", "pt BR"]}, [3, 4]),
+        (every, [0, 1, 2, 3, 5, 6]),
+        ({**every, "day": ">=2026-11-01"}, [1, 2, 3]),
+        ({**every, "day": [">2026-11-01", "< 2026-11-30"]}, [2]),
+        ({"day": "__HIVE_DEFAULT_PARTITION__", "lang": "en"}, [5]),
+        ({"day": "2026-12-01"}, [4]),
+        ({"day": 20261201, "lang": ">"}, []),
+    ]
+    for filters, places in cases:
+        wanted = sorted(tmp_path / FILTERED[place] / "in.jsonl" for place in places)
+        if wanted:
+            assert list(find_files(str(tmp_path), filters)) == wanted, filters
+            assert list(find_files(f"{tmp_path}/**/in.*", filters)) == wanted, filters
+        else:
+            with pytest.raises(InputError, match="none of the 8 files"):
+                find_files(str(tmp_path), filters)
+
+
+def test_integer_keys_are_compared_as_numbers(tmp_path: Path) -> None:
+    for month in ("01", "2", "10", "-1", "x"):
+        write(tmp_path / f"month={month}" / "in.jsonl")
+
+    def months(wanted: Any) -> set[str]:
+        return {file.parents[0].name.removeprefix("month=") for file in find_files(str(tmp_path), {"month": wanted})}
+
+    assert months(1) == months("1") == months("01") == {"01"}
+    assert months(">=2") == {"2", "10", "x"}  # text is compared as text
+    assert months([">=2", "<10"]) == {"2"}
+    assert months("!=2") == {"01", "10", "-1", "x"}
+
+
+@pytest.mark.parametrize(
+    ("filters", "line"),
+    [
+        ({"lng": "de"}, "input.partitions.lng: {path} has no folder named lng=…; its keys are lang, day"),
+        ({"lang": "fr"}, "input.partitions: none of the 2 files of {path} match; lang is de, en"),
+        ({"lang": []}, "input.partitions.lang: is empty; name a value"),
+        ({"lang": ["de", ">e"]}, "input.partitions.lang: mixes values and comparisons; a list has one kind"),
+    ],
+)
+def test_a_filter_that_can_not_be_meant_is_one_line(tmp_path: Path, filters: dict[str, Any], line: str) -> None:
+    for lang in ("de", "en"):
+        write(tmp_path / f"lang={lang}" / "day=1" / "in.jsonl")
+    with pytest.raises(InputError) as error:
+        find_files(str(tmp_path), filters)
+    assert str(error.value) == line.format(path=tmp_path)
+
+
+def test_a_path_without_keys_has_none_to_filter_by(tmp_path: Path) -> None:
+    write(tmp_path / "in.jsonl")
+    with pytest.raises(InputError, match="it has no folders named key=value"):
+        find_files(str(tmp_path), {"lang": "de"})
+
+
+def test_many_values_are_shown_in_part(tmp_path: Path) -> None:
+    for number in range(30):
+        write(tmp_path / f"day=2026-11-{number + 1:02}" / "in.jsonl")
+    with pytest.raises(InputError, match="2026-11-05, …, 2026-11-26"):
+        find_files(str(tmp_path), {"day": "2027-01-01"})

@@ -43,19 +43,19 @@ class Starts:
     def __init__(self, tmp_path: Path) -> None:
         self.input = tmp_path / "in.jsonl"
         self.directory = RunDirectory(tmp_path / "run")
-        self.told: list[str] = []
+        self.messages: list[str] = []
 
     def job(self, **tables: Mapping[str, Any]) -> Job:
         return job_over(self.input, **tables)
 
-    def make(self, job: Job | None = None, **asked: Any) -> Plan:
+    def make(self, job: Job | None = None, **requested: Any) -> Plan:
         with opened(self.directory) as checkpoint:
-            asked_for = RunOptions(problem=self.told.append, note=self.told.append, **asked)
+            asked_for = RunOptions(problem=self.messages.append, note=self.messages.append, **requested)
             return resume.make(job or self.job(), self.directory, checkpoint, asked_for, NOW)
 
-    def refused(self, job: Job | None = None, **asked: Any) -> str:
+    def refused(self, job: Job | None = None, **requested: Any) -> str:
         with pytest.raises(BatchrunError) as error:
-            self.make(job, **asked)
+            self.make(job, **requested)
         assert isinstance(error.value, JobError | InputError)
         assert "\n" not in str(error.value)
         return str(error.value)
@@ -74,10 +74,10 @@ def starts(tmp_path: Path) -> Starts:
 def test_every_start_has_the_same_manifest(starts: Starts) -> None:
     first, second = starts.make(), starts.make()
     assert (first.resumed, second.resumed) == (False, True)
-    assert first.facts == second.facts
+    assert first.manifest == second.manifest
     assert first.schema == second.schema
     assert first.prices == second.prices
-    assert first.facts.rows == 5
+    assert first.manifest.rows == 5
     assert first.schema.names == ["id", "text", *OWN_COLUMNS.names]
 
 
@@ -86,7 +86,7 @@ def test_an_empty_input_has_a_valid_schema(starts: Starts, content: bytes) -> No
     starts.input.write_bytes(content)
     job = starts.job(input={"min_rows": 0})
     for found in (starts.make(job), starts.make(job)):
-        assert (found.facts.rows, found.prices) == (0, {})
+        assert (found.manifest.rows, found.prices) == (0, {})
         assert found.schema == OWN_COLUMNS
 
 
@@ -97,21 +97,21 @@ def test_invalid_records_are_reported_once_by_kind(starts: Starts) -> None:
         "30 of 33 input records make no valid request. "
         "Correct them, or set them aside with batchrun run ... --skip-invalid"
     )
-    assert len(starts.told) == 1
-    assert starts.told[0].startswith(f"{starts.input}:4: ")
-    assert starts.told[0].endswith(" (and 29 more such records)")
+    assert len(starts.messages) == 1
+    assert starts.messages[0].startswith(f"{starts.input}:4: ")
+    assert starts.messages[0].endswith(" (and 29 more such records)")
     assert not starts.directory.rejects.exists()
-    write_lines(starts.input, texts(3))  # mended: nothing had begun
-    assert starts.make().facts.rows == 3
+    write_lines(starts.input, texts(3))  # mended: nothing had been sent
+    assert starts.make().manifest.rows == 3
 
 
 def test_skipped_records_keep_place_and_reason(starts: Starts) -> None:
     rows: list[object] = [{"id": 1, "text": "a"}, {"id": 2}, [7], {"id": 1, "text": "b"}, {"id": 3, "text": 2**70}]
     write_lines(starts.input, rows)
     job = starts.job(input={"id": "id"})
-    for _ in range(2):  # the second start reads the facts
-        facts = starts.make(job, skip_invalid=True).facts
-        assert (facts.rows, facts.rejected) == (2, (1, 2, 3))
+    for _ in range(2):  # the second start reads the manifest
+        manifest = starts.make(job, skip_invalid=True).manifest
+        assert (manifest.rows, manifest.rejected) == (2, (1, 2, 3))
     lines = starts.directory.rejects.read_bytes().splitlines()
     rejects = [msgspec.json.decode(line, type=dict[str, Any]) for line in lines]
     assert [(reject["ordinal"], reject["place"], reject["record"]) for reject in rejects] == [
@@ -136,7 +136,7 @@ def test_too_few_rows_are_refused_early(starts: Starts) -> None:
     job = starts.job(input={"min_rows": 4})
     assert "the input has 3 rows, and input.min_rows expects 4 or more" in starts.refused(job)
     write_lines(starts.input, texts(4))
-    assert starts.make(job).facts.rows == 4
+    assert starts.make(job).manifest.rows == 4
 
 
 def test_a_clean_start_removes_old_rejects(starts: Starts) -> None:
@@ -190,10 +190,10 @@ def test_a_changed_question_names_its_setting(starts: Starts, setting: str, tabl
     """It is accepted while no row has an answer."""
     starts.make()
     changed = starts.make(starts.job(**tables))
-    assert starts.told == [f"{setting} has changed: 0 answers stay, 5 rows will be sent"]
-    assert (changed.facts.layout, changed.facts.variant, len(changed.variants)) == (1, 1, 2)
-    assert starts.make(starts.job(**tables)).facts.layout == 1
-    assert starts.make().facts.variant == 0  # put back
+    assert starts.messages == [f"{setting} has changed: 0 answers stay, 5 rows will be sent"]
+    assert (changed.manifest.layout, changed.manifest.variant, len(changed.variants)) == (1, 1, 2)
+    assert starts.make(starts.job(**tables)).manifest.layout == 1
+    assert starts.make().manifest.variant == 0  # put back
 
 
 @pytest.mark.parametrize(("setting", "tables"), [change for change in CHANGES if change[0].startswith("output.")])
@@ -249,14 +249,14 @@ def test_an_edited_input_is_reported(starts: Starts) -> None:
     starts.input.unlink()
     starts.input.write_bytes(content)
     resumed = starts.make()
-    assert resumed.facts.files[0].inode == starts.input.stat().st_ino
-    assert starts.told == []
+    assert resumed.manifest.files[0].inode == starts.input.stat().st_ino
+    assert starts.messages == []
     starts.input.write_bytes(content.replace(b"text 3", b"TEXT 3"))
-    assert starts.make().facts.layout == 1
-    assert starts.told[0].startswith(f"the input: {starts.input} was written again: 0 answers stay, 5 rows")
+    assert starts.make().manifest.layout == 1
+    assert starts.messages[0].startswith(f"the input: {starts.input} was written again: 0 answers stay, 5 rows")
     starts.input.write_bytes(content + b'{"text": "more"}\n')
-    assert starts.make().facts.rows == 6
-    assert "bytes and has" in starts.told[1]
+    assert starts.make().manifest.rows == 6
+    assert "bytes and has" in starts.messages[1]
     starts.input.unlink()
     assert "no input file there" in starts.refused()
 
@@ -266,15 +266,15 @@ def test_equal_content_is_the_same_input(starts: Starts, tmp_path: Path) -> None
     other = tmp_path / "moved.jsonl"
     starts.input.rename(other)
     assert starts.make(job_over(other)).resumed
-    assert starts.told == []
-    assert starts.make(job_over(write_lines(tmp_path / "else.jsonl", texts(6)))).facts.rows == 6
-    assert "is new" in starts.told[0]
+    assert starts.messages == []
+    assert starts.make(job_over(write_lines(tmp_path / "else.jsonl", texts(6)))).manifest.rows == 6
+    assert "is new" in starts.messages[0]
 
 
-@pytest.mark.parametrize("facts", ["{}", "[", '{"run_id": 7}'])
-def test_facts_of_another_hand_are_damage(starts: Starts, facts: str) -> None:
+@pytest.mark.parametrize("manifest", ["{}", "[", '{"run_id": 7}'])
+def test_a_manifest_of_another_hand_is_damage(starts: Starts, manifest: str) -> None:
     with opened(starts.directory) as checkpoint:
-        checkpoint.write_manifest({"facts": facts})
+        checkpoint.write_manifest({"manifest": manifest})
     with pytest.raises(CheckpointError, match="manifest can't be read"):
         starts.make()
 
@@ -291,22 +291,22 @@ STDIN = job_over("-")
 
 def test_standard_input_is_stored_for_the_resume(starts: Starts) -> None:
     """A resume brings the same bytes or none."""
-    assert starts.make(STDIN, stdin=piped(*texts(3))).facts.rows == 3
+    assert starts.make(STDIN, stdin=piped(*texts(3))).manifest.rows == 3
     for again in (io.BytesIO(), piped(*texts(3)), None):
         resumed = starts.make(STDIN, stdin=again)
-        assert (resumed.resumed, resumed.facts.rows) == (True, 3)
+        assert (resumed.resumed, resumed.manifest.rows) == (True, 3)
     assert starts.directory.spool.stat().st_mode & 0o777 == 0o600
 
 
 def test_other_standard_input_is_a_changed_input(starts: Starts) -> None:
     starts.make(STDIN, stdin=piped(*texts(3)))
-    assert starts.make(STDIN, stdin=piped(*texts(4))).facts.rows == 4  # nothing is answered yet: no harm
-    assert starts.make(STDIN, stdin=io.BytesIO()).facts.rows == 4
-    assert starts.told[0].startswith("standard input has other rows")
+    assert starts.make(STDIN, stdin=piped(*texts(4))).manifest.rows == 4  # nothing is answered yet: no harm
+    assert starts.make(STDIN, stdin=io.BytesIO()).manifest.rows == 4
+    assert starts.messages[0].startswith("standard input has other rows")
     refused = starts.refused(STDIN, stdin=piped({"bad": 1}))
     assert "none of the input records (1) make a valid request" in refused
     assert "--skip-invalid" not in refused
-    assert starts.make(STDIN, stdin=io.BytesIO()).facts.rows == 4
+    assert starts.make(STDIN, stdin=io.BytesIO()).manifest.rows == 4
     assert [path.name for path in starts.directory.path.glob("input*")] == ["input.jsonl"]
 
 
@@ -319,19 +319,19 @@ def test_a_killed_change_keeps_the_known_rows(starts: Starts, accepted: bool) ->
     else:
         spool.replace(before)
         write_lines(spool, texts(5))
-    assert starts.make(STDIN, stdin=io.BytesIO()).facts.rows == 3
+    assert starts.make(STDIN, stdin=io.BytesIO()).manifest.rows == 3
     assert (spool.exists(), before.exists()) == (True, False)
 
 
 def test_a_refused_pipe_can_be_corrected(starts: Starts) -> None:
     assert "1 of 2 input records" in starts.refused(STDIN, stdin=piped({"text": "a"}, {"bad": 1}))
-    assert starts.make(STDIN, stdin=piped({"text": "a"}, {"text": "b"})).facts.rows == 2
+    assert starts.make(STDIN, stdin=piped({"text": "a"}, {"text": "b"})).manifest.rows == 2
 
 
 def test_a_kill_during_the_check_keeps_stdin(starts: Starts) -> None:
     starts.directory.create()
     write_lines(starts.directory.spool, texts(3))  # as far as it came
-    assert starts.make(STDIN, stdin=io.BytesIO()).facts.rows == 3
+    assert starts.make(STDIN, stdin=io.BytesIO()).manifest.rows == 3
 
 
 class Terminal(io.BytesIO):

@@ -42,10 +42,10 @@ def test_without_one_a_quarter_of_their_bytes_is() -> None:
 def test_images_are_not_counted_as_tokens() -> None:
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 10_000}}
     function = {"name": "rate", "parameters": {"type": "object"}}
-    asked = body([{"type": "text", "text": "What is it?"}, image], None, functions=[function], tools=[function])
+    requested = body([{"type": "text", "text": "What is it?"}, image], None, functions=[function], tools=[function])
     described = ("name", "rate", "parameters", "type", "object")
     answer = Answer(function_call=FunctionCall("rate", '{"stars":5}'))
-    assert count(asked, answer) == OfflineCount(
+    assert count(requested, answer) == OfflineCount(
         exactly("What is it?", *described, *described), exactly("rate", '{"stars":5}')
     )
 

@@ -1,0 +1,165 @@
+"""A run whose result goes to an object store: its own directory is on this machine, the result is published at the end.
+
+Before the first request the place must be free: no other run works there (`storage.claim`) or has its result there. A
+machine without the run's directory finds the same run complete there, and sends nothing.
+"""
+
+import contextlib
+import secrets
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from batchrun.destination import restore
+from batchrun.destination.replica import Replica, kept_parts
+from batchrun.dispatch.runlog import RunLog
+from batchrun.durable import replace_bytes
+from batchrun.errors import BatchrunError, RunLockedError, StorageError
+from batchrun.job.job import Job
+from batchrun.records import Summary
+from batchrun.report import summary as summaries
+from batchrun.source import digest, find_files
+from batchrun.storage import publish
+from batchrun.storage.claim import Claim, Writer, this_process
+from batchrun.storage.folder import RemoteFolder
+from batchrun.storage.publish import Published, RunRecord
+from batchrun.storage.urls import Url
+from batchrun.store import result, rundir
+from batchrun.store.checkpoint import read_finished
+from batchrun.store.chunks import Mirror
+from batchrun.store.manifest import Manifest
+from batchrun.store.rundir import RunDirectory
+
+
+def run(
+    job: Job,
+    directory: RunDirectory,
+    url: Url,
+    work: Callable[[Mirror | None], Summary],
+    note: Callable[[str], None],
+) -> Summary:
+    """Does the `work` of a start, which gets the mirror of its chunks, then publishes the result if it is complete.
+
+    Raises:
+        RunLockedError: another run works there, or has its result there.
+        StorageError: the store refuses or can't be reached; the same command tries again.
+        BatchrunError: as `work`.
+    """
+    folder = RemoteFolder(url, job.storage)
+    directory.create()
+    mine = this_process(_writer(directory), job.name)
+    with Claim(folder, mine) as claim:
+        if (there := _complete_there(job, directory, folder, mine)) is not None:
+            note(f"{url}: complete already; nothing is sent")
+            return there
+        publish.require_ours(folder, _run_id(directory))
+        _require_owner(directory, folder, mine)
+        mirror = None
+        if job.output.keep_parts_remote:
+            mirror = Replica(folder, mine, claim, note)
+            if not directory.checkpoint.exists() and (found := restore.restore(job, folder, directory)) is not None:
+                note(found)
+        summary = work(mirror)
+        return _published(job, directory, folder, summary, claim, mine, note) if summary.complete else summary
+
+
+def taken(job: Job) -> Callable[[Path], bool]:
+    """Whether a directory that `--new` could use belongs to a run already, on this machine or in the store."""
+
+    def taken(path: Path) -> bool:
+        url = rundir.published_at(job.output, path)
+        return path.exists() or (url is not None and bool(RemoteFolder(url, job.storage).list()))
+
+    return taken
+
+
+def command(line: str, job: Job, url: Url) -> str:
+    """The command line that resumes the run, which names its place on any day."""
+    state = "" if job.output.state_dir is None else f" --state-dir {shlex.quote(job.output.state_dir)}"
+    return f"{line} -o {shlex.quote(str(url))}{state}"
+
+
+def _writer(directory: RunDirectory) -> str:
+    """This directory's own name among the writers of a place: a copy of a run elsewhere has another."""
+    try:
+        return directory.writer.read_text("ascii")
+    except FileNotFoundError:
+        replace_bytes(directory.writer, secrets.token_hex(8).encode())
+        return directory.writer.read_text("ascii")
+
+
+def _run_id(directory: RunDirectory) -> str | None:
+    """The run in the directory; None if none has started."""
+    found = (directory.read_summary() or {}).get("run_id")
+    return found if isinstance(found, str) and found else None
+
+
+def _require_owner(directory: RunDirectory, folder: RemoteFolder, mine: Writer) -> None:
+    """Returns if no other machine has continued the run of this directory."""
+    run_id = _run_id(directory)
+    owner = None if run_id is None else restore.owner_of(folder, run_id)
+    if owner is not None and owner.writer != mine.writer:
+        raise RunLockedError(
+            f"{directory.path}: another machine has taken over this run ({owner}); move this directory away, and the "
+            "same command continues from what the other one stored"
+        )
+
+
+def _complete_there(job: Job, directory: RunDirectory, folder: RemoteFolder, mine: Writer) -> Summary | None:
+    """The summary of the complete result in the store if another machine published it for this job and input, or if it
+    completed the run of this directory.
+    """
+    record, run_id = publish.record_of(folder), _run_id(directory)
+    if record is None or record.writer == mine.writer or publish.standing(folder) is None:
+        return None
+    if run_id is not None and run_id != record.run_id:
+        return None
+    if record.fingerprint != job.fingerprint() or job.input.path in (None, "-"):
+        return None
+    files = find_files(job.input.path or "", job.input.partitions, job.storage)
+    if tuple(map(digest, files)) != record.digests:
+        return None
+    try:
+        return msgspec.json.decode(folder.read(publish.SUMMARY) or b"", type=Summary)
+    except msgspec.DecodeError:
+        return None
+
+
+def _published(
+    job: Job,
+    directory: RunDirectory,
+    folder: RemoteFolder,
+    summary: Summary,
+    claim: Claim,
+    mine: Writer,
+    note: Callable[[str], None],
+) -> Summary:
+    """The summary, with the places of the published files.
+
+    Raises:
+        BatchrunError: the result is complete on this machine, and not published.
+    """
+    entries = read_finished(directory.checkpoint)
+    known, written = Manifest.decode(entries), result.finished(entries)
+    files = [Published(each.name, directory.path / each.name, each.digest) for each in written.files]
+    beside = [Published(each.name, directory.path / each.name, each.digest) for each in written.beside]
+    record = RunRecord(known.run_id, known.job, job.fingerprint(), known.digests, summary.rows_in_output, mine.writer)
+    found = summaries.read(directory)
+    places = {name: str(folder.url.child(Path(path).name)) for name, path in found.files.items()}
+    content = msgspec.json.format(msgspec.json.encode(msgspec.structs.replace(found, files=places)), indent=2)
+    with contextlib.closing(RunLog(directory.log)) as log:
+        try:
+            kept = kept_parts(folder, known.run_id) if job.output.keep_parts_remote else {}
+            new = publish.publish(folder, files, beside, content, record, claim, kept)
+        except BatchrunError as error:
+            log.write("publish failed", url=str(folder), why=str(error))
+            why = f"{error} (the result is complete in {directory.path}; publishing it sends no request)"
+            if isinstance(error, StorageError):
+                raise StorageError(why) from error
+            raise
+        if new:
+            log.write("published", url=str(folder))
+            note(f"published at {folder}")
+    return msgspec.structs.replace(summary, files=places)

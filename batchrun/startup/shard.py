@@ -1,0 +1,248 @@
+"""Shards: several runs share an input, each over its own range of rows, for the array jobs of a cluster.
+
+`--shard 3/16` is the fourth of 16 runs. Ranges are contiguous and equal to within a row. The job's limits are those of
+all shards together, and each gets its part of them.
+"""
+
+import re
+from collections.abc import Callable
+from decimal import Decimal
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from batchrun.errors import ANOTHER, InputError, JobError
+from batchrun.job.job import Budget, Endpoint, Job, Limits
+from batchrun.records import Shard
+from batchrun.report.wording import plural, rounded
+from batchrun.request.builder import detect_dialect
+from batchrun.source import InputFile, JsonlSource, Source, Span, digest, open_source, parquet
+from batchrun.source.files import content_of
+from batchrun.store.manifest import Manifest
+from batchrun.tables.json_columns import ColumnTypes
+
+MAX_COUNT = 100_000
+
+CENT = Decimal("0.01")
+
+T = TypeVar("T", Limits, Endpoint, Budget)
+
+
+def read(text: str) -> Shard:
+    """The shard that `--shard K/N` names.
+
+    Raises:
+        JobError: the text names none.
+    """
+    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    if found is None:
+        unset = "; the variable before the slash is empty" if text.startswith("/") else ""
+        raise JobError(f"--shard {text}: expected K/N, such as 0/16 for the first of 16 shards{unset}")
+    number, count = int(found[1]), int(found[2])
+    if not 1 <= count <= MAX_COUNT:
+        raise JobError(f"--shard {text}: expected 1 to {MAX_COUNT:,} shards")
+    if number >= count:
+        raise JobError(f"--shard {text}: shards count from 0, so the last of {count} is {count - 1}/{count}")
+    return Shard(number, count)
+
+
+def rows_of(shard: Shard, rows: int) -> tuple[int, int]:
+    """The shard's rows of so many: the first, and one past the last. The first shards have a row more than the rest."""
+    each, more = divmod(rows, shard.count)
+    first = shard.number * each + min(shard.number, more)
+    return first, first + each + (shard.number < more)
+
+
+# ── the job of a shard ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def job_of(job: Job, shard: Shard) -> Job:
+    """The job with the shard's own run directory and its part of the limits.
+
+    Raises:
+        JobError: a limit is too small to be divided.
+    """
+    path = job.output.path.rstrip("/")
+    path = path if path.endswith(shard.suffix) else path + shard.suffix
+    job = msgspec.structs.replace(job, output=msgspec.structs.replace(job.output, path=path))
+    return job if job.limits.limits_are == "per_process" else _divided(job, shard)
+
+
+_RATES = (
+    *("requests_per_minute", "requests_per_day"),
+    *("tokens_per_minute", "input_tokens_per_minute", "output_tokens_per_minute"),
+)
+_IN_LIMITS = ("requests_per_second", *_RATES, "max_in_flight")
+_IN_BUDGET = ("max_cost_usd", "per_start_usd", "max_tokens", "max_requests")
+_IN_ENDPOINT = ("requests_per_minute", "tokens_per_minute", "max_in_flight")
+
+
+def _divided(job: Job, shard: Shard) -> Job:
+    endpoints = job.endpoints
+    if job.more_endpoints:
+        endpoints = [_parts(each, f"endpoint[{place}]", _IN_ENDPOINT, shard) for place, each in enumerate(endpoints)]
+    return msgspec.structs.replace(
+        job,
+        endpoint=endpoints[0],
+        more_endpoints=endpoints[1:],
+        limits=_parts(job.limits, "limits", _IN_LIMITS, shard),
+        budget=_parts(job.budget, "budget", _IN_BUDGET, shard),
+    )
+
+
+def _parts(table: T, name: str, settings: tuple[str, ...], shard: Shard) -> T:
+    whole = {setting: getattr(table, setting) for setting in settings}
+    given = {setting: value for setting, value in whole.items() if value is not None}
+    return msgspec.structs.replace(table, **{key: part(value, shard, f"{name}.{key}") for key, value in given.items()})
+
+
+def part(whole: float | Decimal, shard: Shard, setting: str) -> float | Decimal:
+    """The shard's part of a limit. All parts add up to the whole; the first shards get what does not divide evenly.
+
+    Counts are divided in ones, money in cents or in the last digit that the amount has. Only requests per second may
+    be less than one.
+
+    Raises:
+        JobError: nothing would be left for the last shards.
+    """
+    if setting.endswith("requests_per_second"):
+        return whole / shard.count
+    unit = Decimal(1)
+    if isinstance(whole, Decimal):
+        exponent = whole.as_tuple().exponent
+        unit = min(CENT, Decimal(1).scaleb(exponent if isinstance(exponent, int) else 0))
+    units = int(Decimal(whole) / unit)
+    if units < shard.count:  # all shards say so, not only the last ones
+        least = shard.count * unit
+        raise JobError(
+            f"{setting}: {whole:,} can't be divided by {shard.count} shards; set it to {least:,f} or more, start fewer "
+            'shards, or set limits.limits_are = "per_process" if it is for each of them'
+        )
+    first, end = rows_of(shard, units)
+    return type(whole)((end - first) * unit)
+
+
+_WORDS = {
+    "requests_per_second": "{} of {} requests/s",
+    "requests_per_minute": "{} of {} requests/min",
+    "requests_per_day": "{} of {} requests/day",
+    "tokens_per_minute": "{} of {} tokens/min",
+    "input_tokens_per_minute": "{} of {} input tokens/min",
+    "output_tokens_per_minute": "{} of {} output tokens/min",
+    "max_in_flight": "{} of {} in flight",
+    "max_cost_usd": "${} of ${}",
+    "per_start_usd": "${} of ${} for each start",
+    "max_tokens": "{} of {} tokens in all",
+    "max_requests": "{} of {} requests in all",
+}
+
+
+def in_words(whole: Job, own: Job, shard: Shard) -> list[str]:
+    """The limits of the shard, and of what they are a part; and which are not divided."""
+    if whole.limits.limits_are == "per_process":
+        return [f'shard {shard}: each shard has all of the limits, as limits.limits_are = "per_process" says']
+    words = []
+    for setting, form in _WORDS.items():
+        tables = (own.total_limits, whole.total_limits) if setting in _IN_LIMITS else (own.budget, whole.budget)
+        given = [getattr(table, setting) for table in tables]
+        if given[0] is not None:
+            words.append(form.format(*(f"{rounded(value):,}" for value in given)))
+    lines = [f"shard {shard}, its part of the limits: {', '.join(words)}"]
+    if whole.budget.per_day_usd is not None or whole.budget.per_month_usd is not None:
+        lines.append(
+            f"shard {shard}: budgets for days and months are not divided: they hold for all runs that share "
+            f"{whole.budget.state}, and shards on other machines have a file of their own"
+        )
+    return lines
+
+
+# ── its part of the input ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Found(msgspec.Struct, frozen=True):
+    """A shard's part of the input. `dialect` and `types` (of JSON lines) are those of the whole input, so that all
+    shards read it alike.
+    """
+
+    shard: Shard
+    source: Source
+    span: Span
+    dialect: str
+    types: ColumnTypes | None
+
+
+def find(
+    job: Job, files: tuple[InputFile, ...], shard: Shard, progress: Callable[[int], None] = lambda rows: None
+) -> Found:
+    """The shard's part of the input.
+
+    Parquet footers say where it is. Text has no such index: it is read once from end to end, JSON lines twice, to know
+    the types of all their columns.
+
+    Raises:
+        InputError: the input can't be read, or has too few rows.
+    """
+    whole = open_source(files, job.input.max_line_bytes)
+    span = whole.find_span(lambda records: rows_of(shard, records))
+    if span.records < job.input.min_rows:
+        raise InputError(
+            f"the input has {plural(span.records, 'row')}, and input.min_rows expects {job.input.min_rows:,} or more; "
+            "check that it is complete, or lower input.min_rows"
+        )
+    types = _types(whole, progress) if isinstance(whole, JsonlSource) else None
+    first = next((record for record in whole.records() if record.problem is None), None)
+    dialect = job.input.dialect if first is None else detect_dialect(job, first.columns)
+    return Found(shard, open_source(files, job.input.max_line_bytes, span), span, dialect, types)
+
+
+def _types(whole: Source, progress: Callable[[int], None]) -> ColumnTypes:
+    types = ColumnTypes()
+    for record in whole.records():
+        if record.problem is None:
+            types.observe(record.columns)
+        if record.ordinal % 5000 == 0:
+            progress(record.ordinal)
+    return types
+
+
+def reading(job: Job, dialect: str) -> Job:
+    """The job as it reads a shard's records: the dialect is that of the whole input, and no row is required."""
+    return msgspec.structs.replace(job, input=msgspec.structs.replace(job.input, dialect=dialect, min_rows=0))
+
+
+def digests(files: tuple[InputFile, ...], *, sharded: bool) -> tuple[str, ...]:
+    """What the files' content is known by. Shards read no more than the footer of a Parquet file for it."""
+    if sharded and files and content_of(files[0]) == "parquet":
+        return tuple(parquet.footer_digest(file) if isinstance(file, Path) else digest(file) for file in files)
+    return tuple(map(digest, files))
+
+
+def require_same(shard: Shard | None, known: Manifest, directory: Path) -> None:
+    """Returns if the run in the directory is this shard, or none.
+
+    Raises:
+        JobError: it is another shard, or one without `--shard`, or the other way round.
+    """
+    there = None if known.share is None else known.share.shard
+    if there == shard:
+        return
+    if there is None:
+        raise JobError(f"{directory}: the run there is no shard; leave out --shard, or {ANOTHER}")
+    raise JobError(f"{directory}: the run there is shard {there}; resume it with --shard {there}, or {ANOTHER}")
+
+
+def require_unchanged(known: Manifest, reasons: tuple[str, ...]) -> None:
+    """Returns if nothing has changed, or the run is no shard: its rows are those of the input as it was, and the other
+    shards have the job as it was.
+
+    Raises:
+        JobError: the input or the job of a shard has changed.
+    """
+    if known.share is None or not reasons:
+        return
+    what = ", ".join(each if " " in each else f"{each} has changed" for each in reasons)
+    raise JobError(
+        f"{what}: the input and the requests of a shard can't change; restore it, or start all shards again (--new, or "
+        "another -o) with --reuse for the answers that these have"
+    )

@@ -1,0 +1,198 @@
+"""Connects to an object store, the way each vendor's own tools are configured: environment, profiles, metadata servers.
+
+pyarrow reaches S3, Google Cloud Storage, Azure and HDFS; fsspec, if it is installed, the rest.
+"""
+
+import configparser
+import functools
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import msgspec
+import pyarrow.fs as pafs
+
+from batchrun.errors import JobError
+from batchrun.job import job
+from batchrun.storage.urls import Url
+
+MAX_ATTEMPTS = 6
+"""Requests to S3 that are tried before one is given up; AWS_MAX_ATTEMPTS replaces it. With the SDK's waits of 1, 2, 4 …
+seconds times a random share, a store may be away for about 15 s.
+"""
+
+CONNECT_TIMEOUT_S = 10.0
+SILENCE_S = 60.0  # the SDK's own 3 s break off a store that is slow to answer
+
+Access = job.Storage
+"""How to reach the stores of a job, where the environment does not say it: the job's [storage] table."""
+
+Environ = Mapping[str, str]
+
+
+def connect(url: Url, access: Access = Access(), environ: Environ | None = None) -> tuple[pafs.FileSystem, str]:  # noqa: B008
+    """The file system that the URL is in, and the path there. Sends nothing yet, except that S3 may look for a region.
+
+    Raises:
+        JobError: a setting or a package is missing.
+    """
+    given = dict(url.options)
+    chosen = Access(
+        given.get("endpoint_override") or access.endpoint,
+        given.get("region") or access.region,
+        access.anonymous or given.get("anonymous", "").lower() in ("true", "1"),
+    )
+    if (scheme := given.get("scheme")) and chosen.endpoint and "://" not in chosen.endpoint:
+        chosen = msgspec.structs.replace(chosen, endpoint=f"{scheme}://{chosen.endpoint}")
+    return _connected(url, chosen, os.environ if environ is None else environ)
+
+
+def _connected(url: Url, access: Access, environ: Environ) -> tuple[pafs.FileSystem, str]:
+    if url.kind == "s3":
+        return _s3(access, environ, url.path.partition("/")[0]), url.path
+    if url.kind == "gs":
+        return _gcs(access, environ), url.path
+    if url.kind == "abfs":
+        container, account, path = _azure_names(url)
+        return _azure(access, environ, account), f"{container}/{path}" if path else container
+    if url.kind in ("hdfs", "viewfs"):
+        filesystem, path = pafs.FileSystem.from_uri(str(url))
+        return filesystem, path
+    return _fsspec(url, access), url.path
+
+
+# ── S3 ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _s3(access: Access, environ: Environ, bucket: str) -> pafs.FileSystem:
+    """boto3's order: the URL and the job, AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, then the profile's endpoint_url."""
+    profile = _aws_profile(environ)
+    endpoint = (
+        access.endpoint
+        or environ.get("AWS_ENDPOINT_URL_S3")
+        or environ.get("AWS_ENDPOINT_URL")
+        or profile.get("endpoint_url")
+    )
+    region = (
+        access.region or environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION") or profile.get("region") or None
+    )
+    anonymous = access.anonymous or environ.get("AWS_NO_SIGN_REQUEST", "").lower() in ("true", "yes", "1")
+    if region is None and endpoint is not None:
+        region = "us-east-1"  # what other S3 servers expect
+    return _s3_connection(endpoint, region or bucket_region(bucket), anonymous, _attempts(environ))
+
+
+def _attempts(environ: Environ) -> int:
+    text = environ.get("AWS_MAX_ATTEMPTS", "")
+    return max(1, int(text)) if text.isdigit() else MAX_ATTEMPTS
+
+
+@functools.cache
+def bucket_region(bucket: str) -> str | None:
+    """The region that S3 names for the bucket; None if it can't be found, as behind a firewall."""
+    try:
+        return pafs.resolve_s3_region(bucket)
+    except OSError:
+        return None
+
+
+@functools.cache
+def _s3_connection(endpoint: str | None, region: str | None, anonymous: bool, attempts: int) -> pafs.FileSystem:
+    return pafs.S3FileSystem(
+        endpoint_override=endpoint,
+        region=region,
+        anonymous=anonymous,
+        connect_timeout=CONNECT_TIMEOUT_S,
+        request_timeout=SILENCE_S,
+        background_writes=False,  # these read a local file faster than it is sent: memory would hold all of it
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=attempts),
+    )
+
+
+def _aws_profile(environ: Environ) -> Mapping[str, str]:
+    """The settings of the chosen profile in the AWS tools' configuration file."""
+    name = environ.get("AWS_PROFILE") or environ.get("AWS_DEFAULT_PROFILE") or "default"
+    home = environ.get("HOME", "~")
+    file = Path(environ.get("AWS_CONFIG_FILE") or f"{home}/.aws/config").expanduser()
+    config = configparser.ConfigParser(interpolation=None, strict=False)
+    try:
+        config.read(file, "utf-8")
+    except (OSError, configparser.Error, UnicodeDecodeError):
+        return {}
+    section = "default" if name == "default" else f"profile {name}"
+    return config[section] if config.has_section(section) else {}
+
+
+# ── Google, Azure, others ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _gcs(access: Access, environ: Environ) -> pafs.FileSystem:
+    emulator = environ.get("STORAGE_EMULATOR_HOST")
+    endpoint = access.endpoint or emulator
+    scheme, authority = _split(endpoint, "https" if emulator is None else "http")
+    return pafs.GcsFileSystem(
+        anonymous=access.anonymous or (endpoint is not None and endpoint == emulator),
+        endpoint_override=authority,
+        scheme=scheme,
+    )
+
+
+def _azure_names(url: Url) -> tuple[str, str | None, str]:
+    """Container, account (None: the environment names it) and path of `abfss://container@account.dfs…/path` and
+    `az://container/path`.
+    """
+    first, _, path = url.path.partition("/")
+    container, at, host = first.partition("@")
+    return container, host.partition(".")[0] if at else None, path
+
+
+def _azure(access: Access, environ: Environ, account: str | None) -> pafs.FileSystem:
+    account = account or environ.get("AZURE_STORAGE_ACCOUNT") or environ.get("AZURE_STORAGE_ACCOUNT_NAME")
+    if not account:
+        raise JobError(
+            "no Azure storage account is named: set AZURE_STORAGE_ACCOUNT, or write "
+            "abfss://container@account.dfs.core.windows.net/folder"
+        )
+    key = environ.get("AZURE_STORAGE_KEY") or environ.get("AZURE_STORAGE_ACCOUNT_KEY")
+    sas = environ.get("AZURE_STORAGE_SAS_TOKEN")
+    settings: dict[str, Any] = {}
+    if key:
+        settings["account_key"] = key
+    elif sas:
+        settings["sas_token"] = sas if sas.startswith("?") else f"?{sas}"
+    if access.endpoint:
+        scheme, authority = _split(access.endpoint, "https")
+        for service in ("blob", "dfs"):
+            settings |= {f"{service}_storage_authority": authority or "", f"{service}_storage_scheme": scheme}
+    return pafs.AzureFileSystem(account, **settings)
+
+
+def _split(endpoint: str | None, scheme: str) -> tuple[str, str | None]:
+    """Scheme and authority of "http://127.0.0.1:9000" or "127.0.0.1:9000"."""
+    if endpoint is None:
+        return "https", None
+    parts = urlsplit(endpoint if "://" in endpoint else f"{scheme}://{endpoint}")
+    return parts.scheme, parts.netloc
+
+
+_PACKAGES = {"hf": "huggingface_hub"}
+"""What fsspec needs for a scheme, where it has another name than fsspec says itself."""
+
+
+def _fsspec(url: Url, access: Access) -> pafs.FileSystem:
+    """The file system that fsspec has for the scheme."""
+    try:
+        import fsspec
+    except ImportError as error:
+        packages = f"fsspec {_PACKAGES[url.kind]}" if url.kind in _PACKAGES else "fsspec"
+        raise JobError(f"{url}: pyarrow has no file system for {url.scheme}://; pip install {packages}") from error
+    try:
+        return pafs.PyFileSystem(pafs.FSSpecHandler(fsspec.filesystem(url.kind)))  # type: ignore[abstract]  # by stubs
+    except ImportError as error:
+        package = _PACKAGES.get(url.kind)
+        hint = f"pip install {package}" if package else str(error)
+        raise JobError(f"{url}: fsspec needs another package for {url.scheme}://; {hint}") from error
+    except ValueError as error:
+        raise JobError(f"{url}: neither pyarrow nor fsspec knows {url.scheme}://") from error

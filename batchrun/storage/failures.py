@@ -1,0 +1,71 @@
+"""What an error of a store means, in one line: whether it passes by itself, and what to do."""
+
+import contextlib
+import re
+from collections.abc import Iterator
+
+from batchrun.errors import InputError, StorageError
+
+_TRANSIENT = re.compile(
+    r"NETWORK_CONNECTION|SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT|THROTTLING|curlCode|"
+    r"HTTP status 5\d\d|Status\((?:UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL|RESOURCE_EXHAUSTED)|\] 5\d\d |\b50[0234]\b|"
+    r"timed? ?out|[Cc]onnection|temporarily"
+)
+_DENIED = re.compile(
+    r"ACCESS_DENIED|SIGNATURE_DOES_NOT_MATCH|INVALID_ACCESS_KEY|INVALID_CLIENT_TOKEN|EXPIRED_TOKEN|UNRECOGNIZED_CLIENT|"
+    r"Status\((?:PERMISSION_DENIED|UNAUTHENTICATED)|AuthenticationFailed|AuthorizationFailure|\] 40[13] |40[13] Client"
+)
+_NO_BUCKET = re.compile(r"NO_SUCH_BUCKET|[Bb]ucket.{0,80}(?:does not exist|not found)|ContainerNotFound")
+_AWS = re.compile(r"AWS Error (\w+) during (\w+) operation: (.*)", re.DOTALL)
+_STATUS = re.compile(r"google::cloud::Status\((.*?)(?: error_info|\)$)", re.DOTALL)
+
+NEXT = "run the same command again"
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same call may succeed later: an outage, a timeout, a refusal for too many requests."""
+    text = str(error)
+    return not (_DENIED.search(text) or _NO_BUCKET.search(text)) and bool(_TRANSIENT.search(text))
+
+
+def reason(error: BaseException) -> str:
+    """The error in one line, without the SDK's own frame, and with what to do about it where that is known."""
+    text = " ".join(str(error).split())
+    if isinstance(error, FileNotFoundError):
+        return "it does not exist"
+    if _DENIED.search(text):
+        return f"access is denied ({_cause(text)}); check the credentials and what they may do (docs/storage.md)"
+    if _NO_BUCKET.search(text):
+        return "there is no such bucket"
+    return _cause(text)
+
+
+def _cause(text: str) -> str:
+    if (aws := _AWS.search(text)) is not None:
+        detail = aws[3].removesuffix(".").partition("; Details:")[0]
+        return f"{aws[1]} during {aws[2]}" + ("" if detail == "No response body" else f": {detail}")
+    if (google := _STATUS.search(text)) is not None:
+        return google[1]
+    return text[:300] or "an unknown error"
+
+
+@contextlib.contextmanager
+def reading(place: object) -> Iterator[None]:
+    """Errors of the store while `place` is read: an InputError if the input is wrong, a StorageError if the store is
+    away.
+    """
+    try:
+        yield
+    except OSError as error:
+        if is_transient(error):
+            raise StorageError(f"{place} can't be read: {reason(error)}; {NEXT} when the store answers") from error
+        raise InputError(f"{place} can't be read: {reason(error)}") from error
+
+
+@contextlib.contextmanager
+def writing(place: object) -> Iterator[None]:
+    """Errors of the store while something is written at `place`."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{place} can't be written: {reason(error)}; then {NEXT}") from error

@@ -1,0 +1,130 @@
+"""A folder in an object store that is written to: objects are put whole, listed, copied and deleted."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pyarrow.fs as pafs
+
+from batchrun.errors import StorageError
+from batchrun.storage import failures, urls
+from batchrun.storage.access import Access, connect
+from batchrun.storage.urls import Url
+
+COPY_BYTES = 4 << 20
+LARGEST_COPY_BYTES = 5 << 30
+"""What S3 copies by one request (CopyObject)."""
+
+
+class RemoteObject(msgspec.Struct, frozen=True):
+    """An object below a folder: its name from there, its size, and when the store got it by the store's own clock."""
+
+    name: str
+    size_bytes: int
+    mtime_ns: int
+
+
+class RemoteFolder:
+    """A folder, which exists as soon as something is in it. Every method may raise a StorageError."""
+
+    def __init__(self, url: Url, access: Access = Access()) -> None:  # noqa: B008  (frozen)
+        self.url = url
+        self._access = access
+        self._filesystem, self._path = connect(url, access)
+
+    def __str__(self) -> str:
+        return str(self.url)
+
+    def below(self, name: str) -> "RemoteFolder":
+        """The folder of that name within this one."""
+        return RemoteFolder(self.url.child(name), self._access)
+
+    def put(self, name: str, content: bytes) -> None:
+        """The object has that content: all of it, or the old one if this fails."""
+        with failures.writing(self.url.child(name)):
+            stream = self._filesystem.open_output_stream(self._at(name), compression=None)
+            stream.write(content)  # without `with`: that would complete the upload of a part after an error
+            stream.close()
+
+    def put_file(self, name: str, local: Path) -> None:
+        """The object is a copy of the local file, whose size is checked afterwards.
+
+        Raises:
+            FileNotFoundError: there is no such local file.
+        """
+        with local.open("rb") as source, failures.writing(self.url.child(name)):
+            stream = self._filesystem.open_output_stream(self._at(name), compression=None)
+            size = 0
+            while block := source.read(COPY_BYTES):
+                size += stream.write(block)
+            stream.close()
+            found = self._filesystem.get_file_info(self._at(name))
+        if found.size != size or size != local.stat().st_size:
+            raise StorageError(
+                f"{self.url.child(name)}: has {found.size} bytes after {size:,} were sent; run the same command again"
+            )
+
+    def read(self, name: str) -> bytes | None:
+        """The content of the object; None if there is none."""
+        with failures.writing(self.url.child(name)):
+            try:
+                with self._filesystem.open_input_file(self._at(name)) as stream:
+                    return stream.read()
+            except FileNotFoundError:
+                return None
+
+    def fetch(self, name: str, local: Path) -> None:
+        """The local file is a copy of the object."""
+        with (
+            failures.writing(self.url.child(name)),
+            self._filesystem.open_input_file(self._at(name)) as source,
+            open(os.open(local, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as target,
+        ):
+            while block := source.read(COPY_BYTES):
+                target.write(block)
+
+    def find(self, name: str) -> RemoteObject | None:
+        """The object; None if there is none."""
+        with failures.writing(self.url.child(name)):
+            found = self._filesystem.get_file_info(self._at(name))
+        return self._object(found) if found.type is pafs.FileType.File else None
+
+    def list(self) -> "list[RemoteObject]":
+        """All objects below the folder, sorted by name."""
+        return sorted(self._listed(), key=lambda each: each.name)
+
+    def _listed(self) -> Iterator[RemoteObject]:
+        selector = pafs.FileSelector(self._path, recursive=True, allow_not_found=True)
+        with failures.writing(self.url):
+            found = self._filesystem.get_file_info(selector)
+        return (self._object(each) for each in found if each.type is pafs.FileType.File)
+
+    def copy(self, name: str, to: str) -> None:
+        """A copy within the store, at most `LARGEST_COPY_BYTES`."""
+        with failures.writing(self.url.child(to)):
+            self._filesystem.copy_file(self._at(name), self._at(to))
+
+    def delete(self, name: str) -> None:
+        """There is no such object any more."""
+        with failures.writing(self.url.child(name)):
+            try:
+                self._filesystem.delete_file(self._at(name))
+            except FileNotFoundError:
+                return
+
+    def _at(self, name: str) -> str:
+        return f"{self._path.rstrip('/')}/{name}"
+
+    def _object(self, found: pafs.FileInfo) -> RemoteObject:
+        name = found.path.removeprefix(self._path.rstrip("/") + "/")
+        return RemoteObject(name, found.size or 0, found.mtime_ns or 0)
+
+
+def folder_at(text: str, access: Access = Access(), setting: str = "") -> RemoteFolder:  # noqa: B008  (frozen)
+    """The folder that the URL names. `setting` is its place in an error.
+
+    Raises:
+        JobError: the URL is invalid, or a package is missing.
+    """
+    return RemoteFolder(urls.parse(text, setting), access)

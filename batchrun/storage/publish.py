@@ -1,0 +1,174 @@
+"""Publishes a finished result in a folder of an object store, so that it looks finished only when it is.
+
+The order: the summary of an earlier publish is deleted; the files are put, several of them under a name that readers
+ignore first, then copied to their own; what does not belong to the result is deleted; summary.json comes last. Each
+step can be repeated, so a publish that was cut is simply done again.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+
+import msgspec
+
+from batchrun.errors import RunLockedError
+from batchrun.storage.claim import CONTROL, Claim
+from batchrun.storage.folder import LARGEST_COPY_BYTES, RemoteFolder
+
+SUMMARY = "summary.json"
+STAGED = f"{CONTROL}/staged"
+RUNS = f"{CONTROL}/runs"
+"""The replicas of runs that keep their parts in the store while they work."""
+
+RECORD = f"{CONTROL}/run.json"
+"""What the published result answers, for a start on a machine without the run's directory."""
+
+
+class Published(msgspec.Struct, frozen=True):
+    """A file of the result: its name in the folder, where it is on this machine, and its digest."""
+
+    name: str
+    local: Path
+    digest: str
+
+    @property
+    def staged_name(self) -> str:
+        """Its name until all are there. No pattern such as **/*.parquet finds it, and another content has another."""
+        return f"{self.name}.{self.digest}.part"
+
+
+class RunRecord(msgspec.Struct, frozen=True):
+    """Which question a result answers: the run, its job's fingerprint, the digests of its input, and
+    who published it.
+    """
+
+    run_id: str
+    job: str
+    fingerprint: str
+    digests: tuple[str, ...]
+    rows: int
+    writer: str = ""
+
+
+class _Standing(msgspec.Struct, frozen=True):
+    """What a summary says that decides whether it may be replaced."""
+
+    run_id: str = ""
+    complete: bool = False
+    job: str = ""
+
+
+def standing(folder: RemoteFolder) -> _Standing | None:
+    """The run whose complete result is in the folder; None if there is none."""
+    content = folder.read(SUMMARY)
+    if content is None:
+        return None
+    try:
+        found = msgspec.json.decode(content, type=_Standing)
+    except msgspec.DecodeError:
+        return None
+    return found if found.complete else None
+
+
+def record_of(folder: RemoteFolder) -> RunRecord | None:
+    """The record of the run that was published last; None if there is none that can be read."""
+    try:
+        return msgspec.json.decode(folder.read(RECORD) or b"", type=RunRecord)
+    except msgspec.DecodeError:
+        return None
+
+
+def publish(
+    folder: RemoteFolder,
+    files: Sequence[Published],
+    beside: Sequence[Published],
+    summary: bytes,
+    record: RunRecord,
+    claim: Claim,
+    kept: Mapping[str, str] = MappingProxyType({}),
+    reached: Callable[[str], None] = lambda step: None,
+) -> bool:
+    """The folder holds the result; False if it held it already. `files` hold the rows, those `beside` describe them
+    and are put after them. `kept` names objects that are in the folder already, by digest. `reached` gets the
+    name of each step that is done.
+
+    Raises:
+        RunLockedError: another run has published there, or works there.
+        StorageError: the store refuses, or can't be reached. The result does not look finished.
+    """
+    if folder.read(SUMMARY) == summary:
+        return False
+    require_ours(folder, record.run_id)
+    claim.require_held()
+    folder.delete(SUMMARY)
+    reached("summary deleted")
+    _put_files(folder, files, record.run_id, kept, reached)
+    _delete_others(folder, (*files, *beside))
+    for each in beside:
+        folder.put_file(each.name, each.local)
+        reached(each.name)
+    folder.put(RECORD, msgspec.json.encode(record))
+    claim.require_held()
+    reached("files put")
+    folder.put(SUMMARY, summary)
+    if folder.read(SUMMARY) != summary:
+        raise RunLockedError(f"{folder}: another run has published there at the same time; its result stands there")
+    for place in (STAGED, RUNS):
+        _delete_below(folder, f"{place}/{record.run_id}/")
+    return True
+
+
+def require_ours(folder: RemoteFolder, run_id: str | None) -> None:
+    """Returns if the folder holds no complete result, or that of the run.
+
+    Raises:
+        RunLockedError: it holds another run's.
+    """
+    found = standing(folder)
+    if found is not None and found.run_id != run_id:
+        raise RunLockedError(
+            f"{folder}: holds the complete result of another run ({found.run_id} of job {found.job}); "
+            "name another place with -o, or start another run with --new"
+        )
+
+
+def _put_files(
+    folder: RemoteFolder,
+    files: Sequence[Published],
+    run_id: str,
+    kept: Mapping[str, str],
+    reached: Callable[[str], None],
+) -> None:
+    """The files are in their places, all that can be copied within the store at the same moment or nearly."""
+    if len(files) == 1:  # it is replaced as a whole
+        folder.put_file(files[0].name, files[0].local)
+        reached(files[0].name)
+        return
+    staged = f"{STAGED}/{run_id}"
+    small = [each for each in files if each.local.stat().st_size <= LARGEST_COPY_BYTES]
+    there = {each.name: each.size_bytes for each in folder.below(staged).list()}
+    for each in small:
+        if each.digest not in kept and there.get(each.staged_name) != each.local.stat().st_size:
+            folder.put_file(f"{staged}/{each.staged_name}", each.local)
+            reached(f"staged {each.name}")
+    for each in files:
+        if each in small:
+            folder.copy(kept.get(each.digest) or f"{staged}/{each.staged_name}", each.name)
+        else:
+            folder.put_file(each.name, each.local)
+        reached(each.name)
+
+
+def _delete_others(folder: RemoteFolder, files: Sequence[Published]) -> None:
+    """In the result's own folders there is nothing but the result: an earlier one may have had more files."""
+    names = {each.name for each in files}
+    tops = {top for each in files if (top := each.name.partition("/")[0]) != each.name}
+    for top in sorted(tops):
+        for each in folder.below(top).list():
+            if f"{top}/{each.name}" not in names:
+                folder.delete(f"{top}/{each.name}")
+
+
+def _delete_below(folder: RemoteFolder, prefix: str) -> None:
+    for each in folder.below(prefix.rstrip("/")).list():
+        folder.delete(f"{prefix}{each.name}")

@@ -1,0 +1,64 @@
+"""Where the rows of a result are, in whatever layout it is: everything that reads results asks here."""
+
+import re
+from pathlib import Path
+
+import msgspec
+
+from batchrun.errors import InputError
+from batchrun.store.result_folder import MANIFEST
+from batchrun.store.rundir import RunDirectory
+
+_PART = re.compile(r"(\d+)\.g(\d+)\.parquet")
+
+
+def of(place: Path) -> list[Path]:
+    """The Parquet files that hold the rows, in the order of the rows: of a run directory, of a folder of the result
+    that was moved, or the file itself. [] if there are none. An incomplete run has some after `batchrun export`.
+
+    Raises:
+        InputError: the manifest of a moved folder can't be read.
+    """
+    if place.is_file():
+        return [place]
+    run = RunDirectory(place)
+    if run.completions.exists():
+        return [run.completions]
+    if parts := sorted(run.completions_folder.glob("*.parquet")):
+        return parts
+    if (run.completions_folder / MANIFEST).exists():
+        return _kept(run)
+    if (place / MANIFEST).exists():
+        return _named(place)
+    return [run.partial] if run.partial.exists() else []
+
+
+def shown(run: RunDirectory) -> Path:
+    """The result of a complete run, as users know it."""
+    return run.completions if run.completions.exists() else run.completions_folder
+
+
+def _kept(run: RunDirectory) -> list[Path]:
+    """The parts that a run keeps: of each chunk the last one, should a retry be under way."""
+    last: dict[int, tuple[int, Path]] = {}
+    for path in run.parts.iterdir():
+        if (match := _PART.fullmatch(path.name)) is not None:
+            chunk, generation = int(match[1]), int(match[2])
+            last[chunk] = max(last.get(chunk, (0, path)), (generation, path))
+    return [path for _, (_, path) in sorted(last.items())]
+
+
+class _Entry(msgspec.Struct):
+    name: str
+
+
+class _Manifest(msgspec.Struct):
+    files: list[_Entry]
+
+
+def _named(folder: Path) -> list[Path]:
+    try:
+        manifest = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=_Manifest)
+    except (OSError, msgspec.DecodeError) as error:
+        raise InputError(f"{folder / MANIFEST}: can't be read: {error}") from error
+    return [folder / file.name for file in manifest.files]

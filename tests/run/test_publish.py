@@ -1,0 +1,118 @@
+"""A result that is published in an object store, against a real S3 server."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+import batchrun
+from batchrun.errors import RunLockedError, StorageError
+from batchrun.records import Summary
+from batchrun.simulator import SimulatorConfig
+from tests.cli_process import KEY, KEY_ENV, write_job, write_rows
+from tests.cli_process import batchrun as command
+from tests.s3_server import BUCKET, READER, S3Server, environ_for, environment, s3_server
+from tests.simulator_process import RunningSimulator, running_simulator
+
+ROWS = 30
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[S3Server]:
+    with s3_server() as server, environment({**server.environ, KEY_ENV: KEY}):
+        yield server
+
+
+@pytest.fixture(scope="module")
+def api() -> Iterator[RunningSimulator]:
+    with running_simulator(SimulatorConfig(latency_s=0.001)) as simulator:
+        yield simulator
+
+
+class Machine:
+    """A machine with a disk of its own, on which the job is run."""
+
+    def __init__(
+        self, disk: Path, api: RunningSimulator, to: str, more: str = "", *, rows: int = ROWS, output: str = ""
+    ) -> None:
+        disk.mkdir(exist_ok=True)
+        self.state = disk / "state"
+        source = write_rows(disk / "in.jsonl", rows)
+        self.to = f"s3://{BUCKET}/{to}"
+        self.job = write_job(disk / "job.toml", api.url, source, f"{more}\n[output]\npath = '{self.to}'\n{output}")
+
+    def run(self, **options: Any) -> Summary:
+        return batchrun.run(self.job, state_dir=self.state, **options)
+
+    @property
+    def directory(self) -> Path:
+        return self.state / "s3" / self.to.removeprefix("s3://")
+
+
+def sent(api: RunningSimulator) -> int:
+    return len(api.ledger())
+
+
+def test_the_result_is_published_whole_and_once(s3: S3Server, api: RunningSimulator, tmp_path: Path) -> None:
+    machine = Machine(tmp_path, api, "whole")
+    summary = machine.run()
+    assert summary.complete
+    assert s3.names(f"{BUCKET}/whole") == ["_batchrun/run.json", "completions.parquet", "summary.json", "usage.parquet"]
+    assert s3.read(f"{BUCKET}/whole/completions.parquet") == (machine.directory / "completions.parquet").read_bytes()
+    assert json.loads(s3.read(f"{BUCKET}/whole/summary.json"))["files"] == summary.files
+    assert summary.files["completions"] == f"s3://{BUCKET}/whole/completions.parquet"
+    with s3.filesystem.open_input_file(f"{BUCKET}/whole/completions.parquet") as file:
+        assert pq.read_table(file).num_rows == ROWS
+
+    before = sent(api), s3.filesystem.get_file_info(f"{BUCKET}/whole/completions.parquet").mtime
+    assert machine.run().complete
+    assert (sent(api), s3.filesystem.get_file_info(f"{BUCKET}/whole/completions.parquet").mtime) == before
+
+
+def test_another_machine_finds_the_run_complete(s3: S3Server, api: RunningSimulator, tmp_path: Path) -> None:
+    Machine(tmp_path / "one", api, "other").run()
+    before = sent(api)
+    other = Machine(tmp_path / "two", api, "other")
+    assert other.run().complete
+    assert sent(api) == before
+
+    write_rows(tmp_path / "two" / "in.jsonl", ROWS + 1)
+    with pytest.raises(RunLockedError, match="holds the complete result of another run"):
+        other.run()
+    assert sent(api) == before
+
+
+def test_a_place_that_can_not_be_written_stops_the_run_before_it_pays(
+    s3: S3Server, api: RunningSimulator, tmp_path: Path
+) -> None:
+    before = sent(api)
+    for environ, to, problem in (
+        (environ_for(s3.url, READER), "denied", "access is denied"),
+        (environ_for(s3.url, (READER[0], "wrong")), "denied", "access is denied"),
+        (environ_for("http://127.0.0.1:9"), "away", "NETWORK_CONNECTION"),
+    ):
+        with environment(environ), pytest.raises(StorageError, match=problem) as error:
+            Machine(tmp_path, api, to).run()
+        assert "\n" not in str(error.value)
+    with pytest.raises(StorageError, match="no such bucket"):
+        batchrun.run(Machine(tmp_path, api, "x").job, output="s3://no-such-bucket/x", state_dir=tmp_path)
+    assert sent(api) == before
+
+
+def test_the_command_line_publishes_and_finds_the_run_again(
+    s3: S3Server, api: RunningSimulator, tmp_path: Path
+) -> None:
+    machine = Machine(tmp_path, api, "cli/{job}/{date}")
+    shown = command("run", machine.job, "--state-dir", machine.state, "--date", "2026-11-22", "--limit", "10")
+    assert shown.exit_code == 0, shown.stderr
+    assert f"s3://{BUCKET}/cli/job/2026-11-22/completions.parquet" in shown.stdout
+    shown = command("run", machine.job, "--state-dir", machine.state, "--date", "2026-11-22")
+    assert (shown.exit_code, "30 of 30 done" in shown.stdout) == (0, True), shown.stderr
+    published = s3.read(f"{BUCKET}/cli/job/2026-11-22/summary.json")
+    assert json.loads(published)["rows_in_output"] == ROWS
+    shown = command("run", machine.job, "--state-dir", machine.state, "--date", "2026-11-22", "--new", "--limit", "5")
+    assert shown.exit_code == 0, shown.stderr
+    assert s3.names(f"{BUCKET}/cli/job/2026-11-22-2")[-1] == "usage.parquet"
