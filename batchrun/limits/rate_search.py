@@ -54,11 +54,11 @@ a doubled limit is in use within half a minute, and an unchanged one costs one r
 DOUBLED = 1.0
 """If the rate did not cause the refusals, it doubles each second until they return."""
 
-WORTH = 0.02
+WORTH = 0.0125
 MOST_REST = 100
 AGREES = 0.05
-"""If a climb ends at the limit already known, it cost its refusals for nothing: the next climb waits until they are 2 %
-of what was sent, for 100 requests at most. Below ten a second that is longer than the steps take anyway."""
+"""If a climb ends at the limit already known, it cost its refusals for nothing: the next climb waits until they are
+1.25 % of what was sent, for 100 requests at most. Below ten a second that is longer than the steps take anyway."""
 
 USED = 0.8
 """The rate is raised only while this share of it is used: otherwise the absence of refusals proves nothing."""
@@ -203,7 +203,7 @@ class RateSearch:
         rate = self._schedule_next_climb(rate, ordinary)
         if not self._paused:
             # a limit that was sure may have changed, and this rate was measured across the change
-            self._cut = None if was_sure or self._is_sure else _Cut(before, share, self._counted)
+            self._cut = None if was_sure else _Cut(before, share, self._counted)
         self._lower(rate * BELOW_MEASURED, now_s, rough=rough, why=f"refused; {rate * 60:.0f} a minute were accepted")
         self._set_mark(at_s)
         self._paused = False
@@ -326,13 +326,13 @@ class RateSearch:
 
     def _schedule_next_climb(self, measured: float, ordinary: float) -> float:
         """Returns the limit that this climb met. If it is the one already known, the next climb has to wait."""
-        known = self._limit
+        known, was_expected = self._limit, self.is_above_known
         self._is_sure = known is not None and abs(measured - known) <= AGREES * known
         if known is not None and self._is_sure:
             refused = self._refused - ordinary * self._counted
             climb = self._counted - self._climbs_from
             self._rest = min(MOST_REST, refused / WORTH - climb)
-            if self.raised:  # after a refusal by chance, less than the limit was sent since the bucket was empty
+            if was_expected:  # one refusal was enough: by chance, less than the limit was sent since the last one
                 measured = max(measured, known)
         self._limit = measured
         return measured

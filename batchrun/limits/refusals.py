@@ -217,10 +217,10 @@ class Refusals:
         if order < self._since:
             return
         self._accepted |= not refused
-        if self._trial is not None:
-            self._count_in_trial(self._trial, now_s, refused=refused)
-        elif self._is_too_much(attempt.at_s, refused=refused):
+        if self._is_too_much(attempt.at_s, refused=refused):
             self._respond(attempt.at_s, now_s)
+        elif self._trial is not None:
+            self._count_in_trial(self._trial, now_s, refused=refused)
         elif not refused:
             self._begin_trial(attempt.at_s, now_s)
 
@@ -296,7 +296,6 @@ class Refusals:
             self._runs.is_handled = True
         self._on_kind("limit", "an empty bucket" if lone else "nearly everything was refused")
         self._accepted = False
-        self._trial = None
         self._start_again()
 
     def _rate_is_no_cause(self, search: RateSearch, at_s: float, now_s: float) -> bool:
@@ -311,11 +310,12 @@ class Refusals:
         """What was sent before a change is no evidence about it."""
         self._storm.clear()
         self._excess.clear()
+        self._trial = None
         self._since = self._log.next_order
 
     def _ordinary(self, refused: int, count: int) -> None:
         """An excursion ended without a storm: its refusals were random, if no other cause is possible."""
-        if all(search.is_settled for search in self.searches.values()):
+        if self._trial is None and all(search.is_settled for search in self.searches.values()):
             self.share.add(refused, count)
 
     def _begin_trial(self, at_s: float, now_s: float) -> None:
