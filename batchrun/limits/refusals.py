@@ -35,9 +35,12 @@ STORM_SHARE, STORM_ABOVE = 0.6, 0.3
 ten in a row are a storm and chance hardly ever is; or 10 %, seven in a row, if a limit or crowding is likely."""
 
 EXCESS_BAR = 4.0
+EXPECTED_BAR = 0.5
+FALL = 4.0
 LEAST_SHARE = 0.003
 EXCESS_ABOVE = 0.04
-"""At a learned rate, three refusals in a hundred are an excess if none is ordinary: a false alarm costs 2 %."""
+"""At a learned rate, three refusals in a hundred are an excess if none is ordinary: a false alarm costs 2 %. Above a
+limit that was measured they are expected, and one is enough."""
 
 TRIAL_ORDINARY, TRIAL_ABOVE = 0.05, 0.1
 NONE_TAKEN = 3
@@ -214,10 +217,10 @@ class Refusals:
         if order < self._since:
             return
         self._accepted |= not refused
-        if self._trial is not None:
-            self._count_in_trial(self._trial, now_s, refused=refused)
-        elif self._is_too_much(refused=refused):
+        if self._is_too_much(attempt.at_s, refused=refused):
             self._respond(attempt.at_s, now_s)
+        elif self._trial is not None:
+            self._count_in_trial(self._trial, now_s, refused=refused)
         elif not refused:
             self._begin_trial(attempt.at_s, now_s)
 
@@ -229,7 +232,7 @@ class Refusals:
         learned = self._requests.per_s is not None or self._tokens.per_s is not None
         return not learned and self._crowding.cap is None and not self._crowding.on_trial
 
-    def _is_too_much(self, *, refused: bool) -> bool:
+    def _is_too_much(self, at_s: float, *, refused: bool) -> bool:
         share = float(self.share)
         ordinary = min(MOST_ORDINARY, max(self._least_ordinary, share))
         patience = self._runs.patience
@@ -241,7 +244,10 @@ class Refusals:
             ordinary = max(TRIAL_ORDINARY, ordinary)
             excess = self._excess.step(ordinary, max(STORM_SHARE, ordinary + TRIAL_ABOVE), refused=refused)
         elif self.searches[self._limit].per_s is not None and not self._runs.is_one:
-            excess = self._excess.step(ordinary, ordinary + EXCESS_ABOVE, refused=refused)
+            search = self.searches[self._limit]
+            above = search.excess(at_s)
+            times = EXPECTED_BAR if search.is_above_known else 1 + FALL * above
+            excess = self._excess.step(ordinary, ordinary + max(EXCESS_ABOVE, above), refused=refused, times=times)
         return self._is_storm or excess
 
     @property
@@ -290,7 +296,6 @@ class Refusals:
             self._runs.is_handled = True
         self._on_kind("limit", "an empty bucket" if lone else "nearly everything was refused")
         self._accepted = False
-        self._trial = None
         self._start_again()
 
     def _rate_is_no_cause(self, search: RateSearch, at_s: float, now_s: float) -> bool:
@@ -305,11 +310,12 @@ class Refusals:
         """What was sent before a change is no evidence about it."""
         self._storm.clear()
         self._excess.clear()
+        self._trial = None
         self._since = self._log.next_order
 
     def _ordinary(self, refused: int, count: int) -> None:
         """An excursion ended without a storm: its refusals were random, if no other cause is possible."""
-        if all(search.is_settled for search in self.searches.values()):
+        if self._trial is None and all(search.is_settled for search in self.searches.values()):
             self.share.add(refused, count)
 
     def _begin_trial(self, at_s: float, now_s: float) -> None:
