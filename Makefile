@@ -91,7 +91,7 @@ lint: .venv/test
 	$(BIN)/mypy benchmarks/limits.py benchmarks/second_client.py benchmarks/retry_client.py benchmarks/wire.py
 	$(BIN)/mypy benchmarks/stages.py benchmarks/large.py
 	MYPYPATH=benchmarks $(BIN)/mypy benchmarks/starts.py
-	MYPYPATH=benchmarks $(BIN)/mypy benchmarks/row.py
+	MYPYPATH=benchmarks $(BIN)/mypy benchmarks/row.py benchmarks/ray_engine.py
 
 check: lint test
 

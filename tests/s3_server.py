@@ -1,15 +1,20 @@
 """A real S3 server (SeaweedFS) on loopback, and a proxy in front of it that does what goes wrong on the way."""
 
 import contextlib
+import http.client
+import http.server
+import itertools
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow.fs as pafs
@@ -146,3 +151,111 @@ def _wait_for(server: S3Server, process: "subprocess.Popen[bytes]") -> None:
         else:
             server.filesystem.delete_file(f"{BUCKET}/ready")
             return
+
+
+Script = Callable[[str, str], str | None]
+"""Method and path of a request → what goes wrong: "403", "412", "500", "503", "slow", "cut"; None: nothing."""
+
+SLOW_S = 0.3
+
+
+@dataclass
+class Proxy:
+    """`script` may be replaced while it works; `seen` are the requests that arrived, as "PUT /bucket/name"."""
+
+    url: str
+    script: Script
+    seen: list[str] = field(default_factory=list)
+
+    def count(self, pattern: str) -> int:
+        """How many requests match so far."""
+        return sum(re.search(pattern, each) is not None for each in self.seen)
+
+
+def fails(pattern: str, fault: str, times: int = 1 << 30) -> Script:
+    """A script by which the first so many requests that match end with that fault."""
+    left = itertools.count(times, -1)
+
+    def script(method: str, path: str) -> str | None:
+        return fault if re.search(pattern, f"{method} {path}") and next(left) > 0 else None
+
+    return script
+
+
+@contextlib.contextmanager
+def proxy_before(server: S3Server, script: Script = lambda method, path: None) -> Iterator[Proxy]:
+    """A proxy before the server. Signatures hold, because the server takes the proxy's name for its own."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def handle_one_request(self) -> None:
+            with contextlib.suppress(ConnectionError):
+                super().handle_one_request()
+
+        def do_any(self) -> None:
+            body = self._body()
+            proxy.seen.append(f"{self.command} {self.path}")
+            fault = proxy.script(self.command, self.path)
+            if fault is not None and fault.isdigit():
+                self._answer(int(fault), {}, f"<Error><Code>{_CODES[fault]}</Code></Error>".encode())
+                return
+            if fault == "slow":
+                time.sleep(SLOW_S)
+            upstream = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=30)
+            with contextlib.closing(upstream):
+                upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+                for name, value in self.headers.items():
+                    if name.lower() != "expect":  # answered here
+                        upstream.putheader(name, value)
+                upstream.endheaders(body)
+                response = upstream.getresponse()
+                content = response.read()
+            headers = {name: value for name, value in response.getheaders() if name.lower() not in _HOP}
+            if fault == "cut":
+                self._answer(response.status, {**headers, "Content-Length": str(len(content) + 100)}, content)
+                self.close_connection = True
+                return
+            self._answer(response.status, headers, content)
+
+        do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = do_any
+
+        def _body(self) -> bytes:
+            """The request's body as it came, with the frames of its chunks."""
+            if self.headers.get("Transfer-Encoding", "").lower() != "chunked":
+                return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            frames = b""
+            while True:
+                line = self.rfile.readline()
+                size = int(line.partition(b";")[0], 16)
+                frames += line + (self.rfile.read(size + 2) if size else b"")
+                if not size:
+                    while (trailer := self.rfile.readline()) != b"\r\n":
+                        frames += trailer
+                    return frames + b"\r\n"
+
+        def _answer(self, status: int, headers: Mapping[str, str], content: bytes) -> None:
+            self.send_response_only(status)
+            for name, value in {"Content-Length": str(len(content)), **headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            return
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as served:
+        served.daemon_threads = True
+        proxy = Proxy(f"http://127.0.0.1:{served.server_address[1]}", script)
+        thread = threading.Thread(target=served.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        thread.start()
+        try:
+            yield proxy
+        finally:
+            served.shutdown()
+            thread.join()
+
+
+_CODES = {"403": "AccessDenied", "412": "PreconditionFailed", "500": "InternalError", "503": "SlowDown"}
+_HOP = frozenset({"connection", "transfer-encoding", "keep-alive"})

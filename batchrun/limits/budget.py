@@ -67,9 +67,12 @@ class OverTime(Protocol):
 
 
 class BudgetAccount:
-    """The caps of one budget, reserved together or not at all. None: no such cap."""
+    """The caps of one budget, reserved together or not at all. None: no such cap.
 
-    __slots__ = ("cost_usd", "name", "over_time", "requests", "start_usd", "tokens")
+    `is_kept`: there is any cap. `rests_on_bounds`: one relies on the upper bounds of what is in flight.
+    """
+
+    __slots__ = ("cost_usd", "is_kept", "name", "over_time", "requests", "rests_on_bounds", "start_usd", "tokens")
 
     def __init__(
         self,
@@ -88,20 +91,9 @@ class BudgetAccount:
         self.start_usd = start_usd
         self.over_time = over_time
         self.name = name
-
-    @property
-    def is_kept(self) -> bool:
-        """True if there is any cap."""
-        return self.rests_on_bounds or self.requests is not None
-
-    @property
-    def rests_on_bounds(self) -> bool:
-        """True if a cap relies on the upper bounds of what is in flight."""
-        return self.tokens is not None or self._caps_cost
-
-    @property
-    def _caps_cost(self) -> bool:
-        return self.cost_usd is not None or self.start_usd is not None or self.over_time is not None
+        caps_cost = cost_usd is not None or start_usd is not None or over_time is not None
+        self.rests_on_bounds = tokens is not None or caps_cost
+        self.is_kept = self.rests_on_bounds or requests is not None
 
     def fits(self, demand: Demand) -> bool:
         """Whether the attempt can be sent without exceeding a cap.

@@ -115,7 +115,7 @@ class Circuit:
     def binding(self, now_s: float) -> Binding | None:
         """What blocks the next attempt; None if `admit` may be called. A cooling that is over becomes probing."""
         if self.phase is OPEN:
-            return self._room(now_s)
+            return None if self._out < self.in_flight.allowed else self._room(now_s)
         match self.phase:
             case Cooling(until_s=until_s, because=because) if now_s < until_s:
                 return Binding(Limit.COOLING, until_s, because)
@@ -173,11 +173,11 @@ class Circuit:
         `finding` is what `Refusals` concluded from a refusal.
         """
         self.withdraw(order)
+        if outcome.verdict is Verdict.OK:
+            return self._succeeded(outcome.row, order, now_s)
         if outcome.says_nothing:
             return PROCEED
         match outcome.verdict:
-            case Verdict.OK:
-                return self._succeeded(outcome.row, order, now_s)
             case Verdict.ROW:
                 return self._row_failed(outcome, order, now_s)
             case Verdict.FREE | Verdict.MAYBE:

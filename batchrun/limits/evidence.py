@@ -6,7 +6,7 @@ than answers. Only in the order of sending do refusals stand side by side where 
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import msgspec
 
@@ -58,16 +58,18 @@ class SendLog:
         if refused:
             self._patience_s = max(PATIENCE_KEPT * self._patience_s, now_s - attempt.at_s)
 
-    def known(self, now_s: float) -> Iterator[tuple[int, Sent]]:
-        """Yields, in order, the attempts for which it is now known whether they were accepted."""
-        while self._out:
-            attempt = self._out[0]
+    def known(self, now_s: float) -> list[tuple[int, Sent]]:
+        """The attempts, in order, for which it is now known whether they were accepted, each with its order."""
+        known, out = [], self._out
+        while out:
+            attempt = out[0]
             if attempt.refused is None and not 0 < PATIENCE * self._patience_s <= now_s - attempt.at_s:
-                return
-            self._out.popleft()
-            self._first += 1
+                break
+            out.popleft()
             if attempt.counts:
-                yield self._first - 1, attempt
+                known.append((self._first, attempt))
+            self._first += 1
+        return known
 
 
 class SequentialTest:

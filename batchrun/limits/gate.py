@@ -1,10 +1,10 @@
 """Admits each attempt when rates, budget, requests in flight and the endpoint's circuit all allow it."""
 
 import asyncio
-import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from decimal import Decimal
+from typing import Any
 
 import msgspec
 
@@ -24,6 +24,8 @@ from batchrun.limits.refusals import NOTHING, Finding, Refusals
 from batchrun.records import InForce, Verdict
 
 BUDGET = Binding(Limit.BUDGET)
+NO_SLOT = Binding(Limit.IN_FLIGHT)
+"""All slots are taken: only a commit helps, as no other block does."""
 
 HEADERS_EVERY_S = 0.01
 """How often rate limit headers are read: often enough to know a limit's level, and cheap in a busy run."""
@@ -203,7 +205,7 @@ class Gate:
             output_tokens_per_minute=self._rates.token_limit(Limit.OUTPUT_TOKENS),
         )
 
-    async def admit(self, demand: Demand, *, probes: bool = True) -> int:
+    def admit(self, demand: Demand, *, probes: bool = True) -> Coroutine[Any, Any, int]:
         """Waits its turn, takes everything the attempt needs, and returns its slot, in [0, max_in_flight).
 
         `probes`: whether this attempt may be sent while the endpoint is in doubt.
@@ -212,9 +214,7 @@ class Gate:
             GateClosed: nothing is admitted any more, or the budget can never cover this attempt.
             InDoubt: the endpoint is in doubt and `probes` is false.
         """
-        if self._queue or self.blocked_by(demand, probes=probes) is not None:
-            await self._queue.wait(functools.partial(self.blocked_by, demand, probes=probes))
-        return await self.take(demand)
+        return self._queue.admit(self.try_admit, demand, probes, self._give_back)
 
     def bound(self, slot: int) -> tuple[Decimal | None, int]:
         """The attempt's reserved upper bounds: cost in USD (None: unknown) and tokens."""
@@ -232,7 +232,8 @@ class Gate:
         if tokens is not None:
             self._rates.correct(flight.demand, tokens, output_tokens)
             self._refusals.correct(tokens - flight.demand.tokens)
-            self._shared.wake()
+            if self._rates.limit_tokens:
+                self._shared.wake()
 
     def read_headers(self, slot: int, headers: Mapping[str, str]) -> None:
         """Reads the rate limit headers of a response. Call it after `settle`: the headers count this usage already."""
@@ -255,23 +256,35 @@ class Gate:
         flight.observed = True
         if self._overruns is not None and self._overruns.most_in_flight(flight.demand.model) is not None:
             self._overruns.ended(flight.demand.model, outcome.verdict)
-        was_open, now_s = self._circuit.phase is OPEN, self._loop.time()
+        circuit, now_s = self._circuit, self._loop.time()
+        was_open = circuit.phase is OPEN
         finding = self._adjust_limits(flight, outcome, now_s)
-        decision = self._circuit.observe(outcome, flight.order, now_s, finding)
-        if not was_open and self._circuit.phase is OPEN:
+        decision = circuit.observe(outcome, flight.order, now_s, finding)
+        if not was_open and circuit.phase is OPEN:
             self._refusals.reopened(now_s)
-        self._shared.wake()
+        if self._queue.blocker is not NO_SLOT or circuit.phase is not OPEN or not was_open:
+            self._shared.wake()
         return decision
 
     def release(self, slot: int, spent_usd: Decimal | None, spent_tokens: int | None = None) -> None:
         """Frees the slot of a durable outcome and spends its budget; None spends the whole reservation."""
+        self.release_all([(slot, spent_usd, spent_tokens)])
+
+    def release_all(self, spent: Iterable[tuple[int, Decimal | None, int | None]]) -> None:
+        """As `release`, for all outcomes of a commit: (slot, USD, tokens). Those that wait are granted together."""
+        for slot, usd, tokens in spent:
+            self.put_down(slot, usd, tokens)
+        self._shared.wake()
+
+    def put_down(self, slot: int, spent_usd: Decimal | None, spent_tokens: int | None) -> None:
+        """As `release`, but nothing that waits is granted yet."""
         flight = self._flights.pop(slot)
         if not flight.observed:
             self._circuit.withdraw(flight.order)
             self._refusals.ended(flight.order, self._loop.time(), reached=False)
-        self.budget.settle(flight.demand, spent_usd, spent_tokens, flight.lease)
+        if self.budget.is_kept:
+            self.budget.settle(flight.demand, spent_usd, spent_tokens, flight.lease)
         self._free.append(slot)
-        self._shared.wake()
 
     @property
     def phase(self) -> Phase:
@@ -305,6 +318,13 @@ class Gate:
         """Updates rates and requests in flight. A refused attempt used nothing, so it is given back to the buckets,
         unless the rate was itself learned from refusals: then it would be sent and refused again at once.
         """
+        if outcome.verdict is Verdict.OK:
+            in_flight = self._circuit.in_flight
+            free = self._requests.learned is None and in_flight.crowding.cap is None
+            latency_s, allowed = now_s - flight.sent_s, in_flight.allowed
+            in_flight.knee.answered(now_s, latency_s, flight.others, allowed, in_flight.most, free=free)
+            self._refusals.ended(flight.order, now_s)
+            return NOTHING
         if outcome.verdict is Verdict.FREE and not flight.settled:
             self._rates.correct(flight.demand, 0, 0)  # the model did not run, so no tokens were used
         if outcome.verdict is Verdict.SLOW and outcome.says_nothing:
@@ -314,15 +334,6 @@ class Gate:
             reached = outcome.verdict is not Verdict.FREE or (
                 outcome.error is not None and outcome.error.http_status is not None
             )
-            if outcome.verdict is Verdict.OK:
-                self._circuit.in_flight.knee.answered(
-                    now_s,
-                    now_s - flight.sent_s,
-                    flight.others,
-                    self._circuit.in_flight.allowed,
-                    self._circuit.in_flight.most,
-                    free=self._requests.learned is None and self._circuit.in_flight.crowding.cap is None,
-                )
             self._refusals.ended(flight.order, now_s, reached=reached)
             return NOTHING
         if self._requests.learned is None:
@@ -340,24 +351,31 @@ class Gate:
         known = min((rate for rate in rates if rate is not None), default=None)
         return None if known is None or (rate.configured is not None and known >= rate.configured) else known
 
-    def blocked_by(self, demand: Demand, *, probes: bool = True) -> Binding | None:
-        """What blocks this attempt, first in the queue; None when it may go. Takes nothing. Raises as `admit` does."""
-        if not probes and self._circuit.in_doubt:
-            raise InDoubt
-        if self._circuit.stop is not None:
-            raise GateClosed(self._circuit.stop)
-        now_s = self._loop.time()
-        was_open = self._circuit.phase is OPEN
-        if (blocker := self._circuit.binding(now_s)) is not None:
+    def try_admit(self, demand: Demand, probes: bool) -> int | Binding:
+        """Takes everything the attempt needs and returns its slot, or takes nothing and returns what blocks it.
+
+        Raises as `admit` does.
+        """
+        circuit, now_s = self._circuit, self._loop.time()
+        if circuit.phase is not OPEN:
+            if not probes and circuit.in_doubt:
+                raise InDoubt
+            if circuit.stop is not None:
+                raise GateClosed(circuit.stop)
+        was_open = circuit.phase is OPEN
+        if (blocker := circuit.binding(now_s)) is not None:
             return blocker
-        if not was_open and self._circuit.phase is OPEN:
+        if not was_open and circuit.phase is OPEN:
             self._refusals.reopened(now_s)  # after a pause all are sent at once, at a lower rate
-        if self.in_flight >= self._circuit.in_flight.most:
-            return IN_FLIGHT
-        if self.budget.is_kept and (blocker := self._blocked_by_budget(self._widened(demand))) is not None:
+        if not self._free or self.in_flight >= circuit.in_flight.most:
+            return NO_SLOT
+        demand = self._widened(demand)
+        if self.budget.is_kept and (blocker := self._blocked_by_budget(demand)) is not None:
             return blocker
         self._refusals.rise(now_s)
-        return self._rates.blocked_by(demand, now_s)
+        if (blocker := self._rates.blocked_by(demand, now_s)) is not None:
+            return blocker
+        return self._take(demand, now_s)
 
     def _widened(self, demand: Demand) -> Demand:
         """With the upper bounds known now: an answer may have shown an overrun while the attempt waited."""
@@ -380,19 +398,19 @@ class Gate:
             return None
         return BUDGET  # the first answer of this model will show whether its bounds hold
 
-    async def take(self, demand: Demand) -> int:
-        """Takes everything the attempt needs, at once; to be called right after `blocked_by` returned None."""
-        await self._rates.acquire()  # never suspends then
-        demand = self._widened(demand)
-        now_s = self._loop.time()
-        before = self._requests.taken, self._tokens.taken
+    def _take(self, demand: Demand, now_s: float) -> int:
+        sent = self._requests.taken, self._tokens.taken
         self._rates.take(demand, now_s)
-        lease = self.budget.reserve(demand)
+        lease = self.budget.reserve(demand) if self.budget.is_kept else None
         slot = self._free.pop()
         others = self._refusals.out
         self._refusals.sent(now_s, demand.tokens)
-        self._flights[slot] = Flight(demand, self._circuit.admit(now_s), now_s, others, *before, lease=lease)
+        self._flights[slot] = Flight(demand, self._circuit.admit(now_s), now_s, others, *sent, lease=lease)
         return slot
+
+    def _give_back(self, slot: int) -> None:
+        """The attempt was never sent."""
+        self.release(slot, Decimal(0), 0)
 
 
 def _names_tokens(message: str) -> bool:

@@ -1,9 +1,9 @@
 """One gate for each of several endpoints, with one queue and one budget over all of them."""
 
 import asyncio
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from decimal import Decimal
+from typing import Any
 
 import msgspec
 
@@ -24,7 +24,7 @@ from batchrun.limits.admission import (
     Stopped,
 )
 from batchrun.limits.admission_queue import UNLIMITED
-from batchrun.limits.gate import Gate, GateClosed, Shared
+from batchrun.limits.gate import NO_SLOT, Gate, GateClosed, Shared
 from batchrun.limits.probe_turns import InDoubt, ProbeTurns
 from batchrun.limits.rates import Rates
 from batchrun.records import EndpointTotals, InForce, Verdict
@@ -72,7 +72,6 @@ class Gates:
         self._lane_of = [lane for lane in lanes for _ in range(lane.gate.slots)]
         self._stop: Stop | None = None
         self._virtual = 0.0
-        self._chosen = lanes[0]
         self.budget = shared.budget
         self.turns: ProbeTurns = shared.turns
 
@@ -162,18 +161,12 @@ class Gates:
             raise ValueError("with several endpoints only the budget can be changed; each has its limits in the job")
         self._shared.wake()
 
-    async def admit(self, demand: Demand, *, probes: bool = True) -> int:
+    def admit(self, demand: Demand, *, probes: bool = True) -> Coroutine[Any, Any, int]:
         """As `Gate.admit`, at any of the endpoints."""
-        if self._shared.queue or self._blocked_by(demand, probes=probes) is not None:
-            await self._shared.queue.wait(functools.partial(self._blocked_by, demand, probes=probes))
-        lane = self._chosen
-        start = max(lane.finish, self._virtual)
-        self._virtual, lane.finish = start, start + 1 / lane.weight
-        lane.sent += 1
-        return await lane.gate.take(demand)
+        return self._shared.queue.admit(self._try_admit, demand, probes, self._give_back)
 
-    def _blocked_by(self, demand: Demand, *, probes: bool) -> Binding | None:
-        """None if an endpoint admits the attempt now, which is `_chosen` then; else the block that time lifts first."""
+    def _try_admit(self, demand: Demand, probes: bool) -> int | Binding:
+        """The slot at the first endpoint in turn that admits the attempt now; else the block that is lifted first."""
         if self._stop is not None:
             raise GateClosed(self._stop)
         live = self._live
@@ -182,15 +175,21 @@ class Gates:
         blockers: list[Binding] = []
         for lane in sorted(live, key=lambda lane: max(lane.finish, self._virtual)):
             try:
-                blocker = lane.gate.blocked_by(demand)
+                granted = lane.gate.try_admit(demand, probes=True)
             except GateClosed as closed:  # the budget, which is that of all
                 self.close(closed.stop)
                 raise
-            if blocker is None:
-                self._chosen = lane
-                return None
-            blockers.append(blocker)
+            if isinstance(granted, int):
+                start = max(lane.finish, self._virtual)
+                self._virtual, lane.finish = start, start + 1 / lane.weight
+                lane.sent += 1
+                return granted
+            blockers.append(granted)
         return _first_lifted(blockers)
+
+    def _give_back(self, slot: int) -> None:
+        self._lane_of[slot].sent -= 1
+        self.release(slot, Decimal(0), 0)
 
     def index_of(self, slot: int) -> int:
         """Which endpoint the slot belongs to."""
@@ -224,6 +223,11 @@ class Gates:
 
     def release(self, slot: int, spent_usd: Decimal | None, spent_tokens: int | None = None) -> None:
         self._lane_of[slot].gate.release(slot, spent_usd, spent_tokens)
+
+    def release_all(self, spent: Iterable[tuple[int, Decimal | None, int | None]]) -> None:
+        for slot, usd, tokens in spent:
+            self._lane_of[slot].gate.put_down(slot, usd, tokens)
+        self._shared.wake()
 
     def wake(self) -> None:
         """The first in the queue checks again: a budget that it waits for may have got money."""
@@ -283,7 +287,10 @@ class Circuits:
 
 def _first_lifted(blockers: Sequence[Binding]) -> Binding:
     timed = [blocker for blocker in blockers if blocker.until_s is not None]
-    return min(timed, key=lambda blocker: blocker.until_s or 0.0) if timed else next(iter(blockers), STOPPED)
+    if timed:
+        return min(timed, key=lambda blocker: blocker.until_s or 0.0)
+    # one that more than a commit may lift comes first
+    return next((blocker for blocker in blockers if blocker is not NO_SLOT), NO_SLOT if blockers else STOPPED)
 
 
 def _trouble(lane: Lane) -> str | None:

@@ -16,7 +16,7 @@ doubled at once, half of them would meet an empty bucket in the same moment."""
 
 
 class InFlight:
-    """The number allowed: the least of ramp, caps and `most`."""
+    """`allowed` is how many may be in flight now: the least of ramp, caps and `most`."""
 
     def __init__(self, most: int, first: int = FIRST_IN_FLIGHT) -> None:
         self.most = most
@@ -29,22 +29,13 @@ class InFlight:
         self._most_out = 0  # since the round began
         self._grown_s: float | None = None
         self._proven = False
-
-    @property
-    def allowed(self) -> int:
-        """How many may be in flight now."""
-        allowed = min(self._ramp, self.most)
-        if self.crowding.cap is not None:
-            allowed = min(allowed, self.crowding.cap)
-        if self.knee.cap is not None:
-            allowed = min(allowed, self.knee.cap)
-        return allowed
+        self.allowed = self._ramp
 
     def limit(self, most: int) -> None:
         """Sets a new upper limit; attempts above it are left to end."""
         self.most = most
         self._ramp = min(self._ramp, most)
-        self.why = "set by the user"
+        self._changed("set by the user")
 
     def sent(self, out: int, now_s: float) -> None:
         """One more was sent; `out` are in flight now."""
@@ -86,10 +77,17 @@ class InFlight:
             self._ramp_to = max(1, int(self._ramp * share))
         self._ramp = self._round = self._left_in_round = 1
         self._most_out = 0
-        self.why = f"a ramp up to {self._ramp_to} after: {why}"
+        self._changed(f"a ramp up to {self._ramp_to} after: {why}")
 
     def _grow_to(self, ramp: int, now_s: float, why: str) -> None:
-        self._ramp, self._grown_s, self.why = ramp, now_s, why
+        self._ramp, self._grown_s = ramp, now_s
+        self._changed(why)
 
     def _capped(self, before: int | None, after: int | None, why: str) -> None:
+        self._changed(why)
+
+    def _changed(self, why: str) -> None:
+        """To be called after each change of the ramp, a cap or `most`, since `allowed` is read for each row."""
         self.why = why
+        numbers = self._ramp, self.most, self.crowding.cap, self.knee.cap
+        self.allowed = min(number for number in numbers if number is not None)

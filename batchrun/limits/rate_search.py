@@ -54,11 +54,11 @@ a doubled limit is in use within half a minute, and an unchanged one costs one r
 DOUBLED = 1.0
 """If the rate did not cause the refusals, it doubles each second until they return."""
 
-WORTH = 0.02
+WORTH = 0.0125
 MOST_REST = 100
 AGREES = 0.05
-"""If a climb ends at the limit already known, it cost its refusals for nothing: the next climb waits until they are 2 %
-of what was sent, for 100 requests at most. Below ten a second that is longer than the steps take anyway."""
+"""If a climb ends at the limit already known, it cost its refusals for nothing: the next climb waits until they are
+1.25 % of what was sent, for 100 requests at most. Below ten a second that is longer than the steps take anyway."""
 
 USED = 0.8
 """The rate is raised only while this share of it is used: otherwise the absence of refusals proves nothing."""
@@ -115,6 +115,7 @@ class RateSearch:
         self._cut: _Cut | None = None
         self._before_chain: float | None = None
         self._limit: float | None = None  # what was measured last
+        self._is_sure = False  # the one before was the same
         self._rest = 0.0  # requests before the next climb
         self._climbs_from = 0  # of those counted, how many came before this one
 
@@ -123,6 +124,12 @@ class RateSearch:
         """The learned rate; None without one."""
         learned = self._rate.learned
         return None if learned is None else learned / 60
+
+    @property
+    def is_above_known(self) -> bool:
+        """True if the rate was raised above a limit that was measured twice: refusals are expected now."""
+        rate = self.per_s
+        return self.raised and self._is_sure and rate is not None and self._limit is not None and rate > self._limit
 
     @property
     def is_settled(self) -> bool:
@@ -136,6 +143,11 @@ class RateSearch:
             self._refused += 1
             self._amount = amount
             return
+        self._delivered.add(at_s, amount)
+
+    def accepted(self, at_s: float, amount: float, count: int) -> None:
+        """As `count`, for several attempts that were accepted, the last of them sent at `at_s`."""
+        self._counted += count
         self._delivered.add(at_s, amount)
 
     def correct(self, more: float) -> None:
@@ -187,9 +199,11 @@ class RateSearch:
             return Step.TOO_EARLY
         self._remember(before)
         rough = self._paused or self._taken_since() < FIRM_TIMES * self._amount
+        was_sure = self._is_sure
+        rate = self._schedule_next_climb(rate, ordinary)
         if not self._paused:
-            self._cut = _Cut(before, share, self._counted)
-        self._schedule_next_climb(rate, ordinary)
+            # a limit that was sure may have changed, and this rate was measured across the change
+            self._cut = None if was_sure else _Cut(before, share, self._counted)
         self._lower(rate * BELOW_MEASURED, now_s, rough=rough, why=f"refused; {rate * 60:.0f} a minute were accepted")
         self._set_mark(at_s)
         self._paused = False
@@ -269,8 +283,8 @@ class RateSearch:
 
     def forget(self) -> None:
         """Drops everything learned, because the limit is now known from a better source."""
-        self.confirmed = self._cut = self._mark = None
-        self._rough = self._paused = self.raised = False
+        self.confirmed = self._cut = self._mark = self._limit = None
+        self._rough = self._is_sure = self._paused = self.raised = False
 
     @property
     def _known_per_s(self) -> float | None:
@@ -301,17 +315,27 @@ class RateSearch:
             return rate
         return max(rate, LEAST_AFTER_PAUSE * self.per_s)
 
+    def excess(self, at_s: float) -> float:
+        """The share that is refused from now on if the limit is what was measured; 0 while that says nothing."""
+        rate, measured = self.per_s, self.shown(at_s)
+        return 0.0 if rate is None or measured is None else max(0.0, 1 - measured / rate)
+
     def _set_mark(self, at_s: float) -> None:
         self._mark = at_s, self._delivered.total
         self._counted = self._refused = 0
 
-    def _schedule_next_climb(self, measured: float, ordinary: float) -> None:
-        """This climb met a limit; if it is the one already known, the next climb has to wait."""
-        known, self._limit = self._limit, measured
-        if known is not None and abs(measured - known) <= AGREES * known:
+    def _schedule_next_climb(self, measured: float, ordinary: float) -> float:
+        """Returns the limit that this climb met. If it is the one already known, the next climb has to wait."""
+        known, was_expected = self._limit, self.is_above_known
+        self._is_sure = known is not None and abs(measured - known) <= AGREES * known
+        if known is not None and self._is_sure:
             refused = self._refused - ordinary * self._counted
             climb = self._counted - self._climbs_from
             self._rest = min(MOST_REST, refused / WORTH - climb)
+            if was_expected:  # one refusal was enough: by chance, less than the limit was sent since the last one
+                measured = max(measured, known)
+        self._limit = measured
+        return measured
 
     def _remember(self, before: float | None) -> None:
         """Keeps the rate from before a series of lowerings without a rise between them."""

@@ -5,6 +5,8 @@ use: its bucket starts with the whole burst, so bursts are small; its waiters wa
 in it; a changed `max_rate` does not change the leak, so a new limit gets a new limiter.
 """
 
+import contextlib
+
 import msgspec
 from aiolimiter import AsyncLimiter
 
@@ -68,6 +70,11 @@ class RateLimits:
         rate = self._apart.get(limit)
         return None if rate is None else rate.per_minute
 
+    @property
+    def limit_tokens(self) -> bool:
+        """False if any number of tokens may be sent."""
+        return self.tokens.per_minute is not None or bool(self._apart)
+
     def tune(self, rates: Rates, now_s: float) -> None:
         """Changes rates, without a burst."""
         if rates.requests_per_minute is not None:
@@ -85,9 +92,10 @@ class RateLimits:
         """What blocks this attempt, and until when; None when nothing does. Takes nothing."""
         if self.daily is not None and self.daily.is_spent(now_s):
             return Binding(Limit.REQUESTS_PER_DAY, self.daily.ends_s)
-        if (wait_s := self.tokens.ready_in_s(demand.tokens, now_s)) > 0:
+        tokens, requests = self.tokens, self.requests
+        if tokens.per_minute is not None and (wait_s := tokens.ready_in_s(demand.tokens, now_s)) > 0:
             return Binding(Limit.TOKENS, now_s + wait_s)
-        if (wait_s := self.requests.ready_in_s(1, now_s)) > 0:
+        if requests.per_minute is not None and (wait_s := requests.ready_in_s(1, now_s)) > 0:
             return Binding(Limit.REQUESTS, now_s + wait_s)
         for limit, rate in self._apart.items():
             if (wait_s := rate.ready_in_s(_part(limit, demand), now_s)) > 0:
@@ -98,14 +106,11 @@ class RateLimits:
                 return Binding(limit, self._sent_at_s + guard.time_period / guard.max_rate)
         return None
 
-    async def acquire(self) -> None:
-        """Counts one request in the configured limits. Never suspends right after `blocked_by` returned None."""
-        for guard in self._guards.values():
-            await guard.acquire()
-
     def take(self, demand: Demand, now_s: float) -> None:
-        """Counts the attempt in all other limits."""
+        """Counts the attempt in all limits, right after `blocked_by` returned None."""
         self._sent_at_s = now_s
+        for guard in self._guards.values():
+            _acquire(guard)
         self.requests.take(1, now_s)
         self.tokens.take(demand.tokens, now_s)
         for limit, rate in self._apart.items():
@@ -135,6 +140,13 @@ class RateLimits:
         rate.configure(per_minute, now_s)
         if was_free:
             rate.stand_at(0.0, now_s)
+
+
+def _acquire(guard: AsyncLimiter) -> None:
+    """Counts one request, which the limiter has room for: so its coroutine ends at once."""
+    with contextlib.suppress(StopIteration):
+        guard.acquire().send(None)
+        raise AssertionError("a limiter with room made a request wait")
 
 
 def _part(limit: Limit, demand: Demand) -> int:

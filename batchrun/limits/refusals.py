@@ -15,12 +15,13 @@ Cardwell et al. 2016; PCC Vivace, Dong et al. 2018).
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
 from batchrun.limits.adaptive_rate import AdaptiveRate
 from batchrun.limits.admission import Limit
+from batchrun.limits.crowding import REMEMBERED
 from batchrun.limits.evidence import RefusedShare, SendLog, Sent, SequentialTest
 from batchrun.limits.in_flight import InFlight
 from batchrun.limits.rate_search import RateSearch, Step
@@ -34,9 +35,12 @@ STORM_SHARE, STORM_ABOVE = 0.6, 0.3
 ten in a row are a storm and chance hardly ever is; or 10 %, seven in a row, if a limit or crowding is likely."""
 
 EXCESS_BAR = 4.0
+EXPECTED_BAR = 0.5
+FALL = 4.0
 LEAST_SHARE = 0.003
 EXCESS_ABOVE = 0.04
-"""At a learned rate, three refusals in a hundred are an excess if none is ordinary: a false alarm costs 2 %."""
+"""At a learned rate, three refusals in a hundred are an excess if none is ordinary: a false alarm costs 2 %. Above a
+limit that was measured they are expected, and one is enough."""
 
 TRIAL_ORDINARY, TRIAL_ABOVE = 0.05, 0.1
 NONE_TAKEN = 3
@@ -52,6 +56,9 @@ HELPED = 0.005
 HELPED_SHARE = 1 / 3
 """A trial lasts until six refusals are expected. It helped if there are at most a third of them, and so few would occur
 by chance once in two hundred trials."""
+
+ADD_UP_EVERY_S = 0.02
+"""How often accepted attempts are counted in quiet times."""
 
 WORTH_A_WORD = 0.005
 """A smaller refused share is not reported."""
@@ -112,6 +119,8 @@ class Refusals:
         self._trial_wait_s = TRY_AGAIN_S
         self._is_storm = False
         self._finding = NOTHING
+        self._may_add_up = False
+        self._add_up_from_s = 0.0
 
     @property
     def in_words(self) -> str | None:
@@ -132,7 +141,8 @@ class Refusals:
         """The attempt was not refused: it was answered, failed otherwise, or (not `reached`) was never sent."""
         self.out -= 1
         self._log.ended(order, now_s, refused=False, counts=reached)
-        self._judge(now_s)
+        if not self._may_add_up or now_s >= self._add_up_from_s:
+            self._judge(now_s)
 
     def refused(self, order: int, now_s: float, limit: Limit, *, names_time: bool, empty: bool = False) -> Finding:
         """The attempt was refused by `limit`, as far as the server says; `names_time` if it named a time to come back.
@@ -144,6 +154,7 @@ class Refusals:
         if order >= self._since:
             self._limit, self._names_time = limit, names_time
         if empty and order >= self._since:
+            self._may_add_up = False
             self._pause(now_s, now_s, lone=True)
         else:
             self._judge(now_s)
@@ -156,7 +167,7 @@ class Refusals:
 
     def rise(self, now_s: float) -> None:
         """Tries higher learned rates when it is time."""
-        if self._trial is None:
+        if self._trial is None and not self._may_add_up:  # in quiet times nothing is learned
             for search in self.searches.values():
                 search.rise(now_s, float(self.share))
 
@@ -165,8 +176,26 @@ class Refusals:
         self.searches[self._limit].reopened(now_s)
 
     def _judge(self, now_s: float) -> None:
-        for order, attempt in self._log.known(now_s):
-            self._count(order, attempt, now_s)
+        known = self._log.known(now_s)
+        if known and self._may_add_up and not any(attempt.refused for _, attempt in known):
+            self._add_up(known, now_s)
+        else:
+            for order, attempt in known:
+                self._count(order, attempt, now_s)
+        self._may_add_up = self._is_quiet and not (self._runs.in_a_row or self._runs.is_found)
+        self._add_up_from_s = now_s + ADD_UP_EVERY_S
+
+    def _add_up(self, known: Sequence[tuple[int, Sent]], now_s: float) -> None:
+        """Counts accepted attempts in quiet times, when none of them changes anything."""
+        last = known[-1][1]
+        self._requests.accepted(last.at_s, len(known), len(known))
+        self._tokens.accepted(last.at_s, sum(attempt.tokens for _, attempt in known), len(known))
+        share = float(self.share)
+        for _, attempt in known[-REMEMBERED:]:
+            self._crowding.accepted(now_s, attempt.others, self._in_flight.most, share)
+        evidence = sum(order >= self._since for order, _ in known)
+        self._accepted |= evidence > 0
+        self.share.add(0, evidence)
 
     def _count(self, order: int, attempt: Sent, now_s: float) -> None:
         """Counts an attempt, in the order of sending, once it is known whether it was accepted."""
@@ -188,10 +217,10 @@ class Refusals:
         if order < self._since:
             return
         self._accepted |= not refused
-        if self._trial is not None:
-            self._count_in_trial(self._trial, now_s, refused=refused)
-        elif self._is_too_much(refused=refused):
+        if self._is_too_much(attempt.at_s, refused=refused):
             self._respond(attempt.at_s, now_s)
+        elif self._trial is not None:
+            self._count_in_trial(self._trial, now_s, refused=refused)
         elif not refused:
             self._begin_trial(attempt.at_s, now_s)
 
@@ -203,7 +232,7 @@ class Refusals:
         learned = self._requests.per_s is not None or self._tokens.per_s is not None
         return not learned and self._crowding.cap is None and not self._crowding.on_trial
 
-    def _is_too_much(self, *, refused: bool) -> bool:
+    def _is_too_much(self, at_s: float, *, refused: bool) -> bool:
         share = float(self.share)
         ordinary = min(MOST_ORDINARY, max(self._least_ordinary, share))
         patience = self._runs.patience
@@ -215,7 +244,10 @@ class Refusals:
             ordinary = max(TRIAL_ORDINARY, ordinary)
             excess = self._excess.step(ordinary, max(STORM_SHARE, ordinary + TRIAL_ABOVE), refused=refused)
         elif self.searches[self._limit].per_s is not None and not self._runs.is_one:
-            excess = self._excess.step(ordinary, ordinary + EXCESS_ABOVE, refused=refused)
+            search = self.searches[self._limit]
+            above = search.excess(at_s)
+            times = EXPECTED_BAR if search.is_above_known else 1 + FALL * above
+            excess = self._excess.step(ordinary, ordinary + max(EXCESS_ABOVE, above), refused=refused, times=times)
         return self._is_storm or excess
 
     @property
@@ -264,7 +296,6 @@ class Refusals:
             self._runs.is_handled = True
         self._on_kind("limit", "an empty bucket" if lone else "nearly everything was refused")
         self._accepted = False
-        self._trial = None
         self._start_again()
 
     def _rate_is_no_cause(self, search: RateSearch, at_s: float, now_s: float) -> bool:
@@ -279,11 +310,12 @@ class Refusals:
         """What was sent before a change is no evidence about it."""
         self._storm.clear()
         self._excess.clear()
+        self._trial = None
         self._since = self._log.next_order
 
     def _ordinary(self, refused: int, count: int) -> None:
         """An excursion ended without a storm: its refusals were random, if no other cause is possible."""
-        if all(search.is_settled for search in self.searches.values()):
+        if self._trial is None and all(search.is_settled for search in self.searches.values()):
             self.share.add(refused, count)
 
     def _begin_trial(self, at_s: float, now_s: float) -> None:

@@ -24,6 +24,8 @@ from batchrun.transport.transport import Choice, Opened, Wanted
 OBJECT_STORE_BYTES = 128_000_000
 """Of a cluster of our own: only requests with a body above 64 KB (images) pass through it."""
 
+CONNECT_S = 10.0
+
 Note = Callable[[str], None]
 
 
@@ -51,6 +53,7 @@ class Cluster:
         self._address = address
         self._note = note
         self._ours = False  # whether this object has connected the process, and so disconnects it
+        self._connected = contextlib.ExitStack()
 
     @asynccontextmanager
     async def open_transports(self, wanted: Wanted) -> AsyncIterator[list[Opened]]:
@@ -76,9 +79,9 @@ class Cluster:
         fleet = Fleet(engine, setup, wanted.credentials, self._require_reachable, report)
         try:
             first = await fleet.start()
-            most = "" if engine.max_actors is None else f" to {engine.max_actors}"
-            where = "a local Ray" if self._address == LOCAL else f"the Ray cluster at {self._address}"
-            self._note(f"sending from {engine.actors}{most} actors of {where} ({version})")
+            many = str(engine.actors) if engine.max_actors is None else f"{engine.actors} to {engine.max_actors}"
+            where = self._where()
+            self._note(f"sending from {many} {'actor' if many == '1' else 'actors'} of {where} ({version})")
             yield [
                 Opened(
                     ActorTransport(fleet, place),
@@ -89,6 +92,13 @@ class Cluster:
         finally:
             await fleet.close()
 
+    def _where(self) -> str:
+        import ray
+
+        return (
+            "a local Ray" if self._address == LOCAL else f"the Ray cluster at {ray.get_runtime_context().gcs_address}"
+        )
+
     def disconnect(self) -> None:
         """Leaves the cluster, and ends one that was started by `_connect`."""
         if self._ours:
@@ -96,16 +106,17 @@ class Cluster:
 
             ray.shutdown()
             self._ours = False
+        self._connected.close()
 
     def _connect(self) -> str:
         """Connects this process, unless it is connected; returns Ray's version."""
-        with warnings.catch_warnings(), contextlib.ExitStack() as quiet:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             import ray
 
-            quiet.enter_context(_quiet())  # the import sets the level
             if ray.is_initialized():  # by the canary before, or by the program that runs us
                 return str(ray.__version__)
+            self._connected.enter_context(_quiet())  # the import has set the level
             engine = self._job.engine
             options: dict[str, Any] = {"configure_logging": False, "log_to_driver": False}
             if self._address == LOCAL:
@@ -117,6 +128,7 @@ class Cluster:
                 }
             with _environ_for_ray(self._job.endpoints), _own_signals():
                 try:
+                    _require_listener(self._address)
                     ray.init(address=self._address, **options)
                 except Exception as error:
                     raise JobError(f"engine ray: can't connect to {self._address}: {_in_a_line(error)}") from error
@@ -151,6 +163,17 @@ class ActorTransport:
         return 0
 
 
+def _require_listener(address: str) -> None:
+    """Ray itself tries for minutes, and writes to stderr meanwhile.
+
+    Raises:
+        OSError: nothing listens at `host:port`.
+    """
+    host, _, port = address.rpartition(":")
+    if port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+
+
 @contextlib.contextmanager
 def _environ_for_ray(endpoints: Sequence[Endpoint]) -> Iterator[None]:
     """The environment that a local Ray's processes get: without the job's secrets, which come to actors by a call."""
@@ -159,7 +182,7 @@ def _environ_for_ray(endpoints: Sequence[Endpoint]) -> Iterator[None]:
         value.removeprefix("env:") for each in endpoints for value in each.headers.values() if value.startswith("env:")
     }
     hidden = {name: os.environ.pop(name) for name in (*names, "PYTHONWARNINGS") if name in os.environ}
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a local Ray reports to nobody
     try:
         yield
     finally:
@@ -179,13 +202,20 @@ def _own_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Ray's log lines at the start are not for our users."""
-    log = logging.getLogger("ray")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    """Ray logs its start to stderr, and prints the last words of dead processes to stdout; run.log says what matters.
+
+    There is no setting for the latter (2.60), so its function is replaced, where it has that name.
+    """
+    from ray._private import worker
+
+    log, name = logging.getLogger("ray"), "print_to_stdstream"
+    level, printing = log.level, getattr(worker, name, None)
+    log.setLevel(logging.CRITICAL + 1)
+    setattr(worker, name, lambda data, ignore_prefix: None)
     try:
         yield
     finally:
+        setattr(worker, name, printing)
         log.setLevel(level)
 
 

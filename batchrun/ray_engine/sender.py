@@ -68,6 +68,7 @@ class Sender:
         self._taken = 0
         self._finished: dict[int, Attempt | Exception] = {}
         self._news = asyncio.Event()
+        self._parent = os.getppid()
 
     async def open(self, setup: Setup, credentials: Credentials) -> Ready:
         """Opens the transports. The key comes as an argument of a call, which Ray neither stores nor logs.
@@ -137,11 +138,16 @@ class Sender:
         self._news.set()
 
     async def _sweep(self) -> None:
-        """Ends exchanges that take too long, except just after this process was stopped: answers wait to be read."""
+        """Ends exchanges that take too long, except just after this process was stopped: answers wait to be read.
+
+        Without its raylet, which has started it, nobody can reach this process any more: Ray ends it after a minute.
+        """
         clock = asyncio.get_running_loop().time
         while True:
             slept_at_s = clock()
             await asyncio.sleep(SWEEP_S)
+            if os.getppid() != self._parent:
+                os._exit(1)
             if clock() - slept_at_s < 2 * SWEEP_S:
                 for transport in self._transports:
                     transport.expire()

@@ -48,8 +48,12 @@ class RemoteFolder:
             stream.close()
 
     def put_file(self, name: str, local: Path) -> None:
-        """The object is a copy of the local file, whose size is checked afterwards."""
-        with failures.writing(self.url.child(name)), local.open("rb") as source:
+        """The object is a copy of the local file, whose size is checked afterwards.
+
+        Raises:
+            FileNotFoundError: there is no such local file.
+        """
+        with local.open("rb") as source, failures.writing(self.url.child(name)):
             stream = self._filesystem.open_output_stream(self._at(name), compression=None)
             size = 0
             while block := source.read(COPY_BYTES):
@@ -86,9 +90,16 @@ class RemoteFolder:
             found = self._filesystem.get_file_info(self._at(name))
         return self._object(found) if found.type is pafs.FileType.File else None
 
-    def list(self) -> "list[RemoteObject]":
+    def objects(self) -> list[RemoteObject]:
         """All objects below the folder, sorted by name."""
         return sorted(self._listed(), key=lambda each: each.name)
+
+    def folders(self) -> list[str]:
+        """The names of the folders in this one."""
+        selector = pafs.FileSelector(self._path, allow_not_found=True)
+        with failures.writing(self.url):
+            found = self._filesystem.get_file_info(selector)
+        return [each.base_name for each in found if each.type is pafs.FileType.Directory]
 
     def _listed(self) -> Iterator[RemoteObject]:
         selector = pafs.FileSelector(self._path, recursive=True, allow_not_found=True)

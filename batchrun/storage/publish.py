@@ -5,8 +5,9 @@ ignore first, then copied to their own; what does not belong to the result is de
 step can be repeated, so a publish that was cut is simply done again.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import msgspec
 
@@ -15,6 +16,10 @@ from batchrun.storage.claim import CONTROL, Claim
 from batchrun.storage.folder import LARGEST_COPY_BYTES, RemoteFolder
 
 SUMMARY = "summary.json"
+STAGED = f"{CONTROL}/staged"
+RUNS = f"{CONTROL}/runs"
+"""The replicas of runs that keep their parts in the store while they work."""
+
 RECORD = f"{CONTROL}/run.json"
 """What the published result answers, for a start on a machine without the run's directory."""
 
@@ -33,13 +38,16 @@ class Published(msgspec.Struct, frozen=True):
 
 
 class RunRecord(msgspec.Struct, frozen=True):
-    """Which question a result answers: the run, its job's fingerprint, and the digests of its input."""
+    """Which question a result answers: the run, its job's fingerprint, the digests of its input, and
+    who published it.
+    """
 
     run_id: str
     job: str
     fingerprint: str
     digests: tuple[str, ...]
     rows: int
+    writer: str = ""
 
 
 class _Standing(msgspec.Struct, frozen=True):
@@ -77,10 +85,12 @@ def publish(
     summary: bytes,
     record: RunRecord,
     claim: Claim,
+    kept: Mapping[str, str] = MappingProxyType({}),
     reached: Callable[[str], None] = lambda step: None,
 ) -> bool:
     """The folder holds the result; False if it held it already. `files` hold the rows, those `beside` describe them
-    and are put after them; `reached` gets the name of each step that is done.
+    and are put after them. `kept` names objects that are in the folder already, by digest. `reached` gets the
+    name of each step that is done.
 
     Raises:
         RunLockedError: another run has published there, or works there.
@@ -92,7 +102,7 @@ def publish(
     claim.require_held()
     folder.delete(SUMMARY)
     reached("summary deleted")
-    _put_files(folder, files, record.run_id, reached)
+    _put_files(folder, files, record.run_id, kept, reached)
     _delete_others(folder, (*files, *beside))
     for each in beside:
         folder.put_file(each.name, each.local)
@@ -103,7 +113,8 @@ def publish(
     folder.put(SUMMARY, summary)
     if folder.read(SUMMARY) != summary:
         raise RunLockedError(f"{folder}: another run has published there at the same time; its result stands there")
-    _delete_below(folder, f"{CONTROL}/{record.run_id}/")
+    for place in (STAGED, RUNS):
+        _delete_below(folder, f"{place}/{record.run_id}/")
     return True
 
 
@@ -121,22 +132,28 @@ def require_ours(folder: RemoteFolder, run_id: str | None) -> None:
         )
 
 
-def _put_files(folder: RemoteFolder, files: Sequence[Published], run_id: str, reached: Callable[[str], None]) -> None:
+def _put_files(
+    folder: RemoteFolder,
+    files: Sequence[Published],
+    run_id: str,
+    kept: Mapping[str, str],
+    reached: Callable[[str], None],
+) -> None:
     """The files are in their places, all that can be copied within the store at the same moment or nearly."""
     if len(files) == 1:  # it is replaced as a whole
         folder.put_file(files[0].name, files[0].local)
         reached(files[0].name)
         return
-    staged = f"{CONTROL}/{run_id}/staged"
+    staged = f"{STAGED}/{run_id}"
     small = [each for each in files if each.local.stat().st_size <= LARGEST_COPY_BYTES]
-    there = {each.name: each.size_bytes for each in folder.below(staged).list()}
+    there = {each.name: each.size_bytes for each in folder.below(staged).objects()}
     for each in small:
-        if there.get(each.staged_name) != each.local.stat().st_size:
+        if each.digest not in kept and there.get(each.staged_name) != each.local.stat().st_size:
             folder.put_file(f"{staged}/{each.staged_name}", each.local)
             reached(f"staged {each.name}")
     for each in files:
         if each in small:
-            folder.copy(f"{staged}/{each.staged_name}", each.name)
+            folder.copy(kept.get(each.digest) or f"{staged}/{each.staged_name}", each.name)
         else:
             folder.put_file(each.name, each.local)
         reached(each.name)
@@ -147,11 +164,11 @@ def _delete_others(folder: RemoteFolder, files: Sequence[Published]) -> None:
     names = {each.name for each in files}
     tops = {top for each in files if (top := each.name.partition("/")[0]) != each.name}
     for top in sorted(tops):
-        for each in folder.below(top).list():
+        for each in folder.below(top).objects():
             if f"{top}/{each.name}" not in names:
                 folder.delete(f"{top}/{each.name}")
 
 
 def _delete_below(folder: RemoteFolder, prefix: str) -> None:
-    for each in folder.below(prefix.rstrip("/")).list():
+    for each in folder.below(prefix.rstrip("/")).objects():
         folder.delete(f"{prefix}{each.name}")

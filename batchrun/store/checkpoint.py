@@ -139,6 +139,12 @@ class Checkpoint:
         self.invocation = self._call(start)
         return self.invocation
 
+    def last_invocation(self) -> int:
+        """The number of the start that worked on the run last."""
+        return self._call(
+            lambda: int(self._database.query("SELECT coalesce(max(invocation), 0) FROM invocations")[0][0])
+        )
+
     def chunks(self) -> list[Chunk]:
         """All chunks that were ever opened, in order."""
         return self._call(lambda: [Chunk(*record) for record in self._database.records("chunks", "ORDER BY chunk")])
@@ -322,6 +328,10 @@ class Checkpoint:
 
         self._call(call)
 
+    def copy_to(self, path: Path) -> None:
+        """A copy of the database with everything that was put before, in a file that must not exist."""
+        self._call(lambda: self._database.copy_to(path))
+
     def close(self, *, finished: bool = False) -> None:
         """Commits everything that was put before, and closes the file."""
         if self._thread.is_alive():
@@ -438,12 +448,13 @@ class Checkpoint:
         """One commit: rows, attempts, possibly billed requests, and the totals that count them."""
         completions = [ending for ending in endings if isinstance(ending, Completion)]
         discarded = [ending for ending in endings if isinstance(ending, Discarded)]
-        in_doubt = [entry for ending in endings if (entry := possibly_billed(ending, invocation)) is not None]
-        earlier = self._earlier_answers([completion.row for completion in completions])
+        doubtful = [ending for ending in endings if ending.maybe_billed]
+        in_doubt = [entry for ending in doubtful if (entry := possibly_billed(ending, invocation)) is not None]
+        earlier = self._earlier_answers([completion.row for completion in completions]) if self._reopened else {}
         totals = fold(self.totals, endings, invocation, earlier)
 
         def write() -> None:
-            self._database.insert("rows", [db_tables.completion_record(completion) for completion in completions])
+            self._database.insert("rows", list(map(db_tables.completion_record, completions)))
             self._database.insert(
                 "attempts", [db_tables.discarded_record(attempt, invocation) for attempt in discarded]
             )
@@ -536,6 +547,13 @@ def _among(rows: Sequence[int]) -> str:
 
 def _wake_up() -> None:
     """A call that does nothing."""
+
+
+def read_copy(path: Path) -> tuple[dict[str, str], list[Chunk]]:
+    """The manifest entries and the chunks of a copy that `Checkpoint.copy_to` made."""
+    with contextlib.closing(Database.open_read_only(path, db_tables.TABLES, FORMAT)) as database:
+        chunks = [Chunk(*record) for record in database.records("chunks", "ORDER BY chunk")]
+        return dict(database.records("manifest")), chunks
 
 
 def read_finished(path: Path) -> dict[str, str]:

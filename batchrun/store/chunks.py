@@ -6,7 +6,7 @@ import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Protocol, cast
 
 import msgspec
 import pyarrow as pa
@@ -113,6 +113,16 @@ class Layout(msgspec.Struct, frozen=True):
 NOTHING_CARRIED = CarryOver(None, Path())
 
 
+class Mirror(Protocol):
+    """Keeps a copy of the chunks in another place. Both calls block; an error ends the run."""
+
+    def opened(self, chunk: Chunk, directory: RunDirectory, checkpoint: Checkpoint) -> None:
+        """The chunk's input is stored in the other place, before any of its rows is sent."""
+
+    def sealed(self, chunk: Chunk, directory: RunDirectory, checkpoint: Checkpoint) -> None:
+        """The chunk's part is stored there, and the checkpoint that names it."""
+
+
 class Chunks:
     """All chunks of a run, in order: first those in the checkpoint, then new ones from the source."""
 
@@ -123,8 +133,10 @@ class Chunks:
         layout: Layout,
         carry: CarryOver = NOTHING_CARRIED,
         on_carried: Callable[[Iterator[pa.RecordBatch]], None] | None = None,
+        mirror: Mirror | None = None,
     ) -> None:
         """`on_carried` gets the rows that took their answer without a request, as each chunk is sealed."""
+        self._mirror = mirror
         self._carry = carry
         self._on_carried = on_carried
         self._sealing = threading.Lock()  # of the thread that opens chunks and the one that seals them
@@ -162,6 +174,7 @@ class Chunks:
         for chunk in self._opened:
             reopened = self._open_chunks[chunk.chunk] = self._reopen(chunk)
             if reopened.left:
+                self._mirror_opened(chunk)
                 return reopened
             if not keep_settled:
                 self.seal(reopened)  # the process died between the last row's commit and the seal
@@ -174,9 +187,14 @@ class Chunks:
             return None
         self._check_unchanged()
         opened = self._open(window_read)
+        self._mirror_opened(opened.chunk)
         if not opened.left:
             self.seal(opened)
         return opened
+
+    def _mirror_opened(self, chunk: Chunk) -> None:
+        if self._mirror is not None:
+            self._mirror.opened(chunk, self._directory, self._checkpoint)
 
     def seal(self, open_chunk: OpenChunk) -> None:
         """Writes the chunk's rows as a part; deletes them from the database, its stored input and its base part.
@@ -219,6 +237,8 @@ class Chunks:
         self._input_of(chunk.chunk).unlink(missing_ok=True)
         if chunk.generation:
             self._directory.part_of(chunk.chunk, chunk.generation).unlink(missing_ok=True)
+        if self._mirror is not None:
+            self._mirror.sealed(sealed, self._directory, self._checkpoint)
 
     def _rows_in(self, part: Path, rows: Container[int]) -> Iterator[pa.RecordBatch]:
         name = f"{self._settings.prefix}row"

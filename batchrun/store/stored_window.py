@@ -45,6 +45,12 @@ def schema_of(path: Path) -> pa.Schema:
         raise CheckpointError(f"{path}: the input of an open chunk can't be read: {error}") from error
 
 
+def rows_stored(path: Path) -> int:
+    """How many rows the stored input has."""
+    with pa.OSFile(str(path), "rb") as file, pa.ipc.open_file(file) as reader:
+        return sum(reader.get_batch(number).num_rows for number in range(reader.num_record_batches))
+
+
 class StoredWindow:
     """An open chunk's input from row `first_row` on, mapped into memory."""
 

@@ -34,7 +34,7 @@ FIGURES = tuple(name for name in TotalsLine.__struct_fields__ if name not in _KE
 MAX_NAMED = 1000
 """How many possibly billed attempts are listed one by one; all are counted."""
 
-LOST_CAUSES = frozenset({"crash", "aborted"})
+LOST_CAUSES = frozenset({"crash", "aborted", "machine"})
 """Causes of possibly billed attempts without an ending, which no line of the totals counts."""
 
 LOST = "lost"
@@ -231,7 +231,7 @@ def with_carried(totals: Totals, lines: Mapping[int, TotalsLine], earlier: Mappi
     return with_changes(folded, changes) if changes else folded
 
 
-def _with_unstated(known: Unstated, endings: Sequence[Ending]) -> Unstated:
+def _with_unstated(known: Unstated, endings: Iterable[Ending]) -> Unstated:
     usd, tokens = known.usd, known.tokens
     for ending in endings:
         if ending.maybe_billed:

@@ -298,21 +298,24 @@ def test_a_closed_busy_connection_may_be_billed(after_ms: int, how: str) -> None
 
 @pytest.mark.parametrize("how", ["FIN", "RST"])
 def test_a_late_close_may_be_billed_too(how: str) -> None:
-    """An idle connection that ends later than two round trips after the send."""
+    """An idle connection that ends later than two round trips after the send. A busy machine measures longer ones, so
+    the server waits for longer until it is late.
+    """
 
-    async def bills_and_ends(exchange: Exchange) -> None:
-        await asyncio.sleep(0.3)  # a busy machine measures a round trip of some tens of ms on loopback
-        exchange.reset() if how == "RST" else exchange.writer.close()
+    async def ends_after(delay_s: float) -> str | None:
+        async def bills_and_ends(exchange: Exchange) -> None:
+            await asyncio.sleep(delay_s)
+            exchange.reset() if how == "RST" else exchange.writer.close()
 
-    async def main() -> None:
         script = dropping_the_second(bills_and_ends)
         async with serving(script) as server, client_of(server.url) as client:
             await client.send(b"0", "x")
             await asyncio.sleep(1.05)
-            assert kind_of(await client.send(b"1", "x")) == "reset"
-            assert len(server.exchanges) == 2
+            kind = kind_of(await client.send(b"1", "x"))
+            assert kind == "stale_connection" or len(server.exchanges) == 2
+            return kind
 
-    run(main())
+    assert any(run(ends_after(delay_s)) == "reset" for delay_s in (0.3, 1.5, 7.5))
 
 
 @contextlib.asynccontextmanager

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
@@ -207,6 +208,28 @@ def test_every_command_reads_it(done: Path, tmp_path: Path, simulator: RunningSi
     flags = ("--reuse", out, "--set", f"input.reuse_status=[{good}]")
     ended = batchrun("run", done / "job.toml", "-o", tmp_path / "again", *flags)
     assert (ended.exit_code, len(simulator.ledger())) == (0, served), ended.stderr
+
+
+def test_a_moved_folder_is_still_a_result(done: Path, tmp_path: Path, simulator: RunningSimulator) -> None:
+    """With its bill in the manifest; what is in the folders' names alone is there, too."""
+    moved = tmp_path / "moved"
+    shutil.copytree(done / "out" / "completions", moved)
+    shown = batchrun("show", moved, "--where", "lang == 'pt BR' and row == 3", "--json")
+    (row,) = map(json.loads, shown.stdout.splitlines())
+    assert (row["row"], row["lang"], row["text"]) == (3, "pt BR", "text 3")
+    assert "60 rows in both" in batchrun("compare", done / "out", moved).stdout
+    bills = [batchrun("report", place, "--by", "run", "--format", "json") for place in (done / "out", moved)]
+    costs = [json.loads(bill.stdout)["total"]["cost_usd"] for bill in bills]
+    assert costs[0] == costs[1], (bills[0].stderr, bills[1].stderr)
+    served = len(simulator.ledger())
+    every = ("--reuse", moved, "--set", 'input.reuse_status=["ok", "truncated"]')
+    ended = batchrun("run", done / "job.toml", "-o", tmp_path / "all", *every)
+    assert (ended.exit_code, len(simulator.ledger())) == (0, served), ended.stderr
+    statuses = {row["row"]: row["status"] for row in rows_of(done / "out")}
+    assert {row["row"]: row["status"] for row in rows_of(tmp_path / "all")} == statuses
+    good = sum(status == "ok" for status in statuses.values())
+    ended = batchrun("run", done / "job.toml", "-o", tmp_path / "some", "--reuse", moved)
+    assert (ended.exit_code, len(simulator.ledger()) - served) == (0, 60 - good), ended.stderr
 
 
 @pytest.mark.parametrize("change", ["cut", "gone", "other bytes", "one more", "manifest"])

@@ -12,28 +12,36 @@ from pathlib import Path
 
 import msgspec
 
+from batchrun import signals
+from batchrun.destination import restore
+from batchrun.destination.replica import Replica, kept_parts
 from batchrun.dispatch.runlog import RunLog
 from batchrun.durable import replace_bytes
-from batchrun.errors import BatchrunError, StorageError
+from batchrun.errors import BatchrunError, RunLockedError, StorageError
 from batchrun.job.job import Job
 from batchrun.records import Summary
 from batchrun.report import summary as summaries
 from batchrun.source import digest, find_files
 from batchrun.storage import publish
-from batchrun.storage.claim import Claim, this_process
+from batchrun.storage.claim import Claim, Writer, this_process
 from batchrun.storage.folder import RemoteFolder
 from batchrun.storage.publish import Published, RunRecord
 from batchrun.storage.urls import Url
 from batchrun.store import result, rundir
 from batchrun.store.checkpoint import read_finished
+from batchrun.store.chunks import Mirror
 from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
 
 
 def run(
-    job: Job, directory: RunDirectory, url: Url, work: Callable[[], Summary], note: Callable[[str], None]
+    job: Job,
+    directory: RunDirectory,
+    url: Url,
+    work: Callable[[Mirror | None], Summary],
+    note: Callable[[str], None],
 ) -> Summary:
-    """Does the `work` of a start, then publishes the result if the run is complete.
+    """Does the `work` of a start, which gets the mirror of its chunks, then publishes the result if it is complete.
 
     Raises:
         RunLockedError: another run works there, or has its result there.
@@ -42,13 +50,23 @@ def run(
     """
     folder = RemoteFolder(url, job.storage)
     directory.create()
-    with Claim(folder, this_process(_writer(directory), job.name)) as claim:
-        if (there := _complete_there(job, directory, folder)) is not None:
+    mine = this_process(_writer(directory), job.name)
+    with Claim(folder, mine) as claim:
+        if (there := _complete_there(job, directory, folder, mine)) is not None:
             note(f"{url}: complete already; nothing is sent")
             return there
         publish.require_ours(folder, _run_id(directory))
-        summary = work()
-        return _published(job, directory, folder, summary, claim, note) if summary.complete else summary
+        _require_owner(directory, folder, mine)
+        mirror = None
+        if job.output.keep_parts_remote:
+            mirror = Replica(folder, mine, claim, note)
+            if not directory.checkpoint.exists():
+                with signals.raised():
+                    found = restore.restore(job, folder, directory)
+                if found is not None:
+                    note(found)
+        summary = work(mirror)
+        return _published(job, directory, folder, summary, claim, mine, note) if summary.complete else summary
 
 
 def taken(job: Job) -> Callable[[Path], bool]:
@@ -56,9 +74,29 @@ def taken(job: Job) -> Callable[[Path], bool]:
 
     def taken(path: Path) -> bool:
         url = rundir.published_at(job.output, path)
-        return path.exists() or (url is not None and bool(RemoteFolder(url, job.storage).list()))
+        return path.exists() or (url is not None and bool(RemoteFolder(url, job.storage).objects()))
 
     return taken
+
+
+def elsewhere(job: Job) -> Callable[[], tuple[Path, str] | None]:
+    """Finds the newest run of the job that another machine has left unfinished with its parts in the store."""
+
+    def names(above: str) -> list[str]:
+        url = rundir.published_at(job.output, Path(above))
+        return [] if url is None else RemoteFolder(url, job.storage).folders()
+
+    def found() -> tuple[Path, str] | None:
+        if not job.output.keep_parts_remote:
+            return None
+        for path, date in rundir.dates_among(rundir.pattern_of(job.output), job.name, names)[:1]:
+            url = rundir.published_at(job.output, path)
+            folder = None if url is None else RemoteFolder(url, job.storage)
+            if folder is not None and publish.standing(folder) is None and folder.below(publish.RUNS).objects():
+                return path, date
+        return None
+
+    return found
 
 
 def command(line: str, job: Job, url: Url) -> str:
@@ -82,15 +120,27 @@ def _run_id(directory: RunDirectory) -> str | None:
     return found if isinstance(found, str) and found else None
 
 
-def _complete_there(job: Job, directory: RunDirectory, folder: RemoteFolder) -> Summary | None:
-    """The summary of the complete result in the store if it answers this job and input, and no run is on this machine.
+def _require_owner(directory: RunDirectory, folder: RemoteFolder, mine: Writer) -> None:
+    """Returns if no other machine has continued the run of this directory."""
+    run_id = _run_id(directory)
+    owner = None if run_id is None else restore.owner_of(folder, run_id)
+    if owner is not None and owner.writer != mine.writer:
+        raise RunLockedError(
+            f"{directory.path}: another machine has taken over this run ({owner}); move this directory away, and the "
+            "same command continues from what the other one stored"
+        )
 
-    It was published by another machine, or by this one before it lost its disk.
+
+def _complete_there(job: Job, directory: RunDirectory, folder: RemoteFolder, mine: Writer) -> Summary | None:
+    """The summary of the complete result in the store if another machine published it for this job and input, or if it
+    completed the run of this directory.
     """
-    if _run_id(directory) is not None or job.input.path in (None, "-"):
+    record, run_id = publish.record_of(folder), _run_id(directory)
+    if record is None or record.writer == mine.writer or publish.standing(folder) is None:
         return None
-    record = publish.record_of(folder)
-    if record is None or publish.standing(folder) is None or record.fingerprint != job.fingerprint():
+    if run_id is not None and run_id != record.run_id:
+        return None
+    if record.fingerprint != job.fingerprint() or job.input.path in (None, "-"):
         return None
     files = find_files(job.input.path or "", job.input.partitions, job.storage)
     if tuple(map(digest, files)) != record.digests:
@@ -107,6 +157,7 @@ def _published(
     folder: RemoteFolder,
     summary: Summary,
     claim: Claim,
+    mine: Writer,
     note: Callable[[str], None],
 ) -> Summary:
     """The summary, with the places of the published files.
@@ -118,13 +169,15 @@ def _published(
     known, written = Manifest.decode(entries), result.finished(entries)
     files = [Published(each.name, directory.path / each.name, each.digest) for each in written.files]
     beside = [Published(each.name, directory.path / each.name, each.digest) for each in written.beside]
-    record = RunRecord(known.run_id, known.job, job.fingerprint(), known.digests, summary.rows_in_output)
+    record = RunRecord(known.run_id, known.job, job.fingerprint(), known.digests, summary.rows_in_output, mine.writer)
     found = summaries.read(directory)
     places = {name: str(folder.url.child(Path(path).name)) for name, path in found.files.items()}
     content = msgspec.json.format(msgspec.json.encode(msgspec.structs.replace(found, files=places)), indent=2)
     with contextlib.closing(RunLog(directory.log)) as log:
         try:
-            new = publish.publish(folder, files, beside, content, record, claim)
+            kept = kept_parts(folder, known.run_id) if job.output.keep_parts_remote else {}
+            with signals.raised():  # the event loop has removed these handlers at its end
+                new = publish.publish(folder, files, beside, content, record, claim, kept)
         except BatchrunError as error:
             log.write("publish failed", url=str(folder), why=str(error))
             why = f"{error} (the result is complete in {directory.path}; publishing it sends no request)"
