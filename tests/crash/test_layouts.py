@@ -93,6 +93,7 @@ def dies(job: Path, out: Path, kill: tuple[str, str, str]) -> bool:
     return ended.returncode == -9
 
 
+@pytest.mark.heavy
 @pytest.mark.campaign
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_killed_publication_shows_one_whole_result(tmp_path: Path, simulator: RunningSimulator, layout: str) -> None:

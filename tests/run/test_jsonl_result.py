@@ -176,6 +176,7 @@ def test_every_command_reads_a_run_in_json_lines(tmp_path: Path, simulator: Runn
     assert len(simulator.ledger()) == served
 
 
+@pytest.mark.heavy
 def test_rows_so_far_can_be_json_lines(tmp_path: Path, simulator: RunningSimulator) -> None:
     lines = ({"id": f"r{number}", "text": f"again {number}"} for number in range(30))
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")

@@ -75,6 +75,7 @@ def test_dictionaries_keep_their_type_at_any_depth(tmp_path: Path) -> None:
     assert [row["parsed"]["label"] for row in found["k=a"].read_row_group(0).to_pylist()] == ["x", None]
 
 
+@pytest.mark.heavy
 def test_rows_keep_their_order_and_memory_that_of_a_block(tmp_path: Path) -> None:
     types: dict[str, pa.DataType] = {"k": pa.int64(), "n": pa.int64(), "text": pa.string()}
     schema = pa.schema(types)
@@ -210,6 +211,7 @@ def test_every_command_reads_it(done: Path, tmp_path: Path, simulator: RunningSi
     assert (ended.exit_code, len(simulator.ledger())) == (0, served), ended.stderr
 
 
+@pytest.mark.heavy
 def test_a_moved_folder_is_still_a_result(done: Path, tmp_path: Path, simulator: RunningSimulator) -> None:
     """With its bill in the manifest; what is in the folders' names alone is there, too."""
     moved = tmp_path / "moved"
@@ -277,6 +279,7 @@ def test_each_command_refuses_the_same(done: Path, tmp_path: Path, command: str)
         assert (ended.exit_code, line in ended.stderr) == (2, True), ended.stderr
 
 
+@pytest.mark.heavy
 def test_a_changed_input_gives_the_partitions_of_the_new_rows(tmp_path: Path, simulator: RunningSimulator) -> None:
     """The rows of other partitions are gone; kept answers are not sent again; more rows after a pilot come in."""
     write_input(tmp_path / "in.jsonl", 30)

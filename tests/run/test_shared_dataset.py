@@ -142,6 +142,7 @@ def test_a_killed_publish_leaves_whole_partitions(tmp_path: Path) -> None:
             assert set((folder / "part-000000.parquet").read_text()) in ({"a"}, {"b"})
 
 
+@pytest.mark.heavy
 def test_shards_are_merged_in_every_layout(tmp_path: Path, simulator: RunningSimulator) -> None:
     """Not the shards but the merge publishes their partitions: a shard has some of their rows only."""
     write_input(tmp_path / "in.jsonl", 21, ("de", "en", None))
