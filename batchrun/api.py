@@ -24,7 +24,7 @@ from batchrun.limits import deadline as deadlines
 from batchrun.limits.deadline import Deadline
 from batchrun.on_end import End
 from batchrun.policy import failing
-from batchrun.records import Notice, Status, Summary
+from batchrun.records import Notice, Shard, Status, Summary
 from batchrun.source import Rows, as_file
 from batchrun.startup import shard as shards
 from batchrun.startup.run_options import RunOptions
@@ -107,75 +107,93 @@ def begin(job: Job | str | Path, rows: Rows | None, options: Options, host: Host
         raise TypeError(f"unknown option {unknown[0]}; expected some of {', '.join(Options.__annotations__)}")
     note = options.get("note", _LOG.info)
     deadline = _deadline(options.get("deadline"))
-    wanted = whole = _job(job, rows, options)
+    whole = _job(job, rows, options)
     shard = None if (named := options.get("shard")) is None else shards.read(named)
-    if shard is not None:
-        wanted = shards.job_of(whole, shard)
-        for line in shards.in_words(whole, wanted, shard):
-            note(line)
-    directory, date = _place(wanted, options, note)
-    if (dated := wanted.on(date)) is not wanted and (command := options.get("command")) is not None:
-        options["command"] = f"{command} --date {date}"
-    if (url := rundir.published_at(wanted.output, directory.path)) and (command := options.get("command")) is not None:
-        options["command"] = destination.command(command, wanted, url)
-    wanted, began_at = dated, datetime.now(UTC)
-    views = Views(wanted, directory, note)
+    wanted = whole if shard is None else shards.job_of(whole, shard)
+    for line in () if shard is None else shards.in_words(whole, wanted, shard):
+        note(line)
+    wanted, directory, command = _placed(wanted, options, note)
+    began_at = datetime.now(UTC)
+    views = Views(wanted, directory, note, shard)
+
+    def ended(code: int, reason: str | None, summary: Summary | None = None) -> None:
+        views.end(code, reason, summary)
+        on_end.run(wanted, directory, End(code, reason, summary), began_at, note)
+
     try:
         environ = options.get("environ", os.environ)
         preflight.require_settings(wanted, directory)
         keys = preflight.key(wanted, environ)
+        hooks = _hooks(options, note, host, command, views)
         with (
             simulated.endpoint_of(wanted) as pointed,
             _stream(wanted, rows, directory) as stream,
             _runtime(pointed, environ, note) as runtime,
         ):
-            summary = _invoke(pointed, directory, keys, options, stream, note, deadline, host, runtime, views)
+            run_options = _run_options(pointed, options, stream, note, deadline, shard, host)
+            summary = _invoke(pointed, directory, keys, run_options, hooks, runtime)
     except BaseException as error:
-        code = error.exit_code if isinstance(error, BatchrunError) else ExitCode.INTERNAL_ERROR
-        views.end(code, str(error), None)
-        on_end.run(wanted, directory, End(int(code), str(error)), began_at, note)
+        ended(int(error.exit_code if isinstance(error, BatchrunError) else ExitCode.INTERNAL_ERROR), str(error))
         raise
-    views.end(summary.exit_code or 0, summary.reason, summary)
-    on_end.run(wanted, directory, End(summary.exit_code or 0, summary.reason, summary), began_at, note)
+    ended(summary.exit_code or 0, summary.reason, summary)
     if not summary.complete:
         raise RunIncompleteError(summary)
     return summary
 
 
-def _invoke(
+def _placed(job: Job, options: Options, note: Callable[[str], None]) -> tuple[Job, RunDirectory, str | None]:
+    """The job on its date, its directory, and the command line that resumes it there."""
+    directory, date = _place(job, options, note)
+    command = options.get("command")
+    if (dated := job.on(date)) is not job and command is not None:
+        command = f"{command} --date {date}"
+    if (url := rundir.published_at(job.output, directory.path)) and command is not None:
+        command = destination.command(command, job, url)
+    return dated, directory, command
+
+
+def _hooks(
+    options: Options, note: Callable[[str], None], host: Host | None, command: str | None, views: Views
+) -> Hooks:
+    grace_s = options.get("grace_s")
+    progress: Callable[[Summary], None] = options.get("progress", lambda summary: None)
+    return Hooks(progress, note, host, command, GRACE_S if grace_s is None else grace_s, views)
+
+
+def _run_options(
     job: Job,
-    directory: RunDirectory,
-    keys: Credentials,
     options: Options,
     stream: BinaryIO | None,
     note: Callable[[str], None],
     deadline: Deadline | None,
+    shard: Shard | None,
     host: Host | None,
-    runtime: Runtime,
-    views: Views,
-) -> Summary:
-    run_options = RunOptions(
+) -> RunOptions:
+    return RunOptions(
         skip_invalid=options.get("skip_invalid", False),
         accept_changes=options.get("accept_changes", False),
         accept_canary=options.get("accept_canary", False),
         limit=options.get("limit"),
         deadline=deadline,
         retry=_retried(job, options.get("retry_failed", False)),
-        shard=None if (shard := options.get("shard")) is None else shards.read(shard),
+        shard=shard,
         stdin=stream,
         problem=options.get("note", _LOG.warning),  # a program that configured no logging should still see these
         note=note,
         checked=_checked(options, host),
     )
-    grace_s = options.get("grace_s")
-    progress: Callable[[Summary], None] = options.get("progress", lambda summary: None)
-    hooks = Hooks(progress, note, host, options.get("command"), GRACE_S if grace_s is None else grace_s, views.show)
+
+
+def _invoke(
+    job: Job, directory: RunDirectory, keys: Credentials, options: RunOptions, hooks: Hooks, runtime: Runtime
+) -> Summary:
+    """The run; with a URL as `output.path`, its result is published there."""
 
     def work(mirror: Mirror | None = None) -> Summary:
-        return engine.run(job, directory, keys, run_options, msgspec.structs.replace(hooks, mirror=mirror), runtime)
+        return engine.run(job, directory, keys, options, msgspec.structs.replace(hooks, mirror=mirror), runtime)
 
     url = rundir.published_at(job.output, directory.path)
-    return work() if url is None else destination.run(job, directory, url, work, note)
+    return work() if url is None else destination.run(job, directory, url, work, hooks.note)
 
 
 def _checked(options: Options, host: Host | None) -> Callable[[int], None]:
@@ -214,8 +232,9 @@ def _place(job: Job, options: Options, note: Callable[[str], None]) -> tuple[Run
     """The run's directory, and its logical date."""
     now = datetime.now().astimezone()
     pattern, new = rundir.pattern_of(job.output), options.get("new", False)
-    taken = destination.taken(job)
-    path, earlier = rundir.place(pattern, job.name, date=options.get("date"), now=now, new=new, taken=taken)
+    taken, elsewhere = destination.taken(job), destination.elsewhere(job)
+    date = options.get("date")
+    path, earlier = rundir.place(pattern, job.name, date=date, now=now, new=new, taken=taken, elsewhere=elsewhere)
     if earlier is not None:
         line = f"resuming the unfinished run of {earlier} ({path}); --new starts another"
         note(Notice(line, "resuming", date=earlier, directory=path))

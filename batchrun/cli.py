@@ -9,7 +9,7 @@ import sys
 import click
 
 from batchrun import __version__, streams
-from batchrun.commands import check, compare, new, report, run, show, simulate, status, tune, verify
+from batchrun.commands import check, compare, merge, new, report, run, show, simulate, status, tune, verify
 from batchrun.errors import BatchrunError, ExitCode
 from batchrun.terminal import choose_format, is_json
 from batchrun.terminal import error as error_line
@@ -23,7 +23,7 @@ def cli() -> None:
 
 for command in (
     *(run.run, check.check, check.estimate, verify.export, tune.tune, verify.verify, new.new, simulate.simulate),
-    *(status.status, show.show, status.watch, report.report, compare.compare),
+    *(status.status, show.show, status.watch, report.report, compare.compare, merge.merge),
 ):
     cli.add_command(command)
 

@@ -17,6 +17,7 @@ import functools
 import os
 import socket
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -40,7 +41,7 @@ from batchrun.startup import input_pass, retry, shard
 from batchrun.startup import resume as planning
 from batchrun.startup.resume import Plan
 from batchrun.startup.run_options import RunOptions
-from batchrun.store import at_rest, partial, result, variants
+from batchrun.store import at_rest, partial, result, shared_dataset, variants
 from batchrun.store.carry_over import CarryOver
 from batchrun.store.checkpoint import Checkpoint, read_finished
 from batchrun.store.chunks import Chunks, Layout
@@ -145,7 +146,7 @@ def _status(job: Job, directory: RunDirectory, credentials: Credentials, hooks: 
     live_limits.clear(directory)
     was_complete = (directory.read_summary() or {}).get("complete")
     summary_before = directory.summary.read_bytes() if was_complete else None
-    status = RunStatus(job.name, directory, credentials, hooks.command, job.job.tags, hooks.shown)
+    status = RunStatus(job.name, directory, credentials, hooks.command, job.job.tags, hooks.views)
     try:
         hooks.progress(status.summary())
         if credentials.warning:
@@ -244,8 +245,10 @@ def _store(plan: Plan, directory: RunDirectory, checkpoint: Checkpoint, hooks: H
     path = directory.origins_of(plan.manifest.layout)
     carry = CarryOver(plan.origins, path, variant=plan.manifest.variant, model=model)
     hand_over = None if hooks.host is None else functools.partial(replay.hand_over, results=hooks.host.results)
+    otel = hooks.otel
+    opened = None if otel is None else otel.chunk_opened
     chunks = Chunks(directory, checkpoint, layout, carry, hand_over, hooks.mirror)
-    return Store(directory, checkpoint, plan, chunks, before_usd=checkpoint.totals.most_usd())
+    return Store(directory, checkpoint, plan, chunks, before_usd=checkpoint.totals.most_usd(), opened=opened)
 
 
 # ── canary ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -359,7 +362,13 @@ def _finish(job: Job, store: Store, status: RunStatus) -> Summary:
         status.start_writing()
         memory.give_back()  # a file's footer, which grows with its rows, gets what sending has freed
         plan = store.plan
-        result.write(plan.manifest, plan.schema, store.checkpoint, store.chunks, store.directory, status.summary())
+        written = result.write(
+            plan.manifest, plan.schema, store.checkpoint, store.chunks, store.directory, status.summary()
+        )
+        if job.output.dataset is not None and not plan.manifest.is_sharded:  # `merge` publishes the shards together
+            dataset = Path(job.output.dataset)
+            partitions = shared_dataset.publish(written, store.directory, dataset, plan.manifest.run_id)
+            status.log.write("partitions published", dataset=str(dataset), partitions=partitions)
         return status.end("complete", _exit_code(job, status.summary()), None)
 
 

@@ -49,6 +49,13 @@ def _budget_file(job: Job, directory: RunDirectory) -> None:
         require_possible(Path(job.budget.state))
 
 
+def _open_telemetry(job: Job, directory: RunDirectory) -> None:
+    if job.telemetry.otel:
+        from batchrun.telemetry.views import require_otel  # OpenTelemetry, 0.3 s: only for a job that wants it
+
+        require_otel(job)
+
+
 REQUIREMENTS: tuple[Callable[[Job, RunDirectory], None], ...] = (
     _open_files_limit,
     _simulator_settings,
@@ -56,6 +63,7 @@ REQUIREMENTS: tuple[Callable[[Job, RunDirectory], None], ...] = (
     _engine,
     _output_directory,
     _budget_file,
+    _open_telemetry,
 )
 """Each raises a BatchrunError whose message is shown to the user. None writes anything."""
 

@@ -497,6 +497,16 @@ class Shard(msgspec.Struct, frozen=True):
         return f".shard-{self.number:0{len(str(self.count - 1))}d}-of-{self.count}"
 
 
+class MergedShard(msgspec.Struct, frozen=True):
+    """A shard as it was when it was merged into a run."""
+
+    run_id: str
+    shard: str
+    rows: int
+    attempts: int
+    cost_usd: Decimal
+
+
 class Live(msgspec.Struct, frozen=True):
     """How the run sends now. Rates and `refused_share` (None: nothing was sent) are of the last half minute, `refused`
     counts this start's. `circuit` is `open`, `cooling`, `probing` or `stopped`; open: requests are sent.
@@ -566,7 +576,7 @@ class Summary(msgspec.Struct, frozen=True):
     duplicates: int = 0
     saved_usd: Decimal = Decimal(0)
     shard: str | None = None
-    merged: list[str] = []
+    merged: list[MergedShard] = []
     live: Live | None = None
     last_answer_at: datetime | None = None
 

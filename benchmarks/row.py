@@ -3,6 +3,7 @@
     python benchmarks/row.py                     # three rounds of 10,000 and 40,000 rows; some three minutes
     python benchmarks/row.py --in-flight 256
     python benchmarks/row.py --instructions      # instructions instead of time, by valgrind
+    python benchmarks/row.py --instructions --set telemetry.otel=true            # of a job with this setting, too
     python benchmarks/row.py --guard             # the same, against benchmarks/row_baseline.json: 1 beyond 15 %
 
 A whole `batchrun run` from JSONL to Parquet against `fixed_answer.py`. The cost of a row is the slope between a short
@@ -18,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from throughput import BARE, JOB, fixed_answer_server, write_input
@@ -100,12 +102,13 @@ def slope(few: float, many: float, rows: tuple[int, int]) -> tuple[float, float]
     return each, few - rows[0] * each
 
 
-def counted(url: str, in_flight: int) -> tuple[float, float]:
+def counted(url: str, in_flight: int, settings: Sequence[str] = ()) -> tuple[float, float]:
     """Thousands of instructions of a row, and millions of a run without rows."""
+    more = [word for setting in settings for word in ("--set", setting)]
     program = ["-c", "from batchrun.cli import main; main()"]
     with tempfile.TemporaryDirectory(prefix="batchrun-bench-", dir=".") as folder:
         made = Path(folder).resolve()
-        few, many = (instructions([*program, *command(url, rows, in_flight, made)]) for rows in (FEW, MANY))
+        few, many = (instructions([*program, *command(url, rows, in_flight, made), *more]) for rows in (FEW, MANY))
     each, none = slope(few, many, (FEW, MANY))
     return each / 1e3, none / 1e6
 
@@ -146,12 +149,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--instructions", action="store_true")
     parser.add_argument("--guard", action="store_true")
+    parser.add_argument("--set", action="append", default=[], dest="settings")
     arguments = parser.parse_args()
     with fixed_answer_server() as url:
         if arguments.guard:
             guard(url)
         elif arguments.instructions:
-            bare, (each, none) = bare_counted(url, arguments.in_flight), counted(url, arguments.in_flight)
+            bare = bare_counted(url, arguments.in_flight)
+            each, none = counted(url, arguments.in_flight, arguments.settings)
             print(f"bare loop: {bare:,.0f} thousand instructions a request")
             print(f"batchrun: {each:,.0f} thousand a row ({each / bare:.2f} × bare), {none:,.0f} million without rows")
         else:

@@ -117,7 +117,7 @@ async def at_the_gate() -> float:
     for row in range(rows):
         slot = await gate.admit(Demand(1100, Decimal(1), 2000, 100))
         gate.settle(slot, 1100, 100)
-        gate.hear(slot, {})
+        gate.read_headers(slot, {})
         gate.observe(slot, Outcome(row, Verdict.OK))
         gate.release(slot, Decimal(0), 1100)
     return (time.process_time() - started) / rows * 1e6

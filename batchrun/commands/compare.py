@@ -4,13 +4,14 @@ from pathlib import Path
 
 import click
 
+from batchrun.commands.remote import ResultPath
 from batchrun.commands.results import say
 from batchrun.terminal import harmless
 
 
 @click.command()
-@click.argument("before", type=click.Path(path_type=Path))
-@click.argument("after", type=click.Path(path_type=Path))
+@click.argument("before", type=ResultPath(whole=True))
+@click.argument("after", type=ResultPath(whole=True))
 @click.option("--id", "by", metavar="COLUMN", help="The input's column that identifies a row, or `row`, its position.")
 @click.option("-n", "examples", type=click.IntRange(0), default=20, show_default=True, help="Changed rows to show.")
 @click.option("--json", "as_json", is_flag=True, help="A JSON object instead of lines.")

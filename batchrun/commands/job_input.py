@@ -94,7 +94,7 @@ def read_input(
                 source: Source = open_source(files, job.input.max_line_bytes)
                 as_read, types = job, None
             else:
-                part = shards.find(job, files, shard, progress.checked)
+                part = shards.find(job, files, shard, Path(scratch), progress.checked, skip_invalid=skip_invalid)
                 source, as_read, types = part.source, shards.reading(job, part.dialect), part.types
             preconditions.require_columns(job, source)
             with Questions(Path(scratch)) as keys:

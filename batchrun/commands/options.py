@@ -5,13 +5,16 @@ from typing import TYPE_CHECKING
 
 import click
 
+from batchrun.commands.remote import ResultPath
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from decimal import Decimal
 
 JOB = click.argument("job", type=click.Path(dir_okay=False, path_type=Path))
 OUT = click.argument("out", type=click.Path(path_type=Path))
-PATHS = click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=click.Path(path_type=Path))
+RESULT = click.argument("out", type=ResultPath(whole=True))
+PATHS = click.argument("paths", metavar="PATH...", nargs=-1, required=True, type=ResultPath(whole=False))
 INPUT = click.option("-i", "--input", "input_path", metavar="PATH", help="Input instead of input.path; - is stdin.")
 DATE = click.option("--date", metavar="YYYY-MM-DD", help="The logical date for {date}; default: the first start's.")
 SET = click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Override one setting of the job.")

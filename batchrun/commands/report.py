@@ -79,7 +79,7 @@ def report(
     target: Path | None,
     picture: Path | None,
 ) -> None:
-    """The bill over run directories and completions files."""
+    """The bill over run directories and completions files, or URLs of them."""
     import msgspec
 
     from batchrun.errors import JobError

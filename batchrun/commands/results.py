@@ -5,12 +5,13 @@ import sys
 from pathlib import Path
 
 from batchrun import streams
+from batchrun.commands.remote import as_named
 from batchrun.terminal import harmless
 
 
 def say(text: str, *, nl: bool = True) -> None:
     """Writes a result to stdout."""
-    streams.write_result(text + "\n" * nl)
+    streams.write_result(as_named(text) + "\n" * nl)
 
 
 def write(content: bytes, target: Path | None, *, for_people: bool) -> None:

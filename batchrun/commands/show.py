@@ -5,13 +5,13 @@ from pathlib import Path
 
 import click
 
-from batchrun.commands.options import OUT
+from batchrun.commands.options import RESULT
 from batchrun.commands.results import say
 from batchrun.terminal import harmless
 
 
 @click.command()
-@OUT
+@RESULT
 @click.option("--status", "statuses", metavar="LIST", help="Rows of these statuses, e.g. error,invalid.")
 @click.option("--row", "numbers", metavar="ROWS", help="Rows by their position: 3 or 3,10-12.")
 @click.option("--where", metavar="EXPR", help="Rows by their columns: \"cost_usd > 0.01 and error.kind == 'quota'\".")
@@ -27,7 +27,7 @@ def show(
     columns: str | None,
     as_json: bool,
 ) -> None:
-    """Rows of a result: the question beside the answer. OUT is a run directory or a completions file."""
+    """Rows of a result: the question beside the answer. OUT: a run directory, a completions file, a URL of one."""
     from batchrun.report import row_view
     from batchrun.store.rundir import RunDirectory
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from batchrun import signals
 from batchrun.destination import restore
 from batchrun.destination.replica import Replica, kept_parts
 from batchrun.dispatch.runlog import RunLog
@@ -59,8 +60,11 @@ def run(
         mirror = None
         if job.output.keep_parts_remote:
             mirror = Replica(folder, mine, claim, note)
-            if not directory.checkpoint.exists() and (found := restore.restore(job, folder, directory)) is not None:
-                note(found)
+            if not directory.checkpoint.exists():
+                with signals.raised():
+                    found = restore.restore(job, folder, directory)
+                if found is not None:
+                    note(found)
         summary = work(mirror)
         return _published(job, directory, folder, summary, claim, mine, note) if summary.complete else summary
 
@@ -70,9 +74,29 @@ def taken(job: Job) -> Callable[[Path], bool]:
 
     def taken(path: Path) -> bool:
         url = rundir.published_at(job.output, path)
-        return path.exists() or (url is not None and bool(RemoteFolder(url, job.storage).list()))
+        return path.exists() or (url is not None and bool(RemoteFolder(url, job.storage).objects()))
 
     return taken
+
+
+def elsewhere(job: Job) -> Callable[[], tuple[Path, str] | None]:
+    """Finds the newest run of the job that another machine has left unfinished with its parts in the store."""
+
+    def names(above: str) -> list[str]:
+        url = rundir.published_at(job.output, Path(above))
+        return [] if url is None else RemoteFolder(url, job.storage).folders()
+
+    def found() -> tuple[Path, str] | None:
+        if not job.output.keep_parts_remote:
+            return None
+        for path, date in rundir.dates_among(rundir.pattern_of(job.output), job.name, names)[:1]:
+            url = rundir.published_at(job.output, path)
+            folder = None if url is None else RemoteFolder(url, job.storage)
+            if folder is not None and publish.standing(folder) is None and folder.below(publish.RUNS).objects():
+                return path, date
+        return None
+
+    return found
 
 
 def command(line: str, job: Job, url: Url) -> str:
@@ -152,7 +176,8 @@ def _published(
     with contextlib.closing(RunLog(directory.log)) as log:
         try:
             kept = kept_parts(folder, known.run_id) if job.output.keep_parts_remote else {}
-            new = publish.publish(folder, files, beside, content, record, claim, kept)
+            with signals.raised():  # the event loop has removed these handlers at its end
+                new = publish.publish(folder, files, beside, content, record, claim, kept)
         except BatchrunError as error:
             log.write("publish failed", url=str(folder), why=str(error))
             why = f"{error} (the result is complete in {directory.path}; publishing it sends no request)"

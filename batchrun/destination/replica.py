@@ -124,7 +124,7 @@ class Replica:
     def _begin(self, run_id: str) -> RemoteFolder:
         """The run's folder in the store, which is this writer's from now on."""
         folder = self._place.below(f"{RUNS}/{run_id}")
-        self._there = {each.name for each in folder.list()}
+        self._there = {each.name for each in folder.objects()}
         folder.put(OWNER, msgspec.json.encode(self._mine))
         self._folder = folder
         return folder
@@ -140,7 +140,7 @@ class Replica:
 def kept_parts(place: RemoteFolder, run_id: str) -> dict[str, str]:
     """The parts of the run's replica, by digest, with their names in `place`."""
     prefix = f"{RUNS}/{run_id}"
-    found = {each.name: PART.fullmatch(each.name) for each in place.below(prefix).list()}
+    found = {each.name: PART.fullmatch(each.name) for each in place.below(prefix).objects()}
     return {match[3]: f"{prefix}/{name}" for name, match in found.items() if match}
 
 

@@ -41,7 +41,7 @@ def restore(job: Job, place: RemoteFolder, directory: RunDirectory) -> str | Non
     folder = _newest(place)
     if folder is None:
         return None
-    names = [each.name for each in folder.list()]
+    names = [each.name for each in folder.objects()]
     _, _, copy = max((int(match[1]), name, name) for name in names if (match := COPY.fullmatch(name)))
     directory.create()
     local = directory.path / "checkpoint.db.tmp"
@@ -63,7 +63,7 @@ def restore(job: Job, place: RemoteFolder, directory: RunDirectory) -> str | Non
 
 def _newest(place: RemoteFolder) -> RemoteFolder | None:
     """The folder of the run whose checkpoint was copied last."""
-    found = [each for each in place.below(RUNS).list() if each.name.endswith(".db")]
+    found = [each for each in place.below(RUNS).objects() if each.name.endswith(".db")]
     if not found:
         return None
     newest = max(found, key=lambda each: (each.mtime_ns, each.name))

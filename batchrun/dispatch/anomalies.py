@@ -103,6 +103,10 @@ class Anomalies:
         if self._retried:
             return None
         is_refused = error is not None and error.kind == CONTENT_POLICY
+        if not is_refused and not self._refused_count:
+            self._refused.append(False)
+            self._watch_last = self._watch_last or len(self._refused) == FIRST_ROWS
+            return None
         if len(self._refused) == FIRST_ROWS:
             self._refused_count -= self._refused[0]
         self._refused.append(is_refused)

@@ -113,7 +113,8 @@ class Dispatch:
     async def _work(self, workers: Workers, heartbeat: Heartbeat, open_run: OpenRun) -> "Shutdown":
         """The workers have ended, and what they received is durable and sealed."""
         loop = asyncio.get_running_loop()
-        open_run.store.checkpoint.listen(_in_loop(loop, workers.on_commit), _in_loop(loop, workers.fail))
+        on_commit = _each(workers.on_commit, None if self._hooks.otel is None else self._hooks.otel.settled)
+        open_run.store.checkpoint.listen(_in_loop(loop, on_commit), _in_loop(loop, workers.fail))
         shutdown = Shutdown(workers, self._hooks, self._status)
         heartbeat.warn_of_limits(self._job.total_limits)
         heartbeat.check_deadline()
@@ -152,6 +153,8 @@ class Dispatch:
                 workers.fail(error)
                 return
             self._status.log.write("sealed", chunk=chunk.chunk.chunk, rows=chunk.chunk.rows)
+            if self._hooks.otel is not None:
+                self._hooks.otel.chunk_sealed(chunk.chunk.chunk)
 
     def _connections(self) -> tuple[list[int], int]:
         """How many requests may be in flight at each endpoint, and how many connections of each are spare for streams
@@ -320,6 +323,18 @@ def _log_pace(
 
 def _log_kind(log: RunLog, named: dict[str, str], kind: str, why: str) -> None:
     log.write("refusals", kind=kind, why=why, **named)
+
+
+def _each(first: Callable[[*Ts], None], second: Callable[[*Ts], None] | None) -> Callable[[*Ts], None]:
+    """Calls both; `first` itself without a second."""
+    if second is None:
+        return first
+
+    def call_both(*arguments: *Ts) -> None:
+        first(*arguments)
+        second(*arguments)
+
+    return call_both
 
 
 def _in_loop(loop: asyncio.AbstractEventLoop, call: Callable[[*Ts], None]) -> Callable[[*Ts], None]:

@@ -1,6 +1,7 @@
 """How the caller of a run follows its progress and stops it."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -8,6 +9,10 @@ from batchrun import signals
 from batchrun.dispatch.result_queue import ResultQueue
 from batchrun.records import Summary
 from batchrun.store.chunks import Mirror
+from batchrun.telemetry.views import Views
+
+if TYPE_CHECKING:
+    from batchrun.telemetry.otel import OpenTelemetry
 
 GRACE_S = 20.0
 """How long requests in flight may take after the first signal. Kubernetes kills after 30 s."""
@@ -28,7 +33,7 @@ class Hooks(msgspec.Struct, frozen=True):
     """`progress` is called at the start and twice a second, `note` for single lines.
 
     `command` is the command line that resumes the run, without its directory. `grace_s`: how long requests in flight
-    may take after the first signal or after the deadline. `shown` gets every summary that is written, in any thread.
+    may take after the first signal or after the deadline. `views` get every summary that is written.
     `mirror` keeps a copy of the sealed parts elsewhere.
     """
 
@@ -37,5 +42,10 @@ class Hooks(msgspec.Struct, frozen=True):
     host: Host | None = None
     command: str | None = None
     grace_s: float = GRACE_S
-    shown: Callable[[Summary], None] = lambda summary: None
+    views: Views | None = None
     mirror: Mirror | None = None
+
+    @property
+    def otel(self) -> "OpenTelemetry | None":
+        """What also gets chunks and attempts as they end; None: nothing does."""
+        return None if self.views is None else self.views.otel

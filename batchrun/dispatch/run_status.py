@@ -4,7 +4,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,7 @@ from batchrun.report.summary import Moment, read, starting, summarise
 from batchrun.startup.resume import Plan
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.rundir import RunDirectory
+from batchrun.telemetry.views import Views
 
 if TYPE_CHECKING:
     from batchrun.dispatch.worker import Workers  # with aiohttp, which a start without a request does not need
@@ -59,13 +60,13 @@ class RunStatus:
         credentials: Credentials,
         command: str | None = None,
         tags: Mapping[str, str] | None = None,
-        shown: Callable[[Summary], None] = lambda summary: None,
+        views: Views | None = None,
     ) -> None:
         """Writes the first summary.json, with this process's id and the `command` that resumes the run.
 
-        `shown` gets every summary that is written; it must not raise.
+        `views` show every summary that is written.
         """
-        self._shown = shown
+        self._views = views
         self._tags = dict(tags or {})
         self._job = job
         self._directory = directory
@@ -211,7 +212,8 @@ class RunStatus:
             replace_bytes(self._directory.summary, msgspec.json.format(msgspec.json.encode(summary), indent=2))
         except DiskError as error:  # not raised: a heartbeat must never cost an answer
             self.log.write("summary not written", why=str(error))
-        self._shown(summary)
+        if self._views is not None:
+            self._views.show(summary)
 
     def end(self, state: str, exit_code: ExitCode, reason: str | None) -> Summary:
         """Writes the last summary of this invocation."""

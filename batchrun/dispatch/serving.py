@@ -26,7 +26,7 @@ EARLY = 0.5
 
 
 class Serving:
-    """One per event loop."""
+    """One per event loop. `shares_no_prefix`: no request has a key in the prompt cache, and no row waits for one."""
 
     def __init__(self, job: Job, dialect: str, clock: Callable[[], float]) -> None:
         self._tier = job.request.service_tier
@@ -36,6 +36,7 @@ class Serving:
         self._lines_may_differ = dialect == "openai-batch"
         self._sends_keys = "prompt_cache_key" not in job.request.extra
         self._keys = CacheKeys[Pending](clock) if job.request.cache_prefix else None
+        self.shares_no_prefix = self._keys is None
         self._clock = clock
         self._full_since_s: float | None = None
         self._behind_deadline = False

@@ -1,7 +1,7 @@
 """The run on disk, and what is open on it while requests are sent."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from decimal import Decimal
 
 import msgspec
@@ -19,7 +19,8 @@ from batchrun.store.totals import DISCARDED, LOST
 class Store(msgspec.Struct, frozen=True):
     """One run in this start: its directory, its durable records, the plan, and its chunks.
 
-    `canary`: the only rows to send for now. `before_usd` is the most that the run had cost before this start.
+    `canary`: the only rows to send for now. `before_usd` is the most that the run had cost before this start. `opened`
+    gets the number, first row and rows of each chunk that is opened.
     """
 
     directory: RunDirectory
@@ -28,10 +29,14 @@ class Store(msgspec.Struct, frozen=True):
     chunks: Chunks
     canary: "CanaryRows | None" = None
     before_usd: Decimal = Decimal(0)
+    opened: Callable[[int, int, int], None] | None = None
 
     def open_next(self) -> OpenChunk | None:
         """The next chunk with rows to send; None when there is no more."""
-        return self.chunks.open_next() if self.canary is None else self.canary.open_next(self.chunks)
+        chunk = self.chunks.open_next() if self.canary is None else self.canary.open_next(self.chunks)
+        if chunk is not None and self.opened is not None:
+            self.opened(chunk.chunk.chunk, chunk.chunk.first_row, chunk.chunk.rows)
+        return chunk
 
     @property
     def pending(self) -> int:

@@ -15,7 +15,7 @@ from batchrun import attempt_caps, policy, prices
 from batchrun.dispatch.anomalies import Anomalies
 from batchrun.dispatch.attempt_result import NOTHING, AttemptResult, add_costs, cost_of, maybe_billed, reported
 from batchrun.dispatch.backlog import Backlog, Invalid, Pending
-from batchrun.dispatch.cache_keys import Key
+from batchrun.dispatch.cache_keys import NO_KEY, Key
 from batchrun.dispatch.endpoints import Endpoints
 from batchrun.dispatch.image_memory import ImageMemory
 from batchrun.dispatch.last_rows import LastRows
@@ -129,11 +129,12 @@ class Workers:
     async def work(self) -> None:
         """Sends rows until none is left or the gate closes."""
         while True:
-            probes = await self.gate.turns.take()
+            probes = False if self.gate.turns.are_open else await self.gate.turns.take()
             if (pending := await self._next(probes=probes)) is None:
                 self.gate.turns.end()
                 return
-            if (key := await self._cache_key(pending, probes=probes)) is None:
+            key = NO_KEY if self.serving.shares_no_prefix else await self._cache_key(pending, probes=probes)
+            if key is None:
                 continue
             request = pending.request
             try:
@@ -195,6 +196,8 @@ class Workers:
 
     def _unpark(self, key: Key, *, answered: bool = False) -> None:
         """The request with this key has ended or was not sent: rows that were parked for it are pending again."""
+        if self.serving.shares_no_prefix:
+            return
         for pending in self.serving.ended(key, answered=answered):
             self._put_back(pending)
         self._unparked.set()

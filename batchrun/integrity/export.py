@@ -5,7 +5,7 @@ stored input, and rows that were never opened are read from the input.
 """
 
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, starmap
 from pathlib import Path
 
 import msgspec
@@ -25,7 +25,7 @@ from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.chunks import Chunks, Layout
 from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
-from batchrun.tables import files
+from batchrun.tables import files, json_lines
 from batchrun.tables.json_columns import ColumnTypes
 from batchrun.tables.rows import output_schema, own_schema
 
@@ -114,8 +114,12 @@ def _complete(
     rows = summary.rows - summary.pending
     if to is None:
         return Exported(result_files.shown(directory), rows, 0, complete=True, written=False)
-    if written.folder:
-        parts = [(directory.path / file.name, file.digest, file.rows) for file in written.kept or written.files]
+    parts = [(directory.path / file.name, file.digest, file.rows) for file in written.kept or written.files]
+    if json_lines.packing_of(to) is not None:
+        json_lines.write(
+            to, files.schema_of(parts[0][0]), chain.from_iterable(starmap(files.sealed_batches, parts)), rows
+        )
+    elif written.kept or written.folder:
         footer = {files.FOOTER_KEY: msgspec.json.encode(result.bill(summary)).decode()}
         files.assemble(parts, to, files.schema_of(parts[0][0]), known.output.compression, footer)
     else:

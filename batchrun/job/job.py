@@ -270,7 +270,9 @@ class Output(Table, frozen=True):
     prefix: str = ""
     raw: Literal["failed", "always"] = "failed"
     layout: Literal["file", "parts"] = "file"
+    format: Literal["parquet", "jsonl", "jsonl.gz", "jsonl.zst"] = "parquet"
     partition_by: list[Text] = []
+    dataset: Text | None = None
     max_partitions: AtLeastOne = 1000  # each is a folder and a file; pyarrow's own limit is 1,024
     compression: Literal["zstd", "snappy", "gzip", "none"] = "zstd"
     chunk_rows: Annotated[int, Meta(ge=1, le=1_000_000)] = 8192
@@ -282,7 +284,7 @@ class Output(Table, frozen=True):
     @property
     def is_one_file(self) -> bool:
         """Whether the result is one Parquet file with everything in it, which needs no parts any more."""
-        return self.layout == "file" and not self.partition_by
+        return self.layout == "file" and not self.partition_by and self.format == "parquet"
 
 
 class TierPrice(Table, frozen=True):
@@ -310,6 +312,8 @@ class Telemetry(Table, frozen=True):
     """What other programs are told of a run while it works."""
 
     prometheus_dir: Text | None = None
+    otel: bool = False
+    request_spans: Share = 0.0
 
 
 class Simulator(Table, frozen=True):

@@ -79,6 +79,13 @@ def problems(job: Job) -> Iterator[str]:
         yield f"output.path: {unknown[0]} is unknown; {{job}} and {{date}} are allowed"
     if job.output.partition_by and job.output.layout == "parts":
         yield "output.partition_by: writes one file for each partition; leave out output.layout"
+    if job.output.dataset is not None and not job.output.partition_by:
+        yield "output.dataset: takes partitions; name the columns in output.partition_by"
+    if job.output.dataset is not None and "://" in job.output.dataset:
+        yield "output.dataset: must be a local directory; a URL in output.path publishes the whole result"
+    if job.output.format != "parquet" and (job.output.partition_by or job.output.layout == "parts"):
+        other = "partition_by" if job.output.partition_by else "layout"
+        yield f"output.format: JSON lines are one file; leave out output.{other}, or write Parquet"
     if job.input.partitions and job.input.path == "-":
         yield "input.partitions: standard input has no folders; leave it out, or name a directory"
     if isinstance(most := job.input.max_changed, str) and not re.fullmatch(r"(\d{1,2}(\.\d+)?|100)%", most):

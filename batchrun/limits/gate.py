@@ -2,8 +2,9 @@
 
 import asyncio
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from decimal import Decimal
+from typing import Any
 
 import msgspec
 
@@ -204,7 +205,7 @@ class Gate:
             output_tokens_per_minute=self._rates.token_limit(Limit.OUTPUT_TOKENS),
         )
 
-    async def admit(self, demand: Demand, *, probes: bool = True) -> int:
+    def admit(self, demand: Demand, *, probes: bool = True) -> Coroutine[Any, Any, int]:
         """Waits its turn, takes everything the attempt needs, and returns its slot, in [0, max_in_flight).
 
         `probes`: whether this attempt may be sent while the endpoint is in doubt.
@@ -213,7 +214,7 @@ class Gate:
             GateClosed: nothing is admitted any more, or the budget can never cover this attempt.
             InDoubt: the endpoint is in doubt and `probes` is false.
         """
-        return await self._queue.admit(self.try_admit, demand, probes, self._give_back)
+        return self._queue.admit(self.try_admit, demand, probes, self._give_back)
 
     def bound(self, slot: int) -> tuple[Decimal | None, int]:
         """The attempt's reserved upper bounds: cost in USD (None: unknown) and tokens."""
@@ -317,6 +318,13 @@ class Gate:
         """Updates rates and requests in flight. A refused attempt used nothing, so it is given back to the buckets,
         unless the rate was itself learned from refusals: then it would be sent and refused again at once.
         """
+        if outcome.verdict is Verdict.OK:
+            in_flight = self._circuit.in_flight
+            free = self._requests.learned is None and in_flight.crowding.cap is None
+            latency_s, allowed = now_s - flight.sent_s, in_flight.allowed
+            in_flight.knee.answered(now_s, latency_s, flight.others, allowed, in_flight.most, free=free)
+            self._refusals.ended(flight.order, now_s)
+            return NOTHING
         if outcome.verdict is Verdict.FREE and not flight.settled:
             self._rates.correct(flight.demand, 0, 0)  # the model did not run, so no tokens were used
         if outcome.verdict is Verdict.SLOW and outcome.says_nothing:
@@ -326,11 +334,6 @@ class Gate:
             reached = outcome.verdict is not Verdict.FREE or (
                 outcome.error is not None and outcome.error.http_status is not None
             )
-            if outcome.verdict is Verdict.OK:
-                in_flight = self._circuit.in_flight
-                free = self._requests.learned is None and in_flight.crowding.cap is None
-                latency_s, allowed = now_s - flight.sent_s, in_flight.allowed
-                in_flight.knee.answered(now_s, latency_s, flight.others, allowed, in_flight.most, free=free)
             self._refusals.ended(flight.order, now_s, reached=reached)
             return NOTHING
         if self._requests.learned is None:

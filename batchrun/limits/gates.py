@@ -1,8 +1,9 @@
 """One gate for each of several endpoints, with one queue and one budget over all of them."""
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from decimal import Decimal
+from typing import Any
 
 import msgspec
 
@@ -160,9 +161,9 @@ class Gates:
             raise ValueError("with several endpoints only the budget can be changed; each has its limits in the job")
         self._shared.wake()
 
-    async def admit(self, demand: Demand, *, probes: bool = True) -> int:
+    def admit(self, demand: Demand, *, probes: bool = True) -> Coroutine[Any, Any, int]:
         """As `Gate.admit`, at any of the endpoints."""
-        return await self._shared.queue.admit(self._try_admit, demand, probes, self._give_back)
+        return self._shared.queue.admit(self._try_admit, demand, probes, self._give_back)
 
     def _try_admit(self, demand: Demand, probes: bool) -> int | Binding:
         """The slot at the first endpoint in turn that admits the attempt now; else the block that is lifted first."""

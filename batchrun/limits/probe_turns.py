@@ -39,6 +39,11 @@ class ProbeTurns:
             return None
         return Binding(Limit.PROBING) if self._chosen else self._circuit.binding(self._loop.time())
 
+    @property
+    def are_open(self) -> bool:
+        """True while any worker may choose a row at once."""
+        return not self._circuit.in_doubt
+
     async def take(self) -> bool:
         """Waits until the caller may choose a row; True if that row is the probe."""
         while (blocked_by := self.blocked_by) is not None:

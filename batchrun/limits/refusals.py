@@ -167,7 +167,7 @@ class Refusals:
 
     def rise(self, now_s: float) -> None:
         """Tries higher learned rates when it is time."""
-        if self._trial is None:
+        if self._trial is None and not self._may_add_up:  # in quiet times nothing is learned
             for search in self.searches.values():
                 search.rise(now_s, float(self.share))
 

@@ -53,6 +53,7 @@ class Cluster:
         self._address = address
         self._note = note
         self._ours = False  # whether this object has connected the process, and so disconnects it
+        self._connected = contextlib.ExitStack()
 
     @asynccontextmanager
     async def open_transports(self, wanted: Wanted) -> AsyncIterator[list[Opened]]:
@@ -79,7 +80,7 @@ class Cluster:
         try:
             first = await fleet.start()
             many = str(engine.actors) if engine.max_actors is None else f"{engine.actors} to {engine.max_actors}"
-            where = "a local Ray" if self._address == LOCAL else f"the Ray cluster at {self._address}"
+            where = self._where()
             self._note(f"sending from {many} {'actor' if many == '1' else 'actors'} of {where} ({version})")
             yield [
                 Opened(
@@ -91,6 +92,13 @@ class Cluster:
         finally:
             await fleet.close()
 
+    def _where(self) -> str:
+        import ray
+
+        return (
+            "a local Ray" if self._address == LOCAL else f"the Ray cluster at {ray.get_runtime_context().gcs_address}"
+        )
+
     def disconnect(self) -> None:
         """Leaves the cluster, and ends one that was started by `_connect`."""
         if self._ours:
@@ -98,16 +106,17 @@ class Cluster:
 
             ray.shutdown()
             self._ours = False
+        self._connected.close()
 
     def _connect(self) -> str:
         """Connects this process, unless it is connected; returns Ray's version."""
-        with warnings.catch_warnings(), contextlib.ExitStack() as quiet:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             import ray
 
-            quiet.enter_context(_quiet())  # the import sets the level
             if ray.is_initialized():  # by the canary before, or by the program that runs us
                 return str(ray.__version__)
+            self._connected.enter_context(_quiet())  # the import has set the level
             engine = self._job.engine
             options: dict[str, Any] = {"configure_logging": False, "log_to_driver": False}
             if self._address == LOCAL:
@@ -193,13 +202,20 @@ def _own_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Ray's log lines at the start are not for our users."""
-    log = logging.getLogger("ray")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    """Ray logs its start to stderr, and prints the last words of dead processes to stdout; run.log says what matters.
+
+    There is no setting for the latter (2.60), so its function is replaced, where it has that name.
+    """
+    from ray._private import worker
+
+    log, name = logging.getLogger("ray"), "print_to_stdstream"
+    level, printing = log.level, getattr(worker, name, None)
+    log.setLevel(logging.CRITICAL + 1)
+    setattr(worker, name, lambda data, ignore_prefix: None)
     try:
         yield
     finally:
+        setattr(worker, name, printing)
         log.setLevel(level)
 
 

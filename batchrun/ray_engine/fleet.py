@@ -17,7 +17,7 @@ import ray
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
 from batchrun.credentials import Credentials
-from batchrun.errors import APIConnectionError, BatchrunError, ExitCode, JobError, RunStoppedError
+from batchrun.errors import APIConnectionError, ExitCode, JobError, RunStoppedError
 from batchrun.job.job import Engine
 from batchrun.policy import Fault
 from batchrun.ray_engine.sender import Answered, Parcel, Ready, Sender, Setup
@@ -31,8 +31,8 @@ CALL_BYTES = 4_000_000
 """How many bytes of bodies one call has: Ray sends 10 MB of arguments with it."""
 
 MOST_CALLS_PER_S = 1_000
-"""How often the driver calls actors, in all. A call costs it some 0.3 ms of CPU, however much it carries (measured:
-docs/benchmarks.md), so what comes sooner waits for the next one: 2 ms with one actor, 32 ms with 16."""
+"""How often the driver calls actors, in all. A call costs it about 0.5 ms of CPU, however much it carries (measured:
+docs/ray.md), so what comes sooner waits for the next one: 2 ms with one actor, 32 ms with 16."""
 
 SILENT_S = 60.0
 """An actor is lost that has answered no call for so long. Each answers every `sender.POLL_S` seconds."""
@@ -103,6 +103,8 @@ class Fleet:
         self._no_actor_since: float | None = None
         self._surplus_since: float | None = None
         self._closing = False
+        self._last_failure: str | None = None
+        self._cut_off: RunStoppedError | None = None
         self._first: asyncio.Future[Ready] = self._loop.create_future()
 
     # ── the life of the fleet ─────────────────────────────────────────────────────────────────────────────────────────
@@ -123,6 +125,8 @@ class Fleet:
             raise RunStoppedError(self._no_room(), ExitCode.PAUSED) from None
 
     def _no_room(self) -> str:
+        if self._last_failure is not None:
+            return f"no Ray actor could start: {self._last_failure}; run the same command again"
         free, all_of_them = ray.available_resources().get("CPU", 0), ray.cluster_resources().get("CPU", 0)
         return (
             f"no Ray actor could start within {self._engine.start_timeout_s:g} s: each needs "
@@ -139,7 +143,13 @@ class Fleet:
             await asyncio.wait(self._tasks, timeout=CLOSE_S)
 
     def tend(self) -> None:
-        """To be called about once a second: gives up silent actors, starts and ends some, fails what waits too long."""
+        """To be called about once a second: gives up silent actors, starts and ends some, fails what waits too long.
+
+        Raises:
+            RunStoppedError: this process can't have an actor any more.
+        """
+        if self._cut_off is not None:
+            raise self._cut_off
         now = self._loop.time()
         for actor in self._alive():
             if now - actor.heard_at > SILENT_S:
@@ -153,7 +163,7 @@ class Fleet:
         elif self._no_actor_since is None:
             self._no_actor_since = now
         elif now - self._no_actor_since > UNSENT_S:
-            self._fail_unsent(now)
+            self._fail_unsent(f"no Ray actor has been there for {UNSENT_S:g} s")
 
     def _wanted(self) -> int:
         """An actor for every `requests_per_actor` in flight, within the bounds."""
@@ -203,12 +213,21 @@ class Fleet:
         await self._collect(actor)
 
     def _could_not_start(self, error: Exception) -> None:
-        """An error of the first actor ends the start: it would be that of all."""
-        why = _in_words(error)
-        self._report("actor failed", None if not self._first.done() else f"warning: no Ray actor more: {why}", why=why)
-        if not self._first.done():
-            known = error.cause if isinstance(error, RayTaskError) else error
-            self._first.set_exception(known if isinstance(known, BatchrunError) else JobError(_not_started(why)))
+        """Before the first actor works, an error that all would have ends the start; a node that dies does not."""
+        self._note_cut_off(error)
+        self._last_failure = why = _in_words(error)
+        if self._first.done():
+            self._report("actor failed", f"warning: a Ray actor could not start: {why}", why=why)
+            return
+        self._report("actor failed", None, why=why)
+        if (known := self._cut_off or _as_ours(error, why)) is not None:
+            self._first.set_exception(known)
+        else:
+            self._loop.call_later(REPEAT_S, self._start_another)
+
+    def _start_another(self) -> None:
+        if not self._closing:
+            self._start_one()
 
     def _end(self, actor: Actor) -> None:
         if actor in self._actors:
@@ -234,6 +253,8 @@ class Fleet:
 
     async def send(self, endpoint: int, body: bytes, client_request_id: str) -> Attempt:
         """As `Transport.send`, to the endpoint at this place."""
+        if self._cut_off is not None:
+            return _not_sent(time.time(), str(self._cut_off))
         self._last_number = number = self._last_number + 1
         reply: asyncio.Future[Attempt] = self._loop.create_future()
         self._replies[number] = reply
@@ -320,10 +341,19 @@ class Fleet:
         if self._closing:
             return False
         if isinstance(error, RayError) and not isinstance(error, ActorDiedError | RayTaskError):
+            self._report("call repeated", None, actor=str(actor), why=_in_words(error))
             await asyncio.sleep(REPEAT_S)
             return actor in self._actors
         self._lost(actor, _in_words(error))
+        self._note_cut_off(error)
         return False
+
+    def _note_cut_off(self, error: Exception) -> None:
+        """If the node of this process has died, its actors are gone, and it can have no others: `tend` ends the run."""
+        if "owner has died" in str(error) and not self._closing and self._cut_off is None:
+            why = "the Ray node that this process is on has died, and all actors with it; run the same command again"
+            self._cut_off = RunStoppedError(why, ExitCode.PAUSED)
+            self._fail_unsent(why)
 
     def _answer(self, number: int, attempt: Attempt | Exception) -> None:
         reply = self._replies.get(number)
@@ -348,13 +378,16 @@ class Fleet:
         actor.in_flight.clear()
         self._deal_soon()
 
-    def _fail_unsent(self, now: float) -> None:
+    def _fail_unsent(self, why: str) -> None:
         """Requests that no actor has taken were certainly not sent."""
-        why = f"no Ray actor has been there for {UNSENT_S:g} s"
         while self._unsent:
             queued_at, (number, *_) = self._unsent.popleft()
-            error = APIConnectionError(why, kind=Fault.CONNECT, sent=False)
-            self._answer(number, Attempt(queued_at, max(0.0, time.time() - queued_at), None, {}, b"", error))
+            self._answer(number, _not_sent(queued_at, why))
+
+
+def _not_sent(queued_at: float, why: str) -> Attempt:
+    error = APIConnectionError(why, kind=Fault.CONNECT, sent=False)
+    return Attempt(queued_at, max(0.0, time.time() - queued_at), None, {}, b"", error)
 
 
 def _pieces(batch: list[Parcel]) -> Iterator[list[Parcel]]:
@@ -375,12 +408,21 @@ def _in_words(error: Exception) -> str:
     if isinstance(error, RayTaskError):
         return f"{type(error.cause).__name__}: {error.cause}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if getattr(error, "actor_init_failed", False) and (raised := [line for line in lines if _RAISED.match(line)]):
+        return raised[-1][:300]
     line = next((line for line in lines if line.startswith("The actor") and "because" in line), "".join(lines[:1]))
-    return _DETAILS.split(line.rpartition("because ")[2])[0][:300].rstrip(". ") or type(error).__name__
+    return _DETAILS.split(re.split("because |is unavailable: ", line)[-1])[0][:300].rstrip(". ") or type(error).__name__
 
 
-_DETAILS = re.compile(r"\.? (?:Worker exit type|Node Id|Some common causes)")
+_RAISED = re.compile(r"\w+(Error|Exception): ")
+_DETAILS = re.compile(r"\.? (?:Worker exit type|Node Id|Owner Id|Some common causes|The task may or may not)")
 
 
-def _not_started(why: str) -> str:
-    return f"a Ray actor could not start: {why}; batchrun[ray] must be installed on every node of the cluster"
+def _as_ours(error: Exception, why: str) -> JobError | None:
+    """The error if every actor would have it."""
+    known = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(known, JobError):
+        return known
+    if isinstance(known, RayTaskError | ImportError) or getattr(error, "actor_init_failed", False):
+        return JobError(f"a Ray actor could not start: {why}; install batchrun[ray] on every node of the cluster")
+    return None

@@ -9,7 +9,9 @@ import pyarrow.compute
 import pyarrow.parquet as pq
 
 from batchrun.errors import InputError
+from batchrun.source import hive
 from batchrun.store import result_files
+from batchrun.store.result_folder import MANIFEST
 from batchrun.tables.rows import OWN_COLUMNS
 
 pc: Any = pyarrow.compute  # its stubs know less than it does
@@ -27,7 +29,10 @@ class Result(NamedTuple):
     @property
     def inputs(self) -> list[str]:
         """The names of the input's columns."""
-        return self.schema.names[: self.schema.get_field_index(self.prefix + "row")]
+        own = {self.prefix + name for name in OWN}  # a folder's name may be a column of ours
+        return [
+            name for name in self.schema.names[: self.schema.get_field_index(self.prefix + "row")] if name not in own
+        ]
 
     @property
     def parsed(self) -> pa.DataType:
@@ -51,6 +56,10 @@ def result_of(place: Path) -> Result | None:
         schema = pq.read_schema(files[0])
     except (OSError, pa.ArrowException) as error:
         raise InputError(f"{files[0]}: no readable Parquet file: {error}") from error
+    place = place.parent if place.name == MANIFEST else place
+    if (place / MANIFEST).exists():  # a folder that was moved: keys of partitions are in its folders' names alone
+        keys = [name for name in hive.texts_of(files[0].relative_to(place)) if name not in schema.names]
+        schema = pa.schema([*(pa.field(name, pa.string()) for name in keys), *schema])
     ends = [name for name in schema.names if name.endswith("request_key")]
     if not ends:
         return None
@@ -118,6 +127,9 @@ def tables(result: Result, own: Sequence[str], inputs: Sequence[str] = ()) -> It
             with pq.ParquetFile(path) as file:
                 for groups in _together(file, narrow=not inputs and not set(own) & _WIDE):
                     table = file.read_row_groups(groups, columns=names, use_threads=False)
+                    for name in set(names).difference(table.column_names):
+                        value = pa.scalar(hive.texts_of(path)[name], pa.string())
+                        table = table.append_column(name, pa.repeat(value, table.num_rows))
                     yield _ours(table.select(names).rename_columns([*inputs, *own]), len(inputs))
         except (OSError, pa.ArrowException) as error:
             raise InputError(f"{path}: can't be read: {error}") from error

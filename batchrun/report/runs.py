@@ -13,9 +13,10 @@ from typing import NamedTuple
 import msgspec
 
 from batchrun.errors import CheckpointError, InputError
-from batchrun.records import Estimate, InForce, PossiblyBilled, TotalsLine
+from batchrun.records import Estimate, InForce, MergedShard, PossiblyBilled, TotalsLine
 from batchrun.report.run_state import run_state
 from batchrun.report.summary import VERSION
+from batchrun.store.result_folder import MANIFEST
 from batchrun.store.rundir import RunDirectory
 from batchrun.store.totals import LOST
 from batchrun.tables.files import read_footer
@@ -54,7 +55,7 @@ class Account(msgspec.Struct, frozen=True):
     tokens_per_minute: float = 0.0
     limits: InForce | None = None
     shard: str | None = None
-    merged: list[str] = []
+    merged: list[MergedShard] = []
 
     @property
     def began(self) -> datetime:
@@ -138,8 +139,26 @@ def _each_once(found: list[Found], left_out: list[LeftOut]) -> Runs:
         newest, *others = sorted(copies, key=_age, reverse=True)
         counted.append(newest)
         left_out += (LeftOut(_shown(other.place), _copy(other.account, newest)) for other in others)
+    counted, merged = _without_merged(counted)
+    left_out += merged
     counted.sort(key=lambda each: (each.account.job, each.account.run_id, each.account.updated_at))
     return Runs(tuple(counted), tuple(sorted(left_out, key=lambda each: each.path)))
+
+
+def _without_merged(found: list[Found]) -> tuple[list[Found], list[LeftOut]]:
+    """The runs without the shards that another of them was merged from, which counts them; and those."""
+    merged = {shard.run_id: (each, shard) for each in found for shard in each.account.merged}
+    left_out = []
+    for each in found:
+        if each.account.run_id not in merged:
+            continue
+        whole, shard = merged[each.account.run_id]
+        why = f"shard {shard.shard}, merged into {_shown(whole.place)}, which counts it"
+        if each.account.attempts > shard.attempts:
+            later_usd = each.account.cost_usd - shard.cost_usd
+            why += f", but resumed since: no figure includes at least ${max(later_usd, Decimal(0)):,.6f} of it"
+        left_out.append(LeftOut(_shown(each.place), why))
+    return [each for each in found if each.account.run_id not in merged], left_out
 
 
 def _age(found: Found) -> tuple[int, datetime, bool, str]:
@@ -186,7 +205,9 @@ def _named(path: Path) -> Path | None:
     """The run directory or completions file that `path` names; None if it is a folder of them, or nothing."""
     if path.name == "summary.json" and path.is_file():
         return path.parent
-    return path if path.is_file() or _is_run(path) else None
+    if path.is_file() or _is_run(path):
+        return path
+    return path / MANIFEST if (path / MANIFEST).is_file() else None  # a result's folder that was moved
 
 
 def _runs_below(folder: Path) -> Iterator[Path]:
@@ -255,6 +276,12 @@ def _on_disk(files: RunDirectory, written: Account) -> Account:
 
 
 def _of_file(path: Path) -> tuple[Account | None, str]:
+    if path.name == MANIFEST:
+        try:
+            bill = msgspec.json.decode(path.read_bytes(), type=dict[str, object]).get("bill")
+        except (OSError, msgspec.DecodeError) as error:
+            return None, f"can't be read: {error}"
+        return (None, "no bill in it") if bill is None else (_decoded(msgspec.json.encode(bill), path), "")
     try:
         footer = read_footer(path)
     except CheckpointError as error:

@@ -78,6 +78,8 @@ class RequestBuilder:
         self._stream = _stream_fields(job.request, job.endpoint)
         sized_by_row = dialect == "openai-batch" or not _SIZES.isdisjoint(job.request.from_columns)
         self._max_output = None if sized_by_row else self._most_output(self._parameters)
+        self._choices = None if sized_by_row else _choices(self._parameters)
+        self._is_text = dialect == "columns" and not (job.request.images or isinstance(job.request.messages, list))
         self._messages = _message_maker(job.request, dialect)
         if dialect == "openai-batch" and (unused := _unused_by_batch(job.request)) is not None:
             raise JobError(f"request.{unused}: the lines of a provider's batch file bring their own; leave it out")
@@ -143,13 +145,15 @@ class RequestBuilder:
             image_tokens=sum(image_parts.USUAL_TOKENS[detail] for detail in details) if details else 0,
             pictures=len(pictures),
             expected=self._expected_by(body),
-            choices=_choices(body),
+            choices=_choices(body) if self._choices is None else self._choices,
         )
         return request, digest
 
     def _drawn(self, row: Row) -> tuple[Body, list[Picture], list[str]]:
         """The body with a picture for each image that must be read, these, and the detail of every image."""
         body = self._batch_body(row.columns) if self.dialect == "openai-batch" else self._body(row.columns)
+        if self._is_text:
+            return body, [], []
         body["messages"], pictures, details = image_parts.taken(body["messages"])
         return body, pictures, details
 

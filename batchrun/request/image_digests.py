@@ -15,6 +15,7 @@ from typing import Self
 from batchrun.durable import disk_errors, replace
 
 _ENTRY = struct.Struct("<16sI")
+ENTRY_BYTES = _ENTRY.size
 
 
 def write(path: Path, entries: Iterable[tuple[bytes, int]]) -> None:

@@ -57,6 +57,15 @@ def rows_in(path: InputFile) -> int:
     return sum(batch.num_rows for batch in batches(path, 0))
 
 
+def column(path: InputFile, name: str) -> Iterator[pa.RecordBatch]:
+    """All rows with this column alone, for which the file is read to its end.
+
+    Raises:
+        InputError: as `batches`.
+    """
+    return (batch.select([name]) for batch in batches(path, 0))
+
+
 def batches(path: InputFile, skip: int) -> Iterator[pa.RecordBatch]:
     """The rows after the first `skip`.
 

@@ -79,6 +79,20 @@ def batches(path: InputFile, skip: int) -> Iterator[pa.RecordBatch]:
             first = behind
 
 
+def column(path: InputFile, name: str) -> Iterator[pa.RecordBatch]:
+    """All rows with this column alone, of which nothing else is read.
+
+    Raises:
+        InputError: as `batches`.
+    """
+    with _open(path) as file:
+        try:
+            for group in range(file.num_row_groups):
+                yield from file.iter_batches(BATCH_ROWS, [group], [name])
+        except DAMAGE as error:
+            raise InputError(f"{path} column '{name}' can't be read: {_reason(error)}") from error
+
+
 def require_writable(schema: pa.Schema, place: str = "") -> None:
     """Reject columns that a Parquet file can't hold, because the output is one.
 

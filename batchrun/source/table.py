@@ -124,6 +124,25 @@ class TableSource:
             file += 1
         return Span(Position(file, row, 0, first), end, sum(counts))
 
+    def column(self, name: str) -> Iterator[tuple[int, object]]:
+        """(ordinal, value) of every row of the files that have this column. Of Parquet nothing else is read.
+
+        Raises:
+            InputError: as `records`.
+        """
+        ordinal = 0
+        for file in self.files:
+            if name not in self._module.schema_of(file).names:
+                ordinal += self._module.rows_in(file)
+                continue
+            for batch in self._module.column(file, name):
+                try:
+                    values = [row[name] for row in rows_of(batch)]
+                except ValueError:  # a value that Python can't hold, which the check of its own record names
+                    values = [None] * batch.num_rows
+                yield from enumerate(values, ordinal)
+                ordinal += batch.num_rows
+
     def _window(self, parts: list[pa.RecordBatch], end: Position) -> Window:
         return Window(pa.Table.from_batches(parts, schema=self.schema).combine_chunks(), end)
 

@@ -90,7 +90,7 @@ def _results(path: Path) -> Iterator[EarlierResult]:
     """What a path holds: a file, a run, a folder of Parquet files, or a folder of such folders, the last name first."""
     if path.is_file():
         if path.suffix == ".parquet" or not glob.has_magic(str(path)):
-            yield EarlierResult(str(path), (_old_file(path, path),))
+            yield EarlierResult(str(path), tuple(_old_file(file, path) for file in result_files.of(path)))
         return
     files = result_files.of(path)
     if not files and not RunDirectory(path).checkpoint.exists():

@@ -11,6 +11,7 @@ from batchrun.prices import PriceTable
 from batchrun.report.wording import plural
 from batchrun.source import Source, TableSource
 from batchrun.startup.input_check import Survey
+from batchrun.store import shared_dataset
 from batchrun.tables.partitioned import require_keys
 from batchrun.tables.rows import output_schema
 
@@ -27,6 +28,7 @@ def require_input(
     if found.rejected and not skip_invalid:
         raise_problems(found, report)
     require_columns(job, source, found)
+    shared_dataset.require_possible(job.output, source.files)
     require_rows(job, found)
 
 
@@ -56,7 +58,9 @@ def require_columns(job: Job, source: Source, found: Survey | None = None) -> No
     if isinstance(source, TableSource):
         require_keys(output_schema(source.schema, job.output), job.output)
     elif found is not None and found.types is not None:
-        require_keys(output_schema(found.types.schema(), job.output), job.output)
+        schema = output_schema(found.types.schema(), job.output)
+        if found.rows:  # no row has no columns
+            require_keys(schema, job.output)
 
 
 def raise_problems(found: Survey, report: Callable[[str], None]) -> None:

@@ -38,7 +38,7 @@ from batchrun.store.variants import Variant
 from batchrun.tables.arrow_types import Column
 from batchrun.tables.json_columns import ColumnTypes
 
-SHAPE = ("columns", "prefix", "raw", "layout", "partition_by", "compression", "chunk_rows", "chunk_bytes")
+SHAPE = ("columns", "prefix", "raw", "layout", "format", "partition_by", "compression", "chunk_rows", "chunk_bytes")
 """The output settings that a run keeps from its first start, because its parts were written with them."""
 
 
@@ -79,7 +79,10 @@ def make(job: Job, directory: RunDirectory, checkpoint: Checkpoint, options: Run
     _require_unused(directory)
     paths = input_pass.input_files(job, directory, options, started=False)
     files = fingerprint(paths)
-    own = None if options.shard is None else shards.find(job, paths, options.shard, options.checked)
+    own = None
+    if options.shard is not None:
+        skip, scratch = options.skip_invalid, directory.path
+        own = shards.find(job, paths, options.shard, scratch, options.checked, skip_invalid=skip)
     source = open_source(paths, job.input.max_line_bytes) if own is None else own.source
     as_read = job if own is None else shards.reading(job, own.dialect)
     with Questions(directory.path) as keys, Questions(directory.path) as pictures:

@@ -17,8 +17,9 @@ from batchrun.job.job import Budget, Endpoint, Job, Limits
 from batchrun.records import Shard
 from batchrun.report.wording import plural, rounded
 from batchrun.request.builder import detect_dialect
-from batchrun.source import InputFile, JsonlSource, Source, Span, digest, open_source, parquet
+from batchrun.source import InputFile, JsonlSource, Source, Span, TableSource, digest, open_source, parquet
 from batchrun.source.files import content_of
+from batchrun.startup.ids import IdIndex
 from batchrun.store.manifest import Manifest
 from batchrun.tables.json_columns import ColumnTypes
 
@@ -173,15 +174,22 @@ class Found(msgspec.Struct, frozen=True):
 
 
 def find(
-    job: Job, files: tuple[InputFile, ...], shard: Shard, progress: Callable[[int], None] = lambda rows: None
+    job: Job,
+    files: tuple[InputFile, ...],
+    shard: Shard,
+    scratch: Path,
+    progress: Callable[[int], None] = lambda rows: None,
+    *,
+    skip_invalid: bool = False,
 ) -> Found:
-    """The shard's part of the input.
+    """The shard's part of the input. `scratch` is a directory for ids that don't fit into memory.
 
-    Parquet footers say where it is. Text has no such index: it is read once from end to end, JSON lines twice, to know
-    the types of all their columns.
+    Parquet footers say where it is, and the ids are one column. Text has no such index: it is read from end to end to
+    count its records, and JSON lines once more, for their ids and the types of their columns.
 
     Raises:
-        InputError: the input can't be read, or has too few rows.
+        InputError: the input can't be read or has too few rows; or an id repeats anywhere in it, unless invalid records
+            are skipped: then each shard looks at its own ids.
     """
     whole = open_source(files, job.input.max_line_bytes)
     span = whole.find_span(lambda records: rows_of(shard, records))
@@ -190,20 +198,36 @@ def find(
             f"the input has {plural(span.records, 'row')}, and input.min_rows expects {job.input.min_rows:,} or more; "
             "check that it is complete, or lower input.min_rows"
         )
-    types = _types(whole, progress) if isinstance(whole, JsonlSource) else None
     first = next((record for record in whole.records() if record.problem is None), None)
     dialect = job.input.dialect if first is None else detect_dialect(job, first.columns)
+    id_column = job.input.id or ("custom_id" if dialect == "openai-batch" else None)
+    types = None
+    with IdIndex(scratch) as ids:
+        if isinstance(whole, JsonlSource):
+            types = ColumnTypes()
+            for record in whole.records():
+                if record.problem is None:
+                    types.observe(record.columns)
+                    ids.add_id(record.ordinal, record.columns.get(id_column or ""))
+                if record.ordinal % 5000 == 0:
+                    progress(record.ordinal)
+        elif isinstance(whole, TableSource) and id_column is not None and not skip_invalid:
+            for ordinal, value in whole.column(id_column):
+                ids.add_id(ordinal, value)
+        if not skip_invalid:
+            _require_unique(id_column or "", ids)
     return Found(shard, open_source(files, job.input.max_line_bytes, span), span, dialect, types)
 
 
-def _types(whole: Source, progress: Callable[[int], None]) -> ColumnTypes:
-    types = ColumnTypes()
-    for record in whole.records():
-        if record.problem is None:
-            types.observe(record.columns)
-        if record.ordinal % 5000 == 0:
-            progress(record.ordinal)
-    return types
+def _require_unique(column: str, ids: IdIndex) -> None:
+    """Every shard says so, not only the one that has the record: the others would send their rows in vain."""
+    repeated = min(ids.duplicates(), default=None)
+    if repeated is not None:
+        ordinal, first = repeated
+        raise InputError(
+            f"{column}: record {ordinal:,} of the input, counted from 0, has the id of record {first:,}; `batchrun "
+            "check` without --shard names all of these; correct them, or choose another input.id"
+        )
 
 
 def reading(job: Job, dialect: str) -> Job:

@@ -16,6 +16,7 @@ import pyarrow.fs as pafs
 
 from batchrun.errors import JobError
 from batchrun.job import job
+from batchrun.storage import failures
 from batchrun.storage.urls import Url
 
 MAX_ATTEMPTS = 6
@@ -58,9 +59,10 @@ def _connected(url: Url, access: Access, environ: Environ) -> tuple[pafs.FileSys
         container, account, path = _azure_names(url)
         return _azure(access, environ, account), f"{container}/{path}" if path else container
     if url.kind in ("hdfs", "viewfs"):
-        filesystem, path = pafs.FileSystem.from_uri(str(url))
+        with failures.reading(url):
+            filesystem, path = pafs.FileSystem.from_uri(str(url))
         return filesystem, path
-    return _fsspec(url, access), url.path
+    return _fsspec(url)
 
 
 # ── S3 ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -181,18 +183,20 @@ _PACKAGES = {"hf": "huggingface_hub"}
 """What fsspec needs for a scheme, where it has another name than fsspec says itself."""
 
 
-def _fsspec(url: Url, access: Access) -> pafs.FileSystem:
-    """The file system that fsspec has for the scheme."""
+def _fsspec(url: Url) -> tuple[pafs.FileSystem, str]:
+    """The file system that fsspec has for the scheme, and the path there, which may begin with "/"."""
     try:
         import fsspec
     except ImportError as error:
         packages = f"fsspec {_PACKAGES[url.kind]}" if url.kind in _PACKAGES else "fsspec"
         raise JobError(f"{url}: pyarrow has no file system for {url.scheme}://; pip install {packages}") from error
     try:
-        return pafs.PyFileSystem(pafs.FSSpecHandler(fsspec.filesystem(url.kind)))  # type: ignore[abstract]  # by stubs
+        with failures.reading(url):
+            filesystem, path = fsspec.core.url_to_fs(f"{url.kind}://{url.path}")
     except ImportError as error:
         package = _PACKAGES.get(url.kind)
         hint = f"pip install {package}" if package else str(error)
         raise JobError(f"{url}: fsspec needs another package for {url.scheme}://; {hint}") from error
     except ValueError as error:
         raise JobError(f"{url}: neither pyarrow nor fsspec knows {url.scheme}://") from error
+    return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path  # type: ignore[abstract]  # only by its stubs

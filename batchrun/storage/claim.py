@@ -124,7 +124,7 @@ class Claim:
 
     def _others(self, *, remove_stale: bool) -> list[RemoteObject]:
         """The claims of other writers that are not stale."""
-        found = self._folder.list()
+        found = self._folder.objects()
         now = max((each.mtime_ns for each in found), default=0)  # our own is the newest, or nearly
         others = [each for each in found if each.name != self._name]
         fresh = [each for each in others if now - each.mtime_ns < self._stale_ns]

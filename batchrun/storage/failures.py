@@ -4,12 +4,12 @@ import contextlib
 import re
 from collections.abc import Iterator
 
-from batchrun.errors import InputError, StorageError
+from batchrun.errors import BatchrunError, InputError, StorageError
 
 _TRANSIENT = re.compile(
     r"NETWORK_CONNECTION|SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT|THROTTLING|curlCode|"
     r"HTTP status 5\d\d|Status\((?:UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL|RESOURCE_EXHAUSTED)|\] 5\d\d |\b50[0234]\b|"
-    r"timed? ?out|[Cc]onnection|temporarily"
+    r"[Tt]imed? ?out|Timeout|[Cc]onnect|temporarily|Name or service not known"
 )
 _DENIED = re.compile(
     r"ACCESS_DENIED|SIGNATURE_DOES_NOT_MATCH|INVALID_ACCESS_KEY|INVALID_CLIENT_TOKEN|EXPIRED_TOKEN|UNRECOGNIZED_CLIENT|"
@@ -19,12 +19,15 @@ _NO_BUCKET = re.compile(r"NO_SUCH_BUCKET|[Bb]ucket.{0,80}(?:does not exist|not f
 _AWS = re.compile(r"AWS Error (\w+) during (\w+) operation: (.*)", re.DOTALL)
 _STATUS = re.compile(r"google::cloud::Status\((.*?)(?: error_info|\)$)", re.DOTALL)
 
+_LEFT = (BatchrunError, ImportError, ValueError, AttributeError, AssertionError)
+"""What is no error of a store, or is translated elsewhere. The file systems of fsspec may raise any other type."""
+
 NEXT = "run the same command again"
 
 
 def is_transient(error: BaseException) -> bool:
     """Whether the same call may succeed later: an outage, a timeout, a refusal for too many requests."""
-    text = str(error)
+    text = f"{type(error).__name__} {error}"
     return not (_DENIED.search(text) or _NO_BUCKET.search(text)) and bool(_TRANSIENT.search(text))
 
 
@@ -56,7 +59,9 @@ def reading(place: object) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
+    except _LEFT:
+        raise
+    except Exception as error:
         if is_transient(error):
             raise StorageError(f"{place} can't be read: {reason(error)}; {NEXT} when the store answers") from error
         raise InputError(f"{place} can't be read: {reason(error)}") from error
@@ -67,5 +72,7 @@ def writing(place: object) -> Iterator[None]:
     """Errors of the store while something is written at `place`."""
     try:
         yield
-    except OSError as error:
+    except _LEFT:
+        raise
+    except Exception as error:
         raise StorageError(f"{place} can't be written: {reason(error)}; then {NEXT}") from error

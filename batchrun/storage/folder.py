@@ -90,9 +90,16 @@ class RemoteFolder:
             found = self._filesystem.get_file_info(self._at(name))
         return self._object(found) if found.type is pafs.FileType.File else None
 
-    def list(self) -> "list[RemoteObject]":
+    def objects(self) -> list[RemoteObject]:
         """All objects below the folder, sorted by name."""
         return sorted(self._listed(), key=lambda each: each.name)
+
+    def folders(self) -> list[str]:
+        """The names of the folders in this one."""
+        selector = pafs.FileSelector(self._path, allow_not_found=True)
+        with failures.writing(self.url):
+            found = self._filesystem.get_file_info(selector)
+        return [each.base_name for each in found if each.type is pafs.FileType.Directory]
 
     def _listed(self) -> Iterator[RemoteObject]:
         selector = pafs.FileSelector(self._path, recursive=True, allow_not_found=True)

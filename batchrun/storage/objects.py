@@ -104,12 +104,15 @@ class RemoteFile:
                 raise FileNotFoundError(str(self))
             handler: Any = cast(pafs.PyFileSystem, self._filesystem).handler  # ours: pyarrow's own for fsspec
             details = handler.fs.info(self._path)
-        etag = next((str(details[name]) for name in ("ETag", "etag", "blob_id", "sha256") if details.get(name)), "")
-        return found.size or 0, 0 if etag else found.mtime_ns or 0, etag
+        return found.size or 0, 0, next((str(details[name]) for name in _VERSIONS if details.get(name)), "")
 
 
 InputFile = Path | RemoteFile
 """A file of the input: on this machine, or in an object store."""
+
+
+_VERSIONS = ("ETag", "etag", "blob_id", "sha256", "mtime", "LastModified", "last_modified", "updated", "created")
+"""What the file systems of fsspec call a file's version, or the time of its last change."""
 
 
 def _text(value: bytes | str) -> str:
@@ -166,7 +169,7 @@ def find(text: str, access: Access = Access()) -> list[RemoteFile]:  # noqa: B00
     filesystem, path = connect(url, access)
 
     def remote(found: str) -> RemoteFile:
-        return RemoteFile(url.at(_with_account(url, found)), filesystem, found)
+        return RemoteFile(url.at(_as_written(url, path, found)), filesystem, found)
 
     with failures.reading(text):
         if not urls.is_pattern(path):
@@ -181,10 +184,12 @@ def find(text: str, access: Access = Access()) -> list[RemoteFile]:  # noqa: B00
         return [remote(each) for each in found if expression.fullmatch(each)]
 
 
-def _with_account(url: Url, path: str) -> str:
-    """The path as the URL writes it: Azure's container may be followed by its account."""
+def _as_written(url: Url, path: str, found: str) -> str:
+    """What was `found` below `path`, as the URL writes it: with Azure's account, or another server's name."""
     first = url.path.partition("/")[0]
-    return path if "@" not in first else f"{first}/{path.partition('/')[2]}"
+    if url.kind == "abfs" and "@" in first:
+        return f"{first}/{found.partition('/')[2]}"
+    return url.path.removesuffix(path.lstrip("/")) + found.lstrip("/")
 
 
 def _below(filesystem: pafs.FileSystem, folder: str, *, recursive: bool) -> Iterator[str]:

@@ -146,7 +146,7 @@ def _put_files(
         return
     staged = f"{STAGED}/{run_id}"
     small = [each for each in files if each.local.stat().st_size <= LARGEST_COPY_BYTES]
-    there = {each.name: each.size_bytes for each in folder.below(staged).list()}
+    there = {each.name: each.size_bytes for each in folder.below(staged).objects()}
     for each in small:
         if each.digest not in kept and there.get(each.staged_name) != each.local.stat().st_size:
             folder.put_file(f"{staged}/{each.staged_name}", each.local)
@@ -164,11 +164,11 @@ def _delete_others(folder: RemoteFolder, files: Sequence[Published]) -> None:
     names = {each.name for each in files}
     tops = {top for each in files if (top := each.name.partition("/")[0]) != each.name}
     for top in sorted(tops):
-        for each in folder.below(top).list():
+        for each in folder.below(top).objects():
             if f"{top}/{each.name}" not in names:
                 folder.delete(f"{top}/{each.name}")
 
 
 def _delete_below(folder: RemoteFolder, prefix: str) -> None:
-    for each in folder.below(prefix.rstrip("/")).list():
+    for each in folder.below(prefix.rstrip("/")).objects():
         folder.delete(f"{prefix}{each.name}")

@@ -448,12 +448,13 @@ class Checkpoint:
         """One commit: rows, attempts, possibly billed requests, and the totals that count them."""
         completions = [ending for ending in endings if isinstance(ending, Completion)]
         discarded = [ending for ending in endings if isinstance(ending, Discarded)]
-        in_doubt = [entry for ending in endings if (entry := possibly_billed(ending, invocation)) is not None]
-        earlier = self._earlier_answers([completion.row for completion in completions])
+        doubtful = [ending for ending in endings if ending.maybe_billed]
+        in_doubt = [entry for ending in doubtful if (entry := possibly_billed(ending, invocation)) is not None]
+        earlier = self._earlier_answers([completion.row for completion in completions]) if self._reopened else {}
         totals = fold(self.totals, endings, invocation, earlier)
 
         def write() -> None:
-            self._database.insert("rows", [db_tables.completion_record(completion) for completion in completions])
+            self._database.insert("rows", list(map(db_tables.completion_record, completions)))
             self._database.insert(
                 "attempts", [db_tables.discarded_record(attempt, invocation) for attempt in discarded]
             )

@@ -4,6 +4,7 @@ The only importer of sqlite3; its errors are raised as ours.
 """
 
 import contextlib
+import functools
 import sqlite3
 import zlib
 from collections import deque
@@ -103,8 +104,10 @@ class Database:
 
     def query(self, statement: str, parameters: Sequence[Field] = ()) -> list[Record]:
         """The statement's rows, without a check of their CRC."""
-        with _sqlite_errors(self._path):
+        try:
             return self._connection.execute(statement, parameters).fetchall()
+        except _FAILURES as error:
+            raise _as_ours(self._path, error) from error
 
     def records(self, table: str, clause: str = "", parameters: Sequence[Field] = ()) -> Iterator[Record]:
         """The table's records, each checked against its CRC, which is cut off."""
@@ -134,12 +137,11 @@ class Database:
         width = len(records[0]) + 1 if records else 1
         for start in range(0, len(records), MAX_PARAMETERS // width):
             group = records[start : start + MAX_PARAMETERS // width]
-            values = ",".join([f"({','.join('?' * width)})"] * len(group))
             parameters: list[Field] = []
             for record in group:
-                parameters.extend(record)
+                parameters += record
                 parameters.append(crc_of(record))
-            self.query(f"{verb} INTO {table} VALUES {values}", parameters)
+            self.query(_insertion(verb, table, width, len(group)), parameters)
 
     def replace(self, table: str, records: Sequence[Record]) -> None:
         """Inserts the records; each replaces one with the same key."""
@@ -223,18 +225,25 @@ def _sqlite_errors(path: Path) -> Iterator[None]:
     """Raises errors of SQLite as ours, with `path` in the message."""
     try:
         yield
-    except sqlite3.Error as error:
+    except _FAILURES as error:
         raise _as_ours(path, error) from error
-    except UnicodeDecodeError as error:  # raised by sqlite3 for a message that quotes damaged text
-        raise CheckpointError(f"{path}: damaged; keep a copy of this directory before anything else") from error
-    except OSError as error:
-        raise DiskError(f"{path}: can't be opened: {error.strerror}") from error
 
 
+@functools.lru_cache(maxsize=4096)
+def _insertion(verb: str, table: str, width: int, records: int) -> str:
+    fields = f"({','.join('?' * width)})"
+    return f"{verb} INTO {table} VALUES {','.join([fields] * records)}"
+
+
+_FAILURES = (sqlite3.Error, UnicodeDecodeError, OSError)
 _REFUSALS = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM)
 
 
-def _as_ours(path: Path, error: sqlite3.Error) -> BatchrunError:
+def _as_ours(path: Path, error: sqlite3.Error | UnicodeDecodeError | OSError) -> BatchrunError:
+    if isinstance(error, UnicodeDecodeError):  # raised by sqlite3 for a message that quotes damaged text
+        return CheckpointError(f"{path}: damaged; keep a copy of this directory before anything else")
+    if isinstance(error, OSError):
+        return DiskError(f"{path}: can't be opened: {error.strerror}")
     match code := _code(error):
         case sqlite3.SQLITE_FULL:
             return DiskError(f"{path}: the disk is full; make room and run the same command again")
@@ -256,4 +265,7 @@ def _code(error: sqlite3.Error) -> int:
 
 def crc_of(record: Record) -> int:
     """The CRC-32 of a record's fields, which is stored as its last one."""
-    return zlib.crc32(msgspec.msgpack.encode(record))
+    return zlib.crc32(_encode(record))
+
+
+_encode = msgspec.msgpack.Encoder().encode

@@ -24,6 +24,7 @@ SLOT_BYTES = 64
 _EMPTY = bytes(SLOT_BYTES)
 _SLOT = struct.Struct(f"<{_FIELDS.size}sI{SLOT_BYTES - _FIELDS.size - _CRC.size}x")
 _MAX_PICO = 2**63 - 1
+PICO_DIGITS = 12
 
 
 class InFlight(NamedTuple):
@@ -59,7 +60,7 @@ class InFlightFile:
         self, slot: int, row: int, n: int, key: bytes, upper_bound_usd: Decimal | None, upper_bound_tokens: int | None
     ) -> None:
         """Writes the attempt into the slot. Call it before the request goes to the socket."""
-        pico = -1 if upper_bound_usd is None else min(int(upper_bound_usd / PICO), _MAX_PICO)
+        pico = -1 if upper_bound_usd is None else min(int(upper_bound_usd.scaleb(PICO_DIGITS)), _MAX_PICO)
         fields = _FIELDS.pack(
             row, n, key, pico, -1 if upper_bound_tokens is None else upper_bound_tokens, self._with_ids
         )

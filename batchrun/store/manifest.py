@@ -8,7 +8,7 @@ import msgspec
 
 from batchrun.errors import CheckpointError
 from batchrun.job.job import Output
-from batchrun.records import Estimate, Shard
+from batchrun.records import Estimate, MergedShard, Shard
 from batchrun.source import FileIdentity, Span
 from batchrun.tables.arrow_types import Column, column_of
 
@@ -49,7 +49,7 @@ class Manifest(msgspec.Struct, frozen=True):
     variant: int = 0
     estimate: Estimate | None = None
     share: InputShare | None = None
-    merged: tuple[str, ...] = ()
+    merged: tuple[MergedShard, ...] = ()
 
     @property
     def is_sharded(self) -> bool:

@@ -17,7 +17,7 @@ from batchrun.errors import CheckpointError
 from batchrun.records import Summary
 from batchrun.store.result import bill
 from batchrun.store.stored_window import BATCH_ROWS
-from batchrun.tables import files, pending
+from batchrun.tables import files, json_lines, pending
 from batchrun.tables.rows import OWN_COLUMNS
 
 
@@ -35,7 +35,12 @@ def write(
     standing: Counter[str] = Counter()
 
     def write_rows(temporary: Path) -> None:
-        with files.ParquetFile(temporary, schema, compression) as file:
+        packing = json_lines.packing_of(path)
+        with (
+            files.ParquetFile(temporary, schema, compression)
+            if packing is None
+            else json_lines.JsonLinesFile(temporary, schema, packing)
+        ) as file:
             for batch in batches:
                 standing.update(_statuses(batch))
                 file.write(batch)
@@ -43,8 +48,12 @@ def write(
                 raise CheckpointError(
                     f"{path}: the run has {summary.rows:,} rows, {rows:,} were found; nothing is written"
                 )
-            file.write_metadata({files.FOOTER_KEY: msgspec.json.encode(_footer(summary, standing)).decode()})
-        files.require_rows(temporary, summary.rows)
+            if isinstance(file, files.ParquetFile):
+                file.write_metadata({files.FOOTER_KEY: msgspec.json.encode(_footer(summary, standing)).decode()})
+        if packing is None:
+            files.require_rows(temporary, summary.rows)
+        else:
+            json_lines.require_rows(temporary, packing, summary.rows)
 
     durable.replace(path, write_rows)
     return standing[pending.PENDING]

@@ -1,6 +1,7 @@
 """The end of a run: writes the result from the parts, verifies it, and deletes the working files."""
 
 from collections.abc import Mapping, Sequence
+from itertools import chain, starmap
 from pathlib import Path
 
 import msgspec
@@ -9,14 +10,14 @@ import pyarrow as pa
 from batchrun import durable
 from batchrun.errors import ANOTHER, CheckpointError
 from batchrun.records import FinishedResult, ResultFile, Summary
-from batchrun.store import result_folder
+from batchrun.store import result_files, result_folder
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.chunks import Chunks
 from batchrun.store.db_tables import Chunk
 from batchrun.store.manifest import Manifest
 from batchrun.store.result_folder import described
 from batchrun.store.rundir import RunDirectory
-from batchrun.tables import files
+from batchrun.tables import files, json_lines
 
 FINISHED = "finished"
 """The manifest entry that says the result is written. The parts are not needed from then on."""
@@ -62,6 +63,10 @@ def _written(
         raise CheckpointError(
             f"{directory.path}: the run has {summary.rows:,} rows, {rows:,} are sealed; nothing is written"
         )
+    keeps_parts = not (manifest.output.is_one_file or manifest.output.layout == "parts")
+    if keeps_parts and not parts:  # so that the run has the columns
+        path = directory.part_of(0, 0)
+        parts = [(path, files.write_part(path, schema, (), manifest.output, 0), 0)]
     if manifest.output.layout == "parts":
         staged = result_folder.stage_parts(parts, directory)
         if not parts:  # so that the folder has the columns
@@ -71,15 +76,18 @@ def _written(
     elif manifest.output.partition_by:
         staged = result_folder.stage_partitions(parts, schema, manifest.output, directory)
         written = result_folder.publish(staged, bill(summary), directory)
-        kept = tuple(described(directory.path, *part) for part in parts)
-        written = msgspec.structs.replace(written, kept=kept)
+    elif manifest.output.format != "parquet":
+        path = result_files.lines_in(directory, manifest.output.format)
+        digest = json_lines.write(path, schema, chain.from_iterable(starmap(files.sealed_batches, parts)), rows)
+        written = FinishedResult((described(directory.path, path, digest, rows),), ())
     else:
         footer = {files.FOOTER_KEY: msgspec.json.encode(bill(summary)).decode()}
         digest = files.assemble(parts, directory.completions, schema, manifest.output.compression, footer)
         written = FinishedResult((described(directory.path, directory.completions, digest, rows),), ())
     files.write_usage(directory.usage, checkpoint.totals.lines())
     usage = described(directory.path, directory.usage, durable.digest(directory.usage), 0)
-    return msgspec.structs.replace(written, beside=(*written.beside, usage))
+    kept = tuple(described(directory.path, *part) for part in parts) if keeps_parts else ()
+    return msgspec.structs.replace(written, beside=(*written.beside, usage), kept=kept)
 
 
 def require_intact(directory: RunDirectory, rows: int, entries: Mapping[str, str]) -> None:
@@ -98,7 +106,8 @@ def require_intact(directory: RunDirectory, rows: int, entries: Mapping[str, str
         raise CheckpointError(
             f"{unknown[0]} is no file of the result, and who reads the folder would take it for one; move it away"
         )
-    found = sum(files.rows_in(directory.path / file.name) for file in written.files)
+    tables = written.kept or written.files
+    found = sum(files.rows_in(directory.path / file.name) for file in tables)
     files.rows_in(directory.usage)
     if found != rows:
         raise CheckpointError(

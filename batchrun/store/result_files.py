@@ -8,6 +8,7 @@ import msgspec
 from batchrun.errors import InputError
 from batchrun.store.result_folder import MANIFEST
 from batchrun.store.rundir import RunDirectory
+from batchrun.tables import json_lines
 
 _PART = re.compile(r"(\d+)\.g(\d+)\.parquet")
 
@@ -17,16 +18,20 @@ def of(place: Path) -> list[Path]:
     that was moved, or the file itself. [] if there are none. An incomplete run has some after `batchrun export`.
 
     Raises:
-        InputError: the manifest of a moved folder can't be read.
+        InputError: the file is JSON lines, or the manifest of a moved folder can't be read.
     """
+    if place.name == MANIFEST:
+        place = place.parent
     if place.is_file():
+        if json_lines.packing_of(place) is not None:
+            raise InputError(f"{place}: JSON lines, which hold no types; name the run's directory, or a Parquet file")
         return [place]
     run = RunDirectory(place)
     if run.completions.exists():
         return [run.completions]
     if parts := sorted(run.completions_folder.glob("*.parquet")):
         return parts
-    if (run.completions_folder / MANIFEST).exists():
+    if (run.completions_folder / MANIFEST).exists() or _lines_of(run) is not None:
         return _kept(run)
     if (place / MANIFEST).exists():
         return _named(place)
@@ -35,7 +40,18 @@ def of(place: Path) -> list[Path]:
 
 def shown(run: RunDirectory) -> Path:
     """The result of a complete run, as users know it."""
-    return run.completions if run.completions.exists() else run.completions_folder
+    whole = run.completions if run.completions.exists() else _lines_of(run)
+    return whole or run.completions_folder
+
+
+def lines_in(run: RunDirectory, format_: str) -> Path:
+    """Where a result in JSON lines is: completions.jsonl, completions.jsonl.gz or completions.jsonl.zst."""
+    return run.lines.with_suffix(f".{format_}")
+
+
+def _lines_of(run: RunDirectory) -> Path | None:
+    paths = (lines_in(run, format_) for format_ in ("jsonl", "jsonl.gz", "jsonl.zst"))
+    return next((path for path in paths if path.exists()), None)
 
 
 def _kept(run: RunDirectory) -> list[Path]:

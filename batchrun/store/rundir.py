@@ -6,7 +6,7 @@ import glob
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -36,6 +36,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.completions = path / "completions.parquet"
+        self.lines = path / "completions.jsonl"  # format = "jsonl"; with .gz or .zst behind it
         self.completions_folder = path / "completions"  # layout = "parts"
         self.staging = path / "completions.tmp"  # that folder while it is made
         self.partial = path / "completions.partial.parquet"  # of a run that is not complete
@@ -232,11 +233,13 @@ def place(
     now: datetime,
     new: bool,
     taken: Callable[[Path], bool] = Path.exists,
+    elsewhere: Callable[[], tuple[Path, str] | None] = lambda: None,
 ) -> tuple[Path, str | None]:
     """The run directory for this start, and the date of the earlier unfinished run that it resumes, if it does.
 
     `{date}` is `date` if given; else that of the pattern's newest directory, if its run is unfinished; else the local
-    date. With `new` the directory is a new one, such as `2026-11-22-2` beside `2026-11-22`.
+    date. With `new` the directory is a new one, such as `2026-11-22-2` beside `2026-11-22`, that is
+    not `taken`. A machine without today's directory resumes an unfinished run that `elsewhere` names.
     """
     if date is not None and not _is_date(date):
         raise JobError(f"--date {date}: expected YYYY-MM-DD")
@@ -251,6 +254,9 @@ def place(
         summary = RunDirectory(newest[1]).read_summary()
         if summary is not None and not summary.get("complete") and summary.get("job") == job:
             return newest[1], newest[0]
+    started = RunDirectory(path).checkpoint.exists()
+    if date is None and "{date}" in fixed and not started and (there := elsewhere()) is not None:
+        return there
     return path, None
 
 
@@ -262,6 +268,18 @@ def logical_date(date: str | None, now: datetime) -> str:
 def _of_job(pattern: str, job: str) -> str:
     """The pattern with the job's name, in UTF-8 whatever the locale's encoding (with LANG=C it is ASCII)."""
     return os.fsdecode(str(Path(pattern.replace("{job}", job))).encode("utf-8", "surrogateescape"))
+
+
+def dates_among(pattern: str, job: str, names: Callable[[str], Iterable[str]]) -> list[tuple[Path, str]]:
+    """The directories, with their dates, that the pattern may mean; the last date first. `names` lists a folder: the
+    one that the pattern's first dated name is in.
+    """
+    fixed = _of_job(pattern, job)
+    above, _, start = fixed.partition("{date}")[0].rpartition("/")
+    end = fixed.partition("{date}")[2].partition("/")[0]
+    expression = re.compile(f"{re.escape(start)}({_DATE}){re.escape(end)}")
+    dates = [match[1] for name in names(above) if (match := expression.fullmatch(name))]
+    return [(Path(fixed.replace("{date}", date)), date) for date in sorted(dates, key=_by_date, reverse=True)]
 
 
 def unfinished(pattern: str, job: str, chosen: Path) -> list[tuple[str, Path]]:

@@ -231,7 +231,7 @@ def with_carried(totals: Totals, lines: Mapping[int, TotalsLine], earlier: Mappi
     return with_changes(folded, changes) if changes else folded
 
 
-def _with_unstated(known: Unstated, endings: Sequence[Ending]) -> Unstated:
+def _with_unstated(known: Unstated, endings: Iterable[Ending]) -> Unstated:
     usd, tokens = known.usd, known.tokens
     for ending in endings:
         if ending.maybe_billed:

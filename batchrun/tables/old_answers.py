@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from batchrun.errors import InputError
 from batchrun.records import Status
+from batchrun.source import hive
 from batchrun.tables.rows import NOT_IN_PARSED, OWN_COLUMNS
 
 KEY = "request_key"
@@ -54,6 +55,12 @@ class OldAnswers:
             raise InputError(f"{path}: no answers to reuse: it has no column {KEY}")
         prefix = keys[-1].removesuffix(KEY)
         self._names = {name: prefix + name for name in OWN_COLUMNS.names if prefix + name in schema.names}
+        keys_of_folders = hive.texts_of(path)
+        self._of_folder = {
+            name: keys_of_folders[prefix + name]
+            for name in OWN_COLUMNS.names
+            if prefix + name in keys_of_folders and name not in self._names
+        }
         if not self._names.keys() & set(_ANSWERS):
             self._file.close()
             raise InputError(f"{path}: no answers to reuse: it has no column {prefix}content")
@@ -149,6 +156,8 @@ class OldAnswers:
         """The places of the batch's rows whose answer may be reused."""
         if "status" in self._names:
             good = pc.is_in(batch.column("status").cast(pa.string()), pa.array(sorted(statuses), pa.string()))
+        elif "status" in self._of_folder:
+            good = pa.array([self._of_folder["status"] in statuses] * batch.num_rows, pa.bool_())
         elif Status.OK in statuses:
             good = pa.array([False] * batch.num_rows)
             for name in _ANSWERS:
@@ -164,6 +173,10 @@ class OldAnswers:
         """The columns as `OWN_COLUMNS`: a tool that wrote the file again may have changed their types."""
         arrays: list[Any] = []
         for field in OWN_COLUMNS:
+            if field.name in self._of_folder:
+                value = pa.scalar(self._of_folder[field.name], pa.string())
+                arrays.append(pa.repeat(value, table.num_rows).cast(field.type))
+                continue
             if field.name not in table.column_names or field.name == "parsed":
                 arrays.append(pa.nulls(table.num_rows, field.type))
                 continue
@@ -179,7 +192,7 @@ class OldAnswers:
                     "cast it, or leave it out"
                 ) from error
         ours = pa.Table.from_arrays(arrays, schema=OWN_COLUMNS)
-        if "status" not in table.column_names:
+        if "status" not in table.column_names and "status" not in self._of_folder:
             ours = _with(ours, "status", ["ok"] * table.num_rows)
         parsed = self._parsed(table, ours)
         errors = [None if _is_note(error) else error for error in ours.column("error").to_pylist()]

@@ -65,7 +65,7 @@ def folder_of(values: Mapping[str, object]) -> str:
     Raises:
         JobError: a value is too long for a folder's name.
     """
-    names = [f"{_escaped(name)}={_text(value)}" for name, value in values.items()]
+    names = [f"{escaped(name)}={_text(value)}" for name, value in values.items()]
     for name in names:
         if len(name) > LONGEST_NAME:
             raise JobError(
@@ -75,7 +75,7 @@ def folder_of(values: Mapping[str, object]) -> str:
     return "/".join(names)
 
 
-def _escaped(name: str) -> str:
+def escaped(name: str) -> str:
     """A column's name, with no more encoded than must be: readers take it as it is."""
     return name.replace("%", "%25").replace("/", "%2F").replace("=", "%3D")
 

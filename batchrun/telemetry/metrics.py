@@ -31,11 +31,20 @@ Labels = dict[str, str]
 
 
 class Snapshot(msgspec.Struct, frozen=True):
-    """A run at one moment. `last_success_at`: when a run of the job last ended with exit code 0."""
+    """A run at one moment. `last_success_at`: when a run of the job last ended with exit code 0.
+
+    `shard` is such as `3/16`; None: the run has the whole input.
+    """
 
     summary: Summary
     directory: str
     last_success_at: datetime | None = None
+    shard: str | None = None
+
+    def labels(self, prefix: str = "") -> Labels:
+        """What every sample has."""
+        job = {f"{prefix}job": self.summary.job}
+        return job if self.shard is None else {**job, f"{prefix}shard": self.shard}
 
 
 Samples = Iterable[tuple[Labels, Value | None]]

@@ -21,7 +21,7 @@ def _lines(snapshot: Snapshot) -> Iterator[str]:
         if samples:
             yield f"# HELP {name} {metric.help}\n# TYPE {name} {metric.kind}\n"
         for labels, value in samples:
-            yield f"{name}{{{_labels({'job': snapshot.summary.job, **labels})}}} {_number(value)}\n"
+            yield f"{name}{{{_labels(snapshot.labels() | labels)}}} {_number(value)}\n"
 
 
 def _labels(labels: Labels) -> str:

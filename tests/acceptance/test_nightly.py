@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -223,23 +222,49 @@ def test_the_cron_job_retries_by_exit_code(place: Place) -> None:
     assert len(place.runs()) == 1
 
 
+def merge_commands() -> list[str]:
+    return [text.strip() for text in blocks("sh") if text.startswith("batchrun merge")]
+
+
 @pytest.mark.heavy
-def test_each_index_runs_its_part(place: Place) -> None:
+def test_each_index_runs_its_shard(place: Place) -> None:
     spec = documents()["Job"]["spec"]
     assert spec["completionMode"] == "Indexed"
     assert {rule["action"] for rule in spec["podFailurePolicy"]["rules"]} == {"FailIndex", "Ignore"}
     runs = container(spec["template"])
     shell, option, script = runs["command"]
-    (place.folder / "in").mkdir()
-    prices = '[pricing."vtrix-gpt-5.3-codex"]\ninput = 1\noutput = 1\n'
-    with open(place.folder / "tickets.toml", "a") as job:
-        job.write(f"request.max_tokens = 9\n{prices}")
+    (count,) = re.findall(r"JOB_COMPLETION_INDEX/(\d+)", script)
+    assert int(count) == spec["completions"]
+    script = script.replace(f"/{count}", "/2")
     for index in range(2):
-        pq.write_table(pa.table({"text": ["a", "b", "c"][: 2 + index]}), place.folder / f"in/part-{index}.parquet")
         environ = {"PATH": f"{place.folder}/.venv/bin:/usr/bin:/bin", "JOB_COMPLETION_INDEX": str(index)}
         ended = subprocess.run([shell, option, place.here(script)], cwd=place.folder, env=environ)
         assert ended.returncode == 0
-    assert place.runs() == ["part-0", "part-1"]
+        path = environ["PATH"]
+        assert place.sh(f"cd {place.folder} && {merge_commands()[0]}", PATH=path) == (4 if index == 0 else 0)
+    assert place.runs() == ["2026-11-28", "2026-11-28.shard-0-of-2", "2026-11-28.shard-1-of-2"]
+
+
+# ── Slurm ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.heavy
+def test_the_tasks_of_the_array_are_the_shards(place: Place) -> None:
+    script = block("bash", "#SBATCH")
+    settings = dict(re.findall(r"^#SBATCH --([a-z-]+)=(\S+)", script, re.MULTILINE))
+    (count,) = re.findall(r"SLURM_ARRAY_TASK_ID/(\d+)", script)
+    assert settings["array"] == f"0-{int(count) - 1}"
+    assert settings["signal"].startswith("B:TERM@")
+    task = place.folder / "tickets.sbatch"
+    task.write_text(place.here(script).replace(f"/{count}", "/2"))
+    for number in range(2):
+        assert place.sh(f"bash {task}", SLURM_ARRAY_TASK_ID=str(number), NIGHT="2026-11-28") == 0
+    assert place.sh(f"bash {task}", NIGHT="2026-11-28") == 2  # no array: the variable is empty
+    path = f"{place.folder}/.venv/bin:/usr/bin:/bin"
+    assert place.sh(f"cd {place.folder} && {merge_commands()[1]}", PATH=path, NIGHT="2026-11-28") == 0
+    merged = place.folder / "runs/tickets/2026-11-28/completions.parquet"
+    assert pq.read_table(merged).column("row").to_pylist() == list(range(5))
+    assert "\nexec .venv/bin/batchrun" in script  # else Slurm's signal would reach the shell alone
 
 
 @pytest.mark.parametrize(("code", "ends"), [(0, 0), (6, 0), (4, 0), (5, 0), (1, 1), (2, 2), (3, 3), (7, 7), (143, 143)])

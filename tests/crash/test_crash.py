@@ -10,7 +10,7 @@ from tests.crash.bugs import BUGS
 from tests.crash.campaign import Campaign
 from tests.crash.points import FIRST_ROUND
 from tests.crash.schedule import Kill, Plan, drawn, every_point
-from tests.crash.trial import Calm, calm_run, killed_retry, killed_run
+from tests.crash.trial import Calm, calm_run, killed_retry, killed_run, killed_shards
 from tests.crash.verdict import wrong_order
 
 SEED = 20261122
@@ -31,6 +31,15 @@ def test_no_answer_is_lost_at_any_marked_point(tmp_path: Path, calm: Calm) -> No
     assert reported == []
     assert {death.place for death in campaign.deaths() if death.marked} == FIRST_ROUND.keys()
     assert len(campaign.outcomes) == RUNS
+
+
+@pytest.mark.heavy
+def test_no_answer_is_lost_in_killed_shards(tmp_path: Path, calm: Calm) -> None:
+    """Three shards are killed and resumed; merged, they are one run that lost nothing and paid for nothing twice."""
+    plans = drawn(random.Random(SEED), calm.took_s / 3, points_a_run=4)
+    outcome = killed_shards(tmp_path / "run", [next(plans).kills for _ in range(3)], calm)
+    assert outcome.violations == []
+    assert len(outcome.deaths) >= 6
 
 
 AGAIN = (

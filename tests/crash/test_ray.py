@@ -1,9 +1,11 @@
 """Runs over a Ray cluster whose actors, nodes and driver die, judged by the ledger of the simulator."""
 
+import json
 import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +17,11 @@ import pytest
 from batchrun.simulator import SimulatorConfig
 from batchrun.store import in_flight
 from tests import cli_process
-from tests.cli_process import Ended, read_summary, wait_until
+from tests.cli_process import KEY, KEY_ENV, Ended, read_summary, wait_until, write_job, write_rows
 from tests.crash.trial import MAX_IN_FLIGHT, Trial
-from tests.ray_cluster import OWN, RayCluster, actors_of, ray_cluster
+from tests.endings import answer_body
+from tests.fault_server import Exchange, answer, serving_aside
+from tests.ray_cluster import OWN, RayCluster, actors_of, children_of, ray_cluster
 from tests.simulator_process import running_simulator
 
 pytestmark = pytest.mark.sampled(0)  # some seconds each, and a cluster: all are for the rest
@@ -27,14 +31,19 @@ SLOW = SimulatorConfig(latency_s=0.4)
 """Slow enough that all actors have requests in flight whenever something dies."""
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[RayCluster]:
-    """A cluster with two nodes of one actor each."""
+@pytest.fixture(scope="module", autouse=True)
+def rays_environ() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         for name, value in OWN.items():
             patched.setenv(name, value)
-        with ray_cluster(2) as started:
-            yield started
+        yield
+
+
+@pytest.fixture(scope="module")
+def cluster(rays_environ: None) -> Iterator[RayCluster]:
+    """A cluster with two nodes of one actor each."""
+    with ray_cluster(2) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
@@ -137,3 +146,71 @@ def test_a_signal_to_all_processes_drains_the_run(
         assert summary["possibly_billed"] == []
         assert summary["rows"] - summary["pending"] == len(simulator.ledger())
         trial.end(trial.start(cluster), undisturbed)
+
+
+def test_lost_calls_to_actors_lose_and_repeat_nothing(
+    tmp_path: Path, cluster: RayCluster, undisturbed: pa.Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray itself loses one in ten calls before the actor gets it, and one in ten after it has run."""
+    failures = {"num_failures": 12, "req_failure_prob": 10, "resp_failure_prob": 10, "in_flight_failure_prob": 0}
+    lossy = json.dumps({"CoreWorkerService.grpc_client.PushTask": failures})
+    monkeypatch.setenv("RAY_testing_rpc_failure", lossy)
+    monkeypatch.setenv("RAY_testing_rpc_failure_avoid_intra_node_failures", "0")
+    with running_simulator(SLOW) as simulator:
+        trial = RayTrial(tmp_path / "run", simulator, rows=ROWS)
+        trial.end(trial.start(cluster), undisturbed)
+        assert len(simulator.ledger()) == ROWS
+    assert trial.doubts() == []
+    assert trial.in_log("actor lost") == 0
+    assert trial.in_log("call repeated") > 0
+
+
+def test_a_silent_actor_is_given_up(tmp_path: Path, cluster: RayCluster, undisturbed: pa.Table) -> None:
+    """It is stopped by SIGSTOP, and nobody learns what became of its requests; here after 4 s instead of 60."""
+    quick = (
+        "import sys; from batchrun.ray_engine import fleet; fleet.SILENT_S = 4.0; from batchrun.cli import main; main()"
+    )
+    with running_simulator(SLOW) as simulator:
+        trial = RayTrial(tmp_path / "run", simulator, rows=ROWS)
+        command = [sys.executable, "-c", quick, "run", trial.job, "-o", trial.out, "--engine", "ray"]
+        process = subprocess.Popen(
+            [*map(str, command), "--ray-address", cluster.address],
+            env={**os.environ, KEY_ENV: KEY},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        wait_until(lambda: trial.in_log("actor") == 2 and trial.answered(30), process)
+        (actor, *_) = actors_of(cluster.raylets[0])
+        os.kill(actor, signal.SIGSTOP)
+        ended = trial.end(process, undisturbed)
+    assert "it has not answered for 4 s" in ended.stderr
+    assert 1 <= len(trial.doubts()) <= MAX_IN_FLIGHT
+    wait_until(lambda: actor not in actors_of(cluster.raylets[0]))
+
+
+def test_the_death_of_the_drivers_own_node_pauses_the_run(tmp_path: Path) -> None:
+    """It can have no other actors: exit 5, and what was in flight is named."""
+
+    async def ten_answers(exchange: Exchange) -> None:
+        if len(server.exchanges) > 10:
+            await exchange.silence()
+        await exchange.send(answer(answer_body("fine")))
+
+    with ray_cluster(1) as own, serving_aside(ten_answers) as server:
+        out, source = tmp_path / "out", write_rows(tmp_path / "in.jsonl", 60)
+        job = write_job(tmp_path / "job.toml", server.url, source, "[limits]\nmax_in_flight = 12\n")
+        process = cli_process.start("run", job, "-o", out, "--engine", "ray", "--ray-address", own.address)
+        wait_until(lambda: len(server.exchanges) == 22, process)
+        (head,) = [pid for pid in children_of(own.process.pid) if is_raylet(pid) and pid not in own.raylets]
+        os.kill(head, signal.SIGKILL)
+        ended = cli_process.finish(process)
+    assert ended.exit_code == 5, ended
+    assert ended.stderr.splitlines()[-1].startswith("Error: the Ray node that this process is on has died")
+    assert ended.stdout == ""
+    summary = read_summary(out)
+    assert (summary["by_status"], len(summary["possibly_billed"])) == ({"ok": 10}, 12)
+
+
+def is_raylet(pid: int) -> bool:
+    return b"/raylet/raylet" in Path(f"/proc/{pid}/cmdline").read_bytes()

@@ -190,13 +190,15 @@ def test_where_no_run_is_that_is_said(tmp_path: Path) -> None:
 
 def files_of(directory: RunDirectory) -> list[Path]:
     """What must not change unnoticed: all but the log, which is for people, and what the next start removes (parts and
-    inputs that no record names) or replaces (the result of before).
+    inputs that no record names, files half written) or replaces (the result of before).
     """
     known = db_records.read(directory.checkpoint)
     named = {directory.part_of(chunk.chunk, chunk.generation) for chunk in known.chunks}
     named |= {directory.input_of(chunk.chunk) for chunk in known.chunks if chunk.open}
     aside = {directory.log, *((directory.completions, directory.usage) if directory.inflight.exists() else ())}
-    files = (path for path in directory.path.rglob("*") if path.is_file() and path not in aside)
+    files = (
+        path for path in directory.path.rglob("*") if path.is_file() and path not in aside and path.suffix != ".tmp"
+    )
     return sorted(path for path in files if path in named or path.parent != directory.parts)
 
 

@@ -258,3 +258,36 @@ def killed_retry(folder: Path, kills: Sequence[Kill], calm: Calm) -> Outcome:
             trial.judge(calm.output)
         trial.judge_order()
     return trial.outcome
+
+
+def killed_shards(folder: Path, deaths: Sequence[Sequence[Kill]], calm: Calm) -> Outcome:
+    """As many shards of one run in `folder`, each of which dies as planned and converges. They are merged, and the
+    merged run is judged like one run by the ledger of them all.
+    """
+    folder.mkdir()
+    count = len(deaths)
+    with running_simulator(simulator_config(folder / "ledger")) as simulator:
+        whole = Trial(folder / "whole", simulator)
+        whole.out = folder / "night"
+        shards: list[Path] = []
+        for number, kills in enumerate(deaths):
+            trial = Trial(folder / str(number), simulator)
+            trial.out = folder / f"night.shard-{number}-of-{count}"
+            trial.flags = ("--shard", f"{number}/{count}")
+            for kill in kills:
+                if not trial.die(kill):
+                    break
+            if not trial.outcome.violations:
+                trial.converge()
+            trial.judge_order()
+            whole.outcome.deaths.extend(trial.outcome.deaths)
+            whole.outcome.violations.extend(f"shard {number}: {each}" for each in trial.outcome.violations)
+            whole._in_flight += trial._in_flight
+            shards.append(trial.out)
+        ended = cli_process.batchrun("merge", *shards)
+        if ended.exit_code != 0:
+            whole.outcome.violations.append(f"merge: exit code {ended.exit_code}: {ended.stderr.strip()}")
+        else:
+            whole.start_again()
+            whole.judge(calm.output)
+    return whole.outcome

@@ -233,8 +233,8 @@ def test_every_wish_has_a_name_of_its_own() -> None:
 
 
 def test_every_limit_of_a_job_is_tunable() -> None:
-    """Except for what bounds a single request."""
-    single = {"max_output_tokens", "max_image_tokens"}
+    """Except for what bounds a single request, and for how shards share limits."""
+    single = {"max_output_tokens", "max_image_tokens", "limits_are"}
     over_time = {"per_start_usd", "per_day_usd", "per_month_usd", "name", "state", "time_zone"}
     assert {*Limits.__struct_fields__, *Budget.__struct_fields__} - single - over_time == live_limits.FLAGS.keys()
     reported = live_limits.parse(dict.fromkeys(live_limits.FLAGS, "7"))

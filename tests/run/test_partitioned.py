@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
@@ -74,6 +75,7 @@ def test_dictionaries_keep_their_type_at_any_depth(tmp_path: Path) -> None:
     assert [row["parsed"]["label"] for row in found["k=a"].read_row_group(0).to_pylist()] == ["x", None]
 
 
+@pytest.mark.heavy
 def test_rows_keep_their_order_and_memory_that_of_a_block(tmp_path: Path) -> None:
     types: dict[str, pa.DataType] = {"k": pa.int64(), "n": pa.int64(), "text": pa.string()}
     schema = pa.schema(types)
@@ -209,6 +211,29 @@ def test_every_command_reads_it(done: Path, tmp_path: Path, simulator: RunningSi
     assert (ended.exit_code, len(simulator.ledger())) == (0, served), ended.stderr
 
 
+@pytest.mark.heavy
+def test_a_moved_folder_is_still_a_result(done: Path, tmp_path: Path, simulator: RunningSimulator) -> None:
+    """With its bill in the manifest; what is in the folders' names alone is there, too."""
+    moved = tmp_path / "moved"
+    shutil.copytree(done / "out" / "completions", moved)
+    shown = batchrun("show", moved, "--where", "lang == 'pt BR' and row == 3", "--json")
+    (row,) = map(json.loads, shown.stdout.splitlines())
+    assert (row["row"], row["lang"], row["text"]) == (3, "pt BR", "text 3")
+    assert "60 rows in both" in batchrun("compare", done / "out", moved).stdout
+    bills = [batchrun("report", place, "--by", "run", "--format", "json") for place in (done / "out", moved)]
+    costs = [json.loads(bill.stdout)["total"]["cost_usd"] for bill in bills]
+    assert costs[0] == costs[1], (bills[0].stderr, bills[1].stderr)
+    served = len(simulator.ledger())
+    every = ("--reuse", moved, "--set", 'input.reuse_status=["ok", "truncated"]')
+    ended = batchrun("run", done / "job.toml", "-o", tmp_path / "all", *every)
+    assert (ended.exit_code, len(simulator.ledger())) == (0, served), ended.stderr
+    statuses = {row["row"]: row["status"] for row in rows_of(done / "out")}
+    assert {row["row"]: row["status"] for row in rows_of(tmp_path / "all")} == statuses
+    good = sum(status == "ok" for status in statuses.values())
+    ended = batchrun("run", done / "job.toml", "-o", tmp_path / "some", "--reuse", moved)
+    assert (ended.exit_code, len(simulator.ledger()) - served) == (0, 60 - good), ended.stderr
+
+
 @pytest.mark.parametrize("change", ["cut", "gone", "other bytes", "one more", "manifest"])
 def test_a_changed_partition_file_is_noticed(done: Path, simulator: RunningSimulator, change: str) -> None:
     file = next((done / "out" / "completions").rglob("*.parquet"))
@@ -254,6 +279,7 @@ def test_each_command_refuses_the_same(done: Path, tmp_path: Path, command: str)
         assert (ended.exit_code, line in ended.stderr) == (2, True), ended.stderr
 
 
+@pytest.mark.heavy
 def test_a_changed_input_gives_the_partitions_of_the_new_rows(tmp_path: Path, simulator: RunningSimulator) -> None:
     """The rows of other partitions are gone; kept answers are not sent again; more rows after a pilot come in."""
     write_input(tmp_path / "in.jsonl", 30)

@@ -58,6 +58,8 @@ def sent(api: RunningSimulator) -> int:
 
 def test_the_result_is_published_whole_and_once(s3: S3Server, api: RunningSimulator, tmp_path: Path) -> None:
     machine = Machine(tmp_path, api, "whole")
+    s3.put(f"{BUCKET}/input/a.jsonl", (tmp_path / "in.jsonl").read_bytes())
+    write_job(machine.job, api.url, f"s3://{BUCKET}/input/*.jsonl", f"[output]\npath = '{machine.to}'\n")
     summary = machine.run()
     assert summary.complete
     assert s3.names(f"{BUCKET}/whole") == ["_batchrun/run.json", "completions.parquet", "summary.json", "usage.parquet"]
@@ -83,6 +85,16 @@ def test_another_machine_finds_the_run_complete(s3: S3Server, api: RunningSimula
     with pytest.raises(RunLockedError, match="holds the complete result of another run"):
         other.run()
     assert sent(api) == before
+
+
+@pytest.mark.sampled(0)
+def test_partitions_are_published_in_their_folders(s3: S3Server, api: RunningSimulator, tmp_path: Path) -> None:
+    machine = Machine(tmp_path, api, "by", output="partition_by = ['id']\n", rows=4)
+    assert machine.run().complete
+    names = s3.names(f"{BUCKET}/by")
+    assert sum(name.startswith("completions/id=") for name in names) == 4, names
+    assert "summary.json" in names
+    assert not any(name.endswith(".part") for name in names)
 
 
 def test_a_place_that_can_not_be_written_stops_the_run_before_it_pays(
@@ -116,3 +128,12 @@ def test_the_command_line_publishes_and_finds_the_run_again(
     shown = command("run", machine.job, "--state-dir", machine.state, "--date", "2026-11-22", "--new", "--limit", "5")
     assert shown.exit_code == 0, shown.stderr
     assert s3.names(f"{BUCKET}/cli/job/2026-11-22-2")[-1] == "usage.parquet"
+
+    shown = command("report", f"s3://{BUCKET}/cli", "--by", "run", "--format", "json")
+    assert shown.exit_code == 0, shown.stderr
+    assert len(json.loads(shown.stdout)["lines"]) == 2
+    assert f"s3://{BUCKET}/cli/job/2026-11-22-2" in command("status", f"s3://{BUCKET}/cli").stdout
+    shown = command("show", f"s3://{BUCKET}/cli/job/2026-11-22", "--row", "3", "--json")
+    assert json.loads(shown.stdout)["row"] == 3, shown.stderr
+    shown = command("report", f"s3://{BUCKET}/nothing")
+    assert (shown.exit_code, "no run is published there" in shown.stderr) == (2, True), shown.stderr

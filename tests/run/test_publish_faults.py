@@ -1,6 +1,7 @@
 """What a publish does when the store fails: it repeats what may pass, ends with one line, and never looks finished."""
 
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from batchrun.storage import publish as publishing
 from batchrun.storage.claim import Claim, this_process
 from batchrun.storage.folder import folder_at
 from batchrun.storage.publish import Published, RunRecord
-from tests.cli_process import KEY, KEY_ENV
+from tests.cli_process import KEY, KEY_ENV, finish, kill_when, start
 from tests.cli_process import batchrun as command
 from tests.run.test_publish import Machine, sent
 from tests.s3_server import BUCKET, READER, S3Server, environ_for, environment, fails, proxy_before, s3_server
@@ -81,6 +82,25 @@ def test_a_store_that_denies_or_is_away_at_the_end(s3: S3Server, api: RunningSim
     assert sent(api) == before
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_signal_while_the_result_is_published(
+    s3: S3Server, api: RunningSimulator, tmp_path: Path, number: signal.Signals
+) -> None:
+    place = f"signal-{number}"
+    machine = Machine(tmp_path, api, place)
+    with proxy_before(s3, fails(f"{place}/completions", "slow")) as proxy, environment(environ_for(proxy.url)):
+        process = start("run", machine.job, "--state-dir", machine.state)
+        kill_when(process, lambda: proxy.count(f"POST .*{place}/completions") > 0, number)
+        ended = finish(process)
+    assert ended.exit_code in ({-9} if number is signal.SIGKILL else {128 + number}), ended
+    assert "Traceback" not in ended.stderr
+    assert "summary.json" not in s3.names(f"{BUCKET}/{place}")
+    before = sent(api)
+    shown = command("run", machine.job, "--state-dir", machine.state)
+    assert (shown.exit_code, sent(api)) == (0, before), shown.stderr
+    assert "summary.json" in s3.names(f"{BUCKET}/{place}")
+
+
 # ── a publish step by step ────────────────────────────────────────────────────────────────────────────────────────────
 
 SUMMARY = json.dumps({"run_id": "r1", "complete": True, "job": "j"}).encode()
@@ -127,6 +147,8 @@ def test_a_publish_that_is_cut_at_any_step_never_looks_finished(s3: S3Server, tm
     assert steps == 9
     newer = SUMMARY.replace(b'"j"', b'"jj"')
     for cut_at in range(1, steps - 1):  # one part less
+        for name in s3.names(f"{BUCKET}/cut/_batchrun/staged"):
+            s3.filesystem.delete_file(f"{BUCKET}/cut/_batchrun/staged/{name}")
         with pytest.raises(_CutError):
             published(parts(tmp_path / "b", 2, "y"), newer, cut_at)
         assert publishing.standing(folder) is None

@@ -54,6 +54,19 @@ def expire_claims(s3: S3Server, place: str) -> None:
         s3.filesystem.delete_file(f"{BUCKET}/{place}/{CONTROL}/claims/{name}")
 
 
+def test_a_run_of_yesterday_is_found_in_the_store(s3: S3Server, api: RunningSimulator, tmp_path: Path) -> None:
+    one = Machine(tmp_path / "one", api, "night/{job}/x-{date}/y", MORE, rows=ROWS, output=OUTPUT)
+    process = start("run", one.job, "--state-dir", one.state, "--date", "2026-11-20")
+    kill_when(process, lambda: parts_there(s3, "night") >= 2)
+    finish(process)
+    expire_claims(s3, "night/job/x-2026-11-20/y")
+    two = Machine(tmp_path / "two", api, "night/{job}/x-{date}/y", MORE, rows=ROWS, output=OUTPUT)
+    shown = command("run", two.job, "--state-dir", two.state)
+    assert shown.exit_code == 0, shown.stderr
+    assert "resuming the unfinished run of 2026-11-20" in shown.stderr
+    assert "summary.json" in s3.names(f"{BUCKET}/night/job/x-2026-11-20/y")
+
+
 @pytest.mark.parametrize("layout", ["file", "parts"])
 def test_another_machine_resumes_a_lost_run(s3: S3Server, api: RunningSimulator, tmp_path: Path, layout: str) -> None:
     place = f"lost-{layout}"

@@ -37,7 +37,9 @@ def published(directory: RunDirectory, parts: list[Part]) -> tuple[ResultFile, .
 
 def test_parts_become_a_folder_with_a_manifest(tmp_path: Path) -> None:
     directory, parts = directory_with(tmp_path / "run")
+    inodes = [path.stat().st_ino for path, _, _ in parts]
     files = published(directory, parts)
+    assert [(directory.path / file.name).stat().st_ino for file in files] == inodes  # no byte is copied
     names = [f"part-00000{number}.parquet" for number in range(3)]
     assert [file.name for file in files] == [f"completions/{name}" for name in names]
     for file in files:

@@ -13,6 +13,8 @@ from batchrun.errors import InputError, JobError, StorageError
 from batchrun.source import START, changed, find_files, fingerprint, open_source, rows_of
 from tests.s3_server import BUCKET, READER, S3Server, environ_for, environment, s3_server
 
+pytestmark = pytest.mark.sampled(0)  # a server of its own: in `make test-rest`; tests/run/test_publish.py reads one
+
 LINES = b"".join(b'{"text": "row %d"}\n' % row for row in range(1000))
 
 

@@ -45,6 +45,7 @@ def rows_in(path: Path) -> list[int]:
     return rows
 
 
+@pytest.mark.heavy
 def test_a_shard_is_killed_resumed_checked_retried_and_exported(tmp_path: Path, server: RunningSimulator) -> None:
     job = shard_job(tmp_path, server.url)
     process = start("run", job, "--shard", "1/3", "--set", "limits.max_in_flight=6")
@@ -91,6 +92,7 @@ def test_a_shard_is_killed_resumed_checked_retried_and_exported(tmp_path: Path, 
     assert rows_in(part) == list(range(34, 67))
 
 
+@pytest.mark.heavy
 def test_the_input_and_the_question_of_a_shard_cannot_change(tmp_path: Path, server: RunningSimulator) -> None:
     job = shard_job(tmp_path, server.url)
     assert batchrun("run", job, "--shard", "0/3").exit_code == 0
@@ -102,6 +104,7 @@ def test_the_input_and_the_question_of_a_shard_cannot_change(tmp_path: Path, ser
     assert read_summary(out(tmp_path, 0))["complete"]
 
 
+@pytest.mark.heavy
 def test_equal_and_reused_rows_are_found_within_a_shard(tmp_path: Path, server: RunningSimulator) -> None:
     job = shard_job(tmp_path, server.url, rows=90)
     lines = (tmp_path / "in.jsonl").read_text().splitlines()

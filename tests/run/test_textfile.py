@@ -12,9 +12,13 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from batchrun.job.load import load
 from batchrun.simulator import SimulatorConfig
+from batchrun.store.rundir import RunDirectory
 from batchrun.telemetry.textfile import TextFile
+from batchrun.telemetry.views import Views
 from tests.cli_process import KEY, Ended, batchrun, finish, read_summary, start, wait_until, write_job, write_rows
+from tests.run.test_progress import summary
 from tests.simulator_process import RunningSimulator, running_simulator
 
 
@@ -61,12 +65,12 @@ def test_a_complete_run_leaves_its_figures(night: Night) -> None:
         assert night.run().exit_code == 0
     finally:
         os.umask(before)
-    summary = read_summary(night.out)
+    written = read_summary(night.out)
     assert night.value("rows") == 5
     assert night.value("exit_code") == 0
     assert night.value("run_state", state="complete") == 1
-    assert night.value("cost_dollars_total") == float(summary["cost_usd"])
-    assert night.value("tokens_total") == sum(line["total_tokens"] for line in summary["totals"])
+    assert night.value("cost_dollars_total") == float(written["cost_usd"])
+    assert night.value("tokens_total") == sum(line["total_tokens"] for line in written["totals"])
     assert night.value("last_success_timestamp_seconds") == night.value("end_timestamp_seconds") is not None
     assert stat.S_IMODE(night.file.stat().st_mode) == 0o644, "node_exporter is another user"
     assert [file.name for file in night.metrics.iterdir() if not file.name.startswith(".")] == [night.file.name]
@@ -114,6 +118,36 @@ def test_two_jobs_have_two_files(night: Night, simulator: RunningSimulator) -> N
     assert [night.run().exit_code, other.run().exit_code] == [0, 0]
     assert night.value("rows", job="night") == 5
     assert other.value("rows", job="day") == 3
+
+
+def test_each_shard_has_a_file_and_a_label(night: Night) -> None:
+    for number in (0, 1):
+        assert night.run("--shard", f"{number}/2").exit_code == 0
+    files = sorted(file.name for file in night.metrics.glob("*.prom"))
+    assert files == ["batchrun-night.shard-0-of-2.prom", "batchrun-night.shard-1-of-2.prom"]
+    rows = []
+    for name in files:
+        night.file = night.metrics / name
+        rows.append([night.value("rows", job="night", shard=f"{number}/2") for number in (0, 1)])
+    assert rows == [[3, None], [None, 2]]
+
+
+def test_a_result_that_is_not_published_is_no_success(night: Night) -> None:
+    """The run is complete here, and then the object store refuses its result."""
+    views = Views(load(night.job), RunDirectory(night.out), print)
+    complete = summary(job="night", state="complete", exit_code=0, complete=True, pending=0)
+    views.show(complete)
+    assert night.value("exit_code") is None
+    assert night.value("run_state", state="writing") == 1
+    views.end(5, "the store can't be reached", None)
+    assert night.value("exit_code") == 5
+    assert night.value("run_state", state="failed") == 1
+    assert night.value("last_success_timestamp_seconds") is None
+    again = Views(load(night.job), RunDirectory(night.out), print)
+    again.show(complete)
+    again.end(0, None, complete)
+    assert night.value("exit_code") == 0
+    assert night.value("last_success_timestamp_seconds") == complete.updated_at.timestamp()
 
 
 def test_a_second_run_of_a_job_leaves_the_file_to_the_first(night: Night) -> None:

@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("startup", "telemetry"),
     ("dispatch",),
     ("engine", "integrity", "simulator"),
-    ("simulated", "terminal"),
+    ("simulated", "terminal", "merge"),
     ("preflight", "destination", "on_end"),
     ("api",),
     ("runner",),
@@ -62,9 +62,12 @@ SOLE_IMPORTERS: dict[str, frozenset[str]] = {
     "ray": frozenset({"ray_engine.cluster", "ray_engine.fleet"}),
     "genai_prices": frozenset({"price_list"}),
     "jsonschema_rs": frozenset({"job.answer_schema", "simulator.schemas"}),
+    "opentelemetry": frozenset({"telemetry.otel"}),
     "toktok": frozenset({"response.token_count"}),
     "xlsxwriter": frozenset({"report.spreadsheet"}),
-    "pyarrow": frozenset({"storage", "source", "tables", "store", "report", "startup", "dispatch", "integrity"}),
+    "pyarrow": frozenset(
+        {"storage", "source", "tables", "store", "report", "startup", "dispatch", "integrity", "merge"}
+    ),
 }
 """Library → the packages and modules that import it."""
 
@@ -176,7 +179,7 @@ def test_the_command_line_starts_without_anything_heavy() -> None:
     assert shown.stdout == "[]\n"
 
 
-def test_only_simulator_jobs_load_a_server() -> None:
-    code = "import sys, batchrun.api; print('aiohttp.web' in sys.modules)"
+def test_only_jobs_that_want_them_load_a_server_or_opentelemetry() -> None:
+    code = "import sys, batchrun.api; print('aiohttp.web' in sys.modules or 'opentelemetry' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout == "False\n"

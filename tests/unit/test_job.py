@@ -420,7 +420,9 @@ OTHER_VALUES: Mapping[str, object] = {
     "output.columns": ["a"],
     "output.raw": "always",
     "output.layout": "parts",
+    "output.format": "jsonl",
     "output.partition_by": ["lang"],
+    "output.dataset": "labels",
     "output.compression": "gzip",
     "on_end": ["true"],
     "canary.min_ok_share": 0.5,
@@ -496,6 +498,8 @@ def test_the_fingerprint_covers_exactly_the_question(path: str, default: object)
         place[parent] = dict(place.get(parent, {}))
         place = place[parent]
     price = {"flex": {"input": 1, "output": 1}} if last == "tiers" else 3
+    if path == "output.dataset":
+        place["partition_by"] = ["lang"]
     place[last] = price if parents[:1] == ["pricing"] else another_value(path, default)
     if path in OF_SEVERAL_ENDPOINTS:
         before = from_tables({**tables, "endpoint": [tables["endpoint"], tables["endpoint"]]})

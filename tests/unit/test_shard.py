@@ -1,6 +1,8 @@
 """Ranges of rows, and parts of limits, for every shard of a run: together they are the whole and nothing twice."""
 
+import asyncio
 import gzip
+from bisect import bisect_right
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
@@ -11,11 +13,13 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import pytest
 
-from batchrun.errors import JobError
+from batchrun.errors import InputError, JobError
 from batchrun.records import Shard
 from batchrun.source import START, open_source
 from batchrun.startup import shard as shards
 from tests.jobs import job_over, texts, write_lines
+from tests.limited_server import Run, Server, ask_all, new_gate
+from tests.moved_clock import run_on_moved_clock
 
 COUNTS = (1, 2, 3, 7, 16, 100)
 
@@ -190,8 +194,23 @@ def test_the_shards_of_any_format_read_each_row_once(tmp_path: Path) -> None:
 def test_more_shards_than_rows_leave_some_without(tmp_path: Path) -> None:
     for rows, sizes in ((0, [0, 0, 0, 0]), (2, [1, 1, 0, 0])):
         files = (write_lines(tmp_path / f"{rows}.jsonl", texts(rows)),)
-        own = [shards.find(job_over(files[0], input={"min_rows": 0}), files, shard) for shard in all_of(4)]
+        own = [shards.find(job_over(files[0], input={"min_rows": 0}), files, shard, tmp_path) for shard in all_of(4)]
         assert [len(list(each.source.records())) for each in own] == sizes
+
+
+def test_an_id_that_repeats_anywhere_is_refused_by_every_shard(tmp_path: Path) -> None:
+    rows = texts(50)
+    rows[40]["id"] = "r3"
+    table = pa.Table.from_pylist(rows)
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=7)
+    pacsv.write_csv(table, tmp_path / "b.csv")
+    for file in (tmp_path / "a.parquet", tmp_path / "b.csv", write_lines(tmp_path / "c.jsonl", rows)):
+        job = job_over(file, input={"id": "id"})
+        for shard in all_of(5):
+            with pytest.raises(InputError, match="id: record 40 of the input, counted from 0, has the id of record 3;"):
+                shards.find(job, (file,), shard, tmp_path)
+            assert shards.find(job, (file,), shard, tmp_path, skip_invalid=True).span.records == 50
+        assert shards.find(job_over(file), (file,), Shard(0, 5), tmp_path).span.records == 50
 
 
 def test_a_parquet_shard_reads_no_row_group_of_the_others(tmp_path: Path) -> None:
@@ -221,3 +240,40 @@ def test_a_parquet_footer_says_that_a_file_changed(tmp_path: Path) -> None:
     assert footer_digest(one) == footer_digest(other)
     pq.write_table(pa.Table.from_pylist(texts(100, first=1)), other)
     assert footer_digest(one) != footer_digest(other)
+
+
+# ── together at one endpoint ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("rpm", "tpm", "count"), [(600, None, 7), (None, 30_000, 3), (617, 60_000, 16)])
+def test_all_shards_together_keep_the_limits_and_use_them(rpm: int | None, tpm: int | None, count: int) -> None:
+    given = {"requests_per_minute": rpm, "tokens_per_minute": tpm}
+    limits = {name: limit for name, limit in given.items() if limit is not None}
+    job = job_over("in.jsonl", limits=limits)
+    rows, tokens = 1800, 100
+
+    async def main() -> Server:
+        server = Server(rpm, tpm, headers=tpm is not None)
+        work = []
+        for shard in all_of(count):
+            own = shards.job_of(job, shard).limits
+            first, end = shards.rows_of(shard, rows)
+            run = Run(server)
+            gate = new_gate(
+                run,
+                max_in_flight=own.max_in_flight,
+                first_in_flight=min(8, own.max_in_flight),
+                requests_per_minute=own.requests_per_minute,
+                tokens_per_minute=own.tokens_per_minute,
+            )
+            work.append(ask_all(run, gate, [tokens] * (end - first), workers=own.max_in_flight))
+        await asyncio.gather(*work)
+        return server
+
+    server = run_on_moved_clock(main())
+    assert server.refused() <= 0.025  # at the start all of them send at once, and this server allows two seconds' worth
+    times = [exchange.at_s for exchange in server.accepted()]
+    a_minute = min(limit for limit in (rpm, None if tpm is None else tpm / tokens) if limit is not None)
+    most = max(bisect_right(times, at_s + 60) - place for place, at_s in enumerate(times))
+    assert most <= a_minute * (1 + 1 / 60) + count  # each part may burst by a second, and by one request at least
+    assert times[-1] - times[0] <= rows / a_minute * 60 * 1.05

@@ -1,0 +1,402 @@
+"""Writes shards as one run, complete as if one process had sent every row: result, bill, checkpoint, summary.
+
+The directory is built beside its place and renamed, so that it is there as a whole or not at all. Starts of the shards
+become starts of the merged run, numbered through: those of the first shard, then those of the next.
+"""
+
+import contextlib
+import hashlib
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from decimal import Decimal
+from pathlib import Path
+
+import msgspec
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from batchrun import durable
+from batchrun.durable import disk_errors
+from batchrun.errors import CheckpointError, ExitCode, InputError, JobError
+from batchrun.integrity.db_records import SALVAGED
+from batchrun.merge.shards import CompleteShard
+from batchrun.prices import PriceTable
+from batchrun.records import Estimate, MergedShard, ResultFile, Status, Summary, TotalsLine
+from batchrun.report.summary import Moment, failures, summarise
+from batchrun.report.summary import files as summary_files
+from batchrun.report.summary import read as read_summary
+from batchrun.request import image_digests
+from batchrun.source import JsonlSource
+from batchrun.store import db_tables, result, shared_dataset, variants
+from batchrun.store.checkpoint import FORMAT, Checkpoint, read_finished
+from batchrun.store.chunks import Chunks, Layout
+from batchrun.store.database import Database, Record
+from batchrun.store.db_tables import Chunk
+from batchrun.store.manifest import Manifest
+from batchrun.store.rundir import RunDirectory
+from batchrun.store.totals import UNSTATED, Unstated
+from batchrun.store.variants import Variant
+from batchrun.tables import files
+from batchrun.tables.rows import as_own, joined, own_schema
+
+
+class Merged(msgspec.Struct, frozen=True):
+    """The merged run. `written`: it was not there before."""
+
+    directory: RunDirectory
+    summary: Summary
+    written: bool
+
+
+def merge(shards: Sequence[CompleteShard], to: Path) -> Merged:
+    """The shards as one run at `to`. Nothing is written if they were merged there before.
+
+    Raises:
+        JobError: something else is there.
+        CheckpointError: a shard changed while it was read, or the run that was merged before is damaged.
+        DiskError: it can't be written.
+    """
+    target, building = RunDirectory(to), RunDirectory(to.with_name(to.name + durable.TEMP_SUFFIX))
+    writer = Writer(shards, building, target)
+    if to.exists():
+        before = writer.merged_before()
+        _publish(target)
+        return Merged(target, before, written=False)
+    building.require_possible()
+    shutil.rmtree(building.path, ignore_errors=True)
+    building.create()
+    try:
+        with building.lock():
+            summary = writer.write()
+        with disk_errors(to):
+            durable.fsync(building.path)
+            building.path.rename(to)
+            durable.fsync(to.absolute().parent)
+    except BaseException:
+        shutil.rmtree(building.path, ignore_errors=True)
+        raise
+    _publish(target)
+    return Merged(target, summary, written=True)
+
+
+def _publish(directory: RunDirectory) -> None:
+    """The run's partitions are in the dataset that its job names: a shard's would replace those of the others."""
+    entries = read_finished(directory.checkpoint)
+    manifest = Manifest.decode(entries)
+    if manifest.output.dataset is not None:
+        dataset = Path(manifest.output.dataset)
+        shared_dataset.publish(result.finished(entries), directory, dataset, manifest.run_id)
+
+
+class Renumbering(msgspec.Struct, frozen=True):
+    """What becomes of a shard's numbers: rows are more or fewer by `rows` where records before the shard were set
+    aside, and starts, chunks and variants are counted through.
+    """
+
+    rows: int
+    invocations: int
+    chunks: int
+    variants: tuple[int, ...]
+
+
+class Writer:
+    """Writes the shards into an empty directory that will be renamed to `target`."""
+
+    def __init__(self, shards: Sequence[CompleteShard], building: RunDirectory, target: RunDirectory) -> None:
+        self._shards = shards
+        self._to = building
+        self._target = target
+        self._variants, self._numbers = _renumbered(shards)
+        self._manifest = _manifest(shards, target)
+        self._parsed = self._manifest.answer_column
+
+    def merged_before(self) -> Summary:
+        """The summary of the same merge, made before.
+
+        Raises:
+            JobError: something else is there.
+            CheckpointError: it is damaged.
+        """
+        place = self._target.path
+        with contextlib.suppress(InputError, CheckpointError):
+            summary = read_summary(self._target)
+            if summary.complete and summary.merged == list(self._manifest.merged):
+                result.require_intact(self._target, summary.rows_in_output, read_finished(self._target.checkpoint))
+                return summary
+        raise JobError(f"{place}: is there already, and no intact merge of these shards; name another with -o")
+
+    def write(self) -> Summary:
+        """Writes every file."""
+        chunks = [chunk for pair in self._pairs() for chunk in self._parts(*pair)]
+        database = Database.open(self._to.checkpoint, db_tables.TABLES, FORMAT, lambda full: False)
+
+        def insert() -> None:
+            for name, records in self._records(chunks).items():
+                database.insert(name, records)
+
+        try:
+            database.transaction(insert)
+        finally:
+            database.close()
+        checkpoint = Checkpoint(self._to.checkpoint, free_reserve=lambda: False)
+        try:
+            summary = self._summary(checkpoint)
+            settings = self._manifest.output
+            layout = Layout(JsonlSource(()), (), frozenset(), None, self._schema, settings, self._parsed)
+            chunks_sealed = Chunks(self._to, checkpoint, layout)
+            written = result.write(self._manifest, self._schema, checkpoint, chunks_sealed, self._to, summary)
+        finally:
+            checkpoint.close()
+        for path in (self._to.rejects, self._to.images_of(), self._to.log):
+            self._join_files(path.name)
+        summary = msgspec.structs.replace(summary, files=_files(self._to, self._target))
+        if settings.dataset is not None:  # before the merged run is there, so that a merge that is cut does it again
+            shared_dataset.publish(written, self._to, Path(settings.dataset), self._manifest.run_id)
+        durable.replace_bytes(self._to.summary, msgspec.json.format(msgspec.json.encode(summary), indent=2))
+        return summary
+
+    def _pairs(self) -> "Iterator[tuple[CompleteShard, Renumbering]]":
+        return zip(self._shards, self._numbers, strict=True)
+
+    # ── rows ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _parts(self, shard: CompleteShard, numbers: Renumbering) -> Iterator[Chunk]:
+        """Writes the parts of the shard's chunks; each chunk as the merged run has it."""
+        for chunk, batches in zip(shard.known.chunks, _pieces(shard), strict=False):  # without rows there is no chunk
+            number = numbers.chunks + chunk.chunk
+            mine = (self._batch(batch, shard, numbers) for batch in batches)
+            path = self._to.part_of(number, 1)
+            digest = files.write_part(path, self._schema, mine, self._manifest.output, chunk.rows)
+            yield msgspec.structs.replace(
+                chunk, chunk=number, first_row=chunk.first_row + numbers.rows, generation=1, part_digest=digest, open=0
+            )
+
+    def _batch(self, batch: pa.RecordBatch, shard: CompleteShard, numbers: Renumbering) -> pa.RecordBatch:
+        """The rows as the merged run has them."""
+        prefix = shard.manifest.output.prefix
+        for name, change in (
+            ("row", numbers.rows),
+            ("duplicate_of", numbers.rows),
+            ("invocation", numbers.invocations),
+        ):
+            place = batch.schema.get_field_index(prefix + name)
+            field = batch.schema.field(place)
+            batch = batch.set_column(place, field, pc.add(batch.column(place), pa.scalar(change, field.type)))
+        place = batch.schema.get_field_index(f"{prefix}variant")
+        field = batch.schema.field(place)
+        now = pa.array(numbers.variants, field.type).take(batch.column(place))
+        batch = batch.set_column(place, field, now)
+        if batch.schema.equals(self._schema):
+            return batch
+        table = pa.Table.from_batches([batch])
+        own = as_own(table.select(own_schema(prefix).names))
+        return joined(table, own, self._schema, self._parsed)
+
+    @property
+    def _schema(self) -> pa.Schema:
+        """The columns of the result: those of the input are the same in all shards."""
+        first = next((shard for shard in self._shards if shard.manifest.rows), self._shards[0])
+        given = files.schema_of(first.directory.path / _in_order(first)[0].name).remove_metadata()
+        prefix = first.manifest.output.prefix
+        own = own_schema(prefix, self._parsed)
+        return pa.schema([*list(given)[: len(given) - len(own)], *own])
+
+    # ── records ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _records(self, chunks: Sequence[Chunk]) -> dict[str, list[Record]]:
+        """The records of the merged run's checkpoint by table."""
+        standing: Counter[str] = Counter()
+        answered_as: Counter[str] = Counter()
+        records: dict[str, list[Record]] = {
+            name: [] for name in ("invocations", "attempts", "possibly_billed", "totals", "replaced")
+        }
+        for shard, numbers in self._pairs():
+            known, more = shard.known, numbers.invocations
+            standing.update(known.totals.standing)
+            answered_as.update(known.totals.answered_as)
+            records["invocations"] += [(number + more, *rest) for number, *rest in known.invocations]
+            records["attempts"] += [(row + numbers.rows, *rest, number + more) for row, *rest, number in known.attempts]
+            for doubt in known.possibly_billed:
+                row = doubt.row + numbers.rows if doubt.row >= 0 else doubt.row  # -1: its slot can't be read
+                moved = msgspec.structs.replace(doubt, row=row, invocation=doubt.invocation + more)
+                records["possibly_billed"].append(db_tables.possibly_billed_record(moved))
+            for line in known.totals.booked.values():
+                records["totals"].append(db_tables.totals_record(_of_start(line, more)))
+            for line in known.totals.replaced.values():
+                records["replaced"].append(db_tables.replaced_record(_of_start(line, more), 1))
+        return {
+            "manifest": list(self._entries().items()),
+            "chunks": [msgspec.structs.astuple(chunk) for chunk in chunks],
+            "standing": list(standing.items()),
+            "answered_as": list(answered_as.items()),
+            **records,
+        }
+
+    def _entries(self) -> dict[str, str]:
+        entries = self._manifest.encode() | variants.encode(self._variants)
+        entries["prices"] = msgspec.json.encode(self._prices).decode()
+        known = [shard.known.manifest for shard in self._shards]
+        unstated = [msgspec.json.decode(each.get(UNSTATED, "{}"), type=Unstated) for each in known]
+        usd, tokens = sum((each.usd for each in unstated), Decimal(0)), sum(each.tokens for each in unstated)
+        if usd or tokens:
+            entries[UNSTATED] = msgspec.json.encode(Unstated(usd, tokens)).decode()
+        if salvaged := [int(each[SALVAGED]) for each in known if SALVAGED in each]:
+            entries[SALVAGED] = str(sum(salvaged))
+        return entries
+
+    @property
+    def _prices(self) -> dict[str, PriceTable | None]:
+        return {model: table for shard in reversed(self._shards) for model, table in shard.prices.items()}
+
+    def _summary(self, checkpoint: Checkpoint) -> Summary:
+        """The summary; what describes a single start is that of the last shard's last one."""
+        last = self._shards[-1].summary
+        every = [shard.summary for shard in self._shards]
+        moment = Moment(
+            state="complete",
+            invocation=last.invocation + self._numbers[-1].invocations,
+            started_at=last.started_at,
+            now=max(each.updated_at for each in every),
+            elapsed_s=last.elapsed_s,
+            sent=0,
+            limited_by="complete",
+            pid=last.pid,
+            host=last.host,
+            complete=True,
+            unknown_finish_reasons=tuple(sorted({reason for each in every for reason in each.unknown_finish_reasons})),
+            unpriced_tiers=tuple(sorted({tier for each in every for tier in each.unpriced_tiers})),
+            example_error=next((each.example_error for each in every if each.example_error is not None), None),
+            tags=every[0].tags,
+        )
+        manifest, rows = self._manifest, self._manifest.rows
+        summary = summarise(manifest, rows, self._prices, checkpoint.totals, moment, self._to)
+        failing = {Status(status) for status in self._shards[0].share.failing}
+        failed = failures(summary, failing) > manifest.output.max_failures
+        answered = [each.last_answer_at for each in every if each.last_answer_at is not None]
+        return msgspec.structs.replace(
+            summary,
+            exit_code=int(ExitCode.TOO_MANY_FAILURES if failed else ExitCode.COMPLETE),
+            last_answer_at=max(answered, default=None),
+        )
+
+    def _join_files(self, name: str) -> None:
+        """A file that each shard may have: lines one after another, or entries at the place of their row."""
+        at_row = name == self._to.images_of().name
+        to = self._to.path / name
+        for shard, numbers in self._pairs():
+            path = shard.directory.path / name
+            if not path.exists() or (at_row and numbers.rows):  # an entry that is missing says nothing
+                continue
+            start = image_digests.ENTRY_BYTES * shard.manifest.first_row if at_row else 0
+            to.touch(mode=0o600)
+            with disk_errors(to), path.open("rb") as source, to.open("r+b") as target:
+                source.seek(start)
+                target.seek(start, os.SEEK_SET if at_row else os.SEEK_END)
+                shutil.copyfileobj(source, target)
+                target.flush()
+                os.fsync(target.fileno())
+
+
+def _of_start(line: TotalsLine, more: int) -> TotalsLine:
+    return msgspec.structs.replace(line, invocation=line.invocation + more)
+
+
+def _in_order(shard: CompleteShard) -> tuple[ResultFile, ...]:
+    """The files that hold the shard's rows in their order: its parts where the result has another."""
+    return shard.result.kept or shard.result.files
+
+
+def _pieces(shard: CompleteShard) -> Iterator[Iterator[pa.RecordBatch]]:
+    """The rows of each of the shard's chunks, in order; take each piece whole before the next.
+
+    Raises:
+        CheckpointError: the result is not what was written.
+    """
+    written = [(shard.directory.path / file.name, file.digest, file.rows) for file in _in_order(shard)]
+    if shard.result.kept or shard.result.folder:
+        return (files.sealed_batches(*file) for file in written)
+    ((path, digest, _),) = written
+    return files.cut(path, digest, [chunk.rows for chunk in shard.known.chunks])
+
+
+def _renumbered(shards: Sequence[CompleteShard]) -> tuple[tuple[Variant, ...], list[Renumbering]]:
+    """The variants of all shards, and what becomes of each shard's numbers."""
+    every = list(shards[0].variants)
+    numbers: list[Renumbering] = []
+    rejected = invocations = chunks = 0
+    for shard in shards:
+        for variant in shard.variants:
+            if not any(known.question == variant.question for known in every):
+                every.append(variant)
+        places = tuple(
+            next(place for place, known in enumerate(every) if known.question == variant.question)
+            for variant in shard.variants
+        )
+        numbers.append(Renumbering(-rejected, invocations, chunks, places))
+        rejected += len(shard.manifest.rejected)
+        invocations += max((record[0] for record in shard.known.invocations), default=0)
+        chunks += len(shard.known.chunks)
+    return tuple(every), numbers
+
+
+def _manifest(shards: Sequence[CompleteShard], target: RunDirectory) -> Manifest:
+    """The manifest of the merged run. Its id is made of those of the shards, so that every merge of them is the same
+    run."""
+    every = [shard.manifest for shard in shards]
+    models: Counter[str] = Counter()
+    largest: dict[str, tuple[int, int]] = {}
+    for each in every:
+        models.update(each.models)
+        for model, (prompt, output) in each.max_request.items():
+            before = largest.get(model, (0, 0))
+            largest[model] = max(before[0], prompt), max(before[1], output)
+    schemas = {each.answer_schema for each in every if each.rows}
+    ids = "\n".join(each.run_id for each in every)
+    return msgspec.structs.replace(
+        every[0],
+        run_id=hashlib.blake2b(ids.encode(), digest_size=6).hexdigest(),
+        created_at=min(each.created_at for each in every),
+        rows=sum(each.rows for each in every),
+        rejected=tuple(ordinal for each in every for ordinal in each.rejected),
+        answer_schema=schemas.pop() if len(schemas) == 1 else None,
+        models=dict(models),
+        max_request=largest,
+        output=msgspec.structs.replace(every[0].output, path=str(target.path)),
+        estimate=_estimate([each.estimate for each in every if each.estimate is not None]),
+        share=None,
+        merged=tuple(map(_as_merged, shards)),
+    )
+
+
+def _as_merged(shard: CompleteShard) -> MergedShard:
+    totals = shard.known.totals
+    return MergedShard(
+        shard.manifest.run_id, str(shard.share.shard), shard.manifest.rows, totals.requests(), totals.cost_usd()
+    )
+
+
+def _estimate(every: Sequence[Estimate]) -> Estimate | None:
+    """What all rows were expected to take: shards work side by side."""
+    if not every:
+        return None
+
+    def usd(name: str) -> Decimal | None:
+        amounts = [getattr(each, name) for each in every]
+        return None if None in amounts else sum(amounts, Decimal(0))
+
+    return msgspec.structs.replace(
+        every[0],
+        rows=sum(each.rows for each in every),
+        prompt_tokens=sum(each.prompt_tokens for each in every),
+        completion_tokens=sum(each.completion_tokens for each in every),
+        **{name: usd(name) for name in ("low_usd", "expected_usd", "high_usd")},
+        minutes=max((each.minutes for each in every if each.minutes is not None), default=None),
+    )
+
+
+def _files(building: RunDirectory, target: RunDirectory) -> dict[str, str]:
+    """The files of the merged run where they will be."""
+    there = summary_files(building).items()
+    return {name: str(target.path / Path(path).relative_to(building.path)) for name, path in there}
