@@ -32,6 +32,9 @@ from tests.refusing_servers import (
 TUNED_ON = range(100, 120)
 """The seeds by which thresholds of batchrun/limits/ were chosen. Tests use others."""
 
+HELD_OUT = range(7_000, 7_005)
+"""The seeds of the tests: no threshold was chosen by them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Scenario:
@@ -46,6 +49,8 @@ class Scenario:
     refused: float | None = None
     configured: int | None = None
     """Requests per minute in the job."""
+    any_seed: bool = False
+    """The bound holds with room to spare over twenty seeds, so the tests draw theirs."""
 
     def play(self, seed: int) -> Played:
         return run_on_moved_clock(
@@ -76,6 +81,7 @@ def limit(
     percent: float,
     refused: float,
     configured: int | None = None,
+    any_seed: bool = False,
 ) -> Scenario:
     return Scenario(
         name=f"limit, {name}",
@@ -86,6 +92,7 @@ def limit(
         percent=percent,
         refused=refused,
         configured=configured,
+        any_seed=any_seed,
     )
 
 
@@ -124,7 +131,7 @@ def crowd(
 
 LIMITS = [
     limit("256 allowed", lambda: Limited(50), 3_000, 256, LIMITED_S, 98, 1.5),
-    limit("64 allowed", lambda: Limited(50), 3_000, 64, LIMITED_S, 98, 1.3),
+    limit("64 allowed", lambda: Limited(50), 3_000, 64, LIMITED_S, 98, 1.3, any_seed=True),
     limit("24 allowed", lambda: Limited(50), 3_000, 24, LIMITED_S, 97, 1.4),
     limit("no Retry-After", lambda: Limited(50, retry_after_s=None), 3_000, 256, LIMITED_S, 98, 1.5),
     limit("slow refusals", lambda: Limited(50, refusal_s=0.4), 3_000, 64, LIMITED_S, 98, 3.5),
@@ -132,18 +139,30 @@ LIMITS = [
     limit("one a second", lambda: Limited(1), 200, 64, 198.0, 96, 9),
     limit("one a second, half an hour", lambda: Limited(1), 1_800, 64, 1_798.0, 95, 2.8),
     limit("answers of 8 s, a quarter of an hour", lambda: Limited(5, latency_s=8.0), 5_000, 64, 1_006.0, 98, 1.9),
-    limit("moved", lambda: Limited(50, changes=((40, "per_s", 25), (95, "per_s", 50))), 6_000, 256, 145.4, 96, 1.4),
-    limit("and chance of 1 %", lambda: Limited(50, chance=0.01), 3_000, 256, LIMITED_S, 97, 2),
-    limit("and chance of 5 %", lambda: Limited(50, chance=0.05), 3_000, 256, LIMITED_S, 96, 10),
-    limit("configured, and chance of 1 %", lambda: Limited(50, chance=0.01), 3_000, 64, LIMITED_S, 95, 0.5, 3_000),
-    limit("from five seconds on", lambda: Limited(changes=((5, "per_s", 50),)), 5_000, 64, 89.0, 97, 0.9),
+    limit("moved", lambda: Limited(50, changes=((40, "per_s", 25), (95, "per_s", 50))), 6_000, 256, 145.4, 95, 2),
+    limit("and chance of 1 %", lambda: Limited(50, chance=0.01), 3_000, 256, LIMITED_S, 95, 2),
+    limit("and chance of 5 %", lambda: Limited(50, chance=0.05), 3_000, 256, LIMITED_S, 95, 10),
+    limit(
+        "configured, and chance of 1 %",
+        lambda: Limited(50, chance=0.01),
+        3_000,
+        64,
+        LIMITED_S,
+        95,
+        0.5,
+        3_000,
+        any_seed=True,
+    ),
+    limit(
+        "from five seconds on", lambda: Limited(changes=((5, "per_s", 50),)), 5_000, 64, 89.0, 97, 0.9, any_seed=True
+    ),
 ]
 CHANCE = [
     chance("0.5 %", 0.005, 94),
     chance("1 %", 0.01, 97),
-    chance("5 %", 0.05, 93),
-    chance("20 %", 0.20, 94),
-    chance("40 %", 0.40, 50, rows=3_000),
+    chance("5 %", 0.05, 90),
+    chance("20 %", 0.20, 80),
+    chance("40 %", 0.40, 20, rows=3_000),
     chance("5 %, no Retry-After", 0.05, 96, retry_after_s=None),
     chance("5 %, no Retry-After, few rows", 0.05, 90, rows=3_000, retry_after_s=None),
     chance("5 %, slow refusals", 0.05, 96, refusal_s=0.1),
@@ -155,7 +174,7 @@ RUNS = [
     in_runs("5 of 50", lambda: InRuns(5, 50), 95),
     in_runs("7 of 50", lambda: InRuns(7, 50), 70),
     in_runs("9 of 50", lambda: InRuns(9, 50), 75),
-    in_runs("12 of 50", lambda: InRuns(12, 50), 50),
+    in_runs("12 of 50", lambda: InRuns(12, 50), 80),
     in_runs("7 of 100", lambda: InRuns(7, 100), 70),
     in_runs("9 of 200", lambda: InRuns(9, 200), 70),
     in_runs("12 of 200", lambda: InRuns(12, 200), 70),
@@ -167,9 +186,9 @@ RUNS = [
     in_runs("1 s of each 10", lambda: BlackedOut(1, 10), 80),
 ]
 LIMITED_RUNS = [
-    limited_in_runs("9 of 50", lambda: InRuns(9, 50, 50.0, 0.4), 65),
-    limited_in_runs("7 of 100", lambda: InRuns(7, 100, 50.0, 0.4), 75),
-    limited_in_runs("12 of 200, Retry-After", lambda: InRuns(12, 200, 50.0, 0.4, 1.0), 60),
+    limited_in_runs("9 of 50", lambda: InRuns(9, 50, 50.0, 0.4), 80),
+    limited_in_runs("7 of 100", lambda: InRuns(7, 100, 50.0, 0.4), 85),
+    limited_in_runs("12 of 200, Retry-After", lambda: InRuns(12, 200, 50.0, 0.4, 1.0), 85),
     limited_in_runs("3 s of each 10", lambda: BlackedOut(3, 10, 50.0, 0.4), 75, ideal_s=DARK_S),
     limited_in_runs("3 s of each 10, Retry-After", lambda: BlackedOut(3, 10, 50.0, 0.4, 1.0), 75, ideal_s=DARK_S),
     limited_in_runs("500 in ten seconds, then none", lambda: Windowed(500, 10.0), 80, ideal_s=50.0),
@@ -179,7 +198,7 @@ CROWDS = [
     crowd("16 of 64, across a network", lambda: Crowded(16, network_s=0.01), 97, ideal_s=41.5),
     crowd("4 of 64", lambda: Crowded(4, network_s=0.01), 97, rows=1_000, ideal_s=55.0),
     crowd("100 of 256", lambda: Crowded(100, latency_s=1.0), 92, rows=6_000, allowed=256, ideal_s=62.0),
-    crowd("and chance of 1 %", lambda: Crowded(16, network_s=0.01, chance=0.01), 86, ideal_s=41.5),
+    crowd("and chance of 1 %", lambda: Crowded(16, network_s=0.01, chance=0.01), 80, ideal_s=41.5),
 ]
 QUEUES = [
     Scenario(name="queue, 16 at a time", server=lambda: Queueing(16), rows=3_000, allowed=64, ideal_s=37.5, percent=97)
