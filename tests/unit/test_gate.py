@@ -789,3 +789,19 @@ def test_the_moved_clock_passes_hours_without_waiting() -> None:
         return now_s() - start_s
 
     assert run_on_moved_clock(main()) == 36_000
+
+
+@on_moved_clock
+async def test_a_slot_granted_to_a_cancelled_row_returns() -> None:
+    """The row is cancelled between its grant and its next step; the slot and the money serve the next row."""
+    gate = new_gate(max_in_flight=1, budget=money(Decimal(1)))
+    row = Demand(1, Decimal(1))
+    slot = await gate.admit(row)
+    waiting = asyncio.create_task(gate.admit(row))
+    await asyncio.sleep(0)
+    gate.observe(slot, Outcome(0, Verdict.OK))
+    gate.release(slot, Decimal(0))
+    asyncio.get_running_loop().call_soon(waiting.cancel)  # after the queue has granted, in the same turn of the loop
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert await asyncio.wait_for(gate.admit(row), 1) >= 0
