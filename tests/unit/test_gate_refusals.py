@@ -18,18 +18,7 @@ from batchrun.limits.refusal_runs import RefusalRuns
 from batchrun.records import RowError, Verdict
 from tests import level
 from tests.moved_clock import START_S, run_on_moved_clock
-from tests.refusal_scenarios import (
-    CHANCE,
-    CROWDS,
-    HELD_OUT,
-    LIMITED_RUNS,
-    LIMITS,
-    QUEUES,
-    RUNS,
-    Scenario,
-    line,
-    measure,
-)
+from tests.refusal_scenarios import HELD_OUT, SCENARIOS, Scenario, line, measure
 from tests.refusing_servers import Limited, Queueing, RefusingServer, play
 from tests.unit.test_gate import new_gate, now_s
 
@@ -41,41 +30,13 @@ SEEDS = level.amount(sample=1, full=5)
 NAME = operator.attrgetter("name")
 
 
-def check(scenario: Scenario) -> None:
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=NAME)
+def test_each_server_gets_nearly_what_it_can_take(scenario: Scenario) -> None:
+    """Chance costs only its retries, a limit is used and kept, too many at once are not sent."""
     draw = level.seeded(scenario.name)
     reached = measure(scenario, [draw.randrange(10**6) if scenario.any_seed else seed for seed in HELD_OUT[:SEEDS]])
     assert reached.ideal[0] >= scenario.percent, line(scenario, reached)
     assert scenario.refused is None or reached.refused[-1] <= scenario.refused, line(scenario, reached)
-
-
-@pytest.mark.parametrize("scenario", LIMITS, ids=NAME)
-def test_a_limit_learned_from_refusals_is_kept(scenario: Scenario) -> None:
-    check(scenario)
-
-
-@pytest.mark.parametrize("scenario", CHANCE, ids=NAME)
-def test_random_refusals_cost_only_their_retries(scenario: Scenario) -> None:
-    check(scenario)
-
-
-@pytest.mark.parametrize("scenario", RUNS, ids=NAME)
-def test_refusals_in_runs_lower_the_rate_briefly(scenario: Scenario) -> None:
-    check(scenario)
-
-
-@pytest.mark.parametrize("scenario", LIMITED_RUNS, ids=NAME)
-def test_a_limit_beside_runs_of_refusals_is_used(scenario: Scenario) -> None:
-    check(scenario)
-
-
-@pytest.mark.parametrize("scenario", CROWDS, ids=NAME)
-def test_crowding_lowers_concurrency_and_not_rate(scenario: Scenario) -> None:
-    check(scenario)
-
-
-@pytest.mark.parametrize("scenario", QUEUES, ids=NAME)
-def test_a_queue_is_kept_busy(scenario: Scenario) -> None:
-    check(scenario)
 
 
 def test_a_limit_falls_once_chance_keeps_falling() -> None:
