@@ -19,17 +19,6 @@ from batchrun.records import RowError, Verdict
 from tests import level
 from tests.moved_clock import START_S, run_on_moved_clock
 from tests.refusal_scenarios import HELD_OUT, SCENARIOS, Scenario, line, measure
-    CHANCE,
-    CROWDS,
-    HELD_OUT,
-    LIMITED_RUNS,
-    LIMITS,
-    QUEUES,
-    RUNS,
-    Scenario,
-    line,
-    measure,
-)
 from tests.refusing_servers import Limited, Queueing, RefusingServer, play
 from tests.unit.test_gate import new_gate, now_s
 
