@@ -175,6 +175,7 @@ def test_every_column_is_an_independent_sum(nights: Nights) -> None:
         assert sum(line[name] for line in bill["lines"]) == bill["total"][name]
 
 
+@pytest.mark.heavy
 def test_every_grouping_has_the_same_sum(nights: Nights) -> None:
     """Whatever the bill is grouped by, the total is the same; tags come from the jobs."""
     total = report(nights)["total"]

@@ -267,6 +267,7 @@ def test_the_tasks_of_the_array_are_the_shards(place: Place) -> None:
     assert "\nexec .venv/bin/batchrun" in script  # else Slurm's signal would reach the shell alone
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("code", "ends"), [(0, 0), (6, 0), (4, 0), (5, 0), (1, 1), (2, 2), (3, 3), (7, 7), (143, 143)])
 def test_the_workflow_fails_by_exit_code(place: Place, code: int, ends: int) -> None:
     workflow = documents()["workflow"]

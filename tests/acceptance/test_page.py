@@ -233,6 +233,7 @@ def size_of(picture: bytes) -> tuple[int, int]:
     return width, height
 
 
+@pytest.mark.heavy
 def test_png_draws_the_page_beside_the_table(runs: Path, tmp_path: Path) -> None:
     target = tmp_path / "bill.png"
     plain = batchrun("report", runs)

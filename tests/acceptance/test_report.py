@@ -186,6 +186,7 @@ def test_an_unknown_suffix_is_refused_before_reading(tmp_path: Path, ending: str
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.heavy
 def test_a_bill_never_overwrites_its_sources(tmp_path: Path) -> None:
     run = write_summary(tmp_path / "run", summary_of("r", "job", [], 1, 0))
     (run / "checkpoint.db").touch()
@@ -329,6 +330,7 @@ def test_booked_lines_carry_their_rows_day(tmp_path: Path) -> None:
 # ── what was expected ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.heavy
 def test_the_estimate_is_shown_beside_the_cost(tmp_path: Path) -> None:
     source, out = write_rows(tmp_path / "in.jsonl", 40), tmp_path / "out"
     with running_simulator(SimulatorConfig()) as simulator:

@@ -327,6 +327,7 @@ def test_a_copy_fails_with_its_original(tmp_path: Path) -> None:
     require_sums(tmp_path / "out")
 
 
+@pytest.mark.heavy
 def test_copies_wait_for_a_retried_original(tmp_path: Path) -> None:
     slow = Fault(kind="status", status=500, share=0.1, times=2, per_question=True)
     numbers = [number % 90 for number in range(400)]
@@ -361,6 +362,7 @@ def test_copies_survive_pilots_and_changed_input(tmp_path: Path) -> None:
     assert batchrun("verify", tmp_path / "out").exit_code == 0
 
 
+@pytest.mark.heavy
 def test_a_program_gets_every_row_once(tmp_path: Path) -> None:
     numbers = [*range(120), *range(60), *range(200, 260)]
     with running_simulator() as simulator:

@@ -44,6 +44,7 @@ def _tiers_of_rows(ledger: list[LedgerLine]) -> dict[str, list[str]]:
     return rows
 
 
+@pytest.mark.heavy
 def test_each_row_goes_to_flex_first(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "in.jsonl", 200)
     config = SimulatorConfig(faults=parse_faults("flex_unavailable=0.5"), latency_s=0.02)
@@ -77,6 +78,7 @@ def test_each_row_goes_to_flex_first(tmp_path: Path) -> None:
     assert "default," in report
 
 
+@pytest.mark.heavy
 def test_capacity_refusals_teach_no_limit(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "in.jsonl", 400)
     config = SimulatorConfig(faults=parse_faults("flex_unavailable=0.7"), latency_s=0.02)

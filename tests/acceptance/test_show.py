@@ -134,6 +134,7 @@ def test_where_reads_the_fields_of_typed_answers(tmp_path: Path) -> None:
         assert len(list(row_view.rows(result, row_view.Selection(where=where, most=0)))) == count, where
 
 
+@pytest.mark.heavy
 def test_files_rewritten_by_other_tools_read_alike(run: Path, tmp_path: Path) -> None:
     """Texts as large ones, columns without a value as null: as polars and pandas write them."""
     table = pq.read_table(run / "completions.parquet")

@@ -114,6 +114,7 @@ def test_status_reports_an_unreadable_disk(runs: Runs, tmp_path: Path, harm: str
 # ── many runs ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.heavy
 def test_status_lists_unfinished_runs_first(runs: Runs) -> None:
     """Each unfinished run has the command that finishes it."""
     header, first, second, last = batchrun("status", runs.folder / "runs").stdout.splitlines()

@@ -160,6 +160,7 @@ def test_every_command_works_in_an_odd_environment(place: Place, environ: tuple[
     place.require_nothing_lost()
 
 
+@pytest.mark.heavy
 def test_missing_or_unreadable_stdin_is_named(place: Place) -> None:
     run = ("run", place.job, "-i", "-", "-o", place.folder / "out")
     closed = batchrun(*run, before=["sh", "-c", 'exec "$@" <&-', "sh"])

@@ -502,6 +502,7 @@ def test_five_minutes_of_trouble_need_few_requests(tmp_path: Path, trouble: byte
     assert told.summary.possibly_billed_count == 0
 
 
+@pytest.mark.heavy
 def test_random_failures_of_a_third_fail_nothing(tmp_path: Path) -> None:
     chance = Random(22)
 

@@ -246,6 +246,7 @@ def test_a_flipped_bit_is_named_or_harmless(runs: Runs, tmp_path: Path, name: st
     assert not verify(directory).damages
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ["done", "killed"])
 def test_a_start_over_a_flipped_bit_is_safe(runs: Runs, tmp_path: Path, name: str) -> None:
     """It exits with 7 or as if nothing had happened."""

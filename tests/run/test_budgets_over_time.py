@@ -52,6 +52,7 @@ def simulator(tmp_path: Path) -> Iterator[RunningSimulator]:
         yield running
 
 
+@pytest.mark.heavy
 def test_each_start_has_its_own_budget(simulator: RunningSimulator, tmp_path: Path) -> None:
     file, before = job(tmp_path, simulator.url, "per_start_usd = 4"), Decimal(0)
     for _ in range(20):
@@ -151,6 +152,7 @@ def test_a_killed_runs_requests_stay_counted(tmp_path: Path) -> None:
         assert billed_usd(simulator.ledger()) <= spent + doubt
 
 
+@pytest.mark.heavy
 def test_a_budget_that_cant_be_kept_is_refused(simulator: RunningSimulator, tmp_path: Path) -> None:
     file = job(tmp_path, simulator.url, "per_day_usd = 4")
     for options, said in {

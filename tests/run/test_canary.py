@@ -46,6 +46,7 @@ def simulator(tmp_path: Path) -> Iterator[RunningSimulator]:
         yield running
 
 
+@pytest.mark.heavy
 def test_a_passing_canary_sends_every_row_once(simulator: RunningSimulator, tmp_path: Path) -> None:
     file = job(tmp_path, simulator.url, "rows = 20\nmin_ok_share = 0.5\nmax_cost_per_row_usd = 1")
     ended = batchrun("run", file, "-o", tmp_path / "out")
@@ -125,6 +126,7 @@ def test_an_accepted_canary_sends_the_rest(simulator: RunningSimulator, tmp_path
     assert len(simulator.ledger()) == 200
 
 
+@pytest.mark.heavy
 def test_a_killed_canary_resumes_with_its_rows(tmp_path: Path) -> None:
     with running_simulator(SimulatorConfig(latency_s=0.15, ledger=str(tmp_path / "ledger"))) as simulator:
         file = job(tmp_path, simulator.url, "rows = 20\nmin_ok_share = 0.5", "[limits]\nmax_in_flight = 2", rows=60)
@@ -174,6 +176,7 @@ def test_a_canary_sends_no_row_that_needs_no_request(simulator: RunningSimulator
         assert all(row["content"] == by_text[row["text"]] for row in rows)
 
 
+@pytest.mark.heavy
 def test_a_canary_that_was_stopped_judges_all_of_its_rows(simulator: RunningSimulator, tmp_path: Path) -> None:
     file = job(tmp_path, simulator.url, "rows = 20", "chunk_rows = 1", rows=200)
     file.write_text(file.read_text().replace("chunk_rows = 40\n", "").replace("max_tokens = 400", "max_tokens = 1"))

@@ -115,6 +115,7 @@ def test_rows_that_are_appended_are_no_change(tmp_path: Path) -> None:
         assert rows_of(tmp_path / "out") == fresh(tmp_path, simulator, records(100))
 
 
+@pytest.mark.heavy
 def test_a_column_that_no_question_uses_may_change(tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", records(60))
     with running_simulator(SimulatorConfig(ledger=str(tmp_path / "ledger"))) as simulator:
@@ -194,6 +195,7 @@ def test_a_pilot_of_first_rows_is_resumed(tmp_path: Path) -> None:
         assert rows_of(out) == fresh(tmp_path, simulator, records(120))
 
 
+@pytest.mark.heavy
 def test_a_shorter_input_always_needs_consent(tmp_path: Path) -> None:
     """Even if only rows without an answer are gone."""
     rows: list[Record] = [{"id": n, "text": f"item {n}", "note": ""} for n in range(60)]
@@ -233,6 +235,7 @@ def test_a_kill_during_a_change_loses_nothing(tmp_path: Path) -> None:
     assert len(served) <= 90 + new + lost
 
 
+@pytest.mark.heavy
 def test_a_late_limit_is_reported_and_sends_nothing(tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", records(120))
     out = tmp_path / "out"

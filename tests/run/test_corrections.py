@@ -81,6 +81,7 @@ def test_an_invalid_answer_is_corrected_and_billed(tmp_path: Path) -> None:
     assert batchrun("verify", tmp_path / "out").exit_code == 0
 
 
+@pytest.mark.heavy
 def test_a_repeated_wrong_answer_ends_the_correction(tmp_path: Path) -> None:
     body = (
         b'{"choices":[{"message":{"function_call":{"name":"other","arguments":"{}"}},"finish_reason":"function_call"}]}'

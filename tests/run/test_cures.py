@@ -201,6 +201,7 @@ def test_the_printed_command_cures_a_stopped_run(name: str, tmp_path: Path) -> N
     assert read_summary(tmp_path / "out")["by_status"] == {"ok": 30}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ["max_tokens", "temperature"])
 def test_the_printed_command_cures_a_complete_run(name: str, tmp_path: Path) -> None:
     script, more, _ = REFUSALS[name]

@@ -75,6 +75,7 @@ def holding_a_picture(folder: Path) -> list[str]:
     return [path.name for path in files if any(form in path.read_bytes() for form in forms)]
 
 
+@pytest.mark.heavy
 def test_the_caption_job_runs_on_samples(tmp_path: Path) -> None:
     job = ROOT / "jobs" / "caption_pictures.toml"
     quick = ("--set", "endpoint.url=simulator", "--set", "simulator.latency_s=0")

@@ -120,6 +120,7 @@ def test_falling_behind_names_the_tightest_limit(tmp_path: Path) -> None:
 # ── other limits ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.heavy
 def test_a_running_process_takes_new_limits(tmp_path: Path) -> None:
     source, out = write_rows(tmp_path / "in.jsonl", 300), tmp_path / "out"
     with running_simulator(SimulatorConfig(latency_s=0.02, ledger=str(tmp_path / "ledger"))) as simulator:

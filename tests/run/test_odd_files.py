@@ -166,6 +166,7 @@ def told_at_once(path: Path) -> str:
     return str(refused.value)
 
 
+@pytest.mark.heavy
 def test_standard_input_and_pipes_never_wait(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     job = write_job(tmp_path / "job.toml", "simulator", "unused")

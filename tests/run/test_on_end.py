@@ -91,6 +91,7 @@ def test_on_end_gets_no_key_from_a_file(simulator: RunningSimulator, tmp_path: P
     assert night.ends()[-1]["keys"] == []
 
 
+@pytest.mark.heavy
 def test_on_end_gets_every_exit_code(tmp_path: Path) -> None:
     with running_simulator(SimulatorConfig(latency_s=0.02, faults=parse_faults("400=0.5"), seed=3)) as failing:
         night = job(tmp_path, failing.url, rows=12)
@@ -111,6 +112,7 @@ def test_on_end_gets_every_exit_code(tmp_path: Path) -> None:
         assert KEY_ENV in end["reason"]
 
 
+@pytest.mark.heavy
 def test_on_end_after_a_signal_and_a_lock(tmp_path: Path) -> None:
     with running_simulator(SimulatorConfig(latency_s=0.5)) as slow:
         night = job(tmp_path, slow.url, "[limits]\nmax_in_flight = 1", rows=50)
@@ -126,6 +128,7 @@ def test_on_end_after_a_signal_and_a_lock(tmp_path: Path) -> None:
         assert end["pending"] > 0
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("command", "said"),
     [

@@ -36,6 +36,7 @@ def test_few_descriptors_mean_fewer_connections(tmp_path: Path, limit: int) -> N
     assert set(pq.read_table(tmp_path / "out/completions.parquet").column("attempts").to_pylist()) == {1}
 
 
+@pytest.mark.heavy
 def test_a_sufficient_limit_is_not_mentioned(tmp_path: Path) -> None:
     ended = run_with(256, tmp_path)
     assert ended.exit_code == ExitCode.COMPLETE, ended
@@ -55,6 +56,7 @@ def test_the_soft_limit_is_raised(tmp_path: Path) -> None:
     assert "open files" not in ended.stderr
 
 
+@pytest.mark.heavy
 def test_a_low_limit_is_refused_before_starting(tmp_path: Path) -> None:
     ended = run_with(24, tmp_path)
     assert ended.exit_code == ExitCode.PAUSED

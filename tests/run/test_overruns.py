@@ -83,6 +83,7 @@ def played(tmp_path: Path, server: Reasoning, *starts: tuple[str, ...], kill_at:
 MODEL = ("--set", "request.model=grok-4", "--set", f"request.max_tokens={MAX_TOKENS}")
 
 
+@pytest.mark.heavy
 def test_a_cap_is_passed_once_at_most(tmp_path: Path) -> None:
     """By no more than the first answer's surprise, over kills and restarts."""
     server = Reasoning()

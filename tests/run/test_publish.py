@@ -74,6 +74,7 @@ def test_the_result_is_published_whole_and_once(s3: S3Server, api: RunningSimula
     assert (sent(api), s3.filesystem.get_file_info(f"{BUCKET}/whole/completions.parquet").mtime) == before
 
 
+@pytest.mark.heavy
 def test_another_machine_finds_the_run_complete(s3: S3Server, api: RunningSimulator, tmp_path: Path) -> None:
     Machine(tmp_path / "one", api, "other").run()
     before = sent(api)
@@ -88,6 +89,7 @@ def test_another_machine_finds_the_run_complete(s3: S3Server, api: RunningSimula
 
 
 @pytest.mark.sampled(0)
+@pytest.mark.heavy
 def test_partitions_are_published_in_their_folders(s3: S3Server, api: RunningSimulator, tmp_path: Path) -> None:
     machine = Machine(tmp_path, api, "by", output="partition_by = ['id']\n", rows=4)
     assert machine.run().complete
@@ -97,6 +99,7 @@ def test_partitions_are_published_in_their_folders(s3: S3Server, api: RunningSim
     assert not any(name.endswith(".part") for name in names)
 
 
+@pytest.mark.heavy
 def test_a_place_that_can_not_be_written_stops_the_run_before_it_pays(
     s3: S3Server, api: RunningSimulator, tmp_path: Path
 ) -> None:
@@ -114,6 +117,7 @@ def test_a_place_that_can_not_be_written_stops_the_run_before_it_pays(
     assert sent(api) == before
 
 
+@pytest.mark.heavy
 def test_the_command_line_publishes_and_finds_the_run_again(
     s3: S3Server, api: RunningSimulator, tmp_path: Path
 ) -> None:

@@ -77,6 +77,7 @@ def test_a_retry_without_a_run_sends_nothing(tmp_path: Path) -> None:
         assert simulator.ledger() == []
 
 
+@pytest.mark.heavy
 def test_retried_rows_name_their_variant(tmp_path: Path) -> None:
     job, out = finished(tmp_path)
     truncated = table(out).column("status").to_pylist().count("truncated")
@@ -95,6 +96,7 @@ def test_retried_rows_name_their_variant(tmp_path: Path) -> None:
     assert {row["status"] for row in after} == {"ok"}
 
 
+@pytest.mark.heavy
 def test_a_killed_retry_resumes_by_plain_command(tmp_path: Path) -> None:
     job, out = finished(tmp_path)
     before = {row["row"]: row for row in table(out).to_pylist()}
@@ -116,6 +118,7 @@ def test_a_killed_retry_resumes_by_plain_command(tmp_path: Path) -> None:
     assert {row["variant"] for number, row in after.items() if before[number] != row} == {1}
 
 
+@pytest.mark.heavy
 def test_retrying_an_unfinished_run_sends_both(tmp_path: Path) -> None:
     """First what is pending, then what failed."""
     source, out = write_rows(tmp_path / "in.jsonl", 150), tmp_path / "out"
@@ -136,6 +139,7 @@ def test_retrying_an_unfinished_run_sends_both(tmp_path: Path) -> None:
     assert failed == {90: 2}
 
 
+@pytest.mark.heavy
 def test_a_failure_never_replaces_an_answer(tmp_path: Path) -> None:
     job, out = finished(tmp_path, rows=60)
     before = table(out).to_pylist()

@@ -235,6 +235,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.heavy
 def test_ctrl_c_in_a_program_drains_its_run(tmp_path: Path) -> None:
     with running_simulator(SimulatorConfig(latency_s=0.3)) as running:
         source, more = write_rows(tmp_path / "in.jsonl", 400), "[limits]\nmax_in_flight = 4\n"

@@ -387,6 +387,7 @@ def test_wrong_settings_are_one_line_and_exit_2() -> None:
     assert done.stderr == "Error: simulator: port = -1 is not within 0 to 65535\n"
 
 
+@pytest.mark.heavy
 def test_startup_errors_are_one_line_exit_2() -> None:
     """A port that is in use, a ledger that can't be written."""
     with socket.create_server(("127.0.0.1", 0)) as taken:

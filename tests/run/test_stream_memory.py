@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "streams.py"
 
 
+@pytest.mark.heavy
 def test_sixty_four_long_streams_need_little_memory() -> None:
     command = [sys.executable, str(BENCHMARK), "64", "1500000"]
     ended = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 import toktok
 
 from batchrun.response.token_count import ENCODING
@@ -19,6 +20,7 @@ SAME = ["id", "row", "request_key", "status", "content", "finish_reason", "model
 STREAM = ("--set", "request.stream=true", "--set", "output.raw=always")
 
 
+@pytest.mark.heavy
 def test_a_killed_streamed_run_is_equivalent(
     tmp_path: Path,
 ) -> None:
@@ -79,6 +81,7 @@ def test_an_always_cut_stream_fails_with_text(tmp_path: Path) -> None:
     assert [entry["cause"] for entry in read_summary(out)["possibly_billed"]] == ["cut", "cut"]
 
 
+@pytest.mark.heavy
 def test_answers_without_usage_are_counted_offline(
     tmp_path: Path,
 ) -> None:

@@ -112,6 +112,7 @@ def test_a_start_with_only_bad_rows_ends(tmp_path: Path, max_outage_s: float) ->
     assert asked_for(server).keys() == last
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("left", [1, 3, 10])
 def test_an_outage_at_the_end_fails_nothing(tmp_path: Path, left: int) -> None:
     last, ends_at_s = frozenset(range(ROWS - left, ROWS)), 0.0

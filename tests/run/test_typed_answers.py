@@ -128,6 +128,7 @@ def test_another_schema_changes_the_column_types(tmp_path: Path) -> None:
     assert table.column("parsed").to_pylist() == contents
 
 
+@pytest.mark.heavy
 def test_salvaged_answers_keep_their_types(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with running_simulator(SimulatorConfig(latency_s=0.02)) as simulator:
@@ -163,6 +164,7 @@ def batch_line(number: int, schema: dict[str, Any] | None) -> dict[str, Any]:
     return {"custom_id": f"c{number}", "method": "POST", "url": "/v1/chat/completions", "body": body}
 
 
+@pytest.mark.heavy
 def test_batch_lines_have_their_own_schemas(tmp_path: Path) -> None:
     closed = {**OTHER, "additionalProperties": False}
     one = [batch_line(number, OTHER if number % 3 else None) for number in range(9)]

@@ -102,6 +102,7 @@ def on_moved_clock(test: Callable[[], Awaitable[None]]) -> Callable[[], None]:
 # pace
 
 
+@pytest.mark.heavy
 @settings(max_examples=level.amount(5, 25), deadline=None)
 @given(st.sampled_from([7.0, 60.0, 90.0, 119.0, 600.0, 6_000.0]))
 def test_the_request_rate_is_kept_and_used(limit: float) -> None:

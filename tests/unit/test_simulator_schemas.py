@@ -160,6 +160,7 @@ _SCHEMAS = st.recursive(
 )
 
 
+@pytest.mark.heavy
 @settings(max_examples=300, deadline=None)
 @given(schema=_SCHEMAS, seed=st.integers(0, 2**32))
 def test_any_schema_is_satisfied_or_refused_by_name(schema: dict[str, Any], seed: int) -> None:
