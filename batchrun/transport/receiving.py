@@ -97,7 +97,7 @@ class Receiver:
         """The ended exchange as an attempt."""
         request_id = exchange.headers.get("x-request-id")
         if request_id is not None:
-            request_id = self.credentials.clean_text(request_id)
+            request_id = _characters(self.credentials.clean_text(request_id))
         elif self._names_attempts and exchange.sent_at is not None:
             request_id = client_request_id  # the only id by which the vendor can find this exchange
         first_token_at = exchange.first_token_at
@@ -161,3 +161,8 @@ def _loss(exchange: Exchange, round_trip_s: float) -> Loss:
     if link is None or sent_at is None:
         return Loss(None, 0.0, round_trip_s, None, exchange.unsent)
     return Loss(link.idle_s, time.monotonic() - sent_at, round_trip_s, link.heard_bytes, exchange.unsent)
+
+
+def _characters(header: str) -> str:
+    """The header as text that JSON may hold: aiohttp gives bytes that are no UTF-8 as lone surrogates (PEP 383)."""
+    return header if header.isascii() else header.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

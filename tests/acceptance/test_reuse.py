@@ -203,7 +203,7 @@ def test_sources_may_be_moved_or_missing(tmp_path: Path) -> None:
         assert f"reuse: {tmp_path}/none*: no earlier answers there yet" in ended.stderr
         for source, why in (
             (tmp_path / "none", "there is no such file or directory"),
-            (tmp_path / "in.jsonl", "its answers can't be read"),
+            (tmp_path / "in.jsonl", "JSON lines, which hold no types; name the run's directory, or a Parquet file"),
             (tmp_path / "three", "is the run itself"),
         ):
             (tmp_path / "three").mkdir(exist_ok=True)

@@ -129,6 +129,13 @@ def test_an_error_status_is_an_answer_too(status: str) -> None:
     assert (attempt.http_status, attempt.body, attempt.error) == (int(status[:3]), body, None)
 
 
+def test_an_id_of_odd_bytes_is_text() -> None:
+    """It is in summary.json, which holds UTF-8 only."""
+    head = b"HTTP/1.1 200 OK\r\nX-Request-Id: r\xff\xc3\xa9\r\nContent-Length: "
+    (attempt,), _ = exchange_all(sends(head + b"%d\r\n\r\n%b" % (len(FINE), FINE)))
+    assert (attempt.error, attempt.request_id) == (None, "r\ufffdé")
+
+
 @pytest.mark.parametrize("size", [0, 1, 2_000_000, 10_000_000])
 def test_large_answers_and_requests_arrive_whole(size: int) -> None:
     body = os.urandom(size)

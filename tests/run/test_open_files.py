@@ -26,7 +26,7 @@ def run_with(limit: int, folder: Path, more: str = "") -> Ended:
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("limit", [32, 40, 64])
+@pytest.mark.parametrize("limit", [open_files.FEWEST, 40, 64])
 def test_few_descriptors_mean_fewer_connections(tmp_path: Path, limit: int) -> None:
     """No row fails."""
     ended = run_with(limit, tmp_path)
