@@ -107,11 +107,7 @@ def begin(job: Job | str | Path, rows: Rows | None, options: Options, host: Host
         raise TypeError(f"unknown option {unknown[0]}; expected some of {', '.join(Options.__annotations__)}")
     note = options.get("note", _LOG.info)
     deadline = _deadline(options.get("deadline"))
-    whole = _job(job, rows, options)
-    shard = None if (named := options.get("shard")) is None else shards.read(named)
-    wanted = whole if shard is None else shards.job_of(whole, shard)
-    for line in () if shard is None else shards.in_words(whole, wanted, shard):
-        note(line)
+    wanted, shard = shards.part_of(_job(job, rows, options), options.get("shard"), note)
     wanted, directory, command = _placed(wanted, options, note)
     began_at = datetime.now(UTC)
     views = Views(wanted, directory, note, shard)

@@ -29,13 +29,14 @@ def check(
 ) -> None:
     """Check everything that a run would refuse: the job, every input record and its request. Sends nothing."""
     from batchrun import preflight
-    from batchrun.commands.job_input import part_of, read_input, read_job, require_budget
+    from batchrun.commands.job_input import read_input, read_job, require_budget
     from batchrun.report.wording import plural
     from batchrun.request.shared_prefix import SharedTextSurvey
     from batchrun.startup import cache_check, carry, input_pass
+    from batchrun.startup import shard as shards
 
     loaded = read_job(job, input_path, overrides=overrides, flags={"input.reuse_from": reuse or None})
-    loaded, own_part = part_of(loaded, shard)
+    loaded, own_part = shards.part_of(loaded, shard, note)
     directory, loaded = preflight.place(loaded, date)
     preflight.require_settings(loaded, directory)
     measured = SharedTextSurvey()
@@ -84,15 +85,16 @@ def estimate(
     from datetime import datetime
 
     from batchrun import preflight
-    from batchrun.commands.job_input import part_of, read_input, read_job, require_budget
+    from batchrun.commands.job_input import read_input, read_job, require_budget
     from batchrun.limits import daily
     from batchrun.startup import carry, previous_run
     from batchrun.startup import estimate as estimating
+    from batchrun.startup import shard as shards
     from batchrun.startup.preview import look
     from batchrun.store.rundir import RunDirectory
 
     loaded = read_job(job, input_path, overrides=overrides, flags={"input.reuse_from": reuse or None})
-    loaded, own_part = part_of(loaded, shard)
+    loaded, own_part = shards.part_of(loaded, shard, note)
     directory, loaded = preflight.place(loaded, date)
     found = None if out is None else look(loaded, RunDirectory(out), own_part)
     own = directory if out is None else RunDirectory(out)

@@ -44,19 +44,6 @@ def _toml(value: str | int | Decimal | tuple[str, ...]) -> str:
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # a path may hold a newline
 
 
-def part_of(job: Job, shard: str | None) -> "tuple[Job, Shard | None]":
-    """The job with the limits of the shard that `--shard` names, and that shard."""
-    if shard is None:
-        return job, None
-    from batchrun.startup import shard as shards
-
-    named = shards.read(shard)
-    own = shards.job_of(job, named)
-    for line in shards.in_words(job, own, named):
-        note(line)
-    return own, named
-
-
 def read_input(
     job: Job,
     own: "RunDirectory",

@@ -5,6 +5,7 @@ become starts of the merged run, numbered through: those of the first shard, the
 """
 
 import contextlib
+import functools
 import hashlib
 import os
 import shutil
@@ -82,7 +83,9 @@ def merge(shards: Sequence[CompleteShard], to: Path) -> Merged:
 
 
 def _publish(directory: RunDirectory) -> None:
-    """The run's partitions are in the dataset that its job names: a shard's would replace those of the others."""
+    """The run's partitions are in the dataset that its job names: a shard's would replace those of the others. A merge
+    that was cut before does it when it is repeated.
+    """
     entries = read_finished(directory.checkpoint)
     manifest = Manifest.decode(entries)
     if manifest.output.dataset is not None:
@@ -146,14 +149,12 @@ class Writer:
             settings = self._manifest.output
             layout = Layout(JsonlSource(()), (), frozenset(), None, self._schema, settings, self._parsed)
             chunks_sealed = Chunks(self._to, checkpoint, layout)
-            written = result.write(self._manifest, self._schema, checkpoint, chunks_sealed, self._to, summary)
+            result.write(self._manifest, self._schema, checkpoint, chunks_sealed, self._to, summary)
         finally:
             checkpoint.close()
         for path in (self._to.rejects, self._to.images_of(), self._to.log):
             self._join_files(path.name)
         summary = msgspec.structs.replace(summary, files=_files(self._to, self._target))
-        if settings.dataset is not None:  # before the merged run is there, so that a merge that is cut does it again
-            shared_dataset.publish(written, self._to, Path(settings.dataset), self._manifest.run_id)
         durable.replace_bytes(self._to.summary, msgspec.json.format(msgspec.json.encode(summary), indent=2))
         return summary
 
@@ -194,7 +195,7 @@ class Writer:
         own = as_own(table.select(own_schema(prefix).names))
         return joined(table, own, self._schema, self._parsed)
 
-    @property
+    @functools.cached_property
     def _schema(self) -> pa.Schema:
         """The columns of the result: those of the input are the same in all shards."""
         first = next((shard for shard in self._shards if shard.manifest.rows), self._shards[0])

@@ -58,6 +58,21 @@ def rows_of(shard: Shard, rows: int) -> tuple[int, int]:
 # ── the job of a shard ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def part_of(job: Job, named: str | None, note: Callable[[str], None]) -> tuple[Job, Shard | None]:
+    """The job of the shard that `--shard` names, and that shard; the job itself without one. `note` gets its limits.
+
+    Raises:
+        JobError: as `read` and `job_of`.
+    """
+    if named is None:
+        return job, None
+    shard = read(named)
+    own = job_of(job, shard)
+    for line in in_words(job, own, shard):
+        note(line)
+    return own, shard
+
+
 def job_of(job: Job, shard: Shard) -> Job:
     """The job with the shard's own run directory and its part of the limits.
 

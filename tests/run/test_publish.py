@@ -12,18 +12,12 @@ import batchrun
 from batchrun.errors import RunLockedError, StorageError
 from batchrun.records import Summary
 from batchrun.simulator import SimulatorConfig
-from tests.cli_process import KEY, KEY_ENV, write_job, write_rows
 from tests.cli_process import batchrun as command
-from tests.s3_server import BUCKET, READER, S3Server, environ_for, environment, s3_server
+from tests.cli_process import write_job, write_rows
+from tests.s3_server import BUCKET, READER, S3Server, environ_for, environment
 from tests.simulator_process import RunningSimulator, running_simulator
 
 ROWS = 30
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[S3Server]:
-    with s3_server() as server, environment({**server.environ, KEY_ENV: KEY}):
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -13,19 +13,13 @@ from batchrun.storage import publish as publishing
 from batchrun.storage.claim import Claim, this_process
 from batchrun.storage.folder import folder_at
 from batchrun.storage.publish import Published, RunRecord
-from tests.cli_process import KEY, KEY_ENV, finish, kill_when, start
 from tests.cli_process import batchrun as command
+from tests.cli_process import finish, kill_when, start
 from tests.run.test_publish import Machine, sent
-from tests.s3_server import BUCKET, READER, S3Server, environ_for, environment, fails, proxy_before, s3_server
+from tests.s3_server import BUCKET, READER, S3Server, environ_for, environment, fails, proxy_before
 from tests.simulator_process import RunningSimulator, running_simulator
 
 pytestmark = pytest.mark.sampled(0)  # a server of its own: in `make test-rest`
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[S3Server]:
-    with s3_server() as server, environment({**server.environ, KEY_ENV: KEY}):
-        yield server
 
 
 @pytest.fixture(scope="module")

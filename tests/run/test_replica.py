@@ -10,10 +10,10 @@ import pytest
 from batchrun.errors import RunLockedError
 from batchrun.simulator import SimulatorConfig
 from batchrun.storage.claim import CONTROL
-from tests.cli_process import KEY, KEY_ENV, finish, kill_when, start
 from tests.cli_process import batchrun as command
+from tests.cli_process import finish, kill_when, start
 from tests.run.test_publish import Machine
-from tests.s3_server import BUCKET, S3Server, environ_for, environment, fails, proxy_before, s3_server
+from tests.s3_server import BUCKET, S3Server, environ_for, environment, fails, proxy_before
 from tests.simulator_process import RunningSimulator, running_simulator
 
 pytestmark = pytest.mark.sampled(0)  # a server of its own: in `make test-rest`
@@ -21,12 +21,6 @@ pytestmark = pytest.mark.sampled(0)  # a server of its own: in `make test-rest`
 ROWS, CHUNK = 60, 10
 MORE = "[limits]\nmax_in_flight = 4\n"
 OUTPUT = f"keep_parts_remote = true\nchunk_rows = {CHUNK}\n"
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[S3Server]:
-    with s3_server() as server, environment({**server.environ, KEY_ENV: KEY}):
-        yield server
 
 
 @pytest.fixture

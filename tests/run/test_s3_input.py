@@ -2,7 +2,6 @@
 
 import gzip
 import io
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,17 +10,11 @@ import pytest
 
 from batchrun.errors import InputError, JobError, StorageError
 from batchrun.source import START, changed, find_files, fingerprint, open_source, rows_of
-from tests.s3_server import BUCKET, READER, S3Server, environ_for, environment, s3_server
+from tests.s3_server import BUCKET, READER, S3Server, environ_for, environment
 
 pytestmark = pytest.mark.sampled(0)  # a server of its own: in `make test-rest`; tests/run/test_publish.py reads one
 
 LINES = b"".join(b'{"text": "row %d"}\n' % row for row in range(1000))
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[S3Server]:
-    with s3_server() as server, environment(server.environ):
-        yield server
 
 
 def zstd(data: bytes) -> bytes:

@@ -9,21 +9,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchrun.simulator import SimulatorConfig
-from tests.cli_process import KEY, KEY_ENV, finish, start, wait_until, write_job, write_rows
 from tests.cli_process import batchrun as command
-from tests.s3_server import BUCKET, S3Server, environ_for, environment, fails, proxy_before, s3_server
+from tests.cli_process import finish, start, wait_until, write_job, write_rows
+from tests.s3_server import BUCKET, S3Server, environ_for, environment, fails, proxy_before
 from tests.simulator_process import RunningSimulator, running_simulator
 
 pytestmark = pytest.mark.sampled(0)  # a server of its own: in `make test-rest`
 
 ROWS = 60
 MORE = "[limits]\nmax_in_flight = 2\n[output]\nchunk_rows = 10\npath = '{out}'\n"
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[S3Server]:
-    with s3_server() as server, environment({**server.environ, KEY_ENV: KEY}):
-        yield server
 
 
 @pytest.fixture(scope="module")
