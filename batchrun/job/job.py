@@ -309,7 +309,7 @@ class Price(Table, frozen=True):
 
 
 class Telemetry(Table, frozen=True):
-    """What other programs are told of a run while it works."""
+    """The figures of a run that other programs get while it works."""
 
     prometheus_dir: Text | None = None
     otel: bool = False

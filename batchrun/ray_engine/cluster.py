@@ -36,7 +36,7 @@ def opened(
     """Yields what opens transports in Ray's actors. Ray is not touched before the first call.
 
     Raises:
-        JobError: the address is none that is supported.
+        JobError: the address is not supported.
     """
     cluster = Cluster(job, address_of(job, environ), note)
     try:
@@ -182,7 +182,7 @@ def _environ_for_ray(endpoints: Sequence[Endpoint]) -> Iterator[None]:
         value.removeprefix("env:") for each in endpoints for value in each.headers.values() if value.startswith("env:")
     }
     hidden = {name: os.environ.pop(name) for name in (*names, "PYTHONWARNINGS") if name in os.environ}
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a local Ray reports to nobody
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a local Ray sends no report
     try:
         yield
     finally:

@@ -286,7 +286,7 @@ class Fleet:
                 self._run(self._hand_over(actor, batch))
 
     def _next(self, most: int) -> list[Parcel]:
-        """The next requests, except those that nobody waits for any more."""
+        """The next requests, except those whose caller has gone."""
         batch: list[Parcel] = []
         size = 0
         while self._unsent and len(batch) < most and size < CALL_BYTES:
@@ -365,7 +365,7 @@ class Fleet:
             reply.set_exception(attempt)
 
     def _lost(self, actor: Actor, why: str) -> None:
-        """The actor's requests may have been sent, and nobody can say more. Its process is ended if it still works."""
+        """The actor's requests may have been sent: no more is known. Its process is ended if it still works."""
         if actor not in self._actors:
             return
         self._end(actor)

@@ -140,7 +140,7 @@ class Sender:
     async def _sweep(self) -> None:
         """Ends exchanges that take too long, except just after this process was stopped: answers wait to be read.
 
-        Without its raylet, which has started it, nobody can reach this process any more: Ray ends it after a minute.
+        Without its raylet, which has started it, this process can't be reached any more: Ray ends it after a minute.
         """
         clock = asyncio.get_running_loop().time
         while True:

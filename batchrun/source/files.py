@@ -291,7 +291,7 @@ class FileIdentity(msgspec.Struct, frozen=True):
 
 
 AT_ONCE = 16
-"""Remote files whose identities are asked for at a time: each answer takes tens of milliseconds."""
+"""Remote files whose identities are requested at a time: each answer takes tens of milliseconds."""
 
 
 def fingerprint(files: tuple[InputFile, ...]) -> tuple[FileIdentity, ...]:

@@ -32,7 +32,7 @@ def sources(job: Job) -> tuple[str, ...]:
 def find(job: Job, own: Path, tell: Callable[[str], None] = lambda line: None) -> list[EarlierResult]:
     """The earlier results, those first that are looked at first: as named, and of a pattern the last name first.
 
-    `own` is the run's directory, which is none. `tell` gets a line for each source that has nothing.
+    `own` is the run's own directory, which is left out. `tell` gets a line for each source that has nothing.
 
     Raises:
         InputError: a path that is no pattern is not there, or holds no answers.

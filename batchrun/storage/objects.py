@@ -1,4 +1,4 @@
-"""Files in an object store: found, read as a stream or by ranges, and told apart from their replacement."""
+"""Files in an object store: found, read as a stream or by ranges, and distinguished from their replacement."""
 
 import contextlib
 import functools

@@ -45,7 +45,7 @@ class CarryOver:
     """
 
     def __init__(self, made: Origins | None, path: Path, *, variant: int = 0, model: str = "") -> None:
-        """`variant` is how rows are asked now, `model` what they ask where the input names one only."""
+        """`variant` numbers the job's present settings; `model` is the requested one where the input names one only."""
         self._made = made
         self._path = path
         self._variant = variant
@@ -149,7 +149,7 @@ def require_unchanged(file: OldFile) -> None:
     if not is_unchanged(file):
         raise InputError(
             f"{file.path}: an earlier result whose answers are reused is gone or has changed; run the same command "
-            "again: it looks the answers up anew, and sends the rows that have none any more"
+            "again: it looks the answers up again, and sends the rows that no longer have one"
         )
 
 

@@ -30,14 +30,14 @@ def carried(
     """`answers` (`OWN_COLUMNS`), one for each of `rows`, as the records of these rows, settled `at_s` (Unix time).
 
     `originals` are the equal rows of this run whose answer it is, `source` the earlier result that had it. `variant`:
-    how the rows are asked now, None: as the answers were; `model` stands where they name no requested one.
+    the present settings of the job, None: those of the answers; `model` stands where they name no requested one.
     """
     count = len(rows)
     columns: dict[str, Any] = {name: answers.column(name) for name in answers.column_names}
     was_reused = pc.fill_null(columns["reused"], False)
     first_cost = pc.if_else(was_reused, columns["reused_cost_usd"], columns["cost_usd"])
     named = columns["reused_from"]
-    told: dict[str, Any] = {
+    known: dict[str, Any] = {
         "row": list(rows),
         "requested_model": pc.fill_null(columns["requested_model"], model),
         "finished_at": [int(at_s * 1_000_000)] * count,
@@ -53,7 +53,7 @@ def carried(
     }
     arrays: list[Any] = []
     for field in OWN_COLUMNS:
-        value = told.get(field.name)
+        value = known.get(field.name)
         if isinstance(value, list):
             arrays.append(pa.array(value, field.type))
         elif value is not None:

@@ -43,7 +43,7 @@ class OldAnswers:
     def __init__(self, path: Path) -> None:
         """
         Raises:
-            InputError: it is none, or can't be read.
+            InputError: it is not one, or can't be read.
         """
         self._path = path
         with self._readable():
@@ -199,7 +199,7 @@ class OldAnswers:
         return _with(_with(ours, "error", errors), "parsed", parsed)
 
     def _parsed(self, table: pa.Table, ours: pa.Table) -> list[str | None]:
-        """The content of each row whose answer was JSON as asked for: of those that have something in `parsed`.
+        """The content of each row whose answer was the requested JSON: of those that have something in `parsed`.
 
         Where the file has no such column it is unknown, and any content that is a JSON object or array is taken as it.
         """
