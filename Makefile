@@ -6,14 +6,14 @@ BIN := .venv/bin
 
 quickstart: .venv/quickstart
 	@echo
-	@echo "Asking 400 change-log entries of the built-in simulator (no key, no network, no cost):"
+	@echo "Sending 400 change-log entries to the built-in simulator (no key, no network, no cost):"
 	@echo "  batchrun run jobs/quickstart.toml"
 	@echo
 	@$(BIN)/batchrun run jobs/quickstart.toml
 	@echo
 	@echo "Try next, after: source .venv/bin/activate"
 	@echo "  batchrun run jobs/quickstart.toml         again: the run is complete, nothing is sent"
-	@echo "  batchrun run jobs/quickstart.toml --new   Ctrl-C in the middle, then without --new: it goes on"
+	@echo "  batchrun run jobs/quickstart.toml --new   Ctrl-C in the middle, then without --new: it resumes"
 	@echo "  batchrun report runs                      the bill over all runs"
 	@echo "  batchrun new my_job.toml                  a commented job of your own"
 
