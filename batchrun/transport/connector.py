@@ -12,7 +12,7 @@ import aiohttp
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.client_reqrep import ClientRequest
 
-from batchrun.errors import JobError
+from batchrun.errors import APIConnectionError, JobError
 from batchrun.job.job import Endpoint
 from batchrun.transport.exchange import Exchange
 from batchrun.transport.keep_alive import SETTLING_S, KeepAlive
@@ -67,9 +67,12 @@ class Peer:
             self.keep_alive.close(link, time.monotonic())
         return not closed
 
-    def end(self, link: Link, answered: bool | None) -> None:
-        """An exchange on the link has ended (`KeepAlive.end`)."""
-        self.keep_alive.end(link, time.monotonic(), reused=link.reused, answered=answered)
+    def end(self, exchange: Exchange, error: APIConnectionError | None) -> None:
+        """The exchange has ended (`KeepAlive.end`)."""
+        link = exchange.link
+        if link is None or (exchange.http_status is not None and self.keep_alive.is_certain):
+            return
+        self.keep_alive.end(link, time.monotonic(), reused=link.reused, answered=exchange.answered(error))
 
 
 class Connector(aiohttp.TCPConnector):

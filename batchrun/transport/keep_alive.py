@@ -56,10 +56,14 @@ def kind_of(loss: Loss) -> str:
 
 
 class KeepAlive:
-    """Whether a server keeps connections open. Connections are compared by identity only."""
+    """Whether a server keeps connections open. Connections are compared by identity only.
+
+    `proven`: one of them carried a second request. `is_certain`: and nothing is in question, so another answer changes
+    nothing.
+    """
 
     def __init__(self) -> None:
-        self.proven = False
+        self.proven = self.is_certain = False
         self._dropped = 0
         self._trial: object = None
         self._not_before_s = 0.0
@@ -87,7 +91,9 @@ class KeepAlive:
             return
         if answered:
             self.proven, self._dropped = True, 0
+            self.is_certain = self._trial is None
             return
+        self.is_certain = False
         self._dropped += 1
         if on_trial or self._dropped >= DROPPED_IN_A_ROW:
             self.proven, self._dropped = False, 0
