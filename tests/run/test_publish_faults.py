@@ -1,8 +1,11 @@
 """What a publish does when the store fails: it repeats what may pass, ends with one line, and never looks finished."""
 
+import gc
 import json
+import os
 import signal
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -10,9 +13,11 @@ import pytest
 from batchrun.errors import BatchrunError, ExitCode, RunLockedError, StorageError
 from batchrun.simulator import SimulatorConfig
 from batchrun.storage import publish as publishing
+from batchrun.storage.access import connect
 from batchrun.storage.claim import Claim, this_process
 from batchrun.storage.folder import folder_at
 from batchrun.storage.publish import Published, RunRecord
+from batchrun.storage.urls import parse
 from tests.cli_process import batchrun as command
 from tests.cli_process import finish, kill_when, start
 from tests.run.test_publish import Machine, sent
@@ -84,7 +89,7 @@ def test_a_signal_while_the_result_is_published(
     machine = Machine(tmp_path, api, place)
     with proxy_before(s3, fails(f"{place}/completions", "slow")) as proxy, environment(environ_for(proxy.url)):
         process = start("run", machine.job, "--state-dir", machine.state)
-        kill_when(process, lambda: proxy.count(f"POST .*{place}/completions") > 0, number)
+        kill_when(process, lambda: proxy.count(f"(PUT|POST) .*{place}/completions") > 0, number)
         ended = finish(process)
     assert ended.exit_code in ({-9} if number is signal.SIGKILL else {128 + number}), ended
     assert "Traceback" not in ended.stderr
@@ -93,6 +98,34 @@ def test_a_signal_while_the_result_is_published(
     shown = command("run", machine.job, "--state-dir", machine.state)
     assert (shown.exit_code, sent(api)) == (0, before), shown.stderr
     assert "summary.json" in s3.names(f"{BUCKET}/{place}")
+
+
+def test_an_upload_that_is_left_brings_nothing(s3: S3Server, tmp_path: Path) -> None:
+    """By a signal or a local error in the middle. Arrow would complete it when it destroys the stream."""
+    folder, local = folder_at(f"s3://{BUCKET}/left"), tmp_path / "big"
+    local.write_bytes(bytes(40_000_000))
+    s3.put(f"{BUCKET}/left/big", b"the old one")
+
+    def interrupt(method: str, path: str) -> str | None:
+        if "partNumber=2" in path:
+            os.kill(os.getpid(), signal.SIGINT)
+        return None
+
+    with (
+        proxy_before(s3, interrupt) as proxy,
+        environment(environ_for(proxy.url)),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        folder_at(f"s3://{BUCKET}/left").put_file("big", local)
+    gc.collect()
+    assert folder.read("big") == b"the old one"
+
+
+def test_a_store_that_is_away_is_given_up_after_seconds() -> None:
+    """Google's client would try for a quarter of an hour."""
+    with environment({"STORAGE_EMULATOR_HOST": "http://127.0.0.1:9"}):
+        filesystem, _ = connect(parse("gs://bucket/x"))
+    assert dict(filesystem.__reduce__()[1][0])["retry_time_limit"] == timedelta(seconds=15)
 
 
 # ── a publish step by step ────────────────────────────────────────────────────────────────────────────────────────────
