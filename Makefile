@@ -88,13 +88,7 @@ lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy hatch_build.py
-	$(BIN)/mypy sample_inputs/make.py sample_inputs/packages.py
-	$(BIN)/mypy benchmarks/fixed_answer.py benchmarks/throughput.py benchmarks/durability.py benchmarks/streams.py
-	$(BIN)/mypy benchmarks/limits.py benchmarks/second_client.py benchmarks/retry_client.py benchmarks/wire.py
-	$(BIN)/mypy benchmarks/stages.py benchmarks/large.py
-	MYPYPATH=benchmarks $(BIN)/mypy benchmarks/starts.py
-	MYPYPATH=benchmarks $(BIN)/mypy benchmarks/row.py benchmarks/ray_engine.py
+	MYPYPATH=benchmarks $(BIN)/mypy hatch_build.py sample_inputs/make.py sample_inputs/packages.py benchmarks/*.py
 
 check: lint test
 
