@@ -21,7 +21,7 @@ from genai_prices.data import providers as _PROVIDERS
 
 from batchrun import prices
 from batchrun.errors import JobError
-from batchrun.job.job import Price as Override
+from batchrun.job.settings import Price as Override
 
 VENDOR_PREFIX = "vtrix-"
 """The project's own vendor resells models under its own prefix and states no price."""

@@ -18,7 +18,7 @@ from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
 from batchrun.credentials import Credentials
 from batchrun.errors import APIConnectionError, ExitCode, JobError, RunStoppedError
-from batchrun.job.job import Engine
+from batchrun.job.settings import Engine
 from batchrun.policy import Fault
 from batchrun.ray_engine.sender import Answered, Parcel, Ready, Sender, Setup
 from batchrun.records import Attempt

@@ -13,7 +13,8 @@ from typing import TypeVar
 import msgspec
 
 from batchrun.errors import ANOTHER, InputError, JobError
-from batchrun.job.job import Budget, Endpoint, Job, Limits
+from batchrun.job.job import Job
+from batchrun.job.settings import Budget, Endpoint, Limits
 from batchrun.report.wording import plural, rounded
 from batchrun.request.builder import detect_dialect
 from batchrun.run_summary import Shard

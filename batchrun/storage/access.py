@@ -15,7 +15,7 @@ import msgspec
 import pyarrow.fs as pafs
 
 from batchrun.errors import JobError
-from batchrun.job import job
+from batchrun.job.settings import Storage
 from batchrun.storage import failures
 from batchrun.storage.urls import Url
 
@@ -27,7 +27,7 @@ seconds times a random share, a store may be away for about 15 s.
 CONNECT_TIMEOUT_S = 10.0
 SILENCE_S = 60.0  # the SDK's own 3 s break off a store that is slow to answer
 
-Access = job.Storage
+Access = Storage
 """How to reach the stores of a job, where the environment does not say it: the job's [storage] table."""
 
 Environ = Mapping[str, str]

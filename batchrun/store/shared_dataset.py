@@ -9,7 +9,7 @@ from pathlib import Path
 from batchrun import durable
 from batchrun.durable import TEMP_SUFFIX, disk_errors, fsync
 from batchrun.errors import InputError, JobError
-from batchrun.job.job import Output
+from batchrun.job.settings import Output
 from batchrun.records import FinishedResult
 from batchrun.source import InputFile
 from batchrun.store.rundir import RunDirectory

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchrun import price_list
-from batchrun.job.job import Price
+from batchrun.job.settings import Price
 from batchrun.price_list import resolve
 from batchrun.prices import PriceTable, Tier, asked_tier, cost, lacks_tier, upper_bound
 from batchrun.records import Usage
