@@ -19,7 +19,7 @@ from batchrun.report.wording import plural, rounded
 from batchrun.request.builder import detect_dialect
 from batchrun.run_summary import Shard
 from batchrun.source import InputFile, JsonlSource, Source, Span, TableSource, digest, open_source, parquet
-from batchrun.source.files import content_of
+from batchrun.source.content import content_of
 from batchrun.startup.ids import IdIndex
 from batchrun.store.manifest import Manifest
 from batchrun.tables.json_columns import ColumnTypes
