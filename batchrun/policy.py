@@ -7,7 +7,7 @@ from typing import NamedTuple
 import msgspec
 
 from batchrun.job.answer_schema import Expected, Flaw
-from batchrun.job.job import Action, Finish, Retry
+from batchrun.job.settings import Action, Finish, Retry
 from batchrun.records import Answer, Attempt, RowError, Status, Verdict
 from batchrun.response import packed
 from batchrun.response.error_body import MAX_MESSAGE_CHARS

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
-from batchrun.job import job
+from batchrun.job import settings
 from batchrun.limits.admission import Demand, Found, Limit, Outcome
 from batchrun.limits.circuit import Circuit
 from batchrun.limits.gate import Gate
@@ -115,7 +115,7 @@ def new_gate(
         uniform=random.Random(7).random,
         on_change=lambda before, after: run.changes.append((_now_s() - run.server.begun_s, f"{before} -> {after}")),
     )
-    return Gate(state, asyncio.get_running_loop(), job.Limits(**limits), found=found, on_pace=told)
+    return Gate(state, asyncio.get_running_loop(), settings.Limits(**limits), found=found, on_pace=told)
 
 
 async def ask_all(

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, Protocol
 
-from batchrun.job import job
+from batchrun.job.settings import Limits
 from batchrun.limits.admission import Demand, Found, Outcome
 from batchrun.limits.circuit import Circuit
 from batchrun.limits.gate import Gate
@@ -259,7 +259,7 @@ async def play(server: RefusingServer, rows: int, max_in_flight: int, seed: int,
     gate = Gate(
         state,
         loop,
-        job.Limits(max_in_flight=max_in_flight, **limits),
+        Limits(max_in_flight=max_in_flight, **limits),
         on_pace=lambda limit, before, after, why: told(f"{limit}: {before} -> {after}: {why}"),
         on_kind=lambda kind, why: told(f"{kind}: {why}"),
     )

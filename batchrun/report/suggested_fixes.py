@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 
 import msgspec
 
-from batchrun.job.job import Endpoint
+from batchrun.job.settings import Endpoint
 
 
 class Fix(msgspec.Struct, frozen=True):

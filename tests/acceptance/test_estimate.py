@@ -8,8 +8,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from batchrun.job.job import Budget, Job
+from batchrun.job.job import Job
 from batchrun.job.load import from_tables
+from batchrun.job.settings import Budget
 from batchrun.prices import PriceTable, Tier
 from batchrun.simulator import SimulatorConfig
 from batchrun.startup.estimate import estimate, in_words

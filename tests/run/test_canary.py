@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchrun.dispatch.canary import Seen, judge, spread
-from batchrun.job.job import Canary
+from batchrun.job.settings import Canary
 from batchrun.simulator import SimulatorConfig
 from tests.cli_process import Ended, batchrun, kill_when, read_summary, start, write_job
 from tests.simulator_process import RunningSimulator, running_simulator

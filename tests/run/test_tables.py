@@ -15,7 +15,7 @@ import pytest
 
 from batchrun.durable import digest
 from batchrun.errors import CheckpointError, JobError
-from batchrun.job.job import Output
+from batchrun.job.settings import Output
 from batchrun.records import Completion, RowError, Status
 from batchrun.run_summary import TotalsLine
 from batchrun.tables import booked, files

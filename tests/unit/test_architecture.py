@@ -60,7 +60,7 @@ SOLE_IMPORTERS: dict[str, frozenset[str]] = {
     "uvloop": frozenset({"api", "simulator"}),
     "jinja2": frozenset({"request.templates", "report.page"}),
     "pygal": frozenset({"report.charts"}),
-    "ray": frozenset({"ray_engine.cluster", "ray_engine.fleet"}),
+    "ray": frozenset({"ray_engine.cluster", "ray_engine.failures", "ray_engine.fleet"}),
     "genai_prices": frozenset({"price_list.convert"}),
     "jsonschema_rs": frozenset({"job.answer_schema", "simulator.schemas"}),
     "opentelemetry": frozenset({"telemetry.otel"}),

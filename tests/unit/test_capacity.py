@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchrun.job.job import Limits
+from batchrun.job.settings import Limits
 from batchrun.limits import daily
 from batchrun.limits.capacity import Size, least_minutes, most_rows, size_of
 from batchrun.limits.daily import DailyCount

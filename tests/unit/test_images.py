@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchrun.errors import InputError, JobError
-from batchrun.job.job import Input, Job
+from batchrun.job.job import Job
+from batchrun.job.settings import Input
 from batchrun.records import Row
 from batchrun.request.builder import RequestBuilder
 from batchrun.request.image_digests import ImageDigests, write

@@ -15,8 +15,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from batchrun.records import Status
 from batchrun.run_summary import BudgetUse, InForce, Live, Retrying, Summary, TotalsLine
 from batchrun.store.totals import LOST, SEVERAL
-from batchrun.telemetry.metrics import METRICS, MOST_MODELS, OTHER, STATES, Snapshot
+from batchrun.telemetry.metrics import METRICS, STATES
 from batchrun.telemetry.prometheus import render
+from batchrun.telemetry.samples import MOST_MODELS, OTHER, Snapshot
 from tests.run.test_progress import NOW, summary
 
 Samples = dict[str, dict[tuple[str, ...], float]]

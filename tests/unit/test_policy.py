@@ -26,7 +26,7 @@ from batchrun.attempt_caps import (
 )
 from batchrun.errors import APIConnectionError, APITimeoutError
 from batchrun.job.answer_schema import ANYTHING, Expected, of
-from batchrun.job.job import Finish, Retry
+from batchrun.job.settings import Finish, Retry
 from batchrun.policy import FAULT_VERDICTS, Fault, Judgement, Settlement, failing, judge, settlement
 from batchrun.records import Answer, Attempt, FunctionCall, RowError, Status, Verdict
 from batchrun.response.answer import read
