@@ -3,17 +3,16 @@
 import difflib
 import re
 from collections.abc import Callable
-from functools import lru_cache
-from typing import Any
-
-import jinja2
-import jinja2.meta
-import jinja2.nodes
-import jinja2.sandbox
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any
 
 from batchrun.errors import InputError, JobError
 from batchrun.request import image_parts
 from batchrun.request.texts import NoTextError, NullError, json_of, text_of
+
+if TYPE_CHECKING:
+    from jinja2.nodes import Template
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 Columns = dict[str, Any]
 
@@ -51,11 +50,24 @@ def _url_template(tree: Any, place: str) -> Callable[[Columns], Any]:
     return make
 
 
-_ENVIRONMENT = jinja2.sandbox.ImmutableSandboxedEnvironment(
-    undefined=jinja2.StrictUndefined, finalize=text_of, keep_trailing_newline=True, autoescape=False
-)
-_ENVIRONMENT.filters["tojson"] = json_of  # Jinja's own writes for HTML, and knows no dates and no decimals
-_ENVIRONMENT.globals.clear()  # no template sees them, yet each context would list them (1.4 of 4.8 µs, measured)
+@cache
+def _environment() -> "ImmutableSandboxedEnvironment":
+    from jinja2 import StrictUndefined  # 20 ms: only where a template is compiled
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(
+        undefined=StrictUndefined, finalize=text_of, keep_trailing_newline=True, autoescape=False
+    )
+    environment.filters["tojson"] = json_of  # Jinja's own writes for HTML, and knows no dates and no decimals
+    environment.globals.clear()  # no template sees them, yet each context would list them (1.4 of 4.8 µs, measured)
+    return environment
+
+
+def _used_names(text: str) -> set[str]:
+    """The columns that the template names."""
+    from jinja2.meta import find_undeclared_variables
+
+    return find_undeclared_variables(_environment().parse(text))
 
 
 ROW = "row"
@@ -72,14 +84,15 @@ def text_template(text: str, place: str) -> Callable[[Columns], str]:
     """
     if "{" not in text:
         return lambda columns: text
+    from jinja2 import TemplateSyntaxError, UndefinedError
+
     try:
-        compiled = _ENVIRONMENT.from_string(text)
-    except jinja2.TemplateSyntaxError as error:
+        compiled = _environment().from_string(text)
+    except TemplateSyntaxError as error:
         raise JobError(f"{place}: template error in line {error.lineno}: {error.message}. {_ODD_NAME}") from error
     new_context, render = compiled.new_context, compiled.root_render_func
-    syntax = _ENVIRONMENT.parse(text)
-    whole_row = ROW in jinja2.meta.find_undeclared_variables(syntax)
-    pieces = None if whole_row else _plain_pieces(syntax)
+    whole_row = ROW in _used_names(text)
+    pieces = None if whole_row else _plain_pieces(_environment().parse(text))
 
     def make(columns: Columns) -> str:
         try:
@@ -91,7 +104,7 @@ def text_template(text: str, place: str) -> Callable[[Columns], str]:
             raise InputError(f"{place}: {_null_in_words(text, columns)}") from error
         except NoTextError as error:
             raise InputError(f"{place}: {_odd_in_words(text, columns, str(error))}") from error
-        except jinja2.UndefinedError as error:
+        except UndefinedError as error:
             raise InputError(f"{place}: {_missing_in_words(error.message or '', columns)}") from error
         except Exception as error:  # a template runs user code over user data: whatever it raises is the row's
             raise InputError(f"{place}: {type(error).__name__}: {error}") from error
@@ -103,17 +116,19 @@ _Pieces = list[tuple[str, str | None]]
 """Text, and the column that stands behind it; None behind the last."""
 
 
-def _plain_pieces(syntax: jinja2.nodes.Template) -> _Pieces | None:
+def _plain_pieces(syntax: "Template") -> _Pieces | None:
     """The template as texts and columns, where it is nothing else: no filter, no expression, no statement."""
+    from jinja2 import nodes
+
     pieces: _Pieces = []
     text = ""
     for output in syntax.body:
-        if not isinstance(output, jinja2.nodes.Output):
+        if not isinstance(output, nodes.Output):
             return None
         for node in output.nodes:
-            if isinstance(node, jinja2.nodes.TemplateData):
+            if isinstance(node, nodes.TemplateData):
                 text += node.data
-            elif isinstance(node, jinja2.nodes.Name):
+            elif isinstance(node, nodes.Name):
                 pieces.append((text, node.name))
                 text = ""
             else:
@@ -139,7 +154,7 @@ def _joined(pieces: _Pieces, columns: Columns) -> str | None:
 
 def _null_in_words(text: str, columns: Columns) -> str:
     """Which column is null, or which of them hold the null, and what to write instead."""
-    used = sorted(jinja2.meta.find_undeclared_variables(_ENVIRONMENT.parse(text)) & columns.keys())
+    used = sorted(_used_names(text) & columns.keys())
     if nulls := [name for name in used if columns[name] is None]:
         return f"column {' and '.join(map(repr, nulls))} is null; write {_or_empty(nulls[0])} where that may be"
     where = f", in column {' or '.join(map(repr, used))}" if used else ""
@@ -148,7 +163,7 @@ def _null_in_words(text: str, columns: Columns) -> str:
 
 def _odd_in_words(text: str, columns: Columns, what: str) -> str:
     """Which columns hold the value, and what to do about it."""
-    used = sorted(jinja2.meta.find_undeclared_variables(_ENVIRONMENT.parse(text)) & columns.keys())
+    used = sorted(_used_names(text) & columns.keys())
     where = f", in column {' or '.join(map(repr, used))}" if used else ""
     return f"{what}{where}; convert it in the input, or write something else in its place"
 
