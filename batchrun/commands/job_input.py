@@ -17,7 +17,8 @@ from batchrun.terminal import Progress, note
 
 if TYPE_CHECKING:
     from batchrun.prices import PriceTable
-    from batchrun.records import Request, Shard
+    from batchrun.records import Request
+    from batchrun.run_summary import Shard
     from batchrun.source import Source
     from batchrun.startup.input_check import Survey
     from batchrun.store.origins import Origins

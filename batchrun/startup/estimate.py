@@ -15,10 +15,11 @@ from batchrun.limits.admission import Limit
 from batchrun.limits.capacity import Size
 from batchrun.price_list import lookup
 from batchrun.prices import PriceTable
-from batchrun.records import Estimate, Summary, Usage
+from batchrun.records import Usage
 from batchrun.report.cost_lines import headline_usd
 from batchrun.report.summary import failures
 from batchrun.report.wording import plural
+from batchrun.run_summary import Estimate, Summary
 from batchrun.startup.input_check import Survey
 from batchrun.startup.previous_run import Means
 from batchrun.startup.previous_run import of as means_of

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from batchrun.errors import ExitCode
-from batchrun.records import Summary
+from batchrun.run_summary import Summary
 from batchrun.simulator import Fault, SimulatorConfig, parse_faults, read_ledger
 from tests.cli_process import Ended, batchrun, finish, kill_when, start, wait_until, write_job, write_rows
 from tests.simulator_process import RunningSimulator, running_simulator

@@ -16,6 +16,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("signals", "streams", "open_files", "memory", "patterns", "compute", "durable", "job"),
     ("records",),
+    ("run_summary",),
     ("prices", "credentials", "storage"),
     ("price_list", "source", "request", "limits", "response"),
     ("transport", "policy", "tables"),
