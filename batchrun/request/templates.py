@@ -1,6 +1,7 @@
 """Templates over a row's columns. PURE. Sole importer of jinja2: its immutable sandbox; row text stays text."""
 
 import difflib
+import keyword
 import re
 from collections.abc import Callable
 from functools import cache, lru_cache
@@ -11,7 +12,6 @@ from batchrun.request import image_parts
 from batchrun.request.texts import NoTextError, NullError, json_of, text_of
 
 if TYPE_CHECKING:
-    from jinja2.nodes import Template
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 Columns = dict[str, Any]
@@ -77,13 +77,28 @@ _ODD_NAME = 'A column whose name is not one plain word is written {{ row["its na
 
 
 def text_template(text: str, place: str) -> Callable[[Columns], str]:
-    """The template compiled; a text without markers is itself.
+    """A function that makes the template's text of a row; a text without markers is itself."""
+    if "{" not in text:
+        return lambda columns: text
+    pieces = _plain_pieces(text)
+    render = _compiled(text, place) if pieces is None else None
+
+    def make(columns: Columns) -> str:
+        if pieces is not None and (joined := _joined(pieces, columns)) is not None:
+            return joined
+        nonlocal render
+        render = render or _compiled(text, place)
+        return render(columns)
+
+    return make
+
+
+def _compiled(text: str, place: str) -> Callable[[Columns], str]:
+    """The template as Jinja compiles it.
 
     `root_render_func` on a context that shares the row's columns costs a quarter of `render()` (measured: 4 µs for 16);
     the price is that Jinja's global functions are not there, which a template over columns does not need.
     """
-    if "{" not in text:
-        return lambda columns: text
     from jinja2 import TemplateSyntaxError, UndefinedError
 
     try:
@@ -92,12 +107,9 @@ def text_template(text: str, place: str) -> Callable[[Columns], str]:
         raise JobError(f"{place}: template error in line {error.lineno}: {error.message}. {_ODD_NAME}") from error
     new_context, render = compiled.new_context, compiled.root_render_func
     whole_row = ROW in _used_names(text)
-    pieces = None if whole_row else _plain_pieces(_environment().parse(text))
 
     def make(columns: Columns) -> str:
         try:
-            if pieces is not None and (joined := _joined(pieces, columns)) is not None:
-                return joined
             known = {ROW: columns, **columns} if whole_row else columns
             return "".join(render(new_context(known, True)))
         except NullError as error:
@@ -115,25 +127,24 @@ def text_template(text: str, place: str) -> Callable[[Columns], str]:
 _Pieces = list[tuple[str, str | None]]
 """Text, and the column that stands behind it; None behind the last."""
 
+_MARKERS = ("{{", "{%", "{#")
+_NO_COLUMNS = frozenset({ROW, "true", "false", "none", "True", "False", "None", *keyword.kwlist})
 
-def _plain_pieces(syntax: "Template") -> _Pieces | None:
-    """The template as texts and columns, where it is nothing else: no filter, no expression, no statement."""
-    from jinja2 import nodes
 
-    pieces: _Pieces = []
-    text = ""
-    for output in syntax.body:
-        if not isinstance(output, nodes.Output):
-            return None
-        for node in output.nodes:
-            if isinstance(node, nodes.TemplateData):
-                text += node.data
-            elif isinstance(node, nodes.Name):
-                pieces.append((text, node.name))
-                text = ""
-            else:
-                return None
-    return [*pieces, (text, None)]
+def _plain_pieces(text: str) -> _Pieces | None:
+    """The template as texts and columns, where it is nothing else: no filter, no expression, no statement.
+
+    Jinja makes the same of it (`test_simple_templates_equal_jinja` in tests/unit/test_request.py), and
+    need not be loaded.
+    """
+    *parts, last = _ONE_COLUMN.split(re.sub(r"\r\n?", "\n", text))
+    texts, columns = parts[::2], parts[1::2]
+    has_more = any(marker in each for marker in _MARKERS for each in (*texts, last))
+    if has_more or any(each.endswith("{") for each in texts):
+        return None
+    if not _NO_COLUMNS.isdisjoint(columns) or not all(map(str.isidentifier, columns)):
+        return None
+    return [*zip(texts, columns, strict=True), (last, None)]
 
 
 def _joined(pieces: _Pieces, columns: Columns) -> str | None:
