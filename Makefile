@@ -32,6 +32,9 @@ BUILT_FROM := pyproject.toml requirements.lock hatch_build.py batchrun/price_lis
 
 setup: .venv/test
 
+# Tests and benchmarks start some hundreds of interpreters: with bytecode each starts 0.2 s sooner.
+export PYTHONDONTWRITEBYTECODE :=
+
 # Tests have two levels (tests/level.py): a sample of large tables and campaigns, and the rest of them. The seed decides
 # what the sample has; each run prints it, and SEED=N takes it again.
 ifndef SEED

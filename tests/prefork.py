@@ -39,6 +39,7 @@ _LOADED = (
         "batchrun.startup.preview",
     ),
     *("batchrun.simulator.process", "batchrun.simulator.__main__", "tqdm", "uvloop"),
+    *("jinja2.meta", "jinja2.sandbox", "pyarrow.compute"),
     "tests.crash.launcher",
 )
 

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "batchrun"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("signals", "streams", "open_files", "memory", "durable", "job"),
+    ("signals", "streams", "open_files", "memory", "patterns", "compute", "durable", "job"),
     ("records",),
     ("run_summary",),
     ("prices", "credentials", "storage"),
@@ -67,7 +67,7 @@ SOLE_IMPORTERS: dict[str, frozenset[str]] = {
     "toktok": frozenset({"response.token_count"}),
     "xlsxwriter": frozenset({"report.spreadsheet"}),
     "pyarrow": frozenset(
-        {"storage", "source", "tables", "store", "report", "startup", "dispatch", "integrity", "merge"}
+        {"compute", "storage", "source", "tables", "store", "report", "startup", "dispatch", "integrity", "merge"}
     ),
 }
 """Library → the packages and modules that import it."""
