@@ -291,6 +291,23 @@ def test_an_empty_account_pauses_the_run(status: str, said: object, tmp_path: Pa
     assert len(server.exchanges) <= 9
 
 
+SPENT = {
+    "error": {"message": "Budget has been exceeded! Current cost: 10.01", "type": "budget_exceeded", "code": "400"}
+}
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "exit_code"),
+    [("400 Bad Request", SPENT, 5), ("407 Proxy Authentication Required", b"<html>", 2)],
+    ids=["LiteLLM", "proxy"],
+)
+def test_a_gateways_budget_pauses_the_run(status: str, said: object, exit_code: int, tmp_path: Path) -> None:
+    """And a proxy that wants a password ends it: neither is any row's fault, in mid-run either."""
+    with serving_aside(says(lambda row, n: choice() if row < 12 else refused(status, said))) as server:
+        summary, _ = ask(tmp_path, server.url, 60)
+    assert (summary.exit_code, summary.by_status) == (exit_code, {"ok": 12})
+
+
 def test_a_glued_stream_end_is_ignored(tmp_path: Path) -> None:
     glued = answer(answer_body("Fine.") + b"\n\ndata: [DONE]\n\n")
     with serving_aside(says(lambda row, n: glued)) as server:
