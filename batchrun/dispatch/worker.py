@@ -246,13 +246,16 @@ class Workers:
         for row in decision.elsewhere:
             if row != request.row and (earlier := self._held.pop(row, None)) is not None:
                 self.backlog.release(row)
-                self._retry(_for_another_endpoint(earlier), None, self.gate.successes)
-        # the same refusal met before a restart, with no other row left to confirm it, is the row's own
-        refused_again = pending.refused and attempt.http_status in (403, 429) and self.backlog.alone
+                self._retry(_as_free(earlier), None, self.gate.successes)
+        # the same refusal met before a restart, with no other row left to confirm it, is the row's own; so is a wrong
+        # key while other rows were answered
+        seen = pending.refused and attempt.http_status in (403, 429)
+        seen |= pending.history.corroborated > 0 and attempt.http_status == 401
+        refused_again = seen and self.backlog.alone
         if decision.hold and not refused_again:
             self._hold(result, slot)
         elif request.row in decision.elsewhere:
-            self._retry(_for_another_endpoint(result), slot, successes)
+            self._retry(_as_free(result), slot, successes)
         elif result.settlement is not None:
             self._settle_answer(result, result.settlement, slot)
         elif result.judgement.verdict is Verdict.ROW or decision.hold or self._last_rows.gives_up(result.history):
@@ -363,7 +366,10 @@ class Workers:
             self._retry(unwanted, slot, self.gate.successes)
 
     def _settle_held(self, row: int) -> None:
-        """A refusal that looked like the whole run's was this row's alone: the row fails, or is retried after a 429."""
+        """A refusal that looked like the whole run's was this row's alone: the row fails, or is retried after a 429.
+
+        A wrong key is never a row's: a gateway may have one among its keys. So it is retried, too, and counts.
+        """
         result = self._held.pop(row, None)
         if result is None:
             return
@@ -373,8 +379,15 @@ class Workers:
                 error = result.judgement.error
                 self._long_wait = Stop(ExitCode.PAUSED, f"row {row}: {'429' if error is None else error.text}")
             self._retry(result, None, self.gate.successes)
-        else:
-            self._complete(result, None, Status.ERROR)
+            return
+        if result.attempt.http_status == 401:
+            result = _as_free(result)
+            history = attempt_caps.after(result.pending.history, result.judgement, corroborated=True)
+            result = msgspec.structs.replace(result, history=history)
+            if not self._last_rows.gives_up(history):
+                self._retry(result, None, self.gate.successes)
+                return
+        self._complete(result, None, Status.ERROR)
 
     def _complete(self, result: AttemptResult, slot: int | None, status: Status) -> None:
         """The row's completion is on the checkpoint's queue."""
@@ -426,7 +439,7 @@ class Workers:
         self.backlog.hold(msgspec.structs.replace(result.pending, history=result.history))
 
 
-def _for_another_endpoint(result: AttemptResult) -> AttemptResult:
-    """The refusal concerned its endpoint, not the row: the row can go to another one at once."""
+def _as_free(result: AttemptResult) -> AttemptResult:
+    """The refusal concerned its endpoint or a key of it, not the row: the row can be sent again."""
     judgement = msgspec.structs.replace(result.judgement, verdict=Verdict.FREE, retry_after_s=None)
     return msgspec.structs.replace(result, judgement=judgement)

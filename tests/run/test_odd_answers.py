@@ -291,6 +291,17 @@ def test_an_empty_account_pauses_the_run(status: str, said: object, tmp_path: Pa
     assert len(server.exchanges) <= 9
 
 
+def test_a_bad_key_among_a_gateways_own_fails_no_row(tmp_path: Path) -> None:
+    """One request in eight gets a 401; one row gets nothing else, and fails alone."""
+    wrong_key = refused("401 Unauthorized", {"error": {"message": "invalid api key"}})
+    bad = {(row, 1) for row in range(20, 200, 8)}
+    with serving_aside(says(lambda row, n: wrong_key if (row, n) in bad or row == 100 else choice())) as server:
+        summary, result = ask(tmp_path, server.url, 200, limits={"max_in_flight": 8})
+    assert (summary.exit_code, summary.by_status) == (3, {"ok": 199, "error": 1})
+    assert [(row["row"], row["error"]["kind"]) for row in result if row["error"]] == [(100, "authentication")]
+    assert len(server.exchanges) < 250
+
+
 SPENT = {
     "error": {"message": "Budget has been exceeded! Current cost: 10.01", "type": "budget_exceeded", "code": "400"}
 }
