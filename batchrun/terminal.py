@@ -10,7 +10,7 @@ from batchrun import streams
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from batchrun.records import Summary
+    from batchrun.run_summary import Summary
     from batchrun.telemetry.log_lines import LogLines
 
 LOG_FORMAT = "--log-format"

@@ -38,7 +38,7 @@ _LOADED = (
         "batchrun.startup.estimate",
         "batchrun.startup.preview",
     ),
-    *("batchrun.simulator.process", "batchrun.simulator.__main__", "genai_prices", "tqdm", "uvloop"),
+    *("batchrun.simulator.process", "batchrun.simulator.__main__", "tqdm", "uvloop"),
     "tests.crash.launcher",
 )
 

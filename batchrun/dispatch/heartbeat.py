@@ -19,8 +19,9 @@ from batchrun.limits.deadline import Deadline
 from batchrun.limits.forecast import Concern
 from batchrun.limits.gates import Gates
 from batchrun.limits.rates import Rates
-from batchrun.records import Notice, Summary, Tuned
+from batchrun.records import Notice
 from batchrun.report.limit_lines import limits_in_words
+from batchrun.run_summary import Summary, Tuned
 from batchrun.store.rundir import RunDirectory
 
 BEAT_S = 0.5

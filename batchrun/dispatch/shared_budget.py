@@ -15,7 +15,7 @@ from zoneinfo import ZoneInfo
 from batchrun.errors import BatchrunError
 from batchrun.job.job import Job
 from batchrun.limits.budget import in_usd
-from batchrun.records import BudgetUse
+from batchrun.run_summary import BudgetUse
 from batchrun.store.budget_file import BudgetFile, Caps, Drawn, Lease, Period, Spending, Use, pico
 
 POLL_S = 0.25

@@ -21,7 +21,8 @@ from batchrun.limits.probe_turns import Breaker, InDoubt, ProbeTurns
 from batchrun.limits.rate_headers import read_limit
 from batchrun.limits.rates import RateLimits, Rates
 from batchrun.limits.refusals import NOTHING, Finding, Refusals
-from batchrun.records import InForce, Verdict
+from batchrun.records import Verdict
+from batchrun.run_summary import InForce
 
 BUDGET = Binding(Limit.BUDGET)
 NO_SLOT = Binding(Limit.IN_FLIGHT)

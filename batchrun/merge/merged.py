@@ -24,11 +24,12 @@ from batchrun.errors import CheckpointError, ExitCode, InputError, JobError
 from batchrun.integrity.db_records import SALVAGED
 from batchrun.merge.shards import CompleteShard
 from batchrun.prices import PriceTable
-from batchrun.records import Estimate, MergedShard, ResultFile, Status, Summary, TotalsLine
+from batchrun.records import ResultFile, Status
 from batchrun.report.summary import Moment, failures, summarise
 from batchrun.report.summary import files as summary_files
 from batchrun.report.summary import read as read_summary
 from batchrun.request import image_digests
+from batchrun.run_summary import Estimate, MergedShard, Summary, TotalsLine
 from batchrun.source import JsonlSource
 from batchrun.store import db_tables, result, shared_dataset, variants
 from batchrun.store.checkpoint import FORMAT, Checkpoint, read_finished

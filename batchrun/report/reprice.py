@@ -10,8 +10,9 @@ import msgspec
 from batchrun import prices
 from batchrun.errors import JobError
 from batchrun.job.job import Price
-from batchrun.records import TotalsLine, Usage
+from batchrun.records import Usage
 from batchrun.report.runs import Account, Found
+from batchrun.run_summary import TotalsLine
 
 
 def read(path: Path) -> dict[str, Price]:

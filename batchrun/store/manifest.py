@@ -8,7 +8,7 @@ import msgspec
 
 from batchrun.errors import CheckpointError
 from batchrun.job.job import Output
-from batchrun.records import Estimate, MergedShard, Shard
+from batchrun.run_summary import Estimate, MergedShard, Shard
 from batchrun.source import FileIdentity, Span
 from batchrun.tables.arrow_types import Column, column_of
 

@@ -9,7 +9,8 @@ import pyarrow as pa
 
 from batchrun import durable
 from batchrun.errors import ANOTHER, CheckpointError
-from batchrun.records import FinishedResult, ResultFile, Summary
+from batchrun.records import FinishedResult, ResultFile
+from batchrun.run_summary import Summary
 from batchrun.store import result_files, result_folder
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.chunks import Chunks

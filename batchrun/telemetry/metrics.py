@@ -12,8 +12,9 @@ from typing import Literal
 import msgspec
 
 from batchrun import __version__
-from batchrun.records import BudgetUse, Status, Summary, TotalsLine
+from batchrun.records import Status
 from batchrun.report.cost_lines import known_cost
+from batchrun.run_summary import BudgetUse, Summary, TotalsLine
 from batchrun.store.totals import LOST, SEVERAL
 
 MOST_MODELS = 20

@@ -11,8 +11,9 @@ import msgspec
 
 from batchrun.errors import CheckpointError, ExitCode, InputError, JobError
 from batchrun.job.job import Job
-from batchrun.records import Notice, Shard, Summary
+from batchrun.records import Notice
 from batchrun.report.summary import Moment, read, starting
+from batchrun.run_summary import Shard, Summary
 from batchrun.store.rundir import RunDirectory
 from batchrun.telemetry.metrics import Snapshot
 from batchrun.telemetry.textfile import TextFile

@@ -21,11 +21,12 @@ from batchrun.job.job import Retry, settings
 from batchrun.job.load import from_tables, load
 from batchrun.limits.admission import Limit
 from batchrun.policy import FAULT_VERDICTS, STATUS_VERDICTS, judge
-from batchrun.records import Attempt, PossiblyBilled, Status, Summary, TotalsLine, Verdict
+from batchrun.records import Attempt, PossiblyBilled, Status, Verdict
 from batchrun.report.bill import KEYS
 from batchrun.report.figures import FIGURES
 from batchrun.report.findings import THRESHOLDS
 from batchrun.response.answer import read
+from batchrun.run_summary import Summary, TotalsLine
 from batchrun.simulator import SimulatorConfig, parse_faults
 from batchrun.source import find_files, open_source
 from batchrun.startup.input_check import survey

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from batchrun.errors import ExitCode
-from batchrun.records import Summary
+from batchrun.run_summary import Summary
 from batchrun.simulator import Fault, SimulatorConfig, parse_faults, read_ledger
 from tests.cli_process import Ended, batchrun, finish, kill_when, start, wait_until, write_job, write_rows
 from tests.simulator_process import RunningSimulator, running_simulator
@@ -109,7 +109,7 @@ def content_is_blocked(place: Place) -> Ended:
 
 
 def batchrun_has_a_bug(place: Place) -> Ended:
-    broken = place.folder / "broken" / "genai_prices"
+    broken = place.folder / "broken" / "aiohttp"
     broken.mkdir(parents=True)
     (broken / "__init__.py").write_text("raise RuntimeError('nobody thought of this')")
     place.simulator()

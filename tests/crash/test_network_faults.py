@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchrun import credentials, engine
-from batchrun.records import Summary
+from batchrun.run_summary import Summary
 from batchrun.store.rundir import RunDirectory
 from tests.cli_process import KEY, KEY_ENV, holds_key
 from tests.endings import MODEL, answer_body

@@ -21,7 +21,7 @@ from batchrun.integrity import damaged_db, db_records, readable_groups
 from batchrun.integrity.salvage import LOST, NAME, salvage
 from batchrun.integrity.verify import Findings, in_words, verify
 from batchrun.job.load import load
-from batchrun.records import Summary
+from batchrun.run_summary import Summary
 from batchrun.simulator import Fault, SimulatorConfig, parse_faults
 from batchrun.store import db_tables, in_flight, spill
 from batchrun.store.at_rest import wal_of

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from batchrun.records import Summary
+from batchrun.run_summary import Summary
 from tests.crash.test_network_faults import (
     BUSY,
     FAILURE,

@@ -10,8 +10,8 @@ import pytest
 
 from batchrun import credentials, engine
 from batchrun.dispatch.hooks import Hooks
-from batchrun.records import Summary
 from batchrun.report.closing import in_words
+from batchrun.run_summary import Summary
 from batchrun.startup.run_options import RunOptions
 from batchrun.store.rundir import RunDirectory
 from tests.cli_process import KEY, KEY_ENV

@@ -10,7 +10,7 @@ import pytest
 
 import batchrun
 from batchrun.errors import RunLockedError, StorageError
-from batchrun.records import Summary
+from batchrun.run_summary import Summary
 from batchrun.simulator import SimulatorConfig
 from tests.cli_process import batchrun as command
 from tests.cli_process import write_job, write_rows

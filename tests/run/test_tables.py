@@ -16,7 +16,8 @@ import pytest
 from batchrun.durable import digest
 from batchrun.errors import CheckpointError, JobError
 from batchrun.job.job import Output
-from batchrun.records import Completion, RowError, Status, TotalsLine
+from batchrun.records import Completion, RowError, Status
+from batchrun.run_summary import TotalsLine
 from batchrun.tables import booked, files
 from batchrun.tables.files import ROW_GROUP_BYTES, assemble, write_part
 from batchrun.tables.rows import OWN_COLUMNS, USAGE_COLUMNS, joined, output_schema, own_table

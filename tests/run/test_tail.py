@@ -15,9 +15,10 @@ import pytest
 from batchrun import credentials, engine
 from batchrun.dispatch.hooks import Hooks
 from batchrun.dispatch.retries import LOG_EVERY_S, Retries
-from batchrun.records import RowError, Summary
+from batchrun.records import RowError
 from batchrun.report import progress
 from batchrun.report.limit_lines import retrying_in_words
+from batchrun.run_summary import Summary
 from batchrun.store.rundir import RunDirectory
 from tests.cli_process import KEY, KEY_ENV
 from tests.crash.test_network_faults import BUSY, FAILURE, answers, asked_for, resets, row_of

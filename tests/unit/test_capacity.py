@@ -9,7 +9,7 @@ from batchrun.job.job import Limits
 from batchrun.limits import daily
 from batchrun.limits.capacity import Size, least_minutes, most_rows, size_of
 from batchrun.limits.daily import DailyCount
-from batchrun.records import TotalsLine
+from batchrun.run_summary import TotalsLine
 from tests.limited_server import Run, Server, ask_all, new_gate
 from tests.moved_clock import run_on_moved_clock
 

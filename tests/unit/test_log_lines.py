@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchrun.records import Live, Notice
+from batchrun.records import Notice
+from batchrun.run_summary import Live
 from batchrun.telemetry.log_lines import LogLines
 from batchrun.terminal import Progress, choose_format, is_json
 from tests.run.test_progress import NOW, summary

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from batchrun.records import BudgetUse, InForce, Live, Retrying, Status, Summary, TotalsLine
+from batchrun.records import Status
+from batchrun.run_summary import BudgetUse, InForce, Live, Retrying, Summary, TotalsLine
 from batchrun.store.totals import LOST, SEVERAL
 from batchrun.telemetry.metrics import METRICS, MOST_MODELS, OTHER, STATES, Snapshot
 from batchrun.telemetry.prometheus import render

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchrun.errors import InputError, JobError
-from batchrun.records import Shard
+from batchrun.run_summary import Shard
 from batchrun.source import START, open_source
 from batchrun.startup import shard as shards
 from tests.jobs import job_over, texts, write_lines
