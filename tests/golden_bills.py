@@ -14,7 +14,7 @@ import msgspec
 from batchrun.dispatch.attempt_result import cost_of, reported
 from batchrun.job.settings import Retry
 from batchrun.policy import judge
-from batchrun.price_list import resolve
+from batchrun.price_list.lookup import resolve
 from batchrun.records import Attempt
 from batchrun.response.answer import read
 

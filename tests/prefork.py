@@ -38,7 +38,8 @@ _LOADED = (
         "batchrun.startup.estimate",
         "batchrun.startup.preview",
     ),
-    *("batchrun.simulator.process", "batchrun.simulator.__main__", "genai_prices", "tqdm", "uvloop"),
+    *("batchrun.simulator.process", "batchrun.simulator.__main__", "tqdm", "uvloop"),
+    *("jinja2.meta", "jinja2.sandbox", "pyarrow.compute"),
     "tests.crash.launcher",
 )
 

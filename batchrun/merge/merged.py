@@ -90,8 +90,7 @@ def _publish(directory: RunDirectory) -> None:
     entries = read_finished(directory.checkpoint)
     manifest = Manifest.decode(entries)
     if manifest.output.dataset is not None:
-        dataset = Path(manifest.output.dataset)
-        shared_dataset.publish(result.finished(entries), directory, dataset, manifest.run_id)
+        shared_dataset.publish(result.finished(entries), directory, manifest.output.dataset, manifest.run_id)
 
 
 class Writer:

@@ -11,6 +11,8 @@ from typing import Any
 
 import msgspec
 
+from batchrun.patterns import Pattern
+
 MAX_MESSAGE_CHARS = 1000
 """Error messages are for people and for a column: longer ones are cut, the raw body stays."""
 
@@ -39,10 +41,8 @@ _FINE = frozenset({"0", "200", "ok", "success", "succeeded"})
 """Codes with which an envelope says that nothing is wrong."""
 
 _SECONDS = ("retry_after", "retryAfter", "retry_after_s", "retry_after_seconds", "estimated_time", "retryDelay")
-_DURATION = re.compile(
-    r"(?P<number>\d+(?:\.\d+)?) ?(?P<unit>ms|milliseconds?|s|sec(?:ond)?s?|m|min(?:ute)?s?|h|hours?)"
-)
-_WAIT = re.compile(
+_DURATION = Pattern(r"(?P<number>\d+(?:\.\d+)?) ?(?P<unit>ms|milliseconds?|s|sec(?:ond)?s?|m|min(?:ute)?s?|h|hours?)")
+_WAIT = Pattern(
     r"\b(?:try again|retry|wait|available|resets?|retried)(?: again)? (?:in|after|for) (?:about |~)?"
     r"(?P<wait>(?:\d+(?:\.\d+)? ?(?:ms|milliseconds?|sec(?:ond)?s?|min(?:ute)?s?|hours?|[smh])\b ?"
     r"|\d+(?:\.\d+)?[hm](?=\d))+)",

@@ -57,8 +57,10 @@ _NAMES: dict[Format, str] = {"jsonl": "JSON lines", "parquet": "Parquet", "csv":
 
 
 def _remote_matches(text: str, access: Access) -> list[InputFile]:
-    """The same of an object store. A name with `*`, `?` or `[` in it is a pattern there."""
+    """The same of an object store."""
     found, named = objects.find(text, access), urls.parse(text).path.rstrip("/")
+    if [file.url.path for file in found] == [named]:
+        return list(found)
     pattern = urls.is_pattern(named)
     above = len(PurePosixPath(urls.fixed_part(named)).parts)
     below = [(file, PurePosixPath(file.url.path).parts[above:]) for file in found]

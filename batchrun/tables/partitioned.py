@@ -13,8 +13,8 @@ from typing import Any, cast
 from urllib.parse import quote
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from batchrun import compute as pc
 from batchrun.durable import digest, disk_errors, fsync
 from batchrun.errors import JobError
 from batchrun.job.settings import Output

@@ -163,8 +163,8 @@ class SessionTransport:
         if link is None:
             return
         read_to_its_end = exchange.stream is None or not exchange.stream.done
-        link.free_since = time.monotonic() if read_to_its_end else None
-        self._peer.end(link, exchange.answered(error))
+        link.rest(time.monotonic() if read_to_its_end else None)
+        self._peer.end(exchange, error)
 
 
 class Pieces(aiohttp.Payload):

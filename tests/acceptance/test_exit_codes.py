@@ -109,7 +109,7 @@ def content_is_blocked(place: Place) -> Ended:
 
 
 def batchrun_has_a_bug(place: Place) -> Ended:
-    broken = place.folder / "broken" / "genai_prices"
+    broken = place.folder / "broken" / "aiohttp"
     broken.mkdir(parents=True)
     (broken / "__init__.py").write_text("raise RuntimeError('an unforeseen case')")
     place.simulator()

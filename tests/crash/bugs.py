@@ -25,7 +25,7 @@ class Bug:
 
 _SLOT_FREED_EARLY = Bug(
     "the slot is free before the commit",
-    "batchrun.dispatch.worker",
+    "batchrun.dispatch.endings",
     (
         (
             "        self._checkpoint.put(completion)\n",
@@ -81,11 +81,12 @@ _SLOT_TAKEN_LATE = Bug(
     "the slot is written after the send",
     "batchrun.dispatch.worker",
     (
-        ("        self._slots.take(slot, request.row, n, request.key, *bound)\n", ""),
+        ("        self._slots.take(slot, request.row, n, request.key, usd, tokens)\n", ""),
         (
-            "        result, decision = self._judge(pending, attempt, slot, bound, successes, tier)\n",
-            "        self._slots.take(slot, request.row, n, request.key, *bound)\n"
-            "        result, decision = self._judge(pending, attempt, slot, bound, successes, tier)\n",
+            "        answer = answers.read(attempt.body, request.choices)\n",
+            "        bound = flight.bound_usd, flight.bound_tokens\n"
+            "        self._slots.take(slot, request.row, flight.n, request.key, *bound)\n"
+            "        answer = answers.read(attempt.body, request.choices)\n",
         ),
     ),
     "the first was forgotten",
@@ -113,7 +114,7 @@ _OVERLAY_GONE_EARLY = Bug(
 
 _RETRY_UNCOUNTED = Bug(
     "the retry is not counted",
-    "batchrun.dispatch.worker",
+    "batchrun.dispatch.endings",
     (
         (
             "        self._uncommitted[row, history.attempts] = _Uncommitted(result, slot, retry, due_s)\n"
