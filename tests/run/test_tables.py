@@ -390,7 +390,7 @@ ASSEMBLE_FOR_EVER = """
 import sys
 from pathlib import Path
 from tests.run.test_tables import INPUT, part_of, table_of
-from batchrun.job.job import Output
+from batchrun.job.settings import Output
 from batchrun.tables.files import assemble
 from batchrun.tables.rows import output_schema
 folder = Path(sys.argv[1])
