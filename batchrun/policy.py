@@ -7,7 +7,7 @@ from typing import NamedTuple
 import msgspec
 
 from batchrun.job.answer_schema import Expected, Flaw
-from batchrun.job.job import Action, Finish, Retry
+from batchrun.job.settings import Action, Finish, Retry
 from batchrun.records import Answer, Attempt, RowError, Status, Verdict
 from batchrun.response import packed
 from batchrun.response.error_body import MAX_MESSAGE_CHARS
@@ -59,13 +59,17 @@ NO_EVIDENCE = frozenset({Fault.KEY_REPLACED, Fault.SENDER_LOST})
 
 STATUS_VERDICTS: Mapping[int, Verdict] = {
     **dict.fromkeys((400, 413, 415, 422, 501), Verdict.ROW),
-    **dict.fromkeys((408, 409, 425, 500, 502), Verdict.FREE),
+    **dict.fromkeys((408, 409, 421, 423, 424, 425, 500, 502), Verdict.FREE),
     **dict.fromkeys((499, 504, 520, 521, 522, 523, 524), Verdict.MAYBE),
     **dict.fromkeys((429, 503, 529), Verdict.SLOW),
     **dict.fromkeys((401, 402, 403), Verdict.PAUSE),
-    **dict.fromkeys((404, 405), Verdict.STOP),
+    **dict.fromkeys((404, 405, 407, 426, 431), Verdict.STOP),
 }
-"""By status alone. `RULES` has those where the body decides; 520 to 524 are Cloudflare's "origin" errors."""
+"""By status alone. `RULES` has those where the body decides; 520 to 524 are Cloudflare's "origin" errors.
+
+424 is a failed generation (TGI, Bedrock). 407, 426 and 431 are about the proxy, the protocol and the headers, which all
+rows share.
+"""
 
 KINDS: Mapping[int, str] = {
     400: "bad_request",

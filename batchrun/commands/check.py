@@ -27,7 +27,7 @@ def check(
     skip_invalid: bool,
     overrides: tuple[str, ...],
 ) -> None:
-    """Check everything that a run would refuse: the job, every input record and its request. Sends nothing."""
+    """Check everything that a run would refuse: job, destination, every record and its request. Sends nothing."""
     from batchrun import preflight
     from batchrun.commands.job_input import read_input, read_job, require_budget
     from batchrun.report.wording import plural
@@ -39,6 +39,7 @@ def check(
     loaded, own_part = shards.part_of(loaded, shard, note)
     directory, loaded = preflight.place(loaded, date)
     preflight.require_settings(loaded, directory)
+    preflight.try_destination(loaded, directory)
     measured = SharedTextSurvey()
     source, found, origins = read_input(
         loaded, directory, skip_invalid=skip_invalid, shard=own_part, accepted=measured.add

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from batchrun.api import Options
     from batchrun.job.job import Job
-    from batchrun.records import Summary
+    from batchrun.run_summary import Summary
 
 
 ACCEPT_INPUT = "--accept-changes-of-input"

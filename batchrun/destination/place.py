@@ -19,8 +19,8 @@ from batchrun.dispatch.runlog import RunLog
 from batchrun.durable import replace_bytes
 from batchrun.errors import BatchrunError, RunLockedError, StorageError
 from batchrun.job.job import Job
-from batchrun.records import Summary
 from batchrun.report import summary as summaries
+from batchrun.run_summary import Summary
 from batchrun.source import digest, find_files
 from batchrun.storage import publish
 from batchrun.storage.claim import Claim, Writer, this_process

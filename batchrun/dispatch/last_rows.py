@@ -3,7 +3,7 @@
 from batchrun import attempt_caps
 from batchrun.attempt_caps import History
 from batchrun.dispatch.backlog import Backlog
-from batchrun.job.job import Retry
+from batchrun.job.settings import Retry
 from batchrun.limits.gates import AnyGate
 from batchrun.policy import ANSWERED, Judgement
 

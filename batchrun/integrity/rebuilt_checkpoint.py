@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from batchrun.errors import CheckpointError
 from batchrun.integrity.db_records import SALVAGED, DbRecords
-from batchrun.records import LineKey, Summary, TotalsLine
+from batchrun.run_summary import LineKey, Summary, TotalsLine
 from batchrun.store import db_tables, in_flight, spill, variants
 from batchrun.store.checkpoint import FORMAT, SINCE, SPILL
 from batchrun.store.database import Database, Record

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from batchrun.errors import ExitCode, RunStoppedError
-from batchrun.job.job import Limits
+from batchrun.job.settings import Limits
 from batchrun.limits.adaptive_rate import AdaptiveRate, RateChange
 from batchrun.limits.admission import OPEN, Binding, Decision, Demand, Found, Limit, Outcome, Phase, Stop
 from batchrun.limits.admission_queue import UNLIMITED, AdmissionQueue
@@ -21,7 +21,8 @@ from batchrun.limits.probe_turns import Breaker, InDoubt, ProbeTurns
 from batchrun.limits.rate_headers import read_limit
 from batchrun.limits.rates import RateLimits, Rates
 from batchrun.limits.refusals import NOTHING, Finding, Refusals
-from batchrun.records import OK, InForce, Verdict
+from batchrun.records import OK, Verdict
+from batchrun.run_summary import InForce
 
 BUDGET = Binding(Limit.BUDGET)
 NO_SLOT = Binding(Limit.IN_FLIGHT)

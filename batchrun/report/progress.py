@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator
 from datetime import datetime
 
 from batchrun.limits.deadline import in_words
-from batchrun.records import Summary
 from batchrun.report.cost_lines import headline_usd
 from batchrun.report.summary import failures
+from batchrun.run_summary import Summary
 
 LEAST_BAR = 8
 """Columns below which a bar shows nothing."""

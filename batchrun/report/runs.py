@@ -13,9 +13,10 @@ from typing import NamedTuple
 import msgspec
 
 from batchrun.errors import CheckpointError, InputError
-from batchrun.records import Estimate, InForce, MergedShard, PossiblyBilled, TotalsLine
+from batchrun.records import PossiblyBilled
 from batchrun.report.run_state import run_state
 from batchrun.report.summary import VERSION
+from batchrun.run_summary import Estimate, InForce, MergedShard, TotalsLine
 from batchrun.store.result_folder import MANIFEST
 from batchrun.store.rundir import RunDirectory
 from batchrun.store.totals import LOST

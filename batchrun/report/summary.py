@@ -11,19 +11,9 @@ from batchrun.errors import CheckpointError, InputError
 from batchrun.limits.deadline import Deadline
 from batchrun.limits.forecast import Forecast
 from batchrun.prices import PriceTable
-from batchrun.records import (
-    FAILURES,
-    BudgetUse,
-    EndpointTotals,
-    Estimate,
-    InForce,
-    Live,
-    Retrying,
-    Status,
-    Summary,
-    Tuned,
-)
+from batchrun.records import FAILURES, Status
 from batchrun.report.cost_lines import prices_in_words, scaled
+from batchrun.run_summary import BudgetUse, EndpointTotals, Estimate, InForce, Live, Retrying, Summary, Tuned
 from batchrun.store import result_files
 from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory

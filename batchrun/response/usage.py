@@ -222,7 +222,9 @@ def count(value: Any) -> int | None:
 
 def _common(usage: Mapping[str, Any]) -> Usage | None:
     prompt, completion = count(usage.get("prompt_tokens")), count(usage.get("completion_tokens"))
-    if prompt is None or completion is None or not (prompt or completion):
+    if prompt is None or completion is None:
+        return _in_other_words(usage)
+    if not (prompt or completion):
         return None
     total = count(usage.get("total_tokens"))
     cached = written = reasoning = None
@@ -246,6 +248,7 @@ def _in_other_words(usage: Mapping[str, Any]) -> Usage | None:
     prompt, completion = _first(usage, _PROMPT), _first(usage, _COMPLETION)
     if completion is None and _first(usage, (("promptTokenCount",),)) is not None:
         completion = 0  # Google leaves out a count of nothing
+    prompt, completion = _with_total(prompt, completion, _first(usage, _TOTAL))
     if prompt is None or completion is None or not (prompt or completion):
         return None
     cached, written = _largest(usage, _CACHED), _largest(usage, _WRITTEN)
@@ -262,6 +265,15 @@ def _in_other_words(usage: Mapping[str, Any]) -> Usage | None:
         total = max(total, prompt + output)
     total = _plausible(total, prompt + output, reasoning)
     return Usage(prompt, completion, total, cached, reasoning, written, _largest(usage, _WRITTEN_1H))
+
+
+def _with_total(prompt: int | None, completion: int | None, total: int | None) -> tuple[int | None, int | None]:
+    """Both counts, where the total and one of them say what the other is."""
+    if prompt is not None and completion is None and total is not None and total > prompt:
+        return prompt, total - prompt
+    if completion is not None and prompt is None and total is not None and total > completion:
+        return total - completion, completion
+    return prompt, completion
 
 
 def _plausible(total: int, stated: int, reasoning: int | None) -> int:

@@ -9,15 +9,18 @@ from collections.abc import Callable, Iterator, Mapping
 from decimal import Decimal
 
 from batchrun import prices
-from batchrun.job.job import Budget, Job, Limits
+from batchrun.job.job import Job
+from batchrun.job.settings import Budget, Limits
 from batchrun.limits import capacity
 from batchrun.limits.admission import Limit
 from batchrun.limits.capacity import Size
+from batchrun.price_list import lookup
 from batchrun.prices import PriceTable
-from batchrun.records import Estimate, Summary, Usage
+from batchrun.records import Usage
 from batchrun.report.cost_lines import headline_usd
 from batchrun.report.summary import failures
 from batchrun.report.wording import plural
+from batchrun.run_summary import Estimate, Summary
 from batchrun.startup.input_check import Survey
 from batchrun.startup.previous_run import Means
 from batchrun.startup.previous_run import of as means_of
@@ -91,9 +94,7 @@ def in_words(estimated: Estimate, tables: Mapping[str, PriceTable | None], url: 
         yield f"cost         about ${estimated.expected_usd:,.4f}; {bounds}"
     for model, table in tables.items():
         if table is None:
-            from batchrun import price_list  # here, because it takes 170 ms
-
-            yield f"             {model}: {price_list.unknown_because(model, url)}"
+            yield f"             {model}: {lookup.unknown_because(model, url)}"
         else:
             yield from (f"             {part}" for part in table.describe().split("; "))
     yield from (f"budget       {line}" for line in estimated.short)

@@ -28,7 +28,7 @@ def require_input(
     if found.rejected and not skip_invalid:
         raise_problems(found, report)
     require_columns(job, source, found)
-    shared_dataset.require_possible(job.output, source.files)
+    shared_dataset.require_possible(job.output, source.files, job.storage)
     require_rows(job, found)
 
 

@@ -6,8 +6,8 @@ from datetime import UTC, datetime
 import msgspec
 
 from batchrun.job.job import Job
-from batchrun.records import Shard, Summary
 from batchrun.report import summary as summaries
+from batchrun.run_summary import Shard, Summary
 from batchrun.startup import resume as planning
 from batchrun.startup.changes import Changes
 from batchrun.startup.resume import ChangedError

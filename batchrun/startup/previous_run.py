@@ -7,16 +7,16 @@ from pathlib import Path
 
 import msgspec
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from batchrun import compute as pc
 from batchrun.errors import CheckpointError, InputError
 from batchrun.job.job import Job
 from batchrun.limits import capacity
 from batchrun.prices import PriceTable
-from batchrun.records import Summary
 from batchrun.report import summary as summaries
 from batchrun.report.cost_lines import prices_in_words
+from batchrun.run_summary import Summary
 from batchrun.store import result_files, rundir
 from batchrun.store.rundir import RunDirectory
 

@@ -18,6 +18,7 @@ from batchrun.errors import ANOTHER, CheckpointError, JobError
 from batchrun.job.job import Job
 from batchrun.limits import daily
 from batchrun.policy import failing
+from batchrun.price_list import lookup
 from batchrun.prices import PriceTable
 from batchrun.records import Notice
 from batchrun.report.cost_lines import scaled
@@ -364,9 +365,7 @@ def _plan(
 
 
 def _price(model: str, job: Job, today: str) -> PriceTable | None:
-    from batchrun import price_list  # here, because it takes 170 ms
-
-    return price_list.resolve_for_all(model, job.pricing, today, [each.url for each in job.endpoints])
+    return lookup.resolve_for_all(model, job.pricing, today, [each.url for each in job.endpoints])
 
 
 def _encode(value: object) -> str:

@@ -7,15 +7,17 @@ import configparser
 import functools
 import os
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
+import pyarrow as pa
 import pyarrow.fs as pafs
 
 from batchrun.errors import JobError
-from batchrun.job import job
+from batchrun.job.settings import Storage
 from batchrun.storage import failures
 from batchrun.storage.urls import Url
 
@@ -26,8 +28,12 @@ seconds times a random share, a store may be away for about 15 s.
 
 CONNECT_TIMEOUT_S = 10.0
 SILENCE_S = 60.0  # the SDK's own 3 s break off a store that is slow to answer
+RETRY_S = 15  # Google's own default is a quarter of an hour
 
-Access = job.Storage
+_SMALL_BY_ONE_REQUEST: dict[str, Any] = {"allow_delayed_open": True} if int(pa.__version__.split(".")[0]) >= 21 else {}
+"""A small object then leaves no incomplete upload behind when the process is killed. pyarrow has it since 21."""
+
+Access = Storage
 """How to reach the stores of a job, where the environment does not say it: the job's [storage] table."""
 
 Environ = Mapping[str, str]
@@ -110,6 +116,7 @@ def _s3_connection(endpoint: str | None, region: str | None, anonymous: bool, at
         request_timeout=SILENCE_S,
         background_writes=False,  # these read a local file faster than it is sent: memory would hold all of it
         retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=attempts),
+        **_SMALL_BY_ONE_REQUEST,
     )
 
 
@@ -138,6 +145,7 @@ def _gcs(access: Access, environ: Environ) -> pafs.FileSystem:
         anonymous=access.anonymous or (endpoint is not None and endpoint == emulator),
         endpoint_override=authority,
         scheme=scheme,
+        retry_time_limit=timedelta(seconds=RETRY_S),
     )
 
 

@@ -172,10 +172,11 @@ def find(text: str, access: Access = Access()) -> list[RemoteFile]:  # noqa: B00
         return RemoteFile(url.at(_as_written(url, path, found)), filesystem, found)
 
     with failures.reading(text):
-        if not urls.is_pattern(path):
-            info = filesystem.get_file_info(path.rstrip("/"))
+        if not path.endswith("/"):  # a name may hold the characters of a pattern, and be a folder's, too
+            info = filesystem.get_file_info(path)
             if info.type is pafs.FileType.File:
                 return [remote(info.path)]
+        if not urls.is_pattern(path):
             return [remote(each) for each in _below(filesystem, path.rstrip("/"), recursive=True)]
         expression = urls.glob_expression(path)
         folder = urls.fixed_part(path)

@@ -12,8 +12,8 @@ from types import MappingProxyType
 import msgspec
 
 from batchrun.errors import RunLockedError
-from batchrun.storage.claim import CONTROL, Claim
-from batchrun.storage.folder import LARGEST_COPY_BYTES, RemoteFolder
+from batchrun.storage.claim import Claim
+from batchrun.storage.folder import CONTROL, LARGEST_COPY_BYTES, RemoteFolder
 
 SUMMARY = "summary.json"
 STAGED = f"{CONTROL}/staged"

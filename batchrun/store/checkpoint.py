@@ -19,7 +19,8 @@ import msgspec
 
 from batchrun.durable import disk_errors, fsync
 from batchrun.errors import BatchrunError, DiskError
-from batchrun.records import Completion, Discarded, Ending, PossiblyBilled, TotalsLine
+from batchrun.records import Completion, Discarded, Ending, PossiblyBilled
+from batchrun.run_summary import TotalsLine
 from batchrun.store import db_tables, spill
 from batchrun.store.database import MAX_PARAMETERS, Database, Record
 from batchrun.store.db_tables import Chunk, Reopened

@@ -8,7 +8,8 @@ from decimal import Decimal
 
 import msgspec
 
-from batchrun.records import Completion, Discarded, PossiblyBilled, RowError, TotalsLine, Usage, Verdict
+from batchrun.records import Completion, Discarded, PossiblyBilled, RowError, Usage, Verdict
+from batchrun.run_summary import TotalsLine
 from batchrun.store.database import Record
 
 TABLES = """

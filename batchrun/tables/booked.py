@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from batchrun.records import TotalsLine
+from batchrun.run_summary import TotalsLine
 
 _TOKENS = (
     *("prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens", "total_tokens"),

@@ -10,7 +10,7 @@ import pytest
 
 import batchrun
 from batchrun.errors import RunLockedError, StorageError
-from batchrun.records import Summary
+from batchrun.run_summary import Summary
 from batchrun.simulator import SimulatorConfig
 from tests.cli_process import batchrun as command
 from tests.cli_process import write_job, write_rows
@@ -108,6 +108,25 @@ def test_a_place_that_can_not_be_written_stops_the_run_before_it_pays(
         assert "\n" not in str(error.value)
     with pytest.raises(StorageError, match="no such bucket"):
         batchrun.run(Machine(tmp_path, api, "x").job, output="s3://no-such-bucket/x", state_dir=tmp_path)
+    assert sent(api) == before
+
+
+def test_check_tries_the_destination(s3: S3Server, api: RunningSimulator, tmp_path: Path) -> None:
+    before = sent(api)
+    machine = Machine(tmp_path, api, "tried")
+    at = ("--set", f"output.state_dir={machine.state}")
+    for environ, to, problem in (
+        (environ_for(s3.url, READER), machine.to, "access is denied"),
+        (s3.environ, "s3://no-such-bucket/x", "there is no such bucket"),
+    ):
+        with environment(environ):
+            ended = command("check", machine.job, *at, "--set", f"output.path={to}")
+        assert (ended.exit_code, problem in ended.stderr) == (5, True), ended.stderr
+        assert len(ended.stderr.splitlines()) == 1
+    ended = command("check", machine.job, *at)
+    assert ended.exit_code == 0, ended.stderr
+    assert s3.names(f"{BUCKET}/tried") == []
+    assert not machine.state.exists()
     assert sent(api) == before
 
 

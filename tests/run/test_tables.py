@@ -15,8 +15,9 @@ import pytest
 
 from batchrun.durable import digest
 from batchrun.errors import CheckpointError, JobError
-from batchrun.job.job import Output
-from batchrun.records import Completion, RowError, Status, TotalsLine
+from batchrun.job.settings import Output
+from batchrun.records import Completion, RowError, Status
+from batchrun.run_summary import TotalsLine
 from batchrun.tables import booked, files
 from batchrun.tables.files import ROW_GROUP_BYTES, assemble, write_part
 from batchrun.tables.rows import OWN_COLUMNS, USAGE_COLUMNS, joined, output_schema, own_table
@@ -389,7 +390,7 @@ ASSEMBLE_FOR_EVER = """
 import sys
 from pathlib import Path
 from tests.run.test_tables import INPUT, part_of, table_of
-from batchrun.job.job import Output
+from batchrun.job.settings import Output
 from batchrun.tables.files import assemble
 from batchrun.tables.rows import output_schema
 folder = Path(sys.argv[1])
