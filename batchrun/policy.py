@@ -7,7 +7,7 @@ from typing import NamedTuple
 import msgspec
 
 from batchrun.job.answer_schema import Expected, Flaw
-from batchrun.job.job import Action, Finish, Retry
+from batchrun.job.settings import Action, Finish, Retry
 from batchrun.records import Answer, Attempt, RowError, Status, Verdict
 from batchrun.response import packed
 from batchrun.response.error_body import MAX_MESSAGE_CHARS
@@ -180,7 +180,8 @@ class Judgement(msgspec.Struct, frozen=True):
         return self.is_retried and not self.is_refusal and not self.is_capacity
 
 
-_ANSWERED = Judgement(Verdict.OK)
+ANSWERED = Judgement(Verdict.OK)
+"""The only judgement with this verdict."""
 
 
 def judge(attempt: Attempt, answer: Answer, retry: Retry, *, tier_may_be_full: bool = False) -> Judgement:
@@ -197,7 +198,7 @@ def judge(attempt: Attempt, answer: Answer, retry: Retry, *, tier_may_be_full: b
     assert status is not None
     if 200 <= status < 300:
         if answer.completion:
-            return _ANSWERED
+            return ANSWERED
         if answer.error_message is None:
             error = RowError("unreadable", status, None, _why_unreadable(attempt))
             return Judgement(Verdict.MAYBE, error, in_doubt=True)

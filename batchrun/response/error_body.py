@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from batchrun.patterns import Pattern
 from batchrun.response.retry_after import duration_s
 
 MAX_MESSAGE_CHARS = 1000
@@ -42,7 +43,7 @@ _FINE = frozenset({"0", "200", "ok", "success", "succeeded"})
 
 _SECONDS = ("retry_after", "retryAfter", "retry_after_s", "retry_after_seconds", "estimated_time", "retryDelay")
 _MILLISECONDS = ("retry_after_ms", "retryAfterMs")
-_WAIT = re.compile(
+_WAIT = Pattern(
     r"\b(?:try again|retry|wait|available|resets?|retried)(?: again)?:? ?(?:(?:in|after|for|at least|about|~)[ :]*)*"
     r"(?P<wait>(?:\d+(?:\.\d+)? ?(?:ms|milliseconds?|sec(?:ond)?s?|min(?:ute)?s?|hours?|[smh])\b ?"
     r"|\d+(?:\.\d+)?[hm](?=\d))+)",

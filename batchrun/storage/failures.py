@@ -5,19 +5,20 @@ import re
 from collections.abc import Iterator
 
 from batchrun.errors import BatchrunError, InputError, StorageError
+from batchrun.patterns import Pattern
 
-_TRANSIENT = re.compile(
+_TRANSIENT = Pattern(
     r"NETWORK_CONNECTION|SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT|THROTTLING|curlCode|"
     r"HTTP status 5\d\d|Status\((?:UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL|RESOURCE_EXHAUSTED)|\] 5\d\d |\b50[0234]\b|"
     r"[Tt]imed? ?out|Timeout|[Cc]onnect|temporarily|Name or service not known"
 )
-_DENIED = re.compile(
+_DENIED = Pattern(
     r"ACCESS_DENIED|SIGNATURE_DOES_NOT_MATCH|INVALID_ACCESS_KEY|INVALID_CLIENT_TOKEN|EXPIRED_TOKEN|UNRECOGNIZED_CLIENT|"
     r"Status\((?:PERMISSION_DENIED|UNAUTHENTICATED)|AuthenticationFailed|AuthorizationFailure|\] 40[13] |40[13] Client"
 )
-_NO_BUCKET = re.compile(r"NO_SUCH_BUCKET|[Bb]ucket.{0,80}(?:does not exist|not found)|ContainerNotFound")
-_AWS = re.compile(r"AWS Error (\w+) during (\w+) operation: (.*)", re.DOTALL)
-_STATUS = re.compile(r"google::cloud::Status\((.*?)(?: error_info|\)$)", re.DOTALL)
+_NO_BUCKET = Pattern(r"NO_SUCH_BUCKET|[Bb]ucket.{0,80}(?:does not exist|not found)|ContainerNotFound")
+_AWS = Pattern(r"AWS Error (\w+) during (\w+) operation: (.*)", re.DOTALL)
+_STATUS = Pattern(r"google::cloud::Status\((.*?)(?: error_info|\)$)", re.DOTALL)
 
 _LEFT = (BatchrunError, ImportError, ValueError, AttributeError, AssertionError)
 """What is no error of a store, or is translated elsewhere. The file systems of fsspec may raise any other type."""

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from multidict import CIMultiDict
 
-from batchrun.job.job import Retry
+from batchrun.job.settings import Retry
 from batchrun.policy import Judgement, judge
 from batchrun.records import Attempt, Verdict
 from batchrun.response.answer import read
