@@ -32,6 +32,9 @@ BUILT_FROM := pyproject.toml requirements.lock hatch_build.py batchrun/price_lis
 
 setup: .venv/test
 
+# Tests and benchmarks start some hundreds of interpreters: with bytecode each starts 0.2 s sooner.
+export PYTHONDONTWRITEBYTECODE :=
+
 # Tests have two levels (tests/level.py): a sample of large tables and campaigns, and the rest of them. The seed decides
 # what the sample has; each run prints it, and SEED=N takes it again.
 ifndef SEED
@@ -88,13 +91,7 @@ lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy hatch_build.py
-	$(BIN)/mypy sample_inputs/make.py sample_inputs/packages.py
-	$(BIN)/mypy benchmarks/fixed_answer.py benchmarks/throughput.py benchmarks/durability.py benchmarks/streams.py
-	$(BIN)/mypy benchmarks/limits.py benchmarks/second_client.py benchmarks/retry_client.py benchmarks/wire.py
-	$(BIN)/mypy benchmarks/stages.py benchmarks/large.py
-	MYPYPATH=benchmarks $(BIN)/mypy benchmarks/starts.py
-	MYPYPATH=benchmarks $(BIN)/mypy benchmarks/row.py benchmarks/ray_engine.py
+	MYPYPATH=benchmarks $(BIN)/mypy hatch_build.py sample_inputs/make.py sample_inputs/packages.py benchmarks/*.py
 
 check: lint test
 

@@ -19,14 +19,15 @@ if TYPE_CHECKING:
         RunStoppedError,
     )
     from batchrun.job.answer_schema import schema_of
-    from batchrun.job.job import (
+    from batchrun.job.job import Job
+    from batchrun.job.load import load as load_job
+    from batchrun.job.settings import (
         Budget,
         Endpoint,
         Finish,
         Function,
         FunctionName,
         Input,
-        Job,
         Limits,
         MessageTemplate,
         Output,
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
         Retry,
         Simulator,
     )
-    from batchrun.job.load import load as load_job
     from batchrun.records import Choice, FunctionCall, RowError, Status
     from batchrun.run_summary import Summary, TotalsLine
     from batchrun.runner import Runner
@@ -95,6 +95,7 @@ if not TYPE_CHECKING:  # a type checker would take it that every name is there
         **dict.fromkeys(("Options", "RunIncompleteError", "run"), "api"),
         "ChangedError": "startup.resume",
         "Completion": "tables.completions",
+        "Job": "job.job",
         "Runner": "runner",
         "load_job": "job.load",
         "schema_of": "job.answer_schema",
@@ -105,7 +106,7 @@ if not TYPE_CHECKING:  # a type checker would take it that every name is there
             raise AttributeError(f"module 'batchrun' has no attribute {name!r}")
         from importlib import import_module
 
-        home = import_module(f"batchrun.{_HOMES.get(name, 'job.job')}")
+        home = import_module(f"batchrun.{_HOMES.get(name, 'job.settings')}")
         value = globals()[name] = getattr(home, "load" if name == "load_job" else name)
         return value
 

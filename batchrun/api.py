@@ -290,18 +290,18 @@ def _loop_runs() -> bool:
 def _runtime(job: Job, environ: Mapping[str, str], note: Callable[[str], None]) -> Iterator[Runtime]:
     """The event loop, and the engine that the job wants."""
     if job.engine.name == "local":
-        yield Runtime(_loop_factory())
+        yield Runtime(_new_event_loop)
         return
     from batchrun.ray_engine.cluster import opened  # only if the job wants it: it loads much
 
     with opened(job, environ, note) as open_transports:
-        yield Runtime(_loop_factory(), open_transports)
+        yield Runtime(_new_event_loop, open_transports)
 
 
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+def _new_event_loop() -> asyncio.AbstractEventLoop:
     """uvloop's event loop, if it is installed: half the CPU per request."""
     try:
-        import uvloop
+        from uvloop import new_event_loop
     except ImportError:
-        return None
-    return uvloop.new_event_loop
+        return asyncio.new_event_loop()
+    return new_event_loop()

@@ -7,7 +7,7 @@ import math
 
 import msgspec
 
-from batchrun.job.job import Retry
+from batchrun.job.settings import Retry
 from batchrun.policy import QUOTA, Judgement, Settlement
 from batchrun.records import Verdict
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from batchrun.errors import JobError
-from batchrun.job.job import Endpoint
+from batchrun.job.settings import Endpoint
 
 REDACTED = b"[redacted]"
 

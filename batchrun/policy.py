@@ -7,7 +7,7 @@ from typing import NamedTuple
 import msgspec
 
 from batchrun.job.answer_schema import Expected, Flaw
-from batchrun.job.job import Action, Finish, Retry
+from batchrun.job.settings import Action, Finish, Retry
 from batchrun.records import Answer, Attempt, RowError, Status, Verdict
 from batchrun.response import packed
 from batchrun.response.error_body import MAX_MESSAGE_CHARS
@@ -59,13 +59,17 @@ NO_EVIDENCE = frozenset({Fault.KEY_REPLACED, Fault.SENDER_LOST})
 
 STATUS_VERDICTS: Mapping[int, Verdict] = {
     **dict.fromkeys((400, 413, 415, 422, 501), Verdict.ROW),
-    **dict.fromkeys((408, 409, 425, 500, 502), Verdict.FREE),
+    **dict.fromkeys((408, 409, 421, 423, 424, 425, 500, 502), Verdict.FREE),
     **dict.fromkeys((499, 504, 520, 521, 522, 523, 524), Verdict.MAYBE),
     **dict.fromkeys((429, 503, 529), Verdict.SLOW),
     **dict.fromkeys((401, 402, 403), Verdict.PAUSE),
-    **dict.fromkeys((404, 405), Verdict.STOP),
+    **dict.fromkeys((404, 405, 407, 426, 431), Verdict.STOP),
 }
-"""By status alone. `RULES` has those where the body decides; 520 to 524 are Cloudflare's "origin" errors."""
+"""By status alone. `RULES` has those where the body decides; 520 to 524 are Cloudflare's "origin" errors.
+
+424 is a failed generation (TGI, Bedrock). 407, 426 and 431 are about the proxy, the protocol and the headers, which all
+rows share.
+"""
 
 KINDS: Mapping[int, str] = {
     400: "bad_request",
@@ -176,7 +180,8 @@ class Judgement(msgspec.Struct, frozen=True):
         return self.is_retried and not self.is_refusal and not self.is_capacity
 
 
-_ANSWERED = Judgement(Verdict.OK)
+ANSWERED = Judgement(Verdict.OK)
+"""The only judgement with this verdict."""
 
 
 def judge(attempt: Attempt, answer: Answer, retry: Retry, *, tier_may_be_full: bool = False) -> Judgement:
@@ -193,7 +198,7 @@ def judge(attempt: Attempt, answer: Answer, retry: Retry, *, tier_may_be_full: b
     assert status is not None
     if 200 <= status < 300:
         if answer.completion:
-            return _ANSWERED
+            return ANSWERED
         if answer.error_message is None:
             error = RowError("unreadable", status, None, _why_unreadable(attempt))
             return Judgement(Verdict.MAYBE, error, in_doubt=True)

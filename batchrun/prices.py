@@ -8,8 +8,8 @@ from decimal import Decimal
 
 import msgspec
 
-from batchrun.job.job import Price as Override
-from batchrun.job.job import TierPrice
+from batchrun.job.settings import Price as Override
+from batchrun.job.settings import TierPrice
 from batchrun.records import Usage
 
 PER_TOKEN = Decimal(1_000_000)

@@ -52,6 +52,9 @@ def note(line: str) -> None:
         write_json(_Format.json.note(line, _now()))
         return
     with streams.for_people():
+        if "tqdm" not in sys.modules:  # no bar is shown
+            print(harmless(line), file=sys.stderr)
+            return
         from tqdm import tqdm
 
         tqdm.write(harmless(line), file=sys.stderr)

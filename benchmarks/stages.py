@@ -16,8 +16,9 @@ from decimal import Decimal
 from pathlib import Path
 
 from batchrun import policy, prices
-from batchrun.job.job import Finish, Job, Limits, Price, Retry
+from batchrun.job.job import Job
 from batchrun.job.load import from_tables
+from batchrun.job.settings import Finish, Limits, Price, Retry
 from batchrun.limits.admission import Demand, Outcome
 from batchrun.limits.circuit import Circuit
 from batchrun.limits.gate import Gate

@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 
 from batchrun.credentials import Credentials
-from batchrun.job.job import Endpoint, Job, Limits, RequestTemplate
+from batchrun.job.job import Job
+from batchrun.job.settings import Endpoint, Limits, RequestTemplate
 from batchrun.limits.admission import Demand, Outcome
 from batchrun.limits.circuit import Circuit
 from batchrun.limits.gate import Gate

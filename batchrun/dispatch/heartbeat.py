@@ -12,7 +12,7 @@ from batchrun.dispatch.live_limits import ControlFile, LimitChange
 from batchrun.dispatch.run_status import RunStatus
 from batchrun.dispatch.worker import Workers
 from batchrun.errors import DiskError, ExitCode
-from batchrun.job.job import Limits
+from batchrun.job.settings import Limits
 from batchrun.limits import capacity
 from batchrun.limits.admission import Stop
 from batchrun.limits.deadline import Deadline

@@ -24,7 +24,8 @@ from batchrun.integrity.db_records import DbRecords
 from batchrun.integrity.rebuilt_checkpoint import Account
 from batchrun.integrity.sound_rows import NO_END, SoundRows
 from batchrun.integrity.verify import Findings, inspected
-from batchrun.job.job import SIMULATOR, Endpoint, Job, Output
+from batchrun.job.job import SIMULATOR, Job
+from batchrun.job.settings import Endpoint, Output
 from batchrun.prices import PriceTable
 from batchrun.records import Row
 from batchrun.report.wording import plural

@@ -11,18 +11,16 @@ import msgspec
 
 from batchrun.job import answer_schema
 from batchrun.job.fields import CHAT_ONLY
-from batchrun.job.job import (
+from batchrun.job.job import SIMULATOR, Job, flatten
+from batchrun.job.settings import (
     FROM_COLUMNS,
     MAX_COST_USD,
     MAX_PRICE_USD,
     PATHS,
-    SIMULATOR,
     Endpoint,
-    Job,
     Limits,
     Price,
     RequestTemplate,
-    flatten,
 )
 
 SECRET = re.compile(r"(^|[._-])(api_?key|key|token|secret|password|authorization)$", re.IGNORECASE)

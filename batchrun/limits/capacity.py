@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 import msgspec
 
-from batchrun.job.job import Limits
+from batchrun.job.settings import Limits
 from batchrun.limits import daily
 from batchrun.limits.adaptive_rate import MAX_BURST_S
 from batchrun.limits.admission import Limit

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from batchrun.errors import ExitCode, RunStoppedError
-from batchrun.job.job import Limits
+from batchrun.job.settings import Limits
 from batchrun.limits.adaptive_rate import AdaptiveRate, RateChange
 from batchrun.limits.admission import OPEN, Binding, Decision, Demand, Found, Limit, Outcome, Phase, Stop
 from batchrun.limits.admission_queue import UNLIMITED, AdmissionQueue

@@ -10,7 +10,7 @@ import contextlib
 import msgspec
 from aiolimiter import AsyncLimiter
 
-from batchrun.job.job import Limits
+from batchrun.job.settings import Limits
 from batchrun.limits.adaptive_rate import AdaptiveRate, RateChange
 from batchrun.limits.admission import Binding, Demand, Found, Limit
 from batchrun.limits.daily import DailyCount

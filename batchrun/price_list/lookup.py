@@ -15,7 +15,7 @@ import msgspec
 
 from batchrun import prices
 from batchrun.errors import JobError
-from batchrun.job.job import Price as Override
+from batchrun.job.settings import Price as Override
 from batchrun.price_list import newest
 from batchrun.price_list.tables import Model, Price, Rate, Vendor
 

@@ -16,7 +16,8 @@ from urllib.parse import urlsplit
 
 from batchrun import __version__, signals
 from batchrun.errors import JobError
-from batchrun.job.job import Endpoint, Job
+from batchrun.job.job import Job
+from batchrun.job.settings import Endpoint
 from batchrun.ray_engine.settings import LOCAL, address_of
 from batchrun.records import Attempt
 from batchrun.transport.transport import Choice, Opened, Wanted

@@ -15,7 +15,7 @@ import msgspec
 from batchrun import __version__, open_files
 from batchrun.credentials import Credentials
 from batchrun.errors import JobError
-from batchrun.job.job import Endpoint
+from batchrun.job.settings import Endpoint
 from batchrun.open_files import OpenFiles
 from batchrun.records import Attempt
 from batchrun.transport.transport import Choice, Transport, choose, opened

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Sequence
 from decimal import Decimal
 from pathlib import Path
 
-from batchrun.job.job import Endpoint
+from batchrun.job.settings import Endpoint
 from batchrun.records import FAILURES, Status
 from batchrun.report.cost_lines import cost_lines, estimate_in_words
 from batchrun.report.notices import nearly_used, unknown_reason

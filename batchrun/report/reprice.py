@@ -9,7 +9,7 @@ import msgspec
 
 from batchrun import prices
 from batchrun.errors import JobError
-from batchrun.job.job import Price
+from batchrun.job.settings import Price
 from batchrun.records import Usage
 from batchrun.report.runs import Account, Found
 from batchrun.run_summary import TotalsLine

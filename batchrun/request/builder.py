@@ -18,7 +18,8 @@ from batchrun.errors import InputError, JobError
 from batchrun.job import answer_schema
 from batchrun.job.answer_schema import Expected
 from batchrun.job.fields import OUTPUT_LIMITS, as_json, check_messages, check_parameter, plain, same_number
-from batchrun.job.job import Endpoint, Job, MessageTemplate, RequestTemplate
+from batchrun.job.job import Job
+from batchrun.job.settings import Endpoint, MessageTemplate, RequestTemplate
 from batchrun.records import Correction, Request, Row
 from batchrun.request import image_parts
 from batchrun.request.image_parts import Image, Picture, Source

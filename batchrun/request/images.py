@@ -10,7 +10,7 @@ import stat
 from pathlib import Path
 
 from batchrun.errors import InputError, JobError
-from batchrun.job.job import Input
+from batchrun.job.settings import Input
 from batchrun.request.image_parts import Image, Source, decoded, image_of, path_in, shown, too_large
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC

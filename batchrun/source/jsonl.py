@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from batchrun.errors import InputError
 from batchrun.source import hive
-from batchrun.source.files import BOM, blocks, format_of
+from batchrun.source.content import BOM, blocks, format_of
 from batchrun.source.lines import read_row, split_lines
 from batchrun.source.window import LINES, START, Position, Record, Span, Window
 from batchrun.storage.objects import InputFile

@@ -13,8 +13,8 @@ from typing import Any, cast
 
 import msgspec
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from batchrun import compute as pc
 from batchrun import durable
 from batchrun.errors import InputError
 from batchrun.job.job import Job

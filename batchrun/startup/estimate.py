@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from decimal import Decimal
 
 from batchrun import prices
-from batchrun.job.job import Budget, Job, Limits
+from batchrun.job.job import Job
+from batchrun.job.settings import Budget, Limits
 from batchrun.limits import capacity
 from batchrun.limits.admission import Limit
 from batchrun.limits.capacity import Size

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import msgspec
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from batchrun import compute as pc
 from batchrun.errors import CheckpointError, InputError
 from batchrun.job.job import Job
 from batchrun.limits import capacity

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from batchrun.errors import JobError
-from batchrun.job import job
+from batchrun.job.settings import Storage
 from batchrun.storage import failures
 from batchrun.storage.urls import Url
 
@@ -33,7 +33,7 @@ RETRY_S = 15  # Google's own default is a quarter of an hour
 _SMALL_BY_ONE_REQUEST: dict[str, Any] = {"allow_delayed_open": True} if int(pa.__version__.split(".")[0]) >= 21 else {}
 """A small object then leaves no incomplete upload behind when the process is killed. pyarrow has it since 21."""
 
-Access = job.Storage
+Access = Storage
 """How to reach the stores of a job, where the environment does not say it: the job's [storage] table."""
 
 Environ = Mapping[str, str]

@@ -10,8 +10,8 @@ from typing import cast
 
 import msgspec
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from batchrun import compute as pc
 from batchrun import durable
 from batchrun.errors import CheckpointError
 from batchrun.run_summary import Summary

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from batchrun.errors import JobError, StorageError
-from batchrun.job.job import Storage
+from batchrun.job.settings import Storage
 from batchrun.records import FinishedResult
 from batchrun.source import InputFile
 from batchrun.storage.folder import RemoteFolder, folder_at

@@ -15,7 +15,7 @@ import msgspec
 from batchrun import durable
 from batchrun.durable import disk_errors
 from batchrun.errors import JobError, RunLockedError
-from batchrun.job.job import Output
+from batchrun.job.settings import Output
 from batchrun.storage import urls
 from batchrun.storage.urls import Url
 

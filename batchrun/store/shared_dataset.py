@@ -9,7 +9,7 @@ from pathlib import Path
 from batchrun import durable
 from batchrun.durable import TEMP_SUFFIX, disk_errors, fsync
 from batchrun.errors import DiskError, InputError, JobError
-from batchrun.job.job import Output, Storage
+from batchrun.job.settings import Output, Storage
 from batchrun.records import FinishedResult
 from batchrun.source import InputFile
 from batchrun.storage import urls

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from batchrun.durable import digest, disk_errors, link, replace
 from batchrun.errors import CheckpointError
-from batchrun.job.job import Output
+from batchrun.job.settings import Output
 from batchrun.run_summary import TotalsLine
 from batchrun.tables.booked import usage_rows
 from batchrun.tables.rows import USAGE_COLUMNS

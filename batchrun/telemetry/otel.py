@@ -33,8 +33,9 @@ from batchrun.job.job import Job
 from batchrun.records import Completion, Ending, Notice
 from batchrun.telemetry import genai
 from batchrun.telemetry.histograms import Counted
-from batchrun.telemetry.metrics import METRICS, Metric, Snapshot
+from batchrun.telemetry.metrics import METRICS, Metric
 from batchrun.telemetry.otel_export import WithHistograms, takes_buckets
+from batchrun.telemetry.samples import Snapshot
 
 FLUSH_S = 5.0
 """How long the last figures may take at the end of a run."""

@@ -7,7 +7,8 @@ textfile collector skips a file with times (its README, "Textfile Collector").
 from collections.abc import Iterator
 from decimal import Decimal
 
-from batchrun.telemetry.metrics import METRICS, Labels, Snapshot, Value
+from batchrun.telemetry.metrics import METRICS
+from batchrun.telemetry.samples import Labels, Snapshot, Value
 
 
 def render(snapshot: Snapshot) -> bytes:

@@ -15,8 +15,8 @@ import msgspec
 from batchrun.durable import TEMP_SUFFIX
 from batchrun.records import Notice
 from batchrun.telemetry.aside import Aside
-from batchrun.telemetry.metrics import Snapshot
 from batchrun.telemetry.prometheus import render
+from batchrun.telemetry.samples import Snapshot
 
 MODE = 0o644
 """node_exporter runs as a user of its own and must read it; no prompt, answer or key is in it."""

@@ -15,7 +15,7 @@ from batchrun.records import Notice
 from batchrun.report.summary import Moment, read, starting
 from batchrun.run_summary import Shard, Summary
 from batchrun.store.rundir import RunDirectory
-from batchrun.telemetry.metrics import Snapshot
+from batchrun.telemetry.samples import Snapshot
 from batchrun.telemetry.textfile import TextFile
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from aiohttp.client_proto import ResponseHandler
 from aiohttp.client_reqrep import ClientRequest
 
 from batchrun.errors import APIConnectionError, JobError
-from batchrun.job.job import Endpoint
+from batchrun.job.settings import Endpoint
 from batchrun.transport.exchange import Exchange
 from batchrun.transport.keep_alive import SETTLING_S, TRIAL_S, KeepAlive
 from batchrun.transport.link import Link, Protocol

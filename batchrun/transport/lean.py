@@ -17,7 +17,7 @@ from multidict import CIMultiDict
 
 from batchrun.credentials import Credentials
 from batchrun.errors import APIConnectionError
-from batchrun.job.job import Endpoint
+from batchrun.job.settings import Endpoint
 from batchrun.records import Attempt
 from batchrun.transport.connector import Connector, Peer
 from batchrun.transport.exchange import Deadlines, Exchange

@@ -7,7 +7,7 @@ from multidict import istr
 
 from batchrun.credentials import Credentials
 from batchrun.errors import APIConnectionError, APITimeoutError
-from batchrun.job.job import Endpoint
+from batchrun.job.settings import Endpoint
 from batchrun.records import Attempt
 from batchrun.response import encoding, packed
 from batchrun.response.stream import Stream

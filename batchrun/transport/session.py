@@ -19,7 +19,7 @@ from multidict import CIMultiDict
 from batchrun import __version__
 from batchrun.credentials import Credentials
 from batchrun.errors import APIConnectionError
-from batchrun.job.job import Endpoint
+from batchrun.job.settings import Endpoint
 from batchrun.records import Attempt
 from batchrun.response import encoding
 from batchrun.transport.connector import UNDER_WAY, Connector, Peer

@@ -17,8 +17,9 @@ import batchrun
 from batchrun.cli import cli
 from batchrun.dispatch.runlog import RunLog
 from batchrun.errors import ExitCode
-from batchrun.job.job import Retry, settings
+from batchrun.job.job import all_settings
 from batchrun.job.load import from_tables, load
+from batchrun.job.settings import Retry
 from batchrun.limits.admission import Limit
 from batchrun.policy import FAULT_VERDICTS, STATUS_VERDICTS, judge
 from batchrun.records import Attempt, PossiblyBilled, Status, Verdict
@@ -97,9 +98,9 @@ def ids_of(page: Path) -> str:
 
 def test_every_setting_is_listed_with_its_default(tmp_path: Path) -> None:
     listed = [(bare(path), default) for path, _, default, *_ in rows("docs/job.md", "setting", "type", "default")]
-    assert sorted(path for path, _ in listed) == sorted(path for path, _ in settings())
+    assert sorted(path for path, _ in listed) == sorted(path for path, _ in all_settings())
     stated = dict(listed)
-    for path, default in settings():
+    for path, default in all_settings():
         wanted = list(default) if isinstance(default, tuple) else default
         assert path == "name" or _default(stated[path]) == wanted, path
     assert stated["name"] == "the job file's stem"

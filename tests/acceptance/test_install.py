@@ -55,11 +55,11 @@ def url() -> Iterator[str]:
 
 
 def imported(*command: str | Path) -> set[str]:
-    """The top-level modules that the process imports."""
+    """The modules that the process imports, by their full names."""
     run = [sys.executable, "-X", "importtime", *command]
     ended = subprocess.run(run, env={**os.environ, KEY_ENV: KEY}, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    return {found[1] for found in re.finditer(r"^import time:.*\| +([^.\s]+)", ended.stderr, re.MULTILINE)}
+    return {found[1] for found in re.finditer(r"^import time:.*\| +(\S+)$", ended.stderr, re.MULTILINE)}
 
 
 @cache
@@ -70,7 +70,7 @@ def homes_of_modules() -> dict[str, set[str]]:
 
 @pytest.mark.parametrize("what", ["import", "help", "run"])
 def test_only_what_a_base_install_has_is_imported(what: str, url: str, tmp_path: Path) -> None:
-    """Beside uvloop, which is used where it is installed."""
+    """Beside uvloop, which is used where it is installed. A complete run imports least."""
     job = write_job(tmp_path / "job.toml", url, write_rows(tmp_path / "in.jsonl", 3))
     command = "from batchrun.cli import main; main()"
     modules = {
@@ -81,8 +81,14 @@ def test_only_what_a_base_install_has_is_imported(what: str, url: str, tmp_path:
     assert "batchrun" in modules
     assert ("pyarrow" in modules) == (what == "run")
     allowed, homes = installed_with("batchrun[uvloop]"), homes_of_modules()
-    found = {module: homes[module] for module in modules - imported("-c", "") if module in homes}
+    names = {module.partition(".")[0] for module in modules - imported("-c", "")}
+    found = {name: homes[name] for name in names if name in homes}
     assert {module for module, packages in found.items() if not packages & allowed} == set()
+    assert ("aiohttp" in modules) == (what == "run")
+    assert not {"jinja2", "tqdm", "jsonschema_rs"} & modules
+    if what == "run":
+        again = imported("-c", command, "run", job, "-o", tmp_path / "out")
+        assert not {"jinja2", "aiohttp", "uvloop", "tqdm", "pyarrow.compute"} & again
 
 
 # -- the price list in it

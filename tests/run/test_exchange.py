@@ -20,7 +20,7 @@ from aiohttp.client_reqrep import ConnectionKey
 from yarl import URL
 
 from batchrun.errors import APITimeoutError, JobError
-from batchrun.job.job import Endpoint
+from batchrun.job.settings import Endpoint
 from batchrun.policy import FAULT_VERDICTS
 from batchrun.records import Attempt, Verdict
 from batchrun.response.encoding import Unpacker

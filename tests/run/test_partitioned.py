@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchrun.errors import JobError
-from batchrun.job.job import Output
+from batchrun.job.settings import Output
 from batchrun.simulator import SimulatorConfig
 from batchrun.source import find_files, open_source
 from batchrun.tables.partitioned import PartitionLimit, folder_of, require_keys, write

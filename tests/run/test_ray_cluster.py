@@ -280,10 +280,14 @@ def test_a_start_that_cannot_work_is_one_line(tmp_path: Path, cluster: RayCluste
     source = write_rows(tmp_path / "in.jsonl", 3)
     job = write_job(tmp_path / "job.toml", "http://127.0.0.1:9/v1", source)
     with socket.create_server(("127.0.0.1", 0)) as unused:
-        nobody = f"127.0.0.1:{unused.getsockname()[1]}"
+        nowhere = f"127.0.0.1:{unused.getsockname()[1]}"
     too_large = ("--set", "engine.cpus_per_actor=64", "--set", "engine.start_timeout_s=2")
     running: list[tuple[subprocess.Popen[str], int, str]] = [
-        (start("run", job, "-o", tmp_path / "a", "--engine", "ray", "--ray-address", nobody), 2, "can't connect to"),
+        (
+            start("run", job, "-o", tmp_path / "a", "--engine", "ray", "--ray-address", nowhere),
+            2,
+            "can't connect to",
+        ),
         (start("run", job, "-o", tmp_path / "b", *over(cluster), *too_large), 5, "no Ray actor could start within 2 s"),
     ]
     for process, exit_code, line in running:

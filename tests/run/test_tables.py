@@ -15,7 +15,7 @@ import pytest
 
 from batchrun.durable import digest
 from batchrun.errors import CheckpointError, JobError
-from batchrun.job.job import Output
+from batchrun.job.settings import Output
 from batchrun.records import Completion, RowError, Status
 from batchrun.run_summary import TotalsLine
 from batchrun.tables import booked, files
@@ -390,7 +390,7 @@ ASSEMBLE_FOR_EVER = """
 import sys
 from pathlib import Path
 from tests.run.test_tables import INPUT, part_of, table_of
-from batchrun.job.job import Output
+from batchrun.job.settings import Output
 from batchrun.tables.files import assemble
 from batchrun.tables.rows import output_schema
 folder = Path(sys.argv[1])

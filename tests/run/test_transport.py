@@ -12,7 +12,7 @@ from aiohttp.payload import PAYLOAD_REGISTRY
 
 from batchrun.credentials import Credentials
 from batchrun.errors import APIConnectionError, APITimeoutError
-from batchrun.job.job import Endpoint
+from batchrun.job.settings import Endpoint
 from batchrun.records import Attempt
 from batchrun.transport import internals
 from batchrun.transport.connector import MAX_TAILS

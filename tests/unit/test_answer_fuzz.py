@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 
 from batchrun.credentials import Credentials
-from batchrun.job.job import Retry
+from batchrun.job.settings import Retry
 from batchrun.policy import judge
 from batchrun.records import Answer, Attempt, Verdict
 from batchrun.response import packed

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "batchrun"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("signals", "streams", "open_files", "memory", "durable", "job"),
+    ("signals", "streams", "open_files", "memory", "patterns", "compute", "durable", "job"),
     ("records",),
     ("run_summary",),
     ("prices", "credentials", "storage"),
@@ -60,14 +60,14 @@ SOLE_IMPORTERS: dict[str, frozenset[str]] = {
     "uvloop": frozenset({"api", "simulator"}),
     "jinja2": frozenset({"request.templates", "report.page"}),
     "pygal": frozenset({"report.charts"}),
-    "ray": frozenset({"ray_engine.cluster", "ray_engine.fleet"}),
+    "ray": frozenset({"ray_engine.cluster", "ray_engine.failures", "ray_engine.fleet"}),
     "genai_prices": frozenset({"price_list.convert"}),
     "jsonschema_rs": frozenset({"job.answer_schema", "simulator.schemas"}),
     "opentelemetry": frozenset({"telemetry.otel", "telemetry.otel_export"}),
     "toktok": frozenset({"response.token_count"}),
     "xlsxwriter": frozenset({"report.spreadsheet"}),
     "pyarrow": frozenset(
-        {"storage", "source", "tables", "store", "report", "startup", "dispatch", "integrity", "merge"}
+        {"compute", "storage", "source", "tables", "store", "report", "startup", "dispatch", "integrity", "merge"}
     ),
 }
 """Library → the packages and modules that import it."""

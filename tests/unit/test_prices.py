@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchrun.job.job import Price
+from batchrun.job.settings import Price
 from batchrun.price_list.lookup import resolve, vendor_at
 from batchrun.prices import PriceTable, Tier, asked_tier, cost, lacks_tier, upper_bound
 from batchrun.records import Usage
