@@ -318,8 +318,8 @@ def test_an_actor_elsewhere_needs_an_address_that_it_reaches() -> None:
 def test_a_local_ray_ends_with_its_driver_and_never_has_the_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither the environment of its processes nor their command lines have it; `kill -9` ends all that could send.
-    (Two agents of Ray need a minute more.)
+    """Neither the environment of its processes nor their command lines have it; `kill -9` ends all of them,
+    also Ray's agents, which would stay for a minute.
     """
     for name, value in OWN.items():
         monkeypatch.setenv(name, value)
@@ -337,11 +337,11 @@ def test_a_local_ray_ends_with_its_driver_and_never_has_the_key(
         for pid in family:
             for what in ("environ", "cmdline"):
                 assert KEY.encode() not in Path(f"/proc/{pid}/{what}").read_bytes(), what
-        agents = [pid for pid in family if name_of(pid).endswith("Agent")]
+        assert sum(name_of(pid).endswith("Agent") for pid in family) == 2
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
         killed_at = time.monotonic()
-        wait_until(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in family if pid not in agents))
+        wait_until(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in family))
         assert time.monotonic() - killed_at < 30
     assert [path for path in files_of_ray(began_at) if KEY.encode() in path.read_bytes()] == []
 
