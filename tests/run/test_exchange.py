@@ -822,6 +822,15 @@ def test_every_aiohttp_exception_has_a_known_kind(kind: type[Exception], sent: b
     )
 
 
+def test_a_broken_response_is_named_in_one_line() -> None:
+    """aiohttp shows the bytes over several lines, under a status that no server sent."""
+    twice = ended(sends(answer(FINE, "Content-Length: 5")))
+    assert twice.error is not None
+    assert "Duplicate Content-Length" in str(twice.error)
+    assert "\n" not in str(twice.error)
+    assert "400" not in str(twice.error)
+
+
 def test_exceptions_never_contain_the_key() -> None:
     async def main() -> Attempt:
         async with client_of("http://127.0.0.1:1/" + KEY) as client:
