@@ -1,7 +1,7 @@
 """Servers that refuse for different reasons, and the real gate before them, on a clock that jumps.
 
-Each server is asked at a moment and says whether it takes the request, how long its answer (or refusal) takes, and the
-Retry-After of a refusal. Rows that are refused wait for themselves and go again, as the backlog has it.
+For each request a server decides whether it accepts it, how long its answer (or refusal) takes, and the Retry-After of
+a refusal. A refused row waits and is sent again, as the backlog does it.
 """
 
 import asyncio
@@ -22,12 +22,12 @@ from batchrun.records import RowError, Verdict
 
 REFUSAL_S = 0.02
 RETRY_S, JITTER_S = 0.3, 0.3
-"""What a row waits that was not told how long, and what is added to each wait."""
+"""How long a row waits after a refusal without Retry-After, and what is added to each wait."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What a server makes of one request. `by_chance`: it refuses, and would have done so at any rate."""
+    """A server's reply to one request. `by_chance`: a refusal that no lower rate would have avoided."""
 
     taken: bool
     takes_s: float
@@ -38,7 +38,7 @@ class Reply:
 class RefusingServer(Protocol):
     """Decides when a request arrives."""
 
-    def ask(self, now_s: float, in_flight: int, rng: random.Random) -> Reply: ...
+    def reply_to(self, now_s: float, in_flight: int, rng: random.Random) -> Reply: ...
 
 
 def spread(latency_s: float, sigma: float, rng: random.Random) -> float:
@@ -62,7 +62,7 @@ class Limited:
     _level: float = field(default=math.inf, init=False)
     _at_s: float = field(default=0.0, init=False)
 
-    def ask(self, now_s: float, in_flight: int, rng: random.Random) -> Reply:
+    def reply_to(self, now_s: float, in_flight: int, rng: random.Random) -> Reply:
         while self.changes and now_s >= self.changes[0][0]:
             (_, name, value), *rest = self.changes
             self.changes = tuple(rest)
@@ -97,11 +97,11 @@ class InRuns:
     def __post_init__(self) -> None:
         self._limit = Limited(self.per_s, self.latency_s, self.retry_after_s)
 
-    def ask(self, now_s: float, in_flight: int, rng: random.Random) -> Reply:
+    def reply_to(self, now_s: float, in_flight: int, rng: random.Random) -> Reply:
         self._arrived += 1
         if (self._arrived - 1) % self.of >= self.of - self.refused:
             return Reply(False, REFUSAL_S, self.retry_after_s, by_chance=True)
-        return self._limit.ask(now_s, in_flight, rng)
+        return self._limit.reply_to(now_s, in_flight, rng)
 
 
 @dataclass
@@ -118,10 +118,10 @@ class BlackedOut:
     def __post_init__(self) -> None:
         self._limit = Limited(self.per_s, self.latency_s, self.retry_after_s)
 
-    def ask(self, now_s: float, in_flight: int, rng: random.Random) -> Reply:
+    def reply_to(self, now_s: float, in_flight: int, rng: random.Random) -> Reply:
         if now_s % self.every_s < self.dark_s:
             return Reply(False, REFUSAL_S, self.retry_after_s, by_chance=True)
-        return self._limit.ask(now_s, in_flight, rng)
+        return self._limit.reply_to(now_s, in_flight, rng)
 
 
 @dataclass
@@ -135,7 +135,7 @@ class Windowed:
     _window: int = field(default=-1, init=False)
     _taken: int = field(default=0, init=False)
 
-    def ask(self, now_s: float, in_flight: int, rng: random.Random) -> Reply:
+    def reply_to(self, now_s: float, in_flight: int, rng: random.Random) -> Reply:
         if (window := int(now_s / self.window_s)) != self._window:
             self._window, self._taken = window, 0
         if self._taken >= self.quota:
@@ -155,7 +155,7 @@ class Crowded:
     chance: float = 0.0
     _ends: list[float] = field(default_factory=list, init=False)
 
-    def ask(self, now_s: float, in_flight: int, rng: random.Random) -> Reply:
+    def reply_to(self, now_s: float, in_flight: int, rng: random.Random) -> Reply:
         arrives_s = now_s + self.network_s * rng.random()
         while self._ends and self._ends[0] <= arrives_s:
             heapq.heappop(self._ends)
@@ -175,7 +175,7 @@ class Queueing:
     latency_s: float = 0.2
     _free_s: list[float] = field(default_factory=list, init=False)
 
-    def ask(self, now_s: float, in_flight: int, rng: random.Random) -> Reply:
+    def reply_to(self, now_s: float, in_flight: int, rng: random.Random) -> Reply:
         if not self._free_s:
             self._free_s = [now_s] * self.most
         ends_s = max(now_s, heapq.heappop(self._free_s)) + spread(self.latency_s, 0.1, rng)
@@ -194,7 +194,7 @@ class Played:
     latencies_s: list[float] = field(default_factory=list)
     in_flight: list[int] = field(default_factory=list)
     answered_s: list[float] = field(default_factory=list)
-    told: list[tuple[float, str]] = field(default_factory=list)
+    changes: list[tuple[float, str]] = field(default_factory=list)
     found: Found = Found()  # noqa: RUF009  (frozen)
 
     @property
@@ -243,25 +243,25 @@ class _Rows:
 async def play(server: RefusingServer, rows: int, max_in_flight: int, seed: int, **limits: Any) -> Played:
     """All rows are answered."""
     loop, rng, played = asyncio.get_running_loop(), random.Random(seed), Played()
-    begun_s, waiting = loop.time(), _Rows(rows)
+    started_s, waiting = loop.time(), _Rows(rows)
     in_flight = 0
 
-    def told(what: str) -> None:
-        played.told.append((loop.time() - begun_s, what))
+    def log(what: str) -> None:
+        played.changes.append((loop.time() - started_s, what))
 
     state = Circuit(
         in_flight=InFlight(max_in_flight),
         max_outage_s=7_200.0,
         resumed=False,
         uniform=random.Random(seed).random,
-        on_change=lambda before, after: told(f"{before} -> {after}"),
+        on_change=lambda before, after: log(f"{before} -> {after}"),
     )
     gate = Gate(
         state,
         loop,
         Limits(max_in_flight=max_in_flight, **limits),
-        on_pace=lambda limit, before, after, why: told(f"{limit}: {before} -> {after}: {why}"),
-        on_kind=lambda kind, why: told(f"{kind}: {why}"),
+        on_pace=lambda limit, before, after, why: log(f"{limit}: {before} -> {after}: {why}"),
+        on_kind=lambda kind, why: log(f"{kind}: {why}"),
     )
 
     async def work() -> None:
@@ -269,7 +269,7 @@ async def play(server: RefusingServer, rows: int, max_in_flight: int, seed: int,
         while (row := await waiting.next()) is not None:
             slot = await gate.admit(Demand(100, Decimal(0)))
             sent_s = loop.time()
-            reply = server.ask(sent_s - begun_s, in_flight, rng)
+            reply = server.reply_to(sent_s - started_s, in_flight, rng)
             in_flight += 1
             played.sent += 1
             played.in_flight.append(in_flight)
@@ -278,7 +278,7 @@ async def play(server: RefusingServer, rows: int, max_in_flight: int, seed: int,
             if reply.taken:
                 gate.observe(slot, Outcome(row, Verdict.OK))
                 played.latencies_s.append(loop.time() - sent_s)
-                played.answered_s.append(loop.time() - begun_s)
+                played.answered_s.append(loop.time() - started_s)
                 waiting.done()
             else:
                 error = RowError("rate_limit", 429, None, "refused")
@@ -298,15 +298,15 @@ async def play(server: RefusingServer, rows: int, max_in_flight: int, seed: int,
 async def play_retry(server: RefusingServer, rows: int, max_in_flight: int, seed: int) -> Played:
     """The same by the simplest client: it never slows down, and sends a refused row again after its own wait."""
     loop, rng, played, waiting = asyncio.get_running_loop(), random.Random(seed), Played(), _Rows(rows)
-    begun_s = loop.time()
+    started_s = loop.time()
 
     async def work() -> None:
         while (row := await waiting.next()) is not None:
-            reply = server.ask(loop.time() - begun_s, 0, rng)
+            reply = server.reply_to(loop.time() - started_s, 0, rng)
             played.sent += 1
             await asyncio.sleep(reply.takes_s)
             if reply.taken:
-                played.answered_s.append(loop.time() - begun_s)
+                played.answered_s.append(loop.time() - started_s)
                 waiting.done()
             else:
                 played.refused += 1

@@ -21,7 +21,7 @@ from batchrun.job.job import all_settings
 from batchrun.job.load import from_tables, load
 from batchrun.job.settings import Retry
 from batchrun.limits.admission import Limit
-from batchrun.policy import FAULT_VERDICTS, STATUS_VERDICTS, judge
+from batchrun.policy import BY_STATUS, FAULT_VERDICTS, judge
 from batchrun.records import Attempt, PossiblyBilled, Status, Verdict
 from batchrun.report.bill import KEYS
 from batchrun.report.figures import FIGURES
@@ -206,7 +206,7 @@ def test_the_table_of_statuses_is_the_policys_own() -> None:
         for status in map(int, statuses.split(",")):
             assert status not in stated
             stated[status] = (bare(verdict), bare(kind))
-    assert {status: verdict for status, (verdict, _) in stated.items()} == STATUS_VERDICTS
+    assert stated == BY_STATUS
     body = b'{"error": {"message": "no"}}'
     for status, (verdict, kind) in stated.items():
         judgement = judge(Attempt(0.0, 0.0, status, {}, body), read(body), Retry())

@@ -22,8 +22,8 @@ PRICE = PriceTable("m", (Tier(0, Decimal(1), Decimal("0.1"), Decimal(10)),), "te
 
 
 def surveyed(rows: int) -> Survey:
-    nobody, sums = array("Q"), {"m": (1000 * rows, 50 * rows)}
-    return Survey("columns", rows, nobody, (), {"m": rows}, 1000 * rows, {"m": (1000, 50)}, sums, None)
+    no_keys, sums = array("Q"), {"m": (1000 * rows, 50 * rows)}
+    return Survey("columns", rows, no_keys, (), {"m": rows}, 1000 * rows, {"m": (1000, 50)}, sums, None)
 
 
 def job(**limits: float) -> Job:

@@ -34,7 +34,7 @@ _SLOT_FREED_EARLY = Bug(
             "        self._checkpoint.put(completion)\n",
         ),
     ),
-    "nobody knew of the first",
+    "the first was forgotten",
     point="after the put",
     passage=30,
 )
@@ -89,7 +89,7 @@ _SLOT_TAKEN_LATE = Bug(
             "        answer = answers.read(attempt.body, request.choices)\n",
         ),
     ),
-    "nobody knew of the first",
+    "the first was forgotten",
     point="after the slot is taken",
     passage=30,
 )
@@ -107,7 +107,7 @@ _OVERLAY_GONE_EARLY = Bug(
             '            self._database.replace("chunks", [msgspec.structs.astuple(chunk)])\n',
         ),
     ),
-    "nobody knew of the first",
+    "the first was forgotten",
     point="mid seal",
     passage=2,  # of the two deletions there are now, the one after the early commit
 )
@@ -135,7 +135,7 @@ _BUSY_TAKEN_FOR_IDLE = Bug(
             "    if was_idle or (loss.idle_s is not None and loss.ended_after_s < 0.1):\n",
         ),
     ),
-    "nobody knew of the first",
+    "the first was forgotten",
 )
 
 _LOST_UNCOUNTED = Bug(

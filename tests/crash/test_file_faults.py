@@ -95,7 +95,7 @@ HARMLESS = {
     ),
     "the reserve": (Fault("fallocate", ("reserve.bin",), "ENOSPC", "1"),),
 }
-"""Faults that a run goes on with."""
+"""Faults that a run survives."""
 
 
 @pytest.fixture(scope="module")

@@ -166,7 +166,7 @@ def test_lost_calls_to_actors_lose_and_repeat_nothing(
 
 
 def test_a_silent_actor_is_given_up(tmp_path: Path, cluster: RayCluster, undisturbed: pa.Table) -> None:
-    """It is stopped by SIGSTOP, and nobody learns what became of its requests; here after 4 s instead of 60."""
+    """It is stopped by SIGSTOP, so the outcome of its requests is unknown; here after 4 s instead of 60."""
     quick = (
         "import sys; from batchrun.ray_engine import fleet; fleet.SILENT_S = 4.0; from batchrun.cli import main; main()"
     )

@@ -31,7 +31,7 @@ def test_each_run_reads_the_input_of_its_date(tmp_path: Path) -> None:
         assert stopped.exit_code == 4
         command = read_summary(tmp_path / str(YESTERDAY))["command"]
         assert command.endswith(f" --date {YESTERDAY}")
-        resumed = batchrun("run", job)  # another day: the unfinished run goes on, with its own input
+        resumed = batchrun("run", job)  # another day: the unfinished run resumes with its own input
         assert resumed.exit_code == 0, resumed.stderr
         assert read_summary(tmp_path / str(YESTERDAY))["rows"] == 3
         assert batchrun("run", job).exit_code == 0

@@ -1,4 +1,4 @@
-"""What the gate believes of the endpoint: every kind of trouble, told as a story on a clock moved by hand."""
+"""What the gate believes of the endpoint: every kind of failure, step by step on a clock moved by hand."""
 
 from collections.abc import Callable
 

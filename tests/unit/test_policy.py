@@ -606,7 +606,7 @@ def test_calls_are_validated_beside_content() -> None:
         assert settled.error is None or settled.error.http_status == 200
 
 
-def test_a_random_last_refusal_waits_as_told() -> None:
+def test_a_random_last_refusal_waits_its_retry_after() -> None:
     refused = Judgement(Verdict.SLOW, RowError("rate_limit", 429, None, "slow down"), retry_after_s=1.0)
     failed = Judgement(Verdict.FREE, RowError("server_error", 500, None, "broken"))
     assert attempt_caps.end_wait_s(History(attempts=1), refused, Retry()) == 0.0
@@ -628,7 +628,7 @@ def after_refusals(count: int, *, corroborated: bool, at_end: bool, kind: str = 
     ("corroborated", "at_end", "kind", "share", "given_up_after"),
     [
         (True, False, "rate_limit", 0.0, 24),
-        (True, False, "rate_limit", 0.5, 122),  # a coin that falls so 122 times in a row is none
+        (True, False, "rate_limit", 0.5, 122),  # a fair coin does not fall the same way 122 times in a row
         (True, True, "rate_limit", 0.0, 24),
         (False, True, "rate_limit", 0.0, 6),
         (False, True, "rate_limit", 0.5, 6),

@@ -655,7 +655,7 @@ def test_what_a_batch_file_would_ignore_is_refused(setting: dict[str, Any]) -> N
         RequestBuilder(job, "openai-batch")
 
 
-# ── asked again ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── retries ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("stream", [False, True])
