@@ -53,7 +53,8 @@ class Scanned(dict[Group, "Counter[int]"]):
 def scan(result: Result, keys: Sequence[str], zone: str) -> Scanned:
     """The rows by `keys`, some of `requested_model`, `status` and `day` (the local date in `zone`)."""
     found = Scanned()
-    for table in run_rows.tables(result, _needed(keys)):
+    needed = [*("finished_at" if key == "day" else key for key in keys), "latency_s"]
+    for table in run_rows.tables(result, needed):
         columns: dict[str, Any] = {key: _key(table, key, zone) for key in keys}
         columns["bucket"] = _bucket(table["latency_s"])
         grouped = pa.table(columns).group_by([*keys, "bucket"], use_threads=False).aggregate([([], "count_all")])
@@ -62,10 +63,6 @@ def scan(result: Result, keys: Sequence[str], zone: str) -> Scanned:
             if bucket is not None:  # a pending row and a reused one have no latency
                 found.setdefault(tuple(group), Counter())[int(bucket)] += count
     return found
-
-
-def _needed(keys: Sequence[str]) -> list[str]:
-    return [*("finished_at" if key == "day" else key for key in keys), "latency_s"]
 
 
 def _key(table: pa.Table, key: str, zone: str) -> "pa.ChunkedArray[Any]":

@@ -81,7 +81,7 @@ class SharedTextSurvey:
         self._rows += 1
         self._bytes += len(body)
         if len(self._sample) < _SAMPLE:
-            self._sample.append(_sentences(body))
+            self._sample.append([each for text in _texts(body) for each in _SENTENCE.split(text) if each])
         if (digest := group_of(body)) is None:
             return
         if (group := self._groups.get(digest)) is not None:
@@ -116,10 +116,6 @@ def _common(one: bytes, other: bytes) -> bytes:
         else:
             high = middle - 1
     return one[:low]
-
-
-def _sentences(body: bytes) -> list[str]:
-    return [sentence for text in _texts(body) for sentence in _SENTENCE.split(text) if sentence]
 
 
 def _texts(body: bytes) -> Iterator[str]:

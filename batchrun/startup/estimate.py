@@ -57,7 +57,7 @@ def estimate(
             found,
             tables,
             share,
-            lambda rows: (FEWEST_TOKENS_PER_BYTE * _bytes(found, rows), rows),
+            lambda rows: (FEWEST_TOKENS_PER_BYTE * found.body_bytes * rows / found.rows, rows),
             service_tier=job.request.service_tier,
         ),
         expected_usd=expected,
@@ -133,10 +133,6 @@ def _in_full(mean: Means) -> str:
     if mean.latency_s is not None:
         parts.append(f"{mean.latency_s:,.2f} s an answer")
     return ", ".join(parts)
-
-
-def _bytes(found: Survey, rows: float) -> float:
-    return found.body_bytes * rows / found.rows
 
 
 def _usual(found: Survey, job: Job) -> Means:
