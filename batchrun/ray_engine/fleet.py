@@ -370,7 +370,7 @@ class Fleet:
             return
         self._end(actor)
         many = len(actor.in_flight)
-        line = f"warning: {actor} was lost ({why}); {many} requests that it had may have been billed"
+        line = f"warning: {actor} was lost ({why}); requests in flight there, possibly billed: {many}"
         self._report("actor lost", line, actor=str(actor), why=why, in_flight=many)
         for number in actor.in_flight:
             error = APIConnectionError(f"{actor} was lost: {why}", kind=Fault.SENDER_LOST, sent=True)

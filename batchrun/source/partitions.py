@@ -55,7 +55,7 @@ def chosen(files: Sequence[InputFile], filters: Filters, path: str) -> tuple[Inp
     )
     if files and not matching:
         shown = "; ".join(f"{name} is {_shown({each.get(name) for each in keys})}" for name in filters)
-        raise InputError(f"input.partitions: none of the {len(files):,} files of {path} match; {shown}")
+        raise InputError(f"input.partitions: none of the files of {path} match ({len(files):,} in all); {shown}")
     return matching
 
 
