@@ -63,8 +63,10 @@ BY_STATUS: Mapping[int, tuple[Verdict, str]] = {
     402: (Verdict.PAUSE, "payment_required"),
     403: (Verdict.PAUSE, "forbidden"),
     404: (Verdict.STOP, "not_found"),
-    405: (Verdict.STOP, "bad_request"),
-    **dict.fromkeys((408, 409, 425), (Verdict.FREE, "bad_request")),
+    # about the method, the proxy, the protocol and the headers, which all rows share
+    **dict.fromkeys((405, 407, 426, 431), (Verdict.STOP, "bad_request")),
+    # 424 is a failed generation (TGI, Bedrock)
+    **dict.fromkeys((408, 409, 421, 423, 424, 425), (Verdict.FREE, "bad_request")),
     429: (Verdict.SLOW, "rate_limit"),
     499: (Verdict.MAYBE, "bad_request"),  # a proxy's: the client left, which says nothing about the server
     **dict.fromkeys((500, 502), (Verdict.FREE, "server_error")),

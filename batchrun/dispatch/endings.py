@@ -74,7 +74,7 @@ class Endings:
         elif decision.hold and not self._is_refused_again(result):
             self._hold(result, slot)
         elif row in decision.elsewhere:
-            self._retry(_for_another_endpoint(result), slot, successes)
+            self._retry(_as_free(result), slot, successes)
         elif judgement.verdict is Verdict.ROW or decision.hold or self._last_rows.gives_up(result.history):
             self._complete(result, slot, Status.FILTERED if judgement.filtered else Status.ERROR)
         else:
@@ -91,7 +91,8 @@ class Endings:
                 continue  # the record of a held attempt, whose slot was freed when it was held
             if attempt.slot is not None:
                 self._slots.clear(attempt.slot)
-                spent.append((attempt.slot, *attempt.result.used()))
+                usd, tokens = attempt.result.used()
+                spent.append((attempt.slot, usd, tokens))
             if attempt.retry is not None:
                 self._backlog.retry(attempt.retry, attempt.due_s)
                 continue
@@ -118,11 +119,16 @@ class Endings:
         for other in decision.elsewhere:
             if other != row and (earlier := self._held.pop(other, None)) is not None:
                 self._backlog.release(other)
-                self._retry(_for_another_endpoint(earlier), None, self._gate.successes)
+                self._retry(_as_free(earlier), None, self._gate.successes)
 
     def _is_refused_again(self, result: AttemptResult) -> bool:
-        """Whether a refusal met before a restart came again, with no other row left to confirm it: it is the row's."""
-        return result.pending.refused and result.attempt.http_status in (403, 429) and self._backlog.alone
+        """Whether a refusal met before a restart came again, with no other row left to confirm it: it is the row's. So
+        is a wrong key while other rows were answered.
+        """
+        pending, http_status = result.pending, result.attempt.http_status
+        seen = pending.refused and http_status in (403, 429)
+        seen |= pending.history.corroborated > 0 and http_status == 401
+        return seen and self._backlog.alone
 
     def _settle_answer(self, result: AttemptResult, settlement: Settlement, slot: int) -> None:
         """The answer settles its row, unless the job retries such answers."""
@@ -147,7 +153,10 @@ class Endings:
             self._retry(unwanted, slot, self._gate.successes)
 
     def _settle_held(self, row: int) -> None:
-        """A refusal that looked like the whole run's was this row's alone: the row fails, or is retried after a 429."""
+        """A refusal that looked like the whole run's was this row's alone: the row fails, or is retried after a 429.
+
+        A wrong key is never a row's: a gateway may have one among its keys. So it is retried, too, and counts.
+        """
         result = self._held.pop(row, None)
         if result is None:
             return
@@ -157,8 +166,15 @@ class Endings:
                 error = result.judgement.error
                 self.long_wait = Stop(ExitCode.PAUSED, f"row {row}: {'429' if error is None else error.text}")
             self._retry(result, None, self._gate.successes)
-        else:
-            self._complete(result, None, Status.ERROR)
+            return
+        if result.attempt.http_status == 401:
+            result = _as_free(result)
+            history = attempt_caps.after(result.pending.history, result.judgement, corroborated=True)
+            result = msgspec.structs.replace(result, history=history)
+            if not self._last_rows.gives_up(history):
+                self._retry(result, None, self._gate.successes)
+                return
+        self._complete(result, None, Status.ERROR)
 
     def _complete(self, result: AttemptResult, slot: int | None, status: Status) -> None:
         """The row's completion is on the checkpoint's queue."""
@@ -210,7 +226,7 @@ class Endings:
         self._backlog.hold(msgspec.structs.replace(result.pending, history=result.history))
 
 
-def _for_another_endpoint(result: AttemptResult) -> AttemptResult:
-    """The refusal concerned its endpoint, not the row: the row can go to another one at once."""
+def _as_free(result: AttemptResult) -> AttemptResult:
+    """The refusal concerned its endpoint or a key of it, not the row: the row can be sent again."""
     judgement = msgspec.structs.replace(result.judgement, verdict=Verdict.FREE, retry_after_s=None)
     return msgspec.structs.replace(result, judgement=judgement)

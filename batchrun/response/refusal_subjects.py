@@ -40,13 +40,16 @@ _I = re.IGNORECASE
 
 _PATTERNS: Mapping[Subject, Pattern] = {
     # DeepSeek, OpenRouter, MiniMax 1008, Zhipu 1113 (arrears), Anthropic ("credit balance is too low", with a 400), xAI
-    # ("used all available credits or reached its monthly spending limit"), Moonshot ("account is suspended")
+    # ("used all available credits or reached its monthly spending limit"), Moonshot ("account is suspended"), LiteLLM
+    # ("Budget has been exceeded!", "budget_exceeded", "ExceededTokenBudget", with a 400)
     Subject.BROKE: Pattern(
         r"(insufficient|not enough|no|low|exhausted|depleted|out of)[ _-](account[ _-]|prepaid[ _-])?"
         r"(balance|credits?|funds?|money)\b"
         r"|(balance|credits?|funds)\b.{0,20}\b(too low|insufficient|exhausted|depleted|used up|not enough|run out)"
         r"|used all (available |your )?credits|spend(ing)?[ _-]limit|(billing|spend)[ _-]hard[ _-]limit|arrears?\b"
         r"|(account|organization|team|project)\b.{0,40}\b(suspended|deactivated|overdue|past due)"
+        r"|(?<!thinking )(?<!reasoning )(?<!token )\bbudget[ _](has been )?exceeded|\bover budget\b"
+        r"|exceeded(token)?budget"
         r"|payment[ _-](is[ _-])?required|(trial|subscription)\b.{0,12}\b(ended|expired)"
         r"|\u4f59\u989d\u4e0d\u8db3|\u6b20\u8d39|残高(が)?不足|잔액.{0,4}부족|guthaben.{0,30}(aufgebraucht|erschöpft)"
         r"|(solde|saldo|crédito?s?) (est |es |é )?insuf",
@@ -80,7 +83,8 @@ _PATTERNS: Mapping[Subject, Pattern] = {
     # Google answers a wrong key with 400, "API key not valid. Please pass a valid API key."
     Subject.KEY: Pattern(
         r"(invalid|incorrect|expired|missing|wrong|bad|no)[ _-](api[ _-]?|access[ _-]?|auth\w*[ _-])(key|token)\b"
-        r"|api[ _-]?key[ _-](is[ _-])?(not[ _-]valid|invalid|expired|missing|incorrect)|invalidapikey",
+        r"|(api[ _-]?key|(access|auth\w*)[ _-]token)[ _-](is[ _-])?(not[ _-]valid|invalid|expired|missing|incorrect)"
+        r"|invalidapikey",
         _I,
     ),
     # llama.cpp says so with a 500 of what its model can't do, such as images: a retry is in vain
@@ -109,7 +113,7 @@ _JUDGED = Pattern(
     r"content[ _-]?(management[ _-]?|filtering[ _-]?)?polic(y|ies)"
     r"|(content|usage|safety|use|community|moderation)[ _-]?(policy|policies|guidelines?|violations?)"
     r"|violat\w*.{0,60}\b(polic|guideline|terms)|policy[ _-]?violation"
-    r"|flagged (by|as|for|in)|responsible[ _-]?ai|prohibited[ _-]?content|data[ _-]?inspection"
+    r"|content exists risk|flagged (by|as|for|in)|responsible[ _-]?ai|prohibited[ _-]?content|data[ _-]?inspection"
     r"|(was|were|been|is|are) (blocked|flagged|filtered|rejected|moderated)\b.{0,40}(safety|moderation|content|polic)"
     # Chinese, Japanese, Korean
     r"|敏感|违规|違規|内容安全|不安全|不当内容|违反.{0,12}(政策|规定|法)|审核未通过|(コンテンツ|ポリシー|規約|ガイドライン).{0,20}違反"
@@ -130,7 +134,7 @@ _JUDGED = Pattern(
 _OF_CONTENT = Pattern(
     r"content[ _-]?(filter|moderation|safety|inspection|check|blocked|violation|restrict|not allowed|risk)"
     r"|moderat(ion|ed)\b|\bsafety\b|safety[ _](block|filter|check|system|reason)|\bflagged\b|\bprohibited\b|\bblocked\b"
-    r"|inappropriate|\bsensitive\b|\bharmful\b|\bnsfw\b|\btoxic|profan|obscen|\bsexual|\bviolen(ce|t)|hate speech"
+    r"|inappropriate|(\b|_)sensitive\b|\bharmful\b|\bnsfw\b|\btoxic|profan|obscen|\bsexual|\bviolen(ce|t)|hate speech"
     r"|self[- ]harm|jailbreak|guardrail|disallowed|\bcsam\b",
     _I,
 )

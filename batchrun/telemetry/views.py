@@ -91,9 +91,7 @@ class Views:
             summary = self._failed(exit_code, reason)
         snapshot, is_ours = self._snapshot(summary), exit_code != ExitCode.LOCKED  # else another process shows it
         if self._file is not None:
-            if is_ours:
-                self._file.show(snapshot)
-            self._file.close()
+            self._file.end(snapshot if is_ours else None)
         if self.otel is not None:
             self.otel.end(snapshot, with_metrics=is_ours)
 

@@ -31,7 +31,7 @@ from batchrun.run_summary import Summary, TotalsLine
 from batchrun.simulator import SimulatorConfig, parse_faults
 from batchrun.source import find_files, open_source
 from batchrun.startup.input_check import survey
-from batchrun.store.checkpoint import SPILL
+from batchrun.store.commits import SPILL
 from batchrun.store.rundir import RunDirectory
 from batchrun.tables.rows import OWN_COLUMNS, USAGE_COLUMNS
 from batchrun.telemetry.metrics import METRICS

@@ -308,7 +308,7 @@ ODD = {
         "ok",
         {"content": "fine"},
     ),
-    "content that is a number": Odd(says(choices=message(7)), "empty", {"content": None}),
+    "content that is a number": Odd(says(choices=message(7)), "ok", {"content": "7"}),
     "no usage": Odd(says(usage=None), "ok", {"content": "fine", **WITHOUT_USAGE}),
     "half a usage": Odd(says(usage={"prompt_tokens": 5}), "ok", {"content": "fine", **WITHOUT_USAGE}),
     "usage as strings": Odd(

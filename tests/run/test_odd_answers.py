@@ -291,6 +291,34 @@ def test_an_empty_account_pauses_the_run(status: str, said: object, tmp_path: Pa
     assert len(server.exchanges) <= 9
 
 
+def test_a_bad_key_among_a_gateways_own_fails_no_row(tmp_path: Path) -> None:
+    """One request in eight gets a 401; one row gets nothing else, and fails alone."""
+    wrong_key = refused("401 Unauthorized", {"error": {"message": "invalid api key"}})
+    bad = {(row, 1) for row in range(20, 200, 8)}
+    with serving_aside(says(lambda row, n: wrong_key if (row, n) in bad or row == 100 else choice())) as server:
+        summary, result = run(tmp_path, server.url, 200, limits={"max_in_flight": 8})
+    assert (summary.exit_code, summary.by_status) == (3, {"ok": 199, "error": 1})
+    assert [(row["row"], row["error"]["kind"]) for row in result if row["error"]] == [(100, "authentication")]
+    assert len(server.exchanges) < 250
+
+
+SPENT = {
+    "error": {"message": "Budget has been exceeded! Current cost: 10.01", "type": "budget_exceeded", "code": "400"}
+}
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "exit_code"),
+    [("400 Bad Request", SPENT, 5), ("407 Proxy Authentication Required", b"<html>", 2)],
+    ids=["LiteLLM", "proxy"],
+)
+def test_a_gateways_budget_pauses_the_run(status: str, said: object, exit_code: int, tmp_path: Path) -> None:
+    """And a proxy that wants a password ends it: neither is any row's fault, in mid-run either."""
+    with serving_aside(says(lambda row, n: choice() if row < 12 else refused(status, said))) as server:
+        summary, _ = run(tmp_path, server.url, 60)
+    assert (summary.exit_code, summary.by_status) == (exit_code, {"ok": 12})
+
+
 def test_a_glued_stream_end_is_ignored(tmp_path: Path) -> None:
     glued = answer(answer_body("Fine.") + b"\n\ndata: [DONE]\n\n")
     with serving_aside(says(lambda row, n: glued)) as server:

@@ -63,7 +63,7 @@ SOLE_IMPORTERS: dict[str, frozenset[str]] = {
     "ray": frozenset({"ray_engine.cluster", "ray_engine.failures", "ray_engine.fleet"}),
     "genai_prices": frozenset({"price_list.convert"}),
     "jsonschema_rs": frozenset({"job.answer_schema", "simulator.schemas"}),
-    "opentelemetry": frozenset({"telemetry.otel"}),
+    "opentelemetry": frozenset({"telemetry.otel", "telemetry.otel_export"}),
     "toktok": frozenset({"response.token_count"}),
     "xlsxwriter": frozenset({"report.spreadsheet"}),
     "pyarrow": frozenset(

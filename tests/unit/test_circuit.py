@@ -369,6 +369,32 @@ def test_an_unconfirmed_fatal_error_is_the_rows(verdict: Verdict, failure: RowEr
     assert story.ends(2, Verdict.OK) == PROCEED
 
 
+def test_each_disproof_asks_for_one_more_confirmation() -> None:
+    """A gateway with a bad key among several refuses rows at random: a second refusal proves little there."""
+    story = Story()
+    story.all_well()
+    for disproved in range(6):
+        story.send(10 * disproved, 10 * disproved + 1)
+        story.ends(10 * disproved, Verdict.PAUSE, REFUSED_401)
+        if disproved:
+            story.ends(10 * disproved + 1, Verdict.PAUSE, REFUSED_401)  # sent before: confirms nothing
+            assert isinstance(story.phase(), Probing)
+        for row in range(min(disproved, 4)):
+            story.send(1000 + row)
+            story.ends(1000 + row, Verdict.PAUSE, REFUSED_401)
+        assert isinstance(story.phase(), Probing)
+        story.send(2000)
+        story.ends(2000, Verdict.OK)
+        assert story.phase() is OPEN
+    story.send(0)
+    story.ends(0, Verdict.PAUSE, REFUSED_401)
+    for row in range(5):
+        assert isinstance(story.phase(), Probing)
+        story.send(3000 + row)
+        story.ends(3000 + row, Verdict.PAUSE, REFUSED_401)
+    assert isinstance(story.phase(), Stopped)
+
+
 def test_an_older_success_clears_no_suspicion() -> None:
     """An answer to a request that was sent before a key was revoked proves nothing."""
     story = Story()
