@@ -46,7 +46,7 @@ UNSENT_S = 30.0
 SURPLUS_S = 60.0
 """An actor that has not been needed for so long is ended, down to `engine.actors`."""
 
-CLOSE_S = 5.0
+CLOSE_S = 5.0  # a call to an actor on a node that is gone may not return
 
 OPTIONS = {"max_restarts": 0, "max_task_retries": 0}
 """Ray starts no actor again and repeats no call by itself: a request is sent again only if the run's policy says so."""

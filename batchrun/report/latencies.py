@@ -16,7 +16,7 @@ from batchrun.report import run_rows
 from batchrun.report.run_rows import Result
 
 _WIDTH = math.log(1.01)
-_SHORTEST_S = 1e-6
+_SHORTEST_S = 1e-6  # the logarithm of 0 is not finite
 
 Group = tuple[object, ...]
 

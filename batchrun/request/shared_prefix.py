@@ -13,14 +13,14 @@ import msgspec
 
 from batchrun.records import Request
 
-CACHED_FROM_TOKENS = 1_024
+CACHED_FROM_TOKENS = 1_024  # this and the step as OpenAI documents its prompt cache (guides/prompt-caching)
 CACHED_STEP_TOKENS = 128
 
 GROUP_BYTES = 3_072
 """Requests whose bodies begin with the same bytes, this many, are a group. 1,024 tokens have about 4,096 bytes in
 English and 3,000 in languages with denser text; a group that proves too short for a cache costs nothing."""
 
-_TOKENS_PER_BYTE = 0.25
+_TOKENS_PER_BYTE = 0.25  # English text, as OpenAI's rule of thumb has it: four characters a token
 _MOST_GROUPS = 256  # groups that are measured; a job with more of them is described by the others
 _MOST_COMMON_BYTES = 131_072  # of a shared beginning; longer ones count as this long
 _SAMPLE = 64  # rows whose texts are compared sentence by sentence
