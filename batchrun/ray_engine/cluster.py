@@ -69,7 +69,8 @@ class Cluster:
         from batchrun.ray_engine.sender import Setup
 
         authorities = tuple(_content_of(endpoint.ca_file) for endpoint in wanted.endpoints)
-        setup = Setup(__version__, tuple(wanted.endpoints), authorities, wanted.in_flight, wanted.tails)
+        is_local = self._address == LOCAL
+        setup = Setup(__version__, tuple(wanted.endpoints), authorities, wanted.in_flight, wanted.tails, is_local)
         engine = self._job.engine
 
         def report(event: str, line: str | None, **fields: object) -> None:

@@ -22,7 +22,7 @@ def find_files(path: str, filters: Filters = _ALL, access: Access = Access()) ->
 
     A directory means its own files and those in its folders named `key=value`, at every depth. In directories and
     globs, names that begin with "." or "_" are left out, files and folders both, as Spark and Hive do (`_SUCCESS`,
-    `_temporary`), and so are checksums (`.crc`).
+    `_temporary`), and so are checksums (`.crc`) and Hadoop's markers of folders (`_$folder$`).
 
     Raises:
         InputError: nothing matches; a filter names an unknown key; a file is unreadable, not a regular file, or in
@@ -96,7 +96,7 @@ def _files_below(folder: Path) -> Iterator[Path]:
 
 
 def _is_left_out(name: str) -> bool:
-    return name.startswith((".", "_")) or name.endswith(".crc")
+    return name.startswith((".", "_")) or name.endswith((".crc", "_$folder$"))
 
 
 def _folders_in(path: str) -> str:

@@ -14,7 +14,7 @@ from batchrun.run_summary import Summary
 from batchrun.simulator import SimulatorConfig
 from tests.cli_process import batchrun as command
 from tests.cli_process import write_job, write_rows
-from tests.s3_server import BUCKET, READER, S3Server, environ_for, environment
+from tests.s3_server import BUCKET, READER, SCOPED, S3Server, environ_for, environment
 from tests.simulator_process import RunningSimulator, running_simulator
 
 ROWS = 30
@@ -128,6 +128,22 @@ def test_check_tries_the_destination(s3: S3Server, api: RunningSimulator, tmp_pa
     assert s3.names(f"{BUCKET}/tried") == []
     assert not machine.state.exists()
     assert sent(api) == before
+
+
+@pytest.mark.heavy
+def test_credentials_for_one_prefix_are_enough(s3: S3Server, api: RunningSimulator, tmp_path: Path) -> None:
+    """They may not list the bucket, nor ask for it, as those of a team in a bucket that several share."""
+    s3.put(f"{BUCKET}/team/in.jsonl", b'{"text": "a", "lang": "de"}\n{"text": "b", "lang": "en"}\n')
+    output = f"path = 's3://{BUCKET}/team/out'\nkeep_parts_remote = true\nmax_failures = 2\n"
+    output += f"partition_by = ['lang']\ndataset = 's3://{BUCKET}/team/labels'\n"
+    job = write_job(tmp_path / "job.toml", api.url, f"s3://{BUCKET}/team/*.jsonl", f"[output]\n{output}")
+    with environment(environ_for(s3.url, SCOPED)):
+        assert command("check", job).exit_code == 0
+        ended = command("run", job, "--state-dir", tmp_path)
+        assert ended.exit_code == 0, ended.stderr
+        ended = command("check", job, "--set", f"output.path=s3://{BUCKET}/others/out")
+    assert (ended.exit_code, "access is denied" in ended.stderr) == (5, True), ended.stderr
+    assert len([name for name in s3.names(f"{BUCKET}/team") if name.endswith("part-000000.parquet")]) == 4
 
 
 @pytest.mark.heavy

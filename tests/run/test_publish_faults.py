@@ -147,6 +147,16 @@ def test_every_layout_is_published_whole_or_does_not_look_finished(
     assert left == ["_batchrun/run.json"]
 
 
+def test_what_a_cut_publish_has_staged_is_deleted_by_the_next_one_there(s3: S3Server, tmp_path: Path) -> None:
+    """Also if it is that of another run: the first one may never be resumed."""
+    s3.put(f"{BUCKET}/staged/_batchrun/staged/r0/completions/part-0.parquet.x0.part", b"of a run that was cut")
+    folder = folder_at(f"s3://{BUCKET}/staged")
+    with Claim(folder, this_process("w", "j")) as claim:
+        publishing.publish(folder, parts(tmp_path / "a", 2), [], SUMMARY, record(), claim)
+    left = [name for name in s3.names(f"{BUCKET}/staged") if name.startswith("_batchrun/")]
+    assert left == ["_batchrun/run.json"]
+
+
 def test_an_upload_that_is_left_brings_nothing(s3: S3Server, tmp_path: Path) -> None:
     """By a signal or a local error in the middle. Arrow would complete it when it destroys the stream."""
     folder, local = folder_at(f"s3://{BUCKET}/left"), tmp_path / "big"

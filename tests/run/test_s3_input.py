@@ -101,6 +101,11 @@ def test_markers_of_folders_and_a_file_named_like_a_folder_are_no_input(s3: S3Se
     s3.filesystem.create_dir(f"{BUCKET}/twice/key=1")
     s3.put(f"{BUCKET}/twice/key=1/a.jsonl", b'{"n": 2}\n')
     assert rows(f"s3://{BUCKET}/twice/key=1/") == [{"n": 2, "key": 1}]
+    s3.put(f"{BUCKET}/twice/key=2", b"")  # as some tools mark a folder
+    s3.put(f"{BUCKET}/twice/key=2_$folder$", b"")  # and as Hadoop does
+    s3.put(f"{BUCKET}/twice/key=2/a.jsonl", b'{"n": 3}\n')
+    for named in ("key=2", "key=2/", "key=[2]/*"):
+        assert rows(f"s3://{BUCKET}/twice/{named}")[0]["n"] == 3, named
     for named, numbers in {"part": [0], "part/": [1], "part/*": [1], "part*": [0]}.items():
         assert rows(f"s3://{BUCKET}/twice/{named}") == [{"n": number} for number in numbers], named
 
