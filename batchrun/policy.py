@@ -57,31 +57,25 @@ FAULT_VERDICTS: Mapping[str, Verdict] = {
 NO_EVIDENCE = frozenset({Fault.KEY_REPLACED, Fault.SENDER_LOST})
 """Faults that show nothing about the endpoint."""
 
-STATUS_VERDICTS: Mapping[int, Verdict] = {
-    **dict.fromkeys((400, 413, 415, 422, 501), Verdict.ROW),
-    **dict.fromkeys((408, 409, 421, 423, 424, 425, 500, 502), Verdict.FREE),
-    **dict.fromkeys((499, 504, 520, 521, 522, 523, 524), Verdict.MAYBE),
-    **dict.fromkeys((429, 503, 529), Verdict.SLOW),
-    **dict.fromkeys((401, 402, 403), Verdict.PAUSE),
-    **dict.fromkeys((404, 405, 407, 426, 431), Verdict.STOP),
+BY_STATUS: Mapping[int, tuple[Verdict, str]] = {
+    **dict.fromkeys((400, 413, 415, 422), (Verdict.ROW, "bad_request")),
+    401: (Verdict.PAUSE, "authentication"),
+    402: (Verdict.PAUSE, "payment_required"),
+    403: (Verdict.PAUSE, "forbidden"),
+    404: (Verdict.STOP, "not_found"),
+    # about the method, the proxy, the protocol and the headers, which all rows share
+    **dict.fromkeys((405, 407, 426, 431), (Verdict.STOP, "bad_request")),
+    # 424 is a failed generation (TGI, Bedrock)
+    **dict.fromkeys((408, 409, 421, 423, 424, 425), (Verdict.FREE, "bad_request")),
+    429: (Verdict.SLOW, "rate_limit"),
+    499: (Verdict.MAYBE, "bad_request"),  # a proxy's: the client left, which says nothing about the server
+    **dict.fromkeys((500, 502), (Verdict.FREE, "server_error")),
+    501: (Verdict.ROW, "not_supported"),
+    **dict.fromkeys((503, 529), (Verdict.SLOW, "overloaded")),
+    # a proxy lost the server, which may have finished; 520 to 524 are Cloudflare's "origin" errors
+    **dict.fromkeys((504, 520, 521, 522, 523, 524), (Verdict.MAYBE, "server_error")),
 }
-"""By status alone. `RULES` has those where the body decides; 520 to 524 are Cloudflare's "origin" errors.
-
-424 is a failed generation (TGI, Bedrock). 407, 426 and 431 are about the proxy, the protocol and the headers, which all
-rows share.
-"""
-
-KINDS: Mapping[int, str] = {
-    400: "bad_request",
-    401: "authentication",
-    402: "payment_required",
-    403: "forbidden",
-    404: "not_found",
-    429: "rate_limit",
-    501: "not_supported",
-    503: "overloaded",
-    529: "overloaded",
-}
+"""Verdict and `error.kind` by status alone. `RULES` has those where the body decides."""
 
 CONTENT_POLICY = "content_policy"
 QUOTA = "quota"
@@ -254,8 +248,7 @@ def _by_status(status: int) -> tuple[Verdict, str]:
         return Verdict.MAYBE, "error_in_answer"
     if status < 400:
         return Verdict.STOP, "redirect"
-    default = (Verdict.FREE, "server_error") if status >= 500 else (Verdict.ROW, "bad_request")
-    return STATUS_VERDICTS.get(status, default[0]), KINDS.get(status, default[1])
+    return BY_STATUS.get(status, (Verdict.FREE, "server_error") if status >= 500 else (Verdict.ROW, "bad_request"))
 
 
 def _words(status: int, attempt: Attempt, answer: Answer) -> str:

@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from enum import StrEnum
 from functools import lru_cache
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import msgspec
 
@@ -42,6 +42,12 @@ class Verdict(StrEnum):
     """The key, balance or quota: no row can succeed now; the run can be resumed."""
     STOP = "stop"
     """The URL, certificate or route is wrong: no row can succeed until the job is changed."""
+
+
+OK: Final = Verdict.OK
+"""For the path of each row: in Python 3.11 a member costs 800 instructions as an attribute of its enum, which looks for
+a `__getattr__` first.
+"""
 
 
 class Status(StrEnum):
@@ -95,7 +101,8 @@ class Usage(msgspec.Struct, frozen=True, gc=False):
     @property
     def billed_output_tokens(self) -> int:
         """All that the total counts beside the prompt: reasoning outside the completion is billed, too."""
-        return max(self.completion_tokens, self.total_tokens - self.prompt_tokens)
+        beside_prompt = self.total_tokens - self.prompt_tokens
+        return self.completion_tokens if self.completion_tokens > beside_prompt else beside_prompt
 
 
 class OfflineCount(msgspec.Struct, frozen=True, gc=False):

@@ -17,7 +17,7 @@ import msgspec
 
 from batchrun.attempt_caps import NEW, History
 from batchrun.limits.waiters import Waiters
-from batchrun.records import Attempt, Correction, Request, Row, RowError, SetAside, Usage, Verdict
+from batchrun.records import OK, Attempt, Correction, Request, Row, RowError, SetAside, Usage, Verdict
 from batchrun.store.chunks import OpenChunk
 
 FAILED_FIRST = 3
@@ -217,10 +217,11 @@ class Backlog:
         """An attempt of the row has ended with this verdict."""
         row = pending.request.row
         kind, is_new = self._mixed.pop(row, None), pending.successes is None
-        if verdict is Verdict.OK or verdict is Verdict.ROW:
-            self._answered = self._answered if kind is None else kind
+        if verdict is OK or verdict is Verdict.ROW:
+            if kind is not None:
+                self._answered = kind
             self._doubted = sum(each is not self._answered for each in self._mixed.values()) if self._mixed else 0
-            if is_new and kind is not Kind.AHEAD and row > self._last_failed:
+            if is_new and row > self._last_failed and (kind is None or kind is not Kind.AHEAD):
                 self._failed_first = self._place = 0
                 self._reach = FIRST_REACH
         elif verdict in (Verdict.FREE, Verdict.MAYBE, Verdict.SLOW):
@@ -271,7 +272,7 @@ class Backlog:
         return self._failed_first >= FAILED_FIRST
 
     def _pop(self, *, probes: bool) -> Pending | None:
-        if self._is_mixing or probes:
+        if self._failed_first >= FAILED_FIRST or probes:
             pending = self._pop_mixed()
         elif not self._retries:
             pending = self._next_new()

@@ -91,7 +91,8 @@ class Endings:
                 continue  # the record of a held attempt, whose slot was freed when it was held
             if attempt.slot is not None:
                 self._slots.clear(attempt.slot)
-                spent.append((attempt.slot, *attempt.result.used()))
+                usd, tokens = attempt.result.used()
+                spent.append((attempt.slot, usd, tokens))
             if attempt.retry is not None:
                 self._backlog.retry(attempt.retry, attempt.due_s)
                 continue

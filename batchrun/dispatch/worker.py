@@ -34,7 +34,7 @@ from batchrun.limits.gate import GateClosed
 from batchrun.limits.gates import AnyGate
 from batchrun.limits.probe_turns import InDoubt
 from batchrun.policy import Judgement
-from batchrun.records import Answer, Attempt, Ending, Request, Usage, Verdict
+from batchrun.records import OK, Answer, Attempt, Ending, Request, Usage, Verdict
 from batchrun.response import answer as answers
 
 
@@ -275,10 +275,10 @@ class Workers:
     def _observe_answer(self, flight: _InFlight) -> tuple[Decision, History]:
         """A good answer shows the gate, the backlog and the last rows that the endpoint is well."""
         pending = flight.pending
-        decision = self.gate.observe(flight.slot, Outcome(pending.request.row, Verdict.OK))
+        decision = self.gate.observe(flight.slot, Outcome(pending.request.row, OK))
         history = attempt_caps.answered(pending.history)
         self._last_rows.answered(history)
-        self.backlog.ended(pending, Verdict.OK)
+        self.backlog.ended(pending, OK)
         return decision, history
 
     def _observe_failure(self, flight: _InFlight, attempt: Attempt, judgement: Judgement) -> tuple[Decision, History]:
@@ -317,8 +317,19 @@ class Workers:
         if cost_usd is None and table is not None and prices.lacks_tier(table, answer.service_tier):
             self.anomalies.note_unpriced_tier(answer.service_tier)
         in_doubt = maybe_billed(answer, judgement, cost_usd, capped=self._capped)
-        parts = flight.pending, attempt, answer, judgement, settlement, history
-        return AttemptResult(*parts, flight.bound_usd, cost_usd, in_doubt, reported_usd, flight.bound_tokens)
+        return AttemptResult(
+            flight.pending,
+            attempt,
+            answer,
+            judgement,
+            settlement,
+            history,
+            flight.bound_usd,
+            cost_usd,
+            in_doubt,
+            reported_usd,
+            flight.bound_tokens,
+        )
 
     def on_commit(self, endings: Sequence[Ending]) -> None:
         """The endings are durable: their slots are free, rows are settled or wait for their retry."""

@@ -17,7 +17,7 @@ from batchrun.records import Status
 from batchrun.report.summary import Moment, summarise
 from batchrun.run_summary import Summary, TotalsLine
 from batchrun.store import db_tables, result
-from batchrun.store.checkpoint import SINCE
+from batchrun.store.ledger import SINCE
 from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
 from batchrun.tables import booked, files

@@ -15,9 +15,10 @@ from batchrun.integrity.damaged_db import FRAME_HEADER_BYTES, LOG_HEADER_BYTES
 from batchrun.records import FAILURES, Completion, PossiblyBilled
 from batchrun.store import db_tables
 from batchrun.store.at_rest import private_copy, wal_of
-from batchrun.store.checkpoint import FORMAT, SINCE
+from batchrun.store.checkpoint import FORMAT
 from batchrun.store.database import Database, Record
 from batchrun.store.db_tables import Chunk, Reopened
+from batchrun.store.ledger import SINCE
 from batchrun.store.totals import Totals, with_possibly_billed
 from batchrun.store.wal import PAGE_BYTES
 

@@ -20,7 +20,7 @@ from batchrun.integrity.db_records import DbRecords
 from batchrun.report.wording import plural
 from batchrun.store import in_flight, result, result_folder, spill, variants
 from batchrun.store.at_rest import wal_of
-from batchrun.store.checkpoint import SPILL
+from batchrun.store.commits import SPILL
 from batchrun.store.db_tables import Chunk
 from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory

@@ -18,7 +18,7 @@ from batchrun.limits.admission import OPEN, Binding, Cooling, Decision, Limit, O
 from batchrun.limits.in_flight import InFlight
 from batchrun.limits.outage import Unanswered
 from batchrun.limits.refusals import NOTHING, Finding
-from batchrun.records import RowError, Verdict
+from batchrun.records import OK, RowError, Verdict
 
 ALIKE_ROWS = 10
 """This many first rows that fail alike are the job's fault: a wrong parameter fails a million rows as it does ten."""
@@ -111,6 +111,8 @@ class Circuit:
     @property
     def in_doubt(self) -> bool:
         """True while one row at a time is sent, or will be, to find out whether the endpoint works."""
+        if self.phase is OPEN:
+            return False
         return isinstance(self.phase, Probing) or (isinstance(self.phase, Cooling) and self.phase.probe)
 
     def unanswered_s(self, now_s: float) -> float:
@@ -179,7 +181,7 @@ class Circuit:
         `finding` is what `Refusals` concluded from a refusal.
         """
         self.withdraw(order)
-        if outcome.verdict is Verdict.OK:
+        if outcome.verdict is OK:
             return self._succeeded(outcome.row, order, now_s)
         if outcome.says_nothing:
             return PROCEED
@@ -265,7 +267,7 @@ class Circuit:
             return
         if self._first_failures is None:
             self.in_flight.answered(self._out, now_s)
-        if not self._suspicions and isinstance(self.phase, Probing):
+        if self.phase is not OPEN and not self._suspicions and isinstance(self.phase, Probing):
             self._coolings = 0
             self._enter(OPEN)
 

@@ -21,7 +21,7 @@ from batchrun.limits.probe_turns import Breaker, InDoubt, ProbeTurns
 from batchrun.limits.rate_headers import read_limit
 from batchrun.limits.rates import RateLimits, Rates
 from batchrun.limits.refusals import NOTHING, Finding, Refusals
-from batchrun.records import Verdict
+from batchrun.records import OK, Verdict
 from batchrun.run_summary import InForce
 
 BUDGET = Binding(Limit.BUDGET)
@@ -53,11 +53,11 @@ class Flight(msgspec.Struct):
     others: int
     requests_before: float
     tokens_before: float
+    lease: Lease | None
     drained: bool = False
     """The response's headers show a bucket without room for this attempt."""
     observed: bool = False
     settled: bool = False
-    lease: Lease | None = None
 
 
 class Shared:
@@ -233,7 +233,7 @@ class Gate:
         if tokens is not None:
             self._rates.correct(flight.demand, tokens, output_tokens)
             self._refusals.correct(tokens - flight.demand.tokens)
-            if self._rates.limit_tokens:
+            if self._queue.blocker is not NO_SLOT and self._rates.limit_tokens:
                 self._shared.wake()
 
     def read_headers(self, slot: int, headers: Mapping[str, str]) -> None:
@@ -319,7 +319,7 @@ class Gate:
         """Updates rates and requests in flight. A refused attempt used nothing, so it is given back to the buckets,
         unless the rate was itself learned from refusals: then it would be sent and refused again at once.
         """
-        if outcome.verdict is Verdict.OK:
+        if outcome.verdict is OK:
             in_flight = self._circuit.in_flight
             free = self._requests.learned is None and in_flight.crowding.cap is None
             latency_s, allowed = now_s - flight.sent_s, in_flight.allowed
@@ -358,19 +358,13 @@ class Gate:
         Raises as `admit` does.
         """
         circuit, now_s = self._circuit, self._loop.time()
-        if circuit.phase is not OPEN:
-            if not probes and circuit.in_doubt:
-                raise InDoubt
-            if circuit.stop is not None:
-                raise GateClosed(circuit.stop)
-        was_open = circuit.phase is OPEN
-        if (blocker := circuit.binding(now_s)) is not None:
+        blocker = circuit.binding(now_s) if circuit.phase is OPEN else self._blocked_by_circuit(probes, now_s)
+        if blocker is not None:
             return blocker
-        if not was_open and circuit.phase is OPEN:
-            self._refusals.reopened(now_s)  # after a pause all are sent at once, at a lower rate
-        if not self._free or self.in_flight >= circuit.in_flight.most:
+        if len(self._free) <= self._slots - circuit.in_flight.most:  # all, or all but those beyond a lower limit
             return NO_SLOT
-        demand = self._widened(demand)
+        if self._overruns is not None:
+            demand = self._overruns.widened(demand)  # an answer may have shown an overrun while the attempt waited
         if self.budget.is_kept and (blocker := self._blocked_by_budget(demand)) is not None:
             return blocker
         self._refusals.rise(now_s)
@@ -378,9 +372,20 @@ class Gate:
             return blocker
         return self._take(demand, now_s)
 
-    def _widened(self, demand: Demand) -> Demand:
-        """With the upper bounds known now: an answer may have shown an overrun while the attempt waited."""
-        return demand if self._overruns is None else self._overruns.widened(demand)
+    def _blocked_by_circuit(self, probes: bool, now_s: float) -> Binding | None:
+        """What an endpoint in trouble blocks the attempt by, which may end a pause.
+
+        Raises as `admit` does.
+        """
+        circuit = self._circuit
+        if not probes and circuit.in_doubt:
+            raise InDoubt
+        if circuit.stop is not None:
+            raise GateClosed(circuit.stop)
+        blocker = circuit.binding(now_s)
+        if blocker is None and circuit.phase is OPEN:
+            self._refusals.reopened(now_s)  # after a pause all are sent at once, at a lower rate
+        return blocker
 
     def _blocked_by_budget(self, demand: Demand) -> Binding | None:
         if not self.budget.fits(demand):
@@ -400,13 +405,12 @@ class Gate:
         return BUDGET  # the first answer of this model will show whether its bounds hold
 
     def _take(self, demand: Demand, now_s: float) -> int:
-        sent = self._requests.taken, self._tokens.taken
-        self._rates.take(demand, now_s)
         lease = self.budget.reserve(demand) if self.budget.is_kept else None
-        slot = self._free.pop()
-        others = self._refusals.out
+        slot, order = self._free.pop(), self._circuit.admit(now_s)
+        sent = self._requests.taken, self._tokens.taken
+        self._flights[slot] = Flight(demand, order, now_s, self._refusals.out, sent[0], sent[1], lease)
+        self._rates.take(demand, now_s)
         self._refusals.sent(now_s, demand.tokens)
-        self._flights[slot] = Flight(demand, self._circuit.admit(now_s), now_s, others, *sent, lease=lease)
         return slot
 
     def _give_back(self, slot: int) -> None:

@@ -39,7 +39,16 @@ class Receiver:
                 exchange.stream = Stream(self.credentials.cleaner())
                 error = await self._receive_stream(content, exchange, exchange.stream, unpacker)
             else:
-                error = await self._receive_whole(content, exchange, unpacker)
+                size, error = 0, None
+                while error is None and not content.at_eof():
+                    piece = _rest(content) if content.is_eof() else await _next(content)
+                    if unpacker is None and not size and encoding.is_gzip(piece):
+                        unpacker = encoding.Unpacker("")
+                    if unpacker is not None:
+                        piece = unpacker.unpack(piece, self._max_bytes - size + 1)
+                    size += len(piece)
+                    exchange.received.append(piece)
+                    error = self._too_large() if size > self._max_bytes else None
         except encoding.EncodingError as raised:
             if exchange.http_status is not None and exchange.http_status >= 300:
                 return None  # the status alone decides
@@ -47,22 +56,6 @@ class Receiver:
         if error is None and exchange.overdue is not None and not _is_delimited(exchange):
             return _timeout(exchange.overdue)  # the body ends with its connection, which we ended
         return error
-
-    async def _receive_whole(
-        self, content: StreamReader, exchange: Exchange, unpacker: encoding.Unpacker | None
-    ) -> APIConnectionError | None:
-        size = 0
-        while not content.at_eof():
-            piece = _rest(content) if content.is_eof() else await _next(content)
-            if unpacker is None and not size and encoding.is_gzip(piece):
-                unpacker = encoding.Unpacker("")
-            if unpacker is not None:
-                piece = unpacker.unpack(piece, self._max_bytes - size + 1)
-            size += len(piece)
-            if size > self._max_bytes:
-                return self._too_large()
-            exchange.received.append(piece)
-        return None
 
     async def _receive_stream(
         self, content: StreamReader, exchange: Exchange, stream: Stream, unpacker: encoding.Unpacker | None

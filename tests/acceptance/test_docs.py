@@ -21,7 +21,7 @@ from batchrun.job.job import all_settings
 from batchrun.job.load import from_tables, load
 from batchrun.job.settings import Retry
 from batchrun.limits.admission import Limit
-from batchrun.policy import FAULT_VERDICTS, STATUS_VERDICTS, judge
+from batchrun.policy import BY_STATUS, FAULT_VERDICTS, judge
 from batchrun.records import Attempt, PossiblyBilled, Status, Verdict
 from batchrun.report.bill import KEYS
 from batchrun.report.figures import FIGURES
@@ -31,7 +31,7 @@ from batchrun.run_summary import Summary, TotalsLine
 from batchrun.simulator import SimulatorConfig, parse_faults
 from batchrun.source import find_files, open_source
 from batchrun.startup.input_check import survey
-from batchrun.store.checkpoint import SPILL
+from batchrun.store.commits import SPILL
 from batchrun.store.rundir import RunDirectory
 from batchrun.tables.rows import OWN_COLUMNS, USAGE_COLUMNS
 from batchrun.telemetry.metrics import METRICS
@@ -206,7 +206,7 @@ def test_the_table_of_statuses_is_the_policys_own() -> None:
         for status in map(int, statuses.split(",")):
             assert status not in stated
             stated[status] = (bare(verdict), bare(kind))
-    assert {status: verdict for status, (verdict, _) in stated.items()} == STATUS_VERDICTS
+    assert stated == BY_STATUS
     body = b'{"error": {"message": "no"}}'
     for status, (verdict, kind) in stated.items():
         judgement = judge(Attempt(0.0, 0.0, status, {}, body), read(body), Retry())

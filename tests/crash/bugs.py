@@ -41,7 +41,7 @@ _SLOT_FREED_EARLY = Bug(
 
 _COMMIT_DROPPED = Bug(
     "the commit is dropped",
-    "batchrun.store.checkpoint",
+    "batchrun.store.ledger",
     (("        self._database.transaction(write)\n", ""),),
     "rows are missing from the checkpoint",
 )

@@ -69,50 +69,6 @@ def own(settled: Completion, settings: Output = DEFAULT) -> dict[str, Any]:
 # ── the schema ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_our_columns_are_always_the_documented_ones() -> None:
-    utc, text = "timestamp[us, tz=UTC]", "string"
-    assert {field.name: str(field.type) for field in OWN_COLUMNS} == {
-        "row": "int64",
-        "status": text,
-        "content": "large_string",
-        "refusal": "large_string",
-        "parsed": "large_string",
-        "function_call": "struct<name: string, arguments: large_string>",
-        "tool_calls": "large_string",
-        "finish_reason": text,
-        "choices": "list<element: struct<index: int32, content: large_string, finish_reason: string>>",
-        "model": text,
-        "requested_model": text,
-        "service_tier": text,
-        "completion_id": text,
-        "request_id": text,
-        "created": utc,
-        "finished_at": utc,
-        "prompt_tokens": "int64",
-        "cached_tokens": "int64",
-        "cache_write_tokens": "int64",
-        "completion_tokens": "int64",
-        "reasoning_tokens": "int64",
-        "total_tokens": "int64",
-        "cost_usd": "decimal128(20, 12)",
-        "reported_cost_usd": "decimal128(20, 12)",
-        "answer_cost_usd": "decimal128(20, 12)",
-        "attempts": "int32",
-        "set_aside": "list<element: struct<attempt: int32, kind: string, message: string, content: large_string>>",
-        "latency_s": "double",
-        "time_to_first_token_s": "double",
-        "error": "struct<kind: string, http_status: int32, code: string, message: string>",
-        "request_key": "fixed_size_binary[16]",
-        "reused": "bool",
-        "reused_from": text,
-        "reused_cost_usd": "decimal128(20, 12)",
-        "duplicate_of": "int64",
-        "variant": "int32",
-        "invocation": "int32",
-        "raw": "large_binary",
-    }
-
-
 def test_the_input_columns_come_first_as_they_are() -> None:
     schema = output_schema(INPUT, Output())
     assert schema == pa.schema([*INPUT, *OWN_COLUMNS])
