@@ -198,6 +198,7 @@ def _by_chance(share: float) -> float:
     return 1.0 if share <= USUAL_SHARE else math.log(USUAL_SHARE) / math.log(min(share, 0.999))
 
 
+# rows that were refused together must not come back together, however short the wait
 LEAST_JITTER_S = 0.1
 RETRY_AFTER_JITTER = 0.25
 

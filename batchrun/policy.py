@@ -196,7 +196,7 @@ def judge(attempt: Attempt, answer: Answer, retry: Retry, *, tier_may_be_full: b
         if answer.error_message is None:
             error = RowError("unreadable", status, None, _why_unreadable(attempt))
             return Judgement(Verdict.MAYBE, error, in_doubt=True)
-        status = _embedded_status(answer)
+        status = answer.error_status or 200  # some gateways put an error of theirs into a 2xx
     if tier_may_be_full and (refusal := _by_capacity(status, attempt, answer)) is not None:
         return refusal
     return _judge_status(status, attempt, answer, retry)
@@ -266,11 +266,6 @@ def _should_retry(header: str | None, verdict: Verdict) -> Verdict:
     if header == "false" and verdict in (Verdict.FREE, Verdict.MAYBE):
         return Verdict.ROW
     return verdict
-
-
-def _embedded_status(answer: Answer) -> int:
-    """The status in the error object of a 2xx answer, which some gateways send; 200 if there is none."""
-    return answer.error_status or 200
 
 
 def _excerpt(body: bytes) -> str:

@@ -345,7 +345,9 @@ def _plan(
 ) -> Plan:
     types = None if manifest.types is None else ColumnTypes.from_json(manifest.types)
     tables = {
-        model: known.get(model) if known.get(model) and model not in job.pricing else _price(model, job, today)
+        model: known.get(model)
+        if known.get(model) and model not in job.pricing
+        else lookup.resolve_for_all(model, job.pricing, today, [each.url for each in job.endpoints])
         for model in (*manifest.models, *(way.request.model for way in ways[1:] if way.request.model is not None))
     }
     preconditions.require_budget(job, manifest.max_request, tables)
@@ -362,10 +364,6 @@ def _plan(
         manifest.answer_column,
         tables,
     )
-
-
-def _price(model: str, job: Job, today: str) -> PriceTable | None:
-    return lookup.resolve_for_all(model, job.pricing, today, [each.url for each in job.endpoints])
 
 
 def _encode(value: object) -> str:
