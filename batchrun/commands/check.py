@@ -67,8 +67,8 @@ def check(
 
 
 def _try_places(job: "Job", directory: "RunDirectory") -> None:
-    """Something small was written to each place where a run puts its result, and removed again. (A start claims its place
-    in a store, makes its directory, and tries a dataset before it sends.)
+    """Something small was written to each place where a run puts its result, and removed again. (A start claims its
+    place in a store, makes its directory, and tries a dataset before it sends.)
 
     Raises:
         BatchrunError: a place can't be written, or another run has its result there.
