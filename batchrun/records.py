@@ -84,7 +84,7 @@ def _named_day(day: int) -> str:
 DAY_S = 86_400
 
 
-class Usage(msgspec.Struct, frozen=True, gc=False):
+class Usage(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """Tokens of one answer. cached and written ⊂ prompt, for an hour ⊂ written; None where the server did not say.
 
     Reasoning is a part of the completion at most vendors, and beside it at some: then the total holds it.

@@ -152,7 +152,7 @@ def the_answer() -> Iterator[tuple[str, float]]:
 def durable(folder: Path) -> Iterator[tuple[str, float]]:
     """What durability costs in this process, in commits of 32 rows."""
     settled = [completion(row) for row in range(BATCH_ROWS)]
-    records = [db_tables.completion_record(each) for each in settled]
+    records = [db_tables.completion_record(each, 1) for each in settled]
     slots = InFlightFile(folder / "inflight.bin", 64)
 
     def take_and_clear() -> None:
@@ -175,7 +175,7 @@ def durable(folder: Path) -> Iterator[tuple[str, float]]:
     slots.close()
     yield (
         "commit: one blob a row, encoded",
-        best_us(lambda: [db_tables.completion_record(each) for each in settled], BATCH_ROWS),
+        best_us(lambda: [db_tables.completion_record(each, 1) for each in settled], BATCH_ROWS),
     )
     yield (
         "commit: totals",

@@ -30,6 +30,7 @@ def check(
     """Check everything that a run would refuse: job, destination, every record and its request. Sends nothing."""
     from batchrun import preflight
     from batchrun.commands.job_input import read_input, read_job, require_budget
+    from batchrun.destination import place as destinations
     from batchrun.report.wording import plural
     from batchrun.request.shared_prefix import SharedTextSurvey
     from batchrun.startup import cache_check, carry, input_pass
@@ -39,7 +40,7 @@ def check(
     loaded, own_part = shards.part_of(loaded, shard, note)
     directory, loaded = preflight.place(loaded, date)
     preflight.require_settings(loaded, directory)
-    preflight.try_destination(loaded, directory)
+    destinations.require_usable(loaded, directory)
     measured = SharedTextSurvey()
     source, found, origins = read_input(
         loaded, directory, skip_invalid=skip_invalid, shard=own_part, accepted=measured.add

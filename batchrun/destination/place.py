@@ -27,7 +27,7 @@ from batchrun.storage.claim import Claim, Writer, this_process
 from batchrun.storage.folder import RemoteFolder
 from batchrun.storage.publish import Published, RunRecord
 from batchrun.storage.urls import Url
-from batchrun.store import result, rundir
+from batchrun.store import result, rundir, shared_dataset
 from batchrun.store.checkpoint import read_finished
 from batchrun.store.chunks import Mirror
 from batchrun.store.manifest import Manifest
@@ -67,6 +67,25 @@ def run(
                     note(found)
         summary = work(mirror)
         return _published(job, directory, folder, summary, claim, mine, note) if summary.complete else summary
+
+
+def require_usable(job: Job, directory: RunDirectory) -> None:
+    """Returns if something small could be written to each place where a run puts its result, and was removed again, and
+    no other run has its result there. For `check`: a start claims its place, makes its directory and tries a dataset.
+
+    Raises:
+        RunLockedError: another run has its result there.
+        BatchrunError: a place can't be written.
+    """
+    directory.try_out()
+    shared_dataset.try_out(job.output, job.storage)
+    if (url := rundir.published_at(job.output, directory.path)) is None:
+        return
+    folder = RemoteFolder(url, job.storage)
+    folder.try_out()
+    record = publish.record_of(folder)
+    if record is None or not _answers(record, job):
+        publish.require_ours(folder, _run_id(directory))
 
 
 def taken(job: Job) -> Callable[[Path], bool]:
@@ -138,17 +157,20 @@ def _complete_there(job: Job, directory: RunDirectory, folder: RemoteFolder, min
     record, run_id = publish.record_of(folder), _run_id(directory)
     if record is None or record.writer == mine.writer or publish.standing(folder) is None:
         return None
-    if run_id is not None and run_id != record.run_id:
-        return None
-    if record.fingerprint != job.fingerprint() or job.input.path in (None, "-"):
-        return None
-    files = find_files(job.input.path or "", job.input.partitions, job.storage)
-    if tuple(map(digest, files)) != record.digests:
+    if (run_id is not None and run_id != record.run_id) or not _answers(record, job):
         return None
     try:
         return msgspec.json.decode(folder.read(publish.SUMMARY) or b"", type=Summary)
     except msgspec.DecodeError:
         return None
+
+
+def _answers(record: RunRecord, job: Job) -> bool:
+    """Whether the result is that of the job and its input, as both are now."""
+    if record.fingerprint != job.fingerprint() or job.input.path in (None, "-"):
+        return False
+    files = find_files(job.input.path or "", job.input.partitions, job.storage)
+    return tuple(map(digest, files)) == record.digests
 
 
 def _published(
