@@ -32,10 +32,10 @@ from batchrun.durable import replace_bytes
 from batchrun.errors import BatchrunError, CheckpointError, ExitCode, InputError, JobError
 from batchrun.job.job import Job
 from batchrun.limits.admission import Stop
-from batchrun.policy import failing
 from batchrun.records import Notice
 from batchrun.report.summary import failures, files, read
 from batchrun.report.wording import are, plural
+from batchrun.row_status import failing
 from batchrun.run_summary import Summary
 from batchrun.startup import adopt, input_pass, retry, shard
 from batchrun.startup import resume as planning

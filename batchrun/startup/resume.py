@@ -13,9 +13,9 @@ import pyarrow as pa
 from batchrun.errors import ANOTHER, CheckpointError, JobError
 from batchrun.job.job import Job
 from batchrun.limits import daily
-from batchrun.policy import failing
 from batchrun.price_list import lookup
 from batchrun.prices import PriceTable
+from batchrun.row_status import failing
 from batchrun.source import Source, fingerprint, open_source
 from batchrun.startup import adopt, input_pass, preconditions, previous_run, stdin_copy, unsent_rows
 from batchrun.startup import shard as shards
