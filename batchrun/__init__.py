@@ -19,14 +19,15 @@ if TYPE_CHECKING:
         RunStoppedError,
     )
     from batchrun.job.answer_schema import schema_of
-    from batchrun.job.job import (
+    from batchrun.job.job import Job
+    from batchrun.job.load import load as load_job
+    from batchrun.job.settings import (
         Budget,
         Endpoint,
         Finish,
         Function,
         FunctionName,
         Input,
-        Job,
         Limits,
         MessageTemplate,
         Output,
@@ -36,10 +37,10 @@ if TYPE_CHECKING:
         Retry,
         Simulator,
     )
-    from batchrun.job.load import load as load_job
-    from batchrun.records import Choice, FunctionCall, RowError, Status, Summary, TotalsLine
+    from batchrun.records import Choice, FunctionCall, RowError, Status
+    from batchrun.run_summary import Summary, TotalsLine
     from batchrun.runner import Runner
-    from batchrun.startup.resume import ChangedError
+    from batchrun.startup.adopt import ChangedError
     from batchrun.tables.completions import Completion
 
 __version__ = "0.1.0"
@@ -89,10 +90,12 @@ if not TYPE_CHECKING:  # a type checker would take it that every name is there
     _ERRORS = ("BatchrunError", "CheckpointError", "DiskError", "ExitCode", "InputError", "JobError", "RunLockedError")
     _HOMES = {
         **dict.fromkeys((*_ERRORS, "RunStoppedError"), "errors"),
-        **dict.fromkeys(("Choice", "FunctionCall", "RowError", "Status", "Summary", "TotalsLine"), "records"),
+        **dict.fromkeys(("Choice", "FunctionCall", "RowError", "Status"), "records"),
+        **dict.fromkeys(("Summary", "TotalsLine"), "run_summary"),
         **dict.fromkeys(("Options", "RunIncompleteError", "run"), "api"),
-        "ChangedError": "startup.resume",
+        "ChangedError": "startup.adopt",
         "Completion": "tables.completions",
+        "Job": "job.job",
         "Runner": "runner",
         "load_job": "job.load",
         "schema_of": "job.answer_schema",
@@ -103,7 +106,7 @@ if not TYPE_CHECKING:  # a type checker would take it that every name is there
             raise AttributeError(f"module 'batchrun' has no attribute {name!r}")
         from importlib import import_module
 
-        home = import_module(f"batchrun.{_HOMES.get(name, 'job.job')}")
+        home = import_module(f"batchrun.{_HOMES.get(name, 'job.settings')}")
         value = globals()[name] = getattr(home, "load" if name == "load_job" else name)
         return value
 

@@ -23,8 +23,9 @@ from batchrun.job.load import checked, load
 from batchrun.limits import deadline as deadlines
 from batchrun.limits.deadline import Deadline
 from batchrun.on_end import End
-from batchrun.policy import failing
-from batchrun.records import Notice, Shard, Status, Summary
+from batchrun.records import Notice, Status
+from batchrun.row_status import failing
+from batchrun.run_summary import Shard, Summary
 from batchrun.source import Rows, as_file
 from batchrun.startup import shard as shards
 from batchrun.startup.run_options import RunOptions
@@ -106,7 +107,8 @@ def begin(job: Job | str | Path, rows: Rows | None, options: Options, host: Host
     if unknown := sorted(options.keys() - Options.__annotations__.keys()):
         raise TypeError(f"unknown option {unknown[0]}; expected some of {', '.join(Options.__annotations__)}")
     note = options.get("note", _LOG.info)
-    deadline = _deadline(options.get("deadline"))
+    text = options.get("deadline")
+    deadline = None if text is None else deadlines.read(text, datetime.now().astimezone(), time.monotonic())
     wanted, shard = shards.part_of(_job(job, rows, options), options.get("shard"), note)
     wanted, directory, command = _placed(wanted, options, note)
     began_at = datetime.now(UTC)
@@ -219,11 +221,6 @@ def _job(job: Job | str | Path, rows: Rows | None, options: Options) -> Job:
     return job
 
 
-def _deadline(text: str | None) -> Deadline | None:
-    """The deadline, counted from now."""
-    return None if text is None else deadlines.read(text, datetime.now().astimezone(), time.monotonic())
-
-
 def _place(job: Job, options: Options, note: Callable[[str], None]) -> tuple[RunDirectory, str]:
     """The run's directory, and its logical date."""
     now = datetime.now().astimezone()
@@ -289,18 +286,18 @@ def _loop_runs() -> bool:
 def _runtime(job: Job, environ: Mapping[str, str], note: Callable[[str], None]) -> Iterator[Runtime]:
     """The event loop, and the engine that the job wants."""
     if job.engine.name == "local":
-        yield Runtime(_loop_factory())
+        yield Runtime(_new_event_loop)
         return
     from batchrun.ray_engine.cluster import opened  # only if the job wants it: it loads much
 
     with opened(job, environ, note) as open_transports:
-        yield Runtime(_loop_factory(), open_transports)
+        yield Runtime(_new_event_loop, open_transports)
 
 
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+def _new_event_loop() -> asyncio.AbstractEventLoop:
     """uvloop's event loop, if it is installed: half the CPU per request."""
     try:
-        import uvloop
+        from uvloop import new_event_loop
     except ImportError:
-        return None
-    return uvloop.new_event_loop
+        return asyncio.new_event_loop()
+    return new_event_loop()

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,13 +27,18 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 def next_step(error: OSError) -> str:
     """What the user can do about an error of the disk, or about too many open files."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if is_full(error):
         return "make room and run the same command again"
     if error.errno == errno.EMFILE:
         return "raise the limit with ulimit -n and run the same command again"
     if error.errno == errno.ENFILE:
         return "the whole machine has too many files open; run the same command again when it has fewer"
     return "repair the disk or choose another directory with -o, then run again"
+
+
+def is_full(error: OSError) -> bool:
+    """Whether the disk has no room, or the user none left on it."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def lacking(error: BaseException) -> str | None:
@@ -128,6 +134,24 @@ def link(file: Path, to: Path) -> None:
             shutil.copyfile(file, temporary)
 
         replace(to, copy)
+
+
+TRIAL_BYTES = 1 << 20
+
+
+def try_out(folder: Path) -> None:
+    """A small file could be written in the folder, or where it will be made, and was removed again.
+
+    Raises:
+        OSError: it could not.
+    """
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    with tempfile.NamedTemporaryFile(dir=there, prefix=".batchrun-", suffix=TEMP_SUFFIX) as file:
+        file.write(bytes(TRIAL_BYTES))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def replace_bytes(path: Path, content: bytes) -> None:

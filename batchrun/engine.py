@@ -17,7 +17,6 @@ import functools
 import os
 import socket
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -33,11 +32,12 @@ from batchrun.durable import replace_bytes
 from batchrun.errors import BatchrunError, CheckpointError, ExitCode, InputError, JobError
 from batchrun.job.job import Job
 from batchrun.limits.admission import Stop
-from batchrun.policy import failing
-from batchrun.records import Notice, Summary
+from batchrun.records import Notice
 from batchrun.report.summary import failures, files, read
 from batchrun.report.wording import are, plural
-from batchrun.startup import input_pass, retry, shard
+from batchrun.row_status import failing
+from batchrun.run_summary import Summary
+from batchrun.startup import adopt, input_pass, retry, shard
 from batchrun.startup import resume as planning
 from batchrun.startup.resume import Plan
 from batchrun.startup.run_options import RunOptions
@@ -131,7 +131,7 @@ def _finished(job: Job, directory: RunDirectory, options: RunOptions) -> Summary
     planning.require_same_shape(job, known)
     retrying = options.retry is not None
     _, _, changed_settings = variants.place(job, variants.decode(entries), known.variant, retrying=retrying)
-    changed_input = planning.changed_input(input_pass.input_files(job, directory, options), directory, known)
+    changed_input = adopt.changed_input(input_pass.input_files(job, directory, options), directory, known)
     wanted_rows = known.rows if options.limit is None else min(options.limit, known.rows)
     to_retry = any(summary.by_status.get(status) for status in options.retry or ())
     if changed_settings or changed_input is not None or to_retry or wanted_rows > summary.rows_in_output:
@@ -187,6 +187,8 @@ def _check(
 ) -> Store:
     """The store with the plan of this start. Sends nothing; requests that a dead process left are recorded as lost."""
     lost = at_rest.record_lost(directory.inflight, checkpoint)
+    if options.shard is None:  # `merge` publishes those of shards, maybe elsewhere
+        shared_dataset.try_out(job.output, job.storage)
     plan = planning.make(job, directory, checkpoint, options, status.started_at)
     directory.reserve_room()
     if result.FINISHED in checkpoint.manifest_entries() and checkpoint.totals.settled() < plan.rows:
@@ -366,9 +368,9 @@ def _finish(job: Job, store: Store, status: RunStatus) -> Summary:
             plan.manifest, plan.schema, store.checkpoint, store.chunks, store.directory, status.summary()
         )
         if job.output.dataset is not None and not plan.manifest.is_sharded:  # `merge` publishes the shards together
-            dataset = Path(job.output.dataset)
-            partitions = shared_dataset.publish(written, store.directory, dataset, plan.manifest.run_id)
-            status.log.write("partitions published", dataset=str(dataset), partitions=partitions)
+            dataset, run_id = job.output.dataset, plan.manifest.run_id
+            partitions = shared_dataset.publish(written, store.directory, dataset, run_id, job.storage)
+            status.log.write("partitions published", dataset=dataset, partitions=partitions)
         return status.end("complete", _exit_code(job, status.summary()), None)
 
 

@@ -16,7 +16,8 @@ from batchrun import signals
 from batchrun.dispatch.runlog import RunLog
 from batchrun.errors import RunStoppedError
 from batchrun.job.job import Job
-from batchrun.records import Notice, Summary
+from batchrun.records import Notice
+from batchrun.run_summary import Summary
 from batchrun.store.rundir import RunDirectory
 
 TERM_S = 2.0

@@ -3,16 +3,18 @@
 Money is exact: `Decimal`, per attempt, then added, because tiers apply per request. An unknown price is None, never 0.
 """
 
+import math
 import re
 from decimal import Decimal
 
 import msgspec
 
-from batchrun.job.job import Price as Override
-from batchrun.job.job import TierPrice
+from batchrun.job.settings import Price as Override
+from batchrun.job.settings import TierPrice
 from batchrun.records import Usage
 
 PER_TOKEN = Decimal(1_000_000)
+PICO_DIGITS = 12
 PICO = Decimal("1e-12")  # the scale of decimal128(20, 12); prices per million with six decimals stay exact
 
 DAY_S = 86_400
@@ -112,16 +114,15 @@ def cost(
     """
     if usage is None or table is None or (tiers := _tiers_for(table, service_tier, at_s)) is None:
         return None
-    tier = _tier(tiers, usage.prompt_tokens)
-    cached = min(usage.cached_tokens or 0, usage.prompt_tokens)
-    micro = (
-        (usage.prompt_tokens - cached) * tier.input
-        + cached * tier.cached_input
-        + usage.billed_output_tokens * tier.output
-    )
+    tier = tiers[0] if len(tiers) == 1 else _tier(tiers, usage.prompt_tokens)
+    cached = min(usage.cached_tokens, usage.prompt_tokens) if usage.cached_tokens else 0
+    micro = (usage.prompt_tokens - cached) * tier.input + usage.billed_output_tokens * tier.output
+    if cached:
+        micro += cached * tier.cached_input
     if usage.cache_write_tokens:
         micro += _surcharge(tier, usage, usage.prompt_tokens - cached)
-    return (micro / PER_TOKEN + table.per_request).quantize(PICO)
+    usd = micro / PER_TOKEN
+    return (usd + table.per_request if table.per_request else usd).quantize(PICO)
 
 
 def _surcharge(tier: Tier, usage: Usage, uncached: int) -> Decimal:
@@ -145,27 +146,35 @@ def upper_bound(
 
 
 class Dearest(msgspec.Struct, frozen=True):
-    """The most that tokens of a request can cost, in USD per million, and the fee of a request."""
+    """The most that tokens of a request can cost, in USD per million, and the fee of a request in USD. `pico` has the
+    same per token and request as whole 10⁻¹² USD, rounded up: every attempt is bounded, and integers are fast.
+    """
 
     prompt: Decimal
     output: Decimal
     per_request: Decimal
+    pico: tuple[int, int, int]
 
     def bound(self, max_prompt_tokens: int, max_output_tokens: int) -> Decimal:
         """USD: the most that one attempt of this size can cost."""
-        micro = max_prompt_tokens * self.prompt + max_output_tokens * self.output
-        return (micro / PER_TOKEN + self.per_request).quantize(PICO)
+        prompt, output, request = self.pico
+        return Decimal(max_prompt_tokens * prompt + max_output_tokens * output + request).scaleb(-PICO_DIGITS)
 
 
 def dearest(table: PriceTable, *asked_tiers: str | None) -> Dearest:
     """The dearest hour and service tier that any of `asked_tiers` allows; none of them: that None allows."""
     every = [tier for asked in asked_tiers or (None,) for tiers in _allowed(table, asked) for tier in tiers]
-    return Dearest(max(tier.dearest_input() for tier in every), max(tier.output for tier in every), table.per_request)
+    prompt, output = max(tier.dearest_input() for tier in every), max(tier.output for tier in every)
+    usd_each = prompt / PER_TOKEN, output / PER_TOKEN, table.per_request
+    in_tokens, out_tokens, request = (math.ceil(usd.scaleb(PICO_DIGITS)) for usd in usd_each)
+    return Dearest(prompt, output, table.per_request, (in_tokens, out_tokens, request))
 
 
 def asked_tier(table: PriceTable | None, body: bytes) -> str | None:
     """The service tier that an encoded body names; None: it names none, or it is uncertain."""
     if table is None or not table.services:
+        return None
+    if body.find(b'"service_tier"') < 0:
         return None
     found = _TIER_ASKED_FOR.findall(body)
     return found[0].strip(b'"').decode("utf-8", "replace") if len(found) == 1 else None

@@ -17,7 +17,7 @@ from batchrun.dispatch.hooks import Host
 from batchrun.dispatch.result_queue import ResultQueue
 from batchrun.errors import RunStoppedError
 from batchrun.job.job import Job
-from batchrun.records import Summary
+from batchrun.run_summary import Summary
 from batchrun.signals import StopRequest
 from batchrun.source import Rows
 from batchrun.tables.completions import Completion

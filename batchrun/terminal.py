@@ -10,7 +10,7 @@ from batchrun import streams
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from batchrun.records import Summary
+    from batchrun.run_summary import Summary
     from batchrun.telemetry.log_lines import LogLines
 
 LOG_FORMAT = "--log-format"
@@ -52,6 +52,9 @@ def note(line: str) -> None:
         write_json(_Format.json.note(line, _now()))
         return
     with streams.for_people():
+        if "tqdm" not in sys.modules:  # no bar is shown
+            print(harmless(line), file=sys.stderr)
+            return
         from tqdm import tqdm
 
         tqdm.write(harmless(line), file=sys.stderr)

@@ -47,7 +47,7 @@ async def serve(size: int) -> None:
 
 async def read(port: int, streams: int) -> dict[str, float]:
     from batchrun.credentials import Credentials
-    from batchrun.job.job import Endpoint
+    from batchrun.job.settings import Endpoint
     from batchrun.response import answer
     from batchrun.transport.transport import choose, opened
 

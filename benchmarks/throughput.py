@@ -40,12 +40,13 @@ path = "{out}"
 """
 
 BARE = """
-import asyncio, resource, sys, time, aiohttp, msgspec
+import asyncio, resource, ssl, sys, time, aiohttp, msgspec
 url, rows, in_flight = sys.argv[1] + "/chat/completions", int(sys.argv[2]), int(sys.argv[3])
 body = msgspec.json.encode({"model": "m", "messages": [{"role": "user", "content": "word " * 30}]})
 async def main():
     left = iter(range(rows))
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+    tls = ssl.create_default_context(cafile=sys.argv[4]) if url.startswith("https:") else True
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, ssl=tls)) as session:
         async def work():
             for _ in left:
                 async with session.post(url, data=body, headers={"Content-Type": "application/json"}) as response:
@@ -113,9 +114,10 @@ def whole_run(url: str, rows: int, in_flight: int, folder: Path, prelude: str = 
 
 
 @contextmanager
-def fixed_answer_server() -> Iterator[str]:
-    """The base URL of a fixed-answer server, until the block ends."""
-    server = subprocess.Popen([sys.executable, str(HERE / "fixed_answer.py")], stdout=subprocess.PIPE, text=True)
+def fixed_answer_server(certificate: Path | None = None) -> Iterator[str]:
+    """The base URL of a fixed-answer server, until the block ends; over TLS with certificate and key in one file."""
+    command = [sys.executable, str(HERE / "fixed_answer.py"), *([str(certificate)] if certificate else [])]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
         yield server.stdout.readline().strip()

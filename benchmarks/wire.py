@@ -60,7 +60,7 @@ async def ours(
 ) -> None:
     """One of batchrun's wires, with its whole contract."""
     from batchrun.credentials import Credentials
-    from batchrun.job.job import Endpoint
+    from batchrun.job.settings import Endpoint
     from batchrun.transport.transport import Choice, opened
 
     credentials = Credentials({"Authorization": f"Bearer {KEY}"}, frozenset({KEY}))

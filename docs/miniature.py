@@ -15,15 +15,17 @@ import sys
 from pathlib import Path
 
 from batchrun.credentials import Credentials
-from batchrun.job.job import Endpoint, Job, Limits, RequestTemplate
+from batchrun.job.job import Job
+from batchrun.job.settings import Endpoint, Limits, RequestTemplate
 from batchrun.limits.admission import Demand, Outcome
 from batchrun.limits.circuit import Circuit
 from batchrun.limits.gate import Gate
 from batchrun.limits.in_flight import InFlight
-from batchrun.policy import judge, settlement
+from batchrun.policy import judge
 from batchrun.records import Answer, Attempt, Completion, Request, Row, RowError, Status, Verdict
 from batchrun.request.builder import RequestBuilder
 from batchrun.response.answer import read
+from batchrun.row_status import settlement
 from batchrun.source import find_files, open_source
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.tables.files import write_part

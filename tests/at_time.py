@@ -1,4 +1,4 @@
-"""`batchrun` at another time: the clock on the wall stands where a test says when the process starts, and goes on.
+"""`batchrun` at another time: its wall clock starts at the time that the test sets, and runs from there.
 
 The days and months in which money is spent go by that clock. Waits, limits and deadlines don't: theirs never jumps.
 """

@@ -18,7 +18,7 @@ TURN_S = 0.002
 
 
 class _HastySelector(selectors.DefaultSelector):
-    """Sleeps for its part of the time that it is told, and keeps the loop's clock."""
+    """Sleeps for its share of the requested time, and keeps the loop's clock."""
 
     def __init__(self, speed: float) -> None:
         super().__init__()

@@ -4,7 +4,7 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 
-from batchrun.records import TotalsLine
+from batchrun.run_summary import TotalsLine
 from tests.result_files import MODEL, row, write_result
 
 PRICES = {MODEL: (Decimal("1.25"), Decimal(10)), "vtrix-mini": (Decimal("0.25"), Decimal(2))}

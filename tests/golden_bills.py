@@ -12,9 +12,9 @@ from typing import Any
 import msgspec
 
 from batchrun.dispatch.attempt_result import cost_of, reported
-from batchrun.job.job import Retry
+from batchrun.job.settings import Retry
 from batchrun.policy import judge
-from batchrun.price_list import resolve
+from batchrun.price_list.lookup import resolve
 from batchrun.records import Attempt
 from batchrun.response.answer import read
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
-from batchrun.job import job
+from batchrun.job import settings
 from batchrun.limits.admission import Demand, Found, Limit, Outcome
 from batchrun.limits.circuit import Circuit
 from batchrun.limits.gate import Gate
@@ -40,7 +40,7 @@ class Server:
     def __init__(self, rpm: int | None = None, tpm: int | None = None, *, headers: bool = True, seed: int = 1) -> None:
         self._rng = random.Random(seed)
         self._headers = headers
-        self.begun_s = asyncio.get_running_loop().time()
+        self.started_s = asyncio.get_running_loop().time()
         self._broken = False
         self.failing = 0.0
         self.refused_by_chance = frozenset[int]()  # which exchanges, whatever the limits say
@@ -52,10 +52,10 @@ class Server:
         self._limits = Limits(rpm, tpm, headers=self._headers, now_s=_now_s())
 
     def break_down(self, *, broken: bool) -> None:
-        """Everything is answered with 500 from now on, or nothing any more."""
+        """From now on every answer is a 500, or none is."""
         self._broken = broken
 
-    async def ask(self, row: int, tokens: int) -> tuple[int, str, Mapping[str, str]]:
+    async def answer(self, row: int, tokens: int) -> tuple[int, str, Mapping[str, str]]:
         """Status, message and headers of the answer."""
         await asyncio.sleep(NETWORK_S)
         at_s = _now_s()
@@ -76,7 +76,7 @@ class Server:
 
     def accepted(self, since_s: float = 0.0, until_s: float = math.inf) -> list[Exchange]:
         """What was accepted between two moments, in seconds since the start."""
-        since_s, until_s = since_s + self.begun_s, until_s + self.begun_s
+        since_s, until_s = since_s + self.started_s, until_s + self.started_s
         return [e for e in self.exchanges if e.status == 200 and since_s <= e.at_s < until_s]
 
     def refused(self) -> float:
@@ -103,22 +103,22 @@ def new_gate(
     found: Found = Found(),  # noqa: B008  (frozen)
     **limits: Any,
 ) -> Gate:
-    """A gate that tells the run its changes."""
+    """A gate that records its changes in the run."""
 
-    def told(what: Limit, before: float | None, after: float | None, why: str) -> None:
-        run.changes.append((_now_s() - run.server.begun_s, f"{what}: {before} -> {after}: {why}"))
+    def log(what: Limit, before: float | None, after: float | None, why: str) -> None:
+        run.changes.append((_now_s() - run.server.started_s, f"{what}: {before} -> {after}: {why}"))
 
     state = Circuit(
         in_flight=InFlight(max_in_flight, first_in_flight),
         max_outage_s=7_200.0,
         resumed=False,
         uniform=random.Random(7).random,
-        on_change=lambda before, after: run.changes.append((_now_s() - run.server.begun_s, f"{before} -> {after}")),
+        on_change=lambda before, after: run.changes.append((_now_s() - run.server.started_s, f"{before} -> {after}")),
     )
-    return Gate(state, asyncio.get_running_loop(), job.Limits(**limits), found=found, on_pace=told)
+    return Gate(state, asyncio.get_running_loop(), settings.Limits(**limits), found=found, on_pace=log)
 
 
-async def ask_all(
+async def send_all(
     run: Run,
     gate: Gate,
     sizes: Sequence[int],
@@ -127,8 +127,8 @@ async def ask_all(
     learn: Callable[[int, int], None] = lambda row, tokens: None,
     workers: int = 64,
 ) -> None:
-    """Every row is answered; rows that were refused wait for themselves and go again, before new ones."""
-    begun_s = _now_s()
+    """Every row is answered. A refused row waits and is sent again, before new ones."""
+    started_s = _now_s()
     rows = list(enumerate(sizes))[::-1]
     waiting: list[tuple[float, int, int]] = []
 
@@ -139,10 +139,10 @@ async def ask_all(
                 await asyncio.sleep(max(0.0, due_s - _now_s()))
             else:
                 row, tokens = rows.pop()
-            ask = Demand(estimate(row), Decimal(0))
-            slot = await gate.admit(ask)
+            demand = Demand(estimate(row), Decimal(0))
+            slot = await gate.admit(demand)
             run.sent.append(row)
-            status, message, headers = await run.server.ask(row, tokens)
+            status, message, headers = await run.server.answer(row, tokens)
             if status == 200:
                 learn(row, tokens)
                 gate.settle(slot, tokens)
@@ -157,11 +157,11 @@ async def ask_all(
                 rows.insert(0, (row, tokens))
 
     await asyncio.gather(*(worker() for _ in range(workers)))
-    run.took_s = _now_s() - begun_s
+    run.took_s = _now_s() - started_s
 
 
 def outcome(row: int, status: int, message: str, headers: Mapping[str, str]) -> Outcome:
-    """What the policy makes of such an answer."""
+    """The policy's outcome for such an answer."""
     if status == 200:
         return Outcome(row, Verdict.OK)
     error = RowError("refused", status, None, message)
@@ -175,7 +175,7 @@ def ideal_s(rows: int, tokens: int, rpm: int | None, tpm: int | None) -> float:
 
 
 def during(seconds: float, then: Callable[[], None]) -> None:
-    """`then` happens so many seconds from now."""
+    """Calls `then` after this many seconds."""
     asyncio.get_running_loop().call_later(seconds, then)
 
 

@@ -30,15 +30,14 @@ _ORDER_BYTES = 200_000
 _ONE_AT_A_TIME = threading.Lock()
 
 _LOADED = (
-    *(
-        "batchrun.cli",
-        "batchrun.api",
-        "batchrun.simulated",
-        "batchrun.report.bill",
-        "batchrun.startup.estimate",
-        "batchrun.startup.preview",
-    ),
-    *("batchrun.simulator.process", "batchrun.simulator.__main__", "genai_prices", "tqdm", "uvloop"),
+    *("batchrun.cli", "batchrun.api", "batchrun.simulated"),
+    *("batchrun.commands.job_input", "batchrun.dispatch.dispatch"),
+    *("batchrun.report.bill", "batchrun.report.closing", "batchrun.report.formats", "batchrun.report.progress"),
+    *("batchrun.startup.cache_check", "batchrun.startup.estimate", "batchrun.startup.preview"),
+    *("batchrun.integrity.verify", "batchrun.price_list.convert"),
+    *("batchrun.simulator.process", "batchrun.simulator.__main__", "tqdm", "uvloop"),
+    *("jinja2.meta", "jinja2.sandbox", "multiprocessing.synchronize", "pyarrow.compute", "pyarrow.dataset"),
+    *("encodings.idna", "encodings.utf_8_sig", "stringprep"),
     "tests.crash.launcher",
 )
 

@@ -1,7 +1,7 @@
 """Servers that refuse for different reasons, and the real gate before them, on a clock that jumps.
 
-Each server is asked at a moment and says whether it takes the request, how long its answer (or refusal) takes, and the
-Retry-After of a refusal. Rows that are refused wait for themselves and go again, as the backlog has it.
+For each request a server decides whether it accepts it, how long its answer (or refusal) takes, and the Retry-After of
+a refusal. A refused row waits and is sent again, as the backlog does it.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, Protocol
 
-from batchrun.job import job
+from batchrun.job.settings import Limits
 from batchrun.limits.admission import Demand, Found, Outcome
 from batchrun.limits.circuit import Circuit
 from batchrun.limits.gate import Gate
@@ -22,12 +22,12 @@ from batchrun.records import RowError, Verdict
 
 REFUSAL_S = 0.02
 RETRY_S, JITTER_S = 0.3, 0.3
-"""What a row waits that was not told how long, and what is added to each wait."""
+"""How long a row waits after a refusal without Retry-After, and what is added to each wait."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What a server makes of one request. `by_chance`: it refuses, and would have done so at any rate."""
+    """A server's reply to one request. `by_chance`: a refusal that no lower rate would have avoided."""
 
     taken: bool
     takes_s: float
@@ -38,7 +38,7 @@ class Reply:
 class RefusingServer(Protocol):
     """Decides when a request arrives."""
 
-    def ask(self, now_s: float, in_flight: int, rng: random.Random) -> Reply: ...
+    def reply_to(self, now_s: float, in_flight: int, rng: random.Random) -> Reply: ...
 
 
 def spread(latency_s: float, sigma: float, rng: random.Random) -> float:
@@ -62,7 +62,7 @@ class Limited:
     _level: float = field(default=math.inf, init=False)
     _at_s: float = field(default=0.0, init=False)
 
-    def ask(self, now_s: float, in_flight: int, rng: random.Random) -> Reply:
+    def reply_to(self, now_s: float, in_flight: int, rng: random.Random) -> Reply:
         while self.changes and now_s >= self.changes[0][0]:
             (_, name, value), *rest = self.changes
             self.changes = tuple(rest)
@@ -110,7 +110,7 @@ class TokenLimited:
     def refusal(self) -> str:
         return "Rate limit reached for tokens per minute" if self.names_tokens else "refused"
 
-    def ask(self, now_s: float, in_flight: int, rng: random.Random) -> Reply:
+    def reply_to(self, now_s: float, in_flight: int, rng: random.Random) -> Reply:
         full = 2 * self.tokens_per_s
         self._level = min(full, self._level + (now_s - self._at_s) * self.tokens_per_s)
         self._at_s = now_s
@@ -118,7 +118,7 @@ class TokenLimited:
             return Reply(False, REFUSAL_S, self.retry_after_s, by_chance=True)
         if self._level < min(self.size_of_next, full):  # a request larger than the bucket leaves a debt
             return Reply(False, REFUSAL_S, self.retry_after_s)
-        reply = self._requests.ask(now_s, in_flight, rng)
+        reply = self._requests.reply_to(now_s, in_flight, rng)
         if reply.taken:
             self._level -= self.size_of_next
         return reply
@@ -142,11 +142,11 @@ class InRuns:
     def __post_init__(self) -> None:
         self._limit = Limited(self.per_s, self.latency_s, self.retry_after_s)
 
-    def ask(self, now_s: float, in_flight: int, rng: random.Random) -> Reply:
+    def reply_to(self, now_s: float, in_flight: int, rng: random.Random) -> Reply:
         self._arrived += 1
         if (self._arrived - 1) % self.of >= self.of - self.refused:
             return Reply(False, REFUSAL_S, self.retry_after_s, by_chance=True)
-        return self._limit.ask(now_s, in_flight, rng)
+        return self._limit.reply_to(now_s, in_flight, rng)
 
 
 @dataclass
@@ -163,28 +163,33 @@ class BlackedOut:
     def __post_init__(self) -> None:
         self._limit = Limited(self.per_s, self.latency_s, self.retry_after_s)
 
-    def ask(self, now_s: float, in_flight: int, rng: random.Random) -> Reply:
+    def reply_to(self, now_s: float, in_flight: int, rng: random.Random) -> Reply:
         if now_s % self.every_s < self.dark_s:
             return Reply(False, REFUSAL_S, self.retry_after_s, by_chance=True)
-        return self._limit.ask(now_s, in_flight, rng)
+        return self._limit.reply_to(now_s, in_flight, rng)
 
 
 @dataclass
 class Windowed:
-    """Takes `quota` requests in each window of `window_s`, as fast as they come, and refuses all others."""
+    """Takes `quota` requests in each window of `window_s`, as fast as they come, and refuses all others.
+
+    `says_end`: a refusal has a Retry-After until the window ends.
+    """
 
     quota: int
     window_s: float
     latency_s: float = 0.2
     retry_after_s: float | None = None
+    says_end: bool = False
     _window: int = field(default=-1, init=False)
     _taken: int = field(default=0, init=False)
 
-    def ask(self, now_s: float, in_flight: int, rng: random.Random) -> Reply:
+    def reply_to(self, now_s: float, in_flight: int, rng: random.Random) -> Reply:
         if (window := int(now_s / self.window_s)) != self._window:
             self._window, self._taken = window, 0
         if self._taken >= self.quota:
-            return Reply(False, REFUSAL_S, self.retry_after_s)
+            left_s = self.window_s - now_s % self.window_s
+            return Reply(False, REFUSAL_S, left_s if self.says_end else self.retry_after_s)
         self._taken += 1
         return Reply(True, spread(self.latency_s, 0.25, rng))
 
@@ -200,7 +205,7 @@ class Crowded:
     chance: float = 0.0
     _ends: list[float] = field(default_factory=list, init=False)
 
-    def ask(self, now_s: float, in_flight: int, rng: random.Random) -> Reply:
+    def reply_to(self, now_s: float, in_flight: int, rng: random.Random) -> Reply:
         arrives_s = now_s + self.network_s * rng.random()
         while self._ends and self._ends[0] <= arrives_s:
             heapq.heappop(self._ends)
@@ -220,7 +225,7 @@ class Queueing:
     latency_s: float = 0.2
     _free_s: list[float] = field(default_factory=list, init=False)
 
-    def ask(self, now_s: float, in_flight: int, rng: random.Random) -> Reply:
+    def reply_to(self, now_s: float, in_flight: int, rng: random.Random) -> Reply:
         if not self._free_s:
             self._free_s = [now_s] * self.most
         ends_s = max(now_s, heapq.heappop(self._free_s)) + spread(self.latency_s, 0.1, rng)
@@ -239,7 +244,7 @@ class Played:
     latencies_s: list[float] = field(default_factory=list)
     in_flight: list[int] = field(default_factory=list)
     answered_s: list[float] = field(default_factory=list)
-    told: list[tuple[float, str]] = field(default_factory=list)
+    changes: list[tuple[float, str]] = field(default_factory=list)
     found: Found = Found()  # noqa: RUF009  (frozen)
 
     @property
@@ -288,25 +293,25 @@ class _Rows:
 async def play(server: RefusingServer, rows: int, max_in_flight: int, seed: int, **limits: Any) -> Played:
     """All rows are answered."""
     loop, rng, played = asyncio.get_running_loop(), random.Random(seed), Played()
-    begun_s, waiting = loop.time(), _Rows(rows)
+    started_s, waiting = loop.time(), _Rows(rows)
     in_flight = 0
 
-    def told(what: str) -> None:
-        played.told.append((loop.time() - begun_s, what))
+    def log(what: str) -> None:
+        played.changes.append((loop.time() - started_s, what))
 
     state = Circuit(
         in_flight=InFlight(max_in_flight),
         max_outage_s=7_200.0,
         resumed=False,
         uniform=random.Random(seed).random,
-        on_change=lambda before, after: told(f"{before} -> {after}"),
+        on_change=lambda before, after: log(f"{before} -> {after}"),
     )
     gate = Gate(
         state,
         loop,
-        job.Limits(max_in_flight=max_in_flight, **limits),
-        on_pace=lambda limit, before, after, why: told(f"{limit}: {before} -> {after}: {why}"),
-        on_kind=lambda kind, why: told(f"{kind}: {why}"),
+        Limits(max_in_flight=max_in_flight, **limits),
+        on_pace=lambda limit, before, after, why: log(f"{limit}: {before} -> {after}: {why}"),
+        on_kind=lambda kind, why: log(f"{kind}: {why}"),
     )
 
     async def work() -> None:
@@ -317,7 +322,7 @@ async def play(server: RefusingServer, rows: int, max_in_flight: int, seed: int,
             sent_s = loop.time()
             if isinstance(server, TokenLimited):
                 server.size_of_next = used
-            reply = server.ask(sent_s - begun_s, in_flight, rng)
+            reply = server.reply_to(sent_s - started_s, in_flight, rng)
             in_flight += 1
             played.sent += 1
             played.in_flight.append(in_flight)
@@ -327,7 +332,7 @@ async def play(server: RefusingServer, rows: int, max_in_flight: int, seed: int,
                 gate.settle(slot, used)
                 gate.observe(slot, Outcome(row, Verdict.OK))
                 played.latencies_s.append(loop.time() - sent_s)
-                played.answered_s.append(loop.time() - begun_s)
+                played.answered_s.append(loop.time() - started_s)
                 waiting.done()
             else:
                 message = server.refusal() if isinstance(server, TokenLimited) else "refused"
@@ -348,15 +353,15 @@ async def play(server: RefusingServer, rows: int, max_in_flight: int, seed: int,
 async def play_retry(server: RefusingServer, rows: int, max_in_flight: int, seed: int) -> Played:
     """The same by the simplest client: it never slows down, and sends a refused row again after its own wait."""
     loop, rng, played, waiting = asyncio.get_running_loop(), random.Random(seed), Played(), _Rows(rows)
-    begun_s = loop.time()
+    started_s = loop.time()
 
     async def work() -> None:
         while (row := await waiting.next()) is not None:
-            reply = server.ask(loop.time() - begun_s, 0, rng)
+            reply = server.reply_to(loop.time() - started_s, 0, rng)
             played.sent += 1
             await asyncio.sleep(reply.takes_s)
             if reply.taken:
-                played.answered_s.append(loop.time() - begun_s)
+                played.answered_s.append(loop.time() - started_s)
                 waiting.done()
             else:
                 played.refused += 1

@@ -11,8 +11,8 @@ import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchrun.records import TotalsLine
 from batchrun.report.summary import VERSION
+from batchrun.run_summary import TotalsLine
 from batchrun.tables.arrow_types import column_of
 from batchrun.tables.booked import lines
 from batchrun.tables.rows import OWN_COLUMNS, own_schema

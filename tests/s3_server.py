@@ -21,6 +21,9 @@ import pyarrow.fs as pafs
 
 ADMIN = ("AKIAADMIN", "the-secret-of-the-admin")
 READER = ("AKIAREADER", "the-secret-of-the-reader")
+SCOPED = ("AKIASCOPED", "the-secret-of-a-team")
+"""May do everything below `data/team/`, and nothing beside it."""
+
 BUCKET = "data"
 
 
@@ -99,6 +102,7 @@ def s3_server() -> Iterator[S3Server]:
         identities = [
             _identity("admin", ADMIN, ["Admin", "Read", "Write", "List", "Tagging"]),
             _identity("reader", READER, ["Read", "List"]),
+            _identity("scoped", SCOPED, [f"{action}:{BUCKET}/team/*" for action in ("Read", "Write", "List")]),
         ]
         config = Path(folder) / "s3.json"
         config.write_text(json.dumps({"identities": identities}))

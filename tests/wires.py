@@ -9,7 +9,7 @@ import pytest
 import uvloop
 
 from batchrun.credentials import Credentials
-from batchrun.job.job import Endpoint
+from batchrun.job.settings import Endpoint
 from batchrun.transport.transport import Transport, choose, opened
 
 KEY = "sk-canary-4711"

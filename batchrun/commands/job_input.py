@@ -17,7 +17,8 @@ from batchrun.terminal import Progress, note
 
 if TYPE_CHECKING:
     from batchrun.prices import PriceTable
-    from batchrun.records import Request, Shard
+    from batchrun.records import Request
+    from batchrun.run_summary import Shard
     from batchrun.source import Source
     from batchrun.startup.input_check import Survey
     from batchrun.store.origins import Origins
@@ -114,10 +115,10 @@ def require_budget(job: Job, found: "Survey") -> "dict[str, PriceTable | None]":
     Raises:
         JobError: a cap of the job can't be kept with them.
     """
-    from batchrun import price_list
+    from batchrun.price_list import lookup
     from batchrun.startup import preconditions
 
     today, urls = date.today().isoformat(), [each.url for each in job.endpoints]
-    tables = {model: price_list.resolve_for_all(model, job.pricing, today, urls) for model in found.models}
+    tables = {model: lookup.resolve_for_all(model, job.pricing, today, urls) for model in found.models}
     preconditions.require_budget(job, found.max_request, tables)
     return tables

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from batchrun.api import Options
     from batchrun.job.job import Job
-    from batchrun.records import Summary
+    from batchrun.run_summary import Summary
 
 
 ACCEPT_INPUT = "--accept-changes-of-input"
@@ -141,8 +141,8 @@ def _report(summary: "Summary", job: "Job") -> None:
     import msgspec
 
     from batchrun.job.job import flatten
-    from batchrun.policy import failing
     from batchrun.report import closing
+    from batchrun.row_status import failing
 
     lines = closing.in_words(
         summary,

@@ -14,12 +14,16 @@ from batchrun.terminal import harmless
 @click.command()
 @OUT
 @click.option("--salvage", is_flag=True, help="Copy what is intact into OUT.salvaged.")
-def verify(out: Path, salvage: bool) -> None:
+@click.option("--rebuild", is_flag=True, help="First write partitions or JSON lines again from the run's parts.")
+def verify(out: Path, salvage: bool, rebuild: bool) -> None:
     """Check every record and digest of a run that no process works on. Changes no file, sends nothing."""
+    from batchrun.integrity import rebuild as rebuilding
     from batchrun.integrity import salvage as salvaging
     from batchrun.integrity import verify as verifying
     from batchrun.store.rundir import RunDirectory
 
+    if rebuild:
+        say(harmless(rebuilding.rebuild(RunDirectory(out))))
     if salvage:
         findings, salvaged = salvaging.salvage(RunDirectory(out))
     else:

@@ -5,7 +5,7 @@ from collections import deque
 from batchrun.errors import ExitCode
 from batchrun.limits.admission import Stop
 from batchrun.policy import CONTENT_POLICY, QUOTA, Judgement
-from batchrun.records import RowError, Status, Verdict
+from batchrun.records import OK, RowError, Status, Verdict
 from batchrun.response.finish_reasons import is_known
 
 FIRST_ROWS = 40
@@ -50,7 +50,7 @@ class Anomalies:
 
     def escalate_quota(self, judgement: Judgement, now_s: float) -> Judgement:
         """The same judgement; but a quota that has refused every request for too long pauses the run."""
-        if judgement.verdict is Verdict.OK:
+        if judgement.verdict is OK:
             self._refused_since_s = None
         if judgement.error is None or judgement.error.kind != QUOTA or judgement.verdict is not Verdict.SLOW:
             return judgement
@@ -75,7 +75,7 @@ class Anomalies:
 
     def settled(self, status: Status, error: RowError | None) -> Stop | None:
         """A row is settled with this status; returns why the run must stop, if it must."""
-        if status is Status.ERROR and error is not None:
+        if error is not None and status is Status.ERROR:
             curable = error.kind == "bad_request" and not self._example_is_curable
             if self.example_error is None or curable:
                 self.example_error, self._example_is_curable = error.text, error.kind == "bad_request"

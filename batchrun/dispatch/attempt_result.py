@@ -9,9 +9,10 @@ from batchrun import prices
 from batchrun.attempt_caps import History
 from batchrun.dispatch.backlog import Pending
 from batchrun.job.answer_schema import KINDS
-from batchrun.policy import CAPACITY, Judgement, Settlement
+from batchrun.policy import ANSWERED, CAPACITY, Judgement
 from batchrun.prices import PriceTable
 from batchrun.records import (
+    OK,
     Answer,
     Attempt,
     Completion,
@@ -25,6 +26,7 @@ from batchrun.records import (
 )
 from batchrun.response import token_count
 from batchrun.response.usage import LITELLM_COST, cost_in_headers
+from batchrun.row_status import Settlement
 
 NOTHING = Decimal(0)
 
@@ -71,21 +73,22 @@ class AttemptResult(msgspec.Struct, frozen=True):
         if self.maybe_billed:
             return None, None
         if (usage := self.answer.usage) is None:
-            return self.cost_usd, None if self.judgement.verdict is Verdict.OK else 0
+            return self.cost_usd, None if self.judgement.verdict is OK else 0
         return self.cost_usd, usage.prompt_tokens + usage.billed_output_tokens
 
     def completion(self, status: Status, invocation: int) -> Completion:
         """The row's final record."""
-        pending, attempt, error = self.pending, self.attempt, self.error
-        cost_usd, service_tier, restored = self.cost_usd, self.answer.service_tier, None
-        if self.settlement is None and (invalid := pending.invalid) is not None:
+        pending, attempt, answer, settlement = self.pending, self.attempt, self.answer, self.settlement
+        request, error, restored = pending.request, self.error, None
+        cost_usd, service_tier = self.cost_usd, answer.service_tier
+        if settlement is None and (invalid := pending.invalid) is not None:
             # a correction failed: the invalid answer before it is better than none
             attempt, error, status, cost_usd = invalid.attempt, invalid.error, Status.INVALID, invalid.cost_usd
             service_tier = invalid.service_tier
             restored = Restored(invalid.usage, invalid.cost_usd, self._ended_at)
         return Completion(
-            row=pending.request.row,
-            key=pending.request.key,
+            row=request.row,
+            key=request.key,
             status=status,
             attempts=self.history.attempts,
             http_status=attempt.http_status,
@@ -94,9 +97,9 @@ class AttemptResult(msgspec.Struct, frozen=True):
             finished_at=attempt.started_at + attempt.latency_s,
             latency_s=attempt.latency_s,
             time_to_first_token_s=attempt.time_to_first_token_s,
-            model=pending.request.model,
-            answered_model=self.answer.model if self.judgement.verdict is Verdict.OK else None,
-            usage=self.answer.usage,
+            model=request.model,
+            answered_model=answer.model if self.judgement is ANSWERED else None,
+            usage=answer.usage,
             cost_usd=add_costs(pending.cost_usd, self.cost_usd),
             last_cost_usd=self.cost_usd,
             maybe_billed=self.maybe_billed,
@@ -104,8 +107,8 @@ class AttemptResult(msgspec.Struct, frozen=True):
             raw=attempt.body,
             variant=pending.variant,
             possibly_billed_tokens=self.bound_tokens,
-            in_json=self.settlement is not None and self.settlement.in_json,
-            offline=self._offline(),
+            in_json=settlement is not None and settlement.in_json,
+            offline=None if answer.usage is not None else self._offline(),
             reported_cost_usd=self.reported_cost_usd if restored is None else None,  # then it is another answer's
             invocation=invocation,
             answer_cost_usd=cost_usd,
@@ -137,7 +140,7 @@ class AttemptResult(msgspec.Struct, frozen=True):
             possibly_billed_tokens=self.bound_tokens,
             offline=self._offline(),
             reported_cost_usd=self.reported_cost_usd,
-            said=self.answer_text if self.judgement.verdict is Verdict.OK else None,
+            said=self.answer_text if self.judgement.verdict is OK else None,
             service_tier=self.answer.service_tier or "",
         )
 
@@ -147,7 +150,7 @@ class AttemptResult(msgspec.Struct, frozen=True):
 
     def _offline(self) -> OfflineCount | None:
         """Tokens counted offline, for an answer without usage."""
-        if self.answer.usage is not None or self.judgement.verdict is not Verdict.OK:
+        if self.answer.usage is not None or self.judgement.verdict is not OK:
             return None
         return token_count.count(self.pending.request.body, self.answer)
 
@@ -170,7 +173,7 @@ def history_of(earlier: Sequence[Discarded], last_sent: int) -> History:
         counted_5xx=sum((a.http_status or 0) >= 500 and a.verdict is not Verdict.SLOW for a in counted),
         maybe_billed=sum(attempt.verdict is Verdict.MAYBE for attempt in counted),
         corroborated=len(counted),
-        corrected=sum(attempt.verdict is Verdict.OK and attempt.error_kind in KINDS for attempt in earlier),
+        corrected=sum(attempt.verdict is OK and attempt.error_kind in KINDS for attempt in earlier),
         capacity_refusals=sum(attempt.error_kind == CAPACITY for attempt in earlier),
     )
 
@@ -182,7 +185,7 @@ def cost_of(
 
     Without a known price, the cost that the server reports counts.
     """
-    if answer.usage is None and judgement.verdict is not Verdict.OK:
+    if answer.usage is None and judgement.verdict is not OK:
         return NOTHING if reported_usd is None else reported_usd
     known = prices.cost(answer.usage, table, answer.service_tier, attempt.started_at + attempt.latency_s)
     if known is None:
@@ -207,12 +210,14 @@ def maybe_billed(answer: Answer, judgement: Judgement, cost_usd: Decimal | None,
         return False
     if answer.usage is not None:
         return cost_usd is None and capped
-    return judgement.in_doubt or (judgement.verdict is Verdict.OK and capped)
+    return judgement.in_doubt or (judgement.verdict is OK and capped)
 
 
 def add_costs(first: Decimal | None, *others: Decimal | None) -> Decimal | None:
     """The sum, or None if one of them is unknown."""
     total = first
+    if len(others) == 1 and total is not None and not total:
+        return others[0]  # a row's first attempt
     for cost in others:
         if total is None or cost is None:
             return None

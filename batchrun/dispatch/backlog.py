@@ -17,7 +17,7 @@ import msgspec
 
 from batchrun.attempt_caps import NEW, History
 from batchrun.limits.waiters import Waiters
-from batchrun.records import Attempt, Correction, Request, Row, RowError, SetAside, Usage, Verdict
+from batchrun.records import OK, Attempt, Correction, Request, Row, RowError, SetAside, Usage, Verdict
 from batchrun.store.chunks import OpenChunk
 
 FAILED_FIRST = 3
@@ -156,6 +156,14 @@ class Backlog:
         """False while sending waits for a reader of the settled rows."""
         return self._has_room()
 
+    def next_at_once(self) -> Pending | None:
+        """The next row to send, if it is known without a wait and the backlog does not mix; else ask `next`."""
+        if self._closed or self._failed_first >= FAILED_FIRST or not self._has_room():
+            return None
+        if (pending := self._pop(probes=False)) is not None:
+            self._busy += 1
+        return pending
+
     async def next(self, *, probes: bool = False) -> Pending | None:
         """The next row to send; waits while there may be one. None when every row is settled, or after `close`.
 
@@ -209,10 +217,12 @@ class Backlog:
         """An attempt of the row has ended with this verdict."""
         row = pending.request.row
         kind, is_new = self._mixed.pop(row, None), pending.successes is None
-        if verdict in (Verdict.OK, Verdict.ROW):
-            self._answered = self._answered if kind is None else kind
-            self._doubted = sum(each is not self._answered for each in self._mixed.values())
-            if is_new and kind is not Kind.AHEAD and row > self._last_failed:
+        if verdict is OK or verdict is Verdict.ROW:
+            if kind is not None:
+                self._answered = kind
+            busy: list[Kind | None] = [*self._mixed.values()]
+            self._doubted = len(busy) - busy.count(self._answered) if busy else 0
+            if is_new and row > self._last_failed and (kind is None or kind is not Kind.AHEAD):
                 self._failed_first = self._place = 0
                 self._reach = FIRST_REACH
         elif verdict in (Verdict.FREE, Verdict.MAYBE, Verdict.SLOW):
@@ -236,9 +246,9 @@ class Backlog:
         self._held = [pending for pending in self._held if pending.request.row != row]
         self._busy += 1
 
-    def done(self) -> None:
-        """A busy row is settled."""
-        self._busy -= 1
+    def done(self, rows: int = 1) -> None:
+        """So many busy rows are settled."""
+        self._busy -= rows
         if not self._busy or self._closed:
             self._waiters.wake()
 
@@ -263,8 +273,10 @@ class Backlog:
         return self._failed_first >= FAILED_FIRST
 
     def _pop(self, *, probes: bool) -> Pending | None:
-        if self._is_mixing or probes:
+        if self._failed_first >= FAILED_FIRST or probes:
             pending = self._pop_mixed()
+        elif not self._retries:
+            pending = self._next_new()
         else:
             due = self._is_due and not (self._may_be_new and self._is_unconfirmed(self._retries[0][2]))
             pending = self._due() if due else self._next_new()
@@ -328,7 +340,7 @@ class Backlog:
 
     def _next_new(self) -> Pending | None:
         """Rows that were put back come first: they are the oldest."""
-        if not self._may_be_new:
+        if len(self._retries) >= MAX_WAITING:
             return None
         if self._returned and (not self._fresh or self._returned[0][0] < self._fresh[0][0].row):
             return heapq.heappop(self._returned)[1]

@@ -12,7 +12,8 @@ import msgspec
 
 from batchrun.dispatch.store import Store
 from batchrun.errors import ExitCode
-from batchrun.job.job import Canary, Job
+from batchrun.job.job import Job
+from batchrun.job.settings import Canary
 from batchrun.limits.admission import Stop
 from batchrun.records import Completion, Status
 from batchrun.report.wording import are, plural

@@ -23,7 +23,8 @@ from batchrun.dispatch.shared_budget import SharedBudget, name_of
 from batchrun.dispatch.store import OpenRun, Store
 from batchrun.dispatch.worker import Workers
 from batchrun.errors import ExitCode
-from batchrun.job.job import Job, Limits
+from batchrun.job.job import Job
+from batchrun.job.settings import Limits
 from batchrun.limits.admission import Found, Limit, Phase, Stop
 from batchrun.limits.budget import BudgetAccount, Cap
 from batchrun.limits.circuit import Circuit

@@ -31,13 +31,13 @@ class Endpoints:
 
     def __init__(self, connected: Sequence[Connected], gate: AnyGate, log: RunLog, note: Callable[[str], None]) -> None:
         self._connected = connected
-        self._gate = gate
+        self._gates = gate if isinstance(gate, Gates) else None  # None: there is one endpoint
         self.log = log
         self._note = note
 
     async def send(self, slot: int, body: bytes, client_request_id: str) -> Attempt:
         """As `Transport.send`. A refused key that was replaced meanwhile is an error of its own, and no refusal."""
-        index = self._gate.index_of(slot) if isinstance(self._gate, Gates) else 0
+        index = 0 if self._gates is None else self._gates.index_of(slot)
         to = self._connected[index]
         version = to.credentials.version
         attempt = await to.transport.send(body, client_request_id)
@@ -64,6 +64,6 @@ class Endpoints:
         self.log.write("key replaced", endpoint=label)
         line = f"{label}: the key file was replaced; the new key is used from now on"
         self._note(Notice(line, "key replaced", endpoint=label))
-        if isinstance(self._gate, Gates) and self._gate.restore(index, "a new key"):
+        if self._gates is not None and self._gates.restore(index, "a new key"):
             self.log.write("endpoint restored", endpoint=label, why="a new key")
         return True

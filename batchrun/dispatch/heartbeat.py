@@ -12,15 +12,16 @@ from batchrun.dispatch.live_limits import ControlFile, LimitChange
 from batchrun.dispatch.run_status import RunStatus
 from batchrun.dispatch.worker import Workers
 from batchrun.errors import DiskError, ExitCode
-from batchrun.job.job import Limits
+from batchrun.job.settings import Limits
 from batchrun.limits import capacity
 from batchrun.limits.admission import Stop
 from batchrun.limits.deadline import Deadline
 from batchrun.limits.forecast import Concern
 from batchrun.limits.gates import Gates
 from batchrun.limits.rates import Rates
-from batchrun.records import Notice, Summary, Tuned
+from batchrun.records import Notice
 from batchrun.report.limit_lines import limits_in_words
+from batchrun.run_summary import Summary, Tuned
 from batchrun.store.rundir import RunDirectory
 
 BEAT_S = 0.5

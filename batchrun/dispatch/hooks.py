@@ -7,7 +7,7 @@ import msgspec
 
 from batchrun import signals
 from batchrun.dispatch.result_queue import ResultQueue
-from batchrun.records import Summary
+from batchrun.run_summary import Summary
 from batchrun.store.chunks import Mirror
 from batchrun.telemetry.views import Views
 

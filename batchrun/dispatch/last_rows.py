@@ -3,9 +3,9 @@
 from batchrun import attempt_caps
 from batchrun.attempt_caps import History
 from batchrun.dispatch.backlog import Backlog
-from batchrun.job.job import Retry
+from batchrun.job.settings import Retry
 from batchrun.limits.gates import AnyGate
-from batchrun.policy import Judgement
+from batchrun.policy import ANSWERED, Judgement
 
 
 class LastRows:
@@ -32,14 +32,22 @@ class LastRows:
         """Such a row has had its first attempt, or goes back without one."""
         self._untried -= 1
 
-    def answered(self, *, after_failure: bool) -> None:
-        """A row was answered."""
-        self._recovered += after_failure
+    def answered(self, history: History) -> None:
+        """A row was answered at its last attempt."""
+        after_failure = history.attempts > 1
         self._answers += 1
+        if after_failure:
+            self._recovered += 1
+        elif not (self._failing or self._refusing or self._recovering):
+            return  # nothing fails: all shares stay at zero
         self._recovering += (after_failure - self._recovering) / min(self._answers, attempt_caps.SHARE_OF)
+        self._add(history, ANSWERED)
 
-    def ended(self, history: History, judgement: Judgement) -> None:
-        """An attempt has ended."""
+    def failed(self, history: History, judgement: Judgement) -> None:
+        """An attempt has failed."""
+        self._add(history, judgement)
+
+    def _add(self, history: History, judgement: Judgement) -> None:
         self._failing = attempt_caps.failing_share(self._failing, history, judgement)
         self._refusing = attempt_caps.refused_share(self._refusing, history, judgement)
 

@@ -7,7 +7,7 @@ import contextlib
 from datetime import UTC, datetime
 
 from batchrun.errors import BatchrunError
-from batchrun.job.job import Limits
+from batchrun.job.settings import Limits
 from batchrun.limits import daily, overruns, token_estimates
 from batchrun.limits.admission import Found
 from batchrun.limits.daily import DailyCount, Day

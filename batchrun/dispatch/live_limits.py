@@ -15,10 +15,10 @@ from msgspec import Meta
 
 from batchrun.durable import replace_bytes
 from batchrun.errors import InputError, JobError
-from batchrun.job.job import MAX_COST_USD, AtLeastOne, Positive
-from batchrun.records import InForce
+from batchrun.job.settings import MAX_COST_USD, AtLeastOne, Positive
 from batchrun.report.limit_lines import limits_in_words
 from batchrun.report.summary import read
+from batchrun.run_summary import InForce
 from batchrun.store.rundir import RunDirectory
 
 PATIENCE_S = 15.0

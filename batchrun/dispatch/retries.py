@@ -6,7 +6,8 @@ from datetime import datetime, timedelta
 
 import msgspec
 
-from batchrun.records import Retrying, RowError
+from batchrun.records import RowError
+from batchrun.run_summary import Retrying
 
 MOST_NAMED = 10
 """How many rows are named one by one; all are counted."""

@@ -19,10 +19,11 @@ from batchrun.limits.admission import Limit
 from batchrun.limits.deadline import Deadline
 from batchrun.limits.forecast import Forecast, Recent, Sample
 from batchrun.limits.gates import Gates
-from batchrun.records import EndpointTotals, Live, Notice, Retrying, Summary, Tuned
+from batchrun.records import Notice
 from batchrun.report.limit_lines import limiting_factor, waiting_to_retry
 from batchrun.report.notices import nearly_used, unknown_reason, unpriced_tier
 from batchrun.report.summary import Moment, read, starting, summarise
+from batchrun.run_summary import EndpointTotals, Live, Retrying, Summary, Tuned
 from batchrun.startup.resume import Plan
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.rundir import RunDirectory

@@ -15,7 +15,7 @@ from batchrun.errors import ExitCode
 from batchrun.job.job import Job
 from batchrun.limits.admission import Stop
 from batchrun.policy import Judgement
-from batchrun.records import Verdict
+from batchrun.records import OK
 
 LATE = 0.8
 """A deadline is in danger if the rest of the rows takes more than this share of the time that is left: the forecast
@@ -85,8 +85,9 @@ class Serving:
 
     def stop_for(self, judgement: Judgement) -> Stop | None:
         """Why the run pauses: the tier has had no capacity for `retry.max_outage_s`, and there is no other tier."""
-        if judgement.verdict is Verdict.OK:
+        if judgement.verdict is OK:
             self._full_since_s = None
+            return None
         if not judgement.is_capacity or self._fallback is not None or judgement.error is None:
             return None
         if self._full_since_s is None:

@@ -15,8 +15,9 @@ from zoneinfo import ZoneInfo
 from batchrun.errors import BatchrunError
 from batchrun.job.job import Job
 from batchrun.limits.budget import in_usd
-from batchrun.records import BudgetUse
-from batchrun.store.budget_file import BudgetFile, Caps, Drawn, Lease, Period, Spending, Use, pico
+from batchrun.run_summary import BudgetUse
+from batchrun.store.budget_file import BudgetFile, Caps, Drawn, Use
+from batchrun.store.budget_lease import Lease, Period, Spending, pico
 
 POLL_S = 0.25
 """Time until a refused draw is repeated: other processes may give money back."""

@@ -4,9 +4,10 @@ from decimal import Decimal
 from pathlib import Path
 
 from batchrun.job.job import Job
-from batchrun.policy import failing
+from batchrun.price_list import lookup
 from batchrun.records import Notice
 from batchrun.report.wording import plural
+from batchrun.row_status import failing
 from batchrun.startup.resume import Plan
 from batchrun.store.totals import Totals
 
@@ -43,11 +44,9 @@ def start_lines(job: Job, plan: Plan, where: Path, totals: Totals, lost: int, *,
     elif not known.rows:
         lines.append("there is nothing to send: the result will be empty, as input.min_rows = 0 allows")
     unknown = [model for model, table in plan.prices.items() if table is None]
-    if unknown:
-        from batchrun import price_list  # imported late: it takes 170 ms
     lines += [
         Notice(
-            f"the price of {model} is unknown ({price_list.unknown_because(model, job.endpoint.url)}), "
+            f"the price of {model} is unknown ({lookup.unknown_because(model, job.endpoint.url)}), "
             f'cost_usd will be null where the server states none; give it in [pricing."{model}"]',
             "unknown price",
             model=model,

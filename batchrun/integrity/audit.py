@@ -13,10 +13,11 @@ from batchrun.errors import CheckpointError
 from batchrun.integrity import readable_groups
 from batchrun.integrity.db_records import SALVAGED, DbRecords
 from batchrun.prices import PriceTable
-from batchrun.records import Status, Summary, TotalsLine
+from batchrun.records import Status
 from batchrun.report.summary import Moment, summarise
+from batchrun.run_summary import Summary, TotalsLine
 from batchrun.store import db_tables, result
-from batchrun.store.checkpoint import SINCE
+from batchrun.store.ledger import SINCE
 from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
 from batchrun.tables import booked, files

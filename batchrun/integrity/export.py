@@ -14,10 +14,11 @@ import pyarrow as pa
 from batchrun.errors import CheckpointError, InputError, JobError
 from batchrun.integrity.readable_groups import nullable
 from batchrun.integrity.salvage import input_again
-from batchrun.records import FinishedResult, Summary
+from batchrun.records import FinishedResult
 from batchrun.report import run_state
 from batchrun.report.summary import read
 from batchrun.report.wording import plural
+from batchrun.run_summary import Summary
 from batchrun.source import JsonlSource, Source, TableSource
 from batchrun.storage.urls import is_url
 from batchrun.store import at_rest, partial, result, result_files, stored_window

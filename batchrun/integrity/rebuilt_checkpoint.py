@@ -11,12 +11,14 @@ import pyarrow as pa
 
 from batchrun.errors import CheckpointError
 from batchrun.integrity.db_records import SALVAGED, DbRecords
-from batchrun.records import LineKey, Summary, TotalsLine
+from batchrun.run_summary import LineKey, Summary, TotalsLine
 from batchrun.store import db_tables, in_flight, spill, variants
-from batchrun.store.checkpoint import FORMAT, SINCE, SPILL
+from batchrun.store.checkpoint import FORMAT
+from batchrun.store.commits import SPILL
 from batchrun.store.database import Database, Record
 from batchrun.store.db_tables import Chunk, Reopened
 from batchrun.store.in_flight import InFlight
+from batchrun.store.ledger import SINCE
 from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
 from batchrun.store.spill import Frame

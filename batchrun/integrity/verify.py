@@ -20,7 +20,7 @@ from batchrun.integrity.db_records import DbRecords
 from batchrun.report.wording import plural
 from batchrun.store import in_flight, result, result_folder, spill, variants
 from batchrun.store.at_rest import wal_of
-from batchrun.store.checkpoint import SPILL
+from batchrun.store.commits import SPILL
 from batchrun.store.db_tables import Chunk
 from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
@@ -36,7 +36,7 @@ MAX_SPANS = 10
 SALVAGE = "keep a copy of the directory; --salvage copies what is intact into a new one"
 RESUME = "run the same command again: it resumes all the same"
 EXPORT_AGAIN = "remove it; `batchrun export` writes it again"
-EXPORT_ROWS = "the run's parts have its rows: `batchrun export DIR -o FILE` writes them"
+REBUILD = "`batchrun verify DIR --rebuild` writes the result again from the run's parts"
 REWRITE = "remove it and run the same command again, which rewrites it"
 
 
@@ -289,7 +289,7 @@ class Inspection:
                 try:
                     files.require_digest(path, file.digest)
                 except CheckpointError as error:
-                    self._damaged(path, str(error), then=EXPORT_ROWS)
+                    self._damaged(path, str(error), then=REBUILD)
                 else:
                     self.sound.append(f"{file.name}: {plural(file.rows, 'row')}")
         for path in result.unknown_files(self.directory, written):

@@ -13,7 +13,7 @@ import msgspec
 
 from batchrun.errors import JobError
 from batchrun.job import answer_schema
-from batchrun.job.job import Job, settings
+from batchrun.job.job import Job, all_settings
 from batchrun.job.messages import explain
 from batchrun.job.validation import SECRET, problems
 
@@ -57,7 +57,7 @@ def from_tables(tables: Mapping[str, Any]) -> Job:
     try:
         job = msgspec.convert(tables, Job)
     except msgspec.ValidationError as error:
-        known = [name for name, _ in settings()] + list(Job.__struct_fields__)
+        known = [name for name, _ in all_settings()] + list(Job.__struct_fields__)
         why = explain(str(error), tables, Job, known)
         raise JobError(re.sub(r"more_endpoints\[(\d+)\]", lambda at: f"endpoint[{int(at[1]) + 1}]", why)) from error
     if problem := next(problems(job), None):

@@ -11,22 +11,23 @@ import msgspec
 
 from batchrun.job import answer_schema
 from batchrun.job.fields import CHAT_ONLY
-from batchrun.job.job import (
+from batchrun.job.job import SIMULATOR, Job, flatten
+from batchrun.job.settings import (
     FROM_COLUMNS,
     MAX_COST_USD,
     MAX_PRICE_USD,
     PATHS,
-    SIMULATOR,
     Endpoint,
-    Job,
     Limits,
     Price,
     RequestTemplate,
-    flatten,
 )
 
 SECRET = re.compile(r"(^|[._-])(api_?key|key|token|secret|password|authorization)$", re.IGNORECASE)
 """Names of settings that hold a secret."""
+
+REPLACE_IN_ONE_STEP = frozenset({"s3", "s3a", "s3n", "gs", "gcs"})
+"""Schemes of stores that show an object's old content until the new one is whole."""
 
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
@@ -81,8 +82,12 @@ def problems(job: Job) -> Iterator[str]:
         yield "output.partition_by: writes one file for each partition; leave out output.layout"
     if job.output.dataset is not None and not job.output.partition_by:
         yield "output.dataset: takes partitions; name the columns in output.partition_by"
-    if job.output.dataset is not None and "://" in job.output.dataset:
-        yield "output.dataset: must be a local directory; a URL in output.path publishes the whole result"
+    scheme, is_url, _ = (job.output.dataset or "").partition("://")
+    if is_url and scheme.lower() not in REPLACE_IN_ONE_STEP:
+        yield (
+            f"output.dataset: a partition can't be replaced in one step at {scheme}://; "
+            "name a local directory, s3:// or gs://"
+        )
     if job.output.format != "parquet" and (job.output.partition_by or job.output.layout == "parts"):
         other = "partition_by" if job.output.partition_by else "layout"
         yield f"output.format: JSON lines are one file; leave out output.{other}, or write Parquet"

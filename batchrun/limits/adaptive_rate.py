@@ -43,6 +43,7 @@ class AdaptiveRate:
         "_least",
         "_lowered_s",
         "_newer",
+        "_note_from_s",
         "_older",
         "_on_change",
         "_raised_s",
@@ -82,6 +83,7 @@ class AdaptiveRate:
         self._room: float | None = None
         self._lowered_s = self._raised_s = now_s
         self._older = self._newer = (now_s, 0.0)  # (moment, what had been taken by then)
+        self._note_from_s = now_s + IN_TRANSIT_S
         self._apply_lowest("configured" if configured is not None else "learned by an earlier process", now_s)
 
     # ── on every request ───────────────────────────────────────────────────────────────────────────────────
@@ -100,8 +102,9 @@ class AdaptiveRate:
 
     def take(self, amount: float, now_s: float) -> None:
         """Takes `amount` for one request."""
-        if now_s - self._newer[0] >= IN_TRANSIT_S:
+        if now_s >= self._note_from_s:
             self._older, self._newer = self._newer, (now_s, self.taken)
+            self._note_from_s = now_s + IN_TRANSIT_S
         self.taken += amount
         self.requests += 1
         if self._bucket is not None:

@@ -70,27 +70,22 @@ class AdmissionQueue:
         self._stop_timer()
         while self._waiting:
             turn, try_, demand, probes = self._waiting[0]
-            if not turn.done() and not self._grant(turn, try_, demand, probes):  # done: it is being cancelled
-                return
+            if not turn.done():  # else it is being cancelled
+                try:
+                    granted = try_(demand, probes)
+                except Exception as error:  # it can't be admitted at all
+                    turn.set_exception(error)
+                else:
+                    if not isinstance(granted, int):
+                        self._block(granted)
+                        return
+                    turn.set_result(granted)
             self._waiting.popleft()
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-
-    def _grant(self, turn: "asyncio.Future[int]", try_: Try, demand: Demand, probes: bool) -> bool:
-        """False if the attempt has to wait."""
-        try:
-            granted = try_(demand, probes)
-        except Exception as error:  # it can't be admitted at all
-            turn.set_exception(error)
-            return True
-        if not isinstance(granted, int):
-            self._block(granted)
-            return False
-        turn.set_result(granted)
-        return True
 
     def _block(self, blocker: Binding) -> None:
         """The first one waits; a timer wakes the queue if time alone lifts the block."""

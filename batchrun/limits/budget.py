@@ -5,7 +5,7 @@ from decimal import Decimal
 from typing import Generic, Protocol, TypeVar
 
 from batchrun.limits.admission import Demand
-from batchrun.records import BudgetUse
+from batchrun.run_summary import BudgetUse
 
 Amount = TypeVar("Amount", int, Decimal)
 

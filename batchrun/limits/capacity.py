@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator
 
 import msgspec
 
-from batchrun.job.job import Limits
+from batchrun.job.settings import Limits
 from batchrun.limits import daily
 from batchrun.limits.adaptive_rate import MAX_BURST_S
 from batchrun.limits.admission import Limit
-from batchrun.records import TotalsLine
+from batchrun.run_summary import TotalsLine
 
 MOST_BURST_S = MAX_BURST_S
 """How many seconds of a limit may be sent at once, if the server's headers show room for it."""

@@ -18,13 +18,21 @@ from batchrun.limits.admission import OPEN, Binding, Cooling, Decision, Limit, O
 from batchrun.limits.in_flight import InFlight
 from batchrun.limits.outage import Unanswered
 from batchrun.limits.refusals import NOTHING, Finding
-from batchrun.records import RowError, Verdict
+from batchrun.records import OK, RowError, Verdict
 
 ALIKE_ROWS = 10
 """This many first rows that fail alike are the job's fault: a wrong parameter fails a million rows as it does ten."""
 
+MOST_DISPROVED = 4
+"""Each run-wide verdict that an answer disproved makes the next one need one more confirmation, up to five: a gateway
+with one bad key among several refuses rows at random, and a revoked key refuses them all."""
+
 FIRST_REACH_S = 15.0
 """How long to try an endpoint that never sent a byte: a DNS hiccup is over by then, a wrong name is not."""
+
+FIRST_ANSWER_S = 60.0
+"""The same for one that answers, and never with a completion: a login page, or the API of another path. Each of these
+answers may be billed."""
 
 BACKOFF_BASE_S = 1.0
 BACKOFF_CAP_S = 60.0
@@ -48,6 +56,9 @@ only of the rate."""
 
 UNREACHED = frozenset({"dns", "refused", "connect", "tls"})
 """Failures before a byte was sent; after any other kind the server was reached."""
+
+UNREADABLE = "unreadable"
+"""The kind of a 2xx that is no completion."""
 
 IN_FLIGHT = Binding(Limit.IN_FLIGHT)
 PROCEED = Decision()
@@ -99,6 +110,7 @@ class Circuit:
         self._reached = False
         self._unanswered = Unanswered()
         self._suspicions: dict[int, _Suspicion] = {}
+        self._confirmed = self._disproved = 0
         self._first_failures: list[RowError | None] | None = None if resumed else []
 
     @property
@@ -109,6 +121,8 @@ class Circuit:
     @property
     def in_doubt(self) -> bool:
         """True while one row at a time is sent, or will be, to find out whether the endpoint works."""
+        if self.phase is OPEN:
+            return False
         return isinstance(self.phase, Probing) or (isinstance(self.phase, Cooling) and self.phase.probe)
 
     def unanswered_s(self, now_s: float) -> float:
@@ -160,6 +174,7 @@ class Circuit:
     def reopen(self, why: str) -> None:
         """After a stop: one row at a time is sent again, because the cause may be gone (a replaced key)."""
         self._suspicions.clear()
+        self._confirmed = self._disproved = 0
         self._unanswered.forget()
         self._failing_since_s = None
         self._first_failures = None
@@ -176,7 +191,7 @@ class Circuit:
         `finding` is what `Refusals` concluded from a refusal.
         """
         self.withdraw(order)
-        if outcome.verdict is Verdict.OK:
+        if outcome.verdict is OK:
             return self._succeeded(outcome.row, order, now_s)
         if outcome.says_nothing:
             return PROCEED
@@ -188,7 +203,7 @@ class Circuit:
             case Verdict.SLOW:
                 return self._refused(outcome, order, now_s, finding)
             case Verdict.PAUSE | Verdict.STOP:
-                return self._run_failed(outcome)
+                return self._run_failed(outcome, order)
             case _:
                 assert_never(outcome.verdict)
 
@@ -238,9 +253,15 @@ class Circuit:
                 self._failing_since_s = None if finding.accepted else self._failing_since_s
         return PROCEED
 
-    def _run_failed(self, outcome: Outcome) -> Decision:
-        """A second row with the same verdict stops the run; so does the same row again, sent when no other is left."""
-        if any(suspicion.verdict is outcome.verdict for suspicion in self._suspicions.values()):
+    def _run_failed(self, outcome: Outcome, order: int) -> Decision:
+        """A second row with the same verdict stops the run; so does the same row again, sent when no other is left.
+
+        Once such a verdict was disproved, more of them are needed, and only of rows that were sent after the first.
+        """
+        alike = [suspicion for suspicion in self._suspicions.values() if suspicion.verdict is outcome.verdict]
+        if alike and (not self._disproved or order >= min(suspicion.since for suspicion in alike)):
+            self._confirmed += 1
+        if self._confirmed > min(self._disproved, MOST_DISPROVED):
             exit_code = ExitCode.PAUSED if outcome.verdict is Verdict.PAUSE else ExitCode.USAGE
             self.close(Stop(exit_code, _reason(outcome.error)))
         else:
@@ -256,7 +277,7 @@ class Circuit:
             return
         if self._first_failures is None:
             self.in_flight.answered(self._out, now_s)
-        if not self._suspicions and isinstance(self.phase, Probing):
+        if self.phase is not OPEN and not self._suspicions and isinstance(self.phase, Probing):
             self._coolings = 0
             self._enter(OPEN)
 
@@ -288,16 +309,22 @@ class Circuit:
         cleared = [r for r, suspicion in self._suspicions.items() if r == row or order >= suspicion.since]
         for suspect in cleared:
             del self._suspicions[suspect]
+        if cleared and not self._suspicions:
+            self._confirmed, self._disproved = 0, self._disproved + 1
         return tuple(suspect for suspect in cleared if suspect != row)
 
     def _outage_is_too_long(self, outcome: Outcome, now_s: float) -> bool:
         """Closes the gate and returns True after `max_outage_s` without an answer; much earlier if this process never
-        reached the endpoint: then its name or address is probably wrong.
+        reached the endpoint, or only got answers that are no completions: then its address is probably wrong.
         """
         self._reached |= outcome.error is None or outcome.error.http_status is not None
         if self._failing_since_s is None:
             self._failing_since_s = now_s
-        patience_s = self._max_outage_s if self._reached else min(FIRST_REACH_S, self._max_outage_s)
+        patience_s = self._max_outage_s
+        if not self._reached:
+            patience_s = min(FIRST_REACH_S, patience_s)
+        elif self._first_failures is not None and outcome.error is not None and outcome.error.kind == UNREADABLE:
+            patience_s = min(FIRST_ANSWER_S, patience_s)
         if now_s - self._failing_since_s <= patience_s:
             return False
         unreached = not self._reached and outcome.error is not None and outcome.error.kind in UNREACHED

@@ -5,7 +5,7 @@ ones. A rate limit met during ramp-up looks the same, so the cap is tried first 
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from batchrun.limits.evidence import SequentialTest
 
@@ -84,6 +84,10 @@ class Crowding:
     def on_trial(self) -> bool:
         """True until it is known whether the cap helps."""
         return self._tried is not None
+
+    def remember(self, now_s: float, others: Sequence[int]) -> None:
+        """Attempts were accepted while there is no cap: each with so many others in flight."""
+        self._accepted.extend([(now_s, each) for each in others])
 
     def accepted(self, now_s: float, others: int, most: int, ordinary: float) -> None:
         """An attempt was accepted; at most `most` may be in flight, and the share `ordinary` is refused by chance."""

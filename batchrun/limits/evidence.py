@@ -60,15 +60,16 @@ class SendLog:
 
     def known(self, now_s: float) -> list[tuple[int, Sent]]:
         """The attempts, in order, for which it is now known whether they were accepted, each with its order."""
-        known, out = [], self._out
+        known, out, order = [], self._out, self._first
         while out:
             attempt = out[0]
             if attempt.refused is None and not 0 < PATIENCE * self._patience_s <= now_s - attempt.at_s:
                 break
             out.popleft()
             if attempt.counts:
-                known.append((self._first, attempt))
-            self._first += 1
+                known.append((order, attempt))
+            order += 1
+        self._first = order
         return known
 
 

@@ -122,4 +122,4 @@ class Concern:
 
 def peak(held_s: float, latency_s: float) -> float:
     """The latency that nearly all answers keep, updated by one: rises at once to a slower answer, sinks slowly."""
-    return max(latency_s, held_s - (held_s - latency_s) * LEAK)
+    return latency_s if latency_s > held_s else held_s - (held_s - latency_s) * LEAK

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from batchrun.errors import ExitCode, RunStoppedError
-from batchrun.job.job import Limits
+from batchrun.job.settings import Limits
 from batchrun.limits.adaptive_rate import AdaptiveRate, RateChange
 from batchrun.limits.admission import OPEN, Binding, Decision, Demand, Found, Limit, Outcome, Phase, Stop
 from batchrun.limits.admission_queue import UNLIMITED, AdmissionQueue
@@ -21,7 +21,8 @@ from batchrun.limits.probe_turns import Breaker, InDoubt, ProbeTurns
 from batchrun.limits.rate_headers import read_limit
 from batchrun.limits.rates import RateLimits, Rates
 from batchrun.limits.refusals import NOTHING, Finding, Refusals
-from batchrun.records import InForce, Verdict
+from batchrun.records import OK, Verdict
+from batchrun.run_summary import InForce
 
 BUDGET = Binding(Limit.BUDGET)
 NO_SLOT = Binding(Limit.IN_FLIGHT)
@@ -52,11 +53,11 @@ class Flight(msgspec.Struct):
     others: int
     requests_before: float
     tokens_before: float
+    lease: Lease | None
     drained: bool = False
     """The response's headers show a bucket without room for this attempt."""
     observed: bool = False
     settled: bool = False
-    lease: Lease | None = None
 
 
 class Shared:
@@ -232,7 +233,7 @@ class Gate:
         if tokens is not None:
             self._rates.correct(flight.demand, tokens, output_tokens)
             self._refusals.correct(tokens - flight.demand.tokens)
-            if self._rates.limit_tokens:
+            if self._queue.blocker is not NO_SLOT and self._rates.limit_tokens:
                 self._shared.wake()
 
     def read_headers(self, slot: int, headers: Mapping[str, str]) -> None:
@@ -258,7 +259,11 @@ class Gate:
             self._overruns.ended(flight.demand.model, outcome.verdict)
         circuit, now_s = self._circuit, self._loop.time()
         was_open = circuit.phase is OPEN
-        finding = self._adjust_limits(flight, outcome, now_s)
+        if outcome.verdict is OK:
+            finding = NOTHING
+            self._learn_from_answer(flight, now_s)
+        else:
+            finding = self._adjust_limits(flight, outcome, now_s)
         decision = circuit.observe(outcome, flight.order, now_s, finding)
         if not was_open and circuit.phase is OPEN:
             self._refusals.reopened(now_s)
@@ -314,17 +319,18 @@ class Gate:
         """The first in the queue checks again: a budget that it waits for may have got money."""
         self._shared.wake()
 
+    def _learn_from_answer(self, flight: Flight, now_s: float) -> None:
+        """An answer shows how fast the endpoint is with so many in flight, and that it accepted the attempt."""
+        in_flight = self._circuit.in_flight
+        free = self._requests.learned is None and in_flight.crowding.cap is None
+        latency_s, allowed = now_s - flight.sent_s, in_flight.allowed
+        in_flight.knee.answered(now_s, latency_s, flight.others, allowed, in_flight.most, free=free)
+        self._refusals.ended(flight.order, now_s)
+
     def _adjust_limits(self, flight: Flight, outcome: Outcome, now_s: float) -> Finding:
-        """Updates rates and requests in flight. A refused attempt used nothing, so it is given back to the buckets,
-        unless the rate was itself learned from refusals: then it would be sent and refused again at once.
+        """Updates rates and requests in flight after a failure. A refused attempt used nothing, so it is given back to
+        the buckets, unless the rate was itself learned from refusals: then it would be sent and refused again at once.
         """
-        if outcome.verdict is Verdict.OK:
-            in_flight = self._circuit.in_flight
-            free = self._requests.learned is None and in_flight.crowding.cap is None
-            latency_s, allowed = now_s - flight.sent_s, in_flight.allowed
-            in_flight.knee.answered(now_s, latency_s, flight.others, allowed, in_flight.most, free=free)
-            self._refusals.ended(flight.order, now_s)
-            return NOTHING
         if outcome.verdict is Verdict.FREE and not flight.settled:
             self._rates.correct(flight.demand, 0, 0)  # the model did not run, so no tokens were used
         if outcome.verdict is Verdict.SLOW and outcome.says_nothing:
@@ -357,19 +363,13 @@ class Gate:
         Raises as `admit` does.
         """
         circuit, now_s = self._circuit, self._loop.time()
-        if circuit.phase is not OPEN:
-            if not probes and circuit.in_doubt:
-                raise InDoubt
-            if circuit.stop is not None:
-                raise GateClosed(circuit.stop)
-        was_open = circuit.phase is OPEN
-        if (blocker := circuit.binding(now_s)) is not None:
+        blocker = circuit.binding(now_s) if circuit.phase is OPEN else self._blocked_by_circuit(probes, now_s)
+        if blocker is not None:
             return blocker
-        if not was_open and circuit.phase is OPEN:
-            self._refusals.reopened(now_s)  # after a pause all are sent at once, at a lower rate
-        if not self._free or self.in_flight >= circuit.in_flight.most:
+        if len(self._free) <= self._slots - circuit.in_flight.most:  # all, or all but those beyond a lower limit
             return NO_SLOT
-        demand = self._widened(demand)
+        if self._overruns is not None:
+            demand = self._overruns.widened(demand)  # an answer may have shown an overrun while the attempt waited
         if self.budget.is_kept and (blocker := self._blocked_by_budget(demand)) is not None:
             return blocker
         self._refusals.rise(now_s)
@@ -377,9 +377,20 @@ class Gate:
             return blocker
         return self._take(demand, now_s)
 
-    def _widened(self, demand: Demand) -> Demand:
-        """With the upper bounds known now: an answer may have shown an overrun while the attempt waited."""
-        return demand if self._overruns is None else self._overruns.widened(demand)
+    def _blocked_by_circuit(self, probes: bool, now_s: float) -> Binding | None:
+        """What an endpoint in trouble blocks the attempt by, which may end a pause.
+
+        Raises as `admit` does.
+        """
+        circuit = self._circuit
+        if not probes and circuit.in_doubt:
+            raise InDoubt
+        if circuit.stop is not None:
+            raise GateClosed(circuit.stop)
+        blocker = circuit.binding(now_s)
+        if blocker is None and circuit.phase is OPEN:
+            self._refusals.reopened(now_s)  # after a pause all are sent at once, at a lower rate
+        return blocker
 
     def _blocked_by_budget(self, demand: Demand) -> Binding | None:
         if not self.budget.fits(demand):
@@ -399,13 +410,12 @@ class Gate:
         return BUDGET  # the first answer of this model will show whether its bounds hold
 
     def _take(self, demand: Demand, now_s: float) -> int:
-        sent = self._requests.taken, self._tokens.taken
-        self._rates.take(demand, now_s)
         lease = self.budget.reserve(demand) if self.budget.is_kept else None
-        slot = self._free.pop()
-        others = self._refusals.out
+        slot, order = self._free.pop(), self._circuit.admit(now_s)
+        sent = self._requests.taken, self._tokens.taken
+        self._flights[slot] = Flight(demand, order, now_s, self._refusals.out, sent[0], sent[1], lease)
+        self._rates.take(demand, now_s)
         self._refusals.sent(now_s, demand.tokens)
-        self._flights[slot] = Flight(demand, self._circuit.admit(now_s), now_s, others, *sent, lease=lease)
         return slot
 
     def _give_back(self, slot: int) -> None:

@@ -27,7 +27,8 @@ from batchrun.limits.admission_queue import UNLIMITED
 from batchrun.limits.gate import NO_SLOT, Gate, GateClosed, Shared
 from batchrun.limits.probe_turns import InDoubt, ProbeTurns
 from batchrun.limits.rates import Rates
-from batchrun.records import EndpointTotals, InForce, Verdict
+from batchrun.records import Verdict
+from batchrun.run_summary import EndpointTotals, InForce
 
 BEST_FIRST = (Open, Probing, Cooling, Stopped)
 IN_FLIGHT = Binding(Limit.IN_FLIGHT)

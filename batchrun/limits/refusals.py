@@ -165,7 +165,7 @@ class Refusals:
 
     def correct(self, tokens: float) -> None:
         """An attempt used this many more tokens than its estimate."""
-        self.searches[Limit.TOKENS].correct(tokens)
+        self._tokens.correct(tokens)
 
     def rise(self, now_s: float) -> None:
         """Tries higher learned rates when it is time."""
@@ -191,11 +191,9 @@ class Refusals:
         """Counts accepted attempts in quiet times, when none of them changes anything."""
         last = known[-1][1]
         self._requests.accepted(last.at_s, len(known), len(known))
-        self._tokens.accepted(last.at_s, sum(attempt.tokens for _, attempt in known), len(known))
-        share = float(self.share)
-        for _, attempt in known[-REMEMBERED:]:
-            self._crowding.accepted(now_s, attempt.others, self._in_flight.most, share)
-        evidence = sum(order >= self._since for order, _ in known)
+        self._tokens.accepted(last.at_s, sum([attempt.tokens for _, attempt in known]), len(known))
+        self._crowding.remember(now_s, [attempt.others for _, attempt in known[-REMEMBERED:]])
+        evidence = sum([order >= self._since for order, _ in known])
         self._accepted |= evidence > 0
         self.share.add(0, evidence)
 

@@ -92,8 +92,10 @@ class Estimates:
         """The estimate (prompt tokens, completion tokens) of a request."""
         model = self._models.get(request.model)
         sizes = _UNKNOWN if model is None else model.sizes
-        prompt = len(request.body) * sizes.tokens_per_byte + request.image_tokens * sizes.image_share
-        return int(prompt), int(min(request.max_output_tokens, sizes.output_tokens))
+        prompt, output = len(request.body) * sizes.tokens_per_byte, sizes.output_tokens
+        if request.image_tokens:
+            prompt += request.image_tokens * sizes.image_share
+        return int(prompt), int(output) if output < request.max_output_tokens else request.max_output_tokens
 
     def learn(self, request: Request, usage: Usage) -> None:
         """Learns from an answer's usage. A prompt count of zero is ignored."""

@@ -68,13 +68,13 @@ class UsefulInFlight:
         if self._started_s is None:
             self._started_s = now_s
         self._latencies.append(latency_s)
-        if self._compared is None:
-            self._watch(now_s, others, limit, free=free)
-        else:
+        if self._compared is not None:
             self._compare(now_s, self._compared, most)
+        elif len(self._latencies) >= limit:
+            self._watch(now_s, others, limit, free=free)
 
     def _watch(self, now_s: float, others: int, limit: int, *, free: bool) -> None:
-        if len(self._latencies) < max(LEAST_ROUND, limit):
+        if len(self._latencies) < LEAST_ROUND:
             return
         median_s = self._median_s()
         self._start_round(now_s)

@@ -6,7 +6,6 @@ become starts of the merged run, numbered through: those of the first shard, the
 
 import contextlib
 import functools
-import hashlib
 import os
 import shutil
 from collections import Counter
@@ -22,13 +21,16 @@ from batchrun import durable
 from batchrun.durable import disk_errors
 from batchrun.errors import CheckpointError, ExitCode, InputError, JobError
 from batchrun.integrity.db_records import SALVAGED
+from batchrun.merge.merged_manifest import merged_manifest
+from batchrun.merge.renumbering import Renumbering, renumbered
 from batchrun.merge.shards import CompleteShard
 from batchrun.prices import PriceTable
-from batchrun.records import Estimate, MergedShard, ResultFile, Status, Summary, TotalsLine
+from batchrun.records import ResultFile, Status
 from batchrun.report.summary import Moment, failures, summarise
 from batchrun.report.summary import files as summary_files
 from batchrun.report.summary import read as read_summary
 from batchrun.request import image_digests
+from batchrun.run_summary import Summary, TotalsLine
 from batchrun.source import JsonlSource
 from batchrun.store import db_tables, result, shared_dataset, variants
 from batchrun.store.checkpoint import FORMAT, Checkpoint, read_finished
@@ -38,7 +40,6 @@ from batchrun.store.db_tables import Chunk
 from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
 from batchrun.store.totals import UNSTATED, Unstated
-from batchrun.store.variants import Variant
 from batchrun.tables import files
 from batchrun.tables.rows import as_own, joined, own_schema
 
@@ -89,19 +90,7 @@ def _publish(directory: RunDirectory) -> None:
     entries = read_finished(directory.checkpoint)
     manifest = Manifest.decode(entries)
     if manifest.output.dataset is not None:
-        dataset = Path(manifest.output.dataset)
-        shared_dataset.publish(result.finished(entries), directory, dataset, manifest.run_id)
-
-
-class Renumbering(msgspec.Struct, frozen=True):
-    """What becomes of a shard's numbers: rows are more or fewer by `rows` where records before the shard were set
-    aside, and starts, chunks and variants are counted through.
-    """
-
-    rows: int
-    invocations: int
-    chunks: int
-    variants: tuple[int, ...]
+        shared_dataset.publish(result.finished(entries), directory, manifest.output.dataset, manifest.run_id)
 
 
 class Writer:
@@ -111,8 +100,8 @@ class Writer:
         self._shards = shards
         self._to = building
         self._target = target
-        self._variants, self._numbers = _renumbered(shards)
-        self._manifest = _manifest(shards, target)
+        self._variants, self._numbers = renumbered(shards)
+        self._manifest = merged_manifest(shards, target)
         self._parsed = self._manifest.answer_column
 
     def merged_before(self) -> Summary:
@@ -320,81 +309,6 @@ def _pieces(shard: CompleteShard) -> Iterator[Iterator[pa.RecordBatch]]:
         return (files.sealed_batches(*file) for file in written)
     ((path, digest, _),) = written
     return files.cut(path, digest, [chunk.rows for chunk in shard.known.chunks])
-
-
-def _renumbered(shards: Sequence[CompleteShard]) -> tuple[tuple[Variant, ...], list[Renumbering]]:
-    """The variants of all shards, and what becomes of each shard's numbers."""
-    every = list(shards[0].variants)
-    numbers: list[Renumbering] = []
-    rejected = invocations = chunks = 0
-    for shard in shards:
-        for variant in shard.variants:
-            if not any(known.question == variant.question for known in every):
-                every.append(variant)
-        places = tuple(
-            next(place for place, known in enumerate(every) if known.question == variant.question)
-            for variant in shard.variants
-        )
-        numbers.append(Renumbering(-rejected, invocations, chunks, places))
-        rejected += len(shard.manifest.rejected)
-        invocations += max((record[0] for record in shard.known.invocations), default=0)
-        chunks += len(shard.known.chunks)
-    return tuple(every), numbers
-
-
-def _manifest(shards: Sequence[CompleteShard], target: RunDirectory) -> Manifest:
-    """The manifest of the merged run. Its id is made of those of the shards, so that every merge of them is the same
-    run."""
-    every = [shard.manifest for shard in shards]
-    models: Counter[str] = Counter()
-    largest: dict[str, tuple[int, int]] = {}
-    for each in every:
-        models.update(each.models)
-        for model, (prompt, output) in each.max_request.items():
-            before = largest.get(model, (0, 0))
-            largest[model] = max(before[0], prompt), max(before[1], output)
-    schemas = {each.answer_schema for each in every if each.rows}
-    ids = "\n".join(each.run_id for each in every)
-    return msgspec.structs.replace(
-        every[0],
-        run_id=hashlib.blake2b(ids.encode(), digest_size=6).hexdigest(),
-        created_at=min(each.created_at for each in every),
-        rows=sum(each.rows for each in every),
-        rejected=tuple(ordinal for each in every for ordinal in each.rejected),
-        answer_schema=schemas.pop() if len(schemas) == 1 else None,
-        models=dict(models),
-        max_request=largest,
-        output=msgspec.structs.replace(every[0].output, path=str(target.path)),
-        estimate=_estimate([each.estimate for each in every if each.estimate is not None]),
-        share=None,
-        merged=tuple(map(_as_merged, shards)),
-    )
-
-
-def _as_merged(shard: CompleteShard) -> MergedShard:
-    totals = shard.known.totals
-    return MergedShard(
-        shard.manifest.run_id, str(shard.share.shard), shard.manifest.rows, totals.requests(), totals.cost_usd()
-    )
-
-
-def _estimate(every: Sequence[Estimate]) -> Estimate | None:
-    """What all rows were expected to take: shards work side by side."""
-    if not every:
-        return None
-
-    def usd(name: str) -> Decimal | None:
-        amounts = [getattr(each, name) for each in every]
-        return None if None in amounts else sum(amounts, Decimal(0))
-
-    return msgspec.structs.replace(
-        every[0],
-        rows=sum(each.rows for each in every),
-        prompt_tokens=sum(each.prompt_tokens for each in every),
-        completion_tokens=sum(each.completion_tokens for each in every),
-        **{name: usd(name) for name in ("low_usd", "expected_usd", "high_usd")},
-        minutes=max((each.minutes for each in every if each.minutes is not None), default=None),
-    )
 
 
 def _files(building: RunDirectory, target: RunDirectory) -> dict[str, str]:

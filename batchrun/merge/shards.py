@@ -13,9 +13,10 @@ from batchrun.errors import BatchrunError, CheckpointError, ExitCode, InputError
 from batchrun.integrity.db_records import DbRecords
 from batchrun.integrity.verify import inspected
 from batchrun.prices import PriceTable
-from batchrun.records import FinishedResult, Summary
+from batchrun.records import FinishedResult
 from batchrun.report.summary import read as read_summary
 from batchrun.report.wording import are, plural
+from batchrun.run_summary import Summary
 from batchrun.startup.resume import SHAPE
 from batchrun.store import result, variants
 from batchrun.store.manifest import InputShare, Manifest

@@ -16,7 +16,8 @@ from urllib.parse import urlsplit
 
 from batchrun import __version__, signals
 from batchrun.errors import JobError
-from batchrun.job.job import Endpoint, Job
+from batchrun.job.job import Job
+from batchrun.job.settings import Endpoint
 from batchrun.ray_engine.settings import LOCAL, address_of
 from batchrun.records import Attempt
 from batchrun.transport.transport import Choice, Opened, Wanted
@@ -24,7 +25,7 @@ from batchrun.transport.transport import Choice, Opened, Wanted
 OBJECT_STORE_BYTES = 128_000_000
 """Of a cluster of our own: only requests with a body above 64 KB (images) pass through it."""
 
-CONNECT_S = 10.0
+CONNECT_S = 10.0  # a TCP connection within a cluster takes milliseconds
 
 Note = Callable[[str], None]
 
@@ -68,7 +69,8 @@ class Cluster:
         from batchrun.ray_engine.sender import Setup
 
         authorities = tuple(_content_of(endpoint.ca_file) for endpoint in wanted.endpoints)
-        setup = Setup(__version__, tuple(wanted.endpoints), authorities, wanted.in_flight, wanted.tails)
+        is_local = self._address == LOCAL
+        setup = Setup(__version__, tuple(wanted.endpoints), authorities, wanted.in_flight, wanted.tails, is_local)
         engine = self._job.engine
 
         def report(event: str, line: str | None, **fields: object) -> None:

@@ -7,7 +7,6 @@ attempt has arrived here, the actor no longer matters.
 
 import asyncio
 import math
-import re
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
@@ -17,9 +16,10 @@ import ray
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
 
 from batchrun.credentials import Credentials
-from batchrun.errors import APIConnectionError, ExitCode, JobError, RunStoppedError
-from batchrun.job.job import Engine
+from batchrun.errors import APIConnectionError, ExitCode, RunStoppedError
+from batchrun.job.settings import Engine
 from batchrun.policy import Fault
+from batchrun.ray_engine import failures
 from batchrun.ray_engine.sender import Answered, Parcel, Ready, Sender, Setup
 from batchrun.records import Attempt
 
@@ -46,7 +46,7 @@ UNSENT_S = 30.0
 SURPLUS_S = 60.0
 """An actor that has not been needed for so long is ended, down to `engine.actors`."""
 
-CLOSE_S = 5.0
+CLOSE_S = 5.0  # a call to an actor on a node that is gone may not return
 
 OPTIONS = {"max_restarts": 0, "max_task_retries": 0}
 """Ray starts no actor again and repeats no call by itself: a request is sent again only if the run's policy says so."""
@@ -215,12 +215,12 @@ class Fleet:
     def _could_not_start(self, error: Exception) -> None:
         """Before the first actor works, an error that all would have ends the start; a node that dies does not."""
         self._note_cut_off(error)
-        self._last_failure = why = _in_words(error)
+        self._last_failure = why = failures.in_words(error)
         if self._first.done():
             self._report("actor failed", f"warning: a Ray actor could not start: {why}", why=why)
             return
         self._report("actor failed", None, why=why)
-        if (known := self._cut_off or _as_ours(error, why)) is not None:
+        if (known := self._cut_off or failures.as_ours(error, why)) is not None:
             self._first.set_exception(known)
         else:
             self._loop.call_later(REPEAT_S, self._start_another)
@@ -341,10 +341,10 @@ class Fleet:
         if self._closing:
             return False
         if isinstance(error, RayError) and not isinstance(error, ActorDiedError | RayTaskError):
-            self._report("call repeated", None, actor=str(actor), why=_in_words(error))
+            self._report("call repeated", None, actor=str(actor), why=failures.in_words(error))
             await asyncio.sleep(REPEAT_S)
             return actor in self._actors
-        self._lost(actor, _in_words(error))
+        self._lost(actor, failures.in_words(error))
         self._note_cut_off(error)
         return False
 
@@ -370,7 +370,7 @@ class Fleet:
             return
         self._end(actor)
         many = len(actor.in_flight)
-        line = f"warning: {actor} was lost ({why}); {many} requests that it had may have been billed"
+        line = f"warning: {actor} was lost ({why}); requests in flight there, possibly billed: {many}"
         self._report("actor lost", line, actor=str(actor), why=why, in_flight=many)
         for number in actor.in_flight:
             error = APIConnectionError(f"{actor} was lost: {why}", kind=Fault.SENDER_LOST, sent=True)
@@ -401,28 +401,3 @@ def _pieces(batch: list[Parcel]) -> Iterator[list[Parcel]]:
         piece.append(parcel)
         size += len(parcel[2]) + 100
     yield piece
-
-
-def _in_words(error: Exception) -> str:
-    """Why a call failed, in a few words: Ray's messages have ids, causes that are common, and whole tracebacks."""
-    if isinstance(error, RayTaskError):
-        return f"{type(error.cause).__name__}: {error.cause}"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if getattr(error, "actor_init_failed", False) and (raised := [line for line in lines if _RAISED.match(line)]):
-        return raised[-1][:300]
-    line = next((line for line in lines if line.startswith("The actor") and "because" in line), "".join(lines[:1]))
-    return _DETAILS.split(re.split("because |is unavailable: ", line)[-1])[0][:300].rstrip(". ") or type(error).__name__
-
-
-_RAISED = re.compile(r"\w+(Error|Exception): ")
-_DETAILS = re.compile(r"\.? (?:Worker exit type|Node Id|Owner Id|Some common causes|The task may or may not)")
-
-
-def _as_ours(error: Exception, why: str) -> JobError | None:
-    """The error if every actor would have it."""
-    known = error.cause if isinstance(error, RayTaskError) else error
-    if isinstance(known, JobError):
-        return known
-    if isinstance(known, RayTaskError | ImportError) or getattr(error, "actor_init_failed", False):
-        return JobError(f"a Ray actor could not start: {why}; install batchrun[ray] on every node of the cluster")
-    return None

@@ -15,8 +15,9 @@ import msgspec
 from batchrun import __version__, open_files
 from batchrun.credentials import Credentials
 from batchrun.errors import JobError
-from batchrun.job.job import Endpoint
+from batchrun.job.settings import Endpoint
 from batchrun.open_files import OpenFiles
+from batchrun.ray_engine import orphans
 from batchrun.records import Attempt
 from batchrun.transport.transport import Choice, Transport, choose, opened
 
@@ -46,6 +47,7 @@ class Setup(msgspec.Struct, frozen=True):
     authorities: tuple[str | None, ...]
     in_flight: int
     tails: int
+    is_local: bool = False  # the cluster ends with the driver
 
 
 class Ready(msgspec.Struct, frozen=True):
@@ -83,6 +85,8 @@ class Sender:
         room = OpenFiles().connections(setup.in_flight + setup.tails)
         tails = max(0, min(setup.tails, room - setup.in_flight))
         self._credentials = credentials
+        if setup.is_local:
+            orphans.end_agents_with(self._parent)
         choices = []
         places = zip(setup.endpoints, credentials.members, setup.authorities, strict=True)
         for endpoint, own, authorities in places:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from batchrun.records import Status, TotalsLine
+from batchrun.records import Status
 from batchrun.report import days, earlier_runs, latencies, run_rows, runs
 from batchrun.report.cost_lines import up_to
 from batchrun.report.earlier_runs import Against, Compared
@@ -18,6 +18,7 @@ from batchrun.report.findings import Finding
 from batchrun.report.keys import KEYS, OF_LINES, Span, day_of, group, keys
 from batchrun.report.latencies import Scanned
 from batchrun.report.runs import Account, Found, LeftOut, Runs
+from batchrun.run_summary import TotalsLine
 from batchrun.store.totals import DISCARDED, LOST
 
 __all__ = ["FIGURES", "KEYS", "Bill", "BillLine", "collect", "keys"]

@@ -6,8 +6,9 @@ from decimal import Decimal
 import msgspec
 
 from batchrun.prices import PICO, PriceTable
-from batchrun.records import Estimate, PossiblyBilled, Summary
+from batchrun.records import PossiblyBilled
 from batchrun.report.wording import plural, were
+from batchrun.run_summary import Estimate, Summary
 from batchrun.store.totals import LOST
 
 

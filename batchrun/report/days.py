@@ -15,12 +15,12 @@ import msgspec
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batchrun.records import LineKey, TotalsLine
 from batchrun.report import run_rows
 from batchrun.report.keys import UNKNOWN, day_of
 from batchrun.report.latencies import local_days
 from batchrun.report.run_rows import Result
 from batchrun.report.runs import Found
+from batchrun.run_summary import LineKey, TotalsLine
 from batchrun.store.totals import FIGURES
 
 _TOKENS = tuple(name for name in FIGURES if name.endswith("_tokens") and not name.startswith("offline"))

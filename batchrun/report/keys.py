@@ -9,8 +9,8 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 import msgspec
 
 from batchrun.errors import JobError
-from batchrun.records import TotalsLine
 from batchrun.report.runs import Found
+from batchrun.run_summary import TotalsLine
 
 KEYS = ("night", "day", "month", "job", "model", "service_tier", "status", "tag", "run")
 """`tag` stands for all tags of a job, `tag.team` for one of them."""

@@ -4,8 +4,8 @@ from datetime import datetime
 from decimal import Decimal
 
 from batchrun.limits.admission import Binding, Limit
-from batchrun.records import InForce, Retrying
 from batchrun.report.wording import plural, rounded
+from batchrun.run_summary import InForce, Retrying
 
 
 def limits_in_words(limits: InForce) -> str:

@@ -2,8 +2,8 @@
 that are nearly used. PURE.
 """
 
-from batchrun.records import BudgetUse
 from batchrun.response.finish_reasons import Meaning, meaning_of
+from batchrun.run_summary import BudgetUse
 
 
 def unknown_reason(reason: str) -> str:

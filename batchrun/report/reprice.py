@@ -9,9 +9,10 @@ import msgspec
 
 from batchrun import prices
 from batchrun.errors import JobError
-from batchrun.job.job import Price
-from batchrun.records import TotalsLine, Usage
+from batchrun.job.settings import Price
+from batchrun.records import Usage
 from batchrun.report.runs import Account, Found
+from batchrun.run_summary import TotalsLine
 
 
 def read(path: Path) -> dict[str, Price]:

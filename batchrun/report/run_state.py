@@ -6,8 +6,8 @@ import msgspec
 
 from batchrun.errors import CheckpointError
 from batchrun.prices import PriceTable
-from batchrun.records import Summary
 from batchrun.report.summary import Moment, read, summarise
+from batchrun.run_summary import Summary
 from batchrun.store import at_rest
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.manifest import Manifest

@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 
 from batchrun.limits import deadline
-from batchrun.records import Summary
 from batchrun.report.closing import pace
 from batchrun.report.cost_lines import cost_in_words, estimate_in_words
 from batchrun.report.limit_lines import limits_in_words, retrying_in_words
 from batchrun.report.run_state import RunState
 from batchrun.report.wording import age_in_words
+from batchrun.run_summary import Summary
 from batchrun.store.rundir import RunDirectory
 
 

@@ -10,7 +10,8 @@ from collections.abc import Collection, Sequence
 
 import msgspec
 
-from batchrun.job.job import Endpoint
+from batchrun.job.settings import Endpoint
+from batchrun.patterns import Pattern
 
 
 class Fix(msgspec.Struct, frozen=True):
@@ -46,36 +47,36 @@ _EXTRA = (
     *("guided_json", "thinking", "enable_thinking", "modalities", "prediction", "web_search_options"),
 )
 
-_REFUSES = re.compile(
+_REFUSES = Pattern(
     r"un(supported|recognized|known|expected)|not (supported|permitted|allowed|recognized|available|a valid)"
     r"|does(n't| not) support|only (supports?|the default)|extra (inputs|fields|parameters)|invalid|not be specified"
     r"|additional properties|deprecated|cannot be (used|set|specified)|is(n't| not) one of|not compatible|incompatible"
     r"|remove",
     re.IGNORECASE,
 )
-_WANTED = re.compile(
+_WANTED = Pattern(
     r"\b(?:use|try|specify|provide|set|switch to|pass)\W{1,3}(max_(?:completion_)?tokens)\b", re.IGNORECASE
 )
-_NOT_TAKEN = re.compile(
+_NOT_TAKEN = Pattern(
     r"unsupported|unrecognized|unknown|unexpected|not (permitted|supported)|extra|does(n't| not) support", re.IGNORECASE
 )
-_ONLY_STREAMS = re.compile(
+_ONLY_STREAMS = Pattern(
     r"only support\w*.{0,20}\bstream|must be stream|stream\b.{0,30}\b(required|must be (set to )?true)", re.IGNORECASE
 )
-_NEVER_STREAMS = re.compile(r"\bstream(ing)?\b\W.{0,20}not (supported|permitted|allowed)", re.IGNORECASE)
-_BAD_SCHEMA = re.compile(r"invalid schema for response_format", re.IGNORECASE)
-_AT_LEAST = re.compile(
+_NEVER_STREAMS = Pattern(r"\bstream(ing)?\b\W.{0,20}not (supported|permitted|allowed)", re.IGNORECASE)
+_BAD_SCHEMA = Pattern(r"invalid schema for response_format", re.IGNORECASE)
+_AT_LEAST = Pattern(
     r"(?:>=|at least|greater than or equal to|minimum(?: allowed)?(?: value)?(?: is| of))\s*`?(\d{1,6})", re.IGNORECASE
 )
-_ABOVE = re.compile(r"\d+ > (\d{1,9}),? which is the max", re.IGNORECASE)
-_ROOM = re.compile(r"context (?:length|window|size)(?: is| of)?:? (\d{1,9})", re.IGNORECASE)
-_PROMPT = re.compile(
+_ABOVE = Pattern(r"\d+ > (\d{1,9}),? which is the max", re.IGNORECASE)
+_ROOM = Pattern(r"context (?:length|window|size)(?: is| of)?:? (\d{1,9})", re.IGNORECASE)
+_PROMPT = Pattern(
     r"(\d{1,9}) (?:tokens )?(?:in|from|of) (?:the |your )?(?:messages|prompt|input)|(\d{1,9}) input tokens"
 )
-_BOTH = re.compile(r"cannot both|not both|only one of|can(no|')t be used together|mutually exclusive", re.IGNORECASE)
-_FORMAT = re.compile(r"response_format(?:\.type|\[.?type.?\])?\W.{0,20}\bmust be", re.IGNORECASE)
-_CONTEXT = re.compile(r"context (length|window|size)", re.IGNORECASE)
-_AT_MOST = re.compile(
+_BOTH = Pattern(r"cannot both|not both|only one of|can(no|')t be used together|mutually exclusive", re.IGNORECASE)
+_FORMAT = Pattern(r"response_format(?:\.type|\[.?type.?\])?\W.{0,20}\bmust be", re.IGNORECASE)
+_CONTEXT = Pattern(r"context (length|window|size)", re.IGNORECASE)
+_AT_MOST = Pattern(
     r"(?:at most|less than or equal to|maximum(?: allowed)?(?: value)?(?: is| of)?|up to|<=?|no more than|must be in|"
     r"range of \w+ (?:is|should be)|limit(?: is| of)?)\D{0,20}?(?:\[?\s*[01]\s*,\s*)?(\d{1,3}(?:,\d{3})+|\d+)",
     re.IGNORECASE,
@@ -111,6 +112,14 @@ def fix_for_key(reason: str, endpoint: Endpoint) -> Fix | None:
     if endpoint.headers:
         return Fix("endpoint.headers", f"{rejected} that they hold, if any", same_command=True)
     return Fix("endpoint.api_key_env", "the server wants a key, and the job names none", same_command=True)
+
+
+def fix_for_address(reason: str) -> Fix | None:
+    """Where to look if the server answers, but never with a completion; None if the run stopped for another reason."""
+    if re.search(r"^no answer for .*\bthe answer is (no chat completion|empty)", reason) is None:
+        return None
+    what = "is it the address of chat completions? A base such as https://host/v1 gets /chat/completions appended"
+    return Fix("endpoint.url", what, same_command=True)
 
 
 def command_with(words: Sequence[str], fix: Fix, *, retry: bool) -> list[str]:

@@ -3,8 +3,8 @@
 import unicodedata
 from collections.abc import Callable, Iterator
 
-from batchrun.records import Summary
 from batchrun.report.progress import short_number
+from batchrun.run_summary import Summary
 
 FILLED, EMPTY = "█", "░"
 HOME, REST_OF_LINE, REST_OF_SCREEN = "\x1b[H", "\x1b[K", "\x1b[J"

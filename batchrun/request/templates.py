@@ -1,19 +1,18 @@
 """Templates over a row's columns. PURE. Sole importer of jinja2: its immutable sandbox; row text stays text."""
 
 import difflib
+import keyword
 import re
 from collections.abc import Callable
-from functools import lru_cache
-from typing import Any
-
-import jinja2
-import jinja2.meta
-import jinja2.nodes
-import jinja2.sandbox
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any
 
 from batchrun.errors import InputError, JobError
 from batchrun.request import image_parts
 from batchrun.request.texts import NoTextError, NullError, json_of, text_of
+
+if TYPE_CHECKING:
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 Columns = dict[str, Any]
 
@@ -51,11 +50,24 @@ def _url_template(tree: Any, place: str) -> Callable[[Columns], Any]:
     return make
 
 
-_ENVIRONMENT = jinja2.sandbox.ImmutableSandboxedEnvironment(
-    undefined=jinja2.StrictUndefined, finalize=text_of, keep_trailing_newline=True, autoescape=False
-)
-_ENVIRONMENT.filters["tojson"] = json_of  # Jinja's own writes for HTML, and knows no dates and no decimals
-_ENVIRONMENT.globals.clear()  # no template sees them, yet each context would list them (1.4 of 4.8 µs, measured)
+@cache
+def _environment() -> "ImmutableSandboxedEnvironment":
+    from jinja2 import StrictUndefined  # 20 ms: only where a template is compiled
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(
+        undefined=StrictUndefined, finalize=text_of, keep_trailing_newline=True, autoescape=False
+    )
+    environment.filters["tojson"] = json_of  # Jinja's own writes for HTML, and knows no dates and no decimals
+    environment.globals.clear()  # no template sees them, yet each context would list them (1.4 of 4.8 µs, measured)
+    return environment
+
+
+def _used_names(text: str) -> set[str]:
+    """The columns that the template names."""
+    from jinja2.meta import find_undeclared_variables
+
+    return find_undeclared_variables(_environment().parse(text))
 
 
 ROW = "row"
@@ -64,34 +76,48 @@ ROW = "row"
 _ODD_NAME = 'A column whose name is not one plain word is written {{ row["its name"] }}'
 
 
+@lru_cache(maxsize=64)  # the input check and dispatch make the same requests
 def text_template(text: str, place: str) -> Callable[[Columns], str]:
-    """The template compiled; a text without markers is itself.
+    """A function that makes the template's text of a row; a text without markers is itself."""
+    if "{" not in text:
+        return lambda columns: text
+    pieces = _plain_pieces(text)
+    render = _compiled(text, place) if pieces is None else None
+
+    def make(columns: Columns) -> str:
+        if pieces is not None and (joined := _joined(pieces, columns)) is not None:
+            return joined
+        nonlocal render
+        render = render or _compiled(text, place)
+        return render(columns)
+
+    return make
+
+
+def _compiled(text: str, place: str) -> Callable[[Columns], str]:
+    """The template as Jinja compiles it.
 
     `root_render_func` on a context that shares the row's columns costs a quarter of `render()` (measured: 4 µs for 16);
     the price is that Jinja's global functions are not there, which a template over columns does not need.
     """
-    if "{" not in text:
-        return lambda columns: text
+    from jinja2 import TemplateSyntaxError, UndefinedError
+
     try:
-        compiled = _ENVIRONMENT.from_string(text)
-    except jinja2.TemplateSyntaxError as error:
+        compiled = _environment().from_string(text)
+    except TemplateSyntaxError as error:
         raise JobError(f"{place}: template error in line {error.lineno}: {error.message}. {_ODD_NAME}") from error
     new_context, render = compiled.new_context, compiled.root_render_func
-    syntax = _ENVIRONMENT.parse(text)
-    whole_row = ROW in jinja2.meta.find_undeclared_variables(syntax)
-    pieces = None if whole_row else _plain_pieces(syntax)
+    whole_row = ROW in _used_names(text)
 
     def make(columns: Columns) -> str:
         try:
-            if pieces is not None and (joined := _joined(pieces, columns)) is not None:
-                return joined
             known = {ROW: columns, **columns} if whole_row else columns
             return "".join(render(new_context(known, True)))
         except NullError as error:
             raise InputError(f"{place}: {_null_in_words(text, columns)}") from error
         except NoTextError as error:
             raise InputError(f"{place}: {_odd_in_words(text, columns, str(error))}") from error
-        except jinja2.UndefinedError as error:
+        except UndefinedError as error:
             raise InputError(f"{place}: {_missing_in_words(error.message or '', columns)}") from error
         except Exception as error:  # a template runs user code over user data: whatever it raises is the row's
             raise InputError(f"{place}: {type(error).__name__}: {error}") from error
@@ -102,23 +128,24 @@ def text_template(text: str, place: str) -> Callable[[Columns], str]:
 _Pieces = list[tuple[str, str | None]]
 """Text, and the column that stands behind it; None behind the last."""
 
+_MARKERS = ("{{", "{%", "{#")
+_NO_COLUMNS = frozenset({ROW, "true", "false", "none", "True", "False", "None", *keyword.kwlist})
 
-def _plain_pieces(syntax: jinja2.nodes.Template) -> _Pieces | None:
-    """The template as texts and columns, where it is nothing else: no filter, no expression, no statement."""
-    pieces: _Pieces = []
-    text = ""
-    for output in syntax.body:
-        if not isinstance(output, jinja2.nodes.Output):
-            return None
-        for node in output.nodes:
-            if isinstance(node, jinja2.nodes.TemplateData):
-                text += node.data
-            elif isinstance(node, jinja2.nodes.Name):
-                pieces.append((text, node.name))
-                text = ""
-            else:
-                return None
-    return [*pieces, (text, None)]
+
+def _plain_pieces(text: str) -> _Pieces | None:
+    """The template as texts and columns, where it is nothing else: no filter, no expression, no statement.
+
+    Jinja makes the same of it (`test_simple_templates_equal_jinja` in tests/unit/test_request.py), and
+    need not be loaded.
+    """
+    *parts, last = _ONE_COLUMN.split(re.sub(r"\r\n?", "\n", text))
+    texts, columns = parts[::2], parts[1::2]
+    has_more = any(marker in each for marker in _MARKERS for each in (*texts, last))
+    if has_more or any(each.endswith("{") for each in texts):
+        return None
+    if not _NO_COLUMNS.isdisjoint(columns) or not all(map(str.isidentifier, columns)):
+        return None
+    return [*zip(texts, columns, strict=True), (last, None)]
 
 
 def _joined(pieces: _Pieces, columns: Columns) -> str | None:
@@ -139,7 +166,7 @@ def _joined(pieces: _Pieces, columns: Columns) -> str | None:
 
 def _null_in_words(text: str, columns: Columns) -> str:
     """Which column is null, or which of them hold the null, and what to write instead."""
-    used = sorted(jinja2.meta.find_undeclared_variables(_ENVIRONMENT.parse(text)) & columns.keys())
+    used = sorted(_used_names(text) & columns.keys())
     if nulls := [name for name in used if columns[name] is None]:
         return f"column {' and '.join(map(repr, nulls))} is null; write {_or_empty(nulls[0])} where that may be"
     where = f", in column {' or '.join(map(repr, used))}" if used else ""
@@ -148,7 +175,7 @@ def _null_in_words(text: str, columns: Columns) -> str:
 
 def _odd_in_words(text: str, columns: Columns, what: str) -> str:
     """Which columns hold the value, and what to do about it."""
-    used = sorted(jinja2.meta.find_undeclared_variables(_ENVIRONMENT.parse(text)) & columns.keys())
+    used = sorted(_used_names(text) & columns.keys())
     where = f", in column {' or '.join(map(repr, used))}" if used else ""
     return f"{what}{where}; convert it in the input, or write something else in its place"
 
@@ -156,11 +183,6 @@ def _odd_in_words(text: str, columns: Columns, what: str) -> str:
 def _or_empty(column: str) -> str:
     """What to write for a column that may be null. `or ''` would drop 0 and false too."""
     return f"{{{{ '' if {column} is none else {column} }}}}"
-
-
-def _in_row(column: str) -> str:
-    """The column as a template names it where its name is not a plain word."""
-    return f"row[{json_of(column)}]"
 
 
 _UNDEFINED = re.compile(r"'(\w+)' is undefined")
@@ -181,6 +203,7 @@ def among(columns: tuple[str, ...], name: str | None) -> str:
     if name is not None:
         odd = [column for column in columns if not column.isidentifier() and re.match(rf"{re.escape(name)}\b", column)]
         near = odd[:1] or difflib.get_close_matches(name, columns, n=1)
-        guess = f"; did you mean {near[0] if near[0].isidentifier() else _in_row(near[0])}?" if near else ""
+        # a template names a column whose name is no plain word by its position in `row`
+        guess = f"; did you mean {near[0] if near[0].isidentifier() else f'row[{json_of(near[0])}]'}?" if near else ""
     shown = ", ".join(columns[:SHOWN_COLUMNS]) + (", …" if len(columns) > SHOWN_COLUMNS else "")
     return f"{guess} (columns: {shown or 'none'})"

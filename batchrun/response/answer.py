@@ -50,7 +50,7 @@ def read_carefully(stored: bytes, choices: int = 1) -> Answer:
     decoded, flagged = decode(body)
     if decoded is None:
         decoded, flagged = _unglued(body), True
-    decoded = _unwrapped(decoded)
+    decoded = _unwrapped(_unquoted(decoded))
     if isinstance(decoded, dict):
         return _from_object(decoded, flagged)
     return _failed(Answer(flagged=flagged and decoded is not None), error_body.read(decoded))
@@ -62,13 +62,22 @@ def _unwrapped(decoded: Any) -> Any:
         return decoded[0] if _is_completion(decoded[0]) else decoded
     if not isinstance(decoded, dict) or "choices" in decoded:
         return decoded
-    inner = next((decoded[name] for name in _ENVELOPES if _is_completion(decoded.get(name))), None)
-    if inner is None or decoded.get("error"):
+    inside = {name: _unquoted(decoded.get(name)) for name in _ENVELOPES}
+    name = next((name for name, value in inside.items() if _is_completion(value)), None)
+    if name is None or decoded.get("error"):
         return decoded
-    failure = error_body.read({name: value for name, value in decoded.items() if value is not inner})
+    failure = error_body.read({other: value for other, value in decoded.items() if other != name})
     if failure is not None and (failure.status is not None or failure.code is not None):
         return decoded
-    return {"usage": decoded.get("usage"), **inner}
+    return {"usage": decoded.get("usage"), **inside[name]}
+
+
+def _unquoted(value: Any) -> Any:
+    """The object in a text that is JSON itself: some servers encode their answer twice."""
+    if not isinstance(value, str) or not value.lstrip().startswith("{"):
+        return value
+    inner, _ = decode(value.encode())
+    return inner if isinstance(inner, dict) else value
 
 
 def _is_completion(value: Any) -> bool:
@@ -93,13 +102,18 @@ def decode(body: bytes) -> tuple[Any, bool]:
     Lenient: invalid UTF-8 and lone surrogates become U+FFFD, NaN and Infinity are taken, huge integers become floats
     or text. msgspec refuses all of those, and reports too deep a nesting as RecursionError.
     """
+    decoded, flagged = _decode_piece(body)
+    return (_without_surrogates(decoded) if flagged else decoded), flagged
+
+
+def _decode_piece(data: bytes) -> tuple[Any, bool]:
+    """The same for a piece of a stream, with its lone surrogates: the next piece may begin with the other half."""
     try:
-        return msgspec.json.decode(body), False
+        return msgspec.json.decode(data), False
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         pass
     try:
-        text = body.decode("utf-8-sig", "replace")
-        return _without_surrogates(json.loads(text, strict=False, parse_int=_parse_int)), True
+        return json.loads(data.decode("utf-8-sig", "replace"), strict=False, parse_int=_parse_int), True
     except (ValueError, RecursionError):
         return None, True
 
@@ -113,23 +127,30 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def _without_surrogates(value: Any) -> Any:
+    """The value with pairs joined and lone ones replaced in all its texts."""
     if isinstance(value, str):
-        return _SURROGATE.sub("\ufffd", value)
+        return _text_without_surrogates(value)
     if isinstance(value, list):
         return [_without_surrogates(item) for item in value]
     if isinstance(value, dict):
-        return {_SURROGATE.sub("\ufffd", key): _without_surrogates(item) for key, item in value.items()}
+        return {_text_without_surrogates(key): _without_surrogates(item) for key, item in value.items()}
     return value
+
+
+def _text_without_surrogates(text: str) -> str:
+    if not _SURROGATE.search(text):
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def _from_object(body: dict[str, Any], flagged: bool) -> Answer:
     if responses_object.is_response(body):
         body = responses_object.as_completion(body)
     choice = _first_choice(body)
-    message = choice.get("message")
+    message = messages.of(choice)
     failure = error_body.read(body)
     usage, service_tier, reported_cost_usd = usages.stated_in(body)
-    if not isinstance(message, dict):
+    if message is None:
         read = Answer(
             flagged=flagged,
             usage=usage,
@@ -184,9 +205,14 @@ def _choice_failure(choice: dict[str, Any]) -> error_body.Failure | None:
 
 
 def _first_choice(body: dict[str, Any]) -> dict[str, Any]:
+    """The choice with the lowest number: servers were seen that list the one first that ended first."""
     choices = body.get("choices")
-    first = choices[0] if isinstance(choices, list) and choices else None
-    return first if isinstance(first, dict) else {}
+    if not isinstance(choices, list):
+        return {}
+    numbered = [
+        (messages.index(choice, place), place) for place, choice in enumerate(choices) if isinstance(choice, dict)
+    ]
+    return choices[min(numbered)[1]] if numbered else {}
 
 
 def _choices(value: Any) -> tuple[Choice, ...]:
@@ -197,8 +223,8 @@ def _choices(value: Any) -> tuple[Choice, ...]:
 
 
 def _choice(place: int, choice: dict[str, Any]) -> Choice:
-    message = choice.get("message")
-    content = messages.content(message.get("content")) if isinstance(message, dict) else None
+    message = messages.of(choice)
+    content = None if message is None else messages.content(message.get("content"))
     return Choice(messages.index(choice, place), content, messages.text(choice.get("finish_reason")))
 
 
@@ -236,13 +262,28 @@ def _from_events(pieces: Iterable[bytes], choices: int) -> Answer:
     for, and any other that began, has its finish_reason.
     """
     spelled = _Spelled()
-    for event in sse.events(pieces):
+    for event in chain.from_iterable(_separated(event) for event in sse.events(pieces)):
         done = event.data.strip() == _DONE
         if not done:
             spelled.take(event)
         if done or spelled.ended:
             return spelled.answer(done=True, choices=choices)
     return spelled.answer(done=False, choices=choices)
+
+
+def _separated(event: sse.Event) -> Iterable[sse.Event]:
+    """The event, or those in it: some gateways leave out the blank lines between events, or write `data:` twice."""
+    data = event.data
+    if (b"\n" not in data and not data.startswith(_FIELD)) or decode(data)[0] is not None:
+        return (event,)
+    lines = [line for each in data.split(b"\n") if (line := each.removeprefix(_FIELD).strip())]
+    whole = lines if event.whole else lines[:-1]
+    if not whole or not all(line == _DONE or isinstance(decode(line)[0], dict) for line in whole):
+        return (event,)
+    return [sse.Event(line, event.name, event.whole or line is not lines[-1]) for line in lines]
+
+
+_FIELD = b"data:"
 
 
 _LAST_COUNTS = ("id", "created", "model", "service_tier", "provider_metadata")
@@ -262,7 +303,7 @@ class _Spelled:
         self.ended = False  # by the last event of the Responses API
 
     def take(self, event: sse.Event) -> None:
-        decoded, lenient = decode(event.data)
+        decoded, lenient = _decode_piece(event.data)
         if event.name == b"error":
             decoded = _as_error(decoded, event.data)
         if not isinstance(decoded, dict):
@@ -307,7 +348,8 @@ class _Spelled:
         if index == 0 and (error := choice.get("error")):
             self._last["error"] = error
         if (delta := messages.delta(choice)) is not None:
-            self._messages.setdefault(index, messages.Message()).add(delta)
+            is_message = delta is not choice.get("delta")
+            self._messages.setdefault(index, messages.Message()).add(delta, is_message=is_message)
 
     def answer(self, *, done: bool, choices: int) -> Answer:
         whole = self._last if self._messages else self._without_choices | self._last
@@ -319,7 +361,7 @@ class _Spelled:
         of_choices = usages.of_choices(self._usages.values())
         if of_choices is not None and usages.of(whole.get("usage")) is None:
             whole["usage"] = usages.joined(whole.get("usage"), of_choices)
-        answer = _from_object(whole, self._flagged)
+        answer = _from_object(_without_surrogates(whole) if self._flagged else whole, self._flagged)
         expected = self._messages.keys() | set(range(min(choices, MAX_CHOICES)))
         ended = (done or expected <= self._finish_reasons.keys()) and not self._broken
         return answer if ended else msgspec.structs.replace(answer, completion=False)

@@ -11,6 +11,9 @@ from typing import Any
 
 import msgspec
 
+from batchrun.patterns import Pattern
+from batchrun.response.retry_after import duration_s
+
 MAX_MESSAGE_CHARS = 1000
 """Error messages are for people and for a column: longer ones are cut, the raw body stays."""
 
@@ -39,18 +42,14 @@ _FINE = frozenset({"0", "200", "ok", "success", "succeeded"})
 """Codes with which an envelope says that nothing is wrong."""
 
 _SECONDS = ("retry_after", "retryAfter", "retry_after_s", "retry_after_seconds", "estimated_time", "retryDelay")
-_DURATION = re.compile(
-    r"(?P<number>\d+(?:\.\d+)?) ?(?P<unit>ms|milliseconds?|s|sec(?:ond)?s?|m|min(?:ute)?s?|h|hours?)"
-)
-_WAIT = re.compile(
-    r"\b(?:try again|retry|wait|available|resets?|retried)(?: again)? (?:in|after|for) (?:about |~)?"
+_MILLISECONDS = ("retry_after_ms", "retryAfterMs")
+_WAIT = Pattern(
+    r"\b(?:try again|retry|wait|available|resets?|retried)(?: again)?:? ?(?:(?:in|after|for|at least|about|~)[ :]*)*"
     r"(?P<wait>(?:\d+(?:\.\d+)? ?(?:ms|milliseconds?|sec(?:ond)?s?|min(?:ute)?s?|hours?|[smh])\b ?"
     r"|\d+(?:\.\d+)?[hm](?=\d))+)",
     re.IGNORECASE,
 )
-"""A wait in words: "Please try again in 7m12.5s", "Please retry after 8 seconds" (OpenAI, Groq, Azure)."""
-
-_UNIT_S = {"ms": 0.001, "mi": 60.0, "m": 60.0, "s": 1.0, "h": 3600.0}
+"""A wait in words: "Please try again in 7m12.5s", "retry after 8 seconds", "wait 20 seconds" (OpenAI, Groq, Azure)."""
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -200,32 +199,26 @@ def _words(value: Any, depth: int) -> Iterator[str]:
 
 
 def _wait_s(said: Mapping[str, Any], message: str) -> float | None:
-    """Seconds to wait: a field, Google's RetryInfo among the `details`, or the message's own words."""
+    """Seconds to wait: a field, one of the `metadata`, Google's RetryInfo among the `details`, or words."""
     details = said.get("details")
-    for each in (said, *(details if isinstance(details, list) else ())):
-        for name in _SECONDS:
-            if isinstance(each, dict) and (seconds := _seconds(each.get(name))) is not None:
-                return seconds
+    for each in (said, said.get("metadata"), *(details if isinstance(details, list) else ())):
+        if not isinstance(each, dict):
+            continue
+        for names, scale in ((_SECONDS, 1.0), (_MILLISECONDS, 0.001)):
+            for name in names:
+                if (seconds := _seconds(each.get(name))) is not None:
+                    return seconds * scale
     found = _WAIT.search(message)
-    return None if found is None else _seconds(found["wait"])
+    return None if found is None else duration_s(found["wait"])
 
 
 def _seconds(value: Any) -> float | None:
-    """A number of seconds, `"32s"`, `"7m12.5s"`, `"8 seconds"`, or `{"seconds": 32}`."""
+    """A number of seconds, a duration in words, or `{"seconds": 32}`."""
     if isinstance(value, dict):
         value = value.get("seconds")
     if isinstance(value, int | float) and not isinstance(value, bool):
         return float(value) if 0 <= value < 1e9 else None
-    if not isinstance(value, str) or len(value) > 60:
-        return None
-    if re.fullmatch(r"\d{1,9}(\.\d{1,9})?", value):
-        return float(value)
-    total, found = 0.0, False
-    for part in _DURATION.finditer(value.lower()):
-        unit = part["unit"]
-        scale = _UNIT_S["ms"] if unit.startswith(("ms", "milli")) else _UNIT_S[unit[0]]
-        total, found = total + float(part["number"][:12]) * scale, True
-    return total if found else None
+    return duration_s(value) if isinstance(value, str) else None
 
 
 def _as_text(error: Any) -> str:

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from enum import StrEnum
 from functools import lru_cache
 
+from batchrun.patterns import Pattern
+
 
 class Meaning(StrEnum):
     """What a finish_reason says of its answer; `[finish]` has a setting for each but FAILURE, which is retried."""
@@ -71,15 +73,15 @@ _MEANINGS: Mapping[str, Meaning] = {name: meaning for meaning, names in _NAMES.i
 MAX_CHARS = 200
 """A longer text is not a reason."""
 
-_PREFIX = re.compile(r"^(?:finish_reason|stop_reason|finish|reason|response)_(?=.)")
-_COMPOUND = re.compile(r"[a-z_]+: [A-Z_]+")
-_HUMP = re.compile(r"(?<=[a-z])(?=[A-Z])")
+_PREFIX = Pattern(r"^(?:finish_reason|stop_reason|finish|reason|response)_(?=.)")
+_COMPOUND = Pattern(r"[a-z_]+: [A-Z_]+")
+_HUMP = Pattern(r"(?<=[a-z])(?=[A-Z])")
 
 
-_PARTS: tuple[tuple[Meaning, re.Pattern[str]], ...] = (
+_PARTS: tuple[tuple[Meaning, Pattern], ...] = (
     (
         Meaning.FAILURE,  # whatever broke off: "context_deadline_exceeded" is no length, nor is "rate_limit"
-        re.compile(
+        Pattern(
             r"abort|cancel|timed?_?out|deadline|crash|(^|_)kill|(^|_)oom(_|$)|out_of_memory|shut_?down|disconnect|connection"
             r"|network|rate_?limit|throttl|quota|overload|unavailable|preempt|evict|interrupt|expired|exception|panic"
             r"|retry|retries"
@@ -87,24 +89,24 @@ _PARTS: tuple[tuple[Meaning, re.Pattern[str]], ...] = (
     ),
     (
         Meaning.LENGTH,
-        re.compile(
+        Pattern(
             r"length|trunc|cut_?off|too_long|overflow|out_of_(context|tokens)|(^|_)max_|limit|token_budget"
             r"|context_(window|size|exceed|full)|tokens?_(exceed|over)"
         ),
     ),
     (
         Meaning.FILTER,
-        re.compile(
+        Pattern(
             r"safety|unsafe|moderat|policy|policies|filter|guard|blocked|block$|harm(ful)?(_|$)|toxi|flagged|censor|prohibit|violat"
             r"|sensitive|inappropriate|nsfw|jailbreak|offensive|sexual|(^|_)hate|csam"
         ),
     ),
-    (Meaning.FAILURE, re.compile(r"error|(^|_)err(_|$)|fail|exceed|internal|corrupt|malform|invalid|(^|_)fault")),
+    (Meaning.FAILURE, Pattern(r"error|(^|_)err(_|$)|fail|exceed|internal|corrupt|malform|invalid|(^|_)fault")),
 )
 """What a part of an unknown word means; the first that fits counts. A failure that was taken for an answer is a lost
 answer, so words of failure stand on both ends: what broke off before all, a mere "error" after what was filtered."""
 
-_DENIED = re.compile(r"(^|_)(no|not|non|un|without)(_|$)")
+_DENIED = Pattern(r"(^|_)(no|not|non|un|without)(_|$)")
 """`no_error` means none."""
 
 

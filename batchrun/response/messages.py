@@ -15,11 +15,36 @@ def text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
+def of(choice: dict[str, Any]) -> dict[str, Any] | None:
+    """A choice's message, or what some servers send in its place: a text, or the only delta of a whole answer."""
+    message, delta = choice.get("message"), choice.get("delta")
+    if isinstance(message, dict):
+        return message
+    if isinstance(delta, dict) and choice.get("finish_reason"):
+        return delta
+    words = text(message) or text(choice.get("text"))
+    return None if words is None else {"content": words}
+
+
+_WITHOUT_TEXT = ("thinking", "redacted_thinking", "reasoning", "refusal")
+"""Content parts that are no part of the answer's text."""
+
+
 def content(value: Any) -> str | None:
-    """Text as it is; a list of text parts, as some servers answer, joined."""
-    if isinstance(value, list):
-        return "".join(part["text"] for part in value if isinstance(part, dict) and isinstance(part.get("text"), str))
-    return text(value)
+    """Text as it is, and a list of text parts joined; other JSON, which some servers send in JSON mode, as its text."""
+    if value is None or isinstance(value, str):
+        return value
+    parts = [value] if isinstance(value, dict) and value.get("type") == "text" else value
+    if isinstance(parts, list):
+        if any(_is_part(part) for part in parts):
+            return "".join(text(part.get("text")) or "" for part in parts if isinstance(part, dict))
+        if all(isinstance(part, str) for part in parts):
+            return "".join(parts)
+    return _as_text(value)[0]
+
+
+def _is_part(value: Any) -> bool:
+    return isinstance(value, dict) and (value.get("type") in _WITHOUT_TEXT or isinstance(value.get("text"), str))
 
 
 def refusal(message: dict[str, Any]) -> str | None:
@@ -47,7 +72,7 @@ def tool_calls(value: Any) -> tuple[str | None, bool]:
 def _as_text(value: Any) -> tuple[str | None, bool]:
     try:
         return msgspec.json.encode(value).decode(), True
-    except RecursionError:
+    except (RecursionError, UnicodeEncodeError):  # half a surrogate pair in a piece of a stream
         return None, False
 
 
@@ -70,13 +95,18 @@ class Message:
 
     def __init__(self) -> None:
         self._contents: list[str] = []
+        self._chars = 0
         self._refusals: list[str] = []
         self._call = _Called()
         self._tool_calls: dict[int, list[_ToolCall]] = {}
 
-    def add(self, delta: dict[str, Any]) -> None:
+    def add(self, delta: dict[str, Any], *, is_message: bool = False) -> None:
+        """`is_message`: it stands for a whole message, which may repeat all that came before."""
         if (text := content(delta.get("content"))) is not None:
+            if is_message and len(text) >= self._chars > 0 and text.startswith("".join(self._contents)):
+                self._contents, self._chars = [], 0
             self._contents.append(text)
+            self._chars += len(text)
         if (declined := refusal(delta)) is not None:
             self._refusals.append(declined)
         if isinstance(call := delta.get("function_call"), dict):

@@ -8,6 +8,8 @@ import re
 from collections.abc import Mapping
 from enum import StrEnum
 
+from batchrun.patterns import Pattern
+
 
 class Subject(StrEnum):
     CONTENT = "content"
@@ -36,31 +38,32 @@ class Subject(StrEnum):
 
 _I = re.IGNORECASE
 
-_PATTERNS: Mapping[Subject, re.Pattern[str]] = {
+_PATTERNS: Mapping[Subject, Pattern] = {
     # DeepSeek, OpenRouter, MiniMax 1008, Zhipu 1113 (arrears), Anthropic ("credit balance is too low", with a 400), xAI
-    # ("used all available credits or reached its monthly spending limit"), Moonshot ("account is suspended")
-    Subject.BROKE: re.compile(
+    # ("used all available credits or reached its monthly spending limit"), Moonshot ("account is suspended"), LiteLLM
+    # ("Budget has been exceeded!", "budget_exceeded", "ExceededTokenBudget", with a 400)
+    Subject.BROKE: Pattern(
         r"(insufficient|not enough|no|low|exhausted|depleted|out of)[ _-](account[ _-]|prepaid[ _-])?"
         r"(balance|credits?|funds?|money)\b"
         r"|(balance|credits?|funds)\b.{0,20}\b(too low|insufficient|exhausted|depleted|used up|not enough|run out)"
         r"|used all (available |your )?credits|spend(ing)?[ _-]limit|(billing|spend)[ _-]hard[ _-]limit|arrears?\b"
         r"|(account|organization|team|project)\b.{0,40}\b(suspended|deactivated|overdue|past due)"
+        r"|(?<!thinking )(?<!reasoning )(?<!token )\bbudget[ _](has been )?exceeded|\bover budget\b"
+        r"|exceeded(token)?budget"
         r"|payment[ _-](is[ _-])?required|(trial|subscription)\b.{0,12}\b(ended|expired)"
         r"|\u4f59\u989d\u4e0d\u8db3|\u6b20\u8d39|残高(が)?不足|잔액.{0,4}부족|guthaben.{0,30}(aufgebraucht|erschöpft)"
         r"|(solde|saldo|crédito?s?) (est |es |é )?insuf",
         _I,
     ),
-    Subject.ACCOUNT: re.compile(
+    Subject.ACCOUNT: Pattern(
         r"insufficient[_ ]quota|credits?\b|\bbalance|billing|spend|payment|prepaid|recharge|top[ -]?up\b|arrear"
         r"|(check|upgrade) your plan|purchase|\u5145\u503c",
         _I,
     ),
-    Subject.QUOTA: re.compile(
-        r"quota(?!increase)|allowance|per[ _-]?(day|month)\b|(daily|monthly)\b.{0,20}\blimit", _I
-    ),
+    Subject.QUOTA: Pattern(r"quota(?!increase)|allowance|per[ _-]?(day|month)\b|(daily|monthly)\b.{0,20}\blimit", _I),
     # OpenAI, Azure, Groq (TPM, RPM), Cohere ("20 API calls / minute"), Google ("PerMinute", with 400 AWS throttling),
     # Mistral ("Requests rate limit exceeded"), Zhipu 1302 and 1305 (concurrency), DashScope ("Throttling.RateQuota")
-    Subject.PACE: re.compile(
+    Subject.PACE: Pattern(
         r"rate[ _-]?limit|ratequota|too[ _-]?many[ _-]?(concurrent[ _-]?|api[ _-]?)?(requests|calls|tokens)"
         r"|(per|/|every|each) ?[ _-]?(second|minute|min|hour)(?![a-z])|(?<![a-z])[rtq]p[ms](?![a-z])"
         r"|per(second|minute|hour)|throttl|slow[ _-]?down|too fast|concurren|requests? (frequency|limit)"
@@ -70,23 +73,24 @@ _PATTERNS: Mapping[Subject, re.Pattern[str]] = {
         _I,
     ),
     # "quota exceeded (60s window)", "1-minute token quota"; a 400 may say so of a video that is too long
-    Subject.WINDOW: re.compile(
+    Subject.WINDOW: Pattern(
         r"\b\d+[ -]?(s|secs?|seconds?|mins?|minutes?)\b.{0,12}\b(window|quota|limit|interval|period)"
         r"|\b(window|quota|limit|interval|period)\b.{0,12}\b\d+[ -]?(secs?|seconds?|mins?|minutes?)\b"
         r"|\b(pro|par|por|al|je|в) (sekunde|minut|segundo|seconde|secondo|секунд|минут)|分钟|分間",
         _I,
     ),
-    Subject.WAIT: re.compile(r"resource[ _-]?exhausted|rate_limit_error", _I),
+    Subject.WAIT: Pattern(r"resource[ _-]?exhausted|rate_limit_error", _I),
     # Google answers a wrong key with 400, "API key not valid. Please pass a valid API key."
-    Subject.KEY: re.compile(
+    Subject.KEY: Pattern(
         r"(invalid|incorrect|expired|missing|wrong|bad|no)[ _-](api[ _-]?|access[ _-]?|auth\w*[ _-])(key|token)\b"
-        r"|api[ _-]?key[ _-](is[ _-])?(not[ _-]valid|invalid|expired|missing|incorrect)|invalidapikey",
+        r"|(api[ _-]?key|(access|auth\w*)[ _-]token)[ _-](is[ _-])?(not[ _-]valid|invalid|expired|missing|incorrect)"
+        r"|invalidapikey",
         _I,
     ),
-    # llama.cpp says so with a 500 of what its model can't do, such as images: to ask again is in vain
-    Subject.UNABLE: re.compile(r"\bnot (supported|implemented)\b|\bunsupported\b", _I),
+    # llama.cpp says so with a 500 of what its model can't do, such as images: a retry is in vain
+    Subject.UNABLE: Pattern(r"\bnot (supported|implemented)\b|\bunsupported\b", _I),
     # OpenAI's flex processing ("Resource Unavailable"), Groq's (498, "capacity_exceeded")
-    Subject.CAPACITY: re.compile(
+    Subject.CAPACITY: Pattern(
         r"resource[ _-]?unavailable|capacity[ _-]?exceeded"
         r"|\b(no|not enough|insufficient|lack of|lacks|out of|exceed(s|ed)?|at|limited|without)\b.{0,30}\bcapacity\b"
         r"|\bcapacity\b.{0,30}\b(unavailable|not available|exhausted|full|limited)",
@@ -94,7 +98,7 @@ _PATTERNS: Mapping[Subject, re.Pattern[str]] = {
     ),
     # OpenAI, with a 429 in the words of a pace: "Request too large for ... on tokens per min (TPM): Limit 10000,
     # Requested 20000. The input or output tokens must be reduced"; Groq: "please reduce your message size"
-    Subject.TOO_LARGE: re.compile(
+    Subject.TOO_LARGE: Pattern(
         r"\b(request|prompt|input|message|context)s?[ _](is[ _]|was[ _])?too[ _](large|long|big)\b"
         r"|\btokens must be reduced|\breduce (your|the) (message|prompt|input|context|length|request size)"
         r"|context[ _]length[ _]exceeded|maximum context length",
@@ -102,14 +106,14 @@ _PATTERNS: Mapping[Subject, re.Pattern[str]] = {
     ),
 }
 
-_URL = re.compile(r"https?://[^\s\"'<>)\]]*", _I)
+_URL = Pattern(r"https?://[^\s\"'<>)\]]*", _I)
 """Addresses are no words: a page on policies is named by outages as well."""
 
-_JUDGED = re.compile(
+_JUDGED = Pattern(
     r"content[ _-]?(management[ _-]?|filtering[ _-]?)?polic(y|ies)"
     r"|(content|usage|safety|use|community|moderation)[ _-]?(policy|policies|guidelines?|violations?)"
     r"|violat\w*.{0,60}\b(polic|guideline|terms)|policy[ _-]?violation"
-    r"|flagged (by|as|for|in)|responsible[ _-]?ai|prohibited[ _-]?content|data[ _-]?inspection"
+    r"|content exists risk|flagged (by|as|for|in)|responsible[ _-]?ai|prohibited[ _-]?content|data[ _-]?inspection"
     r"|(was|were|been|is|are) (blocked|flagged|filtered|rejected|moderated)\b.{0,40}(safety|moderation|content|polic)"
     # Chinese, Japanese, Korean
     r"|敏感|违规|違規|内容安全|不安全|不当内容|违反.{0,12}(政策|规定|法)|审核未通过|(コンテンツ|ポリシー|規約|ガイドライン).{0,20}違反"
@@ -127,16 +131,16 @@ _JUDGED = re.compile(
 )
 """A judgement on what was said. `content_policy` is the vendor's own name for it."""
 
-_OF_CONTENT = re.compile(
+_OF_CONTENT = Pattern(
     r"content[ _-]?(filter|moderation|safety|inspection|check|blocked|violation|restrict|not allowed|risk)"
     r"|moderat(ion|ed)\b|\bsafety\b|safety[ _](block|filter|check|system|reason)|\bflagged\b|\bprohibited\b|\bblocked\b"
-    r"|inappropriate|\bsensitive\b|\bharmful\b|\bnsfw\b|\btoxic|profan|obscen|\bsexual|\bviolen(ce|t)|hate speech"
+    r"|inappropriate|(\b|_)sensitive\b|\bharmful\b|\bnsfw\b|\btoxic|profan|obscen|\bsexual|\bviolen(ce|t)|hate speech"
     r"|self[- ]harm|jailbreak|guardrail|disallowed|\bcsam\b",
     _I,
 )
 """Words of content, which a broken filter or a blocked address may use as well."""
 
-_OUT_OF_ORDER = re.compile(
+_OUT_OF_ORDER = Pattern(
     r"(?<!content is )\bunavailable|overload|capacity|\bbusy\b|tempor(ar|al|ai|än|anea)|time[ds]?[ _-]?out|maintenance"
     r"|unreachable|out of memory|circuit|backpressure|\bsla\b|deprecat|\bmethod\b"
     r"|\bfor \d+ ?(ms|milliseconds|s|seconds)\b"
@@ -163,7 +167,7 @@ _OUT_OF_ORDER = re.compile(
 outweighs any word of content: to send a blocked row once more costs little, an outage taken for content loses answers.
 """
 
-_OF_TROUBLE = re.compile(
+_OF_TROUBLE = Pattern(
     r"unavailable|upstream|\b(un)?health(y|[ -]check)|breaker|worker|engine|\bnodes?\b|backend|gateway|disconnect"
     r"|connection|to connect|loading|start(ing|up)|warm|crash|\bdead\b|\bdied\b|\bdown\b|\bcuda|\bgpu|shard|replica"
     r"|\bqueue|shut|restart|scal(e|ing)|throttl|rate.?limit|\bip\b|firewall|cloudflare|\bwaf\b|\bbots?\b"

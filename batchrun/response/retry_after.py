@@ -1,36 +1,70 @@
-"""How long an answer's headers ask to wait. PURE. RFC 9110, section 10.2.3."""
+"""How long an answer asks to wait: the forms of Retry-After, and durations in words. PURE. RFC 9110, section 10.2.3."""
 
 import email.utils
 import re
 from collections.abc import Mapping
-from datetime import UTC
+from datetime import UTC, datetime
+
+LEAST_EPOCH_S = 1.5e9
+"""A larger number of seconds is no wait but a moment, in seconds since 1970 or, a thousand times as large, in ms."""
+
+_DURATION = re.compile(
+    r"(?P<number>\d+(?:\.\d+)?) ?(?P<unit>ms|milliseconds?|s|sec(?:ond)?s?|m|min(?:ute)?s?|h|hours?)"
+)
+_UNIT_S = {"ms": 0.001, "mi": 60.0, "m": 60.0, "s": 1.0, "h": 3600.0}
 
 
 def retry_after_s(headers: Mapping[str, str], now: float) -> float | None:
-    """Seconds that the server asks to wait: `retry-after-ms`, or `Retry-After` in seconds or as an HTTP date.
+    """Seconds that the server asks to wait: `retry-after-ms`, or `Retry-After` in seconds or as an HTTP date; and what
+    servers send besides: `10s`, `1m30s`, seconds or milliseconds since 1970, an ISO date.
 
-    None where absent or meaningless (negative, no number, a date in the past). RFC 9110, section 10.2.3. A date is
-    read against the server's own `Date` where it sends one, so a skewed clock does no harm.
+    None where absent or meaningless (negative, no number, a moment in the past). A moment is compared with the
+    server's own `Date` where it sends one, so a skewed clock does no harm.
     """
     for name, scale in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
-        if (seconds := _number(headers.get(name))) is not None:
+        text = headers.get(name, "").strip()
+        seconds = _number(text)
+        if seconds is None and name == "retry-after" and _DURATION.match(text):
+            seconds = duration_s(text)
+        if seconds is not None and seconds * scale < LEAST_EPOCH_S:
             return seconds * scale
-    then = _date(headers.get("retry-after"))
+    then = _moment(headers.get("retry-after", "").strip())
     if then is None:
         return None
-    wait_s = then - (_date(headers.get("date")) or now)
+    wait_s = then - (_date(headers.get("date", "")) or now)
     return wait_s if wait_s > 0 else None
 
 
-def _number(text: str | None) -> float | None:
-    if text is None or not re.fullmatch(r"\s*\d{1,18}(\.\d{1,9})?\s*", text):
+def duration_s(text: str) -> float | None:
+    """A number of seconds, `32s`, `7m12.5s` or `8 seconds`, in seconds; None where it is none of these."""
+    if len(text) > 60:
         return None
-    return float(text)
+    if (seconds := _number(text)) is not None:
+        return seconds
+    total, found = 0.0, False
+    for part in _DURATION.finditer(text.lower()):
+        unit = part["unit"]
+        scale = _UNIT_S["ms"] if unit.startswith(("ms", "milli")) else _UNIT_S[unit[0]]
+        total, found = total + float(part["number"][:12]) * scale, True
+    return total if found else None
 
 
-def _date(text: str | None) -> float | None:
-    if text is None:
-        return None
+def _number(text: str) -> float | None:
+    return float(text) if re.fullmatch(r"\d{1,18}(\.\d{1,9})?", text) else None
+
+
+def _moment(text: str) -> float | None:
+    """Seconds since 1970."""
+    if (number := _number(text)) is not None:
+        return number if number < LEAST_EPOCH_S * 1000 else number / 1000
+    try:
+        date = datetime.fromisoformat(text)
+        return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError):
+        return _date(text)
+
+
+def _date(text: str) -> float | None:
     try:
         date = email.utils.parsedate_to_datetime(text)
         # a date without a zone is UTC too, as in asctime's form, which RFC 9110 still allows

@@ -106,6 +106,10 @@ _OUTPUT_BESIDE_COMPLETION: tuple[Path, ...] = (("thoughtsTokenCount",), ("though
 _PROMPT_BESIDE_PROMPT: tuple[Path, ...] = (("toolUsePromptTokenCount",), ("tool_use_prompt_token_count",))
 
 
+_CURRENCY = ("currency", "cost_currency")
+_DOLLARS = frozenset({"USD", "US$", "$"})
+
+
 def stated_in(body: Mapping[str, Any]) -> tuple[Usage | None, str | None, Decimal | None]:
     """Usage, service tier and cost of a whole answer: all that it says of its bill."""
     usage = body.get("usage")
@@ -190,19 +194,26 @@ def service_tier(body: Mapping[str, Any]) -> str | None:
 
 
 def reported_cost(body: Mapping[str, Any]) -> Decimal | None:
-    """USD that the server itself states for the answer; None where it states none, or no sum of money.
+    """USD that the server itself states for the answer; None where it states none, or no sum of money in USD.
 
     `usage.cost`: OpenRouter (with the upstream's part where the key is one's own), an object at Perplexity.
     `usage.cost_in_usd_ticks`: xAI. `usage.estimated_cost`: DeepInfra. `provider_metadata.gateway.cost`: Vercel.
     """
     usage = body.get("usage")
-    if isinstance(usage, dict) and not usage.keys() <= _COMMON:
+    if isinstance(usage, dict) and not usage.keys() <= _COMMON and _in_dollars(usage, body):
         if (ticks := _usd(usage.get("cost_in_usd_ticks"), most=MAX_USD * TICKS_PER_USD)) is not None:
             return (ticks / TICKS_PER_USD).quantize(PICO)
         for name in ("cost", "estimated_cost", "total_cost", "cost_usd"):
             if (cost := _usd(usage.get(name))) is not None:
                 return _with_upstream(usage, cost) if name == "cost" else cost
     return _usd(_at(body, ("provider_metadata", "gateway", "cost")))
+
+
+def _in_dollars(usage: Mapping[str, Any], body: Mapping[str, Any]) -> bool:
+    """False where a currency is named and it is another one."""
+    cost = usage.get("cost")
+    named = [each.get(name) for each in (body, usage, cost) if isinstance(each, dict) for name in _CURRENCY]
+    return all(str(currency).strip().upper() in _DOLLARS for currency in named if currency)
 
 
 def cost_in_headers(headers: Mapping[str, str]) -> Decimal | None:
@@ -222,7 +233,9 @@ def count(value: Any) -> int | None:
 
 def _common(usage: Mapping[str, Any]) -> Usage | None:
     prompt, completion = count(usage.get("prompt_tokens")), count(usage.get("completion_tokens"))
-    if prompt is None or completion is None or not (prompt or completion):
+    if prompt is None or completion is None:
+        return _in_other_words(usage)
+    if not (prompt or completion):
         return None
     total = count(usage.get("total_tokens"))
     cached = written = reasoning = None
@@ -246,6 +259,7 @@ def _in_other_words(usage: Mapping[str, Any]) -> Usage | None:
     prompt, completion = _first(usage, _PROMPT), _first(usage, _COMPLETION)
     if completion is None and _first(usage, (("promptTokenCount",),)) is not None:
         completion = 0  # Google leaves out a count of nothing
+    prompt, completion = _with_total(prompt, completion, _first(usage, _TOTAL))
     if prompt is None or completion is None or not (prompt or completion):
         return None
     cached, written = _largest(usage, _CACHED), _largest(usage, _WRITTEN)
@@ -262,6 +276,15 @@ def _in_other_words(usage: Mapping[str, Any]) -> Usage | None:
         total = max(total, prompt + output)
     total = _plausible(total, prompt + output, reasoning)
     return Usage(prompt, completion, total, cached, reasoning, written, _largest(usage, _WRITTEN_1H))
+
+
+def _with_total(prompt: int | None, completion: int | None, total: int | None) -> tuple[int | None, int | None]:
+    """Both counts, where the total and one of them say what the other is."""
+    if prompt is not None and completion is None and total is not None and total > prompt:
+        return prompt, total - prompt
+    if completion is not None and prompt is None and total is not None and total > completion:
+        return total - completion, completion
+    return prompt, completion
 
 
 def _plausible(total: int, stated: int, reasoning: int | None) -> int:

@@ -8,16 +8,9 @@
 Files are read block by block: the longest line or one batch bounds memory, never the file's size.
 """
 
-from batchrun.source.files import (
-    FileIdentity,
-    changed,
-    digest,
-    file_at,
-    find_files,
-    fingerprint,
-    format_of,
-    spool,
-)
+from batchrun.source.content import format_of
+from batchrun.source.files import file_at, find_files
+from batchrun.source.identity import FileIdentity, changed, digest, fingerprint
 from batchrun.source.in_memory import Rows, as_file
 from batchrun.source.jsonl import MAX_LINE_BYTES, JsonlSource
 from batchrun.source.rows import rows_of
@@ -30,7 +23,6 @@ __all__ = [
     "file_at",
     "open_source",
     "rows_of",
-    "spool",
     "Rows",
     "as_file",
     "START",

@@ -19,7 +19,7 @@ import pyarrow.csv as pacsv
 
 from batchrun.errors import InputError
 from batchrun.source import unsupported
-from batchrun.source.files import BOM, DAMAGED, blocks, local_copy, opened
+from batchrun.source.content import BOM, DAMAGED, blocks, local_copy, opened
 from batchrun.storage.objects import InputFile
 
 BLOCK_BYTES = (1 << 20, 8 << 20)

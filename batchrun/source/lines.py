@@ -116,6 +116,8 @@ def _encoding_problem(line: bytes) -> str | None:
     except UnicodeDecodeError as error:
         at, bad = error.start + 1, line[error.start]
     else:
+        if not line.strip(b"\0"):
+            return f"{len(line):,} NUL bytes and nothing else: this part of the file was never written, or was lost"
         return f"byte {line.index(0) + 1} is NUL; the file may be UTF-16" if 0 in line else None
     if bad == 0xED and line[at : at + 1] >= b"\xa0":
         return f"byte {at} begins half of a surrogate pair, which is not UTF-8"
@@ -166,6 +168,8 @@ def _syntax_problem(line: bytes, message: str) -> str:
         return "it is not JSON: it does not begin with `{`; the name of a CSV file must end in .csv or .tsv"
     if "trailing characters" in message:
         at = message.partition("(byte ")[2].rstrip(")")
+        if b"\r" in line.strip():
+            return "its lines end with CR alone; write them with LF: tr '\\r' '\\n'"
         return f"there is more text after the object, near byte {at}; write one object per line and nothing else"
     if "object keys must be strings" in message:
         return "it is not JSON: keys need double quotes; if Python printed it, write it with json.dumps"

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from batchrun.errors import InputError
-from batchrun.source.files import reading
+from batchrun.source.content import reading
 from batchrun.storage.objects import InputFile, RemoteFile
 
 BATCH_ROWS = 1024  # larger is no faster (measured); 1,024 copies of a 40 KB text from a dictionary are 40 MB

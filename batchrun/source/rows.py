@@ -7,8 +7,8 @@ from typing import Any, cast
 
 import msgspec
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from batchrun import compute as pc
 from batchrun.source.unify import has_views, is_view, shortest
 from batchrun.source.window import LINES
 

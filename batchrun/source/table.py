@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from batchrun.errors import InputError
 from batchrun.source import csv, hive, parquet, unify
-from batchrun.source.files import Format, format_of
+from batchrun.source.content import Format, format_of
 from batchrun.source.rows import rows_of
 from batchrun.source.window import START, Position, Record, Span, Window
 from batchrun.storage.objects import InputFile

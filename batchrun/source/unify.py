@@ -17,8 +17,8 @@ from functools import cache
 from typing import Any, TypeGuard
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from batchrun import compute as pc
 from batchrun.errors import InputError
 from batchrun.storage.objects import InputFile
 

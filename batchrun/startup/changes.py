@@ -15,7 +15,8 @@ from typing import cast
 import msgspec
 import pyarrow as pa
 
-from batchrun.records import Status, TotalsLine
+from batchrun.records import Status
+from batchrun.run_summary import TotalsLine
 from batchrun.source import START, Source, Window
 from batchrun.startup.answer_match import NONE, Matches, match
 from batchrun.store import result, stored_window, totals

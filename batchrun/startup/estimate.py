@@ -9,15 +9,18 @@ from collections.abc import Callable, Iterator, Mapping
 from decimal import Decimal
 
 from batchrun import prices
-from batchrun.job.job import Budget, Job, Limits
+from batchrun.job.job import Job
+from batchrun.job.settings import Budget, Limits
 from batchrun.limits import capacity
 from batchrun.limits.admission import Limit
 from batchrun.limits.capacity import Size
+from batchrun.price_list import lookup
 from batchrun.prices import PriceTable
-from batchrun.records import Estimate, Summary, Usage
+from batchrun.records import Usage
 from batchrun.report.cost_lines import headline_usd
 from batchrun.report.summary import failures
 from batchrun.report.wording import plural
+from batchrun.run_summary import Estimate, Summary
 from batchrun.startup.input_check import Survey
 from batchrun.startup.previous_run import Means
 from batchrun.startup.previous_run import of as means_of
@@ -54,7 +57,7 @@ def estimate(
             found,
             tables,
             share,
-            lambda rows: (FEWEST_TOKENS_PER_BYTE * _bytes(found, rows), rows),
+            lambda rows: (FEWEST_TOKENS_PER_BYTE * found.body_bytes * rows / found.rows, rows),
             service_tier=job.request.service_tier,
         ),
         expected_usd=expected,
@@ -73,14 +76,14 @@ def run_in_words(summary: Summary, drift: str | None) -> Iterator[str]:
     spent = headline_usd(summary, ",.4f")
     yield f"run          {kept:,} of {plural(summary.rows, 'row')} done, {spent} spent"
     if failed:
-        yield f"failed       {plural(failed, 'row')}; --retry-failed asks {'it' if failed == 1 else 'them'} again"
+        yield f"failed       {plural(failed, 'row')}; --retry-failed sends {'it' if failed == 1 else 'them'} again"
     if drift is not None:
         yield f"changed      {drift}"
 
 
 def in_words(estimated: Estimate, tables: Mapping[str, PriceTable | None], url: str = "") -> Iterator[str]:
     """The estimate as lines for people."""
-    yield f"to ask       {plural(estimated.rows, 'row')}"
+    yield f"to send      {plural(estimated.rows, 'row')}"
     yield (
         f"tokens       about {estimated.prompt_tokens:,} in, {estimated.completion_tokens:,} out ({estimated.basis})"
     )
@@ -91,9 +94,7 @@ def in_words(estimated: Estimate, tables: Mapping[str, PriceTable | None], url: 
         yield f"cost         about ${estimated.expected_usd:,.4f}; {bounds}"
     for model, table in tables.items():
         if table is None:
-            from batchrun import price_list  # here, because it takes 170 ms
-
-            yield f"             {model}: {price_list.unknown_because(model, url)}"
+            yield f"             {model}: {lookup.unknown_because(model, url)}"
         else:
             yield from (f"             {part}" for part in table.describe().split("; "))
     yield from (f"budget       {line}" for line in estimated.short)
@@ -134,16 +135,12 @@ def _in_full(mean: Means) -> str:
     return ", ".join(parts)
 
 
-def _bytes(found: Survey, rows: float) -> float:
-    return found.body_bytes * rows / found.rows
-
-
 def _usual(found: Survey, job: Job) -> Means:
     """The means of a row where no answer has come yet."""
     tokens = USUAL_TOKENS_PER_BYTE * found.body_bytes + found.image_tokens
     images = ", 765 an image (85 of low detail)" if found.image_tokens else ""
     answer = min(job.request.max_tokens or USUAL_ANSWER_TOKENS, USUAL_ANSWER_TOKENS)
-    basis = f"{USUAL_TOKENS_PER_BYTE} tokens a byte{images} and {answer} an answer; a pilot tells better: --limit 20"
+    basis = f"{USUAL_TOKENS_PER_BYTE} tokens a byte{images} and {answer} an answer; --limit 20 measures both"
     return Means(basis, tokens / found.rows if found.rows else 0.0, answer, 0.0)
 
 

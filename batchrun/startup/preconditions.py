@@ -28,7 +28,7 @@ def require_input(
     if found.rejected and not skip_invalid:
         raise_problems(found, report)
     require_columns(job, source, found)
-    shared_dataset.require_possible(job.output, source.files)
+    shared_dataset.require_possible(job.output, source.files, job.storage)
     require_rows(job, found)
 
 
@@ -75,9 +75,9 @@ def raise_problems(found: Survey, report: Callable[[str], None]) -> None:
     count, named = len(found.rejected), sum(others for _, others in found.mistakes)
     shown = f"; the first {len(found.mistakes)} kinds of problem are above" if count > named else ""
     if not found.rows and all(problem.record is None for problem in found.first_problems):
-        raise InputError(
-            f"none of the input records ({count:,}) can be read{shown}; write the file again as JSON lines"
-        )
+        is_text = any(problem.line is not None for problem in found.first_problems)
+        advice = "write the file again as JSON lines" if is_text else "correct what the lines above name"
+        raise InputError(f"none of the input records ({count:,}) can be read{shown}; {advice}")
     if not found.rows:
         raise InputError(
             f"none of the input records ({count:,}) make a valid request{shown}. "

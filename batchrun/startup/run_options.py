@@ -6,7 +6,7 @@ from typing import BinaryIO, Literal
 import msgspec
 
 from batchrun.limits.deadline import Deadline
-from batchrun.records import Shard
+from batchrun.run_summary import Shard
 
 
 class RunOptions(msgspec.Struct, frozen=True):

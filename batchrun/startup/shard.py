@@ -13,17 +13,18 @@ from typing import TypeVar
 import msgspec
 
 from batchrun.errors import ANOTHER, InputError, JobError
-from batchrun.job.job import Budget, Endpoint, Job, Limits
-from batchrun.records import Shard
+from batchrun.job.job import Job
+from batchrun.job.settings import Budget, Endpoint, Limits
 from batchrun.report.wording import plural, rounded
 from batchrun.request.builder import detect_dialect
+from batchrun.run_summary import Shard
 from batchrun.source import InputFile, JsonlSource, Source, Span, TableSource, digest, open_source, parquet
-from batchrun.source.files import content_of
+from batchrun.source.content import content_of
 from batchrun.startup.ids import IdIndex
 from batchrun.store.manifest import Manifest
 from batchrun.tables.json_columns import ColumnTypes
 
-MAX_COUNT = 100_000
+MAX_COUNT = 100_000  # Kubernetes allows an Indexed Job no more pods (`completions`)
 
 CENT = Decimal("0.01")
 

@@ -1,12 +1,14 @@
 """Copies rows from standard input or a program into the run directory, where a resume reads them again."""
 
 import hashlib
+import os
 import tempfile
 from pathlib import Path
 from typing import BinaryIO
 
 from batchrun.durable import READ_BYTES, disk_errors, fsync
-from batchrun.source import InputFile, digest, spool
+from batchrun.errors import DiskError, InputError
+from batchrun.source import InputFile, digest
 from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
 
@@ -64,3 +66,37 @@ def settle(directory: RunDirectory, known: Manifest) -> None:
                 directory.spool_before.replace(directory.spool)
             else:
                 directory.spool_before.unlink()
+
+
+def spool(stream: BinaryIO, to: Path) -> None:
+    """Copies all of `stream` to `to`, durably, with mode 0600. After a failure `to` is unchanged.
+
+    Raises:
+        DiskError: the copy could not be written; nothing of it is left behind.
+    """
+    descriptor, name = tempfile.mkstemp(dir=to.parent, prefix=f".{to.name}.")
+    partial = Path(name)
+    try:
+        with open(descriptor, "wb") as file:
+            while block := _read(stream):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(to)
+        fsync(to.parent)
+    except OSError as error:
+        raise DiskError(f"{to}: can't save standard input: {error.strerror}; free some space there") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _read(stream: BinaryIO) -> bytes:
+    """The next bytes of standard input.
+
+    Raises:
+        InputError: standard input can't be read, such as a directory or a terminal that is gone.
+    """
+    try:
+        return stream.read(READ_BYTES)
+    except OSError as error:
+        raise InputError(f"standard input can't be read: {error.strerror}; name a file with -i") from error

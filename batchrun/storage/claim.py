@@ -21,10 +21,7 @@ from typing import Self
 import msgspec
 
 from batchrun.errors import BatchrunError, RunLockedError, StorageError
-from batchrun.storage.folder import RemoteFolder, RemoteObject
-
-CONTROL = "_batchrun"
-"""The folder for everything that is not the result. Readers of Parquet folders leave out names that begin with `_`."""
+from batchrun.storage.folder import CONTROL, RemoteFolder, RemoteObject
 
 RENEW_S = 60.0
 STALE_S = 300.0

@@ -5,19 +5,41 @@ import re
 from collections.abc import Iterator
 
 from batchrun.errors import BatchrunError, InputError, StorageError
+from batchrun.patterns import Pattern
 
-_TRANSIENT = re.compile(
+_TRANSIENT = Pattern(
     r"NETWORK_CONNECTION|SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|REQUEST_TIMEOUT|THROTTLING|curlCode|"
-    r"HTTP status 5\d\d|Status\((?:UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL|RESOURCE_EXHAUSTED)|\] 5\d\d |\b50[0234]\b|"
+    r"HTTP status (?:5\d\d|429)|ExpiredToken|EXPIRED_TOKEN|"
+    r"Status\((?:UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL|RESOURCE_EXHAUSTED)|\] 5\d\d |\b50[0234]\b|"
     r"[Tt]imed? ?out|Timeout|[Cc]onnect|temporarily|Name or service not known"
 )
-_DENIED = re.compile(
-    r"ACCESS_DENIED|SIGNATURE_DOES_NOT_MATCH|INVALID_ACCESS_KEY|INVALID_CLIENT_TOKEN|EXPIRED_TOKEN|UNRECOGNIZED_CLIENT|"
+_DENIED = Pattern(
+    r"ACCESS_DENIED|SIGNATURE_DOES_NOT_MATCH|INVALID_ACCESS_KEY|INVALID_CLIENT_TOKEN|UNRECOGNIZED_CLIENT|"
+    r"HTTP status 40[13]|"
     r"Status\((?:PERMISSION_DENIED|UNAUTHENTICATED)|AuthenticationFailed|AuthorizationFailure|\] 40[13] |40[13] Client"
 )
-_NO_BUCKET = re.compile(r"NO_SUCH_BUCKET|[Bb]ucket.{0,80}(?:does not exist|not found)|ContainerNotFound")
-_AWS = re.compile(r"AWS Error (\w+) during (\w+) operation: (.*)", re.DOTALL)
-_STATUS = re.compile(r"google::cloud::Status\((.*?)(?: error_info|\)$)", re.DOTALL)
+_NO_BUCKET = Pattern(r"NO_SUCH_BUCKET|[Bb]ucket.{0,80}(?:does not exist|not found)|ContainerNotFound")
+_HINTS = (
+    (Pattern(r"ExpiredToken|EXPIRED_TOKEN"), "the credentials have expired; renew them"),
+    (Pattern(r"REQUEST_TIME_TOO_SKEWED"), "the clock of this machine differs from the store's; set it"),
+    (
+        Pattern(r"HTTP status 301|AuthorizationHeaderMalformed"),
+        "the bucket is in another region or behind another endpoint; set storage.region, storage.endpoint",
+    ),
+    (
+        Pattern(r"HTTP status 400\) during Head"),
+        "the store gives no reason; expired credentials and a wrong region look like this",
+    ),
+    (_DENIED, "check the credentials and what they may do (docs/storage.md)"),
+)
+"""What to do about an error; the first that fits."""
+
+_AWS = Pattern(
+    r"AWS Error (\w+|\[code \d+\])(?: \((HTTP status \d+)\))? during (\w+) operation: "
+    r"(?:Unable to parse ExceptionName: (\S+) Message: )?(.*)",
+    re.DOTALL,
+)
+_STATUS = Pattern(r"google::cloud::Status\((.*?)(?: error_info|\)$)", re.DOTALL)
 
 _LEFT = (BatchrunError, ImportError, ValueError, AttributeError, AssertionError)
 """What is no error of a store, or is translated elsewhere. The file systems of fsspec may raise any other type."""
@@ -36,17 +58,17 @@ def reason(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, FileNotFoundError):
         return "it does not exist"
-    if _DENIED.search(text):
-        return f"access is denied ({_cause(text)}); check the credentials and what they may do (docs/storage.md)"
     if _NO_BUCKET.search(text):
         return "there is no such bucket"
-    return _cause(text)
+    hint = next((hint for pattern, hint in _HINTS if pattern.search(text)), None)
+    cause = f"access is denied ({_cause(text)})" if _DENIED.search(text) else _cause(text)
+    return cause if hint is None else f"{cause}; {hint}"
 
 
 def _cause(text: str) -> str:
     if (aws := _AWS.search(text)) is not None:
-        detail = aws[3].removesuffix(".").partition("; Details:")[0]
-        return f"{aws[1]} during {aws[2]}" + ("" if detail == "No response body" else f": {detail}")
+        detail = aws[5].removesuffix(".").partition("; Details:")[0]
+        return f"{aws[4] or aws[2] or aws[1]} during {aws[3]}" + ("" if detail == "No response body" else f": {detail}")
     if (google := _STATUS.search(text)) is not None:
         return google[1]
     return text[:300] or "an unknown error"

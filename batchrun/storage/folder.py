@@ -1,16 +1,23 @@
 """A folder in an object store that is written to: objects are put whole, listed, copied and deleted."""
 
+import contextlib
+import ctypes
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
+import pyarrow as pa
 import pyarrow.fs as pafs
 
 from batchrun.errors import StorageError
 from batchrun.storage import failures, urls
 from batchrun.storage.access import Access, connect
 from batchrun.storage.urls import Url
+
+CONTROL = "_batchrun"
+"""The folder for everything that is not the result. Readers of Parquet folders leave out names that begin with `_`."""
 
 COPY_BYTES = 4 << 20
 LARGEST_COPY_BYTES = 5 << 30
@@ -42,28 +49,51 @@ class RemoteFolder:
 
     def put(self, name: str, content: bytes) -> None:
         """The object has that content: all of it, or the old one if this fails."""
-        with failures.writing(self.url.child(name)):
-            stream = self._filesystem.open_output_stream(self._at(name), compression=None)
-            stream.write(content)  # without `with`: that would complete the upload of a part after an error
-            stream.close()
+        with failures.writing(self.url.child(name)), self._upload(name) as stream:
+            stream.write(content)
 
     def put_file(self, name: str, local: Path) -> None:
-        """The object is a copy of the local file, whose size is checked afterwards.
+        """The object is a copy of the local file, whose size is checked afterwards: all of it, or the old one.
 
         Raises:
             FileNotFoundError: there is no such local file.
         """
         with local.open("rb") as source, failures.writing(self.url.child(name)):
-            stream = self._filesystem.open_output_stream(self._at(name), compression=None)
             size = 0
-            while block := source.read(COPY_BYTES):
-                size += stream.write(block)
-            stream.close()
+            with self._upload(name) as stream:
+                while block := source.read(COPY_BYTES):
+                    size += stream.write(block)
             found = self._filesystem.get_file_info(self._at(name))
         if found.size != size or size != local.stat().st_size:
             raise StorageError(
                 f"{self.url.child(name)}: has {found.size} bytes after {size:,} were sent; run the same command again"
             )
+
+    @contextlib.contextmanager
+    def _upload(self, name: str) -> Iterator[pa.NativeFile]:
+        """The stream of an upload that ends with the block, or brings nothing if an error or a signal leaves it."""
+        stream = self._filesystem.open_output_stream(self._at(name), compression=None)
+        try:
+            yield stream
+            stream.close()
+        except BaseException:
+            # Arrow completes the upload when it destroys an open stream, and has no call that gives it up: an object
+            # cut in the middle would replace the old one. So this stream is never destroyed.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(stream))
+            raise
+
+    def try_out(self) -> None:
+        """Something small was put here, found, read and deleted again: all that a publish will need.
+
+        Raises:
+            StorageError: the store refuses one of these, or can't be reached.
+        """
+        name = f"{CONTROL}/trial-{secrets.token_hex(4)}"
+        self.put(name, b"trial")
+        there = name in {f"{CONTROL}/{each.name}" for each in self.below(CONTROL).objects()}
+        if not there or self.read(name) != b"trial":
+            raise StorageError(f"{self}: the store does not show what was just put there; name another place")
+        self.delete(name)
 
     def read(self, name: str) -> bytes | None:
         """The content of the object; None if there is none."""

@@ -172,16 +172,19 @@ def find(text: str, access: Access = Access()) -> list[RemoteFile]:  # noqa: B00
         return RemoteFile(url.at(_as_written(url, path, found)), filesystem, found)
 
     with failures.reading(text):
-        if not urls.is_pattern(path):
-            info = filesystem.get_file_info(path.rstrip("/"))
-            if info.type is pafs.FileType.File:
+        if urls.is_pattern(path):
+            folder = urls.fixed_part(path)
+            deep = "/" in path[len(folder) + 1 :] or "**" in path
+            found = list(_below(filesystem, folder, recursive=deep))
+            if path in found:  # a name may hold the characters of a pattern, as on a disk
+                return [remote(path)]
+            expression = urls.glob_expression(path)
+            return [remote(each) for each in found if expression.fullmatch(each)]
+        if not path.endswith("/"):  # else it is the folder, where an object has the same name
+            info = filesystem.get_file_info(path)
+            if info.type is pafs.FileType.File and not (info.size == 0 and _is_folder(filesystem, path)):
                 return [remote(info.path)]
-            return [remote(each) for each in _below(filesystem, path.rstrip("/"), recursive=True)]
-        expression = urls.glob_expression(path)
-        folder = urls.fixed_part(path)
-        deep = "/" in path[len(folder) + 1 :] or "**" in path
-        found = _below(filesystem, folder, recursive=deep)
-        return [remote(each) for each in found if expression.fullmatch(each)]
+        return [remote(each) for each in _below(filesystem, path.rstrip("/"), recursive=True)]
 
 
 def _as_written(url: Url, path: str, found: str) -> str:
@@ -193,5 +196,13 @@ def _as_written(url: Url, path: str, found: str) -> str:
 
 
 def _below(filesystem: pafs.FileSystem, folder: str, *, recursive: bool) -> Iterator[str]:
-    selector = pafs.FileSelector(folder, recursive=recursive, allow_not_found=True)
-    return (info.path for info in filesystem.get_file_info(selector) if info.type is pafs.FileType.File)
+    """The files in the folder. An empty object whose name is a folder's, too, only marks that folder."""
+    found = filesystem.get_file_info(pafs.FileSelector(folder, recursive=recursive, allow_not_found=True))
+    folders = {info.path for info in found if info.type is pafs.FileType.Directory}
+    return (
+        info.path for info in found if info.type is pafs.FileType.File and not (info.size == 0 and info.path in folders)
+    )
+
+
+def _is_folder(filesystem: pafs.FileSystem, path: str) -> bool:
+    return bool(filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True)))

@@ -12,8 +12,8 @@ from types import MappingProxyType
 import msgspec
 
 from batchrun.errors import RunLockedError
-from batchrun.storage.claim import CONTROL, Claim
-from batchrun.storage.folder import LARGEST_COPY_BYTES, RemoteFolder
+from batchrun.storage.claim import Claim
+from batchrun.storage.folder import CONTROL, LARGEST_COPY_BYTES, RemoteFolder
 
 SUMMARY = "summary.json"
 STAGED = f"{CONTROL}/staged"
@@ -113,8 +113,8 @@ def publish(
     folder.put(SUMMARY, summary)
     if folder.read(SUMMARY) != summary:
         raise RunLockedError(f"{folder}: another run has published there at the same time; its result stands there")
-    for place in (STAGED, RUNS):
-        _delete_below(folder, f"{place}/{record.run_id}/")
+    _delete_below(folder, f"{STAGED}/")  # those of runs that were cut here, too: the claim keeps others out
+    _delete_below(folder, f"{RUNS}/{record.run_id}/")
     return True
 
 

@@ -17,7 +17,8 @@ from batchrun import __version__
 from batchrun.durable import disk_errors
 from batchrun.errors import CheckpointError, DiskError
 from batchrun.store import in_flight
-from batchrun.store.checkpoint import SPILL, Checkpoint
+from batchrun.store.checkpoint import Checkpoint
+from batchrun.store.commits import SPILL
 from batchrun.store.manifest import Manifest
 
 

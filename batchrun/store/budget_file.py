@@ -2,20 +2,15 @@
 
 A process spends only from its **lease**: an amount that one transaction sets aside for it before it spends any. So a
 request costs no transaction, and all leases and all spending together stay within the caps. How much of the lease is
-spent, and how much is reserved for requests in flight, is in a small memory-mapped file, which the page cache keeps
-through `kill -9`. The kernel drops the lock on that file when the process dies. The next process that draws money then
-books what the dead one spent, counts what it had in flight as possibly billed, and takes back the rest.
+spent, and how much is reserved for requests in flight, is in the lease's own file (`budget_lease`). After a process has
+died, the next one that draws money books what the dead one spent, counts what it had in flight as possibly billed, and
+takes back the rest.
 """
 
-import contextlib
-import fcntl
 import glob
-import mmap
 import os
 import secrets
 import socket
-import struct
-import zlib
 from collections.abc import Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
@@ -25,6 +20,7 @@ import msgspec
 from batchrun.durable import disk_errors
 from batchrun.errors import DiskError, JobError
 from batchrun.prices import PICO
+from batchrun.store.budget_lease import Lease, Period, Spending, if_dead, last_spending, pico
 from batchrun.store.database import Database
 from batchrun.store.rundir import NETWORK_FILE_SYSTEMS, file_system
 
@@ -42,19 +38,8 @@ BLOCKS = 50
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 """Identifies the present boot on Linux (random(4)); other systems have no such file."""
 
-_STATE = struct.Struct("<QQQQ")
-"""Version of the record; amounts spent, in doubt and reserved, in 10⁻¹² USD: up to 18 million USD."""
-_CRC = struct.Struct("<I")
-SLOT_BYTES = 64
 
 NOTHING = Decimal(0)
-
-
-class Period(msgspec.Struct, frozen=True):
-    """The day and the month, in the budget's time zone, in which money is spent: `2026-11-28`, `2026-11`."""
-
-    day: str
-    month: str
 
 
 class Caps(msgspec.Struct, frozen=True):
@@ -83,93 +68,6 @@ class Drawn(msgspec.Struct, frozen=True):
     granted_usd: Decimal
     uses: tuple[Use, ...]
     can_come: bool
-
-
-class Spending(msgspec.Struct, frozen=True):
-    """How much of a lease is used, in 10⁻¹² USD. Replaced as a whole, so any thread may read it."""
-
-    spent: int = 0
-    in_doubt: int = 0
-    reserved: int = 0
-
-    @property
-    def used(self) -> int:
-        return self.spent + self.in_doubt + self.reserved
-
-
-class Lease:
-    """Money that this process may spend in one period. One thread at a time, except `spending`."""
-
-    def __init__(self, path: Path, period: Period) -> None:
-        """Makes the lease's file and locks it."""
-        self.path = path
-        self.period = period
-        self.spending = Spending()
-        self.granted = 0
-        self.booked = Spending()  # the part of it that `windows` holds
-        self._version = 0
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.posix_fallocate(self._file, 0, 2 * SLOT_BYTES)
-            self._map = mmap.mmap(self._file, 2 * SLOT_BYTES)
-        except BaseException:
-            os.close(self._file)
-            raise
-        self._write(Spending())
-
-    @property
-    def name(self) -> str:
-        """The lease's key in the table."""
-        return self.path.suffix.removeprefix(".")
-
-    def covers(self, bound_usd: Decimal) -> bool:
-        """Whether so much can be reserved."""
-        return self.granted - self.spending.used >= pico(bound_usd)
-
-    @property
-    def left_usd(self) -> Decimal:
-        """What can still be reserved. Below 0 where answers cost more than their bounds."""
-        return (self.granted - self.spending.used) * PICO
-
-    def since(self, before: Spending) -> tuple[Decimal, Decimal]:
-        """USD that were spent, and that are in doubt, since then."""
-        now = self.spending
-        return (now.spent - before.spent) * PICO, (now.in_doubt - before.in_doubt) * PICO
-
-    @property
-    def is_idle(self) -> bool:
-        """True while nothing is reserved."""
-        return not self.spending.reserved
-
-    def reserve(self, bound_usd: Decimal) -> None:
-        """The most that a request may cost is set aside; to be called before it is sent."""
-        now = self.spending
-        self._write(Spending(now.spent, now.in_doubt, now.reserved + pico(bound_usd)))
-
-    def settle(self, bound_usd: Decimal, spent_usd: Decimal | None) -> None:
-        """The reservation has become what was spent. None, an unknown cost, leaves all of it in doubt."""
-        now, bound = self.spending, pico(bound_usd)
-        spent, doubt = (0, bound) if spent_usd is None else (pico(spent_usd), 0)
-        self._write(Spending(now.spent + spent, now.in_doubt + doubt, now.reserved - bound))
-
-    def shrink(self) -> None:
-        """Gives up the unused rest, so that it can be given back."""
-        self.granted = min(self.granted, self.spending.used)
-
-    def close(self) -> None:
-        """Removes the file."""
-        self.path.unlink(missing_ok=True)
-        self._map.close()
-        os.close(self._file)
-
-    def _write(self, spending: Spending) -> None:
-        """Writes the two slots in turn: a kill during a write leaves the other one intact."""
-        self._version += 1
-        fields = _STATE.pack(self._version, spending.spent, spending.in_doubt, spending.reserved)
-        start = self._version % 2 * SLOT_BYTES
-        self._map[start : start + _STATE.size + _CRC.size] = fields + _CRC.pack(zlib.crc32(fields))
-        self.spending = spending
 
 
 class BudgetFile:
@@ -301,10 +199,10 @@ class BudgetFile:
         """
         for held in self._leases():
             path = self._file_of(held.lease)
-            with _if_dead(path) as is_dead:
+            with if_dead(path) as is_dead:
                 if not is_dead:
                     continue
-                spending = _read(path) if held.boot == self._boot else None
+                spending = last_spending(path) if held.boot == self._boot else None
                 booked = pico(Decimal(held.spent_usd)), pico(Decimal(held.in_doubt_usd))
                 if spending is None:  # after a power loss the file may be an old one: all that was granted is in doubt
                     spent, doubt = 0, max(0, pico(Decimal(held.granted_usd)) - sum(booked))
@@ -318,7 +216,7 @@ class BudgetFile:
         """Removes files of dead processes whose lease is not in the table."""
         known = {held.lease for held in self._leases()}
         for path in self._path.parent.glob(f"{glob.escape(self._path.name)}-lease.*"):
-            with _if_dead(path) as is_dead:
+            with if_dead(path) as is_dead:
                 if is_dead and path.suffix.removeprefix(".") not in known:
                     path.unlink(missing_ok=True)
 
@@ -348,7 +246,9 @@ class BudgetFile:
         booked = lease.booked
         amounts = (str(amount * PICO) for amount in (granted, booked.spent, booked.in_doubt))
         who = self._boot, os.getpid(), socket.gethostname(), self._directory
-        self._database.replace("leases", [(lease.name, self._budget, *_names(lease.period), *amounts, *who)])
+        self._database.replace(
+            "leases", [(lease.name, self._budget, lease.period.day, lease.period.month, *amounts, *who)]
+        )
 
 
 class _Held(msgspec.Struct, frozen=True):
@@ -389,56 +289,9 @@ def require_possible(path: Path) -> None:
         raise JobError(f"budget.state: {path}: lies on a network file system ({kind}); name a local file")
 
 
-def pico(usd: Decimal) -> int:
-    """The amount in 10⁻¹² USD, rounded up."""
-    exact = usd.scaleb(12)
-    whole = int(exact)
-    return whole + 1 if whole < exact else whole
-
-
 def boot_id() -> str:
     """The id of the present boot; "" if the system has none."""
     try:
         return BOOT_ID.read_text().strip()
     except OSError:
         return ""
-
-
-def _names(period: Period) -> tuple[str, str]:
-    return period.day, period.month
-
-
-def _read(path: Path) -> Spending | None:
-    """The newer of a dead process's two records; None if neither can be read."""
-    try:
-        content = path.read_bytes()
-    except OSError:
-        return None
-    newest: tuple[int, Spending] | None = None
-    for start in (0, SLOT_BYTES):
-        fields = content[start : start + _STATE.size]
-        if content[start + _STATE.size : start + _STATE.size + _CRC.size] != _CRC.pack(zlib.crc32(fields)):
-            continue
-        version, *amounts = _STATE.unpack(fields)
-        if newest is None or version > newest[0]:
-            newest = version, Spending(*amounts)
-    return None if newest is None else newest[1]
-
-
-@contextlib.contextmanager
-def _if_dead(path: Path) -> Iterator[bool]:
-    """Whether the lease's process is dead; if so, holds its lock while the block lasts."""
-    try:
-        descriptor = os.open(path, os.O_RDWR)
-    except FileNotFoundError:
-        yield True
-        return
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(descriptor)

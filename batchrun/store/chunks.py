@@ -10,12 +10,13 @@ from typing import Protocol, cast
 
 import msgspec
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from batchrun import compute as pc
 from batchrun.errors import ANOTHER, CheckpointError, InputError
-from batchrun.job.job import Output
-from batchrun.records import Completion, Discarded, Row, TotalsLine
+from batchrun.job.settings import Output
+from batchrun.records import Completion, Discarded, Row
 from batchrun.response import packed
+from batchrun.run_summary import TotalsLine
 from batchrun.source import START, FileIdentity, Position, Source, Window, changed
 from batchrun.store import result_folder
 from batchrun.store.base_part import BasePart

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from batchrun.durable import disk_errors
-from batchrun.prices import PICO
+from batchrun.prices import PICO, PICO_DIGITS
 from batchrun.records import PossiblyBilled
 
 _FIELDS = struct.Struct("<qi16sqq?")
@@ -24,7 +24,6 @@ SLOT_BYTES = 64
 _EMPTY = bytes(SLOT_BYTES)
 _SLOT = struct.Struct(f"<{_FIELDS.size}sI{SLOT_BYTES - _FIELDS.size - _CRC.size}x")
 _MAX_PICO = 2**63 - 1
-PICO_DIGITS = 12
 
 
 class InFlight(NamedTuple):
@@ -60,7 +59,9 @@ class InFlightFile:
         self, slot: int, row: int, n: int, key: bytes, upper_bound_usd: Decimal | None, upper_bound_tokens: int | None
     ) -> None:
         """Writes the attempt into the slot. Call it before the request goes to the socket."""
-        pico = -1 if upper_bound_usd is None else min(int(upper_bound_usd.scaleb(PICO_DIGITS)), _MAX_PICO)
+        pico = -1 if upper_bound_usd is None else int(upper_bound_usd.scaleb(PICO_DIGITS))
+        if pico > _MAX_PICO:
+            pico = _MAX_PICO
         fields = _FIELDS.pack(
             row, n, key, pico, -1 if upper_bound_tokens is None else upper_bound_tokens, self._with_ids
         )

@@ -7,8 +7,8 @@ from typing import ClassVar, Self
 import msgspec
 
 from batchrun.errors import CheckpointError
-from batchrun.job.job import Output
-from batchrun.records import Estimate, MergedShard, Shard
+from batchrun.job.settings import Output
+from batchrun.run_summary import Estimate, MergedShard, Shard
 from batchrun.source import FileIdentity, Span
 from batchrun.tables.arrow_types import Column, column_of
 

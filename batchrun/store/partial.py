@@ -10,11 +10,11 @@ from typing import cast
 
 import msgspec
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from batchrun import compute as pc
 from batchrun import durable
 from batchrun.errors import CheckpointError
-from batchrun.records import Summary
+from batchrun.run_summary import Summary
 from batchrun.store.result import bill
 from batchrun.store.stored_window import BATCH_ROWS
 from batchrun.tables import files, json_lines, pending

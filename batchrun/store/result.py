@@ -1,6 +1,6 @@
 """The end of a run: writes the result from the parts, verifies it, and deletes the working files."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, starmap
 from pathlib import Path
 
@@ -9,7 +9,8 @@ import pyarrow as pa
 
 from batchrun import durable
 from batchrun.errors import ANOTHER, CheckpointError
-from batchrun.records import FinishedResult, ResultFile, Summary
+from batchrun.records import FinishedResult, ResultFile
+from batchrun.run_summary import Summary
 from batchrun.store import result_files, result_folder
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.chunks import Chunks
@@ -41,7 +42,7 @@ def write(
     if FINISHED in entries:
         written = finished(entries)
     else:
-        written = _written(manifest, schema, chunks, checkpoint, directory, summary)
+        written = _written(manifest, schema, chunks.sealed.values(), checkpoint, directory, summary)
         checkpoint.write_manifest({FINISHED: msgspec.json.encode(written).decode()})
     checkpoint.close(finished=True)
     tidy(directory, written)
@@ -51,14 +52,14 @@ def write(
 def _written(
     manifest: Manifest,
     schema: pa.Schema,
-    chunks: Chunks,
+    sealed: Iterable[Chunk],
     checkpoint: Checkpoint,
     directory: RunDirectory,
     summary: Summary,
 ) -> FinishedResult:
     """The result in its layout, in its place, with usage.parquet."""
-    sealed = sorted(chunks.sealed.items())
-    parts = [(directory.part_of(n, chunk.generation), chunk.part_digest or "", chunk.rows) for n, chunk in sealed]
+    in_order = sorted(sealed, key=lambda chunk: chunk.chunk)
+    parts = [(directory.part_of(each.chunk, each.generation), each.part_digest or "", each.rows) for each in in_order]
     if (rows := sum(rows for _, _, rows in parts)) != summary.rows:
         raise CheckpointError(
             f"{directory.path}: the run has {summary.rows:,} rows, {rows:,} are sealed; nothing is written"
@@ -90,6 +91,22 @@ def _written(
     return msgspec.structs.replace(written, beside=(*written.beside, usage), kept=kept)
 
 
+def rewrite(manifest: Manifest, checkpoint: Checkpoint, directory: RunDirectory, summary: Summary) -> FinishedResult:
+    """Writes the result of a complete run again, in place of what is there, from the parts that the run keeps.
+
+    Raises:
+        CheckpointError: it keeps none, or one of them is not what was sealed.
+    """
+    before = finished(checkpoint.manifest_entries())
+    if not before.kept:
+        raise CheckpointError(f"{directory.path}: the result is the only copy of its rows; restore it from a backup")
+    schema = files.schema_of(directory.path / before.kept[0].name)
+    written = _written(manifest, schema, checkpoint.chunks(), checkpoint, directory, summary)
+    checkpoint.write_manifest({FINISHED: msgspec.json.encode(written).decode()})
+    tidy(directory, written)
+    return written
+
+
 def require_intact(directory: RunDirectory, rows: int, entries: Mapping[str, str]) -> None:
     """Checks the result of a finished run by the footers, sizes and times of its files. Only a file with another time,
     such as a copy, is read as a whole; `verify` reads them all.
@@ -101,7 +118,8 @@ def require_intact(directory: RunDirectory, rows: int, entries: Mapping[str, str
     every = (*written.files, *written.beside, *written.kept)
     for file in every:
         if not (path := directory.path / file.name).exists():
-            raise CheckpointError(f"{path} is missing, though the run is complete; restore it, or {ANOTHER}")
+            restore = _rebuild(directory, written, file) or f"restore it, or {ANOTHER}"
+            raise CheckpointError(f"{path} is missing, though the run is complete; {restore}")
     if unknown := unknown_files(directory, written):
         raise CheckpointError(
             f"{unknown[0]} is no file of the result, and who reads the folder would take it for one; move it away"
@@ -115,7 +133,7 @@ def require_intact(directory: RunDirectory, rows: int, entries: Mapping[str, str
             f"batchrun verify {directory.path} shows what is damaged"
         )
     for file in every:
-        _require_unchanged(directory, directory.path / file.name, file)
+        _require_unchanged(directory, written, file)
 
 
 def unknown_files(directory: RunDirectory, written: FinishedResult) -> list[Path]:
@@ -127,14 +145,21 @@ def unknown_files(directory: RunDirectory, written: FinishedResult) -> list[Path
     return sorted(path for path in below if not path.name.startswith((".", "_")))
 
 
-def _require_unchanged(directory: RunDirectory, path: Path, written: ResultFile) -> None:
+def _require_unchanged(directory: RunDirectory, written: FinishedResult, file: ResultFile) -> None:
+    path = directory.path / file.name
     found = path.stat()
-    if found.st_size == written.size_bytes and found.st_mtime_ns == written.mtime_ns:
+    if found.st_size == file.size_bytes and found.st_mtime_ns == file.mtime_ns:
         return
-    if found.st_size != written.size_bytes or durable.digest(path) != written.digest:
-        raise CheckpointError(
-            f"{path} was changed after it was written; restore it, or run batchrun verify {directory.path}"
-        )
+    if found.st_size != file.size_bytes or durable.digest(path) != file.digest:
+        restore = _rebuild(directory, written, file) or f"restore it, or run batchrun verify {directory.path}"
+        raise CheckpointError(f"{path} was changed after it was written; {restore}")
+
+
+def _rebuild(directory: RunDirectory, written: FinishedResult, file: ResultFile) -> str | None:
+    """How to write the file again from the parts that the run keeps; None: it is one of them, or there are none."""
+    if not written.kept or file in written.kept:
+        return None
+    return f"batchrun verify {directory.path} --rebuild writes the result again from the run's parts"
 
 
 def tidy(directory: RunDirectory, written: FinishedResult) -> None:

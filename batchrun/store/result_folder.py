@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from batchrun import durable
 from batchrun.durable import disk_errors
-from batchrun.job.job import Output
+from batchrun.job.settings import Output
 from batchrun.records import FinishedResult, ResultFile
 from batchrun.store.rundir import RunDirectory
 from batchrun.tables import files, partitioned

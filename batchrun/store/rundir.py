@@ -12,9 +12,10 @@ from pathlib import Path
 
 import msgspec
 
+from batchrun import durable
 from batchrun.durable import disk_errors
 from batchrun.errors import JobError, RunLockedError
-from batchrun.job.job import Output
+from batchrun.job.settings import Output
 from batchrun.storage import urls
 from batchrun.storage.urls import Url
 
@@ -103,6 +104,15 @@ class RunDirectory:
         if not os.access(there, os.W_OK | os.X_OK):
             raise JobError(f"{self.path}: can't be written; choose another directory with -o")
         _require_local(self.path, there, mountinfo)
+
+    def try_out(self) -> None:
+        """A small file could be written where the directory is or will be, and was removed again.
+
+        Raises:
+            DiskError: it could not.
+        """
+        with disk_errors(self.path):
+            durable.try_out(self.path)
 
     def reserve_room(self) -> None:
         """Allocates the reserve that is freed when the disk is full."""

@@ -8,22 +8,29 @@ from pathlib import Path
 
 from batchrun import durable
 from batchrun.durable import TEMP_SUFFIX, disk_errors, fsync
-from batchrun.errors import InputError, JobError
-from batchrun.job.job import Output
+from batchrun.errors import DiskError, InputError, JobError
+from batchrun.job.settings import Output, Storage
 from batchrun.records import FinishedResult
 from batchrun.source import InputFile
+from batchrun.storage import urls
+from batchrun.store import remote_dataset
 from batchrun.store.rundir import RunDirectory
 from batchrun.tables import partitioned
 
+_ENVIRONMENT = Storage()
 
-def require_possible(output: Output, inputs: tuple[InputFile, ...]) -> None:
-    """Returns if the partitions can be put into `output.dataset`, or the job has none.
+
+def require_possible(output: Output, inputs: tuple[InputFile, ...], access: Storage = _ENVIRONMENT) -> None:
+    """Returns if the partitions can be put into `output.dataset`, or the job has none. Writes nothing.
 
     Raises:
         JobError: the dataset is the input, or is divided by other keys.
-        InputError: it can't be read.
+        InputError, StorageError: it can't be read.
     """
     if output.dataset is None:
+        return
+    if urls.is_url(output.dataset):
+        remote_dataset.require_possible(output.dataset, output.partition_by, inputs, access)
         return
     dataset = Path(output.dataset)
     root = dataset.resolve()
@@ -57,14 +64,48 @@ def _children(folder: Path) -> list[Path]:
         raise InputError(f"output.dataset: {folder} can't be read: {error.strerror}") from error
 
 
-def publish(written: FinishedResult, directory: RunDirectory, dataset: Path, run_id: str) -> int:
+def try_out(output: Output, access: Storage = _ENVIRONMENT) -> None:
+    """Something was written in `output.dataset`, or where it will be made, and removed again, if the job has one.
+
+    Raises:
+        JobError: it can't be written.
+        DiskError: its disk is full.
+        StorageError: the store refuses, or can't be reached.
+    """
+    if output.dataset is None:
+        return
+    if urls.is_url(output.dataset):
+        remote_dataset.try_out(output.dataset, access)
+        return
+    _children(Path(output.dataset))
+    try:
+        durable.try_out(Path(output.dataset))
+    except OSError as error:
+        if durable.is_full(error):
+            raise DiskError(
+                f"output.dataset: {output.dataset}: {error.strerror}; {durable.next_step(error)}"
+            ) from error
+        raise JobError(
+            f"output.dataset: {output.dataset} can't be written: {error.strerror}; name another directory"
+        ) from error
+
+
+def publish(
+    written: FinishedResult, directory: RunDirectory, dataset: str, run_id: str, access: Storage = _ENVIRONMENT
+) -> int:
     """Every partition of the result is in the dataset in place of what was there; returns how many. Can be repeated.
 
     No byte is copied if both are on one file system.
 
     Raises:
-        DiskError: a partition could not be put there; it is as it was.
+        DiskError, StorageError: a partition could not be put there; it is as it was.
     """
+    if urls.is_url(dataset):
+        return remote_dataset.publish(written, directory.path, dataset, access)
+    return _publish(written, directory, Path(dataset), run_id)
+
+
+def _publish(written: FinishedResult, directory: RunDirectory, dataset: Path, run_id: str) -> int:
     staging = dataset.with_name(f".{dataset.name}.{run_id}{TEMP_SUFFIX}")
     with disk_errors(dataset):
         dataset.mkdir(mode=0o700, parents=True, exist_ok=True)

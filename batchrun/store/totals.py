@@ -11,18 +11,8 @@ from decimal import Decimal
 
 import msgspec
 
-from batchrun.records import (
-    Completion,
-    Discarded,
-    Ending,
-    LineKey,
-    PossiblyBilled,
-    Restored,
-    TotalsLine,
-    Usage,
-    replaces,
-    utc_day,
-)
+from batchrun.records import Completion, Discarded, Ending, PossiblyBilled, Restored, Usage, replaces, utc_day
+from batchrun.run_summary import LineKey, TotalsLine
 
 DISCARDED = "discarded"
 """The status of attempts whose answers are not in the output."""

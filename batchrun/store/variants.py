@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from batchrun.errors import CheckpointError
-from batchrun.job.job import Job, RequestTemplate
+from batchrun.job.job import Job
+from batchrun.job.settings import RequestTemplate
 
 _SERVED_BY = frozenset({"stream_options", "prompt_cache_key"})
 

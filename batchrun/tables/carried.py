@@ -9,8 +9,8 @@ from decimal import Decimal
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from batchrun import compute as pc
 from batchrun.tables.rows import OWN_COLUMNS
 
 NOTHING = Decimal(0)

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 
 from batchrun.durable import digest, disk_errors, link, replace
 from batchrun.errors import CheckpointError
-from batchrun.job.job import Output
-from batchrun.records import TotalsLine
+from batchrun.job.settings import Output
+from batchrun.run_summary import TotalsLine
 from batchrun.tables.booked import usage_rows
 from batchrun.tables.rows import USAGE_COLUMNS
 
@@ -196,7 +196,7 @@ def write_usage(path: Path, lines: Sequence[TotalsLine]) -> None:
 
 
 def batches_of(path: Path) -> Iterator[pa.RecordBatch]:
-    """The rows of a part or result in order; pages are held against their checksums."""
+    """The rows of a part or result in order; pages are compared with their checksums."""
     with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
         yield from _batches(file)
 

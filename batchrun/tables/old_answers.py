@@ -11,9 +11,9 @@ from typing import Any, cast
 
 import msgspec
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from batchrun import compute as pc
 from batchrun.errors import InputError
 from batchrun.records import Status
 from batchrun.source import hive

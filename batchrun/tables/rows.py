@@ -5,10 +5,10 @@ from typing import Any, cast
 
 import msgspec
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from batchrun import compute as pc
 from batchrun.errors import JobError
-from batchrun.job.job import Output
+from batchrun.job.settings import Output
 from batchrun.records import Answer, Completion, RowError, Status
 from batchrun.response import answer as answers
 from batchrun.response import packed

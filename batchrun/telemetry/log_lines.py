@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from datetime import UTC, date, datetime
 from decimal import Decimal
 
-from batchrun.records import Notice, Summary
+from batchrun.records import Notice
 from batchrun.report.cost_lines import headline_usd, known_cost
 from batchrun.report.progress import line as progress_line
 from batchrun.report.summary import failures
 from batchrun.report.wording import plural
+from batchrun.run_summary import Summary
 
 WARNING = "warning: "
 ERROR = "Error: "

@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 from opentelemetry import context, metrics, trace
@@ -32,7 +32,10 @@ from batchrun.errors import JobError
 from batchrun.job.job import Job
 from batchrun.records import Completion, Ending, Notice
 from batchrun.telemetry import genai
-from batchrun.telemetry.metrics import METRICS, Metric, Snapshot
+from batchrun.telemetry.histograms import Counted
+from batchrun.telemetry.metrics import METRICS, Metric
+from batchrun.telemetry.otel_export import WithHistograms, takes_buckets
+from batchrun.telemetry.samples import Snapshot
 
 FLUSH_S = 5.0
 """How long the last figures may take at the end of a run."""
@@ -75,22 +78,18 @@ class OpenTelemetry:
         self._sets = genai.AttributeSets(genai.of_job(job))
         self._own: list[MeterProvider | TracerProvider] = []
         logging.getLogger("opentelemetry").addHandler(_Once(self._warn))
-        meters = self._meters()
+        durations = Counted(genai.DURATION, "s", "GenAI operation duration.", genai.SECOND_BUCKETS)
+        first_chunks = Counted(
+            genai.TIME_TO_FIRST_CHUNK, "s", "Time to the first chunk of a stream.", genai.SECOND_BUCKETS
+        )
+        usage = Counted(genai.TOKEN_USAGE, "{token}", "Number of input and output tokens used.", genai.TOKEN_BUCKETS)
+        meters, are_counted = self._meters((durations, first_chunks, usage))
         meter = meters.get_meter("batchrun", __version__)
         self._tracer = self._tracers().get_tracer("batchrun", __version__)
         self._at_work = _observed_by(meters, meter)
         self._at_work.append(self)
-        histogram = functools.partial(
-            meter.create_histogram, unit="s", explicit_bucket_boundaries_advisory=genai.SECOND_BUCKETS
-        )
-        self._durations = histogram(genai.DURATION, description="GenAI operation duration.")
-        self._first_chunks = histogram(genai.TIME_TO_FIRST_CHUNK, description="Time to the first chunk of a stream.")
-        self._usage = meter.create_histogram(
-            genai.TOKEN_USAGE,
-            unit="{token}",
-            description="Number of input and output tokens used.",
-            explicit_bucket_boundaries_advisory=genai.TOKEN_BUCKETS,
-        )
+        recorded = _as_counted if are_counted else functools.partial(_by_sdk, meter)
+        self._durations, self._first_chunks, self._usage = map(recorded, (durations, first_chunks, usage))
         carrier = {name: os.environ.get(name.upper(), "") for name in ("traceparent", "tracestate")}
         parent = TraceContextTextMapPropagator().extract(carrier, context.get_current())
         self._run = self._tracer.start_span("batchrun.run", parent, attributes={"batchrun.job": job.name})
@@ -165,14 +164,21 @@ class OpenTelemetry:
         except Exception as error:  # an exporter may raise anything
             self._warn(_without_secrets(str(error)))
 
-    def _meters(self) -> metrics.MeterProvider:
+    def _meters(self, histograms: Sequence[Counted]) -> tuple[metrics.MeterProvider, bool]:
+        """What makes the instruments, and whether it exports what the `histograms` count."""
         if isinstance(existing := metrics.get_meter_provider(), MeterProvider):
-            return existing
+            return existing, False
         if (made := exporter("metrics")) is None:
-            return metrics.NoOpMeterProvider()
-        reader = made() if issubclass(made, MetricReader) else PeriodicExportingMetricReader(made())
+            return metrics.NoOpMeterProvider(), False
+        chosen = made()
+        if isinstance(chosen, MetricReader):
+            reader, are_counted = chosen, False
+        else:
+            are_counted = takes_buckets(chosen)
+            exports = WithHistograms(chosen, histograms) if are_counted else chosen
+            reader = PeriodicExportingMetricReader(exports)
         self._own.append(own := MeterProvider([reader], _resource(), shutdown_on_exit=False))
-        return own
+        return own, are_counted
 
     def _tracers(self) -> trace.TracerProvider:
         if isinstance(existing := trace.get_tracer_provider(), TracerProvider):
@@ -215,6 +221,24 @@ class OpenTelemetry:
         note, self._note = self._note, None
         if note is not None:
             note(Notice(f"warning: OpenTelemetry: {why}; the run continues without", "telemetry", why=why))
+
+
+class _Recorded(Protocol):
+    def record(self, value: float, attributes: genai.Attributes) -> None: ...
+
+
+def _as_counted(histogram: Counted) -> _Recorded:
+    return histogram
+
+
+def _by_sdk(meter: metrics.Meter, histogram: Counted) -> _Recorded:
+    """The same as an instrument of the SDK: a program's own SDK takes nothing else."""
+    return meter.create_histogram(
+        histogram.name,
+        histogram.unit,
+        histogram.description,
+        explicit_bucket_boundaries_advisory=histogram.bounds,
+    )
 
 
 _RUNS: "WeakKeyDictionary[metrics.MeterProvider, list[OpenTelemetry]]" = WeakKeyDictionary()

@@ -14,8 +14,9 @@ import msgspec
 
 from batchrun.durable import TEMP_SUFFIX
 from batchrun.records import Notice
-from batchrun.telemetry.metrics import Snapshot
+from batchrun.telemetry.aside import Aside
 from batchrun.telemetry.prometheus import render
+from batchrun.telemetry.samples import Snapshot
 
 MODE = 0o644
 """node_exporter runs as a user of its own and must read it; no prompt, answer or key is in it."""
@@ -35,9 +36,25 @@ class TextFile:
         self._note: Callable[[str], None] | None = note
         self._lock: int | None = None
         self._last_success_at: datetime | None = None
+        self._aside = Aside(lambda: self._warn(f"telemetry.prometheus_dir: {folder} does not answer"))
 
     def show(self, snapshot: Snapshot) -> None:
-        """The file has these figures, whole."""
+        """The file has these figures, whole, or will as soon as its file system answers."""
+        self._aside.do(lambda: self._write(snapshot))
+
+    def end(self, snapshot: Snapshot | None) -> None:
+        """The file has these last figures (None: those it has), and another run may write it."""
+
+        def write() -> None:
+            if snapshot is not None:
+                self._write(snapshot)
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
+
+        self._aside.do(write, last=True)
+
+    def _write(self, snapshot: Snapshot) -> None:
         try:
             if self._lock is None and not self._take_over():
                 self._warn(f"another run of this job writes {self.path}, so this one does not")
@@ -47,12 +64,6 @@ class TextFile:
             self._replace(render(msgspec.structs.replace(snapshot, last_success_at=self._last_success_at)))
         except OSError as error:
             self._warn(f"telemetry.prometheus_dir: {self.path} can't be written: {error.strerror or error}")
-
-    def close(self) -> None:
-        """Another run may write the file."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
 
     def _take_over(self) -> bool:
         """Locks the file for this process, and reads what it keeps of the runs before; False: another has it."""
@@ -71,7 +82,7 @@ class TextFile:
         return True
 
     def _replace(self, content: bytes) -> None:
-        """Not flushed to the disk: after a power failure an older file, or none, tells as much."""
+        """Not flushed to the disk: after a power failure an older file, or none, will do."""
         temporary = self.path.with_name(self.path.name + TEMP_SUFFIX)  # the collector reads *.prom only
         try:
             with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, MODE), "wb") as file:

@@ -11,10 +11,11 @@ import msgspec
 
 from batchrun.errors import CheckpointError, ExitCode, InputError, JobError
 from batchrun.job.job import Job
-from batchrun.records import Notice, Shard, Summary
+from batchrun.records import Notice
 from batchrun.report.summary import Moment, read, starting
+from batchrun.run_summary import Shard, Summary
 from batchrun.store.rundir import RunDirectory
-from batchrun.telemetry.metrics import Snapshot
+from batchrun.telemetry.samples import Snapshot
 from batchrun.telemetry.textfile import TextFile
 
 if TYPE_CHECKING:
@@ -90,9 +91,7 @@ class Views:
             summary = self._failed(exit_code, reason)
         snapshot, is_ours = self._snapshot(summary), exit_code != ExitCode.LOCKED  # else another process shows it
         if self._file is not None:
-            if is_ours:
-                self._file.show(snapshot)
-            self._file.close()
+            self._file.end(snapshot if is_ours else None)
         if self.otel is not None:
             self.otel.end(snapshot, with_metrics=is_ours)
 

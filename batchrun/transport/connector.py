@@ -1,6 +1,7 @@
 """aiohttp's connector, with settings for long batches, used by both transports."""
 
 import asyncio
+import contextlib
 import contextvars
 import functools
 import socket
@@ -12,10 +13,10 @@ import aiohttp
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.client_reqrep import ClientRequest
 
-from batchrun.errors import JobError
-from batchrun.job.job import Endpoint
+from batchrun.errors import APIConnectionError, JobError
+from batchrun.job.settings import Endpoint
 from batchrun.transport.exchange import Exchange
-from batchrun.transport.keep_alive import SETTLING_S, KeepAlive
+from batchrun.transport.keep_alive import SETTLING_S, TRIAL_S, KeepAlive
 from batchrun.transport.link import Link, Protocol
 
 KEEPALIVE_S = 30.0
@@ -45,31 +46,53 @@ class Peer:
         self.most_tails = most_tails
         self.round_trip_s = float("inf")
         self.keep_alive = KeepAlive()
+        self._trial_ended = asyncio.Event()
+        self._trial_until_s = 0.0
 
     async def takes_another(self, link: Link) -> bool:
         """Whether a request may be sent on a connection that carried one before."""
         if link.is_over():
             return False
-        return self.keep_alive.proven or await self._on_trial(link)
-
-    async def _on_trial(self, link: Link) -> bool:
+        if self.keep_alive.proven:
+            return True
         now_s = time.monotonic()
-        if not self.keep_alive.may_try(now_s):
-            return False
+        if self.keep_alive.may_try(now_s):
+            return await self._is_kept(link, now_s)
+        return await self._is_proven_soon(now_s) and not link.is_over()
+
+    async def _is_proven_soon(self, now_s: float) -> bool:
+        """The result of the trial of another link, if it comes soon."""
+        if self.keep_alive.is_trying and now_s < self._trial_until_s:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._trial_until_s - now_s):
+                    await self._trial_ended.wait()
+        return self.keep_alive.proven
+
+    async def _is_kept(self, link: Link, now_s: float) -> bool:
+        """Puts the link on trial: whether it is still open after a while. Its next request ends the trial."""
         self.keep_alive.try_(link)
+        self._trial_ended.clear()
+        self._trial_until_s = now_s + TRIAL_S
         try:
             await asyncio.sleep(max(0.0, (link.free_since or now_s) + SETTLING_S - now_s))
             closed = link.is_over()
         except BaseException:
             self.keep_alive.close(link, now_s)
+            self._trial_ended.set()
             raise
         if closed:
             self.keep_alive.close(link, time.monotonic())
+            self._trial_ended.set()
         return not closed
 
-    def end(self, link: Link, answered: bool | None) -> None:
-        """An exchange on the link has ended (`KeepAlive.end`)."""
-        self.keep_alive.end(link, time.monotonic(), reused=link.reused, answered=answered)
+    def end(self, exchange: Exchange, error: APIConnectionError | None) -> None:
+        """The exchange has ended (`KeepAlive.end`)."""
+        link = exchange.link
+        if link is None or (exchange.http_status is not None and self.keep_alive.is_certain):
+            return
+        self.keep_alive.end(link, time.monotonic(), reused=link.reused, answered=exchange.answered(error))
+        if not self.keep_alive.is_trying:
+            self._trial_ended.set()
 
 
 class Connector(aiohttp.TCPConnector):

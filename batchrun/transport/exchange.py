@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 import msgspec
 
 from batchrun.errors import APIConnectionError
-from batchrun.job.job import Endpoint
+from batchrun.job.settings import Endpoint
 from batchrun.response.stream import Stream
 from batchrun.transport.link import Link
 

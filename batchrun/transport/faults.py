@@ -38,7 +38,7 @@ def translate(raised: Exception, *, sent: bool) -> APIConnectionError:
 
     An unknown one counts as a transfer that broke after sending, because the request may have been billed.
     """
-    message = f"{type(raised).__name__}: {raised}"[:1000]
+    message = f"{type(raised).__name__}: {_words(raised)}"[:1000]
     for types, kind, timeout in _KINDS:
         if isinstance(raised, types):
             if kind == "reset" and not sent:
@@ -50,6 +50,13 @@ def translate(raised: Exception, *, sent: bool) -> APIConnectionError:
             error_type = APITimeoutError if timeout else APIConnectionError
             return error_type(message, kind=kind, sent=sent)
     return APIConnectionError(message, kind="reset" if sent else "connect", sent=sent)
+
+
+def _words(raised: Exception) -> str:
+    """The exception's words in one line: aiohttp shows bad bytes over several, under a status that no server sent."""
+    is_parsers = isinstance(raised, HttpProcessingError) or type(raised) is aiohttp.ClientResponseError
+    words = getattr(raised, "message", "") if is_parsers else ""
+    return " ".join((words or str(raised)).split())
 
 
 def _connect_kind(raised: aiohttp.ClientConnectorError) -> str:

@@ -6,7 +6,7 @@ Not in aiohttp's reference, so any version may change them:
 - `ResponseHandler.set_response_params` sets the parser up, and one parser reads any number of responses in sequence
   (aiohttp's server uses its parser that way).
 - `ResponseHandler.read` waits for the next head; `should_close` is true once the connection can't carry another.
-- `StreamReader._buffer` holds what arrived of a body before its connection broke.
+- `StreamReader._buffer` holds what of a body arrived and was not read, also after its end or that of its connection.
 
 The request that gives the connector its target, and whose headers all requests share, is passed to client middlewares:
 that much is documented.
@@ -98,6 +98,7 @@ def _rehearse(loop: asyncio.AbstractEventLoop) -> None:
     _expect(_now(protocol.read())[0].code == 103, "an interim answer is not read")
     message, content = _now(protocol.read())
     _expect((message.code, message.headers["x-a"], content.is_eof()) == (200, "b", True), "an answer is not read")
+    _expect(list(content._buffer) == [b"ab"] and content._buffer_offset == 0, "a body is not kept")
     _expect(_now(content.readany()) == b"ab" and content.at_eof(), "a body is not read")
     _expect(not protocol.should_close, "a connection can't be used again")
     protocol.data_received(b"HTTP/1.1 500 Oops\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nc\r\n")

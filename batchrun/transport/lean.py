@@ -7,8 +7,9 @@ connection's parser lives as long as the connection. `internals` lists what this
 
 import ssl
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
+from typing import Any
 
 import aiohttp
 from aiohttp.client_reqrep import ClientRequest
@@ -16,7 +17,7 @@ from multidict import CIMultiDict
 
 from batchrun.credentials import Credentials
 from batchrun.errors import APIConnectionError
-from batchrun.job.job import Endpoint
+from batchrun.job.settings import Endpoint
 from batchrun.records import Attempt
 from batchrun.transport.connector import Connector, Peer
 from batchrun.transport.exchange import Deadlines, Exchange
@@ -87,13 +88,10 @@ class LeanTransport:
         self._large = large
         self._exchanges: set[Exchange] = set()
 
-    async def send(self, body: bytes, client_request_id: str) -> Attempt:
+    def send(self, body: bytes, client_request_id: str) -> Coroutine[Any, Any, Attempt]:
         if len(body) > MAX_JOINED_BYTES:
-            return await self._large.send(body, client_request_id)
-        attempt = await self._exchange(body, client_request_id, fresh=False)
-        if attempt.error is not None and attempt.error.kind == "stale_connection":
-            return await self._exchange(body, client_request_id, fresh=True)
-        return attempt
+            return self._large.send(body, client_request_id)
+        return self._exchange(body, client_request_id, fresh=False)
 
     def expire(self) -> int:
         self._pool.sweep()
@@ -104,14 +102,17 @@ class LeanTransport:
         self._exchanges.add(exchange)
         error: APIConnectionError | None = None
         try:
-            link = await self._pool.take(exchange, fresh=fresh)
+            link = None if fresh else self._pool.take_kept(exchange)
+            if link is None:
+                link = await self._pool.take(exchange, fresh=fresh)
             error = await self._answered(link, self._head.joined(body, client_request_id), exchange)
         except Exception as raised:  # translate() handles every exception of aiohttp; a test walks them
             error = self._receiver.failed(raised, exchange, self._peer.round_trip_s)
         finally:
             self._exchanges.discard(exchange)
-            if exchange.link is not None:
-                self._peer.end(exchange.link, exchange.answered(error))
+            self._peer.end(exchange, error)
+        if error is not None and error.kind == "stale_connection" and not fresh:
+            return await self._exchange(body, client_request_id, fresh=True)
         return self._receiver.attempt(exchange, client_request_id, error)
 
     async def _answered(self, link: Link, request: bytes, exchange: Exchange) -> APIConnectionError | None:
@@ -119,18 +120,24 @@ class LeanTransport:
         content: aiohttp.StreamReader | None = None
         try:
             _write(link, request, exchange)
-            content = await _head_of_answer(link, exchange)
+            message, content = await link.protocol.read()
+            # interim responses (100 Continue, 103 Early Hints) are skipped, even unexpected ones (RFC 9110, section
+            # 15.2); after a 101 the connection is no longer HTTP
+            while message.code < 200 and message.code != 101:
+                message, content = await link.protocol.read()
+            exchange.http_status = message.code
+            exchange.headers = CIMultiDict(message.headers)  # a plain value: aiohttp's proxy can't be pickled
             return await self._receiver.receive(content, exchange)
         except BaseException:
             exchange.unsent = exchange.is_writing
             raise
         finally:
-            if content is None or not (content.is_eof() or _is_done(exchange)):
-                self._pool.drop(link)
-            elif content.is_eof():
+            if content is not None and content.is_eof():
                 self._pool.give_back(link)
-            else:
+            elif content is not None and exchange.stream is not None and exchange.stream.done:
                 self._pool.put_aside(link, content)
+            else:
+                self._pool.drop(link)
 
 
 def _write(link: Link, request: bytes, exchange: Exchange) -> None:
@@ -144,21 +151,3 @@ def _write(link: Link, request: bytes, exchange: Exchange) -> None:
         raise aiohttp.ClientConnectionResetError("the connection ended before the request")
     exchange.sent_at = time.monotonic()
     link.transport.write(request)
-
-
-async def _head_of_answer(link: Link, exchange: Exchange) -> aiohttp.StreamReader:
-    """Reads the response's status and headers into the exchange; returns the reader of its body.
-
-    Interim responses (100 Continue, 103 Early Hints) are skipped, even unexpected ones (RFC 9110, section 15.2); after
-    a 101 the connection is no longer HTTP.
-    """
-    message, content = await link.protocol.read()
-    while message.code < 200 and message.code != 101:
-        message, content = await link.protocol.read()
-    exchange.http_status = message.code
-    exchange.headers = CIMultiDict(message.headers)  # a plain value: aiohttp's proxy can't be pickled
-    return content
-
-
-def _is_done(exchange: Exchange) -> bool:
-    return exchange.stream is not None and exchange.stream.done

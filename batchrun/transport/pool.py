@@ -28,6 +28,17 @@ class Pool:
         self._idle: deque[Link] = deque()
         self._tails: dict[Link, None] = {}  # oldest first
 
+    def take_kept(self, exchange: Exchange) -> Link | None:
+        """A kept link for the exchange, at once; None if there is none, or the server is not known to keep them."""
+        while self._idle and self._peer.keep_alive.proven:
+            link = self._idle.pop()
+            if not link.is_over():
+                link.begin_next(exchange.started)
+                exchange.link = link
+                return link
+            self.drop(link)
+        return None
+
     async def take(self, exchange: Exchange, *, fresh: bool) -> Link:
         """A kept or new link, connected, for the exchange.
 
@@ -65,7 +76,7 @@ class Pool:
         if link.protocol.should_close or link.protocol.writing_paused:
             self.drop(link)
         else:
-            link.free_since = time.monotonic()
+            link.rest(time.monotonic())
             self._idle.append(link)
 
     def put_aside(self, link: Link, content: aiohttp.StreamReader) -> None:

@@ -19,7 +19,7 @@ from multidict import CIMultiDict
 from batchrun import __version__
 from batchrun.credentials import Credentials
 from batchrun.errors import APIConnectionError
-from batchrun.job.job import Endpoint
+from batchrun.job.settings import Endpoint
 from batchrun.records import Attempt
 from batchrun.response import encoding
 from batchrun.transport.connector import UNDER_WAY, Connector, Peer
@@ -163,8 +163,8 @@ class SessionTransport:
         if link is None:
             return
         read_to_its_end = exchange.stream is None or not exchange.stream.done
-        link.free_since = time.monotonic() if read_to_its_end else None
-        self._peer.end(link, exchange.answered(error))
+        link.rest(time.monotonic() if read_to_its_end else None)
+        self._peer.end(exchange, error)
 
 
 class Pieces(aiohttp.Payload):

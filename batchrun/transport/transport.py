@@ -9,7 +9,7 @@ import aiohttp
 import msgspec
 
 from batchrun.credentials import Credentials
-from batchrun.job.job import Endpoint
+from batchrun.job.settings import Endpoint
 from batchrun.records import Attempt
 from batchrun.transport import internals
 from batchrun.transport.connector import MAX_TAILS, Peer, ssl_context_of

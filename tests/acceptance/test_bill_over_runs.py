@@ -1,4 +1,4 @@
-"""The bill of many nights: real runs with retries, kills and unpriced rows, held against the simulator's ledger and an
+"""The bill of many nights: real runs with retries, kills and unpriced rows, compared with the simulator's ledger and an
 independent sum over the Parquet files.
 """
 

@@ -17,19 +17,21 @@ import batchrun
 from batchrun.cli import cli
 from batchrun.dispatch.runlog import RunLog
 from batchrun.errors import ExitCode
-from batchrun.job.job import Retry, settings
+from batchrun.job.job import all_settings
 from batchrun.job.load import from_tables, load
+from batchrun.job.settings import Retry
 from batchrun.limits.admission import Limit
-from batchrun.policy import FAULT_VERDICTS, STATUS_VERDICTS, judge
-from batchrun.records import Attempt, PossiblyBilled, Status, Summary, TotalsLine, Verdict
+from batchrun.policy import BY_STATUS, FAULT_VERDICTS, judge
+from batchrun.records import Attempt, PossiblyBilled, Status, Verdict
 from batchrun.report.bill import KEYS
 from batchrun.report.figures import FIGURES
 from batchrun.report.findings import THRESHOLDS
 from batchrun.response.answer import read
+from batchrun.run_summary import Summary, TotalsLine
 from batchrun.simulator import SimulatorConfig, parse_faults
 from batchrun.source import find_files, open_source
 from batchrun.startup.input_check import survey
-from batchrun.store.checkpoint import SPILL
+from batchrun.store.commits import SPILL
 from batchrun.store.rundir import RunDirectory
 from batchrun.tables.rows import OWN_COLUMNS, USAGE_COLUMNS
 from batchrun.telemetry.metrics import METRICS
@@ -96,9 +98,9 @@ def ids_of(page: Path) -> str:
 
 def test_every_setting_is_listed_with_its_default(tmp_path: Path) -> None:
     listed = [(bare(path), default) for path, _, default, *_ in rows("docs/job.md", "setting", "type", "default")]
-    assert sorted(path for path, _ in listed) == sorted(path for path, _ in settings())
+    assert sorted(path for path, _ in listed) == sorted(path for path, _ in all_settings())
     stated = dict(listed)
-    for path, default in settings():
+    for path, default in all_settings():
         wanted = list(default) if isinstance(default, tuple) else default
         assert path == "name" or _default(stated[path]) == wanted, path
     assert stated["name"] == "the job file's stem"
@@ -204,7 +206,7 @@ def test_the_table_of_statuses_is_the_policys_own() -> None:
         for status in map(int, statuses.split(",")):
             assert status not in stated
             stated[status] = (bare(verdict), bare(kind))
-    assert {status: verdict for status, (verdict, _) in stated.items()} == STATUS_VERDICTS
+    assert stated == BY_STATUS
     body = b'{"error": {"message": "no"}}'
     for status, (verdict, kind) in stated.items():
         judgement = judge(Attempt(0.0, 0.0, status, {}, body), read(body), Retry())
@@ -287,7 +289,8 @@ def test_the_places_where_changes_go_exist() -> None:
     named = re.findall(r"`(\w+(?:\.\w+)?)`(?:,[^`.;]*)?(?: (?:and|in|of) )`(batchrun/[\w/.]+\.py)`", places)
     assert len(named) >= 10
     for name, file in named:
-        assert re.search(rf"\b{name.rpartition('.')[2]}\b", text_of(file)), (name, file)
+        for part in name.split("."):
+            assert re.search(rf"\b{part}\b", text_of(file)), (name, file)
     assert places.count("\n### ") == 6
 
 

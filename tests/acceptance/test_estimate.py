@@ -8,8 +8,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from batchrun.job.job import Budget, Job
+from batchrun.job.job import Job
 from batchrun.job.load import from_tables
+from batchrun.job.settings import Budget
 from batchrun.prices import PriceTable, Tier
 from batchrun.simulator import SimulatorConfig
 from batchrun.startup.estimate import estimate, in_words
@@ -21,8 +22,8 @@ PRICE = PriceTable("m", (Tier(0, Decimal(1), Decimal("0.1"), Decimal(10)),), "te
 
 
 def surveyed(rows: int) -> Survey:
-    nobody, sums = array("Q"), {"m": (1000 * rows, 50 * rows)}
-    return Survey("columns", rows, nobody, (), {"m": rows}, 1000 * rows, {"m": (1000, 50)}, sums, None)
+    no_keys, sums = array("Q"), {"m": (1000 * rows, 50 * rows)}
+    return Survey("columns", rows, no_keys, (), {"m": rows}, 1000 * rows, {"m": (1000, 50)}, sums, None)
 
 
 def job(**limits: float) -> Job:
@@ -109,7 +110,7 @@ def test_the_estimate_learns_from_the_pilot(tmp_path: Path) -> None:
         reported = batchrun("estimate", written, "-o", tmp_path / "out")
         assert reported.exit_code == 0, reported.stderr
         assert "run          50 of 50 rows done" in reported.stdout
-        assert "to ask       150 rows" in reported.stdout
+        assert "to send      150 rows" in reported.stdout
         assert "the mean of 50 answers" in reported.stdout
         changed = batchrun("estimate", written, "-o", tmp_path / "out", "--set", "request.max_tokens=30")
         assert "changed      request.max_tokens has changed: 0 answers stay, 200 rows will be sent" in changed.stdout

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from batchrun.errors import ExitCode
-from batchrun.records import Summary
+from batchrun.run_summary import Summary
 from batchrun.simulator import Fault, SimulatorConfig, parse_faults, read_ledger
 from tests.cli_process import Ended, batchrun, finish, kill_when, start, wait_until, write_job, write_rows
 from tests.simulator_process import RunningSimulator, running_simulator
@@ -86,7 +86,7 @@ def a_complete_run_is_started_again(place: Place) -> Ended:
     return place.run()
 
 
-def there_is_nothing_to_ask(place: Place) -> Ended:
+def there_is_nothing_to_send(place: Place) -> Ended:
     place.source.write_text("\n")
     place.simulator()
     return place.run("--set", "input.min_rows=0")
@@ -109,9 +109,9 @@ def content_is_blocked(place: Place) -> Ended:
 
 
 def batchrun_has_a_bug(place: Place) -> Ended:
-    broken = place.folder / "broken" / "genai_prices"
+    broken = place.folder / "broken" / "aiohttp"
     broken.mkdir(parents=True)
-    (broken / "__init__.py").write_text("raise RuntimeError('nobody thought of this')")
+    (broken / "__init__.py").write_text("raise RuntimeError('an unforeseen case')")
     place.simulator()
     return batchrun("run", place.job, "-o", place.out, before=["env", f"PYTHONPATH={broken.parent}"])
 
@@ -202,7 +202,7 @@ def the_key_is_revoked(place: Place) -> Ended:
     return place.run()
 
 
-def nobody_listens(place: Place) -> Ended:
+def no_server_listens(place: Place) -> Ended:
     write_job(place.job, "http://127.0.0.1:9/v1", place.source, "[retry]\nmax_outage_s = 1.5\n")
     return place.run()
 
@@ -257,7 +257,7 @@ def the_grace_is_over(place: Place) -> Ended:
     return finish(process)
 
 
-def nobody_reads_stdout(place: Place) -> Ended:
+def stdout_is_closed(place: Place) -> Ended:
     place.simulator()
     process = start("run", place.job, "-o", place.out)
     assert process.stdout is not None
@@ -266,7 +266,7 @@ def nobody_reads_stdout(place: Place) -> Ended:
     return finish(process)
 
 
-def nobody_reads_stdout_of_a_run_that_is_stopped(place: Place) -> Ended:
+def stdout_is_closed_of_a_run_that_is_stopped(place: Place) -> Ended:
     process = place.begin()
     assert process.stdout is not None
     process.stdout.close()
@@ -276,7 +276,7 @@ def nobody_reads_stdout_of_a_run_that_is_stopped(place: Place) -> Ended:
 
 
 class Way(NamedTuple):
-    """How a process ends, and what summary.json says then: `state` None, nothing; `told`, its exit code where
+    """How a process ends, and what summary.json says then: `state` None, nothing; `reported`, its exit code where
     that is not the process's; `reason`, words of its reason, or of the error line where it has none of its own.
     """
 
@@ -290,9 +290,9 @@ class Way(NamedTuple):
 WAYS = {
     "all rows are answered": Way(all_rows_are_answered, 0, "complete"),
     "a complete run is started again": Way(a_complete_run_is_started_again, 0, "complete"),
-    "there is nothing to ask": Way(there_is_nothing_to_ask, 0, "complete"),
+    "there is nothing to send": Way(there_is_nothing_to_send, 0, "complete"),
     "content is blocked": Way(content_is_blocked, 0, "complete"),
-    "batchrun has a bug": Way(batchrun_has_a_bug, 1, "failed", "RuntimeError: nobody thought of this"),
+    "batchrun has a bug": Way(batchrun_has_a_bug, 1, "failed", "RuntimeError: an unforeseen case"),
     "the job is wrong": Way(the_job_is_wrong, 2, None, "limits.max_in_flihgt"),
     "a flag is wrong": Way(a_flag_is_wrong, 2, None, "--limit"),
     "the key is missing": Way(the_key_is_missing, 2, None, "BATCHRUN_TEST_KEY"),
@@ -310,7 +310,7 @@ WAYS = {
     "the deadline has come": Way(the_deadline_has_come, 4, "stopped", "the deadline"),
     "the deadline is over": Way(the_deadline_is_over, 2, None, "is in the past"),
     "the key is revoked": Way(the_key_is_revoked, 5, "stopped", "Incorrect API key provided"),
-    "nobody listens": Way(nobody_listens, 5, "stopped", "never reached"),
+    "no server listens": Way(no_server_listens, 5, "stopped", "never reached"),
     "the disk is full": Way(the_disk_is_full, 5, "failed", "run the same command again"),
     "another process works here": Way(another_process_works_here, 6, "running", "another run works here"),
     "the checkpoint is damaged": Way(the_checkpoint_is_damaged, 7, "failed", "checkpoint.db"),
@@ -320,9 +320,9 @@ WAYS = {
     "SIGTERM": Way(a_signal(signal.SIGTERM), 143, "stopped", "SIGTERM: drained"),
     "SIGINT twice": Way(a_signal(signal.SIGINT, signal.SIGINT), 130, "stopped", "SIGINT"),
     "the grace is over": Way(the_grace_is_over, 143, "stopped", "SIGTERM"),
-    "nobody reads stdout": Way(nobody_reads_stdout, 141, "complete", reported=0),
-    "nobody reads stdout of a run that is stopped": Way(
-        nobody_reads_stdout_of_a_run_that_is_stopped, 141, "stopped", "SIGTERM: drained", reported=143
+    "stdout is closed": Way(stdout_is_closed, 141, "complete", reported=0),
+    "stdout is closed of a run that is stopped": Way(
+        stdout_is_closed_of_a_run_that_is_stopped, 141, "stopped", "SIGTERM: drained", reported=143
     ),
     "SIGKILL": Way(a_signal(signal.SIGKILL), KILLED, "running"),
 }

@@ -159,12 +159,12 @@ def test_the_bill_by_reason_is_the_ledgers(month: Month) -> None:
     exchanges: list[tuple[tuple[str, int], int, LedgerLine]] = []
     for _, line in month.billed:
         run, row, attempt = (line.client_request_id or "").rsplit("-", 2)
-        asked = runs[run.partition(".")[0]], int(row)
-        exchanges.append((asked, int(attempt), line))
-        last[asked] = max(int(attempt), last.get(asked, 0))
+        request = runs[run.partition(".")[0]], int(row)
+        exchanges.append((request, int(attempt), line))
+        last[request] = max(int(attempt), last.get(request, 0))
     reasons: dict[str, list[LedgerLine]] = defaultdict(list)
-    for asked, n, line in exchanges:
-        reasons[status[asked] if n == last[asked] else "discarded"].append(line)
+    for request, n, line in exchanges:
+        reasons[status[request] if n == last[request] else "discarded"].append(line)
     assert month.costs("status") == {name: usd(lines) for name, lines in reasons.items() if usd(lines)}
     counted = {line["status"]: line["rows"] for line in month.report("--by", "status")["lines"]}
     assert {name: number for name, number in counted.items() if number} == Counter(status.values())

@@ -146,10 +146,10 @@ def test_every_layout_opens(result: Path, tmp_path: Path, reader: str) -> None:
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "HF_HOME": str(tmp_path / "home")}
     places = {name: str(tmp_path / name) for name in ("parts", "partitions")} | {"lines": str(lines)}
     code = "".join(f"{name} = {place!r}\n" for name, place in places.items()) + OF_LAYOUTS[reader]
-    told = subprocess.run(
+    done = subprocess.run(
         [PYTHON, "-c", code], capture_output=True, text=True, env={**os.environ, **offline, "TMPDIR": str(tmp_path)}
     )
-    *sums, failed = told.stdout.splitlines() or [told.stderr]
-    assert sums == [f"{SUM} {ROWS}"] * len(sums), told.stderr
+    *sums, failed = done.stdout.splitlines() or [done.stderr]
+    assert sums == [f"{SUM} {ROWS}"] * len(sums), done.stderr
     assert len(sums) == (2 if reader == "pyarrow" else 3)
     assert failed == "0 4"

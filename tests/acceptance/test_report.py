@@ -19,11 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchrun.errors import InputError
-from batchrun.records import Ending, TotalsLine
+from batchrun.records import Ending
 from batchrun.report import bill as report
 from batchrun.report import formats
 from batchrun.report.figures import SUMS, kind
 from batchrun.report.summary import VERSION
+from batchrun.run_summary import TotalsLine
 from batchrun.simulator import SimulatorConfig
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.totals import DISCARDED, FIGURES, plus

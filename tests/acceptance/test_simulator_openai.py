@@ -12,7 +12,7 @@ import pytest
 from openai.types import CompletionUsage
 
 from batchrun.credentials import Credentials
-from batchrun.job.job import Endpoint
+from batchrun.job.settings import Endpoint
 from batchrun.records import Answer, FunctionCall, Usage
 from batchrun.response import answer as answers
 from batchrun.simulator import SimulatorConfig, parse_faults

@@ -16,12 +16,12 @@ from batchrun import credentials
 from batchrun.dispatch.run_status import RunStatus
 from batchrun.limits.admission import Limit
 from batchrun.limits.forecast import Forecast
-from batchrun.records import Summary, TotalsLine
 from batchrun.report import resume_command, run_list, status
 from batchrun.report.closing import in_words, pace
 from batchrun.report.run_state import run_state
 from batchrun.report.summary import Moment
 from batchrun.report.wording import age_in_words
+from batchrun.run_summary import Summary, TotalsLine
 from batchrun.simulator import SimulatorConfig
 from batchrun.store import rundir
 from batchrun.store.rundir import RunDirectory

@@ -25,7 +25,7 @@ class Bug:
 
 _SLOT_FREED_EARLY = Bug(
     "the slot is free before the commit",
-    "batchrun.dispatch.worker",
+    "batchrun.dispatch.endings",
     (
         (
             "        self._checkpoint.put(completion)\n",
@@ -34,15 +34,15 @@ _SLOT_FREED_EARLY = Bug(
             "        self._checkpoint.put(completion)\n",
         ),
     ),
-    "nobody knew of the first",
+    "the first was forgotten",
     point="after the put",
     passage=30,
 )
 
 _COMMIT_DROPPED = Bug(
     "the commit is dropped",
-    "batchrun.store.checkpoint",
-    (("        self._database.transaction(write)\n", ""),),
+    "batchrun.store.ledger",
+    (('            self._database.append("rows", records)\n', ""),),
     "rows are missing from the checkpoint",
 )
 
@@ -81,14 +81,15 @@ _SLOT_TAKEN_LATE = Bug(
     "the slot is written after the send",
     "batchrun.dispatch.worker",
     (
-        ("        self._slots.take(slot, request.row, n, request.key, *bound)\n", ""),
+        ("        self._slots.take(slot, request.row, n, request.key, usd, tokens)\n", ""),
         (
-            "        result, decision = self._judge(pending, attempt, slot, bound, successes, tier)\n",
-            "        self._slots.take(slot, request.row, n, request.key, *bound)\n"
-            "        result, decision = self._judge(pending, attempt, slot, bound, successes, tier)\n",
+            "        answer = answers.read(attempt.body, request.choices)\n",
+            "        bound = flight.bound_usd, flight.bound_tokens\n"
+            "        self._slots.take(slot, request.row, flight.n, request.key, *bound)\n"
+            "        answer = answers.read(attempt.body, request.choices)\n",
         ),
     ),
-    "nobody knew of the first",
+    "the first was forgotten",
     point="after the slot is taken",
     passage=30,
 )
@@ -106,14 +107,14 @@ _OVERLAY_GONE_EARLY = Bug(
             '            self._database.replace("chunks", [msgspec.structs.astuple(chunk)])\n',
         ),
     ),
-    "nobody knew of the first",
+    "the first was forgotten",
     point="mid seal",
     passage=2,  # of the two deletions there are now, the one after the early commit
 )
 
 _RETRY_UNCOUNTED = Bug(
     "the retry is not counted",
-    "batchrun.dispatch.worker",
+    "batchrun.dispatch.endings",
     (
         (
             "        self._uncommitted[row, history.attempts] = _Uncommitted(result, slot, retry, due_s)\n"
@@ -134,7 +135,7 @@ _BUSY_TAKEN_FOR_IDLE = Bug(
             "    if was_idle or (loss.idle_s is not None and loss.ended_after_s < 0.1):\n",
         ),
     ),
-    "nobody knew of the first",
+    "the first was forgotten",
 )
 
 _LOST_UNCOUNTED = Bug(

@@ -1,4 +1,4 @@
-"""Many killed runs, a few at a time, and what became of them in one page."""
+"""Many killed runs, a few at a time, with their outcomes on one page."""
 
 import itertools
 import shutil

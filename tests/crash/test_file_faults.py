@@ -95,7 +95,7 @@ HARMLESS = {
     ),
     "the reserve": (Fault("fallocate", ("reserve.bin",), "ENOSPC", "1"),),
 }
-"""Faults that a run goes on with."""
+"""Faults that a run survives."""
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +272,7 @@ PACES = {
     *("limits.token_bucket", "limits.admission", "limits.deadline", "limits.forecast", "limits.gate", "limits.outage"),
     *("limits.adaptive_rate", "limits.crowding", "limits.in_flight", "limits.useful_in_flight", "limits.rate_search"),
     *("limits.refusals", "limits.budget", "limits.circuit", "policy"),
-    *("dispatch.dispatch", "dispatch.backlog", "dispatch.heartbeat", "dispatch.worker"),
+    *("dispatch.dispatch", "dispatch.backlog", "dispatch.heartbeat", "dispatch.worker", "dispatch.endings"),
 }
 """The modules that wait, limit or give up. Their clock is the event loop's: a jump of the system's does not move it."""
 

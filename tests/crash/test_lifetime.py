@@ -189,8 +189,8 @@ class Lifetime(RuleBasedStateMachine):
     @precondition(lambda self: self.adopted == self.settings)
     @rule(chance=CHANCES)
     def flip_a_bit(self, chance: random.Random) -> None:
-        """A start over other notes, which reads all that the run has, says that it is damaged or goes on as if nothing
-        were; then the directory and the notes are what they were before.
+        """A start over other notes, which reads all that the run has, says that it is damaged, or resumes as if nothing
+        had changed; then the directory and the notes are what they were before.
         """
         served, rows, fate = len(read_ledger(self.at.ledger)), self.rows, self.fate
         aside = shutil.copytree(self.out, self.folder / "aside")
@@ -342,12 +342,12 @@ class Lifetime(RuleBasedStateMachine):
 
     # ── the run itself ────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def run(self, asked: RunOptions) -> int:
+    def run(self, options: RunOptions) -> int:
         """A start in this process; its exit code."""
         loaded = load(self.write(), self.overrides())
         try:
             summary = engine.run(
-                loaded, RunDirectory(self.out), credentials.read(loaded.endpoint, {KEY_ENV: KEY}), asked
+                loaded, RunDirectory(self.out), credentials.read(loaded.endpoint, {KEY_ENV: KEY}), options
             )
         except CheckpointError as error:
             return error.exit_code

@@ -1,6 +1,6 @@
-"""What a network, a gateway and a clumsy server do to a whole run: each line of it is a row, an attempt, an exit code.
+"""What a network, a gateway and a broken server do to a whole run: what its rows, attempts and exit code show.
 
-The server is a raw socket that counts what it was sent, so it says what was asked and how often, whatever the run says.
+The server is a raw socket that counts its requests, so what was sent does not depend on what the run reports.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchrun import credentials, engine
-from batchrun.records import Summary
+from batchrun.run_summary import Summary
 from batchrun.store.rundir import RunDirectory
 from tests.cli_process import KEY, KEY_ENV, holds_key
 from tests.endings import MODEL, answer_body
@@ -50,7 +50,7 @@ FAULTY = 5
 QUICK_RETRY = {"backoff_base_s": 0.1}
 
 
-class Told(NamedTuple):
+class Ended(NamedTuple):
     """How a run ended: its summary, its rows if it is complete, and what its server was sent."""
 
     summary: Summary
@@ -61,7 +61,7 @@ class Told(NamedTuple):
         return self.summary.exit_code
 
 
-def ask(folder: Path, url: str, rows: int = 12, *, speed: float = 10.0, **tables: dict[str, Any]) -> Told:
+def run(folder: Path, url: str, rows: int = 12, *, speed: float = 10.0, **tables: dict[str, Any]) -> Ended:
     """The run over rows `item 0`, `item 1` … on a fast clock, in this process."""
     source = write_lines(folder / "in.jsonl", [{"text": f"item {row}."} for row in range(rows)])
     fixed = {
@@ -76,7 +76,7 @@ def ask(folder: Path, url: str, rows: int = 12, *, speed: float = 10.0, **tables
     summary = engine.run(job, RunDirectory(folder / "out"), key, runtime=engine.Runtime(fast_clock(speed)))
     assert holds_key(folder / "out", [KEY.encode()]) == []
     result = pq.read_table(folder / "out" / "completions.parquet").to_pylist() if summary.complete else []
-    return Told(summary, result)
+    return Ended(summary, result)
 
 
 def row_of(exchange: Exchange) -> int:
@@ -85,7 +85,7 @@ def row_of(exchange: Exchange) -> int:
     return int(found[1])
 
 
-def asked_for(server: FaultServer) -> Counter[int]:
+def requests_by_row(server: FaultServer) -> Counter[int]:
     """How often each row was sent."""
     return Counter(map(row_of, server.exchanges))
 
@@ -95,7 +95,7 @@ async def answers(exchange: Exchange) -> None:
 
 
 def meeting(fault: Script, times: int = 1_000) -> Script:
-    """One row meets the fault so many times, in the midst of others that are answered."""
+    """One row meets the fault this many times, among others that are answered."""
     met = 0
 
     async def script(exchange: Exchange) -> None:
@@ -104,7 +104,7 @@ def meeting(fault: Script, times: int = 1_000) -> Script:
             await answers(exchange)
         else:
             met += 1
-            await asyncio.sleep(0.03)  # others are answered meanwhile, so that this is the row's own
+            await asyncio.sleep(0.03)  # others are answered meanwhile, so the fault is the row's own
             await fault(exchange)
 
     return script
@@ -124,12 +124,12 @@ async def closes(exchange: Exchange) -> None:
 
 
 async def resets(exchange: Exchange) -> None:
-    await asyncio.sleep(0.02)  # so that what was sent arrives before the RST
+    await asyncio.sleep(0.02)  # what was sent must arrive before the RST
     exchange.reset()
 
 
 async def resets_late(exchange: Exchange) -> None:
-    """Too late for a connection that was closed while idle."""
+    """Too late to be a connection that was closed while idle."""
     await asyncio.sleep(0.15)
     exchange.reset()
 
@@ -146,41 +146,41 @@ def crawls(start: bytes) -> Script:
     return script
 
 
-# ── 14: nobody there ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── 14: no server ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("where", ["nobody listens", "no such name", "a black hole"])
+@pytest.mark.parametrize("where", ["no listener", "no such name", "a black hole"])
 def test_an_unreachable_endpoint_ends_the_start_quickly(tmp_path: Path, where: str) -> None:
     """No row fails."""
     with black_hole() as hole:
         url = {
-            "nobody listens": "http://127.0.0.1:9/v1",
+            "no listener": "http://127.0.0.1:9/v1",
             "no such name": "https://nowhere.invalid/v1",
             "a black hole": f"http://127.0.0.1:{hole}/v1",
         }[where]
-        begun = time.monotonic()
-        told = ask(tmp_path, url, speed=100, endpoint={"connect_timeout_s": 2.0})
-        assert time.monotonic() - begun < 10
-    assert told.exit_code == 5
-    assert "the endpoint was never reached for 15 seconds" in str(told.summary.reason)
-    assert (told.summary.pending, told.summary.by_status, told.summary.possibly_billed_count) == (12, {}, 0)
+        started_s = time.monotonic()
+        ended = run(tmp_path, url, speed=100, endpoint={"connect_timeout_s": 2.0})
+        assert time.monotonic() - started_s < 10
+    assert ended.exit_code == 5
+    assert "the endpoint was never reached for 15 seconds" in str(ended.summary.reason)
+    assert (ended.summary.pending, ended.summary.by_status, ended.summary.possibly_billed_count) == (12, {}, 0)
 
 
 @pytest.mark.parametrize("hole", [False, True], ids=["refused", "black hole"])
 def test_a_minute_without_server_fails_no_row(tmp_path: Path, hole: bool) -> None:
-    """An outage in mid run; every row is answered after it."""
+    """An outage during the run; every row is answered after it."""
 
     async def slowly(exchange: Exchange) -> None:
         await asyncio.sleep(0.005)
         await answers(exchange)
 
     with serving_aside(slowly, gap=Gap(after_requests=30, for_s=0.3, hole=hole)) as server:
-        told = ask(tmp_path, server.url, 100, speed=200, endpoint={"connect_timeout_s": 4.0})
-    assert told.exit_code == 0
-    assert [row["status"] for row in told.rows] == ["ok"] * 100
-    repeated = sum(asked_for(server).values()) - 100
-    assert repeated <= 64, "only what was in flight when the server went away is asked again"
-    assert told.summary.possibly_billed_count <= 64, "of those, what may have been read before the server went away"
+        ended = run(tmp_path, server.url, 100, speed=200, endpoint={"connect_timeout_s": 4.0})
+    assert ended.exit_code == 0
+    assert [row["status"] for row in ended.rows] == ["ok"] * 100
+    repeated = sum(requests_by_row(server).values()) - 100
+    assert repeated <= 64, "only what was in flight when the server went away is sent again"
+    assert ended.summary.possibly_billed_count <= 64, "of those, what may have been read before the server went away"
 
 
 # ── 15, 17, 18: answers that never come, or in pieces ─────────────────────────────────────────────────────────────────
@@ -194,7 +194,7 @@ ERROR = b'{"error": {"message": "no luck", "code": "odd"}}'
 
 
 class Broken(NamedTuple):
-    """An answer that may have been paid for, and what is kept of it."""
+    """An answer that may have been billed, and the part of it that is kept."""
 
     script: Script
     kind: str
@@ -213,7 +213,7 @@ BROKEN = {
     "gzip that unpacks to a thousand times its size": Broken(
         sends(answer(BOMB, "Content-Encoding: gzip")), "answer_too_large", None
     ),
-    "gzip that is none": Broken(sends(answer(b"no gzip", "Content-Encoding: gzip")), "bad_encoding"),
+    "invalid gzip": Broken(sends(answer(b"no gzip", "Content-Encoding: gzip")), "bad_encoding"),
     "a thousand headers": Broken(sends(answer(GOOD, *(f"X-{n}: x" for n in range(1_000)))), "malformed_http"),
     "a header line of 20 KB": Broken(sends(answer(GOOD, "X-Long: " + "x" * 20_000)), "malformed_http"),
     "a page of HTML": Broken(says(PAGE), "unreadable", PAGE),
@@ -228,20 +228,20 @@ DEADLINE = {"attempt_timeout_s": 0.3, "max_answer_bytes": 1_000_000}
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_answer_is_retried_once(tmp_path: Path, name: str) -> None:
-    """It may have been billed, and what came of it is kept."""
+    """It may have been billed, and the part that arrived is kept."""
     broken = BROKEN[name]
     with serving_aside(meeting(broken.script)) as server:
-        told = ask(tmp_path, server.url, endpoint=DEADLINE)
-    assert told.exit_code == 3
-    row = told.rows[FAULTY]
+        ended = run(tmp_path, server.url, endpoint=DEADLINE)
+    assert ended.exit_code == 3
+    row = ended.rows[FAULTY]
     assert (row["status"], row["attempts"]) == ("error", 2)
     assert row["error"]["kind"] in broken.kind.split("|")
     assert broken.raw is None or row["raw"] == broken.raw
     assert len(row["raw"]) <= 1_000_000
-    assert told.summary.by_status == {"ok": 11, "error": 1}
-    assert asked_for(server) == Counter({**dict.fromkeys(range(12), 1), FAULTY: 2})
-    doubts = [(doubt.row, doubt.n) for doubt in told.summary.possibly_billed]
-    priced = row["prompt_tokens"] is not None  # its usage was in what came: then it is billed, not in doubt
+    assert ended.summary.by_status == {"ok": 11, "error": 1}
+    assert requests_by_row(server) == Counter({**dict.fromkeys(range(12), 1), FAULTY: 2})
+    doubts = [(doubt.row, doubt.n) for doubt in ended.summary.possibly_billed]
+    priced = row["prompt_tokens"] is not None  # if its usage arrived, it is billed and not in doubt
     assert doubts == ([] if priced else [(FAULTY, 1), (FAULTY, 2)])
 
 
@@ -249,25 +249,25 @@ def test_a_broken_answer_is_retried_once(tmp_path: Path, name: str) -> None:
 def test_a_retried_broken_answer_stays_possibly_billed(tmp_path: Path, name: str) -> None:
     """The second attempt brings the answer."""
     with serving_aside(meeting(BROKEN[name].script, times=1)) as server:
-        told = ask(tmp_path, server.url, endpoint=DEADLINE)
-    assert told.exit_code == 0
-    assert (told.rows[FAULTY]["status"], told.rows[FAULTY]["attempts"]) == ("ok", 2)
-    assert [(doubt.row, doubt.n) for doubt in told.summary.possibly_billed] == [(FAULTY, 1)]
+        ended = run(tmp_path, server.url, endpoint=DEADLINE)
+    assert ended.exit_code == 0
+    assert (ended.rows[FAULTY]["status"], ended.rows[FAULTY]["attempts"]) == ("ok", 2)
+    assert [(doubt.row, doubt.n) for doubt in ended.summary.possibly_billed] == [(FAULTY, 1)]
 
 
 def test_a_valid_answer_may_have_ten_megabytes(tmp_path: Path) -> None:
     content = "0123456789" * 1_000_000
     with serving_aside(meeting(says(choices=message(content)))) as server:
-        told = ask(tmp_path, server.url)
-    assert told.exit_code == 0
-    assert told.rows[FAULTY]["content"] == content
-    assert asked_for(server)[FAULTY] == 1
+        ended = run(tmp_path, server.url)
+    assert ended.exit_code == 0
+    assert ended.rows[FAULTY]["content"] == content
+    assert requests_by_row(server)[FAULTY] == 1
 
 
 def test_a_compressed_answer_is_an_answer(tmp_path: Path) -> None:
     with serving_aside(meeting(sends(answer(gzip.compress(GOOD), "Content-Encoding: gzip")))) as server:
-        told = ask(tmp_path, server.url)
-    assert (told.exit_code, told.rows[FAULTY]["content"]) == (0, "fine")
+        ended = run(tmp_path, server.url)
+    assert (ended.exit_code, ended.rows[FAULTY]["content"]) == (0, "fine")
 
 
 # ── 16: connections that were closed while idle ───────────────────────────────────────────────────────────────────────
@@ -282,18 +282,18 @@ def test_closed_keep_alive_costs_no_attempt(tmp_path: Path) -> None:
 
     # on the clock of the network: on a fast one, a connection counts as kept before its end can have arrived
     with serving_aside(answers_and_closes) as server:
-        told = ask(tmp_path, server.url, 200, speed=1.0)
-    assert told.exit_code == 0
-    assert {row["attempts"] for row in told.rows} == {1}
-    assert asked_for(server) == Counter(range(200))
-    assert told.summary.possibly_billed_count == 0
+        ended = run(tmp_path, server.url, 200, speed=1.0)
+    assert ended.exit_code == 0
+    assert {row["attempts"] for row in ended.rows} == {1}
+    assert requests_by_row(server) == Counter(range(200))
+    assert ended.summary.possibly_billed_count == 0
 
 
 # ── 19, 23: answers that are odd ──────────────────────────────────────────────────────────────────────────────────────
 
 
 class Odd(NamedTuple):
-    """An answer that is read as far as it goes: its row's status, and some of its columns."""
+    """An answer that can be read in part: its row's status, and some of its columns."""
 
     script: Script
     status: str
@@ -308,7 +308,7 @@ ODD = {
         "ok",
         {"content": "fine"},
     ),
-    "content that is a number": Odd(says(choices=message(7)), "empty", {"content": None}),
+    "content that is a number": Odd(says(choices=message(7)), "ok", {"content": "7"}),
     "no usage": Odd(says(usage=None), "ok", {"content": "fine", **WITHOUT_USAGE}),
     "half a usage": Odd(says(usage={"prompt_tokens": 5}), "ok", {"content": "fine", **WITHOUT_USAGE}),
     "usage as strings": Odd(
@@ -316,7 +316,7 @@ ODD = {
         "ok",
         {"prompt_tokens": 10, "completion_tokens": 2, "total_tokens": 12},
     ),
-    "fields that nobody knows": Odd(says(novel={"a": [1]}, service_tier="x"), "ok", {"content": "fine"}),
+    "unknown fields": Odd(says(novel={"a": [1]}, service_tier="x"), "ok", {"content": "fine"}),
     "no id, and created as text": Odd(
         says(id=None, created="today"), "ok", {"completion_id": None, "created": None, "content": "fine"}
     ),
@@ -327,47 +327,47 @@ ODD = {
 def test_an_odd_answer_counts_at_first_attempt(tmp_path: Path, name: str) -> None:
     odd = ODD[name]
     with serving_aside(meeting(odd.script)) as server:
-        told = ask(tmp_path, server.url)
-    row = told.rows[FAULTY]
+        ended = run(tmp_path, server.url)
+    row = ended.rows[FAULTY]
     assert (row["status"], row["attempts"]) == (odd.status, 1)
     assert {name: row[name] for name in odd.columns} == odd.columns
-    assert told.exit_code == (0 if odd.status == "ok" else 3)
-    assert told.summary.without_usage == (row["total_tokens"] is None)
-    assert told.summary.possibly_billed_count == 0
+    assert ended.exit_code == (0 if odd.status == "ok" else 3)
+    assert ended.summary.without_usage == (row["total_tokens"] is None)
+    assert ended.summary.possibly_billed_count == 0
 
 
 def test_an_error_inside_200_has_its_status(tmp_path: Path) -> None:
     refused = b'{"error": {"message": "no such parameter", "code": 400}}'
     with serving_aside(meeting(says(refused))) as server:
-        told = ask(tmp_path, server.url)
-    row = told.rows[FAULTY]
+        ended = run(tmp_path, server.url)
+    row = ended.rows[FAULTY]
     assert (row["status"], row["attempts"], row["error"]["kind"]) == ("error", 1, "bad_request")
-    assert told.summary.possibly_billed_count == 0
+    assert ended.summary.possibly_billed_count == 0
 
 
 def test_an_answer_of_another_model_is_kept(tmp_path: Path) -> None:
-    """It is shown as it is and counted under the name it states."""
+    """Its model is shown and counted under the name that the answer states."""
     with serving_aside(meeting(says(model="another-model"))) as server:
-        told = ask(tmp_path, server.url)
-    assert told.exit_code == 0
-    assert {row["status"] for row in told.rows} == {"ok"}
-    assert (told.rows[FAULTY]["model"], told.rows[0]["model"]) == ("another-model", MODEL)
-    assert told.summary.models == {MODEL: 11, "another-model": 1}
+        ended = run(tmp_path, server.url)
+    assert ended.exit_code == 0
+    assert {row["status"] for row in ended.rows} == {"ok"}
+    assert (ended.rows[FAULTY]["model"], ended.rows[0]["model"]) == ("another-model", MODEL)
+    assert ended.summary.models == {MODEL: 11, "another-model": 1}
 
 
-# ── 20: the way to somebody else ──────────────────────────────────────────────────────────────────────────────────────
+# ── 20: redirects and certificates ────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("status", ["302 Found", "307 Temporary Redirect"])
 def test_a_redirect_stops_the_run(tmp_path: Path, status: str) -> None:
     """The other server sees neither the key nor a prompt."""
     with serving_aside(answers) as other, serving_aside(says(b"", f"Location: {other.url}", status=status)) as server:
-        told = ask(tmp_path, server.url)
+        ended = run(tmp_path, server.url)
         assert other.connections == 0
     assert len(server.exchanges) <= 9, "the first eight, and the one that was to confirm"
-    assert told.exit_code == 2
-    assert (told.summary.pending, told.summary.by_status) == (12, {})
-    assert f"HTTP {status[:3]}" in str(told.summary.reason)
+    assert ended.exit_code == 2
+    assert (ended.summary.pending, ended.summary.by_status) == (12, {})
+    assert f"HTTP {status[:3]}" in str(ended.summary.reason)
 
 
 def test_an_untrusted_certificate_stops_the_run(tmp_path: Path) -> None:
@@ -375,11 +375,11 @@ def test_an_untrusted_certificate_stops_the_run(tmp_path: Path) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(self_signed(tmp_path))
     with serving_aside(answers, context) as server:
-        told = ask(tmp_path, server.url)
+        ended = run(tmp_path, server.url)
         assert server.exchanges == []
-    assert told.exit_code == 2
-    assert (told.summary.pending, told.summary.by_status) == (12, {})
-    assert "certificate" in str(told.summary.reason).lower()
+    assert ended.exit_code == 2
+    assert (ended.summary.pending, ended.summary.by_status) == (12, {})
+    assert "certificate" in str(ended.summary.reason).lower()
 
 
 # ── 21: how long to wait ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -407,7 +407,7 @@ SPEED = 50.0
 
 @pytest.mark.parametrize("name", WAITS)
 def test_retry_after_is_obeyed_within_bounds(tmp_path: Path, name: str) -> None:
-    """Its row waits so long, and the others don't."""
+    """The refused row waits that long; the others don't wait."""
     headers, wait_s = WAITS[name]
     times: dict[bytes, list[float]] = {}
 
@@ -420,11 +420,11 @@ def test_retry_after_is_obeyed_within_bounds(tmp_path: Path, name: str) -> None:
             await answers(exchange)
 
     with serving_aside(refuses_once) as server:
-        told = ask(tmp_path, server.url, speed=SPEED, limits={"max_in_flight": 1})
-    assert told.exit_code == 0
-    assert {row["status"] for row in told.rows} == {"ok"}
+        ended = run(tmp_path, server.url, speed=SPEED, limits={"max_in_flight": 1})
+    assert ended.exit_code == 0
+    assert {row["status"] for row in ended.rows} == {"ok"}
     (refused_s, again_s), *others = times.values()
-    assert wait_s <= again_s - refused_s <= wait_s + 30, "asked for, jitter, and a busy machine fifty times as fast"
+    assert wait_s <= again_s - refused_s <= wait_s + 30, "Retry-After, jitter, and a busy machine fifty times as fast"
     assert [len(each) for each in others] == [1] * 11
     if wait_s == 20:
         assert others[0][0] < again_s
@@ -434,29 +434,29 @@ def test_an_excessive_retry_after_pauses_the_run(tmp_path: Path) -> None:
     """No row fails."""
     refusal = says(b'{"error": {"message": "slow down"}}', "Retry-After: 1000000000", status="429 Slow Down")
     with serving_aside(refusal) as server:
-        told = ask(tmp_path, server.url)
-    assert told.exit_code == 5
-    assert "the server asks to wait 1000000000 s" in str(told.summary.reason)
-    assert (told.summary.pending, told.summary.by_status) == (12, {})
+        ended = run(tmp_path, server.url)
+    assert ended.exit_code == 5
+    assert "the server asks to wait 1000000000 s" in str(ended.summary.reason)
+    assert (ended.summary.pending, ended.summary.by_status) == (12, {})
     assert len(server.exchanges) <= 9
 
 
-# ── 26: whose refusal it was ──────────────────────────────────────────────────────────────────────────────────────────
+# ── 26: a refusal of one row ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_refused_last_row_pauses_once(tmp_path: Path) -> None:
-    """The next start gives the row up."""
+    """The next start fails the row."""
     refusal = b'{"error": {"message": "not for you"}}'
     with serving_aside(meeting(says(refusal, status="403 Forbidden"))) as server:
-        first = ask(tmp_path, server.url, 6)  # the refused row is the last
-        second = ask(tmp_path, server.url, 6)
+        first = run(tmp_path, server.url, 6)  # the refused row is the last
+        second = run(tmp_path, server.url, 6)
     assert (first.exit_code, first.summary.pending) == (5, 1)
     assert (second.exit_code, second.summary.pending) == (3, 0)
     assert (second.rows[FAULTY]["status"], second.rows[FAULTY]["error"]["kind"]) == ("error", "forbidden")
-    assert asked_for(server) == Counter({**dict.fromkeys(range(5), 1), FAULTY: 3})
+    assert requests_by_row(server) == Counter({**dict.fromkeys(range(5), 1), FAULTY: 3})
 
 
-# ── 22: minutes of nothing but trouble ────────────────────────────────────────────────────────────────────────────────
+# ── 22: minutes of failures ────────────────────────────────────────────────────────────────────────────────
 
 RATE_LIMIT = answer(b'{"error": {"message": "Rate limit reached"}}', status="429 Too Many Requests")
 WITH_A_WAIT = answer(b'{"error": {"message": "Rate limit reached"}}', "Retry-After: 1", status="429 Too Many Requests")
@@ -494,12 +494,12 @@ def test_five_minutes_of_trouble_need_few_requests(tmp_path: Path, trouble: byte
             await answers(exchange)
 
     with serving_aside(in_trouble) as server:
-        told = ask(tmp_path, server.url, 300, speed=speed, limits={"max_in_flight": 8})
-    assert told.exit_code == 0
-    assert told.summary.by_status == {"ok": 300}
+        ended = run(tmp_path, server.url, 300, speed=speed, limits={"max_in_flight": 8})
+    assert ended.exit_code == 0
+    assert ended.summary.by_status == {"ok": 300}
     assert 3 <= refused < 30
     assert len(server.exchanges) == 300 + refused
-    assert told.summary.possibly_billed_count == 0
+    assert ended.summary.possibly_billed_count == 0
 
 
 @pytest.mark.heavy
@@ -511,7 +511,7 @@ def test_random_failures_of_a_third_fail_nothing(tmp_path: Path) -> None:
         await (exchange.send(FAILURE) if chance.random() < 0.3 else answers(exchange))
 
     with serving_aside(fails_often) as server:
-        told = ask(tmp_path, server.url, 1_000, speed=50)
-    assert told.exit_code == 0
-    assert told.summary.by_status == {"ok": 1_000}
-    assert max(row["attempts"] for row in told.rows) > 4, "four failures in a row would have failed it"
+        ended = run(tmp_path, server.url, 1_000, speed=50)
+    assert ended.exit_code == 0
+    assert ended.summary.by_status == {"ok": 1_000}
+    assert max(row["attempts"] for row in ended.rows) > 4, "four failures in a row would have failed it"

@@ -62,7 +62,7 @@ def test_the_next_start_imports_the_spill_once(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.db"
     endings: list[Ending] = [completion(0), discarded(1, 1), completion(2), discarded(3, 2)]
     checkpoint = opened(path)
-    checkpoint.invocation = 1
+    checkpoint.start_invocation(0.0, 1, "here", "0")
     checkpoint.put(endings[0])
     checkpoint.put(endings[1])
     assert checkpoint.flushed()

@@ -21,7 +21,7 @@ from batchrun.integrity import damaged_db, db_records, readable_groups
 from batchrun.integrity.salvage import LOST, NAME, salvage
 from batchrun.integrity.verify import Findings, in_words, verify
 from batchrun.job.load import load
-from batchrun.records import Summary
+from batchrun.run_summary import Summary
 from batchrun.simulator import Fault, SimulatorConfig, parse_faults
 from batchrun.store import db_tables, in_flight, spill
 from batchrun.store.at_rest import wal_of
@@ -118,7 +118,7 @@ def _kill(folder: Path, name: str, condition: Callable[[], bool], *flags: str) -
     (folder / name / "reserve.bin").unlink()
 
 
-def go_on(runs: Runs, directory: RunDirectory, layout: str = "file") -> Summary:
+def resume(runs: Runs, directory: RunDirectory, layout: str = "file") -> Summary:
     """The run is gone on with in this process."""
     loaded = load(runs.folder / f"{layout}.toml")
     return engine.run(loaded, directory, credentials.read(loaded.endpoint, {KEY_ENV: KEY}))
@@ -258,7 +258,7 @@ def test_a_start_over_a_flipped_bit_is_safe(runs: Runs, tmp_path: Path, name: st
         flip(path, place)
         damages, what = verify(directory).damages, f"{path.name}, byte {place}, {level.replay()}"
         try:
-            assert go_on(runs, directory).complete, what
+            assert resume(runs, directory).complete, what
         except CheckpointError:  # exit 7
             assert damages, what
             continue
@@ -441,14 +441,14 @@ def answered(known: db_records.DbRecords) -> set[int]:
     return {*known.rows, *sealed}
 
 
-def finishes_as_if_undisturbed(runs: Runs, directory: RunDirectory, asked: set[int]) -> None:
-    """Going on with what was salvaged asks these rows only, and brings the undisturbed output."""
+def finishes_as_if_undisturbed(runs: Runs, directory: RunDirectory, expected: set[int]) -> None:
+    """Resuming the salvaged run sends these rows only, and gives the output of an undisturbed run."""
     salvaged = RunDirectory(directory.path.with_name(directory.path.name + ".salvaged"))
     assert not verify(salvaged).damages
     before = len(runs.simulator.ledger())
-    assert go_on(runs, salvaged).complete
+    assert resume(runs, salvaged).complete
     assert pq.read_table(salvaged.completions, columns=SAME).equals(runs.undisturbed.select(SAME))
-    assert {int(str(line.client_request_id).split("-")[1]) for line in runs.simulator.ledger()[before:]} == asked
+    assert {int(str(line.client_request_id).split("-")[1]) for line in runs.simulator.ledger()[before:]} == expected
     assert not verify(salvaged).damages
 
 
@@ -539,7 +539,9 @@ def test_damaged_pages_cost_only_their_records(tmp_path: Path) -> None:
     """A database of many pages: ranges of keys around the damage are read."""
     path, rows = tmp_path / "checkpoint.db", 3_000
     database = Database.open(path, db_tables.TABLES, FORMAT, lambda full: False)
-    database.transaction(lambda: database.insert("rows", [(row, 1, bytes([row % 251]) * 700) for row in range(rows)]))
+    database.transaction(
+        lambda: database.insert("rows", [(row, 1, bytes([row % 251]) * 700, 1) for row in range(rows)])
+    )
     database.leave_wal()
     database.close()
     leaves = [place for place in range(12 * 4096, path.stat().st_size, 4096) if path.read_bytes()[place] == 0x0D]
@@ -586,7 +588,7 @@ def test_a_damaged_part_of_a_result_is_lost_alone(runs: Runs, tmp_path: Path) ->
     with (tmp_path / "run.salvaged" / LOST).open() as file:
         (line,) = csv.DictReader(file)
     assert (line["first_row"], line["last_row"], line["rows"], line["answered"]) == ("120", "159", "40", "yes")
-    summary = go_on(runs, RunDirectory(tmp_path / "run.salvaged"), "parts")
+    summary = resume(runs, RunDirectory(tmp_path / "run.salvaged"), "parts")
     assert summary.complete
     assert summary.rows == ROWS
 
@@ -627,9 +629,9 @@ def test_salvage_keeps_a_retry_under_way(runs: Runs, tmp_path: Path) -> None:
     assert new.totals.settled() == known.totals.settled()
     assert new.totals.booked == known.totals.booked
     before = len(runs.simulator.ledger())
-    assert go_on(runs, RunDirectory(salvaged.path)).complete
-    asked = {int(str(line.client_request_id).split("-")[1]) for line in runs.simulator.ledger()[before:]}
-    assert asked == set(new.reopened)
+    assert resume(runs, RunDirectory(salvaged.path)).complete
+    sent = {int(str(line.client_request_id).split("-")[1]) for line in runs.simulator.ledger()[before:]}
+    assert sent == set(new.reopened)
 
 
 def test_salvage_overwrites_nothing(runs: Runs, tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ class Trial:
             self.outcome.violations.append("a finished run again: requests were sent")
 
     def judge(self, undisturbed: pa.Table) -> None:
-        """What the finished run leaves is held against the ledger and an undisturbed run."""
+        """Compares the finished run with the ledger and with an undisturbed run."""
         evidence = Evidence(
             rows=self._rows,
             max_in_flight=MAX_IN_FLIGHT,

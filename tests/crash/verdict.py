@@ -74,7 +74,7 @@ def _exchanges(evidence: Evidence) -> Iterator[str]:
     times = Counter(_exchange(line) for line in evidence.ledger)
     for exchange, number in times.items():
         if number > 1:
-            yield f"{exchange} was sent {number} times under one number: nobody knew of the first"
+            yield f"{exchange} was sent {number} times under one number: the first was forgotten"
     flying = {(entry.row, entry.n) for entries in evidence.in_flight for entry in entries}
     doubts = evidence.summary["possibly_billed"]
     aborted = sum(entry["cause"] == "aborted" for entry in doubts)  # a process that could, named them itself

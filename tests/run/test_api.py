@@ -267,8 +267,8 @@ signal.raise_signal(signal.SIGTERM)
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize(("number", "told"), [(signal.SIGINT, "KeyboardInterrupt True"), (signal.SIGTERM, "SIGTERM")])
-def test_signals_drain_and_are_restored(tmp_path: Path, number: int, told: str) -> None:
+@pytest.mark.parametrize(("number", "words"), [(signal.SIGINT, "KeyboardInterrupt True"), (signal.SIGTERM, "SIGTERM")])
+def test_signals_drain_and_are_restored(tmp_path: Path, number: int, words: str) -> None:
     with running_simulator(SimulatorConfig(latency_s=0.3)) as slow:
         source = write_rows(tmp_path / "in.jsonl", 40)
         job = write_job(tmp_path / "job.toml", slow.url, source, "[limits]\nmax_in_flight = 4\n")
@@ -277,7 +277,7 @@ def test_signals_drain_and_are_restored(tmp_path: Path, number: int, told: str) 
         process = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True)
         kill_when(process, lambda: len(slow.ledger()) >= 4, number)
         out, _ = process.communicate(timeout=30)
-    assert out.splitlines() == [told, "the program's own"]
+    assert out.splitlines() == [words, "the program's own"]
     summary = cli_process.read_summary(tmp_path / "out")
     assert (summary["complete"], summary["possibly_billed_count"]) == (False, 0)
 

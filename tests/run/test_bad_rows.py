@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from batchrun.records import Summary
+from batchrun.run_summary import Summary
 from tests.crash.test_network_faults import (
     BUSY,
     FAILURE,
@@ -14,7 +14,7 @@ from tests.crash.test_network_faults import (
     RATE_LIMIT,
     WITH_A_WAIT,
     answers,
-    asked_for,
+    requests_by_row,
     resets,
     row_of,
 )
@@ -45,7 +45,7 @@ def test_consecutive_bad_rows_do_not_stop_good_ones(tmp_path: Path, bad: range, 
     with serving_aside(bad_rows(frozenset(bad), sends(FAILURE))) as server:
         summary = run(tmp_path, server.url, limits=limits, retry=retry)
     assert (summary.exit_code, summary.by_status) == (3, {"ok": 50, "error": 70})
-    sent = asked_for(server)
+    sent = requests_by_row(server)
     assert {row: n for row, n in sent.items() if row not in bad} == dict.fromkeys(set(range(120)) - set(bad), 1)
     assert max(sent.values()) <= 8
 
@@ -82,7 +82,7 @@ def test_rows_failing_once_need_two_requests(tmp_path: Path, fault: str) -> None
     with serving_aside(fails_at_first(ONCE[fault], every)) as server:
         summary = run(tmp_path, server.url, limits={"max_in_flight": 16})
     assert (summary.exit_code, summary.by_status) == (0, {"ok": 120})
-    assert set(asked_for(server).values()) == {2}
+    assert set(requests_by_row(server).values()) == {2}
     assert summary.elapsed_s < 18, "120 rows at one a minute would take 36 s on this clock, which is 200 times as fast"
 
 
@@ -92,7 +92,7 @@ def test_forty_failing_rows_delay_no_other(tmp_path: Path) -> None:
     with serving_aside(fails_at_first(sends(FAILURE), some)) as server:
         summary = run(tmp_path, server.url, limits={"max_in_flight": 16})
     assert (summary.exit_code, summary.by_status) == (0, {"ok": 120})
-    assert max(asked_for(server).values()) <= 3
+    assert max(requests_by_row(server).values()) <= 3
 
 
 @pytest.mark.heavy
@@ -136,7 +136,7 @@ def refused(folder: Path, fault: Script, **retry: float) -> tuple[Summary, Count
     """Rows 5 and 17 of forty are always refused."""
     with serving_aside(bad_rows(frozenset({5, 17}), fault)) as server:
         summary = run(folder, server.url, retry=retry)
-    return summary, asked_for(server)
+    return summary, requests_by_row(server)
 
 
 @pytest.mark.heavy
@@ -180,4 +180,4 @@ def test_only_long_waits_left_end_the_start(tmp_path: Path) -> None:
     assert "row 5: HTTP 429: the server asks to wait 1000 s" in str(first.reason)
     assert first.elapsed_s < 4.0, "the wait itself would take five seconds on the fast clock"
     assert (third.exit_code, third.by_status) == (3, {"ok": 39, "error": 1})
-    assert asked_for(server)[5] <= 5, "a lone row is sent twice before it pauses a start"
+    assert requests_by_row(server)[5] <= 5, "a lone row is sent twice before it pauses a start"

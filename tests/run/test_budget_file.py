@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from batchrun.errors import CheckpointError, DiskError
-from batchrun.store import budget_file
-from batchrun.store.budget_file import BudgetFile, Caps, Drawn, Lease, Period
+from batchrun.store import budget_file, budget_lease
+from batchrun.store.budget_file import BudgetFile, Caps, Drawn
+from batchrun.store.budget_lease import Lease, Period
 
 TODAY, TOMORROW = Period("2026-11-30", "2026-11"), Period("2026-12-01", "2026-12")
 BOUND = Decimal("0.01")
@@ -33,7 +34,7 @@ def opened(path: Path, day: object = None, month: object = None, name: str = "ni
 
 def draw(file: BudgetFile, lease: Lease, need: object) -> Drawn:
     drawn = file.draw(lease, usd(need))
-    lease.granted += budget_file.pico(drawn.granted_usd)
+    lease.granted += budget_lease.pico(drawn.granted_usd)
     return drawn
 
 
@@ -180,8 +181,9 @@ SPENDER = """
 import json, random, sys, time
 from decimal import Decimal
 from pathlib import Path
-from batchrun.store import budget_file
-from batchrun.store.budget_file import BudgetFile, Caps, Period
+from batchrun.store import budget_lease
+from batchrun.store.budget_file import BudgetFile, Caps
+from batchrun.store.budget_lease import Period
 
 path, cap, requests, then, seed = Path(sys.argv[1]), Decimal(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5]
 chance = random.Random(seed)
@@ -196,7 +198,7 @@ def say(**what):
 while sent < requests:
     if lease.left_usd < bound:
         drawn = file.draw(lease, bound - lease.left_usd)
-        lease.granted += budget_file.pico(drawn.granted_usd)
+        lease.granted += budget_lease.pico(drawn.granted_usd)
         if not drawn.granted_usd:
             if in_flight:
                 cost = in_flight.pop()

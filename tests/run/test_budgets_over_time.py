@@ -158,7 +158,7 @@ def test_a_budget_that_cant_be_kept_is_refused(simulator: RunningSimulator, tmp_
     for options, said in {
         ("budget.per_day_usd=0",): "budget.per_day_usd: expected 0 to",
         ("budget.per_month_usd=0.01",): "budget.per_month_usd: $0.01 is less than the largest request may cost",
-        ("request.model=nobody-knows",): "budget.per_day_usd: the price of nobody-knows is unknown",
+        ("request.model=unknown-model",): "budget.per_day_usd: the price of unknown-model is unknown",
         ("budget.time_zone=Mars/Olympus",): "budget.time_zone: no time zone 'Mars/Olympus' is known here",
     }.items():
         ended = batchrun("run", file, "-o", tmp_path / "out", *(word for each in options for word in ("--set", each)))

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from batchrun.dispatch.canary import Seen, judge, spread
-from batchrun.job.job import Canary
+from batchrun.job.settings import Canary
 from batchrun.simulator import SimulatorConfig
 from tests.cli_process import Ended, batchrun, kill_when, read_summary, start, write_job
 from tests.simulator_process import RunningSimulator, running_simulator
@@ -148,9 +148,9 @@ def test_a_small_run_has_no_canary(simulator: RunningSimulator, tmp_path: Path) 
     ended = batchrun("run", file, "-o", tmp_path / "out")
     assert ended.exit_code == 0
     assert "canary" not in ended.stderr
-    unknown = batchrun("run", file, "-o", tmp_path / "other", "--set", "request.model=nobody-knows")
+    unknown = batchrun("run", file, "-o", tmp_path / "other", "--set", "request.model=unknown-model")
     assert unknown.exit_code == 2
-    assert "canary.max_cost_per_row_usd: the price of nobody-knows is unknown" in unknown.stderr
+    assert "canary.max_cost_per_row_usd: the price of unknown-model is unknown" in unknown.stderr
 
 
 @pytest.mark.heavy

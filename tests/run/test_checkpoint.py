@@ -18,7 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from batchrun.errors import BatchrunError, CheckpointError, DiskError, ExitCode, RunLockedError
 from batchrun.records import Completion, Discarded, Ending, PossiblyBilled, RowError, Status
 from batchrun.store import db_tables
-from batchrun.store.checkpoint import FORMAT, MAX_GROUP, Checkpoint, read_finished
+from batchrun.store.checkpoint import FORMAT, Checkpoint, read_finished
+from batchrun.store.commits import MAX_GROUP
 from batchrun.store.db_tables import Chunk, Reopened
 from batchrun.store.totals import Totals, answer_line, fold, possibly_billed, with_possibly_billed
 from tests import level

@@ -465,6 +465,6 @@ def test_random_kills_give_the_same_file(tmp_path: Path, kind: str) -> None:
                 patience_s *= 1.1  # starting takes most of it on a busy machine
         if process.returncode == 0:
             break
-    table, asked = finish(tmp_path / "run", small_chunks(path))
+    table, sent = finish(tmp_path / "run", small_chunks(path))
     assert table.equals(undisturbed), f"{level.replay()}"
-    assert asked == [] or process.returncode != 0
+    assert sent == [] or process.returncode != 0

@@ -18,8 +18,8 @@ from batchrun.errors import CheckpointError, InputError, JobError
 from batchrun.integrity.export import export, in_words
 from batchrun.integrity.verify import verify
 from batchrun.job.load import load
-from batchrun.records import Summary
 from batchrun.report.summary import read
+from batchrun.run_summary import Summary
 from batchrun.simulator import Fault, SimulatorConfig
 from batchrun.store import partial
 from batchrun.store.rundir import RunDirectory

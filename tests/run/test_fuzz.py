@@ -12,7 +12,7 @@ import pytest
 
 from batchrun.errors import InputError
 from batchrun.source import START, find_files, open_source
-from tests.crash.test_network_faults import ask, row_of
+from tests.crash.test_network_faults import row_of, run
 from tests.endings import answer_body
 from tests.fault_server import Exchange, answer, chunked, serving_aside
 
@@ -95,7 +95,7 @@ def test_damaged_answers_fail_only_their_rows(tmp_path: Path) -> None:
     with serving_aside(damages_two_of_three) as server:
         # a sound row may meet a connection that a spoiled one has just lost, more than once
         retry = {"backoff_base_s": 0.1, "max_outage_s": 1e6, "max_maybe_billed": 4}
-        reported = ask(tmp_path, server.url, 300, speed=50, retry=retry)
+        reported = run(tmp_path, server.url, 300, speed=50, retry=retry)
     assert reported.exit_code in (0, 3)
     assert [row["status"] for row in reported.rows[::3]] == ["ok"] * 100
     assert {row["status"] for row in reported.rows} <= {"ok", "truncated", "filtered", "empty", "error"}

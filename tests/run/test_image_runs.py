@@ -1,4 +1,4 @@
-"""Whole runs over images, as real processes against the simulator, which takes no image that is none."""
+"""Whole runs over images, as real processes against the simulator, which rejects invalid images."""
 
 import json
 import shutil
@@ -177,10 +177,10 @@ def test_a_killed_image_run_resumes_and_salvages(tmp_path: Path, pictures: Path)
         content[len(content) // 3] ^= 4
         first.write_bytes(content)
         assert batchrun("verify", damaged, "--salvage").exit_code == 7
-        asked = len(simulator.ledger())
+        before = len(simulator.ledger())
         ended = batchrun("run", job, "-o", tmp_path / "damaged.salvaged")
         assert ended.exit_code == 0, ended.stderr
-        assert len(simulator.ledger()) - asked <= 20 - served + 4 + 3  # the part's rows, too
+        assert len(simulator.ledger()) - before <= 20 - served + 4 + 3  # the part's rows, too
     same = ("image", "request_key", "content", "prompt_tokens")
     whole, salvaged = rows_of(out), rows_of(tmp_path / "damaged.salvaged")
     assert [[row[name] for name in same] for row in salvaged] == [[row[name] for name in same] for row in whole]

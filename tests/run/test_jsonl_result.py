@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchrun.errors import CheckpointError, DiskError
-from batchrun.job.job import Output
+from batchrun.job.settings import Output
 from batchrun.simulator import SimulatorConfig
 from batchrun.source import find_files, open_source
 from batchrun.tables.json_lines import packing_of, require_rows, write

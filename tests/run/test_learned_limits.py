@@ -18,8 +18,8 @@ from tests.simulator_process import running_simulator
 def logged(out: Path, event: str) -> Iterator[dict[str, Any]]:
     """The run log's lines of an event, in order."""
     for line in (out / "run.log").read_text().splitlines():
-        if (told := json.loads(line))["event"] == event:
-            yield told
+        if (entry := json.loads(line))["event"] == event:
+            yield entry
 
 
 def manifest(out: Path) -> dict[str, str]:
@@ -51,13 +51,13 @@ def test_the_next_start_begins_with_learned_limits(tmp_path: Path) -> None:
         job = write_job(tmp_path / "job.toml", simulator.url, source)
         assert batchrun("run", job, "-o", out, *same).exit_code == 0
         assert [line.status for line in simulator.ledger()] == [200] * 200
-    found = [(told["limit"], told["after"], told["why"]) for told in logged(out, "pace")]
+    found = [(entry["limit"], entry["after"], entry["why"]) for entry in logged(out, "pace")]
     assert found == [("rpm", 6_000.0, "stated by the server"), ("rpm", 6_000.0, "learned by an earlier process")]
     before = 0
-    for told in logged(out, "in flight"):
-        assert told["why"]
-        assert told["before"] in (before, 0)
-        before = told["after"]
+    for entry in logged(out, "in flight"):
+        assert entry["why"]
+        assert entry["before"] in (before, 0)
+        before = entry["after"]
 
 
 def test_an_early_kill_keeps_learned_limits(tmp_path: Path) -> None:

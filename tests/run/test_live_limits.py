@@ -14,8 +14,8 @@ from batchrun.dispatch import live_limits
 from batchrun.dispatch.learned_limits import LearnedLimits
 from batchrun.dispatch.live_limits import ControlFile, LimitChange
 from batchrun.errors import JobError
-from batchrun.job.job import Budget, Limits
-from batchrun.records import InForce
+from batchrun.job.settings import Budget, Limits
+from batchrun.run_summary import InForce
 from batchrun.simulator import SimulatorConfig
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.rundir import RunDirectory

@@ -46,9 +46,9 @@ def both(folder: Path, url: str, *arguments: str, more: str = "", rows: int = 4)
         (folder / kind).mkdir(exist_ok=True)
         job = write_job(folder / kind / "night.toml", url, write_rows(folder / kind / "in.jsonl", rows), more)
         ends.append(batchrun("run", job.name, "-o", "out", "--log-format", kind, *arguments, cwd=folder / kind))
-    plain, told = ends
-    assert plain.exit_code == told.exit_code
-    return plain, told
+    plain, in_json = ends
+    assert plain.exit_code == in_json.exit_code
+    return plain, in_json
 
 
 MANY_LINES = '[telemetry]\nprometheus_dir = "nowhere"\n[canary]\nrows = 2\n[pricing."other"]\ninput = 1\noutput = 1\n'
@@ -56,22 +56,22 @@ MANY_LINES = '[telemetry]\nprometheus_dir = "nowhere"\n[canary]\nrows = 2\n[pric
 
 def test_each_plain_line_is_an_object(simulator: RunningSimulator, tmp_path: Path) -> None:
     # long enough for each answer: the canary takes random rows
-    plain, told = both(tmp_path, simulator.url, "--set", "request.max_tokens=4000", more=MANY_LINES, rows=9)
-    assert messages(told.stderr) == words(plain.stderr)
-    assert len(messages(told.stderr)) >= 4
-    account = [(line["label"], line["message"]) for line in lines(told.stdout)]
+    plain, in_json = both(tmp_path, simulator.url, "--set", "request.max_tokens=4000", more=MANY_LINES, rows=9)
+    assert messages(in_json.stderr) == words(plain.stderr)
+    assert len(messages(in_json.stderr)) >= 4
+    account = [(line["label"], line["message"]) for line in lines(in_json.stdout)]
     assert len(account) == len(plain.stdout.splitlines())
     for (label, message), line in zip(account, plain.stdout.splitlines(), strict=True):
         assert re.sub(r"[\d.]+", "0", f"{label:<13}{message}") == re.sub(r"[\d.]+", "0", line)
-    events = [line["event"] for line in lines(told.stderr)]
+    events = [line["event"] for line in lines(in_json.stderr)]
     assert {"input", "canary", "telemetry"} <= set(events)
     assert events[-1] == "ended"
     summary = read_summary(tmp_path / "json" / "out")
-    last = lines(told.stderr)[-1]
+    last = lines(in_json.stderr)[-1]
     assert last["run"] == summary["run_id"]
-    assert (last["rows"], last["exit_code"], last["by_status"]) == (9, told.exit_code, summary["by_status"])
+    assert (last["rows"], last["exit_code"], last["by_status"]) == (9, in_json.exit_code, summary["by_status"])
     assert last["cost_usd"] == float(summary["cost_usd"])
-    assert {line["job"] for line in lines(told.stderr + told.stdout)} == {"night"}
+    assert {line["job"] for line in lines(in_json.stderr + in_json.stdout)} == {"night"}
 
 
 @pytest.mark.parametrize(
@@ -84,10 +84,10 @@ def test_each_plain_line_is_an_object(simulator: RunningSimulator, tmp_path: Pat
     ],
 )
 def test_refusals_are_objects_too(tmp_path: Path, arguments: list[str], exit_code: int) -> None:
-    plain, told = both(tmp_path, "http://127.0.0.1:9", *arguments)
-    assert told.exit_code == exit_code
-    assert told.stdout == ""
-    (line,) = lines(told.stderr)
+    plain, in_json = both(tmp_path, "http://127.0.0.1:9", *arguments)
+    assert in_json.exit_code == exit_code
+    assert in_json.stdout == ""
+    (line,) = lines(in_json.stderr)
     assert (line["level"], line["event"], line["exit_code"]) == ("error", "error", exit_code)
     assert line["message"] in plain.stderr
 
@@ -97,9 +97,9 @@ def test_invalid_records_are_a_line_each(tmp_path: Path) -> None:
         (tmp_path / f"{kind}.jsonl").write_text('{"text": "a"}\nnot json\n{"text": 1')
     job = write_job(tmp_path / "night.toml", "http://127.0.0.1:9", tmp_path / "plain.jsonl")
     plain = batchrun("run", job, "-o", tmp_path / "a")
-    told = batchrun("run", job, "-o", tmp_path / "b", "--log-format", "json")
-    assert plain.exit_code == told.exit_code == 2
-    assert messages(told.stderr) == words(plain.stderr)
+    in_json = batchrun("run", job, "-o", tmp_path / "b", "--log-format", "json")
+    assert plain.exit_code == in_json.exit_code == 2
+    assert messages(in_json.stderr) == words(plain.stderr)
 
 
 def test_a_signal_is_an_event_with_figures(simulator: RunningSimulator, tmp_path: Path) -> None:
@@ -112,11 +112,11 @@ def test_a_signal_is_an_event_with_figures(simulator: RunningSimulator, tmp_path
     process.send_signal(signal.SIGTERM)
     ended = finish(process)
     assert ended.exit_code == 143
-    told = {line["event"]: line for line in lines(ended.stderr)}
-    assert told["signal"]["name"] == "SIGTERM"
-    assert told["signal"]["grace_s"] == 20
-    assert told["ended"]["exit_code"] == 143
-    assert told["ended"]["pending"] == read_summary(tmp_path / "out")["pending"] > 0
+    in_json = {line["event"]: line for line in lines(ended.stderr)}
+    assert in_json["signal"]["name"] == "SIGTERM"
+    assert in_json["signal"]["grace_s"] == 20
+    assert in_json["ended"]["exit_code"] == 143
+    assert in_json["ended"]["pending"] == read_summary(tmp_path / "out")["pending"] > 0
 
 
 def test_a_terminal_shows_no_bar(simulator: RunningSimulator, tmp_path: Path) -> None:
@@ -149,8 +149,8 @@ def test_the_key_is_in_no_line(tmp_path: Path) -> None:
             await exchange.send(answer(json.dumps(body).encode()))
 
     with serving_aside(repeats) as server:
-        _, told = both(tmp_path, server.url, rows=20)
-    assert "finish_reason" in told.stderr, "nothing of it was said, so nothing was tested"
-    assert "bad key" in told.stdout
+        _, in_json = both(tmp_path, server.url, rows=20)
+    assert "finish_reason" in in_json.stderr, "the message is missing, so nothing was tested"
+    assert "bad key" in in_json.stdout
     forms = KEY, base64.b64encode(KEY.encode()).decode().rstrip("=")
-    assert not [form for form in forms if form in told.stderr + told.stdout]
+    assert not [form for form in forms if form in in_json.stderr + in_json.stdout]

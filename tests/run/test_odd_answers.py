@@ -10,12 +10,12 @@ import pytest
 
 from batchrun import credentials, engine
 from batchrun.dispatch.hooks import Hooks
-from batchrun.records import Summary
 from batchrun.report.closing import in_words
+from batchrun.run_summary import Summary
 from batchrun.startup.run_options import RunOptions
 from batchrun.store.rundir import RunDirectory
 from tests.cli_process import KEY, KEY_ENV
-from tests.crash.test_network_faults import asked_for, row_of
+from tests.crash.test_network_faults import requests_by_row, row_of
 from tests.endings import answer_body
 from tests.fast_clock import fast_clock, patient
 from tests.fault_server import Exchange, Script, answer, serving_aside
@@ -24,7 +24,7 @@ from tests.jobs import job_over, write_lines
 FIRST = RunOptions()
 
 
-def ask(
+def run(
     folder: Path,
     url: str,
     rows: int = 12,
@@ -90,7 +90,7 @@ OUTAGES = [
 def test_a_503_storm_is_not_blocked_content(said: object, tmp_path: Path) -> None:
     """A server that answers everything with 503 has an outage."""
     with serving_aside(says(lambda row, n: refused("503 Service Unavailable", said))) as server:
-        summary, _ = ask(tmp_path, server.url, 40, speed=200.0, retry={"max_outage_s": 60})
+        summary, _ = run(tmp_path, server.url, 40, speed=200.0, retry={"max_outage_s": 60})
     assert (summary.exit_code, summary.complete, summary.by_status) == (5, False, {})
     assert len(server.exchanges) < 60
 
@@ -99,22 +99,22 @@ def test_a_503_storm_is_not_blocked_content(said: object, tmp_path: Path) -> Non
 def test_a_503_that_ends_leaves_no_trace(tmp_path: Path) -> None:
     out = iter([True] * 25)
     with serving_aside(says(lambda row, n: refused("503 Out", OUTAGES[0]) if next(out, False) else choice())) as server:
-        summary, rows = ask(tmp_path, server.url, 40, speed=100.0)
+        summary, rows = run(tmp_path, server.url, 40, speed=100.0)
     assert (summary.exit_code, {row["status"] for row in rows}) == (0, {"ok"})
-    assert sum(asked_for(server).values()) >= 65
+    assert sum(requests_by_row(server).values()) >= 65
 
 
 def test_a_run_of_filtered_rows_stops_once(tmp_path: Path) -> None:
     """A resume sends the rest."""
     blocked = refused("503 Service Unavailable", {"error": {"message": "Content Policy Violation"}})
     with serving_aside(says(lambda row, n: blocked if row else choice())) as server:
-        summary, _ = ask(tmp_path, server.url, 300)
+        summary, _ = run(tmp_path, server.url, 300)
         assert (summary.exit_code, summary.complete) == (2, False)
         assert "of the first 40 rows were filtered (HTTP 503: Content Policy Violation)" in (summary.reason or "")
         assert summary.by_status["filtered"] < 40 + 64
-        summary, _ = ask(tmp_path, server.url, 300)
+        summary, _ = run(tmp_path, server.url, 300)
     assert (summary.exit_code, summary.by_status) == (0, {"ok": 1, "filtered": 299})
-    assert set(asked_for(server).values()) == {1}
+    assert set(requests_by_row(server).values()) == {1}
 
 
 def test_an_outage_mentioning_content_stops_midway(tmp_path: Path) -> None:
@@ -126,16 +126,16 @@ def test_an_outage_mentioning_content_stops_midway(tmp_path: Path) -> None:
         return blocked if row in truly or (out[0] and row >= 100) else choice()
 
     with serving_aside(says(said)) as server:
-        summary, _ = ask(tmp_path, server.url, 300)
+        summary, _ = run(tmp_path, server.url, 300)
         assert (summary.exit_code, summary.complete) == (2, False)
         assert "of the last 40 rows were filtered (HTTP 503: Content Policy Violation)" in (summary.reason or "")
         assert "--retry-failed --status filtered" in (summary.reason or "")
         assert summary.by_status["filtered"] < 10 + 40 + 64
         out[0] = False
-        summary, _ = ask(tmp_path, server.url, 300)
+        summary, _ = run(tmp_path, server.url, 300)
         assert (summary.exit_code, summary.complete) == (0, True)
         assert summary.by_status["filtered"] > len(truly)
-        summary, rows = ask(tmp_path, server.url, 300, requested=RunOptions(retry=frozenset({"filtered"})))
+        summary, rows = run(tmp_path, server.url, 300, requested=RunOptions(retry=frozenset({"filtered"})))
     assert (summary.exit_code, summary.by_status) == (0, {"ok": 270, "filtered": 30})
     assert [place for place, row in enumerate(rows) if row["status"] == "filtered"] == list(truly)
 
@@ -143,7 +143,7 @@ def test_an_outage_mentioning_content_stops_midway(tmp_path: Path) -> None:
 def test_a_half_blocked_input_runs_through(tmp_path: Path) -> None:
     blocked = choice(None, "content_filter")
     with serving_aside(says(lambda row, n: blocked if row % 2 else choice())) as server:
-        summary, _ = ask(tmp_path, server.url, 100)
+        summary, _ = run(tmp_path, server.url, 100)
     assert (summary.exit_code, summary.by_status) == (0, {"ok": 50, "filtered": 50})
 
 
@@ -152,7 +152,7 @@ def test_a_single_403_is_its_rows_error(tmp_path: Path) -> None:
     said = {3: {"error": {"message": "No access"}}, 5: {"error": {"message": "Your input was flagged by moderation"}}}
     with serving_aside(says(lambda row, n: refused("403 Forbidden", said[row]) if row in said else choice())) as server:
         # enough rows that some are sent after the 403 came: only those show that the key still works
-        summary, rows = ask(tmp_path, server.url, 200)
+        summary, rows = run(tmp_path, server.url, 200)
     assert (rows[3]["status"], rows[3]["error"]["kind"]) == ("error", "forbidden")
     assert (rows[5]["status"], rows[5]["error"]["kind"]) == ("filtered", "content_policy")
     assert summary.by_status == {"ok": 198, "filtered": 1, "error": 1}
@@ -173,9 +173,9 @@ FAILURES: dict[str, bytes] = {
 def test_a_choice_reporting_failure_is_retried(said: bytes, times: int, tmp_path: Path) -> None:
     """It never counts as ok."""
     with serving_aside(says(lambda row, n: said if row == 5 and n <= times else choice())) as server:
-        summary, rows = ask(tmp_path, server.url)
+        summary, rows = run(tmp_path, server.url)
     failed = rows[5]
-    assert failed["attempts"] == asked_for(server)[5] == 2
+    assert failed["attempts"] == requests_by_row(server)[5] == 2
     assert failed["status"] == ("ok" if times == 1 else "error")
     if times > 1:
         assert (failed["content"], failed["error"]["http_status"]) == ("Fi", 200)
@@ -204,7 +204,7 @@ def test_foreign_finish_reasons_are_understood(tmp_path: Path) -> None:
     reasons = list(MEANINGS)
     notes: list[str] = []
     with serving_aside(says(lambda row, n: choice("Fi", reasons[row % len(reasons)]))) as server:
-        summary, rows = ask(tmp_path, server.url, 2 * len(reasons), notes=notes)
+        summary, rows = run(tmp_path, server.url, 2 * len(reasons), notes=notes)
     assert [row["status"] for row in rows] == list(MEANINGS.values()) * 2
     assert [row["finish_reason"] for row in rows] == reasons * 2
     assert [note for note in notes if "finish_reason" in note] == [
@@ -221,7 +221,7 @@ def test_foreign_finish_reasons_are_understood(tmp_path: Path) -> None:
 def test_the_settings_of_finish_go_by_the_meaning(setting: str, rows_refused: int, tmp_path: Path) -> None:
     reasons = list(MEANINGS)
     with serving_aside(says(lambda row, n: choice("Fi", reasons[row]))) as server:
-        summary, rows = ask(tmp_path, server.url, len(reasons), finish={setting: "fail"})
+        summary, rows = run(tmp_path, server.url, len(reasons), finish={setting: "fail"})
     assert summary.exit_code == 3
     assert sum(row["error"] is not None for row in rows) == rows_refused
 
@@ -240,7 +240,7 @@ def test_a_refusal_is_a_status_with_its_text(
     said: bytes, action: str, exit_code: int, attempts: int, tmp_path: Path
 ) -> None:
     with serving_aside(says(lambda row, n: said if row == 5 else choice('{"a":1}'))) as server:
-        summary, rows = ask(
+        summary, rows = run(
             tmp_path,
             server.url,
             finish={"refusal": action},
@@ -259,14 +259,14 @@ QUOTA = refused("429 Too Many Requests", {"error": {"message": "Quota exceeded, 
 def test_a_quota_that_time_lifts_is_waited_for(tmp_path: Path) -> None:
     out = iter([True] * 6)
     with serving_aside(says(lambda row, n: QUOTA if next(out, False) else choice())) as server:
-        summary, rows = ask(tmp_path, server.url, speed=50.0)
+        summary, rows = run(tmp_path, server.url, speed=50.0)
     assert (summary.exit_code, {row["status"] for row in rows}) == (0, {"ok"})
     assert len(server.exchanges) == 12 + 6
 
 
 def test_a_lasting_quota_pauses_the_run(tmp_path: Path) -> None:
     with serving_aside(says(lambda row, n: QUOTA if row > 2 else choice())) as server:
-        summary, _ = ask(tmp_path, server.url, speed=200.0, retry={"max_wait_s": 120})
+        summary, _ = run(tmp_path, server.url, speed=200.0, retry={"max_wait_s": 120})
         assert (summary.exit_code, summary.by_status) == (5, {"ok": 3})
         assert "minutes: Quota exceeded" in (summary.reason or "")
         assert len(server.exchanges) < 40
@@ -286,15 +286,55 @@ def test_a_lasting_quota_pauses_the_run(tmp_path: Path) -> None:
 def test_an_empty_account_pauses_the_run(status: str, said: object, tmp_path: Path) -> None:
     """Whatever the error's envelope; no row fails."""
     with serving_aside(says(lambda row, n: refused(status, said))) as server:
-        summary, _ = ask(tmp_path, server.url)
+        summary, _ = run(tmp_path, server.url)
     assert (summary.exit_code, summary.by_status) == (5, {})
     assert len(server.exchanges) <= 9
+
+
+def test_a_bad_key_among_a_gateways_own_fails_no_row(tmp_path: Path) -> None:
+    """One request in eight gets a 401; one row gets nothing else, and fails alone."""
+    wrong_key = refused("401 Unauthorized", {"error": {"message": "invalid api key"}})
+    bad = {(row, 1) for row in range(20, 200, 8)}
+    with serving_aside(says(lambda row, n: wrong_key if (row, n) in bad or row == 100 else choice())) as server:
+        summary, result = run(tmp_path, server.url, 200, limits={"max_in_flight": 8})
+    assert (summary.exit_code, summary.by_status) == (3, {"ok": 199, "error": 1})
+    assert [(row["row"], row["error"]["kind"]) for row in result if row["error"]] == [(100, "authentication")]
+    assert len(server.exchanges) < 250
+
+
+def test_a_login_page_ends_the_start_within_minutes(tmp_path: Path) -> None:
+    """It is no completion, and each one may have been billed."""
+    page = answer(b"<html>Please log in</html>").replace(b"application/json", b"text/html")
+    with serving_aside(says(lambda row, n: page)) as server:
+        summary, _ = run(tmp_path, server.url, 40, speed=100.0)
+    assert (summary.exit_code, summary.by_status) == (5, {})
+    assert "no chat completion: <html>Please log in" in str(summary.reason)
+    assert len(server.exchanges) < 25
+    assert summary.possibly_billed is not None
+    assert len(summary.possibly_billed) == len(server.exchanges)
+
+
+SPENT = {
+    "error": {"message": "Budget has been exceeded! Current cost: 10.01", "type": "budget_exceeded", "code": "400"}
+}
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "exit_code"),
+    [("400 Bad Request", SPENT, 5), ("407 Proxy Authentication Required", b"<html>", 2)],
+    ids=["LiteLLM", "proxy"],
+)
+def test_a_gateways_budget_pauses_the_run(status: str, said: object, exit_code: int, tmp_path: Path) -> None:
+    """And a proxy that wants a password ends it: neither is any row's fault, in mid-run either."""
+    with serving_aside(says(lambda row, n: choice() if row < 12 else refused(status, said))) as server:
+        summary, _ = run(tmp_path, server.url, 60)
+    assert (summary.exit_code, summary.by_status) == (exit_code, {"ok": 12})
 
 
 def test_a_glued_stream_end_is_ignored(tmp_path: Path) -> None:
     glued = answer(answer_body("Fine.") + b"\n\ndata: [DONE]\n\n")
     with serving_aside(says(lambda row, n: glued)) as server:
-        summary, rows = ask(tmp_path, server.url)
+        summary, rows = run(tmp_path, server.url)
     assert (summary.exit_code, {row["status"] for row in rows}) == (0, {"ok"})
     assert {row["error"]["kind"] for row in rows} == {"not_strict_json"}
-    assert set(asked_for(server).values()) == {1}
+    assert set(requests_by_row(server).values()) == {1}

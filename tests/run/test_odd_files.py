@@ -82,7 +82,7 @@ TOLD = {
     "NaN": (b'{"text":"a","n":NaN}\n' * 9, "NaN at byte 17 is not JSON (and 8 more such records)"),
     "Infinity": (b'{"text":"a","n":-Infinity}\n', "-Infinity at byte 17 is not JSON"),
     "600 levels": (b'{"text":"a","d":' + b"[" * 600 + b"]" * 600 + b"}\n", "nested more than 500 levels deep"),
-    "a block of NUL": (ROW + bytes(4_096) + b"\n" + ROW, "byte 1 is NUL"),
+    "a block of NUL": (ROW + bytes(4_096) + b"\n" + ROW, "4,096 NUL bytes and nothing else"),
     "compressed in a way that has no mark": (b"\x0b\x06\x80\x01\x02\xff\x03\n", "a binary file?"),
     "a tar archive named .gz": (tar_gz(), "is a tar archive; convert it with: mkdir"),
     "too many keys": (
@@ -99,6 +99,13 @@ def test_each_mistake_is_one_counted_line(tmp_path: Path, name: str) -> None:
     first, *more = reported(tmp_path / "in.jsonl")
     assert said in first
     assert len(more) <= 1
+
+
+def test_unreadable_parquet_is_not_advised_to_be_json_lines(tmp_path: Path) -> None:
+    far = pa.array([2**62], pa.timestamp("us"))
+    pq.write_table(pa.table({"text": ["a"], "at": far}), tmp_path / "in.parquet")
+    assert "cast the column" in reported(tmp_path / "in.parquet")[0]
+    assert reported(tmp_path / "in.parquet")[-1].endswith("correct what the lines above name")
 
 
 def test_names_of_columns_may_be_anything(tmp_path: Path) -> None:

@@ -35,13 +35,13 @@ def job(folder: Path, url: str, telemetry: str = "otel = true", rows: int = ROWS
     return write_job(folder / "night.toml", url, write_rows(folder / "in.jsonl", rows), more)
 
 
-class Told(tuple[Received, dict[str, Any], Path]):
+class Observed(tuple[Received, dict[str, Any], Path]):
     """What a collector received of one run, the run's summary and its directory."""
 
 
 @pytest.fixture(scope="module")
-def told(simulator: RunningSimulator, tmp_path_factory: pytest.TempPathFactory) -> Told:
-    """One run, which asks for a span a request, in the trace of its caller."""
+def observed(simulator: RunningSimulator, tmp_path_factory: pytest.TempPathFactory) -> Observed:
+    """One run with a span for each request, in the trace of its caller."""
     folder = tmp_path_factory.mktemp("otel")
     with pytest.MonkeyPatch.context() as patch, receiving() as received:
         patch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", received.url)
@@ -54,11 +54,11 @@ def told(simulator: RunningSimulator, tmp_path_factory: pytest.TempPathFactory) 
         ended = batchrun("run", started, "-o", folder / "out")
         assert ended.exit_code == 0, ended.stderr
         assert "OpenTelemetry" not in ended.stderr
-    return Told((received, read_summary(folder / "out"), folder / "out"))
+    return Observed((received, read_summary(folder / "out"), folder / "out"))
 
 
-def test_the_figures_are_those_of_the_summary(told: Told) -> None:
-    received, summary, _ = told
+def test_the_figures_are_those_of_the_summary(observed: Observed) -> None:
+    received, summary, _ = observed
     for status, rows in summary["by_status"].items():
         assert received.value("batchrun.rows", status=status) == rows
     assert received.value("batchrun.rows") == ROWS
@@ -72,8 +72,8 @@ def test_the_figures_are_those_of_the_summary(told: Told) -> None:
     assert (tokens.unit, tokens.sum.is_monotonic) == ("{token}", True)
 
 
-def test_each_request_is_in_the_histograms_of_the_conventions(told: Told) -> None:
-    received, summary, out = told
+def test_each_request_is_in_the_histograms_of_the_conventions(observed: Observed) -> None:
+    received, summary, out = observed
     port = load(out.parent / "night.toml").endpoint.url.rpartition(":")[2].partition("/")[0]
     durations = received.points("gen_ai.client.operation.duration")
     assert sum(point.count for _, point in durations) == ROWS
@@ -98,8 +98,8 @@ def test_each_request_is_in_the_histograms_of_the_conventions(told: Told) -> Non
 MANY = 4194304, 16777216, 67108864
 
 
-def test_the_run_is_a_span_in_the_callers_trace(told: Told) -> None:
-    received, summary, _ = told
+def test_the_run_is_a_span_in_the_callers_trace(observed: Observed) -> None:
+    received, summary, _ = observed
     assert {span.trace_id.hex() for span in received.spans} == {TRACE}
     (run,) = [span for span in received.spans if span.name == "batchrun.run"]
     assert run.parent_span_id.hex() == CALLER
@@ -120,15 +120,15 @@ def test_the_run_is_a_span_in_the_callers_trace(told: Told) -> None:
         assert (span.status.code == 2) == ("error.type" in has) == (has["batchrun.status"] == "error")
 
 
-def test_the_environment_says_who_sends_and_how(told: Told) -> None:
-    received, _, _ = told
+def test_the_environment_says_who_sends_and_how(observed: Observed) -> None:
+    received, _, _ = observed
     assert {each["service.name"] for each in received.resources} == {"tickets"}
     assert {each["deployment.environment.name"] for each in received.resources} == {"test"}
     assert {each["x-team"] for each in received.headers} == {"nights"}
 
 
-def test_no_prompt_answer_or_key_leaves_the_machine(told: Told) -> None:
-    received, _, out = told
+def test_no_prompt_answer_or_key_leaves_the_machine(observed: Observed) -> None:
+    received, _, out = observed
     text = b"".join(received.raw)
     assert b"item 1" not in text
     assert KEY.encode() not in text
@@ -254,9 +254,9 @@ for number in range(2):
         batchrun.run(sys.argv[1], output=f"{sys.argv[2]}/{number}", progress=watch)
 data = json.loads(reader.get_metrics_data().to_json())
 scopes = [scope for resource in data["resource_metrics"] for scope in resource["scope_metrics"]]
-told = {metric["name"]: metric["data"]["data_points"] for scope in scopes for metric in scope["metrics"]}
+observed = {metric["name"]: metric["data"]["data_points"] for scope in scopes for metric in scope["metrics"]}
 ids = [[span.name, span.parent and span.parent.span_id, span.context.span_id] for span in spans.get_finished_spans()]
-print(json.dumps({"seen": seen, "told": told, "spans": ids}))
+print(json.dumps({"seen": seen, "observed": observed, "spans": ids}))
 """
 
 
@@ -267,11 +267,11 @@ def test_a_program_gets_all_through_its_own_sdk(
     command = [sys.executable, "-W", "error", "-c", PROGRAM, str(job(tmp_path, simulator.url)), str(tmp_path / "runs")]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    told = json.loads(ended.stdout)
-    assert "batchrun.input_rows" in told["seen"][0], "while a run works"
-    assert "batchrun.input_rows" not in told["told"], "no run is at work"
-    assert sum(point["count"] for point in told["told"][genai.DURATION]) == 2 * ROWS
-    spans = told["spans"]
+    observed = json.loads(ended.stdout)
+    assert "batchrun.input_rows" in observed["seen"][0], "while a run works"
+    assert "batchrun.input_rows" not in observed["observed"], "no run is at work"
+    assert sum(point["count"] for point in observed["observed"][genai.DURATION]) == 2 * ROWS
+    spans = observed["spans"]
     callers = [own for name, _, own in spans if name == "program"]
     assert [parent for name, parent, _ in spans if name == "batchrun.run"] == callers
     assert sum(name == "batchrun.chunk" for name, _, _ in spans) == 2 * 3

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchrun.errors import JobError
-from batchrun.job.job import Output
+from batchrun.job.settings import Output
 from batchrun.simulator import SimulatorConfig
 from batchrun.source import find_files, open_source
 from batchrun.tables.partitioned import PartitionLimit, folder_of, require_keys, write
@@ -298,3 +298,36 @@ def test_a_changed_input_gives_the_partitions_of_the_new_rows(tmp_path: Path, si
     retried = batchrun("run", job, "-o", out, "--retry-failed", "--status", "truncated")
     assert retried.exit_code == 0, retried.stderr
     assert [row["row"] for row in rows_of(out)] == list(range(30))
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("layout", ['partition_by = ["lang"]', 'format = "jsonl.gz"'])
+def test_a_damaged_result_is_written_again_from_the_parts(
+    tmp_path: Path, simulator: RunningSimulator, layout: str
+) -> None:
+    write_input(tmp_path / "in.jsonl", 12)
+    more = f"[output]\n{layout}\nchunk_rows = 5\nmax_failures = 100\n"
+    job, out = write_job(tmp_path / "job.toml", simulator.url, tmp_path / "in.jsonl", more), tmp_path / "out"
+    assert batchrun("run", job, "-o", out).exit_code == 0
+    files = [*sorted(out.rglob("completions*/**/*.parquet")), *out.glob("*.jsonl.gz")]
+    before = [path.read_bytes() for path in files]
+    served = len(simulator.ledger())
+    for damage in ("gone", "flip"):
+        if damage == "gone":
+            files[-1].unlink()
+        else:
+            files[0].write_bytes(before[0][:40] + b"?" + before[0][41:])
+        ended = batchrun("run", job, "-o", out)
+        assert (ended.exit_code, len(ended.stderr.splitlines())) == (7, 1), ended.stderr
+        assert f"batchrun verify {out} --rebuild writes the result again" in ended.stderr
+        ended = batchrun("verify", out, "--rebuild")
+        assert (ended.exit_code, "nothing is damaged" in ended.stdout) == (0, True), ended.stdout + ended.stderr
+        assert [path.read_bytes() for path in files] == before
+        assert batchrun("run", job, "-o", out).exit_code == 0
+    part = sorted((out / "parts").glob("*.parquet"))[1]
+    part.write_bytes(part.read_bytes()[:-9])
+    files[0].unlink()
+    ended = batchrun("verify", out, "--rebuild")
+    assert (ended.exit_code, part.name in ended.stderr) == (7, True), ended.stderr
+    assert [path.read_bytes() for path in files[1:]] == before[1:]
+    assert len(simulator.ledger()) == served

@@ -1,6 +1,7 @@
 """`check` and `estimate` refuse what `run` refuses: the same exit code and the same line."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from batchrun.errors import ExitCode
 from tests.cli_process import KEY_ENV, Ended, batchrun, write_job, write_rows
+from tests.crash.strace import MISSING
 
 
 def no_place(folder: Path) -> None:
@@ -81,7 +83,7 @@ def test_check_and_estimate_skip_like_run(tmp_path: Path) -> None:
     check, estimate = (batchrun(command, job, "--skip-invalid", cwd=tmp_path) for command in ("check", "estimate"))
     assert check.exit_code == estimate.exit_code == ExitCode.COMPLETE
     assert "3 rows in 1 file, 1 set aside, read as columns" in check.stdout
-    assert "to ask       3 rows" in estimate.stdout
+    assert "to send      3 rows" in estimate.stdout
 
 
 def test_findings_come_before_a_missing_key(tmp_path: Path) -> None:
@@ -89,8 +91,41 @@ def test_findings_come_before_a_missing_key(tmp_path: Path) -> None:
     job = write_job(tmp_path / "job.toml", "http://127.0.0.1:9/v1", tmp_path / "in.jsonl")
     missing = ("--set", "endpoint.api_key_env=NOT_SET_ANYWHERE")
     assert "NOT_SET_ANYWHERE" not in os.environ
-    for command, finding in (("check", "3 rows in 1 file"), ("estimate", "to ask       3 rows")):
+    for command, finding in (("check", "3 rows in 1 file"), ("estimate", "to send      3 rows")):
         ended = batchrun(command, job, *missing, cwd=tmp_path)
         assert ended.exit_code == ExitCode.USAGE
         assert finding in ended.stdout
         assert "NOT_SET_ANYWHERE" in ended.stderr
+
+
+PARTITIONED = ("--set", 'output.partition_by=["id"]')
+
+
+def test_check_and_run_find_a_dataset_that_can_not_be_written(tmp_path: Path) -> None:
+    """Before a record is read: its result would be paid for when the dataset is found to be out of reach."""
+    write_rows(tmp_path / "in.jsonl", 3)
+    write_job(tmp_path / "job.toml", "http://127.0.0.1:9/v1", "in.jsonl")
+    away = ("--set", "output.path=out", *PARTITIONED, "--set", "output.dataset=/proc/labels")  # for root, too
+    for command in ("check", "run"):
+        code, line = said(batchrun(command, "job.toml", *away, cwd=tmp_path))
+        assert code == ExitCode.USAGE
+        assert line.startswith("Error: output.dataset: /proc/labels can't be written: ")
+    there = ("--set", "output.path=out", *PARTITIONED, "--set", "output.dataset=labels")
+    before = sorted(tmp_path.rglob("*"))
+    assert batchrun("check", "job.toml", *there, cwd=tmp_path).exit_code == 0
+    assert sorted(tmp_path.rglob("*")) == before, "what was tried is gone again"
+
+
+@pytest.mark.heavy
+def test_check_finds_a_full_disk(tmp_path: Path) -> None:
+    write_rows(tmp_path / "in.jsonl", 3)
+    job = write_job(tmp_path / "job.toml", "http://127.0.0.1:9/v1", tmp_path / "in.jsonl")
+    strace = shutil.which("strace")
+    assert strace is not None, MISSING
+    log = ["-o", str(tmp_path / "strace.log"), "-e", "signal=none", "-e", "trace=fsync"]
+    for when, place in (("1+", str(tmp_path / "out")), ("2+", "output.dataset: ")):
+        full = [strace, "-f", "-qqq", *log, "-e", f"inject=fsync:error=ENOSPC:when={when}"]
+        over = ("--set", f"output.path={tmp_path / 'out'}", *PARTITIONED, "--set", f"output.dataset={tmp_path / 'd'}")
+        code, line = said(batchrun("check", job, *over, before=full))
+        assert (code, "No space left on device; make room and run the same command again" in line) == (5, True), line
+        assert place in line

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchrun.records import Summary
 from batchrun.report.progress import around_bar, line, short_number
+from batchrun.run_summary import Summary
 from batchrun.simulator import SimulatorConfig
 from tests.cli_process import finish, start, write_job, write_rows
 from tests.simulator_process import running_simulator

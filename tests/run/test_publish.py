@@ -10,11 +10,11 @@ import pytest
 
 import batchrun
 from batchrun.errors import RunLockedError, StorageError
-from batchrun.records import Summary
+from batchrun.run_summary import Summary
 from batchrun.simulator import SimulatorConfig
 from tests.cli_process import batchrun as command
 from tests.cli_process import write_job, write_rows
-from tests.s3_server import BUCKET, READER, S3Server, environ_for, environment
+from tests.s3_server import BUCKET, READER, SCOPED, S3Server, environ_for, environment
 from tests.simulator_process import RunningSimulator, running_simulator
 
 ROWS = 30
@@ -79,6 +79,10 @@ def test_another_machine_finds_the_run_complete(s3: S3Server, api: RunningSimula
     write_rows(tmp_path / "two" / "in.jsonl", ROWS + 1)
     with pytest.raises(RunLockedError, match="holds the complete result of another run"):
         other.run()
+    checked = command("check", other.job, "--set", f"output.state_dir={other.state}")
+    assert (checked.exit_code, "holds the complete result of another run" in checked.stderr) == (6, True), checked
+    write_rows(tmp_path / "two" / "in.jsonl", ROWS)
+    assert command("check", other.job, "--set", f"output.state_dir={tmp_path / 'three'}").exit_code == 0
     assert sent(api) == before
 
 
@@ -109,6 +113,41 @@ def test_a_place_that_can_not_be_written_stops_the_run_before_it_pays(
     with pytest.raises(StorageError, match="no such bucket"):
         batchrun.run(Machine(tmp_path, api, "x").job, output="s3://no-such-bucket/x", state_dir=tmp_path)
     assert sent(api) == before
+
+
+def test_check_tries_the_destination(s3: S3Server, api: RunningSimulator, tmp_path: Path) -> None:
+    before = sent(api)
+    machine = Machine(tmp_path, api, "tried")
+    at = ("--set", f"output.state_dir={machine.state}")
+    for environ, to, problem in (
+        (environ_for(s3.url, READER), machine.to, "access is denied"),
+        (s3.environ, "s3://no-such-bucket/x", "there is no such bucket"),
+    ):
+        with environment(environ):
+            ended = command("check", machine.job, *at, "--set", f"output.path={to}")
+        assert (ended.exit_code, problem in ended.stderr) == (5, True), ended.stderr
+        assert len(ended.stderr.splitlines()) == 1
+    ended = command("check", machine.job, *at)
+    assert ended.exit_code == 0, ended.stderr
+    assert s3.names(f"{BUCKET}/tried") == []
+    assert not machine.state.exists()
+    assert sent(api) == before
+
+
+@pytest.mark.heavy
+def test_credentials_for_one_prefix_are_enough(s3: S3Server, api: RunningSimulator, tmp_path: Path) -> None:
+    """They may not list the bucket, nor ask for it, as those of a team in a bucket that several share."""
+    s3.put(f"{BUCKET}/team/in.jsonl", b'{"text": "a", "lang": "de"}\n{"text": "b", "lang": "en"}\n')
+    output = f"path = 's3://{BUCKET}/team/out'\nkeep_parts_remote = true\nmax_failures = 2\n"
+    output += f"partition_by = ['lang']\ndataset = 's3://{BUCKET}/team/labels'\n"
+    job = write_job(tmp_path / "job.toml", api.url, f"s3://{BUCKET}/team/*.jsonl", f"[output]\n{output}")
+    with environment(environ_for(s3.url, SCOPED)):
+        assert command("check", job).exit_code == 0
+        ended = command("run", job, "--state-dir", tmp_path)
+        assert ended.exit_code == 0, ended.stderr
+        ended = command("check", job, "--set", f"output.path=s3://{BUCKET}/others/out")
+    assert (ended.exit_code, "access is denied" in ended.stderr) == (5, True), ended.stderr
+    assert len([name for name in s3.names(f"{BUCKET}/team") if name.endswith("part-000000.parquet")]) == 4
 
 
 @pytest.mark.heavy

@@ -1,18 +1,24 @@
 """What a publish does when the store fails: it repeats what may pass, ends with one line, and never looks finished."""
 
+import gc
 import json
+import os
 import signal
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from batchrun.errors import BatchrunError, ExitCode, RunLockedError, StorageError
 from batchrun.simulator import SimulatorConfig
 from batchrun.storage import publish as publishing
+from batchrun.storage.access import connect
 from batchrun.storage.claim import Claim, this_process
 from batchrun.storage.folder import folder_at
 from batchrun.storage.publish import Published, RunRecord
+from batchrun.storage.urls import parse
 from tests.cli_process import batchrun as command
 from tests.cli_process import finish, kill_when, start
 from tests.run.test_publish import Machine, sent
@@ -84,7 +90,7 @@ def test_a_signal_while_the_result_is_published(
     machine = Machine(tmp_path, api, place)
     with proxy_before(s3, fails(f"{place}/completions", "slow")) as proxy, environment(environ_for(proxy.url)):
         process = start("run", machine.job, "--state-dir", machine.state)
-        kill_when(process, lambda: proxy.count(f"POST .*{place}/completions") > 0, number)
+        kill_when(process, lambda: proxy.count(f"(PUT|POST) .*{place}/completions") > 0, number)
         ended = finish(process)
     assert ended.exit_code in ({-9} if number is signal.SIGKILL else {128 + number}), ended
     assert "Traceback" not in ended.stderr
@@ -93,6 +99,91 @@ def test_a_signal_while_the_result_is_published(
     shown = command("run", machine.job, "--state-dir", machine.state)
     assert (shown.exit_code, sent(api)) == (0, before), shown.stderr
     assert "summary.json" in s3.names(f"{BUCKET}/{place}")
+
+
+LAYOUTS = {
+    "parts": ('layout = "parts"\nchunk_rows = 8\n', "completions/part-00000[1-3]"),
+    "partitions": ('partition_by = ["id"]\n', "completions/id(=|%3D)1"),
+    "lines": ('format = "jsonl.gz"\n', "completions.jsonl.gz"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("method", "fault"), [("(PUT|POST)", "500"), ("PUT", "403"), ("PUT", "503"), ("HEAD", "500"), ("kill", "slow")]
+)
+def test_every_layout_is_published_whole_or_does_not_look_finished(
+    s3: S3Server, api: RunningSimulator, tmp_path: Path, layout: str, method: str, fault: str
+) -> None:
+    """Whatever of a result is in its place is one of its files, whole; the next start publishes the rest."""
+    settings, pattern = LAYOUTS[layout]
+    place = f"{layout}/{method.strip('()').replace('|', '')}-{fault}"
+    machine = Machine(tmp_path, api, place, output=settings, rows=30 if layout == "parts" else 5)
+    script = fails(f"^{'PUT' if method == 'kill' else method} .*{pattern}", fault)
+    with proxy_before(s3, script) as proxy, environment(environ_for(proxy.url)):
+        process = start("run", machine.job, "--state-dir", machine.state)
+        if method == "kill":
+            kill_when(process, lambda: proxy.count(f"PUT .*{place}/{pattern}") > 0, signal.SIGKILL)
+        ended = finish(process)
+    assert ended.exit_code in ({-9} if method == "kill" else {ExitCode.PAUSED}), ended
+    assert "Traceback" not in ended.stderr
+
+    def published() -> list[str]:
+        names = [name for name in s3.names(f"{BUCKET}/{place}") if not name.startswith("_batchrun/")]
+        for name in names:
+            if name != "summary.json":  # its paths are those of the store
+                assert s3.read(f"{BUCKET}/{place}/{name}") == (machine.directory / name).read_bytes(), name
+        return names
+
+    assert "summary.json" not in published()
+    before = sent(api)
+    shown = command("run", machine.job, "--state-dir", machine.state)
+    assert (shown.exit_code, sent(api)) == (0, before), shown.stderr
+    names = published()
+    assert {"summary.json", "usage.parquet"} < set(names)
+    files = [path for path in machine.directory.rglob("completions*/**/*") if path.is_file()]
+    assert len(names) - 2 == (len(files) or 1)
+    left = [name for name in s3.names(f"{BUCKET}/{place}") if name.startswith("_batchrun/") and "claims" not in name]
+    assert left == ["_batchrun/run.json"]
+
+
+def test_what_a_cut_publish_has_staged_is_deleted_by_the_next_one_there(s3: S3Server, tmp_path: Path) -> None:
+    """Also if it is that of another run: the first one may never be resumed."""
+    s3.put(f"{BUCKET}/staged/_batchrun/staged/r0/completions/part-0.parquet.x0.part", b"of a run that was cut")
+    folder = folder_at(f"s3://{BUCKET}/staged")
+    with Claim(folder, this_process("w", "j")) as claim:
+        publishing.publish(folder, parts(tmp_path / "a", 2), [], SUMMARY, record(), claim)
+    left = [name for name in s3.names(f"{BUCKET}/staged") if name.startswith("_batchrun/")]
+    assert left == ["_batchrun/run.json"]
+
+
+def test_an_upload_that_is_left_brings_nothing(s3: S3Server, tmp_path: Path) -> None:
+    """By a signal or a local error in the middle. Arrow would complete it when it destroys the stream."""
+    folder, local = folder_at(f"s3://{BUCKET}/left"), tmp_path / "big"
+    local.write_bytes(bytes(40_000_000))
+    s3.put(f"{BUCKET}/left/big", b"the old one")
+
+    def interrupt(method: str, path: str) -> str | None:
+        if "partNumber=2" in path:
+            os.kill(os.getpid(), signal.SIGINT)
+        return None
+
+    with (
+        proxy_before(s3, interrupt) as proxy,
+        environment(environ_for(proxy.url)),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        folder_at(f"s3://{BUCKET}/left").put_file("big", local)
+    gc.collect()
+    assert folder.read("big") == b"the old one"
+
+
+def test_a_store_that_is_away_is_given_up_after_seconds() -> None:
+    """Google's client would try for a quarter of an hour."""
+    with environment({"STORAGE_EMULATOR_HOST": "http://127.0.0.1:9"}):
+        filesystem, _ = connect(parse("gs://bucket/x"))
+    _, arguments = cast("tuple[object, tuple[dict[str, object]]]", filesystem.__reduce__())
+    assert arguments[0]["retry_time_limit"] == timedelta(seconds=15)
 
 
 # ── a publish step by step ────────────────────────────────────────────────────────────────────────────────────────────

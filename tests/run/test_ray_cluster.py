@@ -8,6 +8,7 @@ import signal
 import socket
 import ssl
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from batchrun.ray_engine.sender import Ready
 from batchrun.simulator import SimulatorConfig
 from tests.cli_process import (
     KEY,
+    KEY_ENV,
     batchrun,
     finish,
     holds_key,
@@ -182,14 +184,110 @@ def test_budget_and_deadline_hold_over_actors(tmp_path: Path, cluster: RayCluste
     assert "deadline" in (read_summary(tmp_path / "late")["reason"] or "")
 
 
+ENDPOINT = """
+[[endpoint]]
+url = "{url}"
+name = "both"
+api_key_env = "{key}"
+weight = {weight}
+"""
+
+
+def test_several_endpoints_over_actors(tmp_path: Path, cluster: RayCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each request has its endpoint's own key; an endpoint that refuses its key is set aside, as in a local run."""
+    seen = {"KEY_A": 0, "KEY_B": 0, "KEY_C": 0}
+
+    async def script(exchange: Exchange) -> None:
+        found = re.search(rb"(?i)^authorization: Bearer sk-(.*)-canary\r$", exchange.head, re.MULTILINE)
+        assert found is not None
+        seen[found[1].decode()] += 1
+        if found[1] == b"KEY_C":
+            await exchange.send(answer(b'{"error": {"message": "revoked"}}', status="401 Unauthorized"))
+        else:
+            await exchange.send(answer(answer_body("fine")))
+
+    for key in seen:
+        monkeypatch.setenv(key, f"sk-{key}-canary")
+    source = write_rows(tmp_path / "in.jsonl", 90)
+    with serving_aside(script) as one, serving_aside(script) as other:
+        job = write_job(tmp_path / "job.toml", one.url, source)
+        tables = [
+            ENDPOINT.format(url=server.url, key=key, weight=weight)
+            for server, key, weight in ((one, "KEY_A", 2), (other, "KEY_B", 1), (other, "KEY_C", 1))
+        ]
+        text = job.read_text()
+        job.write_text("".join(tables) + text[text.index("[input]") :])
+        ended = batchrun("run", job, "-o", tmp_path / "out", *over(cluster))
+    assert ended.exit_code == 0, ended
+    assert "endpoint KEY_C is set aside: HTTP 401" in ended.stderr
+    summary = read_summary(tmp_path / "out")
+    assert summary["by_status"] == {"ok": 90}
+    assert [(each["label"], each["requests"]) for each in summary["endpoints"]][:2] == [
+        ("KEY_A", seen["KEY_A"]),
+        ("KEY_B", seen["KEY_B"]),
+    ]
+    assert seen["KEY_A"] + seen["KEY_B"] == 90
+    assert seen["KEY_A"] > seen["KEY_B"] > 10
+    assert (len(one.exchanges), len(other.exchanges)) == (seen["KEY_A"], seen["KEY_B"] + seen["KEY_C"])
+    assert summary["possibly_billed"] == []
+
+
+def test_actors_come_and_go_with_the_requests_in_flight(tmp_path: Path, cluster: RayCluster) -> None:
+    """One is ended when it has not been needed for a while, here for 1 s instead of 60, and none of its requests is
+    lost.
+    """
+    quick = "from batchrun.ray_engine import fleet; fleet.SURPLUS_S = 1.0; from batchrun.cli import main; main()"
+    latency_s = 0.4
+
+    async def script(exchange: Exchange) -> None:
+        await asyncio.sleep(latency_s)
+        await exchange.send(answer(answer_body("fine")))
+
+    out = tmp_path / "out"
+
+    def in_log(event: str) -> int:
+        log = out / "run.log"
+        return log.read_text().count(f'"event":"{event}"') if log.exists() else 0
+
+    def tune(most: int) -> None:
+        assert batchrun("tune", out, "--max-in-flight", str(most)).exit_code == 0
+
+    more = "[limits]\nmax_in_flight = 12\n[engine]\nmax_actors = 3\nrequests_per_actor = 4\n"
+    with serving_aside(script) as server:
+        job = write_job(tmp_path / "job.toml", server.url, write_rows(tmp_path / "in.jsonl", 2_000), more)
+        process = subprocess.Popen(
+            [sys.executable, "-c", quick, "run", str(job), "-o", str(out), *over(cluster)],
+            env={**os.environ, KEY_ENV: KEY},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        wait_until(lambda: in_log("actor") == 3, process)
+        tune(2)
+        wait_until(lambda: in_log("actor ended") == 2, process)
+        tune(12)
+        wait_until(lambda: in_log("actor") == 5, process)
+        latency_s = 0.0
+        ended = finish(process)
+    assert ended.exit_code == 0, ended
+    assert len(server.exchanges) == 2_000
+    summary = read_summary(out)
+    assert (summary["by_status"], summary["possibly_billed"]) == ({"ok": 2_000}, [])
+    assert in_log("actor lost") == 0
+
+
 def test_a_start_that_cannot_work_is_one_line(tmp_path: Path, cluster: RayCluster) -> None:
     source = write_rows(tmp_path / "in.jsonl", 3)
     job = write_job(tmp_path / "job.toml", "http://127.0.0.1:9/v1", source)
     with socket.create_server(("127.0.0.1", 0)) as unused:
-        nobody = f"127.0.0.1:{unused.getsockname()[1]}"
+        nowhere = f"127.0.0.1:{unused.getsockname()[1]}"
     too_large = ("--set", "engine.cpus_per_actor=64", "--set", "engine.start_timeout_s=2")
     running: list[tuple[subprocess.Popen[str], int, str]] = [
-        (start("run", job, "-o", tmp_path / "a", "--engine", "ray", "--ray-address", nobody), 2, "can't connect to"),
+        (
+            start("run", job, "-o", tmp_path / "a", "--engine", "ray", "--ray-address", nowhere),
+            2,
+            "can't connect to",
+        ),
         (start("run", job, "-o", tmp_path / "b", *over(cluster), *too_large), 5, "no Ray actor could start within 2 s"),
     ]
     for process, exit_code, line in running:
@@ -220,8 +318,8 @@ def test_an_actor_elsewhere_needs_an_address_that_it_reaches() -> None:
 def test_a_local_ray_ends_with_its_driver_and_never_has_the_key(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither the environment of its processes nor their command lines have it; `kill -9` ends all that could send.
-    (Two agents of Ray need a minute more.)
+    """Neither the environment of its processes nor their command lines have it; `kill -9` ends all of them,
+    also Ray's agents, which would stay for a minute.
     """
     for name, value in OWN.items():
         monkeypatch.setenv(name, value)
@@ -239,11 +337,11 @@ def test_a_local_ray_ends_with_its_driver_and_never_has_the_key(
         for pid in family:
             for what in ("environ", "cmdline"):
                 assert KEY.encode() not in Path(f"/proc/{pid}/{what}").read_bytes(), what
-        agents = [pid for pid in family if name_of(pid).endswith("Agent")]
+        assert sum(name_of(pid).endswith("Agent") for pid in family) == 2
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
         killed_at = time.monotonic()
-        wait_until(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in family if pid not in agents))
+        wait_until(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in family))
         assert time.monotonic() - killed_at < 30
     assert [path for path in files_of_ray(began_at) if KEY.encode() in path.read_bytes()] == []
 

@@ -9,7 +9,7 @@ import pytest
 
 from batchrun.errors import RunLockedError
 from batchrun.simulator import SimulatorConfig
-from batchrun.storage.claim import CONTROL
+from batchrun.storage.folder import CONTROL
 from tests.cli_process import batchrun as command
 from tests.cli_process import finish, kill_when, start
 from tests.run.test_publish import Machine

@@ -8,10 +8,11 @@ import msgspec
 import pyarrow.parquet as pq
 import pytest
 
-from batchrun.records import PossiblyBilled, TotalsLine
+from batchrun.records import PossiblyBilled
 from batchrun.report.closing import in_words
 from batchrun.report.cost_lines import cost_in_words
 from batchrun.report.progress import line
+from batchrun.run_summary import TotalsLine
 from tests.cli_process import Ended, finish, read_summary, start, write_job, write_rows
 from tests.fault_server import FaultServer, answer, sends, serving
 from tests.run.test_progress import summary

@@ -75,6 +75,41 @@ def test_folders_globs_and_keys_name_the_same_files_as_on_a_disk(s3: S3Server, t
     assert rows(f"s3://{BUCKET}/tree/lang=de")[0] == {"lang": "de", "text": "x"}
 
 
+def test_names_of_any_characters_are_read(s3: S3Server) -> None:
+    names = (
+        "a b+c%20d.jsonl",
+        "a#b&c=d.jsonl",
+        "what?.jsonl",
+        "x[1]*.jsonl",
+        "ünï 猫.jsonl",
+        '\'"quoted".jsonl',
+        "~@;:,.jsonl",
+    )
+    for number, name in enumerate(names):
+        s3.put(f"{BUCKET}/names/{name}", b'{"n": %d}\n' % number)
+    for number, name in enumerate(names):
+        (file,) = find_files(f"s3://{BUCKET}/names/{name}")
+        assert str(file) == f"s3://{BUCKET}/names/{name}"
+        assert rows(str(file)) == [{"n": number}]
+    assert len(find_files(f"s3://{BUCKET}/names")) == len(names)
+    assert [str(file)[-9:] for file in find_files(f"s3://{BUCKET}/names/x*")] == ["x[1]*.jsonl"[-9:]]
+
+
+def test_markers_of_folders_and_a_file_named_like_a_folder_are_no_input(s3: S3Server) -> None:
+    s3.put(f"{BUCKET}/twice/part", b'{"n": 0}\n')
+    s3.put(f"{BUCKET}/twice/part/a.jsonl", b'{"n": 1}\n')  # a prefix that is an object, too
+    s3.filesystem.create_dir(f"{BUCKET}/twice/key=1")
+    s3.put(f"{BUCKET}/twice/key=1/a.jsonl", b'{"n": 2}\n')
+    assert rows(f"s3://{BUCKET}/twice/key=1/") == [{"n": 2, "key": 1}]
+    s3.put(f"{BUCKET}/twice/key=2", b"")  # as some tools mark a folder
+    s3.put(f"{BUCKET}/twice/key=2_$folder$", b"")  # and as Hadoop does
+    s3.put(f"{BUCKET}/twice/key=2/a.jsonl", b'{"n": 3}\n')
+    for named in ("key=2", "key=2/", "key=[2]/*"):
+        assert rows(f"s3://{BUCKET}/twice/{named}")[0]["n"] == 3, named
+    for named, numbers in {"part": [0], "part/": [1], "part/*": [1], "part*": [0]}.items():
+        assert rows(f"s3://{BUCKET}/twice/{named}") == [{"n": number} for number in numbers], named
+
+
 def test_a_changed_object_is_noticed_by_its_etag(s3: S3Server) -> None:
     for name in ("one", "two"):
         s3.put(f"{BUCKET}/etag/{name}.jsonl", LINES)

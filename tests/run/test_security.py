@@ -11,7 +11,7 @@ import pytest
 from batchrun.report import bill as report
 from batchrun.report import formats
 from tests.cli_process import batchrun, write_job, write_rows
-from tests.crash.test_network_faults import ask
+from tests.crash.test_network_faults import run
 from tests.endings import answer_body
 from tests.fault_server import Exchange, answer, serving_aside
 
@@ -61,7 +61,7 @@ def test_no_cell_of_a_report_is_a_formula(tmp_path: Path) -> None:
     with serving_aside(answers) as server:
         for number, name in enumerate(names):
             (folder := tmp_path / str(number)).mkdir()
-            ask(folder, server.url, 1, request={"model": name})
+            run(folder, server.url, 1, request={"model": name})
     bill = report.collect([tmp_path / str(number) / "out" for number in range(len(names))], ("model",))
     cells = [cell for line in csv.reader(io.StringIO(formats.render(bill, "csv").decode())) for cell in line]
     assert {"'=HYPERLINK(1)", "'+1", "'-1", "'@SUM(1)", "'\t=1", "plain"} <= set(cells)

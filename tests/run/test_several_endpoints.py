@@ -16,7 +16,7 @@ import batchrun
 from batchrun.errors import ExitCode, JobError
 from batchrun.job.job import Job
 from batchrun.job.load import from_tables
-from batchrun.records import Summary
+from batchrun.run_summary import Summary
 from tests.fault_server import Exchange, FaultServer, serving_aside
 from tests.jobs import texts
 

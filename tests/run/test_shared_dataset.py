@@ -118,7 +118,7 @@ for version in ("a", "b"):
     runs.append((FinishedResult(files, (), "completions"), RunDirectory(root / version), version))
 while True:
     for written, directory, version in runs:
-        publish(written, directory, root / "dataset", version)
+        publish(written, directory, str(root / "dataset"), version)
         print(version, flush=True)
 """
 

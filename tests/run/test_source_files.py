@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchrun.errors import DiskError, InputError
-from batchrun.source import changed, digest, find_files, fingerprint, open_source, spool
+from batchrun.source import changed, digest, find_files, fingerprint, open_source
+from batchrun.startup.stdin_copy import spool
 
 NOBODY = 65534
 
@@ -151,7 +152,7 @@ def test_spooled_input_is_whole_and_private(tmp_path: Path) -> None:
 
 def test_a_full_disk_leaves_no_stdin_copy(tmp_path: Path) -> None:
     script = (
-        "import io, resource, signal, pathlib; from batchrun.source import spool\n"
+        "import io, resource, signal, pathlib; from batchrun.startup.stdin_copy import spool\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         f"spool(io.BytesIO(bytes(1_000_000)), pathlib.Path({str(tmp_path / 'in')!r}))\n"

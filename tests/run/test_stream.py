@@ -11,7 +11,7 @@ import pytest
 
 from batchrun import policy
 from batchrun.errors import APITimeoutError
-from batchrun.job.job import Retry
+from batchrun.job.settings import Retry
 from batchrun.records import Attempt, Verdict
 from batchrun.response import answer as answers
 from batchrun.response.packed import MARK, plain

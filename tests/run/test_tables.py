@@ -15,8 +15,9 @@ import pytest
 
 from batchrun.durable import digest
 from batchrun.errors import CheckpointError, JobError
-from batchrun.job.job import Output
-from batchrun.records import Completion, RowError, Status, TotalsLine
+from batchrun.job.settings import Output
+from batchrun.records import Completion, RowError, Status
+from batchrun.run_summary import TotalsLine
 from batchrun.tables import booked, files
 from batchrun.tables.files import ROW_GROUP_BYTES, assemble, write_part
 from batchrun.tables.rows import OWN_COLUMNS, USAGE_COLUMNS, joined, output_schema, own_table
@@ -66,50 +67,6 @@ def own(settled: Completion, settings: Output = DEFAULT) -> dict[str, Any]:
 
 
 # ── the schema ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_our_columns_are_always_the_documented_ones() -> None:
-    utc, text = "timestamp[us, tz=UTC]", "string"
-    assert {field.name: str(field.type) for field in OWN_COLUMNS} == {
-        "row": "int64",
-        "status": text,
-        "content": "large_string",
-        "refusal": "large_string",
-        "parsed": "large_string",
-        "function_call": "struct<name: string, arguments: large_string>",
-        "tool_calls": "large_string",
-        "finish_reason": text,
-        "choices": "list<element: struct<index: int32, content: large_string, finish_reason: string>>",
-        "model": text,
-        "requested_model": text,
-        "service_tier": text,
-        "completion_id": text,
-        "request_id": text,
-        "created": utc,
-        "finished_at": utc,
-        "prompt_tokens": "int64",
-        "cached_tokens": "int64",
-        "cache_write_tokens": "int64",
-        "completion_tokens": "int64",
-        "reasoning_tokens": "int64",
-        "total_tokens": "int64",
-        "cost_usd": "decimal128(20, 12)",
-        "reported_cost_usd": "decimal128(20, 12)",
-        "answer_cost_usd": "decimal128(20, 12)",
-        "attempts": "int32",
-        "set_aside": "list<element: struct<attempt: int32, kind: string, message: string, content: large_string>>",
-        "latency_s": "double",
-        "time_to_first_token_s": "double",
-        "error": "struct<kind: string, http_status: int32, code: string, message: string>",
-        "request_key": "fixed_size_binary[16]",
-        "reused": "bool",
-        "reused_from": text,
-        "reused_cost_usd": "decimal128(20, 12)",
-        "duplicate_of": "int64",
-        "variant": "int32",
-        "invocation": "int32",
-        "raw": "large_binary",
-    }
 
 
 def test_the_input_columns_come_first_as_they_are() -> None:
@@ -389,7 +346,7 @@ ASSEMBLE_FOR_EVER = """
 import sys
 from pathlib import Path
 from tests.run.test_tables import INPUT, part_of, table_of
-from batchrun.job.job import Output
+from batchrun.job.settings import Output
 from batchrun.tables.files import assemble
 from batchrun.tables.rows import output_schema
 folder = Path(sys.argv[1])

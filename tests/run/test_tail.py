@@ -15,12 +15,13 @@ import pytest
 from batchrun import credentials, engine
 from batchrun.dispatch.hooks import Hooks
 from batchrun.dispatch.retries import LOG_EVERY_S, Retries
-from batchrun.records import RowError, Summary
+from batchrun.records import RowError
 from batchrun.report import progress
 from batchrun.report.limit_lines import retrying_in_words
+from batchrun.run_summary import Summary
 from batchrun.store.rundir import RunDirectory
 from tests.cli_process import KEY, KEY_ENV
-from tests.crash.test_network_faults import BUSY, FAILURE, answers, asked_for, resets, row_of
+from tests.crash.test_network_faults import BUSY, FAILURE, answers, requests_by_row, resets, row_of
 from tests.fast_clock import fast_clock, patient
 from tests.fault_server import Exchange, Script, answer, sends, serving_aside
 from tests.jobs import job_over, write_lines
@@ -83,7 +84,7 @@ def test_bad_last_rows_are_given_up_soon(tmp_path: Path, bad: int, in_flight: in
         summary = run(tmp_path, server.url, limits={"max_in_flight": in_flight})
     assert (summary.exit_code, summary.by_status) == (3, {"ok": ROWS - bad, "error": bad})
     assert pq.read_table(tmp_path / "out" / "completions.parquet").num_rows == ROWS
-    sent = asked_for(server)
+    sent = requests_by_row(server)
     assert {row: n for row, n in sent.items() if row not in last} == dict.fromkeys(range(ROWS - bad), 1)
     assert all(attempts <= sent[row] <= attempts + 2 for row in last), sent  # the first may have had no witness yet
 
@@ -94,7 +95,7 @@ def test_bad_rows_are_given_up_under_short_outages(tmp_path: Path, bad: set[int]
     with serving_aside(bad_rows(frozenset(bad), sends(FAILURE))) as server:
         summary = run(tmp_path, server.url, retry={"max_outage_s": max_outage_s})
     assert (summary.exit_code, summary.by_status) == (3, {"ok": ROWS - len(bad), "error": len(bad)})
-    assert max(asked_for(server).values()) <= 6
+    assert max(requests_by_row(server).values()) <= 6
 
 
 @pytest.mark.parametrize("max_outage_s", [10.0, 7_200.0])
@@ -108,8 +109,8 @@ def test_a_start_with_only_bad_rows_ends(tmp_path: Path, max_outage_s: float) ->
     with serving_aside(bad_rows(last, sends(FAILURE))) as server:
         second = run(tmp_path, server.url, retry={"max_outage_s": max_outage_s})
     assert (second.exit_code, second.by_status) == (3, {"ok": ROWS - 3, "error": 3})
-    assert max(asked_for(server).values()) <= 6
-    assert asked_for(server).keys() == last
+    assert max(requests_by_row(server).values()) <= 6
+    assert requests_by_row(server).keys() == last
 
 
 @pytest.mark.heavy

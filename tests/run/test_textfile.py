@@ -6,6 +6,7 @@ import shutil
 import signal
 import stat
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from batchrun.job.load import load
 from batchrun.simulator import SimulatorConfig
 from batchrun.store.rundir import RunDirectory
+from batchrun.telemetry.aside import Aside
 from batchrun.telemetry.textfile import TextFile
 from batchrun.telemetry.views import Views
 from tests.cli_process import KEY, Ended, batchrun, finish, read_summary, start, wait_until, write_job, write_rows
@@ -181,3 +183,33 @@ def test_each_job_has_a_file_of_its_own(tmp_path: Path, one: str, other: str) ->
     for path in paths:
         assert path.parent == tmp_path
         path.with_name(f".{path.name}.longest").touch()
+
+
+def test_a_file_system_that_hangs_delays_nothing(simulator: RunningSimulator, tmp_path: Path) -> None:
+    """A pipe that no one reads stands for a mount whose server is gone: opening it never returns."""
+    night = Night(tmp_path, simulator.url, rows=40)
+    night.metrics.mkdir()
+    os.mkfifo(night.metrics / ".batchrun-night.lock")
+    ended = night.run()
+    assert ended.exit_code == 0
+    (warning,) = [line for line in ended.stderr.splitlines() if "prometheus_dir" in line]
+    assert warning == f"warning: telemetry.prometheus_dir: {night.metrics} does not answer"
+    assert read_summary(night.out)["elapsed_s"] < 20
+
+
+def test_what_hangs_is_waited_for_once_and_then_the_newest_counts() -> None:
+    done: list[int] = []
+    hung: list[None] = []
+    answers = threading.Event()
+    aside = Aside(lambda: hung.append(None), wait_s=0.01)
+    aside.do(lambda: done.append(0) if answers.wait(60) else None)
+    for number in (1, 2, 3):
+        aside.do(lambda number=number: done.append(number))  # type: ignore[misc]
+    assert (done, len(hung)) == ([], 1)
+    answers.set()
+    wait_until(lambda: done == [0, 3])
+    finished = Aside(lambda: hung.append(None), wait_s=60)
+    finished.do(lambda: done.append(4))
+    assert done == [0, 3, 4]
+    finished.do(lambda: done.append(5), last=True)
+    assert (done, len(hung)) == ([0, 3, 4, 5], 1)

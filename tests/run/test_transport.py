@@ -12,7 +12,7 @@ from aiohttp.payload import PAYLOAD_REGISTRY
 
 from batchrun.credentials import Credentials
 from batchrun.errors import APIConnectionError, APITimeoutError
-from batchrun.job.job import Endpoint
+from batchrun.job.settings import Endpoint
 from batchrun.records import Attempt
 from batchrun.transport import internals
 from batchrun.transport.connector import MAX_TAILS
@@ -304,6 +304,34 @@ def test_connections_never_outnumber_requests() -> None:
             return server.connections
 
     assert run(main()) <= 16
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_fast_server_gets_no_more_connections_than_it_needs(*, kept: bool) -> None:
+    """From the first request on: while it is tested whether it keeps connections, the others wait for the result. A
+    server that closes them gets a new one for each request, and none of them twice.
+    """
+
+    async def fast(exchange: Exchange) -> None:
+        await exchange.send(answer())
+        if not kept:
+            exchange.writer.close()
+
+    async def main() -> tuple[int, int]:
+        async with serving(fast) as server, client_of(server.url) as client:
+            left = iter(range(300))
+
+            async def work() -> None:
+                for _ in left:
+                    assert kind_of(await client.send(b"{}", "x")) is None
+
+            await asyncio.gather(*(work() for _ in range(12)))
+            return server.connections, len(server.exchanges)
+
+    connections, exchanges = run(main())
+    assert exchanges == 300
+    # 12, unless on a busy machine the test of the server outlasts the wait; without the wait: 78 to 148
+    assert connections <= 24 if kept else connections == 300
 
 
 def test_closing_a_transport_closes_its_connections() -> None:

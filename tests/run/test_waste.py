@@ -13,7 +13,8 @@ import msgspec
 import pyarrow.parquet as pq
 import pytest
 
-from batchrun import price_list, prices
+from batchrun import prices
+from batchrun.price_list import lookup
 from batchrun.records import Usage
 from batchrun.report import bill as report
 from batchrun.simulator import Fault, SimulatorConfig
@@ -70,7 +71,7 @@ class Night:
 
     def billed_usd(self) -> Decimal:
         """By the ledger. Both models have a price."""
-        table = {model: price_list.resolve(model, {}, "2026-11-28", "http://127.0.0.1/v1") for model in (MODEL, OTHER)}
+        table = {model: lookup.resolve(model, {}, "2026-11-28", "http://127.0.0.1/v1") for model in (MODEL, OTHER)}
         total = Decimal(0)
         for line in self.ledger:
             if line.billed:

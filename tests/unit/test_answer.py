@@ -84,10 +84,36 @@ DEEP = b"[" * 100_000 + b"]" * 100_000
         pytest.param(body(choices={}), NO_COMPLETION, id="choices no list"),
         pytest.param(body(choices=[None]), NO_COMPLETION, id="null choice"),
         pytest.param(body(None), NO_COMPLETION, id="null message"),
-        pytest.param(body("Fine."), NO_COMPLETION, id="message is text"),
+        pytest.param(body("Fine."), WHOLE, id="message is text"),
+        pytest.param(body(choices=[{"text": "Fine.", "finish_reason": "stop"}]), WHOLE, id="the older API's text"),
+        pytest.param(
+            body(choices=[{"delta": {"content": "Fine."}, "finish_reason": "stop"}]), WHOLE, id="a delta that is whole"
+        ),
+        pytest.param(body(choices=[{"delta": {"content": "Fi"}}]), NO_COMPLETION, id="a delta that may go on"),
+        pytest.param(
+            body(choices=[{"index": 1, "message": {"content": "?"}}, *completion()["choices"]]),
+            but(choices=(Choice(1, "?", None), Choice(0, "Fine.", "stop"))),
+            id="choices in another order",
+        ),
         pytest.param(body({"content": None}), but(content=None), id="null content"),
         pytest.param(body({}), but(content=None), id="no content"),
-        pytest.param(body({"content": 5}), but(content=None), id="content is a number"),
+        pytest.param(body({"content": 5}), but(content="5"), id="content is a number"),
+        pytest.param(body({"content": False}), but(content="false"), id="content is false"),
+        pytest.param(
+            body({"content": {"text": "a", "type": ["b"]}}),
+            but(content='{"text":"a","type":["b"]}'),
+            id="content is an object",
+        ),
+        pytest.param(
+            body({"content": [{"label": 1}]}), but(content='[{"label":1}]'), id="content is a list of objects"
+        ),
+        pytest.param(body({"content": ["Fi", "ne."]}), WHOLE, id="content is a list of texts"),
+        pytest.param(body({"content": {"type": "text", "text": "Fine."}}), WHOLE, id="content is one part"),
+        pytest.param(
+            body({"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]}]}),
+            but(content=""),
+            id="content is thinking",
+        ),
         pytest.param(
             body({"content": [{"type": "text", "text": "Fi"}, {"x": 1}, "y", {"text": "ne."}]}),
             WHOLE,
@@ -98,6 +124,19 @@ DEEP = b"[" * 100_000 + b"]" * 100_000
         pytest.param(body(usage=None), but(usage=None), id="null usage"),
         pytest.param(body(usage=[]), but(usage=None), id="usage is a list"),
         pytest.param(body(usage={"prompt_tokens": 1}), but(usage=None), id="half a usage"),
+        pytest.param(
+            body(usage={"prompt_tokens": 12, "completion_tokens": None, "total_tokens": 19}),
+            but(usage=Usage(12, 7, 19)),
+            id="a completion in the total only",
+        ),
+        pytest.param(
+            body(usage={"completion_tokens": 7, "total_tokens": 19}),
+            but(usage=Usage(12, 7, 19)),
+            id="a prompt in the total only",
+        ),
+        pytest.param(
+            body(usage={"prompt_tokens": 12, "total_tokens": 12}), but(usage=None), id="a total that says nothing new"
+        ),
         pytest.param(
             body(usage={"prompt_tokens": "12", "completion_tokens": "7"}),
             but(usage=Usage(12, 7, 19)),
@@ -317,10 +356,44 @@ COUNTED = chunk(choices=[], usage=USAGE)
             WHOLE,
             id="a message in one event",
         ),
+        pytest.param(
+            stream(
+                *(chunk(choices=[{"message": {"content": text}}]) for text in ("Fi", "Fine.", "Fine.")), STOP, COUNTED
+            ),
+            WHOLE,
+            id="messages that repeat what came before",
+        ),
+        pytest.param(
+            stream(*WORDS, STOP | {"choices": [{"message": {"content": "Fine."}, "finish_reason": "stop"}]}, COUNTED),
+            WHOLE,
+            id="a whole message behind its deltas",
+        ),
+        pytest.param(
+            stream(*(chunk(choices=[{"message": {"content": text}}]) for text in ("Fi", "ne.")), STOP, COUNTED),
+            WHOLE,
+            id="messages in pieces",
+        ),
+        pytest.param(stream(*WORDS, STOP, COUNTED, end="\n"), WHOLE, id="no blank lines"),
+        pytest.param(
+            stream(*WORDS, STOP, COUNTED, done=False, end="\n") + b'data: {"cho',
+            WHOLE,
+            id="no blank lines, cut after the end",
+        ),
+        pytest.param(
+            stream(*WORDS, STOP, COUNTED).replace(b"data: ", b"data: data: ").replace(b"\n\n", b"\ndata: \ndata: \n\n"),
+            WHOLE,
+            id="a stream in a stream",
+        ),
     ],
 )
 def test_a_stream_is_read_as_a_completion(raw: bytes, answer: Answer) -> None:
     assert read(raw) == answer
+
+
+def test_a_character_may_be_cut_between_events() -> None:
+    """Servers that cut texts by UTF-16 units send one half of a surrogate pair in each of two events."""
+    halves = [chunk({"content": "Fi\ud83d"}), chunk({"content": "\ude00ne.\ud83d"}), STOP, COUNTED]
+    assert read(stream(*halves)) == but(content="Fi\U0001f600ne.\ufffd", flagged=True)
 
 
 def test_a_cut_stream_is_complete_only_after_its_end() -> None:
@@ -491,6 +564,8 @@ AROUND: list[dict[str, Any]] = [
             for name in ("data", "result", "response", "body", "output")
             for around in AROUND
         ),
+        (json.dumps(body().decode()).encode(), False),
+        (json.dumps({"statusCode": 200, "body": body().decode()}).encode(), False),
     ],
 )
 def test_a_gateway_wrapper_is_removed(raw: bytes, flagged: bool) -> None:
@@ -514,6 +589,8 @@ def test_usage_beside_a_wrapped_answer_counts() -> None:
         json.dumps({"error": {"message": "gone"}, "data": COMPLETE}).encode(),
         json.dumps({"data": {"choices": []}}).encode(),
         json.dumps({"data": None, "status": {"code": 200}}).encode(),
+        json.dumps({"message": "gone", "code": 502, "body": body().decode()}).encode(),
+        json.dumps('{"error": {"message": "gone"}}').encode(),
         json.dumps([COMPLETE, COMPLETE]).encode(),
         body() + body(),
         b": ping\n\n: ping\n\n",

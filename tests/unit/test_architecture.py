@@ -14,11 +14,12 @@ PACKAGE = Path(__file__).parents[2] / "batchrun"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("signals", "streams", "open_files", "memory", "durable", "job"),
+    ("signals", "streams", "open_files", "memory", "patterns", "compute", "durable", "job"),
     ("records",),
+    ("run_summary",),
     ("prices", "credentials", "storage"),
     ("price_list", "source", "request", "limits", "response"),
-    ("transport", "policy", "tables"),
+    ("transport", "policy", "row_status", "tables"),
     ("attempt_caps", "store", "ray_engine"),
     ("report",),
     ("startup", "telemetry"),
@@ -37,10 +38,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 FORBIDDEN: dict[str, frozenset[str]] = {
     "source": frozenset({"job", "records"}),
     "tables": frozenset({"request", "limits"}),
-    "store": frozenset({"request", "limits", "transport", "policy"}),
-    "report": frozenset({"transport", "policy", "request"}),
+    "store": frozenset({"request", "limits", "transport", "policy", "row_status"}),
+    "report": frozenset({"transport", "policy", "row_status", "request"}),
     "engine": frozenset({"transport", "request", "response"}),
-    "integrity": frozenset({"transport", "limits", "policy", "dispatch", "engine"}),
+    "integrity": frozenset({"transport", "limits", "policy", "row_status", "dispatch", "engine"}),
     "commands": frozenset(
         {
             "engine",
@@ -59,14 +60,14 @@ SOLE_IMPORTERS: dict[str, frozenset[str]] = {
     "uvloop": frozenset({"api", "simulator"}),
     "jinja2": frozenset({"request.templates", "report.page"}),
     "pygal": frozenset({"report.charts"}),
-    "ray": frozenset({"ray_engine.cluster", "ray_engine.fleet"}),
-    "genai_prices": frozenset({"price_list"}),
+    "ray": frozenset({"ray_engine.cluster", "ray_engine.failures", "ray_engine.fleet"}),
+    "genai_prices": frozenset({"price_list.convert"}),
     "jsonschema_rs": frozenset({"job.answer_schema", "simulator.schemas"}),
-    "opentelemetry": frozenset({"telemetry.otel"}),
+    "opentelemetry": frozenset({"telemetry.otel", "telemetry.otel_export"}),
     "toktok": frozenset({"response.token_count"}),
     "xlsxwriter": frozenset({"report.spreadsheet"}),
     "pyarrow": frozenset(
-        {"storage", "source", "tables", "store", "report", "startup", "dispatch", "integrity", "merge"}
+        {"compute", "storage", "source", "tables", "store", "report", "startup", "dispatch", "integrity", "merge"}
     ),
 }
 """Library → the packages and modules that import it."""

@@ -13,7 +13,7 @@ from batchrun.attempt_caps import History
 from batchrun.dispatch.attempt_result import AttemptResult, history_of, maybe_billed
 from batchrun.dispatch.backlog import Pending
 from batchrun.job.answer_schema import KINDS
-from batchrun.job.job import Retry
+from batchrun.job.settings import Retry
 from batchrun.policy import Judgement
 from batchrun.records import Answer, Attempt, Request, RowError, Verdict
 

@@ -5,12 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batchrun.job.job import Limits
+from batchrun.job.settings import Limits
 from batchrun.limits import daily
 from batchrun.limits.capacity import Size, least_minutes, most_rows, size_of
 from batchrun.limits.daily import DailyCount
-from batchrun.records import TotalsLine
-from tests.limited_server import Run, Server, ask_all, new_gate
+from batchrun.run_summary import TotalsLine
+from tests.limited_server import Run, Server, new_gate, send_all
 from tests.moved_clock import run_on_moved_clock
 
 SIZE = Size(prompt_tokens=30, completion_tokens=20, answers=1)
@@ -57,7 +57,7 @@ def test_the_gate_stays_within_computed_capacity(
         run = Run(Server(int(10 * per_minute) + 100, int(10 * per_minute * tokens) + 100 * tokens))
         gate = new_gate(run, max_in_flight=64, first_in_flight=64, **reported)  # type: ignore[arg-type]
         rows = int(most.rows) + 20
-        await ask_all(run, gate, [tokens] * rows, estimate=lambda row: tokens)
+        await send_all(run, gate, [tokens] * rows, estimate=lambda row: tokens)
         assert len(run.server.accepted(until_s=within_s)) <= most.rows
         least = least_minutes(limits, rows, size, 0.0)
         assert least is not None

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from batchrun.credentials import MIN_SECRET_CHARS, Credentials, read
 from batchrun.errors import JobError
-from batchrun.job.job import Endpoint
+from batchrun.job.settings import Endpoint
 
 URL = "https://h/v1"
 KEY = "sk-canary/4711+A&b=<%Z\"'\\"

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from batchrun.errors import ExitCode
-from batchrun.job.job import Limits
+from batchrun.job.settings import Limits
 from batchrun.limits.adaptive_rate import RateChange
 from batchrun.limits.admission import Binding, Decision, Demand, Limit, Outcome, Stop
 from batchrun.limits.budget import BudgetAccount, Cap

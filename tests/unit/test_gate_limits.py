@@ -1,4 +1,4 @@
-"""The whole limit is used and nothing storms: the gate against the simulator's own buckets, on a moved clock."""
+"""The whole limit is used without a storm of refusals: the gate and the simulator's buckets, on a moved clock."""
 
 import asyncio
 import random
@@ -8,7 +8,7 @@ import pytest
 from batchrun.limits.admission import Found
 from batchrun.limits.token_estimates import Estimates, Sizes
 from batchrun.records import Request, Usage
-from tests.limited_server import Run, Server, ask_all, during, ideal_s, new_gate
+from tests.limited_server import Run, Server, during, ideal_s, new_gate, send_all
 from tests.moved_clock import run_on_moved_clock
 
 RPM, TPM = 3_000, 600_000
@@ -25,7 +25,7 @@ def test_known_limits_are_used_without_429() -> None:
     async def main() -> None:
         run = Run(Server(RPM, TPM))
         gate = new_gate(run, requests_per_minute=RPM, tokens_per_minute=TPM, first_in_flight=50)
-        await ask_all(run, gate, SIZES)
+        await send_all(run, gate, SIZES)
         assert share_of_ideal(run, SIZES, RPM, TPM) >= 0.995
         assert run.server.refused() == 0
         assert run.sent == list(range(3_000))
@@ -33,10 +33,10 @@ def test_known_limits_are_used_without_429() -> None:
     run_on_moved_clock(main())
 
 
-def test_untold_it_takes_the_limits_from_the_headers() -> None:
+def test_unknown_limits_are_taken_from_the_headers() -> None:
     async def main() -> None:
         run = Run(Server(RPM, TPM))
-        await ask_all(run, new_gate(run), SIZES)
+        await send_all(run, new_gate(run), SIZES)
         assert share_of_ideal(run, SIZES, RPM, TPM) >= 0.985
         assert run.server.refused() <= 0.001
 
@@ -47,34 +47,34 @@ def test_untold_it_takes_the_limits_from_the_headers() -> None:
 def test_an_unknown_rate_is_learned_from_refusals(rpm: int) -> None:
     async def main() -> None:
         run = Run(Server(rpm, None, headers=False))
-        await ask_all(run, new_gate(run), sizes := [150] * rpm)
+        await send_all(run, new_gate(run), sizes := [150] * rpm)
         assert share_of_ideal(run, sizes, rpm, None) >= (0.92 if rpm > 60 else 0.85)
         assert run.server.refused() <= (0.02 if rpm > 600 else 0.035 if rpm > 60 else 0.25)
 
     run_on_moved_clock(main())
 
 
-@pytest.mark.parametrize("told", [True, False])
-def test_token_limits_waste_nothing_on_large_prompts(told: bool) -> None:
+@pytest.mark.parametrize("known", [True, False], ids=["known", "unknown"])
+def test_token_limits_waste_nothing_on_large_prompts(known: bool) -> None:
     """The largest prompts are sent in their turn."""
     rng = random.Random(5)
     sizes = [int(50 * 400 ** rng.random()) for _ in range(300)]
 
     async def main() -> None:
         run = Run(Server(None, TPM))
-        gate = new_gate(run, tokens_per_minute=TPM if told else None)
-        await ask_all(run, gate, sizes, estimate=lambda row: sizes[row])
+        gate = new_gate(run, tokens_per_minute=TPM if known else None)
+        await send_all(run, gate, sizes, estimate=lambda row: sizes[row])
         assert share_of_ideal(run, sizes, None, TPM) >= 0.985
-        assert run.server.refused() <= (0 if told else 0.01)
-        if told:
+        assert run.server.refused() <= (0 if known else 0.01)
+        if known:
             assert run.sent == list(range(len(sizes)))
 
     run_on_moved_clock(main())
 
 
 @pytest.mark.parametrize("headers", [True, False])
-@pytest.mark.parametrize("told", [True, False])
-def test_a_changed_limit_is_followed_in_seconds(told: bool, headers: bool) -> None:
+@pytest.mark.parametrize("known", [True, False], ids=["known", "unknown"])
+def test_a_changed_limit_is_followed_in_seconds(known: bool, headers: bool) -> None:
     """Halved and restored, within half a minute."""
     rpm = 1_200
 
@@ -82,7 +82,7 @@ def test_a_changed_limit_is_followed_in_seconds(told: bool, headers: bool) -> No
         run = Run(Server(rpm, None, headers=headers))
         during(40, lambda: run.server.limit(rpm // 2, None))
         during(100, lambda: run.server.limit(rpm, None))
-        await ask_all(run, new_gate(run, requests_per_minute=rpm if told else None), [150] * 2_800)
+        await send_all(run, new_gate(run, requests_per_minute=rpm if known else None), [150] * 2_800)
         halved, restored = (len(run.server.accepted(at, at + 30)) * 2 for at in (70, 130))
         assert halved == pytest.approx(rpm / 2, rel=0.1)
         assert restored == pytest.approx(rpm, rel=0.1)
@@ -92,8 +92,8 @@ def test_a_changed_limit_is_followed_in_seconds(told: bool, headers: bool) -> No
 
 
 @pytest.mark.parametrize("headers", [True, False])
-@pytest.mark.parametrize("told", [True, False])
-def test_a_second_client_gets_its_half(told: bool, headers: bool) -> None:
+@pytest.mark.parametrize("known", [True, False], ids=["known", "unknown"])
+def test_a_second_client_gets_its_half(known: bool, headers: bool) -> None:
     async def main() -> None:
         run = Run(Server(RPM, None, headers=headers))
         theirs: list[int] = []
@@ -101,15 +101,15 @@ def test_a_second_client_gets_its_half(told: bool, headers: bool) -> None:
         async def other() -> None:
             while len(run.done) < 1_500:
                 await asyncio.sleep(120 / RPM)
-                asking.append(asyncio.create_task(ask_one()))
+                sending.append(asyncio.create_task(send_one()))
 
-        async def ask_one() -> None:
-            theirs.append((await run.server.ask(-1, 150))[0])
+        async def send_one() -> None:
+            theirs.append((await run.server.answer(-1, 150))[0])
 
-        asking = [asyncio.create_task(other())]
-        await ask_all(run, new_gate(run, requests_per_minute=RPM if told else None), [150] * 1_500)
-        while asking:
-            await asking.pop()
+        sending = [asyncio.create_task(other())]
+        await send_all(run, new_gate(run, requests_per_minute=RPM if known else None), [150] * 1_500)
+        while sending:
+            await sending.pop()
         assert run.server.refused() <= 0.01
         assert theirs.count(429) <= 0.01 * len(theirs)
         assert run.took_s <= 66
@@ -125,7 +125,7 @@ def test_a_ten_minute_outage_needs_few_requests(at_s: float) -> None:
         run = Run(Server(RPM, None))
         during(at_s, lambda: run.server.break_down(broken=True))
         during(at_s + 600, lambda: run.server.break_down(broken=False))
-        await ask_all(run, new_gate(run), [150] * 2_000)
+        await send_all(run, new_gate(run), [150] * 2_000)
         assert sum(exchange.status == 500 for exchange in run.server.exchanges) < 30
         assert sorted(run.done) == list(range(2_000))
 
@@ -136,7 +136,7 @@ def test_random_failures_are_no_outage() -> None:
     async def main() -> None:
         run = Run(Server(RPM, None))
         run.server.failing = 0.3
-        await ask_all(run, new_gate(run), [150] * 3_000)
+        await send_all(run, new_gate(run), [150] * 3_000)
         coolings = sum("Cooling" in what.partition("->")[2] for _, what in run.changes)
         assert coolings <= 3
         assert sorted(run.done) == list(range(3_000))
@@ -157,7 +157,7 @@ def test_wrong_estimates_stop_costing_in_two_minutes(wrong: float) -> None:
 
     async def main() -> None:
         run = Run(Server(None, 200_000, headers=False))
-        await ask_all(
+        await send_all(
             run,
             new_gate(run, tokens_per_minute=200_000),
             sizes,
@@ -178,7 +178,7 @@ def test_an_early_random_refusal_costs_seconds() -> None:
     async def took_s(chance: frozenset[int], rows: int) -> tuple[float, Found]:
         run = Run(Server(headers=False))
         run.server.refused_by_chance = chance
-        await ask_all(run, gate := new_gate(run), [150] * rows)
+        await send_all(run, gate := new_gate(run), [150] * rows)
         return run.took_s, gate.found
 
     async def main() -> None:
@@ -194,11 +194,11 @@ def test_an_early_random_refusal_costs_seconds() -> None:
 def test_known_limits_start_without_a_refusal() -> None:
     async def main() -> None:
         run = Run(Server(RPM, None, headers=False))
-        await ask_all(run, first := new_gate(run), [150] * 1_500)
+        await send_all(run, first := new_gate(run), [150] * 1_500)
         assert first.found.requests_per_minute == pytest.approx(RPM, rel=0.1)
         known = Found(requests_per_minute=RPM * 0.98)
         again = Run(Server(RPM, None, headers=False))
-        await ask_all(again, new_gate(again, found=known, first_in_flight=32), [150] * 500)
+        await send_all(again, new_gate(again, found=known, first_in_flight=32), [150] * 500)
         assert again.server.refused() == 0
         assert share_of_ideal(again, [150] * 500, RPM, None) >= 0.8
 
@@ -208,7 +208,7 @@ def test_known_limits_start_without_a_refusal() -> None:
 def test_headers_overrule_earlier_findings() -> None:
     async def main() -> None:
         run = Run(Server(RPM, None))
-        await ask_all(run, gate := new_gate(run, found=Found(requests_per_minute=RPM / 4)), [150] * 1_500)
+        await send_all(run, gate := new_gate(run, found=Found(requests_per_minute=RPM / 4)), [150] * 1_500)
         assert gate.found == Found(requests_per_minute=RPM)
         assert share_of_ideal(run, [150] * 1_500, RPM, None) >= 0.97
 

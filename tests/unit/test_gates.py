@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from batchrun.errors import ExitCode
-from batchrun.job.job import Limits
+from batchrun.job.settings import Limits
 from batchrun.limits.admission import Demand, Limit, Outcome, Stop
 from batchrun.limits.budget import BudgetAccount, Cap
 from batchrun.limits.circuit import Circuit

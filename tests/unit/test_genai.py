@@ -35,17 +35,17 @@ def test_a_known_host_is_its_provider(host: str, name: str) -> None:
     ],
 )
 def test_the_server_is_named_by_the_url(url: str, server: dict[str, object]) -> None:
-    told = of_job(job_over(None, endpoint={"url": url, "auth": "none"}))
-    assert {name: value for name, value in told.items() if name.startswith("server.")} == server
-    assert told["gen_ai.operation.name"] == "chat"
+    attributes = of_job(job_over(None, endpoint={"url": url, "auth": "none"}))
+    assert {name: value for name, value in attributes.items() if name.startswith("server.")} == server
+    assert attributes["gen_ai.operation.name"] == "chat"
 
 
 def test_several_endpoints_name_no_server() -> None:
     job = job_over(None, endpoint={"url": "https://api.groq.com/openai/v1", "auth": "none"})
     other = msgspec.structs.replace(job.endpoint, url="https://api.openai.com/v1")
-    told = of_job(msgspec.structs.replace(job, more_endpoints=[other]))
-    assert "server.address" not in told
-    assert told["gen_ai.provider.name"] == "openai"
+    attributes = of_job(msgspec.structs.replace(job, more_endpoints=[other]))
+    assert "server.address" not in attributes
+    assert attributes["gen_ai.provider.name"] == "openai"
 
 
 def test_an_error_has_its_status_or_its_kind() -> None:

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchrun.errors import InputError, JobError
-from batchrun.job.job import Input, Job
+from batchrun.job.job import Job
+from batchrun.job.settings import Input
 from batchrun.records import Row
 from batchrun.request.builder import RequestBuilder
 from batchrun.request.image_digests import ImageDigests, write
@@ -174,7 +175,7 @@ def test_a_path_replaced_by_a_link_is_refused(root: Path) -> None:
     (root / "folder").symlink_to(root.parent)
     with pytest.raises(InputError, match="is no regular file"):
         read_below(root, "link.png", 1000)
-    with pytest.raises(NotADirectoryError):  # what O_NOFOLLOW says of a link where a folder is asked for
+    with pytest.raises(NotADirectoryError):  # O_NOFOLLOW with O_DIRECTORY raises this for a link
         read_below(root, "folder/outside.png", 1000)
 
 
@@ -391,9 +392,9 @@ def test_misplaced_images_are_reported(root: Path) -> None:
     in_url = a_job(prompt=None, images=[], messages=[{"role": "user", "content": [image_part("{{ photo }}")]}])
     with pytest.raises(InputError, match=r"column 'photo' holds a list; name it in request\.images"):
         sent(in_url, {"photo": [URL]})
-    nobody = a_job(prompt=None, messages=[{"role": "system", "content": "x"}])
+    no_user = a_job(prompt=None, messages=[{"role": "system", "content": "x"}])
     with pytest.raises(InputError, match="there is no message by the user"):
-        sent(nobody, {"photo": URL})
+        sent(no_user, {"photo": URL})
     with pytest.raises(JobError, match=r"request\.images: the lines of a provider's batch file bring their own"):
         RequestBuilder(a_job(prompt=None), "openai-batch")
     with pytest.raises(JobError, match=r"request\.image_detail"):

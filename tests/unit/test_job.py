@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from batchrun.errors import JobError
-from batchrun.job.job import Job, settings
+from batchrun.job.job import Job, all_settings
 from batchrun.job.load import from_tables, load
 
 ROOT = Path(__file__).parents[2]
@@ -161,7 +161,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "default"), list(settings()), ids=lambda value: value if isinstance(value, str) else ""
+    ("path", "default"), list(all_settings()), ids=lambda value: value if isinstance(value, str) else ""
 )
 def test_every_setting_refuses_other_types(path: str, default: object) -> None:
     *tables, name = path.replace("MODEL", "m").split(".")
@@ -445,7 +445,7 @@ OF_SEVERAL_ENDPOINTS = {
 HOW_IT_IS_SERVED = {"request.stream", "request.service_tier", "request.cache_prefix"}
 
 DECIDE_THE_QUESTIONS = {"endpoint.url", "endpoint.name", "input.dialect"} | {
-    path for path, _ in settings() if path.startswith("request.") and path not in HOW_IT_IS_SERVED
+    path for path, _ in all_settings() if path.startswith("request.") and path not in HOW_IT_IS_SERVED
 }
 
 
@@ -477,7 +477,7 @@ def another_value(path: str, default: object) -> object:
 
 
 @pytest.mark.parametrize(
-    ("path", "default"), list(settings()), ids=lambda value: value if isinstance(value, str) else ""
+    ("path", "default"), list(all_settings()), ids=lambda value: value if isinstance(value, str) else ""
 )
 def test_the_fingerprint_covers_exactly_the_question(path: str, default: object) -> None:
     tables: Any = {

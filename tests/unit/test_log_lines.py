@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchrun.records import Live, Notice
+from batchrun.records import Notice
+from batchrun.run_summary import Live
 from batchrun.telemetry.log_lines import LogLines
 from batchrun.terminal import Progress, choose_format, is_json
 from tests.run.test_progress import NOW, summary
@@ -36,8 +37,8 @@ def test_a_line_has_its_level_event_and_fields() -> None:
     lines.job, lines.run = "night", "0123456789ab"
     at = NOW.astimezone(timezone(timedelta(hours=5)))
     fields = {"usd": Decimal("0.25"), "at": NOW, "path": Path("/x"), "level": "no field replaces these"}
-    told = json.loads(lines.note(Notice("warning: careful", "behind", **fields), at))
-    assert told == {
+    line = json.loads(lines.note(Notice("warning: careful", "behind", **fields), at))
+    assert line == {
         "time": "2026-11-25T22:30:00.000Z",
         **{"level": "warning", "event": "behind", "message": "careful", "job": "night", "run": "0123456789ab"},
         **{"usd": 0.25, "at": "2026-11-25T22:30:00+00:00", "path": "/x"},
@@ -48,13 +49,13 @@ def test_a_line_has_its_level_event_and_fields() -> None:
 
 
 def test_progress_has_the_figures_of_its_line() -> None:
-    told = summary(live=Live(7, 8, 2.5, 1, 0.1, "open"), eta=NOW)
-    read = json.loads(LogLines().progress(told, NOW))
+    known = summary(live=Live(7, 8, 2.5, 1, 0.1, "open"), eta=NOW)
+    read = json.loads(LogLines().progress(known, NOW))
     assert read["event"] == "progress"
     assert read["message"].startswith("6,120/10,000 rows (61%), 3 failed, 1,234 tokens/s, $12.3456")
     wanted = {"rows": 10_000, "done": 6_120, "failed": 3, "cost_usd": 12.3456, "in_flight": 7, "circuit": "open"}
     assert wanted.items() <= read.items()
-    unpriced = msgspec.structs.replace(told, cost_usd=Decimal(0), unpriced=9)
+    unpriced = msgspec.structs.replace(known, cost_usd=Decimal(0), unpriced=9)
     assert json.loads(LogLines().progress(unpriced, NOW))["cost_usd"] is None, "unknown is not 0"
 
 
@@ -92,12 +93,12 @@ def test_the_format_is_known_before_the_command_line_is_read(
 
 
 def test_progress_is_a_line_every_half_minute(capsys: pytest.CaptureFixture[str]) -> None:
-    told = summary(elapsed_s=29.0)
+    known = summary(elapsed_s=29.0)
     try:
         choose_format(["--log-format", "json"], {})
         with Progress() as progress:
             for elapsed_s in (1.0, 29.9, 30.1, 45.0, 60.2):
-                progress.show(msgspec.structs.replace(told, elapsed_s=elapsed_s))
+                progress.show(msgspec.structs.replace(known, elapsed_s=elapsed_s))
     finally:
         choose_format([], {})
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]

@@ -12,10 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from batchrun.records import BudgetUse, InForce, Live, Retrying, Status, Summary, TotalsLine
+from batchrun.records import Status
+from batchrun.run_summary import BudgetUse, InForce, Live, Retrying, Summary, TotalsLine
 from batchrun.store.totals import LOST, SEVERAL
-from batchrun.telemetry.metrics import METRICS, MOST_MODELS, OTHER, STATES, Snapshot
+from batchrun.telemetry.metrics import METRICS, STATES
 from batchrun.telemetry.prometheus import render
+from batchrun.telemetry.samples import MOST_MODELS, OTHER, Snapshot
 from tests.run.test_progress import NOW, summary
 
 Samples = dict[str, dict[tuple[str, ...], float]]
@@ -47,44 +49,44 @@ FULL = summary(
 """A run at work that has something of everything."""
 
 
-def shown(told: Summary, **more: Any) -> Samples:
+def shown(known: Summary, **more: Any) -> Samples:
     """Every sample that Prometheus reads, by the values of its labels without the job's."""
-    text = render(Snapshot(told, "/runs/x", **more)).decode()
+    text = render(Snapshot(known, "/runs/x", **more)).decode()
     samples: Samples = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
-            assert sample.labels.pop("job") == told.job
+            assert sample.labels.pop("job") == known.job
             samples.setdefault(sample.name, {})[tuple(sample.labels.values())] = sample.value
     return samples
 
 
 def test_prometheus_reads_each_figure_as_the_summary_has_it() -> None:
-    told = shown(FULL)
-    assert told["batchrun_rows"]["a", "ok"] == 7
-    assert told["batchrun_rows"]["b", "error"] == 1
-    assert told["batchrun_rows"]["a", "error"] == 0
-    assert told["batchrun_tokens_total"] == {
+    samples = shown(FULL)
+    assert samples["batchrun_rows"]["a", "ok"] == 7
+    assert samples["batchrun_rows"]["b", "error"] == 1
+    assert samples["batchrun_rows"]["a", "error"] == 0
+    assert samples["batchrun_tokens_total"] == {
         ("a", "prompt"): 900,
         ("a", "completion"): 70,
         ("b", "prompt"): 0,
         ("b", "completion"): 0,
     }
-    assert told["batchrun_cached_tokens_total"]["a",] == 64
-    assert told["batchrun_requests_total"] == {("a",): 9, ("b",): 4}
-    assert told["batchrun_lost_requests_total"] == {(): 3}
-    assert told["batchrun_possibly_billed_requests_total"] == {(): 3}
-    assert told["batchrun_possibly_billed_dollars_total"] == {(): 1.2e-11}
-    assert told["batchrun_wasted_cost_dollars"] == {(): 0.1}
-    assert told["batchrun_request_rate_per_second"] == {(): 9.5}
-    assert told["batchrun_request_rate_limit_per_second"] == {(): 10.0}, "600 a minute is less than 20 a second"
-    assert told["batchrun_token_rate_limit_per_second"] == {(): 1000.0}
-    assert told["batchrun_in_flight_requests"] == {(): 3}
-    assert told["batchrun_refused_ratio"] == {(): 0.25}
-    assert [state for (state,), value in told["batchrun_circuit_state"].items() if value] == ["cooling"]
-    assert [state for (state,), value in told["batchrun_run_state"].items() if value] == ["running"]
-    assert told["batchrun_budget_dollars"] == {("per_day_usd",): 5, ("max_cost_usd",): 25}
-    assert told["batchrun_budget_used_dollars"]["per_day_usd",] == 1.5
-    assert told["batchrun_last_answer_timestamp_seconds"] == {(): NOW.timestamp()}
+    assert samples["batchrun_cached_tokens_total"]["a",] == 64
+    assert samples["batchrun_requests_total"] == {("a",): 9, ("b",): 4}
+    assert samples["batchrun_lost_requests_total"] == {(): 3}
+    assert samples["batchrun_possibly_billed_requests_total"] == {(): 3}
+    assert samples["batchrun_possibly_billed_dollars_total"] == {(): 1.2e-11}
+    assert samples["batchrun_wasted_cost_dollars"] == {(): 0.1}
+    assert samples["batchrun_request_rate_per_second"] == {(): 9.5}
+    assert samples["batchrun_request_rate_limit_per_second"] == {(): 10.0}, "600 a minute is less than 20 a second"
+    assert samples["batchrun_token_rate_limit_per_second"] == {(): 1000.0}
+    assert samples["batchrun_in_flight_requests"] == {(): 3}
+    assert samples["batchrun_refused_ratio"] == {(): 0.25}
+    assert [state for (state,), value in samples["batchrun_circuit_state"].items() if value] == ["cooling"]
+    assert [state for (state,), value in samples["batchrun_run_state"].items() if value] == ["running"]
+    assert samples["batchrun_budget_dollars"] == {("per_day_usd",): 5, ("max_cost_usd",): 25}
+    assert samples["batchrun_budget_used_dollars"]["per_day_usd",] == 1.5
+    assert samples["batchrun_last_answer_timestamp_seconds"] == {(): NOW.timestamp()}
 
 
 def test_an_unknown_cost_is_absent_and_never_0() -> None:
@@ -103,31 +105,31 @@ def test_the_end_of_a_run_adds_its_code_and_drops_the_rates() -> None:
 
 @given(st.text(min_size=1, max_size=30), st.text(max_size=30))
 def test_any_name_of_a_job_or_model_is_read_back(job: str, model: str) -> None:
-    told = render(Snapshot(summary(job=job, totals=[line(model, "ok", rows=1)]), "/runs/x")).decode()
-    assert len(re.findall(r"^batchrun_requests_total\{", told, re.MULTILINE)) == 1, "one line a sample"
-    (rows,) = [family for family in text_string_to_metric_families(told) if family.name == "batchrun_requests"]
+    samples = render(Snapshot(summary(job=job, totals=[line(model, "ok", rows=1)]), "/runs/x")).decode()
+    assert len(re.findall(r"^batchrun_requests_total\{", samples, re.MULTILINE)) == 1, "one line a sample"
+    (rows,) = [family for family in text_string_to_metric_families(samples) if family.name == "batchrun_requests"]
     as_utf8 = [text.encode("utf-8", "replace").decode() for text in (job, model)]
     assert [rows.samples[0].labels["job"], rows.samples[0].labels["model"]] == as_utf8
 
 
 def test_many_models_make_a_bounded_number_of_samples() -> None:
     lines = [line(f"m{number}", "ok", rows=1, attempts=1) for number in range(500)]
-    told = shown(summary(totals=lines))
-    requests = told["batchrun_requests_total"]
+    samples = shown(summary(totals=lines))
+    requests = samples["batchrun_requests_total"]
     assert len(requests) == MOST_MODELS + 1
     assert requests[OTHER,] == 500 - MOST_MODELS
-    assert sum(map(len, told.values())) < 600
+    assert sum(map(len, samples.values())) < 600
 
 
-def samples_of(told: Summary) -> Iterator[tuple[str, dict[str, str]]]:
+def samples_of(known: Summary) -> Iterator[tuple[str, dict[str, str]]]:
     for metric in METRICS:
-        for labels, _ in metric.present(Snapshot(told, "/runs/x", NOW)):
+        for labels, _ in metric.present(Snapshot(known, "/runs/x", NOW)):
             yield metric.prometheus_name, labels
 
 
 def test_every_figure_has_a_sample_in_some_run() -> None:
     runs = FULL, msgspec.structs.replace(FULL, exit_code=0)
-    assert {name for told in runs for name, _ in samples_of(told)} == {metric.prometheus_name for metric in METRICS}
+    assert {name for run in runs for name, _ in samples_of(run)} == {metric.prometheus_name for metric in METRICS}
 
 
 def test_names_follow_the_rules_of_prometheus() -> None:
@@ -148,13 +150,13 @@ def test_no_sample_has_a_time() -> None:
 
 
 def test_every_state_and_status_is_a_label_value() -> None:
-    told = shown(FULL)
-    assert [state for (state,) in told["batchrun_run_state"]] == list(STATES)
-    assert {status for _, status in told["batchrun_rows"]} == {str(status) for status in Status}
+    samples = shown(FULL)
+    assert [state for (state,) in samples["batchrun_run_state"]] == list(STATES)
+    assert {status for _, status in samples["batchrun_rows"]} == {str(status) for status in Status}
 
 
 @pytest.mark.parametrize("exit_code", [0, 4])
 def test_times_are_seconds_of_unix_time(exit_code: int) -> None:
     at = datetime(2026, 11, 25, tzinfo=UTC)
-    told = shown(msgspec.structs.replace(FULL, exit_code=exit_code, updated_at=at))
-    assert told["batchrun_update_timestamp_seconds"] == {(): 1795564800.0}
+    samples = shown(msgspec.structs.replace(FULL, exit_code=exit_code, updated_at=at))
+    assert samples["batchrun_update_timestamp_seconds"] == {(): 1795564800.0}

@@ -7,8 +7,8 @@ import pytest
 
 from batchrun import credentials
 from batchrun.errors import InputError, JobError
-from batchrun.job.job import Endpoint
 from batchrun.job.load import load
+from batchrun.job.settings import Endpoint
 from batchrun.request.templates import text_template
 
 

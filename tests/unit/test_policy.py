@@ -26,11 +26,12 @@ from batchrun.attempt_caps import (
 )
 from batchrun.errors import APIConnectionError, APITimeoutError
 from batchrun.job.answer_schema import ANYTHING, Expected, of
-from batchrun.job.job import Finish, Retry
-from batchrun.policy import FAULT_VERDICTS, Fault, Judgement, Settlement, failing, judge, settlement
+from batchrun.job.settings import Finish, Retry
+from batchrun.policy import FAULT_VERDICTS, Fault, Judgement, judge
 from batchrun.records import Answer, Attempt, FunctionCall, RowError, Status, Verdict
 from batchrun.response.answer import read
 from batchrun.response.retry_after import retry_after_s
+from batchrun.row_status import Settlement, failing, settlement
 
 pytestmark = pytest.mark.sampled(20)
 
@@ -69,7 +70,8 @@ BY_STATUS: Mapping[int, tuple[Verdict, str]] = {
     405: (STOP, "bad_request"),
     408: (FREE, "bad_request"),
     409: (FREE, "bad_request"),
-    425: (FREE, "bad_request"),
+    **dict.fromkeys((407, 426, 431), (STOP, "bad_request")),
+    **dict.fromkeys((421, 423, 424, 425), (FREE, "bad_request")),
     429: (SLOW, "rate_limit"),
     499: (MAYBE, "bad_request"),
     501: (ROW, "not_supported"),
@@ -307,6 +309,16 @@ def http_date(at: float) -> str:
         ({"retry-after": "1000000000"}, 1e9),
         ({"retry-after": "9" * 30}, None),
         ({"retry-after": "nan"}, None),
+        ({"retry-after": "10s"}, 10.0),
+        ({"retry-after": "500ms"}, 0.5),
+        ({"retry-after": "1m30s"}, 90.0),
+        ({"retry-after": "10 seconds"}, 10.0),
+        ({"retry-after": f"{NOW + 20:.0f}"}, 20.0),
+        ({"retry-after": f"{(NOW + 20) * 1000:.0f}"}, 20.0),
+        ({"retry-after": f"{NOW - 20:.0f}"}, None),
+        ({"retry-after": "2026-11-22T12:00:20Z"}, 20.0),
+        ({"retry-after": "2026-11-22T12:00:20"}, 20.0),
+        ({"retry-after": "2026-11-22T11:00:00Z"}, None),
         ({"retry-after": "inf"}, None),
         ({"retry-after": "5, 60"}, None),
         ({"retry-after-ms": "250"}, 0.25),
@@ -595,7 +607,7 @@ def test_calls_are_validated_beside_content() -> None:
         assert settled.error is None or settled.error.http_status == 200
 
 
-def test_a_random_last_refusal_waits_as_told() -> None:
+def test_a_random_last_refusal_waits_its_retry_after() -> None:
     refused = Judgement(Verdict.SLOW, RowError("rate_limit", 429, None, "slow down"), retry_after_s=1.0)
     failed = Judgement(Verdict.FREE, RowError("server_error", 500, None, "broken"))
     assert attempt_caps.end_wait_s(History(attempts=1), refused, Retry()) == 0.0
@@ -617,7 +629,7 @@ def after_refusals(count: int, *, corroborated: bool, at_end: bool, kind: str = 
     ("corroborated", "at_end", "kind", "share", "given_up_after"),
     [
         (True, False, "rate_limit", 0.0, 24),
-        (True, False, "rate_limit", 0.5, 122),  # a coin that falls so 122 times in a row is none
+        (True, False, "rate_limit", 0.5, 122),  # a fair coin does not fall the same way 122 times in a row
         (True, True, "rate_limit", 0.0, 24),
         (False, True, "rate_limit", 0.0, 6),
         (False, True, "rate_limit", 0.5, 6),

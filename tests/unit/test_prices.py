@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchrun import price_list
-from batchrun.job.job import Price
-from batchrun.price_list import resolve
+from batchrun.job.settings import Price
+from batchrun.price_list.lookup import resolve, vendor_at
 from batchrun.prices import PriceTable, Tier, asked_tier, cost, lacks_tier, upper_bound
 from batchrun.records import Usage
 
@@ -221,7 +220,7 @@ def test_prices_are_of_the_endpoints_vendor(model: str, url: str, vendor: str | 
     ],
 )
 def test_a_host_must_match_wholly(url: str, vendor: str | None) -> None:
-    found = price_list._host(url)
+    found = vendor_at(url)
     assert (None if found is None else found.name) == vendor
 
 

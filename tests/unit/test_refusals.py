@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from multidict import CIMultiDict
 
-from batchrun.job.job import Retry
+from batchrun.job.settings import Retry
 from batchrun.policy import Judgement, judge
 from batchrun.records import Attempt, Verdict
 from batchrun.response.answer import read
@@ -124,6 +124,8 @@ BLOCKED: dict[str, object] = {
     "OpenRouter": error("Your input was flagged by moderation", 403, metadata={"reasons": ["violence"]}),
     "xAI": {"code": "refused", "error": "Content violates usage guidelines. Failed check: SAFETY_CHECK_TYPE_BIO"},
     "DashScope": {"code": "data_inspection_failed", "message": "Input data may contain inappropriate content."},
+    "DeepSeek": error("Content Exists Risk", "invalid_request_error"),
+    "MiniMax": {"base_resp": {"status_code": 1027, "status_msg": "output new_sensitive"}},
     "Zhipu": error("系统检测到输入或生成内容可能包含不安全或敏感内容", "1301"),
     "Bedrock": {"message": "The guardrail intervened"},
     "not processed": error("The request could not be processed because it contains sensitive content"),
@@ -301,6 +303,51 @@ LIMITS: dict[str, tuple[int, object, dict[str, str], Verdict, str, float | None]
     ),
     "this vendor, bare text": (403, "insufficient balance", {}, PAUSE, "forbidden", None),
     "this vendor, bare key": (401, "invalid_api_key", {}, PAUSE, "authentication", None),
+    "LiteLLM, a key's budget": (
+        400,
+        error("Budget has been exceeded! Current cost: 10.01, Max budget: 10.0", "400", "budget_exceeded"),
+        {},
+        PAUSE,
+        "insufficient_quota",
+        None,
+    ),
+    "LiteLLM, a team's budget": (
+        429,
+        error("ExceededBudget: Crossed spend within team. Team over budget. Current spend: 10.2", "429"),
+        {},
+        PAUSE,
+        "insufficient_quota",
+        None,
+    ),
+    "LiteLLM, cooling": (
+        429,
+        error("No deployments available for selected model, Try again in 60 seconds. Passed model=m.", "429", "None"),
+        {},
+        SLOW,
+        "rate_limit",
+        60.0,
+    ),
+    "a budget for thinking": (400, error("The thinking budget exceeded max_tokens"), {}, ROW, "bad_request", None),
+    "Baidu, a wrong token": (
+        200,
+        {"error_code": 110, "error_msg": "Access token invalid or no longer valid"},
+        {},
+        PAUSE,
+        "authentication",
+        None,
+    ),
+    "a wait without in": (429, error("Please wait 20 seconds before retrying"), {}, SLOW, "rate_limit", 20.0),
+    "a wait at least": (429, error("Too many requests. Wait at least 45 seconds."), {}, SLOW, "rate_limit", 45.0),
+    "a wait with a colon": (429, error("Too many requests, retry in: 30s"), {}, SLOW, "rate_limit", 30.0),
+    "a wait in ms": (429, error("slow down", None, None, retry_after_ms=1500), {}, SLOW, "rate_limit", 1.5),
+    "a wait in the metadata": (
+        429,
+        error("Provider returned error", 429, None, metadata={"retry_after_seconds": 12}),
+        {},
+        SLOW,
+        "rate_limit",
+        12.0,
+    ),
     "quota with a wait": (429, error("Quota exceeded, check your billing"), {"retry-after": "9"}, SLOW, "quota", 9.0),
     "quota and nothing else": (429, error("Quota exceeded"), {}, SLOW, "quota", None),
     "check quota": (429, {"message": "check quota"}, {}, SLOW, "quota", None),

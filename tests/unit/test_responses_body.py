@@ -7,7 +7,8 @@ import pytest
 
 from batchrun.errors import InputError
 from batchrun.job.fields import CHAT_ONLY
-from batchrun.job.job import Endpoint, Job, RequestTemplate
+from batchrun.job.job import Job
+from batchrun.job.settings import Endpoint, RequestTemplate
 from batchrun.records import Correction, Row
 from batchrun.request.builder import RequestBuilder, corrected
 from batchrun.request.responses_body import responses_body

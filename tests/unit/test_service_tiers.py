@@ -7,8 +7,8 @@ import pytest
 from batchrun import attempt_caps, policy, prices
 from batchrun.dispatch.attempt_result import history_of
 from batchrun.dispatch.serving import Serving
-from batchrun.job.job import Price, Retry, TierPrice
 from batchrun.job.load import from_tables
+from batchrun.job.settings import Price, Retry, TierPrice
 from batchrun.policy import CAPACITY
 from batchrun.prices import PriceTable
 from batchrun.records import Attempt, Usage, Verdict

@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from batchrun.errors import InputError, JobError
-from batchrun.records import Shard
+from batchrun.run_summary import Shard
 from batchrun.source import START, open_source
 from batchrun.startup import shard as shards
 from tests.jobs import job_over, texts, write_lines
-from tests.limited_server import Run, Server, ask_all, new_gate
+from tests.limited_server import Run, Server, new_gate, send_all
 from tests.moved_clock import run_on_moved_clock
 
 COUNTS = (1, 2, 3, 7, 16, 100)
@@ -266,7 +266,7 @@ def test_all_shards_together_keep_the_limits_and_use_them(rpm: int | None, tpm: 
                 requests_per_minute=own.requests_per_minute,
                 tokens_per_minute=own.tokens_per_minute,
             )
-            work.append(ask_all(run, gate, [tokens] * (end - first), workers=own.max_in_flight))
+            work.append(send_all(run, gate, [tokens] * (end - first), workers=own.max_in_flight))
         await asyncio.gather(*work)
         return server
 

@@ -69,6 +69,8 @@ def test_an_oversized_line_is_never_held() -> None:
             "byte 10 (0x80) is not UTF-8; it looks like WINDOWS-1252: iconv -f WINDOWS-1252 -t UTF-8",
         ),
         (b'{"a": 1}\x00', "byte 9 is NUL; the file may be UTF-16"),
+        (bytes(4096), "4,096 NUL bytes and nothing else: this part of the file was never written, or was lost"),
+        (b'{"a": 1}\r{"a": 2}', "its lines end with CR alone; write them with LF: tr '\\r' '\\n'"),
         (b'{"a": "1e999", "b": 1e400}', "the number 1e400 at byte 21 is too large for a double"),
         (b'{"a": ' + b"9" * 5000 + b"}", "the integer at byte 7 has 5,000 digits; at most 4,300 can be read"),
         (b'{"a":' * 600 + b"1" + b"}" * 600, f"it is nested more than {MAX_DEPTH} levels deep"),

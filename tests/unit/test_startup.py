@@ -24,7 +24,7 @@ from tests.jobs import job_over, texts, write_lines
 
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
 PRICED = {MODEL: {"input": Decimal(2), "output": Decimal(10)}}
-NOBODY_PRICES = "model-of-nobody"
+UNPRICED = "model-without-a-price"
 
 
 @contextmanager
@@ -234,10 +234,10 @@ def test_a_new_price_is_used_and_stored(starts: Starts) -> None:
 
 
 def test_a_price_known_later_is_used(starts: Starts) -> None:
-    unknown = {"request": {"model": NOBODY_PRICES}}
-    assert starts.make(starts.job(**unknown)).prices == {NOBODY_PRICES: None}
-    priced = starts.job(**unknown, pricing={NOBODY_PRICES: PRICED[MODEL]})
-    assert starts.make(priced).prices[NOBODY_PRICES] is not None
+    unknown = {"request": {"model": UNPRICED}}
+    assert starts.make(starts.job(**unknown)).prices == {UNPRICED: None}
+    priced = starts.job(**unknown, pricing={UNPRICED: PRICED[MODEL]})
+    assert starts.make(priced).prices[UNPRICED] is not None
 
 
 def test_an_edited_input_is_reported(starts: Starts) -> None:
@@ -370,10 +370,10 @@ def test_a_token_cap_below_one_is_refused(starts: Starts) -> None:
 
 
 def test_a_cap_needs_a_price(starts: Starts) -> None:
-    job = starts.job(request={"model": NOBODY_PRICES}, budget={"max_cost_usd": Decimal(5)})
+    job = starts.job(request={"model": UNPRICED}, budget={"max_cost_usd": Decimal(5)})
     message = starts.refused(job)
-    assert message.startswith(f"budget.max_cost_usd: the price of {NOBODY_PRICES} is unknown, so a cap can't be kept")
-    assert f'[pricing."{NOBODY_PRICES}"]' in message
+    assert message.startswith(f"budget.max_cost_usd: the price of {UNPRICED} is unknown, so a cap can't be kept")
+    assert f'[pricing."{UNPRICED}"]' in message
 
 
 def test_an_empty_input_needs_no_price(starts: Starts) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from batchrun.records import DAY_S, Completion, Ending, OfflineCount, PossiblyBilled, Status, TotalsLine, Usage, utc_day
+from batchrun.records import DAY_S, Completion, Ending, OfflineCount, PossiblyBilled, Status, Usage, utc_day
+from batchrun.run_summary import TotalsLine
 from batchrun.store.totals import (
     DISCARDED,
     LOST,

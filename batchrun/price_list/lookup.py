@@ -1,6 +1,4 @@
-"""The list of prices that the package `genai-prices` holds, as tables of our own. Read once per model and run.
-
-Import it where it is used: it takes 170 ms.
+"""The price of a model at an endpoint, as a table of our own. Resolved once per model and run.
 
 Whose price counts is decided by the host of the endpoint's URL:
 - a vendor on the list: that vendor's price, or none. Never another's. The list has none of its own for regions.
@@ -10,18 +8,16 @@ Whose price counts is decided by the host of the endpoint's URL:
 
 import re
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime, time
-from decimal import Decimal
-from importlib.metadata import version
-from typing import Any
+from datetime import date
 from urllib.parse import urlsplit
 
-import genai_prices.types as listing
-from genai_prices.data import providers as _PROVIDERS
+import msgspec
 
 from batchrun import prices
 from batchrun.errors import JobError
-from batchrun.job.job import Price as Override
+from batchrun.job.settings import Price as Override
+from batchrun.price_list import newest
+from batchrun.price_list.tables import Model, Price, Rate, Vendor
 
 VENDOR_PREFIX = "vtrix-"
 """The project's own vendor resells models under its own prefix and states no price."""
@@ -41,12 +37,8 @@ _LOCAL_TAG = re.compile(r":(latest|(e?[\d.]+|\dx\d+)[bm]\b.*)$", re.IGNORECASE)
 _REGION = re.compile(r"(^|[.-])(eu|us|[a-z]{2,}(-[a-z]+)*-(north|south|east|west|central)+[a-z]*-?\d+)([.-]|$)")
 """How hosts name a region: `eu.api.…`, `bedrock-runtime.eu-west-1.…`, `europe-west4-aiplatform.…`."""
 
-_TOKEN_KINDS = ("input_mtok", "cache_read_mtok", "output_mtok", "cache_write_mtok", "cache_write_1h_mtok")
-
-_OUT_OF_REACH = frozenset({"requests_kcount", "output_reasoning_mtok", "output_citation_mtok"})
-"""Parts of a price that no usage of a chat completion states: fees by search context, kinds of output with a price of
-their own. Such a price is unknown here; the servers that have one state what an answer cost.
-"""
+_COMPACT_DATE = re.compile(r"-(20\d{6})(?=[-:]|$)")
+"""How gateways write the date in a model's name: `gpt-5.2-20251211`, where the list has dashes."""
 
 
 def resolve(model: str, overrides: Mapping[str, Override], today: str, url: str) -> prices.PriceTable | None:
@@ -73,34 +65,34 @@ def resolve_for_all(
     return tables[0]
 
 
-def listed(model: str, today: str, url: str) -> prices.PriceTable | None:
+def listed(model: str, day: str, url: str) -> prices.PriceTable | None:
     """The model's price at that endpoint; None where the list has none for it."""
-    now = datetime.combine(datetime.fromisoformat(today), time(12), UTC)
-    host = _host(url)
+    today, host = date.fromisoformat(day), vendor_at(url)
     if host is not None:
-        found = _model(host, model) or _model(host, model.partition("/")[2])
-        return None if found is None else _table(model, host, found, now, today, None, regional=_is_regional(url))
+        found = find(host, model) or find(host, model.partition("/")[2])
+        return None if found is None else table_of(model, host, found, today, None, regional=_is_regional(url))
     plain = model.removeprefix(VENDOR_PREFIX)
     own = _own_vendor(plain)
-    return None if own is None else _table(model, *own, now, today, plain.rpartition("/")[2])
+    return None if own is None else table_of(model, *own, today, plain.rpartition("/")[2])
 
 
 def unknown_because(model: str, url: str) -> str:
     """Why a model has no price, in words."""
-    host = _host(url)
+    host = vendor_at(url)
     if host is not None:
         return f"the list has no full price of {host.name} for it"
     return "the endpoint is not on the price list, and no vendor on it sells the model as its own"
 
 
-def _host(url: str) -> listing.Provider | None:
+def vendor_at(url: str) -> Vendor | None:
     """The vendor whose address it is."""
     parts = urlsplit(url.lower())
     host = (parts.hostname or "").rstrip(".")
     if (known := _OTHER_HOSTS.get(host)) is not None:
-        return next(provider for provider in _PROVIDERS if provider.id == known)
+        return newest.price_list().vendor(known)
     origin = f"{parts.scheme}://{host}"
-    return next((provider for provider in _PROVIDERS if _is_at(provider.api_pattern, origin, parts.path)), None)
+    vendors = newest.price_list().vendors
+    return next((vendor for vendor in vendors if _is_at(vendor.address, origin, parts.path)), None)
 
 
 def _is_at(pattern: str, origin: str, path: str) -> bool:
@@ -121,111 +113,98 @@ def _is_regional(url: str) -> bool:
     return _REGION.search(urlsplit(url.lower()).hostname or "") is not None
 
 
-def _model(vendor: listing.Provider, name: str) -> listing.ModelInfo | None:
-    return vendor.find_model(name, all_providers=_PROVIDERS) if name else None
+def find(vendor: Vendor, name: str) -> Model | None:
+    """The model of that name on the vendor's list, or on that of a vendor whose models it also sells: then without its
+    prices by tier, which are the other vendor's own.
+    """
+    name = name.lower()
+    for spelled in dict.fromkeys((name, _COMPACT_DATE.sub(_with_dashes, name))) if name else ():
+        if (found := vendor.find(spelled)) is not None:
+            return found
+        for other in vendor.also_sells:
+            if (found := newest.price_list().vendor(other).find(spelled)) is not None:
+                return msgspec.structs.replace(found, tiers=())
+    return None
 
 
-def _own_vendor(model: str) -> tuple[listing.Provider, listing.ModelInfo] | None:
+def _with_dashes(compact: re.Match[str]) -> str:
+    try:
+        return f"-{date.fromisoformat(compact[1])}"
+    except ValueError:
+        return compact[0]
+
+
+def _own_vendor(model: str) -> tuple[Vendor, Model] | None:
     """The vendor that made the model, or that a prefix like `openai/` names, and the model on its list."""
     prefix, _, name = model.rpartition("/")
     if name.startswith(_OPEN_WEIGHTS) and prefix in ("", "openai"):
         return None
     if _LOCAL_TAG.search(name):
         return None
-    for vendor in _PROVIDERS:
-        if prefix:
-            own = vendor.id == _PREFIXES.get(prefix, prefix)
-        else:
-            own = vendor.model_match is not None and vendor.model_match.is_match(name.lower())
-        if own and (found := _model(vendor, name)) is not None:
+    for vendor in newest.price_list().vendors:
+        own = vendor.id == _PREFIXES.get(prefix, prefix) if prefix else vendor.makes.fits(name.lower())
+        if own and (found := find(vendor, name)) is not None:
             return vendor, found
     return None
 
 
-def _table(
-    model: str,
-    vendor: listing.Provider,
-    found: listing.ModelInfo,
-    now: datetime,
-    today: str,
-    upstream: str | None,
-    *,
-    regional: bool = False,
+def table_of(
+    model: str, vendor: Vendor, found: Model, today: date, upstream: str | None, *, regional: bool = False
 ) -> prices.PriceTable | None:
-    standard, clock = _standard(found, now)
+    """What the vendor's list says of the model today; None where that is not a whole price."""
+    standard, clock = _standard(found, today)
     if not _complete(standard):
         return None
-    services = _services(found, standard, now) if any(found is each for each in vendor.models) else {}
     return prices.PriceTable(
         model,
-        _tiers(standard),
-        f"genai-prices {version('genai-prices')}",
-        today,
+        _steps(standard),
+        newest.price_list().source,
+        today.isoformat(),
         upstream,
         vendor.name,
-        services,
+        _services(found, standard, today),
         tuple(clock),
         regional=regional,
     )
 
 
-def _complete(price: Any) -> bool:
-    return price.input_mtok is not None and price.output_mtok is not None and not _OUT_OF_REACH & price.__dict__.keys()
+def _complete(price: Price) -> bool:
+    return price.input is not None and price.output is not None and not price.uncounted
 
 
-def _standard(found: listing.ModelInfo, now: datetime) -> tuple[Any, list[prices.Hours]]:
+def _standard(found: Model, today: date) -> tuple[Price, list[prices.Hours]]:
     """The price of today for all hours, and those that hold instead at some hours of the day."""
-    if isinstance(found.prices, listing.ModelPrice):
-        return found.prices, []
-    standard, clock = found.prices[0].prices, []
-    for conditional in found.prices:
-        when = conditional.constraint
-        if isinstance(when, listing.TimeOfDateConstraint):
-            if _complete(conditional.prices):
-                clock.append(prices.Hours(_second(when.start_time), _second(when.end_time), _tiers(conditional.prices)))
-        elif when is None or when.active(now):
-            standard, clock = conditional.prices, []  # what comes later on the list counts
+    standard, clock = found.prices[0], list[prices.Hours]()
+    for price in found.prices:
+        if price.hours is not None:
+            if _complete(price):
+                clock.append(prices.Hours(*price.hours, _steps(price)))
+        elif price.since is None or price.since <= today:
+            standard, clock = price, []  # what comes later on the list counts
     return standard, clock
 
 
-def _second(at: time) -> int:
-    """The second of the day, in UTC."""
-    offset = at.utcoffset()
-    return (at.hour * 3600 + at.minute * 60 + at.second - int(offset.total_seconds() if offset else 0)) % prices.DAY_S
-
-
-def _services(found: listing.ModelInfo, standard: Any, now: datetime) -> dict[str, prices.Tiers]:
+def _services(found: Model, standard: Price, today: date) -> dict[str, prices.Tiers]:
     """The prices of the tiers that an answer can name in `service_tier`; `batch` is one."""
-    services = {}
-    for variant in found.price_variants or ():
-        name = variant.when.get("service_tier") or variant.when.get("processing")
-        if len(variant.when) != 1 or not name or name in services or name in prices.ORDINARY:
-            continue
-        if variant.constraint is None or variant.constraint.active(now):
-            changed = {key: value for key, value in variant.prices.__dict__.items() if value is not None}
-            services[name] = _tiers(listing.ModelPrice(**{**standard.__dict__, **changed}))
+    services = dict[str, prices.Tiers]()
+    for price in found.tiers:
+        name = price.tier or ""
+        if name not in services and name not in prices.ORDINARY and (price.since is None or price.since <= today):
+            services[name] = _steps(price, standard)
     return services
 
 
-def _tiers(price: Any) -> prices.Tiers:
-    """A price of the list, which has its steps by kind of token, as steps of all kinds."""
-    kinds = [getattr(price, kind) for kind in _TOKEN_KINDS]
-    starts = {0} | {tier.start for kind in kinds for tier in getattr(kind, "tiers", ())}
+def _steps(price: Price, instead: Price | None = None) -> prices.Tiers:
+    """A price of the list, which has its steps by kind of token, as steps of all kinds; what it leaves out is taken
+    from the other.
+    """
+    kinds = [mine or other for mine, other in zip(price.rates, (instead or price).rates, strict=True)]
+    starts = {0} | {start for kind in kinds if kind is not None for start, _ in kind.steps}
     return tuple(_step(kinds, start) for start in sorted(starts))
 
 
-def _step(kinds: list[Any], start: int) -> prices.Tier:
-    read, cached, output, write, write_1h = (None if kind is None else _at(kind, start) for kind in kinds)
+def _step(kinds: Sequence[Rate | None], start: int) -> prices.Tier:
+    read, cached, output, write, write_1h = (None if kind is None else kind.above(start) for kind in kinds)
     assert read is not None  # `_complete`
     assert output is not None
     return prices.Tier(start, read, read if cached is None else cached, output, write, write_1h)
-
-
-def _at(kind: object, start: int) -> Decimal:
-    """One of the list's prices for requests larger than `start` tokens: a plain Decimal, or base and tiers."""
-    price = getattr(kind, "base", kind)
-    for tier in getattr(kind, "tiers", ()):
-        if tier.start <= start and start > 0:
-            price = tier.price
-    assert isinstance(price, Decimal)
-    return price

@@ -1,0 +1,46 @@
+"""Ends the helpers of a local Ray with it, also after `kill -9`."""
+
+import os
+import select
+import signal
+import threading
+from pathlib import Path
+
+AGENTS = "Agent"
+"""What the names of these helpers end with: ray::DashboardAgent, ray::RuntimeEnvAgent (Ray 2.60)."""
+
+
+def end_agents_with(raylet: int) -> None:
+    """The agents of this raylet are killed as soon as it is dead. They would live for another minute, in which they try
+    to report its death to a cluster that is gone.
+
+    A raylet dies with its driver, by the kernel. Without pidfds (before Linux 5.3) nothing happens.
+    """
+    try:
+        watched = os.pidfd_open(raylet)
+        agents = [os.pidfd_open(pid) for pid in _agents_of(raylet)]
+    except (AttributeError, OSError):
+        return
+    threading.Thread(target=_wait_and_end, args=(watched, agents), name="orphans", daemon=True).start()
+
+
+def _wait_and_end(watched: int, agents: list[int]) -> None:
+    select.select([watched], [], [])  # readable when the process has ended: pidfd_open(2)
+    for agent in agents:
+        try:
+            signal.pidfd_send_signal(agent, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def _agents_of(raylet: int) -> list[int]:
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((place / "stat").read_text().rpartition(")")[2].split()[1])
+            name = (place / "cmdline").read_bytes().rstrip(b"\0 ").decode("utf-8", "replace")
+        except (OSError, ValueError):
+            continue  # it has just ended
+        if parent == raylet and name.endswith(AGENTS):
+            found.append(int(place.name))
+    return found
