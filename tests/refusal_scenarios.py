@@ -164,6 +164,7 @@ LIMITS = [
     limit("one a second", lambda: Limited(1), 200, 64, 198.0, 96, 9),
     limit("one a second, half an hour", lambda: Limited(1), 1_800, 64, 1_798.0, 95, 2.8),
     limit("answers of 8 s, a quarter of an hour", lambda: Limited(5, latency_s=8.0), 5_000, 64, 1_006.0, 98, 1.9),
+    limit("600 in a minute, says when it ends", lambda: Windowed(600, 60.0, says_end=True), 3_000, 64, 240.2, 95, 3),
     limit("moved", lambda: Limited(50, changes=((40, "per_s", 25), (95, "per_s", 50))), 6_000, 256, 145.4, 95, 2),
     limit("and chance of 1 %", lambda: Limited(50, chance=0.01), 3_000, 256, LIMITED_S, 97, 2),
     limit(

@@ -258,32 +258,32 @@ class RateSearch:
         self._mark = self._cut = None
         self._lower(BELOW_MEASURED * per_s, now_s, rough=False, why="slower on purpose, nothing was refused")
 
-    def rise(self, now_s: float, share: float) -> None:
-        """Tries a higher rate when it is time; `share` is refused in ordinary times."""
+    def rise(self, now_s: float, share: float) -> bool:
+        """Tries a higher rate when it is time, and returns True then; `share` is refused in ordinary times."""
         rate = self.per_s
         if rate is None:
-            return
+            return False
         requests_per_s = rate * self._rate.requests / self._delivered.total if self._delivered.total else rate
         if self._rough:
             every_s = min(MAX_EVERY_S, max(ROUGH_EVERY_S, ROUGH_EVERY / requests_per_s))
         else:
             every_s = min(MAX_EVERY_S, max(EVERY_S, EVERY / requests_per_s))
         if now_s - self._raised_s < every_s:
-            return
+            return False
         total = self._rate.taken
         used = total - self._raised_total >= USED * (now_s - self._raised_s) * rate
         self._raised_s, self._raised_total = now_s, total
         self._rest -= every_s * requests_per_s
         if not used:
-            return
+            return False
         if self._known.is_back:
             self._known.confirm()
         elif self._known.doubted is not None:
             self.raised = True
             self._set(max(rate, BELOW_MEASURED * self._known.go_back()), now_s, "back to what was measured before")
-            return
+            return True
         elif not self.raised and self._rest > 0:
-            return
+            return False
         if not self.raised:
             self._climbs_from = self._counted
             self._known.climb(now_s, self._delivered.total, self._server_level(now_s))
@@ -294,6 +294,13 @@ class RateSearch:
         self._set(rate * (1 + self._step), now_s, "nothing refused since")
         if self._step < DOUBLED:
             self._step = min(MAX_STEP, (ROUGH_FASTER if self._rough else FASTER) * self._step)
+        return True
+
+    def share_below(self, ordinary: float) -> tuple[float, int] | None:
+        """The refused share since the bucket was last empty, and of how many; None unless clearly below `ordinary`."""
+        if self._counted * ordinary < LEAST_COUNT or self._share > ordinary / ALIKE:
+            return None
+        return self._share, self._counted
 
     def drop(self, now_s: float, why: str) -> None:
         """Drops the learned rate."""

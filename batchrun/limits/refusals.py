@@ -170,8 +170,10 @@ class Refusals:
     def rise(self, now_s: float) -> None:
         """Tries higher learned rates when it is time."""
         if self._trial is None and not self._may_add_up:  # in quiet times nothing is learned
+            share = float(self.share)
             for search in self.searches.values():
-                search.rise(now_s, float(self.share))
+                if search.rise(now_s, share) and (seen := search.share_below(share)) is not None:
+                    self.share.set(*seen)  # no more than this can be by chance, which refuses at any rate
 
     def reopened(self, now_s: float) -> None:
         """The gate's pause is over."""
