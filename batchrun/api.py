@@ -23,8 +23,8 @@ from batchrun.job.load import checked, load
 from batchrun.limits import deadline as deadlines
 from batchrun.limits.deadline import Deadline
 from batchrun.on_end import End
-from batchrun.policy import failing
 from batchrun.records import Notice, Status
+from batchrun.row_status import failing
 from batchrun.run_summary import Shard, Summary
 from batchrun.source import Rows, as_file
 from batchrun.startup import shard as shards

@@ -8,8 +8,9 @@ import math
 import msgspec
 
 from batchrun.job.settings import Retry
-from batchrun.policy import QUOTA, Judgement, Settlement
+from batchrun.policy import QUOTA, Judgement
 from batchrun.records import Verdict
+from batchrun.row_status import Settlement
 
 SHARE_OF = 50
 """The share of failing first attempts is averaged over about so many."""

@@ -19,9 +19,9 @@ from batchrun.errors import ExitCode
 from batchrun.job.job import Job
 from batchrun.limits.admission import Decision, Stop
 from batchrun.limits.gates import AnyGate
-from batchrun.policy import Settlement
 from batchrun.records import Completion, Correction, Ending, Status, Verdict
 from batchrun.request.builder import corrected
+from batchrun.row_status import Settlement
 
 
 class _Uncommitted(msgspec.Struct, frozen=True):

@@ -31,7 +31,7 @@ from batchrun.records import Row
 from batchrun.report.wording import plural
 from batchrun.request.builder import RequestBuilder
 from batchrun.source import START, Source, TableSource, Window, file_at, open_source
-from batchrun.startup import resume
+from batchrun.startup import adopt
 from batchrun.store import in_flight, stored_window, variants
 from batchrun.store.db_tables import Chunk, Reopened
 from batchrun.store.manifest import Manifest
@@ -115,7 +115,7 @@ def input_again(manifest: Manifest, directory: RunDirectory) -> Source:
     paths = tuple(file_at(file.path) for file in manifest.files)
     if [path.name for path in paths] == [directory.spool.name] and directory.spool.exists():
         paths = (directory.spool,)
-    if (what := resume.changed_input(paths, directory, manifest)) is not None:
+    if (what := adopt.changed_input(paths, directory, manifest)) is not None:
         raise InputError(what)
     return open_source(paths, ANY_LENGTH, None if manifest.share is None else manifest.share.span)
 

@@ -9,8 +9,8 @@ from batchrun.job.job import Job
 from batchrun.report import summary as summaries
 from batchrun.run_summary import Shard, Summary
 from batchrun.startup import resume as planning
+from batchrun.startup.adopt import ChangedError
 from batchrun.startup.changes import Changes
-from batchrun.startup.resume import ChangedError
 from batchrun.startup.run_options import RunOptions
 from batchrun.store import result
 from batchrun.store.checkpoint import Checkpoint
