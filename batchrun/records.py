@@ -26,7 +26,7 @@ class Notice(str):
 
 
 class Verdict(StrEnum):
-    """What one attempt's outcome asks of the run. docs/guarantees.md has the whole table."""
+    """What one attempt's outcome means for its row and the run. docs/guarantees.md has the whole table."""
 
     OK = "ok"
     """A usable answer: settle the row by its finish_reason."""
@@ -84,7 +84,7 @@ def _named_day(day: int) -> str:
 DAY_S = 86_400
 
 
-class Usage(msgspec.Struct, frozen=True, gc=False):
+class Usage(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """Tokens of one answer. cached and written ⊂ prompt, for an hour ⊂ written; None where the server did not say.
 
     Reasoning is a part of the completion at most vendors, and beside it at some: then the total holds it.

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
 
-from batchrun import policy, prices
+from batchrun import policy, prices, row_status
 from batchrun.job.job import Job
 from batchrun.job.load import from_tables
 from batchrun.job.settings import Finish, Limits, Price, Retry
@@ -138,7 +138,7 @@ def the_answer() -> Iterator[tuple[str, float]]:
     def judge() -> None:
         for _ in many:
             policy.judge(attempt, read, retry)
-            policy.settlement(read, expected, finish, 200)
+            row_status.settlement(read, expected, finish, 200)
 
     yield "answer: read, typed", best_us(lambda: [answers.read(ANSWER) for _ in many], BATCH_ROWS)
     yield (
@@ -152,7 +152,7 @@ def the_answer() -> Iterator[tuple[str, float]]:
 def durable(folder: Path) -> Iterator[tuple[str, float]]:
     """What durability costs in this process, in commits of 32 rows."""
     settled = [completion(row) for row in range(BATCH_ROWS)]
-    records = [db_tables.completion_record(each) for each in settled]
+    records = [db_tables.completion_record(each, 1) for each in settled]
     slots = InFlightFile(folder / "inflight.bin", 64)
 
     def take_and_clear() -> None:
@@ -175,7 +175,7 @@ def durable(folder: Path) -> Iterator[tuple[str, float]]:
     slots.close()
     yield (
         "commit: one blob a row, encoded",
-        best_us(lambda: [db_tables.completion_record(each) for each in settled], BATCH_ROWS),
+        best_us(lambda: [db_tables.completion_record(each, 1) for each in settled], BATCH_ROWS),
     )
     yield (
         "commit: totals",

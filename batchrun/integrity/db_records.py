@@ -18,8 +18,8 @@ from batchrun.store.at_rest import private_copy, wal_of
 from batchrun.store.checkpoint import FORMAT
 from batchrun.store.database import Database, Record
 from batchrun.store.db_tables import Chunk, Reopened
-from batchrun.store.ledger import SINCE
-from batchrun.store.totals import Totals, with_possibly_billed
+from batchrun.store.ledger import SINCE, read_totals, with_uncounted
+from batchrun.store.totals import Totals, Unstated
 from batchrun.store.wal import PAGE_BYTES
 
 SALVAGED = "salvaged"
@@ -91,23 +91,15 @@ def _has_commit(log: bytes, frames: int) -> bool:
 
 
 def _as_values(records: dict[str, list[Record]], *, whole: bool) -> DbRecords:
-    lines = [db_tables.totals_line(record) for record in records["totals"]]
-    changes = [db_tables.replaced_line(record) for record in records["replaced"]]
-    doubts = [db_tables.possibly_billed(record) for record in records["possibly_billed"]]
-    totals = Totals(
-        booked={line.key: line for line in lines},
-        replaced={line.key: line for line in changes},
-        standing=dict(records["standing"]),
-        answered_as=dict(records["answered_as"]),
-    )
+    stored = with_uncounted(read_totals(records.__getitem__, Unstated()), records.__getitem__)
     return DbRecords(
         manifest=dict(records["manifest"]),
         invocations=sorted(records["invocations"]),
         chunks=sorted((Chunk(*record) for record in records["chunks"]), key=lambda chunk: chunk.chunk),
         rows={record[0]: db_tables.completion(record) for record in records["rows"]},
         attempts=records["attempts"],
-        possibly_billed=doubts,
-        totals=with_possibly_billed(totals, doubts),
+        possibly_billed=[db_tables.possibly_billed(record) for record in records["possibly_billed"]],
+        totals=stored,
         reopened={record[0]: Reopened(*record) for record in records["reopened"]},
         records=sum(map(len, records.values())),
         whole=whole,

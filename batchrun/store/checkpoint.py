@@ -23,7 +23,7 @@ from batchrun.store.db_tables import Chunk, Reopened
 from batchrun.store.ledger import SINCE, Ledger, among, groups
 from batchrun.store.totals import Totals, row_counts_again, with_carried, with_changes, with_reopened
 
-FORMAT = 6
+FORMAT = 7
 """`PRAGMA user_version`. A run directory with another number is of another version: exit 7."""
 
 REOPENED_AT_ONCE = 1000
@@ -149,8 +149,7 @@ class Checkpoint:
                 self._database.query(f"DELETE FROM originals {among(rows)}", rows)  # noqa: S608
             self._database.query("DELETE FROM rows WHERE row >= ? AND row < ?", bounds)
             self._database.query("DELETE FROM reopened WHERE row >= ? AND row < ?", bounds)
-            self._ledger.write_booked(totals)
-            return self._ledger.write_standing(totals) if carried else totals
+            return totals
 
         self._commits.call(lambda: self._ledger.change(seal))
 
@@ -170,7 +169,7 @@ class Checkpoint:
                 self._ledger.has_reopened = True
             self._database.query("DELETE FROM manifest WHERE name = 'finished'")
             self._database.replace("manifest", list(entries.items()))
-            return self._ledger.write_standing(totals)
+            return totals
 
         self._commits.call(lambda: self._ledger.change(reopen))
 
@@ -198,7 +197,7 @@ class Checkpoint:
             self._database.insert("chunks", [msgspec.structs.astuple(chunk) for chunk in chunks])
             self._database.query("DELETE FROM manifest WHERE name = 'finished'")
             self._database.replace("manifest", [*entries.items(), (SINCE, str(self.invocation))])
-            return self._ledger.write_standing(msgspec.structs.replace(totals, standing=dict(standing)))
+            return msgspec.structs.replace(totals, standing=dict(standing))
 
         self._commits.call(lambda: self._ledger.change(replace))
         self._ledger.since = self.invocation
@@ -295,6 +294,7 @@ class Checkpoint:
 
         def leave() -> None:
             nonlocal finished
+            self._ledger.save()
             finished = finished or "finished" in dict(self._database.records("manifest"))
             if finished:  # without a log beside it, the file can be read later without touching it
                 self._database.leave_wal()

@@ -18,8 +18,9 @@ CREATE TABLE invocations (invocation INTEGER PRIMARY KEY, started_at REAL, pid I
     crc INTEGER);
 CREATE TABLE chunks (chunk INTEGER PRIMARY KEY, first_row INTEGER, rows INTEGER, end_position TEXT, input_digest TEXT,
     generation INTEGER, part_digest TEXT, open INTEGER, crc INTEGER);
-CREATE TABLE rows (row INTEGER PRIMARY KEY, attempts INTEGER, completion BLOB, crc INTEGER);
-CREATE TABLE originals (row INTEGER PRIMARY KEY, attempts INTEGER, completion BLOB, crc INTEGER);
+CREATE TABLE rows (row INTEGER PRIMARY KEY, attempts INTEGER, completion BLOB, batch INTEGER, crc INTEGER);
+CREATE TABLE originals (row INTEGER PRIMARY KEY, attempts INTEGER, completion BLOB, batch INTEGER, crc INTEGER);
+CREATE TABLE counted (id INTEGER PRIMARY KEY, batch INTEGER, crc INTEGER);
 CREATE TABLE attempts (row INTEGER, n INTEGER, verdict TEXT, counted INTEGER, http_status INTEGER, error_kind TEXT,
     message TEXT, request_id TEXT, at REAL, model TEXT, prompt_tokens INTEGER, completion_tokens INTEGER,
     total_tokens INTEGER, cached_tokens INTEGER, reasoning_tokens INTEGER, cache_write_tokens INTEGER,
@@ -110,12 +111,14 @@ _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Completion).decode
 
 
-def completion_record(c: Completion) -> Record:
+def completion_record(c: Completion, batch: int) -> Record:
+    """`batch` numbers the commits: rows of a later one than `counted` names are not in the stored totals yet."""
     # one blob: a column for each field costs three times as much to write (docs/benchmarks.md)
     try:
-        return c.row, c.attempts, _encode(c)
+        blob = _encode(c)
     except UnicodeEncodeError:  # a lone surrogate, from a header or an error
-        return c.row, c.attempts, _encode(_in_characters(c))
+        blob = _encode(_in_characters(c))
+    return c.row, c.attempts, bytearray(blob), batch  # sqlite3 looks for an adapter of bytes, at the cost of the insert
 
 
 def completion(record: Record) -> Completion:

@@ -1,16 +1,17 @@
-"""The ledger of a run: the records of attempts in the database, and the totals that count them, in one transaction.
+"""The ledger of a run: the records of attempts in the database, and the totals that count them.
 
-It belongs to the database's thread.
+Most commits only add rows. Their numbers are larger than the one in `counted`, and whoever reads the totals adds such
+rows to the stored ones. Every other change writes the totals in its transaction. It belongs to the database's thread.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 
 from batchrun.records import Completion, Discarded, Ending, PossiblyBilled
-from batchrun.run_summary import TotalsLine
+from batchrun.run_summary import LineKey, TotalsLine
 from batchrun.store import db_tables
-from batchrun.store.database import MAX_PARAMETERS, Database
+from batchrun.store.database import MAX_PARAMETERS, Database, Record
 from batchrun.store.db_tables import Reopened
 from batchrun.store.totals import (
     UNSTATED,
@@ -45,7 +46,11 @@ class Ledger:
         self.invocation = 0
         self.has_reopened = bool(database.query("SELECT 1 FROM reopened LIMIT 1"))
         ((self._revision,),) = database.query("SELECT coalesce(max(revision), 0) FROM replaced")
-        self.totals = _read_totals(database, msgspec.json.decode(entries.get(UNSTATED, "{}"), type=Unstated))
+        ((last,),) = database.query("SELECT coalesce(max(batch), 0) FROM rows")
+        self._batch = max([last, *(batch for _, batch in database.records("counted"))])
+        unstated = msgspec.json.decode(entries.get(UNSTATED, "{}"), type=Unstated)
+        self._stored = read_totals(database.records, unstated)
+        self.totals = with_uncounted(self._stored, database.records)
 
     def start_invocation(self, started_at: float, pid: int, host: str, version: str) -> int:
         """This process's number among those that worked on the run, from 1."""
@@ -60,70 +65,78 @@ class Ledger:
         self._database.transaction(lambda: self._database.replace("manifest", list(entries.items())))
 
     def commit(self, endings: Sequence[Ending], invocation: int | None = None) -> None:
-        """Rows, attempts, possibly billed requests, and the totals that count them are durable.
+        """The endings are durable, and the totals count them.
 
         `invocation` is that of the endings; None: this process's.
         """
-        invocation = self.invocation if invocation is None else invocation
+        started = self.invocation if invocation is None else invocation
         completions = [ending for ending in endings if isinstance(ending, Completion)]
-        discarded = [ending for ending in endings if isinstance(ending, Discarded)]
-        in_doubt = _in_doubt(endings, invocation)
         earlier = self.earlier_answers([completion.row for completion in completions])
-        totals = fold(self.totals, endings, invocation, earlier)
+        totals = fold(self.totals, endings, started, earlier)
+        in_doubt = [entry for ending in endings if (entry := possibly_billed(ending, started)) is not None]
+        records = [db_tables.completion_record(completion, self._batch + 1) for completion in completions]
+        changes_more = in_doubt or self.has_reopened or totals.unstated is not self.totals.unstated
+        if invocation is None and len(completions) == len(endings) and not changes_more:
+            self._database.append("rows", records)
+            self._batch += 1
+            self.totals = totals
+            return
+        discarded = [ending for ending in endings if isinstance(ending, Discarded)]
 
-        def write() -> None:
-            self._database.insert("rows", list(map(db_tables.completion_record, completions)))
-            self._database.insert(
-                "attempts", [db_tables.discarded_record(attempt, invocation) for attempt in discarded]
-            )
+        def write() -> Totals:
+            self._database.insert("rows", records)
+            self._database.insert("attempts", [db_tables.discarded_record(attempt, started) for attempt in discarded])
             self._database.insert("possibly_billed", [db_tables.possibly_billed_record(entry) for entry in in_doubt])
-            self.write_booked(totals)
-            if totals.unstated is not self.totals.unstated:
-                self._database.replace("manifest", [(UNSTATED, msgspec.json.encode(totals.unstated).decode())])
-            if completions:
-                self.write_standing(totals)
-            known = self.totals.answered_as.items()
-            self._database.replace("answered_as", [item for item in totals.answered_as.items() if item not in known])
+            return with_possibly_billed(totals, in_doubt)
 
-        self._database.transaction(write)
-        self.totals = with_possibly_billed(totals, in_doubt)
+        self._batch += 1
+        self.change(write)
 
     def count_spilled(self, endings: Sequence[Ending]) -> None:
         """The totals count these endings, which are durable elsewhere."""
-        totals = fold(self.totals, endings, self.invocation)
-        self.totals = with_possibly_billed(totals, _in_doubt(endings, self.invocation))
+        doubts = [entry for ending in endings if (entry := possibly_billed(ending, self.invocation)) is not None]
+        self.totals = with_possibly_billed(fold(self.totals, endings, self.invocation), doubts)
 
     def add_possibly_billed(self, entries: Sequence[PossiblyBilled]) -> None:
         """The attempts are on the permanent list of possibly billed requests."""
         records = [db_tables.possibly_billed_record(entry) for entry in entries]
-        self._database.transaction(lambda: self._database.insert("possibly_billed", records))
-        self.totals = with_possibly_billed(self.totals, entries)
+
+        def insert() -> Totals:
+            self._database.insert("possibly_billed", records)
+            return with_possibly_billed(self.totals, entries)
+
+        self.change(insert)
 
     def change(self, work: Callable[[], Totals]) -> None:
-        """Runs `work` in one transaction; the totals are what it returns."""
+        """Runs `work` in one transaction, which also stores the totals that it returns."""
         totals = self.totals
 
         def transact() -> None:
             nonlocal totals
             totals = work()
+            self._store(totals)
 
         self._database.transaction(transact)
-        self.totals = totals
+        self._stored = self.totals = totals
 
-    def write_standing(self, totals: Totals) -> Totals:
-        """Writes the number of rows by status, and the changes by replaced answers. Call it in a transaction."""
-        self._database.replace("standing", list(totals.standing.items()))
-        known = self.totals.replaced
-        changed = [line for key, line in totals.replaced.items() if known.get(key) is not line]
-        self._revision += bool(changed)
-        self._database.replace("replaced", [db_tables.replaced_record(line, self._revision) for line in changed])
-        return totals
+    def save(self) -> None:
+        """The stored totals count every row."""
+        if self._stored is not self.totals:
+            self.change(lambda: self.totals)
 
-    def write_booked(self, totals: Totals) -> None:
-        """Writes the lines of the totals that have changed. Call it in a transaction."""
-        known = self.totals.booked
-        changed = [line for key, line in totals.booked.items() if known.get(key) is not line]
-        self._database.replace("totals", [db_tables.totals_record(line) for line in changed])
+    def _store(self, totals: Totals) -> None:
+        """Writes what differs from the stored totals."""
+        known, write = self._stored, self._database.replace
+        write("totals", [db_tables.totals_record(line) for line in _changed(known.booked, totals.booked)])
+        write("standing", list(totals.standing.items()))
+        if changed := _changed(known.replaced, totals.replaced):
+            self._revision += 1
+            write("replaced", [db_tables.replaced_record(line, self._revision) for line in changed])
+        answered_as = known.answered_as.items()
+        write("answered_as", [item for item in totals.answered_as.items() if item not in answered_as])
+        if totals.unstated is not known.unstated:
+            write("manifest", [(UNSTATED, msgspec.json.encode(totals.unstated).decode())])
+        write("counted", [(0, self._batch)])
 
     def earlier_answers(self, rows: Collection[int]) -> dict[int, TotalsLine]:
         """For those of the rows that were reopened: what their earlier answer alone used and cost."""
@@ -158,19 +171,37 @@ def among(rows: Sequence[int]) -> str:
     return f"WHERE row IN ({','.join('?' * len(rows))})"
 
 
-def _in_doubt(endings: Sequence[Ending], invocation: int) -> list[PossiblyBilled]:
-    return [entry for ending in endings if (entry := possibly_billed(ending, invocation)) is not None]
+def _changed(known: Mapping[LineKey, TotalsLine], lines: Mapping[LineKey, TotalsLine]) -> list[TotalsLine]:
+    return [line for key, line in lines.items() if known.get(key) is not line]
 
 
-def _read_totals(database: Database, unstated: Unstated) -> Totals:
-    lines = [db_tables.totals_line(record) for record in database.records("totals")]
-    changes = [db_tables.replaced_line(record) for record in database.records("replaced")]
-    in_doubt = database.records("possibly_billed", "ORDER BY rowid")
+Read = Callable[[str], Iterable[Record]]
+"""The records of a table."""
+
+
+def read_totals(records: Read, unstated: Unstated) -> Totals:
+    """The stored totals, which may lack rows of the latest commits."""
+    lines = [db_tables.totals_line(record) for record in records("totals")]
+    changes = [db_tables.replaced_line(record) for record in records("replaced")]
     totals = Totals(
         booked={line.key: line for line in lines},
         replaced={line.key: line for line in changes},
-        standing=dict(database.records("standing")),
-        answered_as=dict(database.records("answered_as")),
+        standing=dict(records("standing")),
+        answered_as=dict(records("answered_as")),
         unstated=unstated,
     )
-    return with_possibly_billed(totals, [db_tables.possibly_billed(record) for record in in_doubt])
+    return with_possibly_billed(totals, [db_tables.possibly_billed(record) for record in records("possibly_billed")])
+
+
+def with_uncounted(stored: Totals, records: Read) -> Totals:
+    """The totals with the rows of later commits than they count. Nothing is added if no one knows which these are."""
+    counted = max((batch for _, batch in records("counted")), default=None)
+    if counted is None and stored.booked:
+        return stored
+    later = [db_tables.completion(record) for record in records("rows") if record[3] > (counted or 0)]
+    by_start: dict[int, list[Completion]] = {}
+    for completion in later:
+        by_start.setdefault(completion.invocation, []).append(completion)
+    for invocation, completions in by_start.items():
+        stored = fold(stored, completions, invocation)
+    return stored

@@ -42,7 +42,7 @@ _SLOT_FREED_EARLY = Bug(
 _COMMIT_DROPPED = Bug(
     "the commit is dropped",
     "batchrun.store.ledger",
-    (("        self._database.transaction(write)\n", ""),),
+    (('            self._database.append("rows", records)\n', ""),),
     "rows are missing from the checkpoint",
 )
 

@@ -539,7 +539,9 @@ def test_damaged_pages_cost_only_their_records(tmp_path: Path) -> None:
     """A database of many pages: ranges of keys around the damage are read."""
     path, rows = tmp_path / "checkpoint.db", 3_000
     database = Database.open(path, db_tables.TABLES, FORMAT, lambda full: False)
-    database.transaction(lambda: database.insert("rows", [(row, 1, bytes([row % 251]) * 700) for row in range(rows)]))
+    database.transaction(
+        lambda: database.insert("rows", [(row, 1, bytes([row % 251]) * 700, 1) for row in range(rows)])
+    )
     database.leave_wal()
     database.close()
     leaves = [place for place in range(12 * 4096, path.stat().st_size, 4096) if path.read_bytes()[place] == 0x0D]
