@@ -24,7 +24,7 @@ from batchrun.store.carry_over import CarryOver, Taken
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.db_tables import Chunk, Reopened
 from batchrun.store.rundir import RunDirectory
-from batchrun.store.stored_window import BATCH_ROWS, StoredWindow, typed, write
+from batchrun.store.stored_window import BATCH_ROWS, StoredBatch, StoredWindow, typed, write
 from batchrun.tables import booked, completions, files, pending
 from batchrun.tables.arrow_types import JSON, Column
 from batchrun.tables.json_columns import ColumnTypes
@@ -424,11 +424,12 @@ class Chunks:
     # ── for a program that reads rows as they are settled ─────────────────────────────────────────────────────────────
 
     def completions_of(
-        self, records: Sequence[Completion], inputs: Sequence[pa.RecordBatch]
+        self, records: Sequence[Completion], inputs: Sequence[tuple[StoredBatch, int]]
     ) -> Iterator[completions.Completion]:
-        """These rows as in the output; `inputs` are their slices of windows. Any thread may call it."""
-        table = typed(inputs, self._types).select(self._schema.names[: -len(OWN_COLUMNS)])
-        return completions.settled(records, table, self._parsed, keep_raw=self._settings.raw == "always")
+        """These rows as in the output; `inputs` say where each is stored. Only one thread may call it."""
+        names = self._schema.names[: -len(OWN_COLUMNS)]
+        rows = [batch.typed_row(place, self._types, names) for batch, place in inputs]
+        return completions.settled(records, rows, self._parsed, keep_raw=self._settings.raw == "always")
 
     def settled(self) -> Iterator[pa.RecordBatch]:
         """The rows that have a completion, in order, as in the output. Call it before `open_next`."""
