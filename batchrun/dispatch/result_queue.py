@@ -7,7 +7,7 @@ import msgspec
 
 from batchrun.records import Completion as Record
 from batchrun.response import packed
-from batchrun.store.chunks import OpenChunk
+from batchrun.store.open_chunk import OpenChunk
 from batchrun.store.stored_window import StoredBatch
 from batchrun.tables.completions import Completion
 
