@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from batchrun.records import Choice, FunctionCall, RowError, Status
     from batchrun.run_summary import Summary, TotalsLine
     from batchrun.runner import Runner
-    from batchrun.startup.resume import ChangedError
+    from batchrun.startup.adopt import ChangedError
     from batchrun.tables.completions import Completion
 
 __version__ = "0.1.0"
@@ -93,7 +93,7 @@ if not TYPE_CHECKING:  # a type checker would take it that every name is there
         **dict.fromkeys(("Choice", "FunctionCall", "RowError", "Status"), "records"),
         **dict.fromkeys(("Summary", "TotalsLine"), "run_summary"),
         **dict.fromkeys(("Options", "RunIncompleteError", "run"), "api"),
-        "ChangedError": "startup.resume",
+        "ChangedError": "startup.adopt",
         "Completion": "tables.completions",
         "Job": "job.job",
         "Runner": "runner",

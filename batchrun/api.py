@@ -23,8 +23,8 @@ from batchrun.job.load import checked, load
 from batchrun.limits import deadline as deadlines
 from batchrun.limits.deadline import Deadline
 from batchrun.on_end import End
-from batchrun.policy import failing
 from batchrun.records import Notice, Status
+from batchrun.row_status import failing
 from batchrun.run_summary import Shard, Summary
 from batchrun.source import Rows, as_file
 from batchrun.startup import shard as shards
@@ -107,7 +107,8 @@ def begin(job: Job | str | Path, rows: Rows | None, options: Options, host: Host
     if unknown := sorted(options.keys() - Options.__annotations__.keys()):
         raise TypeError(f"unknown option {unknown[0]}; expected some of {', '.join(Options.__annotations__)}")
     note = options.get("note", _LOG.info)
-    deadline = _deadline(options.get("deadline"))
+    text = options.get("deadline")
+    deadline = None if text is None else deadlines.read(text, datetime.now().astimezone(), time.monotonic())
     wanted, shard = shards.part_of(_job(job, rows, options), options.get("shard"), note)
     wanted, directory, command = _placed(wanted, options, note)
     began_at = datetime.now(UTC)
@@ -218,11 +219,6 @@ def _job(job: Job | str | Path, rows: Rows | None, options: Options) -> Job:
     if (state_dir := options.get("state_dir")) is not None:
         job = msgspec.structs.replace(job, output=msgspec.structs.replace(job.output, state_dir=str(state_dir)))
     return job
-
-
-def _deadline(text: str | None) -> Deadline | None:
-    """The deadline, counted from now."""
-    return None if text is None else deadlines.read(text, datetime.now().astimezone(), time.monotonic())
 
 
 def _place(job: Job, options: Options, note: Callable[[str], None]) -> tuple[RunDirectory, str]:

@@ -8,8 +8,9 @@ import math
 import msgspec
 
 from batchrun.job.settings import Retry
-from batchrun.policy import QUOTA, Judgement, Settlement
+from batchrun.policy import QUOTA, Judgement
 from batchrun.records import Verdict
+from batchrun.row_status import Settlement
 
 SHARE_OF = 50
 """The share of failing first attempts is averaged over about so many."""
@@ -198,6 +199,7 @@ def _by_chance(share: float) -> float:
     return 1.0 if share <= USUAL_SHARE else math.log(USUAL_SHARE) / math.log(min(share, 0.999))
 
 
+# rows that were refused together must not come back together, however short the wait
 LEAST_JITTER_S = 0.1
 RETRY_AFTER_JITTER = 0.25
 

@@ -32,12 +32,12 @@ from batchrun.durable import replace_bytes
 from batchrun.errors import BatchrunError, CheckpointError, ExitCode, InputError, JobError
 from batchrun.job.job import Job
 from batchrun.limits.admission import Stop
-from batchrun.policy import failing
 from batchrun.records import Notice
 from batchrun.report.summary import failures, files, read
 from batchrun.report.wording import are, plural
+from batchrun.row_status import failing
 from batchrun.run_summary import Summary
-from batchrun.startup import input_pass, retry, shard
+from batchrun.startup import adopt, input_pass, retry, shard
 from batchrun.startup import resume as planning
 from batchrun.startup.resume import Plan
 from batchrun.startup.run_options import RunOptions
@@ -131,7 +131,7 @@ def _finished(job: Job, directory: RunDirectory, options: RunOptions) -> Summary
     planning.require_same_shape(job, known)
     retrying = options.retry is not None
     _, _, changed_settings = variants.place(job, variants.decode(entries), known.variant, retrying=retrying)
-    changed_input = planning.changed_input(input_pass.input_files(job, directory, options), directory, known)
+    changed_input = adopt.changed_input(input_pass.input_files(job, directory, options), directory, known)
     wanted_rows = known.rows if options.limit is None else min(options.limit, known.rows)
     to_retry = any(summary.by_status.get(status) for status in options.retry or ())
     if changed_settings or changed_input is not None or to_retry or wanted_rows > summary.rows_in_output:

@@ -6,7 +6,7 @@ import ctypes
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 """Parameters of glibc's mallopt (malloc.h)."""
 
-BLOCK_BYTES = 1_000_000
+BLOCK_BYTES = 1_000_000  # setting it turns off glibc's own adjustment, which goes up to 32 MB (mallopt(3))
 
 
 def share_one_arena() -> None:

@@ -1,4 +1,4 @@
-"""The verdict on an attempt, and the status of a row by its answer. PURE. docs/guarantees.md explains the tables."""
+"""The verdict on an attempt. PURE. docs/guarantees.md explains the tables; `row_status` is about usable answers."""
 
 from collections.abc import Mapping
 from enum import StrEnum
@@ -6,12 +6,10 @@ from typing import NamedTuple
 
 import msgspec
 
-from batchrun.job.answer_schema import Expected, Flaw
-from batchrun.job.settings import Action, Finish, Retry
-from batchrun.records import Answer, Attempt, RowError, Status, Verdict
+from batchrun.job.settings import Retry
+from batchrun.records import Answer, Attempt, RowError, Verdict
 from batchrun.response import packed
 from batchrun.response.error_body import MAX_MESSAGE_CHARS
-from batchrun.response.finish_reasons import Meaning, meaning_of
 from batchrun.response.refusal_subjects import Subject, speaks_of
 from batchrun.response.retry_after import retry_after_s
 
@@ -196,7 +194,7 @@ def judge(attempt: Attempt, answer: Answer, retry: Retry, *, tier_may_be_full: b
         if answer.error_message is None:
             error = RowError("unreadable", status, None, _why_unreadable(attempt))
             return Judgement(Verdict.MAYBE, error, in_doubt=True)
-        status = _embedded_status(answer)
+        status = answer.error_status or 200  # some gateways put an error of theirs into a 2xx
     if tier_may_be_full and (refusal := _by_capacity(status, attempt, answer)) is not None:
         return refusal
     return _judge_status(status, attempt, answer, retry)
@@ -268,11 +266,6 @@ def _should_retry(header: str | None, verdict: Verdict) -> Verdict:
     return verdict
 
 
-def _embedded_status(answer: Answer) -> int:
-    """The status in the error object of a 2xx answer, which some gateways send; 200 if there is none."""
-    return answer.error_status or 200
-
-
 def _excerpt(body: bytes) -> str:
     return " ".join(packed.beginning(body, 300).decode("utf-8", "replace").split())
 
@@ -282,87 +275,3 @@ def _why_unreadable(attempt: Attempt) -> str:
         return "the answer is empty"
     what = "the stream spells no whole answer" if attempt.streamed else "the answer is no chat completion"
     return f"{what}: {_excerpt(attempt.body)}"
-
-
-class Settlement(msgspec.Struct, frozen=True):
-    """The row's status by a usable answer, and the job's `action` for such answers.
-
-    `in_json`: the content is valid JSON as requested. `correctable`: it is not, and the model can be shown why.
-    """
-
-    status: Status
-    action: Action = "accept"
-    error: RowError | None = None
-    in_json: bool = False
-    correctable: bool = False
-
-
-def settlement(answer: Answer, expected: Expected, finish: Finish, http_status: int | None = None) -> Settlement:
-    """The settlement by the answer's finish_reason (docs/api.md, "Response") and the expected schema.
-
-    A truncated answer is neither read as JSON nor corrected.
-    """
-    if not expected.in_json and finish.stop == "accept" and _is_plain(answer):
-        return _PLAIN
-    meaning = Meaning.REFUSAL if answer.refusal else meaning_of(answer.finish_reason)
-    status, action = _status_and_action(meaning, finish)
-    called = answer.function_call is not None or answer.tool_calls is not None
-    if status is Status.OK and not called and not answer.content:
-        error = RowError("empty", http_status, None, "the answer has no content")
-        return Settlement(Status.EMPTY, finish.empty, error)
-    if action != "accept":
-        status = Status.INVALID if status is Status.OK else status
-        message = f"the finish_reason is {answer.finish_reason or 'missing'}, which the job does not accept"
-        if answer.refusal:
-            message = f"the model refused, which the job does not accept: {answer.refusal}"
-        return Settlement(status, action, RowError("finish_reason", http_status, None, message[:MAX_MESSAGE_CHARS]))
-    if status is Status.OK and (flaw := _flaw(answer, expected)) is not None:
-        error = RowError(flaw.kind, http_status, None, flaw.message)
-        return Settlement(Status.INVALID, "fail", error, correctable=True)
-    return Settlement(status, in_json=status is Status.OK and expected.in_json and not called)
-
-
-def _is_plain(answer: Answer) -> bool:
-    """True for complete text, as nearly all answers are."""
-    if answer.finish_reason != "stop" or not answer.content or answer.refusal:
-        return False
-    return answer.function_call is None and answer.tool_calls is None
-
-
-_PLAIN = Settlement(Status.OK)
-
-
-def _status_and_action(meaning: Meaning, finish: Finish) -> tuple[Status, Action]:
-    match meaning:
-        case Meaning.FILTER:
-            return Status.FILTERED, finish.content_filter
-        case Meaning.REFUSAL:
-            return Status.REFUSED, finish.refusal
-        case Meaning.LENGTH:
-            return Status.TRUNCATED, finish.length
-        case Meaning.STOP:
-            return Status.OK, finish.stop
-        case Meaning.FUNCTION_CALL | Meaning.TOOL_CALLS:
-            return Status.OK, finish.function_call
-        case _:
-            return Status.OK, finish.other
-
-
-def _flaw(answer: Answer, expected: Expected) -> Flaw | None:
-    if (call := answer.function_call) is not None:
-        return expected.call_flaw(call.name, call.arguments)
-    if answer.tool_calls is not None:
-        return expected.tool_flaw(answer.tool_calls)
-    return expected.content_flaw(answer.content or "")
-
-
-def failing(finish: Finish) -> frozenset[Status]:
-    """The statuses whose rows count against `max_failures`."""
-    by_reason = {
-        Status.TRUNCATED: finish.length,
-        Status.FILTERED: finish.content_filter,
-        Status.REFUSED: finish.refusal,
-        Status.EMPTY: finish.empty,
-    }
-    refused = {status for status, action in by_reason.items() if action != "accept"}
-    return frozenset({Status.INVALID, Status.ERROR} | refused)

@@ -10,8 +10,7 @@ from pathlib import Path
 from batchrun import credentials, open_files, simulated
 from batchrun.credentials import Credentials
 from batchrun.job.job import Job
-from batchrun.storage.folder import RemoteFolder
-from batchrun.store import rundir, shared_dataset
+from batchrun.store import rundir
 from batchrun.store.rundir import RunDirectory
 
 
@@ -77,20 +76,6 @@ def require_settings(job: Job, directory: RunDirectory) -> None:
     """
     for requirement in REQUIREMENTS:
         requirement(job, directory)
-
-
-def try_destination(job: Job, directory: RunDirectory) -> None:
-    """Something small was written to each place where a run puts its result, and removed again.
-
-    `check` calls it. A run claims its place in a store, makes its directory, and tries a dataset before it sends.
-
-    Raises:
-        BatchrunError: a place can't be written.
-    """
-    directory.try_out()
-    if (url := rundir.published_at(job.output, directory.path)) is not None:
-        RemoteFolder(url, job.storage).try_out()
-    shared_dataset.try_out(job.output, job.storage)
 
 
 def place(job: Job, date: str | None = None) -> tuple[RunDirectory, Job]:

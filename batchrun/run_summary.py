@@ -112,7 +112,7 @@ class BudgetUse(msgspec.Struct, frozen=True):
 
     @property
     def key(self) -> tuple[str, str]:
-        """What tells it from the run's other caps and periods."""
+        """What distinguishes it from the run's other caps and periods."""
         return self.setting, self.period
 
     @property

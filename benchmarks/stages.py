@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
 
-from batchrun import policy, prices
+from batchrun import policy, prices, row_status
 from batchrun.job.job import Job
 from batchrun.job.load import from_tables
 from batchrun.job.settings import Finish, Limits, Price, Retry
@@ -138,7 +138,7 @@ def the_answer() -> Iterator[tuple[str, float]]:
     def judge() -> None:
         for _ in many:
             policy.judge(attempt, read, retry)
-            policy.settlement(read, expected, finish, 200)
+            row_status.settlement(read, expected, finish, 200)
 
     yield "answer: read, typed", best_us(lambda: [answers.read(ANSWER) for _ in many], BATCH_ROWS)
     yield (

@@ -21,10 +21,11 @@ from batchrun.limits.admission import Demand, Outcome
 from batchrun.limits.circuit import Circuit
 from batchrun.limits.gate import Gate
 from batchrun.limits.in_flight import InFlight
-from batchrun.policy import judge, settlement
+from batchrun.policy import judge
 from batchrun.records import Answer, Attempt, Completion, Request, Row, RowError, Status, Verdict
 from batchrun.request.builder import RequestBuilder
 from batchrun.response.answer import read
+from batchrun.row_status import settlement
 from batchrun.source import find_files, open_source
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.tables.files import write_part

@@ -141,8 +141,8 @@ def _report(summary: "Summary", job: "Job") -> None:
     import msgspec
 
     from batchrun.job.job import flatten
-    from batchrun.policy import failing
     from batchrun.report import closing
+    from batchrun.row_status import failing
 
     lines = closing.in_words(
         summary,

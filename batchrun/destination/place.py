@@ -69,6 +69,21 @@ def run(
         return _published(job, directory, folder, summary, claim, mine, note) if summary.complete else summary
 
 
+def require_usable(job: Job, directory: RunDirectory, url: Url) -> None:
+    """Returns if a start could publish there: something was put there and deleted again, and no other run has its
+    result there. For `check`, which claims nothing.
+
+    Raises:
+        RunLockedError: another run has.
+        StorageError: the store refuses or can't be reached.
+    """
+    folder = RemoteFolder(url, job.storage)
+    folder.try_out()
+    record = publish.record_of(folder)
+    if record is None or not _answers(record, job):
+        publish.require_ours(folder, _run_id(directory))
+
+
 def taken(job: Job) -> Callable[[Path], bool]:
     """Whether a directory that `--new` could use belongs to a run already, on this machine or in the store."""
 
@@ -138,17 +153,20 @@ def _complete_there(job: Job, directory: RunDirectory, folder: RemoteFolder, min
     record, run_id = publish.record_of(folder), _run_id(directory)
     if record is None or record.writer == mine.writer or publish.standing(folder) is None:
         return None
-    if run_id is not None and run_id != record.run_id:
-        return None
-    if record.fingerprint != job.fingerprint() or job.input.path in (None, "-"):
-        return None
-    files = find_files(job.input.path or "", job.input.partitions, job.storage)
-    if tuple(map(digest, files)) != record.digests:
+    if (run_id is not None and run_id != record.run_id) or not _answers(record, job):
         return None
     try:
         return msgspec.json.decode(folder.read(publish.SUMMARY) or b"", type=Summary)
     except msgspec.DecodeError:
         return None
+
+
+def _answers(record: RunRecord, job: Job) -> bool:
+    """Whether the result is that of the job and its input, as both are now."""
+    if record.fingerprint != job.fingerprint() or job.input.path in (None, "-"):
+        return False
+    files = find_files(job.input.path or "", job.input.partitions, job.storage)
+    return tuple(map(digest, files)) == record.digests
 
 
 def _published(

@@ -9,7 +9,7 @@ from batchrun import prices
 from batchrun.attempt_caps import History
 from batchrun.dispatch.backlog import Pending
 from batchrun.job.answer_schema import KINDS
-from batchrun.policy import ANSWERED, CAPACITY, Judgement, Settlement
+from batchrun.policy import ANSWERED, CAPACITY, Judgement
 from batchrun.prices import PriceTable
 from batchrun.records import (
     OK,
@@ -26,6 +26,7 @@ from batchrun.records import (
 )
 from batchrun.response import token_count
 from batchrun.response.usage import LITELLM_COST, cost_in_headers
+from batchrun.row_status import Settlement
 
 NOTHING = Decimal(0)
 

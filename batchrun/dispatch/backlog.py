@@ -220,7 +220,8 @@ class Backlog:
         if verdict is OK or verdict is Verdict.ROW:
             if kind is not None:
                 self._answered = kind
-            self._doubted = sum(each is not self._answered for each in self._mixed.values()) if self._mixed else 0
+            busy: list[Kind | None] = [*self._mixed.values()]
+            self._doubted = len(busy) - busy.count(self._answered) if busy else 0
             if is_new and row > self._last_failed and (kind is None or kind is not Kind.AHEAD):
                 self._failed_first = self._place = 0
                 self._reach = FIRST_REACH

@@ -19,9 +19,9 @@ from batchrun.errors import ExitCode
 from batchrun.job.job import Job
 from batchrun.limits.admission import Decision, Stop
 from batchrun.limits.gates import AnyGate
-from batchrun.policy import Settlement
 from batchrun.records import Completion, Correction, Ending, Status, Verdict
 from batchrun.request.builder import corrected
+from batchrun.row_status import Settlement
 
 
 class _Uncommitted(msgspec.Struct, frozen=True):
@@ -139,7 +139,7 @@ class Endings:
         history = attempt_caps.after_unwanted_answer(result.history, settlement, self._job.retry)
         if history is not None and settlement.correctable and settlement.error is not None:
             new = Correction(result.answer_text, settlement.error.message or "")
-            if any(new.answer == each.answer for each in pending.corrections):
+            if new.answer in [each.answer for each in pending.corrections]:
                 history = None  # a model that repeats its answer will repeat it a third time
             corrections = (*pending.corrections, new)
             answer = result.answer

@@ -19,7 +19,7 @@ from batchrun.request.image_digests import ImageDigests
 from batchrun.request.images import Images
 from batchrun.startup.resume import Plan
 from batchrun.store import variants
-from batchrun.store.db_tables import usd
+from batchrun.store.db_tables import Reopened, usd
 from batchrun.store.open_chunk import OpenChunk
 
 
@@ -51,10 +51,15 @@ class Requests:
             raise InputError(f"row {row.row}: {error}") from error
         if chunk.is_new:
             return Pending(request, chunk, variant=variant)
+        return self._sent_before(request, chunk, variant, reopened)
+
+    def _sent_before(self, request: Request, chunk: OpenChunk, variant: int, reopened: Reopened | None) -> Pending:
+        """The row with what earlier starts sent for it."""
+        row = request.row
         before = 0 if reopened is None else reopened.attempts
         cost_usd = Decimal(0) if reopened is None else usd(reopened.cost_usd)
-        earlier = [attempt for attempt in chunk.discarded.get(row.row, ()) if attempt.n > before]
-        last_sent = max(before, chunk.lost.get(row.row, 0))
+        earlier = [attempt for attempt in chunk.discarded.get(row, ()) if attempt.n > before]
+        last_sent = max(before, chunk.lost.get(row, 0))
         refused = any(attempt.verdict is Verdict.PAUSE and self._is_evidence(attempt) for attempt in earlier)
         return Pending(
             request,
@@ -98,7 +103,7 @@ class Requests:
     def reservation(self, request: Request) -> Demand:
         """The tokens and USD that one attempt is expected to take, and the most it can take."""
         prompt, output = self._estimates.of(request)
-        tokens, most_tokens = prompt + output, request.upper_bound_tokens
+        tokens, most_tokens = prompt + output, request.max_prompt_tokens + request.max_output_tokens
         if (dearest := self._dearest_of(request)) is None:
             return Demand(tokens, None, most_tokens, output, request.model)
         bound_usd = dearest.bound(request.max_prompt_tokens, request.max_output_tokens)

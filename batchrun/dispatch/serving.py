@@ -87,6 +87,7 @@ class Serving:
         """Why the run pauses: the tier has had no capacity for `retry.max_outage_s`, and there is no other tier."""
         if judgement.verdict is OK:
             self._full_since_s = None
+            return None
         if not judgement.is_capacity or self._fallback is not None or judgement.error is None:
             return None
         if self._full_since_s is None:

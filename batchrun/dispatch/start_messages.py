@@ -4,10 +4,10 @@ from decimal import Decimal
 from pathlib import Path
 
 from batchrun.job.job import Job
-from batchrun.policy import failing
 from batchrun.price_list import lookup
 from batchrun.records import Notice
 from batchrun.report.wording import plural
+from batchrun.row_status import failing
 from batchrun.startup.resume import Plan
 from batchrun.store.totals import Totals
 

@@ -13,7 +13,7 @@ from decimal import Decimal
 
 import msgspec
 
-from batchrun import attempt_caps, policy, prices
+from batchrun import attempt_caps, policy, prices, row_status
 from batchrun.attempt_caps import History
 from batchrun.dispatch.attempt_result import NOTHING, AttemptResult, cost_of, maybe_billed, reported
 from batchrun.dispatch.backlog import Backlog, Pending
@@ -310,7 +310,7 @@ class Workers:
         """The attempt with its cost, and with the row's status if it brought a usable answer."""
         request, settlement = flight.pending.request, None
         if judgement is policy.ANSWERED:
-            settlement = policy.settlement(answer, request.expected, self._job.finish, attempt.http_status)
+            settlement = row_status.settlement(answer, request.expected, self._job.finish, attempt.http_status)
         reported_usd = reported(attempt, answer)
         table = self._requests.price(request.model)
         cost_usd = cost_of(attempt, answer, judgement, table, reported_usd)

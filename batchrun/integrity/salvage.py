@@ -31,7 +31,7 @@ from batchrun.records import Row
 from batchrun.report.wording import plural
 from batchrun.request.builder import RequestBuilder
 from batchrun.source import START, Source, TableSource, Window, file_at, open_source
-from batchrun.startup import resume
+from batchrun.startup import adopt
 from batchrun.store import in_flight, stored_window, variants
 from batchrun.store.db_tables import Chunk, Reopened
 from batchrun.store.manifest import Manifest
@@ -115,7 +115,7 @@ def input_again(manifest: Manifest, directory: RunDirectory) -> Source:
     paths = tuple(file_at(file.path) for file in manifest.files)
     if [path.name for path in paths] == [directory.spool.name] and directory.spool.exists():
         paths = (directory.spool,)
-    if (what := resume.changed_input(paths, directory, manifest)) is not None:
+    if (what := adopt.changed_input(paths, directory, manifest)) is not None:
         raise InputError(what)
     return open_source(paths, ANY_LENGTH, None if manifest.share is None else manifest.share.span)
 
@@ -264,7 +264,8 @@ class Salvage:
             chunk = msgspec.structs.replace(chunk, open=0)
             path.unlink()
         whole = pa.Table.from_batches([joined(given, own, self._schema)]).cast(self._kept.schema)
-        return Piece(chunk.first_row, chunk.end_row, self._was_sealed(chunk.chunk), whole, chunk, again)
+        sealed = any(known.chunk == chunk.chunk and not known.open for known in self._known.chunks)
+        return Piece(chunk.first_row, chunk.end_row, self._had_result() or sealed, whole, chunk, again)
 
     def _that_answer(self, kept: pa.Table, stored: StoredWindow) -> pa.Table:
         """The rows whose key is that of the row's request: files of an earlier layout hold others."""
@@ -288,9 +289,6 @@ class Salvage:
         if request.pictures:
             return self._manifest is not None and not self._manifest.layout
         return request.key == key
-
-    def _was_sealed(self, number: int) -> bool:
-        return self._had_result() or any(chunk.chunk == number and not chunk.open for chunk in self._known.chunks)
 
     def _to_retry(self, kept: set[int]) -> tuple[Reopened, ...]:
         """Rows that a retry was about to send, if that is certain; otherwise their old records stand."""

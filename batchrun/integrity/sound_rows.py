@@ -16,7 +16,7 @@ from batchrun.integrity.db_records import DbRecords, rank
 from batchrun.store.rundir import RunDirectory
 from batchrun.tables.rows import own_schema, own_table
 
-NO_END = 2**63
+NO_END = 2**63  # above every row number, which are int64
 
 
 class SoundRows:

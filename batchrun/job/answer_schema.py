@@ -14,7 +14,7 @@ from batchrun.errors import JobError
 MAX_MESSAGE_CHARS = 300
 """A message names the place and the rule that failed; the answer itself is in the column `content`."""
 
-MAX_PLACE_CHARS = 100
+MAX_PLACE_CHARS = 100  # a path can be as deep as the answer, and must leave room for the rule that failed
 
 Schema = Mapping[str, Any]
 

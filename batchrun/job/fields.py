@@ -18,7 +18,7 @@ CHAT_ONLY = frozenset({"n", "stop", "seed", "logit_bias", "logprobs", "presence_
 """Fields of a chat completion that the Responses API does not have. Leaving one out would change the question."""
 
 EFFORTS = ("low", "medium", "high", "xhigh")
-MAX_TOKENS = 128_000
+MAX_TOKENS = 128_000  # docs/api.md, "Request"
 
 
 def as_json(value: Any) -> Any:

@@ -146,7 +146,7 @@ class Job(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
         return (self.request.service_tier,) if fallback is None else (self.request.service_tier, fallback)
 
     def question(self) -> dict[str, Any]:
-        """The settings that decide what is asked, as plain values by path. A change here means other answers."""
+        """The settings that decide what a request asks, as plain values by path. A change here means other answers."""
         settings = flatten(msgspec.to_builtins(self.request, str_keys=True), "request")
         settings["endpoint.name"] = self.endpoint_name
         settings["input.dialect"] = self.input.dialect

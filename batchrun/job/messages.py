@@ -44,7 +44,9 @@ def explain(message: str, tables: Mapping[str, Any], root: type, settings: Colle
     if missing := _MISSING.match(what):
         return f"{_path([*steps, missing['name']])}: is missing; batchrun new FILE writes a complete job file"
     value = _value_at(tables, steps)
-    choices = [f'"{choice}"' for node in _types_at(root, steps) for choice in _choices(node)]
+    choices = [
+        f'"{choice}"' for node in _types_at(root, steps) if isinstance(node, LiteralType) for choice in node.values
+    ]
     if choices and isinstance(value, str):
         what = f"expected {' or '.join(choices)}"
     if isinstance(value, str | int | float):
@@ -134,11 +136,6 @@ def _below(node: Type, step: Step) -> Iterator[Type]:
             yield node.value_type
         case ListType():
             yield node.item_type
-
-
-def _choices(node: Type) -> Iterator[str]:
-    if isinstance(node, LiteralType):
-        yield from (str(value) for value in node.values)
 
 
 def _nearest(name: str, steps: list[Step], root: type, settings: Collection[str]) -> str | None:

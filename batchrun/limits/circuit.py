@@ -30,6 +30,10 @@ with one bad key among several refuses rows at random, and a revoked key refuses
 FIRST_REACH_S = 15.0
 """How long to try an endpoint that never sent a byte: a DNS hiccup is over by then, a wrong name is not."""
 
+FIRST_ANSWER_S = 60.0
+"""The same for one that answers, and never with a completion: a login page, or the API of another path. Each of these
+answers may be billed."""
+
 BACKOFF_BASE_S = 1.0
 BACKOFF_CAP_S = 60.0
 """Probes after 1, 2, 4 … 60 s: 10 in a five-minute outage, and at least one every minute and a half."""
@@ -49,6 +53,9 @@ only of the rate."""
 
 UNREACHED = frozenset({"dns", "refused", "connect", "tls"})
 """Failures before a byte was sent; after any other kind the server was reached."""
+
+UNREADABLE = "unreadable"
+"""The kind of a 2xx that is no completion."""
 
 IN_FLIGHT = Binding(Limit.IN_FLIGHT)
 PROCEED = Decision()
@@ -305,12 +312,16 @@ class Circuit:
 
     def _outage_is_too_long(self, outcome: Outcome, now_s: float) -> bool:
         """Closes the gate and returns True after `max_outage_s` without an answer; much earlier if this process never
-        reached the endpoint: then its name or address is probably wrong.
+        reached the endpoint, or only got answers that are no completions: then its address is probably wrong.
         """
         self._reached |= outcome.error is None or outcome.error.http_status is not None
         if self._failing_since_s is None:
             self._failing_since_s = now_s
-        patience_s = self._max_outage_s if self._reached else min(FIRST_REACH_S, self._max_outage_s)
+        patience_s = self._max_outage_s
+        if not self._reached:
+            patience_s = min(FIRST_REACH_S, patience_s)
+        elif self._first_failures is not None and outcome.error is not None and outcome.error.kind == UNREADABLE:
+            patience_s = min(FIRST_ANSWER_S, patience_s)
         if now_s - self._failing_since_s <= patience_s:
             return False
         unreached = not self._reached and outcome.error is not None and outcome.error.kind in UNREACHED

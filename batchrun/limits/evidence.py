@@ -139,6 +139,11 @@ class RefusedShare:
         return (self._refused + 0.0025 * self.PRIOR) / (self._count + self.PRIOR)
 
     @property
+    def refused(self) -> float:
+        """How many refusals the share rests on."""
+        return self._refused
+
+    @property
     def is_known(self) -> bool:
         """True once observations outweigh the prior."""
         return self._count >= 3 * self.PRIOR

@@ -259,7 +259,11 @@ class Gate:
             self._overruns.ended(flight.demand.model, outcome.verdict)
         circuit, now_s = self._circuit, self._loop.time()
         was_open = circuit.phase is OPEN
-        finding = self._adjust_limits(flight, outcome, now_s)
+        if outcome.verdict is OK:
+            finding = NOTHING
+            self._learn_from_answer(flight, now_s)
+        else:
+            finding = self._adjust_limits(flight, outcome, now_s)
         decision = circuit.observe(outcome, flight.order, now_s, finding)
         if not was_open and circuit.phase is OPEN:
             self._refusals.reopened(now_s)
@@ -315,17 +319,18 @@ class Gate:
         """The first in the queue checks again: a budget that it waits for may have got money."""
         self._shared.wake()
 
+    def _learn_from_answer(self, flight: Flight, now_s: float) -> None:
+        """An answer shows how fast the endpoint is with so many in flight, and that it accepted the attempt."""
+        in_flight = self._circuit.in_flight
+        free = self._requests.learned is None and in_flight.crowding.cap is None
+        latency_s, allowed = now_s - flight.sent_s, in_flight.allowed
+        in_flight.knee.answered(now_s, latency_s, flight.others, allowed, in_flight.most, free=free)
+        self._refusals.ended(flight.order, now_s)
+
     def _adjust_limits(self, flight: Flight, outcome: Outcome, now_s: float) -> Finding:
-        """Updates rates and requests in flight. A refused attempt used nothing, so it is given back to the buckets,
-        unless the rate was itself learned from refusals: then it would be sent and refused again at once.
+        """Updates rates and requests in flight after a failure. A refused attempt used nothing, so it is given back to
+        the buckets, unless the rate was itself learned from refusals: then it would be sent and refused again at once.
         """
-        if outcome.verdict is OK:
-            in_flight = self._circuit.in_flight
-            free = self._requests.learned is None and in_flight.crowding.cap is None
-            latency_s, allowed = now_s - flight.sent_s, in_flight.allowed
-            in_flight.knee.answered(now_s, latency_s, flight.others, allowed, in_flight.most, free=free)
-            self._refusals.ended(flight.order, now_s)
-            return NOTHING
         if outcome.verdict is Verdict.FREE and not flight.settled:
             self._rates.correct(flight.demand, 0, 0)  # the model did not run, so no tokens were used
         if outcome.verdict is Verdict.SLOW and outcome.says_nothing:

@@ -71,6 +71,15 @@ class InFlight:
             self._round = self._left_in_round = self._ramp
             self._most_out = out
 
+    def unleash(self, out: int) -> None:
+        """A rate no longer holds, under which `out` were in flight: the ramp starts again from there, not with all
+        that was allowed at once.
+        """
+        if (ramp := max(FIRST_IN_FLIGHT, out)) < self._ramp:
+            self._ramp = self._round = self._left_in_round = ramp
+            self._most_out = out
+            self._changed("a ramp, since no rate is known any more")
+
     def back_off(self, share: float, why: str, *, first: bool) -> None:
         """Restarts at one in flight; the ramp is fast up to `share` of what was allowed before the `first` trouble."""
         if first:

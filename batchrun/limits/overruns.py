@@ -89,12 +89,14 @@ class Overruns:
     def learn(self, request: Request, usage: Usage) -> bool:
         """Learns from an answer's usage; True if the entry must be saved."""
         known = self._largest.get(request.model)
-        if known is KEPT and request.model in self._answered and _keeps_to_its_bounds(request, usage):
+        prompt_tokens, output_tokens = usage.prompt_tokens, usage.billed_output_tokens
+        in_bounds = prompt_tokens <= request.max_prompt_tokens and output_tokens <= request.max_output_tokens
+        if known is KEPT and in_bounds and request.model in self._answered:
             return False  # the usual case
         before = known or KEPT
         seen = Overrun(
-            max(before.prompt_tokens, usage.prompt_tokens - request.max_prompt_tokens),
-            max(before.output_tokens, usage.billed_output_tokens - request.max_output_tokens),
+            max(before.prompt_tokens, prompt_tokens - request.max_prompt_tokens),
+            max(before.output_tokens, output_tokens - request.max_output_tokens),
         )
         if seen != KEPT and before == KEPT:
             self._new.append((request.model, seen))
@@ -106,11 +108,6 @@ class Overruns:
     def encode(self) -> str:
         """The manifest entry."""
         return msgspec.json.encode(_Entry(self._variant, self._largest)).decode()
-
-
-def _keeps_to_its_bounds(request: Request, usage: Usage) -> bool:
-    in_bounds = usage.prompt_tokens <= request.max_prompt_tokens
-    return in_bounds and usage.billed_output_tokens <= request.max_output_tokens
 
 
 def decode(entry: str | None, variant: int) -> Overruns:

@@ -6,6 +6,7 @@ and taking it for a limit would lower the rate with each refusal. The test is to
 limit refusals end, and random ones stay. If they stay, the earlier rate is restored.
 """
 
+import math
 from enum import Enum, auto
 
 import msgspec
@@ -13,6 +14,7 @@ import msgspec
 from batchrun.limits.adaptive_rate import AdaptiveRate
 from batchrun.limits.admission import Limit
 from batchrun.limits.evidence import RefusedShare
+from batchrun.limits.known_limit import KnownLimit
 from batchrun.limits.throughput import LEAST_SPAN_S, WINDOW_S, Throughput
 
 BELOW_MEASURED = 0.98
@@ -54,9 +56,16 @@ a doubled limit is in use within half a minute, and an unchanged one costs one r
 DOUBLED = 1.0
 """If the rate did not cause the refusals, it doubles each second until they return."""
 
+EXPECTED_BAR = 0.5
+BELIEVED_BAR = 2.0
+FALL = 4.0
+"""How many times the usual evidence lowers the rate. Once a climb has emptied the bucket of a limit that was measured
+twice, one refusal does. At or below that limit it takes twice as much (with one in a hundred refused by chance, three
+in a hundred are common). At a rate far above what was measured it takes more, because a false alarm costs as much."""
+
 WORTH = 0.0125
 MOST_REST = 100
-AGREES = 0.05
+MET = 0.05
 """If a climb ends at the limit already known, it cost its refusals for nothing: the next climb waits until they are
 1.25 % of what was sent, for 100 requests at most. Below ten a second that is longer than the steps take anyway."""
 
@@ -114,8 +123,8 @@ class RateSearch:
         self._amount = 1.0  # of the last refused attempt
         self._cut: _Cut | None = None
         self._before_chain: float | None = None
-        self._limit: float | None = None  # what was measured last
-        self._is_sure = False  # the one before was the same
+        self._known = KnownLimit()
+        self._burst: tuple[float, float] | None = None  # the first refusal came after so long, and so much accepted
         self._rest = 0.0  # requests before the next climb
         self._climbs_from = 0  # of those counted, how many came before this one
 
@@ -125,11 +134,12 @@ class RateSearch:
         learned = self._rate.learned
         return None if learned is None else learned / 60
 
-    @property
-    def is_above_known(self) -> bool:
-        """True if the rate was raised above a limit that was measured twice: refusals are expected now."""
-        rate = self.per_s
-        return self.raised and self._is_sure and rate is not None and self._limit is not None and rate > self._limit
+    def needed(self, at_s: float) -> float:
+        """How many times the usual evidence it takes to lower the rate."""
+        known = self._known
+        if self.raised and known.is_exceeded(self.per_s) and known.is_empty(at_s, self._delivered.total, self._amount):
+            return EXPECTED_BAR
+        return BELIEVED_BAR if known.is_believed else 1 + FALL * self.excess(at_s)
 
     @property
     def is_settled(self) -> bool:
@@ -188,8 +198,8 @@ class RateSearch:
         self._set_mark(at_s)
         self._paused = True
 
-    def exceeded(self, at_s: float, now_s: float, ordinary: float = 0.0) -> Step:
-        """More than the ordinary share was refused at this rate."""
+    def exceeded(self, at_s: float, now_s: float, ordinary: float = 0.0, *, by_chance: bool = True) -> Step:
+        """More than the `ordinary` share was refused at this rate. `by_chance`: that may have been chance."""
         rate = self.shown(at_s)
         before, share = self.per_s, self._share
         assert before is not None
@@ -199,8 +209,9 @@ class RateSearch:
             return Step.TOO_EARLY
         self._remember(before)
         rough = self._paused or self._taken_since() < FIRM_TIMES * self._amount
-        was_sure = self._is_sure
-        rate = self._schedule_next_climb(rate, ordinary)
+        was_sure = self._known.is_sure
+        self._schedule_next_climb(rate, ordinary)
+        rate = self._known.measure(rate, self._taken_since() / self._amount, by_chance=by_chance)
         if not self._paused:
             # a limit that was sure may have changed, and this rate was measured across the change
             self._cut = None if was_sure else _Cut(before, share, self._counted)
@@ -221,7 +232,8 @@ class RateSearch:
             return False
         count = cut.count + self._counted
         share = (cut.share * cut.count + self._refused) / count
-        ordinary.set(share, max(LEAST_SURE, count))
+        error = math.sqrt(share * (1 - share) / count)  # one sigma: assumed too low, it would look like a storm
+        ordinary.set(share + error, max(LEAST_SURE, count))
         restored = None
         if self.confirmed is not None and share < MUCH_CHANCE:  # else the first lowering was also a mistake
             restored = cut.per_s if self.raised else self._before_chain
@@ -259,10 +271,19 @@ class RateSearch:
         used = total - self._raised_total >= USED * (now_s - self._raised_s) * rate
         self._raised_s, self._raised_total = now_s, total
         self._rest -= every_s * requests_per_s
-        if not used or (not self.raised and self._rest > 0):
+        if not used:
+            return
+        if self._known.is_back:
+            self._known.confirm()
+        elif self._known.doubted is not None:
+            self.raised = True
+            self._set(max(rate, BELOW_MEASURED * self._known.go_back()), now_s, "back to what was measured before")
+            return
+        elif not self.raised and self._rest > 0:
             return
         if not self.raised:
             self._climbs_from = self._counted
+            self._known.climb(now_s, self._delivered.total, self._server_level(now_s))
             rate /= 1 - min(0.5, share)  # the measured rate counts accepted requests; more must be sent
         elif not self._rough:
             self.confirmed = rate * 60
@@ -283,8 +304,9 @@ class RateSearch:
 
     def forget(self) -> None:
         """Drops everything learned, because the limit is now known from a better source."""
-        self.confirmed = self._cut = self._mark = self._limit = None
-        self._rough = self._is_sure = self._paused = self.raised = False
+        self.confirmed = self._cut = self._mark = None
+        self._known = KnownLimit()
+        self._rough = self._paused = self.raised = False
 
     @property
     def _known_per_s(self) -> float | None:
@@ -294,6 +316,17 @@ class RateSearch:
     @property
     def _share(self) -> float:
         return self._refused / max(1, self._counted)
+
+    def _server_level(self, at_s: float) -> float:
+        """What the server's bucket holds, by the measured limit. It is full at what it gave before the first refusal,
+        less what was refilled meanwhile.
+        """
+        limit = self._known.per_s
+        if limit is None or self._mark is None:
+            return 0.0
+        level = limit * (at_s - self._mark[0]) - self._taken_since()
+        full = math.inf if self._burst is None else self._burst[1] - limit * self._burst[0]
+        return max(0.0, min(level, full))
 
     def _taken_since(self) -> float:
         return self._delivered.total - (0.0 if self._mark is None else self._mark[1])
@@ -321,21 +354,17 @@ class RateSearch:
         return 0.0 if rate is None or measured is None else max(0.0, 1 - measured / rate)
 
     def _set_mark(self, at_s: float) -> None:
+        if self._burst is None and self._mark is None and self._delivered.first_s is not None:
+            self._burst = at_s - self._delivered.first_s, self._delivered.total
         self._mark = at_s, self._delivered.total
         self._counted = self._refused = 0
 
-    def _schedule_next_climb(self, measured: float, ordinary: float) -> float:
-        """Returns the limit that this climb met. If it is the one already known, the next climb has to wait."""
-        known, was_expected = self._limit, self.is_above_known
-        self._is_sure = known is not None and abs(measured - known) <= AGREES * known
-        if known is not None and self._is_sure:
+    def _schedule_next_climb(self, measured: float, ordinary: float) -> None:
+        """If this climb met the limit that was known, the next one has to wait."""
+        known = self._known.per_s
+        if known is not None and abs(measured - known) <= MET * known:
             refused = self._refused - ordinary * self._counted
-            climb = self._counted - self._climbs_from
-            self._rest = min(MOST_REST, refused / WORTH - climb)
-            if was_expected:  # one refusal was enough: by chance, less than the limit was sent since the last one
-                measured = max(measured, known)
-        self._limit = measured
-        return measured
+            self._rest = min(MOST_REST, refused / WORTH - (self._counted - self._climbs_from))
 
     def _remember(self, before: float | None) -> None:
         """Keeps the rate from before a series of lowerings without a rise between them."""

@@ -19,6 +19,9 @@ FALLS = 2
 SERIES_S = 30.0
 """A storm that comes later than this after the last starts a new series."""
 
+FEW = 2
+"""Up to two refusals in a row may be chance that refuses a few per cent."""
+
 LEAST_RUN = 4
 """Fewer refusals in a row also occur at a limit slightly below the rate."""
 
@@ -88,6 +91,11 @@ class RefusalRuns:
     def is_one(self) -> bool:
         """True within a run, which counts once. A rate slightly too high is refused now and then, not in runs."""
         return self.is_found and self.in_a_row > 1
+
+    @property
+    def are_single(self) -> bool:
+        """True if the last refusals may be by chance, each by itself."""
+        return not self.is_found and self.in_a_row <= FEW
 
     def ordinary(self, share: float) -> float:
         """The share refused in ordinary times, each run counted once."""

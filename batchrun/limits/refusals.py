@@ -35,8 +35,6 @@ STORM_SHARE, STORM_ABOVE = 0.6, 0.3
 ten in a row are a storm and chance hardly ever is; or 10 %, seven in a row, if a limit or crowding is likely."""
 
 EXCESS_BAR = 4.0
-EXPECTED_BAR = 0.5
-FALL = 4.0
 LEAST_SHARE = 0.003
 EXCESS_ABOVE = 0.04
 """At a learned rate, three refusals in a hundred are an excess if none is ordinary: a false alarm costs 2 %. Above a
@@ -46,16 +44,17 @@ TRIAL_ORDINARY, TRIAL_ABOVE = 0.05, 0.1
 NONE_TAKEN = 3
 """After a storm, this many refusals with nothing accepted are the next storm."""
 
-SLOWER = 0.8
+SLOWER = 0.93
+"""A trial's rate is this share of what the limit would be, if it was one: the rate so far, less the refused share."""
+
 LEAST_DOUBTED = 0.03
 """A smaller share is not worth a trial: if it is a limit, it costs that share of requests, and no money."""
 
-EXPECTED = 6
-LEAST_TRIED = 30
-HELPED = 0.005
-HELPED_SHARE = 1 / 3
-"""A trial lasts until six refusals are expected. It helped if there are at most a third of them, and so few would occur
-by chance once in two hundred trials."""
+EXPECTED, MOST_EXPECTED = 6, 10
+HELPED_SHARE = 0.2
+HELPED_BAR, NOT_HELPED_BAR = 4.6, 2.0
+"""A trial begins once six refusals are counted. It helped if a fifth of them or fewer are left, and so few would occur
+by chance once in a hundred trials (e^-4.6)."""
 
 ADD_UP_EVERY_S = 0.02
 """How often accepted attempts are counted in quiet times."""
@@ -84,8 +83,11 @@ class _SlowTrial(msgspec.Struct):
     started_s: float
     share: float
     per_s: float
+    least: float
+    """What the share is at least, since it rests on a few refusals."""
     count: int = 0
     refused: int = 0
+    evidence: float = 0.0
 
 
 class Refusals:
@@ -244,8 +246,8 @@ class Refusals:
         elif self.searches[self._limit].per_s is not None and not self._runs.is_one:
             search = self.searches[self._limit]
             above = search.excess(at_s)
-            times = EXPECTED_BAR if search.is_above_known else 1 + FALL * above
-            excess = self._excess.step(ordinary, ordinary + max(EXCESS_ABOVE, above), refused=refused, times=times)
+            much = ordinary + max(EXCESS_ABOVE, above)
+            excess = self._excess.step(ordinary, much, refused=refused, times=search.needed(at_s))
         return self._is_storm or excess
 
     @property
@@ -272,12 +274,14 @@ class Refusals:
             self._next_trial_s = now_s + self._trial_wait_s  # this counts as a trial of going slower
             self._runs.is_chance(now_s)
             self._on_kind("chance", f"{float(self.share):.1%} are refused at any rate")
+            if search.per_s is None:
+                self._in_flight.unleash(self.out)
             self._start_again()
         elif self._is_storm:
             self._pause(at_s, now_s)
         elif self._rate_is_no_cause(search, at_s, now_s):
             self._start_again()
-        elif search.exceeded(at_s, now_s, float(self.share)) is Step.TOO_EARLY:
+        elif search.exceeded(at_s, now_s, float(self.share), by_chance=self._runs.are_single) is Step.TOO_EARLY:
             self._excess.clear()
         else:
             self._runs.is_handled = True
@@ -323,29 +327,30 @@ class Refusals:
         if share < LEAST_DOUBTED or not free or self._crowding.cap is not None or now_s < self._next_trial_s:
             return
         per_s = self._requests.lately(at_s)
-        if per_s is None or not self.share.is_known or not self._storm.is_low:
+        if per_s is None or self.share.refused < EXPECTED or not self._storm.is_low:
             return
-        self._trial = _SlowTrial(now_s, share, per_s)
-        self._rates[Limit.REQUESTS].learn(SLOWER * per_s * 60, now_s, "slower on purpose: do refusals end?")
+        self._trial = _SlowTrial(now_s, share, per_s, share * (1 - 1 / math.sqrt(self.share.refused)))
+        slower = SLOWER * (1 - share) * per_s * 60
+        self._rates[Limit.REQUESTS].learn(slower, now_s, "slower on purpose: do refusals end?")
         self._rates[Limit.REQUESTS].stand_at(0.0, now_s)
         self._since = self._log.next_order
 
     def _count_in_trial(self, trial: _SlowTrial, now_s: float, *, refused: bool) -> None:
+        """A sequential test (Wald): is as much refused as before, or a fifth of it?"""
         trial.count += 1
         trial.refused += refused
-        if trial.count < max(LEAST_TRIED, EXPECTED / trial.share):
+        fewer = HELPED_SHARE * trial.least
+        trial.evidence += math.log(HELPED_SHARE if refused else (1 - fewer) / (1 - trial.least))
+        if -NOT_HELPED_BAR < trial.evidence < HELPED_BAR and trial.count < MOST_EXPECTED / trial.share:
             return
         self._trial = None
-        p_value = sum(
-            math.comb(trial.count, k) * trial.share**k * (1 - trial.share) ** (trial.count - k)
-            for k in range(trial.refused + 1)
-        )
-        if p_value < HELPED and trial.refused / trial.count < trial.share * HELPED_SHARE:
+        if trial.evidence >= HELPED_BAR:
             self._requests.slower_helped(trial.per_s, now_s)
             self.share.set(trial.refused / trial.count, trial.count)
             self._on_kind("limit", "slower on purpose ended the refusals")
         else:
             self._requests.drop(now_s, "slower did not help")
+            self._in_flight.unleash(self.out)
             self._trial_wait_s = max(2 * self._trial_wait_s, TRY_AGAIN_TIMES * (now_s - trial.started_s))
             self._next_trial_s = now_s + self._trial_wait_s
             self._on_kind("chance", f"{trial.share:.1%} are refused, slower or not")

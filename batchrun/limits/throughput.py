@@ -17,10 +17,11 @@ as fast over that time, and the excess of refusals that follows corrects it."""
 class Throughput:
     """Amounts (requests or tokens) that the server accepted, in the order of sending. Rates are per second."""
 
-    __slots__ = ("_history", "_lately", "total")
+    __slots__ = ("_history", "_lately", "first_s", "total")
 
     def __init__(self) -> None:
         self.total = 0.0
+        self.first_s: float | None = None
         self._lately: deque[tuple[float, float]] = deque()
         self._history: deque[tuple[float, float]] = deque()
 
@@ -30,6 +31,8 @@ class Throughput:
         lately, history = self._lately, self._history
         if not lately or at_s - lately[-1][0] >= GRAIN_S:
             lately.append((at_s, self.total))
+            if self.first_s is None:
+                self.first_s = at_s
             if not history or at_s - history[-1][0] >= HISTORY_GRAIN_S:
                 history.append((at_s, self.total))
         while at_s - lately[0][0] > WINDOW_S:

@@ -1,1 +1,1 @@
-"""Sends requests from the actors of a Ray cluster, docs/ray.md. Only `cluster` and `fleet` import ray."""
+"""Sends requests from the actors of a Ray cluster, docs/ray.md. Only `cluster`, `fleet` and `failures` import ray."""

@@ -46,7 +46,7 @@ UNSENT_S = 30.0
 SURPLUS_S = 60.0
 """An actor that has not been needed for so long is ended, down to `engine.actors`."""
 
-CLOSE_S = 5.0
+CLOSE_S = 5.0  # a call to an actor on a node that is gone may not return
 
 OPTIONS = {"max_restarts": 0, "max_task_retries": 0}
 """Ray starts no actor again and repeats no call by itself: a request is sent again only if the run's policy says so."""
@@ -370,7 +370,7 @@ class Fleet:
             return
         self._end(actor)
         many = len(actor.in_flight)
-        line = f"warning: {actor} was lost ({why}); {many} requests that it had may have been billed"
+        line = f"warning: {actor} was lost ({why}); requests in flight there, possibly billed: {many}"
         self._report("actor lost", line, actor=str(actor), why=why, in_flight=many)
         for number in actor.in_flight:
             error = APIConnectionError(f"{actor} was lost: {why}", kind=Fault.SENDER_LOST, sent=True)

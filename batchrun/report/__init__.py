@@ -1,1 +1,1 @@
-"""What a run tells of itself: its summary, where it stands, and the bill over many."""
+"""What a run reports: its summary, where it stands, and the bill over many runs."""

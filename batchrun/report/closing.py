@@ -9,7 +9,7 @@ from batchrun.job.settings import Endpoint
 from batchrun.records import FAILURES, Status
 from batchrun.report.cost_lines import cost_lines, estimate_in_words
 from batchrun.report.notices import nearly_used, unknown_reason
-from batchrun.report.suggested_fixes import Fix, command_with, fix_for, fix_for_key
+from batchrun.report.suggested_fixes import Fix, command_with, fix_for, fix_for_address, fix_for_key
 from batchrun.report.summary import failures
 from batchrun.report.wording import are, plural, rounded
 from batchrun.run_summary import Summary
@@ -143,7 +143,7 @@ def _stopped(
         return
     reason = summary.reason or "before the end"
     yield "stopped", reason
-    fix = None if endpoint is None else fix_for_key(reason, endpoint)
+    fix = None if endpoint is None else fix_for_key(reason, endpoint) or fix_for_address(reason)
     if fix is None and summary.example_error is not None and summary.example_error in reason:
         fix = fix_for(summary.example_error, settings)
     if fix is not None:

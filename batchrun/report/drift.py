@@ -15,8 +15,8 @@ from batchrun.report.latencies import percentile
 from batchrun.report.profile import Profile
 from batchrun.report.runs import Account
 
-DEVIATIONS = 3.0
-ERRORS = 4.0
+DEVIATIONS = 3.0  # of the earlier runs; docs/cost.md, "Night over night"
+ERRORS = 4.0  # standard errors of a share: a few hundred rows vary by chance
 LEAST_SHARE = 0.02
 LEAST_CHANGE = 0.25
 

@@ -274,7 +274,8 @@ def remarks(bill: Bill) -> Iterator[str]:
         known, runs = bill.estimated, plural(bill.estimated.runs, "complete run")
         yield f"estimate: ${known.expected_usd:,.6f} for {runs} that cost ${known.cost_usd:,.6f}"
     if bill.unfinished:
-        yield f"not complete: {', '.join(map(_one_line, bill.unfinished[:5]))}{_more(len(bill.unfinished) - 5)}"
+        more = f" and {len(bill.unfinished) - 5:,} more" if len(bill.unfinished) > 5 else ""
+        yield f"not complete: {', '.join(map(_one_line, bill.unfinished[:5]))}{more}"
     if bill.unread and bill.unread < bill.runs:
         yield f"latency: without {plural(bill.unread, 'run')} whose rows can't be read"
     if (span := bill.span) != Span():
@@ -288,10 +289,6 @@ def remarks(bill: Bill) -> Iterator[str]:
         jumps, nights = compared.jumps, plural(len(compared.before), "run")
         yield f"against {nights} of {compared.job}: {len(compared.jumped):,} of {len(jumps):,} figures jumped"
         yield from (f"jumped: {_one_line(drift.in_words(jump))}" for jump in jumps if jump.jumped)
-
-
-def _more(count: int) -> str:
-    return f" and {count:,} more" if count > 0 else ""
 
 
 def _one_line(text: str) -> str:

@@ -16,7 +16,7 @@ from batchrun.report import run_rows
 from batchrun.report.run_rows import Result
 
 _WIDTH = math.log(1.01)
-_SHORTEST_S = 1e-6
+_SHORTEST_S = 1e-6  # the logarithm of 0 is not finite
 
 Group = tuple[object, ...]
 
@@ -53,7 +53,8 @@ class Scanned(dict[Group, "Counter[int]"]):
 def scan(result: Result, keys: Sequence[str], zone: str) -> Scanned:
     """The rows by `keys`, some of `requested_model`, `status` and `day` (the local date in `zone`)."""
     found = Scanned()
-    for table in run_rows.tables(result, _needed(keys)):
+    needed = [*("finished_at" if key == "day" else key for key in keys), "latency_s"]
+    for table in run_rows.tables(result, needed):
         columns: dict[str, Any] = {key: _key(table, key, zone) for key in keys}
         columns["bucket"] = _bucket(table["latency_s"])
         grouped = pa.table(columns).group_by([*keys, "bucket"], use_threads=False).aggregate([([], "count_all")])
@@ -62,10 +63,6 @@ def scan(result: Result, keys: Sequence[str], zone: str) -> Scanned:
             if bucket is not None:  # a pending row and a reused one have no latency
                 found.setdefault(tuple(group), Counter())[int(bucket)] += count
     return found
-
-
-def _needed(keys: Sequence[str]) -> list[str]:
-    return [*("finished_at" if key == "day" else key for key in keys), "latency_s"]
 
 
 def _key(table: pa.Table, key: str, zone: str) -> "pa.ChunkedArray[Any]":

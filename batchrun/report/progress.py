@@ -1,7 +1,6 @@
 """The progress of a run in one line: a bar that fits the terminal, or a line for a log. PURE."""
 
 from collections.abc import Callable, Iterator
-from datetime import datetime
 
 from batchrun.limits.deadline import in_words
 from batchrun.report.cost_lines import headline_usd
@@ -44,7 +43,7 @@ def around_bar(summary: Summary, columns: int) -> tuple[str, str, bool]:
     """
     name = summary.job if len(summary.job) <= MOST_NAME else summary.job[: MOST_NAME - 1] + "…"
     share = f"{(summary.rows - summary.pending) / summary.rows if summary.rows else 1:.0%}"
-    full, short = " ".join(_figures(summary, _whole)), " ".join(_figures(summary, short_number))
+    full, short = " ".join(_figures(summary, "{:,.0f}".format)), " ".join(_figures(summary, short_number))
     for left, right, bar in (
         (f"{name} {share:>4}", full, 2 * LEAST_BAR),
         (f"{name} {share:>4}", short, LEAST_BAR),
@@ -91,15 +90,8 @@ def _cached(summary: Summary) -> Iterator[str]:
 def _eta(summary: Summary) -> str:
     if summary.eta is None:
         return "ETA ?"
-    return f"ETA {in_words(_whole_minute(summary.eta.astimezone()), summary.updated_at)}"
-
-
-def _whole_minute(at: datetime) -> datetime:
-    return at.replace(second=0, microsecond=0)
-
-
-def _whole(number: float) -> str:
-    return f"{number:,.0f}"
+    eta = summary.eta.astimezone().replace(second=0, microsecond=0)
+    return f"ETA {in_words(eta, summary.updated_at)}"
 
 
 def short_number(number: float) -> str:

@@ -97,6 +97,8 @@ def reconcile(invoice: Path, found: Sequence[Found]) -> Reconciled:
             if len(differences) < MOST_NAMED:
                 differences.append(Difference(key, cost, billed))
     doubtful = {key: there.pop(key) for key in list(there) if key in doubts}
+    # the items of runs without readable rows are on the invoice and missing here
+    unread = (str(each.place) for each in found if by == "request" and run_rows.result_of(each.place) is None)
     return Reconciled(
         by=by,
         matched=matched,
@@ -114,13 +116,8 @@ def reconcile(invoice: Path, found: Sequence[Found]) -> Reconciled:
         differences=tuple(differences),
         only_there=tuple(list(there)[:MOST_NAMED]),
         only_here=tuple(only_here),
-        unread=tuple(_unread(found)) if by == "request" else (),
+        unread=tuple(unread),
     )
-
-
-def _unread(found: Sequence[Found]) -> Iterator[str]:
-    """Runs without readable rows: their items on the invoice are missing here."""
-    return (str(each.place) for each in found if run_rows.result_of(each.place) is None)
 
 
 def _same(here: Decimal, there: Decimal) -> bool:
@@ -135,7 +132,7 @@ def _invoice(path: Path) -> tuple[str, dict[str, Decimal]]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             lines = csv.DictReader(file)
-            names = {_plain(name): name for name in lines.fieldnames or ()}
+            names = {re.sub(r"\W+", "_", name.strip().lower()).strip("_"): name for name in lines.fieldnames or ()}
             usd = _one_of(_USD, names)
             by_id, day, model = _one_of(_ID, names), _one_of(_DAY, names), _one_of(_MODEL, names)
             if usd is None or (by_id is None and (day is None or model is None)):
@@ -145,15 +142,11 @@ def _invoice(path: Path) -> tuple[str, dict[str, Decimal]]:
                 )
             amounts: dict[str, Decimal] = {}
             for line in lines:
-                key = _text(line[by_id]) if by_id else f"{_day(line[day or ''])} {_text(line[model or ''])}"
+                key = _text(line[by_id]) if by_id else f"{_text(line[day or ''])[:10]} {_text(line[model or ''])}"
                 amounts[key] = amounts.get(key, Decimal(0)) + _amount(line[usd], path, lines.line_num)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: can't be read as CSV: {error}") from error
     return ("request" if by_id else "day and model"), amounts
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"\W+", "_", name.strip().lower()).strip("_")
 
 
 def _one_of(wanted: Sequence[str], names: dict[str, str]) -> str | None:
@@ -162,10 +155,6 @@ def _one_of(wanted: Sequence[str], names: dict[str, str]) -> str | None:
 
 def _text(text: str | None) -> str:
     return (text or "").strip()
-
-
-def _day(text: str | None) -> str:
-    return _text(text)[:10]
 
 
 def _amount(text: str | None, path: Path, number: int) -> Decimal:

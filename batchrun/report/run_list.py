@@ -64,7 +64,9 @@ def collect(paths: Sequence[Path], now: datetime) -> list[ListedRun]:
             raise InputError(f"{path}: no run here; name a run directory, or a folder of them")
         for place in found:
             places.setdefault(place.resolve(), place)
-    runs = sorted((_run(place, now) for place in places.values()), key=_age, reverse=True)
+    latest = datetime.max.replace(tzinfo=UTC)
+    runs = [_run(place, now) for place in places.values()]
+    runs.sort(key=lambda run: (run.created_at or latest, run.path), reverse=True)
     return sorted(runs, key=lambda run: (not run.unfinished, run.complete))
 
 
@@ -156,7 +158,3 @@ def _unreadable(path: Path, why: str) -> ListedRun:
         by_status={}, cost_usd=None, possibly_billed_usd=Decimal(0), unpriced=0, created_at=None, updated_at=None,
         age_s=None, exit_code=None, reason=why, next=None,
     )  # fmt: skip
-
-
-def _age(run: ListedRun) -> tuple[datetime, str]:
-    return run.created_at or datetime.max.replace(tzinfo=UTC), run.path

@@ -172,7 +172,8 @@ def _copy(other: Account, newest: Found) -> str:
     """Why a copy is left out, and how much it spent by itself if it was resumed separately."""
     why = f"a copy of run {other.run_id}, counted as {_shown(newest.place)}"
     own, counted = _spent(other), _spent(newest.account)
-    missing = [cost - counted.get(key, (0, Decimal(0)))[1] for key, (n, cost) in own.items() if n > _n(counted, key)]
+    pairs = ((*spent, *counted.get(key, (0, Decimal(0)))) for key, spent in own.items())
+    missing = [cost - counted_usd for n, cost, counted_n, counted_usd in pairs if n > counted_n]
     if not missing:
         return why
     return f"{why}, but resumed separately: no figure includes at least ${max(sum(missing), Decimal(0)):,.6f} of it"
@@ -196,10 +197,6 @@ def _spent(account: Account) -> dict[_Part, tuple[int, Decimal]]:
         attempts, cost = parts.get(key, (0, Decimal(0)))
         parts[key] = attempts + line.attempts, cost + line.cost_usd
     return parts
-
-
-def _n(parts: dict[_Part, tuple[int, Decimal]], key: _Part) -> int:
-    return parts.get(key, (0, Decimal(0)))[0]
 
 
 def _named(path: Path) -> Path | None:

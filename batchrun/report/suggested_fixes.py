@@ -114,6 +114,14 @@ def fix_for_key(reason: str, endpoint: Endpoint) -> Fix | None:
     return Fix("endpoint.api_key_env", "the server wants a key, and the job names none", same_command=True)
 
 
+def fix_for_address(reason: str) -> Fix | None:
+    """Where to look if the server answers, but never with a completion; None if the run stopped for another reason."""
+    if re.search(r"^no answer for .*\bthe answer is (no chat completion|empty)", reason) is None:
+        return None
+    what = "is it the address of chat completions? A base such as https://host/v1 gets /chat/completions appended"
+    return Fix("endpoint.url", what, same_command=True)
+
+
 def command_with(words: Sequence[str], fix: Fix, *, retry: bool) -> list[str]:
     """The command line `words` with the flags of the fix. `retry`: the run is complete, and its failed rows are sent.
 

@@ -3,7 +3,6 @@
 from collections.abc import Collection
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from pathlib import Path
 
 import msgspec
 
@@ -243,11 +242,8 @@ def files(directory: RunDirectory) -> dict[str, str]:
 def files_so_far(directory: RunDirectory, since: datetime) -> dict[str, str]:
     """The files of a run that is not complete, as far as the start at `since` wrote them."""
     written = {"partial": directory.partial, "usage": directory.usage}
-    return {name: str(path) for name, path in written.items() if path.exists() and _written_at(path) >= since}
-
-
-def _written_at(path: Path) -> datetime:
-    return datetime.fromtimestamp(path.stat().st_mtime, UTC)
+    start_s = since.timestamp()
+    return {name: str(path) for name, path in written.items() if path.exists() and path.stat().st_mtime >= start_s}
 
 
 def failures(summary: Summary, failing: Collection[Status] = FAILURES) -> int:

@@ -13,14 +13,14 @@ import msgspec
 
 from batchrun.records import Request
 
-CACHED_FROM_TOKENS = 1_024
+CACHED_FROM_TOKENS = 1_024  # this and the step as OpenAI documents its prompt cache (guides/prompt-caching)
 CACHED_STEP_TOKENS = 128
 
 GROUP_BYTES = 3_072
 """Requests whose bodies begin with the same bytes, this many, are a group. 1,024 tokens have about 4,096 bytes in
 English and 3,000 in languages with denser text; a group that proves too short for a cache costs nothing."""
 
-_TOKENS_PER_BYTE = 0.25
+_TOKENS_PER_BYTE = 0.25  # English text, as OpenAI's rule of thumb has it: four characters a token
 _MOST_GROUPS = 256  # groups that are measured; a job with more of them is described by the others
 _MOST_COMMON_BYTES = 131_072  # of a shared beginning; longer ones count as this long
 _SAMPLE = 64  # rows whose texts are compared sentence by sentence
@@ -81,7 +81,7 @@ class SharedTextSurvey:
         self._rows += 1
         self._bytes += len(body)
         if len(self._sample) < _SAMPLE:
-            self._sample.append(_sentences(body))
+            self._sample.append([each for text in _texts(body) for each in _SENTENCE.split(text) if each])
         if (digest := group_of(body)) is None:
             return
         if (group := self._groups.get(digest)) is not None:
@@ -116,10 +116,6 @@ def _common(one: bytes, other: bytes) -> bytes:
         else:
             high = middle - 1
     return one[:low]
-
-
-def _sentences(body: bytes) -> list[str]:
-    return [sentence for text in _texts(body) for sentence in _SENTENCE.split(text) if sentence]
 
 
 def _texts(body: bytes) -> Iterator[str]:

@@ -185,11 +185,6 @@ def _or_empty(column: str) -> str:
     return f"{{{{ '' if {column} is none else {column} }}}}"
 
 
-def _in_row(column: str) -> str:
-    """The column as a template names it where its name is not a plain word."""
-    return f"row[{json_of(column)}]"
-
-
 _UNDEFINED = re.compile(r"'(\w+)' is undefined")
 _NO_MEMBER = re.compile(r"'dict object' has no attribute '(.+)'")
 SHOWN_COLUMNS = 12
@@ -208,6 +203,7 @@ def among(columns: tuple[str, ...], name: str | None) -> str:
     if name is not None:
         odd = [column for column in columns if not column.isidentifier() and re.match(rf"{re.escape(name)}\b", column)]
         near = odd[:1] or difflib.get_close_matches(name, columns, n=1)
-        guess = f"; did you mean {near[0] if near[0].isidentifier() else _in_row(near[0])}?" if near else ""
+        # a template names a column whose name is no plain word by its position in `row`
+        guess = f"; did you mean {near[0] if near[0].isidentifier() else f'row[{json_of(near[0])}]'}?" if near else ""
     shown = ", ".join(columns[:SHOWN_COLUMNS]) + (", …" if len(columns) > SHOWN_COLUMNS else "")
     return f"{guess} (columns: {shown or 'none'})"

@@ -9,7 +9,7 @@ import zlib
 
 ASKED_FOR = "gzip, deflate"
 
-_GZIP = 16 + zlib.MAX_WBITS
+_GZIP = 16 + zlib.MAX_WBITS  # 16 means a gzip header instead of zlib's (zlib.h, inflateInit2)
 _GZIP_FIRST = 0x1F
 """The first byte of a gzip member; a body may hold several, one behind the other (RFC 1952, section 2.2)."""
 _AS_IS = frozenset(

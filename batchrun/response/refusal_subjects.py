@@ -87,7 +87,7 @@ _PATTERNS: Mapping[Subject, Pattern] = {
         r"|invalidapikey",
         _I,
     ),
-    # llama.cpp says so with a 500 of what its model can't do, such as images: to ask again is in vain
+    # llama.cpp says so with a 500 of what its model can't do, such as images: a retry is in vain
     Subject.UNABLE: Pattern(r"\bnot (supported|implemented)\b|\bunsupported\b", _I),
     # OpenAI's flex processing ("Resource Unavailable"), Groq's (498, "capacity_exceeded")
     Subject.CAPACITY: Pattern(

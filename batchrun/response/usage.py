@@ -106,6 +106,10 @@ _OUTPUT_BESIDE_COMPLETION: tuple[Path, ...] = (("thoughtsTokenCount",), ("though
 _PROMPT_BESIDE_PROMPT: tuple[Path, ...] = (("toolUsePromptTokenCount",), ("tool_use_prompt_token_count",))
 
 
+_CURRENCY = ("currency", "cost_currency")
+_DOLLARS = frozenset({"USD", "US$", "$"})
+
+
 def stated_in(body: Mapping[str, Any]) -> tuple[Usage | None, str | None, Decimal | None]:
     """Usage, service tier and cost of a whole answer: all that it says of its bill."""
     usage = body.get("usage")
@@ -190,19 +194,26 @@ def service_tier(body: Mapping[str, Any]) -> str | None:
 
 
 def reported_cost(body: Mapping[str, Any]) -> Decimal | None:
-    """USD that the server itself states for the answer; None where it states none, or no sum of money.
+    """USD that the server itself states for the answer; None where it states none, or no sum of money in USD.
 
     `usage.cost`: OpenRouter (with the upstream's part where the key is one's own), an object at Perplexity.
     `usage.cost_in_usd_ticks`: xAI. `usage.estimated_cost`: DeepInfra. `provider_metadata.gateway.cost`: Vercel.
     """
     usage = body.get("usage")
-    if isinstance(usage, dict) and not usage.keys() <= _COMMON:
+    if isinstance(usage, dict) and not usage.keys() <= _COMMON and _in_dollars(usage, body):
         if (ticks := _usd(usage.get("cost_in_usd_ticks"), most=MAX_USD * TICKS_PER_USD)) is not None:
             return (ticks / TICKS_PER_USD).quantize(PICO)
         for name in ("cost", "estimated_cost", "total_cost", "cost_usd"):
             if (cost := _usd(usage.get(name))) is not None:
                 return _with_upstream(usage, cost) if name == "cost" else cost
     return _usd(_at(body, ("provider_metadata", "gateway", "cost")))
+
+
+def _in_dollars(usage: Mapping[str, Any], body: Mapping[str, Any]) -> bool:
+    """False where a currency is named and it is another one."""
+    cost = usage.get("cost")
+    named = [each.get(name) for each in (body, usage, cost) if isinstance(each, dict) for name in _CURRENCY]
+    return all(str(currency).strip().upper() in _DOLLARS for currency in named if currency)
 
 
 def cost_in_headers(headers: Mapping[str, str]) -> Decimal | None:

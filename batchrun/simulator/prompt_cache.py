@@ -17,6 +17,7 @@ from msgspec import UNSET
 from batchrun.simulator.limits import Bucket
 from batchrun.simulator.validate import ChatRequest, ImagePart, JSONSchemaFormat, TextPart
 
+# this and the next: see the address above
 FROM_TOKENS = 1_024
 STEP_TOKENS = 128
 _ROUTING_TOKENS = 256

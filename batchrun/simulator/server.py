@@ -104,7 +104,7 @@ class Simulator:
             question.digest,
             body,
             ordinal=turn.ordinal,
-            age_s=self._age_s(),
+            age_s=time.monotonic() - self._started_s,
             service_tier=question.request.served_by,
             attempt_of_row=self._attempt_of_row(http),
         )
@@ -257,9 +257,6 @@ class Simulator:
         if config.flex_latency_s is not None and question.request.served_by == "flex":
             median_s = config.flex_latency_s
         return latency_s(question, config.seed, median_s=median_s, sigma=config.latency_sigma)
-
-    def _age_s(self) -> float:
-        return time.monotonic() - self._started_s
 
     def _models(self) -> bytes:
         names = self._config.models or (DEFAULT_MODEL,)

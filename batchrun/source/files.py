@@ -107,7 +107,7 @@ def _folders_in(path: str) -> str:
     if not below:
         return ""
     pattern = Path(path) / "**" / f"*{min(below).suffix}"
-    return f", only folders with {len(below):,} files (to read them all, write '{pattern}')"
+    return f", only folders (files in them: {len(below):,}; to read them all, write '{pattern}')"
 
 
 def _require_unicode(path: InputFile) -> None:

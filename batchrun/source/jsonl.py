@@ -14,7 +14,7 @@ from batchrun.source.window import LINES, START, Position, Record, Span, Window
 from batchrun.storage.objects import InputFile
 
 BLOCK_BYTES = 1 << 20  # larger blocks are no faster (measured)
-MAX_LINE_BYTES = 64 << 20
+MAX_LINE_BYTES = 64 << 20  # a longer line is usually a file without line ends, which must not fill the memory
 MARK_EVERY = 1000  # records; a span is found by one pass, and a second one over so many at most
 
 

@@ -48,15 +48,15 @@ def chosen(files: Sequence[InputFile], filters: Filters, path: str) -> tuple[Inp
         if name not in names:
             known = f"its keys are {', '.join(names)}" if names else "it has no folders named key=value"
             raise InputError(f"input.partitions.{name}: {path} has no folder named {name}=…; {known}")
-    matching = tuple(file for file, each in zip(files, keys, strict=True) if _matches(each, filters))
+    matching = tuple(
+        file
+        for file, each in zip(files, keys, strict=True)
+        if all(_holds(each.get(name), wanted) for name, wanted in filters.items())
+    )
     if files and not matching:
         shown = "; ".join(f"{name} is {_shown({each.get(name) for each in keys})}" for name in filters)
-        raise InputError(f"input.partitions: none of the {len(files):,} files of {path} match; {shown}")
+        raise InputError(f"input.partitions: none of the files of {path} match ({len(files):,} in all); {shown}")
     return matching
-
-
-def _matches(keys: Mapping[str, str | None], filters: Filters) -> bool:
-    return all(_holds(keys.get(name), wanted) for name, wanted in filters.items())
 
 
 def _values(wanted: Value | Sequence[Value]) -> Sequence[Value]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from batchrun.errors import InputError
 
-HEAD_BYTES = 512
+HEAD_BYTES = 512  # the header of a tar archive, whose magic stands farthest from the start
 
 _PYARROW = (
     "{python} -c 'import sys, pyarrow.%s as f, pyarrow.parquet as p; p.write_table(%s, sys.argv[2])' {file} {new}"
@@ -76,7 +76,7 @@ _CONVERTED: dict[bytes, _Conversion] = {
 }
 _READS_COMPRESSED = ("mkdir", "git")  # tar unpacks compressed archives itself
 _DUCK_MAGIC_AT = 8  # after a checksum of the first block
-_TAR_MAGIC_AT = 257
+_TAR_MAGIC_AT = 257  # pax(1), "ustar Interchange Format"
 _COMPRESSED = (".bz2", ".xz", ".lz4", ".sz", ".snappy", ".zz", ".zlib", ".gz", ".zst", ".zstd")
 
 _ENCODINGS = {  # longest first: UTF-32's mark begins with UTF-16's

@@ -16,7 +16,7 @@ _ENTRY = struct.Struct("<16sq")
 BUFFER_BYTES = 6 << 20
 """Of all buckets together: nothing is on the disk below 262,144 entries."""
 
-ENTRIES_A_BUCKET = 250_000
+ENTRIES_A_BUCKET = 250_000  # a bucket is read into memory at once (docs/scale.md)
 MOST_BUCKETS = 1024
 """Each reads and writes blocks of 6 KB then. With more than 256 million entries, buckets get larger."""
 

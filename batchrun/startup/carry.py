@@ -8,8 +8,9 @@ earlier answers (docs/benchmarks.md).
 import contextlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import pyarrow as pa
@@ -85,31 +86,31 @@ def make(
 
 
 class _EqualRows:
-    """A bucket's rows by their keys, in flat arrays: `keys` are the different ones, `first` the first row of each.
+    """A bucket's rows by their keys: `first` has the first row of each different key, in the order of `places`.
 
     With `dedupe` the other rows of a key are copies of the first; else `others` has them by the key's place.
     """
 
     def __init__(self, entries: Iterable[tuple[bytes, int]], writer: OriginsWriter, *, dedupe: bool) -> None:
-        every, rows = bytearray(), array("q")
-        for key, row in entries:
-            every += key
-            rows.append(row)
-        keys = pa.Array.from_buffers(pa.binary(16), len(rows), [None, pa.py_buffer(every)])
-        self.keys: pa.Array[Any] = keys.unique()
-        self.first = array("q", [-1]) * len(self.keys)
+        self._places: dict[bytes, int] = {}
+        self.first = array("q")
         self.others: dict[int, list[int]] = {}
         self.copies = 0
-        places = cast(list[int], pc.index_in(keys, value_set=self.keys).to_pylist())
-        for row, place in zip(rows, places, strict=True):
-            if (first := self.first[place]) < 0:
-                self.first[place] = row
+        for key, row in entries:
+            if (place := self._places.setdefault(key, len(self.first))) == len(self.first):
+                self.first.append(row)
             elif dedupe:
+                first = self.first[place]
                 writer[row] = origins.copy_of(first)
                 writer[first] = origins.wanted_until(row)
                 self.copies += 1
             else:
                 self.others.setdefault(place, []).append(row)
+
+    @cached_property
+    def keys(self) -> "pa.Array[Any]":
+        """The different keys, in their order."""
+        return pa.array(list(self._places), pa.binary(16))
 
 
 def _take_earlier(equal: _EqualRows, earlier: Sequence[EarlierResult], now: Origins, writer: OriginsWriter) -> int:
@@ -119,11 +120,11 @@ def _take_earlier(equal: _EqualRows, earlier: Sequence[EarlierResult], now: Orig
     are sent each takes one of its own.
     """
     taken = number = 0
-    is_found = bytearray(len(equal.keys))
+    is_found = bytearray(len(equal.first))
     for result in earlier:
         if 0 not in is_found:
             break
-        fresh = bytearray(len(equal.keys))
+        fresh = bytearray(len(equal.first))
         for file in result.files:
             for place, row in _matches(file, equal.keys, now):
                 others = equal.others.get(place)

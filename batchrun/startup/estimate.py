@@ -57,7 +57,7 @@ def estimate(
             found,
             tables,
             share,
-            lambda rows: (FEWEST_TOKENS_PER_BYTE * _bytes(found, rows), rows),
+            lambda rows: (FEWEST_TOKENS_PER_BYTE * found.body_bytes * rows / found.rows, rows),
             service_tier=job.request.service_tier,
         ),
         expected_usd=expected,
@@ -76,14 +76,14 @@ def run_in_words(summary: Summary, drift: str | None) -> Iterator[str]:
     spent = headline_usd(summary, ",.4f")
     yield f"run          {kept:,} of {plural(summary.rows, 'row')} done, {spent} spent"
     if failed:
-        yield f"failed       {plural(failed, 'row')}; --retry-failed asks {'it' if failed == 1 else 'them'} again"
+        yield f"failed       {plural(failed, 'row')}; --retry-failed sends {'it' if failed == 1 else 'them'} again"
     if drift is not None:
         yield f"changed      {drift}"
 
 
 def in_words(estimated: Estimate, tables: Mapping[str, PriceTable | None], url: str = "") -> Iterator[str]:
     """The estimate as lines for people."""
-    yield f"to ask       {plural(estimated.rows, 'row')}"
+    yield f"to send      {plural(estimated.rows, 'row')}"
     yield (
         f"tokens       about {estimated.prompt_tokens:,} in, {estimated.completion_tokens:,} out ({estimated.basis})"
     )
@@ -135,16 +135,12 @@ def _in_full(mean: Means) -> str:
     return ", ".join(parts)
 
 
-def _bytes(found: Survey, rows: float) -> float:
-    return found.body_bytes * rows / found.rows
-
-
 def _usual(found: Survey, job: Job) -> Means:
     """The means of a row where no answer has come yet."""
     tokens = USUAL_TOKENS_PER_BYTE * found.body_bytes + found.image_tokens
     images = ", 765 an image (85 of low detail)" if found.image_tokens else ""
     answer = min(job.request.max_tokens or USUAL_ANSWER_TOKENS, USUAL_ANSWER_TOKENS)
-    basis = f"{USUAL_TOKENS_PER_BYTE} tokens a byte{images} and {answer} an answer; a pilot tells better: --limit 20"
+    basis = f"{USUAL_TOKENS_PER_BYTE} tokens a byte{images} and {answer} an answer; --limit 20 measures both"
     return Means(basis, tokens / found.rows if found.rows else 0.0, answer, 0.0)
 
 

@@ -9,8 +9,8 @@ from batchrun.job.job import Job
 from batchrun.report import summary as summaries
 from batchrun.run_summary import Shard, Summary
 from batchrun.startup import resume as planning
+from batchrun.startup.adopt import ChangedError
 from batchrun.startup.changes import Changes
-from batchrun.startup.resume import ChangedError
 from batchrun.startup.run_options import RunOptions
 from batchrun.store import result
 from batchrun.store.checkpoint import Checkpoint
@@ -18,7 +18,7 @@ from batchrun.store.rundir import RunDirectory
 
 
 class Found(msgspec.Struct, frozen=True):
-    """The run's last word, the rows that a start with this job would ask, and what changed since, if anything did."""
+    """The run's last word, the rows that a start with this job would send, and what changed since, if anything did."""
 
     summary: Summary
     to_ask: int
@@ -30,7 +30,7 @@ def look(job: Job, directory: RunDirectory, shard: Shard | None = None) -> Found
 
     Raises:
         InputError: there is no run.
-        RunLockedError: a run works there; `batchrun status` tells how far it is.
+        RunLockedError: a run works there; `batchrun status` shows how far it is.
     """
     summary = summaries.read(directory)
     with (

@@ -36,7 +36,7 @@ class Means(msgspec.Struct, frozen=True):
 
     def cost_by(self, tables: Mapping[str, PriceTable | None]) -> Decimal | None:
         """USD of a row, where the prices are still those of then."""
-        return self.cost_usd if self.price == _undated(_in_words(tables)) else None
+        return self.cost_usd if self.price == _undated("; ".join(prices_in_words(tables))) else None
 
 
 def newest(job: Job, besides: Path | None = None) -> Means | None:
@@ -71,11 +71,6 @@ def of(summary: Summary, whose: str) -> Means | None:
         cost_usd=None if summary.unpriced or summary.without_usage or not rows else summary.cost_usd / rows,
         price=_undated(summary.price or ""),
     )
-
-
-def _in_words(tables: Mapping[str, PriceTable | None]) -> str:
-    """The prices as a summary has them."""
-    return "; ".join(prices_in_words(tables))
 
 
 def _undated(price: str) -> str:

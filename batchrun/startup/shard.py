@@ -24,7 +24,7 @@ from batchrun.startup.ids import IdIndex
 from batchrun.store.manifest import Manifest
 from batchrun.tables.json_columns import ColumnTypes
 
-MAX_COUNT = 100_000
+MAX_COUNT = 100_000  # Kubernetes allows an Indexed Job no more pods (`completions`)
 
 CENT = Decimal("0.01")
 

@@ -6,6 +6,7 @@ pyarrow reaches S3, Google Cloud Storage, Azure and HDFS; fsspec, if it is insta
 import configparser
 import functools
 import os
+import re
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -29,9 +30,6 @@ seconds times a random share, a store may be away for about 15 s.
 CONNECT_TIMEOUT_S = 10.0
 SILENCE_S = 60.0  # the SDK's own 3 s break off a store that is slow to answer
 RETRY_S = 15  # Google's own default is a quarter of an hour
-
-_SMALL_BY_ONE_REQUEST: dict[str, Any] = {"allow_delayed_open": True} if int(pa.__version__.split(".")[0]) >= 21 else {}
-"""A small object then leaves no incomplete upload behind when the process is killed. pyarrow has it since 21."""
 
 Access = Storage
 """How to reach the stores of a job, where the environment does not say it: the job's [storage] table."""
@@ -89,7 +87,42 @@ def _s3(access: Access, environ: Environ, bucket: str) -> pafs.FileSystem:
     anonymous = access.anonymous or environ.get("AWS_NO_SIGN_REQUEST", "").lower() in ("true", "yes", "1")
     if region is None and endpoint is not None:
         region = "us-east-1"  # what other S3 servers expect
-    return _s3_connection(endpoint, region or bucket_region(bucket), anonymous, _attempts(environ))
+    region = region or bucket_region(bucket)
+    host = urlsplit(_with_scheme(endpoint, "https")).hostname if endpoint else f"s3.{region}.amazonaws.com"
+    proxy = _proxy(environ, "http" if (endpoint or "").startswith("http://") else "https", host or "")
+    return _s3_connection(endpoint, region, anonymous, _attempts(environ), _s3_options(environ, profile, proxy))
+
+
+def _s3_options(environ: Environ, profile: Mapping[str, str], proxy: str | None) -> tuple[tuple[str, Any], ...]:
+    """Further settings of the AWS tools as pyarrow names them."""
+    options: dict[str, Any] = {}
+    version = int(pa.__version__.partition(".")[0])
+    if version >= 21:  # a small object takes one request then, and leaves no upload behind when the process is killed
+        options["allow_delayed_open"] = True
+    if re.search(r"addressing_style\s*=\s*virtual", profile.get("s3", "")):
+        options["force_virtual_addressing"] = True
+    if authorities := environ.get("AWS_CA_BUNDLE") or profile.get("ca_bundle"):
+        if version < 21:
+            raise JobError(f"AWS_CA_BUNDLE: needs pyarrow 21, and this is {pa.__version__}; pip install -U pyarrow")
+        if not Path(authorities).is_file():
+            raise JobError(f"AWS_CA_BUNDLE: {authorities} is no file")
+        options["tls_ca_file_path"] = authorities
+    if proxy is not None:
+        options["proxy_options"] = proxy
+    return tuple(options.items())
+
+
+def _proxy(environ: Environ, scheme: str, host: str) -> str | None:
+    """The proxy that the environment names for the host, as other tools read it; None: there is none."""
+    name = f"{scheme}_proxy"
+    if not (proxy := environ.get(name) or environ.get(name.upper())):
+        return None
+    from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined]  # 20 ms; the stubs lack it
+
+    excepted = environ.get("no_proxy") or environ.get("NO_PROXY") or ""
+    if host in ("localhost", "127.0.0.1", "::1") or proxy_bypass_environment(host, {"no": excepted}):
+        return None
+    return _with_scheme(proxy, "http")
 
 
 def _attempts(environ: Environ) -> int:
@@ -107,7 +140,9 @@ def bucket_region(bucket: str) -> str | None:
 
 
 @functools.cache
-def _s3_connection(endpoint: str | None, region: str | None, anonymous: bool, attempts: int) -> pafs.FileSystem:
+def _s3_connection(
+    endpoint: str | None, region: str | None, anonymous: bool, attempts: int, options: tuple[tuple[str, Any], ...]
+) -> pafs.FileSystem:
     return pafs.S3FileSystem(
         endpoint_override=endpoint,
         region=region,
@@ -116,7 +151,7 @@ def _s3_connection(endpoint: str | None, region: str | None, anonymous: bool, at
         request_timeout=SILENCE_S,
         background_writes=False,  # these read a local file faster than it is sent: memory would hold all of it
         retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=attempts),
-        **_SMALL_BY_ONE_REQUEST,
+        **dict(options),
     )
 
 
@@ -183,8 +218,12 @@ def _split(endpoint: str | None, scheme: str) -> tuple[str, str | None]:
     """Scheme and authority of "http://127.0.0.1:9000" or "127.0.0.1:9000"."""
     if endpoint is None:
         return "https", None
-    parts = urlsplit(endpoint if "://" in endpoint else f"{scheme}://{endpoint}")
+    parts = urlsplit(_with_scheme(endpoint, scheme))
     return parts.scheme, parts.netloc
+
+
+def _with_scheme(address: str, scheme: str) -> str:
+    return address if "://" in address else f"{scheme}://{address}"
 
 
 _PACKAGES = {"hf": "huggingface_hub"}

@@ -1,4 +1,4 @@
-"""Where the rows of a result are, in whatever layout it is: everything that reads results asks here."""
+"""Where the rows of a result are, in whatever layout it is: everything that reads results finds them here."""
 
 import re
 from pathlib import Path

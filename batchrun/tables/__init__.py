@@ -1,1 +1,1 @@
-"""JSON as typed Arrow columns: JSONL rows (`jsonl`), answers of a schema (`schema`). PURE"""
+"""Arrow schemas and Parquet files: the columns of a result, typed JSON, parts, the final files, the usage table."""

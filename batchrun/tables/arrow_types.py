@@ -15,7 +15,7 @@ The column is a struct where the whole schema is an object with properties, else
 null: absent and null are the same there.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -273,11 +273,9 @@ def _structs(
         for name, field in column.fields
     ]
     nulls = pa.array([value is None for value in held], pa.bool_())
-    return pa.StructArray.from_arrays(children, fields=list(_fields(column.type())), mask=nulls)
-
-
-def _fields(struct: pa.DataType) -> Iterator["pa.Field[Any]"]:
-    return (struct.field(place) for place in range(struct.num_fields))
+    type_ = column.type()
+    fields = [type_.field(place) for place in range(type_.num_fields)]
+    return pa.StructArray.from_arrays(children, fields=fields, mask=nulls)
 
 
 def _lists(

@@ -1,7 +1,7 @@
 """Rows of the output as lines of the bill: what each answer alone used and cost, and where it is booked. PURE."""
 
 from collections.abc import Iterator, Sequence
-from datetime import date, datetime
+from datetime import date
 from decimal import Decimal
 from typing import Any
 
@@ -35,7 +35,7 @@ def lines(own: pa.Table) -> Iterator[TotalsLine]:
             invocation,
             model,
             status,
-            _day(finished_at),
+            finished_at.date().isoformat(),
             tier or "",
             rows=1,
             attempts=int(not reused),
@@ -48,10 +48,6 @@ def lines(own: pa.Table) -> Iterator[TotalsLine]:
             saved_usd=saved or Decimal(0),
             **{name: n or 0 for name, n in zip(_TOKENS, tokens, strict=True)},
         )
-
-
-def _day(finished_at: datetime) -> str:
-    return finished_at.date().isoformat()
 
 
 def usage_rows(totals: Sequence[TotalsLine]) -> list[dict[str, Any]]:

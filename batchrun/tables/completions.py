@@ -19,10 +19,9 @@ T = TypeVar("T")
 class Completion(msgspec.Struct, frozen=True, kw_only=True):
     """The final record of a row: an answer, or why there is none. The fields are the output's columns, but for `input`.
 
-    `input` holds the input's columns as the output has them. `parsed` is the answer as Python values where JSON was
-    asked for and came, `tool_calls` are those, too; `choices` are there when they are several,
-    `set_aside` where answers were. None where the server
-    did not say; `cost_usd` None where the price is unknown.
+    `input` holds the input's columns as the output has them. `parsed` is the answer as Python values where
+    the request wanted JSON and got it; so are `tool_calls`. `choices` has the answers if there are several, `set_aside`
+    those that were replaced. A field is None where the server did not say; `cost_usd`, where the price is unknown.
     """
 
     row: int

@@ -196,7 +196,7 @@ def write_usage(path: Path, lines: Sequence[TotalsLine]) -> None:
 
 
 def batches_of(path: Path) -> Iterator[pa.RecordBatch]:
-    """The rows of a part or result in order; pages are held against their checksums."""
+    """The rows of a part or result in order; pages are compared with their checksums."""
     with pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False) as file:
         yield from _batches(file)
 

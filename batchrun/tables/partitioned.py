@@ -164,7 +164,7 @@ class _Gathered:
         self._names: list[str] = []
         self._schema = schema
         self._keys = keys
-        self._options = pa.ipc.IpcWriteOptions(compression="lz4")
+        self._options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", 1))  # lz4 takes a third more disk
 
     def add(self, block: Sequence[pa.RecordBatch]) -> None:
         """The block's rows are in the files of their partitions."""

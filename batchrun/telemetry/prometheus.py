@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from decimal import Decimal
 
 from batchrun.telemetry.metrics import METRICS
-from batchrun.telemetry.samples import Labels, Snapshot, Value
+from batchrun.telemetry.samples import Snapshot, Value
 
 
 def render(snapshot: Snapshot) -> bytes:
@@ -22,11 +22,8 @@ def _lines(snapshot: Snapshot) -> Iterator[str]:
         if samples:
             yield f"# HELP {name} {metric.help}\n# TYPE {name} {metric.kind}\n"
         for labels, value in samples:
-            yield f"{name}{{{_labels(snapshot.labels() | labels)}}} {_number(value)}\n"
-
-
-def _labels(labels: Labels) -> str:
-    return ",".join(f'{name}="{_escaped(value)}"' for name, value in labels.items())
+            pairs = (f'{label}="{_escaped(text)}"' for label, text in (snapshot.labels() | labels).items())
+            yield f"{name}{{{','.join(pairs)}}} {_number(value)}\n"
 
 
 def _escaped(value: str) -> str:

@@ -82,7 +82,7 @@ class TextFile:
         return True
 
     def _replace(self, content: bytes) -> None:
-        """Not flushed to the disk: after a power failure an older file, or none, tells as much."""
+        """Not flushed to the disk: after a power failure an older file, or none, will do."""
         temporary = self.path.with_name(self.path.name + TEMP_SUFFIX)  # the collector reads *.prom only
         try:
             with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, MODE), "wb") as file:

@@ -110,7 +110,7 @@ def test_the_estimate_learns_from_the_pilot(tmp_path: Path) -> None:
         reported = batchrun("estimate", written, "-o", tmp_path / "out")
         assert reported.exit_code == 0, reported.stderr
         assert "run          50 of 50 rows done" in reported.stdout
-        assert "to ask       150 rows" in reported.stdout
+        assert "to send      150 rows" in reported.stdout
         assert "the mean of 50 answers" in reported.stdout
         changed = batchrun("estimate", written, "-o", tmp_path / "out", "--set", "request.max_tokens=30")
         assert "changed      request.max_tokens has changed: 0 answers stay, 200 rows will be sent" in changed.stdout

@@ -433,10 +433,10 @@ def test_check_and_estimate_say_what_is_new(tmp_path: Path) -> None:
         assert line in batchrun("check", job, *more).stdout
         estimated = batchrun("estimate", job, *more).stdout
         assert line in estimated
-        assert "to ask       60 rows" in estimated
+        assert "to send      60 rows" in estimated
         run(job, tmp_path / "two", "--reuse", tmp_path / "one", "--set", "budget.max_requests=20", exit_code=4)
         rest = batchrun("estimate", job, "-o", tmp_path / "two", *more)
-        assert "to ask       40 rows" in rest.stdout, rest.stdout
+        assert "to send      40 rows" in rest.stdout, rest.stdout
         assert len(simulator.ledger()) == 60
 
 

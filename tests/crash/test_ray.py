@@ -95,7 +95,7 @@ def test_a_killed_node_leaves_its_requests_in_doubt(tmp_path: Path, cluster: Ray
         cluster.kill_node(cluster.raylets[0])
         ended = trial.end(process, undisturbed)
     cluster.add_node()
-    lost = int(re.findall(r"was lost .*; (\d+) requests that it had may have been billed", ended.stderr)[0])
+    lost = int(re.findall(r"was lost .*; requests in flight there, possibly billed: (\d+)", ended.stderr)[0])
     assert 1 <= lost <= MAX_IN_FLIGHT
     assert len(trial.doubts()) == lost
     assert all(float(doubt["upper_bound_usd"]) > 0 for doubt in trial.doubts())

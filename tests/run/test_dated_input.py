@@ -26,7 +26,7 @@ def test_each_run_reads_the_input_of_its_date(tmp_path: Path) -> None:
         )
         for arguments in ((), ("--date", str(YESTERDAY))):
             assert batchrun("check", job, *arguments).stdout.startswith("3 rows" if arguments else "5 rows")
-            assert f"to ask       {'3' if arguments else '5'} rows" in batchrun("estimate", job, *arguments).stdout
+            assert f"to send      {'3' if arguments else '5'} rows" in batchrun("estimate", job, *arguments).stdout
         stopped = batchrun("run", job, "--date", str(YESTERDAY), "--set", "budget.max_requests=1")
         assert stopped.exit_code == 4
         command = read_summary(tmp_path / str(YESTERDAY))["command"]
@@ -74,4 +74,4 @@ def test_partition_filters_choose_what_is_sent(tmp_path: Path) -> None:
             assert ended.exit_code == 2
             lines.add(ended.stderr)
         assert len(lines) == 1
-        assert "none of the 5 files" in lines.pop()
+        assert "match (5 in all)" in lines.pop()

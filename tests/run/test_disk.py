@@ -61,7 +61,7 @@ def peak(folder: Path, api: RunningSimulator, layout: str, rows: int) -> tuple[i
     return most, sum(path.stat().st_size for path in (folder / "out" / "completions").rglob("*.parquet"))
 
 
-@pytest.mark.parametrize(("layout", "times"), [('layout = "parts"', 1.3), ('partition_by = ["lang"]', 2.7)])
+@pytest.mark.parametrize(("layout", "times"), [('layout = "parts"', 1.3), ('partition_by = ["lang"]', 2.4)])
 def test_each_further_row_takes_no_more_disk_than_stated(
     tmp_path: Path, api: RunningSimulator, layout: str, times: float
 ) -> None:

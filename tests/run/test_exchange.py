@@ -449,11 +449,13 @@ def test_reuse_starts_with_one_connection() -> None:
     assert keep_alive.may_try(1.0)
     keep_alive.try_(links[1])
     keep_alive.end(links[1], 2.0, reused=True, answered=True)
-    proven = [keep_alive.proven]
+    proven, certain = [keep_alive.proven], [keep_alive.is_certain]
     for answered in (False, True, False, False):
         keep_alive.end(links[2], 3.0, reused=True, answered=answered)
         proven.append(keep_alive.proven)
+        certain.append(keep_alive.is_certain)
     assert proven == [True, True, True, True, False]
+    assert certain == [True, False, True, False, False]
     assert not keep_alive.may_try(62.9)
     assert keep_alive.may_try(63.0)
     keep_alive.try_(links[3])

@@ -302,6 +302,18 @@ def test_a_bad_key_among_a_gateways_own_fails_no_row(tmp_path: Path) -> None:
     assert len(server.exchanges) < 250
 
 
+def test_a_login_page_ends_the_start_within_minutes(tmp_path: Path) -> None:
+    """It is no completion, and each one may have been billed."""
+    page = answer(b"<html>Please log in</html>").replace(b"application/json", b"text/html")
+    with serving_aside(says(lambda row, n: page)) as server:
+        summary, _ = run(tmp_path, server.url, 40, speed=100.0)
+    assert (summary.exit_code, summary.by_status) == (5, {})
+    assert "no chat completion: <html>Please log in" in str(summary.reason)
+    assert len(server.exchanges) < 25
+    assert summary.possibly_billed is not None
+    assert len(summary.possibly_billed) == len(server.exchanges)
+
+
 SPENT = {
     "error": {"message": "Budget has been exceeded! Current cost: 10.01", "type": "budget_exceeded", "code": "400"}
 }

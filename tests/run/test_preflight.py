@@ -83,7 +83,7 @@ def test_check_and_estimate_skip_like_run(tmp_path: Path) -> None:
     check, estimate = (batchrun(command, job, "--skip-invalid", cwd=tmp_path) for command in ("check", "estimate"))
     assert check.exit_code == estimate.exit_code == ExitCode.COMPLETE
     assert "3 rows in 1 file, 1 set aside, read as columns" in check.stdout
-    assert "to ask       3 rows" in estimate.stdout
+    assert "to send      3 rows" in estimate.stdout
 
 
 def test_findings_come_before_a_missing_key(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_findings_come_before_a_missing_key(tmp_path: Path) -> None:
     job = write_job(tmp_path / "job.toml", "http://127.0.0.1:9/v1", tmp_path / "in.jsonl")
     missing = ("--set", "endpoint.api_key_env=NOT_SET_ANYWHERE")
     assert "NOT_SET_ANYWHERE" not in os.environ
-    for command, finding in (("check", "3 rows in 1 file"), ("estimate", "to ask       3 rows")):
+    for command, finding in (("check", "3 rows in 1 file"), ("estimate", "to send      3 rows")):
         ended = batchrun(command, job, *missing, cwd=tmp_path)
         assert ended.exit_code == ExitCode.USAGE
         assert finding in ended.stdout

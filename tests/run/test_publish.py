@@ -79,6 +79,10 @@ def test_another_machine_finds_the_run_complete(s3: S3Server, api: RunningSimula
     write_rows(tmp_path / "two" / "in.jsonl", ROWS + 1)
     with pytest.raises(RunLockedError, match="holds the complete result of another run"):
         other.run()
+    checked = command("check", other.job, "--set", f"output.state_dir={other.state}")
+    assert (checked.exit_code, "holds the complete result of another run" in checked.stderr) == (6, True), checked
+    write_rows(tmp_path / "two" / "in.jsonl", ROWS)
+    assert command("check", other.job, "--set", f"output.state_dir={tmp_path / 'three'}").exit_code == 0
     assert sent(api) == before
 
 

@@ -138,7 +138,7 @@ def test_check_and_estimate_know_the_shard(tmp_path: Path, server: RunningSimula
     checked = batchrun("check", job, "--shard", "0/3")
     assert checked.stdout.startswith("34 rows in 1 file")
     assert "20,000 of 60,000 requests/min" in checked.stderr
-    assert "to ask       33 rows" in batchrun("estimate", job, "--shard", "2/3").stdout
+    assert "to send      33 rows" in batchrun("estimate", job, "--shard", "2/3").stdout
     (tmp_path / "in.jsonl").write_text((tmp_path / "in.jsonl").read_text() + "{}\n")
     assert batchrun("check", job, "--shard", "0/3").exit_code == 0
     assert batchrun("check", job, "--shard", "2/3").exit_code == 2

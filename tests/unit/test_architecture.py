@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("run_summary",),
     ("prices", "credentials", "storage"),
     ("price_list", "source", "request", "limits", "response"),
-    ("transport", "policy", "tables"),
+    ("transport", "policy", "row_status", "tables"),
     ("attempt_caps", "store", "ray_engine"),
     ("report",),
     ("startup", "telemetry"),
@@ -38,10 +38,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 FORBIDDEN: dict[str, frozenset[str]] = {
     "source": frozenset({"job", "records"}),
     "tables": frozenset({"request", "limits"}),
-    "store": frozenset({"request", "limits", "transport", "policy"}),
-    "report": frozenset({"transport", "policy", "request"}),
+    "store": frozenset({"request", "limits", "transport", "policy", "row_status"}),
+    "report": frozenset({"transport", "policy", "row_status", "request"}),
     "engine": frozenset({"transport", "request", "response"}),
-    "integrity": frozenset({"transport", "limits", "policy", "dispatch", "engine"}),
+    "integrity": frozenset({"transport", "limits", "policy", "row_status", "dispatch", "engine"}),
     "commands": frozenset(
         {
             "engine",

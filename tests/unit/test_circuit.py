@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from batchrun.errors import ExitCode
 from batchrun.limits.admission import OPEN, Binding, Cooling, Decision, Limit, Outcome, Phase, Probing, Stop, Stopped
-from batchrun.limits.circuit import ALIKE_ROWS, BACKOFF_CAP_S, FIRST_REACH_S, JITTER, Circuit
+from batchrun.limits.circuit import ALIKE_ROWS, BACKOFF_CAP_S, FIRST_ANSWER_S, FIRST_REACH_S, JITTER, Circuit
 from batchrun.limits.in_flight import FIRST_IN_FLIGHT, InFlight
 from batchrun.limits.outage import MANY_OUTAGE_ROWS, OUTAGE_ROWS
 from batchrun.limits.refusals import Finding
@@ -595,6 +595,28 @@ def test_a_never_reached_endpoint_waits_less(heard: bool, patience_s: float) -> 
     assert story.state.stop.exit_code is ExitCode.PAUSED
     assert ("never reached" in story.state.stop.why) is not heard
     assert row < 200
+
+
+@pytest.mark.parametrize(("answered", "patience_s"), [(False, FIRST_ANSWER_S), (True, MAX_OUTAGE_S)])
+def test_an_endpoint_without_completions_is_left_soon(answered: bool, patience_s: float) -> None:
+    """A login page is an answer, too, and never becomes one of a model."""
+    story = Story()
+    if answered:
+        story.send(10_000)
+        story.ends(10_000, Verdict.OK)
+    page = RowError("unreadable", 200, None, "the answer is no chat completion: <html>")
+    row = 0
+    while not isinstance(story.phase(), Stopped):
+        if story.barred():
+            story.now_s += 1
+            continue
+        story.send(row)
+        story.ends(row, Verdict.MAYBE, page)
+        row += 1
+    assert patience_s < story.now_s <= patience_s + BACKOFF_CAP_S * (1 + JITTER)
+    assert story.state.stop is not None
+    assert story.state.stop.exit_code is ExitCode.PAUSED
+    assert answered or row < 20
 
 
 def test_an_answer_restarts_the_outage_clock() -> None:

@@ -27,10 +27,11 @@ from batchrun.attempt_caps import (
 from batchrun.errors import APIConnectionError, APITimeoutError
 from batchrun.job.answer_schema import ANYTHING, Expected, of
 from batchrun.job.settings import Finish, Retry
-from batchrun.policy import FAULT_VERDICTS, Fault, Judgement, Settlement, failing, judge, settlement
+from batchrun.policy import FAULT_VERDICTS, Fault, Judgement, judge
 from batchrun.records import Answer, Attempt, FunctionCall, RowError, Status, Verdict
 from batchrun.response.answer import read
 from batchrun.response.retry_after import retry_after_s
+from batchrun.row_status import Settlement, failing, settlement
 
 pytestmark = pytest.mark.sampled(20)
 
