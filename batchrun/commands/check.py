@@ -2,12 +2,17 @@
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from batchrun.commands.options import DATE, INPUT, JOB, REUSE, SET, SHARD, SKIP
 from batchrun.commands.results import say
 from batchrun.terminal import harmless, note
+
+if TYPE_CHECKING:
+    from batchrun.job.job import Job
+    from batchrun.store.rundir import RunDirectory
 
 
 @click.command()
@@ -30,7 +35,6 @@ def check(
     """Check everything that a run would refuse: job, destination, every record and its request. Sends nothing."""
     from batchrun import preflight
     from batchrun.commands.job_input import read_input, read_job, require_budget
-    from batchrun.destination import place as destinations
     from batchrun.report.wording import plural
     from batchrun.request.shared_prefix import SharedTextSurvey
     from batchrun.startup import cache_check, carry, input_pass
@@ -40,7 +44,7 @@ def check(
     loaded, own_part = shards.part_of(loaded, shard, note)
     directory, loaded = preflight.place(loaded, date)
     preflight.require_settings(loaded, directory)
-    destinations.require_usable(loaded, directory)
+    _try_places(loaded, directory)
     measured = SharedTextSurvey()
     source, found, origins = read_input(
         loaded, directory, skip_invalid=skip_invalid, shard=own_part, accepted=measured.add
@@ -60,6 +64,23 @@ def check(
     for line in cache_check.in_words(measured.result(), loaded, tables):
         (note if line.startswith("warning: ") else say)(harmless(line))
     preflight.key(loaded, os.environ)
+
+
+def _try_places(job: "Job", directory: "RunDirectory") -> None:
+    """Something small was written to each place where a run puts its result, and removed again. (A start claims its
+    place in a store, makes its directory, and tries a dataset before it sends.)
+
+    Raises:
+        BatchrunError: a place can't be written, or another run has its result there.
+    """
+    from batchrun.store import rundir, shared_dataset
+
+    directory.try_out()
+    shared_dataset.try_out(job.output, job.storage)
+    if (url := rundir.published_at(job.output, directory.path)) is not None:
+        from batchrun.destination.place import require_usable  # only for a job with a URL
+
+        require_usable(job, directory, url)
 
 
 @click.command()

@@ -27,7 +27,7 @@ from batchrun.storage.claim import Claim, Writer, this_process
 from batchrun.storage.folder import RemoteFolder
 from batchrun.storage.publish import Published, RunRecord
 from batchrun.storage.urls import Url
-from batchrun.store import result, rundir, shared_dataset
+from batchrun.store import result, rundir
 from batchrun.store.checkpoint import read_finished
 from batchrun.store.chunks import Mirror
 from batchrun.store.manifest import Manifest
@@ -69,18 +69,14 @@ def run(
         return _published(job, directory, folder, summary, claim, mine, note) if summary.complete else summary
 
 
-def require_usable(job: Job, directory: RunDirectory) -> None:
-    """Returns if something small could be written to each place where a run puts its result, and was removed again, and
-    no other run has its result there. For `check`: a start claims its place, makes its directory and tries a dataset.
+def require_usable(job: Job, directory: RunDirectory, url: Url) -> None:
+    """Returns if a start could publish there: something was put there and deleted again, and no other run has its
+    result there. For `check`, which claims nothing.
 
     Raises:
-        RunLockedError: another run has its result there.
-        BatchrunError: a place can't be written.
+        RunLockedError: another run has.
+        StorageError: the store refuses or can't be reached.
     """
-    directory.try_out()
-    shared_dataset.try_out(job.output, job.storage)
-    if (url := rundir.published_at(job.output, directory.path)) is None:
-        return
     folder = RemoteFolder(url, job.storage)
     folder.try_out()
     record = publish.record_of(folder)

@@ -5,6 +5,7 @@ imports. hatch_build.py loads this file by itself: it must import nothing of bat
 """
 
 import json
+import os
 from datetime import time
 from decimal import Decimal
 from importlib.metadata import distribution, version
@@ -43,7 +44,7 @@ def write(folder: Path) -> None:
         raise ValueError(f"{PACKAGE} {version(PACKAGE)} comes without its licence")
     folder.mkdir(exist_ok=True)
     (folder / "LICENSE").write_text(terms, encoding="utf-8")
-    unfinished = folder / f"prices.json.{id(terms)}"
+    unfinished = folder / f"prices.json.{os.getpid()}"
     unfinished.write_text(installed(), encoding="utf-8")
     unfinished.replace(folder / "prices.json")  # a run may read it meanwhile
 

@@ -22,6 +22,7 @@ from batchrun.job.job import Job
 from batchrun.job.settings import Endpoint, MessageTemplate, RequestTemplate
 from batchrun.records import Correction, Request, Row
 from batchrun.request import image_parts
+from batchrun.request.frame import Frame
 from batchrun.request.image_parts import Image, Picture, Source
 from batchrun.request.responses_body import append_message, responses_body
 from batchrun.request.templates import Columns, among, template, text_template
@@ -81,6 +82,7 @@ class RequestBuilder:
         self._max_output = None if sized_by_row else self._most_output(self._parameters)
         self._choices = None if sized_by_row else _choices(self._parameters)
         self._is_text = dialect == "columns" and not (job.request.images or isinstance(job.request.messages, list))
+        self._frame = self._framed() if self._is_text and not self._from_columns else None
         self._messages = _message_maker(job.request, dialect)
         if dialect == "openai-batch" and (unused := _unused_by_batch(job.request)) is not None:
             raise JobError(f"request.{unused}: the lines of a provider's batch file bring their own; leave it out")
@@ -93,7 +95,7 @@ class RequestBuilder:
         Raises:
             InputError: the row makes no valid request; the message says why, without the place.
         """
-        return self._made(row, None, image_parts.without)[0]
+        return self._made(row, None, image_parts.without)[0] if self._frame is None else self._filled(row, self._frame)
 
     def identify(self, row: Row, read: Callable[[Source], Image]) -> tuple[Request, bytes]:
         """The request as `build` gives it, but with its key, and the digest of its pictures as `read` finds them.
@@ -111,6 +113,33 @@ class RequestBuilder:
         """
         stream, end = b"", self._stream or b"}"  # put in at once: see `image_parts.whole`
         return self._made(row, read, lambda body: image_parts.whole(body, end), stream)
+
+    def _framed(self) -> Frame | None:
+        """The frame of all bodies; None if more than texts differs between them, or this server has its own words."""
+        request = self._request
+        if request.model is None or request.prompt is None or self._in_its_words is not None:
+            return None
+        system = [] if request.system is None else [("system", request.system)]
+        return Frame(request.model, [*system, ("user", request.prompt)], self._parameters, _SERVED_BY)
+
+    def _filled(self, row: Row, frame: Frame) -> Request:
+        """The request of a row whose body differs from others in its texts alone."""
+        try:
+            body, question = frame.filled(row.columns)
+        except UnicodeEncodeError as error:
+            raise _half_a_character(error) from error
+        key = hashlib.blake2b(question, digest_size=16)
+        key.update(self._endpoint_name)
+        return Request(
+            row.row,
+            key.digest(),
+            body[:-1] + self._stream if self._stream else body,
+            frame.model,
+            len(body),
+            self._max_output or 0,
+            expected=self._expected,
+            choices=self._choices or 1,
+        )
 
     def _made(
         self,
@@ -135,7 +164,7 @@ class RequestBuilder:
         except RecursionError as error:
             raise InputError("the request is nested too deep") from error
         except UnicodeEncodeError as error:
-            raise InputError(f"the request holds half a character, {error.object[error.start]!r}") from error
+            raise _half_a_character(error) from error
         request = Request(
             row=row.row,
             key=key,
@@ -235,6 +264,10 @@ class RequestBuilder:
         for name, value in sorted({**ours, **own}.items(), key=_field_order):
             body[name] = check_parameter(name, value)
         return body
+
+
+def _half_a_character(error: UnicodeEncodeError) -> InputError:
+    return InputError(f"the request holds half a character, {error.object[error.start]!r}")
 
 
 def corrected(request: Request, corrections: Sequence[Correction]) -> Request:

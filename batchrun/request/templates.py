@@ -76,6 +76,7 @@ ROW = "row"
 _ODD_NAME = 'A column whose name is not one plain word is written {{ row["its name"] }}'
 
 
+@lru_cache(maxsize=64)  # the input check and dispatch make the same requests
 def text_template(text: str, place: str) -> Callable[[Columns], str]:
     """A function that makes the template's text of a row; a text without markers is itself."""
     if "{" not in text:

@@ -47,8 +47,10 @@ class Receiver:
                     if unpacker is not None:
                         piece = unpacker.unpack(piece, self._max_bytes - size + 1)
                     size += len(piece)
-                    exchange.received.append(piece)
-                    error = self._too_large() if size > self._max_bytes else None
+                    if size > self._max_bytes:
+                        error = self._too_large()
+                    else:
+                        exchange.received.append(piece)
         except encoding.EncodingError as raised:
             if exchange.http_status is not None and exchange.http_status >= 300:
                 return None  # the status alone decides

@@ -634,6 +634,24 @@ KNOWN_FIELDS = {
 }
 
 
+@pytest.mark.parametrize(
+    "request_fields",
+    [
+        {"prompt": "Label \0 this: {{ text }}, {{ text }}!", "max_tokens": 64},
+        {"prompt": "{{ text }}", "system": 'You "label".', "temperature": 0.5, "service_tier": "flex"},
+        {"prompt": "Hello", "system": "{{ text }}", "extra": {"seed": 1}, "stream": True},
+    ],
+)
+@given(TEXT)
+def test_a_body_from_a_frame_equals_one_built_for_its_row(request_fields: dict[str, Any], text: str) -> None:
+    """A job whose fields may come from columns has no frame; this row's column is null, so it asks the same."""
+    columns = {"text": text, "none": None}
+    by_row = a_job(**request_fields, from_columns={"top_p": "none"})
+    one, other = (msgspec.structs.asdict(build(job, columns)) for job in (a_job(**request_fields), by_row))
+    del one["expected"], other["expected"]  # compiled schemas, equal only to themselves
+    assert one == other
+
+
 @given(
     st.dictionaries(
         TEXT.filter(lambda name: name not in ("model", "messages", "stream", "stream_options")), JSON, max_size=4
