@@ -18,7 +18,7 @@ import msgspec
 from batchrun.attempt_caps import NEW, History
 from batchrun.limits.waiters import Waiters
 from batchrun.records import OK, Attempt, Correction, Request, Row, RowError, SetAside, Usage, Verdict
-from batchrun.store.chunks import OpenChunk
+from batchrun.store.open_chunk import OpenChunk
 
 FAILED_FIRST = 3
 """After so many new rows have failed one after another at their first attempt, the backlog mixes."""

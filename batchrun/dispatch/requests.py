@@ -19,8 +19,8 @@ from batchrun.request.image_digests import ImageDigests
 from batchrun.request.images import Images
 from batchrun.startup.resume import Plan
 from batchrun.store import variants
-from batchrun.store.chunks import OpenChunk
 from batchrun.store.db_tables import Reopened, usd
+from batchrun.store.open_chunk import OpenChunk
 
 
 class Requests:

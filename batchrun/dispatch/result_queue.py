@@ -4,11 +4,11 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
-import pyarrow as pa
 
 from batchrun.records import Completion as Record
 from batchrun.response import packed
-from batchrun.store.chunks import OpenChunk
+from batchrun.store.open_chunk import OpenChunk
+from batchrun.store.stored_window import StoredBatch
 from batchrun.tables.completions import Completion
 
 MAX_ROWS = 256
@@ -17,14 +17,14 @@ MAX_ROWS = 256
 MAX_BYTES = 64_000_000
 """The same limit in bytes of the rows' answers, unpacked."""
 
-CompletionsOf = Callable[[Sequence[Record], Sequence[pa.RecordBatch]], Iterable[Completion]]
+CompletionsOf = Callable[[Sequence[Record], Sequence[tuple[StoredBatch, int]]], Iterable[Completion]]
 
 
 class Settled(msgspec.Struct, frozen=True):
-    """A row whose completion is durable, and its input as a batch of one row."""
+    """A row whose completion is durable, and where its input is stored."""
 
     record: Record
-    input: pa.RecordBatch
+    input: tuple[StoredBatch, int]
 
 
 class ResultQueue:
@@ -64,7 +64,7 @@ class ResultQueue:
     def put(self, record: Record, chunk: OpenChunk) -> None:
         """The row, settled just now, is in the queue."""
         if not self._stopped_reading:
-            self._put(Settled(record, chunk.window.slice(record.row)), packed.size(record.raw))
+            self._put(Settled(record, chunk.window.stored(record.row)), packed.size(record.raw))
 
     def put_earlier(self, completion: Completion) -> bool:
         """The row, settled by an earlier start, is in the queue; waits for room. False: the reader has stopped."""

@@ -10,8 +10,9 @@ from batchrun.dispatch.result_queue import ResultQueue
 from batchrun.records import Completion, Ending, Status
 from batchrun.startup.resume import Plan
 from batchrun.store.checkpoint import Checkpoint
-from batchrun.store.chunks import Chunks, OpenChunk
+from batchrun.store.chunks import Chunks
 from batchrun.store.in_flight import InFlightFile
+from batchrun.store.open_chunk import OpenChunk
 from batchrun.store.rundir import RunDirectory
 from batchrun.store.totals import DISCARDED, LOST
 

@@ -4,7 +4,7 @@ import functools
 import threading
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -14,7 +14,7 @@ import pyarrow as pa
 from batchrun import compute as pc
 from batchrun.errors import ANOTHER, CheckpointError, InputError
 from batchrun.job.settings import Output
-from batchrun.records import Completion, Discarded, Row
+from batchrun.records import Completion, Discarded
 from batchrun.response import packed
 from batchrun.run_summary import TotalsLine
 from batchrun.source import START, FileIdentity, Position, Source, Window, changed
@@ -22,75 +22,17 @@ from batchrun.store import result_folder
 from batchrun.store.base_part import BasePart
 from batchrun.store.carry_over import CarryOver, Taken
 from batchrun.store.checkpoint import Checkpoint
-from batchrun.store.db_tables import Chunk, Reopened
+from batchrun.store.db_tables import Chunk
+from batchrun.store.open_chunk import OpenChunk
 from batchrun.store.rundir import RunDirectory
-from batchrun.store.stored_window import BATCH_ROWS, StoredWindow, typed, write
+from batchrun.store.stored_window import BATCH_ROWS, StoredBatch, StoredWindow, typed, write
 from batchrun.tables import booked, completions, files, pending
 from batchrun.tables.arrow_types import JSON, Column
 from batchrun.tables.json_columns import ColumnTypes
 from batchrun.tables.rows import OWN_COLUMNS, joined, own_table
 
-TO_SEND, SETTLED, CARRIED = range(3)
-"""The state of a row when its chunk is opened."""
-
 MOST_FULL = 2
 """Chunks whose rows are all settled may wait to be sealed; with more, no other is opened until one is sealed."""
-
-
-class OpenChunk:
-    """A chunk whose rows are sent. `left` counts those still to be sent; `is_new`: no row of it was sent before."""
-
-    def __init__(
-        self,
-        chunk: Chunk,
-        window: StoredWindow,
-        settled: set[int] | None = None,
-        discarded: dict[int, list[Discarded]] | None = None,
-        lost: dict[int, int] | None = None,
-        reopened: dict[int, Reopened] | None = None,
-        carried: Iterable[int] = (),
-        copied_again: Mapping[int, Taken] | None = None,
-    ) -> None:
-        """By row: `discarded` attempts, the number of the last attempt that was `lost`, and the `reopened` rows. Rows
-        that are `carried` take their answer without a request when the chunk is sealed; so do rows that are
-        `copied_again`, whose original is sent again.
-        """
-        self.chunk = chunk
-        self.window = window
-        self.discarded = discarded or {}
-        self.lost = lost or {}
-        self.reopened = reopened or {}
-        self.copied_again = copied_again or {}
-        self.waits_for: set[int] | None = None  # originals in earlier chunks that are not settled; None: not known yet
-        self._state = bytearray(chunk.rows)  # a byte a row: many chunks may wait for one row that is retried for long
-        for row in settled or ():
-            self._state[row - chunk.first_row] = SETTLED
-        for row in (*carried, *self.copied_again):
-            self._state[row - chunk.first_row] = CARRIED
-        self.left = self._state.count(TO_SEND)
-        self.has_carried = CARRIED in self._state
-        self.is_new = not (self.discarded or self.lost or self.reopened)
-        self._only: list[int] | None = None
-
-    def to_send(self) -> Iterator[int]:
-        """The rows still to be sent, by their numbers."""
-        return (row for row, state in enumerate(self._state, self.chunk.first_row) if state == TO_SEND)
-
-    def limit_to(self, only: Collection[int]) -> bool:
-        """Of the rows still to be sent, `rows` gives these alone from now on; False if there are none."""
-        self._only = [row for row in self.to_send() if row in only]
-        return bool(self._only)
-
-    def rows(self) -> Iterator[list[Row]]:
-        """The rows to send, in order, up to 1,000 at a time."""
-        if self._only is not None:
-            yield [self.window.row(row) for row in self._only]
-        elif self.left:
-            yield from self.window.rows(self._state)
-
-    def is_carried(self, row: int) -> bool:
-        """True if the row takes its answer without a request."""
-        return self._state[row - self.chunk.first_row] == CARRIED
 
 
 class Layout(msgspec.Struct, frozen=True):
@@ -424,11 +366,12 @@ class Chunks:
     # ── for a program that reads rows as they are settled ─────────────────────────────────────────────────────────────
 
     def completions_of(
-        self, records: Sequence[Completion], inputs: Sequence[pa.RecordBatch]
+        self, records: Sequence[Completion], inputs: Sequence[tuple[StoredBatch, int]]
     ) -> Iterator[completions.Completion]:
-        """These rows as in the output; `inputs` are their slices of windows. Any thread may call it."""
-        table = typed(inputs, self._types).select(self._schema.names[: -len(OWN_COLUMNS)])
-        return completions.settled(records, table, self._parsed, keep_raw=self._settings.raw == "always")
+        """These rows as in the output; `inputs` say where each is stored. Only one thread may call it."""
+        names = self._schema.names[: -len(OWN_COLUMNS)]
+        rows = [batch.typed_row(place, self._types, names) for batch, place in inputs]
+        return completions.settled(records, rows, self._parsed, keep_raw=self._settings.raw == "always")
 
     def settled(self) -> Iterator[pa.RecordBatch]:
         """The rows that have a completion, in order, as in the output. Call it before `open_next`."""

@@ -90,7 +90,9 @@ def read(rows: pa.RecordBatch) -> Iterator[Completion]:
     return _made({name: column.to_pylist() for name, column in own}, rows.select(range(inputs)).to_pylist())
 
 
-def settled(records: Sequence[Record], inputs: pa.Table, parsed: Column, *, keep_raw: bool) -> Iterator[Completion]:
+def settled(
+    records: Sequence[Record], inputs: Sequence[dict[str, Any]], parsed: Column, *, keep_raw: bool
+) -> Iterator[Completion]:
     """The completions that these records are, equal to what `read` gives once they are in the output. `inputs` are the
     rows' columns that the output has.
 
@@ -105,7 +107,7 @@ def settled(records: Sequence[Record], inputs: pa.Table, parsed: Column, *, keep
         array, problems = array_of(parsed, values["parsed"])
         values["parsed"] = array.to_pylist()
         values["error"] = with_problems(values["error"], problems)
-    return _made(values, inputs.to_pylist())
+    return _made(values, inputs)
 
 
 def _made(columns: Mapping[str, Sequence[Any]], inputs: Sequence[dict[str, Any]]) -> Iterator[Completion]:

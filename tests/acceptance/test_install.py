@@ -148,7 +148,8 @@ def test_a_tree_that_was_not_built_says_so(tmp_path: Path, url: str) -> None:
     )
     assert priced(SHOW, copy) == f"0.25 {newest.price_list().source}"  # the installed package has it, too
     job = write_job(tmp_path / "job.toml", url, write_rows(tmp_path / "in.jsonl", 3))
-    run = f"{WITHOUT}sys.argv[1:] = ['run', {str(job)!r}]; from batchrun.cli import main; main()"
+    arguments = ["run", str(job), "-o", str(tmp_path / "out")]
+    run = f"{WITHOUT}sys.argv[1:] = {arguments}; from batchrun.cli import main; main()"
     place = copy / "batchrun" / "price_list" / "data" / "prices.json"
     for _ in range(2):
         assert priced(run, copy).splitlines() == [

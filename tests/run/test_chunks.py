@@ -25,7 +25,8 @@ from batchrun.startup import resume
 from batchrun.startup.resume import Plan
 from batchrun.startup.run_options import RunOptions
 from batchrun.store.checkpoint import Checkpoint
-from batchrun.store.chunks import Chunks, Layout, OpenChunk
+from batchrun.store.chunks import Chunks, Layout
+from batchrun.store.open_chunk import OpenChunk
 from batchrun.store.rundir import RunDirectory
 from batchrun.store.stored_window import StoredWindow, write
 from batchrun.tables import files

@@ -17,8 +17,8 @@ from batchrun.dispatch.backlog import Backlog, Pending
 from batchrun.errors import InputError
 from batchrun.records import Request, Row, Verdict
 from batchrun.source.window import LINES
-from batchrun.store.chunks import OpenChunk
 from batchrun.store.db_tables import Chunk
+from batchrun.store.open_chunk import OpenChunk
 from batchrun.store.stored_window import StoredWindow, write
 from tests import level
 from tests.moved_clock import NothingWillHappen, run_on_moved_clock

@@ -1,0 +1,67 @@
+"""A chunk whose rows are sent, and which of them still are to be."""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+
+from batchrun.records import Discarded, Row
+from batchrun.store.carry_over import Taken
+from batchrun.store.db_tables import Chunk, Reopened
+from batchrun.store.stored_window import StoredWindow
+
+TO_SEND, SETTLED, CARRIED = range(3)
+"""The state of a row when its chunk is opened."""
+
+
+class OpenChunk:
+    """A chunk whose rows are sent. `left` counts those still to be sent; `is_new`: no row of it was sent before."""
+
+    def __init__(
+        self,
+        chunk: Chunk,
+        window: StoredWindow,
+        settled: set[int] | None = None,
+        discarded: dict[int, list[Discarded]] | None = None,
+        lost: dict[int, int] | None = None,
+        reopened: dict[int, Reopened] | None = None,
+        carried: Iterable[int] = (),
+        copied_again: Mapping[int, Taken] | None = None,
+    ) -> None:
+        """By row: `discarded` attempts, the number of the last attempt that was `lost`, and the `reopened` rows. Rows
+        that are `carried` take their answer without a request when the chunk is sealed; so do rows that are
+        `copied_again`, whose original is sent again.
+        """
+        self.chunk = chunk
+        self.window = window
+        self.discarded = discarded or {}
+        self.lost = lost or {}
+        self.reopened = reopened or {}
+        self.copied_again = copied_again or {}
+        self.waits_for: set[int] | None = None  # originals in earlier chunks that are not settled; None: not known yet
+        self._state = bytearray(chunk.rows)  # a byte a row: many chunks may wait for one row that is retried for long
+        for row in settled or ():
+            self._state[row - chunk.first_row] = SETTLED
+        for row in (*carried, *self.copied_again):
+            self._state[row - chunk.first_row] = CARRIED
+        self.left = self._state.count(TO_SEND)
+        self.has_carried = CARRIED in self._state
+        self.is_new = not (self.discarded or self.lost or self.reopened)
+        self._only: list[int] | None = None
+
+    def to_send(self) -> Iterator[int]:
+        """The rows still to be sent, by their numbers."""
+        return (row for row, state in enumerate(self._state, self.chunk.first_row) if state == TO_SEND)
+
+    def limit_to(self, only: Collection[int]) -> bool:
+        """Of the rows still to be sent, `rows` gives these alone from now on; False if there are none."""
+        self._only = [row for row in self.to_send() if row in only]
+        return bool(self._only)
+
+    def rows(self) -> Iterator[list[Row]]:
+        """The rows to send, in order, up to 1,000 at a time."""
+        if self._only is not None:
+            yield [self.window.row(row) for row in self._only]
+        elif self.left:
+            yield from self.window.rows(self._state)
+
+    def is_carried(self, row: int) -> bool:
+        """True if the row takes its answer without a request."""
+        return self._state[row - self.chunk.first_row] == CARRIED
