@@ -3,6 +3,7 @@
 Everything heavy is imported by the command that needs it: `batchrun --help` answers in a twentieth of a second.
 """
 
+import errno
 import os
 import sys
 
@@ -70,6 +71,8 @@ def _unexpected(error: Exception) -> tuple[str, ExitCode]:
         return f"Error: {refused}", refused.exit_code
     if (lack := lacking(error)) is not None:
         return f"Error: {lack}", ExitCode.PAUSED
+    if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        return f"Error: {error.filename}: {error.strerror}; choose another name", ExitCode.USAGE
     return (
         f"Internal error, a bug in batchrun: {type(error).__name__}: {error} "
         "(set BATCHRUN_TRACEBACK=1 for the traceback)",

@@ -24,6 +24,7 @@ from tests.refusing_servers import (
     Played,
     Queueing,
     RefusingServer,
+    TokenLimited,
     Windowed,
     play,
     play_retry,
@@ -49,13 +50,14 @@ class Scenario:
     refused: float | None = None
     configured: int | None = None
     """Requests per minute in the job."""
+    tokens: int | None = None
+    """Tokens per minute in the job."""
     any_seed: bool = False
     """The bound holds with room to spare over twenty seeds, so the tests draw theirs."""
 
     def play(self, seed: int) -> Played:
-        return run_on_moved_clock(
-            play(self.server(), self.rows, self.allowed, seed, requests_per_minute=self.configured)
-        )
+        limits = {"requests_per_minute": self.configured, "tokens_per_minute": self.tokens}
+        return run_on_moved_clock(play(self.server(), self.rows, self.allowed, seed, **limits))
 
     def took_s(self, run: Played) -> float:
         """Until the last answer; beside the client that only retries, until 99 rows in a hundred are answered.
@@ -119,6 +121,22 @@ def limited_in_runs(
 ) -> Scenario:
     return Scenario(
         name=f"limit and runs, {name}", server=server, rows=3_000, allowed=64, ideal_s=ideal_s, percent=percent
+    )
+
+
+def tokens(
+    name: str, server: Callable[[], RefusingServer], percent: float, refused: float, tokens: int | None = 30_000
+) -> Scenario:
+    """1,800 requests of 100 tokens at 500 a second, less two seconds' burst, and one latency."""
+    return Scenario(
+        name=f"tokens, {name}",
+        server=server,
+        rows=1_800,
+        allowed=64,
+        ideal_s=358.4,
+        percent=percent,
+        refused=refused,
+        tokens=tokens,
     )
 
 
@@ -203,6 +221,16 @@ LIMITED_RUNS = [
     limited_in_runs("3 s of each 10, Retry-After", lambda: BlackedOut(3, 10, 50.0, 0.4, 1.0), 75, ideal_s=DARK_S),
     limited_in_runs("500 in ten seconds, then none", lambda: Windowed(500, 10.0), 80, ideal_s=50.0),
 ]
+TOKENS = [
+    tokens("configured", lambda: TokenLimited(500), 99, 0),
+    tokens("of 50 to 150", lambda: TokenLimited(500, spread=0.5), 98, 0.5),
+    tokens("estimated at half", lambda: TokenLimited(500, estimated=0.5), 98, 1),
+    tokens("estimated at twice", lambda: TokenLimited(500, estimated=2), 98, 0),
+    tokens("estimated at half, answers of 4 s", lambda: TokenLimited(500, estimated=0.5, latency_s=4.0), 88, 7),
+    tokens("estimated at twice, answers of 4 s", lambda: TokenLimited(500, estimated=2, latency_s=4.0), 95, 0),
+    tokens("and chance of 5 %", lambda: TokenLimited(500, chance=0.05), 98, 0.5),
+    tokens("not configured", lambda: TokenLimited(500), 98, 2.5, None),
+]
 CROWDS = [
     crowd("16 of 64", lambda: Crowded(16), 90, ideal_s=38.6),
     crowd("16 of 64, across a network", lambda: Crowded(16, network_s=0.01), 97, ideal_s=41.5),
@@ -213,7 +241,7 @@ CROWDS = [
 QUEUES = [
     Scenario(name="queue, 16 at a time", server=lambda: Queueing(16), rows=3_000, allowed=64, ideal_s=37.5, percent=97)
 ]
-SCENARIOS = LIMITS + CHANCE + RUNS + LIMITED_RUNS + CROWDS + QUEUES
+SCENARIOS = LIMITS + CHANCE + RUNS + LIMITED_RUNS + TOKENS + CROWDS + QUEUES
 
 
 @dataclass(frozen=True)

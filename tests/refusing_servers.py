@@ -80,6 +80,51 @@ class Limited:
 
 
 @dataclass
+class TokenLimited:
+    """A bucket of `tokens_per_s` with two seconds' worth saved up, charged with what requests use: `used` ± `spread` of
+    it. A client estimates `estimated` times as much. `requests_per_s` is a second bucket.
+    """
+
+    tokens_per_s: float
+    used: int = 100
+    spread: float = 0.0
+    estimated: float = 1.0
+    requests_per_s: float = math.inf
+    latency_s: float = 0.4
+    retry_after_s: float | None = 1.0
+    names_tokens: bool = True
+    chance: float = 0.0
+    _level: float = field(default=math.inf, init=False)
+    _at_s: float = field(default=0.0, init=False)
+    _requests: Limited = field(init=False)
+    size_of_next: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self._requests = Limited(self.requests_per_s, self.latency_s, self.retry_after_s)
+
+    def size(self, rng: random.Random) -> tuple[int, int]:
+        """Tokens of the next request: the client's estimate, and what it will use."""
+        self.size_of_next = max(1, int(self.used * (1 + self.spread * rng.uniform(-1, 1))))
+        return max(1, int(self.used * self.estimated)), self.size_of_next
+
+    def refusal(self) -> str:
+        return "Rate limit reached for tokens per minute" if self.names_tokens else "refused"
+
+    def reply_to(self, now_s: float, in_flight: int, rng: random.Random) -> Reply:
+        full = 2 * self.tokens_per_s
+        self._level = min(full, self._level + (now_s - self._at_s) * self.tokens_per_s)
+        self._at_s = now_s
+        if rng.random() < self.chance:
+            return Reply(False, REFUSAL_S, self.retry_after_s, by_chance=True)
+        if self._level < min(self.size_of_next, full):  # a request larger than the bucket leaves a debt
+            return Reply(False, REFUSAL_S, self.retry_after_s)
+        reply = self._requests.reply_to(now_s, in_flight, rng)
+        if reply.taken:
+            self._level -= self.size_of_next
+        return reply
+
+
+@dataclass
 class InRuns:
     """Refuses the last `refused` of each `of` requests whatever the pace, before a bucket that holds `per_s`.
 
@@ -126,12 +171,16 @@ class BlackedOut:
 
 @dataclass
 class Windowed:
-    """Takes `quota` requests in each window of `window_s`, as fast as they come, and refuses all others."""
+    """Takes `quota` requests in each window of `window_s`, as fast as they come, and refuses all others.
+
+    `says_end`: a refusal has a Retry-After until the window ends.
+    """
 
     quota: int
     window_s: float
     latency_s: float = 0.2
     retry_after_s: float | None = None
+    says_end: bool = False
     _window: int = field(default=-1, init=False)
     _taken: int = field(default=0, init=False)
 
@@ -139,7 +188,8 @@ class Windowed:
         if (window := int(now_s / self.window_s)) != self._window:
             self._window, self._taken = window, 0
         if self._taken >= self.quota:
-            return Reply(False, REFUSAL_S, self.retry_after_s)
+            left_s = self.window_s - now_s % self.window_s
+            return Reply(False, REFUSAL_S, left_s if self.says_end else self.retry_after_s)
         self._taken += 1
         return Reply(True, spread(self.latency_s, 0.25, rng))
 
@@ -267,8 +317,11 @@ async def play(server: RefusingServer, rows: int, max_in_flight: int, seed: int,
     async def work() -> None:
         nonlocal in_flight
         while (row := await waiting.next()) is not None:
-            slot = await gate.admit(Demand(100, Decimal(0)))
+            estimate, used = server.size(rng) if isinstance(server, TokenLimited) else (100, 100)
+            slot = await gate.admit(Demand(estimate, Decimal(0)))
             sent_s = loop.time()
+            if isinstance(server, TokenLimited):
+                server.size_of_next = used
             reply = server.reply_to(sent_s - started_s, in_flight, rng)
             in_flight += 1
             played.sent += 1
@@ -276,12 +329,14 @@ async def play(server: RefusingServer, rows: int, max_in_flight: int, seed: int,
             await asyncio.sleep(reply.takes_s)
             in_flight -= 1
             if reply.taken:
+                gate.settle(slot, used)
                 gate.observe(slot, Outcome(row, Verdict.OK))
                 played.latencies_s.append(loop.time() - sent_s)
                 played.answered_s.append(loop.time() - started_s)
                 waiting.done()
             else:
-                error = RowError("rate_limit", 429, None, "refused")
+                message = server.refusal() if isinstance(server, TokenLimited) else "refused"
+                error = RowError("rate_limit", 429, None, message)
                 gate.observe(slot, Outcome(row, Verdict.SLOW, error, reply.retry_after_s))
                 played.refused += 1
                 played.refused_for_cause += not reply.by_chance

@@ -3,7 +3,7 @@
 import os
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date, datetime, time
 from decimal import Decimal
 from pathlib import Path, PurePath
@@ -54,6 +54,9 @@ def from_tables(tables: Mapping[str, Any]) -> Job:
         if not endpoints:
             raise JobError("endpoint: is empty; add an [endpoint] table")
         tables = {**tables, "endpoint": endpoints[0], "more_endpoints": endpoints[1:]}
+    for setting in _with_nul(tables):
+        if not setting.startswith("request.") or setting == "request.response_format.file":  # a prompt may hold one
+            raise JobError(f"{setting}: holds a NUL, which no name, path or address may")
     try:
         job = msgspec.convert(tables, Job)
     except msgspec.ValidationError as error:
@@ -67,6 +70,18 @@ def from_tables(tables: Mapping[str, Any]) -> Job:
         resolved = msgspec.structs.replace(response_format, schema=_read_schema(response_format.file), file=None)
         job = msgspec.structs.replace(job, request=msgspec.structs.replace(job.request, response_format=resolved))
     return job
+
+
+def _with_nul(value: object, path: str = "") -> Iterator[str]:
+    """The paths of the texts that hold a NUL."""
+    if isinstance(value, str) and "\0" in value:
+        yield path
+    elif isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _with_nul(inner, f"{path}.{name}" if path else str(name))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _with_nul(inner, path)
 
 
 def checked(job: Job) -> Job:

@@ -36,7 +36,10 @@ answers may be billed."""
 
 BACKOFF_BASE_S = 1.0
 BACKOFF_CAP_S = 60.0
-"""Probes after 1, 2, 4 … 60 s: 10 in a five-minute outage, and at least one every minute and a half."""
+OUTAGE_GROWTH, STORM_GROWTH = 1.6, 2.0
+"""In an outage each wait is some 60 % of the outage so far, up to a minute: 1, 1.6, 2.6 … 60 s, 12 probes in five
+minutes. Were it doubled, a wait would be as long as the outage so far, and a minute's would be noticed half a minute
+late. Where rates are refused, a probe adds to the load that is refused, so waits double there."""
 
 PATIENT_COOLINGS = 3
 """After a storm of 429 among answers, this many more coolings of a second before they double: a bucket refills
@@ -337,7 +340,8 @@ class Circuit:
         A first 429 that names a wait is believed (`paced`): the endpoint works, and the rate is lowered.
         """
         doublings = max(0, self._coolings - PATIENT_COOLINGS) if paced and self.successes else self._coolings
-        backoff_s = min(BACKOFF_CAP_S, BACKOFF_BASE_S * 2 ** min(doublings, 30))
+        growth = STORM_GROWTH if paced else OUTAGE_GROWTH
+        backoff_s = min(BACKOFF_CAP_S, BACKOFF_BASE_S * growth ** min(doublings, 30))
         if paced and floor_s is not None and not self._coolings:
             backoff_s = min(backoff_s, max(floor_s, LEAST_JITTERED_S))
             wait_s = floor_s

@@ -188,6 +188,9 @@ class RateSearch:
             if self._delivered.total:
                 least = 0.0 if before is None else LEAST_LEARNED * before
                 rate = min(rate, max(least, BELOW_BURST * self._delivered.in_last_second(at_s)))
+            if self._delivered.span_s(at_s) >= WINDOW_S:
+                # a few wrong estimates are a storm, too; what was accepted for ten seconds is nearer to the limit
+                rate = max(rate, BURST_OFF * (self.lately(at_s) or 0.0))
         elif self._delivered.total:
             rate, rough = BELOW_BURST * self._delivered.in_last_second(at_s), True
         self._remember(before)

@@ -40,6 +40,10 @@ class Throughput:
         while at_s - history[0][0] > HISTORY_S:
             history.popleft()
 
+    def span_s(self, at_s: float) -> float:
+        """How long ago the first amount was added."""
+        return 0.0 if self.first_s is None else at_s - self.first_s
+
     def lately(self, at_s: float) -> float | None:
         """The rate of the last ten seconds; None over less than one."""
         if not self._lately or at_s - self._lately[0][0] < LEAST_SPAN_S:

@@ -2,7 +2,8 @@
 
 import glob
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path, PurePosixPath
 
 from batchrun.errors import InputError
@@ -22,7 +23,8 @@ def find_files(path: str, filters: Filters = _ALL, access: Access = Access()) ->
 
     A directory means its own files and those in its folders named `key=value`, at every depth. In directories and
     globs, names that begin with "." or "_" are left out, files and folders both, as Spark and Hive do (`_SUCCESS`,
-    `_temporary`), and so are checksums (`.crc`) and Hadoop's markers of folders (`_$folder$`).
+    `_temporary`), and so are checksums (`.crc`), Hadoop's markers of folders (`_$folder$`) and what editors leave
+    (`~`, `.swp`). A link to a folder above it is not followed.
 
     Raises:
         InputError: nothing matches; a filter names an unknown key; a file is unreadable, not a regular file, or in
@@ -74,16 +76,47 @@ def _remote_matches(text: str, access: Access) -> list[InputFile]:
 def _matches(path: str) -> list[Path]:
     named = Path(path)
     if named.is_dir():
-        return list(_files_below(named))
+        return list(_files_below(named, _above(named)))
     if os.path.lexists(path):
         return [named]
     fixed = len(Path(glob.escape(path.partition("*")[0])).parts)  # a hidden folder that the path names is read
-    found = [Path(match) for match in glob.glob(path, recursive=True) if not Path(match).is_dir()]  # noqa: PTH207
+    found = [Path(match) for match in _glob(path) if not Path(match).is_dir()]
     return [file for file in found if not any(map(_is_left_out, file.parts[min(fixed, len(file.parts) - 1) :]))]
 
 
-def _files_below(folder: Path) -> Iterator[Path]:
-    """The files of a directory, and of its folders that are named `key=value`."""
+def _glob(path: str) -> Iterable[str]:
+    """What the pattern matches. `**` follows no link to a folder above it, which `glob` would follow forty times."""
+    above, stars, rest = path.partition("**")
+    if not stars or (above and not above.endswith("/")) or (rest and not rest.startswith("/")):
+        return glob.glob(path)  # noqa: PTH207
+    bases = glob.glob(above) if above else ["."]  # noqa: PTH207
+    folders = chain.from_iterable(_folders(Path(base), _above(Path(base))) for base in bases)
+    within = rest.lstrip("/") or "*"
+    return dict.fromkeys(chain.from_iterable(_glob(f"{glob.escape(str(folder))}/{within}") for folder in folders))
+
+
+def _above(folder: Path) -> frozenset[str]:
+    """The real paths of the folders that hold this one."""
+    return frozenset(map(str, Path(os.path.realpath(folder)).parents))
+
+
+def _folders(folder: Path, above: frozenset[str]) -> Iterator[Path]:
+    """The folder and those below it. `above`: the real paths of those that lead to it."""
+    real = os.path.realpath(folder)
+    if real in above or not folder.is_dir():
+        return
+    yield folder
+    with reading(folder):
+        children = [child for child in folder.iterdir() if child.is_dir() and not _is_left_out(child.name)]
+    for child in children:
+        yield from _folders(child, above | {real})
+
+
+def _files_below(folder: Path, above: frozenset[str]) -> Iterator[Path]:
+    """The files of a directory, and of its folders that are named `key=value`. `above`: as in `_folders`."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
     with reading(folder):
         children = list(folder.iterdir())
     for child in children:
@@ -92,11 +125,11 @@ def _files_below(folder: Path) -> Iterator[Path]:
         if not child.is_dir():
             yield child
         elif "=" in child.name:
-            yield from _files_below(child)
+            yield from _files_below(child, above | {real})
 
 
 def _is_left_out(name: str) -> bool:
-    return name.startswith((".", "_")) or name.endswith((".crc", "_$folder$"))
+    return name.startswith((".", "_")) or name.endswith((".crc", "_$folder$", "~", ".swp"))
 
 
 def _folders_in(path: str) -> str:

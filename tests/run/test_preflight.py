@@ -46,6 +46,12 @@ BAD: dict[str, tuple[list[str], str, Callable[[Path], None]]] = {
     "a column of ours": ([], "bears a name of the output's own", own_column),
     "no such column": (['output.columns=["nope"]'], "output.columns: 'nope' is no input column", nothing),
     "no input": (["input.path=nowhere.jsonl"], "nowhere.jsonl", nothing),
+    "an input's name that is too long": (
+        ["input.path=" + "x" * 300],
+        "x: File name too long; choose another name",
+        nothing,
+    ),
+    "a name that is too long": (["output.path=" + "x" * 300], "File name too long; choose another name", nothing),
     "a bad template": (['request.prompt="{{ text"'], "request.prompt: ", nothing),
     "a wrong setting": (["limits.max_in_flihgt=3"], "limits.max_in_flihgt: unknown setting", nothing),
 }

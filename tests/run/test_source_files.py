@@ -45,6 +45,26 @@ def test_a_glob_matches_in_path_order(tmp_path: Path) -> None:
     assert [str(Path(str(file)).relative_to(tmp_path)) for file in files] == ["1/b.jsonl", "2/a.jsonl"]
 
 
+@pytest.mark.parametrize("loop", ["loop", "k=v"])
+def test_a_folder_that_leads_back_to_itself_is_read_once(tmp_path: Path, loop: str) -> None:
+    write(tmp_path / "in" / "a.jsonl")
+    write(tmp_path / "in" / "sub" / "b.jsonl")
+    write(tmp_path / "other" / "c.jsonl")
+    (tmp_path / "in" / loop).symlink_to(".")
+    (tmp_path / "in" / "sub" / "up").symlink_to(tmp_path)
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "other")
+    names = [Path(str(file)).name for file in find_files(str(tmp_path / "in" / "**" / "*.jsonl"))]
+    assert names == ["a.jsonl", "c.jsonl", "b.jsonl"]
+    assert [Path(str(file)).name for file in find_files(str(tmp_path / "in"))] == ["a.jsonl"]
+
+
+def test_what_editors_leave_is_not_read(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "a.jsonl~", ".a.jsonl.swp", "b.jsonl.swp"):
+        write(tmp_path / name)
+    for path in (tmp_path, tmp_path / "*"):
+        assert [Path(str(file)).name for file in find_files(str(path))] == ["a.jsonl"]
+
+
 def test_a_name_with_glob_characters_is_itself(tmp_path: Path) -> None:
     odd = write(tmp_path / "part[1].jsonl")
     assert find_files(str(odd)) == (odd,)

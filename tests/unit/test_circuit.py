@@ -266,6 +266,23 @@ def test_failing_probes_back_off_one_by_one() -> None:
     assert waits == [1, 2, 4, 8, 16, 32, BACKOFF_CAP_S, BACKOFF_CAP_S]
 
 
+def test_in_an_outage_a_wait_is_a_part_of_it_so_far() -> None:
+    """So that its end is noticed soon, with few probes."""
+    story, waits = Story(), list[float]()
+    for row in range(5):
+        story.send(row)
+    for row in range(5):
+        story.ends(row, Verdict.FREE, BROKEN_500)
+    for row in range(5, 20):
+        waits.append(story.until_s() - story.now_s)
+        story.cooled_down()
+        story.send(row)
+        story.ends(row, Verdict.FREE, BROKEN_500)
+    assert waits[:4] == pytest.approx([1, 1.6, 2.56, 4.096])
+    assert waits[-1] == BACKOFF_CAP_S
+    assert all(wait_s <= 1 + 0.61 * sum(waits[:at]) for at, wait_s in enumerate(waits))
+
+
 def test_jitter_grows_with_the_backoff() -> None:
     story = Story(uniform=lambda: 0.5)
     for row in range(9):

@@ -140,6 +140,10 @@ def test_every_job_that_is_shipped_loads(file: Path, monkeypatch: pytest.MonkeyP
         ),
         ('[output]\nlayout = "csv"', 'output.layout: expected "file" or "parts" (is \'csv\')'),
         ("name = 3", "endpoint.name: expected text (is 3)"),
+        *(
+            (f'[{table}]\n{name} = "a\\u0000b"', f"{table}.{name}: holds a NUL, which no name, path or address may")
+            for table, name in (("output", "path"), ("budget", "state"), ("telemetry", "prometheus_dir"))
+        ),
         ("[simulator]\nlatency = 1", "simulator.latency: unknown setting: did you mean simulator.latency_s?"),
     ],
 )
