@@ -202,7 +202,7 @@ class Lifetime(RuleBasedStateMachine):
         if exit_code == 0:
             self.done(None)
         assert len(read_ledger(self.at.ledger)) == served, "an answer that was there was requested again"
-        self.rows = self.laid = rows
+        self.rows, self.laid = rows, list(rows)  # the user may change the one, which the run does not have yet
         self.fate, self.settled = fate, len(rows)
         shutil.rmtree(self.out)
         aside.rename(self.out)
