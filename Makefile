@@ -41,8 +41,8 @@ export PYTHONDONTWRITEBYTECODE :=
 ifndef SEED
 SEED := $(shell od -An -N3 -tu4 /dev/urandom | tr -d ' ')
 endif
-# Tests wait for processes, so three at a time keep two cores busy; a worker without tests takes over another's.
-PYTEST := $(BIN)/python -m pytest -n 3 --dist worksteal --seed $(SEED)
+# Tests wait for processes, so four at a time keep two cores busy; a worker without tests takes over another's.
+PYTEST := $(BIN)/python -m pytest -n 4 --dist worksteal --seed $(SEED)
 
 test: .venv/test readers strace chromium
 	$(PYTEST) --level sample

@@ -70,7 +70,7 @@ def test_partition_filters_choose_what_is_sent(tmp_path: Path) -> None:
         assert again.exit_code == 2  # another day is a changed input
         lines = set()
         for command in ("run", "check", "estimate"):
-            ended = batchrun(command, job, "--set", "input.partitions.lang=fr")
+            ended = batchrun(command, job, "--set", "input.partitions.lang=fr", cwd=tmp_path)
             assert ended.exit_code == 2
             lines.add(ended.stderr)
         assert len(lines) == 1
