@@ -14,21 +14,26 @@ OPTIONS = {"max_restarts": 0, "max_task_retries": 0}
 
 
 class Actor:
-    """One actor. `ready` is None until it can send. `heard_at`, its last answer to a call, is on the loop's clock."""
+    """One actor. `ready` is None until it can send. `heard_at`, its last answer to a call, is on the loop's clock.
+
+    `leaving`: it gets no more requests, because it is not needed.
+    """
 
     def __init__(self, handle: Any, now: float) -> None:
         self.handle = handle
         self.ready: Ready | None = None
         self.in_flight: set[int] = set()
         self.calls = 0
-        self.handing_over = False
+        self.handing_over = self.leaving = False
         self.key_version = 0
         self.heard_at = now
 
     @property
     def room(self) -> int:
-        """How many more requests it can have in flight; 0 while a call hands over some."""
-        return 0 if self.ready is None or self.handing_over else self.ready.room - len(self.in_flight)
+        """How many more requests it can have in flight; 0 while a call hands over some, and if it is leaving."""
+        if self.ready is None or self.handing_over or self.leaving:
+            return 0
+        return self.ready.room - len(self.in_flight)
 
     def __str__(self) -> str:
         return "a Ray actor" if self.ready is None else f"the Ray actor {self.ready.pid} on {self.ready.host}"

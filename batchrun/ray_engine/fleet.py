@@ -144,18 +144,20 @@ class Fleet:
         return min(most, max(self._engine.actors, math.ceil(len(self._replies) / self._engine.requests_per_actor)))
 
     def _end_surplus(self, wanted: int, now: float) -> None:
-        """Ends idle actors that have not been needed for a while, so that Ray can give their nodes back."""
+        """Ends actors that have not been needed for a while, so that Ray can give their nodes back.
+
+        They get no more requests from then on: few requests, dealt evenly, would keep each of them busy for ever.
+        """
         if len(self._actors) <= wanted:
             self._surplus_since = None
         elif self._surplus_since is None:
             self._surplus_since = now
-        elif now - self._surplus_since > SURPLUS_S:
-            idle = next(
-                (actor for actor in reversed(self._actors) if not actor.in_flight and not actor.handing_over), None
-            )
-            if idle is not None:
-                self._end(idle)
-                self._report("actor ended", None, actor=str(idle), why="not needed")
+        is_over = self._surplus_since is not None and now - self._surplus_since > SURPLUS_S
+        for place, actor in enumerate(sorted(self._actors, key=lambda actor: actor.ready is None)):
+            actor.leaving = is_over and place >= wanted
+            if actor.leaving and not actor.in_flight and not actor.handing_over:
+                self._end(actor)
+                self._report("actor ended", None, actor=str(actor), why="not needed")
 
     def _alive(self) -> Iterator[Actor]:
         return (actor for actor in tuple(self._actors) if actor.ready is not None)
