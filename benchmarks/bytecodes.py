@@ -78,12 +78,12 @@ def main() -> None:
         name: [(after - before) / (MANY - FEW) for after, before in zip(counts, few.get(name, (0, 0)), strict=True)]
         for name, counts in many.items()
     }
-    packages: collections.Counter[str] = collections.Counter()
+    packages: dict[str, float] = collections.defaultdict(float)
     for name, (bytecodes, _) in a_row.items():
         packages["/".join(name.split(" ")[0].split("/")[:2])] += bytecodes
     totals = [sum(figures) for figures in zip(*a_row.values(), strict=True)]
     print(f"{totals[0]:,.0f} bytecodes and {totals[1]:.0f} calls of Python functions a row\n")
-    for package, bytecodes in packages.most_common(12):
+    for package, bytecodes in sorted(packages.items(), key=lambda each: -each[1])[:12]:
         print(f"{bytecodes:8.0f}        {package}")
     print()
     for name, (bytecodes, calls) in sorted(a_row.items(), key=lambda each: -each[1][0])[: arguments.most]:

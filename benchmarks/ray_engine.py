@@ -16,14 +16,14 @@ import tempfile
 from datetime import datetime
 from pathlib import Path
 
-from row import BY_THREAD, LONG, SHORT, command, environ, slope
+from row import BY_THREAD, LONG, SHORT, Target, command, environ, slope
 from throughput import fixed_answer_server
 
 
 def run(url: str, rows: int, in_flight: int, flags: list[str]) -> tuple[float, float]:
     """Seconds of CPU of the driver, and seconds from the first request to the end."""
     with tempfile.TemporaryDirectory(prefix="batchrun-bench-", dir=".") as folder:
-        arguments = [*command(url, rows, in_flight, Path(folder).resolve()), *flags]
+        arguments = [*command(Target(url, in_flight), rows, Path(folder).resolve()), *flags]
         ended = subprocess.run(
             [sys.executable, "-c", BY_THREAD, *arguments], check=True, capture_output=True, text=True, env=environ()
         )

@@ -24,7 +24,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.fault_server import self_signed
+from tests.fault_server import self_signed as self_signed  # `row` takes it from here
 
 HERE = Path(__file__).resolve()
 IN_FLIGHT = 64
