@@ -13,7 +13,7 @@ from batchrun.errors import InputError, JobError
 from batchrun.job.settings import Input
 from batchrun.request.image_parts import Image, Source, decoded, image_of, path_in, shown, too_large
 
-# O_NOFOLLOW at each step: no link leads out of `input.image_root`, also none that is put there during the check
+# O_NOFOLLOW at each step: links were resolved and checked before, so one that is met here was put there since
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # O_NONBLOCK: what was a file when it was checked may be a pipe now, whose open would wait for a writer
 _FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
