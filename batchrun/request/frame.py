@@ -19,11 +19,11 @@ _Pieces = list[bytes]
 
 class Frame:
     """The constant bytes of a job's bodies. `message_texts` are templates by role; `fields` is the rest of each body,
-    in its order, `unasked` those of them that are no part of the question.
+    in its order, `unkeyed` those of them that are no part of the question, so of its key.
     """
 
     def __init__(
-        self, model: str, message_texts: Sequence[tuple[str, str]], fields: Mapping[str, Any], unasked: Collection[str]
+        self, model: str, message_texts: Sequence[tuple[str, str]], fields: Mapping[str, Any], unkeyed: Collection[str]
     ) -> None:
         """Compiles the templates.
 
@@ -40,7 +40,7 @@ class Frame:
                 self._texts.append(text_template(text, f"request.{'prompt' if role == 'user' else role}"))
         body = {"model": model, "messages": messages, **fields}
         self._body = _pieces(_encode(body))
-        self._question = _pieces(_canonical({name: value for name, value in body.items() if name not in unasked}))
+        self._question = _pieces(_canonical({name: value for name, value in body.items() if name not in unkeyed}))
 
     def filled(self, columns: Columns) -> tuple[bytes, bytes]:
         """The body of a row, and the question that it asks: the same with all names sorted.

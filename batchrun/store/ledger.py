@@ -73,7 +73,7 @@ class Ledger:
         completions = [ending for ending in endings if isinstance(ending, Completion)]
         earlier = self.earlier_answers([completion.row for completion in completions])
         totals = fold(self.totals, endings, started, earlier)
-        in_doubt = [entry for ending in endings if (entry := possibly_billed(ending, started)) is not None]
+        in_doubt = _in_doubt(endings, started)
         records = [db_tables.completion_record(completion, self._batch + 1) for completion in completions]
         changes_more = in_doubt or self.has_reopened or totals.unstated is not self.totals.unstated
         if invocation is None and len(completions) == len(endings) and not changes_more:
@@ -94,8 +94,8 @@ class Ledger:
 
     def count_spilled(self, endings: Sequence[Ending]) -> None:
         """The totals count these endings, which are durable elsewhere."""
-        doubts = [entry for ending in endings if (entry := possibly_billed(ending, self.invocation)) is not None]
-        self.totals = with_possibly_billed(fold(self.totals, endings, self.invocation), doubts)
+        totals = fold(self.totals, endings, self.invocation)
+        self.totals = with_possibly_billed(totals, _in_doubt(endings, self.invocation))
 
     def add_possibly_billed(self, entries: Sequence[PossiblyBilled]) -> None:
         """The attempts are on the permanent list of possibly billed requests."""
@@ -169,6 +169,10 @@ def groups(rows: Collection[int]) -> Iterator[list[int]]:
 def among(rows: Sequence[int]) -> str:
     """The clause that selects these rows."""
     return f"WHERE row IN ({','.join('?' * len(rows))})"
+
+
+def _in_doubt(endings: Iterable[Ending], invocation: int) -> list[PossiblyBilled]:
+    return [entry for ending in endings if (entry := possibly_billed(ending, invocation)) is not None]
 
 
 def _changed(known: Mapping[LineKey, TotalsLine], lines: Mapping[LineKey, TotalsLine]) -> list[TotalsLine]:

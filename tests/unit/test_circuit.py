@@ -575,6 +575,19 @@ def test_a_too_long_outage_pauses() -> None:
     assert MAX_OUTAGE_S < story.now_s <= MAX_OUTAGE_S + BACKOFF_CAP_S
 
 
+def sent_until_stopped(story: Story, verdict: Verdict, failure: RowError) -> int:
+    """How many rows were sent until the run stopped, where each of them ends like this."""
+    row = 0
+    while not isinstance(story.phase(), Stopped):
+        if story.barred():
+            story.now_s += 1
+            continue
+        story.send(row)
+        story.ends(row, verdict, failure)
+        row += 1
+    return row
+
+
 @pytest.mark.parametrize(("heard", "patience_s"), [(False, FIRST_REACH_S), (True, MAX_OUTAGE_S)])
 def test_a_never_reached_endpoint_waits_less(heard: bool, patience_s: float) -> None:
     story = Story()
@@ -582,19 +595,12 @@ def test_a_never_reached_endpoint_waits_less(heard: bool, patience_s: float) -> 
         story.send(99)
         story.ends(99, Verdict.FREE, error(500))
     nowhere = RowError("dns", None, None, "no such host")
-    row = 0
-    while not isinstance(story.phase(), Stopped):
-        if story.barred():
-            story.now_s += 1
-            continue
-        story.send(row)
-        story.ends(row, Verdict.FREE, nowhere)
-        row += 1
+    rows = sent_until_stopped(story, Verdict.FREE, nowhere)
     assert patience_s < story.now_s <= patience_s + BACKOFF_CAP_S * (1 + JITTER)
     assert story.state.stop is not None
     assert story.state.stop.exit_code is ExitCode.PAUSED
     assert ("never reached" in story.state.stop.why) is not heard
-    assert row < 200
+    assert rows < 200
 
 
 @pytest.mark.parametrize(("answered", "patience_s"), [(False, FIRST_ANSWER_S), (True, MAX_OUTAGE_S)])
@@ -605,18 +611,11 @@ def test_an_endpoint_without_completions_is_left_soon(answered: bool, patience_s
         story.send(10_000)
         story.ends(10_000, Verdict.OK)
     page = RowError("unreadable", 200, None, "the answer is no chat completion: <html>")
-    row = 0
-    while not isinstance(story.phase(), Stopped):
-        if story.barred():
-            story.now_s += 1
-            continue
-        story.send(row)
-        story.ends(row, Verdict.MAYBE, page)
-        row += 1
+    rows = sent_until_stopped(story, Verdict.MAYBE, page)
     assert patience_s < story.now_s <= patience_s + BACKOFF_CAP_S * (1 + JITTER)
     assert story.state.stop is not None
     assert story.state.stop.exit_code is ExitCode.PAUSED
-    assert answered or row < 20
+    assert answered or rows < 20
 
 
 def test_an_answer_restarts_the_outage_clock() -> None:
