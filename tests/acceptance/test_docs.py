@@ -227,7 +227,7 @@ def test_every_package_has_its_line_in_the_design() -> None:
 
 
 def test_the_tree_of_objects_names_classes_that_exist() -> None:
-    tree = text_of("docs/design.md").partition("### The tree of objects")[2].partition("\n### ")[0]
+    tree = text_of("docs/design.md").partition("## The tree of objects")[2].partition("\n## ")[0]
     block = "\n".join(line for line in tree.splitlines() if line.startswith("    "))
     named = set(re.findall(r"\b[A-Z][a-z]+(?:[A-Z][a-z]+)*\b", block))
     defined = {
@@ -239,19 +239,19 @@ def test_the_tree_of_objects_names_classes_that_exist() -> None:
     assert named - defined == set()
 
 
-def test_every_dependency_has_its_reason_in_the_design() -> None:
-    listed = [row[0].partition(" ")[0] for row in rows("docs/design.md", "package", "reason")]
+def test_every_dependency_has_its_reason() -> None:
+    listed = [row[0].partition(" ")[0] for row in rows("docs/decisions.md", "package", "reason")]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"], *(name for extra in extras if extra != "test" for name in extras[extra])]
     assert sorted(listed) == sorted(re.match(r"[\w-]+", name)[0] for name in wanted)  # type: ignore[index]
 
 
-def test_design_names_every_package_of_tests() -> None:
+def test_every_package_of_tests_is_named() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
     names = [re.split("[>=]", requirement)[0] for requirement in extras["test"]]
     assert len(set(names)) == len(names)
-    assert [name for name in names if f"`{name}`" not in text_of("docs/design.md")] == []
+    assert [name for name in names if f"`{name}`" not in text_of("docs/decisions.md")] == []
 
 
 # ── what pages point to ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -284,12 +284,24 @@ def test_every_promise_has_its_test() -> None:
 def test_the_places_where_changes_go_exist() -> None:
     """CONTRIBUTING names, for each kind of change, a file and what to change in it."""
     places = text_of("CONTRIBUTING.md").partition("## Where to add what")[2].partition("\n## ")[0]
-    named = re.findall(r"`(\w+(?:\.\w+)?)`(?:,[^`.;]*)?(?: (?:and|in|of) )`(batchrun/[\w/.]+\.py)`", places)
-    assert len(named) >= 10
+    assert _named_in_code(places) >= 10
+    assert places.count("\n### ") == 6
+
+
+def test_each_step_of_a_row_is_in_the_code() -> None:
+    """docs/design.md names, for each step in the life of a row, the function and its file."""
+    steps = rows("docs/design.md", "step", "where")
+    assert [_named_in_code(where) for _, where, _ in steps] == [1] * len(steps)
+    assert len(steps) > 8
+
+
+def _named_in_code(text: str) -> int:
+    """How many names a text places in a file; each of them is there."""
+    named = re.findall(r"`(\w+(?:\.\w+)?)`(?:,[^`.;]*)?(?: (?:and|in|of) )`(batchrun/[\w/.]+\.py)`", text)
     for name, file in named:
         for part in name.split("."):
             assert re.search(rf"\b{part}\b", text_of(file)), (name, file)
-    assert places.count("\n### ") == 6
+    return len(named)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids_of)
