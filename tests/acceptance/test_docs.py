@@ -153,7 +153,7 @@ def test_every_status_and_every_event_is_listed() -> None:
 
 def test_everything_that_limits_rows_is_listed() -> None:
     field = details(text_of("docs/output.md"), "limited_by").partition("; while no rows")[0]
-    advised = " ".join(row[0] for row in rows("docs/job.md", "limited by", "what to do for more speed"))
+    advised = " ".join(row[0] for row in rows("docs/running.md", "limited by", "what to do for more speed"))
     wanted = {*map(str, Limit), "the reader of completions", "retries"}
     for listed in (field, advised):
         assert {name.partition(" (")[0] for name in re.findall("`([^`]+)`", listed)} == wanted
@@ -175,7 +175,7 @@ def test_every_metric_is_listed_with_its_meaning() -> None:
 
 
 def test_every_key_of_the_report_is_listed() -> None:
-    assert tuple(bare(row[0]) for row in rows("docs/output.md", "`--by`")) == KEYS
+    assert tuple(bare(row[0]) for row in rows("docs/cost.md", "`--by`")) == KEYS
 
 
 def test_every_bill_figure_has_its_formula() -> None:
@@ -350,7 +350,8 @@ def test_no_page_names_a_place_on_somebodys_machine(page: Path) -> None:
 
 EXAMPLES = [
     example
-    for block in re.findall(r"(?:^(?: {4}.*)?\n)+", text_of("docs/job.md"), re.MULTILINE)
+    for page in ("docs/job.md", "docs/input.md")
+    for block in re.findall(r"(?:^(?: {4}.*)?\n)+", text_of(page), re.MULTILINE)
     if (example := re.sub(r"^ {4}", "", block, flags=re.MULTILINE).strip()).startswith("[")
 ] + re.findall(r"^```toml\n([\s\S]*?)^```", text_of("README.md"), re.MULTILINE)
 
