@@ -416,20 +416,34 @@ def test_every_option_is_listed_in_order() -> None:
     )
 
 
-def test_the_readmes_transcripts_are_what_the_commands_print(tmp_path: Path) -> None:
-    """Every command of the README runs in order, as a stranger types them; dates and speeds are masked."""
+def test_transcripts_are_what_the_commands_print(tmp_path: Path) -> None:
+    """Every command of the README runs in order, as a stranger types them, then those of docs/running.md that show
+    what they print; dates and speeds are masked.
+    """
     for name in ("jobs", "sample_inputs"):
         (tmp_path / name).symlink_to(ROOT / name)
-    shell = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "LC_ALL": "C.UTF-8"}
-    for block in re.findall(r"^```console\n([\s\S]*?)^```", text_of("README.md"), re.MULTILINE):
-        for command, shown in re.findall(r"^\$ (.+)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE):
-            if command.startswith(("make ", "source ")):
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    shell = {
+        **os.environ,
+        "PATH": path,
+        "LC_ALL": "C.UTF-8",
+        "VTRIX_API_KEY": "any",
+    }  # `estimate` wants a key to be set
+    for page in ("README.md", "docs/running.md"):
+        for command, shown in _transcripts(page):
+            if command.startswith(("make ", "source ")) or (page != "README.md" and not shown):
                 continue
             ended = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=tmp_path, env=shell)
             assert ended.returncode == 0, ended.stderr
             if shown:
                 printed = (ended.stderr + ended.stdout).splitlines()
                 assert [_masked(line) for line in printed] == [_masked(line) for line in shown.splitlines()]
+
+
+def _transcripts(page: str) -> Iterator[tuple[str, str]]:
+    """Each command of the page's consoles, with what it prints; empty where the page does not show that."""
+    for block in re.findall(r"^```console\n([\s\S]*?)^```", text_of(page), re.MULTILINE):
+        yield from re.findall(r"^\$ (.+)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE)
 
 
 def _masked(line: str) -> str:
