@@ -153,7 +153,7 @@ def test_every_status_and_every_event_is_listed() -> None:
 
 def test_everything_that_limits_rows_is_listed() -> None:
     field = details(text_of("docs/output.md"), "limited_by").partition("; while no rows")[0]
-    advised = " ".join(row[0] for row in rows("docs/job.md", "limited by", "what to do for more speed"))
+    advised = " ".join(row[0] for row in rows("docs/running.md", "limited by", "what to do for more speed"))
     wanted = {*map(str, Limit), "the reader of completions", "retries"}
     for listed in (field, advised):
         assert {name.partition(" (")[0] for name in re.findall("`([^`]+)`", listed)} == wanted
@@ -175,7 +175,7 @@ def test_every_metric_is_listed_with_its_meaning() -> None:
 
 
 def test_every_key_of_the_report_is_listed() -> None:
-    assert tuple(bare(row[0]) for row in rows("docs/output.md", "`--by`")) == KEYS
+    assert tuple(bare(row[0]) for row in rows("docs/cost.md", "`--by`")) == KEYS
 
 
 def test_every_bill_figure_has_its_formula() -> None:
@@ -346,11 +346,75 @@ def test_no_page_names_a_place_on_somebodys_machine(page: Path) -> None:
     assert re.findall(r"(?<![\w.])/(?:home|root|work|farm|tmp|Users)/\S*", page.read_text("utf-8")) == []
 
 
+# ── the words ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+DIALECT = re.compile(
+    r"\b(?:told|begun|anew|nobody|dearest|dearer|goes on|gone on|held against|(?-i:is none)|becomes? of|became of)\b"
+    r"|\b(?:(?<!is )(?<!are )(?<!be )used to|since then|earlier that day|(?:is|are|what \w+ is) worth)\b",
+    re.IGNORECASE,
+)
+FIGURE = re.compile(r"\d(?: to [\d.]+)? (?:µs|rows/s)\b")
+COMMAND = re.compile(r"\b(?:python (?:-m )?(?:benchmarks|tests)|make \w|/usr/bin/time|time batchrun)|\.py\b")
+
+
+def _prose(page: Path) -> list[tuple[int, str]]:
+    """The lines of a page with their numbers, without code, tables and headings."""
+    text = page.read_text("utf-8")
+    for code_block in (r"^```[\s\S]*?^```", r"^ {4,}.*$"):
+        text = re.sub(code_block, lambda block: re.sub(r"[^\n]", "", block[0]), text, flags=re.MULTILINE)
+    return [(number, line) for number, line in enumerate(text.splitlines(), 1) if line and line[0] not in "|#"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids_of)
+def test_pages_are_in_plain_words(page: Path) -> None:
+    """The words in which this project's drafts were hard to read, and those of a history, are in no page."""
+    said = [(number, re.sub(r"`[^`]*`", "", line)) for number, line in _prose(page)]
+    assert [(number, line) for number, line in said if DIALECT.search(line)] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids_of)
+def test_prose_fits_in_120_columns(page: Path) -> None:
+    long = [(number, len(line)) for number, line in _prose(page) if len(line) > 120 and " " in line.strip()]
+    assert long == []
+
+
+@pytest.mark.parametrize("page", DOCS, ids=ids_of)
+def test_a_measured_figure_has_its_command(page: Path) -> None:
+    """A section with a speed or a time per row names the program that measures it."""
+    sections = re.split(r"^## ", page.read_text("utf-8"), flags=re.MULTILINE)
+    measured = [section for section in sections if FIGURE.search(section)]
+    assert [section.partition("\n")[0] for section in measured if not COMMAND.search(section)] == []
+
+
+def test_every_page_is_linked_from_the_readme_or_a_page_linked_there() -> None:
+    found, left = set[Path](), [ROOT / "README.md"]
+    while left:
+        page = left.pop()
+        if page in found or page.suffix != ".md" or not page.exists():
+            continue
+        found.add(page)
+        targets = re.findall(r"\]\(([^)\s#]+)", page.read_text("utf-8"))
+        left += [(page.parent / target).resolve() for target in targets if "://" not in target]
+    assert [ids_of(page) for page in PAGES if page not in found] == []
+
+
+def test_the_changelog_has_the_form_of_keep_a_changelog() -> None:
+    page = text_of("CHANGELOG.md")
+    assert set(re.findall(r"^### (.+)$", page, re.MULTILINE)) <= {
+        *("Added", "Changed", "Deprecated"),
+        *("Removed", "Fixed", "Security"),
+    }
+    versions = re.findall(r"^## (.+)$", page, re.MULTILINE)
+    assert versions[0] == "[Unreleased]" or versions[0].startswith(f"[{batchrun.__version__}] - ")
+    assert all(re.fullmatch(r"\[\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d", version) for version in versions[1:])
+
+
 # ── the examples ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 EXAMPLES = [
     example
-    for block in re.findall(r"(?:^(?: {4}.*)?\n)+", text_of("docs/job.md"), re.MULTILINE)
+    for page in ("docs/job.md", "docs/input.md")
+    for block in re.findall(r"(?:^(?: {4}.*)?\n)+", text_of(page), re.MULTILINE)
     if (example := re.sub(r"^ {4}", "", block, flags=re.MULTILINE).strip()).startswith("[")
 ] + re.findall(r"^```toml\n([\s\S]*?)^```", text_of("README.md"), re.MULTILINE)
 
@@ -415,20 +479,34 @@ def test_every_option_is_listed_in_order() -> None:
     )
 
 
-def test_the_readmes_transcripts_are_what_the_commands_print(tmp_path: Path) -> None:
-    """Every command of the README runs in order, as a stranger types them; dates and speeds are masked."""
+def test_transcripts_are_what_the_commands_print(tmp_path: Path) -> None:
+    """Every command of the README runs in order, as a stranger types them, then those of docs/running.md that show
+    what they print; dates and speeds are masked.
+    """
     for name in ("jobs", "sample_inputs"):
         (tmp_path / name).symlink_to(ROOT / name)
-    shell = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "LC_ALL": "C.UTF-8"}
-    for block in re.findall(r"^```console\n([\s\S]*?)^```", text_of("README.md"), re.MULTILINE):
-        for command, shown in re.findall(r"^\$ (.+)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE):
-            if command.startswith(("make ", "source ")):
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    shell = {
+        **os.environ,
+        "PATH": path,
+        "LC_ALL": "C.UTF-8",
+        "VTRIX_API_KEY": "any",
+    }  # `estimate` wants a key to be set
+    for page in ("README.md", "docs/running.md"):
+        for command, shown in _transcripts(page):
+            if command.startswith(("make ", "source ")) or (page != "README.md" and not shown):
                 continue
             ended = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=tmp_path, env=shell)
             assert ended.returncode == 0, ended.stderr
             if shown:
                 printed = (ended.stderr + ended.stdout).splitlines()
                 assert [_masked(line) for line in printed] == [_masked(line) for line in shown.splitlines()]
+
+
+def _transcripts(page: str) -> Iterator[tuple[str, str]]:
+    """Each command of the page's consoles, with what it prints; empty where the page does not show that."""
+    for block in re.findall(r"^```console\n([\s\S]*?)^```", text_of(page), re.MULTILINE):
+        yield from re.findall(r"^\$ (.+)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE)
 
 
 def _masked(line: str) -> str:
