@@ -219,7 +219,11 @@ class Workers:
         # before the first byte is sent, so that a crash leaves no request unnamed
         self._slots.take(slot, request.row, n, request.key, usd, tokens)
         self.sent += 1
-        attempt = await self.endpoints.send(slot, body, f"{self._attempt_prefix}-{row}-{n}")
+        to = self.endpoints.of(slot)
+        version = to.credentials.version
+        attempt = await to.transport.send(body, f"{self._attempt_prefix}-{row}-{n}")
+        if attempt.http_status in (401, 403) and attempt.error is None:
+            attempt = self.endpoints.refused(slot, attempt, version)
         answer = answers.read(attempt.body, request.choices)
 
         judgement = self._judge(pending, attempt, answer, tier, slot)
