@@ -34,12 +34,6 @@ class Result(NamedTuple):
             name for name in self.schema.names[: self.schema.get_field_index(self.prefix + "row")] if name not in own
         ]
 
-    @property
-    def parsed(self) -> pa.DataType:
-        """The type of `parsed`: the one of the job's JSON schema, else JSON text."""
-        type_: pa.DataType = self.schema.field(self.prefix + "parsed").type
-        return type_
-
 
 def result_of(place: Path) -> Result | None:
     """The result of the run in the directory, or the file itself; None if there is none, or it is not ours.

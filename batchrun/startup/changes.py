@@ -78,16 +78,10 @@ class Changes(msgspec.Struct, frozen=True):
         fewer = f"; {self.fewer:,} fewer than before" if self.fewer else ""
         if self.carried:
             fewer = f"; {self.carried:,} without a request{fewer}"
-        return f"{what}: {stay}, {send}{cost}{fewer}{self._in_vain()}"
-
-    def _in_vain(self) -> str:
-        match self.dropped:
-            case 0:
-                return ""
-            case 1:
-                return "; 1 paid answer no longer fits any row"
-            case dropped:
-                return f"; {dropped:,} paid answers no longer fit any row"
+        vain = "" if not self.dropped else f"; {self.dropped:,} paid answers no longer fit any row"
+        if self.dropped == 1:
+            vain = "; 1 paid answer no longer fits any row"
+        return f"{what}: {stay}, {send}{cost}{fewer}{vain}"
 
 
 class Answers:
