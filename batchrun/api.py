@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import time
@@ -225,7 +226,7 @@ def _place(job: Job, options: Options, note: Callable[[str], None]) -> tuple[Run
     """The run's directory, and its logical date."""
     now = datetime.now().astimezone()
     pattern, new = rundir.pattern_of(job.output), options.get("new", False)
-    taken, elsewhere = destination.taken(job), destination.elsewhere(job)
+    taken, elsewhere = functools.partial(destination.is_taken, job), functools.partial(destination.elsewhere, job)
     date = options.get("date")
     path, earlier = rundir.place(pattern, job.name, date=date, now=now, new=new, taken=taken, elsewhere=elsewhere)
     if earlier is not None:
