@@ -41,6 +41,10 @@ RETRIED = frozenset(str(status) for status in Status if status is not Status.OK)
 """The statuses whose rows can be retried."""
 
 
+MOST_DATES = 5
+"""Dates of unfinished runs that are named."""
+
+
 class Options(TypedDict, total=False):
     """Options of one start, all of them optional. docs/library.md says what each does."""
 
@@ -123,7 +127,8 @@ def begin(job: Job | str | Path, rows: Rows | None, options: Options, host: Host
         environ = options.get("environ", os.environ)
         preflight.require_settings(wanted, directory)
         keys = preflight.key(wanted, environ)
-        hooks = _hooks(options, note, host, command, views)
+        grace_s, progress = options.get("grace_s"), options.get("progress", lambda summary: None)
+        hooks = Hooks(progress, note, host, command, GRACE_S if grace_s is None else grace_s, views)
         with (
             simulated.endpoint_of(wanted) as pointed,
             _stream(wanted, rows, directory) as stream,
@@ -149,14 +154,6 @@ def _placed(job: Job, options: Options, note: Callable[[str], None]) -> tuple[Jo
     if (url := rundir.published_at(job.output, directory.path)) and command is not None:
         command = destination.command(command, job, url)
     return dated, directory, command
-
-
-def _hooks(
-    options: Options, note: Callable[[str], None], host: Host | None, command: str | None, views: Views
-) -> Hooks:
-    grace_s = options.get("grace_s")
-    progress: Callable[[Summary], None] = options.get("progress", lambda summary: None)
-    return Hooks(progress, note, host, command, GRACE_S if grace_s is None else grace_s, views)
 
 
 def _run_options(
@@ -236,22 +233,16 @@ def _place(job: Job, options: Options, note: Callable[[str], None]) -> tuple[Run
         raise JobError(
             f"output.path {shown}: holds bytes that are not UTF-8, as the run's log is; name another directory"
         )
-    if left := rundir.unfinished(pattern, job.name, path):
-        note(Notice(_left_in_words(left), "unfinished runs", dates=[earlier for earlier, _ in left]))
+    if dates := [left for left, _ in rundir.unfinished(pattern, job.name, path)]:
+        more = f" and {len(dates) - MOST_DATES:,} more" if dates[MOST_DATES:] else ""
+        named = ", ".join(dates[:MOST_DATES]) + more
+        if len(dates) == 1:
+            line = f"an earlier run of this job is unfinished: {named}; this command with --date {named} finishes it"
+        else:
+            finish = f"this command with --date {dates[0]} finishes the first"
+            line = f"earlier runs of this job are unfinished: {named}; {finish}"
+        note(Notice(line, "unfinished runs", dates=dates))
     return RunDirectory(path), rundir.logical_date(options.get("date") or earlier, now)
-
-
-MOST_DATES = 5
-"""Dates of unfinished runs that are named."""
-
-
-def _left_in_words(left: list[tuple[str, Path]]) -> str:
-    """The unfinished earlier runs of the job, oldest first, and how to finish them."""
-    dates = [date for date, _ in left]
-    named = ", ".join(dates[:MOST_DATES]) + (f" and {len(dates) - MOST_DATES:,} more" if dates[MOST_DATES:] else "")
-    if len(dates) == 1:
-        return f"an earlier run of this job is unfinished: {named}; this command with --date {named} finishes it"
-    return f"earlier runs of this job are unfinished: {named}; this command with --date {dates[0]} finishes the first"
 
 
 @contextlib.contextmanager
