@@ -27,7 +27,15 @@ def settlement(answer: Answer, expected: Expected, finish: Finish, http_status: 
 
     A truncated answer is neither read as JSON nor corrected.
     """
-    if not expected.in_json and finish.stop == "accept" and _is_plain(answer):
+    if (  # complete text, as nearly all answers are
+        not expected.in_json
+        and finish.stop == "accept"
+        and answer.finish_reason == "stop"
+        and answer.content
+        and not answer.refusal
+        and answer.function_call is None
+        and answer.tool_calls is None
+    ):
         return _PLAIN
     meaning = Meaning.REFUSAL if answer.refusal else meaning_of(answer.finish_reason)
     status, action = _status_and_action(meaning, finish)
@@ -45,13 +53,6 @@ def settlement(answer: Answer, expected: Expected, finish: Finish, http_status: 
         error = RowError(flaw.kind, http_status, None, flaw.message)
         return Settlement(Status.INVALID, "fail", error, correctable=True)
     return Settlement(status, in_json=status is Status.OK and expected.in_json and not called)
-
-
-def _is_plain(answer: Answer) -> bool:
-    """True for complete text, as nearly all answers are."""
-    if answer.finish_reason != "stop" or not answer.content or answer.refusal:
-        return False
-    return answer.function_call is None and answer.tool_calls is None
 
 
 _PLAIN = Settlement(Status.OK)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 KEY = "simulated-key"  # the simulator accepts any bearer, and treats this one as a secret
 
-START_S = 20.0
+START_S = 20.0  # a process that did not start has ended by then; starting takes a second
 
 
 @contextlib.contextmanager

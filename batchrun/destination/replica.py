@@ -35,7 +35,7 @@ PART = re.compile(r"(\d+)\.g(\d+)\.([0-9a-f]+)\.part")
 INPUT = re.compile(r"(\d+)\.(\d+)\.([0-9a-f]+)\.input")
 COPY = re.compile(r"(\d+)\.([0-9a-f]+)\.db")
 
-TRIES = 20
+TRIES = 20  # copies of the checkpoint, when a chunk is sealed during each; any small number does
 PATIENCE_S = (2.0, 5.0, 10.0, 20.0, 40.0)
 """Waits between attempts to store something, each of which the store's own retries precede."""
 

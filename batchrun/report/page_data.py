@@ -24,7 +24,7 @@ from batchrun.report.runs import Found
 
 pc: Any = pyarrow.compute  # its stubs know less than it does
 
-DEAREST = 10
+DEAREST = 10  # rows in the page's table of the most expensive ones
 MOST_NIGHTS = 62
 """With more nights, bars are of months."""
 

@@ -81,7 +81,7 @@ def counts(column: Any) -> dict[Any, int]:
 _WIDE = frozenset({"parsed", "content", "raw", "choices", "error"})
 """Columns read one row group at a time: they may be large, and Arrow can't join dictionaries in structs."""
 
-ROWS_AT_ONCE = 65_536
+ROWS_AT_ONCE = 65_536  # narrow columns of so many rows are a few MB
 
 
 def _together(file: pq.ParquetFile, *, narrow: bool) -> Iterator[list[int]]:

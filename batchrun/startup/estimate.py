@@ -10,7 +10,7 @@ from decimal import Decimal
 
 from batchrun import prices
 from batchrun.job.job import Job
-from batchrun.job.settings import Budget, Limits
+from batchrun.job.settings import Budget
 from batchrun.limits import capacity
 from batchrun.limits.admission import Limit
 from batchrun.limits.capacity import Size
@@ -26,8 +26,8 @@ from batchrun.startup.previous_run import Means
 from batchrun.startup.previous_run import of as means_of
 
 FEWEST_TOKENS_PER_BYTE = 0.18  # long common words; prose of one language has about 0.23
-USUAL_TOKENS_PER_BYTE = 0.3
-USUAL_ANSWER_TOKENS = 300
+USUAL_TOKENS_PER_BYTE = 0.3  # a guess, above prose of one language
+USUAL_ANSWER_TOKENS = 300  # a guess, and the estimate says so: --limit 20 measures it
 
 
 def estimate(
@@ -47,7 +47,12 @@ def estimate(
     mean = (None if done is None else means_of(done, "this run")) or earlier or _usual(found, job)
     prompt, completion = mean.prompt_tokens, mean.completion_tokens
     tokens = (prompt + completion) * to_ask
-    minutes, limit = _time(job.total_limits, to_ask, mean, day_left_s)
+    limits = job.total_limits
+    by_limits = capacity.least_minutes(limits, to_ask, Size(prompt, completion), day_left_s)
+    times = [] if by_limits is None else [by_limits]
+    if mean.latency_s is not None:
+        times.append((mean.latency_s * to_ask / limits.max_in_flight / 60, Limit.LATENCY))
+    minutes, limit = max(times, key=lambda time: time[0], default=(None, Limit.LATENCY))
     tier = job.request.service_tier
     if (each := mean.cost_by(tables)) is not None:  # prices are as they were then
         expected: Decimal | None = (each * to_ask).quantize(prices.PICO)
@@ -118,15 +123,6 @@ def duration(minutes: float) -> str:
     if seconds < 60:
         return f"{seconds:.0f} s"
     return f"{minutes:,.1f} min" if minutes < 600 else f"{minutes / 60:,.1f} h"
-
-
-def _time(limits: Limits, rows: int, mean: Means, day_left_s: float) -> tuple[float | None, Limit]:
-    """How many minutes the rows take at least, and what makes it so."""
-    size = Size(mean.prompt_tokens, mean.completion_tokens)
-    times = [] if (by_limits := capacity.least_minutes(limits, rows, size, day_left_s)) is None else [by_limits]
-    if mean.latency_s is not None:
-        times.append((mean.latency_s * rows / limits.max_in_flight / 60, Limit.LATENCY))
-    return max(times, key=lambda time: time[0], default=(None, Limit.LATENCY))
 
 
 def _usual(found: Survey, job: Job) -> Means:

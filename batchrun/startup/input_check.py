@@ -27,7 +27,7 @@ from batchrun.tables.partitioned import PartitionLimit
 SHOWN = 20
 """Problems that are reported one by one; all are counted."""
 
-PROGRESS_EVERY = 5000
+PROGRESS_EVERY = 5000  # records: several times a second
 
 _VARYING = re.compile(r"\d+|(?:; did you mean .*?\?)? \(columns: .*\)$", re.DOTALL)
 """What differs between messages of one kind: numbers, and the columns of JSON lines."""

@@ -21,6 +21,7 @@ from batchrun.run_summary import Shard
 from batchrun.source import InputFile, JsonlSource, Source, Span, TableSource, digest, open_source, parquet
 from batchrun.source.content import content_of
 from batchrun.startup.ids import IdIndex
+from batchrun.startup.input_check import PROGRESS_EVERY
 from batchrun.store.manifest import Manifest
 from batchrun.tables.json_columns import ColumnTypes
 
@@ -223,7 +224,7 @@ def find(
                 if record.problem is None:
                     types.observe(record.columns)
                     ids.add_id(record.ordinal, record.columns.get(id_column or ""))
-                if record.ordinal % 5000 == 0:
+                if record.ordinal % PROGRESS_EVERY == 0:
                     progress(record.ordinal)
         elif isinstance(whole, TableSource) and id_column is not None and not skip_invalid:
             for ordinal, value in whole.column(id_column):

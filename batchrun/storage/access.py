@@ -27,7 +27,7 @@ MAX_ATTEMPTS = 6
 seconds times a random share, a store may be away for about 15 s.
 """
 
-CONNECT_TIMEOUT_S = 10.0
+CONNECT_TIMEOUT_S = 10.0  # the SDK's own is 1 s
 SILENCE_S = 60.0  # the SDK's own 3 s break off a store that is slow to answer
 RETRY_S = 15  # Google's own default is a quarter of an hour
 

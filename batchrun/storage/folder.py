@@ -19,7 +19,7 @@ from batchrun.storage.urls import Url
 CONTROL = "_batchrun"
 """The folder for everything that is not the result. Readers of Parquet folders leave out names that begin with `_`."""
 
-COPY_BYTES = 4 << 20
+COPY_BYTES = 4 << 20  # read and written at a time
 LARGEST_COPY_BYTES = 5 << 30
 """What S3 copies by one request (CopyObject)."""
 

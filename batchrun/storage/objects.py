@@ -13,7 +13,7 @@ from batchrun.storage import failures, urls
 from batchrun.storage.access import Access, connect
 from batchrun.storage.urls import Url
 
-HEAD_BYTES = 512
+HEAD_BYTES = 512  # as source.unsupported needs
 READ_AHEAD_BYTES = 8 << 20
 """How much a stream fetches at a time: a request takes tens of milliseconds, whatever it brings."""
 

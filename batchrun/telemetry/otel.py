@@ -40,7 +40,7 @@ from batchrun.telemetry.samples import Labels, Samples, Snapshot, samples_of
 FLUSH_S = 5.0
 """How long the last figures may take at the end of a run."""
 
-MOST_WORDS = 200
+MOST_WORDS = 200  # characters of an exporter's warning, which may hold a whole response
 
 
 def exporter(signal: str) -> type[Any] | None:
