@@ -89,13 +89,6 @@ def _s3(access: Access, environ: Environ, bucket: str) -> pafs.FileSystem:
     region = region or bucket_region(bucket)
     host = urlsplit(_with_scheme(endpoint, "https")).hostname if endpoint else f"s3.{region}.amazonaws.com"
     proxy = _proxy(environ, "http" if (endpoint or "").startswith("http://") else "https", host or "")
-    attempts = environ.get("AWS_MAX_ATTEMPTS", "")
-    tries = max(1, int(attempts)) if attempts.isdigit() else MAX_ATTEMPTS
-    return _s3_connection(endpoint, region, anonymous, tries, _s3_options(environ, profile, proxy))
-
-
-def _s3_options(environ: Environ, profile: Mapping[str, str], proxy: str | None) -> tuple[tuple[str, Any], ...]:
-    """Further settings of the AWS tools as pyarrow names them."""
     options: dict[str, Any] = {}
     version = int(pa.__version__.partition(".")[0])
     if version >= 21:  # a small object takes one request then, and leaves no upload behind when the process is killed
@@ -110,7 +103,9 @@ def _s3_options(environ: Environ, profile: Mapping[str, str], proxy: str | None)
         options["tls_ca_file_path"] = authorities
     if proxy is not None:
         options["proxy_options"] = proxy
-    return tuple(options.items())
+    attempts = environ.get("AWS_MAX_ATTEMPTS", "")
+    tries = max(1, int(attempts)) if attempts.isdigit() else MAX_ATTEMPTS
+    return _s3_connection(endpoint, region, anonymous, tries, tuple(options.items()))
 
 
 def _proxy(environ: Environ, scheme: str, host: str) -> str | None:

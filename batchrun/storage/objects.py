@@ -158,7 +158,9 @@ def find(text: str, access: Access = Access()) -> list[RemoteFile]:  # noqa: B00
             return [remote(each) for each in found if expression.fullmatch(each)]
         if not path.endswith("/"):  # else it is the folder, where an object has the same name
             info = filesystem.get_file_info(path)
-            if info.type is pafs.FileType.File and not (info.size == 0 and _is_folder(filesystem, path)):
+            # an empty object may only mark a folder of its name
+            is_folder = info.size == 0 and filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True))
+            if info.type is pafs.FileType.File and not is_folder:
                 return [remote(info.path)]
         return [remote(each) for each in _below(filesystem, path.rstrip("/"), recursive=True)]
 
@@ -178,7 +180,3 @@ def _below(filesystem: pafs.FileSystem, folder: str, *, recursive: bool) -> Iter
     return (
         info.path for info in found if info.type is pafs.FileType.File and not (info.size == 0 and info.path in folders)
     )
-
-
-def _is_folder(filesystem: pafs.FileSystem, path: str) -> bool:
-    return bool(filesystem.get_file_info(pafs.FileSelector(path, allow_not_found=True)))

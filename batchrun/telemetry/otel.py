@@ -87,7 +87,13 @@ class OpenTelemetry:
         meters, are_counted = self._meters(histograms)
         meter = meters.get_meter("batchrun", __version__)
         self._tracer = self._tracers().get_tracer("batchrun", __version__)
-        self._at_work = _observed_by(meters, meter)
+        if meters not in _RUNS:
+            runs: list[OpenTelemetry] = []
+            _RUNS[meters] = runs
+            for metric in METRICS:
+                made = meter.create_observable_gauge if metric.kind == "gauge" else meter.create_observable_counter
+                made(metric.name, [functools.partial(_observe, runs, metric)], metric.unit, metric.help)
+        self._at_work = _RUNS[meters]
         self._at_work.append(self)
         self._durations, self._first_chunks, self._usage = (
             # a program's own SDK takes nothing but its own instruments
@@ -235,16 +241,6 @@ class OpenTelemetry:
 
 _RUNS: "WeakKeyDictionary[metrics.MeterProvider, list[OpenTelemetry]]" = WeakKeyDictionary()
 """The runs at work by provider: a program's own provider outlives a run, and takes an instrument's callbacks once."""
-
-
-def _observed_by(provider: metrics.MeterProvider, meter: metrics.Meter) -> "list[OpenTelemetry]":
-    """The runs that the provider's instruments observe."""
-    if (runs := _RUNS.get(provider)) is None:
-        runs = _RUNS[provider] = []
-        for metric in METRICS:
-            made = meter.create_observable_gauge if metric.kind == "gauge" else meter.create_observable_counter
-            made(metric.name, [functools.partial(_observe, runs, metric)], metric.unit, metric.help)
-    return runs
 
 
 def _observe(runs: "list[OpenTelemetry]", metric: Metric, options: CallbackOptions) -> Iterable[Observation]:

@@ -18,7 +18,7 @@ from opentelemetry.sdk.metrics.export import (
 from opentelemetry.sdk.metrics.export import Histogram as Histograms
 from opentelemetry.sdk.metrics.view import ExplicitBucketHistogramAggregation
 
-from batchrun.telemetry.histograms import Counted, Point
+from batchrun.telemetry.histograms import Counted
 
 
 def takes_buckets(exporter: MetricExporter) -> bool:
@@ -47,7 +47,20 @@ class WithHistograms(MetricExporter):
         ours: list[Metric] = []
         for counted in self._histograms:
             if points := counted.points(restart=is_delta):
-                data = [_point(point, counted.bounds, from_ns, now_ns) for point in points]
+                data = [
+                    HistogramDataPoint(
+                        attributes=point.attributes,
+                        start_time_unix_nano=from_ns,
+                        time_unix_nano=now_ns,
+                        count=point.count,
+                        sum=point.sum,
+                        bucket_counts=point.counts,
+                        explicit_bounds=counted.bounds,
+                        min=point.min,
+                        max=point.max,
+                    )
+                    for point in points
+                ]
                 histograms = Histograms(data, self._temporality)
                 ours.append(Metric(counted.name, counted.description, counted.unit, histograms))
         resources = []
@@ -64,17 +77,3 @@ class WithHistograms(MetricExporter):
     def shutdown(self, timeout_millis: float = 30_000, **more: Any) -> None:
         """See MetricExporter."""
         self._exporter.shutdown(timeout_millis, **more)
-
-
-def _point(point: Point, bounds: Sequence[float], from_ns: int, now_ns: int) -> HistogramDataPoint:
-    return HistogramDataPoint(
-        attributes=point.attributes,
-        start_time_unix_nano=from_ns,
-        time_unix_nano=now_ns,
-        count=point.count,
-        sum=point.sum,
-        bucket_counts=point.counts,
-        explicit_bounds=bounds,
-        min=point.min,
-        max=point.max,
-    )

@@ -103,21 +103,15 @@ def samples_of(snapshot: Snapshot) -> Samples:
         label = {"budget": use.setting}
         found.setdefault("budget_dollars", []).append((label, use.cap_usd))
         found.setdefault("budget_used_dollars", []).append((label, use.spent_usd + use.in_doubt_usd))
-    for model, lines in _by_model(summary).items():
+    by_model: dict[str, list[TotalsLine]] = {}  # the lines of all models beyond the first are one
+    for line in summary.totals:
+        if line.status != LOST or line.model != SEVERAL:
+            name = line.model if line.model in by_model or len(by_model) < MOST_MODELS else OTHER
+            by_model.setdefault(name, []).append(line)
+    for model, lines in by_model.items():
         for name, labels, value in _of_model(lines):
             found.setdefault(name, []).append(({"model": model, **labels}, value))
     return {f"batchrun.{name}": samples for name, samples in found.items()}
-
-
-def _by_model(summary: Summary) -> dict[str, list[TotalsLine]]:
-    """The lines of each model; those of all models beyond the first are one."""
-    lines: dict[str, list[TotalsLine]] = {}
-    for line in summary.totals:
-        if line.status == LOST and line.model == SEVERAL:
-            continue
-        name = line.model if line.model in lines or len(lines) < MOST_MODELS else OTHER
-        lines.setdefault(name, []).append(line)
-    return lines
 
 
 def _of_model(lines: list[TotalsLine]) -> Iterator[tuple[str, Labels, Value]]:
