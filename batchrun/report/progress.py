@@ -13,7 +13,7 @@ LEAST_BAR = 8
 FRAME = 3
 """Columns of the bar's two ends and the space after it."""
 
-MOST_NAME = 16
+MOST_NAME = 16  # columns of the job's name beside a bar, of 80
 MOST_ETA = len("ETA Thu 06:00")
 
 

@@ -35,9 +35,10 @@ from batchrun.store.commits import SPILL
 from batchrun.store.rundir import RunDirectory
 from batchrun.tables.rows import OWN_COLUMNS, USAGE_COLUMNS
 from batchrun.telemetry.metrics import METRICS
+from batchrun.telemetry.samples import Snapshot, samples_of
 from tests.simulator_process import running_simulator
 from tests.unit.test_architecture import LAYERS
-from tests.unit.test_metrics import FULL, samples_of
+from tests.unit.test_metrics import FULL
 
 ROOT = Path(__file__).parents[2]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -170,8 +171,9 @@ def test_every_metric_is_listed_with_its_meaning() -> None:
     listed = [(bare(name), kind, says.lower()) for name, kind, _, says in rows("docs/telemetry.md", "metric", "type")]
     assert listed == [(each.prometheus_name, each.kind, each.help.rstrip(".").lower()) for each in METRICS]
     labels = {bare(name): set(re.findall(r"\w+", cell)) for name, _, cell, _ in rows("docs/telemetry.md", "metric")}
-    for name, there in samples_of(FULL):
-        assert labels[name] == set(there)
+    names = {metric.name: metric.prometheus_name for metric in METRICS}
+    for name, samples in samples_of(Snapshot(FULL, "/runs/x")).items():
+        assert all(labels[names[name]] == set(there) for there, _ in samples)
 
 
 def test_every_key_of_the_report_is_listed() -> None:
