@@ -144,10 +144,6 @@ def own_values(completions: Sequence[Completion], *, keep_raw: bool) -> dict[str
     read = [answers.read(completion.raw) if completion.raw else Answer() for completion in completions]
     pairs = list(zip(completions, read, strict=True))
     usages = [answer.usage for answer in read]
-
-    def tokens(name: str) -> list[Any]:
-        return [None if usage is None else getattr(usage, name) for usage in usages]
-
     return {
         "row": [c.row for c in completions],
         "status": [str(c.status) for c in completions],
@@ -165,7 +161,7 @@ def own_values(completions: Sequence[Completion], *, keep_raw: bool) -> dict[str
         "request_id": [c.request_id for c in completions],
         "created": [None if a.created is None else a.created * 1_000_000 for a in read],
         "finished_at": [int(c.finished_at * 1_000_000) for c in completions],
-        **{name: tokens(name) for name in TOKENS},
+        **{name: [None if usage is None else getattr(usage, name) for usage in usages] for name in TOKENS},
         "cost_usd": [c.cost_usd for c in completions],
         "reported_cost_usd": [c.reported_cost_usd for c in completions],
         "answer_cost_usd": [c.answer_cost_usd for c in completions],
