@@ -1,7 +1,7 @@
 """What an answer says that it used and cost, in the words of any vendor. PURE.
 
 The common shape, OpenAI's, is read at once. All others are read by tables of names, drawn from the extractors of the
-price list `genai-prices` and the vendors' pages; docs/pricing.md has an example of each with its bill.
+price list `genai-prices` and the vendors' pages; docs/golden_bills.md has an example of each with its bill.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
