@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any, cast
 from urllib.parse import quote
 
 import pyarrow as pa
@@ -18,6 +17,7 @@ from batchrun import compute as pc
 from batchrun.durable import digest, disk_errors, fsync
 from batchrun.errors import JobError
 from batchrun.job.settings import Output
+from batchrun.source import unify
 from batchrun.source.hive import NULL
 from batchrun.tables.files import Compression, ParquetFile, part_in, require_rows
 from batchrun.tables.rows import OWN_COLUMNS
@@ -205,26 +205,16 @@ def _blocks(batches: Iterator[pa.RecordBatch], block_bytes: int) -> Iterator[lis
         yield block
 
 
-def _plain_type(type_: Any) -> pa.DataType:
-    """The type without dictionaries and views, at any depth."""
-    if pa.types.is_dictionary(type_):
+def _plain_type(type_: pa.DataType) -> pa.DataType:
+    """The type without dictionaries, text views and byte views, at any depth. Lists that are views stay: cast
+    to a list and back, one had negative offsets (pyarrow 26).
+    """
+    if isinstance(type_, pa.DictionaryType):
         return _plain_type(type_.value_type)
     if pa.types.is_string_view(type_):
         return pa.large_string()
     if pa.types.is_binary_view(type_):
         return pa.large_binary()
-    if pa.types.is_struct(type_):
-        return pa.struct([_plain_field(type_.field(place)) for place in range(type_.num_fields)])
-    if pa.types.is_map(type_):
+    if isinstance(type_, pa.MapType):
         return pa.map_(_plain_type(type_.key_type), _plain_type(type_.item_type))
-    if pa.types.is_large_list(type_):
-        return pa.large_list(_plain_field(type_.value_field))
-    if pa.types.is_fixed_size_list(type_):
-        return cast(pa.DataType, pa.list_(_plain_field(type_.value_field), type_.list_size))
-    if pa.types.is_list(type_):
-        return pa.list_(_plain_field(type_.value_field))
-    return cast(pa.DataType, type_)
-
-
-def _plain_field(field: "pa.Field[Any]") -> "pa.Field[Any]":
-    return field.with_type(_plain_type(field.type))
+    return unify.with_members(type_, _plain_type)
