@@ -1,4 +1,4 @@
-"""The verdict on an attempt. PURE. docs/guarantees.md explains the tables; `row_status` is about usable answers."""
+"""The verdict on an attempt. PURE. docs/failures.md explains the tables; `row_status` is about usable answers."""
 
 from collections.abc import Mapping
 from enum import StrEnum

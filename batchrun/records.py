@@ -26,7 +26,7 @@ class Notice(str):
 
 
 class Verdict(StrEnum):
-    """What one attempt's outcome means for its row and the run. docs/guarantees.md has the whole table."""
+    """What one attempt's outcome means for its row and the run. docs/failures.md has the whole table."""
 
     OK = "ok"
     """A usable answer: settle the row by its finish_reason."""

@@ -423,7 +423,7 @@ def test_streams_left_open_are_bounded() -> None:
 
 
 def test_the_versions_are_in_the_docs() -> None:
-    page = (DOCS / "design.md").read_text()
+    page = (DOCS / "mechanisms.md").read_text()
     found = re.search(r"was tested with aiohttp ([0-9., and]+)", page)
     assert found is not None
     assert tuple(re.findall(r"\d+\.\d+\.\d+", found[1])) == internals.TESTED_WITH
