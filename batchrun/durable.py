@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from batchrun.errors import DiskError
@@ -56,12 +56,13 @@ def lacking(error: BaseException) -> str | None:
 _LACKS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EIO, errno.EROFS})
 
 
-def replace(path: Path, write: Callable[[Path], None]) -> None:
-    """Replaces `path` by the file that `write` writes to a temp name; on any error the old file stays."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """The block writes a file of the yielded temp name, which then replaces `path`; on any error the old file stays."""
     temporary = path.with_name(path.name + TEMP_SUFFIX)
     try:
         with disk_errors(path):
-            write(temporary)
+            yield temporary
             fsync(temporary)
             temporary.rename(path)
             fsync(path.parent)
@@ -128,12 +129,9 @@ def link(file: Path, to: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EXDEV, errno.EMLINK):
             raise
-
-        def copy(temporary: Path) -> None:
+        with replacing(to) as temporary:
             temporary.touch(mode=0o600)
             shutil.copyfile(file, temporary)
-
-        replace(to, copy)
 
 
 TRIAL_BYTES = 1 << 20
@@ -156,12 +154,11 @@ def try_out(folder: Path) -> None:
 
 def replace_bytes(path: Path, content: bytes) -> None:
     """Replaces `path` by `content`, readable by its owner alone."""
-
-    def write(temporary: Path) -> None:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-            file.write(content)
-
-    replace(path, write)
+    with (
+        replacing(path) as temporary,
+        open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file,
+    ):
+        file.write(content)
 
 
 def fsync(path: Path) -> None:

@@ -132,19 +132,7 @@ def _so_far(directory: RunDirectory, checkpoint: Checkpoint, known: Manifest, su
     source, problem = _source(directory, known)
     types = None if known.types is None else ColumnTypes.from_json(known.types)
     schema = _schema(directory, checkpoint, known, source, types)
-    layout = Layout(
-        source=source,
-        identities=known.files,
-        rejected=frozenset(known.rejected),
-        types=types,
-        schema=schema,
-        settings=known.output,
-        parsed=known.answer_column,
-        number=known.layout,
-        limit=summary.rows if summary.rows < known.rows else None,
-        first_row=known.first_row,
-    )
-    batches = Chunks(directory, checkpoint, layout).so_far()
+    batches = Chunks(directory, checkpoint, Layout.of(known, source, schema, summary.rows)).so_far()
     if problem is not None:
         schema = nullable(schema)
         opened = max((chunk.end_row for chunk in checkpoint.chunks()), default=known.first_row)

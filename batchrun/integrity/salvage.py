@@ -17,7 +17,7 @@ import msgspec
 import pyarrow as pa
 
 from batchrun import prices
-from batchrun.durable import disk_errors, fsync, replace
+from batchrun.durable import disk_errors, fsync, replacing
 from batchrun.errors import CheckpointError, InputError, JobError
 from batchrun.integrity import readable_groups, rebuilt_checkpoint
 from batchrun.integrity.db_records import DbRecords
@@ -173,17 +173,16 @@ class Salvage:
     def write(self) -> None:
         """Writes every file of the new directory."""
         lost: list[tuple[int, int, bool]] = []
-
-        def write(temporary: Path) -> None:
-            schema = self._typed(self._kept.schema)
-            with files.ParquetFile(temporary, schema, self._settings.compression) as file:
-                for piece in self._pieces():
-                    own = piece.kept.select(self._own).rename_columns(OWN_COLUMNS.names)
-                    self.account.add(own, piece.chunk, piece.reopened)
-                    lost.extend((*span, piece.answered) for span in self._gaps(piece))
-                    file.write(joined(piece.kept, own, schema, self._parsed))
-
-        replace(self._new.path / NAME, write)
+        schema = self._typed(self._kept.schema)
+        with (
+            replacing(self._new.path / NAME) as temporary,
+            files.ParquetFile(temporary, schema, self._settings.compression) as file,
+        ):
+            for piece in self._pieces():
+                own = piece.kept.select(self._own).rename_columns(OWN_COLUMNS.names)
+                self.account.add(own, piece.chunk, piece.reopened)
+                lost.extend((*span, piece.answered) for span in self._gaps(piece))
+                file.write(joined(piece.kept, own, schema, self._parsed))
         self.missing = sum(end - first for first, end, _ in lost)
         self._write_lost(lost)
         if self._source is not None:
@@ -322,8 +321,7 @@ class Salvage:
 
     def _write_lost(self, lost: list[tuple[int, int, bool]]) -> None:
         bound = self._bound_usd()
-
-        def write(temporary: Path) -> None:
+        with replacing(self._new.path / LOST) as temporary:
             temporary.touch(mode=0o600)
             with temporary.open("w", newline="", encoding="utf-8") as file:
                 lines = csv.writer(file, lineterminator="\n")
@@ -331,8 +329,6 @@ class Salvage:
                 for first, end, answered in lost:
                     at_most = "" if bound is None else bound * (end - first)
                     lines.writerow([first, end - 1, end - first, "yes" if answered else "perhaps", at_most])
-
-        replace(self._new.path / LOST, write)
 
     def _bound_usd(self) -> Decimal | None:
         """The most that one row can cost; None if a price is unknown."""

@@ -63,9 +63,13 @@ def _account(summary: Summary, requests_per_minute: float | None) -> Iterator[tu
     yield "tokens", f"{prompt:,} in{cached_part}, {completion:,} out{reasoning_part}"
     cost, *beyond = cost_lines(summary)
     yield "cost", cost
-    for line in (*_by_service_tier(summary), *beyond, *(summary.price or "").split("; ")):
-        if line:
-            yield "", line
+    for tier in sorted({line.service_tier for line in summary.totals} - {""}):
+        lines = [line for line in summary.totals if line.service_tier == tier]
+        rows, cost_usd = sum(line.rows for line in lines), sum((line.cost_usd for line in lines), Decimal(0))
+        yield "", f"service tier {tier}: {plural(rows, 'row')}, ${cost_usd:,.6f}"
+    for text in (*beyond, *(summary.price or "").split("; ")):
+        if text:
+            yield "", text
     if (estimate := estimate_in_words(summary)) is not None:
         yield "estimate", estimate
     yield "rate", _rate(summary, requests_per_minute)
@@ -81,14 +85,6 @@ def _account(summary: Summary, requests_per_minute: float | None) -> Iterator[tu
         if use.is_nearly_used:
             yield "budget", nearly_used(use)
     yield from summary.files.items()
-
-
-def _by_service_tier(summary: Summary) -> Iterator[str]:
-    """The rows that each tier answered, with their cost; nothing where answers name no tier."""
-    for tier in sorted({line.service_tier for line in summary.totals} - {""}):
-        lines = [line for line in summary.totals if line.service_tier == tier]
-        cost_usd = sum((line.cost_usd for line in lines), Decimal(0))
-        yield f"service tier {tier}: {plural(sum(line.rows for line in lines), 'row')}, ${cost_usd:,.6f}"
 
 
 def _rate(summary: Summary, requests_per_minute: float | None) -> str:

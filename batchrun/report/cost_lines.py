@@ -31,6 +31,11 @@ def headline_usd(summary: Summary, form: str = ",.6f") -> str:
     return "unknown" if cost_usd is None else f"${cost_usd:{form}}"
 
 
+def about_cost(rows: int, mean_cost_usd: Decimal | None) -> str:
+    """The expected cost of so many rows, to append to a line; empty if no price is known."""
+    return "" if mean_cost_usd is None else f", about ${mean_cost_usd * rows:,.4f}"
+
+
 def cost_in_words(summary: Summary) -> str:
     """The cost in one line, with what it does not cover."""
     return "; ".join(cost_lines(summary))

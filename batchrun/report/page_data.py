@@ -4,8 +4,8 @@ It reads no row's question or answer: the page is mailed, and prompts are data.
 """
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from decimal import Decimal
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ import pyarrow.compute
 
 from batchrun.records import RowError
 from batchrun.report import latencies, run_rows
-from batchrun.report.bill import Bill, BillLine, Counted, fold
+from batchrun.report.bill import Bill, Counted, fold
 from batchrun.report.charts import COLOURS, Chart
 from batchrun.report.keys import Span, night
 from batchrun.report.run_rows import Result
@@ -65,7 +65,9 @@ def by_night(every: Sequence[Counted], span: Span) -> list[Chart]:
     key = "night" if len({night(each.found, span.zone) for each in every}) <= MOST_NIGHTS else "month"
     bill = fold(every, (key, "model"), span, ())
     labels = sorted({line.group[0] for line in bill.lines})
-    costs = _by_model(bill)
+    costs: defaultdict[str, Decimal] = defaultdict(Decimal)
+    for line in bill.lines:
+        costs[line.group[1]] += line.cost_usd
     names = sorted(costs, key=lambda name: (-costs[name], name))
     shown = names if len(names) <= COLOURS else names[: COLOURS - 1]
     cost = {name: [0.0] * len(labels) for name in (shown if shown == names else [*shown, "others"])}
@@ -73,7 +75,13 @@ def by_night(every: Sequence[Counted], span: Span) -> list[Chart]:
     for line in bill.lines:
         place = labels.index(line.group[0])
         cost[line.group[1] if line.group[1] in shown else "others"][place] += float(line.cost_usd)
-        for kind, value in _tokens(line).items():
+        tokens = (
+            line.prompt_tokens - line.cached_tokens,
+            line.cached_tokens,
+            line.completion_tokens - line.reasoning_tokens,
+            line.reasoning_tokens,
+        )
+        for kind, value in zip(_KINDS, tokens, strict=True):
             kinds[kind][place] += value
     return [
         Chart("stacked", f"Cost by {key} and model", "USD", labels, list(cost.items())),
@@ -82,23 +90,6 @@ def by_night(every: Sequence[Counted], span: Span) -> list[Chart]:
 
 
 _KINDS = ("input, not cached", "input, cached", "output, besides reasoning", "reasoning")
-
-
-def _tokens(line: BillLine) -> Mapping[str, int]:
-    values = (
-        line.prompt_tokens - line.cached_tokens,
-        line.cached_tokens,
-        line.completion_tokens - line.reasoning_tokens,
-        line.reasoning_tokens,
-    )
-    return dict(zip(_KINDS, values, strict=True))
-
-
-def _by_model(bill: Bill) -> dict[str, Decimal]:
-    costs: dict[str, Decimal] = {}
-    for line in bill.lines:
-        costs[line.group[1]] = costs.get(line.group[1], Decimal(0)) + line.cost_usd
-    return costs
 
 
 def latency(bill: Bill) -> Chart | None:

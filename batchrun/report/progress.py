@@ -21,10 +21,13 @@ def line(summary: Summary) -> str:
     """One line for a log, in full words."""
     done = summary.rows - summary.pending
     share = f" ({done / summary.rows:.0%})" if summary.rows else ""
+    retried = ""
+    if summary.retrying is not None:
+        retried = f"{summary.retrying.rows:,} retried ({', '.join(summary.retrying.reasons)})"
     parts = [
         f"{done:,}/{summary.rows:,} rows{share}",
         f"{failures(summary):,} failed",
-        *_retried(summary),
+        *([retried] if retried else []),
         f"{summary.tokens_per_second:,.0f} tokens/s",
         *_cached(summary),
         headline_usd(summary, ",.4f").replace("unknown", "cost unknown"),
@@ -55,11 +58,6 @@ def around_bar(summary: Summary, columns: int) -> tuple[str, str, bool]:
     return "", " ".join(_figures(summary, short_number, tight=True)), False
 
 
-def _cost(summary: Summary) -> str:
-    usd = headline_usd(summary, ".2f")
-    return "$?" if usd == "unknown" else usd
-
-
 def _figures(summary: Summary, number: Callable[[float], str], *, tight: bool = False) -> Iterator[str]:
     yield f"{number(summary.rows - summary.pending)}/{number(summary.rows)}"
     yield f"{number(failures(summary))} failed"
@@ -68,16 +66,11 @@ def _figures(summary: Summary, number: Callable[[float], str], *, tight: bool = 
     if not tight:
         yield f"{number(summary.tokens_per_second)} tok/s"
         yield from _cached(summary)
-    yield f"${number(float(summary.cost_usd))}" if summary.cost_usd >= 1000 else _cost(summary)
+    usd = headline_usd(summary, ".2f").replace("unknown", "$?")
+    yield f"${number(float(summary.cost_usd))}" if summary.cost_usd >= 1000 else usd
     eta = _eta(summary)
     yield eta.rpartition(" ")[0] if tight and len(eta) > MOST_ETA else eta
     yield summary.limited_by
-
-
-def _retried(summary: Summary) -> Iterator[str]:
-    if summary.retrying is not None:
-        reasons = ", ".join(summary.retrying.reasons)
-        yield f"{summary.retrying.rows:,} retried ({reasons})"
 
 
 def _cached(summary: Summary) -> Iterator[str]:

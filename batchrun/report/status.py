@@ -28,7 +28,14 @@ def lines(directory: RunDirectory, found: RunState) -> Iterator[str]:
     if (estimated := estimate_in_words(summary)) is not None:
         yield f"estimate {estimated}"
     if found.working:
-        yield from _outlook(summary)
+        if summary.pending and summary.rows_per_minute:
+            end = "" if summary.eta is None else f"; done at {_clock(summary.eta, summary)}"
+            yield f"rate    {pace(summary)}, limited by {summary.limited_by}{end}"
+        if summary.deadline is not None:
+            share = "" if summary.by_deadline is None else f": {int(summary.by_deadline * 100)} % of the rows by then"
+            yield f"until   {_clock(summary.deadline, summary)}{share}"
+        if summary.limits is not None:
+            yield f"limits  {limits_in_words(summary.limits)}"
         if summary.retrying is not None:
             yield f"retries {retrying_in_words(summary.retrying)}"
     if found.problem is not None:
@@ -40,18 +47,6 @@ def lines(directory: RunDirectory, found: RunState) -> Iterator[str]:
         yield f"rows so far, of {at:%Y-%m-%d %H:%M:%S}: {directory.partial}"
     age_s = (datetime.now(UTC) - summary.updated_at).total_seconds()
     yield f"as of   {summary.updated_at.astimezone():%Y-%m-%d %H:%M:%S}, {age_in_words(age_s)} ago"
-
-
-def _outlook(summary: Summary) -> Iterator[str]:
-    """The rate of a running run, when it will be done, and its limits."""
-    if summary.pending and summary.rows_per_minute:
-        end = "" if summary.eta is None else f"; done at {_clock(summary.eta, summary)}"
-        yield f"rate    {pace(summary)}, limited by {summary.limited_by}{end}"
-    if summary.deadline is not None:
-        share = "" if summary.by_deadline is None else f": {int(summary.by_deadline * 100)} % of the rows by then"
-        yield f"until   {_clock(summary.deadline, summary)}{share}"
-    if summary.limits is not None:
-        yield f"limits  {limits_in_words(summary.limits)}"
 
 
 def _clock(at: datetime, summary: Summary) -> str:

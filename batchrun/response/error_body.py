@@ -17,10 +17,11 @@ from batchrun.response.retry_after import duration_s
 MAX_MESSAGE_CHARS = 1000
 """Error messages are for people and for a column: longer ones are cut, the raw body stays."""
 
+# These only bound the work that a hostile body may cause: real ones have far less.
 MAX_CODE_CHARS = 200
 MAX_WORDS = 30
-MAX_DEPTH = 5
-"""No envelope that was seen nests its message deeper than three."""
+MAX_ITEMS = 10
+MAX_DEPTH = 5  # no envelope that was seen nests its message deeper than three
 
 _MESSAGE = (
     *("message", "Message", "error_message", "error_msg", "errorMessage", "error_description", "msg", "status_msg"),
@@ -41,8 +42,13 @@ _ECHOES = frozenset(
 _FINE = frozenset({"0", "200", "ok", "success", "succeeded"})
 """Codes with which an envelope says that nothing is wrong."""
 
-_SECONDS = ("retry_after", "retryAfter", "retry_after_s", "retry_after_seconds", "estimated_time", "retryDelay")
-_MILLISECONDS = ("retry_after_ms", "retryAfterMs")
+_WAITS = (
+    *((name, 1.0) for name in ("retry_after", "retryAfter", "retry_after_s", "retry_after_seconds")),
+    *((name, 1.0) for name in ("estimated_time", "retryDelay")),
+    *((name, 0.001) for name in ("retry_after_ms", "retryAfterMs")),
+)
+"""Fields that say how long to wait, and their unit in seconds. A value may be a number, words, or `{"seconds": 32}`."""
+
 _WAIT = Pattern(
     r"\b(?:try again|retry|wait|available|resets?|retried)(?: again)?:? ?(?:(?:in|after|for|at least|about|~)[ :]*)*"
     r"(?P<wait>(?:\d+(?:\.\d+)? ?(?:ms|milliseconds?|sec(?:ond)?s?|min(?:ute)?s?|hours?|[smh])\b ?"
@@ -74,7 +80,7 @@ def read(body: Any) -> Failure | None:
         case str() if body.strip():
             return _failure(body.strip(), None, {})
         case list():
-            return next((found for item in body[:10] if isinstance(item, dict) and (found := read(item))), None)
+            return next((found for item in body[:MAX_ITEMS] if isinstance(item, dict) and (found := read(item))), None)
         case dict():
             if not (error := body.get("error")):
                 return None if body.get("choices") else _inside(body, 0)
@@ -93,7 +99,11 @@ def _of_error(error: Any, body: Mapping[str, Any]) -> Failure:
         return found
     if isinstance(error, list) and (found := _of_list(error, 0)) is not None:
         return found
-    return _failure(_as_text(error), _code(error) if isinstance(error, dict) else None, {})
+    try:
+        text = msgspec.json.encode(error).decode()
+    except RecursionError:  # what can just be decoded can't always be encoded
+        text = "an error nested too deep to show"
+    return _failure(text, _code(error) if isinstance(error, dict) else None, {})
 
 
 def _inside(said: Mapping[str, Any], depth: int) -> Failure | None:
@@ -124,30 +134,30 @@ def _inside(said: Mapping[str, Any], depth: int) -> Failure | None:
 
 def _of_list(items: list[Any], depth: int) -> Failure | None:
     """The failures in a list as one: texts, objects, or FastAPI's `{"loc", "msg", "type"}`."""
-    found = [_item(item, depth) for item in items[:10]]
-    known = [failure for failure in found if failure is not None]
+    known: list[Failure] = []
+    for item in items[:MAX_ITEMS]:
+        failure = None
+        if isinstance(item, str) and item:
+            failure = _failure(item, None, {})
+        elif isinstance(item, dict):
+            failure = _inside(item, depth + 1)
+            place = item.get("loc")
+            if failure is not None and isinstance(place, list):
+                where = ".".join(map(str, place[:20]))
+                failure = msgspec.structs.replace(failure, message=f"{where}: {failure.message}"[:MAX_MESSAGE_CHARS])
+        if failure is not None:
+            known.append(failure)
     if not known:
         return None
-    return msgspec.structs.replace(known[0], message=_cut("; ".join(failure.message for failure in known)))
-
-
-def _item(item: Any, depth: int) -> Failure | None:
-    if isinstance(item, str) and item:
-        return _failure(item, None, {})
-    if not isinstance(item, dict):
-        return None
-    failure = _inside(item, depth + 1)
-    place = item.get("loc")
-    if failure is None or not isinstance(place, list):
-        return failure
-    return msgspec.structs.replace(failure, message=_cut(f"{'.'.join(map(str, place[:20]))}: {failure.message}"))
+    message = "; ".join(failure.message for failure in known)[:MAX_MESSAGE_CHARS]
+    return msgspec.structs.replace(known[0], message=message)
 
 
 def _failure(message: str, code: str | None, said: Mapping[str, Any]) -> Failure:
     param = said.get("param")
     if isinstance(param, str) and param and param not in message:
         message = f"{message} (param: {param})"
-    message = _cut(message)
+    message = message[:MAX_MESSAGE_CHARS]
     known = {message, code}
     words = [word for word in _words(said, 0) if word not in known][:MAX_WORDS]
     return Failure(
@@ -194,7 +204,7 @@ def _words(value: Any, depth: int) -> Iterator[str]:
             if name not in _ECHOES:
                 yield from _words(item, depth + 1)
     elif isinstance(value, list):
-        for item in value[:10]:
+        for item in value[:MAX_ITEMS]:
             yield from _words(item, depth + 1)
 
 
@@ -202,31 +212,14 @@ def _wait_s(said: Mapping[str, Any], message: str) -> float | None:
     """Seconds to wait: a field, one of the `metadata`, Google's RetryInfo among the `details`, or words."""
     details = said.get("details")
     for each in (said, said.get("metadata"), *(details if isinstance(details, list) else ())):
-        if not isinstance(each, dict):
-            continue
-        for names, scale in ((_SECONDS, 1.0), (_MILLISECONDS, 0.001)):
-            for name in names:
-                if (seconds := _seconds(each.get(name))) is not None:
-                    return seconds * scale
+        for name, scale in _WAITS if isinstance(each, dict) else ():
+            value = each.get(name)
+            if isinstance(value, dict):
+                value = value.get("seconds")
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                if 0 <= value < 1e9:
+                    return value * scale
+            elif isinstance(value, str) and (seconds := duration_s(value)) is not None:
+                return seconds * scale
     found = _WAIT.search(message)
     return None if found is None else duration_s(found["wait"])
-
-
-def _seconds(value: Any) -> float | None:
-    """A number of seconds, a duration in words, or `{"seconds": 32}`."""
-    if isinstance(value, dict):
-        value = value.get("seconds")
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value) if 0 <= value < 1e9 else None
-    return duration_s(value) if isinstance(value, str) else None
-
-
-def _as_text(error: Any) -> str:
-    try:
-        return msgspec.json.encode(error).decode()
-    except RecursionError:  # what can just be decoded can't always be encoded
-        return "an error nested too deep to show"
-
-
-def _cut(text: str) -> str:
-    return text[:MAX_MESSAGE_CHARS]

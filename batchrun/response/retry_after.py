@@ -2,7 +2,7 @@
 
 import email.utils
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 
 LEAST_EPOCH_S = 1.5e9
@@ -28,10 +28,16 @@ def retry_after_s(headers: Mapping[str, str], now: float) -> float | None:
             seconds = duration_s(text)
         if seconds is not None and seconds * scale < LEAST_EPOCH_S:
             return seconds * scale
-    then = _moment(headers.get("retry-after", "").strip())
+
+    text = headers.get("retry-after", "").strip()
+    if (then := _number(text)) is not None:  # since 1970, in seconds or milliseconds
+        then = then if then < LEAST_EPOCH_S * 1000 else then / 1000
+    elif (then := _timestamp(datetime.fromisoformat, text)) is None:
+        then = _timestamp(email.utils.parsedate_to_datetime, text)
     if then is None:
         return None
-    wait_s = then - (_date(headers.get("date", "")) or now)
+    sent = _timestamp(email.utils.parsedate_to_datetime, headers.get("date", ""))
+    wait_s = then - (sent or now)
     return wait_s if wait_s > 0 else None
 
 
@@ -53,20 +59,10 @@ def _number(text: str) -> float | None:
     return float(text) if re.fullmatch(r"\d{1,18}(\.\d{1,9})?", text) else None
 
 
-def _moment(text: str) -> float | None:
-    """Seconds since 1970."""
-    if (number := _number(text)) is not None:
-        return number if number < LEAST_EPOCH_S * 1000 else number / 1000
+def _timestamp(parse: Callable[[str], datetime], text: str) -> float | None:
+    """Seconds since 1970; None where `text` is no date."""
     try:
-        date = datetime.fromisoformat(text)
-        return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
-    except (ValueError, OverflowError):
-        return _date(text)
-
-
-def _date(text: str) -> float | None:
-    try:
-        date = email.utils.parsedate_to_datetime(text)
+        date = parse(text)
         # a date without a zone is UTC too, as in asctime's form, which RFC 9110 still allows
         return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
     except (ValueError, TypeError, IndexError, OverflowError):

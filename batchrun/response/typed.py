@@ -78,24 +78,8 @@ def read(body: bytes) -> Answer | None:
         found = _decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
-    usage = _usage(found.usage)
-    if usage is None:
-        return None
-    choice = found.choices[0]
-    return Answer(
-        completion=True,
-        completion_id=found.id,
-        created=found.created,
-        model=found.model,
-        content=choice.message.content,
-        finish_reason=choice.finish_reason,
-        usage=usage,
-        service_tier=None if found.service_tier is None else found.service_tier.lower(),
-    )
-
-
-def _usage(stated: _Usage) -> Usage | None:
-    """The usage, where its figures can mean but one thing."""
+    # The usage counts only where its figures can mean but one thing.
+    stated = found.usage
     prompt, completion, total = stated.prompt_tokens, stated.completion_tokens, stated.total_tokens
     cached = None if stated.prompt_tokens_details is None else stated.prompt_tokens_details.cached_tokens
     details = stated.completion_tokens_details
@@ -104,4 +88,15 @@ def _usage(stated: _Usage) -> Usage | None:
         return None
     if (reasoning is not None and reasoning > completion) or total - prompt - completion > MAX_UNSAID:
         return None
-    return Usage(prompt, completion, total, cached, reasoning)
+
+    choice = found.choices[0]
+    return Answer(
+        completion=True,
+        completion_id=found.id,
+        created=found.created,
+        model=found.model,
+        content=choice.message.content,
+        finish_reason=choice.finish_reason,
+        usage=Usage(prompt, completion, total, cached, reasoning),
+        service_tier=None if found.service_tier is None else found.service_tier.lower(),
+    )

@@ -7,7 +7,6 @@ machine that a hash of its first 256 tokens and of its `prompt_cache_key` select
 that machine passes requests on to others, which may not have the prefix yet.
 """
 
-from collections.abc import Iterator
 from hashlib import blake2b
 from random import Random
 
@@ -71,7 +70,22 @@ class PromptCache:
 
 def prompt_of(request: ChatRequest) -> Prompt:
     """What the cache sees of a request: tools, schema and messages, in that order."""
-    text = b"".join(_parts(request))
+    parts: list[bytes] = []
+    if request.functions or request.tools:
+        parts.append(msgspec.json.encode((request.functions, request.tools)))
+    if isinstance(request.response_format, JSONSchemaFormat):
+        parts.append(msgspec.json.encode(request.response_format.json_schema.schema))
+    for message in request.messages:
+        parts.append(f"\n{message.role}\n".encode())
+        for part in message.content if isinstance(message.content, tuple) else (message.content,):
+            if isinstance(part, TextPart):
+                parts.append(part.text.encode())
+            elif isinstance(part, ImagePart):
+                parts.append(part.image_url.url.encode())
+            elif isinstance(part, str):
+                parts.append(part.encode())
+    text = b"".join(parts)
+
     digest = blake2b(text[: _ROUTING_TOKENS * _BYTES_PER_TOKEN], digest_size=16)
     digest.update(b"" if request.prompt_cache_key is UNSET else str(request.prompt_cache_key).encode())
     chain, prefixes = blake2b(request.model.encode(), digest_size=16), list[bytes]()
@@ -80,19 +94,3 @@ def prompt_of(request: ChatRequest) -> Prompt:
         chain.update(text[start * _BYTES_PER_TOKEN : end * _BYTES_PER_TOKEN])
         prefixes.append(chain.copy().digest())
     return Prompt(digest.digest(), tuple(prefixes))
-
-
-def _parts(request: ChatRequest) -> Iterator[bytes]:
-    if request.functions or request.tools:
-        yield msgspec.json.encode((request.functions, request.tools))
-    if isinstance(request.response_format, JSONSchemaFormat):
-        yield msgspec.json.encode(request.response_format.json_schema.schema)
-    for message in request.messages:
-        yield f"\n{message.role}\n".encode()
-        for part in message.content if isinstance(message.content, tuple) else (message.content,):
-            if isinstance(part, TextPart):
-                yield part.text.encode()
-            elif isinstance(part, ImagePart):
-                yield part.image_url.url.encode()
-            elif isinstance(part, str):
-                yield part.encode()

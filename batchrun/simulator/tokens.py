@@ -3,7 +3,7 @@
 import msgspec
 from msgspec import UNSET
 
-from batchrun.simulator.validate import ChatRequest, ImagePart, JSONSchemaFormat, Message, RefusalPart, TextPart
+from batchrun.simulator.validate import ChatRequest, ImagePart, JSONSchemaFormat, Message, TextPart
 
 BYTES_PER_TOKEN = 4  # English prose under the usual vocabularies
 _MESSAGE_TOKENS = 4  # the frame around each message
@@ -41,14 +41,12 @@ def cached_tokens(request: ChatRequest) -> int:
 def _message_tokens(message: Message) -> int:
     name = 0 if message.name is UNSET else text_tokens(str(message.name))
     calls = sum(text_tokens(call.name) + text_tokens(call.arguments) for call in message.calls())
-    if isinstance(message.content, tuple):
-        content = sum(_part_tokens(part) for part in message.content)
-    else:
-        content = text_tokens(message.content) if isinstance(message.content, str) else 0
-    return _MESSAGE_TOKENS + name + calls + content
-
-
-def _part_tokens(part: TextPart | ImagePart | RefusalPart) -> int:
-    if isinstance(part, ImagePart):
-        return _IMAGE_TOKENS[part.image_url.detail]
-    return text_tokens(part.text if isinstance(part, TextPart) else part.refusal)
+    count = _MESSAGE_TOKENS + name + calls
+    if isinstance(message.content, str):
+        return count + text_tokens(message.content)
+    for part in message.content if isinstance(message.content, tuple) else ():
+        if isinstance(part, ImagePart):
+            count += _IMAGE_TOKENS[part.image_url.detail]
+        else:
+            count += text_tokens(part.text if isinstance(part, TextPart) else part.refusal)
+    return count

@@ -29,8 +29,6 @@ from batchrun.store.manifest import InputShare, Manifest
 from batchrun.store.origins import Origins
 from batchrun.store.rundir import RunDirectory
 from batchrun.store.variants import Variant
-from batchrun.tables.arrow_types import Column
-from batchrun.tables.json_columns import ColumnTypes
 
 SHAPE = ("columns", "prefix", "raw", "layout", "format", "partition_by", "compression", "chunk_rows", "chunk_bytes")
 """The output settings that a run keeps from its first start, because its parts were written with them."""
@@ -49,9 +47,7 @@ class Plan(msgspec.Struct, frozen=True):
     variant: int
     resumed: bool
     source: Source
-    types: ColumnTypes | None
     schema: pa.Schema
-    parsed: Column
     prices: dict[str, PriceTable | None]
     origins: Origins | None = None
 
@@ -153,7 +149,6 @@ def _plan(
     *,
     resumed: bool,
 ) -> Plan:
-    types = None if manifest.types is None else ColumnTypes.from_json(manifest.types)
     tables = {
         model: known.get(model)
         if known.get(model) and model not in job.pricing
@@ -162,18 +157,8 @@ def _plan(
     }
     preconditions.require_budget(job, manifest.max_request, tables)
     rows = manifest.rows if limit is None else min(limit, manifest.rows)
-    return Plan(
-        manifest,
-        rows,
-        ways,
-        variant,
-        resumed,
-        source,
-        types,
-        input_pass.schema_of(source, manifest),
-        manifest.answer_column,
-        tables,
-    )
+    schema = input_pass.schema_of(source, manifest)
+    return Plan(manifest, rows, ways, variant, resumed, source, schema, tables)
 
 
 def _encode(value: object) -> str:

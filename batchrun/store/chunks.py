@@ -6,7 +6,7 @@ import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol, Self, cast
 
 import msgspec
 import pyarrow as pa
@@ -23,6 +23,7 @@ from batchrun.store.base_part import BasePart
 from batchrun.store.carry_over import CarryOver, Taken
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.db_tables import Chunk
+from batchrun.store.manifest import Manifest
 from batchrun.store.open_chunk import OpenChunk
 from batchrun.store.rundir import RunDirectory
 from batchrun.store.stored_window import BATCH_ROWS, StoredBatch, StoredWindow, typed, write
@@ -51,6 +52,22 @@ class Layout(msgspec.Struct, frozen=True):
     number: int = 0
     limit: int | None = None
     first_row: int = 0
+
+    @classmethod
+    def of(cls, manifest: Manifest, source: Source, schema: pa.Schema, rows: int) -> Self:
+        """The layout of a run that ends after so many of its rows, all or the first ones."""
+        return cls(
+            source,
+            manifest.files,
+            frozenset(manifest.rejected),
+            None if manifest.types is None else ColumnTypes.from_json(manifest.types),
+            schema,
+            manifest.output,
+            manifest.answer_column,
+            manifest.layout,
+            limit=rows if rows < manifest.rows else None,
+            first_row=manifest.first_row,
+        )
 
 
 NOTHING_CARRIED = CarryOver(None, Path())

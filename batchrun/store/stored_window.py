@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pyarrow as pa
 
-from batchrun.durable import digest, disk_errors, replace
+from batchrun.durable import digest, disk_errors, replacing
 from batchrun.errors import CheckpointError
 from batchrun.records import Row
 from batchrun.source import rows_of
@@ -24,14 +24,11 @@ MOST_ALONE = 8
 
 def write(path: Path, table: pa.Table) -> str:
     """Writes the window's rows in batches of 1,000; returns the file's digest."""
-
-    def write_batches(temporary: Path) -> None:
+    with replacing(path) as temporary:
         temporary.touch(mode=0o600)
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
             for batch in table.combine_chunks().to_batches(max_chunksize=BATCH_ROWS):
                 writer.write_batch(batch)
-
-    replace(path, write_batches)
     return digest(path)
 
 

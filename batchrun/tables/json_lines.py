@@ -15,7 +15,7 @@ from typing import Any, Self, cast
 import msgspec
 import pyarrow as pa
 
-from batchrun.durable import READ_BYTES, digest, replace
+from batchrun.durable import READ_BYTES, digest, replacing
 from batchrun.errors import CheckpointError
 from batchrun.tables.rows import OWN_COLUMNS
 
@@ -107,14 +107,12 @@ def write(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch], rows
     Raises:
         CheckpointError: there is another number of rows.
     """
-
-    def write_lines(temporary: Path) -> None:
-        with JsonLinesFile(temporary, schema, packing_of(path) or "") as file:
+    packing = packing_of(path) or ""
+    with replacing(path) as temporary:
+        with JsonLinesFile(temporary, schema, packing) as file:
             for batch in batches:
                 file.write(batch)
-        require_rows(temporary, packing_of(path) or "", rows)
-
-    replace(path, write_lines)
+        require_rows(temporary, packing, rows)
     return digest(path)
 
 

@@ -115,14 +115,7 @@ def started(path: Path, job: Job) -> Iterator[Start]:
     checkpoint = Checkpoint(directory.checkpoint, free_reserve=lambda: False)
     try:
         made = resume.make(job, directory, checkpoint, RunOptions(), NOW)
-        layout = Layout(
-            source=made.source,
-            identities=made.manifest.files,
-            rejected=frozenset(made.manifest.rejected),
-            types=made.types,
-            schema=made.schema,
-            settings=made.manifest.output,
-        )
+        layout = Layout.of(made.manifest, made.source, made.schema, made.rows)
         chunks = Chunks(directory, checkpoint, layout)
         chunks.remove_orphans()
         yield Start(checkpoint, chunks, made, directory)
