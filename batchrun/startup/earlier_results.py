@@ -46,7 +46,8 @@ def find(job: Job, own: Path, tell: Callable[[str], None] = lambda line: None) -
                     found.setdefault(str(Path(result.name).resolve()), result)
         if len(found) == before:
             _require_pattern(source, own)
-            tell(f"reuse: {source}: no earlier answers there yet")
+            place = f"in {rundir.pattern_of(job.output)}" if source == LATEST else "there"  # -o replaces output.path
+            tell(f"reuse: {source}: no earlier answers {place} yet")
     return list(found.values())
 
 
