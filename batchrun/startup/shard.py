@@ -15,11 +15,12 @@ import msgspec
 from batchrun.errors import ANOTHER, InputError, JobError
 from batchrun.job.job import Job
 from batchrun.job.settings import Budget, Endpoint, Limits
-from batchrun.report.wording import plural, rounded
+from batchrun.report.wording import rounded
 from batchrun.request.builder import detect_dialect
 from batchrun.run_summary import Shard
 from batchrun.source import InputFile, JsonlSource, Source, Span, TableSource, digest, open_source, parquet
 from batchrun.source.content import content_of
+from batchrun.startup import preconditions
 from batchrun.startup.ids import IdIndex
 from batchrun.startup.input_check import PROGRESS_EVERY
 from batchrun.store.manifest import Manifest
@@ -212,11 +213,7 @@ def find(
     if shard is None:
         return Part(whole, job)
     span = whole.find_span(lambda records: rows_of(shard, records))
-    if span.records < job.input.min_rows:
-        raise InputError(
-            f"the input has {plural(span.records, 'row')}, and input.min_rows expects {job.input.min_rows:,} or more; "
-            "check that it is complete, or lower input.min_rows"
-        )
+    preconditions.require_rows(job, span.records)
     first = next((record for record in whole.records() if record.problem is None), None)
     dialect = job.input.dialect if first is None else detect_dialect(job, first.columns)
     id_column = job.input.id or ("custom_id" if dialect == "openai-batch" else None)
