@@ -49,7 +49,8 @@ def find(job: Job, own: Path, tell: Callable[[str], None] = lambda line: None) -
         if len(found) == before:
             if source != LATEST and not glob.has_magic(source) and "{" not in source:
                 _raise_nothing_there(source, own)
-            tell(f"reuse: {source}: no earlier answers there yet")
+            place = f"in {rundir.pattern_of(job.output)}" if source == LATEST else "there"  # -o replaces output.path
+            tell(f"reuse: {source}: no earlier answers {place} yet")
     return list(found.values())
 
 

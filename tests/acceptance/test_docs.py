@@ -449,7 +449,7 @@ def test_there_are_examples_of_all_three_dialects(tmp_path: Path, monkeypatch: p
 
 
 def test_the_miniature_sends_every_row_and_retries(tmp_path: Path) -> None:
-    """docs/miniature.py runs against the simulator, which fails some attempts."""
+    """docs/miniature.py runs against a simulator that fails some attempts, and starts one if none is named."""
     faults = parse_faults("500=0.1,429=0.05")
     with running_simulator(SimulatorConfig(latency_s=0, faults=faults, seed=7)) as simulator:
         command: list[str | Path] = [
@@ -465,6 +465,12 @@ def test_the_miniature_sends_every_row_and_retries(tmp_path: Path) -> None:
     assert part["row"] == list(range(400))
     assert set(part["status"]) == {"ok"}
     assert sum(part["attempts"]) == served > 400
+    (tmp_path / "in.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    command = [sys.executable, ROOT / "docs/miniature.py", tmp_path / "in.jsonl"]
+    shown = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TMPDIR": str(tmp_path)})
+    assert (shown.returncode, shown.stderr) == (0, "")
+    steps = [line.partition(": ")[2].split()[0] for line in shown.stdout.splitlines() if line.startswith("row 0: ")]
+    assert steps[-4:] == ["a", "admitted", "HTTP", "ok:"]
 
 
 # ── the library ───────────────────────────────────────────────────────────────────────────────────────────────────────
