@@ -114,11 +114,7 @@ class _EqualRows:
 
 
 def _take_earlier(equal: _EqualRows, earlier: Sequence[EarlierResult], now: Origins, writer: OriginsWriter) -> int:
-    """The rows whose keys have an acceptable earlier answer take it; how many do.
-
-    All answers of a key are of the first result that has any: another may have the same ones, reused. Where equal rows
-    are sent each takes one of its own.
-    """
+    """The rows whose keys have an acceptable earlier answer take it; how many do."""
     taken = number = 0
     is_found = bytearray(len(equal.first))
     for result in earlier:
@@ -128,8 +124,10 @@ def _take_earlier(equal: _EqualRows, earlier: Sequence[EarlierResult], now: Orig
         for file in result.files:
             for place, row in _matches(file, equal.keys, now):
                 others = equal.others.get(place)
+                # of the first result that has any answer to the key: another may have the same ones, reused
                 if is_found[place] or (fresh[place] and not others):
                     continue
+                # equal rows that are sent take an answer of their own each
                 taker = others.pop(0) if fresh[place] and others else equal.first[place]
                 writer[taker] = origins.earlier(number, row)
                 fresh[place] = 1
