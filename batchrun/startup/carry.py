@@ -57,7 +57,7 @@ def make(
     now: Origins,
     own: Path,
     path: Path,
-    tell: Callable[[str], None] = lambda line: None,
+    note: Callable[[str], None] = lambda line: None,
 ) -> Origins:
     """The origins of the rows are in a file at `path`, unless every row is to be sent. `keys` are (key, row) in order.
 
@@ -67,7 +67,7 @@ def make(
         InputError: an earlier result is not there or can't be read.
         DiskError: there is no room for the file.
     """
-    earlier = find(job, own, tell)
+    earlier = find(job, own, note)
     count = min(count_for(now.rows), MOST_READS if earlier else MOST_BUCKETS)
     reused = duplicates = 0
     with OriginsWriter(path, now.rows, now.first_row) as writer, Buckets(path.parent, count, KEYS) as buckets:
