@@ -198,7 +198,7 @@ def _moment(summary: Summary) -> Moment:
         host=summary.host,
         complete=summary.complete,
         tags=summary.tags,
-        budgets=tuple(summary.budgets),
+        budgets=summary.budgets,
     )
 
 
