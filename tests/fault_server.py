@@ -10,8 +10,10 @@ import ssl
 import struct
 import subprocess
 import threading
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from urllib.parse import quote
 
@@ -192,6 +194,13 @@ def answer(body: bytes = FINE, *headers: str, status: str = "200 OK", length: in
     size = len(body) if length is None else length
     lines = [f"HTTP/1.1 {status}", "Content-Type: application/json", f"Content-Length: {size}", *headers]
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+@cache
+def gzip_bomb() -> bytes:
+    """100 MB of zeros in 100 KB."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
+    return b"".join([*(packer.compress(bytes(1_000_000)) for _ in range(100)), packer.flush()])
 
 
 def chunked(*parts: bytes, end: bool = True) -> bytes:

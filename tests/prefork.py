@@ -22,9 +22,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
+from batchrun.job.load import from_tables
 from batchrun.price_list.lookup import listed
-from tests.endings import MODEL
-from tests.jobs import job_over
 
 AVAILABLE = sys.platform == "linux"
 
@@ -122,9 +121,10 @@ def _serve(server: socket.socket) -> Callable[[], int | None]:
 
 def _warm() -> None:
     """What each run does first and Python keeps: the types of a job, the price list and its patterns, 50 ms."""
-    job_over(None)
-    for model in (MODEL, "unknown"):
-        listed(model, "2026-11-01", "http://127.0.0.1/v1")
+    url = "http://127.0.0.1/v1"
+    job = from_tables({"endpoint": {"url": "simulator"}, "request": {"model": "vtrix-gpt-5.3-codex", "prompt": "Say"}})
+    for model in (job.request.model, "unknown"):
+        listed(str(model), "2026-11-01", url)
 
 
 def _begin(order: Mapping[str, Any], standard: Sequence[int]) -> Callable[[], int | None]:

@@ -37,6 +37,7 @@ from tests.fault_server import (
     answer,
     black_hole,
     chunked,
+    gzip_bomb,
     self_signed,
     sends,
     serving,
@@ -137,7 +138,7 @@ def test_an_id_of_odd_bytes_is_text() -> None:
     assert (attempt.error, attempt.request_id) == (None, "r\ufffdé")
 
 
-@pytest.mark.parametrize("size", [0, 1, 2_000_000, 10_000_000])
+@pytest.mark.parametrize("size", [0, 1, 3_000_000])
 def test_large_answers_and_requests_arrive_whole(size: int) -> None:
     body = (b"{" + os.urandom(size))[:size]  # one that begins with the byte 1f is unpacked as gzip
     (attempt,), server = exchange_all(sends(answer(body)), body)
@@ -635,9 +636,7 @@ def test_cancellation_at_the_deadline_is_kept() -> None:
 
 
 def test_a_gzip_bomb_stays_in_bounded_memory() -> None:
-    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
-    bomb = b"".join([*(packer.compress(bytes(1_000_000)) for _ in range(200)), packer.flush()])
-    assert len(bomb) < 250_000
+    bomb = gzip_bomb()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     attempt = ended(sends(answer(bomb, "Content-Encoding: gzip")), max_answer_bytes=4_000_000)
     grown_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
