@@ -13,7 +13,7 @@ from pathlib import Path
 from batchrun.errors import DiskError
 
 TEMP_SUFFIX = ".tmp"
-READ_BYTES = 1 << 20
+READ_BYTES = 1 << 20  # any block size does that is far above a page and far below memory
 
 
 @contextlib.contextmanager
@@ -134,7 +134,7 @@ def link(file: Path, to: Path) -> None:
             shutil.copyfile(file, temporary)
 
 
-TRIAL_BYTES = 1 << 20
+TRIAL_BYTES = 1 << 20  # an empty file can be made on a disk that is full
 
 
 def try_out(folder: Path) -> None:

@@ -160,6 +160,9 @@ class Backlog:
         """The next row to send, if it is known without a wait and the backlog does not mix; else ask `next`."""
         if self._closed or self._failed_first >= FAILED_FIRST or not self._has_room():
             return None
+        if self._fresh and not self._retries and not self._returned:
+            self._busy += 1
+            return self._prepare(*self._fresh.popleft())
         if (pending := self._pop(probes=False)) is not None:
             self._busy += 1
         return pending

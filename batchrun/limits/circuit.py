@@ -183,14 +183,23 @@ class Circuit:
         self._on_change(before, self.phase)
         self._probe(why)
 
+    def answered(self, row: int, order: int, now_s: float) -> Decision:
+        """As `observe`, for a good answer."""
+        self.withdraw(order)
+        self.successes += 1
+        self._first_failures = None
+        own = self._cleared_by(row, order) if self._suspicions else ()
+        self._answered(order, now_s)
+        return Decision(own=own) if own else PROCEED
+
     def observe(self, outcome: Outcome, order: int, now_s: float, finding: Finding = NOTHING) -> Decision:
         """Takes one admitted attempt's outcome into account; returns what it means for rows.
 
         `finding` is what `Refusals` concluded from a refusal.
         """
-        self.withdraw(order)
         if outcome.verdict is OK:
-            return self._succeeded(outcome.row, order, now_s)
+            return self.answered(outcome.row, order, now_s)
+        self.withdraw(order)
         if outcome.says_nothing:
             return PROCEED
         match outcome.verdict:
@@ -204,13 +213,6 @@ class Circuit:
                 return self._run_failed(outcome, order)
             case _:
                 assert_never(outcome.verdict)
-
-    def _succeeded(self, row: int, order: int, now_s: float) -> Decision:
-        self.successes += 1
-        self._first_failures = None
-        own = self._cleared_by(row, order) if self._suspicions else ()
-        self._answered(order, now_s)
-        return Decision(own=own) if own else PROCEED
 
     def _row_failed(self, outcome: Outcome, order: int, now_s: float) -> Decision:
         """A bad answer is still an answer: the endpoint works. Only a success would show that the key does, too."""

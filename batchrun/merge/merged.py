@@ -143,7 +143,9 @@ class Writer:
             checkpoint.close()
         for path in (self._to.rejects, self._to.images_of(), self._to.log):
             self._join_files(path.name)
-        summary = msgspec.structs.replace(summary, files=_files(self._to, self._target))
+        there = summary_files(self._to).items()  # where they will be
+        places = {name: str(self._target.path / Path(path).relative_to(self._to.path)) for name, path in there}
+        summary = msgspec.structs.replace(summary, files=places)
         durable.replace_bytes(self._to.summary, msgspec.json.format(msgspec.json.encode(summary), indent=2))
         return summary
 
@@ -309,9 +311,3 @@ def _pieces(shard: CompleteShard) -> Iterator[Iterator[pa.RecordBatch]]:
         return (files.sealed_batches(*file) for file in written)
     ((path, digest, _),) = written
     return files.cut(path, digest, [chunk.rows for chunk in shard.known.chunks])
-
-
-def _files(building: RunDirectory, target: RunDirectory) -> dict[str, str]:
-    """The files of the merged run where they will be."""
-    there = summary_files(building).items()
-    return {name: str(target.path / Path(path).relative_to(building.path)) for name, path in there}

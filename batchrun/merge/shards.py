@@ -167,9 +167,6 @@ def _differences(one: CompleteShard, other: CompleteShard) -> Iterator[str]:
     if one.manifest.types != other.manifest.types:
         yield "the types of its columns"
     for model in sorted(one.prices.keys() & other.prices.keys()):
-        if _rates(one, model) != _rates(other, model):
+        tables = one.prices[model], other.prices[model]
+        if len({None if table is None else table.rates for table in tables}) > 1:
             yield f"the price of {model}"
-
-
-def _rates(shard: CompleteShard, model: str) -> bytes | None:
-    return None if (table := shard.prices[model]) is None else table.rates

@@ -28,7 +28,7 @@ REPLY_BYTES = 64_000
 """How much one reply carries, unless one answer alone is more. Ray sends results below 100 KB directly; larger ones
 pass through the object store of the actor's node, and are lost with it."""
 
-SWEEP_S = 1.0
+SWEEP_S = 1.0  # as often as the driver calls `Transport.expire` where it sends itself
 
 Parcel = tuple[int, int, bytes, str]
 """A request under way to an actor: its number, the endpoint's place in the job, the body, and our id of the attempt."""

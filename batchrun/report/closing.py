@@ -14,7 +14,7 @@ from batchrun.report.summary import failures
 from batchrun.report.wording import are, plural, rounded
 from batchrun.run_summary import Summary
 
-LABEL_WIDTH = 13
+LABEL_WIDTH = 13  # "completions", the longest label, and two spaces
 
 RATE_S = 60.0
 """A shorter start has no rate per minute: the burst that a limit allows would read as a broken limit. 348 requests in

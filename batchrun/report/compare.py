@@ -25,7 +25,7 @@ from batchrun.report.wording import plural
 
 pc: Any = pyarrow.compute  # its stubs know less than it does
 
-MOST_EXAMPLES = 20
+MOST_EXAMPLES = 20  # as many as one screen shows
 
 PIECE_BYTES, PIECE_ROWS = 16_000_000, 20_000
 """About how much of both results is compared at once, by its size in the files."""
@@ -86,7 +86,13 @@ def compare(
             Path(folder, side).mkdir()
             _divide(_tables(result, key), Path(folder, side), count, rows_each)
         for name in sorted({path.name for path in Path(folder).glob("*/*")}):
-            tally.add(*(_read_piece(Path(folder, side, name)) for side in ("before", "after")))
+            pieces: list[pa.Table | None] = []
+            for side in ("before", "after"):
+                pieces.append(None)
+                if Path(folder, side, name).exists():
+                    with pa.ipc.open_stream(Path(folder, side, name)) as reader:  # type: ignore[arg-type]
+                        pieces[-1] = reader.read_all()
+            tally.add(*pieces)
     return tally.comparison(key)
 
 
@@ -218,13 +224,6 @@ def _divide(tables: Iterator[pa.Table], folder: Path, count: int, rows_each: int
     finally:
         for writer in writers.values():
             writer.close()
-
-
-def _read_piece(path: Path) -> pa.Table | None:
-    if not path.exists():
-        return None
-    with pa.ipc.open_stream(path) as reader:  # type: ignore[arg-type]
-        return reader.read_all()
 
 
 def _unique(table: pa.Table | None) -> tuple[pa.Table | None, int]:

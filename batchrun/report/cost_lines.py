@@ -36,11 +36,6 @@ def about_cost(rows: int, mean_cost_usd: Decimal | None) -> str:
     return "" if mean_cost_usd is None else f", about ${mean_cost_usd * rows:,.4f}"
 
 
-def cost_in_words(summary: Summary) -> str:
-    """The cost in one line, with what it does not cover."""
-    return "; ".join(cost_lines(summary))
-
-
 def cost_lines(summary: Summary) -> list[str]:
     """The cost, then a line for each thing that it does not cover."""
     lines = [headline_usd(summary)]

@@ -93,7 +93,9 @@ def render(bill: Bill, form: str, columns: Sequence[str] | None = None) -> bytes
             for line in bill.lines:
                 values = (figure(line, name) for name in columns or FIGURES)
                 amounts = ("" if value is None else exact(value) for value in values)
-                writer.writerow([*map(guarded, line.group), *amounts])
+                # a spreadsheet would run a text that begins like a formula
+                names = (f"'{name}" if name[:1] in ("=", "+", "-", "@", "\t", "\r") else name for name in line.group)
+                writer.writerow([*names, *amounts])
             return text.getvalue().encode()
         case "json":
             return msgspec.json.format(msgspec.json.encode(tree(bill, columns or FIGURES)), indent=2) + b"\n"
@@ -117,11 +119,6 @@ def render(bill: Bill, form: str, columns: Sequence[str] | None = None) -> bytes
 def exact(value: float | Decimal) -> str:
     """Every digit, without an exponent."""
     return f"{value:f}" if isinstance(value, Decimal) else str(value)
-
-
-def guarded(cell: str) -> str:
-    """The cell as text: a spreadsheet would run one that begins like a formula."""
-    return "'" + cell if cell[:1] in ("=", "+", "-", "@", "\t", "\r") else cell
 
 
 def tree(bill: Bill, columns: Sequence[str] = FIGURES) -> dict[str, object]:
@@ -218,13 +215,9 @@ _MARKUP = {ord(sign): f"\\{sign}" for sign in "\\|`*<>[]"} | {ord("\n"): " ", or
 
 def with_total(bill: Bill, columns: Sequence[str]) -> list[tuple[str, ...]]:
     """The header, a row of cells for each line, and the total."""
-    lines = [(*line.group, *_cells(line, columns)) for line in bill.lines]
-    total = ("total", *[""] * (len(bill.by) - 1), *_cells(bill.total, columns))
-    return [(*bill.by, *map(heading, columns)), *lines, total]
-
-
-def _cells(line: BillLine, columns: Sequence[str]) -> list[str]:
-    return [cell(figure(line, name), name) for name in columns]
+    total = msgspec.structs.replace(bill.total, group=("total", *[""] * (len(bill.by) - 1)))
+    lines = ((*line.group, *(cell(figure(line, name), name) for name in columns)) for line in (*bill.lines, total))
+    return [(*bill.by, *map(heading, columns)), *lines]
 
 
 def cell(value: Value, name: str) -> str:

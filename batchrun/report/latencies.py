@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from batchrun.report import run_rows
 from batchrun.report.run_rows import Result
 
-_WIDTH = math.log(1.01)
+_WIDTH = math.log(1.01)  # a bucket is 1 % wider than the one before
 _SHORTEST_S = 1e-6  # the logarithm of 0 is not finite
 
 Group = tuple[object, ...]

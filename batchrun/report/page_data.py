@@ -24,7 +24,7 @@ from batchrun.report.runs import Found
 
 pc: Any = pyarrow.compute  # its stubs know less than it does
 
-DEAREST = 10
+DEAREST = 10  # rows in the page's table of the most expensive ones
 MOST_NIGHTS = 62
 """With more nights, bars are of months."""
 
@@ -144,7 +144,15 @@ def _of_run(found: Found, span: Span, result: Result) -> Rows:
     failures: list[Failure] = []
     dearest: list[Dear] = []
     for table in run_rows.tables(result, _COLUMNS):
-        failures, dearest = _together([*failures, *_failures(table)], [*dearest, *_dearest(table, found, span)])
+        failed = table.filter(pc.and_(pc.is_valid(table["error"]), pc.not_equal(table["status"], "ok")))
+        rows: list[Any] = failed.to_pylist()
+        of_table: dict[str, Failure] = {}
+        for row in rows:
+            error = RowError(**row["error"])
+            kind = f"{row['status']}, {error.kind}"
+            before = of_table.get(kind) or Failure(kind, 0, error.text)
+            of_table[kind] = msgspec.structs.replace(before, rows=before.rows + 1)
+        failures, dearest = _together([*failures, *of_table.values()], [*dearest, *_dearest(table, found, span)])
     return Rows(failures, dearest)
 
 
@@ -161,15 +169,6 @@ def _together(failures: Iterable[Failure], dearest: Iterable[Dear]) -> Rows:
 
 
 _COLUMNS = ("row", "status", "attempts", "prompt_tokens", "completion_tokens", "cost_usd", "error")
-
-
-def _failures(table: pa.Table) -> list[Failure]:
-    failed = table.filter(pc.and_(pc.is_valid(table["error"]), pc.not_equal(table["status"], "ok")))
-    columns: list[Any] = failed["error"].to_pylist()
-    errors = [RowError(**error) for error in columns]
-    kinds = [f"{status}, {error.kind}" for status, error in zip(failed["status"].to_pylist(), errors, strict=True)]
-    examples = dict(zip(reversed(kinds), reversed(errors), strict=True))  # the first of each
-    return [Failure(kind, rows, examples[kind].text) for kind, rows in Counter(kinds).items()]
 
 
 def _dearest(table: pa.Table, found: Found, span: Span) -> Iterator[Dear]:

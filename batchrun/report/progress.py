@@ -13,7 +13,7 @@ LEAST_BAR = 8
 FRAME = 3
 """Columns of the bar's two ends and the space after it."""
 
-MOST_NAME = 16
+MOST_NAME = 16  # columns of the job's name beside a bar, of 80
 MOST_ETA = len("ETA Thu 06:00")
 
 
@@ -31,8 +31,10 @@ def line(summary: Summary) -> str:
         f"{summary.tokens_per_second:,.0f} tokens/s",
         *_cached(summary),
         headline_usd(summary, ",.4f").replace("unknown", "cost unknown"),
-        _eta(summary),
     ]
+    if summary.limited_by == summary.state:  # no rows are sent
+        return ", ".join([*parts, summary.state])
+    parts.append(_eta(summary))
     if summary.by_deadline is not None and summary.by_deadline < 1:
         parts.append(f"{int(summary.by_deadline * 100)} % by the deadline")
     return ", ".join([*parts, f"limited by {summary.limited_by}"])

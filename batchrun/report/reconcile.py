@@ -15,7 +15,7 @@ from batchrun.report.runs import Found
 from batchrun.store import at_rest
 from batchrun.store.rundir import RunDirectory
 
-MOST_NAMED = 20
+MOST_NAMED = 20  # items of each kind that are shown; all are counted
 
 _ID = ("request_id", "x_request_id", "requestid", "request", "id", "custom_id")
 _DAY = ("day", "date", "usage_date", "timestamp", "created_at", "created", "time")

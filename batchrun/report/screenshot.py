@@ -34,7 +34,7 @@ _WIDEN = "document.querySelector('main').style.maxWidth = 'none'"
 MOST_PIXELS = 16_000
 """The browser draws no taller picture (its textures have 16,384)."""
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 60.0  # a page takes seconds; a browser that hangs must not hang a night's report
 
 _FLAGS = (
     *("--headless", "--remote-debugging-pipe", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"),

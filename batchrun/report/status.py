@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 
 from batchrun.limits import deadline
 from batchrun.report.closing import pace
-from batchrun.report.cost_lines import cost_in_words, estimate_in_words
+from batchrun.report.cost_lines import cost_lines, estimate_in_words
 from batchrun.report.limit_lines import limits_in_words, retrying_in_words
 from batchrun.report.run_state import RunState
 from batchrun.report.wording import age_in_words
@@ -24,7 +24,7 @@ def lines(directory: RunDirectory, found: RunState) -> Iterator[str]:
         yield f"rows    {done:,} of {summary.rows:,} done, {summary.pending:,} pending" + (counts and f": {counts}")
     else:  # the input has not been read to its end
         yield "rows    not counted yet"
-    yield f"cost    {cost_in_words(summary)}"
+    yield f"cost    {'; '.join(cost_lines(summary))}"
     if (estimated := estimate_in_words(summary)) is not None:
         yield f"estimate {estimated}"
     if found.working:

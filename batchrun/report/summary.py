@@ -122,21 +122,11 @@ def starting(
 
     `earlier` is the summary of the start before; `spent` are the totals, once the checkpoint is open.
     """
+    totals = spent or Totals()
     if earlier is None:
         return _summary(job, "", moment.started_at, 0, 0, {}, Totals(), moment, directory, None)
-    totals = spent or Totals()
-    now = _summary(
-        earlier.job,
-        earlier.run_id,
-        earlier.created_at,
-        earlier.rows,
-        earlier.rejected,
-        {},
-        totals,
-        moment,
-        directory,
-        None,
-    )
+    run = (earlier.job, earlier.run_id, earlier.created_at, earlier.rows, earlier.rejected)
+    now = _summary(*run, {}, totals, moment, directory, None)
     kept = _OF_THE_RUN if spent is None else _NOT_IN_CHECKPOINT
     return msgspec.structs.replace(now, **{name: getattr(earlier, name) for name in kept})
 
@@ -171,11 +161,9 @@ def _summary(
     directory: RunDirectory,
     estimate: Estimate | None,
 ) -> Summary:
-    settled = spent.settled()
-    lines = spent.lines()
+    settled, lines = spent.settled(), spent.lines()
     mine = [line for line in spent.booked.values() if line.invocation == moment.invocation]
     minutes = max(moment.elapsed_s, 1e-9) / 60
-    names = prices_in_words(tables)
     return Summary(
         version=VERSION,
         job=job,
@@ -201,7 +189,7 @@ def _summary(
         unknown_finish_reasons=list(moment.unknown_finish_reasons),
         unpriced_tiers=list(moment.unpriced_tiers),
         example_error=moment.example_error,
-        price="; ".join(names) or None,
+        price="; ".join(prices_in_words(tables)) or None,
         estimate=estimate,
         invocation=moment.invocation,
         created_at=created_at,

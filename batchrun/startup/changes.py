@@ -78,16 +78,10 @@ class Changes(msgspec.Struct, frozen=True):
         fewer = f"; {self.fewer:,} fewer than before" if self.fewer else ""
         if self.carried:
             fewer = f"; {self.carried:,} without a request{fewer}"
-        return f"{what}: {stay}, {send}{cost}{fewer}{self._in_vain()}"
-
-    def _in_vain(self) -> str:
-        match self.dropped:
-            case 0:
-                return ""
-            case 1:
-                return "; 1 paid answer no longer fits any row"
-            case dropped:
-                return f"; {dropped:,} paid answers no longer fit any row"
+        vain = "" if not self.dropped else f"; {self.dropped:,} paid answers no longer fit any row"
+        if self.dropped == 1:
+            vain = "; 1 paid answer no longer fits any row"
+        return f"{what}: {stay}, {send}{cost}{fewer}{vain}"
 
 
 class Answers:
@@ -132,19 +126,17 @@ class Answers:
 
     def given_up(self, matches: Matches) -> list[TotalsLine]:
         """The changes to the account for the answers that no new row has, one for each line of it."""
-        # not an iterator: the checkpoint's thread would take it, and wait for itself to read a chunk
-        return list(totals.with_changes(totals.Totals(), self._given_up(matches)).replaced.values())
-
-    def _given_up(self, matches: Matches) -> Iterator[TotalsLine]:
         kept = bytearray(self.rows)
         for old in matches:
             if old != NONE:
                 kept[old] = 1
+        account = totals.Totals()
         for place in range(len(self.chunks)):
             own = self.of_chunk(place)
-            for row, answer in zip(own.column("row").to_pylist(), booked.lines(own), strict=True):
-                if not kept[cast(int, row)]:
-                    yield from totals.moved_to_discarded(answer)
+            answers = zip(cast(list[int], own.column("row").to_pylist()), booked.lines(own), strict=True)
+            moved = (line for row, answer in answers if not kept[row] for line in totals.moved_to_discarded(answer))
+            account = totals.with_changes(account, moved)
+        return list(account.replaced.values())
 
     def _of_chunk(self, place: int) -> pa.Table:
         chunk = self.chunks[place]

@@ -5,12 +5,12 @@ expected    the mean of the answers so far; before there are any, of the job's n
 high        the upper bounds that a budget reserves: no bill can be larger, retries apart
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from decimal import Decimal
 
 from batchrun import prices
 from batchrun.job.job import Job
-from batchrun.job.settings import Budget, Limits
+from batchrun.job.settings import Budget
 from batchrun.limits import capacity
 from batchrun.limits.admission import Limit
 from batchrun.limits.capacity import Size
@@ -26,8 +26,8 @@ from batchrun.startup.previous_run import Means
 from batchrun.startup.previous_run import of as means_of
 
 FEWEST_TOKENS_PER_BYTE = 0.18  # long common words; prose of one language has about 0.23
-USUAL_TOKENS_PER_BYTE = 0.3
-USUAL_ANSWER_TOKENS = 300
+USUAL_TOKENS_PER_BYTE = 0.3  # a guess, above prose of one language
+USUAL_ANSWER_TOKENS = 300  # a guess, and the estimate says so: --limit 20 measures it
 
 
 def estimate(
@@ -47,24 +47,35 @@ def estimate(
     mean = (None if done is None else means_of(done, "this run")) or earlier or _usual(found, job)
     prompt, completion = mean.prompt_tokens, mean.completion_tokens
     tokens = (prompt + completion) * to_ask
-    minutes, limit = _time(job.total_limits, to_ask, mean, day_left_s)
-    expected = _expected(found, tables, to_ask, mean, job.request.service_tier)
+    limits = job.total_limits
+    by_limits = capacity.least_minutes(limits, to_ask, Size(prompt, completion), day_left_s)
+    times = [] if by_limits is None else [by_limits]
+    if mean.latency_s is not None:
+        times.append((mean.latency_s * to_ask / limits.max_in_flight / 60, Limit.LATENCY))
+    minutes, limit = max(times, key=lambda time: time[0], default=(None, Limit.LATENCY))
+    tier = job.request.service_tier
+    if (each := mean.cost_by(tables)) is not None:  # prices are as they were then
+        expected: Decimal | None = (each * to_ask).quantize(prices.PICO)
+    else:
+        expected = _cost(found, tables, share, prompt, completion, mean.cached_share, tier)
+    basis = [mean.basis]
+    if mean.cached_share:
+        basis.append(f"{mean.cached_share:.0%} of the prompts cached")
+    if mean.cost_usd is not None:
+        basis.append(f"${mean.cost_usd:,.6f} a row")
+    if mean.latency_s is not None:
+        basis.append(f"{mean.latency_s:,.2f} s an answer")
+    fewest = FEWEST_TOKENS_PER_BYTE * found.body_bytes / found.rows if found.rows else 0.0
     return Estimate(
         rows=to_ask,
         prompt_tokens=round(prompt * to_ask),
         completion_tokens=round(completion * to_ask),
-        low_usd=_cost(
-            found,
-            tables,
-            share,
-            lambda rows: (FEWEST_TOKENS_PER_BYTE * found.body_bytes * rows / found.rows, rows),
-            service_tier=job.request.service_tier,
-        ),
+        low_usd=_cost(found, tables, share, fewest, 1, 0.0, tier),
         expected_usd=expected,
         high_usd=_bound(found, tables, to_ask, job.service_tiers),
         minutes=minutes,
         limited_by=str(limit),
-        basis=_in_full(mean),
+        basis=", ".join(basis),
         short=tuple(_short(job.budget, to_ask, tokens, expected, done)),
     )
 
@@ -114,27 +125,6 @@ def duration(minutes: float) -> str:
     return f"{minutes:,.1f} min" if minutes < 600 else f"{minutes / 60:,.1f} h"
 
 
-def _time(limits: Limits, rows: int, mean: Means, day_left_s: float) -> tuple[float | None, Limit]:
-    """How many minutes the rows take at least, and what makes it so."""
-    size = Size(mean.prompt_tokens, mean.completion_tokens)
-    times = [] if (by_limits := capacity.least_minutes(limits, rows, size, day_left_s)) is None else [by_limits]
-    if mean.latency_s is not None:
-        times.append((mean.latency_s * rows / limits.max_in_flight / 60, Limit.LATENCY))
-    return max(times, key=lambda time: time[0], default=(None, Limit.LATENCY))
-
-
-def _in_full(mean: Means) -> str:
-    """What the estimate rests on, in words."""
-    parts = [mean.basis]
-    if mean.cached_share:
-        parts.append(f"{mean.cached_share:.0%} of the prompts cached")
-    if mean.cost_usd is not None:
-        parts.append(f"${mean.cost_usd:,.6f} a row")
-    if mean.latency_s is not None:
-        parts.append(f"{mean.latency_s:,.2f} s an answer")
-    return ", ".join(parts)
-
-
 def _usual(found: Survey, job: Job) -> Means:
     """The means of a row where no answer has come yet."""
     tokens = USUAL_TOKENS_PER_BYTE * found.body_bytes + found.image_tokens
@@ -144,40 +134,21 @@ def _usual(found: Survey, job: Job) -> Means:
     return Means(basis, tokens / found.rows if found.rows else 0.0, answer, 0.0)
 
 
-def _expected(
-    found: Survey, tables: Mapping[str, PriceTable | None], to_ask: int, mean: Means, service_tier: str | None
-) -> Decimal | None:
-    """What a row cost times the rows, if prices are as they were; else by its tokens."""
-    if (each := mean.cost_by(tables)) is not None:
-        return (each * to_ask).quantize(prices.PICO)
-    share = to_ask / found.rows if found.rows else 0.0
-    tokens = mean.prompt_tokens, mean.completion_tokens
-    return _cost(
-        found,
-        tables,
-        share,
-        lambda rows: (tokens[0] * rows, tokens[1] * rows),
-        mean.cached_share,
-        service_tier,
-    )
-
-
 def _cost(
     found: Survey,
     tables: Mapping[str, PriceTable | None],
     share: float,
-    tokens: Callable[[int], tuple[float, float]],
-    cached_share: float = 0.0,
-    service_tier: str | None = None,
+    prompt_tokens: float,
+    completion_tokens: float,
+    cached_share: float,
+    service_tier: str | None,
 ) -> Decimal | None:
-    """USD of a share of the rows in that tier; `tokens` are those of so many rows of a model, in and out."""
+    """USD of a share of the rows, of so many tokens each, in that tier; None where a price is unknown."""
+    each = Usage(round(prompt_tokens), round(completion_tokens), 0, round(prompt_tokens * cached_share))
     total = Decimal(0)
     for model, rows in found.models.items():
-        table = tables.get(model)
-        if table is None:
+        if (table := tables.get(model)) is None:
             return None
-        prompt, completion = tokens(rows)
-        each = Usage(round(prompt / rows), round(completion / rows), 0, round(prompt / rows * cached_share))
         tier = None if prices.lacks_tier(table, service_tier) else service_tier
         total += (prices.cost(each, table, tier) or 0) * Decimal(rows * share)
     return total

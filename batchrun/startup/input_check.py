@@ -27,7 +27,7 @@ from batchrun.tables.partitioned import PartitionLimit
 SHOWN = 20
 """Problems that are reported one by one; all are counted."""
 
-PROGRESS_EVERY = 5000
+PROGRESS_EVERY = 5000  # records: several times a second
 
 _VARYING = re.compile(r"\d+|(?:; did you mean .*?\?)? \(columns: .*\)$", re.DOTALL)
 """What differs between messages of one kind: numbers, and the columns of JSON lines."""
@@ -84,7 +84,7 @@ class _Tally:
         self.max_request: dict[str, tuple[int, int]] = {}
         self.max_tokens: dict[str, tuple[int, int]] = {}
         self.answer_schemas: set[str | None] = set()
-        self._expected = ANYTHING
+        self._expected: Expected = ANYTHING
         self._keep = keep
 
     def accept(self, request: Request) -> None:
@@ -97,14 +97,11 @@ class _Tally:
         self.max_request[request.model] = largest
         prompts, outputs = self.max_tokens.get(request.model, (0, 0))
         self.max_tokens[request.model] = (prompts + request.max_prompt_tokens, outputs + request.max_output_tokens)
-        if request.expected is not self._expected:
-            self._note(request.expected)
-
-    def _note(self, expected: Expected) -> None:
-        """Notes another answer schema than that of the request before; two show that there are several."""
-        self._expected = expected
-        if expected.in_json and len(self.answer_schemas) < 2:
-            schema = expected.schema
+        if request.expected is self._expected:
+            return
+        self._expected = request.expected
+        if request.expected.in_json and len(self.answer_schemas) < 2:  # two show that there are several
+            schema = request.expected.schema
             self.answer_schemas.add(None if schema is None else msgspec.json.encode(schema).decode())
 
     def withdraw(self, request: Request) -> None:

@@ -21,8 +21,7 @@ from batchrun.startup import adopt, input_pass, preconditions, previous_run, std
 from batchrun.startup import shard as shards
 from batchrun.startup.answer_match import Questions
 from batchrun.startup.estimate import estimate
-from batchrun.startup.run_options import RunOptions
-from batchrun.startup.start import Start
+from batchrun.startup.run_options import RunOptions, Start
 from batchrun.store import origins, variants
 from batchrun.store.checkpoint import Checkpoint
 from batchrun.store.manifest import InputShare, Manifest
@@ -67,7 +66,11 @@ def make(job: Job, directory: RunDirectory, checkpoint: Checkpoint, options: Run
             f"{directory.path}: no run was started here, so no rows can be retried; name its directory with -o, or its "
             "day with --date"
         )
-    _require_unused(directory)
+    for path in (directory.completions, directory.inflight, *directory.parts.iterdir()):
+        if path.exists():  # a run that lost its checkpoint must not be overwritten and paid for again
+            raise CheckpointError(
+                f"{path} belongs to a run whose checkpoint.db is missing or empty; keep a copy, and {ANOTHER}"
+            )
     paths = input_pass.input_files(job, directory, options, started=False)
     files = fingerprint(paths)
     own = None
@@ -95,15 +98,6 @@ def make(job: Job, directory: RunDirectory, checkpoint: Checkpoint, options: Run
     entries = {**plan.manifest.encode(), "prices": _encode(plan.prices), **variants.encode(ways)}
     checkpoint.write_manifest({**entries, origins.ENTRY: unsent_rows.encoded(made)})
     return plan
-
-
-def _require_unused(directory: RunDirectory) -> None:
-    """Returns if no run was started here: a run that lost its checkpoint must not be overwritten and paid for again."""
-    for path in (directory.completions, directory.inflight, *directory.parts.iterdir()):
-        if path.exists():
-            raise CheckpointError(
-                f"{path} belongs to a run whose checkpoint.db is missing or empty; keep a copy, and {ANOTHER}"
-            )
 
 
 def require_same_shape(job: Job, known: Manifest) -> None:

@@ -21,6 +21,7 @@ from batchrun.run_summary import Shard
 from batchrun.source import InputFile, JsonlSource, Source, Span, TableSource, digest, open_source, parquet
 from batchrun.source.content import content_of
 from batchrun.startup.ids import IdIndex
+from batchrun.startup.input_check import PROGRESS_EVERY
 from batchrun.store.manifest import Manifest
 from batchrun.tables.json_columns import ColumnTypes
 
@@ -83,19 +84,8 @@ def job_of(job: Job, shard: Shard) -> Job:
     path = job.output.path.rstrip("/")
     path = path if path.endswith(shard.suffix) else path + shard.suffix
     job = msgspec.structs.replace(job, output=msgspec.structs.replace(job.output, path=path))
-    return job if job.limits.limits_are == "per_process" else _divided(job, shard)
-
-
-_RATES = (
-    *("requests_per_minute", "requests_per_day"),
-    *("tokens_per_minute", "input_tokens_per_minute", "output_tokens_per_minute"),
-)
-_IN_LIMITS = ("requests_per_second", *_RATES, "max_in_flight")
-_IN_BUDGET = ("max_cost_usd", "per_start_usd", "max_tokens", "max_requests")
-_IN_ENDPOINT = ("requests_per_minute", "tokens_per_minute", "max_in_flight")
-
-
-def _divided(job: Job, shard: Shard) -> Job:
+    if job.limits.limits_are == "per_process":
+        return job
     endpoints = job.endpoints
     if job.more_endpoints:
         endpoints = [_parts(each, f"endpoint[{place}]", _IN_ENDPOINT, shard) for place, each in enumerate(endpoints)]
@@ -106,6 +96,15 @@ def _divided(job: Job, shard: Shard) -> Job:
         limits=_parts(job.limits, "limits", _IN_LIMITS, shard),
         budget=_parts(job.budget, "budget", _IN_BUDGET, shard),
     )
+
+
+_RATES = (
+    *("requests_per_minute", "requests_per_day"),
+    *("tokens_per_minute", "input_tokens_per_minute", "output_tokens_per_minute"),
+)
+_IN_LIMITS = ("requests_per_second", *_RATES, "max_in_flight")
+_IN_BUDGET = ("max_cost_usd", "per_start_usd", "max_tokens", "max_requests")
+_IN_ENDPOINT = ("requests_per_minute", "tokens_per_minute", "max_in_flight")
 
 
 def _parts(table: T, name: str, settings: tuple[str, ...], shard: Shard) -> T:
@@ -225,25 +224,21 @@ def find(
                 if record.problem is None:
                     types.observe(record.columns)
                     ids.add_id(record.ordinal, record.columns.get(id_column or ""))
-                if record.ordinal % 5000 == 0:
+                if record.ordinal % PROGRESS_EVERY == 0:
                     progress(record.ordinal)
         elif isinstance(whole, TableSource) and id_column is not None and not skip_invalid:
             for ordinal, value in whole.column(id_column):
                 ids.add_id(ordinal, value)
         if not skip_invalid:
-            _require_unique(id_column or "", ids)
+            # every shard says so, not only the one that has the record: the others would send their rows in vain
+            repeated = min(ids.duplicates(), default=None)
+            if repeated is not None:
+                raise InputError(
+                    f"{id_column}: record {repeated[0]:,} of the input, counted from 0, has the id of record "
+                    f"{repeated[1]:,}; `batchrun check` without --shard names all of these; correct them, or choose "
+                    "another input.id"
+                )
     return Found(shard, open_source(files, job.input.max_line_bytes, span), span, dialect, types)
-
-
-def _require_unique(column: str, ids: IdIndex) -> None:
-    """Every shard says so, not only the one that has the record: the others would send their rows in vain."""
-    repeated = min(ids.duplicates(), default=None)
-    if repeated is not None:
-        ordinal, first = repeated
-        raise InputError(
-            f"{column}: record {ordinal:,} of the input, counted from 0, has the id of record {first:,}; `batchrun "
-            "check` without --shard names all of these; correct them, or choose another input.id"
-        )
 
 
 def reading(job: Job, dialect: str) -> Job:

@@ -103,7 +103,11 @@ def publish(
     folder.delete(SUMMARY)
     reached("summary deleted")
     _put_files(folder, files, record.run_id, kept, reached)
-    _delete_others(folder, (*files, *beside))
+    names = {each.name for each in (*files, *beside)}
+    for top in sorted({name.partition("/")[0] for name in names if "/" in name}):
+        for there in folder.below(top).objects():  # an earlier result may have had more files
+            if f"{top}/{there.name}" not in names:
+                folder.delete(f"{top}/{there.name}")
     for each in beside:
         folder.put_file(each.name, each.local)
         reached(each.name)
@@ -157,16 +161,6 @@ def _put_files(
         else:
             folder.put_file(each.name, each.local)
         reached(each.name)
-
-
-def _delete_others(folder: RemoteFolder, files: Sequence[Published]) -> None:
-    """In the result's own folders there is nothing but the result: an earlier one may have had more files."""
-    names = {each.name for each in files}
-    tops = {top for each in files if (top := each.name.partition("/")[0]) != each.name}
-    for top in sorted(tops):
-        for each in folder.below(top).objects():
-            if f"{top}/{each.name}" not in names:
-                folder.delete(f"{top}/{each.name}")
 
 
 def _delete_below(folder: RemoteFolder, prefix: str) -> None:

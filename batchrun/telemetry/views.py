@@ -87,9 +87,8 @@ class Views:
         """The start has ended, with this summary if the run has one."""
         if self._file is None and self.otel is None:
             return
-        if summary is None:
-            summary = self._failed(exit_code, reason)
-        snapshot, is_ours = self._snapshot(summary), exit_code != ExitCode.LOCKED  # else another process shows it
+        snapshot = self._snapshot(summary or self._failed(exit_code, reason))
+        is_ours = exit_code != ExitCode.LOCKED  # else another process shows it
         if self._file is not None:
             self._file.end(snapshot if is_ours else None)
         if self.otel is not None:

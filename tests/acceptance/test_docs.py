@@ -35,9 +35,10 @@ from batchrun.store.commits import SPILL
 from batchrun.store.rundir import RunDirectory
 from batchrun.tables.rows import OWN_COLUMNS, USAGE_COLUMNS
 from batchrun.telemetry.metrics import METRICS
+from batchrun.telemetry.samples import Snapshot, samples_of
 from tests.simulator_process import running_simulator
 from tests.unit.test_architecture import LAYERS
-from tests.unit.test_metrics import FULL, samples_of
+from tests.unit.test_metrics import FULL
 
 ROOT = Path(__file__).parents[2]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -170,8 +171,9 @@ def test_every_metric_is_listed_with_its_meaning() -> None:
     listed = [(bare(name), kind, says.lower()) for name, kind, _, says in rows("docs/telemetry.md", "metric", "type")]
     assert listed == [(each.prometheus_name, each.kind, each.help.rstrip(".").lower()) for each in METRICS]
     labels = {bare(name): set(re.findall(r"\w+", cell)) for name, _, cell, _ in rows("docs/telemetry.md", "metric")}
-    for name, there in samples_of(FULL):
-        assert labels[name] == set(there)
+    names = {metric.name: metric.prometheus_name for metric in METRICS}
+    for name, samples in samples_of(Snapshot(FULL, "/runs/x")).items():
+        assert all(labels[names[name]] == set(there) for there, _ in samples)
 
 
 def test_every_key_of_the_report_is_listed() -> None:
@@ -447,7 +449,7 @@ def test_there_are_examples_of_all_three_dialects(tmp_path: Path, monkeypatch: p
 
 
 def test_the_miniature_sends_every_row_and_retries(tmp_path: Path) -> None:
-    """docs/miniature.py runs against the simulator, which fails some attempts."""
+    """docs/miniature.py runs against a simulator that fails some attempts, and starts one if none is named."""
     faults = parse_faults("500=0.1,429=0.05")
     with running_simulator(SimulatorConfig(latency_s=0, faults=faults, seed=7)) as simulator:
         command: list[str | Path] = [
@@ -463,6 +465,12 @@ def test_the_miniature_sends_every_row_and_retries(tmp_path: Path) -> None:
     assert part["row"] == list(range(400))
     assert set(part["status"]) == {"ok"}
     assert sum(part["attempts"]) == served > 400
+    (tmp_path / "in.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    command = [sys.executable, ROOT / "docs/miniature.py", tmp_path / "in.jsonl"]
+    shown = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TMPDIR": str(tmp_path)})
+    assert (shown.returncode, shown.stderr) == (0, "")
+    steps = [line.partition(": ")[2].split()[0] for line in shown.stdout.splitlines() if line.startswith("row 0: ")]
+    assert steps[-4:] == ["a", "admitted", "HTTP", "ok:"]
 
 
 # ── the library ───────────────────────────────────────────────────────────────────────────────────────────────────────

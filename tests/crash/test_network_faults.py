@@ -210,7 +210,7 @@ BROKEN = {
     "a reset before a byte": Broken(resets_late, "reset"),
     "a reset in mid-body": Broken(sends(answer(CUT, length=5_000), then=resets), "cut|reset", CUT),
     "a chunked body that is cut": Broken(sends(chunked(CUT, end=False), then=closes), "cut", CUT),
-    "a Content-Length that is too long": Broken(sends(answer(GOOD, length=5_000), then=closes), "cut", GOOD),
+    "a Content-Length that is too long": Broken(sends(answer(CUT, length=5_000), then=closes), "cut", CUT),
     "JSON that is cut": Broken(says(CUT), "unreadable", CUT),
     "gzip that unpacks to a thousand times its size": Broken(sends_bomb, "answer_too_large", None),
     "invalid gzip": Broken(sends(answer(b"no gzip", "Content-Encoding: gzip")), "bad_encoding"),
@@ -253,6 +253,34 @@ def test_a_retried_broken_answer_stays_possibly_billed(tmp_path: Path, name: str
     assert ended.exit_code == 0
     assert (ended.rows[FAULTY]["status"], ended.rows[FAULTY]["attempts"]) == ("ok", 2)
     assert [(doubt.row, doubt.n) for doubt in ended.summary.possibly_billed] == [(FAULTY, 1)]
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        sends(answer(GOOD, length=5_000), then=closes),
+        sends(answer(GOOD, length=5_000), then=resets),
+        sends(answer(GOOD, length=5_000), then=Exchange.silence),
+        sends(chunked(GOOD, end=False), then=closes),
+        sends(answer(gzip.compress(GOOD)[:-8], "Content-Encoding: gzip", length=5_000), then=closes),
+    ],
+    ids=["length", "length and a reset", "length and silence", "no last chunk", "packed without its end"],
+)
+def test_an_answer_that_parses_whole_is_paid_once(tmp_path: Path, script: Script) -> None:
+    """Whatever its framing announced: JSON ends with its last bracket."""
+    with serving_aside(meeting(script)) as server:
+        ended = run(tmp_path, server.url, endpoint=DEADLINE)
+    assert (ended.exit_code, ended.rows[FAULTY]["content"], ended.rows[FAULTY]["attempts"]) == (0, "fine", 1)
+    assert requests_by_row(server) == Counter(range(12))
+    assert ended.summary.possibly_billed_count == 0
+
+
+def test_a_refusal_counts_by_its_status_though_its_body_is_cut(tmp_path: Path) -> None:
+    refusal = answer(b'{"error": {"mess', "Retry-After: 0", status="429 Too Many Requests", length=500)
+    with serving_aside(meeting(sends(refusal, then=closes), times=3)) as server:
+        ended = run(tmp_path, server.url)
+    assert (ended.exit_code, ended.rows[FAULTY]["status"], requests_by_row(server)[FAULTY]) == (0, "ok", 4)
+    assert ended.summary.possibly_billed_count == 0
 
 
 def test_a_valid_answer_may_have_ten_megabytes(tmp_path: Path) -> None:
