@@ -35,6 +35,8 @@ MAX_EXPECTED = 64
 
 Body = dict[str, Any]
 
+_KEY = hashlib.blake2b(digest_size=16)
+
 _SERVED_BY = frozenset({"service_tier", "prompt_cache_key"})
 """Fields that change how a request is served, and what it costs, but not what is asked."""
 
@@ -101,7 +103,8 @@ class RequestBuilder:
             body, question = frame.filled(row.columns)
         except UnicodeEncodeError as error:
             raise _half_a_character(error) from error
-        key = hashlib.blake2b(question, digest_size=16)
+        key = _KEY.copy()  # without its parameters read again
+        key.update(question)
         key.update(self._endpoint_name)
         return Request(
             row.row,
@@ -188,7 +191,8 @@ class RequestBuilder:
     def _key(self, body: Body) -> bytes:
         if not _SERVED_BY.isdisjoint(body):
             body = {name: value for name, value in body.items() if name not in _SERVED_BY}
-        key = hashlib.blake2b(image_parts.canonical(body), digest_size=16)
+        key = _KEY.copy()
+        key.update(image_parts.canonical(body))
         key.update(self._endpoint_name)
         return key.digest()
 
