@@ -18,7 +18,8 @@ from batchrun.store.totals import (
     possibly_billed,
     with_possibly_billed,
 )
-from tests.endings import ENDINGS, MODEL, completion, discarded
+from tests.endings import MODEL, completion, discarded
+from tests.random_endings import ENDINGS
 
 DAY = "2026-11-18"
 """On which the endings of `completion` and `discarded` are."""
