@@ -374,9 +374,10 @@ class Gate:
         Raises as `admit` does.
         """
         circuit, now_s = self._circuit, self._loop.time()
-        blocker = circuit.binding(now_s) if circuit.phase is OPEN else self._blocked_by_circuit(probes, now_s)
-        if blocker is not None:
-            return blocker
+        if circuit.phase is not OPEN or circuit.out >= circuit.in_flight.allowed:
+            blocker = circuit.binding(now_s) if circuit.phase is OPEN else self._blocked_by_circuit(probes, now_s)
+            if blocker is not None:
+                return blocker
         if len(self._free) <= self._slots - circuit.in_flight.most:  # all, or all but those beyond a lower limit
             return NO_SLOT
         if self._overruns is not None:
