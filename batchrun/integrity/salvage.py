@@ -16,7 +16,6 @@ from typing import NamedTuple
 import msgspec
 import pyarrow as pa
 
-from batchrun import prices
 from batchrun.durable import disk_errors, fsync, replacing
 from batchrun.errors import CheckpointError, InputError, JobError
 from batchrun.integrity import readable_groups, rebuilt_checkpoint
@@ -26,13 +25,12 @@ from batchrun.integrity.sound_rows import NO_END, SoundRows
 from batchrun.integrity.verify import Findings, inspected
 from batchrun.job.job import SIMULATOR, Job
 from batchrun.job.settings import Endpoint, Output
-from batchrun.prices import PriceTable
 from batchrun.records import Row
 from batchrun.report.wording import plural
 from batchrun.request.builder import RequestBuilder
 from batchrun.source import START, Source, TableSource, Window, file_at, open_source
 from batchrun.startup import adopt
-from batchrun.store import in_flight, stored_window, variants
+from batchrun.store import in_flight, price_tables, stored_window, variants
 from batchrun.store.db_tables import Chunk, Reopened
 from batchrun.store.manifest import Manifest
 from batchrun.store.rundir import RunDirectory
@@ -334,10 +332,7 @@ class Salvage:
         """The most that one row can cost; None if a price is unknown."""
         if self._manifest is None:
             return None
-        known = msgspec.json.decode(self._known.manifest.get("prices", "{}"), type=dict[str, PriceTable | None])
-        requests = self._manifest.max_request.items()
-        bounds = [prices.upper_bound(*tokens, known.get(model)) for model, tokens in requests]
-        return max((bound or Decimal(0) for bound in bounds), default=None) if None not in bounds else None
+        return price_tables.most_usd(self._manifest, price_tables.decode(self._known.manifest))
 
 
 def in_words(salvaged: Salvaged) -> Iterator[str]:
