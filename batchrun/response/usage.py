@@ -332,7 +332,12 @@ def _at(value: Any, path: Path) -> Any:
 
 
 def _counts(usage: Mapping[str, Any], paths: tuple[Path, ...]) -> Iterator[int]:
-    return (number for path in paths if (number := count(_at(usage, path))) is not None)
+    for path in paths:
+        value = usage.get(path[0])
+        if value is None:
+            continue  # most names are of other vendors
+        if (number := count(_at(value, path[1:]))) is not None:
+            yield number
 
 
 def _first(usage: Mapping[str, Any], paths: tuple[Path, ...]) -> int | None:
