@@ -154,7 +154,7 @@ def summary_problem(directory: RunDirectory, known: DbRecords, manifest: Manifes
         host=summary.host,
         complete=summary.complete,
         tags=summary.tags,
-        budgets=tuple(summary.budgets),
+        budgets=summary.budgets,
     )
     counted = summarise(manifest, rows_due(known), prices, known.totals, moment, directory)
     wrong = [name for name in Summary.__struct_fields__ if not _agrees(name, summary, counted, known)]
