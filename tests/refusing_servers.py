@@ -178,6 +178,27 @@ class BlackedOut:
 
 
 @dataclass
+class Out:
+    """Fails with `http_status` for `length_s` from `begins_s` on (counted in `failed`), and answers all else."""
+
+    begins_s: float
+    length_s: float
+    http_status: int = 500
+    latency_s: float = 0.4
+    failed: int = field(default=0, init=False)
+
+    @property
+    def ends_s(self) -> float:
+        return self.begins_s + self.length_s
+
+    def reply_to(self, now_s: float, in_flight: int, rng: random.Random) -> Reply:
+        if self.begins_s <= now_s < self.ends_s:
+            self.failed += 1
+            return Reply(False, REFUSAL_S, by_chance=True, http_status=self.http_status)
+        return Reply(True, spread(self.latency_s, 0.25, rng))
+
+
+@dataclass
 class Windowed:
     """Takes `quota` requests in each window of `window_s`, as fast as they come, and refuses all others.
 
@@ -344,9 +365,10 @@ async def play(server: RefusingServer, rows: int, max_in_flight: int, seed: int,
                 waiting.done()
             else:
                 message = server.refusal() if isinstance(server, TokenLimited) else "refused"
-                kind = "rate_limit" if reply.http_status == 429 else "overloaded"
+                kind = {429: "rate_limit", 503: "overloaded"}.get(reply.http_status, "server_error")
+                verdict = Verdict.FREE if kind == "server_error" else Verdict.SLOW
                 error = RowError(kind, reply.http_status, None, message)
-                gate.observe(slot, Outcome(row, Verdict.SLOW, error, reply.retry_after_s))
+                gate.observe(slot, Outcome(row, verdict, error, reply.retry_after_s))
                 played.refused += 1
                 played.refused_for_cause += not reply.by_chance
                 wait_s = RETRY_S if reply.retry_after_s is None else reply.retry_after_s
