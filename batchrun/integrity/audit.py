@@ -132,7 +132,7 @@ def summary_problem(directory: RunDirectory, known: DbRecords, manifest: Manifes
         summary = msgspec.json.decode(content, type=Summary)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         return f"can't be read: {error}"
-    if msgspec.json.format(msgspec.json.encode(summary), indent=2) != content:
+    if summary.to_json() != content:
         return "was changed since it was written"
     if summary.run_id not in ("", manifest.run_id):
         return f"is of run {summary.run_id}, this is {manifest.run_id}"

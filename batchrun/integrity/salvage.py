@@ -38,7 +38,6 @@ from batchrun.store.rundir import RunDirectory
 from batchrun.store.stored_window import StoredWindow
 from batchrun.tables import files
 from batchrun.tables.arrow_types import JSON
-from batchrun.tables.json_columns import ColumnTypes
 from batchrun.tables.rows import OWN_COLUMNS, joined, output_schema, own_schema
 
 NAME = "salvaged.parquet"
@@ -148,7 +147,7 @@ class Salvage:
         self._manifest = manifest
         self._source = source
         self._new = new
-        self._types = None if manifest is None or manifest.types is None else ColumnTypes.from_json(manifest.types)
+        self._types = None if manifest is None else manifest.column_types
         self._settings = Output() if manifest is None else manifest.output
         self._schema, self._prefix = self._columns()
         self._own = own_schema(self._prefix).names

@@ -146,7 +146,7 @@ class Writer:
         there = summary_files(self._to).items()  # where they will be
         places = {name: str(self._target.path / Path(path).relative_to(self._to.path)) for name, path in there}
         summary = msgspec.structs.replace(summary, files=places)
-        durable.replace_bytes(self._to.summary, msgspec.json.format(msgspec.json.encode(summary), indent=2))
+        durable.replace_bytes(self._to.summary, summary.to_json())
         return summary
 
     def _pairs(self) -> "Iterator[tuple[CompleteShard, Renumbering]]":
