@@ -22,9 +22,10 @@ from batchrun.durable import disk_errors, fsync, replacing
 from batchrun.errors import CheckpointError, InputError, JobError
 from batchrun.integrity import readable_groups, rebuilt_checkpoint
 from batchrun.integrity.db_records import DbRecords
+from batchrun.integrity.findings import Findings
 from batchrun.integrity.rebuilt_checkpoint import Account
 from batchrun.integrity.sound_rows import NO_END, SoundRows
-from batchrun.integrity.verify import Findings, inspected
+from batchrun.integrity.verify import inspected
 from batchrun.job.job import SIMULATOR, Job
 from batchrun.job.settings import Endpoint, Output
 from batchrun.report.wording import plural

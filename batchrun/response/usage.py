@@ -162,11 +162,9 @@ def joined(earlier: dict[str, Any] | None, later: dict[str, Any]) -> dict[str, A
 
 def _is_more_than_zero(value: Any) -> bool:
     """False for null, zero, and an object of nothing else."""
-    return (
-        any(_is_more_than_zero(each) for each in value.values())
-        if isinstance(value, dict)
-        else value not in (None, 0, "0")
-    )
+    if isinstance(value, dict):
+        return any(map(_is_more_than_zero, value.values()))
+    return value not in (None, 0, "0")
 
 
 def in_choice(choice: Any) -> dict[str, Any] | None:

@@ -18,8 +18,9 @@ from batchrun import credentials, engine
 from batchrun.durable import digest
 from batchrun.errors import CheckpointError, ExitCode, InputError, JobError
 from batchrun.integrity import damaged_db, db_records, readable_groups
+from batchrun.integrity.findings import Findings, in_words
 from batchrun.integrity.salvage import LOST, NAME, salvage
-from batchrun.integrity.verify import Findings, in_words, verify
+from batchrun.integrity.verify import verify
 from batchrun.job.load import load
 from batchrun.run_summary import Summary
 from batchrun.simulator import Fault, SimulatorConfig, parse_faults
