@@ -305,7 +305,6 @@ def test_an_early_answer_is_accepted(size: int, then_closes: bool) -> None:
 
     attempt = run(main())
     assert (attempt.http_status, attempt.body, attempt.error) == (413, b"too long", None)
-    assert attempt.latency_s < 3
 
 
 def test_our_close_does_not_complete_a_body() -> None:
