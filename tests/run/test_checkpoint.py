@@ -108,7 +108,7 @@ def test_every_field_of_a_result_round_trips(tmp_path: Path, endings: list[Endin
         assert checkpoint.discarded(WHOLE) == [stored_attempt(e) for e in endings if isinstance(e, Discarded)]
         assert checkpoint.settled_rows(WHOLE) == {e.row for e in endings if isinstance(e, Completion)}
         assert checkpoint.totals == spent
-    doubts = [entry for ending in endings if (entry := possibly_billed(ending, 0)) is not None]
+    doubts = [possibly_billed(ending, 0) for ending in endings if ending.maybe_billed]
     assert spent == with_possibly_billed(fold(Totals(), endings, 0), doubts)
 
 
