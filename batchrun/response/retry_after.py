@@ -45,15 +45,10 @@ def retry_after_s(headers: Mapping[str, str], now: float) -> float | None:
         if seconds is not None and seconds * scale < LEAST_EPOCH_S:
             return seconds * scale
 
-    text = headers.get("retry-after", "").strip()
-    if (then := _number(text)) is not None:  # since 1970, in seconds or milliseconds
-        then = then if then < LEAST_EPOCH_S * 1000 else then / 1000
-    elif (then := _timestamp(datetime.fromisoformat, text)) is None:
-        then = _timestamp(email.utils.parsedate_to_datetime, text)
+    then = _moment(headers.get("retry-after", "").strip())
     if then is None:
         return None
-    sent = _timestamp(email.utils.parsedate_to_datetime, headers.get("date", ""))
-    wait_s = then - (sent or now)
+    wait_s = then - (_timestamp(email.utils.parsedate_to_datetime, headers.get("date", "")) or now)
     return wait_s if wait_s > 0 else None
 
 
@@ -64,7 +59,7 @@ def reset_s(headers: Mapping[str, str], now: float) -> float | None:
     earliest counts. A reset that is more than a day away is ignored: no limit lasts longer, and some units are unknown.
     """
     used_up, unknown = [], []
-    now = _date(headers.get("date", "")) or now
+    now = _timestamp(email.utils.parsedate_to_datetime, headers.get("date", "")) or now
     for remaining, reset in _stated(headers):
         seconds = _reset_in_s(reset, now)
         if seconds is None or not 0 < seconds <= MOST_RESET_S:
@@ -122,6 +117,15 @@ def duration_s(text: str) -> float | None:
 
 def _number(text: str) -> float | None:
     return float(text) if re.fullmatch(r"\d{1,18}(\.\d{1,9})?", text) else None
+
+
+def _moment(text: str) -> float | None:
+    """Seconds since 1970, from such a number (or milliseconds), an ISO date or an HTTP date."""
+    if (number := _number(text)) is not None:
+        return number if number < LEAST_EPOCH_S * 1000 else number / 1000
+    if (then := _timestamp(datetime.fromisoformat, text)) is not None:
+        return then
+    return _timestamp(email.utils.parsedate_to_datetime, text)
 
 
 def _timestamp(parse: Callable[[str], datetime], text: str) -> float | None:

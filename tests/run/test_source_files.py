@@ -47,7 +47,7 @@ def test_a_glob_matches_in_path_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("loop", ["loop", "k=v"])
-def test_a_folder_that_leads_back_to_itself_is_read_once(tmp_path: Path, loop: str) -> None:
+def test_a_folder_within_itself_is_read_once(tmp_path: Path, loop: str) -> None:
     write(tmp_path / "in" / "a.jsonl")
     write(tmp_path / "in" / "sub" / "b.jsonl")
     write(tmp_path / "other" / "c.jsonl")
