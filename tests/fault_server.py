@@ -36,7 +36,7 @@ class Exchange:
         await self.writer.drain()
 
     async def silence(self) -> None:
-        """Nothing is said until the client goes away."""
+        """Sends nothing until the client closes the connection."""
         await self.reader.read()
 
     def reset(self) -> None:
@@ -50,7 +50,7 @@ Script = Callable[[Exchange], Awaitable[None]]
 
 
 def sends(raw: bytes, *, then: Callable[[Exchange], Awaitable[None]] | None = None) -> Script:
-    """Each request is answered with these bytes; `then` may go on with the connection."""
+    """Each request is answered with these bytes; `then` gets the connection next."""
 
     async def script(exchange: Exchange) -> None:
         await exchange.send(raw)

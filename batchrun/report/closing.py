@@ -45,7 +45,7 @@ def in_words(
 
 
 def _account(summary: Summary, requests_per_minute: float | None) -> Iterator[tuple[str, str]]:
-    done = summary.rows - summary.pending
+    done = summary.done
     counts = ", ".join(f"{n:,} {status}" for status, n in summary.by_status.items()) or "none"
     aside = f"; {plural(summary.rejected, 'input record')} set aside in rejects.jsonl" if summary.rejected else ""
     yield "rows", f"{done:,} of {summary.rows:,} done: {counts}{aside}"

@@ -76,7 +76,7 @@ def estimate_in_words(summary: Summary) -> str | None:
     """What the run was estimated to cost before its first request, compared with what the same rows did cost."""
     if (estimate := summary.estimate) is None:
         return None
-    done, rows = summary.rows - summary.pending, plural(estimate.rows, "row")
+    done, rows = summary.done, plural(estimate.rows, "row")
     if estimate.expected_usd is None:
         return f"{estimate.prompt_tokens:,} tokens in and {estimate.completion_tokens:,} out for {rows}"
     whole = f"${estimate.expected_usd:,.6f} for {rows}"

@@ -60,7 +60,7 @@ class Layout(msgspec.Struct, frozen=True):
             source,
             manifest.files,
             frozenset(manifest.rejected),
-            None if manifest.types is None else ColumnTypes.from_json(manifest.types),
+            manifest.column_types,
             schema,
             manifest.output,
             manifest.answer_column,

@@ -388,7 +388,8 @@ def test_a_measured_figure_has_its_command(page: Path) -> None:
     assert [section.partition("\n")[0] for section in measured if not COMMAND.search(section)] == []
 
 
-def test_every_page_is_linked_from_the_readme_or_a_page_linked_there() -> None:
+def test_every_page_is_within_two_links() -> None:
+    """Of the README: it is linked there, or by a page that is."""
     found, left = set[Path](), [ROOT / "README.md"]
     while left:
         page = left.pop()

@@ -275,7 +275,7 @@ def test_an_answer_that_parses_whole_is_paid_once(tmp_path: Path, script: Script
     assert ended.summary.possibly_billed_count == 0
 
 
-def test_a_refusal_counts_by_its_status_though_its_body_is_cut(tmp_path: Path) -> None:
+def test_a_cut_refusal_counts_by_its_status(tmp_path: Path) -> None:
     refusal = answer(b'{"error": {"mess', "Retry-After: 0", status="429 Too Many Requests", length=500)
     with serving_aside(meeting(sends(refusal, then=closes), times=3)) as server:
         ended = run(tmp_path, server.url)

@@ -399,8 +399,9 @@ def test_stale_means_idle_and_closed_quickly(idle_s: float | None, ended_after_s
 @pytest.mark.parametrize("closes_after_s", [0.0, 0.001, 0.005, 0.02, 0.04])
 @pytest.mark.parametrize("workers", [1, 8])
 def test_closing_after_each_answer_is_never_ambiguous(closes_after_s: float, workers: int) -> None:
-    """It closes whatever may be on its way then: who used the connection again at once would not know what became of
-    the request. On a machine that held the server up until the client had to believe it, nothing is shown: once more.
+    """The server closes its connection after each answer. A client that sends on it at once can't know whether that
+    request was read. Where a busy machine delays the server until the client must take the connection for a kept one,
+    the try shows nothing and is repeated.
     """
 
     async def main() -> bool:
@@ -419,7 +420,7 @@ def test_closing_after_each_answer_is_never_ambiguous(closes_after_s: float, wor
         async with serving(answers_and_closes) as server, client_of(server.url) as client:
 
             async def work() -> None:
-                for _ in range(4):  # the fewer, the likelier all of them are in time
+                for _ in range(2):  # the fewer, the likelier all of them are in time
                     ended.append(await client.send(b"{}", "x"))
 
             await asyncio.gather(*(work() for _ in range(workers)))
@@ -427,17 +428,16 @@ def test_closing_after_each_answer_is_never_ambiguous(closes_after_s: float, wor
                 return False
             assert {(kind_of(attempt), attempt.body) for attempt in ended} == {(None, FINE)}
             assert places == {0}, "a connection was used again"
-            assert len(server.exchanges) == 4 * workers
+            assert len(server.exchanges) == 2 * workers
             return True
 
-    shown: list[bool] = []
+    async def is_shown() -> bool:
+        until_s = time.monotonic() + 60
+        while not (shown := await main()) and time.monotonic() < until_s:
+            pass
+        return shown
 
-    async def until_shown() -> None:
-        while not any(shown) and len(shown) < 20:
-            shown.append(await main())
-
-    run(until_shown())
-    assert any(shown), "the machine is too busy to show it"
+    assert run(is_shown()), "the machine is too busy to show it"
 
 
 def test_reuse_starts_with_one_connection() -> None:
@@ -596,7 +596,7 @@ def test_silence_ends_at_the_deadline(script: Script) -> None:
     assert (attempt.error.kind, attempt.error.sent) == ("timeout", True)
     assert str(attempt.error) == "no whole answer within 0.2 s"
     assert attempt.body in (b"", FINE)
-    assert 0.2 - TIMER_S <= attempt.latency_s < 2
+    assert 0.2 - TIMER_S <= attempt.latency_s < 10
 
 
 @pytest.mark.parametrize("start", [b"", answer(length=10_000)], ids=["head", "body"])
@@ -608,8 +608,7 @@ def test_trickling_bytes_do_not_extend_the_deadline(start: bytes) -> None:
             await asyncio.sleep(0.02)
 
     attempt = ended(script, attempt_timeout_s=0.2)
-    assert kind_of(attempt) == "timeout"
-    assert attempt.latency_s < 2
+    assert kind_of(attempt) == "timeout", "with a deadline that each byte extends, the whole answer arrives"
 
 
 def test_a_deadline_ends_only_its_attempt() -> None:
@@ -706,7 +705,7 @@ def test_an_unaccepted_connection_times_out() -> None:
     attempt = run(main())
     assert attempt.error is not None
     assert (attempt.error.kind, attempt.error.sent) == ("connect", False)
-    assert attempt.latency_s < 2
+    assert attempt.latency_s < 8, "the default is 10 s"
 
 
 # -- TLS

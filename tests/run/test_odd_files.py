@@ -70,7 +70,7 @@ def tar_gz() -> bytes:
     return sink.getvalue()
 
 
-TOLD = {
+MESSAGES = {
     "a comma behind each line": (b'{"text":"a"},\n{"text":"b"},\n', "there is more text after the object"),
     "objects without newlines": (ROW.rstrip() * 3, "write one object per line"),
     "Python's own form": (b"{'text': 'a'}\n", "write it with json.dumps"),
@@ -92,9 +92,9 @@ TOLD = {
 }
 
 
-@pytest.mark.parametrize("name", TOLD)
+@pytest.mark.parametrize("name", MESSAGES)
 def test_each_mistake_is_one_counted_line(tmp_path: Path, name: str) -> None:
-    content, said = TOLD[name]
+    content, said = MESSAGES[name]
     (tmp_path / "in.jsonl").write_bytes(content)
     first, *more = reported(tmp_path / "in.jsonl")
     assert said in first

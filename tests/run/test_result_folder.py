@@ -66,7 +66,7 @@ def test_publishing_can_be_repeated_after_a_kill(tmp_path: Path, moved: int) -> 
     assert pq.read_table(directory.completions_folder).column("row").to_pylist() == list(range(6))
 
 
-def test_a_folder_that_was_there_is_replaced_as_a_whole(tmp_path: Path) -> None:
+def test_an_existing_folder_is_replaced_whole(tmp_path: Path) -> None:
     directory, parts = directory_with(tmp_path / "run")
     published(directory, parts)
     fewer = [part_of(directory.parts, number, table_of(1, 10 + number), 10 + number) for number in range(2)]

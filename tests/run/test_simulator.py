@@ -227,7 +227,8 @@ def test_limits_change_at_their_time() -> None:
     assert all(line.time_s - line.arrived_s >= 0.2 - TIMER_S for line in ledger)
 
 
-def test_a_cached_prefix_shows_in_the_usage_and_in_the_ledger() -> None:
+def test_a_cached_prefix_shows_in_usage() -> None:
+    """And in the ledger."""
     with running_simulator(SimulatorConfig(cache_life_s=60)) as simulator:
         text = "word " * 1_000
         replies = [_ask(simulator, _body(f"{text} row {row}")).json() for row in range(2)]

@@ -262,7 +262,7 @@ def test_garbage_before_an_answer_is_no_http() -> None:
 
 
 def test_a_body_with_its_close_is_kept() -> None:
-    """uvloop tells of both before the reader runs. Told here by hand, to a protocol without a socket."""
+    """uvloop reports both before the reader runs. Here they are reported by hand, to a protocol without a socket."""
 
     async def main() -> tuple[list[bytes], str]:
         protocol = Protocol(asyncio.get_running_loop())
@@ -305,7 +305,6 @@ def test_an_early_answer_is_accepted(size: int, then_closes: bool) -> None:
 
     attempt = run(main())
     assert (attempt.http_status, attempt.body, attempt.error) == (413, b"too long", None)
-    assert attempt.latency_s < 3
 
 
 def test_our_close_does_not_complete_a_body() -> None:
@@ -339,7 +338,7 @@ def test_connections_never_outnumber_requests() -> None:
 
 
 @pytest.mark.parametrize("kept", [True, False])
-def test_a_fast_server_gets_no_more_connections_than_it_needs(*, kept: bool) -> None:
+def test_a_fast_server_gets_few_connections(*, kept: bool) -> None:
     """From the first request on: while it is tested whether it keeps connections, the others wait for the result. A
     server that closes them gets a new one for each request, and none of them twice.
     """

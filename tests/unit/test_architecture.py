@@ -32,6 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("__init__",),
     ("commands",),
     ("cli",),
+    ("__main__",),
 )
 """From the ground up. A package or module imports from lower layers only; stages share a layer."""
 
@@ -178,7 +179,7 @@ def test_the_command_line_starts_without_anything_heavy() -> None:
     assert shown.stdout == "[]\n"
 
 
-def test_only_jobs_that_want_them_load_a_server_or_opentelemetry() -> None:
+def test_servers_and_opentelemetry_load_on_demand() -> None:
     code = "import sys, batchrun.api; print('aiohttp.web' in sys.modules or 'opentelemetry' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout == "False\n"

@@ -92,7 +92,8 @@ def test_an_unknown_cost_is_absent_and_never_0() -> None:
     assert shown(FULL)["batchrun_cost_dollars_total"] == {("a",): 0.6}, "b has no known price"
 
 
-def test_the_end_of_a_run_adds_its_code_and_drops_the_rates() -> None:
+def test_an_ended_run_has_a_code() -> None:
+    """And no rates any more."""
     at_work = shown(FULL)
     assert not {"batchrun_exit_code", "batchrun_end_timestamp_seconds"} & at_work.keys()
     ended = shown(msgspec.structs.replace(FULL, state="stopped", exit_code=4, live=None), last_success_at=NOW)
@@ -103,7 +104,7 @@ def test_the_end_of_a_run_adds_its_code_and_drops_the_rates() -> None:
 
 
 @given(st.text(min_size=1, max_size=30), st.text(max_size=30))
-def test_any_name_of_a_job_or_model_is_read_back(job: str, model: str) -> None:
+def test_any_job_or_model_name_round_trips(job: str, model: str) -> None:
     samples = render(Snapshot(summary(job=job, totals=[line(model, "ok", rows=1)]), "/runs/x")).decode()
     assert len(re.findall(r"^batchrun_requests_total\{", samples, re.MULTILINE)) == 1, "one line a sample"
     (rows,) = [family for family in text_string_to_metric_families(samples) if family.name == "batchrun_requests"]

@@ -644,7 +644,7 @@ KNOWN_FIELDS = {
     ],
 )
 @given(TEXT)
-def test_a_body_from_a_frame_equals_one_built_for_its_row(request_fields: dict[str, Any], text: str) -> None:
+def test_a_framed_body_equals_one_built_alone(request_fields: dict[str, Any], text: str) -> None:
     """A job whose fields may come from columns has no frame; this row's column is null, so it asks the same."""
     columns = {"text": text, "none": None}
     by_row = a_job(**request_fields, from_columns={"top_p": "none"})
