@@ -141,6 +141,7 @@ def test_what_came_whole_counts_although_its_transfer_failed(
         assert judgement.error == RowError(fault, status, None, "why")
 
 
+MINIMAX = b'{"base_resp": {"status_code": 2056, "status_msg": "usage limit exceeded"}}'
 OPENAI_RATE = "Rate limit reached for m on tokens per min (TPM). Add a payment method at https://h/account/billing."
 AZURE_RATE = (
     "Requests have exceeded the rate limit of your tier. Please retry after 8 seconds. See https://h/quotaincrease"
@@ -162,6 +163,8 @@ QUOTA = "You exceeded your current quota, please check your plan and billing det
         pytest.param(200, said("slow down", 429), {}, SLOW, "rate_limit", id="200 error 429"),
         pytest.param(200, said("key", 401), {}, PAUSE, "authentication", id="200 error 401"),
         pytest.param(200, said("Content Policy Violation", 503), {}, ROW, "content_policy", id="200 error 503"),
+        pytest.param(200, MINIMAX, {}, SLOW, "quota", id="200 MiniMax's plan is used up"),
+        pytest.param(200, said("daily quota exceeded", 70002), {}, SLOW, "quota", id="200 error of a quota"),
         pytest.param(200, said("odd", 200), {}, MAYBE, "error_in_answer", id="200 error 200"),
         pytest.param(200, said("odd", 70001), {}, MAYBE, "error_in_answer", id="200 error of its own numbers"),
         pytest.param(403, said("Insufficient balance"), {}, PAUSE, "forbidden", id="403 balance"),
