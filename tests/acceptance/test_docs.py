@@ -343,6 +343,13 @@ def test_every_command_and_option_named_exists(page: Path) -> None:
             assert line.split()[0].partition("=")[0] in set().union(*options.values(), {"--help", "--version"}), line
 
 
+def test_the_help_shows_each_command_in_a_whole_sentence() -> None:
+    """click cuts a first sentence that does not fit beside the command's name in 80 columns."""
+    width = 80 - 6 - max(map(len, cli.commands))
+    cut = [name for name, command in cli.commands.items() if command.get_short_help_str(width).endswith("...")]
+    assert cut == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=ids_of)
 def test_no_page_names_a_place_on_somebodys_machine(page: Path) -> None:
     assert re.findall(r"(?<![\w.])/(?:home|root|work|farm|tmp|Users)/\S*", page.read_text("utf-8")) == []
