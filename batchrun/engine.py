@@ -92,45 +92,6 @@ def run(
         return summary
 
 
-@contextlib.contextmanager
-def _status(job: Job, directory: RunDirectory, credentials: Credentials, hooks: Hooks) -> Iterator[RunStatus]:
-    """The status of the run, in summary.json from now on; an exception in the block is its last state."""
-    live_limits.clear(directory)
-    was_complete = (directory.read_summary() or {}).get("complete")
-    summary_before = directory.summary.read_bytes() if was_complete else None
-    status = RunStatus(job.name, directory, credentials, hooks.command, job.job.tags, hooks.views)
-    try:
-        hooks.progress(status.summary())
-        if credentials.warning:
-            hooks.note(Notice(f"warning: {credentials.warning}", "key file"))
-        yield status
-    except BatchrunError as error:
-        status.end("failed", error.exit_code, str(error))
-        was_refused = summary_before is not None and isinstance(error, JobError | InputError)
-        entries = read_finished(directory.checkpoint) if was_refused else {}
-        if was_refused and result.FINISHED in entries:
-            # this start may not change a complete run, which is complete as before
-            result.tidy(directory, result.finished(entries))
-            replace_bytes(directory.summary, summary_before or b"")
-        raise
-    except BaseException as error:
-        status.end("failed", ExitCode.INTERNAL_ERROR, f"{type(error).__name__}: {error}")
-        raise
-    finally:
-        live_limits.clear(directory)
-        status.close()
-
-
-@contextlib.contextmanager
-def _checkpoint(directory: RunDirectory, status: RunStatus) -> Iterator[Checkpoint]:
-    """The open checkpoint, in which this invocation has its number."""
-    with contextlib.closing(Checkpoint(directory.checkpoint, free_reserve=directory.free_room)) as checkpoint:
-        status.reached(Checking(checkpoint))
-        started_at = status.started_at.timestamp()
-        checkpoint.start_invocation(started_at, os.getpid(), socket.gethostname(), __version__)
-        yield checkpoint
-
-
 class Invocation(msgspec.Struct, frozen=True):
     """One start in the locked directory, with its open status and checkpoint: its steps in their order."""
 
@@ -272,3 +233,42 @@ class Invocation(msgspec.Struct, frozen=True):
             self.status.log.write("export failed", why=str(error))
             line = f"warning: {error}; batchrun export {directory.path} writes the rows so far"
             self.hooks.note(Notice(line, "export failed", why=str(error)))
+
+
+@contextlib.contextmanager
+def _status(job: Job, directory: RunDirectory, credentials: Credentials, hooks: Hooks) -> Iterator[RunStatus]:
+    """The status of the run, in summary.json from now on; an exception in the block is its last state."""
+    live_limits.clear(directory)
+    was_complete = (directory.read_summary() or {}).get("complete")
+    summary_before = directory.summary.read_bytes() if was_complete else None
+    status = RunStatus(job.name, directory, credentials, hooks.command, job.job.tags, hooks.views)
+    try:
+        hooks.progress(status.summary())
+        if credentials.warning:
+            hooks.note(Notice(f"warning: {credentials.warning}", "key file"))
+        yield status
+    except BatchrunError as error:
+        status.end("failed", error.exit_code, str(error))
+        was_refused = summary_before is not None and isinstance(error, JobError | InputError)
+        entries = read_finished(directory.checkpoint) if was_refused else {}
+        if was_refused and result.FINISHED in entries:
+            # this start may not change a complete run, which is complete as before
+            result.tidy(directory, result.finished(entries))
+            replace_bytes(directory.summary, summary_before or b"")
+        raise
+    except BaseException as error:
+        status.end("failed", ExitCode.INTERNAL_ERROR, f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        live_limits.clear(directory)
+        status.close()
+
+
+@contextlib.contextmanager
+def _checkpoint(directory: RunDirectory, status: RunStatus) -> Iterator[Checkpoint]:
+    """The open checkpoint, in which this invocation has its number."""
+    with contextlib.closing(Checkpoint(directory.checkpoint, free_reserve=directory.free_room)) as checkpoint:
+        status.reached(Checking(checkpoint))
+        started_at = status.started_at.timestamp()
+        checkpoint.start_invocation(started_at, os.getpid(), socket.gethostname(), __version__)
+        yield checkpoint

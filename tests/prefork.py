@@ -62,6 +62,20 @@ class Forked(subprocess.Popen[str]):
         self._close_pipe_fds(child_in, to_child, from_child, child_out, errors_from_child, child_err)  # type: ignore[attr-defined]
 
 
+def start(module: str, arguments: Sequence[str], env: Mapping[str, str], **options: Any) -> "subprocess.Popen[str]":
+    """`python -m MODULE ARGUMENTS…`, by a fork where that is possible."""
+    if AVAILABLE:
+        return Forked(module, arguments, env, **options)
+    code = f"import sys; from {module} import main; sys.exit(main())"
+    return subprocess.Popen([sys.executable, "-c", code, *arguments], env=env, text=True, **options)
+
+
+def script(code: str, *arguments: str | Path, **options: Any) -> "subprocess.Popen[str]":
+    """`python -c CODE ARGUMENTS…`, its stdout a pipe, by a fork where that is possible."""
+    words = [code, *map(str, arguments)]
+    return start("tests.script", words, os.environ, stdout=subprocess.PIPE, **options)
+
+
 @cache
 def _server() -> socket.socket:
     """The connection to the process that forks; it ends with this one."""

@@ -8,8 +8,8 @@ of the checkpoint, whose totals are the bill. Every name has the digest of its c
     000000042.DIGEST.db          the checkpoint after the 42nd of these steps; the highest counts
     owner.json                   the writer that works on the run
 
-A part is put before the checkpoint that names it, and an old object deleted after. So whenever a machine is lost, the
-highest checkpoint and what it names are there, and the inputs tell which rows may have been sent since.
+Whenever a machine is lost, the highest checkpoint and what it names are there, and the inputs tell which rows may have
+been sent since.
 """
 
 import re
@@ -111,7 +111,7 @@ class Replica:
                 for chunk in chunks:
                     wanted |= _files_of(chunk, directory, manifest.layout)
                 try:
-                    self._put_missing(wanted)
+                    self._put_missing(wanted)  # before the checkpoint that names them
                 except FileNotFoundError:
                     if not left:
                         raise
@@ -122,7 +122,7 @@ class Replica:
                 break
         finally:
             copy.unlink(missing_ok=True)
-        for old in self._there - wanted.keys() - {OWNER}:
+        for old in self._there - wanted.keys() - {OWNER}:  # after the checkpoint that no longer names them
             folder.delete(old)
         self._there = {*wanted, OWNER, name}
 

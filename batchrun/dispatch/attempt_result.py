@@ -83,7 +83,7 @@ class AttemptResult(msgspec.Struct, frozen=True):
         error = None if settlement is PLAIN and not answer.flagged else self.error
         if settlement is None and (invalid := pending.invalid) is not None:
             # a correction failed: the invalid answer before it is better than none
-            attempt, error, status, cost_usd = invalid.attempt, invalid.error, Status.INVALID, invalid.cost_usd
+            attempt, error, status = invalid.attempt, invalid.error, Status.INVALID
             service_tier = invalid.service_tier
             restored = Restored(invalid.usage, invalid.cost_usd, self._ended_at)
         # by place where the names are the same: msgspec looks for each name among all fields
@@ -101,10 +101,10 @@ class AttemptResult(msgspec.Struct, frozen=True):
             request.model,
             answer.model if self.judgement is ANSWERED else None,
             answer.usage,
-            cost_usd=add_costs(pending.cost_usd, self.cost_usd),
-            last_cost_usd=self.cost_usd,
+            cost_usd=add_costs(pending.cost_usd, cost_usd),
+            last_cost_usd=cost_usd,
             maybe_billed=self.maybe_billed,
-            possibly_billed_usd=self.bound_usd,
+            possibly_billed_usd=self.bound_usd if self.maybe_billed or cost_usd is None else None,
             raw=attempt.body,
             variant=pending.variant,
             possibly_billed_tokens=self.bound_tokens,
@@ -112,7 +112,6 @@ class AttemptResult(msgspec.Struct, frozen=True):
             offline=None if answer.usage is not None else self._offline(),
             reported_cost_usd=self.reported_cost_usd if restored is None else None,  # then it is another answer's
             invocation=invocation,
-            answer_cost_usd=cost_usd,
             restored=restored,
             service_tier=service_tier or "",
             set_aside=pending.set_aside if restored is None else _without_last_invalid(pending.set_aside),

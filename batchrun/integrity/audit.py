@@ -142,19 +142,29 @@ def summary_problem(directory: RunDirectory, known: DbRecords, manifest: Manifes
         return "says complete, and the run is not" if summary.complete else None
     if not summary.complete:
         return None  # the process died between its last two steps
-    wrong = [
-        name for name in Summary.__struct_fields__ if not _agrees(name, summary, directory, known, manifest, prices)
-    ]
+    moment = Moment(
+        state=summary.state,
+        invocation=summary.invocation,
+        started_at=summary.started_at,
+        now=summary.updated_at,
+        elapsed_s=summary.elapsed_s,
+        sent=0,
+        limited_by=summary.limited_by,
+        pid=summary.pid,
+        host=summary.host,
+        complete=summary.complete,
+        tags=summary.tags,
+        budgets=summary.budgets,
+    )
+    counted = summarise(manifest, rows_due(known), prices, known.totals, moment, directory)
+    wrong = [name for name in Summary.__struct_fields__ if not _agrees(name, summary, counted, known)]
     return f"{', '.join(wrong)}: not as in checkpoint.db" if wrong else None
 
 
-def _agrees(
-    name: str, summary: Summary, directory: RunDirectory, known: DbRecords, manifest: Manifest, prices: Prices
-) -> bool:
+def _agrees(name: str, summary: Summary, again: Summary, known: DbRecords) -> bool:
+    """Whether a field of the summary is what it should be; `again` is made of the database's records."""
     written: Any = getattr(summary, name)
-    counted: Any = getattr(
-        summarise(manifest, rows_due(known), prices, known.totals, _moment(summary), directory), name
-    )
+    counted: Any = getattr(again, name)
     match name:
         case "totals":
             return _in_order(written) == _in_order(counted)
@@ -183,23 +193,6 @@ def _agrees(
             return written is None
         case _:
             return bool(written == counted)
-
-
-def _moment(summary: Summary) -> Moment:
-    return Moment(
-        state=summary.state,
-        invocation=summary.invocation,
-        started_at=summary.started_at,
-        now=summary.updated_at,
-        elapsed_s=summary.elapsed_s,
-        sent=0,
-        limited_by=summary.limited_by,
-        pid=summary.pid,
-        host=summary.host,
-        complete=summary.complete,
-        tags=summary.tags,
-        budgets=tuple(summary.budgets),
-    )
 
 
 def _in_order(lines: Iterable[TotalsLine]) -> list[TotalsLine]:

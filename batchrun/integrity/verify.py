@@ -4,13 +4,13 @@ The database's records have CRCs; parts, stored inputs and results have digests;
 """
 
 import contextlib
+import itertools
 from collections.abc import Collection, Iterable, Iterator
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
-import pyarrow as pa
 
 from batchrun.durable import digest, disk_errors
 from batchrun.errors import CheckpointError, DiskError, InputError
@@ -61,10 +61,6 @@ class Findings(msgspec.Struct, frozen=True):
     bill_usd: str
     cost_usd: str | None
 
-    def rows(self) -> int:
-        """How many rows are affected, at most."""
-        return sum(end - first for first, end in merged(span for damage in self.damages for span in damage.rows))
-
 
 def verify(directory: RunDirectory) -> Findings:
     """What is intact and what is damaged.
@@ -101,17 +97,13 @@ class Inspection:
         self.damages: list[Damage] = []
         self.sums = RowSums()
         self.known = self._read()
+        self._finished = result.FINISHED in self.known.manifest
 
     def findings(self) -> Findings:
         """The result of `inspect`."""
-        if (
-            not self.known.whole
-            and not self.known.manifest
-            and (bill := audit.bill_elsewhere(self.directory)) is not None
-        ):
-            self.sound.append(
-                f"{bill.place}: {plural(bill.rows, 'row')}, ${bill.usd:,.6f}, with no other record to check it"
-            )
+        if not self.known.whole and not self.known.manifest and (bill := audit.bill_elsewhere(self.directory)):
+            what = f"{plural(bill.rows, 'row')}, ${bill.usd:,.6f}, with no other record to check it"
+            self.sound.append(f"{bill.place}: {what}")
             return Findings(tuple(self.sound), tuple(self.damages), f"{bill.usd:,.6f}", f"{Decimal(0):,.6f}")
         beyond, exact = audit.unaccounted_usd(self.known, self.sums)
         return Findings(
@@ -123,9 +115,16 @@ class Inspection:
 
     def inspect(self) -> None:
         """Inspects every file."""
-        self._log()
+        directory = self.directory
+        if self.known.torn:
+            what = "the last commit can't be read: torn by a power cut, or damaged; its rows are sent again"
+            self._damaged(wal_of(directory.checkpoint), what, then=RESUME)
         if Manifest.ENTRY not in self.known.manifest:
-            self._without_manifest()
+            traces = [path.name for path in (directory.completions, directory.inflight) if path.exists()]
+            if self.known.whole and traces:
+                self._damaged(directory.checkpoint, f"holds no run, although {traces[0]} exists")
+            elif self.known.whole:
+                self.sound.append("no run has started here")
             return
         try:
             manifest = Manifest.decode(self.known.manifest)
@@ -151,10 +150,6 @@ class Inspection:
         self._kept_input(manifest)
         self._partial()
 
-    @property
-    def _finished(self) -> bool:
-        return result.FINISHED in self.known.manifest
-
     def _damaged(self, path: Path, what: str, rows: tuple[Span, ...] = (), then: str = SALVAGE) -> None:
         name = str(path.relative_to(self.directory.path))
         self.damages.append(Damage(name, what.removeprefix(f"{path}: "), rows, then))
@@ -173,20 +168,6 @@ class Inspection:
         else:
             self.sound.append(f"checkpoint.db: {plural(known.records, 'record')}, every page")
         return known
-
-    def _log(self) -> None:
-        if self.known.torn:
-            what = "the last commit can't be read: torn by a power cut, or damaged; its rows are sent again"
-            self._damaged(wal_of(self.directory.checkpoint), what, then=RESUME)
-
-    def _without_manifest(self) -> None:
-        traces = [path for path in (self.directory.completions, self.directory.inflight) if path.exists()]
-        if not self.known.whole:
-            return
-        if traces:
-            self._damaged(self.directory.checkpoint, f"holds no run, although {traces[0].name} exists")
-        else:
-            self.sound.append("no run has started here")
 
     def _chunks(self, manifest: Manifest) -> None:
         row = manifest.first_row
@@ -214,7 +195,9 @@ class Inspection:
                 path, chunk.part_digest or "", span, manifest.output.prefix, elsewhere, all_rows=not chunk.open
             )
         if chunk.open:
-            self._stored_input(chunk, manifest.layout)
+            stored = self.directory.input_of(chunk.chunk, manifest.layout)
+            name = stored.relative_to(self.directory.path)
+            self._whole_file(stored, chunk.input_digest, f"{name}: {plural(chunk.rows, 'row')} of input")
             overlay = [self.known.rows[row] for row in newer]
             self.sums.add([str(row.status) for row in overlay], [row.cost_usd for row in overlay])
 
@@ -239,24 +222,15 @@ class Inspection:
             groups = readable_groups.groups(path, own_schema(prefix), prefix, *span)
         found: set[int] = set()
         for group in groups:
-            rows = _values(group, names[0])
+            rows, statuses, costs = (cast(list[Any], group.column(name).to_pylist()) for name in names)
             found.update(rows)
-            standing = group.filter(pa.array([row not in elsewhere for row in rows], pa.bool_()))
-            self.sums.add(_values(standing, names[1]), _values(standing, names[2]))
+            standing = [row not in elsewhere for row in rows]
+            self.sums.add(itertools.compress(statuses, standing), itertools.compress(costs, standing))
         lost = merged((row, row + 1) for row in range(*span) if row not in found and row not in elsewhere)
         if problem is not None or (lost and all_rows):
             self._damaged(path, problem or "rows are missing", lost)
         else:
             self.sound.append(f"{path.relative_to(self.directory.path)}: {plural(len(found), 'row')}")
-
-    def _stored_input(self, chunk: Chunk, layout: int) -> None:
-        path = self.directory.input_of(chunk.chunk, layout)
-        with disk_errors(path):
-            found = digest(path) if path.exists() else None
-        if found == chunk.input_digest:
-            self.sound.append(f"{path.relative_to(self.directory.path)}: {plural(chunk.rows, 'row')} of input")
-        else:
-            self._damaged(path, "is missing" if found is None else "its digest is not the one on record")
 
     def _counted_twice(self, manifest: Manifest, prices: Prices) -> None:
         all_read = self.known.whole and not any(damage.rows for damage in self.damages)
@@ -278,11 +252,7 @@ class Inspection:
         """The manifest of a result of several files, and files beside them that are not of the result."""
         written = result.finished(self.known.manifest)
         for file in written.beside[:-1]:
-            path = self.directory.path / file.name
-            with disk_errors(path):
-                found = digest(path) if path.exists() else None
-            problem = "is missing" if found is None else "its digest is not the one on record"
-            self._report(path, None if found == file.digest else problem, "as it was written")
+            self._whole_file(self.directory.path / file.name, file.digest, f"{file.name}: as it was written")
         if written.kept:  # else its files are the parts, or the one file, and were read above
             for file in written.files:
                 path = self.directory.path / file.name
@@ -310,6 +280,14 @@ class Inspection:
         self._report(
             path, None if whole else "its footer belongs to another file", "readable, from before", EXPORT_AGAIN
         )
+
+    def _whole_file(self, path: Path, expected: str, sound: str) -> None:
+        with disk_errors(path):
+            found = digest(path) if path.exists() else None
+        if found == expected:
+            self.sound.append(sound)
+        else:
+            self._damaged(path, "is missing" if found is None else "its digest is not the one on record")
 
     def _report(self, path: Path, problem: str | None, otherwise: str, then: str = SALVAGE) -> None:
         if problem is None:
@@ -360,10 +338,6 @@ class Inspection:
         self._report(path, None if (found,) == manifest.digests else "is not the input of this run", "as it was read")
 
 
-def _values(table: pa.Table, name: str) -> list[Any]:
-    return table.column(name).to_pylist()
-
-
 def merged(spans: Iterable[Span]) -> tuple[Span, ...]:
     """The same rows in as few spans as possible, in order."""
     found: list[Span] = []
@@ -390,5 +364,6 @@ def in_words(findings: Findings) -> Iterator[str]:
         yield "nothing is damaged"
         return
     cost = "an unknown part" if findings.cost_usd is None else f"${findings.cost_usd}"
-    lost = f"{plural(findings.rows(), 'row')} and {cost} of ${findings.bill_usd}"
+    rows = sum(end - first for first, end in merged(span for damage in findings.damages for span in damage.rows))
+    lost = f"{plural(rows, 'row')} and {cost} of ${findings.bill_usd}"
     yield f"{plural(len(findings.damages), 'damage')}: {lost} can't be read"

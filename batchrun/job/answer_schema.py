@@ -1,7 +1,6 @@
 """Validates answers against the JSON schema and the tools of their request. PURE.
 
-Schemas are JSON Schema 2020-12, or the draft that their `$schema` names. References are resolved within the schema:
-nothing is ever fetched or opened. `format` is not validated: the standard makes it an annotation.
+Schemas are JSON Schema 2020-12, or the draft that their `$schema` names.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -179,6 +178,8 @@ def check_of(schema: Schema) -> Check:
     import jsonschema_rs  # 55 ms: only for a job that has a schema
 
     try:
+        # offline: references are resolved within the schema, and nothing is ever fetched or opened;
+        # `format` is an annotation by the standard, not a rule
         validator = jsonschema_rs.validator_for(dict(schema), offline=True, validate_formats=False)
     except (ValueError, TypeError, RecursionError) as error:
         reason = getattr(error, "message", str(error))
@@ -189,10 +190,8 @@ def check_of(schema: Schema) -> Check:
             validator.validate(value)
         except jsonschema_rs.ValidationError as error:
             return _bounded(_at(error.instance_path), error.message)
-        except (
-            ValueError,
-            RecursionError,
-        ) as error:  # half a surrogate pair, or nesting deeper than the validator goes
+        except (ValueError, RecursionError) as error:
+            # half a surrogate pair, or nesting deeper than the validator goes
             return _bounded("", str(error))
         return None
 

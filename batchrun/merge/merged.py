@@ -257,8 +257,8 @@ class Writer:
             pid=last.pid,
             host=last.host,
             complete=True,
-            unknown_finish_reasons=tuple(sorted({reason for each in every for reason in each.unknown_finish_reasons})),
-            unpriced_tiers=tuple(sorted({tier for each in every for tier in each.unpriced_tiers})),
+            unknown_finish_reasons=sorted({reason for each in every for reason in each.unknown_finish_reasons}),
+            unpriced_tiers=sorted({tier for each in every for tier in each.unpriced_tiers}),
             example_error=next((each.example_error for each in every if each.example_error is not None), None),
             tags=every[0].tags,
         )

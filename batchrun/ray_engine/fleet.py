@@ -140,16 +140,14 @@ class Fleet:
             self._fail_unsent(f"no Ray actor has been there for {UNSENT_S:g} s")
 
     def _end_surplus(self, wanted: int, now: float) -> None:
-        """Ends actors that have not been needed for a while, so that Ray can give their nodes back.
-
-        They get no more requests from then on: few requests, dealt evenly, would keep each of them busy for ever.
-        """
+        """Ends actors that have not been needed for a while, so that Ray can give their nodes back."""
         if len(self._actors) <= wanted:
             self._surplus_since = None
         elif self._surplus_since is None:
             self._surplus_since = now
         is_over = self._surplus_since is not None and now - self._surplus_since > SURPLUS_S
         for place, actor in enumerate(sorted(self._actors, key=lambda actor: actor.ready is None)):
+            # no more requests for it: few requests, dealt evenly, would keep each actor busy for ever
             actor.leaving = is_over and place >= wanted
             if actor.leaving and not actor.in_flight and not actor.handing_over:
                 self._end(actor)
@@ -230,10 +228,9 @@ class Fleet:
             del self._replies[number]
 
     def _deal_soon(self) -> None:
-        """Deals after this turn of the loop, so that requests which were admitted together travel together."""
         if not self._deals_soon:
             self._deals_soon = True
-            self._loop.call_soon(self._deal)
+            self._loop.call_soon(self._deal)  # requests that were admitted in one turn of the loop travel together
 
     def _deal(self) -> None:
         """Hands waiting requests over, so that all actors have equally many in flight."""

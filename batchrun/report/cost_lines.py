@@ -18,7 +18,7 @@ def prices_in_words(tables: Mapping[str, PriceTable | None]) -> list[str]:
 
 
 def known_cost(cost_usd: Decimal, unknown: int) -> Decimal | None:
-    """The sum of all known costs; None if no cost is known, because an unknown cost is not 0.
+    """The sum of all known costs; None if no cost is known: an unknown cost is not 0.
 
     `unknown` counts the attempts whose price or usage is unknown.
     """

@@ -1,7 +1,6 @@
 """Latencies counted in narrow buckets, so any number of rows takes little memory. PURE, except that it reads rows.
 
-A bucket is 1 % wide, so a percentile is exact to half a percent. Buckets of groups and runs can be added; percentiles
-can't.
+Buckets of groups and runs can be added; percentiles can't.
 """
 
 import math
@@ -15,7 +14,7 @@ import pyarrow.compute as pc
 from batchrun.report import run_rows
 from batchrun.report.run_rows import Result
 
-_WIDTH = math.log(1.01)  # a bucket is 1 % wider than the one before
+_WIDTH = math.log(1.01)  # a bucket is 1 % wide, so a percentile is exact to half a percent
 _SHORTEST_S = 1e-6  # the logarithm of 0 is not finite
 
 Group = tuple[object, ...]

@@ -59,7 +59,7 @@ def page(bill: Bill, found: Sequence[Found], columns: Sequence[str], now: dateti
         remarks=[line for line in formats.remarks(bill) if not line.startswith(("finding (", "jumped:", "against "))],
         charts=drawn,
         failures=rows.failures,
-        dearest=rows.dearest,
+        costliest=rows.costliest,
         jumps=[(each, [drift.in_words(jump) for jump in each.jumps if jump.jumped]) for each in bill.against],
         most=MOST_MESSAGE,
     )

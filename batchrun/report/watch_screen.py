@@ -12,10 +12,7 @@ HOME, REST_OF_LINE, REST_OF_SCREEN = "\x1b[H", "\x1b[K", "\x1b[J"
 
 
 def frame(summary: Summary, lines: list[str], columns: int, rows: int, harmless: Callable[[str], str]) -> str:
-    """One screen: the status lines, cut to the width, a progress bar, and how rows ended.
-
-    Each line is drawn over the old one and erased to its end, so a resize leaves no torn lines.
-    """
+    """One screen: the status lines, cut to the width, a progress bar, and how rows ended."""
     shown = [*lines, ""]
     if summary.rows:
         room = max(4, min(60, columns - 24))  # a name and a number stand beside the bar
@@ -26,6 +23,7 @@ def frame(summary: Summary, lines: list[str], columns: int, rows: int, harmless:
         if summary.example_error:
             shown.append(f"for example: {summary.example_error}")
     shown = shown[: max(1, rows - 1)]
+    # drawn over the old line and erased to its end: a resize leaves no torn lines
     drawn = (cut(harmless(line).replace("\n", " "), columns - 1) + REST_OF_LINE + "\r\n" for line in shown)
     return HOME + "".join(drawn) + REST_OF_SCREEN
 

@@ -1,7 +1,7 @@
 """A changed input or job: finds which answers still fit, and arranges the rows in new chunks.
 
-Answers are matched with rows by request key, the k-th answer with the k-th row of that key, so a line that was inserted
-at the top sends one row. Answers that no row needs any more were paid for in vain, so the user must accept that.
+Answers are matched with rows by request key: a line that was inserted at the top sends one row. Answers that no row
+needs any more were paid for in vain, so the user must accept that.
 """
 
 import functools

@@ -31,10 +31,10 @@ def sources(job: Job) -> tuple[str, ...]:
     return (named,) if isinstance(named, str) else tuple(named)
 
 
-def find(job: Job, own: Path, tell: Callable[[str], None] = lambda line: None) -> list[EarlierResult]:
+def find(job: Job, own: Path, note: Callable[[str], None] = lambda line: None) -> list[EarlierResult]:
     """The earlier results, those first that are looked at first: as named, and of a pattern the last name first.
 
-    `own` is the run's own directory, which is left out. `tell` gets a line for each source that has nothing.
+    `own` is the run's own directory, which is left out. `note` gets a line for each source that has nothing.
 
     Raises:
         InputError: a path that is no pattern is not there, or holds no answers.
@@ -50,7 +50,7 @@ def find(job: Job, own: Path, tell: Callable[[str], None] = lambda line: None) -
             if source != LATEST and not glob.has_magic(source) and "{" not in source:
                 _raise_nothing_there(source, own)
             place = f"in {rundir.pattern_of(job.output)}" if source == LATEST else "there"  # -o replaces output.path
-            tell(f"reuse: {source}: no earlier answers {place} yet")
+            note(f"reuse: {source}: no earlier answers {place} yet")
     return list(found.values())
 
 

@@ -21,6 +21,7 @@ from batchrun.report.cost_lines import headline_usd
 from batchrun.report.summary import failures
 from batchrun.report.wording import plural
 from batchrun.run_summary import Estimate, Summary
+from batchrun.startup.changes import Changes
 from batchrun.startup.input_check import Survey
 from batchrun.startup.previous_run import Means
 from batchrun.startup.previous_run import of as means_of
@@ -34,28 +35,28 @@ def estimate(
     found: Survey,
     job: Job,
     tables: Mapping[str, PriceTable | None],
-    to_ask: int,
+    to_send: int,
     done: Summary | None,
     day_left_s: float = 0.0,
     earlier: Means | None = None,
 ) -> Estimate:
-    """The estimate for `to_ask` of the survey's rows, by what the run has done already, else by an `earlier` one.
+    """The estimate for `to_send` of the survey's rows, by what the run has done already, else by an `earlier` one.
 
     `day_left_s`: until the day of `limits.requests_per_day` ends.
     """
-    share = to_ask / found.rows if found.rows else 0.0
+    share = to_send / found.rows if found.rows else 0.0
     mean = (None if done is None else means_of(done, "this run")) or earlier or _usual(found, job)
     prompt, completion = mean.prompt_tokens, mean.completion_tokens
-    tokens = (prompt + completion) * to_ask
+    tokens = (prompt + completion) * to_send
     limits = job.total_limits
-    by_limits = capacity.least_minutes(limits, to_ask, Size(prompt, completion), day_left_s)
+    by_limits = capacity.least_minutes(limits, to_send, Size(prompt, completion), day_left_s)
     times = [] if by_limits is None else [by_limits]
     if mean.latency_s is not None:
-        times.append((mean.latency_s * to_ask / limits.max_in_flight / 60, Limit.LATENCY))
+        times.append((mean.latency_s * to_send / limits.max_in_flight / 60, Limit.LATENCY))
     minutes, limit = max(times, key=lambda time: time[0], default=(None, Limit.LATENCY))
     tier = job.request.service_tier
     if (each := mean.cost_by(tables)) is not None:  # prices are as they were then
-        expected: Decimal | None = (each * to_ask).quantize(prices.PICO)
+        expected: Decimal | None = (each * to_send).quantize(prices.PICO)
     else:
         expected = _cost(found, tables, share, prompt, completion, mean.cached_share, tier)
     basis = [mean.basis]
@@ -67,20 +68,20 @@ def estimate(
         basis.append(f"{mean.latency_s:,.2f} s an answer")
     fewest = FEWEST_TOKENS_PER_BYTE * found.body_bytes / found.rows if found.rows else 0.0
     return Estimate(
-        rows=to_ask,
-        prompt_tokens=round(prompt * to_ask),
-        completion_tokens=round(completion * to_ask),
+        rows=to_send,
+        prompt_tokens=round(prompt * to_send),
+        completion_tokens=round(completion * to_send),
         low_usd=_cost(found, tables, share, fewest, 1, 0.0, tier),
         expected_usd=expected,
-        high_usd=_bound(found, tables, to_ask, job.service_tiers),
+        high_usd=_bound(found, tables, to_send, job.service_tiers),
         minutes=minutes,
         limited_by=str(limit),
         basis=", ".join(basis),
-        short=tuple(_short(job.budget, to_ask, tokens, expected, done)),
+        short=tuple(_short(job.budget, to_send, tokens, expected, done)),
     )
 
 
-def run_in_words(summary: Summary, drift: str | None) -> Iterator[str]:
+def run_in_words(summary: Summary, changes: Changes | None) -> Iterator[str]:
     """What a run has so far: rows kept, failed and pending, and what changed."""
     failed = failures(summary)
     kept = summary.rows - summary.pending
@@ -88,8 +89,8 @@ def run_in_words(summary: Summary, drift: str | None) -> Iterator[str]:
     yield f"run          {kept:,} of {plural(summary.rows, 'row')} done, {spent} spent"
     if failed:
         yield f"failed       {plural(failed, 'row')}; --retry-failed sends {'it' if failed == 1 else 'them'} again"
-    if drift is not None:
-        yield f"changed      {drift}"
+    if changes is not None:
+        yield f"changed      {changes}"
 
 
 def in_words(estimated: Estimate, tables: Mapping[str, PriceTable | None], url: str = "") -> Iterator[str]:
@@ -155,18 +156,18 @@ def _cost(
 
 
 def _bound(
-    found: Survey, tables: Mapping[str, PriceTable | None], to_ask: int, asked_tiers: tuple[str | None, ...]
+    found: Survey, tables: Mapping[str, PriceTable | None], to_send: int, tiers: tuple[str | None, ...]
 ) -> Decimal | None:
-    """What any `to_ask` of the rows can cost at most: all of them, or that many of the largest."""
+    """What any `to_send` of the rows can cost at most: all of them, or that many of the largest."""
     whole = largest = Decimal(0)
     for model in found.models:
         fees = Decimal(0) if (table := tables.get(model)) is None else table.per_request * (found.models[model] - 1)
-        all_of_them = prices.upper_bound(*found.max_tokens[model], tables.get(model), *asked_tiers)
-        one = prices.upper_bound(*found.max_request[model], tables.get(model), *asked_tiers)
+        all_of_them = prices.upper_bound(*found.max_tokens[model], tables.get(model), *tiers)
+        one = prices.upper_bound(*found.max_request[model], tables.get(model), *tiers)
         if all_of_them is None or one is None:
             return None
         whole, largest = whole + all_of_them + fees, max(largest, one)
-    return min(whole, largest * to_ask)
+    return min(whole, largest * to_send)
 
 
 def _short(budget: Budget, rows: int, tokens: float, cost_usd: Decimal | None, done: Summary | None) -> Iterator[str]:

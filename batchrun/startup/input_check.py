@@ -88,15 +88,16 @@ class _Tally:
         self._keep = keep
 
     def accept(self, request: Request) -> None:
+        model, prompt, output = request.model, request.max_prompt_tokens, request.max_output_tokens
         self.rows += 1
         self.body_bytes += len(request.body)
         self.image_tokens += request.image_tokens
-        self.models[request.model] = self.models.get(request.model, 0) + 1
-        prompt, output = self.max_request.get(request.model, (0, 0))
-        largest = (max(prompt, request.max_prompt_tokens), max(output, request.max_output_tokens))
-        self.max_request[request.model] = largest
-        prompts, outputs = self.max_tokens.get(request.model, (0, 0))
-        self.max_tokens[request.model] = (prompts + request.max_prompt_tokens, outputs + request.max_output_tokens)
+        self.models[model] = self.models.get(model, 0) + 1
+        most_prompt, most_output = self.max_request.get(model, (-1, -1))
+        if prompt > most_prompt or output > most_output:
+            self.max_request[model] = (max(prompt, most_prompt), max(output, most_output))
+        prompts, outputs = self.max_tokens.get(model, (0, 0))
+        self.max_tokens[model] = (prompts + prompt, outputs + output)
         if request.expected is self._expected:
             return
         self._expected = request.expected

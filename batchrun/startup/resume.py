@@ -16,7 +16,7 @@ from batchrun.limits import daily
 from batchrun.price_list import lookup
 from batchrun.prices import PriceTable
 from batchrun.row_status import failing
-from batchrun.source import Source, fingerprint, open_source
+from batchrun.source import Source, fingerprint
 from batchrun.startup import adopt, input_pass, preconditions, previous_run, stdin_copy, unsent_rows
 from batchrun.startup import shard as shards
 from batchrun.startup.answer_match import Questions
@@ -73,17 +73,14 @@ def make(job: Job, directory: RunDirectory, checkpoint: Checkpoint, options: Run
             )
     paths = input_pass.input_files(job, directory, options, started=False)
     files = fingerprint(paths)
-    own = None
-    if options.shard is not None:
-        skip, scratch = options.skip_invalid, directory.path
-        own = shards.find(job, paths, options.shard, scratch, options.checked, skip_invalid=skip)
-    source = open_source(paths, job.input.max_line_bytes) if own is None else own.source
-    as_read = job if own is None else shards.reading(job, own.dialect)
+    skip = options.skip_invalid
+    part = shards.find(job, paths, options.shard, directory.path, options.checked, skip_invalid=skip)
+    source, share = part.source, None
+    if options.shard is not None and part.span is not None:
+        share = InputShare(options.shard, part.span, tuple(sorted(map(str, failing(job.finish)))))
     with Questions(directory.path) as keys, Questions(directory.path) as pictures:
-        found = input_pass.read(source, as_read, directory, options, keys.add, pictures.add)
-        if own is not None:
-            found = msgspec.structs.replace(found, types=own.types)
-        share = None if own is None else InputShare(own.shard, own.span, tuple(sorted(map(str, failing(job.finish)))))
+        found = input_pass.read(source, part.job, directory, options, keys.add, pictures.add)
+        found = msgspec.structs.replace(found, types=part.types or found.types)
         run_id = uuid.uuid4().hex[:12]
         new = input_pass.manifest_of(job, source, files, found, run_id=run_id, created_at=now, share=share)
         input_pass.keep_digests(job, directory, new.layout, pictures, found)

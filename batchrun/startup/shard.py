@@ -15,11 +15,12 @@ import msgspec
 from batchrun.errors import ANOTHER, InputError, JobError
 from batchrun.job.job import Job
 from batchrun.job.settings import Budget, Endpoint, Limits
-from batchrun.report.wording import plural, rounded
+from batchrun.report.wording import rounded
 from batchrun.request.builder import detect_dialect
 from batchrun.run_summary import Shard
 from batchrun.source import InputFile, JsonlSource, Source, Span, TableSource, digest, open_source, parquet
 from batchrun.source.content import content_of
+from batchrun.startup import preconditions
 from batchrun.startup.ids import IdIndex
 from batchrun.startup.input_check import PROGRESS_EVERY
 from batchrun.store.manifest import Manifest
@@ -176,28 +177,30 @@ def in_words(whole: Job, own: Job, shard: Shard) -> list[str]:
 # ── its part of the input ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Found(msgspec.Struct, frozen=True):
-    """A shard's part of the input. `dialect` and `types` (of JSON lines) are those of the whole input, so that all
-    shards read it alike.
+class Part(msgspec.Struct, frozen=True):
+    """The input of a run: of a shard, its part of it. `job` is the job as its records are read.
+
+    Of a shard, `span` is where it is, and `types` (of JSON lines) are those of the whole input, so that all shards read
+    it alike.
     """
 
-    shard: Shard
     source: Source
-    span: Span
-    dialect: str
-    types: ColumnTypes | None
+    job: Job
+    span: Span | None = None
+    types: ColumnTypes | None = None
 
 
 def find(
     job: Job,
     files: tuple[InputFile, ...],
-    shard: Shard,
+    shard: Shard | None,
     scratch: Path,
     progress: Callable[[int], None] = lambda rows: None,
     *,
     skip_invalid: bool = False,
-) -> Found:
-    """The shard's part of the input. `scratch` is a directory for ids that don't fit into memory.
+) -> Part:
+    """The shard's part of the input, all of it without a shard. `scratch` is a directory for ids that don't fit into
+    memory.
 
     Parquet footers say where it is, and the ids are one column. Text has no such index: it is read from end to end to
     count its records, and JSON lines once more, for their ids and the types of their columns.
@@ -207,12 +210,10 @@ def find(
             are skipped: then each shard looks at its own ids.
     """
     whole = open_source(files, job.input.max_line_bytes)
+    if shard is None:
+        return Part(whole, job)
     span = whole.find_span(lambda records: rows_of(shard, records))
-    if span.records < job.input.min_rows:
-        raise InputError(
-            f"the input has {plural(span.records, 'row')}, and input.min_rows expects {job.input.min_rows:,} or more; "
-            "check that it is complete, or lower input.min_rows"
-        )
+    preconditions.require_rows(job, span.records)
     first = next((record for record in whole.records() if record.problem is None), None)
     dialect = job.input.dialect if first is None else detect_dialect(job, first.columns)
     id_column = job.input.id or ("custom_id" if dialect == "openai-batch" else None)
@@ -238,7 +239,8 @@ def find(
                     f"{repeated[1]:,}; `batchrun check` without --shard names all of these; correct them, or choose "
                     "another input.id"
                 )
-    return Found(shard, open_source(files, job.input.max_line_bytes, span), span, dialect, types)
+    own = open_source(files, job.input.max_line_bytes, span)
+    return Part(own, reading(job, dialect), span, types)
 
 
 def reading(job: Job, dialect: str) -> Job:

@@ -1,8 +1,6 @@
 """Publishes a finished result in a folder of an object store, so that it looks finished only when it is.
 
-The order: the summary of an earlier publish is deleted; the files are put, several of them under a name that readers
-ignore first, then copied to their own; what does not belong to the result is deleted; summary.json comes last. Each
-step can be repeated, so a publish that was cut is simply done again.
+Each step can be repeated, so a publish that was cut is simply done again.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -100,7 +98,7 @@ def publish(
         return False
     require_ours(folder, record.run_id)
     claim.require_held()
-    folder.delete(SUMMARY)
+    folder.delete(SUMMARY)  # a reader who finds none knows that the files may be of two results
     reached("summary deleted")
     _put_files(folder, files, record.run_id, kept, reached)
     names = {each.name for each in (*files, *beside)}
@@ -114,7 +112,7 @@ def publish(
     folder.put(RECORD, msgspec.json.encode(record))
     claim.require_held()
     reached("files put")
-    folder.put(SUMMARY, summary)
+    folder.put(SUMMARY, summary)  # last: with it the result looks finished
     if folder.read(SUMMARY) != summary:
         raise RunLockedError(f"{folder}: another run has published there at the same time; its result stands there")
     _delete_below(folder, f"{STAGED}/")  # those of runs that were cut here, too: the claim keeps others out
@@ -148,6 +146,7 @@ def _put_files(
         folder.put_file(files[0].name, files[0].local)
         reached(files[0].name)
         return
+    # sending takes minutes, a copy within the store a moment: readers ignore the name that a file has until then
     staged = f"{STAGED}/{run_id}"
     small = [each for each in files if each.local.stat().st_size <= LARGEST_COPY_BYTES]
     there = {each.name: each.size_bytes for each in folder.below(staged).objects()}

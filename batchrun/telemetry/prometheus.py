@@ -1,7 +1,6 @@
 """A run's figures in Prometheus's text format, version 0.0.4. PURE.
 
-The format: https://prometheus.io/docs/instrumenting/exposition_formats/. No sample has a time, because node_exporter's
-textfile collector skips a file with times (its README, "Textfile Collector").
+The format: https://prometheus.io/docs/instrumenting/exposition_formats/
 """
 
 from decimal import Decimal
@@ -20,6 +19,7 @@ def render(snapshot: Snapshot) -> bytes:
         lines.append(f"# HELP {name} {metric.help}\n# TYPE {name} {metric.kind}\n")
         for labels, value in samples[metric.name]:
             pairs = (f'{label}="{_escaped(text)}"' for label, text in (snapshot.labels() | labels).items())
+            # without a time: node_exporter skips a file with times (its README, "Textfile Collector")
             lines.append(f"{name}{{{','.join(pairs)}}} {_number(value)}\n")
     return "".join(lines).encode("utf-8", "replace")
 
