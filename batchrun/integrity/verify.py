@@ -15,14 +15,15 @@ import msgspec
 from batchrun.durable import digest, disk_errors
 from batchrun.errors import CheckpointError, DiskError, InputError
 from batchrun.integrity import audit, db_records, readable_groups
-from batchrun.integrity.audit import Prices, RowSums
+from batchrun.integrity.audit import RowSums
 from batchrun.integrity.db_records import DbRecords
 from batchrun.report.wording import plural
-from batchrun.store import in_flight, result, result_folder, spill, variants
+from batchrun.store import in_flight, price_tables, result, result_folder, spill, variants
 from batchrun.store.at_rest import wal_of
 from batchrun.store.commits import SPILL
 from batchrun.store.db_tables import Chunk
 from batchrun.store.manifest import Manifest
+from batchrun.store.price_tables import Tables
 from batchrun.store.rundir import RunDirectory
 from batchrun.tables import files
 from batchrun.tables.rows import own_schema
@@ -129,7 +130,7 @@ class Inspection:
         try:
             manifest = Manifest.decode(self.known.manifest)
             variants.decode(self.known.manifest)
-            prices = msgspec.json.decode(self.known.manifest.get("prices", "{}"), type=Prices)
+            prices = price_tables.decode(self.known.manifest)
         except (CheckpointError, msgspec.DecodeError) as error:
             self._damaged(self.directory.checkpoint, f"its manifest can't be read: {error}")
             return
@@ -232,7 +233,7 @@ class Inspection:
         else:
             self.sound.append(f"{path.relative_to(self.directory.path)}: {plural(len(found), 'row')}")
 
-    def _counted_twice(self, manifest: Manifest, prices: Prices) -> None:
+    def _counted_twice(self, manifest: Manifest, prices: Tables) -> None:
         all_read = self.known.whole and not any(damage.rows for damage in self.damages)
         result_damaged = any(damage.file == self.directory.completions.name for damage in self.damages)
         if all_read:

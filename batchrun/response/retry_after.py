@@ -1,4 +1,4 @@
-"""How long an answer asks to wait: the forms of Retry-After, and durations in words. PURE. RFC 9110, section 10.2.3."""
+"""How long a server wants the client to wait: Retry-After (RFC 9110, section 10.2.3), and durations in words. PURE."""
 
 import email.utils
 import re
@@ -15,7 +15,7 @@ _UNIT_S = {"ms": 0.001, "mi": 60.0, "m": 60.0, "s": 1.0, "h": 3600.0}
 
 
 def retry_after_s(headers: Mapping[str, str], now: float) -> float | None:
-    """Seconds that the server asks to wait: `retry-after-ms`, or `Retry-After` in seconds or as an HTTP date; and what
+    """Seconds to wait, by the headers: `retry-after-ms`, or `Retry-After` in seconds or as an HTTP date; and what
     servers send besides: `10s`, `1m30s`, seconds or milliseconds since 1970, an ISO date.
 
     None where absent or meaningless (negative, no number, a moment in the past). A moment is compared with the

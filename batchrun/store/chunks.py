@@ -343,7 +343,7 @@ class Chunks:
         self._position = window.end
         self._next += 1
         self._next_row = chunk.end_row
-        stored = StoredWindow(path, chunk.input_digest, chunk.first_row)
+        stored = StoredWindow(path, None, chunk.first_row)
         carried = self._carry.window(chunk.first_row, chunk.end_row)
         opened = self._open_chunks[chunk.chunk] = OpenChunk(chunk, stored, carried=carried)
         return opened

@@ -168,8 +168,8 @@ def _resolved(root: Schema, reference: str) -> Any:
 def _is_null(schema: Any) -> bool:
     if not isinstance(schema, dict):
         return False
-    said = schema.get("type"), schema.get("enum"), schema.get("const", ...)
-    return said[0] in ("null", ["null"]) or said[1] == [None] or said[2] is None
+    stated = schema.get("type"), schema.get("enum"), schema.get("const", ...)
+    return stated[0] in ("null", ["null"]) or stated[1] == [None] or stated[2] is None
 
 
 def _of_values(values: Any) -> Column:

@@ -117,7 +117,6 @@ class OldAnswers:
         return self._as_ours(table.take(pa.array([place[row] for row in rows], pa.int64())))
 
     def close(self) -> None:
-        """The file is let go."""
         self._file.close()
 
     def _at(self, row: int) -> pa.RecordBatch:
