@@ -361,6 +361,11 @@ def test_the_help_shows_each_command_in_a_whole_sentence() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids_of)
+def test_no_page_has_both_sides_of_a_merge(page: Path) -> None:
+    assert re.findall(r"^(?:<{7}|={7}|>{7})(?: .*)?$", page.read_text("utf-8"), re.MULTILINE) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids_of)
 def test_no_page_names_a_place_on_somebodys_machine(page: Path) -> None:
     assert re.findall(r"(?<![\w.])/(?:home|root|work|farm|tmp|Users)/\S*", page.read_text("utf-8")) == []
 
