@@ -5,15 +5,16 @@ import ctypes
 import errno
 import hashlib
 import os
+import resource
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from batchrun.errors import DiskError
 
 TEMP_SUFFIX = ".tmp"
-READ_BYTES = 1 << 20
+READ_BYTES = 1 << 20  # any block size does that is far above a page and far below memory
 
 
 @contextlib.contextmanager
@@ -31,9 +32,25 @@ def next_step(error: OSError) -> str:
         return "make room and run the same command again"
     if error.errno == errno.EMFILE:
         return "raise the limit with ulimit -n and run the same command again"
+    if error.errno == errno.EFBIG:
+        return FILE_SIZE_STEP
     if error.errno == errno.ENFILE:
         return "the whole machine has too many files open; run the same command again when it has fewer"
     return "repair the disk or choose another directory with -o, then run again"
+
+
+FILE_SIZE_STEP = "raise the limit on file sizes with ulimit -f and run the same command again"
+
+
+def is_at_size_limit(*files: Path) -> bool:
+    """Whether one of the files is so near the process's limit on file sizes that a write may have met it.
+
+    For libraries that hide EFBIG, such as SQLite, whose writes are of 64 KiB at most.
+    """
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if most == resource.RLIM_INFINITY:
+        return False
+    return any(file.stat().st_size + 65_536 >= most for file in files if file.exists())
 
 
 def is_full(error: OSError) -> bool:
@@ -53,15 +70,16 @@ def lacking(error: BaseException) -> str | None:
     return None
 
 
-_LACKS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EIO, errno.EROFS})
+_LACKS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.EIO, errno.EROFS})
 
 
-def replace(path: Path, write: Callable[[Path], None]) -> None:
-    """Replaces `path` by the file that `write` writes to a temp name; on any error the old file stays."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """The block writes a file of the yielded temp name, which then replaces `path`; on any error the old file stays."""
     temporary = path.with_name(path.name + TEMP_SUFFIX)
     try:
         with disk_errors(path):
-            write(temporary)
+            yield temporary
             fsync(temporary)
             temporary.rename(path)
             fsync(path.parent)
@@ -128,15 +146,12 @@ def link(file: Path, to: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EXDEV, errno.EMLINK):
             raise
-
-        def copy(temporary: Path) -> None:
+        with replacing(to) as temporary:
             temporary.touch(mode=0o600)
             shutil.copyfile(file, temporary)
 
-        replace(to, copy)
 
-
-TRIAL_BYTES = 1 << 20
+TRIAL_BYTES = 1 << 20  # an empty file can be made on a disk that is full
 
 
 def try_out(folder: Path) -> None:
@@ -156,12 +171,11 @@ def try_out(folder: Path) -> None:
 
 def replace_bytes(path: Path, content: bytes) -> None:
     """Replaces `path` by `content`, readable by its owner alone."""
-
-    def write(temporary: Path) -> None:
-        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-            file.write(content)
-
-    replace(path, write)
+    with (
+        replacing(path) as temporary,
+        open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file,
+    ):
+        file.write(content)
 
 
 def fsync(path: Path) -> None:

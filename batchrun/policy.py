@@ -1,4 +1,4 @@
-"""The verdict on an attempt. PURE. docs/guarantees.md explains the tables; `row_status` is about usable answers."""
+"""The verdict on an attempt. PURE. docs/failures.md explains the tables; `row_status` is about usable answers."""
 
 from collections.abc import Mapping
 from enum import StrEnum
@@ -51,6 +51,9 @@ FAULT_VERDICTS: Mapping[str, Verdict] = {
     Fault.KEY_REPLACED: Verdict.FREE,
     Fault.SENDER_LOST: Verdict.MAYBE,
 }
+
+BROKEN_OFF = frozenset({Fault.TIMEOUT, Fault.RESET, Fault.CUT})
+"""Faults of a transfer that ended too early, or never."""
 
 NO_EVIDENCE = frozenset({Fault.KEY_REPLACED, Fault.SENDER_LOST})
 """Faults that show nothing about the endpoint."""
@@ -181,8 +184,7 @@ def judge(attempt: Attempt, answer: Answer, retry: Retry, *, tier_may_be_full: b
 
     `tier_may_be_full`: the request names a service tier that refuses requests while it has no capacity.
     """
-    # a stream has a mark at its end: with it the answer is whole, whatever happened to the connection then
-    if attempt.error is not None and not (attempt.streamed and answer.completion):
+    if attempt.error is not None and not _is_whole(attempt, answer, attempt.error.kind):
         error = RowError(attempt.error.kind, attempt.http_status, None, str(attempt.error)[:MAX_MESSAGE_CHARS])
         verdict = FAULT_VERDICTS[attempt.error.kind]
         return Judgement(verdict, error, in_doubt=verdict is Verdict.MAYBE)
@@ -198,6 +200,19 @@ def judge(attempt: Attempt, answer: Answer, retry: Retry, *, tier_may_be_full: b
     if tier_may_be_full and (refusal := _by_capacity(status, attempt, answer)) is not None:
         return refusal
     return _judge_status(status, attempt, answer, retry)
+
+
+def _is_whole(attempt: Attempt, answer: Answer, fault: str) -> bool:
+    """Whether all of the response came, although its connection or its framing failed.
+
+    A stream has a mark at its end, and JSON ends with its last bracket: servers and proxies were seen that announce
+    too long a body. A chunk of a stream may be JSON too, so a finish_reason must be there. A refusal has its status.
+    """
+    if attempt.streamed:
+        return answer.completion
+    if fault not in BROKEN_OFF or attempt.http_status is None:
+        return False
+    return attempt.http_status >= 300 or (answer.completion and answer.finish_reason is not None)
 
 
 def _by_capacity(status: int, attempt: Attempt, answer: Answer) -> Judgement | None:

@@ -11,7 +11,7 @@ which was refused because of the limit or the crowd; what a server refuses by ch
 import argparse
 import functools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +27,8 @@ from tests.refusing_servers import (
     RefusingServer,
     TokenLimited,
     Windowed,
+    answered_by_retry,
     play,
-    play_retry,
 )
 
 TUNED_ON = range(100, 120)
@@ -60,18 +60,18 @@ class Scenario:
         limits = {"requests_per_minute": self.configured, "tokens_per_minute": self.tokens}
         return run_on_moved_clock(play(self.server(), self.rows, self.allowed, seed, **limits))
 
-    def took_s(self, run: Played) -> float:
+    def took_s(self, answered_s: Sequence[float]) -> float:
         """Until the last answer; beside the client that only retries, until 99 rows in a hundred are answered.
 
         How often the last refused rows are refused again is luck, and worth up to 7 % in either direction.
         """
-        return sorted(run.answered_s)[-1 if self.ideal_s is not None else -1 - self.rows // 100]
+        return sorted(answered_s)[-1 if self.ideal_s is not None else -1 - self.rows // 100]
 
     def ideal(self) -> float:
         """Seconds. By the client that only retries, it is the median of five runs."""
         if self.ideal_s is not None:
             return self.ideal_s
-        runs = [run_on_moved_clock(play_retry(self.server(), self.rows, self.allowed, seed)) for seed in range(5)]
+        runs = [answered_by_retry(self.server(), self.rows, self.allowed, seed) for seed in range(5)]
         return sorted(map(self.took_s, runs))[2]
 
 
@@ -291,7 +291,7 @@ def measure(scenario: Scenario, seeds: Iterable[int]) -> Reached:
     ideal_s = scenario.ideal()
     played = [scenario.play(seed) for seed in seeds]
     return Reached(
-        sorted(100 * ideal_s / scenario.took_s(run) for run in played),
+        sorted(100 * ideal_s / scenario.took_s(run.answered_s) for run in played),
         sorted(100 * run.refused_for_cause / run.sent for run in played),
     )
 

@@ -1,8 +1,8 @@
-"""How long an answer asks to wait: the forms of Retry-After, and durations in words. PURE. RFC 9110, section 10.2.3."""
+"""How long a server wants the client to wait: Retry-After (RFC 9110, section 10.2.3), and durations in words. PURE."""
 
 import email.utils
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 
 LEAST_EPOCH_S = 1.5e9
@@ -44,21 +44,22 @@ def retry_after_s(headers: Mapping[str, str], now: float) -> float | None:
             seconds = duration_s(text)
         if seconds is not None and seconds * scale < LEAST_EPOCH_S:
             return seconds * scale
+
     then = _moment(headers.get("retry-after", "").strip())
     if then is None:
         return None
-    wait_s = then - (_date(headers.get("date", "")) or now)
+    wait_s = then - (_timestamp(email.utils.parsedate_to_datetime, headers.get("date", "")) or now)
     return wait_s if wait_s > 0 else None
 
 
 def reset_s(headers: Mapping[str, str], now: float) -> float | None:
     """Seconds until the limit that a 429 met holds again, by its rate limit headers; None where they don't say.
 
-    The latest reset of the limits that are used up; without a `remaining` nobody knows which one it is, and the
+    The latest reset of the limits that are used up; without a `remaining` no one knows which one it is, and the
     earliest counts. A reset that is more than a day away is ignored: no limit lasts longer, and some units are unknown.
     """
     used_up, unknown = [], []
-    now = _date(headers.get("date", "")) or now
+    now = _timestamp(email.utils.parsedate_to_datetime, headers.get("date", "")) or now
     for remaining, reset in _stated(headers):
         seconds = _reset_in_s(reset, now)
         if seconds is None or not 0 < seconds <= MOST_RESET_S:
@@ -119,19 +120,18 @@ def _number(text: str) -> float | None:
 
 
 def _moment(text: str) -> float | None:
-    """Seconds since 1970."""
+    """Seconds since 1970, from such a number (or milliseconds), an ISO date or an HTTP date."""
     if (number := _number(text)) is not None:
         return number if number < LEAST_EPOCH_S * 1000 else number / 1000
-    try:
-        date = datetime.fromisoformat(text)
-        return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
-    except (ValueError, OverflowError):
-        return _date(text)
+    if (then := _timestamp(datetime.fromisoformat, text)) is not None:
+        return then
+    return _timestamp(email.utils.parsedate_to_datetime, text)
 
 
-def _date(text: str) -> float | None:
+def _timestamp(parse: Callable[[str], datetime], text: str) -> float | None:
+    """Seconds since 1970; None where `text` is no date."""
     try:
-        date = email.utils.parsedate_to_datetime(text)
+        date = parse(text)
         # a date without a zone is UTC too, as in asctime's form, which RFC 9110 still allows
         return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
     except (ValueError, TypeError, IndexError, OverflowError):

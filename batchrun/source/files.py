@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 
 from batchrun.errors import InputError
-from batchrun.source import partitions
+from batchrun.source import partitions, unsupported
 from batchrun.source.content import Format, format_of, reading
 from batchrun.source.partitions import Filters
 from batchrun.storage import objects, urls
@@ -28,9 +28,12 @@ def find_files(path: str, filters: Filters = _ALL, access: Access = Access()) ->
 
     Raises:
         InputError: nothing matches; a filter names an unknown key; a file is unreadable, not a regular file, or in
-            another format than the first.
+            another format than the first; the folder is one of a table format (Delta, Iceberg, Hudi).
     """
     files = tuple(sorted(_remote_matches(path, access) if urls.is_url(path) else _matches(path), key=str))
+    if not urls.is_url(path) and not Path(path).is_file():
+        for folder in sorted({file.parent for file in files if isinstance(file, Path)} or {Path(path)}):
+            unsupported.refuse_table(folder)
     if not files:
         raise InputError(
             f"{path}: no input file there{_folders_in(path)}; name a JSONL or Parquet file, CSV, a directory, or a glob"
@@ -39,7 +42,12 @@ def find_files(path: str, filters: Filters = _ALL, access: Access = Access()) ->
         files = partitions.chosen(files, filters, path)
     formats: dict[Format, InputFile] = {}
     for file in files:
-        _require_unicode(file)
+        try:
+            str(file).encode()
+        except UnicodeEncodeError:  # the checkpoint, the log and the result's footer store paths as UTF-8
+            shown = os.fsencode(str(file)).decode("utf-8", "backslashreplace")
+            problem = f"{shown}: the name holds bytes that are not UTF-8; rename the file or its folder"
+            raise InputError(problem) from None
         formats.setdefault(format_of(file), file)
     if len(formats) > 1:
         (one, first), (_, second) = sorted(formats.items(), reverse=True)[:2]
@@ -141,12 +149,3 @@ def _folders_in(path: str) -> str:
         return ""
     pattern = Path(path) / "**" / f"*{min(below).suffix}"
     return f", only folders (files in them: {len(below):,}; to read them all, write '{pattern}')"
-
-
-def _require_unicode(path: InputFile) -> None:
-    """Reject a path that is not UTF-8: the checkpoint, the log and the result's footer store paths as UTF-8."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        shown = os.fsencode(str(path)).decode("utf-8", "backslashreplace")
-        raise InputError(f"{shown}: the name holds bytes that are not UTF-8; rename the file or its folder") from None

@@ -26,11 +26,10 @@ from tests.unit.test_gate import new_gate, now_s
 pytestmark = pytest.mark.campaign
 
 SEEDS = level.amount(sample=1, full=5)
-
-
 NAME = operator.attrgetter("name")
 
 
+@pytest.mark.sampled(24)
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=NAME)
 def test_each_server_gets_nearly_what_it_can_take(scenario: Scenario) -> None:
     """Chance costs only its retries, a limit is used and kept, too many at once are not sent."""

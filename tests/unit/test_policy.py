@@ -1,6 +1,7 @@
 """What each outcome of an attempt asks of the run, as one table, and the caps, waits and jitter that follow from it."""
 
 import email.utils
+import gzip
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -27,7 +28,7 @@ from batchrun.attempt_caps import (
 from batchrun.errors import APIConnectionError, APITimeoutError
 from batchrun.job.answer_schema import ANYTHING, Expected, of
 from batchrun.job.settings import Finish, Retry
-from batchrun.policy import FAULT_VERDICTS, Fault, Judgement, judge
+from batchrun.policy import ANSWERED, BROKEN_OFF, FAULT_VERDICTS, Fault, Judgement, judge
 from batchrun.records import Answer, Attempt, FunctionCall, RowError, Status, Verdict
 from batchrun.response.answer import read
 from batchrun.response.retry_after import reset_s, retry_after_s
@@ -102,7 +103,7 @@ FAULTS: Mapping[Fault, Verdict] = {
 
 
 @pytest.mark.parametrize("fault", Fault)
-@pytest.mark.parametrize("body", [b"", FINE[:30], FINE], ids=["no body", "cut", "whole"])
+@pytest.mark.parametrize("body", [b"", FINE[:30], FINE[:-1]], ids=["no body", "cut", "without its last bracket"])
 def test_every_fault_has_one_verdict(fault: Fault, body: bytes) -> None:
     error_type = APITimeoutError if fault is Fault.TIMEOUT else APIConnectionError
     exchange = attempt(200 if body else None, body, error=error_type("why", kind=fault, sent=True))
@@ -110,6 +111,34 @@ def test_every_fault_has_one_verdict(fault: Fault, body: bytes) -> None:
     assert judgement.verdict is FAULTS[fault]
     assert judgement.error == RowError(fault, exchange.http_status, None, "why")
     assert set(FAULT_VERDICTS) == set(Fault)
+
+
+CHUNK = b'{"choices": [{"index": 0, "delta": {"content": "Fi"}, "finish_reason": null}]}'
+
+
+@pytest.mark.parametrize("fault", [Fault.TIMEOUT, Fault.RESET, Fault.CUT, Fault.ENCODING, Fault.TOO_LARGE])
+@pytest.mark.parametrize(
+    ("status", "body", "counts"),
+    [
+        pytest.param(200, FINE, ANSWERED, id="an answer"),
+        pytest.param(200, gzip.compress(FINE)[:-8], None, id="packed bytes"),
+        pytest.param(200, CHUNK, None, id="a chunk of a stream"),
+        pytest.param(200, said("no luck"), None, id="an error inside 200"),
+        pytest.param(429, b"Too many requ", judged(429, b"Too many requ"), id="a refusal"),
+        pytest.param(500, b"", judged(500), id="a failure"),
+    ],
+)
+def test_what_came_whole_counts_although_its_transfer_failed(
+    fault: Fault, status: int, body: bytes, counts: Judgement | None
+) -> None:
+    """JSON ends with its last bracket, whatever length was announced; a refusal's status is enough."""
+    judgement = judge(
+        attempt(status, body, error=APIConnectionError("why", kind=fault, sent=True)), read(body), Retry()
+    )
+    if counts is not None and fault in BROKEN_OFF:
+        assert judgement == counts
+    else:
+        assert judgement.error == RowError(fault, status, None, "why")
 
 
 OPENAI_RATE = "Rate limit reached for m on tokens per min (TPM). Add a payment method at https://h/account/billing."
